@@ -1,0 +1,34 @@
+//! What the parts of Gannet say to each other: the generated gRPC types and services, and what both ends must agree on
+//! about them (the rule model and its validator, the pprof format, series labels, the loss ledger).
+
+/// The generated types and services.
+#[expect(
+    missing_docs,
+    clippy::pedantic,
+    reason = "generated; the documentation is the .proto files'"
+)]
+mod generated {
+    pub mod control {
+        pub mod v1 {
+            tonic::include_proto!("gannet.control.v1");
+        }
+    }
+    pub mod ingest {
+        pub mod v1 {
+            tonic::include_proto!("gannet.ingest.v1");
+        }
+    }
+    pub mod query {
+        pub mod v1 {
+            tonic::include_proto!("gannet.query.v1");
+        }
+    }
+    pub mod profiles {
+        tonic::include_proto!("perftools.profiles");
+    }
+}
+
+pub use generated::{control::v1 as control, ingest::v1 as ingest, profiles, query::v1 as query};
+
+/// The encoded `FileDescriptorSet` of every `.proto` file, for gRPC reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
