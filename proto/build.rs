@@ -17,6 +17,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
     tonic_prost_build::configure()
+        // `AgentService.Connect` would collide with a generated `connect` constructor; channels are built by hand.
+        .build_transport(false)
         // Ordered maps, so that the same message has the same bytes: rule digests and profiles depend on it.
         .btree_map(".")
         .compile_fds(descriptors)?;

@@ -1,1 +1,17 @@
-//! placeholder
+//! The node program of Gannet: watches every process, samples those that a rule names, and hands on what it saw.
+//!
+//! Data flows one way: `kernel` reads events, `process` keeps who is who, `profile` adds samples up by window,
+//! `symbols` names the frames, `export` delivers. The only way back is a rule (`rules`, fed by `control`).
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        reason = "a test that cannot go on shall say so at once"
+    )
+)]
+
+pub mod process;
+pub mod profile;
+pub mod symbols;

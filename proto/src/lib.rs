@@ -2,9 +2,11 @@
 //! about them (the rule model and its validator, the pprof format, series labels, the loss ledger).
 
 /// The generated types and services.
-#[expect(
+#[allow(
     missing_docs,
+    unreachable_pub,
     clippy::pedantic,
+    clippy::doc_lazy_continuation,
     reason = "generated; the documentation is the .proto files'"
 )]
 mod generated {

@@ -1,0 +1,5 @@
+//! Names for frames.
+
+mod file;
+
+pub use file::MappedFile;
