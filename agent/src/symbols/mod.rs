@@ -1,5 +1,7 @@
 //! Names for frames.
 
+mod elf;
 mod file;
 
-pub use file::MappedFile;
+pub use elf::ElfError;
+pub use file::{FileId, FileMapping, FileTable, FileTableStats, MappedFile};
