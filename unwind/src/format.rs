@@ -1,0 +1,356 @@
+//! The layout of unwind tables: what the kernel side reads, word for word.
+//!
+//! # One table
+//! A table is an array of 64-byte [`Line`]s (one cache line, one value of a BPF array), directory first:
+//!
+//! ```text
+//! line 0 .. d-1      directory: one u32 per granule (2 KiB) of ELF virtual address, 16 to a line
+//! line d .. n-1      rows: one u32 each, 16 to a line, ascending within a page (64 KiB)
+//! ```
+//!
+//! * The **base** of a table is the ELF virtual address of its first granule, a multiple of [`PAGE_BYTES`].
+//! * A **directory word** says where the rows of one granule are: bits 0..24 the first line (counted from line 0 of
+//!   the table, so never below `d`), bits 24..32 how many more lines may hold the answer.
+//! * A **row** is `pc_low << 16 | rule`: from `page + pc_low` on, until the next row, rule number `rule` holds. The
+//!   address is in the high half so that one comparison of whole words orders rows.
+//! * Lines never cross a page, and the first row of every page has `pc_low` 0: it carries in the rule that holds at
+//!   the start of the page. So the first line that a directory word names always has a row at or before the address,
+//!   and no search ever looks back.
+//! * Unused rows at the end of a page's last line repeat its last real row. They may match, and then they say the
+//!   same as the row they repeat; there is no address that a filler could steal (0xffff included).
+//! * Rule number 0 is [`Rule::NONE`] in every table: "no function here".
+//!
+//! # Search
+//! ```text
+//! offset  = address - base                  (refuse if address < base)
+//! granule = offset >> GRANULE_SHIFT         (refuse if granule >= granules)
+//! word    = line[granule >> 4][granule & 15]
+//! first, more = word & 0xffffff, word >> 24
+//! key     = (address & 0xffff) << 16 | 0xffff
+//! at = 0;  for step in 128, 64, .. 1:  if at + step <= more and line[first + at + step][0] <= key: at += step
+//! row = 0; for step in 8, 4, 2, 1:     if line[first + at][row + step] <= key: row += step
+//! rule    = line[first + at][row] & 0xffff
+//! ```
+//! Both loops have a constant number of steps. In shipped code a granule spans some 5 lines, so of the 8 steps of
+//! the first loop 2 or 3 read a line; the bound of 8 is what a row for every single address would need.
+//!
+//! # Rule numbers
+//! [`crate::table::Table`] numbers its own rules from 0. In the kernel all tables share one array of [`Rule`]s, and
+//! [`crate::intern::Interner`] turns a table's own numbers into those of the node.
+//!
+//! # One step of a walk
+//! `sp`, `fp` and `pc` are the registers of the frame; `fp` is rbp or x29. A register marked lost makes every rule
+//! that reads it fail.
+//!
+//! ```text
+//! rule = lookup(pc_is_exact ? pc : pc - 1)     exact for the first frame and the one below a signal frame
+//! cfa  = by cfa_kind                           see `cfa`
+//! ra   = by ra_kind                            UNDEFINED: the walk ends here and is complete
+//! fp'  = by fp_kind                            UNDEFINED: lost from here on
+//! sp'  = cfa;  pc' = ra (signature bits stripped);  pc_is_exact' = flags & SIGNAL
+//! ```
+//! A register rule (`REGISTER + n`) is good only in a frame all of whose registers are known: the first one.
+
+/// Bytes of ELF virtual address that one 16-bit `pc_low` spans.
+pub const PAGE_SHIFT: u32 = 16;
+/// See [`PAGE_SHIFT`].
+pub const PAGE_BYTES: u64 = 1 << PAGE_SHIFT;
+/// Bytes of ELF virtual address per directory word. Smaller ones shorten the search and cost 4 bytes each: at 2 KiB
+/// the directory is below 2 % of a usual table.
+pub const GRANULE_SHIFT: u32 = 11;
+/// See [`GRANULE_SHIFT`].
+pub const GRANULE_BYTES: u64 = 1 << GRANULE_SHIFT;
+/// Words in a line.
+pub const WORDS_PER_LINE: usize = 16;
+/// Bytes of a line.
+pub const LINE_BYTES: usize = 64;
+/// Bits of a directory word that hold the first line.
+pub const DIRECTORY_LINE_BITS: u32 = 24;
+/// Lines that one table can have.
+pub const MAX_LINES: usize = 1 << DIRECTORY_LINE_BITS;
+/// Most lines beyond the first that a granule can need: a row for each of its addresses, and the line in which they
+/// begin shared with the granule before.
+pub const MAX_MORE_LINES: u32 = (GRANULE_BYTES as u32).div_ceil(WORDS_PER_LINE as u32);
+/// The first (largest) step of the search over lines; its steps halve down to 1.
+pub const FIRST_LINE_STEP: u32 = 128;
+/// The first (largest) step of the search within a line.
+pub const FIRST_ROW_STEP: usize = WORDS_PER_LINE / 2;
+/// Rule numbers are 16 bits, and 0 is [`Rule::NONE`].
+pub const MAX_RULES: usize = 1 << 16;
+/// The number of [`Rule::NONE`] in every table and on every node.
+pub const RULE_NONE: u16 = 0;
+
+const _: () = assert!(GRANULE_SHIFT < PAGE_SHIFT);
+const _: () = assert!(MAX_MORE_LINES < 1 << (32 - DIRECTORY_LINE_BITS));
+const _: () = assert!(FIRST_LINE_STEP.is_power_of_two() && MAX_MORE_LINES < 2 * FIRST_LINE_STEP);
+const _: () = assert!(WORDS_PER_LINE == 2 * FIRST_ROW_STEP);
+const _: () = assert!(LINE_BYTES == WORDS_PER_LINE * size_of::<u32>());
+const _: () = assert!(size_of::<Line>() == LINE_BYTES && align_of::<Line>() == LINE_BYTES);
+const _: () = assert!(size_of::<Rule>() == 16 && align_of::<Rule>() == 4);
+
+/// Sixteen directory words or rows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C, align(64))]
+pub struct Line(pub [u32; WORDS_PER_LINE]);
+
+/// Packs a row.
+pub const fn row(pc_low: u16, rule: u16) -> u32 {
+    (pc_low as u32) << 16 | rule as u32
+}
+
+/// The low 16 bits of the address from which a row holds.
+pub const fn row_pc_low(row: u32) -> u16 {
+    (row >> 16) as u16
+}
+
+/// The rule number of a row.
+pub const fn row_rule(row: u32) -> u16 {
+    row as u16
+}
+
+/// Packs a directory word.
+pub const fn directory_word(first_line: u32, more: u32) -> u32 {
+    debug_assert!(first_line < MAX_LINES as u32 && more <= MAX_MORE_LINES);
+    more << DIRECTORY_LINE_BITS | first_line
+}
+
+/// The first line that a directory word names, and how many more follow it.
+pub const fn directory_parts(word: u32) -> (u32, u32) {
+    (word & (MAX_LINES as u32 - 1), word >> DIRECTORY_LINE_BITS)
+}
+
+/// Values of [`Rule::cfa_kind`]: how to find the canonical frame address, which is the caller's stack pointer.
+pub mod cfa {
+    /// No function here: the address is in a gap, or outside the table. `cfa_offset` 0.
+    pub const NONE: u8 = 0;
+    /// `sp + cfa_offset`
+    pub const SP: u8 = 1;
+    /// `fp + cfa_offset`
+    pub const FP: u8 = 2;
+    /// `*(u64 *)(sp + cfa_offset)`
+    pub const SP_DEREF: u8 = 3;
+    /// `*(u64 *)(fp + cfa_offset)`
+    pub const FP_DEREF: u8 = 4;
+    /// `sp + 8 + ((pc & 15) >= cfa_offset ? 8 : 0)`: the entries of a procedure linkage table, which push once.
+    pub const PLT: u8 = 5;
+    /// There is a function here and no rule for it that this format can say; `cfa_offset` holds the
+    /// [`super::Unsupported`].
+    pub const UNSUPPORTED: u8 = 6;
+    /// `REGISTER + n`: the register with DWARF number n (0 to 31), plus `cfa_offset`. First frame only.
+    pub const REGISTER: u8 = 0x40;
+}
+
+/// Values of [`Rule::fp_kind`] and [`Rule::ra_kind`]: where the caller's frame pointer or the return address is.
+pub mod loc {
+    /// Frame pointer: unchanged. Never used for the return address.
+    pub const SAME: u8 = 0;
+    /// `*(u64 *)(cfa + offset)`
+    pub const CFA: u8 = 1;
+    /// `*(u64 *)(sp + offset)`, with the frame's own `sp`
+    pub const SP: u8 = 2;
+    /// `*(u64 *)(fp + offset)`, with the frame's own `fp`
+    pub const FP: u8 = 3;
+    /// Frame pointer: lost. Return address: there is none, the walk is complete.
+    pub const UNDEFINED: u8 = 4;
+    /// `REGISTER + n`: in the register with DWARF number n (0 to 31). First frame only.
+    pub const REGISTER: u8 = 0x40;
+}
+
+/// Bits of [`Rule::flags`].
+pub mod flags {
+    /// A signal handler returns here: the caller's pc is the exact place of the interruption.
+    pub const SIGNAL: u8 = 1;
+    /// Nothing in the file says so: a guess by convention (frame pointer). Frames found by it are marked.
+    pub const GUESSED: u8 = 2;
+    /// The return address is signed (aarch64 pointer authentication): strip the signature.
+    pub const RA_SIGNED: u8 = 4;
+}
+
+/// DWARF numbers of the registers that rules speak of by role.
+pub mod dwarf_register {
+    /// rbp
+    pub const X86_64_FP: u16 = 6;
+    /// rsp
+    pub const X86_64_SP: u16 = 7;
+    /// The return address column of x86_64.
+    pub const X86_64_RA: u16 = 16;
+    /// x29
+    pub const AARCH64_FP: u16 = 29;
+    /// x30, the link register
+    pub const AARCH64_LR: u16 = 30;
+    /// sp
+    pub const AARCH64_SP: u16 = 31;
+}
+
+/// Why a place has no rule though there is a function: what stands in `cfa_offset` of [`cfa::UNSUPPORTED`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord, Hash)]
+#[repr(i32)]
+pub enum Unsupported {
+    /// The frame address is a DWARF expression of a shape that no compiler was seen to make.
+    Expression = 1,
+    /// The frame address, or what it depends on, is in a vector or pseudo register.
+    Register = 2,
+    /// The return address is found by an expression of a shape that no compiler was seen to make.
+    ReturnAddress = 3,
+    /// An offset does not fit 32 bits.
+    Offset = 4,
+    /// The instructions of the function's entry break off or contradict themselves.
+    Malformed = 5,
+}
+
+impl Unsupported {
+    /// All of them, in order of their numbers.
+    pub const ALL: [Self; 5] =
+        [Self::Expression, Self::Register, Self::ReturnAddress, Self::Offset, Self::Malformed];
+
+    /// Lower-case words for metrics and messages.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Expression => "cfa_expression",
+            Self::Register => "cfa_register",
+            Self::ReturnAddress => "return_address_expression",
+            Self::Offset => "offset_too_large",
+            Self::Malformed => "malformed_entry",
+        }
+    }
+}
+
+/// How to step from a frame to its caller.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord, Hash, Default)]
+#[repr(C)]
+pub struct Rule {
+    /// One of [`cfa`].
+    pub cfa_kind: u8,
+    /// One of [`loc`].
+    pub fp_kind: u8,
+    /// One of [`loc`], never `SAME` in a rule that can be stepped.
+    pub ra_kind: u8,
+    /// Bits of [`flags`].
+    pub flags: u8,
+    /// Bytes; meaning by `cfa_kind`.
+    pub cfa_offset: i32,
+    /// Bytes; meaning by `fp_kind`.
+    pub fp_offset: i32,
+    /// Bytes; meaning by `ra_kind`.
+    pub ra_offset: i32,
+}
+
+impl Rule {
+    /// No function here.
+    pub const NONE: Self = Self {
+        cfa_kind: cfa::NONE,
+        fp_kind: loc::SAME,
+        ra_kind: loc::SAME,
+        flags: 0,
+        cfa_offset: 0,
+        fp_offset: 0,
+        ra_offset: 0,
+    };
+
+    /// The caller is found as all x86_64 functions leave it at their first instruction: return address on top.
+    pub const X86_64_ENTRY: Self = Self::x86_64_sp(8);
+
+    /// The frame-pointer convention, the same offsets on both architectures: saved frame pointer at `fp`, return
+    /// address above it.
+    pub const FRAME_POINTER: Self = Self {
+        cfa_kind: cfa::FP,
+        fp_kind: loc::CFA,
+        ra_kind: loc::CFA,
+        flags: flags::GUESSED,
+        cfa_offset: 16,
+        fp_offset: -16,
+        ra_offset: -8,
+    };
+
+    /// The signal return trampoline of x86_64 Linux: `sp` points at the kernel's `ucontext`, which holds rbp at 120,
+    /// rsp at 160 and rip at 168.
+    pub const X86_64_SIGNAL: Self = Self {
+        cfa_kind: cfa::SP_DEREF,
+        fp_kind: loc::SP,
+        ra_kind: loc::SP,
+        flags: flags::SIGNAL,
+        cfa_offset: 160,
+        fp_offset: 120,
+        ra_offset: 168,
+    };
+
+    /// x86_64: frame address at `sp + cfa_offset`, return address just below it, rbp untouched.
+    pub const fn x86_64_sp(cfa_offset: i32) -> Self {
+        Self {
+            cfa_kind: cfa::SP,
+            fp_kind: loc::SAME,
+            ra_kind: loc::CFA,
+            flags: 0,
+            cfa_offset,
+            fp_offset: 0,
+            ra_offset: -8,
+        }
+    }
+
+    /// x86_64: an entry of a procedure linkage table that has pushed once its pc has come `pushed_from` bytes far
+    /// into the 16 of the entry.
+    pub const fn x86_64_plt(pushed_from: u8) -> Self {
+        Self { cfa_kind: cfa::PLT, cfa_offset: pushed_from as i32, ..Self::X86_64_ENTRY }
+    }
+
+    /// A function whose rule this format cannot say.
+    pub const fn unsupported(why: Unsupported) -> Self {
+        Self { cfa_kind: cfa::UNSUPPORTED, cfa_offset: why as i32, ..Self::NONE }
+    }
+
+    /// Why this place has no rule, if that is so.
+    pub fn unsupported_reason(&self) -> Option<Unsupported> {
+        (self.cfa_kind == cfa::UNSUPPORTED)
+            .then(|| Unsupported::ALL.into_iter().find(|u| *u as i32 == self.cfa_offset))
+            .flatten()
+    }
+
+    /// Whether the walk ends here and is complete: the outermost frame of a thread says that it has no caller.
+    pub const fn is_outermost(&self) -> bool {
+        self.ra_kind == loc::UNDEFINED
+    }
+
+    /// The 16 bytes as the kernel sees them.
+    pub fn to_bytes(self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&[self.cfa_kind, self.fp_kind, self.ra_kind, self.flags]);
+        bytes[4..8].copy_from_slice(&self.cfa_offset.to_ne_bytes());
+        bytes[8..12].copy_from_slice(&self.fp_offset.to_ne_bytes());
+        bytes[12..].copy_from_slice(&self.ra_offset.to_ne_bytes());
+        bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rule_bytes_are_the_struct_in_memory() {
+        let rule = Rule {
+            cfa_kind: 1,
+            fp_kind: 2,
+            ra_kind: 3,
+            flags: 4,
+            cfa_offset: 0x0102_0304,
+            fp_offset: -2,
+            ra_offset: -3,
+        };
+        assert_eq!(std::mem::offset_of!(Rule, cfa_offset), 4);
+        assert_eq!(std::mem::offset_of!(Rule, fp_offset), 8);
+        assert_eq!(std::mem::offset_of!(Rule, ra_offset), 12);
+        #[cfg(target_endian = "little")]
+        assert_eq!(rule.to_bytes(), [1, 2, 3, 4, 4, 3, 2, 1, 254, 255, 255, 255, 253, 255, 255, 255]);
+        assert_eq!(Rule::NONE.to_bytes(), [0; 16]);
+    }
+
+    #[test]
+    fn words_round_trip_at_their_edges() {
+        for (pc, rule) in [(0, 0), (0xffff, 0xffff), (0xffff, 0), (0, 0xffff), (0x1234, 0x5678)] {
+            assert_eq!((row_pc_low(row(pc, rule)), row_rule(row(pc, rule))), (pc, rule));
+        }
+        for (first, more) in [(0, 0), (MAX_LINES as u32 - 1, MAX_MORE_LINES), (7, 1)] {
+            assert_eq!(directory_parts(directory_word(first, more)), (first, more));
+        }
+    }
+}
