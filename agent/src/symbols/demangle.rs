@@ -1,0 +1,103 @@
+//! Readable names for what C++ and Rust compilers call their functions.
+
+use std::fmt::{self, Write};
+
+/// Longer names are cut: those of some C++ templates would fill a profile.
+pub(crate) const MAX_NAME_BYTES: usize = 2048;
+
+/// The name as a programmer would write it; what is not mangled is as it was.
+pub(crate) fn demangle(raw: &str) -> String {
+    let mut name = Limited(String::new());
+    // An error is only ever the limit, or a name that turns out not to be a mangled one.
+    let done = if let Ok(symbol) = rustc_demangle::try_demangle(raw) {
+        write!(name, "{symbol:#}").is_ok()
+    } else if let Some(symbol) = cpp_symbol(raw) {
+        symbol.structured_demangle(&mut name, &cpp_demangle::DemangleOptions::new()).is_ok()
+    } else {
+        false
+    };
+    let Limited(mut name) = name;
+    if name.is_empty() {
+        return cut(raw);
+    }
+    if !done {
+        name.push('…');
+    }
+    name
+}
+
+fn cpp_symbol(raw: &str) -> Option<cpp_demangle::Symbol<&[u8]>> {
+    // The parser takes time and stack by the length of what it is given.
+    if !raw.starts_with("_Z") || raw.len() > MAX_NAME_BYTES {
+        return None;
+    }
+    cpp_demangle::Symbol::new(raw.as_bytes()).ok()
+}
+
+/// At most `MAX_NAME_BYTES` of the name, without control characters.
+pub(crate) fn cut(name: &str) -> String {
+    let mut limited = Limited(String::new());
+    let whole = limited.write_str(name).is_ok();
+    let Limited(mut name) = limited;
+    if !whole {
+        name.push('…');
+    }
+    name
+}
+
+/// Some mangled names stand for text many times longer than they are; this takes what is wanted of it and stops.
+struct Limited(String);
+
+impl Write for Limited {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for character in text.chars() {
+            if self.0.len() >= MAX_NAME_BYTES {
+                return Err(fmt::Error);
+            }
+            self.0.push(if character.is_control() { '?' } else { character });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn names_read_as_programmers_write_them() {
+        for (raw, expected) in [
+            ("main", "main"),
+            ("_ZN4core9panicking9panic_fmt17h5f1a6fd39197ad62E", "core::panicking::panic_fmt"),
+            ("_RNvNtCs1234_7mycrate3foo3bar", "mycrate::foo::bar"),
+            ("_ZN3foo3barEi", "foo::bar(int)"),
+            ("_ZNSt6vectorIiSaIiEE9push_backEOi", "std::vector<int, std::allocator<int> >::push_back(int&&)"),
+            ("_Znonsense", "_Znonsense"),
+            ("a\u{1b}[31mb\n", "a?[31mb?"),
+        ] {
+            assert_eq!(demangle(raw), expected);
+        }
+    }
+
+    #[test]
+    fn a_name_that_explodes_is_cut() {
+        // Each substitution doubles what the one before it stands for.
+        let mut raw = String::from("_Z1fI1aE");
+        for level in 0..30 {
+            raw.push_str(&format!("1bIS{level}_S{level}_E"));
+        }
+        assert!(demangle(&raw).len() <= MAX_NAME_BYTES + 4);
+        assert!(demangle(&"x".repeat(1 << 20)).len() <= MAX_NAME_BYTES + 4);
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_has_a_bounded_name(text in "(_ZN|_R|_Z|)[ -~]{0,300}") {
+            let name = demangle(&text);
+            prop_assert!(name.len() <= MAX_NAME_BYTES + 4);
+            prop_assert!(text.is_empty() || !name.is_empty());
+        }
+    }
+}
