@@ -12,6 +12,7 @@
     )
 )]
 
+pub mod kernel;
 pub mod process;
 pub mod profile;
 pub mod symbols;

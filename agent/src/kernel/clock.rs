@@ -1,0 +1,157 @@
+//! The sampling clocks: a perf event on every online CPU for each rate in use.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    io::{self, Read as _},
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+};
+
+use libbpf_rs::{Link, ProgramMut};
+use perf_event_open_sys::bindings;
+
+use super::KernelError;
+
+const ONLINE: &str = "/sys/devices/system/cpu/online";
+
+/// All clocks. Owner of the perf events; dropping it stops them.
+#[derive(Default)]
+pub(super) struct Clocks {
+    running: BTreeMap<(u64, u32), Clock>,
+    periods_ns: BTreeSet<u64>,
+    /// Ticks of clocks that were stopped, as `ticks_due` counts them.
+    past_ticks: u64,
+}
+
+struct Clock {
+    /// Holds the perf event open: closing it would end the sampling.
+    _link: Link,
+    /// The same event, for reading its count.
+    event: fs::File,
+    period_ns: u64,
+}
+
+impl Clocks {
+    /// Runs exactly one clock for each period on each online CPU: starts what is missing, stops what is too much.
+    pub(super) fn set(
+        &mut self,
+        program: &ProgramMut<'_>,
+        periods_ns: BTreeSet<u64>,
+    ) -> Result<(), KernelError> {
+        let online = online_cpus()?;
+        let wanted: BTreeSet<(u64, u32)> =
+            periods_ns.iter().flat_map(|period| online.iter().map(|cpu| (*period, *cpu))).collect();
+        for key in wanted.iter().filter(|key| !self.running.contains_key(key)).copied().collect::<Vec<_>>() {
+            match Clock::start(program, key.0, key.1) {
+                Ok(clock) => {
+                    self.running.insert(key, clock);
+                }
+                // It went offline between the look and the call; the next look will tell.
+                Err(KernelError::PerfEvent { source, .. }) if source.raw_os_error() == Some(libc::ENODEV) => {
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        for key in self.running.keys().filter(|key| !wanted.contains(key)).copied().collect::<Vec<_>>() {
+            if let Some(mut clock) = self.running.remove(&key) {
+                self.past_ticks += clock.ticks_due();
+            }
+        }
+        self.periods_ns = periods_ns;
+        Ok(())
+    }
+
+    /// Follows CPUs that came or went.
+    pub(super) fn follow_cpus(&mut self, program: &ProgramMut<'_>) -> Result<(), KernelError> {
+        self.set(program, self.periods_ns.clone())
+    }
+
+    /// How many ticks there should have been, by the kernel's own count of the events' running time.
+    pub(super) fn ticks_due(&mut self) -> u64 {
+        self.past_ticks + self.running.values_mut().map(Clock::ticks_due).sum::<u64>()
+    }
+}
+
+impl Clock {
+    fn start(program: &ProgramMut<'_>, period_ns: u64, cpu: u32) -> Result<Self, KernelError> {
+        let failed = |source| KernelError::PerfEvent { cpu, source };
+        let mut attr = bindings::perf_event_attr {
+            type_: bindings::PERF_TYPE_SOFTWARE,
+            size: size_of::<bindings::perf_event_attr>() as u32,
+            config: u64::from(bindings::PERF_COUNT_SW_CPU_CLOCK),
+            ..Default::default()
+        };
+        attr.__bindgen_anon_1.sample_period = period_ns;
+        attr.set_disabled(1);
+        // SAFETY: the attribute structure is valid for the call and its size is set.
+        let fd = unsafe {
+            perf_event_open_sys::perf_event_open(
+                &raw mut attr,
+                -1,
+                cpu.cast_signed(),
+                -1,
+                bindings::PERF_FLAG_FD_CLOEXEC.into(),
+            )
+        };
+        if fd < 0 {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        // SAFETY: a new descriptor that nobody else has.
+        let event = unsafe { OwnedFd::from_raw_fd(fd) };
+        let reader = event.try_clone().map_err(failed)?;
+        // The link takes the descriptor over and closes it when it is dropped.
+        let link = program
+            .attach_perf_event(event.as_raw_fd())
+            .map_err(|source| KernelError::Attach { what: "the sampler to a CPU clock", source })?;
+        std::mem::forget(event);
+        Ok(Self { _link: link, event: reader.into(), period_ns })
+    }
+
+    /// The count of a cpu-clock event is nanoseconds.
+    fn ticks_due(&mut self) -> u64 {
+        let mut count = [0; 8];
+        match self.event.read_exact(&mut count) {
+            Ok(()) => u64::from_ne_bytes(count) / self.period_ns,
+            // The CPU is offline: the event counts no more.
+            Err(_) => 0,
+        }
+    }
+}
+
+/// Numbers of the CPUs that run.
+pub fn online_cpus() -> Result<Vec<u32>, KernelError> {
+    let text = fs::read_to_string(ONLINE).map_err(|source| KernelError::Read { path: ONLINE, source })?;
+    parse_cpu_list(&text).ok_or_else(|| KernelError::Read {
+        path: ONLINE,
+        source: io::Error::new(io::ErrorKind::InvalidData, format!("`{}` is no list of CPUs", text.trim())),
+    })
+}
+
+/// Reads `0-3,8,10-11`.
+fn parse_cpu_list(text: &str) -> Option<Vec<u32>> {
+    let mut cpus = Vec::new();
+    for part in text.trim().split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+        // The kernel's own limit is 8192; a wrong line must not become a long loop.
+        if first > last || last > 0xffff {
+            return None;
+        }
+        cpus.extend(first..=last);
+    }
+    Some(cpus)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_lists() {
+        assert_eq!(parse_cpu_list("0\n"), Some(vec![0]));
+        assert_eq!(parse_cpu_list("0-2,5,7-8\n"), Some(vec![0, 1, 2, 5, 7, 8]));
+        for wrong in ["", "a", "3-1", "0-", "0,,1", "0-99999999"] {
+            assert_eq!(parse_cpu_list(wrong), None, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! What the kernel side reports, as typed events.
+
+use std::mem::{offset_of, size_of};
+
+use gannet_bpf::types;
+
+use crate::{
+    process::ProcessKey,
+    profile::{SampleKind, StackEnd},
+};
+
+// From gannet.h; the skeleton carries types, not enumerators.
+const SAMPLE: u32 = 1;
+const EXEC: u32 = 2;
+const FORK: u32 = 3;
+const EXIT: u32 = 4;
+const FOUND: u32 = 5;
+
+/// One report of the kernel side. Events arrive in the order in which the kernel made them, over all CPUs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A stack was sampled.
+    Sample(Sample),
+    /// A process replaced its image.
+    Exec {
+        /// Who, in its new generation.
+        subject: Subject,
+        /// The path as given to `execve`, cut at 127 bytes.
+        path: String,
+        /// Another thread than the leader called it.
+        by_thread: bool,
+    },
+    /// A process that is sampled has a child.
+    Fork {
+        /// The child.
+        subject: Subject,
+        /// Thread group id of the parent.
+        parent: u32,
+    },
+    /// A process ended: its last thread did.
+    Exit {
+        /// Who.
+        subject: Subject,
+        /// As `wait(2)` gives it.
+        status: ExitStatus,
+    },
+    /// A process that already ran when the rules came, and is wanted by one.
+    Found {
+        /// Who.
+        subject: Subject,
+    },
+}
+
+/// Whom an event is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subject {
+    /// The process.
+    pub key: ProcessKey,
+    /// Which of its images: the kernel's count of its `execve` calls.
+    pub exec_id: u32,
+    /// Nanoseconds of the boot clock.
+    pub ktime_ns: u64,
+    /// Inode number of its control group.
+    pub cgroup_id: u64,
+    /// Command name; of a sample the thread's.
+    pub comm: String,
+    /// The rules that want it, one bit for each slot.
+    pub rules: u64,
+}
+
+/// One sampled stack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Whose.
+    pub subject: Subject,
+    /// The thread.
+    pub tid: u32,
+    /// What it measures.
+    pub kind: SampleKind,
+    /// On CPU: nanoseconds between two ticks. Off CPU: nanoseconds blocked.
+    pub value_ns: u64,
+    /// Leaf first.
+    pub kernel: Vec<u64>,
+    /// Leaf first.
+    pub user: Vec<u64>,
+    /// How the walk over the user stack ended.
+    pub end: StackEnd,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExitStatus(pub u32);
+
+impl ExitStatus {
+    /// What it gave to `exit`.
+    pub fn code(self) -> u32 {
+        self.0 >> 8 & 0xff
+    }
+
+    /// The signal that ended it; 0 for none.
+    pub fn signal(self) -> u32 {
+        self.0 & 0x7f
+    }
+}
+
+/// The bytes are no event: the agent and its BPF programs are not of one build.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// Fewer bytes than the kind has.
+    #[error("an event of kind {kind} needs {needed} bytes and has {got}")]
+    Short {
+        /// Number of the kind.
+        kind: u32,
+        /// Bytes that it needs.
+        needed: usize,
+        /// Bytes that are there.
+        got: usize,
+    },
+    /// A kind that this build does not know.
+    #[error("there is no event kind {0}")]
+    Kind(u32),
+}
+
+impl Event {
+    /// Reads one record of the ring.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let kind = bytes.first_chunk().map_or(0, |four| u32::from_ne_bytes(*four));
+        match kind {
+            SAMPLE => Sample::decode(bytes).map(Self::Sample),
+            EXEC | FORK | EXIT | FOUND => {
+                let record: types::lifecycle = read(bytes, kind)?;
+                let subject = Subject::from(&record.event);
+                Ok(match kind {
+                    EXEC => {
+                        Self::Exec { subject, path: text(&record.path), by_thread: record.by_thread != 0 }
+                    }
+                    FORK => Self::Fork { subject, parent: record.event.tid },
+                    EXIT => Self::Exit { subject, status: ExitStatus(record.exit_code) },
+                    _ => Self::Found { subject },
+                })
+            }
+            other => Err(DecodeError::Kind(other)),
+        }
+    }
+}
+
+impl Sample {
+    fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let head: types::sample = read(bytes, SAMPLE)?;
+        let (kernel, user) = (usize::from(head.kernel_frames), usize::from(head.user_frames));
+        let needed = size_of::<types::sample>() + (kernel + user) * 8;
+        let frames = bytes.get(offset_of!(types::sample, frames)..needed).ok_or(DecodeError::Short {
+            kind: SAMPLE,
+            needed,
+            got: bytes.len(),
+        })?;
+        let mut frames = frames.as_chunks().0.iter().map(|eight| u64::from_ne_bytes(*eight));
+        Ok(Self {
+            tid: head.event.tid,
+            kind: if head.kind == 0 { SampleKind::OnCpu } else { SampleKind::OffCpu },
+            value_ns: head.value_ns,
+            kernel: frames.by_ref().take(kernel).collect(),
+            user: frames.collect(),
+            end: match head.user_end {
+                0 => StackEnd::None,
+                1 => StackEnd::Complete,
+                2 => StackEnd::Truncated,
+                _ => StackEnd::Broken,
+            },
+            subject: Subject::from(&head.event),
+        })
+    }
+}
+
+impl From<&types::event> for Subject {
+    fn from(event: &types::event) -> Self {
+        Self {
+            key: ProcessKey { tgid: event.tgid, start_boottime_ns: event.start_boottime },
+            exec_id: event.exec_id,
+            ktime_ns: event.ktime,
+            cgroup_id: event.cgroup_id,
+            comm: text(&event.comm),
+            rules: event.rules,
+        }
+    }
+}
+
+/// Bytes up to the first NUL; what is no UTF-8 is replaced.
+fn text(bytes: &[i8]) -> String {
+    let bytes: Vec<u8> =
+        bytes.iter().map(|byte| byte.cast_unsigned()).take_while(|byte| *byte != 0).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// The structures that BPF programs write: integers and arrays of them only, so that any bytes are a valid value.
+trait Plain: Copy {}
+impl Plain for types::lifecycle {}
+impl Plain for types::sample {}
+
+fn read<T: Plain>(bytes: &[u8], kind: u32) -> Result<T, DecodeError> {
+    if bytes.len() < size_of::<T>() {
+        return Err(DecodeError::Short { kind, needed: size_of::<T>(), got: bytes.len() });
+    }
+    // SAFETY: there are enough bytes, unaligned reading is asked for, and `Plain` types have no invalid values.
+    Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn bytes_of_lifecycle(record: &types::lifecycle) -> Vec<u8> {
+        // SAFETY: a plain structure without uninitialised padding: made by `Default` and fields that fill it.
+        unsafe {
+            std::slice::from_raw_parts(std::ptr::from_ref(record).cast::<u8>(), size_of::<types::lifecycle>())
+        }
+        .to_vec()
+    }
+
+    #[test]
+    fn r21_an_exit_tells_code_and_signal() {
+        let mut record = types::lifecycle::default();
+        record.event.kind = EXIT;
+        record.event.tgid = 42;
+        record.event.start_boottime = 7;
+        for (status, code, signal) in [(7 << 8, 7, 0), (9, 0, 9)] {
+            record.exit_code = status;
+            let Event::Exit { subject, status } = Event::decode(&bytes_of_lifecycle(&record)).unwrap() else {
+                panic!("an exit");
+            };
+            assert_eq!(subject.key, ProcessKey { tgid: 42, start_boottime_ns: 7 });
+            assert_eq!((status.code(), status.signal()), (code, signal));
+        }
+    }
+
+    #[test]
+    fn a_sample_that_claims_more_frames_than_it_has_is_refused() {
+        let mut bytes = vec![0; size_of::<types::sample>() + 16];
+        bytes[..4].copy_from_slice(&SAMPLE.to_ne_bytes());
+        let at = offset_of!(types::sample, kernel_frames);
+        bytes[at..at + 2].copy_from_slice(&2_u16.to_ne_bytes());
+        assert!(matches!(Event::decode(&bytes), Ok(Event::Sample(sample)) if sample.kernel.len() == 2));
+        bytes[at..at + 2].copy_from_slice(&3_u16.to_ne_bytes());
+        assert!(matches!(Event::decode(&bytes), Err(DecodeError::Short { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn r24_arbitrary_bytes_decode_or_fail_but_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0_u32..8) {
+            if let Some(first) = bytes.first_chunk_mut() {
+                *first = kind.to_ne_bytes();
+            }
+            let _ = Event::decode(&bytes);
+        }
+    }
+}

@@ -1,0 +1,559 @@
+//! The agent's hold on the kernel: the BPF programs, their maps, the clocks, and the ring that everything is reported
+//! through. Mechanism only: what is to be sampled is decided elsewhere.
+//!
+//! [`Kernel::open`], [`Opened::load`] and [`Loaded::attach`] are a chain, so that nothing can be used before its time.
+//! Dropping a [`Kernel`] stops the clocks, then detaches the programs, then frees the maps.
+
+mod clock;
+mod event;
+
+use std::{
+    cell::RefCell,
+    collections::BTreeSet,
+    io::{self, Read as _},
+    mem::{MaybeUninit, size_of},
+    os::fd::{BorrowedFd, RawFd},
+    rc::Rc,
+    sync::{Mutex, PoisonError},
+};
+
+use gannet_bpf::{GannetProgs, GannetSkel, GannetSkelBuilder, OpenGannetSkel, types};
+use libbpf_rs::{
+    Iter, Link, MapCore, MapFlags, OpenObject, PrintLevel, ProgramMut, RingBuffer, RingBufferBuilder, query,
+    skel::{OpenSkel as _, SkelBuilder as _},
+};
+
+pub use clock::online_cpus;
+pub use event::{DecodeError, Event, ExitStatus, Sample, Subject};
+
+use crate::process::ProcessKey;
+
+/// Rules that can be in force at one time: one bit each in a sample.
+pub const MAX_RULES: usize = 64;
+
+/// How much of the verifier's log goes into an error.
+const LOG_LINES: usize = 12;
+
+/// What libbpf complained about since a kernel side was opened last; its callback takes no context.
+static COMPLAINTS: Mutex<String> = Mutex::new(String::new());
+
+/// What the kernel side is sized by.
+#[derive(Clone, Copy, Debug)]
+pub struct KernelOptions {
+    /// Bytes of the ring; rounded up to a power of two.
+    pub ring_bytes: u32,
+    /// Processes that can be sampled or known at one time.
+    pub processes: u32,
+    /// Where the cgroup id of a process is read.
+    pub hierarchy: CgroupHierarchy,
+}
+
+impl Default for KernelOptions {
+    fn default() -> Self {
+        Self { ring_bytes: 4 << 20, processes: 16384, hierarchy: CgroupHierarchy::detect() }
+    }
+}
+
+/// Which tree of control groups processes are told apart by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CgroupHierarchy {
+    /// The unified one.
+    V2,
+    /// That of the v1 controller `cpu`. Pure v1 and hybrid hosts.
+    V1Cpu,
+    /// That of the v1 controller `memory`.
+    V1Memory,
+}
+
+impl CgroupHierarchy {
+    /// Looks at what the host has mounted: on a host with v1 controllers the container runtimes use those.
+    pub fn detect() -> Self {
+        // Lines of /proc/cgroups: name, hierarchy number, ...; hierarchy 0 is "not mounted as v1".
+        let table = std::fs::read_to_string("/proc/cgroups").unwrap_or_default();
+        let mounted = |controller| {
+            table.lines().any(|line| {
+                let mut fields = line.split_ascii_whitespace();
+                fields.next() == Some(controller) && fields.next().is_some_and(|hierarchy| hierarchy != "0")
+            })
+        };
+        match () {
+            () if mounted("cpu") => Self::V1Cpu,
+            () if mounted("memory") => Self::V1Memory,
+            () => Self::V2,
+        }
+    }
+}
+
+/// What can go wrong with the kernel side, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The object could not be opened.
+    #[error("the BPF object cannot be opened: {0}; this build is broken, install another")]
+    Open(#[source] libbpf_rs::Error),
+    /// The kernel refused programs or maps.
+    #[error(
+        "the kernel refused the BPF programs: {source:#}; `gannet-agent check` tells what is missing\n{log}"
+    )]
+    Load {
+        /// The end of what libbpf and the verifier wrote.
+        log: String,
+        /// What it said.
+        #[source]
+        source: libbpf_rs::Error,
+    },
+    /// A program could not be attached.
+    #[error("cannot attach {what}: {source:#}; `gannet-agent check` tells what is missing")]
+    Attach {
+        /// Which.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: libbpf_rs::Error,
+    },
+    /// The clock of a CPU could not be opened.
+    #[error(
+        "cannot open the clock of CPU {cpu}: {source}; CAP_PERFMON is needed, or kernel.perf_event_paranoid below 3"
+    )]
+    PerfEvent {
+        /// Which.
+        cpu: u32,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of the kernel could not be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// Which.
+        path: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A map could not be written or read.
+    #[error("BPF map {map}: {source:#}")]
+    Map {
+        /// Its name.
+        map: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: libbpf_rs::Error,
+    },
+    /// The walk over all processes failed.
+    #[error("the walk over the running processes failed: {0}")]
+    Walk(#[source] io::Error),
+    /// The ring could not be read.
+    #[error("the event ring cannot be read: {0:#}")]
+    Ring(#[source] libbpf_rs::Error),
+}
+
+/// Programs and maps, sized, not yet in the kernel.
+pub struct Opened {
+    skeleton: OpenGannetSkel<'static>,
+    ring_bytes: u32,
+}
+
+/// Programs and maps in the kernel, not yet called by it.
+pub struct Loaded {
+    skeleton: GannetSkel<'static>,
+    ring_bytes: u32,
+}
+
+/// The kernel side at work.
+pub struct Kernel {
+    // The order of the fields is the order of their end.
+    clocks: clock::Clocks,
+    _links: Vec<Link>,
+    walk: Option<Link>,
+    ring: RingBuffer<'static>,
+    queue: Rc<RefCell<Queue>>,
+    skeleton: GannetSkel<'static>,
+    degraded: Vec<String>,
+}
+
+#[derive(Default)]
+struct Queue {
+    events: Vec<Event>,
+    undecodable: u64,
+}
+
+/// What a process is to be sampled for: rules by slot, and the time between two ticks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Want {
+    /// One bit for each slot.
+    pub rules: u64,
+    /// The shortest that they ask for.
+    pub period_ns: u64,
+}
+
+/// What the agent decided for one process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arm {
+    /// Whom.
+    pub key: ProcessKey,
+    /// For which of its images; without meaning if sticky.
+    pub exec_id: u32,
+    /// Over exec, and for its children.
+    pub sticky: bool,
+    /// For what.
+    pub want: Want,
+}
+
+/// The rules in the form that the kernel side needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelRules {
+    /// What every process is sampled for.
+    pub all: Want,
+    /// Command names, exact or prefix, each with all that it asks for, shorter matching prefixes included.
+    pub comms: Vec<(CommPattern, Want)>,
+    /// Time between two ticks by slot; 0 for a slot that is free.
+    pub periods_ns: [u64; MAX_RULES],
+    /// A rule needs more than the command name: every process must be reported, so that the agent can decide.
+    pub report_all: bool,
+    /// Whether any rule wants user or kernel stacks.
+    pub user_stacks: bool,
+    /// See `user_stacks`.
+    pub kernel_stacks: bool,
+}
+
+impl Default for KernelRules {
+    fn default() -> Self {
+        Self {
+            all: Want::default(),
+            comms: Vec::new(),
+            periods_ns: [0; MAX_RULES],
+            report_all: false,
+            user_stacks: true,
+            kernel_stacks: true,
+        }
+    }
+}
+
+/// A command name, or the beginning of one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CommPattern {
+    /// At most 15 bytes.
+    pub text: String,
+    /// Longer names count too.
+    pub prefix: bool,
+}
+
+/// Counts of the kernel side since it was loaded. See gannet.h.
+pub type Counters = types::counters;
+
+impl Kernel {
+    /// Opens and sizes programs and maps.
+    pub fn open(options: KernelOptions) -> Result<Opened, KernelError> {
+        libbpf_rs::set_print(Some((PrintLevel::Warn, |_, text| {
+            tracing::debug!(target: "libbpf", "{}", text.trim_end());
+            COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
+        })));
+        COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        // The skeleton borrows its object. It is a few bytes, once for each time that the kernel side is loaded.
+        let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
+        let mut skeleton = GannetSkelBuilder::default().open(storage).map_err(KernelError::Open)?;
+        let ring_bytes = options.ring_bytes.max(1 << 16).next_power_of_two();
+        skeleton.maps.events.set_max_entries(ring_bytes).map_err(KernelError::Open)?;
+        skeleton.maps.procs.set_max_entries(options.processes).map_err(KernelError::Open)?;
+        skeleton.maps.arms.set_max_entries(options.processes).map_err(KernelError::Open)?;
+        if let Some(constants) = skeleton.maps.rodata_data.as_deref_mut() {
+            constants.cgroup_hierarchy = match options.hierarchy {
+                CgroupHierarchy::V2 => 0,
+                CgroupHierarchy::V1Cpu => 1,
+                CgroupHierarchy::V1Memory => 2,
+            };
+        }
+        Ok(Opened { skeleton, ring_bytes })
+    }
+
+    /// Reads what the ring holds now, in the kernel's order. Waits for nothing.
+    pub fn read(&mut self) -> Result<Vec<Event>, KernelError> {
+        self.ring.consume().map_err(KernelError::Ring)?;
+        Ok(std::mem::take(&mut self.queue.borrow_mut().events))
+    }
+
+    /// Records that were no event; must stay 0.
+    pub fn undecodable(&self) -> u64 {
+        self.queue.borrow().undecodable
+    }
+
+    /// Becomes readable when the kernel side asks to be read before the reader's own time.
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        let fd: RawFd = self.ring.epoll_fd();
+        // SAFETY: the ring owns the descriptor and lives as long as the borrow.
+        unsafe { BorrowedFd::borrow_raw(fd) }
+    }
+
+    /// What works less well on this kernel, in words.
+    pub fn degraded(&self) -> &[String] {
+        &self.degraded
+    }
+
+    /// Puts rules into force: whatever is executed from now on is decided by them, and so is whatever already runs,
+    /// by the time this returns. The clocks are those that the rules need. On an error the former rules stay.
+    pub fn set_rules(&mut self, rules: &KernelRules) -> Result<(), KernelError> {
+        let active = self.settings().active;
+        let next =
+            if active == 0 { &self.skeleton.maps.comm_rules_1 } else { &self.skeleton.maps.comm_rules_0 };
+        fill_trie(next, &rules.comms)?;
+        let periods: BTreeSet<u64> = rules.periods_ns.iter().copied().filter(|period| *period > 0).collect();
+        let live = rules
+            .periods_ns
+            .iter()
+            .enumerate()
+            .filter(|(_, period)| **period > 0)
+            .fold(0, |bits, (slot, _)| bits | 1_u64 << slot);
+        self.clocks.set(&self.skeleton.progs.on_tick, periods)?;
+        self.change_settings(|settings| {
+            settings.rule_period_ns = rules.periods_ns;
+            settings.all = types::want { rules: rules.all.rules, period_ns: rules.all.period_ns };
+            settings.report_all = rules.report_all.into();
+            settings.user_stacks = rules.user_stacks.into();
+            settings.kernel_stacks = rules.kernel_stacks.into();
+            settings.live_rules = live;
+            settings.active = 1 - active;
+        });
+        self.walk_processes()
+    }
+
+    /// Decides anew for every process that runs, and has the ones that are wanted reported as [`Event::Found`].
+    pub fn walk_processes(&mut self) -> Result<(), KernelError> {
+        let Some(walk) = &self.walk else { return Ok(()) };
+        let mut walk = Iter::new(walk).map_err(|error| KernelError::Walk(io::Error::other(error)))?;
+        let mut nothing = [0; 64];
+        while walk.read(&mut nothing).map_err(KernelError::Walk)? > 0 {}
+        Ok(())
+    }
+
+    /// Samples a process for what the agent decided.
+    pub fn arm(&mut self, arm: &Arm) -> Result<(), KernelError> {
+        let value = types::arm {
+            start_boottime: arm.key.start_boottime_ns,
+            want: types::want { rules: arm.want.rules, period_ns: arm.want.period_ns },
+            exec_id: arm.exec_id,
+            sticky: arm.sticky.into(),
+        };
+        self.skeleton
+            .maps
+            .arms
+            .update(&arm.key.tgid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
+            .map_err(|source| KernelError::Map { map: "arms", source })?;
+        self.change_settings(|settings| settings.arms = 1);
+        Ok(())
+    }
+
+    /// Takes the decision back.
+    pub fn disarm(&mut self, tgid: u32) {
+        // Not there is as good.
+        let _ = self.skeleton.maps.arms.delete(&tgid.to_ne_bytes());
+    }
+
+    /// Nothing is armed by decision of the agent any more.
+    pub fn disarm_all(&mut self) {
+        self.change_settings(|settings| settings.arms = 0);
+        let keys: Vec<_> = self.skeleton.maps.arms.keys().collect();
+        for key in keys {
+            let _ = self.skeleton.maps.arms.delete(&key);
+        }
+    }
+
+    /// Switches the reports of exec, fork and exit.
+    pub fn set_lifecycle(&mut self, on: bool) {
+        self.change_settings(|settings| settings.lifecycle = on.into());
+    }
+
+    /// Switches the sampler; the clocks go on.
+    pub fn set_sampling(&mut self, on: bool) {
+        self.change_settings(|settings| settings.sampling = on.into());
+    }
+
+    /// Starts clocks on CPUs that came, stops them on those that went.
+    pub fn follow_cpus(&mut self) -> Result<(), KernelError> {
+        self.clocks.follow_cpus(&self.skeleton.progs.on_tick)
+    }
+
+    /// How many ticks there should have been, by the kernel's own count of time.
+    pub fn ticks_due(&mut self) -> u64 {
+        self.clocks.ticks_due()
+    }
+
+    /// The kernel side's counts.
+    pub fn counters(&self) -> Result<Counters, KernelError> {
+        let per_cpu = self
+            .skeleton
+            .maps
+            .counters
+            .lookup_percpu(&0_u32.to_ne_bytes(), MapFlags::ANY)
+            .map_err(|source| KernelError::Map { map: "counters", source })?
+            .unwrap_or_default();
+        const FIELDS: usize = size_of::<Counters>() / 8;
+        let mut sums = [0_u64; FIELDS];
+        for cpu in per_cpu {
+            for (sum, field) in sums.iter_mut().zip(cpu.as_chunks().0) {
+                *sum += u64::from_ne_bytes(*field);
+            }
+        }
+        // SAFETY: the structure is nothing but FIELDS numbers of 64 bits.
+        Ok(unsafe { std::mem::transmute::<[u64; FIELDS], Counters>(sums) })
+    }
+
+    /// Name, entries and capacity of the maps that can fill up.
+    pub fn map_fill(&self) -> Vec<(&'static str, u64, u64)> {
+        let maps = &self.skeleton.maps;
+        let count = |map: &libbpf_rs::MapMut<'_>| map.keys().count() as u64;
+        let tries = [&maps.comm_rules_0, &maps.comm_rules_1];
+        let active = tries[self.settings().active as usize & 1];
+        vec![
+            ("procs", count(&maps.procs), maps.procs.max_entries().into()),
+            ("arms", count(&maps.arms), maps.arms.max_entries().into()),
+            ("comm_rules", count(active), active.max_entries().into()),
+        ]
+    }
+
+    /// Nanoseconds that the sampler has run and how often, if the kernel keeps count (kernel.bpf_stats_enabled).
+    pub fn sampler_cost(&self) -> Option<(u64, u64)> {
+        query::ProgInfoIter::default()
+            .find(|program| program.name.as_encoded_bytes() == b"on_tick" && program.run_cnt > 0)
+            .map(|program| (program.run_time_ns, program.run_cnt))
+    }
+
+    fn settings(&self) -> types::settings {
+        // SAFETY: points to the mapped settings, which only this thread writes.
+        self.skeleton.maps.bss_data.as_deref().map_or_else(types::settings::default, |data| unsafe {
+            (&raw const data.settings).read_volatile()
+        })
+    }
+
+    fn change_settings(&mut self, change: impl FnOnce(&mut types::settings)) {
+        let mut settings = self.settings();
+        change(&mut settings);
+        if let Some(data) = self.skeleton.maps.bss_data.as_deref_mut() {
+            // SAFETY: points to the mapped settings, which only this thread writes; BPF programs read single fields,
+            // and each field is valid by itself.
+            unsafe { (&raw mut data.settings).write_volatile(settings) };
+        }
+    }
+}
+
+impl Opened {
+    /// Has the kernel verify the programs and make the maps.
+    pub fn load(self) -> Result<Loaded, KernelError> {
+        let skeleton = self.skeleton.load().map_err(|source| {
+            let log = COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner);
+            let lines: Vec<_> = log.lines().collect();
+            KernelError::Load { source, log: lines[lines.len().saturating_sub(LOG_LINES)..].join("\n") }
+        })?;
+        Ok(Loaded { skeleton, ring_bytes: self.ring_bytes })
+    }
+}
+
+impl Loaded {
+    /// Attaches the process handlers and opens the ring. Nothing is reported before it is switched on.
+    pub fn attach(self) -> Result<Kernel, KernelError> {
+        let Self { skeleton, ring_bytes } = self;
+        let mut degraded = Vec::new();
+        let mut links = Vec::new();
+        let GannetProgs { on_exec, on_fork, on_exit, each_task, .. } = &skeleton.progs;
+        let handlers: [(&ProgramMut<'_>, &'static str); 3] = [
+            (on_exec, "sched_process_exec"),
+            (on_fork, "sched_process_fork"),
+            (on_exit, "sched_process_exit"),
+        ];
+        for (program, tracepoint) in handlers {
+            match program.attach_raw_tracepoint(tracepoint) {
+                Ok(link) => links.push(link),
+                Err(error) => degraded.push(format!("no {tracepoint} tracepoint: {error}")),
+            }
+        }
+        let walk = match each_task.attach() {
+            Ok(link) => Some(link),
+            Err(error) => {
+                degraded.push(format!("no walk over running processes: {error}"));
+                None
+            }
+        };
+        let queue = Rc::new(RefCell::new(Queue::default()));
+        let writer = Rc::clone(&queue);
+        let mut builder = RingBufferBuilder::new();
+        builder
+            .add(&skeleton.maps.events, move |bytes| {
+                let mut queue = writer.borrow_mut();
+                match Event::decode(bytes) {
+                    Ok(event) => queue.events.push(event),
+                    Err(error) => {
+                        queue.undecodable += 1;
+                        tracing::debug!("undecodable event: {error}");
+                    }
+                }
+                0
+            })
+            .map_err(KernelError::Ring)?;
+        let ring = builder.build().map_err(KernelError::Ring)?;
+        let mut kernel =
+            Kernel { clocks: clock::Clocks::default(), _links: links, walk, ring, queue, skeleton, degraded };
+        kernel.change_settings(|settings| {
+            // An eighth of the ring is for lifecycle events; the reader is called at a quarter.
+            settings.ring_sample_limit = u64::from(ring_bytes / 8 * 7);
+            settings.ring_wake = u64::from(ring_bytes / 4);
+            settings.report_rate = 5_000;
+            settings.user_stacks = 1;
+            settings.kernel_stacks = 1;
+        });
+        Ok(kernel)
+    }
+}
+
+/// Makes the trie hold exactly these names.
+fn fill_trie(trie: &libbpf_rs::MapMut<'_>, comms: &[(CommPattern, Want)]) -> Result<(), KernelError> {
+    let failed = |source| KernelError::Map { map: "comm_rules", source };
+    let old: Vec<_> = trie.keys().collect();
+    for key in old {
+        trie.delete(&key).map_err(failed)?;
+    }
+    for (pattern, want) in comms {
+        let value = types::want { rules: want.rules, period_ns: want.period_ns };
+        trie.update(&comm_key(pattern), bytes_of(&value), MapFlags::ANY).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// The key of a name in the trie. An exact name includes the NUL behind it.
+fn comm_key(pattern: &CommPattern) -> [u8; size_of::<types::comm_key>()] {
+    let mut key = [0; size_of::<types::comm_key>()];
+    let text = &pattern.text.as_bytes()[..pattern.text.len().min(15)];
+    let bytes = text.len() + usize::from(!pattern.prefix);
+    let prefix_bits = (bytes * 8) as u32;
+    key[..4].copy_from_slice(&prefix_bits.to_ne_bytes());
+    key[4..4 + text.len()].copy_from_slice(text);
+    key
+}
+
+/// The structures that the agent writes into maps.
+trait MapValue: Copy {}
+impl MapValue for types::want {}
+impl MapValue for types::arm {}
+// No padding: every byte belongs to a field.
+const _: () = assert!(size_of::<types::want>() == 16);
+const _: () = assert!(size_of::<types::arm>() == 8 + 16 + 4 + 4);
+
+fn bytes_of<T: MapValue>(value: &T) -> &[u8] {
+    // SAFETY: `MapValue` types are integers without padding, as asserted above.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exact_name_is_a_longer_key_than_its_prefix() {
+        let exact = comm_key(&CommPattern { text: "node".into(), prefix: false });
+        let prefix = comm_key(&CommPattern { text: "node".into(), prefix: true });
+        assert_eq!(exact[..4], 40_u32.to_ne_bytes());
+        assert_eq!(prefix[..4], 32_u32.to_ne_bytes());
+        assert_eq!(exact[4..], prefix[4..]);
+        assert_eq!(&exact[4..9], b"node\0");
+        let longest = comm_key(&CommPattern { text: "a".repeat(15), prefix: false });
+        assert_eq!(longest[..4], 128_u32.to_ne_bytes());
+    }
+}

@@ -1,0 +1,53 @@
+//! Needs root and a kernel with BTF: the kernel side, for real.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
+
+use std::{process::Command, thread::sleep, time::Duration};
+
+use gannet_agent::kernel::{CommPattern, Event, Kernel, KernelOptions, KernelRules, Want};
+
+fn kernel() -> Kernel {
+    Kernel::open(KernelOptions::default()).unwrap().load().unwrap().attach().unwrap()
+}
+
+fn rules_for(comm: &str, hz: u64) -> KernelRules {
+    let want = Want { rules: 1, period_ns: 1_000_000_000 / hz };
+    let mut rules = KernelRules {
+        comms: vec![(CommPattern { text: comm.into(), prefix: false }, want)],
+        ..KernelRules::default()
+    };
+    rules.periods_ns[0] = want.period_ns;
+    rules
+}
+
+#[test]
+fn a_process_that_a_rule_names_is_armed_at_exec_and_sampled() {
+    let mut kernel = kernel();
+    assert_eq!(kernel.degraded(), &[] as &[String]);
+    kernel.set_lifecycle(true);
+    kernel.set_sampling(true);
+    kernel.set_rules(&rules_for("gannet-busy", 99)).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let busy = dir.path().join("gannet-busy");
+    std::fs::copy("/bin/bash", &busy).unwrap();
+    let mut child =
+        Command::new(&busy).args(["-c", "for ((i=0;i<2000000;i++)); do :; done; exit 7"]).spawn().unwrap();
+    let pid = child.id();
+    assert_eq!(child.wait().unwrap().code(), Some(7));
+    sleep(Duration::from_millis(50));
+    let events = kernel.read().unwrap();
+    let samples = events
+        .iter()
+        .filter(|e| matches!(e, Event::Sample(s) if s.subject.key.tgid == pid && !s.user.is_empty()))
+        .count();
+    println!("{samples} samples, {:?}", kernel.counters().unwrap());
+    assert!(samples > 5, "{events:?}");
+    let Some(Event::Exec { subject, path, .. }) = events.first() else { panic!("exec first: {events:?}") };
+    assert_eq!(
+        (subject.key.tgid, path.as_str(), subject.comm.as_str()),
+        (pid, busy.to_str().unwrap(), "gannet-busy")
+    );
+    let Some(Event::Exit { status, .. }) = events.last() else { panic!("exit last") };
+    assert_eq!(status.code(), 7);
+    let counters = kernel.counters().unwrap();
+    assert_eq!(counters.taken, counters.sent);
+}

@@ -1,0 +1,209 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* Maps and steps that more than one program needs. */
+#ifndef COMMON_H
+#define COMMON_H
+
+#include "kernel.h"
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_tracing.h>
+#include "gannet.h"
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+/*
+ * Everything that is reported, samples and lifecycle events alike, goes through this one ring: the order of its
+ * records is the order in which they were reserved over all CPUs, so an exec or exit takes effect in the agent exactly
+ * behind the samples that came before it. Writers: all programs. Reader: one thread of the agent. Size: --ring-bytes.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4 << 20);
+} events SEC(".maps");
+
+/*
+ * The processes that the kernel side knows: those that are sampled, and those that were seen. Writers: BPF programs.
+ * Reader: the agent, for its debug page. Preallocated, as perf_event programs must before 6.1. Size: --processes.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, u32);
+	__type(value, struct proc);
+} procs SEC(".maps");
+
+/* What the agent decided for single processes: by pid, or by what only user space can see. Writer: the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, u32);
+	__type(value, struct arm);
+} arms SEC(".maps");
+
+/*
+ * Command names of the rules. Of the two, `settings.active` is in force; the agent fills the other one, then switches,
+ * so that a rule set comes into force as a whole. Writer: the agent. The value of a key holds the rules of all shorter
+ * keys that match it too, since a look-up finds only the longest.
+ */
+struct comm_trie {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, struct comm_key);
+	__type(value, struct want);
+};
+struct comm_trie comm_rules_0 SEC(".maps");
+struct comm_trie comm_rules_1 SEC(".maps");
+
+/* One for every CPU. Writers: all programs. Reader: the agent, which adds them up. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct counters);
+} counters SEC(".maps");
+
+struct settings settings;
+
+/* Which hierarchy the cgroup id is read from. Set before loading. */
+const volatile u32 cgroup_hierarchy = CGROUP_V2;
+
+ALWAYS_INLINE struct counters *count(void)
+{
+	u32 zero = 0;
+
+	return bpf_map_lookup_elem(&counters, &zero);
+}
+
+ALWAYS_INLINE u64 cgroup_id_of(struct task_struct *task)
+{
+	struct css_set *set = BPF_CORE_READ(task, cgroups);
+	struct cgroup *cgroup;
+
+	if (cgroup_hierarchy == CGROUP_V2) {
+		cgroup = BPF_CORE_READ(set, dfl_cgrp);
+	} else {
+		struct cgroup_subsys_state *state = NULL;
+		u32 index = bpf_core_enum_value(enum cgroup_subsys_id, cpu_cgrp_id);
+
+		if (cgroup_hierarchy == CGROUP_V1_MEMORY)
+			index = bpf_core_enum_value(enum cgroup_subsys_id, memory_cgrp_id);
+		index &= 15;
+		bpf_core_read(&state, sizeof(state), &set->subsys[index]);
+		cgroup = BPF_CORE_READ(state, cgroup);
+	}
+	return BPF_CORE_READ(cgroup, kn, id);
+}
+
+ALWAYS_INLINE u32 state_of(struct task_struct *task)
+{
+	struct task_struct___before_5_14 *older = (void *)task;
+
+	if (bpf_core_field_exists(task->__state))
+		return BPF_CORE_READ(task, __state);
+	return BPF_CORE_READ(older, state);
+}
+
+/* Adds what `more` asks for. A want without rules asks for nothing. */
+ALWAYS_INLINE void want_also(struct want *want, const struct want *more, u64 live)
+{
+	u64 rules = more->rules & live;
+
+	if (!rules)
+		return;
+	if (!want->rules || more->period_ns < want->period_ns)
+		want->period_ns = more->period_ns;
+	want->rules |= rules;
+}
+
+/* What the process that current belongs to is sampled for. */
+ALWAYS_INLINE void want_of_process(struct want *want, struct proc *proc, u32 tgid, u64 start_boottime, u32 exec_id)
+{
+	u64 live = settings.live_rules;
+
+	if (proc && proc->start_boottime == start_boottime) {
+		want_also(want, &proc->want, live);
+		want_also(want, &proc->sticky, live);
+	}
+	if (settings.arms) {
+		struct arm *arm = bpf_map_lookup_elem(&arms, &tgid);
+
+		if (arm && arm->start_boottime == start_boottime && (arm->sticky || arm->exec_id == exec_id))
+			want_also(want, &arm->want, live);
+	}
+	want_also(want, &settings.all, live);
+}
+
+/* Whether `tgid` can be of interest at all: the one look-up that an unmatched process costs a tick. */
+ALWAYS_INLINE bool may_be_wanted(struct proc *proc, u32 tgid)
+{
+	if (proc || settings.all.rules)
+		return true;
+	return settings.arms && bpf_map_lookup_elem(&arms, &tgid);
+}
+
+ALWAYS_INLINE void fill_event(struct event *event, u32 kind, struct task_struct *task, u64 start_boottime)
+{
+	event->kind = kind;
+	event->tgid = BPF_CORE_READ(task, tgid);
+	event->ktime = bpf_ktime_get_boot_ns();
+	event->start_boottime = start_boottime;
+	event->cgroup_id = cgroup_id_of(task);
+	event->exec_id = BPF_CORE_READ(task, self_exec_id);
+	event->tid = 0;
+	event->rules = 0;
+	bpf_core_read_str(event->comm, sizeof(event->comm), &task->comm);
+}
+
+/* Takes kernel and user stack into `sample`; gives the bytes of the whole record. */
+ALWAYS_INLINE u64 take_stacks(void *ctx, struct sample *sample, u64 *frames)
+{
+	u32 kernel = 0, user = 0, total;
+	long got;
+
+	sample->kernel_truncated = 0;
+	sample->user_end = USER_STACK_NONE;
+	if (settings.kernel_stacks) {
+		got = bpf_get_stack(ctx, frames, (MAX_KERNEL_FRAMES + 1) * sizeof(u64), 0);
+		if (got > 0)
+			kernel = (u64)got / sizeof(u64);
+		if (kernel > MAX_KERNEL_FRAMES) {
+			kernel = MAX_KERNEL_FRAMES;
+			sample->kernel_truncated = 1;
+		}
+	}
+	/* The mask changes nothing; it is for the verifier, which loses sight of the bound. */
+	barrier_var(kernel);
+	kernel &= FRAME_MASK;
+	if (settings.user_stacks) {
+		got = bpf_get_stack(ctx, frames + kernel, (MAX_USER_FRAMES + 1) * sizeof(u64), BPF_F_USER_STACK);
+		if (got > 0) {
+			user = (u64)got / sizeof(u64);
+			sample->user_end = USER_STACK_COMPLETE;
+		}
+		if (user > MAX_USER_FRAMES) {
+			user = MAX_USER_FRAMES;
+			sample->user_end = USER_STACK_TRUNCATED;
+		}
+	}
+	sample->kernel_frames = kernel;
+	sample->user_frames = user;
+	total = kernel + user;
+	barrier_var(total);
+	return sizeof(*sample) + (total & (FRAME_SLOTS - 1)) * sizeof(u64);
+}
+
+/* Sends a sample, unless it would take the room that lifecycle events need. */
+ALWAYS_INLINE void send_sample(struct counters *counters, struct sample *record, u64 size, bool wake)
+{
+	u64 rules = __builtin_popcountll(record->event.rules);
+	u64 fill = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA);
+	u64 flags = wake || fill >= settings.ring_wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+
+	if (fill + size > settings.ring_sample_limit || bpf_ringbuf_output(&events, record, size, flags))
+		counters->lost_ring_full += rules;
+	else
+		counters->sent += rules;
+}
+
+#endif
