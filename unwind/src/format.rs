@@ -127,9 +127,10 @@ pub mod cfa {
     pub const SP: u8 = 1;
     /// `fp + cfa_offset`
     pub const FP: u8 = 2;
-    /// `*(u64 *)(sp + cfa_offset)`
+    /// `*(u64 *)(sp + (cfa_offset >> 8)) + (cfa_offset & 0xff)`: signal frames, and assembly that keeps the old stack
+    /// pointer in its frame. See [`super::deref_offset`].
     pub const SP_DEREF: u8 = 3;
-    /// `*(u64 *)(fp + cfa_offset)`
+    /// `*(u64 *)(fp + (cfa_offset >> 8)) + (cfa_offset & 0xff)`: functions that align their stack.
     pub const FP_DEREF: u8 = 4;
     /// `sp + 8 + ((pc & 15) >= cfa_offset ? 8 : 0)`: the entries of a procedure linkage table, which push once.
     pub const PLT: u8 = 5;
@@ -164,6 +165,13 @@ pub mod flags {
     pub const GUESSED: u8 = 2;
     /// The return address is signed (aarch64 pointer authentication): strip the signature.
     pub const RA_SIGNED: u8 = 4;
+}
+
+/// Packs what [`cfa::SP_DEREF`] and [`cfa::FP_DEREF`] need, if it fits: `at` in 24 bits, `plus` in 8.
+pub fn deref_offset(at: i64, plus: i64) -> Option<i32> {
+    let plus = u8::try_from(plus).ok()?;
+    let at = i32::try_from(at).ok().filter(|at| (-(1 << 23)..1 << 23).contains(at))?;
+    Some(at << 8 | i32::from(plus))
 }
 
 /// DWARF numbers of the registers that rules speak of by role.
@@ -269,7 +277,7 @@ impl Rule {
         fp_kind: loc::SP,
         ra_kind: loc::SP,
         flags: flags::SIGNAL,
-        cfa_offset: 160,
+        cfa_offset: 160 << 8,
         fp_offset: 120,
         ra_offset: 168,
     };
@@ -342,6 +350,18 @@ mod tests {
         #[cfg(target_endian = "little")]
         assert_eq!(rule.to_bytes(), [1, 2, 3, 4, 4, 3, 2, 1, 254, 255, 255, 255, 253, 255, 255, 255]);
         assert_eq!(Rule::NONE.to_bytes(), [0; 16]);
+    }
+
+    #[test]
+    fn deref_offsets_keep_both_halves() {
+        for (at, plus) in [(160, 0), (-8, 0), (-16, 8), (-(1 << 23), 255), ((1 << 23) - 1, 255)] {
+            let packed = deref_offset(at, plus).unwrap();
+            assert_eq!((i64::from(packed >> 8), i64::from(packed & 0xff)), (at, plus));
+        }
+        for (at, plus) in [(1 << 23, 0), (0, 256), (0, -1), (i64::MIN, 0)] {
+            assert_eq!(deref_offset(at, plus), None);
+        }
+        assert_eq!(Rule::X86_64_SIGNAL.cfa_offset, deref_offset(160, 0).unwrap());
     }
 
     #[test]

@@ -8,3 +8,6 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout))]
 
 pub mod format;
+pub mod intern;
+pub mod limits;
+pub mod table;

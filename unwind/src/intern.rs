@@ -1,0 +1,145 @@
+//! Rule numbers of the node: each rule of all resident tables once, counted by the tables that use it.
+use std::collections::HashMap;
+
+use crate::format::{MAX_RULES, RULE_NONE, Rule};
+
+/// Gives rules their number on this node and takes it back when the last table that uses one is gone.
+///
+/// The owner writes [`Interned::new`] into the kernel's array of rules before any line that names them, and calls
+/// [`Interner::release`] only when no walk can be looking at the table any more: a number may be reused at once.
+#[derive(Debug)]
+pub struct Interner {
+    numbers: HashMap<Rule, u16>,
+    slots: Vec<Slot>,
+    free: Vec<u16>,
+    capacity: usize,
+}
+
+#[derive(Debug)]
+struct Slot {
+    rule: Rule,
+    tables: u32,
+}
+
+/// The node's numbers of one table's rules.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Interned {
+    /// By the table's own numbers.
+    pub numbers: Vec<u16>,
+    /// Numbers that were not in use before, with what to write there.
+    pub new: Vec<(u16, Rule)>,
+}
+
+/// No number is left.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{needed} new rules do not fit: {used} of {capacity} are in use; evict tables, or make the array of rules larger")]
+pub struct Full {
+    /// Rules of the table that no other table has.
+    pub needed: usize,
+    /// Numbers in use.
+    pub used: usize,
+    /// Numbers that there are.
+    pub capacity: usize,
+}
+
+impl Interner {
+    /// For an array of `capacity` rules, 1 to [`MAX_RULES`]; number 0 is taken by [`Rule::NONE`].
+    pub fn new(capacity: usize) -> Self {
+        Self {
+            numbers: HashMap::from([(Rule::NONE, RULE_NONE)]),
+            slots: vec![Slot { rule: Rule::NONE, tables: 1 }],
+            free: Vec::new(),
+            capacity: capacity.clamp(1, MAX_RULES),
+        }
+    }
+
+    /// Numbers in use, that of [`Rule::NONE`] included.
+    pub fn used(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Numbers for the rules of one table (all different). Either all get one or nothing changes.
+    pub fn acquire(&mut self, rules: &[Rule]) -> Result<Interned, Full> {
+        let needed = rules.iter().filter(|rule| !self.numbers.contains_key(rule)).count();
+        if needed > self.capacity - self.used() {
+            return Err(Full { needed, used: self.used(), capacity: self.capacity });
+        }
+        let mut new = Vec::with_capacity(needed);
+        let numbers = rules
+            .iter()
+            .map(|rule| {
+                let number = *self.numbers.entry(*rule).or_insert_with(|| {
+                    let number = self.free.pop().unwrap_or(self.slots.len() as u16);
+                    let slot = Slot { rule: *rule, tables: 0 };
+                    if usize::from(number) == self.slots.len() {
+                        self.slots.push(slot);
+                    } else {
+                        self.slots[usize::from(number)] = slot;
+                    }
+                    new.push((number, *rule));
+                    number
+                });
+                self.slots[usize::from(number)].tables += 1;
+                number
+            })
+            .collect();
+        Ok(Interned { numbers, new })
+    }
+
+    /// Gives back what [`Interner::acquire`] gave.
+    pub fn release(&mut self, numbers: &[u16]) {
+        for number in numbers {
+            let Some(slot) = self.slots.get_mut(usize::from(*number)) else { continue };
+            debug_assert!(slot.tables > 0, "rule {number} released more often than acquired");
+            slot.tables = slot.tables.saturating_sub(1);
+            if slot.tables == 0 && self.numbers.remove(&slot.rule).is_some() {
+                self.free.push(*number);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules(range: std::ops::Range<i32>) -> Vec<Rule> {
+        std::iter::once(Rule::NONE).chain(range.map(Rule::x86_64_sp)).collect()
+    }
+
+    #[test]
+    fn r49_tables_share_rules_and_the_last_one_frees_them() {
+        let mut node = Interner::new(16);
+        let a = node.acquire(&rules(0..4)).unwrap();
+        assert_eq!((a.numbers.as_slice(), a.new.len()), ([0, 1, 2, 3, 4].as_slice(), 4));
+        let b = node.acquire(&rules(2..6)).unwrap();
+        assert_eq!((b.numbers.as_slice(), b.new.len()), ([0, 3, 4, 5, 6].as_slice(), 2));
+        node.release(&a.numbers);
+        assert_eq!(node.used(), 5);
+        let c = node.acquire(&rules(10..12)).unwrap();
+        assert!(c.numbers.iter().all(|n| *n < 7), "numbers are reused: {c:?}");
+        node.release(&b.numbers);
+        node.release(&c.numbers);
+        assert_eq!(node.used(), 1, "only the rule of gaps stays");
+    }
+
+    #[test]
+    fn r49_a_table_that_does_not_fit_changes_nothing() {
+        let mut node = Interner::new(4);
+        let a = node.acquire(&rules(0..2)).unwrap();
+        let full = node.acquire(&rules(1..5)).unwrap_err();
+        assert_eq!(full, Full { needed: 3, used: 3, capacity: 4 });
+        assert_eq!(node.used(), 3);
+        node.release(&a.numbers);
+        assert_eq!(node.used(), 1);
+        assert!(node.acquire(&rules(1..4)).is_ok());
+    }
+
+    #[test]
+    fn every_number_can_be_given() {
+        let mut node = Interner::new(MAX_RULES);
+        let all = node.acquire(&rules(0..65_535)).unwrap();
+        assert_eq!(all.numbers.last(), Some(&65_535));
+        assert!(node.acquire(&rules(65_535..65_536)).is_err());
+    }
+}

@@ -1,0 +1,143 @@
+//! What one file may cost: bytes read, rows and rules made, time spent.
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::format::{MAX_LINES, MAX_RULES, WORDS_PER_LINE};
+
+/// Bounds of the work on one file. The defaults take every file of a usual machine, browsers and compilers included.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Bytes of one section, inflated if it is compressed.
+    pub section_bytes: u64,
+    /// Sections and segments that the headers may list.
+    pub sections: u64,
+    /// Functions (entries of `.eh_frame`, of the Go function table, ...).
+    pub functions: u64,
+    /// Rows of the finished table.
+    pub rows: u64,
+    /// Different rules of the finished table.
+    pub rules: u64,
+    /// Bytes of address space between the first function and the last.
+    pub span_bytes: u64,
+    /// Bytes of code outside all functions that are searched for signal trampolines.
+    pub scanned_bytes: u64,
+    /// Time from the start of the work to giving up.
+    pub time: Option<Duration>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            section_bytes: 256 << 20,
+            sections: 1 << 16,
+            functions: 4 << 20,
+            rows: 32 << 20,
+            rules: MAX_RULES as u64,
+            span_bytes: 4 << 30,
+            scanned_bytes: 16 << 20,
+            time: Some(Duration::from_secs(10)),
+        }
+    }
+}
+
+const _: () = assert!((32 << 20) / WORDS_PER_LINE < MAX_LINES);
+
+/// What was too large.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Quantity {
+    /// [`Limits::section_bytes`]
+    SectionBytes,
+    /// [`Limits::sections`]
+    Sections,
+    /// [`Limits::functions`]
+    Functions,
+    /// [`Limits::rows`]
+    Rows,
+    /// [`Limits::rules`]
+    Rules,
+    /// [`Limits::span_bytes`]
+    SpanBytes,
+    /// [`crate::format::MAX_LINES`]
+    Lines,
+}
+
+impl Quantity {
+    /// Words for messages and metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::SectionBytes => "bytes in one section",
+            Self::Sections => "sections or segments",
+            Self::Functions => "functions",
+            Self::Rows => "rows",
+            Self::Rules => "rules",
+            Self::SpanBytes => "bytes of code address space",
+            Self::Lines => "lines",
+        }
+    }
+}
+
+/// Why work stopped before its end.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Exceeded {
+    /// A size is over its limit.
+    #[error("{found} {} are over the limit of {limit}: raise that limit, or supply a table for this file", what.as_str())]
+    TooLarge {
+        /// Which size.
+        what: Quantity,
+        /// The limit that holds.
+        limit: u64,
+        /// What the file asked for, or had reached when work stopped.
+        found: u64,
+    },
+    /// The time is over.
+    #[error("not done after {} ms: raise the time limit, or supply a table for this file", limit.as_millis())]
+    TimedOut {
+        /// The limit that holds.
+        limit: Duration,
+    },
+    /// The caller asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// Limits with a clock that runs.
+#[derive(Debug)]
+pub(crate) struct Budget<'a> {
+    pub(crate) limits: &'a Limits,
+    cancel: Option<&'a AtomicBool>,
+    start: Instant,
+    steps: u32,
+}
+
+/// Steps between two looks at the clock: about 0.1 ms of work.
+const STEPS_PER_CHECK: u32 = 4096;
+
+impl<'a> Budget<'a> {
+    pub(crate) fn new(limits: &'a Limits, cancel: Option<&'a AtomicBool>) -> Self {
+        Self { limits, cancel, start: Instant::now(), steps: 0 }
+    }
+
+    /// One small piece of work is about to be done.
+    #[inline]
+    pub(crate) fn step(&mut self) -> Result<(), Exceeded> {
+        self.steps += 1;
+        if self.steps >= STEPS_PER_CHECK { self.check() } else { Ok(()) }
+    }
+
+    /// A large piece of work is about to be done.
+    pub(crate) fn check(&mut self) -> Result<(), Exceeded> {
+        self.steps = 0;
+        if self.cancel.is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {
+            return Err(Exceeded::Cancelled);
+        }
+        match self.limits.time {
+            Some(limit) if self.start.elapsed() > limit => Err(Exceeded::TimedOut { limit }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// An error if `found` is over `limit`.
+pub(crate) fn at_most(what: Quantity, limit: u64, found: u64) -> Result<(), Exceeded> {
+    if found > limit { Err(Exceeded::TooLarge { what, limit, found }) } else { Ok(()) }
+}
