@@ -116,7 +116,6 @@ pub(crate) struct Section {
     pub(crate) offset: u64,
     pub(crate) size: u64,
     pub(crate) flags: u64,
-    pub(crate) address: u64,
     /// Index of the section that this one refers to: a symbol table's strings.
     pub(crate) link: usize,
 }
@@ -164,7 +163,6 @@ impl Sections {
                         offset: section.sh_offset.get(LE),
                         size: section.sh_size.get(LE),
                         flags: section.sh_flags.get(LE).0,
-                        address: section.sh_addr.get(LE),
                         link: section.sh_link.get(LE) as usize,
                     }),
                 )

@@ -6,7 +6,7 @@ use std::{
     io,
     num::NonZeroUsize,
     os::{
-        fd::AsFd,
+        fd::{AsFd, AsRawFd},
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     sync::{
@@ -251,17 +251,16 @@ fn open_exact(mapping: &FileMapping<'_>) -> io::Result<(File, fs::Metadata)> {
 /// Opens a regular file by its path inside of a process's root. The process chooses what is there: no link leads out of
 /// its root, and a pipe or a device is not waited for.
 pub(crate) fn open_in_root(tgid: u32, path: &str) -> io::Result<File> {
-    let flags = OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let root = rustix::fs::open(format!("/proc/{tgid}/root"), OFlags::PATH | flags, Mode::empty())?;
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let root = rustix::fs::open(format!("/proc/{tgid}/root"), flags, Mode::empty())?;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let place = rustix::fs::openat2(root.as_fd(), path, OFlags::PATH | flags, Mode::empty(), resolve)?;
+    let place = rustix::fs::openat2(root.as_fd(), path, flags, Mode::empty(), resolve)?;
     let found = File::from(place);
     let metadata = found.metadata()?;
     regular(&metadata)?;
     // A path descriptor cannot be read, but leads to the very inode that was just looked at.
-    let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&found));
-    let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(again)?;
-    Ok(file)
+    let again = format!("/proc/self/fd/{}", found.as_raw_fd());
+    fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(again)
 }
 
 fn regular(metadata: &fs::Metadata) -> io::Result<()> {

@@ -1,7 +1,22 @@
-//! Names for frames.
+//! Names for frames: which function an address belongs to, in a program, a library, the kernel, or code made at run time.
+//!
+//! `file` holds the mapped files open, `symbolizer` is the one thread that turns a raw profile into a finished one. What
+//! it reads was written by whoever runs on the node, so every reader here is bounded.
 
+mod demangle;
+mod dwarf;
 mod elf;
+mod elf_symbols;
+mod fault;
 mod file;
+mod kallsyms;
+mod perf_map;
+mod symbolizer;
+mod table;
 
 pub use elf::ElfError;
 pub use file::{FileId, FileMapping, FileTable, FileTableStats, MappedFile};
+pub use symbolizer::{
+    ANONYMOUS_MAPPING, BROKEN_FRAME, KERNEL_MAPPING, Symbolizer, SymbolizerConfig, SymbolizerError,
+    SymbolizerStats, TRUNCATED_FRAME, VDSO_MAPPING,
+};

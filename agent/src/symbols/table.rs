@@ -42,7 +42,13 @@ impl TableBuilder {
     }
 
     /// Adds a symbol; `size` 0 is an unknown size. Of several at one address the table keeps the one of highest rank.
-    pub(crate) fn push(&mut self, start: u64, size: u64, name: &[u8], rank: u32) -> Result<(), TooManySymbols> {
+    pub(crate) fn push(
+        &mut self,
+        start: u64,
+        size: u64,
+        name: &[u8],
+        rank: u32,
+    ) -> Result<(), TooManySymbols> {
         let taken = self.names.len() + name.len() + 1 + (self.symbols.len() + 1) * size_of::<Symbol>();
         if taken > self.most_bytes {
             return Err(TooManySymbols);

@@ -1,0 +1,130 @@
+//! `/tmp/perf-PID.map`: where just-in-time compilers say what they made. The process writes what it likes there, so its
+//! names are cut and cleaned, and its size is bounded.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader, Read},
+    time::SystemTime,
+};
+
+use super::{
+    file::open_in_root,
+    table::{SymbolTable, TableBuilder},
+};
+use crate::process::ProcessKey;
+
+const MAX_FILE_BYTES: u64 = 32 << 20;
+const MAX_TABLE_BYTES: usize = 32 << 20;
+const MAX_NAME_BYTES: usize = 512;
+
+/// The perf map of one process.
+#[derive(Debug)]
+pub(crate) struct PerfMap {
+    table: SymbolTable,
+    stamp: (u64, Option<SystemTime>),
+}
+
+impl PerfMap {
+    /// Reads the map of a live process; `known` is given back where it has not changed.
+    pub(crate) fn read(key: ProcessKey, known: Option<Self>) -> Option<Self> {
+        let Some(file) = open(key) else { return known };
+        let metadata = file.metadata().ok()?;
+        let stamp = (metadata.len(), metadata.modified().ok());
+        if let Some(known) = known
+            && known.stamp == stamp
+        {
+            return Some(known);
+        }
+        // Between the look at the process and the opening of its file the number could have gone to another one.
+        is_alive(key).then(|| Self { table: parse(BufReader::new(file.take(MAX_FILE_BYTES))), stamp })
+    }
+
+    pub(crate) fn find(&self, address: u64) -> Option<String> {
+        Some(super::demangle::cut(&String::from_utf8_lossy(self.table.find(address)?)))
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.table.bytes()
+    }
+}
+
+fn open(key: ProcessKey) -> Option<File> {
+    let status = fs::read_to_string(format!("/proc/{}/status", key.tgid)).ok()?;
+    // The name carries the number that the process knows itself by: the last of one per nested pid namespace.
+    let own =
+        status.lines().find_map(|line| line.strip_prefix("NStgid:"))?.split_ascii_whitespace().next_back()?;
+    let own: u32 = own.parse().ok()?;
+    open_in_root(key.tgid, &format!("/tmp/perf-{own}.map")).ok()
+}
+
+/// Whether the process still lives, and is the same one.
+fn is_alive(key: ProcessKey) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{}/stat", key.tgid)) else { return false };
+    // The name in parentheses can hold anything, parentheses too; the fields after it cannot.
+    let Some((_, fields)) = stat.rsplit_once(')') else { return false };
+    let Some(started) = fields.split_ascii_whitespace().nth(19).and_then(|ticks| ticks.parse::<u64>().ok())
+    else {
+        return false;
+    };
+    let tick_ns = 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1);
+    started.abs_diff(key.start_boottime_ns / tick_ns) <= 1
+}
+
+fn parse(mut text: impl BufRead) -> SymbolTable {
+    let mut builder = TableBuilder::new(MAX_TABLE_BYTES);
+    let mut line = Vec::new();
+    let mut number = 0;
+    loop {
+        line.clear();
+        // A line has no bound of its own; what is past the longest name that is kept is read over.
+        match text.by_ref().take(4096).read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => break,
+            Ok(_) => {}
+        }
+        number += 1;
+        // `START SIZE name`, both numbers in hex, with or without 0x. A later line replaces an earlier one: compilers
+        // use memory again.
+        if let Some((start, size, name)) = parse_line(&line)
+            && builder.push(start, size, &name[..name.len().min(MAX_NAME_BYTES)], number).is_err()
+        {
+            break;
+        }
+    }
+    builder.finish()
+}
+
+fn parse_line(line: &[u8]) -> Option<(u64, u64, &[u8])> {
+    let mut words = line.trim_ascii().splitn(3, u8::is_ascii_whitespace);
+    let mut number = || {
+        let text = std::str::from_utf8(words.next()?).ok()?;
+        u64::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok()
+    };
+    let (start, size) = (number()?, number()?);
+    let name = words.next()?.trim_ascii();
+    (size > 0 && !name.is_empty()).then_some((start, size, name))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn later_lines_replace_earlier_ones_and_bad_lines_are_left_out() {
+        let text = "7f00 10 LazyCompile:*fib /app.js:3\n0x7f20 0x10 second\n7f00 8 newer\nbad\n zz 1 x\n7f40 0 empty\n";
+        let table = parse(text.as_bytes());
+        let name = |address| table.find(address).map(|name| String::from_utf8_lossy(name).into_owned());
+        assert_eq!(name(0x7f00).as_deref(), Some("newer"));
+        assert_eq!(name(0x7f2f).as_deref(), Some("second"));
+        assert_eq!(name(0x7f40), None);
+        assert_eq!(table.len(), 2);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_taken_without_harm(text in proptest::collection::vec(any::<u8>(), 0..3000)) {
+            prop_assert!(parse(text.as_slice()).bytes() <= MAX_TABLE_BYTES);
+        }
+    }
+}

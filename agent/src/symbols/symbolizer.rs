@@ -1,0 +1,648 @@
+//! From addresses to a finished profile, on one thread with one bounded queue.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fs::{self, File},
+    io::{self, Write},
+    num::NonZeroUsize,
+    os::unix::fs::FileExt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::UNIX_EPOCH,
+};
+
+use gannet_proto::{
+    pprof::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId},
+    profiles::Profile,
+};
+use lru::LruCache;
+use quick_cache::{Weighter, unsync};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    demangle,
+    dwarf::{DebugFrame, Dwarf, Unusable},
+    elf, elf_symbols,
+    file::{FileId, MappedFile},
+    kallsyms::Kallsyms,
+    perf_map::PerfMap,
+    table::SymbolTable,
+};
+use crate::{
+    process::{Image, MappingKind, ProcessKey},
+    profile::{RawProcess, RawProfile, RawStack, SampleKind, StackEnd},
+};
+
+/// What the mapping of kernel frames is called.
+pub const KERNEL_MAPPING: &str = "[kernel.kallsyms]";
+/// What the mapping of the vDSO is called.
+pub const VDSO_MAPPING: &str = "[vdso]";
+/// What the mappings of code without a file are called.
+pub const ANONYMOUS_MAPPING: &str = "[anon]";
+/// The frame at the root of a stack that has more frames than are kept.
+pub const TRUNCATED_FRAME: &str = "[truncated]";
+/// The frame at the root of a stack whose walk could not go on.
+pub const BROKEN_FRAME: &str = "[broken stack]";
+
+/// Kernel addresses have the highest bit set on every machine that Gannet runs on, and user addresses do not.
+const FIRST_KERNEL_ADDRESS: u64 = 1 << 63;
+const MAX_FILE_STATES: NonZeroUsize = NonZeroUsize::new(8192).unwrap();
+const MAX_PERF_MAPS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+const MAX_NOTE_BYTES: u64 = 64 << 10;
+const MAX_VDSO_BYTES: u64 = 1 << 20;
+
+/// Bounds of the symbolizer.
+#[derive(Clone, Debug)]
+pub struct SymbolizerConfig {
+    /// Profiles that wait.
+    pub queue: usize,
+    /// Memory for the names of addresses that were looked up.
+    pub cache_bytes: u64,
+    /// Memory for symbol tables between two profiles.
+    pub table_bytes: usize,
+    /// Files with more debug information than this, all together, are let go after each profile.
+    pub debug_bytes: u64,
+    /// Whether debug information is read at all: it gives inlined functions and lines.
+    pub debug_info: bool,
+}
+
+impl Default for SymbolizerConfig {
+    fn default() -> Self {
+        Self { queue: 8, cache_bytes: 6 << 20, table_bytes: 4 << 20, debug_bytes: 4 << 20, debug_info: true }
+    }
+}
+
+/// Why a profile was not symbolized.
+#[derive(Debug, thiserror::Error)]
+pub enum SymbolizerError {
+    /// The queue is full; the profile is given back, so that its samples can be counted.
+    #[error("the symbolizer is behind: {0} profiles wait for it already")]
+    Full(usize, Box<RawProfile>),
+    /// The thread has ended.
+    #[error("the symbolizer has stopped")]
+    Stopped,
+}
+
+/// What the symbolizer has done.
+#[derive(Debug, Default)]
+pub struct SymbolizerStats {
+    /// Profiles finished.
+    pub profiles: AtomicU64,
+    /// Different addresses, by profile, that got a name.
+    pub named: AtomicU64,
+    /// Different addresses, by profile, that got none.
+    pub unnamed: AtomicU64,
+    /// Files whose symbol table could not be used.
+    pub unusable_tables: AtomicU64,
+    /// Files whose debug information is there and could not be used.
+    pub unusable_debug_info: AtomicU64,
+    /// Threads that did not come back from a file's debug information.
+    pub given_up: AtomicU64,
+    /// Memory of names, symbol tables and kernel symbols that are kept.
+    pub cached_bytes: AtomicU64,
+}
+
+/// A handle to the symbolizer's thread, which ends when the last handle is dropped.
+#[derive(Clone, Debug)]
+pub struct Symbolizer {
+    jobs: mpsc::Sender<Job>,
+    stats: Arc<SymbolizerStats>,
+}
+
+type Job = (RawProfile, oneshot::Sender<Profile>);
+
+impl Symbolizer {
+    /// Starts the thread.
+    pub fn start(config: SymbolizerConfig) -> io::Result<Self> {
+        let (jobs, mut inbox) = mpsc::channel::<Job>(config.queue.max(1));
+        let stats = Arc::new(SymbolizerStats::default());
+        let mut names = Names::new(config, Arc::clone(&stats));
+        thread::Builder::new().name("gannet-symbols".to_owned()).spawn(move || {
+            while let Some((raw, answer)) = inbox.blocking_recv() {
+                // Who asked may have gone; the profile goes with them.
+                let _ = answer.send(names.profile(&raw));
+            }
+        })?;
+        Ok(Self { jobs, stats })
+    }
+
+    /// Symbolizes a profile, waiting for a place in the queue.
+    pub async fn symbolize(&self, raw: RawProfile) -> Result<Profile, SymbolizerError> {
+        let (answer, answered) = oneshot::channel();
+        self.jobs.send((raw, answer)).await.map_err(|_| SymbolizerError::Stopped)?;
+        answered.await.map_err(|_| SymbolizerError::Stopped)
+    }
+
+    /// Symbolizes a profile if there is a place in the queue now.
+    pub fn try_symbolize(&self, raw: RawProfile) -> Result<oneshot::Receiver<Profile>, SymbolizerError> {
+        let (answer, answered) = oneshot::channel();
+        match self.jobs.try_send((raw, answer)) {
+            Ok(()) => Ok(answered),
+            Err(mpsc::error::TrySendError::Full((raw, _))) => {
+                Err(SymbolizerError::Full(self.jobs.max_capacity(), Box::new(raw)))
+            }
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(SymbolizerError::Stopped),
+        }
+    }
+
+    /// What has been done so far.
+    pub fn stats(&self) -> &SymbolizerStats {
+        &self.stats
+    }
+}
+
+/// One function of one address; the first of an address is the innermost.
+#[derive(Clone, Debug)]
+struct Function {
+    name: Arc<str>,
+    /// As the compiler calls it.
+    raw: Arc<str>,
+    file: Arc<str>,
+    line: u32,
+    column: u32,
+}
+
+type Functions = Arc<[Function]>;
+
+#[derive(Clone)]
+struct ByBytes;
+
+impl Weighter<(FileId, u64), Functions> for ByBytes {
+    fn weight(&self, _: &(FileId, u64), functions: &Functions) -> u64 {
+        let text = |function: &Function| function.name.len() + function.raw.len() + function.file.len();
+        // 96 bytes for the entry in the cache. Names that addresses share are counted for each.
+        96 + functions.iter().map(|function| (size_of::<Function>() + text(function)) as u64).sum::<u64>()
+    }
+}
+
+/// What is known of one file.
+#[derive(Debug, Default)]
+struct FileState {
+    table: Table,
+    debug: Option<Result<u64, Unusable>>,
+}
+
+#[derive(Debug, Default)]
+enum Table {
+    #[default]
+    NotRead,
+    Read(SymbolTable),
+    Unusable,
+}
+
+struct Names {
+    config: SymbolizerConfig,
+    stats: Arc<SymbolizerStats>,
+    cache: unsync::Cache<(FileId, u64), Functions, ByBytes>,
+    files: LruCache<FileId, FileState>,
+    table_bytes: usize,
+    perf_maps: LruCache<ProcessKey, PerfMap>,
+    dwarf: Dwarf,
+    kallsyms: Kallsyms,
+    kernel_build_id: String,
+    vdso: Option<Arc<MappedFile>>,
+    nothing: Functions,
+    /// Much memory was taken and freed since it was last given back.
+    wasteful: bool,
+}
+
+impl Names {
+    fn new(config: SymbolizerConfig, stats: Arc<SymbolizerStats>) -> Self {
+        Self {
+            cache: unsync::Cache::with_weighter(
+                (config.cache_bytes / 256) as usize,
+                config.cache_bytes,
+                ByBytes,
+            ),
+            files: LruCache::new(MAX_FILE_STATES),
+            table_bytes: 0,
+            perf_maps: LruCache::new(MAX_PERF_MAPS),
+            dwarf: Dwarf::default(),
+            kallsyms: Kallsyms::default(),
+            kernel_build_id: kernel_build_id(),
+            vdso: vdso().map_err(|error| tracing::debug!(%error, "the vDSO cannot be read")).ok(),
+            nothing: Arc::new([]),
+            wasteful: false,
+            config,
+            stats,
+        }
+    }
+
+    fn profile(&mut self, raw: &RawProfile) -> Profile {
+        let (sample_types, period_type) = match raw.kind {
+            SampleKind::OnCpu => ([("samples", "count"), ("cpu", "nanoseconds")], ("cpu", "nanoseconds")),
+            SampleKind::OffCpu => {
+                ([("events", "count"), ("offcpu", "nanoseconds")], ("offcpu", "nanoseconds"))
+            }
+        };
+        let mut builder = Builder::new(Header {
+            sample_types: &sample_types,
+            period_type,
+            period: raw.period_ns as i64,
+            time_nanos: raw.start.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as i64),
+            duration_nanos: raw.duration.as_nanos() as i64,
+        });
+        for (index, process) in raw.processes.iter().enumerate() {
+            self.add_process(&mut builder, process, index == 0);
+        }
+        for comment in &raw.comments {
+            builder.comment(comment);
+        }
+        self.trim();
+        self.stats.profiles.fetch_add(1, Ordering::Relaxed);
+        builder.finish()
+    }
+
+    fn add_process(&mut self, builder: &mut Builder, process: &RawProcess, is_first: bool) {
+        // The main binary is mapped below everything that it loads.
+        let is_file = |mapping: &&crate::process::Mapping| matches!(mapping.kind, MappingKind::File(_));
+        if let Some(main) = process.image.mappings.iter().find(is_file) {
+            let id = self.add_mapping(builder, main);
+            if is_first {
+                builder.main_mapping(id);
+            }
+        }
+        let addresses: BTreeSet<u64> = process.stacks.iter().flat_map(frames).collect();
+        let names = self.resolve(process, &addresses);
+        let mut locations = HashMap::with_capacity(addresses.len());
+        for address in addresses {
+            locations.insert(address, self.add_location(builder, &process.image, address, &names));
+        }
+        for stack in &process.stacks {
+            let mut ids: Vec<LocationId> =
+                frames(stack).filter_map(|address| locations.get(&address).copied()).collect();
+            let mark = match stack.end {
+                StackEnd::Truncated => Some(TRUNCATED_FRAME),
+                StackEnd::Broken => Some(BROKEN_FRAME),
+                StackEnd::Complete | StackEnd::None => None,
+            };
+            if let Some(name) = mark {
+                ids.push(builder.location(None, 0, &[Line { name, system_name: name, ..Line::default() }]));
+            }
+            let text = |key, value| Label { key, value: LabelValue::Str(value) };
+            let number = |key, value: u32| Label { key, value: LabelValue::Num(i64::from(value), "") };
+            let mut labels = vec![number("pid", process.key.tgid), number("tid", stack.tid)];
+            labels.extend(
+                [
+                    text("thread", stack.thread.as_str()),
+                    text("comm", &process.comm),
+                    text("container_id", &process.container_id),
+                    text("pod_uid", &process.pod_uid),
+                ]
+                .into_iter()
+                .filter(|label| !matches!(label.value, LabelValue::Str(""))),
+            );
+            builder.sample(&ids, &[stack.count as i64, stack.value_ns as i64], &labels);
+        }
+    }
+
+    fn add_location(
+        &self,
+        builder: &mut Builder,
+        image: &Image,
+        address: u64,
+        names: &HashMap<u64, Functions>,
+    ) -> LocationId {
+        let mapping = if address >= FIRST_KERNEL_ADDRESS {
+            Some(builder.mapping(Mapping {
+                start: FIRST_KERNEL_ADDRESS,
+                limit: u64::MAX,
+                offset: 0,
+                file: KERNEL_MAPPING,
+                build_id: &self.kernel_build_id,
+            }))
+        } else {
+            image.find(address).map(|mapping| self.add_mapping(builder, mapping))
+        };
+        let functions = names.get(&address).map_or(&*self.nothing, |functions| functions);
+        let lines: Vec<Line<'_>> = functions
+            .iter()
+            .map(|function| Line {
+                name: &function.name,
+                system_name: &function.raw,
+                file: &function.file,
+                line: i64::from(function.line),
+                column: i64::from(function.column),
+                start_line: 0,
+            })
+            .collect();
+        let counter = if lines.is_empty() { &self.stats.unnamed } else { &self.stats.named };
+        counter.fetch_add(1, Ordering::Relaxed);
+        builder.location(mapping, address, &lines)
+    }
+
+    fn add_mapping(&self, builder: &mut Builder, mapping: &crate::process::Mapping) -> MappingId {
+        let (file, build_id) = match &mapping.kind {
+            MappingKind::File(file) => (file.path.as_str(), file.build_id.as_str()),
+            MappingKind::Vdso => (VDSO_MAPPING, self.vdso.as_ref().map_or("", |vdso| vdso.build_id.as_str())),
+            MappingKind::Anon => (ANONYMOUS_MAPPING, ""),
+        };
+        builder.mapping(Mapping {
+            start: mapping.start,
+            limit: mapping.end,
+            offset: mapping.offset,
+            file,
+            build_id,
+        })
+    }
+
+    /// The functions of each address that has any.
+    fn resolve(&mut self, process: &RawProcess, addresses: &BTreeSet<u64>) -> HashMap<u64, Functions> {
+        let mut found = HashMap::with_capacity(addresses.len());
+        let mut by_file: BTreeMap<FileId, (Arc<MappedFile>, Vec<(u64, u64)>)> = BTreeMap::new();
+        let mut jitted = Vec::new();
+        let mut kernel = Vec::new();
+        for &address in addresses {
+            if address >= FIRST_KERNEL_ADDRESS {
+                kernel.push(address);
+                continue;
+            }
+            let Some(mapping) = process.image.find(address) else { continue };
+            let file = match &mapping.kind {
+                MappingKind::File(file) => file,
+                MappingKind::Vdso => match &self.vdso {
+                    Some(vdso) => vdso,
+                    None => continue,
+                },
+                MappingKind::Anon => {
+                    jitted.push(address);
+                    continue;
+                }
+            };
+            match file.address_of(address - mapping.start + mapping.offset) {
+                Some(elf_address) => by_file
+                    .entry(file.id)
+                    .or_insert_with(|| (Arc::clone(file), Vec::new()))
+                    .1
+                    .push((address, elf_address)),
+                // Some compilers at run time map their code twice, through a file that is none.
+                None if !file.is_elf() => jitted.push(address),
+                None => {}
+            }
+        }
+        for (file, addresses) in by_file.into_values() {
+            self.resolve_file(&file, &addresses, &mut found);
+        }
+        self.resolve_kernel(&kernel, &mut found);
+        self.resolve_jitted(process.key, &jitted, &mut found);
+        found
+    }
+
+    /// `addresses` are pairs: at run time, and as the file counts.
+    fn resolve_file(
+        &mut self,
+        file: &Arc<MappedFile>,
+        addresses: &[(u64, u64)],
+        found: &mut HashMap<u64, Functions>,
+    ) {
+        let mut missing = Vec::new();
+        for &(address, elf_address) in addresses {
+            match self.cache.get(&(file.id, elf_address)) {
+                Some(functions) => {
+                    found.insert(address, Arc::clone(functions));
+                }
+                None => missing.push((address, elf_address)),
+            }
+        }
+        let Some(open) = file.file.as_ref().filter(|_| !missing.is_empty()) else { return };
+        let wanted: Vec<u64> = missing.iter().map(|(_, elf_address)| *elf_address).collect();
+        let debug = self.debug_frames(file, open, &wanted);
+        let mut texts = Texts::default();
+        for (index, (address, elf_address)) in missing.into_iter().enumerate() {
+            let functions: Functions = match debug.get(index).filter(|frame| !frame.is_empty()) {
+                Some(frame) => frame
+                    .iter()
+                    .map(|line| {
+                        let (name, raw) = texts.name(&line.name);
+                        Function {
+                            name,
+                            raw,
+                            file: texts.text(&line.file),
+                            line: line.line,
+                            column: line.column,
+                        }
+                    })
+                    .collect(),
+                None => match self.table(file.id, open).and_then(|table| table.find(elf_address)) {
+                    Some(raw) => {
+                        let (name, raw) = texts.name(&String::from_utf8_lossy(raw));
+                        [Function { name, raw, file: texts.text(""), line: 0, column: 0 }].into()
+                    }
+                    None => Arc::clone(&self.nothing),
+                },
+            };
+            // That there is no name is worth knowing too: otherwise it is looked for again in every window.
+            self.cache.insert((file.id, elf_address), Arc::clone(&functions));
+            found.insert(address, functions);
+        }
+        self.trim_tables();
+    }
+
+    /// What the file's debug information has on each address; nothing if it has none.
+    fn debug_frames(&mut self, file: &Arc<MappedFile>, open: &File, addresses: &[u64]) -> Vec<DebugFrame> {
+        if !self.config.debug_info {
+            return Vec::new();
+        }
+        let state = self.files.get_or_insert_mut(file.id, FileState::default);
+        let is_new = state.debug.is_none();
+        let mut debug = *state.debug.get_or_insert_with(|| Dwarf::examine(open));
+        let mut frames = Vec::new();
+        if let Ok(bytes) = debug {
+            match self.dwarf.resolve(file, bytes, addresses) {
+                Ok(answer) => frames = answer,
+                Err(unusable) => debug = Err(unusable),
+            }
+        }
+        match debug {
+            Err(Unusable::Harmful) if state.debug != Some(debug) => {
+                self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(Unusable::Refused) if is_new => {
+                tracing::info!(
+                    path = file.path,
+                    "the debug information of this file is too large or not whole"
+                );
+                self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
+            }
+            _ => {}
+        }
+        state.debug = Some(debug);
+        frames
+    }
+
+    fn table(&mut self, id: FileId, open: &File) -> Option<&SymbolTable> {
+        let state = self.files.get_or_insert_mut(id, FileState::default);
+        if let Table::NotRead = state.table {
+            state.table = match elf_symbols::read(open) {
+                Ok(table) => {
+                    self.table_bytes += table.bytes();
+                    Table::Read(table)
+                }
+                Err(error) => {
+                    tracing::info!(%error, "a file's functions have no names");
+                    self.stats.unusable_tables.fetch_add(1, Ordering::Relaxed);
+                    Table::Unusable
+                }
+            };
+        }
+        match &state.table {
+            Table::Read(table) => Some(table),
+            Table::NotRead | Table::Unusable => None,
+        }
+    }
+
+    fn resolve_kernel(&mut self, addresses: &[u64], found: &mut HashMap<u64, Functions>) {
+        if addresses.is_empty() {
+            return;
+        }
+        self.wasteful |= self.kallsyms.refresh();
+        let mut texts = Texts::default();
+        for &address in addresses {
+            if let Some(symbol) = self.kallsyms.find(address) {
+                let name = texts.text(symbol.name);
+                let file = match symbol.module {
+                    "" => texts.text(""),
+                    module => texts.text(&format!("[{module}]")),
+                };
+                found.insert(
+                    address,
+                    [Function { raw: Arc::clone(&name), name, file, line: 0, column: 0 }].into(),
+                );
+            }
+        }
+    }
+
+    fn resolve_jitted(&mut self, key: ProcessKey, addresses: &[u64], found: &mut HashMap<u64, Functions>) {
+        if addresses.is_empty() {
+            return;
+        }
+        let Some(map) = PerfMap::read(key, self.perf_maps.pop(&key)) else { return };
+        let mut texts = Texts::default();
+        for &address in addresses {
+            if let Some(name) = map.find(address) {
+                let name = texts.text(&name);
+                let file = texts.text("");
+                found.insert(
+                    address,
+                    [Function { raw: Arc::clone(&name), name, file, line: 0, column: 0 }].into(),
+                );
+            }
+        }
+        self.perf_maps.put(key, map);
+    }
+
+    /// Lets go of the symbol tables that were used the longest time ago. What was found in them stays in the cache.
+    fn trim_tables(&mut self) {
+        if self.table_bytes <= self.config.table_bytes {
+            return;
+        }
+        let old: Vec<FileId> = self.files.iter().rev().map(|(id, _)| *id).collect();
+        for id in old {
+            if self.table_bytes <= self.config.table_bytes {
+                return;
+            }
+            if let Some(state) = self.files.peek_mut(&id)
+                && let Table::Read(table) = &state.table
+            {
+                self.table_bytes -= table.bytes();
+                self.wasteful = true;
+                state.table = Table::NotRead;
+            }
+        }
+    }
+
+    fn trim(&mut self) {
+        self.wasteful |= self.dwarf.trim(self.config.debug_bytes);
+        let maps: usize = self.perf_maps.iter().map(|(_, map)| map.bytes()).sum();
+        if maps > self.config.table_bytes {
+            self.perf_maps.clear();
+            self.wasteful = true;
+        }
+        if std::mem::take(&mut self.wasteful) {
+            give_memory_back();
+        }
+        let cached = self.cache.weight() + (self.table_bytes + self.kallsyms.bytes() + maps) as u64;
+        self.stats.cached_bytes.store(cached, Ordering::Relaxed);
+        self.stats.given_up.store(u64::from(self.dwarf.given_up()), Ordering::Relaxed);
+    }
+}
+
+/// Texts that many addresses share, each kept once.
+#[derive(Default)]
+struct Texts {
+    names: HashMap<String, (Arc<str>, Arc<str>)>,
+    texts: HashMap<String, Arc<str>>,
+}
+
+impl Texts {
+    /// The readable name and the compiler's.
+    fn name(&mut self, raw: &str) -> (Arc<str>, Arc<str>) {
+        if let Some((name, raw)) = self.names.get(raw) {
+            return (Arc::clone(name), Arc::clone(raw));
+        }
+        let readable = demangle::demangle(raw);
+        let known: Arc<str> = demangle::cut(raw).into();
+        let name = if *readable == *known { Arc::clone(&known) } else { readable.into() };
+        self.names.insert(raw.to_owned(), (Arc::clone(&name), Arc::clone(&known)));
+        (name, known)
+    }
+
+    fn text(&mut self, text: &str) -> Arc<str> {
+        if let Some(known) = self.texts.get(text) {
+            return Arc::clone(known);
+        }
+        let known: Arc<str> = demangle::cut(text).into();
+        self.texts.insert(text.to_owned(), Arc::clone(&known));
+        known
+    }
+}
+
+/// The addresses to look up, leaf first: of callers the byte before the return address, which belongs to the call. A
+/// return address itself is the next function's where the call is the last thing that a function does.
+fn frames(stack: &RawStack) -> impl Iterator<Item = u64> {
+    let of = |addresses: &'_ [u64]| {
+        addresses
+            .iter()
+            .enumerate()
+            .map(|(depth, address)| if depth == 0 { *address } else { address.saturating_sub(1) })
+            .collect::<Vec<_>>()
+    };
+    of(&stack.kernel).into_iter().chain(of(&stack.user))
+}
+
+fn kernel_build_id() -> String {
+    let notes = File::open("/sys/kernel/notes").and_then(|file| {
+        let mut bytes = Vec::new();
+        io::Read::read_to_end(&mut io::Read::take(file, MAX_NOTE_BYTES), &mut bytes)?;
+        Ok(bytes)
+    });
+    notes.map(|notes| elf::build_id([notes.as_slice()].into_iter())).unwrap_or_default()
+}
+
+/// The vDSO is the same in every process, so this one's serves for all; in memory that has a descriptor it is a file
+/// like any other.
+fn vdso() -> io::Result<Arc<MappedFile>> {
+    let maps = fs::read_to_string("/proc/self/maps")?;
+    let range = maps.lines().find(|line| line.ends_with(VDSO_MAPPING)).and_then(|line| {
+        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+        Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+    });
+    let (start, end) = range.ok_or(io::ErrorKind::NotFound)?;
+    let mut image = vec![0; end.saturating_sub(start).min(MAX_VDSO_BYTES) as usize];
+    File::open("/proc/self/mem")?.read_exact_at(&mut image, start)?;
+    let mut file = File::from(rustix::fs::memfd_create("gannet-vdso", rustix::fs::MemfdFlags::CLOEXEC)?);
+    file.write_all(&image)?;
+    Ok(Arc::new(MappedFile::opened(VDSO_MAPPING, 0, 0, file)))
+}
+
+/// The C library keeps what is freed for later use; after something large it would keep it for nothing.
+fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes no pointers and may be called at any time from any thread.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

@@ -1,0 +1,747 @@
+//! Symbols of real programs: compiled here, run, mapped by the kernel, looked up by the addresses that they report of
+//! themselves. They need root, as the agent does: other processes' mappings are opened through `/proc/PID/map_files`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on shall say so at once"
+)]
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{BufRead, BufReader, Write},
+    num::NonZeroUsize,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant, SystemTime},
+};
+
+use gannet_agent::{
+    process::{Image, Mapping, MappingKind, ProcessKey},
+    profile::{RawProcess, RawProfile, RawStack, SampleKind, StackEnd},
+    symbols::{FileMapping, FileTable, MappedFile, Symbolizer, SymbolizerConfig},
+};
+use gannet_proto::profiles::Profile;
+use proptest::prelude::*;
+use rstest::rstest;
+
+/// Reports addresses inside of its functions as `name address`, then waits for the end of its input.
+const C_PROGRAM: &str = r#"
+#include <stdio.h>
+#include <unistd.h>
+#if defined(__x86_64__)
+#define HERE(p) __asm__ volatile("lea 0(%%rip), %0" : "=r"(p))
+#else
+#define HERE(p) __asm__ volatile("adr %0, ." : "=r"(p))
+#endif
+void *in_inner, *in_leaf, *in_outer, *in_far, *in_last;
+volatile int sink;
+static inline __attribute__((always_inline)) void inner(void) { void *p; HERE(p); sink++; in_inner = p; sink++; }
+__attribute__((noinline)) void holder(void) { sink++; inner(); sink++; }
+__attribute__((noinline)) void leaf(void) { void *p; HERE(p); in_leaf = p; in_outer = __builtin_return_address(0); sink++; }
+__attribute__((noinline)) void outer(void) { leaf(); sink++; }
+#ifdef FAR
+__attribute__((noinline, section(".far_text")))
+#else
+__attribute__((noinline))
+#endif
+void far_away(void) { void *p; HERE(p); in_far = p; sink++; }
+__attribute__((noinline, noreturn)) void report(void) {
+    in_last = __builtin_return_address(0);
+    printf("inner %p\nleaf %p\nouter %p\nfar_away %p\nends_with_a_call %p\n", in_inner, in_leaf, in_outer, in_far, in_last);
+    fflush(stdout);
+    char c;
+    while (read(0, &c, 1) > 0) {}
+    _exit(0);
+}
+__attribute__((noinline)) void ends_with_a_call(void) { report(); }
+__attribute__((noinline)) void comes_next(void) { sink++; }
+int main(int argc, char **argv) {
+    if (argc > 1) comes_next();
+    holder(); outer(); far_away(); ends_with_a_call();
+}
+"#;
+
+const RUST_PROGRAM: &str = r#"
+use std::{arch::asm, io::Read};
+fn here() -> usize {
+    let place: usize;
+    #[cfg(target_arch = "x86_64")]
+    unsafe { asm!("lea {}, [rip]", out(reg) place) };
+    #[cfg(target_arch = "aarch64")]
+    unsafe { asm!("adr {}, .", out(reg) place) };
+    place
+}
+mod shop {
+    pub struct Cart<T>(pub T);
+    impl<T: Copy> Cart<T> {
+        #[inline(never)]
+        pub fn checkout(&self) -> (usize, T) { (price(), self.0) }
+    }
+    #[inline(always)]
+    pub fn price() -> usize { let place = super::here(); std::hint::black_box(place) }
+}
+fn main() {
+    let (place, _) = std::hint::black_box(shop::Cart(7u32)).checkout();
+    println!("checkout {place:#x}");
+    let _ = std::io::stdin().read(&mut [0]);
+}
+"#;
+
+struct Program {
+    child: Child,
+    path: PathBuf,
+    addresses: BTreeMap<String, u64>,
+    _directory: tempfile::TempDir,
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[track_caller]
+fn run_tool(command: &mut Command) {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[track_caller]
+fn compile_c(flags: &[&str]) -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, path) = (directory.path().join("program.c"), directory.path().join("program"));
+    fs::write(&source, C_PROGRAM).unwrap();
+    run_tool(
+        Command::new("gcc")
+            .args(["-O2", "-fno-optimize-sibling-calls", "-falign-functions=1", "-fno-reorder-functions"])
+            .args(["-fno-toplevel-reorder", "-fomit-frame-pointer"])
+            .args(flags)
+            .arg("-o")
+            .args([&path, &source]),
+    );
+    (directory, path)
+}
+
+#[track_caller]
+fn start(directory: tempfile::TempDir, path: PathBuf) -> Program {
+    let mut child = Command::new(&path).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut addresses = BTreeMap::new();
+    for line in BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok) {
+        let (name, address) = line.split_once(' ').unwrap();
+        addresses.insert(name.to_owned(), u64::from_str_radix(address.trim_start_matches("0x"), 16).unwrap());
+        if name == "ends_with_a_call" || name == "checkout" {
+            break;
+        }
+    }
+    Program { child, path, addresses, _directory: directory }
+}
+
+#[track_caller]
+fn start_c(flags: &[&str]) -> Program {
+    let (directory, path) = compile_c(flags);
+    start(directory, path)
+}
+
+fn key(pid: u32) -> ProcessKey {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let ticks: u64 =
+        stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().nth(19).unwrap().parse().unwrap();
+    ProcessKey { tgid: pid, start_boottime_ns: ticks * 10_000_000 + 3_000_000 }
+}
+
+fn table() -> FileTable {
+    FileTable::new(NonZeroUsize::new(64).unwrap())
+}
+
+/// The executable mappings of a live process.
+fn image(pid: u32, files: &mut FileTable) -> Arc<Image> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let mut mappings = Vec::new();
+    for line in maps.lines() {
+        let mut words = line.splitn(6, ' ');
+        let (range, flags, offset, device, inode, name) = (
+            words.next().unwrap(),
+            words.next().unwrap(),
+            words.next().unwrap(),
+            words.next().unwrap(),
+            words.next().unwrap(),
+            words.next().unwrap_or_default().trim(),
+        );
+        if !flags.contains('x') || name == "[vsyscall]" {
+            continue;
+        }
+        let hex = |text: &str| u64::from_str_radix(text, 16).unwrap();
+        let (start, end) = range.split_once('-').map(|(start, end)| (hex(start), hex(end))).unwrap();
+        let (major, minor) = device.split_once(':').map(|(major, minor)| (hex(major), hex(minor))).unwrap();
+        let kind = match (name, inode.parse::<u64>().unwrap()) {
+            ("[vdso]", _) => MappingKind::Vdso,
+            (_, 0) => MappingKind::Anon,
+            (path, inode) => MappingKind::File(files.open(&FileMapping {
+                tgid: pid,
+                start,
+                end,
+                path: path.trim_end_matches(" (deleted)"),
+                dev: libc::makedev(major as u32, minor as u32),
+                inode,
+            })),
+        };
+        mappings.push(Mapping { start, end, offset: hex(offset), kind });
+    }
+    Arc::new(Image { mappings })
+}
+
+fn stack(kernel: &[u64], user: &[u64], end: StackEnd) -> RawStack {
+    RawStack {
+        tid: 12,
+        thread: "worker".into(),
+        kernel: kernel.to_vec(),
+        user: user.to_vec(),
+        end,
+        count: 3,
+        value_ns: 30_000_000,
+    }
+}
+
+fn raw(key: ProcessKey, image: Arc<Image>, stacks: Vec<RawStack>) -> RawProfile {
+    RawProfile {
+        kind: SampleKind::OnCpu,
+        period_ns: 10_000_000,
+        start: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000),
+        duration: Duration::from_secs(10),
+        processes: vec![RawProcess {
+            key,
+            comm: "program".into(),
+            container_id: String::new(),
+            pod_uid: "4f1c".into(),
+            image,
+            stacks,
+        }],
+        comments: vec!["rule: test".into()],
+    }
+}
+
+#[track_caller]
+fn symbolize(symbolizer: &Symbolizer, raw: RawProfile) -> Profile {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(symbolizer.symbolize(raw)).unwrap()
+}
+
+fn new_symbolizer() -> Symbolizer {
+    Symbolizer::start(SymbolizerConfig::default()).unwrap()
+}
+
+fn text(profile: &Profile, index: i64) -> &str {
+    &profile.string_table[usize::try_from(index).unwrap()]
+}
+
+/// The names of each frame of the only sample, leaf first; those of one frame innermost first.
+#[track_caller]
+fn names(profile: &Profile) -> Vec<Vec<String>> {
+    let [sample] = profile.sample.as_slice() else { panic!("{} samples", profile.sample.len()) };
+    let function = |id: u64| profile.function.iter().find(|function| function.id == id).unwrap().name;
+    sample
+        .location_id
+        .iter()
+        .map(|id| {
+            let location = profile.location.iter().find(|location| location.id == *id).unwrap();
+            location.line.iter().map(|line| text(profile, function(line.function_id)).to_owned()).collect()
+        })
+        .collect()
+}
+
+#[track_caller]
+fn names_of(program: &Program, user: &[u64]) -> Vec<Vec<String>> {
+    let pid = program.child.id();
+    let image = image(pid, &mut table());
+    names(&symbolize(&new_symbolizer(), raw(key(pid), image, vec![stack(&[], user, StackEnd::Complete)])))
+}
+
+/// Every way of linking moves the code differently against the file.
+#[rstest]
+#[case::pie(&["-g"])]
+#[case::no_debug_info(&[])]
+#[case::not_position_independent(&["-no-pie", "-g"])]
+#[case::static_(&["-static", "-g"])]
+#[case::static_pie(&["-static-pie"])]
+#[case::one_segment_for_code_and_headers(&["-Wl,-z,noseparate-code"])]
+#[case::code_apart(&["-Wl,-z,separate-code", "-g"])]
+#[case::large_pages(&["-Wl,-z,max-page-size=0x200000"])]
+#[case::code_in_two_segments(&["-no-pie", "-DFAR", "-Wl,--section-start=.far_text=0x10000000"])]
+#[case::code_in_two_segments_with_debug_info(&["-g", "-no-pie", "-DFAR", "-Wl,--section-start=.far_text=0x10000000"])]
+#[case::dynamic_symbols_only(&["-rdynamic", "-s"])]
+#[case::compressed_debug_info(&["-g", "-gz=zlib"])]
+fn addresses_of_every_kind_of_program_have_their_names(#[case] flags: &[&str]) {
+    let program = start_c(flags);
+    let at = |name: &str| program.addresses[name];
+    // The leaf is where it is; `outer` and the rest are where calls return to.
+    let user = [at("leaf"), at("outer"), at("far_away") + 1, at("ends_with_a_call")];
+    let frames = names_of(&program, &user);
+    let outermost: Vec<_> = frames.iter().map(|frame| frame.last().cloned().unwrap_or_default()).collect();
+    assert_eq!(outermost, ["leaf", "outer", "far_away", "ends_with_a_call"]);
+}
+
+#[test]
+fn a_return_address_behind_the_end_of_a_function_belongs_to_the_caller() {
+    let program = start_c(&[]);
+    let address = program.addresses["ends_with_a_call"];
+    assert_eq!(
+        names_of(&program, &[address]),
+        [["comes_next"]],
+        "the test's program is not laid out as it should be"
+    );
+    assert_eq!(names_of(&program, &[program.addresses["leaf"], address])[1], ["ends_with_a_call"]);
+}
+
+#[test]
+fn inlined_functions_are_lines_of_their_frame_innermost_first() {
+    let program = start_c(&["-g"]);
+    assert_eq!(names_of(&program, &[program.addresses["inner"]]), [["inner", "holder"]]);
+    let program = start_c(&[]);
+    assert_eq!(names_of(&program, &[program.addresses["inner"]]), [["holder"]]);
+}
+
+#[test]
+fn lines_say_where_in_the_source_each_function_is() {
+    let program = start_c(&["-g"]);
+    let pid = program.child.id();
+    let image = image(pid, &mut table());
+    let user = [program.addresses["inner"]];
+    let profile =
+        symbolize(&new_symbolizer(), raw(key(pid), image, vec![stack(&[], &user, StackEnd::Complete)]));
+    let line_of = |needle: &str| C_PROGRAM.lines().position(|line| line.contains(needle)).unwrap() as i64 + 1;
+    let lines: Vec<i64> = profile.location[0].line.iter().map(|line| line.line).collect();
+    assert_eq!(lines, [line_of("void inner(void)"), line_of("void holder(void)")]);
+    for function in &profile.function {
+        assert!(text(&profile, function.filename).ends_with("program.c"));
+    }
+}
+
+#[rstest]
+#[case::debug_info(&["-g", "-O"], &["program::here", "program::shop::price", "program::shop::Cart<T>::checkout"])]
+#[case::symbols(&["-O"], &["program::shop::Cart<T>::checkout"])]
+fn rust_names_are_readable_and_inlined(#[case] flags: &[&str], #[case] expected: &[&str]) {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, path) = (directory.path().join("program.rs"), directory.path().join("program"));
+    fs::write(&source, RUST_PROGRAM).unwrap();
+    run_tool(Command::new("rustc").args(flags).arg("-o").args([&path, &source]));
+    let program = start(directory, path);
+    let address = program.addresses["checkout"];
+    // As a caller, so that it is the instruction before, which is the one that takes its own address.
+    assert_eq!(names_of(&program, &[address, address])[1], expected);
+}
+
+#[test]
+fn cpp_names_are_readable_and_the_compilers_name_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, path) = (directory.path().join("program.cc"), directory.path().join("program"));
+    let cpp = r#"
+#include <cstdio>
+#include <unistd.h>
+namespace shop { struct Cart { template <class T> __attribute__((noinline)) void *checkout(T n); }; }
+template <class T> void *shop::Cart::checkout(T) { return __builtin_return_address(0); }
+int main() { shop::Cart c; auto p = (void *(shop::Cart::*)(int))&shop::Cart::checkout<int>; (c.*p)(1);
+  std::printf("checkout %p\n", *(void **)&p); std::fflush(stdout); char b; while (read(0, &b, 1) > 0) {} }
+"#;
+    fs::write(&source, cpp).unwrap();
+    run_tool(Command::new("g++").args(["-O1", "-o"]).args([&path, &source]));
+    let program = start(directory, path);
+    let pid = program.child.id();
+    let image = image(pid, &mut table());
+    let user = [program.addresses["checkout"]];
+    let profile =
+        symbolize(&new_symbolizer(), raw(key(pid), image, vec![stack(&[], &user, StackEnd::Complete)]));
+    assert_eq!(names(&profile), [["void* shop::Cart::checkout<int>(int)"]]);
+    assert_eq!(text(&profile, profile.function[0].system_name), "_ZN4shop4Cart8checkoutIiEEPvT_");
+}
+
+#[test]
+fn a_profile_is_written_as_pprof_wants_it() {
+    let program = start_c(&["-g"]);
+    let pid = program.child.id();
+    let image = image(pid, &mut table());
+    let user = [program.addresses["leaf"], program.addresses["outer"]];
+    let stacks = vec![stack(&[], &user, StackEnd::Truncated)];
+    let profile = symbolize(&new_symbolizer(), raw(key(pid), image, stacks));
+    let kind = |value: &gannet_proto::profiles::ValueType| {
+        format!("{}/{}", text(&profile, value.r#type), text(&profile, value.unit))
+    };
+    assert_eq!(
+        profile.sample_type.iter().map(kind).collect::<Vec<_>>(),
+        ["samples/count", "cpu/nanoseconds"]
+    );
+    assert_eq!(profile.period_type.as_ref().map(kind).unwrap(), "cpu/nanoseconds");
+    assert_eq!((profile.period, profile.duration_nanos), (10_000_000, 10_000_000_000));
+    assert_eq!(profile.time_nanos, 1_700_000_000_000_000_000);
+    assert_eq!(profile.sample[0].value, [3, 30_000_000]);
+    let labels: BTreeMap<&str, String> = profile.sample[0]
+        .label
+        .iter()
+        .map(|label| {
+            let value =
+                if label.str == 0 { label.num.to_string() } else { text(&profile, label.str).to_owned() };
+            (text(&profile, label.key), value)
+        })
+        .collect();
+    let pid_text = pid.to_string();
+    assert_eq!(
+        labels.iter().map(|(key, value)| (*key, value.as_str())).collect::<Vec<_>>(),
+        [
+            ("comm", "program"),
+            ("pid", pid_text.as_str()),
+            ("pod_uid", "4f1c"),
+            ("thread", "worker"),
+            ("tid", "12")
+        ]
+    );
+    assert_eq!(names(&profile), [vec!["leaf"], vec!["outer"], vec!["[truncated]"]]);
+    let main = &profile.mapping[0];
+    assert_eq!(text(&profile, main.filename), program.path.to_str().unwrap());
+    for location in profile.location.iter().filter(|location| location.mapping_id != 0) {
+        let mapping = profile.mapping.iter().find(|mapping| mapping.id == location.mapping_id).unwrap();
+        assert!((mapping.memory_start..mapping.memory_limit).contains(&location.address));
+    }
+    assert!(profile.comment.iter().any(|comment| text(&profile, *comment) == "rule: test"));
+}
+
+#[test]
+fn a_frame_without_a_name_keeps_its_mapping_and_build_id() {
+    let program = start_c(&["-s", "-Wl,--build-id=0x00ff10"]);
+    let pid = program.child.id();
+    let image = image(pid, &mut table());
+    let user = [program.addresses["leaf"]];
+    let symbolizer = new_symbolizer();
+    let profile = symbolize(&symbolizer, raw(key(pid), image, vec![stack(&[], &user, StackEnd::Broken)]));
+    assert_eq!(names(&profile), [vec![], vec!["[broken stack]".to_owned()]]);
+    let location = profile.location.iter().find(|location| location.address == user[0]).unwrap();
+    let mapping = profile.mapping.iter().find(|mapping| mapping.id == location.mapping_id).unwrap();
+    assert_eq!(text(&profile, mapping.build_id), "00ff10");
+    assert_eq!(symbolizer.stats().unnamed.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn a_program_that_was_deleted_while_it_runs_has_names() {
+    let program = start_c(&["-g"]);
+    fs::remove_file(&program.path).unwrap();
+    assert_eq!(names_of(&program, &[program.addresses["leaf"]]), [["leaf"]]);
+}
+
+#[test]
+fn a_program_whose_process_has_ended_has_names() {
+    let mut program = start_c(&["-g"]);
+    let pid = program.child.id();
+    let (key, image) = (key(pid), image(pid, &mut table()));
+    fs::remove_file(&program.path).unwrap();
+    program.child.kill().unwrap();
+    program.child.wait().unwrap();
+    let user = [program.addresses["leaf"]];
+    let profile = symbolize(&new_symbolizer(), raw(key, image, vec![stack(&[], &user, StackEnd::Complete)]));
+    assert_eq!(names(&profile), [["leaf"]]);
+}
+
+#[test]
+fn a_file_that_takes_the_name_of_another_is_not_taken_for_it() {
+    let mut files = table();
+    let symbolizer = new_symbolizer();
+    let old = start_c(&["-g", "-no-pie"]);
+    let old_image = image(old.child.id(), &mut files);
+    // Another program at the same path, with other functions at the same addresses.
+    let (directory, path) = compile_c(&["-g", "-no-pie", "-Dleaf=other_leaf", "-Douter=a_longer_name"]);
+    fs::rename(&path, &old.path).unwrap();
+    let mut new = start(directory, old.path.clone());
+    let new_image = image(new.child.id(), &mut files);
+    for (program, image, expected) in [(&old, &old_image, "leaf"), (&new, &new_image, "other_leaf")] {
+        let user = [program.addresses["leaf"]];
+        let stacks = vec![stack(&[], &user, StackEnd::Complete)];
+        let profile = symbolize(&symbolizer, raw(key(program.child.id()), Arc::clone(image), stacks));
+        assert_eq!(names(&profile), [[expected]]);
+    }
+    assert_eq!(old_image.mappings[0].start, new_image.mappings[0].start);
+    new.path.clear();
+}
+
+#[test]
+fn a_file_is_opened_once_for_all_its_processes_and_the_number_open_is_bounded() {
+    let (directory, path) = compile_c(&[]);
+    let first = start(directory, path.clone());
+    let second = start(tempfile::tempdir().unwrap(), path);
+    let mut files = table();
+    let (one, two) = (image(first.child.id(), &mut files), image(second.child.id(), &mut files));
+    let opened = files.stats().opened;
+    let main = |image: &Image| match &image.mappings[0].kind {
+        MappingKind::File(file) => Arc::clone(file),
+        _ => panic!("the program is not mapped first"),
+    };
+    assert!(Arc::ptr_eq(&main(&one), &main(&two)));
+    assert_eq!(opened as usize, files.stats().open);
+
+    let mut small = FileTable::new(NonZeroUsize::MIN);
+    let held = image(first.child.id(), &mut small);
+    assert_eq!(small.stats().open, 1);
+    assert!(small.stats().refused > 0, "the C library found a place that the program holds");
+    drop(held);
+    let refused = small.stats().refused;
+    let other = start_c(&["-g"]);
+    let main_of_other = main(&image(other.child.id(), &mut small));
+    assert!(main_of_other.file.is_some(), "a file that nobody holds gives its place up");
+    assert_eq!(small.stats().open, 1);
+    assert!(small.stats().refused > refused);
+}
+
+#[test]
+fn where_the_mapping_cannot_be_opened_the_path_serves_if_it_is_the_same_file() {
+    let program = start_c(&[]);
+    let metadata = fs::metadata(&program.path).unwrap();
+    let path = program.path.to_str().unwrap();
+    // No mapping has these addresses.
+    let mapping = FileMapping {
+        tgid: program.child.id(),
+        start: 1,
+        end: 2,
+        path,
+        dev: metadata.dev(),
+        inode: metadata.ino(),
+    };
+    let mut files = table();
+    assert!(files.open(&mapping).is_elf());
+    assert!(files.open(&FileMapping { inode: 1, ..mapping }).file.is_none(), "another file was taken");
+    let device = fs::metadata("/dev/zero").unwrap();
+    let zero = FileMapping { path: "/dev/zero", dev: device.dev(), inode: device.ino(), ..mapping };
+    assert!(files.open(&zero).file.is_none(), "a device was opened");
+    assert_eq!(files.stats().failed, 2);
+}
+
+#[test]
+fn the_vdso_has_names() {
+    use object::{Object, ObjectSymbol};
+    let pid = std::process::id();
+    let image = image(pid, &mut table());
+    let vdso = image.mappings.iter().find(|mapping| matches!(mapping.kind, MappingKind::Vdso)).unwrap();
+    let mut bytes = vec![0; (vdso.end - vdso.start) as usize];
+    std::os::unix::fs::FileExt::read_exact_at(&File::open("/proc/self/mem").unwrap(), &mut bytes, vdso.start)
+        .unwrap();
+    let elf = object::File::parse(bytes.as_slice()).unwrap();
+    let symbol =
+        elf.dynamic_symbols().find(|symbol| symbol.name().unwrap().ends_with("clock_gettime")).unwrap();
+    let user = [vdso.start + symbol.address() + 2];
+    let profile = symbolize(
+        &new_symbolizer(),
+        raw(key(pid), image.clone(), vec![stack(&[], &user, StackEnd::Complete)]),
+    );
+    let found = names(&profile);
+    assert!(found[0][0].ends_with("clock_gettime"), "{found:?}");
+    assert!(profile.mapping.iter().any(|mapping| text(&profile, mapping.filename) == "[vdso]"));
+}
+
+#[test]
+fn kernel_frames_have_names_under_the_kernels_mapping() {
+    let kallsyms = fs::read_to_string("/proc/kallsyms").unwrap();
+    let (address, name) = kallsyms
+        .lines()
+        .filter_map(|line| line.split_once(" T "))
+        .find(|(_, name)| *name == "vfs_read")
+        .expect("vfs_read is in /proc/kallsyms");
+    let address = u64::from_str_radix(address, 16).unwrap();
+    assert_ne!(address, 0, "the test needs to see kernel addresses: run it as root");
+    let pid = std::process::id();
+    let kernel = [address, address + 1];
+    let profile = symbolize(
+        &new_symbolizer(),
+        raw(key(pid), Arc::default(), vec![stack(&kernel, &[], StackEnd::None)]),
+    );
+    assert_eq!(names(&profile), [[name], [name]]);
+    assert_eq!(text(&profile, profile.mapping[0].filename), "[kernel.kallsyms]");
+}
+
+#[test]
+fn code_made_at_run_time_is_named_by_its_perf_map() {
+    let pid = std::process::id();
+    // SAFETY: a new mapping that nothing else refers to.
+    let page = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            4096,
+            libc::PROT_READ | libc::PROT_EXEC,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    } as u64;
+    let path = format!("/tmp/perf-{pid}.map");
+    fs::write(&path, format!("{page:x} 40 LazyCompile:*checkout\x1b[31m /app/shop.js:12\n")).unwrap();
+    let image = image(pid, &mut table());
+    let symbolizer = new_symbolizer();
+    let named = |key| {
+        let stacks = vec![stack(&[], &[page + 8], StackEnd::Complete)];
+        symbolize(&symbolizer, raw(key, image.clone(), stacks))
+    };
+    let profile = named(key(pid));
+    // A process that only has the same number has its own functions.
+    let stranger = named(ProcessKey { start_boottime_ns: 1, ..key(pid) });
+    fs::remove_file(&path).unwrap();
+    assert_eq!(names(&profile), [["LazyCompile:*checkout?[31m /app/shop.js:12"]]);
+    assert_eq!(text(&profile, profile.mapping.last().unwrap().filename), "[anon]");
+    assert_eq!(names(&stranger), [Vec::<String>::new()]);
+}
+
+#[test]
+fn a_file_that_is_cut_while_it_is_read_ends_nothing() {
+    let program = start_c(&["-g"]);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("library");
+    fs::copy(&program.path, &path).unwrap();
+    let mapped = mapped_image(&path);
+    let symbolizer = new_symbolizer();
+    let pid = std::process::id();
+    // So that the debug information is mapped into memory.
+    let first = raw(key(pid), mapped.clone(), vec![stack(&[], &[0x1000_1000], StackEnd::Complete)]);
+    symbolize(&symbolizer, first);
+    File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+    let everywhere: Vec<u64> = (0x1000_0000..0x1000_4000).step_by(16).collect();
+    let profile =
+        symbolize(&symbolizer, raw(key(pid), mapped, vec![stack(&[], &everywhere, StackEnd::Complete)]));
+    assert_eq!(profile.sample[0].location_id.len(), everywhere.len());
+    // And the next file is read as ever.
+    assert_eq!(
+        names(&symbolize(
+            &symbolizer,
+            raw(
+                key(program.child.id()),
+                image(program.child.id(), &mut table()),
+                vec![stack(&[], &[program.addresses["inner"]], StackEnd::Complete)]
+            )
+        )),
+        [["inner", "holder"]]
+    );
+}
+
+/// The file as if it were mapped whole at 0x10000000.
+fn mapped_image(path: &Path) -> Arc<Image> {
+    let file = File::open(path).unwrap();
+    let metadata = file.metadata().unwrap();
+    let mapped = MappedFile::opened(path.to_str().unwrap(), metadata.dev(), metadata.ino(), file);
+    let kind = MappingKind::File(Arc::new(mapped));
+    Arc::new(Image { mappings: vec![Mapping { start: 0x1000_0000, end: 0x1010_0000, offset: 0, kind }] })
+}
+
+#[test]
+fn compressed_mini_debug_info_names_what_was_stripped() {
+    let (directory, path) = compile_c(&[]);
+    let inside = |name: &str| directory.path().join(name);
+    // As distributions do it: the functions' symbols alone, compressed, in a section of the stripped file.
+    run_tool(Command::new("objcopy").args(["--only-keep-debug"]).args([&path, &inside("mini")]));
+    run_tool(Command::new("xz").arg(inside("mini")));
+    run_tool(
+        Command::new("objcopy")
+            .arg("--strip-all")
+            .arg("--add-section")
+            .arg(format!(".gnu_debugdata={}", inside("mini.xz").display()))
+            .args([&path, &inside("stripped")]),
+    );
+    let stripped = inside("stripped");
+    let program = start(directory, stripped);
+    assert_eq!(names_of(&program, &[program.addresses["leaf"]]), [["leaf"]]);
+}
+
+#[test]
+fn debug_info_that_claims_to_be_huge_is_not_inflated() {
+    let (_directory, path) = compile_c(&["-g", "-gz=zlib"]);
+    let mut bytes = fs::read(&path).unwrap();
+    // `Elf64_Chdr`: type 1, reserved 0, then the size; every section that has one now claims 2^60 bytes.
+    let mut claims = 0;
+    for at in (0..bytes.len() - 24).step_by(8).chain((1..bytes.len() - 24).filter(|at| at % 8 != 0)) {
+        if bytes[at..at + 8] == [1, 0, 0, 0, 0, 0, 0, 0]
+            && bytes[at + 16..at + 26] == [1, 0, 0, 0, 0, 0, 0, 0, 0x78, 0x5e]
+            || bytes[at..at + 8] == [1, 0, 0, 0, 0, 0, 0, 0]
+                && bytes[at + 24] == 0x78
+                && bytes[at + 17..at + 24] == [0; 7]
+        {
+            bytes[at + 8..at + 16].copy_from_slice(&(1u64 << 60).to_le_bytes());
+            claims += 1;
+        }
+    }
+    assert!(claims > 0, "no compressed section was found");
+    fs::write(&path, &bytes).unwrap();
+    let symbolizer = new_symbolizer();
+    let stacks = vec![stack(&[], &[0x1000_1200], StackEnd::Complete)];
+    symbolize(&symbolizer, raw(key(std::process::id()), mapped_image(&path), stacks));
+    assert_eq!(symbolizer.stats().unusable_debug_info.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn what_was_looked_up_once_is_not_read_again() {
+    let (_directory, path) = compile_c(&["-g", "-no-pie"]);
+    let mapped = mapped_image(&path);
+    let symbolizer = new_symbolizer();
+    let everywhere: Vec<u64> = (0x1000_1000..0x1000_1400).step_by(16).collect();
+    let look = || {
+        let stacks = vec![stack(&[], &everywhere, StackEnd::Complete)];
+        names(&symbolize(&symbolizer, raw(key(std::process::id()), Arc::clone(&mapped), stacks)))
+    };
+    let first = look();
+    assert!(first.iter().flatten().any(|name| name == "holder"), "{first:?}");
+    File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+    assert_eq!(look(), first);
+    assert!(symbolizer.stats().cached_bytes.load(Ordering::Relaxed) > 0);
+}
+
+#[test]
+fn a_full_queue_gives_the_profile_back() {
+    let symbolizer = Symbolizer::start(SymbolizerConfig { queue: 1, ..SymbolizerConfig::default() }).unwrap();
+    let pid = std::process::id();
+    // The kernel's symbols take long enough to read for the others to pile up behind.
+    let one = || raw(key(pid), Arc::default(), vec![stack(&[1 << 63], &[], StackEnd::None)]);
+    let results: Vec<_> = (0..50).map(|_| symbolizer.try_symbolize(one())).collect();
+    let refused = results.iter().filter(|result| result.is_err()).count();
+    assert!(refused > 0);
+    for result in results {
+        match result {
+            Ok(answer) => assert_eq!(answer.blocking_recv().unwrap().sample.len(), 1),
+            Err(error) => {
+                assert!(error.to_string().contains("behind"), "{error}");
+                let gannet_agent::symbols::SymbolizerError::Full(1, raw) = error else { panic!("{error:?}") };
+                assert_eq!(raw.processes[0].stacks[0].count, 3);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    /// A damaged file costs bounded time, ends nothing, and leaves the others readable.
+    #[test]
+    fn damaged_files_are_taken_without_harm(
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..40),
+        head in proptest::collection::vec((0usize..0x400, any::<u8>()), 0..4),
+        cut in proptest::option::of(any::<prop::sample::Index>()),
+    ) {
+        thread_local! {
+            static WHOLE: Vec<u8> = fs::read(compile_c(&["-g"]).1).unwrap();
+            static SYMBOLIZER: Symbolizer = new_symbolizer();
+        }
+        let mut bytes = WHOLE.with(Clone::clone);
+        for (at, value) in changes {
+            *at.get_mut(&mut bytes) = value;
+        }
+        for (at, value) in head {
+            bytes[at] = value;
+        }
+        if let Some(cut) = cut {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&bytes).unwrap();
+        let user: Vec<u64> = (0x1000_0000..0x1000_4000).step_by(64).collect();
+        let stacks = vec![stack(&[], &user, StackEnd::Complete)];
+        let begin = Instant::now();
+        let raw = raw(key(std::process::id()), mapped_image(file.path()), stacks);
+        let profile = SYMBOLIZER.with(|symbolizer| symbolize(symbolizer, raw));
+        prop_assert_eq!(profile.sample.len(), 1);
+        prop_assert!(begin.elapsed() < Duration::from_secs(15));
+    }
+}
