@@ -12,7 +12,10 @@
     )
 )]
 
+pub mod check;
 pub mod kernel;
+pub mod output;
 pub mod process;
 pub mod profile;
 pub mod symbols;
+pub mod top;
