@@ -105,7 +105,7 @@ fn judge_capabilities(set: CapabilitySet) -> Check {
         }
         missing => Check::fail(
             "capabilities",
-            format!("the capabilities {} are missing", missing.join(" and ")),
+            format!("missing {}", missing.join(" and ")),
             "run as root, or with CAP_BPF and CAP_PERFMON (in a container, add them to its securityContext)",
         ),
     }

@@ -134,7 +134,7 @@ pub(super) fn svg(profile: &Profile, title: &str) -> Result<Vec<u8>, OutputError
     options.factor = factor;
     options.count_name = count_name.to_owned();
     options.colors = Palette::Multi(MultiPalette::Java);
-    options.hash = true;
+    options.deterministic = true;
     options.text_truncate_direction = TextTruncateDirection::Right;
     options.no_sort = false;
     let mut picture = Vec::new();

@@ -1,0 +1,123 @@
+//! What `check` says where something is missing: in a child without privileges.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on shall say so at once"
+)]
+
+use std::process::Command;
+
+use gannet_agent::check::{CheckOptions, State, check, preflight};
+
+/// Runs one of the ignored tests below as a user without any privilege, and gives back what it printed.
+#[track_caller]
+fn unprivileged(test: &str, capabilities: &str) -> String {
+    let directory = tempfile::tempdir().unwrap();
+    // The target directory may be out of reach for that user.
+    let program = directory.path().join("check");
+    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    let open = <std::fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o755);
+    for path in [directory.path(), &program] {
+        std::fs::set_permissions(path, open.clone()).unwrap();
+    }
+    let output = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .arg(format!("--inh-caps={capabilities}"))
+        .arg(format!("--ambient-caps={capabilities}"))
+        .arg(&program)
+        .args(["--ignored", "--exact", "--nocapture", test])
+        .output()
+        .expect("setpriv is part of util-linux");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "this test needs root: {text}{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+#[test]
+#[ignore = "run by the tests below, without privileges"]
+#[expect(clippy::print_stdout, reason = "that is what it is for")]
+fn print_the_refusal() {
+    println!("{}", preflight().map_or_else(|refusal| refusal.to_string(), |()| "can run".to_owned()));
+}
+
+#[test]
+#[ignore = "run by the tests below, without privileges"]
+#[expect(clippy::print_stdout, reason = "that is what it is for")]
+fn print_the_report() {
+    println!("{}", check(&CheckOptions::default()).to_json());
+}
+
+#[test]
+fn without_privileges_one_line_names_what_is_missing_and_the_cure() {
+    let text = unprivileged("print_the_refusal", "-all");
+    let line = text.lines().find(|line| line.contains("cannot run here")).expect(&text);
+    assert!(line.contains("missing CAP_BPF and CAP_PERFMON;"), "{line}");
+    assert!(line.contains("run as root"), "{line}");
+}
+
+#[test]
+fn with_one_of_two_capabilities_only_the_other_is_named() {
+    let text = unprivileged("print_the_refusal", "-all,+bpf");
+    let line = text.lines().find(|line| line.contains("cannot run here")).expect(&text);
+    assert!(line.contains("missing CAP_PERFMON;"), "{line}");
+}
+
+#[test]
+fn the_two_capabilities_are_enough_to_run_and_what_then_fails_is_a_warning() {
+    let text = unprivileged("print_the_report", "-all,+bpf,+perfmon");
+    let json: serde_json::Value =
+        serde_json::from_str(&text[text.find('{').unwrap()..=text.rfind('}').unwrap()]).unwrap();
+    assert_eq!(json["can_run"], true, "{json:#}");
+    let of = |name: &str| {
+        let checks = json["checks"].as_array().unwrap();
+        checks.iter().find(|check| check["name"] == name).unwrap_or_else(|| panic!("{name} is missing")).clone()
+    };
+    assert_eq!(of("file_access")["state"], "warning");
+    assert!(of("file_access")["cure"].as_str().unwrap().contains("CAP_SYS_PTRACE"));
+    assert_eq!(of("kernel_symbols")["state"], "warning");
+    assert!(of("kernel_symbols")["cure"].as_str().unwrap().contains("CAP_SYSLOG"));
+}
+
+#[test]
+fn as_root_this_machine_can_run_it() {
+    let report = check(&CheckOptions { state_dir: Some(std::env::temp_dir()) });
+    assert!(report.can_run, "the tests need a machine that Gannet runs on:\n{report}");
+    assert_eq!(report.exit_code(), 0);
+    assert!(report.to_string().ends_with("Gannet can run on this machine.\n"));
+    assert!(report.checks.iter().any(|check| check.name == "state_dir" && check.state == State::Ok));
+}
+
+#[test]
+fn the_fields_of_the_json_form_stay_as_they_are() {
+    let json: serde_json::Value = serde_json::from_str(&check(&CheckOptions::default()).to_json()).unwrap();
+    let checks = json["checks"].as_array().unwrap();
+    let names: Vec<_> = checks.iter().map(|check| check["name"].as_str().unwrap()).collect();
+    assert_eq!(
+        names,
+        [
+            "architecture",
+            "kernel",
+            "capabilities",
+            "lockdown",
+            "btf",
+            "bpf",
+            "ring_buffer",
+            "perf_clock",
+            "host_pid",
+            "file_access",
+            "kernel_symbols",
+            "bpf_loop",
+            "cgroup",
+            "psi",
+            "tracefs",
+            "memlock",
+            "open_files",
+            "bpf_stats",
+        ]
+    );
+    for check in checks {
+        let fields: Vec<_> = check.as_object().unwrap().keys().collect();
+        assert_eq!(fields, ["cure", "name", "seen", "state"]);
+    }
+}
