@@ -1,6 +1,14 @@
 //! What the parts of Gannet say to each other: the generated gRPC types and services, and what both ends must agree on
 //! about them (the rule model and its validator, the pprof format, series labels, the loss ledger).
 
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+pub mod connect;
+pub mod labels;
+pub mod ledger;
+pub mod pprof;
+pub mod selector;
+
 /// The generated types and services.
 #[allow(
     missing_docs,
@@ -34,3 +42,18 @@ pub use generated::{control::v1 as control, ingest::v1 as ingest, profiles, quer
 
 /// The encoded `FileDescriptorSet` of every `.proto` file, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// The version of every part: they are built and released together.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Where the parts listen unless told otherwise.
+pub mod ports {
+    /// The collector's gRPC services.
+    pub const COLLECTOR_GRPC: &str = "127.0.0.1:4100";
+    /// The collector's page, HTTP API, metrics and probes.
+    pub const COLLECTOR_HTTP: &str = "127.0.0.1:4180";
+    /// The agent's debug page.
+    pub const AGENT_DEBUG: &str = "127.0.0.1:6060";
+    /// The agent's probes and metrics.
+    pub const AGENT_PROBES: &str = "0.0.0.0:8081";
+}

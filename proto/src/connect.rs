@@ -1,0 +1,239 @@
+//! Dialling the collector: what the agent and `gannetctl` have in common.
+
+use std::{
+    fmt::Write as _,
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tonic::{
+    Status,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri},
+};
+
+/// How to reach the collector.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dial {
+    /// `http://127.0.0.1:4100`, `https://collector.gannet:4100`.
+    pub url: String,
+    /// Plaintext to an address that is not loopback was asked for by name.
+    pub insecure: bool,
+    /// Whose certificates are trusted (PEM). Not given: the system's.
+    pub ca: Option<PathBuf>,
+    /// The client's own certificate chain (PEM); goes with `key`.
+    pub cert: Option<PathBuf>,
+    /// The key of `cert` (PEM).
+    pub key: Option<PathBuf>,
+    /// A file with a bearer token, read again at each call, since the kubelet replaces it.
+    pub token_file: Option<PathBuf>,
+}
+
+/// A channel that sends the token, if there is one.
+pub type Connection = InterceptedService<Channel, Bearer>;
+
+/// Where distributions keep the certificates that they trust.
+const SYSTEM_BUNDLES: [&str; 4] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+];
+
+/// A dead peer shows within this time even if nothing is said.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why the collector cannot be dialled as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// The address is no URL of the two kinds that are spoken.
+    #[error("`{url}` is not a collector address: write it like https://HOST:4100, or http://127.0.0.1:4100")]
+    Url {
+        /// What was given.
+        url: String,
+    },
+    /// Plaintext over a network, and nobody asked for it.
+    #[error(
+        "`{url}` would send everything in plaintext: use https://, or allow it by name with --insecure (an http:// \
+         address is taken without it only if it is loopback)"
+    )]
+    Plaintext {
+        /// What was given.
+        url: String,
+    },
+    /// TLS options beside an address without TLS.
+    #[error("TLS certificates were given, but `{url}` speaks plaintext: write https://")]
+    TlsUnused {
+        /// What was given.
+        url: String,
+    },
+    /// One of certificate and key without the other.
+    #[error("a client certificate and its key go together, and only the {given} was given")]
+    HalfIdentity {
+        /// `certificate` or `key`.
+        given: &'static str,
+    },
+    /// A file that cannot be read.
+    #[error("cannot read the {what} {}: {source}", path.display())]
+    File {
+        /// What it was to be.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Nothing to check the collector's certificate with.
+    #[error(
+        "no trusted certificates on this system (looked for {}): name the collector's authority (--tls-ca FILE)",
+        SYSTEM_BUNDLES.join(", ")
+    )]
+    NoRoots,
+    /// The certificates are not what they should be.
+    #[error("the TLS certificates cannot be used: {reason}")]
+    Tls {
+        /// What the TLS library said.
+        reason: String,
+    },
+}
+
+/// A channel to the collector. It connects at the first call and again whenever it must, so that a collector that is
+/// not there is an error of the call: see [`explain`].
+pub fn channel(dial: &Dial) -> Result<Channel, DialError> {
+    let Dial { url, insecure, ca, cert, key, token_file: _ } = dial;
+    let invalid = || DialError::Url { url: url.clone() };
+    let uri: Uri = url.parse().map_err(|_| invalid())?;
+    let (Some(scheme), Some(host)) = (uri.scheme_str(), uri.host()) else { return Err(invalid()) };
+    if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
+        return Err(invalid());
+    }
+    let endpoint = Endpoint::from(uri.clone())
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true);
+    let endpoint = match scheme {
+        "http" if ca.is_some() || cert.is_some() || key.is_some() => {
+            return Err(DialError::TlsUnused { url: url.clone() });
+        }
+        "http" if *insecure || is_loopback(host) => endpoint,
+        "http" => return Err(DialError::Plaintext { url: url.clone() }),
+        "https" => endpoint
+            .tls_config(tls(ca.as_deref(), cert.as_deref(), key.as_deref())?)
+            .map_err(|error| DialError::Tls { reason: innermost(&error) })?,
+        _ => return Err(invalid()),
+    };
+    Ok(endpoint.connect_lazy())
+}
+
+/// As [`channel`], with the token of [`Dial::token_file`] on each call.
+pub fn connect(dial: &Dial) -> Result<Connection, DialError> {
+    let bearer = Bearer { file: dial.token_file.clone() };
+    bearer.check()?;
+    Ok(InterceptedService::new(channel(dial)?, bearer))
+}
+
+/// Whether a host of a URL or a listening address is this machine alone.
+pub fn is_loopback(host: &str) -> bool {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, DialError> {
+    fs::read(path).map_err(|source| DialError::File { what, path: path.to_owned(), source })
+}
+
+fn tls(ca: Option<&Path>, cert: Option<&Path>, key: Option<&Path>) -> Result<ClientTlsConfig, DialError> {
+    let authority = match ca {
+        Some(path) => read("certificate authority", path)?,
+        None => SYSTEM_BUNDLES.iter().find_map(|path| fs::read(path).ok()).ok_or(DialError::NoRoots)?,
+    };
+    let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authority));
+    match (cert, key) {
+        (None, None) => Ok(config),
+        (Some(cert), Some(key)) => Ok(config
+            .identity(Identity::from_pem(read("client certificate", cert)?, read("client key", key)?))),
+        (Some(_), None) => Err(DialError::HalfIdentity { given: "certificate" }),
+        (None, Some(_)) => Err(DialError::HalfIdentity { given: "key" }),
+    }
+}
+
+/// Puts the bearer token on each call.
+#[derive(Clone, Debug, Default)]
+pub struct Bearer {
+    file: Option<PathBuf>,
+}
+
+impl Bearer {
+    /// Reads the token from this file, if one is given.
+    pub fn new(file: Option<PathBuf>) -> Self {
+        Self { file }
+    }
+
+    fn check(&self) -> Result<(), DialError> {
+        self.file.as_deref().map_or(Ok(()), |path| read("token file", path).map(drop))
+    }
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        if let Some(path) = &self.file {
+            let token = fs::read_to_string(path).map_err(|error| {
+                Status::unauthenticated(format!("cannot read the token file {}: {error}", path.display()))
+            })?;
+            let value: MetadataValue<Ascii> = format!("Bearer {}", token.trim()).parse().map_err(|_| {
+                Status::unauthenticated(format!("the token file {} does not hold a token", path.display()))
+            })?;
+            request.metadata_mut().insert("authorization", value);
+        }
+        Ok(request)
+    }
+}
+
+/// What a failed call means, for people: an unreachable collector is named with its address and the cause.
+pub fn explain(url: &str, status: &Status) -> String {
+    let cause = std::error::Error::source(status);
+    match (status.code(), cause) {
+        (_, Some(cause)) if cause.is::<tonic::transport::Error>() => {
+            let reason = innermost(cause);
+            let mut text = format!("cannot reach the collector at {url}: {reason}");
+            let lower = reason.to_lowercase();
+            if lower.contains("certificate") || lower.contains("tls") || lower.contains("handshake") {
+                text.push_str("; does --tls-ca name the collector's authority?");
+            } else if lower.contains("corrupt message") || lower.contains("frame") {
+                text.push_str("; does one side speak TLS and the other not, or is that the HTTP port?");
+            } else {
+                text.push_str("; is gannet-collector running there?");
+            }
+            text
+        }
+        (tonic::Code::Unimplemented, _) => format!(
+            "what answers at {url} does not know this call: is it the gRPC address of a gannet-collector of this version?"
+        ),
+        (code, _) => {
+            let mut text = status.message().to_owned();
+            if text.is_empty() {
+                let _ = write!(text, "the collector at {url} answered {code:?} without a reason");
+            }
+            text
+        }
+    }
+}
+
+/// The cause at the end of the chain, which says more than "transport error".
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    let text = error.to_string();
+    // "Connection refused (os error 111)": the number helps nobody.
+    match text.split_once(" (os error") {
+        Some((words, _)) => words.to_lowercase(),
+        None => text,
+    }
+}

@@ -1,0 +1,176 @@
+//! The labels by which a profile is filed (its series), and what makes a label acceptable to every store downstream.
+
+use std::collections::BTreeMap;
+
+/// The labels of one series, by name.
+pub type Labels = BTreeMap<String, String>;
+
+/// What the profile is of: the workload, else the unit, else the executable.
+pub const SERVICE_NAME: &str = "service_name";
+/// The node's name.
+pub const NODE: &str = "node";
+/// The pod's namespace.
+pub const NAMESPACE: &str = "namespace";
+/// The pod's name.
+pub const POD: &str = "pod";
+/// The container's name in its pod.
+pub const CONTAINER: &str = "container";
+/// The name of what owns the pod.
+pub const WORKLOAD: &str = "workload";
+/// The kind of what owns the pod, in lower case.
+pub const WORKLOAD_KIND: &str = "workload_kind";
+/// The cluster's name.
+pub const CLUSTER: &str = "cluster";
+/// The rule that asked for the profile.
+pub const RULE_ID: &str = "rule_id";
+/// The kind of trigger that started the capture: `always`, `pressure`, ...
+pub const REASON: &str = "reason";
+/// The systemd unit.
+pub const UNIT: &str = "unit";
+/// The command name.
+pub const COMM: &str = "comm";
+/// The executable's path as the process sees it.
+pub const EXE: &str = "exe";
+
+/// The labels that the agent sets itself; a rule's own labels cannot replace them.
+pub const RESERVED: [&str; 13] = [
+    SERVICE_NAME,
+    NODE,
+    NAMESPACE,
+    POD,
+    CONTAINER,
+    WORKLOAD,
+    WORKLOAD_KIND,
+    CLUSTER,
+    RULE_ID,
+    REASON,
+    UNIT,
+    COMM,
+    EXE,
+];
+
+/// The most labels that one series may have: what Pyroscope takes by default.
+pub const MAX_LABELS: usize = 30;
+/// The longest label name, in bytes.
+pub const MAX_NAME_BYTES: usize = 128;
+/// The longest label value, in bytes: what Pyroscope takes by default.
+pub const MAX_VALUE_BYTES: usize = 2048;
+
+/// Why a set of labels is not acceptable.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LabelError {
+    /// More names than a series may have.
+    #[error("{0} labels, and at most {MAX_LABELS} are allowed: leave some out")]
+    TooMany(usize),
+    /// A name that Prometheus would not take.
+    #[error(
+        "label name `{0}` is not allowed: letters, digits and `_`, not starting with a digit or `__` (for instance `{suggestion}`)",
+        suggestion = safe_name(.0)
+    )]
+    Name(String),
+    /// A name that is too long.
+    #[error("label name `{}…` has {} bytes, and at most {MAX_NAME_BYTES} are allowed", head(.0), .0.len())]
+    NameTooLong(String),
+    /// A value that is too long.
+    #[error("the value of label `{name}` has {bytes} bytes, and at most {MAX_VALUE_BYTES} are allowed")]
+    ValueTooLong {
+        /// The label's name.
+        name: String,
+        /// How long the value is.
+        bytes: usize,
+    },
+}
+
+fn head(text: &str) -> String {
+    text.chars().take(32).collect()
+}
+
+/// That a label may have this name: Prometheus-safe, and none of those that start with `__`, which stores keep for
+/// themselves.
+pub fn check_name(name: &str) -> Result<(), LabelError> {
+    if name.len() > MAX_NAME_BYTES {
+        return Err(LabelError::NameTooLong(name.to_owned()));
+    }
+    let mut bytes = name.bytes();
+    let starts = bytes.next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
+    if starts && !name.starts_with("__") && bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_') {
+        Ok(())
+    } else {
+        Err(LabelError::Name(name.to_owned()))
+    }
+}
+
+/// That a series may have these labels.
+pub fn check(labels: &Labels) -> Result<(), LabelError> {
+    if labels.len() > MAX_LABELS {
+        return Err(LabelError::TooMany(labels.len()));
+    }
+    for (name, value) in labels {
+        check_name(name)?;
+        if value.len() > MAX_VALUE_BYTES {
+            return Err(LabelError::ValueTooLong { name: name.clone(), bytes: value.len() });
+        }
+    }
+    Ok(())
+}
+
+/// The nearest name that [`check_name`] takes: `app.kubernetes.io/name` becomes `app_kubernetes_io_name`.
+pub fn safe_name(name: &str) -> String {
+    let name = name.trim_start_matches(|c: char| !c.is_ascii_alphanumeric());
+    let mut safe: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    if safe.starts_with(|c: char| !c.is_ascii_alphabetic()) || safe.is_empty() {
+        safe.insert(0, '_');
+    }
+    // Only ASCII is left, so every byte is a character boundary.
+    safe.truncate(MAX_NAME_BYTES);
+    safe
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case("team", true)]
+    #[case("_x9", true)]
+    #[case("", false)]
+    #[case("9lives", false)]
+    #[case("__name__", false)]
+    #[case("app.kubernetes.io/name", false)]
+    #[case("größe", false)]
+    fn names_are_those_that_prometheus_takes(#[case] name: &str, #[case] good: bool) {
+        assert_eq!(check_name(name).is_ok(), good, "{name}");
+    }
+
+    #[test]
+    fn bounds_are_enforced_and_named() {
+        let many: Labels = (0..31).map(|i| (format!("l{i}"), String::new())).collect();
+        assert_eq!(check(&many), Err(LabelError::TooMany(31)));
+        let long = Labels::from([("a".into(), "x".repeat(2049))]);
+        assert_eq!(check(&long), Err(LabelError::ValueTooLong { name: "a".into(), bytes: 2049 }));
+        assert_eq!(check(&Labels::from([("a".into(), "x".repeat(2048))])), Ok(()));
+        let error = check_name("app.kubernetes.io/name").map_err(|e| e.to_string());
+        assert_eq!(
+            error.unwrap_err(),
+            "label name `app.kubernetes.io/name` is not allowed: letters, digits and `_`, not starting with a digit \
+             or `__` (for instance `app_kubernetes_io_name`)"
+        );
+        for name in RESERVED {
+            assert_eq!(check_name(name), Ok(()));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_made_safe_name_is_always_acceptable(name in ".{0,200}") {
+            prop_assert_eq!(check_name(&safe_name(&name)), Ok(()));
+        }
+        #[test]
+        fn a_good_name_is_left_alone(name in "[a-zA-Z][a-zA-Z0-9_]{0,100}") {
+            prop_assert_eq!(safe_name(&name), name);
+        }
+    }
+}

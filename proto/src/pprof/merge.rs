@@ -1,0 +1,194 @@
+//! Many profiles as one.
+
+use std::collections::HashMap;
+
+use super::{
+    PprofError, check,
+    check::{Ids, string},
+    graph::{Comments, Flags, FunctionKey, Graph, Head, LabelKey, LineKey, LocationKey, MappingKey, SampleKey},
+};
+use crate::profiles::{Profile, ValueType};
+
+/// Adds up profiles of one kind. What it holds grows with what is different in them, not with their number. The result
+/// does not depend on the order in which they were added.
+#[derive(Default)]
+pub struct Merger {
+    graph: Graph,
+    head: Option<Head>,
+    comments: Comments,
+    /// How many profiles had this mapping first: the main program of the whole is that of most of its parts.
+    mains: HashMap<u32, u64>,
+}
+
+impl Merger {
+    /// Nothing added yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds one profile, or says why it cannot be added; then it left no trace.
+    pub fn add(&mut self, profile: &Profile) -> Result<(), PprofError> {
+        check(profile)?;
+        let head = head_of(profile)?;
+        let width = head.sample_types.len();
+        let head = match self.head.take() {
+            None => head,
+            Some(mut sum) => {
+                if sum.sample_types != head.sample_types || sum.period_type != head.period_type {
+                    let (first, other) = (names(&sum), names(&head));
+                    self.head = Some(sum);
+                    return Err(PprofError::DifferentTypes { first, other });
+                }
+                sum.add(&head);
+                sum
+            }
+        };
+        self.head = Some(head);
+        for comment in &profile.comment {
+            self.comments.add(string(profile, *comment, "the profile")?);
+        }
+
+        // Each thing's number here, by its place in the profile.
+        let strings: Vec<u32> =
+            profile.string_table.iter().map(|text| self.graph.strings.number(text)).collect();
+        let text = |index: i64| strings[index as usize];
+        let mappings: Vec<u32> = profile
+            .mapping
+            .iter()
+            .map(|mapping| {
+                let number = self.graph.mappings.number(MappingKey {
+                    file: text(mapping.filename),
+                    build_id: text(mapping.build_id),
+                    start: mapping.memory_start,
+                    limit: mapping.memory_limit,
+                    offset: mapping.file_offset,
+                });
+                let Flags { functions, filenames, line_numbers, inline_frames } =
+                    self.graph.claimed.entry(number).or_default();
+                *functions |= mapping.has_functions;
+                *filenames |= mapping.has_filenames;
+                *line_numbers |= mapping.has_line_numbers;
+                *inline_frames |= mapping.has_inline_frames;
+                number
+            })
+            .collect();
+        if let Some(main) = mappings.first() {
+            *self.mains.entry(*main).or_default() += 1;
+        }
+        let mapping_ids = Ids::new("mapping", profile.mapping.iter().map(|mapping| mapping.id))?;
+        let functions: Vec<u32> = profile
+            .function
+            .iter()
+            .map(|function| {
+                self.graph.functions.number(FunctionKey {
+                    name: text(function.name),
+                    system_name: text(function.system_name),
+                    file: text(function.filename),
+                    start_line: function.start_line,
+                })
+            })
+            .collect();
+        let function_ids = Ids::new("function", profile.function.iter().map(|function| function.id))?;
+        let mut locations = Vec::with_capacity(profile.location.len());
+        for location in &profile.location {
+            let mapping = match location.mapping_id {
+                0 => None,
+                id => Some(mappings[mapping_ids.place(id, "a location")?]),
+            };
+            let lines = location
+                .line
+                .iter()
+                .map(|line| {
+                    let function = functions[function_ids.place(line.function_id, "a location")?];
+                    Ok(LineKey { function, line: line.line, column: line.column })
+                })
+                .collect::<Result<_, PprofError>>()?;
+            locations.push(self.graph.locations.number(LocationKey {
+                mapping,
+                address: location.address,
+                lines,
+                folded: location.is_folded,
+            }));
+        }
+        let location_ids = Ids::new("location", profile.location.iter().map(|location| location.id))?;
+        for sample in &profile.sample {
+            let stack = sample
+                .location_id
+                .iter()
+                .map(|id| Ok(locations[location_ids.place(*id, "a sample")?]))
+                .collect::<Result<_, PprofError>>()?;
+            let mut labels: Vec<LabelKey> = sample
+                .label
+                .iter()
+                .map(|label| LabelKey {
+                    key: text(label.key),
+                    text: (label.str != 0).then(|| text(label.str)),
+                    number: label.num,
+                    unit: text(label.num_unit),
+                })
+                .collect();
+            labels.sort_unstable_by_key(|label| label.key);
+            let key = SampleKey { stack, labels: labels.into() };
+            self.graph.sample(key, width, sample.value.iter().copied());
+        }
+        Ok(())
+    }
+
+    /// The sum; nothing if nothing was added.
+    pub fn finish(self) -> Option<Profile> {
+        let Self { graph, head, comments, mains } = self;
+        let mut head = head?;
+        head.comments = comments.finish();
+        let main = graph.most_common_mapping(&mains);
+        Some(graph.finish(&head, main))
+    }
+}
+
+fn head_of(profile: &Profile) -> Result<Head, PprofError> {
+    let text = |index: i64| string(profile, index, "the profile").map(str::to_owned);
+    let pair = |kind: &ValueType| Ok::<_, PprofError>((text(kind.r#type)?, text(kind.unit)?));
+    Ok(Head {
+        sample_types: profile.sample_type.iter().map(pair).collect::<Result<_, _>>()?,
+        default_sample_type: text(profile.default_sample_type)?,
+        period_type: profile.period_type.as_ref().map(pair).transpose()?.unwrap_or_default(),
+        period: profile.period,
+        time_nanos: profile.time_nanos,
+        duration_nanos: profile.duration_nanos,
+        comments: Vec::new(),
+        doc_url: text(profile.doc_url)?,
+    })
+}
+
+fn names(head: &Head) -> String {
+    let names: Vec<_> = head.sample_types.iter().map(|(kind, unit)| format!("{kind}/{unit}")).collect();
+    names.join(", ")
+}
+
+impl Head {
+    /// As other pprof tools merge: the earliest start, the sum of the lengths, the longest period. A text that differs
+    /// is dropped; the empty text stands for that, so it wins in any order.
+    fn add(&mut self, other: &Self) {
+        let Self {
+            sample_types: _,
+            default_sample_type,
+            period_type: _,
+            period,
+            time_nanos,
+            duration_nanos,
+            comments: _,
+            doc_url,
+        } = other;
+        self.period = self.period.max(*period);
+        self.time_nanos = match (self.time_nanos, *time_nanos) {
+            (0, time) | (time, 0) => time,
+            (a, b) => a.min(b),
+        };
+        self.duration_nanos = self.duration_nanos.saturating_add(*duration_nanos);
+        if self.default_sample_type != *default_sample_type {
+            self.default_sample_type.clear();
+        }
+        if self.doc_url != *doc_url {
+            self.doc_url.clear();
+        }
+    }
+}
