@@ -30,7 +30,11 @@ fn unprivileged(test: &str, capabilities: &str) -> String {
         .output()
         .expect("setpriv is part of util-linux");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "this test needs root: {text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "this test needs root: {text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     text
 }
 
@@ -71,7 +75,11 @@ fn the_two_capabilities_are_enough_to_run_and_what_then_fails_is_a_warning() {
     assert_eq!(json["can_run"], true, "{json:#}");
     let of = |name: &str| {
         let checks = json["checks"].as_array().unwrap();
-        checks.iter().find(|check| check["name"] == name).unwrap_or_else(|| panic!("{name} is missing")).clone()
+        checks
+            .iter()
+            .find(|check| check["name"] == name)
+            .unwrap_or_else(|| panic!("{name} is missing"))
+            .clone()
     };
     assert_eq!(of("file_access")["state"], "warning");
     assert!(of("file_access")["cure"].as_str().unwrap().contains("CAP_SYS_PTRACE"));

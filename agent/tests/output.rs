@@ -31,7 +31,8 @@ fn profile() -> Profile {
     let kernel = builder.mapping(kernel);
     let line = |name| Line { name, system_name: name, ..Line::default() };
     let main = builder.location(Some(program), 0x1000, &[line("main")]);
-    let work = builder.location(Some(program), 0x2000, &[line("std::vec<int>::push; back"), line("checkout")]);
+    let work =
+        builder.location(Some(program), 0x2000, &[line("std::vec<int>::push; back"), line("checkout")]);
     let read = builder.location(Some(kernel), (1 << 63) + 5, &[line("vfs_read")]);
     let unnamed = builder.location(Some(program), 0x3000, &[]);
     let nowhere = builder.location(None, 0x10, &[]);
@@ -81,7 +82,9 @@ fn the_picture_names_every_frame_and_needs_nothing_from_elsewhere() {
     for (format, begin) in [(Format::Svg, "<?xml"), (Format::Html, "<!doctype html>")] {
         let picture = text(format);
         assert!(picture.starts_with(begin));
-        for name in ["shop", "main", "checkout", "std::vec&lt;int&gt;::push", "vfs_read", "[shop]", "[unknown]"] {
+        for name in
+            ["shop", "main", "checkout", "std::vec&lt;int&gt;::push", "vfs_read", "[shop]", "[unknown]"]
+        {
             assert!(picture.contains(name), "{name} is missing");
         }
         assert!(picture.contains("50 ms"), "the time of `checkout` is missing");
@@ -144,5 +147,7 @@ fn a_damaged_profile_is_refused() {
     damaged.sample[0].location_id.push(99);
     let error = render(&damaged, Format::Folded, &details()).unwrap_err().to_string();
     assert!(error.contains("location"), "{error}");
-    assert!(matches!("x".parse::<Destination>(), Err(OutputError::UnknownEnding(path)) if path == Path::new("x")));
+    assert!(
+        matches!("x".parse::<Destination>(), Err(OutputError::UnknownEnding(path)) if path == Path::new("x"))
+    );
 }

@@ -130,13 +130,12 @@ pub(super) fn svg(profile: &Profile, title: &str) -> Result<Vec<u8>, OutputError
     let lines = stacks(profile, Marks::Kinds)?;
     let (factor, count_name) = unit(profile);
     let mut options = Options::default();
-    options.title = title.to_owned();
+    title.clone_into(&mut options.title);
     options.factor = factor;
-    options.count_name = count_name.to_owned();
+    count_name.clone_into(&mut options.count_name);
     options.colors = Palette::Multi(MultiPalette::Java);
     options.deterministic = true;
     options.text_truncate_direction = TextTruncateDirection::Right;
-    options.no_sort = false;
     let mut picture = Vec::new();
     flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), &mut picture)
         .map_err(|error| OutputError::Draw(error.to_string()))?;

@@ -86,7 +86,7 @@ mod tests {
         // Each substitution doubles what the one before it stands for.
         let mut raw = String::from("_Z1fI1aE");
         for level in 0..30 {
-            raw.push_str(&format!("1bIS{level}_S{level}_E"));
+            write!(raw, "1bIS{level}_S{level}_E").unwrap();
         }
         assert!(demangle(&raw).len() <= MAX_NAME_BYTES + 4);
         assert!(demangle(&"x".repeat(1 << 20)).len() <= MAX_NAME_BYTES + 4);

@@ -4,7 +4,7 @@
 //! Reads go through `pread`, never through a memory map: a file that is cut while it is read makes a short read here,
 //! where a map would make a SIGBUS.
 
-use std::{fs::File, os::unix::fs::FileExt};
+use std::{fmt::Write, fs::File, os::unix::fs::FileExt};
 
 use object::{
     LittleEndian,
@@ -220,7 +220,11 @@ pub(crate) fn build_id<'a>(notes: impl Iterator<Item = &'a [u8]>) -> String {
     for (name, kind, content) in notes.flat_map(notes_of) {
         if name == b"GNU\0" && kind == NT_GNU_BUILD_ID.0 && (1..=MAX_BUILD_ID_BYTES).contains(&content.len())
         {
-            return content.iter().map(|byte| format!("{byte:02x}")).collect();
+            return content.iter().fold(String::new(), |mut hex, byte| {
+                // A string takes every write.
+                let _ = write!(hex, "{byte:02x}");
+                hex
+            });
         }
         if name == b"Go\0\0"
             && kind == NT_GO_BUILD_ID

@@ -167,6 +167,9 @@ struct Function {
 
 type Functions = Arc<[Function]>;
 
+/// An address at run time, and the same as the ELF file counts.
+type AddressPair = (u64, u64);
+
 #[derive(Clone)]
 struct ByBytes;
 
@@ -352,7 +355,7 @@ impl Names {
     /// The functions of each address that has any.
     fn resolve(&mut self, process: &RawProcess, addresses: &BTreeSet<u64>) -> HashMap<u64, Functions> {
         let mut found = HashMap::with_capacity(addresses.len());
-        let mut by_file: BTreeMap<FileId, (Arc<MappedFile>, Vec<(u64, u64)>)> = BTreeMap::new();
+        let mut by_file: BTreeMap<FileId, (Arc<MappedFile>, Vec<AddressPair>)> = BTreeMap::new();
         let mut jitted = Vec::new();
         let mut kernel = Vec::new();
         for &address in addresses {
@@ -391,11 +394,10 @@ impl Names {
         found
     }
 
-    /// `addresses` are pairs: at run time, and as the file counts.
     fn resolve_file(
         &mut self,
         file: &Arc<MappedFile>,
-        addresses: &[(u64, u64)],
+        addresses: &[AddressPair],
         found: &mut HashMap<u64, Functions>,
     ) {
         let mut missing = Vec::new();

@@ -101,13 +101,11 @@ fn show(terminal: &mut DefaultTerminal, mut snapshots: mpsc::Receiver<Snapshot>)
         }
         terminal.draw(|frame| view::draw(frame, &mut model))?;
         while event::poll(TICK)? {
-            match event::read()? {
-                Event::Key(key) if key.kind != KeyEventKind::Release => {
-                    if model.key(key) == Outcome::Leave {
-                        return Ok(());
-                    }
-                }
-                _ => {}
+            if let Event::Key(key) = event::read()?
+                && key.kind != KeyEventKind::Release
+                && model.key(key) == Outcome::Leave
+            {
+                return Ok(());
             }
             terminal.draw(|frame| view::draw(frame, &mut model))?;
         }

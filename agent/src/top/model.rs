@@ -206,10 +206,9 @@ impl Model {
             return Outcome::Stay;
         }
         match key.code {
-            KeyCode::Char('q') => return Outcome::Leave,
             KeyCode::Esc if self.open.is_some() => self.open = None,
             KeyCode::Esc if !self.filter.is_empty() => self.filter.clear(),
-            KeyCode::Esc => return Outcome::Leave,
+            KeyCode::Esc | KeyCode::Char('q') => return Outcome::Leave,
             KeyCode::Char('/') => self.editing_filter = true,
             KeyCode::Char('p' | ' ') => self.paused = !self.paused,
             KeyCode::Char('s' | '>') => self.sort = self.sort.step(1),
