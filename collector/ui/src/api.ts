@@ -1,0 +1,217 @@
+/** The collector's HTTP interface. Every failure comes out as an `ApiError` whose message is for people. */
+
+export interface FlameNode {
+  name: string;
+  file?: string;
+  total?: number;
+  self?: number;
+  base_total?: number;
+  base_self?: number;
+  kernel?: boolean;
+  inlined?: boolean;
+  children?: FlameNode[];
+}
+
+export interface FlameGraph {
+  unit: string;
+  sample_type: string;
+  total?: number;
+  base_total?: number;
+  profiles?: number;
+  base_profiles?: number;
+  root?: FlameNode;
+}
+
+export interface TopRow {
+  name: string;
+  file?: string;
+  self?: number;
+  total?: number;
+  base_self?: number;
+  base_total?: number;
+}
+
+export interface Top {
+  unit: string;
+  sample_type: string;
+  total?: number;
+  base_total?: number;
+  rows: TopRow[];
+}
+
+export interface Timeline {
+  unit: string;
+  sample_type: string;
+  step_ms: number;
+  points: { t_ms: number; value?: number; profiles?: number }[];
+}
+
+export interface Series {
+  labels: Record<string, string>;
+  profiles: number;
+  samples: number;
+  first_ms: number;
+  last_ms: number;
+  sample_types: string[];
+}
+
+export interface ProfileInfo {
+  id: string;
+  labels: Record<string, string>;
+  start_ms: number;
+  duration_ms: number;
+  sample_types: string[];
+  samples?: number;
+  bytes?: number;
+  rule_id?: string;
+  revision?: number;
+  reason?: string;
+}
+
+export interface Ledger {
+  ticks?: number;
+  taken?: number;
+  delivered?: number;
+  pending?: number;
+  lost?: Record<string, number>;
+}
+
+export interface RuleError {
+  rule_id?: string;
+  field?: string;
+  reason: string;
+}
+
+export interface Rollout {
+  node?: string;
+  revision?: number;
+  state: string;
+  errors?: RuleError[];
+  since_ms?: number;
+  took_ms?: number;
+}
+
+export interface FleetNode {
+  name: string;
+  connected?: boolean;
+  since_ms?: number;
+  last_seen_ms?: number;
+  version?: string;
+  kernel?: string;
+  arch?: string;
+  cpus?: number;
+  features?: string[];
+  active_revision?: number;
+  degraded?: string[];
+  rss_bytes?: number;
+  cpu_seconds?: number;
+  spool_bytes?: number;
+  processes_armed?: number;
+  ledger?: Ledger;
+  rules?: {
+    rule_id: string;
+    state: string;
+    reason?: string;
+    processes?: number;
+    samples?: number;
+    last_sample_ms?: number;
+    expires_at_ms?: number;
+  }[];
+  rollout?: Rollout;
+}
+
+export interface Rule {
+  id: string;
+  description?: string;
+  [field: string]: unknown;
+}
+
+export interface RuleScope {
+  scope: string;
+  etag?: string;
+  revision?: number;
+  changed_at_ms?: number;
+  changed_by?: string;
+  rules?: Rule[];
+}
+
+export interface RuleScopes {
+  revision?: number;
+  scopes?: RuleScope[];
+}
+
+export interface RevisionRollout {
+  revision?: number;
+  created_at_ms?: number;
+  settled?: boolean;
+  nodes?: Rollout[];
+}
+
+/** What was asked for and could not be had. */
+export class ApiError extends Error {
+  constructor(
+    message: string,
+    /** The HTTP status; 0 where there was no answer at all. */
+    readonly status: number,
+  ) {
+    super(message);
+  }
+}
+
+/** Which profiles: one selection of the store. */
+export interface Selection {
+  query: string;
+  from: number;
+  until: number;
+}
+
+export type Parameters = Record<string, string | number | undefined>;
+
+export const selectionParameters = ({ query, from, until }: Selection): Parameters => ({
+  query: query || undefined,
+  from: Math.round(from),
+  until: Math.round(until),
+});
+
+export const baseParameters = (base: Selection | undefined): Parameters =>
+  base
+    ? { base_query: base.query || "{}", base_from: Math.round(base.from), base_until: Math.round(base.until) }
+    : {};
+
+/** Relative to the page, so that it also works below a path. */
+export function url(path: string, parameters: Parameters = {}): string {
+  const search = new URLSearchParams();
+  for (const [name, value] of Object.entries(parameters)) {
+    if (value !== undefined && value !== "") search.set(name, String(value));
+  }
+  const text = search.toString();
+  return `./api/v1/${path}${text ? `?${text}` : ""}`;
+}
+
+export async function get<T>(path: string, parameters: Parameters, signal?: AbortSignal): Promise<T> {
+  let response: Response;
+  try {
+    response = await fetch(url(path, parameters), { signal: signal ?? null, headers: { accept: "application/json" } });
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    throw new ApiError("The collector does not answer. Is it running, and does the port-forward still stand?", 0);
+  }
+  const body = await response.text();
+  let answer: unknown;
+  try {
+    answer = JSON.parse(body);
+  } catch {
+    if (signal?.aborted) throw signal.reason;
+    throw new ApiError(
+      response.ok
+        ? "The collector's answer is not JSON. Is something else listening at this address?"
+        : `The collector answered ${response.status} ${response.statusText}: ${body.slice(0, 200)}`,
+      response.status,
+    );
+  }
+  if (!response.ok) {
+    const message = (answer as { error?: unknown }).error;
+    throw new ApiError(typeof message === "string" ? message : `The collector answered ${response.status}.`, response.status);
+  }
+  return answer as T;
+}

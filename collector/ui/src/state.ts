@@ -1,0 +1,152 @@
+/** What the page shows, kept in its address: a link shows another person the same thing. */
+import { useEffect, useState } from "preact/hooks";
+
+export type View = "profiles" | "nodes" | "rules";
+export type Show = "graph" | "both" | "table" | "list";
+export type Colour = "package" | "binary" | "kind";
+export type Span = [from: number, until: number];
+
+export interface State {
+  view: View;
+  /** The selector; empty: everything. */
+  q: string;
+  /** The window on the timeline: `now-1h`, `now`, or milliseconds. */
+  from: string;
+  until: string;
+  /** The part of the window that was picked out; nothing: all of it. */
+  span: Span | undefined;
+  type: string;
+  /** Only this profile. */
+  profile: string;
+  compare: boolean;
+  /** The base's selector; nothing: the same. */
+  bq: string | undefined;
+  /** How much earlier the base's window is, in milliseconds. */
+  shift: number;
+  bspan: Span | undefined;
+  search: string;
+  /** The frame that fills the width: see `FrameData.key`. */
+  zoom: string;
+  show: Show;
+  colour: Colour;
+  /** Differences in orange and blue instead of red and green. */
+  blind: boolean;
+  /** Compare amounts instead of shares. */
+  absolute: boolean;
+  /** The root at the bottom. */
+  flip: boolean;
+  live: boolean;
+}
+
+export const DEFAULTS: State = {
+  view: "profiles",
+  q: "",
+  from: "now-1h",
+  until: "now",
+  span: undefined,
+  type: "",
+  profile: "",
+  compare: false,
+  bq: undefined,
+  shift: 0,
+  bspan: undefined,
+  search: "",
+  zoom: "",
+  show: "graph",
+  colour: "package",
+  blind: false,
+  absolute: false,
+  flip: false,
+  live: false,
+};
+
+const oneOf = <T extends string>(text: string | null, allowed: readonly T[], fallback: T): T =>
+  allowed.find((entry) => entry === text) ?? fallback;
+
+function span(text: string | null): Span | undefined {
+  const found = /^(\d{1,15})-(\d{1,15})$/.exec(text ?? "");
+  if (!found) return undefined;
+  const [from, until] = [Number(found[1]), Number(found[2])];
+  return from < until ? [from, until] : undefined;
+}
+
+export function fromAddress(location: { pathname: string; search: string }): State {
+  const get = new URLSearchParams(location.search);
+  const last = location.pathname.split("/").pop() ?? "";
+  return {
+    view: oneOf(last, ["nodes", "rules"] as const, "profiles" as never) as View,
+    q: get.get("q") ?? "",
+    from: get.get("from") || DEFAULTS.from,
+    until: get.get("until") || DEFAULTS.until,
+    span: span(get.get("span")),
+    type: get.get("type") ?? "",
+    profile: get.get("profile") ?? "",
+    compare: get.has("compare"),
+    bq: get.get("base") ?? undefined,
+    shift: Math.max(0, Number(get.get("shift")) || 0),
+    bspan: span(get.get("base_span")),
+    search: get.get("search") ?? "",
+    zoom: get.get("zoom") ?? "",
+    show: oneOf(get.get("show"), ["graph", "both", "table", "list"], DEFAULTS.show),
+    colour: oneOf(get.get("colour"), ["package", "binary", "kind"], DEFAULTS.colour),
+    blind: get.has("blind"),
+    absolute: get.has("absolute"),
+    flip: get.has("flip"),
+    live: get.has("live"),
+  };
+}
+
+export function toAddress(state: State): string {
+  const search = new URLSearchParams();
+  const set = (name: string, value: string | undefined, fallback = "") => {
+    if (value !== undefined && value !== fallback) search.set(name, value);
+  };
+  const flag = (name: string, on: boolean) => set(name, on ? "1" : "");
+  set("q", state.q);
+  set("from", state.from, DEFAULTS.from);
+  set("until", state.until, DEFAULTS.until);
+  set("span", state.span?.join("-"));
+  set("type", state.type);
+  set("profile", state.profile);
+  flag("compare", state.compare);
+  if (state.bq !== undefined) search.set("base", state.bq);
+  set("shift", String(state.shift), "0");
+  set("base_span", state.bspan?.join("-"));
+  set("search", state.search);
+  set("zoom", state.zoom);
+  set("show", state.show, DEFAULTS.show);
+  set("colour", state.colour, DEFAULTS.colour);
+  flag("blind", state.blind);
+  flag("absolute", state.absolute);
+  flag("flip", state.flip);
+  flag("live", state.live);
+  const text = search.toString();
+  return `./${state.view === "profiles" ? "" : state.view}${text ? `?${text}` : ""}`;
+}
+
+let current = fromAddress(location);
+const listeners = new Set<(state: State) => void>();
+
+/** Small steps (a key typed into the search) replace the entry of the history, others add one. */
+export function go(change: Partial<State>, small = false): void {
+  const next = { ...current, ...change };
+  const address = toAddress(next);
+  if (address !== toAddress(current)) history[small ? "replaceState" : "pushState"](null, "", address);
+  current = next;
+  for (const listener of listeners) listener(current);
+}
+
+addEventListener("popstate", () => {
+  current = fromAddress(location);
+  for (const listener of listeners) listener(current);
+});
+
+export function useAddress(): State {
+  const [state, set] = useState(current);
+  useEffect(() => {
+    listeners.add(set);
+    set(current);
+    return () => void listeners.delete(set);
+  }, []);
+  return state;
+}
