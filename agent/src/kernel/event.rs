@@ -85,6 +85,37 @@ pub struct Sample {
     pub user: Vec<u64>,
     /// How the walk over the user stack ended.
     pub end: StackEnd,
+    /// The same in the kernel side's words: `enum user_stack_end` of gannet.h.
+    pub end_code: u8,
+    /// Not walked: what a walk needs. `user` is empty then.
+    pub raw: Option<RawUserStack>,
+}
+
+/// The registers and the stack of a thread, for a walk that the kernel side could not do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RawUserStack {
+    /// Where the thread is.
+    pub pc: u64,
+    /// By DWARF number.
+    pub registers: Vec<u64>,
+    /// From the stack pointer upwards, as far as it could be read.
+    pub stack: Vec<u8>,
+}
+
+/// Words of a raw stack before the stack itself: pc, and the registers by DWARF number.
+const RAW_REGISTERS: usize = 33;
+const USER_STACK_RAW: u8 = 10;
+
+impl RawUserStack {
+    fn of(words: &[u64]) -> Option<Self> {
+        let (head, stack) = words.split_at_checked(RAW_REGISTERS)?;
+        let (pc, registers) = head.split_first()?;
+        Some(Self {
+            pc: *pc,
+            registers: registers.to_vec(),
+            stack: stack.iter().flat_map(|word| word.to_ne_bytes()).collect(),
+        })
+    }
 }
 
 /// How a process ended.
@@ -155,12 +186,21 @@ impl Sample {
             got: bytes.len(),
         })?;
         let mut frames = frames.as_chunks().0.iter().map(|eight| u64::from_ne_bytes(*eight));
+        let kernel: Vec<u64> = frames.by_ref().take(kernel).collect();
+        let mut user: Vec<u64> = frames.collect();
+        let raw = if head.user_end == USER_STACK_RAW {
+            RawUserStack::of(&std::mem::take(&mut user))
+        } else {
+            None
+        };
         Ok(Self {
             tid: head.event.tid,
             kind: if head.kind == 0 { SampleKind::OnCpu } else { SampleKind::OffCpu },
             value_ns: head.value_ns,
-            kernel: frames.by_ref().take(kernel).collect(),
-            user: frames.collect(),
+            kernel,
+            user,
+            end_code: head.user_end,
+            raw,
             end: match head.user_end {
                 0 => StackEnd::None,
                 1 => StackEnd::Complete,

@@ -6,13 +6,14 @@
 
 mod clock;
 mod event;
+mod unwinding;
 
 use std::{
     cell::RefCell,
     collections::BTreeSet,
     io::{self, Read as _},
     mem::{MaybeUninit, size_of},
-    os::fd::{BorrowedFd, RawFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd},
     rc::Rc,
     sync::{Mutex, PoisonError},
 };
@@ -24,7 +25,8 @@ use libbpf_rs::{
 };
 
 pub use clock::online_cpus;
-pub use event::{DecodeError, Event, ExitStatus, Sample, Subject};
+pub use event::{DecodeError, Event, ExitStatus, RawUserStack, Sample, Subject};
+pub use unwinding::{Block, EmptyRange, KernelMapping, KernelTable, MAX_TABLES, blocks, mapping_key};
 
 use crate::process::ProcessKey;
 
@@ -37,6 +39,10 @@ const LOG_LINES: usize = 12;
 /// What libbpf complained about since a kernel side was opened last; its callback takes no context.
 static COMPLAINTS: Mutex<String> = Mutex::new(String::new());
 
+/// Bytes of a value of `table_lines`.
+const LINE_BYTES: u32 = 64;
+const _: () = assert!(size_of::<types::table_line>() == LINE_BYTES as usize);
+
 /// What the kernel side is sized by.
 #[derive(Clone, Copy, Debug)]
 pub struct KernelOptions {
@@ -44,14 +50,33 @@ pub struct KernelOptions {
     pub ring_bytes: u32,
     /// Processes that can be sampled or known at one time.
     pub processes: u32,
+    /// Bytes of unwind tables that can be in the kernel at one time.
+    pub table_bytes: u32,
     /// Where the cgroup id of a process is read.
     pub hierarchy: CgroupHierarchy,
+    /// How a walk over a user stack is driven.
+    pub walk: Walk,
 }
 
 impl Default for KernelOptions {
     fn default() -> Self {
-        Self { ring_bytes: 4 << 20, processes: 16384, hierarchy: CgroupHierarchy::detect() }
+        Self {
+            ring_bytes: 4 << 20,
+            processes: 16384,
+            table_bytes: 16 << 20,
+            hierarchy: CgroupHierarchy::detect(),
+            walk: Walk::Loop,
+        }
     }
+}
+
+/// How a walk over a user stack is driven.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Walk {
+    /// By bpf_loop, which kernels from 5.17 on have: 512 frames.
+    Loop,
+    /// By a chain of tail calls: 232 frames.
+    Chain,
 }
 
 /// Which tree of control groups processes are told apart by.
@@ -150,13 +175,13 @@ pub enum KernelError {
 /// Programs and maps, sized, not yet in the kernel.
 pub struct Opened {
     skeleton: OpenGannetSkel<'static>,
-    ring_bytes: u32,
+    options: KernelOptions,
 }
 
 /// Programs and maps in the kernel, not yet called by it.
 pub struct Loaded {
     skeleton: GannetSkel<'static>,
-    ring_bytes: u32,
+    options: KernelOptions,
 }
 
 /// The kernel side at work.
@@ -164,11 +189,14 @@ pub struct Kernel {
     // The order of the fields is the order of their end.
     clocks: clock::Clocks,
     _links: Vec<Link>,
+    switches: Option<Link>,
     walk: Option<Link>,
     ring: RingBuffer<'static>,
     queue: Rc<RefCell<Queue>>,
+    shared: unwinding::SharedTables,
     skeleton: GannetSkel<'static>,
     degraded: Vec<String>,
+    walk_kind: Walk,
 }
 
 #[derive(Default)]
@@ -206,8 +234,10 @@ pub struct KernelRules {
     pub all: Want,
     /// Command names, exact or prefix, each with all that it asks for, shorter matching prefixes included.
     pub comms: Vec<(CommPattern, Want)>,
-    /// Time between two ticks by slot; 0 for a slot that is free.
+    /// Time between two ticks by slot; 0 for a slot that is free or wants no ticks.
     pub periods_ns: [u64; MAX_RULES],
+    /// The slots that want blocked time.
+    pub off_cpu: u64,
     /// A rule needs more than the command name: every process must be reported, so that the agent can decide.
     pub report_all: bool,
     /// Whether any rule wants user or kernel stacks.
@@ -222,6 +252,7 @@ impl Default for KernelRules {
             all: Want::default(),
             comms: Vec::new(),
             periods_ns: [0; MAX_RULES],
+            off_cpu: 0,
             report_all: false,
             user_stacks: true,
             kernel_stacks: true,
@@ -242,6 +273,17 @@ pub struct CommPattern {
 pub type Counters = types::counters;
 
 impl Kernel {
+    /// All steps in one, with the walk that this kernel can do.
+    pub fn start(options: KernelOptions) -> Result<Self, KernelError> {
+        let attempt = |walk| Self::open(KernelOptions { walk, ..options })?.load()?.attach();
+        match attempt(options.walk) {
+            Err(KernelError::Load { source, log }) if options.walk == Walk::Loop => {
+                attempt(Walk::Chain).map_err(|_| KernelError::Load { source, log })
+            }
+            other => other,
+        }
+    }
+
     /// Opens and sizes programs and maps.
     pub fn open(options: KernelOptions) -> Result<Opened, KernelError> {
         libbpf_rs::set_print(Some((PrintLevel::Warn, |_, text| {
@@ -252,8 +294,16 @@ impl Kernel {
         // The skeleton borrows its object. It is a few bytes, once for each time that the kernel side is loaded.
         let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
         let mut skeleton = GannetSkelBuilder::default().open(storage).map_err(KernelError::Open)?;
-        let ring_bytes = options.ring_bytes.max(1 << 16).next_power_of_two();
+        let ring_bytes = options.ring_bytes.max(1 << 17).next_power_of_two();
+        let options = KernelOptions { ring_bytes, ..options };
         skeleton.maps.events.set_max_entries(ring_bytes).map_err(KernelError::Open)?;
+        let lines = (options.table_bytes / LINE_BYTES).max(1);
+        skeleton.maps.table_lines.set_max_entries(lines).map_err(KernelError::Open)?;
+        skeleton.maps.images.set_max_entries(options.processes).map_err(KernelError::Open)?;
+        let progs = &mut skeleton.progs;
+        progs.on_tick.set_autoload(options.walk == Walk::Loop);
+        progs.on_tick_chain.set_autoload(options.walk == Walk::Chain);
+        progs.walk_chain.set_autoload(options.walk == Walk::Chain);
         skeleton.maps.procs.set_max_entries(options.processes).map_err(KernelError::Open)?;
         skeleton.maps.arms.set_max_entries(options.processes).map_err(KernelError::Open)?;
         if let Some(constants) = skeleton.maps.rodata_data.as_deref_mut() {
@@ -263,7 +313,7 @@ impl Kernel {
                 CgroupHierarchy::V1Memory => 2,
             };
         }
-        Ok(Opened { skeleton, ring_bytes })
+        Ok(Opened { skeleton, options })
     }
 
     /// Reads what the ring holds now, in the kernel's order. Waits for nothing.
@@ -297,20 +347,30 @@ impl Kernel {
             if active == 0 { &self.skeleton.maps.comm_rules_1 } else { &self.skeleton.maps.comm_rules_0 };
         fill_trie(next, &rules.comms)?;
         let periods: BTreeSet<u64> = rules.periods_ns.iter().copied().filter(|period| *period > 0).collect();
-        let live = rules
+        let on_cpu = rules
             .periods_ns
             .iter()
             .enumerate()
             .filter(|(_, period)| **period > 0)
             .fold(0, |bits, (slot, _)| bits | 1_u64 << slot);
-        self.clocks.set(&self.skeleton.progs.on_tick, periods)?;
+        self.clocks.set(sampler(&self.skeleton, self.walk_kind), periods)?;
+        // The scheduler's switches are many: they are looked at only if somebody wants them.
+        if rules.off_cpu == 0 {
+            self.switches = None;
+        } else if self.switches.is_none() {
+            let what = "the blocked-time handler to sched_switch";
+            let attached = self.skeleton.progs.on_switch.attach_raw_tracepoint("sched_switch");
+            self.switches = Some(attached.map_err(|source| KernelError::Attach { what, source })?);
+        }
         self.change_settings(|settings| {
             settings.rule_period_ns = rules.periods_ns;
             settings.all = types::want { rules: rules.all.rules, period_ns: rules.all.period_ns };
             settings.report_all = rules.report_all.into();
             settings.user_stacks = rules.user_stacks.into();
             settings.kernel_stacks = rules.kernel_stacks.into();
-            settings.live_rules = live;
+            settings.on_cpu_rules = on_cpu;
+            settings.off_cpu_rules = rules.off_cpu;
+            settings.live_rules = on_cpu | rules.off_cpu;
             settings.active = 1 - active;
         });
         self.walk_processes()
@@ -369,7 +429,7 @@ impl Kernel {
 
     /// Starts clocks on CPUs that came, stops them on those that went.
     pub fn follow_cpus(&mut self) -> Result<(), KernelError> {
-        self.clocks.follow_cpus(&self.skeleton.progs.on_tick)
+        self.clocks.follow_cpus(sampler(&self.skeleton, self.walk_kind))
     }
 
     /// How many ticks there should have been, by the kernel's own count of time.
@@ -406,6 +466,7 @@ impl Kernel {
         vec![
             ("procs", count(&maps.procs), maps.procs.max_entries().into()),
             ("arms", count(&maps.arms), maps.arms.max_entries().into()),
+            ("off_cpu", count(&maps.off_cpu), maps.off_cpu.max_entries().into()),
             ("comm_rules", count(active), active.max_entries().into()),
         ]
     }
@@ -413,7 +474,7 @@ impl Kernel {
     /// Nanoseconds that the sampler has run and how often, if the kernel keeps count (kernel.bpf_stats_enabled).
     pub fn sampler_cost(&self) -> Option<(u64, u64)> {
         query::ProgInfoIter::default()
-            .find(|program| program.name.as_encoded_bytes() == b"on_tick" && program.run_cnt > 0)
+            .find(|program| program.name.as_encoded_bytes().starts_with(b"on_tick") && program.run_cnt > 0)
             .map(|program| (program.run_time_ns, program.run_cnt))
     }
 
@@ -443,14 +504,23 @@ impl Opened {
             let lines: Vec<_> = log.lines().collect();
             KernelError::Load { source, log: lines[lines.len().saturating_sub(LOG_LINES)..].join("\n") }
         })?;
-        Ok(Loaded { skeleton, ring_bytes: self.ring_bytes })
+        Ok(Loaded { skeleton, options: self.options })
     }
 }
 
 impl Loaded {
     /// Attaches the process handlers and opens the ring. Nothing is reported before it is switched on.
     pub fn attach(self) -> Result<Kernel, KernelError> {
-        let Self { skeleton, ring_bytes } = self;
+        let Self { skeleton, options } = self;
+        let ring_bytes = options.ring_bytes;
+        if options.walk == Walk::Chain {
+            let next = skeleton.progs.walk_chain.as_fd().as_raw_fd();
+            skeleton
+                .maps
+                .chain
+                .update(&0_u32.to_ne_bytes(), &next.to_ne_bytes(), MapFlags::ANY)
+                .map_err(|source| KernelError::Map { map: "chain", source })?;
+        }
         let mut degraded = Vec::new();
         let mut links = Vec::new();
         let GannetProgs { on_exec, on_fork, on_exit, each_task, .. } = &skeleton.progs;
@@ -489,17 +559,31 @@ impl Loaded {
             })
             .map_err(KernelError::Ring)?;
         let ring = builder.build().map_err(KernelError::Ring)?;
+        let shared = unwinding::SharedTables {
+            lines: unwinding::Shared::of(&skeleton.maps.table_lines, "table_lines")?,
+            rules: unwinding::Shared::of(&skeleton.maps.unwind_rules, "unwind_rules")?,
+        };
         let mut kernel =
-            Kernel { clocks: clock::Clocks::default(), _links: links, walk, ring, queue, skeleton, degraded };
+            Kernel { shared, walk_kind: options.walk, clocks: clock::Clocks::default(), _links: links, switches: None, walk, ring, queue, skeleton, degraded };
         kernel.change_settings(|settings| {
             // An eighth of the ring is for lifecycle events; the reader is called at a quarter.
             settings.ring_sample_limit = u64::from(ring_bytes / 8 * 7);
             settings.ring_wake = u64::from(ring_bytes / 4);
             settings.report_rate = 5_000;
+            // Shorter than this is a handover, not a wait.
+            settings.off_cpu_min_ns = 1_000;
             settings.user_stacks = 1;
             settings.kernel_stacks = 1;
         });
         Ok(kernel)
+    }
+}
+
+/// The program that the clocks call.
+fn sampler<'a>(skeleton: &'a GannetSkel<'static>, walk: Walk) -> &'a ProgramMut<'static> {
+    match walk {
+        Walk::Loop => &skeleton.progs.on_tick,
+        Walk::Chain => &skeleton.progs.on_tick_chain,
     }
 }
 

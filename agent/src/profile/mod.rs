@@ -1,5 +1,7 @@
 //! Samples added up by window: from single events to what one profile holds.
 
 mod raw;
+mod window;
 
 pub use raw::{RawProcess, RawProfile, RawStack, SampleKind, StackEnd};
+pub use window::{Flushed, RuleTag, SeriesProfile, WindowSamples, slots};

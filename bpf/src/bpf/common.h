@@ -111,7 +111,7 @@ ALWAYS_INLINE void want_also(struct want *want, const struct want *more, u64 liv
 
 	if (!rules)
 		return;
-	if (!want->rules || more->period_ns < want->period_ns)
+	if (more->period_ns && (!want->period_ns || more->period_ns < want->period_ns))
 		want->period_ns = more->period_ns;
 	want->rules |= rules;
 }
@@ -155,52 +155,58 @@ ALWAYS_INLINE void fill_event(struct event *event, u32 kind, struct task_struct 
 	bpf_core_read_str(event->comm, sizeof(event->comm), &task->comm);
 }
 
-/* Takes kernel and user stack into `sample`; gives the bytes of the whole record. */
-ALWAYS_INLINE u64 take_stacks(void *ctx, struct sample *sample, u64 *frames)
+ALWAYS_INLINE void take_kernel_stack(void *ctx, struct sample *sample, u64 *frames)
 {
-	u32 kernel = 0, user = 0, total;
 	long got;
 
+	sample->kernel_frames = 0;
 	sample->kernel_truncated = 0;
-	sample->user_end = USER_STACK_NONE;
-	if (settings.kernel_stacks) {
-		got = bpf_get_stack(ctx, frames, (MAX_KERNEL_FRAMES + 1) * sizeof(u64), 0);
-		if (got > 0)
-			kernel = (u64)got / sizeof(u64);
-		if (kernel > MAX_KERNEL_FRAMES) {
-			kernel = MAX_KERNEL_FRAMES;
-			sample->kernel_truncated = 1;
-		}
+	if (!settings.kernel_stacks)
+		return;
+	got = bpf_get_stack(ctx, frames, (MAX_KERNEL_FRAMES + 1) * sizeof(u64), 0);
+	if (got <= 0)
+		return;
+	sample->kernel_frames = got / sizeof(u64);
+	if (sample->kernel_frames > MAX_KERNEL_FRAMES) {
+		sample->kernel_frames = MAX_KERNEL_FRAMES;
+		sample->kernel_truncated = 1;
 	}
-	/* The mask changes nothing; it is for the verifier, which loses sight of the bound. */
-	barrier_var(kernel);
-	kernel &= FRAME_MASK;
-	if (settings.user_stacks) {
-		got = bpf_get_stack(ctx, frames + kernel, (MAX_USER_FRAMES + 1) * sizeof(u64), BPF_F_USER_STACK);
-		if (got > 0) {
-			user = (u64)got / sizeof(u64);
-			sample->user_end = USER_STACK_COMPLETE;
-		}
-		if (user > MAX_USER_FRAMES) {
-			user = MAX_USER_FRAMES;
-			sample->user_end = USER_STACK_TRUNCATED;
-		}
-	}
-	sample->kernel_frames = kernel;
-	sample->user_frames = user;
-	total = kernel + user;
-	barrier_var(total);
-	return sizeof(*sample) + (total & (FRAME_SLOTS - 1)) * sizeof(u64);
 }
 
-/* Sends a sample, unless it would take the room that lifecycle events need. */
-ALWAYS_INLINE void send_sample(struct counters *counters, struct sample *record, u64 size, bool wake)
+/* By frame pointers, as the kernel does it. */
+ALWAYS_INLINE void take_user_stack(void *ctx, struct sample *sample, u64 *frames)
+{
+	u64 kernel = sample->kernel_frames;
+	long got;
+
+	sample->user_frames = 0;
+	sample->user_end = USER_STACK_NONE;
+	sample->guessed = 0;
+	/* The compiler knows the bound and would leave the check out; the verifier needs it. */
+	barrier_var(kernel);
+	if (!settings.user_stacks || kernel > MAX_KERNEL_FRAMES)
+		return;
+	got = bpf_get_stack(ctx, frames + kernel, (MAX_FP_FRAMES + 1) * sizeof(u64), BPF_F_USER_STACK);
+	if (got <= 0)
+		return;
+	sample->user_frames = got / sizeof(u64);
+	sample->user_end = USER_STACK_COMPLETE;
+	if (sample->user_frames > MAX_FP_FRAMES) {
+		sample->user_frames = MAX_FP_FRAMES;
+		sample->user_end = USER_STACK_TRUNCATED;
+	}
+}
+
+/* Sends a sample, unless it would take the room that lifecycle events need. `most` is the size of its buffer. */
+ALWAYS_INLINE void send_sample(struct counters *counters, struct sample *record, u64 most, bool wake)
 {
 	u64 rules = __builtin_popcountll(record->event.rules);
+	u64 size = sizeof(*record) + (record->kernel_frames + record->user_frames) * sizeof(u64);
 	u64 fill = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA);
 	u64 flags = wake || fill >= settings.ring_wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
 
-	if (fill + size > settings.ring_sample_limit || bpf_ringbuf_output(&events, record, size, flags))
+	barrier_var(size);
+	if (size > most || fill + size > settings.ring_sample_limit || bpf_ringbuf_output(&events, record, size, flags))
 		counters->lost_ring_full += rules;
 	else
 		counters->sent += rules;

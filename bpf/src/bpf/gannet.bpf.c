@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /* The sampler, and the handlers that follow processes through fork, exec and exit. */
 #include "common.h"
+#include "unwind.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -10,7 +11,11 @@ const volatile struct lifecycle type_of_lifecycle;
 struct sample_scratch {
 	struct sample sample;
 	u64 frames[FRAME_SLOTS];
+	struct walk walk;
+	u32 wake;
+	u32 chain_calls;
 };
+_Static_assert(sizeof(struct sample_scratch) <= 32768, "the largest value of a per-CPU map");
 
 /* Where a sample is put together: it does not fit the BPF stack. Ticks on one CPU do not interrupt each other. */
 struct {
@@ -31,40 +36,129 @@ struct {
 	});
 } report_bucket SEC(".maps");
 
-SEC("perf_event")
-int on_tick(struct bpf_perf_event_data *ctx)
+ALWAYS_INLINE struct sample_scratch *the_scratch(void)
 {
-	struct counters *counters = count();
+	u32 zero = 0;
+
+	return bpf_map_lookup_elem(&sample_scratch, &zero);
+}
+
+/* The registers with which the current thread was in user space last. */
+ALWAYS_INLINE bool user_registers(struct bpf_perf_event_data *ctx, struct task_struct *task, struct walk *walk)
+{
+#if defined(__TARGET_ARCH_x86)
+	if (ctx->regs.cs == USER_CS_64)
+		return take_registers(walk, (void *)&ctx->regs);
+#endif
+	if (!BPF_CORE_READ(task, mm))
+		return false;
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs))
+		return take_registers(walk, (void *)bpf_task_pt_regs(bpf_get_current_task_btf()));
+	/* Before 5.15: they are at the very top of the kernel stack, whose size is fixed there. */
+	return take_registers(walk, (void *)((u64)BPF_CORE_READ(task, stack) + KERNEL_STACK_BYTES - PT_REGS_ROOM));
+}
+
+/* Registers and stack, for the agent to walk once it has the tables. */
+ALWAYS_INLINE void take_raw(struct sample_scratch *scratch)
+{
+	u64 kernel = scratch->sample.kernel_frames, at, sp = scratch->walk.start_sp, words = RAW_REGISTERS, part;
+
+	scratch->sample.user_end = USER_STACK_RAW;
+	barrier_var(kernel);
+	if (kernel > MAX_KERNEL_FRAMES)
+		return;
+	scratch->frames[kernel] = scratch->walk.start_pc;
+	for (u32 i = 0; i < RAW_REGISTERS - 1; i++)
+		scratch->frames[kernel + 1 + i] = scratch->walk.registers[i];
+	/* Up to the end of the page, then page by page: behind the end of the stack nothing can be read. */
+	at = kernel + RAW_REGISTERS;
+	part = 4096 - (sp & 4095);
+	for (u32 page = 0; page < RAW_STACK_PAGES; page++) {
+		barrier_var(part);
+		barrier_var(at);
+		if (part > 4096 || at > FRAME_SLOTS - 512)
+			break;
+		if (bpf_probe_read_user(&scratch->frames[at], part, (void *)sp))
+			break;
+		sp += part;
+		at += part / sizeof(u64);
+		words += part / sizeof(u64);
+		part = 4096;
+	}
+	scratch->sample.user_frames = words;
+}
+
+ALWAYS_INLINE void finish_tick(struct counters *counters, struct sample_scratch *scratch)
+{
+	send_sample(counters, &scratch->sample, sizeof(scratch->sample) + sizeof(scratch->frames), scratch->wake);
+}
+
+/* What is left to do once the walk is over. */
+ALWAYS_INLINE void finish_walk(struct counters *counters, struct sample_scratch *scratch)
+{
+	struct walk *walk = &scratch->walk;
+
+	if (walk->end == USER_STACK_NO_MAPPING || walk->end == USER_STACK_NO_TABLE) {
+		/* A library that the agent has not heard of yet, or a table that had to go: the walk began well. */
+		scratch->sample.user_frames = 0;
+		counters->raw++;
+		take_raw(scratch);
+	} else {
+		scratch->sample.user_frames = walk->frames;
+		scratch->sample.user_end = walk->end;
+		scratch->sample.guessed = walk->guessed;
+	}
+	finish_tick(counters, scratch);
+}
+
+/* One frame. False: the walk is over. */
+ALWAYS_INLINE bool walk_frame(struct sample_scratch *scratch)
+{
+	struct walk *walk = &scratch->walk;
+	u64 slot = scratch->sample.kernel_frames + walk->frames;
+
+	barrier_var(slot);
+	if (slot >= FRAME_SLOTS || walk->frames >= MAX_USER_FRAMES) {
+		walk->end = USER_STACK_TRUNCATED;
+		return false;
+	}
+	scratch->frames[slot] = walk->pc;
+	walk->frames++;
+	return step(walk);
+}
+
+/* Decides whether a tick makes a sample, and takes all of it but the walk. Null: nothing is left to do. */
+ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx, struct counters *counters)
+{
 	struct sample_scratch *scratch;
 	struct want want = {};
 	struct task_struct *task;
+	struct image *image;
 	struct proc *proc;
 	u64 id = bpf_get_current_pid_tgid();
-	u64 start_boottime, size;
-	u32 tgid = id >> 32, zero = 0, exec_id;
-	bool first;
+	u64 start_boottime;
+	u32 tgid = id >> 32, exec_id;
+	bool first = true;
 
-	if (!counters || !settings.sampling)
-		return 0;
 	counters->ticks++;
 	if (!tgid) {
 		counters->idle_ticks++;
-		return 0;
+		return NULL;
 	}
 	proc = bpf_map_lookup_elem(&procs, &tgid);
 	if (!may_be_wanted(proc, tgid))
-		return 0;
+		return NULL;
 
 	task = (void *)bpf_get_current_task();
 	start_boottime = BPF_CORE_READ(task, group_leader, start_boottime);
 	exec_id = BPF_CORE_READ(task, self_exec_id);
 	want_of_process(&want, proc, tgid, start_boottime, exec_id);
 	/* There is one clock for each rate in use; a process follows the fastest that was asked for. */
+	want.rules &= settings.on_cpu_rules;
 	if (!want.rules || want.period_ns != ctx->sample_period)
-		return 0;
+		return NULL;
 	counters->taken += __builtin_popcountll(want.rules);
 
-	first = true;
 	if (proc && proc->start_boottime == start_boottime) {
 		first = !proc->sampled;
 		proc->sampled = 1;
@@ -75,18 +169,203 @@ int on_tick(struct bpf_perf_event_data *ctx)
 			counters->procs_full++;
 	}
 
-	scratch = bpf_map_lookup_elem(&sample_scratch, &zero);
+	scratch = the_scratch();
 	if (!scratch)
-		return 0;
+		return NULL;
 	fill_event(&scratch->sample.event, EVENT_SAMPLE, task, start_boottime);
 	scratch->sample.event.tid = id;
 	scratch->sample.event.rules = want.rules;
 	scratch->sample.kind = SAMPLE_ON_CPU;
 	scratch->sample.state = 0;
+	scratch->sample.guessed = 0;
 	scratch->sample.value_ns = want.period_ns;
-	size = take_stacks(ctx, &scratch->sample, scratch->frames);
 	/* A process that was not sampled before may be gone in a moment: the agent must look at it now. */
-	send_sample(counters, &scratch->sample, size, first);
+	scratch->wake = first;
+	take_kernel_stack(ctx, &scratch->sample, scratch->frames);
+	if (!settings.tables || !settings.user_stacks) {
+		take_user_stack(ctx, &scratch->sample, scratch->frames);
+		finish_tick(counters, scratch);
+		return NULL;
+	}
+
+	scratch->sample.user_frames = 0;
+	scratch->sample.user_end = USER_STACK_NONE;
+	if (!user_registers(ctx, task, &scratch->walk)) {
+		if (BPF_CORE_READ(task, mm))
+			scratch->sample.user_end = USER_STACK_NOT_64_BIT;
+		finish_tick(counters, scratch);
+		return NULL;
+	}
+	image = bpf_map_lookup_elem(&images, &tgid);
+	if (!image || image->start_boottime != start_boottime || image->exec_id != exec_id) {
+		counters->raw++;
+		take_raw(scratch);
+		finish_tick(counters, scratch);
+		return NULL;
+	}
+	scratch->walk.mapping.begin = 0;
+	scratch->walk.mapping.end = 0;
+	scratch->walk.tgid = tgid;
+	scratch->walk.frames = 0;
+	scratch->walk.end = USER_STACK_TRUNCATED;
+	scratch->walk.exact = 1;
+	scratch->walk.first = 1;
+	scratch->walk.fp_lost = 0;
+	scratch->walk.guessed = 0;
+	return scratch;
+}
+
+static long each_frame(u32 index, void *unused)
+{
+	struct sample_scratch *scratch = the_scratch();
+
+	return !scratch || !walk_frame(scratch);
+}
+
+/* Where the kernel has bpf_loop (5.17). */
+SEC("perf_event")
+int on_tick(struct bpf_perf_event_data *ctx)
+{
+	struct counters *counters = count();
+	struct sample_scratch *scratch;
+
+	if (!counters || !settings.sampling)
+		return 0;
+	scratch = begin_tick(ctx, counters);
+	if (!scratch)
+		return 0;
+	bpf_loop(MAX_USER_FRAMES + 1, each_frame, NULL, 0);
+	finish_walk(counters, scratch);
+	return 0;
+}
+
+/* Filled by the agent: the only entry is walk_chain. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, u32);
+} chain SEC(".maps");
+
+/* Where it has not: some frames in each of a chain of tail calls. */
+SEC("perf_event")
+int walk_chain(struct bpf_perf_event_data *ctx)
+{
+	struct counters *counters = count();
+	struct sample_scratch *scratch = the_scratch();
+	bool more = true;
+
+	if (!counters || !scratch)
+		return 0;
+	for (u32 i = 0; i < CHAIN_FRAMES && more; i++)
+		more = walk_frame(scratch);
+	if (more && ++scratch->chain_calls < CHAIN_CALLS)
+		bpf_tail_call(ctx, &chain, 0);
+	finish_walk(counters, scratch);
+	return 0;
+}
+
+SEC("perf_event")
+int on_tick_chain(struct bpf_perf_event_data *ctx)
+{
+	struct counters *counters = count();
+	struct sample_scratch *scratch;
+
+	if (!counters || !settings.sampling)
+		return 0;
+	scratch = begin_tick(ctx, counters);
+	if (!scratch)
+		return 0;
+	scratch->chain_calls = 0;
+	bpf_tail_call(ctx, &chain, 0);
+	return 0;
+}
+
+struct switch_scratch {
+	struct sample sample;
+	u64 frames[MAX_KERNEL_FRAMES + MAX_FP_FRAMES + 2];
+};
+
+/* Like sample_scratch, for the scheduler's switches: a tick can come while one is handled. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct switch_scratch);
+} switch_scratch SEC(".maps");
+
+/*
+ * Threads that are off the CPU, with the stack that they left it by, by thread id. Writer: on_switch. Size: as many
+ * armed threads as block at one time; what does not fit is counted. Preallocated: nothing may be allocated inside the
+ * scheduler.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__type(key, u32);
+	__type(value, struct switch_scratch);
+} off_cpu SEC(".maps");
+
+#define TASK_DEAD 0x80
+
+/* raw tracepoint arguments: preempt, prev, next; from 5.18 on also prev_state */
+SEC("raw_tp/sched_switch")
+int on_switch(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct task_struct *prev = (void *)ctx->args[1];
+	struct task_struct *next = (void *)ctx->args[2];
+	struct switch_scratch *scratch;
+	struct counters *counters;
+	struct want want = {};
+	struct proc *proc;
+	u64 id = bpf_get_current_pid_tgid(), start_boottime;
+	u32 tgid = id >> 32, tid = id, next_tid = BPF_CORE_READ(next, pid), state, zero = 0;
+
+	if (!settings.sampling)
+		return 0;
+	counters = count();
+	if (!counters)
+		return 0;
+	scratch = bpf_map_lookup_elem(&off_cpu, &next_tid);
+	if (scratch) {
+		u64 blocked = bpf_ktime_get_boot_ns() - scratch->sample.event.ktime;
+
+		if (blocked >= settings.off_cpu_min_ns) {
+			scratch->sample.value_ns = blocked;
+			counters->taken += __builtin_popcountll(scratch->sample.event.rules);
+			send_sample(counters, &scratch->sample, sizeof(*scratch), false);
+		}
+		bpf_map_delete_elem(&off_cpu, &next_tid);
+	}
+
+	/* A thread that could go on did not block; one that is dead will not come back. */
+	state = state_of(prev);
+	if (!tgid || !state || state & TASK_DEAD)
+		return 0;
+	proc = bpf_map_lookup_elem(&procs, &tgid);
+	if (!may_be_wanted(proc, tgid))
+		return 0;
+	start_boottime = BPF_CORE_READ(prev, group_leader, start_boottime);
+	want_of_process(&want, proc, tgid, start_boottime, BPF_CORE_READ(prev, self_exec_id));
+	want.rules &= settings.off_cpu_rules;
+	if (!want.rules)
+		return 0;
+	scratch = bpf_map_lookup_elem(&switch_scratch, &zero);
+	if (!scratch)
+		return 0;
+	fill_event(&scratch->sample.event, EVENT_SAMPLE, prev, start_boottime);
+	scratch->sample.event.tid = tid;
+	scratch->sample.event.rules = want.rules;
+	scratch->sample.kind = SAMPLE_OFF_CPU;
+	scratch->sample.state = state;
+	take_kernel_stack(ctx, &scratch->sample, scratch->frames);
+	take_user_stack(ctx, &scratch->sample, scratch->frames);
+	if (bpf_map_update_elem(&off_cpu, &tid, scratch, BPF_ANY)) {
+		u64 rules = __builtin_popcountll(want.rules);
+
+		counters->taken += rules;
+		counters->lost_off_cpu_full += rules;
+	}
 	return 0;
 }
 

@@ -14,12 +14,25 @@
  * than the sysctl kernel.perf_event_max_stack, 127 unless somebody raised it.
  */
 #define MAX_KERNEL_FRAMES 126
-#define MAX_USER_FRAMES 126
-#define FRAME_MASK 127
-#define FRAME_SLOTS (2 * (FRAME_MASK + 1))
-_Static_assert(MAX_KERNEL_FRAMES < FRAME_MASK && MAX_USER_FRAMES < FRAME_MASK, "the mask keeps every count");
+/* Of a stack that is walked by tables, and of one that the kernel walks by frame pointers. */
+#define MAX_USER_FRAMES 512
+#define MAX_FP_FRAMES 126
+/* A raw sample: pc, the registers by DWARF number, then the stack from the stack pointer upwards. */
+#define RAW_REGISTERS 33
+#define RAW_STACK_PAGES 6
+#define RAW_STACK_WORDS (RAW_STACK_PAGES * 4096 / 8)
+#define RAW_WORDS (RAW_REGISTERS + RAW_STACK_WORDS)
+#define FRAME_SLOTS (MAX_KERNEL_FRAMES + 1 + RAW_WORDS)
+_Static_assert(MAX_USER_FRAMES < RAW_WORDS && MAX_FP_FRAMES < RAW_WORDS, "the larger one sizes the buffer");
+/* Tail calls: 33 in a chain, one of them the last step that sends. */
+#define CHAIN_CALLS 29
+#define CHAIN_FRAMES 8
+_Static_assert(CHAIN_CALLS * CHAIN_FRAMES >= 232, "depth without bpf_loop");
 
-/* What a process is sampled for: the rules, one bit each, and the shortest time between two ticks that they ask for. */
+/*
+ * What a process is sampled for: the rules, one bit each, and the shortest time between two ticks that they ask for; 0 if
+ * none wants ticks.
+ */
 struct want {
 	u64 rules;
 	u64 period_ns;
@@ -66,6 +79,8 @@ struct settings {
 	u32 active;
 	/* `arms` is not empty. */
 	u32 arms;
+	/* User stacks are walked by tables; else the kernel walks them by frame pointers. */
+	u32 tables;
 	/* Stacks to take. */
 	u32 user_stacks;
 	u32 kernel_stacks;
@@ -73,7 +88,8 @@ struct settings {
 	struct want all;
 	/* Of all, comm_rules and arms: the bits that mean a rule today. */
 	u64 live_rules;
-	/* Of the rules: those that want blocked time. */
+	/* Of the rules: those that want ticks, and those that want blocked time. */
+	u64 on_cpu_rules;
 	u64 off_cpu_rules;
 	/* Off-CPU intervals shorter than this are not reported. */
 	u64 off_cpu_min_ns;
@@ -85,6 +101,90 @@ struct settings {
 	u64 ring_wake;
 	/* Exec and fork reports a second, for all CPUs together. */
 	u64 report_rate;
+};
+
+#define MAX_TABLES 4096
+#define GRANULE_SHIFT 11
+
+/* Key of `exec_mappings`: tgid and address in network order, so that the first bits are the highest. */
+struct mapping_key {
+	u32 prefixlen;
+	__be32 tgid;
+	__be64 address;
+};
+#define MAPPING_KEY_BITS (8 * (sizeof(struct mapping_key) - sizeof(u32)))
+_Static_assert(sizeof(struct mapping_key) == 16, "no padding: the trie compares bytes");
+
+enum mapping_kind {
+	/* Unwound by table. */
+	MAPPING_TABLE = 0,
+	/* Code without a table, unwound by frame pointer: made at run time, or of a file that has none. */
+	MAPPING_FRAME_POINTER = 1,
+};
+
+struct mapping {
+	u64 begin;
+	u64 end;
+	/* Address at run time minus address as the file counts. */
+	u64 bias;
+	u32 table;
+	u32 table_generation;
+	u32 kind;
+	u32 reserved;
+};
+
+struct unwind_table {
+	u64 base;
+	u32 first_line;
+	u32 granules;
+	/* Changes when the place is given to another table: who still knows the former one finds nothing. */
+	u32 generation;
+	u32 reserved;
+};
+
+/* As gannet-unwind's `format::Rule`. */
+struct unwind_rule {
+	u8 cfa_kind;
+	u8 fp_kind;
+	u8 ra_kind;
+	u8 flags;
+	s32 cfa_offset;
+	s32 fp_offset;
+	s32 ra_offset;
+};
+_Static_assert(sizeof(struct unwind_rule) == 16, "as in Rust");
+
+enum cfa_kind {
+	CFA_NONE = 0,
+	CFA_SP = 1,
+	CFA_FP = 2,
+	CFA_SP_DEREF = 3,
+	CFA_FP_DEREF = 4,
+	CFA_PLT = 5,
+	CFA_UNSUPPORTED = 6,
+	CFA_REGISTER = 0x40,
+};
+
+enum loc_kind {
+	LOC_SAME = 0,
+	LOC_CFA = 1,
+	LOC_SP = 2,
+	LOC_FP = 3,
+	LOC_UNDEFINED = 4,
+	LOC_REGISTER = 0x40,
+};
+
+enum rule_flags {
+	RULE_SIGNAL = 1,
+	RULE_GUESSED = 2,
+	RULE_RA_SIGNED = 4,
+};
+
+/* Value of `images`: this image of this process has its mappings in `exec_mappings`. */
+struct image {
+	u64 start_boottime;
+	u32 exec_id;
+	u32 reserved;
 };
 
 enum cgroup_hierarchy {
@@ -121,11 +221,28 @@ enum sample_kind {
 	SAMPLE_OFF_CPU = 1,
 };
 
+/* How the walk over a user stack ended; every sample says it. */
 enum user_stack_end {
 	USER_STACK_NONE = 0,
 	USER_STACK_COMPLETE = 1,
+	/* More frames than are kept. */
 	USER_STACK_TRUNCATED = 2,
-	USER_STACK_BROKEN = 3,
+	/* An address that no known mapping holds. */
+	USER_STACK_NO_MAPPING = 3,
+	/* The mapping's table is not in the kernel. */
+	USER_STACK_NO_TABLE = 4,
+	/* No function at the address, and no frame pointer to go on by. */
+	USER_STACK_NO_RULE = 5,
+	/* A rule that the format cannot say, and no frame pointer to go on by. */
+	USER_STACK_UNSUPPORTED = 6,
+	/* Stack memory that cannot be read now: paged out, or not a stack. */
+	USER_STACK_FAULT = 7,
+	/* The caller would be below its callee. */
+	USER_STACK_NO_PROGRESS = 8,
+	/* A 32-bit program. */
+	USER_STACK_NOT_64_BIT = 9,
+	/* Not walked: registers and stack are in the record, for the agent to walk. */
+	USER_STACK_RAW = 10,
 };
 
 struct sample {
@@ -139,6 +256,9 @@ struct sample {
 	u8 kernel_truncated;
 	/* Of an off-CPU sample: the low bits of the state that it slept in. */
 	u8 state;
+	/* Some frames were found by frame pointer, though no table said so. */
+	u8 guessed;
+	u8 reserved[7];
 	/* kernel_frames, then user_frames; leaf first. */
 	u64 frames[];
 };
@@ -164,6 +284,7 @@ struct counters {
 	u64 sent;
 	u64 lost_ring_full;
 	u64 lost_off_cpu_full;
+	u64 raw;
 	u64 lifecycle_sent;
 	u64 lifecycle_lost_ring_full;
 	u64 lifecycle_lost_rate;

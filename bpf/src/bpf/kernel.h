@@ -63,12 +63,23 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_RINGBUF = 27,
 };
 
+/* User-space ABI: the number of a helper that not every kernel has. */
+enum bpf_func_id {
+	BPF_FUNC_task_pt_regs = 175,
+};
+
 #if defined(__TARGET_ARCH_x86)
+/* Without KASAN, on the kernels that need it: those before 5.15. */
+#define KERNEL_STACK_BYTES (16 << 10)
+#define PT_REGS_ROOM sizeof(struct pt_regs)
 struct pt_regs {
 	unsigned long r15, r14, r13, r12, bp, bx, r11, r10, r9, r8, ax, cx, dx, si, di, orig_ax, ip, cs, flags, sp, ss;
 };
 typedef struct pt_regs bpf_user_pt_regs_t;
 #elif defined(__TARGET_ARCH_arm64)
+#define KERNEL_STACK_BYTES (16 << 10)
+/* pt_regs has more than user_regs there: 336 bytes on 5.10 to 5.14. */
+#define PT_REGS_ROOM 336
 struct user_pt_regs {
 	__u64 regs[31];
 	__u64 sp;

@@ -1,0 +1,483 @@
+//! The one thread that owns the kernel side, the process table, the rules in force and the window that runs.
+//!
+//! It reads the ring in the kernel's order, so each event takes effect exactly behind the samples that came before it.
+//! Everybody else talks to it through an [`Engine`] handle; a finished window goes to a [`Sink`].
+
+use std::{
+    collections::VecDeque,
+    io,
+    num::NonZeroUsize,
+    os::fd::{AsFd as _, OwnedFd},
+    sync::{Arc, mpsc},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant, SystemTime},
+};
+
+use gannet_proto::{
+    control::{RuleError, RuleStatus},
+    ledger::{Ledger, LossReason},
+    rules::Caps,
+};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use tokio::sync::oneshot;
+use ulid::Ulid;
+
+use crate::{
+    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Subject},
+    process::{Process, Processes},
+    profile::{SeriesProfile, WindowSamples, slots},
+    rules::{RuleBook, Set, Source},
+};
+
+/// How often the ring is read when the kernel side does not ask for it. A sample waits so long at most; each reading
+/// costs a few microseconds.
+const READ_PAUSE: Duration = Duration::from_millis(100);
+/// How often CPUs, expiries and the like are looked at.
+const HOUSEKEEPING_PAUSE: Duration = Duration::from_secs(1);
+/// How often the table is compared with what runs, in case an exit was lost.
+const RECONCILE_PAUSE: Duration = Duration::from_secs(30);
+/// Different stacks in one window; a window that has more is ended early.
+const STACKS_PER_WINDOW: usize = 200_000;
+/// Lifecycle events that are kept for the debug page.
+const EVENT_TAIL: usize = 256;
+
+/// What an engine is started with.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// The node's name in every profile.
+    pub node: String,
+    /// Sizes of the kernel side.
+    pub kernel: KernelOptions,
+    /// How long a window is.
+    pub window: Duration,
+    /// What rules may ask for here.
+    pub caps: Caps,
+}
+
+/// A finished window.
+#[derive(Debug)]
+pub struct Window {
+    /// Names it on this node.
+    pub id: Ulid,
+    /// When it began, by the wall clock.
+    pub start: SystemTime,
+    /// How long it was, by the boot clock.
+    pub duration: Duration,
+    /// taken == delivered + lost, as far as this window's profiles.
+    pub ledger: Ledger,
+    /// By series and rule.
+    pub profiles: Vec<SeriesProfile>,
+}
+
+/// Takes finished windows. Called on the engine's thread: it must not wait.
+pub trait Sink: Send {
+    /// A window is over.
+    fn window(&mut self, window: Window);
+}
+
+impl<F: FnMut(Window) + Send> Sink for F {
+    fn window(&mut self, window: Window) {
+        self(window);
+    }
+}
+
+/// Why an engine does not start or does not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The kernel side cannot work.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// No thread, no descriptor.
+    #[error("the engine's thread cannot be started: {0}")]
+    Start(#[source] io::Error),
+    /// It has ended.
+    #[error("the engine has ended")]
+    Ended,
+}
+
+/// What an inspection sees.
+pub struct Inside<'a> {
+    /// Who is who.
+    pub processes: &'a Processes,
+    /// The rules.
+    pub rules: &'a RuleBook,
+    /// The kernel side.
+    pub kernel: &'a mut Kernel,
+    /// The last lifecycle events, oldest first: when, and what.
+    pub events: &'a VecDeque<(SystemTime, String)>,
+    /// Since the engine started. What is in the ring or the running window counts as pending.
+    pub ledger: Ledger,
+}
+
+type Inspection = Box<dyn FnOnce(&mut Inside<'_>) + Send>;
+
+enum Command {
+    Replace(Source, Set, oneshot::Sender<Result<Vec<RuleError>, Vec<RuleError>>>),
+    Inspect(Inspection),
+    Flush(oneshot::Sender<()>),
+    Stop,
+}
+
+/// A handle to a running engine. Dropping it stops the engine, with its last window delivered.
+pub struct Engine {
+    commands: mpsc::Sender<Command>,
+    bell: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+    degraded: Vec<String>,
+}
+
+impl Engine {
+    /// Loads and attaches the kernel side on a thread of its own. Nothing is sampled before rules come.
+    pub fn start(options: EngineOptions, sink: impl Sink + 'static) -> Result<Self, EngineError> {
+        let bell =
+            Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| EngineError::Start(e.into()))?);
+        let (commands, inbox) = mpsc::channel();
+        let (started, answer) = mpsc::channel();
+        let ears = Arc::clone(&bell);
+        let thread = thread::Builder::new()
+            .name("gannet-engine".into())
+            .spawn(move || match Worker::new(options, Box::new(sink)) {
+                Ok(mut worker) => {
+                    let _ = started.send(Ok(worker.kernel.degraded().to_vec()));
+                    worker.run(&inbox, &ears);
+                }
+                Err(error) => {
+                    let _ = started.send(Err(error));
+                }
+            })
+            .map_err(EngineError::Start)?;
+        let degraded = answer.recv().map_err(|_| EngineError::Ended)??;
+        Ok(Self { commands, bell, thread: Some(thread), degraded })
+    }
+
+    /// What works less well on this kernel, in words.
+    pub fn degraded(&self) -> &[String] {
+        &self.degraded
+    }
+
+    /// Checks a set of rules and puts it into force in place of the source's former one, whole or not at all. By the
+    /// time of the answer it is in force. Gives what cannot work on this node; refused with what is wrong.
+    pub async fn replace(&self, source: Source, set: Set) -> Result<Vec<RuleError>, Vec<RuleError>> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Command::Replace(source, set, answer));
+        answered.await.unwrap_or_else(|_| {
+            Err(vec![RuleError { reason: EngineError::Ended.to_string(), ..RuleError::default() }])
+        })
+    }
+
+    /// Runs a closure on the engine's thread, between two readings of the ring.
+    pub async fn inspect<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&mut Inside<'_>) -> T + Send + 'static,
+    ) -> Result<T, EngineError> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Command::Inspect(Box::new(move |inside| {
+            let _ = answer.send(look(inside));
+        })));
+        answered.await.map_err(|_| EngineError::Ended)
+    }
+
+    /// Ends the running window now and hands it to the sink.
+    pub async fn flush(&self) -> Result<(), EngineError> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Command::Flush(answer));
+        answered.await.map_err(|_| EngineError::Ended)
+    }
+
+    /// Stops sampling, reads what is left, hands over the last window.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been printed; there is nothing to add.
+            let _ = thread.join();
+        }
+    }
+
+    fn send(&self, command: Command) {
+        // A thread that has ended answers by dropping what it would have answered through.
+        let _ = self.commands.send(command);
+        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+struct Worker {
+    node: String,
+    window_length: Duration,
+    kernel: Kernel,
+    processes: Processes,
+    rules: RuleBook,
+    samples: WindowSamples,
+    sink: Box<dyn Sink>,
+    events: VecDeque<(SystemTime, String)>,
+    window_start: (SystemTime, Instant),
+    counted: Counters,
+    /// Since the start, without the running window.
+    total: Ledger,
+    next_change: Option<SystemTime>,
+}
+
+impl Worker {
+    fn new(options: EngineOptions, sink: Box<dyn Sink>) -> Result<Self, EngineError> {
+        let EngineOptions { node, kernel, window, caps } = options;
+        let files = raise_file_limit();
+        let processes = Processes::new(kernel.hierarchy, kernel.processes as usize * 2, files);
+        let mut kernel = Kernel::start(kernel)?;
+        kernel.set_lifecycle(true);
+        kernel.set_sampling(true);
+        Ok(Self {
+            node,
+            window_length: window,
+            processes,
+            rules: RuleBook::new(caps),
+            samples: WindowSamples::default(),
+            sink,
+            events: VecDeque::new(),
+            window_start: (SystemTime::now(), Instant::now()),
+            counted: kernel.counters()?,
+            kernel,
+            total: Ledger::default(),
+            next_change: None,
+        })
+    }
+
+    fn run(&mut self, inbox: &mpsc::Receiver<Command>, bell: &OwnedFd) {
+        let mut housekeeping = Instant::now();
+        let mut reconcile = Instant::now();
+        loop {
+            self.wait(bell);
+            self.read();
+            while let Ok(command) = inbox.try_recv() {
+                match command {
+                    Command::Replace(source, set, answer) => {
+                        let _ = answer.send(self.replace(source, set));
+                    }
+                    Command::Inspect(look) => {
+                        let ledger = self.ledger();
+                        look(&mut Inside {
+                            processes: &self.processes,
+                            rules: &self.rules,
+                            kernel: &mut self.kernel,
+                            events: &self.events,
+                            ledger,
+                        });
+                    }
+                    Command::Flush(answer) => {
+                        self.flush();
+                        let _ = answer.send(());
+                    }
+                    Command::Stop => {
+                        self.kernel.set_sampling(false);
+                        self.read();
+                        self.flush();
+                        return;
+                    }
+                }
+            }
+            if self.window_start.1.elapsed() >= self.window_length || self.samples.stacks() >= STACKS_PER_WINDOW {
+                self.flush();
+            }
+            if housekeeping.elapsed() >= HOUSEKEEPING_PAUSE {
+                housekeeping = Instant::now();
+                self.housekeeping();
+            }
+            if reconcile.elapsed() >= RECONCILE_PAUSE {
+                reconcile = Instant::now();
+                self.processes.reconcile();
+            }
+        }
+    }
+
+    fn wait(&self, bell: &OwnedFd) {
+        let pause = READ_PAUSE.min(self.window_length.saturating_sub(self.window_start.1.elapsed()));
+        let timeout = rustix::event::Timespec::try_from(pause.max(Duration::from_millis(1))).ok();
+        let ring = self.kernel.wake_fd();
+        let mut ready = [PollFd::new(&ring, PollFlags::IN), PollFd::new(bell, PollFlags::IN)];
+        // Interrupted by a signal is as good as a time-out.
+        let _ = poll(&mut ready, timeout.as_ref());
+        let _ = rustix::io::read(bell.as_fd(), &mut [0_u8; 8]);
+    }
+
+    fn read(&mut self) {
+        let events = match self.kernel.read() {
+            Ok(events) => events,
+            Err(error) => {
+                tracing::error!("{error}");
+                return;
+            }
+        };
+        let now = SystemTime::now();
+        for event in events {
+            match event {
+                Event::Sample(sample) => {
+                    self.processes.sampled(&sample.subject, &sample.user);
+                    self.rules.count(sample.subject.rules, now);
+                    self.samples.add(sample);
+                }
+                Event::Exec { subject, path, by_thread } => {
+                    let how = if by_thread { " by a thread" } else { "" };
+                    self.note(now, format!("exec {} {} {path}{how}", subject.key, subject.comm));
+                    let process = self.processes.exec(&subject, &path).clone();
+                    self.decide(&process, now);
+                }
+                Event::Fork { subject, parent } => {
+                    self.note(now, format!("fork {} {} from {parent}", subject.key, subject.comm));
+                    let process = self.processes.fork(&subject, parent).clone();
+                    self.decide(&process, now);
+                }
+                Event::Found { subject } => {
+                    self.note(now, format!("found {} {}", subject.key, subject.comm));
+                    let process = self.processes.found(&subject).clone();
+                    self.decide(&process, now);
+                }
+                Event::Exit { subject, status } => {
+                    self.note(
+                        now,
+                        format!("exit {} {} code {} signal {}", subject.key, subject.comm, status.code(), status.signal()),
+                    );
+                    self.kernel.disarm(subject.key.tgid);
+                    self.processes.exit(&subject, status);
+                }
+            }
+        }
+    }
+
+    /// Arms or disarms a process by the rules that the kernel side cannot decide.
+    fn decide(&mut self, process: &Process, now: SystemTime) {
+        let (want, sticky) = self.rules.decide(process, now);
+        let tgid = process.key.process.tgid;
+        if want.rules == 0 {
+            self.kernel.disarm(tgid);
+            return;
+        }
+        let arm = Arm { key: process.key.process, exec_id: process.key.exec_id, sticky, want };
+        if let Err(error) = self.kernel.arm(&arm) {
+            tracing::warn!(key = %process.key.process, "not armed: {error}; raise --processes");
+        }
+    }
+
+    fn replace(&mut self, source: Source, set: Set) -> Result<Vec<RuleError>, Vec<RuleError>> {
+        let errors = self.rules.check(source, &set.rules);
+        if !errors.is_empty() {
+            return Err(errors);
+        }
+        let now = SystemTime::now();
+        let former = self.rules.set(source).cloned().unwrap_or_default();
+        let partial = self.rules.replace(source, set, now);
+        if let Err(error) = self.enforce(now) {
+            self.rules.replace(source, former, now);
+            let restored = self.enforce(now);
+            let reason = match restored {
+                Ok(()) => format!("the kernel did not take the rules, the former ones are in force: {error}"),
+                Err(again) => format!("the kernel did not take the rules: {error}; nor the former ones: {again}"),
+            };
+            return Err(vec![RuleError { rule_id: String::new(), field: "rules".into(), reason }]);
+        }
+        Ok(partial)
+    }
+
+    /// Brings the kernel side to what the rules say now.
+    fn enforce(&mut self, now: SystemTime) -> Result<(), KernelError> {
+        self.next_change = self.rules.next_change(now);
+        self.kernel.set_rules(&self.rules.kernel_rules(now))?;
+        // The walk has reported everybody who is wanted, and everybody if the agent must decide.
+        self.read();
+        Ok(())
+    }
+
+    fn housekeeping(&mut self) {
+        if let Err(error) = self.kernel.follow_cpus() {
+            tracing::warn!("{error}");
+        }
+        let now = SystemTime::now();
+        if self.next_change.is_some_and(|at| at <= now)
+            && let Err(error) = self.enforce(now)
+        {
+            tracing::error!("a rule's time has come, but the kernel did not take the change: {error}");
+        }
+    }
+
+    fn flush(&mut self) {
+        let (start, began) = self.window_start;
+        self.window_start = (SystemTime::now(), Instant::now());
+        let duration = self.window_start.1 - began;
+        let deliveries = self.samples.deliveries();
+        let processes = &self.processes;
+        let rules = &self.rules;
+        let flushed =
+            self.samples.flush(start, duration, &self.node, |key| processes.get(key), |place| rules.tag(place));
+        self.processes.next_window();
+        self.rules.next_window();
+        let mut ledger = Ledger { delivered: flushed.delivered, ..Ledger::default() };
+        ledger.lose(LossReason::Expired, flushed.expired);
+        match self.kernel.counters() {
+            Ok(counters) => {
+                ledger.ticks = counters.ticks - self.counted.ticks;
+                ledger.lose(LossReason::RingFull, counters.lost_ring_full - self.counted.lost_ring_full);
+                ledger.lose(LossReason::MapFull, counters.lost_off_cpu_full - self.counted.lost_off_cpu_full);
+                self.counted = counters;
+            }
+            Err(error) => tracing::error!("{error}"),
+        }
+        ledger.taken = deliveries + ledger.lost_total() - flushed.expired;
+        self.total.merge(&ledger);
+        if ledger.taken > 0 {
+            self.sink.window(Window { id: Ulid::new(), start, duration, ledger, profiles: flushed.profiles });
+        }
+    }
+
+    /// Since the start; pending is what is in the ring or in the running window.
+    fn ledger(&self) -> Ledger {
+        let mut ledger = self.total.clone();
+        if let Ok(counters) = self.kernel.counters() {
+            ledger.ticks += counters.ticks - self.counted.ticks;
+            let lost_ring = counters.lost_ring_full - self.counted.lost_ring_full;
+            let lost_map = counters.lost_off_cpu_full - self.counted.lost_off_cpu_full;
+            ledger.lose(LossReason::RingFull, lost_ring);
+            ledger.lose(LossReason::MapFull, lost_map);
+            ledger.taken += self.samples.deliveries() + lost_ring + lost_map;
+        }
+        ledger.pending += self.samples.deliveries();
+        ledger
+    }
+
+    fn note(&mut self, now: SystemTime, text: String) {
+        if self.events.len() == EVENT_TAIL {
+            self.events.pop_front();
+        }
+        self.events.push_back((now, text));
+    }
+}
+
+impl Inside<'_> {
+    /// The state of each rule, with the processes that it is armed for.
+    pub fn statuses(&self) -> Vec<RuleStatus> {
+        let mut armed = [0_u64; crate::kernel::MAX_RULES];
+        for process in self.processes.alive() {
+            for slot in slots(process.rules) {
+                armed[slot as usize] += 1;
+            }
+        }
+        self.rules.statuses(SystemTime::now(), |place| armed[place as usize])
+    }
+}
+
+/// Raises the number of open files as far as allowed; gives how many of them mapped files may take.
+fn raise_file_limit() -> NonZeroUsize {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!("the number of open files stays at {:?}: {error}", limit.current);
+    }
+    let most = getrlimit(Resource::Nofile).current.unwrap_or(65_536).min(65_536);
+    NonZeroUsize::new(usize::try_from(most / 4).unwrap_or(256)).unwrap_or(NonZeroUsize::MIN)
+}

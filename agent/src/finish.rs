@@ -1,0 +1,36 @@
+//! From a series' stacks to its finished profile.
+
+use gannet_proto::{ledger::Ledger, profiles::Profile};
+
+use crate::{
+    profile::SeriesProfile,
+    symbols::{Symbolizer, SymbolizerError},
+};
+
+/// Names the frames of one series' profile, and writes into it where it comes from: rule, revision, reason, the
+/// window's ledger, versions.
+pub async fn finish(
+    symbolizer: &Symbolizer,
+    profile: SeriesProfile,
+    ledger: &Ledger,
+) -> Result<Profile, SymbolizerError> {
+    let SeriesProfile { rule, mut raw, .. } = profile;
+    raw.comments = vec![
+        format!("rule {} revision {}", rule.id, rule.revision),
+        format!("reason {}", rule.reason),
+        ledger_line(ledger),
+        format!("gannet-agent {}", gannet_proto::VERSION),
+        format!("kernel {}", rustix::system::uname().release().to_string_lossy()),
+    ];
+    symbolizer.symbolize(raw).await
+}
+
+/// The ledger as one line: `ledger ticks=… taken=… delivered=… lost.ring_full=…`.
+pub fn ledger_line(ledger: &Ledger) -> String {
+    let mut line =
+        format!("ledger ticks={} taken={} delivered={}", ledger.ticks, ledger.taken, ledger.delivered);
+    for (reason, count) in &ledger.lost {
+        line += &format!(" lost.{reason}={count}");
+    }
+    line
+}

@@ -1,0 +1,286 @@
+//! Writing what the kernel side unwinds by: tables, their rules, and which mapping of which process uses which.
+
+use std::{mem::size_of, ptr::NonNull};
+
+use gannet_bpf::types;
+use gannet_unwind::format::{Line, Rule};
+use libbpf_rs::{MapCore, MapFlags, MapMut};
+use rustix::mm::{MapFlags as Sharing, ProtFlags, mmap, munmap};
+
+use super::{Kernel, KernelError, MapValue, bytes_of};
+use crate::process::ProcessKey;
+
+/// Bits of a key of the mapping trie: thread group id, then address.
+pub const KEY_BITS: u32 = 8 * (size_of::<types::mapping_key>() - size_of::<u32>()) as u32;
+/// Bits before the address.
+const TGID_BITS: u32 = u32::BITS;
+const _: () = assert!(KEY_BITS == TGID_BITS + u64::BITS);
+const _: () = assert!(size_of::<types::mapping_key>() == 16);
+const _: () = assert!(size_of::<types::unwind_rule>() == size_of::<Rule>());
+const _: () = assert!(size_of::<types::table_line>() == size_of::<Line>());
+const _: () = assert!(size_of::<types::mapping>() == 3 * 8 + 4 * 4);
+const _: () = assert!(size_of::<types::unwind_table>() == 8 + 4 * 4);
+const _: () = assert!(size_of::<types::image>() == 8 + 2 * 4);
+
+impl MapValue for types::mapping {}
+impl MapValue for types::unwind_table {}
+impl MapValue for types::image {}
+
+/// Tables that can be resident at one time: MAX_TABLES of gannet.h.
+pub const MAX_TABLES: u32 = 4096;
+
+/// What the trie says of a range of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct KernelMapping {
+    /// First address.
+    pub begin: u64,
+    /// Behind the last.
+    pub end: u64,
+    /// Address at run time minus address as the file counts.
+    pub bias: u64,
+    /// The table and its generation; none: by frame pointer.
+    pub table: Option<(u32, u32)>,
+}
+
+/// Where a table is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KernelTable {
+    /// Address, as the file counts, of its first granule.
+    pub base: u64,
+    /// Its first line in the arena.
+    pub first_line: u32,
+    /// Granules in its directory.
+    pub granules: u32,
+    /// Changes with each table in this place.
+    pub generation: u32,
+}
+
+/// An aligned block of addresses: what one key of the trie stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// First address; its low `bits` are 0.
+    pub address: u64,
+    /// The block is 2 to the power of this long; 64 is everything.
+    pub bits: u32,
+}
+
+/// The range is empty or reversed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{begin:#x} to {end:#x} is no range of addresses")]
+pub struct EmptyRange {
+    /// First address.
+    pub begin: u64,
+    /// Behind the last.
+    pub end: u64,
+}
+
+/// The least number of aligned blocks that make up `begin..end`, ascending.
+pub fn blocks(begin: u64, end: u64) -> Result<Vec<Block>, EmptyRange> {
+    if begin >= end {
+        return Err(EmptyRange { begin, end });
+    }
+    let mut blocks = Vec::new();
+    let mut at = begin;
+    while at < end {
+        // As long as its alignment allows and the range has room for: the position 0 is aligned to everything.
+        let aligned = at.trailing_zeros();
+        let room = (end - at).ilog2();
+        let bits = aligned.min(room);
+        blocks.push(Block { address: at, bits });
+        // PROOF: 2^bits <= end - at, so this is at most `end`.
+        at += 1 << bits;
+    }
+    Ok(blocks)
+}
+
+/// The bytes of a key.
+pub fn mapping_key(tgid: u32, block: Block) -> [u8; size_of::<types::mapping_key>()] {
+    let mut key = [0; size_of::<types::mapping_key>()];
+    key[..4].copy_from_slice(&(KEY_BITS - block.bits).to_ne_bytes());
+    key[4..8].copy_from_slice(&tgid.to_be_bytes());
+    key[8..].copy_from_slice(&block.address.to_be_bytes());
+    key
+}
+
+/// The memory of an array map, shared with the kernel.
+pub(super) struct Shared<T> {
+    start: NonNull<T>,
+    entries: usize,
+}
+
+impl<T: Copy> Shared<T> {
+    pub(super) fn of(map: &MapMut<'_>, name: &'static str) -> Result<Self, KernelError> {
+        debug_assert_eq!(map.value_size() as usize, size_of::<T>());
+        let entries = map.max_entries() as usize;
+        // SAFETY: a new mapping at a place of the kernel's choice; the kernel checks the length against the map's.
+        let start = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                entries * size_of::<T>(),
+                ProtFlags::READ | ProtFlags::WRITE,
+                Sharing::SHARED,
+                libbpf_rs::MapCore::as_fd(map),
+                0,
+            )
+        }
+        .map_err(|error| KernelError::Map { map: name, source: libbpf_rs::Error::from(std::io::Error::from(error)) })?;
+        let start = NonNull::new(start.cast()).ok_or_else(|| KernelError::Map {
+            map: name,
+            source: libbpf_rs::Error::from_raw_os_error(libc::ENOMEM),
+        })?;
+        Ok(Self { start, entries })
+    }
+
+    /// Writes one entry; false if there is none of this number.
+    fn write(&mut self, index: usize, value: T) -> bool {
+        if index >= self.entries {
+            return false;
+        }
+        // SAFETY: within the mapping, which lives as long as self; the kernel side only reads it.
+        unsafe { self.start.add(index).write_volatile(value) };
+        true
+    }
+}
+
+impl<T> Drop for Shared<T> {
+    fn drop(&mut self) {
+        // SAFETY: mapped with this length in `of`; nothing borrows from it. It can fail only for arguments that were
+        // not mapped.
+        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.entries * size_of::<T>()) };
+    }
+}
+
+/// Everything that is written through shared memory.
+pub(super) struct SharedTables {
+    pub(super) lines: Shared<Line>,
+    pub(super) rules: Shared<Rule>,
+}
+
+impl Kernel {
+    /// Lines that all tables together can have.
+    pub fn table_lines(&self) -> u32 {
+        self.skeleton.maps.table_lines.max_entries()
+    }
+
+    /// Writes rules by their numbers. Before any line that names them.
+    pub fn write_rules(&mut self, rules: &[(u16, Rule)]) {
+        for (number, rule) in rules {
+            self.shared.rules.write((*number).into(), *rule);
+        }
+    }
+
+    /// Writes lines from `first` on. False: they do not fit.
+    pub fn write_lines(&mut self, first: u32, lines: impl Iterator<Item = Line>) -> bool {
+        lines.enumerate().all(|(index, line)| self.shared.lines.write(first as usize + index, line))
+    }
+
+    /// Makes a table known, or with `None` unknown.
+    pub fn set_table(&mut self, table: u32, place: Option<KernelTable>, generation: u32) -> Result<(), KernelError> {
+        let value = place.map_or_else(
+            || types::unwind_table { generation, ..Default::default() },
+            |place| types::unwind_table {
+                base: place.base,
+                first_line: place.first_line,
+                granules: place.granules,
+                generation: place.generation,
+                reserved: 0,
+            },
+        );
+        self.skeleton
+            .maps
+            .unwind_tables
+            .update(&table.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
+            .map_err(|source| KernelError::Map { map: "unwind_tables", source })
+    }
+
+    /// Says what a block of a process's addresses is. Overwrites in place, so that no look-up misses meanwhile.
+    pub fn set_mapping(&mut self, tgid: u32, block: Block, mapping: &KernelMapping) -> Result<(), KernelError> {
+        let (table, table_generation) = mapping.table.unwrap_or_default();
+        let value = types::mapping {
+            begin: mapping.begin,
+            end: mapping.end,
+            bias: mapping.bias,
+            table,
+            table_generation,
+            kind: mapping.table.is_none().into(),
+            reserved: 0,
+        };
+        self.skeleton
+            .maps
+            .exec_mappings
+            .update(&mapping_key(tgid, block), bytes_of(&value), MapFlags::ANY)
+            .map_err(|source| KernelError::Map { map: "exec_mappings", source })
+    }
+
+    /// Takes a block back. Not there is as good.
+    pub fn remove_mapping(&mut self, tgid: u32, block: Block) {
+        let _ = self.skeleton.maps.exec_mappings.delete(&mapping_key(tgid, block));
+    }
+
+    /// All mappings of this image are written: it is walked from now on.
+    pub fn set_image(&mut self, key: ProcessKey, exec_id: u32) -> Result<(), KernelError> {
+        let value = types::image { start_boottime: key.start_boottime_ns, exec_id, reserved: 0 };
+        self.skeleton
+            .maps
+            .images
+            .update(&key.tgid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
+            .map_err(|source| KernelError::Map { map: "images", source })
+    }
+
+    /// The process's mappings hold no longer.
+    pub fn remove_image(&mut self, tgid: u32) {
+        let _ = self.skeleton.maps.images.delete(&tgid.to_ne_bytes());
+    }
+
+    /// Whether user stacks are walked by tables.
+    pub fn set_tables(&mut self, on: bool) {
+        self.change_settings(|settings| settings.tables = on.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[track_caller]
+    fn exact(begin: u64, end: u64) {
+        let mut at = begin;
+        for block in blocks(begin, end).unwrap() {
+            assert_eq!(block.address, at, "no gap, no overlap, ascending");
+            assert!(block.address.trailing_zeros() >= block.bits, "aligned");
+            at = at.checked_add(1 << block.bits).unwrap_or(u64::MAX);
+        }
+        assert_eq!(at, end);
+    }
+
+    #[test]
+    fn r1_the_bytes_of_a_key() {
+        let key = mapping_key(0x0102_0304, Block { address: 0x1112_1314_1516_1000, bits: 12 });
+        assert_eq!(key[..4], 84_u32.to_ne_bytes());
+        assert_eq!(key[4..], [1, 2, 3, 4, 0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x10, 0]);
+    }
+
+    #[test]
+    fn r3_edges_of_the_address_space() {
+        exact(0, u64::MAX);
+        exact(u64::MAX - 255, u64::MAX);
+        exact(0, 1 << 63);
+        exact(0x1000, 0x1001);
+    }
+
+    #[test]
+    fn r4_an_empty_or_reversed_range_is_an_error() {
+        for (begin, end) in [(0, 0), (u64::MAX, u64::MAX), (5, 4)] {
+            assert_eq!(blocks(begin, end), Err(EmptyRange { begin, end }));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn r3_blocks_are_aligned_disjoint_sorted_and_whole(begin in any::<u64>(), length in 1_u64..1 << 40) {
+            exact(begin, begin.saturating_add(length).max(begin.saturating_add(1)));
+        }
+    }
+}

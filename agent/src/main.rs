@@ -1,0 +1,79 @@
+//! The command line of `gannet-agent`.
+
+use std::{io::IsTerminal as _, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use gannet_agent::{
+    check::{self, CheckOptions},
+    record::{self, RecordArgs},
+};
+use tracing_subscriber::EnvFilter;
+
+/// Watches every process of this node, samples those that a rule names.
+#[derive(Parser)]
+#[command(name = "gannet-agent", version = gannet_proto::VERSION)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Sample programs for a while and write one profile; needs no collector
+    Record(RecordArgs),
+    /// Tell whether this machine can run the agent, and what to do if not
+    Check {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    #[command(name = record::HELD_VERB, hide = true)]
+    HeldCommand {
+        descriptor: i32,
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_env_filter(EnvFilter::try_from_env("GANNET_LOG").unwrap_or_else(|_| EnvFilter::new("info,libbpf=warn")))
+        .init();
+    match run(cli.verb) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("gannet-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> anyhow::Result<ExitCode> {
+    match verb {
+        Verb::Record(args) => {
+            runtime()?.block_on(record::record(args))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Check { json } => {
+            let report = check::check(&CheckOptions::default());
+            #[expect(clippy::print_stdout, reason = "what was asked for")]
+            if json {
+                println!("{}", report.to_json());
+            } else {
+                print!("{report}");
+            }
+            Ok(ExitCode::from(report.exit_code()))
+        }
+        Verb::HeldCommand { descriptor, command } => {
+            Err(anyhow::Error::new(record::become_command(descriptor, &command))
+                .context(format!("cannot run `{}`", command.join(" "))))
+        }
+    }
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?)
+}

@@ -1,0 +1,228 @@
+//! Reading `/proc`: text that the kernel writes, with names in it that anybody may have chosen.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read as _},
+    sync::LazyLock,
+};
+
+use super::ProcessKey;
+
+/// A process with so much text in its maps is not read further: a bound, not a limit that real programs reach (about
+/// half a million lines).
+const MAPS_BYTES: u64 = 64 << 20;
+
+/// Why a process could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcError {
+    /// It is gone.
+    #[error("process {0} is gone")]
+    Gone(u32),
+    /// Its number belongs to another process now.
+    #[error("process number {tgid} belongs to another process now: it started at tick {found}, not {wanted}")]
+    Recycled {
+        /// The number.
+        tgid: u32,
+        /// When the process that was asked for started.
+        wanted: u64,
+        /// When the one that is there did.
+        found: u64,
+    },
+    /// The kernel refused, or what it wrote cannot be understood.
+    #[error("cannot read /proc/{tgid}/{file}: {source}; CAP_SYS_PTRACE is needed for other users' processes")]
+    Read {
+        /// Whose.
+        tgid: u32,
+        /// Which.
+        file: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What `/proc/PID/stat` tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stat {
+    /// Clock ticks of the boot clock.
+    pub start_ticks: u64,
+    /// It has no memory of its own.
+    pub kernel_thread: bool,
+}
+
+/// An executable line of `/proc/PID/maps`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MapsLine {
+    /// First address.
+    pub start: u64,
+    /// Behind the last.
+    pub end: u64,
+    /// In the file.
+    pub offset: u64,
+    /// Device number as `stat(2)` gives it.
+    pub dev: u64,
+    /// 0: no file.
+    pub inode: u64,
+    /// Without ` (deleted)`.
+    pub path: String,
+}
+
+/// Reads one file of a process, whole, up to a bound.
+pub fn read(tgid: u32, file: &'static str) -> Result<String, ProcError> {
+    let mut bytes = Vec::new();
+    File::open(format!("/proc/{tgid}/{file}"))
+        .and_then(|open| open.take(MAPS_BYTES).read_to_end(&mut bytes))
+        .map_err(|source| explain(tgid, file, source))?;
+    Ok(String::from_utf8(bytes)
+        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
+}
+
+/// Where a link of a process leads.
+pub fn link(tgid: u32, file: &'static str) -> Result<String, ProcError> {
+    fs::read_link(format!("/proc/{tgid}/{file}"))
+        .map(|path| path.to_string_lossy().into_owned())
+        .map_err(|source| explain(tgid, file, source))
+}
+
+fn explain(tgid: u32, file: &'static str, source: io::Error) -> ProcError {
+    match source.raw_os_error() {
+        Some(libc::ENOENT | libc::ESRCH) => ProcError::Gone(tgid),
+        _ => ProcError::Read { tgid, file, source },
+    }
+}
+
+/// Reads `/proc/PID/stat`.
+pub fn stat(tgid: u32) -> Result<Stat, ProcError> {
+    let text = read(tgid, "stat")?;
+    parse_stat(&text).ok_or_else(|| ProcError::Read {
+        tgid,
+        file: "stat",
+        source: io::Error::new(io::ErrorKind::InvalidData, "a field is missing"),
+    })
+}
+
+/// Fails unless the process of this number is still the one of this key.
+pub fn check(key: ProcessKey) -> Result<Stat, ProcError> {
+    let stat = stat(key.tgid)?;
+    let wanted = ticks_of(key.start_boottime_ns);
+    if stat.start_ticks == wanted {
+        Ok(stat)
+    } else {
+        Err(ProcError::Recycled { tgid: key.tgid, wanted, found: stat.start_ticks })
+    }
+}
+
+/// The start time that `/proc` shows for a process that the kernel says started then.
+pub fn ticks_of(start_boottime_ns: u64) -> u64 {
+    static NS_PER_TICK: LazyLock<u64> =
+        LazyLock::new(|| 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1));
+    start_boottime_ns.saturating_add_signed(*BOOT_CLOCK_OFFSET_NS) / *NS_PER_TICK
+}
+
+/// In a time namespace `/proc` shows a boot clock that is moved; BPF reads the true one.
+static BOOT_CLOCK_OFFSET_NS: LazyLock<i64> = LazyLock::new(|| {
+    fs::read_to_string("/proc/self/timens_offsets")
+        .ok()
+        .and_then(|text| boot_clock_offset(&text))
+        .unwrap_or(0)
+});
+
+fn boot_clock_offset(text: &str) -> Option<i64> {
+    text.lines().find_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        // The kernel wrote the number of the clock before it wrote its name.
+        let boottime = matches!(fields.next()?, "boottime" | "7");
+        let (seconds, nanoseconds): (i64, i64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+        boottime.then(|| seconds.checked_mul(1_000_000_000)?.checked_add(nanoseconds)).flatten()
+    })
+}
+
+/// The name may hold anything, parentheses and spaces included: what counts stands behind the last one.
+fn parse_stat(text: &str) -> Option<Stat> {
+    const PF_KTHREAD: u64 = 0x0020_0000;
+    let fields: Vec<&str> = text[text.rfind(')')? + 1..].split_ascii_whitespace().collect();
+    // Numbered from 1 in proc(5); the state is 3.
+    let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+    Some(Stat { start_ticks: field(22)?, kernel_thread: field(9)? & PF_KTHREAD != 0 })
+}
+
+/// The executable lines of `/proc/PID/maps`. A line that cannot be understood is left out: the others count.
+pub fn parse_maps(text: &str) -> Vec<MapsLine> {
+    text.lines().filter_map(parse_maps_line).collect()
+}
+
+fn parse_maps_line(line: &str) -> Option<MapsLine> {
+    let mut fields = line.splitn(6, ' ');
+    let (range, permissions, offset, device, inode) =
+        (fields.next()?, fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+    if permissions.as_bytes().get(2) != Some(&b'x') {
+        return None;
+    }
+    let hex = |text| u64::from_str_radix(text, 16).ok();
+    let (start, end) = range.split_once('-')?;
+    let (major, minor) = device.split_once(':')?;
+    let path = fields.next().unwrap_or("").trim_start();
+    let path = path.strip_suffix(" (deleted)").unwrap_or(path).replace("\\012", "\n");
+    let line = MapsLine {
+        start: hex(start)?,
+        end: hex(end)?,
+        offset: hex(offset)?,
+        dev: rustix::fs::makedev(u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
+        inode: inode.parse().ok()?,
+        path,
+    };
+    (line.start < line.end).then_some(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_forge_a_stat_line() {
+        let text = "42 (x) S 1 1 (9) 1 1 ) S 1 42 42 0 -1 2097216 0 0 0 0 1 2 3 4 20 0 1 0 4711 0 0\n";
+        assert_eq!(parse_stat(text), Some(Stat { start_ticks: 4711, kernel_thread: true }));
+        assert_eq!(parse_stat("42 (x) S 1"), None);
+        assert_eq!(parse_stat(""), None);
+    }
+
+    #[test]
+    fn maps_lines() {
+        let text = "\
+55d0c0a00000-55d0c0a28000 r--p 00000000 fe:00 131  /usr/bin/cat
+55d0c0a28000-55d0c0b00000 r-xp 00028000 fe:00 131                    /usr/bin/a b (deleted)
+7f0000000000-7f0000001000 rwxp 00000000 00:00 0 
+7ffd1-7ffd2 r-xp 00000000 00:00 0 [vdso]
+nonsense
+5-4 r-xp 0 0:0 0 backwards
+";
+        let lines = parse_maps(text);
+        assert_eq!(lines.len(), 3);
+        assert_eq!(lines[0].path, "/usr/bin/a b");
+        assert_eq!(
+            (lines[0].offset, lines[0].inode, lines[0].dev),
+            (0x28000, 131, rustix::fs::makedev(0xfe, 0))
+        );
+        assert_eq!(lines[1].path, "");
+        assert_eq!(lines[2].path, "[vdso]");
+    }
+
+    #[test]
+    fn r28_time_namespaces_move_the_boot_clock() {
+        assert_eq!(
+            boot_clock_offset("monotonic           0         0\nboottime      -10         5\n"),
+            Some(-9_999_999_995)
+        );
+        assert_eq!(boot_clock_offset(""), None);
+    }
+
+    proptest! {
+        #[test]
+        fn r55_arbitrary_text_is_read_without_panic(text in "(?s).{0,400}") {
+            let _ = (parse_stat(&text), parse_maps(&text), boot_clock_offset(&text), super::super::cgroup::path_in(&text, "cpu"));
+            let _ = super::super::cgroup::CgroupNames::of(&text);
+        }
+    }
+}

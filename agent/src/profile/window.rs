@@ -1,0 +1,251 @@
+//! Adds samples up: one window at a time, by process image, so that what was sampled before an `execve` is named after
+//! the image that it was taken of.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use gannet_proto::labels::{self as name, Labels};
+
+use super::{RawProcess, RawProfile, RawStack, SampleKind, StackEnd};
+use crate::{
+    kernel::Sample,
+    process::{ImageKey, Process},
+};
+
+/// A profile with more different stacks is cut into several: what the profile databases take at most.
+const STACKS_PER_PROFILE: usize = 16_000;
+
+/// The series label of a host process's control group.
+const CGROUP: &str = "cgroup";
+
+/// The samples of the window that runs.
+#[derive(Default)]
+pub struct WindowSamples {
+    images: HashMap<ImageKey, HashMap<Stack, Tally>>,
+    stacks: usize,
+    deliveries: u64,
+}
+
+/// What is one stack: everything but how often.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Stack {
+    kind: SampleKind,
+    /// 0 for off-CPU samples, each of which has its own value.
+    period_ns: u64,
+    rules: u64,
+    tid: u32,
+    thread: Arc<str>,
+    kernel: Box<[u64]>,
+    user: Box<[u64]>,
+    end: StackEnd,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    count: u64,
+    value_ns: u64,
+}
+
+/// A profile of one series, and what it is filed under.
+#[derive(Debug)]
+pub struct SeriesProfile {
+    /// The series.
+    pub labels: Labels,
+    /// The rule that asked for it.
+    pub rule: RuleTag,
+    /// Samples in it.
+    pub samples: u64,
+    /// The stacks.
+    pub raw: RawProfile,
+}
+
+/// What a profile says of the rule that asked for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct RuleTag {
+    /// The rule's name.
+    pub id: String,
+    /// Of the set that it came with; 0 for a rule of the node's own.
+    pub revision: u64,
+    /// Why it was captured, with its evidence.
+    pub reason: String,
+    /// What the rule adds to its profiles.
+    pub labels: Labels,
+}
+
+/// What a flush gave.
+#[derive(Debug, Default)]
+pub struct Flushed {
+    /// The profiles.
+    pub profiles: Vec<SeriesProfile>,
+    /// Samples that are in them, once for each rule that asked.
+    pub delivered: u64,
+    /// Samples whose rule is gone.
+    pub expired: u64,
+}
+
+impl WindowSamples {
+    /// Adds a sample.
+    pub fn add(&mut self, sample: Sample) {
+        let Sample { subject, tid, kind, value_ns, kernel, user, end, end_code: _, raw: _ } = sample;
+        self.deliveries += u64::from(subject.rules.count_ones());
+        let stack = Stack {
+            kind,
+            period_ns: if kind == SampleKind::OnCpu { value_ns } else { 0 },
+            rules: subject.rules,
+            tid,
+            thread: subject.comm.as_str().into(),
+            kernel: kernel.into(),
+            user: user.into(),
+            end,
+        };
+        let tally = self.images.entry(ImageKey::of(&subject)).or_default().entry(stack).or_insert_with(|| {
+            self.stacks += 1;
+            Tally::default()
+        });
+        tally.count += 1;
+        tally.value_ns += value_ns;
+    }
+
+    /// Samples added, once for each rule that asked.
+    pub fn deliveries(&self) -> u64 {
+        self.deliveries
+    }
+
+    /// Different stacks held: what bounds the memory.
+    pub fn stacks(&self) -> usize {
+        self.stacks
+    }
+
+    /// Takes everything out as profiles: one for each series, rule, kind and rate. `process` knows the images, `tag` the
+    /// rules by slot.
+    pub fn flush<'a>(
+        &mut self,
+        start: SystemTime,
+        duration: Duration,
+        node: &str,
+        process: impl Fn(&ImageKey) -> Option<&'a Process>,
+        tag: impl Fn(u32) -> Option<RuleTag>,
+    ) -> Flushed {
+        let mut flushed = Flushed::default();
+        let mut series: BTreeMap<(RuleTag, Labels, SampleKind, u64), Vec<RawProcess>> = BTreeMap::new();
+        let mut images: Vec<_> = std::mem::take(self).images.into_iter().collect();
+        // The same samples make the same bytes.
+        images.sort_unstable_by_key(|(key, _)| *key);
+        for (key, stacks) in images {
+            let known = process(&key);
+            let base = labels_of(node, known);
+            let mut parts: BTreeMap<(u32, SampleKind, u64), Vec<RawStack>> = BTreeMap::new();
+            for (stack, tally) in stacks {
+                for slot in slots(stack.rules) {
+                    parts.entry((slot, stack.kind, stack.period_ns)).or_default().push(RawStack {
+                        tid: stack.tid,
+                        thread: stack.thread.to_string(),
+                        kernel: stack.kernel.to_vec(),
+                        user: stack.user.to_vec(),
+                        end: stack.end,
+                        count: tally.count,
+                        value_ns: tally.value_ns,
+                    });
+                }
+            }
+            for ((slot, kind, period_ns), stacks) in parts {
+                let samples = stacks.iter().map(|stack| stack.count).sum::<u64>();
+                let Some(rule) = tag(slot) else {
+                    flushed.expired += samples;
+                    continue;
+                };
+                flushed.delivered += samples;
+                let mut labels = base.clone();
+                labels.extend(rule.labels.clone());
+                labels.insert(name::RULE_ID.to_owned(), rule.id.clone());
+                labels.insert(name::REASON.to_owned(), rule.reason.clone());
+                let process = RawProcess {
+                    key: key.process,
+                    comm: known.map_or_else(String::new, |process| process.comm.clone()),
+                    container_id: known.map_or_else(String::new, |process| process.names.container_id.clone()),
+                    pod_uid: known.map_or_else(String::new, |process| process.names.pod_uid.clone()),
+                    image: known.map_or_else(Arc::default, |process| Arc::clone(&process.image)),
+                    stacks,
+                };
+                series.entry((rule, labels, kind, period_ns)).or_default().push(process);
+            }
+        }
+        for ((rule, labels, kind, period_ns), processes) in series {
+            for processes in cut(processes) {
+                flushed.profiles.push(SeriesProfile {
+                    labels: labels.clone(),
+                    rule: rule.clone(),
+                    samples: processes.iter().flat_map(|process| &process.stacks).map(|stack| stack.count).sum(),
+                    raw: RawProfile {
+                        kind,
+                        period_ns: period_ns.max(1),
+                        start,
+                        duration,
+                        processes,
+                        comments: Vec::new(),
+                    },
+                });
+            }
+        }
+        flushed
+    }
+}
+
+/// The numbers of the bits that are set.
+pub fn slots(rules: u64) -> impl Iterator<Item = u32> {
+    (0..u64::BITS).filter(move |slot| rules >> slot & 1 == 1)
+}
+
+/// Cuts what is too much for one profile.
+fn cut(processes: Vec<RawProcess>) -> Vec<Vec<RawProcess>> {
+    let mut parts = vec![Vec::new()];
+    let mut room = STACKS_PER_PROFILE;
+    for mut process in processes {
+        while process.stacks.len() > room {
+            let rest = process.stacks.split_off(room);
+            let head = RawProcess { image: Arc::clone(&process.image), comm: process.comm.clone(), container_id: process.container_id.clone(), pod_uid: process.pod_uid.clone(), ..process };
+            process = RawProcess { stacks: rest, image: Arc::clone(&head.image), comm: head.comm.clone(), container_id: head.container_id.clone(), pod_uid: head.pod_uid.clone(), key: head.key };
+            if let Some(part) = parts.last_mut() {
+                part.push(head);
+            }
+            parts.push(Vec::new());
+            room = STACKS_PER_PROFILE;
+        }
+        room -= process.stacks.len();
+        if let Some(part) = parts.last_mut() {
+            part.push(process);
+        }
+    }
+    parts.retain(|part| !part.is_empty());
+    parts
+}
+
+/// The series of a process, without what the rule adds.
+fn labels_of(node: &str, process: Option<&Process>) -> Labels {
+    let mut labels = Labels::from([(name::NODE.to_owned(), node.to_owned())]);
+    let mut set = |name: &str, value: &str| {
+        if !value.is_empty() {
+            labels.insert(name.to_owned(), value.to_owned());
+        }
+    };
+    match process {
+        None => set(name::SERVICE_NAME, "unknown"),
+        // There are hundreds of kernel threads, each with a name of its own: the samples tell them apart.
+        Some(process) if process.kernel_thread => set(name::SERVICE_NAME, "kernel"),
+        Some(process) => {
+            let program = process.exe.rsplit('/').next().filter(|program| !program.is_empty());
+            set(name::SERVICE_NAME, program.unwrap_or(&process.comm));
+            set(name::COMM, &process.comm);
+            set(name::EXE, &process.exe);
+            set(name::UNIT, &process.names.unit);
+            // A container's path names the container, of which there is no end.
+            if process.names.container_id.is_empty() {
+                set(CGROUP, &process.cgroup);
+            }
+        }
+    }
+    labels
+}
