@@ -155,8 +155,10 @@ fn tls(ca: Option<&Path>, cert: Option<&Path>, key: Option<&Path>) -> Result<Cli
     let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authority));
     match (cert, key) {
         (None, None) => Ok(config),
-        (Some(cert), Some(key)) => Ok(config
-            .identity(Identity::from_pem(read("client certificate", cert)?, read("client key", key)?))),
+        (Some(cert), Some(key)) => {
+            Ok(config
+                .identity(Identity::from_pem(read("client certificate", cert)?, read("client key", key)?)))
+        }
         (Some(_), None) => Err(DialError::HalfIdentity { given: "certificate" }),
         (None, Some(_)) => Err(DialError::HalfIdentity { given: "key" }),
     }

@@ -7,6 +7,7 @@ pub mod connect;
 pub mod labels;
 pub mod ledger;
 pub mod pprof;
+pub mod rules;
 pub mod selector;
 
 /// The generated types and services.

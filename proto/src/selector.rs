@@ -26,7 +26,9 @@ enum Test {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SelectorError {
     /// Something else was expected at this place.
-    #[error("expected {expected} at character {at}, found {found}: write it like `app in (a,b),tier!=cache,!canary`")]
+    #[error(
+        "expected {expected} at character {at}, found {found}: write it like `app in (a,b),tier!=cache,!canary`"
+    )]
     Expected {
         /// What would have been right.
         expected: &'static str,

@@ -13,7 +13,8 @@ const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 /// The profile as gzip-compressed pprof. The same profile gives the same bytes: no time, no name, no system in the
 /// header.
 pub fn encode(profile: &Profile) -> Vec<u8> {
-    let mut encoder = GzBuilder::new().mtime(0).operating_system(255).write(Vec::new(), Compression::default());
+    let mut encoder =
+        GzBuilder::new().mtime(0).operating_system(255).write(Vec::new(), Compression::default());
     // Writing into memory cannot fail, and an encoder that lost its buffer would have nothing to give back.
     let _ = encoder.write_all(&profile.encode_to_vec());
     encoder.finish().unwrap_or_default()

@@ -74,12 +74,8 @@ impl Default for FlameTree {
 impl FlameTree {
     /// A root without children.
     pub fn new() -> Self {
-        let mut tree = Self {
-            frames: HashMap::new(),
-            files: Vec::new(),
-            nodes: Vec::new(),
-            children: HashMap::new(),
-        };
+        let mut tree =
+            Self { frames: HashMap::new(), files: Vec::new(), nodes: Vec::new(), children: HashMap::new() };
         let frame = tree.frame(ROOT.to_owned(), false, "");
         tree.nodes.push(Node { parent: 0, frame, inlined: false, total: [0; 2], own: [0; 2] });
         tree
@@ -111,7 +107,11 @@ impl FlameTree {
             for id in sample.location_id.iter().rev() {
                 // Innermost first, and every line but the outermost is inlined into the next.
                 for (depth, frame) in location_frames[ids.place(*id, "a sample")?].iter().enumerate().rev() {
-                    at = self.child(at, *frame, depth + 1 < location_frames[ids.place(*id, "a sample")?].len());
+                    at = self.child(
+                        at,
+                        *frame,
+                        depth + 1 < location_frames[ids.place(*id, "a sample")?].len(),
+                    );
                     add(&mut self.nodes[at as usize].total, side, value);
                 }
             }
@@ -345,7 +345,8 @@ impl FlameTree {
             })
             .collect();
         rows.sort_by(|a, b| {
-            let key = |row: &TopRow| (weight([row.self_, row.base_self]), weight([row.total, row.base_total]));
+            let key =
+                |row: &TopRow| (weight([row.self_, row.base_self]), weight([row.total, row.base_total]));
             key(b).cmp(&key(a)).then_with(|| (&a.name, &a.file).cmp(&(&b.name, &b.file)))
         });
         rows.truncate(limit);
@@ -365,8 +366,8 @@ impl FlameNode {
         self.children.reverse();
         if weight(other) > 0 {
             let [total, base_total] = other;
-            let other =
-                Self { name: OTHER.to_owned(), total, base_total, ..Self::default() }.with_own([total, base_total]);
+            let other = Self { name: OTHER.to_owned(), total, base_total, ..Self::default() }
+                .with_own([total, base_total]);
             let place = self.children.partition_point(|child| {
                 weight([child.total, child.base_total]) >= weight([total, base_total])
             });

@@ -370,7 +370,10 @@ impl Comments {
     pub(super) fn finish(self) -> Vec<String> {
         let mut lines: Vec<_> = self.lines.into_iter().collect();
         if self.cut {
-            lines.push(format!("[more than {} comments in the merged profiles: the rest is left out]", Self::MAX));
+            lines.push(format!(
+                "[more than {} comments in the merged profiles: the rest is left out]",
+                Self::MAX
+            ));
         }
         lines
     }

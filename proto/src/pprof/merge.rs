@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use super::{
     PprofError, check,
     check::{Ids, string},
-    graph::{Comments, Flags, FunctionKey, Graph, Head, LabelKey, LineKey, LocationKey, MappingKey, SampleKey},
+    graph::{
+        Comments, Flags, FunctionKey, Graph, Head, LabelKey, LineKey, LocationKey, MappingKey, SampleKey,
+    },
 };
 use crate::profiles::{Profile, ValueType};
 
