@@ -647,6 +647,38 @@ fn compressed_mini_debug_info_names_what_was_stripped() {
     assert_eq!(names_of(&program, &[program.addresses["leaf"]]), [["leaf"]]);
 }
 
+#[rstest]
+#[case::by_build_id(true)]
+#[case::by_name_and_checksum(false)]
+fn debug_information_that_is_shipped_apart_is_found(#[case] has_build_id: bool) {
+    let (directory, path) =
+        compile_c(&["-g", if has_build_id { "-Wl,--build-id=0xabcdef0123456789" } else { "-Wl,--build-id=none" }]);
+    let debug_dir = tempfile::tempdir().unwrap();
+    let kept = if has_build_id {
+        debug_dir.path().join(".build-id/ab/cdef0123456789.debug")
+    } else {
+        debug_dir.path().join(directory.path().strip_prefix("/").unwrap()).join("program.debug")
+    };
+    fs::create_dir_all(kept.parent().unwrap()).unwrap();
+    run_tool(Command::new("objcopy").arg("--only-keep-debug").args([&path, &kept]));
+    run_tool(Command::new("strip").arg(&path));
+    run_tool(Command::new("objcopy").arg(format!("--add-gnu-debuglink={}", kept.display())).arg(&path));
+    let program = start(directory, path);
+    let pid = program.child.id();
+    let named = |debug_dirs| {
+        let config = SymbolizerConfig { debug_dirs, ..SymbolizerConfig::default() };
+        let image = image(pid, &mut table());
+        let stacks = vec![stack(&[], &[program.addresses["inner"]], StackEnd::Complete)];
+        names(&symbolize(&Symbolizer::start(config).unwrap(), raw(key(pid), image, stacks)))
+    };
+    assert_eq!(named(vec![debug_dir.path().to_owned()]), [["inner", "holder"]]);
+    assert_eq!(named(vec![]), [Vec::<String>::new()]);
+    // Another program's debug information in its place is not believed.
+    let (_other, other) = compile_c(&["-g", "-Wl,--build-id=0x1111111111111111", "-Dinner=wrong"]);
+    fs::copy(&other, &kept).unwrap();
+    assert_eq!(named(vec![debug_dir.path().to_owned()]), [Vec::<String>::new()]);
+}
+
 #[test]
 fn debug_info_that_claims_to_be_huge_is_not_inflated() {
     let (_directory, path) = compile_c(&["-g", "-gz=zlib"]);

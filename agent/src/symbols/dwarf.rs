@@ -6,6 +6,7 @@
 //! memory goes with its thread.
 
 use std::{
+    collections::HashMap,
     fs::File,
     io::{self, Read},
     os::fd::AsRawFd,
@@ -25,7 +26,7 @@ use blazesym::symbolize::{
 use super::{
     elf::{self, Section, Sections},
     fault,
-    file::MappedFile,
+    file::{FileId, MappedFile},
 };
 
 /// How long one batch of addresses of one file may take.
@@ -82,8 +83,8 @@ struct Worker {
 pub(crate) struct Dwarf {
     worker: Option<Worker>,
     given_up: u32,
-    /// Bytes of debug information in the files that the present worker has open.
-    held_bytes: u64,
+    /// The files that the present worker has read, with the bytes of their debug information.
+    held: HashMap<FileId, u64>,
 }
 
 impl Dwarf {
@@ -130,11 +131,11 @@ impl Dwarf {
         }
         if self.worker.is_none() {
             self.worker = spawn();
-            self.held_bytes = 0;
+            self.held.clear();
         }
         let Some(worker) = &self.worker else { return Err(Unusable::Refused) };
         let id = worker.id;
-        self.held_bytes += debug_bytes;
+        self.held.insert(file.id, debug_bytes);
         let (answer, answered) = mpsc::sync_channel(1);
         let request = Request { file: Arc::clone(file), addresses: addresses.to_vec(), answer };
         let reply = match worker.requests.send(request) {
@@ -162,7 +163,7 @@ impl Dwarf {
 
     /// Lets go of everything that was read, if it is more than `most_bytes`.
     pub(crate) fn trim(&mut self, most_bytes: u64) -> bool {
-        if self.held_bytes <= most_bytes {
+        if self.held.values().sum::<u64>() <= most_bytes {
             return false;
         }
         let Some(Worker { requests, thread, .. }) = self.worker.take() else { return false };

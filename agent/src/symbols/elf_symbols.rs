@@ -25,17 +25,19 @@ const MAX_MINI_DEBUG_BYTES: u64 = 32 << 20;
 const SYMBOL_BYTES: usize = size_of::<Sym64<LittleEndian>>();
 const CHUNK_SYMBOLS: usize = 4096;
 
-/// Reads every function of the file.
-pub(crate) fn read(file: &File) -> Result<SymbolTable, ElfError> {
+/// Reads every function of the file, and those that only its debug file still names.
+pub(crate) fn read(file: &File, debug_file: Option<&File>) -> Result<SymbolTable, ElfError> {
     let sections = Sections::read(file)?;
     let mut builder = TableBuilder::new(MAX_TABLE_BYTES);
     add_tables(file, &sections, &mut builder)?;
-    if sections.find(".symtab").is_none()
-        && let Some(section) = sections.find(".gnu_debugdata")
-    {
+    if sections.find(".symtab").is_some() {
+        return Ok(builder.finish());
+    }
+    if let Some(debug_file) = debug_file {
+        add_tables(debug_file, &Sections::read(debug_file)?, &mut builder)?;
+    } else if let Some(section) = sections.find(".gnu_debugdata") {
         let unpacked = unpack(file, section)?;
-        let inner = Sections::read(&unpacked)?;
-        add_tables(&unpacked, &inner, &mut builder)?;
+        add_tables(&unpacked, &Sections::read(&unpacked)?, &mut builder)?;
     }
     Ok(builder.finish())
 }

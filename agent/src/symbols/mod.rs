@@ -3,6 +3,7 @@
 //! `file` holds the mapped files open, `symbolizer` is the one thread that turns a raw profile into a finished one. What
 //! it reads was written by whoever runs on the node, so every reader here is bounded.
 
+mod debug_file;
 mod demangle;
 mod dwarf;
 mod elf;

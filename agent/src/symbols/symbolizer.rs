@@ -6,6 +6,7 @@ use std::{
     io::{self, Write},
     num::NonZeroUsize,
     os::unix::fs::FileExt,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -23,7 +24,7 @@ use quick_cache::{Weighter, unsync};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    demangle,
+    debug_file, demangle,
     dwarf::{DebugFrame, Dwarf, Unusable},
     elf, elf_symbols,
     file::{FileId, MappedFile},
@@ -67,11 +68,20 @@ pub struct SymbolizerConfig {
     pub debug_bytes: u64,
     /// Whether debug information is read at all: it gives inlined functions and lines.
     pub debug_info: bool,
+    /// Where distributions put debug information that they ship apart.
+    pub debug_dirs: Vec<PathBuf>,
 }
 
 impl Default for SymbolizerConfig {
     fn default() -> Self {
-        Self { queue: 8, cache_bytes: 6 << 20, table_bytes: 4 << 20, debug_bytes: 4 << 20, debug_info: true }
+        Self {
+            queue: 8,
+            cache_bytes: 6 << 20,
+            table_bytes: 4 << 20,
+            debug_bytes: 4 << 20,
+            debug_info: true,
+            debug_dirs: vec![PathBuf::from("/usr/lib/debug")],
+        }
     }
 }
 
@@ -185,7 +195,15 @@ impl Weighter<(FileId, u64), Functions> for ByBytes {
 #[derive(Debug, Default)]
 struct FileState {
     table: Table,
-    debug: Option<Result<u64, Unusable>>,
+    debug: Option<Debug>,
+}
+
+/// Where the debug information of a file is, and how many bytes of it.
+#[derive(Clone, Debug)]
+struct Debug {
+    /// The file that is installed for it; none if it has its own. It is not itself held here, so that it can be closed.
+    apart: Option<Arc<MappedFile>>,
+    bytes: Result<u64, Unusable>,
 }
 
 #[derive(Debug, Default)]
@@ -428,7 +446,7 @@ impl Names {
                         }
                     })
                     .collect(),
-                None => match self.table(file.id, open).and_then(|table| table.find(elf_address)) {
+                None => match self.table(file, open).and_then(|table| table.find(elf_address)) {
                     Some(raw) => {
                         let (name, raw) = texts.name(&String::from_utf8_lossy(raw));
                         [Function { name, raw, file: texts.text(""), line: 0, column: 0 }].into()
@@ -445,46 +463,47 @@ impl Names {
 
     /// What the file's debug information has on each address; nothing if it has none.
     fn debug_frames(&mut self, file: &Arc<MappedFile>, open: &File, addresses: &[u64]) -> Vec<DebugFrame> {
-        if !self.config.debug_info {
-            return Vec::new();
-        }
+        let config = &self.config;
         let state = self.files.get_or_insert_mut(file.id, FileState::default);
         let is_new = state.debug.is_none();
-        let mut debug = *state.debug.get_or_insert_with(|| Dwarf::examine(open));
+        let debug = state.debug.get_or_insert_with(|| {
+            let own = Debug { apart: None, bytes: Dwarf::examine(open) };
+            if own.bytes != Err(Unusable::None) {
+                return own;
+            }
+            let Some(apart) = debug_file::find(file, open, &config.debug_dirs) else { return own };
+            let bytes = apart.file.as_ref().map_or(Err(Unusable::None), Dwarf::examine);
+            Debug { apart: Some(Arc::new(apart)), bytes }
+        });
         let mut frames = Vec::new();
-        if let Ok(bytes) = debug {
-            match self.dwarf.resolve(file, bytes, addresses) {
+        if config.debug_info
+            && let Ok(bytes) = debug.bytes
+        {
+            match self.dwarf.resolve(debug.apart.as_ref().unwrap_or(file), bytes, addresses) {
                 Ok(answer) => frames = answer,
-                Err(unusable) => debug = Err(unusable),
+                Err(unusable) => {
+                    debug.bytes = Err(unusable);
+                    self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
+                }
             }
+        } else if is_new && debug.bytes == Err(Unusable::Refused) {
+            tracing::info!(path = file.path, "the debug information of this file is too large or not whole");
+            self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
         }
-        match debug {
-            Err(Unusable::Harmful) if state.debug != Some(debug) => {
-                self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
-            }
-            Err(Unusable::Refused) if is_new => {
-                tracing::info!(
-                    path = file.path,
-                    "the debug information of this file is too large or not whole"
-                );
-                self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
-            }
-            _ => {}
-        }
-        state.debug = Some(debug);
         frames
     }
 
-    fn table(&mut self, id: FileId, open: &File) -> Option<&SymbolTable> {
-        let state = self.files.get_or_insert_mut(id, FileState::default);
+    fn table(&mut self, file: &Arc<MappedFile>, open: &File) -> Option<&SymbolTable> {
+        let state = self.files.get_or_insert_mut(file.id, FileState::default);
         if let Table::NotRead = state.table {
-            state.table = match elf_symbols::read(open) {
+            let apart = state.debug.as_ref().and_then(|debug| debug.apart.as_ref()?.file.as_ref());
+            state.table = match elf_symbols::read(open, apart) {
                 Ok(table) => {
                     self.table_bytes += table.bytes();
                     Table::Read(table)
                 }
                 Err(error) => {
-                    tracing::info!(%error, "a file's functions have no names");
+                    tracing::info!(path = file.path, %error, "the functions of this file have no names");
                     self.stats.unusable_tables.fetch_add(1, Ordering::Relaxed);
                     Table::Unusable
                 }
