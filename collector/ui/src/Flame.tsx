@@ -3,14 +3,14 @@ import flamegraph, { type Chart, type ChartNode, type Tip } from "d3-flame-graph
 import { select } from "d3-selection";
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { type FrameData, type Frames, changeColour, groupColour, matchColour, matcher } from "./frames";
-import { points, share, value } from "./units";
+import { integer, points, share, value } from "./units";
 import { useWidth } from "./parts";
 
 type Node = ChartNode<FrameData>;
 
 const ROW = 20;
 /** Narrower frames are left out until one zooms in: nobody can see or hit them. */
-const MIN_WIDTH = 0.7;
+const MIN_WIDTH = 1.2;
 /** More frames than this on the screen change at once instead of gliding. */
 const MAX_GLIDING = 400;
 
@@ -88,6 +88,7 @@ export function Flame(props: FlameProps) {
   const [hovered, setHovered] = useState<FrameData>();
   const [path, setPath] = useState<Node[]>([]);
   const [found, setFound] = useState<{ part: number; base: number; count: number }>();
+  const [shownCount, setShownCount] = useState(0);
   const pattern = useMemo(() => matcher(search), [search]);
   const patternNow = useRef(pattern);
   patternNow.current = pattern;
@@ -117,7 +118,7 @@ export function Flame(props: FlameProps) {
     for (const g of box.querySelectorAll<SVGGElement & { __data__: Node }>("g.frame")) {
       const node = g.__data__;
       const { data } = node;
-      g.classList.toggle("special", data.special);
+      g.classList.toggle("special", data.special && node.depth > 0);
       g.classList.toggle("inlined", data.inlined);
       g.classList.toggle("kernel", data.kernel);
       g.classList.toggle("match", searching && Boolean(node.highlight));
@@ -132,6 +133,7 @@ export function Flame(props: FlameProps) {
     const front = box.querySelector("g.frame.current");
     if (front) box.append(front);
     if (!active) current.current = "";
+    setShownCount(box.querySelectorAll("g.frame").length);
   };
 
   const draw = (operation: (chart: Chart<FrameData>) => void) => {
@@ -201,7 +203,7 @@ export function Flame(props: FlameProps) {
       .setColorMapper(({ data, highlight }) => {
         const now = latest.current;
         if (highlight && now.search !== "" && !now.diff) return matchColour(now.dark);
-        return now.diff ? changeColour(data.delta, now.dark, now.blind) : groupColour(data.group, now.dark, data.name);
+        return now.diff ? changeColour(data.delta, now.dark, now.blind) : groupColour(now.frames.hues, data.group, now.dark, data.name);
       })
       .onClick((node) => {
         current.current = node.data.key;
@@ -352,7 +354,7 @@ export function Flame(props: FlameProps) {
   const crumbs = path.length > 6 ? [path[0], undefined, ...path.slice(-4)] : path;
   const inSearch = found && search !== "";
   return (
-    <div class={`flame${diff ? " diff" : ""}`}>
+    <div class={`flame${diff ? " diff" : ""}${flip ? "" : " down"}`}>
       <div class="flame-head">
         <nav class="crumbs" aria-label="Zoomed frame">
           <ol>
@@ -376,6 +378,9 @@ export function Flame(props: FlameProps) {
         </nav>
         <div class="found" role="status">
           {pattern.error !== undefined && search !== "" && <span class="bad">{pattern.error}</span>}
+          {!inSearch && shownCount < frames.count && !zoomed && (
+            <span>{integer(shownCount)} of {integer(frames.count)} frames are wide enough to see; zoom in for the others</span>
+          )}
           {inSearch && pattern.error === undefined && (
             found.count === 0 ? (
               <span>No frame matches</span>

@@ -322,7 +322,7 @@ export function Profiles({ state, tick, dark }: { state: State; tick: number; da
       </section>
 
       <section class="results" aria-label="What they say" aria-busy={busy}>
-        <div class="toolbar">
+        {!queryError && !(isEmpty && state.show !== "list") && <div class="toolbar">
           <div class="numbers">
             {diff ? (
               <>
@@ -407,9 +407,10 @@ export function Profiles({ state, tick, dark }: { state: State; tick: number; da
               <a class="field button" href={download} download>Download pprof</a>
             )}
           </div>
-        </div>
+        </div>}
 
         {failure && <Problem error={failure} />}
+        {queryError && <p class="dim none">Correct the selector to see profiles.</p>}
         {!failure && !queryError && !badTime && state.show !== "list" && isEmpty && <Nothing state={state} selection={selection} isSpan={state.span !== undefined} />}
         {state.show === "list" && !queryError && <List selection={selection} tick={tick} onShow={(profile) => go({ profile, show: "graph", compare: false, zoom: "" })} />}
         {state.show !== "list" && !isEmpty && !queryError && drawn && (
@@ -430,7 +431,7 @@ export function Profiles({ state, tick, dark }: { state: State; tick: number; da
                 ) : (
                   drawn.groups.filter((group) => group.self > 0).slice(0, 8).map((group) => (
                     <span key={group.name} title={`${share(group.self, total)} self`}>
-                      <i style={{ background: groupColour(group.name, dark) }} /> {group.name} <span class="dim">{share(group.self, total)}</span>
+                      <i style={{ background: groupColour(drawn.hues, group.name, dark) }} /> {group.name} <span class="dim">{share(group.self, total)}</span>
                     </span>
                   ))
                 )}
@@ -438,7 +439,7 @@ export function Profiles({ state, tick, dark }: { state: State; tick: number; da
             )}
             <div class={`panes ${state.show}`}>
               {wantsTable && (top.data ? (
-                <Table top={top.data} diff={diff} search={state.search} matches={pattern.test} onFocus={focusFunction} />
+                <Table top={top.data} diff={diff} blind={state.blind} search={state.search} matches={pattern.test} onFocus={focusFunction} />
               ) : top.error ? <Problem error={top.error} /> : <p class="dim none">Loading…</p>)}
               {wantsGraph && (
                 <Flame

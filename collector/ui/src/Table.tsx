@@ -7,7 +7,7 @@ type Column = "name" | "file" | "self" | "total" | "base_self" | "base_total" | 
 
 const FIRST = 200;
 
-export function Table(props: { top: Top; diff: boolean; search: string; matches: (name: string) => boolean; onFocus: (name: string) => void }) {
+export function Table(props: { top: Top; diff: boolean; blind: boolean; search: string; matches: (name: string) => boolean; onFocus: (name: string) => void }) {
   const { top, diff, search, matches } = props;
   const total = top.total ?? 0;
   const baseTotal = top.base_total ?? 0;
@@ -44,7 +44,7 @@ export function Table(props: { top: Top; diff: boolean; search: string; matches:
   );
   return (
     <div class="table-box" tabIndex={0} role="region" aria-label="Table of functions">
-      <table class={`top${diff ? " diff" : ""}`}>
+      <table class={`top${diff ? " diff" : ""}${props.blind ? " blind" : ""}`}>
         <thead>
           <tr>
             {head("name", "Function", false)}

@@ -5,7 +5,7 @@ import { useWidth } from "./parts";
 import type { Span } from "./state";
 import { clock, day, integer, moment, value } from "./units";
 
-const HEIGHT = 84;
+const HEIGHT = 96;
 const AXIS = 18;
 
 const TICKS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200, 86_400, 172_800, 604_800];
@@ -42,7 +42,8 @@ export function Timeline(props: {
   const top = useMemo(() => points.reduce((most, point) => Math.max(most, point.value ?? 0), 0), [points]);
   const length = Math.max(1, until - from);
   const x = (at: number) => ((Math.min(Math.max(at, from), until) - from) / length) * width;
-  const plot = HEIGHT - AXIS - 6;
+  // The reading stands above the highest bar.
+  const plot = HEIGHT - AXIS - 16;
 
   const bins = useMemo(() => new Map(points.map((point) => [point.t_ms, point])), [points]);
   const start = points[0]?.t_ms ?? from;

@@ -30,6 +30,8 @@ export interface Frames {
   baseTotal: number;
   count: number;
   groups: { name: string; self: number }[];
+  /** Which hue each group got. */
+  hues: Map<string, number>;
 }
 
 /** FNV-1a, for keys and hues: not for secrets. */
@@ -116,22 +118,29 @@ export function frames(graph: FlameGraph, colour: Colour, absolute: boolean): Fr
       frame.value = Math.max(frame.value, inner);
     }
   }
-  return {
-    root,
-    unit: graph.unit,
-    total,
-    baseTotal,
-    count,
-    groups: [...groups].map(([name, self]) => ({ name, self })).sort((a, b) => b.self - a.self),
-  };
+  const ranked = [...groups].map(([name, self]) => ({ name, self })).sort((a, b) => b.self - a.self);
+  return { root, unit: graph.unit, total, baseTotal, count, groups: ranked, hues: spread(ranked.map(({ name }) => name)) };
 }
 
 const HUES = [35, 62, 85, 12, 110, 150, 48, 180, 345, 130, 74, 320];
 
+/** A name keeps its hue from one graph to the next, unless a heavier group has it: then it moves on to a free one. */
+function spread(names: string[]): Map<string, number> {
+  const taken = new Set<number>();
+  const hues = new Map<string, number>();
+  for (const name of names) {
+    let at = hash(name) % HUES.length;
+    if (taken.size < HUES.length) while (taken.has(at)) at = (at + 5) % HUES.length;
+    taken.add(at);
+    hues.set(name, HUES[at] ?? 35);
+  }
+  return hues;
+}
+
 const oklch = (lightness: number, chroma: number, hue: number) =>
   `oklch(${lightness.toFixed(3)} ${chroma.toFixed(3)} ${hue})`;
 
-export function groupColour(group: string, dark: boolean, name = group): string {
+export function groupColour(hues: Map<string, number>, group: string, dark: boolean, name = group): string {
   // A little light and shade within a group keeps neighbours apart.
   const shade = ((hash(name) >>> 8) % 5) * 0.012;
   const light = dark ? 0.43 + shade : 0.8 + shade;
@@ -139,7 +148,7 @@ export function groupColour(group: string, dark: boolean, name = group): string 
   if (group === "kernel") return oklch(light, dark ? 0.055 : 0.06, 255);
   if (group === "user") return oklch(light, 0.095, 55);
   if (group === "user, inlined") return oklch(light, 0.085, 100);
-  return oklch(light, dark ? 0.085 : 0.1, HUES[hash(group) % HUES.length] ?? 35);
+  return oklch(light, dark ? 0.085 : 0.1, hues.get(group) ?? 35);
 }
 
 export const matchColour = (dark: boolean) => oklch(dark ? 0.5 : 0.78, dark ? 0.19 : 0.16, 325);

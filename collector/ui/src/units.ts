@@ -8,6 +8,7 @@ const trim = (value: number, digits: number) => Number(value.toPrecision(digits)
 /** `ns` nanoseconds in the largest unit that leaves at least one. */
 export function nanoseconds(ns: number): string {
   const size = Math.abs(ns);
+  if (size === 0) return "0 s";
   if (size < 1e3) return `${trim(ns, 3)} ns`;
   if (size < 1e6) return `${trim(ns / 1e3, 3)} µs`;
   if (size < 1e9) return `${trim(ns / 1e6, 3)} ms`;
@@ -44,6 +45,7 @@ export function value(amount: number, unit: string): string {
 export function share(part: number, whole: number): string {
   if (!(whole > 0)) return "0%";
   const percent = (100 * part) / whole;
+  if (percent === 0) return "0%";
   if (percent > 0 && percent < 0.05) return "<0.1%";
   return `${percent >= 99.95 ? Math.round(percent) : percent.toFixed(1)}%`;
 }
