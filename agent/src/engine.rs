@@ -23,7 +23,7 @@ use tokio::sync::oneshot;
 use ulid::Ulid;
 
 use crate::{
-    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Subject},
+    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions},
     process::{Process, Processes},
     profile::{SeriesProfile, WindowSamples, slots},
     rules::{RuleBook, Set, Source},

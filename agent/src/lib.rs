@@ -13,9 +13,13 @@
 )]
 
 pub mod check;
+pub mod engine;
+pub mod finish;
 pub mod kernel;
 pub mod output;
 pub mod process;
 pub mod profile;
+pub mod record;
+pub mod rules;
 pub mod symbols;
 pub mod top;

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use gannet_proto::{
     control::{Match, RuleError, capture},
     ledger::{Ledger, LossReason},
@@ -41,7 +41,7 @@ const QUEUE: usize = 64;
   gannet-agent record --all --duration 10s -o all.svg
   gannet-agent record --comm 'python3*' -o python.pb.gz
   gannet-agent record -o build.html -- make -j8")]
-#[group(id = "what", required = true, multiple = false, args = ["all", "pid", "comm", "cgroup", "command"])]
+#[command(group(ArgGroup::new("what").required(true).args(["all", "pid", "comm", "cgroup", "command"])))]
 pub struct RecordArgs {
     /// Every process and every kernel thread
     #[arg(long)]
@@ -295,7 +295,7 @@ pub const HELD_VERB: &str = "held-command";
 impl Held {
     fn start(command: &[String]) -> Result<Self, RecordError> {
         let failed = |source| RecordError::Command { command: command.join(" "), source };
-        let (reader, gate) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
+        let (reader, gate) = io::pipe().map_err(failed)?;
         // The child inherits the reading end under its own number.
         let passed = rustix::io::dup(&reader).map_err(|e| failed(e.into()))?;
         let child = Command::new("/proc/self/exe")
@@ -306,7 +306,7 @@ impl Held {
             .spawn()
             .map_err(failed)?;
         drop(passed);
-        Ok(Self { child, gate: Some(gate) })
+        Ok(Self { child, gate: Some(gate.into()) })
     }
 
     fn release(&mut self) {

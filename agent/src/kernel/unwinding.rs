@@ -119,7 +119,7 @@ impl<T: Copy> Shared<T> {
                 entries * size_of::<T>(),
                 ProtFlags::READ | ProtFlags::WRITE,
                 Sharing::SHARED,
-                libbpf_rs::MapCore::as_fd(map),
+                std::os::fd::AsFd::as_fd(map),
                 0,
             )
         }
