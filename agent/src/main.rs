@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 use gannet_agent::{
     check::{self, CheckOptions},
     record::{self, RecordArgs},
+    symbols,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -27,6 +28,8 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    #[command(name = symbols::DEBUG_INFO_VERB, hide = true)]
+    ReadDebugInfo { addresses: String },
     #[command(name = record::HELD_VERB, hide = true)]
     HeldCommand {
         descriptor: i32,
@@ -66,6 +69,10 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
                 print!("{report}");
             }
             Ok(ExitCode::from(report.exit_code()))
+        }
+        Verb::ReadDebugInfo { addresses } => {
+            symbols::read_debug_info(&addresses)?;
+            Ok(ExitCode::SUCCESS)
         }
         Verb::HeldCommand { descriptor, command } => {
             Err(anyhow::Error::new(record::become_command(descriptor, &command))

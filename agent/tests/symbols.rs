@@ -231,8 +231,14 @@ fn symbolize(symbolizer: &Symbolizer, raw: RawProfile) -> Profile {
     runtime.block_on(symbolizer.symbolize(raw)).unwrap()
 }
 
+fn config() -> SymbolizerConfig {
+    // Beside the tests the agent itself is not what `/proc/self/exe` says.
+    let reader = PathBuf::from(env!("CARGO_BIN_EXE_gannet-agent"));
+    SymbolizerConfig { debug_reader: Some(reader), ..SymbolizerConfig::default() }
+}
+
 fn new_symbolizer() -> Symbolizer {
-    Symbolizer::start(SymbolizerConfig::default()).unwrap()
+    Symbolizer::start(config()).unwrap()
 }
 
 fn text(profile: &Profile, index: i64) -> &str {
@@ -651,8 +657,10 @@ fn compressed_mini_debug_info_names_what_was_stripped() {
 #[case::by_build_id(true)]
 #[case::by_name_and_checksum(false)]
 fn debug_information_that_is_shipped_apart_is_found(#[case] has_build_id: bool) {
-    let (directory, path) =
-        compile_c(&["-g", if has_build_id { "-Wl,--build-id=0xabcdef0123456789" } else { "-Wl,--build-id=none" }]);
+    let (directory, path) = compile_c(&[
+        "-g",
+        if has_build_id { "-Wl,--build-id=0xabcdef0123456789" } else { "-Wl,--build-id=none" },
+    ]);
     let debug_dir = tempfile::tempdir().unwrap();
     let kept = if has_build_id {
         debug_dir.path().join(".build-id/ab/cdef0123456789.debug")
@@ -666,7 +674,7 @@ fn debug_information_that_is_shipped_apart_is_found(#[case] has_build_id: bool) 
     let program = start(directory, path);
     let pid = program.child.id();
     let named = |debug_dirs| {
-        let config = SymbolizerConfig { debug_dirs, ..SymbolizerConfig::default() };
+        let config = SymbolizerConfig { debug_dirs, ..config() };
         let image = image(pid, &mut table());
         let stacks = vec![stack(&[], &[program.addresses["inner"]], StackEnd::Complete)];
         names(&symbolize(&Symbolizer::start(config).unwrap(), raw(key(pid), image, stacks)))
@@ -679,29 +687,106 @@ fn debug_information_that_is_shipped_apart_is_found(#[case] has_build_id: bool) 
     assert_eq!(named(vec![debug_dir.path().to_owned()]), [Vec::<String>::new()]);
 }
 
+/// One function whose debug information is written by hand.
+const HOSTILE: &str = r#"
+.text
+.globl main
+.type main, %function
+main:
+.file 1 "hostile.c"
+.loc 1 7
+nop
+nop
+.size main, . - main
+.section .debug_abbrev, "", %progbits
+abbreviations:
+/* compile unit, with children: low_pc, high_pc, stmt_list */
+.byte 1, 0x11, 1, 0x11, 0x01, 0x12, 0x07, 0x10, 0x17, 0, 0
+/* subprogram, with children: name, low_pc, high_pc */
+.byte 2, 0x2e, 1, 0x03, 0x08, 0x11, 0x01, 0x12, 0x07, 0, 0
+/* inlined subroutine, with children: nothing else */
+.byte 3, 0x1d, 1, 0, 0
+.byte 0
+.section .debug_info, "", %progbits
+.long after - before
+before:
+.short 4
+.long abbreviations
+.byte 8
+.byte 1
+.quad main, 2
+.long 0
+.byte 2
+.asciz "by_debug_info"
+.quad main, 2
+.fill NESTING, 1, 3
+.fill NESTING + 2, 1, 0
+after:
+.section .debug_line, "", %progbits
+.section .note.GNU-stack, "", %progbits
+"#;
+
+/// The file's name of its only function, and how many files' debug information was given up.
+fn name_with_nesting(nesting: usize) -> (Vec<Vec<String>>, u64) {
+    use object::{Object, ObjectSection, ObjectSymbol};
+    let directory = tempfile::tempdir().unwrap();
+    let (source, path) = (directory.path().join("hostile.s"), directory.path().join("hostile"));
+    fs::write(&source, HOSTILE.replace("NESTING", &nesting.to_string())).unwrap();
+    run_tool(Command::new("gcc").arg("-o").args([&path, &source]));
+    let bytes = fs::read(&path).unwrap();
+    let elf = object::File::parse(bytes.as_slice()).unwrap();
+    let text = elf.section_by_name(".text").unwrap();
+    let main = elf.symbols().find(|symbol| symbol.name() == Ok("main")).unwrap().address();
+    let address = 0x1000_0000 + text.file_range().unwrap().0 + main - text.address();
+    let symbolizer = new_symbolizer();
+    let stacks = vec![stack(&[], &[address], StackEnd::Complete)];
+    let profile = symbolize(&symbolizer, raw(key(std::process::id()), mapped_image(&path), stacks));
+    (names(&profile), symbolizer.stats().unusable_debug_info.load(Ordering::Relaxed))
+}
+
 #[test]
-fn debug_info_that_claims_to_be_huge_is_not_inflated() {
+fn debug_info_that_nests_without_end_ends_only_its_reader() {
+    assert_eq!(name_with_nesting(10), (vec![vec!["by_debug_info".to_owned()]], 0));
+    assert_eq!(name_with_nesting(20_000_000), (vec![vec!["main".to_owned()]], 1));
+}
+
+#[test]
+fn debug_info_that_claims_to_be_huge_ends_only_its_reader() {
+    use object::{Object, ObjectSection};
     let (_directory, path) = compile_c(&["-g", "-gz=zlib"]);
     let mut bytes = fs::read(&path).unwrap();
-    // `Elf64_Chdr`: type 1, reserved 0, then the size; every section that has one now claims 2^60 bytes.
-    let mut claims = 0;
-    for at in (0..bytes.len() - 24).step_by(8).chain((1..bytes.len() - 24).filter(|at| at % 8 != 0)) {
-        if bytes[at..at + 8] == [1, 0, 0, 0, 0, 0, 0, 0]
-            && bytes[at + 16..at + 26] == [1, 0, 0, 0, 0, 0, 0, 0, 0x78, 0x5e]
-            || bytes[at..at + 8] == [1, 0, 0, 0, 0, 0, 0, 0]
-                && bytes[at + 24] == 0x78
-                && bytes[at + 17..at + 24] == [0; 7]
-        {
-            bytes[at + 8..at + 16].copy_from_slice(&(1u64 << 60).to_le_bytes());
-            claims += 1;
-        }
-    }
-    assert!(claims > 0, "no compressed section was found");
+    let elf = object::File::parse(bytes.as_slice()).unwrap();
+    let (offset, _) = elf
+        .section_by_name(".debug_info")
+        .unwrap()
+        .compressed_file_range()
+        .map(|range| (range.offset, range))
+        .unwrap();
+    // `Elf64_Chdr`, right before the content: type, reserved, size, alignment.
+    let size = offset as usize - 16;
+    bytes[size..size + 8].copy_from_slice(&(1u64 << 40).to_le_bytes());
     fs::write(&path, &bytes).unwrap();
     let symbolizer = new_symbolizer();
     let stacks = vec![stack(&[], &[0x1000_1200], StackEnd::Complete)];
     symbolize(&symbolizer, raw(key(std::process::id()), mapped_image(&path), stacks));
     assert_eq!(symbolizer.stats().unusable_debug_info.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn a_reader_that_does_not_answer_is_not_waited_for() {
+    let program = start_c(&["-g"]);
+    let directory = tempfile::tempdir().unwrap();
+    let script = directory.path().join("sleeper");
+    fs::write(&script, "#!/bin/sh\nexec sleep 60\n").unwrap();
+    fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let sleeper = Symbolizer::start(SymbolizerConfig { debug_reader: Some(script), ..config() }).unwrap();
+    let pid = program.child.id();
+    let stacks = vec![stack(&[], &[program.addresses["inner"]], StackEnd::Complete)];
+    let begin = Instant::now();
+    let profile = symbolize(&sleeper, raw(key(pid), image(pid, &mut table()), stacks));
+    assert_eq!(names(&profile), [["holder"]]);
+    assert!(begin.elapsed() < Duration::from_secs(20));
+    assert_eq!(sleeper.stats().unusable_debug_info.load(Ordering::Relaxed), 1);
 }
 
 #[test]
@@ -723,7 +808,7 @@ fn what_was_looked_up_once_is_not_read_again() {
 
 #[test]
 fn a_full_queue_gives_the_profile_back() {
-    let symbolizer = Symbolizer::start(SymbolizerConfig { queue: 1, ..SymbolizerConfig::default() }).unwrap();
+    let symbolizer = Symbolizer::start(SymbolizerConfig { queue: 1, ..config() }).unwrap();
     let pid = std::process::id();
     // The kernel's symbols take long enough to read for the others to pile up behind.
     let one = || raw(key(pid), Arc::default(), vec![stack(&[1 << 63], &[], StackEnd::None)]);

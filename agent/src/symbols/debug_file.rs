@@ -31,16 +31,19 @@ pub(crate) fn find(file: &MappedFile, open: &File, directories: &[PathBuf]) -> O
     let link = sections.find(".gnu_debuglink").and_then(|section| read_link(open, section));
     directories.iter().find_map(|directory| {
         let by_id = by_build_id(&file.build_id).map(|path| directory.join(path));
-        let by_name = link.as_ref().and_then(|(name, _)| Some(directory.join(folder_of(&file.path)?).join(name)));
+        let by_name =
+            link.as_ref().and_then(|(name, _)| Some(directory.join(folder_of(&file.path)?).join(name)));
         [by_id, by_name].into_iter().flatten().find_map(|path| {
-            let found = File::open(&path).ok().filter(|found| found.metadata().is_ok_and(|data| data.is_file()))?;
+            let found =
+                File::open(&path).ok().filter(|found| found.metadata().is_ok_and(|data| data.is_file()))?;
             let id = Sections::read(&found).ok().and_then(|sections| {
                 let note = sections.find(".note.gnu.build-id")?;
                 let note = elf::read_section(&found, note, MAX_NOTE_BYTES, "build id").ok()?;
                 Some(elf::build_id([note.as_slice()].into_iter()))
             });
             let same_id = id.is_some_and(|id| !id.is_empty() && id == file.build_id);
-            let same_sum = || link.as_ref().is_some_and(|(_, sum)| checksum(&found).is_ok_and(|found| found == *sum));
+            let same_sum =
+                || link.as_ref().is_some_and(|(_, sum)| checksum(&found).is_ok_and(|found| found == *sum));
             (same_id || same_sum()).then(|| MappedFile::opened(&path.to_string_lossy(), 0, 0, found))
         })
     })

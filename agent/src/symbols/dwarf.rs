@@ -1,48 +1,50 @@
-//! Names, inlined functions and lines from DWARF, by blazesym, on a thread that can be given up.
+//! Names, inlined functions and lines from DWARF, by blazesym, in a process of its own.
 //!
-//! Debug information is a program for the reader: what it costs cannot be told beforehand, and a hostile file can make
-//! it cost anything. So the work has a thread of its own; the caller waits for a bounded time, and a thread that does
-//! not answer, or dies, is replaced, and the file that it worked on is not tried again. All that blazesym keeps in
-//! memory goes with its thread.
+//! Debug information is a program for its reader: what it costs cannot be told beforehand, and a hostile file can make
+//! it cost anything: time, memory, or the stack. So it is read by a child that has hard limits and almost no privilege.
+//! When the child is done, or dies, or does not answer, it is gone with all that it took, and a file that it did not
+//! survive is not tried again.
 
 use std::{
-    collections::HashMap,
-    fs::File,
-    io::{self, Read},
-    os::fd::AsRawFd,
-    sync::{
-        Arc,
-        mpsc::{self, RecvTimeoutError, SyncSender},
-    },
-    thread::{self, JoinHandle},
-    time::Duration,
+    fs::{self, File},
+    io::{self, BufWriter, Read, Write},
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use blazesym::symbolize::{
     self, CodeInfo, Input, Symbolized,
     source::{Elf, Source},
 };
-
-use super::{
-    elf::{self, Section, Sections},
-    fault,
-    file::{FileId, MappedFile},
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    process::{Resource, Rlimit, Signal, setrlimit},
+    thread::{CapabilitySet, CapabilitySets},
 };
+use serde::{Deserialize, Serialize};
 
-/// How long one batch of addresses of one file may take.
+use super::{demangle, elf::Sections};
+
+/// The verb by which the agent calls itself to read debug information.
+pub const DEBUG_INFO_VERB: &str = "read-debug-info";
+
+/// How long one call may take.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The walk over inlined functions recurses as deep as the file says. Only what is touched becomes memory.
-const STACK_BYTES: usize = 256 << 20;
-/// After this many threads were given up, debug information is left alone: a thread that does not end keeps its memory.
-const MAX_GIVEN_UP: u32 = 3;
-/// More debug information than this in one file is not read. Chromium has more; what else has lives without lines.
-const MAX_DEBUG_BYTES: u64 = 1 << 30;
-/// Compressed sections are inflated into memory.
-const MAX_INFLATED_BYTES: u64 = 128 << 20;
-const SHF_COMPRESSED: u64 = object::elf::SHF_COMPRESSED.0;
+const CPU_SECONDS: u64 = 8;
+const _: () = assert!(CPU_SECONDS < PATIENCE.as_secs(), "the child's own limit comes first");
+/// Memory of the child beside the file itself. It shares the agent's control group, and with it the group's limit.
+const MAX_MEMORY_BYTES: u64 = 256 << 20;
+const MAX_STACK_BYTES: u64 = 64 << 20;
+/// More debug information than this in one file is not tried.
+const MAX_DEBUG_BYTES: u64 = 2 << 30;
+const MAX_ANSWER_BYTES: u64 = 64 << 20;
+/// Addresses in one call: they are one argument, and Linux takes 128 KiB for each.
+const CALL_ADDRESSES: usize = 4096;
+const _: () = assert!(CALL_ADDRESSES * (16 + 1) < 128 << 10, "16 digits and a comma each");
 
 /// One function at an address, as the debug information has it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DebugLine {
     pub(crate) name: String,
     pub(crate) file: String,
@@ -60,207 +62,136 @@ pub(crate) enum Unusable {
     None,
     /// It is larger than is read, or refers to other files.
     Refused,
-    /// Reading it took too long or ended the thread.
+    /// The child that read it died, or did not answer in time.
     Harmful,
 }
 
-#[derive(Debug)]
-struct Request {
-    file: Arc<MappedFile>,
-    addresses: Vec<u64>,
-    answer: SyncSender<Vec<DebugFrame>>,
-}
-
-#[derive(Debug)]
-struct Worker {
-    requests: SyncSender<Request>,
-    id: rustix::thread::Pid,
-    thread: JoinHandle<()>,
-}
-
-/// The reader of debug information.
-#[derive(Debug, Default)]
-pub(crate) struct Dwarf {
-    worker: Option<Worker>,
-    given_up: u32,
-    /// The files that the present worker has read, with the bytes of their debug information.
-    held: HashMap<FileId, u64>,
-}
-
-impl Dwarf {
-    /// How many bytes of debug information a file has, if they can be used.
-    pub(crate) fn examine(file: &File) -> Result<u64, Unusable> {
-        let sections = Sections::read(file).map_err(|_| Unusable::None)?;
-        if sections.find(".debug_info").is_none() {
-            return Err(Unusable::None);
-        }
-        // A link to another file is a path that the file's maker chose, and it would be followed from here.
-        if [".gnu_debuglink", ".gnu_debugaltlink", ".debug_sup"]
-            .iter()
-            .any(|name| sections.find(name).is_some())
-        {
-            return Err(Unusable::Refused);
-        }
-        let (mut bytes, mut inflated) = (0u64, 0u64);
-        for (_, section) in sections.iter().filter(|(name, _)| name.starts_with(b".debug_")) {
-            let size = if section.flags & SHF_COMPRESSED == 0 {
-                section.size
-            } else {
-                let size = inflated_size(file, section)?;
-                inflated = inflated.saturating_add(size);
-                size
-            };
-            bytes = bytes.saturating_add(size);
-        }
-        if bytes > MAX_DEBUG_BYTES || inflated > MAX_INFLATED_BYTES {
-            Err(Unusable::Refused)
-        } else {
-            Ok(bytes)
-        }
+/// Whether there is debug information that can be tried.
+pub(crate) fn examine(file: &File) -> Result<(), Unusable> {
+    let sections = Sections::read(file).map_err(|_| Unusable::None)?;
+    if sections.find(".debug_info").is_none() {
+        return Err(Unusable::None);
     }
+    // A link to another file is a path that the file's maker chose, and it would be followed.
+    let links = [".gnu_debuglink", ".gnu_debugaltlink", ".debug_sup"];
+    let bytes: u64 = sections
+        .iter()
+        .filter(|(name, _)| name.starts_with(b".debug_"))
+        .fold(0, |sum, (_, section)| sum.saturating_add(section.size));
+    if bytes > MAX_DEBUG_BYTES || links.iter().any(|name| sections.find(name).is_some()) {
+        return Err(Unusable::Refused);
+    }
+    Ok(())
+}
 
-    /// What the debug information says of each address (virtual, as the ELF file counts).
-    pub(crate) fn resolve(
-        &mut self,
-        file: &Arc<MappedFile>,
-        debug_bytes: u64,
-        addresses: &[u64],
-    ) -> Result<Vec<DebugFrame>, Unusable> {
-        if self.given_up >= MAX_GIVEN_UP {
+/// What the debug information says of each address (virtual, as the ELF file counts). `program` is the agent itself.
+pub(crate) fn resolve(program: &Path, file: &File, addresses: &[u64]) -> Result<Vec<DebugFrame>, Unusable> {
+    let mut frames = Vec::with_capacity(addresses.len());
+    for addresses in addresses.chunks(CALL_ADDRESSES) {
+        let answer = call(program, file, addresses).map_err(|error| {
+            tracing::debug!(%error, "debug information could not be read");
+            Unusable::Harmful
+        })?;
+        if answer.len() != addresses.len() {
             return Err(Unusable::Harmful);
         }
-        if self.worker.is_none() {
-            self.worker = spawn();
-            self.held.clear();
+        frames.extend(answer);
+    }
+    Ok(frames)
+}
+
+fn call(program: &Path, file: &File, addresses: &[u64]) -> io::Result<Vec<DebugFrame>> {
+    let words: Vec<String> = addresses.iter().map(|address| format!("{address:x}")).collect();
+    let mut child = Command::new(program)
+        .arg(DEBUG_INFO_VERB)
+        .arg(words.join(","))
+        .env_clear()
+        .stdin(file.try_clone()?)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let answer = answer(&mut child);
+    // It has ended by itself, or shall.
+    let _ = child.kill();
+    let status = child.wait()?;
+    let answer = answer?;
+    if !status.success() {
+        return Err(io::Error::other(format!("the reader ended with {status}")));
+    }
+    serde_json::from_slice(&answer).map_err(io::Error::from)
+}
+
+/// Everything that the child writes, if it does so in time.
+fn answer(child: &mut Child) -> io::Result<Vec<u8>> {
+    let mut pipe = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+    let begin = Instant::now();
+    let mut bytes = Vec::new();
+    loop {
+        let left = PATIENCE.checked_sub(begin.elapsed()).ok_or(io::ErrorKind::TimedOut)?;
+        let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
+        let mut wanted = [PollFd::new(&pipe, PollFlags::IN)];
+        match rustix::event::poll(&mut wanted, Some(&timeout)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => return Err(error.into()),
         }
-        let Some(worker) = &self.worker else { return Err(Unusable::Refused) };
-        let id = worker.id;
-        self.held.insert(file.id, debug_bytes);
-        let (answer, answered) = mpsc::sync_channel(1);
-        let request = Request { file: Arc::clone(file), addresses: addresses.to_vec(), answer };
-        let reply = match worker.requests.send(request) {
-            Ok(()) => answered.recv_timeout(PATIENCE),
-            Err(_) => Err(RecvTimeoutError::Disconnected),
-        };
-        reply.map_err(|error| {
-            tracing::warn!(
-                path = file.path,
-                "the debug information of this file cannot be used ({}); its functions are named by its symbol table",
-                match error {
-                    RecvTimeoutError::Timeout => "reading it takes too long",
-                    RecvTimeoutError::Disconnected => "it is damaged",
-                }
-            );
-            if error == RecvTimeoutError::Timeout {
-                // It cannot be ended; from now on it gets only what nobody else wants.
-                idle_only(id);
-                self.given_up += 1;
-            }
-            self.worker = None;
-            Unusable::Harmful
-        })
-    }
-
-    /// Lets go of everything that was read, if it is more than `most_bytes`.
-    pub(crate) fn trim(&mut self, most_bytes: u64) -> bool {
-        if self.held.values().sum::<u64>() <= most_bytes {
-            return false;
+        let mut chunk = [0; 1 << 16];
+        match pipe.read(&mut chunk)? {
+            0 => return Ok(bytes),
+            read => bytes.extend_from_slice(&chunk[..read]),
         }
-        let Some(Worker { requests, thread, .. }) = self.worker.take() else { return false };
-        // It waits for requests, so that it ends at once; what it holds is free only when it has.
-        drop(requests);
-        // A thread that panicked would have been missed at its last request.
-        let _ = thread.join();
-        true
-    }
-
-    pub(crate) fn given_up(&self) -> u32 {
-        self.given_up
+        if bytes.len() as u64 > MAX_ANSWER_BYTES {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
     }
 }
 
-/// How large a compressed section is when inflated. The header's word for it is not taken: the reader would take as much
-/// memory as it claims, and more where there is more.
-fn inflated_size(file: &File, section: Section) -> Result<u64, Unusable> {
-    let packed = elf::read_section(file, section, MAX_INFLATED_BYTES, "debug section")
-        .map_err(|_| Unusable::Refused)?;
-    // Type, reserved, size when inflated, alignment.
-    let (Some(kind), Some(size), Some(content)) = (packed.get(..4), packed.get(8..16), packed.get(24..))
-    else {
-        return Err(Unusable::Refused);
-    };
-    let claimed = u64::from_le_bytes(size.try_into().map_err(|_| Unusable::Refused)?);
-    if kind != object::elf::ELFCOMPRESS_ZLIB.0.to_le_bytes() || claimed > MAX_INFLATED_BYTES {
-        return Err(Unusable::Refused);
-    }
-    let mut content = flate2::bufread::ZlibDecoder::new(content).take(claimed + 1);
-    match io::copy(&mut content, &mut io::sink()) {
-        Ok(real) if real == claimed => Ok(real),
-        _ => Err(Unusable::Refused),
-    }
+/// The child: reads the debug information of the file that is its standard input, and writes what it says of each of
+/// the addresses (hexadecimal, separated by commas) to its standard output.
+pub fn read_debug_info(addresses: &str) -> io::Result<()> {
+    confine()?;
+    let addresses: Vec<u64> = addresses
+        .split(',')
+        .map(|address| u64::from_str_radix(address, 16))
+        .collect::<Result<_, _>>()
+        .map_err(io::Error::other)?;
+    // The walk over inlined functions recurses as deep as the file says.
+    let worker = std::thread::Builder::new().stack_size(MAX_STACK_BYTES as usize);
+    let frames = worker.spawn(move || read(&addresses))?.join().map_err(|_| io::Error::other("damaged"))?;
+    let mut output = BufWriter::new(io::stdout().lock());
+    serde_json::to_writer(&mut output, &frames)?;
+    output.flush()
 }
 
-fn idle_only(thread: rustix::thread::Pid) {
-    let parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the parameters live through the call, which changes only how the kernel schedules that thread.
-    if unsafe {
-        libc::sched_setscheduler(thread.as_raw_nonzero().get(), libc::SCHED_IDLE, &raw const parameters)
-    } != 0
-    {
-        tracing::warn!(
-            "a thread that reads debug information does not end, and its priority cannot be lowered"
-        );
-    }
+/// Takes away what reading a file does not need.
+fn confine() -> io::Result<()> {
+    let limit = |most| Rlimit { current: Some(most), maximum: Some(most) };
+    // Where memory runs out, it shall be this process that goes.
+    let _ = fs::write("/proc/self/oom_score_adj", "1000");
+    setrlimit(Resource::Data, limit(MAX_MEMORY_BYTES + MAX_STACK_BYTES))?;
+    setrlimit(Resource::Cpu, limit(CPU_SECONDS))?;
+    setrlimit(Resource::Core, limit(0))?;
+    // A limit on the length of files is a limit on writing; what it writes goes into a pipe.
+    setrlimit(Resource::Fsize, limit(0))?;
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    rustix::thread::set_no_new_privs(true)?;
+    // The file is opened again by its descriptor, and may be readable only to its owner.
+    let kept = CapabilitySet::DAC_READ_SEARCH & rustix::thread::capabilities(None)?.permitted;
+    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    rustix::thread::set_capabilities(None, sets)?;
+    Ok(())
 }
 
-fn spawn() -> Option<Worker> {
-    let (requests, inbox) = mpsc::sync_channel::<Request>(1);
-    let (started, id) = mpsc::sync_channel(1);
-    let spawned =
-        thread::Builder::new().name("gannet-dwarf".to_owned()).stack_size(STACK_BYTES).spawn(move || {
-            if let Err(error) = fault::guard_this_thread() {
-                tracing::warn!(%error, "debug information is not read: bus errors cannot be caught");
-                return;
-            }
-            if started.send(rustix::thread::gettid()).is_err() {
-                return;
-            }
-            let symbolizer = symbolize::Symbolizer::builder()
-                .enable_demangling(false)
-                .set_debug_dirs(Some(std::iter::empty::<&str>()))
-                .build();
-            // blazesym files what it has read under the path, which here is the number of a descriptor. The number must not
-            // go to another file while it does, so each file is held for as long as the symbolizer.
-            let mut held: Vec<Arc<MappedFile>> = Vec::new();
-            while let Ok(Request { file, addresses, answer }) = inbox.recv() {
-                let before = fault::faults();
-                let frames = resolve(&symbolizer, &file, &addresses);
-                if !held.iter().any(|held| held.id == file.id) {
-                    held.push(file);
-                }
-                if fault::faults() != before {
-                    // The file was cut while it was read: what came of it is worth nothing.
-                    return;
-                }
-                // Nobody waits for it any more: this thread has been given up.
-                if answer.send(frames).is_err() {
-                    return;
-                }
-            }
-        });
-    let thread = spawned.map_err(|error| tracing::warn!(%error, "no thread for debug information")).ok()?;
-    Some(Worker { requests, id: id.recv().ok()?, thread })
-}
-
-fn resolve(symbolizer: &symbolize::Symbolizer, file: &MappedFile, addresses: &[u64]) -> Vec<DebugFrame> {
-    let Some(open) = &file.file else { return vec![Vec::new(); addresses.len()] };
-    let source = Source::Elf(Elf::new(format!("/proc/self/fd/{}", open.as_raw_fd())));
+fn read(addresses: &[u64]) -> Vec<DebugFrame> {
+    let symbolizer = symbolize::Symbolizer::builder()
+        .enable_demangling(false)
+        .set_debug_dirs(Some(std::iter::empty::<&str>()))
+        .build();
+    let source = Source::Elf(Elf::new("/proc/self/fd/0"));
     match symbolizer.symbolize(&source, Input::VirtOffset(addresses)) {
         Ok(found) => found.iter().map(frame).collect(),
-        Err(error) => {
-            tracing::debug!(path = file.path, %error, "no use can be made of this file's debug information");
-            vec![Vec::new(); addresses.len()]
-        }
+        Err(_) => vec![Vec::new(); addresses.len()],
     }
 }
 
@@ -281,7 +212,7 @@ fn frame(found: &Symbolized<'_>) -> DebugFrame {
 fn line(name: &str, place: Option<&CodeInfo<'_>>) -> DebugLine {
     DebugLine {
         name: name.to_owned(),
-        file: place.map(|place| place.to_path().to_string_lossy().into_owned()).unwrap_or_default(),
+        file: place.map(|place| demangle::cut(&place.to_path().to_string_lossy())).unwrap_or_default(),
         line: place.and_then(|place| place.line).unwrap_or_default(),
         column: place.and_then(|place| place.column).map(u32::from).unwrap_or_default(),
     }

@@ -115,7 +115,6 @@ impl Headers {
 pub(crate) struct Section {
     pub(crate) offset: u64,
     pub(crate) size: u64,
-    pub(crate) flags: u64,
     /// Index of the section that this one refers to: a symbol table's strings.
     pub(crate) link: usize,
 }
@@ -162,7 +161,6 @@ impl Sections {
                     here.then(|| Section {
                         offset: section.sh_offset.get(LE),
                         size: section.sh_size.get(LE),
-                        flags: section.sh_flags.get(LE).0,
                         link: section.sh_link.get(LE) as usize,
                     }),
                 )

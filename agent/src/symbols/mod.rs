@@ -8,13 +8,13 @@ mod demangle;
 mod dwarf;
 mod elf;
 mod elf_symbols;
-mod fault;
 mod file;
 mod kallsyms;
 mod perf_map;
 mod symbolizer;
 mod table;
 
+pub use dwarf::{DEBUG_INFO_VERB, read_debug_info};
 pub use elf::ElfError;
 pub use file::{FileId, FileMapping, FileTable, FileTableStats, MappedFile};
 pub use symbolizer::{

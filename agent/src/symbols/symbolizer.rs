@@ -12,7 +12,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::UNIX_EPOCH,
+    time::{Instant, UNIX_EPOCH},
 };
 
 use gannet_proto::{
@@ -25,7 +25,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     debug_file, demangle,
-    dwarf::{DebugFrame, Dwarf, Unusable},
+    dwarf::{self, DebugFrame, Unusable},
     elf, elf_symbols,
     file::{FileId, MappedFile},
     kallsyms::Kallsyms,
@@ -50,6 +50,9 @@ pub const BROKEN_FRAME: &str = "[broken stack]";
 
 /// Kernel addresses have the highest bit set on every machine that Gannet runs on, and user addresses do not.
 const FIRST_KERNEL_ADDRESS: u64 = 1 << 63;
+/// How many times as long as a reading of a file's debug information took it is then left alone: that is the share of a
+/// processor, 1 in so many, that one file can cost.
+const REST: u32 = 100;
 const MAX_FILE_STATES: NonZeroUsize = NonZeroUsize::new(8192).unwrap();
 const MAX_PERF_MAPS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 const MAX_NOTE_BYTES: u64 = 64 << 10;
@@ -64,10 +67,9 @@ pub struct SymbolizerConfig {
     pub cache_bytes: u64,
     /// Memory for symbol tables between two profiles.
     pub table_bytes: usize,
-    /// Files with more debug information than this, all together, are let go after each profile.
-    pub debug_bytes: u64,
-    /// Whether debug information is read at all: it gives inlined functions and lines.
-    pub debug_info: bool,
+    /// The program that reads debug information, which gives inlined functions and lines: the agent itself, by
+    /// [`DEBUG_INFO_VERB`](super::DEBUG_INFO_VERB). None reads none.
+    pub debug_reader: Option<PathBuf>,
     /// Where distributions put debug information that they ship apart.
     pub debug_dirs: Vec<PathBuf>,
 }
@@ -78,8 +80,7 @@ impl Default for SymbolizerConfig {
             queue: 8,
             cache_bytes: 6 << 20,
             table_bytes: 4 << 20,
-            debug_bytes: 4 << 20,
-            debug_info: true,
+            debug_reader: Some(PathBuf::from("/proc/self/exe")),
             debug_dirs: vec![PathBuf::from("/usr/lib/debug")],
         }
     }
@@ -109,8 +110,6 @@ pub struct SymbolizerStats {
     pub unusable_tables: AtomicU64,
     /// Files whose debug information is there and could not be used.
     pub unusable_debug_info: AtomicU64,
-    /// Threads that did not come back from a file's debug information.
-    pub given_up: AtomicU64,
     /// Memory of names, symbol tables and kernel symbols that are kept.
     pub cached_bytes: AtomicU64,
 }
@@ -198,12 +197,32 @@ struct FileState {
     debug: Option<Debug>,
 }
 
-/// Where the debug information of a file is, and how many bytes of it.
+/// Where the debug information of a file is, and what is known of it.
 #[derive(Clone, Debug)]
 struct Debug {
     /// The file that is installed for it; none if it has its own. It is not itself held here, so that it can be closed.
     apart: Option<Arc<MappedFile>>,
-    bytes: Result<u64, Unusable>,
+    state: Result<(), Unusable>,
+    /// When it may be read again.
+    rest_until: Option<Instant>,
+}
+
+/// What debug information gave.
+#[derive(Debug)]
+enum DebugInfo {
+    Read(Vec<DebugFrame>),
+    /// It was read a moment ago, at a cost; what is found without it is not final.
+    Later,
+    Absent,
+}
+
+impl DebugInfo {
+    fn frame(&self, index: usize) -> Option<&DebugFrame> {
+        match self {
+            Self::Read(frames) => frames.get(index).filter(|frame| !frame.is_empty()),
+            Self::Later | Self::Absent => None,
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -221,7 +240,6 @@ struct Names {
     files: LruCache<FileId, FileState>,
     table_bytes: usize,
     perf_maps: LruCache<ProcessKey, PerfMap>,
-    dwarf: Dwarf,
     kallsyms: Kallsyms,
     kernel_build_id: String,
     vdso: Option<Arc<MappedFile>>,
@@ -241,7 +259,6 @@ impl Names {
             files: LruCache::new(MAX_FILE_STATES),
             table_bytes: 0,
             perf_maps: LruCache::new(MAX_PERF_MAPS),
-            dwarf: Dwarf::default(),
             kallsyms: Kallsyms::default(),
             kernel_build_id: kernel_build_id(),
             vdso: vdso().map_err(|error| tracing::debug!(%error, "the vDSO cannot be read")).ok(),
@@ -432,7 +449,7 @@ impl Names {
         let debug = self.debug_frames(file, open, &wanted);
         let mut texts = Texts::default();
         for (index, (address, elf_address)) in missing.into_iter().enumerate() {
-            let functions: Functions = match debug.get(index).filter(|frame| !frame.is_empty()) {
+            let functions: Functions = match debug.frame(index) {
                 Some(frame) => frame
                     .iter()
                     .map(|line| {
@@ -455,42 +472,59 @@ impl Names {
                 },
             };
             // That there is no name is worth knowing too: otherwise it is looked for again in every window.
-            self.cache.insert((file.id, elf_address), Arc::clone(&functions));
+            if !matches!(debug, DebugInfo::Later) {
+                self.cache.insert((file.id, elf_address), Arc::clone(&functions));
+            }
             found.insert(address, functions);
         }
         self.trim_tables();
     }
 
-    /// What the file's debug information has on each address; nothing if it has none.
-    fn debug_frames(&mut self, file: &Arc<MappedFile>, open: &File, addresses: &[u64]) -> Vec<DebugFrame> {
+    /// What the file's debug information has on each address, if it has any and may be read now.
+    fn debug_frames(&mut self, file: &Arc<MappedFile>, open: &File, addresses: &[u64]) -> DebugInfo {
         let config = &self.config;
         let state = self.files.get_or_insert_mut(file.id, FileState::default);
         let is_new = state.debug.is_none();
         let debug = state.debug.get_or_insert_with(|| {
-            let own = Debug { apart: None, bytes: Dwarf::examine(open) };
-            if own.bytes != Err(Unusable::None) {
+            let own = Debug { apart: None, state: dwarf::examine(open), rest_until: None };
+            if own.state != Err(Unusable::None) {
                 return own;
             }
             let Some(apart) = debug_file::find(file, open, &config.debug_dirs) else { return own };
-            let bytes = apart.file.as_ref().map_or(Err(Unusable::None), Dwarf::examine);
-            Debug { apart: Some(Arc::new(apart)), bytes }
+            let state = apart.file.as_ref().map_or(Err(Unusable::None), dwarf::examine);
+            Debug { apart: Some(Arc::new(apart)), state, rest_until: None }
         });
-        let mut frames = Vec::new();
-        if config.debug_info
-            && let Ok(bytes) = debug.bytes
-        {
-            match self.dwarf.resolve(debug.apart.as_ref().unwrap_or(file), bytes, addresses) {
-                Ok(answer) => frames = answer,
-                Err(unusable) => {
-                    debug.bytes = Err(unusable);
-                    self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
-                }
-            }
-        } else if is_new && debug.bytes == Err(Unusable::Refused) {
-            tracing::info!(path = file.path, "the debug information of this file is too large or not whole");
+        let Some(reader) = &config.debug_reader else { return DebugInfo::Absent };
+        if is_new && debug.state == Err(Unusable::Refused) {
+            tracing::info!(
+                path = file.path,
+                "the debug information of this file is too large or refers to other files"
+            );
             self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
         }
-        frames
+        if debug.state.is_err() {
+            return DebugInfo::Absent;
+        }
+        let begin = Instant::now();
+        if debug.rest_until.is_some_and(|until| begin < until) {
+            return DebugInfo::Later;
+        }
+        let source = debug.apart.as_ref().and_then(|apart| apart.file.as_ref()).unwrap_or(open);
+        match dwarf::resolve(reader, source, addresses) {
+            Ok(frames) => {
+                debug.rest_until = Some(begin + begin.elapsed() * REST);
+                DebugInfo::Read(frames)
+            }
+            Err(unusable) => {
+                tracing::warn!(
+                    path = file.path,
+                    "the debug information of this file cannot be used; its functions are named by its symbol table"
+                );
+                debug.state = Err(unusable);
+                self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
+                DebugInfo::Absent
+            }
+        }
     }
 
     fn table(&mut self, file: &Arc<MappedFile>, open: &File) -> Option<&SymbolTable> {
@@ -576,7 +610,6 @@ impl Names {
     }
 
     fn trim(&mut self) {
-        self.wasteful |= self.dwarf.trim(self.config.debug_bytes);
         let maps: usize = self.perf_maps.iter().map(|(_, map)| map.bytes()).sum();
         if maps > self.config.table_bytes {
             self.perf_maps.clear();
@@ -587,7 +620,6 @@ impl Names {
         }
         let cached = self.cache.weight() + (self.table_bytes + self.kallsyms.bytes() + maps) as u64;
         self.stats.cached_bytes.store(cached, Ordering::Relaxed);
-        self.stats.given_up.store(u64::from(self.dwarf.given_up()), Ordering::Relaxed);
     }
 }
 
