@@ -23,3 +23,4 @@ pub mod record;
 pub mod rules;
 pub mod symbols;
 pub mod top;
+pub mod watch;

@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 use gannet_agent::{
     check::{self, CheckOptions},
     record::{self, RecordArgs},
+    watch::{self, TopArgs},
     symbols,
 };
 use tracing_subscriber::EnvFilter;
@@ -22,6 +23,7 @@ struct Cli {
 enum Verb {
     /// Sample programs for a while and write one profile; needs no collector
     Record(RecordArgs),
+    Top(TopArgs),
     /// Tell whether this machine can run the agent, and what to do if not
     Check {
         /// Print one JSON object
@@ -29,7 +31,9 @@ enum Verb {
         json: bool,
     },
     #[command(name = symbols::DEBUG_INFO_VERB, hide = true)]
-    ReadDebugInfo { addresses: String },
+    ReadDebugInfo {
+        addresses: String,
+    },
     #[command(name = record::HELD_VERB, hide = true)]
     HeldCommand {
         descriptor: i32,
@@ -43,7 +47,9 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_env_filter(EnvFilter::try_from_env("GANNET_LOG").unwrap_or_else(|_| EnvFilter::new("info,libbpf=warn")))
+        .with_env_filter(
+            EnvFilter::try_from_env("GANNET_LOG").unwrap_or_else(|_| EnvFilter::new("info,libbpf=warn")),
+        )
         .init();
     match run(cli.verb) {
         Ok(code) => code,
@@ -58,6 +64,10 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
     match verb {
         Verb::Record(args) => {
             runtime()?.block_on(record::record(args))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Top(args) => {
+            runtime()?.block_on(watch::watch(args))?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Check { json } => {
