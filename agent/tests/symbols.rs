@@ -787,6 +787,14 @@ fn a_reader_that_does_not_answer_is_not_waited_for() {
     assert_eq!(names(&profile), [["holder"]]);
     assert!(begin.elapsed() < Duration::from_secs(20));
     assert_eq!(sleeper.stats().unusable_debug_info.load(Ordering::Relaxed), 1);
+    // Nor is it for the next file: one wait pays for many.
+    let other = start_c(&["-g"]);
+    let stacks = vec![stack(&[], &[other.addresses["inner"]], StackEnd::Complete)];
+    let pid = other.child.id();
+    let begin = Instant::now();
+    let profile = symbolize(&sleeper, raw(key(pid), image(pid, &mut table()), stacks));
+    assert_eq!(names(&profile), [["holder"]]);
+    assert!(begin.elapsed() < Duration::from_secs(2));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use libbpf_rs::{MapType, ProgramType};
+use libbpf_rs::{MapHandle, MapType, ProgramType};
 use perf_event_open_sys::bindings::{
     PERF_COUNT_SW_CPU_CLOCK, PERF_FLAG_FD_CLOEXEC, PERF_TYPE_SOFTWARE, perf_event_attr,
 };
@@ -29,6 +29,8 @@ const FIRST_PID_NAMESPACE: u32 = 0xEFFF_FFFC;
 const BPF_FUNC_LOOP: u32 = 181;
 const CGROUP2_MAGIC: u64 = 0x6367_7270;
 const ENOUGH_OPEN_FILES: u64 = 4096;
+/// What all maps together come to.
+const MAX_TRIED_MAP_BYTES: u64 = 32 << 20;
 
 /// Capabilities by their number in `include/uapi/linux/capability.h`.
 #[derive(Clone, Copy)]
@@ -37,7 +39,6 @@ struct Capability(&'static str, u32);
 const DAC_READ_SEARCH: Capability = Capability("CAP_DAC_READ_SEARCH", 2);
 const SYS_PTRACE: Capability = Capability("CAP_SYS_PTRACE", 19);
 const SYS_ADMIN: Capability = Capability("CAP_SYS_ADMIN", 21);
-const SYS_RESOURCE: Capability = Capability("CAP_SYS_RESOURCE", 24);
 const PERFMON: Capability = Capability("CAP_PERFMON", 38);
 const BPF: Capability = Capability("CAP_BPF", 39);
 const CHECKPOINT_RESTORE: Capability = Capability("CAP_CHECKPOINT_RESTORE", 40);
@@ -327,15 +328,26 @@ fn tracefs() -> Check {
 
 fn memlock() -> Check {
     let limit = getrlimit(Resource::Memlock).current;
-    let text = limit.map_or_else(|| "unlimited".to_owned(), |bytes| format!("{} KiB", bytes / 1024));
-    if limit.is_none() || CapabilitySet::effective().holds(SYS_RESOURCE) {
-        return Check::ok("memlock", format!("{text}, and may be raised"));
+    let Some(limit) = limit else { return Check::ok("memlock", "unlimited") };
+    let text = format!("the limit on locked memory is {} KiB", limit / 1024);
+    match make_map_of(limit.saturating_add(1 << 20).min(MAX_TRIED_MAP_BYTES)) {
+        Ok(()) => Check::ok("memlock", format!("{text}, and a BPF map larger than that was made")),
+        Err(error) => Check::warning(
+            "memlock",
+            format!("{text}, and a BPF map larger than that cannot be made: {error}"),
+            "raise it (ulimit -l unlimited, LimitMEMLOCK=infinity), or add CAP_SYS_RESOURCE",
+        ),
     }
-    Check::warning(
-        "memlock",
-        format!("the limit on locked memory is {text}; before Linux 5.11 BPF maps count against it"),
-        "raise it (ulimit -l unlimited, LimitMEMLOCK=infinity), or add CAP_SYS_RESOURCE",
-    )
+}
+
+fn make_map_of(bytes: u64) -> libbpf_rs::Result<()> {
+    const VALUE_BYTES: u32 = 4096;
+    let options = libbpf_rs::libbpf_sys::bpf_map_create_opts {
+        sz: size_of::<libbpf_rs::libbpf_sys::bpf_map_create_opts>() as libbpf_rs::libbpf_sys::size_t,
+        ..Default::default()
+    };
+    let entries = u32::try_from(bytes / u64::from(VALUE_BYTES)).unwrap_or(u32::MAX);
+    MapHandle::create(MapType::Array, Some("gannet_check"), 4, VALUE_BYTES, entries, &options).map(drop)
 }
 
 fn open_files() -> Check {

@@ -30,8 +30,8 @@ use super::{demangle, elf::Sections};
 pub const DEBUG_INFO_VERB: &str = "read-debug-info";
 
 /// How long one call may take.
-const PATIENCE: Duration = Duration::from_secs(10);
-const CPU_SECONDS: u64 = 8;
+const PATIENCE: Duration = Duration::from_secs(6);
+const CPU_SECONDS: u64 = 5;
 const _: () = assert!(CPU_SECONDS < PATIENCE.as_secs(), "the child's own limit comes first");
 /// Memory of the child beside the file itself. It shares the agent's control group, and with it the group's limit.
 const MAX_MEMORY_BYTES: u64 = 256 << 20;
@@ -62,7 +62,7 @@ pub(crate) enum Unusable {
     None,
     /// It is larger than is read, or refers to other files.
     Refused,
-    /// The child that read it died, or did not answer in time.
+    /// Reading it failed, and would fail again.
     Harmful,
 }
 
@@ -84,16 +84,14 @@ pub(crate) fn examine(file: &File) -> Result<(), Unusable> {
     Ok(())
 }
 
-/// What the debug information says of each address (virtual, as the ELF file counts). `program` is the agent itself.
-pub(crate) fn resolve(program: &Path, file: &File, addresses: &[u64]) -> Result<Vec<DebugFrame>, Unusable> {
+/// What the debug information says of each address (virtual, as the ELF file counts). `program` is the agent itself. An
+/// error means that the child could not be started, died, or did not answer in time.
+pub(crate) fn resolve(program: &Path, file: &File, addresses: &[u64]) -> io::Result<Vec<DebugFrame>> {
     let mut frames = Vec::with_capacity(addresses.len());
     for addresses in addresses.chunks(CALL_ADDRESSES) {
-        let answer = call(program, file, addresses).map_err(|error| {
-            tracing::debug!(%error, "debug information could not be read");
-            Unusable::Harmful
-        })?;
+        let answer = call(program, file, addresses)?;
         if answer.len() != addresses.len() {
-            return Err(Unusable::Harmful);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the reader answered something else"));
         }
         frames.extend(answer);
     }
@@ -136,7 +134,7 @@ fn answer(child: &mut Child) -> io::Result<Vec<u8>> {
             Err(rustix::io::Errno::INTR) => continue,
             Err(error) => return Err(error.into()),
         }
-        let mut chunk = [0; 1 << 16];
+        let mut chunk = [0; 1 << 13];
         match pipe.read(&mut chunk)? {
             0 => return Ok(bytes),
             read => bytes.extend_from_slice(&chunk[..read]),

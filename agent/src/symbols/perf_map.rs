@@ -11,7 +11,7 @@ use super::{
     file::open_in_root,
     table::{SymbolTable, TableBuilder},
 };
-use crate::process::ProcessKey;
+use crate::process::{ProcessKey, check_identity};
 
 const MAX_FILE_BYTES: u64 = 32 << 20;
 const MAX_TABLE_BYTES: usize = 32 << 20;
@@ -36,7 +36,9 @@ impl PerfMap {
             return Some(known);
         }
         // Between the look at the process and the opening of its file the number could have gone to another one.
-        is_alive(key).then(|| Self { table: parse(BufReader::new(file.take(MAX_FILE_BYTES))), stamp })
+        check_identity(key)
+            .is_ok()
+            .then(|| Self { table: parse(BufReader::new(file.take(MAX_FILE_BYTES))), stamp })
     }
 
     pub(crate) fn find(&self, address: u64) -> Option<String> {
@@ -55,19 +57,6 @@ fn open(key: ProcessKey) -> Option<File> {
         status.lines().find_map(|line| line.strip_prefix("NStgid:"))?.split_ascii_whitespace().next_back()?;
     let own: u32 = own.parse().ok()?;
     open_in_root(key.tgid, &format!("/tmp/perf-{own}.map")).ok()
-}
-
-/// Whether the process still lives, and is the same one.
-fn is_alive(key: ProcessKey) -> bool {
-    let Ok(stat) = fs::read_to_string(format!("/proc/{}/stat", key.tgid)) else { return false };
-    // The name in parentheses can hold anything, parentheses too; the fields after it cannot.
-    let Some((_, fields)) = stat.rsplit_once(')') else { return false };
-    let Some(started) = fields.split_ascii_whitespace().nth(19).and_then(|ticks| ticks.parse::<u64>().ok())
-    else {
-        return false;
-    };
-    let tick_ns = 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1);
-    started.abs_diff(key.start_boottime_ns / tick_ns) <= 1
 }
 
 fn parse(mut text: impl BufRead) -> SymbolTable {

@@ -246,6 +246,8 @@ struct Names {
     nothing: Functions,
     /// Much memory was taken and freed since it was last given back.
     wasteful: bool,
+    /// When debug information may be read again, after a file that its reader did not survive.
+    debug_rest_until: Option<Instant>,
 }
 
 impl Names {
@@ -264,6 +266,7 @@ impl Names {
             vdso: vdso().map_err(|error| tracing::debug!(%error, "the vDSO cannot be read")).ok(),
             nothing: Arc::new([]),
             wasteful: false,
+            debug_rest_until: None,
             config,
             stats,
         }
@@ -506,21 +509,25 @@ impl Names {
             return DebugInfo::Absent;
         }
         let begin = Instant::now();
-        if debug.rest_until.is_some_and(|until| begin < until) {
+        if debug.rest_until.max(self.debug_rest_until).is_some_and(|until| begin < until) {
             return DebugInfo::Later;
         }
         let source = debug.apart.as_ref().and_then(|apart| apart.file.as_ref()).unwrap_or(open);
         match dwarf::resolve(reader, source, addresses) {
             Ok(frames) => {
                 debug.rest_until = Some(begin + begin.elapsed() * REST);
+                self.wasteful = true;
                 DebugInfo::Read(frames)
             }
-            Err(unusable) => {
+            Err(error) => {
                 tracing::warn!(
                     path = file.path,
+                    %error,
                     "the debug information of this file cannot be used; its functions are named by its symbol table"
                 );
-                debug.state = Err(unusable);
+                // Whoever makes one such file can make many; together they get no more than one honest file.
+                self.debug_rest_until = Some(begin + begin.elapsed() * REST);
+                debug.state = Err(Unusable::Harmful);
                 self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
                 DebugInfo::Absent
             }
