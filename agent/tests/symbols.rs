@@ -341,6 +341,43 @@ fn rust_names_are_readable_and_inlined(#[case] flags: &[&str], #[case] expected:
     assert_eq!(names_of(&program, &[address, address])[1], expected);
 }
 
+/// Go's own table serves where the linker was told to leave the symbols out, as most images are built.
+#[rstest]
+#[case::stripped(&["-ldflags=-s -w"])]
+#[case::stripped_and_position_independent(&["-ldflags=-s -w", "-buildmode=pie"])]
+#[case::whole(&[])]
+fn go_programs_have_names(#[case] flags: &[&str]) {
+    const PROGRAM: &str = r#"
+package main
+
+import ("fmt"; "os"; "runtime")
+
+type Cart struct{}
+
+//go:noinline
+func (c *Cart) Checkout() uintptr { pc, _, _, _ := runtime.Caller(0); return pc }
+
+func main() {
+	fmt.Printf("checkout %#x\n", (&Cart{}).Checkout())
+	os.Stdin.Read(make([]byte, 1))
+}
+"#;
+    let directory = tempfile::tempdir().unwrap();
+    let (source, path) = (directory.path().join("program.go"), directory.path().join("program"));
+    fs::write(&source, PROGRAM).unwrap();
+    run_tool(
+        Command::new("go")
+            .arg("build")
+            .args(flags)
+            .arg("-o")
+            .args([&path, &source])
+            .env("GOCACHE", std::env::temp_dir().join("gannet-go-cache"))
+            .env("GO111MODULE", "off"),
+    );
+    let program = start(directory, path);
+    assert_eq!(names_of(&program, &[program.addresses["checkout"]]), [["main.(*Cart).Checkout"]]);
+}
+
 #[test]
 fn cpp_names_are_readable_and_the_compilers_name_is_kept() {
     let directory = tempfile::tempdir().unwrap();

@@ -115,6 +115,7 @@ impl Headers {
 pub(crate) struct Section {
     pub(crate) offset: u64,
     pub(crate) size: u64,
+    pub(crate) address: u64,
     /// Index of the section that this one refers to: a symbol table's strings.
     pub(crate) link: usize,
 }
@@ -161,6 +162,7 @@ impl Sections {
                     here.then(|| Section {
                         offset: section.sh_offset.get(LE),
                         size: section.sh_size.get(LE),
+                        address: section.sh_addr.get(LE),
                         link: section.sh_link.get(LE) as usize,
                     }),
                 )

@@ -1,5 +1,5 @@
-//! The functions that an ELF file names: `.symtab`, `.dynsym`, and the table that some distributions keep compressed in
-//! `.gnu_debugdata` when they strip the rest.
+//! The functions that an ELF file names: `.symtab`, `.dynsym`, Go's own table, and the one that some distributions keep
+//! compressed in `.gnu_debugdata` when they strip the rest.
 
 use std::{
     fs::File,
@@ -14,6 +14,7 @@ use object::{
 
 use super::{
     elf::{self, ElfError, Section, Sections},
+    go,
     table::{SymbolTable, TableBuilder, TooManySymbols},
 };
 
@@ -33,6 +34,7 @@ pub(crate) fn read(file: &File, debug_file: Option<&File>) -> Result<SymbolTable
     if sections.find(".symtab").is_some() {
         return Ok(builder.finish());
     }
+    go::add(file, &sections, &mut builder)?;
     if let Some(debug_file) = debug_file {
         add_tables(debug_file, &Sections::read(debug_file)?, &mut builder)?;
     } else if let Some(section) = sections.find(".gnu_debugdata") {

@@ -9,6 +9,7 @@ mod dwarf;
 mod elf;
 mod elf_symbols;
 mod file;
+mod go;
 mod kallsyms;
 mod perf_map;
 mod symbolizer;
