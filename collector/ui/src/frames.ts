@@ -122,7 +122,8 @@ export function frames(graph: FlameGraph, colour: Colour, absolute: boolean): Fr
   return { root, unit: graph.unit, total, baseTotal, count, groups: ranked, hues: spread(ranked.map(({ name }) => name)) };
 }
 
-const HUES = [35, 62, 85, 12, 110, 150, 48, 180, 345, 130, 74, 320];
+/** Apart from each other and from the kernel's 255; the warm ones are the more. */
+const HUES = [40, 155, 75, 352, 125, 185, 312, 20, 98, 212, 334, 57];
 
 /** A name keeps its hue from one graph to the next, unless a heavier group has it: then it moves on to a free one. */
 function spread(names: string[]): Map<string, number> {

@@ -1,0 +1,528 @@
+import assert from "node:assert/strict";
+import { readFile } from "node:fs/promises";
+import { createRequire } from "node:module";
+import { after, before, describe, it } from "node:test";
+import { gunzipSync } from "node:zlib";
+import { openPage, seed, startBrowser, startCollector } from "./collector.mjs";
+
+const axe = await readFile(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+
+let browser;
+let full;
+let empty;
+let agents;
+
+before(async () => {
+  browser = await startBrowser();
+  [full, empty] = [await startCollector(), await startCollector()];
+  agents = await seed(full);
+});
+
+after(async () => {
+  await browser?.close();
+  await agents?.stop();
+  await Promise.all([full?.stop(), empty?.stop()]);
+});
+
+const CHECKOUT = `q=${encodeURIComponent('{service_name="checkout"}')}&type=cpu%2Fnanoseconds`;
+
+/** Opens a view, hands it over, and then holds it to what every view must keep: no errors, no foreign requests. */
+async function on(path, run, options) {
+  const opened = await openPage(browser, full.address + path, options);
+  try {
+    await run(opened.page, opened.faults);
+    assert.deepEqual(opened.faults, []);
+  } finally {
+    await opened.close();
+  }
+}
+
+/** The frames as they are drawn: names, widths, fills, marks. */
+const framesOf = (page) =>
+  page.$$eval("g.frame", (groups) =>
+    groups.map((group) => ({
+      name: group.__data__.data.name,
+      width: group.querySelector("rect").getBoundingClientRect().width,
+      fill: group.querySelector("rect").getAttribute("fill"),
+      classes: [...group.classList],
+    })),
+  );
+
+async function drawn(page, name) {
+  await page.waitForFunction(
+    (wanted) => [...document.querySelectorAll("g.frame")].some((group) => group.__data__.data.name === wanted),
+    name,
+  );
+  return framesOf(page);
+}
+
+const named = (frames, name) => {
+  const found = frames.find((frame) => frame.name === name);
+  assert.ok(found, `${name} is not among ${frames.map((frame) => frame.name).join(", ")}`);
+  return found;
+};
+
+/** Hue in degrees of `oklch(l c h)`; nothing for a grey. */
+const hueOf = (fill) => {
+  const [, chroma, hue] = /oklch\([\d.]+ ([\d.]+) ([\d.]+)\)/.exec(fill).map(Number);
+  return chroma < 0.02 ? undefined : hue;
+};
+
+async function accessible(page) {
+  // The page's own policy lets no script in but its own; this one comes in through the debugger's door.
+  await page.evaluate(axe);
+  const { violations } = await page.evaluate(() => globalThis.axe.run(document, { resultTypes: ["violations"] }));
+  const serious = violations
+    .filter(({ impact }) => impact === "serious" || impact === "critical")
+    .map(({ id, help, nodes }) => `${id}: ${help}\n  ${nodes.map((node) => `${node.target} ${node.failureSummary}`).join("\n  ")}`);
+  assert.deepEqual(serious, []);
+}
+
+describe("the flame graph", () => {
+  it("shows the ingested functions, widths in proportion to their shares", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      const frames = await drawn(page, "shop::checkout::price_basket");
+      for (const name of ["main", "shop::checkout::place_order", "SSL_write"]) named(frames, name);
+      named(frames, "[truncated]");
+      named(frames, "__libc_write");
+      const { root, total } = await page.evaluate(async () => {
+        const until = Date.now();
+        const query = encodeURIComponent('{service_name="checkout"}');
+        return (await fetch(`./api/v1/flamegraph?query=${query}&from=${until - 3600e3}&until=${until}&type=cpu/nanoseconds`)).json();
+      });
+      const find = (node) => (node.name === "shop::checkout::price_basket" ? node : (node.children ?? []).map(find).find(Boolean));
+      const share = find(root).total / total;
+      assert.ok(share > 0.2 && share < 0.8, `${share}`);
+      const [all, basket] = [named(frames, "all"), named(frames, "shop::checkout::price_basket")];
+      assert.ok(Math.abs(basket.width / all.width - share) < 0.01, `drawn ${basket.width / all.width}, is ${share}`);
+    });
+  });
+
+  it("tells kernel, inlined and user frames apart", async () => {
+    await on(`?${CHECKOUT}&colour=kind`, async (page) => {
+      const frames = await drawn(page, "shop::checkout::price_basket");
+      const kernel = named(frames, "tcp_sendmsg");
+      const inlined = named(frames, "shop::checkout::apply_discount");
+      const user = named(frames, "shop::checkout::price_basket");
+      assert.ok(kernel.classes.includes("kernel"));
+      assert.ok(inlined.classes.includes("inlined"));
+      assert.ok(named(frames, "[truncated]").classes.includes("special"));
+      assert.equal(new Set([kernel, inlined, user].map(({ fill }) => hueOf(fill))).size, 3);
+      const legend = await page.textContent(".legend");
+      for (const word of ["user", "kernel", "user, inlined", "not a function"]) assert.ok(legend.includes(word), legend);
+    });
+  });
+
+  it("draws a stack of sixty frames", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "shop::checkout::price_basket");
+      const depth = await page.$$eval("g.frame", (groups) => Math.max(...groups.map((group) => group.__data__.depth)));
+      assert.ok(depth >= 58, `${depth}`);
+    });
+  });
+
+  it("search highlights what matches and counts its share once", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "shop::checkout::price_basket");
+      await page.keyboard.press("/");
+      await page.keyboard.type("PARSE_value");
+      await page.waitForFunction(() => document.querySelectorAll("g.frame.match").length > 0);
+      const frames = await framesOf(page);
+      const matches = frames.filter(({ classes }) => classes.includes("match"));
+      assert.ok(matches.every(({ name }) => name.includes("parse_value")));
+      assert.equal(new Set(matches.map(({ fill }) => fill)).size, 1);
+      assert.notEqual(matches[0].fill, named(frames, "main").fill);
+      const said = await page.textContent(".found");
+      // 52 nested frames of 33 samples in about 580: a sum over all of them would be far above 100 %.
+      assert.match(said, /52 frames · [4-7]\.\d% matched/);
+      await page.keyboard.press("Escape");
+      await page.waitForFunction(() => document.querySelectorAll("g.frame.match").length === 0);
+    });
+  });
+
+  it("says what is wrong with a search pattern", async () => {
+    await on(`?${CHECKOUT}&search=${encodeURIComponent("/(/")}`, async (page) => {
+      await drawn(page, "main");
+      assert.match(await page.textContent(".found"), /parenthes|group/i);
+    });
+  });
+
+  it("is walked, zoomed and reset by keys alone, and the address keeps the zoom", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "shop::checkout::price_basket");
+      await page.focus(".flame-graph");
+      const current = () => page.$eval("g.frame.current", (group) => group.__data__.data.name);
+      await page.keyboard.press("ArrowDown");
+      assert.equal(await current(), "all");
+      const walk = ["_start", "__libc_start_main_impl", "main", "shop::server::serve", "shop::server::handle", "shop::checkout::place_order"];
+      for (const name of walk) {
+        await page.keyboard.press("ArrowDown");
+        assert.equal(await current(), name);
+      }
+      await page.keyboard.press("ArrowRight");
+      assert.equal(await current(), "__libc_write");
+      await page.keyboard.press("ArrowLeft");
+      await page.keyboard.press("Enter");
+      const width = (name) => framesOf(page).then((frames) => named(frames, name).width);
+      await page.waitForFunction(() => location.search.includes("zoom="));
+      const whole = await width("all");
+      assert.ok(Math.abs((await width("shop::checkout::place_order")) - whole) < 1.5);
+      assert.match(await page.textContent(".crumbs"), /place_order/);
+      assert.match(await page.textContent(".picked"), /shop::checkout::place_order/);
+      await page.reload();
+      await drawn(page, "shop::checkout::price_basket");
+      await page.waitForFunction(() => document.querySelector(".crumbs")?.textContent.includes("place_order"));
+      assert.ok(Math.abs((await width("shop::checkout::place_order")) - whole) < 1.5);
+      await page.focus(".flame-graph");
+      await page.keyboard.press("Escape");
+      await page.waitForFunction(() => !location.search.includes("zoom="));
+      assert.ok((await width("shop::checkout::place_order")) < whole - 20);
+    });
+  });
+
+  it("zooms by a click and says in a tooltip what a frame cost", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "shop::checkout::price_basket");
+      const frame = page.locator("g.frame").filter({ hasText: /^shop::checkout::price_basket$/ });
+      await frame.hover();
+      assert.match(await page.textContent(".tip.on"), /price_basket.*checkout.*total.*s.*%.*self/s);
+      await frame.click();
+      await page.waitForFunction(() => document.querySelector(".crumbs [aria-current]")?.textContent === "shop::checkout::price_basket");
+      await page.getByRole("button", { name: "Reset zoom" }).click();
+      await page.waitForFunction(() => document.querySelector(".crumbs [aria-current]")?.textContent === "all");
+    });
+  });
+});
+
+describe("comparison", () => {
+  it("of two ranges shows red where more is spent and green where less is", async () => {
+    await on(`?${CHECKOUT}&compare=1`, async (page) => {
+      const frames = await drawn(page, "shop::checkout::price_basket");
+      const [less, more] = [named(frames, "shop::checkout::price_basket"), named(frames, "shop::checkout::pay")];
+      assert.ok(less.classes.includes("less") && more.classes.includes("more"));
+      assert.equal(hueOf(less.fill), 150);
+      assert.equal(hueOf(more.fill), 25);
+      // What the browser made of it, channel by channel.
+      const rgb = (fill) =>
+        page.evaluate((colour) => {
+          const context = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+          context.fillStyle = colour;
+          context.fillRect(0, 0, 1, 1);
+          return [...context.getImageData(0, 0, 1, 1).data];
+        }, fill);
+      const [green, red] = [await rgb(less.fill), await rgb(more.fill)];
+      assert.ok(green[1] > green[0] + 20, `green ${green}`);
+      assert.ok(red[0] > red[1] + 20, `red ${red}`);
+      assert.match(await page.textContent(".legend"), /less than the base.*more than the base/s);
+      await page.getByRole("button", { name: "Options of the graph" }).click();
+      await page.getByText("Orange and blue differences").click();
+      await page.waitForFunction(() => location.search.includes("blind"));
+      const others = await framesOf(page);
+      assert.equal(hueOf(named(others, "shop::checkout::price_basket").fill), 250);
+      assert.equal(hueOf(named(others, "shop::checkout::pay").fill), 60);
+    });
+  });
+
+  it("of two series shows what only one of them has", async () => {
+    await on(`?${CHECKOUT}&compare=1&base=${encodeURIComponent('{service_name="search"}')}`, async (page) => {
+      const frames = await drawn(page, "shop::search::rank");
+      assert.ok(named(frames, "shop::search::rank").classes.includes("less"));
+      assert.ok(named(frames, "shop::checkout::place_order").classes.includes("more"));
+    });
+  });
+
+  it("has a change for every function in the table", async () => {
+    await on(`?${CHECKOUT}&compare=1&show=table`, async (page) => {
+      const row = page.locator("table.top tbody tr", { hasText: "shop::checkout::apply_discount" });
+      assert.match(await row.locator(".change").textContent(), /^−\d+\.\d pp$/);
+      assert.equal(await page.getByRole("columnheader", { name: "Change" }).getAttribute("aria-sort"), "descending");
+    });
+  });
+});
+
+describe("the table", () => {
+  it("sorts by each column and finds a function again in the graph", async () => {
+    await on(`?${CHECKOUT}&show=both`, async (page) => {
+      const names = () => page.$$eval("table.top tbody th button", (buttons) => buttons.map((button) => button.textContent));
+      const values = (column) =>
+        page.$$eval(`table.top tbody tr td:nth-child(${column}) .share`, (cells) => cells.map((cell) => Number.parseFloat(cell.textContent.replace("<", ""))));
+      await page.waitForSelector("table.top tbody tr");
+      const descending = (list) => list.every((value, at) => at === 0 || value <= list[at - 1]);
+      assert.ok(descending(await values(3)), "by self");
+      await page.getByRole("button", { name: "Total", exact: true }).click();
+      assert.ok(descending(await values(4)), "by total");
+      assert.equal((await values(4))[0] > 90, true);
+      await page.getByRole("button", { name: "Total", exact: true }).click();
+      assert.ok(descending((await values(4)).reverse()), "by total, upwards");
+      await page.getByRole("button", { name: "Function", exact: true }).click();
+      const sorted = await names();
+      assert.deepEqual(sorted, [...sorted].sort((a, b) => a.localeCompare(b)));
+      await page.getByRole("button", { name: "shop::checkout::pay", exact: true }).click();
+      await page.waitForFunction(() => document.querySelectorAll("g.frame.match").length === 1);
+      assert.equal(await page.inputValue('input[type="search"]'), '"shop::checkout::pay"');
+    });
+  });
+});
+
+describe("choosing", () => {
+  it("a service from the list changes the graph and the address", async () => {
+    await on("", async (page) => {
+      await drawn(page, "main");
+      await page.getByLabel("Service").click();
+      await page.getByRole("option", { name: "search" }).click();
+      const frames = await drawn(page, "shop::search::rank");
+      await page.waitForFunction(() => ![...document.querySelectorAll("g.frame")].some((group) => group.__data__.data.name.includes("checkout")));
+      assert.ok(frames.length > 5);
+      assert.equal(await page.inputValue(".selector input"), '{service_name="search"}');
+      await page.goBack();
+      await drawn(page, "shop::checkout::price_basket");
+    });
+  });
+
+  it("a label and its value by keys alone", async () => {
+    await on("", async (page) => {
+      await drawn(page, "main");
+      await page.getByRole("button", { name: "Add a filter by label" }).focus();
+      await page.keyboard.press("Enter");
+      await page.keyboard.type("nod");
+      await page.getByRole("option", { name: "node" }).waitFor();
+      await page.keyboard.press("ArrowDown");
+      await page.keyboard.press("Enter");
+      await page.getByLabel("Value", { exact: true }).last().focus();
+      await page.keyboard.press("ArrowDown");
+      await page.getByRole("option", { name: "node-b" }).waitFor();
+      await page.keyboard.type("node-b");
+      await page.keyboard.press("Enter");
+      await page.waitForFunction(() => document.querySelector(".selector input").value === '{node="node-b"}');
+      await page.waitForFunction(() => ![...document.querySelectorAll("g.frame")].some((group) => group.__data__.data.name.includes("checkout")));
+    });
+  });
+
+  it("a range on the timeline, by dragging and by keys", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "main");
+      const before = await page.textContent(".numbers .big");
+      const box = await page.locator(".plot").boundingBox();
+      await page.mouse.move(box.x + box.width * 0.6, box.y + 30);
+      await page.mouse.down();
+      await page.mouse.move(box.x + box.width * 0.8, box.y + 30, { steps: 5 });
+      await page.mouse.up();
+      await page.waitForFunction((former) => document.querySelector(".numbers .big").textContent !== former, before);
+      assert.match(new URL(page.url()).search, /span=\d+-\d+/);
+      await page.focus(".plot");
+      await page.keyboard.press("Escape");
+      await page.waitForFunction((former) => document.querySelector(".numbers .big").textContent === former, before);
+      await page.keyboard.press("ArrowLeft");
+      assert.match(await page.getAttribute(".plot", "aria-valuetext"), /^\d\d:\d\d:\d\d: .+ profiles?$/);
+      for (let step = 0; step < 5; step += 1) await page.keyboard.press("Shift+ArrowLeft");
+      await page.waitForFunction(() => location.search.includes("span="));
+    });
+  });
+
+  it("another type of value", async () => {
+    await on(`?q=${encodeURIComponent('{service_name="checkout"}')}`, async (page) => {
+      await drawn(page, "shop::checkout::price_basket");
+      await page.locator("select").selectOption({ label: "Off-CPU time" });
+      await drawn(page, "shop::db::query");
+      assert.match(await page.textContent(".numbers"), /Off-CPU time/);
+    });
+  });
+
+  it("a selector that is none is answered in words beside the field", async () => {
+    await on(`?${CHECKOUT}`, async (page, faults) => {
+      await drawn(page, "main");
+      await page.fill(".selector input", "{service_name=}");
+      await page.keyboard.press("Enter");
+      const error = page.locator(".selector [role=alert]");
+      await error.waitFor();
+      assert.ok((await error.textContent()).length > 15);
+      assert.equal(await page.getAttribute(".selector input", "aria-invalid"), "true");
+      await page.fill(".selector input", '{service_name="search"}');
+      await page.keyboard.press("Enter");
+      await drawn(page, "shop::search::rank");
+      // The browser itself notes a 400 on its console; nothing else may be there.
+      const others = faults.filter((fault) => !/status of 400/.test(fault));
+      faults.length = 0;
+      faults.push(...others);
+    });
+  });
+
+  it("a range without profiles says where there are some", async () => {
+    await on(`?${CHECKOUT}&from=1700000000000&until=1700003600000`, async (page) => {
+      await page.getByText("Nothing in this selection").waitFor();
+      await page.getByRole("button", { name: "Go to the newest" }).click();
+      await drawn(page, "shop::checkout::price_basket");
+    });
+  });
+});
+
+describe("downloads", () => {
+  const pprof = async (page, click) => {
+    const [download] = await Promise.all([page.waitForEvent("download"), click()]);
+    assert.match(download.suggestedFilename(), /\.pb\.gz$/);
+    const bytes = await readFile(await download.path());
+    assert.deepEqual([...bytes.subarray(0, 2)], [0x1f, 0x8b]);
+    return gunzipSync(bytes).toString("latin1");
+  };
+
+  it("the merged selection is gzip pprof with the functions in it", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "main");
+      const text = await pprof(page, () => page.getByRole("link", { name: "Download pprof" }).click());
+      assert.ok(text.includes("shop::checkout::price_basket") && !text.includes("shop::search::rank"));
+    });
+  });
+
+  it("each stored profile has its own, and can be shown alone", async () => {
+    await on(`?${CHECKOUT}&show=list`, async (page) => {
+      await page.waitForSelector("table.list tbody tr");
+      assert.ok((await page.locator("table.list tbody tr").count()) >= 90);
+      assert.match(await page.textContent("table.list tbody tr"), /checkout.*node-a.*rule.*shop/s);
+      const text = await pprof(page, () => page.getByRole("link", { name: /^Download profile/ }).first().click());
+      assert.ok(text.includes("shop::"));
+      await page.getByRole("button", { name: /^Show only profile/ }).first().click();
+      await drawn(page, "shop::server::serve");
+      assert.match(await page.textContent(".numbers"), /1 profile.*only profile/s);
+    });
+  });
+});
+
+describe("the fleet", () => {
+  it("lists the nodes with their ledger, rules and rollout", async () => {
+    await on("nodes", async (page) => {
+      await page.getByRole("button", { name: "node-a" }).waitFor();
+      assert.match(await page.textContent(".summary"), /2 of 2/);
+      const b = page.locator("tr", { hasText: "node-b" }).first();
+      assert.match(await b.textContent(), /connected.*5\.10\.0-33-amd64.*x86_64 · 8 CPUs.*47 MiB.*1,230 lost.*partial/s);
+      await page.getByRole("button", { name: "node-b" }).click();
+      const details = page.locator(".node-details");
+      assert.match(await details.textContent(), /shop.*capturing.*shop-blocked.*unsupported.*sched_switch/s);
+      assert.match(await details.textContent(), /62,230 taken = 60,400 delivered \+ 600 pending \+ 1,230 lost/);
+      assert.match(await details.textContent(), /kernel ring buffer full.*900.*stack could not be read.*330/s);
+      await page.getByLabel("Filter the nodes").fill("node-a");
+      assert.equal(await b.count(), 0);
+    });
+  });
+
+  it("shows the rules as they were written, and each node's answer", async () => {
+    await on("rules", async (page) => {
+      await page.getByRole("article", { name: "Rule shop", exact: true }).waitFor();
+      const text = await page.textContent("main");
+      assert.match(text, /scope shop/);
+      assert.match(text, /both services of the shop/);
+      assert.match(text, /comm: \[checkout, "search\*"\]/);
+      assert.match(text, /hz: 99/);
+      assert.match(text, /node-b.*partial.*shop-blocked · capture\.kind.*sched_switch/s);
+    });
+  });
+});
+
+describe("everyone", () => {
+  for (const [view, path] of [["profiles", `?${CHECKOUT}&show=both`], ["comparison", `?${CHECKOUT}&compare=1`], ["list", `?${CHECKOUT}&show=list`], ["nodes", "nodes"], ["rules", "rules"]]) {
+    for (const colorScheme of ["light", "dark"]) {
+      it(`${view} in ${colorScheme} has no serious fault of accessibility`, async () => {
+        await on(path, async (page) => {
+          await page.waitForSelector("g.frame, table.list tbody tr, .rule");
+          await page.waitForFunction(() => !document.querySelector(".spinner"));
+          if (view === "nodes") await page.getByRole("button", { name: "node-b" }).click();
+          await accessible(page);
+        }, { colorScheme });
+      });
+    }
+  }
+
+  it("follows the system's colours until told otherwise, and remembers", async () => {
+    await on("", async (page) => {
+      const background = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
+      const dark = await background();
+      await page.getByRole("button", { name: /^Colour scheme: auto/ }).click();
+      const light = await background();
+      assert.notEqual(light, dark);
+      await page.reload();
+      assert.equal(await background(), light);
+      await page.getByRole("button", { name: /^Colour scheme: light/ }).click();
+      assert.equal(await background(), dark);
+    }, { colorScheme: "dark" });
+  });
+
+  it("fits a telephone without scrolling sideways", async () => {
+    for (const path of [`?${CHECKOUT}&show=both`, `?${CHECKOUT}&compare=1`, "nodes", "rules"]) {
+      await on(path, async (page) => {
+        await page.waitForSelector("g.frame, table.list tbody tr, .rule");
+        const [inner, outer] = await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
+        assert.ok(inner <= outer, `${path}: ${inner} wide on a screen of ${outer}`);
+      }, { viewport: { width: 360, height: 740 } });
+    }
+  });
+
+  it("reaches every control by the tab key, with a visible focus", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "main");
+      const reached = [];
+      for (let step = 0; step < 40; step += 1) {
+        await page.keyboard.press("Tab");
+        const here = await page.evaluate(() => {
+          const element = document.activeElement;
+          if (!element || element === document.body) return undefined;
+          const target = element.matches("[role=switch]") ? element.nextElementSibling : element;
+          const style = getComputedStyle(target);
+          return {
+            name: element.getAttribute("aria-label") ?? element.id ?? "",
+            text: element.textContent.slice(0, 40),
+            classes: element.className.toString(),
+            outline: style.outlineStyle !== "none" && Number.parseFloat(style.outlineWidth) >= 1,
+          };
+        });
+        if (!here) break;
+        assert.ok(here.outline, `no visible focus on ${JSON.stringify(here)}`);
+        reached.push(`${here.name} ${here.text} ${here.classes}`);
+      }
+      const all = reached.join("\n");
+      for (const part of ["Skip to", "Nodes", "Refresh now", "Add a filter", "Time range", "Compare", "plot", "Search functions", "Options of the graph", "Download pprof", "flame-graph"]) {
+        assert.ok(all.includes(part), `${part} is not reached:\n${all}`);
+      }
+    });
+  });
+});
+
+describe("an empty store", () => {
+  const onEmpty = async (path, run) => {
+    const opened = await openPage(browser, empty.address + path);
+    try {
+      await run(opened.page);
+      await accessible(opened.page);
+      assert.deepEqual(opened.faults, []);
+    } finally {
+      await opened.close();
+    }
+  };
+
+  it("tells a newcomer the next commands", async () => {
+    await onEmpty("", async (page) => {
+      await page.getByText("No profiles yet").waitFor();
+      const text = await page.textContent("main");
+      for (const command of ["gannet-agent run --collector http://127.0.0.1:4100", "rules apply -f rules.yaml", "kubectl port-forward"]) {
+        assert.ok(text.includes(command), command);
+      }
+    });
+  });
+
+  it("has help where there are no nodes and no rules", async () => {
+    await onEmpty("nodes", (page) => page.getByText("No node has connected yet").waitFor());
+    await onEmpty("rules", (page) => page.getByText("No rules yet").waitFor());
+  });
+
+  it("says so when the collector is gone", async () => {
+    const gone = await startCollector();
+    const opened = await openPage(browser, `${gone.address}nodes`);
+    try {
+      await opened.page.getByText("No node has connected yet").waitFor();
+      await gone.stop();
+      await opened.page.getByRole("button", { name: "Refresh now" }).click();
+      await opened.page.getByText("The collector does not answer").waitFor();
+    } finally {
+      await opened.close();
+      await gone.stop();
+    }
+  });
+});
