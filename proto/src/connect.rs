@@ -239,3 +239,71 @@ fn innermost(error: &dyn std::error::Error) -> String {
         None => text,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    fn dial(url: &str) -> Dial {
+        Dial { url: url.to_owned(), ..Dial::default() }
+    }
+
+    #[rstest]
+    #[case("http://127.0.0.1:4100", None)]
+    #[case("http://[::1]:4100/", None)]
+    #[case("http://localhost:4100", None)]
+    #[case("http://collector.gannet:4100", Some("use https://, or allow it by name with --insecure"))]
+    #[case("127.0.0.1:4100", Some("is not a collector address: write it like https://HOST:4100"))]
+    #[case("ftp://127.0.0.1:4100", Some("is not a collector address"))]
+    #[case("http://127.0.0.1:4100/ui", Some("is not a collector address"))]
+    #[case("", Some("is not a collector address"))]
+    #[tokio::test]
+    async fn plaintext_leaves_the_machine_only_if_asked_for(#[case] url: &str, #[case] error: Option<&str>) {
+        match (connect(&dial(url)), error) {
+            (Ok(_), None) => {}
+            (Err(found), Some(error)) => assert!(found.to_string().contains(error), "{found}"),
+            (found, error) => panic!("{url}: {found:?}, not {error:?}"),
+        }
+        if error.is_some_and(|error| error.contains("--insecure")) {
+            connect(&Dial { insecure: true, ..dial(url) }).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn tls_options_that_do_not_fit_are_named() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let here = Some(file.path().to_owned());
+        let missing = Some(PathBuf::from("/nonexistent/ca.pem"));
+        let https = || dial("https://collector:4100");
+        let words = |dial: Dial| connect(&dial).unwrap_err().to_string();
+        assert!(words(Dial { ca: here.clone(), ..dial("http://127.0.0.1:1") }).contains("speaks plaintext"));
+        assert!(
+            words(Dial { ca: missing.clone(), ..https() })
+                .contains("certificate authority /nonexistent/ca.pem")
+        );
+        let half = Dial { ca: here.clone(), cert: here.clone(), ..https() };
+        assert!(words(half).contains("only the certificate was given"));
+        let token = Dial { token_file: missing, ..dial("http://127.0.0.1:1") };
+        assert!(words(token).contains("token file /nonexistent/ca.pem"));
+    }
+
+    #[tokio::test]
+    async fn an_unreachable_collector_is_named_with_its_address_and_the_cause() {
+        // A port that was free a moment ago.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let url = format!("http://127.0.0.1:{port}");
+        let connection = connect(&dial(&url)).unwrap();
+        let mut client = crate::control::fleet_service_client::FleetServiceClient::new(connection);
+        let status = client.list_nodes(crate::control::ListNodesRequest {}).await.unwrap_err();
+        assert_eq!(
+            explain(&url, &status),
+            format!(
+                "cannot reach the collector at {url}: connection refused; is gannet-collector running there?"
+            )
+        );
+        assert_eq!(explain(&url, &Status::aborted("the etag is stale")), "the etag is stale");
+        assert!(explain(&url, &Status::unimplemented("")).contains("gRPC address"));
+    }
+}

@@ -16,6 +16,7 @@ pub mod selector;
     unreachable_pub,
     clippy::pedantic,
     clippy::doc_lazy_continuation,
+    clippy::large_enum_variant,
     reason = "generated; the documentation is the .proto files'"
 )]
 mod generated {

@@ -1,1 +1,387 @@
+use proptest::{collection, prelude::*};
+use prost::Message as _;
+use rstest::rstest;
 
+use super::*;
+use crate::query::FlameNode;
+
+const MIB: usize = 1 << 20;
+
+fn header() -> Header<'static> {
+    Header {
+        sample_types: &[("samples", "count"), ("cpu", "nanoseconds")],
+        period_type: ("cpu", "nanoseconds"),
+        period: 10_101_010,
+        time_nanos: 1_700_000_000_000_000_000,
+        duration_nanos: 10_000_000_000,
+    }
+}
+
+/// What a sample is made of: frames from the root by name, and a count.
+type Stack = (Vec<u8>, i64, Option<u8>);
+
+/// A profile of these stacks; each frame is one of a few functions of one of a few mappings.
+fn profile_of(stacks: &[Stack]) -> Profile {
+    let mut builder = Builder::new(header());
+    let kernel = Mapping { start: 1 << 63, limit: u64::MAX, file: "[kernel.kallsyms]", ..Mapping::default() };
+    let main =
+        Mapping { start: 0x1000, limit: 0x9000, offset: 0x400, file: "/usr/bin/app", build_id: "abcd" };
+    for (frames, count, label) in stacks {
+        let stack: Vec<_> = frames
+            .iter()
+            .rev()
+            .map(|frame| {
+                let mapping = builder.mapping(if frame % 5 == 0 { kernel } else { main });
+                if main.start != 0 && frame % 5 != 0 {
+                    builder.main_mapping(mapping);
+                }
+                let name = format!("function_{}", frame % 7);
+                let line =
+                    Line { name: &name, system_name: &name, file: "app.c", line: 7, ..Line::default() };
+                let inlined = Line { name: "inlined", ..line };
+                let lines: &[Line<'_>] = match frame % 3 {
+                    0 => &[],
+                    1 => &[line],
+                    _ => &[inlined, line],
+                };
+                builder.location(Some(mapping), 0x1000 + u64::from(*frame), lines)
+            })
+            .collect();
+        let label = label.map(|n| Label { key: "tid", value: LabelValue::Num(n.into(), "") });
+        builder.sample(&stack, &[*count, *count * 10_101_010], label.as_slice());
+    }
+    builder.comment("ledger: ticks 1");
+    builder.finish()
+}
+
+fn stacks() -> impl Strategy<Value = Vec<Stack>> {
+    let stack = (collection::vec(any::<u8>(), 0..12), 1..100_i64, proptest::option::of(0..3_u8));
+    collection::vec(stack, 0..12)
+}
+
+fn merged<'a>(profiles: impl IntoIterator<Item = &'a Profile>) -> Profile {
+    let mut merger = Merger::new();
+    for profile in profiles {
+        merger.add(profile).unwrap();
+    }
+    merger.finish().unwrap()
+}
+
+/// Every node's total is its own value and its children's.
+#[track_caller]
+fn assert_adds_up(root: &FlameNode) -> usize {
+    let (mut open, mut nodes) = (vec![root], 0);
+    while let Some(node) = open.pop() {
+        nodes += 1;
+        assert_eq!(
+            node.total,
+            node.self_ + node.children.iter().map(|c| c.total).sum::<u64>(),
+            "{}",
+            node.name
+        );
+        let base: u64 = node.children.iter().map(|c| c.base_total).sum();
+        assert_eq!(node.base_total, node.base_self + base, "{}", node.name);
+        let sizes: Vec<_> = node.children.iter().map(|c| c.total + c.base_total).collect();
+        assert!(sizes.is_sorted_by(|a, b| a >= b), "largest first");
+        open.extend(&node.children);
+    }
+    nodes
+}
+
+#[test]
+fn a_profile_is_written_exactly() {
+    let profile = profile_of(&[(vec![1, 2, 3], 5, Some(1)), (vec![1, 2, 3], 2, Some(1)), (vec![5], 1, None)]);
+    assert_eq!(profile.string_table[0], "");
+    assert_eq!(profile.sample.len(), 2, "the same stack with the same labels is one sample");
+    assert_eq!(
+        profile.mapping[0].filename,
+        profile.string_table.iter().position(|s| s == "/usr/bin/app").unwrap() as i64
+    );
+    let flags: Vec<_> = profile
+        .mapping
+        .iter()
+        .map(|m| (m.has_functions, m.has_filenames, m.has_line_numbers, m.has_inline_frames))
+        .collect();
+    assert_eq!(flags, [(true, true, true, true), (true, true, true, true)]);
+    for (ids, len) in [
+        (profile.mapping.iter().map(|m| m.id).collect::<Vec<_>>(), profile.mapping.len()),
+        (profile.location.iter().map(|l| l.id).collect(), profile.location.len()),
+        (profile.function.iter().map(|f| f.id).collect(), profile.function.len()),
+    ] {
+        assert_eq!(ids, (1..=len as u64).collect::<Vec<_>>());
+    }
+    let summary = check(&profile).unwrap();
+    assert_eq!(summary.sample_types, ["samples/count", "cpu/nanoseconds"]);
+    assert_eq!(summary.totals, [8, 8 * 10_101_010]);
+    let bytes = encode(&profile);
+    assert_eq!(bytes[4..8], [0; 4], "no time in the gzip header");
+    assert_eq!(sample_type_index(&profile, ""), Some(1));
+    assert_eq!(sample_type_index(&profile, "samples"), Some(0));
+    assert_eq!(sample_type_index(&profile, "cpu/nanoseconds"), Some(1));
+    assert_eq!(sample_type_index(&profile, "offcpu"), None);
+}
+
+#[test]
+fn a_label_key_is_never_there_twice_and_locations_without_samples_are_left_out() {
+    let mut builder = Builder::new(header());
+    let used = builder.location(None, 1, &[]);
+    builder.location(None, 2, &[Line { name: "never_sampled", ..Line::default() }]);
+    let label = |value| Label { key: "comm", value };
+    builder.sample(&[used], &[1, 1], &[label(LabelValue::Str("a")), label(LabelValue::Str("b"))]);
+    let profile = builder.finish();
+    assert_eq!(profile.sample[0].label.len(), 1);
+    assert_eq!((profile.location.len(), profile.function.len()), (1, 0));
+    assert!(!profile.string_table.iter().any(|s| s == "never_sampled"));
+    check(&profile).unwrap();
+}
+
+#[test]
+fn unsymbolized_kernel_and_inlined_frames_are_named() {
+    let mut builder = Builder::new(header());
+    let lib = builder.mapping(Mapping {
+        start: 0x7000,
+        limit: 0x9000,
+        offset: 0x1000,
+        file: "/lib/libfoo.so",
+        build_id: "",
+    });
+    let anon = builder.mapping(Mapping { file: "[anon]", ..Mapping::default() });
+    let kernel = builder.mapping(Mapping { file: "[kernel.kallsyms]", ..Mapping::default() });
+    let outer = Line { name: "outer", ..Line::default() };
+    let stack = [
+        builder.location(Some(kernel), 9, &[Line { name: "read", ..Line::default() }]),
+        builder.location(Some(lib), 0x7234, &[]),
+        builder.location(Some(anon), 77, &[]),
+        builder.location(None, 5, &[]),
+        builder.location(Some(lib), 0x7300, &[Line { name: "inner", ..Line::default() }, outer]),
+    ];
+    builder.sample(&stack, &[3, 30], &[]);
+    let profile = builder.finish();
+    assert_eq!(folded(&profile, 0).unwrap(), "outer;inner;[unknown];[anon];libfoo.so+0x1234;read 3\n");
+    let mut tree = FlameTree::new();
+    tree.add(&profile, 1, Side::Main).unwrap();
+    let mut node = &tree.prune(100);
+    let mut seen = Vec::new();
+    while let Some(child) = node.children.first() {
+        seen.push((child.name.as_str(), child.file.as_str(), child.kernel, child.inlined));
+        node = child;
+    }
+    assert_eq!(seen[0], ("outer", "libfoo.so", false, false));
+    assert_eq!(seen[1], ("inner", "libfoo.so", false, true));
+    assert_eq!(seen[5], ("read", "[kernel.kallsyms]", true, false));
+    assert_eq!(node.self_, 30);
+}
+
+#[test]
+fn a_stack_of_many_thousand_frames_is_no_danger() {
+    let mut builder = Builder::new(header());
+    let stack: Vec<_> = (0..5000_u64)
+        .map(|i| {
+            let name = format!("f{i}");
+            builder.location(None, i, &[Line { name: &name, ..Line::default() }])
+        })
+        .collect();
+    builder.sample(&stack, &[1, 1], &[]);
+    let profile = builder.finish();
+    let mut tree = FlameTree::new();
+    tree.add(&profile, 0, Side::Main).unwrap();
+    assert_eq!(tree.top(1)[0].name, "f0");
+    assert_eq!(folded(&profile, 0).unwrap().matches(';').count(), 4999);
+    assert_eq!(assert_adds_up(&tree.prune(10_000)), 5001);
+    assert_eq!(assert_adds_up(&tree.prune(100)), 100);
+}
+
+#[test]
+fn a_recursive_function_counts_once_for_each_stack() {
+    // 1 and 8 are the same function at two addresses.
+    let profile = profile_of(&[(vec![1, 4, 8, 4, 1], 10, None), (vec![4], 1, None)]);
+    let mut tree = FlameTree::new();
+    tree.add(&profile, 0, Side::Main).unwrap();
+    let rows = tree.top(10);
+    let row =
+        |name: &str| rows.iter().find(|row| row.name == name).map(|row| (row.self_, row.total)).unwrap();
+    assert_eq!(row("function_1"), (10, 10));
+    assert_eq!(row("function_4"), (1, 11));
+    assert_eq!(tree.top(1).len(), 1);
+}
+
+#[test]
+fn a_difference_keeps_both_sides() {
+    let (a, b) = (profile_of(&[(vec![1, 4], 10, None)]), profile_of(&[(vec![1, 7], 4, None)]));
+    let mut tree = FlameTree::new();
+    tree.add(&a, 0, Side::Main).unwrap();
+    tree.add(&b, 0, Side::Base).unwrap();
+    let root = tree.prune(10);
+    assert_adds_up(&root);
+    assert_eq!((root.total, root.base_total), (10, 4));
+    assert_eq!((tree.total(Side::Main), tree.total(Side::Base)), (10, 4));
+    let one = &root.children[0];
+    assert_eq!((one.name.as_str(), one.total, one.base_total, one.children.len()), ("function_1", 10, 4, 2));
+    assert!(tree.add(&a, 2, Side::Main).is_err(), "there is no third value");
+}
+
+#[test]
+fn merging_refuses_another_kind_and_goes_on() {
+    let a = profile_of(&[(vec![1], 1, None)]);
+    let mut builder =
+        Builder::new(Header { sample_types: &[("events", "count"), ("offcpu", "nanoseconds")], ..header() });
+    builder.sample(&[], &[1, 1], &[]);
+    let mut merger = Merger::new();
+    merger.add(&a).unwrap();
+    let error = merger.add(&builder.finish()).unwrap_err();
+    assert!(error.to_string().contains("[events/count, offcpu/nanoseconds] cannot be merged"), "{error}");
+    merger.add(&a).unwrap();
+    let sum = merger.finish().unwrap();
+    assert_eq!(check(&sum).unwrap().totals[0], 2);
+    assert_eq!(sum.duration_nanos, 20_000_000_000);
+    assert_eq!(sum.time_nanos, header().time_nanos);
+    assert_eq!(sum.comment.len(), 1, "the same comment once");
+    assert!(Merger::new().finish().is_none());
+}
+
+#[test]
+fn a_bomb_and_a_stump_are_refused_by_name() {
+    let bytes = encode(&profile_of(&[(vec![1, 2], 3, None)]));
+    assert_eq!(decode(&bytes[..bytes.len() - 9], MIB), Err(PprofError::Truncated));
+    assert_eq!(decode(&bytes[..5], MIB), Err(PprofError::Truncated));
+    assert_eq!(decode(&bytes, 10), Err(PprofError::TooLarge { max: 10 }));
+    let mut damaged = bytes.clone();
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 0xff;
+    assert!(decode(&damaged, MIB).is_err());
+    assert!(matches!(decode(b"\x0a\xff\xff", MIB), Err(PprofError::Protobuf(_))));
+    let zeros = Profile { string_table: vec![String::new(), "x".repeat(50 * MIB)], ..Profile::default() };
+    assert_eq!(decode(&encode(&zeros), MIB), Err(PprofError::TooLarge { max: MIB }));
+}
+
+#[rstest]
+#[case::string_zero(|p: &mut Profile| p.string_table[0] = "x".into(), "string 0")]
+#[case::no_types(|p: &mut Profile| p.sample_type.clear(), "no sample types")]
+#[case::type_name(|p: &mut Profile| p.sample_type[0].unit = 999, "a sample type refers to string 999")]
+#[case::negative(|p: &mut Profile| p.function[0].name = -1, "a function refers to string -1")]
+#[case::location(|p: &mut Profile| p.sample[0].location_id[0] = 77, "a sample refers to location 77")]
+#[case::location_zero(|p: &mut Profile| p.sample[0].location_id[0] = 0, "a sample refers to location 0")]
+#[case::mapping(|p: &mut Profile| p.location[0].mapping_id = 9, "a location refers to mapping 9")]
+#[case::function(|p: &mut Profile| p.location[0].line[0].function_id = 9, "a location refers to function 9")]
+#[case::twice(|p: &mut Profile| p.location[1].id = 1, "the id 1 of a location is 0 or used twice")]
+#[case::zero(|p: &mut Profile| p.mapping[0].id = 0, "the id 0 of a mapping is 0 or used twice")]
+#[case::values(|p: &mut Profile| p.sample[0].value.truncate(1), "sample 0 has 1 values for 2")]
+#[case::below_zero(|p: &mut Profile| p.sample[0].value[0] = -1, "sample 0 has a negative value")]
+#[case::label(|p: &mut Profile| { let l = p.sample[0].label[0]; p.sample[0].label.push(l); }, "has the label `tid` twice")]
+#[case::comment(|p: &mut Profile| p.comment[0] = 999, "the profile refers to string 999")]
+fn a_profile_that_does_not_hold_together_is_refused(#[case] break_it: fn(&mut Profile), #[case] why: &str) {
+    let mut profile = profile_of(&[(vec![1, 4], 5, Some(1))]);
+    check(&profile).unwrap();
+    break_it(&mut profile);
+    let error = check(&profile).unwrap_err().to_string();
+    assert!(error.contains(why), "{error}");
+    assert!(Merger::new().add(&profile).is_err());
+    assert!(FlameTree::new().add(&profile, 0, Side::Main).is_err());
+}
+
+#[test]
+fn ids_in_any_order_are_understood() {
+    let mut profile = profile_of(&[(vec![1, 4, 2], 5, Some(1)), (vec![2], 1, None)]);
+    let before = folded(&profile, 0).unwrap();
+    let odd = |id: u64| 1000 - id * 3;
+    for location in &mut profile.location {
+        location.id = odd(location.id);
+        location.mapping_id = odd(location.mapping_id);
+    }
+    profile.mapping.iter_mut().for_each(|mapping| mapping.id = odd(mapping.id));
+    profile.sample.iter_mut().flat_map(|s| &mut s.location_id).for_each(|id| *id = odd(*id));
+    profile.location.reverse();
+    check(&profile).unwrap();
+    assert_eq!(folded(&profile, 0).unwrap(), before);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn what_is_encoded_decodes_to_the_same(stacks in stacks()) {
+        let profile = profile_of(&stacks);
+        prop_assert_eq!(decode(&encode(&profile), MIB), Ok(profile.clone()));
+        prop_assert_eq!(decode(&profile.encode_to_vec(), MIB), Ok(profile));
+    }
+
+    #[test]
+    fn the_order_of_samples_does_not_show(stacks in stacks(), at in any::<prop::sample::Index>()) {
+        let mut other = stacks.clone();
+        if !other.is_empty() {
+            let at = at.index(other.len());
+            other.rotate_left(at);
+        }
+        prop_assert_eq!(encode(&profile_of(&stacks)), encode(&profile_of(&other)));
+    }
+
+    #[test]
+    fn merging_adds_up_in_any_order(a in stacks(), b in stacks(), c in stacks()) {
+        let profiles = [profile_of(&a), profile_of(&b), profile_of(&c)];
+        let sum = merged(&profiles);
+        let [a, b, c] = &profiles;
+        prop_assert_eq!(encode(&sum), encode(&merged([c, a, b])));
+        let totals = |p: &Profile| check(p).unwrap().totals;
+        let expected: Vec<i64> = (0..2).map(|i| profiles.iter().map(|p| totals(p)[i]).sum()).collect();
+        prop_assert_eq!(totals(&sum), expected);
+        // Merging what is merged changes only what says how long it took.
+        let twice = merged([&merged([a, b]), c]);
+        prop_assert_eq!(twice.sample, sum.sample);
+    }
+
+    #[test]
+    fn a_tree_holds_what_the_profiles_hold_at_any_size(a in stacks(), b in stacks(), max in 1_usize..40) {
+        let (a, b) = (profile_of(&a), profile_of(&b));
+        let mut tree = FlameTree::new();
+        tree.add(&a, 1, Side::Main).unwrap();
+        tree.add(&b, 1, Side::Base).unwrap();
+        let whole = tree.prune(usize::MAX);
+        prop_assert_eq!(whole.total as i64, check(&a).unwrap().totals[1]);
+        prop_assert_eq!(whole.base_total as i64, check(&b).unwrap().totals[1]);
+        assert_adds_up(&whole);
+        let pruned = tree.prune(max);
+        prop_assert!(assert_adds_up(&pruned) <= max.max(2));
+        prop_assert_eq!((pruned.total, pruned.base_total), (whole.total, whole.base_total));
+        let own: u64 = tree.top(usize::MAX).iter().map(|row| row.self_).sum();
+        // Samples without any frame are the root's own.
+        prop_assert_eq!(own + whole.self_, whole.total);
+        let lines: u64 = folded(&a, 1).unwrap().lines().filter_map(|l| l.rsplit_once(' ')).map(|(_, n)| n.parse::<u64>().unwrap()).sum();
+        prop_assert_eq!(lines, whole.total);
+    }
+
+    #[test]
+    fn any_bytes_are_answered_without_a_panic(bytes in collection::vec(any::<u8>(), 0..200)) {
+        if let Ok(profile) = decode(&bytes, MIB) {
+            use_it(&profile);
+        }
+    }
+
+    #[test]
+    fn a_damaged_profile_is_answered_without_a_panic(
+        stacks in stacks(),
+        flips in collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+    ) {
+        let mut bytes = profile_of(&stacks).encode_to_vec();
+        for (at, value) in flips {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        if let Ok(profile) = decode(&bytes, MIB) {
+            use_it(&profile);
+        }
+    }
+}
+
+/// All that may be done with a profile that passes the check.
+fn use_it(profile: &Profile) {
+    let Ok(summary) = check(profile) else { return };
+    let sum = merged([profile, profile]);
+    check(&sum).unwrap();
+    for index in 0..summary.totals.len() {
+        let mut tree = FlameTree::new();
+        tree.add(profile, index, Side::Main).unwrap();
+        tree.prune(5);
+        tree.top(3);
+        folded(profile, index).unwrap();
+    }
+}

@@ -1,1 +1,403 @@
+use proptest::{collection, option, prelude::*};
+use rstest::rstest;
 
+use super::*;
+use crate::control::{self, Capture, Condition, Lifetime, Match, condition};
+
+/// Every field of the format.
+const EVERYTHING: &str = r#"
+rules:
+  - id: checkout-cpu-pressure
+    description: why this exists
+    match:
+      comm: ["python3*", "node"]
+      exe: ["/usr/bin/postgres"]
+      cgroup: ["/kubepods.slice/kubepods-burstable.slice/*"]
+      namespaces: [shop]
+      pod_labels: {app: checkout}
+      containers: [app]
+      workloads: ["deployment/checkout"]
+      pids: []
+      uid: [1000]
+    nodes:
+      selector: "pool=gpu"
+      names: []
+      percent: 100
+    when:
+      - pressure: {resource: cpu, kind: some, stall_us: 150000, window_us: 1000000, scope: container}
+      - cpu_usage: {above_millicores: 1500, for: 10s}
+      - throttled: {above_percent: 20, for: 10s}
+      - exec: {}
+      - schedule: {every: 10m, for: 30s}
+    capture:
+      kind: [on_cpu, off_cpu]
+      hz: 99
+      duration: 30s
+      cooldown: 2m
+      lead_up: 10s
+      max_concurrent: 3
+      stacks: {user: true, kernel: true}
+    lifetime: {ttl: 1h30m, not_before: null}
+    labels: {team: shop}
+    priority: 0
+"#;
+
+#[track_caller]
+fn good(text: &str) -> Vec<Rule> {
+    let rules = parse(text, "rules.yaml").unwrap_or_else(|errors| panic!("{errors:#?}"));
+    assert_eq!(validate(&rules, &Caps::default()), []);
+    rules
+}
+
+#[track_caller]
+fn bad(text: &str) -> Vec<String> {
+    parse(text, "rules.yaml").unwrap_err().iter().map(ToString::to_string).collect()
+}
+
+/// One rule with this body; the errors as `field: reason`.
+#[track_caller]
+fn faults(body: &str) -> Vec<String> {
+    let text = format!("rules: [{{id: r, match: {{comm: [\"*\"]}}, {body}}}]");
+    let rules = parse(&text, "t").unwrap_or_else(|errors| panic!("{errors:#?}"));
+    validate(&rules, &Caps::default())
+        .into_iter()
+        .map(|RuleError { rule_id, field, reason }| {
+            assert_eq!(rule_id, "r");
+            format!("{field}: {reason}")
+        })
+        .collect()
+}
+use crate::control::RuleError;
+
+#[test]
+fn every_field_of_the_format_is_read_and_written() {
+    let rules = good(EVERYTHING);
+    let rule = &rules[0];
+    assert_eq!(rule.r#match.as_ref().unwrap().pod_labels, "app=checkout");
+    assert_eq!(rule.when.len(), 5);
+    assert_eq!(rule.lifetime.unwrap().ttl.unwrap().seconds, 5400);
+    assert_eq!((effective_hz(rule), effective_kinds(rule).len()), (99, 2));
+    let yaml = to_yaml(&rules);
+    assert!(yaml.contains("ttl: 1h30m"), "{yaml}");
+    assert_eq!(good(&yaml), rules);
+    let json = serde_json::json!({ "rules": [to_json(rule)] }).to_string();
+    assert_eq!(good(&json), rules, "JSON is accepted too");
+}
+
+#[test]
+fn several_documents_are_one_set_and_an_empty_file_is_none() {
+    let rules = good("rules:\n- {id: b, match: {comm: [b]}}\n---\nrules:\n- {id: a, match: {comm: [a]}}\n");
+    assert_eq!(rules.iter().map(|r| r.id.as_str()).collect::<Vec<_>>(), ["b", "a"]);
+    assert_eq!(good(""), []);
+    assert_eq!(good("rules: []"), []);
+    assert_eq!(good("rules:"), []);
+}
+
+#[rstest]
+#[case::unknown_field(
+    "rules:\n- id: a\n  match:\n    com: [x]\n",
+    "rules.yaml:4:5: rule `a`: match.com: unknown field `com`, expected one of `comm`"
+)]
+#[case::unknown_top("rule: []", "rules.yaml:1:1: rule: unknown field: a rule file is `rules:`")]
+#[case::unknown_condition(
+    "rules:\n- id: a\n  when:\n  - presure: {}\n",
+    "rules.yaml:4:5: rule `a`: when[0]: unknown variant `presure`, expected one of `pressure`"
+)]
+#[case::zero_hz(
+    "rules:\n- id: a\n  capture:\n    hz: 0\n",
+    "rules.yaml:4:5: rule `a`: capture.hz: 0 is not possible"
+)]
+#[case::no_id("rules:\n- match: {comm: [a]}\n", "rules.yaml:2:3: rule rules[0]: missing field `id`")]
+#[case::number_for_text(
+    "rules:\n- id: a\n  match: {comm: [7]}\n",
+    "rules.yaml:3:18: rule `a`: match.comm[0]: invalid type: integer `7`, expected a string: put the value in quotes"
+)]
+#[case::bare_number(
+    "rules:\n- id: a\n  lifetime: {ttl: 20}\n",
+    "rules.yaml:3:14: rule `a`: lifetime.ttl: invalid type: integer `20`, expected a duration with its unit, like 30s"
+)]
+#[case::bad_duration(
+    "rules:\n- id: a\n  lifetime: {ttl: soon}\n",
+    "rules.yaml:3:14: rule `a`: lifetime.ttl: `soon` is not a duration: write it like 30s, 2m or 1h30m"
+)]
+#[case::bad_selector(
+    "rules:\n- id: a\n  match: {pod_labels: 'app in a'}\n",
+    "rules.yaml:3:11: rule `a`: match.pod_labels: expected `(` at character 8, found `a`"
+)]
+#[case::bad_time(
+    "rules:\n- id: a\n  lifetime: {not_before: tomorrow}\n",
+    "rules.yaml:3:14: rule `a`: lifetime.not_before: `tomorrow` is not a time"
+)]
+#[case::list("- id: a\n", "rules.yaml:1:1: a rule file is `rules:` followed by a list of rules")]
+#[case::scalar("rules: 7", "rules.yaml:1:8: rules: a rule file is `rules:` followed by a list of rules")]
+#[case::not_yaml("rules: [", "rules.yaml:1:")]
+#[case::twice("rules:\n- id: a\n  id: b\n", "rules.yaml:3:")]
+fn a_mistake_is_named_by_line_and_field(#[case] text: &str, #[case] error: &str) {
+    let errors = bad(text);
+    assert!(errors[0].starts_with(error), "{errors:#?}");
+}
+
+#[test]
+fn mistakes_in_several_rules_are_reported_together() {
+    let errors = bad("rules:\n- {id: a, x: 1}\n- {id: b}\n- {id: c, priority: high}\n---\nother: 1\n");
+    assert_eq!(errors.len(), 4, "{errors:#?}");
+}
+
+#[rstest]
+#[case::comm_length(
+    "match: {comm: [abcdefghijklmnop]}",
+    "match.comm[0]: `abcdefghijklmnop` has 16 bytes, and the kernel keeps 15 of a command name: write \
+     `abcdefghijklmno*`, or use match.exe"
+)]
+#[case::comm_path("match: {comm: [/usr/bin/x]}", "match.comm[0]: `/usr/bin/x` is a path")]
+#[case::comm_star("match: {comm: [a*b]}", "match.comm[0]: `a*b` `*` stands only at the end")]
+#[case::comm_empty("match: {comm: ['']}", "match.comm[0]: `` is empty")]
+#[case::comm_nul("match: {comm: [\"a\\0b\"]}", "match.comm[0]: `a\\0b` holds a NUL")]
+#[case::exe("match: {exe: [usr/bin/x]}", "match.exe[0]: `usr/bin/x` is not an absolute path")]
+#[case::cgroup("match: {cgroup: [kubepods*]}", "match.cgroup[0]: `kubepods*` is not an absolute path")]
+#[case::namespace("match: {namespaces: [Shop]}", "match.namespaces[0]: `Shop` is not 1 to 63")]
+#[case::workload("match: {workloads: [checkout]}", "match.workloads[0]: `checkout` is not a workload")]
+#[case::pid("match: {pids: [1, 0]}", "match.pids[1]: 0 is not a process")]
+#[case::nothing("match: {}", "match: is empty: say what the rule is for, or `comm: [\"*\"]`")]
+#[case::percent("nodes: {percent: 101}", "nodes.percent: is 101: give 1 to 100")]
+#[case::hz(
+    "capture: {hz: 5000}, lifetime: {ttl: 1m}",
+    "capture.hz: is 5000, and the cap (max_hz) is 1000: give 1 to 1000"
+)]
+#[case::ttl(
+    "capture: {hz: 199}",
+    "lifetime.ttl: is missing: a rule above 99 Hz (this one: 199) must say when it ends"
+)]
+#[case::ttl_zero("lifetime: {ttl: 0s}", "lifetime.ttl: is 0s: give 1s to 8784h")]
+#[case::duration("when: [{exec: {}}], capture: {duration: 2h}", "capture.duration: is 2h: give 1s to 1h")]
+#[case::duration_always("capture: {duration: 30s}", "capture.duration: has no meaning without `when`")]
+#[case::concurrent("capture: {max_concurrent: 65}", "capture.max_concurrent: is 65, and the cap is 64")]
+#[case::stacks("capture: {stacks: {user: false, kernel: false}}", "capture.stacks: leaves nothing to sample")]
+#[case::kinds("capture: {kind: [on_cpu, on_cpu]}", "capture.kind[1]: is given twice")]
+#[case::label_reserved("labels: {pod: x}", "labels.pod: is a label that every profile has already")]
+#[case::label_name("labels: {a-b: x}", "labels.a-b: label name `a-b` is not allowed")]
+#[case::priority("priority: 5000", "priority: is 5000: give -1000 to 1000")]
+#[case::stall(
+    "when: [{pressure: {resource: cpu, kind: some, stall_us: 1000000, window_us: 1000000}}]",
+    "when[0].pressure.stall_us: is 1000000: give at least 1, and less than the window (1000000)"
+)]
+#[case::window(
+    "when: [{pressure: {resource: io, kind: full, stall_us: 1, window_us: 499999}}]",
+    "when[0].pressure.window_us: is 499999: give 500000 to 10000000"
+)]
+#[case::pressure_kind(
+    "when: [{pressure: {resource: io, stall_us: 1, window_us: 500000}}]",
+    "when[0].pressure.kind: is missing: give some"
+)]
+#[case::node_cpu_full(
+    "when: [{pressure: {resource: cpu, kind: full, scope: node, stall_us: 1, window_us: 500000}}]",
+    "when[0].pressure.kind: never happens"
+)]
+#[case::usage(
+    "when: [{cpu_usage: {above_millicores: 1}}]",
+    "when[0].cpu_usage.for: is missing: give 1s to 1h"
+)]
+#[case::throttled(
+    "when: [{throttled: {above_percent: 100, for: 1s}}]",
+    "when[0].throttled.above_percent: is 100"
+)]
+#[case::schedule(
+    "when: [{schedule: {every: 30s, for: 30s}}]",
+    "when[0].schedule.for: is 30s, and the next one"
+)]
+fn what_a_rule_may_not_ask_for_is_named_with_its_cure(#[case] body: &str, #[case] error: &str) {
+    // A second `match` would be refused: it takes the place of the default one.
+    let found = if body.starts_with("match") {
+        let rules = parse(&format!("rules: [{{id: r, {body}}}]"), "t").unwrap();
+        validate(&rules, &Caps::default()).into_iter().map(|e| format!("{}: {}", e.field, e.reason)).collect()
+    } else {
+        faults(body)
+    };
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert!(found[0].starts_with(error), "{}", found[0]);
+}
+
+#[test]
+fn everything_wrong_is_reported_at_once() {
+    let text = "rules: [{id: A_, match: {comm: ['a*b', '']}, capture: {hz: 1001}}, {id: x}, {id: x}]";
+    let found: Vec<_> = validate(&parse(text, "t").unwrap(), &Caps::default())
+        .into_iter()
+        .map(|error| (error.rule_id, error.field))
+        .collect();
+    let expected = [
+        ("A_", "id"),
+        ("A_", "match.comm[0]"),
+        ("A_", "match.comm[1]"),
+        ("A_", "capture.hz"),
+        ("A_", "lifetime.ttl"),
+        ("x", "match"),
+        ("x", "id"),
+        ("x", "match"),
+    ];
+    assert_eq!(found, expected.map(|(id, field)| (id.to_owned(), field.to_owned())));
+}
+
+#[test]
+fn a_lower_cap_refuses_what_the_format_allows_and_the_set_has_its_own_bounds() {
+    let rules = good("rules: [{id: a, match: {comm: [a]}, capture: {hz: 99}}, {id: b, match: {comm: [b]}}]");
+    let fields = |caps: Caps| validate(&rules, &caps).into_iter().map(|e| e.field).collect::<Vec<_>>();
+    assert_eq!(fields(Caps { max_hz: 50, ..Caps::default() }), ["capture.hz"]);
+    assert_eq!(fields(Caps { ttl_above_hz: 50, ..Caps::default() }), ["lifetime.ttl"]);
+    assert_eq!(fields(Caps { max_rules: 1, ..Caps::default() }), ["rules"]);
+    assert_eq!(fields(Caps { max_bytes: 10, ..Caps::default() }), ["rules"]);
+}
+
+#[test]
+fn a_rule_left_open_has_the_documented_defaults() {
+    let rules = good("rules: [{id: a, match: {comm: [a]}}, {id: b, match: {comm: [b]}, when: [{exec: {}}]}]");
+    assert_eq!((effective_hz(&rules[0]), effective_hz(&rules[1])), (19, 99));
+    assert_eq!(effective_kinds(&rules[0]), [capture::Kind::OnCpu]);
+}
+
+#[test]
+fn the_digest_depends_on_what_the_rules_say_and_on_nothing_else() {
+    let rules = good("rules: [{id: b, match: {comm: [b]}}, {id: a, match: {comm: [a]}, capture: {}}]");
+    let mut other = rules.clone();
+    other.reverse();
+    other[0].capture = Some(Capture::default());
+    assert_eq!(digest(&rules), digest(&other));
+    assert_eq!(digest(&rules).len(), 64);
+    other[1].priority = 1;
+    assert_ne!(digest(&rules), digest(&other));
+    // Written down, since a node keeps its digest over an upgrade of either side.
+    assert_eq!(digest(&[]), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+}
+
+#[test]
+fn nodes_are_chosen_by_name_label_and_share_and_doubt_means_no() {
+    let labels = BTreeMap::from([("pool".to_owned(), "gpu".to_owned())]);
+    let rule = |nodes| Rule { nodes: Some(nodes), ..Rule::default() };
+    let selects = |selector: &str| {
+        let selector = selector.to_owned();
+        is_for_node(&rule(NodeSelector { selector, ..NodeSelector::default() }), "n1", &labels)
+    };
+    assert!(is_for_node(&Rule::default(), "n1", &labels));
+    assert!(selects("pool=gpu") && selects("pool") && !selects("pool=cpu") && !selects("zone"));
+    assert!(!selects("pool in ("), "what cannot be read selects nothing");
+    let named = rule(NodeSelector { names: vec!["n2".into()], ..NodeSelector::default() });
+    assert!(is_for_node(&named, "n2", &labels) && !is_for_node(&named, "n1", &labels));
+    let share = |percent| {
+        let rule = rule(NodeSelector { percent, ..NodeSelector::default() });
+        (0..1000).filter(|n| is_for_node(&rule, &format!("node-{n}"), &labels)).collect::<Vec<_>>()
+    };
+    assert_eq!((share(0).len(), share(100).len()), (1000, 1000));
+    let (ten, thirty) = (share(10), share(30));
+    assert!(
+        (60..140).contains(&ten.len()) && (250..350).contains(&thirty.len()),
+        "{} {}",
+        ten.len(),
+        thirty.len()
+    );
+    assert!(ten.iter().all(|n| thirty.contains(n)), "a larger share keeps the nodes of the smaller one");
+}
+
+#[rstest]
+#[case("python3", "python3", true)]
+#[case("python3", "python3.11", false)]
+#[case("python3*", "python3", true)]
+#[case("python3*", "python3.11", true)]
+#[case("python3*", "python", false)]
+#[case("*", "", true)]
+fn patterns_match_exactly_or_by_prefix(#[case] pattern: &str, #[case] name: &str, #[case] matched: bool) {
+    let pattern = Pattern::parse(pattern).unwrap();
+    assert_eq!(pattern.matches(name.as_bytes()), matched);
+    assert_eq!(pattern.to_string().parse(), Ok(pattern));
+}
+
+fn seconds(range: std::ops::Range<i64>) -> impl Strategy<Value = Option<prost_types::Duration>> {
+    option::of(
+        (range, 0..2_i32)
+            .prop_map(|(seconds, half)| prost_types::Duration { seconds, nanos: half * 500_000_000 }),
+    )
+}
+
+prop_compose! {
+    fn some_match()(
+        comm in collection::vec("[a-z: #'\"-]{1,14}\\*?", 1..4), // YAML's own characters too
+        exe in collection::vec("/[a-z/]{0,30}\\*?", 0..3),
+        namespaces in collection::vec("[a-z][a-z0-9]{0,9}", 0..3),
+        pod_labels in prop_oneof![Just(String::new()), Just("app=a,tier in (b,c),!x".to_owned())],
+        pids in collection::vec(1_u32..100_000, 0..3),
+    ) -> Match {
+        Match { comm, exe, namespaces, pod_labels, pids, ..Match::default() }
+    }
+}
+
+prop_compose! {
+    fn some_rule()(
+        id in "[a-z][a-z0-9]{0,20}",
+        description in "[ -~äöü\\n]{0,60}",
+        r#match in some_match(),
+        triggered in any::<bool>(),
+        hz in 0_u32..99,
+        duration in seconds(1..3599),
+        ttl in seconds(1..100_000),
+        not_before in option::of(0_i64..4_000_000_000),
+        kernel_stacks in option::of(Just(false)),
+        labels in collection::btree_map("[a-z]{1,3}x", "\\PC{0,30}", 0..3),
+        priority in -1000..=1000_i32,
+    ) -> Rule {
+        let exec = Condition { kind: Some(condition::Kind::Exec(condition::Exec {})) };
+        let not_before = not_before.map(|seconds| prost_types::Timestamp { seconds, nanos: 0 });
+        Rule {
+            id,
+            description,
+            r#match: Some(r#match),
+            when: if triggered { vec![exec] } else { Vec::new() },
+            capture: Some(Capture {
+                hz,
+                duration: duration.filter(|_| triggered),
+                kernel_stacks,
+                ..Capture::default()
+            }),
+            lifetime: Some(Lifetime { ttl, not_before }),
+            labels,
+            priority,
+            nodes: None,
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn what_is_written_reads_back_as_the_same_rule(rule in some_rule()) {
+        let rules = canonical(vec![rule]);
+        prop_assert_eq!(validate(&rules, &Caps::default()), Vec::<control::RuleError>::new());
+        let yaml = to_yaml(&rules);
+        let read = parse(&yaml, "t").map_err(|errors| TestCaseError::fail(format!("{errors:?}\n{yaml}")))?;
+        prop_assert_eq!(&read, &rules);
+        prop_assert_eq!(digest(&read), digest(&rules));
+    }
+
+    #[test]
+    fn any_text_is_answered_without_a_panic(text in "\\PC{0,100}|(rules:|- |id: a|[\\[\\]{}&*!:,\n ]){0,20}") {
+        let _ = parse(&text, "t");
+    }
+
+    #[test]
+    fn any_pattern_matches_its_own_text(text in "\\PC{1,20}", more in "\\PC{0,5}") {
+        if let Ok(pattern) = Pattern::parse(&text) {
+            prop_assert!(pattern.matches(pattern.text().as_bytes()));
+            let longer = format!("{}{more}", pattern.text());
+            prop_assert_eq!(pattern.matches(longer.as_bytes()), pattern.is_prefix() || more.is_empty());
+        }
+    }
+}
+
+#[test]
+fn a_file_that_is_too_large_or_unfolds_without_end_is_refused() {
+    assert!(bad(&" ".repeat(MAX_FILE_BYTES + 1))[0].contains("at most"));
+    let mut bomb = String::from("a0: &a0 [x]\n");
+    for i in 1..40 {
+        let nine = vec![format!("*a{}", i - 1); 9].join(",");
+        writeln!(bomb, "a{i}: &a{i} [{nine}]").unwrap();
+    }
+    assert!(!bad(&bomb).is_empty());
+}

@@ -173,6 +173,8 @@ fn locate(rule: &Spanned<Node>, path: &Path) -> (Location, String) {
     (at, field)
 }
 
+const SHAPE: &str = "a rule file is `rules:` followed by a list of rules";
+
 /// Reads rules from YAML or JSON: documents of `rules:` followed by a list. Reports what is wrong in every rule, each
 /// with its line and its field. What the rules ask for is [`super::validate`]'s to judge.
 pub fn parse(text: &str, source: &str) -> Result<Vec<Rule>, Vec<ParseError>> {
@@ -196,7 +198,6 @@ pub fn parse(text: &str, source: &str) -> Result<Vec<Rule>, Vec<ParseError>> {
             return Err(vec![error(at, "", "", format!("not YAML: {}", plain(&yaml)))]);
         }
     };
-    const SHAPE: &str = "a rule file is `rules:` followed by a list of rules";
     let mut rules = Vec::new();
     for document in &documents {
         let Node::Map(entries) = &document.value else {

@@ -415,10 +415,10 @@ fn captures(capture: &Capture, triggered: bool, caps: &Caps, faults: &mut Faults
         match capture::Kind::try_from(*kind) {
             Ok(capture::Kind::OnCpu | capture::Kind::OffCpu) if seen.insert(*kind) => {}
             Ok(capture::Kind::OnCpu | capture::Kind::OffCpu) => {
-                faults.add(field, "is given twice: remove one")
+                faults.add(field, "is given twice: remove one");
             }
             Ok(capture::Kind::Unspecified) | Err(_) => {
-                faults.add(field, "is not known: give on_cpu or off_cpu")
+                faults.add(field, "is not known: give on_cpu or off_cpu");
             }
         }
     }
