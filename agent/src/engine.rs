@@ -4,7 +4,7 @@
 //! Everybody else talks to it through an [`Engine`] handle; a finished window goes to a [`Sink`].
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     io,
     num::NonZeroUsize,
     os::fd::{AsFd as _, OwnedFd},
@@ -23,10 +23,11 @@ use tokio::sync::oneshot;
 use ulid::Ulid;
 
 use crate::{
-    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions},
-    process::{Process, Processes},
+    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Sample},
+    process::{ImageKey, Process, Processes},
     profile::{SeriesProfile, WindowSamples, slots},
     rules::{RuleBook, Set, Source},
+    tables::{self, Tables},
 };
 
 /// How often the ring is read when the kernel side does not ask for it. A sample waits so long at most; each reading
@@ -38,6 +39,12 @@ const HOUSEKEEPING_PAUSE: Duration = Duration::from_secs(1);
 const RECONCILE_PAUSE: Duration = Duration::from_secs(30);
 /// Different stacks in one window; a window that has more is ended early.
 const STACKS_PER_WINDOW: usize = 200_000;
+/// Raw samples that may wait for tables, some 25 KiB each; more are walked with what there is.
+const MOST_WAITING: usize = 2048;
+/// How long a raw sample waits for tables; a large program takes a fraction of that.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+/// Samples of an image that come raw before its mappings go into the kernel: what lives shorter is not worth it.
+const RAW_SAMPLES: u64 = 3;
 /// Lifecycle events that are kept for the debug page.
 const EVENT_TAIL: usize = 256;
 
@@ -52,6 +59,8 @@ pub struct EngineOptions {
     pub window: Duration,
     /// What rules may ask for here.
     pub caps: Caps,
+    /// Walk user stacks by unwind tables; else by frame pointers only.
+    pub tables: bool,
 }
 
 /// A finished window.
@@ -103,6 +112,8 @@ pub struct Inside<'a> {
     pub rules: &'a RuleBook,
     /// The kernel side.
     pub kernel: &'a mut Kernel,
+    /// The unwind tables, if stacks are walked by them.
+    pub tables: Option<&'a Tables>,
     /// The last lifecycle events, oldest first: when, and what.
     pub events: &'a VecDeque<(SystemTime, String)>,
     /// Since the engine started. What is in the ring or the running window counts as pending.
@@ -129,14 +140,16 @@ pub struct Engine {
 impl Engine {
     /// Loads and attaches the kernel side on a thread of its own. Nothing is sampled before rules come.
     pub fn start(options: EngineOptions, sink: impl Sink + 'static) -> Result<Self, EngineError> {
-        let bell =
-            Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| EngineError::Start(e.into()))?);
+        let bell = Arc::new(
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+                .map_err(|e| EngineError::Start(e.into()))?,
+        );
         let (commands, inbox) = mpsc::channel();
         let (started, answer) = mpsc::channel();
         let ears = Arc::clone(&bell);
         let thread = thread::Builder::new()
             .name("gannet-engine".into())
-            .spawn(move || match Worker::new(options, Box::new(sink)) {
+            .spawn(move || match Worker::new(options, Box::new(sink), &ears) {
                 Ok(mut worker) => {
                     let _ = started.send(Ok(worker.kernel.degraded().to_vec()));
                     worker.run(&inbox, &ears);
@@ -216,6 +229,10 @@ struct Worker {
     kernel: Kernel,
     processes: Processes,
     rules: RuleBook,
+    tables: Option<Tables>,
+    /// Raw samples whose tables are being made, by image.
+    waiting: HashMap<ImageKey, VecDeque<(Instant, Sample)>>,
+    waiting_samples: usize,
     samples: WindowSamples,
     sink: Box<dyn Sink>,
     events: VecDeque<(SystemTime, String)>,
@@ -227,14 +244,25 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(options: EngineOptions, sink: Box<dyn Sink>) -> Result<Self, EngineError> {
-        let EngineOptions { node, kernel, window, caps } = options;
+    fn new(options: EngineOptions, sink: Box<dyn Sink>, bell: &Arc<OwnedFd>) -> Result<Self, EngineError> {
+        let EngineOptions { node, kernel, window, caps, tables } = options;
         let files = raise_file_limit();
         let processes = Processes::new(kernel.hierarchy, kernel.processes as usize * 2, files);
         let mut kernel = Kernel::start(kernel)?;
+        let tables = if tables {
+            let bell = Arc::clone(bell);
+            let ring = move || drop(rustix::io::write(&bell, &1_u64.to_ne_bytes()));
+            Some(Tables::new(&kernel, ring).map_err(EngineError::Start)?)
+        } else {
+            None
+        };
+        kernel.set_tables(tables.is_some());
         kernel.set_lifecycle(true);
         kernel.set_sampling(true);
         Ok(Self {
+            tables,
+            waiting: HashMap::new(),
+            waiting_samples: 0,
             node,
             window_length: window,
             processes,
@@ -256,6 +284,7 @@ impl Worker {
         loop {
             self.wait(bell);
             self.read();
+            self.resolve(false);
             while let Ok(command) = inbox.try_recv() {
                 match command {
                     Command::Replace(source, set, answer) => {
@@ -267,6 +296,7 @@ impl Worker {
                             processes: &self.processes,
                             rules: &self.rules,
                             kernel: &mut self.kernel,
+                            tables: self.tables.as_ref(),
                             events: &self.events,
                             ledger,
                         });
@@ -278,12 +308,15 @@ impl Worker {
                     Command::Stop => {
                         self.kernel.set_sampling(false);
                         self.read();
+                        self.finish_waiting(bell);
                         self.flush();
                         return;
                     }
                 }
             }
-            if self.window_start.1.elapsed() >= self.window_length || self.samples.stacks() >= STACKS_PER_WINDOW {
+            if self.window_start.1.elapsed() >= self.window_length
+                || self.samples.stacks() >= STACKS_PER_WINDOW
+            {
                 self.flush();
             }
             if housekeeping.elapsed() >= HOUSEKEEPING_PAUSE {
@@ -295,6 +328,17 @@ impl Worker {
                 self.processes.reconcile();
             }
         }
+    }
+
+    /// Waits for the tables that samples wait for, within reason.
+    fn finish_waiting(&mut self, bell: &OwnedFd) {
+        let until = Instant::now() + LONGEST_WAIT;
+        self.resolve(false);
+        while self.waiting_samples > 0 && Instant::now() < until {
+            self.wait(bell);
+            self.resolve(false);
+        }
+        self.resolve(true);
     }
 
     fn wait(&self, bell: &OwnedFd) {
@@ -319,9 +363,21 @@ impl Worker {
         for event in events {
             match event {
                 Event::Sample(sample) => {
-                    self.processes.sampled(&sample.subject, &sample.user);
                     self.rules.count(sample.subject.rules, now);
-                    self.samples.add(sample);
+                    let process = self.processes.sampled(&sample.subject, &sample.user);
+                    if sample.raw.is_some() {
+                        // Read ahead: the tables are asked for before all of its samples are here.
+                        if let Some(tables) = &mut self.tables {
+                            tables.ready(&process.image);
+                        }
+                        self.waiting
+                            .entry(ImageKey::of(&sample.subject))
+                            .or_default()
+                            .push_back((Instant::now(), sample));
+                        self.waiting_samples += 1;
+                    } else {
+                        self.samples.add(sample);
+                    }
                 }
                 Event::Exec { subject, path, by_thread } => {
                     let how = if by_thread { " by a thread" } else { "" };
@@ -342,13 +398,78 @@ impl Worker {
                 Event::Exit { subject, status } => {
                     self.note(
                         now,
-                        format!("exit {} {} code {} signal {}", subject.key, subject.comm, status.code(), status.signal()),
+                        format!(
+                            "exit {} {} code {} signal {}",
+                            subject.key,
+                            subject.comm,
+                            status.code(),
+                            status.signal()
+                        ),
                     );
                     self.kernel.disarm(subject.key.tgid);
+                    if let Some(tables) = &mut self.tables {
+                        tables.leave(&mut self.kernel, subject.key.tgid);
+                    }
                     self.processes.exit(&subject, status);
                 }
             }
         }
+    }
+
+    /// Walks the raw samples whose tables are there, and puts images that are sampled again and again into the kernel.
+    /// `give_up`: walks all, with the tables that there are.
+    fn resolve(&mut self, give_up: bool) {
+        let Some(tables) = &mut self.tables else { return };
+        tables.collect();
+        let crowded = self.waiting_samples > MOST_WAITING;
+        let mut left = HashMap::new();
+        for (key, mut samples) in std::mem::take(&mut self.waiting) {
+            let Some(process) = self.processes.get(&key) else {
+                for (_, sample) in samples.drain(..) {
+                    self.samples.add(tables::unwalked(sample));
+                    self.waiting_samples -= 1;
+                }
+                continue;
+            };
+            let overdue = samples.front().is_some_and(|(since, _)| since.elapsed() > LONGEST_WAIT);
+            let mut image = Arc::clone(&process.image);
+            if !(tables.ready(&image) || overdue || crowded || give_up) {
+                left.insert(key, samples);
+                continue;
+            }
+            while let Some((since, mut sample)) = samples.pop_front() {
+                let mut walked = tables.walk(&image, &sample);
+                if let Some(unknown) = walked.unknown {
+                    // A library that was opened since the mappings were read: they are read again, once for a sample.
+                    let process = self.processes.sampled_again(&key, unknown);
+                    if let Some(process) = process.filter(|process| !Arc::ptr_eq(&process.image, &image)) {
+                        image = Arc::clone(&process.image);
+                        if !tables.ready(&image) && !give_up {
+                            samples.push_front((since, sample));
+                            break;
+                        }
+                        walked = tables.walk(&image, &sample);
+                    }
+                }
+                sample.user = walked.frames;
+                sample.end = walked.end;
+                sample.raw = None;
+                self.samples.add(sample);
+                self.waiting_samples -= 1;
+            }
+            if !samples.is_empty() {
+                left.insert(key, samples);
+                continue;
+            }
+            if let Some(process) = self.processes.get(&key)
+                && process.is_alive()
+                && process.samples >= RAW_SAMPLES
+                && let Err(error) = tables.enter(&mut self.kernel, process)
+            {
+                tracing::debug!(key = %key.process, "walked in user space: {error}");
+            }
+        }
+        self.waiting = left;
     }
 
     /// Arms or disarms a process by the rules that the kernel side cannot decide.
@@ -378,7 +499,9 @@ impl Worker {
             let restored = self.enforce(now);
             let reason = match restored {
                 Ok(()) => format!("the kernel did not take the rules, the former ones are in force: {error}"),
-                Err(again) => format!("the kernel did not take the rules: {error}; nor the former ones: {again}"),
+                Err(again) => {
+                    format!("the kernel did not take the rules: {error}; nor the former ones: {again}")
+                }
             };
             return Err(vec![RuleError { rule_id: String::new(), field: "rules".into(), reason }]);
         }
@@ -413,8 +536,13 @@ impl Worker {
         let deliveries = self.samples.deliveries();
         let processes = &self.processes;
         let rules = &self.rules;
-        let flushed =
-            self.samples.flush(start, duration, &self.node, |key| processes.get(key), |place| rules.tag(place));
+        let flushed = self.samples.flush(
+            start,
+            duration,
+            &self.node,
+            |key| processes.get(key),
+            |place| rules.tag(place),
+        );
         self.processes.next_window();
         self.rules.next_window();
         let mut ledger = Ledger { delivered: flushed.delivered, ..Ledger::default() };
@@ -435,6 +563,13 @@ impl Worker {
         }
     }
 
+    /// Samples of the running window, those that wait for tables included; once for each rule that asked.
+    fn in_hand(&self) -> u64 {
+        let waiting =
+            self.waiting.values().flatten().map(|(_, sample)| u64::from(sample.subject.rules.count_ones()));
+        self.samples.deliveries() + waiting.sum::<u64>()
+    }
+
     /// Since the start; pending is what is in the ring or in the running window.
     fn ledger(&self) -> Ledger {
         let mut ledger = self.total.clone();
@@ -444,9 +579,9 @@ impl Worker {
             let lost_map = counters.lost_off_cpu_full - self.counted.lost_off_cpu_full;
             ledger.lose(LossReason::RingFull, lost_ring);
             ledger.lose(LossReason::MapFull, lost_map);
-            ledger.taken += self.samples.deliveries() + lost_ring + lost_map;
+            ledger.taken += self.in_hand() + lost_ring + lost_map;
         }
-        ledger.pending += self.samples.deliveries();
+        ledger.pending += self.in_hand();
         ledger
     }
 

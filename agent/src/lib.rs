@@ -22,5 +22,6 @@ pub mod profile;
 pub mod record;
 pub mod rules;
 pub mod symbols;
+pub mod tables;
 pub mod top;
 pub mod watch;

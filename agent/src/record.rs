@@ -117,7 +117,11 @@ pub enum RecordError {
 }
 
 fn list(errors: &[RuleError]) -> String {
-    errors.iter().map(|error| format!("{}: {}", flag_of(&error.field), error.reason)).collect::<Vec<_>>().join("; ")
+    errors
+        .iter()
+        .map(|error| format!("{}: {}", flag_of(&error.field), error.reason))
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 /// Errors name the field of a rule; here people gave flags.
@@ -134,10 +138,8 @@ fn flag_of(field: &str) -> &str {
 /// Records and writes. The profile's ledger is printed to standard output, everything else to standard error.
 pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     check::preflight()?;
-    let destination = args
-        .output
-        .clone()
-        .unwrap_or_else(|| Destination::default_for(&subject(&args), SystemTime::now()));
+    let destination =
+        args.output.clone().unwrap_or_else(|| Destination::default_for(&subject(&args), SystemTime::now()));
     let symbolizer = Symbolizer::start(SymbolizerConfig::default()).map_err(RecordError::Start)?;
     let (windows, finished) = mpsc::channel(QUEUE);
     let naming = tokio::spawn(name_all(symbolizer, finished));
@@ -147,6 +149,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
             kernel: KernelOptions { ring_bytes: args.ring_bytes, ..KernelOptions::default() },
             window: WINDOW,
             caps: Caps::default(),
+            tables: true,
         },
         // The queue holds minutes; if it is full nevertheless, the engine waits rather than losing a window: nobody
         // else depends on it here.
@@ -166,7 +169,8 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     };
     let kind = if args.off_cpu { capture::Kind::OffCpu } else { capture::Kind::OnCpu };
     let rules = vec![ad_hoc("record", matches, args.hz, &[kind])];
-    let partial = engine.replace(Source::Local, Set { rules, ..Set::default() }).await.map_err(RecordError::Rule)?;
+    let partial =
+        engine.replace(Source::Local, Set { rules, ..Set::default() }).await.map_err(RecordError::Rule)?;
     if !partial.is_empty() {
         return Err(RecordError::Rule(partial));
     }
@@ -252,7 +256,12 @@ fn subject(args: &RecordArgs) -> String {
     args.comm.iter().cloned().chain(args.cgroup.iter().cloned()).chain(pids).collect::<Vec<_>>().join(", ")
 }
 
-fn print_ledger(args: &RecordArgs, destination: &Destination, ledger: &Ledger, took: Duration) -> io::Result<()> {
+fn print_ledger(
+    args: &RecordArgs,
+    destination: &Destination,
+    ledger: &Ledger,
+    took: Duration,
+) -> io::Result<()> {
     let mut out = io::stdout().lock();
     if args.json {
         let lost: serde_json::Map<_, _> =
@@ -334,4 +343,3 @@ pub fn become_command(descriptor: i32, command: &[String]) -> io::Error {
     };
     Command::new(program).args(arguments).exec()
 }
-

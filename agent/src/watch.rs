@@ -81,6 +81,7 @@ pub async fn watch(args: TopArgs) -> Result<(), WatchError> {
             kernel: KernelOptions::default(),
             window: args.interval.max(Duration::from_millis(200)),
             caps: Caps::default(),
+            tables: true,
         },
         // A table that is late shows the next window instead.
         move |window: Window| drop(windows.try_send(window)),

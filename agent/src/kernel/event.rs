@@ -188,11 +188,8 @@ impl Sample {
         let mut frames = frames.as_chunks().0.iter().map(|eight| u64::from_ne_bytes(*eight));
         let kernel: Vec<u64> = frames.by_ref().take(kernel).collect();
         let mut user: Vec<u64> = frames.collect();
-        let raw = if head.user_end == USER_STACK_RAW {
-            RawUserStack::of(&std::mem::take(&mut user))
-        } else {
-            None
-        };
+        let raw =
+            if head.user_end == USER_STACK_RAW { RawUserStack::of(&std::mem::take(&mut user)) } else { None };
         Ok(Self {
             tid: head.event.tid,
             kind: if head.kind == 0 { SampleKind::OnCpu } else { SampleKind::OffCpu },

@@ -563,8 +563,18 @@ impl Loaded {
             lines: unwinding::Shared::of(&skeleton.maps.table_lines, "table_lines")?,
             rules: unwinding::Shared::of(&skeleton.maps.unwind_rules, "unwind_rules")?,
         };
-        let mut kernel =
-            Kernel { shared, walk_kind: options.walk, clocks: clock::Clocks::default(), _links: links, switches: None, walk, ring, queue, skeleton, degraded };
+        let mut kernel = Kernel {
+            shared,
+            walk_kind: options.walk,
+            clocks: clock::Clocks::default(),
+            _links: links,
+            switches: None,
+            walk,
+            ring,
+            queue,
+            skeleton,
+            degraded,
+        };
         kernel.change_settings(|settings| {
             // An eighth of the ring is for lifecycle events; the reader is called at a quarter.
             settings.ring_sample_limit = u64::from(ring_bytes / 8 * 7);

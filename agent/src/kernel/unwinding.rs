@@ -123,7 +123,10 @@ impl<T: Copy> Shared<T> {
                 0,
             )
         }
-        .map_err(|error| KernelError::Map { map: name, source: libbpf_rs::Error::from(std::io::Error::from(error)) })?;
+        .map_err(|error| KernelError::Map {
+            map: name,
+            source: libbpf_rs::Error::from(std::io::Error::from(error)),
+        })?;
         let start = NonNull::new(start.cast()).ok_or_else(|| KernelError::Map {
             map: name,
             source: libbpf_rs::Error::from_raw_os_error(libc::ENOMEM),
@@ -175,7 +178,12 @@ impl Kernel {
     }
 
     /// Makes a table known, or with `None` unknown.
-    pub fn set_table(&mut self, table: u32, place: Option<KernelTable>, generation: u32) -> Result<(), KernelError> {
+    pub fn set_table(
+        &mut self,
+        table: u32,
+        place: Option<KernelTable>,
+        generation: u32,
+    ) -> Result<(), KernelError> {
         let value = place.map_or_else(
             || types::unwind_table { generation, ..Default::default() },
             |place| types::unwind_table {
@@ -194,7 +202,12 @@ impl Kernel {
     }
 
     /// Says what a block of a process's addresses is. Overwrites in place, so that no look-up misses meanwhile.
-    pub fn set_mapping(&mut self, tgid: u32, block: Block, mapping: &KernelMapping) -> Result<(), KernelError> {
+    pub fn set_mapping(
+        &mut self,
+        tgid: u32,
+        block: Block,
+        mapping: &KernelMapping,
+    ) -> Result<(), KernelError> {
         let (table, table_generation) = mapping.table.unwrap_or_default();
         let value = types::mapping {
             begin: mapping.begin,

@@ -70,6 +70,13 @@ pub struct Process {
     window: u64,
 }
 
+impl Process {
+    /// It runs, with this image.
+    pub fn is_alive(&self) -> bool {
+        self.state == State::Alive
+    }
+}
+
 /// How far a process is known, and whether it lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -202,16 +209,16 @@ impl Processes {
         process.window = self.window;
         process.samples += 1;
         process.rules |= subject.rules;
-        let unknown = || addresses.iter().any(|address| process.image.find(*address).is_none());
-        let rested = process.scanned.is_none_or(|at| at.elapsed() >= RESCAN_PAUSE);
-        if !process.kernel_thread && process.state == State::Alive && rested && unknown() {
-            process.scanned = Some(Instant::now());
-            if let Ok(image) = read_image(&mut self.files, key.process) {
-                self.stats.rescans += 1;
-                process.image = Arc::new(merged(&process.image, image));
-            }
-        }
+        rescan(&mut self.files, &mut self.stats, process, addresses);
         process
+    }
+
+    /// A stack of this image holds an address that no mapping of it does: reads the mappings again, unless that was done
+    /// a moment ago.
+    pub fn sampled_again(&mut self, key: &ImageKey, address: u64) -> Option<&Process> {
+        let process = self.alive.get_mut(&key.process.tgid).filter(|process| process.key == *key)?;
+        rescan(&mut self.files, &mut self.stats, process, &[address]);
+        Some(process)
     }
 
     /// The image of a key, alive or past.
@@ -357,6 +364,20 @@ impl Processes {
         proc::check(subject.key)?;
         process.cgroup = cgroup;
         Ok(())
+    }
+}
+
+/// Reads the mappings again if they do not hold one of these addresses.
+fn rescan(files: &mut FileTable, stats: &mut Stats, process: &mut Process, addresses: &[u64]) {
+    let rested = process.scanned.is_none_or(|at| at.elapsed() >= RESCAN_PAUSE);
+    let known = |address: &u64| process.image.find(*address).is_some();
+    if process.kernel_thread || !process.is_alive() || !rested || addresses.iter().all(known) {
+        return;
+    }
+    process.scanned = Some(Instant::now());
+    if let Ok(image) = read_image(files, process.key.process) {
+        stats.rescans += 1;
+        process.image = Arc::new(merged(&process.image, image));
     }
 }
 

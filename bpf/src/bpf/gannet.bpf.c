@@ -43,13 +43,12 @@ ALWAYS_INLINE struct sample_scratch *the_scratch(void)
 	return bpf_map_lookup_elem(&sample_scratch, &zero);
 }
 
-/* The registers with which the current thread was in user space last. */
-ALWAYS_INLINE bool user_registers(struct bpf_perf_event_data *ctx, struct task_struct *task, struct walk *walk)
+/*
+ * The registers with which the current thread was in user space last: those at the top of its kernel stack, whether the
+ * tick came in user space or in the kernel.
+ */
+ALWAYS_INLINE bool user_registers(struct task_struct *task, struct walk *walk)
 {
-#if defined(__TARGET_ARCH_x86)
-	if (ctx->regs.cs == USER_CS_64)
-		return take_registers(walk, (void *)&ctx->regs);
-#endif
 	if (!BPF_CORE_READ(task, mm))
 		return false;
 	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs))
@@ -190,9 +189,14 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 
 	scratch->sample.user_frames = 0;
 	scratch->sample.user_end = USER_STACK_NONE;
-	if (!user_registers(ctx, task, &scratch->walk)) {
+	if (!user_registers(task, &scratch->walk)) {
 		if (BPF_CORE_READ(task, mm))
 			scratch->sample.user_end = USER_STACK_NOT_64_BIT;
+		finish_tick(counters, scratch);
+		return NULL;
+	}
+	/* In the middle of execve there is a new image and no place in it yet. */
+	if (!scratch->walk.pc) {
 		finish_tick(counters, scratch);
 		return NULL;
 	}
