@@ -12,7 +12,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::{Instant, UNIX_EPOCH},
+    time::{Duration, Instant, UNIX_EPOCH},
 };
 
 use gannet_proto::{
@@ -50,9 +50,6 @@ pub const BROKEN_FRAME: &str = "[broken stack]";
 
 /// Kernel addresses have the highest bit set on every machine that Gannet runs on, and user addresses do not.
 const FIRST_KERNEL_ADDRESS: u64 = 1 << 63;
-/// How many times as long as a reading of a file's debug information took it is then left alone: that is the share of a
-/// processor, 1 in so many, that one file can cost.
-const REST: u32 = 100;
 const MAX_FILE_STATES: NonZeroUsize = NonZeroUsize::new(8192).unwrap();
 const MAX_PERF_MAPS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 const MAX_NOTE_BYTES: u64 = 64 << 10;
@@ -176,8 +173,21 @@ struct Function {
 
 type Functions = Arc<[Function]>;
 
-/// An address at run time, and the same as the ELF file counts.
-type AddressPair = (u64, u64);
+/// Functions by file and address as the file counts.
+type Known = HashMap<(FileId, u64), Functions>;
+
+/// Functions by address at run time.
+type Found = HashMap<u64, Functions>;
+
+/// Where an address is.
+enum Place<'a> {
+    Kernel,
+    /// In an ELF file, at this address as the file counts.
+    File(&'a Arc<MappedFile>, u64),
+    /// In code that was made at run time.
+    Jitted,
+    Nowhere,
+}
 
 #[derive(Clone)]
 struct ByBytes;
@@ -203,15 +213,14 @@ struct Debug {
     /// The file that is installed for it; none if it has its own. It is not itself held here, so that it can be closed.
     apart: Option<Arc<MappedFile>>,
     state: Result<(), Unusable>,
-    /// When it may be read again.
-    rest_until: Option<Instant>,
+    spent: Spending,
 }
 
 /// What debug information gave.
 #[derive(Debug)]
 enum DebugInfo {
     Read(Vec<DebugFrame>),
-    /// It was read a moment ago, at a cost; what is found without it is not final.
+    /// It has cost too much lately; what is found without it is not final.
     Later,
     Absent,
 }
@@ -222,6 +231,35 @@ impl DebugInfo {
             Self::Read(frames) => frames.get(index).filter(|frame| !frame.is_empty()),
             Self::Later | Self::Absent => None,
         }
+    }
+}
+
+/// Time spent on something, forgotten at one hundredth of the speed at which time goes by: so that it can take much at
+/// once, as in the first minute, and little in the long run.
+#[derive(Clone, Copy, Debug)]
+struct Spending {
+    spent: Duration,
+    at: Instant,
+}
+
+impl Spending {
+    const MOST: Duration = Duration::from_secs(2);
+    const FORGOTTEN: u32 = 100;
+
+    fn new(now: Instant) -> Self {
+        Self { spent: Duration::ZERO, at: now }
+    }
+
+    fn left(&self, now: Instant) -> Duration {
+        self.spent.saturating_sub(now.saturating_duration_since(self.at) / Self::FORGOTTEN)
+    }
+
+    fn is_too_much(&self, now: Instant) -> bool {
+        self.left(now) > Self::MOST
+    }
+
+    fn add(&mut self, spent: Duration, now: Instant) {
+        *self = Self { spent: self.left(now) + spent, at: now };
     }
 }
 
@@ -246,8 +284,8 @@ struct Names {
     nothing: Functions,
     /// Much memory was taken and freed since it was last given back.
     wasteful: bool,
-    /// When debug information may be read again, after a file that its reader did not survive.
-    debug_rest_until: Option<Instant>,
+    /// On files whose debug information the reader did not survive, all together: whoever makes one can make many.
+    harm: Spending,
 }
 
 impl Names {
@@ -266,7 +304,7 @@ impl Names {
             vdso: vdso().map_err(|error| tracing::debug!(%error, "the vDSO cannot be read")).ok(),
             nothing: Arc::new([]),
             wasteful: false,
-            debug_rest_until: None,
+            harm: Spending::new(Instant::now()),
             config,
             stats,
         }
@@ -286,8 +324,11 @@ impl Names {
             time_nanos: raw.start.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as i64),
             duration_nanos: raw.duration.as_nanos() as i64,
         });
-        for (index, process) in raw.processes.iter().enumerate() {
-            self.add_process(&mut builder, process, index == 0);
+        let addresses: Vec<BTreeSet<u64>> =
+            raw.processes.iter().map(|process| process.stacks.iter().flat_map(frames).collect()).collect();
+        let known = self.resolve_files(raw, &addresses);
+        for (index, (process, addresses)) in raw.processes.iter().zip(addresses).enumerate() {
+            self.add_process(&mut builder, process, addresses, &known, index == 0);
         }
         for comment in &raw.comments {
             builder.comment(comment);
@@ -297,7 +338,14 @@ impl Names {
         builder.finish()
     }
 
-    fn add_process(&mut self, builder: &mut Builder, process: &RawProcess, is_first: bool) {
+    fn add_process(
+        &mut self,
+        builder: &mut Builder,
+        process: &RawProcess,
+        addresses: BTreeSet<u64>,
+        known: &Known,
+        is_first: bool,
+    ) {
         // The main binary is mapped below everything that it loads.
         let is_file = |mapping: &&crate::process::Mapping| matches!(mapping.kind, MappingKind::File(_));
         if let Some(main) = process.image.mappings.iter().find(is_file) {
@@ -306,11 +354,22 @@ impl Names {
                 builder.main_mapping(id);
             }
         }
-        let addresses: BTreeSet<u64> = process.stacks.iter().flat_map(frames).collect();
-        let names = self.resolve(process, &addresses);
-        let mut locations = HashMap::with_capacity(addresses.len());
-        for address in addresses {
-            locations.insert(address, self.add_location(builder, &process.image, address, &names));
+        let vdso = self.vdso.clone();
+        let places: Vec<(u64, Place<'_>)> = addresses
+            .into_iter()
+            .map(|address| (address, place(&process.image, vdso.as_ref(), address)))
+            .collect();
+        let (kernel, jitted) = self.resolve_others(process.key, &places);
+        let mut locations = HashMap::with_capacity(places.len());
+        for (address, place) in &places {
+            let functions = match place {
+                Place::Kernel => kernel.get(address),
+                Place::File(file, elf_address) => known.get(&(file.id, *elf_address)),
+                Place::Jitted => jitted.get(address),
+                Place::Nowhere => None,
+            };
+            let functions = functions.map_or(&*self.nothing, |functions| functions);
+            locations.insert(*address, self.add_location(builder, &process.image, *address, functions));
         }
         for stack in &process.stacks {
             let mut ids: Vec<LocationId> =
@@ -345,7 +404,7 @@ impl Names {
         builder: &mut Builder,
         image: &Image,
         address: u64,
-        names: &HashMap<u64, Functions>,
+        functions: &[Function],
     ) -> LocationId {
         let mapping = if address >= FIRST_KERNEL_ADDRESS {
             Some(builder.mapping(Mapping {
@@ -358,7 +417,6 @@ impl Names {
         } else {
             image.find(address).map(|mapping| self.add_mapping(builder, mapping))
         };
-        let functions = names.get(&address).map_or(&*self.nothing, |functions| functions);
         let lines: Vec<Line<'_>> = functions
             .iter()
             .map(|function| Line {
@@ -390,68 +448,39 @@ impl Names {
         })
     }
 
-    /// The functions of each address that has any.
-    fn resolve(&mut self, process: &RawProcess, addresses: &BTreeSet<u64>) -> HashMap<u64, Functions> {
-        let mut found = HashMap::with_capacity(addresses.len());
-        let mut by_file: BTreeMap<FileId, (Arc<MappedFile>, Vec<AddressPair>)> = BTreeMap::new();
-        let mut jitted = Vec::new();
-        let mut kernel = Vec::new();
-        for &address in addresses {
-            if address >= FIRST_KERNEL_ADDRESS {
-                kernel.push(address);
-                continue;
-            }
-            let Some(mapping) = process.image.find(address) else { continue };
-            let file = match &mapping.kind {
-                MappingKind::File(file) => file,
-                MappingKind::Vdso => match &self.vdso {
-                    Some(vdso) => vdso,
-                    None => continue,
-                },
-                MappingKind::Anon => {
-                    jitted.push(address);
-                    continue;
+    /// The functions in files, for all processes together: each file is asked once.
+    fn resolve_files(&mut self, raw: &RawProfile, addresses: &[BTreeSet<u64>]) -> Known {
+        let mut by_file: BTreeMap<FileId, (Arc<MappedFile>, BTreeSet<u64>)> = BTreeMap::new();
+        for (process, addresses) in raw.processes.iter().zip(addresses) {
+            for &address in addresses {
+                if let Place::File(file, elf_address) = place(&process.image, self.vdso.as_ref(), address) {
+                    let wanted =
+                        by_file.entry(file.id).or_insert_with(|| (Arc::clone(file), BTreeSet::new()));
+                    wanted.1.insert(elf_address);
                 }
-            };
-            match file.address_of(address - mapping.start + mapping.offset) {
-                Some(elf_address) => by_file
-                    .entry(file.id)
-                    .or_insert_with(|| (Arc::clone(file), Vec::new()))
-                    .1
-                    .push((address, elf_address)),
-                // Some compilers at run time map their code twice, through a file that is none.
-                None if !file.is_elf() => jitted.push(address),
-                None => {}
             }
         }
+        let mut known = Known::new();
         for (file, addresses) in by_file.into_values() {
-            self.resolve_file(&file, &addresses, &mut found);
+            self.resolve_file(&file, &addresses, &mut known);
         }
-        self.resolve_kernel(&kernel, &mut found);
-        self.resolve_jitted(process.key, &jitted, &mut found);
-        found
+        known
     }
 
-    fn resolve_file(
-        &mut self,
-        file: &Arc<MappedFile>,
-        addresses: &[AddressPair],
-        found: &mut HashMap<u64, Functions>,
-    ) {
+    fn resolve_file(&mut self, file: &Arc<MappedFile>, addresses: &BTreeSet<u64>, known: &mut Known) {
         let mut missing = Vec::new();
-        for &(address, elf_address) in addresses {
-            match self.cache.get(&(file.id, elf_address)) {
+        for &address in addresses {
+            match self.cache.get(&(file.id, address)) {
                 Some(functions) => {
-                    found.insert(address, Arc::clone(functions));
+                    known.insert((file.id, address), Arc::clone(functions));
                 }
-                None => missing.push((address, elf_address)),
+                None => missing.push(address),
             }
         }
         let Some(open) = file.file.as_ref().filter(|_| !missing.is_empty()) else { return };
-        let wanted: Vec<u64> = missing.iter().map(|(_, elf_address)| *elf_address).collect();
-        let debug = self.debug_frames(file, open, &wanted);
+        let debug = self.debug_frames(file, open, &missing);
         let mut texts = Texts::default();
-        for (index, (address, elf_address)) in missing.into_iter().enumerate() {
+        for (index, address) in missing.into_iter().enumerate() {
             let functions: Functions = match debug.frame(index) {
                 Some(frame) => frame
                     .iter()
@@ -466,7 +495,7 @@ impl Names {
                         }
                     })
                     .collect(),
-                None => match self.table(file, open).and_then(|table| table.find(elf_address)) {
+                None => match self.table(file, open).and_then(|table| table.find(address)) {
                     Some(raw) => {
                         let (name, raw) = texts.name(&String::from_utf8_lossy(raw));
                         [Function { name, raw, file: texts.text(""), line: 0, column: 0 }].into()
@@ -476,9 +505,9 @@ impl Names {
             };
             // That there is no name is worth knowing too: otherwise it is looked for again in every window.
             if !matches!(debug, DebugInfo::Later) {
-                self.cache.insert((file.id, elf_address), Arc::clone(&functions));
+                self.cache.insert((file.id, address), Arc::clone(&functions));
             }
-            found.insert(address, functions);
+            known.insert((file.id, address), functions);
         }
         self.trim_tables();
     }
@@ -488,14 +517,16 @@ impl Names {
         let config = &self.config;
         let state = self.files.get_or_insert_mut(file.id, FileState::default);
         let is_new = state.debug.is_none();
+        let begin = Instant::now();
+        let spent = Spending::new(begin);
         let debug = state.debug.get_or_insert_with(|| {
-            let own = Debug { apart: None, state: dwarf::examine(open), rest_until: None };
+            let own = Debug { apart: None, state: dwarf::examine(open), spent };
             if own.state != Err(Unusable::None) {
                 return own;
             }
             let Some(apart) = debug_file::find(file, open, &config.debug_dirs) else { return own };
             let state = apart.file.as_ref().map_or(Err(Unusable::None), dwarf::examine);
-            Debug { apart: Some(Arc::new(apart)), state, rest_until: None }
+            Debug { apart: Some(Arc::new(apart)), state, spent }
         });
         let Some(reader) = &config.debug_reader else { return DebugInfo::Absent };
         if is_new && debug.state == Err(Unusable::Refused) {
@@ -508,14 +539,14 @@ impl Names {
         if debug.state.is_err() {
             return DebugInfo::Absent;
         }
-        let begin = Instant::now();
-        if debug.rest_until.max(self.debug_rest_until).is_some_and(|until| begin < until) {
+        if debug.spent.is_too_much(begin) || self.harm.is_too_much(begin) {
             return DebugInfo::Later;
         }
         let source = debug.apart.as_ref().and_then(|apart| apart.file.as_ref()).unwrap_or(open);
-        match dwarf::resolve(reader, source, addresses) {
+        let result = dwarf::resolve(reader, source, addresses);
+        debug.spent.add(begin.elapsed(), Instant::now());
+        match result {
             Ok(frames) => {
-                debug.rest_until = Some(begin + begin.elapsed() * REST);
                 self.wasteful = true;
                 DebugInfo::Read(frames)
             }
@@ -525,8 +556,7 @@ impl Names {
                     %error,
                     "the debug information of this file cannot be used; its functions are named by its symbol table"
                 );
-                // Whoever makes one such file can make many; together they get no more than one honest file.
-                self.debug_rest_until = Some(begin + begin.elapsed() * REST);
+                self.harm.add(begin.elapsed(), Instant::now());
                 debug.state = Err(Unusable::Harmful);
                 self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
                 DebugInfo::Absent
@@ -556,44 +586,36 @@ impl Names {
         }
     }
 
-    fn resolve_kernel(&mut self, addresses: &[u64], found: &mut HashMap<u64, Functions>) {
-        if addresses.is_empty() {
-            return;
-        }
-        self.wasteful |= self.kallsyms.refresh();
+    /// The functions of the kernel, and those made at run time.
+    fn resolve_others(&mut self, key: ProcessKey, places: &[(u64, Place<'_>)]) -> (Found, Found) {
+        let of = |wanted: fn(&Place<'_>) -> bool| {
+            places.iter().filter(move |(_, place)| wanted(place)).map(|(address, _)| *address)
+        };
+        let (mut kernel, mut jitted) = (Found::new(), Found::new());
         let mut texts = Texts::default();
-        for &address in addresses {
+        let mut one = |name: &str, file: &str| -> Functions {
+            let name = texts.text(name);
+            [Function { raw: Arc::clone(&name), name, file: texts.text(file), line: 0, column: 0 }].into()
+        };
+        for address in of(|place| matches!(place, Place::Kernel)) {
+            self.wasteful |= self.kallsyms.refresh();
             if let Some(symbol) = self.kallsyms.find(address) {
-                let name = texts.text(symbol.name);
-                let file = match symbol.module {
-                    "" => texts.text(""),
-                    module => texts.text(&format!("[{module}]")),
-                };
-                found.insert(
-                    address,
-                    [Function { raw: Arc::clone(&name), name, file, line: 0, column: 0 }].into(),
-                );
+                let file =
+                    if symbol.module.is_empty() { String::new() } else { format!("[{}]", symbol.module) };
+                kernel.insert(address, one(symbol.name, &file));
             }
         }
-    }
-
-    fn resolve_jitted(&mut self, key: ProcessKey, addresses: &[u64], found: &mut HashMap<u64, Functions>) {
-        if addresses.is_empty() {
-            return;
-        }
-        let Some(map) = PerfMap::read(key, self.perf_maps.pop(&key)) else { return };
-        let mut texts = Texts::default();
-        for &address in addresses {
-            if let Some(name) = map.find(address) {
-                let name = texts.text(&name);
-                let file = texts.text("");
-                found.insert(
-                    address,
-                    [Function { raw: Arc::clone(&name), name, file, line: 0, column: 0 }].into(),
-                );
+        if of(|place| matches!(place, Place::Jitted)).next().is_some()
+            && let Some(map) = PerfMap::read(key, self.perf_maps.pop(&key))
+        {
+            for address in of(|place| matches!(place, Place::Jitted)) {
+                if let Some(name) = map.find(address) {
+                    jitted.insert(address, one(&name, ""));
+                }
             }
+            self.perf_maps.put(key, map);
         }
-        self.perf_maps.put(key, map);
+        (kernel, jitted)
     }
 
     /// Lets go of the symbol tables that were used the longest time ago. What was found in them stays in the cache.
@@ -660,6 +682,25 @@ impl Texts {
     }
 }
 
+fn place<'a>(image: &'a Image, vdso: Option<&'a Arc<MappedFile>>, address: u64) -> Place<'a> {
+    if address >= FIRST_KERNEL_ADDRESS {
+        return Place::Kernel;
+    }
+    let Some(mapping) = image.find(address) else { return Place::Nowhere };
+    let file = match &mapping.kind {
+        MappingKind::File(file) => Some(file),
+        MappingKind::Vdso => vdso,
+        MappingKind::Anon => return Place::Jitted,
+    };
+    let Some(file) = file else { return Place::Nowhere };
+    match file.address_of(address - mapping.start + mapping.offset) {
+        Some(elf_address) => Place::File(file, elf_address),
+        // Some compilers at run time map their code twice, through a file that is none.
+        None if !file.is_elf() => Place::Jitted,
+        None => Place::Nowhere,
+    }
+}
+
 /// The addresses to look up, leaf first: of callers the byte before the return address, which belongs to the call. A
 /// return address itself is the next function's where the call is the last thing that a function does.
 fn frames(stack: &RawStack) -> impl Iterator<Item = u64> {
@@ -704,5 +745,25 @@ fn give_memory_back() {
     // SAFETY: it takes no pointers and may be called at any time from any thread.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn much_at_once_is_paid_for_in_the_long_run() {
+        let begin = Instant::now();
+        let mut spending = Spending::new(begin);
+        spending.add(Duration::from_secs(2), begin);
+        assert!(!spending.is_too_much(begin));
+        spending.add(Duration::from_secs(1), begin);
+        assert!(spending.is_too_much(begin + Duration::from_secs(99)));
+        assert!(!spending.is_too_much(begin + Duration::from_secs(100)));
+        // What was not spent is not saved up.
+        let later = begin + Duration::from_secs(1 << 20);
+        spending.add(Duration::from_secs(3), later);
+        assert!(spending.is_too_much(later));
     }
 }
