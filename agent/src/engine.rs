@@ -43,8 +43,6 @@ const STACKS_PER_WINDOW: usize = 200_000;
 const MOST_WAITING: usize = 2048;
 /// How long a raw sample waits for tables; a large program takes a fraction of that.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
-/// Samples of an image that come raw before its mappings go into the kernel: what lives shorter is not worth it.
-const RAW_SAMPLES: u64 = 3;
 /// Lifecycle events that are kept for the debug page.
 const EVENT_TAIL: usize = 256;
 
@@ -463,7 +461,6 @@ impl Worker {
             }
             if let Some(process) = self.processes.get(&key)
                 && process.is_alive()
-                && process.samples >= RAW_SAMPLES
                 && let Err(error) = tables.enter(&mut self.kernel, process)
             {
                 tracing::debug!(key = %key.process, "walked in user space: {error}");

@@ -6,8 +6,8 @@ use clap::{Parser, Subcommand};
 use gannet_agent::{
     check::{self, CheckOptions},
     record::{self, RecordArgs},
-    watch::{self, TopArgs},
     symbols,
+    watch::{self, TopArgs},
 };
 use tracing_subscriber::EnvFilter;
 

@@ -101,10 +101,11 @@ impl WindowSamples {
             user: user.into(),
             end,
         };
-        let tally = self.images.entry(ImageKey::of(&subject)).or_default().entry(stack).or_insert_with(|| {
-            self.stacks += 1;
-            Tally::default()
-        });
+        let tally =
+            self.images.entry(ImageKey::of(&subject)).or_default().entry(stack).or_insert_with(|| {
+                self.stacks += 1;
+                Tally::default()
+            });
         tally.count += 1;
         tally.value_ns += value_ns;
     }
@@ -165,7 +166,8 @@ impl WindowSamples {
                 let process = RawProcess {
                     key: key.process,
                     comm: known.map_or_else(String::new, |process| process.comm.clone()),
-                    container_id: known.map_or_else(String::new, |process| process.names.container_id.clone()),
+                    container_id: known
+                        .map_or_else(String::new, |process| process.names.container_id.clone()),
                     pod_uid: known.map_or_else(String::new, |process| process.names.pod_uid.clone()),
                     image: known.map_or_else(Arc::default, |process| Arc::clone(&process.image)),
                     stacks,
@@ -178,7 +180,11 @@ impl WindowSamples {
                 flushed.profiles.push(SeriesProfile {
                     labels: labels.clone(),
                     rule: rule.clone(),
-                    samples: processes.iter().flat_map(|process| &process.stacks).map(|stack| stack.count).sum(),
+                    samples: processes
+                        .iter()
+                        .flat_map(|process| &process.stacks)
+                        .map(|stack| stack.count)
+                        .sum(),
                     raw: RawProfile {
                         kind,
                         period_ns: period_ns.max(1),
@@ -206,8 +212,21 @@ fn cut(processes: Vec<RawProcess>) -> Vec<Vec<RawProcess>> {
     for mut process in processes {
         while process.stacks.len() > room {
             let rest = process.stacks.split_off(room);
-            let head = RawProcess { image: Arc::clone(&process.image), comm: process.comm.clone(), container_id: process.container_id.clone(), pod_uid: process.pod_uid.clone(), ..process };
-            process = RawProcess { stacks: rest, image: Arc::clone(&head.image), comm: head.comm.clone(), container_id: head.container_id.clone(), pod_uid: head.pod_uid.clone(), key: head.key };
+            let head = RawProcess {
+                image: Arc::clone(&process.image),
+                comm: process.comm.clone(),
+                container_id: process.container_id.clone(),
+                pod_uid: process.pod_uid.clone(),
+                ..process
+            };
+            process = RawProcess {
+                stacks: rest,
+                image: Arc::clone(&head.image),
+                comm: head.comm.clone(),
+                container_id: head.container_id.clone(),
+                pod_uid: head.pod_uid.clone(),
+                key: head.key,
+            };
             if let Some(part) = parts.last_mut() {
                 part.push(head);
             }

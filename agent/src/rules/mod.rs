@@ -89,9 +89,14 @@ impl RuleBook {
                 Source::Local => "the collector's rules hold",
                 Source::Remote => "the node's own rule files hold",
             };
-            errors.push(error(rule, "id", &format!("{whose} a rule of this name already; give it another name")));
+            errors.push(error(
+                rule,
+                "id",
+                &format!("{whose} a rule of this name already; give it another name"),
+            ));
         }
-        let places = self.slots.iter().flatten().filter(|slot| slot.source != source || slot.retired.is_some());
+        let places =
+            self.slots.iter().flatten().filter(|slot| slot.source != source || slot.retired.is_some());
         let kept = rules.iter().filter(|rule| self.place_of(source, rule).is_some()).count();
         let free = MAX_RULES - places.count().min(MAX_RULES);
         if rules.len() > free + kept {
@@ -135,7 +140,9 @@ impl RuleBook {
                 source,
                 revision: set.revision,
                 compiled: compile::Compiled::of(rule),
-                expires_at: lifetime.ttl.and_then(|ttl| applied_at.checked_add(Duration::try_from(ttl).ok()?)),
+                expires_at: lifetime
+                    .ttl
+                    .and_then(|ttl| applied_at.checked_add(Duration::try_from(ttl).ok()?)),
                 not_before: lifetime.not_before.and_then(|at| SystemTime::try_from(at).ok()),
                 rule: rule.clone(),
                 samples: 0,
@@ -144,7 +151,11 @@ impl RuleBook {
             });
         }
         self.sets.insert(source, Set { applied_at: Some(applied_at), ..set });
-        self.active_slots().filter_map(|(_, slot)| Some(error(&slot.rule, slot.compiled.unsupported?.0, slot.compiled.unsupported?.1))).collect()
+        self.active_slots()
+            .filter_map(|(_, slot)| {
+                Some(error(&slot.rule, slot.compiled.unsupported?.0, slot.compiled.unsupported?.1))
+            })
+            .collect()
     }
 
     /// The set of a source.
@@ -202,7 +213,12 @@ impl RuleBook {
             id: slot.rule.id.clone(),
             revision: slot.revision,
             reason: "always".into(),
-            labels: slot.rule.labels.iter().map(|(name, value)| (name.clone(), value.clone())).collect::<Labels>(),
+            labels: slot
+                .rule
+                .labels
+                .iter()
+                .map(|(name, value)| (name.clone(), value.clone()))
+                .collect::<Labels>(),
         })
     }
 
@@ -253,7 +269,9 @@ impl RuleBook {
     }
 
     fn place_of(&self, source: Source, rule: &Rule) -> Option<usize> {
-        self.active_slots().find(|(_, slot)| slot.source == source && slot.rule == *rule).map(|(place, _)| place)
+        self.active_slots()
+            .find(|(_, slot)| slot.source == source && slot.rule == *rule)
+            .map(|(place, _)| place)
     }
 }
 

@@ -1,5 +1,7 @@
 //! Walks a raw sample: registers and a copy of the stack, by the tables that the kernel side uses.
 
+use std::cell::Cell;
+
 use gannet_unwind::{
     format::{Rule, cfa, dwarf_register, flags, loc},
     table::Arch,
@@ -59,6 +61,7 @@ impl Tables {
                 Step::Caller => {}
                 Step::Outermost => break (StackEnd::Complete, None),
                 Step::Stuck => break (StackEnd::Broken, None),
+                Step::Beyond => break (StackEnd::Truncated, None),
             }
         };
         Walked { frames, end, unknown }
@@ -69,6 +72,8 @@ enum Step {
     Caller,
     Outermost,
     Stuck,
+    /// The copy of the stack ends before the stack does.
+    Beyond,
 }
 
 struct Walk<'a> {
@@ -79,6 +84,8 @@ struct Walk<'a> {
     first: bool,
     raw: &'a RawUserStack,
     stack_start: u64,
+    /// The last byte that was asked for.
+    wanted: Cell<u64>,
 }
 
 impl<'a> Walk<'a> {
@@ -89,10 +96,20 @@ impl<'a> Walk<'a> {
         };
         let register = |number: u16| raw.registers.get(usize::from(number)).copied();
         let sp = register(sp).unwrap_or(0);
-        Self { pc: raw.pc, sp, fp: register(fp), exact: true, first: true, raw, stack_start: sp }
+        Self {
+            pc: raw.pc,
+            sp,
+            fp: register(fp),
+            exact: true,
+            first: true,
+            raw,
+            stack_start: sp,
+            wanted: Cell::new(0),
+        }
     }
 
     fn read(&self, address: u64) -> Option<u64> {
+        self.wanted.set(address.saturating_add(7));
         let at = usize::try_from(address.checked_sub(self.stack_start)?).ok()?;
         let bytes = self.raw.stack.get(at..)?.first_chunk()?;
         Some(u64::from_ne_bytes(*bytes))
@@ -110,7 +127,15 @@ impl<'a> Walk<'a> {
         match rule.cfa_kind {
             cfa::NONE | cfa::UNSUPPORTED => self.by_frame_pointer(),
             _ if rule.is_outermost() => Step::Outermost,
-            _ => self.by_rule(rule).unwrap_or(Step::Stuck),
+            _ => self.by_rule(rule).unwrap_or_else(|| self.stuck()),
+        }
+    }
+
+    fn stuck(&self) -> Step {
+        if self.wanted.get() >= self.stack_start.saturating_add(self.raw.stack.len() as u64) {
+            Step::Beyond
+        } else {
+            Step::Stuck
         }
     }
 
