@@ -48,7 +48,11 @@ impl File {
             body,
             content_type: content_type(path),
             // The builder puts a hash of the content into the name of all that is in assets/.
-            cache: if path.starts_with("assets/") { "public, max-age=31536000, immutable" } else { "no-cache" },
+            cache: if path.starts_with("assets/") {
+                "public, max-age=31536000, immutable"
+            } else {
+                "no-cache"
+            },
             etag: HeaderValue::from_str(&etag).unwrap_or(HeaderValue::from_static("\"\"")),
         }
     }

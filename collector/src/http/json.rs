@@ -1,0 +1,225 @@
+//! The HTTP API's answers: what the gRPC messages say, in JSON.
+
+use std::collections::BTreeMap;
+
+use gannet_proto::{
+    control::{self, node_rollout, rule_status},
+    query as api,
+};
+use prost_types::{Duration, Timestamp};
+use serde::{Serialize, Serializer, ser::SerializeStruct as _};
+use serde_json::{Value, json};
+
+use crate::time;
+
+fn ms(at: Option<&Timestamp>) -> u64 {
+    at.and_then(time::to_ms).unwrap_or(0)
+}
+
+fn span_ms(d: Option<&Duration>) -> u64 {
+    d.and_then(time::span_to_ms).unwrap_or(0)
+}
+
+pub(super) fn series(series: &[api::SeriesInfo]) -> Value {
+    let series: Vec<Value> = series
+        .iter()
+        .map(|s| {
+            json!({
+                "labels": s.labels, "profiles": s.profiles, "samples": s.samples,
+                "first_ms": ms(s.first.as_ref()), "last_ms": ms(s.last.as_ref()), "sample_types": s.sample_types,
+            })
+        })
+        .collect();
+    json!({ "series": series })
+}
+
+pub(super) fn profiles(profiles: &[api::ProfileInfo], next_page_token: &str) -> Value {
+    let profiles: Vec<Value> = profiles
+        .iter()
+        .map(|p| {
+            json!({
+                "id": p.id, "labels": p.labels, "start_ms": ms(p.start.as_ref()),
+                "duration_ms": span_ms(p.duration.as_ref()), "sample_types": p.sample_types, "samples": p.samples,
+                "bytes": p.bytes, "rule_id": p.rule_id, "revision": p.revision, "reason": p.reason,
+            })
+        })
+        .collect();
+    json!({ "profiles": profiles, "next_page_token": next_page_token })
+}
+
+/// A node of a flame graph, without what is zero or empty: most of it is.
+struct Flame<'a>(&'a api::FlameNode);
+
+impl Serialize for Flame<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let api::FlameNode { name, file, total, self_, base_total, base_self, children, kernel, inlined } =
+            self.0;
+        let mut node = serializer.serialize_struct("FlameNode", 9)?;
+        node.serialize_field("name", name)?;
+        if !file.is_empty() {
+            node.serialize_field("file", file)?;
+        }
+        for (key, value) in
+            [("total", total), ("self", self_), ("base_total", base_total), ("base_self", base_self)]
+        {
+            if *value > 0 {
+                node.serialize_field(key, value)?;
+            }
+        }
+        for (key, value) in [("kernel", kernel), ("inlined", inlined)] {
+            if *value {
+                node.serialize_field(key, value)?;
+            }
+        }
+        if !children.is_empty() {
+            node.serialize_field("children", &children.iter().map(Flame).collect::<Vec<_>>())?;
+        }
+        node.end()
+    }
+}
+
+#[derive(Serialize)]
+pub(super) struct FlameGraph<'a> {
+    unit: &'a str,
+    sample_type: &'a str,
+    total: u64,
+    base_total: u64,
+    profiles: u64,
+    base_profiles: u64,
+    root: Option<Flame<'a>>,
+}
+
+impl<'a> From<&'a api::FlameGraphResponse> for FlameGraph<'a> {
+    fn from(of: &'a api::FlameGraphResponse) -> Self {
+        let api::FlameGraphResponse { unit, total, base_total, profiles, base_profiles, root, sample_type } =
+            of;
+        Self {
+            unit,
+            sample_type,
+            total: *total,
+            base_total: *base_total,
+            profiles: *profiles,
+            base_profiles: *base_profiles,
+            root: root.as_ref().map(Flame),
+        }
+    }
+}
+
+pub(super) fn top(top: &api::TopResponse) -> Value {
+    let rows: Vec<Value> = top
+        .rows
+        .iter()
+        .map(|r| {
+            json!({
+                "name": r.name, "file": r.file, "self": r.self_, "total": r.total,
+                "base_self": r.base_self, "base_total": r.base_total,
+            })
+        })
+        .collect();
+    json!({
+        "unit": top.unit, "sample_type": top.sample_type, "total": top.total, "base_total": top.base_total,
+        "rows": rows,
+    })
+}
+
+pub(super) fn timeline(timeline: &api::TimelineResponse) -> Value {
+    let points: Vec<Value> = timeline
+        .points
+        .iter()
+        .map(|p| json!({ "t_ms": ms(p.at.as_ref()), "value": p.value, "profiles": p.profiles }))
+        .collect();
+    json!({
+        "unit": timeline.unit, "sample_type": timeline.sample_type, "step_ms": span_ms(timeline.step.as_ref()),
+        "points": points,
+    })
+}
+
+fn errors(errors: &[control::RuleError]) -> Value {
+    errors.iter().map(|e| json!({ "rule_id": e.rule_id, "field": e.field, "reason": e.reason })).collect()
+}
+
+fn node_rollout(of: &control::NodeRollout) -> Value {
+    json!({
+        "node": of.node, "state": state_name(of.state()), "errors": errors(&of.errors),
+        "since_ms": ms(of.since.as_ref()), "took_ms": span_ms(of.took.as_ref()),
+    })
+}
+
+fn state_name(state: node_rollout::State) -> &'static str {
+    state.as_str_name()
+}
+
+pub(super) fn rollout(of: &control::Rollout) -> Value {
+    json!({
+        "revision": of.revision, "created_at_ms": ms(of.created_at.as_ref()), "settled": of.settled,
+        "nodes": of.nodes.iter().map(node_rollout).collect::<Vec<_>>(),
+    })
+}
+
+pub(super) fn nodes(nodes: &[control::Node], newest: u64) -> Value {
+    let nodes: Vec<Value> = nodes.iter().map(|n| node(n, newest)).collect();
+    json!({ "nodes": nodes })
+}
+
+fn node(node: &control::Node, newest: u64) -> Value {
+    let hello = node.hello.clone().unwrap_or_default();
+    let mut out = json!({
+        "name": node.name, "connected": node.connected, "since_ms": ms(node.since.as_ref()),
+        "last_seen_ms": ms(node.last_seen.as_ref()), "labels": hello.labels, "version": hello.version,
+        "kernel": hello.kernel, "arch": hello.arch, "cpus": hello.cpus, "features": hello.features,
+        "active_revision": hello.active_revision, "started_at_ms": ms(hello.started_at.as_ref()),
+    });
+    let mut set = |key: &str, value: Value| out[key] = value;
+    if let Some(status) = &node.status {
+        set("active_revision", json!(status.active_revision));
+        set("degraded", json!(status.degraded));
+        set("rss_bytes", json!(status.rss_bytes));
+        set("cpu_seconds", json!(span_ms(status.cpu.as_ref()) as f64 / 1000.0));
+        set("spool_bytes", json!(status.spool_bytes));
+        set("processes_armed", json!(status.processes_armed));
+        if let Some(ledger) = &status.ledger {
+            let lost: &BTreeMap<String, u64> = &ledger.lost;
+            set(
+                "ledger",
+                json!({
+                    "ticks": ledger.ticks, "taken": ledger.taken, "delivered": ledger.delivered,
+                    "pending": ledger.pending, "lost": lost,
+                }),
+            );
+        }
+        let rules: Vec<Value> = status
+            .rules
+            .iter()
+            .map(|r| {
+                let state: rule_status::State = r.state();
+                json!({
+                    "rule_id": r.rule_id, "state": state.as_str_name(), "reason": r.reason,
+                    "processes": r.processes, "samples": r.samples,
+                    "last_sample_ms": ms(r.last_sample.as_ref()), "expires_at_ms": ms(r.expires_at.as_ref()),
+                })
+            })
+            .collect();
+        set("rules", json!(rules));
+    }
+    if let Some(rollout) = &node.rollout {
+        let mut rollout = node_rollout(rollout);
+        rollout["revision"] = json!(newest);
+        set("rollout", rollout);
+    }
+    out
+}
+
+/// The scopes with their rules as the YAML form has them.
+pub(super) fn scopes(scopes: &[control::RuleScope], revision: u64) -> Value {
+    let scopes: Vec<Value> = scopes
+        .iter()
+        .map(|s| {
+            json!({
+                "scope": s.scope, "etag": s.etag, "revision": s.revision,
+                "changed_at_ms": ms(s.changed_at.as_ref()), "changed_by": s.changed_by,
+                "rules": s.rules.iter().map(gannet_proto::rules::to_json).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    json!({ "revision": revision, "scopes": scopes })
+}

@@ -1,0 +1,121 @@
+//! The collector's command line.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::Context as _;
+use clap::Parser;
+use gannet_collector::{
+    Collector, Config, TlsFiles,
+    config::{DEFAULT_MAX_BATCH_BYTES, parse_bytes},
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// Takes profiles from Gannet's agents, keeps them, shows them, and hands out the rules by which agents profile.
+#[derive(Parser)]
+#[command(name = "gannet-collector", version)]
+struct Args {
+    /// The directory that holds everything the collector keeps.
+    #[arg(long, value_name = "DIR", env = "GANNET_COLLECTOR_DATA", default_value = "gannet-data")]
+    data: PathBuf,
+    /// Where gRPC is served: agents, gannetctl, control services.
+    #[arg(long, value_name = "ADDRESS", env = "GANNET_COLLECTOR_LISTEN", default_value = gannet_proto::ports::COLLECTOR_GRPC)]
+    listen: SocketAddr,
+    /// Where the page, the HTTP API, metrics and probes are served.
+    #[arg(long, value_name = "ADDRESS", env = "GANNET_COLLECTOR_HTTP", default_value = gannet_proto::ports::COLLECTOR_HTTP)]
+    http: SocketAddr,
+    /// The certificate chain of this collector (PEM).
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_TLS_CERT", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The private key of --tls-cert (PEM).
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_TLS_KEY", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Let in only clients with a certificate of these authorities (PEM); probes are answered to anyone.
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_TLS_CLIENT_CA", requires = "tls_cert")]
+    tls_client_ca: Option<PathBuf>,
+    /// Serve plaintext on addresses that other machines can reach.
+    #[arg(long, env = "GANNET_COLLECTOR_INSECURE")]
+    insecure: bool,
+    /// Remove profiles that are older, and refuse them.
+    #[arg(long, value_name = "AGE", env = "GANNET_COLLECTOR_RETENTION_AGE", default_value = "7d", value_parser = humantime::parse_duration)]
+    retention_age: Duration,
+    /// Remove the oldest profiles while all together are larger.
+    #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_RETENTION_BYTES", default_value = "10GiB", value_parser = parse_bytes)]
+    retention_bytes: u64,
+    /// Take nothing while the disk has less room than this.
+    #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_MIN_FREE_BYTES", default_value = "64MiB", value_parser = parse_bytes)]
+    min_free_bytes: u64,
+    /// Refuse compressed profiles that are larger.
+    #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_MAX_BATCH_BYTES", default_value_t = DEFAULT_MAX_BATCH_BYTES, value_parser = parse_bytes)]
+    max_batch_bytes: u64,
+    /// Hold at most this many series.
+    #[arg(long, value_name = "N", env = "GANNET_COLLECTOR_MAX_SERIES", default_value_t = 200_000)]
+    max_series: usize,
+    /// Know at most this many nodes.
+    #[arg(long, value_name = "N", env = "GANNET_COLLECTOR_MAX_NODES", default_value_t = 10_000)]
+    max_nodes: usize,
+    /// Write logs as JSON, one object a line.
+    #[arg(long, env = "GANNET_COLLECTOR_LOG_JSON")]
+    log_json: bool,
+}
+
+impl Args {
+    fn config(self) -> Config {
+        let tls = self.tls_cert.zip(self.tls_key);
+        Config {
+            listen: self.listen,
+            http: self.http,
+            insecure: self.insecure,
+            tls: tls.map(|(cert, key)| TlsFiles { cert, key, client_ca: self.tls_client_ca }),
+            retention_age: self.retention_age,
+            retention_bytes: self.retention_bytes,
+            min_free_bytes: self.min_free_bytes,
+            max_batch_bytes: self.max_batch_bytes,
+            max_series: self.max_series,
+            max_nodes: self.max_nodes,
+            ..Config::new(self.data)
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let filter = EnvFilter::try_from_env("GANNET_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if args.log_json {
+        log.json().init();
+    } else {
+        log.init();
+    }
+    match run(args.config()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[tokio::main]
+async fn run(config: Config) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    let (data, scheme) = (config.data.clone(), if config.tls.is_some() { "https" } else { "http" });
+    let mut running = Collector::start(config).await?;
+    tracing::info!(
+        data = %data.display(),
+        grpc = %running.grpc_addr,
+        page = %format_args!("{scheme}://{}/", running.http_addr),
+        "the collector serves"
+    );
+    let failed = tokio::select! {
+        _ = terminate.recv() => false,
+        _ = interrupt.recv() => false,
+        () = running.failed() => true,
+    };
+    running.shutdown().await;
+    if failed {
+        anyhow::bail!("a part of the collector has ended by itself; the log above says which");
+    }
+    Ok(())
+}

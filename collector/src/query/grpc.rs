@@ -1,0 +1,187 @@
+//! The query service, as `query.proto` says it.
+
+use std::{
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt as _, stream};
+use gannet_proto::query::{self as api, query_service_server::QueryService};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::{Progress, Query, QueryError, Selection, profile_id_from};
+use crate::time;
+
+/// Pieces of a profile on the wire.
+const CHUNK_BYTES: usize = 512 << 10;
+/// How often a merge says how far it is.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+
+/// The service.
+pub(crate) struct QueryGrpc(pub(crate) Arc<Query>);
+
+impl From<QueryError> for Status {
+    fn from(error: QueryError) -> Self {
+        let text = error.to_string();
+        match error {
+            QueryError::Bad(_) => Status::invalid_argument(text),
+            QueryError::NotFound(_) => Status::not_found(text),
+            QueryError::TooMuch(_) => Status::resource_exhausted(text),
+            QueryError::Busy(_) => Status::unavailable(text),
+            QueryError::Store(crate::store::StoreError::Damaged(_)) => Status::data_loss(text),
+            QueryError::Store(_) => Status::unavailable(text),
+        }
+    }
+}
+
+fn selection(from: Option<api::Selection>) -> Result<Selection, Status> {
+    let api::Selection { query, from, until, profile_id } = from.unwrap_or_default();
+    let moment = |field: &str, at: Option<prost_types::Timestamp>| match at {
+        None => Ok(None),
+        Some(at) => time::to_ms(&at)
+            .map(Some)
+            .ok_or_else(|| Status::invalid_argument(format!("selection.{field}: not a time after 1970"))),
+    };
+    Ok(Selection::new(&query, moment("from", from)?, moment("until", until)?, &profile_id)?)
+}
+
+fn chunks(bytes: Bytes) -> impl Stream<Item = api::ProfileChunk> + Send {
+    let pieces = bytes.len().div_ceil(CHUNK_BYTES);
+    stream::iter((0..pieces).map(move |i| {
+        let piece = bytes.slice(i * CHUNK_BYTES..((i + 1) * CHUNK_BYTES).min(bytes.len()));
+        api::ProfileChunk { data: piece.to_vec() }
+    }))
+}
+
+type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl QueryService for QueryGrpc {
+    async fn label_names(
+        &self,
+        request: Request<api::LabelNamesRequest>,
+    ) -> Result<Response<api::LabelNamesResponse>, Status> {
+        let names = self.0.label_names(&selection(request.into_inner().selection)?)?;
+        Ok(Response::new(api::LabelNamesResponse { names }))
+    }
+
+    async fn label_values(
+        &self,
+        request: Request<api::LabelValuesRequest>,
+    ) -> Result<Response<api::LabelValuesResponse>, Status> {
+        let api::LabelValuesRequest { selection: of, name } = request.into_inner();
+        let values = self.0.label_values(&selection(of)?, &name)?;
+        Ok(Response::new(api::LabelValuesResponse { values }))
+    }
+
+    async fn series(
+        &self,
+        request: Request<api::SeriesRequest>,
+    ) -> Result<Response<api::SeriesResponse>, Status> {
+        let series = self.0.series(selection(request.into_inner().selection)?).await?;
+        Ok(Response::new(api::SeriesResponse { series }))
+    }
+
+    async fn list_profiles(
+        &self,
+        request: Request<api::ListProfilesRequest>,
+    ) -> Result<Response<api::ListProfilesResponse>, Status> {
+        let api::ListProfilesRequest { selection: of, limit, page_token } = request.into_inner();
+        let (profiles, next_page_token) = self.0.list(selection(of)?, limit, page_token).await?;
+        Ok(Response::new(api::ListProfilesResponse { profiles, next_page_token }))
+    }
+
+    type GetProfileStream = BoxStream<api::ProfileChunk>;
+
+    async fn get_profile(
+        &self,
+        request: Request<api::GetProfileRequest>,
+    ) -> Result<Response<Self::GetProfileStream>, Status> {
+        let bytes = self.0.profile(profile_id_from(&request.into_inner().id)?).await?;
+        Ok(Response::new(Box::pin(chunks(bytes).map(Ok))))
+    }
+
+    type MergeStream = BoxStream<api::MergeProgress>;
+
+    async fn merge(
+        &self,
+        request: Request<api::MergeRequest>,
+    ) -> Result<Response<Self::MergeStream>, Status> {
+        use api::merge_progress::{Message, Progress as Step};
+        let api::MergeRequest { selection: of, sample_type } = request.into_inner();
+        let of = selection(of)?;
+        let query = Arc::clone(&self.0);
+        let (sender, receiver) = tokio::sync::mpsc::channel(4);
+        tokio::spawn(async move {
+            let progress = Arc::new(Progress::default());
+            let step = || {
+                let step = Step {
+                    profiles_done: progress.done.load(Ordering::Relaxed),
+                    profiles_total: progress.total.load(Ordering::Relaxed),
+                };
+                Ok(api::MergeProgress { message: Some(Message::Progress(step)) })
+            };
+            let merge = query.merge(&of, &sample_type, &progress);
+            tokio::pin!(merge);
+            let mut tick = tokio::time::interval(PROGRESS_EVERY);
+            tick.tick().await;
+            let merged = loop {
+                tokio::select! {
+                    merged = &mut merge => break merged,
+                    // Nobody listens any more: dropping the merge ends it.
+                    () = sender.closed() => return,
+                    _ = tick.tick() => drop(sender.try_send(step())),
+                }
+            };
+            match merged {
+                Err(error) => drop(sender.send(Err(error.into())).await),
+                Ok(bytes) => {
+                    let pieces = chunks(bytes)
+                        .map(|chunk| Ok(api::MergeProgress { message: Some(Message::Chunk(chunk)) }));
+                    let mut messages = stream::iter([step()]).chain(pieces);
+                    while let Some(message) = messages.next().await {
+                        if sender.send(message).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn flame_graph(
+        &self,
+        request: Request<api::FlameGraphRequest>,
+    ) -> Result<Response<api::FlameGraphResponse>, Status> {
+        let api::FlameGraphRequest { selection: of, base, sample_type, max_nodes } = request.into_inner();
+        let base = base.map(|b| selection(Some(b))).transpose()?;
+        let answer = self.0.flamegraph(&selection(of)?, base.as_ref(), &sample_type, max_nodes).await?;
+        Ok(Response::new(answer))
+    }
+
+    async fn top(&self, request: Request<api::TopRequest>) -> Result<Response<api::TopResponse>, Status> {
+        let api::TopRequest { selection: of, base, sample_type, limit } = request.into_inner();
+        let base = base.map(|b| selection(Some(b))).transpose()?;
+        let answer = self.0.top(&selection(of)?, base.as_ref(), &sample_type, limit).await?;
+        Ok(Response::new(answer))
+    }
+
+    async fn timeline(
+        &self,
+        request: Request<api::TimelineRequest>,
+    ) -> Result<Response<api::TimelineResponse>, Status> {
+        let api::TimelineRequest { selection: of, sample_type, step } = request.into_inner();
+        let step = match step {
+            None => None,
+            Some(step) => Some(
+                time::span_to_ms(&step)
+                    .ok_or_else(|| Status::invalid_argument("step: must not be negative"))?,
+            ),
+        };
+        Ok(Response::new(self.0.timeline(selection(of)?, sample_type, step).await?))
+    }
+}

@@ -1,0 +1,281 @@
+//! Which series: `{service_name="checkout",pod=~"checkout-.*"}`, as Prometheus writes it.
+
+use std::fmt;
+
+use gannet_proto::labels::Labels;
+use regex::{Regex, RegexBuilder};
+
+/// More matchers than a person writes.
+const MAX_MATCHERS: usize = 64;
+/// What one compiled expression may take.
+const MAX_REGEX_BYTES: usize = 1 << 20;
+
+/// What is wrong with a selector, and where.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("query, character {position}: {what}")]
+pub struct SelectorError {
+    /// Counted in characters from 1.
+    pub position: usize,
+    /// What was found and what would be right.
+    pub what: String,
+}
+
+/// A list of conditions on labels, all of which must hold. A label that a series lacks is empty.
+#[derive(Debug, Clone, Default)]
+pub struct Selector {
+    matchers: Vec<Matcher>,
+}
+
+#[derive(Debug, Clone)]
+struct Matcher {
+    name: String,
+    value: String,
+    /// Given: the value is an expression that must fit the whole label.
+    regex: Option<Regex>,
+    negated: bool,
+}
+
+impl Selector {
+    /// Reads a selector; nothing, or `{}`, selects everything.
+    pub fn parse(text: &str) -> Result<Self, SelectorError> {
+        let mut parser = Parser { text, at: 0 };
+        let mut matchers = Vec::new();
+        parser.space();
+        if parser.rest().is_empty() {
+            return Ok(Self { matchers });
+        }
+        if !parser.eat("{") {
+            return Err(parser.error("expected `{`, as in `{service_name=\"checkout\"}`"));
+        }
+        loop {
+            parser.space();
+            if parser.eat("}") {
+                break;
+            }
+            if matchers.len() == MAX_MATCHERS {
+                return Err(parser.error(&format!("more than {MAX_MATCHERS} conditions")));
+            }
+            matchers.push(parser.matcher()?);
+            parser.space();
+            if parser.eat("}") {
+                break;
+            }
+            if !parser.eat(",") {
+                return Err(parser.error("expected `,` or `}` after a condition"));
+            }
+        }
+        parser.space();
+        if !parser.rest().is_empty() {
+            return Err(parser.error("nothing may follow the closing `}`"));
+        }
+        Ok(Self { matchers })
+    }
+
+    /// Whether all conditions hold.
+    pub fn matches(&self, labels: &Labels) -> bool {
+        self.matchers.iter().all(|m| {
+            let value = labels.get(&m.name).map_or("", String::as_str);
+            let fits = match &m.regex {
+                Some(regex) => regex.is_match(value),
+                None => m.value == value,
+            };
+            fits != m.negated
+        })
+    }
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("{")?;
+        for (i, m) in self.matchers.iter().enumerate() {
+            let operator = match (m.regex.is_some(), m.negated) {
+                (false, false) => "=",
+                (false, true) => "!=",
+                (true, false) => "=~",
+                (true, true) => "!~",
+            };
+            let value = m.value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+            write!(f, "{}{}{operator}\"{value}\"", if i > 0 { "," } else { "" }, m.name)?;
+        }
+        f.write_str("}")
+    }
+}
+
+struct Parser<'a> {
+    text: &'a str,
+    at: usize,
+}
+
+impl<'a> Parser<'a> {
+    fn rest(&self) -> &'a str {
+        &self.text[self.at..]
+    }
+
+    fn space(&mut self) {
+        self.at = self.text.len() - self.rest().trim_start().len();
+    }
+
+    fn eat(&mut self, token: &str) -> bool {
+        let found = self.rest().starts_with(token);
+        if found {
+            self.at += token.len();
+        }
+        found
+    }
+
+    fn error(&self, what: &str) -> SelectorError {
+        self.error_at(self.at, what)
+    }
+
+    fn error_at(&self, at: usize, what: &str) -> SelectorError {
+        SelectorError { position: self.text[..at].chars().count() + 1, what: what.to_owned() }
+    }
+
+    fn matcher(&mut self) -> Result<Matcher, SelectorError> {
+        let rest = self.rest();
+        let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
+        let name = &rest[..end];
+        if name.is_empty() || name.starts_with(|c: char| c.is_ascii_digit()) {
+            return Err(
+                self.error("expected a label name: letters, digits and `_`, not beginning with a digit")
+            );
+        }
+        self.at += end;
+        self.space();
+        // The longer operators first: `=` begins `=~`.
+        let (is_regex, negated) = if self.eat("=~") {
+            (true, false)
+        } else if self.eat("!~") {
+            (true, true)
+        } else if self.eat("!=") {
+            (false, true)
+        } else if self.eat("=") {
+            (false, false)
+        } else {
+            return Err(self.error(&format!("expected `=`, `!=`, `=~` or `!~` after `{name}`")));
+        };
+        self.space();
+        let begin = self.at;
+        let value = self.string()?;
+        let regex = if is_regex {
+            let built = RegexBuilder::new(&format!("^(?:{value})$"))
+                .dot_matches_new_line(true)
+                .size_limit(MAX_REGEX_BYTES)
+                .build();
+            Some(built.map_err(|e| {
+                let text = e.to_string();
+                let reason = text.lines().last().unwrap_or_default();
+                self.error_at(
+                    begin,
+                    &format!("not a regular expression: {}", reason.trim_start_matches("error: ")),
+                )
+            })?)
+        } else {
+            None
+        };
+        Ok(Matcher { name: name.to_owned(), value, regex, negated })
+    }
+
+    fn string(&mut self) -> Result<String, SelectorError> {
+        let begin = self.at;
+        let mut chars = self.rest().char_indices();
+        let Some((_, quote @ ('"' | '\'' | '`'))) = chars.next() else {
+            return Err(self.error("expected a value in quotes"));
+        };
+        let mut value = String::new();
+        while let Some((i, c)) = chars.next() {
+            match c {
+                c if c == quote => {
+                    self.at = begin + i + 1;
+                    return Ok(value);
+                }
+                '\\' if quote != '`' => match chars.next() {
+                    Some((_, 'n')) => value.push('\n'),
+                    Some((_, 't')) => value.push('\t'),
+                    Some((_, c @ ('\\' | '"' | '\''))) => value.push(c),
+                    Some((_, c)) => {
+                        return Err(self.error_at(
+                            begin + i,
+                            &format!("`\\{c}` means nothing here: double the backslash, or put the value in backticks"),
+                        ));
+                    }
+                    None => break,
+                },
+                c => value.push(c),
+            }
+        }
+        Err(self.error_at(begin, &format!("the closing {quote} of this value is missing")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rstest::rstest;
+
+    use super::*;
+
+    fn labels() -> Labels {
+        [("service_name", "checkout"), ("pod", "checkout-7f"), ("q", "a\"b\\c")]
+            .map(|(k, v)| (k.to_owned(), v.to_owned()))
+            .into()
+    }
+
+    #[rstest]
+    #[case("", true)]
+    #[case(" {} ", true)]
+    #[case(r#"{service_name="checkout"}"#, true)]
+    #[case(r#"{service_name="check"}"#, false)]
+    #[case(r#"{ service_name = 'checkout' , pod =~ "checkout-.*" , }"#, true)]
+    #[case(r#"{pod=~"checkout"}"#, false)] // anchored
+    #[case(r#"{pod=~"a|checkout-7f"}"#, true)]
+    #[case(r#"{pod=~"a|checkout"}"#, false)] // anchored as a whole
+    #[case(r#"{pod!~"check.*"}"#, false)]
+    #[case(r#"{pod!="x",service_name!="y"}"#, true)]
+    #[case(r#"{absent=""}"#, true)]
+    #[case(r#"{absent!=""}"#, false)]
+    #[case(r#"{absent=~".*"}"#, true)]
+    #[case(r#"{q="a\"b\\c"}"#, true)]
+    #[case(r#"{q=`a"b\c`}"#, true)]
+    fn selectors_mean_what_prometheus_means(#[case] text: &str, #[case] matches: bool) {
+        let selector = Selector::parse(text).unwrap();
+        assert_eq!(selector.matches(&labels()), matches);
+        let again = Selector::parse(&selector.to_string()).unwrap();
+        assert_eq!(again.to_string(), selector.to_string());
+        assert_eq!(again.matches(&labels()), matches);
+    }
+
+    #[rstest]
+    #[case("service", 1, "expected `{`")]
+    #[case("{a}", 3, "after `a`")]
+    #[case("{a=b}", 4, "in quotes")]
+    #[case("{a=\"b}", 4, "closing")]
+    #[case("{a=\"b\" c=\"d\"}", 8, "expected `,`")]
+    #[case("{é=\"b\"}", 2, "label name")]
+    #[case("{a=\"é\",1=\"x\"}", 8, "label name")]
+    #[case("{a=~\"(\"}", 5, "not a regular expression")]
+    #[case("{a=\"\\d\"}", 5, "backslash")]
+    #[case("{} x", 4, "nothing may follow")]
+    #[case("{a=\"b\"", 7, "expected `,` or `}`")]
+    fn errors_say_where_and_what(#[case] text: &str, #[case] position: usize, #[case] what: &str) {
+        let error = Selector::parse(text).unwrap_err();
+        assert_eq!(error.position, position, "{error}");
+        assert!(error.what.contains(what), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_breaks_the_parser(text in "\\PC{0,40}|[{}a=~!\"`'\\\\,\n ]{0,20}") {
+            let _ = Selector::parse(&text);
+        }
+
+        #[test]
+        fn any_value_can_be_written(value in "\\PC{0,20}[\"\\\\\n\t]{0,3}") {
+            let selector = Selector { matchers: vec![Matcher {
+                name: "a".into(), value: value.clone(), regex: None, negated: false,
+            }] };
+            let again = Selector::parse(&selector.to_string()).unwrap();
+            prop_assert!(again.matches(&[("a".to_owned(), value)].into()));
+        }
+    }
+}
