@@ -1,1 +1,17 @@
-//! placeholder
+//! What the tests of the whole path share: the real programs, started and ended as people do it, and ways to look at
+//! them from outside.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on shall say so at once"
+)]
+
+mod program;
+mod wait;
+mod world;
+
+pub use program::{Program, binary, run};
+pub use wait::{eventually, eventually_within};
+pub use world::{Agent, Collector, Sample, rule, selection};

@@ -1,0 +1,247 @@
+//! A collector, agents and the sample program, each a process of its own with its own ports and directories.
+
+use std::{net::TcpListener, path::PathBuf};
+
+use gannet_proto::{
+    control::{
+        Capture, Match, Node, Rule, SetTriggersRequest, SetTriggersResponse,
+        fleet_service_client::FleetServiceClient, trigger_service_client::TriggerServiceClient,
+    },
+    query::{
+        FlameGraphRequest, FlameGraphResponse, ListProfilesRequest, ProfileInfo, Selection,
+        query_service_client::QueryServiceClient,
+    },
+};
+use tempfile::TempDir;
+use tonic::{Status, transport::Channel};
+
+use crate::{Program, eventually};
+
+/// A port that nobody has now. Programs are started again on the same one, so it is not left to them.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
+}
+
+fn strings<const N: usize>(args: [&str; N]) -> Vec<String> {
+    args.map(str::to_owned).to_vec()
+}
+
+/// The central program.
+pub struct Collector {
+    directory: TempDir,
+    grpc: u16,
+    http: u16,
+    program: Option<Program>,
+}
+
+impl Collector {
+    /// Starts one on an empty store and waits until it answers.
+    pub async fn start() -> Self {
+        let mut collector = Self::prepare();
+        collector.up().await;
+        collector
+    }
+
+    /// Ports and a directory, and nobody who listens yet.
+    pub fn prepare() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        Self { directory, grpc: free_port(), http: free_port(), program: None }
+    }
+
+    /// Starts it, on the store that it had before.
+    pub async fn up(&mut self) {
+        let args = [
+            format!("--data={}", self.data().display()),
+            format!("--listen=127.0.0.1:{}", self.grpc),
+            format!("--http=127.0.0.1:{}", self.http),
+        ];
+        self.program = Some(Program::start("gannet-collector", &args, self.directory.path()));
+        eventually("the collector answers", async || self.nodes().await.ok()).await;
+    }
+
+    /// The running program.
+    pub fn program(&mut self) -> &mut Program {
+        self.program.as_mut().expect("the collector was started")
+    }
+
+    /// Where its store is.
+    pub fn data(&self) -> PathBuf {
+        self.directory.path().join("data")
+    }
+
+    /// For `--collector`.
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.grpc)
+    }
+
+    /// A connection; it lasts over restarts.
+    pub fn channel(&self) -> Channel {
+        Channel::from_shared(self.url()).expect("an address").connect_lazy()
+    }
+
+    /// All nodes.
+    pub async fn nodes(&self) -> Result<Vec<Node>, Status> {
+        let mut client = FleetServiceClient::new(self.channel());
+        Ok(client.list_nodes(gannet_proto::control::ListNodesRequest {}).await?.into_inner().nodes)
+    }
+
+    /// One node, if it is known.
+    pub async fn node(&self, name: &str) -> Option<Node> {
+        self.nodes().await.ok()?.into_iter().find(|node| node.name == name)
+    }
+
+    /// Replaces the default scope.
+    pub async fn set_rules(&self, rules: Vec<Rule>) -> Result<SetTriggersResponse, Status> {
+        self.set_triggers(SetTriggersRequest { rules, ..Default::default() }).await
+    }
+
+    /// As it stands.
+    pub async fn set_triggers(&self, request: SetTriggersRequest) -> Result<SetTriggersResponse, Status> {
+        TriggerServiceClient::new(self.channel()).set_triggers(request).await.map(tonic::Response::into_inner)
+    }
+
+    /// All stored profiles that a query names.
+    pub async fn profiles(&self, query: &str) -> Vec<ProfileInfo> {
+        let mut client = QueryServiceClient::new(self.channel());
+        let (mut all, mut page_token) = (Vec::new(), String::new());
+        loop {
+            let request =
+                ListProfilesRequest { selection: Some(selection(query)), limit: 1000, page_token };
+            let page = client.list_profiles(request).await.expect("the profiles are listed").into_inner();
+            all.extend(page.profiles);
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                return all;
+            }
+        }
+    }
+
+    /// The flame graph of a query.
+    pub async fn flame_graph(&self, query: &str) -> FlameGraphResponse {
+        let request = FlameGraphRequest { selection: Some(selection(query)), ..Default::default() };
+        QueryServiceClient::new(self.channel()).flame_graph(request).await.expect("a flame graph").into_inner()
+    }
+}
+
+/// All of the last hour, and a little of what clocks that differ call the future.
+pub fn selection(query: &str) -> Selection {
+    Selection { query: query.to_owned(), ..Default::default() }
+}
+
+/// The node program, without a collector or with one.
+pub struct Agent {
+    directory: TempDir,
+    node: String,
+    args: Vec<String>,
+    debug: u16,
+    probes: u16,
+    program: Option<Program>,
+}
+
+impl Agent {
+    /// Starts one as node `node` that dials `url`, with more flags, and waits until it is ready.
+    pub async fn start(node: &str, url: &str, more: &[&str]) -> Self {
+        let mut agent = Self::prepare(node, url, more);
+        agent.up();
+        agent
+    }
+
+    /// Ports and a state directory, and nobody there yet.
+    pub fn prepare(node: &str, url: &str, more: &[&str]) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (debug, probes) = (free_port(), free_port());
+        let mut args = strings(["run", "--kubelet=none"]);
+        args.extend([
+            format!("--collector={url}"),
+            format!("--node={node}"),
+            format!("--state-dir={}", directory.path().join("state").display()),
+            format!("--debug-listen=127.0.0.1:{debug}"),
+            format!("--listen=127.0.0.1:{probes}"),
+        ]);
+        args.extend(more.iter().map(|&arg| arg.to_owned()));
+        Self { directory, node: node.to_owned(), args, debug, probes, program: None }
+    }
+
+    /// Starts it, with the state that it had before.
+    pub fn up(&mut self) {
+        self.program = Some(Program::start("gannet-agent", &self.args, self.directory.path()));
+    }
+
+    /// The running program.
+    pub fn program(&mut self) -> &mut Program {
+        self.program.as_mut().expect("the agent was started")
+    }
+
+    /// Its name in the fleet.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Spool, sequence, last good rules.
+    pub fn state(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+
+    /// Where its debug page is.
+    pub fn debug(&self) -> String {
+        format!("127.0.0.1:{}", self.debug)
+    }
+
+    /// Where its probes and metrics are.
+    pub fn probes(&self) -> String {
+        format!("127.0.0.1:{}", self.probes)
+    }
+
+    /// Waits until the collector has it as connected.
+    pub async fn connected(&self, collector: &Collector) {
+        eventually("the agent is connected", async || {
+            collector.node(&self.node).await.filter(|node| node.connected)
+        })
+        .await;
+    }
+}
+
+/// The sample program.
+pub struct Sample {
+    directory: TempDir,
+    program: Program,
+}
+
+impl Sample {
+    /// Starts it; `load` is its CPU time in percent of one core.
+    #[track_caller]
+    pub fn start(load: u32) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let program = Program::start("webshop", &["--load".to_owned(), load.to_string()], directory.path());
+        Self { directory, program }
+    }
+
+    /// The running program.
+    pub fn program(&mut self) -> &mut Program {
+        &mut self.program
+    }
+
+    /// Ends it; the nanoseconds of CPU time that the kernel accounted to it.
+    #[track_caller]
+    pub fn finish(mut self) -> u64 {
+        assert!(self.program.terminate().success(), "the sample program ends well");
+        let line: serde_json::Value = serde_json::from_str(&self.program.log()).expect("its last words");
+        drop(self.directory);
+        line["cpu_ns"].as_u64().expect("its CPU time")
+    }
+}
+
+/// Everything that is called `comm`, all the time.
+pub fn rule(id: &str, comm: &str, hz: u32) -> Rule {
+    Rule {
+        id: id.to_owned(),
+        r#match: Some(Match { comm: vec![comm.to_owned()], ..Default::default() }),
+        capture: Some(Capture { hz, ..Default::default() }),
+        // A rule that samples all the time has to say for how long.
+        lifetime: Some(gannet_proto::control::Lifetime {
+            ttl: Some("3600s".parse().expect("a duration")),
+            not_before: None,
+        }),
+        ..Default::default()
+    }
+}
