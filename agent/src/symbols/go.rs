@@ -7,7 +7,7 @@ use std::fs::File;
 
 use super::{
     elf::{self, ElfError, Sections},
-    table::TableBuilder,
+    elf_symbols::Finder,
 };
 
 /// The largest Go programs have some 300,000 functions in 60 MB.
@@ -23,17 +23,17 @@ enum Version {
     Go118,
 }
 
-/// Adds the functions of a Go program; of another one nothing.
-pub(super) fn add(file: &File, sections: &Sections, builder: &mut TableBuilder) -> Result<(), ElfError> {
+/// Offers the functions of a Go program; of another one nothing.
+pub(super) fn offer(file: &File, sections: &Sections, finder: &mut Finder<'_>) -> Result<(), ElfError> {
     // Position-independent programs have it among the data that is relocated.
     let place = [".gopclntab", ".data.rel.ro.gopclntab"].iter().find_map(|name| sections.find(name));
     let Some(section) = place else { return Ok(()) };
     let text = sections.find(".text").map(|text| text.address).unwrap_or_default();
     let bytes = elf::read_section(file, section, MAX_TABLE_BYTES, "table of Go functions")?;
-    add_functions(&bytes, text, builder)
+    offer_functions(&bytes, text, finder)
 }
 
-fn add_functions(bytes: &[u8], text: u64, builder: &mut TableBuilder) -> Result<(), ElfError> {
+fn offer_functions(bytes: &[u8], text: u64, finder: &mut Finder<'_>) -> Result<(), ElfError> {
     let damaged = || ElfError::Damaged("table of Go functions");
     let header = Header::read(bytes, text).ok_or_else(damaged)?;
     // Each entry ends where the next one begins, and one more ends the last.
@@ -41,9 +41,8 @@ fn add_functions(bytes: &[u8], text: u64, builder: &mut TableBuilder) -> Result<
     for index in 0..header.functions {
         let (start, offset) = next;
         next = header.entry(bytes, index + 1).ok_or_else(damaged)?;
-        let name = header.name(bytes, offset).ok_or_else(damaged)?;
         let size = next.0.saturating_sub(start);
-        builder.push(start, size, name, 0).map_err(|_| ElfError::TooLarge("table of Go functions"))?;
+        finder.offer(start, size, 0, || header.name(bytes, offset).map(<[u8]>::to_vec))?;
     }
     Ok(())
 }
@@ -143,14 +142,10 @@ mod tests {
     #[test]
     fn functions_have_their_names_from_start_to_end() {
         for (bytes, text) in [(table(0x1000), 7), (table(0), 0x1000)] {
-            let mut builder = TableBuilder::new(1 << 20);
-            add_functions(&bytes, text, &mut builder).unwrap();
-            let table = builder.finish();
-            let name = |address| table.find(address).map(|name| String::from_utf8_lossy(name).into_owned());
-            assert_eq!(name(0x100f), None);
-            assert_eq!(name(0x1010).as_deref(), Some("main.main"));
-            assert_eq!(name(0x105f).as_deref(), Some("main.work"));
-            assert_eq!(name(0x1060), None);
+            let mut finder = Finder::new(&[0x100f, 0x1010, 0x105f, 0x1060]);
+            offer_functions(&bytes, text, &mut finder).unwrap();
+            let (main, work) = (b"main.main".to_vec(), b"main.work".to_vec());
+            assert_eq!(finder.finish(), [None, Some(main), Some(work), None]);
         }
     }
 
@@ -167,9 +162,9 @@ mod tests {
                 }
             }
             bytes.truncate(length);
-            let mut builder = TableBuilder::new(1 << 16);
-            let _ = add_functions(&bytes, 0, &mut builder);
-            prop_assert!(builder.finish().bytes() <= 1 << 16);
+            let mut finder = Finder::new(&[0x1010, 0x1040]);
+            let _ = offer_functions(&bytes, 0, &mut finder);
+            prop_assert_eq!(finder.finish().len(), 2);
         }
     }
 }

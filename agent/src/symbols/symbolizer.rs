@@ -30,7 +30,6 @@ use super::{
     file::{FileId, MappedFile},
     kallsyms::Kallsyms,
     perf_map::PerfMap,
-    table::SymbolTable,
 };
 use crate::{
     process::{Image, MappingKind, ProcessKey},
@@ -52,6 +51,8 @@ pub const BROKEN_FRAME: &str = "[broken stack]";
 const FIRST_KERNEL_ADDRESS: u64 = 1 << 63;
 const MAX_FILE_STATES: NonZeroUsize = NonZeroUsize::new(8192).unwrap();
 const MAX_PERF_MAPS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+/// Perf maps larger than this, all together, are let go after each profile.
+const MAX_KEPT_PERF_MAP_BYTES: usize = 8 << 20;
 const MAX_NOTE_BYTES: u64 = 64 << 10;
 const MAX_VDSO_BYTES: u64 = 1 << 20;
 
@@ -62,8 +63,6 @@ pub struct SymbolizerConfig {
     pub queue: usize,
     /// Memory for the names of addresses that were looked up.
     pub cache_bytes: u64,
-    /// Memory for symbol tables between two profiles.
-    pub table_bytes: usize,
     /// The program that reads debug information, which gives inlined functions and lines: the agent itself, by
     /// [`DEBUG_INFO_VERB`](super::DEBUG_INFO_VERB). None reads none.
     pub debug_reader: Option<PathBuf>,
@@ -76,7 +75,6 @@ impl Default for SymbolizerConfig {
         Self {
             queue: 8,
             cache_bytes: 6 << 20,
-            table_bytes: 4 << 20,
             debug_reader: Some(PathBuf::from("/proc/self/exe")),
             debug_dirs: vec![PathBuf::from("/usr/lib/debug")],
         }
@@ -107,7 +105,7 @@ pub struct SymbolizerStats {
     pub unusable_tables: AtomicU64,
     /// Files whose debug information is there and could not be used.
     pub unusable_debug_info: AtomicU64,
-    /// Memory of names, symbol tables and kernel symbols that are kept.
+    /// Memory of names, kernel symbols and perf maps that are kept.
     pub cached_bytes: AtomicU64,
 }
 
@@ -203,7 +201,8 @@ impl Weighter<(FileId, u64), Functions> for ByBytes {
 /// What is known of one file.
 #[derive(Debug, Default)]
 struct FileState {
-    table: Table,
+    /// Its symbol table could not be read, and is not tried again.
+    unusable_table: bool,
     debug: Option<Debug>,
 }
 
@@ -263,20 +262,11 @@ impl Spending {
     }
 }
 
-#[derive(Debug, Default)]
-enum Table {
-    #[default]
-    NotRead,
-    Read(SymbolTable),
-    Unusable,
-}
-
 struct Names {
     config: SymbolizerConfig,
     stats: Arc<SymbolizerStats>,
     cache: unsync::Cache<(FileId, u64), Functions, ByBytes>,
     files: LruCache<FileId, FileState>,
-    table_bytes: usize,
     perf_maps: LruCache<ProcessKey, PerfMap>,
     kallsyms: Kallsyms,
     kernel_build_id: String,
@@ -297,7 +287,6 @@ impl Names {
                 ByBytes,
             ),
             files: LruCache::new(MAX_FILE_STATES),
-            table_bytes: 0,
             perf_maps: LruCache::new(MAX_PERF_MAPS),
             kallsyms: Kallsyms::default(),
             kernel_build_id: kernel_build_id(),
@@ -479,6 +468,10 @@ impl Names {
         }
         let Some(open) = file.file.as_ref().filter(|_| !missing.is_empty()) else { return };
         let debug = self.debug_frames(file, open, &missing);
+        let has_no_frame = |(index, _): &(usize, &u64)| debug.frame(*index).is_none();
+        let rest: Vec<u64> =
+            missing.iter().enumerate().filter(has_no_frame).map(|(_, address)| *address).collect();
+        let mut symbols = self.symbols(file, open, &rest).into_iter();
         let mut texts = Texts::default();
         for (index, address) in missing.into_iter().enumerate() {
             let functions: Functions = match debug.frame(index) {
@@ -495,9 +488,9 @@ impl Names {
                         }
                     })
                     .collect(),
-                None => match self.table(file, open).and_then(|table| table.find(address)) {
+                None => match symbols.next().flatten() {
                     Some(raw) => {
-                        let (name, raw) = texts.name(&String::from_utf8_lossy(raw));
+                        let (name, raw) = texts.name(&String::from_utf8_lossy(&raw));
                         [Function { name, raw, file: texts.text(""), line: 0, column: 0 }].into()
                     }
                     None => Arc::clone(&self.nothing),
@@ -509,7 +502,6 @@ impl Names {
             }
             known.insert((file.id, address), functions);
         }
-        self.trim_tables();
     }
 
     /// What the file's debug information has on each address, if it has any and may be read now.
@@ -564,26 +556,19 @@ impl Names {
         }
     }
 
-    fn table(&mut self, file: &Arc<MappedFile>, open: &File) -> Option<&SymbolTable> {
+    /// What the file's symbol table has at each address.
+    fn symbols(&mut self, file: &MappedFile, open: &File, addresses: &[u64]) -> Vec<Option<Vec<u8>>> {
         let state = self.files.get_or_insert_mut(file.id, FileState::default);
-        if let Table::NotRead = state.table {
-            let apart = state.debug.as_ref().and_then(|debug| debug.apart.as_ref()?.file.as_ref());
-            state.table = match elf_symbols::read(open, apart) {
-                Ok(table) => {
-                    self.table_bytes += table.bytes();
-                    Table::Read(table)
-                }
-                Err(error) => {
-                    tracing::info!(path = file.path, %error, "the functions of this file have no names");
-                    self.stats.unusable_tables.fetch_add(1, Ordering::Relaxed);
-                    Table::Unusable
-                }
-            };
+        if addresses.is_empty() || state.unusable_table {
+            return Vec::new();
         }
-        match &state.table {
-            Table::Read(table) => Some(table),
-            Table::NotRead | Table::Unusable => None,
-        }
+        let apart = state.debug.as_ref().and_then(|debug| debug.apart.as_ref()?.file.as_ref());
+        elf_symbols::find(open, apart, addresses).unwrap_or_else(|error| {
+            tracing::info!(path = file.path, %error, "the functions of this file have no names");
+            state.unusable_table = true;
+            self.stats.unusable_tables.fetch_add(1, Ordering::Relaxed);
+            Vec::new()
+        })
     }
 
     /// The functions of the kernel, and those made at run time.
@@ -618,36 +603,16 @@ impl Names {
         (kernel, jitted)
     }
 
-    /// Lets go of the symbol tables that were used the longest time ago. What was found in them stays in the cache.
-    fn trim_tables(&mut self) {
-        if self.table_bytes <= self.config.table_bytes {
-            return;
-        }
-        let old: Vec<FileId> = self.files.iter().rev().map(|(id, _)| *id).collect();
-        for id in old {
-            if self.table_bytes <= self.config.table_bytes {
-                return;
-            }
-            if let Some(state) = self.files.peek_mut(&id)
-                && let Table::Read(table) = &state.table
-            {
-                self.table_bytes -= table.bytes();
-                self.wasteful = true;
-                state.table = Table::NotRead;
-            }
-        }
-    }
-
     fn trim(&mut self) {
         let maps: usize = self.perf_maps.iter().map(|(_, map)| map.bytes()).sum();
-        if maps > self.config.table_bytes {
+        if maps > MAX_KEPT_PERF_MAP_BYTES {
             self.perf_maps.clear();
             self.wasteful = true;
         }
         if std::mem::take(&mut self.wasteful) {
             give_memory_back();
         }
-        let cached = self.cache.weight() + (self.table_bytes + self.kallsyms.bytes() + maps) as u64;
+        let cached = self.cache.weight() + (self.kallsyms.bytes() + maps) as u64;
         self.stats.cached_bytes.store(cached, Ordering::Relaxed);
     }
 }

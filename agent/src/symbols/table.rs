@@ -1,9 +1,9 @@
-//! A table of symbols in few bytes: what ELF symbol tables, `/proc/kallsyms` and perf maps come down to.
+//! A table of symbols in few bytes: what `/proc/kallsyms` and perf maps come down to.
 
 use std::fmt;
 
 /// A symbol of unknown size reaches to the next one, but no further than any function does.
-const MAX_UNSIZED_BYTES: u64 = 256 << 10;
+pub(crate) const MAX_UNSIZED_BYTES: u64 = 256 << 10;
 const _: () = assert!(MAX_UNSIZED_BYTES < UNSIZED as u64, "the mark for an unknown size is not a size");
 const UNSIZED: u32 = u32::MAX;
 /// How many symbols before the nearest one are tried: some assembly has labels inside of functions.
