@@ -282,6 +282,18 @@ impl Rule {
         ra_offset: 168,
     };
 
+    /// The same on aarch64: `sp` points at the kernel's `rt_sigframe`, which holds x29 at 544, sp at 560 and pc at 568.
+    /// (x30 is at 552; a leaf function that was interrupted has its return address nowhere else.)
+    pub const AARCH64_SIGNAL: Self = Self {
+        cfa_kind: cfa::SP_DEREF,
+        fp_kind: loc::SP,
+        ra_kind: loc::SP,
+        flags: flags::SIGNAL,
+        cfa_offset: 560 << 8,
+        fp_offset: 544,
+        ra_offset: 568,
+    };
+
     /// x86_64: frame address at `sp + cfa_offset`, return address just below it, rbp untouched.
     pub const fn x86_64_sp(cfa_offset: i32) -> Self {
         Self {

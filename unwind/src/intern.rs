@@ -32,7 +32,9 @@ pub struct Interned {
 
 /// No number is left.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{needed} new rules do not fit: {used} of {capacity} are in use; evict tables, or make the array of rules larger")]
+#[error(
+    "{needed} new rules do not fit: {used} of {capacity} are in use; evict tables, or make the array of rules larger"
+)]
 pub struct Full {
     /// Rules of the table that no other table has.
     pub needed: usize,

@@ -7,7 +7,14 @@
 //! [`mod@format`] is the contract with the kernel side.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout))]
 
+pub mod build;
+pub mod cache;
+mod cfi;
+pub mod content;
+pub mod elf;
 pub mod format;
+mod go;
 pub mod intern;
 pub mod limits;
+pub mod overrides;
 pub mod table;

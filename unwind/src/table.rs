@@ -4,8 +4,8 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::format::{
     DIRECTORY_LINE_BITS, FIRST_LINE_STEP, FIRST_ROW_STEP, GRANULE_BYTES, GRANULE_SHIFT, Line, MAX_LINES,
-    PAGE_BYTES, PAGE_SHIFT, RULE_NONE, Rule, WORDS_PER_LINE, directory_parts, directory_word, row, row_pc_low,
-    row_rule,
+    PAGE_BYTES, PAGE_SHIFT, RULE_NONE, Rule, WORDS_PER_LINE, directory_parts, directory_word, row,
+    row_pc_low, row_rule,
 };
 use crate::limits::{Exceeded, Limits, Quantity, at_most};
 
@@ -481,7 +481,10 @@ mod tests {
 
     #[test]
     fn r48_a_row_at_the_last_address_of_a_page_is_found_and_nothing_beyond() {
-        check(&[(0x1_0000, rule(1)), (0x1_fffe, rule(2)), (0x1_ffff, rule(3)), (0x2_0000, Rule::NONE)], 0x2_0001);
+        check(
+            &[(0x1_0000, rule(1)), (0x1_fffe, rule(2)), (0x1_ffff, rule(3)), (0x2_0000, Rule::NONE)],
+            0x2_0001,
+        );
         check(&[(0x1_ffff, rule(3))], 0x2_0000);
         check(&[(0x1_ffff, rule(3))], 0x2_0001);
         check(&[(0x1_f800, rule(3))], 0x2_0800);
@@ -531,7 +534,10 @@ mod tests {
         builder.push(0x1000, rule(1)).unwrap();
         builder.push(0x1001, rule(2)).unwrap();
         let full = builder.push(0x1002, rule(1)).unwrap_err();
-        assert!(matches!(full, BuilderError::Exceeded(Exceeded::TooLarge { what: Quantity::Rows, limit: 3, .. })));
+        assert!(matches!(
+            full,
+            BuilderError::Exceeded(Exceeded::TooLarge { what: Quantity::Rows, limit: 3, .. })
+        ));
         let full = builder.push(0x1002, rule(3)).unwrap_err();
         assert!(matches!(full, BuilderError::Exceeded(Exceeded::TooLarge { what: Quantity::Rules, .. })));
     }
