@@ -1,5 +1,5 @@
 /** The fleet: who is connected, what each agent costs, what it lost and why, and which rules it has. */
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useState } from "preact/hooks";
 import { type FleetNode, type Ledger, get } from "./api";
 import { Steps } from "./Empty";
 import { Problem, useLoad } from "./parts";
@@ -142,21 +142,6 @@ export function Nodes({ tick }: { tick: number }) {
   const now = Date.now();
   const nodes = load.data?.nodes ?? [];
 
-  // CPU seconds only ever grow; two readings make a rate.
-  const readings = useRef(new Map<string, { at: number; cpu: number; rate?: number }>());
-  useEffect(() => {
-    for (const node of nodes) {
-      const at = node.last_seen_ms ?? 0;
-      const before = readings.current.get(node.name);
-      if (before && at > before.at && (node.cpu_seconds ?? 0) >= before.cpu) {
-        const rate = ((node.cpu_seconds ?? 0) - before.cpu) / ((at - before.at) / 1000);
-        readings.current.set(node.name, { at, cpu: node.cpu_seconds ?? 0, rate });
-      } else if (!before || at !== before.at) {
-        readings.current.set(node.name, { at, cpu: node.cpu_seconds ?? 0 });
-      }
-    }
-  }, [load.data]);
-
   if (load.error) return <main class="page"><h1>Nodes</h1><Problem error={load.error} /></main>;
   if (load.data && nodes.length === 0) {
     return (
@@ -212,7 +197,7 @@ export function Nodes({ tick }: { tick: number }) {
           </thead>
           <tbody>
             {shown.map((node) => {
-              const rate = readings.current.get(node.name)?.rate;
+              const alive = ((node.last_seen_ms ?? 0) - (node.started_at_ms ?? 0)) / 1000;
               const isOpen = open.has(node.name);
               return (
                 <>
@@ -234,8 +219,8 @@ export function Nodes({ tick }: { tick: number }) {
                       <div class="dim">{[node.arch, node.cpus ? `${node.cpus} CPUs` : ""].filter(Boolean).join(" · ")}</div>
                     </td>
                     <td class="number">
-                      {rate === undefined ? duration((node.cpu_seconds ?? 0) * 1000) : `${(100 * rate).toFixed(1)}%`}
-                      <div class="dim">{rate === undefined ? "in all" : `${duration((node.cpu_seconds ?? 0) * 1000)} in all`}</div>
+                      {node.started_at_ms && alive > 0 ? `${((100 * (node.cpu_seconds ?? 0)) / alive).toFixed(2)}%` : "—"}
+                      <div class="dim" title={node.started_at_ms ? `since ${moment(node.started_at_ms)}` : ""}>{duration((node.cpu_seconds ?? 0) * 1000)} in all</div>
                     </td>
                     <td class="number">{bytes(node.rss_bytes ?? 0)}</td>
                     <td class="wide"><LedgerBar ledger={node.ledger} /></td>

@@ -96,6 +96,7 @@ export interface FleetNode {
   connected?: boolean;
   since_ms?: number;
   last_seen_ms?: number;
+  started_at_ms?: number;
   version?: string;
   kernel?: string;
   arch?: string;

@@ -29,6 +29,7 @@ export interface Frames {
   total: number;
   baseTotal: number;
   count: number;
+  /** Heaviest first, by what they did themselves. */
   groups: { name: string; self: number }[];
   /** Which hue each group got. */
   hues: Map<string, number>;
@@ -73,6 +74,9 @@ export function frames(graph: FlameGraph, colour: Colour, absolute: boolean): Fr
   const diff = baseTotal > 0 || graph.base_profiles !== undefined;
   const groups = new Map<string, number>();
   const shareOf = (part: number, whole: number) => (whole > 0 ? part / whole : 0);
+  // What is cut off has no values of its own but stands for all that lies below it.
+  const weight = (frame: FrameData) =>
+    frame === root ? 0 : frame.special && frame.children.length > 0 ? frame.total + frame.baseTotal : frame.self + frame.baseSelf;
   let count = 0;
   const make = (node: FlameNode, parent: string): FrameData => {
     count += 1;
@@ -97,7 +101,6 @@ export function frames(graph: FlameGraph, colour: Colour, absolute: boolean): Fr
       children: [],
     };
     frame.group = groupOf(frame, colour);
-    groups.set(frame.group, (groups.get(frame.group) ?? 0) + frame.self + frame.baseSelf);
     return frame;
   };
   const from: FlameNode = graph.root ?? { name: "all" };
@@ -112,6 +115,7 @@ export function frames(graph: FlameGraph, colour: Colour, absolute: boolean): Fr
       frame.children.push(made);
       open.push([child, made]);
     }
+    groups.set(frame.group, (groups.get(frame.group) ?? 0) + weight(frame));
     if (diff) {
       // Rounding must not make a parent narrower than its children.
       const inner = frame.children.reduce((sum, child) => sum + child.value, 0);
@@ -149,7 +153,9 @@ export function groupColour(hues: Map<string, number>, group: string, dark: bool
   if (group === "kernel") return oklch(light, dark ? 0.055 : 0.06, 255);
   if (group === "user") return oklch(light, 0.095, 55);
   if (group === "user, inlined") return oklch(light, 0.085, 100);
-  return oklch(light, dark ? 0.085 : 0.1, hues.get(group) ?? 35);
+  // The modules of a group lean a little to one side or the other.
+  const lean = ((hash(name.replace(/::[^:]*$/, "")) >>> 12) % 5) - 2;
+  return oklch(light, dark ? 0.085 : 0.1, (360 + (hues.get(group) ?? 35) + (name === group ? 0 : lean * 6)) % 360);
 }
 
 export const matchColour = (dark: boolean) => oklch(dark ? 0.5 : 0.78, dark ? 0.19 : 0.16, 325);

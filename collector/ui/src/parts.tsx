@@ -98,7 +98,8 @@ export function Popover(props: {
     set(false);
     button.current?.focus();
   };
-  useEffect(() => {
+  // Before the next key arrives: somebody who types ahead means the box.
+  useLayoutEffect(() => {
     if (!open) return;
     box.current?.querySelector<HTMLElement>(".popover input, .popover button, .popover select")?.focus();
     const outside = (event: Event) => {
@@ -126,7 +127,8 @@ export function Popover(props: {
         <span class="caret" aria-hidden="true" />
       </button>
       {open && (
-        <div class="popover" id={id} role="dialog" aria-label={props.name}>
+        // Takes the focus of a click beside its controls, which would otherwise count as leaving it.
+        <div class="popover" id={id} role="dialog" aria-label={props.name} tabIndex={-1}>
           {props.children(close)}
         </div>
       )}
