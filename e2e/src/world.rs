@@ -105,8 +105,7 @@ impl Collector {
         let mut client = QueryServiceClient::new(self.channel());
         let (mut all, mut page_token) = (Vec::new(), String::new());
         loop {
-            let request =
-                ListProfilesRequest { selection: Some(selection(query)), limit: 1000, page_token };
+            let request = ListProfilesRequest { selection: Some(selection(query)), limit: 1000, page_token };
             let page = client.list_profiles(request).await.expect("the profiles are listed").into_inner();
             all.extend(page.profiles);
             page_token = page.next_page_token;
@@ -119,7 +118,11 @@ impl Collector {
     /// The flame graph of a query.
     pub async fn flame_graph(&self, query: &str) -> FlameGraphResponse {
         let request = FlameGraphRequest { selection: Some(selection(query)), ..Default::default() };
-        QueryServiceClient::new(self.channel()).flame_graph(request).await.expect("a flame graph").into_inner()
+        QueryServiceClient::new(self.channel())
+            .flame_graph(request)
+            .await
+            .expect("a flame graph")
+            .into_inner()
     }
 }
 

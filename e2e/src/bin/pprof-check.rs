@@ -47,8 +47,12 @@ fn check(args: &Args) -> anyhow::Result<()> {
     let missing: Vec<&str> =
         args.has.iter().map(String::as_str).filter(|name| !has_function(&profile, name)).collect();
     if !missing.is_empty() {
-        bail!("{file} lacks the functions {}; its {} samples are of {}", missing.join(", "), summary.samples,
-            some_functions(&profile));
+        bail!(
+            "{file} lacks the functions {}; its {} samples are of {}",
+            missing.join(", "),
+            summary.samples,
+            some_functions(&profile)
+        );
     }
 
     let deepest = profile.sample.iter().map(|sample| sample.location_id.len()).max().unwrap_or(0);
@@ -102,5 +106,9 @@ fn has_function(profile: &Profile, name: &str) -> bool {
 
 fn some_functions(profile: &Profile) -> String {
     let names: Vec<&str> = profile.function.iter().map(|f| text(profile, f.name)).take(12).collect();
-    if names.is_empty() { "no named function at all".to_owned() } else { format!("{}, ...", names.join(", ")) }
+    if names.is_empty() {
+        "no named function at all".to_owned()
+    } else {
+        format!("{}, ...", names.join(", "))
+    }
 }
