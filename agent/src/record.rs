@@ -148,7 +148,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
             node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             kernel: KernelOptions { ring_bytes: args.ring_bytes, ..KernelOptions::default() },
             window: WINDOW,
-            caps: Caps::default(),
+            caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             tables: true,
         },
         // The queue holds minutes; if it is full nevertheless, the engine waits rather than losing a window: nobody
@@ -187,7 +187,9 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     if let Some(status) = status.filter(|status| !status.success()) {
         tracing::warn!("the command ended with {status}");
     }
-    let Some(profile) = named.profile else { return Err(RecordError::Nothing(took)) };
+    let Some(mut profile) = named.profile else { return Err(RecordError::Nothing(took)) };
+    // Merging adds the lengths of what it merges; these ran side by side.
+    profile.duration_nanos = i64::try_from(took.as_nanos()).unwrap_or(i64::MAX);
     let details = Details { title: format!("gannet: {}", subject(&args)), ledger: named.ledger.clone() };
     destination.write(&profile, &details)?;
     print_ledger(&args, &destination, &named.ledger, took).map_err(RecordError::Start)

@@ -1,0 +1,207 @@
+//! The agent's metrics: read when somebody asks, so that nothing counts twice.
+
+use std::fmt;
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric as _, text::encode},
+    metrics::{TypedMetric as _, counter::ConstCounter, gauge::ConstGauge},
+    registry::Registry,
+};
+
+use crate::{engine::EngineError, ledger::Stage, node::Node};
+
+/// Everything at one moment.
+#[derive(Debug)]
+struct Reading {
+    values: Vec<Value>,
+}
+
+#[derive(Debug)]
+struct Value {
+    name: &'static str,
+    help: &'static str,
+    /// At most one label; values of one metric stand together.
+    label: Option<(&'static str, String)>,
+    number: Number,
+}
+
+#[derive(Debug)]
+enum Number {
+    Counter(u64),
+    Seconds(f64),
+    Gauge(i64),
+}
+
+/// The text that a scrape gets.
+pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
+    let (kernel, tables, processes, files, degraded) = node
+        .engine
+        .inspect(|inside| {
+            (
+                inside.kernel.counters().ok(),
+                inside.tables.map(crate::tables::Tables::stats),
+                inside.processes.alive().count(),
+                inside.processes.stats(),
+                inside.kernel.undecodable(),
+            )
+        })
+        .await?;
+    let account = node.ledger.account_now();
+    let ledger = account.to_ledger();
+    let (rss, cpu) = node.usage();
+    let mut values = Vec::new();
+    let mut add = |name, help, label: Option<(&'static str, String)>, number| {
+        values.push(Value { name, help, label, number });
+    };
+    add("clock_ticks", "Clock ticks that reached the sampler", None, Number::Counter(ledger.ticks));
+    add(
+        "samples_taken",
+        "Samples that a rule asked for, once for each rule",
+        None,
+        Number::Counter(ledger.taken),
+    );
+    add(
+        "samples_delivered",
+        "Samples that a collector has acknowledged",
+        None,
+        Number::Counter(ledger.delivered),
+    );
+    for reason in gannet_proto::ledger::LossReason::ALL {
+        let lost = ledger.lost.get(&reason).copied().unwrap_or(0);
+        let label = Some(("reason", reason.to_string()));
+        add("samples_lost", "Samples lost, by reason", label, Number::Counter(lost));
+    }
+    for stage in Stage::ALL {
+        let label = Some(("stage", stage.as_str().to_owned()));
+        let number = Number::Gauge(account.at_stage(stage).cast_signed());
+        add("samples_pending", "Samples on their way, by stage", label, number);
+    }
+    if let Some(counters) = kernel {
+        for (kind, count) in [("exec", counters.execs), ("fork", counters.forks), ("exit", counters.exits)] {
+            let label = Some(("kind", kind.to_owned()));
+            add(
+                "lifecycle_events",
+                "Exec, fork and exit handled in the kernel",
+                label,
+                Number::Counter(count),
+            );
+        }
+        for (reason, count) in
+            [("ring_full", counters.lifecycle_lost_ring_full), ("rate", counters.lifecycle_lost_rate)]
+        {
+            let label = Some(("reason", reason.to_owned()));
+            add(
+                "lifecycle_events_lost",
+                "Exec, fork and exit that were not reported",
+                label,
+                Number::Counter(count),
+            );
+        }
+        add("samples_raw", "Samples taken raw, walked in user space", None, Number::Counter(counters.raw));
+        add(
+            "process_map_full",
+            "Processes that found no place in the kernel's table",
+            None,
+            Number::Counter(counters.procs_full),
+        );
+    }
+    add("events_undecodable", "Records of the ring that were no event", None, Number::Counter(degraded));
+    add("processes", "Processes in the table", None, Number::Gauge(processes as i64));
+    add(
+        "processes_missed",
+        "Processes that were gone before they could be read",
+        None,
+        Number::Counter(files.missed),
+    );
+    if let Some(tables) = tables {
+        add("unwind_tables", "Unwind tables in the kernel", None, Number::Gauge(tables.resident as i64));
+        add(
+            "unwind_table_bytes",
+            "Memory of the unwind tables in the kernel",
+            None,
+            Number::Gauge(tables.resident_bytes as i64),
+        );
+        add(
+            "unwind_tables_evicted",
+            "Unwind tables taken out for others",
+            None,
+            Number::Counter(tables.evicted),
+        );
+        add(
+            "unwind_tables_failed",
+            "Files that could not be made into a table",
+            None,
+            Number::Counter(tables.failed),
+        );
+    }
+    add("spool_bytes", "Batches on disk", None, Number::Gauge(node.spool.bytes() as i64));
+    add("spool_batches", "Batches in the spool", None, Number::Gauge(node.spool.batches() as i64));
+    add(
+        "spool_corrupt_files",
+        "Damaged spool files found",
+        None,
+        Number::Counter(node.spool.corrupt_files()),
+    );
+    add(
+        "spool_write_errors",
+        "Writes that the file system refused",
+        None,
+        Number::Counter(node.spool.write_errors()),
+    );
+    let connected = node.connected.load(std::sync::atomic::Ordering::Relaxed);
+    add("collector_connected", "1 while the control stream stands", None, Number::Gauge(connected.into()));
+    add(
+        "degraded",
+        "Parts that work less well than they should",
+        None,
+        Number::Gauge(node.degraded().len() as i64),
+    );
+    add("resident_memory_bytes", "Memory of this process", None, Number::Gauge(rss as i64));
+    add("cpu_seconds", "CPU time of all threads of this process", None, Number::Seconds(cpu.as_secs_f64()));
+
+    let mut registry = Registry::with_prefix("gannet_agent");
+    registry.register_collector(Box::new(Reading { values }));
+    let mut text = String::new();
+    // Writing into a String cannot fail.
+    let _ = encode(&mut text, &registry);
+    Ok(text)
+}
+
+impl Collector for Reading {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        for group in self.values.chunk_by(|a, b| a.name == b.name) {
+            let Some(first) = group.first() else { continue };
+            let kind = match first.number {
+                Number::Counter(_) | Number::Seconds(_) => ConstCounter::<u64>::TYPE,
+                Number::Gauge(_) => ConstGauge::<i64>::TYPE,
+            };
+            let mut metric = encoder.encode_descriptor(first.name, first.help, None, kind)?;
+            for value in group {
+                let labels: Vec<(&str, &str)> =
+                    value.label.iter().map(|(name, text)| (*name, text.as_str())).collect();
+                let one = if labels.is_empty() { None } else { Some(labels) };
+                match &one {
+                    None => value.number.encode(metric)?,
+                    Some(labels) => {
+                        let labelled = metric.encode_family(labels)?;
+                        value.number.encode(labelled)?;
+                        continue;
+                    }
+                }
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Number {
+    fn encode(&self, encoder: prometheus_client::encoding::MetricEncoder<'_>) -> Result<(), fmt::Error> {
+        match self {
+            Self::Counter(count) => ConstCounter::new(*count).encode(encoder),
+            Self::Seconds(seconds) => ConstCounter::new(*seconds).encode(encoder),
+            Self::Gauge(level) => ConstGauge::new(*level).encode(encoder),
+        }
+    }
+}

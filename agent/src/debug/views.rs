@@ -1,0 +1,384 @@
+//! What the debug page shows, as data and as text.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    time::{Duration, SystemTime},
+};
+
+use gannet_proto::control::rule_status;
+use serde::Serialize;
+
+use crate::{
+    engine::EngineError,
+    node::Node,
+    process::{Process, State},
+    profile::slots,
+};
+
+/// `/statusz`
+#[derive(Serialize)]
+pub(super) struct Status {
+    node: String,
+    version: &'static str,
+    kernel: String,
+    up_seconds: u64,
+    collector: String,
+    connected: bool,
+    rss_bytes: u64,
+    cpu_seconds: f64,
+    spool_bytes: u64,
+    spool_batches: u64,
+    degraded: Vec<String>,
+}
+
+pub(super) fn status(node: &Node) -> Status {
+    let (rss_bytes, cpu) = node.usage();
+    Status {
+        node: node.config.node.clone(),
+        version: gannet_proto::VERSION,
+        kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+        up_seconds: node.started.elapsed().unwrap_or_default().as_secs(),
+        collector: node.config.dial.as_ref().map_or_else(String::new, |dial| dial.url.clone()),
+        connected: node.connected.load(std::sync::atomic::Ordering::Relaxed),
+        rss_bytes,
+        cpu_seconds: cpu.as_secs_f64(),
+        spool_bytes: node.spool.bytes(),
+        spool_batches: node.spool.batches(),
+        degraded: node.degraded(),
+    }
+}
+
+impl Status {
+    pub(super) fn text(&self) -> String {
+        let mut text = format!(
+            "gannet-agent {} on {} (Linux {}), up {}\n",
+            self.version,
+            self.node,
+            self.kernel,
+            humantime::format_duration(Duration::from_secs(self.up_seconds))
+        );
+        let collector = match (self.collector.as_str(), self.connected) {
+            ("", _) => "none".to_owned(),
+            (url, true) => format!("{url}, connected"),
+            (url, false) => format!("{url}, not connected"),
+        };
+        let _ = writeln!(text, "collector: {collector}");
+        let _ = writeln!(
+            text,
+            "uses {:.1} MiB of memory and has used {:.2} s of CPU",
+            self.rss_bytes as f64 / f64::from(1 << 20),
+            self.cpu_seconds
+        );
+        let _ = writeln!(text, "spool: {} batches, {} bytes", self.spool_batches, self.spool_bytes);
+        for reason in &self.degraded {
+            let _ = writeln!(text, "degraded: {reason}");
+        }
+        text
+    }
+}
+
+/// A rule in `/debug/rules`.
+#[derive(Serialize)]
+pub(super) struct RuleView {
+    id: String,
+    state: String,
+    reason: String,
+    processes: u64,
+    samples: u64,
+    last_sample_ms: Option<i64>,
+    expires_at_ms: Option<i64>,
+}
+
+pub(super) async fn rules(node: &Node) -> Result<Vec<RuleView>, EngineError> {
+    let statuses = node.engine.inspect(|inside| inside.statuses()).await?;
+    let ms = |seconds: i64, nanos: i32| seconds * 1000 + i64::from(nanos) / 1_000_000;
+    Ok(statuses
+        .into_iter()
+        .map(|status| RuleView {
+            state: rule_status::State::try_from(status.state)
+                .map_or("unknown", |state| state.as_str_name())
+                .to_lowercase(),
+            id: status.rule_id,
+            reason: status.reason,
+            processes: status.processes,
+            samples: status.samples,
+            last_sample_ms: status.last_sample.map(|at| ms(at.seconds, at.nanos)),
+            expires_at_ms: status.expires_at.map(|at| ms(at.seconds, at.nanos)),
+        })
+        .collect())
+}
+
+pub(super) fn rules_text(rules: &[RuleView]) -> String {
+    if rules.is_empty() {
+        return "no rules: give --rules FILE, or push some with gannetctl rules apply\n".into();
+    }
+    let mut text = format!("{:32} {:12} {:>9} {:>9}  why\n", "RULE", "STATE", "PROCESSES", "SAMPLES");
+    for rule in rules {
+        let _ = writeln!(
+            text,
+            "{:32} {:12} {:>9} {:>9}  {}",
+            rule.id, rule.state, rule.processes, rule.samples, rule.reason
+        );
+    }
+    text
+}
+
+/// A process in `/debug/processes`.
+#[derive(Serialize)]
+pub(super) struct ProcessView {
+    key: String,
+    exec_id: u32,
+    comm: String,
+    exe: String,
+    unit: String,
+    container_id: String,
+    cgroup: String,
+    state: String,
+    rules: Vec<String>,
+    samples: u64,
+    mappings: usize,
+    /// How its stacks are walked now.
+    stacks: &'static str,
+    /// Why it is, or is not, profiled.
+    why: String,
+}
+
+pub(super) async fn processes(node: &Node, pid: Option<u32>) -> Result<Vec<ProcessView>, EngineError> {
+    let known = node
+        .engine
+        .inspect(move |inside| {
+            let rules = inside.rules;
+            let tables = inside.tables;
+            let view = |process: &Process| {
+                let names: Vec<String> =
+                    slots(process.rules).filter_map(|slot| rules.name(slot).map(str::to_owned)).collect();
+                ProcessView {
+                    key: process.key.process.to_string(),
+                    exec_id: process.key.exec_id,
+                    comm: process.comm.clone(),
+                    exe: process.exe.clone(),
+                    unit: process.names.unit.clone(),
+                    container_id: process.names.container_id.clone(),
+                    cgroup: process.cgroup.clone(),
+                    state: match process.state {
+                        State::Alive => "alive".into(),
+                        State::Replaced => "replaced by a new image, kept for its last samples".into(),
+                        State::Ended(status) => {
+                            format!(
+                                "ended (code {}, signal {}), kept for its last samples",
+                                status.code(),
+                                status.signal()
+                            )
+                        }
+                        State::Missed => "gone before it could be read".into(),
+                    },
+                    samples: process.samples,
+                    mappings: process.image.mappings.len(),
+                    stacks: match tables {
+                        None => "by frame pointers",
+                        Some(_) if process.kernel_thread => "kernel only",
+                        Some(tables) if tables.is_entered(&process.key) => "by tables, in the kernel",
+                        Some(_) => "by tables, from raw samples",
+                    },
+                    why: match names.as_slice() {
+                        [] => "no rule wants it now".to_owned(),
+                        names => format!("profiled: wanted by {}", names.join(", ")),
+                    },
+                    rules: names,
+                }
+            };
+            let wanted = |process: &&Process| pid.is_none_or(|pid| process.key.process.tgid == pid);
+            let mut views: Vec<ProcessView> =
+                inside.processes.alive().chain(inside.processes.past()).filter(wanted).map(view).collect();
+            views.sort_by(|a, b| b.samples.cmp(&a.samples).then_with(|| a.key.cmp(&b.key)));
+            views
+        })
+        .await?;
+    match pid {
+        Some(pid) if known.is_empty() => Ok(stranger(pid).into_iter().collect()),
+        _ => Ok(known),
+    }
+}
+
+/// A process that runs and that no rule names: it is not in the table, and this says why.
+fn stranger(pid: u32) -> Option<ProcessView> {
+    let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    Some(ProcessView {
+        key: format!("{pid}@?"),
+        exec_id: 0,
+        comm: comm.trim_end().to_owned(),
+        exe: String::new(),
+        unit: String::new(),
+        container_id: String::new(),
+        cgroup: String::new(),
+        state: "alive".into(),
+        rules: Vec::new(),
+        samples: 0,
+        mappings: 0,
+        stacks: "not at all",
+        why: "not profiled: no rule in force names it".into(),
+    })
+}
+
+pub(super) fn processes_text(processes: &[ProcessView]) -> String {
+    if processes.is_empty() {
+        return "no process is sampled; with ?pid=N this tells why one is not\n".into();
+    }
+    let mut text = format!(
+        "{:24} {:>5} {:16} {:>8} {:28} {:40} why\n",
+        "KEY", "EXEC", "COMMAND", "SAMPLES", "STACKS", "STATE"
+    );
+    for process in processes {
+        let _ = writeln!(
+            text,
+            "{:24} {:>5} {:16} {:>8} {:28} {:40} {}",
+            process.key,
+            process.exec_id,
+            process.comm,
+            process.samples,
+            process.stacks,
+            process.state,
+            process.why
+        );
+    }
+    text
+}
+
+/// `/debug/maps`
+#[derive(Serialize)]
+pub(super) struct Maps {
+    maps: Vec<MapView>,
+    tables: Option<TablesView>,
+    sampler_ns: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct MapView {
+    name: &'static str,
+    entries: u64,
+    capacity: u64,
+}
+
+#[derive(Serialize)]
+struct TablesView {
+    resident: u64,
+    resident_bytes: u64,
+    budget_bytes: u64,
+    rules: u64,
+    processes: u64,
+    keys: u64,
+    made: u64,
+    failed: u64,
+    evicted: u64,
+    refused: u64,
+}
+
+pub(super) async fn maps(node: &Node) -> Result<Maps, EngineError> {
+    node.engine
+        .inspect(|inside| Maps {
+            maps: inside
+                .kernel
+                .map_fill()
+                .into_iter()
+                .map(|(name, entries, capacity)| MapView { name, entries, capacity })
+                .collect(),
+            tables: inside.tables.map(|tables| {
+                let stats = tables.stats();
+                TablesView {
+                    resident: stats.resident,
+                    resident_bytes: stats.resident_bytes,
+                    budget_bytes: stats.budget_bytes,
+                    rules: stats.rules,
+                    processes: stats.processes,
+                    keys: stats.keys,
+                    made: stats.made,
+                    failed: stats.failed,
+                    evicted: stats.evicted,
+                    refused: stats.refused,
+                }
+            }),
+            sampler_ns: inside.kernel.sampler_cost().map(|(time, count)| time / count.max(1)),
+        })
+        .await
+}
+
+impl Maps {
+    pub(super) fn text(&self) -> String {
+        let mut text = format!("{:16} {:>10} {:>10}\n", "MAP", "ENTRIES", "CAPACITY");
+        for map in &self.maps {
+            let _ = writeln!(text, "{:16} {:>10} {:>10}", map.name, map.entries, map.capacity);
+        }
+        if let Some(tables) = &self.tables {
+            let _ = writeln!(
+                text,
+                "\nunwind tables: {} in the kernel, {} of {} bytes, {} rules\nprocesses walked in the kernel: {}, {} keys of \
+                 the mapping trie\nmade {}, failed {}, evicted {}, processes refused {}",
+                tables.resident,
+                tables.resident_bytes,
+                tables.budget_bytes,
+                tables.rules,
+                tables.processes,
+                tables.keys,
+                tables.made,
+                tables.failed,
+                tables.evicted,
+                tables.refused
+            );
+        }
+        match self.sampler_ns {
+            Some(ns) => {
+                let _ = writeln!(text, "\nthe sampler takes {ns} ns on average");
+            }
+            None => text += "\nthe sampler's cost is counted with sysctl kernel.bpf_stats_enabled=1\n",
+        }
+        text
+    }
+}
+
+/// `/debug/ledger`
+#[derive(Serialize)]
+pub(super) struct LedgerView {
+    ticks: u64,
+    taken: u64,
+    delivered: u64,
+    pending: u64,
+    lost: BTreeMap<String, u64>,
+}
+
+pub(super) fn ledger(node: &Node) -> LedgerView {
+    let ledger = node.ledger.snapshot();
+    LedgerView {
+        ticks: ledger.ticks,
+        taken: ledger.taken,
+        delivered: ledger.delivered,
+        pending: ledger.pending,
+        lost: ledger.lost.into_iter().map(|(reason, count)| (reason.to_string(), count)).collect(),
+    }
+}
+
+impl LedgerView {
+    pub(super) fn text(&self) -> String {
+        let mut text = format!(
+            "clock ticks {}\ntaken {} = delivered {} + pending {} + lost {}\n",
+            self.ticks,
+            self.taken,
+            self.delivered,
+            self.pending,
+            self.lost.values().sum::<u64>()
+        );
+        for (reason, count) in &self.lost {
+            let _ = writeln!(text, "  lost {reason} {count}");
+        }
+        text
+    }
+}
+
+pub(super) async fn events(node: &Node) -> Result<Vec<String>, EngineError> {
+    let time = |at: SystemTime| humantime::format_rfc3339_millis(at).to_string();
+    node.engine
+        .inspect(move |inside| {
+            inside.events.iter().map(|(at, text)| format!("{} {text}", time(*at))).collect()
+        })
+        .await
+}
