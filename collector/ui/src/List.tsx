@@ -25,7 +25,7 @@ function Labels({ labels }: { labels: Record<string, string> }) {
   );
 }
 
-export function List(props: { selection: Selection; key?: string; tick: number; onShow: (id: string) => void }) {
+export function List(props: { selection: Selection; key?: string; tick: number; onShow: (profile: ProfileInfo) => void }) {
   const { selection, tick } = props;
   const key = JSON.stringify([selection, tick]);
   const [tokens, setTokens] = useState<string[]>([]);
@@ -72,7 +72,7 @@ export function List(props: { selection: Selection; key?: string; tick: number; 
               <td class="number">{integer(profile.samples ?? 0)}</td>
               <td class="number">{bytes(profile.bytes ?? 0)}</td>
               <td class="number nowrap">
-                <button type="button" class="quiet" onClick={() => props.onShow(profile.id)} aria-label={`Show only profile ${profile.id}`}>Show</button>{" "}
+                <button type="button" class="quiet" onClick={() => props.onShow(profile)} aria-label={`Show only profile ${profile.id}`}>Show</button>{" "}
                 <a class="quiet button" href={url(`profiles/${encodeURIComponent(profile.id)}`)} download aria-label={`Download profile ${profile.id} as pprof`}>pprof</a>
               </td>
             </tr>

@@ -412,7 +412,10 @@ export function Profiles({ state, tick, dark }: { state: State; tick: number; da
         {failure && <Problem error={failure} />}
         {queryError && <p class="dim none">Correct the selector to see profiles.</p>}
         {!failure && !queryError && !badTime && state.show !== "list" && isEmpty && <Nothing state={state} selection={selection} isSpan={state.span !== undefined} />}
-        {state.show === "list" && !queryError && <List selection={selection} tick={tick} onShow={(profile) => go({ profile, show: "graph", compare: false, zoom: "" })} />}
+        {state.show === "list" && !queryError && <List selection={selection} tick={tick} onShow={({ id, sample_types }) =>
+          // A profile of another kind than the one on show has to be shown as what it is.
+          go({ profile: id, type: sample_types.includes(type) ? type : (sample_types.at(-1) ?? ""), show: "graph", compare: false, zoom: "" })
+        } />}
         {state.show !== "list" && !isEmpty && !queryError && drawn && (
           <>
             {wantsGraph && (
