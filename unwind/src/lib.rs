@@ -18,3 +18,4 @@ pub mod intern;
 pub mod limits;
 pub mod overrides;
 pub mod table;
+pub mod unwind;

@@ -1,0 +1,345 @@
+//! The walk itself, over registers and a copy of a stack: what the kernel side does, step by step ([`crate::format`]),
+//! for samples that are completed later and as the reference that tests compare with.
+use crate::format::{Rule, Unsupported, cfa, dwarf_register, flags, loc};
+use crate::table::{Arch, Table};
+
+/// A thread at one moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Snapshot<'a> {
+    /// The instruction set.
+    pub arch: Arch,
+    /// The program counter.
+    pub pc: u64,
+    /// All registers, by DWARF number (x86_64: 0 to 15; aarch64: 0 to 31).
+    pub registers: &'a [u64],
+    /// Where in memory the copy of the stack begins; usually the stack pointer.
+    pub stack_start: u64,
+    /// The copy.
+    pub stack: &'a [u8],
+}
+
+/// Where code is and what tables there are for it.
+pub trait TableSource {
+    /// The table for an address of the process, and what to subtract from the address to look it up.
+    fn find(&self, address: u64) -> Option<(&Table, u64)>;
+}
+
+/// One frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Frame {
+    /// The first frame's program counter, a caller's return address.
+    pub pc: u64,
+    /// The address is that of the instruction itself; else the call is the instruction before it.
+    pub exact: bool,
+    /// It was found by convention, not by a rule.
+    pub guessed: bool,
+}
+
+/// A stack as far as it was followed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Walk {
+    /// Innermost first; never empty.
+    pub frames: Vec<Frame>,
+    /// Why it ends where it ends.
+    pub end: End,
+}
+
+/// Why a walk ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// At the outermost frame.
+    Complete,
+    /// At the number of frames that was asked for, with more to come.
+    Truncated,
+    /// At an address without a table.
+    NoTable {
+        /// The address.
+        address: u64,
+    },
+    /// At an address outside all functions, and by frame pointer neither.
+    NoRule {
+        /// The address.
+        address: u64,
+    },
+    /// At a function that the format has no rule for, and by frame pointer neither.
+    Unsupported(Unsupported),
+    /// At a rule that needs a register which is not known there.
+    RegisterLost,
+    /// At memory that is not in the copy.
+    StackMissing {
+        /// The address.
+        address: u64,
+    },
+    /// At a frame that would not be above the one before.
+    NoProgress,
+}
+
+/// Addresses on aarch64 without pointer authentication signatures.
+const AARCH64_ADDRESS: u64 = (1 << 48) - 1;
+
+/// Follows a stack to its outermost frame, or up to `max_frames`.
+pub fn walk(snapshot: &Snapshot<'_>, tables: &dyn TableSource, max_frames: usize) -> Walk {
+    let (sp, fp) = match snapshot.arch {
+        Arch::X86_64 => (dwarf_register::X86_64_SP, dwarf_register::X86_64_FP),
+        Arch::Aarch64 => (dwarf_register::AARCH64_SP, dwarf_register::AARCH64_FP),
+    };
+    let register = |number: u16| snapshot.registers.get(usize::from(number)).copied();
+    let mut walker = Walker {
+        snapshot,
+        first: true,
+        exact: true,
+        pc: snapshot.pc,
+        sp: register(sp).unwrap_or(0),
+        fp: register(fp),
+    };
+    let mut frames = vec![Frame { pc: walker.pc, exact: true, guessed: false }];
+    let end = loop {
+        match walker.step(tables) {
+            Ok(guessed) => {
+                if frames.len() >= max_frames {
+                    break End::Truncated;
+                }
+                frames.push(Frame { pc: walker.pc, exact: walker.exact, guessed });
+            }
+            Err(end) => break end,
+        }
+    };
+    Walk { frames, end }
+}
+
+struct Walker<'a> {
+    snapshot: &'a Snapshot<'a>,
+    first: bool,
+    exact: bool,
+    pc: u64,
+    sp: u64,
+    /// `None` once a frame did not keep it.
+    fp: Option<u64>,
+}
+
+impl Walker<'_> {
+    /// To the caller; says whether by a guess.
+    fn step(&mut self, tables: &dyn TableSource) -> Result<bool, End> {
+        let address = if self.exact { self.pc } else { self.pc.wrapping_sub(1) };
+        let (table, bias) = tables.find(address).ok_or(End::NoTable { address })?;
+        let rule = table.lookup(address.wrapping_sub(bias)).unwrap_or(Rule::NONE);
+        match rule.cfa_kind {
+            cfa::NONE => return self.by_frame_pointer(End::NoRule { address }),
+            cfa::UNSUPPORTED => {
+                let why = rule.unsupported_reason().unwrap_or(Unsupported::Malformed);
+                return self.by_frame_pointer(End::Unsupported(why));
+            }
+            _ if rule.is_outermost() => return Err(End::Complete),
+            _ => {}
+        }
+        let cfa = self.frame_address(&rule)?;
+        let ra = self.located(rule.ra_kind, rule.ra_offset, cfa)?;
+        let fp = match rule.fp_kind {
+            loc::SAME => self.fp,
+            loc::UNDEFINED => None,
+            kind => Some(self.located(kind, rule.fp_offset, cfa)?),
+        };
+        let signal = rule.flags & flags::SIGNAL != 0;
+        // Stacks grow down, so callers are above; a signal handler may be on another stack, and a first function
+        // that has not touched its stack (aarch64) may be level with its caller.
+        if cfa <= self.sp && !signal && !(cfa == self.sp && self.first) {
+            return Err(End::NoProgress);
+        }
+        self.sp = cfa;
+        self.fp = fp;
+        self.to_caller(ra, signal)?;
+        Ok(rule.flags & flags::GUESSED != 0)
+    }
+
+    fn to_caller(&mut self, ra: u64, signal: bool) -> Result<(), End> {
+        self.pc = match self.snapshot.arch {
+            Arch::X86_64 => ra,
+            Arch::Aarch64 => ra & AARCH64_ADDRESS,
+        };
+        self.exact = signal;
+        self.first = false;
+        if self.pc == 0 { Err(End::Complete) } else { Ok(()) }
+    }
+
+    fn by_frame_pointer(&mut self, otherwise: End) -> Result<bool, End> {
+        let fp = self.fp.filter(|fp| *fp >= self.sp && fp.is_multiple_of(8)).ok_or(otherwise)?;
+        let (Ok(saved), Ok(ra)) = (self.read(fp), self.read(fp.wrapping_add(8))) else { return Err(otherwise) };
+        self.sp = fp.wrapping_add(16);
+        self.fp = Some(saved);
+        self.to_caller(ra, false)?;
+        Ok(true)
+    }
+
+    fn frame_address(&self, rule: &Rule) -> Result<u64, End> {
+        let plus = |base: u64| base.wrapping_add_signed(i64::from(rule.cfa_offset));
+        let deref = |base: u64| {
+            let at = base.wrapping_add_signed(i64::from(rule.cfa_offset >> 8));
+            Ok(self.read(at)?.wrapping_add(u64::from(rule.cfa_offset as u8)))
+        };
+        match rule.cfa_kind {
+            cfa::SP => Ok(plus(self.sp)),
+            cfa::FP => Ok(plus(self.fp.ok_or(End::RegisterLost)?)),
+            cfa::SP_DEREF => deref(self.sp),
+            cfa::FP_DEREF => deref(self.fp.ok_or(End::RegisterLost)?),
+            cfa::PLT => {
+                let pushed = i64::from(rule.cfa_offset) <= (self.pc & 15) as i64;
+                Ok(self.sp.wrapping_add(if pushed { 16 } else { 8 }))
+            }
+            kind => Ok(plus(self.register(kind)?)),
+        }
+    }
+
+    fn located(&self, kind: u8, offset: i32, cfa: u64) -> Result<u64, End> {
+        let base = match kind {
+            loc::CFA => cfa,
+            loc::SP => self.sp,
+            loc::FP => self.fp.ok_or(End::RegisterLost)?,
+            kind => return self.register(kind),
+        };
+        self.read(base.wrapping_add_signed(i64::from(offset)))
+    }
+
+    /// Only in the first frame all registers are known.
+    fn register(&self, kind: u8) -> Result<u64, End> {
+        let number = usize::from(kind & (cfa::REGISTER - 1));
+        let known = kind >= cfa::REGISTER && self.first;
+        known.then(|| self.snapshot.registers.get(number).copied()).flatten().ok_or(End::RegisterLost)
+    }
+
+    fn read(&self, address: u64) -> Result<u64, End> {
+        let at = address.checked_sub(self.snapshot.stack_start).and_then(|at| usize::try_from(at).ok());
+        at.and_then(|at| self.snapshot.stack.get(at..)?.first_chunk())
+            .map(|bytes| u64::from_le_bytes(*bytes))
+            .ok_or(End::StackMissing { address })
+    }
+}
+
+const _: () = assert!(cfa::REGISTER == loc::REGISTER && cfa::REGISTER.is_power_of_two());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::deref_offset;
+    use crate::limits::Limits;
+    use crate::table::Builder;
+
+    struct One(Table);
+
+    impl TableSource for One {
+        fn find(&self, address: u64) -> Option<(&Table, u64)> {
+            (0x10_0000..0x20_0000).contains(&address).then_some((&self.0, 0x10_0000))
+        }
+    }
+
+    fn table(arch: Arch, rows: &[(u64, Rule)]) -> One {
+        let limits = Limits::default();
+        let mut builder = Builder::new(arch, 0x1000, 0x9000, &limits).unwrap();
+        for (pc, rule) in rows {
+            builder.push(*pc, *rule).unwrap();
+        }
+        One(builder.finish().unwrap())
+    }
+
+    const STOP: Rule = Rule { cfa_kind: cfa::SP, ra_kind: loc::UNDEFINED, ..Rule::NONE };
+    const STACK: u64 = 0x7000_0000;
+
+    #[track_caller]
+    fn check(arch: Arch, rows: &[(u64, Rule)], pc: u64, fp: u64, stack: &[u64], expected: &[u64], end: End) {
+        let mut registers = [0; 32];
+        let (sp_number, fp_number) = match arch {
+            Arch::X86_64 => (7, 6),
+            Arch::Aarch64 => (31, 29),
+        };
+        registers[sp_number] = STACK;
+        registers[fp_number] = fp;
+        registers[30] = 0x10_2004;
+        registers[3] = STACK + 16;
+        let stack: Vec<u8> = stack.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let snapshot = Snapshot { arch, pc, registers: &registers, stack_start: STACK, stack: &stack };
+        let walk = walk(&snapshot, &table(arch, rows), 8);
+        let pcs: Vec<u64> = walk.frames.iter().map(|frame| frame.pc).collect();
+        assert_eq!((pcs.as_slice(), walk.end), (expected, end));
+    }
+
+    #[test]
+    fn r48_callers_are_looked_up_one_byte_back_and_the_outermost_ends_the_walk() {
+        // The caller's call is the last instruction of its function; the next function has another rule.
+        let rows = [(0x1000, Rule::x86_64_sp(8)), (0x2000, STOP), (0x2008, Rule::x86_64_sp(64))];
+        check(Arch::X86_64, &rows, 0x10_1000, 0, &[0x10_2008], &[0x10_1000, 0x10_2008], End::Complete);
+    }
+
+    #[test]
+    fn r48_below_a_signal_frame_the_address_is_exact() {
+        let rows = [(0x1000, Rule::X86_64_SIGNAL), (0x1010, Rule::NONE), (0x2000, STOP)];
+        let mut stack = [0; 24];
+        stack[120 / 8] = 7;
+        stack[160 / 8] = STACK - 0x1000;
+        // The first address of its function: one back would be the gap before it.
+        stack[168 / 8] = 0x10_2000;
+        check(Arch::X86_64, &rows, 0x10_1000, 0, &stack, &[0x10_1000, 0x10_2000], End::Complete);
+    }
+
+    #[test]
+    fn r48_a_realigned_frame_is_found_through_its_frame_pointer() {
+        let realigned = Rule {
+            cfa_kind: cfa::FP_DEREF,
+            cfa_offset: deref_offset(-8, 0).unwrap(),
+            fp_kind: loc::FP,
+            fp_offset: 0,
+            ..Rule::X86_64_ENTRY
+        };
+        let rows = [(0x1000, realigned), (0x2000, STOP)];
+        let stack = [0, STACK + 48, 0, 0, 0, 0x10_2001];
+        check(Arch::X86_64, &rows, 0x10_1000, STACK + 16, &stack, &[0x10_1000, 0x10_2001], End::Complete);
+    }
+
+    #[test]
+    fn r48_registers_of_callers_are_not_known() {
+        let by_rbx = Rule { cfa_kind: cfa::REGISTER + 3, cfa_offset: 8, ..Rule::X86_64_ENTRY };
+        let rows = [(0x1000, by_rbx)];
+        let stack = [0, 0, 0x10_1001, 0x10_1001];
+        check(Arch::X86_64, &rows, 0x10_1000, 0, &stack, &[0x10_1000, 0x10_1001], End::RegisterLost);
+    }
+
+    #[test]
+    fn r48_frame_pointers_serve_only_where_no_rule_does_and_are_marked() {
+        let lost = Rule { fp_kind: loc::UNDEFINED, ..Rule::X86_64_ENTRY };
+        let rows = [(0x1000, Rule::NONE), (0x2000, STOP), (0x3000, lost), (0x4000, Rule::NONE)];
+        let stack = [0x10_4004, 0, STACK + 100, 0x10_2001];
+        let fp = STACK + 16;
+        check(Arch::X86_64, &rows, 0x10_1000, fp, &stack, &[0x10_1000, 0x10_2001], End::Complete);
+        // Below the stack pointer, or not aligned, it is no frame pointer.
+        let none = End::NoRule { address: 0x10_1000 };
+        check(Arch::X86_64, &rows, 0x10_1000, STACK - 8, &stack, &[0x10_1000], none);
+        check(Arch::X86_64, &rows, 0x10_1000, fp + 4, &stack, &[0x10_1000], none);
+        // A frame that does not keep it says so, and then it serves nobody.
+        let none = End::NoRule { address: 0x10_4003 };
+        check(Arch::X86_64, &rows, 0x10_3000, fp, &stack, &[0x10_3000, 0x10_4004], none);
+    }
+
+    #[test]
+    fn walks_end_with_their_reason() {
+        let rows = [(0x1000, Rule::x86_64_sp(8)), (0x3000, Rule::x86_64_sp(0)), (0x4000, Rule::x86_64_sp(8))];
+        let missing = End::StackMissing { address: STACK + 8 };
+        check(Arch::X86_64, &rows, 0x10_1000, 0, &[0x10_1001], &[0x10_1000, 0x10_1001], missing);
+        let no_table = End::NoTable { address: 4 };
+        check(Arch::X86_64, &rows, 0x10_1000, 0, &[5], &[0x10_1000, 5], no_table);
+        let stack = [0x10_3001, 0x10_3001];
+        check(Arch::X86_64, &rows, 0x10_1000, 0, &stack, &[0x10_1000, 0x10_3001], End::NoProgress);
+        let deep = [0x10_1001; 20];
+        check(Arch::X86_64, &rows, 0x10_1001, 0, &deep, &[0x10_1001; 8], End::Truncated);
+        check(Arch::X86_64, &rows, 0x10_1001, 0, &[0x10_1001, 0], &[0x10_1001; 2], End::Complete);
+    }
+
+    #[test]
+    fn aarch64_leaves_return_by_the_link_register_and_signatures_are_stripped() {
+        let lr = loc::REGISTER + 30;
+        let leaf = Rule { cfa_kind: cfa::SP, ra_kind: lr, ..Rule::NONE };
+        let framed = Rule { cfa_kind: cfa::FP, cfa_offset: 32, ..Rule::FRAME_POINTER };
+        let framed = Rule { fp_offset: -32, ra_offset: -24, flags: flags::RA_SIGNED, ..framed };
+        let rows = [(0x1000, leaf), (0x2000, framed), (0x3000, STOP)];
+        let stack = [STACK + 64, 0x00b4_0000_0010_3008, 0, 0];
+        let expected = [0x10_1000, 0x10_2004, 0x10_3008];
+        check(Arch::Aarch64, &rows, 0x10_1000, STACK, &stack, &expected, End::Complete);
+    }
+}
