@@ -1,0 +1,281 @@
+//! The flame graph: interactive on a terminal, an indented tree elsewhere.
+
+mod model;
+mod view;
+
+use std::{fmt::Write as _, fs, time::Duration};
+
+use gannet_proto::{
+    pprof::{self, FlameTree, Side},
+    query::FlameNode,
+};
+use model::Model;
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
+use serde_json::{Value, json};
+
+use crate::{
+    Console, Error,
+    args::{Flame, Format},
+    client::{Collector, MAX_PROFILE_BYTES},
+    output::{amount, clean, percent},
+};
+
+/// A tree, and what its numbers are.
+pub(crate) struct Graph {
+    pub(crate) root: FlameNode,
+    pub(crate) sample_type: String,
+    pub(crate) unit: String,
+    pub(crate) compared: bool,
+}
+
+impl Graph {
+    fn new(main: &[u8], base: Option<&[u8]>, args: &Flame) -> Result<Self, Error> {
+        let mut tree = FlameTree::new();
+        let mut add = |bytes: &[u8], side, wanted: &str| -> Result<String, Error> {
+            let profile = pprof::decode(bytes, MAX_PROFILE_BYTES)?;
+            let types = pprof::check(&profile)?.sample_types;
+            let index = pprof::sample_type_index(&profile, wanted).ok_or_else(|| {
+                Error::Usage(format!("there is no sample type `{wanted}`; there is {}", types.join(", ")))
+            })?;
+            tree.add(&profile, index, side)?;
+            Ok(types[index].clone())
+        };
+        let sample_type = add(main, Side::Main, &args.sample_type)?;
+        if let Some(base) = base {
+            add(base, Side::Base, &sample_type)?;
+        }
+        Ok(Self {
+            root: tree.prune(args.max_nodes),
+            unit: sample_type.rsplit('/').next().unwrap_or_default().to_owned(),
+            sample_type,
+            compared: base.is_some(),
+        })
+    }
+}
+
+/// Of what a collector holds.
+pub(crate) async fn show(
+    args: &Flame,
+    collector: &Collector,
+    format: Format,
+    console: &mut Console<'_>,
+) -> Result<(), Error> {
+    let main = collector.merge(args.select.selection(), &args.sample_type).await?;
+    let base = if args.base.is_given() {
+        Some(collector.merge(args.base.selection(&args.select), &args.sample_type).await?)
+    } else {
+        None
+    };
+    present(Graph::new(&main, base.as_deref(), args)?, args, format, console)
+}
+
+/// Of a file.
+pub(crate) fn show_file(args: &Flame, format: Format, console: &mut Console<'_>) -> Result<(), Error> {
+    let Some(file) = &args.input else { return Ok(()) };
+    let bytes = fs::read(file).map_err(|source| Error::File { file: file.display().to_string(), source })?;
+    present(Graph::new(&bytes, None, args)?, args, format, console)
+}
+
+fn present(graph: Graph, args: &Flame, format: Format, console: &mut Console<'_>) -> Result<(), Error> {
+    if format == Format::Table && console.terminal && !args.tree {
+        return explore(graph);
+    }
+    console.show(
+        format,
+        || {
+            json!({
+                "unit": graph.unit, "sample_type": graph.sample_type, "total": graph.root.total,
+                "base_total": graph.root.base_total, "root": node_json(&graph.root),
+            })
+        },
+        || tree(&graph, args.min_percent),
+    )
+}
+
+/// As in the HTTP API. Works without recursion: children are made before their parents.
+fn node_json(root: &FlameNode) -> Value {
+    enum Step<'a> {
+        Open(&'a FlameNode),
+        Close(&'a FlameNode),
+    }
+    let (mut steps, mut made) = (vec![Step::Open(root)], Vec::new());
+    while let Some(step) = steps.pop() {
+        match step {
+            Step::Open(node) => {
+                steps.push(Step::Close(node));
+                steps.extend(node.children.iter().rev().map(Step::Open));
+            }
+            Step::Close(node) => {
+                let FlameNode { name, file, total, self_, base_total, base_self, children, kernel, inlined } =
+                    node;
+                let children: Vec<Value> = made.split_off(made.len() - children.len());
+                made.push(json!({
+                    "name": name, "file": file, "total": total, "self": self_, "base_total": base_total,
+                    "base_self": base_self, "kernel": kernel, "inlined": inlined, "children": children,
+                }));
+            }
+        }
+    }
+    made.pop().unwrap_or_default()
+}
+
+const BAR: usize = 10;
+
+/// The tree as text, without what is below the least share.
+fn tree(graph: &Graph, min_percent: f64) -> String {
+    let Graph { root, sample_type, unit, compared } = graph;
+    let whole = root.total.saturating_add(root.base_total);
+    if whole == 0 {
+        return format!("{sample_type}: no samples\n");
+    }
+    let mut text = format!("{sample_type}: {} in all", amount(root.total.into(), unit));
+    if *compared {
+        let _ = write!(text, ", compared with {}", amount(root.base_total.into(), unit));
+    }
+    text.push('\n');
+    let least = min_percent.max(0.0) / 100.0;
+    let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
+    let large = |node: &FlameNode| {
+        share(node.total, root.total) >= least || share(node.base_total, root.base_total) >= least
+    };
+    // A line of descent without branches stays at its indent: deep stacks would leave the page.
+    let mut open: Vec<(&FlameNode, String, &str)> = vec![(root, String::new(), "")];
+    while let Some((node, indent, branch)) = open.pop() {
+        let part = share(node.total, root.total);
+        let filled = ((part * BAR as f64).round() as usize).min(BAR);
+        let _ = write!(
+            text,
+            "{}{} {:>7} {:>9} ",
+            "█".repeat(filled),
+            "░".repeat(BAR - filled),
+            percent(node.total, root.total),
+            amount(node.total.into(), unit)
+        );
+        if *compared {
+            let change = (part - share(node.base_total, root.base_total)) * 100.0;
+            let _ = write!(text, "{change:>+8.2} ");
+        }
+        let _ = writeln!(text, "{indent}{branch}{}{}", clean(&node.name), notes(node));
+        let below = match branch {
+            "" => indent,
+            "├ " => format!("{indent}│ "),
+            _ => format!("{indent}  "),
+        };
+        let shown: Vec<_> = node.children.iter().filter(|child| large(child)).collect();
+        let branch = |last| match (shown.len(), last) {
+            (1, _) => "",
+            (_, true) => "└ ",
+            (_, false) => "├ ",
+        };
+        open.extend(
+            shown
+                .iter()
+                .enumerate()
+                .rev()
+                .map(|(i, child)| (*child, below.clone(), branch(i + 1 == shown.len()))),
+        );
+    }
+    text
+}
+
+fn notes(node: &FlameNode) -> String {
+    let mut notes = String::new();
+    if !node.file.is_empty() && !node.name.starts_with(&node.file) {
+        let _ = write!(notes, "  {}", clean(&node.file));
+    }
+    if node.inlined {
+        notes.push_str("  (inlined)");
+    }
+    notes
+}
+
+/// The interactive graph, until it is left.
+fn explore(graph: Graph) -> Result<(), Error> {
+    let mut model = Model::new(graph);
+    // Restores the terminal on a panic too.
+    let mut terminal = ratatui::try_init()?;
+    let result = (|| {
+        loop {
+            terminal.draw(|frame| view::draw(frame, &mut model))?;
+            // Waits for a key; a change of size wakes it too.
+            if !event::poll(Duration::from_secs(3600))? {
+                continue;
+            }
+            if let Event::Key(key) = event::read()?
+                && key.kind != KeyEventKind::Release
+            {
+                let interrupted =
+                    key.modifiers.contains(KeyModifiers::CONTROL) && key.code == KeyCode::Char('c');
+                if interrupted || !model.key(key.code) {
+                    return Ok(());
+                }
+            }
+        }
+    })();
+    ratatui::restore();
+    result
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn node(name: &str, own: u64, base: u64, children: Vec<FlameNode>) -> FlameNode {
+        FlameNode {
+            name: name.to_owned(),
+            file: if name == "all" { String::new() } else { "app".to_owned() },
+            total: own + children.iter().map(|child| child.total).sum::<u64>(),
+            self_: own,
+            base_total: base + children.iter().map(|child| child.base_total).sum::<u64>(),
+            base_self: base,
+            children,
+            kernel: name.starts_with("sys_"),
+            inlined: false,
+        }
+    }
+
+    pub(crate) fn graph(compared: bool) -> Graph {
+        let base = u64::from(compared);
+        let work = node(
+            "work",
+            20,
+            30 * base,
+            vec![node("memcpy", 40, 0, vec![]), node("hash", 10, 10 * base, vec![])],
+        );
+        let serve = node("serve", 0, 0, vec![work, node("sys_read", 20, 60 * base, vec![])]);
+        let root = node("all", 0, 0, vec![serve, node("idle_loop", 10, 0, vec![])]);
+        Graph { root, sample_type: "samples/count".to_owned(), unit: "count".to_owned(), compared }
+    }
+
+    #[test]
+    fn the_tree_shows_shares_and_leaves_out_what_is_small() {
+        insta::assert_snapshot!(tree(&graph(false), 15.0), @r"
+        samples/count: 100 in all
+        ██████████ 100.00%       100 all
+        █████████░  90.00%        90 └ serve  app
+        ███████░░░  70.00%        70   ├ work  app
+        ████░░░░░░  40.00%        40   │ └ memcpy  app
+        ██░░░░░░░░  20.00%        20   └ sys_read  app
+        ");
+    }
+
+    #[test]
+    fn a_compared_tree_shows_the_change_of_each_share() {
+        let text = tree(&graph(true), 15.0);
+        let line = |name: &str| text.lines().find(|line| line.contains(name)).unwrap().to_owned();
+        assert!(line("memcpy").contains("+40.00"), "{text}");
+        assert!(line("sys_read").contains("-40.00"), "{text}");
+    }
+
+    #[test]
+    fn a_tree_of_many_thousand_levels_is_no_danger() {
+        let mut root = node("leaf", 1, 0, vec![]);
+        for _ in 0..3000 {
+            root = node("f", 0, 0, vec![root]);
+        }
+        let graph = Graph { root, ..graph(false) };
+        assert_eq!(tree(&graph, 0.0).lines().count(), 3002);
+        assert!(node_json(&graph.root)["children"][0]["name"] == "f");
+        Model::new(graph);
+    }
+}

@@ -1,0 +1,31 @@
+//! `gannetctl`: parses, connects, prints; everything else is in the library.
+
+use std::{
+    io::{self, IsTerminal as _},
+    process::ExitCode,
+};
+
+use gannetctl::{Console, args, run};
+
+fn main() -> ExitCode {
+    let cli = match args::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // The help goes to the standard output, what is wrong to the standard error.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ =
+                io::Write::write_fmt(&mut io::stderr(), format_args!("gannetctl: cannot start: {error}\n"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let (mut out, mut err) = (io::stdout().lock(), io::stderr());
+    let terminal = out.is_terminal();
+    let mut console = Console { out: &mut out, err: &mut err, terminal };
+    ExitCode::from(runtime.block_on(run(cli, &mut console)))
+}

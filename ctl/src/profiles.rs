@@ -1,0 +1,327 @@
+//! Stored profiles: list, fetch, merge, compare.
+
+use std::{fmt::Write as _, fs, path::Path};
+
+use gannet_proto::query::{
+    GetProfileRequest, ListProfilesRequest, ProfileInfo, TopRequest, TopResponse, TopRow,
+};
+use serde_json::{Value, json};
+
+use crate::{
+    Console, Error,
+    args::{Base, Format, Profiles, Select, TopArgs},
+    client::{Collector, MAX_PROFILE_BYTES},
+    output::{amount, bytes, millis, percent, show_span, show_time, span_millis, table},
+    rules::count,
+};
+
+/// Of one answer.
+const PAGE: u32 = 1000;
+
+pub(crate) async fn run(
+    command: Profiles,
+    collector: &Collector,
+    format: Format,
+    console: &mut Console<'_>,
+) -> Result<(), Error> {
+    match command {
+        Profiles::List { select, limit } => list(&select, limit, collector, format, console).await,
+        Profiles::Get { id, out } => {
+            let file = match out {
+                Some(file) => file,
+                None if is_plain(&id) => format!("{id}.pb.gz").into(),
+                None => {
+                    return Err(Error::Usage(format!(
+                        "`{id}` is not a profile id: `profiles list` shows them"
+                    )));
+                }
+            };
+            let request = GetProfileRequest { id };
+            let answer = collector.query().get_profile(request).await;
+            let mut answer = answer.map_err(|status| collector.fault(&status))?.into_inner();
+            let mut profile = Vec::new();
+            while let Some(chunk) = answer.message().await.map_err(|status| collector.fault(&status))? {
+                if profile.len() + chunk.data.len() > MAX_PROFILE_BYTES {
+                    return Err(gannet_proto::pprof::PprofError::TooLarge { max: MAX_PROFILE_BYTES }.into());
+                }
+                profile.extend(chunk.data);
+            }
+            save(&profile, &file, format, console)
+        }
+        Profiles::Merge { select, sample_type, out } => {
+            let merged = collector.merge(select.selection(), &sample_type).await?;
+            save(&merged, &out, format, console)
+        }
+        Profiles::Diff { top: args, base } => {
+            if !base.is_given() {
+                return Err(Error::Usage(
+                    "say what to compare with: --base-query, --base-since, --base-from or --base-until"
+                        .to_owned(),
+                ));
+            }
+            top(&args, Some(&base), collector, format, console).await
+        }
+    }
+}
+
+/// That an id is safe as a file's name.
+fn is_plain(id: &str) -> bool {
+    !id.is_empty() && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+}
+
+/// Writes aside and renames, so that a file of that name is always whole.
+fn save(profile: &[u8], file: &Path, format: Format, console: &mut Console<'_>) -> Result<(), Error> {
+    if file == Path::new("-") {
+        if console.terminal {
+            return Err(Error::Usage("a terminal cannot show pprof: give -O FILE, or pipe it on".to_owned()));
+        }
+        console.out.write_all(profile)?;
+        return Ok(console.out.flush()?);
+    }
+    let fault = |source| Error::File { file: file.display().to_string(), source };
+    let mut aside = file.as_os_str().to_owned();
+    aside.push(format!(".{}.part", std::process::id()));
+    let written = fs::write(&aside, profile).and_then(|()| fs::rename(&aside, file));
+    if let Err(error) = written {
+        // The error that is told is the first one.
+        let _ = fs::remove_file(&aside);
+        return Err(fault(error));
+    }
+    console.show(
+        format,
+        || json!({ "file": file.display().to_string(), "bytes": profile.len() }),
+        || format!("wrote {} ({})\n", file.display(), bytes(profile.len() as u64)),
+    )
+}
+
+async fn list(
+    select: &Select,
+    limit: usize,
+    collector: &Collector,
+    format: Format,
+    console: &mut Console<'_>,
+) -> Result<(), Error> {
+    let limit = if limit == 0 { usize::MAX } else { limit };
+    let (mut profiles, mut token, mut more) = (Vec::new(), String::new(), true);
+    // One page after the other must be of one and the same range.
+    let selection = select.selection();
+    while more && profiles.len() < limit {
+        let request = ListProfilesRequest {
+            selection: Some(selection.clone()),
+            limit: (limit - profiles.len()).min(PAGE as usize) as u32,
+            page_token: token,
+        };
+        let answer = collector.query().list_profiles(request).await;
+        let answer = answer.map_err(|status| collector.fault(&status))?.into_inner();
+        profiles.extend(answer.profiles);
+        token = answer.next_page_token;
+        more = !token.is_empty();
+    }
+    console.show(
+        format,
+        || json!({ "profiles": profiles.iter().map(value).collect::<Vec<_>>(), "more": more }),
+        || {
+            if profiles.is_empty() {
+                return "no profiles in this selection: widen --since or the query\n".to_owned();
+            }
+            let rows: Vec<_> = profiles.iter().map(row).collect();
+            let mut text = table(
+                ["ID", "START", ">LENGTH", "SERVICE", "NODE", "RULE", "TYPE", ">SAMPLES", ">SIZE", "REASON"],
+                &rows,
+            );
+            if more {
+                text.push_str(&format!(
+                    "the newest {}; there are more: --limit 0 shows all",
+                    count(profiles.len(), "profile")
+                ));
+            }
+            text
+        },
+    )
+}
+
+fn row(info: &ProfileInfo) -> [String; 10] {
+    let label = |name: &str| info.labels.get(name).cloned().unwrap_or_else(|| "-".to_owned());
+    [
+        info.id.clone(),
+        show_time(info.start),
+        show_span(info.duration),
+        label(gannet_proto::labels::SERVICE_NAME),
+        label(gannet_proto::labels::NODE),
+        info.rule_id.clone(),
+        info.sample_types.last().cloned().unwrap_or_default(),
+        info.samples.to_string(),
+        bytes(info.bytes),
+        info.reason.clone(),
+    ]
+}
+
+fn value(info: &ProfileInfo) -> Value {
+    json!({
+        "id": info.id, "labels": info.labels, "start_ms": millis(info.start), "duration_ms": span_millis(info.duration),
+        "sample_types": info.sample_types, "samples": info.samples, "bytes": info.bytes, "rule_id": info.rule_id,
+        "revision": info.revision, "reason": info.reason,
+    })
+}
+
+/// The table of functions, alone or compared.
+pub(crate) async fn top(
+    args: &TopArgs,
+    base: Option<&Base>,
+    collector: &Collector,
+    format: Format,
+    console: &mut Console<'_>,
+) -> Result<(), Error> {
+    let TopArgs { select, sample_type, limit } = args;
+    let request = TopRequest {
+        selection: Some(select.selection()),
+        base: base.map(|base| base.selection(select)),
+        sample_type: sample_type.clone(),
+        limit: *limit,
+    };
+    let answer =
+        collector.query().top(request).await.map_err(|status| collector.fault(&status))?.into_inner();
+    console.show(
+        format,
+        || top_json(&answer),
+        || if base.is_some() { diff_table(&answer) } else { top_table(&answer) },
+    )
+}
+
+fn top_json(answer: &TopResponse) -> Value {
+    let rows: Vec<_> = answer
+        .rows
+        .iter()
+        .map(|row| {
+            let TopRow { name, file, self_, total, base_self, base_total } = row;
+            json!({
+                "name": name, "file": file, "self": self_, "total": total, "base_self": base_self,
+                "base_total": base_total,
+            })
+        })
+        .collect();
+    json!({
+        "unit": answer.unit, "sample_type": answer.sample_type, "total": answer.total,
+        "base_total": answer.base_total, "rows": rows,
+    })
+}
+
+fn top_table(answer: &TopResponse) -> String {
+    if answer.rows.is_empty() {
+        return "no samples in this selection: widen --since or the query\n".to_owned();
+    }
+    let rows: Vec<_> = answer
+        .rows
+        .iter()
+        .map(|row| {
+            [
+                amount(row.self_.into(), &answer.unit),
+                percent(row.self_, answer.total),
+                amount(row.total.into(), &answer.unit),
+                percent(row.total, answer.total),
+                row.name.clone(),
+                row.file.clone(),
+            ]
+        })
+        .collect();
+    format!(
+        "{}: {} in all\n{}",
+        answer.sample_type,
+        amount(answer.total.into(), &answer.unit),
+        table([">SELF", ">SELF%", ">TOTAL", ">TOTAL%", "FUNCTION", "FILE"], &rows)
+    )
+}
+
+/// What became dearer comes first. Shares are compared, since the two selections are rarely of the same length.
+fn diff_table(answer: &TopResponse) -> String {
+    if answer.rows.is_empty() {
+        return "no samples in either selection: widen the times or the queries\n".to_owned();
+    }
+    let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 * 100.0 / whole as f64 };
+    let change = |row: &TopRow| share(row.self_, answer.total) - share(row.base_self, answer.base_total);
+    let mut sorted: Vec<_> = answer.rows.iter().collect();
+    sorted.sort_by(|a, b| change(b).total_cmp(&change(a)).then_with(|| a.name.cmp(&b.name)));
+    let rows: Vec<_> = sorted
+        .into_iter()
+        .map(|row| {
+            [
+                format!("{:+.2}", change(row)),
+                percent(row.self_, answer.total),
+                percent(row.base_self, answer.base_total),
+                amount(row.self_.into(), &answer.unit),
+                amount(row.base_self.into(), &answer.unit),
+                format!("{:+.2}", share(row.total, answer.total) - share(row.base_total, answer.base_total)),
+                row.name.clone(),
+                row.file.clone(),
+            ]
+        })
+        .collect();
+    format!(
+        "{}: {} against {}; changes in percentage points of the whole\n{}",
+        answer.sample_type,
+        amount(answer.total.into(), &answer.unit),
+        amount(answer.base_total.into(), &answer.unit),
+        table([">CHANGE", ">SELF%", ">BASE%", ">SELF", ">BASE", ">TOTAL CHANGE", "FUNCTION", "FILE"], &rows)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer() -> TopResponse {
+        let row = |name: &str, self_, total, base_self, base_total| TopRow {
+            name: name.to_owned(),
+            file: "app".to_owned(),
+            self_,
+            total,
+            base_self,
+            base_total,
+        };
+        TopResponse {
+            unit: "nanoseconds".to_owned(),
+            total: 4_000_000_000,
+            base_total: 1_000_000_000,
+            sample_type: "cpu/nanoseconds".to_owned(),
+            rows: vec![
+                row("work", 1_000_000_000, 1_000_000_000, 500_000_000, 500_000_000),
+                row("main", 3_000_000_000, 4_000_000_000, 500_000_000, 1_000_000_000),
+            ],
+        }
+    }
+
+    #[test]
+    fn the_table_shows_self_and_total_with_their_shares() {
+        insta::assert_snapshot!(top_table(&answer()), @r"
+        cpu/nanoseconds: 4.00s in all
+         SELF   SELF%  TOTAL   TOTAL%  FUNCTION  FILE
+        1.00s  25.00%  1.00s   25.00%  work      app
+        3.00s  75.00%  4.00s  100.00%  main      app
+        ");
+    }
+
+    #[test]
+    fn a_comparison_shows_what_became_dearer_first_by_share() {
+        insta::assert_snapshot!(diff_table(&answer()), @r"
+        cpu/nanoseconds: 4.00s against 1.00s; changes in percentage points of the whole
+        CHANGE   SELF%   BASE%   SELF      BASE  TOTAL CHANGE  FUNCTION  FILE
+        +25.00  75.00%  50.00%  3.00s  500.00ms         +0.00  main      app
+        -25.00  25.00%  50.00%  1.00s  500.00ms        -25.00  work      app
+        ");
+    }
+
+    #[test]
+    fn a_file_appears_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let mut console = Console { out: &mut out, err: &mut err, terminal: true };
+        let file = dir.path().join("a.pb.gz");
+        save(b"profile", &file, Format::Table, &mut console).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"profile");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        let error = save(b"x", &dir.path().join("no/a.pb.gz"), Format::Table, &mut console).unwrap_err();
+        assert!(error.to_string().contains("a.pb.gz"), "{error}");
+        let error = save(b"x", Path::new("-"), Format::Table, &mut console).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+    }
+}

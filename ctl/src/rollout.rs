@@ -1,0 +1,245 @@
+//! A revision on its way to the nodes.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use gannet_proto::control::{NodeRollout, Rollout, WatchRolloutRequest, node_rollout::State};
+use serde_json::{Value, json};
+
+use crate::{
+    Console, Error,
+    args::Format,
+    client::Collector,
+    output::{clean, millis, show_span, show_time, span_millis, table},
+    rules::{error_json, sentence},
+};
+
+pub(crate) fn state_name(state: State) -> &'static str {
+    match state {
+        State::Unspecified => "UNKNOWN",
+        State::Pending => "PENDING",
+        State::Applied => "APPLIED",
+        State::Rejected => "REJECTED",
+        State::Partial => "PARTIAL",
+        State::Skipped => "SKIPPED",
+        State::Offline => "OFFLINE",
+    }
+}
+
+pub(crate) fn node_json(node: &NodeRollout) -> Value {
+    json!({
+        "node": node.node, "state": state_name(node.state()), "since_ms": millis(node.since),
+        "took_ms": span_millis(node.took), "errors": node.errors.iter().map(error_json).collect::<Vec<_>>(),
+    })
+}
+
+fn rollout_json(rollout: &Rollout) -> Value {
+    json!({
+        "revision": rollout.revision, "created_at_ms": millis(rollout.created_at), "settled": rollout.settled,
+        "nodes": rollout.nodes.iter().map(node_json).collect::<Vec<_>>(),
+    })
+}
+
+/// Follows a revision until every node has answered, or for ever. Fails if a node rejected it.
+pub(crate) async fn watch(
+    collector: &Collector,
+    revision: u64,
+    follow: bool,
+    timeout: Option<Duration>,
+    format: Format,
+    console: &mut Console<'_>,
+) -> Result<(), Error> {
+    let watching = follow_rollout(collector, revision, follow, format, console);
+    let last = match timeout {
+        None => watching.await?,
+        Some(timeout) => tokio::time::timeout(timeout, watching).await.map_err(|_| {
+            Error::Failed(format!(
+                "not every node has answered within {}: `gannetctl nodes` shows who is connected",
+                humantime::format_duration(timeout)
+            ))
+        })??,
+    };
+    let rejected: Vec<_> = last
+        .nodes
+        .iter()
+        .filter(|node| node.state() == State::Rejected)
+        .map(|node| clean(&node.node))
+        .collect();
+    if rejected.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Failed(format!("revision {} was rejected by {}", last.revision, rejected.join(", "))))
+    }
+}
+
+async fn follow_rollout(
+    collector: &Collector,
+    revision: u64,
+    follow: bool,
+    format: Format,
+    console: &mut Console<'_>,
+) -> Result<Rollout, Error> {
+    let request = WatchRolloutRequest { revision, until_settled: !follow };
+    let answer = collector.triggers().watch_rollout(request).await;
+    let mut answer = answer.map_err(|status| collector.fault(&status))?.into_inner();
+    let (mut last, mut seen, mut drawn) = (Rollout::default(), BTreeMap::new(), 0);
+    loop {
+        let next = tokio::select! {
+            next = answer.message() => next.map_err(|status| collector.fault(&status))?,
+            // What was seen until then is the answer.
+            _ = tokio::signal::ctrl_c() => None,
+        };
+        let Some(rollout) = next else { break };
+        match format {
+            Format::Table if console.terminal => drawn = redraw(&rollout, drawn, console)?,
+            Format::Table => tell(&rollout, &mut seen, console)?,
+            // A stream of objects, one for each change.
+            Format::Json => writeln!(console.out, "{}", rollout_json(&rollout))?,
+            Format::Yaml => {
+                write!(console.out, "---\n")?;
+                console.show(Format::Yaml, || rollout_json(&rollout), String::new)?;
+            }
+        }
+        console.out.flush()?;
+        last = rollout;
+    }
+    Ok(last)
+}
+
+/// The table in the place of the former one. Returns its height.
+fn redraw(rollout: &Rollout, above: usize, console: &mut Console<'_>) -> Result<usize, Error> {
+    let text = picture(rollout);
+    if above > 0 {
+        // Up to the first line of the table, and clear from there.
+        write!(console.out, "\x1b[{above}A\x1b[J")?;
+    }
+    console.out.write_all(text.as_bytes())?;
+    Ok(text.lines().count())
+}
+
+fn picture(rollout: &Rollout) -> String {
+    if rollout.nodes.is_empty() {
+        return format!("revision {}: no node is known\n", rollout.revision);
+    }
+    let answered = rollout.nodes.iter().filter(|node| node.state() != State::Pending).count();
+    let rows: Vec<_> = rollout
+        .nodes
+        .iter()
+        .map(|node| {
+            let errors: Vec<_> = node.errors.iter().map(sentence).collect();
+            [
+                node.node.clone(),
+                state_name(node.state()).to_owned(),
+                show_span(node.took),
+                show_time(node.since),
+                errors.join("; "),
+            ]
+        })
+        .collect();
+    format!(
+        "revision {}: {answered} of {} nodes have answered\n{}",
+        rollout.revision,
+        rollout.nodes.len(),
+        table(["NODE", "STATE", ">TOOK", "SINCE", "ERRORS"], &rows)
+    )
+}
+
+/// One line for each node whose state is new.
+fn tell(
+    rollout: &Rollout,
+    seen: &mut BTreeMap<String, (u64, State)>,
+    console: &mut Console<'_>,
+) -> Result<(), Error> {
+    if rollout.nodes.is_empty() && seen.is_empty() {
+        write!(console.out, "{}", picture(rollout))?;
+    }
+    for node in &rollout.nodes {
+        let now = (rollout.revision, node.state());
+        if seen.insert(node.node.clone(), now) == Some(now) {
+            continue;
+        }
+        let errors: String = node.errors.iter().map(|error| format!("; {}", sentence(error))).collect();
+        let took = node.took.map_or_else(String::new, |took| format!(" after {}", show_span(Some(took))));
+        writeln!(
+            console.out,
+            "{}",
+            clean(&format!(
+                "revision {} {} {}{took}{errors}",
+                rollout.revision,
+                node.node,
+                state_name(node.state())
+            ))
+        )?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use gannet_proto::control::RuleError;
+
+    use super::*;
+
+    fn node(name: &str, state: State) -> NodeRollout {
+        NodeRollout { node: name.to_owned(), state: state.into(), ..NodeRollout::default() }
+    }
+
+    fn rollout() -> Rollout {
+        let mut rejected = node("n2", State::Rejected);
+        rejected.errors.push(RuleError {
+            rule_id: "a".into(),
+            field: "capture.hz".into(),
+            reason: "is 500, and the cap (max_hz) is 200".into(),
+        });
+        let applied = NodeRollout {
+            took: Some(prost_types::Duration { seconds: 0, nanos: 12_000_000 }),
+            since: Some(prost_types::Timestamp { seconds: 1_700_000_000, nanos: 0 }),
+            ..node("n1", State::Applied)
+        };
+        Rollout {
+            revision: 7,
+            nodes: vec![applied, rejected, node("n3", State::Pending)],
+            ..Rollout::default()
+        }
+    }
+
+    #[test]
+    fn the_picture_names_each_node_its_state_and_its_errors() {
+        insta::assert_snapshot!(picture(&rollout()), @r"
+        revision 7: 2 of 3 nodes have answered
+        NODE  STATE        TOOK  SINCE                 ERRORS
+        n1    APPLIED   12.00ms  2023-11-14T22:13:20Z
+        n2    REJECTED        -  -                     rule `a`: capture.hz: is 500, and the cap (max_hz) is 200
+        n3    PENDING         -  -
+        ");
+    }
+
+    #[test]
+    fn a_pipe_gets_a_line_for_each_change_and_no_escape_codes() {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let mut console = Console { out: &mut out, err: &mut err, terminal: false };
+        let mut seen = BTreeMap::new();
+        let mut rollout = rollout();
+        tell(&rollout, &mut seen, &mut console).unwrap();
+        tell(&rollout, &mut seen, &mut console).unwrap();
+        rollout.nodes[2] = node("n3", State::Offline);
+        tell(&rollout, &mut seen, &mut console).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "revision 7 n1 APPLIED after 12.00ms\n\
+             revision 7 n2 REJECTED; rule `a`: capture.hz: is 500, and the cap (max_hz) is 200\n\
+             revision 7 n3 PENDING\n\
+             revision 7 n3 OFFLINE\n"
+        );
+    }
+
+    #[test]
+    fn a_terminal_gets_the_table_redrawn_in_its_place() {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let mut console = Console { out: &mut out, err: &mut err, terminal: true };
+        let height = redraw(&rollout(), 0, &mut console).unwrap();
+        redraw(&rollout(), height, &mut console).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        assert_eq!(height, 5);
+        assert_eq!(text.matches("\x1b[5A\x1b[J").count(), 1);
+    }
+}
