@@ -256,11 +256,12 @@ fn judge_file_access(set: CapabilitySet) -> Check {
 fn kernel_symbols() -> Check {
     let restrict = fs::read_to_string("/proc/sys/kernel/kptr_restrict").unwrap_or_default();
     let restrict = restrict.trim();
-    let mut first = String::new();
-    let visible =
-        File::open("/proc/kallsyms").and_then(|file| BufReader::new(file).read_line(&mut first)).is_ok_and(
-            |_| first.split(' ').next().is_some_and(|address| address.bytes().any(|digit| digit != b'0')),
-        );
+    // Older kernels list the per-CPU symbols first, some hundreds at and near address 0.
+    let visible = File::open("/proc/kallsyms").is_ok_and(|file| {
+        BufReader::new(file).lines().map_while(Result::ok).any(|line| {
+            line.split(' ').next().is_some_and(|address| address.bytes().any(|digit| digit != b'0'))
+        })
+    });
     if visible {
         Check::ok(
             "kernel_symbols",
