@@ -239,7 +239,7 @@ fn table_of<'d, R: ReadRef<'d>>(
         }
     }
 
-    let debug_frame_bytes = debug_frame(elf, options, pieces.is_empty())?;
+    let debug_frame_bytes = debug_frame(elf, options, || mostly_open(elf, &pieces))?;
     let mut section = DebugFrame::from(Slice::new(&debug_frame_bytes, LittleEndian));
     section.set_address_size(8);
     section.set_vendor(vendor(arch));
@@ -387,17 +387,24 @@ fn terminated(bytes: &[u8]) -> usize {
     bytes.len()
 }
 
-/// The bytes of `.debug_frame`: of the file itself, or of its debug file if the file says nothing else.
+/// Whether most code is without rules. A few functions always have some: those that the C library brings.
+fn mostly_open<'d, R: ReadRef<'d>>(elf: &Elf<'d, R>, pieces: &[Piece]) -> bool {
+    let code: u64 = elf.code().iter().map(|(start, end)| end - start).fold(0, u64::saturating_add);
+    let covered: u64 = pieces.iter().map(|piece| piece.end - piece.start).fold(0, u64::saturating_add);
+    covered < code / 2
+}
+
+/// The bytes of `.debug_frame`: of the file itself, or of its debug file if the file says little else.
 fn debug_frame<'d, R: ReadRef<'d>>(
     elf: &Elf<'d, R>,
     options: &Options<'_>,
-    nothing_else: bool,
+    mostly_open: impl FnOnce() -> bool,
 ) -> Result<Cow<'d, [u8]>, Fault> {
     let own = debug_frame_section(elf)?;
-    if !own.is_empty() || !nothing_else {
+    let Some(files) = options.debug_files else { return Ok(own) };
+    if !own.is_empty() || !mostly_open() {
         return Ok(own);
     }
-    let Some(files) = options.debug_files else { return Ok(own) };
     let link = elf.debug_link();
     if link.is_none() && elf.build_id().is_none() {
         return Ok(own);

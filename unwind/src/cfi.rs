@@ -255,6 +255,7 @@ where
         let mut remembered = Vec::new();
         let mut pc = function.start;
         let mut changed = true;
+        let mut restored = Restored::default();
         let mut instructions = fde.instructions(&self.section, &self.bases);
         loop {
             budget.step()?;
@@ -284,7 +285,7 @@ where
                 }
             };
             if next > pc && changed {
-                row(pc, rule(&state, cie.registers, self.arch, signal))?;
+                row(pc, restored.apply(rule(&state, cie.registers, self.arch, signal)))?;
                 changed = false;
             }
             pc = next;
@@ -293,9 +294,35 @@ where
             }
         }
         if changed {
-            row(pc, rule(&state, cie.registers, self.arch, signal))?;
+            row(pc, restored.apply(rule(&state, cie.registers, self.arch, signal)))?;
         }
         Ok(())
+    }
+}
+
+/// Sees when an epilogue has taken the frame pointer from its slot.
+///
+/// Compilers do not say so: their entries go on to name the slot when it is below the stack pointer, where a signal
+/// handler may write at any time and where a copy of the stack does not reach. A slot that was above the stack pointer
+/// and then is below has been popped, and the register holds the caller's value. (One that never was above is in the
+/// red zone and stays in use.)
+#[derive(Default)]
+struct Restored {
+    was_above: bool,
+}
+
+impl Restored {
+    fn apply(&mut self, mut rule: Rule) -> Rule {
+        if rule.fp_kind == loc::CFA {
+            let below =
+                rule.cfa_kind == cfa::SP && i64::from(rule.cfa_offset) + i64::from(rule.fp_offset) < 0;
+            if below && self.was_above {
+                rule.fp_kind = loc::SAME;
+                rule.fp_offset = 0;
+            }
+            self.was_above |= !below;
+        }
+        rule
     }
 }
 

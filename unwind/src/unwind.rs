@@ -163,7 +163,9 @@ impl Walker<'_> {
 
     fn by_frame_pointer(&mut self, otherwise: End) -> Result<bool, End> {
         let fp = self.fp.filter(|fp| *fp >= self.sp && fp.is_multiple_of(8)).ok_or(otherwise)?;
-        let (Ok(saved), Ok(ra)) = (self.read(fp), self.read(fp.wrapping_add(8))) else { return Err(otherwise) };
+        let (Ok(saved), Ok(ra)) = (self.read(fp), self.read(fp.wrapping_add(8))) else {
+            return Err(otherwise);
+        };
         self.sp = fp.wrapping_add(16);
         self.fp = Some(saved);
         self.to_caller(ra, false)?;

@@ -1,5 +1,5 @@
 //! Programs that really run, stopped for a moment to copy their registers and stacks.
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -59,7 +59,8 @@ pub fn family(root: u32) -> Vec<u32> {
     let mut all = vec![root];
     let mut at = 0;
     while at < all.len() {
-        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", all[at])).unwrap_or_default();
+        let children =
+            fs::read_to_string(format!("/proc/{0}/task/{0}/children", all[at])).unwrap_or_default();
         all.extend(children.split_whitespace().map(|pid| pid.parse::<u32>().unwrap()));
         at += 1;
     }
@@ -95,8 +96,8 @@ pub fn capture(pid: u32) -> Option<Process> {
                     maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
                 }
                 let registers = [
-                    r.rax, r.rdx, r.rcx, r.rbx, r.rsi, r.rdi, r.rbp, r.rsp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13,
-                    r.r14, r.r15,
+                    r.rax, r.rdx, r.rcx, r.rbx, r.rsi, r.rdi, r.rbp, r.rsp, r.r8, r.r9, r.r10, r.r11, r.r12,
+                    r.r13, r.r14, r.r15,
                 ];
                 let mut stack = vec![0; 1 << 20];
                 let read = memory.read_at(&mut stack, r.rsp).unwrap_or(0);
