@@ -12,15 +12,25 @@
     )
 )]
 
+pub mod backoff;
 pub mod check;
+pub mod config;
+pub mod control;
+pub mod debug;
+mod durable;
 pub mod engine;
+pub mod export;
 pub mod finish;
 pub mod kernel;
+pub mod ledger;
+pub mod node;
 pub mod output;
+pub mod pipeline;
 pub mod process;
 pub mod profile;
 pub mod record;
 pub mod rules;
+pub mod run;
 pub mod symbols;
 pub mod tables;
 pub mod top;

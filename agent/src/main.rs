@@ -5,8 +5,9 @@ use std::{io::IsTerminal as _, process::ExitCode};
 use clap::{Parser, Subcommand};
 use gannet_agent::{
     check::{self, CheckOptions},
+    config::RunArgs,
     record::{self, RecordArgs},
-    symbols,
+    run, symbols,
     watch::{self, TopArgs},
 };
 use tracing_subscriber::EnvFilter;
@@ -21,6 +22,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Watch this node: sample what rules name, stream profiles to the collector, take its rules
+    Run(Box<RunArgs>),
     /// Sample programs for a while and write one profile; needs no collector
     Record(RecordArgs),
     Top(TopArgs),
@@ -51,7 +54,7 @@ fn main() -> ExitCode {
             EnvFilter::try_from_env("GANNET_LOG").unwrap_or_else(|_| EnvFilter::new("info,libbpf=warn")),
         )
         .init();
-    match run(cli.verb) {
+    match perform(cli.verb) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("gannet-agent: {error:#}");
@@ -60,8 +63,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(verb: Verb) -> anyhow::Result<ExitCode> {
+fn perform(verb: Verb) -> anyhow::Result<ExitCode> {
     match verb {
+        Verb::Run(args) => {
+            runtime()?.block_on(run::run(*args))?;
+            Ok(ExitCode::SUCCESS)
+        }
         Verb::Record(args) => {
             runtime()?.block_on(record::record(args))?;
             Ok(ExitCode::SUCCESS)

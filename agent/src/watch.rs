@@ -80,7 +80,7 @@ pub async fn watch(args: TopArgs) -> Result<(), WatchError> {
             node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             kernel: KernelOptions::default(),
             window: args.interval.max(Duration::from_millis(200)),
-            caps: Caps::default(),
+            caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             tables: true,
         },
         // A table that is late shows the next window instead.

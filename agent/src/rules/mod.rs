@@ -5,6 +5,7 @@
 //! side cannot see (paths, users, control groups) is decided here, process by process, with the same patterns.
 
 mod compile;
+pub mod files;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

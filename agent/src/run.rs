@@ -1,0 +1,211 @@
+//! `gannet-agent run`: the daemon. Builds the parts, wires them as the data flows, waits.
+
+use std::{
+    fs, io,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
+
+use gannet_proto::{connect::DialError, control::RuleError};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    check::{self, Refusal},
+    config::{ConfigError, RunArgs},
+    control::{Control, LastGood, restore},
+    debug::{ListenError, Listeners},
+    engine::{Engine, EngineError, EngineOptions},
+    export::{Bounds, Exporter, Spool, SpoolError, SpoolStats},
+    kernel::KernelOptions,
+    ledger::NodeLedger,
+    node::{Node, Recent},
+    pipeline,
+    rules::{
+        Set, Source,
+        files::{self, FilesError, Stamp},
+    },
+    symbols::{Symbolizer, SymbolizerConfig},
+};
+
+/// How often rule files are looked at.
+const FILES_PAUSE: Duration = Duration::from_millis(500);
+/// How long the last profiles may take to be delivered when the agent is told to end; the rest stays in the spool.
+const LAST_DELIVERY: Duration = Duration::from_secs(5);
+
+/// Why the daemon does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// What it was told cannot be.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// This machine cannot.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// A port is in use.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The spool cannot be used.
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
+    /// The kernel side cannot work.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The collector's address or certificates are wrong.
+    #[error("--collector: {0}")]
+    Dial(#[from] DialError),
+    /// The node's own rules cannot be read.
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    /// The node's own rules cannot be applied.
+    #[error("--rules: {}", list(.0))]
+    Rules(Vec<RuleError>),
+    /// The state directory cannot be made.
+    #[error("--state-dir {}: {source}", path.display())]
+    State {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// No thread, no signal handler.
+    #[error("cannot start: {0}")]
+    Start(#[source] io::Error),
+}
+
+fn list(errors: &[RuleError]) -> String {
+    errors
+        .iter()
+        .map(|error| format!("rule {}: {}: {}", error.rule_id, error.field, error.reason))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+/// Runs until SIGTERM or SIGINT; then everything in flight is delivered or in the spool.
+pub async fn run(args: RunArgs) -> Result<(), RunError> {
+    let config = args.complete()?;
+    check::preflight()?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Start)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Start)?;
+    let local = files::read(&config.rules)?;
+    let listeners = Listeners::open(config.listen, config.debug_listen).await?;
+    fs::create_dir_all(&config.state_dir)
+        .map_err(|source| RunError::State { path: config.state_dir.clone(), source })?;
+
+    let ledger = NodeLedger::new();
+    let spool_stats = Arc::new(SpoolStats::default());
+    let bounds = Bounds { bytes: config.spool_bytes, age: config.spool_age };
+    let spool =
+        Spool::open(&config.state_dir.join("spool"), bounds, ledger.clone(), Arc::clone(&spool_stats))?;
+    let symbolizer = Symbolizer::start(SymbolizerConfig::default()).map_err(RunError::Start)?;
+    let recent = Recent::default();
+    let (entrance, windows) = pipeline::pipeline(ledger.clone());
+    let engine = Engine::start(
+        EngineOptions {
+            node: config.node.clone(),
+            kernel: KernelOptions {
+                ring_bytes: config.ring_bytes,
+                table_bytes: config.table_bytes,
+                processes: config.processes,
+                ..KernelOptions::default()
+            },
+            window: config.window,
+            caps: config.caps.clone(),
+            tables: true,
+        },
+        entrance,
+    )?;
+    let exporter = Exporter::start(spool, config.dial.as_ref(), &config.node, ledger.clone())?;
+    let naming = tokio::spawn(pipeline::run(
+        windows,
+        symbolizer,
+        ledger.clone(),
+        recent.clone(),
+        exporter.submitter(),
+    ));
+    let node = Arc::new(Node::new(config, engine, ledger, spool_stats, recent));
+
+    let store = LastGood::in_dir(&node.config.state_dir);
+    let active = restore(&node, &store).await;
+    let partial = node
+        .engine
+        .replace(Source::Local, Set { rules: local, ..Set::default() })
+        .await
+        .map_err(RunError::Rules)?;
+    for error in partial {
+        tracing::warn!(rule = error.rule_id, field = error.field, "has no effect here: {}", error.reason);
+    }
+    node.rules_loaded.store(true, Relaxed);
+
+    let cancel = CancellationToken::new();
+    let serving = tokio::spawn(listeners.serve(Arc::clone(&node), cancel.clone()));
+    let following = tokio::spawn(follow_files(Arc::clone(&node), cancel.clone()));
+    let controlling = match &node.config.dial {
+        Some(dial) => {
+            Some(tokio::spawn(Control::new(Arc::clone(&node), dial, store, active)?.run(cancel.clone())))
+        }
+        None => None,
+    };
+    tracing::info!(node = node.config.node, "gannet-agent {} runs", gannet_proto::VERSION);
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("ending: what is in flight is delivered or kept");
+    cancel.cancel();
+    if let Some(controlling) = controlling {
+        let _ = controlling.await;
+    }
+    let _ = following.await;
+    // Requests that are being answered hold the node too.
+    serving.abort();
+    let _ = serving.await;
+    match Arc::try_unwrap(node) {
+        // Dropping the engine flushes its last window into the pipeline, which ends with it.
+        Ok(node) => drop(tokio::task::spawn_blocking(move || node.engine.stop()).await),
+        Err(node) => drop(node.engine.flush().await),
+    }
+    if tokio::time::timeout(LAST_DELIVERY, naming).await.is_err() {
+        tracing::warn!("the last window was not named in time");
+    }
+    exporter.shutdown(LAST_DELIVERY).await;
+    Ok(())
+}
+
+/// Applies rule files again whenever they change. A set that is wrong changes nothing.
+async fn follow_files(node: Arc<Node>, cancel: CancellationToken) {
+    let mut stamp = Stamp::of(&node.config.rules);
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(FILES_PAUSE) => {}
+            () = cancel.cancelled() => return,
+        }
+        let now = Stamp::of(&node.config.rules);
+        if now == stamp {
+            continue;
+        }
+        stamp = now;
+        let trouble = match files::read(&node.config.rules) {
+            Err(error) => Some(error.to_string()),
+            Ok(rules) => {
+                let count = rules.len();
+                match node.engine.replace(Source::Local, Set { rules, ..Set::default() }).await {
+                    Err(errors) => Some(list(&errors)),
+                    Ok(_) => {
+                        tracing::info!(rules = count, "the rule files have changed and are in force");
+                        None
+                    }
+                }
+            }
+        };
+        if let Some(trouble) = &trouble {
+            tracing::warn!(
+                "the rule files have changed and cannot be used, the former rules stay: {trouble}"
+            );
+        }
+        node.set_degraded("rule files", trouble);
+    }
+}
