@@ -4,7 +4,7 @@
 //! 2. `.eh_frame`, all of it; its index `.eh_frame_hdr` only shows where it is if section headers are gone.
 //! 3. Go's function table.
 //! 4. `.debug_frame`, in the file or in its debug file.
-//! 5. What is known without being said: linkage tables, and signal trampolines by their instructions.
+//! 5. What is known without being said: linkage tables, the entry point, and signal trampolines by their instructions.
 //!
 //! Each fills only what those before it left open.
 use std::borrow::Cow;
@@ -38,12 +38,15 @@ pub struct Options<'a> {
     pub debug_files: Option<&'a dyn DebugFiles>,
     /// Tables that take precedence.
     pub overrides: Option<&'a Overrides>,
+    /// Whether runs of pushes and pops become one row each ([`crate::format`]), which takes half the memory. The kernel
+    /// side must know them.
+    pub runs: bool,
 }
 
 impl<'a> Options<'a> {
-    /// Within these limits, without debug files and overrides.
+    /// Within these limits, without debug files, overrides and runs.
     pub fn new(name: &'a str, limits: &'a Limits) -> Self {
-        Self { name, limits, cancel: None, debug_files: None, overrides: None }
+        Self { name, limits, cancel: None, debug_files: None, overrides: None, runs: false }
     }
 }
 
@@ -252,6 +255,7 @@ fn table_of<'d, R: ReadRef<'d>>(
     let linkage = linkage(elf);
     report.linkage_ranges = linkage.len() as u64;
     pieces = fill(pieces, linkage.into_iter());
+    pieces = fill(pieces, entry_point(elf).into_iter());
     let trampolines = trampolines(elf, &pieces, budget, report)?;
     report.signal_trampolines = trampolines.len() as u64;
     pieces = fill(pieces, trampolines.into_iter());
@@ -260,7 +264,7 @@ fn table_of<'d, R: ReadRef<'d>>(
         (Some(first), Some(last)) => (first.start, last.end),
         _ => (0, 0),
     };
-    let mut builder = Builder::new(arch, start, end, options.limits)?;
+    let mut builder = Builder::new(arch, start, end, options.limits)?.runs(options.runs);
     let mut unsupported = 0;
     for (index, piece) in pieces.iter().enumerate() {
         let mut row = |pc: u64, rule: Rule| -> Result<(), Fault> {
@@ -528,6 +532,16 @@ fn linkage<'d, R: ReadRef<'d>>(elf: &Elf<'d, R>) -> Vec<Piece> {
     pieces
 }
 
+/// The first few bytes of a program that nothing describes, as in the dynamic linker: whatever they call, they have no
+/// caller themselves.
+fn entry_point<'d, R: ReadRef<'d>>(elf: &Elf<'d, R>) -> Option<Piece> {
+    let start = elf.entry();
+    let end = elf.segments().executable_end(start)?.min(start.saturating_add(ENTRY_BYTES));
+    (start > 0 && start < end).then_some(Piece { start, end, source: Source::Fixed(Rule::OUTERMOST) })
+}
+
+/// Longer than any known `_start`.
+const ENTRY_BYTES: u64 = 64;
 /// Gaps shorter than this are padding between functions.
 const MIN_GAP_BYTES: u64 = 64;
 

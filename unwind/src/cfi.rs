@@ -549,7 +549,7 @@ fn place_expression<'d, S: UnwindSection<Slice<'d>>>(
 /// The rule that a state amounts to.
 fn rule(state: &State, registers: Registers, arch: Arch, signal: bool) -> Rule {
     if state.ra == Place::Undefined {
-        return Rule { cfa_kind: cfa::SP, ra_kind: loc::UNDEFINED, ..Rule::NONE };
+        return Rule::OUTERMOST;
     }
     match try_rule(state, registers, arch) {
         Ok(rule) => {

@@ -198,6 +198,7 @@ pub struct Elf<'d, R: ReadRef<'d>> {
     data: R,
     file_bytes: u64,
     arch: Arch,
+    entry: u64,
     segments: Segments,
     sections: Vec<Section<'d>>,
     eh_frame_hdr: Option<(u64, u64)>,
@@ -236,6 +237,7 @@ impl<'d, R: ReadRef<'d>> Elf<'d, R> {
             data,
             file_bytes,
             arch,
+            entry: header.e_entry.get(LE),
             segments: Segments(
                 headers.iter().filter(|header| header.p_type(LE) == PT_LOAD).map(segment).collect(),
             ),
@@ -300,6 +302,11 @@ impl<'d, R: ReadRef<'d>> Elf<'d, R> {
         let name = data[..end].to_vec();
         // A name with a directory would let the file choose what is opened.
         (!name.contains(&b'/')).then_some(DebugLink { name, crc: u32::from_le_bytes(*crc) })
+    }
+
+    /// Where a program, or the dynamic linker, begins to run; 0 in libraries.
+    pub(crate) fn entry(&self) -> u64 {
+        self.entry
     }
 
     pub(crate) fn data(&self) -> R {

@@ -50,6 +50,21 @@
 //! sp'  = cfa;  pc' = ra (signature bits stripped);  pc_is_exact' = flags & SIGNAL
 //! ```
 //! A register rule (`REGISTER + n`) is good only in a frame all of whose registers are known: the first one.
+//!
+//! # Runs
+//! Half of all rows are the single steps of runs of pushes and pops at the begin and the end of functions. A table may
+//! hold each run as one row whose rule says at which distances from the row's own address the stack pointer moves on by
+//! 8 ([`cfa::PUSHES`], [`cfa::POPS`]). Stepping by such a rule needs the row's `pc_low` as well as its number:
+//!
+//! ```text
+//! distance = (address & 0xffff) - (row >> 16)
+//! steps    = popcount(ra_offset & ((2 << min(distance, 15)) - 1))
+//! size     = cfa_offset + 8 * steps                (PUSHES; minus for POPS)
+//! cfa      = sp + size;  ra = *(u64 *)(cfa - 8)
+//! fp'      = fp_kind == CFA and size >= -fp_offset ? *(u64 *)(cfa + fp_offset) : fp
+//! ```
+//! Tables have runs only if they were asked for ([`crate::build::Options::runs`]), and none is carried into the next
+//! page. [`Rule::after`] is the same in Rust; [`crate::table::Table::lookup`] applies it.
 
 /// Bytes of ELF virtual address that one 16-bit `pc_low` spans.
 pub const PAGE_SHIFT: u32 = 16;
@@ -75,6 +90,8 @@ pub const MAX_MORE_LINES: u32 = (GRANULE_BYTES as u32).div_ceil(WORDS_PER_LINE a
 pub const FIRST_LINE_STEP: u32 = 128;
 /// The first (largest) step of the search within a line.
 pub const FIRST_ROW_STEP: usize = WORDS_PER_LINE / 2;
+/// Bytes from the first to the last step of a run ([`cfa::PUSHES`]).
+pub const MAX_RUN_BYTES: u64 = 15;
 /// Rule numbers are 16 bits, and 0 is [`Rule::NONE`].
 pub const MAX_RULES: usize = 1 << 16;
 /// The number of [`Rule::NONE`] in every table and on every node.
@@ -137,6 +154,11 @@ pub mod cfa {
     /// There is a function here and no rule for it that this format can say; `cfa_offset` holds the
     /// [`super::Unsupported`].
     pub const UNSUPPORTED: u8 = 6;
+    /// x86_64: `sp + cfa_offset` and 8 more with each push up to the address; `ra_offset` has a bit for each distance at
+    /// which a push is done. The return address is at `cfa - 8`. See the module's text on runs.
+    pub const PUSHES: u8 = 7;
+    /// The same with 8 less for each pop.
+    pub const POPS: u8 = 8;
     /// `REGISTER + n`: the register with DWARF number n (0 to 31), plus `cfa_offset`. First frame only.
     pub const REGISTER: u8 = 0x40;
 }
@@ -255,6 +277,9 @@ impl Rule {
         ra_offset: 0,
     };
 
+    /// The outermost function of a thread: it has no caller, and the walk is complete.
+    pub const OUTERMOST: Self = Self { cfa_kind: cfa::SP, ra_kind: loc::UNDEFINED, ..Self::NONE };
+
     /// The caller is found as all x86_64 functions leave it at their first instruction: return address on top.
     pub const X86_64_ENTRY: Self = Self::x86_64_sp(8);
 
@@ -316,6 +341,22 @@ impl Rule {
     /// A function whose rule this format cannot say.
     pub const fn unsupported(why: Unsupported) -> Self {
         Self { cfa_kind: cfa::UNSUPPORTED, cfa_offset: why as i32, ..Self::NONE }
+    }
+
+    /// The plain rule that this one means `distance` bytes after the row that names it: itself, but for runs.
+    #[must_use]
+    pub fn after(self, distance: u64) -> Self {
+        let sign = match self.cfa_kind {
+            cfa::PUSHES => 8,
+            cfa::POPS => -8,
+            _ => return self,
+        };
+        let done = (2_u32 << distance.min(MAX_RUN_BYTES)) - 1;
+        let steps = (self.ra_offset as u32 & done).count_ones() as i32;
+        let size = self.cfa_offset.wrapping_add(steps * sign);
+        let saved = self.fp_kind == loc::CFA && size >= self.fp_offset.wrapping_neg();
+        let (fp_kind, fp_offset) = if saved { (loc::CFA, self.fp_offset) } else { (loc::SAME, 0) };
+        Self { fp_kind, fp_offset, ..Self::x86_64_sp(size) }
     }
 
     /// Why this place has no rule, if that is so.

@@ -122,10 +122,7 @@ impl<'d> FunctionTable<'d> {
             let name = self.name(&record);
             // The signal trampoline is called top frame because Go ends its traces there; its caller is known.
             if record.flags & FLAG_TOP_FRAME != 0 && !name.ends_with(b"igtramp") {
-                return row(
-                    function.start,
-                    Rule { cfa_kind: cfa::SP, ra_kind: loc::UNDEFINED, ..Rule::NONE },
-                );
+                return row(function.start, Rule::OUTERMOST);
             }
             if record.flags & FLAG_WRITES_SP != 0 {
                 return row(function.start, Rule::FRAME_POINTER);

@@ -169,7 +169,7 @@ fn parse_rule(text: &str, arch: Arch) -> Result<Rule, OverrideFault> {
     let frame_words = "`sp+N`, `fp+N`, `*(sp+N)+M`, `*(fp+N)+M`, `stop` or `none`";
     match frame {
         "none" => rule = Rule::NONE,
-        "stop" => rule = Rule { cfa_kind: cfa::SP, ra_kind: loc::UNDEFINED, ..Rule::NONE },
+        "stop" => rule = Rule::OUTERMOST,
         _ => {
             if let Some((inner, outer)) = frame.strip_prefix("*(").and_then(|rest| rest.split_once(')')) {
                 let ((name, at), (_, plus)) = (parse_sum(inner)?, parse_sum(outer)?);

@@ -4,8 +4,8 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::format::{
     DIRECTORY_LINE_BITS, FIRST_LINE_STEP, FIRST_ROW_STEP, GRANULE_BYTES, GRANULE_SHIFT, Line, MAX_LINES,
-    PAGE_BYTES, PAGE_SHIFT, RULE_NONE, Rule, WORDS_PER_LINE, directory_parts, directory_word, row,
-    row_pc_low, row_rule,
+    MAX_RUN_BYTES, PAGE_BYTES, PAGE_SHIFT, RULE_NONE, Rule, WORDS_PER_LINE, cfa, directory_parts,
+    directory_word, loc, row, row_pc_low, row_rule,
 };
 use crate::limits::{Exceeded, Limits, Quantity, at_most};
 
@@ -135,7 +135,9 @@ impl Table {
             }
             step /= 2;
         }
-        self.rules.get(usize::from(row_rule(line.0[index]))).copied()
+        let found = line.0[index];
+        let distance = u64::from((vaddr as u16).wrapping_sub(row_pc_low(found)));
+        Some(self.rules.get(usize::from(row_rule(found)))?.after(distance))
     }
 
     /// Puts a table together from its parts, if they hold together: every directory word names lines that are there
@@ -222,8 +224,11 @@ pub struct Builder<'a> {
     /// Page that is being filled, counted from `base`, and the index of its first line.
     page: u64,
     page_first_line: usize,
-    /// The rule that holds behind the last row.
-    current: u16,
+    /// The rule that holds behind the last row that was laid out.
+    current: Rule,
+    /// Rows that are not laid out yet, because they may be, or become, a run; only the last can still be replaced.
+    recent: Vec<(u64, Rule)>,
+    runs: bool,
     last_pc: Option<u64>,
     rows: u64,
     rules: Vec<Rule>,
@@ -269,7 +274,9 @@ impl<'a> Builder<'a> {
             filled: 0,
             page: 0,
             page_first_line: directory_lines,
-            current: RULE_NONE,
+            current: Rule::NONE,
+            recent: Vec::with_capacity(MAX_RUN_BYTES as usize + 1),
+            runs: false,
             last_pc: None,
             rows: 0,
             rules: vec![Rule::NONE],
@@ -279,44 +286,54 @@ impl<'a> Builder<'a> {
         })
     }
 
+    /// Whether runs of pushes and pops become one row each.
+    #[must_use]
+    pub fn runs(mut self, on: bool) -> Self {
+        self.runs = on && self.arch == Arch::X86_64;
+        self
+    }
+
     /// From `vaddr` on, `rule` holds. A second row for the same address replaces the first.
     pub fn push(&mut self, vaddr: u64, rule: Rule) -> Result<(), BuilderError> {
         if vaddr < self.base || vaddr > self.end || self.last_pc.is_some_and(|last| vaddr < last) {
             return Err(BuilderError::OutOfOrder { vaddr });
         }
-        let number = self.number(rule)?;
-        if vaddr == self.end {
-            // Behind the last granule there is nothing to say; within it, the gap needs its row.
-            if (vaddr - self.base).is_multiple_of(GRANULE_BYTES) {
-                return Ok(());
-            }
+        self.last_pc = Some(vaddr);
+        self.recent.pop_if(|(pc, _)| *pc == vaddr);
+        if self.recent.last().map_or(self.current, |(_, last)| *last) == rule {
+            return Ok(());
         }
+        if !(self.runs && extends_run(&self.recent, vaddr, rule)) {
+            self.lay_out_recent()?;
+        }
+        self.recent.push((vaddr, rule));
+        Ok(())
+    }
+
+    fn lay_out_recent(&mut self) -> Result<(), BuilderError> {
+        let (Some((vaddr, first)), Some((_, last))) = (self.recent.first(), self.recent.last()) else {
+            return Ok(());
+        };
+        let (vaddr, last) = (*vaddr, *last);
+        let rule = if self.recent.len() > 1 { run(&self.recent) } else { *first };
+        self.recent.clear();
         let page = (vaddr - self.base) >> PAGE_SHIFT;
         while self.page < page {
             self.close_page()?;
         }
-        self.last_pc = Some(vaddr);
         let pc_low = vaddr as u16;
-        if self.filled == 0 && self.lines.len() == self.page_first_line && pc_low != 0 {
-            self.append(row(0, self.current))?;
+        if self.opens_page() && pc_low != 0 {
+            let carried = self.number(self.current)?;
+            self.append(row(0, carried))?;
         }
-        if self.filled > 0 && row_pc_low(self.open.0[self.filled - 1]) == pc_low {
-            // Replaces: drop the row, then see whether the new rule says anything that the row before does not.
-            self.filled -= 1;
-            self.rows -= 1;
-            self.current = if self.filled > 0 {
-                row_rule(self.open.0[self.filled - 1])
-            } else {
-                // If this was the page's first row, the new one is written whatever the line before it says.
-                self.lines.last().map_or(RULE_NONE, |line| row_rule(line.0[WORDS_PER_LINE - 1]))
-            };
-        }
-        let opens_page = self.filled == 0 && self.lines.len() == self.page_first_line;
-        if number != self.current || opens_page {
-            self.append(row(pc_low, number))?;
-            self.current = number;
-        }
+        let number = self.number(rule)?;
+        self.append(row(pc_low, number))?;
+        self.current = last;
         Ok(())
+    }
+
+    fn opens_page(&self) -> bool {
+        self.filled == 0 && self.lines.len() == self.page_first_line
     }
 
     fn number(&mut self, rule: Rule) -> Result<u16, BuilderError> {
@@ -361,10 +378,14 @@ impl<'a> Builder<'a> {
         let first = self.page_first_line;
         let row_count = (self.lines.len() - first) * WORDS_PER_LINE + self.filled;
         if row_count <= 1 {
-            // One rule throughout: the carried one, or the one that begins with the page.
-            let word = if self.filled == 1 { self.open.0[0] } else { row(0, self.current) };
-            let number = row_rule(word);
-            if let Some(line) = self.uniform.get(&number) {
+            // One rule throughout: the carried one, or the one that begins with the page (and is no run of steps).
+            let number = self.number(self.current)?;
+            let word = row(0, number);
+            if self.filled == 1 && self.open.0[0] != word {
+                // A run that begins with the page.
+                self.close_line()?;
+                self.write_directory(first, 1);
+            } else if let Some(line) = self.uniform.get(&number) {
                 self.rows -= self.filled as u64;
                 self.filled = 0;
                 self.write_directory(*line, 1);
@@ -415,7 +436,13 @@ impl<'a> Builder<'a> {
 
     /// The table, with no rule behind the last row's range.
     pub fn finish(mut self) -> Result<Table, BuilderError> {
-        self.push(self.end, Rule::NONE)?;
+        // Behind the last granule there is nothing to say; within it, the gap needs its row.
+        if (self.end - self.base).is_multiple_of(GRANULE_BYTES) {
+            self.recent.pop_if(|(pc, _)| *pc == self.end);
+        } else {
+            self.push(self.end, Rule::NONE)?;
+        }
+        self.lay_out_recent()?;
         let granules = (self.end - self.base).div_ceil(GRANULE_BYTES);
         let pages = (self.end - self.base).div_ceil(PAGE_BYTES);
         while self.page < pages {
@@ -436,6 +463,67 @@ impl<'a> Builder<'a> {
 
 const _: () = assert!(MAX_LINES == 1 << DIRECTORY_LINE_BITS);
 
+/// Steps of a run are this close: `push` and `pop` have one byte or two. What compilers schedule between them would
+/// make so many different runs that their rules cost more than the rows.
+const MAX_STEP_BYTES: u64 = 2;
+/// The first may come behind a landing pad (`endbr64`).
+const MAX_FIRST_STEP_BYTES: u64 = 6;
+
+/// Whether a row goes on with what the rows before it have begun: one push, or one pop, more.
+fn extends_run(rows: &[(u64, Rule)], vaddr: u64, rule: Rule) -> bool {
+    let (Some((start, first)), Some((before, last))) = (rows.first(), rows.last()) else { return false };
+    let size = |rule: &Rule| i64::from(rule.cfa_offset);
+    let step = size(&rule) - size(last);
+    let near = if rows.len() == 1 { MAX_FIRST_STEP_BYTES } else { MAX_STEP_BYTES };
+    let plain = |rule: &Rule| {
+        let saved = (loc::CFA, rule.fp_offset);
+        let fp_known =
+            (rule.fp_kind, rule.fp_offset) == (loc::SAME, 0) || (rule.fp_kind, rule.fp_offset) == saved;
+        fp_known
+            && *rule
+                == Rule {
+                    fp_kind: rule.fp_kind,
+                    fp_offset: rule.fp_offset,
+                    ..Rule::x86_64_sp(rule.cfa_offset)
+                }
+    };
+    if vaddr - before > near
+        || vaddr - start > MAX_RUN_BYTES
+        || vaddr >> PAGE_SHIFT != start >> PAGE_SHIFT
+        || step.abs() != 8
+        || (rows.len() > 1 && (size(&rows[1].1) - size(first)) != step)
+        || !plain(first)
+        || !plain(&rule)
+    {
+        return false;
+    }
+    // The frame pointer's slot must be there exactly while the frame is large enough to hold it.
+    let all = || rows.iter().map(|(_, rule)| rule).chain([&rule]);
+    let Some(slot) = all().find(|rule| rule.fp_kind == loc::CFA).map(|rule| rule.fp_offset) else {
+        return true;
+    };
+    all().all(|rule| {
+        let holds = size(rule) >= -i64::from(slot);
+        if holds { (rule.fp_kind, rule.fp_offset) == (loc::CFA, slot) } else { rule.fp_kind == loc::SAME }
+    })
+}
+
+/// The rule of a run of two rows or more.
+fn run(rows: &[(u64, Rule)]) -> Rule {
+    let (start, first) = rows[0];
+    let (fp_kind, fp_offset) = rows
+        .iter()
+        .find(|(_, rule)| rule.fp_kind == loc::CFA)
+        .map_or((loc::SAME, 0), |(_, rule)| (rule.fp_kind, rule.fp_offset));
+    Rule {
+        cfa_kind: if rows[1].1.cfa_offset > first.cfa_offset { cfa::PUSHES } else { cfa::POPS },
+        fp_kind,
+        fp_offset,
+        ra_offset: rows[1..].iter().fold(0, |steps, (vaddr, _)| steps | 1 << (vaddr - start)),
+        ..first
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -452,8 +540,14 @@ mod tests {
 
     #[track_caller]
     fn check(rows: &[(u64, Rule)], end: u64) -> Table {
+        check_one(rows, end, true);
+        check_one(rows, end, false)
+    }
+
+    #[track_caller]
+    fn check_one(rows: &[(u64, Rule)], end: u64, runs: bool) -> Table {
         let limits = Limits::default();
-        let mut builder = Builder::new(Arch::X86_64, rows[0].0, end, &limits).unwrap();
+        let mut builder = Builder::new(Arch::X86_64, rows[0].0, end, &limits).unwrap().runs(runs);
         for (pc, rule) in rows {
             builder.push(*pc, *rule).unwrap();
         }
@@ -533,17 +627,91 @@ mod tests {
         let mut builder = Builder::new(Arch::X86_64, 0x1000, 0x2000, &limits).unwrap();
         builder.push(0x1000, rule(1)).unwrap();
         builder.push(0x1001, rule(2)).unwrap();
-        let full = builder.push(0x1002, rule(1)).unwrap_err();
+        builder.push(0x1002, rule(1)).unwrap();
+        let full = builder.finish().unwrap_err();
         assert!(matches!(
             full,
             BuilderError::Exceeded(Exceeded::TooLarge { what: Quantity::Rows, limit: 3, .. })
         ));
-        let full = builder.push(0x1002, rule(3)).unwrap_err();
+        let mut builder = Builder::new(Arch::X86_64, 0x1000, 0x2000, &limits).unwrap();
+        for n in 0..3_u8 {
+            builder.push(0x1000 + u64::from(n), rule(i32::from(n) + 1)).unwrap();
+        }
+        let full = builder.push(0x1003, rule(1)).unwrap_err();
         assert!(matches!(full, BuilderError::Exceeded(Exceeded::TooLarge { what: Quantity::Rules, .. })));
+    }
+
+    /// rbp in its slot, in a frame of this size.
+    fn saved(size: i32, slot: i32) -> Rule {
+        Rule { fp_kind: loc::CFA, fp_offset: -slot, ..Rule::x86_64_sp(size) }
+    }
+
+    /// A function as gcc makes them: six pushes, locals, six pops, return.
+    fn usual(start: u64) -> Vec<(u64, Rule)> {
+        let plain = Rule::x86_64_sp;
+        let rows = [
+            (0, plain(8)),
+            (2, plain(16)),
+            (4, plain(24)),
+            (6, plain(32)),
+            (8, plain(40)),
+            (9, saved(48, 48)),
+            (10, saved(56, 48)),
+            (14, saved(96, 48)),
+            (100, saved(56, 48)),
+            (101, saved(48, 48)),
+            (102, plain(40)),
+            (104, plain(32)),
+            (106, plain(24)),
+            (108, plain(16)),
+            (110, plain(8)),
+            (111, Rule::NONE),
+        ];
+        rows.map(|(at, rule)| (start + at, rule)).to_vec()
+    }
+
+    #[test]
+    fn r52_pushes_and_pops_take_one_row_each_and_mean_the_same() {
+        let rows = usual(0x1000);
+        assert_eq!(check_one(&rows, 0x1080, false).rows(), 17);
+        assert_eq!(check_one(&rows, 0x1080, true).rows(), 5, "carried, pushes, locals, pops, none");
+        let many: Vec<_> = (0..900).flat_map(|n| usual(0x1000 + n * 113)).collect();
+        let table = check_one(&many, 0x1000 + 900 * 113, true);
+        assert!(table.rules().len() < 30, "the same runs everywhere: {} rules", table.rules().len());
+    }
+
+    #[test]
+    fn r48_what_is_not_quite_a_run_is_none() {
+        let plain = Rule::x86_64_sp;
+        let flagged = Rule { flags: 1, ..plain(16) };
+        let lost = Rule { fp_kind: loc::UNDEFINED, ..plain(16) };
+        for second in [plain(24), plain(12), saved(16, 24), saved(16, 8), flagged, lost] {
+            let rows = [(0x1000, plain(8)), (0x1001, second), (0x1010, Rule::NONE)];
+            assert_eq!(check_one(&rows, 0x1020, true).rows(), 4, "{second:?}");
+        }
+        let far = [(0x1000, plain(8)), (0x1002, plain(16)), (0x1005, plain(24)), (0x1010, Rule::NONE)];
+        assert_eq!(check_one(&far, 0x1020, true).rows(), 4);
+        let turns = [(0x1000, plain(8)), (0x1002, plain(16)), (0x1003, plain(8)), (0x1010, Rule::NONE)];
+        assert_eq!(check_one(&turns, 0x1020, true).rows(), 4);
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn r48_runs_mean_what_their_rows_mean(
+            start in 0xff00u64..0x1_0010,
+            steps in prop::collection::vec((0u64..4, -1i32..2, 0i32..8), 1..200),
+        ) {
+            let (mut pc, mut size) = (start, 24);
+            let mut rows: Vec<(u64, Rule)> = Vec::new();
+            for (step, by, slot) in steps {
+                pc += step;
+                size = (size + by * 8).max(8);
+                rows.push((pc, if slot == 0 { saved(size, 24) } else { Rule::x86_64_sp(size) }));
+            }
+            check(&rows, pc + 20);
+        }
+
         #[test]
         fn r48_lookup_is_the_plain_meaning_of_the_rows(
             start in 0u64..0x3_0000,

@@ -242,7 +242,7 @@ mod tests {
         One(builder.finish().unwrap())
     }
 
-    const STOP: Rule = Rule { cfa_kind: cfa::SP, ra_kind: loc::UNDEFINED, ..Rule::NONE };
+    const STOP: Rule = Rule::OUTERMOST;
     const STACK: u64 = 0x7000_0000;
 
     #[track_caller]

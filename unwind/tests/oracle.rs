@@ -221,7 +221,10 @@ fn r50_a_library_of_a_million_rows_is_taken_whole() {
     let bytes = elf(62, &eh_frame(CIE_X86_64, &functions), 1 << 30);
     let limits = Limits { rows: 1_000_000, ..Limits::default() };
     let error = build_bytes(&bytes, &Options::new("libhuge.so", &limits)).unwrap_err();
-    assert!(error.to_string().starts_with("libhuge.so: 1000001 rows are over the limit of 1000000"), "{error}");
+    assert!(
+        error.to_string().starts_with("libhuge.so: 1000001 rows are over the limit of 1000000"),
+        "{error}"
+    );
     let limits = Limits { functions: 100, ..Limits::default() };
     let error = build_bytes(&bytes, &Options::new("libhuge.so", &limits)).unwrap_err();
     let expected = Exceeded::TooLarge { what: Quantity::Functions, limit: 100, found: 101 };
@@ -297,7 +300,8 @@ fn r48_expressions_that_compilers_make_become_rules() {
 fn aarch64_frames_links_and_signatures_become_rules() {
     // A leaf; paciasp; stp x29, x30, [sp, #-32]!; mov x29, sp; ...; ldp; autiasp; ret
     let framed = vec![
-        0x41, 0x2d, 0x41, 0x0e, 32, 0x9d, 4, 0x9e, 3, 0x41, 0x0d, 29, 0x48, 0x0c, 31, 0, 0xdd, 0xde, 0x41, 0x2d,
+        0x41, 0x2d, 0x41, 0x0e, 32, 0x9d, 4, 0x9e, 3, 0x41, 0x0d, 29, 0x48, 0x0c, 31, 0, 0xdd, 0xde, 0x41,
+        0x2d,
     ];
     let functions = [(CODE, 8, vec![]), (CODE + 16, 64, framed)];
     let built = table_of(183, CIE_AARCH64, &functions);
@@ -310,7 +314,10 @@ fn aarch64_frames_links_and_signatures_become_rules() {
     assert_eq!(at(20), Rule { flags: gannet_unwind::format::flags::RA_SIGNED, ..leaf });
     let saved = at(24);
     assert_eq!((saved.cfa_kind, saved.cfa_offset), (cfa::SP, 32));
-    assert_eq!((saved.fp_kind, saved.fp_offset, saved.ra_kind, saved.ra_offset), (loc::CFA, -32, loc::CFA, -24));
+    assert_eq!(
+        (saved.fp_kind, saved.fp_offset, saved.ra_kind, saved.ra_offset),
+        (loc::CFA, -32, loc::CFA, -24)
+    );
     assert_eq!((at(28).cfa_kind, at(28).cfa_offset), (cfa::FP, 32));
     assert_eq!(at(60), Rule { flags: gannet_unwind::format::flags::RA_SIGNED, ..leaf });
     assert_eq!(at(64), leaf);
@@ -330,9 +337,10 @@ fn r53_the_signal_trampoline_of_musl_is_known_by_its_instructions() {
     let built = build_bytes(&bytes, &Options::new("musl", &Limits::default())).unwrap();
     assert_eq!(built.report.signal_trampolines, 1);
     let at = |n: u64| built.table.lookup(CODE + n).unwrap();
-    assert_eq!([1998, 1999, 2000, 2008, 2009].map(at).map(|rule| rule == Rule::X86_64_SIGNAL), [
-        false, true, true, true, false
-    ]);
+    assert_eq!(
+        [1998, 1999, 2000, 2008, 2009].map(at).map(|rule| rule == Rule::X86_64_SIGNAL),
+        [false, true, true, true, false]
+    );
 }
 
 #[test]
