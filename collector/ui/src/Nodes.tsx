@@ -4,7 +4,7 @@ import { type FleetNode, type Ledger, get } from "./api";
 import { Steps } from "./Empty";
 import { Problem, useLoad } from "./parts";
 import { Errors, StateBadge, tally } from "./rollout";
-import { ago, bytes, compact, duration, integer, moment, share } from "./units";
+import { ago, bytes, compact, duration, integer, moment, share, took } from "./units";
 
 const REASONS: Record<string, string> = {
   ring_full: "kernel ring buffer full",
@@ -228,7 +228,7 @@ export function Nodes({ tick }: { tick: number }) {
                       {node.rollout ? <StateBadge state={node.rollout.state} /> : <span class="dim">—</span>}
                       <div class="dim">
                         {node.rollout?.revision ? `revision ${node.rollout.revision}` : ""}
-                        {node.rollout?.took_ms !== undefined && node.rollout.took_ms > 0 ? ` · ${duration(node.rollout.took_ms)}` : ""}
+                        {node.rollout?.took_ms !== undefined ? ` · ${took(node.rollout.took_ms)}` : ""}
                       </div>
                     </td>
                   </tr>

@@ -1,10 +1,18 @@
 /** The rules as the collector holds them, and what became of each revision on the nodes. */
-import { type RevisionRollout, type RuleScopes, get } from "./api";
+import { type RevisionRollout, type Rule, type RuleScopes, get } from "./api";
 import { Steps } from "./Empty";
 import { Command, Problem, useLoad } from "./parts";
 import { Errors, StateBadge, tally } from "./rollout";
-import { ago, duration, integer, moment } from "./units";
+import { ago, integer, moment, took } from "./units";
 import { toYaml } from "./yaml";
+
+/** In the order in which people write them; the interface sorts by name. */
+const FIELDS = ["match", "nodes", "when", "capture", "lifetime", "labels", "priority"];
+
+function body({ id: _id, description: _description, ...rule }: Rule): string {
+  const place = (name: string) => (FIELDS.indexOf(name) + FIELDS.length + 1) % (FIELDS.length + 1);
+  return toYaml(Object.fromEntries(Object.entries(rule).sort(([a], [b]) => place(a) - place(b)))).trimEnd();
+}
 
 /** Keys, strings and numbers of the YAML set apart; what it says stays plain text. */
 function Yaml({ text }: { text: string }) {
@@ -78,7 +86,7 @@ export function Rules({ tick }: { tick: number }) {
                         <th scope="row">{node.node}</th>
                         <td><StateBadge state={node.state} /></td>
                         <td class="nowrap">{node.since_ms ? ago(node.since_ms, now) : "—"}</td>
-                        <td class="number">{node.took_ms === undefined ? "—" : duration(node.took_ms)}</td>
+                        <td class="number">{node.took_ms === undefined ? "—" : took(node.took_ms)}</td>
                         <td><Errors errors={node.errors} /></td>
                       </tr>
                     ))}
@@ -108,7 +116,7 @@ export function Rules({ tick }: { tick: number }) {
                   <article class="rule" key={rule.id} aria-label={`Rule ${rule.id}`}>
                     <h3>{rule.id}</h3>
                     {rule.description && <p>{rule.description}</p>}
-                    <Yaml text={toYaml(Object.fromEntries(Object.entries(rule).filter(([name]) => name !== "id" && name !== "description"))).trimEnd()} />
+                    <Yaml text={body(rule)} />
                   </article>
                 ))}
               </div>

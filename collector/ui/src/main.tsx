@@ -90,6 +90,9 @@ function App() {
         {state.view === "nodes" && <Nodes tick={tick} />}
         {state.view === "rules" && <Rules tick={tick} />}
       </div>
+      <footer>
+        <a href="./third-party.txt">Licences of what this page is made of</a>
+      </footer>
     </>
   );
 }

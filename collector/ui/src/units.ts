@@ -19,6 +19,9 @@ export function nanoseconds(ns: number): string {
 
 export const duration = (ms: number): string => nanoseconds(ms * 1e6);
 
+/** How long a node took to answer; whole milliseconds are all that is known. */
+export const took = (ms: number): string => (ms < 1 ? "<1 ms" : duration(ms));
+
 export function bytes(count: number): string {
   if (count < 1024) return `${count} B`;
   const units = ["KiB", "MiB", "GiB", "TiB"];

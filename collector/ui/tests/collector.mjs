@@ -43,7 +43,7 @@ export async function startCollector() {
   child.stdout.on("data", (text) => (log += text));
   child.stderr.on("data", (text) => (log += text));
   const address = `http://127.0.0.1:${http}/`;
-  const until = Date.now() + 20_000;
+  const until = Date.now() + 60_000;
   for (;;) {
     const answer = await fetch(`${address}api/v1/nodes`).catch(() => undefined);
     if (answer?.ok) break;
@@ -96,7 +96,8 @@ export async function startBrowser() {
 export async function openPage(browser, address, options = {}) {
   const context = await browser.newContext({ viewport: { width: 1400, height: 900 }, reducedMotion: "reduce", ...options });
   const page = await context.newPage();
-  page.setDefaultTimeout(10_000);
+  // Generous: a busy machine is no fault of the page's.
+  page.setDefaultTimeout(60_000);
   const faults = [];
   page.on("console", (message) => {
     if (["error", "warning"].includes(message.type())) faults.push(`console ${message.type()}: ${message.text()}`);

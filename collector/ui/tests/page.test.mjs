@@ -185,6 +185,23 @@ describe("the flame graph", () => {
     });
   });
 
+  it("keeps the zoomed frame across a refresh", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "shop::checkout::price_basket");
+      await page.locator("g.frame").filter({ hasText: /^shop::checkout::place_order$/ }).click();
+      await page.waitForFunction(() => location.search.includes("zoom="));
+      const [answer] = await Promise.all([
+        page.waitForResponse((response) => response.url().includes("flamegraph")),
+        page.getByRole("button", { name: "Refresh now" }).click(),
+      ]);
+      assert.equal(answer.status(), 200);
+      await page.waitForFunction(() => !document.querySelector(".spinner"));
+      const frames = await drawn(page, "shop::checkout::price_basket");
+      assert.ok(Math.abs(named(frames, "shop::checkout::place_order").width - named(frames, "all").width) < 1.5);
+      assert.match(await page.textContent(".crumbs [aria-current]"), /place_order/);
+    });
+  });
+
   it("zooms by a click and says in a tooltip what a frame cost", async () => {
     await on(`?${CHECKOUT}`, async (page) => {
       await drawn(page, "shop::checkout::price_basket");
@@ -352,6 +369,12 @@ describe("choosing", () => {
     });
   });
 
+  it("a time that is none is answered in words", async () => {
+    await on("?from=yesterday", async (page) => {
+      await page.getByText("The time range is not one").waitFor();
+    });
+  });
+
   it("a range without profiles says where there are some", async () => {
     await on(`?${CHECKOUT}&from=1700000000000&until=1700003600000`, async (page) => {
       await page.getByText("Nothing in this selection").waitFor();
@@ -418,7 +441,7 @@ describe("the fleet", () => {
       assert.match(text, /scope shop/);
       assert.match(text, /both services of the shop/);
       assert.match(text, /comm: \[checkout, "search\*"\]/);
-      assert.match(text, /hz: 99/);
+      assert.match(text, /match:.*comm.*capture:.*hz: 99.*lifetime:/s);
       assert.match(text, /node-b.*partial.*shop-blocked · capture\.kind.*sched_switch/s);
     });
   });
