@@ -4,7 +4,7 @@ use std::{net::TcpListener, path::PathBuf};
 
 use gannet_proto::{
     control::{
-        Capture, Match, Node, Rule, SetTriggersRequest, SetTriggersResponse,
+        Capture, GetRolloutRequest, Match, Node, Rollout, Rule, SetTriggersRequest, SetTriggersResponse,
         fleet_service_client::FleetServiceClient, trigger_service_client::TriggerServiceClient,
     },
     query::{
@@ -100,6 +100,16 @@ impl Collector {
         TriggerServiceClient::new(self.channel()).set_triggers(request).await.map(tonic::Response::into_inner)
     }
 
+    /// What became of one revision.
+    pub async fn rollout(&self, revision: u64) -> Rollout {
+        let request = GetRolloutRequest { revision };
+        TriggerServiceClient::new(self.channel())
+            .get_rollout(request)
+            .await
+            .expect("the rollout")
+            .into_inner()
+    }
+
     /// All stored profiles that a query names.
     pub async fn profiles(&self, query: &str) -> Vec<ProfileInfo> {
         let mut client = QueryServiceClient::new(self.channel());
@@ -126,7 +136,7 @@ impl Collector {
     }
 }
 
-/// All of the last hour, and a little of what clocks that differ call the future.
+/// All of the last hour.
 pub fn selection(query: &str) -> Selection {
     Selection { query: query.to_owned(), ..Default::default() }
 }
