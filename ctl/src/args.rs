@@ -6,8 +6,6 @@ use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, V
 use gannet_proto::{connect::Dial, query::Selection};
 use jiff::Timestamp;
 
-const TIMES_HELP: &str = "A time is RFC 3339 (2026-01-31T12:00:00Z), `now`, or `now-15m`.";
-
 /// Talks to a Gannet collector: sets trigger rules, watches them reach the nodes, reads profiles.
 #[derive(Debug, Parser)]
 #[command(
@@ -20,18 +18,18 @@ const TIMES_HELP: &str = "A time is RFC 3339 (2026-01-31T12:00:00Z), `now`, or `
 pub struct Cli {
     /// Where the collector is, and how to talk to it.
     #[command(flatten)]
-    pub dial: DialArgs,
+    pub(crate) dial: DialArgs,
     /// How to print results.
     #[arg(short = 'o', long = "output", value_enum, global = true, default_value_t = Format::Table)]
-    pub format: Format,
+    pub(crate) format: Format,
     /// What to do.
     #[command(subcommand)]
-    pub command: Command,
+    pub(crate) command: Command,
 }
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub(crate) enum Format {
     /// For people.
     Table,
     /// For programs.
@@ -43,7 +41,7 @@ pub enum Format {
 /// The collector's address and what authenticates it and us.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Connection")]
-pub struct DialArgs {
+pub(crate) struct DialArgs {
     /// The collector's gRPC address. TLS (https://) unless it is loopback or --insecure is given.
     #[arg(
         long,
@@ -52,22 +50,22 @@ pub struct DialArgs {
         global = true,
         default_value = "http://127.0.0.1:4100"
     )]
-    pub collector: String,
+    pub(crate) collector: String,
     /// Allow plaintext to an address that is not loopback.
     #[arg(long, env = "GANNET_INSECURE", global = true)]
-    pub insecure: bool,
+    pub(crate) insecure: bool,
     /// Trust the certificates of this authority (PEM) rather than the system's.
     #[arg(long, value_name = "FILE", env = "GANNET_TLS_CA", global = true)]
-    pub tls_ca: Option<PathBuf>,
+    pub(crate) tls_ca: Option<PathBuf>,
     /// Our own certificate (PEM), with --tls-key.
     #[arg(long, value_name = "FILE", env = "GANNET_TLS_CERT", global = true)]
-    pub tls_cert: Option<PathBuf>,
+    pub(crate) tls_cert: Option<PathBuf>,
     /// The key of our certificate (PEM).
     #[arg(long, value_name = "FILE", env = "GANNET_TLS_KEY", global = true)]
-    pub tls_key: Option<PathBuf>,
+    pub(crate) tls_key: Option<PathBuf>,
     /// Send the bearer token that this file holds.
     #[arg(long, value_name = "FILE", env = "GANNET_TOKEN_FILE", global = true)]
-    pub token_file: Option<PathBuf>,
+    pub(crate) token_file: Option<PathBuf>,
 }
 
 impl From<DialArgs> for Dial {
@@ -79,7 +77,7 @@ impl From<DialArgs> for Dial {
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Set, read and explain trigger rules.
     #[command(subcommand)]
     Rules(Rules),
@@ -110,7 +108,7 @@ pub enum Command {
 
 /// Rule verbs.
 #[derive(Debug, Subcommand)]
-pub enum Rules {
+pub(crate) enum Rules {
     /// Replace the whole rule set of a scope by what the files hold.
     #[command(after_help = "Examples:\n  \
         gannetctl rules apply -f rules.yaml\n  \
@@ -192,23 +190,23 @@ pub enum Rules {
 
 /// Where rules are read from.
 #[derive(Debug, Args)]
-pub struct RuleFiles {
+pub(crate) struct RuleFiles {
     /// A rule file, YAML or JSON; `-` is the standard input. May be given several times.
     #[arg(short = 'f', long = "file", value_name = "FILE", required = true, num_args = 1..)]
-    pub files: Vec<PathBuf>,
+    pub(crate) files: Vec<PathBuf>,
 }
 
 /// Which rule set.
 #[derive(Debug, Args)]
-pub struct ScopeArg {
+pub(crate) struct ScopeArg {
     /// The rule set.
     #[arg(long, default_value = "default")]
-    pub scope: String,
+    pub(crate) scope: String,
 }
 
 /// Rollout verbs.
 #[derive(Debug, Subcommand)]
-pub enum Rollout {
+pub(crate) enum Rollout {
     /// Show what becomes of a revision, node by node, until every node has answered.
     #[command(after_help = "Exits 1 if a node rejected it.\n\n\
         Examples:\n  gannetctl rollout watch\n  gannetctl rollout watch 17 --follow\n  gannetctl rollout watch -o json | jq .")]
@@ -227,46 +225,46 @@ pub enum Rollout {
 
 /// Which profiles.
 #[derive(Debug, Default, Args)]
-#[command(next_help_heading = "Selection", after_help = TIMES_HELP)]
-pub struct Select {
+#[command(next_help_heading = "Selection")]
+pub(crate) struct Select {
     /// Labels: '{service_name="checkout",pod=~"checkout-.*"}'. All profiles if not given.
     #[arg(short = 'q', long, default_value = "", hide_default_value = true)]
-    pub query: String,
+    pub(crate) query: String,
     /// How far back: 15m, 1h30m. An hour if nothing else is given.
     #[arg(long, value_name = "DURATION", value_parser = duration, conflicts_with = "from")]
-    pub since: Option<Duration>,
+    pub(crate) since: Option<Duration>,
     /// The first moment: RFC 3339, `now`, or `now-15m`.
     #[arg(long, value_name = "TIME", value_parser = moment)]
-    pub from: Option<Timestamp>,
+    pub(crate) from: Option<Timestamp>,
     /// The moment after the last, in the same form.
     #[arg(long, value_name = "TIME", value_parser = moment)]
-    pub until: Option<Timestamp>,
+    pub(crate) until: Option<Timestamp>,
     /// Only the profile with this id.
     #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
-    pub profile: String,
+    pub(crate) profile: String,
 }
 
 /// What to compare with.
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Comparison")]
-pub struct Base {
+pub(crate) struct Base {
     /// Labels of what to compare with; those of --query if only a time is given.
     #[arg(long, value_name = "QUERY")]
-    pub base_query: Option<String>,
+    pub(crate) base_query: Option<String>,
     /// How far back to begin: 2h.
     #[arg(long, value_name = "DURATION", value_parser = duration, conflicts_with = "base_from")]
-    pub base_since: Option<Duration>,
+    pub(crate) base_since: Option<Duration>,
     /// The first moment of what to compare with.
     #[arg(long, value_name = "TIME", value_parser = moment)]
-    pub base_from: Option<Timestamp>,
+    pub(crate) base_from: Option<Timestamp>,
     /// The moment after the last of what to compare with.
     #[arg(long, value_name = "TIME", value_parser = moment)]
-    pub base_until: Option<Timestamp>,
+    pub(crate) base_until: Option<Timestamp>,
 }
 
 /// Profile verbs.
 #[derive(Debug, Subcommand)]
-pub enum Profiles {
+pub(crate) enum Profiles {
     /// List profiles, newest first.
     #[command(after_help = "Example:\n  gannetctl profiles list --query '{comm=\"postgres\"}' --since 1h")]
     List {
@@ -315,46 +313,46 @@ pub enum Profiles {
 
 /// Of a flame graph.
 #[derive(Debug, Args)]
-pub struct Flame {
+pub(crate) struct Flame {
     #[command(flatten)]
-    pub select: Select,
+    pub(crate) select: Select,
     #[command(flatten)]
-    pub base: Base,
+    pub(crate) base: Base,
     /// Show this pprof file instead of asking a collector.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["query", "since", "from", "until", "profile", "base_query", "base_since", "base_from", "base_until"])]
-    pub input: Option<PathBuf>,
+    pub(crate) input: Option<PathBuf>,
     /// The sample type: cpu/nanoseconds, samples/count, offcpu/nanoseconds. The profile's last if not given.
     #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
-    pub sample_type: String,
+    pub(crate) sample_type: String,
     /// Fold the smallest subtrees beyond so many functions.
     #[arg(long, value_name = "N", default_value_t = 20_000)]
-    pub max_nodes: usize,
+    pub(crate) max_nodes: usize,
     /// Print the tree even on a terminal.
     #[arg(long)]
-    pub tree: bool,
+    pub(crate) tree: bool,
     /// In the tree, leave out what is below this share of the whole.
     #[arg(long, value_name = "PERCENT", default_value_t = 0.5)]
-    pub min_percent: f64,
+    pub(crate) min_percent: f64,
 }
 
 /// Of a table of functions.
 #[derive(Debug, Args)]
-pub struct TopArgs {
+pub(crate) struct TopArgs {
     #[command(flatten)]
-    pub select: Select,
+    pub(crate) select: Select,
     /// The sample type: cpu/nanoseconds, samples/count, offcpu/nanoseconds. The profile's last if not given.
     #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
-    pub sample_type: String,
+    pub(crate) sample_type: String,
     /// At most so many functions.
     #[arg(long, default_value_t = 40)]
-    pub limit: u32,
+    pub(crate) limit: u32,
 }
 
 /// Of `top`.
 #[derive(Debug, Args)]
-pub struct Top {
+pub(crate) struct Top {
     #[command(flatten)]
-    pub top: TopArgs,
+    pub(crate) top: TopArgs,
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
@@ -389,7 +387,7 @@ fn start(since: Option<Duration>, from: Option<Timestamp>, until: Option<Timesta
 
 impl Select {
     /// As the collector is asked.
-    pub fn selection(&self) -> Selection {
+    pub(crate) fn selection(&self) -> Selection {
         let Self { query, since, from, until, profile } = self;
         Selection {
             query: query.clone(),
@@ -402,13 +400,13 @@ impl Select {
 
 impl Base {
     /// Whether a comparison was asked for.
-    pub fn is_given(&self) -> bool {
+    pub(crate) fn is_given(&self) -> bool {
         let Self { base_query, base_since, base_from, base_until } = self;
         base_query.is_some() || base_since.is_some() || base_from.is_some() || base_until.is_some()
     }
 
     /// As the collector is asked: what is not said is as in the selection.
-    pub fn selection(&self, main: &Select) -> Selection {
+    pub(crate) fn selection(&self, main: &Select) -> Selection {
         let Self { base_query, base_since, base_from, base_until } = self;
         let mut base = main.selection();
         base.profile_id.clear();

@@ -2,7 +2,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
-pub mod args;
+mod args;
 mod client;
 mod flame;
 mod nodes;
@@ -13,7 +13,8 @@ mod rules;
 
 use std::io;
 
-use args::{Cli, Command};
+use args::Command;
+pub use args::{Cli, parse};
 use client::Collector;
 pub use output::Console;
 

@@ -5,10 +5,10 @@ use std::{
     process::ExitCode,
 };
 
-use gannetctl::{Console, args, run};
+use gannetctl::{Console, parse, run};
 
 fn main() -> ExitCode {
-    let cli = match args::parse(std::env::args_os()) {
+    let cli = match parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => {
             // The help goes to the standard output, what is wrong to the standard error.

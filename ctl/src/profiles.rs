@@ -130,10 +130,8 @@ async fn list(
                 &rows,
             );
             if more {
-                text.push_str(&format!(
-                    "the newest {}; there are more: --limit 0 shows all",
-                    count(profiles.len(), "profile")
-                ));
+                let shown = count(profiles.len(), "profile");
+                let _ = writeln!(text, "the newest {shown}; there are more: --limit 0 shows all");
             }
             text
         },

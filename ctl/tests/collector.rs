@@ -1,0 +1,413 @@
+//! The command line against a collector that really runs, with profiles and nodes that came over its own gRPC.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
+use std::{collections::BTreeMap, process::Command, time::Duration};
+
+use gannet_collector::{Collector, Config, Running};
+use gannet_proto::{
+    connect::{self, Dial},
+    control::{
+        AgentMessage, NodeHello, NodeStatus, RuleError, RuleStatus, RulesApplied, RulesRejected,
+        ServerMessage, agent_message, agent_service_client::AgentServiceClient, rule_status, server_message,
+    },
+    ingest::{Batch, PushRequest, ingest_service_client::IngestServiceClient, push_request, push_response},
+    ledger::Ledger,
+    pprof::{self, Builder, Header, Line, Mapping},
+};
+use gannetctl::{Console, parse, run};
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+const RULES: &str = "rules:\n- id: sample\n  match: {comm: [sample*]}\n- id: web\n  match: {exe: [/usr/bin/web]}\n  \
+                     capture: {hz: 199}\n  lifetime: {ttl: 20m}\n";
+
+struct Setup {
+    collector: Option<Running>,
+    url: String,
+    dir: tempfile::TempDir,
+}
+
+struct Outcome {
+    code: u8,
+    out: String,
+    err: String,
+}
+
+impl Setup {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let collector = Collector::start(Config::new(dir.path().join("data"))).await.unwrap();
+        let url = format!("http://{}", collector.grpc_addr);
+        Self { collector: Some(collector), url, dir }
+    }
+
+    async fn end(mut self) {
+        self.collector.take().unwrap().shutdown().await;
+    }
+
+    /// Words are split at spaces; `{…}` of a query holds none.
+    async fn ctl(&self, words: &str) -> Outcome {
+        let args = ["gannetctl", "--collector", &self.url].into_iter().chain(words.split(' '));
+        let cli = parse(args.map(Into::into)).unwrap_or_else(|error| panic!("{error}"));
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let mut console = Console { out: &mut out, err: &mut err, terminal: false };
+        let code = run(cli, &mut console).await;
+        Outcome {
+            code,
+            out: String::from_utf8_lossy(&out).into_owned(),
+            err: String::from_utf8(err).unwrap(),
+        }
+    }
+
+    #[track_caller]
+    fn file(&self, name: &str, text: &str) -> String {
+        let path = self.dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    fn connection(&self) -> connect::Connection {
+        connect::connect(&Dial { url: self.url.clone(), ..Dial::default() }).unwrap()
+    }
+
+    /// Pushes one profile of a service: `work` in `main`, so many samples. Returns its id.
+    async fn push(&self, service: &str, work: i64, seconds_ago: i64) -> String {
+        let start = std::time::SystemTime::now() - Duration::from_secs(seconds_ago.unsigned_abs());
+        let mut builder = Builder::new(Header {
+            sample_types: &[("samples", "count"), ("cpu", "nanoseconds")],
+            period_type: ("cpu", "nanoseconds"),
+            period: 10_000_000,
+            time_nanos: start.duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as i64,
+            duration_nanos: 10_000_000_000,
+        });
+        let app = builder.mapping(Mapping {
+            start: 0x1000,
+            limit: 0x9000,
+            file: "/usr/bin/app",
+            ..Mapping::default()
+        });
+        let line = |name| Line { name, ..Line::default() };
+        let main = builder.location(Some(app), 0x1100, &[line("main")]);
+        let worker = builder.location(Some(app), 0x1200, &[line("work")]);
+        let idle = builder.location(Some(app), 0x1300, &[line("idle")]);
+        builder.sample(&[worker, main], &[work, work * 10_000_000], &[]);
+        builder.sample(&[idle, main], &[10, 100_000_000], &[]);
+        let batch_id = ulid::Ulid::new().to_string();
+        let samples = work.unsigned_abs() + 10;
+        let ledger = Ledger { ticks: 1000, taken: samples, delivered: samples, ..Ledger::default() };
+        let batch = Batch {
+            batch_id: batch_id.clone(),
+            sequence: 1,
+            labels: BTreeMap::from([
+                ("service_name".to_owned(), service.to_owned()),
+                ("node".to_owned(), "n1".to_owned()),
+            ]),
+            pprof: pprof::encode(&builder.finish()),
+            samples,
+            start: Some(start.into()),
+            duration: Some(prost_types::Duration { seconds: 10, nanos: 0 }),
+            rule_id: "sample".to_owned(),
+            revision: 1,
+            reason: "always".to_owned(),
+            window_id: ulid::Ulid::new().to_string(),
+            ledger: Some(ledger.into()),
+        };
+        let hello = push_request::Hello { node: "n1".to_owned(), version: gannet_proto::VERSION.to_owned() };
+        let messages = [push_request::Message::Hello(hello), push_request::Message::Batch(batch)]
+            .map(|message| PushRequest { message: Some(message) });
+        let mut client = IngestServiceClient::new(self.connection());
+        let mut answers = client.push(tokio_stream::iter(messages)).await.unwrap().into_inner();
+        loop {
+            match answers.message().await.unwrap().expect("an answer").message.unwrap() {
+                push_response::Message::Limits(_) => {}
+                push_response::Message::Accepted(accepted) => {
+                    assert_eq!(accepted.batch_id, batch_id);
+                    return batch_id;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+/// A node that answers every rule set: accepts, or rejects a rule.
+struct Agent {
+    sender: mpsc::Sender<AgentMessage>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Agent {
+    async fn new(setup: &Setup, name: &str, rejects: Option<&'static str>) -> Self {
+        let (sender, receiver) = mpsc::channel(8);
+        let say = |message| AgentMessage { message: Some(message) };
+        let hello = NodeHello {
+            node: name.to_owned(),
+            version: "0.1.0".to_owned(),
+            kernel: "6.12.1".to_owned(),
+            arch: "x86_64".to_owned(),
+            ..NodeHello::default()
+        };
+        sender.send(say(agent_message::Message::Hello(hello))).await.unwrap();
+        let mut client = AgentServiceClient::new(setup.connection());
+        let mut rules = client.connect(ReceiverStream::new(receiver)).await.unwrap().into_inner();
+        let answers = sender.clone();
+        let task = tokio::spawn(async move {
+            while let Ok(Some(ServerMessage { message: Some(server_message::Message::Rules(set)) })) =
+                rules.message().await
+            {
+                let (revision, nonce) = (set.revision, set.nonce);
+                let rejected = rejects.filter(|id| set.rules.iter().any(|rule| rule.id == *id));
+                let answer = match rejected {
+                    None => agent_message::Message::Applied(RulesApplied {
+                        revision,
+                        nonce,
+                        digest: set.digest.clone(),
+                        partial: Vec::new(),
+                    }),
+                    Some(id) => agent_message::Message::Rejected(RulesRejected {
+                        revision,
+                        nonce,
+                        errors: vec![RuleError {
+                            rule_id: id.to_owned(),
+                            field: "capture.hz".to_owned(),
+                            reason: "is 199, and the cap (max_hz) is 100: give 1 to 100".to_owned(),
+                        }],
+                    }),
+                };
+                if answers.send(say(answer)).await.is_err() {
+                    return;
+                }
+                let rules = set
+                    .rules
+                    .iter()
+                    .filter(|_| rejected.is_none())
+                    .map(|rule| RuleStatus {
+                        rule_id: rule.id.clone(),
+                        state: rule_status::State::Capturing.into(),
+                        processes: 3,
+                        samples: 77,
+                        ..RuleStatus::default()
+                    })
+                    .collect();
+                let status = NodeStatus {
+                    active_revision: if rejected.is_none() { revision } else { 0 },
+                    active_digest: if rejected.is_none() { set.digest } else { String::new() },
+                    rules,
+                    processes_armed: 3,
+                    ..NodeStatus::default()
+                };
+                if answers.send(say(agent_message::Message::Status(status))).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Self { sender, task }
+    }
+
+    async fn end(self) {
+        drop(self.sender);
+        self.task.abort();
+        let _ = self.task.await;
+    }
+}
+
+#[tokio::test]
+async fn rules_are_applied_listed_shown_and_deleted() {
+    let setup = Setup::new().await;
+    let file = setup.file("rules.yaml", RULES);
+
+    let dry = setup.ctl(&format!("rules apply -f {file} --dry-run")).await;
+    assert_eq!((dry.code, dry.out.contains("would be changed")), (0, true), "{}{}", dry.out, dry.err);
+    assert_eq!(setup.ctl("rules list").await.out, "no rules\n");
+
+    let applied = setup.ctl(&format!("rules apply -f {file} -o json")).await;
+    assert_eq!(applied.code, 0, "{}", applied.err);
+    let answer: Value = serde_json::from_str(&applied.out).unwrap();
+    assert_eq!(answer["changed"], true);
+    let again = setup.ctl(&format!("rules apply -f {file}")).await;
+    assert!(again.out.contains("is unchanged"), "{}", again.out);
+
+    let list = setup.ctl("rules list").await.out;
+    assert!(list.contains("sample") && list.contains("comm=sample*") && list.contains("20m"), "{list}");
+    let shown = setup.ctl("rules show").await.out;
+    let back = setup.file("back.yaml", &shown);
+    assert!(setup.ctl(&format!("rules apply -f {back}")).await.out.contains("is unchanged"), "{shown}");
+    let one: Value = serde_json::from_str(&setup.ctl("rules show web -o json").await.out).unwrap();
+    assert_eq!(one["rules"][0]["capture"]["hz"], 199);
+    let missing = setup.ctl("rules show nothing").await;
+    assert_eq!(missing.code, 1);
+    assert!(
+        missing.err.contains("no rule `nothing` in scope `default`; it holds sample, web"),
+        "{}",
+        missing.err
+    );
+
+    let stale = setup.ctl(&format!("rules apply -f {file} --etag stale")).await;
+    assert_eq!(stale.code, 1);
+    assert!(stale.err.contains("somebody changed scope `default` meanwhile"), "{}", stale.err);
+
+    assert_eq!(setup.ctl("rules delete web").await.code, 0);
+    assert!(!setup.ctl("rules list").await.out.contains("web"));
+    assert_eq!(setup.ctl("rules delete --all").await.code, 0);
+    assert_eq!(setup.ctl("rules list").await.out, "no rules\n");
+    setup.end().await;
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_rules_is_said_before_and_by_the_collector() {
+    let setup = Setup::new().await;
+    let bad = setup.file("bad.yaml", "rules:\n- id: a\n  match: {com: [x]}\n- id: b\n  capture: {hz: 0}\n");
+    let outcome = setup.ctl(&format!("rules apply -f {bad}")).await;
+    assert_eq!(outcome.code, 1);
+    assert_eq!(outcome.err.lines().count(), 2, "{}", outcome.err);
+    assert!(outcome.err.contains("bad.yaml:3:11: rule `a`: match.com: unknown field"), "{}", outcome.err);
+    let bad =
+        setup.file("bad.yaml", "rules: [{id: a, match: {comm: [sixteen-bytes-xx]}, capture: {hz: 5000}}]");
+    let outcome = setup.ctl(&format!("rules validate -f {bad}")).await;
+    assert_eq!(outcome.code, 1);
+    for field in ["match.comm[0]", "capture.hz", "lifetime.ttl"] {
+        assert!(outcome.err.contains(field), "{}", outcome.err);
+    }
+    let empty = setup.file("empty.yaml", "rules: []");
+    let outcome = setup.ctl(&format!("rules apply -f {empty}")).await;
+    assert_eq!((outcome.code, outcome.err.contains("--allow-empty")), (2, true), "{}", outcome.err);
+    assert_eq!(setup.ctl(&format!("rules apply -f {empty} --allow-empty")).await.code, 0);
+    // A scope's name is the collector's to judge: its field violations come one in a line.
+    let good = setup.file("good.yaml", RULES);
+    let outcome = setup.ctl(&format!("rules apply -f {good} --scope Not_A_Scope")).await;
+    assert_eq!(outcome.code, 1);
+    assert!(
+        outcome.err.lines().any(|line| line.contains("scope") && line.contains("Not_A_Scope")),
+        "{}",
+        outcome.err
+    );
+    let outcome = setup.ctl("rules validate -f /nonexistent.yaml").await;
+    assert!(outcome.err.contains("/nonexistent.yaml: No such file"), "{}", outcome.err);
+    setup.end().await;
+}
+
+#[tokio::test]
+async fn a_rollout_is_watched_to_its_end_and_a_rejection_fails_it() {
+    let setup = Setup::new().await;
+    let n1 = Agent::new(&setup, "n1", None).await;
+    let file = setup.file("rules.yaml", RULES);
+    let applied = setup.ctl(&format!("rules apply -f {file} --wait --timeout 20s")).await;
+    assert_eq!(applied.code, 0, "{}{}", applied.out, applied.err);
+    assert!(applied.out.contains("n1 APPLIED"), "{}", applied.out);
+
+    let n2 = Agent::new(&setup, "n2", Some("web")).await;
+    let watched = setup.ctl("rollout watch --timeout 20s").await;
+    assert_eq!(watched.code, 1, "{}", watched.out);
+    assert!(watched.out.contains("n2 REJECTED"), "{}", watched.out);
+    assert!(watched.out.contains("rule `web`: capture.hz: is 199"), "{}", watched.out);
+    assert!(watched.err.contains("was rejected by n2"), "{}", watched.err);
+
+    let explained = setup.ctl("rules explain web --node n2").await.out;
+    assert!(explained.contains("REJECTED") && explained.contains("capture.hz: is 199"), "{explained}");
+    assert!(explained.contains("the node does not run it"), "{explained}");
+    // The status comes after the acknowledgement.
+    let explained = loop {
+        let explained: Value =
+            serde_json::from_str(&setup.ctl("rules explain sample --node n1 -o json").await.out).unwrap();
+        if !explained["status"].is_null() {
+            break explained;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert_eq!(explained["status"]["state"], "CAPTURING");
+    assert_eq!(explained["rollout"], "APPLIED");
+    let unknown = setup.ctl("rules explain web --node n9").await;
+    assert!(unknown.err.contains("does not know a node `n9`; it knows n1, n2"), "{}", unknown.err);
+
+    let nodes = setup.ctl("nodes").await.out;
+    assert!(nodes.lines().any(|line| line.starts_with("n1") && line.contains("connected")), "{nodes}");
+    let nodes: Value = serde_json::from_str(&setup.ctl("nodes -o json").await.out).unwrap();
+    assert_eq!(nodes["nodes"][1]["rollout"]["errors"][0]["field"], "capture.hz");
+    assert!(setup.ctl("nodes -o yaml").await.out.contains("name: n1"));
+    n1.end().await;
+    n2.end().await;
+    setup.end().await;
+}
+
+#[tokio::test]
+async fn profiles_are_listed_fetched_merged_compared_and_drawn() {
+    let setup = Setup::new().await;
+    let none = setup.ctl("profiles list").await;
+    assert_eq!((none.code, none.out.contains("no profiles in this selection")), (0, true), "{}", none.err);
+    let id = setup.push("app", 30, 60).await;
+    setup.push("app", 50, 30).await;
+    setup.push("other", 10, 30).await;
+
+    let list = setup.ctl("profiles list --since 10m").await.out;
+    assert_eq!(list.lines().count(), 4, "{list}");
+    assert!(list.contains(&id) && list.contains("cpu/nanoseconds"), "{list}");
+    let limited = setup.ctl("profiles list --limit 2").await.out;
+    assert!(limited.contains("there are more"), "{limited}");
+    let value: Value =
+        serde_json::from_str(&setup.ctl("profiles list -q {service_name=\"other\"} -o json").await.out)
+            .unwrap();
+    assert_eq!(value["profiles"][0]["samples"], 20);
+
+    let out = setup.dir.path().join("one.pb.gz");
+    let got = setup.ctl(&format!("profiles get {id} -O {}", out.display())).await;
+    assert_eq!(got.code, 0, "{}", got.err);
+    let one = pprof::decode(&std::fs::read(&out).unwrap(), 1 << 20).unwrap();
+    assert_eq!(pprof::check(&one).unwrap().totals, [40, 400_000_000]);
+    assert_eq!(setup.ctl("profiles get 01ARZ3NDEKTSV4RRFFQ69G5FAV -O -").await.code, 1);
+
+    let merged = setup.dir.path().join("merged.pb.gz");
+    let done =
+        setup.ctl(&format!("profiles merge -q {{service_name=\"app\"}} -O {}", merged.display())).await;
+    assert_eq!(done.code, 0, "{}", done.err);
+    let profile = pprof::decode(&std::fs::read(&merged).unwrap(), 1 << 20).unwrap();
+    assert_eq!(pprof::check(&profile).unwrap().totals, [100, 1_000_000_000]);
+
+    let top = setup.ctl("top -q {service_name=\"app\"}").await.out;
+    assert!(top.starts_with("cpu/nanoseconds: 1.00s in all"), "{top}");
+    assert!(top.lines().nth(2).unwrap().contains("800.00ms  80.00%"), "{top}");
+    let flame = setup.ctl("flame -q {service_name=\"app\"}").await.out;
+    assert!(flame.contains("████████░░  80.00%  800.00ms"), "{flame}");
+    let file = setup.ctl(&format!("flame --input {} --type samples/count", merged.display())).await.out;
+    assert!(file.starts_with("samples/count: 100 in all"), "{file}");
+    let json: Value =
+        serde_json::from_str(&setup.ctl("flame -q {service_name=\"app\"} -o json").await.out).unwrap();
+    assert_eq!(json["root"]["children"][0]["name"], "main");
+
+    let diff =
+        setup.ctl("profiles diff -q {service_name=\"app\"} --base-query {service_name=\"other\"}").await.out;
+    assert!(diff.lines().nth(2).unwrap().trim().starts_with("+30.00"), "{diff}");
+    let compared =
+        setup.ctl("flame -q {service_name=\"app\"} --base-query {service_name=\"other\"}").await.out;
+    assert!(compared.contains("+30.00"), "{compared}");
+    assert_eq!(setup.ctl("profiles diff").await.code, 2);
+    let wrong = setup.ctl("top -q {service_name=").await;
+    assert_eq!((wrong.code, wrong.out.as_str()), (1, ""));
+    assert!(!wrong.err.is_empty());
+    let kind = setup.ctl(&format!("flame --input {} --type heap", merged.display())).await;
+    assert!(kind.err.contains("there is samples/count, cpu/nanoseconds"), "{}", kind.err);
+    setup.end().await;
+}
+
+#[test]
+fn the_program_itself_answers_with_its_exit_codes() {
+    let program = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_gannetctl")).args(args).output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    assert_eq!(program(&["--help"]).0, 0);
+    assert_eq!(program(&["rules"]).0, 2);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let url = format!("http://127.0.0.1:{port}");
+    let (code, err) = program(&["--collector", &url, "nodes"]);
+    assert_eq!(code, 1);
+    assert_eq!(
+        err,
+        format!(
+            "gannetctl: cannot reach the collector at {url}: connection refused; is gannet-collector running there?\n"
+        )
+    );
+    let (code, err) = program(&["--collector", "http://10.0.0.1:4100", "nodes"]);
+    assert_eq!((code, err.contains("--insecure")), (1, true), "{err}");
+}
