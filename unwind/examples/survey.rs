@@ -38,7 +38,7 @@ fn main() {
                 continue;
             }
         };
-        let took = cpu() - start;
+        let took = cpu().saturating_sub(start);
         let (table, report) = (&built.table, &built.report);
         if each {
             println!(

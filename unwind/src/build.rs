@@ -359,9 +359,12 @@ fn bases<'d, R: ReadRef<'d>>(elf: &Elf<'d, R>) -> BaseAddresses {
     bases
 }
 
+/// Bytes and their address.
+type Placed<'d> = (u64, Cow<'d, [u8]>);
+
 /// Address and bytes of `.eh_frame`: by its section, or else by the pointer in `.eh_frame_hdr` and up to the end of
 /// the segment (its terminator ends it).
-fn eh_frame<'d, R: ReadRef<'d>>(elf: &Elf<'d, R>) -> Result<Option<(u64, Cow<'d, [u8]>)>, Fault> {
+fn eh_frame<'d, R: ReadRef<'d>>(elf: &Elf<'d, R>) -> Result<Option<Placed<'d>>, Fault> {
     if let Some(section) = elf.section(b".eh_frame") {
         return Ok(Some((section.vaddr, elf.section_data(section)?)));
     }

@@ -422,16 +422,16 @@ fn apply<'d, S: UnwindSection<Slice<'d>>>(
             set(*register, Place::AtCfa(scaled(*factored_offset)));
         }
         I::ValOffset { register, factored_offset } => {
-            set(*register, Place::IsCfa(unsigned(*factored_offset)))
+            set(*register, Place::IsCfa(unsigned(*factored_offset)));
         }
         I::ValOffsetSf { register, factored_offset } => {
-            set(*register, Place::IsCfa(scaled(*factored_offset)))
+            set(*register, Place::IsCfa(scaled(*factored_offset)));
         }
         I::Register { dest_register, src_register } => set(*dest_register, Place::In(src_register.0)),
-        I::Expression { register, expression } => {
-            if [registers.fp, registers.sp, registers.ra].contains(&register.0) {
-                set(*register, place_expression(section, cie, registers, expression));
-            }
+        I::Expression { register, expression }
+            if [registers.fp, registers.sp, registers.ra].contains(&register.0) =>
+        {
+            set(*register, place_expression(section, cie, registers, expression));
         }
         I::ValExpression { register, .. } => set(*register, Place::Bad),
         I::Restore { register } => {
@@ -583,11 +583,10 @@ fn try_rule(state: &State, registers: Registers, arch: Arch) -> Result<Rule, Uns
     }
     let (fp_kind, fp_offset) = match state.fp {
         Place::Unset | Place::Same => (loc::SAME, 0),
-        Place::Undefined | Place::Bad | Place::IsCfa(_) => (loc::UNDEFINED, 0),
         Place::AtCfa(offset) => (loc::CFA, narrow(offset)?),
         Place::At { fp, offset } => (if fp { loc::FP } else { loc::SP }, narrow(offset)?),
         Place::In(register @ 0..32) => (loc::REGISTER + register as u8, 0),
-        Place::In(_) => (loc::UNDEFINED, 0),
+        Place::Undefined | Place::Bad | Place::IsCfa(_) | Place::In(_) => (loc::UNDEFINED, 0),
     };
     let (ra_kind, ra_offset) = match (state.ra, arch) {
         (Place::AtCfa(offset), _) => (loc::CFA, narrow(offset)?),

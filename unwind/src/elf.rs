@@ -11,7 +11,7 @@ use object::elf::{
     EM_AARCH64, EM_X86_64, FileHeader64, NT_GNU_BUILD_ID, PF_X, PT_GNU_EH_FRAME, PT_LOAD, PT_NOTE,
     ProgramHeader64, SHF_EXECINSTR, SHT_NOBITS, SectionHeader64,
 };
-use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
+use object::read::elf::{CompressionHeader, FileHeader, ProgramHeader, SectionHeader};
 use object::read::{CompressedData, CompressedFileRange, ReadCache, ReadRef};
 
 use crate::limits::{Exceeded, Limits, Quantity, at_most};
@@ -229,7 +229,7 @@ impl<'d, R: ReadRef<'d>> Elf<'d, R> {
         let header =
             FileHeader64::<LittleEndian>::parse(data).map_err(|_| malformed("the file header is cut off"))?;
         let segment_count = header.phnum(LE, data).map_err(|_| malformed("the number of segments"))?;
-        at_most(Quantity::Sections, limits.sections, segment_count as u64)?;
+        at_most(Quantity::Sections, limits.sections, u64::from(segment_count))?;
         let headers = header
             .program_headers(LE, data)
             .map_err(|_| malformed("segment headers are outside the file"))?;
@@ -353,7 +353,6 @@ impl<'d, R: ReadRef<'d>> Elf<'d, R> {
             }
             return self.data.read_bytes_at(offset, size).map(Cow::Borrowed).map_err(|()| broken());
         };
-        use object::read::elf::CompressionHeader;
         let format = match header.ch_type(LE) {
             object::elf::ELFCOMPRESS_ZLIB => object::read::CompressionFormat::Zlib,
             object::elf::ELFCOMPRESS_ZSTD => object::read::CompressionFormat::Zstandard,

@@ -147,11 +147,11 @@ impl Walker<'_> {
         }
         self.sp = cfa;
         self.fp = fp;
-        self.to_caller(ra, signal)?;
+        self.enter_caller(ra, signal)?;
         Ok(rule.flags & flags::GUESSED != 0)
     }
 
-    fn to_caller(&mut self, ra: u64, signal: bool) -> Result<(), End> {
+    fn enter_caller(&mut self, ra: u64, signal: bool) -> Result<(), End> {
         self.pc = match self.snapshot.arch {
             Arch::X86_64 => ra,
             Arch::Aarch64 => ra & AARCH64_ADDRESS,
@@ -168,7 +168,7 @@ impl Walker<'_> {
         };
         self.sp = fp.wrapping_add(16);
         self.fp = Some(saved);
-        self.to_caller(ra, false)?;
+        self.enter_caller(ra, false)?;
         Ok(true)
     }
 
