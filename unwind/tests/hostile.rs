@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use gannet_unwind::build::{Options, build_bytes, build_file};
 use gannet_unwind::limits::Limits;
+use object::{Object, ObjectSection};
 use proptest::prelude::*;
 
 /// Counts what is allocated, so that a test can say how much a file may cost.
@@ -53,8 +54,10 @@ fn limits() -> Limits {
 fn survive(bytes: &[u8]) {
     let limits = limits();
     let start = Instant::now();
-    let result =
-        build_bytes(bytes, &Options { runs: bytes.len() % 2 == 0, ..Options::new("hostile", &limits) });
+    let result = build_bytes(
+        bytes,
+        &Options { runs: bytes.len().is_multiple_of(2), ..Options::new("hostile", &limits) },
+    );
     assert!(start.elapsed() < Duration::from_secs(8), "took {:?}", start.elapsed());
     match result {
         Ok(built) => {
@@ -158,7 +161,6 @@ fn the_seeds_are_good_files() {
 
 /// The parts of a file in which a change matters most: headers, notes, frame sections.
 fn interesting(bytes: &[u8]) -> Vec<(usize, usize)> {
-    use object::{Object, ObjectSection};
     let mut ranges = vec![(0, 64 + 56 * 13)];
     if let Ok(file) = object::File::parse(bytes) {
         let wanted =
@@ -227,7 +229,6 @@ fn r55_a_sparse_file_of_a_terabyte_costs_nothing() {
     let path = directory.path().join("sparse");
     let mut bytes = seeds().swap_remove(0);
     // The section of frame information claims almost all of it.
-    use object::{Object, ObjectSection};
     let (index, count, headers) = {
         let file = object::File::parse(&*bytes).unwrap();
         let section = file.section_by_name(".eh_frame").unwrap();
