@@ -12,12 +12,10 @@
     )
 )]
 
-pub mod backoff;
 pub mod check;
 pub mod config;
 pub mod control;
 pub mod debug;
-mod durable;
 pub mod engine;
 pub mod export;
 pub mod finish;

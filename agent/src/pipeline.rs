@@ -87,12 +87,10 @@ pub async fn run(
             }
         }
         recent.add(start, named);
-        let samples = batches.iter().map(|batch| batch.samples).sum();
         if batches.is_empty() {
             // Nothing but losses: they are told too.
             batches.push(ledger_only(id.to_string(), start, duration, &account));
         }
-        ledger.pass(Stage::Window, Stage::Queue, samples);
         submit(batches);
     }
 }

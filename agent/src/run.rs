@@ -17,7 +17,7 @@ use crate::{
     control::{Control, LastGood, restore},
     debug::{ListenError, Listeners},
     engine::{Engine, EngineError, EngineOptions},
-    export::{Bounds, Exporter, Spool, SpoolError, SpoolStats},
+    export::{Bounds, ExportConfig, Exporter, Spool, SpoolError, SpoolStats},
     kernel::KernelOptions,
     ledger::NodeLedger,
     node::{Node, Recent},
@@ -117,14 +117,19 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
         },
         entrance,
     )?;
-    let exporter = Exporter::start(spool, config.dial.as_ref(), &config.node, ledger.clone())?;
-    let naming = tokio::spawn(pipeline::run(
-        windows,
-        symbolizer,
-        ledger.clone(),
-        recent.clone(),
-        exporter.submitter(),
-    ));
+    let export = ExportConfig {
+        node: config.node.clone(),
+        version: gannet_proto::VERSION.to_owned(),
+        collector: config.dial.clone(),
+    };
+    let exporter = Arc::new(
+        Exporter::start(export, spool, ledger.clone(), Arc::default()).map_err(RunError::Start)?,
+    );
+    let submit = {
+        let exporter = Arc::clone(&exporter);
+        move |batches| exporter.submit(batches)
+    };
+    let naming = tokio::spawn(pipeline::run(windows, symbolizer, ledger.clone(), recent.clone(), submit));
     let node = Arc::new(Node::new(config, engine, ledger, spool_stats, recent));
 
     let store = LastGood::in_dir(&node.config.state_dir);
@@ -171,7 +176,9 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
     if tokio::time::timeout(LAST_DELIVERY, naming).await.is_err() {
         tracing::warn!("the last window was not named in time");
     }
-    exporter.shutdown(LAST_DELIVERY).await;
+    if !exporter.shutdown(LAST_DELIVERY).await {
+        tracing::info!("what the collector did not take in time is in the spool");
+    }
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use std::{
 use gannet_proto::control::RuleSet;
 use prost::Message as _;
 
-use crate::durable::write_aside;
+use crate::export::write_aside;
 
 /// The first bytes of the file; the digit is the version of the format.
 const MAGIC: &[u8; 8] = b"GANNETR1";

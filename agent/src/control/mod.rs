@@ -23,7 +23,7 @@ use tonic::Status;
 pub use last_good::{LastGood, LastGoodError, Saved};
 
 use crate::{
-    backoff::Backoff,
+    export::Backoff,
     node::Node,
     rules::{Set, Source},
 };
@@ -59,7 +59,7 @@ impl Control {
 
     /// Keeps the stream up until cancelled.
     pub async fn run(self, cancel: CancellationToken) {
-        let mut backoff = Backoff::default();
+        let mut backoff = Backoff::new();
         loop {
             let begun = Instant::now();
             let ended = tokio::select! {

@@ -1,7 +1,11 @@
-//! Batches on their way to the collector.
+//! The way out: profiles go to disk first, then to the collector, and leave the disk once it has them.
 
+mod aside;
+mod backoff;
 mod spool;
 mod stream;
 
+pub(crate) use aside::{ASIDE, write_aside};
+pub(crate) use backoff::Backoff;
 pub use spool::{Bounds, Spool, SpoolError, SpoolStats};
-pub use stream::Exporter;
+pub use stream::{ExportConfig, Exporter, StreamStats};

@@ -26,10 +26,8 @@ use gannet_proto::{ingest::Batch, ledger::LossReason};
 use prost::Message as _;
 use ulid::Ulid;
 
-use crate::{
-    durable::{ASIDE, write_aside},
-    ledger::{NodeLedger, Stage},
-};
+use super::{ASIDE, write_aside};
+use crate::ledger::{NodeLedger, Stage};
 
 /// The first bytes of a spool file; the digit is the version of the format.
 const MAGIC: &[u8; 8] = b"GANNETS1";

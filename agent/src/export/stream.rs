@@ -1,260 +1,483 @@
-//! Carries batches from the spool to the collector and takes its answers.
+//! The stream to the collector: batches out of the spool, answers back into it.
+//!
+//! Two parts: a plain thread that moves what is submitted into the spool (it syncs files, and may wait for the disk),
+//! and a task that keeps the stream up and the in-flight window full. Both hold the spool only for one operation.
 
 use std::{
-    future::Future,
-    pin::Pin,
+    collections::{BTreeMap, HashSet},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    },
+    thread,
     time::{Duration, Instant, SystemTime},
 };
 
 use gannet_proto::{
-    connect::{self, Connection, Dial, DialError},
+    connect::{self, Dial},
     ingest::{
-        Batch, PushRequest, PushResponse, ingest_service_client::IngestServiceClient, push_request,
-        push_response,
+        Batch, PushRequest, PushResponse,
+        ingest_service_client::IngestServiceClient,
+        push_request::{Hello, Message as Request},
+        push_response::{Limits, Message as Response},
     },
     ledger::LossReason,
 };
-use tokio::{
-    sync::mpsc::{self, error::TrySendError},
-    task::{JoinHandle, block_in_place},
-};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
+use tokio_util::task::TaskTracker;
 
-use super::Spool;
-use crate::{
-    backoff::Backoff,
-    ledger::{NodeLedger, Stage},
-};
+use super::{Backoff, Spool};
+use crate::ledger::{NodeLedger, Stage};
 
-/// Windows that wait to be written to the spool.
-const QUEUE: usize = 8;
-/// Before the collector has said its own limits.
-const FIRST_IN_FLIGHT: u32 = 1;
-const FIRST_BATCH_BYTES: u64 = 4 << 20;
-/// Requests that are handed to the transport at one time, whatever the collector allows.
-const MOST_IN_FLIGHT: u32 = 64;
-/// How often batches that grow old are looked for while nothing comes.
-const EXPIRY_PAUSE: Duration = Duration::from_secs(30);
+/// Windows that may wait for the disk. One is submitted every few seconds, so more means that the disk stands still.
+const QUEUE_WINDOWS: usize = 16;
+/// However many the collector allows, no more are in flight: each is held in memory.
+const MAX_IN_FLIGHT: u32 = 64;
+/// How long the collector may take to say its limits, and to answer a batch.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// A throttled stream is tried again after no longer than this.
+const MAX_PAUSE: Duration = Duration::from_secs(60);
+/// How often old batches are looked for, and a silent collector is noticed.
+const TICK: Duration = Duration::from_secs(5);
+/// At most one log line of a kind in this time; the counters have the rest.
+const LOG_EVERY: Duration = Duration::from_secs(30);
 
-/// A handle to the task that owns the spool.
+/// Who exports, and to whom.
+#[derive(Clone, Debug)]
+pub struct ExportConfig {
+    /// The node's name.
+    pub node: String,
+    /// The agent's version.
+    pub version: String,
+    /// The collector. None: profiles stay in the spool, the newest as far as its bounds allow.
+    pub collector: Option<Dial>,
+}
+
+/// What metrics show of the stream.
+#[derive(Debug, Default)]
+pub struct StreamStats {
+    connected: AtomicBool,
+    connects: AtomicU64,
+    failures: AtomicU64,
+    sent: AtomicU64,
+    accepted: AtomicU64,
+    duplicates: AtomicU64,
+    throttled: AtomicU64,
+    refused: Mutex<BTreeMap<String, u64>>,
+}
+
+impl StreamStats {
+    /// The collector has answered on the present connection.
+    pub fn connected(&self) -> bool {
+        self.connected.load(Relaxed)
+    }
+    /// Connections that came up.
+    pub fn connects(&self) -> u64 {
+        self.connects.load(Relaxed)
+    }
+    /// Connections that failed or broke.
+    pub fn failures(&self) -> u64 {
+        self.failures.load(Relaxed)
+    }
+    /// Batches sent, every retry counted.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Relaxed)
+    }
+    /// Batches acknowledged, the duplicates included.
+    pub fn accepted(&self) -> u64 {
+        self.accepted.load(Relaxed)
+    }
+    /// Of those: the collector had them already.
+    pub fn duplicates(&self) -> u64 {
+        self.duplicates.load(Relaxed)
+    }
+    /// Batches that the collector put off.
+    pub fn throttled(&self) -> u64 {
+        self.throttled.load(Relaxed)
+    }
+    /// Batches that the collector refused, by its code.
+    pub fn refused(&self) -> BTreeMap<String, u64> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Hands profiles to the collector, by way of the spool.
+#[derive(Debug)]
 pub struct Exporter {
-    inbox: mpsc::Sender<Vec<Batch>>,
+    /// Taken at shutdown, which lets the spool's thread end when it has emptied the queue.
+    queue: Mutex<Option<SyncSender<Vec<Batch>>>>,
     ledger: NodeLedger,
-    task: JoinHandle<()>,
+    stats: Arc<StreamStats>,
+    shared: Arc<Shared>,
+    /// The moment by which the stream must have ended.
+    stop: watch::Sender<Option<Instant>>,
+    tasks: TaskTracker,
+}
+
+#[derive(Debug)]
+struct Shared {
+    spool: Mutex<Spool>,
+    /// Something was appended, or the spool's thread has ended.
+    appended: Notify,
+    writer_done: AtomicBool,
+}
+
+impl Shared {
+    fn spool(&self) -> MutexGuard<'_, Spool> {
+        self.spool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One operation on the spool, off the reactor: it may touch the disk. None if the runtime is going down.
+    async fn with<T: Send + 'static>(
+        self: &Arc<Self>,
+        operation: impl FnOnce(&mut Spool) -> T + Send + 'static,
+    ) -> Option<T> {
+        let shared = Arc::clone(self);
+        tokio::task::spawn_blocking(move || operation(&mut shared.spool())).await.ok()
+    }
 }
 
 impl Exporter {
-    /// Starts the task. Without `dial` batches stay in the spool, within its bounds.
+    /// Starts the spool's thread, and the stream on the present tokio runtime.
     pub fn start(
+        config: ExportConfig,
         spool: Spool,
-        dial: Option<&Dial>,
-        node: &str,
         ledger: NodeLedger,
-    ) -> Result<Self, DialError> {
-        let (inbox, batches) = mpsc::channel(QUEUE);
-        let worker = Worker {
-            spool,
-            connection: dial.map(connect::connect).transpose()?,
-            url: dial.map_or_else(String::new, |dial| dial.url.clone()),
-            node: node.to_owned(),
-            backoff: Backoff::default(),
-            link: None,
-            dialling: None,
-            quiet_until: Instant::now(),
-            refusals: 0,
+        stats: Arc<StreamStats>,
+    ) -> std::io::Result<Self> {
+        let (queue, submitted) = sync_channel(QUEUE_WINDOWS);
+        let shared = Arc::new(Shared {
+            spool: Mutex::new(spool),
+            appended: Notify::new(),
+            writer_done: AtomicBool::new(false),
+        });
+        let writer = Arc::clone(&shared);
+        thread::Builder::new().name("gannet-spool".to_owned()).spawn(move || write(&writer, &submitted))?;
+        let (stop, stopped) = watch::channel(None);
+        let tasks = TaskTracker::new();
+        let stream = Stream { config, shared: Arc::clone(&shared), stats: Arc::clone(&stats), stop: stopped };
+        tasks.spawn(stream.run());
+        tasks.close();
+        Ok(Self { queue: Mutex::new(Some(queue)), ledger, stats, shared, stop, tasks })
+    }
+
+    /// Takes the profiles of a window; their samples are expected at [`Stage::Window`]. Never waits: what does not fit
+    /// into the queue is lost and counted.
+    pub fn submit(&self, batches: Vec<Batch>) {
+        let samples = batches.iter().map(|batch| batch.samples).sum();
+        self.ledger.pass(Stage::Window, Stage::Queue, samples);
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let reason = match queue.as_ref().map(|queue| queue.try_send(batches)) {
+            Some(Ok(())) => return,
+            Some(Err(TrySendError::Full(_))) => LossReason::QueueFull,
+            Some(Err(TrySendError::Disconnected(_))) | None => LossReason::Shutdown,
         };
-        Ok(Self { inbox, ledger, task: tokio::spawn(worker.run(batches)) })
+        self.ledger.lose(Stage::Queue, reason, samples);
+        tracing::warn!(samples, %reason, "a window's profiles were not taken by the spool; is the disk slow?");
     }
 
-    /// A way to hand over batches, which are at [`Stage::Queue`]. Never waits: what finds no place is counted as lost.
-    pub fn submitter(&self) -> impl FnMut(Vec<Batch>) + Send + use<> {
-        let (inbox, ledger) = (self.inbox.clone(), self.ledger.clone());
-        move |batches| {
-            let samples = batches.iter().map(|batch| batch.samples).sum();
-            if let Err(error) = inbox.try_send(batches) {
-                let reason = match error {
-                    TrySendError::Full(_) => LossReason::QueueFull,
-                    TrySendError::Closed(_) => LossReason::Shutdown,
-                };
-                ledger.lose(Stage::Queue, reason, samples);
-                tracing::warn!(samples, "a window is lost before the spool: {reason}");
-            }
-        }
+    /// What metrics show.
+    pub fn stats(&self) -> &Arc<StreamStats> {
+        &self.stats
     }
 
-    /// Delivers what it can until the deadline; what is left stays in the spool for the next run. All submitters must
-    /// be gone.
-    pub async fn shutdown(self, deadline: Duration) {
-        drop(self.inbox);
-        if tokio::time::timeout(deadline, self.task).await.is_err() {
-            tracing::info!("the collector did not take everything in time; the rest is in the spool");
+    /// Ends the export: what was submitted goes to disk, what is on disk to the collector as far as the time allows;
+    /// the rest stays in the spool for the next run. True if everything was delivered.
+    pub async fn shutdown(&self, within: Duration) -> bool {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let deadline = Instant::now() + within;
+        self.stop.send_replace(Some(deadline));
+        // A disk that stands still must not keep the agent from ending.
+        let ended = tokio::time::timeout_at((deadline + Duration::from_secs(1)).into(), self.tasks.wait()).await;
+        if !self.shared.writer_done.load(Relaxed) {
+            let left = self.ledger.account_now().at_stage(Stage::Queue);
+            self.ledger.lose(Stage::Queue, LossReason::Shutdown, left);
+            tracing::warn!(samples = left, "the disk did not take the last windows in time; they are lost");
         }
+        ended.is_ok() && self.shared.with(|spool| spool.is_empty()).await.unwrap_or(false)
     }
 }
 
-type Dialling = Pin<
-    Box<dyn Future<Output = Result<(mpsc::Sender<PushRequest>, Streaming<PushResponse>), Status>> + Send>,
->;
-
-struct Worker {
-    spool: Spool,
-    connection: Option<Connection>,
-    url: String,
-    node: String,
-    backoff: Backoff,
-    link: Option<Link>,
-    dialling: Option<Dialling>,
-    /// Nothing is sent before: the collector asked for a pause, or could not be reached.
-    quiet_until: Instant,
-    refusals: u64,
-}
-
-struct Link {
-    requests: mpsc::Sender<PushRequest>,
-    answers: Streaming<PushResponse>,
-    in_flight: u32,
-    max_in_flight: u32,
-    max_batch_bytes: u64,
-}
-
-impl Worker {
-    async fn run(mut self, mut batches: mpsc::Receiver<Vec<Batch>>) {
-        let mut expiry = tokio::time::interval(EXPIRY_PAUSE);
-        let mut open = true;
-        while open || (!self.spool.is_empty() && self.connection.is_some()) {
-            self.pump();
-            self.dial();
-            let pause = tokio::time::sleep_until(self.quiet_until.into());
-            let is_quiet = self.quiet_until > Instant::now();
-            tokio::select! {
-                window = batches.recv(), if open => match window {
-                    Some(window) => {
-                        // Synced to disk: a matter of milliseconds, for which a worker thread is set aside.
-                        if let Err(error) = block_in_place(|| self.spool.append(window)) {
-                            tracing::warn!("{error}");
-                        }
-                    }
-                    None => open = false,
-                },
-                answer = async { match &mut self.link {
-                    Some(link) => link.answers.message().await,
-                    None => std::future::pending().await,
-                } } => match answer {
-                    Ok(Some(answer)) => self.answered(answer),
-                    Ok(None) => self.hung_up("it ended the stream"),
-                    Err(status) => self.hung_up(&connect::explain(&self.url, &status)),
-                },
-                dialled = async { match &mut self.dialling {
-                    Some(dialling) => dialling.await,
-                    None => std::future::pending().await,
-                } } => {
-                    self.dialling = None;
-                    match dialled {
-                        Ok((requests, answers)) => {
-                            self.link = Some(Link {
-                                requests,
-                                answers,
-                                in_flight: 0,
-                                max_in_flight: FIRST_IN_FLIGHT,
-                                max_batch_bytes: FIRST_BATCH_BYTES,
-                            });
-                        }
-                        Err(status) => self.hung_up(&connect::explain(&self.url, &status)),
-                    }
-                },
-                () = pause, if is_quiet => {}
-                _ = expiry.tick() => block_in_place(|| self.spool.expire(SystemTime::now())),
-            }
-        }
-    }
-
-    fn dial(&mut self) {
-        let Some(connection) = &self.connection else { return };
-        if self.link.is_some()
-            || self.dialling.is_some()
-            || self.quiet_until > Instant::now()
-            || self.spool.is_empty()
+/// The spool's thread.
+fn write(shared: &Shared, submitted: &Receiver<Vec<Batch>>) {
+    let mut log = Seldom::default();
+    while let Ok(batches) = submitted.recv() {
+        if let Err(error) = shared.spool().append(batches)
+            && let Some(before) = log.now()
         {
-            return;
+            tracing::warn!(%error, suppressed = before, "profiles are lost");
         }
-        let mut client = IngestServiceClient::new(connection.clone());
-        let hello =
-            push_request::Hello { node: self.node.clone(), version: gannet_proto::VERSION.to_owned() };
-        self.dialling = Some(Box::pin(async move {
-            let (requests, outgoing) = mpsc::channel(MOST_IN_FLIGHT as usize + 1);
-            // PROOF: the channel is new and has room.
-            let _ = requests.try_send(PushRequest { message: Some(push_request::Message::Hello(hello)) });
-            let answers = client.push(ReceiverStream::new(outgoing)).await?.into_inner();
-            Ok((requests, answers))
-        }));
+        shared.appended.notify_one();
     }
+    shared.writer_done.store(true, Relaxed);
+    shared.appended.notify_one();
+}
 
-    /// Sends as much as the collector allows.
-    fn pump(&mut self) {
-        if self.quiet_until > Instant::now() {
-            return;
-        }
-        while let Some(link) = &mut self.link {
-            if link.in_flight >= link.max_in_flight.min(MOST_IN_FLIGHT) {
-                return;
-            }
-            let max_batch_bytes = link.max_batch_bytes;
-            let Some(batch) = block_in_place(|| self.spool.next(max_batch_bytes)) else { return };
-            let request = PushRequest { message: Some(push_request::Message::Batch(batch)) };
-            if link.requests.try_send(request).is_err() {
-                self.hung_up("it does not read any more");
-                return;
-            }
-            link.in_flight += 1;
-        }
-    }
+struct Stream {
+    config: ExportConfig,
+    shared: Arc<Shared>,
+    stats: Arc<StreamStats>,
+    stop: watch::Receiver<Option<Instant>>,
+}
 
-    fn answered(&mut self, answer: PushResponse) {
-        use push_response::Message;
-        let Some(link) = &mut self.link else { return };
-        if !matches!(answer.message, Some(Message::Limits(_)) | None) {
-            link.in_flight = link.in_flight.saturating_sub(1);
-            self.backoff.reset();
-        }
-        match answer.message {
-            Some(Message::Limits(limits)) => {
-                link.max_in_flight = limits.max_in_flight.max(1);
-                link.max_batch_bytes = limits.max_batch_bytes;
-            }
-            Some(Message::Accepted(accepted)) => {
-                block_in_place(|| self.spool.accepted(&accepted.batch_id));
-            }
-            Some(Message::Refused(refused)) => {
-                self.refusals += 1;
-                // The first ones tell what is wrong; after that one in a thousand shows that it goes on.
-                if self.refusals <= 5 || self.refusals.is_multiple_of(1000) {
-                    tracing::warn!(
-                        batch_id = refused.batch_id,
-                        code = refused.code,
-                        refusals = self.refusals,
-                        "the collector refuses a profile: {}",
-                        refused.reason
-                    );
+/// Why a connection ended.
+enum End {
+    /// Nothing is left to send, and nothing will come.
+    Done,
+    /// The deadline of the shutdown.
+    Deadline,
+    Broken(String),
+}
+
+impl Stream {
+    async fn run(mut self) {
+        let Some(dial) = self.config.collector.clone() else {
+            tracing::info!("no collector is given: profiles stay on this node, the newest within the spool's bounds");
+            return self.keep_bounded().await;
+        };
+        let mut backoff = Backoff::new();
+        let mut log = Seldom::default();
+        loop {
+            let end = self.connection(&dial, &mut backoff).await;
+            self.stats.connected.store(false, Relaxed);
+            self.shared.with(Spool::release_all).await;
+            match end {
+                End::Done | End::Deadline => return,
+                End::Broken(error) => {
+                    self.stats.failures.fetch_add(1, Relaxed);
+                    let wait = backoff.next();
+                    if let Some(suppressed) = log.now() {
+                        let retry_in = humantime::format_duration(Duration::from_secs(wait.as_secs())).to_string();
+                        tracing::warn!(%error, retry_in, suppressed, "profiles wait in the spool");
+                    }
+                    if !self.pause(wait).await {
+                        return;
+                    }
                 }
-                block_in_place(|| self.spool.refused(&refused.batch_id));
             }
-            Some(Message::Throttled(throttled)) => {
-                self.spool.release(&throttled.batch_id);
-                let delay = throttled.retry_after.and_then(|delay| Duration::try_from(delay).ok());
-                let delay = delay.unwrap_or(Duration::from_secs(1)).min(Duration::from_secs(60));
-                self.quiet_until = Instant::now() + delay;
-                tracing::info!("the collector asks for a pause of {delay:?}: {}", throttled.reason);
-            }
-            None => {}
         }
     }
 
-    fn hung_up(&mut self, why: &str) {
-        self.link = None;
-        self.spool.release_all();
-        let delay = self.backoff.next();
-        self.quiet_until = Instant::now() + delay;
-        tracing::warn!("profiles stay in the spool, next try in {delay:.1?}: {why}");
+    /// Waits; false if the agent is to end before. A collector that was not there before the end is not waited for.
+    async fn pause(&mut self, wait: Duration) -> bool {
+        let until = tokio::time::Instant::now() + wait;
+        loop {
+            let deadline = *self.stop.borrow_and_update();
+            let finished = match deadline {
+                Some(deadline) => {
+                    let idle = self.writer_done() && self.shared.with(|spool| spool.is_empty()).await != Some(false);
+                    idle || deadline <= Instant::now() || tokio::time::Instant::from_std(deadline) < until
+                }
+                None => false,
+            };
+            if finished {
+                self.until_written(deadline).await;
+                return false;
+            }
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => return true,
+                _ = self.stop.changed() => {}
+                () = tokio::time::sleep(TICK) => {
+                    self.shared.with(|spool| spool.expire(SystemTime::now())).await;
+                }
+            }
+        }
+    }
+
+    /// What is submitted still goes to disk when nothing is sent any more.
+    async fn until_written(&self, deadline: Option<Instant>) {
+        let Some(deadline) = deadline else { return };
+        while !self.writer_done() && Instant::now() < deadline {
+            let woken = self.shared.appended.notified();
+            drop(tokio::time::timeout_at(deadline.into(), woken).await);
+        }
+    }
+
+    async fn keep_bounded(&mut self) {
+        loop {
+            let deadline = *self.stop.borrow_and_update();
+            if deadline.is_some() {
+                return self.until_written(deadline).await;
+            }
+            tokio::select! {
+                _ = self.stop.changed() => {}
+                () = tokio::time::sleep(TICK) => {
+                    self.shared.with(|spool| spool.expire(SystemTime::now())).await;
+                }
+            }
+        }
+    }
+
+    fn writer_done(&self) -> bool {
+        self.shared.writer_done.load(Relaxed)
+    }
+
+    async fn connection(&mut self, dial: &Dial, backoff: &mut Backoff) -> End {
+        let channel = match connect::connect(dial) {
+            Ok(channel) => channel,
+            Err(error) => return End::Broken(error.to_string()),
+        };
+        // As many as are in flight, and the hello: sending never waits for the network.
+        let (sender, outgoing) = mpsc::channel(MAX_IN_FLIGHT as usize + 1);
+        let hello = Hello { node: self.config.node.clone(), version: self.config.version.clone() };
+        if sender.try_send(PushRequest { message: Some(Request::Hello(hello)) }).is_err() {
+            return End::Broken("the stream took no hello".to_owned());
+        }
+        let mut client = IngestServiceClient::new(channel);
+        let opening = async {
+            let mut answers = client.push(ReceiverStream::new(outgoing)).await?.into_inner();
+            let first = answers.message().await?;
+            Ok::<_, tonic::Status>((answers, first))
+        };
+        let opened = tokio::select! {
+            opened = tokio::time::timeout(ANSWER_TIMEOUT, opening) => opened,
+            () = stopped_at(&mut self.stop) => return End::Deadline,
+        };
+        let (answers, limits) = match opened {
+            Ok(Ok((answers, Some(PushResponse { message: Some(Response::Limits(limits)) })))) => (answers, limits),
+            Ok(Ok(_)) => return End::Broken(format!("what answers at {} did not say its limits", dial.url)),
+            Ok(Err(status)) => return End::Broken(connect::explain(&dial.url, &status)),
+            Err(_) => return End::Broken(format!("the collector at {} does not answer", dial.url)),
+        };
+        self.stats.connected.store(true, Relaxed);
+        self.stats.connects.fetch_add(1, Relaxed);
+        tracing::info!(collector = dial.url, "profiles go to the collector");
+        self.exchange(&dial.url, &sender, answers, &limits, backoff).await
+    }
+
+    /// Sends and settles until something ends it.
+    async fn exchange(
+        &mut self,
+        url: &str,
+        sender: &mpsc::Sender<PushRequest>,
+        answers: tonic::Streaming<PushResponse>,
+        limits: &Limits,
+        backoff: &mut Backoff,
+    ) -> End {
+        tokio::pin!(answers);
+        let max_in_flight = limits.max_in_flight.clamp(1, MAX_IN_FLIGHT) as usize;
+        let max_bytes = if limits.max_batch_bytes == 0 { u64::MAX } else { limits.max_batch_bytes };
+        let mut in_flight: HashSet<String> = HashSet::new();
+        let mut last_answer = Instant::now();
+        let mut paused_until = Instant::now();
+        let mut refusals = Seldom::default();
+        loop {
+            // Fill the window.
+            while in_flight.len() < max_in_flight && paused_until <= Instant::now() {
+                // Before the look into the spool, so that what comes between the two is not missed.
+                let writer_done = self.writer_done();
+                let Some(next) = self.shared.with(move |spool| spool.next(max_bytes)).await else {
+                    return End::Deadline;
+                };
+                let Some(batch) = next else {
+                    if in_flight.is_empty() && writer_done {
+                        return End::Done;
+                    }
+                    break;
+                };
+                if in_flight.is_empty() {
+                    last_answer = Instant::now();
+                }
+                in_flight.insert(batch.batch_id.clone());
+                if sender.send(PushRequest { message: Some(Request::Batch(batch)) }).await.is_err() {
+                    // The answers know why.
+                    break;
+                }
+                self.stats.sent.fetch_add(1, Relaxed);
+            }
+            let appended = self.shared.appended.notified();
+            tokio::select! {
+                answer = answers.next() => {
+                    last_answer = Instant::now();
+                    let message = match answer {
+                        Some(Ok(answer)) => answer.message,
+                        Some(Err(status)) => return End::Broken(connect::explain(url, &status)),
+                        None => return End::Broken(format!("the collector at {url} ended the stream")),
+                    };
+                    match message {
+                        Some(Response::Accepted(accepted)) => {
+                            in_flight.remove(&accepted.batch_id);
+                            backoff.reset();
+                            let id = accepted.batch_id;
+                            if self.shared.with(move |spool| spool.accepted(&id)).await == Some(true) {
+                                self.stats.accepted.fetch_add(1, Relaxed);
+                                self.stats.duplicates.fetch_add(u64::from(accepted.duplicate), Relaxed);
+                            }
+                        }
+                        Some(Response::Refused(refused)) => {
+                            in_flight.remove(&refused.batch_id);
+                            let id = refused.batch_id.clone();
+                            if self.shared.with(move |spool| spool.refused(&id)).await == Some(true) {
+                                self.count_refused(&refused.code);
+                                if let Some(suppressed) = refusals.now() {
+                                    tracing::warn!(
+                                        batch_id = refused.batch_id, code = refused.code, reason = refused.reason,
+                                        suppressed, "the collector refused a profile; its samples are lost"
+                                    );
+                                }
+                            }
+                        }
+                        Some(Response::Throttled(throttled)) => {
+                            in_flight.remove(&throttled.batch_id);
+                            self.stats.throttled.fetch_add(1, Relaxed);
+                            let asked = throttled.retry_after.and_then(|delay| Duration::try_from(delay).ok());
+                            let delay = asked.unwrap_or(Duration::from_secs(1)).clamp(Duration::from_millis(10), MAX_PAUSE);
+                            paused_until = paused_until.max(Instant::now() + delay);
+                            let id = throttled.batch_id;
+                            self.shared.with(move |spool| spool.release(&id)).await;
+                        }
+                        Some(Response::Limits(_)) | None => {}
+                    }
+                }
+                () = appended => {}
+                () = tokio::time::sleep_until(paused_until.into()), if paused_until > Instant::now() => {}
+                () = tokio::time::sleep(TICK) => {
+                    self.shared.with(|spool| spool.expire(SystemTime::now())).await;
+                    if !in_flight.is_empty() && last_answer.elapsed() > ANSWER_TIMEOUT {
+                        return End::Broken(format!("the collector at {url} does not answer"));
+                    }
+                }
+                () = stopped_at(&mut self.stop) => return End::Deadline,
+            }
+        }
+    }
+
+    fn count_refused(&self, code: &str) {
+        let mut refused = self.stats.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        // The code is the peer's word: a peer that makes up new ones must not grow our metrics.
+        let code = if refused.contains_key(code) || refused.len() < 32 { code } else { "other" };
+        *refused.entry(code.to_owned()).or_default() += 1;
+    }
+}
+
+/// Returns at the deadline of the shutdown, once there is one.
+async fn stopped_at(stop: &mut watch::Receiver<Option<Instant>>) {
+    let deadline = match stop.wait_for(Option::is_some).await {
+        Ok(deadline) => *deadline,
+        Err(_) => return,
+    };
+    if let Some(deadline) = deadline {
+        tokio::time::sleep_until(deadline.into()).await;
+    }
+}
+
+/// Lets a log line through now and then.
+#[derive(Default)]
+struct Seldom {
+    last: Option<Instant>,
+    suppressed: u64,
+}
+
+impl Seldom {
+    /// Whether to write the line now, with how many were not written since the last.
+    fn now(&mut self) -> Option<u64> {
+        if self.last.is_some_and(|last| last.elapsed() < LOG_EVERY) {
+            self.suppressed += 1;
+            return None;
+        }
+        self.last = Some(Instant::now());
+        Some(std::mem::take(&mut self.suppressed))
     }
 }
