@@ -19,7 +19,7 @@ pub struct Console<'a> {
 
 impl Console<'_> {
     /// Prints a value for programs, or what `table` makes of it for people.
-    pub fn show(
+    pub(crate) fn show(
         &mut self,
         format: Format,
         value: impl FnOnce() -> Value,

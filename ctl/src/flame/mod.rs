@@ -11,7 +11,7 @@ use gannet_proto::{
 };
 use model::Model;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::{
     Console, Error,
@@ -80,43 +80,64 @@ fn present(graph: Graph, args: &Flame, format: Format, console: &mut Console<'_>
     if format == Format::Table && console.terminal && !args.tree {
         return explore(graph);
     }
-    console.show(
-        format,
-        || {
-            json!({
-                "unit": graph.unit, "sample_type": graph.sample_type, "total": graph.root.total,
-                "base_total": graph.root.base_total, "root": node_json(&graph.root),
-            })
-        },
-        || tree(&graph, args.min_percent),
-    )
+    let text = match format {
+        Format::Table => tree(&graph, args.min_percent),
+        Format::Json | Format::Yaml => graph_json(&graph),
+    };
+    console.out.write_all(text.as_bytes())?;
+    Ok(console.out.flush()?)
 }
 
-/// As in the HTTP API. Works without recursion: children are made before their parents.
-fn node_json(root: &FlameNode) -> Value {
+/// As in the HTTP API. Written as it goes: a value of serde_json would be dropped by recursion, and a stack may be
+/// thousands deep.
+fn node_json(root: &FlameNode) -> String {
     enum Step<'a> {
         Open(&'a FlameNode),
-        Close(&'a FlameNode),
+        Comma,
+        Close,
     }
-    let (mut steps, mut made) = (vec![Step::Open(root)], Vec::new());
+    let (mut steps, mut text) = (vec![Step::Open(root)], String::new());
     while let Some(step) = steps.pop() {
         match step {
             Step::Open(node) => {
-                steps.push(Step::Close(node));
-                steps.extend(node.children.iter().rev().map(Step::Open));
-            }
-            Step::Close(node) => {
                 let FlameNode { name, file, total, self_, base_total, base_self, children, kernel, inlined } =
                     node;
-                let children: Vec<Value> = made.split_off(made.len() - children.len());
-                made.push(json!({
-                    "name": name, "file": file, "total": total, "self": self_, "base_total": base_total,
-                    "base_self": base_self, "kernel": kernel, "inlined": inlined, "children": children,
-                }));
+                let (name, file) = (json!(name), json!(file));
+                let _ = write!(
+                    text,
+                    r#"{{"name":{name},"file":{file},"total":{total},"self":{self_},"base_total":{base_total},"#
+                );
+                let _ = write!(
+                    text,
+                    r#""base_self":{base_self},"kernel":{kernel},"inlined":{inlined},"children":["#
+                );
+                steps.push(Step::Close);
+                for (number, child) in children.iter().enumerate().rev() {
+                    steps.push(Step::Open(child));
+                    if number > 0 {
+                        steps.push(Step::Comma);
+                    }
+                }
             }
+            Step::Comma => text.push(','),
+            Step::Close => text.push_str("]}"),
         }
     }
-    made.pop().unwrap_or_default()
+    text
+}
+
+/// One object; JSON is YAML too.
+fn graph_json(graph: &Graph) -> String {
+    let Graph { root, sample_type, unit, compared: _ } = graph;
+    format!(
+        r#"{{"unit":{},"sample_type":{},"total":{},"base_total":{},"root":{}}}{}"#,
+        json!(unit),
+        json!(sample_type),
+        root.total,
+        root.base_total,
+        node_json(root),
+        "\n"
+    )
 }
 
 const BAR: usize = 10;
@@ -252,10 +273,10 @@ pub(crate) mod tests {
         insta::assert_snapshot!(tree(&graph(false), 15.0), @r"
         samples/count: 100 in all
         ██████████ 100.00%       100 all
-        █████████░  90.00%        90 └ serve  app
-        ███████░░░  70.00%        70   ├ work  app
-        ████░░░░░░  40.00%        40   │ └ memcpy  app
-        ██░░░░░░░░  20.00%        20   └ sys_read  app
+        █████████░  90.00%        90 serve  app
+        ███████░░░  70.00%        70 ├ work  app
+        ████░░░░░░  40.00%        40 │ memcpy  app
+        ██░░░░░░░░  20.00%        20 └ sys_read  app
         ");
     }
 
@@ -268,6 +289,17 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn the_json_is_the_tree() {
+        let value: serde_json::Value = serde_json::from_str(&graph_json(&graph(true))).unwrap();
+        let serve = &value["root"]["children"][0];
+        assert_eq!((serve["name"].as_str(), serve["total"].as_u64()), (Some("serve"), Some(90)));
+        assert_eq!(
+            (serve["children"][1]["kernel"].as_bool(), value["base_total"].as_u64()),
+            (Some(true), Some(100))
+        );
+    }
+
+    #[test]
     fn a_tree_of_many_thousand_levels_is_no_danger() {
         let mut root = node("leaf", 1, 0, vec![]);
         for _ in 0..3000 {
@@ -275,7 +307,7 @@ pub(crate) mod tests {
         }
         let graph = Graph { root, ..graph(false) };
         assert_eq!(tree(&graph, 0.0).lines().count(), 3002);
-        assert!(node_json(&graph.root)["children"][0]["name"] == "f");
+        assert_eq!(graph_json(&graph).matches(r#""name":"f""#).count(), 3000);
         Model::new(graph);
     }
 }

@@ -45,8 +45,10 @@ fn header(model: &Model) -> Paragraph<'static> {
     Paragraph::new(Line::from(spans))
 }
 
-fn draw_rows(frame: &mut Frame<'_>, area: Rect, model: &Model) {
+fn draw_rows(frame: &mut Frame<'_>, area: Rect, model: &mut Model) {
     let rows = model.rows(area.width);
+    // No empty rows at the bottom while there is something above.
+    model.top = model.top.min(rows.len().saturating_sub(usize::from(area.height)));
     for (line, row) in rows.into_iter().skip(model.top).take(usize::from(area.height)).enumerate() {
         let y = area.y + line as u16;
         for (number, at, width) in row {
@@ -97,7 +99,7 @@ fn style(model: &Model, node: &Node) -> Style {
     dark.bg(match (node.kernel, node.name.starts_with('[')) {
         (true, _) => Color::Rgb(110 + shade / 2, 160 + shade / 2, 235),
         (false, true) => Color::Rgb(165 + shade / 4, 165 + shade / 4, 165 + shade / 4),
-        (false, false) => Color::Rgb(235 - shade / 6, 120 + shade * 7 / 4, 50 + shade / 2),
+        (false, false) => Color::Rgb(235 - shade / 6, 120 + shade + shade * 3 / 4, 50 + shade / 2),
     })
 }
 
@@ -133,7 +135,7 @@ fn key_line(model: &Model) -> Paragraph<'static> {
     let keys = if model.typing {
         "type to search   Enter go there   Esc drop it"
     } else {
-        "arrows move   Enter zoom in   Backspace out   r whole   / search   n N next, previous   q quit"
+        "q quit  arrows move  Enter zoom in  Backspace out  r reset  / search  n N next"
     };
     Paragraph::new(keys).dim()
 }
@@ -155,7 +157,17 @@ mod tests {
     fn the_graph_shows_each_depth_in_its_row() {
         let mut model = Model::new(graph(false));
         model.key(KeyCode::Down);
-        insta::assert_snapshot!(drawn(&mut model, 60, 9).backend(), @r"");
+        insta::assert_snapshot!(drawn(&mut model, 60, 9).backend(), @r#"
+        " gannet flame   samples/count  100                          "
+        "all                                                         "
+        "serve                                                 idle… "
+        "work                                      sys_read          "
+        "memcpy                  hash                                "
+        "                                                            "
+        "serve  app                                                  "
+        "total 90 90.00%   self 0 0.00%                              "
+        "q quit  arrows move  Enter zoom in  Backspace out  r reset  "
+        "#);
     }
 
     #[test]
