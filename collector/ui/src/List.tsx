@@ -25,7 +25,7 @@ function Labels({ labels }: { labels: Record<string, string> }) {
   );
 }
 
-export function List(props: { selection: Selection; key?: string; tick: number; onShow: (profile: ProfileInfo) => void }) {
+export function List(props: { selection: Selection; tick: number; onShow: (profile: ProfileInfo) => void }) {
   const { selection, tick } = props;
   const key = JSON.stringify([selection, tick]);
   const [tokens, setTokens] = useState<string[]>([]);

@@ -145,7 +145,6 @@ export function Combobox(props: {
   onChoose: (value: string) => void;
   /** A first entry that means none. */
   none?: string;
-  hideLabel?: boolean;
 }) {
   const id = useId();
   const [open, setOpen] = useState(false);
@@ -153,7 +152,6 @@ export function Combobox(props: {
   const [options, setOptions] = useState<string[]>();
   const [failed, setFailed] = useState("");
   const [active, setActive] = useState(-1);
-  const input = useRef<HTMLInputElement>(null);
   useEffect(() => {
     if (!open) return;
     const abort = new AbortController();
@@ -195,10 +193,9 @@ export function Combobox(props: {
   };
   return (
     <div class="combobox">
-      <label class={props.hideLabel ? "visually-hidden" : "label"} for={id}>{props.label}</label>
+      <label class="label" for={id}>{props.label}</label>
       <input
         id={id}
-        ref={input}
         class="field"
         role="combobox"
         type="text"
