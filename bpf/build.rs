@@ -7,18 +7,16 @@ use libbpf_cargo::SkeletonBuilder;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=src/bpf");
     let out = PathBuf::from(env::var("OUT_DIR")?);
-    for name in ["gannet"] {
-        SkeletonBuilder::new()
-            .source(format!("src/bpf/{name}.bpf.c"))
-            // A sample is followed by its frames in place. libbpf-cargo shows clang's warnings to nobody.
-            .clang_args([
-                "-Wall",
-                "-Wextra",
-                "-Wno-unused-parameter",
-                "-Wno-gnu-variable-sized-type-not-at-end",
-                "-Werror",
-            ])
-            .build_and_generate(out.join(format!("{name}.skel.rs")))?;
-    }
+    SkeletonBuilder::new()
+        .source("src/bpf/gannet.bpf.c")
+        // A sample is followed by its frames in place. libbpf-cargo shows clang's warnings to nobody.
+        .clang_args([
+            "-Wall",
+            "-Wextra",
+            "-Wno-unused-parameter",
+            "-Wno-gnu-variable-sized-type-not-at-end",
+            "-Werror",
+        ])
+        .build_and_generate(out.join("gannet.skel.rs"))?;
     Ok(())
 }
