@@ -5,7 +5,7 @@ use std::fs::File;
 use std::time::Duration;
 
 use gannet_unwind::build::{Options, build_file};
-use gannet_unwind::format::{Rule, cfa, loc};
+use gannet_unwind::format::{Rule, cfa, loc, row_rule};
 use gannet_unwind::limits::Limits;
 
 /// Time that this thread has run, which a busy machine does not stretch.
@@ -49,26 +49,27 @@ fn main() {
             );
         }
         all.extend(table.rules());
+        let mut uses = vec![0_u64; table.rules().len()];
         for line in &table.lines()[table.directory_lines() as usize..] {
             let mut last = None;
             for word in line.0 {
-                if last == Some(word) {
-                    continue;
+                if last.replace(word) != Some(word) {
+                    uses[usize::from(row_rule(word))] += 1;
                 }
-                last = Some(word);
-                let rule = table.rules()[usize::from(word as u16)];
-                let kind = match rule.cfa_kind {
-                    k if k >= cfa::REGISTER => format!("cfa in register {}", k - cfa::REGISTER),
-                    cfa::UNSUPPORTED => {
-                        format!("unsupported: {}", rule.unsupported_reason().map_or("?", |u| u.as_str()))
-                    }
-                    k => format!("cfa kind {k}"),
-                };
-                *kinds.entry(kind).or_default() += 1;
-                *kinds.entry(format!("fp kind {}", rule.fp_kind)).or_default() += 1;
-                if rule.ra_kind != loc::CFA {
-                    *kinds.entry(format!("ra kind {}", rule.ra_kind)).or_default() += 1;
+            }
+        }
+        for (rule, uses) in table.rules().iter().zip(uses) {
+            let kind = match rule.cfa_kind {
+                kind if kind >= cfa::REGISTER => format!("cfa in register {}", kind - cfa::REGISTER),
+                cfa::UNSUPPORTED => {
+                    format!("unsupported: {}", rule.unsupported_reason().map_or("?", |why| why.as_str()))
                 }
+                kind => format!("cfa kind {kind}"),
+            };
+            *kinds.entry(kind).or_default() += uses;
+            *kinds.entry(format!("fp kind {}", rule.fp_kind)).or_default() += uses;
+            if rule.ra_kind != loc::CFA {
+                *kinds.entry(format!("ra kind {}", rule.ra_kind)).or_default() += uses;
             }
         }
         good += 1;
