@@ -33,8 +33,8 @@ use crate::{
 
 /// How many times its compressed size a profile may have at most.
 pub(crate) const MAX_INFLATION: usize = 16;
-/// Frames of one stack: answers are trees of this depth, which are written and dropped by recursion.
-const MAX_DEPTH: usize = 2048;
+/// Frames of one stack, inlined ones included: graphs are trees of this depth, which gRPC writes by recursion.
+const MAX_DEPTH: usize = 1024;
 /// Profiles that are checked at one time: checking is all computation.
 const CHECKS_AT_ONCE: usize = 4;
 /// How long a stream may take to say hello.
@@ -67,8 +67,8 @@ struct Refusal {
 }
 
 impl Refusal {
-    fn new(code: &'static str, reason: impl ToString) -> Self {
-        Self { code, reason: reason.to_string() }
+    fn new(code: &'static str, reason: impl Into<String>) -> Self {
+        Self { code, reason: reason.into() }
     }
 }
 
@@ -118,8 +118,8 @@ impl IngestService for Ingest {
 
 type Answers = mpsc::Sender<Result<PushResponse, Status>>;
 
-fn answer(message: push_response::Message) -> Result<PushResponse, Status> {
-    Ok(PushResponse { message: Some(message) })
+fn answer(message: push_response::Message) -> PushResponse {
+    PushResponse { message: Some(message) }
 }
 
 impl Inner {
@@ -143,7 +143,7 @@ impl Inner {
         }
         tracing::debug!(node = %hello.node, version = %hello.version, "an agent pushes profiles");
         let limits = Limits { max_batch_bytes: self.max_batch_bytes, max_in_flight: MAX_IN_FLIGHT };
-        let _ = answers.send(answer(push_response::Message::Limits(limits))).await;
+        let _ = answers.send(Ok(answer(push_response::Message::Limits(limits)))).await;
 
         let in_flight = Arc::new(Semaphore::new(MAX_IN_FLIGHT as usize));
         let tasks = TaskTracker::new();
@@ -169,7 +169,7 @@ impl Inner {
             tasks.spawn(async move {
                 let message = ingest.take(batch).await;
                 // Before the place is free again, so that answers not read stop the stream.
-                let _ = answers.send(answer(message)).await;
+                let _ = answers.send(Ok(answer(message))).await;
                 drop(place);
             });
         };
@@ -237,7 +237,7 @@ impl Inner {
             return busy("the collector holds as many unwritten profiles as it may");
         };
         let (reply, outcome) = oneshot::channel();
-        let Ok(_turn) = self.checks.acquire().await else { return busy("the collector is shutting down") };
+        let Ok(turn) = self.checks.acquire().await else { return busy("the collector is shutting down") };
         let ingest = Arc::clone(self);
         let checked = tokio::task::spawn_blocking(move || {
             // What is stored already is good, however old it is by now.
@@ -257,7 +257,7 @@ impl Inner {
             Ok(Err(refusal)) => return Err(refusal),
             Err(_) => return busy("the collector is shutting down"),
         };
-        drop(_turn);
+        drop(turn);
         if self.writer.try_send(new).is_err() {
             return busy("the collector's queue of unwritten profiles is full");
         }
@@ -274,7 +274,7 @@ impl Inner {
         memory: OwnedSemaphorePermit,
         reply: oneshot::Sender<Outcome>,
     ) -> Result<NewBatch, Refusal> {
-        labels::check(&batch.labels).map_err(|e| Refusal::new("bad_labels", e))?;
+        labels::check(&batch.labels).map_err(|e| Refusal::new("bad_labels", e.to_string()))?;
         self.check_time(&batch)?;
         let pprof = std::mem::take(&mut batch.pprof);
         let types =
@@ -340,13 +340,13 @@ impl Inner {
         let max_inflated = self.max_batch_bytes as usize * MAX_INFLATION;
         let profile = pprof::decode(pprof, max_inflated).map_err(|e| {
             let code = match e {
-                pprof::PprofError::Gzip(_) => "not_gzip",
+                pprof::PprofError::Gzip(_) | pprof::PprofError::Truncated => "not_gzip",
                 pprof::PprofError::TooLarge { .. } => "too_large",
                 _ => "not_pprof",
             };
-            Refusal::new(code, e)
+            Refusal::new(code, e.to_string())
         })?;
-        let summary = pprof::check(&profile).map_err(|e| Refusal::new("not_pprof", e))?;
+        let summary = pprof::check(&profile).map_err(|e| Refusal::new("not_pprof", e.to_string()))?;
         let depth = deepest(&profile);
         if depth > MAX_DEPTH {
             let reason = format!("a stack of the profile has {depth} frames, the limit is {MAX_DEPTH}");

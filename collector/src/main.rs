@@ -59,6 +59,9 @@ struct Args {
     log_json: bool,
 }
 
+/// Address space, not memory: graphs of the deepest stacks are encoded and dropped by recursion.
+const STACK_BYTES: usize = 16 << 20;
+
 impl Args {
     fn config(self) -> Config {
         let tls = self.tls_cert.zip(self.tls_key);
@@ -87,16 +90,20 @@ fn main() -> ExitCode {
     } else {
         log.init();
     }
-    match run(args.config()) {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(STACK_BYTES).build();
+    let ended =
+        runtime.context("cannot start threads").and_then(|runtime| runtime.block_on(run(args.config())));
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
+            // Said whatever the log's filter is.
+            eprintln!("gannet-collector: {error:#}");
             ExitCode::FAILURE
         }
     }
 }
 
-#[tokio::main]
 async fn run(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;

@@ -1,6 +1,6 @@
 //! The trigger service: the rule store and the fleet as people and control services call them.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{fmt::Write as _, pin::Pin, sync::Arc, time::Duration};
 
 use gannet_proto::control::{
     DeleteTriggersRequest, DeleteTriggersResponse, GetRolloutRequest, GetTriggersRequest,
@@ -54,8 +54,12 @@ fn caller<T>(request: &Request<T>) -> String {
     match request.peer_certs().as_deref().and_then(|certs| certs.first()) {
         Some(cert) => {
             let hash = Sha256::digest(cert.as_ref());
-            let hex: String = hash.iter().take(16).map(|b| format!("{b:02x}")).collect();
-            format!("certificate sha256:{hex}")
+            let name = "certificate sha256:".to_owned();
+            hash.iter().take(16).fold(name, |mut name, byte| {
+                // Writing into a string does not fail.
+                let _ = write!(name, "{byte:02x}");
+                name
+            })
         }
         None => "anonymous".to_owned(),
     }

@@ -1,13 +1,12 @@
 //! The HTTP API's answers: what the gRPC messages say, in JSON.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use gannet_proto::{
     control::{self, node_rollout, rule_status},
     query as api,
 };
 use prost_types::{Duration, Timestamp};
-use serde::{Serialize, Serializer, ser::SerializeStruct as _};
 use serde_json::{Value, json};
 
 use crate::time;
@@ -47,62 +46,64 @@ pub(super) fn profiles(profiles: &[api::ProfileInfo], next_page_token: &str) -> 
     json!({ "profiles": profiles, "next_page_token": next_page_token })
 }
 
-/// A node of a flame graph, without what is zero or empty: most of it is.
-struct Flame<'a>(&'a api::FlameNode);
-
-impl Serialize for Flame<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let api::FlameNode { name, file, total, self_, base_total, base_self, children, kernel, inlined } =
-            self.0;
-        let mut node = serializer.serialize_struct("FlameNode", 9)?;
-        node.serialize_field("name", name)?;
-        if !file.is_empty() {
-            node.serialize_field("file", file)?;
-        }
-        for (key, value) in
-            [("total", total), ("self", self_), ("base_total", base_total), ("base_self", base_self)]
-        {
-            if *value > 0 {
-                node.serialize_field(key, value)?;
-            }
-        }
-        for (key, value) in [("kernel", kernel), ("inlined", inlined)] {
-            if *value {
-                node.serialize_field(key, value)?;
-            }
-        }
-        if !children.is_empty() {
-            node.serialize_field("children", &children.iter().map(Flame).collect::<Vec<_>>())?;
-        }
-        node.end()
+/// A flame graph. Written without recursion: a stack may be a thousand frames deep.
+pub(super) fn flamegraph(of: &api::FlameGraphResponse) -> String {
+    let api::FlameGraphResponse { unit, total, base_total, profiles, base_profiles, root, sample_type } = of;
+    let head = json!({
+        "unit": unit, "sample_type": sample_type, "total": total, "base_total": base_total, "profiles": profiles,
+        "base_profiles": base_profiles,
+    });
+    let mut out = head.to_string();
+    out.pop();
+    out.push_str(",\"root\":");
+    let mut open = Vec::new();
+    let mut next = root.as_ref();
+    if next.is_none() {
+        out.push_str("null");
     }
-}
-
-#[derive(Serialize)]
-pub(super) struct FlameGraph<'a> {
-    unit: &'a str,
-    sample_type: &'a str,
-    total: u64,
-    base_total: u64,
-    profiles: u64,
-    base_profiles: u64,
-    root: Option<Flame<'a>>,
-}
-
-impl<'a> From<&'a api::FlameGraphResponse> for FlameGraph<'a> {
-    fn from(of: &'a api::FlameGraphResponse) -> Self {
-        let api::FlameGraphResponse { unit, total, base_total, profiles, base_profiles, root, sample_type } =
-            of;
-        Self {
-            unit,
-            sample_type,
-            total: *total,
-            base_total: *base_total,
-            profiles: *profiles,
-            base_profiles: *base_profiles,
-            root: root.as_ref().map(Flame),
+    loop {
+        if let Some(node) = next {
+            begin_flame_node(node, &mut out);
+            open.push(node.children.iter());
+        }
+        let Some(children) = open.last_mut() else { break };
+        let is_first = out.ends_with('[');
+        next = children.next();
+        if next.is_none() {
+            out.push_str("]}");
+            open.pop();
+        } else if !is_first {
+            out.push(',');
         }
     }
+    out.push('}');
+    out
+}
+
+/// Everything of a node but its children, without what is zero or empty: most of it is.
+fn begin_flame_node(node: &api::FlameNode, out: &mut String) {
+    let api::FlameNode { name, file, total, self_, base_total, base_self, children: _, kernel, inlined } =
+        node;
+    out.push_str("{\"name\":");
+    out.push_str(&Value::from(name.as_str()).to_string());
+    if !file.is_empty() {
+        out.push_str(",\"file\":");
+        out.push_str(&Value::from(file.as_str()).to_string());
+    }
+    // Writing into a string does not fail.
+    for (key, value) in
+        [("total", total), ("self", self_), ("base_total", base_total), ("base_self", base_self)]
+    {
+        if *value > 0 {
+            let _ = write!(out, ",\"{key}\":{value}");
+        }
+    }
+    for (key, value) in [("kernel", kernel), ("inlined", inlined)] {
+        if *value {
+            let _ = write!(out, ",\"{key}\":true");
+        }
+    }
+    out.push_str(",\"children\":[");
 }
 
 pub(super) fn top(top: &api::TopResponse) -> Value {

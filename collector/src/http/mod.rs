@@ -18,7 +18,6 @@ use axum::{
     routing::get,
 };
 use bytes::Bytes;
-use serde::Serialize;
 use serde_json::json;
 use tonic::Code;
 
@@ -85,9 +84,8 @@ impl From<QueryError> for Failure {
             QueryError::Bad(_) => StatusCode::BAD_REQUEST,
             QueryError::NotFound(_) => StatusCode::NOT_FOUND,
             QueryError::TooMuch(_) => StatusCode::UNPROCESSABLE_ENTITY,
-            QueryError::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
             QueryError::Store(StoreError::Damaged(_)) => StatusCode::INTERNAL_SERVER_ERROR,
-            QueryError::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
+            QueryError::Busy(_) | QueryError::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
         };
         Self(status, error.to_string())
     }
@@ -177,13 +175,6 @@ impl Asked {
     }
 }
 
-fn json_bytes(value: &impl Serialize) -> Response {
-    match serde_json::to_vec(value) {
-        Ok(bytes) => ([(header::CONTENT_TYPE, "application/json")], bytes).into_response(),
-        Err(error) => Failure(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
-    }
-}
-
 fn download(name: &str, bytes: Bytes) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
@@ -231,7 +222,7 @@ async fn flamegraph(State(face): State<Face>, params: Params) -> Answer<Response
     let asked = Asked::new(params, &GRAPH, &["max_nodes"])?;
     let (of, base, max_nodes) = (asked.selection()?, asked.base()?, asked.number("max_nodes")?);
     let graph = face.query.flamegraph(&of, base.as_ref(), asked.text("type"), max_nodes).await?;
-    Ok(json_bytes(&json::FlameGraph::from(&graph)))
+    Ok(([(header::CONTENT_TYPE, "application/json")], json::flamegraph(&graph)).into_response())
 }
 
 async fn top(State(face): State<Face>, params: Params) -> Answer {

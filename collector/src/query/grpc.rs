@@ -30,9 +30,8 @@ impl From<QueryError> for Status {
             QueryError::Bad(_) => Status::invalid_argument(text),
             QueryError::NotFound(_) => Status::not_found(text),
             QueryError::TooMuch(_) => Status::resource_exhausted(text),
-            QueryError::Busy(_) => Status::unavailable(text),
             QueryError::Store(crate::store::StoreError::Damaged(_)) => Status::data_loss(text),
-            QueryError::Store(_) => Status::unavailable(text),
+            QueryError::Busy(_) | QueryError::Store(_) => Status::unavailable(text),
         }
     }
 }

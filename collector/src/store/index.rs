@@ -274,28 +274,6 @@ impl Index {
                 .collect()
         })
     }
-
-    /// Every entry of the ids table has its two rows and its series.
-    #[cfg(test)]
-    pub(crate) fn assert_consistent(&self) {
-        self.read(|txn| {
-            let (ids, times) = (txn.open_table(IDS)?, txn.open_table(TIMES)?);
-            let (profiles, series) = (txn.open_table(PROFILES)?, txn.open_table(SERIES)?);
-            let mut n = 0;
-            for found in ids.iter()? {
-                let (id, at) = found?;
-                let (s, start) = at.value();
-                assert!(profiles.get((s, start, id.value()))?.is_some());
-                assert!(times.get((start, id.value()))?.is_some());
-                assert!(series.get(s)?.is_some());
-                n += 1;
-            }
-            assert_eq!(profiles.iter()?.count(), n);
-            assert_eq!(times.iter()?.count(), n);
-            Ok(())
-        })
-        .unwrap();
-    }
 }
 
 fn entry((series, start_ms, id): (u64, u64, u128), row: &[u8]) -> Option<Entry> {

@@ -305,23 +305,20 @@ fn settle(objects: &Objects, index: &Index, metrics: &Metrics, is_new: bool) -> 
             if rows.remove(&id).is_some() {
                 continue;
             }
-            match read_entry(objects, &path, id) {
-                Some((labels, key, row)) => {
-                    let series = state.by_labels.get(&labels).copied().unwrap_or_else(|| {
-                        let id = state.next_series;
-                        state.add_series(id, labels.clone());
-                        change.add_series.push((id, labels));
-                        id
-                    });
-                    change.add.push(Entry { series, key, row });
-                    added += 1;
-                }
-                None => {
-                    damaged += 1;
-                    metrics.objects_corrupt.inc();
-                    tracing::warn!(path = %path.display(), "not a readable object: left out");
-                }
-            }
+            let Some((labels, key, row)) = read_entry(objects, &path, id) else {
+                damaged += 1;
+                metrics.objects_corrupt.inc();
+                tracing::warn!(path = %path.display(), "not a readable object: left out");
+                continue;
+            };
+            let series = state.by_labels.get(&labels).copied().unwrap_or_else(|| {
+                let id = state.next_series;
+                state.add_series(id, labels.clone());
+                change.add_series.push((id, labels));
+                id
+            });
+            change.add.push(Entry { series, key, row });
+            added += 1;
             if change.add.len() >= REPAIR_CHUNK {
                 flush(&mut change)?;
                 tracing::info!(added, "reading objects that are not in the index");

@@ -1,0 +1,109 @@
+//! A disk that is really full: a small tmpfs, which only root can mount.
+
+use std::{path::Path, process::Command};
+
+use gannet_collector::{Collector, Config};
+use gannet_proto::{ingest::push_response::Message, query::ListProfilesRequest};
+
+use crate::support::{Pusher, batch, config, get, metric, now_ms, queries};
+
+struct Tmpfs<'a>(&'a Path);
+
+impl<'a> Tmpfs<'a> {
+    fn mount(at: &'a Path, size: &str) -> Self {
+        let options = format!("size={size}");
+        let status =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &options, "gannet-test"]).arg(at).status();
+        assert!(
+            status.is_ok_and(|s| s.success()),
+            "this test mounts a small tmpfs to fill it: run it as root"
+        );
+        Self(at)
+    }
+}
+
+impl Drop for Tmpfs<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0).status();
+    }
+}
+
+/// Takes all the room but this.
+fn fill(dir: &Path, leave: u64) -> std::path::PathBuf {
+    let file = dir.join("ballast");
+    let stat = rustix::fs::statvfs(dir).unwrap();
+    let bytes = (stat.f_bavail * stat.f_frsize).saturating_sub(leave);
+    std::fs::write(&file, vec![1; bytes as usize]).unwrap();
+    file
+}
+
+/// Profiles of a size that soon fills what is left.
+fn large(i: u64) -> gannet_proto::ingest::Batch {
+    let stacks: Vec<(String, i64)> =
+        (0..400).map(|k| (format!("main;f{}", (k * 7919 + i * 104_729) % 99_991), 1)).collect();
+    let stacks: Vec<(&str, i64)> = stacks.iter().map(|(s, n)| (s.as_str(), *n)).collect();
+    batch(&format!("s{i}"), now_ms() - i, &stacks)
+}
+
+/// Pushes until something is put off; says how many were taken, and why the next was not.
+async fn until_put_off(pusher: &mut Pusher, from: u64) -> (u64, String) {
+    for i in from..from + 3000 {
+        match pusher.push(large(i)).await {
+            Message::Accepted(_) => {}
+            Message::Throttled(t) => {
+                assert!(t.retry_after.unwrap().seconds > 0);
+                return (i - from, t.reason);
+            }
+            other => panic!("a full disk must not refuse: {other:?}"),
+        }
+    }
+    panic!("the disk never filled up");
+}
+
+async fn survives(min_free_bytes: u64, leave: u64, says: &[&str]) {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Tmpfs::mount(dir.path(), "24m");
+    let data = dir.path().join("data");
+    let running = Collector::start(Config { min_free_bytes, ..config(&data) }).await.unwrap();
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    pusher.store(large(0)).await;
+    let ballast = fill(dir.path(), leave);
+    let (taken, reason) = until_put_off(&mut pusher, 1).await;
+    assert!(says.iter().any(|s| reason.contains(s)), "{reason}");
+    // Again and again, and still alive.
+    for i in 0..5 {
+        match pusher.push(large(4000 + i)).await {
+            Message::Throttled(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(get(running.http_addr, "/livez").await.status, 200);
+    assert!(metric(running.http_addr, "gannet_collector_batches_accepted_total").await as u64 == taken + 1);
+
+    std::fs::remove_file(ballast).unwrap();
+    for i in 0..20 {
+        pusher.store(large(5000 + i)).await;
+    }
+    assert_eq!(get(running.http_addr, "/readyz").await.status, 200);
+    let request = ListProfilesRequest { limit: 5000, ..ListProfilesRequest::default() };
+    let listed = queries(&running).await.list_profiles(request.clone()).await.unwrap().into_inner();
+    assert_eq!(listed.profiles.len() as u64, taken + 21, "exactly what was acknowledged");
+    drop(pusher);
+    running.shutdown().await;
+    // And so it is on the disk.
+    let running = Collector::start(Config { min_free_bytes, ..config(&data) }).await.unwrap();
+    let listed = queries(&running).await.list_profiles(request).await.unwrap().into_inner();
+    assert!(listed.profiles.len() as u64 >= taken + 21);
+    running.shutdown().await;
+    drop(disk);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_a_disk_that_fills_up_puts_batches_off_before_the_index_suffers() {
+    survives(2 << 20, 3 << 20, &["it keeps 2 MiB"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_a_disk_that_is_full_to_the_last_byte_loses_nothing_and_recovers() {
+    survives(0, 200 << 10, &["disk is full", "the index", "MiB left"]).await;
+}

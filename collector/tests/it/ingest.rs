@@ -1,0 +1,300 @@
+use std::{collections::BTreeSet, time::Duration};
+
+use gannet_collector::{Collector, Config};
+use gannet_proto::{
+    control::Ledger,
+    ingest::{Batch, push_response::Message},
+    pprof::{decode, encode},
+    query::{ListProfilesRequest, Selection},
+};
+use rstest::rstest;
+use ulid::Ulid;
+
+use crate::support::{
+    CPU, Pusher, at, batch, config, eventually, labels, metric, now_ms, profile, queries, start,
+};
+
+#[tokio::test]
+async fn an_accepted_batch_can_be_read_back_as_it_was_sent() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    assert_eq!(pusher.limits.max_batch_bytes, 4 << 20);
+    assert!(pusher.limits.max_in_flight > 0);
+    let sent = batch("shop", now_ms() - 5000, &[("main;work", 3), ("main;idle", 1)]);
+    pusher.store(sent.clone()).await;
+    let mut client = queries(&running).await;
+    let listed = client.list_profiles(ListProfilesRequest::default()).await.unwrap().into_inner();
+    assert_eq!(listed.profiles.len(), 1);
+    let info = &listed.profiles[0];
+    assert_eq!(info.id, sent.batch_id);
+    assert_eq!(info.labels, sent.labels);
+    assert_eq!(info.start, sent.start);
+    assert_eq!(info.duration, sent.duration);
+    assert_eq!(info.sample_types, ["samples/count", "cpu/nanoseconds"]);
+    assert_eq!((info.samples, info.bytes, info.revision), (4, sent.pprof.len() as u64, 7));
+    assert_eq!((info.rule_id.as_str(), info.reason.as_str()), ("r1", "always"));
+    let request = gannet_proto::query::GetProfileRequest { id: sent.batch_id };
+    let mut stream = client.get_profile(request).await.unwrap().into_inner();
+    let mut got = Vec::new();
+    while let Some(chunk) = stream.message().await.unwrap() {
+        got.extend(chunk.data);
+    }
+    assert_eq!(got, sent.pprof);
+    running.shutdown().await;
+}
+
+fn deep() -> Batch {
+    let stack = (0..3000).map(|i| format!("f{i}")).collect::<Vec<_>>().join(";");
+    batch("shop", now_ms(), &[(&stack, 1)])
+}
+
+#[rstest]
+#[case::id(|b: &mut Batch| b.batch_id = "x".into(), "bad_id", "ULID")]
+#[case::id_in_lower_case(|b: &mut Batch| b.batch_id = b.batch_id.to_lowercase(), "bad_id", "ULID")]
+#[case::large(|b: &mut Batch| b.pprof = vec![0; 2 << 20], "too_large", "1048576")]
+#[case::bomb(|b: &mut Batch| b.pprof = bomb(), "too_large", "16777216")]
+#[case::deep(|b: &mut Batch| *b = deep(), "too_large", "3000 frames")]
+#[case::raw(|b: &mut Batch| b.pprof = decode_raw(&b.pprof), "not_gzip", "gzip")]
+#[case::truncated(|b: &mut Batch| b.pprof.truncate(b.pprof.len() / 2), "not_gzip", "cut short")]
+#[case::text(|b: &mut Batch| b.pprof = gzip(b"\xff\xff\xff not a profile"), "not_pprof", "not a pprof")]
+#[case::dangling(|b: &mut Batch| b.pprof = dangling(), "not_pprof", "location")]
+#[case::empty(|b: &mut Batch| { b.pprof.clear(); b.samples = 0 }, "not_pprof", "neither")]
+#[case::label(|b: &mut Batch| { b.labels.insert("bad-name".into(), "x".into()); }, "bad_labels", "bad-name")]
+#[case::many_labels(|b: &mut Batch| b.labels = (0..31).map(|i| (format!("l{i}"), "x".into())).collect(), "bad_labels", "30")]
+#[case::reason(|b: &mut Batch| b.reason = "x".repeat(70_000), "bad_labels", "64 KiB")]
+#[case::no_time(|b: &mut Batch| b.start = None, "bad_time", "start")]
+#[case::time(|b: &mut Batch| b.duration = Some(prost_types::Duration { seconds: -1, nanos: 0 }), "bad_time", "duration")]
+#[case::future(|b: &mut Batch| b.start = Some(at(now_ms() + 700_000)), "in_the_future", "clock")]
+#[case::old(|b: &mut Batch| b.start = Some(at(now_ms() - 8 * 24 * 3_600_000)), "too_old", "kept for 7days")]
+#[case::count(|b: &mut Batch| b.samples += 1, "count_mismatch", "add up to 1")]
+#[case::count_without_profile(|b: &mut Batch| b.pprof.clear(), "count_mismatch", "no profile")]
+#[tokio::test]
+async fn a_bad_batch_is_refused_by_name_and_the_stream_goes_on(
+    #[case] spoil: fn(&mut Batch),
+    #[case] code: &str,
+    #[case] says: &str,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config { max_batch_bytes: 1 << 20, ..config(dir.path()) };
+    let running = Collector::start(config).await.unwrap();
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    let mut bad = batch("shop", now_ms(), &[("main", 1)]);
+    spoil(&mut bad);
+    let id = bad.batch_id.clone();
+    match pusher.push(bad).await {
+        Message::Refused(refused) => {
+            assert_eq!(
+                (refused.batch_id.as_str(), refused.code.as_str()),
+                (id.as_str(), code),
+                "{}",
+                refused.reason
+            );
+            assert!(refused.reason.contains(says), "{}", refused.reason);
+        }
+        other => panic!("not refused: {other:?}"),
+    }
+    pusher.store(batch("shop", now_ms(), &[("main", 1)])).await;
+    let name = format!("gannet_collector_batches_refused_total{{reason=\"{code}\"}}");
+    assert!(metric(running.http_addr, &name).await >= 1.0);
+    running.shutdown().await;
+}
+
+fn gzip(data: &[u8]) -> Vec<u8> {
+    use std::io::Write as _;
+    let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    out.write_all(data).unwrap();
+    out.finish().unwrap()
+}
+
+fn bomb() -> Vec<u8> {
+    gzip(&vec![0; 32 << 20])
+}
+
+fn decode_raw(pprof: &[u8]) -> Vec<u8> {
+    use prost::Message as _;
+    decode(pprof, 1 << 20).unwrap().encode_to_vec()
+}
+
+fn dangling() -> Vec<u8> {
+    let mut profile = profile(CPU, &[("main", 1)]);
+    profile.sample[0].location_id[0] = 99;
+    encode(&profile)
+}
+
+#[tokio::test]
+async fn what_is_no_hello_ends_the_stream_with_words() {
+    use gannet_proto::ingest::{PushRequest, ingest_service_client::IngestServiceClient, push_request};
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let channel = crate::support::channel(running.grpc_addr).await;
+    let first = batch("shop", now_ms(), &[("main", 1)]);
+    let requests = [PushRequest { message: Some(push_request::Message::Batch(first)) }];
+    let mut stream =
+        IngestServiceClient::new(channel).push(tokio_stream::iter(requests)).await.unwrap().into_inner();
+    let status = stream.message().await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::InvalidArgument);
+    assert!(status.message().contains("hello"), "{status}");
+    running.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_batch_pushed_by_many_at_once_is_stored_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let addr = running.grpc_addr;
+    let batches: Vec<Batch> = (0..20).map(|i| batch("shop", now_ms() - i, &[("main", 1)])).collect();
+    let mut tasks = Vec::new();
+    for _ in 0..8 {
+        let batches = batches.clone();
+        tasks.push(tokio::spawn(async move {
+            let mut pusher = Pusher::open(addr).await;
+            for batch in batches {
+                assert!(pusher.send(batch).await);
+            }
+            let mut fresh = 0;
+            for _ in 0..20 {
+                match pusher.answer().await.unwrap() {
+                    Message::Accepted(a) => fresh += u32::from(!a.duplicate),
+                    other => panic!("{other:?}"),
+                }
+            }
+            fresh
+        }));
+    }
+    let mut fresh = 0;
+    for task in tasks {
+        fresh += task.await.unwrap();
+    }
+    assert_eq!(fresh, 20, "each batch is new to exactly one of its pushers");
+    let listed = queries(&running).await.list_profiles(ListProfilesRequest::default()).await.unwrap();
+    let ids: Vec<String> = listed.into_inner().profiles.into_iter().map(|p| p.id).collect();
+    assert_eq!(ids.len(), 20);
+    assert_eq!(ids.iter().collect::<BTreeSet<_>>().len(), 20);
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_windows_ledger_is_counted_once_though_each_of_its_batches_carries_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    let ledger = Ledger {
+        ticks: 100,
+        taken: 10,
+        delivered: 7,
+        lost: [("ring_full".to_owned(), 3)].into(),
+        pending: 0,
+    };
+    let window_id = Ulid::new().to_string();
+    for service in ["a", "b", "c"] {
+        let mut batch = batch(service, now_ms(), &[("main", 1)]);
+        batch.window_id.clone_from(&window_id);
+        batch.ledger = Some(ledger.clone());
+        pusher.store(batch).await;
+    }
+    let alone = Batch {
+        batch_id: Ulid::new().to_string(),
+        labels: labels(&[("service_name", "none")]),
+        start: Some(at(now_ms())),
+        window_id: Ulid::new().to_string(),
+        ledger: Some(Ledger {
+            taken: 5,
+            delivered: 0,
+            lost: [("queue_full".to_owned(), 5)].into(),
+            ..Ledger::default()
+        }),
+        ..Batch::default()
+    };
+    pusher.store(alone.clone()).await;
+    match pusher.push(alone).await {
+        Message::Accepted(a) => assert!(a.duplicate, "a ledger alone is stored exactly once, too"),
+        other => panic!("{other:?}"),
+    }
+    let http = running.http_addr;
+    assert_eq!(metric(http, "gannet_collector_samples_taken_total").await as u64, 15);
+    assert_eq!(metric(http, "gannet_collector_samples_delivered_total").await as u64, 7);
+    assert_eq!(metric(http, "gannet_collector_samples_lost_total{reason=\"ring_full\"}").await as u64, 3);
+    assert_eq!(metric(http, "gannet_collector_samples_lost_total{reason=\"queue_full\"}").await as u64, 5);
+    let listed = queries(&running).await.list_profiles(ListProfilesRequest::default()).await.unwrap();
+    assert_eq!(listed.into_inner().profiles.len(), 3, "a ledger alone is no profile");
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn more_than_the_queue_holds_is_put_off_and_taken_later() {
+    let dir = tempfile::tempdir().unwrap();
+    // Room for one batch at a time.
+    let config = Config { max_batch_bytes: 4096, ingest_queue_bytes: 4096, ..config(dir.path()) };
+    let running = Collector::start(config).await.unwrap();
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    let stacks: Vec<(String, i64)> = (0..120).map(|i| (format!("main;f{i}"), 1)).collect();
+    let stacks: Vec<(&str, i64)> = stacks.iter().map(|(s, n)| (s.as_str(), *n)).collect();
+    let mut waiting: Vec<Batch> = (0..30).map(|i| batch("shop", now_ms() - i, &stacks)).collect();
+    assert!(waiting[0].pprof.len() > 1024, "{} bytes do not fill the queue", waiting[0].pprof.len());
+    let mut put_off = 0;
+    while !waiting.is_empty() {
+        for batch in &waiting {
+            assert!(pusher.send(batch.clone()).await);
+        }
+        for _ in 0..waiting.len() {
+            match pusher.answer().await.unwrap() {
+                Message::Accepted(a) => waiting.retain(|b| b.batch_id != a.batch_id),
+                Message::Throttled(t) => {
+                    put_off += 1;
+                    assert!(t.retry_after.unwrap().seconds > 0);
+                    assert!(t.reason.contains("unwritten"), "{}", t.reason);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert!(put_off > 0, "thirty batches went through a queue of one without waiting");
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_series_too_many_is_put_off_and_others_are_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = Collector::start(Config { max_series: 2, ..config(dir.path()) }).await.unwrap();
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    pusher.store(batch("a", now_ms(), &[("main", 1)])).await;
+    pusher.store(batch("b", now_ms(), &[("main", 1)])).await;
+    match pusher.push(batch("c", now_ms(), &[("main", 1)])).await {
+        Message::Throttled(t) => assert!(t.reason.contains("--max-series"), "{}", t.reason),
+        other => panic!("{other:?}"),
+    }
+    pusher.store(batch("a", now_ms(), &[("main", 1)])).await;
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_graceful_end_answers_what_it_took() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    let batches: Vec<Batch> = (0..30).map(|i| batch("shop", now_ms() - i, &[("main", 1)])).collect();
+    for batch in &batches {
+        assert!(pusher.send(batch.clone()).await);
+    }
+    let first = pusher.answer().await.unwrap();
+    let end = tokio::spawn(running.shutdown());
+    let mut accepted = BTreeSet::new();
+    let mut next = Some(first);
+    while let Some(Message::Accepted(a)) = next {
+        accepted.insert(a.batch_id);
+        next = pusher.answer().await;
+    }
+    tokio::time::timeout(Duration::from_secs(9), end).await.expect("a graceful end is prompt").unwrap();
+    let again = start(dir.path()).await;
+    let mut client = queries(&again).await;
+    let request =
+        ListProfilesRequest { limit: 100, selection: Some(Selection::default()), page_token: String::new() };
+    let listed = client.list_profiles(request).await.unwrap().into_inner();
+    let stored: BTreeSet<String> = listed.profiles.into_iter().map(|p| p.id).collect();
+    assert!(!accepted.is_empty());
+    assert!(accepted.is_subset(&stored));
+    drop(client);
+    eventually("agents may come again", || async { again.grpc_addr.port() > 0 }).await;
+    again.shutdown().await;
+}

@@ -1,0 +1,160 @@
+//! The real binary, killed without warning under load.
+
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use gannet_proto::{ingest::push_response::Message, query::ListProfilesRequest};
+use tonic::transport::Channel;
+
+use crate::support::{Pusher, batch, now_ms, queries, start};
+
+const KILLS: u64 = 8;
+const PUSHERS: usize = 3;
+
+/// A port that is free now.
+pub fn free_port() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+pub fn spawn(data: &Path, grpc: SocketAddr, http: SocketAddr) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_gannet-collector"))
+        .args(["--data", data.to_str().unwrap(), "--min-free-bytes", "0"])
+        .args(["--listen", &grpc.to_string(), "--http", &http.to_string()])
+        .env("GANNET_LOG", "warn")
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+async fn dial(grpc: SocketAddr) -> Option<Channel> {
+    Channel::from_shared(format!("http://{grpc}")).ok()?.connect().await.ok()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_acknowledged_batch_is_there_once_however_often_the_collector_is_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (grpc, http) = (free_port(), free_port());
+    let acknowledged = Arc::new(Mutex::new(BTreeSet::new()));
+    let done = Arc::new(AtomicBool::new(false));
+    let mut pushers = Vec::new();
+    for n in 0..PUSHERS {
+        let (acknowledged, done) = (Arc::clone(&acknowledged), Arc::clone(&done));
+        pushers.push(tokio::spawn(async move {
+            // As an agent does: what is not acknowledged is sent again, by the same id, and only that.
+            let mut unacknowledged = Vec::new();
+            let (mut made, mut resent) = (0_u64, 0_u64);
+            while !done.load(Ordering::Relaxed) {
+                let Some(channel) = dial(grpc).await else {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    continue;
+                };
+                let Ok(mut pusher) = Pusher::over(channel).await else { continue };
+                resent += unacknowledged.len() as u64;
+                let mut unsent = unacknowledged.clone();
+                'stream: loop {
+                    while unacknowledged.len() < 16 && !done.load(Ordering::Relaxed) {
+                        made += 1;
+                        let batch = batch(&format!("s{n}"), now_ms() - made % 7_200_000, &[("main;work", 2)]);
+                        unacknowledged.push(batch.clone());
+                        unsent.push(batch);
+                    }
+                    for batch in unsent.drain(..) {
+                        if !pusher.send(batch).await {
+                            break 'stream;
+                        }
+                    }
+                    match pusher.answer().await {
+                        Some(Message::Accepted(a)) => {
+                            unacknowledged.retain(|b| b.batch_id != a.batch_id);
+                            acknowledged.lock().unwrap().insert(a.batch_id);
+                        }
+                        Some(Message::Throttled(t)) => {
+                            unsent.extend(unacknowledged.iter().find(|b| b.batch_id == t.batch_id).cloned());
+                        }
+                        Some(other) => panic!("{other:?}"),
+                        None => break,
+                    }
+                    if done.load(Ordering::Relaxed) && unacknowledged.is_empty() {
+                        break;
+                    }
+                }
+            }
+            (unacknowledged, resent)
+        }));
+    }
+    for round in 0..KILLS {
+        let before = acknowledged.lock().unwrap().len();
+        let mut child = spawn(dir.path(), grpc, http);
+        // Killed at another point of its work each time, once it has done some.
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while acknowledged.lock().unwrap().len() < before + 10 + round as usize * 7 {
+            assert!(child.try_wait().unwrap().is_none(), "the collector ended by itself");
+            assert!(std::time::Instant::now() < deadline, "round {round}: nothing is acknowledged");
+            tokio::time::sleep(Duration::from_millis(1 + round)).await;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    done.store(true, Ordering::Relaxed);
+    let (mut unacknowledged, mut resent) = (Vec::new(), 0);
+    for pusher in pushers {
+        let (left, again) = pusher.await.unwrap();
+        unacknowledged.extend(left);
+        resent += again;
+    }
+    assert!(resent > 0, "no kill hit a batch on its way: the test has tested nothing");
+
+    // What was in flight at the last kill arrives now.
+    let running = start(dir.path()).await;
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    for batch in unacknowledged {
+        match pusher.push(batch).await {
+            Message::Accepted(a) => acknowledged.lock().unwrap().insert(a.batch_id),
+            other => panic!("{other:?}"),
+        };
+    }
+    let mut client = queries(&running).await;
+    let (mut stored, mut token) = (Vec::new(), String::new());
+    loop {
+        let selection = gannet_proto::query::Selection {
+            from: Some(crate::support::at(now_ms() - 4 * 3_600_000)),
+            until: Some(crate::support::at(now_ms() + 1000)),
+            ..Default::default()
+        };
+        let request = ListProfilesRequest { selection: Some(selection), limit: 500, page_token: token };
+        let page = client.list_profiles(request).await.unwrap().into_inner();
+        stored.extend(page.profiles.into_iter().map(|p| p.id));
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        token = page.next_page_token;
+    }
+    let unique: BTreeSet<String> = stored.iter().cloned().collect();
+    assert_eq!(stored.len(), unique.len(), "a batch is stored twice");
+    assert_eq!(unique, *acknowledged.lock().unwrap(), "what is stored is what was acknowledged");
+    let objects = walk(dir.path());
+    assert_eq!(objects, unique.len(), "objects and index agree, and no leftover remains");
+    running.shutdown().await;
+}
+
+/// Files below the objects.
+pub fn walk(data: &Path) -> usize {
+    let mut dirs = vec![data.join("objects")];
+    let mut files = 0;
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { dirs.push(path) } else { files += 1 }
+        }
+    }
+    files
+}

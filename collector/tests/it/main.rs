@@ -1,0 +1,16 @@
+//! The collector as its users meet it: the real servers on real sockets and a real disk.
+
+// `pub` here is for the modules beside it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
+
+mod disk;
+mod fleet;
+mod http;
+mod ingest;
+mod kill;
+mod process;
+mod query;
+mod store;
+mod support;
+mod tls;
+mod triggers;

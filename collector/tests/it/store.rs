@@ -1,0 +1,204 @@
+use std::{fs, time::Duration};
+
+use gannet_collector::{Collector, Config, StartError, StoreError};
+use gannet_proto::query::{LabelNamesRequest, ListProfilesRequest, MergeRequest, Selection};
+
+use crate::{
+    kill::walk,
+    support::{Pusher, at, batch, config, eventually, metric, now_ms, queries, start},
+};
+
+async fn list(running: &gannet_collector::Running) -> Vec<gannet_proto::query::ProfileInfo> {
+    let request = ListProfilesRequest {
+        selection: Some(Selection {
+            from: Some(at(0)),
+            until: Some(at(now_ms() + 3_600_000)),
+            ..Selection::default()
+        }),
+        limit: 10_000,
+        page_token: String::new(),
+    };
+    queries(running).await.list_profiles(request).await.unwrap().into_inner().profiles
+}
+
+async fn filled(data: &std::path::Path) -> Vec<gannet_proto::query::ProfileInfo> {
+    let running = start(data).await;
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    for i in 0..40 {
+        pusher
+            .store(batch(&format!("s{}", i % 3), now_ms() - i * 600_000, &[("main;work", 1 + i as i64)]))
+            .await;
+    }
+    let before = list(&running).await;
+    assert_eq!(before.len(), 40);
+    drop(pusher);
+    running.shutdown().await;
+    before
+}
+
+#[tokio::test]
+async fn a_missing_index_is_rebuilt_from_the_objects_to_the_last_field() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = filled(dir.path()).await;
+    fs::remove_file(dir.path().join("index.redb")).unwrap();
+    let running = start(dir.path()).await;
+    assert_eq!(list(&running).await, before);
+    assert_eq!(metric(running.http_addr, "gannet_collector_index_rebuilds_total").await as u64, 1);
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_corrupt_index_is_moved_aside_and_rebuilt() {
+    let garbage = |len: usize| (0..len).map(|i| (i * 31 % 251) as u8).collect::<Vec<u8>>();
+    for damage in ["garbage", "cut", "empty header"] {
+        let dir = tempfile::tempdir().unwrap();
+        let before = filled(dir.path()).await;
+        let index = dir.path().join("index.redb");
+        let mut content = fs::read(&index).unwrap();
+        match damage {
+            "garbage" => content = garbage(content.len()),
+            "cut" => content.truncate(5000),
+            _ => content[..512].fill(0),
+        }
+        fs::write(&index, content).unwrap();
+        let running = start(dir.path()).await;
+        assert_eq!(list(&running).await, before, "{damage}");
+        assert!(dir.path().join("index.redb.corrupt").exists(), "{damage}");
+        running.shutdown().await;
+    }
+}
+
+#[tokio::test]
+async fn objects_and_index_that_differ_are_settled_at_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = filled(dir.path()).await;
+    let objects: Vec<_> = objects(dir.path());
+    // A row without an object, a leftover of a write, a file that is no object.
+    let gone = objects.iter().find(|p| p.to_string_lossy().contains(&before[3].id)).unwrap();
+    fs::remove_file(gone).unwrap();
+    fs::write(objects[0].with_file_name("01ARZ3NDEKTSV4RRFFQ69G5FAV.pb.gz#1"), b"half").unwrap();
+    fs::write(objects[0].with_file_name("01ARZ3NDEKTSV4RRFFQ69G5FAV.pb.gz"), b"no object").unwrap();
+    let running = start(dir.path()).await;
+    let after = list(&running).await;
+    assert_eq!(after.len(), 39);
+    assert!(!after.iter().any(|p| p.id == before[3].id));
+    assert_eq!(metric(running.http_addr, "gannet_collector_objects_corrupt_total").await as u64, 1);
+    assert_eq!(walk(dir.path()), 40, "39 objects and the stray one");
+    running.shutdown().await;
+}
+
+fn objects(data: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let (mut dirs, mut files) = (vec![data.join("objects")], Vec::new());
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { dirs.push(path) } else { files.push(path) }
+        }
+    }
+    files
+}
+
+#[tokio::test]
+async fn a_query_passes_over_an_object_that_is_gone_or_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    for i in 0..4 {
+        pusher.store(batch("shop", now_ms() - i, &[("main;work", 10)])).await;
+    }
+    let objects = objects(dir.path());
+    fs::remove_file(&objects[0]).unwrap();
+    fs::write(&objects[1], b"damaged").unwrap();
+    let mut stream = queries(&running).await.merge(MergeRequest::default()).await.unwrap().into_inner();
+    let mut bytes = Vec::new();
+    while let Some(step) = stream.message().await.unwrap() {
+        if let Some(gannet_proto::query::merge_progress::Message::Chunk(chunk)) = step.message {
+            bytes.extend(chunk.data);
+        }
+    }
+    let merged = gannet_proto::pprof::decode(&bytes, 1 << 20).unwrap();
+    assert_eq!(merged.sample.iter().map(|s| s.value[0]).sum::<i64>(), 20);
+    assert_eq!(metric(running.http_addr, "gannet_collector_objects_gone_total").await as u64, 1);
+    assert_eq!(metric(running.http_addr, "gannet_collector_objects_corrupt_total").await as u64, 1);
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn go_tool_pprof_opens_an_object_as_it_lies_on_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    filled(dir.path()).await;
+    let object = objects(dir.path()).pop().unwrap();
+    let out = std::process::Command::new("go")
+        .args(["tool", "pprof", "-top", "-symbolize=none"])
+        .arg(&object)
+        .env("HOME", dir.path())
+        .output()
+        .expect("this test needs go, for its pprof");
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success() && text.contains("work"), "{text}{}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[tokio::test]
+async fn profiles_beyond_the_age_are_removed_with_their_objects_and_series() {
+    let dir = tempfile::tempdir().unwrap();
+    let age = Duration::from_secs(3600);
+    let config =
+        Config { retention_age: age, retention_interval: Duration::from_millis(50), ..config(dir.path()) };
+    let running = Collector::start(config).await.unwrap();
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    let soon_old = now_ms() - age.as_millis() as u64 + 1500;
+    for i in 0..30 {
+        pusher.store(batch("old", soon_old + i, &[("main", 1)])).await;
+    }
+    pusher.store(batch("young", now_ms(), &[("main", 1)])).await;
+    eventually("old profiles are removed", || async { list(&running).await.len() == 1 }).await;
+    assert_eq!(walk(dir.path()), 1, "their objects are gone, too");
+    let selection = Some(Selection { from: Some(at(0)), ..Selection::default() });
+    let mut client = queries(&running).await;
+    let request =
+        gannet_proto::query::LabelValuesRequest { selection: selection.clone(), name: "service_name".into() };
+    assert_eq!(client.label_values(request).await.unwrap().into_inner().values, ["young"]);
+    assert!(
+        !client.label_names(LabelNamesRequest { selection }).await.unwrap().into_inner().names.is_empty()
+    );
+    assert_eq!(metric(running.http_addr, "gannet_collector_retention_removed_total").await as u64, 30);
+    assert_eq!(metric(running.http_addr, "gannet_collector_store_profiles").await as u64, 1);
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_oldest_go_while_all_together_are_too_large() {
+    let dir = tempfile::tempdir().unwrap();
+    let limit = 20_000;
+    let config = Config { retention_bytes: limit, max_batch_bytes: 10_000, ..config(dir.path()) };
+    let running = Collector::start(config).await.unwrap();
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    for i in 0..200_u64 {
+        pusher.store(batch("shop", now_ms() - 200_000 + i * 1000, &[("main;work", 1)])).await;
+    }
+    eventually("the store is below its limit", || async {
+        metric(running.http_addr, "gannet_collector_store_bytes").await <= limit as f64
+    })
+    .await;
+    let left = list(&running).await;
+    assert!(left.len() > 10 && left.len() < 190, "{}", left.len());
+    let on_disk: u64 = objects(dir.path()).iter().map(|p| p.metadata().unwrap().len()).sum();
+    assert_eq!(on_disk, metric(running.http_addr, "gannet_collector_store_bytes").await as u64);
+    // Newest first, and the newest were kept: they are the last ones pushed, without a gap.
+    let starts: Vec<u64> = left.iter().map(|p| p.start.as_ref().map(|t| t.seconds as u64).unwrap()).collect();
+    assert!(starts[0] - starts[starts.len() - 1] <= left.len() as u64, "{starts:?}");
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn only_one_collector_uses_a_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    match Collector::start(config(dir.path())).await {
+        Err(e @ StartError::Store(StoreError::Locked(_))) => assert!(e.to_string().contains("--data"), "{e}"),
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("two collectors share a directory"),
+    }
+    running.shutdown().await;
+    start(dir.path()).await.shutdown().await;
+}

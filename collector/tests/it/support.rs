@@ -1,0 +1,247 @@
+//! What the tests have in common.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, time::Duration};
+
+use gannet_collector::{Collector, Config, Running};
+use gannet_proto::{
+    ingest::{
+        Batch, PushRequest, PushResponse, ingest_service_client::IngestServiceClient, push_request,
+        push_response,
+    },
+    pprof::{Builder, Header, Line, Mapping, Profile, encode},
+    query::query_service_client::QueryServiceClient,
+};
+use prost_types::Timestamp;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    net::TcpStream,
+    sync::mpsc,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Streaming, transport::Channel};
+use ulid::Ulid;
+
+/// Long enough for a busy machine, short enough to notice a hang.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+pub fn config(data: &Path) -> Config {
+    Config { min_free_bytes: 0, ..Config::new(data) }
+}
+
+pub async fn start(data: &Path) -> Running {
+    Collector::start(config(data)).await.unwrap()
+}
+
+pub async fn channel(addr: SocketAddr) -> Channel {
+    Channel::from_shared(format!("http://{addr}")).unwrap().connect().await.unwrap()
+}
+
+pub async fn queries(running: &Running) -> QueryServiceClient<Channel> {
+    QueryServiceClient::new(channel(running.grpc_addr).await).max_decoding_message_size(64 << 20)
+}
+
+pub fn now_ms() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+pub fn at(ms: u64) -> Timestamp {
+    Timestamp { seconds: (ms / 1000) as i64, nanos: (ms % 1000 * 1_000_000) as i32 }
+}
+
+/// `("main;work;sum", 3)`: three samples, root first.
+pub type Stacks<'a> = &'a [(&'a str, i64)];
+
+pub fn profile(types: [(&str, &str); 2], stacks: Stacks<'_>) -> Profile {
+    let period = 10_000_000;
+    let mut builder = Builder::new(Header {
+        sample_types: &types,
+        period_type: types[1],
+        period,
+        time_nanos: 1_700_000_000_000_000_000,
+        duration_nanos: 10_000_000_000,
+    });
+    let mapping = builder.mapping(Mapping {
+        start: 0x1000,
+        limit: 0x9000,
+        offset: 0,
+        file: "/usr/bin/shop",
+        build_id: "ab",
+    });
+    for (stack, n) in stacks {
+        let stack: Vec<_> = stack
+            .rsplit(';')
+            .map(|name| {
+                let address = 0x1000 + name.bytes().map(u64::from).sum::<u64>();
+                let line =
+                    Line { name, system_name: name, file: "shop.c", line: 1, column: 0, start_line: 1 };
+                builder.location(Some(mapping), address, &[line])
+            })
+            .collect();
+        builder.sample(&stack, &[*n, n * period], &[]);
+    }
+    builder.finish()
+}
+
+pub const CPU: [(&str, &str); 2] = [("samples", "count"), ("cpu", "nanoseconds")];
+pub const OFF_CPU: [(&str, &str); 2] = [("events", "count"), ("offcpu", "nanoseconds")];
+
+pub fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+}
+
+/// A batch as an agent makes it: ten seconds of `service`, begun at that time.
+pub fn batch(service: &str, start_ms: u64, stacks: Stacks<'_>) -> Batch {
+    typed_batch(CPU, service, start_ms, stacks)
+}
+
+pub fn typed_batch(types: [(&str, &str); 2], service: &str, start_ms: u64, stacks: Stacks<'_>) -> Batch {
+    Batch {
+        batch_id: Ulid::new().to_string(),
+        sequence: 1,
+        labels: labels(&[("service_name", service), ("node", "n1")]),
+        pprof: encode(&profile(types, stacks)),
+        samples: stacks.iter().map(|(_, n)| *n as u64).sum(),
+        start: Some(at(start_ms)),
+        duration: Some(prost_types::Duration { seconds: 10, nanos: 0 }),
+        rule_id: "r1".into(),
+        revision: 7,
+        reason: "always".into(),
+        ..Batch::default()
+    }
+}
+
+/// One push stream.
+pub struct Pusher {
+    requests: mpsc::Sender<PushRequest>,
+    answers: Streaming<PushResponse>,
+    pub limits: push_response::Limits,
+}
+
+impl Pusher {
+    pub async fn open(addr: SocketAddr) -> Self {
+        Self::over(channel(addr).await).await.unwrap()
+    }
+
+    pub async fn over(channel: Channel) -> Result<Self, tonic::Status> {
+        let (requests, receiver) = mpsc::channel(256);
+        let hello = push_request::Hello { node: "n1".into(), version: "test".into() };
+        requests.send(PushRequest { message: Some(push_request::Message::Hello(hello)) }).await.unwrap();
+        let mut client = IngestServiceClient::new(channel).max_encoding_message_size(64 << 20);
+        let mut answers = client.push(ReceiverStream::new(receiver)).await?.into_inner();
+        match answers.message().await?.and_then(|a| a.message) {
+            Some(push_response::Message::Limits(limits)) => Ok(Self { requests, answers, limits }),
+            None => Err(tonic::Status::unavailable("the stream ended before the limits")),
+            other => panic!("the first answer is not limits: {other:?}"),
+        }
+    }
+
+    pub async fn send(&mut self, batch: Batch) -> bool {
+        self.requests.send(PushRequest { message: Some(push_request::Message::Batch(batch)) }).await.is_ok()
+    }
+
+    pub async fn answer(&mut self) -> Option<push_response::Message> {
+        let answer = tokio::time::timeout(PATIENCE, self.answers.message()).await.expect("no answer in time");
+        answer.ok()??.message
+    }
+
+    pub async fn push(&mut self, batch: Batch) -> push_response::Message {
+        assert!(self.send(batch).await);
+        self.answer().await.expect("the stream ended without an answer")
+    }
+
+    /// Pushes what must be taken.
+    #[track_caller]
+    pub fn store(&mut self, batch: Batch) -> impl Future<Output = ()> {
+        let caller = std::panic::Location::caller();
+        async move {
+            match self.push(batch).await {
+                push_response::Message::Accepted(a) => assert!(!a.duplicate, "{caller}: a duplicate"),
+                other => panic!("{caller}: not taken: {other:?}"),
+            }
+        }
+    }
+}
+
+/// An HTTP answer.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: BTreeMap<String, String>,
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e} in: {}", self.text()))
+    }
+}
+
+pub async fn get(addr: SocketAddr, path: &str) -> Answer {
+    get_over(TcpStream::connect(addr).await.unwrap(), path).await.unwrap()
+}
+
+/// A GET as plain as it can be; the server closes when it is done.
+pub async fn get_over(mut io: impl AsyncRead + AsyncWrite + Unpin, path: &str) -> std::io::Result<Answer> {
+    let path: String = path
+        .chars()
+        .map(|c| match c {
+            ' ' | '"' | '{' | '}' | '+' => format!("%{:02X}", c as u32),
+            c => c.to_string(),
+        })
+        .collect();
+    io.write_all(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").as_bytes())
+        .await?;
+    let mut raw = Vec::new();
+    if let Err(e) = io.read_to_end(&mut raw).await
+        && raw.is_empty()
+    {
+        return Err(e);
+    }
+    let end = raw.windows(4).position(|w| w == b"\r\n\r\n").expect("no end of headers");
+    let head = String::from_utf8(raw[..end].to_vec()).unwrap();
+    let mut lines = head.lines();
+    let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+    let headers: BTreeMap<String, String> = lines
+        .filter_map(|l| l.split_once(": "))
+        .map(|(k, v)| (k.to_ascii_lowercase(), v.to_owned()))
+        .collect();
+    let mut body = raw[end + 4..].to_vec();
+    if headers.get("transfer-encoding").is_some_and(|e| e == "chunked") {
+        body = unchunk(&body);
+    }
+    Ok(Answer { status, headers, body })
+}
+
+fn unchunk(mut rest: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    loop {
+        let end = rest.windows(2).position(|w| w == b"\r\n").unwrap();
+        let size = usize::from_str_radix(std::str::from_utf8(&rest[..end]).unwrap(), 16).unwrap();
+        if size == 0 {
+            return out;
+        }
+        out.extend_from_slice(&rest[end + 2..end + 2 + size]);
+        rest = &rest[end + 4 + size..];
+    }
+}
+
+/// The value of a metric, 0 if it is not there yet.
+pub async fn metric(addr: SocketAddr, name: &str) -> f64 {
+    let text = get(addr, "/metrics").await.text();
+    let line = text.lines().find(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(' ')));
+    line.and_then(|l| l.rsplit(' ').next()).map_or(0.0, |v| v.parse().unwrap())
+}
+
+/// Waits until it is so.
+pub async fn eventually<F: Future<Output = bool>>(what: &str, mut check: impl FnMut() -> F) {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while !check().await {
+        assert!(tokio::time::Instant::now() < deadline, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
