@@ -245,6 +245,7 @@ pub(crate) struct Select {
 }
 
 /// What to compare with.
+#[expect(clippy::struct_field_names, reason = "the names of the flags, beside those of `Select`")]
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Comparison")]
 pub(crate) struct Base {

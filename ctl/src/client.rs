@@ -96,5 +96,5 @@ fn style() -> ProgressStyle {
 
 /// One line for each field.
 pub(crate) fn lines(violations: &[(String, String)]) -> String {
-    violations.iter().map(|(field, reason)| format!("\n  {field}: {reason}")).collect()
+    violations.iter().fold(String::new(), |text, (field, reason)| text + "\n  " + field + ": " + reason)
 }

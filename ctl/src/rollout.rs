@@ -95,7 +95,7 @@ async fn follow_rollout(
             // A stream of objects, one for each change.
             Format::Json => writeln!(console.out, "{}", rollout_json(&rollout))?,
             Format::Yaml => {
-                write!(console.out, "---\n")?;
+                writeln!(console.out, "---")?;
                 console.show(Format::Yaml, || rollout_json(&rollout), String::new)?;
             }
         }
@@ -157,7 +157,7 @@ fn tell(
         if seen.insert(node.node.clone(), now) == Some(now) {
             continue;
         }
-        let errors: String = node.errors.iter().map(|error| format!("; {}", sentence(error))).collect();
+        let errors = node.errors.iter().fold(String::new(), |text, error| text + "; " + &sentence(error));
         let took = node.took.map_or_else(String::new, |took| format!(" after {}", show_span(Some(took))));
         writeln!(
             console.out,

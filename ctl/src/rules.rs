@@ -1,6 +1,6 @@
 //! Rules: set, read, explain.
 
-use std::{fs, io::Read as _, path::PathBuf};
+use std::{fs, io::Read as _, path::Path};
 
 use gannet_proto::{
     control::{
@@ -88,8 +88,8 @@ fn read(RuleFiles { files }: &RuleFiles) -> Result<Vec<Rule>, Error> {
     if wrong.is_empty() { Ok(all) } else { Err(Error::Rules(wrong)) }
 }
 
-fn is_stdin(file: &PathBuf) -> bool {
-    *file == PathBuf::from("-")
+fn is_stdin(file: &Path) -> bool {
+    file == Path::new("-")
 }
 
 pub(crate) fn sentence(RuleError { rule_id, field, reason }: &RuleError) -> String {

@@ -105,7 +105,9 @@ impl Model {
             KeyCode::Left | KeyCode::Char('h') => self.step(false),
             KeyCode::Right | KeyCode::Char('l') => self.step(true),
             KeyCode::PageUp => {
-                (0..self.height).for_each(|_| self.selected = self.nodes[self.selected].parent)
+                for _ in 0..self.height {
+                    self.selected = self.nodes[self.selected].parent;
+                }
             }
             KeyCode::PageDown => {
                 for _ in 0..self.height {

@@ -167,8 +167,9 @@ fn names(head: &Head) -> String {
 }
 
 impl Head {
-    /// As other pprof tools merge: the earliest start, the sum of the lengths, the longest period. A text that differs
-    /// is dropped; the empty text stands for that, so it wins in any order.
+    /// From the earliest start to the latest end (the sum of the lengths would make ten services of one minute ten
+    /// minutes), and the longest period. A text that differs is dropped; the empty text stands for that, so it wins in
+    /// any order.
     fn add(&mut self, other: &Self) {
         let Self {
             sample_types: _,
@@ -181,11 +182,16 @@ impl Head {
             doc_url,
         } = other;
         self.period = self.period.max(*period);
-        self.time_nanos = match (self.time_nanos, *time_nanos) {
-            (0, time) | (time, 0) => time,
-            (a, b) => a.min(b),
+        (self.time_nanos, self.duration_nanos) = match (self.time_nanos, *time_nanos) {
+            // A profile that does not say when it was has no part in the range of those that do.
+            (0, 0) => (0, self.duration_nanos.max(*duration_nanos)),
+            (0, time) => (time, *duration_nanos),
+            (time, 0) => (time, self.duration_nanos),
+            (a, b) => {
+                let end = a.saturating_add(self.duration_nanos).max(b.saturating_add(*duration_nanos));
+                (a.min(b), end.saturating_sub(a.min(b)))
+            }
         };
-        self.duration_nanos = self.duration_nanos.saturating_add(*duration_nanos);
         if self.default_sample_type != *default_sample_type {
             self.default_sample_type.clear();
         }
