@@ -67,6 +67,9 @@ fn r48_rules_are_what_gimli_says_at_every_edge_of_every_function() {
     for path in real_files() {
         let bytes = fs::read(&path).unwrap();
         let built = build_bytes(&bytes, &Options::new("oracle", &limits)).unwrap();
+        let with_runs =
+            build_bytes(&bytes, &Options { runs: true, ..Options::new("oracle", &limits) }).unwrap().table;
+        assert!(with_runs.rows() < built.table.rows());
         let file = object::File::parse(&*bytes).unwrap();
         if built.table.arch() != Arch::X86_64 {
             continue;
@@ -92,6 +95,12 @@ fn r48_rules_are_what_gimli_says_at_every_edge_of_every_function() {
                 let Some(expected) = expected(row, &mut fp_above).filter(|_| start < end) else { continue };
                 for vaddr in [start, end - 1, start.midpoint(end)] {
                     let rule = built.table.lookup(vaddr).unwrap();
+                    assert_eq!(
+                        with_runs.lookup(vaddr),
+                        Some(rule),
+                        "with runs, {} at {vaddr:#x}",
+                        path.display()
+                    );
                     let found = (rule.cfa_kind, rule.cfa_offset, rule.fp_kind, rule.fp_offset);
                     assert_eq!(found, expected, "{} at {vaddr:#x}", path.display());
                     compared += 1;
