@@ -76,6 +76,9 @@ use crate::{
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Of a hello or a heartbeat, which are kept for each node.
+const MAX_AGENT_MESSAGE: usize = 1 << 20;
+
 /// Why the collector cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -184,7 +187,8 @@ impl Collector {
             .accept_compressed(CompressionEncoding::Zstd)
             .accept_compressed(CompressionEncoding::Gzip);
         let query = QueryServiceServer::new(QueryGrpc(query)).send_compressed(CompressionEncoding::Gzip);
-        let agents = AgentServiceServer::new(FleetGrpc(Arc::clone(&fleet)));
+        let agents = AgentServiceServer::new(FleetGrpc(Arc::clone(&fleet)))
+            .max_decoding_message_size(MAX_AGENT_MESSAGE);
         let nodes = FleetServiceServer::new(FleetGrpc(Arc::clone(&fleet)));
         let triggers = TriggerServiceServer::new(triggers);
         macro_rules! serving {

@@ -352,20 +352,13 @@ impl Query {
             let series: HashSet<u64> =
                 q.store.series(&selector, from_ms, until_ms).iter().map(|s| s.id).collect();
             // One more than asked for tells whether there is a next page.
-            let (mut keys, mut failed) = (Vec::new(), None);
-            q.store.index().scan_newest(from_ms, until_ms, before, |id, key| {
+            let mut keys = Vec::new();
+            q.store.index().scan_newest(from_ms, until_ms, before, |id, _, get| {
                 if series.contains(&id) {
-                    match q.store.index().by_id(key.id) {
-                        Ok(Some(entry)) if entry.row.bytes > 0 => keys.push(entry),
-                        Ok(_) => {}
-                        Err(error) => failed = Some(error),
-                    }
+                    keys.extend(get().filter(|entry| entry.row.bytes > 0));
                 }
-                keys.len() <= limit && failed.is_none()
+                keys.len() <= limit
             })?;
-            if let Some(error) = failed {
-                return Err(error.into());
-            }
             let more = keys.len() > limit;
             keys.truncate(limit);
             let token = match keys.last() {

@@ -209,23 +209,31 @@ impl Index {
         })
     }
 
-    /// Every profile of a range, newest first, until `each` says no. `before`: only those older than this one.
+    /// Everything that starts in a range, newest first, until `each` says no. It is given the series, the key, and a
+    /// way to get at the whole entry: calling the index again from inside could wait for itself. `before`: only what
+    /// is older than this one.
     pub(crate) fn scan_newest(
         &self,
         from_ms: u64,
         until_ms: u64,
         before: Option<ObjectKey>,
-        mut each: impl FnMut(u64, ObjectKey) -> bool,
+        mut each: impl FnMut(u64, ObjectKey, &dyn Fn() -> Option<Entry>) -> bool,
     ) -> Result<(), IndexError> {
         let end = before.map_or((until_ms, 0), |b| (b.start_ms, b.id.0).min((until_ms, 0)));
         self.read(|txn| {
             if (from_ms, 0) >= end {
                 return Ok(());
             }
+            let profiles = txn.open_table(PROFILES)?;
             for found in txn.open_table(TIMES)?.range((from_ms, 0)..end)?.rev() {
                 let (key, value) = found?;
                 let (start_ms, id) = key.value();
-                if !each(value.value().0, ObjectKey { start_ms, id: Ulid(id) }) {
+                let series = value.value().0;
+                let get = || {
+                    let row = profiles.get((series, start_ms, id)).ok()??;
+                    entry((series, start_ms, id), row.value())
+                };
+                if !each(series, ObjectKey { start_ms, id: Ulid(id) }, &get) {
                     break;
                 }
             }

@@ -297,7 +297,7 @@ fn settle(objects: &Objects, index: &Index, metrics: &Metrics, is_new: bool) -> 
     objects.walk(|hour, files| {
         hours.insert(hour);
         let mut rows: HashMap<Ulid, (u64, ObjectKey)> = HashMap::new();
-        index.scan_newest(hour * 3_600_000, (hour + 1) * 3_600_000, None, |series, key| {
+        index.scan_newest(hour * 3_600_000, (hour + 1) * 3_600_000, None, |series, key, _| {
             rows.insert(key.id, (series, key));
             true
         })?;
