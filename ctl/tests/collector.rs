@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, process::Command, time::Duration};
 
-use gannet_collector::{Collector, Config, Running};
+use gannet_collector::{Collector, Config, Running, TlsFiles};
 use gannet_proto::{
     connect::{self, Dial},
     control::{
@@ -387,6 +387,53 @@ async fn profiles_are_listed_fetched_merged_compared_and_drawn() {
     assert!(!wrong.err.is_empty());
     let kind = setup.ctl(&format!("flame --input {} --type heap", merged.display())).await;
     assert!(kind.err.contains("there is samples/count, cpu/nanoseconds"), "{}", kind.err);
+    setup.end().await;
+}
+
+/// An authority, and a certificate for `localhost` that it signed: `ca.pem`, `cert.pem`, `key.pem` below the directory.
+fn authority(dir: &std::path::Path) {
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+
+    std::fs::create_dir_all(dir).unwrap();
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let cert =
+        CertificateParams::new(vec!["localhost".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+    for (name, text) in [("ca.pem", issuer.pem()), ("cert.pem", cert.pem()), ("key.pem", key.serialize_pem())]
+    {
+        std::fs::write(dir.join(name), text).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn tls_is_spoken_with_both_certificates_and_what_fails_is_explained() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
+    authority(&ours);
+    authority(&theirs);
+    let mut config = Config::new(dir.path().join("data"));
+    config.tls = Some(TlsFiles {
+        cert: ours.join("cert.pem"),
+        key: ours.join("key.pem"),
+        client_ca: Some(ours.join("ca.pem")),
+    });
+    let collector = Collector::start(config).await.unwrap();
+    let url = format!("https://localhost:{}", collector.grpc_addr.port());
+    let setup = Setup { collector: Some(collector), url: url.clone(), dir };
+    let flag =
+        |name: &str, dir: &std::path::Path, file: &str| format!("--tls-{name} {}", dir.join(file).display());
+    let identity = format!("{} {}", flag("cert", &ours, "cert.pem"), flag("key", &ours, "key.pem"));
+
+    let good = setup.ctl(&format!("nodes {} {identity}", flag("ca", &ours, "ca.pem"))).await;
+    assert_eq!((good.code, good.err.as_str()), (0, ""));
+    let stranger = setup.ctl(&format!("nodes {} {identity}", flag("ca", &theirs, "ca.pem"))).await;
+    assert_eq!(stranger.code, 1);
+    assert!(stranger.err.contains(&url) && stranger.err.contains("--tls-ca"), "{}", stranger.err);
+    let anonymous = setup.ctl(&format!("nodes {}", flag("ca", &ours, "ca.pem"))).await;
+    assert_eq!(anonymous.code, 1);
+    assert!(anonymous.err.to_lowercase().contains("certificate"), "{}", anonymous.err);
     setup.end().await;
 }
 
