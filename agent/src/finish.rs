@@ -1,5 +1,7 @@
 //! From a series' stacks to its finished profile.
 
+use std::fmt::Write as _;
+
 use gannet_proto::{ledger::Ledger, profiles::Profile};
 
 use crate::{
@@ -30,7 +32,7 @@ pub fn ledger_line(ledger: &Ledger) -> String {
     let mut line =
         format!("ledger ticks={} taken={} delivered={}", ledger.ticks, ledger.taken, ledger.delivered);
     for (reason, count) in &ledger.lost {
-        line += &format!(" lost.{reason}={count}");
+        let _ = write!(line, " lost.{reason}={count}");
     }
     line
 }

@@ -122,9 +122,8 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
         version: gannet_proto::VERSION.to_owned(),
         collector: config.dial.clone(),
     };
-    let exporter = Arc::new(
-        Exporter::start(export, spool, ledger.clone(), Arc::default()).map_err(RunError::Start)?,
-    );
+    let exporter =
+        Arc::new(Exporter::start(export, spool, ledger.clone(), Arc::default()).map_err(RunError::Start)?);
     let submit = {
         let exporter = Arc::clone(&exporter);
         move |batches| exporter.submit(batches)
@@ -199,13 +198,11 @@ async fn follow_files(node: Arc<Node>, cancel: CancellationToken) {
             Err(error) => Some(error.to_string()),
             Ok(rules) => {
                 let count = rules.len();
-                match node.engine.replace(Source::Local, Set { rules, ..Set::default() }).await {
-                    Err(errors) => Some(list(&errors)),
-                    Ok(_) => {
-                        tracing::info!(rules = count, "the rule files have changed and are in force");
-                        None
-                    }
+                let replaced = node.engine.replace(Source::Local, Set { rules, ..Set::default() }).await;
+                if replaced.is_ok() {
+                    tracing::info!(rules = count, "the rule files have changed and are in force");
                 }
+                replaced.err().map(|errors| list(&errors))
             }
         };
         if let Some(trouble) = &trouble {

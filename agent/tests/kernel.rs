@@ -6,7 +6,7 @@ use std::{process::Command, thread::sleep, time::Duration};
 use gannet_agent::kernel::{CommPattern, Event, Kernel, KernelOptions, KernelRules, Want};
 
 fn kernel() -> Kernel {
-    Kernel::open(KernelOptions::default()).unwrap().load().unwrap().attach().unwrap()
+    Kernel::start(KernelOptions::default()).unwrap()
 }
 
 fn rules_for(comm: &str, hz: u64) -> KernelRules {
@@ -39,7 +39,6 @@ fn a_process_that_a_rule_names_is_armed_at_exec_and_sampled() {
         .iter()
         .filter(|e| matches!(e, Event::Sample(s) if s.subject.key.tgid == pid && !s.user.is_empty()))
         .count();
-    println!("{samples} samples, {:?}", kernel.counters().unwrap());
     assert!(samples > 5, "{events:?}");
     let Some(Event::Exec { subject, path, .. }) = events.first() else { panic!("exec first: {events:?}") };
     assert_eq!(

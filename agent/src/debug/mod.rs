@@ -8,6 +8,7 @@ mod metrics;
 mod views;
 
 use std::{
+    fmt::Write as _,
     io,
     net::SocketAddr,
     sync::Arc,
@@ -156,7 +157,7 @@ async fn ready(State(shared): State<Shared>) -> Response {
     let node = &shared.node;
     let mut text = String::new();
     for reason in node.degraded() {
-        text += &format!("degraded: {reason}\n");
+        let _ = writeln!(text, "degraded: {reason}");
     }
     if node.is_ready() {
         (StatusCode::OK, format!("ready\n{text}")).into_response()
@@ -228,7 +229,7 @@ async fn ledger(State(shared): State<Shared>, Query(look): Query<Look>) -> Respo
 
 async fn events(State(shared): State<Shared>, Query(look): Query<Look>) -> Response {
     match views::events(&shared.node).await {
-        Ok(view) => show(&look, &view, |lines| lines.iter().map(|line| format!("{line}\n")).collect()),
+        Ok(view) => show(&look, &view, |lines| lines.join("\n") + "\n"),
         Err(error) => failed(&error),
     }
 }

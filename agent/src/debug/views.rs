@@ -248,7 +248,7 @@ pub(super) fn processes_text(processes: &[ProcessView]) -> String {
 /// `/debug/maps`
 #[derive(Serialize)]
 pub(super) struct Maps {
-    maps: Vec<MapView>,
+    fill: Vec<MapView>,
     tables: Option<TablesView>,
     sampler_ns: Option<u64>,
 }
@@ -277,7 +277,7 @@ struct TablesView {
 pub(super) async fn maps(node: &Node) -> Result<Maps, EngineError> {
     node.engine
         .inspect(|inside| Maps {
-            maps: inside
+            fill: inside
                 .kernel
                 .map_fill()
                 .into_iter()
@@ -306,7 +306,7 @@ pub(super) async fn maps(node: &Node) -> Result<Maps, EngineError> {
 impl Maps {
     pub(super) fn text(&self) -> String {
         let mut text = format!("{:16} {:>10} {:>10}\n", "MAP", "ENTRIES", "CAPACITY");
-        for map in &self.maps {
+        for map in &self.fill {
             let _ = writeln!(text, "{:16} {:>10} {:>10}", map.name, map.entries, map.capacity);
         }
         if let Some(tables) = &self.tables {

@@ -487,12 +487,13 @@ impl Spool {
 
     fn load(&mut self) -> Result<(), SpoolError> {
         if let Ok(kept) = fs::read_to_string(self.sequence_path()) {
-            match kept.trim().parse() {
-                Ok(next) => self.next_sequence = next,
-                Err(_) => tracing::warn!(
+            if let Ok(next) = kept.trim().parse() {
+                self.next_sequence = next;
+            } else {
+                tracing::warn!(
                     path = %self.sequence_path().display(),
                     "the spool's sequence is unreadable; numbers may repeat"
-                ),
+                );
             }
         }
         let listing = fs::read_dir(&self.dir).map_err(|source| io_error("list", &self.dir, source))?;
@@ -689,8 +690,8 @@ fn parse(bytes: &[u8]) -> Contents {
     let Some(mut rest) = bytes.strip_prefix(MAGIC) else { return Contents { good, damaged: true } };
     let mut damaged = false;
     while let Some((header, body)) = rest.split_first_chunk::<RECORD_HEADER_BYTES>() {
-        let [a, b, c, d, e, f, g, h] = *header;
-        let (len, crc) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
+        let header = u64::from_le_bytes(*header);
+        let (len, crc) = (header as u32, (header >> 32) as u32);
         let Some((encoded, after)) = body.split_at_checked(len as usize) else { break };
         let offset = (bytes.len() - body.len()) as u64;
         match Batch::decode(encoded) {

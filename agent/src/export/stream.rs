@@ -190,7 +190,8 @@ impl Exporter {
         let deadline = Instant::now() + within;
         self.stop.send_replace(Some(deadline));
         // A disk that stands still must not keep the agent from ending.
-        let ended = tokio::time::timeout_at((deadline + Duration::from_secs(1)).into(), self.tasks.wait()).await;
+        let ended =
+            tokio::time::timeout_at((deadline + Duration::from_secs(1)).into(), self.tasks.wait()).await;
         if !self.shared.writer_done.load(Relaxed) {
             let left = self.ledger.account_now().at_stage(Stage::Queue);
             self.ledger.lose(Stage::Queue, LossReason::Shutdown, left);
@@ -234,7 +235,9 @@ enum End {
 impl Stream {
     async fn run(mut self) {
         let Some(dial) = self.config.collector.clone() else {
-            tracing::info!("no collector is given: profiles stay on this node, the newest within the spool's bounds");
+            tracing::info!(
+                "no collector is given: profiles stay on this node, the newest within the spool's bounds"
+            );
             return self.keep_bounded().await;
         };
         let mut backoff = Backoff::new();
@@ -249,7 +252,8 @@ impl Stream {
                     self.stats.failures.fetch_add(1, Relaxed);
                     let wait = backoff.next();
                     if let Some(suppressed) = log.now() {
-                        let retry_in = humantime::format_duration(Duration::from_secs(wait.as_secs())).to_string();
+                        let retry_in =
+                            humantime::format_duration(Duration::from_secs(wait.as_secs())).to_string();
                         tracing::warn!(%error, retry_in, suppressed, "profiles wait in the spool");
                     }
                     if !self.pause(wait).await {
@@ -267,7 +271,8 @@ impl Stream {
             let deadline = *self.stop.borrow_and_update();
             let finished = match deadline {
                 Some(deadline) => {
-                    let idle = self.writer_done() && self.shared.with(|spool| spool.is_empty()).await != Some(false);
+                    let idle =
+                        self.writer_done() && self.shared.with(|spool| spool.is_empty()).await != Some(false);
                     idle || deadline <= Instant::now() || tokio::time::Instant::from_std(deadline) < until
                 }
                 None => false,
@@ -336,7 +341,9 @@ impl Stream {
             () = stopped_at(&mut self.stop) => return End::Deadline,
         };
         let (answers, limits) = match opened {
-            Ok(Ok((answers, Some(PushResponse { message: Some(Response::Limits(limits)) })))) => (answers, limits),
+            Ok(Ok((answers, Some(PushResponse { message: Some(Response::Limits(limits)) })))) => {
+                (answers, limits)
+            }
             Ok(Ok(_)) => return End::Broken(format!("what answers at {} did not say its limits", dial.url)),
             Ok(Err(status)) => return End::Broken(connect::explain(&dial.url, &status)),
             Err(_) => return End::Broken(format!("the collector at {} does not answer", dial.url)),

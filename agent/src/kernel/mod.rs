@@ -439,6 +439,7 @@ impl Kernel {
 
     /// The kernel side's counts.
     pub fn counters(&self) -> Result<Counters, KernelError> {
+        const FIELDS: usize = size_of::<Counters>() / 8;
         let per_cpu = self
             .skeleton
             .maps
@@ -446,7 +447,6 @@ impl Kernel {
             .lookup_percpu(&0_u32.to_ne_bytes(), MapFlags::ANY)
             .map_err(|source| KernelError::Map { map: "counters", source })?
             .unwrap_or_default();
-        const FIELDS: usize = size_of::<Counters>() / 8;
         let mut sums = [0_u64; FIELDS];
         for cpu in per_cpu {
             for (sum, field) in sums.iter_mut().zip(cpu.as_chunks().0) {

@@ -11,7 +11,7 @@ use super::{Kernel, KernelError, MapValue, bytes_of};
 use crate::process::ProcessKey;
 
 /// Bits of a key of the mapping trie: thread group id, then address.
-pub const KEY_BITS: u32 = 8 * (size_of::<types::mapping_key>() - size_of::<u32>()) as u32;
+const KEY_BITS: u32 = 8 * (size_of::<types::mapping_key>() - size_of::<u32>()) as u32;
 /// Bits before the address.
 const TGID_BITS: u32 = u32::BITS;
 const _: () = assert!(KEY_BITS == TGID_BITS + u64::BITS);
@@ -263,7 +263,7 @@ mod tests {
         for block in blocks(begin, end).unwrap() {
             assert_eq!(block.address, at, "no gap, no overlap, ascending");
             assert!(block.address.trailing_zeros() >= block.bits, "aligned");
-            at = at.checked_add(1 << block.bits).unwrap_or(u64::MAX);
+            at = at.saturating_add(1 << block.bits);
         }
         assert_eq!(at, end);
     }

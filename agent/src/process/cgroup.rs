@@ -22,7 +22,7 @@ impl CgroupNames {
             if let Some(uid) = pod_uid(component) {
                 names.pod_uid = uid;
             }
-            if component.ends_with(".service") || component.ends_with(".scope") {
+            if [".service", ".scope"].iter().any(|kind| component.ends_with(kind)) {
                 names.unit = unescape(component);
             }
         }
@@ -72,7 +72,7 @@ fn unescape(name: &str) -> String {
 
 /// The path in one hierarchy, from the text of `/proc/PID/cgroup`: of the controller `controller`, or of cgroup2 for an
 /// empty name.
-pub fn path_in(text: &str, controller: &str) -> Option<String> {
+pub(super) fn path_in(text: &str, controller: &str) -> Option<String> {
     text.lines().find_map(|line| {
         let mut fields = line.splitn(3, ':');
         let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);

@@ -52,7 +52,7 @@ pub struct Stat {
 
 /// An executable line of `/proc/PID/maps`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MapsLine {
+pub(super) struct MapsLine {
     /// First address.
     pub start: u64,
     /// Behind the last.
@@ -68,7 +68,7 @@ pub struct MapsLine {
 }
 
 /// Reads one file of a process, whole, up to a bound.
-pub fn read(tgid: u32, file: &'static str) -> Result<String, ProcError> {
+pub(super) fn read(tgid: u32, file: &'static str) -> Result<String, ProcError> {
     let mut bytes = Vec::new();
     File::open(format!("/proc/{tgid}/{file}"))
         .and_then(|open| open.take(MAPS_BYTES).read_to_end(&mut bytes))
@@ -78,7 +78,7 @@ pub fn read(tgid: u32, file: &'static str) -> Result<String, ProcError> {
 }
 
 /// Where a link of a process leads.
-pub fn link(tgid: u32, file: &'static str) -> Result<String, ProcError> {
+pub(super) fn link(tgid: u32, file: &'static str) -> Result<String, ProcError> {
     fs::read_link(format!("/proc/{tgid}/{file}"))
         .map(|path| path.to_string_lossy().into_owned())
         .map_err(|source| explain(tgid, file, source))
@@ -113,7 +113,7 @@ pub fn check(key: ProcessKey) -> Result<Stat, ProcError> {
 }
 
 /// The start time that `/proc` shows for a process that the kernel says started then.
-pub fn ticks_of(start_boottime_ns: u64) -> u64 {
+pub(super) fn ticks_of(start_boottime_ns: u64) -> u64 {
     static NS_PER_TICK: LazyLock<u64> =
         LazyLock::new(|| 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1));
     start_boottime_ns.saturating_add_signed(*BOOT_CLOCK_OFFSET_NS) / *NS_PER_TICK
@@ -147,7 +147,7 @@ fn parse_stat(text: &str) -> Option<Stat> {
 }
 
 /// The executable lines of `/proc/PID/maps`. A line that cannot be understood is left out: the others count.
-pub fn parse_maps(text: &str) -> Vec<MapsLine> {
+pub(super) fn parse_maps(text: &str) -> Vec<MapsLine> {
     text.lines().filter_map(parse_maps_line).collect()
 }
 

@@ -384,12 +384,12 @@ fn rescan(files: &mut FileTable, stats: &mut Stats, process: &mut Process, addre
 /// Reads the executable mappings of a process and opens their files.
 fn read_image(files: &mut FileTable, key: ProcessKey) -> Result<Image, ProcError> {
     let text = proc::read(key.tgid, "maps")?;
-    let mappings = proc::parse_maps(&text).into_iter().map(|line| mapping(files, key.tgid, line)).collect();
+    let mappings = proc::parse_maps(&text).iter().map(|line| mapping(files, key.tgid, line)).collect();
     proc::check(key)?;
     Ok(Image { mappings })
 }
 
-fn mapping(files: &mut FileTable, tgid: u32, line: MapsLine) -> Mapping {
+fn mapping(files: &mut FileTable, tgid: u32, line: &MapsLine) -> Mapping {
     let kind = if line.path == "[vdso]" {
         MappingKind::Vdso
     } else if line.inode == 0 {

@@ -47,7 +47,7 @@ pub struct Tables {
     residents: HashMap<ContentId, Resident>,
     interner: Interner,
     arena: Arena,
-    free_tables: Vec<u32>,
+    free_numbers: Vec<u32>,
     generations: Vec<u32>,
     entered: HashMap<u32, Entered>,
     keys: usize,
@@ -147,7 +147,7 @@ impl Tables {
             residents: HashMap::new(),
             interner: Interner::new(MAX_RULES),
             arena: Arena::new(kernel.table_lines()),
-            free_tables: (0..MAX_TABLES).rev().collect(),
+            free_numbers: (0..MAX_TABLES).rev().collect(),
             generations: vec![0; MAX_TABLES as usize],
             entered: HashMap::new(),
             keys: 0,
@@ -366,7 +366,7 @@ impl Tables {
             }
         };
         let number = loop {
-            if let Some(number) = self.free_tables.pop() {
+            if let Some(number) = self.free_numbers.pop() {
                 break number;
             }
             if !self.evict(kernel, protected) {
@@ -379,7 +379,7 @@ impl Tables {
                 Ok(interned) => break interned,
                 Err(full) if !self.evict(kernel, protected) => {
                     self.arena.give_back(&range);
-                    self.free_tables.push(number);
+                    self.free_numbers.push(number);
                     return Err(full.into());
                 }
                 Err(_) => {}
@@ -420,7 +420,7 @@ impl Tables {
         wait_for_walks();
         self.interner.release(&resident.numbers);
         self.arena.give_back(&resident.lines);
-        self.free_tables.push(resident.table);
+        self.free_numbers.push(resident.table);
         self.stats.evicted += 1;
         // Processes that used it are entered anew when their samples come raw.
         let gone = resident.table;

@@ -155,7 +155,8 @@ ALWAYS_INLINE void fill_event(struct event *event, u32 kind, struct task_struct 
 	bpf_core_read_str(event->comm, sizeof(event->comm), &task->comm);
 }
 
-ALWAYS_INLINE void take_kernel_stack(void *ctx, struct sample *sample, u64 *frames)
+/* `skip` frames at the leaf are our own: they are left out. */
+ALWAYS_INLINE void take_kernel_stack(void *ctx, struct sample *sample, u64 *frames, u64 skip)
 {
 	long got;
 
@@ -163,7 +164,7 @@ ALWAYS_INLINE void take_kernel_stack(void *ctx, struct sample *sample, u64 *fram
 	sample->kernel_truncated = 0;
 	if (!settings.kernel_stacks)
 		return;
-	got = bpf_get_stack(ctx, frames, (MAX_KERNEL_FRAMES + 1) * sizeof(u64), 0);
+	got = bpf_get_stack(ctx, frames, (MAX_KERNEL_FRAMES + 1) * sizeof(u64), skip);
 	if (got <= 0)
 		return;
 	sample->kernel_frames = got / sizeof(u64);

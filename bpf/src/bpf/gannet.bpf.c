@@ -30,10 +30,11 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, u32);
-	__type(value, struct {
-		u64 tokens;
-		u64 refilled;
-	});
+	__type(
+		value, struct {
+			u64 tokens;
+			u64 refilled;
+		});
 } report_bucket SEC(".maps");
 
 ALWAYS_INLINE struct sample_scratch *the_scratch(void)
@@ -98,7 +99,11 @@ ALWAYS_INLINE void finish_walk(struct counters *counters, struct sample_scratch 
 	struct walk *walk = &scratch->walk;
 
 	if (walk->end == USER_STACK_NO_MAPPING || walk->end == USER_STACK_NO_TABLE) {
-		/* A library that the agent has not heard of yet, or a table that had to go: the walk began well. */
+		/*
+		 * A library that the agent has not heard of yet, or a table that had to go. It must look now: once the
+		 * process has ended nobody can say what was there.
+		 */
+		scratch->wake = 1;
 		scratch->sample.user_frames = 0;
 		counters->raw++;
 		take_raw(scratch);
@@ -180,7 +185,7 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	scratch->sample.value_ns = want.period_ns;
 	/* A process that was not sampled before may be gone in a moment: the agent must look at it now. */
 	scratch->wake = first;
-	take_kernel_stack(ctx, &scratch->sample, scratch->frames);
+	take_kernel_stack(ctx, &scratch->sample, scratch->frames, 0);
 	if (!settings.tables || !settings.user_stacks) {
 		take_user_stack(ctx, &scratch->sample, scratch->frames);
 		finish_tick(counters, scratch);
@@ -362,7 +367,8 @@ int on_switch(struct bpf_raw_tracepoint_args *ctx)
 	scratch->sample.event.rules = want.rules;
 	scratch->sample.kind = SAMPLE_OFF_CPU;
 	scratch->sample.state = state;
-	take_kernel_stack(ctx, &scratch->sample, scratch->frames);
+	/* This program, and the kernel's call of it. */
+	take_kernel_stack(ctx, &scratch->sample, scratch->frames, 2);
 	take_user_stack(ctx, &scratch->sample, scratch->frames);
 	if (bpf_map_update_elem(&off_cpu, &tid, scratch, BPF_ANY)) {
 		u64 rules = __builtin_popcountll(want.rules);

@@ -27,7 +27,7 @@ _Static_assert(MAX_USER_FRAMES < RAW_WORDS && MAX_FP_FRAMES < RAW_WORDS, "the la
 /* Tail calls: 33 in a chain, one of them the last step that sends. */
 #define CHAIN_CALLS 29
 #define CHAIN_FRAMES 8
-_Static_assert(CHAIN_CALLS * CHAIN_FRAMES >= 232, "depth without bpf_loop");
+_Static_assert(CHAIN_CALLS *CHAIN_FRAMES >= 232, "depth without bpf_loop");
 
 /*
  * What a process is sampled for: the rules, one bit each, and the shortest time between two ticks that they ask for; 0 if

@@ -1,0 +1,270 @@
+//! The stream against a server that answers as it is told, over real sockets.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on shall say so at once"
+)]
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use gannet_agent::{
+    export::{Bounds, ExportConfig, Exporter, Spool, StreamStats},
+    ledger::{NodeLedger, Stage},
+};
+use gannet_proto::{
+    connect::Dial,
+    ingest::{
+        Batch, PushRequest, PushResponse,
+        ingest_service_server::{IngestService, IngestServiceServer},
+        push_request::Message as Request,
+        push_response::{Accepted, Limits, Message as Response, Refused, Throttled},
+    },
+    ledger::LossReason,
+};
+use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Status, Streaming};
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    Accept,
+    /// Stored, but the agent does not learn of it: the connection breaks.
+    AcceptAndBreak,
+    Refuse,
+    Throttle,
+}
+
+#[derive(Default)]
+struct Seen {
+    /// What to answer next; when it is empty, everything is accepted.
+    script: VecDeque<Answer>,
+    /// How often each batch came, by id.
+    stored: BTreeMap<String, u64>,
+    samples: u64,
+    hellos: Vec<String>,
+    refused: u64,
+    throttled: Vec<(String, Instant)>,
+}
+
+#[derive(Clone, Default)]
+struct Server(Arc<Mutex<Seen>>);
+
+#[tonic::async_trait]
+impl IngestService for Server {
+    type PushStream = ReceiverStream<Result<PushResponse, Status>>;
+
+    async fn push(
+        &self,
+        request: tonic::Request<Streaming<PushRequest>>,
+    ) -> Result<tonic::Response<Self::PushStream>, Status> {
+        let (seen, mut requests) = (Arc::clone(&self.0), request.into_inner());
+        let (answers, receiver) = mpsc::channel(8);
+        tokio::spawn(async move {
+            while let Ok(Some(request)) = requests.message().await {
+                let answer = match request.message {
+                    Some(Request::Hello(hello)) => {
+                        seen.lock().unwrap().hellos.push(hello.node);
+                        Some(Response::Limits(Limits { max_batch_bytes: 1000, max_in_flight: 2 }))
+                    }
+                    Some(Request::Batch(batch)) => seen.lock().unwrap().answer(batch),
+                    None => None,
+                };
+                let Some(answer) = answer else {
+                    let _ = answers.send(Err(Status::unavailable("told to break"))).await;
+                    return;
+                };
+                if answers.send(Ok(PushResponse { message: Some(answer) })).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(tonic::Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+impl Seen {
+    fn answer(&mut self, batch: Batch) -> Option<Response> {
+        let Batch { batch_id, samples, .. } = batch;
+        let answer = self.script.pop_front().unwrap_or(Answer::Accept);
+        match answer {
+            Answer::Accept | Answer::AcceptAndBreak => {
+                let times = self.stored.entry(batch_id.clone()).or_default();
+                *times += 1;
+                let duplicate = *times > 1;
+                if !duplicate {
+                    self.samples += samples;
+                }
+                (answer == Answer::Accept).then_some(Response::Accepted(Accepted { batch_id, duplicate }))
+            }
+            Answer::Refuse => {
+                self.refused += samples;
+                Some(Response::Refused(Refused {
+                    batch_id,
+                    code: "not_pprof".to_owned(),
+                    reason: "told to".to_owned(),
+                }))
+            }
+            Answer::Throttle => {
+                self.throttled.push((batch_id.clone(), Instant::now()));
+                Some(Response::Throttled(Throttled {
+                    batch_id,
+                    retry_after: Some(Duration::from_millis(300).try_into().unwrap()),
+                    reason: "told to".to_owned(),
+                }))
+            }
+        }
+    }
+}
+
+async fn serve(server: Server, address: SocketAddr) -> (SocketAddr, JoinHandle<()>) {
+    let listener = TcpListener::bind(address).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tonic::transport::Server::builder()
+        .add_service(IngestServiceServer::new(server))
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    (address, tokio::spawn(async move { drop(serving.await) }))
+}
+
+struct Node {
+    exporter: Exporter,
+    ledger: NodeLedger,
+    stats: Arc<StreamStats>,
+}
+
+fn start(dir: &Path, collector: Option<SocketAddr>) -> Node {
+    let ledger = NodeLedger::new();
+    let bounds = Bounds { bytes: 1 << 20, age: Duration::from_secs(3600) };
+    let spool = Spool::open(dir, bounds, ledger.clone(), Arc::default()).unwrap();
+    let config = ExportConfig {
+        node: "n1".to_owned(),
+        version: "test".to_owned(),
+        collector: collector.map(|address| Dial { url: format!("http://{address}"), ..Dial::default() }),
+    };
+    let stats = Arc::new(StreamStats::default());
+    let exporter = Exporter::start(config, spool, ledger.clone(), Arc::clone(&stats)).unwrap();
+    Node { exporter, ledger, stats }
+}
+
+impl Node {
+    fn submit(&self, samples: &[u64], bytes: usize) {
+        self.ledger.take(samples.iter().sum());
+        let batch = |&samples: &u64| Batch { samples, pprof: vec![1; bytes], ..Batch::default() };
+        self.exporter.submit(samples.iter().map(batch).collect());
+    }
+
+    fn lost(&self, reason: LossReason) -> u64 {
+        self.ledger.snapshot().lost.get(&reason).copied().unwrap_or_default()
+    }
+
+    async fn delivered(&self, samples: u64) {
+        let waited = tokio::time::timeout(Duration::from_secs(20), async {
+            while self.ledger.snapshot().delivered < samples {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+        assert!(waited.await.is_ok(), "{:?}", self.ledger.account_now());
+    }
+}
+
+const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_submitted_arrives_once_and_the_spool_is_empty_at_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::default();
+    let (address, _serving) = serve(server.clone(), ANY).await;
+    let node = start(dir.path(), Some(address));
+    for _ in 0..5 {
+        node.submit(&[1, 2, 3], 100);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(node.exporter.shutdown(Duration::from_secs(10)).await);
+    let seen = server.0.lock().unwrap();
+    assert_eq!((seen.samples, seen.stored.len(), seen.hellos.as_slice()), (30, 15, &["n1".to_owned()][..]));
+    let snapshot = node.ledger.snapshot();
+    assert_eq!((snapshot.delivered, snapshot.pending, snapshot.lost_total()), (30, 0, 0));
+    assert!(snapshot.check().is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_and_too_large_batches_are_lost_by_name_and_not_sent_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::default();
+    server.0.lock().unwrap().script = [Answer::Refuse].into();
+    let (address, _serving) = serve(server.clone(), ANY).await;
+    let node = start(dir.path(), Some(address));
+    node.submit(&[5, 7], 100);
+    node.submit(&[11], 1001);
+    node.delivered(7).await;
+    assert!(node.exporter.shutdown(Duration::from_secs(10)).await);
+    assert_eq!(node.lost(LossReason::Refused), 5);
+    assert_eq!(node.lost(LossReason::TooLarge), 11);
+    assert_eq!(node.stats.refused(), BTreeMap::from([("not_pprof".to_owned(), 1)]));
+    assert_eq!(server.0.lock().unwrap().refused, 5);
+    assert!(node.ledger.snapshot().check().is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_throttled_batch_comes_again_after_the_delay() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::default();
+    server.0.lock().unwrap().script = [Answer::Throttle].into();
+    let (address, _serving) = serve(server.clone(), ANY).await;
+    let node = start(dir.path(), Some(address));
+    node.submit(&[9], 100);
+    node.delivered(9).await;
+    let seen = server.0.lock().unwrap();
+    assert_eq!(seen.throttled.len(), 1);
+    assert!(seen.throttled[0].1.elapsed() >= Duration::from_millis(300));
+    assert_eq!(seen.stored.get(&seen.throttled[0].0), Some(&1));
+    assert_eq!(node.stats.throttled(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_broken_connection_what_was_not_answered_comes_again_under_the_same_id() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::default();
+    server.0.lock().unwrap().script = [Answer::Accept, Answer::AcceptAndBreak].into();
+    let (address, _serving) = serve(server.clone(), ANY).await;
+    let node = start(dir.path(), Some(address));
+    node.submit(&[1, 2, 4, 8], 100);
+    node.delivered(15).await;
+    let seen = server.0.lock().unwrap();
+    assert_eq!((seen.samples, seen.stored.len()), (15, 4));
+    assert_eq!(seen.stored.values().max(), Some(&2), "the unanswered batch was not sent again");
+    assert!(node.stats.duplicates() >= 1 && node.stats.connects() == 2);
+    assert!(node.ledger.snapshot().check().is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_collector_profiles_wait_in_the_spool_and_the_next_run_delivers_them() {
+    let dir = tempfile::tempdir().unwrap();
+    // A port where nobody is.
+    let address = {
+        let listener = TcpListener::bind(ANY).await.unwrap();
+        listener.local_addr().unwrap()
+    };
+    for collector in [None, Some(address)] {
+        let node = start(dir.path(), collector);
+        node.submit(&[3], 100);
+        assert!(!node.exporter.shutdown(Duration::from_millis(500)).await);
+        assert_eq!(node.lost(LossReason::Shutdown), 0);
+        let snapshot = node.ledger.snapshot();
+        assert!(snapshot.check().is_ok());
+        assert_eq!((snapshot.delivered, snapshot.pending), (0, snapshot.taken));
+    }
+    let server = Server::default();
+    let (address, _serving) = serve(server.clone(), address).await;
+    let node = start(dir.path(), Some(address));
+    node.delivered(6).await;
+    assert_eq!(server.0.lock().unwrap().stored.len(), 2);
+    assert_eq!(node.ledger.account_now().inherited, 6);
+    assert_eq!(node.ledger.account_now().at_stage(Stage::Wire), 0);
+}
