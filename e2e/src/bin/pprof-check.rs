@@ -20,6 +20,9 @@ struct Args {
     /// ... give or take so many percent
     #[arg(long, value_name = "PERCENT")]
     within: Option<f64>,
+    /// Count only samples of this process
+    #[arg(long, value_name = "N")]
+    pid: Option<i64>,
     /// The deepest stack must have so many frames
     #[arg(long, value_name = "FRAMES", default_value_t = 1)]
     depth: usize,
@@ -41,7 +44,14 @@ fn main() -> ExitCode {
 fn check(args: &Args) -> anyhow::Result<()> {
     let file = args.file.display();
     let bytes = fs::read(&args.file).with_context(|| format!("cannot read {file}"))?;
-    let profile = pprof::decode(&bytes, MAX_INFLATED).with_context(|| file.to_string())?;
+    let mut profile = pprof::decode(&bytes, MAX_INFLATED).with_context(|| file.to_string())?;
+    if let Some(pid) = args.pid {
+        let mut samples = std::mem::take(&mut profile.sample);
+        samples.retain(|sample| {
+            sample.label.iter().any(|label| label.num == pid && text(&profile, label.key) == "pid")
+        });
+        profile.sample = samples;
+    }
     let summary = pprof::check(&profile).with_context(|| file.to_string())?;
 
     let missing: Vec<&str> =
