@@ -204,7 +204,9 @@ pub fn explain(url: &str, status: &Status) -> String {
             let reason = innermost(cause);
             let mut text = format!("cannot reach the collector at {url}: {reason}");
             let lower = reason.to_lowercase();
-            if lower.contains("certificate") || lower.contains("tls") || lower.contains("handshake") {
+            if lower.contains("certificaterequired") || lower.contains("certificate required") {
+                text.push_str("; the collector wants to know its clients: give --tls-cert and --tls-key");
+            } else if lower.contains("certificate") || lower.contains("tls") || lower.contains("handshake") {
                 text.push_str("; does --tls-ca name the collector's authority?");
             } else if lower.contains("corrupt message") || lower.contains("frame") {
                 text.push_str("; does one side speak TLS and the other not, or is that the HTTP port?");
