@@ -277,8 +277,9 @@ impl Kernel {
     pub fn start(options: KernelOptions) -> Result<Self, KernelError> {
         let attempt = |walk| Self::open(KernelOptions { walk, ..options })?.load()?.attach();
         match attempt(options.walk) {
-            Err(KernelError::Load { source, log }) if options.walk == Walk::Loop => {
-                attempt(Walk::Chain).map_err(|_| KernelError::Load { source, log })
+            Err(error @ KernelError::Load { .. }) if options.walk == Walk::Loop => {
+                tracing::debug!("no walk by bpf_loop: {error}");
+                attempt(Walk::Chain)
             }
             other => other,
         }

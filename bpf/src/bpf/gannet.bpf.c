@@ -425,8 +425,11 @@ ALWAYS_INLINE bool report_allowed(struct counters *counters)
 		bucket->refilled = now;
 		bucket->tokens = rate / 10 + 1;
 	}
-	if ((s64)__sync_fetch_and_add(&bucket->tokens, -1) > 0)
+	/* Taken without its former value, which kernels before 5.12 cannot give: CPUs that race may take one too many. */
+	if ((s64)bucket->tokens > 0) {
+		__sync_fetch_and_add(&bucket->tokens, -1);
 		return true;
+	}
 	counters->lifecycle_lost_rate++;
 	return false;
 }

@@ -44,13 +44,20 @@ pub struct Running(pub Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let _ = self.0.kill();
+        // A shell's pipeline would go on for ever without its shell.
+        let group = -(self.0.id().cast_signed());
+        // SAFETY: takes no pointers; the group was made for this child by `start`.
+        let _ = unsafe { libc::kill(group, libc::SIGKILL) };
         let _ = self.0.wait();
     }
 }
 
 pub fn start(command: &mut Command) -> Running {
-    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let child = std::os::unix::process::CommandExt::process_group(command, 0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
     Running(child.unwrap_or_else(|error| panic!("{command:?}: {error}")))
 }
 
