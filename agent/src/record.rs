@@ -181,6 +181,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     }
     let status = until_end(held.as_mut(), duration).await.map_err(RecordError::Start)?;
     let took = begun.elapsed();
+    let ticks_due = engine.inspect(|inside| inside.kernel.ticks_due()).await?;
     // Joining the engine's thread takes as long as its last window's place in the queue.
     let _ = tokio::task::spawn_blocking(move || engine.stop()).await;
     let named = naming.await.map_err(|error| RecordError::Start(io::Error::other(error)))??;
@@ -192,7 +193,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     profile.duration_nanos = i64::try_from(took.as_nanos()).unwrap_or(i64::MAX);
     let details = Details { title: format!("gannet: {}", subject(&args)), ledger: named.ledger.clone() };
     destination.write(&profile, &details)?;
-    print_ledger(&args, &destination, &named.ledger, took).map_err(RecordError::Start)
+    print_ledger(&args, &destination, &named.ledger, ticks_due, took).map_err(RecordError::Start)
 }
 
 struct Named {
@@ -262,6 +263,7 @@ fn print_ledger(
     args: &RecordArgs,
     destination: &Destination,
     ledger: &Ledger,
+    ticks_due: u64,
     took: Duration,
 ) -> io::Result<()> {
     let mut out = io::stdout().lock();
@@ -276,6 +278,8 @@ fn print_ledger(
                 "delivered": ledger.delivered,
                 "lost": lost,
                 "ticks": ledger.ticks,
+                // By the kernel's own count of the clocks' running time.
+                "ticks_due": ticks_due,
                 "seconds": took.as_secs_f64(),
                 "output": destination.path(),
             })
