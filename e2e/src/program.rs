@@ -16,9 +16,15 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 pub fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the test's own path");
     let directory = test.ancestors().find(|path| path.join(name).is_file());
-    directory.map(|directory| directory.join(name)).unwrap_or_else(|| {
-        panic!("{name} is not built beside {}: run the tests by `make e2e`, which builds it", test.display())
-    })
+    match directory {
+        Some(directory) => directory.join(name),
+        None => {
+            panic!(
+                "{name} is not built beside {}: run the tests by `make e2e`, which builds it",
+                test.display()
+            )
+        }
+    }
 }
 
 /// Runs a program of this build to its end.

@@ -153,7 +153,7 @@ pub struct Agent {
 
 impl Agent {
     /// Starts one as node `node` that dials `url`, with more flags, and waits until it is ready.
-    pub async fn start(node: &str, url: &str, more: &[&str]) -> Self {
+    pub fn start(node: &str, url: &str, more: &[&str]) -> Self {
         let mut agent = Self::prepare(node, url, more);
         agent.up();
         agent

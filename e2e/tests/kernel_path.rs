@@ -35,7 +35,7 @@ async fn state(collector: &Collector, node: &str, revision: u64) -> Option<(Stat
 #[tokio::test]
 async fn a_pushed_rule_is_live_at_once_and_its_profiles_reach_the_store() {
     let collector = Collector::start().await;
-    let agent = Agent::start("alpha", &collector.url(), &["--window=1s"]).await;
+    let agent = Agent::start("alpha", &collector.url(), &["--window=1s"]);
     agent.connected(&collector).await;
     let _sample = Sample::start(100);
 
@@ -65,7 +65,7 @@ async fn a_pushed_rule_is_live_at_once_and_its_profiles_reach_the_store() {
 #[tokio::test]
 async fn a_rule_above_the_nodes_cap_is_rejected_with_its_field_and_the_former_rules_stay() {
     let collector = Collector::start().await;
-    let agent = Agent::start("beta", &collector.url(), &["--hz-max=100"]).await;
+    let agent = Agent::start("beta", &collector.url(), &["--hz-max=100"]);
     agent.connected(&collector).await;
 
     let good = collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("a good rule is taken");
@@ -123,7 +123,7 @@ async fn bad_rules_are_refused_by_the_collector_with_the_field() {
 #[tokio::test]
 async fn what_a_killed_collector_acknowledged_is_in_its_store_once() {
     let mut collector = Collector::start().await;
-    let mut agent = Agent::start("gamma", &collector.url(), &["--window=1s"]).await;
+    let mut agent = Agent::start("gamma", &collector.url(), &["--window=1s"]);
     agent.connected(&collector).await;
     let sample = Sample::start(100);
     collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("a good rule is taken");
@@ -156,7 +156,7 @@ async fn what_a_killed_collector_acknowledged_is_in_its_store_once() {
 #[tokio::test]
 async fn the_spool_of_a_killed_agent_arrives() {
     let mut collector = Collector::start().await;
-    let mut agent = Agent::start("delta", &collector.url(), &["--window=1s"]).await;
+    let mut agent = Agent::start("delta", &collector.url(), &["--window=1s"]);
     agent.connected(&collector).await;
     let _sample = Sample::start(100);
     collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("a good rule is taken");
