@@ -16,7 +16,7 @@ use gannet_proto::{
     rules::Caps,
 };
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
 };
 
@@ -137,6 +137,8 @@ fn flag_of(field: &str) -> &str {
 
 /// Records and writes. The profile's ledger is printed to standard output, everything else to standard error.
 pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
+    // Before anything that takes its time, so that whoever changes their mind is heard.
+    let signals = Signals::listen().map_err(RecordError::Start)?;
     check::preflight()?;
     let destination =
         args.output.clone().unwrap_or_else(|| Destination::default_for(&subject(&args), SystemTime::now()));
@@ -179,7 +181,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     if let Some(held) = &mut held {
         held.release();
     }
-    let status = until_end(held.as_mut(), duration).await.map_err(RecordError::Start)?;
+    let status = until_end(held.as_mut(), duration, signals).await;
     let took = begun.elapsed();
     let ticks_due = engine.inspect(|inside| inside.kernel.ticks_due()).await?;
     // Joining the engine's thread takes as long as its last window's place in the queue.
@@ -221,9 +223,11 @@ async fn name_all(symbolizer: Symbolizer, mut windows: mpsc::Receiver<Window>) -
 }
 
 /// Waits for the time, the command's end, or an interrupt.
-async fn until_end(held: Option<&mut Held>, duration: Option<Duration>) -> io::Result<Option<ExitStatus>> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
+async fn until_end(
+    held: Option<&mut Held>,
+    duration: Option<Duration>,
+    mut signals: Signals,
+) -> Option<ExitStatus> {
     let ended = async {
         let Some(held) = held else { return std::future::pending().await };
         loop {
@@ -240,12 +244,23 @@ async fn until_end(held: Option<&mut Held>, duration: Option<Duration>) -> io::R
             None => std::future::pending().await,
         }
     };
-    Ok(tokio::select! {
+    tokio::select! {
         status = ended => status,
         () = time => None,
-        _ = interrupt.recv() => None,
-        _ = terminate.recv() => None,
-    })
+        _ = signals.interrupt.recv() => None,
+        _ = signals.terminate.recv() => None,
+    }
+}
+
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
 }
 
 fn subject(args: &RecordArgs) -> String {
