@@ -47,7 +47,7 @@ async fn a_pushed_rule_is_live_at_once_and_its_profiles_reach_the_store() {
     })
     .await;
     let applied = begin.elapsed();
-    println!("from SetTriggers to APPLIED: {applied:?}");
+    eprintln!("from SetTriggers to APPLIED: {applied:?}");
     // Generous: other work may keep the machine busy. On an idle one it is some tens of milliseconds.
     assert!(applied < Duration::from_secs(2), "{applied:?}");
 
@@ -168,7 +168,7 @@ async fn the_spool_of_a_killed_agent_arrives() {
         .await;
     agent.program().kill();
     let waiting = spooled(&agent);
-    println!("{waiting} bytes in the spool of the killed agent");
+    eprintln!("{waiting} bytes in the spool of the killed agent");
     collector.up().await;
     let stored = collector.profiles(SAMPLE).await.len();
     agent.up();
