@@ -4,6 +4,15 @@ use std::{fmt, str::FromStr};
 
 /// What a command name, an executable's path or a control group's path is compared with. The kernel decides by the
 /// same semantics.
+///
+/// ```
+/// use gannet_proto::rules::Pattern;
+///
+/// let python = Pattern::parse("python3*")?;
+/// assert!(python.matches(b"python3.11") && !python.matches(b"python2"));
+/// assert!(!Pattern::parse("node")?.matches(b"nodejs"));
+/// # Ok::<(), gannet_proto::rules::PatternError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Pattern {
     text: String,
