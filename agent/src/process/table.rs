@@ -322,7 +322,8 @@ impl Processes {
             rules: subject.rules,
             state: State::Missed,
             samples: 0,
-            scanned: Some(Instant::now()),
+            // What was read at exec lacks the libraries: the first sample that misses them may look again at once.
+            scanned: None,
             window: self.window,
         };
         match self.read(subject, &mut process) {
