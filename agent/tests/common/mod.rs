@@ -1,0 +1,210 @@
+//! What the tests of the agent that run on a kernel share: small programs, and recordings of them.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "each test file uses its part; a test that cannot go on shall say so at once"
+)]
+
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    hash::{DefaultHasher, Hash, Hasher},
+    path::{Path, PathBuf},
+    process::{self, Child, Command},
+};
+
+/// Where programs are kept that were compiled before: the other kernels' machines have no compiler. What is not there yet
+/// is compiled into it, so a run of the tests on a machine with compilers fills it.
+const PROGRAMS: &str = "GANNET_TEST_PROGRAMS";
+
+/// What a test program is written in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Language {
+    C,
+    Cpp,
+    Rust,
+    Go,
+}
+
+/// Compiles a C program (or, with `-shared`, a library) by `gcc -O2` and `flags`, as shipped software is: without frame
+/// pointers unless the flags say so. Its file is called `name`, which must be another for each source and flags.
+pub fn program(name: &str, source: &str, flags: &[&str]) -> PathBuf {
+    program_in(Language::C, name, source, flags)
+}
+
+/// The same in any language; `flags` are the compiler's.
+pub fn program_in(language: Language, name: &str, source: &str, flags: &[&str]) -> PathBuf {
+    let mut hash = DefaultHasher::new();
+    (language, source, flags).hash(&mut hash);
+    let stamp = format!("{:016x}", hash.finish());
+    let directory = match env::var_os(PROGRAMS) {
+        Some(directory) => PathBuf::from(directory),
+        None => Path::new(env!("CARGO_TARGET_TMPDIR")).join("programs").join(&stamp),
+    };
+    let (done, stamp_file) = (directory.join(name), directory.join(format!("{name}.stamp")));
+    if done.exists() {
+        let found = fs::read_to_string(&stamp_file).unwrap_or_default();
+        assert!(
+            found == stamp,
+            "{} is of another source: give this program another name, or empty the directory",
+            done.display()
+        );
+        return done;
+    }
+    fs::create_dir_all(&directory).unwrap();
+    // Other tests may be at it too: what is seen under its name is whole.
+    let work = directory.join(format!(".{name}.{}", process::id()));
+    fs::create_dir_all(&work).unwrap();
+    let built = work.join(name);
+    compile(language, source, flags, &work, &built);
+    fs::write(&stamp_file, &stamp).unwrap();
+    fs::rename(&built, &done).unwrap();
+    fs::remove_dir_all(&work).unwrap();
+    done
+}
+
+fn compile(language: Language, source: &str, flags: &[&str], work: &Path, output: &Path) {
+    let (compiler, ending, standard, package): (_, _, &[&str], _) = match language {
+        Language::C => {
+            let flags = &["-O2", "-g", "-fomit-frame-pointer", "-fno-optimize-sibling-calls", "-w"];
+            ("gcc", "c", flags, "gcc libc6-dev")
+        }
+        Language::Cpp => {
+            let flags = &["-O2", "-g", "-fomit-frame-pointer", "-fno-optimize-sibling-calls", "-w"];
+            ("g++", "cc", flags, "g++")
+        }
+        Language::Rust => ("rustc", "rs", &["-O", "-g", "--edition=2021"], "rustup"),
+        Language::Go => ("go", "go", &["build"], "golang-go"),
+    };
+    let file = work.join(format!("source.{ending}"));
+    fs::write(&file, source).unwrap();
+    let mut command = Command::new(compiler);
+    command.args(standard);
+    match language {
+        // Libraries are named behind what needs them.
+        Language::C | Language::Cpp => command.arg("-o").arg(output).arg(&file).args(flags),
+        Language::Rust => command.args(flags).arg("-o").arg(output).arg(&file),
+        Language::Go => command
+            .env("GO111MODULE", "off")
+            .env("CGO_ENABLED", "0")
+            .env("GOCACHE", work.join("cache"))
+            .args(flags)
+            .arg("-o")
+            .arg(output)
+            .arg(&file),
+    };
+    let done = command.output().unwrap_or_else(|error| {
+        panic!("{compiler} compiles this test's program: {error}; apt-get install {package}")
+    });
+    assert!(done.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// The agent to test: that beside the programs that were compiled before, if there is one.
+pub fn agent() -> PathBuf {
+    let beside = env::var_os(PROGRAMS).map(|directory| Path::new(&directory).join("gannet-agent"));
+    beside.filter(|path| path.exists()).unwrap_or_else(|| env!("CARGO_BIN_EXE_gannet-agent").into())
+}
+
+/// A child that ends with its handle.
+pub struct Running(pub Child);
+
+impl Running {
+    pub fn start(command: &mut Command) -> Self {
+        Self(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What `gannet-agent record` wrote.
+#[derive(Debug)]
+pub struct Recording {
+    /// Different stacks, root first, with their samples. The first frame is the process.
+    pub stacks: Vec<(Vec<String>, u64)>,
+    pub taken: u64,
+    pub delivered: u64,
+    pub lost: BTreeMap<String, u64>,
+    pub ticks: u64,
+    /// What it wrote to standard error.
+    pub log: String,
+}
+
+/// Runs `gannet-agent record` at so many samples a second with these arguments, and reads what it wrote.
+#[track_caller]
+pub fn record(hz: u32, arguments: &[&str]) -> Recording {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("out.folded");
+    let output = Command::new(agent())
+        .args(["record", "--json", "--hz", &hz.to_string(), "-o"])
+        .arg(&out)
+        .args(arguments)
+        .output()
+        .unwrap();
+    let (text, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{text}{log}");
+    Recording::read(hz, &text, &fs::read_to_string(&out).unwrap(), log.into_owned())
+}
+
+impl Recording {
+    #[track_caller]
+    fn read(hz: u32, printed: &str, folded: &str, log: String) -> Self {
+        let account: serde_json::Value =
+            serde_json::from_str(printed.lines().find(|line| line.starts_with('{')).unwrap()).unwrap();
+        let number = |name: &str| account[name].as_u64().unwrap();
+        let lost: BTreeMap<String, u64> = account["lost"]
+            .as_object()
+            .unwrap()
+            .iter()
+            .map(|(reason, count)| (reason.clone(), count.as_u64().unwrap()))
+            .collect();
+        let (taken, delivered) = (number("taken"), number("delivered"));
+        assert_eq!(taken, delivered + lost.values().sum::<u64>(), "every sample is accounted for: {account}");
+        let period = 1_000_000_000 / u64::from(hz);
+        let stacks = folded
+            .lines()
+            .map(|line| {
+                let (stack, value) = line.rsplit_once(' ').unwrap();
+                let frames = stack.split(';').map(str::to_owned).collect();
+                (frames, (value.parse::<u64>().unwrap() + period / 2) / period)
+            })
+            .collect();
+        Self { stacks, taken, delivered, lost, ticks: number("ticks"), log }
+    }
+
+    /// Of the samples that are inside of `function`: those that are `whole`, and all.
+    pub fn share(&self, function: &str, whole: impl Fn(&[String]) -> bool) -> (u64, u64) {
+        let inside = self.stacks.iter().filter(|(stack, _)| stack.iter().any(|name| name == function));
+        inside.fold((0, 0), |(good, all), (stack, n)| (good + if whole(stack) { *n } else { 0 }, all + n))
+    }
+
+    /// The stacks inside of `function` that are not `whole`.
+    pub fn odd_ones(&self, function: &str, whole: impl Fn(&[String]) -> bool) -> Vec<&(Vec<String>, u64)> {
+        self.stacks
+            .iter()
+            .filter(|(stack, _)| stack.iter().any(|name| name == function) && !whole(stack))
+            .collect()
+    }
+}
+
+/// Whether these functions are in a stack in this order, root first, with others between them or not.
+pub fn in_order(stack: &[String], names: &[&str]) -> bool {
+    let mut stack = stack.iter();
+    names.iter().all(|name| stack.any(|frame| frame == name))
+}
+
+/// How often a function is in a stack.
+pub fn times(stack: &[String], name: &str) -> usize {
+    stack.iter().filter(|frame| *frame == name).count()
+}
+
+/// Whether the stack says that it is not whole.
+pub fn is_marked(stack: &[String]) -> bool {
+    stack.iter().any(|frame| frame.starts_with("[truncated") || frame.starts_with("[broken"))
+}
