@@ -16,7 +16,7 @@ use std::{
 
 use gannet_agent::{
     export::{Bounds, ExportConfig, Exporter, Spool, StreamStats},
-    ledger::{NodeLedger, Stage},
+    ledger::{Account, NodeLedger, Stage},
 };
 use gannet_proto::{
     connect::Dial,
@@ -28,7 +28,11 @@ use gannet_proto::{
     },
     ledger::LossReason,
 };
-use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    sync::mpsc,
+    task::JoinHandle,
+};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Status, Streaming};
 
@@ -124,7 +128,10 @@ impl Seen {
 }
 
 async fn serve(server: Server, address: SocketAddr) -> (SocketAddr, JoinHandle<()>) {
-    let listener = TcpListener::bind(address).await.unwrap();
+    serve_on(server, TcpListener::bind(address).await.unwrap())
+}
+
+fn serve_on(server: Server, listener: TcpListener) -> (SocketAddr, JoinHandle<()>) {
     let address = listener.local_addr().unwrap();
     let serving = tonic::transport::Server::builder()
         .add_service(IngestServiceServer::new(server))
@@ -164,8 +171,17 @@ impl Node {
     }
 
     async fn delivered(&self, samples: u64) {
-        let waited = tokio::time::timeout(Duration::from_secs(20), async {
-            while self.ledger.snapshot().delivered < samples {
+        self.until(|account| account.delivered >= samples).await;
+    }
+
+    /// Waits until what was submitted is on disk: a busy one takes its time.
+    async fn written(&self) {
+        self.until(|account| account.at_stage(Stage::Queue) == 0).await;
+    }
+
+    async fn until(&self, is_so: impl Fn(&Account) -> bool) {
+        let waited = tokio::time::timeout(Duration::from_secs(60), async {
+            while !is_so(&self.ledger.account_now()) {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         });
@@ -246,14 +262,14 @@ async fn after_a_broken_connection_what_was_not_answered_comes_again_under_the_s
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_collector_profiles_wait_in_the_spool_and_the_next_run_delivers_them() {
     let dir = tempfile::tempdir().unwrap();
-    // A port where nobody is.
-    let address = {
-        let listener = TcpListener::bind(ANY).await.unwrap();
-        listener.local_addr().unwrap()
-    };
+    // A port that is ours, and where nobody listens yet.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(ANY).unwrap();
+    let address = socket.local_addr().unwrap();
     for collector in [None, Some(address)] {
         let node = start(dir.path(), collector);
         node.submit(&[3], 100);
+        node.written().await;
         assert!(!node.exporter.shutdown(Duration::from_millis(500)).await);
         assert_eq!(node.lost(LossReason::Shutdown), 0);
         let snapshot = node.ledger.snapshot();
@@ -261,7 +277,7 @@ async fn without_a_collector_profiles_wait_in_the_spool_and_the_next_run_deliver
         assert_eq!((snapshot.delivered, snapshot.pending), (0, snapshot.taken));
     }
     let server = Server::default();
-    let (address, _serving) = serve(server.clone(), address).await;
+    let (address, _serving) = serve_on(server.clone(), socket.listen(16).unwrap());
     let node = start(dir.path(), Some(address));
     node.delivered(6).await;
     assert_eq!(server.0.lock().unwrap().stored.len(), 2);

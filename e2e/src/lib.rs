@@ -8,10 +8,14 @@
     reason = "a test that cannot go on shall say so at once"
 )]
 
+mod http;
 mod program;
+mod ticks;
 mod wait;
 mod world;
 
+pub use http::http_get;
 pub use program::{Program, binary, run};
+pub use ticks::{Ticked, Ticks};
 pub use wait::{eventually, eventually_within};
 pub use world::{Agent, Collector, Sample, rule, selection};

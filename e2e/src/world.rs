@@ -1,6 +1,9 @@
 //! A collector, agents and the sample program, each a process of its own with its own ports and directories.
 
-use std::{net::TcpListener, path::PathBuf};
+use std::{
+    net::TcpListener,
+    path::{Path, PathBuf},
+};
 
 use gannet_proto::{
     control::{
@@ -28,10 +31,11 @@ fn strings<const N: usize>(args: [&str; N]) -> Vec<String> {
 
 /// The central program.
 pub struct Collector {
+    // Before the directory, so that it can still show its log if it goes down with a test.
+    program: Option<Program>,
     directory: TempDir,
     grpc: u16,
     http: u16,
-    program: Option<Program>,
 }
 
 impl Collector {
@@ -143,12 +147,13 @@ pub fn selection(query: &str) -> Selection {
 
 /// The node program, without a collector or with one.
 pub struct Agent {
+    program: Option<Program>,
     directory: TempDir,
+    state: PathBuf,
     node: String,
     args: Vec<String>,
     debug: u16,
     probes: u16,
-    program: Option<Program>,
 }
 
 impl Agent {
@@ -162,17 +167,30 @@ impl Agent {
     /// Ports and a state directory, and nobody there yet.
     pub fn prepare(node: &str, url: &str, more: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
+        let state = directory.path().join("state");
+        Self::with_state(node, url, more, directory, state)
+    }
+
+    /// Keeps its state somewhere else.
+    pub fn start_in(state: PathBuf, node: &str, url: &str, more: &[&str]) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut agent = Self::with_state(node, url, more, directory, state);
+        agent.up();
+        agent
+    }
+
+    fn with_state(node: &str, url: &str, more: &[&str], directory: TempDir, state: PathBuf) -> Self {
         let (debug, probes) = (free_port(), free_port());
         let mut args = strings(["run", "--kubelet=none"]);
         args.extend([
             format!("--collector={url}"),
             format!("--node={node}"),
-            format!("--state-dir={}", directory.path().join("state").display()),
+            format!("--state-dir={}", state.display()),
             format!("--debug-listen=127.0.0.1:{debug}"),
             format!("--listen=127.0.0.1:{probes}"),
         ]);
         args.extend(more.iter().map(|&arg| arg.to_owned()));
-        Self { directory, node: node.to_owned(), args, debug, probes, program: None }
+        Self { directory, state, node: node.to_owned(), args, debug, probes, program: None }
     }
 
     /// Starts it, with the state that it had before.
@@ -191,8 +209,8 @@ impl Agent {
     }
 
     /// Spool, sequence, last good rules.
-    pub fn state(&self) -> PathBuf {
-        self.directory.path().join("state")
+    pub fn state(&self) -> &Path {
+        &self.state
     }
 
     /// Where its debug page is.
@@ -216,8 +234,8 @@ impl Agent {
 
 /// The sample program.
 pub struct Sample {
-    directory: TempDir,
     program: Program,
+    directory: TempDir,
 }
 
 impl Sample {

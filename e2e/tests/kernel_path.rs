@@ -8,16 +8,24 @@
 )]
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use gannet_e2e::{Agent, Collector, Sample, binary, eventually, eventually_within, rule, run};
+use gannet_e2e::{Agent, Collector, Sample, Ticks, binary, eventually, eventually_within, rule, run};
 use gannet_proto::{
     control::{Rule, SetTriggersRequest, node_rollout::State},
+    ingest::Batch,
     query::FlameNode,
 };
+use prost::Message as _;
 use tonic::{Code, Status};
 
 const SAMPLE: &str = r#"{service_name="webshop"}"#;
@@ -152,46 +160,121 @@ async fn what_a_killed_collector_acknowledged_is_in_its_store_once() {
     assert!(agent.program().is_running());
 }
 
-/// The agent is killed while nobody takes its profiles: what is in its spool arrives from the next one.
+/// Under load the agent and the collector are killed in turns. Whatever has ever been in the spool arrives, once.
 #[tokio::test]
-async fn the_spool_of_a_killed_agent_arrives() {
+async fn both_are_killed_in_a_loop_and_every_batch_of_the_spool_is_stored_once() {
     let mut collector = Collector::start().await;
     let mut agent = Agent::start("delta", &collector.url(), &["--window=1s"]);
     agent.connected(&collector).await;
-    let _sample = Sample::start(100);
-    collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("a good rule is taken");
+    let samples = [Sample::start(60), Sample::start(60)];
+    collector.set_rules(vec![rule("shop", "webshop", 199)]).await.expect("a good rule is taken");
     eventually("a profile", async || collector.profiles(SAMPLE).await.pop()).await;
 
-    collector.program().kill();
-    let before: u64 = spooled(&agent);
-    eventually("some profiles wait in the spool", async || (spooled(&agent) > before + 20_000).then_some(()))
-        .await;
-    agent.program().kill();
-    let waiting = spooled(&agent);
-    eprintln!("{waiting} bytes in the spool of the killed agent");
-    collector.up().await;
-    let stored = collector.profiles(SAMPLE).await.len();
-    agent.up();
-    agent.connected(&collector).await;
-    eventually("the spool arrives", async || {
-        (collector.profiles(SAMPLE).await.len() >= stored + 2).then_some(())
+    let watched = SpoolWatch::start(agent.state().join("spool"));
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    for round in 0..8 {
+        // Any moment of a window shall do; the seed is fixed so that a failure comes again.
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        tokio::time::sleep(Duration::from_millis(1000 + (state >> 33) % 1500)).await;
+        match round % 3 {
+            0 => {
+                agent.program().kill();
+                agent.up();
+            }
+            1 => {
+                collector.program().kill();
+                tokio::time::sleep(Duration::from_millis(1200)).await;
+                collector.up().await;
+            }
+            // Nobody is left who remembers anything but what is on disk.
+            _ => {
+                collector.program().kill();
+                tokio::time::sleep(Duration::from_millis(1200)).await;
+                agent.program().kill();
+                collector.up().await;
+                agent.up();
+            }
+        }
+    }
+    for sample in samples {
+        sample.finish();
+    }
+
+    eventually_within(Duration::from_secs(120), "the spool is empty", async || {
+        let node = collector.node("delta").await.filter(|node| node.connected)?;
+        (node.status?.ledger?.pending == 0 && spool_files(&watched.directory).is_empty()).then_some(())
     })
     .await;
+    let seen = watched.finish();
+    let stored = collector.profiles("").await;
+    let ids: HashSet<&str> = stored.iter().map(|profile| profile.id.as_str()).collect();
+    assert_eq!(ids.len(), stored.len(), "no profile is there twice");
+    eprintln!("{} batches seen in the spool, {} in the store", seen.len(), stored.len());
+    assert!(seen.len() >= 8, "the spool was used: {seen:?}");
+    for (id, samples) in seen.iter().filter(|(_, samples)| **samples > 0) {
+        assert!(
+            ids.contains(id.as_str()),
+            "batch {id} of {samples} samples was in the spool and is not in the store"
+        );
+    }
+    for profile in &stored {
+        if let Some(samples) = seen.get(&profile.id) {
+            assert_eq!(profile.samples, *samples, "batch {}", profile.id);
+        }
+    }
 }
 
-fn spooled(agent: &Agent) -> u64 {
-    fn size(path: &std::path::Path) -> u64 {
-        let Ok(entries) = fs::read_dir(path) else { return 0 };
-        entries
-            .flatten()
-            .map(|entry| match entry.metadata() {
-                Ok(data) if data.is_dir() => size(&entry.path()),
-                Ok(data) => data.len(),
-                Err(_) => 0,
-            })
-            .sum()
+fn spool_files(directory: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
+    let is_batch = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "spool");
+    entries.flatten().map(|entry| entry.path()).filter(is_batch).collect()
+}
+
+/// Reads each spool file as it appears: the samples of every batch by its id.
+struct SpoolWatch {
+    directory: PathBuf,
+    over: Arc<AtomicBool>,
+    thread: JoinHandle<HashMap<String, u64>>,
+}
+
+impl SpoolWatch {
+    fn start(directory: PathBuf) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let (watched, stop) = (directory.clone(), Arc::clone(&over));
+        let thread = std::thread::spawn(move || {
+            let (mut seen, mut read) = (HashMap::new(), HashSet::new());
+            while !stop.load(Relaxed) {
+                for path in spool_files(&watched) {
+                    if !read.contains(&path)
+                        && let Ok(bytes) = fs::read(&path)
+                    {
+                        batches(&bytes, &mut seen);
+                        read.insert(path);
+                    }
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            seen
+        });
+        Self { directory, over, thread }
     }
-    size(&agent.state())
+
+    fn finish(self) -> HashMap<String, u64> {
+        self.over.store(true, Relaxed);
+        self.thread.join().expect("the watching thread ends")
+    }
+}
+
+/// A spool file: eight bytes of its kind; then for each batch its length, its checksum and itself.
+fn batches(file: &[u8], seen: &mut HashMap<String, u64>) {
+    let mut rest = file.strip_prefix(b"GANNETS1").expect("a spool file");
+    while let Some((header, after)) = rest.split_first_chunk::<8>() {
+        let length = u32::from_le_bytes([header[0], header[1], header[2], header[3]]) as usize;
+        let (body, after) = after.split_at(length);
+        let batch = Batch::decode(body).expect("a batch");
+        seen.insert(batch.batch_id, batch.samples);
+        rest = after;
+    }
 }
 
 #[test]
@@ -199,38 +282,29 @@ fn a_recording_of_everything_accounts_for_every_sample_and_agrees_with_the_clock
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("all.pb.gz");
     let _sample = Sample::start(150);
+    let beside = Ticks::start(99);
     let output = run(
         "gannet-agent",
         &["record", "--all", "--hz=99", "--duration=5s", "--json", "-o", file.to_str().expect("UTF-8")],
     );
+    let beside = beside.finish();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     let lost: u64 =
         report["lost"].as_object().expect("lost").values().map(|n| n.as_u64().expect("a number")).sum();
     let number = |name: &str| report[name].as_u64().unwrap_or_else(|| panic!("no {name} in {report}"));
     assert_eq!(number("taken"), number("delivered") + lost, "{report}");
-    // The kernel counts the time that its clocks ran, beside our program: one tick each 1/99 s, idle or not.
-    let off = number("ticks") as f64 / number("ticks_due") as f64 - 1.0;
-    assert!(off.abs() < 0.03, "{} ticks, {} due: {report}", number("ticks"), number("ticks_due"));
     let cpus = std::thread::available_parallelism().expect("CPUs").get() as u64;
     assert!(number("ticks_due") >= cpus * 99 * 5, "five seconds at least: {report}");
+    // A clock of ours beside the agent's, on the same CPUs at the same time: of the ticks that were due, a machine whose
+    // time is stolen drops as many of the one as of the other.
+    let share = number("ticks") as f64 / number("ticks_due") as f64;
+    let share_beside = beside.ticks as f64 / beside.due as f64;
+    assert!((share / share_beside - 1.0).abs() < 0.03, "{beside:?} beside {report}");
     let checked = std::process::Command::new(binary("pprof-check"))
         .arg(&file)
         .args(["--has", "price_cart"])
         .status()
         .expect("pprof-check starts");
     assert!(checked.success());
-}
-
-#[test]
-fn a_port_in_use_is_said_in_one_line() {
-    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = taken.local_addr().expect("its address").to_string();
-    let directory = tempfile::tempdir().expect("a directory");
-    let data = format!("--data={}", directory.path().display());
-    let output = run("gannet-collector", &[&data, "--listen=127.0.0.1:0", &format!("--http={address}")]);
-    assert!(!output.status.success());
-    let words = String::from_utf8_lossy(&output.stderr);
-    assert!(words.contains(&address) && words.contains("in use"), "{words}");
-    assert!(!words.contains("panicked"), "{words}");
 }

@@ -1,0 +1,229 @@
+//! What users and networks get wrong, given to the real programs: each a clear error or a counted effect, never a crash,
+//! never a silent loss.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on shall say so at once"
+)]
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+    time::Duration,
+};
+
+use gannet_e2e::{Agent, Collector, Sample, eventually, eventually_within, http_get, rule, run};
+use gannet_proto::ingest::{
+    Batch, PushRequest,
+    ingest_service_client::IngestServiceClient,
+    push_request::{Hello, Message as Request},
+    push_response::Message as Response,
+};
+use ulid::Ulid;
+
+/// Failed, said all of these words, and did not panic.
+#[track_caller]
+fn refused(output: &Output, words: &[&str]) {
+    let said =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(!output.status.success(), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
+    for word in words {
+        assert!(said.contains(word), "`{word}` is not in: {said}");
+    }
+}
+
+const RULES: [(&str, &str, &[&str]); 5] = [
+    ("an unknown field", "rules:\n- id: a\n  match: {comm: [sh], colour: red}\n", &["match.colour", ":3:"]),
+    ("a name of 16 bytes", "rules:\n- id: a\n  match: {comm: [a-name-of-16-byte]}\n", &["match.comm", "15"]),
+    (
+        "no ticks",
+        "rules:\n- id: a\n  match: {comm: [sh]}\n  capture: {hz: 0}\n",
+        &["capture.hz", "1 or more"],
+    ),
+    (
+        "too many ticks",
+        "rules:\n- id: a\n  match: {comm: [sh]}\n  capture: {hz: 5000}\n",
+        &["capture.hz", "1000"],
+    ),
+    ("no YAML", "rules: [}\n", &[":1:"]),
+];
+
+#[tokio::test]
+async fn wrong_rules_are_refused_with_their_field_by_the_agent_and_by_the_command_line() {
+    let collector = Collector::start().await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("rules.yaml");
+    let file = file.to_str().expect("UTF-8");
+    let state = format!("--state-dir={}", directory.path().join("state").display());
+    for (what, text, words) in RULES {
+        fs::write(file, text).expect("the file is written");
+        eprintln!("{what}");
+        let at = format!("--collector={}", collector.url());
+        refused(&run("gannetctl", &[&at, "rules", "apply", "-f", file]), words);
+        refused(&run("gannet-agent", &["run", "--kubelet=none", "--rules", file, &state]), words);
+    }
+    refused(&run("gannetctl", &["--collector=http://127.0.0.1:1", "nodes"]), &["127.0.0.1:1"]);
+}
+
+#[test]
+fn a_port_in_use_is_said_in_one_line() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = taken.local_addr().expect("its address").to_string();
+    let directory = tempfile::tempdir().expect("a directory");
+    let data = format!("--data={}", directory.path().display());
+    let output = run("gannet-collector", &[&data, "--listen=127.0.0.1:0", &format!("--http={address}")]);
+    refused(&output, &[&address, "in use"]);
+    let state = format!("--state-dir={}", directory.path().display());
+    let output = run("gannet-agent", &["run", "--kubelet=none", &state, &format!("--listen={address}")]);
+    refused(&output, &[&address, "in use"]);
+}
+
+#[tokio::test]
+async fn batches_that_are_cut_or_too_large_are_refused_by_name_and_the_stream_goes_on() {
+    let collector = Collector::start().await;
+    let (sender, outgoing) = tokio::sync::mpsc::channel(8);
+    let hello = Hello { node: "n".to_owned(), version: "test".to_owned() };
+    let send = async |message| {
+        sender.send(PushRequest { message: Some(message) }).await.expect("the stream takes it");
+    };
+    send(Request::Hello(hello)).await;
+    let mut client = IngestServiceClient::new(collector.channel());
+    let stream = tokio_stream::wrappers::ReceiverStream::new(outgoing);
+    let mut answers = client.push(stream).await.expect("a stream").into_inner();
+    let mut answer = async || {
+        let next = tokio::time::timeout(Duration::from_secs(30), answers.message());
+        next.await
+            .expect("an answer in time")
+            .expect("no error")
+            .expect("an answer")
+            .message
+            .expect("something")
+    };
+    let Response::Limits(limits) = answer().await else { panic!("the limits come first") };
+    let batch = |pprof: Vec<u8>| {
+        Request::Batch(Batch {
+            batch_id: Ulid::new().to_string(),
+            labels: [("service_name".to_owned(), "x".to_owned())].into(),
+            pprof,
+            samples: 1,
+            start: Some(std::time::SystemTime::now().into()),
+            ..Batch::default()
+        })
+    };
+    // The first bytes of a gzip file, and no more.
+    let cut = vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3, 0xcb];
+    let large = vec![0; usize::try_from(limits.max_batch_bytes).expect("fits") + 1];
+    for (pprof, codes) in [(cut, ["not_gzip", "not_pprof"]), (large, ["too_large", "too_large"])] {
+        send(batch(pprof)).await;
+        let Response::Refused(refusal) = answer().await else { panic!("it is refused") };
+        assert!(codes.contains(&refusal.code.as_str()) && !refusal.reason.is_empty(), "{refusal:?}");
+    }
+    assert!(collector.nodes().await.is_ok(), "the collector goes on");
+}
+
+async fn metric(agent: &Agent, name: &str) -> Option<f64> {
+    let (_, text) = http_get(&agent.probes(), "/metrics").await?;
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+}
+
+#[tokio::test]
+async fn an_unreachable_collector_and_a_damaged_spool_are_counted_and_everything_else_goes_on() {
+    let mut collector = Collector::prepare();
+    let directory = tempfile::tempdir().expect("a directory");
+    let rules = directory.path().join("rules.yaml");
+    fs::write(
+        &rules,
+        "rules:\n- id: shop\n  match: {comm: [webshop]}\n  capture: {hz: 99}\n  lifetime: {ttl: 1h}\n",
+    )
+    .expect("the file is written");
+    let flag = format!("--rules={}", rules.display());
+    let mut agent = Agent::start("lonely", &collector.url(), &["--window=1s", &flag]);
+    let _sample = Sample::start(60);
+    eventually("it is ready without a collector", async || {
+        http_get(&agent.probes(), "/readyz").await.filter(|(status, _)| *status == 200)
+    })
+    .await;
+    eventually("profiles wait", async || {
+        metric(&agent, "gannet_agent_spool_batches").await.filter(|n| *n >= 2.0)
+    })
+    .await;
+    agent.program().kill();
+
+    // One file of it is cut in the middle, and one that never was any lies beside it.
+    let spool = agent.state().join("spool");
+    let cut = fs::read_dir(&spool)
+        .expect("the spool")
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "spool"))
+        .expect("a file");
+    let whole = fs::read(&cut).expect("its bytes");
+    fs::write(&cut, &whole[..whole.len() / 2]).expect("it is cut");
+    agent.up();
+    eventually("the damage is counted", async || {
+        metric(&agent, "gannet_agent_spool_corrupt_files_total").await.filter(|n| *n >= 1.0)
+    })
+    .await;
+    eventually("its samples are lost by name", async || {
+        metric(&agent, "gannet_agent_samples_lost_total{reason=\"spool_corrupt\"}").await.filter(|n| *n > 0.0)
+    })
+    .await;
+    collector.up().await;
+    eventually_within(Duration::from_secs(90), "what is whole arrives", async || {
+        collector.profiles(r#"{service_name="webshop"}"#).await.pop()
+    })
+    .await;
+}
+
+/// A small file system of its own, gone with the value.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    #[track_caller]
+    fn mount(size: &str) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let option = format!("size={size}");
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &option, "none"])
+            .arg(directory.path())
+            .status()
+            .expect("mount runs");
+        assert!(status.success(), "a tmpfs is mounted");
+        Self(directory)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_loses_counted_samples_and_nothing_else() {
+    let collector = Collector::start().await;
+    let disk = SmallDisk::mount("2m");
+    let mut agent = Agent::start_in(disk.path().join("state"), "full", &collector.url(), &["--window=1s"]);
+    agent.connected(&collector).await;
+    fs::write(disk.path().join("everything"), vec![1; 4 << 20]).expect_err("the disk is full now");
+    let _sample = Sample::start(60);
+    collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("a good rule is taken");
+    eventually("losses are counted", async || {
+        metric(&agent, "gannet_agent_samples_lost_total{reason=\"spool_full\"}").await.filter(|n| *n > 0.0)
+    })
+    .await;
+    assert!(agent.program().is_running());
+    fs::remove_file(disk.path().join("everything")).expect("there is room again");
+    eventually("profiles arrive again", async || {
+        collector.profiles(r#"{service_name="webshop"}"#).await.pop()
+    })
+    .await;
+}
