@@ -1,7 +1,7 @@
 # Each target is a thin call of a script in scripts/, which installs what it needs (Debian 12 and 13, Ubuntu 24.04), says
 # what it does, refuses in one line where it cannot work, and can be run again.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench kernels e2e clean
+.PHONY: help demo test lint bench kernels image e2e clean
 
 help: ## show this
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -20,6 +20,9 @@ e2e: ## only the whole path: agent, collector and sample program, killed and res
 
 kernels: ## the agent on kernels 5.10, 6.1, 6.12 and 7.2 (KERNELS="6.1 7.2" for some)
 	@scripts/kernels
+
+image: ## container images of agent and collector (needs no Docker)
+	@scripts/image
 
 bench: ## what the agent costs, next to perf, in the same minute (root)
 	@scripts/bench
