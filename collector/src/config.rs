@@ -19,6 +19,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where the page, the HTTP API, metrics and probes are served.
     pub http: SocketAddr,
+    /// Where the same is served once more, in plaintext and without a certificate asked for: on loopback only.
+    pub http_local: Option<SocketAddr>,
     /// Serve an address that is not loopback without TLS.
     pub insecure: bool,
     /// Certificates for both listeners.
@@ -70,6 +72,7 @@ impl Config {
             data: data.into(),
             listen: any,
             http: any,
+            http_local: None,
             insecure: false,
             tls: None,
             retention_age: Duration::from_secs(7 * 24 * 3600),
@@ -109,6 +112,12 @@ impl Config {
         }
         if self.listen == self.http && self.listen.port() != 0 {
             return wrong(format!("--listen and --http are both {}: give them different ports", self.listen));
+        }
+        if let Some(local) = self.http_local.filter(|local| !local.ip().is_loopback()) {
+            return wrong(format!(
+                "--http-local {local} can be reached from other machines, and whoever reaches it is let in: give a \
+                 loopback address, like 127.0.0.1:4181"
+            ));
         }
         if self.retention_age < Duration::from_secs(60) {
             return wrong(
@@ -183,6 +192,7 @@ mod tests {
     #[rstest]
     #[case::grpc(|c: &mut Config| c.listen = ([0, 0, 0, 0], 4100).into(), "--listen 0.0.0.0:4100")]
     #[case::http(|c: &mut Config| c.http = ([10, 0, 0, 1], 80).into(), "--http 10.0.0.1:80")]
+    #[case::local(|c: &mut Config| c.http_local = Some(([0, 0, 0, 0], 4181).into()), "--http-local 0.0.0.0:4181")]
     #[case::bucket(|c: &mut Config| c.data = "s3://bucket".into(), "cannot reach s3://")]
     #[case::same(|c: &mut Config| { c.listen.set_port(9); c.http.set_port(9) }, "different ports")]
     #[case::young(|c: &mut Config| c.retention_age = Duration::from_secs(1), "--retention-age")]

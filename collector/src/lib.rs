@@ -127,6 +127,8 @@ pub struct Running {
     pub grpc_addr: SocketAddr,
     /// Where the page, the HTTP API, metrics and probes are served.
     pub http_addr: SocketAddr,
+    /// Where the page is served to this machine alone, if it was asked for.
+    pub http_local_addr: Option<SocketAddr>,
     stop: CancellationToken,
     stop_writer: CancellationToken,
     grpc: JoinHandle<()>,
@@ -152,6 +154,11 @@ impl Collector {
         let tls = config.tls.as_ref().map(Tls::load).transpose()?;
         let (grpc_listener, grpc_addr) = bind("--listen", config.listen).await?;
         let (http_listener, http_addr) = bind("--http", config.http).await?;
+        let local_listener = match config.http_local {
+            Some(addr) => Some(bind("--http-local", addr).await?),
+            None => None,
+        };
+        let http_local_addr = local_listener.as_ref().map(|(_, addr)| *addr);
 
         let metrics = Metrics::new();
         let (stop, stop_writer) = (CancellationToken::new(), CancellationToken::new());
@@ -225,18 +232,37 @@ impl Collector {
                 tracing::error!(%error, "the gRPC server has failed");
             }
         });
-        let listener = Listener::new(http_listener, http_addr, http_tls, metrics, stop.clone());
-        let serve = axum::serve(listener, http::router(face).into_make_service_with_connect_info::<Peer>())
-            .with_graceful_shutdown(stop.clone().cancelled_owned());
+        let mut faces = vec![(http_listener, http_addr, http_tls, http::router(face.clone()))];
+        if let Some((listener, addr)) = local_listener {
+            faces.push((listener, addr, None, http::local_router(face)));
+        }
+        let servers = faces.into_iter().map(|(listener, addr, tls, router)| {
+            let listener = Listener::new(listener, addr, tls, metrics.clone(), stop.clone());
+            axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
+                .with_graceful_shutdown(stop.clone().cancelled_owned())
+                .into_future()
+        });
+        let servers = futures::future::join_all(servers);
         let http = tokio::spawn(async move {
-            if let Err(error) = serve.await {
+            for error in servers.await.into_iter().filter_map(Result::err) {
                 tracing::error!(%error, "the HTTP server has failed");
             }
         });
         let writer = tokio::spawn(writer.run(stop_writer.clone()));
         tokio::spawn(upkeep(Arc::clone(&fleet), stop.clone()));
         let timeout = config.shutdown_timeout;
-        Ok(Running { grpc_addr, http_addr, stop, stop_writer, grpc, http, writer, fleet, timeout })
+        Ok(Running {
+            grpc_addr,
+            http_addr,
+            http_local_addr,
+            stop,
+            stop_writer,
+            grpc,
+            http,
+            writer,
+            fleet,
+            timeout,
+        })
     }
 }
 

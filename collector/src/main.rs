@@ -24,6 +24,10 @@ struct Args {
     /// Where the page, the HTTP API, metrics and probes are served.
     #[arg(long, value_name = "ADDRESS", env = "GANNET_COLLECTOR_HTTP", default_value = gannet_proto::ports::COLLECTOR_HTTP)]
     http: SocketAddr,
+    /// Serve the page once more on this loopback address, in plaintext, to whoever is on this machine or comes by kubectl
+    /// port-forward, also where --tls-client-ca asks others for a certificate.
+    #[arg(long, value_name = "ADDRESS", env = "GANNET_COLLECTOR_HTTP_LOCAL")]
+    http_local: Option<SocketAddr>,
     /// The certificate chain of this collector (PEM).
     #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_TLS_CERT", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -68,6 +72,7 @@ impl Args {
         Config {
             listen: self.listen,
             http: self.http,
+            http_local: self.http_local,
             insecure: self.insecure,
             tls: tls.map(|(cert, key)| TlsFiles { cert, key, client_ca: self.tls_client_ca }),
             retention_age: self.retention_age,

@@ -69,6 +69,21 @@ pub(crate) fn router(face: Face) -> Router {
         .with_state(face)
 }
 
+/// The same for who is on this machine: without a certificate, and by a local name only, so that a page elsewhere cannot
+/// read it through somebody's browser.
+pub(crate) fn local_router(face: Face) -> Router {
+    router(Face { clients_known: false, ..face }).layer(from_fn(local_name))
+}
+
+async fn local_name(request: Request, next: Next) -> Response {
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("");
+    let name = if host.ends_with(']') { host } else { host.rsplit_once(':').map_or(host, |(name, _)| name) };
+    if gannet_proto::connect::is_loopback(name) {
+        return next.run(request).await;
+    }
+    Failure(StatusCode::FORBIDDEN, "--http-local answers to localhost only".to_owned()).into_response()
+}
+
 /// An error for people.
 struct Failure(StatusCode, String);
 

@@ -11,7 +11,10 @@ use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
 };
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
 
@@ -130,8 +133,13 @@ async fn with_a_client_authority_only_its_clients_are_let_in_and_probes_still_an
     let dir = tempfile::tempdir().unwrap();
     let (ca, clients, strangers) = (Authority::new(), Authority::new(), Authority::new());
     let tls = files(dir.path(), &ca.sign("localhost"), Some(&clients));
-    let running =
-        Collector::start(Config { tls: Some(tls), ..config(&dir.path().join("data")) }).await.unwrap();
+    let running = Collector::start(Config {
+        tls: Some(tls),
+        http_local: Some(([127, 0, 0, 1], 0).into()),
+        ..config(&dir.path().join("data"))
+    })
+    .await
+    .unwrap();
     let (grpc, http) = (running.grpc_addr, running.http_addr);
     let (client, stranger) = (clients.sign("agent"), strangers.sign("agent"));
     for who in [None, Some(&stranger)] {
@@ -164,6 +172,17 @@ async fn with_a_client_authority_only_its_clients_are_let_in_and_probes_still_an
     }
     assert_eq!(https(http, &ca, Some(&client), "/api/v1/rules").await.unwrap().status, 200);
     assert!(https(http, &ca, Some(&stranger), "/livez").await.is_err());
+
+    // Who is on this machine needs none; a page elsewhere that reaches it by a name of its own gets nothing.
+    let local = running.http_local_addr.unwrap();
+    let answer = get_over(TcpStream::connect(local).await.unwrap(), "/api/v1/rules").await.unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let mut stream = TcpStream::connect(local).await.unwrap();
+    let request = "GET /api/v1/rules HTTP/1.1\r\nHost: rebound.example:80\r\nConnection: close\r\n\r\n";
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    assert!(text.starts_with("HTTP/1.1 403"), "{text}");
     running.shutdown().await;
 }
 

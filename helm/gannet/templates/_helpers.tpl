@@ -1,0 +1,128 @@
+{{- define "gannet.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- end }}
+
+{{- /* Release `gannet` gives gannet-agent, release `x` x-gannet-agent. */}}
+{{- define "gannet.fullname" -}}
+{{- $name := include "gannet.name" . -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end }}
+
+{{- define "gannet.agent" -}}{{ include "gannet.fullname" . }}-agent{{- end }}
+{{- define "gannet.collector" -}}{{ include "gannet.fullname" . }}-collector{{- end }}
+
+{{- /* Called with (dict "root" $ "component" "agent"). */}}
+{{- define "gannet.selector" -}}
+app.kubernetes.io/name: {{ include "gannet.name" .root }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "gannet.labels" -}}
+{{ include "gannet.selector" . }}
+app.kubernetes.io/part-of: gannet
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- /* Without versions: pods are not restarted because the chart has a new number. */}}
+{{- define "gannet.podLabels" -}}
+{{ include "gannet.selector" . }}
+app.kubernetes.io/part-of: gannet
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- /* Called with (dict "root" $ "image" .Values.agent.image). */}}
+{{- define "gannet.image" -}}
+{{- $i := .image -}}
+{{- if $i.registry }}{{ trimSuffix "/" $i.registry }}/{{ end }}{{ $i.repository }}
+{{- if $i.digest }}@{{ $i.digest }}{{ else }}:{{ $i.tag | default .root.Chart.AppVersion }}{{ end }}
+{{- end }}
+
+{{- define "gannet.agent.serviceAccount" -}}
+{{- if .Values.agent.serviceAccount.create -}}{{ .Values.agent.serviceAccount.name | default (include "gannet.agent" .) }}
+{{- else -}}{{ .Values.agent.serviceAccount.name | default "default" }}{{- end -}}
+{{- end }}
+
+{{- define "gannet.collector.serviceAccount" -}}
+{{- if .Values.collector.serviceAccount.create -}}{{ .Values.collector.serviceAccount.name | default (include "gannet.collector" .) }}
+{{- else -}}{{ .Values.collector.serviceAccount.name | default "default" }}{{- end -}}
+{{- end }}
+
+
+{{- /* The Secret of one part: (dict "root" $ "part" "agent"). */}}
+{{- define "gannet.tls.secret" -}}
+{{- if eq .root.Values.tls.mode "existingSecrets" -}}{{ get .root.Values.tls.existingSecrets .part }}
+{{- else -}}{{ include "gannet.fullname" .root }}-{{ .part }}-tls{{- end -}}
+{{- end }}
+
+{{- /* The names that the collector's certificate has. */}}
+{{- define "gannet.tls.names" -}}
+{{- $name := include "gannet.collector" . -}}
+{{- $ns := .Release.Namespace -}}
+{{- list (printf "%s.%s.svc" $name $ns) (printf "%s.%s" $name $ns) $name (printf "%s.%s.svc.cluster.local" $name $ns) "localhost" | toJson -}}
+{{- end }}
+
+{{- define "gannet.collectorUrl" -}}
+{{- if .Values.collector.enabled -}}
+{{- printf "%s://%s.%s.svc:%v" (ne .Values.tls.mode "insecure" | ternary "https" "http") (include "gannet.collector" .) .Release.Namespace .Values.collector.service.grpcPort -}}
+{{- else -}}{{ .Values.agent.collectorUrl }}{{- end -}}
+{{- end }}
+
+{{- /* What cannot be, with its cure. */}}
+{{- define "gannet.check" -}}
+{{- $v := .Values -}}
+{{- if not (or $v.agent.enabled $v.collector.enabled) }}
+{{- fail "agent.enabled and collector.enabled are both false: nothing would be installed" }}
+{{- end }}
+{{- if $v.collector.enabled }}
+{{- if $v.agent.collectorUrl }}
+{{- fail "agent.collectorUrl is set while this release has a collector of its own: set collector.enabled to false, or leave agent.collectorUrl empty" }}
+{{- end }}
+{{- else }}
+{{- if not $v.agent.collectorUrl }}
+{{- fail "collector.enabled is false: say where the agents dial (agent.collectorUrl: https://HOST:4100)" }}
+{{- end }}
+{{- if eq $v.tls.mode "helm" }}
+{{- fail "tls.mode is helm, but a collector elsewhere does not know certificates that are made here: set tls.mode to existingSecrets or certManager" }}
+{{- end }}
+{{- if and (hasPrefix "http://" $v.agent.collectorUrl) (ne $v.tls.mode "insecure") }}
+{{- fail "agent.collectorUrl is http:// (plaintext) while tls.mode is not insecure: write https://, or set tls.mode to insecure if the network is trusted" }}
+{{- end }}
+{{- end }}
+{{- if and (eq $v.tls.mode "existingSecrets") (or (and $v.agent.enabled (not $v.tls.existingSecrets.agent)) (and $v.collector.enabled (not (and $v.tls.existingSecrets.collector $v.tls.existingSecrets.client)))) }}
+{{- fail "tls.mode is existingSecrets: name the Secrets in tls.existingSecrets.collector, .agent and .client (each with tls.crt, tls.key and ca.crt)" }}
+{{- end }}
+{{- if and (eq $v.tls.mode "certManager") (not $v.collector.enabled) (not $v.tls.certManager.issuerRef) }}
+{{- fail "tls.mode is certManager without a collector in this release: name the issuer that the collector elsewhere trusts (tls.certManager.issuerRef)" }}
+{{- end }}
+{{- if gt (int $v.collector.replicas) 1 }}
+{{- fail "collector.replicas is above 1: the collector's store belongs to one process" }}
+{{- end }}
+{{- if and $v.collector.persistence.existingClaim (not $v.collector.persistence.enabled) }}
+{{- fail "collector.persistence.existingClaim is set while collector.persistence.enabled is false" }}
+{{- end }}
+{{- if and $v.collector.httpRoute.enabled (not $v.collector.httpRoute.parentRefs) }}
+{{- fail "collector.httpRoute.enabled: name the gateway in collector.httpRoute.parentRefs" }}
+{{- end }}
+{{- if and $v.collector.ingress.enabled (not $v.collector.ingress.hosts) }}
+{{- fail "collector.ingress.enabled: name a host in collector.ingress.hosts" }}
+{{- end }}
+{{- range $key := list "collector" "node" "rules" "state_dir" "listen" "debug_listen" "kubelet" "insecure" "tls_ca" "tls_cert" "tls_key" "token_file" }}
+{{- if hasKey $v.agent.config $key }}
+{{- fail (printf "agent.config.%s is set by the chart: use the value for it (collectorUrl, rules, stateHostPath, listenAddress, kubelet, tls)" $key) }}
+{{- end }}
+{{- end }}
+{{- end }}
