@@ -89,9 +89,8 @@ impl Ticks {
             let mut at = 0;
             while at < head {
                 // SAFETY: headers are 8-aligned and lie below data_head, inside the data pages behind the first page.
-                let header = unsafe {
-                    ptr::read(ring.cast::<u8>().add(self.page + at).cast::<bindings::perf_event_header>())
-                };
+                let header =
+                    unsafe { ptr::read(ring.byte_add(self.page + at).cast::<bindings::perf_event_header>()) };
                 all.ticks += u64::from(header.type_ == bindings::PERF_RECORD_SAMPLE);
                 at += usize::from(header.size);
             }

@@ -49,7 +49,7 @@ impl Collector {
     /// Ports and a directory, and nobody who listens yet.
     pub fn prepare() -> Self {
         let directory = tempfile::tempdir().expect("a directory");
-        Self { directory, grpc: free_port(), http: free_port(), program: None }
+        Self { program: None, directory, grpc: free_port(), http: free_port() }
     }
 
     /// Starts it, on the store that it had before.
@@ -190,7 +190,7 @@ impl Agent {
             format!("--listen=127.0.0.1:{probes}"),
         ]);
         args.extend(more.iter().map(|&arg| arg.to_owned()));
-        Self { directory, state, node: node.to_owned(), args, debug, probes, program: None }
+        Self { program: None, directory, state, node: node.to_owned(), args, debug, probes }
     }
 
     /// Starts it, with the state that it had before.
@@ -244,7 +244,7 @@ impl Sample {
     pub fn start(load: u32) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let program = Program::start("webshop", &["--load".to_owned(), load.to_string()], directory.path());
-        Self { directory, program }
+        Self { program, directory }
     }
 
     /// The running program.
