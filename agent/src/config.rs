@@ -11,8 +11,18 @@ use std::{
 };
 
 use clap::Args;
-use gannet_proto::{connect::Dial, ports, rules::Caps};
+use gannet_proto::{connect::Dial, ports, rules::Caps, selector::LabelSelector};
 use serde::{Deserialize, Deserializer};
+
+use crate::pods::{LabelOptions, SourceKind, SourceOptions, check_address};
+
+/// Where Kubernetes puts a pod's token and its cluster's authority.
+const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+/// Where the kubelet streams pods: since 1.36, and as it was planned first.
+const PODINFO_SOCKETS: [&str; 2] =
+    ["/var/lib/kubelet/pods-api/pods-api.sock", "/var/lib/kubelet/pods/kubelet.sock"];
+/// A series has at most thirty labels; the agent's own and a rule's need room too.
+const MOST_POD_LABELS: usize = 10;
 
 /// Flags of `run`. Each is a key of the file too, with `_` for `-`.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
@@ -46,6 +56,30 @@ pub struct RunArgs {
     /// Where pod metadata comes from [default: auto]
     #[arg(long, env = "GANNET_KUBELET", value_name = "SOURCE")]
     pub kubelet: Option<Kubelet>,
+    /// The kubelet's address, as status.hostIP gives it: HOST, HOST:PORT or https://HOST:PORT [default: 127.0.0.1:10250]
+    #[arg(long, env = "GANNET_KUBELET_ADDRESS", value_name = "ADDRESS")]
+    pub kubelet_address: Option<String>,
+    /// Whose certificate the kubelet must have (PEM) [default: the service account's ca.crt]
+    #[arg(long, env = "GANNET_KUBELET_CA", value_name = "FILE")]
+    pub kubelet_ca: Option<PathBuf>,
+    /// The kubelet's own certificate, where it is self-signed (PEM)
+    #[arg(long, env = "GANNET_KUBELET_CERTIFICATE", value_name = "FILE")]
+    pub kubelet_certificate: Option<PathBuf>,
+    /// Take any certificate for the kubelet's
+    #[arg(long, env = "GANNET_KUBELET_INSECURE")]
+    pub kubelet_insecure: bool,
+    /// A file with the bearer token for the kubelet, read again for each request [default: the service account's token]
+    #[arg(long, env = "GANNET_KUBELET_TOKEN_FILE", value_name = "FILE")]
+    pub kubelet_token_file: Option<PathBuf>,
+    /// The socket at which the kubelet streams pods (Kubernetes 1.36 and later) [default: the usual ones]
+    #[arg(long, env = "GANNET_PODINFO_SOCKET", value_name = "FILE")]
+    pub podinfo_socket: Option<PathBuf>,
+    /// A label of pods that becomes a label of their profiles (repeatable)
+    #[arg(long = "pod-label", env = "GANNET_POD_LABEL", value_name = "KEY", value_delimiter = ',')]
+    pub pod_label: Vec<String>,
+    /// The cluster's name, a label of all profiles
+    #[arg(long, env = "GANNET_CLUSTER", value_name = "NAME")]
+    pub cluster: Option<String>,
     /// The highest rate that a rule may ask for, samples a second and CPU [default: 1000]
     #[arg(long, env = "GANNET_HZ_MAX", value_name = "HZ")]
     pub hz_max: Option<u32>,
@@ -126,6 +160,10 @@ pub struct Config {
     pub debug_listen: SocketAddr,
     /// See [`RunArgs`].
     pub listen: SocketAddr,
+    /// Where pod metadata comes from; none: from nowhere.
+    pub pods: Option<SourceOptions>,
+    /// What pods are called in profiles.
+    pub pod_labels: LabelOptions,
     /// What rules may ask for here.
     pub caps: Caps,
     /// See [`RunArgs`].
@@ -196,6 +234,14 @@ impl RunArgs {
             debug_listen,
             listen,
             kubelet,
+            kubelet_address,
+            kubelet_ca,
+            kubelet_certificate,
+            kubelet_insecure,
+            kubelet_token_file,
+            podinfo_socket,
+            pod_label,
+            cluster,
             hz_max,
             window,
             ring_bytes,
@@ -219,6 +265,14 @@ impl RunArgs {
             debug_listen: debug_listen.or(file.debug_listen),
             listen: listen.or(file.listen),
             kubelet: kubelet.or(file.kubelet),
+            kubelet_address: kubelet_address.or(file.kubelet_address),
+            kubelet_ca: kubelet_ca.or(file.kubelet_ca),
+            kubelet_certificate: kubelet_certificate.or(file.kubelet_certificate),
+            kubelet_insecure: kubelet_insecure || file.kubelet_insecure,
+            kubelet_token_file: kubelet_token_file.or(file.kubelet_token_file),
+            podinfo_socket: podinfo_socket.or(file.podinfo_socket),
+            pod_label: if pod_label.is_empty() { file.pod_label } else { pod_label },
+            cluster: cluster.or(file.cluster),
             hz_max: hz_max.or(file.hz_max),
             window: window.or(file.window),
             ring_bytes: ring_bytes.or(file.ring_bytes),
@@ -238,10 +292,6 @@ impl RunArgs {
         let wrong = |option, value: &dyn fmt::Display, cure| {
             Err(ConfigError::Value { option, value: value.to_string(), cure })
         };
-        if let Some(Kubelet::Podinfo | Kubelet::Kubelet | Kubelet::Apiserver) = self.kubelet {
-            let cure = "this version has no pod metadata; give none or auto, which finds nothing";
-            return wrong("kubelet", &format!("{:?}", self.kubelet.unwrap_or_default()).to_lowercase(), cure);
-        }
         let mut labels = BTreeMap::new();
         for label in &self.label {
             match label.split_once('=') {
@@ -283,6 +333,45 @@ impl RunArgs {
         if node.is_empty() || node.len() > 253 {
             return wrong("node", &node, "give a name of 1 to 253 bytes");
         }
+        if self.pod_label.len() > MOST_POD_LABELS {
+            let given = format!("({} of them)", self.pod_label.len());
+            return wrong("pod-label", &given, "give at most 10: each makes more series");
+        }
+        if let Some(key) = self
+            .pod_label
+            .iter()
+            .find(|key| key.contains(['=', '!', ' ', '(']) || LabelSelector::parse(key).is_err())
+        {
+            return wrong("pod-label", key, "give the key of a label, like app.kubernetes.io/version");
+        }
+        let cluster = self.cluster.unwrap_or_default();
+        if cluster.len() > 253 {
+            return wrong("cluster", &cluster, "give a name of at most 253 bytes");
+        }
+        let kubelet_address = self.kubelet_address.unwrap_or_else(|| "127.0.0.1:10250".into());
+        if check_address(&kubelet_address).is_err() {
+            let cure = "write HOST, HOST:PORT or https://HOST:PORT, IPv6 in brackets";
+            return wrong("kubelet-address", &kubelet_address, cure);
+        }
+        let only = match self.kubelet.unwrap_or_default() {
+            Kubelet::Auto | Kubelet::None => None,
+            Kubelet::Podinfo => Some(SourceKind::PodInfo),
+            Kubelet::Kubelet => Some(SourceKind::Kubelet),
+            Kubelet::Apiserver => Some(SourceKind::ApiServer),
+        };
+        let pods = (self.kubelet != Some(Kubelet::None)).then(|| SourceOptions {
+            only,
+            node: node.clone(),
+            podinfo_sockets: match self.podinfo_socket {
+                Some(socket) => vec![socket],
+                None => PODINFO_SOCKETS.iter().map(PathBuf::from).collect(),
+            },
+            kubelet_address,
+            kubelet_ca: self.kubelet_ca.unwrap_or_else(|| Path::new(SERVICE_ACCOUNT).join("ca.crt")),
+            kubelet_certificate: self.kubelet_certificate,
+            kubelet_insecure: self.kubelet_insecure,
+            token_file: self.kubelet_token_file.unwrap_or_else(|| Path::new(SERVICE_ACCOUNT).join("token")),
+        });
         Ok(Config {
             dial: self.collector.map(|url| Dial {
                 url,
@@ -298,6 +387,8 @@ impl RunArgs {
             state_dir: self.state_dir.unwrap_or_else(|| "/var/lib/gannet".into()),
             debug_listen,
             listen: self.listen.unwrap_or_else(|| address(ports::AGENT_PROBES)),
+            pods,
+            pod_labels: LabelOptions { cluster, pod_labels: self.pod_label },
             caps: Caps { max_hz: hz_max, max_rules: 48, ..Caps::default() },
             window,
             ring_bytes: map_size("ring-bytes", self.ring_bytes, 4 << 20)?,
@@ -320,6 +411,8 @@ impl Config {
             state_dir,
             debug_listen,
             listen,
+            pods,
+            pod_labels: LabelOptions { cluster, pod_labels },
             caps,
             window,
             ring_bytes,
@@ -341,6 +434,7 @@ impl Config {
             ("state-dir", state_dir.display().to_string()),
             ("debug-listen", debug_listen.to_string()),
             ("listen", listen.to_string()),
+            ("cluster", cluster.clone()),
             ("hz-max", caps.max_hz.to_string()),
             ("window", humantime::format_duration(*window).to_string()),
             ("ring-bytes", ring_bytes.to_string()),
@@ -349,6 +443,32 @@ impl Config {
             ("spool-bytes", spool_bytes.to_string()),
             ("spool-age", humantime::format_duration(*spool_age).to_string()),
         ];
+        match pods {
+            None => lines.push(("kubelet", "none".into())),
+            Some(SourceOptions {
+                only,
+                node: _,
+                podinfo_sockets,
+                kubelet_address,
+                kubelet_ca,
+                kubelet_certificate,
+                kubelet_insecure,
+                token_file,
+            }) => {
+                lines.extend([
+                    ("kubelet", only.map_or("auto", SourceKind::as_str).to_owned()),
+                    ("kubelet-address", kubelet_address.clone()),
+                    ("kubelet-ca", kubelet_ca.display().to_string()),
+                    ("kubelet-certificate", path(kubelet_certificate)),
+                    ("kubelet-insecure", kubelet_insecure.to_string()),
+                    ("kubelet-token-file", token_file.display().to_string()),
+                ]);
+                lines.extend(
+                    podinfo_sockets.iter().map(|socket| ("podinfo-socket", socket.display().to_string())),
+                );
+            }
+        }
+        lines.extend(pod_labels.iter().map(|key| ("pod-label", key.clone())));
         lines.extend(labels.iter().map(|(name, value)| ("label", format!("{name}={value}"))));
         lines.extend(rules.iter().map(|file| ("rules", file.display().to_string())));
         lines.iter().fold(String::new(), |text, (name, value)| text + &format!("--{name}={value}\n"))
@@ -459,11 +579,27 @@ mod tests {
             ("", &["--window", "1ms"], "1s to 10m"),
             ("", &["--ring-bytes", "1KiB"], "128KiB"),
             ("", &["--label", "x"], "NAME=VALUE"),
-            ("", &["--kubelet", "podinfo"], "none or auto"),
+            ("", &["--kubelet-address", "http://10.0.0.1"], "HOST:PORT"),
+            ("", &["--pod-label", "a b"], "key of a label"),
+            ("", &["--pod-label", "a,b,c,d,e,f,g,h,i,j,k"], "at most 10"),
         ] {
             let error = with(file, flags).unwrap_err().to_string();
             assert!(error.contains(words), "{file}{flags:?}: {error}");
         }
+    }
+
+    #[test]
+    fn where_pods_come_from() {
+        let pods = |flags: &[&str]| with("", flags).unwrap().pods;
+        assert_eq!(pods(&["--kubelet", "none"]), None);
+        assert_eq!(pods(&["--kubelet", "kubelet"]).unwrap().only, Some(SourceKind::Kubelet));
+        let auto = pods(&["--node", "worker-1", "--kubelet-address", "fd00::1"]).unwrap();
+        assert_eq!((auto.only, auto.node.as_str()), (None, "worker-1"));
+        assert_eq!(auto.token_file, Path::new(SERVICE_ACCOUNT).join("token"));
+        let config = with("pod_label: [team]\ncluster: east\n", &[]).unwrap();
+        assert_eq!((config.pod_labels.cluster.as_str(), config.pod_labels.pod_labels.len()), ("east", 1));
+        assert!(config.lines().contains("--kubelet=auto\n"));
+        assert!(config.lines().contains("--pod-label=team\n"));
     }
 
     #[test]

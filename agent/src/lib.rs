@@ -24,6 +24,7 @@ pub mod ledger;
 pub mod node;
 pub mod output;
 pub mod pipeline;
+pub mod pods;
 pub mod process;
 pub mod profile;
 pub mod record;

@@ -15,7 +15,7 @@ use gannet_proto::{
 };
 use tokio::sync::Notify;
 
-use crate::{config::Config, engine::Engine, export::SpoolStats, ledger::NodeLedger};
+use crate::{config::Config, engine::Engine, export::SpoolStats, ledger::NodeLedger, pods::Pods};
 
 /// Windows that are kept for the debug page.
 const RECENT_WINDOWS: usize = 6;
@@ -34,6 +34,8 @@ pub struct Node {
     pub spool: Arc<SpoolStats>,
     /// The last windows.
     pub recent: Recent,
+    /// Whose containers there are.
+    pub pods: Pods,
     /// When it started.
     pub started: SystemTime,
     /// Rules have been applied, be it an empty set.
@@ -52,6 +54,7 @@ impl Node {
         ledger: NodeLedger,
         spool: Arc<SpoolStats>,
         recent: Recent,
+        pods: Pods,
     ) -> Self {
         let degraded = engine.degraded().iter().map(|text| ("kernel", text.clone())).collect();
         Self {
@@ -60,6 +63,7 @@ impl Node {
             ledger,
             spool,
             recent,
+            pods,
             started: SystemTime::now(),
             rules_loaded: AtomicBool::new(false),
             connected: AtomicBool::new(false),
@@ -81,9 +85,18 @@ impl Node {
         lock(&self.degraded).iter().map(|(part, reason)| format!("{part}: {reason}")).collect()
     }
 
-    /// Whether rules are in force: the kernel side is at work since there is an engine at all.
-    pub fn is_ready(&self) -> bool {
-        self.rules_loaded.load(Relaxed)
+    /// What the node still waits for before it is ready: rules, and the first list of pods where there is to be one; never
+    /// the collector. The kernel side is at work since there is an engine at all.
+    pub fn not_ready(&self) -> Option<String> {
+        if !self.rules_loaded.load(Relaxed) {
+            return Some("no rules have been applied yet".into());
+        }
+        if self.pods.is_synced() {
+            return None;
+        }
+        let status = self.pods.status();
+        let why = status.last_error.map_or_else(String::new, |error| format!(": {error}"));
+        Some(format!("no pods have been told of yet{why}"))
     }
 
     /// Resident memory of this process, in bytes, and the CPU time of all its threads.

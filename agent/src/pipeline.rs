@@ -10,6 +10,7 @@ use crate::{
     finish::finish,
     ledger::{NodeLedger, Stage},
     node::Recent,
+    pods::Pods,
     symbols::Symbolizer,
 };
 
@@ -53,10 +54,17 @@ pub async fn run(
     symbolizer: Symbolizer,
     ledger: NodeLedger,
     recent: Recent,
+    pods: Pods,
     mut submit: impl FnMut(Vec<Batch>),
 ) {
     while let Some(window) = windows.recv().await {
-        let Window { id, start, duration, ledger: account, profiles } = window;
+        let Window { id, start, duration, ledger: mut account, mut profiles } = window;
+        let denied = pods.join(&mut profiles).await;
+        if denied > 0 {
+            account.delivered = account.delivered.saturating_sub(denied);
+            account.lose(LossReason::Denied, denied);
+            ledger.lose(Stage::Window, LossReason::Denied, denied);
+        }
         let mut batches = Vec::with_capacity(profiles.len());
         let mut named = Vec::with_capacity(profiles.len());
         for profile in profiles {

@@ -22,6 +22,7 @@ use crate::{
     ledger::NodeLedger,
     node::{Node, Recent},
     pipeline,
+    pods::{self, Pods},
     rules::{
         Set, Source,
         files::{self, FilesError, Stamp},
@@ -101,6 +102,7 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
         Spool::open(&config.state_dir.join("spool"), bounds, ledger.clone(), Arc::clone(&spool_stats))?;
     let symbolizer = Symbolizer::start(SymbolizerConfig::default()).map_err(RunError::Start)?;
     let recent = Recent::default();
+    let pods = Pods::new(config.pod_labels.clone());
     let (entrance, windows) = pipeline::pipeline(ledger.clone());
     let engine = Engine::start(
         EngineOptions {
@@ -128,8 +130,15 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
         let exporter = Arc::clone(&exporter);
         move |batches| exporter.submit(batches)
     };
-    let naming = tokio::spawn(pipeline::run(windows, symbolizer, ledger.clone(), recent.clone(), submit));
-    let node = Arc::new(Node::new(config, engine, ledger, spool_stats, recent));
+    let naming = tokio::spawn(pipeline::run(
+        windows,
+        symbolizer,
+        ledger.clone(),
+        recent.clone(),
+        pods.clone(),
+        submit,
+    ));
+    let node = Arc::new(Node::new(config, engine, ledger, spool_stats, recent, pods));
 
     let store = LastGood::in_dir(&node.config.state_dir);
     let active = restore(&node, &store).await;
@@ -152,6 +161,13 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
         }
         None => None,
     };
+    let telling = node.config.pods.as_ref().map(|options| {
+        if options.kubelet_insecure {
+            tracing::warn!("--kubelet-insecure: whoever answers at the kubelet's address is believed");
+        }
+        let sources = pods::sources(options);
+        tokio::spawn(pods::follow(node.pods.clone(), sources, options.only.is_some(), cancel.clone()))
+    });
     tracing::info!(node = node.config.node, "gannet-agent {} runs", gannet_proto::VERSION);
 
     tokio::select! {
@@ -164,6 +180,9 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
         let _ = controlling.await;
     }
     let _ = following.await;
+    if let Some(telling) = telling {
+        let _ = telling.await;
+    }
     // Requests that are being answered hold the node too.
     serving.abort();
     let _ = serving.await;

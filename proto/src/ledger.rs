@@ -27,18 +27,21 @@ pub enum LossReason {
     Expired,
     /// The profile was larger than the collector takes.
     TooLarge,
+    /// The pod does not want to be profiled; taken before that was known.
+    Denied,
     /// The agent ended before the samples were safe.
     Shutdown,
 }
 
 impl LossReason {
     /// Every reason, in the order in which samples meet them on their way.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::RingFull,
         Self::StackFault,
         Self::StackMissing,
         Self::MapFull,
         Self::QueueFull,
+        Self::Denied,
         Self::SpoolFull,
         Self::SpoolCorrupt,
         Self::Refused,
@@ -55,6 +58,7 @@ impl LossReason {
             Self::StackMissing => "stack_missing",
             Self::MapFull => "map_full",
             Self::QueueFull => "queue_full",
+            Self::Denied => "denied",
             Self::SpoolFull => "spool_full",
             Self::SpoolCorrupt => "spool_corrupt",
             Self::Refused => "refused",

@@ -9,7 +9,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{engine::EngineError, ledger::Stage, node::Node};
+use crate::{engine::EngineError, ledger::Stage, node::Node, pods::SourceKind};
 
 /// Everything at one moment.
 #[derive(Debug)]
@@ -149,6 +149,31 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
         None,
         Number::Counter(node.spool.write_errors()),
     );
+    let pods = node.pods.status();
+    for kind in [SourceKind::PodInfo, SourceKind::Kubelet, SourceKind::ApiServer] {
+        let label = Some(("source", kind.to_string()));
+        let number = Number::Gauge((pods.source == Some(kind)).into());
+        add("pods_source", "1 for the source that pods come from", label, number);
+    }
+    add("pods_updates", "Lists and changes of pods taken in", None, Number::Counter(pods.updates));
+    add("pods_errors", "Failures of the sources of pods", None, Number::Counter(pods.errors));
+    if let Some(at) = pods.last_update {
+        let age = at.elapsed().unwrap_or_default().as_secs();
+        add(
+            "pods_age_seconds",
+            "Since the source of pods told of something",
+            None,
+            Number::Gauge(age as i64),
+        );
+    }
+    let (containers, asked_for, in_no_list, refused) = node.pods.counts();
+    add("pods_containers", "Containers whose pod is known", None, Number::Gauge(containers as i64));
+    for (state, count) in [("asked_for", asked_for), ("in_no_list", in_no_list)] {
+        let label = Some(("state", state.to_owned()));
+        let number = Number::Gauge(count as i64);
+        add("pods_unknown_containers", "Containers whose pod is not known", label, number);
+    }
+    add("pods_refused", "Pods beyond what is kept", None, Number::Counter(refused));
     let connected = node.connected.load(std::sync::atomic::Ordering::Relaxed);
     add("collector_connected", "1 while the control stream stands", None, Number::Gauge(connected.into()));
     add(

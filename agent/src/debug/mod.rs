@@ -31,10 +31,14 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     node::Node,
     output::{Details, Format, OutputError, render},
+    pods::LONGEST_JOIN,
 };
 
 /// `/debug/profile` requests that are served at one time.
 const PROFILES_AT_ONCE: usize = 4;
+/// How long the last window of `/debug/profile` may take to be named: the wait for the names of pods, and some.
+const LAST_WINDOW: Duration = Duration::from_secs(10);
+const _: () = assert!(LAST_WINDOW.as_secs() > LONGEST_JOIN.as_secs());
 /// The longest that `/debug/profile` collects.
 const LONGEST_PROFILE: u64 = 600;
 
@@ -116,6 +120,7 @@ fn page_router() -> Router<Shared> {
         .route("/metrics", get(show_metrics))
         .route("/debug/rules", get(rules))
         .route("/debug/processes", get(processes))
+        .route("/debug/pods", get(pods))
         .route("/debug/maps", get(maps))
         .route("/debug/ledger", get(ledger))
         .route("/debug/events", get(events))
@@ -159,11 +164,9 @@ async fn ready(State(shared): State<Shared>) -> Response {
     for reason in node.degraded() {
         let _ = writeln!(text, "degraded: {reason}");
     }
-    if node.is_ready() {
-        (StatusCode::OK, format!("ready\n{text}")).into_response()
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: no rules have been applied yet\n{text}"))
-            .into_response()
+    match node.not_ready() {
+        None => (StatusCode::OK, format!("ready\n{text}")).into_response(),
+        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n{text}")).into_response(),
     }
 }
 
@@ -214,6 +217,10 @@ async fn processes(State(shared): State<Shared>, Query(look): Query<Look>) -> Re
         Ok(view) => show(&look, &view, |view| views::processes_text(view)),
         Err(error) => failed(&error),
     }
+}
+
+async fn pods(State(shared): State<Shared>, Query(look): Query<Look>) -> Response {
+    show(&look, &views::pods(&shared.node), views::PodsView::text)
 }
 
 async fn maps(State(shared): State<Shared>, Query(look): Query<Look>) -> Response {
@@ -295,7 +302,7 @@ async fn profile(State(shared): State<Shared>, Query(query): Query<ProfileQuery>
         return failed(&error);
     }
     // The last window is still being named; without a sample there is none to wait for.
-    let _ = tokio::time::timeout(Duration::from_secs(5), next).await;
+    let _ = tokio::time::timeout(LAST_WINDOW, next).await;
     // Windows are stamped when they begin, a moment before this was asked.
     let since = begun.checked_sub(Duration::from_millis(50)).unwrap_or(begun);
     match node.recent.merged(Some(since), query.pid) {
@@ -326,6 +333,7 @@ async fn bundle(State(shared): State<Shared>) -> Response {
         ("ledger", views::ledger(node).text()),
         ("rules", text(views::rules(node).await.map(|view| views::rules_text(&view)))),
         ("processes", text(views::processes(node, None).await.map(|view| views::processes_text(&view)))),
+        ("pods", views::pods(node).text()),
         ("maps", text(views::maps(node).await.map(|view| view.text()))),
         ("events", text(views::events(node).await.map(|lines| lines.join("\n")))),
         ("metrics", text(metrics::render(node).await)),

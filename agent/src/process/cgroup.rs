@@ -7,7 +7,8 @@ pub struct CgroupNames {
     pub container_id: String,
     /// With dashes, or the 32 hex digits of a static pod; empty where there is none.
     pub pod_uid: String,
-    /// The systemd unit of a process outside of containers: `ssh.service`.
+    /// What started a process outside of containers: its systemd unit (`ssh.service`), an LXC container
+    /// (`lxc.payload.web`), a service of Talos (`podruntime/kubelet`).
     pub unit: String,
 }
 
@@ -25,6 +26,14 @@ impl CgroupNames {
             if [".service", ".scope"].iter().any(|kind| component.ends_with(kind)) {
                 names.unit = unescape(component);
             }
+            // What LXC makes for a container; it has no id but its name.
+            if component.starts_with("lxc.payload.") {
+                component.clone_into(&mut names.unit);
+            }
+        }
+        // Talos has no systemd; what stands for its units is one level below this.
+        if let Some(unit) = path.strip_prefix("/podruntime/") {
+            names.unit = format!("podruntime/{}", unit.split('/').next().unwrap_or_default());
         }
         if !names.container_id.is_empty() {
             names.unit.clear();
@@ -87,86 +96,108 @@ pub(super) fn path_in(text: &str, controller: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use rstest::rstest;
+
     use super::*;
 
-    #[test]
-    fn every_form_of_container_path() {
-        let i = "0123456789abcdef".repeat(4);
-        let j = "f".repeat(64);
-        let u = "12345678-9abc-def0-1234-56789abcdef0";
-        let u_ = u.replace('-', "_");
-        let h = "0123456789abcdef0123456789abcdef";
-        let pod = format!("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{u_}.slice");
-        let cases = [
-            ("1 containerd, systemd", format!("{pod}/cri-containerd-{i}.scope"), true, u),
-            (
-                "2 Guaranteed",
-                format!("/kubepods.slice/kubepods-pod{u_}.slice/cri-containerd-{i}.scope"),
-                true,
-                u,
-            ),
-            ("3 cgroupfs", format!("/kubepods/besteffort/pod{u}/{i}"), true, u),
-            ("4 cgroupfs, Guaranteed", format!("/kubepods/pod{u}/{i}"), true, u),
-            ("5 static pod", format!("/kubepods/burstable/pod{h}/{i}"), true, h),
-            (
-                "6 mixed drivers",
-                format!(
-                    "/system.slice/containerd.service/kubepods-burstable-pod{u_}.slice:cri-containerd:{i}"
-                ),
-                true,
-                u,
-            ),
-            ("7 CRI-O", format!("{pod}/crio-{i}.scope"), true, u),
-            ("8 CRI-O, crun", format!("{pod}/crio-{i}.scope/container"), true, u),
-            ("9 CRI-O, cgroupfs", format!("/kubepods/besteffort/pod{u}/crio-{i}"), true, u),
-            ("10 conmon", format!("{pod}/crio-conmon-{i}.scope"), false, u),
-            ("11 docker, systemd", format!("{pod}/docker-{i}.scope"), true, u),
-            ("12 docker, cgroupfs", format!("/kubepods/besteffort/pod{u}/{i}"), true, u),
-            ("13 made inside", format!("/kubepods/besteffort/pod{u}/{i}/kube-proxy"), true, u),
-            ("14 systemd inside", format!("{pod}/cri-containerd-{i}.scope/system.slice/x.service"), true, u),
-            (
-                "15 private namespace",
-                format!("/../../kubepods-besteffort-pod{u_}.slice/cri-containerd-{i}.scope"),
-                true,
-                u,
-            ),
-            (
-                "16 nested",
-                format!("/system.slice/docker-{j}.scope/kubelet/kubepods/burstable/pod{u}/{i}"),
-                true,
-                u,
-            ),
-            (
-                "17 kind",
-                format!(
-                    "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{u_}.slice/cri-containerd-{i}.scope"
-                ),
-                true,
-                u,
-            ),
-            ("18 docker", format!("/system.slice/docker-{i}.scope"), true, ""),
-            ("19 docker, cgroupfs", format!("/docker/{i}"), true, ""),
-            ("20 podman", format!("/machine.slice/libpod-{i}.scope/container"), true, ""),
-        ];
-        for (name, path, contained, uid) in cases {
-            let names = CgroupNames::of(&path);
-            assert_eq!(names.container_id, if contained { i.as_str() } else { "" }, "{name}");
-            assert_eq!(names.pod_uid, uid, "{name}");
-            assert!(!contained || names.unit.is_empty(), "{name}");
-        }
+    const I: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+    const UID: &str = "12345678-9abc-def0-1234-56789abcdef0";
+    const HASH: &str = "0123456789abcdef0123456789abcdef";
+
+    /// `I`, `J` stand for container ids, `U` for the pod's uid, `U_` for the same with underscores, `H` for the hash of a
+    /// static pod.
+    #[rstest]
+    #[case::f01_containerd_systemd(
+        "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podU_.slice/cri-containerd-I.scope",
+        Some(UID)
+    )]
+    #[case::f02_guaranteed("/kubepods.slice/kubepods-podU_.slice/cri-containerd-I.scope", Some(UID))]
+    #[case::f03_containerd_cgroupfs("/kubepods/besteffort/podU/I", Some(UID))]
+    #[case::f04_guaranteed_cgroupfs("/kubepods/podU/I", Some(UID))]
+    #[case::f05_static_pod("/kubepods/burstable/podH/I", Some(HASH))]
+    #[case::f05_static_pod_systemd(
+        "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podH.slice/cri-containerd-I.scope",
+        Some(HASH)
+    )]
+    #[case::f06_mixed_drivers(
+        "/system.slice/containerd.service/kubepods-burstable-podU_.slice:cri-containerd:I",
+        Some(UID)
+    )]
+    #[case::f07_crio(
+        "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podU_.slice/crio-I.scope",
+        Some(UID)
+    )]
+    #[case::f08_crio_crun_below(
+        "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podU_.slice/crio-I.scope/container",
+        Some(UID)
+    )]
+    #[case::f09_crio_cgroupfs("/kubepods/besteffort/podU/crio-I", Some(UID))]
+    #[case::f11_docker_systemd(
+        "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podU_.slice/docker-I.scope",
+        Some(UID)
+    )]
+    #[case::f12_docker_cgroupfs("/kubepods/besteffort/podU/I", Some(UID))]
+    #[case::f13_made_inside("/kubepods/besteffort/podU/I/kube-proxy", Some(UID))]
+    #[case::f14_systemd_inside(
+        "/kubepods.slice/kubepods-podU_.slice/cri-containerd-I.scope/init.scope",
+        Some(UID)
+    )]
+    #[case::f14_unit_inside(
+        "/kubepods.slice/kubepods-podU_.slice/cri-containerd-I.scope/system.slice/x.service",
+        Some(UID)
+    )]
+    #[case::f15_private_namespace("/../../kubepods-besteffort-podU_.slice/cri-containerd-I.scope", Some(UID))]
+    #[case::f16_nested("/system.slice/docker-J.scope/kubelet/kubepods/burstable/podU/I", Some(UID))]
+    #[case::f17_kind_systemd(
+        "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/\
+         kubelet-kubepods-burstable-podU_.slice/cri-containerd-I.scope",
+        Some(UID)
+    )]
+    #[case::f18_plain_docker("/system.slice/docker-I.scope", None)]
+    #[case::f19_plain_docker_cgroupfs("/docker/I", None)]
+    #[case::f20_podman("/machine.slice/libpod-I.scope/container", None)]
+    #[case::docker_in_a_pod("/kubepods/podU/J/docker/I", Some(UID))]
+    #[case::talos("/kubepods/burstable/podU/I", Some(UID))]
+    fn a_container_is_known_by_its_path(#[case] form: &str, #[case] uid: Option<&str>) {
+        let names = CgroupNames::of(&written_out(form));
+        assert_eq!(names.container_id, I);
+        assert_eq!(names.pod_uid, uid.unwrap_or_default());
+        assert_eq!(names.unit, "");
     }
 
-    #[test]
-    fn the_unit_of_a_host_process() {
-        for (path, unit) in [
-            ("/system.slice/ssh.service", "ssh.service"),
-            ("/user.slice/user-0.slice/session-1.scope", "session-1.scope"),
-            (r"/system.slice/system-getty.slice/getty\x2dtty1.service", "getty-tty1.service"),
-            (r"/x\xzz.service", r"x\xzz.service"),
-            ("/", ""),
-        ] {
-            assert_eq!(CgroupNames::of(path).unit, unit, "{path}");
-        }
+    #[rstest]
+    #[case::f10_conmon("/kubepods.slice/kubepods-besteffort-podU_.slice/crio-conmon-I.scope")]
+    #[case::podman_conmon("/machine.slice/libpod-conmon-I.scope")]
+    #[case::pod_itself("/kubepods/burstable/podU")]
+    #[case::too_long("/docker/aI")]
+    #[case::upper_case("/docker/0123456789ABCDEF0123456789abcdef0123456789abcdef0123456789abcdef")]
+    #[case::short("/docker/0123456789ab")]
+    fn what_is_no_container_is_none(#[case] form: &str) {
+        assert_eq!(CgroupNames::of(&written_out(form)).container_id, "");
+    }
+
+    #[rstest]
+    #[case::unit("/system.slice/ssh.service", "ssh.service")]
+    #[case::session("/user.slice/user-0.slice/session-1.scope", "session-1.scope")]
+    #[case::escaped(r"/system.slice/system-getty.slice/getty\x2dtty1.service", "getty-tty1.service")]
+    #[case::no_escape(r"/x\xzz.service", r"x\xzz.service")]
+    #[case::delegated("/system.slice/x.service/worker", "x.service")]
+    #[case::talos_kubelet("/podruntime/kubelet", "podruntime/kubelet")]
+    #[case::talos_runtime("/podruntime/runtime/below", "podruntime/runtime")]
+    #[case::lxc("/lxc.payload.web", "lxc.payload.web")]
+    #[case::lxc_unit_inside("/lxc.payload.web/system.slice/nginx.service", "nginx.service")]
+    #[case::root("/", "")]
+    fn a_host_process_is_known_by_its_unit(#[case] path: &str, #[case] unit: &str) {
+        let names = CgroupNames::of(path);
+        assert_eq!((names.unit.as_str(), names.container_id.as_str()), (unit, ""));
+    }
+
+    fn written_out(form: &str) -> String {
+        form.replace("podU_", &format!("pod{}", UID.replace('-', "_")))
+            .replace("podU", &format!("pod{UID}"))
+            .replace("podH", &format!("pod{HASH}"))
+            .replace('J', &"f".repeat(64))
+            .replace('I', I)
     }
 
     #[test]

@@ -4,4 +4,4 @@ mod raw;
 mod window;
 
 pub use raw::{RawProcess, RawProfile, RawStack, SampleKind, StackEnd};
-pub use window::{Flushed, RuleTag, SeriesProfile, WindowSamples, slots};
+pub use window::{ContainerRef, Flushed, RuleTag, SeriesProfile, WindowSamples, slots};

@@ -60,6 +60,17 @@ pub struct SeriesProfile {
     pub samples: u64,
     /// The stacks.
     pub raw: RawProfile,
+    /// The container that all its processes are of. What that is called is found out when the window is over.
+    pub container: Option<ContainerRef>,
+}
+
+/// A container, as the path of its control group tells.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ContainerRef {
+    /// 64 hex digits.
+    pub id: String,
+    /// As control groups write it; empty for a container that is no pod's.
+    pub pod_uid: String,
 }
 
 /// What a profile says of the rule that asked for it.
@@ -131,13 +142,19 @@ impl WindowSamples {
         tag: impl Fn(u32) -> Option<RuleTag>,
     ) -> Flushed {
         let mut flushed = Flushed::default();
-        let mut series: BTreeMap<(RuleTag, Labels, SampleKind, u64), Vec<RawProcess>> = BTreeMap::new();
+        type Series = (RuleTag, Labels, Option<ContainerRef>, SampleKind, u64);
+        let mut series: BTreeMap<Series, Vec<RawProcess>> = BTreeMap::new();
         let mut images: Vec<_> = std::mem::take(self).images.into_iter().collect();
         // The same samples make the same bytes.
         images.sort_unstable_by_key(|(key, _)| *key);
         for (key, stacks) in images {
             let known = process(&key);
             let base = labels_of(node, known);
+            let container =
+                known.filter(|process| !process.names.container_id.is_empty()).map(|process| ContainerRef {
+                    id: process.names.container_id.clone(),
+                    pod_uid: process.names.pod_uid.clone(),
+                });
             let mut parts: BTreeMap<(u32, SampleKind, u64), Vec<RawStack>> = BTreeMap::new();
             for (stack, tally) in stacks {
                 for slot in slots(stack.rules) {
@@ -172,10 +189,10 @@ impl WindowSamples {
                     image: known.map_or_else(Arc::default, |process| Arc::clone(&process.image)),
                     stacks,
                 };
-                series.entry((rule, labels, kind, period_ns)).or_default().push(process);
+                series.entry((rule, labels, container.clone(), kind, period_ns)).or_default().push(process);
             }
         }
-        for ((rule, labels, kind, period_ns), processes) in series {
+        for ((rule, labels, container, kind, period_ns), processes) in series {
             for processes in cut(processes) {
                 flushed.profiles.push(SeriesProfile {
                     labels: labels.clone(),
@@ -193,6 +210,7 @@ impl WindowSamples {
                         processes,
                         comments: Vec::new(),
                     },
+                    container: container.clone(),
                 });
             }
         }
@@ -257,11 +275,12 @@ fn labels_of(node: &str, process: Option<&Process>) -> Labels {
         Some(process) => {
             let program = process.exe.rsplit('/').next().filter(|program| !program.is_empty());
             set(name::SERVICE_NAME, program.unwrap_or(&process.comm));
-            set(name::COMM, &process.comm);
-            set(name::EXE, &process.exe);
-            set(name::UNIT, &process.names.unit);
-            // A container's path names the container, of which there is no end.
+            // A container's series are its pod's, and each sample says its command and its container: there is no end of
+            // those. What runs on the host itself is few.
             if process.names.container_id.is_empty() {
+                set(name::COMM, &process.comm);
+                set(name::EXE, &process.exe);
+                set(name::UNIT, &process.names.unit);
                 set(CGROUP, &process.cgroup);
             }
         }

@@ -1,0 +1,301 @@
+//! Whose container that is: the pods of this node, from the kubelet or the API server, by container.
+//!
+//! One task owns the source and writes what it tells into one store; everybody else asks a [`Pods`] handle. A process
+//! is matched by the id of its container, which its control group's path holds; pods are never guessed. What no source
+//! has told of yet is asked for, and waited for a moment when a window is turned into profiles; after that it ships
+//! with its container id alone.
+
+mod apiserver;
+mod follow;
+mod json;
+mod kubelet;
+mod model;
+mod podinfo;
+pub mod select;
+mod source;
+mod store;
+mod tls;
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use gannet_proto::labels::{self as name, Labels};
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+pub use follow::follow;
+pub use kubelet::check_address;
+pub use model::{Container, Pod, Workload};
+pub use source::{Change, PodSource, SourceError, SourceKind, SourceOptions, sources};
+pub use store::Lookup;
+
+use crate::profile::SeriesProfile;
+
+/// How long the profiles of a window wait for a container that has just come to be known. Then they are 10 to 15 seconds
+/// old, if the window is as long as usual.
+pub const LONGEST_JOIN: Duration = Duration::from_secs(5);
+
+/// What the pods of this node are called in profiles.
+#[derive(Clone, Debug, Default)]
+pub struct LabelOptions {
+    /// The cluster's name; empty: no label.
+    pub cluster: String,
+    /// Labels of pods that become labels of series.
+    pub pod_labels: Vec<String>,
+}
+
+/// A handle to what is known of the node's pods.
+#[derive(Clone, Debug)]
+pub struct Pods(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    options: LabelOptions,
+    store: Mutex<store::Store>,
+    status: Mutex<Status>,
+    /// Somebody asks for a container that is not known.
+    wanted: Notify,
+    /// Counts what the source has told.
+    told: watch::Sender<u64>,
+    /// There is, or is to be, a source.
+    active: AtomicBool,
+    end: CancellationToken,
+}
+
+/// How it goes with the sources.
+#[derive(Clone, Debug, Default)]
+pub struct Status {
+    /// Readiness waits for the first answer.
+    pub awaited: bool,
+    /// The one that is followed.
+    pub source: Option<SourceKind>,
+    /// Why the others are not: each with its last error.
+    pub passed_over: Vec<(SourceKind, String)>,
+    /// Complete lists and changes taken in.
+    pub updates: u64,
+    /// When the source told of something last; a watch that has nothing to tell is not old.
+    pub last_update: Option<SystemTime>,
+    /// Failures of any source.
+    pub errors: u64,
+    /// The last one.
+    pub last_error: Option<String>,
+}
+
+/// What becomes of a container's profile.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Ship,
+    Denied,
+}
+
+impl Default for Pods {
+    fn default() -> Self {
+        Self::new(LabelOptions::default())
+    }
+}
+
+impl Pods {
+    /// Knows nothing, until a source is [followed](follow).
+    pub fn new(options: LabelOptions) -> Self {
+        Self(Arc::new(Shared {
+            options,
+            store: Mutex::default(),
+            status: Mutex::default(),
+            wanted: Notify::new(),
+            told: watch::Sender::new(0),
+            active: AtomicBool::new(false),
+            end: CancellationToken::new(),
+        }))
+    }
+
+    /// Whose container this is. `pod_uid` as its control group has it.
+    pub fn look_up(&self, container_id: &str, pod_uid: &str) -> Lookup {
+        self.store().look_up(container_id, pod_uid, Instant::now())
+    }
+
+    /// A process of this container is of interest: if nothing is known of it, its source is asked.
+    pub fn ask(&self, container_id: &str, pod_uid: &str) {
+        if !container_id.is_empty()
+            && self.0.active.load(Relaxed)
+            && self.store().ask(container_id, pod_uid, Instant::now())
+        {
+            self.0.wanted.notify_one();
+        }
+    }
+
+    /// Its pod says that it is never to be profiled.
+    pub fn is_denied(&self, container_id: &str, pod_uid: &str) -> bool {
+        if container_id.is_empty() && pod_uid.is_empty() {
+            return false;
+        }
+        let mut store = self.store();
+        match store.look_up(container_id, pod_uid, Instant::now()) {
+            Lookup::Known { pod, .. } => pod.denied,
+            Lookup::Unknown | Lookup::InVain => store.pod(pod_uid).is_some_and(|pod| pod.denied),
+        }
+    }
+
+    /// The pod whose control groups have this uid.
+    pub fn by_uid(&self, uid: &str) -> Option<Arc<Pod>> {
+        self.store().pod(uid)
+    }
+
+    /// The pods that are listed now.
+    pub fn live(&self) -> Vec<Arc<Pod>> {
+        self.store().live()
+    }
+
+    /// All pods, those that are kept for their last samples with the time since when.
+    pub fn all(&self) -> Vec<(Arc<Pod>, Option<Duration>)> {
+        self.store().all(Instant::now()).map(|(pod, gone)| (Arc::clone(pod), gone)).collect()
+    }
+
+    /// How it goes with the sources.
+    pub fn status(&self) -> Status {
+        lock(&self.0.status).clone()
+    }
+
+    /// Containers that are known; that were asked for and are not known yet; that nobody knows; pods without a place.
+    pub fn counts(&self) -> (usize, usize, usize, u64) {
+        let store = self.store();
+        let (asked, in_vain) = store.unknown();
+        (store.containers(), asked, in_vain, store.refused)
+    }
+
+    /// Whether readiness still waits for the first answer.
+    pub fn is_synced(&self) -> bool {
+        let status = lock(&self.0.status);
+        !status.awaited || status.updates > 0
+    }
+
+    /// Tells whenever the pods have changed: who decides by them looks again.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.0.told.subscribe()
+    }
+
+    /// Nobody waits for anything any more.
+    pub fn close(&self) {
+        self.0.end.cancel();
+    }
+
+    /// Gives the profiles of a window their pods' names, waiting a moment for containers that have just started. Gives
+    /// the samples that are dropped because their pod does not want to be profiled.
+    pub(crate) async fn join(&self, profiles: &mut Vec<SeriesProfile>) -> u64 {
+        let mut told = self.0.told.subscribe();
+        let until = tokio::time::Instant::now() + LONGEST_JOIN;
+        loop {
+            let unknown = profiles.iter().filter_map(|profile| profile.container.as_ref()).any(|container| {
+                self.ask(&container.id, &container.pod_uid);
+                self.look_up(&container.id, &container.pod_uid) == Lookup::Unknown
+            });
+            if !unknown || !self.0.active.load(Relaxed) {
+                break;
+            }
+            tokio::select! {
+                _ = told.changed() => {}
+                // A source that tells nothing new does not end the wait; who was asked for in vain does.
+                () = tokio::time::sleep(Duration::from_millis(500)) => {}
+                () = self.0.end.cancelled() => break,
+            }
+            if tokio::time::Instant::now() >= until {
+                break;
+            }
+        }
+        let mut denied = 0;
+        profiles.retain_mut(|profile| match self.name(profile) {
+            Verdict::Ship => true,
+            Verdict::Denied => {
+                denied += profile.samples;
+                false
+            }
+        });
+        denied
+    }
+
+    /// Gives one profile its names.
+    fn name(&self, profile: &mut SeriesProfile) -> Verdict {
+        if !self.0.options.cluster.is_empty() {
+            profile.labels.insert(name::CLUSTER.to_owned(), self.0.options.cluster.clone());
+        }
+        let Some(container) = &profile.container else { return Verdict::Ship };
+        let (pod, container_name) = match self.look_up(&container.id, &container.pod_uid) {
+            Lookup::Known { pod, container } => (pod, container),
+            Lookup::Unknown | Lookup::InVain => {
+                // Its container is in no list; but a pod that denies must not come out for that.
+                let denied = self.is_denied(&container.id, &container.pod_uid);
+                return if denied { Verdict::Denied } else { Verdict::Ship };
+            }
+        };
+        if pod.denied {
+            return Verdict::Denied;
+        }
+        profile.labels = labelled(
+            &pod,
+            container_name.as_deref(),
+            &self.0.options.pod_labels,
+            std::mem::take(&mut profile.labels),
+        );
+        for process in &mut profile.raw.processes {
+            process.pod_uid.clone_from(&pod.uid);
+        }
+        Verdict::Ship
+    }
+
+    fn store(&self) -> MutexGuard<'_, store::Store> {
+        lock(&self.0.store)
+    }
+
+    fn set_status(&self, set: impl FnOnce(&mut Status)) {
+        set(&mut lock(&self.0.status));
+    }
+}
+
+/// The series of a pod's container. `labels` holds what the process alone says and what the rule adds.
+fn labelled(pod: &Pod, container: Option<&str>, allowed: &[String], mut labels: Labels) -> Labels {
+    for key in allowed {
+        if let Some(value) = pod.labels.get(key).filter(|value| !value.is_empty()) {
+            // The agent's own labels and the rule's go before the pod's.
+            labels.entry(series_label(key)).or_insert_with(|| value.clone());
+        }
+    }
+    let mut set = |name: &str, value: &str| {
+        if !value.is_empty() {
+            labels.insert(name.to_owned(), value.to_owned());
+        }
+    };
+    set(name::NAMESPACE, &pod.namespace);
+    set(name::POD, &pod.name);
+    set(name::CONTAINER, container.unwrap_or_default());
+    if let Some(Workload { kind, name }) = &pod.workload {
+        set(name::WORKLOAD, name);
+        set(name::WORKLOAD_KIND, kind);
+    }
+    if let Some(service) = pod.service_name(container) {
+        set(name::SERVICE_NAME, service);
+    }
+    for value in labels.values_mut() {
+        if value.len() > name::MAX_VALUE_BYTES {
+            let mut end = name::MAX_VALUE_BYTES;
+            while !value.is_char_boundary(end) {
+                end -= 1;
+            }
+            value.truncate(end);
+        }
+    }
+    labels
+}
+
+/// A pod label's name as a label of series: Prometheus-safe, and none of the agent's own.
+pub fn series_label(key: &str) -> String {
+    let safe = name::safe_name(key);
+    if name::RESERVED.contains(&safe.as_str()) { format!("pod_label_{safe}") } else { safe }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
