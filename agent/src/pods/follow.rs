@@ -72,13 +72,11 @@ async fn attempt(pods: &Pods, sources: &[Arc<dyn PodSource>]) -> bool {
                 continue;
             }
         };
-        let why: Vec<String> = passed_over.iter().map(|(kind, why)| format!("not {kind}: {why}")).collect();
-        let former = pods.status().source;
-        if former != Some(kind) {
-            tracing::info!(
-                "pods come from {kind}{}",
-                why.iter().map(|why| format!("; {why}")).collect::<String>()
-            );
+        if pods.status().source != Some(kind) {
+            let why = passed_over
+                .iter()
+                .fold(String::new(), |text, (kind, why)| text + &format!("; not {kind}: {why}"));
+            tracing::info!("pods come from {kind}{why}");
         }
         pods.set_status(|status| {
             status.source = Some(kind);

@@ -113,14 +113,14 @@ struct Owner {
 }
 
 #[derive(Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(default)]
 struct Status {
-    #[serde(deserialize_with = "or_empty")]
-    container_statuses: Vec<ContainerStatus>,
-    #[serde(deserialize_with = "or_empty")]
-    init_container_statuses: Vec<ContainerStatus>,
-    #[serde(deserialize_with = "or_empty")]
-    ephemeral_container_statuses: Vec<ContainerStatus>,
+    #[serde(rename = "containerStatuses", deserialize_with = "or_empty")]
+    main: Vec<ContainerStatus>,
+    #[serde(rename = "initContainerStatuses", deserialize_with = "or_empty")]
+    init: Vec<ContainerStatus>,
+    #[serde(rename = "ephemeralContainerStatuses", deserialize_with = "or_empty")]
+    ephemeral: Vec<ContainerStatus>,
 }
 
 #[derive(Default, Deserialize)]
@@ -152,12 +152,12 @@ struct Terminated {
 impl From<JsonPod> for Told {
     fn from(pod: JsonPod) -> Self {
         let Metadata { name, namespace, uid, labels, annotations, owner_references } = pod.metadata;
-        let Status { container_statuses, init_container_statuses, ephemeral_container_statuses } = pod.status;
+        let Status { main, init, ephemeral } = pod.status;
         let controller = owner_references.into_iter().find(|owner| owner.controller);
-        let containers = container_statuses
+        let containers = main
             .into_iter()
-            .chain(init_container_statuses)
-            .chain(ephemeral_container_statuses)
+            .chain(init)
+            .chain(ephemeral)
             .flat_map(|status| {
                 let ContainerStatus { name, container_id, state, last_state } = status;
                 // The last instance is told only where it was restarted; samples of it may still be on their way.

@@ -218,10 +218,10 @@ impl From<wire::Pod> for Told {
             state.and_then(|state| state.terminated).map_or_else(String::new, |ended| ended.container_id)
         };
         let containers = status
-            .container_statuses
+            .main
             .into_iter()
-            .chain(status.init_container_statuses)
-            .chain(status.ephemeral_container_statuses)
+            .chain(status.init)
+            .chain(status.ephemeral)
             .flat_map(|status| {
                 let wire::ContainerStatus { name, state, last_state, container_id } = status;
                 [container_id, of_state(state), of_state(last_state)].map(|id| (name.clone(), id))
@@ -306,11 +306,11 @@ mod wire {
     #[derive(Clone, PartialEq, prost::Message)]
     pub(super) struct PodStatus {
         #[prost(message, repeated, tag = "8")]
-        pub(super) container_statuses: Vec<ContainerStatus>,
+        pub(super) main: Vec<ContainerStatus>,
         #[prost(message, repeated, tag = "10")]
-        pub(super) init_container_statuses: Vec<ContainerStatus>,
+        pub(super) init: Vec<ContainerStatus>,
         #[prost(message, repeated, tag = "13")]
-        pub(super) ephemeral_container_statuses: Vec<ContainerStatus>,
+        pub(super) ephemeral: Vec<ContainerStatus>,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]

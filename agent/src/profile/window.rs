@@ -86,6 +86,9 @@ pub struct RuleTag {
     pub labels: Labels,
 }
 
+/// What makes a profile of its own.
+type Series = (RuleTag, Labels, Option<ContainerRef>, SampleKind, u64);
+
 /// What a flush gave.
 #[derive(Debug, Default)]
 pub struct Flushed {
@@ -142,7 +145,6 @@ impl WindowSamples {
         tag: impl Fn(u32) -> Option<RuleTag>,
     ) -> Flushed {
         let mut flushed = Flushed::default();
-        type Series = (RuleTag, Labels, Option<ContainerRef>, SampleKind, u64);
         let mut series: BTreeMap<Series, Vec<RawProcess>> = BTreeMap::new();
         let mut images: Vec<_> = std::mem::take(self).images.into_iter().collect();
         // The same samples make the same bytes.
