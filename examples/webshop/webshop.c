@@ -716,33 +716,12 @@ static void worker_loop(const struct worker *worker)
 	}
 }
 
-__attribute__((used)) void *worker_main(void *worker)
+static void *worker_main(void *worker)
 {
 	pthread_setname_np(pthread_self(), ((struct worker *)worker)->name);
 	worker_loop(worker);
 	return NULL;
 }
-
-/*
- * The C library that starts the threads keeps no frame pointers, so the chain would end in whatever it left in the
- * register. As the ABI has it for the outermost frame, the chain ends here with zero.
- */
-void *thread_start(void *worker);
-#if defined(__x86_64__)
-__asm__(".text\n.type thread_start, @function\nthread_start:\n"
-	".cfi_startproc\n\tpush %rbp\n\t.cfi_adjust_cfa_offset 8\n\t.cfi_rel_offset rbp, 0\n"
-	"\txor %ebp, %ebp\n\tcall worker_main\n"
-	"\tpop %rbp\n\t.cfi_adjust_cfa_offset -8\n\t.cfi_restore rbp\n\tret\n.cfi_endproc\n"
-	".size thread_start, .-thread_start\n");
-#elif defined(__aarch64__)
-__asm__(".text\n.type thread_start, @function\nthread_start:\n"
-	".cfi_startproc\n\tstp x29, x30, [sp, #-16]!\n\t.cfi_def_cfa_offset 16\n\t.cfi_offset 29, -16\n\t.cfi_offset 30, -8\n"
-	"\tmov x29, #0\n\tbl worker_main\n"
-	"\tldp x29, x30, [sp], #16\n\t.cfi_restore 29\n\t.cfi_restore 30\n\t.cfi_def_cfa_offset 0\n\tret\n.cfi_endproc\n"
-	".size thread_start, .-thread_start\n");
-#else
-#error "webshop knows x86_64 and aarch64"
-#endif
 
 static struct checkout checkouts[2] = { { .rng = { 0x2545f4914f6cdd1du } }, { .rng = { 0x6a09e667f3bcc909u } } };
 static struct listing listing;
@@ -795,7 +774,7 @@ int main(int argc, char **argv)
 		int error;
 
 		workers[i].share = workers[i].percent / 100 * (double)load / 100;
-		error = pthread_create(&workers[i].thread, NULL, thread_start, &workers[i]);
+		error = pthread_create(&workers[i].thread, NULL, worker_main, &workers[i]);
 		if (error) {
 			fprintf(stderr, "webshop: cannot start thread %s: %s\n", workers[i].name, strerror(error));
 			return 1;
