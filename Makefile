@@ -15,8 +15,8 @@ test: ## all that must pass for a change to land, on the real kernel too (root)
 lint: ## formats, lints, licences, scripts, the page's build
 	@scripts/lint
 
-e2e: ## only the whole path: agent, collector and sample program, killed and restarted (root)
-	@scripts/test e2e
+e2e: ## on a real Kubernetes: the chart installed, workloads, labels, rules, upgrade, uninstall
+	@scripts/e2e
 
 kernels: ## the agent on kernels 5.10, 6.1, 6.12 and 7.2 (KERNELS="6.1 7.2" for some)
 	@scripts/kernels

@@ -120,9 +120,9 @@ app.kubernetes.io/part-of: gannet
 {{- if and $v.collector.ingress.enabled (not $v.collector.ingress.hosts) }}
 {{- fail "collector.ingress.enabled: name a host in collector.ingress.hosts" }}
 {{- end }}
-{{- range $key := list "collector" "node" "rules" "state_dir" "listen" "debug_listen" "kubelet" "insecure" "tls_ca" "tls_cert" "tls_key" "token_file" }}
+{{- range $key := list "collector" "node" "rules" "state_dir" "listen" "debug_listen" "kubelet" "podinfo_socket" "cluster" "insecure" "tls_ca" "tls_cert" "tls_key" "token_file" }}
 {{- if hasKey $v.agent.config $key }}
-{{- fail (printf "agent.config.%s is set by the chart: use the value for it (collectorUrl, rules, stateHostPath, listenAddress, kubelet, tls)" $key) }}
+{{- fail (printf "agent.config.%s is set by the chart: use the value for it (agent.collectorUrl, agent.rules, agent.stateHostPath, agent.kubelet, clusterName, listenAddress, tls)" $key) }}
 {{- end }}
 {{- end }}
 {{- end }}
