@@ -2,7 +2,7 @@
 //! environment, the environment before the file, the file before the default.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt, io,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -11,10 +11,19 @@ use std::{
 };
 
 use clap::Args;
-use gannet_proto::{connect::Dial, ports, rules::Caps, selector::LabelSelector};
+use gannet_proto::{
+    connect::Dial,
+    ports,
+    rules::{Caps, Pattern},
+    selector::LabelSelector,
+};
 use serde::{Deserialize, Deserializer};
 
-use crate::pods::{LabelOptions, SourceKind, SourceOptions, check_address};
+use crate::{
+    kernel::{MAX_CGROUP_PATH, MAX_COMM},
+    pods::{LabelOptions, SourceKind, SourceOptions, check_address},
+    rules::{CAPTURE_SLOTS, Deny, RULE_SLOTS},
+};
 
 /// Where Kubernetes puts a pod's token and its cluster's authority.
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
@@ -83,6 +92,15 @@ pub struct RunArgs {
     /// The highest rate that a rule may ask for, samples a second and CPU [default: 1000]
     #[arg(long, env = "GANNET_HZ_MAX", value_name = "HZ")]
     pub hz_max: Option<u32>,
+    /// Never sample these commands, whatever rules ask for: exact, or a prefix with * at its end (repeatable)
+    #[arg(long, env = "GANNET_DENY_COMM", value_name = "PATTERN", value_delimiter = ',')]
+    pub deny_comm: Vec<String>,
+    /// Never sample what is in these control groups: a path, exact, or a prefix with * at its end (repeatable)
+    #[arg(long, env = "GANNET_DENY_CGROUP", value_name = "PATH", value_delimiter = ',')]
+    pub deny_cgroup: Vec<String>,
+    /// Never sample processes of these users (repeatable)
+    #[arg(long, env = "GANNET_DENY_UID", value_name = "UID", value_delimiter = ',')]
+    pub deny_uid: Vec<u32>,
     /// How long a window is, 1s to 10m [default: 10s]
     #[arg(long, env = "GANNET_WINDOW", value_name = "TIME")]
     pub window: Option<Span>,
@@ -166,6 +184,8 @@ pub struct Config {
     pub pod_labels: LabelOptions,
     /// What rules may ask for here.
     pub caps: Caps,
+    /// What is never sampled here.
+    pub deny: Deny,
     /// See [`RunArgs`].
     pub window: Duration,
     /// See [`RunArgs`].
@@ -243,6 +263,9 @@ impl RunArgs {
             pod_label,
             cluster,
             hz_max,
+            deny_comm,
+            deny_cgroup,
+            deny_uid,
             window,
             ring_bytes,
             table_bytes,
@@ -274,6 +297,10 @@ impl RunArgs {
             pod_label: if pod_label.is_empty() { file.pod_label } else { pod_label },
             cluster: cluster.or(file.cluster),
             hz_max: hz_max.or(file.hz_max),
+            // What the file denies stays denied.
+            deny_comm: [deny_comm, file.deny_comm].concat(),
+            deny_cgroup: [deny_cgroup, file.deny_cgroup].concat(),
+            deny_uid: [deny_uid, file.deny_uid].concat(),
             window: window.or(file.window),
             ring_bytes: ring_bytes.or(file.ring_bytes),
             table_bytes: table_bytes.or(file.table_bytes),
@@ -323,6 +350,12 @@ impl RunArgs {
                     Err(ConfigError::Value { option, value: bytes.to_string(), cure: "give 128KiB to 1GiB" })
                 }
             }
+        };
+        let deny = Deny {
+            comm: patterns("deny-comm", &self.deny_comm, MAX_COMM, "")?,
+            cgroup: patterns("deny-cgroup", &self.deny_cgroup, MAX_CGROUP_PATH, "/")?,
+            uid: self.deny_uid,
+            containers: BTreeSet::new(),
         };
         let processes = self.processes.unwrap_or(16_384);
         if !(64..=1 << 20).contains(&processes) {
@@ -389,7 +422,13 @@ impl RunArgs {
             listen: self.listen.unwrap_or_else(|| address(ports::AGENT_PROBES)),
             pods,
             pod_labels: LabelOptions { cluster, pod_labels: self.pod_label },
-            caps: Caps { max_hz: hz_max, max_rules: 48, ..Caps::default() },
+            caps: Caps {
+                max_hz: hz_max,
+                max_rules: RULE_SLOTS,
+                max_concurrent: CAPTURE_SLOTS as u32,
+                ..Caps::default()
+            },
+            deny,
             window,
             ring_bytes: map_size("ring-bytes", self.ring_bytes, 4 << 20)?,
             table_bytes: map_size("table-bytes", self.table_bytes, 16 << 20)?,
@@ -414,6 +453,7 @@ impl Config {
             pods,
             pod_labels: LabelOptions { cluster, pod_labels },
             caps,
+            deny,
             window,
             ring_bytes,
             table_bytes,
@@ -470,9 +510,39 @@ impl Config {
         }
         lines.extend(pod_labels.iter().map(|key| ("pod-label", key.clone())));
         lines.extend(labels.iter().map(|(name, value)| ("label", format!("{name}={value}"))));
+        lines.extend(deny.comm.iter().map(|pattern| ("deny-comm", pattern.to_string())));
+        lines.extend(deny.cgroup.iter().map(|pattern| ("deny-cgroup", pattern.to_string())));
+        lines.extend(deny.uid.iter().map(|uid| ("deny-uid", uid.to_string())));
         lines.extend(rules.iter().map(|file| ("rules", file.display().to_string())));
         lines.iter().fold(String::new(), |text, (name, value)| text + &format!("--{name}={value}\n"))
     }
+}
+
+/// Patterns of at most `most` bytes that begin with `begin`.
+fn patterns(
+    option: &'static str,
+    texts: &[String],
+    most: usize,
+    begin: &str,
+) -> Result<Vec<Pattern>, ConfigError> {
+    let wrong = |text: &str, cure| ConfigError::Value { option, value: text.to_owned(), cure };
+    texts
+        .iter()
+        .map(|text| {
+            let pattern = Pattern::parse(text)
+                .map_err(|_| wrong(text, "give a name, with * only at its end, for any continuation"))?;
+            if pattern.text().len() > most {
+                return Err(wrong(
+                    text,
+                    "it is longer than the kernel compares: give a prefix with * at its end",
+                ));
+            }
+            if !pattern.text().starts_with(begin) {
+                return Err(wrong(text, "give a path below the hierarchy's root, beginning with /"));
+            }
+            Ok(pattern)
+        })
+        .collect()
 }
 
 fn read(path: &Path) -> Result<RunArgs, ConfigError> {
@@ -582,6 +652,8 @@ mod tests {
             ("", &["--kubelet-address", "http://10.0.0.1"], "HOST:PORT"),
             ("", &["--pod-label", "a b"], "key of a label"),
             ("", &["--pod-label", "a,b,c,d,e,f,g,h,i,j,k"], "at most 10"),
+            ("", &["--deny-comm", "sixteen-bytes-ab"], "prefix"),
+            ("deny_cgroup: [a/b]\n", &[], "beginning with /"),
         ] {
             let error = with(file, flags).unwrap_err().to_string();
             assert!(error.contains(words), "{file}{flags:?}: {error}");

@@ -23,10 +23,13 @@ use tokio::sync::oneshot;
 use ulid::Ulid;
 
 use crate::{
-    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Sample},
+    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Sample, Want},
     process::{ImageKey, Process, Processes},
     profile::{SeriesProfile, WindowSamples, slots},
-    rules::{RuleBook, Set, Source},
+    rules::{
+        Deny, RuleBook, Set, Source,
+        containers::{PodSource, Selection},
+    },
     tables::{self, Tables},
 };
 
@@ -57,6 +60,8 @@ pub struct EngineOptions {
     pub window: Duration,
     /// What rules may ask for here.
     pub caps: Caps,
+    /// What is never sampled, whatever rules ask for.
+    pub deny: Deny,
     /// Walk user stacks by unwind tables; else by frame pointers only.
     pub tables: bool,
 }
@@ -124,7 +129,25 @@ enum Command {
     Replace(Source, Set, oneshot::Sender<Result<Vec<RuleError>, Vec<RuleError>>>),
     Inspect(Inspection),
     Flush(oneshot::Sender<()>),
+    Pods(Box<dyn PodSource>),
+    Select(Selection),
     Stop,
+}
+
+/// Says which containers the rules over pods mean. See [`crate::rules::containers`].
+#[derive(Clone)]
+pub struct Containers {
+    commands: mpsc::Sender<Command>,
+    bell: Arc<OwnedFd>,
+}
+
+impl Containers {
+    /// From now on it is these. What is not named keeps what it had; what is denied is replaced.
+    pub fn select(&self, selection: Selection) {
+        // A thread that has ended has nothing to select for.
+        let _ = self.commands.send(Command::Select(selection));
+        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
+    }
 }
 
 /// A handle to a running engine. Dropping it stops the engine, with its last window delivered.
@@ -188,6 +211,16 @@ impl Engine {
         answered.await.map_err(|_| EngineError::Ended)
     }
 
+    /// Somebody who knows pods: rules over pods work from now on. The answers go through [`Engine::containers`].
+    pub fn know_pods(&self, source: impl PodSource + 'static) {
+        self.send(Command::Pods(Box::new(source)));
+    }
+
+    /// Where to say which containers the rules over pods mean.
+    pub fn containers(&self) -> Containers {
+        Containers { commands: self.commands.clone(), bell: Arc::clone(&self.bell) }
+    }
+
     /// Ends the running window now and hands it to the sink.
     pub async fn flush(&self) -> Result<(), EngineError> {
         let (answer, answered) = oneshot::channel();
@@ -239,11 +272,14 @@ struct Worker {
     /// Since the start, without the running window.
     total: Ledger,
     next_change: Option<SystemTime>,
+    /// What is in the kernel's `arms`, by thread group id.
+    armed: HashMap<u32, Arm>,
+    pods: Option<Box<dyn PodSource>>,
 }
 
 impl Worker {
     fn new(options: EngineOptions, sink: Box<dyn Sink>, bell: &Arc<OwnedFd>) -> Result<Self, EngineError> {
-        let EngineOptions { node, kernel, window, caps, tables } = options;
+        let EngineOptions { node, kernel, window, caps, deny, tables } = options;
         let files = raise_file_limit();
         let processes = Processes::new(kernel.hierarchy, kernel.processes as usize * 2, files);
         let mut kernel = Kernel::start(kernel)?;
@@ -260,6 +296,8 @@ impl Worker {
         kernel.set_tables(tables.is_some());
         kernel.set_lifecycle(true);
         kernel.set_sampling(true);
+        let mut rules = RuleBook::new(caps);
+        rules.set_deny(deny);
         Ok(Self {
             tables,
             waiting: HashMap::new(),
@@ -267,7 +305,7 @@ impl Worker {
             node,
             window_length: window,
             processes,
-            rules: RuleBook::new(caps),
+            rules,
             samples: WindowSamples::default(),
             sink,
             events: VecDeque::new(),
@@ -276,6 +314,8 @@ impl Worker {
             kernel,
             total: Ledger::default(),
             next_change: None,
+            armed: HashMap::new(),
+            pods: None,
         })
     }
 
@@ -306,6 +346,13 @@ impl Worker {
                         self.flush();
                         let _ = answer.send(());
                     }
+                    Command::Pods(source) => {
+                        self.rules.know_pods();
+                        self.pods = Some(source);
+                        self.enforce_or_say();
+                        self.tell_pods();
+                    }
+                    Command::Select(selection) => self.select(selection),
                     Command::Stop => {
                         self.kernel.set_sampling(false);
                         self.read();
@@ -384,17 +431,17 @@ impl Worker {
                     let how = if by_thread { " by a thread" } else { "" };
                     self.note(now, format!("exec {} {} {path}{how}", subject.key, subject.comm));
                     let process = self.processes.exec(&subject, &path).clone();
-                    self.decide(&process, now);
+                    self.decide(&process, subject.candidates, now);
                 }
                 Event::Fork { subject, parent } => {
                     self.note(now, format!("fork {} {} from {parent}", subject.key, subject.comm));
                     let process = self.processes.fork(&subject, parent).clone();
-                    self.decide(&process, now);
+                    self.decide(&process, subject.candidates, now);
                 }
                 Event::Found { subject } => {
                     self.note(now, format!("found {} {}", subject.key, subject.comm));
                     let process = self.processes.found(&subject).clone();
-                    self.decide(&process, now);
+                    self.decide(&process, subject.candidates, now);
                 }
                 Event::Exit { subject, status } => {
                     self.note(
@@ -407,7 +454,9 @@ impl Worker {
                             status.signal()
                         ),
                     );
-                    self.kernel.disarm(subject.key.tgid);
+                    if self.armed.remove(&subject.key.tgid).is_some() {
+                        self.kernel.disarm(subject.key.tgid);
+                    }
                     if let Some(tables) = &mut self.tables {
                         tables.leave(&mut self.kernel, subject.key.tgid);
                     }
@@ -472,17 +521,45 @@ impl Worker {
         self.waiting = left;
     }
 
-    /// Arms or disarms a process by the rules that the kernel side cannot decide.
-    fn decide(&mut self, process: &Process, now: SystemTime) {
-        let (want, sticky) = self.rules.decide(process, now);
-        let tgid = process.key.process.tgid;
+    /// Arms or disarms a process by the rules that the kernel side cannot decide; `candidates` are those of which all
+    /// holds that it can see.
+    fn decide(&mut self, process: &Process, candidates: u64, now: SystemTime) {
+        let want =
+            if candidates == 0 { Want::default() } else { self.rules.decide(process, candidates, now) };
+        let ImageKey { process: key, exec_id } = process.key;
         if want.rules == 0 {
-            self.kernel.disarm(tgid);
+            if self.armed.remove(&key.tgid).is_some() {
+                self.kernel.disarm(key.tgid);
+            }
             return;
         }
-        let arm = Arm { key: process.key.process, exec_id: process.key.exec_id, sticky, want };
+        let arm = Arm { key, exec_id, sticky: false, want, refused: 0, period_ns: 0 };
         if let Err(error) = self.kernel.arm(&arm) {
-            tracing::warn!(key = %process.key.process, "not armed: {error}; raise --processes");
+            tracing::warn!(%key, "not armed: {error}; raise --processes");
+        }
+        self.armed.insert(key.tgid, arm);
+        self.processes.wanted(&process.key, want.rules);
+    }
+
+    fn select(&mut self, selection: Selection) {
+        let mut changed = self.rules.deny_containers(selection.denied);
+        for (rule, containers) in selection.rules {
+            changed |= self.rules.select_containers(&rule, containers);
+        }
+        if changed {
+            self.enforce_or_say();
+        }
+    }
+
+    fn tell_pods(&mut self) {
+        if let Some(pods) = &mut self.pods {
+            pods.rules(self.rules.pod_rules());
+        }
+    }
+
+    fn enforce_or_say(&mut self) {
+        if let Err(error) = self.enforce(SystemTime::now()) {
+            tracing::error!("the kernel did not take a change of the rules: {error}");
         }
     }
 
@@ -505,15 +582,23 @@ impl Worker {
             };
             return Err(vec![RuleError { rule_id: String::new(), field: "rules".into(), reason }]);
         }
+        self.tell_pods();
         Ok(partial)
     }
 
     /// Brings the kernel side to what the rules say now.
     fn enforce(&mut self, now: SystemTime) -> Result<(), KernelError> {
         self.next_change = self.rules.next_change(now);
-        self.kernel.set_rules(&self.rules.kernel_rules(now))?;
-        // The walk has reported everybody who is wanted, and everybody if the agent must decide.
+        let former = std::mem::take(&mut self.armed);
+        if let Err(error) = self.kernel.set_rules(&self.rules.kernel_rules(now)) {
+            self.armed = former;
+            return Err(error);
+        }
+        // The walk has reported everybody who is wanted, and everybody for whom the agent must decide.
         self.read();
+        for tgid in former.into_keys().filter(|tgid| !self.armed.contains_key(tgid)) {
+            self.kernel.disarm(tgid);
+        }
         Ok(())
     }
 

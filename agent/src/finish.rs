@@ -19,7 +19,7 @@ pub async fn finish(
     let SeriesProfile { rule, mut raw, .. } = profile;
     raw.comments = vec![
         format!("rule {} revision {}", rule.id, rule.revision),
-        format!("reason {}", rule.reason),
+        format!("reason {}", rule.why()),
         ledger_line(ledger),
         format!("gannet-agent {}", gannet_proto::VERSION),
         format!("kernel {}", rustix::system::uname().release().to_string_lossy()),

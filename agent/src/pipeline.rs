@@ -69,6 +69,7 @@ pub async fn run(
         let mut named = Vec::with_capacity(profiles.len());
         for profile in profiles {
             let (labels, rule, samples) = (profile.labels.clone(), profile.rule.clone(), profile.samples);
+            let why = rule.why();
             match finish(&symbolizer, profile, &account).await {
                 Ok(profile) => {
                     batches.push(Batch {
@@ -82,7 +83,7 @@ pub async fn run(
                         duration: duration.try_into().ok(),
                         rule_id: rule.id,
                         revision: rule.revision,
-                        reason: rule.reason,
+                        reason: why,
                         window_id: id.to_string(),
                         ledger: Some((&account).into()),
                     });

@@ -26,7 +26,7 @@ use crate::{
     finish::finish,
     kernel::KernelOptions,
     output::{Destination, Details, OutputError},
-    rules::{Set, Source, ad_hoc},
+    rules::{Deny, Set, Source, ad_hoc},
     symbols::{Symbolizer, SymbolizerConfig, SymbolizerError},
 };
 
@@ -151,6 +151,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
             kernel: KernelOptions { ring_bytes: args.ring_bytes, ..KernelOptions::default() },
             window: WINDOW,
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
+            deny: Deny::default(),
             tables: true,
         },
         // The queue holds minutes; if it is full nevertheless, the engine waits rather than losing a window: nobody

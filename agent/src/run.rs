@@ -115,6 +115,7 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
             },
             window: config.window,
             caps: config.caps.clone(),
+            deny: config.deny.clone(),
             tables: true,
         },
         entrance,

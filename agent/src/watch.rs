@@ -19,7 +19,7 @@ use crate::{
     kernel::KernelOptions,
     process::{Process, State},
     profile::slots,
-    rules::{Set, Source, ad_hoc},
+    rules::{Deny, Set, Source, ad_hoc},
     symbols::{Symbolizer, SymbolizerConfig, SymbolizerError},
     top::{self, ProcessInfo, Snapshot, TopError},
 };
@@ -81,6 +81,7 @@ pub async fn watch(args: TopArgs) -> Result<(), WatchError> {
             kernel: KernelOptions::default(),
             window: args.interval.max(Duration::from_millis(200)),
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
+            deny: Deny::default(),
             tables: true,
         },
         // A table that is late shows the next window instead.

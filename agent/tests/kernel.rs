@@ -3,20 +3,14 @@
 
 use std::{process::Command, thread::sleep, time::Duration};
 
-use gannet_agent::kernel::{CommPattern, Event, Kernel, KernelOptions, KernelRules, Want};
+use gannet_agent::kernel::{Event, Kernel, KernelOptions, KernelRules, NamePattern};
 
 fn kernel() -> Kernel {
     Kernel::start(KernelOptions::default()).unwrap()
 }
 
 fn rules_for(comm: &str, hz: u64) -> KernelRules {
-    let want = Want { rules: 1, period_ns: 1_000_000_000 / hz };
-    let mut rules = KernelRules {
-        comms: vec![(CommPattern { text: comm.into(), prefix: false }, want)],
-        ..KernelRules::default()
-    };
-    rules.periods_ns[0] = want.period_ns;
-    rules
+    KernelRules::for_comm(NamePattern { text: comm.into(), prefix: false }, 1_000_000_000 / hz)
 }
 
 #[test]

@@ -66,6 +66,8 @@ pub struct Subject {
     pub comm: String,
     /// The rules that want it, one bit for each slot.
     pub rules: u64,
+    /// Rules of which all holds that the kernel side can see: the agent decides. Of a sample 0.
+    pub candidates: u64,
 }
 
 /// One sampled stack.
@@ -160,7 +162,7 @@ impl Event {
             SAMPLE => Sample::decode(bytes).map(Self::Sample),
             EXEC | FORK | EXIT | FOUND => {
                 let record: types::lifecycle = read(bytes, kind)?;
-                let subject = Subject::from(&record.event);
+                let subject = Subject { candidates: record.candidates, ..Subject::from(&record.event) };
                 Ok(match kind {
                     EXEC => {
                         Self::Exec { subject, path: text(&record.path), by_thread: record.by_thread != 0 }
@@ -218,6 +220,7 @@ impl From<&types::event> for Subject {
             cgroup_id: event.cgroup_id,
             comm: text(&event.comm),
             rules: event.rules,
+            candidates: 0,
         }
     }
 }

@@ -10,12 +10,15 @@ mod unwinding;
 
 use std::{
     cell::RefCell,
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io::{self, Read as _},
     mem::{MaybeUninit, size_of},
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd},
     rc::Rc,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{Ordering, fence},
+    },
 };
 
 use gannet_bpf::{GannetProgs, GannetSkel, GannetSkelBuilder, OpenGannetSkel, types};
@@ -225,25 +228,70 @@ pub struct Arm {
     pub sticky: bool,
     /// For what.
     pub want: Want,
+    /// Rules that are over for it, though the kernel side matched them.
+    pub refused: u64,
+    /// The time between two ticks that is left without them.
+    pub period_ns: u64,
 }
 
-/// The rules in the form that the kernel side needs.
+/// The rules in the form that the kernel side needs. What is matched gives sets of rules, one bit for each slot; a rule
+/// matches if it is in the sets of all properties.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelRules {
-    /// What every process is sampled for.
+    /// What every process is sampled for, known or not.
     pub all: Want,
-    /// Command names, exact or prefix, each with all that it asks for, shorter matching prefixes included.
-    pub comms: Vec<(CommPattern, Want)>,
+    /// Command names, each with all rules that it matches, those of shorter matching prefixes included.
+    pub comms: Vec<(NamePattern, u64)>,
+    /// Paths of control groups, likewise.
+    pub cgroups: Vec<(NamePattern, u64)>,
+    /// What is compared as a number.
+    pub exact: Vec<(Exact, u64)>,
+    /// Which rules ask for what.
+    pub masks: Masks,
     /// Time between two ticks by slot; 0 for a slot that is free or wants no ticks.
     pub periods_ns: [u64; MAX_RULES],
     /// The slots that want blocked time.
     pub off_cpu: u64,
-    /// A rule needs more than the command name: every process must be reported, so that the agent can decide.
-    pub report_all: bool,
     /// Whether any rule wants user or kernel stacks.
     pub user_stacks: bool,
     /// See `user_stacks`.
     pub kernel_stacks: bool,
+}
+
+/// Which rules ask for what, one bit for each slot. See `struct side` of gannet.h.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Masks {
+    /// All that can match.
+    pub rules: u64,
+    /// Those that ask for no command name.
+    pub any_comm: u64,
+    /// For no control group path.
+    pub any_cgroup: u64,
+    /// For no container.
+    pub any_container: u64,
+    /// For no user.
+    pub any_uid: u64,
+    /// For no pid.
+    pub any_pid: u64,
+    /// Those that the agent must decide: who matches the rest is reported.
+    pub by_agent: u64,
+    /// Those that hold over exec, and go on to children.
+    pub sticky: u64,
+    /// Those that are for who matches at `execve`, not for who runs already.
+    pub at_exec: u64,
+    /// Who matches one of these is never sampled.
+    pub deny: u64,
+}
+
+/// What is compared as a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Exact {
+    /// A container: the id of its control group. Covers the groups within.
+    Container(u64),
+    /// A process.
+    Pid(u32),
+    /// An effective user id.
+    Uid(u32),
 }
 
 impl Default for KernelRules {
@@ -251,23 +299,43 @@ impl Default for KernelRules {
         Self {
             all: Want::default(),
             comms: Vec::new(),
+            cgroups: Vec::new(),
+            exact: Vec::new(),
+            masks: Masks::default(),
             periods_ns: [0; MAX_RULES],
             off_cpu: 0,
-            report_all: false,
             user_stacks: true,
             kernel_stacks: true,
         }
     }
 }
 
-/// A command name, or the beginning of one.
+impl KernelRules {
+    /// One rule, in slot 0: sample this command.
+    pub fn for_comm(comm: NamePattern, period_ns: u64) -> Self {
+        let mut rules = Self { comms: vec![(comm, 1)], ..Self::default() };
+        rules.masks =
+            Masks { rules: 1, any_cgroup: 1, any_container: 1, any_uid: 1, any_pid: 1, ..Masks::default() };
+        rules.periods_ns[0] = period_ns;
+        rules
+    }
+}
+
+/// A name or path, or the beginning of one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct CommPattern {
-    /// At most 15 bytes.
+pub struct NamePattern {
+    /// Of a command at most [`MAX_COMM`] bytes, of a control group at most [`MAX_CGROUP_PATH`].
     pub text: String,
     /// Longer names count too.
     pub prefix: bool,
 }
+
+/// Bytes of a command name that the kernel keeps.
+pub const MAX_COMM: usize = 15;
+/// Bytes of a control group's path that the kernel side can compare.
+pub const MAX_CGROUP_PATH: usize = 251;
+const _: () = assert!(size_of::<types::comm_key>() == 8 + MAX_COMM + 1);
+const _: () = assert!(size_of::<types::cgroup_key>() == 8 + MAX_CGROUP_PATH + 1);
 
 /// Counts of the kernel side since it was loaded. See gannet.h.
 pub type Counters = types::counters;
@@ -343,10 +411,9 @@ impl Kernel {
     /// Puts rules into force: whatever is executed from now on is decided by them, and so is whatever already runs,
     /// by the time this returns. The clocks are those that the rules need. On an error the former rules stay.
     pub fn set_rules(&mut self, rules: &KernelRules) -> Result<(), KernelError> {
-        let active = self.settings().active;
-        let next =
-            if active == 0 { &self.skeleton.maps.comm_rules_1 } else { &self.skeleton.maps.comm_rules_0 };
-        fill_trie(next, &rules.comms)?;
+        let generation = self.settings().generation;
+        let next = generation.wrapping_add(1);
+        self.fill_side(next & 1, rules)?;
         let periods: BTreeSet<u64> = rules.periods_ns.iter().copied().filter(|period| *period > 0).collect();
         let on_cpu = rules
             .periods_ns
@@ -363,18 +430,73 @@ impl Kernel {
             let attached = self.skeleton.progs.on_switch.attach_raw_tracepoint("sched_switch");
             self.switches = Some(attached.map_err(|source| KernelError::Attach { what, source })?);
         }
+        let Masks {
+            rules: matching,
+            any_comm,
+            any_cgroup,
+            any_container,
+            any_uid,
+            any_pid,
+            by_agent,
+            sticky,
+            at_exec,
+            deny,
+        } = rules.masks;
         self.change_settings(|settings| {
-            settings.rule_period_ns = rules.periods_ns;
+            settings.rates = rates(&rules.periods_ns);
             settings.all = types::want { rules: rules.all.rules, period_ns: rules.all.period_ns };
-            settings.report_all = rules.report_all.into();
             settings.user_stacks = rules.user_stacks.into();
             settings.kernel_stacks = rules.kernel_stacks.into();
             settings.on_cpu_rules = on_cpu;
             settings.off_cpu_rules = rules.off_cpu;
-            settings.live_rules = on_cpu | rules.off_cpu;
-            settings.active = 1 - active;
+            settings.live_rules = matching | rules.all.rules;
+            settings.sides[(next & 1) as usize] = types::side {
+                rules: matching,
+                any_comm,
+                any_cgroup,
+                any_container,
+                any_uid,
+                any_pid,
+                by_agent,
+                sticky,
+                at_exec,
+                deny,
+            };
         });
+        // The side is whole before it comes into force.
+        fence(Ordering::SeqCst);
+        self.change_settings(|settings| settings.generation = next);
         self.walk_processes()
+    }
+
+    /// Makes the maps hold exactly these rules on one side.
+    fn fill_side(&mut self, side: u32, rules: &KernelRules) -> Result<(), KernelError> {
+        let maps = &self.skeleton.maps;
+        let comms = rules.comms.iter().map(|(name, bits)| (comm_key(side, name).to_vec(), *bits));
+        fill(&maps.comm_rules, "comm_rules", 4, side, comms)?;
+        let cgroups = rules.cgroups.iter().map(|(path, bits)| (cgroup_key(side, path).to_vec(), *bits));
+        fill(&maps.cgroup_rules, "cgroup_rules", 4, side, cgroups)?;
+        let exact = rules.exact.iter().map(|(exact, bits)| (exact_key(side, *exact).to_vec(), *bits));
+        fill(&maps.exact_rules, "exact_rules", 0, side, exact)
+    }
+
+    /// The rules that the kernel's trie gives for a command name, as its programs would find them.
+    pub fn look_up_comm(&self, comm: &str) -> Result<u64, KernelError> {
+        // A name as the kernel holds it: 16 bytes, all of them compared.
+        let mut key = comm_key(self.side(), &NamePattern { text: comm.to_owned(), prefix: false });
+        key[..4].copy_from_slice(&(8 * (size_of::<types::comm_key>() as u32 - 4)).to_ne_bytes());
+        look_up(&self.skeleton.maps.comm_rules, "comm_rules", &key)
+    }
+
+    /// Likewise, for the path of a control group.
+    pub fn look_up_cgroup(&self, path: &str) -> Result<u64, KernelError> {
+        let mut key = cgroup_key(self.side(), &NamePattern { text: path.to_owned(), prefix: false });
+        key[..4].copy_from_slice(&(8 * (size_of::<types::cgroup_key>() as u32 - 4)).to_ne_bytes());
+        look_up(&self.skeleton.maps.cgroup_rules, "cgroup_rules", &key)
+    }
+
+    fn side(&self) -> u32 {
+        self.settings().generation & 1
     }
 
     /// Decides anew for every process that runs, and has the ones that are wanted reported as [`Event::Found`].
@@ -393,6 +515,8 @@ impl Kernel {
             want: types::want { rules: arm.want.rules, period_ns: arm.want.period_ns },
             exec_id: arm.exec_id,
             sticky: arm.sticky.into(),
+            refused: arm.refused,
+            period_ns: arm.period_ns,
         };
         self.skeleton
             .maps
@@ -462,13 +586,13 @@ impl Kernel {
     pub fn map_fill(&self) -> Vec<(&'static str, u64, u64)> {
         let maps = &self.skeleton.maps;
         let count = |map: &libbpf_rs::MapMut<'_>| map.keys().count() as u64;
-        let tries = [&maps.comm_rules_0, &maps.comm_rules_1];
-        let active = tries[self.settings().active as usize & 1];
         vec![
             ("procs", count(&maps.procs), maps.procs.max_entries().into()),
             ("arms", count(&maps.arms), maps.arms.max_entries().into()),
             ("off_cpu", count(&maps.off_cpu), maps.off_cpu.max_entries().into()),
-            ("comm_rules", count(active), active.max_entries().into()),
+            ("comm_rules", count(&maps.comm_rules), maps.comm_rules.max_entries().into()),
+            ("cgroup_rules", count(&maps.cgroup_rules), maps.cgroup_rules.max_entries().into()),
+            ("exact_rules", count(&maps.exact_rules), maps.exact_rules.max_entries().into()),
         ]
     }
 
@@ -524,11 +648,12 @@ impl Loaded {
         }
         let mut degraded = Vec::new();
         let mut links = Vec::new();
-        let GannetProgs { on_exec, on_fork, on_exit, each_task, .. } = &skeleton.progs;
-        let handlers: [(&ProgramMut<'_>, &'static str); 3] = [
+        let GannetProgs { on_exec, on_fork, on_exit, on_attach, each_task, .. } = &skeleton.progs;
+        let handlers: [(&ProgramMut<'_>, &'static str); 4] = [
             (on_exec, "sched_process_exec"),
             (on_fork, "sched_process_fork"),
             (on_exit, "sched_process_exit"),
+            (on_attach, "cgroup_attach_task"),
         ];
         for (program, tracepoint) in handlers {
             match program.attach_raw_tracepoint(tracepoint) {
@@ -598,38 +723,81 @@ fn sampler<'a>(skeleton: &'a GannetSkel<'static>, walk: Walk) -> &'a ProgramMut<
     }
 }
 
-/// Makes the trie hold exactly these names.
-fn fill_trie(trie: &libbpf_rs::MapMut<'_>, comms: &[(CommPattern, Want)]) -> Result<(), KernelError> {
-    let failed = |source| KernelError::Map { map: "comm_rules", source };
-    let old: Vec<_> = trie.keys().collect();
-    for key in old {
-        trie.delete(&key).map_err(failed)?;
+/// The rates in use, fastest first, each with the rules that ask for it.
+fn rates(periods_ns: &[u64; MAX_RULES]) -> [types::want; MAX_RULES] {
+    let mut by_period: BTreeMap<u64, u64> = BTreeMap::new();
+    for (slot, period) in periods_ns.iter().enumerate().filter(|(_, period)| **period > 0) {
+        *by_period.entry(*period).or_default() |= 1 << slot;
     }
-    for (pattern, want) in comms {
-        let value = types::want { rules: want.rules, period_ns: want.period_ns };
-        trie.update(&comm_key(pattern), bytes_of(&value), MapFlags::ANY).map_err(failed)?;
+    let mut rates = [types::want::default(); MAX_RULES];
+    for (rate, (period_ns, rules)) in rates.iter_mut().zip(by_period) {
+        *rate = types::want { rules, period_ns };
+    }
+    rates
+}
+
+/// Makes one side of a map hold exactly these entries. `at` is where the side stands in a key.
+fn fill(
+    map: &libbpf_rs::MapMut<'_>,
+    name: &'static str,
+    at: usize,
+    side: u32,
+    entries: impl Iterator<Item = (Vec<u8>, u64)>,
+) -> Result<(), KernelError> {
+    let failed = |source| KernelError::Map { map: name, source };
+    let old: Vec<_> = map.keys().filter(|key| key.get(at..at + 4) == Some(&side.to_ne_bytes())).collect();
+    for key in old {
+        map.delete(&key).map_err(failed)?;
+    }
+    for (key, rules) in entries {
+        map.update(&key, &rules.to_ne_bytes(), MapFlags::ANY).map_err(failed)?;
     }
     Ok(())
 }
 
-/// The key of a name in the trie. An exact name includes the NUL behind it.
-fn comm_key(pattern: &CommPattern) -> [u8; size_of::<types::comm_key>()] {
-    let mut key = [0; size_of::<types::comm_key>()];
-    let text = &pattern.text.as_bytes()[..pattern.text.len().min(15)];
-    let bytes = text.len() + usize::from(!pattern.prefix);
-    let prefix_bits = (bytes * 8) as u32;
-    key[..4].copy_from_slice(&prefix_bits.to_ne_bytes());
-    key[4..4 + text.len()].copy_from_slice(text);
+fn look_up(map: &libbpf_rs::MapMut<'_>, name: &'static str, key: &[u8]) -> Result<u64, KernelError> {
+    let value = map.lookup(key, MapFlags::ANY).map_err(|source| KernelError::Map { map: name, source })?;
+    Ok(value.and_then(|bytes| Some(u64::from_ne_bytes(*bytes.first_chunk()?))).unwrap_or(0))
+}
+
+/// The key of a name in the trie: length in bits, side, text. An exact name includes the NUL behind it.
+fn trie_key<const KEY: usize>(side: u32, pattern: &NamePattern) -> [u8; KEY] {
+    let mut key = [0; KEY];
+    let text = &pattern.text.as_bytes()[..pattern.text.len().min(KEY - 9)];
+    let bytes = 4 + text.len() + usize::from(!pattern.prefix);
+    key[..4].copy_from_slice(&((bytes * 8) as u32).to_ne_bytes());
+    key[4..8].copy_from_slice(&side.to_ne_bytes());
+    key[8..8 + text.len()].copy_from_slice(text);
+    key
+}
+
+fn comm_key(side: u32, pattern: &NamePattern) -> [u8; size_of::<types::comm_key>()] {
+    trie_key(side, pattern)
+}
+
+fn cgroup_key(side: u32, pattern: &NamePattern) -> [u8; size_of::<types::cgroup_key>()] {
+    trie_key(side, pattern)
+}
+
+fn exact_key(side: u32, exact: Exact) -> [u8; size_of::<types::exact_key>()] {
+    // As `enum exact_kind` of gannet.h.
+    let (kind, number) = match exact {
+        Exact::Container(id) => (1_u32, id),
+        Exact::Pid(pid) => (2, pid.into()),
+        Exact::Uid(uid) => (3, uid.into()),
+    };
+    let mut key = [0; size_of::<types::exact_key>()];
+    key[..4].copy_from_slice(&side.to_ne_bytes());
+    key[4..8].copy_from_slice(&kind.to_ne_bytes());
+    key[8..].copy_from_slice(&number.to_ne_bytes());
     key
 }
 
 /// The structures that the agent writes into maps.
 trait MapValue: Copy {}
-impl MapValue for types::want {}
 impl MapValue for types::arm {}
 // No padding: every byte belongs to a field.
-const _: () = assert!(size_of::<types::want>() == 16);
-const _: () = assert!(size_of::<types::arm>() == 8 + 16 + 4 + 4);
+const _: () = assert!(size_of::<types::arm>() == 8 + 16 + 4 + 4 + 8 + 8);
 
 fn bytes_of<T: MapValue>(value: &T) -> &[u8] {
     // SAFETY: `MapValue` types are integers without padding, as asserted above.
@@ -642,13 +810,12 @@ mod tests {
 
     #[test]
     fn an_exact_name_is_a_longer_key_than_its_prefix() {
-        let exact = comm_key(&CommPattern { text: "node".into(), prefix: false });
-        let prefix = comm_key(&CommPattern { text: "node".into(), prefix: true });
-        assert_eq!(exact[..4], 40_u32.to_ne_bytes());
-        assert_eq!(prefix[..4], 32_u32.to_ne_bytes());
+        let name = |text: &str, prefix| comm_key(1, &NamePattern { text: text.into(), prefix });
+        let (exact, prefix) = (name("node", false), name("node", true));
+        assert_eq!(exact[..4], 72_u32.to_ne_bytes());
+        assert_eq!(prefix[..4], 64_u32.to_ne_bytes());
         assert_eq!(exact[4..], prefix[4..]);
-        assert_eq!(&exact[4..9], b"node\0");
-        let longest = comm_key(&CommPattern { text: "a".repeat(15), prefix: false });
-        assert_eq!(longest[..4], 128_u32.to_ne_bytes());
+        assert_eq!(&exact[8..13], b"node\0");
+        assert_eq!(name(&"a".repeat(15), false)[..4], 160_u32.to_ne_bytes());
     }
 }

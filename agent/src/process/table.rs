@@ -51,6 +51,8 @@ pub struct Process {
     pub exe: String,
     /// Path of its control group.
     pub cgroup: String,
+    /// Inode number of its control group, in the hierarchy that the kernel side reads.
+    pub cgroup_id: u64,
     /// What that path tells.
     pub names: CgroupNames,
     /// User id; none while unknown.
@@ -151,6 +153,7 @@ impl Processes {
             Some(parent) => Process {
                 key: ImageKey::of(subject),
                 rules: subject.rules,
+                cgroup_id: subject.cgroup_id,
                 state: State::Alive,
                 samples: 0,
                 window: self.window,
@@ -163,8 +166,10 @@ impl Processes {
 
     /// A process that already ran.
     pub fn found(&mut self, subject: &Subject) -> &mut Process {
-        let known =
-            self.alive.get(&subject.key.tgid).is_some_and(|process| process.key == ImageKey::of(subject));
+        // One that was put into another control group is read again: its names may be others.
+        let known = self.alive.get(&subject.key.tgid).is_some_and(|process| {
+            process.key == ImageKey::of(subject) && process.cgroup_id == subject.cgroup_id
+        });
         if !known {
             self.retire(subject.key.tgid, State::Replaced);
             let process = self.load(subject);
@@ -176,6 +181,13 @@ impl Processes {
         let process = process.expect("entered");
         process.rules = subject.rules;
         process
+    }
+
+    /// The agent has decided that these rules want it too.
+    pub fn wanted(&mut self, key: &ImageKey, rules: u64) {
+        if let Some(process) = self.alive.get_mut(&key.process.tgid).filter(|process| process.key == *key) {
+            process.rules |= rules;
+        }
     }
 
     /// A process ended.
@@ -316,6 +328,7 @@ impl Processes {
             exe: String::new(),
             cgroup: self.cgroups.get(&subject.cgroup_id).cloned().unwrap_or_default(),
             names: CgroupNames::default(),
+            cgroup_id: subject.cgroup_id,
             uid: None,
             kernel_thread: false,
             image: Arc::default(),

@@ -80,14 +80,27 @@ pub struct RuleTag {
     pub id: String,
     /// Of the set that it came with; 0 for a rule of the node's own.
     pub revision: u64,
-    /// Why it was captured, with its evidence.
+    /// Why it was captured, in a word: `always`, `pressure`.
     pub reason: String,
+    /// What was seen that started it; empty for a rule that samples all the time.
+    pub evidence: String,
     /// What the rule adds to its profiles.
     pub labels: Labels,
 }
 
 /// What makes a profile of its own.
 type Series = (RuleTag, Labels, Option<ContainerRef>, SampleKind, u64);
+
+impl RuleTag {
+    /// The reason with its evidence.
+    pub fn why(&self) -> String {
+        if self.evidence.is_empty() {
+            self.reason.clone()
+        } else {
+            format!("{} {}", self.reason, self.evidence)
+        }
+    }
+}
 
 /// What a flush gave.
 #[derive(Debug, Default)]

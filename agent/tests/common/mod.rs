@@ -7,6 +7,8 @@
     reason = "each test file uses its part; a test that cannot go on shall say so at once"
 )]
 
+pub mod cgroup;
+
 use std::{
     collections::BTreeMap,
     env, fs,

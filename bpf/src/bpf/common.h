@@ -40,21 +40,6 @@ struct {
 	__type(value, struct arm);
 } arms SEC(".maps");
 
-/*
- * Command names of the rules. Of the two, `settings.active` is in force; the agent fills the other one, then switches,
- * so that a rule set comes into force as a whole. Writer: the agent. The value of a key holds the rules of all shorter
- * keys that match it too, since a look-up finds only the longest.
- */
-struct comm_trie {
-	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 4096);
-	__type(key, struct comm_key);
-	__type(value, struct want);
-};
-struct comm_trie comm_rules_0 SEC(".maps");
-struct comm_trie comm_rules_1 SEC(".maps");
-
 /* One for every CPU. Writers: all programs. Reader: the agent, which adds them up. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -75,7 +60,8 @@ ALWAYS_INLINE struct counters *count(void)
 	return bpf_map_lookup_elem(&counters, &zero);
 }
 
-ALWAYS_INLINE u64 cgroup_id_of(struct task_struct *task)
+/* The control group of a task, in the hierarchy that groups are told apart by. */
+ALWAYS_INLINE struct kernfs_node *cgroup_of(struct task_struct *task)
 {
 	struct css_set *set = BPF_CORE_READ(task, cgroups);
 	struct cgroup *cgroup;
@@ -92,7 +78,12 @@ ALWAYS_INLINE u64 cgroup_id_of(struct task_struct *task)
 		bpf_core_read(&state, sizeof(state), &set->subsys[index]);
 		cgroup = BPF_CORE_READ(state, cgroup);
 	}
-	return BPF_CORE_READ(cgroup, kn, id);
+	return BPF_CORE_READ(cgroup, kn);
+}
+
+ALWAYS_INLINE u64 cgroup_id_of(struct task_struct *task)
+{
+	return BPF_CORE_READ(cgroup_of(task), id);
 }
 
 ALWAYS_INLINE u32 state_of(struct task_struct *task)
@@ -122,14 +113,21 @@ ALWAYS_INLINE void want_of_process(struct want *want, struct proc *proc, u32 tgi
 	u64 live = settings.live_rules;
 
 	if (proc && proc->start_boottime == start_boottime) {
+		if (proc->denied)
+			return;
 		want_also(want, &proc->want, live);
 		want_also(want, &proc->sticky, live);
 	}
 	if (settings.arms) {
 		struct arm *arm = bpf_map_lookup_elem(&arms, &tgid);
 
-		if (arm && arm->start_boottime == start_boottime && (arm->sticky || arm->exec_id == exec_id))
+		if (arm && arm->start_boottime == start_boottime && (arm->sticky || arm->exec_id == exec_id)) {
 			want_also(want, &arm->want, live);
+			if (want->rules & arm->refused) {
+				want->rules &= ~arm->refused;
+				want->period_ns = arm->period_ns;
+			}
+		}
 	}
 	want_also(want, &settings.all, live);
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /* The sampler, and the handlers that follow processes through fork, exec and exit. */
 #include "common.h"
+#include "match.h"
 #include "unwind.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
@@ -379,40 +380,6 @@ int on_switch(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* What the command name of a task asks for. */
-ALWAYS_INLINE void want_by_comm(struct want *want, struct task_struct *task)
-{
-	struct comm_key key = { .prefixlen = 8 * COMM_LEN };
-	struct want *found;
-
-	bpf_core_read_str(key.comm, sizeof(key.comm), &task->comm);
-	if (settings.active)
-		found = bpf_map_lookup_elem(&comm_rules_1, &key);
-	else
-		found = bpf_map_lookup_elem(&comm_rules_0, &key);
-	if (found)
-		*want = *found;
-}
-
-/*
- * The period of a set of rules: the shortest that one of them asks for. Without a branch, because the verifier follows
- * both ways of each of them in all the rounds: with branches loading takes seconds. 0 stands for none, so one less is
- * compared, which makes it the largest.
- */
-__noinline u64 period_of(u64 rules)
-{
-	u64 least = ~0ULL;
-
-	for (u32 i = 0; i < MAX_RULES; i++) {
-		u64 period = (settings.rule_period_ns[i] - 1) | ((rules >> i & 1) - 1);
-		/* All bits set if period < least: the borrow of the subtraction. */
-		u64 less = -((((~period & least) | ((~period | least) & (period - least)))) >> 63);
-
-		least = (period & less) | (least & ~less);
-	}
-	return least + 1;
-}
-
 ALWAYS_INLINE bool report_allowed(struct counters *counters)
 {
 	u32 zero = 0;
@@ -457,6 +424,7 @@ int on_exec(struct bpf_raw_tracepoint_args *ctx)
 	struct lifecycle record = {};
 	struct proc fresh = {};
 	struct proc *old;
+	u64 candidates;
 	u32 tgid, pid;
 	bool tracked, wanted;
 
@@ -469,7 +437,6 @@ int on_exec(struct bpf_raw_tracepoint_args *ctx)
 	tgid = BPF_CORE_READ(task, tgid);
 	pid = ctx->args[1];
 	fresh.start_boottime = BPF_CORE_READ(task, group_leader, start_boottime);
-	fresh.exec_id = BPF_CORE_READ(task, self_exec_id);
 	old = bpf_map_lookup_elem(&procs, &tgid);
 	tracked = old && old->start_boottime == fresh.start_boottime;
 	if (tracked)
@@ -479,25 +446,20 @@ int on_exec(struct bpf_raw_tracepoint_args *ctx)
 
 		tracked |= arm && arm->start_boottime == fresh.start_boottime;
 	}
-	want_by_comm(&fresh.want, task);
-	wanted = (fresh.want.rules | fresh.sticky.rules) & settings.live_rules;
-	if (!tracked && !wanted && !settings.report_all)
+	candidates = decide(counters, task, tgid, &fresh, tracked, PLACE_EXEC);
+	wanted = !fresh.denied && (fresh.want.rules | fresh.sticky.rules | candidates);
+	if (!tracked && !wanted)
 		return 0;
-	/*
-	 * A process that no rule wants any more stays in the table: it is known, and its exit will be reported. One that
-	 * is only reported so that the agent may decide is not entered: its samples or the agent's decision do that.
-	 */
-	if ((tracked || wanted) && bpf_map_update_elem(&procs, &tgid, &fresh, BPF_ANY))
-		counters->procs_full++;
 	/* What is tracked must be told, or its samples would be named after the old image. */
 	if (!tracked && !report_allowed(counters))
 		return 0;
 	fill_event(&record.event, EVENT_EXEC, task, fresh.start_boottime);
-	record.event.rules = (fresh.want.rules | fresh.sticky.rules) & settings.live_rules;
+	record.event.rules = fresh.denied ? 0 : fresh.want.rules | fresh.sticky.rules;
+	record.candidates = candidates;
 	record.by_thread = pid != tgid;
 	bpf_probe_read_kernel_str(record.path, sizeof(record.path), BPF_CORE_READ(bprm, filename));
 	/* It may live for milliseconds only: its files must be opened now. */
-	send_lifecycle(counters, &record, wanted || settings.report_all);
+	send_lifecycle(counters, &record, wanted);
 	return 0;
 }
 
@@ -508,12 +470,14 @@ int on_fork(struct bpf_raw_tracepoint_args *ctx)
 	struct task_struct *parent = (void *)ctx->args[0];
 	struct task_struct *child = (void *)ctx->args[1];
 	u32 child_tgid = BPF_CORE_READ(child, tgid), parent_tgid;
-	u64 live = settings.live_rules;
+	u64 live = settings.live_rules, candidates = 0;
+	struct side *side = &settings.sides[settings.generation & 1];
 	struct lifecycle record = {};
 	struct counters *counters;
 	struct proc fresh = {};
 	struct proc *proc;
 	struct arm *arm;
+	bool told;
 
 	if (!settings.lifecycle || child_tgid != (u32)BPF_CORE_READ(child, pid))
 		return 0;
@@ -528,6 +492,7 @@ int on_fork(struct bpf_raw_tracepoint_args *ctx)
 	if (proc) {
 		want_also(&fresh.want, &proc->want, live);
 		want_also(&fresh.sticky, &proc->sticky, live);
+		fresh.denied = proc->denied;
 	}
 	if (settings.arms) {
 		arm = bpf_map_lookup_elem(&arms, &parent_tgid);
@@ -536,17 +501,25 @@ int on_fork(struct bpf_raw_tracepoint_args *ctx)
 		else if (arm)
 			want_also(&fresh.want, &arm->want, live);
 	}
+	told = fresh.want.rules || fresh.sticky.rules;
 	/* A stale entry of an earlier process with this number must not survive. */
-	if (!fresh.want.rules && !fresh.sticky.rules) {
+	if (!told && !fresh.denied)
 		bpf_map_delete_elem(&procs, &child_tgid);
-		if (!settings.report_all || !report_allowed(counters))
-			return 0;
-	} else if (bpf_map_update_elem(&procs, &child_tgid, &fresh, BPF_ANY)) {
+	else if (bpf_map_update_elem(&procs, &child_tgid, &fresh, BPF_ANY))
 		counters->procs_full++;
-	}
+	/* A child that is born into another control group (clone3) is another matter than its parent. */
+	if ((side->rules & ~(side->any_cgroup & side->any_container)) && cgroup_id_of(parent) != cgroup_id_of(child))
+		candidates = decide(counters, child, child_tgid, &fresh, told, PLACE_FORK);
+	else if (side->by_agent && !fresh.denied)
+		candidates = match_process(child, child_tgid, settings.generation, PLACE_FORK) & side->by_agent;
+	if (fresh.denied || !(fresh.want.rules | fresh.sticky.rules | candidates))
+		return 0;
+	if (!told && !report_allowed(counters))
+		return 0;
 	fill_event(&record.event, EVENT_FORK, child, fresh.start_boottime);
 	record.event.tid = parent_tgid;
 	record.event.rules = fresh.want.rules | fresh.sticky.rules;
+	record.candidates = candidates;
 	send_lifecycle(counters, &record, false);
 	return 0;
 }
@@ -583,6 +556,60 @@ int on_exit(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+/* Decides anew for a process that runs. True: nobody needs to hear of it. */
+ALWAYS_INLINE bool look_again(struct counters *counters, struct task_struct *leader, u32 tgid, u32 place,
+			      u64 *candidates, u64 *rules)
+{
+	struct proc fresh = { .start_boottime = BPF_CORE_READ(leader, start_boottime) };
+	struct proc *old = bpf_map_lookup_elem(&procs, &tgid);
+	bool tracked = old && old->start_boottime == fresh.start_boottime;
+
+	if (tracked)
+		fresh = *old;
+	*candidates = decide(counters, leader, tgid, &fresh, tracked, place);
+	*rules = fresh.denied ? 0 : fresh.want.rules | fresh.sticky.rules;
+	return !(*rules | *candidates);
+}
+
+ALWAYS_INLINE void report_found(struct counters *counters, struct task_struct *leader, struct lifecycle *record,
+				u64 candidates)
+{
+	u64 rules = record->event.rules;
+
+	fill_event(&record->event, EVENT_FOUND, leader, BPF_CORE_READ(leader, start_boottime));
+	record->event.rules = rules;
+	record->candidates = candidates;
+	send_lifecycle(counters, record, false);
+}
+
+/*
+ * A process is put into another control group: what it is matched by has changed.
+ * raw tracepoint arguments: destination, its path, task, whether the whole process moves
+ */
+SEC("raw_tp/cgroup_attach_task")
+int on_attach(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct task_struct *task = (void *)ctx->args[2], *leader;
+	struct side *side = &settings.sides[settings.generation & 1];
+	struct lifecycle record = {};
+	struct counters *counters;
+	u64 candidates;
+	u32 tgid;
+
+	if (!settings.lifecycle || !(side->rules & ~(side->any_cgroup & side->any_container)))
+		return 0;
+	counters = count();
+	if (!counters)
+		return 0;
+	leader = BPF_CORE_READ(task, group_leader);
+	tgid = BPF_CORE_READ(leader, tgid);
+	if (look_again(counters, leader, tgid, PLACE_ATTACH, &candidates, &record.event.rules))
+		return 0;
+	if (report_allowed(counters))
+		report_found(counters, leader, &record, candidates);
+	return 0;
+}
+
 /*
  * Walks over every process that runs and decides anew what it is sampled for. The agent reads it after the rules have
  * changed: new processes are already decided by the new rules then, so that none falls between.
@@ -592,11 +619,8 @@ int each_task(struct bpf_iter__task *ctx)
 {
 	struct task_struct *task = ctx->task;
 	struct counters *counters = count();
-	u64 live = settings.live_rules;
 	struct lifecycle record = {};
-	struct proc fresh = {};
-	struct proc *old;
-	bool armed;
+	u64 candidates;
 	u32 tgid;
 
 	if (!task || !counters || !settings.lifecycle)
@@ -604,34 +628,8 @@ int each_task(struct bpf_iter__task *ctx)
 	tgid = task->tgid;
 	if (tgid != (u32)task->pid)
 		return 0;
-	fresh.start_boottime = task->start_boottime;
-	old = bpf_map_lookup_elem(&procs, &tgid);
-	if (old && old->start_boottime != fresh.start_boottime)
-		old = NULL;
-	/* An exec on another CPU between reading the name and writing the decision: decide again, from the new name. */
-	for (u32 attempt = 0; attempt < 3; attempt++) {
-		fresh.exec_id = BPF_CORE_READ(task, self_exec_id);
-		fresh.want.rules = 0;
-		fresh.want.period_ns = 0;
-		want_by_comm(&fresh.want, task);
-		fresh.want.rules &= live;
-		if (old) {
-			fresh.sampled = old->sampled;
-			fresh.sticky.rules = old->sticky.rules & live;
-			fresh.sticky.period_ns = period_of(fresh.sticky.rules);
-		}
-		if (old || fresh.want.rules) {
-			if (bpf_map_update_elem(&procs, &tgid, &fresh, BPF_ANY))
-				counters->procs_full++;
-		}
-		if (fresh.exec_id == (u32)BPF_CORE_READ(task, self_exec_id))
-			break;
-	}
-	armed = fresh.want.rules || fresh.sticky.rules;
-	if (!armed && !settings.report_all)
+	if (look_again(counters, task, tgid, PLACE_WALK, &candidates, &record.event.rules))
 		return 0;
-	fill_event(&record.event, EVENT_FOUND, task, fresh.start_boottime);
-	record.event.rules = fresh.want.rules | fresh.sticky.rules;
-	send_lifecycle(counters, &record, false);
+	report_found(counters, task, &record, candidates);
 	return 0;
 }

@@ -9,6 +9,9 @@
 #define COMM_LEN 16
 #define PATH_LEN 128
 #define MAX_RULES 64
+/* Levels of a control group's path, and bytes of it with the NUL, that can be matched: the longest key of a trie. */
+#define CGROUP_DEPTH 16
+#define CGROUP_PATH_LEN 252
 /*
  * bpf_get_stack never says that a stack was cut, so one frame more is asked for than is kept; and it never gives more
  * than the sysctl kernel.perf_event_max_stack, 127 unless somebody raised it.
@@ -38,23 +41,52 @@ struct want {
 	u64 period_ns;
 };
 
-/* A command name in the trie: the exact names include the NUL behind them, so that a longer name is another key. */
+/*
+ * Keys of the tries: first the side, then the text. Exact names include the NUL behind them, so that a longer name is
+ * another key.
+ */
 struct comm_key {
 	u32 prefixlen;
+	u32 side;
 	char comm[COMM_LEN];
 };
-_Static_assert(sizeof(struct comm_key) == 20, "the agent writes these bytes");
+_Static_assert(sizeof(struct comm_key) == 24, "the agent writes these bytes");
+
+struct cgroup_key {
+	u32 prefixlen;
+	u32 side;
+	/* Below the hierarchy's root: `/a/b`; the root itself is `/`. */
+	char path[CGROUP_PATH_LEN];
+};
+_Static_assert(sizeof(struct cgroup_key) == 4 + 256, "a trie's key has at most 256 bytes behind its length");
+
+enum exact_kind {
+	EXACT_CGROUP = 1,
+	EXACT_PID = 2,
+	EXACT_UID = 3,
+};
+
+/* Key of `exact_rules`: what is compared as a number. */
+struct exact_key {
+	u32 side;
+	u32 kind;
+	u64 number;
+};
+_Static_assert(sizeof(struct exact_key) == 16, "no padding");
 
 /* Value of `procs`: the processes that the kernel side knows. Written by BPF programs only. */
 struct proc {
 	u64 start_boottime;
-	/* Holds until the next exec: by command name, and what a fork handed down. */
+	/* Holds until the next exec: by what it is, and what a fork handed down. */
 	struct want want;
 	/* Holds over exec too, and goes on to children: by pid. */
 	struct want sticky;
 	u32 exec_id;
 	/* This image has been sampled before. */
 	u32 sampled;
+	/* Whatever rules ask for: never. */
+	u32 denied;
+	u32 reserved;
 };
 
 /* Value of `arms`: what the agent decided for one process. Written by the agent only. */
@@ -65,6 +97,32 @@ struct arm {
 	u32 exec_id;
 	/* Holds over exec, and goes on to children. */
 	u32 sticky;
+	/* Rules that are over for this image, though the kernel side matched it; and the period of what is left. */
+	u64 refused;
+	u64 period_ns;
+};
+
+/*
+ * How rules are matched, one bit for each. A rule holds if all that it asks for holds; each of the masks says which rules
+ * do not ask for a property at all. Which side is in force is the lowest bit of settings.generation; the agent fills the
+ * other one, then counts on, so that a rule set comes into force as a whole.
+ */
+struct side {
+	/* All that can match. */
+	u64 rules;
+	u64 any_comm;
+	u64 any_cgroup;
+	u64 any_container;
+	u64 any_uid;
+	u64 any_pid;
+	/* Of the rules: those that ask for more than the kernel side can see. Who else matches is reported, not armed. */
+	u64 by_agent;
+	/* Those that ask for a pid and nothing else: they hold over exec, and go on to children. */
+	u64 sticky;
+	/* Those that are for who matches at exec, not for who runs already. */
+	u64 at_exec;
+	/* Who matches one of these is never sampled. */
+	u64 deny;
 };
 
 /* Settings, written by the agent at any time. */
@@ -73,10 +131,8 @@ struct settings {
 	u32 lifecycle;
 	/* The sampler does nothing before this is set. */
 	u32 sampling;
-	/* Report every exec and every new process, because a rule needs more than the command name. */
-	u32 report_all;
-	/* Which of the two inner maps of `comm_rules` is in force. */
-	u32 active;
+	/* Counts the rule sets; the lowest bit is the side in force. */
+	u32 generation;
 	/* `arms` is not empty. */
 	u32 arms;
 	/* User stacks are walked by tables; else the kernel walks them by frame pointers. */
@@ -86,21 +142,22 @@ struct settings {
 	u32 kernel_stacks;
 	/* What every process is sampled for. */
 	struct want all;
-	/* Of all, comm_rules and arms: the bits that mean a rule today. */
+	/* Of all, procs and arms: the bits that mean a rule today. */
 	u64 live_rules;
 	/* Of the rules: those that want ticks, and those that want blocked time. */
 	u64 on_cpu_rules;
 	u64 off_cpu_rules;
 	/* Off-CPU intervals shorter than this are not reported. */
 	u64 off_cpu_min_ns;
-	/* By bit: nanoseconds between two ticks. */
-	u64 rule_period_ns[MAX_RULES];
+	/* The rates in use, fastest first, each with the rules that ask for it. */
+	struct want rates[MAX_RULES];
 	/* Samples fill the ring up to here; what is above is for lifecycle events, which must not be lost. */
 	u64 ring_sample_limit;
 	/* From this fill on the reader is woken, else it comes by itself. */
 	u64 ring_wake;
 	/* Exec and fork reports a second, for all CPUs together. */
 	u64 report_rate;
+	struct side sides[2];
 };
 
 #define MAX_TABLES 4096
@@ -269,6 +326,8 @@ struct lifecycle {
 	u32 exit_code;
 	/* EXEC: 1 if another thread than the leader called it. */
 	u32 by_thread;
+	/* Rules of which all holds that the kernel side can see: the agent decides. */
+	u64 candidates;
 	/* EXEC: the path as given to execve. */
 	char path[PATH_LEN];
 };
@@ -289,6 +348,8 @@ struct counters {
 	u64 lifecycle_lost_ring_full;
 	u64 lifecycle_lost_rate;
 	u64 procs_full;
+	/* Control groups that lie too deep for their path to be matched. */
+	u64 cgroup_too_deep;
 	u64 execs;
 	u64 forks;
 	u64 exits;

@@ -120,6 +120,13 @@ struct signal_struct {
 
 struct kernfs_node {
 	u64 id;
+	const char *name;
+	struct kernfs_node *parent;
+};
+
+/* From 6.15 on parent is called __parent. */
+struct kernfs_node___6_15 {
+	struct kernfs_node *__parent;
 };
 
 struct cgroup {
@@ -137,6 +144,14 @@ struct css_set {
 
 struct mm_struct;
 
+typedef struct {
+	unsigned int val;
+} kuid_t;
+
+struct cred {
+	kuid_t euid;
+};
+
 struct task_struct {
 	void *stack;
 	unsigned int flags;
@@ -151,6 +166,7 @@ struct task_struct {
 	struct task_struct *real_parent;
 	struct signal_struct *signal;
 	struct css_set *cgroups;
+	const struct cred *cred;
 	unsigned int __state;
 };
 

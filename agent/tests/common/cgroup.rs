@@ -1,0 +1,116 @@
+//! Control groups of a test: made in the hierarchy that the agent tells groups apart by, and in the unified one.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use gannet_agent::kernel::CgroupHierarchy;
+
+/// Puts itself into groups, then becomes another program: as container runtimes do it. `enter FILE... -- PROGRAM...`
+pub const ENTER: &str = r#"
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+int main(int c, char **v) {
+	int i = 1;
+	for (; i < c && strcmp(v[i], "--"); i++) {
+		int fd = open(v[i], O_WRONLY);
+		if (fd < 0 || write(fd, "0", 1) != 1) { perror(v[i]); return 125; }
+		close(fd);
+	}
+	execv(v[i + 1], v + i + 1);
+	perror(v[i + 1]);
+	return 126;
+}
+"#;
+
+/// A group, removed with its handle. Whoever is in it then is killed.
+pub struct Group {
+    /// Below the hierarchy's root.
+    pub path: String,
+    /// In the hierarchy that the agent reads.
+    pub directory: PathBuf,
+    /// In the unified hierarchy; the same directory where that is the one.
+    pub unified: PathBuf,
+}
+
+impl Group {
+    /// A group of this name, below others if it has slashes.
+    pub fn new(name: &str) -> Self {
+        let path = format!("/gannet-test-{}/{name}", std::process::id());
+        let unified_root = mount_of("cgroup2", "").unwrap_or_else(mount_unified);
+        let root = match CgroupHierarchy::detect() {
+            CgroupHierarchy::V2 => unified_root.clone(),
+            CgroupHierarchy::V1Cpu => mount_of("cgroup", "cpu").unwrap(),
+            CgroupHierarchy::V1Memory => mount_of("cgroup", "memory").unwrap(),
+        };
+        let group = Self { directory: root.join(&path[1..]), unified: unified_root.join(&path[1..]), path };
+        fs::create_dir_all(&group.directory).unwrap();
+        fs::create_dir_all(&group.unified).unwrap();
+        group
+    }
+
+    /// The id that the kernel has for it.
+    pub fn id(&self) -> u64 {
+        std::os::unix::fs::MetadataExt::ino(&fs::metadata(&self.directory).unwrap())
+    }
+
+    /// The files by which a process is put into it.
+    pub fn doors(&self) -> Vec<PathBuf> {
+        let mut doors = vec![self.directory.join("cgroup.procs")];
+        if self.directory != self.unified {
+            doors.push(self.unified.join("cgroup.procs"));
+        }
+        doors
+    }
+
+    /// Puts a process into it.
+    pub fn take(&self, pid: u32) {
+        for door in self.doors() {
+            fs::write(door, pid.to_string()).unwrap();
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let end = Instant::now() + Duration::from_secs(5);
+        for directory in [&self.directory, &self.unified] {
+            while fs::remove_dir(directory).is_err() && directory.exists() && Instant::now() < end {
+                for pid in fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default().lines() {
+                    // SAFETY: no memory is passed; the process is of this test's own group.
+                    unsafe { libc::kill(pid.parse().unwrap_or(i32::MAX), libc::SIGKILL) };
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            // The one that the groups of this test lie in, when it is the last.
+            let mut above = directory.parent();
+            while let Some(directory) = above.filter(|path| path.to_string_lossy().contains("gannet-test-")) {
+                let _ = fs::remove_dir(directory);
+                above = directory.parent();
+            }
+        }
+    }
+}
+
+/// Where a hierarchy is mounted.
+fn mount_of(kind: &str, controller: &str) -> Option<PathBuf> {
+    fs::read_to_string("/proc/self/mounts").unwrap().lines().find_map(|line| {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let here = fields[2] == kind
+            && (controller.is_empty() || fields[3].split(',').any(|option| option == controller));
+        here.then(|| PathBuf::from(fields[1]))
+    })
+}
+
+/// A small machine may have it not mounted yet.
+fn mount_unified() -> PathBuf {
+    let place = Path::new("/sys/fs/cgroup");
+    let status =
+        std::process::Command::new("mount").args(["-t", "cgroup2", "none", "/sys/fs/cgroup"]).status();
+    assert!(status.is_ok_and(|status| status.success()), "cgroup2 can be mounted");
+    place.to_owned()
+}

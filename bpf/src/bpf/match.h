@@ -1,0 +1,276 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Which rules match a process. Each property (command name, control group, user, pid) gives a set of rules, one bit each:
+ * those for which this value is right. A rule matches if it is in all sets. A property that none of the remaining rules
+ * asks for is not looked at, so that a process that no rule can match costs one look-up.
+ *
+ * The same semantics in Rust: the module `rules::compile` of the agent.
+ */
+#ifndef MATCH_H
+#define MATCH_H
+
+#include "common.h"
+
+/*
+ * Command names of the rules. A look-up finds only the longest key, so the value of a key holds the rules of all shorter
+ * keys that match it too. Writer: the agent.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 8192);
+	__type(key, struct comm_key);
+	__type(value, u64);
+} comm_rules SEC(".maps");
+
+/* Paths of control groups, likewise. Writer: the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 8192);
+	__type(key, struct cgroup_key);
+	__type(value, u64);
+} cgroup_rules SEC(".maps");
+
+/*
+ * Containers (by the id of their control group), pids and users of the rules, for both sides. Writer: the agent. Size: the
+ * containers of a crowded node, twice.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, struct exact_key);
+	__type(value, u64);
+} exact_rules SEC(".maps");
+
+struct cgroup_match {
+	u64 paths;
+	u64 containers;
+	u32 generation;
+	u32 reserved;
+};
+
+/* What was found for a control group, by its id: its path is put together once for each rule set. Writers: BPF programs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, u64);
+	__type(value, struct cgroup_match);
+} cgroup_matches SEC(".maps");
+
+struct cgroup_scratch {
+	struct cgroup_key key;
+	/* A name may begin at the last byte of the path. */
+	char overflow[256];
+	struct kernfs_node *levels[CGROUP_DEPTH];
+};
+
+enum match_place {
+	PLACE_EXEC = 0,
+	PLACE_FORK = 1,
+	PLACE_ATTACH = 2,
+	PLACE_WALK = 3,
+	PLACES = 4,
+};
+
+/*
+ * Where a path is put together. One for each program, since one may come while another is at work on the same CPU; no
+ * program comes while it is at work itself.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, PLACES);
+	__type(key, u32);
+	__type(value, struct cgroup_scratch);
+} cgroup_scratch SEC(".maps");
+
+ALWAYS_INLINE u64 exact_match(u32 generation, u32 kind, u64 number)
+{
+	struct exact_key key = { .side = generation & 1, .kind = kind, .number = number };
+	u64 *rules = bpf_map_lookup_elem(&exact_rules, &key);
+
+	return rules ? *rules : 0;
+}
+
+ALWAYS_INLINE u64 comm_match(struct task_struct *task, u32 generation)
+{
+	struct comm_key key = { .prefixlen = 8 * (sizeof(u32) + COMM_LEN), .side = generation & 1 };
+	u64 *rules;
+
+	bpf_core_read_str(key.comm, sizeof(key.comm), &task->comm);
+	rules = bpf_map_lookup_elem(&comm_rules, &key);
+	return rules ? *rules : 0;
+}
+
+ALWAYS_INLINE struct kernfs_node *parent_of(struct kernfs_node *node)
+{
+	struct kernfs_node___6_15 *newer = (void *)node;
+
+	if (bpf_core_field_exists(newer->__parent))
+		return BPF_CORE_READ(newer, __parent);
+	return BPF_CORE_READ(node, parent);
+}
+
+/* Looks up a control group's path, and it and all that it lies in as containers. */
+static __attribute__((noinline)) int look_up_cgroup(struct kernfs_node *node, u32 generation, u32 place,
+						    struct cgroup_match *match)
+{
+	struct cgroup_scratch *scratch = bpf_map_lookup_elem(&cgroup_scratch, &place);
+	struct counters *counters = count();
+	u32 depth = 0, at = 0;
+	u64 *rules;
+
+	if (!match)
+		return 0;
+	match->generation = generation;
+	match->paths = 0;
+	match->containers = 0;
+	if (!scratch || !counters)
+		return 0;
+	for (u32 i = 0; i < CGROUP_DEPTH; i++) {
+		struct kernfs_node *parent = parent_of(node);
+
+		match->containers |= exact_match(generation, EXACT_CGROUP, BPF_CORE_READ(node, id));
+		/* The root has no name. */
+		if (!parent)
+			break;
+		scratch->levels[i] = node;
+		depth = i + 1;
+		node = parent;
+	}
+	if (depth == CGROUP_DEPTH && parent_of(node)) {
+		counters->cgroup_too_deep++;
+		return 0;
+	}
+	for (u32 i = 0; i < CGROUP_DEPTH; i++) {
+		u32 level = depth - 1 - i;
+		struct kernfs_node *here;
+		long got;
+
+		if (i >= depth || level >= CGROUP_DEPTH || at >= CGROUP_PATH_LEN - 1)
+			break;
+		scratch->key.path[at] = '/';
+		at++;
+		barrier_var(at);
+		if (at >= CGROUP_PATH_LEN)
+			break;
+		here = scratch->levels[level];
+		got = bpf_probe_read_kernel_str(&scratch->key.path[at], 256, BPF_CORE_READ(here, name));
+		if (got < 1 || got > 256)
+			break;
+		at += got - 1;
+		barrier_var(at);
+	}
+	if (!depth) {
+		scratch->key.path[0] = '/';
+		scratch->key.path[1] = 0;
+	}
+	scratch->key.path[CGROUP_PATH_LEN - 1] = 0;
+	scratch->key.side = generation & 1;
+	scratch->key.prefixlen = 8 * (sizeof(u32) + CGROUP_PATH_LEN);
+	rules = bpf_map_lookup_elem(&cgroup_rules, &scratch->key);
+	if (rules)
+		match->paths = *rules;
+	return 0;
+}
+
+ALWAYS_INLINE void cgroup_match(struct task_struct *task, u32 generation, u32 place, struct cgroup_match *match)
+{
+	struct kernfs_node *node = cgroup_of(task);
+	u64 id = BPF_CORE_READ(node, id);
+	struct cgroup_match *known = bpf_map_lookup_elem(&cgroup_matches, &id);
+
+	if (known && known->generation == generation) {
+		*match = *known;
+		return;
+	}
+	look_up_cgroup(node, generation, place, match);
+	bpf_map_update_elem(&cgroup_matches, &id, match, BPF_ANY);
+}
+
+/* The rules that match a process, those that deny it and those that are for the agent to decide included. */
+ALWAYS_INLINE u64 match_process(struct task_struct *task, u32 tgid, u32 generation, u32 place)
+{
+	struct side *side = &settings.sides[generation & 1];
+	u64 rules = side->rules;
+
+	if (rules & ~side->any_comm)
+		rules &= side->any_comm | comm_match(task, generation);
+	if (rules & ~side->any_pid)
+		rules &= side->any_pid | exact_match(generation, EXACT_PID, tgid);
+	if (rules & ~side->any_uid)
+		rules &= side->any_uid | exact_match(generation, EXACT_UID, BPF_CORE_READ(task, cred, euid.val));
+	if (rules & ~(side->any_cgroup & side->any_container)) {
+		struct cgroup_match match = {};
+
+		cgroup_match(task, generation, place, &match);
+		rules &= side->any_cgroup | match.paths;
+		rules &= side->any_container | match.containers;
+	}
+	return rules;
+}
+
+/* The period of a set of rules: the shortest that one of them asks for. Global, so that it is verified once. */
+__attribute__((noinline)) u64 period_of(u64 rules)
+{
+	for (u32 i = 0; i < MAX_RULES; i++) {
+		struct want *rate = &settings.rates[i];
+
+		if (!rate->rules)
+			break;
+		if (rate->rules & rules)
+			return rate->period_ns;
+	}
+	return 0;
+}
+
+/*
+ * Decides what a process is sampled for, from what it is now, and enters it if it is sampled for anything. Gives the rules
+ * that the agent must decide. `fresh` holds its key, what sticks to it, and what was decided for which image.
+ */
+ALWAYS_INLINE u64 decide(struct counters *counters, struct task_struct *task, u32 tgid, struct proc *fresh,
+			 bool tracked, u32 place)
+{
+	/* What was decided at exec holds for this image. */
+	u64 candidates = 0, kept = fresh->want.rules;
+	u32 kept_exec_id = fresh->exec_id;
+
+	/* A change of the rules or an exec on another CPU meanwhile: decide again. */
+	for (u32 attempt = 0; attempt < 3; attempt++) {
+		u32 generation = *(volatile u32 *)&settings.generation;
+		struct side *side = &settings.sides[generation & 1];
+		u64 matched;
+
+		fresh->exec_id = BPF_CORE_READ(task, self_exec_id);
+		matched = match_process(task, tgid, generation, place);
+		if (place != PLACE_EXEC)
+			matched &= ~side->at_exec | (fresh->exec_id == kept_exec_id ? kept : 0);
+		fresh->denied = !!(matched & side->deny);
+		candidates = matched & side->by_agent;
+		matched &= ~(side->deny | side->by_agent);
+		if (fresh->denied) {
+			matched = 0;
+			candidates = 0;
+		}
+		fresh->sticky.rules = (fresh->sticky.rules & side->sticky) | (matched & side->sticky);
+		fresh->want.rules = matched & ~side->sticky;
+		fresh->sticky.period_ns = period_of(fresh->sticky.rules);
+		fresh->want.period_ns = period_of(fresh->want.rules);
+		/*
+		 * A process that no rule wants any more stays in the table: it is known, and its exit will be reported.
+		 * One that is only reported so that the agent may decide is not entered: its samples or the agent's
+		 * decision do that.
+		 */
+		if (tracked || fresh->want.rules || fresh->sticky.rules || fresh->denied) {
+			if (bpf_map_update_elem(&procs, &tgid, fresh, BPF_ANY))
+				counters->procs_full++;
+		}
+		if (generation == *(volatile u32 *)&settings.generation &&
+		    fresh->exec_id == (u32)BPF_CORE_READ(task, self_exec_id))
+			break;
+	}
+	return candidates;
+}
+
+#endif
