@@ -1,9 +1,22 @@
 //! Needs root and a kernel with BTF: the kernel side, for real.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
 
+mod common;
+
 use std::{process::Command, thread::sleep, time::Duration};
 
 use gannet_agent::kernel::{Event, Kernel, KernelOptions, KernelRules, NamePattern};
+
+/// Computes for a second of CPU time, then ends with 7.
+const BUSY: &str = r"
+#include <time.h>
+int main(void)
+{
+	while (clock() < CLOCKS_PER_SEC)
+		;
+	return 7;
+}
+";
 
 fn kernel() -> Kernel {
     Kernel::start(KernelOptions::default()).unwrap()
@@ -20,11 +33,8 @@ fn a_process_that_a_rule_names_is_armed_at_exec_and_sampled() {
     kernel.set_lifecycle(true);
     kernel.set_sampling(true);
     kernel.set_rules(&rules_for("gannet-busy", 99)).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let busy = dir.path().join("gannet-busy");
-    std::fs::copy("/bin/bash", &busy).unwrap();
-    let mut child =
-        Command::new(&busy).args(["-c", "for ((i=0;i<2000000;i++)); do :; done; exit 7"]).spawn().unwrap();
+    let busy = common::program("gannet-busy", BUSY, &[]);
+    let mut child = Command::new(&busy).spawn().unwrap();
     let pid = child.id();
     assert_eq!(child.wait().unwrap().code(), Some(7));
     sleep(Duration::from_millis(50));
