@@ -23,8 +23,8 @@ use tokio::sync::oneshot;
 use ulid::Ulid;
 
 use crate::{
-    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Sample, Want},
-    process::{ImageKey, Process, Processes},
+    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Sample, Want, lifecycle_lost},
+    process::{ImageKey, ProcError, Process, Processes, check_identity},
     profile::{SeriesProfile, WindowSamples, slots},
     rules::{
         Deny, RuleBook, Set, Source,
@@ -35,11 +35,19 @@ use crate::{
 
 /// How often the ring is read when the kernel side does not ask for it. A sample waits so long at most; each reading
 /// costs a few microseconds.
-const READ_PAUSE: Duration = Duration::from_millis(100);
+const READ_PAUSE: Duration = Duration::from_millis(50);
+/// How soon it is read again after a file that was not open yet: the program that was started with it is about to map its
+/// libraries, and may be gone in a moment.
+const EAGER_PAUSE: Duration = Duration::from_millis(5);
+/// How often in a row: a program that opens files all the time does not keep the reader awake.
+const MOST_EAGER: u32 = 20;
 /// How often CPUs, expiries and the like are looked at.
 const HOUSEKEEPING_PAUSE: Duration = Duration::from_secs(1);
-/// How often the table is compared with what runs, in case an exit was lost.
+/// How often the table is compared with what runs, in case an exit was lost: at once if one is known to be, often if a
+/// tracepoint is missing.
 const RECONCILE_PAUSE: Duration = Duration::from_secs(30);
+const REPAIR_PAUSE: Duration = Duration::from_secs(2);
+const DEGRADED_RECONCILE_PAUSE: Duration = Duration::from_secs(2);
 /// Different stacks in one window; a window that has more is ended early.
 const STACKS_PER_WINDOW: usize = 200_000;
 /// Raw samples that may wait for tables, some 25 KiB each; more are walked with what there is.
@@ -110,7 +118,7 @@ pub enum EngineError {
 /// What an inspection sees.
 pub struct Inside<'a> {
     /// Who is who.
-    pub processes: &'a Processes,
+    pub processes: &'a mut Processes,
     /// The rules.
     pub rules: &'a RuleBook,
     /// The kernel side.
@@ -121,6 +129,7 @@ pub struct Inside<'a> {
     pub events: &'a VecDeque<(SystemTime, String)>,
     /// Since the engine started. What is in the ring or the running window counts as pending.
     pub ledger: Ledger,
+    waiting: &'a HashMap<ImageKey, VecDeque<(Instant, Sample)>>,
 }
 
 type Inspection = Box<dyn FnOnce(&mut Inside<'_>) + Send>;
@@ -269,6 +278,11 @@ struct Worker {
     events: VecDeque<(SystemTime, String)>,
     window_start: (SystemTime, Instant),
     counted: Counters,
+    /// Lifecycle events and mappings that were lost when the table was compared with what runs last.
+    repaired_losses: u64,
+    repaired: Instant,
+    /// Times that the ring is read again soon.
+    eager: u32,
     /// Since the start, without the running window.
     total: Ledger,
     next_change: Option<SystemTime>,
@@ -311,6 +325,9 @@ impl Worker {
             events: VecDeque::new(),
             window_start: (SystemTime::now(), Instant::now()),
             counted: kernel.counters()?,
+            repaired_losses: 0,
+            repaired: Instant::now(),
+            eager: 0,
             kernel,
             total: Ledger::default(),
             next_change: None,
@@ -334,12 +351,13 @@ impl Worker {
                     Command::Inspect(look) => {
                         let ledger = self.ledger();
                         look(&mut Inside {
-                            processes: &self.processes,
+                            processes: &mut self.processes,
                             rules: &self.rules,
                             kernel: &mut self.kernel,
                             tables: self.tables.as_ref(),
                             events: &self.events,
                             ledger,
+                            waiting: &self.waiting,
                         });
                     }
                     Command::Flush(answer) => {
@@ -371,9 +389,11 @@ impl Worker {
                 housekeeping = Instant::now();
                 self.housekeeping();
             }
-            if reconcile.elapsed() >= RECONCILE_PAUSE {
+            let pause =
+                if self.kernel.degraded().is_empty() { RECONCILE_PAUSE } else { DEGRADED_RECONCILE_PAUSE };
+            if reconcile.elapsed() >= pause {
                 reconcile = Instant::now();
-                self.processes.reconcile();
+                self.reconcile();
             }
         }
     }
@@ -390,7 +410,8 @@ impl Worker {
     }
 
     fn wait(&self, bell: &OwnedFd) {
-        let pause = READ_PAUSE.min(self.window_length.saturating_sub(self.window_start.1.elapsed()));
+        let pause = if self.eager > 0 { EAGER_PAUSE } else { READ_PAUSE };
+        let pause = pause.min(self.window_length.saturating_sub(self.window_start.1.elapsed()));
         let timeout = rustix::event::Timespec::try_from(pause.max(Duration::from_millis(1))).ok();
         let ring = self.kernel.wake_fd();
         let mut ready = [PollFd::new(&ring, PollFlags::IN), PollFd::new(bell, PollFlags::IN)];
@@ -408,62 +429,90 @@ impl Worker {
             }
         };
         let now = SystemTime::now();
+        let opened = self.processes.file_stats().opened;
         for event in events {
             match event {
-                Event::Sample(sample) => {
-                    self.rules.count(sample.subject.rules, now);
-                    let process = self.processes.sampled(&sample.subject, &sample.user);
-                    if sample.raw.is_some() {
-                        // Read ahead: the tables are asked for before all of its samples are here.
-                        if let Some(tables) = &mut self.tables {
-                            tables.ready(&process.image);
-                        }
-                        self.waiting
-                            .entry(ImageKey::of(&sample.subject))
-                            .or_default()
-                            .push_back((Instant::now(), sample));
-                        self.waiting_samples += 1;
-                    } else {
-                        self.samples.add(sample);
-                    }
-                }
-                Event::Exec { subject, path, by_thread } => {
+                Event::Mapped(told) => self.processes.told(told),
+                Event::Sample(sample) => self.sampled(sample, now),
+                Event::Exec { subject, path, by_thread, origin, file } => {
                     let how = if by_thread { " by a thread" } else { "" };
-                    self.note(now, format!("exec {} {} {path}{how}", subject.key, subject.comm));
-                    let process = self.processes.exec(&subject, &path).clone();
-                    self.decide(&process, subject.candidates, now);
+                    self.note(now, || format!("exec {} {} {path}{how}", subject.key, subject.comm));
+                    let process = self.processes.exec(&subject, origin, &path, file).ok().cloned();
+                    self.decide(process.as_ref(), subject.candidates, now);
                 }
-                Event::Fork { subject, parent } => {
-                    self.note(now, format!("fork {} {} from {parent}", subject.key, subject.comm));
-                    let process = self.processes.fork(&subject, parent).clone();
-                    self.decide(&process, subject.candidates, now);
+                Event::Fork { subject, origin } => {
+                    self.note(now, || {
+                        format!("fork {} {} from {}", subject.key, subject.comm, origin.parent)
+                    });
+                    let process = self.processes.fork(&subject, origin).ok().cloned();
+                    self.decide(process.as_ref(), subject.candidates, now);
                 }
-                Event::Found { subject } => {
-                    self.note(now, format!("found {} {}", subject.key, subject.comm));
-                    let process = self.processes.found(&subject).clone();
-                    self.decide(&process, subject.candidates, now);
+                Event::Found { subject, origin } => {
+                    self.note(now, || format!("found {} {}", subject.key, subject.comm));
+                    let process = self.processes.found(&subject, origin).ok().cloned();
+                    self.decide(process.as_ref(), subject.candidates, now);
                 }
-                Event::Exit { subject, status } => {
-                    self.note(
-                        now,
-                        format!(
-                            "exit {} {} code {} signal {}",
-                            subject.key,
-                            subject.comm,
-                            status.code(),
-                            status.signal()
-                        ),
-                    );
-                    if self.armed.remove(&subject.key.tgid).is_some() {
-                        self.kernel.disarm(subject.key.tgid);
-                    }
-                    if let Some(tables) = &mut self.tables {
-                        tables.leave(&mut self.kernel, subject.key.tgid);
-                    }
+                Event::Exit { subject, status, .. } => {
+                    let (code, signal) = (status.code(), status.signal());
+                    self.note(now, || {
+                        format!("exit {} {} code {code} signal {signal}", subject.key, subject.comm)
+                    });
+                    self.let_go(subject.key.tgid);
                     self.processes.exit(&subject, status);
                 }
             }
         }
+        self.eager = if self.processes.file_stats().opened > opened {
+            MOST_EAGER
+        } else {
+            self.eager.saturating_sub(1)
+        };
+    }
+
+    fn sampled(&mut self, sample: Sample, now: SystemTime) {
+        self.rules.count(sample.subject.rules, now);
+        let process = self.processes.sampled(&sample.subject, &sample.user);
+        if sample.raw.is_none() {
+            self.samples.add(sample);
+            return;
+        }
+        // Read ahead: the tables are asked for before all of its samples are here.
+        if let (Ok(process), Some(tables)) = (process, &mut self.tables) {
+            tables.ready(&process.image);
+        }
+        self.waiting.entry(ImageKey::of(&sample.subject)).or_default().push_back((Instant::now(), sample));
+        self.waiting_samples += 1;
+    }
+
+    /// A process is not there any more: nothing of it stays in the kernel.
+    fn let_go(&mut self, tgid: u32) {
+        if self.armed.remove(&tgid).is_some() {
+            self.kernel.disarm(tgid);
+        }
+        if let Some(tables) = &mut self.tables {
+            tables.leave(&mut self.kernel, tgid);
+        }
+    }
+
+    /// Compares the table with what runs, in both directions, by process key: what lost events and missing tracepoints
+    /// leave behind. The walk over all processes tells of those that rules want and that were not heard of.
+    fn reconcile(&mut self) {
+        // What has been told must not look like a loss.
+        self.read();
+        for key in self.processes.reconcile() {
+            self.let_go(key.process.tgid);
+            self.kernel.forget(key.process);
+        }
+        let gone = |key| matches!(check_identity(key), Err(ProcError::Gone(_) | ProcError::Recycled { .. }));
+        let stale: Vec<u32> =
+            self.armed.values().filter(|arm| gone(arm.key)).map(|arm| arm.key.tgid).collect();
+        for tgid in stale {
+            self.let_go(tgid);
+        }
+        if let Err(error) = self.kernel.walk_processes() {
+            tracing::warn!("{error}");
+        }
+        self.read();
     }
 
     /// Walks the raw samples whose tables are there, and puts images that are sampled again and again into the kernel.
@@ -523,7 +572,9 @@ impl Worker {
 
     /// Arms or disarms a process by the rules that the kernel side cannot decide; `candidates` are those of which all
     /// holds that it can see.
-    fn decide(&mut self, process: &Process, candidates: u64, now: SystemTime) {
+    fn decide(&mut self, process: Option<&Process>, candidates: u64, now: SystemTime) {
+        // One for which there is no room is not armed either.
+        let Some(process) = process else { return };
         let want =
             if candidates == 0 { Want::default() } else { self.rules.decide(process, candidates, now) };
         let ImageKey { process: key, exec_id } = process.key;
@@ -606,6 +657,14 @@ impl Worker {
         if let Err(error) = self.kernel.follow_cpus() {
             tracing::warn!("{error}");
         }
+        self.processes.tidy();
+        let counters = self.kernel.counters();
+        let losses = counters.map_or(0, |counters| lifecycle_lost(&counters)) + self.kernel.mappings_lost();
+        if losses > self.repaired_losses && self.repaired.elapsed() >= REPAIR_PAUSE {
+            self.repaired_losses = losses;
+            self.repaired = Instant::now();
+            self.reconcile();
+        }
         let now = SystemTime::now();
         if self.next_change.is_some_and(|at| at <= now)
             && let Err(error) = self.enforce(now)
@@ -628,7 +687,8 @@ impl Worker {
             |key| processes.get(key),
             |place| rules.tag(place),
         );
-        self.processes.next_window();
+        let waiting = &self.waiting;
+        self.processes.next_window(|key| waiting.contains_key(key));
         self.rules.next_window();
         let mut ledger = Ledger { delivered: flushed.delivered, ..Ledger::default() };
         ledger.lose(LossReason::Expired, flushed.expired);
@@ -670,15 +730,20 @@ impl Worker {
         ledger
     }
 
-    fn note(&mut self, now: SystemTime, text: String) {
+    fn note(&mut self, now: SystemTime, text: impl FnOnce() -> String) {
         if self.events.len() == EVENT_TAIL {
             self.events.pop_front();
         }
-        self.events.push_back((now, text));
+        self.events.push_back((now, text()));
     }
 }
 
 impl Inside<'_> {
+    /// Samples of an image that wait for unwind tables.
+    pub fn waiting_samples(&self, key: &ImageKey) -> usize {
+        self.waiting.get(key).map_or(0, VecDeque::len)
+    }
+
     /// The state of each rule, with the processes that it is armed for.
     pub fn statuses(&self) -> Vec<RuleStatus> {
         let mut armed = [0_u64; crate::kernel::MAX_RULES];

@@ -56,7 +56,10 @@ impl Node {
         recent: Recent,
         pods: Pods,
     ) -> Self {
-        let degraded = engine.degraded().iter().map(|text| ("kernel", text.clone())).collect();
+        let mut degraded = BTreeMap::new();
+        if !engine.degraded().is_empty() {
+            degraded.insert("kernel", engine.degraded().join("; "));
+        }
         Self {
             config,
             engine,

@@ -134,6 +134,7 @@ fn infos(inside: &Inside<'_>) -> Vec<ProcessInfo> {
                 .to_owned(),
             state: match process.state {
                 State::Alive => "armed",
+                State::Unread => "not read yet",
                 State::Replaced => "replaced",
                 State::Ended(_) => "ended",
                 State::Missed => "unread",

@@ -182,6 +182,7 @@ fn image(pid: u32, files: &mut FileTable) -> Arc<Image> {
             ("[vdso]", _) => MappingKind::Vdso,
             (_, 0) => MappingKind::Anon,
             (path, inode) => MappingKind::File(files.open(&FileMapping {
+                parent: 0,
                 tgid: pid,
                 start,
                 end,
@@ -543,6 +544,7 @@ fn where_the_mapping_cannot_be_opened_the_path_serves_if_it_is_the_same_file() {
     // No mapping has these addresses.
     let mapping = FileMapping {
         tgid: program.child.id(),
+        parent: 0,
         start: 1,
         end: 2,
         path,

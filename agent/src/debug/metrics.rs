@@ -9,7 +9,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{engine::EngineError, ledger::Stage, node::Node, pods::SourceKind};
+use crate::{engine::EngineError, kernel::lifecycle_counts, ledger::Stage, node::Node, pods::SourceKind};
 
 /// Everything at one moment.
 #[derive(Debug)]
@@ -78,25 +78,19 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
         add("samples_pending", "Samples on their way, by stage", label, number);
     }
     if let Some(counters) = kernel {
-        for (kind, count) in [("exec", counters.execs), ("fork", counters.forks), ("exit", counters.exits)] {
+        let kinds = lifecycle_counts(&counters);
+        for (kind, counts) in kinds {
             let label = Some(("kind", kind.to_owned()));
-            add(
-                "lifecycle_events",
-                "Exec, fork and exit handled in the kernel",
-                label,
-                Number::Counter(count),
-            );
+            let help = "Exec, fork and exit handled in the kernel, and processes found running";
+            add("lifecycle_events", help, label, Number::Counter(counts.seen));
         }
-        for (reason, count) in
-            [("ring_full", counters.lifecycle_lost_ring_full), ("rate", counters.lifecycle_lost_rate)]
-        {
+        for (reason, count) in [
+            ("ring_full", kinds.iter().map(|(_, counts)| counts.lost_ring_full).sum()),
+            ("rate", kinds.iter().map(|(_, counts)| counts.lost_rate).sum()),
+        ] {
             let label = Some(("reason", reason.to_owned()));
-            add(
-                "lifecycle_events_lost",
-                "Exec, fork and exit that were not reported",
-                label,
-                Number::Counter(count),
-            );
+            let help = "Exec, fork and exit that were wanted and not reported";
+            add("lifecycle_events_lost", help, label, Number::Counter(count));
         }
         add("samples_raw", "Samples taken raw, walked in user space", None, Number::Counter(counters.raw));
         add(

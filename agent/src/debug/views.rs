@@ -10,10 +10,10 @@ use gannet_proto::control::rule_status;
 use serde::Serialize;
 
 use crate::{
-    engine::EngineError,
+    engine::{EngineError, Inside},
     node::Node,
     pods::SourceKind,
-    process::{Process, State},
+    process::{Process, ProcessKey, State},
     profile::slots,
 };
 
@@ -141,83 +141,107 @@ pub(super) struct ProcessView {
     mappings: usize,
     /// How its stacks are walked now.
     stacks: &'static str,
+    /// Where its mappings are known from: the kernel told, or `/proc` was read.
+    mappings_from: &'static str,
+    parent: u32,
+    uid: Option<u32>,
+    /// What is not done yet for it.
+    pending: String,
     /// Why it is, or is not, profiled.
     why: String,
 }
 
 pub(super) async fn processes(node: &Node, pid: Option<u32>) -> Result<Vec<ProcessView>, EngineError> {
-    let known = node
-        .engine
+    node.engine
         .inspect(move |inside| {
-            let rules = inside.rules;
-            let tables = inside.tables;
-            let view = |process: &Process| {
-                let names: Vec<String> =
-                    slots(process.rules).filter_map(|slot| rules.name(slot).map(str::to_owned)).collect();
-                ProcessView {
-                    key: process.key.process.to_string(),
-                    exec_id: process.key.exec_id,
-                    comm: process.comm.clone(),
-                    exe: process.exe.clone(),
-                    unit: process.names.unit.clone(),
-                    container_id: process.names.container_id.clone(),
-                    cgroup: process.cgroup.clone(),
-                    state: match process.state {
-                        State::Alive => "alive".into(),
-                        State::Replaced => "replaced by a new image, kept for its last samples".into(),
-                        State::Ended(status) => {
-                            format!(
-                                "ended (code {}, signal {}), kept for its last samples",
-                                status.code(),
-                                status.signal()
-                            )
-                        }
-                        State::Missed => "gone before it could be read".into(),
-                    },
-                    samples: process.samples,
-                    mappings: process.image.mappings.len(),
-                    stacks: match tables {
-                        None => "by frame pointers",
-                        Some(_) if process.kernel_thread => "kernel only",
-                        Some(tables) if tables.is_entered(&process.key) => "by tables, in the kernel",
-                        Some(_) => "by tables, from raw samples",
-                    },
-                    why: match names.as_slice() {
-                        [] => "no rule wants it now".to_owned(),
-                        names => format!("profiled: wanted by {}", names.join(", ")),
-                    },
-                    rules: names,
-                }
-            };
             let wanted = |process: &&Process| pid.is_none_or(|pid| process.key.process.tgid == pid);
-            let mut views: Vec<ProcessView> =
-                inside.processes.alive().chain(inside.processes.past()).filter(wanted).map(view).collect();
+            let mut views: Vec<ProcessView> = inside
+                .processes
+                .alive()
+                .chain(inside.processes.past())
+                .filter(wanted)
+                .map(|process| view(inside, process))
+                .collect();
             views.sort_by(|a, b| b.samples.cmp(&a.samples).then_with(|| a.key.cmp(&b.key)));
-            views
+            match pid {
+                Some(pid) if views.is_empty() => stranger(inside, pid).into_iter().collect(),
+                _ => views,
+            }
         })
-        .await?;
-    match pid {
-        Some(pid) if known.is_empty() => Ok(stranger(pid).into_iter().collect()),
-        _ => Ok(known),
+        .await
+}
+
+fn view(inside: &Inside<'_>, process: &Process) -> ProcessView {
+    let rules: Vec<String> =
+        slots(process.rules).filter_map(|slot| inside.rules.name(slot).map(str::to_owned)).collect();
+    ProcessView {
+        key: process.key.process.to_string(),
+        exec_id: process.key.exec_id,
+        comm: process.comm.clone(),
+        exe: process.exe.clone(),
+        unit: process.names.unit.clone(),
+        container_id: process.names.container_id.clone(),
+        cgroup: process.cgroup.clone(),
+        state: match process.state {
+            State::Alive => "alive".into(),
+            State::Unread => "alive, heard of only".into(),
+            State::Replaced => "replaced by a new image, kept for its last samples".into(),
+            State::Ended(status) => format!(
+                "ended (code {}, signal {}), kept for its last samples",
+                status.code(),
+                status.signal()
+            ),
+            State::Missed => "gone before it could be read".into(),
+        },
+        samples: process.samples,
+        mappings: process.image.mappings.len(),
+        stacks: match inside.tables {
+            None => "by frame pointers",
+            Some(_) if process.kernel_thread => "kernel only",
+            Some(tables) if tables.is_entered(&process.key) => "by tables, in the kernel",
+            Some(_) => "by tables, from raw samples",
+        },
+        mappings_from: process.mappings_from(),
+        parent: process.parent,
+        uid: process.uid,
+        pending: match (process.state, inside.waiting_samples(&process.key)) {
+            (State::Unread, 0) => "is read at its first sample".into(),
+            (State::Replaced | State::Ended(_), 0) => "goes when a window has passed without samples".into(),
+            (_, 0) => String::new(),
+            (_, samples) => format!("{samples} samples wait for unwind tables"),
+        },
+        why: match rules.as_slice() {
+            [] => "no rule wants it now".to_owned(),
+            rules => format!("profiled: wanted by {}", rules.join(", ")),
+        },
+        rules,
     }
 }
 
 /// A process that runs and that no rule names: it is not in the table, and this says why.
-fn stranger(pid: u32) -> Option<ProcessView> {
-    let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+fn stranger(inside: &mut Inside<'_>, pid: u32) -> Option<ProcessView> {
+    let key = ProcessKey::of_running(pid).ok()?;
+    let known = inside.processes.metadata().get_or_load(key).ok()?;
+    let names = known.names();
+    // Nobody else asks for it.
+    inside.processes.metadata().invalidate(key);
     Some(ProcessView {
-        key: format!("{pid}@?"),
+        key: key.to_string(),
         exec_id: 0,
-        comm: comm.trim_end().to_owned(),
-        exe: String::new(),
-        unit: String::new(),
-        container_id: String::new(),
-        cgroup: String::new(),
+        comm: known.comm.clone(),
+        exe: known.exe.clone(),
+        unit: names.unit,
+        container_id: names.container_id,
+        cgroup: known.cgroup.clone(),
         state: "alive".into(),
         rules: Vec::new(),
         samples: 0,
         mappings: 0,
         stacks: "not at all",
+        mappings_from: "nowhere",
+        parent: 0,
+        uid: Some(known.uid),
+        pending: String::new(),
         why: "not profiled: no rule in force names it".into(),
     })
 }
@@ -227,19 +251,21 @@ pub(super) fn processes_text(processes: &[ProcessView]) -> String {
         return "no process is sampled; with ?pid=N this tells why one is not\n".into();
     }
     let mut text = format!(
-        "{:24} {:>5} {:16} {:>8} {:28} {:40} why\n",
-        "KEY", "EXEC", "COMMAND", "SAMPLES", "STACKS", "STATE"
+        "{:24} {:>5} {:16} {:>8} {:28} {:10} {:50} {:46} why\n",
+        "KEY", "EXEC", "COMMAND", "SAMPLES", "STACKS", "MAPPINGS", "STATE", "PENDING"
     );
     for process in processes {
         let _ = writeln!(
             text,
-            "{:24} {:>5} {:16} {:>8} {:28} {:40} {}",
+            "{:24} {:>5} {:16} {:>8} {:28} {:10} {:50} {:46} {}",
             process.key,
             process.exec_id,
             process.comm,
             process.samples,
             process.stacks,
+            process.mappings_from,
             process.state,
+            if process.pending.is_empty() { "-" } else { &process.pending },
             process.why
         );
     }

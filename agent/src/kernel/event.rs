@@ -4,6 +4,7 @@ use std::mem::{offset_of, size_of};
 
 use gannet_bpf::types;
 
+use super::Mapped;
 use crate::{
     process::ProcessKey,
     profile::{SampleKind, StackEnd},
@@ -19,6 +20,8 @@ const FOUND: u32 = 5;
 /// One report of the kernel side. Events arrive in the order in which the kernel made them, over all CPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
+    /// Something executable was mapped. Does not come through the ring.
+    Mapped(Mapped),
     /// A stack was sampled.
     Sample(Sample),
     /// A process replaced its image.
@@ -29,18 +32,24 @@ pub enum Event {
         path: String,
         /// Another thread than the leader called it.
         by_thread: bool,
+        /// Where it comes from.
+        origin: Origin,
+        /// The executable, as `/proc/PID/maps` would show it: the interpreter of a script.
+        file: FileNumbers,
     },
     /// A process that is sampled has a child.
     Fork {
         /// The child.
         subject: Subject,
-        /// Thread group id of the parent.
-        parent: u32,
+        /// Where it comes from.
+        origin: Origin,
     },
     /// A process ended: its last thread did.
     Exit {
         /// Who.
         subject: Subject,
+        /// Where it came from.
+        origin: Origin,
         /// As `wait(2)` gives it.
         status: ExitStatus,
     },
@@ -48,7 +57,27 @@ pub enum Event {
     Found {
         /// Who.
         subject: Subject,
+        /// Where it comes from.
+        origin: Origin,
     },
+}
+
+/// Where a process comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// Thread group id of the parent; of a fork, of whoever called it.
+    pub parent: u32,
+    /// Effective user.
+    pub uid: u32,
+}
+
+/// A file by its numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FileNumbers {
+    /// Device number, as `stat(2)` gives it.
+    pub dev: u64,
+    /// Inode number.
+    pub inode: u64,
 }
 
 /// Whom an event is about.
@@ -155,21 +184,41 @@ pub enum DecodeError {
 }
 
 impl Event {
+    /// When, by the boot clock.
+    pub fn ktime_ns(&self) -> u64 {
+        match self {
+            Self::Mapped(told) => told.ktime_ns(),
+            Self::Sample(sample) => sample.subject.ktime_ns,
+            Self::Exec { subject, .. }
+            | Self::Fork { subject, .. }
+            | Self::Exit { subject, .. }
+            | Self::Found { subject, .. } => subject.ktime_ns,
+        }
+    }
+
     /// Reads one record of the ring.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let kind = bytes.first_chunk().map_or(0, |four| u32::from_ne_bytes(*four));
         match kind {
             SAMPLE => Sample::decode(bytes).map(Self::Sample),
-            EXEC | FORK | EXIT | FOUND => {
+            EXEC => {
+                let types::exec_record { lifecycle, path } = read(bytes, kind)?;
+                Ok(Self::Exec {
+                    subject: Subject::from(&lifecycle),
+                    path: text(&path),
+                    by_thread: lifecycle.by_thread != 0,
+                    origin: Origin { parent: lifecycle.parent, uid: lifecycle.uid },
+                    file: FileNumbers { dev: user_device(lifecycle.device), inode: lifecycle.inode },
+                })
+            }
+            FORK | EXIT | FOUND => {
                 let record: types::lifecycle = read(bytes, kind)?;
-                let subject = Subject { candidates: record.candidates, ..Subject::from(&record.event) };
+                let subject = Subject::from(&record);
+                let origin = Origin { parent: record.parent, uid: record.uid };
                 Ok(match kind {
-                    EXEC => {
-                        Self::Exec { subject, path: text(&record.path), by_thread: record.by_thread != 0 }
-                    }
-                    FORK => Self::Fork { subject, parent: record.event.tid },
-                    EXIT => Self::Exit { subject, status: ExitStatus(record.exit_code) },
-                    _ => Self::Found { subject },
+                    FORK => Self::Fork { subject, origin },
+                    EXIT => Self::Exit { subject, origin, status: ExitStatus(record.exit_code) },
+                    _ => Self::Found { subject, origin },
                 })
             }
             other => Err(DecodeError::Kind(other)),
@@ -211,6 +260,12 @@ impl Sample {
     }
 }
 
+impl From<&types::lifecycle> for Subject {
+    fn from(record: &types::lifecycle) -> Self {
+        Self { candidates: record.candidates, ..Self::from(&record.event) }
+    }
+}
+
 impl From<&types::event> for Subject {
     fn from(event: &types::event) -> Self {
         Self {
@@ -225,6 +280,11 @@ impl From<&types::event> for Subject {
     }
 }
 
+/// The kernel keeps 20 bits for the minor number.
+fn user_device(device: u32) -> u64 {
+    rustix::fs::makedev(device >> 20, device & 0xf_ffff)
+}
+
 /// Bytes up to the first NUL; what is no UTF-8 is replaced.
 fn text(bytes: &[i8]) -> String {
     let bytes: Vec<u8> =
@@ -235,6 +295,7 @@ fn text(bytes: &[i8]) -> String {
 /// The structures that BPF programs write: integers and arrays of them only, so that any bytes are a valid value.
 trait Plain: Copy {}
 impl Plain for types::lifecycle {}
+impl Plain for types::exec_record {}
 impl Plain for types::sample {}
 
 fn read<T: Plain>(bytes: &[u8], kind: u32) -> Result<T, DecodeError> {
@@ -267,7 +328,8 @@ mod tests {
         record.event.start_boottime = 7;
         for (status, code, signal) in [(7 << 8, 7, 0), (9, 0, 9)] {
             record.exit_code = status;
-            let Event::Exit { subject, status } = Event::decode(&bytes_of_lifecycle(&record)).unwrap() else {
+            let Event::Exit { subject, status, .. } = Event::decode(&bytes_of_lifecycle(&record)).unwrap()
+            else {
                 panic!("an exit");
             };
             assert_eq!(subject.key, ProcessKey { tgid: 42, start_boottime_ns: 7 });

@@ -6,6 +6,7 @@
 
 mod clock;
 mod event;
+mod mappings;
 mod unwinding;
 
 use std::{
@@ -28,10 +29,11 @@ use libbpf_rs::{
 };
 
 pub use clock::online_cpus;
-pub use event::{DecodeError, Event, ExitStatus, RawUserStack, Sample, Subject};
+pub use event::{DecodeError, Event, ExitStatus, FileNumbers, Origin, RawUserStack, Sample, Subject};
+pub use mappings::{Mapped, NewMapping};
 pub use unwinding::{Block, EmptyRange, KernelMapping, KernelTable, MAX_TABLES, blocks, mapping_key};
 
-use crate::process::ProcessKey;
+use crate::process::{ProcFs as _, ProcessKey, RealProc};
 
 /// Rules that can be in force at one time: one bit each in a sample.
 pub const MAX_RULES: usize = 64;
@@ -59,6 +61,11 @@ pub struct KernelOptions {
     pub hierarchy: CgroupHierarchy,
     /// How a walk over a user stack is driven.
     pub walk: Walk,
+    /// Exec and fork reports a second that are sent for processes that nobody wants yet.
+    pub report_rate: u64,
+    /// For tests: what is not attached, as if this kernel did not have it.
+    #[doc(hidden)]
+    pub without: &'static [&'static str],
 }
 
 impl Default for KernelOptions {
@@ -69,6 +76,8 @@ impl Default for KernelOptions {
             table_bytes: 16 << 20,
             hierarchy: CgroupHierarchy::detect(),
             walk: Walk::Loop,
+            report_rate: 5_000,
+            without: &[],
         }
     }
 }
@@ -108,6 +117,15 @@ impl CgroupHierarchy {
             () if mounted("cpu") => Self::V1Cpu,
             () if mounted("memory") => Self::V1Memory,
             () => Self::V2,
+        }
+    }
+
+    /// The controller that names it in `/proc/PID/cgroup`; empty for the unified one.
+    pub fn controller(self) -> &'static str {
+        match self {
+            Self::V2 => "",
+            Self::V1Cpu => "cpu",
+            Self::V1Memory => "memory",
         }
     }
 }
@@ -191,6 +209,8 @@ pub struct Loaded {
 pub struct Kernel {
     // The order of the fields is the order of their end.
     clocks: clock::Clocks,
+    mappings: Option<mappings::Mappings>,
+    listens: bool,
     _links: Vec<Link>,
     switches: Option<Link>,
     walk: Option<Link>,
@@ -339,6 +359,18 @@ const _: () = assert!(size_of::<types::cgroup_key>() == 8 + MAX_CGROUP_PATH + 1)
 
 /// Counts of the kernel side since it was loaded. See gannet.h.
 pub type Counters = types::counters;
+/// Of one kind of lifecycle event: seen = filtered + sent + lost by rate + lost to a full ring.
+pub type LifecycleCounts = types::lifecycle_counts;
+
+/// The counts of each kind of lifecycle event, with its name.
+pub fn lifecycle_counts(counters: &Counters) -> [(&'static str, &LifecycleCounts); 4] {
+    [("exec", &counters.exec), ("fork", &counters.fork), ("exit", &counters.exit), ("found", &counters.found)]
+}
+
+/// Lifecycle events that were not reported though somebody wanted them.
+pub fn lifecycle_lost(counters: &Counters) -> u64 {
+    lifecycle_counts(counters).iter().map(|(_, counts)| counts.lost_rate + counts.lost_ring_full).sum()
+}
 
 impl Kernel {
     /// All steps in one, with the walk that this kernel can do.
@@ -385,10 +417,27 @@ impl Kernel {
         Ok(Opened { skeleton, options })
     }
 
-    /// Reads what the ring holds now, in the kernel's order. Waits for nothing.
+    /// Reads what the ring holds now, in the kernel's order, and between its events what was mapped before them. Waits
+    /// for nothing.
     pub fn read(&mut self) -> Result<Vec<Event>, KernelError> {
+        let begun_ns = boot_clock_ns();
         self.ring.consume().map_err(KernelError::Ring)?;
-        Ok(std::mem::take(&mut self.queue.borrow_mut().events))
+        let events = std::mem::take(&mut self.queue.borrow_mut().events);
+        let Some(mappings) = &mut self.mappings else { return Ok(events) };
+        // Read behind the ring: whatever was mapped before one of its samples is there.
+        mappings.read();
+        let mut merged = Vec::with_capacity(events.len());
+        for event in events {
+            merged.extend(mappings.until(event.ktime_ns()).map(Event::Mapped));
+            merged.push(event);
+        }
+        merged.extend(mappings.until(begun_ns).map(Event::Mapped));
+        Ok(merged)
+    }
+
+    /// Executable mappings that were made and not told, because a buffer was full.
+    pub fn mappings_lost(&self) -> u64 {
+        self.mappings.as_ref().map_or(0, mappings::Mappings::lost)
     }
 
     /// Records that were no event; must stay 0.
@@ -421,6 +470,7 @@ impl Kernel {
             .enumerate()
             .filter(|(_, period)| **period > 0)
             .fold(0, |bits, (slot, _)| bits | 1_u64 << slot);
+        self.listen(!periods.is_empty() || rules.off_cpu != 0);
         self.clocks.set(sampler(&self.skeleton, self.walk_kind), periods)?;
         // The scheduler's switches are many: they are looked at only if somebody wants them.
         if rules.off_cpu == 0 {
@@ -499,6 +549,26 @@ impl Kernel {
         self.settings().generation & 1
     }
 
+    /// Hears of executable mappings, or does not while nobody is sampled.
+    fn listen(&mut self, on: bool) {
+        if !on {
+            self.mappings = None;
+        } else if self.listens && self.mappings.is_none() {
+            match mappings::Mappings::start() {
+                Ok(mappings) => self.mappings = Some(mappings),
+                Err(error) => {
+                    self.listens = false;
+                    let words =
+                        format!("mappings are not heard of as they are made, /proc is read instead: {error}");
+                    tracing::warn!("{words}");
+                    self.degraded.push(words);
+                }
+            }
+        }
+        let heard = self.mappings.is_some();
+        self.change_settings(|settings| settings.mappings_heard = heard.into());
+    }
+
     /// Decides anew for every process that runs, and has the ones that are wanted reported as [`Event::Found`].
     pub fn walk_processes(&mut self) -> Result<(), KernelError> {
         let Some(walk) = &self.walk else { return Ok(()) };
@@ -533,6 +603,17 @@ impl Kernel {
         let _ = self.skeleton.maps.arms.delete(&tgid.to_ne_bytes());
     }
 
+    /// Takes a process out of the kernel side's table: its end was not told there.
+    pub fn forget(&mut self, key: ProcessKey) {
+        let tgid = key.tgid.to_ne_bytes();
+        let procs = &self.skeleton.maps.procs;
+        let known = procs.lookup(&tgid, MapFlags::ANY).ok().flatten();
+        let start = known.as_deref().and_then(|value| value.first_chunk().copied()).map(u64::from_ne_bytes);
+        if start == Some(key.start_boottime_ns) {
+            let _ = procs.delete(&tgid);
+        }
+    }
+
     /// Nothing is armed by decision of the agent any more.
     pub fn disarm_all(&mut self) {
         self.change_settings(|settings| settings.arms = 0);
@@ -554,6 +635,9 @@ impl Kernel {
 
     /// Starts clocks on CPUs that came, stops them on those that went.
     pub fn follow_cpus(&mut self) -> Result<(), KernelError> {
+        if let Some(mappings) = &mut self.mappings {
+            mappings.follow_cpus()?;
+        }
         self.clocks.follow_cpus(sampler(&self.skeleton, self.walk_kind))
     }
 
@@ -621,6 +705,11 @@ impl Kernel {
     }
 }
 
+/// The boot clock as BPF programs read it; perf's, too.
+fn boot_clock_ns() -> u64 {
+    RealProc::default().now_ns()
+}
+
 impl Opened {
     /// Has the kernel verify the programs and make the maps.
     pub fn load(self) -> Result<Loaded, KernelError> {
@@ -656,6 +745,10 @@ impl Loaded {
             (on_attach, "cgroup_attach_task"),
         ];
         for (program, tracepoint) in handlers {
+            if options.without.contains(&tracepoint) {
+                degraded.push(format!("no {tracepoint} tracepoint: left out"));
+                continue;
+            }
             match program.attach_raw_tracepoint(tracepoint) {
                 Ok(link) => links.push(link),
                 Err(error) => degraded.push(format!("no {tracepoint} tracepoint: {error}")),
@@ -693,6 +786,8 @@ impl Loaded {
             shared,
             walk_kind: options.walk,
             clocks: clock::Clocks::default(),
+            mappings: None,
+            listens: !options.without.contains(&"mappings"),
             _links: links,
             switches: None,
             walk,
@@ -705,7 +800,7 @@ impl Loaded {
             // An eighth of the ring is for lifecycle events; the reader is called at a quarter.
             settings.ring_sample_limit = u64::from(ring_bytes / 8 * 7);
             settings.ring_wake = u64::from(ring_bytes / 4);
-            settings.report_rate = 5_000;
+            settings.report_rate = options.report_rate;
             // Shorter than this is a handover, not a wait.
             settings.off_cpu_min_ns = 1_000;
             settings.user_stacks = 1;
@@ -797,6 +892,8 @@ fn exact_key(side: u32, exact: Exact) -> [u8; size_of::<types::exact_key>()] {
 trait MapValue: Copy {}
 impl MapValue for types::arm {}
 // No padding: every byte belongs to a field.
+// The agent reads the start time from the head of what BPF programs wrote.
+const _: () = assert!(std::mem::offset_of!(types::proc, start_boottime) == 0);
 const _: () = assert!(size_of::<types::arm>() == 8 + 16 + 4 + 4 + 8 + 8);
 
 fn bytes_of<T: MapValue>(value: &T) -> &[u8] {

@@ -1,13 +1,16 @@
 //! Who is who: the identity of processes and what is mapped into them.
 
 mod cgroup;
+mod cgroup_handle;
 mod image;
 mod key;
+mod metadata;
 mod proc;
 mod table;
 
 pub use cgroup::CgroupNames;
 pub use image::{Image, Mapping, MappingKind};
 pub use key::{ParseKeyError, ProcessKey};
-pub use proc::{ProcError, check as check_identity, stat};
-pub use table::{ImageKey, Process, Processes, State, Stats};
+pub use metadata::{Metadata, MetadataError, MetadataOptions, MetadataStats, ProcessMetadataCache};
+pub use proc::{ProcError, ProcFs, RealProc, check as check_identity};
+pub use table::{ImageKey, Process, Processes, Saturated, State, Stats};

@@ -3,10 +3,13 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _},
+    os::unix::fs::MetadataExt as _,
+    path::PathBuf,
     sync::LazyLock,
 };
 
 use super::ProcessKey;
+use crate::kernel::NewMapping;
 
 /// A process with so much text in its maps is not read further: a bound, not a limit that real programs reach (about
 /// half a million lines).
@@ -48,40 +51,96 @@ pub struct Stat {
     pub start_ticks: u64,
     /// It has no memory of its own.
     pub kernel_thread: bool,
+    /// Its last thread has ended; it waits for its parent to hear of it.
+    pub is_over: bool,
 }
 
-/// An executable line of `/proc/PID/maps`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct MapsLine {
-    /// First address.
-    pub start: u64,
-    /// Behind the last.
-    pub end: u64,
-    /// In the file.
-    pub offset: u64,
-    /// Device number as `stat(2)` gives it.
-    pub dev: u64,
-    /// 0: no file.
-    pub inode: u64,
-    /// Without ` (deleted)`.
-    pub path: String,
+/// Where processes are read from: `/proc`, or in tests what stands for it. A key names whom the caller means; that it is
+/// them is for the caller to check.
+pub trait ProcFs: Send + Sync {
+    /// What `/proc/PID/FILE` holds, up to a bound.
+    fn read(&self, key: ProcessKey, file: &'static str, most: u64) -> io::Result<Vec<u8>>;
+    /// Where the link `/proc/PID/FILE` leads.
+    fn link(&self, key: ProcessKey, file: &'static str) -> io::Result<PathBuf>;
+    /// Whom `/proc/PID` belongs to.
+    fn owner(&self, key: ProcessKey) -> io::Result<u32>;
+    /// The boot clock as BPF programs read it, in nanoseconds.
+    fn now_ns(&self) -> u64;
+}
+
+/// The real one.
+#[derive(Clone, Debug)]
+pub struct RealProc {
+    root: PathBuf,
+}
+
+impl RealProc {
+    /// Mounted elsewhere than at `/proc`.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    fn path(&self, key: ProcessKey, file: &str) -> PathBuf {
+        let mut path = self.root.join(key.tgid.to_string());
+        path.push(file);
+        path
+    }
+}
+
+impl Default for RealProc {
+    fn default() -> Self {
+        Self::at("/proc")
+    }
+}
+
+impl ProcFs for RealProc {
+    fn read(&self, key: ProcessKey, file: &'static str, most: u64) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        File::open(self.path(key, file))?.take(most).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn link(&self, key: ProcessKey, file: &'static str) -> io::Result<PathBuf> {
+        fs::read_link(self.path(key, file))
+    }
+
+    fn owner(&self, key: ProcessKey) -> io::Result<u32> {
+        fs::metadata(self.path(key, "")).map(|metadata| metadata.uid())
+    }
+
+    fn now_ns(&self) -> u64 {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let here = now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned();
+        here.saturating_add_signed(-*BOOT_CLOCK_OFFSET_NS)
+    }
+}
+
+/// Reads one file of a process, up to a bound.
+pub(super) fn bytes(
+    proc: &dyn ProcFs,
+    key: ProcessKey,
+    file: &'static str,
+    most: u64,
+) -> Result<Vec<u8>, ProcError> {
+    proc.read(key, file, most).map_err(|source| explain(key.tgid, file, source))
 }
 
 /// Reads one file of a process, whole, up to a bound.
-pub(super) fn read(tgid: u32, file: &'static str) -> Result<String, ProcError> {
-    let mut bytes = Vec::new();
-    File::open(format!("/proc/{tgid}/{file}"))
-        .and_then(|open| open.take(MAPS_BYTES).read_to_end(&mut bytes))
-        .map_err(|source| explain(tgid, file, source))?;
+pub(super) fn text(proc: &dyn ProcFs, key: ProcessKey, file: &'static str) -> Result<String, ProcError> {
+    let bytes = bytes(proc, key, file, MAPS_BYTES)?;
     Ok(String::from_utf8(bytes)
         .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
 }
 
 /// Where a link of a process leads.
-pub(super) fn link(tgid: u32, file: &'static str) -> Result<String, ProcError> {
-    fs::read_link(format!("/proc/{tgid}/{file}"))
-        .map(|path| path.to_string_lossy().into_owned())
-        .map_err(|source| explain(tgid, file, source))
+pub(super) fn link(proc: &dyn ProcFs, key: ProcessKey, file: &'static str) -> Result<String, ProcError> {
+    let path = proc.link(key, file).map_err(|source| explain(key.tgid, file, source))?;
+    Ok(path.to_string_lossy().into_owned())
+}
+
+/// Whom a process belongs to.
+pub(super) fn owner(proc: &dyn ProcFs, key: ProcessKey) -> Result<u32, ProcError> {
+    proc.owner(key).map_err(|source| explain(key.tgid, "", source))
 }
 
 fn explain(tgid: u32, file: &'static str, source: io::Error) -> ProcError {
@@ -91,19 +150,14 @@ fn explain(tgid: u32, file: &'static str, source: io::Error) -> ProcError {
     }
 }
 
-/// Reads `/proc/PID/stat`.
-pub fn stat(tgid: u32) -> Result<Stat, ProcError> {
-    let text = read(tgid, "stat")?;
-    parse_stat(&text).ok_or_else(|| ProcError::Read {
-        tgid,
-        file: "stat",
-        source: io::Error::new(io::ErrorKind::InvalidData, "a field is missing"),
-    })
-}
-
 /// Fails unless the process of this number is still the one of this key.
 pub fn check(key: ProcessKey) -> Result<Stat, ProcError> {
-    let stat = stat(key.tgid)?;
+    check_in(&RealProc::default(), key)
+}
+
+/// The same by what stands for `/proc`.
+pub(super) fn check_in(proc: &dyn ProcFs, key: ProcessKey) -> Result<Stat, ProcError> {
+    let stat = stat_in(proc, key)?;
     let wanted = ticks_of(key.start_boottime_ns);
     if stat.start_ticks == wanted {
         Ok(stat)
@@ -112,10 +166,28 @@ pub fn check(key: ProcessKey) -> Result<Stat, ProcError> {
     }
 }
 
+fn stat_in(proc: &dyn ProcFs, key: ProcessKey) -> Result<Stat, ProcError> {
+    let invalid = || io::Error::new(io::ErrorKind::InvalidData, "a field is missing");
+    parse_stat(&text(proc, key, "stat")?).ok_or_else(|| explain(key.tgid, "stat", invalid()))
+}
+
+impl ProcessKey {
+    /// The key of whoever has this number now, as exact as `/proc` tells it: to a clock tick. It is equal to the kernel's
+    /// own by [`check`] only.
+    pub fn of_running(tgid: u32) -> Result<Self, ProcError> {
+        let any = Self { tgid, start_boottime_ns: 0 };
+        let ticks = stat_in(&RealProc::default(), any)?.start_ticks;
+        // In the middle of the tick, so that rounding in a time namespace does not leave it.
+        let here = ticks * *NS_PER_TICK + *NS_PER_TICK / 2;
+        Ok(Self { start_boottime_ns: here.saturating_add_signed(-*BOOT_CLOCK_OFFSET_NS), ..any })
+    }
+}
+
+static NS_PER_TICK: LazyLock<u64> =
+    LazyLock::new(|| 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1));
+
 /// The start time that `/proc` shows for a process that the kernel says started then.
 pub(super) fn ticks_of(start_boottime_ns: u64) -> u64 {
-    static NS_PER_TICK: LazyLock<u64> =
-        LazyLock::new(|| 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1));
     start_boottime_ns.saturating_add_signed(*BOOT_CLOCK_OFFSET_NS) / *NS_PER_TICK
 }
 
@@ -143,15 +215,17 @@ fn parse_stat(text: &str) -> Option<Stat> {
     let fields: Vec<&str> = text[text.rfind(')')? + 1..].split_ascii_whitespace().collect();
     // Numbered from 1 in proc(5); the state is 3.
     let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
-    Some(Stat { start_ticks: field(22)?, kernel_thread: field(9)? & PF_KTHREAD != 0 })
+    // The leader of others that go on is shown as a zombie too.
+    let is_over = matches!(fields.first(), Some(&("Z" | "X"))) && field(20)? <= 1;
+    Some(Stat { start_ticks: field(22)?, kernel_thread: field(9)? & PF_KTHREAD != 0, is_over })
 }
 
 /// The executable lines of `/proc/PID/maps`. A line that cannot be understood is left out: the others count.
-pub(super) fn parse_maps(text: &str) -> Vec<MapsLine> {
+pub(super) fn parse_maps(text: &str) -> Vec<NewMapping> {
     text.lines().filter_map(parse_maps_line).collect()
 }
 
-fn parse_maps_line(line: &str) -> Option<MapsLine> {
+fn parse_maps_line(line: &str) -> Option<NewMapping> {
     let mut fields = line.splitn(6, ' ');
     let (range, permissions, offset, device, inode) =
         (fields.next()?, fields.next()?, fields.next()?, fields.next()?, fields.next()?);
@@ -163,7 +237,7 @@ fn parse_maps_line(line: &str) -> Option<MapsLine> {
     let (major, minor) = device.split_once(':')?;
     let path = fields.next().unwrap_or("").trim_start();
     let path = path.strip_suffix(" (deleted)").unwrap_or(path).replace("\\012", "\n");
-    let line = MapsLine {
+    let line = NewMapping {
         start: hex(start)?,
         end: hex(end)?,
         offset: hex(offset)?,
@@ -183,7 +257,8 @@ mod tests {
     #[test]
     fn a_name_cannot_forge_a_stat_line() {
         let text = "42 (x) S 1 1 (9) 1 1 ) S 1 42 42 0 -1 2097216 0 0 0 0 1 2 3 4 20 0 1 0 4711 0 0\n";
-        assert_eq!(parse_stat(text), Some(Stat { start_ticks: 4711, kernel_thread: true }));
+        let stat = Stat { start_ticks: 4711, kernel_thread: true, is_over: false };
+        assert_eq!(parse_stat(text), Some(stat));
         assert_eq!(parse_stat("42 (x) S 1"), None);
         assert_eq!(parse_stat(""), None);
     }

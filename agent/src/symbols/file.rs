@@ -13,6 +13,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use lru::LruCache;
@@ -22,6 +23,9 @@ use rustix::{
 };
 
 use super::elf::Headers;
+
+/// How long a file that nobody holds stays open: the next process of a program that is started now and then finds it.
+const IDLE: Duration = Duration::from_secs(300);
 
 /// One opened file, and what cached symbols are filed under: unlike a path, an inode or a descriptor it is never given
 /// to another file.
@@ -91,6 +95,8 @@ impl MappedFile {
 pub struct FileMapping<'a> {
     /// The process that maps it.
     pub tgid: u32,
+    /// Its parent, whose root is looked into when the process is gone; 0 while unknown.
+    pub parent: u32,
     /// First address.
     pub start: u64,
     /// Behind the last address.
@@ -137,6 +143,7 @@ struct Key {
 struct Entry {
     file: Arc<MappedFile>,
     stamp: Stamp,
+    used: Instant,
 }
 
 /// Tells a file from another that came to have the same device and inode number (the subvolumes of one btrfs share
@@ -178,7 +185,8 @@ impl FileTable {
     pub fn open(&mut self, mapping: &FileMapping<'_>) -> Arc<MappedFile> {
         let FileMapping { path, dev, inode, .. } = *mapping;
         let key = Key { dev, inode, path: path.to_owned() };
-        if let Some(entry) = self.files.get(&key) {
+        if let Some(entry) = self.files.get_mut(&key) {
+            entry.used = Instant::now();
             // The mapping says what file it is even after its name is gone; where it cannot be asked, the numbers must
             // do: an inode number is not given away while the file is open here.
             let current = fs::metadata(map_files_path(mapping)).map(|metadata| Stamp::of(&metadata));
@@ -201,13 +209,28 @@ impl FileTable {
         }
         let file = Arc::new(MappedFile::opened(path, dev, inode, file));
         self.stats.opened += 1;
-        self.files.put(key, Entry { file: Arc::clone(&file), stamp: Stamp::of(&metadata) });
+        self.files
+            .put(key, Entry { file: Arc::clone(&file), stamp: Stamp::of(&metadata), used: Instant::now() });
         file
     }
 
     /// What the table has done so far.
     pub fn stats(&self) -> FileTableStats {
         FileTableStats { open: self.files.len(), ..self.stats }
+    }
+
+    /// Closes what nobody has held or asked for in a long time: a file that is open keeps its place on the disk after it
+    /// is deleted.
+    pub fn close_idle(&mut self) {
+        while let Some((_, entry)) = self.files.peek_lru()
+            && entry.used.elapsed() >= IDLE
+        {
+            let Some((key, mut entry)) = self.files.pop_lru() else { return };
+            if Arc::strong_count(&entry.file) > 1 {
+                entry.used = Instant::now();
+                self.files.put(key, entry);
+            }
+        }
     }
 
     /// Closes the file that was asked for the longest time ago among those that nobody holds.
@@ -225,16 +248,20 @@ fn map_files_path(mapping: &FileMapping<'_>) -> String {
 }
 
 /// By the mapping itself, which is right for deleted and replaced files and in every mount namespace; where that is not
-/// allowed, by the path inside of the process's root, if what stands there is the file that is mapped.
+/// allowed, or the process is gone, by the path inside of its root, its parent's, or the first process's, if what stands
+/// there is the file that is mapped.
 fn open(mapping: &FileMapping<'_>) -> io::Result<(File, fs::Metadata)> {
     open_exact(mapping).or_else(|error| {
-        let file = open_in_root(mapping.tgid, mapping.path)?;
-        let metadata = file.metadata()?;
-        if (metadata.dev(), metadata.ino()) == (mapping.dev, mapping.inode) {
-            Ok((file, metadata))
-        } else {
-            Err(error)
-        }
+        [mapping.tgid, mapping.parent, 1]
+            .into_iter()
+            .filter(|root| *root != 0)
+            .find_map(|root| {
+                let file = open_in_root(root, mapping.path).ok()?;
+                let metadata = file.metadata().ok()?;
+                let same = (metadata.dev(), metadata.ino()) == (mapping.dev, mapping.inode);
+                same.then_some((file, metadata))
+            })
+            .ok_or(error)
     })
 }
 
@@ -245,7 +272,19 @@ fn open_exact(mapping: &FileMapping<'_>) -> io::Result<(File, fs::Metadata)> {
     let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path)?;
     let metadata = file.metadata()?;
     regular(&metadata)?;
-    Ok((file, metadata))
+    // What is mapped there may be another process's by now, or another image's. Some file systems show other numbers to
+    // stat(2) than to the kernel; then the name must do.
+    let same_numbers = metadata.ino() == mapping.inode;
+    let same_name = || {
+        let name = fs::read_link(&path).unwrap_or_default();
+        let name = name.to_string_lossy();
+        name.strip_suffix(" (deleted)").unwrap_or(&name) == mapping.path
+    };
+    if same_numbers || (metadata.dev() != mapping.dev && same_name()) {
+        Ok((file, metadata))
+    } else {
+        Err(Errno::STALE.into())
+    }
 }
 
 /// Opens a regular file by its path inside of a process's root. The process chooses what is there: no link leads out of

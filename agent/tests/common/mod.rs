@@ -8,6 +8,7 @@
 )]
 
 pub mod cgroup;
+pub mod life;
 
 use std::{
     collections::BTreeMap,

@@ -32,6 +32,17 @@ struct {
 	__type(value, struct proc);
 } procs SEC(".maps");
 
+/*
+ * What `procs` held of processes whose last thread has begun to exit: taking their memory apart is time that they use.
+ * Writer: on_exit. Reader: the sampler. Size: as many as are at it at one time; the oldest go by themselves.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, u32);
+	__type(value, struct proc);
+} dying SEC(".maps");
+
 /* What the agent decided for single processes: by pid, or by what only user space can see. Writer: the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -93,6 +104,13 @@ ALWAYS_INLINE u32 state_of(struct task_struct *task)
 	if (bpf_core_field_exists(task->__state))
 		return BPF_CORE_READ(task, __state);
 	return BPF_CORE_READ(older, state);
+}
+
+#define PF_EXITING 0x4
+
+ALWAYS_INLINE bool is_exiting(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, flags) & PF_EXITING;
 }
 
 /* Adds what `more` asks for. A want without rules asks for nothing. */

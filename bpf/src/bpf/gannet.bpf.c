@@ -6,8 +6,9 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-/* Never read: it brings the type to the agent. */
+/* Never read: they bring the types to the agent. */
 const volatile struct lifecycle type_of_lifecycle;
+const volatile struct exec_record type_of_exec_record;
 
 struct sample_scratch {
 	struct sample sample;
@@ -150,11 +151,13 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 		counters->idle_ticks++;
 		return NULL;
 	}
+	task = (void *)bpf_get_current_task();
 	proc = bpf_map_lookup_elem(&procs, &tgid);
+	if (!proc && is_exiting(task))
+		proc = bpf_map_lookup_elem(&dying, &tgid);
 	if (!may_be_wanted(proc, tgid))
 		return NULL;
 
-	task = (void *)bpf_get_current_task();
 	start_boottime = BPF_CORE_READ(task, group_leader, start_boottime);
 	exec_id = BPF_CORE_READ(task, self_exec_id);
 	want_of_process(&want, proc, tgid, start_boottime, exec_id);
@@ -165,9 +168,10 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	counters->taken += __builtin_popcountll(want.rules);
 
 	if (proc && proc->start_boottime == start_boottime) {
-		first = !proc->sampled;
+		first = !proc->sampled && !(proc->reported && settings.mappings_heard);
 		proc->sampled = 1;
-	} else {
+	} else if (!is_exiting(task)) {
+		/* Whoever is about to end is not entered any more: nobody would take the entry out again. */
 		struct proc fresh = { .start_boottime = start_boottime, .exec_id = exec_id, .sampled = 1 };
 
 		if (bpf_map_update_elem(&procs, &tgid, &fresh, BPF_ANY))
@@ -380,7 +384,7 @@ int on_switch(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-ALWAYS_INLINE bool report_allowed(struct counters *counters)
+ALWAYS_INLINE bool report_allowed(void)
 {
 	u32 zero = 0;
 	u64 now = bpf_ktime_get_ns(), rate = settings.report_rate, since;
@@ -402,16 +406,95 @@ ALWAYS_INLINE bool report_allowed(struct counters *counters)
 		__sync_fetch_and_add(&bucket->tokens, -1);
 		return true;
 	}
-	counters->lifecycle_lost_rate++;
 	return false;
 }
 
-ALWAYS_INLINE void send_lifecycle(struct counters *counters, struct lifecycle *record, bool wake)
+ALWAYS_INLINE void send_lifecycle(struct lifecycle_counts *counts, void *record, u64 size, bool wake)
 {
-	if (bpf_ringbuf_output(&events, record, sizeof(*record), wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP))
-		counters->lifecycle_lost_ring_full++;
+	if (bpf_ringbuf_output(&events, record, size, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP))
+		counts->lost_ring_full++;
 	else
-		counters->lifecycle_sent++;
+		counts->sent++;
+}
+
+/* What a process that is not denied is sampled for, as far as the kernel side decides it. */
+ALWAYS_INLINE u64 wanted_rules(const struct proc *proc)
+{
+	return (proc->want.rules | proc->sticky.rules | settings.all.rules) & settings.live_rules;
+}
+
+ALWAYS_INLINE void fill_lifecycle(struct lifecycle *record, u32 kind, struct task_struct *task, const struct proc *proc)
+{
+	fill_event(&record->event, kind, task, proc->start_boottime);
+	record->event.exec_id = proc->exec_id;
+	record->event.rules = proc->denied ? 0 : wanted_rules(proc);
+	record->parent = BPF_CORE_READ(task, real_parent, tgid);
+	record->uid = BPF_CORE_READ(task, cred, euid.val);
+}
+
+/* A process as it is now, wanted by nobody yet. */
+ALWAYS_INLINE void identify(struct proc *fresh, struct task_struct *task)
+{
+	fresh->start_boottime = BPF_CORE_READ(task, group_leader, start_boottime);
+	fresh->exec_id = BPF_CORE_READ(task, self_exec_id);
+}
+
+/* What is known of a process, unless it is of an earlier one with the same number. */
+ALWAYS_INLINE struct proc *known_proc(u32 tgid, u64 start_boottime)
+{
+	struct proc *proc = bpf_map_lookup_elem(&procs, &tgid);
+
+	return proc && proc->start_boottime == start_boottime ? proc : NULL;
+}
+
+ALWAYS_INLINE struct arm *known_arm(u32 tgid, u64 start_boottime)
+{
+	struct arm *arm = settings.arms ? bpf_map_lookup_elem(&arms, &tgid) : NULL;
+
+	return arm && arm->start_boottime == start_boottime ? arm : NULL;
+}
+
+ALWAYS_INLINE void enter_proc(struct counters *counters, u32 tgid, const struct proc *fresh)
+{
+	if (bpf_map_update_elem(&procs, &tgid, fresh, BPF_ANY))
+		counters->procs_full++;
+}
+
+struct file_key {
+	u64 inode;
+	u32 device;
+	u32 generation;
+};
+
+/*
+ * Executables that the agent has been woken for. Writer and reader: on_exec. Size: different programs that a node starts
+ * over and over; for one that has been forgotten the agent is woken once more.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 2048);
+	__type(key, struct file_key);
+	__type(value, u32);
+} seen_files SEC(".maps");
+
+/* Takes down which file is executed. True: it was before. */
+ALWAYS_INLINE bool seen_before(struct lifecycle *record, struct linux_binprm *bprm)
+{
+	struct inode *inode = BPF_CORE_READ(bprm, file, f_inode);
+	struct file_key key = {
+		.inode = BPF_CORE_READ(inode, i_ino),
+		.device = BPF_CORE_READ(inode, i_sb, s_dev),
+		.generation = BPF_CORE_READ(inode, i_generation),
+	};
+	u32 yes = 1;
+
+	record->inode = key.inode;
+	record->device = key.device;
+	if (bpf_map_lookup_elem(&seen_files, &key))
+		return true;
+	/* If it finds no place the agent is woken again. */
+	bpf_map_update_elem(&seen_files, &key, &yes, BPF_ANY);
+	return false;
 }
 
 /* raw tracepoint arguments: task, old_pid, bprm */
@@ -420,46 +503,55 @@ int on_exec(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct task_struct *task = (void *)ctx->args[0];
 	struct linux_binprm *bprm = (void *)ctx->args[2];
+	struct exec_record record = {};
 	struct counters *counters;
-	struct lifecycle record = {};
 	struct proc fresh = {};
 	struct proc *old;
+	struct arm *arm;
 	u64 candidates;
-	u32 tgid, pid;
-	bool tracked, wanted;
+	u32 tgid;
+	bool heard, tracked, wanted, entered, seen;
 
 	if (!settings.lifecycle)
 		return 0;
 	counters = count();
 	if (!counters)
 		return 0;
-	counters->execs++;
+	counters->exec.seen++;
 	tgid = BPF_CORE_READ(task, tgid);
-	pid = ctx->args[1];
-	fresh.start_boottime = BPF_CORE_READ(task, group_leader, start_boottime);
-	old = bpf_map_lookup_elem(&procs, &tgid);
-	tracked = old && old->start_boottime == fresh.start_boottime;
-	if (tracked)
+	identify(&fresh, task);
+	old = known_proc(tgid, fresh.start_boottime);
+	arm = known_arm(tgid, fresh.start_boottime);
+	tracked = old || arm;
+	/* Of a process that is sampled every exec must be told, or its samples would be named after the old image. */
+	heard = arm || (old && (old->sampled || old->want.rules || old->sticky.rules));
+	if (old)
 		fresh.sticky = old->sticky;
-	if (settings.arms) {
-		struct arm *arm = bpf_map_lookup_elem(&arms, &tgid);
-
-		tracked |= arm && arm->start_boottime == fresh.start_boottime;
-	}
+	fresh.reported = 1;
 	candidates = decide(counters, task, tgid, &fresh, tracked, PLACE_EXEC);
-	wanted = !fresh.denied && (fresh.want.rules | fresh.sticky.rules | candidates);
-	if (!tracked && !wanted)
+	wanted = !fresh.denied && (wanted_rules(&fresh) | candidates);
+	if (!tracked && !wanted) {
+		counters->exec.filtered++;
 		return 0;
-	/* What is tracked must be told, or its samples would be named after the old image. */
-	if (!tracked && !report_allowed(counters))
+	}
+	entered = tracked || fresh.want.rules || fresh.sticky.rules;
+	if (!heard && !report_allowed()) {
+		counters->exec.lost_rate++;
+		fresh.reported = 0;
+		if (entered)
+			enter_proc(counters, tgid, &fresh);
 		return 0;
-	fill_event(&record.event, EVENT_EXEC, task, fresh.start_boottime);
-	record.event.rules = fresh.denied ? 0 : fresh.want.rules | fresh.sticky.rules;
-	record.candidates = candidates;
-	record.by_thread = pid != tgid;
+	}
+	/* What is told is entered, so that its end is told too. */
+	if (!entered)
+		enter_proc(counters, tgid, &fresh);
+	fill_lifecycle(&record.lifecycle, EVENT_EXEC, task, &fresh);
+	record.lifecycle.candidates = candidates;
+	record.lifecycle.by_thread = (u32)ctx->args[1] != tgid;
 	bpf_probe_read_kernel_str(record.path, sizeof(record.path), BPF_CORE_READ(bprm, filename));
-	/* It may live for milliseconds only: its files must be opened now. */
-	send_lifecycle(counters, &record, wanted);
+	/* It may live for milliseconds only: files that are not open yet must be opened now. */
+	seen = seen_before(&record.lifecycle, bprm) && settings.mappings_heard;
+	send_lifecycle(&counters->exec, &record, sizeof(record), candidates || (wanted && !seen));
 	return 0;
 }
 
@@ -477,61 +569,72 @@ int on_fork(struct bpf_raw_tracepoint_args *ctx)
 	struct proc fresh = {};
 	struct proc *proc;
 	struct arm *arm;
-	bool told;
+	bool heir, entered;
 
 	if (!settings.lifecycle || child_tgid != (u32)BPF_CORE_READ(child, pid))
 		return 0;
 	counters = count();
 	if (!counters)
 		return 0;
-	counters->forks++;
+	counters->fork.seen++;
+	identify(&fresh, child);
+	fresh.reported = 1;
 	parent_tgid = BPF_CORE_READ(parent, tgid);
-	fresh.start_boottime = BPF_CORE_READ(child, start_boottime);
-	fresh.exec_id = BPF_CORE_READ(child, self_exec_id);
 	proc = bpf_map_lookup_elem(&procs, &parent_tgid);
 	if (proc) {
 		want_also(&fresh.want, &proc->want, live);
 		want_also(&fresh.sticky, &proc->sticky, live);
 		fresh.denied = proc->denied;
 	}
-	if (settings.arms) {
-		arm = bpf_map_lookup_elem(&arms, &parent_tgid);
-		if (arm && arm->sticky)
-			want_also(&fresh.sticky, &arm->want, live);
-		else if (arm)
-			want_also(&fresh.want, &arm->want, live);
-	}
-	told = fresh.want.rules || fresh.sticky.rules;
+	arm = settings.arms ? bpf_map_lookup_elem(&arms, &parent_tgid) : NULL;
+	if (arm)
+		want_also(arm->sticky ? &fresh.sticky : &fresh.want, &arm->want, live);
+	heir = fresh.want.rules || fresh.sticky.rules;
 	/* A stale entry of an earlier process with this number must not survive. */
-	if (!told && !fresh.denied)
+	if (!heir && !fresh.denied)
 		bpf_map_delete_elem(&procs, &child_tgid);
-	else if (bpf_map_update_elem(&procs, &child_tgid, &fresh, BPF_ANY))
-		counters->procs_full++;
+	else
+		enter_proc(counters, child_tgid, &fresh);
 	/* A child that is born into another control group (clone3) is another matter than its parent. */
 	if ((side->rules & ~(side->any_cgroup & side->any_container)) && cgroup_id_of(parent) != cgroup_id_of(child))
-		candidates = decide(counters, child, child_tgid, &fresh, told, PLACE_FORK);
+		candidates = decide(counters, child, child_tgid, &fresh, heir, PLACE_FORK);
 	else if (side->by_agent && !fresh.denied)
 		candidates = match_process(child, child_tgid, settings.generation, PLACE_FORK) & side->by_agent;
-	if (fresh.denied || !(fresh.want.rules | fresh.sticky.rules | candidates))
+	if (fresh.denied || !(wanted_rules(&fresh) | candidates)) {
+		counters->fork.filtered++;
 		return 0;
-	if (!told && !report_allowed(counters))
+	}
+	entered = heir || fresh.want.rules || fresh.sticky.rules;
+	if (!heir && !report_allowed()) {
+		counters->fork.lost_rate++;
+		fresh.reported = 0;
+		if (entered)
+			enter_proc(counters, child_tgid, &fresh);
 		return 0;
-	fill_event(&record.event, EVENT_FORK, child, fresh.start_boottime);
-	record.event.tid = parent_tgid;
-	record.event.rules = fresh.want.rules | fresh.sticky.rules;
+	}
+	if (!entered)
+		enter_proc(counters, child_tgid, &fresh);
+	fill_lifecycle(&record, EVENT_FORK, child, &fresh);
+	/* Its parent may be another by CLONE_PARENT; what it inherits is the image of the one that called. */
+	record.parent = parent_tgid;
 	record.candidates = candidates;
-	send_lifecycle(counters, &record, false);
+	send_lifecycle(&counters->fork, &record, sizeof(record), false);
 	return 0;
 }
+
+#define SIGNAL_GROUP_EXIT 0x4
 
 /* raw tracepoint arguments: task; from 6.16 on also group_dead */
 SEC("raw_tp/sched_process_exit")
 int on_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct task_struct *task = (void *)ctx->args[0];
-	struct counters *counters;
 	struct lifecycle record = {};
 	struct signal_struct *signal;
+	struct counters *counters;
+	struct proc last = {};
+	struct proc *proc;
+	struct arm *arm;
 	u32 tgid;
 
 	if (!settings.lifecycle)
@@ -543,43 +646,65 @@ int on_exit(struct bpf_raw_tracepoint_args *ctx)
 	counters = count();
 	if (!counters)
 		return 0;
-	counters->exits++;
 	tgid = BPF_CORE_READ(task, tgid);
-	/* Two last threads may both find nobody alive; the one that removes the entry reports. */
-	if (bpf_map_delete_elem(&procs, &tgid))
+	proc = bpf_map_lookup_elem(&procs, &tgid);
+	if (proc)
+		last = *proc;
+	/*
+	 * Two last threads may both find nobody alive; the one that removes the entry reports. The number is not given to
+	 * another process before both are gone.
+	 */
+	if (!proc || bpf_map_delete_elem(&procs, &tgid) ||
+	    last.start_boottime != BPF_CORE_READ(task, group_leader, start_boottime)) {
+		counters->exit.seen++;
+		counters->exit.filtered++;
 		return 0;
-	fill_event(&record.event, EVENT_EXIT, task, BPF_CORE_READ(task, group_leader, start_boottime));
-	record.exit_code = BPF_CORE_READ(signal, group_exit_code);
-	if (!record.exit_code)
-		record.exit_code = BPF_CORE_READ(task, exit_code);
-	send_lifecycle(counters, &record, false);
+	}
+	counters->exit.seen++;
+	fill_lifecycle(&record, EVENT_EXIT, task, &last);
+	/* As wait(2) does it: what ended the group, or what its leader gave. */
+	if (BPF_CORE_READ(signal, flags) & SIGNAL_GROUP_EXIT)
+		record.exit_code = BPF_CORE_READ(signal, group_exit_code);
+	else
+		record.exit_code = BPF_CORE_READ(task, group_leader, exit_code);
+	send_lifecycle(&counters->exit, &record, sizeof(record), false);
+	/* It goes on to use the CPU for a while: the sampler finds it there. */
+	arm = known_arm(tgid, last.start_boottime);
+	if (arm)
+		want_also(&last.sticky, &arm->want, settings.live_rules);
+	bpf_map_update_elem(&dying, &tgid, &last, BPF_ANY);
 	return 0;
 }
 
 /* Decides anew for a process that runs. True: nobody needs to hear of it. */
-ALWAYS_INLINE bool look_again(struct counters *counters, struct task_struct *leader, u32 tgid, u32 place,
-			      u64 *candidates, u64 *rules)
+ALWAYS_INLINE bool look_again(struct counters *counters, struct task_struct *leader, u32 place,
+			      struct lifecycle *record)
 {
-	struct proc fresh = { .start_boottime = BPF_CORE_READ(leader, start_boottime) };
-	struct proc *old = bpf_map_lookup_elem(&procs, &tgid);
-	bool tracked = old && old->start_boottime == fresh.start_boottime;
+	struct proc fresh = {};
+	struct proc *old;
+	u32 tgid = BPF_CORE_READ(leader, tgid);
+	u64 candidates;
 
-	if (tracked)
+	counters->found.seen++;
+	/* One whose last thread is gone waits for its parent only: its end has been told. */
+	if (!BPF_CORE_READ(leader, signal, live.counter)) {
+		counters->found.filtered++;
+		return true;
+	}
+	identify(&fresh, leader);
+	old = known_proc(tgid, fresh.start_boottime);
+	if (old)
 		fresh = *old;
-	*candidates = decide(counters, leader, tgid, &fresh, tracked, place);
-	*rules = fresh.denied ? 0 : fresh.want.rules | fresh.sticky.rules;
-	return !(*rules | *candidates);
-}
-
-ALWAYS_INLINE void report_found(struct counters *counters, struct task_struct *leader, struct lifecycle *record,
-				u64 candidates)
-{
-	u64 rules = record->event.rules;
-
-	fill_event(&record->event, EVENT_FOUND, leader, BPF_CORE_READ(leader, start_boottime));
-	record->event.rules = rules;
+	candidates = decide(counters, leader, tgid, &fresh, old, place);
+	if (fresh.denied || !(fresh.want.rules | fresh.sticky.rules | candidates)) {
+		counters->found.filtered++;
+		return true;
+	}
+	if (!old && !fresh.want.rules && !fresh.sticky.rules)
+		enter_proc(counters, tgid, &fresh);
+	fill_lifecycle(record, EVENT_FOUND, leader, &fresh);
 	record->candidates = candidates;
-	send_lifecycle(counters, record, false);
+	return false;
 }
 
 /*
@@ -589,24 +714,22 @@ ALWAYS_INLINE void report_found(struct counters *counters, struct task_struct *l
 SEC("raw_tp/cgroup_attach_task")
 int on_attach(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct task_struct *task = (void *)ctx->args[2], *leader;
+	struct task_struct *task = (void *)ctx->args[2];
 	struct side *side = &settings.sides[settings.generation & 1];
 	struct lifecycle record = {};
 	struct counters *counters;
-	u64 candidates;
-	u32 tgid;
 
 	if (!settings.lifecycle || !(side->rules & ~(side->any_cgroup & side->any_container)))
 		return 0;
 	counters = count();
 	if (!counters)
 		return 0;
-	leader = BPF_CORE_READ(task, group_leader);
-	tgid = BPF_CORE_READ(leader, tgid);
-	if (look_again(counters, leader, tgid, PLACE_ATTACH, &candidates, &record.event.rules))
+	if (look_again(counters, BPF_CORE_READ(task, group_leader), PLACE_ATTACH, &record))
 		return 0;
-	if (report_allowed(counters))
-		report_found(counters, leader, &record, candidates);
+	if (report_allowed())
+		send_lifecycle(&counters->found, &record, sizeof(record), false);
+	else
+		counters->found.lost_rate++;
 	return 0;
 }
 
@@ -620,16 +743,12 @@ int each_task(struct bpf_iter__task *ctx)
 	struct task_struct *task = ctx->task;
 	struct counters *counters = count();
 	struct lifecycle record = {};
-	u64 candidates;
-	u32 tgid;
 
 	if (!task || !counters || !settings.lifecycle)
 		return 0;
-	tgid = task->tgid;
-	if (tgid != (u32)task->pid)
+	if (task->tgid != task->pid)
 		return 0;
-	if (look_again(counters, task, tgid, PLACE_WALK, &candidates, &record.event.rules))
-		return 0;
-	report_found(counters, task, &record, candidates);
+	if (!look_again(counters, task, PLACE_WALK, &record))
+		send_lifecycle(&counters->found, &record, sizeof(record), false);
 	return 0;
 }

@@ -86,7 +86,8 @@ struct proc {
 	u32 sampled;
 	/* Whatever rules ask for: never. */
 	u32 denied;
-	u32 reserved;
+	/* The agent has been told of this image. */
+	u32 reported;
 };
 
 /* Value of `arms`: what the agent decided for one process. Written by the agent only. */
@@ -157,6 +158,9 @@ struct settings {
 	u64 ring_wake;
 	/* Exec and fork reports a second, for all CPUs together. */
 	u64 report_rate;
+	/* The agent hears of every executable mapping as it is made, and need not hurry to read /proc. */
+	u32 mappings_heard;
+	u32 reserved;
 	struct side sides[2];
 };
 
@@ -266,7 +270,7 @@ struct event {
 	u64 start_boottime;
 	u64 cgroup_id;
 	u32 exec_id;
-	/* Of a sample: the thread. Of a fork: the parent. Else 0. */
+	/* Of a sample: the thread. Else 0. */
 	u32 tid;
 	/* Of a sample: the thread's name; else the thread group leader's. */
 	char comm[COMM_LEN];
@@ -326,10 +330,31 @@ struct lifecycle {
 	u32 exit_code;
 	/* EXEC: 1 if another thread than the leader called it. */
 	u32 by_thread;
+	/* Thread group of the parent, and effective user. */
+	u32 parent;
+	u32 uid;
+	/* EXEC: of the executable; the device as the kernel numbers it: major << 20 | minor. */
+	u64 inode;
+	u32 device;
+	u32 reserved;
 	/* Rules of which all holds that the kernel side can see: the agent decides. */
 	u64 candidates;
-	/* EXEC: the path as given to execve. */
+};
+
+struct exec_record {
+	struct lifecycle lifecycle;
+	/* As given to execve. */
 	char path[PATH_LEN];
+};
+
+/* Of one kind of event: seen == filtered + sent + lost_rate + lost_ring_full. */
+struct lifecycle_counts {
+	u64 seen;
+	/* No rule wants it. */
+	u64 filtered;
+	u64 sent;
+	u64 lost_rate;
+	u64 lost_ring_full;
 };
 
 /*
@@ -344,15 +369,14 @@ struct counters {
 	u64 lost_ring_full;
 	u64 lost_off_cpu_full;
 	u64 raw;
-	u64 lifecycle_sent;
-	u64 lifecycle_lost_ring_full;
-	u64 lifecycle_lost_rate;
 	u64 procs_full;
 	/* Control groups that lie too deep for their path to be matched. */
 	u64 cgroup_too_deep;
-	u64 execs;
-	u64 forks;
-	u64 exits;
+	struct lifecycle_counts exec;
+	struct lifecycle_counts fork;
+	struct lifecycle_counts exit;
+	/* Found by the walk, or put into another control group. */
+	struct lifecycle_counts found;
 };
 
 #endif

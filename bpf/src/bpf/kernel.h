@@ -144,6 +144,20 @@ struct css_set {
 
 struct mm_struct;
 
+struct super_block {
+	u32 s_dev;
+};
+
+struct inode {
+	u64 i_ino;
+	struct super_block *i_sb;
+	u32 i_generation;
+};
+
+struct file {
+	struct inode *f_inode;
+};
+
 typedef struct {
 	unsigned int val;
 } kuid_t;
@@ -176,6 +190,7 @@ struct task_struct___before_5_14 {
 };
 
 struct linux_binprm {
+	struct file *file;
 	const char *filename;
 };
 

@@ -259,8 +259,6 @@ ALWAYS_INLINE u64 decide(struct counters *counters, struct task_struct *task, u3
 		fresh->want.period_ns = period_of(fresh->want.rules);
 		/*
 		 * A process that no rule wants any more stays in the table: it is known, and its exit will be reported.
-		 * One that is only reported so that the agent may decide is not entered: its samples or the agent's
-		 * decision do that.
 		 */
 		if (tracked || fresh->want.rules || fresh->sticky.rules || fresh->denied) {
 			if (bpf_map_update_elem(&procs, &tgid, fresh, BPF_ANY))
