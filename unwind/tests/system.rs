@@ -102,7 +102,8 @@ fn framehop_of(process: &Process, tables: &Tables) -> Framehop {
                 Err(_) => continue,
             }
         };
-        let file = object::File::parse(&*bytes).unwrap();
+        // What is mapped as code and is no ELF file is nothing that framehop could walk either.
+        let Ok(file) = object::File::parse(&*bytes) else { continue };
         let section = |name: &str| {
             let section = file.section_by_name(name)?;
             let range = section.address()..section.address() + section.size();
