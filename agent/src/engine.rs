@@ -3,6 +3,8 @@
 //! It reads the ring in the kernel's order, so each event takes effect exactly behind the samples that came before it.
 //! Everybody else talks to it through an [`Engine`] handle; a finished window goes to a [`Sink`].
 
+mod captures;
+
 use std::{
     collections::{HashMap, VecDeque},
     io,
@@ -22,12 +24,15 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use tokio::sync::oneshot;
 use ulid::Ulid;
 
+use self::captures::{Captures, Intake};
+pub use self::captures::{Manual, RunningCapture};
 use crate::{
+    conditions::{NodeAbilities, Sensors, boot_clock, trigger::Held},
     kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Sample, Want, lifecycle_lost},
     process::{ImageKey, ProcError, Process, Processes, check_identity},
-    profile::{SeriesProfile, WindowSamples, slots},
+    profile::{RecorderStats, SeriesProfile, slots},
     rules::{
-        Deny, RuleBook, Set, Source,
+        CaptureError, Deny, RuleBook, Set, Source,
         containers::{PodSource, Selection},
     },
     tables::{self, Tables},
@@ -130,6 +135,14 @@ pub struct Inside<'a> {
     /// Since the engine started. What is in the ring or the running window counts as pending.
     pub ledger: Ledger,
     waiting: &'a HashMap<ImageKey, VecDeque<(Instant, Sample)>>,
+    /// What held captures back.
+    pub held: Held,
+    /// The flight recorder.
+    pub recorder: RecorderStats,
+    /// Reports of sensors that came faster than they were taken.
+    pub reports_dropped: u64,
+    /// Samples of exec conditions that were over when they came.
+    pub strays: u64,
 }
 
 type Inspection = Box<dyn FnOnce(&mut Inside<'_>) + Send>;
@@ -140,6 +153,7 @@ enum Command {
     Flush(oneshot::Sender<()>),
     Pods(Box<dyn PodSource>),
     Select(Selection),
+    Capture(Box<Manual>, oneshot::Sender<Result<RunningCapture, CaptureError>>),
     Stop,
 }
 
@@ -230,6 +244,13 @@ impl Engine {
         Containers { commands: self.commands.clone(), bell: Arc::clone(&self.bell) }
     }
 
+    /// Starts a capture now, for what no rule names. The node's caps and what it denies hold for it too.
+    pub async fn capture_now(&self, manual: Manual) -> Result<RunningCapture, CaptureError> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Command::Capture(Box::new(manual), answer));
+        answered.await.unwrap_or_else(|_| Err(CaptureError::Kernel(EngineError::Ended.to_string())))
+    }
+
     /// Ends the running window now and hands it to the sink.
     pub async fn flush(&self) -> Result<(), EngineError> {
         let (answer, answered) = oneshot::channel();
@@ -273,7 +294,8 @@ struct Worker {
     /// Raw samples whose tables are being made, by image.
     waiting: HashMap<ImageKey, VecDeque<(Instant, Sample)>>,
     waiting_samples: usize,
-    samples: WindowSamples,
+    intake: Intake,
+    captures: Captures,
     sink: Box<dyn Sink>,
     events: VecDeque<(SystemTime, String)>,
     window_start: (SystemTime, Instant),
@@ -286,6 +308,8 @@ struct Worker {
     /// Since the start, without the running window.
     total: Ledger,
     next_change: Option<SystemTime>,
+    /// The newest window that is with the sink.
+    last_window: Option<Ulid>,
     /// What is in the kernel's `arms`, by thread group id.
     armed: HashMap<u32, Arm>,
     pods: Option<Box<dyn PodSource>>,
@@ -295,6 +319,7 @@ impl Worker {
     fn new(options: EngineOptions, sink: Box<dyn Sink>, bell: &Arc<OwnedFd>) -> Result<Self, EngineError> {
         let EngineOptions { node, kernel, window, caps, deny, tables } = options;
         let files = raise_file_limit();
+        let hierarchy = kernel.hierarchy;
         let processes = Processes::new(kernel.hierarchy, kernel.processes as usize * 2, files);
         let mut kernel = Kernel::start(kernel)?;
         let tables = if tables {
@@ -307,11 +332,18 @@ impl Worker {
         } else {
             None
         };
+        let ears = Arc::clone(bell);
+        let sensors = Sensors::start(move || {
+            let _ = rustix::io::write(&ears, &1_u64.to_ne_bytes());
+        })
+        .map_err(EngineError::Start)?;
+        let captures = Captures::new(hierarchy, Some(sensors));
         kernel.set_tables(tables.is_some());
         kernel.set_lifecycle(true);
         kernel.set_sampling(true);
         let mut rules = RuleBook::new(caps);
         rules.set_deny(deny);
+        rules.set_abilities(NodeAbilities::probe());
         Ok(Self {
             tables,
             waiting: HashMap::new(),
@@ -320,7 +352,8 @@ impl Worker {
             window_length: window,
             processes,
             rules,
-            samples: WindowSamples::default(),
+            intake: Intake::new(),
+            captures,
             sink,
             events: VecDeque::new(),
             window_start: (SystemTime::now(), Instant::now()),
@@ -331,6 +364,7 @@ impl Worker {
             kernel,
             total: Ledger::default(),
             next_change: None,
+            last_window: None,
             armed: HashMap::new(),
             pods: None,
         })
@@ -358,6 +392,10 @@ impl Worker {
                             events: &self.events,
                             ledger,
                             waiting: &self.waiting,
+                            held: self.captures.triggers.held(),
+                            recorder: self.intake.recorder.stats(),
+                            reports_dropped: self.captures.sensors.as_ref().map_or(0, Sensors::dropped),
+                            strays: self.captures.strays,
                         });
                     }
                     Command::Flush(answer) => {
@@ -371,6 +409,9 @@ impl Worker {
                         self.tell_pods();
                     }
                     Command::Select(selection) => self.select(selection),
+                    Command::Capture(manual, answer) => {
+                        let _ = answer.send(self.start_manual(*manual));
+                    }
                     Command::Stop => {
                         self.kernel.set_sampling(false);
                         self.read();
@@ -380,8 +421,9 @@ impl Worker {
                     }
                 }
             }
+            self.follow_captures();
             if self.window_start.1.elapsed() >= self.window_length
-                || self.samples.stacks() >= STACKS_PER_WINDOW
+                || self.intake.samples.stacks() >= STACKS_PER_WINDOW
             {
                 self.flush();
             }
@@ -438,13 +480,20 @@ impl Worker {
                     let how = if by_thread { " by a thread" } else { "" };
                     self.note(now, || format!("exec {} {} {path}{how}", subject.key, subject.comm));
                     let process = self.processes.exec(&subject, origin, &path, file).ok().cloned();
+                    if let Some(process) = &process {
+                        self.at_exec(process, &subject, None, &path);
+                    }
                     self.decide(process.as_ref(), subject.candidates, now);
                 }
                 Event::Fork { subject, origin } => {
                     self.note(now, || {
                         format!("fork {} {} from {}", subject.key, subject.comm, origin.parent)
                     });
+                    let parent = origin.parent;
                     let process = self.processes.fork(&subject, origin).ok().cloned();
+                    if let Some(process) = &process {
+                        self.at_exec(process, &subject, Some(parent), "");
+                    }
                     self.decide(process.as_ref(), subject.candidates, now);
                 }
                 Event::Found { subject, origin } => {
@@ -469,11 +518,15 @@ impl Worker {
         };
     }
 
-    fn sampled(&mut self, sample: Sample, now: SystemTime) {
+    fn sampled(&mut self, mut sample: Sample, now: SystemTime) {
+        self.captures.strip(&mut sample);
+        if sample.subject.rules == 0 {
+            return;
+        }
         self.rules.count(sample.subject.rules, now);
         let process = self.processes.sampled(&sample.subject, &sample.user);
         if sample.raw.is_none() {
-            self.samples.add(sample);
+            self.intake.add(sample);
             return;
         }
         // Read ahead: the tables are asked for before all of its samples are here.
@@ -486,6 +539,7 @@ impl Worker {
 
     /// A process is not there any more: nothing of it stays in the kernel.
     fn let_go(&mut self, tgid: u32) {
+        self.leave_at_exec(tgid);
         if self.armed.remove(&tgid).is_some() {
             self.kernel.disarm(tgid);
         }
@@ -525,7 +579,7 @@ impl Worker {
         for (key, mut samples) in std::mem::take(&mut self.waiting) {
             let Some(process) = self.processes.get(&key) else {
                 for (_, sample) in samples.drain(..) {
-                    self.samples.add(tables::unwalked(sample));
+                    self.intake.add(tables::unwalked(sample));
                     self.waiting_samples -= 1;
                 }
                 continue;
@@ -553,7 +607,7 @@ impl Worker {
                 sample.user = walked.frames;
                 sample.end = walked.end;
                 sample.raw = None;
-                self.samples.add(sample);
+                self.intake.add(sample);
                 self.waiting_samples -= 1;
             }
             if !samples.is_empty() {
@@ -577,19 +631,8 @@ impl Worker {
         let Some(process) = process else { return };
         let want =
             if candidates == 0 { Want::default() } else { self.rules.decide(process, candidates, now) };
-        let ImageKey { process: key, exec_id } = process.key;
-        if want.rules == 0 {
-            if self.armed.remove(&key.tgid).is_some() {
-                self.kernel.disarm(key.tgid);
-            }
-            return;
-        }
-        let arm = Arm { key, exec_id, sticky: false, want, refused: 0, period_ns: 0 };
-        if let Err(error) = self.kernel.arm(&arm) {
-            tracing::warn!(%key, "not armed: {error}; raise --processes");
-        }
-        self.armed.insert(key.tgid, arm);
         self.processes.wanted(&process.key, want.rules);
+        self.set_arm(process.key, want);
     }
 
     fn select(&mut self, selection: Selection) {
@@ -634,6 +677,7 @@ impl Worker {
             return Err(vec![RuleError { rule_id: String::new(), field: "rules".into(), reason }]);
         }
         self.tell_pods();
+        self.settle_captures();
         Ok(partial)
     }
 
@@ -647,9 +691,16 @@ impl Worker {
         }
         // The walk has reported everybody who is wanted, and everybody for whom the agent must decide.
         self.read();
-        for tgid in former.into_keys().filter(|tgid| !self.armed.contains_key(tgid)) {
-            self.kernel.disarm(tgid);
+        for (tgid, arm) in former {
+            if self.armed.contains_key(&tgid) {
+                continue;
+            }
+            let key = ImageKey { process: arm.key, exec_id: arm.exec_id };
+            // So that it is taken out if there is nothing left in it.
+            self.armed.insert(tgid, arm);
+            self.set_arm(key, Want::default());
         }
+        self.rules_changed(now);
         Ok(())
     }
 
@@ -665,6 +716,8 @@ impl Worker {
             self.repaired = Instant::now();
             self.reconcile();
         }
+        self.watch();
+        self.intake.recorder.forget(u64::try_from(boot_clock().as_nanos()).unwrap_or(0));
         let now = SystemTime::now();
         if self.next_change.is_some_and(|at| at <= now)
             && let Err(error) = self.enforce(now)
@@ -677,10 +730,10 @@ impl Worker {
         let (start, began) = self.window_start;
         self.window_start = (SystemTime::now(), Instant::now());
         let duration = self.window_start.1 - began;
-        let deliveries = self.samples.deliveries();
+        let deliveries = self.intake.samples.deliveries();
         let processes = &self.processes;
         let rules = &self.rules;
-        let flushed = self.samples.flush(
+        let flushed = self.intake.samples.flush(
             start,
             duration,
             &self.node,
@@ -704,15 +757,21 @@ impl Worker {
         ledger.taken = deliveries + ledger.lost_total() - flushed.expired;
         self.total.merge(&ledger);
         if ledger.taken > 0 {
-            self.sink.window(Window { id: Ulid::new(), start, duration, ledger, profiles: flushed.profiles });
+            let id = Ulid::new();
+            self.last_window = Some(id);
+            self.sink.window(Window { id, start, duration, ledger, profiles: flushed.profiles });
         }
     }
 
     /// Samples of the running window, those that wait for tables included; once for each rule that asked.
     fn in_hand(&self) -> u64 {
-        let waiting =
-            self.waiting.values().flatten().map(|(_, sample)| u64::from(sample.subject.rules.count_ones()));
-        self.samples.deliveries() + waiting.sum::<u64>()
+        let recorded = self.intake.recorded;
+        let waiting = self
+            .waiting
+            .values()
+            .flatten()
+            .map(|(_, sample)| u64::from((sample.subject.rules & !recorded).count_ones()));
+        self.intake.samples.deliveries() + waiting.sum::<u64>()
     }
 
     /// Since the start; pending is what is in the ring or in the running window.

@@ -13,6 +13,7 @@
 )]
 
 pub mod check;
+pub mod conditions;
 pub mod config;
 pub mod control;
 pub mod debug;

@@ -70,6 +70,8 @@ pub async fn run(
         for profile in profiles {
             let (labels, rule, samples) = (profile.labels.clone(), profile.rule.clone(), profile.samples);
             let why = rule.why();
+            // Of a lead-up it is before the window.
+            let (start, duration) = (profile.raw.start, profile.raw.duration);
             match finish(&symbolizer, profile, &account).await {
                 Ok(profile) => {
                     batches.push(Batch {
@@ -87,7 +89,7 @@ pub async fn run(
                         window_id: id.to_string(),
                         ledger: Some((&account).into()),
                     });
-                    named.push(Arc::new(profile));
+                    named.push((rule.capture, Arc::new(profile)));
                 }
                 Err(error) => {
                     tracing::error!(samples, "a profile is lost, its frames cannot be named: {error}");
@@ -95,7 +97,7 @@ pub async fn run(
                 }
             }
         }
-        recent.add(start, named);
+        recent.add(id, start, named);
         if batches.is_empty() {
             // Nothing but losses: they are told too.
             batches.push(ledger_only(id.to_string(), start, duration, &account));

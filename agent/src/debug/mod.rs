@@ -1,7 +1,7 @@
 //! What a node shows of itself: probes and metrics for the cluster, and on loopback a page for whoever looks into one
 //! node.
 //!
-//! Nothing here changes state. The page answers only to a local name, so that a web page elsewhere cannot read it
+//! Nothing here changes state, but that `/debug/profile` samples what it is asked for, for as long as it is asked. The page answers only to a local name, so that a web page elsewhere cannot read it
 //! through somebody's browser.
 
 mod metrics;
@@ -23,15 +23,21 @@ use axum::{
     response::{Html, IntoResponse, Response},
     routing::get,
 };
-use gannet_proto::pprof;
+use gannet_proto::{
+    control::{Match, capture},
+    pprof,
+};
 use serde::Deserialize;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    conditions::cgroups::find_container,
+    engine::{EngineError, Manual},
     node::Node,
     output::{Details, Format, OutputError, render},
     pods::LONGEST_JOIN,
+    rules::CaptureError,
 };
 
 /// `/debug/profile` requests that are served at one time.
@@ -39,6 +45,8 @@ const PROFILES_AT_ONCE: usize = 4;
 /// How long the last window of `/debug/profile` may take to be named: the wait for the names of pods, and some.
 const LAST_WINDOW: Duration = Duration::from_secs(10);
 const _: () = assert!(LAST_WINDOW.as_secs() > LONGEST_JOIN.as_secs());
+/// How long the last window of a capture may take to be named.
+const NAMING: Duration = Duration::from_secs(30);
 /// The longest that `/debug/profile` collects.
 const LONGEST_PROFILE: u64 = 600;
 
@@ -273,10 +281,15 @@ async fn flame(State(shared): State<Shared>, Query(look): Query<Look>) -> Respon
 #[derive(Deserialize)]
 struct ProfileQuery {
     pid: Option<u32>,
+    comm: Option<String>,
+    container: Option<String>,
     seconds: Option<u64>,
+    hz: Option<u32>,
+    kind: Option<String>,
 }
 
-/// Collects what the rules in force sample from now on; it starts nothing itself.
+/// Starts a capture of what is asked for and gives its profile. Asked for nothing, it collects what the rules in force
+/// sample.
 async fn profile(State(shared): State<Shared>, Query(query): Query<ProfileQuery>) -> Response {
     let seconds = query.seconds.unwrap_or(10);
     if !(1..=LONGEST_PROFILE).contains(&seconds) {
@@ -290,6 +303,11 @@ async fn profile(State(shared): State<Shared>, Query(query): Query<ProfileQuery>
         )
             .into_response();
     };
+    match manual(&query, Duration::from_secs(seconds)) {
+        Ok(Some(manual)) => return capture(&shared.node, manual).await,
+        Ok(None) => {}
+        Err(words) => return (StatusCode::BAD_REQUEST, words).into_response(),
+    }
     let node = &shared.node;
     // What is sampled up to now belongs to nobody who asked now.
     if let Err(error) = node.engine.flush().await {
@@ -306,20 +324,83 @@ async fn profile(State(shared): State<Shared>, Query(query): Query<ProfileQuery>
     // Windows are stamped when they begin, a moment before this was asked.
     let since = begun.checked_sub(Duration::from_millis(50)).unwrap_or(begun);
     match node.recent.merged(Some(since), query.pid) {
-        Ok(Some(profile)) => (
-            [
-                (header::CONTENT_TYPE, "application/octet-stream"),
-                (header::CONTENT_DISPOSITION, "attachment; filename=\"profile.pb.gz\""),
-            ],
-            pprof::encode(&profile),
-        )
-            .into_response(),
+        Ok(Some(profile)) => attached(&profile),
         Ok(None) => (
             StatusCode::NOT_FOUND,
             "nothing was sampled: no rule names it, or it used no CPU; /debug/processes tells which\n",
         )
             .into_response(),
         Err(error) => failed(&error),
+    }
+}
+
+fn attached(profile: &gannet_proto::profiles::Profile) -> Response {
+    (
+        [
+            (header::CONTENT_TYPE, "application/octet-stream"),
+            (header::CONTENT_DISPOSITION, "attachment; filename=\"profile.pb.gz\""),
+        ],
+        pprof::encode(profile),
+    )
+        .into_response()
+}
+
+/// What a query asks to capture; none if it names nothing.
+fn manual(query: &ProfileQuery, duration: Duration) -> Result<Option<Manual>, String> {
+    let ProfileQuery { pid, comm, container, seconds: _, hz, kind } = query;
+    if pid.is_none() && comm.is_none() && container.is_none() {
+        return Ok(None);
+    }
+    let cgroup = match container {
+        None => Vec::new(),
+        Some(id) => {
+            let path = find_container(id).ok_or_else(|| {
+                format!(
+                    "container={id}: no process of such a container runs here; give the beginning of its id\n"
+                )
+            })?;
+            vec![format!("{path}/*"), path]
+        }
+    };
+    let kind = match kind.as_deref() {
+        None | Some("on_cpu") => capture::Kind::OnCpu,
+        Some("off_cpu") => capture::Kind::OffCpu,
+        Some(other) => return Err(format!("kind={other}: give on_cpu or off_cpu\n")),
+    };
+    Ok(Some(Manual {
+        matches: Match {
+            pids: pid.iter().copied().collect(),
+            comm: comm.iter().cloned().collect(),
+            cgroup,
+            ..Match::default()
+        },
+        hz: hz.unwrap_or(99),
+        kinds: vec![kind],
+        duration,
+        evidence: "asked for on the node's page".into(),
+    }))
+}
+
+/// Runs a capture to its end.
+async fn capture(node: &Node, manual: Manual) -> Response {
+    let running = match node.engine.capture_now(manual).await {
+        Ok(running) => running,
+        Err(error @ CaptureError::Wrong(_)) => {
+            return (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response();
+        }
+        Err(error) => return (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),
+    };
+    let collecting = node.recent.collect(running.capture);
+    let Ok(last) = running.over.await else { return failed(&EngineError::Ended) };
+    match tokio::time::timeout(NAMING, collecting.finish(last)).await {
+        Ok(Ok(Some(profile))) => attached(&profile),
+        Ok(Ok(None)) => (
+            StatusCode::NOT_FOUND,
+            "nothing was sampled: nothing that matches runs, it used no CPU, or this node denies it\n",
+        )
+            .into_response(),
+        Ok(Err(error)) => failed(&error),
+        Err(_) => failed(&"its frames were not named in time"),
     }
 }
 

@@ -118,6 +118,8 @@ pub struct Sample {
     pub end: StackEnd,
     /// The same in the kernel side's words: `enum user_stack_end` of gannet.h.
     pub end_code: u8,
+    /// Of an off-CPU sample: the low bits of the state that the thread slept in.
+    pub state: u8,
     /// Not walked: what a walk needs. `user` is empty then.
     pub raw: Option<RawUserStack>,
 }
@@ -248,6 +250,7 @@ impl Sample {
             kernel,
             user,
             end_code: head.user_end,
+            state: head.state,
             raw,
             end: match head.user_end {
                 0 => StackEnd::None,

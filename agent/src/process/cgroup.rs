@@ -81,7 +81,7 @@ fn unescape(name: &str) -> String {
 
 /// The path in one hierarchy, from the text of `/proc/PID/cgroup`: of the controller `controller`, or of cgroup2 for an
 /// empty name.
-pub(super) fn path_in(text: &str, controller: &str) -> Option<String> {
+pub fn path_in(text: &str, controller: &str) -> Option<String> {
     text.lines().find_map(|line| {
         let mut fields = line.splitn(3, ':');
         let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);

@@ -8,7 +8,7 @@ mod metadata;
 mod proc;
 mod table;
 
-pub use cgroup::CgroupNames;
+pub use cgroup::{CgroupNames, path_in as cgroup_path_in};
 pub use image::{Image, Mapping, MappingKind};
 pub use key::{ParseKeyError, ProcessKey};
 pub use metadata::{Metadata, MetadataError, MetadataOptions, MetadataStats, ProcessMetadataCache};

@@ -63,6 +63,8 @@ pub struct RawStack {
     pub user: Vec<u64>,
     /// How the walk over the user stack ended.
     pub end: StackEnd,
+    /// Of an off-CPU stack: the low bits of the state that the thread slept in.
+    pub state: u8,
     /// Samples.
     pub count: u64,
     /// Sum of their values: for on-CPU `count * period_ns`, for off-CPU nanoseconds blocked.

@@ -27,6 +27,8 @@ pub struct WindowSamples {
     images: HashMap<ImageKey, HashMap<Stack, Tally>>,
     stacks: usize,
     deliveries: u64,
+    /// By slot: when the lead-up of its capture began, and how long it was.
+    lead_ups: HashMap<u32, (SystemTime, Duration)>,
 }
 
 /// What is one stack: everything but how often.
@@ -41,6 +43,10 @@ struct Stack {
     kernel: Box<[u64]>,
     user: Box<[u64]>,
     end: StackEnd,
+    /// Of an off-CPU sample: the low bits of the state that the thread slept in.
+    state: u8,
+    /// From the flight recorder: before its capture began.
+    lead_up: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -84,6 +90,10 @@ pub struct RuleTag {
     pub reason: String,
     /// What was seen that started it; empty for a rule that samples all the time.
     pub evidence: String,
+    /// The number of the capture; 0 for a rule that samples all the time.
+    pub capture: u64,
+    /// From the flight recorder: when what it shows began, and how long it was.
+    pub lead_up: Option<(SystemTime, Duration)>,
     /// What the rule adds to its profiles.
     pub labels: Labels,
 }
@@ -116,7 +126,20 @@ pub struct Flushed {
 impl WindowSamples {
     /// Adds a sample.
     pub fn add(&mut self, sample: Sample) {
-        let Sample { subject, tid, kind, value_ns, kernel, user, end, end_code: _, raw: _ } = sample;
+        self.add_to(sample, false);
+    }
+
+    /// Adds what the flight recorder has of the time before a capture. It makes profiles of its own.
+    pub fn add_lead_up(&mut self, slot: u32, start: SystemTime, duration: Duration, samples: Vec<Sample>) {
+        self.lead_ups.insert(slot, (start, duration));
+        for mut sample in samples {
+            sample.subject.rules = 1 << slot;
+            self.add_to(sample, true);
+        }
+    }
+
+    fn add_to(&mut self, sample: Sample, lead_up: bool) {
+        let Sample { subject, tid, kind, value_ns, kernel, user, end, end_code: _, state, raw: _ } = sample;
         self.deliveries += u64::from(subject.rules.count_ones());
         let stack = Stack {
             kind,
@@ -127,6 +150,8 @@ impl WindowSamples {
             kernel: kernel.into(),
             user: user.into(),
             end,
+            state,
+            lead_up,
         };
         let tally =
             self.images.entry(ImageKey::of(&subject)).or_default().entry(stack).or_insert_with(|| {
@@ -159,7 +184,8 @@ impl WindowSamples {
     ) -> Flushed {
         let mut flushed = Flushed::default();
         let mut series: BTreeMap<Series, Vec<RawProcess>> = BTreeMap::new();
-        let mut images: Vec<_> = std::mem::take(self).images.into_iter().collect();
+        let Self { images, lead_ups, stacks: _, deliveries: _ } = std::mem::take(self);
+        let mut images: Vec<_> = images.into_iter().collect();
         // The same samples make the same bytes.
         images.sort_unstable_by_key(|(key, _)| *key);
         for (key, stacks) in images {
@@ -170,26 +196,33 @@ impl WindowSamples {
                     id: process.names.container_id.clone(),
                     pod_uid: process.names.pod_uid.clone(),
                 });
-            let mut parts: BTreeMap<(u32, SampleKind, u64), Vec<RawStack>> = BTreeMap::new();
+            let mut parts: BTreeMap<(u32, bool, SampleKind, u64), Vec<RawStack>> = BTreeMap::new();
             for (stack, tally) in stacks {
                 for slot in slots(stack.rules) {
-                    parts.entry((slot, stack.kind, stack.period_ns)).or_default().push(RawStack {
-                        tid: stack.tid,
-                        thread: stack.thread.to_string(),
-                        kernel: stack.kernel.to_vec(),
-                        user: stack.user.to_vec(),
-                        end: stack.end,
-                        count: tally.count,
-                        value_ns: tally.value_ns,
-                    });
+                    parts.entry((slot, stack.lead_up, stack.kind, stack.period_ns)).or_default().push(
+                        RawStack {
+                            tid: stack.tid,
+                            thread: stack.thread.to_string(),
+                            kernel: stack.kernel.to_vec(),
+                            user: stack.user.to_vec(),
+                            end: stack.end,
+                            state: stack.state,
+                            count: tally.count,
+                            value_ns: tally.value_ns,
+                        },
+                    );
                 }
             }
-            for ((slot, kind, period_ns), stacks) in parts {
+            for ((slot, lead_up, kind, period_ns), stacks) in parts {
                 let samples = stacks.iter().map(|stack| stack.count).sum::<u64>();
-                let Some(rule) = tag(slot) else {
+                let Some(mut rule) = tag(slot) else {
                     flushed.expired += samples;
                     continue;
                 };
+                if lead_up {
+                    rule.reason += " lead-up";
+                    rule.lead_up = lead_ups.get(&slot).copied();
+                }
                 flushed.delivered += samples;
                 let mut labels = base.clone();
                 labels.extend(rule.labels.clone());
@@ -208,6 +241,7 @@ impl WindowSamples {
             }
         }
         for ((rule, labels, container, kind, period_ns), processes) in series {
+            let (start, duration) = rule.lead_up.unwrap_or((start, duration));
             for processes in cut(processes) {
                 flushed.profiles.push(SeriesProfile {
                     labels: labels.clone(),

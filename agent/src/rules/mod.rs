@@ -75,6 +75,13 @@ pub type RuleId = String;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CaptureId(u64);
 
+impl CaptureId {
+    /// As profiles carry it.
+    pub fn number(self) -> u64 {
+        self.0
+    }
+}
+
 /// Why a capture runs.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Reason {
@@ -141,6 +148,8 @@ pub struct RuleBook {
     /// Periods are so many times longer than asked for: the governor's doing.
     rate_divisor: u32,
     captures: u64,
+    /// What cannot be watched at the moment, by rule.
+    faults: BTreeMap<RuleId, String>,
 }
 
 /// A place. A rule keeps its own, and its counts, as long as it does not change.
@@ -161,7 +170,7 @@ struct Slot {
     captures: u64,
     last_capture: Option<SystemTime>,
     /// No longer in a set, or over; the place is kept until the samples that still name it are through.
-    retired: Option<u32>,
+    retired: Option<Instant>,
 }
 
 #[derive(Clone, Debug)]
@@ -176,8 +185,9 @@ enum Usage {
     Capture { id: CaptureId, target: Target, reason: Reason, ends: Instant },
 }
 
-/// Windows that must pass before the place of a rule that is gone is given to another.
-const RETIRED_WINDOWS: u32 = 2;
+/// How long the place of a rule that is gone is not given to another: its last samples may wait for tables, and are named
+/// at the end of their window.
+const RETIREMENT: Duration = Duration::from_secs(12);
 
 /// A rule with conditions, for whoever watches them.
 #[derive(Clone, Debug, PartialEq)]
@@ -202,7 +212,28 @@ impl RuleBook {
             pods: None,
             rate_divisor: 1,
             captures: 0,
+            faults: BTreeMap::new(),
         }
+    }
+
+    /// What cannot be watched at the moment, by rule: shown with the rule's state.
+    pub fn set_faults(&mut self, faults: BTreeMap<RuleId, String>) {
+        self.faults = faults;
+    }
+
+    /// The shortest period that rules of these places ask for; 0 for none.
+    pub fn period_of(&self, places: u64) -> u64 {
+        self.active_slots()
+            .filter(|(place, _)| places >> place & 1 == 1)
+            .map(|(_, slot)| slot.rates().0 * u64::from(self.rate_divisor))
+            .filter(|period| *period > 0)
+            .min()
+            .unwrap_or(0)
+    }
+
+    /// Whether a rule names containers by what is known of their pods.
+    pub fn asks_for_pods(&self, rule_id: &str) -> bool {
+        self.active_slots().any(|(_, slot)| slot.rule.id == rule_id && slot.compiled.pods)
     }
 
     /// What is never sampled here.
@@ -262,8 +293,9 @@ impl RuleBook {
                 field: "rules".into(),
                 reason: format!(
                     "they need {new} places more, and of {RULE_SLOTS} only {} are free; a rule with exec and other \
-                     conditions takes two; places of removed rules are free after {RETIRED_WINDOWS} windows",
-                    RULE_SLOTS - taken.min(RULE_SLOTS)
+                     conditions takes two; places of removed rules are free with the window after {} s",
+                    RULE_SLOTS - taken.min(RULE_SLOTS),
+                    RETIREMENT.as_secs()
                 ),
             });
         }
@@ -280,7 +312,7 @@ impl RuleBook {
             if set.rules.iter().any(|rule| *rule == *slot.rule) {
                 slot.revision = set.revision;
             } else {
-                slot.retired = Some(0);
+                slot.retired = Some(Instant::now());
             }
         }
         let applied_at = set.applied_at.unwrap_or(now);
@@ -409,11 +441,7 @@ impl RuleBook {
     pub fn kernel_rules(&self, now: SystemTime) -> KernelRules {
         let asked = self.active_slots().filter(|(_, slot)| slot.is_live(now)).map(|(place, slot)| {
             let capture = slot.rule.capture.clone().unwrap_or_default();
-            let (period_ns, off_cpu) = match &slot.usage {
-                Usage::Watch { lead_up } if lead_up.is_zero() => (0, false),
-                Usage::Watch { .. } => (1_000_000_000 / RECORDER_HZ, false),
-                _ => (compile::period_ns(&slot.rule), compile::off_cpu(&slot.rule)),
-            };
+            let (period_ns, off_cpu) = slot.rates();
             let target = match &slot.usage {
                 Usage::Capture { target: Target::Containers(ids), .. } => Some(ids),
                 _ => None,
@@ -448,11 +476,7 @@ impl RuleBook {
             if candidates >> place & 1 == 0 || !slot.compiled.matches(&traits(process)) {
                 continue;
             }
-            let period_ns = match &slot.usage {
-                Usage::Watch { lead_up } if lead_up.is_zero() => 0,
-                Usage::Watch { .. } => 1_000_000_000 / RECORDER_HZ,
-                _ => compile::period_ns(&slot.rule),
-            };
+            let (period_ns, _) = slot.rates();
             compile::add(
                 &mut want,
                 Want { rules: 1 << place, period_ns: period_ns * u64::from(self.rate_divisor) },
@@ -659,7 +683,7 @@ impl RuleBook {
         if slot.retired.is_some() {
             return false;
         }
-        slot.retired = Some(0);
+        slot.retired = Some(Instant::now());
         let id = slot.rule.id.clone();
         let base = self.slots[..RULE_SLOTS].iter_mut().flatten().find(|slot| slot.rule.id == id);
         if let Some(base) = base {
@@ -722,17 +746,19 @@ impl RuleBook {
     /// What profiles say of the rule in a place.
     pub fn tag(&self, place: u32) -> Option<RuleTag> {
         let slot = self.slots.get(place as usize)?.as_ref()?;
-        let (reason, evidence) = match &slot.usage {
-            Usage::Always => ("always", String::new()),
-            Usage::Watch { .. } => ("lead-up", String::new()),
-            Usage::AtExec => ("exec", "the process matched at execve".to_owned()),
-            Usage::Capture { reason, .. } => (reason.kind, reason.evidence.clone()),
+        let (reason, evidence, capture) = match &slot.usage {
+            Usage::Always => ("always", String::new(), 0),
+            Usage::Watch { .. } => ("lead-up", String::new(), 0),
+            Usage::AtExec => ("exec", "the process matched at execve".to_owned(), 0),
+            Usage::Capture { reason, id, .. } => (reason.kind, reason.evidence.clone(), id.0),
         };
         Some(RuleTag {
             id: slot.rule.id.clone(),
             revision: slot.revision,
             reason: reason.to_owned(),
             evidence,
+            capture,
+            lead_up: None,
             labels: slot
                 .rule
                 .labels
@@ -750,11 +776,10 @@ impl RuleBook {
     /// A window is over: places of rules that are gone become free.
     pub fn next_window(&mut self) {
         for slot in &mut self.slots {
-            if let Some(Slot { retired: Some(windows), .. }) = slot {
-                *windows += 1;
-                if *windows > RETIRED_WINDOWS {
-                    *slot = None;
-                }
+            if let Some(Slot { retired: Some(since), .. }) = slot
+                && since.elapsed() > RETIREMENT
+            {
+                *slot = None;
             }
         }
     }
@@ -805,6 +830,9 @@ impl RuleBook {
             return (rule_status::State::Capturing, running.join("; "));
         }
         let mut reason = format!("waits for {}", conditions_of(&slot.rule));
+        if let Some(fault) = self.faults.get(&slot.rule.id) {
+            reason = format!("{reason}; not watched everywhere: {fault}");
+        }
         if slot.captures > 0 {
             let ago = slot
                 .last_capture
@@ -836,6 +864,15 @@ impl RuleBook {
 }
 
 impl Slot {
+    /// Nanoseconds between two ticks, 0 for none; and whether blocked time is wanted.
+    fn rates(&self) -> (u64, bool) {
+        match &self.usage {
+            Usage::Watch { lead_up } if lead_up.is_zero() => (0, false),
+            Usage::Watch { .. } => (1_000_000_000 / RECORDER_HZ, false),
+            _ => (compile::period_ns(&self.rule), compile::off_cpu(&self.rule)),
+        }
+    }
+
     fn is_live(&self, now: SystemTime) -> bool {
         self.stands(now).is_none()
     }

@@ -1,0 +1,156 @@
+//! Pressure stall information: its files, and the triggers that the kernel keeps for us.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read as _, Seek as _, Write as _},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::OpenOptionsExt as _,
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// What the kernel grants to whoever has no CAP_SYS_RESOURCE: windows that are multiples of this.
+const PLAIN_WINDOW: Duration = Duration::from_secs(2);
+
+/// Why pressure cannot be watched.
+#[derive(Debug, thiserror::Error)]
+pub enum PressureError {
+    /// No such file, or no right to it.
+    #[error("cannot watch {}: {source}; is the kernel booted with psi=1, and the group in cgroup2?", path.display())]
+    Open {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// It tells something else.
+    #[error("{} tells no `{line}` pressure", path.display())]
+    Format {
+        /// Which.
+        path: PathBuf,
+        /// The line that is missing.
+        line: &'static str,
+    },
+}
+
+/// One watched line of one pressure file.
+#[derive(Debug)]
+pub struct Pressure {
+    path: PathBuf,
+    line: &'static str,
+    /// Carries the trigger; none: the kernel refused all of them, and the file is read instead.
+    trigger: Option<File>,
+    reader: File,
+    /// What is watched in fact: the rule's own, or the next window that the kernel grants.
+    stall: Duration,
+    window: Duration,
+    /// Stall in all, and when it was read: the last two readings that are a window apart.
+    readings: [(Duration, Duration); 2],
+}
+
+impl Pressure {
+    /// Watches for `stall` of some or all (`full`) tasks within `window`.
+    pub fn open(
+        path: &Path,
+        full: bool,
+        stall: Duration,
+        window: Duration,
+        now: Duration,
+    ) -> Result<Self, PressureError> {
+        let line = if full { "full" } else { "some" };
+        let failed = |source| PressureError::Open { path: path.to_owned(), source };
+        let reader = File::open(path).map_err(failed)?;
+        // The kernel's words about windows: without CAP_SYS_RESOURCE only multiples of two seconds.
+        let plain =
+            PLAIN_WINDOW * u32::try_from(window.as_nanos().div_ceil(PLAIN_WINDOW.as_nanos())).unwrap_or(1);
+        let plain_stall = stall.mul_f64(plain.as_secs_f64() / window.as_secs_f64());
+        let mut chosen = (None, plain_stall, plain);
+        for (stall, window) in [(stall, window), (plain_stall, plain)] {
+            if let Ok(trigger) = set_trigger(path, line, stall, window) {
+                chosen = (Some(trigger), stall, window);
+                break;
+            }
+        }
+        let (trigger, stall, window) = chosen;
+        let mut pressure = Self {
+            path: path.to_owned(),
+            line,
+            trigger,
+            reader,
+            stall,
+            window,
+            readings: [(Duration::ZERO, now); 2],
+        };
+        let total = pressure.total()?;
+        pressure.readings = [(total, now); 2];
+        Ok(pressure)
+    }
+
+    /// Becomes ready (with priority data) when the threshold is passed; none: read it from time to time.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.trigger.as_ref().map(AsFd::as_fd)
+    }
+
+    /// How much stall within how much time is watched in fact.
+    pub fn threshold(&self) -> (Duration, Duration) {
+        (self.stall, self.window)
+    }
+
+    /// Stall in all since the group was made.
+    fn total(&mut self) -> Result<Duration, PressureError> {
+        let failed = |source| PressureError::Open { path: self.path.clone(), source };
+        let mut text = String::new();
+        self.reader.rewind().map_err(failed)?;
+        (&mut self.reader).take(4096).read_to_string(&mut text).map_err(failed)?;
+        parse_total(&text, self.line)
+            .ok_or_else(|| PressureError::Format { path: self.path.clone(), line: self.line })
+    }
+
+    /// Stall per time since the reading at least a window ago, in milliseconds per second, and whether the threshold is
+    /// passed by it. Keeps the readings.
+    pub fn look(&mut self, now: Duration) -> Result<(f64, bool), PressureError> {
+        let total = self.total()?;
+        if now.saturating_sub(self.readings[1].1) >= self.window {
+            self.readings = [self.readings[1], (total, now)];
+        }
+        let (then, when) = self.readings[0];
+        let time = now.saturating_sub(when).max(Duration::from_millis(1));
+        let rate = total.saturating_sub(then).as_secs_f64() * 1000.0 / time.as_secs_f64();
+        Ok((rate, rate >= self.threshold_rate()))
+    }
+
+    /// Milliseconds of stall per second that the threshold stands for.
+    pub fn threshold_rate(&self) -> f64 {
+        self.stall.as_secs_f64() * 1000.0 / self.window.as_secs_f64()
+    }
+}
+
+fn set_trigger(path: &Path, line: &str, stall: Duration, window: Duration) -> io::Result<File> {
+    let mut file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    file.write_all(format!("{line} {} {}\0", stall.as_micros(), window.as_micros()).as_bytes())?;
+    Ok(file)
+}
+
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=123`
+fn parse_total(text: &str, kind: &str) -> Option<Duration> {
+    let line = text.lines().find(|line| line.split(' ').next() == Some(kind))?;
+    let total = line.split(' ').find_map(|field| field.strip_prefix("total="))?;
+    Some(Duration::from_micros(total.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_total_of_a_line() {
+        let text = "some avg10=1.00 avg60=0.00 avg300=0.00 total=1500\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=7\n";
+        assert_eq!(parse_total(text, "some"), Some(Duration::from_micros(1500)));
+        assert_eq!(parse_total(text, "full"), Some(Duration::from_micros(7)));
+        assert_eq!(parse_total("some avg10=1.00\n", "some"), None);
+        assert_eq!(parse_total("", "full"), None);
+    }
+}

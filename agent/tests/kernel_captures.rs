@@ -1,0 +1,291 @@
+//! Needs root and a kernel with BTF: what starts captures, whom they are of, and when they end.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
+
+mod common;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use common::{Running, cgroup::Group};
+use gannet_agent::{
+    engine::{Engine, EngineOptions, Manual, Window},
+    kernel::KernelOptions,
+    rules::{Deny, Set, Source},
+};
+use gannet_proto::{
+    control::{Match, capture::Kind},
+    rules::{Caps, parse},
+};
+
+/// `spin MS`: uses a CPU for so long, or for ever.
+const SPIN: &str = r#"
+#include <stdlib.h>
+#include <time.h>
+int main(int c, char **v) {
+	long ms = c > 2 ? atol(v[2]) : 1000000;
+	struct timespec begin, now;
+	clock_gettime(CLOCK_MONOTONIC, &begin);
+	do {
+		for (volatile int i = 0; i < 20000; i++)
+			;
+		clock_gettime(CLOCK_MONOTONIC, &now);
+	} while ((now.tv_sec - begin.tv_sec) * 1000 + (now.tv_nsec - begin.tv_nsec) / 1000000 < ms);
+	return 0;
+}
+"#;
+
+/// What an engine delivered: by reason and process, and by reason the samples.
+#[derive(Clone, Default)]
+struct Profiles(Arc<Mutex<Vec<Window>>>);
+
+impl Profiles {
+    /// By process: samples of profiles with this rule and reason.
+    fn of(&self, rule: &str, reason: &str) -> BTreeMap<u32, u64> {
+        let mut samples = BTreeMap::new();
+        for window in &*self.0.lock().unwrap() {
+            for profile in window.profiles.iter().filter(|p| p.rule.id == rule && p.rule.reason == reason) {
+                for process in &profile.raw.processes {
+                    *samples.entry(process.key.tgid).or_default() +=
+                        process.stacks.iter().map(|stack| stack.count).sum::<u64>();
+                }
+            }
+        }
+        samples
+    }
+
+    /// The evidence of all captures of a rule, each once.
+    fn evidence(&self, rule: &str) -> BTreeSet<(u64, String)> {
+        let windows = self.0.lock().unwrap();
+        let profiles = windows.iter().flat_map(|window| &window.profiles);
+        profiles
+            .filter(|profile| profile.rule.id == rule)
+            .map(|profile| (profile.rule.capture, profile.rule.evidence.clone()))
+            .collect()
+    }
+
+    fn check_ledgers(&self) {
+        for window in &*self.0.lock().unwrap() {
+            window.ledger.check().unwrap();
+        }
+    }
+}
+
+fn engine(deny: Deny) -> (Engine, Profiles) {
+    let profiles = Profiles::default();
+    let sink = profiles.clone();
+    let options = EngineOptions {
+        node: "test".into(),
+        kernel: KernelOptions::default(),
+        window: Duration::from_secs(1),
+        caps: Caps::default(),
+        deny,
+        tables: true,
+    };
+    let engine = Engine::start(options, move |window: Window| sink.0.lock().unwrap().push(window)).unwrap();
+    (engine, profiles)
+}
+
+async fn apply(engine: &Engine, rules: &str) {
+    let rules = parse(&format!("rules:\n{rules}"), "test").unwrap();
+    let partial = engine.replace(Source::Local, Set { rules, ..Set::default() }).await.unwrap();
+    assert_eq!(partial, []);
+}
+
+async fn until(what: &str, seconds: u64, mut met: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(seconds);
+    while !met() {
+        assert!(Instant::now() < end, "not within {seconds} s: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn spinner(directory: &Path, name: &str) -> PathBuf {
+    let copy = directory.join(name);
+    fs::copy(common::program("gannet-spin", SPIN, &[]), &copy).unwrap();
+    copy
+}
+
+fn in_group(group: &Group, program: &Path, arguments: &[&str]) -> Running {
+    let mut command = Command::new(common::program("gannet-enter", common::cgroup::ENTER, &[]));
+    command.args(group.doors()).arg("--").arg(program).args(arguments);
+    Running::start(&mut command)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r18_two_captures_of_one_process_both_get_their_samples_and_end_in_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = spinner(directory.path(), "cap-two");
+    let busy = Running::start(&mut Command::new(&program));
+    let pid = busy.0.id();
+    let (engine, profiles) = engine(Deny::default());
+    apply(&engine, "  - {id: always, match: {comm: [cap-two]}, capture: {hz: 19}}\n").await;
+    let manual = |hz, duration| Manual {
+        matches: Match { pids: vec![pid], ..Match::default() },
+        hz,
+        kinds: vec![Kind::OnCpu],
+        duration: Duration::from_secs(duration),
+        evidence: format!("at {hz}"),
+    };
+    let short = engine.capture_now(manual(199, 2)).await.unwrap();
+    let long = engine.capture_now(manual(99, 4)).await.unwrap();
+    let begun = Instant::now();
+    assert!(short.over.await.unwrap().is_some());
+    assert!(long.over.await.unwrap().is_some());
+    assert!(begun.elapsed() >= Duration::from_millis(3900));
+    let taken = profiles.of("manual", "manual")[&pid];
+    let always = profiles.of("always", "always")[&pid];
+    assert!(taken >= 100 && always >= 50, "{taken} {always}");
+    let captures = profiles.evidence("manual");
+    assert_eq!(captures.len(), 2, "{captures:?}");
+    // Nothing of them after their end.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert_eq!(profiles.of("manual", "manual")[&pid], taken);
+    assert!(profiles.of("always", "always")[&pid] > always);
+    // A cap is named, never silently applied.
+    let error = engine.capture_now(manual(5000, 1)).await.unwrap_err().to_string();
+    assert!(error.contains("capture.hz") && error.contains("1000"), "{error}");
+    profiles.check_ledgers();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r18_real_pressure_captures_the_whole_container_with_its_evidence_and_lead_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = spinner(directory.path(), "cap-pressed");
+    let group = Group::new("pressed");
+    // Half a CPU for three that want one each; where version 1 has the controller, it has its own names.
+    let (v1, v2) = (group.directory.join("cpu.cfs_quota_us"), group.unified.join("cpu.max"));
+    if v1.exists() {
+        fs::write(v1, "50000").unwrap();
+    } else {
+        let root = group.unified.parent().unwrap().parent().unwrap().to_owned();
+        for above in [root, group.unified.parent().unwrap().to_owned()] {
+            fs::write(above.join("cgroup.subtree_control"), "+cpu").unwrap();
+        }
+        fs::write(v2, "50000 100000").unwrap();
+    }
+    let (engine, profiles) = engine(Deny::default());
+    apply(
+        &engine,
+        "  - id: pressed
+    match: {comm: [cap-pressed]}
+    when: [{pressure: {resource: cpu, kind: some, stall_us: 100000, window_us: 1000000}}]
+    capture: {hz: 49, duration: 3s, cooldown: 5s, lead_up: 10s}
+  - id: throttled
+    match: {comm: [cap-pressed]}
+    when: [{throttled: {above_percent: 20, for: 2s}}]
+    capture: {hz: 49, duration: 2s, cooldown: 60s}
+  - id: used
+    match: {comm: [cap-pressed]}
+    when: [{cpu_usage: {above_millicores: 200, for: 2s}}]
+    capture: {hz: 49, duration: 2s, cooldown: 60s}
+  - id: idle
+    match: {comm: [cap-pressed]}
+    when: [{cpu_usage: {above_millicores: 5000, for: 2s}}]
+",
+    )
+    .await;
+    let three: Vec<Running> = (0..3).map(|_| in_group(&group, &program, &[])).collect();
+    let pids: BTreeSet<u32> = three.iter().map(|running| running.0.id()).collect();
+    let all =
+        |reason: &str, rule: &str| profiles.of(rule, reason).into_keys().collect::<BTreeSet<u32>>() == pids;
+    until("all three by pressure", 40, || all("pressure", "pressed")).await;
+    until("all three by throttling", 40, || all("throttled", "throttled")).await;
+    until("all three by use", 40, || all("cpu_usage", "used")).await;
+    until("another one after the cooldown, with what came before", 40, || {
+        profiles.evidence("pressed").len() >= 2 && all("pressure lead-up", "pressed")
+    })
+    .await;
+    for (_, evidence) in profiles.evidence("pressed") {
+        assert!(evidence.starts_with("cpu some ") && evidence.contains(" ms/s at "), "{evidence}");
+        assert!(evidence.contains(&group.path), "{evidence}");
+    }
+    let evidence = profiles.evidence("throttled").pop_first().unwrap().1;
+    assert!(evidence.contains(" % of the periods at "), "{evidence}");
+    assert_eq!(profiles.evidence("idle"), BTreeSet::new());
+    let statuses = engine.inspect(|inside| inside.statuses()).await.unwrap();
+    let idle = statuses.iter().find(|status| status.rule_id == "idle").unwrap();
+    assert!(idle.reason.starts_with("waits for cpu_usage") && idle.processes == 3, "{idle:?}");
+    // A capture ends when its rule is gone.
+    apply(&engine, "  - {id: nothing, match: {comm: [nobody]}}\n").await;
+    engine.flush().await.unwrap();
+    let before = profiles.of("pressed", "pressure");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    engine.flush().await.unwrap();
+    assert_eq!(profiles.of("pressed", "pressure"), before);
+    profiles.check_ledgers();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r18_exec_arms_from_the_first_tick_and_for_no_longer_than_asked() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = spinner(directory.path(), "cap-exec");
+    // Runs already: not an exec.
+    let before = Running::start(&mut Command::new(&program));
+    let (engine, profiles) = engine(Deny::default());
+    apply(
+        &engine,
+        "  - id: at-exec
+    match: {comm: [cap-exec]}
+    when: [{exec: {}}]
+    capture: {hz: 99, duration: 2s, max_concurrent: 2}
+",
+    )
+    .await;
+    let mut started: Vec<Running> = Vec::new();
+    for _ in 0..3 {
+        started.push(Running::start(&mut Command::new(&program)));
+    }
+    let pid = |running: &Running| running.0.id();
+    until("two of them", 30, || profiles.of("at-exec", "exec").len() >= 2).await;
+    // As many as may run at one time: the third and the one before are none of them.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let taken = profiles.of("at-exec", "exec");
+    assert_eq!(taken.keys().copied().collect::<Vec<_>>(), started[..2].iter().map(pid).collect::<Vec<_>>());
+    assert!(!taken.contains_key(&pid(&before)));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(profiles.of("at-exec", "exec"), taken, "they are over");
+    // The next one, while there is room again; a child of it is part of the same capture.
+    let next = Running::start(Command::new(&program).args(["spin", "1000"]));
+    until("the next one", 30, || profiles.of("at-exec", "exec").contains_key(&pid(&next))).await;
+    profiles.check_ledgers();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r18_a_schedule_captures_and_what_the_node_denies_is_never_sampled() {
+    let directory = tempfile::tempdir().unwrap();
+    let (yes, no) = (spinner(directory.path(), "cap-yes"), spinner(directory.path(), "cap-no"));
+    let deny = Deny { comm: vec![gannet_proto::rules::Pattern::parse("cap-n*").unwrap()], ..Deny::default() };
+    let (engine, profiles) = engine(deny);
+    let (yes, no) = (Running::start(&mut Command::new(yes)), Running::start(&mut Command::new(no)));
+    apply(
+        &engine,
+        "  - id: clock
+    match: {comm: ['cap-*']}
+    when: [{schedule: {every: 1h, for: 2s}}]
+  - {id: always, match: {comm: ['*']}, capture: {hz: 19}}
+",
+    )
+    .await;
+    let asked = engine
+        .capture_now(Manual {
+            matches: Match { pids: vec![no.0.id()], ..Match::default() },
+            hz: 99,
+            kinds: vec![Kind::OnCpu],
+            duration: Duration::from_secs(1),
+            evidence: String::new(),
+        })
+        .await
+        .unwrap();
+    asked.over.await.unwrap();
+    until("the schedule", 30, || profiles.of("clock", "schedule").contains_key(&yes.0.id())).await;
+    for (rule, reason) in [("clock", "schedule"), ("always", "always"), ("manual", "manual")] {
+        assert!(!profiles.of(rule, reason).contains_key(&no.0.id()), "{rule}");
+    }
+    profiles.check_ledgers();
+}
