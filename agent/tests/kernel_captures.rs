@@ -24,7 +24,7 @@ use gannet_proto::{
 };
 
 /// `spin MS`: uses a CPU for so long, or for ever.
-const SPIN: &str = r#"
+const SPIN: &str = r"
 #include <stdlib.h>
 #include <time.h>
 int main(int c, char **v) {
@@ -38,7 +38,7 @@ int main(int c, char **v) {
 	} while ((now.tv_sec - begin.tv_sec) * 1000 + (now.tv_nsec - begin.tv_nsec) / 1000000 < ms);
 	return 0;
 }
-"#;
+";
 
 /// What an engine delivered: by reason and process, and by reason the samples.
 #[derive(Clone, Default)]

@@ -203,6 +203,7 @@ fn stack(kernel: &[u64], user: &[u64], end: StackEnd) -> RawStack {
         kernel: kernel.to_vec(),
         user: user.to_vec(),
         end,
+        state: 0,
         count: 3,
         value_ns: 30_000_000,
     }
