@@ -11,6 +11,9 @@ const FILES: [&str; 4] = [
     "perftools/profiles/profile.proto",
 ];
 
+/// What others have defined, and Gannet only calls: not part of its own reflection.
+const FOREIGN: [&str; 2] = ["push/v1/push.proto", "parca/profilestore/v1alpha1/profilestore.proto"];
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
     let descriptors = protox::compile(FILES, ["proto"])?;
@@ -22,5 +25,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // Ordered maps, so that the same message has the same bytes: rule digests and profiles depend on it.
         .btree_map(".")
         .compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .build_transport(false)
+        .compile_fds(protox::compile(FOREIGN, ["proto"])?)?;
     Ok(())
 }

@@ -2,7 +2,11 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use crate::StartError;
+use crate::{
+    StartError,
+    auth::{Grant, NodeIdentity},
+    forward::{Forward, ForwardOptions},
+};
 
 /// The largest compressed profile that is taken, unless told otherwise: what Pyroscope takes by default, so that what
 /// is stored here can be handed on.
@@ -15,6 +19,8 @@ pub const MAX_IN_FLIGHT: u32 = 32;
 pub struct Config {
     /// The directory that holds everything the collector keeps.
     pub data: PathBuf,
+    /// Where the rules are kept.
+    pub rules_store: RulesStore,
     /// Where gRPC is served.
     pub listen: SocketAddr,
     /// Where the page, the HTTP API, metrics and probes are served.
@@ -25,6 +31,20 @@ pub struct Config {
     pub insecure: bool,
     /// Certificates for both listeners.
     pub tls: Option<TlsFiles>,
+    /// Where profiles are handed on to.
+    pub forward: Vec<Forward>,
+    /// How those are spoken to.
+    pub forward_options: ForwardOptions,
+    /// How often the files of certificates are looked at.
+    pub tls_reload_interval: Duration,
+    /// Who may do what, of those who prove who they are; none: all of them everything.
+    pub roles: Vec<Grant>,
+    /// What an agent's claim to be a node is held against.
+    pub node_identity: NodeIdentity,
+    /// Take tokens that the Kubernetes API vouches for and that are for this audience.
+    pub token_audience: Option<String>,
+    /// How to reach the Kubernetes API; none: as a pod does, or as `kubectl` does.
+    pub kubeconfig: Option<PathBuf>,
     /// Profiles whose window started longer ago are removed, and refused.
     pub retention_age: Duration,
     /// The oldest profiles are removed while all together are larger.
@@ -53,6 +73,33 @@ pub struct Config {
     pub shutdown_timeout: Duration,
 }
 
+/// Where the rules are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RulesStore {
+    /// In a file: below `data`, or in a directory that several collectors may share.
+    File(Option<PathBuf>),
+    /// In a ConfigMap and TriggerRule resources of this namespace, by default that of the collector.
+    Kubernetes(Option<String>),
+}
+
+impl RulesStore {
+    /// Reads `file`, `file=DIR`, `kubernetes`, `kubernetes=NAMESPACE`.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            None if text == "file" => Ok(Self::File(None)),
+            Some(("file", dir)) if !dir.is_empty() => Ok(Self::File(Some(dir.into()))),
+            None if text == "kubernetes" => Ok(Self::Kubernetes(None)),
+            Some(("kubernetes", namespace)) if !namespace.is_empty() => {
+                Ok(Self::Kubernetes(Some(namespace.to_owned())))
+            }
+            _ => Err(format!(
+                "`{text}` is no rule store: write `file`, `file=DIR` for a directory that collectors share, `kubernetes`, or \
+                 `kubernetes=NAMESPACE`"
+            )),
+        }
+    }
+}
+
 /// PEM files.
 #[derive(Debug, Clone)]
 pub struct TlsFiles {
@@ -70,11 +117,19 @@ impl Config {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         Self {
             data: data.into(),
+            rules_store: RulesStore::File(None),
             listen: any,
             http: any,
             http_local: None,
             insecure: false,
             tls: None,
+            forward: Vec::new(),
+            forward_options: ForwardOptions::default(),
+            tls_reload_interval: Duration::from_secs(5),
+            roles: Vec::new(),
+            node_identity: NodeIdentity::Any,
+            token_audience: None,
+            kubeconfig: None,
             retention_age: Duration::from_secs(7 * 24 * 3600),
             retention_bytes: 10 << 30,
             retention_interval: Duration::from_secs(60),
@@ -109,6 +164,31 @@ impl Config {
                     ));
                 }
             }
+        }
+        let with_client_ca = self.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
+        if !self.roles.is_empty() && !with_client_ca && self.token_audience.is_none() {
+            return wrong(
+                "--role: nobody can prove who they are: give --tls-client-ca or --token-audience as well"
+                    .into(),
+            );
+        }
+        match self.node_identity {
+            NodeIdentity::Certificate if !with_client_ca => {
+                return wrong("--node-identity certificate: give --tls-client-ca as well".into());
+            }
+            NodeIdentity::Token if self.token_audience.is_none() => {
+                return wrong("--node-identity token: give --token-audience as well".into());
+            }
+            _ => {}
+        }
+        if self.token_audience.is_some()
+            && self.tls.is_none()
+            && !self.insecure
+            && !self.listen.ip().is_loopback()
+        {
+            return wrong(
+                "--token-audience: tokens would be sent in plaintext: give --tls-cert and --tls-key".into(),
+            );
         }
         if self.listen == self.http && self.listen.port() != 0 {
             return wrong(format!("--listen and --http are both {}: give them different ports", self.listen));
@@ -194,6 +274,8 @@ mod tests {
     #[case::http(|c: &mut Config| c.http = ([10, 0, 0, 1], 80).into(), "--http 10.0.0.1:80")]
     #[case::local(|c: &mut Config| c.http_local = Some(([0, 0, 0, 0], 4181).into()), "--http-local 0.0.0.0:4181")]
     #[case::bucket(|c: &mut Config| c.data = "s3://bucket".into(), "cannot reach s3://")]
+    #[case::roles(|c: &mut Config| c.roles = vec!["editor=anna".parse().unwrap()], "--tls-client-ca")]
+    #[case::identity(|c: &mut Config| c.node_identity = NodeIdentity::Token, "--token-audience")]
     #[case::same(|c: &mut Config| { c.listen.set_port(9); c.http.set_port(9) }, "different ports")]
     #[case::young(|c: &mut Config| c.retention_age = Duration::from_secs(1), "--retention-age")]
     fn what_cannot_work_is_refused_with_its_flag(#[case] change: fn(&mut Config), #[case] says: &str) {

@@ -5,7 +5,7 @@
 //! and delays nobody.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     fs, io,
     path::{Path, PathBuf},
     pin::Pin,
@@ -15,9 +15,11 @@ use std::{
 
 use gannet_proto::{
     control::{
-        AgentMessage, ListNodesRequest, ListNodesResponse, Node, NodeHello, NodeRollout, NodeStatus, Rollout,
-        Rule, RuleError, RuleSet, ServerMessage, agent_message, agent_service_server::AgentService,
-        fleet_service_server::FleetService, node_rollout::State, server_message,
+        AgentMessage, Answer as NodeAnswer, AuditEntry, CancelQuestion, CaptureProgress, CaptureRequest,
+        ExplainRequest, ExplainResponse, ListNodesRequest, ListNodesResponse, Node, NodeHello, NodeRollout,
+        NodeStatus, Question, ResumeRolloutRequest, Rollout, Rule, RuleError, RuleSet, ServerMessage,
+        agent_message, agent_service_server::AgentService, answer, capture_progress,
+        fleet_service_server::FleetService, node_rollout::State, question, rule_status, server_message,
     },
     rules,
 };
@@ -29,10 +31,12 @@ use tonic::{Request, Response, Status, Streaming};
 use ulid::Ulid;
 
 use crate::{
-    Config, durable,
+    Config,
+    auth::Who,
+    durable,
     ingest::MAX_NODE_NAME,
     metrics::Metrics,
-    rules::{Published, Rules},
+    rules::{ForNode, Published, Rules, SELF},
     time,
 };
 
@@ -49,6 +53,20 @@ pub(crate) const UPKEEP_INTERVAL: Duration = Duration::from_secs(30);
 /// So many take-overs of a name within [`CONFLICT_WINDOW`] are two agents, not one that reconnects.
 const CONFLICT_COUNT: usize = 3;
 const CONFLICT_WINDOW: Duration = Duration::from_secs(60);
+/// Questions to one node that are not answered yet.
+const MAX_QUESTIONS: usize = 32;
+/// Parts of one answer that wait for whoever asked. A capture comes in parts of 256 KiB at most.
+const MAX_PARTS: usize = 128;
+/// How long a node may take to answer what it can answer at once.
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Of a capture, beyond its duration: stacks are walked and named after the last sample.
+const CAPTURE_GRACE: Duration = Duration::from_secs(60);
+const MAX_CAPTURE: Duration = Duration::from_secs(600);
+/// How often staged rollouts are looked at.
+pub(crate) const STAGING_INTERVAL: Duration = Duration::from_millis(500);
+/// What an agent that answers questions has among its features.
+const QUESTIONS: &str = "questions";
+const CAPTURE: &str = "capture";
 
 /// Everything that is known of the nodes.
 pub(crate) struct Fleet {
@@ -75,9 +93,81 @@ struct Known {
     taken_over: VecDeque<Instant>,
 }
 
+#[derive(Clone)]
 struct Connection {
     id: Ulid,
     replaced: CancellationToken,
+    asks: mpsc::Sender<Ask>,
+}
+
+/// What a session is to ask its node.
+struct Ask {
+    id: String,
+    /// Not given: whoever asked is gone.
+    question: Option<question::Question>,
+    /// Given with a question. Nobody else holds it, so that who waits learns when the session ends.
+    reply: Option<mpsc::Sender<answer::Answer>>,
+}
+
+/// Why a node was not asked, or did not answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AskError {
+    #[error("there is no node `{0}`; `gannetctl nodes` shows those that there are")]
+    Unknown(String),
+    #[error("node `{0}` is not connected to this collector")]
+    Offline(String),
+    #[error("node `{node}` runs version {version}, which cannot do this: update its agent")]
+    TooOld { node: String, version: String },
+    #[error("node `{0}` has {MAX_QUESTIONS} questions to answer already: try again")]
+    Busy(String),
+    #[error("node `{0}` did not answer in time")]
+    Silent(String),
+    #[error("node `{node}`: {reason}")]
+    Refused { node: String, reason: String },
+}
+
+impl From<AskError> for Status {
+    fn from(error: AskError) -> Self {
+        let text = error.to_string();
+        match error {
+            AskError::Unknown(_) => Status::not_found(text),
+            AskError::Offline(_) => Status::unavailable(text),
+            AskError::TooOld { .. } | AskError::Refused { .. } => Status::failed_precondition(text),
+            AskError::Busy(_) => Status::resource_exhausted(text),
+            AskError::Silent(_) => Status::deadline_exceeded(text),
+        }
+    }
+}
+
+/// An answer on its way. Dropping it tells the node that nobody waits.
+pub(crate) struct Asked {
+    node: String,
+    id: String,
+    asks: mpsc::Sender<Ask>,
+    parts: mpsc::Receiver<answer::Answer>,
+}
+
+impl Asked {
+    /// The next part.
+    async fn part(&mut self, patience: Duration) -> Result<answer::Answer, AskError> {
+        match tokio::time::timeout(patience, self.parts.recv()).await {
+            Ok(Some(answer::Answer::Refused(reason))) => {
+                Err(AskError::Refused { node: self.node.clone(), reason })
+            }
+            Ok(Some(part)) => Ok(part),
+            // The session has ended, and with it its end of this channel.
+            Ok(None) => Err(AskError::Offline(self.node.clone())),
+            Err(_) => Err(AskError::Silent(self.node.clone())),
+        }
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        let ask = Ask { id: std::mem::take(&mut self.id), question: None, reply: None };
+        // A session that has that much to do finds out when it passes on the next part.
+        let _ = self.asks.try_send(ask);
+    }
 }
 
 /// How a node stands to a revision.
@@ -90,6 +180,7 @@ struct Answer {
     errors: Vec<RuleError>,
     since_ms: u64,
     took: Duration,
+    note: String,
 }
 
 /// A rule set that was sent, or is about to be, and is not answered.
@@ -99,6 +190,8 @@ struct Outstanding {
     digest: String,
     is_empty: bool,
     offered: Instant,
+    held: Vec<String>,
+    tried: Vec<String>,
 }
 
 impl Fleet {
@@ -168,7 +261,84 @@ impl Fleet {
         let nodes: Vec<NodeRollout> =
             self.lock().iter().map(|(name, known)| known.rollout(name, revision, made_ms)).collect();
         let settled = nodes.iter().all(|n| n.state() != State::Pending);
-        Rollout { revision, created_at: Some(time::timestamp(made_ms)), nodes, settled }
+        let staged = self.rules.staged().into_iter().map(|(scope, (_, staged))| (scope, staged)).collect();
+        Rollout { revision, created_at: Some(time::timestamp(made_ms)), nodes, settled, staged }
+    }
+
+    /// Puts a question to a node. `feature`: what its agent must be able to do.
+    pub(crate) fn ask(
+        &self,
+        node: &str,
+        feature: &str,
+        question: question::Question,
+    ) -> Result<Asked, AskError> {
+        let asks = {
+            let nodes = self.lock();
+            let known = nodes.get(node).ok_or_else(|| AskError::Unknown(node.to_owned()))?;
+            let connection = known.connection.as_ref().ok_or_else(|| AskError::Offline(node.to_owned()))?;
+            if !known.hello.features.iter().any(|have| have == feature) {
+                return Err(AskError::TooOld { node: node.to_owned(), version: known.hello.version.clone() });
+            }
+            connection.asks.clone()
+        };
+        self.metrics.questions.inc();
+        let (reply, parts) = mpsc::channel(MAX_PARTS);
+        let id = Ulid::new().to_string();
+        let ask = Ask { id: id.clone(), question: Some(question), reply: Some(reply) };
+        match asks.try_send(ask) {
+            Ok(()) => Ok(Asked { node: node.to_owned(), id, asks, parts }),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(AskError::Busy(node.to_owned())),
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(AskError::Offline(node.to_owned())),
+        }
+    }
+
+    /// Puts a question that has one answer.
+    pub(crate) async fn ask_once(
+        &self,
+        node: &str,
+        question: question::Question,
+    ) -> Result<answer::Answer, AskError> {
+        self.ask(node, QUESTIONS, question)?.part(ANSWER_TIMEOUT).await
+    }
+
+    /// The labels of a node that is connected.
+    pub(crate) fn labels(&self, node: &str) -> BTreeMap<String, String> {
+        self.lock().get(node).map(|known| known.hello.labels.clone()).unwrap_or_default()
+    }
+
+    /// Staged sets that have stood their time without a rejection go to all nodes. Blocking.
+    pub(crate) fn complete_staged(&self) {
+        for (scope, (revision, staged)) in self.rules.staged() {
+            let Some(soak) = staged.soak.and_then(|soak| Duration::try_from(soak).ok()) else { continue };
+            let since_ms = staged.since.as_ref().and_then(time::to_ms).unwrap_or(u64::MAX);
+            let is_over = |at_ms: u64| u128::from(time::now_ms()) >= u128::from(at_ms) + soak.as_millis();
+            if !staged.paused.is_empty() || !is_over(since_ms) {
+                continue;
+            }
+            let all_have_it =
+                {
+                    let nodes = self.lock();
+                    let mut tried = nodes
+                        .iter()
+                        .filter(|(name, known)| {
+                            known.connection.is_some() && rules::canary_rank(name) < staged.percent
+                        })
+                        .peekable();
+                    // Nobody to try it on proves nothing.
+                    tried.peek().is_some()
+                        && tried.all(|(_, known)| {
+                            known.answers.iter().find(|a| a.revision >= revision).is_some_and(|answer| {
+                                answer.state != State::Rejected && is_over(answer.since_ms)
+                            })
+                        })
+                };
+            if all_have_it {
+                let request = ResumeRolloutRequest { scope: scope.clone(), percent: 0 };
+                if let Err(error) = self.rules.resume(&request, SELF) {
+                    tracing::warn!(scope, "the staged rules could not be brought to all nodes: {error}");
+                }
+            }
+        }
     }
 
     /// Writes down who is known, and forgets who was not seen for long. Blocking.
@@ -197,15 +367,15 @@ impl Fleet {
     }
 
     /// Makes this connection the node's, and ends the one before.
-    fn register(&self, hello: &NodeHello) -> Result<Connection, Status> {
+    fn register(&self, hello: &NodeHello, asks: mpsc::Sender<Ask>) -> Result<Connection, Status> {
         let name = &hello.node;
         if name.is_empty() || name.len() > MAX_NODE_NAME || name.chars().any(char::is_control) {
             return Err(Status::invalid_argument(format!(
                 "hello.node: a node's name has 1 to {MAX_NODE_NAME} bytes and no control characters"
             )));
         }
-        let connection = Connection { id: Ulid::new(), replaced: CancellationToken::new() };
-        let mine = Connection { id: connection.id, replaced: connection.replaced.clone() };
+        let connection = Connection { id: Ulid::new(), replaced: CancellationToken::new(), asks };
+        let mine = connection.clone();
         let now_ms = time::now_ms();
         let mut nodes = self.lock();
         if !nodes.contains_key(name) && nodes.len() >= self.max_nodes {
@@ -291,6 +461,7 @@ impl Known {
             Some(answer) => NodeRollout {
                 errors: answer.errors.clone(),
                 took: Some(time::span(answer.took)),
+                note: answer.note.clone(),
                 ..rollout(answer.state, answer.since_ms)
             },
             None => rollout(State::Pending, self.since_ms.max(made_ms)),
@@ -339,6 +510,10 @@ struct Session<'a> {
     outstanding: Option<Outstanding>,
     /// To be sent as soon as the node takes it.
     unsent: Option<ServerMessage>,
+    /// Sent behind that.
+    questions: VecDeque<Question>,
+    /// Who waits for which answer.
+    asked: HashMap<String, mpsc::Sender<answer::Answer>>,
 }
 
 impl Session<'_> {
@@ -347,23 +522,22 @@ impl Session<'_> {
         // Nothing was ever set here, or it cannot be read: the node keeps what it has.
         let Some(published) = published.filter(|p| p.revision > 0) else { return };
         let revision = published.revision;
-        let mine: Vec<Rule> = published
-            .rules
-            .iter()
-            .filter(|rule| rules::is_for_node(rule, &self.node.node, &self.node.labels))
-            .cloned()
-            .collect();
+        let ForNode { rules: mine, held, tried } = published.for_node(&self.node.node, &self.node.labels);
         let (digest, is_empty) = (rules::digest(&mine), mine.is_empty());
         match &mut self.outstanding {
             None if self.active == digest || (is_empty && self.active.is_empty()) => {
                 self.fleet.update(&self.node.node, self.connection, |known| {
                     let (state, errors) = known.standing(&digest, is_empty);
-                    let since_ms = time::now_ms();
-                    known.record(Answer { revision, digest, state, errors, since_ms, took: Duration::ZERO });
+                    let (state, note) = kept_back(state, &held);
+                    let (since_ms, took) = (time::now_ms(), Duration::ZERO);
+                    known.record(Answer { revision, digest, state, errors, since_ms, took, note });
                 });
             }
             // On its way already: its answer is this revision's, too.
-            Some(outstanding) if outstanding.digest == digest => outstanding.revision = revision,
+            Some(outstanding) if outstanding.digest == digest => {
+                outstanding.revision = revision;
+                (outstanding.held, outstanding.tried) = (held, tried);
+            }
             _ => {
                 let nonce = Ulid::new().to_string();
                 self.unsent = Some(ServerMessage {
@@ -374,8 +548,9 @@ impl Session<'_> {
                         digest: digest.clone(),
                     })),
                 });
+                let offered = Instant::now();
                 self.outstanding =
-                    Some(Outstanding { revision, nonce, digest, is_empty, offered: Instant::now() });
+                    Some(Outstanding { revision, nonce, digest, is_empty, offered, held, tried });
                 self.fleet.update(&self.node.node, self.connection, |known| known.forget(revision));
             }
         }
@@ -386,9 +561,28 @@ impl Session<'_> {
         self.fleet.update(&self.node.node, self.connection, |known| known.last_seen_ms = time::now_ms());
         match message.message {
             Some(agent_message::Message::Status(status)) => {
-                self.fleet.update(&self.node.node, self.connection, |known| known.status = Some(status));
+                self.fleet.update(&self.node.node, self.connection, |known| {
+                    for rule in expired(known.status.as_ref(), &status) {
+                        self.fleet.rules.audit().answer(AuditEntry {
+                            at: Some(time::timestamp(time::now_ms())),
+                            revision: status.active_revision,
+                            action: "expired".into(),
+                            node: self.node.node.clone(),
+                            removed: vec![rule],
+                            note: "by the node's own clock".into(),
+                            ..AuditEntry::default()
+                        });
+                    }
+                    known.status = Some(status);
+                });
                 Ok(())
             }
+            Some(agent_message::Message::Answer(NodeAnswer { id, answer: Some(answer) })) => {
+                self.pass_on(&id, answer);
+                Ok(())
+            }
+            // Of a kind that a newer version knows.
+            Some(agent_message::Message::Answer(NodeAnswer { answer: None, .. })) => Ok(()),
             Some(agent_message::Message::Applied(applied)) => {
                 let Some(outstanding) = self.answered(&applied.nonce) else { return Ok(()) };
                 if applied.digest != outstanding.digest {
@@ -422,6 +616,58 @@ impl Session<'_> {
         }
     }
 
+    /// Takes a question, or the word that nobody waits for its answer any more.
+    fn ask(&mut self, Ask { id, question, reply }: Ask) {
+        let (Some(question), Some(reply)) = (question, reply) else {
+            self.questions.retain(|waiting| waiting.id != id);
+            if self.asked.remove(&id).is_some() {
+                self.cancel(id);
+            }
+            return;
+        };
+        if self.asked.len() >= MAX_QUESTIONS {
+            // It is new, so there is room in its channel.
+            let _ = reply.try_send(answer::Answer::Refused(format!(
+                "it has {MAX_QUESTIONS} questions to answer already: try again"
+            )));
+            return;
+        }
+        self.asked.insert(id.clone(), reply);
+        self.questions.push_back(Question { id, question: Some(question) });
+    }
+
+    fn cancel(&mut self, id: String) {
+        let question = Some(question::Question::Cancel(CancelQuestion {}));
+        self.questions.push_back(Question { id, question });
+    }
+
+    /// A part of an answer, to whoever asked. Somebody who does not take it holds up nobody.
+    fn pass_on(&mut self, id: &str, answer: answer::Answer) {
+        let Some(reply) = self.asked.get(id) else { return };
+        let is_last = !matches!(
+            &answer,
+            answer::Answer::Capture(CaptureProgress { message: Some(message) })
+                if !matches!(message, capture_progress::Message::Done(_))
+        );
+        let passed = reply.try_send(answer).is_ok();
+        if is_last || !passed {
+            self.asked.remove(id);
+        }
+        if !is_last && !passed {
+            self.cancel(id.to_owned());
+        }
+    }
+
+    /// What is to be sent next.
+    fn next_message(&mut self) -> Option<ServerMessage> {
+        if let Some(rules) = self.unsent.take() {
+            self.fleet.metrics.rule_pushes.inc();
+            return Some(rules);
+        }
+        let question = self.questions.pop_front()?;
+        Some(ServerMessage { message: Some(server_message::Message::Question(question)) })
+    }
+
     /// What this nonce answers; `None`: something older than what was sent last.
     fn answered(&mut self, nonce: &str) -> Option<Outstanding> {
         let outstanding = self.outstanding.take_if(|o| o.nonce == nonce);
@@ -434,8 +680,12 @@ impl Session<'_> {
 
     fn record(&self, outstanding: Outstanding, state: State, mut errors: Vec<RuleError>) {
         errors.truncate(MAX_ERRORS);
-        let Outstanding { revision, digest, offered, .. } = outstanding;
+        let Outstanding { revision, digest, offered, held, tried, .. } = outstanding;
         let took = offered.elapsed();
+        if state == State::Rejected && !tried.is_empty() {
+            self.pause(revision, &tried, &errors);
+        }
+        let (state, note) = kept_back(state, &held);
         match errors.first() {
             Some(first) => tracing::warn!(
                 node = %self.node.node, revision, state = state.as_str_name(), errors = errors.len(),
@@ -445,24 +695,85 @@ impl Session<'_> {
                 tracing::info!(node = %self.node.node, revision, state = state.as_str_name(), ?took, "rules answered");
             }
         }
-        let answer = Answer { revision, digest, state, errors, since_ms: time::now_ms(), took };
+        self.fleet.rules.audit().answer(AuditEntry {
+            at: Some(time::timestamp(time::now_ms())),
+            revision,
+            action: "answer".into(),
+            node: self.node.node.clone(),
+            state: state.into(),
+            errors: errors.clone(),
+            note: note.clone(),
+            ..AuditEntry::default()
+        });
+        let answer = Answer { revision, digest, state, errors, since_ms: time::now_ms(), took, note };
         self.fleet.update(&self.node.node, self.connection, |known| known.record(answer));
         self.fleet.touch();
     }
+
+    /// The node has rejected what is tried on it: the staged sets go no further by themselves.
+    fn pause(&self, revision: u64, tried: &[String], errors: &[RuleError]) {
+        let published = self.fleet.rules.subscribe().borrow().clone();
+        let Some(published) = published else { return };
+        let ids: Vec<&str> = errors.iter().map(|error| error.rule_id.as_str()).collect();
+        let scopes: Vec<String> =
+            published.staged_with(&ids).into_iter().filter(|scope| tried.contains(scope)).collect();
+        let words = errors.first().map_or_else(
+            || "without a reason".to_owned(),
+            |RuleError { rule_id, field, reason }| format!("rule `{rule_id}`: {field}: {reason}"),
+        );
+        let why = format!("node {} has rejected it: {words}", self.node.node);
+        let rules = Arc::clone(&self.fleet.rules);
+        let fleet_changes = self.fleet.changes.clone();
+        tokio::task::spawn_blocking(move || {
+            for scope in scopes {
+                match rules.pause(&scope, revision, &why) {
+                    Ok(()) => fleet_changes.send_modify(|n| *n += 1),
+                    Err(error) => tracing::error!(scope, "the staged rollout could not be paused: {error}"),
+                }
+            }
+        });
+    }
+}
+
+/// A node that keeps the former rules of a staged scope has them in force, and not what the revision is about.
+fn kept_back(state: State, held: &[String]) -> (State, String) {
+    match held {
+        [] => (state, String::new()),
+        held => {
+            let note = format!("keeps the former rules of {}: the new ones are staged", held.join(", "));
+            (if state == State::Applied { State::Skipped } else { state }, note)
+        }
+    }
+}
+
+/// Rules that have expired between two heartbeats.
+fn expired(before: Option<&NodeStatus>, now: &NodeStatus) -> Vec<String> {
+    let is_expired =
+        |status: &gannet_proto::control::RuleStatus| status.state() == rule_status::State::Expired;
+    let was =
+        |id: &str| before.is_some_and(|b| b.rules.iter().any(|rule| rule.rule_id == id && is_expired(rule)));
+    now.rules.iter().filter(|r| is_expired(r) && !was(&r.rule_id)).map(|r| r.rule_id.clone()).collect()
 }
 
 type Out = mpsc::Sender<Result<ServerMessage, Status>>;
 
 /// Talks to one agent until either end has enough.
-async fn converse(fleet: &Fleet, mut stream: Streaming<AgentMessage>, out: &Out) -> Result<(), Status> {
+async fn converse(
+    fleet: &Fleet,
+    who: &Who,
+    mut stream: Streaming<AgentMessage>,
+    out: &Out,
+) -> Result<(), Status> {
     let hello = tokio::time::timeout(HELLO_TIMEOUT, stream.message())
         .await
         .map_err(|_| Status::deadline_exceeded("no hello within 10 s of opening the stream"))??;
     let Some(AgentMessage { message: Some(agent_message::Message::Hello(hello)) }) = hello else {
         return Err(Status::invalid_argument("the first message must be hello"));
     };
-    let connection = fleet.register(&hello)?;
-    let end = listen(fleet, &hello, &connection, &mut stream, out).await;
+    who.may_be_node(&hello.node)?;
+    let (asks, asked) = mpsc::channel(MAX_QUESTIONS);
+    let connection = fleet.register(&hello, asks)?;
+    let end = listen(fleet, &hello, &connection, &mut stream, asked, out).await;
     fleet.unregister(&hello.node, &connection);
     end
 }
@@ -472,6 +783,7 @@ async fn listen(
     hello: &NodeHello,
     connection: &Connection,
     stream: &mut Streaming<AgentMessage>,
+    mut asks: mpsc::Receiver<Ask>,
     out: &Out,
 ) -> Result<(), Status> {
     let mut published = fleet.rules.subscribe();
@@ -482,6 +794,8 @@ async fn listen(
         active: hello.active_digest.clone(),
         outstanding: None,
         unsent: None,
+        questions: VecDeque::new(),
+        asked: HashMap::new(),
     };
     published.mark_changed();
     loop {
@@ -500,13 +814,14 @@ async fn listen(
                 let newest = published.borrow_and_update().clone();
                 session.offer(newest.as_deref());
             }
-            permit = out.reserve(), if session.unsent.is_some() => {
+            permit = out.reserve(), if session.unsent.is_some() || !session.questions.is_empty() => {
                 let Ok(permit) = permit else { return Ok(()) };
-                if let Some(message) = session.unsent.take() {
-                    fleet.metrics.rule_pushes.inc();
+                if let Some(message) = session.next_message() {
                     permit.send(Ok(message));
                 }
             }
+            // The fleet's entry holds the other end as long as this connection speaks for the node.
+            Some(ask) = asks.recv() => session.ask(ask),
             message = stream.message() => match message? {
                 Some(message) => session.hear(message)?,
                 None => return Ok(()),
@@ -528,9 +843,10 @@ impl AgentService for FleetGrpc {
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
         let fleet = Arc::clone(&self.0);
+        let who = request.extensions().get::<Who>().cloned().unwrap_or_default();
         let (out, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
-            if let Err(status) = converse(&fleet, request.into_inner(), &out).await {
+            if let Err(status) = converse(&fleet, &who, request.into_inner(), &out).await {
                 // An agent that does not read is not worth waiting for.
                 let _ = tokio::time::timeout(Duration::from_secs(1), out.send(Err(status))).await;
             }
@@ -543,6 +859,87 @@ impl AgentService for FleetGrpc {
 impl FleetService for FleetGrpc {
     async fn list_nodes(&self, _: Request<ListNodesRequest>) -> Result<Response<ListNodesResponse>, Status> {
         Ok(Response::new(ListNodesResponse { nodes: self.0.nodes() }))
+    }
+
+    async fn explain(&self, request: Request<ExplainRequest>) -> Result<Response<ExplainResponse>, Status> {
+        let request = request.into_inner();
+        let node = request.node.clone();
+        match self.0.ask_once(&node, question::Question::Explain(request)).await? {
+            answer::Answer::Explain(answer) => Ok(Response::new(answer)),
+            _ => Err(Status::internal(format!("node `{node}` answered something else"))),
+        }
+    }
+
+    type CaptureStream = Pin<Box<dyn Stream<Item = Result<CaptureProgress, Status>> + Send>>;
+
+    async fn capture(
+        &self,
+        request: Request<CaptureRequest>,
+    ) -> Result<Response<Self::CaptureStream>, Status> {
+        let request = check_capture(request.into_inner())?;
+        let node = request.node.clone();
+        let duration = request.duration.and_then(|d| Duration::try_from(d).ok()).unwrap_or(MAX_CAPTURE);
+        let mut asked = self.0.ask(&node, CAPTURE, question::Question::Capture(request))?;
+        let (sender, receiver) = mpsc::channel(4);
+        let stop = self.0.stop.clone();
+        tokio::spawn(async move {
+            let forward = async {
+                loop {
+                    let part = match asked.part(duration + CAPTURE_GRACE).await {
+                        Ok(answer::Answer::Capture(part)) => Ok(part),
+                        Ok(_) => Err(Status::internal(format!("node `{node}` answered something else"))),
+                        Err(error) => Err(error.into()),
+                    };
+                    let is_last = !matches!(&part, Ok(CaptureProgress { message: Some(message) })
+                        if !matches!(message, capture_progress::Message::Done(_)));
+                    if sender.send(part).await.is_err() || is_last {
+                        return;
+                    }
+                }
+            };
+            tokio::select! {
+                () = forward => {}
+                () = sender.closed() => {}
+                () = stop.cancelled() => {
+                    let _ = sender.try_send(Err(Status::unavailable("the collector is shutting down")));
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+/// What a capture must say; the node checks what it may.
+fn check_capture(mut request: CaptureRequest) -> Result<CaptureRequest, Status> {
+    let duration = request.duration.get_or_insert_with(|| time::span(Duration::from_secs(30)));
+    if !Duration::try_from(*duration).is_ok_and(|d| (Duration::from_secs(1)..=MAX_CAPTURE).contains(&d)) {
+        return Err(Status::invalid_argument("duration: give 1 s to 10 min"));
+    }
+    if request.hz == 0 {
+        request.hz = rules::TRIGGERED_HZ;
+    }
+    // As the rule that it is: one validator for all.
+    let rule = Rule {
+        id: "capture".into(),
+        r#match: request.r#match.clone(),
+        capture: Some(gannet_proto::control::Capture {
+            hz: request.hz,
+            kind: request.kind.clone(),
+            ..Default::default()
+        }),
+        lifetime: Some(gannet_proto::control::Lifetime { ttl: request.duration, not_before: None }),
+        ..Rule::default()
+    };
+    if !request.pod.is_empty() && request.pod.split('/').filter(|part| !part.is_empty()).count() != 2 {
+        return Err(Status::invalid_argument(format!("pod: `{}` is not namespace/name", request.pod)));
+    }
+    let faults = rules::validate(&[rule], &rules::Caps::default());
+    // A pod is enough to go by.
+    match faults.iter().find(|fault| fault.field != "match" || request.pod.is_empty()) {
+        None => Ok(request),
+        Some(RuleError { field, reason, .. }) => {
+            Err(Status::invalid_argument(format!("{}: {reason}", field.trim_start_matches("capture."))))
+        }
     }
 }
 

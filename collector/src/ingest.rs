@@ -25,7 +25,9 @@ use ulid::Ulid;
 
 use crate::{
     Config,
+    auth::Who,
     config::MAX_IN_FLIGHT,
+    forward::Forwarder,
     metrics::Metrics,
     store::{self, NewBatch, ObjectMeta, Outcome, Store, TypeTotal},
     time,
@@ -51,6 +53,7 @@ pub(crate) struct Ingest(Arc<Inner>);
 struct Inner {
     store: Arc<Store>,
     writer: mpsc::Sender<NewBatch>,
+    forwarder: Forwarder,
     metrics: Metrics,
     memory: Arc<Semaphore>,
     checks: Semaphore,
@@ -77,12 +80,14 @@ impl Ingest {
         store: Arc<Store>,
         writer: mpsc::Sender<NewBatch>,
         config: &Config,
+        forwarder: Forwarder,
         metrics: Metrics,
         stop: CancellationToken,
     ) -> Self {
         Self(Arc::new(Inner {
             store,
             writer,
+            forwarder,
             metrics,
             memory: Arc::new(Semaphore::new((config.ingest_queue_bytes / MEMORY_UNIT) as usize)),
             checks: Semaphore::new(CHECKS_AT_ONCE),
@@ -103,11 +108,12 @@ impl IngestService for Ingest {
         request: Request<Streaming<PushRequest>>,
     ) -> Result<Response<Self::PushStream>, Status> {
         let ingest = Arc::clone(&self.0);
+        let who = request.extensions().get::<Who>().cloned().unwrap_or_default();
         // One place for each unanswered batch and the limits: answers never wait for a free place while the client reads.
         let (answers, receiver) = mpsc::channel(MAX_IN_FLIGHT as usize + 1);
         tokio::spawn(async move {
             ingest.metrics.ingest_streams.inc();
-            if let Err(status) = ingest.serve(request.into_inner(), &answers).await {
+            if let Err(status) = ingest.serve(&who, request.into_inner(), &answers).await {
                 let _ = answers.send(Err(status)).await;
             }
             ingest.metrics.ingest_streams.dec();
@@ -126,6 +132,7 @@ impl Inner {
     /// Reads one stream to its end, and waits until every batch of it is answered.
     async fn serve(
         self: &Arc<Self>,
+        who: &Who,
         mut stream: Streaming<PushRequest>,
         answers: &Answers,
     ) -> Result<(), Status> {
@@ -141,6 +148,8 @@ impl Inner {
                 hello.node.len()
             )));
         }
+        who.may_be_node(&hello.node)?;
+        let only_node = who.is_bound_to_nodes().then(|| Arc::<str>::from(hello.node.as_str()));
         tracing::debug!(node = %hello.node, version = %hello.version, "an agent pushes profiles");
         let limits = Limits { max_batch_bytes: self.max_batch_bytes, max_in_flight: MAX_IN_FLIGHT };
         let _ = answers.send(Ok(answer(push_response::Message::Limits(limits)))).await;
@@ -165,9 +174,9 @@ impl Inner {
                 Err(status) => break Err(status),
             };
             let Ok(place) = Arc::clone(&in_flight).acquire_owned().await else { break Ok(()) };
-            let (ingest, answers) = (Arc::clone(self), answers.clone());
+            let (ingest, answers, only_node) = (Arc::clone(self), answers.clone(), only_node.clone());
             tasks.spawn(async move {
-                let message = ingest.take(batch).await;
+                let message = ingest.take(batch, only_node.as_deref()).await;
                 // Before the place is free again, so that answers not read stop the stream.
                 let _ = answers.send(Ok(answer(message))).await;
                 drop(place);
@@ -178,8 +187,8 @@ impl Inner {
         end
     }
 
-    /// From a batch to its answer.
-    async fn take(self: &Arc<Self>, batch: Batch) -> push_response::Message {
+    /// From a batch to its answer. `only_node`: it must be of this node.
+    async fn take(self: &Arc<Self>, batch: Batch, only_node: Option<&str>) -> push_response::Message {
         let batch_id = batch.batch_id.clone();
         let refused = |refusal: Refusal| {
             self.metrics.refused(refusal.code);
@@ -193,6 +202,12 @@ impl Inner {
             })
         };
         self.metrics.received_bytes.inc_by(batch.pprof.len() as u64);
+        let of_node = batch.labels.get(labels::NODE).map_or("", String::as_str);
+        if let Some(node) = only_node.filter(|node| *node != of_node) {
+            let reason =
+                format!("the profile is of node `{of_node}`, and its sender may speak for `{node}` only");
+            return refused(Refusal::new("wrong_node", reason));
+        }
         let id = match Ulid::from_string(&batch.batch_id) {
             // Other spellings of one id would be other ids to the agent that waits for its answer.
             Ok(id) if id.to_string() == batch.batch_id => id,
@@ -207,12 +222,18 @@ impl Inner {
                 format!("the profile has {} bytes, the limit is {}", batch.pprof.len(), self.max_batch_bytes),
             ));
         }
+        let copied = self.forwarder.copy(&batch);
         let outcome = match self.hand_in(id, batch).await {
             Ok(outcome) => outcome,
             Err(refusal) => return refused(refusal),
         };
         match outcome {
-            Outcome::Stored => push_response::Message::Accepted(Accepted { batch_id, duplicate: false }),
+            Outcome::Stored => {
+                if let Some(copied) = copied {
+                    self.forwarder.offer(copied);
+                }
+                push_response::Message::Accepted(Accepted { batch_id, duplicate: false })
+            }
             Outcome::Duplicate => push_response::Message::Accepted(Accepted { batch_id, duplicate: true }),
             Outcome::Throttled { retry_after, reason, .. } => push_response::Message::Throttled(Throttled {
                 batch_id,

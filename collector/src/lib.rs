@@ -12,6 +12,9 @@
 //! | `fleet` | who is connected, what each node was sent and has answered | let a slow node hold up another |
 //! | `triggers` | nothing: the service in front of `rules` and `fleet` | |
 //! | `http` | the page, the HTTP API, metrics, probes | |
+//! | `forward` | profiles on their way to Pyroscope and Parca | hold up what comes in |
+//! | `listen` | connections and their certificates | know who may do what |
+//! | `auth` | who calls, and what they may | let a call through unseen |
 //!
 //! Data flows from `ingest` through the writer into `store`, and from there through `query` outwards. Rules flow from
 //! `triggers` into `rules`, which publishes each new revision to `fleet`, which offers every node its part.
@@ -23,16 +26,21 @@
 //! | `objects/default/2026-01-31/12/ULID.pb.gz` | a profile; it carries its own metadata, so the index can be rebuilt |
 //! | `index.redb` | what lies where; rebuilt from the objects if it is missing or corrupt |
 //! | `rules/rules.pb`, `rules/rules.pb.prev` | the rules, and as they were before the last change |
+//! | `rules/audit.jsonl`, `rules/audit.jsonl.1` | what happened to the rules, one JSON object a line |
 //! | `nodes.pb` | which nodes were seen lately; a convenience after a restart |
 //! | `lock` | locked while a collector runs |
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+mod auth;
 pub mod config;
 mod durable;
 mod fleet;
+mod forward;
 mod http;
 mod ingest;
+mod kubernetes;
+mod listen;
 mod metrics;
 mod query;
 mod rules;
@@ -42,7 +50,9 @@ mod triggers;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-pub use config::{Config, TlsFiles};
+pub use auth::{Grant, NodeIdentity, Role};
+pub use config::{Config, RulesStore, TlsFiles};
+pub use forward::{Forward, ForwardError, ForwardOptions};
 use gannet_proto::{
     control::{
         agent_service_server::AgentServiceServer, fleet_service_server::FleetServiceServer,
@@ -51,23 +61,24 @@ use gannet_proto::{
     ingest::ingest_service_server::IngestServiceServer,
     query::query_service_server::QueryServiceServer,
 };
-pub use http::TlsError;
+pub use kubernetes::KubernetesError;
+pub use listen::TlsError;
 pub use query::{Selector, SelectorError};
 pub use store::{IndexError, StoreError};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    codec::CompressionEncoding,
-    transport::{Server, server::TcpIncoming},
-};
+use tonic::{codec::CompressionEncoding, transport::Server};
 
 use crate::{
+    auth::{Auth, AuthLayer, Reviewer},
     fleet::{Fleet, FleetGrpc},
-    http::{Face, Listener, Peer, Tls},
+    forward::Forwarder,
+    http::Face,
     ingest::Ingest,
+    listen::{Listener, Peer, Speaks, Tls},
     metrics::Metrics,
     query::{Query, QueryGrpc},
-    rules::Rules,
+    rules::{ConfigMapKeep, FileKeep, Keep, Mirror, Rules},
     store::Store,
     triggers::Triggers,
 };
@@ -102,8 +113,14 @@ pub enum StartError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The directory of the rules cannot be made.
-    #[error("cannot open the rules below --data: {0}")]
+    #[error("cannot open the rules (--rules-store, --data): {0}")]
     Rules(#[source] io::Error),
+    /// Profiles cannot be handed on.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+    /// The Kubernetes API cannot be used.
+    #[error(transparent)]
+    Kubernetes(#[from] KubernetesError),
     /// The gRPC server cannot be built.
     #[error("the gRPC server cannot start: {0}")]
     Grpc(String),
@@ -135,6 +152,7 @@ pub struct Running {
     http: JoinHandle<()>,
     writer: JoinHandle<()>,
     fleet: Arc<Fleet>,
+    forwarding: Vec<JoinHandle<()>>,
     timeout: Duration,
 }
 
@@ -151,7 +169,16 @@ impl Collector {
     /// Starts everything, and returns once it serves.
     pub async fn start(config: Config) -> Result<Running, StartError> {
         config.check()?;
-        let tls = config.tls.as_ref().map(Tls::load).transpose()?;
+        let tokens = config.token_audience.is_some();
+        let tls = config.tls.as_ref().map(|files| Tls::load(files, tokens)).transpose()?;
+        let reviewer = match &config.token_audience {
+            None => None,
+            Some(audience) => {
+                let client = kubernetes::client(config.kubeconfig.as_deref()).await?;
+                Some(Reviewer::new(client, audience.clone()))
+            }
+        };
+        let auth = Auth::new(&config, reviewer);
         let (grpc_listener, grpc_addr) = bind("--listen", config.listen).await?;
         let (http_listener, http_addr) = bind("--http", config.http).await?;
         let local_listener = match config.http_local {
@@ -165,27 +192,68 @@ impl Collector {
         let (of, counts) = (config.clone(), metrics.clone());
         let opened = tokio::task::spawn_blocking(move || Store::open(&of, counts)).await;
         let (store, writer) = opened.map_err(|_| StoreError::Ended)??;
-        let rules = Arc::new(Rules::open(&config.data, metrics.clone()).map_err(StartError::Rules)?);
+        let (rules_dir, namespaced) = match &config.rules_store {
+            RulesStore::File(None) => (config.data.join("rules"), None),
+            RulesStore::File(Some(dir)) => (dir.clone(), None),
+            RulesStore::Kubernetes(namespace) => {
+                let client = kubernetes::client(config.kubeconfig.as_deref()).await?;
+                let namespace = namespace.clone().unwrap_or_else(|| client.default_namespace().to_owned());
+                (config.data.join("rules"), Some((client, namespace)))
+            }
+        };
+        let (of, counts) = (namespaced.clone(), metrics.clone());
+        let runtime = tokio::runtime::Handle::current();
+        let opened = tokio::task::spawn_blocking(move || {
+            let keep: Box<dyn Keep> = match of {
+                None => Box::new(FileKeep::open(&rules_dir)?),
+                Some((client, namespace)) => Box::new(ConfigMapKeep::new(client, &namespace, runtime)),
+            };
+            Rules::open(keep, &rules_dir, counts)
+        });
+        let rules = Arc::new(opened.await.map_err(|_| StoreError::Ended)?.map_err(StartError::Rules)?);
         let fleet = Fleet::open(&config, Arc::clone(&rules), metrics.clone(), stop.clone());
-        let ingest = Ingest::new(Arc::clone(&store), writer.sender(), &config, metrics.clone(), stop.clone());
+        if let Some((client, namespace)) = namespaced {
+            let name = std::env::var("HOSTNAME").unwrap_or_else(|_| "collector".to_owned());
+            let (rules, fleet) = (Arc::clone(&rules), Arc::clone(&fleet));
+            tokio::spawn(Mirror::new(client, &namespace, rules, fleet, name).run(stop.clone()));
+        }
+        let patience = config.shutdown_timeout / 2;
+        let (forwarder, forwarding) =
+            Forwarder::start(&config.forward, &config.forward_options, &metrics, &stop_writer, patience)?;
+        let ingest = Ingest::new(
+            Arc::clone(&store),
+            writer.sender(),
+            &config,
+            forwarder,
+            metrics.clone(),
+            stop.clone(),
+        );
         let query = Arc::new(Query::new(Arc::clone(&store), &config, metrics.clone()));
+        tokio::spawn(follow(Arc::clone(&rules), Arc::clone(&fleet), stop.clone()));
         let triggers = Triggers { rules, fleet: Arc::clone(&fleet), stop: stop.clone() };
-        let clients_known = tls.as_ref().is_some_and(|t| t.clients_known);
         let face = Face {
             query: Arc::clone(&query),
             store,
             triggers: triggers.clone(),
             metrics: metrics.clone(),
-            clients_known,
+            auth: Arc::clone(&auth),
         };
 
-        let (grpc_tls, http_tls) = tls.map_or((None, None), |t| (Some(t.grpc), Some(t.http)));
-        let mut server = Server::builder()
+        let server = Server::builder()
+            .layer(AuthLayer(auth))
             .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT));
-        if let Some(tls) = grpc_tls {
-            server = server.tls_config(tls).map_err(|e| StartError::Grpc(e.to_string()))?;
+        let mut server = server;
+        if let Some(tls) = &tls {
+            let (tls, metrics, stop) = (Arc::clone(tls), metrics.clone(), stop.clone());
+            tokio::spawn(tls.follow(config.tls_reload_interval, metrics, stop));
         }
+        let listener =
+            |tcp, addr, speaks| Listener::new(tcp, addr, tls.clone(), speaks, metrics.clone(), stop.clone());
+        let (grpc_listener, http_listener) = (
+            listener(grpc_listener, grpc_addr, Speaks::Grpc),
+            listener(http_listener, http_addr, Speaks::Http),
+        );
         // A batch above the limit must still be read, or it could not be refused by its id.
         let max_message = config.max_batch_bytes as usize * 2 + (1 << 20);
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -223,21 +291,18 @@ impl Collector {
             .add_service(agents)
             .add_service(nodes)
             .add_service(triggers)
-            .serve_with_incoming_shutdown(
-                TcpIncoming::from(grpc_listener).with_nodelay(Some(true)),
-                stop.clone().cancelled_owned(),
-            );
+            .serve_with_incoming_shutdown(grpc_listener.grpc(), stop.clone().cancelled_owned());
         let grpc = tokio::spawn(async move {
             if let Err(error) = serve.await {
                 tracing::error!(%error, "the gRPC server has failed");
             }
         });
-        let mut faces = vec![(http_listener, http_addr, http_tls, http::router(face.clone()))];
-        if let Some((listener, addr)) = local_listener {
-            faces.push((listener, addr, None, http::local_router(face)));
+        let mut faces = vec![(http_listener, http::router(face.clone()))];
+        if let Some((local, addr)) = local_listener {
+            let local = Listener::new(local, addr, None, Speaks::Http, metrics.clone(), stop.clone());
+            faces.push((local, http::local_router(face)));
         }
-        let servers = faces.into_iter().map(|(listener, addr, tls, router)| {
-            let listener = Listener::new(listener, addr, tls, metrics.clone(), stop.clone());
+        let servers = faces.into_iter().map(|(listener, router)| {
             axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
                 .with_graceful_shutdown(stop.clone().cancelled_owned())
                 .into_future()
@@ -252,6 +317,7 @@ impl Collector {
         tokio::spawn(upkeep(Arc::clone(&fleet), stop.clone()));
         let timeout = config.shutdown_timeout;
         Ok(Running {
+            forwarding,
             grpc_addr,
             http_addr,
             http_local_addr,
@@ -280,6 +346,26 @@ async fn upkeep(fleet: Arc<Fleet>, stop: CancellationToken) {
     }
 }
 
+/// The definition of the TriggerRule resource, as YAML. `None` only if this program was not built as a whole.
+pub fn custom_resource() -> Option<String> {
+    let text = serde_saphyr::to_string(&rules::custom_resource()?).ok()?;
+    Some(format!("# Made by `gannet-collector crd`.\n{}\n", text.trim_end()))
+}
+
+/// Takes over rules that other collectors have set, and brings staged ones on.
+async fn follow(rules: Arc<Rules>, fleet: Arc<Fleet>, stop: CancellationToken) {
+    let mut look = tokio::time::interval(rules.look_every());
+    let mut staging = tokio::time::interval(fleet::STAGING_INTERVAL);
+    loop {
+        let (rules, fleet) = (Arc::clone(&rules), Arc::clone(&fleet));
+        let _ = tokio::select! {
+            () = stop.cancelled() => return,
+            _ = look.tick() => tokio::task::spawn_blocking(move || rules.look()).await,
+            _ = staging.tick() => tokio::task::spawn_blocking(move || fleet.complete_staged()).await,
+        };
+    }
+}
+
 impl Running {
     /// Returns when a part has ended by itself, which none should; the log says why.
     pub async fn failed(&mut self) {
@@ -292,7 +378,7 @@ impl Running {
 
     /// Takes nothing new, answers every batch that it has, makes everything durable, and ends.
     pub async fn shutdown(self) {
-        let Self { stop, stop_writer, grpc, http, writer, fleet, timeout, .. } = self;
+        let Self { forwarding, stop, stop_writer, grpc, http, writer, fleet, timeout, .. } = self;
         stop.cancel();
         for (name, mut server) in [("gRPC", grpc), ("HTTP", http)] {
             if !server.is_finished() && tokio::time::timeout(timeout, &mut server).await.is_err() {
@@ -303,6 +389,9 @@ impl Running {
         stop_writer.cancel();
         if !writer.is_finished() {
             let _ = writer.await;
+        }
+        for task in forwarding {
+            let _ = task.await;
         }
         let _ = tokio::task::spawn_blocking(move || fleet.upkeep()).await;
         tracing::info!("the collector has ended");

@@ -3,10 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use gannet_collector::{
-    Collector, Config, TlsFiles,
-    config::{DEFAULT_MAX_BATCH_BYTES, parse_bytes},
+    Collector, Config, Forward, ForwardOptions, Grant, NodeIdentity, TlsFiles,
+    config::{DEFAULT_MAX_BATCH_BYTES, RulesStore, parse_bytes},
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -15,9 +15,15 @@ use tracing_subscriber::EnvFilter;
 #[derive(Parser)]
 #[command(name = "gannet-collector", version)]
 struct Args {
+    #[command(subcommand)]
+    command: Option<Verb>,
     /// The directory that holds everything the collector keeps.
     #[arg(long, value_name = "DIR", env = "GANNET_COLLECTOR_DATA", default_value = "gannet-data")]
     data: PathBuf,
+    /// Where the rules are kept: `file` (below --data), `file=DIR` for a directory that several collectors share,
+    /// `kubernetes` for TriggerRule resources in the collector's own namespace, or `kubernetes=NAMESPACE`.
+    #[arg(long, value_name = "STORE", env = "GANNET_COLLECTOR_RULES_STORE", default_value = "file", value_parser = RulesStore::parse)]
+    rules_store: RulesStore,
     /// Where gRPC is served: agents, gannetctl, control services.
     #[arg(long, value_name = "ADDRESS", env = "GANNET_COLLECTOR_LISTEN", default_value = gannet_proto::ports::COLLECTOR_GRPC)]
     listen: SocketAddr,
@@ -37,6 +43,34 @@ struct Args {
     /// Let in only clients with a certificate of these authorities (PEM); probes are answered to anyone.
     #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_TLS_CLIENT_CA", requires = "tls_cert")]
     tls_client_ca: Option<PathBuf>,
+    /// Give a role to those who prove who they are: agent=WHO, viewer=WHO or editor=WHO. WHO is a name in a certificate
+    /// (common name, DNS name, URI) or of a service account, group:NAME (organization, or group of a token), or *. May be
+    /// given several times; without it, all of them may do everything.
+    #[arg(long, value_name = "ROLE=WHO", env = "GANNET_COLLECTOR_ROLE", value_delimiter = ',')]
+    role: Vec<Grant>,
+    /// Hold an agent's claim to be a node against its `certificate` (one of its names must be the node's) or its `token`
+    /// (it must be bound to a pod of that node); `any`: against nothing.
+    #[arg(long, value_name = "BY", env = "GANNET_COLLECTOR_NODE_IDENTITY", default_value = "any")]
+    node_identity: NodeIdentity,
+    /// Take tokens of Kubernetes service accounts that are for this audience. The collector must be allowed to create
+    /// tokenreviews.
+    #[arg(long, value_name = "AUDIENCE", env = "GANNET_COLLECTOR_TOKEN_AUDIENCE")]
+    token_audience: Option<String>,
+    /// How to reach the Kubernetes API, outside of a cluster.
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_KUBECONFIG")]
+    kubeconfig: Option<PathBuf>,
+    /// Hand every profile on as well: pyroscope=URL or parca=URL. May be given several times.
+    #[arg(long, value_name = "TARGET=URL", env = "GANNET_COLLECTOR_FORWARD", value_delimiter = ',')]
+    forward: Vec<Forward>,
+    /// Whose profiles they are, for a Pyroscope with several tenants (X-Scope-OrgID).
+    #[arg(long, value_name = "TENANT", env = "GANNET_COLLECTOR_FORWARD_TENANT", requires = "forward")]
+    forward_tenant: Option<String>,
+    /// Send the bearer token that this file holds to the targets.
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_FORWARD_TOKEN_FILE", requires = "forward")]
+    forward_token_file: Option<PathBuf>,
+    /// Trust the certificates of this authority (PEM) rather than the system's at the targets.
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_FORWARD_CA", requires = "forward")]
+    forward_ca: Option<PathBuf>,
     /// Serve plaintext on addresses that other machines can reach.
     #[arg(long, env = "GANNET_COLLECTOR_INSECURE")]
     insecure: bool,
@@ -63,6 +97,12 @@ struct Args {
     log_json: bool,
 }
 
+#[derive(Subcommand)]
+enum Verb {
+    /// Print the definition of the TriggerRule custom resource, and do nothing else.
+    Crd,
+}
+
 /// Address space, not memory: graphs of the deepest stacks are encoded and dropped by recursion.
 const STACK_BYTES: usize = 16 << 20;
 
@@ -70,11 +110,22 @@ impl Args {
     fn config(self) -> Config {
         let tls = self.tls_cert.zip(self.tls_key);
         Config {
+            rules_store: self.rules_store,
             listen: self.listen,
             http: self.http,
             http_local: self.http_local,
             insecure: self.insecure,
             tls: tls.map(|(cert, key)| TlsFiles { cert, key, client_ca: self.tls_client_ca }),
+            forward: self.forward,
+            forward_options: ForwardOptions {
+                tenant: self.forward_tenant,
+                token_file: self.forward_token_file,
+                ca: self.forward_ca,
+            },
+            roles: self.role,
+            node_identity: self.node_identity,
+            token_audience: self.token_audience,
+            kubeconfig: self.kubeconfig,
             retention_age: self.retention_age,
             retention_bytes: self.retention_bytes,
             min_free_bytes: self.min_free_bytes,
@@ -88,6 +139,11 @@ impl Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if let Some(Verb::Crd) = args.command {
+        let text = gannet_collector::custom_resource().unwrap_or_default();
+        let written = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
+        return if written.is_ok() && !text.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let filter = EnvFilter::try_from_env("GANNET_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     if args.log_json {

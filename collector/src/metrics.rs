@@ -12,6 +12,19 @@ pub(crate) struct Reason {
     reason: String,
 }
 
+/// A target of forwarding.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct TargetLabel {
+    target: &'static str,
+}
+
+/// A target of forwarding, and what happened.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct TargetReason {
+    target: &'static str,
+    reason: &'static str,
+}
+
 /// One query kind.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct Kind {
@@ -42,6 +55,9 @@ pub(crate) struct Metrics {
     pub(crate) samples_delivered: Counter,
     samples_lost: Family<Reason, Counter>,
     pub(crate) ledgers_unbalanced: Counter,
+    forwarded: Family<TargetLabel, Counter>,
+    forward_retries: Family<TargetLabel, Counter>,
+    forward_lost: Family<TargetReason, Counter>,
     query_seconds: Family<Kind, Histogram>,
     pub(crate) merged_profiles: Counter,
     pub(crate) objects_gone: Counter,
@@ -53,6 +69,9 @@ pub(crate) struct Metrics {
     pub(crate) rules_revision: Gauge,
     pub(crate) rules_corrupt: Gauge,
     pub(crate) tls_handshakes_failed: Counter,
+    pub(crate) audit_lost: Counter,
+    pub(crate) tls_reloads: Counter,
+    pub(crate) questions: Counter,
 }
 
 impl Metrics {
@@ -169,6 +188,32 @@ impl Metrics {
                 "1 if the rule file cannot be read and no rules are sent",
                 Gauge::default()
             ),
+            audit_lost: register!(
+                "audit_lost",
+                "Audit entries that could not be written down",
+                Counter::default()
+            ),
+            forwarded: register!(
+                "forwarded_profiles",
+                "Profiles (or parts of them) that a target has taken",
+                Family::<TargetLabel, Counter>::default()
+            ),
+            forward_retries: register!(
+                "forward_retries",
+                "Attempts that a target did not take",
+                Family::<TargetLabel, Counter>::default()
+            ),
+            forward_lost: register!(
+                "forward_lost_profiles",
+                "Profiles that were not handed on, by target and reason; they are in the store",
+                Family::<TargetReason, Counter>::default()
+            ),
+            tls_reloads: register!(
+                "tls_reloads",
+                "Times changed certificates were taken into use",
+                Counter::default()
+            ),
+            questions: register!("questions", "Questions put to nodes", Counter::default()),
             tls_handshakes_failed: register!(
                 "tls_handshakes_failed",
                 "Connections to the HTTP listener that failed in the TLS handshake",
@@ -192,6 +237,18 @@ impl Metrics {
     }
 
     /// Counts the time until it is dropped.
+    pub(crate) fn forwarded(&self, target: &'static str, n: u64) {
+        self.forwarded.get_or_create(&TargetLabel { target }).inc_by(n);
+    }
+
+    pub(crate) fn forward_retries(&self, target: &'static str) {
+        self.forward_retries.get_or_create(&TargetLabel { target }).inc();
+    }
+
+    pub(crate) fn forward_lost(&self, target: &'static str, reason: &'static str, n: u64) {
+        self.forward_lost.get_or_create(&TargetReason { target, reason }).inc_by(n);
+    }
+
     pub(crate) fn query_timer(&self, kind: &'static str) -> QueryTimer {
         QueryTimer {
             histogram: self.query_seconds.get_or_create(&Kind { kind }).clone(),

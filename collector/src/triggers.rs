@@ -1,13 +1,16 @@
 //! The trigger service: the rule store and the fleet as people and control services call them.
 
-use std::{fmt::Write as _, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::HashSet, pin::Pin, sync::Arc, time::Duration};
+
+use futures::{StreamExt as _, stream};
 
 use gannet_proto::control::{
-    DeleteTriggersRequest, DeleteTriggersResponse, GetRolloutRequest, GetTriggersRequest,
-    GetTriggersResponse, ListScopesRequest, ListScopesResponse, Rollout, SetTriggersRequest,
-    SetTriggersResponse, WatchRolloutRequest, trigger_service_server::TriggerService,
+    AbortRolloutRequest, DeleteTriggersRequest, DeleteTriggersResponse, GetRolloutRequest,
+    GetTriggersRequest, GetTriggersResponse, ListAuditRequest, ListAuditResponse, ListScopesRequest,
+    ListScopesResponse, NodePreview, PreviewQuestion, ResumeRolloutRequest, Rollout, Rule,
+    SetTriggersRequest, SetTriggersResponse, WatchRolloutRequest, answer, question,
+    trigger_service_server::TriggerService,
 };
-use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
@@ -15,10 +18,13 @@ use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::{
+    auth::Who,
     fleet::Fleet,
-    rules::{Rules, RulesError},
+    rules::{DEFAULT_SCOPE, MAX_AUDIT_ENTRIES, Rules, RulesError},
 };
 
+/// Nodes that are asked at one time what they would do.
+const PREVIEWS_AT_ONCE: usize = 128;
 /// A watcher is told of changes at most this often: a revision that reaches a thousand nodes is a few messages.
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -43,26 +49,15 @@ impl From<RulesError> for Status {
             }
             RulesError::Stale { .. } => Status::aborted(text),
             RulesError::NoScope(_) => Status::not_found(text),
-            RulesError::Corrupt { .. } => Status::failed_precondition(text),
-            RulesError::Io(_) => Status::unavailable(text),
+            RulesError::NotStaged(_) | RulesError::Corrupt { .. } => Status::failed_precondition(text),
+            RulesError::Io(_) | RulesError::Busy => Status::unavailable(text),
         }
     }
 }
 
-/// Who calls, as the connection proves it.
+/// Who calls, as proven.
 fn caller<T>(request: &Request<T>) -> String {
-    match request.peer_certs().as_deref().and_then(|certs| certs.first()) {
-        Some(cert) => {
-            let hash = Sha256::digest(cert.as_ref());
-            let name = "certificate sha256:".to_owned();
-            hash.iter().take(16).fold(name, |mut name, byte| {
-                // Writing into a string does not fail.
-                let _ = write!(name, "{byte:02x}");
-                name
-            })
-        }
-        None => "anonymous".to_owned(),
-    }
+    request.extensions().get::<Who>().map_or_else(|| "anonymous".to_owned(), |who| who.shown.clone())
 }
 
 impl Triggers {
@@ -74,6 +69,35 @@ impl Triggers {
         let rules = Arc::clone(&self.rules);
         let done = tokio::task::spawn_blocking(move || f(&rules)).await;
         Ok(done.map_err(|_| Status::unavailable("the collector is shutting down"))??)
+    }
+
+    /// Asks each of these nodes what it would do now if the scope held these rules.
+    async fn previews(&self, scope: &str, wanted: Vec<Rule>, nodes: &[String]) -> Vec<NodePreview> {
+        let scope = if scope.is_empty() { DEFAULT_SCOPE } else { scope };
+        let ids: HashSet<String> = wanted.iter().map(|rule| rule.id.clone()).collect();
+        let published = self.rules.subscribe().borrow().clone();
+        let Some(whole) = published.map(|published| published.with(scope, wanted)) else { return Vec::new() };
+        let (whole, ids) = (&whole, &ids);
+        let ask = |node: String| async move {
+            // All that the node would have: its caps are on the whole, and ids must differ in it.
+            let rules = whole.for_node(&node, &self.fleet.labels(&node)).rules;
+            let question = question::Question::Preview(PreviewQuestion { rules });
+            let mut preview = match self.fleet.ask_once(&node, question).await {
+                Ok(answer::Answer::Preview(preview)) => preview,
+                Ok(_) => {
+                    NodePreview { unanswered: "it answered something else".into(), ..Default::default() }
+                }
+                Err(error) => NodePreview { unanswered: error.to_string(), ..Default::default() },
+            };
+            preview.node = node;
+            preview.rules.retain(|rule| ids.contains(&rule.rule_id));
+            preview.samples_per_second = preview.rules.iter().map(|rule| rule.samples_per_second).sum();
+            preview
+        };
+        let mut previews: Vec<NodePreview> =
+            stream::iter(nodes.iter().cloned()).map(ask).buffer_unordered(PREVIEWS_AT_ONCE).collect().await;
+        previews.sort_by(|a, b| a.node.cmp(&b.node));
+        previews
     }
 
     /// The rollout of a revision, 0 for the newest.
@@ -97,8 +121,12 @@ impl TriggerService for Triggers {
         let who = caller(&request);
         let request = request.into_inner();
         let wanted = request.rules.clone();
+        let (scope, validate_only) = (request.scope.clone(), request.validate_only);
         let mut response = self.blocking(move |rules| rules.set(request, &who)).await?;
         response.nodes = self.fleet.nodes_for(&wanted);
+        if validate_only {
+            response.previews = self.previews(&scope, wanted, &response.nodes).await;
+        }
         if response.changed {
             self.fleet.touch();
         }
@@ -122,6 +150,42 @@ impl TriggerService for Triggers {
         let response = self.blocking(move |rules| rules.delete(request, &who)).await?;
         self.fleet.touch();
         Ok(Response::new(response))
+    }
+
+    async fn resume_rollout(
+        &self,
+        request: Request<ResumeRolloutRequest>,
+    ) -> Result<Response<SetTriggersResponse>, Status> {
+        let who = caller(&request);
+        let request = request.into_inner();
+        let response = self.blocking(move |rules| rules.resume(&request, &who)).await?;
+        self.fleet.touch();
+        Ok(Response::new(response))
+    }
+
+    async fn abort_rollout(
+        &self,
+        request: Request<AbortRolloutRequest>,
+    ) -> Result<Response<SetTriggersResponse>, Status> {
+        let who = caller(&request);
+        let request = request.into_inner();
+        let response = self.blocking(move |rules| rules.abort(&request, &who)).await?;
+        self.fleet.touch();
+        Ok(Response::new(response))
+    }
+
+    async fn list_audit(
+        &self,
+        request: Request<ListAuditRequest>,
+    ) -> Result<Response<ListAuditResponse>, Status> {
+        let ListAuditRequest { scope, node, limit } = request.into_inner();
+        let limit = if limit == 0 { 100 } else { limit as usize };
+        if limit > MAX_AUDIT_ENTRIES {
+            return Err(Status::invalid_argument(format!("limit: give 1 to {MAX_AUDIT_ENTRIES}")));
+        }
+        let read = move |rules: &Rules| Ok(rules.audit().read(&scope, &node, limit)?);
+        let entries = self.blocking(read).await?;
+        Ok(Response::new(ListAuditResponse { entries }))
     }
 
     async fn list_scopes(

@@ -19,12 +19,28 @@ pub struct Cli {
     /// Where the collector is, and how to talk to it.
     #[command(flatten)]
     pub(crate) dial: DialArgs,
-    /// How to print results.
-    #[arg(short = 'o', long = "output", value_enum, global = true, default_value_t = Format::Table)]
-    pub(crate) format: Format,
+    /// How to print results: table, json or yaml. Where the result is a profile it may also be a file.
+    #[arg(short = 'o', long = "output", value_name = "FORMAT", global = true, default_value = "table", value_parser = output)]
+    pub(crate) output: Output,
     /// What to do.
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// What `-o` names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Output {
+    Format(Format),
+    File(PathBuf),
+}
+
+/// A name with a dot or a slash is a file's, and `-` is the standard output.
+fn output(text: &str) -> Result<Output, String> {
+    match Format::from_str(text, false) {
+        Ok(format) => Ok(Output::Format(format)),
+        Err(_) if text == "-" || text.contains(['.', '/']) => Ok(Output::File(text.into())),
+        Err(_) => Err("it is one of table, json, yaml, or for a profile the name of a file".to_owned()),
+    }
 }
 
 /// How results are printed.
@@ -104,6 +120,73 @@ pub(crate) enum Command {
         gannetctl top --query '{service_name=\"checkout\"}' --since 15m\n  \
         gannetctl top --type samples/count --limit 20 -o json")]
     Top(Top),
+    /// Compare two selections function by function: what became dearer, what became cheaper.
+    #[command(after_help = "Examples:\n  \
+        gannetctl diff --query '{service_name=\"checkout\"}' --since 15m --base-from now-75m --base-until now-60m\n  \
+        gannetctl diff --query '{pod=\"a\"}' --base-query '{pod=\"b\"}'")]
+    Diff {
+        #[command(flatten)]
+        top: TopArgs,
+        #[command(flatten)]
+        base: Base,
+    },
+    /// Profile processes of one node now, and write the profile to a file.
+    #[command(after_help = "Nothing is stored by the collector, and no rule is changed.\n\nExamples:\n  \
+        gannetctl profile --node n1 --pid 4711 --for 30s -o slow.pb.gz\n  \
+        gannetctl profile --node n1 --comm 'python3*' --hz 199 --off-cpu -o python.pb.gz\n  \
+        gannetctl profile --node n1 --pod shop/checkout-7d9f -o checkout.pb.gz && gannetctl flame --input checkout.pb.gz")]
+    Profile(Manual),
+    /// Look whether collector and nodes are in order; what is not is listed with its cure.
+    #[command(
+        after_help = "Exits 1 if anything is wrong. `gannet-agent check` on a machine tells whether an agent can work there.\n\n\
+        Examples:\n  gannetctl check\n  gannetctl check --node n1 -o json"
+    )]
+    Check {
+        /// Only this node.
+        #[arg(long)]
+        node: Option<String>,
+    },
+}
+
+/// A capture by hand.
+#[derive(Debug, Args)]
+pub(crate) struct Manual {
+    /// The node; may be left out if only one is connected.
+    #[arg(long)]
+    pub(crate) node: Option<String>,
+    /// Only these processes, by their ids on the node.
+    #[arg(long, value_name = "PID", num_args = 1..)]
+    pub(crate) pid: Vec<u32>,
+    /// Only processes of these command names; `python3*` is a prefix.
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub(crate) comm: Vec<String>,
+    /// Only processes of these executables; a path as the process sees it, `/usr/lib/jvm/*` is a prefix.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub(crate) exe: Vec<String>,
+    /// Only processes of these control groups.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub(crate) cgroup: Vec<String>,
+    /// Only processes of this pod.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub(crate) pod: Option<String>,
+    /// Only processes of pods with these labels: app=checkout.
+    #[arg(long, value_name = "SELECTOR", default_value = "", hide_default_value = true)]
+    pub(crate) pod_labels: String,
+    /// Only processes of these namespaces.
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub(crate) namespace: Vec<String>,
+    /// Only processes of containers of these names.
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub(crate) container: Vec<String>,
+    /// For how long: 1s to 10m.
+    #[arg(long = "for", value_name = "DURATION", value_parser = duration, default_value = "30s")]
+    pub(crate) lasting: Duration,
+    /// Samples a second and CPU.
+    #[arg(long, default_value_t = gannet_proto::rules::TRIGGERED_HZ)]
+    pub(crate) hz: u32,
+    /// Take blocked time rather than CPU time.
+    #[arg(long)]
+    pub(crate) off_cpu: bool,
 }
 
 /// Rule verbs.
@@ -113,8 +196,9 @@ pub(crate) enum Rules {
     #[command(after_help = "Examples:\n  \
         gannetctl rules apply -f rules.yaml\n  \
         gannetctl rules apply -f a.yaml -f b.yaml --scope shop --wait\n  \
-        gannetctl rules apply -f rules.yaml --dry-run\n\n\
-        --wait exits 1 if a node rejects the rules.")]
+        gannetctl rules apply -f rules.yaml --dry-run\n  \
+        gannetctl rules apply -f rules.yaml --canary 10 --soak 10m\n\n\
+        --dry-run asks each node what it would sample now. --wait exits 1 if a node rejects the rules.")]
     Apply {
         #[command(flatten)]
         files: RuleFiles,
@@ -126,9 +210,16 @@ pub(crate) enum Rules {
         /// Allow files without any rule: this removes all rules of the scope.
         #[arg(long)]
         allow_empty: bool,
-        /// Let the collector check everything and change nothing.
+        /// Let the collector and the nodes check everything, show what would be sampled, and change nothing.
         #[arg(long, conflicts_with = "wait")]
         dry_run: bool,
+        /// Try it on so many percent of the nodes first (1 to 99); the others keep what they have until `rollout
+        /// resume`. A node that rejects it pauses the rollout.
+        #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=99))]
+        canary: Option<u32>,
+        /// Go on to all nodes when the first ones have had it for this time and none has rejected it.
+        #[arg(long, value_name = "DURATION", value_parser = duration, requires = "canary")]
+        soak: Option<Duration>,
         /// Wait until every connected node has answered.
         #[arg(long)]
         wait: bool,
@@ -174,8 +265,10 @@ pub(crate) enum Rules {
         #[command(flatten)]
         files: RuleFiles,
     },
-    /// Say what became of one rule on one node, and why.
-    #[command(after_help = "Example:\n  gannetctl rules explain slow-checkout --node n1")]
+    /// Say what became of one rule on one node, and why each process there is or is not profiled by it.
+    #[command(
+        after_help = "Examples:\n  gannetctl rules explain slow-checkout --node n1\n  gannetctl rules explain slow-checkout --node n1 --pid 4711"
+    )]
     Explain {
         /// The rule.
         id: String,
@@ -185,6 +278,27 @@ pub(crate) enum Rules {
         /// Only in this scope.
         #[arg(long)]
         scope: Option<String>,
+        /// Only this process; else those that match and those that come closest.
+        #[arg(long, default_value_t = 0, hide_default_value = true)]
+        pid: u32,
+        /// At most so many processes.
+        #[arg(long, default_value_t = 20)]
+        limit: u32,
+    },
+    /// Show who changed the rules, when, and what each node made of it, newest first.
+    #[command(
+        after_help = "Examples:\n  gannetctl rules audit\n  gannetctl rules audit --node n1 --limit 20\n  gannetctl rules audit -o json"
+    )]
+    Audit {
+        /// Only changes of this scope.
+        #[arg(long, default_value = "", hide_default_value = true)]
+        scope: String,
+        /// Only answers of this node.
+        #[arg(long, default_value = "", hide_default_value = true)]
+        node: String,
+        /// At most so many entries.
+        #[arg(long, default_value_t = 100)]
+        limit: u32,
     },
 }
 
@@ -220,6 +334,19 @@ pub(crate) enum Rollout {
         /// Give up after this time.
         #[arg(long, value_name = "DURATION", value_parser = duration)]
         timeout: Option<Duration>,
+    },
+    /// Bring staged rules (`rules apply --canary`) to more nodes, or to all.
+    Resume {
+        #[command(flatten)]
+        scope: ScopeArg,
+        /// To so many percent of the nodes; to all if not given.
+        #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=100))]
+        percent: Option<u32>,
+    },
+    /// Take staged rules back: all nodes get what they had before.
+    Abort {
+        #[command(flatten)]
+        scope: ScopeArg,
     },
 }
 
@@ -453,6 +580,9 @@ mod tests {
     #[case("gannetctl rules apply -f a.yaml b.yaml --scope shop --etag x --allow-empty --wait --timeout 1m")]
     #[case("gannetctl rules delete a b --scope shop")]
     #[case("gannetctl rollout watch 17 --follow")]
+    #[case("gannetctl rollout resume --percent 50 --scope shop")]
+    #[case("gannetctl rules apply -f a.yaml --canary 10 --soak 10m")]
+    #[case("gannetctl profile --node n1 --comm python3* --for 5s -o x.pb.gz")]
     #[case("gannetctl profiles diff --since 15m --base-from now-75m --base-until now-60m --limit 5")]
     #[case(
         "gannetctl --collector https://c:4100 --tls-ca ca.pem flame --from 2026-01-31T12:00:00Z --min-percent 2"
@@ -470,6 +600,8 @@ mod tests {
     #[case("gannetctl top --from yesterday", "a time is RFC 3339")]
     #[case("gannetctl top --since 1h --from now-2h", "cannot be used with")]
     #[case("gannetctl nodes -o xml", "table, json, yaml")]
+    #[case("gannetctl rules apply -f a --soak 1m", "--canary")]
+    #[case("gannetctl rules apply -f a --canary 100", "1..=99")]
     fn wrong_usage_is_explained_and_exits_with_2(#[case] line: &str, #[case] words: &str) {
         let error = read(line).unwrap_err();
         assert!(error.to_string().contains(words), "{error}");

@@ -3,6 +3,9 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod args;
+mod audit;
+mod capture;
+mod check;
 mod client;
 mod flame;
 mod nodes;
@@ -13,8 +16,8 @@ mod rules;
 
 use std::io;
 
-use args::Command;
 pub use args::{Cli, parse};
+use args::{Command, Format, Output};
 use client::Collector;
 pub use output::Console;
 
@@ -85,7 +88,21 @@ pub async fn run(cli: Cli, console: &mut Console<'_>) -> u8 {
 }
 
 async fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Error> {
-    let Cli { dial, format, command } = cli;
+    let Cli { dial, output, command } = cli;
+    let (format, file) = match output {
+        Output::Format(format) => (format, None),
+        Output::File(file) => (Format::Table, Some(file)),
+    };
+    let takes_file = matches!(
+        command,
+        Command::Profile(_) | Command::Profiles(args::Profiles::Get { .. } | args::Profiles::Merge { .. })
+    );
+    if let Some(file) = file.as_ref().filter(|_| !takes_file) {
+        return Err(Error::Usage(format!(
+            "-o {}: this command's result is no profile; it is printed as table, json or yaml",
+            file.display()
+        )));
+    }
     match command {
         Command::Rules(args::Rules::Validate { files }) => rules::check_files(&files, format, console),
         Command::Flame(args) if args.input.is_some() => flame::show_file(&args, format, console),
@@ -93,11 +110,17 @@ async fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Error> {
             let collector = Collector::new(dial.into())?;
             match command {
                 Command::Rules(command) => rules::run(command, &collector, format, console).await,
-                Command::Rollout(args::Rollout::Watch { revision, follow, timeout }) => {
-                    rollout::watch(&collector, revision, follow, timeout, format, console).await
+                Command::Rollout(command) => rollout::run(command, &collector, format, console).await,
+                Command::Profile(args) => {
+                    capture::run(&args, file.as_deref(), &collector, format, console).await
+                }
+                Command::Check { node } => check::run(node.as_deref(), &collector, format, console).await,
+                Command::Diff { top, base } => {
+                    let command = args::Profiles::Diff { top, base };
+                    profiles::run(command, None, &collector, format, console).await
                 }
                 Command::Nodes => nodes::list(&collector, format, console).await,
-                Command::Profiles(command) => profiles::run(command, &collector, format, console).await,
+                Command::Profiles(command) => profiles::run(command, file, &collector, format, console).await,
                 Command::Flame(args) => flame::show(&args, &collector, format, console).await,
                 Command::Top(args::Top { top }) => {
                     profiles::top(&top, None, &collector, format, console).await

@@ -1,6 +1,10 @@
 //! Stored profiles: list, fetch, merge, compare.
 
-use std::{fmt::Write as _, fs, path::Path};
+use std::{
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use gannet_proto::query::{
     GetProfileRequest, ListProfilesRequest, ProfileInfo, TopRequest, TopResponse, TopRow,
@@ -20,6 +24,7 @@ const PAGE: u32 = 1000;
 
 pub(crate) async fn run(
     command: Profiles,
+    chosen: Option<PathBuf>,
     collector: &Collector,
     format: Format,
     console: &mut Console<'_>,
@@ -27,7 +32,7 @@ pub(crate) async fn run(
     match command {
         Profiles::List { select, limit } => list(&select, limit, collector, format, console).await,
         Profiles::Get { id, out } => {
-            let file = match out {
+            let file = match chosen.or(out) {
                 Some(file) => file,
                 None if is_plain(&id) => format!("{id}.pb.gz").into(),
                 None => {
@@ -50,7 +55,7 @@ pub(crate) async fn run(
         }
         Profiles::Merge { select, sample_type, out } => {
             let merged = collector.merge(select.selection(), &sample_type).await?;
-            save(&merged, &out, format, console)
+            save(&merged, &chosen.unwrap_or(out), format, console)
         }
         Profiles::Diff { top: args, base } => {
             if !base.is_given() {
@@ -70,7 +75,12 @@ fn is_plain(id: &str) -> bool {
 }
 
 /// Writes aside and renames, so that a file of that name is always whole.
-fn save(profile: &[u8], file: &Path, format: Format, console: &mut Console<'_>) -> Result<(), Error> {
+pub(crate) fn save(
+    profile: &[u8],
+    file: &Path,
+    format: Format,
+    console: &mut Console<'_>,
+) -> Result<(), Error> {
     if file == Path::new("-") {
         if console.terminal {
             return Err(Error::Usage("a terminal cannot show pprof: give -O FILE, or pipe it on".to_owned()));

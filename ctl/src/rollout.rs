@@ -2,12 +2,15 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use gannet_proto::control::{NodeRollout, Rollout, WatchRolloutRequest, node_rollout::State};
+use gannet_proto::control::{
+    AbortRolloutRequest, NodeRollout, ResumeRolloutRequest, Rollout, Staged, WatchRolloutRequest,
+    node_rollout::State,
+};
 use serde_json::{Value, json};
 
 use crate::{
     Console, Error,
-    args::Format,
+    args::{self, Format},
     client::Collector,
     output::{clean, millis, show_span, show_time, span_millis, table},
     rules::{error_json, sentence},
@@ -29,6 +32,7 @@ pub(crate) fn node_json(node: &NodeRollout) -> Value {
     json!({
         "node": node.node, "state": state_name(node.state()), "since_ms": millis(node.since),
         "took_ms": span_millis(node.took), "errors": node.errors.iter().map(error_json).collect::<Vec<_>>(),
+        "note": node.note,
     })
 }
 
@@ -36,7 +40,45 @@ fn rollout_json(rollout: &Rollout) -> Value {
     json!({
         "revision": rollout.revision, "created_at_ms": millis(rollout.created_at), "settled": rollout.settled,
         "nodes": rollout.nodes.iter().map(node_json).collect::<Vec<_>>(),
+        "staged": rollout.staged.iter().map(|(scope, staged)| json!({
+            "scope": scope, "percent": staged.percent, "paused": staged.paused,
+            "since_ms": millis(staged.since), "soak_ms": span_millis(staged.soak),
+        })).collect::<Vec<_>>(),
     })
+}
+
+pub(crate) async fn run(
+    command: args::Rollout,
+    collector: &Collector,
+    format: Format,
+    console: &mut Console<'_>,
+) -> Result<(), Error> {
+    match command {
+        args::Rollout::Watch { revision, follow, timeout } => {
+            watch(collector, revision, follow, timeout, format, console).await
+        }
+        args::Rollout::Resume { scope, percent } => {
+            let percent = percent.unwrap_or(100);
+            let request = ResumeRolloutRequest { scope: scope.scope.clone(), percent };
+            let answer = collector.triggers().resume_rollout(request).await;
+            let revision = answer.map_err(|status| collector.fault(&status))?.into_inner().revision;
+            console.show(
+                format,
+                || json!({ "scope": scope.scope, "revision": revision, "percent": percent }),
+                || format!("scope `{}` goes to {percent} % of the nodes: revision {revision}\n", scope.scope),
+            )
+        }
+        args::Rollout::Abort { scope } => {
+            let request = AbortRolloutRequest { scope: scope.scope.clone() };
+            let answer = collector.triggers().abort_rollout(request).await;
+            let revision = answer.map_err(|status| collector.fault(&status))?.into_inner().revision;
+            console.show(
+                format,
+                || json!({ "scope": scope.scope, "revision": revision }),
+                || format!("scope `{}` is as it was before: revision {revision}\n", scope.scope),
+            )
+        }
+    }
 }
 
 /// Follows a revision until every node has answered, or for ever. Fails if a node rejected it.
@@ -81,7 +123,7 @@ async fn follow_rollout(
     let request = WatchRolloutRequest { revision, until_settled: !follow };
     let answer = collector.triggers().watch_rollout(request).await;
     let mut answer = answer.map_err(|status| collector.fault(&status))?.into_inner();
-    let (mut last, mut seen, mut drawn) = (Rollout::default(), BTreeMap::new(), 0);
+    let (mut last, mut seen, mut drawn) = (Rollout::default(), Seen::default(), 0);
     loop {
         let next = tokio::select! {
             next = answer.message() => next.map_err(|status| collector.fault(&status))?,
@@ -125,7 +167,7 @@ fn picture(rollout: &Rollout) -> String {
         .nodes
         .iter()
         .map(|node| {
-            let errors: Vec<_> = node.errors.iter().map(sentence).collect();
+            let errors: Vec<_> = why(node).collect();
             [
                 node.node.clone(),
                 state_name(node.state()).to_owned(),
@@ -136,28 +178,51 @@ fn picture(rollout: &Rollout) -> String {
         })
         .collect();
     format!(
-        "revision {}: {answered} of {} nodes have answered\n{}",
+        "revision {}: {answered} of {} nodes have answered\n{}{}",
         rollout.revision,
         rollout.nodes.len(),
-        table(["NODE", "STATE", ">TOOK", "SINCE", "ERRORS"], &rows)
+        table(["NODE", "STATE", ">TOOK", "SINCE", "WHY"], &rows),
+        stages(rollout)
     )
 }
 
+/// What is to be said of a node's state, beyond its name.
+fn why(node: &NodeRollout) -> impl Iterator<Item = String> {
+    let note = (!node.note.is_empty()).then(|| node.note.clone());
+    note.into_iter().chain(node.errors.iter().map(sentence))
+}
+
+/// What is on some of the nodes only, one line each.
+fn stages(rollout: &Rollout) -> String {
+    rollout.staged.iter().fold(String::new(), |text, (scope, staged)| {
+        let Staged { percent, soak, paused, .. } = staged;
+        let next = match (paused.as_str(), soak) {
+            ("", None) => "waits for `gannetctl rollout resume`".to_owned(),
+            ("", Some(_)) => format!("goes on by itself after {} without a rejection", show_span(*soak)),
+            (why, _) => format!("paused: {why}; `gannetctl rollout resume` or `rollout abort`"),
+        };
+        text + &clean(&format!("scope {scope} is on {percent} % of the nodes: {next}")) + "\n"
+    })
+}
+
+/// What was told.
+#[derive(Default)]
+struct Seen {
+    nodes: BTreeMap<String, (u64, State)>,
+    stages: String,
+}
+
 /// One line for each node whose state is new.
-fn tell(
-    rollout: &Rollout,
-    seen: &mut BTreeMap<String, (u64, State)>,
-    console: &mut Console<'_>,
-) -> Result<(), Error> {
-    if rollout.nodes.is_empty() && seen.is_empty() {
+fn tell(rollout: &Rollout, seen: &mut Seen, console: &mut Console<'_>) -> Result<(), Error> {
+    if rollout.nodes.is_empty() && seen.nodes.is_empty() {
         write!(console.out, "{}", picture(rollout))?;
     }
     for node in &rollout.nodes {
         let now = (rollout.revision, node.state());
-        if seen.insert(node.node.clone(), now) == Some(now) {
+        if seen.nodes.insert(node.node.clone(), now) == Some(now) {
             continue;
         }
-        let errors = node.errors.iter().fold(String::new(), |text, error| text + "; " + &sentence(error));
+        let errors = why(node).fold(String::new(), |text, reason| text + "; " + &reason);
         let took = node.took.map_or_else(String::new, |took| format!(" after {}", show_span(Some(took))));
         writeln!(
             console.out,
@@ -169,6 +234,11 @@ fn tell(
                 state_name(node.state())
             ))
         )?;
+    }
+    let now = stages(rollout);
+    if now != seen.stages {
+        write!(console.out, "{now}")?;
+        seen.stages = now;
     }
     Ok(())
 }
@@ -206,7 +276,7 @@ mod tests {
     fn the_picture_names_each_node_its_state_and_its_errors() {
         insta::assert_snapshot!(picture(&rollout()), @r"
         revision 7: 2 of 3 nodes have answered
-        NODE  STATE        TOOK  SINCE                 ERRORS
+        NODE  STATE        TOOK  SINCE                 WHY
         n1    APPLIED   12.00ms  2023-11-14T22:13:20Z
         n2    REJECTED        -  -                     rule `a`: capture.hz: is 500, and the cap (max_hz) is 200
         n3    PENDING         -  -
@@ -217,7 +287,7 @@ mod tests {
     fn a_pipe_gets_a_line_for_each_change_and_no_escape_codes() {
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let mut console = Console { out: &mut out, err: &mut err, terminal: false };
-        let mut seen = BTreeMap::new();
+        let mut seen = Seen::default();
         let mut rollout = rollout();
         tell(&rollout, &mut seen, &mut console).unwrap();
         tell(&rollout, &mut seen, &mut console).unwrap();

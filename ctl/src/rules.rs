@@ -4,8 +4,9 @@ use std::{fs, io::Read as _, path::Path};
 
 use gannet_proto::{
     control::{
-        DeleteTriggersRequest, GetTriggersRequest, ListNodesRequest, ListScopesRequest, Node, Rule,
-        RuleError, RuleScope, SetTriggersRequest, node_rollout, rule_status,
+        DeleteTriggersRequest, ExplainRequest, ExplainResponse, ExplainedProcess, GetTriggersRequest,
+        ListAuditRequest, ListNodesRequest, ListScopesRequest, MatchedProcess, Node, NodePreview, Rule,
+        RuleError, RulePreview, RuleScope, SetTriggersRequest, Staging, node_rollout, rule_status,
     },
     rules::{self, Caps},
 };
@@ -14,6 +15,7 @@ use serde_json::{Value, json};
 use crate::{
     Console, Error,
     args::{Format, RuleFiles, Rules, ScopeArg},
+    audit,
     client::Collector,
     output::{ago, millis, show_time, table},
     rollout,
@@ -26,7 +28,7 @@ pub(crate) async fn run(
     console: &mut Console<'_>,
 ) -> Result<(), Error> {
     match command {
-        Rules::Apply { files, scope, etag, allow_empty, dry_run, wait, timeout } => {
+        Rules::Apply { files, scope, etag, allow_empty, dry_run, canary, soak, wait, timeout } => {
             let rules = read(&files)?;
             if rules.is_empty() && !allow_empty {
                 return Err(Error::Usage(format!(
@@ -42,6 +44,8 @@ pub(crate) async fn run(
                 request_id: String::new(),
                 allow_empty,
                 validate_only: dry_run,
+                staging: canary
+                    .map(|percent| Staging { percent, soak: soak.and_then(|soak| soak.try_into().ok()) }),
             };
             let revision = set(request, collector, format, console).await?;
             if wait {
@@ -56,8 +60,12 @@ pub(crate) async fn run(
             let etag = etag.unwrap_or_default();
             delete(&ids, all, scope.scope, etag, collector, format, console).await
         }
-        Rules::Explain { id, node, scope } => {
-            explain(&id, &node, scope.as_deref(), collector, format, console).await
+        Rules::Explain { id, node, scope, pid, limit } => {
+            let question = ExplainRequest { node, rule_id: id, pid, limit };
+            explain(question, scope.as_deref(), collector, format, console).await
+        }
+        Rules::Audit { scope, node, limit } => {
+            audit::list(ListAuditRequest { scope, node, limit }, collector, format, console).await
         }
         Rules::Validate { files } => check_files(&files, format, console),
     }
@@ -83,7 +91,7 @@ fn read(RuleFiles { files }: &RuleFiles) -> Result<Vec<Rule>, Error> {
         }
     }
     if wrong.is_empty() {
-        wrong.extend(rules::validate(&all, &Caps::default()).iter().map(sentence));
+        wrong.extend(rules::validate(&all, &Caps::fleet()).iter().map(sentence));
     }
     if wrong.is_empty() { Ok(all) } else { Err(Error::Rules(wrong)) }
 }
@@ -142,6 +150,7 @@ async fn set(
             json!({
                 "scope": scope, "revision": answer.revision, "etag": answer.etag, "changed": answer.changed,
                 "dry_run": dry_run, "nodes": answer.nodes,
+                "previews": answer.previews.iter().map(preview_json).collect::<Vec<_>>(),
             })
         },
         || {
@@ -158,10 +167,87 @@ async fn set(
                 }
                 nodes => count(nodes.len(), "connected node"),
             };
-            format!("scope `{scope}` with {} {done}; for {nodes}\n", count(rules, "rule"))
+            let mut text = format!("scope `{scope}` with {} {done}; for {nodes}\n", count(rules, "rule"));
+            text.push_str(&previews(&answer.previews));
+            text
         },
     )?;
     Ok(answer.revision)
+}
+
+/// What each node would do, a line for each rule.
+fn previews(previews: &[NodePreview]) -> String {
+    use std::fmt::Write as _;
+
+    if previews.is_empty() {
+        return String::new();
+    }
+    let mut rows = Vec::new();
+    let mut words = String::new();
+    for preview in previews {
+        let NodePreview { node, unanswered, errors, would_reject, rules, samples_per_second: _ } = preview;
+        if !unanswered.is_empty() {
+            let _ = writeln!(words, "{node} does not say: {unanswered}");
+        }
+        for error in errors {
+            let what = if *would_reject { "would reject the set" } else { "would not do it all" };
+            let _ = writeln!(words, "{node} {what}: {}", sentence(error));
+        }
+        rows.extend(rules.iter().map(|rule| {
+            let RulePreview { rule_id, processes, pods, cpus, samples_per_second, conditional, examples } =
+                rule;
+            let examples: Vec<_> = examples.iter().take(3).map(short).collect();
+            [
+                node.clone(),
+                rule_id.clone(),
+                processes.to_string(),
+                pods.to_string(),
+                format!("{cpus:.2}"),
+                format!("{samples_per_second:.0}"),
+                if *conditional { "while its condition holds" } else { "always" }.to_owned(),
+                examples.join(", "),
+            ]
+        }));
+    }
+    if !rows.is_empty() {
+        let headings = ["NODE", "RULE", ">PROCESSES", ">PODS", ">CPUS", ">SAMPLES/S", "WHEN", "MATCHES NOW"];
+        words.push_str(&table(headings, &rows));
+        let sum: f64 = previews.iter().map(|preview| preview.samples_per_second).sum();
+        let _ = writeln!(words, "{sum:.0} samples per second in all, of what runs now");
+    }
+    words.lines().map(|line| crate::output::clean(line) + "\n").collect()
+}
+
+/// `python3 (4711)`.
+fn short(process: &MatchedProcess) -> String {
+    format!("{} ({})", process.comm, process.pid)
+}
+
+fn process_json(process: &MatchedProcess) -> Value {
+    let MatchedProcess { pid, comm, exe, cgroup, pod, container, cpus } = process;
+    json!({
+        "pid": pid, "comm": comm, "exe": exe, "cgroup": cgroup, "pod": pod, "container": container, "cpus": cpus,
+    })
+}
+
+fn preview_json(preview: &NodePreview) -> Value {
+    let NodePreview { node, unanswered, errors, would_reject, rules, samples_per_second } = preview;
+    let rules: Vec<_> = rules
+        .iter()
+        .map(|rule| {
+            let RulePreview { rule_id, processes, pods, cpus, samples_per_second, conditional, examples } =
+                rule;
+            json!({
+                "rule_id": rule_id, "processes": processes, "pods": pods, "cpus": cpus,
+                "samples_per_second": samples_per_second, "conditional": conditional,
+                "examples": examples.iter().map(process_json).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    json!({
+        "node": node, "unanswered": unanswered, "errors": errors.iter().map(error_json).collect::<Vec<_>>(),
+        "would_reject": would_reject, "rules": rules, "samples_per_second": samples_per_second,
+    })
 }
 
 async fn scopes(only: Option<&str>, collector: &Collector) -> Result<(Vec<RuleScope>, u64), Error> {
@@ -331,13 +417,14 @@ async fn delete(
 
 /// All that the collector knows of one rule on one node.
 async fn explain(
-    id: &str,
-    node: &str,
+    question: ExplainRequest,
     scope: Option<&str>,
     collector: &Collector,
     format: Format,
     console: &mut Console<'_>,
 ) -> Result<(), Error> {
+    let (id, node) = (question.rule_id.clone(), question.node.clone());
+    let (id, node) = (id.as_str(), node.as_str());
     let (scopes, newest) = scopes(scope, collector).await?;
     let found: Vec<(&RuleScope, &Rule)> = scopes
         .iter()
@@ -361,9 +448,28 @@ async fn explain(
             "there is no rule `{id}`, and node `{node}` runs none of that name"
         )));
     }
+    // What it says of itself, if it can be asked; all else is known here.
+    let asked = match (on.connected, on.status.as_ref()) {
+        (true, Some(_)) => Some(collector.fleet().explain(question).await),
+        _ => None,
+    };
+    let (mut seen, mut said) = (String::new(), Value::Null);
+    match asked {
+        None => {}
+        Some(Ok(answer)) => {
+            let answer = answer.into_inner();
+            (seen, said) = (explained(&answer), explained_json(&answer));
+        }
+        Some(Err(status)) => {
+            let reason = gannet_proto::connect::explain("", &status);
+            seen = format!("  processes  not known: {reason}\n");
+            said = json!({ "unanswered": reason });
+        }
+    }
     for (scope, rule) in &found {
-        let (facts, value) = facts(scope, rule, &on, newest);
-        console.show(format, || value, || facts)?;
+        let (facts, mut value) = facts(scope, rule, &on, newest);
+        value["processes"] = said.clone();
+        console.show(format, || value, || facts + &seen)?;
     }
     if found.is_empty() {
         console.show(
@@ -373,6 +479,60 @@ async fn explain(
         )?;
     }
     Ok(())
+}
+
+/// Process by process, why it is or is not profiled by the rule.
+fn explained(answer: &ExplainResponse) -> String {
+    let ExplainResponse { processes, processes_seen, processes_matched, unsupported, .. } = answer;
+    let mut text = format!("  processes  {processes_matched} of {processes_seen} match\n");
+    for error in unsupported {
+        text = text + "  nothing    " + &crate::output::clean(&sentence(error)) + "\n";
+    }
+    let rows: Vec<_> = processes
+        .iter()
+        .map(|ExplainedProcess { process, matches, armed, reasons }| {
+            let process = process.clone().unwrap_or_default();
+            let state = match (matches, armed) {
+                (true, true) => "profiled",
+                (true, false) => "matches",
+                (false, true) => "armed still",
+                (false, false) => "no",
+            };
+            [
+                process.pid.to_string(),
+                process.comm.clone(),
+                state.to_owned(),
+                match process.pod.as_str() {
+                    "" => process.cgroup.clone(),
+                    pod => format!("{pod} {}", process.container),
+                },
+                if *matches { process.exe.clone() } else { reasons.join("; ") },
+            ]
+        })
+        .collect();
+    if !rows.is_empty() {
+        text += &table([">PID", "COMMAND", "MATCHES", "WHERE", "EXECUTABLE, OR WHY NOT"], &rows);
+    }
+    text
+}
+
+fn explained_json(answer: &ExplainResponse) -> Value {
+    let ExplainResponse { processes, processes_seen, processes_matched, unsupported, rule: _, status: _ } =
+        answer;
+    let list: Vec<_> = processes
+        .iter()
+        .map(|ExplainedProcess { process, matches, armed, reasons }| {
+            let mut value = process_json(&process.clone().unwrap_or_default());
+            value["matches"] = json!(matches);
+            value["armed"] = json!(armed);
+            value["reasons"] = json!(reasons);
+            value
+        })
+        .collect();
+    json!({
+        "seen": processes_seen, "matched": processes_matched, "list": list,
+        "unsupported": unsupported.iter().map(error_json).collect::<Vec<_>>(),
+    })
 }
 
 fn facts(scope: &RuleScope, rule: &Rule, node: &Node, newest: u64) -> (String, Value) {

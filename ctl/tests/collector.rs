@@ -275,6 +275,9 @@ async fn what_is_wrong_with_rules_is_said_before_and_by_the_collector() {
     assert_eq!((outcome.code, outcome.err.contains("--allow-empty")), (2, true), "{}", outcome.err);
     assert_eq!(setup.ctl(&format!("rules apply -f {empty} --allow-empty")).await.code, 0);
     // A scope's name is the collector's to judge: its field violations come one in a line.
+    let always = setup.file("always.yaml", "rules: [{id: a, match: {comm: [x]}, capture: {hz: 99}}]");
+    let outcome = setup.ctl(&format!("rules apply -f {always}")).await;
+    assert!(outcome.err.contains("lifetime.ttl: is missing: a rule without `when`"), "{}", outcome.err);
     let good = setup.file("good.yaml", RULES);
     let outcome = setup.ctl(&format!("rules apply -f {good} --scope Not_A_Scope")).await;
     assert_eq!(outcome.code, 1);
@@ -320,6 +323,25 @@ async fn a_rollout_is_watched_to_its_end_and_a_rejection_fails_it() {
     assert_eq!(explained["rollout"], "APPLIED");
     let unknown = setup.ctl("rules explain web --node n9").await;
     assert!(unknown.err.contains("does not know a node `n9`; it knows n1, n2"), "{}", unknown.err);
+
+    let audit = setup.ctl("rules audit --node n2").await.out;
+    assert!(audit.contains("REJECTED") && audit.contains("capture.hz: is 199"), "{audit}");
+    let check = setup.ctl("check").await;
+    assert_eq!(check.code, 1, "{}", check.out);
+    assert!(check.out.contains("n2: has rejected the newest rules"), "{}", check.out);
+    let staged = setup.ctl(&format!("rules apply -f {file} --canary 50")).await;
+    assert!(staged.out.contains("is unchanged"), "what all have cannot be tried on some: {}", staged.out);
+    let file = setup.file("other.yaml", &RULES.replace("sample", "another"));
+    assert_eq!(setup.ctl(&format!("rules apply -f {file} --canary 50")).await.code, 0);
+    let shown: Value = serde_json::from_str(
+        setup.ctl("rollout watch --timeout 20s -o json").await.out.lines().last().unwrap(),
+    )
+    .unwrap();
+    assert_eq!(shown["staged"][0]["percent"], 50);
+    let aborted = setup.ctl("rollout abort").await;
+    assert_eq!((aborted.code, aborted.out.contains("as it was before")), (0, true), "{}", aborted.err);
+    let over = setup.ctl("rollout resume").await;
+    assert!(over.code == 1 && over.err.contains("not staged"), "{}", over.err);
 
     let nodes = setup.ctl("nodes").await.out;
     assert!(nodes.lines().any(|line| line.starts_with("n1") && line.contains("connected")), "{nodes}");

@@ -8,12 +8,14 @@
     reason = "a test that cannot go on shall say so at once"
 )]
 
+mod fleet;
 mod http;
 mod program;
 mod ticks;
 mod wait;
 mod world;
 
+pub use fleet::{Counts, Fleet, push_round};
 pub use http::http_get;
 pub use program::{Program, binary, run};
 pub use ticks::{Ticked, Ticks};

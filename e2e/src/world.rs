@@ -131,7 +131,8 @@ impl Collector {
 
     /// The flame graph of a query.
     pub async fn flame_graph(&self, query: &str) -> FlameGraphResponse {
-        let request = FlameGraphRequest { selection: Some(selection(query)), ..Default::default() };
+        let request =
+            FlameGraphRequest { selection: Some(selection(query)), flat: true, ..Default::default() };
         QueryServiceClient::new(self.channel())
             .flame_graph(request)
             .await

@@ -147,12 +147,16 @@ fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, DialError> {
     fs::read(path).map_err(|source| DialError::File { what, path: path.to_owned(), source })
 }
 
+/// The certificates (PEM) that are trusted: those of the file, or the system's.
+pub fn authority(ca: Option<&Path>) -> Result<Vec<u8>, DialError> {
+    match ca {
+        Some(path) => read("certificate authority", path),
+        None => SYSTEM_BUNDLES.iter().find_map(|path| fs::read(path).ok()).ok_or(DialError::NoRoots),
+    }
+}
+
 fn tls(ca: Option<&Path>, cert: Option<&Path>, key: Option<&Path>) -> Result<ClientTlsConfig, DialError> {
-    let authority = match ca {
-        Some(path) => read("certificate authority", path)?,
-        None => SYSTEM_BUNDLES.iter().find_map(|path| fs::read(path).ok()).ok_or(DialError::NoRoots)?,
-    };
-    let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authority));
+    let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authority(ca)?));
     match (cert, key) {
         (None, None) => Ok(config),
         (Some(cert), Some(key)) => {
@@ -229,7 +233,8 @@ pub fn explain(url: &str, status: &Status) -> String {
 }
 
 /// The cause at the end of the chain, which says more than "transport error".
-fn innermost(error: &dyn std::error::Error) -> String {
+/// The cause behind all others, in words.
+pub fn innermost(error: &dyn std::error::Error) -> String {
     let mut error = error;
     while let Some(source) = error.source() {
         error = source;

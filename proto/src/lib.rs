@@ -38,9 +38,29 @@ mod generated {
     pub mod profiles {
         tonic::include_proto!("perftools.profiles");
     }
+    pub mod foreign {
+        pub mod push {
+            pub mod v1 {
+                tonic::include_proto!("push.v1");
+            }
+        }
+        pub mod types {
+            pub mod v1 {
+                tonic::include_proto!("types.v1");
+            }
+        }
+        pub mod parca {
+            tonic::include_proto!("parca.profilestore.v1alpha1");
+        }
+    }
 }
 
 pub use generated::{control::v1 as control, ingest::v1 as ingest, profiles, query::v1 as query};
+
+/// Services of others that profiles are handed on to.
+pub mod foreign {
+    pub use super::generated::foreign::{parca, push::v1 as pyroscope, types::v1 as pyroscope_types};
+}
 
 /// The encoded `FileDescriptorSet` of every `.proto` file, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

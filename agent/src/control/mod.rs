@@ -1,6 +1,8 @@
 //! The control stream: rules come in, answers and heartbeats go out.
 
 mod last_good;
+mod look;
+mod questions;
 
 use std::{
     sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
@@ -22,12 +24,15 @@ use tonic::Status;
 
 pub use last_good::{LastGood, LastGoodError, Saved};
 
+use self::questions::Questions;
 use crate::{
     export::Backoff,
     node::Node,
     rules::{Set, Source},
 };
 
+/// What this agent can do, as it tells the collector.
+const FEATURES: [&str; 3] = ["off_cpu", "unwind_tables", "questions"];
 /// How often the node says how it is.
 const HEARTBEAT: Duration = Duration::from_secs(10);
 /// Messages that wait for the transport.
@@ -99,14 +104,21 @@ impl Control {
         self.node.connected.store(true, Relaxed);
         self.node.set_degraded("control", None);
         tracing::info!("connected to {}", self.url);
+        // Whatever is being answered ends with the stream.
+        let mut questions = Questions::new(Arc::clone(&self.node), messages.clone());
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         loop {
             tokio::select! {
                 message = incoming.message() => match message? {
                     None => return Ok(()),
-                    Some(message) => if let Some(server_message::Message::Rules(set)) = message.message {
-                        send(self.apply(set).await).await?;
-                        heartbeat.reset_immediately();
+                    Some(message) => match message.message {
+                        Some(server_message::Message::Rules(set)) => {
+                            send(self.apply(set).await).await?;
+                            heartbeat.reset_immediately();
+                        }
+                        Some(server_message::Message::Question(question)) => questions.take(question),
+                        // Something that a newer collector says.
+                        None => {}
                     },
                 },
                 _ = heartbeat.tick() => send(Message::Status(self.status().await)).await?,
@@ -168,7 +180,7 @@ impl Control {
             version: gannet_proto::VERSION.to_owned(),
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             arch: std::env::consts::ARCH.to_owned(),
-            features: vec!["off_cpu".into(), "unwind_tables".into()],
+            features: FEATURES.map(str::to_owned).to_vec(),
             active_revision,
             active_digest,
             cpus: crate::kernel::online_cpus().map_or(0, |cpus| cpus.len() as u32),

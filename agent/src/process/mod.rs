@@ -6,6 +6,7 @@ mod image;
 mod key;
 mod metadata;
 mod proc;
+mod survey;
 mod table;
 
 pub use cgroup::{CgroupNames, path_in as cgroup_path_in};
@@ -13,4 +14,5 @@ pub use image::{Image, Mapping, MappingKind};
 pub use key::{ParseKeyError, ProcessKey};
 pub use metadata::{Metadata, MetadataError, MetadataOptions, MetadataStats, ProcessMetadataCache};
 pub use proc::{ProcError, ProcFs, RealProc, check as check_identity};
+pub use survey::{Seen, cpus, see, survey};
 pub use table::{ImageKey, Process, Processes, Saturated, State, Stats};

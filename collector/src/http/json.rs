@@ -48,7 +48,16 @@ pub(super) fn profiles(profiles: &[api::ProfileInfo], next_page_token: &str) -> 
 
 /// A flame graph. Written without recursion: a stack may be a thousand frames deep.
 pub(super) fn flamegraph(of: &api::FlameGraphResponse) -> String {
-    let api::FlameGraphResponse { unit, total, base_total, profiles, base_profiles, root, sample_type } = of;
+    let api::FlameGraphResponse {
+        unit,
+        total,
+        base_total,
+        profiles,
+        base_profiles,
+        root,
+        sample_type,
+        nodes: _,
+    } = of;
     let head = json!({
         "unit": unit, "sample_type": sample_type, "total": total, "base_total": base_total, "profiles": profiles,
         "base_profiles": base_profiles,
@@ -82,8 +91,18 @@ pub(super) fn flamegraph(of: &api::FlameGraphResponse) -> String {
 
 /// Everything of a node but its children, without what is zero or empty: most of it is.
 fn begin_flame_node(node: &api::FlameNode, out: &mut String) {
-    let api::FlameNode { name, file, total, self_, base_total, base_self, children: _, kernel, inlined } =
-        node;
+    let api::FlameNode {
+        name,
+        file,
+        total,
+        self_,
+        base_total,
+        base_self,
+        children: _,
+        kernel,
+        inlined,
+        parent: _,
+    } = node;
     out.push_str("{\"name\":");
     out.push_str(&Value::from(name.as_str()).to_string());
     if !file.is_empty() {

@@ -4,7 +4,6 @@ mod json;
 // Its face is public in itself, so that it can be tested alone.
 #[allow(unreachable_pub)]
 mod page;
-mod tls;
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -21,9 +20,9 @@ use bytes::Bytes;
 use serde_json::json;
 use tonic::Code;
 
-pub use self::tls::TlsError;
-pub(crate) use self::tls::{Listener, Peer, Tls};
 use crate::{
+    auth::{Auth, Role},
+    listen::Peer,
     metrics::Metrics,
     query::{Query, QueryError, Selection, profile_id_from},
     store::{Store, StoreError},
@@ -38,8 +37,7 @@ pub(crate) struct Face {
     pub(crate) store: Arc<Store>,
     pub(crate) triggers: Triggers,
     pub(crate) metrics: Metrics,
-    /// Only callers with a certificate are answered, besides probes.
-    pub(crate) clients_known: bool,
+    pub(crate) auth: Arc<Auth>,
 }
 
 /// Everything that is served over HTTP.
@@ -296,13 +294,22 @@ async fn readyz(State(face): State<Face>) -> Response {
 
 /// Where clients must be known, those that are not learn so in words.
 async fn known_clients(State(face): State<Face>, request: Request, next: Next) -> Response {
-    let peer = request.extensions().get::<ConnectInfo<Peer>>();
-    if face.clients_known && !peer.is_some_and(|p| p.0.authenticated) {
-        tracing::debug!(peer = ?peer.map(|p| p.0.addr), "a caller without a certificate");
-        let text = "this collector answers only clients with a certificate of its --tls-client-ca".to_owned();
-        return Failure(StatusCode::UNAUTHORIZED, text).into_response();
+    let peer = request.extensions().get::<ConnectInfo<Peer>>().map(|info| info.0.clone());
+    let token = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let token = token.map(str::to_owned);
+    let who = face.auth.who(peer.as_ref(), token.as_deref()).await;
+    match who.and_then(|who| face.auth.allow(&who, Role::Viewer)) {
+        Ok(()) => next.run(request).await,
+        Err(status) => {
+            tracing::debug!(peer = ?peer.map(|p| p.addr), %status, "refused");
+            let code = match status.code() {
+                Code::Unauthenticated => StatusCode::UNAUTHORIZED,
+                Code::PermissionDenied => StatusCode::FORBIDDEN,
+                _ => StatusCode::SERVICE_UNAVAILABLE,
+            };
+            Failure(code, status.message().to_owned()).into_response()
+        }
     }
-    next.run(request).await
 }
 
 /// For every answer; the page brings its own policy.

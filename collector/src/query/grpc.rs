@@ -156,9 +156,13 @@ impl QueryService for QueryGrpc {
         &self,
         request: Request<api::FlameGraphRequest>,
     ) -> Result<Response<api::FlameGraphResponse>, Status> {
-        let api::FlameGraphRequest { selection: of, base, sample_type, max_nodes } = request.into_inner();
+        let api::FlameGraphRequest { selection: of, base, sample_type, max_nodes, flat } =
+            request.into_inner();
         let base = base.map(|b| selection(Some(b))).transpose()?;
-        let answer = self.0.flamegraph(&selection(of)?, base.as_ref(), &sample_type, max_nodes).await?;
+        let mut answer = self.0.flamegraph(&selection(of)?, base.as_ref(), &sample_type, max_nodes).await?;
+        if flat {
+            answer.nodes = answer.root.take().map(gannet_proto::pprof::flat).unwrap_or_default();
+        }
         Ok(Response::new(answer))
     }
 

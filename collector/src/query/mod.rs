@@ -627,6 +627,7 @@ impl Query {
                 base_profiles: both.base.as_ref().map_or(0, |m| m.profiles),
                 root: Some(root),
                 sample_type: both.sample_type,
+                nodes: Vec::new(),
             })
         })
         .await

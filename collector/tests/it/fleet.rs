@@ -3,10 +3,10 @@ use std::time::Duration;
 use gannet_collector::{Collector, Config, Running};
 use gannet_proto::{
     control::{
-        AgentMessage, GetRolloutRequest, ListNodesRequest, NodeHello, NodeRollout, NodeStatus, Rollout,
-        RuleError, RuleSet, RulesApplied, RulesRejected, ServerMessage, SetTriggersRequest,
-        WatchRolloutRequest, agent_message, agent_service_client::AgentServiceClient,
-        fleet_service_client::FleetServiceClient, node_rollout::State, server_message,
+        AgentMessage, Answer, GetRolloutRequest, ListNodesRequest, NodeHello, NodeRollout, NodeStatus,
+        Question, Rollout, RuleError, RuleSet, RulesApplied, RulesRejected, ServerMessage,
+        SetTriggersRequest, WatchRolloutRequest, agent_message, agent_service_client::AgentServiceClient,
+        answer, fleet_service_client::FleetServiceClient, node_rollout::State, server_message,
     },
     rules,
 };
@@ -52,7 +52,7 @@ impl Agent {
         agent
     }
 
-    async fn say(&self, message: agent_message::Message) {
+    pub async fn say(&self, message: agent_message::Message) {
         self.out.send(AgentMessage { message: Some(message) }).await.unwrap();
     }
 
@@ -61,8 +61,22 @@ impl Agent {
             tokio::time::timeout(PATIENCE, self.incoming.message()).await.expect("no rules in time");
         match message.unwrap().unwrap().message {
             Some(server_message::Message::Rules(rules)) => rules,
-            None => panic!("an empty message"),
+            other => panic!("no rules: {other:?}"),
         }
+    }
+
+    pub async fn question(&mut self) -> Question {
+        let message =
+            tokio::time::timeout(PATIENCE, self.incoming.message()).await.expect("no question in time");
+        match message.unwrap().unwrap().message {
+            Some(server_message::Message::Question(question)) => question,
+            other => panic!("no question: {other:?}"),
+        }
+    }
+
+    pub async fn answer(&self, id: &str, answer: answer::Answer) {
+        let answer = Answer { id: id.to_owned(), answer: Some(answer) };
+        self.say(agent_message::Message::Answer(answer)).await;
     }
 
     pub async fn hears_nothing(&mut self) {
@@ -86,7 +100,7 @@ impl Agent {
         self.say(agent_message::Message::Applied(RulesApplied { revision, nonce, digest, partial })).await;
     }
 
-    async fn reject(&self, set: &RuleSet, field: &str) {
+    pub async fn reject(&self, set: &RuleSet, field: &str) {
         let error = RuleError { rule_id: "a".into(), field: field.into(), reason: "too much".into() };
         let RuleSet { revision, nonce, .. } = set.clone();
         self.say(agent_message::Message::Rejected(RulesRejected { revision, nonce, errors: vec![error] }))
@@ -99,11 +113,11 @@ async fn nodes(running: &Running) -> Vec<gannet_proto::control::Node> {
     client.list_nodes(ListNodesRequest {}).await.unwrap().into_inner().nodes
 }
 
-async fn rollout(client: &Triggers, revision: u64) -> Rollout {
+pub async fn rollout(client: &Triggers, revision: u64) -> Rollout {
     client.clone().get_rollout(GetRolloutRequest { revision }).await.unwrap().into_inner()
 }
 
-async fn state(client: &Triggers, revision: u64, node: &str) -> NodeRollout {
+pub async fn state(client: &Triggers, revision: u64, node: &str) -> NodeRollout {
     rollout(client, revision)
         .await
         .nodes
@@ -112,7 +126,7 @@ async fn state(client: &Triggers, revision: u64, node: &str) -> NodeRollout {
         .expect("the node is in the rollout")
 }
 
-async fn becomes(client: &Triggers, revision: u64, node: &str, wanted: State) -> NodeRollout {
+pub async fn becomes(client: &Triggers, revision: u64, node: &str, wanted: State) -> NodeRollout {
     eventually(&format!("{node} becomes {wanted:?} at {revision}"), || async {
         state(client, revision, node).await.state() == wanted
     })

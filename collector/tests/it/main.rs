@@ -5,11 +5,14 @@
 
 mod disk;
 mod fleet;
+mod forward;
 mod http;
 mod ingest;
 mod kill;
 mod process;
 mod query;
+mod questions;
+mod staging;
 mod store;
 mod support;
 mod tls;

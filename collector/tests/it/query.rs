@@ -192,6 +192,7 @@ async fn graph_and_table_of_a_comparison_hold_both_sides() {
         base: range("", t0 + 10 * MINUTE, t0 + 12 * MINUTE),
         sample_type: "samples/count".into(),
         max_nodes: 0,
+        flat: false,
     };
     let graph = client.flame_graph(request.clone()).await.unwrap().into_inner();
     assert_eq!((graph.unit.as_str(), graph.sample_type.as_str()), ("count", "samples/count"));
@@ -282,6 +283,13 @@ async fn a_stack_as_deep_as_is_taken_can_be_shown() {
     assert!(graph.text().contains("\"f1023\""));
     // Clients of gRPC may limit how deep a message they read; the collector must survive writing it.
     let _ = queries(&running).await.flame_graph(FlameGraphRequest::default()).await;
+    let flat = FlameGraphRequest { flat: true, ..Default::default() };
+    let flat = queries(&running).await.flame_graph(flat).await.unwrap().into_inner();
+    assert!(flat.root.is_none());
+    assert_eq!((flat.nodes.len(), flat.nodes[0].parent), (1025, 0));
+    for (place, node) in flat.nodes.iter().enumerate().skip(1) {
+        assert_eq!((node.name.as_str(), node.parent as usize), (&*format!("f{}", place - 1), place - 1));
+    }
     assert_eq!(crate::support::get(running.http_addr, "/livez").await.status, 200);
     running.shutdown().await;
 }

@@ -1,24 +1,37 @@
 use std::{path::Path, sync::Arc};
 
-use gannet_collector::{Collector, Config, TlsFiles};
+use axum::{Json, Router, routing::post};
+use gannet_collector::{Collector, Config, NodeIdentity, TlsFiles};
 use gannet_proto::{
-    control::{SetTriggersRequest, trigger_service_client::TriggerServiceClient},
+    control::{
+        AgentMessage, ListScopesRequest, NodeHello, SetTriggersRequest, agent_message,
+        agent_service_client::AgentServiceClient, trigger_service_client::TriggerServiceClient,
+    },
     query::{ListProfilesRequest, query_service_client::QueryServiceClient},
     rules,
 };
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, IsCa, KeyPair};
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
 };
+use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
+    sync::mpsc,
 };
 use tokio_rustls::TlsConnector;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{
+    Code, Status,
+    transport::{Certificate, Channel, ClientTlsConfig, Identity},
+};
 
-use crate::support::{Pusher, batch, config, get_over, now_ms};
+use crate::{
+    support::{Pusher, batch, channel, config, eventually, get_over, now_ms},
+    triggers::one,
+};
 
 struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
@@ -38,6 +51,18 @@ impl Authority {
 
     fn pem(&self) -> String {
         self.issuer.pem()
+    }
+
+    /// A certificate of this common name and organization, for this DNS name.
+    fn issue(&self, name: &str, group: &str, dns: &str) -> Pair {
+        let key = KeyPair::generate().unwrap();
+        let names = if dns.is_empty() { Vec::new() } else { vec![dns.to_owned()] };
+        let mut params = CertificateParams::new(names).unwrap();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.distinguished_name.push(DnType::OrganizationName, group);
+        let cert = params.signed_by(&key, &self.issuer).unwrap();
+        Pair { cert: cert.pem(), key: key.serialize_pem() }
     }
 
     fn sign(&self, name: &str) -> Pair {
@@ -162,7 +187,7 @@ async fn with_a_client_authority_only_its_clients_are_let_in_and_probes_still_an
         .unwrap()
         .into_inner();
     let who = scope.scope.unwrap().changed_by;
-    assert!(who.starts_with("certificate sha256:") && who.len() > 40, "{who}");
+    assert!(who.contains("(certificate sha256:") && who.len() > 40, "{who}");
 
     let page = https(http, &ca, None, "/").await.unwrap();
     assert_eq!(page.status, 401);
@@ -206,4 +231,214 @@ async fn certificates_that_cannot_work_are_named_at_start() {
         let error = Collector::start(config).await.err().expect(says).to_string();
         assert!(error.contains(says), "{error}");
     }
+}
+
+/// How a control stream of a node of this name begins: rules are pushed, or it is refused.
+async fn hello(channel: Channel, node: &str, token: Option<&str>) -> Result<(), Status> {
+    let (out, receiver) = mpsc::channel(4);
+    let hello = NodeHello { node: node.into(), ..NodeHello::default() };
+    out.send(AgentMessage { message: Some(agent_message::Message::Hello(hello)) }).await.unwrap();
+    let mut request = tonic::Request::new(ReceiverStream::new(receiver));
+    if let Some(token) = token {
+        request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+    }
+    let mut stream = AgentServiceClient::new(channel).connect(request).await?.into_inner();
+    stream.message().await.map(|message| assert!(message.is_some(), "rules are pushed"))
+}
+
+#[tokio::test]
+async fn roles_and_node_names_are_held_against_the_certificate() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = Authority::new();
+    let tls = files(dir.path(), &ca.sign("localhost"), Some(&ca));
+    let roles = ["editor=anna", "viewer=group:developers", "agent=group:agents"];
+    let config = Config {
+        tls: Some(tls),
+        roles: roles.map(|role| role.parse().unwrap()).to_vec(),
+        node_identity: NodeIdentity::Certificate,
+        ..config(&dir.path().join("data"))
+    };
+    let running = Collector::start(config).await.unwrap();
+    let as_who = async |pair: &Pair| dial(running.grpc_addr, &ca, Some(pair)).await.unwrap();
+    let anna = as_who(&ca.issue("anna", "people", "")).await;
+    let bert = as_who(&ca.issue("bert", "developers", "")).await;
+    let agent = as_who(&ca.issue("gannet-agent", "agents", "n1.example")).await;
+    let nobody = as_who(&ca.issue("nobody", "people", "")).await;
+
+    TriggerServiceClient::new(anna.clone()).set_triggers(one("a")).await.unwrap();
+    for (who, name) in [(&bert, "bert"), (&agent, "gannet-agent"), (&nobody, "nobody")] {
+        let status = TriggerServiceClient::new(who.clone()).set_triggers(one("b")).await.unwrap_err();
+        assert_eq!(status.code(), Code::PermissionDenied, "{name}");
+        assert!(status.message().contains(name) && status.message().contains("--role editor="), "{status}");
+    }
+    for (who, may) in [(&anna, true), (&bert, true), (&agent, false), (&nobody, false)] {
+        let listed = TriggerServiceClient::new(who.clone()).list_scopes(ListScopesRequest {}).await;
+        assert_eq!(listed.is_ok(), may, "{listed:?}");
+    }
+    let scope = TriggerServiceClient::new(bert.clone())
+        .get_triggers(gannet_proto::control::GetTriggersRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(scope.scope.unwrap().changed_by.starts_with("anna (certificate sha256:"));
+
+    // An agent speaks for the node that its certificate names, and for no other.
+    hello(agent.clone(), "n1.example", None).await.unwrap();
+    let status = hello(agent.clone(), "n2.example", None).await.unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
+    assert!(status.message().contains("n2.example") && status.message().contains("n1.example"), "{status}");
+    let status = hello(bert, "bert", None).await.unwrap_err();
+    assert!(status.message().contains("the role agent"), "{status}");
+    let refused = Pusher::over(agent).await.err().expect("the pusher calls itself n1");
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
+
+    // The page is for viewers as well.
+    let by =
+        async |pair: &Pair| https(running.http_addr, &ca, Some(pair), "/api/v1/rules").await.unwrap().status;
+    assert_eq!(by(&ca.issue("carl", "developers", "")).await, 200);
+    assert_eq!(by(&ca.issue("nobody", "people", "")).await, 403);
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_profile_of_another_node_is_refused_where_nodes_are_verified() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = Authority::new();
+    let config = Config {
+        tls: Some(files(dir.path(), &ca.sign("localhost"), Some(&ca))),
+        node_identity: NodeIdentity::Certificate,
+        ..config(&dir.path().join("data"))
+    };
+    let running = Collector::start(config).await.unwrap();
+    let agent = dial(running.grpc_addr, &ca, Some(&ca.issue("n1", "agents", ""))).await.unwrap();
+    let mut pusher = Pusher::over(agent).await.unwrap();
+    pusher.store(batch("shop", now_ms(), &[("main", 1)])).await;
+    let mut other = batch("shop", now_ms(), &[("main", 1)]);
+    other.labels.insert("node".into(), "n2".into());
+    match pusher.push(other).await {
+        gannet_proto::ingest::push_response::Message::Refused(refused) => {
+            assert_eq!(refused.code, "wrong_node");
+            assert!(refused.reason.contains("n2"), "{}", refused.reason);
+        }
+        taken => panic!("{taken:?}"),
+    }
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn changed_certificates_are_taken_into_use_without_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (Authority::new(), Authority::new());
+    let tls = files(dir.path(), &old.sign("localhost"), Some(&old));
+    let config = Config {
+        tls: Some(tls.clone()),
+        tls_reload_interval: std::time::Duration::from_millis(50),
+        ..config(&dir.path().join("data"))
+    };
+    let running = Collector::start(config).await.unwrap();
+    let lists = async |ca: &Authority| match dial(running.grpc_addr, ca, Some(&ca.sign("anna"))).await {
+        Err(_) => false,
+        Ok(channel) => {
+            QueryServiceClient::new(channel).list_profiles(ListProfilesRequest::default()).await.is_ok()
+        }
+    };
+    let standing = dial(running.grpc_addr, &old, Some(&old.sign("anna"))).await.unwrap();
+    let mut standing = QueryServiceClient::new(standing);
+    standing.list_profiles(ListProfilesRequest::default()).await.unwrap();
+    assert!(!lists(&new).await);
+    // Half of a change is no change: the former certificates stay.
+    let pair = new.sign("localhost");
+    std::fs::write(&tls.cert, &pair.cert).unwrap();
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    assert!(lists(&old).await);
+    std::fs::write(&tls.key, &pair.key).unwrap();
+    std::fs::write(tls.client_ca.as_ref().unwrap(), new.pem()).unwrap();
+    eventually("the new ones are in use", || async { lists(&new).await }).await;
+    assert!(!lists(&old).await, "who has a certificate of the former authority is a stranger now");
+    // Connections that stand are not cut.
+    standing.list_profiles(ListProfilesRequest::default()).await.unwrap();
+    let answer = https(running.http_addr, &new, Some(&new.sign("anna")), "/api/v1/labels").await.unwrap();
+    assert_eq!(answer.status, 200);
+    running.shutdown().await;
+}
+
+/// An API server that knows two tokens, both for the audience `gannet`.
+async fn api_server(dir: &Path) -> std::path::PathBuf {
+    let review = async |Json(review): Json<Value>| {
+        let user = |name: &str, node: Value| {
+            json!({
+                "username": name, "groups": ["system:serviceaccounts"],
+                "extra": { "authentication.kubernetes.io/node-name": [node] },
+            })
+        };
+        let status = match review["spec"]["token"].as_str().unwrap() {
+            "of-an-agent" => json!({
+                "authenticated": true, "audiences": ["gannet"],
+                "user": user("system:serviceaccount:gannet:agent", json!("n1")),
+            }),
+            "of-an-editor" => json!({
+                "authenticated": true, "audiences": ["gannet"],
+                "user": user("system:serviceaccount:gannet:editor", json!("n9")),
+            }),
+            // As an API server answers that does not look at audiences.
+            "for-somebody-else" => json!({ "authenticated": true, "user": user("x", json!("n1")) }),
+            _ => json!({ "authenticated": false, "error": "invalid bearer token" }),
+        };
+        let answer = json!({
+            "apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "metadata": {},
+            "spec": review["spec"], "status": status,
+        });
+        (axum::http::StatusCode::CREATED, Json(answer))
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let server = format!("http://{}", listener.local_addr().unwrap());
+    let router = Router::new().route("/apis/authentication.k8s.io/v1/tokenreviews", post(review));
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let kubeconfig = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "c",
+        "clusters": [{ "name": "c", "cluster": { "server": server } }],
+        "contexts": [{ "name": "c", "context": { "cluster": "c", "user": "u" } }],
+        "users": [{ "name": "u", "user": {} }],
+    });
+    let path = dir.join("kubeconfig.json");
+    std::fs::write(&path, kubeconfig.to_string()).unwrap();
+    path
+}
+
+#[tokio::test]
+async fn tokens_are_reviewed_for_their_audience_their_role_and_their_node() {
+    let dir = tempfile::tempdir().unwrap();
+    let roles = ["editor=system:serviceaccount:gannet:editor", "agent=system:serviceaccount:gannet:agent"];
+    let config = Config {
+        token_audience: Some("gannet".into()),
+        kubeconfig: Some(api_server(dir.path()).await),
+        roles: roles.map(|role| role.parse().unwrap()).to_vec(),
+        node_identity: NodeIdentity::Token,
+        ..config(&dir.path().join("data"))
+    };
+    let running = Collector::start(config).await.unwrap();
+    let set = async |token: Option<&str>| {
+        let mut request = tonic::Request::new(one("a"));
+        if let Some(token) = token {
+            request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+        }
+        TriggerServiceClient::new(channel(running.grpc_addr).await).set_triggers(request).await
+    };
+    set(Some("of-an-editor")).await.unwrap();
+    for (token, code, words) in [
+        (None, Code::Unauthenticated, "--token-file"),
+        (Some("made-up"), Code::Unauthenticated, "invalid bearer token"),
+        (Some("for-somebody-else"), Code::Unauthenticated, "audience gannet"),
+        (Some("of-an-agent"), Code::PermissionDenied, "the role editor"),
+    ] {
+        let status = set(token).await.unwrap_err();
+        assert!(status.code() == code && status.message().contains(words), "{token:?}: {status}");
+    }
+    let to = channel(running.grpc_addr).await;
+    hello(to.clone(), "n1", Some("of-an-agent")).await.unwrap();
+    let status = hello(to.clone(), "n2", Some("of-an-agent")).await.unwrap_err();
+    assert!(status.code() == Code::PermissionDenied && status.message().contains("n1"), "{status}");
+    let status = hello(to, "n9", Some("of-an-editor")).await.unwrap_err();
+    assert!(status.message().contains("the role agent"), "{status}");
+    running.shutdown().await;
 }

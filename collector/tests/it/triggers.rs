@@ -40,7 +40,7 @@ async fn a_set_is_read_back_as_it_was_set_also_after_a_restart() {
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
     let rules = parse(
-        "rules:\n- id: b\n  match: {comm: [shop, 'py*']}\n  capture: {hz: 49}\n- id: a\n  match: {exe: [/usr/bin/x]}\n",
+        "rules:\n- id: b\n  match: {comm: [shop, 'py*']}\n  capture: {hz: 49}\n  lifetime: {ttl: 1h}\n- id: a\n  match: {exe: [/usr/bin/x]}\n",
     );
     let request = SetTriggersRequest { scope: "team-a".into(), rules: rules.clone(), ..Default::default() };
     let answer = client.set_triggers(request).await.unwrap().into_inner();

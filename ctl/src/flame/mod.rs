@@ -100,8 +100,18 @@ fn node_json(root: &FlameNode) -> String {
     while let Some(step) = steps.pop() {
         match step {
             Step::Open(node) => {
-                let FlameNode { name, file, total, self_, base_total, base_self, children, kernel, inlined } =
-                    node;
+                let FlameNode {
+                    name,
+                    file,
+                    total,
+                    self_,
+                    base_total,
+                    base_self,
+                    children,
+                    kernel,
+                    inlined,
+                    parent: _,
+                } = node;
                 let (name, file) = (json!(name), json!(file));
                 let _ = write!(
                     text,
@@ -252,6 +262,7 @@ pub(crate) mod tests {
             children,
             kernel: name.starts_with("sys_"),
             inlined: false,
+            parent: 0,
         }
     }
 

@@ -50,8 +50,18 @@ impl Model {
         let mut open = vec![(root, 0, 0)];
         while let Some((node, parent, depth)) = open.pop() {
             let number = nodes.len();
-            let FlameNode { name, file, total, self_, base_total, base_self: _, children, kernel, inlined } =
-                node;
+            let FlameNode {
+                name,
+                file,
+                total,
+                self_,
+                base_total,
+                base_self: _,
+                children,
+                kernel,
+                inlined,
+                parent: _,
+            } = node;
             nodes.push(Node {
                 name: clean(&name),
                 file: clean(&file),

@@ -245,6 +245,7 @@ impl FlameTree {
                     children: Vec::new(),
                     kernel: *kernel,
                     inlined: node.inlined,
+                    parent: 0,
                 }
                 .with_own(node.own)
             })
@@ -352,6 +353,21 @@ impl FlameTree {
         rows.truncate(limit);
         rows
     }
+}
+
+/// The nodes of a tree as a list, as [`crate::query::FlameGraphRequest::flat`] asks for it: a parent before its
+/// children, each with its parent's place.
+pub fn flat(root: FlameNode) -> Vec<FlameNode> {
+    let mut list: Vec<FlameNode> = Vec::new();
+    let mut open = vec![(root, 0)];
+    while let Some((mut node, parent)) = open.pop() {
+        let place = list.len() as u32;
+        node.parent = parent;
+        // The first child is opened next.
+        open.extend(std::mem::take(&mut node.children).into_iter().rev().map(|child| (child, place)));
+        list.push(node);
+    }
+    list
 }
 
 impl FlameNode {

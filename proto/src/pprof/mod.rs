@@ -8,12 +8,14 @@ mod codec;
 mod flame;
 mod graph;
 mod merge;
+mod split;
 
 pub use builder::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId};
 pub use check::{Summary, check, sample_type_index};
 pub use codec::{decode, encode};
-pub use flame::{FlameTree, Side, folded};
+pub use flame::{FlameTree, Side, flat, folded};
 pub use merge::Merger;
+pub use split::split;
 
 pub use crate::profiles::Profile;
 

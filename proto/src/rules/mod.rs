@@ -3,6 +3,7 @@
 
 mod form;
 mod pattern;
+mod schema;
 mod text;
 mod validate;
 
@@ -12,6 +13,7 @@ use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 
 pub use pattern::{Pattern, PatternError};
+pub use schema::json_schema;
 pub use text::{MAX_FILE_BYTES, ParseError, parse, to_json, to_yaml};
 pub use validate::{Caps, MAX_COMM_BYTES, check_scope, validate};
 
@@ -78,7 +80,7 @@ pub fn is_for_node(rule: &Rule, node_name: &str, labels: &BTreeMap<String, Strin
 }
 
 /// Where a node stands in a staged rollout: 0 to 99, the same for ever.
-fn canary_rank(node_name: &str) -> u32 {
+pub fn canary_rank(node_name: &str) -> u32 {
     let hash = Sha256::digest(node_name.as_bytes());
     let number = hash.iter().take(8).fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
     (number % 100) as u32

@@ -377,6 +377,12 @@ proptest! {
     }
 
     #[test]
+    fn what_is_written_is_as_the_schema_says(rule in some_rule()) {
+        let found = strangers(&to_json(&canonical(vec![rule])[0]), &json_schema().unwrap(), "rule");
+        prop_assert_eq!(found, Vec::<String>::new());
+    }
+
+    #[test]
     fn any_text_is_answered_without_a_panic(text in "\\PC{0,100}|(rules:|- |id: a|[\\[\\]{}&*!:,\n ]){0,20}") {
         let _ = parse(&text, "t");
     }
@@ -400,4 +406,50 @@ fn a_file_that_is_too_large_or_unfolds_without_end_is_refused() {
         writeln!(bomb, "a{i}: &a{i} [{nine}]").unwrap();
     }
     assert!(!bad(&bomb).is_empty());
+}
+
+/// What of a value its schema does not know, or knows to be otherwise.
+fn strangers(value: &serde_json::Value, schema: &serde_json::Value, path: &str) -> Vec<String> {
+    use serde_json::Value;
+    if schema["x-kubernetes-preserve-unknown-fields"] == true {
+        return Vec::new();
+    }
+    let fits = match (schema["type"].as_str(), value) {
+        (Some("object"), Value::Object(fields)) => {
+            return fields
+                .iter()
+                .flat_map(|(name, value)| {
+                    let known = schema["properties"].get(name).or_else(|| schema.get("additionalProperties"));
+                    let path = format!("{path}.{name}");
+                    known.map_or_else(|| vec![path.clone()], |schema| strangers(value, schema, &path))
+                })
+                .collect();
+        }
+        (Some("array"), Value::Array(items)) => {
+            return items.iter().flat_map(|item| strangers(item, &schema["items"], path)).collect();
+        }
+        (Some("string"), Value::String(text)) => {
+            schema["enum"].as_array().is_none_or(|names| names.iter().any(|name| name == text))
+                && schema.get("pattern").is_none_or(|_| text.starts_with(|c: char| c.is_ascii_digit()))
+        }
+        (Some("integer"), Value::Number(_)) | (Some("boolean"), Value::Bool(_)) => true,
+        _ => false,
+    };
+    if fits { Vec::new() } else { vec![format!("{path}: {value}")] }
+}
+
+#[test]
+fn the_schema_knows_every_field_with_its_comment_and_nothing_else() {
+    let schema = json_schema().unwrap();
+    let rule = to_json(&good(EVERYTHING)[0]);
+    assert_eq!(strangers(&rule, &schema, "rule"), Vec::<String>::new());
+    let wrong = serde_json::json!({ "id": "a", "match": { "com": ["x"] }, "capture": { "kind": ["both"] } });
+    assert_eq!(strangers(&wrong, &schema, "rule"), ["rule.capture.kind: \"both\"", "rule.match.com"]);
+    let capture = &schema["properties"]["capture"]["properties"];
+    assert_eq!(capture["kind"]["items"]["enum"], serde_json::json!(["on_cpu", "off_cpu"]));
+    assert!(capture["stacks"]["properties"]["user"].is_object());
+    let when = &schema["properties"]["when"]["items"];
+    assert_eq!((when["maxProperties"].as_u64(), when["properties"].as_object().unwrap().len()), (Some(1), 5));
+    let comm = schema["properties"]["match"]["properties"]["comm"]["description"].as_str().unwrap();
+    assert!(comm.starts_with("Command names: exact, or a prefix"), "{comm}");
 }

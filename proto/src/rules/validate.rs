@@ -7,7 +7,7 @@ use jiff::SignedDuration;
 use prost::Message as _;
 
 use super::{
-    Pattern, effective_hz,
+    ALWAYS_HZ, Pattern, effective_hz,
     form::{show_duration, signed},
 };
 use crate::{
@@ -44,6 +44,8 @@ pub struct Caps {
     pub max_hz: u32,
     /// Above this rate a rule must say when it ends.
     pub ttl_above_hz: u32,
+    /// Above this rate a rule that captures always, without a condition, must say when it ends.
+    pub ttl_always_above_hz: u32,
     /// Of one capture.
     pub max_duration: Duration,
     /// Captures of one rule at a time on one node.
@@ -59,11 +61,20 @@ impl Default for Caps {
         Self {
             max_hz: 1000,
             ttl_above_hz: 99,
+            ttl_always_above_hz: u32::MAX,
             max_duration: Duration::from_secs(3600),
             max_concurrent: 64,
             max_rules: 256,
             max_bytes: 1 << 20,
         }
+    }
+}
+
+impl Caps {
+    /// What may be asked of a whole fleet. A rule that samples everywhere all the time is dear above the rate of
+    /// continuous profiling, so there it has to end by itself; a node's own files may ask for more.
+    pub fn fleet() -> Self {
+        Self { ttl_always_above_hz: ALWAYS_HZ, ..Self::default() }
     }
 }
 
@@ -210,6 +221,15 @@ fn one(rule: &Rule, caps: &Caps, faults: &mut Faults<'_>) {
         faults.add(
             "lifetime.ttl",
             format!("is missing: a rule above {cap} Hz (this one: {hz}) must say when it ends, for instance `ttl: 20m`"),
+        );
+    } else if ttl.is_none() && when.is_empty() && hz > caps.ttl_always_above_hz {
+        let cap = caps.ttl_always_above_hz;
+        faults.add(
+            "lifetime.ttl",
+            format!(
+                "is missing: a rule without `when` captures always, and above {cap} Hz (this one: {hz}) it must say when it \
+                 ends, for instance `ttl: 20m`"
+            ),
         );
     }
     if not_before.is_some_and(|at| jiff::Timestamp::new(at.seconds, at.nanos).is_err()) {

@@ -1,0 +1,254 @@
+//! Questions of the collector about this node. They change no rule, and none of them holds up the stream: each is
+//! answered by a task of its own, few at a time, and all end with the stream.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use gannet_proto::{
+    control::{
+        AgentMessage, Answer, ExplainRequest, ExplainResponse, ExplainedProcess, NodePreview,
+        PreviewQuestion, Question, Rule, RuleError, RulePreview, agent_message, answer, capture, question,
+        rule_status,
+    },
+    rules::{effective_hz, effective_kinds},
+};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+
+use super::look::{Wanted, matched};
+use crate::{
+    engine::EngineError,
+    kernel::CgroupHierarchy,
+    node::Node,
+    process::{Seen, cpus, survey},
+    profile::slots,
+    rules::Source,
+};
+
+/// Questions that are being answered at one time; more wait.
+const AT_ONCE: usize = 4;
+/// Questions that are being answered or wait; more are refused.
+const MOST: usize = 64;
+/// How long CPU use is measured for a preview.
+const MEASURE: Duration = Duration::from_millis(500);
+/// Processes that a preview names for each rule.
+const EXAMPLES: usize = 5;
+/// Processes in one explanation, unless told otherwise.
+const EXPLAINED: usize = 50;
+const MOST_EXPLAINED: usize = 1000;
+
+/// The questions of one stream.
+pub(super) struct Questions {
+    node: Arc<Node>,
+    out: mpsc::Sender<AgentMessage>,
+    places: Arc<Semaphore>,
+    running: HashMap<String, CancellationToken>,
+}
+
+impl Drop for Questions {
+    fn drop(&mut self) {
+        for running in self.running.values() {
+            running.cancel();
+        }
+    }
+}
+
+impl Questions {
+    pub(super) fn new(node: Arc<Node>, out: mpsc::Sender<AgentMessage>) -> Self {
+        Self { node, out, places: Arc::new(Semaphore::new(AT_ONCE)), running: HashMap::new() }
+    }
+
+    /// Begins to answer, or ends it.
+    pub(super) fn take(&mut self, Question { id, question }: Question) {
+        // Those that have ended dropped their half.
+        self.running.retain(|_, running| !running.is_cancelled());
+        let question = match question {
+            Some(question::Question::Cancel(_)) => {
+                if let Some(running) = self.running.remove(&id) {
+                    running.cancel();
+                }
+                return;
+            }
+            question => question,
+        };
+        let cancel = CancellationToken::new();
+        let full = self.running.len() >= MOST;
+        self.running.insert(id.clone(), cancel.clone());
+        let (node, out, places) = (Arc::clone(&self.node), self.out.clone(), Arc::clone(&self.places));
+        tokio::spawn(async move {
+            let answer = async {
+                if full {
+                    return answer::Answer::Refused(format!("{MOST} questions wait already: try again"));
+                }
+                let Ok(_place) = places.acquire().await else {
+                    return answer::Answer::Refused("the agent is ending".into());
+                };
+                answer(&node, question).await
+            };
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                answer = answer => {
+                    let answer = Answer { id, answer: Some(answer) };
+                    let message = AgentMessage { message: Some(agent_message::Message::Answer(answer)) };
+                    // A stream that has ended needs no answer.
+                    let _ = out.send(message).await;
+                }
+            }
+            cancel.cancel();
+        });
+    }
+}
+
+async fn answer(node: &Node, question: Option<question::Question>) -> answer::Answer {
+    let answered = match question {
+        Some(question::Question::Preview(question)) => {
+            preview(node, question).await.map(answer::Answer::Preview)
+        }
+        Some(question::Question::Explain(question)) => {
+            explain(node, question).await.map(answer::Answer::Explain)
+        }
+        _ => Err("this agent does not know the question: update it".to_owned()),
+    };
+    answered.unwrap_or_else(answer::Answer::Refused)
+}
+
+fn ended(error: EngineError) -> String {
+    error.to_string()
+}
+
+/// Everything that runs, and how many CPUs each process uses.
+async fn look() -> Result<(Vec<Seen>, HashMap<u32, f64>), String> {
+    let hierarchy = CgroupHierarchy::detect();
+    let see = move || survey(hierarchy);
+    let failed = |_| "the agent is ending".to_owned();
+    let begin = Instant::now();
+    let before = tokio::task::spawn_blocking(see).await.map_err(failed)?;
+    tokio::time::sleep(MEASURE).await;
+    let after = tokio::task::spawn_blocking(see).await.map_err(failed)?;
+    let cpus = cpus(&before, &after, begin.elapsed());
+    Ok((after, cpus))
+}
+
+/// What these rules would do here now.
+async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Result<NodePreview, String> {
+    let judged = rules.clone();
+    let errors = node
+        .engine
+        .inspect(move |inside| inside.rules.check(Source::Remote, &judged))
+        .await
+        .map_err(ended)?;
+    let (seen, cpus) = look().await?;
+    let previews: Vec<RulePreview> = rules.iter().map(|rule| one(rule, &seen, &cpus)).collect();
+    Ok(NodePreview {
+        node: node.config.node.clone(),
+        would_reject: !errors.is_empty(),
+        errors,
+        samples_per_second: previews.iter().map(|preview| preview.samples_per_second).sum(),
+        rules: previews,
+        ..NodePreview::default()
+    })
+}
+
+fn one(rule: &Rule, seen: &[Seen], cpus: &HashMap<u32, f64>) -> RulePreview {
+    let wanted = Wanted::of(&rule.r#match.clone().unwrap_or_default());
+    let used = |seen: &Seen| cpus.get(&seen.pid).copied().unwrap_or_default();
+    let mut matching: Vec<&Seen> = seen
+        .iter()
+        .filter(|seen| wanted.mismatches(seen, |fields| unknown_pods(fields)).is_empty())
+        .collect();
+    matching.sort_by(|a, b| used(b).total_cmp(&used(a)).then(a.pid.cmp(&b.pid)));
+    let sum: f64 = matching.iter().map(|seen| used(seen)).sum();
+    let hz = if effective_kinds(rule).contains(&capture::Kind::OnCpu) { effective_hz(rule) } else { 0 };
+    let pods: HashSet<&str> =
+        matching.iter().map(|seen| seen.names.pod_uid.as_str()).filter(|uid| !uid.is_empty()).collect();
+    RulePreview {
+        rule_id: rule.id.clone(),
+        processes: matching.len() as u64,
+        pods: pods.len() as u64,
+        cpus: sum,
+        samples_per_second: sum * f64::from(hz),
+        conditional: !rule.when.is_empty(),
+        examples: matching.iter().take(EXAMPLES).map(|seen| matched(seen, used(seen))).collect(),
+    }
+}
+
+/// Fields over pods, on a node that knows no pods.
+fn unknown_pods(fields: &[&'static str]) -> Vec<String> {
+    fields.iter().map(|field| format!("{field}: this node has no pod metadata")).collect()
+}
+
+/// Why processes are, or are not, profiled by a rule that is in force.
+async fn explain(node: &Node, question: ExplainRequest) -> Result<ExplainResponse, String> {
+    let ExplainRequest { node: _, rule_id, pid, limit } = question;
+    let id = rule_id.clone();
+    let (rule, status, armed) = node
+        .engine
+        .inspect(move |inside| {
+            let rule = [Source::Remote, Source::Local]
+                .into_iter()
+                .filter_map(|source| inside.rules.set(source))
+                .flat_map(|set| &set.rules)
+                .find(|rule| rule.id == id)
+                .cloned();
+            let status = inside.statuses().into_iter().find(|status| status.rule_id == id);
+            let armed: HashSet<u32> = inside
+                .processes
+                .alive()
+                .filter(|process| {
+                    slots(process.rules).any(|slot| inside.rules.name(slot) == Some(id.as_str()))
+                })
+                .map(|process| process.key.process.tgid)
+                .collect();
+            (rule, status, armed)
+        })
+        .await
+        .map_err(ended)?;
+    let Some(rule) = rule else {
+        return Err(format!("the node has no rule `{rule_id}` in force"));
+    };
+    let (seen, cpus) = look().await?;
+    if pid != 0 && seen.iter().all(|seen| seen.pid != pid) {
+        return Err(format!("there is no process {pid} on the node"));
+    }
+    let wanted = Wanted::of(&rule.r#match.clone().unwrap_or_default());
+    // Those that match first, then those that fail least, the busiest of each first.
+    let mut all: BTreeMap<(usize, u64, u32), ExplainedProcess> = BTreeMap::new();
+    let mut matches = 0;
+    for seen in &seen {
+        let reasons = wanted.mismatches(seen, |fields| unknown_pods(fields));
+        matches += u64::from(reasons.is_empty());
+        if pid != 0 && seen.pid != pid {
+            continue;
+        }
+        let used = cpus.get(&seen.pid).copied().unwrap_or_default();
+        let idle = u64::MAX - (used * 1e6) as u64;
+        let process = ExplainedProcess {
+            process: Some(matched(seen, used)),
+            matches: reasons.is_empty(),
+            armed: armed.contains(&seen.pid),
+            reasons: reasons.clone(),
+        };
+        all.insert((reasons.len(), idle, seen.pid), process);
+    }
+    let limit = if limit == 0 { EXPLAINED } else { (limit as usize).min(MOST_EXPLAINED) };
+    let unsupported = status
+        .iter()
+        .filter(|status| status.state() == rule_status::State::Unsupported)
+        .map(|status| RuleError {
+            rule_id: rule_id.clone(),
+            field: String::new(),
+            reason: status.reason.clone(),
+        })
+        .collect();
+    Ok(ExplainResponse {
+        rule: Some(rule),
+        status,
+        unsupported,
+        processes_seen: seen.len() as u64,
+        processes_matched: matches,
+        processes: all.into_values().take(limit).collect(),
+    })
+}

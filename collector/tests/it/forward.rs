@@ -1,0 +1,222 @@
+//! Profiles are handed on, to servers that look at what they are sent.
+
+use std::{
+    collections::VecDeque,
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use axum::{Router, body::Bytes, extract::State, http::HeaderMap, routing::post};
+use gannet_collector::{Collector, Config, ForwardOptions, Running};
+use gannet_proto::{
+    foreign::{
+        parca::{
+            WriteRawRequest, WriteRawResponse,
+            profile_store_service_server::{ProfileStoreService, ProfileStoreServiceServer},
+        },
+        pyroscope::PushRequest,
+    },
+    pprof,
+};
+use prost::Message as _;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Request, Response, Status};
+
+use crate::support::{OFF_CPU, Pusher, batch, config, eventually, get, now_ms, typed_batch};
+
+/// What a target was sent, one entry for each sample of a series.
+#[derive(Clone, Debug)]
+struct Received {
+    labels: Vec<(String, String)>,
+    pprof: Vec<u8>,
+    id: String,
+}
+
+#[derive(Clone, Default)]
+struct Target {
+    received: Arc<Mutex<Vec<Received>>>,
+    headers: Arc<Mutex<Vec<HeaderMap>>>,
+    /// Statuses of the next answers; then everything is taken.
+    script: Arc<Mutex<VecDeque<u16>>>,
+}
+
+impl Target {
+    fn all(&self) -> Vec<Received> {
+        self.received.lock().unwrap().clone()
+    }
+
+    async fn has(&self, n: usize) -> Vec<Received> {
+        eventually("all is handed on", || async { self.all().len() >= n }).await;
+        assert_eq!(self.all().len(), n);
+        self.all()
+    }
+
+    async fn pyroscope(&self) -> SocketAddr {
+        let push = async |State(target): State<Self>, headers: HeaderMap, body: Bytes| {
+            target.headers.lock().unwrap().push(headers);
+            if let Some(status) = target.script.lock().unwrap().pop_front() {
+                return (axum::http::StatusCode::from_u16(status).unwrap(), "told to".to_owned());
+            }
+            for series in PushRequest::decode(body).unwrap().series {
+                let labels: Vec<_> = series.labels.into_iter().map(|l| (l.name, l.value)).collect();
+                for sample in series.samples {
+                    let (pprof, id) = (sample.raw_profile, sample.id);
+                    target.received.lock().unwrap().push(Received { labels: labels.clone(), pprof, id });
+                }
+            }
+            (axum::http::StatusCode::OK, String::new())
+        };
+        let router = Router::new().route("/push.v1.PusherService/Push", post(push)).with_state(self.clone());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        addr
+    }
+}
+
+#[tonic::async_trait]
+impl ProfileStoreService for Target {
+    async fn write_raw(
+        &self,
+        request: Request<WriteRawRequest>,
+    ) -> Result<Response<WriteRawResponse>, Status> {
+        if self.script.lock().unwrap().pop_front().is_some() {
+            return Err(Status::unavailable("told to"));
+        }
+        for series in request.into_inner().series {
+            let labels: Vec<_> =
+                series.labels.unwrap_or_default().labels.into_iter().map(|l| (l.name, l.value)).collect();
+            for sample in series.samples {
+                let received =
+                    Received { labels: labels.clone(), pprof: sample.raw_profile, id: String::new() };
+                self.received.lock().unwrap().push(received);
+            }
+        }
+        Ok(Response::new(WriteRawResponse {}))
+    }
+}
+
+async fn forwarding(dir: &Path, target: &str) -> Running {
+    let config = Config {
+        forward: vec![target.parse().unwrap()],
+        forward_options: ForwardOptions { tenant: Some("team".into()), ..ForwardOptions::default() },
+        ..config(dir)
+    };
+    Collector::start(config).await.unwrap()
+}
+
+fn label<'a>(received: &'a Received, name: &str) -> &'a str {
+    received.labels.iter().find(|(have, _)| have == name).map_or("", |(_, value)| value)
+}
+
+#[tokio::test]
+async fn pyroscope_gets_each_profile_once_as_it_is_with_its_labels_and_its_id() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::default();
+    target.script.lock().unwrap().extend([503, 429]);
+    let running = forwarding(dir.path(), &format!("pyroscope=http://{}", target.pyroscope().await)).await;
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    let sent = batch("shop", now_ms(), &[("main;work", 3), ("main", 2)]);
+    pusher.store(sent.clone()).await;
+    let received = target.has(1).await.remove(0);
+    assert_eq!((label(&received, "__name__"), label(&received, "service_name")), ("process_cpu", "shop"));
+    assert_eq!(label(&received, "node"), "n1");
+    assert!(received.labels.is_sorted());
+    assert_eq!(received.id, sent.batch_id);
+    let profile = pprof::decode(&received.pprof, 1 << 20).unwrap();
+    assert_eq!(pprof::check(&profile).unwrap().totals[0], 5);
+    assert_eq!(&received.pprof[..2], &[0x1f, 0x8b], "gzip");
+    let headers = target.headers.lock().unwrap()[0].clone();
+    assert_eq!(headers["content-type"], "application/proto");
+    assert_eq!(headers["x-scope-orgid"], "team");
+
+    // The same again is not new, and blocked time has its own name.
+    pusher.push(sent).await;
+    pusher.store(typed_batch(OFF_CPU, "shop", now_ms(), &[("main", 1)])).await;
+    let received = target.has(2).await;
+    assert_eq!(label(&received[1], "__name__"), "off_cpu");
+
+    // What is refused for good is not sent again, and counted.
+    target.script.lock().unwrap().push_back(400);
+    pusher.store(batch("bad", now_ms(), &[("main", 1)])).await;
+    pusher.store(batch("good", now_ms(), &[("main", 1)])).await;
+    target.has(3).await;
+    let counted = |what: &str| {
+        let line = what.to_owned();
+        let addr = running.http_addr;
+        async move { get(addr, "/metrics").await.text().contains(&line) }
+    };
+    let lost = r#"gannet_collector_forward_lost_profiles_total{target="pyroscope",reason="refused"} 1"#;
+    eventually("the refusal is counted", || counted(lost)).await;
+    assert!(counted(r#"gannet_collector_forward_retries_total{target="pyroscope"} 2"#).await);
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_profile_that_is_too_large_goes_in_parts_that_add_up_to_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::default();
+    let running = forwarding(dir.path(), &format!("pyroscope=http://{}", target.pyroscope().await)).await;
+    let stacks: Vec<(String, i64)> = (0..40_000).map(|i| (format!("main;f{i}"), 1)).collect();
+    let stacks: Vec<(&str, i64)> = stacks.iter().map(|(stack, n)| (stack.as_str(), *n)).collect();
+    let sent = batch("large", now_ms(), &stacks);
+    Pusher::open(running.grpc_addr).await.store(sent.clone()).await;
+    eventually("all parts are there", || async {
+        let sum: i64 = target
+            .all()
+            .iter()
+            .map(|r| pprof::check(&pprof::decode(&r.pprof, 8 << 20).unwrap()).unwrap().totals[0] as i64)
+            .sum();
+        sum == 40_000
+    })
+    .await;
+    let parts = target.all();
+    assert!(parts.len() >= 3, "{}", parts.len());
+    for part in &parts {
+        let profile = pprof::decode(&part.pprof, 8 << 20).unwrap();
+        assert!(profile.sample.len() <= 16_000 && profile.encoded_len() <= 4 << 20);
+        assert!(part.id.starts_with(&sent.batch_id));
+    }
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn parca_gets_its_own_message_also_when_it_comes_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::default();
+    target.script.lock().unwrap().push_back(1);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let server = tonic::transport::Server::builder()
+        .add_service(ProfileStoreServiceServer::new(target.clone()))
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    tokio::spawn(server);
+    let running = forwarding(dir.path(), &format!("parca=http://{addr}")).await;
+    Pusher::open(running.grpc_addr).await.store(batch("shop", now_ms(), &[("main;work", 3)])).await;
+    let received = target.has(1).await.remove(0);
+    assert_eq!((label(&received, "__name__"), label(&received, "service_name")), ("process_cpu", "shop"));
+    let profile = pprof::decode(&received.pprof, 1 << 20).unwrap();
+    assert_eq!(pprof::check(&profile).unwrap().totals[0], 3);
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_target_that_is_not_there_holds_up_nothing_and_the_end_counts_what_waits() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let config = Config {
+        forward: vec![format!("pyroscope=http://127.0.0.1:{port}").parse().unwrap()],
+        shutdown_timeout: std::time::Duration::from_secs(2),
+        ..config(dir.path())
+    };
+    let running = Collector::start(config).await.unwrap();
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    for _ in 0..20 {
+        pusher.store(batch("shop", now_ms(), &[("main", 1)])).await;
+    }
+    drop(pusher);
+    let begin = std::time::Instant::now();
+    running.shutdown().await;
+    assert!(begin.elapsed() < std::time::Duration::from_secs(20));
+}

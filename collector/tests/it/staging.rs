@@ -1,0 +1,162 @@
+//! Rules that go to some of the nodes first.
+
+use gannet_proto::{
+    control::{
+        AbortRolloutRequest, GetTriggersRequest, NodeHello, ResumeRolloutRequest, SetTriggersRequest,
+        Staging, node_rollout::State,
+    },
+    rules::canary_rank,
+};
+use prost_types::Duration;
+use tonic::Code;
+
+use crate::{
+    fleet::{Agent, becomes, rollout, state},
+    support::{eventually, start},
+    triggers::{Triggers, one, triggers},
+};
+
+/// Names of nodes that stand below and above half.
+fn halves() -> (String, String) {
+    let name = |wanted: bool| {
+        (0..).map(|i| format!("node-{i}")).find(|name| (canary_rank(name) < 50) == wanted).unwrap()
+    };
+    (name(true), name(false))
+}
+
+fn half(id: &str, soak: Option<Duration>) -> SetTriggersRequest {
+    SetTriggersRequest { staging: Some(Staging { percent: 50, soak }), ..one(id) }
+}
+
+async fn scope_rules(client: &Triggers) -> Vec<String> {
+    let request = GetTriggersRequest::default();
+    let scope = client.clone().get_triggers(request).await.unwrap().into_inner().scope.unwrap();
+    scope.rules.into_iter().map(|rule| rule.id).collect()
+}
+
+#[tokio::test]
+async fn a_staged_set_reaches_the_first_nodes_and_the_others_keep_what_they_had_until_it_is_resumed() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let mut client = triggers(&running).await;
+    let (first, rest) = halves();
+    let mut first_agent = Agent::connect(&running, &first, "").await;
+    let mut rest_agent = Agent::connect(&running, &rest, "").await;
+    client.set_triggers(one("old")).await.unwrap();
+    for agent in [&mut first_agent, &mut rest_agent] {
+        let set = agent.rules().await;
+        agent.apply(&set, Vec::new()).await;
+    }
+    becomes(&client, 1, &rest, State::Applied).await;
+
+    let answer = client.set_triggers(half("new", None)).await.unwrap().into_inner();
+    assert_eq!((answer.revision, answer.changed), (2, true));
+    let set = first_agent.rules().await;
+    assert_eq!(set.rules[0].id, "new");
+    first_agent.apply(&set, Vec::new()).await;
+    becomes(&client, 2, &first, State::Applied).await;
+    rest_agent.hears_nothing().await;
+    let held = becomes(&client, 2, &rest, State::Skipped).await;
+    assert!(held.note.contains("default"), "{held:?}");
+    assert_eq!(rollout(&client, 2).await.staged["default"].percent, 50);
+    // The same again changes nothing.
+    assert!(!client.set_triggers(half("new", None)).await.unwrap().into_inner().changed);
+
+    // A node that comes back with the former rules is on what it shall have.
+    drop(rest_agent);
+    becomes(&client, 2, &rest, State::Offline).await;
+    let old = gannet_proto::rules::digest(&one("old").rules);
+    let mut rest_agent = Agent::connect(&running, &rest, &old).await;
+    rest_agent.hears_nothing().await;
+
+    let back = ResumeRolloutRequest { percent: 20, ..Default::default() };
+    assert_eq!(client.resume_rollout(back).await.unwrap_err().code(), Code::InvalidArgument);
+    let answer = client.resume_rollout(ResumeRolloutRequest::default()).await.unwrap().into_inner();
+    let set = rest_agent.rules().await;
+    assert_eq!((set.revision, set.rules[0].id.as_str()), (answer.revision, "new"));
+    rest_agent.apply(&set, Vec::new()).await;
+    becomes(&client, answer.revision, &rest, State::Applied).await;
+    first_agent.hears_nothing().await;
+    assert_eq!(state(&client, answer.revision, &first).await.state(), State::Applied);
+    let over = client.resume_rollout(ResumeRolloutRequest::default()).await.unwrap_err();
+    assert!(over.code() == Code::FailedPrecondition && over.message().contains("not staged"), "{over}");
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_rejection_by_a_first_node_pauses_the_rollout_and_an_abort_takes_it_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let mut client = triggers(&running).await;
+    let (first, rest) = halves();
+    let mut first_agent = Agent::connect(&running, &first, "").await;
+    let mut rest_agent = Agent::connect(&running, &rest, "").await;
+    client.set_triggers(one("old")).await.unwrap();
+    for agent in [&mut first_agent, &mut rest_agent] {
+        let set = agent.rules().await;
+        agent.apply(&set, Vec::new()).await;
+    }
+    becomes(&client, 1, &first, State::Applied).await;
+
+    // It would go on by itself at once.
+    let soak = Some(Duration { seconds: 1, nanos: 0 });
+    client.set_triggers(half("a", soak)).await.unwrap();
+    let set = first_agent.rules().await;
+    first_agent.reject(&set, "capture.hz").await;
+    eventually("the rollout is paused", || async {
+        !rollout(&client, 0).await.staged["default"].paused.is_empty()
+    })
+    .await;
+    let paused = rollout(&client, 0).await.staged["default"].paused.clone();
+    assert!(paused.contains(&first) && paused.contains("capture.hz"), "{paused}");
+    tokio::time::sleep(std::time::Duration::from_millis(2000)).await;
+    rest_agent.hears_nothing().await;
+
+    // Also after a restart, with the node that rejected it away.
+    drop((first_agent, rest_agent, client));
+    running.shutdown().await;
+    let running = start(dir.path()).await;
+    let mut client = triggers(&running).await;
+    let old = gannet_proto::rules::digest(&one("old").rules);
+    let mut rest_agent = Agent::connect(&running, &rest, &old).await;
+    rest_agent.hears_nothing().await;
+    assert_eq!(rollout(&client, 0).await.staged["default"].paused, paused);
+    client.abort_rollout(AbortRolloutRequest::default()).await.unwrap();
+    assert_eq!(scope_rules(&client).await, ["old"]);
+    rest_agent.hears_nothing().await;
+    assert!(rollout(&client, 0).await.staged.is_empty());
+    let audit = client.list_audit(gannet_proto::control::ListAuditRequest::default()).await.unwrap();
+    let actions: Vec<String> = audit
+        .into_inner()
+        .entries
+        .into_iter()
+        .map(|entry| entry.action)
+        .filter(|action| action != "answer")
+        .collect();
+    assert_eq!(actions, ["abort", "pause", "set", "set"]);
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_staged_set_that_stands_its_time_goes_on_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let mut client = triggers(&running).await;
+    let (first, rest) = halves();
+    let mut rest_agent =
+        Agent::with(&running, NodeHello { node: rest.clone(), ..NodeHello::default() }).await;
+    let request = half("new", Some(Duration { seconds: 1, nanos: 0 }));
+    client.set_triggers(request).await.unwrap();
+    // Nobody to try it on proves nothing.
+    tokio::time::sleep(std::time::Duration::from_millis(2000)).await;
+    rest_agent.hears_nothing().await;
+    let mut first_agent = Agent::connect(&running, &first, "").await;
+    let set = first_agent.rules().await;
+    first_agent.apply(&set, Vec::new()).await;
+    let set = rest_agent.rules().await;
+    assert_eq!((set.revision, set.rules[0].id.as_str()), (2, "new"));
+    let wrong = SetTriggersRequest { staging: Some(Staging { percent: 0, soak: None }), ..one("x") };
+    let status = client.set_triggers(wrong).await.unwrap_err();
+    assert!(status.message().contains("staging.percent"), "{status}");
+    running.shutdown().await;
+}

@@ -1,0 +1,143 @@
+//! A capture by hand.
+
+use std::{path::Path, time::Duration};
+
+use gannet_proto::control::{
+    CaptureDone, CaptureProgress, CaptureRequest, CaptureStarted, ListNodesRequest, Match, capture,
+    capture_progress::Message,
+};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::{
+    Console, Error,
+    args::{Format, Manual},
+    client::{Collector, MAX_PROFILE_BYTES},
+    profiles::save,
+};
+
+pub(crate) async fn run(
+    args: &Manual,
+    file: Option<&Path>,
+    collector: &Collector,
+    format: Format,
+    console: &mut Console<'_>,
+) -> Result<(), Error> {
+    let request = request(args, node(args, collector).await?)?;
+    let mut answer = collector
+        .fleet()
+        .capture(request.clone())
+        .await
+        .map_err(|status| collector.fault(&status))?
+        .into_inner();
+    // Draws on the standard error, and only if that is a terminal.
+    let bar = ProgressBar::new(args.lasting.as_secs().max(1)).with_style(style());
+    let mut profile = Vec::new();
+    let mut done = None;
+    loop {
+        let message = tokio::select! {
+            message = answer.message() => message.map_err(|status| collector.fault(&status))?,
+            () = tokio::time::sleep(Duration::from_secs(1)) => {
+                bar.inc(1);
+                continue;
+            }
+            _ = tokio::signal::ctrl_c() => {
+                bar.finish_and_clear();
+                return Err(Error::Failed("ended before the capture was; nothing is written".to_owned()));
+            }
+        };
+        match message {
+            None => break,
+            Some(CaptureProgress { message: Some(Message::Started(CaptureStarted { processes, .. })) }) => {
+                bar.set_message(format!("{processes} processes on {}", request.node));
+            }
+            Some(CaptureProgress { message: Some(Message::Chunk(chunk)) }) => {
+                if profile.len() + chunk.data.len() > MAX_PROFILE_BYTES {
+                    return Err(gannet_proto::pprof::PprofError::TooLarge { max: MAX_PROFILE_BYTES }.into());
+                }
+                profile.extend(chunk.data);
+            }
+            Some(CaptureProgress { message: Some(Message::Done(end)) }) => done = Some(end),
+            Some(CaptureProgress { message: None }) => {}
+        }
+    }
+    bar.finish_and_clear();
+    let Some(CaptureDone { samples, .. }) = done else {
+        return Err(Error::Failed(format!(
+            "node `{}` ended its answer before the profile was whole: try again",
+            request.node
+        )));
+    };
+    if samples == 0 || profile.is_empty() {
+        return Err(Error::Failed(format!(
+            "not one sample in {}: nothing that matches used a CPU there; `--off-cpu` shows where it waits",
+            humantime::format_duration(args.lasting)
+        )));
+    }
+    save(&profile, file.unwrap_or(Path::new("profile.pb.gz")), format, console)?;
+    if format == Format::Table && file != Some(Path::new("-")) {
+        writeln!(console.out, "{samples} samples of node {}", request.node)?;
+    }
+    Ok(())
+}
+
+/// The node that is meant.
+async fn node(args: &Manual, collector: &Collector) -> Result<String, Error> {
+    if let Some(node) = &args.node {
+        return Ok(node.clone());
+    }
+    let nodes = collector.fleet().list_nodes(ListNodesRequest {}).await;
+    let nodes = nodes.map_err(|status| collector.fault(&status))?.into_inner().nodes;
+    let mut names: Vec<String> = nodes.into_iter().filter(|n| n.connected).map(|n| n.name).collect();
+    match names.len() {
+        0 => Err(Error::Failed("no node is connected: `gannetctl nodes` shows those that are known".into())),
+        1 => Ok(names.remove(0)),
+        _ => Err(Error::Usage(format!("say which node: --node {}", names.join(" | ")))),
+    }
+}
+
+fn request(args: &Manual, node: String) -> Result<CaptureRequest, Error> {
+    let Manual {
+        node: _,
+        pid,
+        comm,
+        exe,
+        cgroup,
+        pod,
+        pod_labels,
+        namespace,
+        container,
+        lasting,
+        hz,
+        off_cpu,
+    } = args;
+    let wanted = Match {
+        comm: comm.clone(),
+        exe: exe.clone(),
+        cgroup: cgroup.clone(),
+        namespaces: namespace.clone(),
+        pod_labels: pod_labels.clone(),
+        containers: container.clone(),
+        pids: pid.clone(),
+        ..Match::default()
+    };
+    if wanted == Match::default() && pod.is_none() {
+        return Err(Error::Usage(
+            "say what to profile: --pid, --comm, --exe, --cgroup, --pod, --pod-labels, --namespace or --container"
+                .to_owned(),
+        ));
+    }
+    let kind = if *off_cpu { capture::Kind::OffCpu } else { capture::Kind::OnCpu };
+    Ok(CaptureRequest {
+        node,
+        r#match: Some(wanted),
+        hz: *hz,
+        kind: vec![kind.into()],
+        duration: (*lasting).try_into().ok(),
+        pod: pod.clone().unwrap_or_default(),
+    })
+}
+
+fn style() -> ProgressStyle {
+    ProgressStyle::with_template("{wide_bar} {pos}/{len} s {msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+}

@@ -1,0 +1,90 @@
+//! How a collector carries a fleet: simulated nodes on real connections, one collector, this machine. `make bench` calls
+//! it.
+
+use std::{fs, process::ExitCode, time::Duration};
+
+use clap::Parser;
+use gannet_e2e::{Collector, Fleet, eventually_within, push_round};
+
+/// Pushes rules to a simulated fleet and prints how long they take and what the collector needs.
+#[derive(Parser)]
+struct Args {
+    /// Nodes
+    #[arg(long, default_value_t = 1000)]
+    nodes: u64,
+    /// Rule sets that are pushed, one after the other
+    #[arg(long, default_value_t = 20)]
+    rounds: u32,
+    /// Rules in each set
+    #[arg(long, default_value_t = 20)]
+    rules: u32,
+    /// Fail if the slowest push but one in a hundred takes longer
+    #[arg(long, value_name = "SECONDS")]
+    within: Option<f64>,
+    /// Fail if the collector needs more memory
+    #[arg(long, value_name = "MIB")]
+    memory: Option<f64>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("fleet-bench: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    runtime.block_on(run(&args))
+}
+
+async fn run(args: &Args) -> ExitCode {
+    let mut collector = Collector::start().await;
+    let fleet = Fleet::start(&collector.url(), args.nodes, Duration::from_secs(10)).await;
+    let mut times = Vec::new();
+    for round in 0..args.rounds {
+        times.push(push_round(&collector, round, args.rules, args.nodes).await);
+    }
+    times.sort_unstable();
+    let at = |share: f64| times[((times.len() - 1) as f64 * share).ceil() as usize].as_secs_f64();
+    let (median, p99) = (at(0.5), at(0.99));
+    let memory = peak_mib(collector.program().pid());
+
+    // The collector goes away and comes back: everybody reconnects by and by, and nobody is sent what they have.
+    let pushed = fleet.pushed();
+    collector.program().kill();
+    eventually_within(Duration::from_secs(60), "nobody is connected", async || {
+        (fleet.counts.connected.load(std::sync::atomic::Ordering::Relaxed) == 0).then_some(())
+    })
+    .await;
+    let begin = std::time::Instant::now();
+    collector.up().await;
+    fleet.connected().await;
+    let back = begin.elapsed();
+    let again = fleet.pushed() - pushed;
+    let after = peak_mib(collector.program().pid());
+
+    println!("{} nodes, {} rounds of {} rules", args.nodes, args.rounds, args.rules);
+    println!("from SetTriggers to the last answer: median {median:.3} s, p99 {p99:.3} s");
+    println!("the collector's memory at most: {memory:.1} MiB; after its restart {after:.1} MiB");
+    println!(
+        "after its restart all are back within {:.1} s, and {again} rule sets were pushed",
+        back.as_secs_f64()
+    );
+    let mut good = again == 0;
+    if let Some(within) = args.within {
+        good &= p99 <= within;
+    }
+    if let Some(most) = args.memory {
+        good &= memory.max(after) <= most;
+    }
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The most memory that a program had, by the kernel's account.
+fn peak_mib(pid: u32) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.split_ascii_whitespace().next()?.parse::<f64>().ok());
+    kib.unwrap_or(f64::NAN) / 1024.0
+}

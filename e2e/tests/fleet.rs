@@ -1,0 +1,33 @@
+//! One collector and many nodes, on real connections.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on shall say so at once"
+)]
+
+use std::{sync::atomic::Ordering::Relaxed, time::Duration};
+
+use gannet_e2e::{Collector, Fleet, eventually, push_round};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_nodes_get_every_set_and_none_of_them_again_after_a_restart() {
+    const NODES: u64 = 100;
+    let mut collector = Collector::start().await;
+    let fleet = Fleet::start(&collector.url(), NODES, Duration::from_secs(5)).await;
+    for round in 0..3 {
+        let took = push_round(&collector, round, 5, NODES).await;
+        eprintln!("round {round}: the last answer after {took:?}");
+    }
+    assert_eq!(fleet.pushed(), 3 * NODES, "each set goes to each node once");
+    collector.program().kill();
+    eventually("nobody is connected", async || (fleet.counts.connected.load(Relaxed) == 0).then_some(()))
+        .await;
+    collector.up().await;
+    fleet.connected().await;
+    assert_eq!(fleet.pushed(), 3 * NODES, "nobody is sent what they have");
+    // And the next set reaches them all.
+    push_round(&collector, 3, 5, NODES).await;
+    assert_eq!(fleet.pushed(), 4 * NODES);
+}

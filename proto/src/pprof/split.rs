@@ -1,0 +1,140 @@
+//! One profile as several smaller ones, for those who take no large ones.
+
+use std::collections::{HashMap, HashSet};
+
+use prost::Message as _;
+
+use crate::profiles::Profile;
+
+/// The profile in parts of at most so many samples and, encoded and not compressed, bytes. Together they hold all of its
+/// samples, each of them once, and each part holds only what its samples need. A single sample that is larger than that
+/// is a part of its own.
+pub fn split(profile: Profile, max_samples: usize, max_bytes: usize) -> Vec<Profile> {
+    let mut parts = Vec::new();
+    let mut open = vec![profile];
+    while let Some(mut part) = open.pop() {
+        let count = part.sample.len();
+        if count < 2 || (count <= max_samples && part.encoded_len() <= max_bytes) {
+            parts.push(part);
+            continue;
+        }
+        let mut rest = part.clone();
+        rest.sample.drain(..count / 2);
+        part.sample.truncate(count / 2);
+        // The first half is looked at first.
+        open.extend([needed(rest), needed(part)]);
+    }
+    parts
+}
+
+/// Without what no sample needs.
+fn needed(mut profile: Profile) -> Profile {
+    let locations: HashSet<u64> =
+        profile.sample.iter().flat_map(|sample| sample.location_id.iter().copied()).collect();
+    profile.location.retain(|location| locations.contains(&location.id));
+    let functions: HashSet<u64> =
+        profile.location.iter().flat_map(|location| &location.line).map(|line| line.function_id).collect();
+    profile.function.retain(|function| functions.contains(&function.id));
+    // The first mapping is the main program, whether a sample is in it or not.
+    let mappings: HashSet<u64> = profile.location.iter().map(|location| location.mapping_id).collect();
+    let mut is_first = true;
+    profile.mapping.retain(|mapping| std::mem::take(&mut is_first) || mappings.contains(&mapping.id));
+
+    let strings = std::mem::take(&mut profile.string_table);
+    let mut kept = vec![String::new()];
+    let mut places: HashMap<i64, i64> = HashMap::from([(0, 0)]);
+    let mut keep = |index: &mut i64| {
+        *index = *places.entry(*index).or_insert_with(|| {
+            // An index that leads nowhere means nothing; the profile was checked when it came.
+            let text = usize::try_from(*index).ok().and_then(|at| strings.get(at));
+            kept.push(text.cloned().unwrap_or_default());
+            kept.len() as i64 - 1
+        });
+    };
+    for kind in profile.sample_type.iter_mut().chain(profile.period_type.as_mut()) {
+        keep(&mut kind.r#type);
+        keep(&mut kind.unit);
+    }
+    for label in profile.sample.iter_mut().flat_map(|sample| &mut sample.label) {
+        keep(&mut label.key);
+        keep(&mut label.str);
+        keep(&mut label.num_unit);
+    }
+    for mapping in &mut profile.mapping {
+        keep(&mut mapping.filename);
+        keep(&mut mapping.build_id);
+    }
+    for function in &mut profile.function {
+        keep(&mut function.name);
+        keep(&mut function.system_name);
+        keep(&mut function.filename);
+    }
+    profile.comment.iter_mut().for_each(&mut keep);
+    for index in [&mut profile.drop_frames, &mut profile.keep_frames, &mut profile.default_sample_type] {
+        keep(index);
+    }
+    profile.string_table = kept;
+    profile
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::pprof::{Builder, Header, Label, LabelValue, Line, Mapping, Merger, check};
+
+    fn profile(samples: usize, width: usize) -> Profile {
+        let mut builder = Builder::new(Header {
+            sample_types: &[("samples", "count"), ("cpu", "nanoseconds")],
+            period_type: ("cpu", "nanoseconds"),
+            period: 10,
+            time_nanos: 1,
+            duration_nanos: 2,
+        });
+        let mapping = builder.mapping(Mapping {
+            start: 0x1000,
+            limit: 0x9000_0000,
+            offset: 0,
+            file: "/bin/a",
+            build_id: "ab",
+        });
+        for number in 0..samples {
+            let name = format!("f{number}{}", "x".repeat(width));
+            let line =
+                Line { name: &name, system_name: &name, file: "a.c", line: 1, column: 0, start_line: 1 };
+            let location = builder.location(Some(mapping), 0x1000 + number as u64, &[line]);
+            let label = Label { key: "thread", value: LabelValue::Str(&name) };
+            builder.sample(&[location], &[1, 10], &[label]);
+        }
+        builder.finish()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn the_parts_are_sound_within_bounds_and_together_the_whole(
+            samples in 1_usize..200, width in 0_usize..60, most in 1_usize..80, bytes in 500_usize..20_000,
+        ) {
+            let whole = profile(samples, width);
+            let parts = split(whole.clone(), most, bytes);
+            let mut merger = Merger::new();
+            for part in &parts {
+                let summary = check(part).unwrap();
+                prop_assert_eq!(summary.sample_types.len(), 2);
+                prop_assert!(part.sample.len() <= most);
+                prop_assert!(part.encoded_len() <= bytes || part.sample.len() == 1);
+                prop_assert!(part.function.len() <= part.sample.len() || parts.len() == 1);
+                merger.add(part).unwrap();
+            }
+            let mut all = Merger::new();
+            all.add(&whole).unwrap();
+            let (mut together, mut whole) = (merger.finish().unwrap(), all.finish().unwrap());
+            // Each part lasts as long as the whole, and is merged as if one came after the other.
+            together.duration_nanos = 0;
+            whole.duration_nanos = 0;
+            prop_assert_eq!(together, whole);
+        }
+    }
+}
