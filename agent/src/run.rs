@@ -24,13 +24,13 @@ use crate::{
     pipeline,
     pods::{self, Pods},
     rules::{
-        Set, Source,
+        Notify, Set, Source,
         files::{self, FilesError, Stamp},
     },
     symbols::{Symbolizer, SymbolizerConfig},
 };
 
-/// How often rule files are looked at.
+/// How often rule files are looked at, besides whenever something changes beside them.
 const FILES_PAUSE: Duration = Duration::from_millis(500);
 /// How long the last profiles may take to be delivered when the agent is told to end; the rest stays in the spool.
 const LAST_DELIVERY: Duration = Duration::from_secs(5);
@@ -203,10 +203,11 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
 
 /// Applies rule files again whenever they change. A set that is wrong changes nothing.
 async fn follow_files(node: Arc<Node>, cancel: CancellationToken) {
+    let notify = Notify::of(&node.config.rules);
     let mut stamp = Stamp::of(&node.config.rules);
     loop {
         tokio::select! {
-            () = tokio::time::sleep(FILES_PAUSE) => {}
+            () = notify.changed(FILES_PAUSE) => {}
             () = cancel.cancelled() => return,
         }
         let now = Stamp::of(&node.config.rules);

@@ -317,7 +317,6 @@ impl Collector {
         tokio::spawn(upkeep(Arc::clone(&fleet), stop.clone()));
         let timeout = config.shutdown_timeout;
         Ok(Running {
-            forwarding,
             grpc_addr,
             http_addr,
             http_local_addr,
@@ -327,6 +326,7 @@ impl Collector {
             http,
             writer,
             fleet,
+            forwarding,
             timeout,
         })
     }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use gannet_proto::{
-    connect::{self, Connection, Dial, DialError},
+    connect::{self, Dial, DialError},
     control::{
         AgentMessage, NodeHello, NodeStatus, RuleError, RuleSet, RulesApplied, RulesRejected,
         agent_message::Message, agent_service_client::AgentServiceClient, server_message,
@@ -43,8 +43,7 @@ const GOOD_STREAM: Duration = Duration::from_secs(30);
 /// The node's end of the control stream.
 pub struct Control {
     node: Arc<Node>,
-    connection: Connection,
-    url: String,
+    dial: Dial,
     store: LastGood,
     /// Revision and digest of what came from the collector and is in force.
     active: Mutex<(u64, String)>,
@@ -58,8 +57,9 @@ impl Control {
         store: LastGood,
         active: (u64, String),
     ) -> Result<Self, DialError> {
-        let connection = connect::connect(dial)?;
-        Ok(Self { node, connection, url: dial.url.clone(), store, active: Mutex::new(active) })
+        // What cannot work at all shows at the start.
+        connect::connect(dial)?;
+        Ok(Self { node, dial: dial.clone(), store, active: Mutex::new(active) })
     }
 
     /// Keeps the stream up until cancelled.
@@ -78,7 +78,7 @@ impl Control {
             let delay = backoff.next();
             let why = match ended {
                 Ok(()) => "it ended the stream".to_owned(),
-                Err(status) => connect::explain(&self.url, &status),
+                Err(status) => connect::explain(&self.dial.url, &status),
             };
             tracing::warn!("no control stream, the rules stay as they are, next try in {delay:.1?}: {why}");
             self.node.set_degraded("control", Some(format!("no stream to the collector: {why}")));
@@ -91,6 +91,9 @@ impl Control {
 
     /// One stream, from hello to its end.
     async fn stream(&self) -> Result<(), Status> {
+        // Certificates are read anew for each: they may have been renewed since the last one.
+        let connection =
+            connect::connect(&self.dial).map_err(|error| Status::unavailable(error.to_string()))?;
         let (messages, outgoing) = mpsc::channel(QUEUE);
         let send = async |message| {
             messages
@@ -99,11 +102,11 @@ impl Control {
                 .map_err(|_| Status::unavailable("the stream has ended"))
         };
         send(Message::Hello(self.hello())).await?;
-        let mut client = AgentServiceClient::new(self.connection.clone());
+        let mut client = AgentServiceClient::new(connection);
         let mut incoming = client.connect(ReceiverStream::new(outgoing)).await?.into_inner();
         self.node.connected.store(true, Relaxed);
         self.node.set_degraded("control", None);
-        tracing::info!("connected to {}", self.url);
+        tracing::info!("connected to {}", self.dial.url);
         // Whatever is being answered ends with the stream.
         let mut questions = Questions::new(Arc::clone(&self.node), messages.clone());
         let mut heartbeat = tokio::time::interval(HEARTBEAT);

@@ -20,7 +20,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::look::{Wanted, matched};
 use crate::{
-    engine::EngineError,
     kernel::CgroupHierarchy,
     node::Node,
     process::{Seen, cpus, survey},
@@ -115,10 +114,6 @@ async fn answer(node: &Node, question: Option<question::Question>) -> answer::An
     answered.unwrap_or_else(answer::Answer::Refused)
 }
 
-fn ended(error: EngineError) -> String {
-    error.to_string()
-}
-
 /// Everything that runs, and how many CPUs each process uses.
 async fn look() -> Result<(Vec<Seen>, HashMap<u32, f64>), String> {
     let hierarchy = CgroupHierarchy::detect();
@@ -139,7 +134,7 @@ async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Res
         .engine
         .inspect(move |inside| inside.rules.check(Source::Remote, &judged))
         .await
-        .map_err(ended)?;
+        .map_err(|error| error.to_string())?;
     let (seen, cpus) = look().await?;
     let previews: Vec<RulePreview> = rules.iter().map(|rule| one(rule, &seen, &cpus)).collect();
     Ok(NodePreview {
@@ -155,10 +150,8 @@ async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Res
 fn one(rule: &Rule, seen: &[Seen], cpus: &HashMap<u32, f64>) -> RulePreview {
     let wanted = Wanted::of(&rule.r#match.clone().unwrap_or_default());
     let used = |seen: &Seen| cpus.get(&seen.pid).copied().unwrap_or_default();
-    let mut matching: Vec<&Seen> = seen
-        .iter()
-        .filter(|seen| wanted.mismatches(seen, |fields| unknown_pods(fields)).is_empty())
-        .collect();
+    let mut matching: Vec<&Seen> =
+        seen.iter().filter(|seen| wanted.mismatches(seen, unknown_pods).is_empty()).collect();
     matching.sort_by(|a, b| used(b).total_cmp(&used(a)).then(a.pid.cmp(&b.pid)));
     let sum: f64 = matching.iter().map(|seen| used(seen)).sum();
     let hz = if effective_kinds(rule).contains(&capture::Kind::OnCpu) { effective_hz(rule) } else { 0 };
@@ -205,7 +198,7 @@ async fn explain(node: &Node, question: ExplainRequest) -> Result<ExplainRespons
             (rule, status, armed)
         })
         .await
-        .map_err(ended)?;
+        .map_err(|error| error.to_string())?;
     let Some(rule) = rule else {
         return Err(format!("the node has no rule `{rule_id}` in force"));
     };
@@ -218,7 +211,7 @@ async fn explain(node: &Node, question: ExplainRequest) -> Result<ExplainRespons
     let mut all: BTreeMap<(usize, u64, u32), ExplainedProcess> = BTreeMap::new();
     let mut matches = 0;
     for seen in &seen {
-        let reasons = wanted.mismatches(seen, |fields| unknown_pods(fields));
+        let reasons = wanted.mismatches(seen, unknown_pods);
         matches += u64::from(reasons.is_empty());
         if pid != 0 && seen.pid != pid {
             continue;

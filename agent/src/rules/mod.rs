@@ -9,6 +9,7 @@
 mod compile;
 pub mod containers;
 pub mod files;
+mod notify;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,10 +23,13 @@ use gannet_proto::{
     rules as model,
 };
 
-pub use self::compile::{Deny, Traits};
 use self::{
     compile::{Asked, Compiled, DENY_SLOTS},
     containers::PodRule,
+};
+pub use self::{
+    compile::{Deny, Traits},
+    notify::Notify,
 };
 use crate::{
     kernel::{KernelRules, MAX_RULES, Want},

@@ -70,7 +70,7 @@ pub(crate) fn router(face: Face) -> Router {
 /// The same for who is on this machine: without a certificate, and by a local name only, so that a page elsewhere cannot
 /// read it through somebody's browser.
 pub(crate) fn local_router(face: Face) -> Router {
-    router(Face { clients_known: false, ..face }).layer(from_fn(local_name))
+    router(Face { auth: Auth::open(), ..face }).layer(from_fn(local_name))
 }
 
 async fn local_name(request: Request, next: Next) -> Response {

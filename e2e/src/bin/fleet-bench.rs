@@ -1,6 +1,8 @@
 //! How a collector carries a fleet: simulated nodes on real connections, one collector, this machine. `make bench` calls
 //! it.
 
+#![expect(clippy::print_stdout, reason = "a measurement that prints its result")]
+
 use std::{fs, process::ExitCode, time::Duration};
 
 use clap::Parser;

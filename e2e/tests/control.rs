@@ -1,0 +1,188 @@
+//! Rules on a real node and what it says of them, with the real programs on the real kernel.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on shall say so at once"
+)]
+
+use std::time::Duration;
+
+use gannet_e2e::{Agent, Collector, Sample, eventually, rule, run};
+use gannet_proto::control::{
+    ListAuditRequest, NodeRollout, Rule, SetTriggersRequest, node_rollout::State, rule_status,
+    trigger_service_client::TriggerServiceClient,
+};
+use serde_json::Value;
+
+async fn becomes(collector: &Collector, node: &str, revision: u64, wanted: State) -> NodeRollout {
+    eventually(&format!("{node} becomes {wanted:?} at {revision}"), async || {
+        let nodes = collector.rollout(revision).await.nodes;
+        nodes.into_iter().find(|entry| entry.node == node && entry.state() == wanted)
+    })
+    .await
+}
+
+/// What a rule has sampled on a node, by its heartbeat.
+async fn samples(collector: &Collector, node: &str, id: &str) -> Option<u64> {
+    let status = collector.node(node).await?.status?;
+    status.rules.into_iter().find(|status| status.rule_id == id).map(|status| status.samples)
+}
+
+fn ctl(collector: &Collector, args: &[&str]) -> (bool, Value) {
+    let url = collector.url();
+    let mut all = vec!["--collector", url.as_str(), "-o", "json"];
+    all.extend(args);
+    let output = run("gannetctl", &all);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let value = serde_json::from_str(&text)
+        .unwrap_or_else(|error| panic!("{error}: {text}{}", String::from_utf8_lossy(&output.stderr)));
+    (output.status.success(), value)
+}
+
+#[tokio::test]
+async fn a_rejected_set_leaves_the_former_one_at_work_and_a_partial_one_says_what_is_missing() {
+    let collector = Collector::start().await;
+    let agent = Agent::start("alpha", &collector.url(), &["--hz-max=100", "--window=1s"]);
+    agent.connected(&collector).await;
+    let _sample = Sample::start(50);
+    let good = collector.set_rules(vec![rule("shop", "webshop", 99)]).await.unwrap();
+    becomes(&collector, "alpha", good.revision, State::Applied).await;
+    eventually("the first profile", async || collector.profiles(r#"{rule_id="shop"}"#).await.pop()).await;
+
+    let bad = collector.set_rules(vec![rule("shop", "webshop", 500)]).await.unwrap();
+    let rejected = becomes(&collector, "alpha", bad.revision, State::Rejected).await;
+    assert_eq!(rejected.errors[0].field, "capture.hz", "{rejected:?}");
+    let before = collector.profiles(r#"{rule_id="shop"}"#).await.len();
+    eventually("the former rule goes on sampling", async || {
+        let profiles = collector.profiles(r#"{rule_id="shop"}"#).await;
+        assert!(profiles.iter().all(|profile| profile.revision == good.revision), "{profiles:?}");
+        (profiles.len() > before + 1).then_some(())
+    })
+    .await;
+
+    // A rule over pods cannot work on a node that knows no pods; the other one does.
+    let mut pods = rule("pods", "webshop", 19);
+    pods.r#match.as_mut().unwrap().namespaces = vec!["shop".into()];
+    let half = collector.set_rules(vec![rule("shop", "webshop", 99), pods]).await.unwrap();
+    let partial = becomes(&collector, "alpha", half.revision, State::Partial).await;
+    assert_eq!((partial.errors.len(), partial.errors[0].rule_id.as_str()), (1, "pods"), "{partial:?}");
+
+    // Each answer is in the audit.
+    let mut client = TriggerServiceClient::new(collector.channel());
+    let entries = eventually("the answers are written down", async || {
+        let request = ListAuditRequest { node: "alpha".into(), ..ListAuditRequest::default() };
+        let entries = client.list_audit(request).await.unwrap().into_inner().entries;
+        (entries.len() >= 3).then_some(entries)
+    })
+    .await;
+    let states: Vec<State> = entries.iter().rev().map(|entry| entry.state()).collect();
+    assert_eq!(states, [State::Applied, State::Rejected, State::Partial]);
+}
+
+#[tokio::test]
+async fn rules_outlive_agent_and_collector_expire_without_one_and_nothing_is_pushed_twice() {
+    let mut collector = Collector::start().await;
+    let mut agent = Agent::start("beta", &collector.url(), &["--window=1s"]);
+    agent.connected(&collector).await;
+    let _sample = Sample::start(50);
+    let mut brief = rule("brief", "webshop", 49);
+    brief.lifetime.as_mut().unwrap().ttl = Some(Duration::from_secs(15).try_into().unwrap());
+    let set = collector.set_rules(vec![rule("shop", "webshop", 99), brief]).await.unwrap();
+    becomes(&collector, "beta", set.revision, State::Applied).await;
+
+    // Partition: the collector is gone, the node's own clock goes on, also over a restart of the agent.
+    collector.program().kill();
+    agent.program().terminate();
+    agent.up();
+    let rules = async |agent: &Agent| {
+        let (_, body) = gannet_e2e::http_get(&agent.debug(), "/debug/rules?format=json").await?;
+        let rules: Value = serde_json::from_str(&body).ok()?;
+        let state = |id: &str| {
+            let rule = rules.as_array()?.iter().find(|rule| rule["id"] == id)?;
+            Some((rule["state"].as_str()?.to_owned(), rule["samples"].as_u64()?))
+        };
+        Some((state("shop")?, state("brief")?))
+    };
+    eventually("the last good rules sample", async || rules(&agent).await.filter(|(shop, _)| shop.1 > 0))
+        .await;
+    eventually("the brief rule has expired", async || {
+        rules(&agent).await.filter(|(_, brief)| brief.0.contains("expired"))
+    })
+    .await;
+
+    // The collector is back: it learns of the expiry, and pushes nothing that is in force.
+    collector.up().await;
+    agent.connected(&collector).await;
+    let status = eventually("the expiry is reported", async || {
+        let status = collector.node("beta").await?.status?;
+        status
+            .rules
+            .iter()
+            .any(|s| s.rule_id == "brief" && s.state() == rule_status::State::Expired)
+            .then_some(status)
+    })
+    .await;
+    assert_eq!(status.active_revision, set.revision);
+    let rollout = becomes(&collector, "beta", set.revision, State::Applied).await;
+    assert!(rollout.errors.is_empty());
+    let log = agent.program().log();
+    assert_eq!(log.matches("rules applied").count(), 1, "pushed once:\n{log}");
+
+    // A collector that has lost its store is no reason to drop rules.
+    collector.program().kill();
+    std::fs::remove_dir_all(collector.data()).unwrap();
+    collector.up().await;
+    agent.connected(&collector).await;
+    let before = eventually("a heartbeat", async || samples(&collector, "beta", "shop").await).await;
+    eventually("the rule goes on sampling", async || {
+        samples(&collector, "beta", "shop").await.filter(|now| *now > before)
+    })
+    .await;
+    assert_eq!(agent.program().log().matches("rules applied").count(), 1);
+}
+
+#[tokio::test]
+async fn a_node_says_what_rules_would_do_and_why_processes_match() {
+    let collector = Collector::start().await;
+    let agent = Agent::start("gamma", &collector.url(), &["--hz-max=200"]);
+    agent.connected(&collector).await;
+    let mut sample = Sample::start(100);
+    let pid = u64::from(sample.program().pid());
+
+    let ask = async |rules: Vec<Rule>| {
+        let request = SetTriggersRequest { rules, validate_only: true, ..SetTriggersRequest::default() };
+        collector.set_triggers(request).await.unwrap().previews.remove(0)
+    };
+    let preview = eventually("the sample program is busy", async || {
+        let preview = ask(vec![rule("shop", "webshop", 99)]).await;
+        (preview.samples_per_second > 10.0).then_some(preview)
+    })
+    .await;
+    assert_eq!((preview.node.as_str(), preview.unanswered.as_str()), ("gamma", ""));
+    let shop = &preview.rules[0];
+    assert!(shop.examples.iter().any(|example| u64::from(example.pid) == pid), "{shop:?}");
+    assert!(shop.samples_per_second <= 99.0 * 64.0 && !shop.conditional, "{shop:?}");
+    let refused = ask(vec![rule("shop", "webshop", 500)]).await;
+    assert!(refused.would_reject && refused.errors[0].field == "capture.hz", "{refused:?}");
+    assert!(collector.node("gamma").await.unwrap().status.is_none_or(|status| status.rules.is_empty()));
+
+    let mut picky = rule("picky", "webshop", 49);
+    picky.r#match.as_mut().unwrap().uid = vec![4_294_967_294];
+    let set = collector.set_rules(vec![rule("shop", "webshop", 49), picky]).await.unwrap();
+    becomes(&collector, "gamma", set.revision, State::Applied).await;
+    let pid_flag = format!("--pid={pid}");
+    let why = |id: &str| {
+        let (good, value) = ctl(&collector, &["rules", "explain", id, "--node=gamma", &pid_flag]);
+        assert!(good, "{value}");
+        value["processes"]["list"][0].clone()
+    };
+    // The first heartbeat is what the command asks for before it asks the node.
+    eventually("a heartbeat", async || collector.node("gamma").await?.status).await;
+    eventually("the process is armed", async || (why("shop")["armed"] == true).then_some(())).await;
+    assert_eq!(why("shop")["matches"], true);
+    let picky = why("picky");
+    assert_eq!((picky["matches"].as_bool(), picky["armed"].as_bool()), (Some(false), Some(false)));
+    assert_eq!(picky["reasons"][0], format!("match.uid: is {}", rustix::process::geteuid().as_raw()));
+}
