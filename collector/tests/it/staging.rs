@@ -19,7 +19,7 @@ use crate::{
 /// Names of nodes that stand below and above half.
 fn halves() -> (String, String) {
     let name = |wanted: bool| {
-        (0..).map(|i| format!("node-{i}")).find(|name| (canary_rank(name) < 50) == wanted).unwrap()
+        (0..10_000).map(|i| format!("node-{i}")).find(|name| (canary_rank(name) < 50) == wanted).unwrap()
     };
     (name(true), name(false))
 }
@@ -109,7 +109,7 @@ async fn a_rejection_by_a_first_node_pauses_the_rollout_and_an_abort_takes_it_ba
     .await;
     let paused = rollout(&client, 0).await.staged["default"].paused.clone();
     assert!(paused.contains(&first) && paused.contains("capture.hz"), "{paused}");
-    tokio::time::sleep(std::time::Duration::from_millis(2000)).await;
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
     rest_agent.hears_nothing().await;
 
     // Also after a restart, with the node that rejected it away.
@@ -148,7 +148,7 @@ async fn a_staged_set_that_stands_its_time_goes_on_by_itself() {
     let request = half("new", Some(Duration { seconds: 1, nanos: 0 }));
     client.set_triggers(request).await.unwrap();
     // Nobody to try it on proves nothing.
-    tokio::time::sleep(std::time::Duration::from_millis(2000)).await;
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
     rest_agent.hears_nothing().await;
     let mut first_agent = Agent::connect(&running, &first, "").await;
     let set = first_agent.rules().await;
