@@ -131,10 +131,12 @@ pub(crate) enum Command {
         base: Base,
     },
     /// Profile processes of one node now, and write the profile to a file.
-    #[command(after_help = "Nothing is stored by the collector, and no rule is changed.\n\nExamples:\n  \
+    #[command(
+        after_help = "No rule is changed; the collector also stores the profile, as any other.\n\nExamples:\n  \
         gannetctl profile --node n1 --pid 4711 --for 30s -o slow.pb.gz\n  \
         gannetctl profile --node n1 --comm 'python3*' --hz 199 --off-cpu -o python.pb.gz\n  \
-        gannetctl profile --node n1 --pod shop/checkout-7d9f -o checkout.pb.gz && gannetctl flame --input checkout.pb.gz")]
+        gannetctl profile --node n1 --pod shop/checkout-7d9f -o checkout.pb.gz && gannetctl flame --input checkout.pb.gz"
+    )]
     Profile(Manual),
     /// Look whether collector and nodes are in order; what is not is listed with its cure.
     #[command(

@@ -18,7 +18,7 @@ use gannet_proto::{
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::look::{Wanted, matched};
+use super::look::{Place, Wanted, matched};
 use crate::{
     kernel::CgroupHierarchy,
     node::Node,
@@ -136,7 +136,7 @@ async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Res
         .await
         .map_err(|error| error.to_string())?;
     let (seen, cpus) = look().await?;
-    let previews: Vec<RulePreview> = rules.iter().map(|rule| one(rule, &seen, &cpus)).collect();
+    let previews: Vec<RulePreview> = rules.iter().map(|rule| one(node, rule, &seen, &cpus)).collect();
     Ok(NodePreview {
         node: node.config.node.clone(),
         would_reject: !errors.is_empty(),
@@ -147,16 +147,19 @@ async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Res
     })
 }
 
-fn one(rule: &Rule, seen: &[Seen], cpus: &HashMap<u32, f64>) -> RulePreview {
+fn one(node: &Node, rule: &Rule, seen: &[Seen], cpus: &HashMap<u32, f64>) -> RulePreview {
     let wanted = Wanted::of(&rule.r#match.clone().unwrap_or_default());
     let used = |seen: &Seen| cpus.get(&seen.pid).copied().unwrap_or_default();
-    let mut matching: Vec<&Seen> =
-        seen.iter().filter(|seen| wanted.mismatches(seen, unknown_pods).is_empty()).collect();
-    matching.sort_by(|a, b| used(b).total_cmp(&used(a)).then(a.pid.cmp(&b.pid)));
-    let sum: f64 = matching.iter().map(|seen| used(seen)).sum();
+    let mut matching: Vec<(&Seen, Place)> = seen
+        .iter()
+        .map(|seen| (seen, Place::of(node, seen)))
+        .filter(|(seen, place)| wanted.mismatches(seen, place).is_empty())
+        .collect();
+    matching.sort_by(|(a, _), (b, _)| used(b).total_cmp(&used(a)).then(a.pid.cmp(&b.pid)));
+    let sum: f64 = matching.iter().map(|(seen, _)| used(seen)).sum();
     let hz = if effective_kinds(rule).contains(&capture::Kind::OnCpu) { effective_hz(rule) } else { 0 };
     let pods: HashSet<&str> =
-        matching.iter().map(|seen| seen.names.pod_uid.as_str()).filter(|uid| !uid.is_empty()).collect();
+        matching.iter().map(|(seen, _)| seen.names.pod_uid.as_str()).filter(|uid| !uid.is_empty()).collect();
     RulePreview {
         rule_id: rule.id.clone(),
         processes: matching.len() as u64,
@@ -164,13 +167,12 @@ fn one(rule: &Rule, seen: &[Seen], cpus: &HashMap<u32, f64>) -> RulePreview {
         cpus: sum,
         samples_per_second: sum * f64::from(hz),
         conditional: !rule.when.is_empty(),
-        examples: matching.iter().take(EXAMPLES).map(|seen| matched(seen, used(seen))).collect(),
+        examples: matching
+            .iter()
+            .take(EXAMPLES)
+            .map(|(seen, place)| matched(seen, place, used(seen)))
+            .collect(),
     }
-}
-
-/// Fields over pods, on a node that knows no pods.
-fn unknown_pods(fields: &[&'static str]) -> Vec<String> {
-    fields.iter().map(|field| format!("{field}: this node has no pod metadata")).collect()
 }
 
 /// Why processes are, or are not, profiled by a rule that is in force.
@@ -211,7 +213,8 @@ async fn explain(node: &Node, question: ExplainRequest) -> Result<ExplainRespons
     let mut all: BTreeMap<(usize, u64, u32), ExplainedProcess> = BTreeMap::new();
     let mut matches = 0;
     for seen in &seen {
-        let reasons = wanted.mismatches(seen, unknown_pods);
+        let place = Place::of(node, seen);
+        let reasons = wanted.mismatches(seen, &place);
         matches += u64::from(reasons.is_empty());
         if pid != 0 && seen.pid != pid {
             continue;
@@ -219,7 +222,7 @@ async fn explain(node: &Node, question: ExplainRequest) -> Result<ExplainRespons
         let used = cpus.get(&seen.pid).copied().unwrap_or_default();
         let idle = u64::MAX - (used * 1e6) as u64;
         let process = ExplainedProcess {
-            process: Some(matched(seen, used)),
+            process: Some(matched(seen, &place, used)),
             matches: reasons.is_empty(),
             armed: armed.contains(&seen.pid),
             reasons: reasons.clone(),

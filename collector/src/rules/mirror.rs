@@ -540,7 +540,7 @@ pub(crate) fn custom_resource() -> Option<Value> {
 mod tests {
     use super::*;
 
-    fn object(name: &str, spec: Value) -> DynamicObject {
+    fn object(name: &str, spec: &Value) -> DynamicObject {
         serde_json::from_value(json!({
             "apiVersion": "gannet.dev/v1alpha1", "kind": "TriggerRule",
             "metadata": { "name": name, "generation": 3 }, "spec": spec,
@@ -553,14 +553,14 @@ mod tests {
         let text = "rules: [{id: a, description: why, match: {comm: ['x*'], pod_labels: {app: b}}, when: [{schedule: \
                     {every: 10m, for: 30s}}], capture: {kind: [off_cpu], stacks: {kernel: false}}, lifetime: {ttl: 1h}}]";
         let rule = rules::parse(text, "t").unwrap().remove(0);
-        let read = read(object("a", spec(&rule)));
+        let read = read(object("a", &spec(&rule)));
         assert_eq!(read.scope, "default");
         assert!(same(&[read.rule.unwrap()], &[rule]));
     }
 
     #[test]
     fn what_is_no_good_rule_says_why() {
-        let words = |name: &str, spec: Value| read(object(name, spec)).rule.unwrap_err();
+        let words = |name: &str, spec: Value| read(object(name, &spec)).rule.unwrap_err();
         assert!(words("a", json!({ "match": { "com": ["x"] } })).contains("match.com"));
         assert!(words("a", json!({})).contains("match"));
         assert!(words("a", json!({ "match": { "comm": ["x"] }, "capture": { "hz": 500 } })).contains("ttl"));
@@ -570,7 +570,7 @@ mod tests {
 
     #[test]
     fn the_status_sums_up_all_collectors_and_is_not_written_twice() {
-        let mut there = object("a", json!({ "match": { "comm": ["x"] } }));
+        let mut there = object("a", &json!({ "match": { "comm": ["x"] } }));
         let counts = |applied| Counts([("applied", applied), ("skipped", 1)].into());
         let first = status(&there, "one", 7, None, &counts(3)).unwrap();
         assert_eq!((first["applied"].as_u64(), first["revision"].as_u64()), (Some(3), Some(7)));

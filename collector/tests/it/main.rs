@@ -9,6 +9,7 @@ mod forward;
 mod http;
 mod ingest;
 mod kill;
+mod kubernetes;
 mod process;
 mod query;
 mod questions;

@@ -394,15 +394,7 @@ async fn api_server(dir: &Path) -> std::path::PathBuf {
     let server = format!("http://{}", listener.local_addr().unwrap());
     let router = Router::new().route("/apis/authentication.k8s.io/v1/tokenreviews", post(review));
     tokio::spawn(async move { axum::serve(listener, router).await });
-    let kubeconfig = json!({
-        "apiVersion": "v1", "kind": "Config", "current-context": "c",
-        "clusters": [{ "name": "c", "cluster": { "server": server } }],
-        "contexts": [{ "name": "c", "context": { "cluster": "c", "user": "u" } }],
-        "users": [{ "name": "u", "user": {} }],
-    });
-    let path = dir.join("kubeconfig.json");
-    std::fs::write(&path, kubeconfig.to_string()).unwrap();
-    path
+    crate::kubernetes::kubeconfig(dir, &server)
 }
 
 #[tokio::test]
