@@ -77,7 +77,7 @@ async fn a_rejected_set_leaves_the_former_one_at_work_and_a_partial_one_says_wha
         (entries.len() >= 3).then_some(entries)
     })
     .await;
-    let states: Vec<State> = entries.iter().rev().map(|entry| entry.state()).collect();
+    let states: Vec<State> = entries.iter().rev().map(gannet_proto::control::AuditEntry::state).collect();
     assert_eq!(states, [State::Applied, State::Rejected, State::Partial]);
 }
 
