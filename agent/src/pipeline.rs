@@ -14,8 +14,9 @@ use crate::{
     symbols::Symbolizer,
 };
 
-/// Windows that wait for their names. One comes every window's length; naming one takes a fraction of that.
-const QUEUE: usize = 4;
+/// Windows that wait for their names. One comes every window's length, and naming one takes a fraction of that; but the
+/// first waits for every file that it names to be read, on a busy node for some windows' length.
+const QUEUE: usize = 16;
 
 /// Where the engine puts its windows.
 pub struct Entrance {

@@ -19,7 +19,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gannet_e2e::{Agent, Collector, Sample, Ticks, binary, eventually, eventually_within, rule, run};
+use gannet_e2e::{
+    Agent, Collector, Sample, Ticks, binary, eventually, eventually_within, http_get, rule, run,
+};
 use gannet_proto::{
     control::{Rule, SetTriggersRequest, node_rollout::State},
     ingest::Batch,
@@ -181,6 +183,7 @@ async fn both_are_killed_in_a_loop_and_every_batch_of_the_spool_is_stored_once()
             0 => {
                 agent.program().kill();
                 agent.up();
+                ready(&agent).await;
             }
             1 => {
                 collector.program().kill();
@@ -194,6 +197,7 @@ async fn both_are_killed_in_a_loop_and_every_batch_of_the_spool_is_stored_once()
                 agent.program().kill();
                 collector.up().await;
                 agent.up();
+                ready(&agent).await;
             }
         }
     }
@@ -223,6 +227,13 @@ async fn both_are_killed_in_a_loop_and_every_batch_of_the_spool_is_stored_once()
             assert_eq!(profile.samples, *samples, "batch {}", profile.id);
         }
     }
+}
+
+async fn ready(agent: &Agent) {
+    eventually("the agent is ready", async || {
+        http_get(&agent.probes(), "/readyz").await.filter(|(status, _)| *status == 200)
+    })
+    .await;
 }
 
 fn spool_files(directory: &Path) -> Vec<PathBuf> {
