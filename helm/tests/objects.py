@@ -111,8 +111,11 @@ def restricted(where, objects):
     if paths != ["/sys/fs/cgroup", "/var/lib/gannet"]:
         problems.append(f"{where}: the agent mounts {paths} of the node")
     collector = next(o for o in objects if o["kind"] == "StatefulSet")["spec"]["template"]["spec"]
-    if not collector["securityContext"]["runAsNonRoot"] or collector["automountServiceAccountToken"]:
-        problems.append(f"{where}: the collector is root, or has a token that it does not need")
+    if not collector["securityContext"]["runAsNonRoot"]:
+        problems.append(f"{where}: the collector is root")
+    # Who can hold agents to their nodes does.
+    if ("--node-identity=token" in collector["containers"][0]["args"]) != (number(where.rsplit("-", 1)[1]) >= (1, 30)):
+        problems.append(f"{where}: tokens are asked for in the wrong versions")
 
 
 directory = pathlib.Path(sys.argv[1])

@@ -81,6 +81,15 @@ app.kubernetes.io/part-of: gannet
 {{- else -}}{{ .Values.agent.collectorUrl }}{{- end -}}
 {{- end }}
 
+{{- /* Whether agents prove their node by a token: Kubernetes says on which node a token's pod runs from 1.30 on. */}}
+{{- define "gannet.tokens" -}}
+{{- $by := .Values.collector.nodeIdentity -}}
+{{- if and (ne .Values.tls.mode "insecure") .Values.collector.enabled (or (eq $by "token") (and (eq $by "auto") (semverCompare ">=1.30-0" .Capabilities.KubeVersion.Version))) -}}true{{- end -}}
+{{- end }}
+
+{{- /* What the tokens of agents are for: no other service takes them, and the collector takes no other. */}}
+{{- define "gannet.audience" -}}{{ include "gannet.collector" . }}.{{ .Release.Namespace }}{{- end }}
+
 {{- /* What cannot be, with its cure. */}}
 {{- define "gannet.check" -}}
 {{- $v := .Values -}}
@@ -107,6 +116,12 @@ app.kubernetes.io/part-of: gannet
 {{- end }}
 {{- if and (eq $v.tls.mode "certManager") (not $v.collector.enabled) (not $v.tls.certManager.issuerRef) }}
 {{- fail "tls.mode is certManager without a collector in this release: name the issuer that the collector elsewhere trusts (tls.certManager.issuerRef)" }}
+{{- end }}
+{{- if and (eq $v.collector.nodeIdentity "token") (eq $v.tls.mode "insecure") }}
+{{- fail "collector.nodeIdentity is token while tls.mode is insecure: tokens would go over the network in plaintext" }}
+{{- end }}
+{{- if and (eq $v.collector.rulesStore "kubernetes") $v.collector.enabled (not $v.collector.serviceAccount.create) (not $v.collector.serviceAccount.name) }}
+{{- fail "collector.rulesStore is kubernetes: the collector needs a service account of its own (collector.serviceAccount.create or .name), or set collector.rulesStore to file" }}
 {{- end }}
 {{- if gt (int $v.collector.replicas) 1 }}
 {{- fail "collector.replicas is above 1: the collector's store belongs to one process" }}
