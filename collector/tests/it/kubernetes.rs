@@ -324,10 +324,10 @@ async fn resources_and_calls_are_two_doors_to_one_store_that_collectors_share() 
 
 #[test]
 fn the_definition_that_is_shipped_is_the_one_that_this_program_makes() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../helm/gannet/crds/triggerrules.yaml");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../helm/gannet/files/triggerrules.yaml");
     let shipped = std::fs::read_to_string(path).unwrap_or_default();
     assert!(
         shipped == custom_resource().unwrap(),
-        "run: gannet-collector crd > helm/gannet/crds/triggerrules.yaml"
+        "run: gannet-collector crd > helm/gannet/files/triggerrules.yaml"
     );
 }
