@@ -126,6 +126,8 @@ for name in sets:
         problems.append(f"{name}: Helm 3 and 4 make different objects")
     references(name, objects)
     values, kubernetes = name.rsplit("-", 1)
+    if number(kubernetes) < (1, 25) and "x-kubernetes-validations" in str(objects):
+        problems.append(f"{name}: a field that Kubernetes {kubernetes} does not know")
     if values == "default":
         restricted(name, objects)
     # What was made for a version must hold until the next for which it was made.
