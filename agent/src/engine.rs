@@ -6,7 +6,7 @@
 mod captures;
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     io,
     num::NonZeroUsize,
     os::fd::{AsFd as _, OwnedFd},
@@ -29,13 +29,13 @@ pub use self::captures::{Manual, RunningCapture};
 use crate::{
     conditions::{NodeAbilities, Sensors, boot_clock, trigger::Held},
     kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Sample, Want, lifecycle_lost},
-    process::{ImageKey, ProcError, Process, Processes, check_identity},
-    profile::{RecorderStats, SeriesProfile, slots},
+    process::{Changes, Image, ImageKey, ProcError, Process, Processes, check_identity},
+    profile::{RecorderStats, SampleKind, SeriesProfile, slots},
     rules::{
         CaptureError, Deny, RuleBook, Set, Source,
         containers::{PodSource, Selection},
     },
-    tables::{self, Tables},
+    tables::{self, TableSources, Tables},
 };
 
 /// How often the ring is read when the kernel side does not ask for it. A sample waits so long at most; each reading
@@ -75,8 +75,8 @@ pub struct EngineOptions {
     pub caps: Caps,
     /// What is never sampled, whatever rules ask for.
     pub deny: Deny,
-    /// Walk user stacks by unwind tables; else by frame pointers only.
-    pub tables: bool,
+    /// Walk user stacks by unwind tables, which come from here; else by frame pointers only.
+    pub tables: Option<TableSources>,
 }
 
 /// A finished window.
@@ -134,7 +134,7 @@ pub struct Inside<'a> {
     pub events: &'a VecDeque<(SystemTime, String)>,
     /// Since the engine started. What is in the ring or the running window counts as pending.
     pub ledger: Ledger,
-    waiting: &'a HashMap<ImageKey, VecDeque<(Instant, Sample)>>,
+    waiting: &'a HashMap<ImageKey, VecDeque<Waiting>>,
     /// What held captures back.
     pub held: Held,
     /// The flight recorder.
@@ -284,6 +284,14 @@ impl Drop for Engine {
     }
 }
 
+/// A raw sample whose tables are being made.
+struct Waiting {
+    since: Instant,
+    sample: Sample,
+    /// Other files have taken the place of some of its image's since: it is of this state.
+    former: Option<Arc<Image>>,
+}
+
 struct Worker {
     node: String,
     window_length: Duration,
@@ -292,8 +300,10 @@ struct Worker {
     rules: RuleBook,
     tables: Option<Tables>,
     /// Raw samples whose tables are being made, by image.
-    waiting: HashMap<ImageKey, VecDeque<(Instant, Sample)>>,
+    waiting: HashMap<ImageKey, VecDeque<Waiting>>,
     waiting_samples: usize,
+    /// Images whose mappings have changed, and are to be brought up to date in the kernel.
+    renewed: HashSet<ImageKey>,
     intake: Intake,
     captures: Captures,
     sink: Box<dyn Sink>,
@@ -322,13 +332,13 @@ impl Worker {
         let hierarchy = kernel.hierarchy;
         let processes = Processes::new(kernel.hierarchy, kernel.processes as usize * 2, files);
         let mut kernel = Kernel::start(kernel)?;
-        let tables = if tables {
+        let tables = if let Some(sources) = tables {
             let bell = Arc::clone(bell);
             let ring = move || {
                 // A bell that is full rings already.
                 let _ = rustix::io::write(&bell, &1_u64.to_ne_bytes());
             };
-            Some(Tables::new(&kernel, ring).map_err(EngineError::Start)?)
+            Some(Tables::new(&kernel, sources, ring).map_err(EngineError::Start)?)
         } else {
             None
         };
@@ -348,6 +358,7 @@ impl Worker {
             tables,
             waiting: HashMap::new(),
             waiting_samples: 0,
+            renewed: HashSet::new(),
             node,
             window_length: window,
             processes,
@@ -524,16 +535,24 @@ impl Worker {
             return;
         }
         self.rules.count(sample.subject.rules, now);
-        let process = self.processes.sampled(&sample.subject, &sample.user);
+        // What was walked by tables came by no address that is not known.
+        let walked = self.tables.is_some() && sample.kind == SampleKind::OnCpu;
+        let unknown = if walked { &[] } else { sample.user.as_slice() };
+        let process = self.processes.sampled(&sample.subject, unknown);
+        // Read ahead: the tables are asked for before all of its samples are here.
+        if let (Ok(process), Some(tables), Some(_)) = (process, &mut self.tables, &sample.raw) {
+            tables.ready(&process.image);
+        }
+        self.keep_changes();
         if sample.raw.is_none() {
             self.intake.add(sample);
             return;
         }
-        // Read ahead: the tables are asked for before all of its samples are here.
-        if let (Ok(process), Some(tables)) = (process, &mut self.tables) {
-            tables.ready(&process.image);
-        }
-        self.waiting.entry(ImageKey::of(&sample.subject)).or_default().push_back((Instant::now(), sample));
+        self.waiting.entry(ImageKey::of(&sample.subject)).or_default().push_back(Waiting {
+            since: Instant::now(),
+            sample,
+            former: None,
+        });
         self.waiting_samples += 1;
     }
 
@@ -569,44 +588,80 @@ impl Worker {
         self.read();
     }
 
+    /// Samples that were taken before another file took the place of an image's are named after what it was.
+    fn keep_changes(&mut self) {
+        let Changes { changed, replaced } = self.processes.take_changes();
+        self.renewed.extend(changed);
+        for (key, image) in replaced {
+            for waiting in self.waiting.get_mut(&key).into_iter().flatten() {
+                waiting.former.get_or_insert_with(|| Arc::clone(&image));
+            }
+            self.intake.samples.keep_apart(key, image);
+        }
+    }
+
     /// Walks the raw samples whose tables are there, and puts images that are sampled again and again into the kernel.
     /// `give_up`: walks all, with the tables that there are.
     fn resolve(&mut self, give_up: bool) {
+        self.keep_changes();
         let Some(tables) = &mut self.tables else { return };
         tables.collect();
+        // Who is walked in the kernel is to be walked by what is mapped now.
+        let renewed: Vec<_> = self.renewed.drain().filter(|key| tables.is_entered(key)).collect();
+        for key in renewed {
+            let Some(process) = self.processes.get(&key).filter(|process| process.is_alive()) else {
+                continue;
+            };
+            if !tables.ready(&process.image) {
+                self.renewed.insert(key);
+            } else if let Err(error) = tables.enter(&mut self.kernel, key, &process.image) {
+                tracing::debug!(key = %key.process, "walked in user space: {error}");
+            }
+        }
         let crowded = self.waiting_samples > MOST_WAITING;
         let mut left = HashMap::new();
         for (key, mut samples) in std::mem::take(&mut self.waiting) {
             let Some(process) = self.processes.get(&key) else {
-                for (_, sample) in samples.drain(..) {
-                    self.intake.add(tables::unwalked(sample));
+                for waiting in samples.drain(..) {
+                    self.intake.add(tables::unwalked(waiting.sample));
                     self.waiting_samples -= 1;
                 }
                 continue;
             };
-            let overdue = samples.front().is_some_and(|(since, _)| since.elapsed() > LONGEST_WAIT);
+            let overdue = samples.front().is_some_and(|waiting| waiting.since.elapsed() > LONGEST_WAIT);
             let mut image = Arc::clone(&process.image);
             if !(tables.ready(&image) || overdue || crowded || give_up) {
                 left.insert(key, samples);
                 continue;
             }
-            while let Some((since, mut sample)) = samples.pop_front() {
+            while let Some(Waiting { since, mut sample, former }) = samples.pop_front() {
+                if let Some(former) = former {
+                    // Its tables were asked for when it came; if they are still not there, the stack ends early.
+                    sample.take_walk(tables.walk(&former, &sample));
+                    self.intake.add_former(&former, sample);
+                    self.waiting_samples -= 1;
+                    continue;
+                }
                 let mut walked = tables.walk(&image, &sample);
                 if let Some(unknown) = walked.unknown {
                     // A library that was opened since the mappings were read: they are read again, once for a sample.
-                    let process = self.processes.sampled_again(&key, unknown);
+                    self.processes.sampled_again(&key, unknown);
+                    let Changes { changed, replaced } = self.processes.take_changes();
+                    self.renewed.extend(changed);
+                    for (key, image) in replaced {
+                        self.intake.samples.keep_apart(key, image);
+                    }
+                    let process = self.processes.get(&key);
                     if let Some(process) = process.filter(|process| !Arc::ptr_eq(&process.image, &image)) {
                         image = Arc::clone(&process.image);
                         if !tables.ready(&image) && !give_up {
-                            samples.push_front((since, sample));
+                            samples.push_front(Waiting { since, sample, former: None });
                             break;
                         }
                         walked = tables.walk(&image, &sample);
                     }
                 }
-                sample.user = walked.frames;
-                sample.end = walked.end;
-                sample.raw = None;
+                sample.take_walk(walked);
                 self.intake.add(sample);
                 self.waiting_samples -= 1;
             }
@@ -616,7 +671,7 @@ impl Worker {
             }
             if let Some(process) = self.processes.get(&key)
                 && process.is_alive()
-                && let Err(error) = tables.enter(&mut self.kernel, process)
+                && let Err(error) = tables.enter(&mut self.kernel, key, &process.image)
             {
                 tracing::debug!(key = %key.process, "walked in user space: {error}");
             }
@@ -770,7 +825,7 @@ impl Worker {
             .waiting
             .values()
             .flatten()
-            .map(|(_, sample)| u64::from((sample.subject.rules & !recorded).count_ones()));
+            .map(|waiting| u64::from((waiting.sample.subject.rules & !recorded).count_ones()));
         self.intake.samples.deliveries() + waiting.sum::<u64>()
     }
 

@@ -1,6 +1,7 @@
 //! `gannet-agent record`: one profile, without a collector.
 
 use std::{
+    fs,
     io::{self, Write as _},
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     process::{Child, Command, ExitStatus},
@@ -28,6 +29,7 @@ use crate::{
     output::{Destination, Details, OutputError},
     rules::{Deny, Set, Source, ad_hoc},
     symbols::{Symbolizer, SymbolizerConfig, SymbolizerError},
+    tables::TableSources,
 };
 
 /// How long a window is: what bounds the memory of a long recording.
@@ -152,7 +154,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
             window: WINDOW,
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
-            tables: true,
+            tables: Some(TableSources::with_debug_files()),
         },
         // The queue holds minutes; if it is full nevertheless, the engine waits rather than losing a window: nobody
         // else depends on it here.
@@ -178,6 +180,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
         return Err(RecordError::Rule(partial));
     }
     let begun = Instant::now();
+    let start = since_start();
     let duration = args.duration.or(args.command.is_empty().then_some(Duration::from_secs(30)));
     if let Some(held) = &mut held {
         held.release();
@@ -196,7 +199,19 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     profile.duration_nanos = i64::try_from(took.as_nanos()).unwrap_or(i64::MAX);
     let details = Details { title: format!("gannet: {}", subject(&args)), ledger: named.ledger.clone() };
     destination.write(&profile, &details)?;
-    print_ledger(&args, &destination, &named.ledger, ticks_due, took).map_err(RecordError::Start)
+    print_ledger(&args, &destination, &named.ledger, ticks_due, start, took).map_err(RecordError::Start)
+}
+
+/// How long this process has run; zero where it cannot be told.
+fn since_start() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let now = Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0));
+    // The 22nd field, in clock ticks; this program's own name has neither spaces nor parentheses.
+    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let ticks = stat.split_ascii_whitespace().nth(21).and_then(|ticks| ticks.parse::<u64>().ok());
+    let per_second = rustix::param::clock_ticks_per_second().max(1);
+    let started = ticks.map_or(now, |ticks| Duration::from_millis(ticks.saturating_mul(1000) / per_second));
+    now.saturating_sub(started)
 }
 
 struct Named {
@@ -280,6 +295,7 @@ fn print_ledger(
     destination: &Destination,
     ledger: &Ledger,
     ticks_due: u64,
+    start: Duration,
     took: Duration,
 ) -> io::Result<()> {
     let mut out = io::stdout().lock();
@@ -296,6 +312,8 @@ fn print_ledger(
                 "ticks": ledger.ticks,
                 // By the kernel's own count of the clocks' running time.
                 "ticks_due": ticks_due,
+                // From the start of this program until its first tick could be taken.
+                "start_seconds": start.as_secs_f64(),
                 "seconds": took.as_secs_f64(),
                 "output": destination.path(),
             })

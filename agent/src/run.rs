@@ -28,6 +28,7 @@ use crate::{
         files::{self, FilesError, Stamp},
     },
     symbols::{Symbolizer, SymbolizerConfig},
+    tables::TableSources,
 };
 
 /// How often rule files are looked at, besides whenever something changes beside them.
@@ -116,7 +117,11 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
             window: config.window,
             caps: config.caps.clone(),
             deny: config.deny.clone(),
-            tables: true,
+            tables: Some(TableSources {
+                kept: Some(config.state_dir.join("tables")),
+                overrides: Some(config.state_dir.join("overrides")),
+                ..TableSources::with_debug_files()
+            }),
         },
         entrance,
     )?;

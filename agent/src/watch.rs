@@ -21,6 +21,7 @@ use crate::{
     profile::slots,
     rules::{Deny, Set, Source, ad_hoc},
     symbols::{Symbolizer, SymbolizerConfig, SymbolizerError},
+    tables::TableSources,
     top::{self, ProcessInfo, Snapshot, TopError},
 };
 
@@ -82,7 +83,7 @@ pub async fn watch(args: TopArgs) -> Result<(), WatchError> {
             window: args.interval.max(Duration::from_millis(200)),
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
-            tables: true,
+            tables: Some(TableSources::with_debug_files()),
         },
         // A table that is late shows the next window instead.
         move |window: Window| drop(windows.try_send(window)),

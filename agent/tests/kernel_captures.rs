@@ -17,6 +17,7 @@ use gannet_agent::{
     engine::{Engine, EngineOptions, Manual, Window},
     kernel::KernelOptions,
     rules::{Deny, Set, Source},
+    tables::TableSources,
 };
 use gannet_proto::{
     control::{Match, capture::Kind},
@@ -85,7 +86,7 @@ fn engine(deny: Deny) -> (Engine, Profiles) {
         window: Duration::from_secs(1),
         caps: Caps::default(),
         deny,
-        tables: true,
+        tables: Some(TableSources::default()),
     };
     let engine = Engine::start(options, move |window: Window| sink.0.lock().unwrap().push(window)).unwrap();
     (engine, profiles)

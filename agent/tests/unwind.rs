@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{in_order, is_marked, program, record, times};
+use common::{Running, in_order, is_marked, program, record, times};
 
 const DEEP: &str = r"
 #include <stdlib.h>
@@ -85,4 +85,22 @@ int main(int c, char **v) {
         |stack: &[String]| in_order(stack, &["_start", "main", "plugin", "spin"]) && !is_marked(stack);
     let (good, all) = recording.share("spin", whole);
     assert!(all >= 20 && good == all, "{good} of {all}: {:?}", recording.odd_ones("spin", whole));
+}
+
+#[test]
+fn r53_the_interpreters_own_frames_are_whole() {
+    let running = Running::start(
+        std::process::Command::new("python3")
+            .args(["-c", "while True: sorted(range(1000), key=lambda n: -n)"]),
+    );
+    // What is first in the path may be a script that looks for the interpreter.
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    let recording = record(499, &["--duration", "4s", "--pid", &running.0.id().to_string()]);
+    let whole = |stack: &[String]| !is_marked(stack) && stack.iter().any(|name| name.starts_with("Py_"));
+    let (good, all) = recording
+        .stacks
+        .iter()
+        .fold((0, 0), |(good, all), (stack, n)| (good + if whole(stack) { *n } else { 0 }, all + n));
+    let odd: Vec<_> = recording.stacks.iter().filter(|(stack, _)| !whole(stack)).take(3).collect();
+    assert!(all >= 300 && (all - good) * 1000 <= all, "{good} of {all}: {odd:?}");
 }

@@ -141,6 +141,16 @@ pub fn build_file(file: &File, options: &Options<'_>) -> Result<Built, BuildErro
     build(&reader, options)
 }
 
+/// The name of a file's contents and where the file goes in memory, without making its table.
+pub fn identify(file: &File, name: &str, limits: &Limits) -> Result<(ContentId, Segments), BuildError> {
+    let reader = FileReader::new(file, limits);
+    let identified = Elf::parse(&reader, limits).map_err(Fault::from).and_then(|elf| {
+        let content = ContentId::of(&elf).ok_or(Fault::Unreadable)?;
+        Ok((content, elf.segments().clone()))
+    });
+    identified.map_err(|fault| BuildError { file: name.to_owned(), fault: flatten(fault) })
+}
+
 /// Makes the table of a file, or of a vDSO, that is in memory.
 pub fn build_bytes(bytes: &[u8], options: &Options<'_>) -> Result<Built, BuildError> {
     build(bytes, options)

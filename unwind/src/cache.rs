@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0   8   "gannetUT"
-//! 8   4   version (1)
+//! 8   4   version (2)
 //! 12  4   CRC-32 of everything behind it
 //! 16  16  content id of the file that the table is of
 //! 32  4   architecture: 1 x86_64, 2 aarch64
@@ -27,7 +27,7 @@ use crate::table::{Arch, Table};
 
 const MAGIC: &[u8; 8] = b"gannetUT";
 /// Changes with this layout and with the meaning of tables: an old file is made anew.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 64;
 const SUM_FROM: usize = 16;
 const RULE_BYTES: usize = size_of::<Rule>();

@@ -1,6 +1,6 @@
 //! The walk itself, over registers and a copy of a stack: what the kernel side does, step by step ([`crate::format`]),
 //! for samples that are completed later and as the reference that tests compare with.
-use crate::format::{Rule, Unsupported, cfa, dwarf_register, flags, loc};
+use crate::format::{Rule, Unsupported, cfa, flags, loc};
 use crate::table::{Arch, Table};
 
 /// A thread at one moment.
@@ -22,6 +22,13 @@ pub struct Snapshot<'a> {
 pub trait TableSource {
     /// The table for an address of the process, and what to subtract from the address to look it up.
     fn find(&self, address: u64) -> Option<(&Table, u64)>;
+
+    /// Whether there is code at an address for which there is no table, as just-in-time compilers make it: it is followed
+    /// by frame pointer.
+    fn is_code(&self, address: u64) -> bool {
+        let _ = address;
+        false
+    }
 }
 
 /// One frame.
@@ -79,10 +86,7 @@ const AARCH64_ADDRESS: u64 = (1 << 48) - 1;
 
 /// Follows a stack to its outermost frame, or up to `max_frames`.
 pub fn walk(snapshot: &Snapshot<'_>, tables: &dyn TableSource, max_frames: usize) -> Walk {
-    let (sp, fp) = match snapshot.arch {
-        Arch::X86_64 => (dwarf_register::X86_64_SP, dwarf_register::X86_64_FP),
-        Arch::Aarch64 => (dwarf_register::AARCH64_SP, dwarf_register::AARCH64_FP),
-    };
+    let (sp, fp) = (snapshot.arch.stack_pointer(), snapshot.arch.frame_pointer());
     let register = |number: u16| snapshot.registers.get(usize::from(number)).copied();
     let mut walker = Walker {
         snapshot,
@@ -121,7 +125,10 @@ impl Walker<'_> {
     /// To the caller; says whether by a guess.
     fn step(&mut self, tables: &dyn TableSource) -> Result<bool, End> {
         let address = if self.exact { self.pc } else { self.pc.wrapping_sub(1) };
-        let (table, bias) = tables.find(address).ok_or(End::NoTable { address })?;
+        let Some((table, bias)) = tables.find(address) else {
+            let end = End::NoTable { address };
+            return if tables.is_code(address) { self.by_frame_pointer(end) } else { Err(end) };
+        };
         let rule = table.lookup(address.wrapping_sub(bias)).unwrap_or(Rule::NONE);
         match rule.cfa_kind {
             cfa::NONE => return self.by_frame_pointer(End::NoRule { address }),
@@ -163,9 +170,7 @@ impl Walker<'_> {
 
     fn by_frame_pointer(&mut self, otherwise: End) -> Result<bool, End> {
         let fp = self.fp.filter(|fp| *fp >= self.sp && fp.is_multiple_of(8)).ok_or(otherwise)?;
-        let (Ok(saved), Ok(ra)) = (self.read(fp), self.read(fp.wrapping_add(8))) else {
-            return Err(otherwise);
-        };
+        let (saved, ra) = (self.read(fp)?, self.read(fp.wrapping_add(8))?);
         self.sp = fp.wrapping_add(16);
         self.fp = Some(saved);
         self.enter_caller(ra, false)?;

@@ -19,7 +19,7 @@ use crate::{
         cgroups::{self, container_part, pod_part},
     },
     kernel::{Arm, CgroupHierarchy, Sample, Subject, Want},
-    process::{ImageKey, Process},
+    process::{Image, ImageKey, Process},
     profile::{Recorder, WindowSamples, slots},
     rules::{CaptureError, CaptureId, Reason, RuleId, Target, Watched},
 };
@@ -64,7 +64,21 @@ impl Intake {
         Self { samples: WindowSamples::default(), recorder: Recorder::new(RECORDER_BYTES), recorded: 0 }
     }
 
-    pub(super) fn add(&mut self, mut sample: Sample) {
+    pub(super) fn add(&mut self, sample: Sample) {
+        if let Some(sample) = self.record(sample) {
+            self.samples.add(sample);
+        }
+    }
+
+    /// A sample of an image as it was before another file took the place of one of its files.
+    pub(super) fn add_former(&mut self, image: &Arc<Image>, sample: Sample) {
+        if let Some(sample) = self.record(sample) {
+            self.samples.add_former(image, sample);
+        }
+    }
+
+    /// Gives the recorder what is for it, and back what is for the window.
+    fn record(&mut self, mut sample: Sample) -> Option<Sample> {
         let recorded = sample.subject.rules & self.recorded;
         if recorded != 0 {
             let mut copy = sample.clone();
@@ -72,9 +86,7 @@ impl Intake {
             self.recorder.add(copy);
         }
         sample.subject.rules &= !recorded;
-        if sample.subject.rules != 0 {
-            self.samples.add(sample);
-        }
+        (sample.subject.rules != 0).then_some(sample)
     }
 }
 

@@ -256,6 +256,7 @@ impl Sample {
                 0 => StackEnd::None,
                 1 => StackEnd::Complete,
                 2 => StackEnd::Truncated,
+                9 => StackEnd::NotWalked,
                 _ => StackEnd::Broken,
             },
             subject: Subject::from(&head.event),

@@ -5,6 +5,7 @@
 //! Dropping a [`Kernel`] stops the clocks, then detaches the programs, then frees the maps.
 
 mod clock;
+mod cost;
 mod event;
 mod mappings;
 mod unwinding;
@@ -24,14 +25,17 @@ use std::{
 
 use gannet_bpf::{GannetProgs, GannetSkel, GannetSkelBuilder, OpenGannetSkel, types};
 use libbpf_rs::{
-    Iter, Link, MapCore, MapFlags, OpenObject, PrintLevel, ProgramMut, RingBuffer, RingBufferBuilder, query,
+    Iter, Link, MapCore, MapFlags, OpenObject, PrintLevel, ProgramMut, RingBuffer, RingBufferBuilder,
     skel::{OpenSkel as _, SkelBuilder as _},
 };
 
 pub use clock::online_cpus;
+pub use cost::ProgramCost;
 pub use event::{DecodeError, Event, ExitStatus, FileNumbers, Origin, RawUserStack, Sample, Subject};
 pub use mappings::{Mapped, NewMapping};
-pub use unwinding::{Block, EmptyRange, KernelMapping, KernelTable, MAX_TABLES, blocks, mapping_key};
+pub use unwinding::{
+    Block, EmptyRange, KernelImage, KernelMapping, KernelTable, MAX_TABLES, UnwindMaps, blocks, mapping_key,
+};
 
 use crate::process::{ProcFs as _, ProcessKey, RealProc};
 
@@ -678,13 +682,6 @@ impl Kernel {
             ("cgroup_rules", count(&maps.cgroup_rules), maps.cgroup_rules.max_entries().into()),
             ("exact_rules", count(&maps.exact_rules), maps.exact_rules.max_entries().into()),
         ]
-    }
-
-    /// Nanoseconds that the sampler has run and how often, if the kernel keeps count (kernel.bpf_stats_enabled).
-    pub fn sampler_cost(&self) -> Option<(u64, u64)> {
-        query::ProgInfoIter::default()
-            .find(|program| program.name.as_encoded_bytes().starts_with(b"on_tick") && program.run_cnt > 0)
-            .map(|program| (program.run_time_ns, program.run_cnt))
     }
 
     fn settings(&self) -> types::settings {

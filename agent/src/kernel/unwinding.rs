@@ -20,7 +20,7 @@ const _: () = assert!(size_of::<types::unwind_rule>() == size_of::<Rule>());
 const _: () = assert!(size_of::<types::table_line>() == size_of::<Line>());
 const _: () = assert!(size_of::<types::mapping>() == 3 * 8 + 4 * 4);
 const _: () = assert!(size_of::<types::unwind_table>() == 8 + 4 * 4);
-const _: () = assert!(size_of::<types::image>() == 8 + 2 * 4);
+const _: () = assert!(size_of::<types::image>() == 8 + 2 * 4 + 8);
 
 impl MapValue for types::mapping {}
 impl MapValue for types::unwind_table {}
@@ -56,7 +56,7 @@ pub struct KernelTable {
 }
 
 /// An aligned block of addresses: what one key of the trie stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Block {
     /// First address; its low `bits` are 0.
     pub address: u64,
@@ -159,26 +159,66 @@ pub(super) struct SharedTables {
     pub(super) rules: Shared<Rule>,
 }
 
-impl Kernel {
+/// What the kernel side unwinds by, as it is written: the real maps, or a test's.
+pub trait UnwindMaps {
     /// Lines that all tables together can have.
-    pub fn table_lines(&self) -> u32 {
+    fn table_lines(&self) -> u32;
+
+    /// Writes rules by their numbers. Before any line that names them.
+    fn write_rules(&mut self, rules: &[(u16, Rule)]);
+
+    /// Writes lines from `first` on. False: they do not fit.
+    fn write_lines(&mut self, first: u32, lines: &mut dyn Iterator<Item = Line>) -> bool;
+
+    /// Makes a table known, or with `None` unknown.
+    fn set_table(
+        &mut self,
+        table: u32,
+        place: Option<KernelTable>,
+        generation: u32,
+    ) -> Result<(), KernelError>;
+
+    /// Says what a block of a process's addresses is. Overwrites in place, so that no look-up misses meanwhile.
+    fn set_mapping(&mut self, tgid: u32, block: Block, mapping: &KernelMapping) -> Result<(), KernelError>;
+
+    /// Takes a block back. Not there is as good.
+    fn remove_mapping(&mut self, tgid: u32, block: Block);
+
+    /// All mappings of this image are written: it is walked from now on.
+    fn set_image(&mut self, key: ProcessKey, image: KernelImage) -> Result<(), KernelError>;
+
+    /// The process's mappings hold no longer.
+    fn remove_image(&mut self, tgid: u32);
+
+    /// Returns when no walk is still at what it was at when this was called.
+    fn wait_for_walks(&self);
+}
+
+/// One image of a process, all of whose mappings are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KernelImage {
+    /// The kernel's count of the process's `execve` calls.
+    pub exec_id: u32,
+    /// Another number for each change: what the kernel side has found out by an earlier one it forgets.
+    pub epoch: u64,
+}
+
+impl UnwindMaps for Kernel {
+    fn table_lines(&self) -> u32 {
         self.skeleton.maps.table_lines.max_entries()
     }
 
-    /// Writes rules by their numbers. Before any line that names them.
-    pub fn write_rules(&mut self, rules: &[(u16, Rule)]) {
+    fn write_rules(&mut self, rules: &[(u16, Rule)]) {
         for (number, rule) in rules {
             self.shared.rules.write((*number).into(), *rule);
         }
     }
 
-    /// Writes lines from `first` on. False: they do not fit.
-    pub fn write_lines(&mut self, first: u32, lines: impl Iterator<Item = Line>) -> bool {
+    fn write_lines(&mut self, first: u32, lines: &mut dyn Iterator<Item = Line>) -> bool {
         lines.enumerate().all(|(index, line)| self.shared.lines.write(first as usize + index, line))
     }
 
-    /// Makes a table known, or with `None` unknown.
-    pub fn set_table(
+    fn set_table(
         &mut self,
         table: u32,
         place: Option<KernelTable>,
@@ -201,13 +241,7 @@ impl Kernel {
             .map_err(|source| KernelError::Map { map: "unwind_tables", source })
     }
 
-    /// Says what a block of a process's addresses is. Overwrites in place, so that no look-up misses meanwhile.
-    pub fn set_mapping(
-        &mut self,
-        tgid: u32,
-        block: Block,
-        mapping: &KernelMapping,
-    ) -> Result<(), KernelError> {
+    fn set_mapping(&mut self, tgid: u32, block: Block, mapping: &KernelMapping) -> Result<(), KernelError> {
         let (table, table_generation) = mapping.table.unwrap_or_default();
         let value = types::mapping {
             begin: mapping.begin,
@@ -225,14 +259,13 @@ impl Kernel {
             .map_err(|source| KernelError::Map { map: "exec_mappings", source })
     }
 
-    /// Takes a block back. Not there is as good.
-    pub fn remove_mapping(&mut self, tgid: u32, block: Block) {
+    fn remove_mapping(&mut self, tgid: u32, block: Block) {
         let _ = self.skeleton.maps.exec_mappings.delete(&mapping_key(tgid, block));
     }
 
-    /// All mappings of this image are written: it is walked from now on.
-    pub fn set_image(&mut self, key: ProcessKey, exec_id: u32) -> Result<(), KernelError> {
-        let value = types::image { start_boottime: key.start_boottime_ns, exec_id, reserved: 0 };
+    fn set_image(&mut self, key: ProcessKey, image: KernelImage) -> Result<(), KernelError> {
+        let KernelImage { exec_id, epoch } = image;
+        let value = types::image { start_boottime: key.start_boottime_ns, exec_id, reserved: 0, epoch };
         self.skeleton
             .maps
             .images
@@ -240,14 +273,39 @@ impl Kernel {
             .map_err(|source| KernelError::Map { map: "images", source })
     }
 
-    /// The process's mappings hold no longer.
-    pub fn remove_image(&mut self, tgid: u32) {
+    fn remove_image(&mut self, tgid: u32) {
         let _ = self.skeleton.maps.images.delete(&tgid.to_ne_bytes());
     }
 
+    fn wait_for_walks(&self) {
+        // Each walk is within one read side of the kernel's RCU.
+        const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+        // SAFETY: takes no pointers.
+        let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+        if result != 0 {
+            // Refused on machines with isolated CPUs. A walk takes microseconds.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    }
+}
+
+impl Kernel {
     /// Whether user stacks are walked by tables.
     pub fn set_tables(&mut self, on: bool) {
         self.change_settings(|settings| settings.tables = on.into());
+    }
+
+    /// What the trie says of an address: first address and end of its mapping.
+    pub fn mapping_at(&self, tgid: u32, address: u64) -> Option<(u64, u64)> {
+        let key = mapping_key(tgid, Block { address, bits: 0 });
+        let value = self.skeleton.maps.exec_mappings.lookup(&key, MapFlags::ANY).ok()??;
+        let (begin, rest) = value.split_first_chunk()?;
+        Some((u64::from_ne_bytes(*begin), u64::from_ne_bytes(*rest.first_chunk()?)))
+    }
+
+    /// Keys of the mapping trie and entries of the images, by the kernel's own count.
+    pub fn unwind_entries(&self) -> (usize, usize) {
+        (self.skeleton.maps.exec_mappings.keys().count(), self.skeleton.maps.images.keys().count())
     }
 }
 

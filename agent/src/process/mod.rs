@@ -15,4 +15,4 @@ pub use key::{ParseKeyError, ProcessKey};
 pub use metadata::{Metadata, MetadataError, MetadataOptions, MetadataStats, ProcessMetadataCache};
 pub use proc::{ProcError, ProcFs, RealProc, check as check_identity};
 pub use survey::{Seen, cpus, see, survey};
-pub use table::{ImageKey, Process, Processes, Saturated, State, Stats};
+pub use table::{Changes, ImageKey, Process, Processes, Saturated, State, Stats};

@@ -6,7 +6,7 @@
 //! is thrown away rather than believed.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     num::NonZeroUsize,
     sync::Arc,
     time::{Duration, Instant},
@@ -152,6 +152,41 @@ pub struct Processes {
     window: u64,
     is_saturated: bool,
     stats: Stats,
+    changes: Changes,
+}
+
+/// What has become of images since it was asked for last.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Images that map more, or something else.
+    pub changed: HashSet<ImageKey>,
+    /// Images as they were before another file took the place of one of theirs: samples that were taken till then are to
+    /// be named after these.
+    pub replaced: Vec<(ImageKey, Arc<Image>)>,
+}
+
+impl Changes {
+    fn note(&mut self, key: ImageKey, before: &Arc<Image>, after: &Image) {
+        self.changed.insert(key);
+        if is_replaced(before, after) {
+            self.replaced.push((key, Arc::clone(before)));
+        }
+    }
+}
+
+/// Whether some address means another place in a file, or another file, than before.
+fn is_replaced(old: &Image, new: &Image) -> bool {
+    let place = |mapping: &Mapping| match &mapping.kind {
+        MappingKind::File(file) => Some((file.id, mapping.start.wrapping_sub(mapping.offset))),
+        MappingKind::Vdso | MappingKind::Anon => None,
+    };
+    old.mappings.iter().filter(|mapping| place(mapping).is_some()).any(|mapping| {
+        let first = new.mappings.partition_point(|other| other.end <= mapping.start);
+        new.mappings[first..]
+            .iter()
+            .take_while(|other| other.start < mapping.end)
+            .any(|other| place(other) != place(mapping))
+    })
 }
 
 struct Coming {
@@ -216,6 +251,7 @@ impl Processes {
             window: 0,
             is_saturated: false,
             stats: Stats::default(),
+            changes: Changes::default(),
         }
     }
 
@@ -242,10 +278,17 @@ impl Processes {
                     && process.image.mappings.len() < MOST_MAPPINGS
                 {
                     let mapping = open(&mut self.files, process.key.process, process.parent, &mapping);
+                    let before = Arc::clone(&process.image);
                     Arc::make_mut(&mut process.image).map(mapping);
+                    self.changes.note(process.key, &before, &process.image);
                 }
             }
         }
+    }
+
+    /// What has become of images since this was asked for last.
+    pub fn take_changes(&mut self) -> Changes {
+        std::mem::take(&mut self.changes)
     }
 
     /// A process has a new image. What it was before is kept for the samples that were taken of it.
@@ -366,7 +409,7 @@ impl Processes {
         process.samples += 1;
         process.rules |= subject.rules;
         if !is_past {
-            rescan(&mut self.files, &mut self.stats, &*self.proc, process, addresses);
+            rescan(&mut self.files, &mut self.stats, &mut self.changes, &*self.proc, process, addresses);
         }
         Ok(process)
     }
@@ -409,7 +452,7 @@ impl Processes {
     /// a moment ago.
     pub fn sampled_again(&mut self, key: &ImageKey, address: u64) -> Option<&Process> {
         let process = self.alive.get_mut(&key.process.tgid).filter(|process| process.key == *key)?;
-        rescan(&mut self.files, &mut self.stats, &*self.proc, process, &[address]);
+        rescan(&mut self.files, &mut self.stats, &mut self.changes, &*self.proc, process, &[address]);
         Some(process)
     }
 
@@ -694,6 +737,7 @@ fn cgroup_of(proc: &dyn ProcFs, key: ProcessKey, hierarchy: CgroupHierarchy) -> 
 fn rescan(
     files: &mut FileTable,
     stats: &mut Stats,
+    changes: &mut Changes,
     proc: &dyn ProcFs,
     process: &mut Process,
     addresses: &[u64],
@@ -710,7 +754,9 @@ fn rescan(
             process.told = Some(Arc::clone(&process.image));
         }
         process.read_at_ns = Some(proc.now_ns());
-        process.image = Arc::new(merged(&process.image, image));
+        let before = std::mem::take(&mut process.image);
+        process.image = Arc::new(merged(&before, image));
+        changes.note(process.key, &before, &process.image);
     }
 }
 

@@ -82,4 +82,6 @@ pub enum StackEnd {
     Truncated,
     /// The walk came to an address or memory that it could not go on from.
     Broken,
+    /// A 32-bit program: its stack is not walked.
+    NotWalked,
 }

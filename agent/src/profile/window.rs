@@ -12,7 +12,7 @@ use gannet_proto::labels::{self as name, Labels};
 use super::{RawProcess, RawProfile, RawStack, SampleKind, StackEnd};
 use crate::{
     kernel::Sample,
-    process::{ImageKey, Process},
+    process::{Image, ImageKey, Process},
 };
 
 /// A profile with more different stacks is cut into several: what the profile databases take at most.
@@ -25,6 +25,8 @@ const CGROUP: &str = "cgroup";
 #[derive(Default)]
 pub struct WindowSamples {
     images: HashMap<ImageKey, HashMap<Stack, Tally>>,
+    /// Stacks of images as they were before other files took the place of some of theirs.
+    former: Vec<(ImageKey, Arc<Image>, HashMap<Stack, Tally>)>,
     stacks: usize,
     deliveries: u64,
     /// By slot: when the lead-up of its capture began, and how long it was.
@@ -138,28 +140,29 @@ impl WindowSamples {
         }
     }
 
+    /// Adds a sample that was taken of an image in this former state.
+    pub fn add_former(&mut self, image: &Arc<Image>, sample: Sample) {
+        self.deliveries += u64::from(sample.subject.rules.count_ones());
+        let key = ImageKey::of(&sample.subject);
+        let same = |(of, state, _): &(ImageKey, Arc<Image>, _)| *of == key && Arc::ptr_eq(state, image);
+        let place = self.former.iter().position(same).unwrap_or_else(|| {
+            self.former.push((key, Arc::clone(image), HashMap::new()));
+            self.former.len() - 1
+        });
+        self.stacks += usize::from(tally(&mut self.former[place].2, sample, false));
+    }
+
+    /// What was added of an image so far is to be named after this state of it.
+    pub fn keep_apart(&mut self, key: ImageKey, image: Arc<Image>) {
+        if let Some(stacks) = self.images.remove(&key) {
+            self.former.push((key, image, stacks));
+        }
+    }
+
     fn add_to(&mut self, sample: Sample, lead_up: bool) {
-        let Sample { subject, tid, kind, value_ns, kernel, user, end, end_code: _, state, raw: _ } = sample;
-        self.deliveries += u64::from(subject.rules.count_ones());
-        let stack = Stack {
-            kind,
-            period_ns: if kind == SampleKind::OnCpu { value_ns } else { 0 },
-            rules: subject.rules,
-            tid,
-            thread: subject.comm.as_str().into(),
-            kernel: kernel.into(),
-            user: user.into(),
-            end,
-            state,
-            lead_up,
-        };
-        let tally =
-            self.images.entry(ImageKey::of(&subject)).or_default().entry(stack).or_insert_with(|| {
-                self.stacks += 1;
-                Tally::default()
-            });
-        tally.count += 1;
-        tally.value_ns += value_ns;
+        self.deliveries += u64::from(sample.subject.rules.count_ones());
+        let stacks = self.images.entry(ImageKey::of(&sample.subject)).or_default();
+        self.stacks += usize::from(tally(stacks, sample, lead_up));
     }
 
     /// Samples added, once for each rule that asked.
@@ -184,11 +187,15 @@ impl WindowSamples {
     ) -> Flushed {
         let mut flushed = Flushed::default();
         let mut series: BTreeMap<Series, Vec<RawProcess>> = BTreeMap::new();
-        let Self { images, lead_ups, stacks: _, deliveries: _ } = std::mem::take(self);
-        let mut images: Vec<_> = images.into_iter().collect();
+        let Self { images, former, lead_ups, stacks: _, deliveries: _ } = std::mem::take(self);
+        let mut images: Vec<_> = former
+            .into_iter()
+            .map(|(key, image, stacks)| (key, Some(image), stacks))
+            .chain(images.into_iter().map(|(key, stacks)| (key, None, stacks)))
+            .collect();
         // The same samples make the same bytes.
-        images.sort_unstable_by_key(|(key, _)| *key);
-        for (key, stacks) in images {
+        images.sort_by_key(|(key, ..)| *key);
+        for (key, former, stacks) in images {
             let known = process(&key);
             let base = labels_of(node, known);
             let container =
@@ -234,7 +241,9 @@ impl WindowSamples {
                     container_id: known
                         .map_or_else(String::new, |process| process.names.container_id.clone()),
                     pod_uid: known.map_or_else(String::new, |process| process.names.pod_uid.clone()),
-                    image: known.map_or_else(Arc::default, |process| Arc::clone(&process.image)),
+                    image: former.clone().unwrap_or_else(|| {
+                        known.map_or_else(Arc::default, |process| Arc::clone(&process.image))
+                    }),
                     stacks,
                 };
                 series.entry((rule, labels, container.clone(), kind, period_ns)).or_default().push(process);
@@ -265,6 +274,28 @@ impl WindowSamples {
         }
         flushed
     }
+}
+
+/// Counts a sample among others of its image. True: it is the first of its kind.
+fn tally(stacks: &mut HashMap<Stack, Tally>, sample: Sample, lead_up: bool) -> bool {
+    let Sample { subject, tid, kind, value_ns, kernel, user, end, end_code: _, state, raw: _ } = sample;
+    let stack = Stack {
+        kind,
+        period_ns: if kind == SampleKind::OnCpu { value_ns } else { 0 },
+        rules: subject.rules,
+        tid,
+        thread: subject.comm.as_str().into(),
+        kernel: kernel.into(),
+        user: user.into(),
+        end,
+        state,
+        lead_up,
+    };
+    let before = stacks.len();
+    let tally = stacks.entry(stack).or_default();
+    tally.count += 1;
+    tally.value_ns += value_ns;
+    stacks.len() > before
 }
 
 /// The numbers of the bits that are set.

@@ -15,10 +15,11 @@ mod perf_map;
 mod symbolizer;
 mod table;
 
+pub(crate) use debug_file::find as find_debug_file;
 pub use dwarf::{DEBUG_INFO_VERB, read_debug_info};
 pub use elf::ElfError;
 pub use file::{FileId, FileMapping, FileTable, FileTableStats, MappedFile};
 pub use symbolizer::{
-    ANONYMOUS_MAPPING, BROKEN_FRAME, KERNEL_MAPPING, Symbolizer, SymbolizerConfig, SymbolizerError,
-    SymbolizerStats, TRUNCATED_FRAME, VDSO_MAPPING,
+    ANONYMOUS_MAPPING, BROKEN_FRAME, KERNEL_MAPPING, NOT_WALKED_FRAME, Symbolizer, SymbolizerConfig,
+    SymbolizerError, SymbolizerStats, TRUNCATED_FRAME, VDSO_MAPPING,
 };

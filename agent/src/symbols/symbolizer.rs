@@ -46,6 +46,8 @@ pub const ANONYMOUS_MAPPING: &str = "[anon]";
 pub const TRUNCATED_FRAME: &str = "[truncated]";
 /// The frame at the root of a stack whose walk could not go on.
 pub const BROKEN_FRAME: &str = "[broken stack]";
+/// The frame in place of the stack of a 32-bit program.
+pub const NOT_WALKED_FRAME: &str = "[32-bit program]";
 
 /// Kernel addresses have the highest bit set on every machine that Gannet runs on, and user addresses do not.
 const FIRST_KERNEL_ADDRESS: u64 = 1 << 63;
@@ -366,6 +368,7 @@ impl Names {
             let mark = match stack.end {
                 StackEnd::Truncated => Some(TRUNCATED_FRAME),
                 StackEnd::Broken => Some(BROKEN_FRAME),
+                StackEnd::NotWalked => Some(NOT_WALKED_FRAME),
                 StackEnd::Complete | StackEnd::None => None,
             };
             if let Some(name) = mark {

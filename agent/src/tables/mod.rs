@@ -6,11 +6,12 @@
 //! tables, so that nothing is lost and a process of milliseconds costs no map at all.
 
 mod arena;
+mod keep;
 mod parser;
 mod raw;
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     io,
     ops::Range,
     sync::Arc,
@@ -25,12 +26,19 @@ use gannet_unwind::{
     table::Table,
 };
 
+pub use parser::TableSources;
 pub use raw::{Walked, unwalked};
 
-use self::{arena::Arena, parser::Parser};
+use self::{
+    arena::Arena,
+    parser::{Made, Parser},
+};
 use crate::{
-    kernel::{Block, Kernel, KernelError, KernelMapping, KernelTable, MAX_TABLES, blocks},
-    process::{Image, ImageKey, Mapping, MappingKind, Process},
+    kernel::{
+        Block, EmptyRange, KernelError, KernelImage, KernelMapping, KernelTable, MAX_TABLES, UnwindMaps,
+        blocks,
+    },
+    process::{Image, ImageKey, Mapping, MappingKind},
     symbols::{FileId, MappedFile},
 };
 
@@ -52,6 +60,8 @@ pub struct Tables {
     entered: HashMap<u32, Entered>,
     keys: usize,
     now: u64,
+    /// Counts the changes of what the kernel side knows of images.
+    epoch: u64,
     stats: Stats,
 }
 
@@ -84,6 +94,15 @@ struct Resident {
 struct Entered {
     key: ImageKey,
     mappings: Vec<KernelMapping>,
+}
+
+/// What each key of the trie says of the mappings of one process.
+fn keys_of(mappings: &[KernelMapping]) -> Result<BTreeMap<Block, KernelMapping>, TablesError> {
+    let mut keys = BTreeMap::new();
+    for mapping in mappings {
+        keys.extend(blocks(mapping.begin, mapping.end)?.into_iter().map(|block| (block, *mapping)));
+    }
+    Ok(keys)
 }
 
 /// What the room has done.
@@ -128,6 +147,9 @@ pub enum TablesError {
     /// The mapping trie is full.
     #[error("the mapping trie is full: {0} keys")]
     Keys(usize),
+    /// A mapping that is none.
+    #[error("a mapping cannot be entered: {0}")]
+    Range(#[from] EmptyRange),
     /// A map refused.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -135,9 +157,13 @@ pub enum TablesError {
 
 impl Tables {
     /// Nothing known yet. `ring` is called when a table has been made: [`Tables::collect`] takes it.
-    pub fn new(kernel: &Kernel, ring: impl Fn() + Send + 'static) -> io::Result<Self> {
+    pub fn new(
+        kernel: &impl UnwindMaps,
+        sources: TableSources,
+        ring: impl Fn() + Send + 'static,
+    ) -> io::Result<Self> {
         Ok(Self {
-            parser: Parser::start(ring)?,
+            parser: Parser::start(sources, ring)?,
             vdso: parser::vdso().map(|Built { content, segments, table, .. }| Vdso {
                 content,
                 segments,
@@ -152,6 +178,7 @@ impl Tables {
             entered: HashMap::new(),
             keys: 0,
             now: 0,
+            epoch: 0,
             stats: Stats::default(),
         })
     }
@@ -162,9 +189,9 @@ impl Tables {
         for (file, outcome) in self.parser.finished() {
             any = true;
             let known = match outcome {
-                Ok(Built { table, content, segments, .. }) if !table.is_empty() => {
+                Ok(Made { table, content, segments }) if !table.is_empty() => {
                     self.stats.made += 1;
-                    Known::Made { content, segments, table: Some(Arc::new(table)), used: self.now }
+                    Known::Made { content, segments, table: Some(table), used: self.now }
                 }
                 Ok(_) => Known::Without,
                 Err(error) => {
@@ -206,17 +233,17 @@ impl Tables {
     }
 
     /// The table of a mapping, and what to subtract from an address in it.
-    pub fn table_of(&self, mapping: &Mapping) -> Option<(Arc<Table>, u64)> {
+    pub fn table_of(&self, mapping: &Mapping) -> Option<(&Arc<Table>, u64)> {
         match &mapping.kind {
             MappingKind::Anon => None,
             MappingKind::Vdso => {
                 let vdso = self.vdso.as_ref()?;
                 let bias = vdso.segments.bias(mapping.start, 0, page_bytes())?;
-                Some((Arc::clone(&vdso.table), bias))
+                Some((&vdso.table, bias))
             }
             MappingKind::File(file) => match self.files.get(&file.id)? {
                 Known::Made { segments, table: Some(table), .. } => {
-                    Some((Arc::clone(table), segments.bias(mapping.start, mapping.offset, page_bytes())?))
+                    Some((table, segments.bias(mapping.start, mapping.offset, page_bytes())?))
                 }
                 _ => None,
             },
@@ -229,66 +256,70 @@ impl Tables {
     }
 
     /// Puts a process's mappings into the kernel, or brings them up to date there. All its tables must be ready.
-    pub fn enter(&mut self, kernel: &mut Kernel, process: &Process) -> Result<(), TablesError> {
-        let result = self.try_enter(kernel, process);
+    pub fn enter(
+        &mut self,
+        kernel: &mut impl UnwindMaps,
+        key: ImageKey,
+        image: &Image,
+    ) -> Result<(), TablesError> {
+        let result = self.try_enter(kernel, key, image);
         if result.is_err() {
             self.stats.refused += 1;
-            self.leave(kernel, process.key.process.tgid);
+            self.leave(kernel, key.process.tgid);
         }
         result
     }
 
-    fn try_enter(&mut self, kernel: &mut Kernel, process: &Process) -> Result<(), TablesError> {
-        let tgid = process.key.process.tgid;
+    fn try_enter(
+        &mut self,
+        kernel: &mut impl UnwindMaps,
+        key: ImageKey,
+        image: &Image,
+    ) -> Result<(), TablesError> {
+        let tgid = key.process.tgid;
         let protected: HashSet<ContentId> =
-            process.image.mappings.iter().filter_map(|mapping| self.content_of(mapping)).collect();
-        let mut mappings = Vec::with_capacity(process.image.mappings.len());
-        for mapping in &process.image.mappings {
+            image.mappings.iter().filter_map(|mapping| self.content_of(mapping)).collect();
+        let mut mappings = Vec::with_capacity(image.mappings.len());
+        for mapping in &image.mappings {
             mappings.push(self.kernel_mapping(kernel, mapping, &protected)?);
         }
+        let new_keys = keys_of(&mappings)?;
         let old = self.entered.remove(&tgid);
-        let keys_of = |mappings: &[KernelMapping]| -> BTreeSet<(u64, u32)> {
-            mappings
-                .iter()
-                .filter_map(|mapping| blocks(mapping.begin, mapping.end).ok())
-                .flatten()
-                .map(|block| (block.address, block.bits))
-                .collect()
-        };
-        let old_keys = old.as_ref().map(|old| keys_of(&old.mappings)).unwrap_or_default();
-        let new_keys = keys_of(&mappings);
+        let changed_image = old.as_ref().is_none_or(|old| old.key != key);
+        if !changed_image && old.as_ref().is_some_and(|old| old.mappings == mappings) {
+            self.entered.extend(old.map(|old| (tgid, old)));
+            return Ok(());
+        }
+        let old_keys =
+            old.as_ref().map_or_else(BTreeMap::new, |old| keys_of(&old.mappings).unwrap_or_default());
         let total = self.keys - old_keys.len() + new_keys.len();
         if total > MAX_KEYS {
             self.entered.extend(old.map(|old| (tgid, old)));
             return Err(TablesError::Keys(self.keys));
         }
-        let changed_image = old.as_ref().is_none_or(|old| old.key != process.key);
-        let unchanged: HashSet<KernelMapping> = match old {
-            Some(old) if !changed_image => old.mappings.into_iter().collect(),
-            Some(_) => {
-                // What the former image mapped means nothing now: its samples come raw until all is written.
-                kernel.remove_image(tgid);
-                HashSet::new()
-            }
-            None => HashSet::new(),
-        };
+        if old.is_some() && changed_image {
+            // What the former image mapped means nothing now: its samples come raw until all is written.
+            kernel.remove_image(tgid);
+        }
         // New keys go over equal old ones in place, then what is left of the old goes: no look-up misses meanwhile.
-        self.entered.insert(tgid, Entered { key: process.key, mappings: mappings.clone() });
+        self.entered.insert(tgid, Entered { key, mappings });
         self.keys = total;
-        for mapping in mappings.iter().filter(|mapping| !unchanged.contains(mapping)) {
-            for block in blocks(mapping.begin, mapping.end).unwrap_or_default() {
-                kernel.set_mapping(tgid, block, mapping)?;
-            }
+        let set = new_keys
+            .iter()
+            .filter(|(block, mapping)| old_keys.get(block) != Some(mapping))
+            .try_for_each(|(block, mapping)| kernel.set_mapping(tgid, *block, mapping));
+        for block in old_keys.keys().filter(|block| !new_keys.contains_key(block)) {
+            kernel.remove_mapping(tgid, *block);
         }
-        for (address, bits) in old_keys.difference(&new_keys) {
-            kernel.remove_mapping(tgid, Block { address: *address, bits: *bits });
-        }
-        kernel.set_image(process.key.process, process.key.exec_id)?;
+        set?;
+        self.epoch += 1;
+        let entry = KernelImage { exec_id: key.exec_id, epoch: self.epoch };
+        kernel.set_image(key.process, entry)?;
         Ok(())
     }
 
     /// Takes everything of a process out of the kernel.
-    pub fn leave(&mut self, kernel: &mut Kernel, tgid: u32) {
+    pub fn leave(&mut self, kernel: &mut impl UnwindMaps, tgid: u32) {
         let Some(entered) = self.entered.remove(&tgid) else { return };
         kernel.remove_image(tgid);
         for mapping in &entered.mappings {
@@ -325,7 +356,7 @@ impl Tables {
 
     fn kernel_mapping(
         &mut self,
-        kernel: &mut Kernel,
+        kernel: &mut impl UnwindMaps,
         mapping: &Mapping,
         protected: &HashSet<ContentId>,
     ) -> Result<KernelMapping, TablesError> {
@@ -333,6 +364,7 @@ impl Tables {
         let Some((content, (table, bias))) = self.content_of(mapping).zip(self.table_of(mapping)) else {
             return Ok(KernelMapping { begin, end, bias: 0, table: None });
         };
+        let table = Arc::clone(table);
         let name = match &mapping.kind {
             MappingKind::File(file) => file.path.as_str(),
             _ => "[vdso]",
@@ -344,7 +376,7 @@ impl Tables {
     /// The number and generation of a table in the kernel, put there now if it is not.
     fn make_resident(
         &mut self,
-        kernel: &mut Kernel,
+        kernel: &mut impl UnwindMaps,
         content: ContentId,
         table: &Table,
         name: &str,
@@ -386,7 +418,7 @@ impl Tables {
             }
         };
         kernel.write_rules(&interned.new);
-        kernel.write_lines(range.start, table.kernel_lines(&interned.numbers));
+        kernel.write_lines(range.start, &mut table.kernel_lines(&interned.numbers));
         let generation = self.generations[number as usize];
         let place = KernelTable {
             base: table.base(),
@@ -403,7 +435,7 @@ impl Tables {
     }
 
     /// Takes the table that was needed the longest time ago out of the kernel. False: there is none.
-    fn evict(&mut self, kernel: &mut Kernel, protected: &HashSet<ContentId>) -> bool {
+    fn evict(&mut self, kernel: &mut impl UnwindMaps, protected: &HashSet<ContentId>) -> bool {
         let oldest = self
             .residents
             .iter()
@@ -417,7 +449,7 @@ impl Tables {
         if let Err(error) = kernel.set_table(resident.table, None, *generation) {
             tracing::error!("{error}");
         }
-        wait_for_walks();
+        kernel.wait_for_walks();
         self.interner.release(&resident.numbers);
         self.arena.give_back(&resident.lines);
         self.free_numbers.push(resident.table);
@@ -471,13 +503,306 @@ fn page_bytes() -> u64 {
     rustix::param::page_size() as u64
 }
 
-/// Returns when no BPF program is still at what it was at when this was called: each runs within one RCU read side.
-fn wait_for_walks() {
-    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
-    // SAFETY: takes no pointers.
-    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
-    if result != 0 {
-        // Refused on machines with isolated CPUs. A walk takes microseconds.
-        std::thread::sleep(std::time::Duration::from_millis(20));
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use gannet_unwind::{
+        elf::Segment,
+        format::{Line, Rule},
+        limits::Limits,
+        table::{Arch, Builder},
+    };
+
+    use super::*;
+    use crate::process::ProcessKey;
+
+    /// Maps that count and remember what is written to them.
+    #[derive(Default)]
+    struct Fake {
+        lines: u32,
+        /// What the trie holds, and how many keys it takes.
+        keys: HashMap<(u32, Block), KernelMapping>,
+        most: usize,
+        images: HashMap<u32, KernelImage>,
+        tables: HashMap<u32, Option<KernelTable>>,
+        written: Vec<Line>,
+        log: Vec<Call>,
+        waits: Cell<u64>,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Call {
+        Set(u32, Block),
+        Remove(u32, Block),
+        Enter(u32),
+        Leave(u32),
+        Show(u32),
+        Hide(u32),
+        Write,
+    }
+
+    impl Fake {
+        fn new(lines: u32) -> Self {
+            Self {
+                lines,
+                most: usize::MAX,
+                written: vec![Line::default(); lines as usize],
+                ..Self::default()
+            }
+        }
+
+        fn took(&mut self) -> Vec<Call> {
+            std::mem::take(&mut self.log)
+        }
+    }
+
+    impl UnwindMaps for Fake {
+        fn table_lines(&self) -> u32 {
+            self.lines
+        }
+
+        fn write_rules(&mut self, _: &[(u16, Rule)]) {}
+
+        fn write_lines(&mut self, first: u32, lines: &mut dyn Iterator<Item = Line>) -> bool {
+            self.log.push(Call::Write);
+            for (index, line) in lines.enumerate() {
+                self.written[first as usize + index] = line;
+            }
+            true
+        }
+
+        fn set_table(&mut self, table: u32, place: Option<KernelTable>, _: u32) -> Result<(), KernelError> {
+            self.log.push(if place.is_some() { Call::Show(table) } else { Call::Hide(table) });
+            self.tables.insert(table, place);
+            Ok(())
+        }
+
+        fn set_mapping(
+            &mut self,
+            tgid: u32,
+            block: Block,
+            mapping: &KernelMapping,
+        ) -> Result<(), KernelError> {
+            if self.keys.len() >= self.most && !self.keys.contains_key(&(tgid, block)) {
+                let source = libbpf_rs::Error::from_raw_os_error(libc::ENOSPC);
+                return Err(KernelError::Map { map: "exec_mappings", source });
+            }
+            self.log.push(Call::Set(tgid, block));
+            self.keys.insert((tgid, block), *mapping);
+            Ok(())
+        }
+
+        fn remove_mapping(&mut self, tgid: u32, block: Block) {
+            self.log.push(Call::Remove(tgid, block));
+            self.keys.remove(&(tgid, block));
+        }
+
+        fn set_image(&mut self, key: ProcessKey, image: KernelImage) -> Result<(), KernelError> {
+            self.log.push(Call::Enter(key.tgid));
+            self.images.insert(key.tgid, image);
+            Ok(())
+        }
+
+        fn remove_image(&mut self, tgid: u32) {
+            self.log.push(Call::Leave(tgid));
+            self.images.remove(&tgid);
+        }
+
+        fn wait_for_walks(&self) {
+            self.waits.set(self.waits.get() + 1);
+        }
+    }
+
+    fn key(tgid: u32) -> ImageKey {
+        ImageKey { process: ProcessKey { tgid, start_boottime_ns: u64::from(tgid) * 100 }, exec_id: 1 }
+    }
+
+    /// A file with a table of so many rows, as if the parser had made it.
+    fn file(tables: &mut Tables, number: u8, rows: u64) -> Arc<MappedFile> {
+        let limits = Limits::default();
+        let mut builder = Builder::new(Arch::X86_64, 0, rows * 16 + 16, &limits).unwrap();
+        for row in 0..rows {
+            builder
+                .push(row * 16, Rule::x86_64_sp(8 + 8 * (row % 2) as i32 + 16 * i32::from(number)))
+                .unwrap();
+        }
+        let table = Arc::new(builder.finish().unwrap());
+        let whole = Segment {
+            vaddr: 0,
+            file_offset: 0,
+            file_bytes: 1 << 20,
+            memory_bytes: 1 << 20,
+            executable: true,
+        };
+        let own = std::fs::File::open("/proc/self/exe").unwrap();
+        let file = Arc::new(MappedFile::opened(&format!("/lib/{number}.so"), 1, number.into(), own));
+        tables.files.insert(
+            file.id,
+            Known::Made {
+                content: ContentId::from_bytes([number; 16]),
+                segments: Segments::new(vec![whole]),
+                table: Some(table),
+                used: 0,
+            },
+        );
+        file
+    }
+
+    fn at(start: u64, pages: u64, file: &Arc<MappedFile>) -> Mapping {
+        Mapping { start, end: start + pages * 4096, offset: 0, kind: MappingKind::File(Arc::clone(file)) }
+    }
+
+    fn image(mappings: Vec<Mapping>) -> Image {
+        Image { mappings }
+    }
+
+    fn tables(kernel: &Fake) -> Tables {
+        Tables::new(kernel, TableSources::default(), || {}).unwrap()
+    }
+
+    #[test]
+    fn r11_an_unchanged_scan_makes_no_call() {
+        let mut kernel = Fake::new(4096);
+        let mut tables = tables(&kernel);
+        let libc = file(&mut tables, 1, 100);
+        let one = || image(vec![at(0x10_0000, 3, &libc), at(0x20_0000, 5, &libc)]);
+        tables.enter(&mut kernel, key(7), &one()).unwrap();
+        assert!(!kernel.took().is_empty());
+        tables.enter(&mut kernel, key(7), &one()).unwrap();
+        assert_eq!(kernel.took(), []);
+    }
+
+    #[test]
+    fn r10_each_property_of_a_mapping_makes_it_another_one() {
+        let mut kernel = Fake::new(4096);
+        let mut tables = tables(&kernel);
+        let (libc, other) = (file(&mut tables, 1, 100), file(&mut tables, 2, 100));
+        let first = at(0x10_0000, 1, &libc);
+        let changed = [
+            at(0x10_0000, 1, &other),
+            Mapping { offset: 4096, ..first.clone() },
+            Mapping { kind: MappingKind::Anon, ..first.clone() },
+        ];
+        for mapping in changed {
+            tables.enter(&mut kernel, key(7), &image(vec![first.clone()])).unwrap();
+            let before = kernel.keys.clone();
+            kernel.took();
+            tables.enter(&mut kernel, key(7), &image(vec![mapping.clone()])).unwrap();
+            let sets = kernel.took().iter().filter(|call| matches!(call, Call::Set(..))).count();
+            assert_eq!(sets, 1, "{mapping:?}");
+            assert_ne!(kernel.keys, before);
+            assert_eq!(kernel.keys.len(), 1);
+        }
+    }
+
+    #[test]
+    fn r12_a_key_of_both_sets_is_never_absent_and_new_ones_come_before_old_ones_go() {
+        let mut kernel = Fake::new(4096);
+        let mut tables = tables(&kernel);
+        let (libc, other) = (file(&mut tables, 1, 100), file(&mut tables, 2, 100));
+        tables.enter(&mut kernel, key(7), &image(vec![at(0x10_0000, 7, &libc)])).unwrap();
+        kernel.took();
+        // Shorter, of another file, and one more.
+        let after = image(vec![at(0x10_0000, 4, &other), at(0x40_0000, 1, &libc)]);
+        tables.enter(&mut kernel, key(7), &after).unwrap();
+        let log = kernel.took();
+        let last_set = log.iter().rposition(|call| matches!(call, Call::Set(..))).unwrap();
+        let first_removal = log.iter().position(|call| matches!(call, Call::Remove(..))).unwrap();
+        assert!(last_set < first_removal, "{log:?}");
+        for call in &log {
+            if let Call::Remove(_, block) = call {
+                assert!(!log.contains(&Call::Set(7, *block)), "{block:?} was removed and set");
+            }
+        }
+        assert_eq!(log.last(), Some(&Call::Enter(7)));
+        assert!(!log.contains(&Call::Leave(7)), "the image is walked all the time");
+    }
+
+    #[test]
+    fn r13_a_second_process_of_a_known_file_gets_its_mappings() {
+        let mut kernel = Fake::new(4096);
+        let mut tables = tables(&kernel);
+        let libc = file(&mut tables, 1, 100);
+        tables.enter(&mut kernel, key(7), &image(vec![at(0x10_0000, 1, &libc)])).unwrap();
+        kernel.took();
+        tables.enter(&mut kernel, key(8), &image(vec![at(0x50_0000, 1, &libc)])).unwrap();
+        let block = Block { address: 0x50_0000, bits: 12 };
+        assert_eq!(kernel.took(), [Call::Set(8, block), Call::Enter(8)], "no table is written again");
+        assert_eq!(tables.stats().resident, 1);
+    }
+
+    #[test]
+    fn r6_a_process_that_does_not_fit_leaves_nothing_behind() {
+        let mut kernel = Fake::new(4096);
+        kernel.most = 8;
+        let mut tables = tables(&kernel);
+        let libc = file(&mut tables, 1, 100);
+        tables.enter(&mut kernel, key(7), &image(vec![at(0x10_0000, 7, &libc)])).unwrap();
+        let before = kernel.keys.clone();
+        // 255 pages from an odd one on are eight blocks.
+        let error = tables.enter(&mut kernel, key(8), &image(vec![at(0x10_1000, 255, &libc)])).unwrap_err();
+        assert!(error.to_string().contains("exec_mappings"), "{error}");
+        assert_eq!(kernel.keys, before);
+        assert!(!kernel.images.contains_key(&8));
+        assert_eq!((tables.stats().refused, tables.stats().keys), (1, before.len() as u64));
+    }
+
+    #[test]
+    fn r8_whoever_leaves_takes_everything_along() {
+        let mut kernel = Fake::new(4096);
+        let mut tables = tables(&kernel);
+        let libc = file(&mut tables, 1, 100);
+        for tgid in [7, 8] {
+            tables.enter(&mut kernel, key(tgid), &image(vec![at(0x10_0000, 9, &libc)])).unwrap();
+        }
+        for tgid in [7, 8] {
+            tables.leave(&mut kernel, tgid);
+        }
+        assert!(kernel.keys.is_empty() && kernel.images.is_empty());
+        assert_eq!((tables.stats().keys, tables.stats().processes), (0, 0));
+    }
+
+    #[test]
+    fn r7_one_process_may_have_thousands_of_mappings() {
+        let mut kernel = Fake::new(4096);
+        let mut tables = tables(&kernel);
+        let libc = file(&mut tables, 1, 100);
+        let many = (0..2000).map(|n| at(0x10_0000 + n * 0x4000, 3, &libc)).collect();
+        tables.enter(&mut kernel, key(7), &image(many)).unwrap();
+        assert_eq!(kernel.keys.len() as u64, tables.stats().keys);
+        assert!(kernel.keys.len() >= 4000);
+    }
+
+    #[test]
+    fn r49_tables_beyond_the_budget_take_the_place_of_those_that_were_not_needed_longest() {
+        // Four tables of 26 lines fit.
+        let mut kernel = Fake::new(110);
+        let mut tables = tables(&kernel);
+        let files: Vec<_> = (1..=60).map(|number| file(&mut tables, number, 400)).collect();
+        for (tgid, file) in (1..).zip(&files) {
+            tables.now += 1;
+            tables.enter(&mut kernel, key(tgid), &image(vec![at(0x10_0000, 1, file)])).unwrap();
+            let stats = tables.stats();
+            assert!(stats.resident_bytes <= stats.budget_bytes && stats.resident <= 4, "{stats:?}");
+            // Whoever is entered has a table that is there, of this generation.
+            for tgid in kernel.images.keys() {
+                let (_, mapping) = kernel.keys.iter().find(|((of, _), _)| of == tgid).unwrap();
+                let (table, generation) = mapping.table.unwrap();
+                let place = kernel.tables[&table].unwrap();
+                assert_eq!(place.generation, generation);
+            }
+        }
+        let stats = tables.stats();
+        assert_eq!((stats.resident, stats.evicted, stats.refused), (4, 56, 0));
+        assert_eq!(kernel.waits.get(), 56, "no place is given away while somebody may look at it");
+        assert_eq!(kernel.images.len(), 4, "who lost a table comes raw until it is entered again");
+        // One that is larger than all there is: an error that names the file.
+        let large = file(&mut tables, 200, 4000);
+        let error = tables.enter(&mut kernel, key(99), &image(vec![at(0x10_0000, 1, &large)])).unwrap_err();
+        assert!(
+            error.to_string().contains("/lib/200.so") && error.to_string().contains("--table-bytes"),
+            "{error}"
+        );
     }
 }

@@ -1,24 +1,59 @@
 //! Makes tables of files, on a thread of its own: what most samples wait for first.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
+    fs::{self, File},
     io,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
+    path::PathBuf,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, mpsc},
     thread,
 };
 
 use gannet_unwind::{
-    build::{BuildError, Built, Options, build_bytes, build_file},
+    build::{BuildError, Built, DebugFiles, Options, build_bytes, build_file, identify},
+    content::ContentId,
+    elf::{BuildId, DebugLink, Segments},
     limits::Limits,
+    overrides::Overrides,
+    table::Table,
 };
 
-use crate::symbols::{FileId, MappedFile};
+use super::keep::Shelf;
+use crate::symbols::{FileId, MappedFile, find_debug_file};
 
 /// Files that wait at one time; more are asked for again by their samples.
 const QUEUE: usize = 4096;
+/// Tables that wait for being kept on disk; more are made again after a restart.
+const UNKEPT: usize = 256;
+
+/// Where tables may come from, beside the files themselves.
+#[derive(Clone, Debug, Default)]
+pub struct TableSources {
+    /// Where finished tables are kept across restarts; none keeps none.
+    pub kept: Option<PathBuf>,
+    /// Texts that describe tables for files whose own information is broken: `*.unwind` in this directory.
+    pub overrides: Option<PathBuf>,
+    /// Where distributions put debug information that they ship apart: it serves files that have no `.eh_frame`.
+    pub debug_directories: Vec<PathBuf>,
+}
+
+impl TableSources {
+    /// The files themselves, and the debug files that are installed for them.
+    pub fn with_debug_files() -> Self {
+        Self { debug_directories: vec![PathBuf::from("/usr/lib/debug")], ..Self::default() }
+    }
+}
+
+/// A table that was made, or was there.
+#[derive(Debug)]
+pub(super) struct Made {
+    pub(super) content: ContentId,
+    pub(super) segments: Segments,
+    pub(super) table: Arc<Table>,
+}
 
 /// What came of a file.
-pub(super) type Outcome = (FileId, Result<Built, BuildError>);
+pub(super) type Outcome = (FileId, Result<Made, BuildError>);
 
 /// A handle to the thread, which ends when the handle is dropped.
 #[derive(Debug)]
@@ -47,18 +82,23 @@ impl Shared {
 
 impl Parser {
     /// Starts the thread. `ring` is called whenever there is an outcome.
-    pub(super) fn start(ring: impl Fn() + Send + 'static) -> io::Result<Self> {
+    pub(super) fn start(sources: TableSources, ring: impl Fn() + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let (sender, outcomes) = mpsc::channel();
         let inbox = Arc::clone(&shared);
         thread::Builder::new().name("gannet-tables".into()).spawn(move || {
-            while let Some(file) = next(&inbox) {
-                let limits = Limits::default();
-                let built = match &file.file {
-                    Some(open) => build_file(open, &Options::new(&file.path, &limits)),
-                    None => continue,
+            let mut maker = Maker::new(sources);
+            loop {
+                let file = match next(&inbox, !maker.unkept.is_empty()) {
+                    Work::Make(file) => file,
+                    Work::Idle => {
+                        maker.keep_one();
+                        continue;
+                    }
+                    Work::End => return,
                 };
-                if sender.send((file.id, built)).is_err() {
+                let Some(open) = &file.file else { continue };
+                if sender.send((file.id, maker.make(&file, open))).is_err() {
                     return;
                 }
                 ring();
@@ -91,29 +131,147 @@ impl Drop for Parser {
     }
 }
 
-/// Waits for the file that was asked for most.
-fn next(shared: &Shared) -> Option<Arc<MappedFile>> {
+/// What the thread is to do next.
+enum Work {
+    Make(Arc<MappedFile>),
+    /// Nothing is asked for: what can wait may be done.
+    Idle,
+    End,
+}
+
+/// Waits for the file that was asked for most; not at all if there is something to do when `idle`.
+fn next(shared: &Shared, idle: bool) -> Work {
     let mut queue = shared.lock();
     loop {
         if queue.closed {
-            return None;
+            return Work::End;
         }
         let most = queue.files.iter().max_by_key(|(_, (asked, _))| *asked).map(|(id, _)| *id);
         if let Some((_, file)) = most.and_then(|id| queue.files.remove(&id)) {
-            return Some(file);
+            return Work::Make(file);
+        }
+        if idle {
+            return Work::Idle;
         }
         queue = shared.something.wait(queue).unwrap_or_else(PoisonError::into_inner);
     }
 }
 
+/// What the thread has at hand.
+struct Maker {
+    limits: Limits,
+    overrides: Overrides,
+    debug_directories: Vec<PathBuf>,
+    shelf: Option<Shelf>,
+    /// Tables that somebody uses: a library that many containers bring is one table.
+    shared: HashMap<ContentId, Weak<Table>>,
+    /// Tables that are to be kept on disk as soon as nothing else is to be done: that takes longer than making them.
+    unkept: VecDeque<(Arc<Table>, ContentId, Segments, Option<BuildId>)>,
+}
+
+impl Maker {
+    fn new(sources: TableSources) -> Self {
+        let limits = Limits::default();
+        let shelf = sources.kept.as_deref().and_then(|directory| match Shelf::open(directory) {
+            Ok(shelf) => Some(shelf),
+            Err(error) => {
+                let directory = directory.display();
+                tracing::warn!("unwind tables are not kept across restarts: {directory}: {error}");
+                None
+            }
+        });
+        let mut overrides = Overrides::default();
+        if let Some(directory) = &sources.overrides {
+            read_overrides(directory, &limits, &mut overrides);
+        }
+        Self {
+            limits,
+            overrides,
+            debug_directories: sources.debug_directories,
+            shelf,
+            shared: HashMap::new(),
+            unkept: VecDeque::new(),
+        }
+    }
+
+    fn make(&mut self, file: &MappedFile, open: &File) -> Result<Made, BuildError> {
+        let (content, segments) = identify(open, &file.path, &self.limits)?;
+        if let Some(table) = self.shared.get(&content).and_then(Weak::upgrade) {
+            return Ok(Made { content, segments, table });
+        }
+        let overridden = self.overrides.get(&content).is_some();
+        let kept = self.shelf.as_ref().filter(|_| !overridden).and_then(|shelf| shelf.take(&content));
+        let made = if let Some(kept) = kept {
+            Made { content, segments: kept.segments, table: Arc::new(kept.table) }
+        } else {
+            let apart = Apart { file, open, directories: &self.debug_directories };
+            let options = Options {
+                debug_files: Some(&apart),
+                overrides: Some(&self.overrides),
+                runs: true,
+                ..Options::new(&file.path, &self.limits)
+            };
+            let Built { table, content, build_id, segments, report: _ } = build_file(open, &options)?;
+            let table = Arc::new(table);
+            if self.shelf.is_some() && !overridden && Shelf::wants(&table) && self.unkept.len() < UNKEPT {
+                self.unkept.push_back((Arc::clone(&table), content, segments.clone(), build_id));
+            }
+            Made { content, segments, table }
+        };
+        if self.shared.len() >= QUEUE {
+            self.shared.retain(|_, table| table.strong_count() > 0);
+        }
+        self.shared.insert(made.content, Arc::downgrade(&made.table));
+        Ok(made)
+    }
+
+    fn keep_one(&mut self) {
+        if let (Some(shelf), Some((table, content, segments, build_id))) =
+            (&mut self.shelf, self.unkept.pop_front())
+        {
+            shelf.put(&content, &table, &segments, build_id.as_ref());
+        }
+    }
+}
+
+/// Finds the debug file of one program.
+#[derive(Debug)]
+struct Apart<'a> {
+    file: &'a MappedFile,
+    open: &'a File,
+    directories: &'a [PathBuf],
+}
+
+impl DebugFiles for Apart<'_> {
+    fn open(&self, _: Option<&BuildId>, _: Option<&DebugLink>) -> Option<File> {
+        find_debug_file(self.file, self.open, self.directories)?.file
+    }
+}
+
+/// Reads all texts of a directory. One that is wrong is said, and the others count.
+fn read_overrides(directory: &std::path::Path, limits: &Limits, overrides: &mut Overrides) {
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if path.extension().is_none_or(|ending| ending != "unwind") {
+            continue;
+        }
+        let read = fs::read_to_string(&path).map_err(|error| error.to_string());
+        match read.and_then(|text| overrides.insert_text(&text, limits).map_err(|error| error.to_string())) {
+            Ok(content) => tracing::info!("{}: the table of {content} is taken from here", path.display()),
+            Err(error) => tracing::warn!("{}: {error}; the file's own table is used", path.display()),
+        }
+    }
+}
+
 /// The table of the kernel's own shared object, which is the same in all 64-bit processes.
 pub(super) fn vdso() -> Option<Built> {
-    let text = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let text = fs::read_to_string("/proc/self/maps").ok()?;
     let line = text.lines().find(|line| line.ends_with("[vdso]"))?;
     let (start, end) = line.split_ascii_whitespace().next()?.split_once('-')?;
     let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
     let mut bytes = vec![0; usize::try_from(end - start).ok()?];
-    let memory = std::fs::File::open("/proc/self/mem").ok()?;
+    let memory = File::open("/proc/self/mem").ok()?;
     std::os::unix::fs::FileExt::read_exact_at(&memory, &mut bytes, start).ok()?;
-    build_bytes(&bytes, &Options::new("[vdso]", &Limits::default())).ok()
+    let limits = Limits::default();
+    build_bytes(&bytes, &Options { runs: true, ..Options::new("[vdso]", &limits) }).ok()
 }

@@ -11,11 +11,16 @@ pub mod cgroup;
 pub mod life;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     env, fs,
     hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
     process::{self, Child, Command},
+};
+
+use gannet_proto::{
+    pprof,
+    profiles::{Location, Profile, Sample},
 };
 
 /// Where programs are kept that were compiled before: the other kernels' machines have no compiler. What is not there yet
@@ -129,7 +134,8 @@ impl Drop for Running {
 /// What `gannet-agent record` wrote.
 #[derive(Debug)]
 pub struct Recording {
-    /// Different stacks, root first, with their samples. The first frame is the process.
+    /// Stacks, root first, with their samples. Before the root: the command name of the process. Functions that were
+    /// inlined are frames like others.
     pub stacks: Vec<(Vec<String>, u64)>,
     pub taken: u64,
     pub delivered: u64,
@@ -143,7 +149,7 @@ pub struct Recording {
 #[track_caller]
 pub fn record(hz: u32, arguments: &[&str]) -> Recording {
     let directory = tempfile::tempdir().unwrap();
-    let out = directory.path().join("out.folded");
+    let out = directory.path().join("out.pb.gz");
     let output = Command::new(agent())
         .args(["record", "--json", "--hz", &hz.to_string(), "-o"])
         .arg(&out)
@@ -152,12 +158,12 @@ pub fn record(hz: u32, arguments: &[&str]) -> Recording {
         .unwrap();
     let (text, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{text}{log}");
-    Recording::read(hz, &text, &fs::read_to_string(&out).unwrap(), log.into_owned())
+    Recording::read(&text, &fs::read(&out).unwrap(), log.into_owned())
 }
 
 impl Recording {
     #[track_caller]
-    fn read(hz: u32, printed: &str, folded: &str, log: String) -> Self {
+    fn read(printed: &str, profile: &[u8], log: String) -> Self {
         let account: serde_json::Value =
             serde_json::from_str(printed.lines().find(|line| line.starts_with('{')).unwrap()).unwrap();
         let number = |name: &str| account[name].as_u64().unwrap();
@@ -169,15 +175,11 @@ impl Recording {
             .collect();
         let (taken, delivered) = (number("taken"), number("delivered"));
         assert_eq!(taken, delivered + lost.values().sum::<u64>(), "every sample is accounted for: {account}");
-        let period = 1_000_000_000 / u64::from(hz);
-        let stacks = folded
-            .lines()
-            .map(|line| {
-                let (stack, value) = line.rsplit_once(' ').unwrap();
-                let frames = stack.split(';').map(str::to_owned).collect();
-                (frames, (value.parse::<u64>().unwrap() + period / 2) / period)
-            })
-            .collect();
+        let profile = pprof::decode(profile, 1 << 30).unwrap();
+        let names = functions(&profile);
+        let stacks = profile.sample.iter();
+        let stacks =
+            stacks.map(|sample| (frames(&profile, &names, sample), sample.value[0] as u64)).collect();
         Self { stacks, taken, delivered, lost, ticks: number("ticks"), log }
     }
 
@@ -194,6 +196,30 @@ impl Recording {
             .filter(|(stack, _)| stack.iter().any(|name| name == function) && !whole(stack))
             .collect()
     }
+}
+
+/// The functions of each location, outermost first.
+fn functions(profile: &Profile) -> HashMap<u64, Vec<String>> {
+    let names: HashMap<u64, &String> = profile
+        .function
+        .iter()
+        .map(|function| (function.id, &profile.string_table[function.name as usize]))
+        .collect();
+    let of = |location: &Location| {
+        if location.line.is_empty() {
+            return vec![format!("{:#x}", location.address)];
+        }
+        location.line.iter().rev().map(|line| names[&line.function_id].clone()).collect()
+    };
+    profile.location.iter().map(|location| (location.id, of(location))).collect()
+}
+
+/// The command name, then the functions, root first.
+fn frames(profile: &Profile, functions: &HashMap<u64, Vec<String>>, sample: &Sample) -> Vec<String> {
+    let text = |index: i64| profile.string_table[index as usize].clone();
+    let comm = sample.label.iter().find(|label| text(label.key) == "comm").map(|label| text(label.str));
+    let frames = sample.location_id.iter().rev().flat_map(|id| functions[id].iter().cloned());
+    std::iter::once(comm.unwrap_or_default()).chain(frames).collect()
 }
 
 /// Whether these functions are in a stack in this order, root first, with others between them or not.

@@ -52,12 +52,34 @@ ALWAYS_INLINE struct sample_scratch *the_scratch(void)
  */
 ALWAYS_INLINE bool user_registers(struct task_struct *task, struct walk *walk)
 {
-	if (!BPF_CORE_READ(task, mm))
-		return false;
 	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs))
 		return take_registers(walk, (void *)bpf_task_pt_regs(bpf_get_current_task_btf()));
 	/* Before 5.15: they are at the very top of the kernel stack, whose size is fixed there. */
 	return take_registers(walk, (void *)((u64)BPF_CORE_READ(task, stack) + KERNEL_STACK_BYTES - PT_REGS_ROOM));
+}
+
+/* What each tick asks of the current thread. */
+struct current {
+	/* Of the process. */
+	u64 start_boottime;
+	u32 exec_id;
+	/* It has no memory of its own. */
+	bool kernel_thread;
+};
+
+ALWAYS_INLINE void look_at_current(struct current *now, struct task_struct *task)
+{
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_get_current_task_btf)) {
+		struct task_struct *self = bpf_get_current_task_btf();
+
+		now->start_boottime = self->group_leader->start_boottime;
+		now->exec_id = self->self_exec_id;
+		now->kernel_thread = !self->mm;
+	} else {
+		now->start_boottime = BPF_CORE_READ(task, group_leader, start_boottime);
+		now->exec_id = BPF_CORE_READ(task, self_exec_id);
+		now->kernel_thread = !BPF_CORE_READ(task, mm);
+	}
 }
 
 /* Registers and stack, for the agent to walk once it has the tables. */
@@ -118,7 +140,7 @@ ALWAYS_INLINE void finish_walk(struct counters *counters, struct sample_scratch 
 }
 
 /* One frame. False: the walk is over. */
-ALWAYS_INLINE bool walk_frame(struct sample_scratch *scratch)
+ALWAYS_INLINE bool walk_frame(struct sample_scratch *scratch, struct found_rules *found)
 {
 	struct walk *walk = &scratch->walk;
 	u64 slot = scratch->sample.kernel_frames + walk->frames;
@@ -128,9 +150,10 @@ ALWAYS_INLINE bool walk_frame(struct sample_scratch *scratch)
 		walk->end = USER_STACK_TRUNCATED;
 		return false;
 	}
-	scratch->frames[slot] = walk->pc;
+	/* Callers are looked up one byte back, at their call; one that a signal interrupted has made none. */
+	scratch->frames[slot] = walk->pc + (walk->exact && walk->frames);
 	walk->frames++;
-	return step(walk);
+	return step(walk, found);
 }
 
 /* Decides whether a tick makes a sample, and takes all of it but the walk. Null: nothing is left to do. */
@@ -142,8 +165,8 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	struct image *image;
 	struct proc *proc;
 	u64 id = bpf_get_current_pid_tgid();
-	u64 start_boottime;
-	u32 tgid = id >> 32, exec_id;
+	struct current now;
+	u32 tgid = id >> 32;
 	bool first = true;
 
 	counters->ticks++;
@@ -158,21 +181,24 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	if (!may_be_wanted(proc, tgid))
 		return NULL;
 
-	start_boottime = BPF_CORE_READ(task, group_leader, start_boottime);
-	exec_id = BPF_CORE_READ(task, self_exec_id);
-	want_of_process(&want, proc, tgid, start_boottime, exec_id);
+	look_at_current(&now, task);
+	want_of_process(&want, proc, tgid, now.start_boottime, now.exec_id);
 	/* There is one clock for each rate in use; a process follows the fastest that was asked for. */
 	want.rules &= settings.on_cpu_rules;
 	if (!want.rules || want.period_ns != ctx->sample_period)
 		return NULL;
 	counters->taken += __builtin_popcountll(want.rules);
 
-	if (proc && proc->start_boottime == start_boottime) {
+	if (proc && proc->start_boottime == now.start_boottime) {
 		first = !proc->sampled && !(proc->reported && settings.mappings_heard);
 		proc->sampled = 1;
 	} else if (!is_exiting(task)) {
 		/* Whoever is about to end is not entered any more: nobody would take the entry out again. */
-		struct proc fresh = { .start_boottime = start_boottime, .exec_id = exec_id, .sampled = 1 };
+		struct proc fresh = {
+			.start_boottime = now.start_boottime,
+			.exec_id = now.exec_id,
+			.sampled = 1,
+		};
 
 		if (bpf_map_update_elem(&procs, &tgid, &fresh, BPF_ANY))
 			counters->procs_full++;
@@ -181,8 +207,14 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	scratch = the_scratch();
 	if (!scratch)
 		return NULL;
-	fill_event(&scratch->sample.event, EVENT_SAMPLE, task, start_boottime);
+	scratch->sample.event.kind = EVENT_SAMPLE;
+	scratch->sample.event.tgid = tgid;
 	scratch->sample.event.tid = id;
+	scratch->sample.event.ktime = bpf_ktime_get_boot_ns();
+	scratch->sample.event.start_boottime = now.start_boottime;
+	scratch->sample.event.exec_id = now.exec_id;
+	scratch->sample.event.cgroup_id = cgroup_id_of(task);
+	bpf_get_current_comm(scratch->sample.event.comm, sizeof(scratch->sample.event.comm));
 	scratch->sample.event.rules = want.rules;
 	scratch->sample.kind = SAMPLE_ON_CPU;
 	scratch->sample.state = 0;
@@ -190,7 +222,12 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	scratch->sample.value_ns = want.period_ns;
 	/* A process that was not sampled before may be gone in a moment: the agent must look at it now. */
 	scratch->wake = first;
-	take_kernel_stack(ctx, &scratch->sample, scratch->frames, 0);
+	if (OF_USER_MODE(&ctx->regs)) {
+		scratch->sample.kernel_frames = 0;
+		scratch->sample.kernel_truncated = 0;
+	} else {
+		take_kernel_stack(ctx, &scratch->sample, scratch->frames, 0);
+	}
 	if (!settings.tables || !settings.user_stacks) {
 		take_user_stack(ctx, &scratch->sample, scratch->frames);
 		finish_tick(counters, scratch);
@@ -199,8 +236,8 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 
 	scratch->sample.user_frames = 0;
 	scratch->sample.user_end = USER_STACK_NONE;
-	if (!user_registers(task, &scratch->walk)) {
-		if (BPF_CORE_READ(task, mm))
+	if (now.kernel_thread || !user_registers(task, &scratch->walk)) {
+		if (!now.kernel_thread)
 			scratch->sample.user_end = USER_STACK_NOT_64_BIT;
 		finish_tick(counters, scratch);
 		return NULL;
@@ -211,7 +248,7 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 		return NULL;
 	}
 	image = bpf_map_lookup_elem(&images, &tgid);
-	if (!image || image->start_boottime != start_boottime || image->exec_id != exec_id) {
+	if (!image || image->start_boottime != now.start_boottime || image->exec_id != now.exec_id) {
 		counters->raw++;
 		take_raw(scratch);
 		finish_tick(counters, scratch);
@@ -220,6 +257,8 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	scratch->walk.mapping.begin = 0;
 	scratch->walk.mapping.end = 0;
 	scratch->walk.tgid = tgid;
+	scratch->walk.epoch = image->epoch;
+	scratch->walk.piece_bytes = 0;
 	scratch->walk.frames = 0;
 	scratch->walk.end = USER_STACK_TRUNCATED;
 	scratch->walk.exact = 1;
@@ -229,11 +268,21 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	return scratch;
 }
 
-static long each_frame(u32 index, void *unused)
+ALWAYS_INLINE struct found_rules *the_found_rules(void)
 {
-	struct sample_scratch *scratch = the_scratch();
+	u32 zero = 0;
 
-	return !scratch || !walk_frame(scratch);
+	return bpf_map_lookup_elem(&found_rules, &zero);
+}
+
+struct frame_context {
+	struct sample_scratch *scratch;
+	struct found_rules *found;
+};
+
+static long each_frame(u32 index, struct frame_context *context)
+{
+	return !walk_frame(context->scratch, context->found);
 }
 
 /* Where the kernel has bpf_loop (5.17). */
@@ -241,15 +290,15 @@ SEC("perf_event")
 int on_tick(struct bpf_perf_event_data *ctx)
 {
 	struct counters *counters = count();
-	struct sample_scratch *scratch;
+	struct frame_context context = { .found = the_found_rules() };
 
-	if (!counters || !settings.sampling)
+	if (!counters || !context.found || !settings.sampling)
 		return 0;
-	scratch = begin_tick(ctx, counters);
-	if (!scratch)
+	context.scratch = begin_tick(ctx, counters);
+	if (!context.scratch)
 		return 0;
-	bpf_loop(MAX_USER_FRAMES + 1, each_frame, NULL, 0);
-	finish_walk(counters, scratch);
+	bpf_loop(MAX_USER_FRAMES + 1, each_frame, &context, 0);
+	finish_walk(counters, context.scratch);
 	return 0;
 }
 
@@ -267,12 +316,13 @@ int walk_chain(struct bpf_perf_event_data *ctx)
 {
 	struct counters *counters = count();
 	struct sample_scratch *scratch = the_scratch();
+	struct found_rules *found = the_found_rules();
 	bool more = true;
 
-	if (!counters || !scratch)
+	if (!counters || !scratch || !found)
 		return 0;
 	for (u32 i = 0; i < CHAIN_FRAMES && more; i++)
-		more = walk_frame(scratch);
+		more = walk_frame(scratch, found);
 	if (more && ++scratch->chain_calls < CHAIN_CALLS)
 		bpf_tail_call(ctx, &chain, 0);
 	finish_walk(counters, scratch);

@@ -223,6 +223,9 @@ enum cfa_kind {
 	CFA_FP_DEREF = 4,
 	CFA_PLT = 5,
 	CFA_UNSUPPORTED = 6,
+	/* Runs of pushes and pops: see gannet-unwind's `format`. */
+	CFA_PUSHES = 7,
+	CFA_POPS = 8,
 	CFA_REGISTER = 0x40,
 };
 
@@ -246,6 +249,8 @@ struct image {
 	u64 start_boottime;
 	u32 exec_id;
 	u32 reserved;
+	/* Another one for each change of its mappings, and for each image: what was found out before holds no longer. */
+	u64 epoch;
 };
 
 enum cgroup_hierarchy {

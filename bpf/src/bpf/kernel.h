@@ -63,8 +63,9 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_RINGBUF = 27,
 };
 
-/* User-space ABI: the number of a helper that not every kernel has. */
+/* User-space ABI: the numbers of helpers that not every kernel has. */
 enum bpf_func_id {
+	BPF_FUNC_get_current_task_btf = 158,
 	BPF_FUNC_task_pt_regs = 175,
 };
 
@@ -76,6 +77,8 @@ struct pt_regs {
 	unsigned long r15, r14, r13, r12, bp, bx, r11, r10, r9, r8, ax, cx, dx, si, di, orig_ax, ip, cs, flags, sp, ss;
 };
 typedef struct pt_regs bpf_user_pt_regs_t;
+/* Whether registers are those of a program, and not of the kernel. */
+#define OF_USER_MODE(regs) ((regs)->cs & 3)
 #elif defined(__TARGET_ARCH_arm64)
 #define KERNEL_STACK_BYTES (16 << 10)
 /* pt_regs has more than user_regs there: 336 bytes on 5.10 to 5.14. */
@@ -90,6 +93,7 @@ struct pt_regs {
 	struct user_pt_regs user_regs;
 };
 typedef struct user_pt_regs bpf_user_pt_regs_t;
+#define OF_USER_MODE(regs) (!((regs)->pstate & 15))
 #else
 #error "x86_64 and aarch64 only"
 #endif

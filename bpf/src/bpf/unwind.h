@@ -60,11 +60,21 @@ struct {
 	__type(value, struct image);
 } images SEC(".maps");
 
+/* The stack is read in pieces, since each reading costs as much as the rest of a step. */
+#define PIECE_BYTES 512
+#define PIECE_WORDS (PIECE_BYTES / sizeof(u64))
+/* Below the return address are the registers that the frame saved: as far down a piece begins, if the frame does. */
+#define PIECE_BEFORE 56
+/* Longest run of pushes or pops, in bytes. */
+#define MAX_RUN_BYTES 15
+
 /* A walk that goes on: what the step needs and changes. */
 struct walk {
 	u64 pc, sp, fp;
 	struct mapping mapping;
 	struct unwind_table table;
+	/* See struct image. */
+	u64 epoch;
 	u32 tgid;
 	u32 frames;
 	u8 end;
@@ -79,7 +89,35 @@ struct walk {
 	/* Where the thread is; pc moves on with the walk. */
 	u64 start_pc;
 	u64 start_sp;
+	u64 piece_start;
+	u64 piece_bytes;
+	u64 piece[PIECE_WORDS];
 };
+
+/* The rule that holds at an address of a process, as it was found. */
+struct found_rule {
+	u64 address;
+	u64 epoch;
+	struct unwind_rule rule;
+};
+
+#define FOUND_BITS 9
+struct found_rules {
+	struct found_rule of[1 << FOUND_BITS];
+};
+_Static_assert(sizeof(struct found_rules) <= 32768, "the largest value of a per-CPU map");
+
+/*
+ * Rules that were found lately, by process and address: stacks of one program are alike, and a look here costs a tenth
+ * of that into mapping, table and rules. What is there is overwritten by what comes to the same place. Writer and
+ * reader: the walk.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct found_rules);
+} found_rules SEC(".maps");
 
 #if defined(__TARGET_ARCH_x86)
 #define USER_CS_64 0x33
@@ -133,8 +171,11 @@ ALWAYS_INLINE bool take_registers(struct walk *walk, struct pt_regs *from)
 }
 #endif
 
-/* The place of a rule for `address`, as the file counts. 0 is the rule that says: no function here. */
-ALWAYS_INLINE u32 find_rule(const struct unwind_table *table, u64 address)
+/*
+ * The row for `address`, as the file counts: where it begins (the low 16 bits of that), and its rule. Rule 0 says: no
+ * function here.
+ */
+ALWAYS_INLINE u32 find_row(const struct unwind_table *table, u64 address)
 {
 	u64 offset = address - table->base;
 	u32 granule = offset >> GRANULE_SHIFT, index, word, first, more, key, at = 0, row = 0;
@@ -168,12 +209,42 @@ ALWAYS_INLINE u32 find_rule(const struct unwind_table *table, u64 address)
 		if (line->words[(row + step) & 15] <= key)
 			row += step;
 	}
-	return line->words[row & 15] & 0xffff;
+	return line->words[row & 15];
 }
 
 ALWAYS_INLINE bool read_user(u64 *value, u64 address)
 {
 	return bpf_probe_read_user(value, sizeof(*value), (void *)address) == 0;
+}
+
+/* A word of the stack: out of the last piece, or else the next piece is read. */
+ALWAYS_INLINE bool read_stack(struct walk *walk, u64 address, u64 *value)
+{
+	u64 offset = address - walk->piece_start;
+
+	if (offset >= walk->piece_bytes) {
+		u64 start = address - PIECE_BEFORE, bytes;
+
+		if (start < walk->sp)
+			start = walk->sp;
+		/* A piece is within one page, so that all of it can be read, or nothing. */
+		if (start > address || (start ^ address) & ~4095ULL)
+			start = address & ~4095ULL;
+		bytes = 4096 - (start & 4095);
+		if (bytes > PIECE_BYTES)
+			bytes = PIECE_BYTES;
+		walk->piece_bytes = 0;
+		if (bpf_probe_read_user(walk->piece, bytes, (void *)start))
+			return false;
+		walk->piece_start = start;
+		walk->piece_bytes = bytes;
+		offset = address - start;
+	}
+	/* Not aligned, or too far from the start: it happens in frames of a kilobyte and in code made by hand. */
+	if (offset & 7 || offset + sizeof(u64) > walk->piece_bytes)
+		return read_user(value, address);
+	*value = walk->piece[offset / sizeof(u64) % PIECE_WORDS];
+	return true;
 }
 
 /* By convention: the saved frame pointer at fp, the return address above it. Only upwards, only aligned. */
@@ -220,33 +291,85 @@ ALWAYS_INLINE u8 enter_mapping(struct walk *walk, u64 address)
 	return USER_STACK_NONE;
 }
 
-/* From a frame to its caller. False: the walk is over, and walk->end says how. */
-ALWAYS_INLINE bool step(struct walk *walk)
+/* The plain rule that a run means so many bytes behind its begin. */
+ALWAYS_INLINE void rule_in_run(struct unwind_rule *rule, u32 distance)
 {
-	u64 address = walk->exact ? walk->pc : walk->pc - 1, cfa, ra = 0, fp, sp = walk->sp;
-	struct unwind_rule *rule;
-	u32 number;
-	u8 end;
+	u32 done = (2U << (distance > MAX_RUN_BYTES ? MAX_RUN_BYTES : distance)) - 1;
+	s32 steps = 8 * __builtin_popcount((u32)rule->ra_offset & done);
 
-	end = enter_mapping(walk, address);
-	if (end == USER_STACK_NO_MAPPING || end == USER_STACK_NO_TABLE) {
-		walk->end = end;
-		return false;
-	}
-	if (walk->mapping.kind != MAPPING_TABLE) {
-		walk->end = USER_STACK_NO_RULE;
-		if (!step_by_frame_pointer(walk))
-			return false;
-		goto next;
-	}
-	number = find_rule(&walk->table, address - walk->mapping.bias);
+	rule->cfa_offset += rule->cfa_kind == CFA_PUSHES ? steps : -steps;
+	rule->cfa_kind = CFA_SP;
+	rule->ra_offset = -8;
+	/* The frame pointer's slot is there while the frame is large enough to hold it. */
+	if (rule->fp_kind == LOC_CFA && rule->cfa_offset < -rule->fp_offset)
+		rule->fp_kind = LOC_SAME;
+}
+
+/* The rule for an address, through mapping and table. Says why if there is none. */
+ALWAYS_INLINE u8 look_up_rule(struct walk *walk, u64 address, struct unwind_rule *found)
+{
+	struct unwind_rule *rule;
+	u32 row, number;
+	u8 end = enter_mapping(walk, address);
+
+	if (end != USER_STACK_NONE)
+		return end;
+	__builtin_memset(found, 0, sizeof(*found));
+	/* As where there is no function: by frame pointer. */
+	if (walk->mapping.kind != MAPPING_TABLE)
+		return USER_STACK_NONE;
+	row = find_row(&walk->table, address - walk->mapping.bias);
+	number = row & 0xffff;
 	rule = bpf_map_lookup_elem(&unwind_rules, &number);
 	if (!rule)
-		return false;
-	fp = walk->fp;
+		return USER_STACK_NO_TABLE;
+	*found = *rule;
+	if (found->cfa_kind == CFA_PUSHES || found->cfa_kind == CFA_POPS)
+		rule_in_run(found, (u16)(address - walk->mapping.bias) - (row >> 16));
+	return USER_STACK_NONE;
+}
+
+/* Where a register was saved, or its value. False: it is not known. */
+ALWAYS_INLINE bool locate(struct walk *walk, u8 kind, s32 offset, u64 cfa, u64 *value)
+{
+	u64 at;
+
+	if (kind == LOC_CFA) {
+		at = cfa + offset;
+	} else if (kind == LOC_SP) {
+		at = walk->sp + offset;
+	} else if (kind == LOC_FP) {
+		if (walk->fp_lost)
+			return false;
+		at = walk->fp + offset;
+	} else {
+		if (!walk->first)
+			return false;
+		*value = walk->registers[kind & 31];
+		return true;
+	}
+	return read_stack(walk, at, value);
+}
+
+/* From a frame to its caller. False: the walk is over, and walk->end says how. */
+ALWAYS_INLINE bool step(struct walk *walk, struct found_rules *found)
+{
+	u64 address = walk->exact ? walk->pc : walk->pc - 1, cfa, ra = 0, fp = walk->fp;
+	u64 place = (address + walk->epoch) * 0x9e3779b97f4a7c15ULL >> (64 - FOUND_BITS);
+	struct found_rule *known = &found->of[place & ((1 << FOUND_BITS) - 1)];
+	struct unwind_rule *rule = &known->rule;
+
+	if (known->address != address || known->epoch != walk->epoch) {
+		known->epoch = 0;
+		walk->end = look_up_rule(walk, address, rule);
+		if (walk->end != USER_STACK_NONE)
+			return false;
+		known->address = address;
+		known->epoch = walk->epoch;
+	}
 	switch (rule->cfa_kind) {
 	case CFA_SP:
-		cfa = sp + rule->cfa_offset;
+		cfa = walk->sp + rule->cfa_offset;
 		break;
 	case CFA_FP:
 		if (walk->fp_lost)
@@ -254,7 +377,7 @@ ALWAYS_INLINE bool step(struct walk *walk)
 		cfa = fp + rule->cfa_offset;
 		break;
 	case CFA_SP_DEREF:
-		if (!read_user(&cfa, sp + (rule->cfa_offset >> 8)))
+		if (!read_user(&cfa, walk->sp + (rule->cfa_offset >> 8)))
 			goto fault;
 		cfa += rule->cfa_offset & 0xff;
 		break;
@@ -264,7 +387,7 @@ ALWAYS_INLINE bool step(struct walk *walk)
 		cfa += rule->cfa_offset & 0xff;
 		break;
 	case CFA_PLT:
-		cfa = sp + 8 + ((walk->pc & 15) >= (u32)rule->cfa_offset ? 8 : 0);
+		cfa = walk->sp + 8 + ((walk->pc & 15) >= (u32)rule->cfa_offset ? 8 : 0);
 		break;
 	case CFA_NONE:
 	case CFA_UNSUPPORTED:
@@ -277,54 +400,22 @@ ALWAYS_INLINE bool step(struct walk *walk)
 			goto fault;
 		cfa = walk->registers[rule->cfa_kind & 31] + rule->cfa_offset;
 	}
-	switch (rule->ra_kind) {
-	case LOC_UNDEFINED:
+	if (rule->ra_kind == LOC_UNDEFINED) {
 		walk->end = USER_STACK_COMPLETE;
 		return false;
-	case LOC_CFA:
-		if (!read_user(&ra, cfa + rule->ra_offset))
-			goto fault;
-		break;
-	case LOC_SP:
-		if (!read_user(&ra, sp + rule->ra_offset))
-			goto fault;
-		break;
-	case LOC_FP:
-		if (walk->fp_lost || !read_user(&ra, fp + rule->ra_offset))
-			goto fault;
-		break;
-	default:
-		if (!walk->first)
-			goto fault;
-		ra = walk->registers[rule->ra_kind & 31];
 	}
-	switch (rule->fp_kind) {
-	case LOC_SAME:
-		break;
-	case LOC_CFA:
-		if (!read_user(&walk->fp, cfa + rule->fp_offset))
-			goto fault;
-		walk->fp_lost = 0;
-		break;
-	case LOC_SP:
-		if (!read_user(&walk->fp, sp + rule->fp_offset))
-			goto fault;
-		walk->fp_lost = 0;
-		break;
-	case LOC_FP:
-		if (!read_user(&walk->fp, fp + rule->fp_offset))
-			goto fault;
-		break;
-	case LOC_UNDEFINED:
+	if (!locate(walk, rule->ra_kind, rule->ra_offset, cfa, &ra))
+		goto fault;
+	if (rule->fp_kind == LOC_UNDEFINED) {
 		walk->fp_lost = 1;
-		break;
-	default:
-		if (!walk->first)
+	} else if (rule->fp_kind != LOC_SAME) {
+		if (!locate(walk, rule->fp_kind, rule->fp_offset, cfa, &fp))
 			goto fault;
-		walk->fp = walk->registers[rule->fp_kind & 31];
+		walk->fp = fp;
+		walk->fp_lost = 0;
 	}
 	/* Stacks grow downwards; only a signal handler's caller may be on another stack. */
-	if (cfa <= sp && !(rule->flags & RULE_SIGNAL) && !(cfa == sp && walk->first)) {
+	if (cfa <= walk->sp && !(rule->flags & RULE_SIGNAL) && !(cfa == walk->sp && walk->first)) {
 		walk->end = USER_STACK_NO_PROGRESS;
 		return false;
 	}
@@ -335,17 +426,13 @@ ALWAYS_INLINE bool step(struct walk *walk)
 	walk->sp = cfa;
 	walk->pc = ra;
 	walk->exact = rule->flags & RULE_SIGNAL;
-	walk->first = 0;
-	if (!ra) {
-		/* What starts a thread leaves no return address. */
-		walk->end = USER_STACK_COMPLETE;
-		return false;
-	}
-	return true;
+	goto caller;
 next:
 	walk->exact = 0;
+caller:
 	walk->first = 0;
 	if (!walk->pc) {
+		/* What starts a thread leaves no return address. */
 		walk->end = USER_STACK_COMPLETE;
 		return false;
 	}

@@ -1,0 +1,147 @@
+//! What a sample costs inside the kernel: runs a program (of `benches/deep.c`), samples it and nobody else, and prints one
+//! line of JSON. Needs root, and sets kernel.bpf_stats_enabled meanwhile.
+//!
+//! `walk-cost PROGRAM [ARGUMENT...]`, in the environment `HZ` (997) and `SECONDS` (3).
+#![allow(clippy::print_stdout, reason = "what it is for")]
+
+use std::{
+    env, fs,
+    process::{Child, Command},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use gannet_agent::{
+    engine::{Engine, EngineOptions, Window},
+    kernel::KernelOptions,
+    rules::{Deny, Set, Source, ad_hoc},
+    tables::TableSources,
+};
+use gannet_proto::{
+    control::{Match, capture},
+    rules::Caps,
+};
+
+const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+/// Programs that end with this one.
+struct Children(Vec<Child>);
+
+impl Drop for Children {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+#[derive(Default)]
+struct Seen {
+    samples: AtomicU64,
+    frames: AtomicU64,
+}
+
+/// Run time, runs, and samples.
+type Measure = (u64, u64, u64);
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<()> {
+    let mut arguments = env::args().skip(1);
+    let Some(program) = arguments.next() else { bail!("walk-cost PROGRAM [ARGUMENT...]") };
+    let arguments: Vec<String> = arguments.collect();
+    let number = |name: &str, default| env::var(name).map_or(Ok(default), |text| text.parse::<u32>());
+    let (hz, seconds) = (number("HZ", 997)?, number("SECONDS", 3)?);
+    let before = fs::read_to_string(STATS).context(STATS)?;
+    fs::write(STATS, "1").context(STATS)?;
+    let result = measure(&program, &arguments, hz, Duration::from_secs(seconds.into())).await;
+    fs::write(STATS, before).context(STATS)?;
+    println!("{}", result?);
+    Ok(())
+}
+
+async fn measure(
+    program: &str,
+    arguments: &[String],
+    hz: u32,
+    time: Duration,
+) -> anyhow::Result<serde_json::Value> {
+    let seen = Arc::new(Seen::default());
+    let counted = Arc::clone(&seen);
+    let options = EngineOptions {
+        node: "here".into(),
+        kernel: KernelOptions::default(),
+        window: Duration::from_secs(600),
+        caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
+        deny: Deny::default(),
+        tables: Some(TableSources::with_debug_files()),
+    };
+    let engine = Engine::start(options, move |window: Window| {
+        for stack in window.profiles.iter().flat_map(|p| &p.raw.processes).flat_map(|p| &p.stacks) {
+            counted.samples.fetch_add(stack.count, Ordering::Relaxed);
+            counted.frames.fetch_add(stack.count * stack.user.len() as u64, Ordering::Relaxed);
+        }
+    })?;
+    // One on each CPU, so that hardly a tick finds anything else.
+    let cpus = gannet_agent::kernel::online_cpus()?.len();
+    let mut children = Children(Vec::new());
+    for _ in 0..cpus {
+        children.0.push(Command::new(program).args(arguments).spawn().context("cannot run the program")?);
+    }
+    // What a tick costs that finds nobody of interest.
+    sample(&engine, Match { comm: vec!["nobody-at-all".into()], ..Match::default() }, hz).await?;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let nobody = snapshot(&engine).await?;
+    let nobody_ns = nobody.0 as f64 / nobody.1.max(1) as f64;
+    sample(&engine, Match { pids: children.0.iter().map(Child::id).collect(), ..Match::default() }, hz)
+        .await?;
+    // Raw samples come first.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    engine.flush().await?;
+    let begin = snapshot(&engine).await?;
+    let (samples, frames) = (seen.samples.load(Ordering::Relaxed), seen.frames.load(Ordering::Relaxed));
+    tokio::time::sleep(time).await;
+    let end = snapshot(&engine).await?;
+    engine.flush().await?;
+    let programs = engine.inspect(|inside| inside.kernel.programs()).await?;
+    drop(children);
+    engine.stop();
+    let samples = (seen.samples.load(Ordering::Relaxed) - samples).max(1);
+    let frames = seen.frames.load(Ordering::Relaxed) - frames;
+    let (run_ns, runs, taken) = (end.0 - begin.0, end.1 - begin.1, (end.2 - begin.2).max(1));
+    let per_sample = (run_ns as f64 - nobody_ns * (runs - taken.min(runs)) as f64) / taken as f64;
+    let per_stack = frames as f64 / samples as f64;
+    Ok(serde_json::json!({
+        "what": "walk",
+        "hz": hz,
+        "samples": taken,
+        "runs": runs,
+        "frames_per_sample": per_stack,
+        "ns_per_sample": per_sample,
+        "ns_per_frame": per_sample / per_stack,
+        "ns_per_tick_of_nobody": nobody_ns,
+        "verified_instructions": programs
+            .iter()
+            .map(|program| (program.name.to_owned(), program.verified_instructions.into()))
+            .collect::<serde_json::Map<_, _>>(),
+    }))
+}
+
+async fn sample(engine: &Engine, matches: Match, hz: u32) -> anyhow::Result<()> {
+    let set = Set { rules: vec![ad_hoc("cost", matches, hz, &[capture::Kind::OnCpu])], ..Set::default() };
+    match engine.replace(Source::Local, set).await {
+        Ok(_) => Ok(()),
+        Err(errors) => bail!("{errors:?}"),
+    }
+}
+
+async fn snapshot(engine: &Engine) -> anyhow::Result<Measure> {
+    let (cost, counters) =
+        engine.inspect(|inside| (inside.kernel.sampler_cost(), inside.kernel.counters())).await?;
+    let (run_ns, runs) = cost.context("the kernel counted no run of the sampler")?;
+    Ok((run_ns, runs, counters?.taken))
+}

@@ -1,0 +1,60 @@
+//! What the kernel knows of the programs that it runs for the agent.
+
+use std::os::fd::{AsFd as _, AsRawFd as _};
+
+use libbpf_rs::{ProgramMut, libbpf_sys};
+
+use super::{Kernel, Walk};
+
+/// One loaded program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProgramCost {
+    /// Its name in the object.
+    pub name: &'static str,
+    /// Instructions that the verifier looked at; it refuses at a million. 0 where the kernel does not tell (before 5.16).
+    pub verified_instructions: u32,
+    /// Nanoseconds that it has run, and how often, since kernel.bpf_stats_enabled is set; else 0.
+    pub run_ns: u64,
+    /// See `run_ns`.
+    pub runs: u64,
+}
+
+impl Kernel {
+    /// The programs that this agent has loaded.
+    pub fn programs(&self) -> Vec<ProgramCost> {
+        let progs = &self.skeleton.progs;
+        let sampler: &[(&'static str, &ProgramMut<'_>)] = match self.walk_kind {
+            Walk::Loop => &[("on_tick", &progs.on_tick)],
+            Walk::Chain => &[("on_tick_chain", &progs.on_tick_chain), ("walk_chain", &progs.walk_chain)],
+        };
+        let others: [(&'static str, &ProgramMut<'_>); 5] = [
+            ("on_switch", &progs.on_switch),
+            ("on_exec", &progs.on_exec),
+            ("on_fork", &progs.on_fork),
+            ("on_exit", &progs.on_exit),
+            ("each_task", &progs.each_task),
+        ];
+        sampler.iter().chain(&others).filter_map(|(name, program)| cost_of(name, program)).collect()
+    }
+
+    /// Nanoseconds that the sampler has run and how often, if the kernel keeps count (kernel.bpf_stats_enabled).
+    pub fn sampler_cost(&self) -> Option<(u64, u64)> {
+        // What a chain of tail calls does counts for the program that began it.
+        self.programs().first().filter(|cost| cost.runs > 0).map(|cost| (cost.run_ns, cost.runs))
+    }
+}
+
+fn cost_of(name: &'static str, program: &ProgramMut<'_>) -> Option<ProgramCost> {
+    let mut info = libbpf_sys::bpf_prog_info::default();
+    let mut length = size_of_val(&info) as u32;
+    // SAFETY: the structure is valid for writing and `length` is its size; its pointers are null, with counts of 0.
+    let failed = unsafe {
+        libbpf_sys::bpf_prog_get_info_by_fd(program.as_fd().as_raw_fd(), &raw mut info, &raw mut length)
+    };
+    (failed == 0).then_some(ProgramCost {
+        name,
+        verified_instructions: info.verified_insns,
+        run_ns: info.run_time_ns,
+        runs: info.run_cnt,
+    })
+}

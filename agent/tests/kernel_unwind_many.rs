@@ -1,0 +1,214 @@
+//! Needs root, a kernel with BTF, and gcc: many processes that hardly run, tables that do not all fit, and what is left of
+//! processes that have ended. The engine runs in the test itself.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
+
+mod common;
+
+use std::{
+    env, fs,
+    process::{Command, Stdio},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use common::{Running, program};
+use gannet_agent::{
+    engine::{Engine, EngineOptions, Window},
+    kernel::{Counters, KernelOptions},
+    process::MappingKind,
+    profile::{RawProcess, StackEnd},
+    rules::{Deny, Set, Source, ad_hoc},
+    tables::{Stats, TableSources},
+};
+use gannet_proto::{
+    control::{Match, capture},
+    rules::Caps,
+};
+
+/// An engine whose windows are kept.
+struct Machine {
+    engine: Engine,
+    windows: Arc<Mutex<Vec<Window>>>,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Machine {
+    fn start(kernel: KernelOptions) -> Self {
+        let windows = Arc::new(Mutex::new(Vec::new()));
+        let kept = Arc::clone(&windows);
+        let options = EngineOptions {
+            node: "here".into(),
+            kernel,
+            window: Duration::from_secs(600),
+            caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
+            deny: Deny::default(),
+            tables: Some(TableSources::default()),
+        };
+        let engine = Engine::start(options, move |window| kept.lock().unwrap().push(window)).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        Self { engine, windows, runtime }
+    }
+
+    fn sample(&self, matches: Match, hz: u32) {
+        let rules = vec![ad_hoc("test", matches, hz, &[capture::Kind::OnCpu])];
+        self.runtime.block_on(self.engine.replace(Source::Local, Set { rules, ..Set::default() })).unwrap();
+    }
+
+    /// Counts, tables, and entries of the mapping trie and of the images.
+    fn look(&self) -> (Counters, Stats, (usize, usize)) {
+        self.runtime
+            .block_on(self.engine.inspect(|inside| {
+                let tables = inside.tables.unwrap().stats();
+                (inside.kernel.counters().unwrap(), tables, inside.kernel.unwind_entries())
+            }))
+            .unwrap()
+    }
+
+    /// Stops sampling, and gives what was seen of processes of this command name, and how much is lost.
+    fn finish(self, comm: &str) -> (Vec<RawProcess>, u64) {
+        self.engine.stop();
+        let mut lost = 0;
+        let mut found = Vec::new();
+        for window in self.windows.lock().unwrap().drain(..) {
+            lost += window.ledger.lost_total();
+            let processes = window.profiles.into_iter().flat_map(|profile| profile.raw.processes);
+            found.extend(processes.filter(|process| process.comm == comm));
+        }
+        (found, lost)
+    }
+
+    #[track_caller]
+    fn until(&self, what: &str, mut is_so: impl FnMut(&Self) -> bool) {
+        let begin = Instant::now();
+        while !is_so(self) {
+            assert!(begin.elapsed() < Duration::from_secs(60), "{what}: {:?}", self.look());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+fn quietly(command: &mut Command) -> Running {
+    Running::start(command.stdin(Stdio::null()).stdout(Stdio::null()))
+}
+
+const LIBRARY: &str = "volatile long sink;\n\
+    #define N(a, b) __attribute__((noinline)) static long a(long n) { long r = b(n); sink += r; return r + 1; }\n\
+    __attribute__((noinline)) static long work(long n) { for (long i = 0; i < n; i++) sink += i; return sink; }\n\
+    N(l5, work) N(l4, l5) N(l3, l4) N(l2, l3) N(l1, l2)\n\
+    long enter(long n) { long r = l1(n); return r + 1; }\n";
+
+const WAKER: &str = "#include <dlfcn.h>\n#include <time.h>\n#include <unistd.h>\nvolatile long sink;\n\
+    static long now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * 1000000000L + t.tv_nsec; }\n\
+    int main(int c, char **v) { long (*f[16])(long); int n = 0;\n\
+    for (int i = 1; i < c; i++) { void *l = dlopen(v[i], RTLD_NOW); if (!l) return 1; f[n++] = (long (*)(long))dlsym(l, \"enter\"); }\n\
+    for (long i = 0;; i++) { usleep(500000); long until = now() + 500000; while (now() < until) sink += f[i % n](2000); } }\n";
+
+/// How many wake; a benchmark asks for more.
+fn wakers() -> usize {
+    env::var("GANNET_TEST_WAKERS").map_or(100, |text| text.parse().unwrap())
+}
+
+#[test]
+fn every_tick_that_hits_one_of_many_processes_is_a_whole_stack() {
+    let directory = tempfile::tempdir().unwrap();
+    let library = program("waker-lib.so", LIBRARY, &["-shared", "-fPIC"]);
+    // Ten libraries: files of their own, so that none is mapped twice.
+    let libraries: Vec<_> = (0..10).map(|n| directory.path().join(format!("waker-lib-{n}.so"))).collect();
+    for path in &libraries {
+        fs::copy(&library, path).unwrap();
+    }
+    let waker = program("waker", WAKER, &["-ldl"]);
+    let _running: Vec<Running> =
+        (0..wakers()).map(|_| quietly(Command::new(&waker).args(&libraries))).collect();
+    let machine = Machine::start(KernelOptions::default());
+    machine.sample(Match { comm: vec!["*".into()], ..Match::default() }, 199);
+    std::thread::sleep(Duration::from_secs(6));
+    let (counters, ..) = machine
+        .runtime
+        .block_on(machine.engine.inspect(|inside| {
+            inside.kernel.set_sampling(false);
+            // A tick that has begun is over in microseconds.
+            std::thread::sleep(Duration::from_millis(20));
+            (inside.kernel.counters().unwrap(), ())
+        }))
+        .unwrap();
+    assert_eq!(counters.taken, counters.ticks - counters.idle_ticks, "every tick that hit a process");
+    assert_eq!(counters.taken, counters.sent);
+    let (found, lost) = machine.finish("waker");
+    assert_eq!(lost, 0);
+    let mut all = 0;
+    let mut in_library = 0;
+    for process in &found {
+        for stack in &process.stacks {
+            all += stack.count;
+            assert!(
+                stack.end == StackEnd::Complete,
+                "{stack:x?} {:x?}",
+                process.image.mappings.iter().map(|m| (m.start, m.end)).collect::<Vec<_>>()
+            );
+            in_library += u64::from(stack.user.iter().any(|address| {
+                process.image.find(*address).is_some_and(|mapping| {
+                    matches!(&mapping.kind, MappingKind::File(file) if file.path.contains("waker-lib"))
+                })
+            }));
+        }
+    }
+    assert!(all >= 20 && in_library * 4 > all, "{in_library} in a library, of {all}");
+}
+
+#[test]
+fn r49_more_programs_than_tables_fit_are_whole_all_the_same() {
+    let directory = tempfile::tempdir().unwrap();
+    let original = fs::read(program(
+        "one-of-many",
+        "volatile long sink;\n\
+         __attribute__((noinline)) long inner(long n) { for (long i = 0; i < n; i++) sink += i; return sink; }\n\
+         __attribute__((noinline)) long outer(long n) { long r = inner(n); return r + 1; }\n\
+         int main(void) { for (int i = 0; i < 400; i++) sink += outer(1000000); return 0; }\n",
+        &["-static"],
+    ))
+    .unwrap();
+    // The table of one static program is some 40 KiB: three fit.
+    let machine = Machine::start(KernelOptions { table_bytes: 128 << 10, ..KernelOptions::default() });
+    machine.sample(Match { comm: vec!["many-*".into()], ..Match::default() }, 499);
+    let before = machine.look().2;
+    let mut most = 0;
+    for batch in 0..6 {
+        let running: Vec<Running> = (0..4)
+            .map(|n| {
+                // Another length is other contents.
+                let number = batch * 4 + n;
+                let path = directory.path().join(format!("many-{number}"));
+                let mut bytes = original.clone();
+                bytes.extend(std::iter::repeat_n(0, number + 1));
+                fs::write(&path, bytes).unwrap();
+                std::os::unix::fs::chown(&path, None, None).unwrap();
+                let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+                fs::set_permissions(&path, mode).unwrap();
+                quietly(&mut Command::new(&path))
+            })
+            .collect();
+        for mut running in running {
+            assert!(running.0.wait().unwrap().success());
+        }
+        let stats = machine.look().1;
+        assert!(stats.resident_bytes <= stats.budget_bytes, "{stats:?}");
+        most = most.max(stats.resident);
+    }
+    machine.until("whoever has ended leaves nothing behind", |machine| machine.look().2 == before);
+    let (_, stats, _) = machine.look();
+    assert!(stats.evicted > 5 && stats.made >= 24, "{stats:?}, at most {most} at a time");
+    machine.engine.stop();
+    let mut programs = 0;
+    for window in machine.windows.lock().unwrap().drain(..) {
+        for process in window.profiles.iter().flat_map(|profile| &profile.raw.processes) {
+            programs += 1;
+            for stack in &process.stacks {
+                // What was sampled inside of execve has no stack yet.
+                let whole = matches!(stack.end, StackEnd::Complete | StackEnd::None);
+                assert!(whole, "{}: {stack:x?}", process.comm);
+            }
+        }
+    }
+    assert!(programs >= 24, "{programs} programs were seen");
+}

@@ -1,0 +1,386 @@
+//! Needs root, a kernel with BTF, and compilers for C, C++, Rust and Go: programs built in the ways that software is
+//! shipped are recorded side by side, and every function of theirs must be in every stack.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
+
+mod common;
+
+use std::{
+    fs,
+    os::unix::process::CommandExt as _,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use common::{Language, Recording, Running, in_order, is_marked, program, program_in, record};
+
+/// Samples that may be odd: one of a thousand.
+const MOST_ODD: u64 = 1000;
+
+/// A program that runs, the function to look at, and what must be in its stacks from the root on.
+struct Case {
+    /// What it is called.
+    what: &'static str,
+    running: Running,
+    leaf: &'static str,
+    chain: Vec<String>,
+    /// It runs on a stack of its own.
+    elsewhere: bool,
+}
+
+impl Case {
+    fn of(what: &'static str, mut command: Command, leaf: &'static str, chain: &[&str]) -> Self {
+        let running = Running::start(command.stdin(Stdio::null()).stdout(Stdio::null()));
+        let chain = chain.iter().map(|name| (*name).to_owned()).collect();
+        Self { what, running, leaf, chain, elsewhere: what == "signal" }
+    }
+
+    fn is_whole(&self, stack: &[String]) -> bool {
+        let chain: Vec<&str> = self.chain.iter().map(String::as_str).collect();
+        in_order(stack, &chain) && !is_marked(stack)
+    }
+
+    /// What is wrong, if anything is.
+    fn fault(&self, recording: &Recording, least: u64) -> Option<String> {
+        let mine = recording
+            .stacks
+            .iter()
+            .filter(|(stack, _)| stack.iter().any(|name| name == self.leaf))
+            // The one whose functions are those of others, too.
+            .filter(|(stack, _)| self.leaf != "spin" || stack[0] == self.what);
+        let (good, all) = mine.clone().fold((0, 0), |(good, all), (stack, n)| {
+            (good + if self.is_whole(stack) { *n } else { 0 }, all + n)
+        });
+        // The first samples come with a copy of the stack that the thread is on: below a handler on another one it says
+        // that there is more.
+        let first =
+            |stack: &[String]| self.elsewhere && stack[1] == "[truncated]" && stack.contains(&self.chain[4]);
+        let cut: u64 = mine.clone().filter(|(stack, _)| first(stack)).map(|(_, n)| n).sum();
+        let good = if cut * 4 < all { good + cut } else { good };
+        let odd: Vec<_> = mine.filter(|(stack, _)| !self.is_whole(stack) && !first(stack)).take(3).collect();
+        (all < least || (all - good) * MOST_ODD > all)
+            .then(|| format!("{}: {good} of {all}: {odd:?}", self.what))
+    }
+}
+
+#[track_caller]
+fn check(cases: &[Case], seconds: u32, least: u64) {
+    let pids: Vec<String> = cases.iter().map(|case| case.running.0.id().to_string()).collect();
+    let duration = format!("{seconds}s");
+    let mut arguments = vec!["--duration", &duration, "--pid"];
+    arguments.extend(pids.iter().map(String::as_str));
+    let recording = record(499, &arguments);
+    assert_eq!(recording.lost.values().sum::<u64>(), 0, "{:?}", recording.lost);
+    let faults: Vec<String> = cases.iter().filter_map(|case| case.fault(&recording, least)).collect();
+    assert!(faults.is_empty(), "{}\n{}", faults.join("\n"), recording.log);
+}
+
+/// See there: sixty functions, a0 to l4.
+const DEEP: &str = include_str!("../benches/deep.c");
+
+fn deep_chain() -> Vec<String> {
+    let letters = ["a", "b", "c", "d", "e", "f", "g", "h", "i_", "j", "k", "l"];
+    let functions = letters.iter().flat_map(|letter| (0..5).map(move |n| format!("{letter}{n}")));
+    ["_start", "main"].map(str::to_owned).into_iter().chain(functions).chain(["spin".to_owned()]).collect()
+}
+
+fn deep(what: &'static str, flags: &[&str]) -> Case {
+    let file = program(what, DEEP, flags);
+    let mut case = Case::of(what, Command::new(file), "spin", &[]);
+    case.chain = deep_chain();
+    case
+}
+
+#[test]
+fn r48_r53_c_without_frame_pointers_is_whole_however_it_is_linked() {
+    let cases = [
+        deep("deep-pie", &[]),
+        deep("deep-fixed", &["-no-pie"]),
+        deep("deep-static", &["-static", "-no-pie"]),
+        deep("deep-static-pie", &["-static-pie"]),
+        deep("deep-no-header", &["-Wl,--no-eh-frame-hdr"]),
+    ];
+    check(&cases, 5, 60);
+}
+
+const VIRTUAL: &str = r#"
+#include <dlfcn.h>
+#include <stdexcept>
+#include <string>
+#include <vector>
+volatile long sink;
+extern "C" __attribute__((noinline)) long cpp_spin(long a) { for (int i = 0; i < 20000; i++) sink += a * i; return a; }
+struct Base { virtual long run(long n, Base *next) = 0; virtual ~Base() {} };
+extern "C" long cpp_odd(long, Base *, Base *);
+extern "C" long cpp_even(long, Base *, Base *);
+struct Odd : Base { long run(long n, Base *next) override { std::string s(n * 7, 'x'); return cpp_odd(n, next, this) + s.size(); } };
+struct Even : Base { long run(long n, Base *next) override { std::vector<long> v(n + 1); v[0] = cpp_even(n, next, this); return v[0]; } };
+extern "C" __attribute__((noinline)) long cpp_odd(long n, Base *next, Base *self) { try { return next->run(n - 1, self) + 1; } catch (std::runtime_error &e) { return 3; } }
+extern "C" __attribute__((noinline)) long cpp_even(long n, Base *next, Base *self) {
+	if (n < 3) { try { throw std::runtime_error("x"); } catch (std::exception &e) { return cpp_spin(n) + 1; } }
+	return next->run(n - 1, self) + 2;
+}
+int main(int count, char **words) {
+	Odd o; Even e;
+	void *library = 0;
+	for (long i = 0;; i++) {
+		sink += cpp_odd(9, &e, &o);
+		if (!library && i == 40000) {
+			library = dlopen(words[1], RTLD_NOW);
+			if (!library) return 1;
+		}
+		if (library) { auto f = (long (*)(long))dlsym(library, "plugin_outer"); sink += f(300); }
+	}
+}
+"#;
+
+const PLUGIN: &str = "volatile long sink;\n\
+    __attribute__((noinline)) long plugin_spin(long n) { for (long i = 0; i < n * 100; i++) sink += i; return sink; }\n\
+    __attribute__((noinline)) long plugin_outer(long n) { long r = plugin_spin(n); return r + 1; }\n";
+
+const THREADS: &str = "use std::hint::black_box;\n\
+    #[no_mangle] #[inline(never)] pub fn PREFIX_spin(n: u64) -> u64 { let mut a = n; loop { a = black_box(a.wrapping_mul(3)); } }\n\
+    #[no_mangle] #[inline(never)] pub fn PREFIX_second(n: u64) -> u64 { let v = black_box(vec![n; 10]); PREFIX_spin(v[3]) + v[2] }\n\
+    #[no_mangle] #[inline(never)] pub fn PREFIX_first(n: u64) -> u64 { let s = black_box(format!(\"{n}\")); PREFIX_second(s.len() as u64) + s.len() as u64 }\n\
+    fn main() { let t: Vec<_> = (0..3).map(|n| std::thread::spawn(move || PREFIX_first(n))).collect(); for t in t { t.join().unwrap(); } }\n";
+
+const GO: &str = "package main\n\nimport \"strings\"\n\nvar sink int\n\n\
+    //go:noinline\nfunc spin(n int) int {\n\tfor {\n\t\tsink += n\n\t}\n}\n\n\
+    //go:noinline\nfunc second(n int) int {\n\tvar b [3000]byte\n\tb[n] = 1\n\tr := spin(n)\n\treturn r + int(b[n+1])\n}\n\n\
+    //go:noinline\nfunc first(s string) int { r := second(len(s)); return r + strings.Count(s, \"a\") }\n\n\
+    func main() { go first(\"abc\"); first(\"abcd\") }\n";
+
+#[test]
+fn r47_r48_r53_other_languages_are_whole_and_a_library_opened_late_is_named() {
+    let plugin = program("plugin.so", PLUGIN, &["-shared", "-fPIC"]);
+    let cpp = program_in(Language::Cpp, "cpp-virtual", VIRTUAL, &["-ldl", "-rdynamic"]);
+    let mut with_plugin = Command::new(cpp);
+    with_plugin.arg(&plugin);
+    let rust = |name: &'static str, prefix: &str, flags: &[&str]| {
+        Command::new(program_in(Language::Rust, name, &THREADS.replace("PREFIX", prefix), flags))
+    };
+    let go = Command::new(program_in(Language::Go, "go-plain", GO, &[]));
+    let cpp_case = Case::of(
+        "cpp-virtual",
+        with_plugin,
+        "cpp_spin",
+        &[
+            "_start", "main", "cpp_odd", "cpp_even", "cpp_odd", "cpp_even", "cpp_odd", "cpp_even", "cpp_odd",
+            "cpp_even", "cpp_spin",
+        ],
+    );
+    let cases = [
+        cpp_case,
+        // The linker that the compiler brings, and that of most distributions.
+        Case::of(
+            "rust-own",
+            rust("rust-own", "own", &[]),
+            "own_spin",
+            &["clone3", "own_first", "own_second", "own_spin"],
+        ),
+        Case::of(
+            "rust-bfd",
+            rust("rust-bfd", "bfd", &["-Clink-arg=-fuse-ld=bfd"]),
+            "bfd_spin",
+            &["clone3", "bfd_first", "bfd_second", "bfd_spin"],
+        ),
+        Case::of("go-plain", go, "main.spin", &["runtime.goexit", "main.first", "main.second", "main.spin"]),
+    ];
+    let pids: Vec<String> = cases.iter().map(|case| case.running.0.id().to_string()).collect();
+    let mut arguments = vec!["--duration", "6s", "--pid"];
+    arguments.extend(pids.iter().map(String::as_str));
+    let recording = record(499, &arguments);
+    let mut faults: Vec<String> = cases.iter().filter_map(|case| case.fault(&recording, 30)).collect();
+    let whole = |stack: &[String]| {
+        in_order(stack, &["_start", "main", "plugin_outer", "plugin_spin"]) && !is_marked(stack)
+    };
+    let (good, all) = recording.share("plugin_spin", whole);
+    if all < 20 || good != all {
+        faults.push(format!("plugin: {good} of {all}: {:?}", recording.odd_ones("plugin_spin", whole)));
+    }
+    assert!(faults.is_empty(), "{}\n{}", faults.join("\n"), recording.log);
+}
+
+const SIGNAL: &str = "#include <signal.h>\n#include <stdlib.h>\nvolatile long sink; volatile int *null;\n\
+    __attribute__((noinline)) void signal_spin(int s) { for (;;) { sink += s; } }\n\
+    __attribute__((noinline)) void handler(int s, siginfo_t *i, void *c) { signal_spin(s); sink++; }\n\
+    __attribute__((noinline)) int faults(int a) { return *null + a; }\n\
+    __attribute__((noinline)) int caller(int a) { char b[100]; __asm__ volatile(\"\" :: \"r\"(b) : \"memory\"); return faults(a) + b[3]; }\n\
+    int main(void) { stack_t s = { .ss_sp = malloc(1 << 16), .ss_size = 1 << 16 }; sigaltstack(&s, 0);\n\
+    struct sigaction a = { .sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_ONSTACK }; sigaction(SIGSEGV, &a, 0);\n\
+    return caller(2) + 1; }\n";
+
+const CLOCK: &str = "#include <time.h>\nvolatile long sink;\n\
+    __attribute__((noinline)) long clock_inner(void) { struct timespec t; for (int i = 0; i < 1000; i++) { clock_gettime(CLOCK_MONOTONIC, &t); sink += t.tv_nsec; } return sink; }\n\
+    __attribute__((noinline)) long clock_outer(void) { long r = clock_inner(); return r + 1; }\n\
+    int main(void) { for (;;) sink += clock_outer(); }\n";
+
+/// Code made at run time: `push rbp; mov rbp, rsp; call rdi; pop rbp; ret`, between two functions of the program.
+const JIT: &str = r#"
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+volatile long sink;
+__attribute__((noinline)) long jit_spin(void) { for (int i = 0; i < 100000; i++) sink += i; return sink; }
+__attribute__((noinline)) long jit_outer(long (*code)(long (*)(void))) { long r = code(jit_spin); return r + 1; }
+int main(void) {
+	unsigned char bytes[] = { 0x55, 0x48, 0x89, 0xe5, 0xff, 0xd7, 0x5d, 0xc3 };
+	unsigned char *code = mmap(0, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char path[64];
+	memcpy(code + 64, bytes, sizeof(bytes));
+	snprintf(path, sizeof(path), "/tmp/perf-%d.map", getpid());
+	FILE *map = fopen(path, "w");
+	fprintf(map, "%lx %x jitted_code\n", (unsigned long)code + 64, 8);
+	fclose(map);
+	for (;;) sink += jit_outer((void *)(code + 64));
+}
+"#;
+
+/// Becomes itself out of memory that has no name in any directory.
+const MEMFD: &str = r#"
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+volatile long sink;
+__attribute__((noinline)) long memfd_spin(long n) { for (;;) sink += n; }
+__attribute__((noinline)) long memfd_outer(long n) { long r = memfd_spin(n); return r + 1; }
+int main(int count, char **words, char **environment) {
+	static char buffer[65536];
+	long got;
+	if (count > 1)
+		return memfd_outer(3) == 42;
+	int from = open("/proc/self/exe", O_RDONLY), to = memfd_create("inner", 0);
+	while ((got = read(from, buffer, sizeof(buffer))) > 0)
+		if (write(to, buffer, got) != got) return 1;
+	char *arguments[] = { "inner", "again", 0 };
+	return fexecve(to, arguments, environment);
+}
+"#;
+
+const SIMPLE: &str = "volatile long sink;\n\
+    __attribute__((noinline)) long PREFIX_spin(long n) { for (;;) sink += n; }\n\
+    __attribute__((noinline)) long PREFIX_outer(long n) { long r = PREFIX_spin(n); return r + 1; }\n\
+    int main(void) { return PREFIX_outer(3) == 42; }\n";
+
+fn simple(name: &str, prefix: &str, flags: &[&str]) -> std::path::PathBuf {
+    program(name, &SIMPLE.replace("PREFIX", prefix), flags)
+}
+
+/// In a mount namespace of its own, from a file system that nobody else sees.
+fn elsewhere(program: &Path, place: &Path) -> Command {
+    let mut command = Command::new("/bin/sh");
+    command.arg("-c").arg("mount -t tmpfs none \"$1\" && cp \"$0\" \"$1/hidden\" && exec \"$1/hidden\"");
+    command.arg(program).arg(place);
+    let alone = || {
+        // SAFETY: system calls without memory of ours but the constant strings.
+        let failed = unsafe {
+            libc::unshare(libc::CLONE_NEWNS) != 0
+                || libc::mount(
+                    c"none".as_ptr(),
+                    c"/".as_ptr(),
+                    std::ptr::null(),
+                    libc::MS_REC | libc::MS_PRIVATE,
+                    std::ptr::null(),
+                ) != 0
+        };
+        if failed { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: between fork and exec it only makes the two system calls above.
+    unsafe { command.pre_exec(alone) };
+    command
+}
+
+#[test]
+fn r53_r54_unusual_programs_are_whole() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().join("place");
+    fs::create_dir(&place).unwrap();
+    let deleted = directory.path().join("deleted");
+    fs::copy(simple("gone", "gone", &[]), &deleted).unwrap();
+    let far = SIMPLE.replace("PREFIX", "far").replace(
+        "__attribute__((noinline)) long far_outer",
+        "__attribute__((noinline, section(\"far\"))) long far_outer",
+    );
+    let far = program("far", &far, &["-no-pie", "-Wl,--section-start=far=0x40000000"]);
+    let plain = |file: &Path| Command::new(file);
+    let cases = [
+        Case::of(
+            "signal",
+            plain(&program("signal", SIGNAL, &[])),
+            "signal_spin",
+            &["_start", "main", "caller", "faults", "handler", "signal_spin"],
+        ),
+        Case::of(
+            "clock",
+            plain(&program("clock", CLOCK, &[])),
+            "clock_inner",
+            &["_start", "main", "clock_outer", "clock_inner"],
+        ),
+        Case::of(
+            "jit",
+            plain(&program("jit", JIT, &[])),
+            "jit_spin",
+            &["_start", "main", "jit_outer", "jitted_code", "jit_spin"],
+        ),
+        Case::of(
+            "memfd",
+            plain(&program("memfd", MEMFD, &[])),
+            "memfd_spin",
+            &["_start", "main", "memfd_outer", "memfd_spin"],
+        ),
+        Case::of("deleted", plain(&deleted), "gone_spin", &["_start", "main", "gone_outer", "gone_spin"]),
+        Case::of(
+            "hidden",
+            elsewhere(&simple("hidden", "hidden", &[]), &place),
+            "hidden_spin",
+            &["_start", "main", "hidden_outer", "hidden_spin"],
+        ),
+        Case::of("far", plain(&far), "far_spin", &["_start", "main", "far_outer", "far_spin"]),
+    ];
+    fs::remove_file(&deleted).unwrap();
+    check(&cases, 6, 30);
+    let map = format!("/tmp/perf-{}.map", cases[2].running.0.id());
+    fs::remove_file(map).unwrap();
+}
+
+#[test]
+fn r54_a_32_bit_program_is_named_as_what_it_is() {
+    let flags = ["-m32", "-nostdlib", "-static", "-g0"];
+    let file = program("narrow", "void _start(void) { for (;;) ; }\n", &flags);
+    let running = Running::start(&mut Command::new(file));
+    let recording = record(199, &["--duration", "2s", "--pid", &running.0.id().to_string()]);
+    let (named, all) = recording.share("[32-bit program]", |_| true);
+    assert!(all >= 20 && named == all, "{recording:?}");
+    assert_eq!(all, recording.delivered, "{recording:?}");
+}
+
+/// A third of a million functions of three rows each, of which no two neighbours are alike.
+fn million() -> String {
+    String::from(
+        "volatile long sink;\n\
+         __attribute__((noinline)) long million_spin(long n) { for (long i = 0; i < n; i++) sink += i; return sink; }\n\
+         __asm__(\".text\\n.altmacro\\n.set n, 0\\n.rept 340000\\n.cfi_startproc\\nsub $((n % 50) * 16 + 24), %rsp\\n\"\n\
+         \".cfi_adjust_cfa_offset (n % 50) * 16 + 24\\nnop\\nadd $((n % 50) * 16 + 24), %rsp\\n\"\n\
+         \".cfi_adjust_cfa_offset -((n % 50) * 16 + 24)\\nret\\n.cfi_endproc\\n.set n, n + 1\\n.endr\\n\"\n\
+         \".globl million_last\\n.type million_last, @function\\nmillion_last:\\n.cfi_startproc\\nsub $88, %rsp\\n.cfi_adjust_cfa_offset 88\\n\"\n\
+         \"call million_spin@PLT\\nadd $88, %rsp\\n.cfi_adjust_cfa_offset -88\\nret\\n.cfi_endproc\\n.size million_last, .-million_last\\n\");\n",
+    )
+}
+
+#[test]
+fn r50_a_library_of_a_million_rows_unwinds() {
+    let library = program("million.so", &million(), &["-g0", "-shared", "-fPIC"]);
+    let host = program(
+        "million-host",
+        "#include <dlfcn.h>\nvolatile long sink;\nint main(int c, char **v) { void *l = dlopen(v[1], RTLD_NOW);\n\
+         long (*f)(long) = l ? (long (*)(long))dlsym(l, \"million_last\") : 0; if (!f) return 1;\n\
+         for (;;) { long r = f(1000000); sink += r; } }\n",
+        &["-ldl"],
+    );
+    let running = Running::start(Command::new(host).arg(library));
+    let recording = record(199, &["--duration", "4s", "--pid", &running.0.id().to_string()]);
+    let whole = |stack: &[String]| in_order(stack, &["_start", "main", "million_last", "million_spin"]);
+    let (good, all) = recording.share("million_spin", whole);
+    assert!(all >= 50 && good == all, "{good} of {all}: {:?}", recording.odd_ones("million_spin", whole));
+}
