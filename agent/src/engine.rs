@@ -44,6 +44,8 @@ const READ_PAUSE: Duration = Duration::from_millis(50);
 /// How soon it is read again after a file that was not open yet: the program that was started with it is about to map its
 /// libraries, and may be gone in a moment.
 const EAGER_PAUSE: Duration = Duration::from_millis(5);
+/// How often what was told is read before a window ends, while that brings new processes.
+const MOST_READINGS: u32 = 4;
 /// How often in a row: a program that opens files all the time does not keep the reader awake.
 const MOST_EAGER: u32 = 20;
 /// How often CPUs, expiries and the like are looked at.
@@ -782,6 +784,15 @@ impl Worker {
     }
 
     fn flush(&mut self) {
+        // What was read from /proc a moment ago may have been another image's by then: that has been told meanwhile.
+        for _ in 0..MOST_READINGS {
+            let before = self.processes.stats();
+            self.read();
+            let after = self.processes.stats();
+            if (after.loaded, after.rescans) == (before.loaded, before.rescans) {
+                break;
+            }
+        }
         let (start, began) = self.window_start;
         self.window_start = (SystemTime::now(), Instant::now());
         let duration = self.window_start.1 - began;

@@ -35,7 +35,7 @@ enum Number {
 
 /// The text that a scrape gets.
 pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
-    let (kernel, tables, processes, files, degraded) = node
+    let (kernel, tables, processes, files, degraded, mappings_lost) = node
         .engine
         .inspect(|inside| {
             (
@@ -44,6 +44,7 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
                 inside.processes.alive().count(),
                 inside.processes.stats(),
                 inside.kernel.undecodable(),
+                inside.kernel.mappings_lost(),
             )
         })
         .await?;
@@ -107,6 +108,33 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
         "Processes that were gone before they could be read",
         None,
         Number::Counter(files.missed),
+    );
+    for (source, count) in [("kernel", files.told), ("proc", files.loaded)] {
+        let label = Some(("source", source.to_owned()));
+        add(
+            "processes_known",
+            "Images, by where their mappings are known from",
+            label,
+            Number::Counter(count),
+        );
+    }
+    add(
+        "processes_saturated",
+        "Processes that found no place in the agent's table; raise --processes",
+        None,
+        Number::Counter(files.saturated),
+    );
+    add(
+        "processes_reconciled",
+        "Processes whose end was not told and was found by looking",
+        None,
+        Number::Counter(files.reconciled),
+    );
+    add(
+        "mappings_lost",
+        "Executable mappings that the kernel could not tell, because a buffer was full",
+        None,
+        Number::Counter(mappings_lost),
     );
     if let Some(tables) = tables {
         add("unwind_tables", "Unwind tables in the kernel", None, Number::Gauge(tables.resident as i64));

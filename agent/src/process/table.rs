@@ -87,6 +87,8 @@ pub struct Process {
     pub samples: u64,
     /// When what is mapped was last read from `/proc`, by the boot clock; none if the kernel told it.
     read_at_ns: Option<u64>,
+    /// The time of the last event of this image: what was read before it was this image's.
+    seen_ns: u64,
     /// What the kernel had told before it was read again.
     told: Option<Arc<Image>>,
     /// The name that came with the event.
@@ -337,7 +339,7 @@ impl Processes {
     /// the child is sampled: most call `execve` before that.
     pub fn fork(&mut self, subject: &Subject, origin: Origin) -> Result<&mut Process, Saturated> {
         self.coming.remove(&subject.key.tgid);
-        self.retire(subject.key.tgid, State::Replaced);
+        self.retire_unheard(subject.key.tgid);
         let process = match self.alive.get(&origin.parent) {
             Some(parent) if parent.is_alive() => Process {
                 key: ImageKey::of(subject),
@@ -346,6 +348,8 @@ impl Processes {
                 rules: subject.rules,
                 samples: 0,
                 window: self.window,
+                seen_ns: subject.ktime_ns,
+                told_comm: subject.comm.clone(),
                 ..parent.clone()
             },
             _ => Process { parent: origin.parent, uid: Some(origin.uid), ..self.blank(subject) },
@@ -360,13 +364,14 @@ impl Processes {
             Some(process) if process.key == ImageKey::of(subject) => process,
             other => {
                 self.alive.extend(other.map(|other| (tgid, other)));
-                self.retire(tgid, State::Replaced);
+                self.retire_unheard(tgid);
                 self.blank(subject)
             }
         };
         process.parent = origin.parent;
         process.uid = Some(origin.uid);
         process.rules = subject.rules;
+        process.seen_ns = process.seen_ns.max(subject.ktime_ns);
         if process.cgroup_id != subject.cgroup_id {
             // It was put into another one.
             process.cgroup_id = subject.cgroup_id;
@@ -387,7 +392,12 @@ impl Processes {
 
     /// A process ended.
     pub fn exit(&mut self, subject: &Subject, status: ExitStatus) {
-        if self.alive.get(&subject.key.tgid).is_some_and(|process| process.key.process == subject.key) {
+        let Some(process) = self.alive.get(&subject.key.tgid) else { return };
+        if process.key.process == subject.key {
+            if process.key != ImageKey::of(subject) {
+                // It had another image at its end than was heard of.
+                self.disbelieve(subject.key.tgid, process.seen_ns);
+            }
             self.coming.remove(&subject.key.tgid);
             self.retire(subject.key.tgid, State::Ended(status));
         }
@@ -408,6 +418,7 @@ impl Processes {
         process.window = window;
         process.samples += 1;
         process.rules |= subject.rules;
+        process.seen_ns = process.seen_ns.max(subject.ktime_ns);
         if !is_past {
             rescan(&mut self.files, &mut self.stats, &mut self.changes, &*self.proc, process, addresses);
         }
@@ -426,7 +437,7 @@ impl Processes {
             Some(process) if process.key == key => process,
             other => {
                 self.alive.extend(other.map(|other| (tgid, other)));
-                self.retire(tgid, State::Replaced);
+                self.retire_unheard(tgid);
                 self.blank(subject)
             }
         };
@@ -506,6 +517,10 @@ impl Processes {
             .collect();
         self.stats.reconciled += gone.len() as u64;
         for key in &gone {
+            // It may have had another image at its end.
+            if let Some(seen_ns) = self.alive.get(&key.process.tgid).map(|process| process.seen_ns) {
+                self.disbelieve(key.process.tgid, seen_ns);
+            }
             self.retire(key.process.tgid, State::Ended(ExitStatus(0)));
         }
         gone
@@ -530,6 +545,15 @@ impl Processes {
             self.metadata.remove(process.key.process);
         }
         self.past.insert(process.key, process);
+    }
+
+    /// Somebody else is there, or another image, and nobody told since when: what was read later than the image was seen
+    /// last may have been the other's.
+    fn retire_unheard(&mut self, tgid: u32) {
+        if let Some(seen_ns) = self.alive.get(&tgid).map(|process| process.seen_ns) {
+            self.disbelieve(tgid, seen_ns);
+            self.retire(tgid, State::Replaced);
+        }
     }
 
     /// The image was replaced at this time: what was read from `/proc` later than that was the next one's.
@@ -620,6 +644,7 @@ impl Processes {
             state: State::Unread,
             samples: 0,
             read_at_ns: None,
+            seen_ns: subject.ktime_ns,
             told: None,
             told_comm: subject.comm.clone(),
             // What was read at exec lacks the libraries: the first sample that misses them may look again at once.

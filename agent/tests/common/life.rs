@@ -162,8 +162,9 @@ int main(int n, char **v)
 		threads(2, spin_on, (void *)10000);
 		spin_here(10000);
 	}
-	/* exec MS PROGRAM...: spins, then replaces its image */
+	/* exec MS PROGRAM...: sleeps a little, spins, then replaces its image */
 	if (!strcmp(what, "exec")) {
+		usleep(20000);
 		spin_here(number);
 		execv(v[3], v + 3);
 		die("execv");

@@ -1,0 +1,354 @@
+//! Needs root and a kernel with BTF: whatever a process does, its samples carry the image that they were taken of.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
+
+mod common;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{BufRead as _, BufReader, Write as _},
+    path::Path,
+    process::{Command, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{
+    cgroup::{ENTER, Group},
+    life::{COMM, life, life_as, run},
+    program, record,
+};
+use gannet_agent::{
+    engine::{Engine, EngineOptions, Inside, Window},
+    kernel::KernelOptions,
+    process::{Image, MappingKind, ProcessKey, check_identity},
+    profile::{RawProcess, SampleKind, StackEnd},
+    rules::{Deny, Set, Source, ad_hoc},
+};
+use gannet_proto::{
+    control::{Match, capture},
+    rules::Caps,
+};
+
+const STORM: &str = include_str!("../../scripts/storm.c");
+/// However busy the machine is.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+}
+
+struct Watch {
+    engine: Engine,
+    windows: mpsc::Receiver<Window>,
+}
+
+impl Watch {
+    /// Samples commands of these names. Windows end when they are asked to.
+    fn of(comms: &[&str], hz: u32, kinds: &[capture::Kind], kernel: KernelOptions) -> Self {
+        let (send, windows) = mpsc::channel();
+        let options = EngineOptions {
+            node: "here".into(),
+            kernel,
+            window: Duration::from_secs(3600),
+            caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
+            deny: Deny::default(),
+            tables: true,
+        };
+        let engine = Engine::start(options, move |window: Window| drop(send.send(window))).unwrap();
+        let comm = comms.iter().map(|comm| (*comm).to_owned()).collect();
+        let rules = vec![ad_hoc("test", Match { comm, ..Match::default() }, hz, kinds)];
+        let partial = block_on(engine.replace(Source::Local, Set { rules, ..Set::default() })).unwrap();
+        assert!(partial.is_empty(), "{partial:?}");
+        Self { engine, windows }
+    }
+
+    fn look<T: Send + 'static>(&self, look: impl FnOnce(&mut Inside<'_>) -> T + Send + 'static) -> T {
+        block_on(self.engine.inspect(look)).unwrap()
+    }
+
+    #[track_caller]
+    fn wait_for(&self, what: &str, is: impl Fn(&mut Inside<'_>) -> bool + Clone + Send + 'static) {
+        let begun = Instant::now();
+        while !self.look(is.clone()) {
+            assert!(begun.elapsed() < PATIENCE, "{what}");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Keeps the reader from its ring while something happens.
+    fn blocked<T>(&self, meanwhile: impl FnOnce() -> T) -> T {
+        let (go, wait) = mpsc::channel::<()>();
+        let (begun, begins) = mpsc::channel();
+        let engine = &self.engine;
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                let held = engine.inspect(move |_| {
+                    begun.send(()).unwrap();
+                    let _ = wait.recv();
+                });
+                block_on(held).unwrap();
+            });
+            begins.recv().unwrap();
+            let done = meanwhile();
+            drop(go);
+            done
+        })
+    }
+
+    /// Ends the engine and gives its last window.
+    #[track_caller]
+    fn end(self) -> Window {
+        self.engine.stop();
+        let window = self.windows.recv().unwrap();
+        assert!(self.windows.recv().is_err(), "one window");
+        window
+    }
+}
+
+/// Every process of a window, with what its series says of it, and the kind of its samples.
+fn processes(window: &Window) -> Vec<(&RawProcess, &BTreeMap<String, String>, SampleKind)> {
+    window
+        .profiles
+        .iter()
+        .flat_map(|profile| {
+            profile.raw.processes.iter().map(|process| (process, &profile.labels, profile.raw.kind))
+        })
+        .collect()
+}
+
+fn samples(process: &RawProcess) -> u64 {
+    process.stacks.iter().map(|stack| stack.count).sum()
+}
+
+/// The files that an image's addresses belong to; none for an address that belongs to nothing, or to a file that is not
+/// open.
+fn files_of(image: &Image, addresses: &[u64]) -> BTreeSet<Option<String>> {
+    addresses
+        .iter()
+        .map(|address| match &image.find(*address)?.kind {
+            MappingKind::File(file) => file.file.is_some().then(|| file.path.clone()),
+            MappingKind::Vdso => Some("[vdso]".into()),
+            MappingKind::Anon => None,
+        })
+        .collect()
+}
+
+fn name_of(path: &str) -> &str {
+    Path::new(path).file_name().unwrap().to_str().unwrap()
+}
+
+#[test]
+fn r37_r38_r39_samples_from_before_an_exec_keep_the_old_image_in_every_kind_of_profile() {
+    let directory = tempfile::tempdir().unwrap();
+    let (old, new) = ("gannet-old", "gannet-new");
+    let (first, second) = (life_as(directory.path(), old), life_as(directory.path(), new));
+    let kinds = [capture::Kind::OnCpu, capture::Kind::OffCpu];
+    let watch = Watch::of(&[old, new], 499, &kinds, KernelOptions::default());
+    // By the first thread, and by another; each sleeps and spins in both images.
+    for how in [["exec", "150"], ["exec", "60"]] {
+        let status = Command::new(&first)
+            .args(how)
+            .args([second.to_str().unwrap(), "exec", "150", second.to_str().unwrap(), "sleep", "30"])
+            .status()
+            .unwrap();
+        assert!(status.success(), "{status}");
+    }
+    let window = watch.end();
+    assert_eq!(window.ledger.taken, window.ledger.delivered, "none lost: {:?}", window.ledger);
+    let mut seen: BTreeMap<(&str, bool), u64> = BTreeMap::new();
+    for (process, labels, kind) in processes(&window) {
+        let exe = name_of(&labels["exe"]);
+        assert_eq!(exe, process.comm, "{labels:?}");
+        *seen.entry((exe, kind == SampleKind::OnCpu)).or_default() += samples(process);
+        for stack in &process.stacks {
+            for file in files_of(&process.image, &stack.user).into_iter().flatten() {
+                assert!(file == "[vdso]" || name_of(&file) == exe, "{file} in {exe}");
+            }
+        }
+    }
+    assert_eq!(seen.values().sum::<u64>(), window.ledger.delivered);
+    for image in [old, new] {
+        assert!(seen.get(&(image, true)).is_some_and(|n| *n >= 20), "{seen:?}");
+        assert!(seen.get(&(image, false)).is_some_and(|n| *n >= 1), "{seen:?}");
+    }
+}
+
+#[test]
+fn r33_r34_processes_of_30_ms_carry_executable_container_and_code() {
+    let id = "ab".repeat(32);
+    let group = Group::new(&format!("docker-{id}.scope"));
+    let enter = program("gannet-enter", ENTER, &[]);
+    let watch = Watch::of(&[COMM], 199, &[], KernelOptions::default());
+    let spawners: Vec<_> = (0..2)
+        .map(|_| {
+            let path = life();
+            Command::new(&enter)
+                .args(group.doors())
+                .arg("--")
+                .args([path.to_str().unwrap(), "spawn", "100", path.to_str().unwrap(), "spin", "30"])
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for mut spawner in spawners {
+        assert!(spawner.wait().unwrap().success());
+    }
+    // All of them are gone by now.
+    let window = watch.end();
+    assert_eq!(window.ledger.taken, window.ledger.delivered, "{:?}", window.ledger);
+    let (mut all, mut good) = (0, 0);
+    let mut keys = BTreeSet::new();
+    for (process, labels, _) in processes(&window) {
+        keys.insert(process.key);
+        // The series of a container are its pod's; without one they are named after the executable.
+        let named = labels["service_name"] == COMM && process.container_id == id;
+        for stack in &process.stacks {
+            all += stack.count;
+            if named && files_of(&process.image, &stack.user).iter().all(Option::is_some) {
+                good += stack.count;
+            }
+        }
+    }
+    assert!(keys.len() >= 190, "{} processes were seen", keys.len());
+    assert!(good * 100 >= all * 99, "{good} of {all}");
+}
+
+#[test]
+fn r27_r36_two_lives_of_one_number_have_each_their_own_image() {
+    let directory = tempfile::tempdir().unwrap();
+    let (first, second) =
+        (life_as(directory.path(), "gannet-first"), life_as(directory.path(), "gannet-second"));
+    let watch = Watch::of(&["gannet-first", "gannet-second"], 499, &[], KernelOptions::default());
+    let number =
+        (2..30_000).rev().find(|pid| !Path::new(&format!("/proc/{pid}")).exists()).unwrap().to_string();
+    run(&["reborn", &number, "60", first.to_str().unwrap(), second.to_str().unwrap()]);
+    let window = watch.end();
+    let lives: BTreeMap<ProcessKey, &str> = processes(&window)
+        .iter()
+        .map(|(process, labels, _)| (process.key, name_of(&labels["exe"])))
+        .collect();
+    assert_eq!(lives.values().copied().collect::<Vec<_>>(), ["gannet-first", "gannet-second"], "{lives:?}");
+    assert!(lives.keys().all(|key| key.tgid.to_string() == number));
+}
+
+#[test]
+fn r23_lost_events_are_noticed_and_repaired_in_both_directions() {
+    let kernel = KernelOptions { ring_bytes: 1 << 17, ..KernelOptions::default() };
+    let watch = Watch::of(&[COMM], 1, &[], kernel);
+    let mut parent = Command::new(life())
+        .args(["children", "1200"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    BufReader::new(parent.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+    let pid = parent.id();
+    let children = move |inside: &mut Inside<'_>| {
+        inside.processes.alive().filter(|process| process.parent == pid).count()
+    };
+    watch.wait_for("all children are in the table", move |inside| children(inside) == 1200);
+    let late = watch.blocked(|| {
+        parent.stdin.take().unwrap().write_all(b"!").unwrap();
+        assert!(parent.wait().unwrap().success());
+        // The ring is full of exits: of these nothing is told.
+        let late: Vec<_> =
+            (0..5).map(|_| Command::new(life()).args(["sleep", "60000"]).spawn().unwrap()).collect();
+        thread::sleep(Duration::from_millis(200));
+        late.into_iter().map(common::Running).collect::<Vec<_>>()
+    });
+    let lost = watch.look(|inside| gannet_agent::kernel::lifecycle_lost(&inside.kernel.counters().unwrap()));
+    assert!(lost > 0);
+    let wanted: BTreeSet<u32> = late.iter().map(|child| child.0.id()).collect();
+    watch.wait_for("the table is what runs", move |inside| {
+        let alive: BTreeSet<u32> =
+            inside.processes.alive().filter(|p| p.comm == COMM).map(|p| p.key.process.tgid).collect();
+        alive == wanted && inside.processes.alive().all(|p| check_identity(p.key.process).is_ok())
+    });
+    assert!(watch.look(|inside| inside.processes.stats().reconciled) > 0);
+}
+
+#[test]
+fn r25_without_tracepoints_processes_come_and_go_by_looking() {
+    let without = &["sched_process_exec", "sched_process_exit", "mappings"];
+    let watch = Watch::of(&[COMM], 199, &[], KernelOptions { without, ..KernelOptions::default() });
+    let degraded = watch.engine.degraded().join(" ");
+    assert!(degraded.contains("sched_process_exec") && degraded.contains("sched_process_exit"), "{degraded}");
+    let mut child = Command::new(life()).args(["spin", "60000"]).spawn().unwrap();
+    let pid = child.id();
+    watch.wait_for("it is found, read and sampled", move |inside| {
+        inside.processes.alive().any(|p| p.key.process.tgid == pid && p.samples > 5 && p.exe.ends_with(COMM))
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    watch.wait_for("its end is found", move |inside| {
+        inside.processes.alive().all(|p| p.key.process.tgid != pid)
+    });
+}
+
+#[test]
+fn r46_what_is_queued_when_a_process_ends_is_in_the_output() {
+    let watch = Watch::of(&[COMM], 999, &[], KernelOptions::default());
+    let mut child = Command::new(life()).args(["spin", "2500"]).spawn().unwrap();
+    let pid = child.id();
+    watch.wait_for("the kernel side walks its stacks", move |inside| {
+        let keys: Vec<_> =
+            inside.processes.alive().filter(|p| p.key.process.tgid == pid).map(|p| p.key).collect();
+        inside.tables.is_some_and(|tables| keys.iter().any(|key| tables.is_entered(key)))
+    });
+    let before = watch.look(|inside| inside.ledger.taken);
+    watch.blocked(|| assert!(child.wait().unwrap().success()));
+    let window = watch.end();
+    assert_eq!(window.ledger.taken, window.ledger.delivered, "{:?}", window.ledger);
+    assert!(window.ledger.delivered - before >= 1000, "{before} of {:?}", window.ledger);
+    let named: u64 = processes(&window)
+        .iter()
+        .filter(|(process, labels, _)| process.key.tgid == pid && name_of(&labels["exe"]) == COMM)
+        .map(|(process, ..)| samples(process))
+        .sum();
+    assert_eq!(named, window.ledger.delivered);
+}
+
+/// The short form of `scripts/bench-storm`.
+#[test]
+fn r34_a_storm_of_short_processes_is_seen_whole() {
+    let storm = program("gannet-storm", STORM, &[]);
+    let directory = tempfile::tempdir().unwrap();
+    let child = directory.path().join("storm-child");
+    std::fs::copy(&storm, &child).unwrap();
+    let watch = Watch::of(&["storm-child"], 499, &[], KernelOptions::default());
+    let output = Command::new(&storm).args(["100", "3"]).arg(&child).arg("4").output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let account: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let window = watch.end();
+    assert_eq!(window.ledger.taken, window.ledger.delivered, "{:?}", window.ledger);
+    let (mut all, mut named, mut user, mut rooted) = (0, 0, 0, 0);
+    for (process, labels, _) in processes(&window) {
+        let exe = labels.get("exe").is_some_and(|exe| name_of(exe) == "storm-child");
+        for stack in &process.stacks {
+            all += stack.count;
+            if exe && files_of(&process.image, &stack.user).iter().all(Option::is_some) {
+                named += stack.count;
+            }
+            if !stack.user.is_empty() {
+                user += stack.count;
+                rooted += if stack.end == StackEnd::Complete { stack.count } else { 0 };
+            }
+        }
+    }
+    // By the kernel's own count of their time; the part before the exec is the parent's image's.
+    let ticks = account["cpu_seconds"].as_f64().unwrap() * 499.0;
+    assert!(all as f64 >= ticks * 0.75, "{all} of {ticks} ticks: {account}");
+    assert!(named * 100 >= all * 99, "{named} of {all} have their code");
+    assert!(rooted * 100 >= user * 95, "{rooted} of {user} are whole");
+}
+
+#[test]
+fn a_program_of_30_ms_is_recorded_from_its_start() {
+    let program = life();
+    let recording = record(999, &["--", program.to_str().unwrap(), "spin", "30"]);
+    let (whole, all) =
+        recording.share("spin_here", |stack| common::in_order(stack, &["_start", "main", "spin_here"]));
+    assert!(all >= 10 && whole * 100 >= all * 95, "{whole} of {all}: {:?}", recording.stacks);
+    assert!(recording.lost.values().all(|lost| *lost == 0), "{:?}", recording.lost);
+}

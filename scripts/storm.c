@@ -1,0 +1,74 @@
+/*
+ * Starts RATE processes a second for SECONDS, and prints how many there were and what CPU time they used, by the kernel's
+ * own count:
+ *   storm RATE SECONDS PROGRAM MS
+ * The program may be a copy of this one: called with MS only it computes for so many milliseconds of CPU time and ends.
+ */
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static double now(clockid_t clock)
+{
+	struct timespec t;
+	clock_gettime(clock, &t);
+	return t.tv_sec + t.tv_nsec / 1e9;
+}
+
+__attribute__((noinline)) void storm_work(double seconds)
+{
+	while (now(CLOCK_PROCESS_CPUTIME_ID) < seconds)
+		for (volatile int i = 0; i < 2000; i++)
+			;
+}
+
+int main(int argc, char **argv)
+{
+	double begun = now(CLOCK_MONOTONIC), rate, seconds;
+	struct rusage used;
+	long started = 0, running = 0, failed = 0;
+	int status;
+
+	if (argc == 2) {
+		storm_work(atof(argv[1]) / 1000);
+		return 0;
+	}
+	if (argc != 5) {
+		fprintf(stderr, "storm RATE SECONDS PROGRAM MS\n");
+		return 2;
+	}
+	rate = atof(argv[1]);
+	seconds = atof(argv[2]);
+	while (now(CLOCK_MONOTONIC) - begun < seconds) {
+		double behind = (now(CLOCK_MONOTONIC) - begun) * rate - started;
+		if (behind < 1) {
+			usleep(1000);
+		} else {
+			pid_t pid = vfork();
+			if (!pid) {
+				execl(argv[3], argv[3], argv[4], NULL);
+				_exit(99);
+			}
+			started++;
+			running += pid > 0;
+		}
+		while (running && waitpid(-1, &status, WNOHANG) > 0) {
+			running--;
+			failed += status != 0;
+		}
+	}
+	while (running && waitpid(-1, &status, 0) > 0) {
+		running--;
+		failed += status != 0;
+	}
+	getrusage(RUSAGE_CHILDREN, &used);
+	printf("{\"processes\": %ld, \"failed\": %ld, \"cpu_seconds\": %.3f, \"seconds\": %.3f}\n", started, failed,
+	       used.ru_utime.tv_sec + used.ru_utime.tv_usec / 1e6 + used.ru_stime.tv_sec + used.ru_stime.tv_usec / 1e6,
+	       now(CLOCK_MONOTONIC) - begun);
+	return 0;
+}
