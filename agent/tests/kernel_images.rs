@@ -24,6 +24,7 @@ use gannet_agent::{
     process::{Image, MappingKind, ProcessKey, check_identity},
     profile::{RawProcess, SampleKind, StackEnd},
     rules::{Deny, Set, Source, ad_hoc},
+    tables::TableSources,
 };
 use gannet_proto::{
     control::{Match, capture},
@@ -53,7 +54,7 @@ impl Watch {
             window: Duration::from_secs(3600),
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
-            tables: true,
+            tables: Some(TableSources::default()),
         };
         let engine = Engine::start(options, move |window: Window| drop(send.send(window))).unwrap();
         let comm = comms.iter().map(|comm| (*comm).to_owned()).collect();
