@@ -1,6 +1,11 @@
 //! Needs root and a kernel with BTF: the maps that stacks are unwound by, the real ones, and mappings that change.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
 
+mod common;
+
+use std::process::Command;
+
+use common::{in_order, is_marked, program, record};
 use gannet_agent::kernel::{Kernel, KernelMapping, KernelOptions, UnwindMaps as _, blocks};
 
 #[test]
@@ -58,5 +63,78 @@ fn the_verifier_is_far_from_its_limit() {
             eprintln!("verified {}: {} instructions", program.name, program.verified_instructions);
             assert!(program.verified_instructions < 500_000, "{program:?}");
         }
+    }
+}
+
+/// One library after the other at the same address, moved, cut, and replaced: what is there is what is called.
+const CHANGES: &str = r"
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+volatile long sink;
+/* The one page of code of a library that has nothing else in it. */
+static void *map(const char *path, void *at, int flags) {
+	int file = open(path, O_RDONLY);
+	void *code = mmap(at, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | flags, file, 4096);
+	close(file);
+	return code;
+}
+__attribute__((noinline)) long stage_first(long (*f)(long)) { for (int i = 0; i < 20000; i++) sink += f(100000); return sink; }
+__attribute__((noinline)) long stage_replaced(long (*f)(long)) { for (int i = 0; i < 20000; i++) sink += f(100000); return sink; }
+__attribute__((noinline)) long stage_moved(long (*f)(long)) { for (int i = 0; i < 20000; i++) sink += f(100000); return sink; }
+__attribute__((noinline)) long stage_again(long (*f)(long)) { for (int i = 0; i < 20000; i++) sink += f(100000); return sink; }
+int main(int count, char **words) {
+	/* The function is at the begin of the page. */
+	char *place = map(words[1], 0, 0);
+	if (place == MAP_FAILED) return 1;
+	sink += stage_first((void *)place);
+	if (map(words[2], place, MAP_FIXED) != place) return 2;
+	sink += stage_replaced((void *)place);
+	char *elsewhere = mmap(0, 1 << 20, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (mremap(place, 4096, 4096, MREMAP_MAYMOVE | MREMAP_FIXED, elsewhere) != elsewhere) return 3;
+	sink += stage_moved((void *)elsewhere);
+	munmap(elsewhere, 1 << 20);
+	if (map(words[1], elsewhere, MAP_FIXED) != elsewhere) return 4;
+	sink += stage_again((void *)elsewhere);
+	return 0;
+}
+";
+
+#[test]
+fn r15_no_frame_is_named_after_a_file_that_is_no_longer_there() {
+    let library = |name: &str, function: &str| {
+        let source = format!(
+            "long {function}(long n) {{ long s = 0; for (long i = 0; i < n; i++) {{ s += i; __asm__ volatile(\"\" : \"+r\"(s)); }} return s; }}\n"
+        );
+        program(
+            name,
+            &source,
+            &["-shared", "-fPIC", "-nostdlib", "-Wl,-Ttext=0x1000", "-Wl,-z,separate-code"],
+        )
+    };
+    let (one, two) = (library("one.so", "code_of_one"), library("two.so", "code_of_two"));
+    let host = program("changes", CHANGES, &[]);
+    let [host, one, two] = [&host, &one, &two].map(|path| path.to_str().unwrap());
+    // Each function is at the begin of its page, or the program would call something else.
+    let status =
+        Command::new("sh").args(["-c", "test -s \"$0\" && test -s \"$1\"", one, two]).status().unwrap();
+    assert!(status.success());
+    let recording = record(499, &["--", host, one, two]);
+    for (stage, function) in [
+        ("stage_first", "code_of_one"),
+        ("stage_replaced", "code_of_two"),
+        ("stage_moved", "code_of_two"),
+        ("stage_again", "code_of_one"),
+    ] {
+        let whole =
+            |stack: &[String]| in_order(stack, &["_start", "main", stage, function]) && !is_marked(stack);
+        // What is in the stage's own instructions between two calls has no frame of the library.
+        let own = |stack: &[String]| stack.last().is_some_and(|leaf| leaf == stage);
+        let (good, all) = recording.share(stage, whole);
+        let odd = recording.odd_ones(stage, |stack| whole(stack) || own(stack));
+        assert!(all >= 30 && odd.is_empty() && good * 10 >= all * 9, "{stage}: {good} of {all}: {odd:?}");
     }
 }
