@@ -21,7 +21,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::{
     kernel::{MAX_CGROUP_PATH, MAX_COMM},
-    pods::{LabelOptions, SourceKind, SourceOptions, check_address},
+    pods::{LabelOptions, PATIENCE, SourceKind, SourceOptions, check_address},
     rules::{CAPTURE_SLOTS, Deny, RULE_SLOTS},
 };
 
@@ -404,6 +404,8 @@ impl RunArgs {
             kubelet_certificate: self.kubelet_certificate,
             kubelet_insecure: self.kubelet_insecure,
             token_file: self.kubelet_token_file.unwrap_or_else(|| Path::new(SERVICE_ACCOUNT).join("token")),
+            patience: PATIENCE,
+            apiserver: is_set("KUBERNETES_SERVICE_HOST") || is_set("KUBECONFIG"),
         });
         Ok(Config {
             dial: self.collector.map(|url| Dial {
@@ -494,6 +496,8 @@ impl Config {
                 kubelet_certificate,
                 kubelet_insecure,
                 token_file,
+                patience: _,
+                apiserver: _,
             }) => {
                 lines.extend([
                     ("kubelet", only.map_or("auto", SourceKind::as_str).to_owned()),
@@ -553,6 +557,10 @@ fn read(path: &Path) -> Result<RunArgs, ConfigError> {
     }
     serde_saphyr::from_str(&text)
         .map_err(|error| ConfigError::Parse { path: path.to_owned(), reason: error.to_string() })
+}
+
+fn is_set(name: &str) -> bool {
+    std::env::var_os(name).is_some_and(|value| !value.is_empty())
 }
 
 fn address(text: &str) -> SocketAddr {

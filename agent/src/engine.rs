@@ -29,7 +29,7 @@ pub use self::captures::{Manual, RunningCapture};
 use crate::{
     conditions::{NodeAbilities, Sensors, boot_clock, trigger::Held},
     kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Sample, Want, lifecycle_lost},
-    process::{Changes, Image, ImageKey, ProcError, Process, Processes, check_identity},
+    process::{CgroupTree, Changes, Image, ImageKey, ProcError, Process, Processes, check_identity},
     profile::{RecorderStats, SampleKind, SeriesProfile, slots},
     rules::{
         CaptureError, Deny, RuleBook, Set, Source,
@@ -181,6 +181,7 @@ pub struct Engine {
     bell: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
     degraded: Vec<String>,
+    groups: Option<Arc<CgroupTree>>,
 }
 
 impl Engine {
@@ -197,7 +198,7 @@ impl Engine {
             .name("gannet-engine".into())
             .spawn(move || match Worker::new(options, Box::new(sink), &ears) {
                 Ok(mut worker) => {
-                    let _ = started.send(Ok(worker.kernel.degraded().to_vec()));
+                    let _ = started.send(Ok((worker.kernel.degraded().to_vec(), worker.groups.clone())));
                     worker.run(&inbox, &ears);
                 }
                 Err(error) => {
@@ -205,13 +206,18 @@ impl Engine {
                 }
             })
             .map_err(EngineError::Start)?;
-        let degraded = answer.recv().map_err(|_| EngineError::Ended)??;
-        Ok(Self { commands, bell, thread: Some(thread), degraded })
+        let (degraded, groups) = answer.recv().map_err(|_| EngineError::Ended)??;
+        Ok(Self { commands, bell, thread: Some(thread), degraded, groups })
     }
 
     /// What works less well on this kernel, in words.
     pub fn degraded(&self) -> &[String] {
         &self.degraded
+    }
+
+    /// The control groups of this host, where they can be read.
+    pub fn groups(&self) -> Option<&Arc<CgroupTree>> {
+        self.groups.as_ref()
     }
 
     /// Checks a set of rules and puts it into force in place of the source's former one, whole or not at all. By the
@@ -299,6 +305,7 @@ struct Worker {
     window_length: Duration,
     kernel: Kernel,
     processes: Processes,
+    groups: Option<Arc<CgroupTree>>,
     rules: RuleBook,
     tables: Option<Tables>,
     /// Raw samples whose tables are being made, by image.
@@ -325,6 +332,8 @@ struct Worker {
     /// What is in the kernel's `arms`, by thread group id.
     armed: HashMap<u32, Arm>,
     pods: Option<Box<dyn PodSource>>,
+    /// The containers that were told of in this window.
+    seen: HashSet<String>,
 }
 
 impl Worker {
@@ -333,6 +342,7 @@ impl Worker {
         let files = raise_file_limit();
         let hierarchy = kernel.hierarchy;
         let processes = Processes::new(kernel.hierarchy, kernel.processes as usize * 2, files);
+        let groups = processes.groups().map(Arc::clone);
         let mut kernel = Kernel::start(kernel)?;
         let tables = if let Some(sources) = tables {
             let bell = Arc::clone(bell);
@@ -364,6 +374,7 @@ impl Worker {
             node,
             window_length: window,
             processes,
+            groups,
             rules,
             intake: Intake::new(),
             captures,
@@ -380,6 +391,7 @@ impl Worker {
             last_window: None,
             armed: HashMap::new(),
             pods: None,
+            seen: HashSet::new(),
         })
     }
 
@@ -541,6 +553,9 @@ impl Worker {
         let walked = self.tables.is_some() && sample.kind == SampleKind::OnCpu;
         let unknown = if walked { &[] } else { sample.user.as_slice() };
         let process = self.processes.sampled(&sample.subject, unknown);
+        if let Ok(process) = &process {
+            see(self.pods.as_deref_mut(), &mut self.seen, process);
+        }
         // Read ahead: the tables are asked for before all of its samples are here.
         if let (Ok(process), Some(tables), Some(_)) = (process, &mut self.tables, &sample.raw) {
             tables.ready(&process.image);
@@ -809,6 +824,7 @@ impl Worker {
         let waiting = &self.waiting;
         self.processes.next_window(|key| waiting.contains_key(key));
         self.rules.next_window();
+        self.seen.clear();
         let mut ledger = Ledger { delivered: flushed.delivered, ..Ledger::default() };
         ledger.lose(LossReason::Expired, flushed.expired);
         match self.kernel.counters() {
@@ -878,6 +894,18 @@ impl Inside<'_> {
             }
         }
         self.rules.statuses(SystemTime::now(), |place| armed[place as usize])
+    }
+}
+
+/// Tells who knows pods of a process's container, once in a window.
+fn see(pods: Option<&mut (dyn PodSource + 'static)>, seen: &mut HashSet<String>, process: &Process) {
+    let id = &process.names.container_id;
+    if let Some(pods) = pods
+        && !id.is_empty()
+        && !seen.contains(id)
+    {
+        seen.insert(id.clone());
+        pods.seen(&process.names);
     }
 }
 

@@ -8,7 +8,10 @@ use std::{
 };
 
 use gannet_proto::{connect::DialError, control::RuleError};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -23,8 +26,10 @@ use crate::{
     node::{Node, Recent},
     pipeline,
     pods::{self, Pods},
+    process::CgroupNames,
     rules::{
         Notify, Set, Source,
+        containers::{PodRule, PodSource},
         files::{self, FilesError, Stamp},
     },
     symbols::{Symbolizer, SymbolizerConfig},
@@ -144,6 +149,11 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
         pods.clone(),
         submit,
     ));
+    let (rules_over_pods, wanted) = watch::channel(Vec::new());
+    let groups = engine.groups().filter(|_| config.pods.is_some()).map(Arc::clone);
+    if groups.is_some() {
+        engine.know_pods(KnowsPods { pods: pods.clone(), rules: rules_over_pods });
+    }
     let node = Arc::new(Node::new(config, engine, ledger, spool_stats, recent, pods));
 
     let store = LastGood::in_dir(&node.config.state_dir);
@@ -174,6 +184,10 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
         let sources = pods::sources(options);
         tokio::spawn(pods::follow(node.pods.clone(), sources, options.only.is_some(), cancel.clone()))
     });
+    let arming = groups.map(|groups| {
+        let containers = node.engine.containers();
+        tokio::spawn(pods::arm(node.pods.clone(), groups, containers, wanted, cancel.clone()))
+    });
     tracing::info!(node = node.config.node, "gannet-agent {} runs", gannet_proto::VERSION);
 
     tokio::select! {
@@ -186,8 +200,8 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
         let _ = controlling.await;
     }
     let _ = following.await;
-    if let Some(telling) = telling {
-        let _ = telling.await;
+    for task in [telling, arming].into_iter().flatten() {
+        let _ = task.await;
     }
     // Requests that are being answered hold the node too.
     serving.abort();
@@ -204,6 +218,22 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
         tracing::info!("what the collector did not take in time is in the spool");
     }
     Ok(())
+}
+
+/// What the engine tells of rules over pods and of containers goes to who follows pods.
+struct KnowsPods {
+    pods: Pods,
+    rules: watch::Sender<Vec<PodRule>>,
+}
+
+impl PodSource for KnowsPods {
+    fn rules(&mut self, rules: Vec<PodRule>) {
+        self.rules.send_replace(rules);
+    }
+
+    fn seen(&mut self, container: &CgroupNames) {
+        self.pods.ask(&container.container_id, &container.pod_uid);
+    }
 }
 
 /// Applies rule files again whenever they change. A set that is wrong changes nothing.

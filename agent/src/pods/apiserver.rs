@@ -1,8 +1,6 @@
 //! A watch at the API server over the pods of this node. It costs the API server a stream for each node; the kubelet's
 //! own sources go before it.
 
-use std::env;
-
 use futures::stream::{self, BoxStream, StreamExt as _};
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod as ApiPod};
 use kube::{
@@ -27,15 +25,20 @@ const PAGE: u32 = 250;
 pub(super) struct ApiServer {
     node: String,
     by_name: bool,
+    is_there: bool,
 }
 
 impl ApiServer {
     pub(super) fn new(options: &SourceOptions) -> Self {
-        Self { node: options.node.clone(), by_name: options.only == Some(SourceKind::ApiServer) }
+        Self {
+            node: options.node.clone(),
+            by_name: options.only == Some(SourceKind::ApiServer),
+            is_there: options.apiserver,
+        }
     }
 
     async fn client(&self) -> Result<Client, SourceError> {
-        if !self.by_name && !self.is_there() {
+        if !self.by_name && !self.is_there {
             return Err(SourceError::Absent(
                 "this is no pod (KUBERNETES_SERVICE_HOST is not set), and KUBECONFIG names no cluster".into(),
             ));
@@ -58,8 +61,7 @@ impl PodSource for ApiServer {
     }
 
     fn is_there(&self) -> bool {
-        let set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
-        set("KUBERNETES_SERVICE_HOST") || set("KUBECONFIG")
+        self.is_there
     }
 
     fn changes<'a>(&'a self, _wanted: &'a Notify) -> BoxStream<'a, Result<Change, SourceError>> {
@@ -164,8 +166,107 @@ impl From<ApiPod> for Told {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        sync::{Arc, Mutex},
+        time::Duration,
+    };
+
+    use axum::{
+        Router,
+        body::{Body, Bytes},
+        extract::{RawQuery, State},
+        http::StatusCode,
+        response::{IntoResponse as _, Response},
+        routing::get,
+    };
+    use tokio::{net::TcpListener, sync::mpsc, time::timeout};
+    use tokio_stream::wrappers::ReceiverStream;
+
     use super::*;
     use crate::pods::json::read_pods;
+
+    type Lines = mpsc::Receiver<Result<Bytes, std::io::Error>>;
+
+    /// Lists the real pods, then tells what it is given; or refuses.
+    #[derive(Clone)]
+    struct FakeServer {
+        queries: Arc<Mutex<Vec<String>>>,
+        lines: Arc<Mutex<Option<Lines>>>,
+        refuses: bool,
+    }
+
+    async fn pods(State(server): State<FakeServer>, RawQuery(query): RawQuery) -> Response {
+        let query = query.unwrap_or_default();
+        server.queries.lock().unwrap().push(query.clone());
+        if server.refuses {
+            let status = r#"{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure",
+                "message":"pods is forbidden: User \"gannet\" cannot list","reason":"Forbidden","code":403}"#;
+            return (StatusCode::FORBIDDEN, status).into_response();
+        }
+        if query.contains("watch=true") {
+            let lines = server.lines.lock().unwrap().take().unwrap();
+            return Body::from_stream(ReceiverStream::new(lines)).into_response();
+        }
+        let text = include_str!("../../tests/data/kubelet-pods-1.20.2.json");
+        text.replacen("\"metadata\":{}", "\"metadata\":{\"resourceVersion\":\"7\"}", 1).into_response()
+    }
+
+    async fn start(refuses: bool) -> (FakeServer, mpsc::Sender<Result<Bytes, std::io::Error>>, Client) {
+        let (sender, lines) = mpsc::channel(8);
+        let server =
+            FakeServer { queries: Arc::default(), lines: Arc::new(Mutex::new(Some(lines))), refuses };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let router = Router::new().route("/api/v1/pods", get(pods)).with_state(server.clone());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        let client = Client::try_from(Config::new(url.parse().unwrap())).unwrap();
+        (server, sender, client)
+    }
+
+    fn source() -> ApiServer {
+        ApiServer::new(&SourceOptions { node: "worker-1".into(), ..SourceOptions::default() })
+    }
+
+    #[tokio::test]
+    async fn this_nodes_pods_are_listed_and_watched() {
+        let (server, lines, client) = start(false).await;
+        let mut events = source().watch(client);
+        let mut told = async || timeout(Duration::from_secs(60), next(&mut events)).await.unwrap().unwrap();
+        let Change::All(pods) = told().await else { panic!("the first is all pods") };
+        assert_eq!(pods.len(), 5);
+        let event = |kind: &str, uid: &str| {
+            let text = format!(
+                r#"{{"type":"{kind}","object":{{"kind":"Pod","apiVersion":"v1","metadata":{{"name":"new",
+                    "namespace":"shop","uid":"{uid}","resourceVersion":"8"}}}}}}"#
+            );
+            Ok(Bytes::from(text.replace('\n', " ") + "\n"))
+        };
+        lines.send(event("ADDED", "u1")).await.unwrap();
+        lines.send(event("DELETED", "u1")).await.unwrap();
+        let Change::Set(pod) = told().await else { panic!("a pod is new") };
+        assert_eq!((pod.namespace.as_str(), pod.name.as_str()), ("shop", "new"));
+        assert_eq!(told().await, Change::Gone("u1".into()));
+        // Only this node's: the API server sorts the others out.
+        let queries = server.queries.lock().unwrap().clone();
+        assert!(
+            queries.iter().all(|query| query.contains("fieldSelector=spec.nodeName%3Dworker-1")),
+            "{queries:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_missing_right_is_named() {
+        let (_server, _lines, client) = start(true).await;
+        let error = next(&mut source().watch(client)).await.unwrap_err().to_string();
+        assert!(error.contains("[\"pods\"]") && error.contains("cannot list"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn outside_of_a_cluster_none_is_looked_for() {
+        let wanted = Notify::new();
+        let error = source().changes(&wanted).next().await.unwrap().unwrap_err();
+        assert!(matches!(error, SourceError::Absent(_)), "{error}");
+    }
 
     #[test]
     fn the_api_servers_pods_are_the_kubelets() {

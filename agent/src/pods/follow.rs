@@ -20,15 +20,31 @@ const GOOD: Duration = Duration::from_secs(30);
 
 /// Follows `sources` until cancelled. `must`: they were asked for by name, so that readiness waits for them even if
 /// nothing is there.
-pub async fn follow(pods: Pods, sources: Vec<Arc<dyn PodSource>>, must: bool, cancel: CancellationToken) {
+pub fn follow(
+    pods: Pods,
+    sources: Vec<Arc<dyn PodSource>>,
+    must: bool,
+    cancel: CancellationToken,
+) -> impl Future<Output = ()> + Send + 'static {
+    // At once, so that the node is not ready for a moment before it waits for pods.
+    look(&pods, &sources, must);
+    following(pods, sources, must, cancel)
+}
+
+/// Whether there is anything to follow; readiness waits for it then.
+fn look(pods: &Pods, sources: &[Arc<dyn PodSource>], must: bool) -> bool {
+    let there = must || sources.iter().any(|source| source.is_there());
+    pods.0.active.store(there, Relaxed);
+    pods.set_status(|status| status.awaited = there);
+    there
+}
+
+async fn following(pods: Pods, sources: Vec<Arc<dyn PodSource>>, must: bool, cancel: CancellationToken) {
     let run = async {
         let mut backoff = Backoff::new();
         let mut quiet = false;
         loop {
-            let there = must || sources.iter().any(|source| source.is_there());
-            pods.0.active.store(there, Relaxed);
-            pods.set_status(|status| status.awaited = there);
-            if !there {
+            if !look(&pods, &sources, must) {
                 if !std::mem::replace(&mut quiet, true) {
                     tracing::info!("no sign of Kubernetes on this node: profiles are without pods");
                 }

@@ -30,8 +30,6 @@ use super::{
 const PAUSE: Duration = Duration::from_secs(10);
 /// How often at most, however many unknown containers there are.
 const LEAST_PAUSE: Duration = Duration::from_secs(1);
-/// How long a whole answer may take.
-const LONGEST: Duration = Duration::from_secs(20);
 /// A larger answer is none of one node's pods: one of a thousand pods has about ten megabytes.
 const MOST_BYTES: u64 = 64 << 20;
 /// Of an error's text.
@@ -58,9 +56,10 @@ impl Kubelet {
     async fn list(&self) -> Result<Vec<Pod>, SourceError> {
         let address = Address::parse(&self.options.kubelet_address)?;
         let at = format!("the kubelet at https://{}", address.authority());
-        match timeout(LONGEST, self.fetch(&address, &at)).await {
+        let patience = self.options.patience;
+        match timeout(patience, self.fetch(&address, &at)).await {
             Ok(answer) => answer,
-            Err(_) => Err(SourceError::Slow { at, seconds: LONGEST.as_secs() }),
+            Err(_) => Err(SourceError::Slow { at, seconds: patience.as_secs() }),
         }
     }
 

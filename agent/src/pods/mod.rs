@@ -6,6 +6,7 @@
 //! with its container id alone.
 
 mod apiserver;
+mod arm;
 mod follow;
 mod json;
 mod kubelet;
@@ -28,10 +29,11 @@ use gannet_proto::labels::{self as name, Labels};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
+pub use arm::arm;
 pub use follow::follow;
 pub use kubelet::check_address;
 pub use model::{Container, Pod, Workload};
-pub use source::{Change, PodSource, SourceError, SourceKind, SourceOptions, sources};
+pub use source::{Change, PATIENCE, PodSource, SourceError, SourceKind, SourceOptions, sources};
 pub use store::Lookup;
 
 use crate::profile::SeriesProfile;
@@ -153,6 +155,11 @@ impl Pods {
     /// All pods, those that are kept for their last samples with the time since when.
     pub fn all(&self) -> Vec<(Arc<Pod>, Option<Duration>)> {
         self.store().all(Instant::now()).map(|(pod, gone)| (Arc::clone(pod), gone)).collect()
+    }
+
+    /// Whether any pod does not want to be profiled.
+    pub(crate) fn any_denied(&self) -> bool {
+        self.store().all(Instant::now()).any(|(pod, _)| pod.denied)
     }
 
     /// How it goes with the sources.
@@ -298,4 +305,157 @@ pub fn series_label(key: &str) -> String {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, sync::Arc};
+
+    use super::*;
+    use crate::{
+        process::ProcessKey,
+        profile::{ContainerRef, RawProcess, RawProfile, SampleKind},
+    };
+
+    fn pod(uid: &str, containers: &[(&str, &str)]) -> Pod {
+        Pod {
+            uid: uid.into(),
+            namespace: "shop".into(),
+            name: format!("checkout-{uid}"),
+            labels: BTreeMap::from([
+                ("app.kubernetes.io/version".into(), "7".into()),
+                ("pod".into(), "liar".into()),
+                ("team".into(), "pods".into()),
+            ]),
+            workload: Some(Workload { kind: "deployment".into(), name: "checkout".into() }),
+            containers: containers
+                .iter()
+                .map(|(name, id)| Container { name: (*name).into(), id: (*id).into() })
+                .collect(),
+            ..Pod::default()
+        }
+    }
+
+    fn profile(container: &str, pod_uid: &str) -> SeriesProfile {
+        let process = RawProcess {
+            key: ProcessKey { tgid: 1, start_boottime_ns: 1 },
+            comm: "python3".into(),
+            container_id: container.into(),
+            pod_uid: pod_uid.into(),
+            image: Arc::default(),
+            stacks: Vec::new(),
+        };
+        SeriesProfile {
+            labels: Labels::from([
+                ("node".into(), "n".into()),
+                ("service_name".into(), "python3".into()),
+                ("team".into(), "rule".into()),
+            ]),
+            rule: crate::profile::RuleTag::default(),
+            samples: 3,
+            raw: RawProfile {
+                kind: SampleKind::OnCpu,
+                period_ns: 1,
+                start: SystemTime::UNIX_EPOCH,
+                duration: Duration::from_secs(10),
+                processes: vec![process],
+                comments: Vec::new(),
+            },
+            container: (!container.is_empty())
+                .then(|| ContainerRef { id: container.into(), pod_uid: pod_uid.into() }),
+        }
+    }
+
+    fn told(options: LabelOptions, pods: Vec<Pod>) -> Pods {
+        let known = Pods::new(options);
+        known.0.active.store(true, Relaxed);
+        known.store().apply(Change::All(pods), Instant::now(), Instant::now());
+        known
+    }
+
+    fn show(profile: &SeriesProfile) -> String {
+        profile.labels.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
+    }
+
+    #[tokio::test]
+    async fn profiles_are_named_after_their_pods() {
+        let options = LabelOptions {
+            cluster: "east".into(),
+            pod_labels: vec!["app.kubernetes.io/version".into(), "pod".into(), "team".into(), "none".into()],
+        };
+        let pods =
+            told(options, vec![pod("u1", &[("app", "c1"), ("log", "c2")]), pod("u2", &[("app", "c3")])]);
+        let mut profiles =
+            vec![profile("c1", "u1"), profile("c2", "u1"), profile("c3", "u2"), profile("", "")];
+        assert_eq!(pods.join(&mut profiles).await, 0);
+        // What a rule adds goes before a pod's label, and a pod's label cannot pass for one of the agent's.
+        insta::assert_snapshot!(profiles.iter().map(show).collect::<Vec<_>>().join("\n"), @r"
+        app_kubernetes_io_version=7 cluster=east container=app namespace=shop node=n pod=checkout-u1 pod_label_pod=liar service_name=checkout team=rule workload=checkout workload_kind=deployment
+        app_kubernetes_io_version=7 cluster=east container=log namespace=shop node=n pod=checkout-u1 pod_label_pod=liar service_name=checkout team=rule workload=checkout workload_kind=deployment
+        app_kubernetes_io_version=7 cluster=east container=app namespace=shop node=n pod=checkout-u2 pod_label_pod=liar service_name=checkout team=rule workload=checkout workload_kind=deployment
+        cluster=east node=n service_name=python3 team=rule
+        ");
+        assert_eq!(profiles[0].raw.processes[0].pod_uid, "u1");
+    }
+
+    #[tokio::test]
+    async fn what_is_in_no_list_ships_with_its_container_alone() {
+        let pods = told(LabelOptions::default(), vec![pod("u1", &[])]);
+        let begun = Instant::now();
+        // Nobody lists them: they are waited for, and not for ever.
+        let mut profiles = vec![profile("gone", "u9")];
+        assert_eq!(pods.join(&mut profiles).await, 0);
+        assert!(begun.elapsed() >= LONGEST_JOIN);
+        assert_eq!(show(&profiles[0]), "node=n service_name=python3 team=rule");
+        assert_eq!(profiles[0].raw.processes[0].container_id, "gone");
+    }
+
+    #[tokio::test]
+    async fn a_container_that_becomes_known_is_waited_for() {
+        let pods = told(LabelOptions::default(), vec![]);
+        let later = pods.clone();
+        tokio::spawn(async move {
+            later.0.wanted.notified().await;
+            later.store().apply(Change::Set(pod("u1", &[("app", "c1")])), Instant::now(), Instant::now());
+            later.0.told.send_modify(|count| *count += 1);
+        });
+        let mut profiles = vec![profile("c1", "u1")];
+        pods.join(&mut profiles).await;
+        assert_eq!(profiles[0].labels["pod"], "checkout-u1");
+    }
+
+    #[tokio::test]
+    async fn nothing_of_a_pod_that_denies_comes_out() {
+        let denying = |uid: &str, containers| Pod { denied: true, ..pod(uid, containers) };
+        let pods = told(
+            LabelOptions::default(),
+            vec![denying("u1", &[("app", "c1")]), denying("u2", &[]), pod("u3", &[("app", "c3")])],
+        );
+        pods.close();
+        // The second is of a container that is not listed, of a pod that is.
+        let mut profiles = vec![profile("c1", "u1"), profile("c2", "u2"), profile("c3", "u3")];
+        assert_eq!(pods.join(&mut profiles).await, 6);
+        assert_eq!(profiles.len(), 1);
+        assert!(pods.is_denied("c2", "u2") && !pods.is_denied("c3", "u3") && !pods.is_denied("", ""));
+    }
+
+    #[tokio::test]
+    async fn without_a_source_nobody_waits() {
+        let pods = Pods::default();
+        let begun = Instant::now();
+        let mut profiles = vec![profile("c1", "u1")];
+        assert_eq!(pods.join(&mut profiles).await, 0);
+        assert!(begun.elapsed() < LONGEST_JOIN);
+        assert_eq!(profiles.len(), 1);
+    }
+
+    #[test]
+    fn labels_of_pods_are_safe_for_stores() {
+        assert_eq!(series_label("app.kubernetes.io/version"), "app_kubernetes_io_version");
+        assert_eq!(series_label("node"), "pod_label_node");
+        let mut pod = pod("u1", &[]);
+        pod.labels.insert("long".into(), "ü".repeat(2000));
+        let labels = labelled(&pod, None, &["long".into()], Labels::new());
+        assert_eq!(gannet_proto::labels::check(&labels), Ok(()));
+    }
 }

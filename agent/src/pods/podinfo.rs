@@ -136,18 +136,18 @@ struct Session {
 impl Session {
     async fn next(&mut self) -> Result<Change, SourceError> {
         loop {
+            if self.list_at <= Instant::now() {
+                let list = match timeout(LONGEST, self.list()).await {
+                    Ok(list) => list?,
+                    Err(_) => {
+                        return Err(SourceError::Slow { at: self.at.clone(), seconds: LONGEST.as_secs() });
+                    }
+                };
+                self.list_at = Instant::now() + ANYHOW;
+                return Ok(Change::All(list));
+            }
             let event = tokio::select! {
-                biased;
-                () = sleep_until(self.list_at) => {
-                    let list = match timeout(LONGEST, self.list()).await {
-                        Ok(list) => list?,
-                        Err(_) => {
-                            return Err(SourceError::Slow { at: self.at.clone(), seconds: LONGEST.as_secs() });
-                        }
-                    };
-                    self.list_at = Instant::now() + ANYHOW;
-                    return Ok(Change::All(list));
-                }
+                () = sleep_until(self.list_at) => continue,
                 event = self.events.message() => event.map_err(|status| ended(&self.at, &status))?,
             };
             let Some(event) = event else {
@@ -335,5 +335,221 @@ mod wire {
     pub(super) struct ContainerStateTerminated {
         #[prost(string, tag = "7")]
         pub(super) container_id: String,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        convert::Infallible,
+        pin::Pin,
+        sync::{Arc, Mutex},
+        task::{Context, Poll},
+    };
+
+    use futures::{Stream, stream};
+    use tokio::{net::UnixListener, sync::mpsc};
+    use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+    use tonic::{
+        Response,
+        body::Body,
+        codegen::{BoxFuture, Service, http},
+        server::{NamedService, ServerStreamingService, UnaryService},
+        transport::Server,
+    };
+
+    use super::*;
+    use crate::pods::source::sources;
+
+    /// As the kubelet serves it: `ListPods` and `WatchPods` of package `v1alpha1`.
+    #[derive(Clone)]
+    struct FakeKubelet(Arc<Mutex<State>>);
+
+    struct State {
+        pods: Vec<wire::Pod>,
+        watchers: Vec<mpsc::Sender<Result<wire::WatchPodsEvent, Status>>>,
+        lists: usize,
+    }
+
+    impl NamedService for FakeKubelet {
+        const NAME: &'static str = "v1alpha1.Pods";
+    }
+
+    impl UnaryService<wire::ListPodsRequest> for FakeKubelet {
+        type Response = wire::ListPodsResponse;
+        type Future = BoxFuture<Response<Self::Response>, Status>;
+
+        fn call(&mut self, _: Request<wire::ListPodsRequest>) -> Self::Future {
+            let mut state = self.0.lock().unwrap();
+            state.lists += 1;
+            let pods = state.pods.iter().map(prost::Message::encode_to_vec).collect();
+            Box::pin(async { Ok(Response::new(wire::ListPodsResponse { pods })) })
+        }
+    }
+
+    impl ServerStreamingService<wire::WatchPodsRequest> for FakeKubelet {
+        type Response = wire::WatchPodsEvent;
+        type ResponseStream = Pin<Box<dyn Stream<Item = Result<wire::WatchPodsEvent, Status>> + Send>>;
+        type Future = BoxFuture<Response<Self::ResponseStream>, Status>;
+
+        fn call(&mut self, _: Request<wire::WatchPodsRequest>) -> Self::Future {
+            let (sender, receiver) = mpsc::channel(64);
+            let mut state = self.0.lock().unwrap();
+            // What is there at first, then the mark without a pod.
+            let at_first: Vec<_> = state
+                .pods
+                .iter()
+                .map(|pod| wire::WatchPodsEvent { r#type: 1, pod: pod.encode_to_vec() })
+                .chain([wire::WatchPodsEvent { r#type: 4, pod: Vec::new() }])
+                .map(Ok)
+                .collect();
+            state.watchers.push(sender);
+            let events = stream::iter(at_first).chain(ReceiverStream::new(receiver));
+            Box::pin(async { Ok(Response::new(Box::pin(events) as Self::ResponseStream)) })
+        }
+    }
+
+    impl Service<http::Request<Body>> for FakeKubelet {
+        type Response = http::Response<Body>;
+        type Error = Infallible;
+        type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+            let me = self.clone();
+            Box::pin(async move {
+                Ok(match request.uri().path() {
+                    "/v1alpha1.Pods/ListPods" => {
+                        let codec = ProstCodec::<wire::ListPodsResponse, wire::ListPodsRequest>::default();
+                        tonic::server::Grpc::new(codec).unary(me, request).await
+                    }
+                    "/v1alpha1.Pods/WatchPods" => {
+                        let codec = ProstCodec::<wire::WatchPodsEvent, wire::WatchPodsRequest>::default();
+                        tonic::server::Grpc::new(codec).server_streaming(me, request).await
+                    }
+                    _ => Status::unimplemented("").into_http(),
+                })
+            })
+        }
+    }
+
+    impl FakeKubelet {
+        fn start(socket: &std::path::Path, pods: Vec<wire::Pod>) -> Self {
+            let me = Self(Arc::new(Mutex::new(State { pods, watchers: Vec::new(), lists: 0 })));
+            let incoming = UnixListenerStream::new(UnixListener::bind(socket).unwrap());
+            tokio::spawn(Server::builder().add_service(me.clone()).serve_with_incoming(incoming));
+            me
+        }
+
+        /// The pods are these now, and each watcher is told of one.
+        fn change(&self, pods: Vec<wire::Pod>, number: i32, told: &wire::Pod) {
+            let mut state = self.0.lock().unwrap();
+            state.pods = pods;
+            for watcher in &state.watchers {
+                let event = wire::WatchPodsEvent { r#type: number, pod: told.encode_to_vec() };
+                watcher.try_send(Ok(event)).unwrap();
+            }
+        }
+    }
+
+    fn pod(uid: &str, container: &str) -> wire::Pod {
+        wire::Pod {
+            metadata: Some(wire::ObjectMeta {
+                name: format!("pod-{uid}"),
+                namespace: "shop".into(),
+                uid: uid.into(),
+                labels: HashMap::from([("pod-template-hash".into(), "77".into())]),
+                annotations: HashMap::from([("gannet.dev/profile".into(), "false".into())]),
+                owner_references: vec![wire::OwnerReference {
+                    kind: "ReplicaSet".into(),
+                    name: "checkout-77".into(),
+                    controller: true,
+                }],
+            }),
+            status: Some(wire::PodStatus {
+                main: vec![wire::ContainerStatus {
+                    name: "app".into(),
+                    container_id: format!("containerd://{container}"),
+                    last_state: Some(wire::ContainerState {
+                        terminated: Some(wire::ContainerStateTerminated {
+                            container_id: format!("containerd://former-{container}"),
+                        }),
+                    }),
+                    ..wire::ContainerStatus::default()
+                }],
+                ..wire::PodStatus::default()
+            }),
+        }
+    }
+
+    #[tokio::test]
+    async fn the_stream_tells_of_pods_as_they_come_and_go() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("pods.sock");
+        let kubelet = FakeKubelet::start(&socket, vec![pod("1", "a")]);
+        let options = SourceOptions {
+            only: Some(SourceKind::PodInfo),
+            podinfo_sockets: vec!["/nonexistent/kubelet.sock".into(), socket],
+            ..SourceOptions::default()
+        };
+        let source = sources(&options).remove(0);
+        assert!(source.is_there());
+        let wanted = Notify::new();
+        let mut changes = source.changes(&wanted);
+        let mut next =
+            async || timeout(Duration::from_secs(60), changes.next()).await.unwrap().unwrap().unwrap();
+
+        let Change::All(pods) = next().await else { panic!("the first is all pods") };
+        assert_eq!((pods.len(), pods[0].name.as_str(), pods[0].denied), (1, "pod-1", true));
+        assert_eq!(pods[0].workload.as_ref().unwrap().name, "checkout");
+        let ids: Vec<_> = pods[0].containers.iter().map(|container| container.id.as_str()).collect();
+        assert_eq!(ids, ["a", "former-a"]);
+
+        // Whatever number the event has: the pod is taken in at once, and the list says who is there.
+        kubelet.change(vec![pod("1", "a"), pod("2", "b")], 0, &pod("2", "b"));
+        while next().await != Change::Set(Pod::from(Told::from(pod("2", "b")))) {}
+        loop {
+            match next().await {
+                Change::All(pods) if pods.len() == 2 => break,
+                _ => {}
+            }
+        }
+        // Of a deleted pod there are only names.
+        let mut bare = pod("1", "a");
+        bare.status = None;
+        let metadata = bare.metadata.as_mut().unwrap();
+        metadata.labels.clear();
+        metadata.annotations.clear();
+        kubelet.change(vec![pod("2", "b")], 2, &bare);
+        loop {
+            match next().await {
+                Change::All(pods) if pods.len() == 1 && pods[0].uid == "2" => break,
+                Change::Set(pod) => assert!(!pod.labels.is_empty(), "{pod:?}"),
+                _ => {}
+            }
+        }
+        let lists = kubelet.0.lock().unwrap().lists;
+        assert!(lists <= 6, "{lists} lists for two events");
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_is_not_there_or_no_kubelets_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("pods.sock");
+        let first = async |socket: &std::path::Path| {
+            let options =
+                SourceOptions { podinfo_sockets: vec![socket.to_owned()], ..SourceOptions::default() };
+            let (source, wanted) = (PodInfo::new(&options), Notify::new());
+            source.changes(&wanted).next().await.unwrap().unwrap_err().to_string()
+        };
+        assert!(first(&socket).await.contains("there is no socket at"));
+        let incoming = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
+        let (_, health) = tonic_health::server::health_reporter();
+        tokio::spawn(Server::builder().add_service(health).serve_with_incoming(incoming));
+        let error = first(&socket).await;
+        assert!(error.contains("Unimplemented"), "{error}");
     }
 }

@@ -1,6 +1,6 @@
 //! Where pods come from, behind one trait.
 
-use std::{fmt, io, path::PathBuf, sync::Arc};
+use std::{fmt, io, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::stream::BoxStream;
 use tokio::sync::Notify;
@@ -198,7 +198,14 @@ pub struct SourceOptions {
     pub kubelet_insecure: bool,
     /// The bearer token, read for each request.
     pub token_file: PathBuf,
+    /// How long the kubelet may take for a whole answer.
+    pub patience: Duration,
+    /// The environment names a cluster: this is a pod, or KUBECONFIG is set.
+    pub apiserver: bool,
 }
+
+/// [`SourceOptions::patience`], unless told otherwise.
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The sources to be tried, in this order.
 pub fn sources(options: &SourceOptions) -> Vec<Arc<dyn PodSource>> {

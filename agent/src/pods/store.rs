@@ -17,7 +17,10 @@ use super::{Change, json::MOST_PODS, model::Pod};
 const GRACE: Duration = Duration::from_secs(300);
 /// How long a container that no source knows is not asked for again: between these, so that many do not come at once.
 const IN_VAIN: std::ops::Range<u64> = 30..60;
-/// After how long a container that was asked for is held to be in no list.
+/// A container that was made less than this before a list was asked for may be missing from it: the kubelet looks at its
+/// runtime once a second.
+const SETTLED: Duration = Duration::from_secs(3);
+/// After how long a container that was asked for is held to be in no list, whatever lists have come.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Containers that nobody knows and that are remembered as such: every sandbox of a node, and some.
 const MOST_IN_VAIN: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
@@ -98,7 +101,7 @@ impl Store {
                 let missed: Vec<String> = self
                     .asked
                     .iter()
-                    .filter(|(_, first)| **first <= asked_at)
+                    .filter(|(_, first)| asked_at.saturating_duration_since(**first) >= SETTLED)
                     .map(|(id, _)| id.clone())
                     .collect();
                 for id in missed {
@@ -227,6 +230,8 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::{super::model::Container, *};
 
     fn pod(uid: &str, containers: &[(&str, &str)]) -> Pod {
@@ -296,10 +301,11 @@ mod tests {
     fn what_nobody_knows_is_asked_for_once_and_rests() {
         let (mut store, now) = (Store::default(), Instant::now());
         assert!(store.ask("sandbox", "", now));
-        // A list that was on its way already says nothing about it.
+        // A list that was asked for soon after, or before, says nothing about it.
         store.apply(Change::All(vec![]), now.checked_sub(Duration::from_secs(1)).unwrap(), now);
-        assert!(store.ask("sandbox", "", now));
-        store.apply(Change::All(vec![]), now, now);
+        store.apply(Change::All(vec![]), later(now, 2), later(now, 2));
+        assert!(store.ask("sandbox", "", later(now, 2)));
+        store.apply(Change::All(vec![]), later(now, 3), now);
         assert!(!store.ask("sandbox", "", later(now, 29)));
         assert_eq!(names(&mut store, "sandbox", "", later(now, 29)), "InVain");
         assert!(store.ask("sandbox", "", later(now, 60)));
@@ -325,7 +331,7 @@ mod tests {
         // First it is asked for: perhaps the list comes to hold it.
         assert_eq!(names(&mut store, "x", "1", now), "Unknown");
         assert!(store.ask("x", "1", now) && store.ask("y", "hash", now) && store.ask("z", "2", now));
-        store.apply(Change::All(vec![pod("1", &[]), pod("mirror", &[])]), now, now);
+        store.apply(Change::All(vec![pod("1", &[]), pod("mirror", &[])]), later(now, 3), now);
         assert_eq!(names(&mut store, "x", "1", now), "pod-1 -");
         assert_eq!(names(&mut store, "y", "hash", now), "pod-mirror -");
         assert_eq!(names(&mut store, "z", "2", now), "InVain");
@@ -338,10 +344,64 @@ mod tests {
             store.ask(&n.to_string(), "", now);
         }
         assert_eq!(store.unknown().0, MOST_IN_VAIN.get());
-        store.apply(Change::All(vec![]), now, now);
+        store.apply(Change::All(vec![]), later(now, 3), now);
         assert_eq!(store.unknown(), (0, MOST_IN_VAIN.get()));
         let many = (0..=MOST_PODS).map(|n| pod(&n.to_string(), &[])).collect();
         store.apply(Change::All(many), now, now);
         assert_eq!((store.live().len(), store.refused), (MOST_PODS, 1));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        /// The source lists these pods, each with so many restarts behind it.
+        List(Vec<u8>),
+        /// One pod has restarted its container.
+        Restart(u8),
+        Delete(u8),
+        Wait(u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            prop::collection::vec(0..6_u8, 0..6).prop_map(Step::List),
+            (0..6_u8).prop_map(Step::Restart),
+            (0..6_u8).prop_map(Step::Delete),
+            (0..400_u64).prop_map(Step::Wait),
+        ]
+    }
+
+    proptest! {
+        /// Over any order of lists, restarts and deletions: a container is its own pod's or nobody's, never another's.
+        #[test]
+        fn no_container_ever_has_anothers_name(steps in prop::collection::vec(step(), 0..200)) {
+            let (mut store, mut now) = (Store::default(), Instant::now());
+            let mut restarts = [0_u32; 6];
+            let mut owners = HashMap::new();
+            let mut made = |number: u8, restarts: &[u32; 6]| {
+                let (uid, id) = (format!("u{number}"), format!("c{number}.{}", restarts[usize::from(number)]));
+                owners.insert(id.clone(), uid.clone());
+                // All have the same name, as the pods of a StatefulSet have after they were made again.
+                Pod { name: "same".into(), ..pod(&uid, &[("app", &id)]) }
+            };
+            for step in steps {
+                match step {
+                    Step::List(numbers) => {
+                        let pods = numbers.iter().map(|number| made(*number, &restarts)).collect();
+                        store.apply(Change::All(pods), now, now);
+                    }
+                    Step::Restart(number) => {
+                        restarts[usize::from(number)] += 1;
+                        store.apply(Change::Set(made(number, &restarts)), now, now);
+                    }
+                    Step::Delete(number) => store.apply(Change::Gone(format!("u{number}")), now, now),
+                    Step::Wait(seconds) => now = later(now, seconds),
+                }
+            }
+            for (id, uid) in owners {
+                if let Lookup::Known { pod, .. } = store.look_up(&id, "", now) {
+                    prop_assert_eq!(&pod.uid, &uid, "{}", id);
+                }
+            }
+        }
     }
 }

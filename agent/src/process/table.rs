@@ -15,9 +15,8 @@ use std::{
 use lru::LruCache;
 
 use super::{
-    CgroupNames, Image, Mapping, MappingKind, MetadataOptions, ProcessKey, ProcessMetadataCache,
+    CgroupNames, CgroupTree, Image, Mapping, MappingKind, MetadataOptions, ProcessKey, ProcessMetadataCache,
     cgroup::path_in,
-    cgroup_handle::CgroupTree,
     metadata::MetadataError,
     proc::{self, ProcError, ProcFs, RealProc},
 };
@@ -146,7 +145,7 @@ pub struct Processes {
     coming: HashMap<u32, Coming>,
     files: FileTable,
     cgroups: LruCache<u64, String>,
-    cgroup_tree: Option<CgroupTree>,
+    cgroup_tree: Option<Arc<CgroupTree>>,
     metadata: ProcessMetadataCache,
     proc: Arc<dyn ProcFs>,
     hierarchy: CgroupHierarchy,
@@ -215,11 +214,20 @@ pub struct Stats {
     pub reconciled: u64,
 }
 
+fn open_tree(hierarchy: CgroupHierarchy) -> Option<Arc<CgroupTree>> {
+    CgroupTree::of(hierarchy)
+        .inspect_err(|error| {
+            tracing::warn!("processes are placed by /proc alone, short ones not at all: {error}");
+        })
+        .ok()
+        .map(Arc::new)
+}
+
 impl Processes {
     /// A table of at most `most` processes and `files` open files.
     pub fn new(hierarchy: CgroupHierarchy, most: usize, files: NonZeroUsize) -> Self {
         Self {
-            cgroup_tree: CgroupTree::open(hierarchy),
+            cgroup_tree: open_tree(hierarchy),
             ..Self::reading(hierarchy, most, files, Arc::new(RealProc::default()))
         }
     }
@@ -255,6 +263,11 @@ impl Processes {
             stats: Stats::default(),
             changes: Changes::default(),
         }
+    }
+
+    /// The control groups of this host, where they can be read.
+    pub fn groups(&self) -> Option<&Arc<CgroupTree>> {
+        self.cgroup_tree.as_ref()
     }
 
     /// What the kernel's sideband told: everything up to the next event's time, before that event.
@@ -682,7 +695,7 @@ impl Processes {
         } else if let Some(path) = self
             .cgroup_tree
             .as_ref()
-            .and_then(|tree| tree.path_of(id))
+            .and_then(|tree| Some(tree.path(id)?.to_string()))
             .or_else(|| cgroup_of(&*self.proc, process.key.process, self.hierarchy))
         {
             self.cgroups.put(id, path.clone());

@@ -8,6 +8,8 @@ use std::collections::BTreeSet;
 
 use gannet_proto::control::Match;
 
+use crate::process::CgroupNames;
+
 /// A rule over pods, for whoever knows pods.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PodRule {
@@ -22,6 +24,12 @@ pub struct PodRule {
 pub trait PodSource: Send {
     /// The rules over pods are now these, all of them. Called once at the beginning, then whenever they change.
     fn rules(&mut self, rules: Vec<PodRule>);
+
+    /// A process of this container is sampled, or is wanted by a rule: told once in each window. Its pod may be gone in a
+    /// moment, so whoever has to ask somebody had better ask now.
+    fn seen(&mut self, container: &CgroupNames) {
+        let _ = container;
+    }
 }
 
 impl<F: FnMut(Vec<PodRule>) + Send> PodSource for F {

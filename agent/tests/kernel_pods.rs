@@ -1,0 +1,229 @@
+//! Needs root: processes in control groups as container runtimes make them, sampled and named after their pods.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
+
+mod common;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use common::Running;
+use futures::{
+    StreamExt as _,
+    stream::{self, BoxStream},
+};
+use gannet_agent::{
+    engine::{Engine, EngineOptions},
+    kernel::KernelOptions,
+    ledger::NodeLedger,
+    node::Recent,
+    pipeline,
+    pods::{
+        Change, Container, LabelOptions, Pod, PodSource, Pods, SourceError, SourceKind, Workload, follow,
+    },
+    rules::{Deny, Set, Source, ad_hoc},
+    symbols::{Symbolizer, SymbolizerConfig},
+    tables::TableSources,
+};
+use gannet_proto::{
+    control::{Match, capture},
+    ingest::Batch,
+    ledger::LossReason,
+    pprof,
+    rules::Caps,
+};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+const KNOWN: char = 'a';
+const DENIED: char = 'b';
+const UNKNOWN: char = 'c';
+
+fn id(letter: char) -> String {
+    letter.to_string().repeat(64)
+}
+
+fn uid(letter: char) -> String {
+    format!("{letter}0000000-1111-4222-8333-444444444444")
+}
+
+/// Tells once of a pod with a container, and of one that denies.
+struct Given;
+
+impl PodSource for Given {
+    fn kind(&self) -> SourceKind {
+        SourceKind::Kubelet
+    }
+
+    fn is_there(&self) -> bool {
+        true
+    }
+
+    fn changes<'a>(&'a self, _: &'a Notify) -> BoxStream<'a, Result<Change, SourceError>> {
+        let pod = |letter, name: &str| Pod {
+            uid: uid(letter),
+            namespace: "shop".into(),
+            name: name.into(),
+            workload: Some(Workload { kind: "deployment".into(), name: "checkout".into() }),
+            containers: vec![Container { name: "app".into(), id: id(letter) }],
+            ..Pod::default()
+        };
+        let pods = vec![pod(KNOWN, "checkout-1"), Pod { denied: true, ..pod(DENIED, "secret-1") }];
+        stream::iter([Ok(Change::All(pods))]).chain(stream::pending()).boxed()
+    }
+}
+
+/// A control group of a container, taken away at the end.
+struct Group(PathBuf);
+
+impl Group {
+    fn make(root: &Path, letter: char) -> Self {
+        let path = root.join(format!("kubepods/burstable/pod{}/{}", uid(letter), id(letter)));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    /// A shell that works in it, as a container runtime starts one: in the group before it becomes the program.
+    fn start(&self, script: &str) -> Running {
+        let enter = format!("echo $$ > '{}/cgroup.procs' && exec sh -c '{script}'", self.0.display());
+        Running::start(Command::new("sh").args(["-c", &enter]).stdout(Stdio::null()))
+    }
+}
+
+/// Below the hierarchy's root, for this test alone.
+struct Top(PathBuf);
+
+impl Drop for Top {
+    fn drop(&mut self) {
+        // Leaves first; a group that still has a dying process in it is busy for a moment.
+        for _ in 0..200 {
+            remove(&self.0);
+            if !self.0.exists() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+fn remove(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(directory);
+}
+
+fn in_container(batch: &Batch, letter: char) -> bool {
+    let profile = pprof::decode(&batch.pprof, 64 << 20).unwrap();
+    let text = |index: i64| profile.string_table[usize::try_from(index).unwrap()].as_str();
+    profile
+        .sample
+        .iter()
+        .flat_map(|sample| &sample.label)
+        .any(|label| text(label.key) == "container_id" && text(label.str) == id(letter))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn samples_of_containers_are_named_after_their_pods() {
+    let ledger = NodeLedger::new();
+    let (entrance, windows) = pipeline::pipeline(ledger.clone());
+    let engine = Engine::start(
+        EngineOptions {
+            node: "test-node".into(),
+            kernel: KernelOptions::default(),
+            window: Duration::from_secs(600),
+            caps: Caps::default(),
+            deny: Deny::default(),
+            tables: Some(TableSources::with_debug_files()),
+        },
+        entrance,
+    )
+    .unwrap();
+    let groups = Arc::clone(engine.groups().unwrap());
+    let made = Arc::new(Notify::new());
+    let bell = Arc::clone(&made);
+    groups.watch(move || bell.notify_one()).unwrap();
+
+    let pods = Pods::new(LabelOptions { cluster: "test".into(), pod_labels: vec![] });
+    let cancel = CancellationToken::new();
+    tokio::spawn(follow(pods.clone(), vec![Arc::new(Given)], true, cancel.clone()));
+    let batches = Arc::new(Mutex::new(Vec::<Batch>::new()));
+    let symbolizer = Symbolizer::start(SymbolizerConfig::default()).unwrap();
+    let submit = {
+        let batches = Arc::clone(&batches);
+        move |more| batches.lock().unwrap().extend(more)
+    };
+    let naming =
+        tokio::spawn(pipeline::run(windows, symbolizer, ledger.clone(), Recent::default(), pods, submit));
+
+    let top = Top(groups.root().join(format!("gannet-test-pods-{}", std::process::id())));
+    let name = top.0.file_name().unwrap().to_str().unwrap();
+    let matches = Match { cgroup: vec![format!("/{name}/*")], ..Match::default() };
+    let rule = ad_hoc("containers", matches, 99, &[capture::Kind::OnCpu]);
+    engine.replace(Source::Local, Set { rules: vec![rule], ..Set::default() }).await.unwrap();
+
+    let [known, denied, unknown] = [KNOWN, DENIED, UNKNOWN].map(|letter| Group::make(&top.0, letter));
+    let spin = "i=0; while [ $i -lt 100000000 ]; do i=$((i+1)); done";
+    let spinning = [&known, &denied, &unknown].map(|group| group.start(spin));
+    // One that is gone, with its control group, before anybody looks at it in /proc.
+    let brief = Group::make(&top.0.join("brief"), KNOWN);
+    let mut ended = brief.start("i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done");
+    ended.0.wait().unwrap();
+    fs::remove_dir(&brief.0).unwrap();
+
+    // Until each of the three has samples.
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        let sampled = engine
+            .inspect(|inside| {
+                inside
+                    .processes
+                    .alive()
+                    .filter(|process| process.samples > 20)
+                    .map(|process| process.names.container_id.clone())
+                    .collect::<Vec<_>>()
+            })
+            .await
+            .unwrap();
+        if [KNOWN, DENIED, UNKNOWN].iter().all(|letter| sampled.contains(&id(*letter))) {
+            break;
+        }
+        assert!(Instant::now() < until, "sampled: {sampled:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    drop(spinning);
+    tokio::task::spawn_blocking(move || engine.stop()).await.unwrap();
+    naming.await.unwrap();
+    cancel.cancel();
+
+    let batches = std::mem::take(&mut *batches.lock().unwrap());
+    let of = |letter| batches.iter().filter(|batch| in_container(batch, letter)).collect::<Vec<_>>();
+    assert!(!of(KNOWN).is_empty());
+    for batch in of(KNOWN) {
+        let show: Vec<_> = batch.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let mut show = show;
+        show.sort();
+        assert_eq!(
+            show.join(" "),
+            "cluster=test container=app namespace=shop node=test-node pod=checkout-1 reason=always \
+             rule_id=containers service_name=checkout workload=checkout workload_kind=deployment"
+        );
+    }
+    // Not known to anybody: named after what it runs, and nobody else's name.
+    for batch in of(UNKNOWN) {
+        assert!(!batch.labels.contains_key("pod") && !batch.labels.contains_key("namespace"));
+        assert!(!batch.labels["service_name"].is_empty());
+    }
+    assert!(!of(UNKNOWN).is_empty());
+    // Its pod denies: nothing comes out, and the account says so.
+    assert!(of(DENIED).is_empty());
+    let account = ledger.snapshot();
+    assert!(account.lost[&LossReason::Denied] > 20, "{account:?}");
+    assert_eq!(account.taken, account.delivered + account.pending + account.lost.values().sum::<u64>());
+}
