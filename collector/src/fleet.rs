@@ -17,7 +17,7 @@ use gannet_proto::{
     control::{
         AgentMessage, Answer as NodeAnswer, AuditEntry, CancelQuestion, CaptureProgress, CaptureRequest,
         ExplainRequest, ExplainResponse, ListNodesRequest, ListNodesResponse, Node, NodeHello, NodeRollout,
-        NodeStatus, Question, ResumeRolloutRequest, Rollout, Rule, RuleError, RuleSet, ServerMessage,
+        NodeStatus, Question, ResumeRolloutRequest, Rollout, Rule, RuleError, RuleSet, ServerMessage, Staged,
         agent_message, agent_service_server::AgentService, answer, capture_progress,
         fleet_service_server::FleetService, node_rollout::State, question, rule_status, server_message,
     },
@@ -261,7 +261,10 @@ impl Fleet {
         let nodes: Vec<NodeRollout> =
             self.lock().iter().map(|(name, known)| known.rollout(name, revision, made_ms)).collect();
         let settled = nodes.iter().all(|n| n.state() != State::Pending);
-        let staged = self.rules.staged().into_iter().map(|(scope, (_, staged))| (scope, staged)).collect();
+        // The rules themselves are the scope's to tell.
+        let without_rules = |staged: Staged| Staged { former: Vec::new(), ..staged };
+        let staged = self.rules.staged().into_iter();
+        let staged = staged.map(|(scope, (_, staged))| (scope, without_rules(staged))).collect();
         Rollout { revision, created_at: Some(time::timestamp(made_ms)), nodes, settled, staged }
     }
 

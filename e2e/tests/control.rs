@@ -24,12 +24,6 @@ async fn becomes(collector: &Collector, node: &str, revision: u64, wanted: State
     .await
 }
 
-/// What a rule has sampled on a node, by its heartbeat.
-async fn samples(collector: &Collector, node: &str, id: &str) -> Option<u64> {
-    let status = collector.node(node).await?.status?;
-    status.rules.into_iter().find(|status| status.rule_id == id).map(|status| status.samples)
-}
-
 fn ctl(collector: &Collector, args: &[&str]) -> (bool, Value) {
     let url = collector.url();
     let mut all = vec!["--collector", url.as_str(), "-o", "json"];
@@ -88,7 +82,7 @@ async fn rules_outlive_agent_and_collector_expire_without_one_and_nothing_is_pus
     agent.connected(&collector).await;
     let _sample = Sample::start(50);
     let mut brief = rule("brief", "webshop", 49);
-    brief.lifetime.as_mut().unwrap().ttl = Some(Duration::from_secs(15).try_into().unwrap());
+    brief.lifetime.as_mut().unwrap().ttl = Some(Duration::from_secs(5).try_into().unwrap());
     let set = collector.set_rules(vec![rule("shop", "webshop", 99), brief]).await.unwrap();
     becomes(&collector, "beta", set.revision, State::Applied).await;
 
@@ -135,11 +129,9 @@ async fn rules_outlive_agent_and_collector_expire_without_one_and_nothing_is_pus
     std::fs::remove_dir_all(collector.data()).unwrap();
     collector.up().await;
     agent.connected(&collector).await;
-    let before = eventually("a heartbeat", async || samples(&collector, "beta", "shop").await).await;
-    eventually("the rule goes on sampling", async || {
-        samples(&collector, "beta", "shop").await.filter(|now| *now > before)
-    })
-    .await;
+    let before = eventually("the node's page", async || rules(&agent).await).await.0.1;
+    eventually("the rule goes on sampling", async || rules(&agent).await.filter(|(shop, _)| shop.1 > before))
+        .await;
     assert_eq!(agent.program().log().matches("rules applied").count(), 1);
 }
 
@@ -167,6 +159,16 @@ async fn a_node_says_what_rules_would_do_and_why_processes_match() {
     let refused = ask(vec![rule("shop", "webshop", 500)]).await;
     assert!(refused.would_reject && refused.errors[0].field == "capture.hz", "{refused:?}");
     assert!(collector.node("gamma").await.unwrap().status.is_none_or(|status| status.rules.is_empty()));
+
+    // A capture by hand, with no rule in force.
+    let file = tempfile::tempdir().unwrap();
+    let file = file.path().join("shop.pb.gz");
+    let (url, path) = (collector.url(), file.display().to_string());
+    let output =
+        run("gannetctl", &["--collector", &url, "profile", "--comm=webshop", "--for=2s", "-o", &path]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let profile = gannet_proto::pprof::decode(&std::fs::read(&file).unwrap(), 16 << 20).unwrap();
+    assert!(profile.sample.len() > 1 && profile.function.len() > 3, "{} samples", profile.sample.len());
 
     let mut picky = rule("picky", "webshop", 49);
     picky.r#match.as_mut().unwrap().uid = vec![4_294_967_294];

@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// What this agent can do, as it tells the collector.
-const FEATURES: [&str; 3] = ["off_cpu", "unwind_tables", "questions"];
+const FEATURES: [&str; 4] = ["off_cpu", "unwind_tables", "questions", "capture"];
 /// How often the node says how it is.
 const HEARTBEAT: Duration = Duration::from_secs(10);
 /// Messages that wait for the transport.

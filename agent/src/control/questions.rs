@@ -2,17 +2,18 @@
 //! answered by a task of its own, few at a time, and all end with the stream.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use gannet_proto::{
     control::{
-        AgentMessage, Answer, ExplainRequest, ExplainResponse, ExplainedProcess, NodePreview,
-        PreviewQuestion, Question, Rule, RuleError, RulePreview, agent_message, answer, capture, question,
-        rule_status,
+        AgentMessage, Answer, CaptureChunk, CaptureDone, CaptureProgress, CaptureRequest, CaptureStarted,
+        ExplainRequest, ExplainResponse, ExplainedProcess, NodePreview, PreviewQuestion, Question, Rule,
+        RuleError, RulePreview, agent_message, answer, capture, capture_progress, question, rule_status,
     },
+    pprof,
     rules::{effective_hz, effective_kinds},
 };
 use tokio::sync::{Semaphore, mpsc};
@@ -20,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::look::{Place, Wanted, matched};
 use crate::{
+    engine::Manual,
     kernel::CgroupHierarchy,
     node::Node,
     process::{Seen, cpus, survey},
@@ -38,6 +40,12 @@ const EXAMPLES: usize = 5;
 /// Processes in one explanation, unless told otherwise.
 const EXPLAINED: usize = 50;
 const MOST_EXPLAINED: usize = 1000;
+/// Of a capture by hand.
+const LONGEST_CAPTURE: Duration = Duration::from_secs(600);
+/// How long the last window of a capture may take to be walked and named.
+const NAMING: Duration = Duration::from_secs(30);
+/// The collector takes messages of 1 MiB.
+const CHUNK: usize = 256 << 10;
 
 /// The questions of one stream.
 pub(super) struct Questions {
@@ -81,6 +89,9 @@ impl Questions {
             let answer = async {
                 if full {
                     return answer::Answer::Refused(format!("{MOST} questions wait already: try again"));
+                }
+                if let Some(question::Question::Capture(request)) = question {
+                    return capture(&node, &id, request, &out).await.unwrap_or_else(answer::Answer::Refused);
                 }
                 let Ok(_place) = places.acquire().await else {
                     return answer::Answer::Refused("the agent is ending".into());
@@ -247,4 +258,76 @@ async fn explain(node: &Node, question: ExplainRequest) -> Result<ExplainRespons
         processes_matched: matches,
         processes: all.into_values().take(limit).collect(),
     })
+}
+
+fn capture_part(message: capture_progress::Message) -> answer::Answer {
+    answer::Answer::Capture(CaptureProgress { message: Some(message) })
+}
+
+/// Runs a capture to its end and sends its profile, part by part. Gives the last part.
+async fn capture(
+    node: &Node,
+    id: &str,
+    request: CaptureRequest,
+    out: &mpsc::Sender<AgentMessage>,
+) -> Result<answer::Answer, String> {
+    let say = async |message| {
+        let answer = Answer { id: id.to_owned(), answer: Some(capture_part(message)) };
+        let message = AgentMessage { message: Some(agent_message::Message::Answer(answer)) };
+        out.send(message).await.map_err(|_| "the stream has ended".to_owned())
+    };
+    let CaptureRequest { node: _, r#match, hz, kind, duration, pod } = request;
+    let duration = duration
+        .and_then(|duration| Duration::try_from(duration).ok())
+        .filter(|duration| (Duration::from_secs(1)..=LONGEST_CAPTURE).contains(duration))
+        .ok_or_else(|| format!("duration: give 1 s to {} s", LONGEST_CAPTURE.as_secs()))?;
+    let hierarchy = CgroupHierarchy::detect();
+    let seen = tokio::task::spawn_blocking(move || survey(hierarchy)).await;
+    let seen = seen.map_err(|_| "the agent is ending".to_owned())?;
+    let mut matches = r#match.unwrap_or_default();
+    if !pod.is_empty() {
+        let groups: BTreeSet<String> = seen
+            .iter()
+            .filter(|seen| Place::of(node, seen).names().0 == pod)
+            .map(|seen| seen.cgroup.clone())
+            .collect();
+        if groups.is_empty() {
+            return Err(format!("no process of pod {pod} runs on this node, or the node knows no pods"));
+        }
+        matches.cgroup.extend(groups);
+    }
+    let wanted = Wanted::of(&matches);
+    let processes =
+        seen.iter().filter(|seen| wanted.mismatches(seen, &Place::of(node, seen)).is_empty()).count();
+    let manual = Manual {
+        matches,
+        hz,
+        kinds: kind.iter().filter_map(|kind| capture::Kind::try_from(*kind).ok()).collect(),
+        duration,
+        evidence: "asked for through the collector".into(),
+    };
+    let at = SystemTime::now();
+    let running = node.engine.capture_now(manual).await.map_err(|error| error.to_string())?;
+    let collecting = node.recent.collect(running.capture);
+    say(capture_progress::Message::Started(CaptureStarted {
+        at: Some(at.into()),
+        duration: duration.try_into().ok(),
+        processes: processes as u64,
+    }))
+    .await?;
+    let last = running.over.await.map_err(|_| "the agent is ending".to_owned())?;
+    let profile = tokio::time::timeout(NAMING, collecting.finish(last))
+        .await
+        .map_err(|_| format!("the capture's last window was not named within {} s", NAMING.as_secs()))?
+        .map_err(|error| error.to_string())?;
+    let mut samples = 0;
+    if let Some(profile) = profile {
+        let count = |value: &[i64]| value.first().and_then(|n| u64::try_from(*n).ok()).unwrap_or(0);
+        samples = profile.sample.iter().map(|sample| count(&sample.value)).sum();
+        let kind = kind.first().copied().unwrap_or_default();
+        for data in pprof::encode(&profile).chunks(CHUNK) {
+            say(capture_progress::Message::Chunk(CaptureChunk { kind, data: data.to_vec() })).await?;
+        }
+    }
+    Ok(capture_part(capture_progress::Message::Done(CaptureDone { samples, ledger: None })))
 }

@@ -243,6 +243,7 @@ fn a_lower_cap_refuses_what_the_format_allows_and_the_set_has_its_own_bounds() {
     let fields = |caps: Caps| validate(&rules, &caps).into_iter().map(|e| e.field).collect::<Vec<_>>();
     assert_eq!(fields(Caps { max_hz: 50, ..Caps::default() }), ["capture.hz"]);
     assert_eq!(fields(Caps { ttl_above_hz: 50, ..Caps::default() }), ["lifetime.ttl"]);
+    assert_eq!(fields(Caps { ttl_always_above_hz: 50, ..Caps::default() }), ["lifetime.ttl"]);
     assert_eq!(fields(Caps { max_rules: 1, ..Caps::default() }), ["rules"]);
     assert_eq!(fields(Caps { max_bytes: 10, ..Caps::default() }), ["rules"]);
 }
