@@ -144,7 +144,9 @@ fn main() -> ExitCode {
         let written = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
         return if written.is_ok() && !text.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
-    let filter = EnvFilter::try_from_env("GANNET_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    // What fails there is told where it matters, with what to do about it.
+    let filter = EnvFilter::try_from_env("GANNET_LOG")
+        .unwrap_or_else(|_| EnvFilter::new("info,kube_client::client::builder=off"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     if args.log_json {
         log.json().init();

@@ -50,7 +50,7 @@ impl From<RulesError> for Status {
             RulesError::Stale { .. } => Status::aborted(text),
             RulesError::NoScope(_) => Status::not_found(text),
             RulesError::NotStaged(_) | RulesError::Corrupt { .. } => Status::failed_precondition(text),
-            RulesError::Io(_) | RulesError::Busy => Status::unavailable(text),
+            RulesError::Unread { .. } | RulesError::Io(_) | RulesError::Busy => Status::unavailable(text),
         }
     }
 }

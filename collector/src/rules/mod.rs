@@ -13,7 +13,10 @@ use std::{
     collections::BTreeMap,
     io,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -94,6 +97,16 @@ pub enum RulesError {
         /// Where it is.
         place: String,
         /// In which way.
+        what: String,
+    },
+    /// The content could not be read since the start.
+    #[error(
+        "the rules cannot be read from {place}, so none are sent and every node keeps what it has: {what}"
+    )]
+    Unread {
+        /// Where they are.
+        place: String,
+        /// Why not.
         what: String,
     },
     /// The content could not be read or written.
@@ -217,6 +230,8 @@ enum State {
     /// Of the version that was read or written last.
     Good(Saved),
     Corrupt(String),
+    /// Not read yet: whatever keeps it does not answer.
+    Unread(String),
 }
 
 struct Inner {
@@ -255,6 +270,7 @@ pub(crate) struct Rules {
     /// Held for moments only.
     inner: Mutex<Inner>,
     published: watch::Sender<Option<Arc<Published>>>,
+    out_of_reach: AtomicBool,
     audit: Arc<Audit>,
     metrics: Metrics,
 }
@@ -266,9 +282,13 @@ impl Rules {
         let audit = Audit::open(dir, metrics.clone())?;
         let inner = Mutex::new(Inner { state: State::Good(Saved::default()), version: None });
         let published = watch::Sender::new(None);
-        let rules = Self { keep, turn: Mutex::default(), inner, published, audit, metrics };
+        let out_of_reach = AtomicBool::new(false);
+        let rules = Self { keep, turn: Mutex::default(), inner, published, out_of_reach, audit, metrics };
         if let Err(KeepError::Io(error)) = rules.refresh() {
-            rules.spoil(&mut rules.lock(), error.to_string());
+            // Read as soon as it answers: see `look`.
+            tracing::error!(place = rules.keep.place(), %error, "the rules cannot be read, so none are sent");
+            rules.lock().state = State::Unread(error.to_string());
+            rules.out_of_reach.store(true, Relaxed);
         }
         let inner = rules.lock();
         if matches!(inner.state, State::Good(_)) && rules.published.borrow().is_none() {
@@ -291,8 +311,18 @@ impl Rules {
     /// Takes over what others have put into the place. Blocking.
     pub(crate) fn look(&self) {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(KeepError::Io(error)) = self.refresh() {
-            tracing::warn!(place = self.keep.place(), %error, "the rules cannot be read; the former ones stay");
+        match self.refresh() {
+            Err(KeepError::Io(error)) => {
+                // Once for as long as it lasts.
+                if !self.out_of_reach.swap(true, Relaxed) {
+                    tracing::warn!(place = self.keep.place(), %error, "the rules cannot be read; the former ones stay");
+                }
+            }
+            Ok(()) | Err(KeepError::Conflict) => {
+                if self.out_of_reach.swap(false, Relaxed) {
+                    tracing::info!(place = self.keep.place(), "the rules can be read again");
+                }
+            }
         }
     }
 
@@ -309,6 +339,7 @@ impl Rules {
         match &inner.state {
             State::Good(saved) => Ok(saved),
             State::Corrupt(what) => Err(RulesError::Corrupt { place: self.keep.place(), what: what.clone() }),
+            State::Unread(what) => Err(RulesError::Unread { place: self.keep.place(), what: what.clone() }),
         }
     }
 
@@ -328,6 +359,10 @@ impl Rules {
         match loaded {
             Loaded::Same => {}
             Loaded::Nothing => {
+                if matches!(inner.state, State::Unread(_)) {
+                    inner.state = State::Good(Saved::default());
+                    self.publish(inner);
+                }
                 if inner.version.take().is_some() {
                     tracing::error!(
                         place = self.keep.place(),

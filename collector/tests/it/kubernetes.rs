@@ -322,6 +322,21 @@ async fn resources_and_calls_are_two_doors_to_one_store_that_collectors_share() 
     right.shutdown().await;
 }
 
+#[tokio::test]
+async fn an_api_server_that_is_not_there_yet_is_waited_for_and_no_rules_are_sent_until_then() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let kubeconfig = kubeconfig(dir.path(), &format!("http://127.0.0.1:{port}"));
+    let running = Collector::start(on(dir.path(), "data", &kubeconfig)).await.unwrap();
+    let status = triggers(&running).await.set_triggers(one("a")).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::Unavailable, "{status}");
+    let mut agent = Agent::connect(&running, "n1", "some-digest").await;
+    agent.hears_nothing().await;
+    let ready = crate::support::get(running.http_addr, "/readyz").await;
+    assert!(ready.status == 503 && ready.text().contains("cannot be read"), "{}", ready.text());
+    running.shutdown().await;
+}
+
 #[test]
 fn the_definition_that_is_shipped_is_the_one_that_this_program_makes() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../helm/gannet/files/triggerrules.yaml");

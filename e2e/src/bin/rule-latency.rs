@@ -46,7 +46,8 @@ async fn run(args: &Args) -> ExitCode {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("rules.yaml");
     fs::write(&file, "rules: []\n").expect("the rule file is written");
-    let agent = Agent::start("bench", &collector.url(), &[&format!("--rules={}", file.display())]);
+    let agent =
+        Agent::start("bench", &collector.url(), &[&format!("--rules={}", file.display()), "--window=1s"]);
     agent.connected(&collector).await;
     let _sample = Sample::start(100);
     let (mut pushed, mut written) = (Vec::new(), Vec::new());
@@ -62,6 +63,8 @@ async fn run(args: &Args) -> ExitCode {
         let begin = Instant::now();
         fs::rename(&aside, &file).expect("the rule file is replaced");
         written.push(sampled(&agent, &id, begin).await);
+        // The place of a rule that is gone is given away after two windows.
+        tokio::time::sleep(Duration::from_millis(200)).await;
     }
     let mut good = true;
     for (what, mut times) in [("SetTriggers", pushed), ("a rule file", written)] {
