@@ -78,6 +78,7 @@ async fn measure(
         window: Duration::from_secs(600),
         caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
         deny: Deny::default(),
+        budgets: gannet_agent::governor::Budgets::default(),
         tables: Some(TableSources::with_debug_files()),
     };
     let engine = Engine::start(options, move |window: Window| {

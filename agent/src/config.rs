@@ -20,6 +20,7 @@ use gannet_proto::{
 use serde::{Deserialize, Deserializer};
 
 use crate::{
+    governor::Budgets,
     kernel::{MAX_CGROUP_PATH, MAX_COMM},
     pods::{LabelOptions, PATIENCE, SourceKind, SourceOptions, check_address},
     rules::{CAPTURE_SLOTS, Deny, RULE_SLOTS},
@@ -101,6 +102,13 @@ pub struct RunArgs {
     /// Never sample processes of these users (repeatable)
     #[arg(long, env = "GANNET_DENY_UID", value_name = "UID", value_delimiter = ',')]
     pub deny_uid: Vec<u32>,
+    /// Of one core, for the agent's threads and BPF programs together: 0.05 or 5%; over it rates are lowered, then captures
+    /// refused [default: none]
+    #[arg(long, env = "GANNET_CPU_BUDGET", value_name = "SHARE")]
+    pub cpu_budget: Option<Share>,
+    /// Of the agent's memory; over it rates are lowered, then captures refused [default: none]
+    #[arg(long, env = "GANNET_MEMORY_BUDGET", value_name = "BYTES")]
+    pub memory_budget: Option<Bytes>,
     /// How long a window is, 1s to 10m [default: 10s]
     #[arg(long, env = "GANNET_WINDOW", value_name = "TIME")]
     pub window: Option<Span>,
@@ -157,6 +165,10 @@ pub enum Kubelet {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bytes(pub u64);
 
+/// A share of one core: `0.05`, `5%`; more than one core is possible.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Share(pub f64);
+
 /// A length of time: `10s`, `2m`, `1h 30m`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span(pub Duration);
@@ -186,6 +198,8 @@ pub struct Config {
     pub caps: Caps,
     /// What is never sampled here.
     pub deny: Deny,
+    /// What the agent may use.
+    pub budgets: Budgets,
     /// See [`RunArgs`].
     pub window: Duration,
     /// See [`RunArgs`].
@@ -266,6 +280,8 @@ impl RunArgs {
             deny_comm,
             deny_cgroup,
             deny_uid,
+            cpu_budget,
+            memory_budget,
             window,
             ring_bytes,
             table_bytes,
@@ -301,6 +317,8 @@ impl RunArgs {
             deny_comm: [deny_comm, file.deny_comm].concat(),
             deny_cgroup: [deny_cgroup, file.deny_cgroup].concat(),
             deny_uid: [deny_uid, file.deny_uid].concat(),
+            cpu_budget: cpu_budget.or(file.cpu_budget),
+            memory_budget: memory_budget.or(file.memory_budget),
             window: window.or(file.window),
             ring_bytes: ring_bytes.or(file.ring_bytes),
             table_bytes: table_bytes.or(file.table_bytes),
@@ -431,6 +449,10 @@ impl RunArgs {
                 ..Caps::default()
             },
             deny,
+            budgets: Budgets {
+                cpu: self.cpu_budget.map(|share| share.0),
+                memory_bytes: self.memory_budget.map(|bytes| bytes.0),
+            },
             window,
             ring_bytes: map_size("ring-bytes", self.ring_bytes, 4 << 20)?,
             table_bytes: map_size("table-bytes", self.table_bytes, 16 << 20)?,
@@ -456,6 +478,7 @@ impl Config {
             pod_labels: LabelOptions { cluster, pod_labels },
             caps,
             deny,
+            budgets,
             window,
             ring_bytes,
             table_bytes,
@@ -514,6 +537,8 @@ impl Config {
         }
         lines.extend(pod_labels.iter().map(|key| ("pod-label", key.clone())));
         lines.extend(labels.iter().map(|(name, value)| ("label", format!("{name}={value}"))));
+        lines.extend(budgets.cpu.map(|share| ("cpu-budget", share.to_string())));
+        lines.extend(budgets.memory_bytes.map(|bytes| ("memory-budget", bytes.to_string())));
         lines.extend(deny.comm.iter().map(|pattern| ("deny-comm", pattern.to_string())));
         lines.extend(deny.cgroup.iter().map(|pattern| ("deny-cgroup", pattern.to_string())));
         lines.extend(deny.uid.iter().map(|uid| ("deny-uid", uid.to_string())));
@@ -583,6 +608,36 @@ impl FromStr for Bytes {
         let number: u64 =
             digits.parse().map_err(|_| format!("`{text}` is no number of bytes, like 64MiB"))?;
         number.checked_mul(unit).map(Self).ok_or_else(|| format!("`{text}` is too much"))
+    }
+}
+
+impl FromStr for Share {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (number, unit) = match text.trim().strip_suffix('%') {
+            Some(number) => (number.trim_end(), 0.01),
+            None => (text.trim(), 1.0),
+        };
+        let wrong = || format!("`{text}` is no share of a core: give 0.001 to 64, like 0.05 or 5%");
+        let share = number.parse::<f64>().map_err(|_| wrong())? * unit;
+        if (0.001..=64.0).contains(&share) { Ok(Self(share)) } else { Err(wrong()) }
+    }
+}
+
+impl<'de> Deserialize<'de> for Share {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Form {
+            Number(f64),
+            Text(String),
+        }
+        let text = match Form::deserialize(deserializer)? {
+            Form::Number(number) => number.to_string(),
+            Form::Text(text) => text,
+        };
+        text.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -680,6 +735,17 @@ mod tests {
         assert_eq!((config.pod_labels.cluster.as_str(), config.pod_labels.pod_labels.len()), ("east", 1));
         assert!(config.lines().contains("--kubelet=auto\n"));
         assert!(config.lines().contains("--pod-label=team\n"));
+    }
+
+    #[test]
+    fn shares_of_a_core() {
+        assert_eq!("5%".parse::<Share>().unwrap(), Share(0.05));
+        assert_eq!("0.05".parse::<Share>().unwrap(), Share(0.05));
+        for wrong in ["", "%", "0", "-1", "100", "five", "NaN"] {
+            assert!(wrong.parse::<Share>().is_err(), "{wrong}");
+        }
+        let config = with("cpu_budget: 10%\nmemory_budget: 64MiB\n", &["--cpu-budget", "0.2"]).unwrap();
+        assert_eq!(config.budgets, Budgets { cpu: Some(0.2), memory_bytes: Some(64 << 20) });
     }
 
     #[test]

@@ -28,9 +28,10 @@ use self::captures::{Captures, Intake};
 pub use self::captures::{Manual, RunningCapture};
 use crate::{
     conditions::{NodeAbilities, Sensors, boot_clock, trigger::Held},
+    governor::{BpfTime, Budgets, Governor, Use},
     kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Sample, Want, lifecycle_lost},
     process::{CgroupTree, Changes, Image, ImageKey, ProcError, Process, Processes, check_identity},
-    profile::{RecorderStats, SampleKind, SeriesProfile, slots},
+    profile::{RecorderStats, SampleKind, SeriesProfile, StackEnd, slots},
     rules::{
         CaptureError, Deny, RuleBook, Set, Source,
         containers::{PodSource, Selection},
@@ -77,6 +78,8 @@ pub struct EngineOptions {
     pub caps: Caps,
     /// What is never sampled, whatever rules ask for.
     pub deny: Deny,
+    /// What the agent may use.
+    pub budgets: Budgets,
     /// Walk user stacks by unwind tables, which come from here; else by frame pointers only.
     pub tables: Option<TableSources>,
 }
@@ -141,6 +144,12 @@ pub struct Inside<'a> {
     pub held: Held,
     /// The flight recorder.
     pub recorder: RecorderStats,
+    /// What the agent used at the last look, its BPF programs included.
+    pub used: Use,
+    /// What is lowered, refused or switched off, and why, in words.
+    pub governed: Option<String>,
+    /// Periods are so many times longer than asked for.
+    pub rate_divisor: u32,
     /// Reports of sensors that came faster than they were taken.
     pub reports_dropped: u64,
     /// Samples of exec conditions that were over when they came.
@@ -155,6 +164,7 @@ enum Command {
     Flush(oneshot::Sender<()>),
     Pods(Box<dyn PodSource>),
     Select(Selection),
+    Switch(Option<String>, oneshot::Sender<()>),
     Capture(Box<Manual>, oneshot::Sender<Result<RunningCapture, CaptureError>>),
     Stop,
 }
@@ -252,6 +262,14 @@ impl Engine {
         Containers { commands: self.commands.clone(), bell: Arc::clone(&self.bell) }
     }
 
+    /// Switches everything off, with the reason, or on again: while it is off no program of the agent is called by the
+    /// kernel. By the time of the answer it is done.
+    pub async fn switch_off(&self, reason: Option<String>) -> Result<(), EngineError> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Command::Switch(reason, answer));
+        answered.await.map_err(|_| EngineError::Ended)
+    }
+
     /// Starts a capture now, for what no rule names. The node's caps and what it denies hold for it too.
     pub async fn capture_now(&self, manual: Manual) -> Result<RunningCapture, CaptureError> {
         let (answer, answered) = oneshot::channel();
@@ -329,6 +347,16 @@ struct Worker {
     next_change: Option<SystemTime>,
     /// The newest window that is with the sink.
     last_window: Option<Ulid>,
+    governor: Governor,
+    bpf_time: BpfTime,
+    /// When the CPU time of this process was read last, and what it was.
+    cpu_time: (Instant, Duration),
+    /// Why everything is switched off, if it is.
+    off: Option<String>,
+    /// What was told of threads that are still off the CPU: by thread and when they went, nanoseconds.
+    blocked: HashMap<(u32, u64), u64>,
+    /// Images of which a thread blocked before its tables were in the kernel.
+    to_enter: HashSet<ImageKey>,
     /// What is in the kernel's `arms`, by thread group id.
     armed: HashMap<u32, Arm>,
     pods: Option<Box<dyn PodSource>>,
@@ -338,7 +366,7 @@ struct Worker {
 
 impl Worker {
     fn new(options: EngineOptions, sink: Box<dyn Sink>, bell: &Arc<OwnedFd>) -> Result<Self, EngineError> {
-        let EngineOptions { node, kernel, window, caps, deny, tables } = options;
+        let EngineOptions { node, kernel, window, caps, deny, budgets, tables } = options;
         let files = raise_file_limit();
         let hierarchy = kernel.hierarchy;
         let processes = Processes::new(kernel.hierarchy, kernel.processes as usize * 2, files);
@@ -389,6 +417,12 @@ impl Worker {
             total: Ledger::default(),
             next_change: None,
             last_window: None,
+            governor: Governor::new(budgets),
+            bpf_time: BpfTime::default(),
+            cpu_time: (Instant::now(), cpu_time()),
+            off: None,
+            blocked: HashMap::new(),
+            to_enter: HashSet::new(),
             armed: HashMap::new(),
             pods: None,
             seen: HashSet::new(),
@@ -419,6 +453,9 @@ impl Worker {
                             waiting: &self.waiting,
                             held: self.captures.triggers.held(),
                             recorder: self.intake.recorder.stats(),
+                            used: self.governor.last(),
+                            governed: self.off.clone().or_else(|| self.governor.verdict().reason),
+                            rate_divisor: self.governor.verdict().rate_divisor,
                             reports_dropped: self.captures.sensors.as_ref().map_or(0, Sensors::dropped),
                             strays: self.captures.strays,
                         });
@@ -434,6 +471,10 @@ impl Worker {
                         self.tell_pods();
                     }
                     Command::Select(selection) => self.select(selection),
+                    Command::Switch(reason, answer) => {
+                        self.switch(reason);
+                        let _ = answer.send(());
+                    }
                     Command::Capture(manual, answer) => {
                         let _ = answer.send(self.start_manual(*manual));
                     }
@@ -545,6 +586,9 @@ impl Worker {
 
     fn sampled(&mut self, mut sample: Sample, now: SystemTime) {
         self.captures.strip(&mut sample);
+        if sample.kind == SampleKind::OffCpu {
+            self.came_back(&mut sample);
+        }
         if sample.subject.rules == 0 {
             return;
         }
@@ -603,6 +647,98 @@ impl Worker {
             tracing::warn!("{error}");
         }
         self.read();
+    }
+
+    /// A thread that was off the CPU has come back. What was told of it before is not told again.
+    fn came_back(&mut self, sample: &mut Sample) {
+        let key = (sample.tid, sample.subject.ktime_ns);
+        sample.value_ns = sample.value_ns.saturating_sub(self.blocked.remove(&key).unwrap_or(0));
+        // A rule may have got its place while the thread slept, or lost it.
+        sample.subject.rules = self.rules.held_since(sample.subject.rules, sample.subject.ktime_ns);
+        let image = ImageKey::of(&sample.subject);
+        let entered = self.tables.as_ref().is_none_or(|tables| tables.is_entered(&image));
+        if !entered || sample.end == StackEnd::Broken {
+            self.to_enter.insert(image);
+        }
+    }
+
+    /// Adds what threads that are still off the CPU have been so far.
+    fn add_blocked(&mut self) {
+        if !self.rules.wants_blocked(SystemTime::now()) {
+            self.blocked.clear();
+            return;
+        }
+        // Who has come back is in the ring, not in the map.
+        self.read();
+        let now = u64::try_from(boot_clock().as_nanos()).unwrap_or(0);
+        let mut still = HashMap::new();
+        for mut sample in self.kernel.blocked_now(now) {
+            let key = (sample.tid, sample.subject.ktime_ns);
+            let told = self.blocked.get(&key).copied().unwrap_or(0);
+            still.insert(key, sample.value_ns);
+            sample.value_ns = sample.value_ns.saturating_sub(told);
+            sample.subject.rules = self.rules.held_since(sample.subject.rules, sample.subject.ktime_ns);
+            if sample.subject.rules != 0 && sample.value_ns > 0 {
+                let _ = self.processes.sampled(&sample.subject, &sample.user);
+                self.keep_changes();
+                self.intake.add(sample);
+            }
+        }
+        self.blocked = still;
+    }
+
+    /// Keeps the agent within its budgets.
+    fn govern(&mut self) {
+        if !self.governor.has_budget() || self.off.is_some() {
+            return;
+        }
+        let (now, time) = (Instant::now(), cpu_time());
+        let (since, before) = std::mem::replace(&mut self.cpu_time, (now, time));
+        let own = time.saturating_sub(before).as_secs_f64() / (now - since).as_secs_f64().max(1e-3);
+        let used = Use { cpu: own + self.bpf_time.look(&self.kernel), memory_bytes: resident_bytes() };
+        if !self.governor.look(used) {
+            return;
+        }
+        let verdict = self.governor.verdict();
+        match &verdict.reason {
+            Some(reason) => tracing::warn!("the agent keeps within its budget: {reason}"),
+            None => tracing::info!("the agent is within its budget again: nothing is lowered any more"),
+        }
+        self.captures.governed.clone_from(&verdict.refuse);
+        // Refusing captures is for less of everything: what is only for captures goes too.
+        let recorder = if verdict.refuse.is_some() { 0 } else { captures::RECORDER_BYTES };
+        self.intake.recorder.set_most_bytes(recorder);
+        self.rules.set_governed(verdict.reason);
+        if self.rules.set_rate_divisor(verdict.rate_divisor) {
+            self.enforce_or_say();
+        }
+    }
+
+    /// Switches everything off or on again.
+    fn switch(&mut self, reason: Option<String>) {
+        let was_off = self.off.is_some();
+        self.off.clone_from(&reason);
+        match (was_off, reason) {
+            (false, Some(reason)) => {
+                tracing::warn!("everything is detached from the kernel: {reason}");
+                self.captures.governed = Some(reason);
+                if let Err(error) = self.kernel.detach() {
+                    tracing::error!("not everything could be detached: {error}");
+                }
+                self.read();
+                self.flush();
+                self.blocked.clear();
+            }
+            (true, None) => {
+                tracing::info!("everything is attached to the kernel again");
+                self.captures.governed = self.governor.verdict().refuse;
+                self.armed.clear();
+                self.kernel.attach_again();
+                self.enforce_or_say();
+                self.reconcile();
+            }
+            _ => {}
+        }
     }
 
     /// Samples that were taken before another file took the place of an image's are named after what it was.
@@ -694,6 +830,25 @@ impl Worker {
             }
         }
         self.waiting = left;
+        self.enter_blocked();
+    }
+
+    /// Puts the images of threads that block into the kernel, so that their next stacks are walked by tables.
+    fn enter_blocked(&mut self) {
+        let Some(tables) = &mut self.tables else { return };
+        for key in std::mem::take(&mut self.to_enter) {
+            let Some(process) = self.processes.get(&key).filter(|process| process.is_alive()) else {
+                continue;
+            };
+            if process.kernel_thread {
+                continue;
+            }
+            if !tables.ready(&process.image) {
+                self.to_enter.insert(key);
+            } else if let Err(error) = tables.enter(&mut self.kernel, key, &process.image) {
+                tracing::debug!(key = %key.process, "walked by frame pointers: {error}");
+            }
+        }
     }
 
     /// Arms or disarms a process by the rules that the kernel side cannot decide; `candidates` are those of which all
@@ -704,6 +859,9 @@ impl Worker {
         let want =
             if candidates == 0 { Want::default() } else { self.rules.decide(process, candidates, now) };
         self.processes.wanted(&process.key, want.rules);
+        if self.rules.wants_blocked_of(process.rules | want.rules) {
+            self.to_enter.insert(process.key);
+        }
         self.set_arm(process.key, want);
     }
 
@@ -788,6 +946,7 @@ impl Worker {
             self.repaired = Instant::now();
             self.reconcile();
         }
+        self.govern();
         self.watch();
         self.intake.recorder.forget(u64::try_from(boot_clock().as_nanos()).unwrap_or(0));
         let now = SystemTime::now();
@@ -808,6 +967,7 @@ impl Worker {
                 break;
             }
         }
+        self.add_blocked();
         let (start, began) = self.window_start;
         self.window_start = (SystemTime::now(), Instant::now());
         let duration = self.window_start.1 - began;
@@ -832,6 +992,8 @@ impl Worker {
                 ledger.ticks = counters.ticks - self.counted.ticks;
                 ledger.lose(LossReason::RingFull, counters.lost_ring_full - self.counted.lost_ring_full);
                 ledger.lose(LossReason::MapFull, counters.lost_off_cpu_full - self.counted.lost_off_cpu_full);
+                ledger
+                    .lose(LossReason::RateLimit, counters.lost_off_cpu_rate - self.counted.lost_off_cpu_rate);
                 self.counted = counters;
             }
             Err(error) => tracing::error!("{error}"),
@@ -865,7 +1027,9 @@ impl Worker {
             let lost_map = counters.lost_off_cpu_full - self.counted.lost_off_cpu_full;
             ledger.lose(LossReason::RingFull, lost_ring);
             ledger.lose(LossReason::MapFull, lost_map);
-            ledger.taken += self.in_hand() + lost_ring + lost_map;
+            let lost_rate = counters.lost_off_cpu_rate - self.counted.lost_off_cpu_rate;
+            ledger.lose(LossReason::RateLimit, lost_rate);
+            ledger.taken += self.in_hand() + lost_ring + lost_map + lost_rate;
         }
         ledger.pending += self.in_hand();
         ledger
@@ -895,6 +1059,21 @@ impl Inside<'_> {
         }
         self.rules.statuses(SystemTime::now(), |place| armed[place as usize])
     }
+}
+
+/// CPU time of all threads of this process.
+fn cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::try_from(time).unwrap_or_default()
+}
+
+/// Resident memory of this process.
+fn resident_bytes() -> u64 {
+    std::fs::read_to_string("/proc/self/statm")
+        .ok()
+        .and_then(|text| text.split_ascii_whitespace().nth(1)?.parse::<u64>().ok())
+        .unwrap_or(0)
+        * rustix::param::page_size() as u64
 }
 
 /// Tells who knows pods of a process's container, once in a window.

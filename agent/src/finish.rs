@@ -24,6 +24,7 @@ pub async fn finish(
         format!("gannet-agent {}", gannet_proto::VERSION),
         format!("kernel {}", rustix::system::uname().release().to_string_lossy()),
     ];
+    raw.comments.extend(rule.governed.map(|reason| format!("governor {reason}")));
     symbolizer.symbolize(raw).await
 }
 

@@ -20,6 +20,7 @@ pub mod debug;
 pub mod engine;
 pub mod export;
 pub mod finish;
+pub mod governor;
 pub mod kernel;
 pub mod ledger;
 pub mod node;

@@ -25,6 +25,7 @@ use crate::{
     check::{self, Refusal},
     engine::{Engine, EngineError, EngineOptions, Window},
     finish::finish,
+    governor::Budgets,
     kernel::KernelOptions,
     output::{Destination, Details, OutputError},
     rules::{Deny, Set, Source, ad_hoc},
@@ -154,6 +155,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
             window: WINDOW,
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
+            budgets: Budgets::default(),
             tables: Some(TableSources::with_debug_files()),
         },
         // The queue holds minutes; if it is full nevertheless, the engine waits rather than losing a window: nobody

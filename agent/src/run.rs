@@ -9,7 +9,7 @@ use std::{
 
 use gannet_proto::{connect::DialError, control::RuleError};
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::watch,
 };
 use tokio_util::sync::CancellationToken;
@@ -38,6 +38,8 @@ use crate::{
 
 /// How often rule files are looked at, besides whenever something changes beside them.
 const FILES_PAUSE: Duration = Duration::from_millis(500);
+/// How often the file of the kill switch is looked for.
+const SWITCH_PAUSE: Duration = Duration::from_millis(250);
 /// How long the last profiles may take to be delivered when the agent is told to end; the rest stays in the spool.
 const LAST_DELIVERY: Duration = Duration::from_secs(5);
 
@@ -96,6 +98,8 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
     check::preflight()?;
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Start)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Start)?;
+    let off = signal(SignalKind::user_defined1()).map_err(RunError::Start)?;
+    let on = signal(SignalKind::user_defined2()).map_err(RunError::Start)?;
     let local = files::read(&config.rules)?;
     let listeners = Listeners::open(config.listen, config.debug_listen).await?;
     fs::create_dir_all(&config.state_dir)
@@ -122,6 +126,7 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
             window: config.window,
             caps: config.caps.clone(),
             deny: config.deny.clone(),
+            budgets: config.budgets,
             tables: Some(TableSources {
                 kept: Some(config.state_dir.join("tables")),
                 overrides: Some(config.state_dir.join("overrides")),
@@ -171,6 +176,7 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
     let cancel = CancellationToken::new();
     let serving = tokio::spawn(listeners.serve(Arc::clone(&node), cancel.clone()));
     let following = tokio::spawn(follow_files(Arc::clone(&node), cancel.clone()));
+    let switching = tokio::spawn(follow_switch(Arc::clone(&node), off, on, cancel.clone()));
     let controlling = match &node.config.dial {
         Some(dial) => {
             Some(tokio::spawn(Control::new(Arc::clone(&node), dial, store, active)?.run(cancel.clone())))
@@ -200,6 +206,7 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
         let _ = controlling.await;
     }
     let _ = following.await;
+    let _ = switching.await;
     for task in [telling, arming].into_iter().flatten() {
         let _ = task.await;
     }
@@ -233,6 +240,38 @@ impl PodSource for KnowsPods {
 
     fn seen(&mut self, container: &CgroupNames) {
         self.pods.ask(&container.container_id, &container.pod_uid);
+    }
+}
+
+/// The kill switch: while the file `disable` is in the state directory, or from SIGUSR1 to SIGUSR2, nothing of the agent
+/// is attached to the kernel.
+async fn follow_switch(node: Arc<Node>, mut off: Signal, mut on: Signal, cancel: CancellationToken) {
+    let file = node.config.state_dir.join("disable");
+    let (mut by_signal, mut now) = (false, None);
+    loop {
+        let reason = if by_signal {
+            Some("switched off by SIGUSR1; SIGUSR2 switches on again".to_owned())
+        } else if file.exists() {
+            Some(format!("switched off by {}; remove it to switch on again", file.display()))
+        } else {
+            None
+        };
+        if reason != now {
+            now.clone_from(&reason);
+            if node.engine.switch_off(reason.clone()).await.is_err() {
+                return;
+            }
+            node.set_degraded("switch", reason);
+        }
+        tokio::select! {
+            () = tokio::time::sleep(SWITCH_PAUSE) => {}
+            _ = off.recv() => by_signal = true,
+            _ = on.recv() => by_signal = false,
+            () = cancel.cancelled() => return,
+        }
+        if let Ok(governed) = node.engine.inspect(|inside| inside.governed.clone()).await {
+            node.set_degraded("budget", governed.filter(|_| now.is_none()));
+        }
     }
 }
 

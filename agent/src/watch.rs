@@ -16,6 +16,7 @@ use crate::{
     check::{self, Refusal},
     engine::{Engine, EngineError, EngineOptions, Inside, Window},
     finish::finish,
+    governor::Budgets,
     kernel::KernelOptions,
     process::{Process, State},
     profile::slots,
@@ -83,6 +84,7 @@ pub async fn watch(args: TopArgs) -> Result<(), WatchError> {
             window: args.interval.max(Duration::from_millis(200)),
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
+            budgets: Budgets::default(),
             tables: Some(TableSources::with_debug_files()),
         },
         // A table that is late shows the next window instead.

@@ -15,6 +15,7 @@ use std::{
 use common::{Running, cgroup::Group};
 use gannet_agent::{
     engine::{Engine, EngineOptions, Manual, Window},
+    governor::Budgets,
     kernel::KernelOptions,
     rules::{Deny, Set, Source},
     tables::TableSources,
@@ -78,6 +79,10 @@ impl Profiles {
 }
 
 fn engine(deny: Deny) -> (Engine, Profiles) {
+    engine_within(deny, Budgets::default())
+}
+
+fn engine_within(deny: Deny, budgets: Budgets) -> (Engine, Profiles) {
     let profiles = Profiles::default();
     let sink = profiles.clone();
     let options = EngineOptions {
@@ -86,6 +91,7 @@ fn engine(deny: Deny) -> (Engine, Profiles) {
         window: Duration::from_secs(1),
         caps: Caps::default(),
         deny,
+        budgets,
         tables: Some(TableSources::default()),
     };
     let engine = Engine::start(options, move |window: Window| sink.0.lock().unwrap().push(window)).unwrap();
@@ -254,6 +260,58 @@ async fn r18_exec_arms_from_the_first_tick_and_for_no_longer_than_asked() {
     // The next one, while there is room again; a child of it is part of the same capture.
     let next = Running::start(Command::new(&program).args(["spin", "1000"]));
     until("the next one", 30, || profiles.of("at-exec", "exec").contains_key(&pid(&next))).await;
+    profiles.check_ledgers();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r40_the_kill_switch_detaches_everything_and_the_budget_lowers_rates() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = spinner(directory.path(), "cap-switched");
+    let (engine, profiles) = engine_within(Deny::default(), Budgets { cpu: Some(1e-9), memory_bytes: None });
+    let first = Running::start(&mut Command::new(&program));
+    apply(&engine, "  - {id: always, match: {comm: [cap-switched]}, capture: {hz: 99}}\n").await;
+    let of = |running: &Running| profiles.of("always", "always").get(&running.0.id()).copied().unwrap_or(0);
+    until("the first", 30, || of(&first) > 0).await;
+
+    engine.switch_off(Some("switched off by a test".into())).await.unwrap();
+    let ticks =
+        || engine.inspect(|inside| (inside.kernel.counters().unwrap().ticks, inside.governed.clone()));
+    let (before, governed) = ticks().await.unwrap();
+    assert_eq!(governed.as_deref(), Some("switched off by a test"));
+    let second = Running::start(&mut Command::new(&program));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(ticks().await.unwrap().0, before, "no program is called");
+    let manual = Manual {
+        matches: Match { pids: vec![second.0.id()], ..Match::default() },
+        hz: 99,
+        kinds: vec![Kind::OnCpu],
+        duration: Duration::from_secs(1),
+        evidence: String::new(),
+    };
+    let refused = engine.capture_now(manual).await.unwrap_err().to_string();
+    assert!(refused.contains("switched off by a test"), "{refused}");
+    engine.switch_off(None).await.unwrap();
+    until("the one that came meanwhile", 30, || of(&second) > 0).await;
+
+    // No budget is as small as that: rates go down step by step, and profiles say so.
+    let end = Instant::now() + Duration::from_secs(40);
+    loop {
+        let (divisor, governed) =
+            engine.inspect(|inside| (inside.rate_divisor, inside.governed.clone())).await.unwrap();
+        if divisor >= 4 {
+            assert!(governed.unwrap().contains("are the budget"));
+            break;
+        }
+        assert!(Instant::now() < end, "not lowered");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let slower = || {
+        let windows = profiles.0.lock().unwrap();
+        windows.iter().flat_map(|window| &window.profiles).any(|profile| {
+            profile.raw.period_ns >= 4 * (1_000_000_000 / 99) && profile.rule.governed.is_some()
+        })
+    };
+    until("a profile at the lower rate", 30, slower).await;
     profiles.check_ledgers();
 }
 

@@ -54,6 +54,7 @@ impl Watch {
             window: Duration::from_secs(3600),
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
+            budgets: gannet_agent::governor::Budgets::default(),
             tables: Some(TableSources::default()),
         };
         let engine = Engine::start(options, move |window: Window| drop(send.send(window))).unwrap();

@@ -140,6 +140,7 @@ async fn samples_of_containers_are_named_after_their_pods() {
             window: Duration::from_secs(600),
             caps: Caps::default(),
             deny: Deny::default(),
+            budgets: gannet_agent::governor::Budgets::default(),
             tables: Some(TableSources::with_debug_files()),
         },
         entrance,

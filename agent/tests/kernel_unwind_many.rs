@@ -42,6 +42,7 @@ impl Machine {
             window: Duration::from_secs(600),
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
+            budgets: gannet_agent::governor::Budgets::default(),
             tables: Some(TableSources::default()),
         };
         let engine = Engine::start(options, move |window| kept.lock().unwrap().push(window)).unwrap();

@@ -15,6 +15,8 @@ pub enum LossReason {
     StackMissing,
     /// A kernel map had no room for the process or the stack.
     MapFull,
+    /// Threads blocked more often than their stacks may be taken.
+    RateLimit,
     /// A queue inside the agent had no room.
     QueueFull,
     /// The spool dropped its oldest batches to stay within its bytes.
@@ -35,11 +37,12 @@ pub enum LossReason {
 
 impl LossReason {
     /// Every reason, in the order in which samples meet them on their way.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::RingFull,
         Self::StackFault,
         Self::StackMissing,
         Self::MapFull,
+        Self::RateLimit,
         Self::QueueFull,
         Self::Denied,
         Self::SpoolFull,
@@ -57,6 +60,7 @@ impl LossReason {
             Self::StackFault => "stack_fault",
             Self::StackMissing => "stack_missing",
             Self::MapFull => "map_full",
+            Self::RateLimit => "rate_limit",
             Self::QueueFull => "queue_full",
             Self::Denied => "denied",
             Self::SpoolFull => "spool_full",

@@ -35,7 +35,15 @@ enum Number {
 
 /// The text that a scrape gets.
 pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
-    let (kernel, tables, processes, files, degraded, mappings_lost) = node
+    let (
+        kernel,
+        tables,
+        processes,
+        files,
+        degraded,
+        mappings_lost,
+        (held, recorder, reports_dropped, strays, rate_divisor),
+    ) = node
         .engine
         .inspect(|inside| {
             (
@@ -45,6 +53,7 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
                 inside.processes.stats(),
                 inside.kernel.undecodable(),
                 inside.kernel.mappings_lost(),
+                (inside.held, inside.recorder, inside.reports_dropped, inside.strays, inside.rate_divisor),
             )
         })
         .await?;
@@ -157,6 +166,37 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
             Number::Counter(tables.failed),
         );
     }
+    for (reason, count) in
+        [("cooldown", held.cooldown), ("max_concurrent", held.max_concurrent), ("budget", held.budget)]
+    {
+        let label = Some(("reason", reason.to_owned()));
+        add("captures_held_back", "Captures that did not start, by reason", label, Number::Counter(count));
+    }
+    add("recorder_bytes", "Memory of the flight recorder", None, Number::Gauge(recorder.bytes as i64));
+    add(
+        "recorder_crowded_out",
+        "Samples that the flight recorder forgot before their time",
+        None,
+        Number::Counter(recorder.crowded_out),
+    );
+    add(
+        "sensor_reports_dropped",
+        "Reports of conditions that came faster than they were taken",
+        None,
+        Number::Counter(reports_dropped),
+    );
+    add(
+        "samples_stray",
+        "Samples of exec conditions that were over when they came",
+        None,
+        Number::Counter(strays),
+    );
+    add(
+        "rate_divisor",
+        "How many times longer periods are than asked for, to keep within the budget",
+        None,
+        Number::Gauge(rate_divisor.into()),
+    );
     add("spool_bytes", "Batches on disk", None, Number::Gauge(node.spool.bytes() as i64));
     add("spool_batches", "Batches in the spool", None, Number::Gauge(node.spool.batches() as i64));
     add(

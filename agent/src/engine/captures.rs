@@ -386,6 +386,11 @@ impl Worker {
     fn end_due(&mut self) {
         let clock = Instant::now();
         self.end_at_exec(clock);
+        if self.rules.next_end().is_some_and(|end| end <= clock) {
+            // While they still have their places: who has come back since, and who is still off the CPU.
+            self.read();
+            self.add_blocked();
+        }
         if self.rules.end_due(clock, SystemTime::now()) {
             self.enforce_or_say();
         }

@@ -42,6 +42,9 @@ use crate::process::{ProcFs as _, ProcessKey, RealProc};
 /// Rules that can be in force at one time: one bit each in a sample.
 pub const MAX_RULES: usize = 64;
 
+/// Stacks of threads that block, a second and CPU: at some microseconds each it stays below a tenth of a CPU.
+const OFF_CPU_RATE: u64 = 10_000;
+
 /// How much of the verifier's log goes into an error.
 const LOG_LINES: usize = 12;
 
@@ -215,7 +218,7 @@ pub struct Kernel {
     clocks: clock::Clocks,
     mappings: Option<mappings::Mappings>,
     listens: bool,
-    _links: Vec<Link>,
+    links: Vec<Link>,
     switches: Option<Link>,
     walk: Option<Link>,
     ring: RingBuffer<'static>,
@@ -224,6 +227,9 @@ pub struct Kernel {
     skeleton: GannetSkel<'static>,
     degraded: Vec<String>,
     walk_kind: Walk,
+    options: KernelOptions,
+    /// Nothing of it is attached, and nothing shall be.
+    detached: bool,
 }
 
 #[derive(Default)]
@@ -409,6 +415,9 @@ impl Kernel {
         progs.on_tick.set_autoload(options.walk == Walk::Loop);
         progs.on_tick_chain.set_autoload(options.walk == Walk::Chain);
         progs.walk_chain.set_autoload(options.walk == Walk::Chain);
+        progs.on_switch.set_autoload(options.walk == Walk::Loop);
+        progs.on_switch_chain.set_autoload(options.walk == Walk::Chain);
+        progs.walk_switch_chain.set_autoload(options.walk == Walk::Chain);
         skeleton.maps.procs.set_max_entries(options.processes).map_err(KernelError::Open)?;
         skeleton.maps.arms.set_max_entries(options.processes).map_err(KernelError::Open)?;
         if let Some(constants) = skeleton.maps.rodata_data.as_deref_mut() {
@@ -474,14 +483,19 @@ impl Kernel {
             .enumerate()
             .filter(|(_, period)| **period > 0)
             .fold(0, |bits, (slot, _)| bits | 1_u64 << slot);
-        self.listen(!periods.is_empty() || rules.off_cpu != 0);
+        let periods = if self.detached { BTreeSet::new() } else { periods };
+        self.listen(!self.detached && (!periods.is_empty() || rules.off_cpu != 0));
         self.clocks.set(sampler(&self.skeleton, self.walk_kind), periods)?;
         // The scheduler's switches are many: they are looked at only if somebody wants them.
-        if rules.off_cpu == 0 {
+        if rules.off_cpu == 0 || self.detached {
             self.switches = None;
         } else if self.switches.is_none() {
             let what = "the blocked-time handler to sched_switch";
-            let attached = self.skeleton.progs.on_switch.attach_raw_tracepoint("sched_switch");
+            let program = match self.walk_kind {
+                Walk::Loop => &self.skeleton.progs.on_switch,
+                Walk::Chain => &self.skeleton.progs.on_switch_chain,
+            };
+            let attached = program.attach_raw_tracepoint("sched_switch");
             self.switches = Some(attached.map_err(|source| KernelError::Attach { what, source })?);
         }
         let Masks {
@@ -627,6 +641,65 @@ impl Kernel {
         }
     }
 
+    /// Detaches everything: no program of the agent is called any more. What it knows stays.
+    pub fn detach(&mut self) -> Result<(), KernelError> {
+        self.set_sampling(false);
+        self.set_lifecycle(false);
+        self.detached = true;
+        self.links.clear();
+        self.walk = None;
+        self.switches = None;
+        self.listen(false);
+        self.clocks.set(sampler(&self.skeleton, self.walk_kind), BTreeSet::new())
+    }
+
+    /// Attaches everything again. What was known of processes is forgotten, since nobody looked meanwhile; the rules must
+    /// be set again, which finds who runs.
+    pub fn attach_again(&mut self) {
+        for map in [&self.skeleton.maps.procs, &self.skeleton.maps.arms, &self.skeleton.maps.off_cpu] {
+            let keys: Vec<_> = map.keys().collect();
+            for key in keys {
+                let _ = map.delete(&key);
+            }
+        }
+        let (links, walk, degraded) = attach_handlers(&self.skeleton, &self.options);
+        for reason in degraded.iter().filter(|reason| !self.degraded.contains(reason)) {
+            tracing::warn!("{reason}");
+        }
+        self.links = links;
+        self.walk = walk;
+        self.detached = false;
+        self.set_lifecycle(true);
+        self.set_sampling(true);
+    }
+
+    /// Threads that are off the CPU now, as the samples that they would be; `value_ns` is how long they have been.
+    pub fn blocked_now(&self, now_ns: u64) -> Vec<Sample> {
+        let map = &self.skeleton.maps.off_cpu;
+        let entries = map.keys().filter_map(|key| map.lookup(&key, MapFlags::ANY).ok().flatten());
+        entries
+            .filter_map(|bytes| match Event::decode(&bytes) {
+                Ok(Event::Sample(sample)) => Some(sample),
+                _ => None,
+            })
+            .map(|sample| Sample { value_ns: now_ns.saturating_sub(sample.subject.ktime_ns), ..sample })
+            .collect()
+    }
+
+    /// Nanoseconds that the programs have run while the kernel counted.
+    pub fn programs_run_ns(&self) -> u64 {
+        let progs = &self.skeleton.progs;
+        let sampler = sampler(&self.skeleton, self.walk_kind);
+        let switch = match self.walk_kind {
+            Walk::Loop => &progs.on_switch,
+            Walk::Chain => &progs.on_switch_chain,
+        };
+        [&progs.on_exec, &progs.on_fork, &progs.on_exit, &progs.on_attach, sampler, switch]
+            .into_iter()
+            .map(|program| crate::governor::run_ns(program.as_fd()))
+            .sum()
+    }
+
     /// Switches the reports of exec, fork and exit.
     pub fn set_lifecycle(&mut self, on: bool) {
         self.change_settings(|settings| settings.lifecycle = on.into());
@@ -731,33 +804,14 @@ impl Loaded {
                 .chain
                 .update(&0_u32.to_ne_bytes(), &next.to_ne_bytes(), MapFlags::ANY)
                 .map_err(|source| KernelError::Map { map: "chain", source })?;
+            let next = skeleton.progs.walk_switch_chain.as_fd().as_raw_fd();
+            skeleton
+                .maps
+                .switch_chain
+                .update(&0_u32.to_ne_bytes(), &next.to_ne_bytes(), MapFlags::ANY)
+                .map_err(|source| KernelError::Map { map: "switch_chain", source })?;
         }
-        let mut degraded = Vec::new();
-        let mut links = Vec::new();
-        let GannetProgs { on_exec, on_fork, on_exit, on_attach, each_task, .. } = &skeleton.progs;
-        let handlers: [(&ProgramMut<'_>, &'static str); 4] = [
-            (on_exec, "sched_process_exec"),
-            (on_fork, "sched_process_fork"),
-            (on_exit, "sched_process_exit"),
-            (on_attach, "cgroup_attach_task"),
-        ];
-        for (program, tracepoint) in handlers {
-            if options.without.contains(&tracepoint) {
-                degraded.push(format!("no {tracepoint} tracepoint: left out"));
-                continue;
-            }
-            match program.attach_raw_tracepoint(tracepoint) {
-                Ok(link) => links.push(link),
-                Err(error) => degraded.push(format!("no {tracepoint} tracepoint: {error}")),
-            }
-        }
-        let walk = match each_task.attach() {
-            Ok(link) => Some(link),
-            Err(error) => {
-                degraded.push(format!("no walk over running processes: {error}"));
-                None
-            }
-        };
+        let (links, walk, degraded) = attach_handlers(&skeleton, &options);
         let queue = Rc::new(RefCell::new(Queue::default()));
         let writer = Rc::clone(&queue);
         let mut builder = RingBufferBuilder::new();
@@ -785,7 +839,9 @@ impl Loaded {
             clocks: clock::Clocks::default(),
             mappings: None,
             listens: !options.without.contains(&"mappings"),
-            _links: links,
+            links,
+            options,
+            detached: false,
             switches: None,
             walk,
             ring,
@@ -800,11 +856,46 @@ impl Loaded {
             settings.report_rate = options.report_rate;
             // Shorter than this is a handover, not a wait.
             settings.off_cpu_min_ns = 1_000;
+            settings.off_cpu_rate = OFF_CPU_RATE;
             settings.user_stacks = 1;
             settings.kernel_stacks = 1;
         });
         Ok(kernel)
     }
+}
+
+/// Attaches what follows processes. What cannot be attached is said.
+fn attach_handlers(
+    skeleton: &GannetSkel<'static>,
+    options: &KernelOptions,
+) -> (Vec<Link>, Option<Link>, Vec<String>) {
+    let mut degraded = Vec::new();
+    let mut links = Vec::new();
+    let GannetProgs { on_exec, on_fork, on_exit, on_attach, each_task, .. } = &skeleton.progs;
+    let handlers: [(&ProgramMut<'_>, &'static str); 4] = [
+        (on_exec, "sched_process_exec"),
+        (on_fork, "sched_process_fork"),
+        (on_exit, "sched_process_exit"),
+        (on_attach, "cgroup_attach_task"),
+    ];
+    for (program, tracepoint) in handlers {
+        if options.without.contains(&tracepoint) {
+            degraded.push(format!("no {tracepoint} tracepoint: left out"));
+            continue;
+        }
+        match program.attach_raw_tracepoint(tracepoint) {
+            Ok(link) => links.push(link),
+            Err(error) => degraded.push(format!("no {tracepoint} tracepoint: {error}")),
+        }
+    }
+    let walk = match each_task.attach() {
+        Ok(link) => Some(link),
+        Err(error) => {
+            degraded.push(format!("no walk over running processes: {error}"));
+            None
+        }
+    };
+    (links, walk, degraded)
 }
 
 /// The program that the clocks call.

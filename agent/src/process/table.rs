@@ -277,8 +277,7 @@ impl Processes {
                 if self.coming.len() >= MOST_COMING {
                     self.coming.retain(|_, coming| coming.since_ns + COMING_NS > ktime_ns);
                 }
-                // What is in the table must be told apart from its next image, however many others there are.
-                if self.coming.len() < MOST_COMING || self.alive.contains_key(&tgid) {
+                if self.coming.len() < MOST_COMING {
                     self.coming.insert(tgid, Coming { since_ns: ktime_ns, mappings: Vec::new() });
                 }
                 self.disbelieve(tgid, ktime_ns);

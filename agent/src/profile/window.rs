@@ -96,6 +96,8 @@ pub struct RuleTag {
     pub capture: u64,
     /// From the flight recorder: when what it shows began, and how long it was.
     pub lead_up: Option<(SystemTime, Duration)>,
+    /// What the governor had lowered, in words.
+    pub governed: Option<String>,
     /// What the rule adds to its profiles.
     pub labels: Labels,
 }

@@ -154,6 +154,8 @@ pub struct RuleBook {
     captures: u64,
     /// What cannot be watched at the moment, by rule.
     faults: BTreeMap<RuleId, String>,
+    /// What the governor has lowered, in words.
+    governed: Option<String>,
 }
 
 /// A place. A rule keeps its own, and its counts, as long as it does not change.
@@ -173,6 +175,8 @@ struct Slot {
     /// Of a rule with conditions: captures started, and the last one's end.
     captures: u64,
     last_capture: Option<SystemTime>,
+    /// When it got its place, by the boot clock: what began before is not for it.
+    since_ns: u64,
     /// No longer in a set, or over; the place is kept until the samples that still name it are through.
     retired: Option<Instant>,
 }
@@ -217,6 +221,7 @@ impl RuleBook {
             rate_divisor: 1,
             captures: 0,
             faults: BTreeMap::new(),
+            governed: None,
         }
     }
 
@@ -346,6 +351,7 @@ impl RuleBook {
                     last_sample: None,
                     captures: 0,
                     last_capture: None,
+                    since_ns: boot_clock_ns(),
                     retired: None,
                 });
             }
@@ -637,6 +643,7 @@ impl RuleBook {
             last_sample: None,
             captures: 0,
             last_capture: None,
+            since_ns: 0,
             retired: None,
         };
         self.enter_capture(slot, Target::Everybody, reason, ends)
@@ -658,6 +665,7 @@ impl RuleBook {
             samples: 0,
             last_sample: None,
             captures: 0,
+            since_ns: boot_clock_ns(),
             ..base
         });
         Ok(id)
@@ -702,6 +710,29 @@ impl RuleBook {
             Usage::Capture { id, target, .. } => Some((*id, slot.rule.id.as_str(), target)),
             _ => None,
         })
+    }
+
+    /// Whether any rule that is live wants blocked time.
+    pub fn wants_blocked(&self, now: SystemTime) -> bool {
+        self.active_slots().any(|(_, slot)| slot.is_live(now) && slot.rates().1)
+    }
+
+    /// Whether a rule of these places does.
+    pub fn wants_blocked_of(&self, places: u64) -> bool {
+        self.active_slots().any(|(place, slot)| places >> place & 1 == 1 && slot.rates().1)
+    }
+
+    /// What the governor has lowered, in words, for the profiles that are taken meanwhile.
+    pub fn set_governed(&mut self, reason: Option<String>) {
+        self.governed = reason;
+    }
+
+    /// Of these places those that a rule had already at this moment of the boot clock, and still has.
+    pub fn held_since(&self, places: u64, at_ns: u64) -> u64 {
+        self.active_slots()
+            .filter(|(_, slot)| slot.since_ns <= at_ns)
+            .fold(0, |bits, (place, _)| bits | 1 << place)
+            & places
     }
 
     /// When the next capture ends.
@@ -763,6 +794,7 @@ impl RuleBook {
             evidence,
             capture,
             lead_up: None,
+            governed: self.governed.clone(),
             labels: slot
                 .rule
                 .labels
@@ -969,6 +1001,10 @@ fn pod_field(rule: &Rule) -> &'static str {
     } else {
         "match.workloads"
     }
+}
+
+fn boot_clock_ns() -> u64 {
+    u64::try_from(crate::conditions::boot_clock().as_nanos()).unwrap_or(0)
 }
 
 /// What a process is matched by.

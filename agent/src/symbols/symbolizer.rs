@@ -383,6 +383,7 @@ impl Names {
                     text("comm", &process.comm),
                     text("container_id", &process.container_id),
                     text("pod_uid", &process.pod_uid),
+                    text("state", sleep_state(stack.state)),
                 ]
                 .into_iter()
                 .filter(|label| !matches!(label.value, LabelValue::Str(""))),
@@ -671,6 +672,17 @@ fn place<'a>(image: &'a Image, vdso: Option<&'a Arc<MappedFile>>, address: u64) 
 
 /// The addresses to look up, leaf first: of callers the byte before the return address, which belongs to the call. A
 /// return address itself is the next function's where the call is the last thing that a function does.
+/// How a thread slept: the low bits of the kernel's task state. Of a thread that did not sleep nothing.
+fn sleep_state(state: u8) -> &'static str {
+    match state {
+        0 => "",
+        state if state & 1 != 0 => "interruptible",
+        state if state & 2 != 0 => "uninterruptible",
+        state if state & 0x0c != 0 => "stopped",
+        _ => "other",
+    }
+}
+
 fn frames(stack: &RawStack) -> impl Iterator<Item = u64> {
     let of = |addresses: &'_ [u64]| {
         addresses

@@ -137,6 +137,8 @@ pub struct Recording {
     /// Stacks, root first, with their samples. Before the root: the command name of the process. Functions that were
     /// inlined are frames like others.
     pub stacks: Vec<(Vec<String>, u64)>,
+    /// The same, with nanoseconds on the CPU or blocked.
+    pub nanoseconds: Vec<(Vec<String>, u64)>,
     pub taken: u64,
     pub delivered: u64,
     pub lost: BTreeMap<String, u64>,
@@ -177,10 +179,19 @@ impl Recording {
         assert_eq!(taken, delivered + lost.values().sum::<u64>(), "every sample is accounted for: {account}");
         let profile = pprof::decode(profile, 1 << 30).unwrap();
         let names = functions(&profile);
-        let stacks = profile.sample.iter();
-        let stacks =
-            stacks.map(|sample| (frames(&profile, &names, sample), sample.value[0] as u64)).collect();
-        Self { stacks, taken, delivered, lost, ticks: number("ticks"), log }
+        let values = |place: usize| {
+            let samples = profile.sample.iter();
+            samples.map(|sample| (frames(&profile, &names, sample), sample.value[place] as u64)).collect()
+        };
+        Self {
+            stacks: values(0),
+            nanoseconds: values(1),
+            taken,
+            delivered,
+            lost,
+            ticks: number("ticks"),
+            log,
+        }
     }
 
     /// Of the samples that are inside of `function`: those that are `whole`, and all.

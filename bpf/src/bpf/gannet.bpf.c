@@ -345,92 +345,228 @@ int on_tick_chain(struct bpf_perf_event_data *ctx)
 	return 0;
 }
 
-struct switch_scratch {
+/* The head of sample_scratch, as far as it is kept. */
+struct off_cpu_entry {
 	struct sample sample;
-	u64 frames[MAX_KERNEL_FRAMES + MAX_FP_FRAMES + 2];
+	u64 frames[OFF_CPU_FRAMES];
+};
+_Static_assert(sizeof(struct off_cpu_entry) <= sizeof(struct sample) + FRAME_SLOTS * sizeof(u64), "it is its head");
+
+/*
+ * Threads that are off the CPU, with the stack that they left it by, by thread id. Writer: on_switch. Reader: the agent,
+ * for who is still off the CPU when a window ends. Size: as many armed threads as block at one time; what does not fit is
+ * counted. Preallocated: nothing may be allocated inside the scheduler.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 2048);
+	__type(key, u32);
+	__type(value, struct off_cpu_entry);
+} off_cpu SEC(".maps");
+
+struct budget {
+	u64 tokens;
+	u64 refilled;
 };
 
-/* Like sample_scratch, for the scheduler's switches: a tick can come while one is handled. */
+/* Stacks of threads that block which may still be taken, by CPU. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, u32);
-	__type(value, struct switch_scratch);
-} switch_scratch SEC(".maps");
-
-/*
- * Threads that are off the CPU, with the stack that they left it by, by thread id. Writer: on_switch. Size: as many
- * armed threads as block at one time; what does not fit is counted. Preallocated: nothing may be allocated inside the
- * scheduler.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 1024);
-	__type(key, u32);
-	__type(value, struct switch_scratch);
-} off_cpu SEC(".maps");
+	__type(value, struct budget);
+} off_cpu_budget SEC(".maps");
 
 #define TASK_DEAD 0x80
+
+ALWAYS_INLINE bool block_allowed(void)
+{
+	u32 zero = 0;
+	u64 now = bpf_ktime_get_ns();
+	struct budget *budget = bpf_map_lookup_elem(&off_cpu_budget, &zero);
+
+	if (!budget)
+		return false;
+	if (now - budget->refilled >= 100000000) {
+		budget->refilled = now;
+		budget->tokens = settings.off_cpu_rate / 10 + 1;
+	}
+	if (!budget->tokens)
+		return false;
+	budget->tokens--;
+	return true;
+}
+
+/* Keeps the stacks until the thread comes back. */
+ALWAYS_INLINE void keep_block(struct counters *counters, struct sample_scratch *scratch)
+{
+	u32 tid = scratch->sample.event.tid;
+
+	if (scratch->sample.kernel_frames + scratch->sample.user_frames > OFF_CPU_FRAMES) {
+		scratch->sample.user_frames = OFF_CPU_FRAMES - scratch->sample.kernel_frames;
+		scratch->sample.user_end = USER_STACK_TRUNCATED;
+	}
+	if (bpf_map_update_elem(&off_cpu, &tid, scratch, BPF_ANY)) {
+		u64 rules = __builtin_popcountll(scratch->sample.event.rules);
+
+		counters->taken += rules;
+		counters->lost_off_cpu_full += rules;
+	}
+}
+
+ALWAYS_INLINE void finish_block(struct counters *counters, struct sample_scratch *scratch)
+{
+	struct walk *walk = &scratch->walk;
+
+	scratch->sample.user_frames = walk->frames;
+	scratch->sample.user_end = walk->end;
+	scratch->sample.guessed = walk->guessed;
+	keep_block(counters, scratch);
+}
+
+/*
+ * Ends the interval of the thread that comes, and begins that of the one that goes. Null: there is no stack to walk.
+ * Interrupts are off, so that no tick uses the scratch meanwhile.
+ */
+ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args *ctx, struct counters *counters)
+{
+	struct task_struct *prev = (void *)ctx->args[1];
+	struct task_struct *next = (void *)ctx->args[2];
+	struct sample_scratch *scratch;
+	struct off_cpu_entry *entry;
+	struct want want = {};
+	struct image *image;
+	struct proc *proc;
+	struct current now;
+	u64 id = bpf_get_current_pid_tgid();
+	u32 tgid = id >> 32, next_tid = BPF_CORE_READ(next, pid), state;
+
+	entry = bpf_map_lookup_elem(&off_cpu, &next_tid);
+	if (entry) {
+		u64 blocked = bpf_ktime_get_boot_ns() - entry->sample.event.ktime;
+
+		if (blocked >= settings.off_cpu_min_ns) {
+			entry->sample.value_ns = blocked;
+			counters->taken += __builtin_popcountll(entry->sample.event.rules);
+			send_sample(counters, &entry->sample, sizeof(*entry), false);
+		}
+		bpf_map_delete_elem(&off_cpu, &next_tid);
+	}
+
+	/* A thread that was pushed aside, or could go on, did not block; one that is dead will not come back. */
+	state = state_of(prev);
+	if ((u8)ctx->args[0] || !tgid || !state || state & TASK_DEAD)
+		return NULL;
+	proc = bpf_map_lookup_elem(&procs, &tgid);
+	if (!may_be_wanted(proc, tgid))
+		return NULL;
+	look_at_current(&now, prev);
+	want_of_process(&want, proc, tgid, now.start_boottime, now.exec_id);
+	want.rules &= settings.off_cpu_rules;
+	if (!want.rules)
+		return NULL;
+	if (!block_allowed()) {
+		u64 rules = __builtin_popcountll(want.rules);
+
+		counters->taken += rules;
+		counters->lost_off_cpu_rate += rules;
+		return NULL;
+	}
+	scratch = the_scratch();
+	if (!scratch)
+		return NULL;
+	fill_event(&scratch->sample.event, EVENT_SAMPLE, prev, now.start_boottime);
+	scratch->sample.event.tid = id;
+	scratch->sample.event.rules = want.rules;
+	scratch->sample.kind = SAMPLE_OFF_CPU;
+	scratch->sample.state = state;
+	scratch->sample.guessed = 0;
+	/* This program, and the kernel's call of it. */
+	take_kernel_stack(ctx, &scratch->sample, scratch->frames, 2);
+	image = bpf_map_lookup_elem(&images, &tgid);
+	if (!settings.tables || !settings.user_stacks || !image || image->start_boottime != now.start_boottime ||
+	    image->exec_id != now.exec_id) {
+		/* The agent enters the image when it sees the sample; there is no room for a raw one. */
+		take_user_stack(ctx, &scratch->sample, scratch->frames);
+		keep_block(counters, scratch);
+		return NULL;
+	}
+	scratch->sample.user_frames = 0;
+	scratch->sample.user_end = USER_STACK_NONE;
+	if (now.kernel_thread || !user_registers(prev, &scratch->walk) || !scratch->walk.pc) {
+		keep_block(counters, scratch);
+		return NULL;
+	}
+	scratch->walk.mapping.begin = 0;
+	scratch->walk.mapping.end = 0;
+	scratch->walk.tgid = tgid;
+	scratch->walk.epoch = image->epoch;
+	scratch->walk.piece_bytes = 0;
+	scratch->walk.frames = 0;
+	scratch->walk.end = USER_STACK_TRUNCATED;
+	scratch->walk.exact = 1;
+	scratch->walk.first = 1;
+	scratch->walk.fp_lost = 0;
+	scratch->walk.guessed = 0;
+	return scratch;
+}
 
 /* raw tracepoint arguments: preempt, prev, next; from 5.18 on also prev_state */
 SEC("raw_tp/sched_switch")
 int on_switch(struct bpf_raw_tracepoint_args *ctx)
 {
-	struct task_struct *prev = (void *)ctx->args[1];
-	struct task_struct *next = (void *)ctx->args[2];
-	struct switch_scratch *scratch;
-	struct counters *counters;
-	struct want want = {};
-	struct proc *proc;
-	u64 id = bpf_get_current_pid_tgid(), start_boottime;
-	u32 tgid = id >> 32, tid = id, next_tid = BPF_CORE_READ(next, pid), state, zero = 0;
+	struct counters *counters = count();
+	struct frame_context context = { .found = the_found_rules() };
 
-	if (!settings.sampling)
+	if (!counters || !context.found || !settings.sampling)
 		return 0;
-	counters = count();
-	if (!counters)
+	context.scratch = begin_switch(ctx, counters);
+	if (!context.scratch)
 		return 0;
-	scratch = bpf_map_lookup_elem(&off_cpu, &next_tid);
-	if (scratch) {
-		u64 blocked = bpf_ktime_get_boot_ns() - scratch->sample.event.ktime;
+	bpf_loop(OFF_CPU_FRAMES + 1, each_frame, &context, 0);
+	finish_block(counters, context.scratch);
+	return 0;
+}
 
-		if (blocked >= settings.off_cpu_min_ns) {
-			scratch->sample.value_ns = blocked;
-			counters->taken += __builtin_popcountll(scratch->sample.event.rules);
-			send_sample(counters, &scratch->sample, sizeof(*scratch), false);
-		}
-		bpf_map_delete_elem(&off_cpu, &next_tid);
-	}
+/* Filled by the agent: the only entry is walk_switch_chain. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, u32);
+} switch_chain SEC(".maps");
 
-	/* A thread that could go on did not block; one that is dead will not come back. */
-	state = state_of(prev);
-	if (!tgid || !state || state & TASK_DEAD)
+SEC("raw_tp/sched_switch")
+int walk_switch_chain(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct counters *counters = count();
+	struct sample_scratch *scratch = the_scratch();
+	struct found_rules *found = the_found_rules();
+	bool more = true;
+
+	if (!counters || !scratch || !found)
 		return 0;
-	proc = bpf_map_lookup_elem(&procs, &tgid);
-	if (!may_be_wanted(proc, tgid))
+	for (u32 i = 0; i < CHAIN_FRAMES && more; i++)
+		more = walk_frame(scratch, found);
+	if (more && ++scratch->chain_calls < CHAIN_CALLS)
+		bpf_tail_call(ctx, &switch_chain, 0);
+	finish_block(counters, scratch);
+	return 0;
+}
+
+SEC("raw_tp/sched_switch")
+int on_switch_chain(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct counters *counters = count();
+	struct sample_scratch *scratch;
+
+	if (!counters || !settings.sampling)
 		return 0;
-	start_boottime = BPF_CORE_READ(prev, group_leader, start_boottime);
-	want_of_process(&want, proc, tgid, start_boottime, BPF_CORE_READ(prev, self_exec_id));
-	want.rules &= settings.off_cpu_rules;
-	if (!want.rules)
-		return 0;
-	scratch = bpf_map_lookup_elem(&switch_scratch, &zero);
+	scratch = begin_switch(ctx, counters);
 	if (!scratch)
 		return 0;
-	fill_event(&scratch->sample.event, EVENT_SAMPLE, prev, start_boottime);
-	scratch->sample.event.tid = tid;
-	scratch->sample.event.rules = want.rules;
-	scratch->sample.kind = SAMPLE_OFF_CPU;
-	scratch->sample.state = state;
-	/* This program, and the kernel's call of it. */
-	take_kernel_stack(ctx, &scratch->sample, scratch->frames, 2);
-	take_user_stack(ctx, &scratch->sample, scratch->frames);
-	if (bpf_map_update_elem(&off_cpu, &tid, scratch, BPF_ANY)) {
-		u64 rules = __builtin_popcountll(want.rules);
-
-		counters->taken += rules;
-		counters->lost_off_cpu_full += rules;
-	}
+	scratch->chain_calls = 0;
+	bpf_tail_call(ctx, &switch_chain, 0);
 	return 0;
 }
 

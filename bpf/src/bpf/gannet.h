@@ -20,6 +20,9 @@
 /* Of a stack that is walked by tables, and of one that the kernel walks by frame pointers. */
 #define MAX_USER_FRAMES 512
 #define MAX_FP_FRAMES 126
+/* Of both stacks of a thread that is off the CPU: they are kept until it comes back. */
+#define OFF_CPU_FRAMES 320
+_Static_assert(MAX_KERNEL_FRAMES + MAX_FP_FRAMES + 2 <= OFF_CPU_FRAMES, "what the kernel walks fits");
 /* A raw sample: pc, the registers by DWARF number, then the stack from the stack pointer upwards. */
 #define RAW_REGISTERS 33
 #define RAW_STACK_PAGES 6
@@ -150,6 +153,8 @@ struct settings {
 	u64 off_cpu_rules;
 	/* Off-CPU intervals shorter than this are not reported. */
 	u64 off_cpu_min_ns;
+	/* Stacks of threads that block, a second and CPU; more are counted as lost. */
+	u64 off_cpu_rate;
 	/* The rates in use, fastest first, each with the rules that ask for it. */
 	struct want rates[MAX_RULES];
 	/* Samples fill the ring up to here; what is above is for lifecycle events, which must not be lost. */
@@ -373,6 +378,7 @@ struct counters {
 	u64 sent;
 	u64 lost_ring_full;
 	u64 lost_off_cpu_full;
+	u64 lost_off_cpu_rate;
 	u64 raw;
 	u64 procs_full;
 	/* Control groups that lie too deep for their path to be matched. */
