@@ -225,6 +225,48 @@ __attribute__((noinline)) u64 period_of(u64 rules)
 	return 0;
 }
 
+/* What one attempt at a decision starts from, and finds. */
+struct decision {
+	/* What was decided at exec holds for this image. */
+	u64 kept;
+	u32 kept_exec_id;
+	u32 place;
+	u64 candidates;
+	bool tracked;
+};
+
+/* One attempt; false if the rules have changed or the process has called execve meanwhile. */
+ALWAYS_INLINE bool decide_once(struct counters *counters, struct task_struct *task, u32 tgid, struct proc *fresh,
+			       struct decision *decision)
+{
+	u32 generation = *(volatile u32 *)&settings.generation;
+	struct side *side = &settings.sides[generation & 1];
+	u64 matched;
+
+	fresh->exec_id = BPF_CORE_READ(task, self_exec_id);
+	matched = match_process(task, tgid, generation, decision->place);
+	if (decision->place != PLACE_EXEC)
+		matched &= ~side->at_exec | (fresh->exec_id == decision->kept_exec_id ? decision->kept : 0);
+	fresh->denied = !!(matched & side->deny);
+	decision->candidates = matched & side->by_agent;
+	matched &= ~(side->deny | side->by_agent);
+	if (fresh->denied) {
+		matched = 0;
+		decision->candidates = 0;
+	}
+	fresh->sticky.rules = (fresh->sticky.rules & side->sticky) | (matched & side->sticky);
+	fresh->want.rules = matched & ~side->sticky;
+	fresh->sticky.period_ns = period_of(fresh->sticky.rules);
+	fresh->want.period_ns = period_of(fresh->want.rules);
+	/* A process that no rule wants any more stays in the table: it is known, and its exit will be reported. */
+	if (decision->tracked || fresh->want.rules || fresh->sticky.rules || fresh->denied) {
+		if (bpf_map_update_elem(&procs, &tgid, fresh, BPF_ANY))
+			counters->procs_full++;
+	}
+	return generation == *(volatile u32 *)&settings.generation &&
+	       fresh->exec_id == (u32)BPF_CORE_READ(task, self_exec_id);
+}
+
 /*
  * Decides what a process is sampled for, from what it is now, and enters it if it is sampled for anything. Gives the rules
  * that the agent must decide. `fresh` holds its key, what sticks to it, and what was decided for which image.
@@ -232,43 +274,18 @@ __attribute__((noinline)) u64 period_of(u64 rules)
 ALWAYS_INLINE u64 decide(struct counters *counters, struct task_struct *task, u32 tgid, struct proc *fresh,
 			 bool tracked, u32 place)
 {
-	/* What was decided at exec holds for this image. */
-	u64 candidates = 0, kept = fresh->want.rules;
-	u32 kept_exec_id = fresh->exec_id;
+	struct decision decision = {
+		.kept = fresh->want.rules,
+		.kept_exec_id = fresh->exec_id,
+		.place = place,
+		.tracked = tracked,
+	};
 
-	/* A change of the rules or an exec on another CPU meanwhile: decide again. */
-	for (u32 attempt = 0; attempt < 3; attempt++) {
-		u32 generation = *(volatile u32 *)&settings.generation;
-		struct side *side = &settings.sides[generation & 1];
-		u64 matched;
-
-		fresh->exec_id = BPF_CORE_READ(task, self_exec_id);
-		matched = match_process(task, tgid, generation, place);
-		if (place != PLACE_EXEC)
-			matched &= ~side->at_exec | (fresh->exec_id == kept_exec_id ? kept : 0);
-		fresh->denied = !!(matched & side->deny);
-		candidates = matched & side->by_agent;
-		matched &= ~(side->deny | side->by_agent);
-		if (fresh->denied) {
-			matched = 0;
-			candidates = 0;
-		}
-		fresh->sticky.rules = (fresh->sticky.rules & side->sticky) | (matched & side->sticky);
-		fresh->want.rules = matched & ~side->sticky;
-		fresh->sticky.period_ns = period_of(fresh->sticky.rules);
-		fresh->want.period_ns = period_of(fresh->want.rules);
-		/*
-		 * A process that no rule wants any more stays in the table: it is known, and its exit will be reported.
-		 */
-		if (tracked || fresh->want.rules || fresh->sticky.rules || fresh->denied) {
-			if (bpf_map_update_elem(&procs, &tgid, fresh, BPF_ANY))
-				counters->procs_full++;
-		}
-		if (generation == *(volatile u32 *)&settings.generation &&
-		    fresh->exec_id == (u32)BPF_CORE_READ(task, self_exec_id))
-			break;
-	}
-	return candidates;
+	/* Three attempts, and no loop: before 6.2 a loop is refused if the compiler lays its end before its head. */
+	if (!decide_once(counters, task, tgid, fresh, &decision) &&
+	    !decide_once(counters, task, tgid, fresh, &decision))
+		decide_once(counters, task, tgid, fresh, &decision);
+	return decision.candidates;
 }
 
 #endif
