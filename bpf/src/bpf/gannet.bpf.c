@@ -689,7 +689,7 @@ int on_exec(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct task_struct *task = (void *)ctx->args[0];
 	struct linux_binprm *bprm = (void *)ctx->args[2];
-	struct exec_record record = {};
+	struct exec_record *record;
 	struct counters *counters;
 	struct proc fresh = {};
 	struct proc *old;
@@ -731,13 +731,21 @@ int on_exec(struct bpf_raw_tracepoint_args *ctx)
 	/* What is told is entered, so that its end is told too. */
 	if (!entered)
 		enter_proc(counters, tgid, &fresh);
-	fill_lifecycle(&record.lifecycle, EVENT_EXEC, task, &fresh);
-	record.lifecycle.candidates = candidates;
-	record.lifecycle.by_thread = (u32)ctx->args[1] != tgid;
-	bpf_probe_read_kernel_str(record.path, sizeof(record.path), BPF_CORE_READ(bprm, filename));
+	/* Written in the ring: with the path it is too large for a stack that a decision has been made on. */
+	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
+	if (!record) {
+		counters->exec.lost_ring_full++;
+		return 0;
+	}
+	__builtin_memset(record, 0, sizeof(*record));
+	fill_lifecycle(&record->lifecycle, EVENT_EXEC, task, &fresh);
+	record->lifecycle.candidates = candidates;
+	record->lifecycle.by_thread = (u32)ctx->args[1] != tgid;
+	bpf_probe_read_kernel_str(record->path, sizeof(record->path), BPF_CORE_READ(bprm, filename));
 	/* It may live for milliseconds only: files that are not open yet must be opened now. */
-	seen = seen_before(&record.lifecycle, bprm) && settings.mappings_heard;
-	send_lifecycle(&counters->exec, &record, sizeof(record), candidates || (wanted && !seen));
+	seen = seen_before(&record->lifecycle, bprm) && settings.mappings_heard;
+	counters->exec.sent++;
+	bpf_ringbuf_submit(record, candidates || (wanted && !seen) ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 	return 0;
 }
 
