@@ -112,26 +112,25 @@ ALWAYS_INLINE struct kernfs_node *parent_of(struct kernfs_node *node)
 	return BPF_CORE_READ(node, parent);
 }
 
-/* Looks up a control group's path, and it and all that it lies in as containers. */
-static __attribute__((noinline)) int look_up_cgroup(struct kernfs_node *node, u32 generation, u32 place,
-						    struct cgroup_match *match)
+/*
+ * Looks up a control group's path, and it and all that it lies in as containers, and takes down what it finds. Global, so
+ * that it is verified once and not with each of its calls, which would take most of the time of loading.
+ */
+__attribute__((noinline)) int look_up_cgroup(u64 address, u64 id, u32 generation, u32 place)
 {
 	struct cgroup_scratch *scratch = bpf_map_lookup_elem(&cgroup_scratch, &place);
+	struct kernfs_node *node = (void *)address;
+	struct cgroup_match match = { .generation = generation };
 	struct counters *counters = count();
 	u32 depth = 0, at = 0;
 	u64 *rules;
 
-	if (!match)
-		return 0;
-	match->generation = generation;
-	match->paths = 0;
-	match->containers = 0;
 	if (!scratch || !counters)
 		return 0;
 	for (u32 i = 0; i < CGROUP_DEPTH; i++) {
 		struct kernfs_node *parent = parent_of(node);
 
-		match->containers |= exact_match(generation, EXACT_CGROUP, BPF_CORE_READ(node, id));
+		match.containers |= exact_match(generation, EXACT_CGROUP, BPF_CORE_READ(node, id));
 		/* The root has no name. */
 		if (!parent)
 			break;
@@ -141,7 +140,7 @@ static __attribute__((noinline)) int look_up_cgroup(struct kernfs_node *node, u3
 	}
 	if (depth == CGROUP_DEPTH && parent_of(node)) {
 		counters->cgroup_too_deep++;
-		return 0;
+		goto found;
 	}
 	for (u32 i = 0; i < CGROUP_DEPTH; i++) {
 		u32 level = depth - 1 - i;
@@ -171,7 +170,9 @@ static __attribute__((noinline)) int look_up_cgroup(struct kernfs_node *node, u3
 	scratch->key.prefixlen = 8 * (sizeof(u32) + CGROUP_PATH_LEN);
 	rules = bpf_map_lookup_elem(&cgroup_rules, &scratch->key);
 	if (rules)
-		match->paths = *rules;
+		match.paths = *rules;
+found:
+	bpf_map_update_elem(&cgroup_matches, &id, &match, BPF_ANY);
 	return 0;
 }
 
@@ -181,12 +182,13 @@ ALWAYS_INLINE void cgroup_match(struct task_struct *task, u32 generation, u32 pl
 	u64 id = BPF_CORE_READ(node, id);
 	struct cgroup_match *known = bpf_map_lookup_elem(&cgroup_matches, &id);
 
-	if (known && known->generation == generation) {
-		*match = *known;
-		return;
+	if (!known || known->generation != generation) {
+		look_up_cgroup((u64)node, id, generation, place);
+		known = bpf_map_lookup_elem(&cgroup_matches, &id);
 	}
-	look_up_cgroup(node, generation, place, match);
-	bpf_map_update_elem(&cgroup_matches, &id, match, BPF_ANY);
+	/* Another generation by now: the decision is made again. */
+	if (known && known->generation == generation)
+		*match = *known;
 }
 
 /* The rules that match a process, those that deny it and those that are for the agent to decide included. */
