@@ -125,7 +125,7 @@ fn in_group(group: &Group, program: &Path, arguments: &[&str]) -> Running {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn r18_two_captures_of_one_process_both_get_their_samples_and_end_in_time() {
+async fn two_captures_of_one_process_both_get_their_samples_and_end_in_time() {
     let directory = tempfile::tempdir().unwrap();
     let program = spinner(directory.path(), "cap-two");
     let busy = Running::start(&mut Command::new(&program));
@@ -161,7 +161,7 @@ async fn r18_two_captures_of_one_process_both_get_their_samples_and_end_in_time(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn r18_real_pressure_captures_the_whole_container_with_its_evidence_and_lead_up() {
+async fn real_pressure_captures_the_whole_container_with_its_evidence_and_lead_up() {
     let directory = tempfile::tempdir().unwrap();
     let program = spinner(directory.path(), "cap-pressed");
     let group = Group::new("pressed");
@@ -229,7 +229,7 @@ async fn r18_real_pressure_captures_the_whole_container_with_its_evidence_and_le
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn r18_exec_arms_from_the_first_tick_and_for_no_longer_than_asked() {
+async fn exec_arms_from_the_first_tick_and_for_no_longer_than_asked() {
     let directory = tempfile::tempdir().unwrap();
     let program = spinner(directory.path(), "cap-exec");
     // Runs already: not an exec.
@@ -316,7 +316,7 @@ async fn r40_the_kill_switch_detaches_everything_and_the_budget_lowers_rates() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn r18_a_schedule_captures_and_what_the_node_denies_is_never_sampled() {
+async fn a_schedule_captures_and_what_the_node_denies_is_never_sampled() {
     let directory = tempfile::tempdir().unwrap();
     let (yes, no) = (spinner(directory.path(), "cap-yes"), spinner(directory.path(), "cap-no"));
     let deny = Deny { comm: vec![gannet_proto::rules::Pattern::parse("cap-n*").unwrap()], ..Deny::default() };

@@ -1,4 +1,4 @@
-//! Readable names for what C++ and Rust compilers call their functions.
+//! Readable names for what C++, Rust and Go compilers call their functions.
 
 use std::fmt::{self, Write};
 
@@ -18,7 +18,9 @@ pub(crate) fn demangle(raw: &str) -> String {
     };
     let Limited(mut name) = name;
     if name.is_empty() {
-        return cut(raw);
+        // Go's symbol table says by which convention an assembly function is called; its other tables do not.
+        let plain = raw.strip_suffix(".abi0").or_else(|| raw.strip_suffix(".abiinternal"));
+        return cut(plain.unwrap_or(raw));
     }
     if !done {
         name.push('…');
@@ -75,6 +77,7 @@ mod tests {
             ("_ZN3foo3barEi", "foo::bar(int)"),
             ("_ZNSt6vectorIiSaIiEE9push_backEOi", "std::vector<int, std::allocator<int> >::push_back(int&&)"),
             ("_Znonsense", "_Znonsense"),
+            ("runtime.goexit.abi0", "runtime.goexit"),
             ("a\u{1b}[31mb\n", "a?[31mb?"),
         ] {
             assert_eq!(demangle(raw), expected);
