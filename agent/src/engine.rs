@@ -700,9 +700,10 @@ impl Worker {
             return;
         }
         let verdict = self.governor.verdict();
-        match &verdict.reason {
-            Some(reason) => tracing::warn!("the agent keeps within its budget: {reason}"),
-            None => tracing::info!("the agent is within its budget again: nothing is lowered any more"),
+        if let Some(reason) = &verdict.reason {
+            tracing::warn!("the agent keeps within its budget: {reason}");
+        } else {
+            tracing::info!("the agent is within its budget again: nothing is lowered any more");
         }
         self.captures.governed.clone_from(&verdict.refuse);
         // Refusing captures is for less of everything: what is only for captures goes too.
