@@ -132,6 +132,8 @@ struct Model {
     lost: bool,
     /// Samples of the window that runs: image, and the program that it was.
     samples: BTreeSet<(ImageKey, u64)>,
+    /// Images whose exec was delivered.
+    executed: BTreeSet<ImageKey>,
 }
 
 impl Model {
@@ -147,6 +149,7 @@ impl Model {
             may_lose,
             lost: false,
             samples: BTreeSet::new(),
+            executed: BTreeSet::new(),
         };
         for pid in 0..PIDS {
             model.step(&Step::Fork(pid));
@@ -249,6 +252,10 @@ impl Model {
             }
             Step::Reconcile => {
                 drop(world);
+                // As the engine does: what has been told must not look like a loss.
+                while !self.queue.is_empty() {
+                    self.deliver();
+                }
                 self.table.reconcile();
             }
         }
@@ -263,6 +270,7 @@ impl Model {
             }
             Some(Told::Exec(subject, origin, file)) => {
                 self.table.exec(&subject, origin, "/given", file).unwrap();
+                self.executed.insert(ImageKey::of(&subject));
             }
             Some(Told::Exit(subject)) => self.table.exit(&subject, ExitStatus(0)),
             Some(Told::Sample(subject, program)) => {

@@ -277,7 +277,8 @@ impl Processes {
                 if self.coming.len() >= MOST_COMING {
                     self.coming.retain(|_, coming| coming.since_ns + COMING_NS > ktime_ns);
                 }
-                if self.coming.len() < MOST_COMING {
+                // What is in the table must be told apart from its next image, however many others there are.
+                if self.coming.len() < MOST_COMING || self.alive.contains_key(&tgid) {
                     self.coming.insert(tgid, Coming { since_ns: ktime_ns, mappings: Vec::new() });
                 }
                 self.disbelieve(tgid, ktime_ns);
@@ -354,7 +355,9 @@ impl Processes {
         self.coming.remove(&subject.key.tgid);
         self.retire_unheard(subject.key.tgid);
         let process = match self.alive.get(&origin.parent) {
-            Some(parent) if parent.is_alive() => Process {
+            // A child starts with its parent's count of `execve` calls: with another one the parent has had an image that
+            // was not heard of.
+            Some(parent) if parent.is_alive() && parent.key.exec_id == subject.exec_id => Process {
                 key: ImageKey::of(subject),
                 parent: origin.parent,
                 cgroup_id: subject.cgroup_id,
