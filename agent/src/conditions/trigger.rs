@@ -336,14 +336,14 @@ mod tests {
     }
 
     #[test]
-    fn r18_sustained_pressure_makes_captures_spaced_by_the_cooldown_and_no_more() {
+    fn sustained_pressure_makes_captures_spaced_by_the_cooldown_and_no_more() {
         let mut triggers = triggers(PRESSURE);
         assert_eq!(sustained(&mut triggers, 300), [0, 70, 140, 210, 280]);
         assert!(triggers.held().cooldown > 0);
     }
 
     #[test]
-    fn r18_use_must_last_and_a_short_dip_does_not_count() {
+    fn use_must_last_and_a_short_dip_does_not_count() {
         let mut triggers = triggers(USAGE);
         assert_eq!(triggers.observe(&high(SPOT), at(0)), None);
         assert_eq!(triggers.observe(&high(SPOT), at(4)), None);
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn r18_a_rule_has_no_more_captures_at_a_time_than_it_may() {
+    fn a_rule_has_no_more_captures_at_a_time_than_it_may() {
         let mut triggers = triggers(PRESSURE);
         let started: Vec<bool> =
             (1..=4).map(|id| triggers.observe(&high(Spot::Group(id)), at(0)).is_some()).collect();
@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn r18_a_schedule_starts_on_time_and_makes_nothing_up() {
+    fn a_schedule_starts_on_time_and_makes_nothing_up() {
         let mut triggers = triggers("    when: [{schedule: {every: 10m, for: 30s}}]\n");
         let starts = triggers.tick(at(0));
         assert_eq!((starts.len(), starts[0].duration, starts[0].spot), (1, at(30), Spot::Node));
@@ -397,7 +397,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn r18_whatever_is_seen_the_budgets_hold(
+        fn whatever_is_seen_the_budgets_hold(
             steps in prop::collection::vec((0_u64..3, 0_u64..3000), 1..400)
         ) {
             let mut triggers = triggers("    when: [{exec: {}}]\n    capture: {duration: 1s, max_concurrent: 3}\n");

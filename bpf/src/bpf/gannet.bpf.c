@@ -310,20 +310,26 @@ struct {
 	__type(value, u32);
 } chain SEC(".maps");
 
-/* Where it has not: some frames in each of a chain of tail calls. */
+/* Where it has not: some frames in each of a chain of tail calls. True: there are more, and a call is left for them. */
+ALWAYS_INLINE bool walk_link(struct sample_scratch *scratch, struct found_rules *found)
+{
+	bool more = true;
+
+	for (u32 i = 0; i < CHAIN_FRAMES && more; i++)
+		more = walk_frame(scratch, found);
+	return more && ++scratch->chain_calls < CHAIN_CALLS;
+}
+
 SEC("perf_event")
 int walk_chain(struct bpf_perf_event_data *ctx)
 {
 	struct counters *counters = count();
 	struct sample_scratch *scratch = the_scratch();
 	struct found_rules *found = the_found_rules();
-	bool more = true;
 
 	if (!counters || !scratch || !found)
 		return 0;
-	for (u32 i = 0; i < CHAIN_FRAMES && more; i++)
-		more = walk_frame(scratch, found);
-	if (more && ++scratch->chain_calls < CHAIN_CALLS)
+	if (walk_link(scratch, found))
 		bpf_tail_call(ctx, &chain, 0);
 	finish_walk(counters, scratch);
 	return 0;
@@ -542,13 +548,10 @@ int walk_switch_chain(struct bpf_raw_tracepoint_args *ctx)
 	struct counters *counters = count();
 	struct sample_scratch *scratch = the_scratch();
 	struct found_rules *found = the_found_rules();
-	bool more = true;
 
 	if (!counters || !scratch || !found)
 		return 0;
-	for (u32 i = 0; i < CHAIN_FRAMES && more; i++)
-		more = walk_frame(scratch, found);
-	if (more && ++scratch->chain_calls < CHAIN_CALLS)
+	if (walk_link(scratch, found))
 		bpf_tail_call(ctx, &switch_chain, 0);
 	finish_block(counters, scratch);
 	return 0;

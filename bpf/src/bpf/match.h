@@ -283,7 +283,7 @@ ALWAYS_INLINE u64 decide(struct counters *counters, struct task_struct *task, u3
 		.tracked = tracked,
 	};
 
-	/* Three attempts, and no loop: before 6.2 a loop is refused if the compiler lays its end before its head. */
+	/* Three attempts, and no loop: 5.10 and 6.1 refuse one whose end the compiler lays before its head. */
 	if (!decide_once(counters, task, tgid, fresh, &decision) &&
 	    !decide_once(counters, task, tgid, fresh, &decision))
 		decide_once(counters, task, tgid, fresh, &decision);
