@@ -135,9 +135,18 @@ app.kubernetes.io/part-of: gannet
 {{- if and $v.collector.ingress.enabled (not $v.collector.ingress.hosts) }}
 {{- fail "collector.ingress.enabled: name a host in collector.ingress.hosts" }}
 {{- end }}
+{{- if and (eq $v.agent.kubelet.source "podinfo") (not $v.agent.kubelet.podInfoSocket) }}
+{{- fail "agent.kubelet.source is podinfo: name the kubelet's socket in agent.kubelet.podInfoSocket" }}
+{{- end }}
 {{- range $key := list "collector" "node" "rules" "state_dir" "listen" "debug_listen" "kubelet" "podinfo_socket" "cluster" "insecure" "tls_ca" "tls_cert" "tls_key" "token_file" }}
 {{- if hasKey $v.agent.config $key }}
 {{- fail (printf "agent.config.%s is set by the chart: use the value for it (agent.collectorUrl, agent.rules, agent.stateHostPath, agent.kubelet, clusterName, listenAddress, tls)" $key) }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{- /* Whether the kubelet's own stream of pods is tried. */}}
+{{- define "gannet.podinfo" -}}
+{{- $k := .Values.agent.kubelet -}}
+{{- if or (eq $k.source "podinfo") (and (eq $k.source "auto") $k.podInfoSocket) }}true{{ end -}}
 {{- end }}
