@@ -21,7 +21,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::{
     governor::Budgets,
-    kernel::{MAX_CGROUP_PATH, MAX_COMM},
+    kernel::{MAX_CGROUP_PATH, MAX_COMM, default_ring_bytes},
     pods::{LabelOptions, PATIENCE, SourceKind, SourceOptions, check_address},
     rules::{CAPTURE_SLOTS, Deny, RULE_SLOTS},
 };
@@ -112,7 +112,7 @@ pub struct RunArgs {
     /// How long a window is, 1s to 10m [default: 10s]
     #[arg(long, env = "GANNET_WINDOW", value_name = "TIME")]
     pub window: Option<Span>,
-    /// Of the ring between kernel and agent; rounded up to a power of two [default: 4MiB]
+    /// Of the ring between kernel and agent; rounded up to a power of two [default: 1MiB for each CPU, 2MiB to 16MiB]
     #[arg(long, env = "GANNET_RING_BYTES", value_name = "BYTES")]
     pub ring_bytes: Option<Bytes>,
     /// Of the unwind tables in the kernel [default: 16MiB]
@@ -454,7 +454,7 @@ impl RunArgs {
                 memory_bytes: self.memory_budget.map(|bytes| bytes.0),
             },
             window,
-            ring_bytes: map_size("ring-bytes", self.ring_bytes, 4 << 20)?,
+            ring_bytes: map_size("ring-bytes", self.ring_bytes, default_ring_bytes().into())?,
             table_bytes: map_size("table-bytes", self.table_bytes, 16 << 20)?,
             processes,
             spool_bytes: self.spool_bytes.map_or(256 << 20, |bytes| bytes.0),

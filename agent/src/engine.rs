@@ -596,13 +596,8 @@ impl Worker {
         // What was walked by tables came by no address that is not known.
         let walked = self.tables.is_some() && sample.kind == SampleKind::OnCpu;
         let unknown = if walked { &[] } else { sample.user.as_slice() };
-        let process = self.processes.sampled(&sample.subject, unknown);
-        if let Ok(process) = &process {
+        if let Ok(process) = self.processes.sampled(&sample.subject, unknown) {
             see(self.pods.as_deref_mut(), &mut self.seen, process);
-        }
-        // Read ahead: the tables are asked for before all of its samples are here.
-        if let (Ok(process), Some(tables), Some(_)) = (process, &mut self.tables, &sample.raw) {
-            tables.ready(&process.image);
         }
         self.keep_changes();
         if sample.raw.is_none() {
@@ -766,7 +761,8 @@ impl Worker {
             let Some(process) = self.processes.get(&key).filter(|process| process.is_alive()) else {
                 continue;
             };
-            if !tables.ready(&process.image) {
+            // Stacks of threads that block never come raw.
+            if self.rules.wants_blocked_of(process.rules) && !tables.ready(&process.image) {
                 self.renewed.insert(key);
             } else if let Err(error) = tables.enter(&mut self.kernel, key, &process.image) {
                 tracing::debug!(key = %key.process, "walked in user space: {error}");
@@ -784,20 +780,9 @@ impl Worker {
             };
             let overdue = samples.front().is_some_and(|waiting| waiting.since.elapsed() > LONGEST_WAIT);
             let mut image = Arc::clone(&process.image);
-            if !(tables.ready(&image) || overdue || crowded || give_up) {
-                left.insert(key, samples);
-                continue;
-            }
             while let Some(Waiting { since, mut sample, former }) = samples.pop_front() {
-                if let Some(former) = former {
-                    // Its tables were asked for when it came; if they are still not there, the stack ends early.
-                    sample.take_walk(tables.walk(&former, &sample));
-                    self.intake.add_former(&former, sample);
-                    self.waiting_samples -= 1;
-                    continue;
-                }
-                let mut walked = tables.walk(&image, &sample);
-                if let Some(unknown) = walked.unknown {
+                let mut walked = tables.walk(former.as_ref().unwrap_or(&image), &sample);
+                if let (Some(unknown), None, None) = (walked.unknown, &walked.missing, &former) {
                     // A library that was opened since the mappings were read: they are read again, once for a sample.
                     self.processes.sampled_again(&key, unknown);
                     let Changes { changed, replaced } = self.processes.take_changes();
@@ -808,15 +793,21 @@ impl Worker {
                     let process = self.processes.get(&key);
                     if let Some(process) = process.filter(|process| !Arc::ptr_eq(&process.image, &image)) {
                         image = Arc::clone(&process.image);
-                        if !tables.ready(&image) && !give_up {
-                            samples.push_front(Waiting { since, sample, former: None });
-                            break;
-                        }
                         walked = tables.walk(&image, &sample);
                     }
                 }
+                if let Some(file) = &walked.missing
+                    && !(overdue || crowded || give_up)
+                {
+                    tables.want(file, samples.len() + 1);
+                    samples.push_front(Waiting { since, sample, former });
+                    break;
+                }
                 sample.take_walk(walked);
-                self.intake.add(sample);
+                match former {
+                    Some(former) => self.intake.add_former(&former, sample),
+                    None => self.intake.add(sample),
+                }
                 self.waiting_samples -= 1;
             }
             if !samples.is_empty() {

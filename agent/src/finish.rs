@@ -5,17 +5,22 @@ use std::fmt::Write as _;
 use gannet_proto::{ledger::Ledger, profiles::Profile};
 
 use crate::{
-    profile::SeriesProfile,
+    profile::{RawProfile, SeriesProfile},
     symbols::{Symbolizer, SymbolizerError},
 };
 
-/// Names the frames of one series' profile, and writes into it where it comes from: rule, revision, reason, the
+/// Names the frames of a window's profiles, and writes into each where it comes from: rule, revision, reason, the
 /// window's ledger, versions.
 pub async fn finish(
     symbolizer: &Symbolizer,
-    profile: SeriesProfile,
+    profiles: Vec<SeriesProfile>,
     ledger: &Ledger,
-) -> Result<Profile, SymbolizerError> {
+) -> Result<Vec<Profile>, SymbolizerError> {
+    let raw = profiles.into_iter().map(|profile| with_comments(profile, ledger)).collect();
+    symbolizer.symbolize_all(raw).await
+}
+
+fn with_comments(profile: SeriesProfile, ledger: &Ledger) -> RawProfile {
     let SeriesProfile { rule, mut raw, .. } = profile;
     raw.comments = vec![
         format!("rule {} revision {}", rule.id, rule.revision),
@@ -25,7 +30,7 @@ pub async fn finish(
         format!("kernel {}", rustix::system::uname().release().to_string_lossy()),
     ];
     raw.comments.extend(rule.governed.map(|reason| format!("governor {reason}")));
-    symbolizer.symbolize(raw).await
+    raw
 }
 
 /// The ledger as one line: `ledger ticks=… taken=… delivered=… lost.ring_full=…`.

@@ -45,7 +45,24 @@ enum Verb {
     },
 }
 
+/// The C library's allocator is made for speed: a heap for each thread that keeps what was freed, and blocks of up to
+/// 32 MiB out of it once one of that size was freed. An agent is to be small: two heaps, and what is large goes back at
+/// once.
+#[cfg(target_env = "gnu")]
+fn keep_memory_small() {
+    let settings =
+        [(libc::M_ARENA_MAX, 2), (libc::M_MMAP_THRESHOLD, 256 << 10), (libc::M_TRIM_THRESHOLD, 512 << 10)];
+    for (setting, value) in settings {
+        // SAFETY: takes numbers only; no other thread runs yet. What it does not know it leaves.
+        unsafe { libc::mallopt(setting, value) };
+    }
+}
+
+#[cfg(not(target_env = "gnu"))]
+fn keep_memory_small() {}
+
 fn main() -> ExitCode {
+    keep_memory_small();
     let cli = Cli::parse();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)

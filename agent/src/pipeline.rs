@@ -66,37 +66,40 @@ pub async fn run(
             account.lose(LossReason::Denied, denied);
             ledger.lose(Stage::Window, LossReason::Denied, denied);
         }
-        let mut batches = Vec::with_capacity(profiles.len());
-        let mut named = Vec::with_capacity(profiles.len());
-        for profile in profiles {
-            let (labels, rule, samples) = (profile.labels.clone(), profile.rule.clone(), profile.samples);
-            let why = rule.why();
+        let series: Vec<_> = profiles
+            .iter()
             // Of a lead-up it is before the window.
-            let (start, duration) = (profile.raw.start, profile.raw.duration);
-            match finish(&symbolizer, profile, &account).await {
-                Ok(profile) => {
-                    batches.push(Batch {
-                        // The spool names and numbers it.
-                        batch_id: String::new(),
-                        sequence: 0,
-                        labels,
-                        pprof: pprof::encode(&profile),
-                        samples,
-                        start: Some(start.into()),
-                        duration: duration.try_into().ok(),
-                        rule_id: rule.id,
-                        revision: rule.revision,
-                        reason: why,
-                        window_id: id.to_string(),
-                        ledger: Some((&account).into()),
-                    });
-                    named.push((rule.capture, Arc::new(profile)));
-                }
-                Err(error) => {
-                    tracing::error!(samples, "a profile is lost, its frames cannot be named: {error}");
-                    ledger.lose(Stage::Window, LossReason::Shutdown, samples);
-                }
+            .map(|p| (p.labels.clone(), p.rule.clone(), p.samples, p.raw.start, p.raw.duration))
+            .collect();
+        let finished = match finish(&symbolizer, profiles, &account).await {
+            Ok(finished) => finished,
+            Err(error) => {
+                let samples = series.iter().map(|(_, _, samples, ..)| samples).sum();
+                tracing::error!(samples, "a window is lost, its frames cannot be named: {error}");
+                ledger.lose(Stage::Window, LossReason::Shutdown, samples);
+                Vec::new()
             }
+        };
+        let mut batches = Vec::with_capacity(series.len());
+        let mut named = Vec::with_capacity(series.len());
+        for ((labels, rule, samples, start, duration), profile) in series.into_iter().zip(finished) {
+            let why = rule.why();
+            batches.push(Batch {
+                // The spool names and numbers it.
+                batch_id: String::new(),
+                sequence: 0,
+                labels,
+                pprof: pprof::encode(&profile),
+                samples,
+                start: Some(start.into()),
+                duration: duration.try_into().ok(),
+                rule_id: rule.id,
+                revision: rule.revision,
+                reason: why,
+                window_id: id.to_string(),
+                ledger: Some((&account).into()),
+            });
+            named.push((rule.capture, Arc::new(profile)));
         }
         recent.add(id, start, named);
         if batches.is_empty() {

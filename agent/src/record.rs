@@ -26,10 +26,11 @@ use crate::{
     engine::{Engine, EngineError, EngineOptions, Window},
     finish::finish,
     governor::Budgets,
-    kernel::KernelOptions,
+    kernel::{KernelOptions, default_ring_bytes},
     output::{Destination, Details, OutputError},
+    profile::SeriesProfile,
     rules::{Deny, Set, Source, ad_hoc},
-    symbols::{Symbolizer, SymbolizerConfig, SymbolizerError},
+    symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError},
     tables::TableSources,
 };
 
@@ -73,9 +74,9 @@ pub struct RecordArgs {
     /// Print what became of the samples as one JSON object
     #[arg(long)]
     pub json: bool,
-    /// Bytes of the ring between kernel and agent; rounded up to a power of two
-    #[arg(long, value_name = "BYTES", default_value_t = 4 << 20)]
-    pub ring_bytes: u32,
+    /// Bytes of the ring between kernel and agent; rounded up to a power of two [default: 1 MiB for each CPU, 2 to 16 MiB]
+    #[arg(long, value_name = "BYTES")]
+    pub ring_bytes: Option<u32>,
     /// A program to start and to profile from its first instruction, with its children
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<String>,
@@ -145,13 +146,19 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     check::preflight()?;
     let destination =
         args.output.clone().unwrap_or_else(|| Destination::default_for(&subject(&args), SystemTime::now()));
-    let symbolizer = Symbolizer::start(SymbolizerConfig::default()).map_err(RecordError::Start)?;
+    let debug_cost = if args.all { DebugCost::EVERYTHING } else { DebugCost::WANTED };
+    let symbolizer = Symbolizer::start(SymbolizerConfig { debug_cost, ..SymbolizerConfig::default() })
+        .map_err(RecordError::Start)?;
     let (windows, finished) = mpsc::channel(QUEUE);
     let naming = tokio::spawn(name_all(symbolizer, finished));
     let engine = Engine::start(
         EngineOptions {
             node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
-            kernel: KernelOptions { ring_bytes: args.ring_bytes, ..KernelOptions::default() },
+            kernel: KernelOptions {
+                ring_bytes: args.ring_bytes.unwrap_or_else(default_ring_bytes),
+                off_cpu: args.off_cpu,
+                ..KernelOptions::default()
+            },
             window: WINDOW,
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
@@ -221,15 +228,34 @@ struct Named {
     ledger: Ledger,
 }
 
+/// The series of a window as few profiles: here they all go into one, and each sample says its process.
+fn join(series: Vec<SeriesProfile>) -> Vec<SeriesProfile> {
+    let mut joined: Vec<SeriesProfile> = Vec::new();
+    for one in series {
+        let same = |other: &&mut SeriesProfile| {
+            (other.raw.kind, other.raw.period_ns) == (one.raw.kind, one.raw.period_ns)
+        };
+        match joined.iter_mut().find(same) {
+            Some(other) => {
+                other.samples += one.samples;
+                other.raw.processes.extend(one.raw.processes);
+            }
+            None => joined.push(one),
+        }
+    }
+    joined
+}
+
 /// Names and merges windows as they come.
 async fn name_all(symbolizer: Symbolizer, mut windows: mpsc::Receiver<Window>) -> Result<Named, RecordError> {
     let mut merger = Merger::new();
     let mut ledger = Ledger::default();
     while let Some(window) = windows.recv().await {
         ledger.merge(&window.ledger);
-        for profile in window.profiles {
-            let samples = profile.samples;
-            let named = finish(&symbolizer, profile, &window.ledger).await?;
+        let profiles = join(window.profiles);
+        let samples: Vec<u64> = profiles.iter().map(|profile| profile.samples).collect();
+        let named = finish(&symbolizer, profiles, &window.ledger).await?;
+        for (named, samples) in named.into_iter().zip(samples) {
             if let Err(error) = merger.add(&named) {
                 tracing::warn!("a part of the profile is left out: {error}");
                 ledger.delivered -= samples;

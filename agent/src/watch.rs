@@ -21,7 +21,7 @@ use crate::{
     process::{Process, State},
     profile::slots,
     rules::{Deny, Set, Source, ad_hoc},
-    symbols::{Symbolizer, SymbolizerConfig, SymbolizerError},
+    symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError},
     tables::TableSources,
     top::{self, ProcessInfo, Snapshot, TopError},
 };
@@ -75,12 +75,13 @@ pub async fn watch(args: TopArgs) -> Result<(), WatchError> {
         top::require_terminal()?;
     }
     check::preflight()?;
-    let symbolizer = Symbolizer::start(SymbolizerConfig::default())?;
+    let debug_cost = if args.comm.is_empty() { DebugCost::EVERYTHING } else { DebugCost::WANTED };
+    let symbolizer = Symbolizer::start(SymbolizerConfig { debug_cost, ..SymbolizerConfig::default() })?;
     let (windows, mut finished) = mpsc::channel::<Window>(4);
     let engine = Engine::start(
         EngineOptions {
             node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
-            kernel: KernelOptions::default(),
+            kernel: KernelOptions { off_cpu: false, ..KernelOptions::default() },
             window: args.interval.max(Duration::from_millis(200)),
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
@@ -113,10 +114,7 @@ pub async fn watch(args: TopArgs) -> Result<(), WatchError> {
 }
 
 async fn snapshot(engine: &Engine, symbolizer: &Symbolizer, window: Window) -> Result<Snapshot, WatchError> {
-    let mut profiles = Vec::with_capacity(window.profiles.len());
-    for profile in window.profiles {
-        profiles.push(finish(symbolizer, profile, &window.ledger).await?);
-    }
+    let profiles = finish(symbolizer, window.profiles, &window.ledger).await?;
     let (processes, ledger) = engine.inspect(|inside| (infos(inside), inside.ledger.clone())).await?;
     Ok(Snapshot { duration: window.duration, profiles, processes, ledger })
 }

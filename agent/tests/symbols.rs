@@ -860,16 +860,16 @@ fn a_full_queue_gives_the_profile_back() {
     let pid = std::process::id();
     // The kernel's symbols take long enough to read for the others to pile up behind.
     let one = || raw(key(pid), Arc::default(), vec![stack(&[1 << 63], &[], StackEnd::None)]);
-    let results: Vec<_> = (0..50).map(|_| symbolizer.try_symbolize(one())).collect();
+    let results: Vec<_> = (0..50).map(|_| symbolizer.try_symbolize(vec![one()])).collect();
     let refused = results.iter().filter(|result| result.is_err()).count();
     assert!(refused > 0);
     for result in results {
         match result {
-            Ok(answer) => assert_eq!(answer.blocking_recv().unwrap().sample.len(), 1),
+            Ok(answer) => assert_eq!(answer.blocking_recv().unwrap()[0].sample.len(), 1),
             Err(error) => {
                 assert!(error.to_string().contains("behind"), "{error}");
                 let gannet_agent::symbols::SymbolizerError::Full(1, raw) = error else { panic!("{error:?}") };
-                assert_eq!(raw.processes[0].stacks[0].count, 3);
+                assert_eq!(raw[0].processes[0].stacks[0].count, 3);
             }
         }
     }

@@ -27,14 +27,26 @@ impl Kernel {
             Walk::Loop => &[("on_tick", &progs.on_tick)],
             Walk::Chain => &[("on_tick_chain", &progs.on_tick_chain), ("walk_chain", &progs.walk_chain)],
         };
-        let others: [(&'static str, &ProgramMut<'_>); 5] = [
-            ("on_switch", &progs.on_switch),
+        let switch: &[(&'static str, &ProgramMut<'_>)] = match self.walk_kind {
+            _ if !self.options.off_cpu => &[],
+            Walk::Loop => &[("on_switch", &progs.on_switch)],
+            Walk::Chain => &[
+                ("on_switch_chain", &progs.on_switch_chain),
+                ("walk_switch_chain", &progs.walk_switch_chain),
+            ],
+        };
+        let others: [(&'static str, &ProgramMut<'_>); 4] = [
             ("on_exec", &progs.on_exec),
             ("on_fork", &progs.on_fork),
             ("on_exit", &progs.on_exit),
             ("each_task", &progs.each_task),
         ];
-        sampler.iter().chain(&others).filter_map(|(name, program)| cost_of(name, program)).collect()
+        sampler
+            .iter()
+            .chain(switch)
+            .chain(&others)
+            .filter_map(|(name, program)| cost_of(name, program))
+            .collect()
     }
 
     /// Nanoseconds that the sampler has run and how often, if the kernel keeps count (kernel.bpf_stats_enabled).

@@ -68,6 +68,8 @@ pub struct KernelOptions {
     pub hierarchy: CgroupHierarchy,
     /// How a walk over a user stack is driven.
     pub walk: Walk,
+    /// Whether rules may want blocked time. Without, its programs are not loaded and its map takes no room.
+    pub off_cpu: bool,
     /// Exec and fork reports a second that are sent for processes that nobody wants yet.
     pub report_rate: u64,
     /// For tests: what is not attached, as if this kernel did not have it.
@@ -78,15 +80,22 @@ pub struct KernelOptions {
 impl Default for KernelOptions {
     fn default() -> Self {
         Self {
-            ring_bytes: 4 << 20,
+            ring_bytes: default_ring_bytes(),
             processes: 16384,
             table_bytes: 16 << 20,
             hierarchy: CgroupHierarchy::detect(),
             walk: Walk::Loop,
+            off_cpu: true,
             report_rate: 5_000,
             without: &[],
         }
     }
+}
+
+/// Bytes of the ring, if nobody says: what the reader maps of it counts as its memory twice.
+pub fn default_ring_bytes() -> u32 {
+    let cpus = online_cpus().map_or(2, |cpus| cpus.len() as u32);
+    cpus.saturating_mul(1 << 20).clamp(2 << 20, 16 << 20).next_power_of_two()
 }
 
 /// How a walk over a user stack is driven.
@@ -415,9 +424,12 @@ impl Kernel {
         progs.on_tick.set_autoload(options.walk == Walk::Loop);
         progs.on_tick_chain.set_autoload(options.walk == Walk::Chain);
         progs.walk_chain.set_autoload(options.walk == Walk::Chain);
-        progs.on_switch.set_autoload(options.walk == Walk::Loop);
-        progs.on_switch_chain.set_autoload(options.walk == Walk::Chain);
-        progs.walk_switch_chain.set_autoload(options.walk == Walk::Chain);
+        progs.on_switch.set_autoload(options.off_cpu && options.walk == Walk::Loop);
+        progs.on_switch_chain.set_autoload(options.off_cpu && options.walk == Walk::Chain);
+        progs.walk_switch_chain.set_autoload(options.off_cpu && options.walk == Walk::Chain);
+        if !options.off_cpu {
+            skeleton.maps.off_cpu.set_max_entries(1).map_err(KernelError::Open)?;
+        }
         skeleton.maps.procs.set_max_entries(options.processes).map_err(KernelError::Open)?;
         skeleton.maps.arms.set_max_entries(options.processes).map_err(KernelError::Open)?;
         if let Some(constants) = skeleton.maps.rodata_data.as_deref_mut() {
@@ -694,8 +706,9 @@ impl Kernel {
             Walk::Loop => &progs.on_switch,
             Walk::Chain => &progs.on_switch_chain,
         };
-        [&progs.on_exec, &progs.on_fork, &progs.on_exit, &progs.on_attach, sampler, switch]
+        [&progs.on_exec, &progs.on_fork, &progs.on_exit, &progs.on_attach, sampler]
             .into_iter()
+            .chain(self.options.off_cpu.then_some(switch))
             .map(|program| crate::governor::run_ns(program.as_fd()))
             .sum()
     }
@@ -804,6 +817,8 @@ impl Loaded {
                 .chain
                 .update(&0_u32.to_ne_bytes(), &next.to_ne_bytes(), MapFlags::ANY)
                 .map_err(|source| KernelError::Map { map: "chain", source })?;
+        }
+        if options.walk == Walk::Chain && options.off_cpu {
             let next = skeleton.progs.walk_switch_chain.as_fd().as_raw_fd();
             skeleton
                 .maps

@@ -1,11 +1,20 @@
 //! Writing what the kernel side unwinds by: tables, their rules, and which mapping of which process uses which.
 
-use std::{mem::size_of, ptr::NonNull};
+use std::{
+    io,
+    marker::PhantomData,
+    mem::size_of,
+    os::fd::{AsFd as _, OwnedFd},
+    ptr::NonNull,
+};
 
 use gannet_bpf::types;
 use gannet_unwind::format::{Line, Rule};
 use libbpf_rs::{MapCore, MapFlags, MapMut};
-use rustix::mm::{MapFlags as Sharing, ProtFlags, mmap, munmap};
+use rustix::{
+    io::Errno,
+    mm::{MapFlags as Sharing, ProtFlags, mmap, munmap},
+};
 
 use super::{Kernel, KernelError, MapValue, bytes_of};
 use crate::process::ProcessKey;
@@ -102,54 +111,83 @@ pub fn mapping_key(tgid: u32, block: Block) -> [u8; size_of::<types::mapping_key
     key
 }
 
-/// The memory of an array map, shared with the kernel.
+/// The memory of an array map. Its pages are mapped only while they are written: for as long as they are mapped, all of
+/// them count as memory of the agent, written or not.
 pub(super) struct Shared<T> {
-    start: NonNull<T>,
+    map: OwnedFd,
+    name: &'static str,
     entries: usize,
+    of: PhantomData<T>,
 }
 
 impl<T: Copy> Shared<T> {
     pub(super) fn of(map: &MapMut<'_>, name: &'static str) -> Result<Self, KernelError> {
         debug_assert_eq!(map.value_size() as usize, size_of::<T>());
+        let failed = |error: io::Error| KernelError::Map { map: name, source: error.into() };
         let entries = map.max_entries() as usize;
-        // SAFETY: a new mapping at a place of the kernel's choice; the kernel checks the length against the map's.
-        let start = unsafe {
+        Ok(Self { map: map.as_fd().try_clone_to_owned().map_err(failed)?, name, entries, of: PhantomData })
+    }
+
+    /// Writes entries from `first` on.
+    fn write(&self, first: usize, values: &mut dyn ExactSizeIterator<Item = T>) -> Result<(), KernelError> {
+        let count = values.len();
+        self.window(first, count, |start| {
+            for (index, value) in values.take(count).enumerate() {
+                // SAFETY: `count` entries are mapped behind `start`; the kernel side only reads them.
+                unsafe { start.add(index).write_volatile(value) };
+            }
+        })
+    }
+
+    /// Writes single entries.
+    fn write_each(&self, values: &[(usize, T)]) -> Result<(), KernelError> {
+        let numbers = || values.iter().map(|(number, _)| *number);
+        let (Some(first), Some(last)) = (numbers().min(), numbers().max()) else { return Ok(()) };
+        self.window(first, last - first + 1, |start| {
+            for (number, value) in values {
+                // SAFETY: all entries from the first number to the last are mapped behind `start`; the kernel side only
+                // reads them.
+                unsafe { start.add(number - first).write_volatile(*value) };
+            }
+        })
+    }
+
+    /// Maps some entries while `write` runs.
+    fn window(&self, first: usize, count: usize, write: impl FnOnce(NonNull<T>)) -> Result<(), KernelError> {
+        let failed = |errno: Errno| KernelError::Map {
+            map: self.name,
+            source: libbpf_rs::Error::from(io::Error::from(errno)),
+        };
+        if count == 0 {
+            return Ok(());
+        }
+        if first.checked_add(count).is_none_or(|end| end > self.entries) {
+            return Err(failed(Errno::NOSPC));
+        }
+        let begin = first * size_of::<T>();
+        let offset = begin - begin % rustix::param::page_size();
+        let length = begin - offset + count * size_of::<T>();
+        // SAFETY: a new mapping at a place of the kernel's choice; the kernel checks its end against the map's.
+        let address = unsafe {
             mmap(
                 std::ptr::null_mut(),
-                entries * size_of::<T>(),
+                length,
                 ProtFlags::READ | ProtFlags::WRITE,
                 Sharing::SHARED,
-                std::os::fd::AsFd::as_fd(map),
-                0,
+                &self.map,
+                offset as u64,
             )
         }
-        .map_err(|error| KernelError::Map {
-            map: name,
-            source: libbpf_rs::Error::from(std::io::Error::from(error)),
-        })?;
-        let start = NonNull::new(start.cast()).ok_or_else(|| KernelError::Map {
-            map: name,
-            source: libbpf_rs::Error::from_raw_os_error(libc::ENOMEM),
-        })?;
-        Ok(Self { start, entries })
-    }
-
-    /// Writes one entry; false if there is none of this number.
-    fn write(&mut self, index: usize, value: T) -> bool {
-        if index >= self.entries {
-            return false;
+        .map_err(failed)?;
+        // SAFETY: within the mapping.
+        let start = NonNull::new(unsafe { address.byte_add(begin - offset) }.cast::<T>());
+        if let Some(start) = start {
+            write(start);
         }
-        // SAFETY: within the mapping, which lives as long as self; the kernel side only reads it.
-        unsafe { self.start.add(index).write_volatile(value) };
-        true
-    }
-}
-
-impl<T> Drop for Shared<T> {
-    fn drop(&mut self) {
-        // SAFETY: mapped with this length in `of`; nothing borrows from it. It can fail only for arguments that were
+        // SAFETY: mapped above with this length; nothing refers to it any more. It can fail only for arguments that were
         // not mapped.
-        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.entries * size_of::<T>()) };
+        let _ = unsafe { munmap(address, length) };
+        start.map(drop).ok_or_else(|| failed(Errno::NOMEM))
     }
 }
 
@@ -165,10 +203,14 @@ pub trait UnwindMaps {
     fn table_lines(&self) -> u32;
 
     /// Writes rules by their numbers. Before any line that names them.
-    fn write_rules(&mut self, rules: &[(u16, Rule)]);
+    fn write_rules(&mut self, rules: &[(u16, Rule)]) -> Result<(), KernelError>;
 
-    /// Writes lines from `first` on. False: they do not fit.
-    fn write_lines(&mut self, first: u32, lines: &mut dyn Iterator<Item = Line>) -> bool;
+    /// Writes lines from `first` on.
+    fn write_lines(
+        &mut self,
+        first: u32,
+        lines: &mut dyn ExactSizeIterator<Item = Line>,
+    ) -> Result<(), KernelError>;
 
     /// Makes a table known, or with `None` unknown.
     fn set_table(
@@ -208,14 +250,18 @@ impl UnwindMaps for Kernel {
         self.skeleton.maps.table_lines.max_entries()
     }
 
-    fn write_rules(&mut self, rules: &[(u16, Rule)]) {
-        for (number, rule) in rules {
-            self.shared.rules.write((*number).into(), *rule);
-        }
+    fn write_rules(&mut self, rules: &[(u16, Rule)]) -> Result<(), KernelError> {
+        let rules: Vec<(usize, Rule)> =
+            rules.iter().map(|(number, rule)| ((*number).into(), *rule)).collect();
+        self.shared.rules.write_each(&rules)
     }
 
-    fn write_lines(&mut self, first: u32, lines: &mut dyn Iterator<Item = Line>) -> bool {
-        lines.enumerate().all(|(index, line)| self.shared.lines.write(first as usize + index, line))
+    fn write_lines(
+        &mut self,
+        first: u32,
+        lines: &mut dyn ExactSizeIterator<Item = Line>,
+    ) -> Result<(), KernelError> {
+        self.shared.lines.write(first as usize, lines)
     }
 
     fn set_table(
@@ -331,6 +377,37 @@ mod tests {
         let key = mapping_key(0x0102_0304, Block { address: 0x1112_1314_1516_1000, bits: 12 });
         assert_eq!(key[..4], 84_u32.to_ne_bytes());
         assert_eq!(key[4..], [1, 2, 3, 4, 0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x10, 0]);
+    }
+
+    #[test]
+    fn r2_the_length_of_every_prefix_follows_from_the_layout_of_the_key() {
+        let length = |bits| {
+            let key = mapping_key(7, Block { address: 0, bits });
+            u32::from_ne_bytes(*key.first_chunk().unwrap())
+        };
+        let (tgid, address) = (
+            std::mem::offset_of!(types::mapping_key, tgid),
+            std::mem::offset_of!(types::mapping_key, address),
+        );
+        let whole = 8 * (size_of::<types::mapping_key>() - tgid) as u32;
+        assert_eq!(length(0), whole, "one address is the whole key");
+        assert_eq!(
+            length(u64::BITS),
+            8 * (address - tgid) as u32,
+            "all addresses are the process's number alone"
+        );
+        for bits in 0..=u64::BITS {
+            assert_eq!(length(bits), whole - bits);
+            // What is compared is exactly what the block's addresses have in common.
+            let block = Block { address: u64::MAX << (bits % u64::BITS), bits };
+            let key = mapping_key(7, block);
+            let compared = length(bits) as usize;
+            let bit = |at: usize| key[tgid + at / 8] >> (7 - at % 8) & 1;
+            let in_address = |at: usize| u64::from(bit(8 * (address - tgid) + at));
+            for at in 0..(compared - 8 * (address - tgid)) {
+                assert_eq!(in_address(at), block.address >> (63 - at) & 1);
+            }
+        }
     }
 
     #[test]

@@ -66,22 +66,25 @@ pub(crate) enum Unusable {
     Harmful,
 }
 
-/// Whether there is debug information that can be tried.
-pub(crate) fn examine(file: &File) -> Result<(), Unusable> {
+/// What compression saves of debug information, about.
+const PACKED: u64 = 4;
+
+/// Whether there is debug information that can be tried, and how much, unpacked.
+pub(crate) fn examine(file: &File) -> Result<u64, Unusable> {
     let sections = Sections::read(file).map_err(|_| Unusable::None)?;
     if sections.find(".debug_info").is_none() {
         return Err(Unusable::None);
     }
     // A link to another file is a path that the file's maker chose, and it would be followed.
     let links = [".gnu_debuglink", ".gnu_debugaltlink", ".debug_sup"];
-    let bytes: u64 = sections
-        .iter()
-        .filter(|(name, _)| name.starts_with(b".debug_"))
-        .fold(0, |sum, (_, section)| sum.saturating_add(section.size));
+    let bytes: u64 =
+        sections.iter().filter(|(name, _)| name.starts_with(b".debug_")).fold(0, |sum: u64, (_, section)| {
+            sum.saturating_add(section.size.saturating_mul(if section.packed { PACKED } else { 1 }))
+        });
     if bytes > MAX_DEBUG_BYTES || links.iter().any(|name| sections.find(name).is_some()) {
         return Err(Unusable::Refused);
     }
-    Ok(())
+    Ok(bytes)
 }
 
 /// What the debug information says of each address (virtual, as the ELF file counts). `program` is the agent itself. An

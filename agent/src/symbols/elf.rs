@@ -10,7 +10,7 @@ use object::{
     LittleEndian,
     elf::{
         EM_AARCH64, EM_X86_64, FileHeader64, NT_GNU_BUILD_ID, PF_X, PT_LOAD, PT_NOTE, ProgramHeader64,
-        SHN_UNDEF, SHT_NOBITS, SectionHeader64,
+        SHF_COMPRESSED, SHN_UNDEF, SHT_NOBITS, SectionHeader64,
     },
     pod,
 };
@@ -118,6 +118,8 @@ pub(crate) struct Section {
     pub(crate) address: u64,
     /// Index of the section that this one refers to: a symbol table's strings.
     pub(crate) link: usize,
+    /// Its bytes are compressed.
+    pub(crate) packed: bool,
 }
 
 /// The section headers, with their names.
@@ -164,6 +166,7 @@ impl Sections {
                         size: section.sh_size.get(LE),
                         address: section.sh_addr.get(LE),
                         link: section.sh_link.get(LE) as usize,
+                        packed: section.sh_flags.get(LE).0 & SHF_COMPRESSED.0 != 0,
                     }),
                 )
             })

@@ -20,6 +20,6 @@ pub use dwarf::{DEBUG_INFO_VERB, read_debug_info};
 pub use elf::ElfError;
 pub use file::{FileId, FileMapping, FileTable, FileTableStats, MappedFile};
 pub use symbolizer::{
-    ANONYMOUS_MAPPING, BROKEN_FRAME, KERNEL_MAPPING, NOT_WALKED_FRAME, Symbolizer, SymbolizerConfig,
-    SymbolizerError, SymbolizerStats, TRUNCATED_FRAME, VDSO_MAPPING,
+    ANONYMOUS_MAPPING, BROKEN_FRAME, DebugCost, KERNEL_MAPPING, NOT_WALKED_FRAME, Symbolizer,
+    SymbolizerConfig, SymbolizerError, SymbolizerStats, TRUNCATED_FRAME, VDSO_MAPPING,
 };

@@ -61,7 +61,7 @@ const MAX_VDSO_BYTES: u64 = 1 << 20;
 /// Bounds of the symbolizer.
 #[derive(Clone, Debug)]
 pub struct SymbolizerConfig {
-    /// Profiles that wait.
+    /// Windows whose profiles wait.
     pub queue: usize,
     /// Memory for the names of addresses that were looked up.
     pub cache_bytes: u64,
@@ -70,6 +70,24 @@ pub struct SymbolizerConfig {
     pub debug_reader: Option<PathBuf>,
     /// Where distributions put debug information that they ship apart.
     pub debug_dirs: Vec<PathBuf>,
+    /// What debug information may cost. What costs more is named by symbol tables.
+    pub debug_cost: DebugCost,
+}
+
+/// What debug information may cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DebugCost {
+    /// Files that have more of it, unpacked, are named by their symbol table.
+    pub file_bytes: u64,
+    /// Time that may be spent at once on all files together; a hundredth of all time in the long run.
+    pub time: Duration,
+}
+
+impl DebugCost {
+    /// For programs that somebody asked for.
+    pub const WANTED: Self = Self { file_bytes: 2 << 30, time: Duration::from_secs(8) };
+    /// For whatever runs on the machine.
+    pub const EVERYTHING: Self = Self { file_bytes: 4 << 20, time: Duration::from_millis(60) };
 }
 
 impl Default for SymbolizerConfig {
@@ -79,6 +97,7 @@ impl Default for SymbolizerConfig {
             cache_bytes: 6 << 20,
             debug_reader: Some(PathBuf::from("/proc/self/exe")),
             debug_dirs: vec![PathBuf::from("/usr/lib/debug")],
+            debug_cost: DebugCost::WANTED,
         }
     }
 }
@@ -86,9 +105,9 @@ impl Default for SymbolizerConfig {
 /// Why a profile was not symbolized.
 #[derive(Debug, thiserror::Error)]
 pub enum SymbolizerError {
-    /// The queue is full; the profile is given back, so that its samples can be counted.
-    #[error("the symbolizer is behind: {0} profiles wait for it already")]
-    Full(usize, Box<RawProfile>),
+    /// The queue is full; the profiles are given back, so that their samples can be counted.
+    #[error("the symbolizer is behind: {0} windows wait for it already")]
+    Full(usize, Vec<RawProfile>),
     /// The thread has ended.
     #[error("the symbolizer has stopped")]
     Stopped,
@@ -118,7 +137,7 @@ pub struct Symbolizer {
     stats: Arc<SymbolizerStats>,
 }
 
-type Job = (RawProfile, oneshot::Sender<Profile>);
+type Job = (Vec<RawProfile>, oneshot::Sender<Vec<Profile>>);
 
 impl Symbolizer {
     /// Starts the thread.
@@ -129,26 +148,34 @@ impl Symbolizer {
         thread::Builder::new().name("gannet-symbols".to_owned()).spawn(move || {
             while let Some((raw, answer)) = inbox.blocking_recv() {
                 // Who asked may have gone; the profile goes with them.
-                let _ = answer.send(names.profile(&raw));
+                let _ = answer.send(names.profiles(&raw));
             }
         })?;
         Ok(Self { jobs, stats })
     }
 
-    /// Symbolizes a profile, waiting for a place in the queue.
-    pub async fn symbolize(&self, raw: RawProfile) -> Result<Profile, SymbolizerError> {
+    /// Symbolizes profiles, waiting for a place in the queue. Each file is asked once for all of them.
+    pub async fn symbolize_all(&self, raw: Vec<RawProfile>) -> Result<Vec<Profile>, SymbolizerError> {
         let (answer, answered) = oneshot::channel();
         self.jobs.send((raw, answer)).await.map_err(|_| SymbolizerError::Stopped)?;
         answered.await.map_err(|_| SymbolizerError::Stopped)
     }
 
-    /// Symbolizes a profile if there is a place in the queue now.
-    pub fn try_symbolize(&self, raw: RawProfile) -> Result<oneshot::Receiver<Profile>, SymbolizerError> {
+    /// Symbolizes a profile, waiting for a place in the queue.
+    pub async fn symbolize(&self, raw: RawProfile) -> Result<Profile, SymbolizerError> {
+        self.symbolize_all(vec![raw]).await?.pop().ok_or(SymbolizerError::Stopped)
+    }
+
+    /// Symbolizes profiles if there is a place in the queue now.
+    pub fn try_symbolize(
+        &self,
+        raw: Vec<RawProfile>,
+    ) -> Result<oneshot::Receiver<Vec<Profile>>, SymbolizerError> {
         let (answer, answered) = oneshot::channel();
         match self.jobs.try_send((raw, answer)) {
             Ok(()) => Ok(answered),
             Err(mpsc::error::TrySendError::Full((raw, _))) => {
-                Err(SymbolizerError::Full(self.jobs.max_capacity(), Box::new(raw)))
+                Err(SymbolizerError::Full(self.jobs.max_capacity(), raw))
             }
             Err(mpsc::error::TrySendError::Closed(_)) => Err(SymbolizerError::Stopped),
         }
@@ -213,7 +240,8 @@ struct FileState {
 struct Debug {
     /// The file that is installed for it; none if it has its own. It is not itself held here, so that it can be closed.
     apart: Option<Arc<MappedFile>>,
-    state: Result<(), Unusable>,
+    /// Its bytes when it is unpacked.
+    state: Result<u64, Unusable>,
     spent: Spending,
 }
 
@@ -244,6 +272,7 @@ struct Spending {
 }
 
 impl Spending {
+    /// For one file.
     const MOST: Duration = Duration::from_secs(2);
     const FORGOTTEN: u32 = 100;
 
@@ -256,7 +285,11 @@ impl Spending {
     }
 
     fn is_too_much(&self, now: Instant) -> bool {
-        self.left(now) > Self::MOST
+        self.is_over(Self::MOST, now)
+    }
+
+    fn is_over(&self, most: Duration, now: Instant) -> bool {
+        self.left(now) > most
     }
 
     fn add(&mut self, spent: Duration, now: Instant) {
@@ -278,6 +311,8 @@ struct Names {
     wasteful: bool,
     /// On files whose debug information the reader did not survive, all together: whoever makes one can make many.
     harm: Spending,
+    /// On debug information, all files together.
+    spent: Spending,
 }
 
 impl Names {
@@ -296,12 +331,27 @@ impl Names {
             nothing: Arc::new([]),
             wasteful: false,
             harm: Spending::new(Instant::now()),
+            spent: Spending::new(Instant::now()),
             config,
             stats,
         }
     }
 
-    fn profile(&mut self, raw: &RawProfile) -> Profile {
+    fn profiles(&mut self, raws: &[RawProfile]) -> Vec<Profile> {
+        let addresses: Vec<Vec<BTreeSet<u64>>> = raws
+            .iter()
+            .map(|raw| {
+                raw.processes.iter().map(|process| process.stacks.iter().flat_map(frames).collect()).collect()
+            })
+            .collect();
+        let known = self.resolve_files(raws, &addresses);
+        let named =
+            raws.iter().zip(addresses).map(|(raw, addresses)| self.profile(raw, addresses, &known)).collect();
+        self.trim();
+        named
+    }
+
+    fn profile(&mut self, raw: &RawProfile, addresses: Vec<BTreeSet<u64>>, known: &Known) -> Profile {
         let (sample_types, period_type) = match raw.kind {
             SampleKind::OnCpu => ([("samples", "count"), ("cpu", "nanoseconds")], ("cpu", "nanoseconds")),
             SampleKind::OffCpu => {
@@ -315,16 +365,12 @@ impl Names {
             time_nanos: raw.start.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as i64),
             duration_nanos: raw.duration.as_nanos() as i64,
         });
-        let addresses: Vec<BTreeSet<u64>> =
-            raw.processes.iter().map(|process| process.stacks.iter().flat_map(frames).collect()).collect();
-        let known = self.resolve_files(raw, &addresses);
         for (index, (process, addresses)) in raw.processes.iter().zip(addresses).enumerate() {
-            self.add_process(&mut builder, process, addresses, &known, index == 0);
+            self.add_process(&mut builder, process, addresses, known, index == 0);
         }
         for comment in &raw.comments {
             builder.comment(comment);
         }
-        self.trim();
         self.stats.profiles.fetch_add(1, Ordering::Relaxed);
         builder.finish()
     }
@@ -442,9 +488,10 @@ impl Names {
     }
 
     /// The functions in files, for all processes together: each file is asked once.
-    fn resolve_files(&mut self, raw: &RawProfile, addresses: &[BTreeSet<u64>]) -> Known {
+    fn resolve_files(&mut self, raws: &[RawProfile], addresses: &[Vec<BTreeSet<u64>>]) -> Known {
         let mut by_file: BTreeMap<FileId, (Arc<MappedFile>, BTreeSet<u64>)> = BTreeMap::new();
-        for (process, addresses) in raw.processes.iter().zip(addresses) {
+        let processes = raws.iter().flat_map(|raw| &raw.processes);
+        for (process, addresses) in processes.zip(addresses.iter().flatten()) {
             for &address in addresses {
                 if let Place::File(file, elf_address) = place(&process.image, self.vdso.as_ref(), address) {
                     let wanted =
@@ -532,15 +579,19 @@ impl Names {
             );
             self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
         }
-        if debug.state.is_err() {
+        if debug.state.is_ok_and(|bytes| bytes > config.debug_cost.file_bytes) || debug.state.is_err() {
             return DebugInfo::Absent;
         }
-        if debug.spent.is_too_much(begin) || self.harm.is_too_much(begin) {
+        if debug.spent.is_too_much(begin)
+            || self.harm.is_too_much(begin)
+            || self.spent.is_over(config.debug_cost.time, begin)
+        {
             return DebugInfo::Later;
         }
         let source = debug.apart.as_ref().and_then(|apart| apart.file.as_ref()).unwrap_or(open);
         let result = dwarf::resolve(reader, source, addresses);
         debug.spent.add(begin.elapsed(), Instant::now());
+        self.spent.add(begin.elapsed(), Instant::now());
         match result {
             Ok(frames) => {
                 self.wasteful = true;

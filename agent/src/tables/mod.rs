@@ -1,9 +1,10 @@
 //! Which unwind tables are in the kernel, and which process uses which.
 //!
-//! A file's table is made once, whoever maps it, and is known by the file's contents; it is put into the kernel when the
-//! first process needs it there, stays while there is room, and goes when another one needs the room more. A process is
-//! entered once it has been sampled a few times: until then its samples come raw and are walked here, by the same
-//! tables, so that nothing is lost and a process of milliseconds costs no map at all.
+//! A file's table is made once, whoever maps it, and only when a stack has come to it: programs map ten libraries and
+//! use three. It is known by the file's contents, is put into the kernel when the first process needs it there, stays
+//! while there is room, and goes when another one needs the room more. A process is entered when its first samples have
+//! been walked here, by the same tables: they come raw, so that nothing is lost and a process of milliseconds costs no
+//! map at all. Where its stacks come to a file whose table is not made yet, they come raw again.
 
 mod arena;
 mod keep;
@@ -11,6 +12,7 @@ mod parser;
 mod raw;
 
 use std::{
+    cell::Cell,
     collections::{BTreeMap, HashMap, HashSet},
     io,
     ops::Range,
@@ -43,9 +45,14 @@ use crate::{
 };
 
 /// Memory of tables that are kept here for raw samples; the kernel has its own copy.
-const KEPT_BYTES: usize = 16 << 20;
+const KEPT_BYTES: usize = 6 << 20;
 /// Keys that the mapping trie may hold: a little less than the kernel allows, so that it never has to refuse.
 const MAX_KEYS: usize = 262_144 - 1024;
+
+/// The number and generation of a table that is still to be made: the kernel side finds none there, and sends the stack
+/// raw.
+const UNMADE: (u32, u32) = (u32::MAX, 0);
+const _: () = assert!(UNMADE.0 >= MAX_TABLES);
 
 /// The tables of this node.
 pub struct Tables {
@@ -70,9 +77,19 @@ enum Known {
     /// Asked for.
     Waiting,
     /// Its table, as long as it is kept, and what outlives it.
-    Made { content: ContentId, segments: Segments, table: Option<Arc<Table>>, used: u64 },
+    Made { content: ContentId, segments: Segments, table: Option<Arc<Table>>, used: Cell<u64> },
     /// It has none, or it cannot be read: its frames are found by frame pointer.
     Without,
+}
+
+/// What there is to walk by in a mapping.
+enum Found<'a> {
+    /// Its table, and what to subtract from an address in it.
+    Table(&'a Table, u64),
+    /// The file's table is not here, and can be made.
+    NotYet(&'a Arc<MappedFile>),
+    /// There is none.
+    None,
 }
 
 /// The kernel's own shared object, the same in all processes.
@@ -191,7 +208,7 @@ impl Tables {
             let known = match outcome {
                 Ok(Made { table, content, segments }) if !table.is_empty() => {
                     self.stats.made += 1;
-                    Known::Made { content, segments, table: Some(table), used: self.now }
+                    Known::Made { content, segments, table: Some(table), used: Cell::new(self.now) }
                 }
                 Ok(_) => Known::Without,
                 Err(error) => {
@@ -203,49 +220,70 @@ impl Tables {
             self.files.insert(file, known);
         }
         if any {
+            self.now += 1;
             self.keep_within_bounds();
         }
         any
     }
 
-    /// Asks for the tables of an image. True: all are here, and [`Tables::table_at`] and [`Tables::enter`] can be used.
-    pub fn ready(&mut self, image: &Image) -> bool {
-        self.now += 1;
-        let mut ready = true;
-        for mapping in &image.mappings {
-            let MappingKind::File(file) = &mapping.kind else { continue };
-            if !has_tables(file) {
-                continue;
-            }
-            match self.files.get_mut(&file.id) {
-                Some(Known::Without) => {}
-                Some(Known::Made { table: Some(_), used, .. }) => *used = self.now,
-                Some(Known::Waiting) => ready = false,
-                Some(Known::Made { table: None, .. }) | None => {
-                    ready = false;
-                    if self.parser.request(file) {
-                        self.files.insert(file.id, Known::Waiting);
-                    }
-                }
-            }
+    /// Asks for the table of a file; `samples` wait for it. What most samples wait for is made first.
+    pub fn want(&mut self, file: &Arc<MappedFile>, samples: usize) {
+        let waits = matches!(self.files.get(&file.id), Some(Known::Waiting));
+        if waits {
+            self.parser.urge(file.id, samples);
+        } else if self.parser.request(file, samples) {
+            self.files.insert(file.id, Known::Waiting);
         }
-        ready
     }
 
-    /// The table of a mapping, and what to subtract from an address in it.
-    pub fn table_of(&self, mapping: &Mapping) -> Option<(&Arc<Table>, u64)> {
-        match &mapping.kind {
-            MappingKind::Anon => None,
-            MappingKind::Vdso => {
-                let vdso = self.vdso.as_ref()?;
-                let bias = vdso.segments.bias(mapping.start, 0, page_bytes())?;
-                Some((&vdso.table, bias))
-            }
-            MappingKind::File(file) => match self.files.get(&file.id)? {
-                Known::Made { segments, table: Some(table), .. } => {
-                    Some((table, segments.bias(mapping.start, mapping.offset, page_bytes())?))
-                }
+    /// Whether all tables of an image are here; asks for those that are not. For stacks that never come raw.
+    pub fn ready(&mut self, image: &Image) -> bool {
+        let missing: Vec<_> = image
+            .mappings
+            .iter()
+            .filter_map(|mapping| match &mapping.kind {
+                MappingKind::File(file) if has_tables(file) && !self.is_settled(file) => Some(file),
                 _ => None,
+            })
+            .collect();
+        for file in &missing {
+            self.want(file, 1);
+        }
+        missing.is_empty()
+    }
+
+    /// Whether the kernel side can have the file's table now, or never.
+    fn is_settled(&self, file: &MappedFile) -> bool {
+        match self.files.get(&file.id) {
+            Some(Known::Without) => true,
+            Some(Known::Made { table, content, .. }) => {
+                table.is_some() || self.residents.contains_key(content)
+            }
+            Some(Known::Waiting) | None => false,
+        }
+    }
+
+    /// What there is to walk by in a mapping.
+    fn find<'a>(&'a self, mapping: &'a Mapping) -> Found<'a> {
+        let page = page_bytes();
+        match &mapping.kind {
+            MappingKind::Anon => Found::None,
+            MappingKind::Vdso => {
+                let table = self.vdso.as_ref().and_then(|vdso| {
+                    Some(Found::Table(&vdso.table, vdso.segments.bias(mapping.start, 0, page)?))
+                });
+                table.unwrap_or(Found::None)
+            }
+            MappingKind::File(file) if !has_tables(file) => Found::None,
+            MappingKind::File(file) => match self.files.get(&file.id) {
+                Some(Known::Without) => Found::None,
+                Some(Known::Made { segments, table: Some(table), used, .. }) => {
+                    used.set(self.now);
+                    segments
+                        .bias(mapping.start, mapping.offset, page)
+                        .map_or(Found::None, |bias| Found::Table(table, bias))
+                }
+                Some(Known::Made { table: None, .. } | Known::Waiting) | None => Found::NotYet(file),
             },
         }
     }
@@ -255,13 +293,14 @@ impl Tables {
         self.entered.get(&key.process.tgid).is_some_and(|entered| entered.key == *key)
     }
 
-    /// Puts a process's mappings into the kernel, or brings them up to date there. All its tables must be ready.
+    /// Puts a process's mappings into the kernel, or brings them up to date there, with the tables that are made.
     pub fn enter(
         &mut self,
         kernel: &mut impl UnwindMaps,
         key: ImageKey,
         image: &Image,
     ) -> Result<(), TablesError> {
+        self.now += 1;
         let result = self.try_enter(kernel, key, image);
         if result.is_err() {
             self.stats.refused += 1;
@@ -361,16 +400,42 @@ impl Tables {
         protected: &HashSet<ContentId>,
     ) -> Result<KernelMapping, TablesError> {
         let (begin, end) = (mapping.start, mapping.end);
-        let Some((content, (table, bias))) = self.content_of(mapping).zip(self.table_of(mapping)) else {
-            return Ok(KernelMapping { begin, end, bias: 0, table: None });
+        let by_frame_pointer = KernelMapping { begin, end, bias: 0, table: None };
+        let page = page_bytes();
+        let (content, table, bias, name) = match &mapping.kind {
+            MappingKind::Anon => return Ok(by_frame_pointer),
+            MappingKind::Vdso => {
+                let Some(vdso) = &self.vdso else { return Ok(by_frame_pointer) };
+                let bias = vdso.segments.bias(begin, 0, page);
+                (vdso.content, Some(Arc::clone(&vdso.table)), bias, "[vdso]")
+            }
+            MappingKind::File(file) if !has_tables(file) => return Ok(by_frame_pointer),
+            MappingKind::File(file) => match self.files.get(&file.id) {
+                Some(Known::Without) => return Ok(by_frame_pointer),
+                Some(Known::Made { content, segments, table, used }) => {
+                    used.set(self.now);
+                    let bias = segments.bias(begin, mapping.offset, page);
+                    (*content, table.clone(), bias, file.path.as_str())
+                }
+                Some(Known::Waiting) | None => {
+                    return Ok(KernelMapping { table: Some(UNMADE), ..by_frame_pointer });
+                }
+            },
         };
-        let table = Arc::clone(table);
-        let name = match &mapping.kind {
-            MappingKind::File(file) => file.path.as_str(),
-            _ => "[vdso]",
+        let Some(bias) = bias else { return Ok(by_frame_pointer) };
+        let table = match table {
+            Some(table) => self.make_resident(kernel, content, &table, name, protected)?,
+            // It is not kept here any more; the kernel may still have it.
+            None => self.resident(content).unwrap_or(UNMADE),
         };
-        let place = self.make_resident(kernel, content, &table, name, protected)?;
-        Ok(KernelMapping { begin, end, bias, table: Some(place) })
+        Ok(KernelMapping { begin, end, bias, table: Some(table) })
+    }
+
+    /// The number and generation of a table that is in the kernel.
+    fn resident(&mut self, content: ContentId) -> Option<(u32, u32)> {
+        let resident = self.residents.get_mut(&content)?;
+        resident.used = self.now;
+        Some((resident.table, self.generations[resident.table as usize]))
     }
 
     /// The number and generation of a table in the kernel, put there now if it is not.
@@ -382,9 +447,8 @@ impl Tables {
         name: &str,
         protected: &HashSet<ContentId>,
     ) -> Result<(u32, u32), TablesError> {
-        if let Some(resident) = self.residents.get_mut(&content) {
-            resident.used = self.now;
-            return Ok((resident.table, self.generations[resident.table as usize]));
+        if let Some(resident) = self.resident(content) {
+            return Ok(resident);
         }
         let needed = table.lines().len();
         let no_room = || TablesError::NoRoom { file: name.to_owned(), lines: needed };
@@ -417,8 +481,6 @@ impl Tables {
                 Err(_) => {}
             }
         };
-        kernel.write_rules(&interned.new);
-        kernel.write_lines(range.start, &mut table.kernel_lines(&interned.numbers));
         let generation = self.generations[number as usize];
         let place = KernelTable {
             base: table.base(),
@@ -426,7 +488,16 @@ impl Tables {
             granules: table.granules(),
             generation,
         };
-        kernel.set_table(number, Some(place), generation)?;
+        let written = kernel
+            .write_rules(&interned.new)
+            .and_then(|()| kernel.write_lines(range.start, &mut table.kernel_lines(&interned.numbers)))
+            .and_then(|()| kernel.set_table(number, Some(place), generation));
+        if let Err(error) = written {
+            self.arena.give_back(&range);
+            self.free_numbers.push(number);
+            self.interner.release(&interned.numbers);
+            return Err(error.into());
+        }
         self.residents.insert(
             content,
             Resident { table: number, lines: range, numbers: interned.numbers, used: self.now },
@@ -476,7 +547,7 @@ impl Tables {
             .files
             .iter()
             .filter_map(|(id, known)| match known {
-                Known::Made { table: Some(table), used, .. } => Some((*used, *id, table.kernel_bytes())),
+                Known::Made { table: Some(table), used, .. } => Some((used.get(), *id, table.kernel_bytes())),
                 _ => None,
             })
             .collect();
@@ -486,7 +557,7 @@ impl Tables {
             bytes += size;
             if bytes > KEPT_BYTES
                 && let Some(Known::Made { table, used, .. }) = self.files.get_mut(&id)
-                && *used < self.now
+                && used.get() < self.now
             {
                 *table = None;
             }
@@ -562,14 +633,20 @@ mod tests {
             self.lines
         }
 
-        fn write_rules(&mut self, _: &[(u16, Rule)]) {}
+        fn write_rules(&mut self, _: &[(u16, Rule)]) -> Result<(), KernelError> {
+            Ok(())
+        }
 
-        fn write_lines(&mut self, first: u32, lines: &mut dyn Iterator<Item = Line>) -> bool {
+        fn write_lines(
+            &mut self,
+            first: u32,
+            lines: &mut dyn ExactSizeIterator<Item = Line>,
+        ) -> Result<(), KernelError> {
             self.log.push(Call::Write);
             for (index, line) in lines.enumerate() {
                 self.written[first as usize + index] = line;
             }
-            true
+            Ok(())
         }
 
         fn set_table(&mut self, table: u32, place: Option<KernelTable>, _: u32) -> Result<(), KernelError> {
@@ -643,7 +720,7 @@ mod tests {
                 content: ContentId::from_bytes([number; 16]),
                 segments: Segments::new(vec![whole]),
                 table: Some(table),
-                used: 0,
+                used: Cell::new(0),
             },
         );
         file
@@ -671,6 +748,58 @@ mod tests {
         assert!(!kernel.took().is_empty());
         tables.enter(&mut kernel, key(7), &one()).unwrap();
         assert_eq!(kernel.took(), []);
+    }
+
+    #[test]
+    fn r9_another_file_in_the_same_place_takes_the_place_of_the_old_one() {
+        let mut kernel = Fake::new(4096);
+        let mut tables = tables(&kernel);
+        let (old, new) = (file(&mut tables, 1, 100), file(&mut tables, 2, 100));
+        let kept = at(0x40_0000, 2, &old);
+        // Seven pages from an even one on are three blocks.
+        tables.enter(&mut kernel, key(7), &image(vec![at(0x10_0000, 7, &old), kept.clone()])).unwrap();
+        let table_of = |kernel: &Fake, address: u64| {
+            let (_, mapping) = kernel.keys.iter().find(|((_, block), _)| block.address == address).unwrap();
+            mapping.table.unwrap()
+        };
+        let (before, others) = (table_of(&kernel, 0x10_0000), table_of(&kernel, 0x40_0000));
+        assert_eq!(before, others);
+        kernel.took();
+        // The scan makes the process's mappings from scratch: path and range are the same, the inode is another.
+        assert_ne!(old.inode, new.inode);
+        tables.enter(&mut kernel, key(7), &image(vec![at(0x10_0000, 7, &new), kept])).unwrap();
+        let log = kernel.took();
+        assert_eq!(log.iter().filter(|call| matches!(call, Call::Set(7, _))).count(), 3, "{log:?}");
+        for mapping in kernel.keys.values().filter(|mapping| mapping.begin == 0x10_0000) {
+            assert_ne!(mapping.table, Some(before), "nothing is left of the old file there");
+        }
+        assert_eq!(table_of(&kernel, 0x40_0000), others, "the other mapping is as it was");
+    }
+
+    #[test]
+    fn r14_only_files_that_stacks_come_to_are_made_and_the_others_send_stacks_raw() {
+        let mut kernel = Fake::new(4096);
+        let mut tables = tables(&kernel);
+        let (program, library) = (file(&mut tables, 1, 100), file(&mut tables, 2, 100));
+        let made = tables.files.remove(&library.id).unwrap();
+        let both = image(vec![at(0x10_0000, 1, &program), at(0x20_0000, 1, &library)]);
+        tables.enter(&mut kernel, key(7), &both).unwrap();
+        let table_of = |kernel: &Fake, address| kernel.keys[&(7, Block { address, bits: 12 })].table;
+        assert_eq!(table_of(&kernel, 0x20_0000), Some(UNMADE));
+        assert!(table_of(&kernel, 0x10_0000).is_some_and(|(number, _)| number < MAX_TABLES));
+        tables.files.insert(library.id, made);
+        kernel.took();
+        tables.enter(&mut kernel, key(7), &both).unwrap();
+        let block = Block { address: 0x20_0000, bits: 12 };
+        assert_eq!(kernel.took().iter().filter(|call| **call == Call::Set(7, block)).count(), 1);
+        assert!(table_of(&kernel, 0x20_0000).is_some_and(|(number, _)| number < MAX_TABLES));
+        // The copy here may go: the kernel's serves.
+        if let Some(Known::Made { table, .. }) = tables.files.get_mut(&library.id) {
+            *table = None;
+        }
+        tables.enter(&mut kernel, key(8), &both).unwrap();
+        assert_eq!(kernel.keys[&(8, block)].table, table_of(&kernel, 0x20_0000));
+        assert!(tables.ready(&both));
     }
 
     #[test]

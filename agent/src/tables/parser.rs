@@ -70,7 +70,8 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Queue {
-    files: HashMap<FileId, (u64, Arc<MappedFile>)>,
+    /// With the samples that wait for each.
+    files: HashMap<FileId, (usize, Arc<MappedFile>)>,
     closed: bool,
 }
 
@@ -107,15 +108,22 @@ impl Parser {
         Ok(Self { shared, outcomes })
     }
 
-    /// Asks for a file's table, or asks more urgently. False: the queue is full.
-    pub(super) fn request(&self, file: &Arc<MappedFile>) -> bool {
+    /// Asks for a file's table, for which so many samples wait. False: the queue is full.
+    pub(super) fn request(&self, file: &Arc<MappedFile>, samples: usize) -> bool {
         let mut queue = self.shared.lock();
         if queue.files.len() >= QUEUE && !queue.files.contains_key(&file.id) {
             return false;
         }
-        queue.files.entry(file.id).or_insert_with(|| (0, Arc::clone(file))).0 += 1;
+        queue.files.insert(file.id, (samples, Arc::clone(file)));
         self.shared.something.notify_one();
         true
+    }
+
+    /// So many samples wait for a table that was asked for, by now.
+    pub(super) fn urge(&self, file: FileId, samples: usize) {
+        if let Some((waiting, _)) = self.shared.lock().files.get_mut(&file) {
+            *waiting = samples.max(*waiting);
+        }
     }
 
     /// What has been finished since the last call.
@@ -139,14 +147,14 @@ enum Work {
     End,
 }
 
-/// Waits for the file that was asked for most; not at all if there is something to do when `idle`.
+/// Waits for the file that most samples wait for; not at all if there is something to do when `idle`.
 fn next(shared: &Shared, idle: bool) -> Work {
     let mut queue = shared.lock();
     loop {
         if queue.closed {
             return Work::End;
         }
-        let most = queue.files.iter().max_by_key(|(_, (asked, _))| *asked).map(|(id, _)| *id);
+        let most = queue.files.iter().max_by_key(|(_, (samples, _))| *samples).map(|(id, _)| *id);
         if let Some((_, file)) = most.and_then(|id| queue.files.remove(&id)) {
             return Work::Make(file);
         }

@@ -1,22 +1,25 @@
 //! Walks a raw sample: registers and a copy of the stack, by the tables that the kernel side uses.
 
+use std::{cell::RefCell, sync::Arc};
+
 use gannet_unwind::{
     table::{Arch, Table},
     unwind::{End, Snapshot, TableSource, walk},
 };
 
-use super::Tables;
+use super::{Found, Tables};
 use crate::{
     kernel::{RawUserStack, Sample},
     process::Image,
     profile::StackEnd,
+    symbols::MappedFile,
 };
 
 /// As many as the kernel side keeps.
 const MAX_FRAMES: usize = 512;
 
 /// What a walk found.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Walked {
     /// Leaf first; of a frame that a signal interrupted, the byte behind the place.
     pub frames: Vec<u64>,
@@ -24,6 +27,9 @@ pub struct Walked {
     pub end: StackEnd,
     /// It ended at an address that no mapping of the image holds.
     pub unknown: Option<u64>,
+    /// It came to a file whose table is still to be made, and went on by frame pointer there: once it is made the walk
+    /// should be done again.
+    pub missing: Option<Arc<MappedFile>>,
 }
 
 /// A raw sample of a process of which nothing is known: where it was is all that can be told.
@@ -48,11 +54,20 @@ impl Sample {
 struct OfImage<'a> {
     tables: &'a Tables,
     image: &'a Image,
+    /// The first file whose table was needed and is not there.
+    missing: RefCell<Option<Arc<MappedFile>>>,
 }
 
 impl TableSource for OfImage<'_> {
     fn find(&self, address: u64) -> Option<(&Table, u64)> {
-        self.tables.table_of(self.image.find(address)?).map(|(table, bias)| (&**table, bias))
+        match self.tables.find(self.image.find(address)?) {
+            Found::Table(table, bias) => Some((table, bias)),
+            Found::NotYet(file) => {
+                self.missing.borrow_mut().get_or_insert_with(|| Arc::clone(file));
+                None
+            }
+            Found::None => None,
+        }
     }
 
     fn is_code(&self, address: u64) -> bool {
@@ -64,13 +79,14 @@ impl Tables {
     /// Walks a raw sample; one that is none comes back as it is.
     pub fn walk(&self, image: &Image, sample: &Sample) -> Walked {
         let Some(raw) = &sample.raw else {
-            return Walked { frames: sample.user.clone(), end: sample.end, unknown: None };
+            return Walked { frames: sample.user.clone(), end: sample.end, unknown: None, missing: None };
         };
         let RawUserStack { pc, registers, stack } = raw;
         let arch = if cfg!(target_arch = "aarch64") { Arch::Aarch64 } else { Arch::X86_64 };
         let stack_start = registers.get(usize::from(arch.stack_pointer())).copied().unwrap_or(0);
         let snapshot = Snapshot { arch, pc: *pc, registers, stack_start, stack };
-        let walked = walk(&snapshot, &OfImage { tables: self, image }, MAX_FRAMES);
+        let source = OfImage { tables: self, image, missing: RefCell::new(None) };
+        let walked = walk(&snapshot, &source, MAX_FRAMES);
         let frames = walked.frames.iter().enumerate().map(|(depth, frame)| {
             // As the kernel side gives it: callers are looked up one byte back.
             if frame.exact && depth > 0 { frame.pc.wrapping_add(1) } else { frame.pc }
@@ -86,6 +102,6 @@ impl Tables {
             | End::RegisterLost
             | End::NoProgress => (StackEnd::Broken, None),
         };
-        Walked { frames: frames.collect(), end, unknown }
+        Walked { frames: frames.collect(), end, unknown, missing: source.missing.into_inner() }
     }
 }
