@@ -4,6 +4,7 @@
 //! Everybody else talks to it through an [`Engine`] handle; a finished window goes to a [`Sink`].
 
 mod captures;
+mod found;
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -24,13 +25,19 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use tokio::sync::oneshot;
 use ulid::Ulid;
 
-use self::captures::{Captures, Intake};
 pub use self::captures::{Manual, RunningCapture};
+use self::{
+    captures::{Captures, Intake},
+    found::{Found, Pace},
+};
 use crate::{
     conditions::{NodeAbilities, Sensors, boot_clock, trigger::Held},
     governor::{BpfTime, Budgets, Governor, Use},
-    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Sample, Want, lifecycle_lost},
-    process::{CgroupTree, Changes, Image, ImageKey, ProcError, Process, Processes, check_identity},
+    kernel::{
+        Arm, Counters, Event, Kernel, KernelError, KernelOptions, Origin, Sample, Subject, Want,
+        lifecycle_lost,
+    },
+    process::{CgroupTree, Changes, Image, ImageKey, ProcError, Process, Processes, State, check_identity},
     profile::{RecorderStats, SampleKind, SeriesProfile, StackEnd, slots},
     rules::{
         CaptureError, Deny, RuleBook, Set, Source,
@@ -45,6 +52,8 @@ const READ_PAUSE: Duration = Duration::from_millis(50);
 /// How soon it is read again after a file that was not open yet: the program that was started with it is about to map its
 /// libraries, and may be gone in a moment.
 const EAGER_PAUSE: Duration = Duration::from_millis(5);
+/// How soon more of the processes that were found are read.
+const FOUND_PAUSE: Duration = Duration::from_millis(20);
 /// How often what was told is read before a window ends, while that brings new processes.
 const MOST_READINGS: u32 = 4;
 /// How often in a row: a program that opens files all the time does not keep the reader awake.
@@ -140,6 +149,8 @@ pub struct Inside<'a> {
     /// Since the engine started. What is in the ring or the running window counts as pending.
     pub ledger: Ledger,
     waiting: &'a HashMap<ImageKey, VecDeque<Waiting>>,
+    /// Processes that rules want, that ran already, and that were not looked at closely yet.
+    pub found_waiting: usize,
     /// What held captures back.
     pub held: Held,
     /// The flight recorder.
@@ -355,6 +366,9 @@ struct Worker {
     off: Option<String>,
     /// What was told of threads that are still off the CPU: by thread and when they went, nanoseconds.
     blocked: HashMap<(u32, u64), u64>,
+    /// Processes that already ran, and are yet to be read.
+    found: Found,
+    found_pace: Pace,
     /// Images of which a thread blocked before its tables were in the kernel.
     to_enter: HashSet<ImageKey>,
     /// What is in the kernel's `arms`, by thread group id.
@@ -422,6 +436,8 @@ impl Worker {
             cpu_time: (Instant::now(), cpu_time()),
             off: None,
             blocked: HashMap::new(),
+            found: Found::default(),
+            found_pace: Pace::new(Instant::now()),
             to_enter: HashSet::new(),
             armed: HashMap::new(),
             pods: None,
@@ -435,6 +451,7 @@ impl Worker {
         loop {
             self.wait(bell);
             self.read();
+            self.read_found();
             self.resolve(false);
             while let Ok(command) = inbox.try_recv() {
                 match command {
@@ -451,6 +468,7 @@ impl Worker {
                             events: &self.events,
                             ledger,
                             waiting: &self.waiting,
+                            found_waiting: self.found.len(),
                             held: self.captures.triggers.held(),
                             recorder: self.intake.recorder.stats(),
                             used: self.governor.last(),
@@ -518,7 +536,11 @@ impl Worker {
     }
 
     fn wait(&self, bell: &OwnedFd) {
-        let pause = if self.eager > 0 { EAGER_PAUSE } else { READ_PAUSE };
+        let pause = match () {
+            () if self.eager > 0 => EAGER_PAUSE,
+            () if self.found.len() > 0 => FOUND_PAUSE,
+            () => READ_PAUSE,
+        };
         let pause = pause.min(self.window_length.saturating_sub(self.window_start.1.elapsed()));
         let timeout = rustix::event::Timespec::try_from(pause.max(Duration::from_millis(1))).ok();
         let ring = self.kernel.wake_fd();
@@ -543,6 +565,7 @@ impl Worker {
                 Event::Mapped(told) => self.processes.told(told),
                 Event::Sample(sample) => self.sampled(sample, now),
                 Event::Exec { subject, path, by_thread, origin, file } => {
+                    self.found.take(subject.key.tgid);
                     let how = if by_thread { " by a thread" } else { "" };
                     self.note(now, || format!("exec {} {} {path}{how}", subject.key, subject.comm));
                     let process = self.processes.exec(&subject, origin, &path, file).ok().cloned();
@@ -552,6 +575,7 @@ impl Worker {
                     self.decide(process.as_ref(), subject.candidates, now);
                 }
                 Event::Fork { subject, origin } => {
+                    self.found.take(subject.key.tgid);
                     self.note(now, || {
                         format!("fork {} {} from {}", subject.key, subject.comm, origin.parent)
                     });
@@ -564,14 +588,14 @@ impl Worker {
                 }
                 Event::Found { subject, origin } => {
                     self.note(now, || format!("found {} {}", subject.key, subject.comm));
-                    let process = self.processes.found(&subject, origin).ok().cloned();
-                    self.decide(process.as_ref(), subject.candidates, now);
+                    self.found_running(subject, origin, now);
                 }
                 Event::Exit { subject, status, .. } => {
                     let (code, signal) = (status.code(), status.signal());
                     self.note(now, || {
                         format!("exit {} {} code {code} signal {signal}", subject.key, subject.comm)
                     });
+                    self.found.take(subject.key.tgid);
                     self.let_go(subject.key.tgid);
                     self.processes.exit(&subject, status);
                 }
@@ -584,6 +608,41 @@ impl Worker {
         };
     }
 
+    /// A process ran already when a rule came that wants it.
+    fn found_running(&mut self, subject: Subject, origin: Origin, now: SystemTime) {
+        let known = self.processes.get(&ImageKey::of(&subject)).map(|process| process.state);
+        // Who is known costs nothing, and may be armed: the rules decide anew at once.
+        let is_read = known.is_some_and(|state| state != State::Unread);
+        let begun = Instant::now();
+        if !is_read && !self.found_pace.allows(begun) {
+            self.found.push(subject, origin);
+            return;
+        }
+        self.found.take(subject.key.tgid);
+        self.look_at_found(&subject, origin, now);
+        if !is_read {
+            self.found_pace.spend(begun, Instant::now());
+        }
+    }
+
+    fn look_at_found(&mut self, subject: &Subject, origin: Origin, now: SystemTime) {
+        let process = self.processes.found(subject, origin).ok().cloned();
+        self.decide(process.as_ref(), subject.candidates, now);
+    }
+
+    /// Reads some of the processes that were found and wait.
+    fn read_found(&mut self) {
+        let now = SystemTime::now();
+        let mut begun = Instant::now();
+        while self.found.len() > 0 && self.found_pace.allows(begun) {
+            let Some((subject, origin)) = self.found.pop() else { return };
+            self.look_at_found(&subject, origin, now);
+            let end = Instant::now();
+            self.found_pace.spend(begun, end);
+            begun = end;
+        }
+    }
+
     fn sampled(&mut self, mut sample: Sample, now: SystemTime) {
         self.captures.strip(&mut sample);
         if sample.kind == SampleKind::OffCpu {
@@ -591,6 +650,13 @@ impl Worker {
         }
         if sample.subject.rules == 0 {
             return;
+        }
+        // Nobody waits who has samples.
+        if self.found.len() > 0
+            && let Some((subject, origin)) = self.found.take(sample.subject.key.tgid)
+            && subject.key == sample.subject.key
+        {
+            self.look_at_found(&subject, origin, now);
         }
         self.rules.count(sample.subject.rules, now);
         // What was walked by tables came by no address that is not known.
@@ -907,6 +973,8 @@ impl Worker {
     fn enforce(&mut self, now: SystemTime) -> Result<(), KernelError> {
         self.next_change = self.rules.next_change(now);
         let former = std::mem::take(&mut self.armed);
+        // Found by the former rules; the walk finds by the new ones.
+        self.found.clear();
         if let Err(error) = self.kernel.set_rules(&self.rules.kernel_rules(now)) {
             self.armed = former;
             return Err(error);

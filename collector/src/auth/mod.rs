@@ -168,6 +168,12 @@ impl Auth {
                  viewers and editors apart"
             );
         }
+        if required && config.node_identity == NodeIdentity::Any {
+            tracing::warn!(
+                "whoever may be an agent may speak for every node: give --node-identity certificate or token to hold the \
+                 node's name against what it proves"
+            );
+        }
         Arc::new(Self {
             grants: config.roles.clone(),
             required,

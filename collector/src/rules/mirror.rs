@@ -25,7 +25,10 @@ use kube::{
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::{DEFAULT_SCOPE, Mirrored, Rules, RulesError};
+use super::{
+    DEFAULT_SCOPE, Mirrored, Rules, RulesError,
+    events::{Events, news},
+};
 use crate::{fleet::Fleet, time};
 
 const GROUP: &str = "gannet.dev";
@@ -48,9 +51,13 @@ const STATUS_EVERY: Duration = Duration::from_secs(1);
 const STATUS_HOLDS_MS: u64 = 180_000;
 const STATUS_REFRESH_MS: u64 = 60_000;
 
+/// Of how many nodes an Event tells why.
+const REFUSALS_TOLD: usize = 3;
+
 /// The collector's end of the resources of one namespace.
 pub(crate) struct Mirror {
     api: Api<DynamicObject>,
+    events: Events,
     rules: Arc<Rules>,
     fleet: Arc<Fleet>,
     /// This collector among those that share the resources.
@@ -75,7 +82,8 @@ impl Mirror {
     ) -> Self {
         let kind = GroupVersionKind::gvk(GROUP, VERSION, KIND);
         let resource = ApiResource::from_gvk_with_plural(&kind, PLURAL);
-        Self { api: Api::namespaced_with(client, namespace, &resource), rules, fleet, name }
+        let events = Events::new(client.clone(), namespace, &name);
+        Self { api: Api::namespaced_with(client, namespace, &resource), events, rules, fleet, name }
     }
 
     /// Keeps resources and rules the same until told to stop.
@@ -272,7 +280,12 @@ impl Mirror {
             let Some(now) = now else { continue };
             let patch = Patch::Merge(json!({ "status": now }));
             match self.api.patch_status(&read.name, &PatchParams::default(), &patch).await {
-                Ok(_) => {}
+                Ok(_) => {
+                    let who = last_writer(&read.object).unwrap_or_else(|| "somebody".into());
+                    let refusals = refusals(&read.name, &rollout.nodes);
+                    let news = news(&read.object.data["status"], &now, &self.name, &who, &refusals);
+                    self.events.tell(&read.object, news).await;
+                }
                 // It was deleted meanwhile.
                 Err(kube::Error::Api(status)) if status.code == 404 => {}
                 Err(error) => return Err(error.into()),
@@ -299,6 +312,15 @@ impl Mirror {
         }
         counts
     }
+}
+
+/// What the first few nodes said that do not do as a rule asks.
+fn refusals(id: &str, nodes: &[NodeRollout]) -> Vec<String> {
+    let said = nodes.iter().flat_map(|node| {
+        let mine = node.errors.iter().filter(|error| error.rule_id == id || error.rule_id.is_empty());
+        mine.map(|error| format!("{}: {}: {}", node.node, error.field, error.reason))
+    });
+    said.take(REFUSALS_TOLD).collect()
 }
 
 /// Nodes by what became of the rule there.

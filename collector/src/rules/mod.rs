@@ -6,6 +6,7 @@
 //! to the newest version, and is made again if somebody else was faster.
 
 mod audit;
+mod events;
 mod keep;
 mod mirror;
 

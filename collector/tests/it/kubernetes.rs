@@ -12,7 +12,7 @@ use axum::{
     extract::{Path as UrlPath, Query, State},
     http::StatusCode,
     response::{IntoResponse as _, Response},
-    routing::{get, patch},
+    routing::{get, patch, post},
 };
 use futures::stream;
 use gannet_collector::{Collector, Config, RulesStore, custom_resource};
@@ -108,6 +108,19 @@ impl Api {
         self.get("triggerrules", name).map_or(Value::Null, |object| object["status"].clone())
     }
 
+    /// The reasons of the Events about a TriggerRule, in their order.
+    fn told(&self, name: &str) -> Vec<String> {
+        let objects = self.objects.lock().unwrap();
+        let mut events: Vec<&Value> = objects
+            .there
+            .iter()
+            .filter(|((kind, _), event)| kind == "events" && event["regarding"]["name"] == name)
+            .map(|(_, event)| event)
+            .collect();
+        events.sort_by_key(|event| event["eventTime"].as_str());
+        events.iter().map(|event| event["reason"].as_str().unwrap().to_owned()).collect()
+    }
+
     async fn serve(&self, dir: &Path) -> PathBuf {
         // The group is not looked at: kinds have different names.
         let router = Router::new()
@@ -119,6 +132,7 @@ impl Api {
                 get(read).put(replace).delete(remove),
             )
             .route("/apis/gannet.dev/v1alpha1/namespaces/gannet/{kind}/{name}/status", patch(patch_status))
+            .route("/apis/events.k8s.io/v1/namespaces/gannet/{kind}", post(create))
             .with_state(self.clone());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = format!("http://{}", listener.local_addr().unwrap());
@@ -278,6 +292,14 @@ async fn resources_and_calls_are_two_doors_to_one_store_that_collectors_share() 
     let scope =
         to_left.get_triggers(GetTriggersRequest::default()).await.unwrap().into_inner().scope.unwrap();
     assert_eq!((scope.rules.len(), scope.changed_by.as_str()), (1, "Kubernetes: kubectl"));
+
+    eventually("Events tell it", || async {
+        let told = api.told("applied");
+        told.iter().any(|reason| reason == "Accepted")
+            && told.iter().any(|reason| reason == "Applied")
+            && api.told("wrong").iter().any(|reason| reason == "Invalid")
+    })
+    .await;
 
     // A call on one collector is a resource, and reaches the nodes of the other.
     let request = SetTriggersRequest { scope: "team".into(), ..one("called") };
