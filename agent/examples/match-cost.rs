@@ -127,7 +127,7 @@ async fn among_many(engine: &Engine, crowd: &str, processes: u32) -> anyhow::Res
         ("all of them match", all, 1),
         ("none of them matches any more", Match { comm: vec!["nobody-else".into()], ..Match::default() }, 1),
     ] {
-        let (mut slowest, mut walk) = (Duration::ZERO, (0, 0));
+        let mut slowest = Duration::ZERO;
         for round in 0..rounds {
             let rule = ad_hoc(
                 &format!("crowd-{what}-{round}").replace(' ', "-"),
@@ -152,7 +152,7 @@ async fn among_many(engine: &Engine, crowd: &str, processes: u32) -> anyhow::Res
             }
             let after = self::programs(engine).await?;
             let of = |costs: &Costs| costs.get("each_task").copied().unwrap_or_default();
-            walk = (of(&after).0 - of(&programs).0, of(&after).1 - of(&programs).1);
+            let walk = (of(&after).0 - of(&programs).0, of(&after).1 - of(&programs).1);
             slowest = slowest.max(took);
             if round + 1 == rounds {
                 println!(

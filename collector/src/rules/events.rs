@@ -64,9 +64,12 @@ pub(super) fn news(
     news
 }
 
-fn cut(mut note: String) -> String {
-    note.truncate(note.floor_char_boundary(NOTE_BYTES));
-    note
+fn cut(note: String) -> String {
+    if note.len() <= NOTE_BYTES {
+        return note;
+    }
+    let end = (0..=NOTE_BYTES).rev().find(|end| note.is_char_boundary(*end)).unwrap_or(0);
+    note[..end].to_owned()
 }
 
 /// Writes them.
