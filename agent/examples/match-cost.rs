@@ -70,8 +70,8 @@ async fn measure(crowd: &str) -> anyhow::Result<()> {
     let empty = Empty::attach()?;
     let rules = [
         ("one rule, by command name", rules(1, false)),
-        ("40 rules, by command name", rules(40, false)),
-        ("40 rules, by command name, control group and user", rules(40, true)),
+        ("20 rules, by command name", rules(20, false)),
+        ("20 rules, by command name, control group and user", rules(20, true)),
     ];
     for (what, rules) in rules {
         apply(&engine, rules).await?;
@@ -123,7 +123,7 @@ async fn among_many(engine: &Engine, crowd: &str, processes: u32) -> anyhow::Res
     let name = fs::read_to_string(format!("/proc/{}/comm", child.id()))?.trim().to_owned();
     let all = Match { comm: vec![name], ..Match::default() };
     for (what, matches, rounds) in [
-        ("none of them matches", Match { comm: vec!["nobody-at-all".into()], ..Match::default() }, 5),
+        ("none of them matches", Match { comm: vec!["nobody-at-all".into()], ..Match::default() }, 3),
         ("all of them match", all, 1),
         ("none of them matches any more", Match { comm: vec!["nobody-else".into()], ..Match::default() }, 1),
     ] {
