@@ -115,6 +115,7 @@ fn the_fields_of_the_json_form_stay_as_they_are() {
             "host_pid",
             "file_access",
             "kernel_symbols",
+            "user_memory",
             "bpf_loop",
             "cgroup",
             "psi",

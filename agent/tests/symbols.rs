@@ -855,6 +855,26 @@ fn what_was_looked_up_once_is_not_read_again() {
 }
 
 #[test]
+fn files_of_the_same_contents_are_named_once() {
+    let (directory, path) = compile_c(&["-g", "-no-pie"]);
+    let copy = directory.path().join("copy");
+    fs::copy(&path, &copy).unwrap();
+    let symbolizer = new_symbolizer();
+    let everywhere: Vec<u64> = (0x1000_1000..0x1000_1400).step_by(16).collect();
+    let look = |path: &Path| {
+        let stacks = vec![stack(&[], &everywhere, StackEnd::Complete)];
+        let found = symbolize(&symbolizer, raw(key(std::process::id()), mapped_image(path), stacks));
+        (names(&found), symbolizer.stats().cached_bytes.load(Ordering::Relaxed))
+    };
+    let (first, bytes) = look(&path);
+    assert!(first.iter().flatten().any(|name| name == "holder") && bytes > 0, "{first:?}");
+    assert_eq!(look(&copy), (first, bytes));
+    // Another build is another file, whatever it is called.
+    let (_other, path) = compile_c(&["-g", "-no-pie", "-O1"]);
+    assert!(look(&path).1 > bytes);
+}
+
+#[test]
 fn a_full_queue_gives_the_profile_back() {
     let symbolizer = Symbolizer::start(SymbolizerConfig { queue: 1, ..config() }).unwrap();
     let pid = std::process::id();

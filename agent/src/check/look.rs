@@ -19,8 +19,18 @@ pub(super) const FATAL: &[fn() -> Check] =
     &[architecture, kernel, capabilities, lockdown, btf, bpf, ring_buffer, perf_clock, host_pid];
 
 /// What it runs without.
-pub(super) const OTHERS: &[fn() -> Check] =
-    &[file_access, kernel_symbols, bpf_loop, cgroup, psi, tracefs, memlock, open_files, bpf_stats];
+pub(super) const OTHERS: &[fn() -> Check] = &[
+    file_access,
+    kernel_symbols,
+    user_memory,
+    bpf_loop,
+    cgroup,
+    psi,
+    tracefs,
+    memlock,
+    open_files,
+    bpf_stats,
+];
 
 const FLOOR: (u32, u32) = (5, 10);
 const BTF_MAGIC: [u8; 2] = 0xeb9f_u16.to_ne_bytes();
@@ -92,6 +102,44 @@ fn judge_kernel(release: &str) -> Check {
             format!("Linux {release} is older than {}.{}", FLOOR.0, FLOOR.1),
             format!("use a node with Linux {}.{} or newer", FLOOR.0, FLOOR.1),
         ),
+    }
+}
+
+fn user_memory() -> Check {
+    let name = rustix::system::uname();
+    judge_user_memory(&name.release().to_string_lossy(), &name.version().to_string_lossy())
+}
+
+/// From 5.19 on copying user memory inside an interrupt could wait for a lock that the interrupted code holds. Linux 6.4
+/// mended it, and two of the stable series took that over.
+fn judge_user_memory(release: &str, version: &str) -> Check {
+    let numbers = |text: &str| {
+        let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
+        let mut next = || numbers.next().unwrap_or(0);
+        (next(), next(), next())
+    };
+    // Debian calls its kernel 6.1.0-18 what is 6.1.76, and says so in the version.
+    let (major, minor, mut patch) = numbers(release);
+    for word in version.split_ascii_whitespace() {
+        let (also_major, also_minor, also_patch) = numbers(word);
+        if (also_major, also_minor) == (major, minor) {
+            patch = patch.max(also_patch);
+        }
+    }
+    let is_affected = match (major, minor) {
+        (5, 19..) | (6, 0 | 2) => true,
+        (6, 1) => patch < 36,
+        (6, 3) => patch < 10,
+        _ => false,
+    };
+    if is_affected {
+        Check::warning(
+            "user_memory",
+            format!("Linux {release} may lock up when a profiler reads user stacks inside an interrupt"),
+            "use Linux 6.1.36, 6.3.10, 6.4 or newer, unless the distribution has taken over \"mm: Fix copy_from_user_nofault()\"",
+        )
+    } else {
+        Check::ok("user_memory", "can be read inside an interrupt")
     }
 }
 
@@ -415,6 +463,30 @@ mod tests {
     #[case("", State::Ok)]
     fn only_confidentiality_stops_it(#[case] text: &str, #[case] state: State) {
         assert_eq!(judge_lockdown(text).state, state);
+    }
+
+    #[rstest]
+    #[case("5.10.0-28-amd64", "", State::Ok)]
+    #[case("5.18.19", "", State::Ok)]
+    #[case("5.19.0-50-generic", "#50-Ubuntu SMP PREEMPT_DYNAMIC", State::Warning)]
+    #[case("6.0.19", "", State::Warning)]
+    #[case("6.1.35", "", State::Warning)]
+    #[case("6.1.36", "", State::Ok)]
+    #[case("6.1.0-18-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.76-1 (2024-02-01)", State::Ok)]
+    #[case("6.1.0-9-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.27-1 (2023-05-08)", State::Warning)]
+    #[case("6.2.16", "", State::Warning)]
+    #[case("6.3.9", "", State::Warning)]
+    #[case("6.3.10-arch1", "", State::Ok)]
+    #[case("6.4.0", "", State::Ok)]
+    #[case("6.18", "", State::Ok)]
+    fn kernels_that_may_lock_up_are_warned_of(
+        #[case] release: &str,
+        #[case] version: &str,
+        #[case] state: State,
+    ) {
+        let check = judge_user_memory(release, version);
+        assert_eq!(check.state, state);
+        assert_eq!(check.cure.contains("6.1.36"), state == State::Warning);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use gannet_proto::{
     pprof::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId},
     profiles::Profile,
 };
+use gannet_unwind::{build::identify, content::ContentId, limits::Limits};
 use lru::LruCache;
 use quick_cache::{Weighter, unsync};
 use tokio::sync::{mpsc, oneshot};
@@ -203,6 +204,14 @@ type Functions = Arc<[Function]>;
 /// Functions by file and address as the file counts.
 type Known = HashMap<(FileId, u64), Functions>;
 
+/// What names are kept under: containers bring files of their own with the same contents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Contents {
+    Same(ContentId),
+    /// What it holds cannot be told.
+    OfFile(FileId),
+}
+
 /// Functions by address at run time.
 type Found = HashMap<u64, Functions>;
 
@@ -219,8 +228,8 @@ enum Place<'a> {
 #[derive(Clone)]
 struct ByBytes;
 
-impl Weighter<(FileId, u64), Functions> for ByBytes {
-    fn weight(&self, _: &(FileId, u64), functions: &Functions) -> u64 {
+impl Weighter<(Contents, u64), Functions> for ByBytes {
+    fn weight(&self, _: &(Contents, u64), functions: &Functions) -> u64 {
         let text = |function: &Function| function.name.len() + function.raw.len() + function.file.len();
         // 96 bytes for the entry in the cache. Names that addresses share are counted for each.
         96 + functions.iter().map(|function| (size_of::<Function>() + text(function)) as u64).sum::<u64>()
@@ -230,6 +239,7 @@ impl Weighter<(FileId, u64), Functions> for ByBytes {
 /// What is known of one file.
 #[derive(Debug, Default)]
 struct FileState {
+    contents: Option<Contents>,
     /// Its symbol table could not be read, and is not tried again.
     unusable_table: bool,
     debug: Option<Debug>,
@@ -300,7 +310,7 @@ impl Spending {
 struct Names {
     config: SymbolizerConfig,
     stats: Arc<SymbolizerStats>,
-    cache: unsync::Cache<(FileId, u64), Functions, ByBytes>,
+    cache: unsync::Cache<(Contents, u64), Functions, ByBytes>,
     files: LruCache<FileId, FileState>,
     perf_maps: LruCache<ProcessKey, PerfMap>,
     kallsyms: Kallsyms,
@@ -508,16 +518,20 @@ impl Names {
     }
 
     fn resolve_file(&mut self, file: &Arc<MappedFile>, addresses: &BTreeSet<u64>, known: &mut Known) {
+        let Some(open) = &file.file else { return };
+        let contents = self.contents(file, open);
         let mut missing = Vec::new();
         for &address in addresses {
-            match self.cache.get(&(file.id, address)) {
+            match self.cache.get(&(contents, address)) {
                 Some(functions) => {
                     known.insert((file.id, address), Arc::clone(functions));
                 }
                 None => missing.push(address),
             }
         }
-        let Some(open) = file.file.as_ref().filter(|_| !missing.is_empty()) else { return };
+        if missing.is_empty() {
+            return;
+        }
         let debug = self.debug_frames(file, open, &missing);
         let has_no_frame = |(index, _): &(usize, &u64)| debug.frame(*index).is_none();
         let rest: Vec<u64> =
@@ -549,10 +563,19 @@ impl Names {
             };
             // That there is no name is worth knowing too: otherwise it is looked for again in every window.
             if !matches!(debug, DebugInfo::Later) {
-                self.cache.insert((file.id, address), Arc::clone(&functions));
+                self.cache.insert((contents, address), Arc::clone(&functions));
             }
             known.insert((file.id, address), functions);
         }
+    }
+
+    /// What the file's names are kept under; looked at once for each file.
+    fn contents(&mut self, file: &MappedFile, open: &File) -> Contents {
+        let state = self.files.get_or_insert_mut(file.id, FileState::default);
+        *state.contents.get_or_insert_with(|| {
+            identify(open, &file.path, &Limits::default())
+                .map_or(Contents::OfFile(file.id), |(content, _)| Contents::Same(content))
+        })
     }
 
     /// What the file's debug information has on each address, if it has any and may be read now.
