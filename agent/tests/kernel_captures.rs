@@ -14,6 +14,7 @@ use std::{
 
 use common::{Running, cgroup::Group};
 use gannet_agent::{
+    conditions::{Pressure, boot_clock},
     engine::{Engine, EngineOptions, Manual, Window},
     governor::Budgets,
     kernel::KernelOptions,
@@ -160,6 +161,22 @@ async fn two_captures_of_one_process_both_get_their_samples_and_end_in_time() {
     profiles.check_ledgers();
 }
 
+#[test]
+fn pressure_within_a_second_is_watched_as_asked_where_the_kernel_grants_that() {
+    let (stall, window) = (Duration::from_millis(100), Duration::from_secs(1));
+    let file = Path::new("/proc/pressure/cpu");
+    let pressure = Pressure::open(file, false, stall, window, boot_clock()).unwrap();
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
+    // CAP_SYS_RESOURCE: without it the kernel may insist on multiples of two seconds.
+    let may = u64::from_str_radix(effective, 16).unwrap() >> 24 & 1 == 1;
+    let (stall_watched, window_watched) = pressure.threshold();
+    let exactly = (stall_watched, window_watched) == (stall, window);
+    let adapted = !may && (stall_watched, window_watched) == (2 * stall, 2 * window);
+    assert!(exactly || adapted, "{may}: {pressure:?}");
+    assert!(pressure.fd().is_some(), "by a trigger of the kernel: {pressure:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn real_pressure_captures_the_whole_container_with_its_evidence_and_lead_up() {
     let directory = tempfile::tempdir().unwrap();
@@ -253,7 +270,9 @@ async fn exec_arms_from_the_first_tick_and_for_no_longer_than_asked() {
     // As many as may run at one time: the third and the one before are none of them.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let taken = profiles.of("at-exec", "exec");
-    assert_eq!(taken.keys().copied().collect::<Vec<_>>(), started[..2].iter().map(pid).collect::<Vec<_>>());
+    // Any two: who was started first may reach the end of its execve last.
+    let all: Vec<u32> = started.iter().map(pid).collect();
+    assert!(taken.len() == 2 && taken.keys().all(|pid| all.contains(pid)), "{taken:?} of {all:?}");
     assert!(!taken.contains_key(&pid(&before)));
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!(profiles.of("at-exec", "exec"), taken, "they are over");

@@ -43,6 +43,7 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
         degraded,
         mappings_lost,
         (held, recorder, reports_dropped, strays, rate_divisor),
+        found_waiting,
     ) = node
         .engine
         .inspect(|inside| {
@@ -54,6 +55,7 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
                 inside.kernel.undecodable(),
                 inside.kernel.mappings_lost(),
                 (inside.held, inside.recorder, inside.reports_dropped, inside.strays, inside.rate_divisor),
+                inside.found_waiting,
             )
         })
         .await?;
@@ -172,6 +174,12 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
         let label = Some(("reason", reason.to_owned()));
         add("captures_held_back", "Captures that did not start, by reason", label, Number::Counter(count));
     }
+    add(
+        "processes_found_waiting",
+        "Processes that ran when a rule came that wants them, and that are yet to be read",
+        None,
+        Number::Gauge(found_waiting as i64),
+    );
     add("recorder_bytes", "Memory of the flight recorder", None, Number::Gauge(recorder.bytes as i64));
     add(
         "recorder_crowded_out",
