@@ -6,6 +6,7 @@ use crate::{
     StartError,
     auth::{Grant, NodeIdentity},
     forward::{Forward, ForwardOptions},
+    store::Bucket,
 };
 
 /// The largest compressed profile that is taken, unless told otherwise: what Pyroscope takes by default, so that what
@@ -17,8 +18,12 @@ pub const MAX_IN_FLIGHT: u32 = 32;
 /// Everything that can be set.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The directory that holds everything the collector keeps.
+    /// The directory that holds everything the collector keeps, or all but the profiles.
     pub data: PathBuf,
+    /// Where the profiles are kept, if not in `data`. Several collectors may share it.
+    pub bucket: Option<Bucket>,
+    /// How often a bucket is looked at for what others did there.
+    pub bucket_interval: Duration,
     /// Where the rules are kept.
     pub rules_store: RulesStore,
     /// Where gRPC is served.
@@ -117,6 +122,8 @@ impl Config {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         Self {
             data: data.into(),
+            bucket: None,
+            bucket_interval: Duration::from_secs(30),
             rules_store: RulesStore::File(None),
             listen: any,
             http: any,
@@ -149,12 +156,6 @@ impl Config {
     /// Refuses what cannot work or would be unsafe, naming the flag that cures it.
     pub fn check(&self) -> Result<(), StartError> {
         let wrong = |text: String| Err(StartError::Config(text));
-        if let Some((scheme, _)) = self.data.to_str().and_then(|d| d.split_once("://")) {
-            return wrong(format!(
-                "--data {}: this build stores in a local directory and cannot reach {scheme}://; give a directory",
-                self.data.display()
-            ));
-        }
         if self.tls.is_none() && !self.insecure {
             for (flag, addr) in [("--listen", self.listen), ("--http", self.http)] {
                 if !addr.ip().is_loopback() {
@@ -273,7 +274,6 @@ mod tests {
     #[case::grpc(|c: &mut Config| c.listen = ([0, 0, 0, 0], 4100).into(), "--listen 0.0.0.0:4100")]
     #[case::http(|c: &mut Config| c.http = ([10, 0, 0, 1], 80).into(), "--http 10.0.0.1:80")]
     #[case::local(|c: &mut Config| c.http_local = Some(([0, 0, 0, 0], 4181).into()), "--http-local 0.0.0.0:4181")]
-    #[case::bucket(|c: &mut Config| c.data = "s3://bucket".into(), "cannot reach s3://")]
     #[case::roles(|c: &mut Config| c.roles = vec!["editor=anna".parse().unwrap()], "--tls-client-ca")]
     #[case::identity(|c: &mut Config| c.node_identity = NodeIdentity::Token, "--token-audience")]
     #[case::same(|c: &mut Config| { c.listen.set_port(9); c.http.set_port(9) }, "different ports")]

@@ -64,7 +64,7 @@ use gannet_proto::{
 pub use kubernetes::KubernetesError;
 pub use listen::TlsError;
 pub use query::{Selector, SelectorError};
-pub use store::{IndexError, StoreError};
+pub use store::{Bucket, IndexError, StoreError};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, transport::Server};

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use gannet_collector::{
-    Collector, Config, Forward, ForwardOptions, Grant, NodeIdentity, TlsFiles,
+    Bucket, Collector, Config, Forward, ForwardOptions, Grant, NodeIdentity, TlsFiles,
     config::{DEFAULT_MAX_BATCH_BYTES, RulesStore, parse_bytes},
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -17,9 +17,15 @@ use tracing_subscriber::EnvFilter;
 struct Args {
     #[command(subcommand)]
     command: Option<Verb>,
-    /// The directory that holds everything the collector keeps.
-    #[arg(long, value_name = "DIR", env = "GANNET_COLLECTOR_DATA", default_value = "gannet-data")]
-    data: PathBuf,
+    /// Where the profiles are kept: a directory, which then holds everything else too, or a bucket, which several
+    /// collectors may share: s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH. Credentials, region and endpoint
+    /// of a bucket are taken from the environment (AWS_…, GOOGLE_…, AZURE_…).
+    #[arg(long, value_name = "DIR|URL", env = "GANNET_COLLECTOR_DATA", default_value = DATA, value_parser = Data::parse)]
+    data: Data,
+    /// Where the index, the list of nodes and the rules of `--rules-store file` are kept if --data is a bucket. The index
+    /// is built anew if it is lost.
+    #[arg(long, value_name = "DIR", env = "GANNET_COLLECTOR_LOCAL", default_value = DATA)]
+    local: PathBuf,
     /// Where the rules are kept: `file` (below --data), `file=DIR` for a directory that several collectors share,
     /// `kubernetes` for TriggerRule resources in the collector's own namespace, or `kubernetes=NAMESPACE`.
     #[arg(long, value_name = "STORE", env = "GANNET_COLLECTOR_RULES_STORE", default_value = "file", value_parser = RulesStore::parse)]
@@ -97,6 +103,23 @@ struct Args {
     log_json: bool,
 }
 
+const DATA: &str = "gannet-data";
+
+#[derive(Clone)]
+enum Data {
+    Directory(PathBuf),
+    Bucket(Bucket),
+}
+
+impl Data {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text.contains("://") {
+            true => Bucket::parse(text).map(Self::Bucket),
+            false => Ok(Self::Directory(text.into())),
+        }
+    }
+}
+
 #[derive(Subcommand)]
 enum Verb {
     /// Print the definition of the TriggerRule custom resource, and do nothing else.
@@ -109,7 +132,12 @@ const STACK_BYTES: usize = 16 << 20;
 impl Args {
     fn config(self) -> Config {
         let tls = self.tls_cert.zip(self.tls_key);
+        let (data, bucket) = match self.data {
+            Data::Directory(data) => (data, None),
+            Data::Bucket(bucket) => (self.local, Some(bucket)),
+        };
         Config {
+            bucket,
             rules_store: self.rules_store,
             listen: self.listen,
             http: self.http,
@@ -132,7 +160,7 @@ impl Args {
             max_batch_bytes: self.max_batch_bytes,
             max_series: self.max_series,
             max_nodes: self.max_nodes,
-            ..Config::new(self.data)
+            ..Config::new(data)
         }
     }
 }
@@ -170,10 +198,12 @@ fn main() -> ExitCode {
 async fn run(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-    let (data, scheme) = (config.data.clone(), if config.tls.is_some() { "https" } else { "http" });
+    let (data, bucket) = (config.data.clone(), config.bucket.clone().map(tracing::field::display));
+    let scheme = if config.tls.is_some() { "https" } else { "http" };
     let mut running = Collector::start(config).await?;
     tracing::info!(
         data = %data.display(),
+        bucket,
         grpc = %running.grpc_addr,
         page = %format_args!("{scheme}://{}/", running.http_addr),
         "the collector serves"

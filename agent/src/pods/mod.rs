@@ -232,11 +232,11 @@ impl Pods {
         let Some(container) = &profile.container else { return Verdict::Ship };
         let (pod, container_name) = match self.look_up(&container.id, &container.pod_uid) {
             Lookup::Known { pod, container } => (pod, container),
-            Lookup::Unknown | Lookup::InVain => {
-                // Its container is in no list; but a pod that denies must not come out for that.
-                let denied = self.is_denied(&container.id, &container.pod_uid);
-                return if denied { Verdict::Denied } else { Verdict::Ship };
-            }
+            // Its container is in no list, or not yet; the uid alone says whose it is.
+            Lookup::Unknown | Lookup::InVain => match self.by_uid(&container.pod_uid) {
+                Some(pod) => (pod, None),
+                None => return Verdict::Ship,
+            },
         };
         if pod.denied {
             return Verdict::Denied;
@@ -403,9 +403,11 @@ mod tests {
         let pods = told(LabelOptions::default(), vec![pod("u1", &[])]);
         let begun = Instant::now();
         // Nobody lists them: they are waited for, and not for ever.
-        let mut profiles = vec![profile("gone", "u9")];
+        let mut profiles = vec![profile("gone", "u9"), profile("late", "u1")];
         assert_eq!(pods.join(&mut profiles).await, 0);
         assert!(begun.elapsed() >= LONGEST_JOIN);
+        let late = &profiles[1].labels;
+        assert_eq!((late["pod"].as_str(), late.get("container")), ("checkout-u1", None), "its uid is enough");
         assert_eq!(show(&profiles[0]), "node=n service_name=python3 team=rule");
         assert_eq!(profiles[0].raw.processes[0].container_id, "gone");
     }

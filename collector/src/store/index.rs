@@ -10,7 +10,7 @@ use prost::Message;
 use redb::{Database, ReadTransaction, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 use ulid::Ulid;
 
-use super::object::{ObjectKey, TypeTotal};
+use super::object::{HOUR_MS, ObjectKey, TypeTotal};
 
 /// series, start in ms, id -> [`Row`]
 const PROFILES: TableDefinition<'_, (u64, u64, u128), &[u8]> = TableDefinition::new("profiles");
@@ -256,15 +256,35 @@ impl Index {
         })
     }
 
-    /// Every entry, in order of time: series, key, bytes of the object.
-    pub(crate) fn all(&self, mut each: impl FnMut(u64, ObjectKey, u64)) -> Result<(), IndexError> {
+    /// The entries of a span of time, in its order: series, key, bytes of the object.
+    pub(crate) fn between(
+        &self,
+        from_ms: u64,
+        until_ms: u64,
+        mut each: impl FnMut(u64, ObjectKey, u64),
+    ) -> Result<(), IndexError> {
         self.read(|txn| {
-            for found in txn.open_table(TIMES)?.iter()? {
+            for found in txn.open_table(TIMES)?.range((from_ms, 0)..(until_ms, 0))? {
                 let (key, value) = found?;
                 let ((start_ms, id), (series, bytes)) = (key.value(), value.value());
                 each(series, ObjectKey { start_ms, id: Ulid(id) }, bytes);
             }
             Ok(())
+        })
+    }
+
+    /// The hours that have entries.
+    pub(crate) fn hours(&self) -> Result<Vec<u64>, IndexError> {
+        self.read(|txn| {
+            let times = txn.open_table(TIMES)?;
+            let mut hours = Vec::new();
+            let mut from_ms = 0;
+            while let Some(found) = times.range((from_ms, 0)..)?.next() {
+                let (start_ms, _) = found?.0.value();
+                hours.push(start_ms / HOUR_MS);
+                from_ms = (start_ms / HOUR_MS + 1) * HOUR_MS;
+            }
+            Ok(hours)
         })
     }
 

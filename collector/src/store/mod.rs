@@ -11,7 +11,7 @@ mod index;
 mod object;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap},
     fs::{self, File},
     io,
     path::{Path, PathBuf},
@@ -23,16 +23,17 @@ use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 use gannet_proto::{labels::Labels, ledger::Ledger};
 use tokio::{
+    runtime::Handle,
     sync::{OwnedSemaphorePermit, mpsc, oneshot},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 use ulid::Ulid;
 
-pub use self::index::IndexError;
+pub use self::{index::IndexError, object::Bucket};
 use self::{
     index::{Change, Index},
-    object::{Objects, read_meta},
+    object::{HOUR_MS, Head, Objects},
 };
 pub(crate) use self::{
     index::{Entry, Row},
@@ -48,6 +49,8 @@ const WRITES_AT_ONCE: usize = 16;
 const RETENTION_CHUNK: usize = 256;
 /// Rows that are repaired in one commit.
 const REPAIR_CHUNK: usize = 4096;
+/// Hours before the last that are compared with a shared bucket each time, in turn.
+const OLD_HOURS: usize = 4;
 /// Batches that wait for the writer; more are put off.
 const QUEUE: usize = 1024;
 
@@ -70,6 +73,17 @@ pub enum StoreError {
     /// The object store failed.
     #[error("an object could not be read or written: {0}")]
     Object(#[source] object_store::Error),
+    /// It failed before anything else was done with it.
+    #[error(
+        "--data {bucket} cannot be read: {reason}; credentials, region and endpoint are taken from the environment (AWS_…, \
+         GOOGLE_…, AZURE_…)"
+    )]
+    Bucket {
+        /// Which.
+        bucket: Bucket,
+        /// Why not: what the object store says, and its first cause.
+        reason: String,
+    },
     /// The index failed.
     #[error(transparent)]
     Index(#[from] IndexError),
@@ -132,6 +146,43 @@ struct State {
 }
 
 impl State {
+    fn load(index: &Index) -> Result<Self, IndexError> {
+        let mut state = Self::default();
+        for (id, labels) in index.series()? {
+            state.add_series(id, labels);
+        }
+        index.between(0, u64::MAX, |series, key, bytes| state.add(series, key.start_ms, bytes))?;
+        Ok(state)
+    }
+
+    /// The number of the series of these labels: a new one is noted, unless there are `most` already.
+    fn series_of<'a>(
+        &self,
+        labels: &'a Labels,
+        new: &mut HashMap<&'a Labels, u64>,
+        most: usize,
+    ) -> Option<u64> {
+        if let Some(known) = self.by_labels.get(labels).or_else(|| new.get(labels)) {
+            return Some(*known);
+        }
+        if self.series.len() + new.len() >= most {
+            return None;
+        }
+        let id = self.next_series + new.len() as u64;
+        new.insert(labels, id);
+        Some(id)
+    }
+
+    /// What was written to the index is in force.
+    fn apply(&mut self, change: Change) {
+        for (id, labels) in change.add_series {
+            self.add_series(id, labels);
+        }
+        for entry in &change.add {
+            self.add(entry.series, entry.key.start_ms, entry.row.object_bytes);
+        }
+    }
+
     fn add_series(&mut self, id: u64, labels: Labels) {
         let labels = Arc::new(labels);
         self.by_labels.insert(Arc::clone(&labels), id);
@@ -180,6 +231,10 @@ pub(crate) struct Store {
     index: Index,
     state: RwLock<State>,
     metrics: Metrics,
+    /// Where all is but the objects.
+    data: PathBuf,
+    runtime: Handle,
+    bucket_interval: Duration,
     retention_age: Duration,
     retention_bytes: u64,
     retention_interval: Duration,
@@ -190,18 +245,24 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// Opens the store below a directory, settles what a crash left, and hands out its one writer.
+    /// Blocking, on a runtime. Opens the store below a directory, settles what a crash left, and hands out its one writer.
     pub(crate) fn open(config: &Config, metrics: Metrics) -> Result<(Arc<Self>, Writer), StoreError> {
         let data = &config.data;
         fs::create_dir_all(data).map_err(|e| StoreError::io("create the directory --data", data, e))?;
         let lock = lock(data)?;
-        let objects = Objects::open(&data.join("objects"))?;
+        let objects = match &config.bucket {
+            Some(bucket) => Objects::in_bucket(bucket)?,
+            None => Objects::open(&data.join("objects"))?,
+        };
         let (index, is_new) = Index::open(&data.join("index.redb"))?;
-        let state = settle(&objects, &index, &metrics, is_new)?;
+        let state = RwLock::new(State::load(&index)?);
         let store = Arc::new(Self {
             objects,
             index,
-            state: RwLock::new(state),
+            state,
+            data: data.clone(),
+            runtime: Handle::current(),
+            bucket_interval: config.bucket_interval,
             metrics,
             retention_age: config.retention_age,
             retention_bytes: config.retention_bytes,
@@ -210,6 +271,12 @@ impl Store {
             max_series: config.max_series,
             _lock: lock,
         });
+        store.settle(is_new).map_err(|error| match (&config.bucket, error) {
+            (Some(bucket), StoreError::Object(error)) => {
+                StoreError::Bucket { bucket: bucket.clone(), reason: with_cause(&error) }
+            }
+            (_, error) => error,
+        })?;
         store.show_size();
         let (sender, queue) = mpsc::channel(QUEUE);
         Ok((Arc::clone(&store), Writer { store, sender, queue }))
@@ -283,82 +350,151 @@ fn lock(data: &Path) -> Result<File, StoreError> {
     }
 }
 
-/// Makes index and objects agree, and counts what is there.
-fn settle(objects: &Objects, index: &Index, metrics: &Metrics, is_new: bool) -> Result<State, StoreError> {
-    let began = std::time::Instant::now();
-    let mut state = State::default();
-    for (id, labels) in index.series()? {
-        state.add_series(id, labels);
-    }
-    let mut change = Change::default();
-    let (mut added, mut removed, mut damaged) = (0_u64, 0_u64, 0_u64);
-    let mut hours = HashSet::new();
-    let flush = |change: &mut Change| index.commit(&std::mem::take(change)).map(drop);
-    objects.walk(|hour, files| {
-        hours.insert(hour);
-        let mut rows: HashMap<Ulid, (u64, ObjectKey)> = HashMap::new();
-        index.scan_newest(hour * 3_600_000, (hour + 1) * 3_600_000, None, |series, key, _| {
-            rows.insert(key.id, (series, key));
-            true
-        })?;
-        for (path, id) in files {
-            if rows.remove(&id).is_some() {
-                continue;
-            }
-            let Some((labels, key, row)) = read_entry(objects, &path, id) else {
-                damaged += 1;
-                metrics.objects_corrupt.inc();
-                tracing::warn!(path = %path.display(), "not a readable object: left out");
-                continue;
-            };
-            let series = state.by_labels.get(&labels).copied().unwrap_or_else(|| {
-                let id = state.next_series;
-                state.add_series(id, labels.clone());
-                change.add_series.push((id, labels));
-                id
-            });
-            change.add.push(Entry { series, key, row });
-            added += 1;
-            if change.add.len() >= REPAIR_CHUNK {
-                flush(&mut change)?;
-                tracing::info!(added, "reading objects that are not in the index");
-            }
-        }
-        removed += rows.len() as u64;
-        change.remove.extend(rows.into_values());
-        Ok(())
-    })?;
-    flush(&mut change)?;
-    index.all(|series, key, bytes| {
-        if hours.contains(&key.hour()) {
-            state.add(series, key.start_ms, bytes);
-        } else {
-            change.remove.push((series, key));
-            removed += 1;
-        }
-    })?;
-    let unused: Vec<u64> = state.series.values().filter(|s| s.profiles == 0).map(|s| s.id).collect();
-    state.remove(&[], &unused);
-    change.remove_series = unused;
-    if !change.remove.is_empty() || !change.remove_series.is_empty() {
-        flush(&mut change)?;
-    }
-    if is_new && added > 0 {
-        metrics.index_rebuilds.inc();
-        tracing::warn!(profiles = added, damaged, took = ?began.elapsed(), "the index was built anew from the objects");
-    } else if added + removed > 0 {
-        tracing::info!(added, removed, "settled what the last end left between objects and index");
-    }
-    metrics.index_repairs.inc_by(added + removed);
-    Ok(state)
+/// What a comparison found.
+#[derive(Default)]
+struct Settled {
+    added: u64,
+    removed: u64,
+    damaged: u64,
 }
 
-/// What the index holds of an object, read from the object; `None` if it is none, or not in its place.
-fn read_entry(objects: &Objects, path: &Path, id: Ulid) -> Option<(Labels, ObjectKey, Row)> {
-    let meta = read_meta(path).ok()??;
-    let object_bytes = fs::metadata(path).ok()?.len();
-    let (labels, key, row) = describe(&meta, object_bytes)?;
-    (key.id == id && objects.file(key) == path).then_some((labels, key, row))
+/// What the index says of one profile.
+type Indexed = (u64, ObjectKey, u64);
+
+/// Makes index and objects agree. Blocking; only for who writes the store.
+impl Store {
+    /// All of them: what the last end left, and what has become of a bucket since.
+    fn settle(&self, is_new: bool) -> Result<(), StoreError> {
+        let began = std::time::Instant::now();
+        let mut settled = Settled::default();
+        for hour in self.hours()? {
+            self.settle_hour(hour, &mut settled)?;
+        }
+        let unused: Vec<u64> = {
+            let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+            state.series.values().filter(|s| s.profiles == 0).map(|s| s.id).collect()
+        };
+        if !unused.is_empty() {
+            self.index.commit(&Change { remove_series: unused.clone(), ..Change::default() })?;
+            self.state.write().unwrap_or_else(PoisonError::into_inner).remove(&[], &unused);
+        }
+        let Settled { added, removed, damaged } = settled;
+        if is_new && added > 0 {
+            self.metrics.index_rebuilds.inc();
+            tracing::warn!(profiles = added, damaged, took = ?began.elapsed(), "the index was built anew from the objects");
+        } else if added + removed > 0 {
+            tracing::info!(added, removed, "settled what the last end left between objects and index");
+        }
+        Ok(())
+    }
+
+    /// The hours that have objects or rows.
+    fn hours(&self) -> Result<BTreeSet<u64>, StoreError> {
+        let mut hours = self.runtime.block_on(self.objects.hours())?;
+        hours.extend(self.index.hours()?);
+        Ok(hours)
+    }
+
+    fn settle_hour(&self, hour: u64, settled: &mut Settled) -> Result<(), StoreError> {
+        let mut rows: HashMap<Ulid, Indexed> = HashMap::new();
+        self.index.between(hour * HOUR_MS, (hour + 1) * HOUR_MS, |series, key, bytes| {
+            rows.insert(key.id, (series, key, bytes));
+        })?;
+        let mut missing = self.runtime.block_on(self.objects.of_hour(hour))?;
+        missing.retain(|id| rows.remove(id).is_none());
+        for ids in missing.chunks(REPAIR_CHUNK) {
+            let heads = self.runtime.block_on(self.objects.heads(hour, ids))?;
+            let mut found = Vec::with_capacity(heads.len());
+            for (id, head) in ids.iter().zip(heads) {
+                // One that lies in another's place is none.
+                match head.and_then(describe_head).filter(|(_, key, _)| key.id == *id && key.hour() == hour) {
+                    Some(entry) => found.push(entry),
+                    None => {
+                        settled.damaged += 1;
+                        self.metrics.objects_corrupt.inc();
+                        tracing::warn!(profile = %id, hour, "not a readable object: left out");
+                    }
+                }
+            }
+            self.take_in(&found, settled)?;
+        }
+        let gone: Vec<Indexed> = rows.into_values().collect();
+        self.forget(&gone, settled)
+    }
+
+    /// Objects that are there without rows.
+    fn take_in(&self, found: &[(Labels, ObjectKey, Row)], settled: &mut Settled) -> Result<(), StoreError> {
+        if found.is_empty() {
+            return Ok(());
+        }
+        let mut change = Change::default();
+        {
+            let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+            let mut new = HashMap::new();
+            for (labels, key, row) in found {
+                // They were within the limit where they came in.
+                if let Some(series) = state.series_of(labels, &mut new, usize::MAX) {
+                    change.add.push(Entry { series, key: *key, row: row.clone() });
+                }
+            }
+            change.add_series = new.into_iter().map(|(labels, id)| (id, labels.clone())).collect();
+        }
+        self.index.commit(&change)?;
+        settled.added += change.add.len() as u64;
+        self.metrics.index_repairs.inc_by(change.add.len() as u64);
+        self.state.write().unwrap_or_else(PoisonError::into_inner).apply(change);
+        Ok(())
+    }
+
+    /// Rows that are there without objects.
+    fn forget(&self, gone: &[Indexed], settled: &mut Settled) -> Result<(), StoreError> {
+        if gone.is_empty() {
+            return Ok(());
+        }
+        let emptied = self.state.read().unwrap_or_else(PoisonError::into_inner).emptied(gone);
+        self.index.commit(&removal(gone, &emptied))?;
+        self.state.write().unwrap_or_else(PoisonError::into_inner).remove(gone, &emptied);
+        settled.removed += gone.len() as u64;
+        self.metrics.index_repairs.inc_by(gone.len() as u64);
+        Ok(())
+    }
+
+    /// What others have written to the same bucket, or removed from it: in the last hours, and in some of those before.
+    fn follow(&self, turn: usize) -> Result<(), StoreError> {
+        let mut settled = Settled::default();
+        let hours: Vec<u64> = self.hours()?.into_iter().rev().collect();
+        let (last, old) = hours.split_at(hours.len().min(2));
+        let old = old.iter().cycle().skip(turn * OLD_HOURS % old.len().max(1)).take(OLD_HOURS.min(old.len()));
+        for hour in last.iter().chain(old) {
+            self.settle_hour(*hour, &mut settled)?;
+        }
+        let Settled { added, removed, .. } = settled;
+        if added + removed > 0 {
+            tracing::debug!(added, removed, "what others did in the bucket");
+            self.show_size();
+        }
+        Ok(())
+    }
+}
+
+fn with_cause(error: &object_store::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    format!("{error} ({cause})")
+}
+
+fn removal(rows: &[Indexed], emptied: &[u64]) -> Change {
+    Change {
+        remove: rows.iter().map(|(series, key, _)| (*series, *key)).collect(),
+        remove_series: emptied.to_vec(),
+        ..Change::default()
+    }
+}
+
+fn describe_head(head: Head) -> Option<(Labels, ObjectKey, Row)> {
+    describe(&head.meta, head.bytes)
 }
 
 /// What the index holds of an object with this metadata: one function for taking and for rebuilding.
@@ -402,12 +538,15 @@ impl Writer {
         drop(sender);
         let mut stopping = false;
         let mut next_retention = Instant::now();
+        let mut next_look = Instant::now() + store.bucket_interval;
+        let mut turn = 0;
         loop {
             let mut group = Vec::new();
             tokio::select! {
                 biased;
                 n = queue.recv_many(&mut group, MAX_GROUP) => if n == 0 { break },
                 () = tokio::time::sleep_until(next_retention) => {}
+                () = tokio::time::sleep_until(next_look), if store.objects.is_shared() => {}
                 () = stop.cancelled(), if !stopping => {
                     queue.close();
                     stopping = true;
@@ -415,6 +554,16 @@ impl Writer {
             }
             if !group.is_empty() {
                 store.take(group).await;
+            }
+            if store.objects.is_shared() && Instant::now() >= next_look {
+                let of = Arc::clone(&store);
+                let looked = tokio::task::spawn_blocking(move || of.follow(turn)).await;
+                if let Err(error) = looked.map_err(|_| StoreError::Ended).flatten() {
+                    store.metrics.store_errors.inc();
+                    tracing::warn!(%error, "the bucket could not be listed; trying again");
+                }
+                turn = turn.wrapping_add(1);
+                next_look = Instant::now() + store.bucket_interval;
             }
             if Instant::now() >= next_retention || store.is_over_budget() {
                 let more = match store.expire().await {
@@ -500,8 +649,12 @@ impl Store {
         if batches.is_empty() {
             return Vec::new();
         }
-        let needed: u64 = batches.iter().map(|b| b.object.len() as u64).sum();
-        match self.objects.free_bytes() {
+        // Of a bucket's objects only rows come to this disk.
+        let needed: u64 = match self.objects.is_shared() {
+            true => 0,
+            false => batches.iter().map(|b| b.object.len() as u64).sum(),
+        };
+        match self.free_bytes() {
             Ok(free) if free < self.min_free_bytes.saturating_add(needed) => {
                 let reason = format!(
                     "the collector's disk has {} MiB left, of which it keeps {} MiB: free some, or lower --retention-bytes",
@@ -531,30 +684,20 @@ impl Store {
                 if !matches!(outcome, Outcome::Stored) {
                     continue;
                 }
-                let known =
-                    state.by_labels.get(&batch.labels).or_else(|| new_series.get(&batch.labels)).copied();
-                let series = match known {
-                    Some(series) => series,
-                    None if state.series.len() + new_series.len() >= self.max_series => {
-                        *outcome = throttled(
-                            "series",
-                            &format!(
-                                "the collector holds {} series, its limit: raise --max-series, or see which label \
-                                 changes with every profile",
-                                self.max_series
-                            ),
-                        );
-                        continue;
-                    }
-                    None => {
-                        let id = state.next_series + new_series.len() as u64;
-                        new_series.insert(&batch.labels, id);
-                        change.add_series.push((id, batch.labels.clone()));
-                        id
-                    }
+                let Some(series) = state.series_of(&batch.labels, &mut new_series, self.max_series) else {
+                    *outcome = throttled(
+                        "series",
+                        &format!(
+                            "the collector holds {} series, its limit: raise --max-series, or see which label changes \
+                             with every profile",
+                            self.max_series
+                        ),
+                    );
+                    continue;
                 };
                 change.add.push(Entry { series, key: batch.key, row: batch.row.clone() });
             }
+            change.add_series = new_series.into_iter().map(|(labels, id)| (id, labels.clone())).collect();
         }
         if change.add.is_empty() {
             return outcomes;
@@ -574,15 +717,7 @@ impl Store {
                 return outcomes;
             }
         };
-        {
-            let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-            for (id, labels) in change.add_series {
-                state.add_series(id, labels);
-            }
-            for entry in &change.add {
-                state.add(entry.series, entry.key.start_ms, entry.row.object_bytes);
-            }
-        }
+        self.state.write().unwrap_or_else(PoisonError::into_inner).apply(change);
         let stored = batches.iter().zip(&outcomes).filter(|(_, o)| matches!(o, Outcome::Stored));
         for ((batch, _), first) in stored.zip(first_of_window) {
             if let Some(ledger) = batch.ledger.as_ref().filter(|_| first) {
@@ -590,6 +725,12 @@ impl Store {
             }
         }
         outcomes
+    }
+
+    /// How much room is left on the disk of the index.
+    fn free_bytes(&self) -> io::Result<u64> {
+        let stat = rustix::fs::statvfs(&self.data)?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
     fn count_ledger(&self, ledger: &Ledger) {
@@ -649,11 +790,7 @@ impl Store {
         let results = stream::iter(deletes).buffer_unordered(WRITES_AT_ONCE).collect::<Vec<_>>().await;
         results.into_iter().collect::<Result<(), _>>()?;
         let emptied = self.state.read().unwrap_or_else(PoisonError::into_inner).emptied(&victims);
-        let change = Change {
-            remove: victims.iter().map(|(series, key, _)| (*series, *key)).collect(),
-            remove_series: emptied.clone(),
-            ..Change::default()
-        };
+        let change = removal(&victims, &emptied);
         let store = Arc::clone(self);
         blocking(move || store.index.commit(&change)).await?;
         self.state.write().unwrap_or_else(PoisonError::into_inner).remove(&victims, &emptied);

@@ -3,6 +3,7 @@
 // `pub` here is for the modules beside it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
 
+mod bucket;
 mod disk;
 mod fleet;
 mod forward;

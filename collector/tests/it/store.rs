@@ -8,7 +8,7 @@ use crate::{
     support::{Pusher, at, batch, config, eventually, metric, now_ms, queries, start},
 };
 
-async fn list(running: &gannet_collector::Running) -> Vec<gannet_proto::query::ProfileInfo> {
+pub async fn list(running: &gannet_collector::Running) -> Vec<gannet_proto::query::ProfileInfo> {
     let request = ListProfilesRequest {
         selection: Some(Selection {
             from: Some(at(0)),

@@ -123,8 +123,14 @@ app.kubernetes.io/part-of: gannet
 {{- if and (eq $v.collector.rulesStore "kubernetes") $v.collector.enabled (not $v.collector.serviceAccount.create) (not $v.collector.serviceAccount.name) }}
 {{- fail "collector.rulesStore is kubernetes: the collector needs a service account of its own (collector.serviceAccount.create or .name), or set collector.rulesStore to file" }}
 {{- end }}
-{{- if gt (int $v.collector.replicas) 1 }}
-{{- fail "collector.replicas is above 1: the collector's store belongs to one process" }}
+{{- if and (gt (int $v.collector.replicas) 1) (not (and $v.collector.bucket.url (eq $v.collector.rulesStore "kubernetes"))) }}
+{{- fail "collector.replicas is above 1: collectors share nothing but a bucket and resources; set collector.bucket.url, and collector.rulesStore to kubernetes" }}
+{{- end }}
+{{- if and $v.collector.bucket.existingSecret (not $v.collector.bucket.url) }}
+{{- fail "collector.bucket.existingSecret is set without collector.bucket.url" }}
+{{- end }}
+{{- if and (gt (int $v.collector.replicas) 1) $v.collector.persistence.existingClaim }}
+{{- fail "collector.persistence.existingClaim belongs to one collector: leave it empty where collector.replicas is above 1" }}
 {{- end }}
 {{- if and $v.collector.persistence.existingClaim (not $v.collector.persistence.enabled) }}
 {{- fail "collector.persistence.existingClaim is set while collector.persistence.enabled is false" }}

@@ -1,0 +1,235 @@
+//! Profiles in a bucket: a server that speaks S3 as far as it is spoken here, which can be made to fail.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    body::Bytes,
+    extract::{Query, Request, State},
+    http::{HeaderMap, Method, StatusCode, Uri, header},
+    response::{IntoResponse, Response},
+};
+use gannet_collector::{Bucket, Collector, Config, Running};
+use gannet_proto::ingest::push_response;
+
+use crate::{
+    store::list,
+    support::{PATIENCE, Pusher, batch, config, eventually, now_ms},
+};
+
+#[derive(Default)]
+struct Shelf {
+    objects: BTreeMap<String, Bytes>,
+    is_broken: bool,
+}
+
+#[derive(Clone, Default)]
+struct S3(Arc<Mutex<Shelf>>);
+
+impl S3 {
+    async fn serve(self) -> String {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let router = Router::new().fallback(answer).with_state(self);
+        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        format!("http://{address}")
+    }
+
+    fn keys(&self) -> Vec<String> {
+        self.0.lock().unwrap().objects.keys().cloned().collect()
+    }
+
+    fn break_down(&self, is_broken: bool) {
+        self.0.lock().unwrap().is_broken = is_broken;
+    }
+}
+
+async fn answer(State(s3): State<S3>, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let body = axum::body::to_bytes(body, 16 << 20).await.unwrap();
+    s3.0.lock().unwrap().answer(&parts.method, &parts.uri, &parts.headers, body)
+}
+
+impl Shelf {
+    fn answer(&mut self, method: &Method, uri: &Uri, headers: &HeaderMap, body: Bytes) -> Response {
+        if self.is_broken {
+            return StatusCode::SERVICE_UNAVAILABLE.into_response();
+        }
+        let signature = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        if !signature.starts_with("AWS4-HMAC-SHA256 Credential=the-key/") {
+            return StatusCode::FORBIDDEN.into_response();
+        }
+        let Query(query) = Query::<BTreeMap<String, String>>::try_from_uri(uri).unwrap();
+        let key = uri.path().strip_prefix("/bucket").unwrap().trim_start_matches('/').to_owned();
+        match *method {
+            Method::PUT => {
+                self.objects.insert(key, body);
+                [(header::ETAG, "\"x\"")].into_response()
+            }
+            Method::GET if key.is_empty() => self.list(&query).into_response(),
+            Method::GET => match self.objects.get(&key) {
+                None => StatusCode::NOT_FOUND.into_response(),
+                Some(object) => part(object, headers),
+            },
+            Method::POST if query.contains_key("delete") => {
+                let text = String::from_utf8(body.to_vec()).unwrap();
+                let keys: Vec<&str> = between(&text, "<Key>", "</Key>");
+                for key in &keys {
+                    self.objects.remove(*key);
+                }
+                let gone: String =
+                    keys.iter().map(|key| format!("<Deleted><Key>{key}</Key></Deleted>")).collect();
+                format!("<DeleteResult>{gone}</DeleteResult>").into_response()
+            }
+            _ => StatusCode::METHOD_NOT_ALLOWED.into_response(),
+        }
+    }
+
+    fn list(&self, query: &BTreeMap<String, String>) -> String {
+        let prefix = query.get("prefix").map_or("", String::as_str);
+        let (mut contents, mut prefixes) = (String::new(), Vec::new());
+        for (key, object) in self.objects.iter().filter(|(key, _)| key.starts_with(prefix)) {
+            match key[prefix.len()..].split_once('/').filter(|_| query.contains_key("delimiter")) {
+                Some((name, _)) => prefixes.push(format!(
+                    "<CommonPrefixes><Prefix>{prefix}{name}/</Prefix></CommonPrefixes>"
+                )),
+                None => contents.push_str(&format!(
+                    "<Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>x</ETag>\
+                     <Size>{}</Size></Contents>",
+                    object.len()
+                )),
+            }
+        }
+        prefixes.dedup();
+        format!(
+            "<ListBucketResult><IsTruncated>false</IsTruncated>{contents}{}</ListBucketResult>",
+            prefixes.concat()
+        )
+    }
+}
+
+fn between<'a>(text: &'a str, begin: &str, end: &str) -> Vec<&'a str> {
+    text.split(begin).skip(1).filter_map(|rest| rest.split_once(end)).map(|(inner, _)| inner).collect()
+}
+
+fn part(object: &Bytes, headers: &HeaderMap) -> Response {
+    let about = [(header::ETAG, "\"x\""), (header::LAST_MODIFIED, "Thu, 01 Jan 2026 00:00:00 GMT")];
+    let Some(range) = headers.get(header::RANGE).and_then(|v| v.to_str().ok()) else {
+        return (about, object.clone()).into_response();
+    };
+    let (from, to) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
+    let (from, to) = (from.parse::<usize>().unwrap(), to.parse::<usize>().unwrap().min(object.len() - 1));
+    let of = format!("bytes {from}-{to}/{}", object.len());
+    (StatusCode::PARTIAL_CONTENT, about, [(header::CONTENT_RANGE, of)], object.slice(from..=to))
+        .into_response()
+}
+
+fn in_bucket(local: &Path, endpoint: &str) -> Config {
+    let bucket = Bucket::parse("s3://bucket/profiles/here").unwrap();
+    let settings = [
+        ("aws_endpoint", endpoint),
+        ("aws_allow_http", "true"),
+        ("aws_region", "here"),
+        ("aws_access_key_id", "the-key"),
+        ("aws_secret_access_key", "hidden"),
+    ];
+    let bucket = settings.into_iter().fold(bucket, |bucket, (name, value)| bucket.with(name, value));
+    Config { bucket: Some(bucket), bucket_interval: Duration::from_millis(100), ..config(local) }
+}
+
+async fn ids(running: &Running) -> Vec<String> {
+    list(running).await.into_iter().map(|profile| profile.id).collect()
+}
+
+#[tokio::test]
+async fn profiles_are_in_the_bucket_and_the_index_is_made_anew_from_them() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.clone().serve().await;
+    let first = dir.path().join("first");
+    let running = Collector::start(in_bucket(&first, &endpoint)).await.unwrap();
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    for i in 0..12 {
+        let start_ms = now_ms() - i * 1_800_000;
+        pusher.store(batch(&format!("s{}", i % 3), start_ms, &[("main;work", 1 + i as i64)])).await;
+    }
+    drop(pusher);
+    let before = list(&running).await;
+    running.shutdown().await;
+    assert_eq!((before.len(), s3.keys().len()), (12, 12));
+    assert!(s3.keys().iter().all(|key| key.starts_with("profiles/here/default/20")), "{:?}", s3.keys());
+    assert!(!first.join("objects").exists(), "none of them is on the disk");
+
+    let running = Collector::start(in_bucket(&dir.path().join("second"), &endpoint)).await.unwrap();
+    assert_eq!(list(&running).await, before, "to the last field");
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn two_collectors_on_one_bucket_show_the_same() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.clone().serve().await;
+    let one = Collector::start(in_bucket(&dir.path().join("one"), &endpoint)).await.unwrap();
+    let two = Collector::start(in_bucket(&dir.path().join("two"), &endpoint)).await.unwrap();
+    let (mut to_one, mut to_two) = (Pusher::open(one.grpc_addr).await, Pusher::open(two.grpc_addr).await);
+    let both = batch("both", now_ms(), &[("main;work", 1)]);
+    to_one.store(batch("one", now_ms(), &[("main;work", 1)])).await;
+    to_two.store(batch("two", now_ms() - 7_200_000, &[("main;work", 1)])).await;
+    // The agent changed collectors before it heard that the batch was taken.
+    to_one.push(both.clone()).await;
+    to_two.push(both).await;
+    eventually("both show all", async || {
+        let (one, two) = (ids(&one).await, ids(&two).await);
+        one.len() == 3 && one == two
+    })
+    .await;
+    assert_eq!(s3.keys().len(), 3, "what both took is there once");
+
+    // What retention of one removes is gone for the other.
+    one.shutdown().await;
+    let config = in_bucket(&dir.path().join("one"), &endpoint);
+    let one = Collector::start(Config { retention_age: Duration::from_secs(3600), ..config }).await.unwrap();
+    eventually("what one removed is gone", async || ids(&two).await.len() == 2).await;
+    assert_eq!(ids(&one).await, ids(&two).await);
+    one.shutdown().await;
+    two.shutdown().await;
+}
+
+#[tokio::test]
+async fn nothing_is_acknowledged_while_the_bucket_is_away() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.clone().serve().await;
+    let running = Collector::start(in_bucket(dir.path(), &endpoint)).await.unwrap();
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    let batch = batch("shop", now_ms(), &[("main;work", 1)]);
+    s3.break_down(true);
+    match pusher.push(batch.clone()).await {
+        push_response::Message::Throttled(throttled) => assert!(throttled.reason.contains("could not write")),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(ids(&running).await.len(), 0);
+    s3.break_down(false);
+    tokio::time::timeout(PATIENCE, pusher.store(batch)).await.unwrap();
+    assert_eq!(ids(&running).await.len(), 1);
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_bucket_that_cannot_be_read_is_told_at_start_with_the_cure() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.clone().serve().await;
+    let mut wrong = in_bucket(dir.path(), &endpoint);
+    wrong.bucket = wrong.bucket.map(|bucket| bucket.with("aws_access_key_id", "another"));
+    let error = Collector::start(wrong).await.err().unwrap();
+    // As the command line shows it.
+    let error = format!("{:#}", anyhow::Error::from(error));
+    assert_eq!(error.matches("cannot be read").count(), 1, "{error}");
+    assert!(error.contains("s3://bucket/profiles/here") && error.contains("AWS_"), "{error}");
+    assert!(!error.contains("hidden"), "{error}");
+    assert!(!fs::exists(dir.path().join("objects")).unwrap());
+}
