@@ -29,6 +29,9 @@ struct Args {
 }
 
 const PATIENCE: Duration = Duration::from_secs(30);
+/// A node has 48 places for rules, each round takes two, and the place of a rule that is gone is given to another one with
+/// the window after twelve seconds.
+const PAUSE: Duration = Duration::from_millis(600);
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -63,8 +66,7 @@ async fn run(args: &Args) -> ExitCode {
         let begin = Instant::now();
         fs::rename(&aside, &file).expect("the rule file is replaced");
         written.push(sampled(&agent, &id, begin).await);
-        // The place of a rule that is gone is given away after two windows.
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        tokio::time::sleep(PAUSE).await;
     }
     let mut good = true;
     for (what, mut times) in [("SetTriggers", pushed), ("a rule file", written)] {
