@@ -121,6 +121,10 @@ pub struct RunArgs {
     /// Processes that can be sampled or known at one time [default: 16384]
     #[arg(long, env = "GANNET_PROCESSES", value_name = "N")]
     pub processes: Option<u32>,
+    /// Hear of processes that start, change and end at once; false: they are looked for every two seconds, and short ones
+    /// are missed [default: true]
+    #[arg(long, env = "GANNET_LIFECYCLE", value_name = "BOOL")]
+    pub lifecycle: Option<bool>,
     /// What the spool may keep on disk [default: 256MiB]
     #[arg(long, env = "GANNET_SPOOL_BYTES", value_name = "BYTES")]
     pub spool_bytes: Option<Bytes>,
@@ -209,6 +213,8 @@ pub struct Config {
     /// See [`RunArgs`].
     pub processes: u32,
     /// See [`RunArgs`].
+    pub lifecycle: bool,
+    /// See [`RunArgs`].
     pub spool_bytes: u64,
     /// See [`RunArgs`].
     pub spool_age: Duration,
@@ -286,6 +292,7 @@ impl RunArgs {
             ring_bytes,
             table_bytes,
             processes,
+            lifecycle,
             spool_bytes,
             spool_age,
             insecure,
@@ -323,6 +330,7 @@ impl RunArgs {
             ring_bytes: ring_bytes.or(file.ring_bytes),
             table_bytes: table_bytes.or(file.table_bytes),
             processes: processes.or(file.processes),
+            lifecycle: lifecycle.or(file.lifecycle),
             spool_bytes: spool_bytes.or(file.spool_bytes),
             spool_age: spool_age.or(file.spool_age),
             insecure: insecure || file.insecure,
@@ -457,6 +465,7 @@ impl RunArgs {
             ring_bytes: map_size("ring-bytes", self.ring_bytes, default_ring_bytes().into())?,
             table_bytes: map_size("table-bytes", self.table_bytes, 16 << 20)?,
             processes,
+            lifecycle: self.lifecycle.unwrap_or(true),
             spool_bytes: self.spool_bytes.map_or(256 << 20, |bytes| bytes.0),
             spool_age: self.spool_age.map_or(Duration::from_secs(24 * 3600), |span| span.0),
         })
@@ -483,6 +492,7 @@ impl Config {
             ring_bytes,
             table_bytes,
             processes,
+            lifecycle,
             spool_bytes,
             spool_age,
         } = self;
@@ -505,6 +515,7 @@ impl Config {
             ("ring-bytes", ring_bytes.to_string()),
             ("table-bytes", table_bytes.to_string()),
             ("processes", processes.to_string()),
+            ("lifecycle", lifecycle.to_string()),
             ("spool-bytes", spool_bytes.to_string()),
             ("spool-age", humantime::format_duration(*spool_age).to_string()),
         ];
@@ -721,6 +732,16 @@ mod tests {
             let error = with(file, flags).unwrap_err().to_string();
             assert!(error.contains(words), "{file}{flags:?}: {error}");
         }
+    }
+
+    #[test]
+    fn r26_processes_are_followed_unless_that_is_switched_off() {
+        assert!(with("", &[]).unwrap().lifecycle);
+        let off = with("lifecycle: false\n", &[]).unwrap();
+        assert!(!off.lifecycle);
+        assert!(off.lines().contains("--lifecycle=false\n"));
+        assert!(with("lifecycle: false\n", &["--lifecycle", "true"]).unwrap().lifecycle);
+        assert!(!with("", &["--lifecycle", "false"]).unwrap().lifecycle);
     }
 
     #[test]

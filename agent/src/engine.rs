@@ -382,7 +382,7 @@ impl Worker {
     fn new(options: EngineOptions, sink: Box<dyn Sink>, bell: &Arc<OwnedFd>) -> Result<Self, EngineError> {
         let EngineOptions { node, kernel, window, caps, deny, budgets, tables } = options;
         let files = raise_file_limit();
-        let hierarchy = kernel.hierarchy;
+        let (hierarchy, lifecycle) = (kernel.hierarchy, kernel.lifecycle);
         let processes = Processes::new(kernel.hierarchy, kernel.processes as usize * 2, files);
         let groups = processes.groups().map(Arc::clone);
         let mut kernel = Kernel::start(kernel)?;
@@ -403,7 +403,7 @@ impl Worker {
         .map_err(EngineError::Start)?;
         let captures = Captures::new(hierarchy, Some(sensors));
         kernel.set_tables(tables.is_some());
-        kernel.set_lifecycle(true);
+        kernel.set_lifecycle(lifecycle);
         kernel.set_sampling(true);
         let mut rules = RuleBook::new(caps);
         rules.set_deny(deny);
@@ -543,8 +543,10 @@ impl Worker {
         };
         let pause = pause.min(self.window_length.saturating_sub(self.window_start.1.elapsed()));
         let timeout = rustix::event::Timespec::try_from(pause.max(Duration::from_millis(1))).ok();
-        let ring = self.kernel.wake_fd();
-        let mut ready = [PollFd::new(&ring, PollFlags::IN), PollFd::new(bell, PollFlags::IN)];
+        let mut ready: Vec<PollFd<'_>> = std::iter::once(bell.as_fd())
+            .chain(self.kernel.wake_fds())
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
         // Interrupted by a signal is as good as a time-out.
         let _ = poll(&mut ready, timeout.as_ref());
         let _ = rustix::io::read(bell.as_fd(), &mut [0_u8; 8]);
@@ -1002,6 +1004,11 @@ impl Worker {
         let counters = self.kernel.counters();
         let losses = counters.map_or(0, |counters| lifecycle_lost(&counters)) + self.kernel.mappings_lost();
         if losses > self.repaired_losses && self.repaired.elapsed() >= REPAIR_PAUSE {
+            tracing::warn!(
+                lost = losses - self.repaired_losses,
+                "more processes come and go than are read: what was not told of them is looked for in /proc, which comes \
+                 too late for short ones; raise --ring-bytes, or let rules name fewer"
+            );
             self.repaired_losses = losses;
             self.repaired = Instant::now();
             self.reconcile();

@@ -183,8 +183,9 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     };
     let kind = if args.off_cpu { capture::Kind::OffCpu } else { capture::Kind::OnCpu };
     let rules = vec![ad_hoc("record", matches, args.hz, &[kind])];
-    let partial =
-        engine.replace(Source::Local, Set { rules, ..Set::default() }).await.map_err(RecordError::Rule)?;
+    // What waits for the word is this very program; the command begins with its image.
+    let set = Set { rules, from_exec: held.is_some(), ..Set::default() };
+    let partial = engine.replace(Source::Local, set).await.map_err(RecordError::Rule)?;
     if !partial.is_empty() {
         return Err(RecordError::Rule(partial));
     }

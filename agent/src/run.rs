@@ -121,6 +121,7 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
                 ring_bytes: config.ring_bytes,
                 table_bytes: config.table_bytes,
                 processes: config.processes,
+                lifecycle: config.lifecycle,
                 ..KernelOptions::default()
             },
             window: config.window,

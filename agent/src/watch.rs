@@ -133,16 +133,25 @@ fn infos(inside: &Inside<'_>) -> Vec<ProcessInfo> {
                 .find_map(|slot| inside.rules.name(slot))
                 .unwrap_or_default()
                 .to_owned(),
-            state: match process.state {
-                State::Alive => "armed",
-                State::Unread => "not read yet",
-                State::Replaced => "replaced",
-                State::Ended(_) => "ended",
-                State::Missed => "unread",
-            }
-            .to_owned(),
+            state: state(inside, process),
         })
         .collect()
+}
+
+/// How far it is, and what is not done yet for it.
+fn state(inside: &Inside<'_>, process: &Process) -> String {
+    let state = match process.state {
+        State::Alive if process.rules == 0 => "no rule",
+        State::Alive => "armed",
+        State::Unread => "not read yet",
+        State::Replaced => "replaced",
+        State::Ended(_) => "ended",
+        State::Missed => "unread",
+    };
+    match inside.waiting_samples(&process.key) {
+        0 => state.to_owned(),
+        samples => format!("{state}, {samples} wait"),
+    }
 }
 
 /// Where a process belongs: its unit, its container, or its executable.

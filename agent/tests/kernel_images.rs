@@ -276,6 +276,25 @@ fn r25_without_tracepoints_processes_come_and_go_by_looking() {
     let watch = Watch::of(&[COMM], 199, &[], KernelOptions { without, ..KernelOptions::default() });
     let degraded = watch.engine.degraded().join(" ");
     assert!(degraded.contains("sched_process_exec") && degraded.contains("sched_process_exit"), "{degraded}");
+    is_found_by_looking(&watch);
+}
+
+#[test]
+fn r26_what_starts_and_ends_is_not_heard_of_if_that_is_switched_off() {
+    let watch = Watch::of(&[COMM], 199, &[], KernelOptions { lifecycle: false, ..KernelOptions::default() });
+    let degraded = watch.engine.degraded().join(" ");
+    assert!(degraded.contains("--lifecycle"), "{degraded}");
+    is_found_by_looking(&watch);
+    // The switch that stops everything does not switch it on by the way.
+    block_on(watch.engine.switch_off(Some("a test".into()))).unwrap();
+    block_on(watch.engine.switch_off(None)).unwrap();
+    is_found_by_looking(&watch);
+    let counters = watch.look(|inside| inside.kernel.counters().unwrap());
+    assert_eq!((counters.exec.seen, counters.fork.seen, counters.exit.seen), (0, 0, 0));
+}
+
+#[track_caller]
+fn is_found_by_looking(watch: &Watch) {
     let mut child = Command::new(life()).args(["spin", "60000"]).spawn().unwrap();
     let pid = child.id();
     watch.wait_for("it is found, read and sampled", move |inside| {
@@ -286,6 +305,66 @@ fn r25_without_tracepoints_processes_come_and_go_by_looking() {
     watch.wait_for("its end is found", move |inside| {
         inside.processes.alive().all(|p| p.key.process.tgid != pid)
     });
+}
+
+/// Told in the order of kernel time, a new image is known as soon as the reader gets to it, twenty times a second. Of ten
+/// the quickest counts: the machine may be busy.
+#[test]
+fn r39_a_new_image_is_known_within_100_ms() {
+    let directory = tempfile::tempdir().unwrap();
+    let second = life_as(directory.path(), "gannet-new");
+    let watch = Watch::of(&[COMM, "gannet-new"], 99, &[], KernelOptions::default());
+    let mut quickest = PATIENCE;
+    for _ in 0..10 {
+        let child = common::Running::start(Command::new(life()).args([
+            "exec",
+            "1",
+            second.to_str().unwrap(),
+            "sleep",
+            "60000",
+        ]));
+        let pid = child.0.id();
+        let begun = Instant::now();
+        while !std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == second) {
+            assert!(begun.elapsed() < PATIENCE);
+            thread::sleep(Duration::from_millis(1));
+        }
+        let begun = Instant::now();
+        loop {
+            let known = watch.look(move |inside| {
+                let mut alive = inside.processes.alive();
+                alive.find(|p| p.key.process.tgid == pid).map(|p| (p.comm.clone(), p.image.mappings.len()))
+            });
+            match known {
+                Some((comm, mappings)) if comm == "gannet-new" => {
+                    assert!(mappings > 0, "its mappings come with it");
+                    break;
+                }
+                _ => assert!(begun.elapsed() < PATIENCE, "{known:?}"),
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        quickest = quickest.min(begun.elapsed());
+    }
+    assert!(quickest < Duration::from_millis(100), "{quickest:?}");
+}
+
+/// What every process is sampled for begins before `execve` has made a stack for the new image.
+#[test]
+fn r37_in_the_middle_of_execve_there_is_no_user_stack() {
+    let program = life();
+    let path = program.to_str().unwrap();
+    let recording = record(999, &["--", path, "spawn", "600", path, "exit", "0"]);
+    let in_execve = |stack: &[String]| stack.iter().any(|frame| frame.contains("load_elf_binary"));
+    let taken: Vec<_> = recording.stacks.iter().filter(|(stack, _)| in_execve(stack)).collect();
+    assert!(!taken.is_empty(), "{:?}", recording.stacks);
+    let wrong = |stack: &[String]| {
+        stack.iter().any(|frame| frame.starts_with("[broken") || frame.starts_with("[unknown"))
+    };
+    let wrong: Vec<_> = taken.iter().filter(|(stack, _)| wrong(stack)).collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
+    // Nor is there anything of what waited for the word to become the command.
+    assert!(recording.stacks.iter().all(|(stack, _)| stack[0] == COMM), "{:?}", recording.stacks);
 }
 
 #[test]

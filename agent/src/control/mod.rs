@@ -147,7 +147,7 @@ impl Control {
         match self
             .node
             .engine
-            .replace(Source::Remote, Set { revision, applied_at: Some(applied_at), rules })
+            .replace(Source::Remote, Set { revision, applied_at: Some(applied_at), rules, from_exec: false })
             .await
         {
             Err(errors) => {
@@ -237,7 +237,10 @@ pub async fn restore(node: &Node, store: &LastGood) -> (u64, String) {
     let count = rules.len();
     match node
         .engine
-        .replace(Source::Remote, Set { revision, applied_at: Some(saved.applied_at), rules })
+        .replace(
+            Source::Remote,
+            Set { revision, applied_at: Some(saved.applied_at), rules, from_exec: false },
+        )
         .await
     {
         Ok(_) => {

@@ -15,6 +15,7 @@ use crate::{
     pods::SourceKind,
     process::{Process, ProcessKey, State},
     profile::slots,
+    rules::{Traits, traits},
 };
 
 /// `/statusz`
@@ -211,7 +212,7 @@ fn view(inside: &Inside<'_>, process: &Process) -> ProcessView {
             (_, samples) => format!("{samples} samples wait for unwind tables"),
         },
         why: match rules.as_slice() {
-            [] => "no rule wants it now".to_owned(),
+            [] => format!("no rule wants it now: {}", why_not(inside, &traits(process))),
             rules => format!("profiled: wanted by {}", rules.join(", ")),
         },
         rules,
@@ -225,6 +226,9 @@ fn stranger(inside: &mut Inside<'_>, pid: u32) -> Option<ProcessView> {
     let names = known.names();
     // Nobody else asks for it.
     inside.processes.metadata().invalidate(key);
+    let traits =
+        Traits { comm: &known.comm, exe: &known.exe, cgroup: &known.cgroup, uid: Some(known.uid), tgid: pid };
+    let why = format!("not profiled: {}", why_not(inside, &traits));
     Some(ProcessView {
         key: key.to_string(),
         exec_id: 0,
@@ -242,8 +246,17 @@ fn stranger(inside: &mut Inside<'_>, pid: u32) -> Option<ProcessView> {
         parent: 0,
         uid: Some(known.uid),
         pending: String::new(),
-        why: "not profiled: no rule in force names it".into(),
+        why,
     })
+}
+
+/// What each rule in force says of a process that none wants.
+fn why_not(inside: &Inside<'_>, process: &Traits<'_>) -> String {
+    let lines = inside.rules.explain(process, None, SystemTime::now());
+    if lines.is_empty() {
+        return "no rule is in force".into();
+    }
+    lines.iter().map(|(rule, why)| format!("{rule} {why}")).collect::<Vec<_>>().join("; ")
 }
 
 pub(super) fn processes_text(processes: &[ProcessView]) -> String {

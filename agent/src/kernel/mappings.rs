@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     io,
-    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
     ptr::{self, NonNull},
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -16,8 +16,9 @@ use perf_event_open_sys::bindings;
 
 use super::{KernelError, clock::online_cpus};
 
-/// Of one CPU's buffer: some 800 mappings, that is about 150 programs started between two readings.
-const BUFFER_BYTES: usize = 128 << 10;
+/// Of one CPU's buffer: some 1,600 mappings, that is about 300 programs started between two readings. The reader is woken
+/// when it is half full.
+const BUFFER_BYTES: usize = 256 << 10;
 const HEADER_BYTES: usize = 8;
 /// Names longer than this do not come: PATH_MAX and its padding.
 const MOST_RECORD_BYTES: usize = 8192;
@@ -79,7 +80,7 @@ pub(super) struct Mappings {
 
 struct Buffer {
     /// Closing it would end the reports.
-    _event: OwnedFd,
+    event: OwnedFd,
     base: NonNull<bindings::perf_event_mmap_page>,
     page: usize,
 }
@@ -130,6 +131,11 @@ impl Mappings {
     pub(super) fn until(&mut self, ktime_ns: u64) -> impl Iterator<Item = Mapped> {
         let count = self.ahead.partition_point(|told| told.ktime_ns() <= ktime_ns);
         self.ahead.drain(..count)
+    }
+
+    /// Become readable when a buffer is half full.
+    pub(super) fn wake_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.buffers.values().map(|buffer| buffer.event.as_fd())
     }
 
     /// Records that found no room in a buffer.
@@ -187,7 +193,7 @@ impl Buffer {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
-        Ok(Self { _event: event, base, page })
+        Ok(Self { event, base, page })
     }
 
     /// Where the kernel writes next, and where it is read next.

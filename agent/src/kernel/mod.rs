@@ -72,6 +72,8 @@ pub struct KernelOptions {
     pub off_cpu: bool,
     /// Exec and fork reports a second that are sent for processes that nobody wants yet.
     pub report_rate: u64,
+    /// Exec, fork and exit are heard of; else who starts, changes and ends is found by looking only.
+    pub lifecycle: bool,
     /// For tests: what is not attached, as if this kernel did not have it.
     #[doc(hidden)]
     pub without: &'static [&'static str],
@@ -87,6 +89,7 @@ impl Default for KernelOptions {
             walk: Walk::Loop,
             off_cpu: true,
             report_rate: 5_000,
+            lifecycle: true,
             without: &[],
         }
     }
@@ -470,11 +473,12 @@ impl Kernel {
         self.queue.borrow().undecodable
     }
 
-    /// Becomes readable when the kernel side asks to be read before the reader's own time.
-    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+    /// Become readable when the kernel side asks to be read before the reader's own time.
+    pub fn wake_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let fd: RawFd = self.ring.epoll_fd();
         // SAFETY: the ring owns the descriptor and lives as long as the borrow.
-        unsafe { BorrowedFd::borrow_raw(fd) }
+        let ring = unsafe { BorrowedFd::borrow_raw(fd) };
+        std::iter::once(ring).chain(self.mappings.iter().flat_map(mappings::Mappings::wake_fds))
     }
 
     /// What works less well on this kernel, in words.
@@ -681,7 +685,7 @@ impl Kernel {
         self.links = links;
         self.walk = walk;
         self.detached = false;
-        self.set_lifecycle(true);
+        self.set_lifecycle(self.options.lifecycle);
         self.set_sampling(true);
     }
 
@@ -893,7 +897,14 @@ fn attach_handlers(
         (on_exit, "sched_process_exit"),
         (on_attach, "cgroup_attach_task"),
     ];
-    for (program, tracepoint) in handlers {
+    if !options.lifecycle {
+        degraded.push(
+            "lifecycle events are switched off (--lifecycle): processes are looked for every two seconds, and short ones \
+             are missed"
+                .into(),
+        );
+    }
+    for (program, tracepoint) in handlers.into_iter().filter(|_| options.lifecycle) {
         if options.without.contains(&tracepoint) {
             degraded.push(format!("no {tracepoint} tracepoint: left out"));
             continue;

@@ -193,6 +193,8 @@ fn is_replaced(old: &Image, new: &Image) -> bool {
 struct Coming {
     since_ns: u64,
     mappings: Vec<NewMapping>,
+    /// A sample of it has come before the event that tells of it.
+    sampled: Option<ImageKey>,
 }
 
 /// What the table has done.
@@ -279,16 +281,25 @@ impl Processes {
                 }
                 // What is in the table must be told apart from its next image, however many others there are.
                 if self.coming.len() < MOST_COMING || self.alive.contains_key(&tgid) {
-                    self.coming.insert(tgid, Coming { since_ns: ktime_ns, mappings: Vec::new() });
+                    self.coming
+                        .insert(tgid, Coming { since_ns: ktime_ns, mappings: Vec::new(), sampled: None });
                 }
                 self.disbelieve(tgid, ktime_ns);
             }
             Mapped::Made { tgid, ktime_ns, mapping } => {
+                let mut is_coming = false;
                 if let Some(coming) = self.coming.get_mut(&tgid) {
+                    // One that was sampled already is in the table, and its exec may not be told.
+                    let known = self.alive.get(&tgid).map(|process| process.key);
+                    is_coming = coming.sampled.is_none() || coming.sampled != known;
                     if coming.mappings.len() < MOST_MAPPINGS {
-                        coming.mappings.push(mapping);
+                        coming.mappings.push(mapping.clone());
                     }
-                } else if let Some(process) = self.alive.get_mut(&tgid)
+                }
+                if is_coming {
+                    return;
+                }
+                if let Some(process) = self.alive.get_mut(&tgid)
                     && process.is_alive()
                     && process.read_at_ns.is_none_or(|read| read < ktime_ns)
                     && process.image.mappings.len() < MOST_MAPPINGS
@@ -459,7 +470,8 @@ impl Processes {
         };
         match self.coming.remove(&tgid) {
             // In the middle of `execve`: what is mapped so far belongs to this image; the event will tell the rest.
-            Some(coming) if coming.since_ns <= subject.ktime_ns => {
+            Some(mut coming) if coming.since_ns <= subject.ktime_ns => {
+                coming.sampled = Some(key);
                 self.adopt(&mut process, &coming.mappings, None);
                 if coming.mappings.is_empty() {
                     process.state = State::Unread;

@@ -40,6 +40,8 @@ pub(super) struct Compiled {
     uid: Vec<u32>,
     /// It names containers by what is known of their pods.
     pub(super) pods: bool,
+    /// What it names by number is meant from its next `execve` on.
+    from_exec: bool,
 }
 
 /// What one slot asks of the kernel side.
@@ -88,7 +90,13 @@ impl Compiled {
                 && workloads.is_empty()),
             pids,
             uid,
+            from_exec: false,
         }
+    }
+
+    /// See [`super::Set::from_exec`].
+    pub(super) fn holding(self, from_exec: bool) -> Self {
+        Self { from_exec, ..self }
     }
 
     /// It asks for what the kernel side cannot see, or cannot compare.
@@ -209,7 +217,7 @@ pub(super) fn kernel_rules<'a>(asked: impl Iterator<Item = Asked<'a>>, deny: &De
         masks.any_container |= if containers.is_none() { bit } else { 0 };
         masks.by_agent |= if compiled.by_agent() { bit } else { 0 };
         masks.sticky |= if compiled.is_sticky() && !at_exec { bit } else { 0 };
-        masks.at_exec |= if at_exec { bit } else { 0 };
+        masks.at_exec |= if at_exec || (compiled.from_exec && compiled.is_sticky()) { bit } else { 0 };
         comms.extend(compiled.comm.iter().map(|pattern| (pattern, bit)));
         if compiled.cgroup.iter().any(|path| path.text().len() > MAX_CGROUP_PATH) {
             // The agent compares all of them.

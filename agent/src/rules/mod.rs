@@ -70,6 +70,9 @@ pub struct Set {
     pub applied_at: Option<SystemTime>,
     /// The rules.
     pub rules: Vec<Rule>,
+    /// A rule that names processes by their numbers alone holds from their next `execve` on, and not for what runs in them
+    /// before it.
+    pub from_exec: bool,
 }
 
 /// Names a rule on this node: no two sources hold rules of one name.
@@ -330,7 +333,7 @@ impl RuleBook {
                 continue;
             }
             let lifetime = rule.lifetime.unwrap_or_default();
-            let compiled = Arc::new(Compiled::of(rule));
+            let compiled = Arc::new(Compiled::of(rule).holding(set.from_exec));
             let shared = Arc::new(rule.clone());
             for usage in usages(rule) {
                 let Some(free) = self.slots[..RULE_SLOTS].iter_mut().find(|slot| slot.is_none()) else {

@@ -20,7 +20,7 @@ const COLUMNS: [(&str, Constraint); 8] = [
     ("SAMPLES", Constraint::Length(8)),
     ("HOTTEST FUNCTION", Constraint::Fill(3)),
     ("RULE", Constraint::Length(14)),
-    ("STATE", Constraint::Length(9)),
+    ("STATE", Constraint::Length(16)),
 ];
 
 pub(super) fn draw(frame: &mut Frame<'_>, model: &mut Model) {

@@ -58,6 +58,12 @@ ALWAYS_INLINE bool user_registers(struct task_struct *task, struct walk *walk)
 	return take_registers(walk, (void *)((u64)BPF_CORE_READ(task, stack) + KERNEL_STACK_BYTES - PT_REGS_ROOM));
 }
 
+/* Whether a thread with memory is in the middle of execve: it has its new memory, whose stack is made last. */
+ALWAYS_INLINE bool in_execve(struct task_struct *task)
+{
+	return !BPF_CORE_READ(task, mm, start_stack);
+}
+
 /* What each tick asks of the current thread. */
 struct current {
 	/* Of the process. */
@@ -82,10 +88,15 @@ ALWAYS_INLINE void look_at_current(struct current *now, struct task_struct *task
 	}
 }
 
-/* Registers and stack, for the agent to walk once it has the tables. */
+/*
+ * Registers and stack, for the agent to walk once it has the tables. Behind the first thread's stack lie the program's
+ * arguments and its environment, which may hold secrets: they are not taken.
+ */
 ALWAYS_INLINE void take_raw(struct sample_scratch *scratch)
 {
 	u64 kernel = scratch->sample.kernel_frames, at, sp = scratch->walk.start_sp, words = RAW_REGISTERS, part;
+	struct task_struct *task = (void *)bpf_get_current_task();
+	u64 left = RAW_STACK_PAGES * 4096, strings = BPF_CORE_READ(task, mm, arg_start);
 
 	scratch->sample.user_end = USER_STACK_RAW;
 	barrier_var(kernel);
@@ -96,17 +107,22 @@ ALWAYS_INLINE void take_raw(struct sample_scratch *scratch)
 		scratch->frames[kernel + 1 + i] = scratch->walk.registers[i];
 	/* Up to the end of the page, then page by page: behind the end of the stack nothing can be read. */
 	at = kernel + RAW_REGISTERS;
+	if (strings > sp && strings - sp < left)
+		left = strings - sp;
 	part = 4096 - (sp & 4095);
 	for (u32 page = 0; page < RAW_STACK_PAGES; page++) {
+		if (part > left)
+			part = left;
 		barrier_var(part);
 		barrier_var(at);
-		if (part > 4096 || at > FRAME_SLOTS - 512)
+		if (!part || part > 4096 || at > FRAME_SLOTS - 512)
 			break;
 		if (bpf_probe_read_user(&scratch->frames[at], part, (void *)sp))
 			break;
 		sp += part;
 		at += part / sizeof(u64);
 		words += part / sizeof(u64);
+		left -= part;
 		part = 4096;
 	}
 	scratch->sample.user_frames = words;
@@ -242,8 +258,8 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 		finish_tick(counters, scratch);
 		return NULL;
 	}
-	/* In the middle of execve there is a new image and no place in it yet. */
-	if (!scratch->walk.pc) {
+	/* There is a new image and no place in it yet: the registers are zero, or still those of the former image. */
+	if (!scratch->walk.pc || (!OF_USER_MODE(&ctx->regs) && in_execve(task))) {
 		finish_tick(counters, scratch);
 		return NULL;
 	}
@@ -499,7 +515,7 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 	}
 	scratch->sample.user_frames = 0;
 	scratch->sample.user_end = USER_STACK_NONE;
-	if (now.kernel_thread || !user_registers(prev, &scratch->walk) || !scratch->walk.pc) {
+	if (now.kernel_thread || !user_registers(prev, &scratch->walk) || !scratch->walk.pc || in_execve(prev)) {
 		keep_block(counters, scratch);
 		return NULL;
 	}
@@ -941,7 +957,8 @@ int each_task(struct bpf_iter__task *ctx)
 	struct counters *counters = count();
 	struct lifecycle record = {};
 
-	if (!task || !counters || !settings.lifecycle)
+	/* Asked for by the agent: also where nothing is told by itself. */
+	if (!task || !counters)
 		return 0;
 	if (task->tgid != task->pid)
 		return 0;

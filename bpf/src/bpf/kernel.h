@@ -146,7 +146,9 @@ struct css_set {
 	struct cgroup *dfl_cgrp;
 };
 
-struct mm_struct;
+struct mm_struct {
+	unsigned long start_stack, arg_start;
+};
 
 struct super_block {
 	u32 s_dev;

@@ -1,0 +1,215 @@
+//! Needs root and a kernel with BTF: what the daemon tells of processes over HTTP and in its log, and what it must not.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
+
+mod common;
+
+use std::{
+    fs::{self, File},
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::FileExt as _,
+    process::{Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use common::{
+    Running, agent,
+    life::{COMM, life, life_as},
+};
+
+/// However busy the machine is.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What nobody may see. Put together where it is used: the tests' own text is none of what is searched.
+fn canary() -> String {
+    ["canary", "7d1e", "0b45"].join("-")
+}
+
+struct Daemon {
+    running: Running,
+    probes: SocketAddr,
+    page: SocketAddr,
+    directory: tempfile::TempDir,
+}
+
+impl Daemon {
+    /// With a rule for the test program, and everything logged.
+    #[track_caller]
+    fn start(flags: &[&str]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let rules = directory.path().join("rules.yaml");
+        fs::write(
+            &rules,
+            format!("rules:\n- id: life\n  match: {{comm: [{COMM}]}}\n  capture: {{hz: 99}}\n"),
+        )
+        .unwrap();
+        let [probes, page] = [(), ()].map(|()| free_address());
+        let mut command = Command::new(agent());
+        command
+            .args(["run", "--kubelet", "none", "--node", "here", "--window", "1s"])
+            .args(["--listen", &probes.to_string(), "--debug-listen", &page.to_string()])
+            .arg("--rules")
+            .arg(&rules)
+            .arg("--state-dir")
+            .arg(directory.path().join("state"))
+            .args(flags)
+            .env("GANNET_LOG", "trace")
+            .stderr(File::create(directory.path().join("log")).unwrap());
+        let daemon = Self { running: Running::start(&mut command), probes, page, directory };
+        daemon.wait_for("it is ready", || Self::get(daemon.probes, "/readyz").starts_with("HTTP/1.1 200"));
+        daemon
+    }
+
+    /// The answer as it came, or nothing.
+    fn get(address: SocketAddr, path: &str) -> String {
+        let get = || -> std::io::Result<String> {
+            let mut stream = TcpStream::connect(address)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer)?;
+            Ok(String::from_utf8_lossy(&answer).into_owned())
+        };
+        get().unwrap_or_default()
+    }
+
+    fn page(&self, path: &str) -> String {
+        Self::get(self.page, path)
+    }
+
+    fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.directory.path().join("log")).unwrap()).into_owned()
+    }
+
+    #[track_caller]
+    fn wait_for(&self, what: &str, is: impl Fn() -> bool) {
+        let begun = Instant::now();
+        while !is() {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", self.running.0.id())).unwrap();
+            assert!(begun.elapsed() < PATIENCE && !stat.contains(") Z"), "{what}: {}", self.log());
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// As a service manager ends it; gives what it logged.
+    #[track_caller]
+    fn end(mut self) -> String {
+        let pid = rustix::process::Pid::from_child(&self.running.0);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let status = self.running.0.wait().unwrap();
+        let log = self.log();
+        assert!(status.success(), "{status}: {log}");
+        log
+    }
+
+    /// Whether these bytes are anywhere in its writable memory.
+    fn holds(&self, bytes: &[u8]) -> bool {
+        let pid = self.running.0.id();
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+        let mut buffer = vec![0; 1 << 20];
+        maps.lines()
+            .filter_map(|line| {
+                let mut fields = line.split(' ');
+                let (range, access) = (fields.next()?, fields.next()?);
+                let (begin, end) = range.split_once('-')?;
+                let hex = |text| u64::from_str_radix(text, 16).ok();
+                access.starts_with("rw").then_some(hex(begin)?..hex(end)?)
+            })
+            .any(|range| {
+                let mut at = range.start;
+                while at < range.end {
+                    let most = buffer.len().min((range.end - at) as usize);
+                    // Some of it cannot be read, such as what a device shows.
+                    let Ok(got) = memory.read_at(&mut buffer[..most], at) else { return false };
+                    if got == 0 {
+                        return false;
+                    }
+                    if find(&buffer[..got], bytes) {
+                        return true;
+                    }
+                    // What lies across the end of the buffer is seen whole the next time.
+                    at += if got < most || at + got as u64 == range.end {
+                        got as u64
+                    } else {
+                        (got - bytes.len()) as u64
+                    };
+                }
+                false
+            })
+    }
+}
+
+fn find(haystack: &[u8], needle: &[u8]) -> bool {
+    // SAFETY: both are slices, given with their lengths.
+    unsafe {
+        !libc::memmem(haystack.as_ptr().cast(), haystack.len(), needle.as_ptr().cast(), needle.len())
+            .is_null()
+    }
+}
+
+/// Nobody listens there, for the moment.
+fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+#[test]
+fn r25_r26_readiness_says_what_is_not_heard_of() {
+    let daemon = Daemon::start(&["--lifecycle", "false"]);
+    let ready = Daemon::get(daemon.probes, "/readyz");
+    assert!(ready.contains("degraded: kernel: ") && ready.contains("--lifecycle"), "{ready}");
+    assert!(daemon.page("/statusz").contains("--lifecycle"));
+    let child = Running::start(Command::new(life()).args(["spin", "60000"]));
+    let line = format!("/debug/processes?pid={}", child.0.id());
+    daemon.wait_for("it is found and profiled", || daemon.page(&line).contains("profiled: wanted by life"));
+    drop(child);
+    daemon.end();
+}
+
+#[test]
+fn r44_r45_arguments_and_environment_are_in_no_page_no_log_and_not_in_memory() {
+    let canary = canary();
+    let directory = tempfile::tempdir().unwrap();
+    let other = life_as(directory.path(), "gannet-other");
+    let daemon = Daemon::start(&[]);
+    let ready = Daemon::get(daemon.probes, "/readyz");
+    assert!(!ready.contains("--lifecycle"), "{ready}");
+    let start = |program: &std::path::Path, arguments: &[&str]| {
+        Running::start(
+            Command::new(program)
+                .args(arguments)
+                .arg(format!("--password={canary}"))
+                .env("HIDDEN", &canary)
+                .stdin(Stdio::null()),
+        )
+    };
+    // One that a rule names, with children and an exec; one that none does.
+    let path = life();
+    let mut spinning = start(&path, &["spin", "60000"]);
+    let stranger = start(&other, &["sleep", "60000"]);
+    for arguments in [&["forks", "5", "20"][..], &["exec", "20", path.to_str().unwrap(), "spin", "100"]] {
+        start(&path, arguments).0.wait().unwrap();
+    }
+    let of = |child: &Running| daemon.page(&format!("/debug/processes?pid={}", child.0.id()));
+    daemon.wait_for("it is profiled", || of(&spinning).contains("profiled: wanted by life"));
+    daemon.wait_for("a window is over", || daemon.page("/debug/flame").contains("spin_here"));
+    let why = of(&stranger);
+    assert!(why.contains("not profiled: life does not match: its command name is `gannet-other`"), "{why}");
+    spinning.0.kill().unwrap();
+    spinning.0.wait().unwrap();
+    let mut shown = why;
+    for path in
+        ["/debug/processes", "/debug/events", "/debug/rules", "/statusz", "/flagz", "/metrics", "/debug/maps"]
+    {
+        shown += &daemon.page(path);
+    }
+    assert!(shown.contains(COMM), "{shown}");
+    assert!(!shown.contains(&canary), "{shown}");
+    assert!(daemon.holds(COMM.as_bytes()), "its memory can be searched");
+    assert!(!daemon.holds(canary.as_bytes()), "nothing of it is kept");
+    drop(stranger);
+    let log = daemon.end();
+    assert!(log.contains("TRACE") || log.contains("DEBUG"), "everything was logged");
+    assert!(!log.contains(&canary), "{log}");
+}
