@@ -17,6 +17,7 @@ use std::{
     io,
     ops::Range,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use gannet_unwind::{
@@ -46,6 +47,8 @@ use crate::{
 
 /// Memory of tables that are kept here for raw samples; the kernel has its own copy.
 const KEPT_BYTES: usize = 6 << 20;
+/// A table that was used so lately is kept however many there are: a sample that needs two of them needs both at once.
+const KEPT_FOR: Duration = Duration::from_secs(5);
 /// Keys that the mapping trie may hold: a little less than the kernel allows, so that it never has to refuse.
 const MAX_KEYS: usize = 262_144 - 1024;
 
@@ -67,6 +70,8 @@ pub struct Tables {
     entered: HashMap<u32, Entered>,
     keys: usize,
     now: u64,
+    /// When tables that are not needed any more were let go last.
+    swept: Instant,
     /// Counts the changes of what the kernel side knows of images.
     epoch: u64,
     stats: Stats,
@@ -77,7 +82,7 @@ enum Known {
     /// Asked for.
     Waiting,
     /// Its table, as long as it is kept, and what outlives it.
-    Made { content: ContentId, segments: Segments, table: Option<Arc<Table>>, used: Cell<u64> },
+    Made { content: ContentId, segments: Segments, table: Option<Arc<Table>>, used: Cell<Instant> },
     /// It has none, or it cannot be read: its frames are found by frame pointer.
     Without,
 }
@@ -195,6 +200,7 @@ impl Tables {
             entered: HashMap::new(),
             keys: 0,
             now: 0,
+            swept: Instant::now(),
             epoch: 0,
             stats: Stats::default(),
         })
@@ -208,7 +214,7 @@ impl Tables {
             let known = match outcome {
                 Ok(Made { table, content, segments }) if !table.is_empty() => {
                     self.stats.made += 1;
-                    Known::Made { content, segments, table: Some(table), used: Cell::new(self.now) }
+                    Known::Made { content, segments, table: Some(table), used: Cell::new(Instant::now()) }
                 }
                 Ok(_) => Known::Without,
                 Err(error) => {
@@ -219,8 +225,8 @@ impl Tables {
             };
             self.files.insert(file, known);
         }
-        if any {
-            self.now += 1;
+        if any || self.swept.elapsed() > KEPT_FOR {
+            self.swept = Instant::now();
             self.keep_within_bounds();
         }
         any
@@ -278,7 +284,7 @@ impl Tables {
             MappingKind::File(file) => match self.files.get(&file.id) {
                 Some(Known::Without) => Found::None,
                 Some(Known::Made { segments, table: Some(table), used, .. }) => {
-                    used.set(self.now);
+                    used.set(Instant::now());
                     segments
                         .bias(mapping.start, mapping.offset, page)
                         .map_or(Found::None, |bias| Found::Table(table, bias))
@@ -413,7 +419,7 @@ impl Tables {
             MappingKind::File(file) => match self.files.get(&file.id) {
                 Some(Known::Without) => return Ok(by_frame_pointer),
                 Some(Known::Made { content, segments, table, used }) => {
-                    used.set(self.now);
+                    used.set(Instant::now());
                     let bias = segments.bias(begin, mapping.offset, page);
                     (*content, table.clone(), bias, file.path.as_str())
                 }
@@ -543,7 +549,7 @@ impl Tables {
 
     /// Lets go of tables that raw samples have not needed for the longest time, and of files that are closed.
     fn keep_within_bounds(&mut self) {
-        let mut kept: Vec<(u64, FileId, usize)> = self
+        let mut kept: Vec<(Instant, FileId, usize)> = self
             .files
             .iter()
             .filter_map(|(id, known)| match known {
@@ -557,7 +563,7 @@ impl Tables {
             bytes += size;
             if bytes > KEPT_BYTES
                 && let Some(Known::Made { table, used, .. }) = self.files.get_mut(&id)
-                && used.get() < self.now
+                && used.get().elapsed() > KEPT_FOR
             {
                 *table = None;
             }
@@ -720,7 +726,7 @@ mod tests {
                 content: ContentId::from_bytes([number; 16]),
                 segments: Segments::new(vec![whole]),
                 table: Some(table),
-                used: Cell::new(0),
+                used: Cell::new(Instant::now()),
             },
         );
         file
@@ -800,6 +806,22 @@ mod tests {
         tables.enter(&mut kernel, key(8), &both).unwrap();
         assert_eq!(kernel.keys[&(8, block)].table, table_of(&kernel, 0x20_0000));
         assert!(tables.ready(&both));
+    }
+
+    #[test]
+    fn r49_tables_that_were_just_used_are_kept_together_however_large() {
+        let kernel = Fake::new(64);
+        let mut tables = tables(&kernel);
+        // Rows of 4 bytes: each is larger than what is kept in the long run.
+        let large: Vec<_> = (1..=2).map(|number| file(&mut tables, number, 1_600_000)).collect();
+        tables.keep_within_bounds();
+        let is_kept = |tables: &Tables, file: &MappedFile| matches!(tables.files.get(&file.id), Some(Known::Made { table: Some(table), .. }) if table.kernel_bytes() > KEPT_BYTES);
+        assert!(large.iter().all(|file| is_kept(&tables, file)));
+        if let Some(Known::Made { used, .. }) = tables.files.get(&large[0].id) {
+            used.set(Instant::now().checked_sub(KEPT_FOR * 2).unwrap());
+        }
+        tables.keep_within_bounds();
+        assert!(!is_kept(&tables, &large[0]) && is_kept(&tables, &large[1]));
     }
 
     #[test]
