@@ -18,6 +18,6 @@ mod world;
 pub use fleet::{Counts, Fleet, push_round};
 pub use http::http_get;
 pub use program::{Program, binary, run};
-pub use ticks::{Ticked, Ticks};
+pub use ticks::{Ticked, Ticks, monotonic};
 pub use wait::{eventually, eventually_within};
 pub use world::{Agent, Collector, Sample, rule, selection};
