@@ -69,8 +69,11 @@ const DEGRADED_RECONCILE_PAUSE: Duration = Duration::from_secs(2);
 const STACKS_PER_WINDOW: usize = 200_000;
 /// Raw samples that may wait for tables, some 25 KiB each; more are walked with what there is.
 const MOST_WAITING: usize = 2048;
-/// How long a raw sample waits for tables; a large program takes a fraction of that.
-const LONGEST_WAIT: Duration = Duration::from_secs(5);
+/// How long a raw sample waits for tables. The largest programs take a second, on a crowded machine several; what waits
+/// behind them must not come out broken for that.
+const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// The same at the end, when somebody waits for it.
+const LAST_WAIT: Duration = Duration::from_secs(8);
 /// Lifecycle events that are kept for the debug page.
 const EVENT_TAIL: usize = 256;
 
@@ -526,7 +529,7 @@ impl Worker {
 
     /// Waits for the tables that samples wait for, within reason.
     fn finish_waiting(&mut self, bell: &OwnedFd) {
-        let until = Instant::now() + LONGEST_WAIT;
+        let until = Instant::now() + LAST_WAIT;
         self.resolve(false);
         while self.waiting_samples > 0 && Instant::now() < until {
             self.wait(bell);
