@@ -99,7 +99,7 @@ impl Ticks {
                 at += usize::from(header.size);
             }
         }
-        let due = (until - from).as_secs_f64() * self.hz as f64 * self.clocks.len() as f64;
+        let due = until.saturating_sub(from).as_secs_f64() * self.hz as f64 * self.clocks.len() as f64;
         Ticked { ticks, due }
     }
 }
