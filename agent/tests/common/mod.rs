@@ -16,6 +16,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
     process::{self, Child, Command},
+    thread,
 };
 
 use gannet_proto::{
@@ -63,7 +64,7 @@ pub fn program_in(language: Language, name: &str, source: &str, flags: &[&str]) 
     }
     fs::create_dir_all(&directory).unwrap();
     // Other tests may be at it too: what is seen under its name is whole.
-    let work = directory.join(format!(".{name}.{}", process::id()));
+    let work = directory.join(format!(".{name}.{}.{:?}", process::id(), thread::current().id()));
     fs::create_dir_all(&work).unwrap();
     let built = work.join(name);
     compile(language, source, flags, &work, &built);

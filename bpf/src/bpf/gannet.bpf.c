@@ -447,6 +447,29 @@ ALWAYS_INLINE void finish_block(struct counters *counters, struct sample_scratch
 }
 
 /*
+ * The interval of a thread that is on the CPU, if it left one, is over. What it has run since then is taken off: the switch
+ * by which it came is not always seen (a sandbox may keep its own threads' tracepoints to itself, and then that of whom
+ * they hand the CPU to is missing too).
+ */
+ALWAYS_INLINE void end_block(struct counters *counters, u32 tid, struct task_struct *task)
+{
+	struct off_cpu_entry *entry = bpf_map_lookup_elem(&off_cpu, &tid);
+	u64 passed, ran;
+
+	if (!entry)
+		return;
+	passed = bpf_ktime_get_boot_ns() - entry->sample.event.ktime;
+	ran = BPF_CORE_READ(task, se.sum_exec_runtime) - entry->sample.value_ns;
+	/* More than that has another thread of this number run. */
+	if (ran <= passed && passed - ran >= settings.off_cpu_min_ns) {
+		entry->sample.value_ns = passed - ran;
+		counters->taken += __builtin_popcountll(entry->sample.event.rules);
+		send_sample(counters, &entry->sample, sizeof(*entry), false);
+	}
+	bpf_map_delete_elem(&off_cpu, &tid);
+}
+
+/*
  * Ends the interval of the thread that comes, and begins that of the one that goes. Null: there is no stack to walk.
  * Interrupts are off, so that no tick uses the scratch meanwhile.
  */
@@ -455,7 +478,6 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 	struct task_struct *prev = (void *)ctx->args[1];
 	struct task_struct *next = (void *)ctx->args[2];
 	struct sample_scratch *scratch;
-	struct off_cpu_entry *entry;
 	struct want want = {};
 	struct image *image;
 	struct proc *proc;
@@ -463,17 +485,7 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 	u64 id = bpf_get_current_pid_tgid();
 	u32 tgid = id >> 32, next_tid = BPF_CORE_READ(next, pid), state;
 
-	entry = bpf_map_lookup_elem(&off_cpu, &next_tid);
-	if (entry) {
-		u64 blocked = bpf_ktime_get_boot_ns() - entry->sample.event.ktime;
-
-		if (blocked >= settings.off_cpu_min_ns) {
-			entry->sample.value_ns = blocked;
-			counters->taken += __builtin_popcountll(entry->sample.event.rules);
-			send_sample(counters, &entry->sample, sizeof(*entry), false);
-		}
-		bpf_map_delete_elem(&off_cpu, &next_tid);
-	}
+	end_block(counters, next_tid, next);
 
 	/* A thread that was pushed aside, or could go on, did not block; one that is dead will not come back. */
 	state = state_of(prev);
@@ -487,6 +499,7 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 	want.rules &= settings.off_cpu_rules;
 	if (!want.rules)
 		return NULL;
+	end_block(counters, id, prev);
 	if (!block_allowed()) {
 		u64 rules = __builtin_popcountll(want.rules);
 
@@ -502,6 +515,8 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 	scratch->sample.event.rules = want.rules;
 	scratch->sample.kind = SAMPLE_OFF_CPU;
 	scratch->sample.state = state;
+	/* Until it comes back. */
+	scratch->sample.value_ns = BPF_CORE_READ(prev, se.sum_exec_runtime);
 	scratch->sample.guessed = 0;
 	/* This program, and the kernel's call of it. */
 	take_kernel_stack(ctx, &scratch->sample, scratch->frames, 2);

@@ -318,7 +318,7 @@ enum user_stack_end {
 
 struct sample {
 	struct event event;
-	/* On CPU: nanoseconds between two ticks. Off CPU: nanoseconds blocked. */
+	/* On CPU: nanoseconds between two ticks. Off CPU: nanoseconds blocked; until then, what the thread has run in its life. */
 	u64 value_ns;
 	u16 kernel_frames;
 	u16 user_frames;

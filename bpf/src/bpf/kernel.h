@@ -172,6 +172,10 @@ struct cred {
 	kuid_t euid;
 };
 
+struct sched_entity {
+	u64 sum_exec_runtime;
+};
+
 struct task_struct {
 	void *stack;
 	unsigned int flags;
@@ -188,6 +192,7 @@ struct task_struct {
 	struct css_set *cgroups;
 	const struct cred *cred;
 	unsigned int __state;
+	struct sched_entity se;
 };
 
 /* Before 5.14 __state was called state. */
