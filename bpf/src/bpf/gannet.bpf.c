@@ -58,10 +58,10 @@ ALWAYS_INLINE bool user_registers(struct task_struct *task, struct walk *walk)
 	return take_registers(walk, (void *)((u64)BPF_CORE_READ(task, stack) + KERNEL_STACK_BYTES - PT_REGS_ROOM));
 }
 
-/* Whether a thread with memory is in the middle of execve: it has its new memory, whose stack is made last. */
+/* Whether a thread with memory is in the middle of execve: it has its new memory, and is told last of all where its code is. */
 ALWAYS_INLINE bool in_execve(struct task_struct *task)
 {
-	return !BPF_CORE_READ(task, mm, start_stack);
+	return !BPF_CORE_READ(task, mm, end_code);
 }
 
 /* What each tick asks of the current thread. */

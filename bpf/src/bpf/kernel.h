@@ -147,7 +147,7 @@ struct css_set {
 };
 
 struct mm_struct {
-	unsigned long start_stack, arg_start;
+	unsigned long end_code, arg_start;
 };
 
 struct super_block {
