@@ -113,9 +113,10 @@ enum Data {
 
 impl Data {
     fn parse(text: &str) -> Result<Self, String> {
-        match text.contains("://") {
-            true => Bucket::parse(text).map(Self::Bucket),
-            false => Ok(Self::Directory(text.into())),
+        if text.contains("://") {
+            Bucket::parse(text).map(Self::Bucket)
+        } else {
+            Ok(Self::Directory(text.into()))
         }
     }
 }

@@ -33,7 +33,7 @@ use ulid::Ulid;
 pub use self::{index::IndexError, object::Bucket};
 use self::{
     index::{Change, Index},
-    object::{HOUR_MS, Head, Objects},
+    object::{HOUR_MS, Objects},
 };
 pub(crate) use self::{
     index::{Entry, Row},
@@ -79,8 +79,8 @@ pub enum StoreError {
          GOOGLE_…, AZURE_…)"
     )]
     Bucket {
-        /// Which.
-        bucket: Bucket,
+        /// Which, as `--data` named it.
+        bucket: String,
         /// Why not: what the object store says, and its first cause.
         reason: String,
     },
@@ -273,7 +273,7 @@ impl Store {
         });
         store.settle(is_new).map_err(|error| match (&config.bucket, error) {
             (Some(bucket), StoreError::Object(error)) => {
-                StoreError::Bucket { bucket: bucket.clone(), reason: with_cause(&error) }
+                StoreError::Bucket { bucket: bucket.to_string(), reason: with_cause(&error) }
             }
             (_, error) => error,
         })?;
@@ -407,13 +407,13 @@ impl Store {
             let mut found = Vec::with_capacity(heads.len());
             for (id, head) in ids.iter().zip(heads) {
                 // One that lies in another's place is none.
-                match head.and_then(describe_head).filter(|(_, key, _)| key.id == *id && key.hour() == hour) {
-                    Some(entry) => found.push(entry),
-                    None => {
-                        settled.damaged += 1;
-                        self.metrics.objects_corrupt.inc();
-                        tracing::warn!(profile = %id, hour, "not a readable object: left out");
-                    }
+                let entry = head.and_then(|head| describe(&head.meta, head.bytes));
+                if let Some(entry) = entry.filter(|(_, key, _)| key.id == *id && key.hour() == hour) {
+                    found.push(entry);
+                } else {
+                    settled.damaged += 1;
+                    self.metrics.objects_corrupt.inc();
+                    tracing::warn!(profile = %id, hour, "not a readable object: left out");
                 }
             }
             self.take_in(&found, settled)?;
@@ -491,10 +491,6 @@ fn removal(rows: &[Indexed], emptied: &[u64]) -> Change {
         remove_series: emptied.to_vec(),
         ..Change::default()
     }
-}
-
-fn describe_head(head: Head) -> Option<(Labels, ObjectKey, Row)> {
-    describe(&head.meta, head.bytes)
 }
 
 /// What the index holds of an object with this metadata: one function for taking and for rebuilding.
@@ -650,10 +646,8 @@ impl Store {
             return Vec::new();
         }
         // Of a bucket's objects only rows come to this disk.
-        let needed: u64 = match self.objects.is_shared() {
-            true => 0,
-            false => batches.iter().map(|b| b.object.len() as u64).sum(),
-        };
+        let needed: u64 =
+            if self.objects.is_shared() { 0 } else { batches.iter().map(|b| b.object.len() as u64).sum() };
         match self.free_bytes() {
             Ok(free) if free < self.min_free_bytes.saturating_add(needed) => {
                 let reason = format!(

@@ -83,9 +83,9 @@ impl Shelf {
                 for key in &keys {
                     self.objects.remove(*key);
                 }
-                let gone: String =
+                let gone: Vec<_> =
                     keys.iter().map(|key| format!("<Deleted><Key>{key}</Key></Deleted>")).collect();
-                format!("<DeleteResult>{gone}</DeleteResult>").into_response()
+                format!("<DeleteResult>{}</DeleteResult>", gone.concat()).into_response()
             }
             _ => StatusCode::METHOD_NOT_ALLOWED.into_response(),
         }
@@ -93,13 +93,13 @@ impl Shelf {
 
     fn list(&self, query: &BTreeMap<String, String>) -> String {
         let prefix = query.get("prefix").map_or("", String::as_str);
-        let (mut contents, mut prefixes) = (String::new(), Vec::new());
+        let (mut contents, mut prefixes) = (Vec::new(), Vec::new());
         for (key, object) in self.objects.iter().filter(|(key, _)| key.starts_with(prefix)) {
             match key[prefix.len()..].split_once('/').filter(|_| query.contains_key("delimiter")) {
                 Some((name, _)) => prefixes.push(format!(
                     "<CommonPrefixes><Prefix>{prefix}{name}/</Prefix></CommonPrefixes>"
                 )),
-                None => contents.push_str(&format!(
+                None => contents.push(format!(
                     "<Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>x</ETag>\
                      <Size>{}</Size></Contents>",
                     object.len()
@@ -108,7 +108,8 @@ impl Shelf {
         }
         prefixes.dedup();
         format!(
-            "<ListBucketResult><IsTruncated>false</IsTruncated>{contents}{}</ListBucketResult>",
+            "<ListBucketResult><IsTruncated>false</IsTruncated>{}{}</ListBucketResult>",
+            contents.concat(),
             prefixes.concat()
         )
     }
