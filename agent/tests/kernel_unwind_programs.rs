@@ -95,6 +95,54 @@ fn deep(what: &'static str, flags: &[&str]) -> Case {
     case
 }
 
+/// What the compiler driver of musl-tools adds.
+const MUSL: [&str; 2] = ["-specs", "/usr/lib/x86_64-linux-musl/musl-gcc.specs"];
+
+/// Most of its time is in the C library: in functions that call others, keep registers and have places for local data.
+const IN_MUSL: &str = r#"
+#include <stdio.h>
+#include <string.h>
+static char from[1 << 16], to[1 << 16];
+__attribute__((noinline)) long writes(long n) {
+	char text[64];
+	snprintf(text, sizeof(text), "%ld %f", n, 1.5 * n);
+	memcpy(to, from, sizeof(to));
+	return n + text[0] + to[n];
+}
+__attribute__((noinline)) long again(long n) { return n ? again(n - 1) + 1 : writes(7); }
+int main() { for (;;) again(20); }
+"#;
+
+/// Whole though no file says how: by the instructions of the C library.
+#[test]
+fn r53_inside_musl_stacks_are_whole() {
+    for (name, flags) in [("in-musl", &MUSL[..]), ("in-musl-static", &[&MUSL[..], &["-static"]].concat())] {
+        let running = Running::start(&mut Command::new(program(name, IN_MUSL, flags)));
+        let pid = running.0.id().to_string();
+        let recording = record(199, &["--duration", "4s", "--pid", &pid]);
+        let (mut whole, mut all, mut inside, mut odd) = (0, 0, 0, Vec::new());
+        for (stack, count) in &recording.stacks {
+            all += count;
+            let rooted = stack[1] == "_start" && in_order(stack, &["_start", "main"]);
+            if rooted && !is_marked(stack) {
+                whole += count;
+            } else {
+                odd.push(stack);
+            }
+            inside +=
+                if stack.iter().skip_while(|frame| *frame != "writes").count() > 1 { *count } else { 0 };
+        }
+        assert!(inside * 10 >= all * 8 && all >= 400, "{name}: {inside} of {all}");
+        assert!(!too_many_odd(all - whole, all), "{name}: {whole} of {all}: {odd:?}");
+    }
+}
+
+/// Pages in the midst of its stack are never touched, so the kernel has none there.
+const HOLES: &str = "volatile long sink;\n\
+    __attribute__((noinline)) long hole_spin(long n) { for (;;) sink += n; }\n\
+    __attribute__((noinline)) long hole(long n) { char room[18000]; __asm__ volatile(\"\" :: \"r\"(room) : \"memory\"); return hole_spin(n) + room[n]; }\n\
+    int main(void) { return hole(1) + 1; }\n";
+
 #[test]
 fn r48_r53_c_without_frame_pointers_is_whole_however_it_is_linked() {
     let cases = [
@@ -103,6 +151,15 @@ fn r48_r53_c_without_frame_pointers_is_whole_however_it_is_linked() {
         deep("deep-static", &["-static", "-no-pie"]),
         deep("deep-static-pie", &["-static-pie"]),
         deep("deep-no-header", &["-Wl,--no-eh-frame-hdr"]),
+        // A C library that says nothing of its own stacks.
+        deep("deep-musl", &MUSL),
+        deep("deep-musl-fixed", &[&MUSL[..], &["-static"]].concat()),
+        Case::of(
+            "holes",
+            Command::new(program("holes", HOLES, &["-O1", "-fno-stack-clash-protection"])),
+            "hole_spin",
+            &["_start", "main", "hole", "hole_spin"],
+        ),
     ];
     check(&cases, 5, 60);
 }

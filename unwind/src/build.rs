@@ -5,9 +5,11 @@
 //! 3. Go's function table.
 //! 4. `.debug_frame`, in the file or in its debug file.
 //! 5. What is known without being said: linkage tables, the entry point, and signal trampolines by their instructions.
+//! 6. x86_64 code that is still open, by its instructions ([`crate::code`]), if it is not too much.
 //!
 //! Each fills only what those before it left open.
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -17,6 +19,7 @@ use gimli::{BaseAddresses, DebugFrame, EhFrame, LittleEndian};
 use object::read::ReadRef;
 
 use crate::cfi::{self, Entries, Oddities, Slice};
+use crate::code;
 use crate::content::ContentId;
 use crate::elf::{BuildId, DebugLink, Elf, ElfError, FileReader, Segments};
 use crate::format::{Rule, cfa, dwarf_register, loc};
@@ -125,6 +128,8 @@ pub struct Report {
     pub linkage_ranges: u64,
     /// Signal trampolines known by their instructions.
     pub signal_trampolines: u64,
+    /// Functions by their instructions.
+    pub code_functions: u64,
     /// Entries that were broken, dropped or cut.
     pub oddities: Oddities,
     /// Why Go's table could not be used.
@@ -202,6 +207,7 @@ enum Source {
     Go(u32),
     DebugFrame(u32),
     Fixed(Rule),
+    Code(u32),
 }
 
 fn table_of<'d, R: ReadRef<'d>>(
@@ -269,6 +275,14 @@ fn table_of<'d, R: ReadRef<'d>>(
     let trampolines = trampolines(elf, &pieces, budget, report)?;
     report.signal_trampolines = trampolines.len() as u64;
     pieces = fill(pieces, trampolines.into_iter());
+    let code = code_functions(elf, &pieces, budget)?;
+    report.code_functions = code.len() as u64;
+    let ranges = code.iter().enumerate().map(|(index, function)| Piece {
+        start: function.start,
+        end: function.end,
+        source: Source::Code(index as u32),
+    });
+    pieces = fill(pieces, ranges);
 
     let (start, end) = match (pieces.first(), pieces.last()) {
         (Some(first), Some(last)) => (first.start, last.end),
@@ -296,6 +310,11 @@ fn table_of<'d, R: ReadRef<'d>>(
                 }
             }
             Source::Fixed(rule) => row(piece.start, rule)?,
+            Source::Code(index) => {
+                for (pc, rule) in &code[index as usize].rows {
+                    row(*pc, *rule)?;
+                }
+            }
         }
         if pieces.get(index + 1).is_some_and(|next| next.start > piece.end) {
             builder.push(piece.end, Rule::NONE)?;
@@ -600,6 +619,51 @@ fn trampolines<'d, R: ReadRef<'d>>(
         }
     }
     Ok(found)
+}
+
+/// What instructions tell of code that nothing describes.
+fn code_functions<'d, R: ReadRef<'d>>(
+    elf: &Elf<'d, R>,
+    pieces: &[Piece],
+    budget: &mut Budget<'_>,
+) -> Result<Vec<code::Function>, Fault> {
+    let gaps = gaps(elf.code(), pieces);
+    let bytes = gaps.iter().fold(0, |sum: u64, (start, end)| sum.saturating_add(end - start));
+    if elf.arch() != Arch::X86_64 || bytes == 0 || bytes > budget.limits.analyzed_bytes {
+        return Ok(Vec::new());
+    }
+    let named = if bytes < NAMED_GAP_BYTES { HashSet::new() } else { function_symbols(elf, &gaps) };
+    let gaps: Vec<_> = gaps
+        .into_iter()
+        .filter_map(|(start, end)| Some(code::Gap { start, bytes: elf.bytes_at(start, end - start)? }))
+        .collect();
+    Ok(code::functions(&gaps, named, budget)?)
+}
+
+/// With less code than this that nothing describes, which the start files of a C compiler leave, symbols are not worth
+/// reading.
+const NAMED_GAP_BYTES: u64 = 2048;
+/// Symbol tables larger than this are not read.
+const SYMBOL_BYTES: u64 = 16 << 20;
+
+/// Where functions begin within these ranges, as far as the symbol tables say so: they only help.
+pub(crate) fn function_symbols<'d, R: ReadRef<'d>>(elf: &Elf<'d, R>, ranges: &[(u64, u64)]) -> HashSet<u64> {
+    const ENTRY: usize = 24;
+    let inside = |address: &u64| {
+        let before = ranges.partition_point(|(start, _)| start <= address);
+        before.checked_sub(1).is_some_and(|n| *address < ranges[n].1)
+    };
+    let tables = [&b".symtab"[..], b".dynsym"].into_iter().filter_map(|name| elf.section(name));
+    let small = tables.filter(|section| section.bytes <= SYMBOL_BYTES);
+    let mut starts = HashSet::new();
+    for bytes in small.filter_map(|section| elf.section_data(section).ok()) {
+        // Type in the low half of byte 4 (2: function), value from byte 8 on.
+        let functions = bytes.chunks_exact(ENTRY).filter(|symbol| symbol[4] & 15 == 2);
+        let values =
+            functions.filter_map(|symbol| Some(u64::from_le_bytes(symbol.get(8..16)?.try_into().ok()?)));
+        starts.extend(values.filter(inside));
+    }
+    starts
 }
 
 /// Ranges of code that no piece covers, ascending.

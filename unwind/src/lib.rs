@@ -10,6 +10,7 @@
 pub mod build;
 pub mod cache;
 mod cfi;
+mod code;
 pub mod content;
 pub mod elf;
 pub mod format;

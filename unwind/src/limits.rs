@@ -21,6 +21,8 @@ pub struct Limits {
     pub span_bytes: u64,
     /// Bytes of code outside all functions that are searched for signal trampolines.
     pub scanned_bytes: u64,
+    /// Bytes of code outside all functions whose instructions are read; of a file with more of it, none are.
+    pub analyzed_bytes: u64,
     /// Time from the start of the work to giving up.
     pub time: Option<Duration>,
 }
@@ -35,6 +37,7 @@ impl Default for Limits {
             rules: MAX_RULES as u64,
             span_bytes: 4 << 30,
             scanned_bytes: 16 << 20,
+            analyzed_bytes: 1 << 20,
             time: Some(Duration::from_secs(10)),
         }
     }

@@ -105,7 +105,10 @@ ALWAYS_INLINE void take_raw(struct sample_scratch *scratch)
 	scratch->frames[kernel] = scratch->walk.start_pc;
 	for (u32 i = 0; i < RAW_REGISTERS - 1; i++)
 		scratch->frames[kernel + 1 + i] = scratch->walk.registers[i];
-	/* Up to the end of the page, then page by page: behind the end of the stack nothing can be read. */
+	/*
+	 * Up to the end of the page, then page by page. One that cannot be read lies behind the end of the stack, or nothing
+	 * was ever written there (a large array, used in part): zeros, as the helper leaves them, if another one follows.
+	 */
 	at = kernel + RAW_REGISTERS;
 	if (strings > sp && strings - sp < left)
 		left = strings - sp;
@@ -117,11 +120,12 @@ ALWAYS_INLINE void take_raw(struct sample_scratch *scratch)
 		barrier_var(at);
 		if (!part || part > 4096 || at > FRAME_SLOTS - 512)
 			break;
-		if (bpf_probe_read_user(&scratch->frames[at], part, (void *)sp))
-			break;
+		bool present = !bpf_probe_read_user(&scratch->frames[at], part, (void *)sp);
+
 		sp += part;
 		at += part / sizeof(u64);
-		words += part / sizeof(u64);
+		if (present)
+			words = at - kernel;
 		left -= part;
 		part = 4096;
 	}

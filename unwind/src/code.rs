@@ -1,0 +1,517 @@
+//! Rules read off instructions, for x86_64 code that nothing describes: musl, and what it links statically, is built
+//! without unwind information.
+//!
+//! The code is gone through from front to back, and again with what is then known of places that are jumped back to. What
+//! is kept is how far the stack pointer is below the frame address (at a function's entry: 8 bytes, the
+//! return address), by `push`, `pop`, `add`, `sub`, `lea` and the frame-pointer idioms; every branch hands it to its
+//! target. A function is believed only if that distance is 8 again at each of its `ret`s.
+//!
+//! Code that has popped its own return address runs on a stack that was made for it (the child's part of `clone`): it
+//! has no caller.
+use std::collections::{HashMap, HashSet};
+
+use iced_x86::{
+    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
+    Register,
+};
+
+use crate::{
+    format::{Rule, cfa, loc},
+    limits::{Budget, Exceeded},
+};
+
+/// Functions begin there, as far as compilers and assemblers are asked to see to it.
+const ALIGNMENT: u64 = 16;
+/// Each reaches places that only the one before it could tell of.
+const MOST_SWEEPS: usize = 24;
+/// Data between functions looks like ever other functions: from then on what was guessed is not taken back.
+const GUESSING_SWEEPS: usize = 12;
+/// The return address.
+const ENTRY_DISTANCE: i32 = 8;
+
+/// One function and its rows, by address, ascending.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Function {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) rows: Vec<(u64, Rule)>,
+}
+
+/// A range of code that nothing describes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gap<'d> {
+    pub(crate) start: u64,
+    pub(crate) bytes: &'d [u8],
+}
+
+/// What is known where control is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct State {
+    /// From the stack pointer up to the frame address.
+    sp: Option<i32>,
+    /// The same from rbp, while it is a frame pointer.
+    fp: Option<i32>,
+    /// Where the caller's rbp is, from the frame address.
+    saved: Option<i32>,
+}
+
+impl State {
+    const ENTRY: Self = Self { sp: Some(ENTRY_DISTANCE), fp: None, saved: None };
+
+    fn rule(&self) -> Rule {
+        let (cfa_kind, cfa_offset) = match (self.sp, self.fp) {
+            (Some(sp), _) if sp < ENTRY_DISTANCE => return Rule::OUTERMOST,
+            (Some(sp), _) => (cfa::SP, sp),
+            (None, Some(fp)) => (cfa::FP, fp),
+            (None, None) => return Rule::NONE,
+        };
+        let (fp_kind, fp_offset) = self.saved.map_or((loc::SAME, 0), |at| (loc::CFA, at));
+        Rule { cfa_kind, fp_kind, cfa_offset, fp_offset, ..Rule::X86_64_ENTRY }
+    }
+
+    /// What it is behind an instruction with this effect, if control goes on there.
+    fn apply(&mut self, effect: Effect) {
+        match effect {
+            Effect::None => {}
+            Effect::Move(bytes) => self.sp = self.sp.map(|sp| sp.saturating_add(bytes)),
+            Effect::PushFp => {
+                self.apply(Effect::Move(8));
+                if self.saved.is_none() && self.fp.is_none() {
+                    self.saved = self.sp.map(|sp| -sp);
+                }
+            }
+            Effect::PopFp => {
+                self.apply(Effect::Move(-8));
+                self.apply(Effect::RestoreFp);
+            }
+            Effect::StoreFp(at) => {
+                if self.saved.is_none() && self.fp.is_none() {
+                    self.saved = self.sp.map(|sp| at.saturating_sub(sp));
+                }
+            }
+            Effect::RestoreFp => (self.fp, self.saved) = (None, None),
+            Effect::FpIsSp => self.fp = self.sp,
+            Effect::SpIsFp(plus) => self.sp = self.fp.map(|fp| fp.saturating_sub(plus)),
+            Effect::Leave => {
+                self.sp = self.fp;
+                self.apply(Effect::PopFp);
+            }
+            Effect::SpLost => self.sp = None,
+            Effect::FpLost => self.fp = None,
+        }
+    }
+}
+
+/// What an instruction does to a [`State`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Effect {
+    None,
+    /// The stack pointer goes down by so many bytes.
+    Move(i32),
+    PushFp,
+    PopFp,
+    /// rbp to so many bytes above the stack pointer.
+    StoreFp(i32),
+    /// rbp from the stack.
+    RestoreFp,
+    FpIsSp,
+    /// The stack pointer to so many bytes above rbp.
+    SpIsFp(i32),
+    Leave,
+    /// The stack pointer to somewhere.
+    SpLost,
+    /// rbp is used for something else.
+    FpLost,
+}
+
+impl Effect {
+    fn of(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Self {
+        use Register::{RBP, RSP};
+        let (to, from) = (instruction.op0_register(), instruction.op1_register());
+        let distance = instruction.memory_displacement64() as i32;
+        // `[base + displacement]`, without an index.
+        let at = |base: Register| {
+            instruction.memory_base() == base && instruction.memory_index() == Register::None
+        };
+        let is_immediate = matches!(instruction.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64);
+        match instruction.mnemonic() {
+            Mnemonic::Push if to == RBP => Self::PushFp,
+            Mnemonic::Pop if to == RBP => Self::PopFp,
+            Mnemonic::Pop if to == RSP => Self::SpLost,
+            Mnemonic::Sub if to == RSP && is_immediate => Self::Move(instruction.immediate(1) as i32),
+            Mnemonic::Add if to == RSP && is_immediate => {
+                Self::Move((instruction.immediate(1) as i32).wrapping_neg())
+            }
+            Mnemonic::Lea if to == RSP && at(RSP) => Self::Move(distance.wrapping_neg()),
+            Mnemonic::Lea if to == RSP && at(RBP) => Self::SpIsFp(distance),
+            Mnemonic::Mov if to == RBP && from == RSP => Self::FpIsSp,
+            Mnemonic::Mov if to == RSP && from == RBP => Self::SpIsFp(0),
+            Mnemonic::Mov if to == RBP && instruction.op1_kind() == OpKind::Memory && at(RSP) => {
+                Self::RestoreFp
+            }
+            Mnemonic::Mov if from == RBP && instruction.op0_kind() == OpKind::Memory && at(RSP) => {
+                Self::StoreFp(distance)
+            }
+            Mnemonic::Leave => Self::Leave,
+            // What is called takes off what the call has put there, unless it is the next instruction.
+            Mnemonic::Call if instruction.near_branch_target() == instruction.next_ip() => Self::Move(8),
+            Mnemonic::Call => Self::None,
+            _ => {
+                // To ask this first is much faster.
+                let named = |register: Register| {
+                    (0..instruction.op_count())
+                        .any(|n| instruction.op_register(n).full_register() == register)
+                };
+                let mut written = |register: Register| {
+                    named(register)
+                        && info.info(instruction).used_registers().iter().any(|used| {
+                            used.register().full_register() == register
+                                && !matches!(
+                                    used.access(),
+                                    OpAccess::Read | OpAccess::CondRead | OpAccess::None
+                                )
+                        })
+                };
+                match instruction.stack_pointer_increment() {
+                    0 if written(RSP) => Self::SpLost,
+                    0 if written(RBP) => Self::FpLost,
+                    moved => Self::Move(-moved),
+                }
+            }
+        }
+    }
+}
+
+/// Where control goes behind an instruction.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Flow {
+    On,
+    Call,
+    /// There, or on.
+    Branch(u64),
+    /// There.
+    Jump(u64),
+    /// To where a register or a place in memory says.
+    Through,
+    Return,
+    /// Nowhere.
+    End,
+    /// It is no instruction.
+    Wrong,
+}
+
+impl Flow {
+    fn of(instruction: &Instruction) -> Self {
+        let direct = instruction.op0_kind() == OpKind::NearBranch64;
+        match instruction.flow_control() {
+            _ if instruction.is_invalid() => Self::Wrong,
+            _ if instruction.mnemonic() == Mnemonic::Hlt => Self::End,
+            FlowControl::Call | FlowControl::IndirectCall => Self::Call,
+            FlowControl::ConditionalBranch if direct => Self::Branch(instruction.near_branch64()),
+            FlowControl::UnconditionalBranch if direct => Self::Jump(instruction.near_branch64()),
+            FlowControl::UnconditionalBranch | FlowControl::IndirectBranch => Self::Through,
+            FlowControl::Return => Self::Return,
+            FlowControl::Exception => Self::End,
+            _ => Self::On,
+        }
+    }
+
+    /// Whether control never goes on behind it.
+    fn ends(self) -> bool {
+        !matches!(self, Self::On | Self::Call | Self::Branch(_))
+    }
+}
+
+/// What is kept of an instruction.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    ip: u64,
+    effect: Effect,
+    flow: Flow,
+    padding: bool,
+    /// It reads or writes at so many bytes above the stack pointer.
+    above: Option<i32>,
+    /// By a symbol a function begins here.
+    named: bool,
+    /// It is the target of a call, or of what looks like one in the data between functions.
+    called: bool,
+    /// It is the target of a branch.
+    branched_to: bool,
+}
+
+/// The functions of these gaps. `named`: addresses at which functions begin by the file's symbols.
+pub(crate) fn functions(
+    gaps: &[Gap<'_>],
+    named: HashSet<u64>,
+    budget: &mut Budget<'_>,
+) -> Result<Vec<Function>, Exceeded> {
+    let (mut called, mut branched_to) = (HashSet::new(), HashSet::new());
+    let mut code = Vec::with_capacity(gaps.len());
+    let mut info = InstructionInfoFactory::new();
+    for gap in gaps {
+        budget.check()?;
+        let mut steps = Vec::new();
+        for instruction in decode(*gap) {
+            let flow = Flow::of(&instruction);
+            match flow {
+                Flow::Call if instruction.op0_kind() == OpKind::NearBranch64 => {
+                    let target = instruction.near_branch64();
+                    called.extend(Some(target).filter(|target| *target != instruction.next_ip()));
+                }
+                Flow::Branch(target) | Flow::Jump(target) => _ = branched_to.insert(target),
+                _ => {}
+            }
+            steps.push(Step {
+                ip: instruction.ip(),
+                effect: Effect::of(&instruction, &mut info),
+                flow,
+                padding: matches!(instruction.mnemonic(), Mnemonic::Nop | Mnemonic::Int3),
+                above: (instruction.memory_base() == Register::RSP)
+                    .then_some(instruction.memory_displacement64() as i32),
+                named: named.contains(&instruction.ip()),
+                called: false,
+                branched_to: false,
+            });
+        }
+        code.push((gap.start, gap.start.saturating_add(gap.bytes.len() as u64), steps));
+    }
+    for step in code.iter_mut().flat_map(|(_, _, steps)| steps) {
+        (step.called, step.branched_to) = (called.contains(&step.ip), branched_to.contains(&step.ip));
+    }
+    let mut sweep = Sweep { named, ..Sweep::default() };
+    for round in 0..MOST_SWEEPS {
+        let (known, inside) = (sweep.known.len(), sweep.inside.len());
+        sweep.found.clear();
+        for (start, end, steps) in &code {
+            budget.check()?;
+            sweep.go_through(*start, *end, steps);
+        }
+        if sweep.inside.len() != inside && round < GUESSING_SWEEPS {
+            // What came from taking the inside of a function for another one is not to be relied on.
+            sweep.known.clear();
+        } else if sweep.known.len() == known {
+            break;
+        }
+    }
+    // Those that were found to be none, too late to take back what came of it.
+    sweep.found.retain(|function| !sweep.inside.contains(&function.start));
+    Ok(sweep.found)
+}
+
+fn decode(gap: Gap<'_>) -> impl Iterator<Item = Instruction> {
+    let mut decoder = Decoder::with_ip(64, gap.bytes, gap.start, DecoderOptions::NONE);
+    std::iter::from_fn(move || decoder.can_decode().then(|| decoder.decode()))
+}
+
+#[derive(Debug, Default)]
+struct Sweep {
+    named: HashSet<u64>,
+    /// At the targets of branches.
+    known: HashMap<u64, State>,
+    /// Looked like the begin of a function, and are not.
+    inside: HashSet<u64>,
+    found: Vec<Function>,
+}
+
+/// A function that is being gone through.
+struct Open {
+    start: u64,
+    /// Nobody calls it or names it.
+    guessed: bool,
+    rows: Vec<(u64, Rule)>,
+    /// The distance was another one at a `ret`.
+    wrong: bool,
+    /// At a jump through a table: what is behind it and nobody else jumps to is one of its places.
+    table: Option<State>,
+    /// Where it had most on the stack: behind its entry, and so wherever a table jumps to.
+    body: State,
+}
+
+impl Open {
+    fn at(start: u64, guessed: bool) -> Self {
+        Self { start, guessed, rows: Vec::new(), wrong: false, table: None, body: State::ENTRY }
+    }
+}
+
+impl Sweep {
+    fn go_through(&mut self, start: u64, end: u64, steps: &[Step]) {
+        let mut open = Open::at(start, !self.named.contains(&start));
+        let mut state = Some(State::ENTRY);
+        // Of the last instruction that is no padding: whether it was a call, and whether nothing comes behind it.
+        let (mut after_padding, mut after_call, mut ended) = (true, false, true);
+        for step in steps {
+            let Step { ip, flow, padding, .. } = *step;
+            let aligned = ip % ALIGNMENT == 0;
+            let called = step.called && (state.is_none() || after_padding || after_call);
+            // Nobody comes here from before: it is a function, or a place of the last table.
+            let unreached = state.is_none() && ended && (aligned || after_padding) && open.table.is_none();
+            let after_no_return = after_call && after_padding && aligned;
+            let begins = step.named
+                || called
+                || (unreached || after_no_return)
+                    && !padding
+                    && !step.branched_to
+                    && !self.inside.contains(&ip);
+            if begins {
+                let guessed = !called && !step.named;
+                self.close(std::mem::replace(&mut open, Open::at(ip, guessed)), ip);
+                state = Some(State::ENTRY);
+            } else if step.branched_to {
+                state = self.known.get(&ip).copied().or(state);
+            } else if state.is_none() && !padding {
+                state = if self.inside.contains(&ip) { Some(open.body) } else { open.table };
+            }
+            let rule = state.map_or(Rule::NONE, |state| state.rule());
+            if !(padding && state.is_none()) && open.rows.last().is_none_or(|(_, last)| *last != rule) {
+                open.rows.push((ip, rule));
+            }
+            if !padding {
+                (after_call, ended) = (flow == Flow::Call, flow.ends());
+            }
+            after_padding = padding;
+            let Some(now) = &mut state else { continue };
+            let here = *now;
+            if here.sp > open.body.sp {
+                open.body = here;
+            }
+            // It looks at what is on the stack above its own return address.
+            if open.guessed && step.above.zip(here.sp).is_some_and(|(above, sp)| above >= sp) {
+                self.inside.insert(open.start);
+            }
+            now.apply(step.effect);
+            match flow {
+                Flow::Branch(target) | Flow::Jump(target) if !self.named.contains(&target) => {
+                    let known = self.known.entry(target).or_insert(here);
+                    if known.sp != here.sp && open.guessed {
+                        self.inside.insert(open.start);
+                    }
+                }
+                // With nothing on the stack it is a call that does not come back.
+                Flow::Through => open.table = Some(here).filter(|here| here.sp != Some(ENTRY_DISTANCE)),
+                Flow::Return => open.wrong |= here.sp != Some(ENTRY_DISTANCE),
+                Flow::Wrong => open.wrong = true,
+                _ => {}
+            }
+            if flow.ends() {
+                state = None;
+            }
+        }
+        // Nothing is there for it to go on to: that was no code.
+        open.wrong |= state.is_some() && !after_call;
+        self.close(open, end);
+    }
+
+    fn close(&mut self, open: Open, end: u64) {
+        let Open { start, rows, wrong, .. } = open;
+        if !wrong && start < end && rows.iter().any(|(_, rule)| *rule != Rule::NONE) {
+            self.found.push(Function { start, end, rows });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        build::{Options, build_bytes},
+        elf::Elf,
+        limits::Limits,
+    };
+
+    const AT: u64 = 0x1000;
+
+    fn all(gaps: &[Gap<'_>], named: HashSet<u64>) -> Vec<Function> {
+        let limits = Limits::default();
+        functions(gaps, named, &mut Budget::new(&limits, None)).unwrap()
+    }
+
+    fn rows(code: &[u8]) -> Vec<(u64, u8, i32)> {
+        let found = all(&[Gap { start: AT, bytes: code }], HashSet::new());
+        let rows = found.iter().flat_map(|function| &function.rows);
+        rows.map(|(at, rule)| (at - AT, rule.ra_kind, rule.cfa_offset)).collect()
+    }
+
+    #[test]
+    fn pushes_and_pops_are_followed_into_both_arms_of_a_branch() {
+        // push rbx; sub rsp, 16; test edi, edi; je +6; add rsp, 16; pop rbx; ret; add rsp, 16; pop rbx; ret
+        let code = [
+            0x53, 0x48, 0x83, 0xec, 0x10, 0x85, 0xff, 0x74, 0x06, 0x48, 0x83, 0xc4, 0x10, 0x5b, 0xc3, 0x48,
+            0x83, 0xc4, 0x10, 0x5b, 0xc3,
+        ];
+        let caller = loc::CFA;
+        let expected = [(0, 8), (1, 16), (5, 32), (13, 16), (14, 8), (15, 32), (19, 16), (20, 8)];
+        assert_eq!(rows(&code), expected.map(|(at, distance)| (at, caller, distance)));
+    }
+
+    #[test]
+    fn a_function_that_returns_from_elsewhere_is_not_believed() {
+        // push rbx; ret
+        assert_eq!(rows(&[0x53, 0xc3]), []);
+        // and rsp, -16; ret: nobody knows where it is then
+        assert_eq!(rows(&[0x48, 0x83, 0xe4, 0xf0, 0xc3]), []);
+    }
+
+    #[test]
+    fn who_has_popped_its_return_address_has_no_caller() {
+        // xor ebp, ebp; pop rdi; call *r9; mov edi, eax; hlt: musl's clone, in the child
+        let found = rows(&[0x31, 0xed, 0x5f, 0x41, 0xff, 0xd1, 0x89, 0xc7, 0xf4]);
+        assert_eq!(found, [(0, loc::CFA, 8), (3, loc::UNDEFINED, 0)]);
+    }
+
+    #[test]
+    fn any_bytes_end() {
+        let mut bytes = Vec::new();
+        let mut random = 1_u64;
+        for _ in 0..1 << 16 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            bytes.push((random >> 56) as u8);
+        }
+        all(&[Gap { start: AT, bytes: &bytes }], HashSet::new());
+        all(&[Gap { start: u64::MAX - 100, bytes: &bytes[..100] }], HashSet::new());
+    }
+
+    /// The C library of this system describes itself: what its instructions tell has to be the same.
+    #[test]
+    fn instructions_tell_what_the_c_library_says_of_itself() {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let path = maps
+            .lines()
+            .filter_map(|line| line.split_whitespace().last())
+            .find(|path| path.contains("libc.so"));
+        let Some(path) = path.filter(|_| cfg!(target_arch = "x86_64")) else { return };
+        let bytes = std::fs::read(path).unwrap();
+        let limits = Limits::default();
+        let told = build_bytes(&bytes, &Options::new("libc", &limits)).unwrap().table;
+        let elf = Elf::parse(&bytes[..], &limits).unwrap();
+        let gaps: Vec<_> = elf
+            .code()
+            .into_iter()
+            .map(|(start, end)| Gap { start, bytes: elf.bytes_at(start, end - start).unwrap() })
+            .collect();
+        let starts = crate::build::function_symbols(&elf, &elf.code());
+        let found = all(&gaps, starts);
+        let (mut same, mut other, mut unknown) = (0_u64, 0_u64, 0_u64);
+        for instruction in gaps.iter().flat_map(|gap| decode(*gap)) {
+            let at = instruction.ip();
+            let Some(said) = told.lookup(at).filter(|rule| *rule != Rule::NONE) else { continue };
+            let function =
+                found.partition_point(|function| function.start <= at).checked_sub(1).map(|n| &found[n]);
+            let rule = function.filter(|function| at < function.end).and_then(|function| {
+                function.rows[..function.rows.partition_point(|(row, _)| *row <= at)].last()
+            });
+            match rule.map(|(_, rule)| *rule).filter(|rule| *rule != Rule::NONE) {
+                None => unknown += 1,
+                Some(rule) if (rule.cfa_kind, rule.cfa_offset) == (said.cfa_kind, said.cfa_offset) => {
+                    same += 1;
+                }
+                // One of them by rbp: both may be right.
+                Some(rule) if rule.cfa_kind != said.cfa_kind => {}
+                Some(_) => other += 1,
+            }
+        }
+        println!("{same} instructions alike, {other} not, {unknown} not told of");
+        assert!(same > 100_000, "{same} alike");
+        assert!(other * 200 <= same, "{other} other than {same}");
+        assert!(unknown * 10 <= same, "{unknown} unknown beside {same}");
+    }
+}
