@@ -130,6 +130,10 @@ for name in sets:
         problems.append(f"{name}: a field that Kubernetes {kubernetes} does not know")
     if values == "default":
         restricted(name, objects)
+    if values == "everything":
+        agent = next(o for o in objects if o["kind"] == "DaemonSet")["spec"]["template"]["spec"]
+        if "SYS_ADMIN" not in agent["containers"][0]["securityContext"]["capabilities"]["add"]:
+            problems.append(f"{name}: agent.sysAdmin does not add SYS_ADMIN")
     # What was made for a version must hold until the next for which it was made.
     for version in VERSIONS:
         if max((k for k in MADE_FOR if number(k) <= number(version)), key=number) != kubernetes:

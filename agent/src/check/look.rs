@@ -227,20 +227,31 @@ fn ring_buffer() -> Check {
 
 fn perf_clock() -> Check {
     let paranoid = fs::read_to_string("/proc/sys/kernel/perf_event_paranoid").unwrap_or_default();
-    let paranoid = paranoid.trim();
-    match open_perf_clock() {
+    judge_perf_clock(open_perf_clock(), paranoid.trim(), CapabilitySet::effective())
+}
+
+/// Kernels of Debian and Ubuntu know levels above 2, at which they ask for `CAP_SYS_ADMIN`, and answer EACCES.
+fn judge_perf_clock(opened: std::io::Result<()>, paranoid: &str, set: CapabilitySet) -> Check {
+    let error = match opened {
         Ok(()) => {
-            Check::ok("perf_clock", format!("opened on CPU 0 (kernel.perf_event_paranoid is {paranoid})"))
+            return Check::ok(
+                "perf_clock",
+                format!("opened on CPU 0 (kernel.perf_event_paranoid is {paranoid})"),
+            );
         }
-        Err(error) => Check::fail(
-            "perf_clock",
-            format!(
-                "the CPU clock of perf cannot be opened: {error} (kernel.perf_event_paranoid is {paranoid})"
-            ),
-            "run as root or with CAP_PERFMON, let no seccomp profile forbid perf_event_open(2), \
-             or lower kernel.perf_event_paranoid",
-        ),
-    }
+        Err(error) => error,
+    };
+    let restricted = paranoid.parse().is_ok_and(|level: i32| level > 2);
+    let cure = if error.raw_os_error() == Some(libc::EACCES) && restricted && !set.holds(SYS_ADMIN) {
+        "run with CAP_SYS_ADMIN (the chart's agent.sysAdmin), or sysctl kernel.perf_event_paranoid=2: \
+         above that, this kernel lets nobody else sample, whatever CAP_PERFMON says"
+    } else {
+        "run as root or with CAP_PERFMON, let no seccomp profile forbid perf_event_open(2), \
+         or lower kernel.perf_event_paranoid"
+    };
+    let seen =
+        format!("the CPU clock of perf cannot be opened: {error} (kernel.perf_event_paranoid is {paranoid})");
+    Check::fail("perf_clock", seen, cure)
 }
 
 fn open_perf_clock() -> std::io::Result<()> {
@@ -501,6 +512,24 @@ mod tests {
         let files = judge_file_access(admin);
         assert_eq!(files.state, State::Warning);
         assert!(files.cure.contains("CAP_SYS_PTRACE") && !files.cure.contains("CHECKPOINT"), "{files:?}");
+    }
+
+    #[rstest]
+    #[case(libc::EACCES, "3", 1 << PERFMON.1, true)]
+    #[case(libc::EACCES, "4", 1 << PERFMON.1, true)]
+    #[case(libc::EACCES, "2", 0, false)]
+    #[case(libc::EPERM, "3", 1 << PERFMON.1, false)]
+    #[case(libc::EACCES, "3", 1 << SYS_ADMIN.1, false)]
+    fn who_may_sample_on_kernels_that_restrict_it_is_told(
+        #[case] error: i32,
+        #[case] paranoid: &str,
+        #[case] set: u64,
+        #[case] admin: bool,
+    ) {
+        let refused = Err(std::io::Error::from_raw_os_error(error));
+        let check = judge_perf_clock(refused, paranoid, CapabilitySet(set));
+        assert_eq!(check.state, State::Fail);
+        assert_eq!(check.cure.contains("CAP_SYS_ADMIN"), admin, "{check:?}");
     }
 
     #[rstest]

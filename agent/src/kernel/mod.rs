@@ -176,9 +176,7 @@ pub enum KernelError {
         source: libbpf_rs::Error,
     },
     /// The clock of a CPU could not be opened.
-    #[error(
-        "cannot open the clock of CPU {cpu}: {source}; CAP_PERFMON is needed, or kernel.perf_event_paranoid below 3"
-    )]
+    #[error("cannot open the clock of CPU {cpu}: {source}; `gannet-agent check` tells what is missing")]
     PerfEvent {
         /// Which.
         cpu: u32,

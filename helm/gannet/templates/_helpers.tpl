@@ -51,6 +51,28 @@ app.kubernetes.io/part-of: gannet
 {{- if $i.digest }}@{{ $i.digest }}{{ else }}:{{ $i.tag | default .root.Chart.AppVersion }}{{ end }}
 {{- end }}
 
+{{- /*
+The kernels of Debian and Ubuntu know levels of kernel.perf_event_paranoid above 2, which are their default, and ask for
+SYS_ADMIN then, not for PERFMON. A cluster can only be asked by `helm install` and `upgrade`, not by `helm template`.
+*/}}
+{{- define "gannet.agent.capabilities" -}}
+{{- $all := .Values.agent.capabilities -}}
+{{- $mode := toString .Values.agent.sysAdmin -}}
+{{- $admin := eq $mode "true" -}}
+{{- if eq $mode "auto" -}}
+{{- range (lookup "v1" "Node" "" "").items -}}
+{{- $kernel := .status.nodeInfo.kernelVersion -}}
+{{- if and (contains "Debian" .status.nodeInfo.osImage) (regexMatch "-(amd64|arm64)$" $kernel) -}}
+{{- $admin = true -}}
+{{- else if and (contains "Ubuntu" .status.nodeInfo.osImage) (regexMatch "-(generic|lowlatency|aws|azure|gcp|gke|gkeop|ibm|kvm|nvidia|oracle|raspi)" $kernel) -}}
+{{- $admin = true -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and $admin (not (has "SYS_ADMIN" $all)) }}{{ $all = append $all "SYS_ADMIN" }}{{ end -}}
+{{- toJson $all -}}
+{{- end }}
+
 {{- define "gannet.agent.serviceAccount" -}}
 {{- if .Values.agent.serviceAccount.create -}}{{ .Values.agent.serviceAccount.name | default (include "gannet.agent" .) }}
 {{- else -}}{{ .Values.agent.serviceAccount.name | default "default" }}{{- end -}}
