@@ -128,8 +128,8 @@ fn every_tick_that_hits_one_of_many_processes_is_a_whole_stack() {
         .runtime
         .block_on(machine.engine.inspect(|inside| {
             inside.kernel.set_sampling(false);
-            // A tick that has begun is over in microseconds.
-            std::thread::sleep(Duration::from_millis(20));
+            // A tick that has begun is over in microseconds; on an emulated machine, later.
+            std::thread::sleep(Duration::from_millis(200));
             (inside.kernel.counters().unwrap(), ())
         }))
         .unwrap();

@@ -246,6 +246,26 @@ pub struct Kernel {
 struct Queue {
     events: Vec<Event>,
     undecodable: u64,
+    /// Of the ring, that one reading may still take.
+    left_bytes: usize,
+}
+
+/// What `ring_buffer__consume` is told, and answers, when a reading is to end.
+const ENOUGH: i32 = -libc::ECANCELED;
+
+impl Queue {
+    /// Takes one record of the ring. [`ENOUGH`]: it is the last one of this reading.
+    fn take(&mut self, bytes: &[u8]) -> i32 {
+        match Event::decode(bytes) {
+            Ok(event) => self.events.push(event),
+            Err(error) => {
+                self.undecodable += 1;
+                tracing::debug!("undecodable event: {error}");
+            }
+        }
+        self.left_bytes = self.left_bytes.saturating_sub(bytes.len());
+        if self.left_bytes == 0 { ENOUGH } else { 0 }
+    }
 }
 
 /// What a process is to be sampled for: rules by slot, and the time between two ticks.
@@ -447,7 +467,13 @@ impl Kernel {
     /// for nothing.
     pub fn read(&mut self) -> Result<Vec<Event>, KernelError> {
         let begun_ns = boot_clock_ns();
-        self.ring.consume().map_err(KernelError::Ring)?;
+        // No more than it can have held: where this process gets too little of a CPU, what is written meanwhile would
+        // never come to an end.
+        self.queue.borrow_mut().left_bytes = self.options.ring_bytes as usize;
+        let result = self.ring.consume_raw();
+        if result < 0 && result != ENOUGH {
+            return Err(KernelError::Ring(libbpf_rs::Error::from_raw_os_error(-result)));
+        }
         let events = std::mem::take(&mut self.queue.borrow_mut().events);
         let Some(mappings) = &mut self.mappings else { return Ok(events) };
         // Read behind the ring: whatever was mapped before one of its samples is there.
@@ -833,17 +859,7 @@ impl Loaded {
         let writer = Rc::clone(&queue);
         let mut builder = RingBufferBuilder::new();
         builder
-            .add(&skeleton.maps.events, move |bytes| {
-                let mut queue = writer.borrow_mut();
-                match Event::decode(bytes) {
-                    Ok(event) => queue.events.push(event),
-                    Err(error) => {
-                        queue.undecodable += 1;
-                        tracing::debug!("undecodable event: {error}");
-                    }
-                }
-                0
-            })
+            .add(&skeleton.maps.events, move |bytes| writer.borrow_mut().take(bytes))
             .map_err(KernelError::Ring)?;
         let ring = builder.build().map_err(KernelError::Ring)?;
         let shared = unwinding::SharedTables {
@@ -1016,6 +1032,16 @@ fn bytes_of<T: MapValue>(value: &T) -> &[u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reading_ends_when_it_has_taken_a_whole_ring() {
+        let mut queue = Queue { left_bytes: 100, ..Queue::default() };
+        assert_eq!(
+            (queue.take(&[0xff; 60]), queue.take(&[0xff; 60]), queue.take(&[0xff; 60])),
+            (0, ENOUGH, ENOUGH)
+        );
+        assert_eq!(queue.undecodable, 3);
+    }
 
     #[test]
     fn an_exact_name_is_a_longer_key_than_its_prefix() {
