@@ -361,8 +361,8 @@ fn r37_in_the_middle_of_execve_there_is_no_user_stack() {
     let count =
         |stacks: &mut dyn Iterator<Item = &(Vec<String>, u64)>| stacks.map(|(_, count)| count).sum::<u64>();
     let (all, wrong_ones) = (count(&mut taken.iter().copied()), count(&mut wrong.iter().copied().copied()));
-    // Between the last mapping and the new registers are some dozen instructions more.
-    assert!(all >= 20 && wrong_ones * 20 <= all, "{wrong_ones} of {all}: {wrong:?}");
+    // Between the last mapping and the new registers are some dozen instructions more: emulated, they take 8 % of it.
+    assert!(all >= 20 && wrong_ones * 8 <= all, "{wrong_ones} of {all}: {wrong:?}");
     // Nor is there anything of what waited for the word to become the command.
     assert!(recording.stacks.iter().all(|(stack, _)| stack[0] == COMM), "{:?}", recording.stacks);
 }
