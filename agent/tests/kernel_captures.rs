@@ -267,15 +267,25 @@ async fn exec_arms_from_the_first_tick_and_for_no_longer_than_asked() {
     }
     let pid = |running: &Running| running.0.id();
     until("two of them", 30, || profiles.of("at-exec", "exec").len() >= 2).await;
+    // They end: what is counted grows no more, however late a slow machine hands it over.
+    let mut taken = profiles.of("at-exec", "exec");
+    let begun = Instant::now();
+    loop {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let now = profiles.of("at-exec", "exec");
+        if now == taken {
+            break;
+        }
+        taken = now;
+        assert!(begun.elapsed() < Duration::from_secs(60), "they do not end: {taken:?}");
+    }
+    // Two seconds at 99 Hz, and what is begun of a third.
+    assert!(taken.values().all(|samples| *samples <= 250), "{taken:?}");
     // As many as may run at one time: the third and the one before are none of them.
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    let taken = profiles.of("at-exec", "exec");
     // Any two: who was started first may reach the end of its execve last.
     let all: Vec<u32> = started.iter().map(pid).collect();
     assert!(taken.len() == 2 && taken.keys().all(|pid| all.contains(pid)), "{taken:?} of {all:?}");
     assert!(!taken.contains_key(&pid(&before)));
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    assert_eq!(profiles.of("at-exec", "exec"), taken, "they are over");
     // The next one, while there is room again; a child of it is part of the same capture.
     let next = Running::start(Command::new(&program).args(["spin", "1000"]));
     until("the next one", 30, || profiles.of("at-exec", "exec").contains_key(&pid(&next))).await;
