@@ -168,7 +168,7 @@ fn r25_r26_readiness_says_what_is_not_heard_of() {
 }
 
 #[test]
-fn r44_r45_arguments_and_environment_are_in_no_page_no_log_and_not_in_memory() {
+fn r45_r44_arguments_and_environment_are_in_no_page_no_log_and_not_in_memory() {
     let canary = canary();
     let directory = tempfile::tempdir().unwrap();
     let other = life_as(directory.path(), "gannet-other");

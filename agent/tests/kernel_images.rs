@@ -141,7 +141,7 @@ fn name_of(path: &str) -> &str {
 }
 
 #[test]
-fn r37_r38_r39_samples_from_before_an_exec_keep_the_old_image_in_every_kind_of_profile() {
+fn r38_r37_r39_samples_from_before_an_exec_keep_the_old_image_in_every_kind_of_profile() {
     let directory = tempfile::tempdir().unwrap();
     let (old, new) = ("gannet-old", "gannet-new");
     let (first, second) = (life_as(directory.path(), old), life_as(directory.path(), new));
@@ -217,7 +217,7 @@ fn r33_r34_processes_of_30_ms_carry_executable_container_and_code() {
 }
 
 #[test]
-fn r27_r36_two_lives_of_one_number_have_each_their_own_image() {
+fn r36_r27_two_lives_of_one_number_have_each_their_own_image() {
     let directory = tempfile::tempdir().unwrap();
     let (first, second) =
         (life_as(directory.path(), "gannet-first"), life_as(directory.path(), "gannet-second"));
@@ -336,7 +336,10 @@ fn r39_a_new_image_is_known_within_100_ms() {
                 alive.find(|p| p.key.process.tgid == pid).map(|p| (p.comm.clone(), p.image.mappings.len()))
             });
             match known {
-                Some((comm, mappings)) if comm == "gannet-new" && mappings > 0 => break,
+                Some((comm, mappings)) if comm == "gannet-new" => {
+                    assert!(mappings > 0, "its mappings come with it");
+                    break;
+                }
                 _ => assert!(begun.elapsed() < PATIENCE, "{known:?}"),
             }
             thread::sleep(Duration::from_millis(1));
@@ -361,8 +364,8 @@ fn r37_in_the_middle_of_execve_there_is_no_user_stack() {
     let count =
         |stacks: &mut dyn Iterator<Item = &(Vec<String>, u64)>| stacks.map(|(_, count)| count).sum::<u64>();
     let (all, wrong_ones) = (count(&mut taken.iter().copied()), count(&mut wrong.iter().copied().copied()));
-    // Between the last mapping and the new registers are some dozen instructions more: emulated, they take 8 % of it.
-    assert!(all >= 20 && wrong_ones * 8 <= all, "{wrong_ones} of {all}: {wrong:?}");
+    // Between the last mapping and the new registers are some dozen instructions more.
+    assert!(all >= 20 && wrong_ones * 20 <= all, "{wrong_ones} of {all}: {wrong:?}");
     // Nor is there anything of what waited for the word to become the command.
     assert!(recording.stacks.iter().all(|(stack, _)| stack[0] == COMM), "{:?}", recording.stacks);
 }

@@ -16,6 +16,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicBool;
 
 use gimli::{BaseAddresses, DebugFrame, EhFrame, LittleEndian};
+use object::elf::{STT_FUNC, Sym64};
+use object::pod::slice_from_bytes;
 use object::read::ReadRef;
 
 use crate::cfi::{self, Entries, Oddities, Slice};
@@ -648,7 +650,6 @@ const SYMBOL_BYTES: u64 = 16 << 20;
 
 /// Where functions begin within these ranges, as far as the symbol tables say so: they only help.
 pub(crate) fn function_symbols<'d, R: ReadRef<'d>>(elf: &Elf<'d, R>, ranges: &[(u64, u64)]) -> HashSet<u64> {
-    const ENTRY: usize = 24;
     let inside = |address: &u64| {
         let before = ranges.partition_point(|(start, _)| start <= address);
         before.checked_sub(1).is_some_and(|n| *address < ranges[n].1)
@@ -657,10 +658,10 @@ pub(crate) fn function_symbols<'d, R: ReadRef<'d>>(elf: &Elf<'d, R>, ranges: &[(
     let small = tables.filter(|section| section.bytes <= SYMBOL_BYTES);
     let mut starts = HashSet::new();
     for bytes in small.filter_map(|section| elf.section_data(section).ok()) {
-        // Type in the low half of byte 4 (2: function), value from byte 8 on.
-        let functions = bytes.chunks_exact(ENTRY).filter(|symbol| symbol[4] & 15 == 2);
-        let values =
-            functions.filter_map(|symbol| Some(u64::from_le_bytes(symbol.get(8..16)?.try_into().ok()?)));
+        let whole = bytes.len() / size_of::<Sym64<object::LittleEndian>>();
+        let symbols = slice_from_bytes::<Sym64<_>>(&bytes, whole).map_or(&[][..], |(symbols, _)| symbols);
+        let functions = symbols.iter().filter(|symbol| symbol.st_type() == STT_FUNC);
+        let values = functions.map(|symbol| symbol.st_value.get(object::LittleEndian));
         starts.extend(values.filter(inside));
     }
     starts
