@@ -65,6 +65,20 @@ impl Machine {
             .unwrap()
     }
 
+    /// What was counted when no tick was at work; then sampling goes on, or not.
+    fn stand_still(&self, go_on: bool) -> Counters {
+        self.runtime
+            .block_on(self.engine.inspect(move |inside| {
+                inside.kernel.set_sampling(false);
+                // A tick that has begun is over in microseconds; on an emulated machine, later.
+                std::thread::sleep(Duration::from_millis(200));
+                let counters = inside.kernel.counters().unwrap();
+                inside.kernel.set_sampling(go_on);
+                counters
+            }))
+            .unwrap()
+    }
+
     /// Stops sampling, and gives what was seen of processes of this command name, and how much is lost.
     fn finish(self, comm: &str) -> (Vec<RawProcess>, u64) {
         self.engine.stop();
@@ -123,18 +137,14 @@ fn every_tick_that_hits_one_of_many_processes_is_a_whole_stack() {
         (0..wakers()).map(|_| quietly(Command::new(&waker).args(&libraries))).collect();
     let machine = Machine::start(KernelOptions::default());
     machine.sample(Match { comm: vec!["*".into()], ..Match::default() }, 199);
+    // From when the rule is in force: the clocks tick a little earlier.
+    let before = machine.stand_still(true);
     std::thread::sleep(Duration::from_secs(6));
-    let (counters, ..) = machine
-        .runtime
-        .block_on(machine.engine.inspect(|inside| {
-            inside.kernel.set_sampling(false);
-            // A tick that has begun is over in microseconds; on an emulated machine, later.
-            std::thread::sleep(Duration::from_millis(200));
-            (inside.kernel.counters().unwrap(), ())
-        }))
-        .unwrap();
-    assert_eq!(counters.taken, counters.ticks - counters.idle_ticks, "every tick that hit a process");
-    assert_eq!(counters.taken, counters.sent);
+    let after = machine.stand_still(false);
+    let (taken, sent) = (after.taken - before.taken, after.sent - before.sent);
+    let hits = (after.ticks - before.ticks) - (after.idle_ticks - before.idle_ticks);
+    assert_eq!(taken, hits, "every tick that hit a process");
+    assert_eq!(taken, sent);
     let (found, lost) = machine.finish("waker");
     assert_eq!(lost, 0);
     let mut all = 0;
