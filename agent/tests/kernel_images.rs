@@ -16,7 +16,7 @@ use std::{
 use common::{
     cgroup::{ENTER, Group},
     life::{COMM, life, life_as, run},
-    program, record,
+    program, record, slower,
 };
 use gannet_agent::{
     engine::{Engine, EngineOptions, Inside, Window},
@@ -372,8 +372,8 @@ fn r37_in_the_middle_of_execve_there_is_no_user_stack() {
 
 #[test]
 fn r46_what_is_queued_when_a_process_ends_is_in_the_output() {
-    let watch = Watch::of(&[COMM], 999, &[], KernelOptions::default());
-    let mut child = Command::new(life()).args(["spin", "2500"]).spawn().unwrap();
+    let watch = Watch::of(&[COMM], 999 / slower(), &[], KernelOptions::default());
+    let mut child = Command::new(life()).args(["spin", &(2500 * slower()).to_string()]).spawn().unwrap();
     let pid = child.id();
     watch.wait_for("the kernel side walks its stacks", move |inside| {
         let keys: Vec<_> =
@@ -401,7 +401,13 @@ fn r34_a_storm_of_short_processes_is_seen_whole() {
     let child = directory.path().join("storm-child");
     std::fs::copy(&storm, &child).unwrap();
     let watch = Watch::of(&["storm-child"], 499, &[], KernelOptions::default());
-    let output = Command::new(&storm).args(["100", "3"]).arg(&child).arg("4").output().unwrap();
+    let (a_second, seconds) = (100 / slower(), 3 * slower());
+    let output = Command::new(&storm)
+        .args([a_second.to_string(), seconds.to_string()])
+        .arg(&child)
+        .arg("4")
+        .output()
+        .unwrap();
     assert!(output.status.success(), "{output:?}");
     let account: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let window = watch.end();

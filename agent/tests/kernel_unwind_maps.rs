@@ -61,7 +61,7 @@ fn the_verifier_is_far_from_its_limit() {
         };
         for program in loaded.attach().unwrap().programs() {
             let instructions = verified[program.name];
-            println!("verified {}: {instructions} instructions", program.name);
+            eprintln!("verified {}: {instructions} instructions", program.name);
             assert!((1..500_000).contains(&instructions), "{program:?}: {verified:?}");
             // Kernels before 5.16 count, and do not say so here.
             assert!([0, instructions].contains(&program.verified_instructions), "{program:?}: {verified:?}");

@@ -11,7 +11,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use common::{Language, Recording, Running, in_order, is_marked, program, program_in, record};
+use common::{Language, Recording, Running, in_order, is_marked, program, program_in, record_for};
 
 /// Samples that may be odd: one of a thousand.
 const MOST_ODD: u64 = 1000;
@@ -70,10 +70,9 @@ impl Case {
 #[track_caller]
 fn check(cases: &[Case], seconds: u32, least: u64) {
     let pids: Vec<String> = cases.iter().map(|case| case.running.0.id().to_string()).collect();
-    let duration = format!("{seconds}s");
-    let mut arguments = vec!["--duration", &duration, "--pid"];
+    let mut arguments = vec!["--pid"];
     arguments.extend(pids.iter().map(String::as_str));
-    let recording = record(499, &arguments);
+    let recording = record_for(seconds, 499, &arguments);
     assert_eq!(recording.lost.values().sum::<u64>(), 0, "{:?}", recording.lost);
     let faults: Vec<String> = cases.iter().filter_map(|case| case.fault(&recording, least)).collect();
     assert!(faults.is_empty(), "{}\n{}", faults.join("\n"), recording.log);
@@ -119,7 +118,7 @@ fn r53_inside_musl_stacks_are_whole() {
     for (name, flags) in [("in-musl", &MUSL[..]), ("in-musl-static", &[&MUSL[..], &["-static"]].concat())] {
         let running = Running::start(&mut Command::new(program(name, IN_MUSL, flags)));
         let pid = running.0.id().to_string();
-        let recording = record(199, &["--duration", "4s", "--pid", &pid]);
+        let recording = record_for(4, 199, &["--pid", &pid]);
         let (mut whole, mut all, mut inside, mut odd) = (0, 0, 0, Vec::new());
         for (stack, count) in &recording.stacks {
             all += count;
@@ -248,9 +247,9 @@ fn r47_r48_r53_other_languages_are_whole_and_a_library_opened_late_is_named() {
         Case::of("go-plain", go, "main.spin", &["runtime.goexit", "main.first", "main.second", "main.spin"]),
     ];
     let pids: Vec<String> = cases.iter().map(|case| case.running.0.id().to_string()).collect();
-    let mut arguments = vec!["--duration", "9s", "--pid"];
+    let mut arguments = vec!["--pid"];
     arguments.extend(pids.iter().map(String::as_str));
-    let recording = record(499, &arguments);
+    let recording = record_for(9, 499, &arguments);
     let mut faults: Vec<String> = cases.iter().filter_map(|case| case.fault(&recording, 30)).collect();
     let whole = |stack: &[String]| {
         in_order(stack, &["_start", "main", "plugin_outer", "plugin_spin"]) && !is_marked(stack)
@@ -411,7 +410,7 @@ fn r54_a_32_bit_program_is_named_as_what_it_is() {
     let flags = ["-m32", "-nostdlib", "-static", "-g0"];
     let file = program("narrow", "void _start(void) { for (;;) ; }\n", &flags);
     let running = Running::start(&mut Command::new(file));
-    let recording = record(199, &["--duration", "2s", "--pid", &running.0.id().to_string()]);
+    let recording = record_for(2, 199, &["--pid", &running.0.id().to_string()]);
     let (named, all) = recording.share("[32-bit program]", |_| true);
     assert!(all >= 20 && named == all, "{recording:?}");
     assert_eq!(all, recording.delivered, "{recording:?}");
@@ -441,7 +440,7 @@ fn r50_a_library_of_a_million_rows_unwinds() {
         &["-ldl"],
     );
     let running = Running::start(Command::new(host).arg(library));
-    let recording = record(199, &["--duration", "4s", "--pid", &running.0.id().to_string()]);
+    let recording = record_for(4, 199, &["--pid", &running.0.id().to_string()]);
     let whole = |stack: &[String]| in_order(stack, &["_start", "main", "million_last", "million_spin"]);
     let (good, all) = recording.share("million_spin", whole);
     assert!(all >= 50 && good == all, "{good} of {all}: {:?}", recording.odd_ones("million_spin", whole));

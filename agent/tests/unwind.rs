@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Running, in_order, is_marked, program, record, times};
+use common::{Running, in_order, is_marked, program, record, record_for, times};
 
 const DEEP: &str = r"
 #include <stdlib.h>
@@ -95,7 +95,7 @@ fn r53_the_interpreters_own_frames_are_whole() {
     );
     // What is first in the path may be a script that looks for the interpreter.
     std::thread::sleep(std::time::Duration::from_secs(2));
-    let recording = record(499, &["--duration", "4s", "--pid", &running.0.id().to_string()]);
+    let recording = record_for(4, 499, &["--pid", &running.0.id().to_string()]);
     let whole = |stack: &[String]| !is_marked(stack) && stack.iter().any(|name| name.starts_with("Py_"));
     let (good, all) = recording
         .stacks

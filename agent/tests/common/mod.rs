@@ -24,8 +24,8 @@ use gannet_proto::{
     profiles::{Location, Profile, Sample},
 };
 
-/// Where programs are kept that were compiled before: the other kernels' machines have no compiler. What is not there yet
-/// is compiled into it, so a run of the tests on a machine with compilers fills it.
+/// Where programs are kept that were compiled before: the other kernels' machines have no compiler, and get those of this
+/// one. What is not there yet is compiled into it.
 const PROGRAMS: &str = "GANNET_TEST_PROGRAMS";
 
 /// What a test program is written in.
@@ -38,7 +38,7 @@ pub enum Language {
 }
 
 /// Compiles a C program (or, with `-shared`, a library) by `gcc -O2` and `flags`, as shipped software is: without frame
-/// pointers unless the flags say so. Its file is called `name`, which must be another for each source and flags.
+/// pointers unless the flags say so. Its file is called `name`.
 pub fn program(name: &str, source: &str, flags: &[&str]) -> PathBuf {
     program_in(Language::C, name, source, flags)
 }
@@ -47,19 +47,11 @@ pub fn program(name: &str, source: &str, flags: &[&str]) -> PathBuf {
 pub fn program_in(language: Language, name: &str, source: &str, flags: &[&str]) -> PathBuf {
     let mut hash = DefaultHasher::new();
     (language, source, flags).hash(&mut hash);
-    let stamp = format!("{:016x}", hash.finish());
-    let directory = match env::var_os(PROGRAMS) {
-        Some(directory) => PathBuf::from(directory),
-        None => Path::new(env!("CARGO_TARGET_TMPDIR")).join("programs").join(&stamp),
-    };
-    let (done, stamp_file) = (directory.join(name), directory.join(format!("{name}.stamp")));
+    let all = env::var_os(PROGRAMS)
+        .map_or_else(|| Path::new(env!("CARGO_TARGET_TMPDIR")).join("programs"), PathBuf::from);
+    let directory = all.join(format!("{:016x}", hash.finish()));
+    let done = directory.join(name);
     if done.exists() {
-        let found = fs::read_to_string(&stamp_file).unwrap_or_default();
-        assert!(
-            found == stamp,
-            "{} is of another source: give this program another name, or empty the directory",
-            done.display()
-        );
         return done;
     }
     fs::create_dir_all(&directory).unwrap();
@@ -68,7 +60,6 @@ pub fn program_in(language: Language, name: &str, source: &str, flags: &[&str]) 
     fs::create_dir_all(&work).unwrap();
     let built = work.join(name);
     compile(language, source, flags, &work, &built);
-    fs::write(&stamp_file, &stamp).unwrap();
     fs::rename(&built, &done).unwrap();
     fs::remove_dir_all(&work).unwrap();
     done
@@ -148,6 +139,12 @@ pub struct Recording {
     pub log: String,
 }
 
+/// How many times slower than a real machine this one is, as its runner says: emulated ones are. What is sampled at a rate
+/// that is so many times lower, for so many times longer, gives the same number of samples.
+pub fn slower() -> u32 {
+    env::var("GANNET_TEST_SLOWER").map_or(1, |text| text.parse().unwrap())
+}
+
 /// Runs `gannet-agent record` at so many samples a second with these arguments, and reads what it wrote.
 #[track_caller]
 pub fn record(hz: u32, arguments: &[&str]) -> Recording {
@@ -162,6 +159,13 @@ pub fn record(hz: u32, arguments: &[&str]) -> Recording {
     let (text, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{text}{log}");
     Recording::read(&text, &fs::read(&out).unwrap(), log.into_owned())
+}
+
+/// [`record`] for so many seconds, of what runs already.
+#[track_caller]
+pub fn record_for(seconds: u32, hz: u32, arguments: &[&str]) -> Recording {
+    let duration = format!("{}s", seconds * slower());
+    record(hz / slower(), &[&["--duration", &duration], arguments].concat())
 }
 
 impl Recording {

@@ -269,8 +269,12 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	}
 	image = bpf_map_lookup_elem(&images, &tgid);
 	if (!image || image->start_boottime != now.start_boottime || image->exec_id != now.exec_id) {
-		counters->raw++;
-		take_raw(scratch);
+		/* An execve that was not told of yet may still have the former image's registers. */
+		if (OF_USER_MODE(&ctx->regs) || !proc || proc->start_boottime != now.start_boottime ||
+		    proc->exec_id == now.exec_id) {
+			counters->raw++;
+			take_raw(scratch);
+		}
 		finish_tick(counters, scratch);
 		return NULL;
 	}
