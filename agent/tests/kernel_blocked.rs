@@ -141,7 +141,7 @@ fn r41_blocked_time_is_right_within_two_percent_for_each_way_to_wait() {
         let (whole, all) = blocked(&recording, name);
         // Handovers of less than a microsecond are not reported; on a disk in memory there may be no others.
         let slack = 0.5e6;
-        let (least, most) = ((told[0] - told[1]) * 0.98 - slack, told[0] * 1.02 + slack);
+        let (least, most) = (told[0] * 0.98 - told[1] - slack, told[0] * 1.02 + slack);
         assert!(
             (least..=most).contains(&(all as f64)) && whole == all,
             "{name}: {told:?} ns told, {all} seen, {whole} whole: {:#?}",

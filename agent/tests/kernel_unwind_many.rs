@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Running, program};
+use common::{Running, program, slower};
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
     kernel::{Counters, KernelOptions},
@@ -120,7 +120,7 @@ const WAKER: &str = "#include <dlfcn.h>\n#include <time.h>\n#include <unistd.h>\
 
 /// How many wake; a benchmark asks for more.
 fn wakers() -> usize {
-    env::var("GANNET_TEST_WAKERS").map_or(100, |text| text.parse().unwrap())
+    env::var("GANNET_TEST_WAKERS").map_or(100 / slower() as usize, |text| text.parse().unwrap())
 }
 
 #[test]
@@ -136,10 +136,10 @@ fn every_tick_that_hits_one_of_many_processes_is_a_whole_stack() {
     let _running: Vec<Running> =
         (0..wakers()).map(|_| quietly(Command::new(&waker).args(&libraries))).collect();
     let machine = Machine::start(KernelOptions::default());
-    machine.sample(Match { comm: vec!["*".into()], ..Match::default() }, 199);
+    machine.sample(Match { comm: vec!["*".into()], ..Match::default() }, 199 / slower());
     // From when the rule is in force: the clocks tick a little earlier.
     let before = machine.stand_still(true);
-    std::thread::sleep(Duration::from_secs(6));
+    std::thread::sleep(Duration::from_secs(6) * slower());
     let after = machine.stand_still(false);
     let (taken, sent) = (after.taken - before.taken, after.sent - before.sent);
     let hits = (after.ticks - before.ticks) - (after.idle_ticks - before.idle_ticks);
@@ -175,13 +175,13 @@ fn r49_more_programs_than_tables_fit_are_whole_all_the_same() {
         "volatile long sink;\n\
          __attribute__((noinline)) long inner(long n) { for (long i = 0; i < n; i++) sink += i; return sink; }\n\
          __attribute__((noinline)) long outer(long n) { long r = inner(n); return r + 1; }\n\
-         int main(void) { for (int i = 0; i < 400; i++) sink += outer(1000000); return 0; }\n",
+         int main(int c, char **v) { for (int i = 0; i < 400 * (v[1][0] - '0'); i++) sink += outer(1000000); return 0; }\n",
         &["-static"],
     ))
     .unwrap();
     // The table of one static program is some 40 KiB: three fit.
     let machine = Machine::start(KernelOptions { table_bytes: 128 << 10, ..KernelOptions::default() });
-    machine.sample(Match { comm: vec!["many-*".into()], ..Match::default() }, 499);
+    machine.sample(Match { comm: vec!["many-*".into()], ..Match::default() }, 499 / slower());
     let before = machine.look().2;
     let mut most = 0;
     for batch in 0..6 {
@@ -196,7 +196,7 @@ fn r49_more_programs_than_tables_fit_are_whole_all_the_same() {
                 std::os::unix::fs::chown(&path, None, None).unwrap();
                 let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
                 fs::set_permissions(&path, mode).unwrap();
-                quietly(&mut Command::new(&path))
+                quietly(Command::new(&path).arg(slower().to_string()))
             })
             .collect();
         for mut running in running {

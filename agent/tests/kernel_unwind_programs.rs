@@ -118,7 +118,7 @@ fn r53_inside_musl_stacks_are_whole() {
     for (name, flags) in [("in-musl", &MUSL[..]), ("in-musl-static", &[&MUSL[..], &["-static"]].concat())] {
         let running = Running::start(&mut Command::new(program(name, IN_MUSL, flags)));
         let pid = running.0.id().to_string();
-        let recording = record_for(4, 199, &["--pid", &pid]);
+        let recording = record_for(6, 199, &["--pid", &pid]);
         let (mut whole, mut all, mut inside, mut odd) = (0, 0, 0, Vec::new());
         for (stack, count) in &recording.stacks {
             all += count;
