@@ -301,6 +301,7 @@ int main(void) {
 const MEMFD: &str = r#"
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <stdio.h>
 #include <sys/mman.h>
 #include <unistd.h>
 volatile long sink;
@@ -314,8 +315,11 @@ int main(int count, char **words, char **environment) {
 	int from = open("/proc/self/exe", O_RDONLY), to = memfd_create("inner", 0);
 	while ((got = read(from, buffer, sizeof(buffer))) > 0)
 		if (write(to, buffer, got) != got) return 1;
-	char *arguments[] = { "inner", "again", 0 };
-	return fexecve(to, arguments, environment);
+	char *arguments[] = { "inner", "again", 0 }, path[32];
+	fexecve(to, arguments, environment);
+	/* A kernel 5.10 did not find it (ENOENT). */
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", to);
+	return execve(path, arguments, environment);
 }
 "#;
 

@@ -150,6 +150,14 @@ fn offer_tables(file: &File, sections: &Sections, finder: &mut Finder<'_>) -> Re
     Ok(())
 }
 
+/// Linkers write the version of a library's symbol behind its name: `name@VERSION`, `name@@VERSION`.
+fn without_version(mut name: Vec<u8>) -> Vec<u8> {
+    if let Some(at) = name.iter().position(|byte| *byte == b'@').filter(|at| *at > 0) {
+        name.truncate(at);
+    }
+    name
+}
+
 fn offer_table(
     file: &File,
     section: Section,
@@ -184,7 +192,8 @@ fn offer_table(
                 _ => 0,
             };
             finder.offer(symbol.st_value.get(LE), size, binding, || {
-                name_at(file, strings, symbol.st_name.get(LE)).filter(|name| is_function || is_label(name))
+                let name = name_at(file, strings, symbol.st_name.get(LE)).map(without_version);
+                name.filter(|name| is_function || is_label(name))
             })?;
         }
     }
@@ -285,6 +294,18 @@ mod tests {
         // Alone an address is found as it is among others.
         for (address, name) in wanted.iter().zip(&names) {
             assert_eq!(find_in(&SYMBOLS, &[*address]), std::slice::from_ref(name), "{address:#x}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_shown_without_its_librarys_version() {
+        for (written, name) in [
+            ("main", "main"),
+            ("start@GLIBC_2.2.5", "start"),
+            ("start@@GLIBC_2.34", "start"),
+            ("@odd", "@odd"),
+        ] {
+            assert_eq!(without_version(written.into()), name.as_bytes());
         }
     }
 
