@@ -309,13 +309,14 @@ fn a_recording_of_everything_accounts_for_every_sample_and_agrees_with_the_clock
     let cpus = std::thread::available_parallelism().expect("CPUs").get() as u64;
     assert!(number("ticks_due") >= cpus * 99 * 5, "five seconds at least: {report}");
     // A clock of ours beside the agent's, on the same CPUs at the same time: of the ticks that were due, a machine whose
-    // time is stolen drops as many of the one as of the other.
+    // time is stolen drops as many of the one as of the other, but for where in their periods each theft begins and ends.
     let seconds = |name: &str| Duration::from_secs_f64(report[name].as_f64().expect("a time"));
     let from = started + seconds("start_seconds");
     let beside = beside.finish(from, from + seconds("seconds"));
     let share = number("ticks") as f64 / number("ticks_due") as f64;
     let share_beside = beside.ticks as f64 / beside.due;
-    assert!((share / share_beside - 1.0).abs() < 0.03, "{beside:?} beside {report}");
+    let dropped = 1.0 - share.min(share_beside);
+    assert!((share - share_beside).abs() < 0.015 + dropped / 4.0, "{beside:?} beside {report}");
     let checked = std::process::Command::new(binary("pprof-check"))
         .arg(&file)
         // It is on every stack of the sample's workers: other programs leave it little time.
