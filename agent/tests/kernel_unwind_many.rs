@@ -172,10 +172,10 @@ fn r49_more_programs_than_tables_fit_are_whole_all_the_same() {
     let directory = tempfile::tempdir().unwrap();
     let original = fs::read(program(
         "one-of-many",
-        "volatile long sink;\n\
+        "#include <stdlib.h>\nvolatile long sink;\n\
          __attribute__((noinline)) long inner(long n) { for (long i = 0; i < n; i++) sink += i; return sink; }\n\
          __attribute__((noinline)) long outer(long n) { long r = inner(n); return r + 1; }\n\
-         int main(int c, char **v) { for (int i = 0; i < 400 * (v[1][0] - '0'); i++) sink += outer(1000000); return 0; }\n",
+         int main(int c, char **v) { for (int i = 0; i < 400 * atoi(v[1]); i++) sink += outer(1000000); return 0; }\n",
         &["-static"],
     ))
     .unwrap();
