@@ -35,7 +35,7 @@ use crate::{
     governor::{BpfTime, Budgets, Governor, Use},
     kernel::{
         Arm, Counters, Event, Kernel, KernelError, KernelOptions, Origin, Sample, Subject, Want,
-        lifecycle_lost,
+        lifecycle_lost, lifecycle_refused,
     },
     process::{CgroupTree, Changes, Image, ImageKey, ProcError, Process, Processes, State, check_identity},
     profile::{RecorderStats, SampleKind, SeriesProfile, StackEnd, slots},
@@ -351,8 +351,9 @@ struct Worker {
     events: VecDeque<(SystemTime, String)>,
     window_start: (SystemTime, Instant),
     counted: Counters,
-    /// Lifecycle events and mappings that were lost when the table was compared with what runs last.
-    repaired_losses: u64,
+    /// Lifecycle events and mappings that were lost, and events that the kernel refused, when the table was compared with
+    /// what runs last.
+    repaired_losses: (u64, u64),
     repaired: Instant,
     /// Times that the ring is read again soon.
     eager: u32,
@@ -427,7 +428,7 @@ impl Worker {
             events: VecDeque::new(),
             window_start: (SystemTime::now(), Instant::now()),
             counted: kernel.counters()?,
-            repaired_losses: 0,
+            repaired_losses: (0, 0),
             repaired: Instant::now(),
             eager: 0,
             kernel,
@@ -664,9 +665,14 @@ impl Worker {
             self.look_at_found(&subject, origin, now);
         }
         self.rules.count(sample.subject.rules, now);
-        // What was walked by tables came by no address that is not known.
+        // What was walked by tables came by no address that is not known. A raw stack may wait for its tables: what is not
+        // known where it begins is looked for now, while it is there (nobody tells of mremap).
         let walked = self.tables.is_some() && sample.kind == SampleKind::OnCpu;
-        let unknown = if walked { &[] } else { sample.user.as_slice() };
+        let unknown = match &sample.raw {
+            Some(raw) => std::slice::from_ref(&raw.pc),
+            None if walked => &[],
+            None => sample.user.as_slice(),
+        };
         if let Ok(process) = self.processes.sampled(&sample.subject, unknown) {
             see(self.pods.as_deref_mut(), &mut self.seen, process);
         }
@@ -1005,13 +1011,18 @@ impl Worker {
         }
         self.processes.tidy();
         let counters = self.kernel.counters();
-        let losses = counters.map_or(0, |counters| lifecycle_lost(&counters)) + self.kernel.mappings_lost();
-        if losses > self.repaired_losses && self.repaired.elapsed() >= REPAIR_PAUSE {
-            tracing::warn!(
-                lost = losses - self.repaired_losses,
-                "more processes come and go than are read: what was not told of them is looked for in /proc, which comes \
-                 too late for short ones; raise --ring-bytes, or let rules name fewer"
-            );
+        let (lost, refused) =
+            counters.map_or((0, 0), |counters| (lifecycle_lost(&counters), lifecycle_refused(&counters)));
+        let losses = (lost + self.kernel.mappings_lost(), refused);
+        let (before, refused_before) = self.repaired_losses;
+        if (losses.0 > before || refused > refused_before) && self.repaired.elapsed() >= REPAIR_PAUSE {
+            if losses.0 > before {
+                tracing::warn!(
+                    lost = losses.0 - before,
+                    "more processes come and go than are read: what was not told of them is looked for in /proc, which \
+                     comes too late for short ones; raise --ring-bytes, or let rules name fewer"
+                );
+            }
             self.repaired_losses = losses;
             self.repaired = Instant::now();
             self.reconcile();

@@ -181,14 +181,15 @@ fn r33_r34_processes_of_30_ms_carry_executable_container_and_code() {
     let id = "ab".repeat(32);
     let group = Group::new(&format!("docker-{id}.scope"));
     let enter = program("gannet-enter", ENTER, &[]);
-    let watch = Watch::of(&[COMM], 199, &[], KernelOptions::default());
+    let watch = Watch::of(&[COMM], 199 / slower(), &[], KernelOptions::default());
+    let life_ms = (30 * slower()).to_string();
     let spawners: Vec<_> = (0..2)
         .map(|_| {
             let path = life();
             Command::new(&enter)
                 .args(group.doors())
                 .arg("--")
-                .args([path.to_str().unwrap(), "spawn", "100", path.to_str().unwrap(), "spin", "30"])
+                .args([path.to_str().unwrap(), "spawn", "100", path.to_str().unwrap(), "spin", &life_ms])
                 .spawn()
                 .unwrap()
         })

@@ -103,6 +103,8 @@ enum Step {
     Sample(u32),
     /// So many are delivered.
     Deliver(usize),
+    /// What was told last of a fork or exec is told again, behind samples at most.
+    Again,
     /// The next one to be delivered is lost.
     Lose,
     Window,
@@ -117,6 +119,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..PIDS).prop_map(Step::Exit),
         8 => (0..PIDS).prop_map(Step::Sample),
         6 => (1_usize..6).prop_map(Step::Deliver),
+        1 => Just(Step::Again),
         1 => Just(Step::Lose),
         1 => Just(Step::Window),
         1 => Just(Step::Reconcile),
@@ -232,6 +235,10 @@ impl Model {
                 for _ in 0..count {
                     self.deliver();
                 }
+            }
+            Step::Again => {
+                let last = self.queue.iter().rev().find(|told| !matches!(told, Told::Sample(..))).cloned();
+                self.queue.extend(last.filter(|last| matches!(last, Told::Fork(..) | Told::Exec(..))));
             }
             Step::Lose => {
                 // Lifecycle events only: of samples that are lost nothing is said. Mappings are told or not told as a

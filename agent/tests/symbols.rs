@@ -693,6 +693,15 @@ fn compressed_mini_debug_info_names_what_was_stripped() {
     assert_eq!(names_of(&program, &[program.addresses["leaf"]]), [["leaf"]]);
 }
 
+/// As linkers write it for functions of libraries that keep several versions of one.
+#[test]
+fn a_function_is_named_without_the_version_behind_its_name() {
+    let (directory, path) = compile_c(&[]);
+    run_tool(Command::new("objcopy").args(["--redefine-sym", "leaf=leaf@@GANNET_1.0"]).arg(&path));
+    let program = start(directory, path);
+    assert_eq!(names_of(&program, &[program.addresses["leaf"]]), [["leaf"]]);
+}
+
 #[rstest]
 #[case::by_build_id(true)]
 #[case::by_name_and_checksum(false)]

@@ -99,9 +99,10 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
         for (reason, count) in [
             ("ring_full", kinds.iter().map(|(_, counts)| counts.lost_ring_full).sum()),
             ("rate", kinds.iter().map(|(_, counts)| counts.lost_rate).sum()),
+            ("refused", kinds.iter().map(|(_, counts)| counts.refused).sum()),
         ] {
             let label = Some(("reason", reason.to_owned()));
-            let help = "Exec, fork and exit that were wanted and not reported";
+            let help = "Exec, fork and exit that were wanted and not reported (refused: at most, ends of threads included)";
             add("lifecycle_events_lost", help, label, Number::Counter(count));
         }
         add("samples_raw", "Samples taken raw, walked in user space", None, Number::Counter(counters.raw));

@@ -1,7 +1,6 @@
 //! What the agent's BPF programs use: the kernel counts it while somebody asks it to.
 
 use std::{
-    mem::size_of,
     os::fd::{FromRawFd as _, OwnedFd},
     time::{Duration, Instant},
 };
@@ -43,20 +42,4 @@ fn switch_on() -> Option<OwnedFd> {
     let fd = unsafe { libbpf_sys::bpf_enable_stats(libbpf_sys::BPF_STATS_RUN_TIME) };
     // SAFETY: a new descriptor that nobody else has.
     (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Nanoseconds that a program has run while the kernel counted.
-pub(crate) fn run_ns(program: std::os::fd::BorrowedFd<'_>) -> u64 {
-    let mut info = libbpf_sys::bpf_prog_info::default();
-    let mut size = size_of::<libbpf_sys::bpf_prog_info>() as u32;
-    // SAFETY: the structure is valid for the call and as large as it says; its pointers are null, so nothing else is
-    // written.
-    let status = unsafe {
-        libbpf_sys::bpf_prog_get_info_by_fd(
-            std::os::fd::AsRawFd::as_raw_fd(&program),
-            &raw mut info,
-            &raw mut size,
-        )
-    };
-    if status == 0 { info.run_time_ns } else { 0 }
 }

@@ -7,7 +7,6 @@
 mod bpf_time;
 
 pub use bpf_time::BpfTime;
-pub(crate) use bpf_time::run_ns;
 
 use std::fmt;
 

@@ -17,6 +17,9 @@ pub struct ProgramCost {
     pub run_ns: u64,
     /// See `run_ns`.
     pub runs: u64,
+    /// How often the kernel did not call it, because it was still at work on that CPU. 0 where the kernel does not tell
+    /// (before 5.12).
+    pub refused: u64,
 }
 
 impl Kernel {
@@ -35,18 +38,46 @@ impl Kernel {
                 ("walk_switch_chain", &progs.walk_switch_chain),
             ],
         };
-        let others: [(&'static str, &ProgramMut<'_>); 4] = [
+        let others: [(&'static str, &ProgramMut<'_>); 5] = [
             ("on_exec", &progs.on_exec),
             ("on_fork", &progs.on_fork),
             ("on_exit", &progs.on_exit),
+            ("on_attach", &progs.on_attach),
             ("each_task", &progs.each_task),
+        ];
+        let twins: &[(&'static str, &ProgramMut<'_>)] = &[
+            ("on_exec_again", &progs.on_exec_again),
+            ("on_fork_again", &progs.on_fork_again),
+            ("on_exit_again", &progs.on_exit_again),
         ];
         sampler
             .iter()
             .chain(switch)
             .chain(&others)
+            .chain(twins.iter().filter(|_| self.options.twins))
             .filter_map(|(name, program)| cost_of(name, program))
             .collect()
+    }
+
+    /// Nanoseconds that the programs have run while the kernel counted.
+    pub(crate) fn programs_run_ns(&self) -> u64 {
+        self.programs().iter().map(|cost| cost.run_ns).sum()
+    }
+
+    /// Events of exec, fork and exit for which the kernel called nobody, at most: the handler was still at work on that
+    /// CPU, and so was its twin where it has one.
+    pub(super) fn refused(&self) -> [u64; 3] {
+        let progs = &self.skeleton.progs;
+        let pairs = [
+            (&progs.on_exec, &progs.on_exec_again),
+            (&progs.on_fork, &progs.on_fork_again),
+            (&progs.on_exit, &progs.on_exit_again),
+        ];
+        let refused = |program| info_of(program).map_or(0, |info| info.recursion_misses);
+        pairs.map(|(first, twin)| match refused(first) {
+            missed if missed > 0 && self.options.twins => missed.min(refused(twin)),
+            missed => missed,
+        })
     }
 
     /// Nanoseconds that the sampler has run and how often, if the kernel keeps count (kernel.bpf_stats_enabled).
@@ -57,16 +88,21 @@ impl Kernel {
 }
 
 fn cost_of(name: &'static str, program: &ProgramMut<'_>) -> Option<ProgramCost> {
+    info_of(program).map(|info| ProgramCost {
+        name,
+        verified_instructions: info.verified_insns,
+        run_ns: info.run_time_ns,
+        runs: info.run_cnt,
+        refused: info.recursion_misses,
+    })
+}
+
+fn info_of(program: &ProgramMut<'_>) -> Option<libbpf_sys::bpf_prog_info> {
     let mut info = libbpf_sys::bpf_prog_info::default();
     let mut length = size_of_val(&info) as u32;
     // SAFETY: the structure is valid for writing and `length` is its size; its pointers are null, with counts of 0.
     let failed = unsafe {
         libbpf_sys::bpf_prog_get_info_by_fd(program.as_fd().as_raw_fd(), &raw mut info, &raw mut length)
     };
-    (failed == 0).then_some(ProgramCost {
-        name,
-        verified_instructions: info.verified_insns,
-        run_ns: info.run_time_ns,
-        runs: info.run_cnt,
-    })
+    (failed == 0).then_some(info)
 }

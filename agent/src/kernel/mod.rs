@@ -23,7 +23,7 @@ use std::{
     },
 };
 
-use gannet_bpf::{GannetProgs, GannetSkel, GannetSkelBuilder, OpenGannetSkel, types};
+use gannet_bpf::{GannetSkel, GannetSkelBuilder, OpenGannetSkel, types};
 use libbpf_rs::{
     Iter, Link, MapCore, MapFlags, OpenObject, PrintLevel, ProgramMut, RingBuffer, RingBufferBuilder,
     skel::{OpenSkel as _, SkelBuilder as _},
@@ -77,7 +77,10 @@ pub struct KernelOptions {
     pub report_rate: u64,
     /// Exec, fork and exit are heard of; else who starts, changes and ends is found by looking only.
     pub lifecycle: bool,
-    /// For tests: what is not attached, as if this kernel did not have it.
+    /// Whether what follows exec, fork and exit is attached twice; by default where the kernel can preempt it
+    /// ([`handlers_are_preemptible`]).
+    pub twins: bool,
+    /// For tests: what is not attached, as if this kernel did not have it, or always refused it.
     #[doc(hidden)]
     pub without: &'static [&'static str],
 }
@@ -93,6 +96,7 @@ impl Default for KernelOptions {
             off_cpu: true,
             report_rate: 5_000,
             lifecycle: true,
+            twins: handlers_are_preemptible(),
             without: &[],
         }
     }
@@ -102,6 +106,13 @@ impl Default for KernelOptions {
 pub fn default_ring_bytes() -> u32 {
     let cpus = online_cpus().map_or(2, |cpus| cpus.len() as u32);
     cpus.saturating_mul(1 << 20).clamp(2 << 20, 16 << 20).next_power_of_two()
+}
+
+/// Whether this kernel can preempt a program that is attached to a tracepoint, and so refuse it the next event on its CPU:
+/// from 7.0 on, "tracing: Guard __DECLARE_TRACE() use of __DO_TRACE_CALL() with SRCU-fast".
+pub fn handlers_are_preemptible() -> bool {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    release.split('.').next().and_then(|major| major.parse().ok()).is_none_or(|major: u32| major >= 7)
 }
 
 /// How a walk over a user stack is driven.
@@ -402,7 +413,7 @@ const _: () = assert!(size_of::<types::cgroup_key>() == 8 + MAX_CGROUP_PATH + 1)
 
 /// Counts of the kernel side since it was loaded. See gannet.h.
 pub type Counters = types::counters;
-/// Of one kind of lifecycle event: seen = filtered + sent + lost by rate + lost to a full ring.
+/// Of one kind of lifecycle event: seen = filtered + sent + lost by rate + lost to a full ring; refused ones were not seen.
 pub type LifecycleCounts = types::lifecycle_counts;
 
 /// The counts of each kind of lifecycle event, with its name.
@@ -413,6 +424,11 @@ pub fn lifecycle_counts(counters: &Counters) -> [(&'static str, &LifecycleCounts
 /// Lifecycle events that were not reported though somebody wanted them.
 pub fn lifecycle_lost(counters: &Counters) -> u64 {
     lifecycle_counts(counters).iter().map(|(_, counts)| counts.lost_rate + counts.lost_ring_full).sum()
+}
+
+/// Lifecycle events for which the kernel called no handler, at most: ends of threads count too.
+pub fn lifecycle_refused(counters: &Counters) -> u64 {
+    lifecycle_counts(counters).iter().map(|(_, counts)| counts.refused).sum()
 }
 
 impl Kernel {
@@ -430,10 +446,7 @@ impl Kernel {
 
     /// Opens and sizes programs and maps.
     pub fn open(options: KernelOptions) -> Result<Opened, KernelError> {
-        libbpf_rs::set_print(Some((PrintLevel::Warn, |_, text| {
-            tracing::debug!(target: "libbpf", "{}", text.trim_end());
-            COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
-        })));
+        listen_to_libbpf(PrintLevel::Warn);
         COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner).clear();
         // The skeleton borrows its object. It is a few bytes, once for each time that the kernel side is loaded.
         let storage: &'static mut MaybeUninit<OpenObject> = Box::leak(Box::new(MaybeUninit::uninit()));
@@ -456,7 +469,11 @@ impl Kernel {
         }
         skeleton.maps.procs.set_max_entries(options.processes).map_err(KernelError::Open)?;
         skeleton.maps.arms.set_max_entries(options.processes).map_err(KernelError::Open)?;
+        progs.on_exec_again.set_autoload(options.twins);
+        progs.on_fork_again.set_autoload(options.twins);
+        progs.on_exit_again.set_autoload(options.twins);
         if let Some(constants) = skeleton.maps.rodata_data.as_deref_mut() {
+            constants.twins = options.twins.into();
             constants.cgroup_hierarchy = match options.hierarchy {
                 CgroupHierarchy::V2 => 0,
                 CgroupHierarchy::V1Cpu => 1,
@@ -729,21 +746,6 @@ impl Kernel {
             .collect()
     }
 
-    /// Nanoseconds that the programs have run while the kernel counted.
-    pub fn programs_run_ns(&self) -> u64 {
-        let progs = &self.skeleton.progs;
-        let sampler = sampler(&self.skeleton, self.walk_kind);
-        let switch = match self.walk_kind {
-            Walk::Loop => &progs.on_switch,
-            Walk::Chain => &progs.on_switch_chain,
-        };
-        [&progs.on_exec, &progs.on_fork, &progs.on_exit, &progs.on_attach, sampler]
-            .into_iter()
-            .chain(self.options.off_cpu.then_some(switch))
-            .map(|program| crate::governor::run_ns(program.as_fd()))
-            .sum()
-    }
-
     /// Switches the reports of exec, fork and exit.
     pub fn set_lifecycle(&mut self, on: bool) {
         self.change_settings(|settings| settings.lifecycle = on.into());
@@ -784,7 +786,9 @@ impl Kernel {
             }
         }
         // SAFETY: the structure is nothing but FIELDS numbers of 64 bits.
-        Ok(unsafe { std::mem::transmute::<[u64; FIELDS], Counters>(sums) })
+        let mut counters = unsafe { std::mem::transmute::<[u64; FIELDS], Counters>(sums) };
+        [counters.exec.refused, counters.fork.refused, counters.exit.refused] = self.refused();
+        Ok(counters)
     }
 
     /// Name, entries and capacity of the maps that can fill up.
@@ -824,6 +828,14 @@ fn boot_clock_ns() -> u64 {
     RealProc::default().now_ns()
 }
 
+/// Keeps what libbpf says from this level on for the error that may follow.
+fn listen_to_libbpf(from: PrintLevel) {
+    libbpf_rs::set_print(Some((from, |_, text| {
+        tracing::debug!(target: "libbpf", "{}", text.trim_end());
+        COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
+    })));
+}
+
 impl Opened {
     /// Has the kernel verify the programs and make the maps.
     pub fn load(self) -> Result<Loaded, KernelError> {
@@ -835,16 +847,18 @@ impl Opened {
         Ok(Loaded { skeleton, options: self.options })
     }
 
-    /// [`Self::load`], and how many instructions the verifier looked at for each program that was loaded, by name. Kernels
-    /// before 5.16 tell it nowhere but in their verifier's log ([`ProgramCost::verified_instructions`] is 0 there).
+    /// For tests: [`Self::load`], and how many instructions the verifier looked at for each program that was loaded, by
+    /// name. Kernels before 5.16 tell it nowhere but in their verifier's log ([`ProgramCost::verified_instructions`] is 0
+    /// there).
+    #[doc(hidden)]
     pub fn load_counted(mut self) -> Result<(Loaded, BTreeMap<String, u32>), KernelError> {
         for mut program in self.skeleton.open_object_mut().progs_mut() {
             program.set_log_level(VERIFIER_STATISTICS);
         }
-        libbpf_rs::set_print(Some((PrintLevel::Debug, |_, text| {
-            COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
-        })));
-        let loaded = self.load()?;
+        listen_to_libbpf(PrintLevel::Debug);
+        let loaded = self.load();
+        listen_to_libbpf(PrintLevel::Warn);
+        let loaded = loaded?;
         let log = COMPLAINTS.lock().unwrap_or_else(PoisonError::into_inner);
         let mut program = "";
         let mut verified = BTreeMap::new();
@@ -933,12 +947,16 @@ fn attach_handlers(
 ) -> (Vec<Link>, Option<Link>, Vec<String>) {
     let mut degraded = Vec::new();
     let mut links = Vec::new();
-    let GannetProgs { on_exec, on_fork, on_exit, on_attach, each_task, .. } = &skeleton.progs;
-    let handlers: [(&ProgramMut<'_>, &'static str); 4] = [
-        (on_exec, "sched_process_exec"),
-        (on_fork, "sched_process_fork"),
-        (on_exit, "sched_process_exit"),
-        (on_attach, "cgroup_attach_task"),
+    let progs = &skeleton.progs;
+    // The kernel calls them in this order, unless it refuses the first.
+    let handlers: [(&ProgramMut<'_>, &'static str, bool); 7] = [
+        (&progs.on_exec, "sched_process_exec", !options.without.contains(&"on_exec")),
+        (&progs.on_fork, "sched_process_fork", !options.without.contains(&"on_fork")),
+        (&progs.on_exit, "sched_process_exit", !options.without.contains(&"on_exit")),
+        (&progs.on_attach, "cgroup_attach_task", true),
+        (&progs.on_exec_again, "sched_process_exec", options.twins),
+        (&progs.on_fork_again, "sched_process_fork", options.twins),
+        (&progs.on_exit_again, "sched_process_exit", options.twins),
     ];
     if !options.lifecycle {
         degraded.push(
@@ -947,17 +965,24 @@ fn attach_handlers(
                 .into(),
         );
     }
-    for (program, tracepoint) in handlers.into_iter().filter(|_| options.lifecycle) {
-        if options.without.contains(&tracepoint) {
-            degraded.push(format!("no {tracepoint} tracepoint: left out"));
-            continue;
-        }
-        match program.attach_raw_tracepoint(tracepoint) {
+    for (program, tracepoint, _) in handlers.into_iter().filter(|(.., wanted)| options.lifecycle && *wanted) {
+        let attached = if options.without.contains(&tracepoint) {
+            Err("left out".into())
+        } else {
+            program.attach_raw_tracepoint(tracepoint).map_err(|error| error.to_string())
+        };
+        match attached {
             Ok(link) => links.push(link),
-            Err(error) => degraded.push(format!("no {tracepoint} tracepoint: {error}")),
+            // Of twins, said once.
+            Err(error) => {
+                let words = format!("no {tracepoint} tracepoint: {error}");
+                if !degraded.contains(&words) {
+                    degraded.push(words);
+                }
+            }
         }
     }
-    let walk = match each_task.attach() {
+    let walk = match progs.each_task.attach() {
         Ok(link) => Some(link),
         Err(error) => {
             degraded.push(format!("no walk over running processes: {error}"));

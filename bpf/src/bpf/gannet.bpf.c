@@ -689,6 +689,59 @@ ALWAYS_INLINE void enter_proc(struct counters *counters, u32 tgid, const struct 
 		counters->procs_full++;
 }
 
+enum handler {
+	HANDLER_EXEC = 0,
+	HANDLER_FORK = 1,
+	HANDLER_EXIT = 2,
+	HANDLERS = 3,
+};
+
+/* A thread with one of its images: never again another one. */
+struct dealt {
+	u64 start_boottime;
+	u32 tid;
+	u32 exec_id;
+};
+
+/*
+ * From 7.0 on a handler of a tracepoint can be preempted, and for what comes on its CPU meanwhile the kernel does not call
+ * it, as if it had called itself. So each of these handlers is attached twice there, as two programs. The kernel calls them
+ * one after the other; the one that comes first does the work and takes down here for whom, and its twin has nothing to do.
+ * If the first was refused the twin does the work. Should both do it (a third event came between the two, or the thread
+ * went to another CPU) the event is told twice, which changes nothing. What both were refused for the agent learns from the
+ * kernel's count of refusals. Writers and readers: these handlers.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, HANDLERS);
+	__type(key, u32);
+	__type(value, struct dealt);
+} dealt_with SEC(".maps");
+
+/* Whether the handlers are there twice. Set before loading. */
+const volatile u32 twins;
+
+ALWAYS_INLINE bool is_dealt_with(u32 handler, struct task_struct *task)
+{
+	struct dealt *last = twins ? bpf_map_lookup_elem(&dealt_with, &handler) : NULL;
+
+	return last && last->tid == (u32)BPF_CORE_READ(task, pid) &&
+	       last->exec_id == BPF_CORE_READ(task, self_exec_id) &&
+	       last->start_boottime == BPF_CORE_READ(task, start_boottime);
+}
+
+/* At the end of the work: whoever preempted it has taken down its own meanwhile. */
+ALWAYS_INLINE void deal_with(u32 handler, struct task_struct *task)
+{
+	struct dealt *last = twins ? bpf_map_lookup_elem(&dealt_with, &handler) : NULL;
+
+	if (!last)
+		return;
+	last->tid = BPF_CORE_READ(task, pid);
+	last->exec_id = BPF_CORE_READ(task, self_exec_id);
+	last->start_boottime = BPF_CORE_READ(task, start_boottime);
+}
+
 struct file_key {
 	u64 inode;
 	u32 device;
@@ -726,9 +779,7 @@ ALWAYS_INLINE bool seen_before(struct lifecycle *record, struct linux_binprm *bp
 	return false;
 }
 
-/* raw tracepoint arguments: task, old_pid, bprm */
-SEC("raw_tp/sched_process_exec")
-int on_exec(struct bpf_raw_tracepoint_args *ctx)
+ALWAYS_INLINE void follow_exec(struct bpf_raw_tracepoint_args *ctx, u32 place)
 {
 	struct task_struct *task = (void *)ctx->args[0];
 	struct linux_binprm *bprm = (void *)ctx->args[2];
@@ -741,11 +792,9 @@ int on_exec(struct bpf_raw_tracepoint_args *ctx)
 	u32 tgid;
 	bool heard, tracked, wanted, entered, seen;
 
-	if (!settings.lifecycle)
-		return 0;
 	counters = count();
 	if (!counters)
-		return 0;
+		return;
 	counters->exec.seen++;
 	tgid = BPF_CORE_READ(task, tgid);
 	identify(&fresh, task);
@@ -757,11 +806,11 @@ int on_exec(struct bpf_raw_tracepoint_args *ctx)
 	if (old)
 		fresh.sticky = old->sticky;
 	fresh.reported = 1;
-	candidates = decide(counters, task, tgid, &fresh, tracked, PLACE_EXEC);
+	candidates = decide(counters, task, tgid, &fresh, tracked, place);
 	wanted = !fresh.denied && (wanted_rules(&fresh) | candidates);
 	if (!tracked && !wanted) {
 		counters->exec.filtered++;
-		return 0;
+		return;
 	}
 	entered = tracked || fresh.want.rules || fresh.sticky.rules;
 	if (!heard && !report_allowed()) {
@@ -769,7 +818,7 @@ int on_exec(struct bpf_raw_tracepoint_args *ctx)
 		fresh.reported = 0;
 		if (entered)
 			enter_proc(counters, tgid, &fresh);
-		return 0;
+		return;
 	}
 	/* What is told is entered, so that its end is told too. */
 	if (!entered)
@@ -778,7 +827,7 @@ int on_exec(struct bpf_raw_tracepoint_args *ctx)
 	record = bpf_ringbuf_reserve(&events, sizeof(*record), 0);
 	if (!record) {
 		counters->exec.lost_ring_full++;
-		return 0;
+		return;
 	}
 	__builtin_memset(record, 0, sizeof(*record));
 	fill_lifecycle(&record->lifecycle, EVENT_EXEC, task, &fresh);
@@ -789,12 +838,33 @@ int on_exec(struct bpf_raw_tracepoint_args *ctx)
 	seen = seen_before(&record->lifecycle, bprm) && settings.mappings_heard;
 	counters->exec.sent++;
 	bpf_ringbuf_submit(record, candidates || (wanted && !seen) ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
+}
+
+/* raw tracepoint arguments: task, old_pid, bprm */
+ALWAYS_INLINE int exec_once(struct bpf_raw_tracepoint_args *ctx, u32 place)
+{
+	struct task_struct *task = (void *)ctx->args[0];
+
+	if (!settings.lifecycle || is_dealt_with(HANDLER_EXEC, task))
+		return 0;
+	follow_exec(ctx, place);
+	deal_with(HANDLER_EXEC, task);
 	return 0;
 }
 
-/* raw tracepoint arguments: parent, child */
-SEC("raw_tp/sched_process_fork")
-int on_fork(struct bpf_raw_tracepoint_args *ctx)
+SEC("raw_tp/sched_process_exec")
+int on_exec(struct bpf_raw_tracepoint_args *ctx)
+{
+	return exec_once(ctx, PLACE_EXEC);
+}
+
+SEC("raw_tp/sched_process_exec")
+int on_exec_again(struct bpf_raw_tracepoint_args *ctx)
+{
+	return exec_once(ctx, PLACE_EXEC_AGAIN);
+}
+
+ALWAYS_INLINE void follow_fork(struct bpf_raw_tracepoint_args *ctx, u32 place)
 {
 	struct task_struct *parent = (void *)ctx->args[0];
 	struct task_struct *child = (void *)ctx->args[1];
@@ -808,11 +878,9 @@ int on_fork(struct bpf_raw_tracepoint_args *ctx)
 	struct arm *arm;
 	bool heir, entered;
 
-	if (!settings.lifecycle || child_tgid != (u32)BPF_CORE_READ(child, pid))
-		return 0;
 	counters = count();
 	if (!counters)
-		return 0;
+		return;
 	counters->fork.seen++;
 	identify(&fresh, child);
 	fresh.reported = 1;
@@ -834,12 +902,12 @@ int on_fork(struct bpf_raw_tracepoint_args *ctx)
 		enter_proc(counters, child_tgid, &fresh);
 	/* A child that is born into another control group (clone3) is another matter than its parent. */
 	if ((side->rules & ~(side->any_cgroup & side->any_container)) && cgroup_id_of(parent) != cgroup_id_of(child))
-		candidates = decide(counters, child, child_tgid, &fresh, heir, PLACE_FORK);
+		candidates = decide(counters, child, child_tgid, &fresh, heir, place);
 	else if (side->by_agent && !fresh.denied)
-		candidates = match_process(child, child_tgid, settings.generation, PLACE_FORK) & side->by_agent;
+		candidates = match_process(child, child_tgid, settings.generation, place) & side->by_agent;
 	if (fresh.denied || !(wanted_rules(&fresh) | candidates)) {
 		counters->fork.filtered++;
-		return 0;
+		return;
 	}
 	entered = heir || fresh.want.rules || fresh.sticky.rules;
 	if (!heir && !report_allowed()) {
@@ -847,7 +915,7 @@ int on_fork(struct bpf_raw_tracepoint_args *ctx)
 		fresh.reported = 0;
 		if (entered)
 			enter_proc(counters, child_tgid, &fresh);
-		return 0;
+		return;
 	}
 	if (!entered)
 		enter_proc(counters, child_tgid, &fresh);
@@ -856,33 +924,48 @@ int on_fork(struct bpf_raw_tracepoint_args *ctx)
 	record.parent = parent_tgid;
 	record.candidates = candidates;
 	send_lifecycle(&counters->fork, &record, sizeof(record), false);
+}
+
+/* raw tracepoint arguments: parent, child */
+ALWAYS_INLINE int fork_once(struct bpf_raw_tracepoint_args *ctx, u32 place)
+{
+	struct task_struct *child = (void *)ctx->args[1];
+
+	/* A thread is no child. */
+	if (!settings.lifecycle || BPF_CORE_READ(child, tgid) != BPF_CORE_READ(child, pid) ||
+	    is_dealt_with(HANDLER_FORK, child))
+		return 0;
+	follow_fork(ctx, place);
+	deal_with(HANDLER_FORK, child);
 	return 0;
+}
+
+SEC("raw_tp/sched_process_fork")
+int on_fork(struct bpf_raw_tracepoint_args *ctx)
+{
+	return fork_once(ctx, PLACE_FORK);
+}
+
+SEC("raw_tp/sched_process_fork")
+int on_fork_again(struct bpf_raw_tracepoint_args *ctx)
+{
+	return fork_once(ctx, PLACE_FORK_AGAIN);
 }
 
 #define SIGNAL_GROUP_EXIT 0x4
 
-/* raw tracepoint arguments: task; from 6.16 on also group_dead */
-SEC("raw_tp/sched_process_exit")
-int on_exit(struct bpf_raw_tracepoint_args *ctx)
+ALWAYS_INLINE void follow_exit(struct task_struct *task, struct signal_struct *signal)
 {
-	struct task_struct *task = (void *)ctx->args[0];
 	struct lifecycle record = {};
-	struct signal_struct *signal;
 	struct counters *counters;
 	struct proc last = {};
 	struct proc *proc;
 	struct arm *arm;
 	u32 tgid;
 
-	if (!settings.lifecycle)
-		return 0;
-	signal = BPF_CORE_READ(task, signal);
-	/* The leader's own end is not the process's: others of its threads may go on for hours. */
-	if (BPF_CORE_READ(signal, live.counter))
-		return 0;
 	counters = count();
 	if (!counters)
-		return 0;
+		return;
 	tgid = BPF_CORE_READ(task, tgid);
 	proc = bpf_map_lookup_elem(&procs, &tgid);
 	if (proc)
@@ -895,7 +978,7 @@ int on_exit(struct bpf_raw_tracepoint_args *ctx)
 	    last.start_boottime != BPF_CORE_READ(task, group_leader, start_boottime)) {
 		counters->exit.seen++;
 		counters->exit.filtered++;
-		return 0;
+		return;
 	}
 	counters->exit.seen++;
 	fill_lifecycle(&record, EVENT_EXIT, task, &last);
@@ -910,7 +993,35 @@ int on_exit(struct bpf_raw_tracepoint_args *ctx)
 	if (arm)
 		want_also(&last.sticky, &arm->want, settings.live_rules);
 	bpf_map_update_elem(&dying, &tgid, &last, BPF_ANY);
+}
+
+/* raw tracepoint arguments: task; from 6.16 on also group_dead */
+ALWAYS_INLINE int exit_once(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct task_struct *task = (void *)ctx->args[0];
+	struct signal_struct *signal;
+
+	if (!settings.lifecycle)
+		return 0;
+	signal = BPF_CORE_READ(task, signal);
+	/* The leader's own end is not the process's: others of its threads may go on for hours. */
+	if (BPF_CORE_READ(signal, live.counter) || is_dealt_with(HANDLER_EXIT, task))
+		return 0;
+	follow_exit(task, signal);
+	deal_with(HANDLER_EXIT, task);
 	return 0;
+}
+
+SEC("raw_tp/sched_process_exit")
+int on_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	return exit_once(ctx);
+}
+
+SEC("raw_tp/sched_process_exit")
+int on_exit_again(struct bpf_raw_tracepoint_args *ctx)
+{
+	return exit_once(ctx);
 }
 
 /* Decides anew for a process that runs. True: nobody needs to hear of it. */

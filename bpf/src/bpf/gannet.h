@@ -365,6 +365,8 @@ struct lifecycle_counts {
 	u64 sent;
 	u64 lost_rate;
 	u64 lost_ring_full;
+	/* For which the kernel called no handler, at most; see `dealt_with`. The agent fills it in, from the kernel's count. */
+	u64 refused;
 };
 
 /*

@@ -71,7 +71,10 @@ enum match_place {
 	PLACE_FORK = 1,
 	PLACE_ATTACH = 2,
 	PLACE_WALK = 3,
-	PLACES = 4,
+	/* Of the twins, see `dealt_with`. */
+	PLACE_EXEC_AGAIN = 4,
+	PLACE_FORK_AGAIN = 5,
+	PLACES = 6,
 };
 
 /*
@@ -247,7 +250,7 @@ ALWAYS_INLINE bool decide_once(struct counters *counters, struct task_struct *ta
 
 	fresh->exec_id = BPF_CORE_READ(task, self_exec_id);
 	matched = match_process(task, tgid, generation, decision->place);
-	if (decision->place != PLACE_EXEC)
+	if (decision->place != PLACE_EXEC && decision->place != PLACE_EXEC_AGAIN)
 		matched &= ~side->at_exec | (fresh->exec_id == decision->kept_exec_id ? decision->kept : 0);
 	fresh->denied = !!(matched & side->deny);
 	decision->candidates = matched & side->by_agent;
