@@ -164,6 +164,35 @@ fn r48_r53_c_without_frame_pointers_is_whole_however_it_is_linked() {
     check(&cases, 8, 60);
 }
 
+/// Calls functions of the C library for the first time, again and again: what the linkage table held at first is put back.
+const LAZY: &str = "#define ALL F(abs) F(labs) F(llabs) F(ffs) F(ffsl) F(ffsll) F(toupper) F(tolower) F(htonl) F(htons) \\\n\
+    F(ntohl) F(ntohs) F(isalnum) F(isalpha) F(iscntrl) F(isdigit) F(isgraph) F(islower) F(isprint) F(ispunct) F(isspace) \\\n\
+    F(isupper) F(isxdigit) F(isblank)\n\
+    #define F(name) long name(long);\nALL\n\
+    #undef F\n#define F(name) r += name(7);\n\
+    enum { ENTRIES = 24 };\nextern void *volatile _GLOBAL_OFFSET_TABLE_[];\nstatic void *first[ENTRIES];\n\
+    __attribute__((noinline)) long lazy_calls(long r) { ALL return r; }\n\
+    int main(void) { for (int i = 0; i < ENTRIES; i++) first[i] = _GLOBAL_OFFSET_TABLE_[3 + i];\n\
+    for (;;) { for (int i = 0; i < ENTRIES; i++) _GLOBAL_OFFSET_TABLE_[3 + i] = first[i]; lazy_calls(1); } }\n";
+
+/// The dynamic linker aligns its stack while it looks a function up, and finds its frame by another register than others do.
+#[test]
+fn r48_r53_while_functions_are_looked_up_for_the_first_call_stacks_are_whole() {
+    let lazy = program("lazy", LAZY, &["-no-pie", "-fplt", "-fno-builtin", "-Wl,-z,lazy,-z,norelro"]);
+    let running = Running::start(&mut Command::new(lazy));
+    let pid = running.0.id().to_string();
+    let recording = record_for(6, 199, &["--pid", &pid]);
+    let all: u64 = recording.stacks.iter().map(|(_, count)| count).sum();
+    let whole = |stack: &[String]| in_order(stack, &["_start", "main"]) && !is_marked(stack);
+    let (good, _) = recording.share("main", whole);
+    let odd: Vec<_> = recording.stacks.iter().filter(|(stack, _)| !whole(stack)).take(3).collect();
+    // Below the caller is the linker.
+    let below = |stack: &[String]| stack.iter().skip_while(|name| *name != "lazy_calls").count() > 1;
+    let (inside, _) = recording.share("lazy_calls", below);
+    assert!(all >= 400 && inside * 2 > all, "{inside} inside the linker, of {all}: {odd:?}");
+    assert!(!too_many_odd(all - good, all), "{good} of {all}: {odd:?}");
+}
+
 const VIRTUAL: &str = r#"
 #include <dlfcn.h>
 #include <cstdlib>

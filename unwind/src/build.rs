@@ -290,40 +290,51 @@ fn table_of<'d, R: ReadRef<'d>>(
         (Some(first), Some(last)) => (first.start, last.end),
         _ => (0, 0),
     };
-    let mut builder = Builder::new(arch, start, end, options.limits)?.runs(options.runs);
-    let mut unsupported = 0;
-    for (index, piece) in pieces.iter().enumerate() {
-        let mut row = |pc: u64, rule: Rule| -> Result<(), Fault> {
-            if pc >= piece.end {
-                return Ok(());
-            }
-            unsupported += u64::from(rule.cfa_kind == cfa::UNSUPPORTED);
-            // Rows before the piece begins replace one another: the last one is what holds at its start.
-            Ok(builder.push(pc.max(piece.start), rule)?)
-        };
-        match piece.source {
-            Source::EhFrame(index) => eh_frame.rows(&eh_frame.functions[index as usize], budget, &mut row)?,
-            Source::DebugFrame(index) => {
-                debug_frame.rows(&debug_frame.functions[index as usize], budget, &mut row)?;
-            }
-            Source::Go(index) => {
-                if let Some(go) = &go {
-                    go.rows(&go.functions[index as usize], budget, &mut row)?;
+    let mut lay_out = |with_rbx: bool| -> Result<(Table, bool), Fault> {
+        let mut builder = Builder::new(arch, start, end, options.limits)?.runs(options.runs && !with_rbx);
+        let mut unsupported = 0;
+        let mut by_rbx = false;
+        for (index, piece) in pieces.iter().enumerate() {
+            let mut row = |pc: u64, rule: Rule| -> Result<(), Fault> {
+                if pc >= piece.end {
+                    return Ok(());
+                }
+                unsupported += u64::from(rule.cfa_kind == cfa::UNSUPPORTED);
+                by_rbx |= rule.cfa_kind == cfa::REGISTER + dwarf_register::X86_64_RBX as u8;
+                // Rows before the piece begins replace one another: the last one is what holds at its start.
+                Ok(builder.push(pc.max(piece.start), rule)?)
+            };
+            match piece.source {
+                Source::EhFrame(index) => {
+                    eh_frame.rows(&eh_frame.functions[index as usize], with_rbx, budget, &mut row)?;
+                }
+                Source::DebugFrame(index) => {
+                    debug_frame.rows(&debug_frame.functions[index as usize], with_rbx, budget, &mut row)?;
+                }
+                Source::Go(index) => {
+                    if let Some(go) = &go {
+                        go.rows(&go.functions[index as usize], budget, &mut row)?;
+                    }
+                }
+                Source::Fixed(rule) => row(piece.start, rule)?,
+                Source::Code(index) => {
+                    for (pc, rule) in &code[index as usize].rows {
+                        row(*pc, *rule)?;
+                    }
                 }
             }
-            Source::Fixed(rule) => row(piece.start, rule)?,
-            Source::Code(index) => {
-                for (pc, rule) in &code[index as usize].rows {
-                    row(*pc, *rule)?;
-                }
+            if pieces.get(index + 1).is_some_and(|next| next.start > piece.end) {
+                builder.push(piece.end, Rule::NONE)?;
             }
         }
-        if pieces.get(index + 1).is_some_and(|next| next.start > piece.end) {
-            builder.push(piece.end, Rule::NONE)?;
-        }
+        report.unsupported_rows = unsupported;
+        Ok((builder.finish()?, by_rbx && arch == Arch::X86_64))
+    };
+    // The dynamic linker alone was seen to keep a frame by rbx while it calls on.
+    match lay_out(false)? {
+        (_, true) => Ok(lay_out(true)?.0),
+        (table, false) => Ok(table),
     }
-    report.unsupported_rows = unsupported;
-    Ok(builder.finish()?)
 }
 
 fn vendor(arch: Arch) -> gimli::Vendor {

@@ -1,6 +1,6 @@
 //! DWARF call frame information (`.eh_frame`, `.debug_frame`) to rows.
 //!
-//! gimli reads the entries; what their instructions mean for the three registers that a walk needs is worked out
+//! gimli reads the entries; what their instructions mean for the four registers that a walk needs is worked out
 //! here, because that is all the table has room for, and at a fraction of the cost of all registers.
 use std::collections::HashMap;
 
@@ -63,6 +63,14 @@ struct Registers {
     sp: u16,
     fp: u16,
     ra: u16,
+    /// x86_64 only.
+    rbx: Option<u16>,
+}
+
+impl Registers {
+    fn are_followed(&self, register: u16) -> bool {
+        [self.sp, self.fp, self.ra].contains(&register) || self.rbx == Some(register)
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -95,6 +103,7 @@ struct State {
     fp: Place,
     ra: Place,
     sp: Place,
+    rbx: Place,
     ra_signed: bool,
 }
 
@@ -103,6 +112,7 @@ const START: State = State {
     fp: Place::Unset,
     ra: Place::Unset,
     sp: Place::Unset,
+    rbx: Place::Unset,
     ra_signed: false,
 };
 
@@ -185,11 +195,12 @@ where
             self.oddities.malformed += 1;
             return Ok(());
         };
-        let (sp, fp) = match self.arch {
-            Arch::X86_64 => (dwarf_register::X86_64_SP, dwarf_register::X86_64_FP),
-            Arch::Aarch64 => (dwarf_register::AARCH64_SP, dwarf_register::AARCH64_FP),
+        let registers = Registers {
+            sp: self.arch.stack_pointer(),
+            fp: self.arch.frame_pointer(),
+            ra: entry.return_address_register().0,
+            rbx: (self.arch == Arch::X86_64).then_some(dwarf_register::X86_64_RBX),
         };
-        let registers = Registers { sp, fp, ra: entry.return_address_register().0 };
         let mut state = START;
         let mut instructions = entry.instructions(&self.section, &self.bases);
         let initial = loop {
@@ -232,10 +243,12 @@ where
         Some((fde.initial_address(), fde.initial_address().checked_add(fde.len())?))
     }
 
-    /// Calls `row` with each address from which another rule holds in a function, ascending, and the rule.
+    /// Calls `row` with each address from which another rule holds in a function, ascending, and the rule. Rules say where
+    /// rbx is only if that is asked for: it makes more of them.
     pub(crate) fn rows<E: From<Exceeded>>(
         &self,
         function: &Function,
+        with_rbx: bool,
         budget: &mut Budget<'_>,
         mut row: impl FnMut(u64, Rule) -> Result<(), E>,
     ) -> Result<(), E> {
@@ -256,6 +269,13 @@ where
         let mut pc = function.start;
         let mut changed = true;
         let mut restored = Restored::default();
+        let mut rule_of = |state: &State| {
+            let mut rule = rule(state, cie.registers, self.arch, signal);
+            if with_rbx {
+                rule.flags |= rbx_of(state) << flags::RBX_SHIFT;
+            }
+            restored.apply(rule)
+        };
         let mut instructions = fde.instructions(&self.section, &self.bases);
         loop {
             budget.step()?;
@@ -285,7 +305,7 @@ where
                 }
             };
             if next > pc && changed {
-                row(pc, restored.apply(rule(&state, cie.registers, self.arch, signal)))?;
+                row(pc, rule_of(&state))?;
                 changed = false;
             }
             pc = next;
@@ -294,13 +314,13 @@ where
             }
         }
         if changed {
-            row(pc, restored.apply(rule(&state, cie.registers, self.arch, signal)))?;
+            row(pc, rule_of(&state))?;
         }
         Ok(())
     }
 }
 
-/// Sees when an epilogue has taken the frame pointer from its slot.
+/// Sees when an epilogue has taken the frame pointer, or rbx, from its slot.
 ///
 /// Compilers do not say so: their entries go on to name the slot when it is below the stack pointer, where a signal
 /// handler may write at any time and where a copy of the stack does not reach. A slot that was above the stack pointer
@@ -309,6 +329,7 @@ where
 #[derive(Default)]
 struct Restored {
     was_above: bool,
+    rbx_was_above: bool,
 }
 
 impl Restored {
@@ -321,6 +342,13 @@ impl Restored {
                 rule.fp_offset = 0;
             }
             self.was_above |= !below;
+        }
+        if let slot @ 2.. = rule.rbx() {
+            let below = rule.cfa_kind == cfa::SP && rule.cfa_offset < 8 * i32::from(slot);
+            if below && self.rbx_was_above {
+                rule.flags ^= (slot ^ flags::RBX_SAME) << flags::RBX_SHIFT;
+            }
+            self.rbx_was_above |= !below;
         }
         rule
     }
@@ -395,6 +423,8 @@ fn apply<'d, S: UnwindSection<Slice<'d>>>(
             state.sp = place;
         } else if register.0 == registers.ra {
             state.ra = place;
+        } else if Some(register.0) == registers.rbx {
+            state.rbx = place;
         }
     };
     match instruction {
@@ -428,16 +458,18 @@ fn apply<'d, S: UnwindSection<Slice<'d>>>(
             set(*register, Place::IsCfa(scaled(*factored_offset)));
         }
         I::Register { dest_register, src_register } => set(*dest_register, Place::In(src_register.0)),
-        I::Expression { register, expression }
-            if [registers.fp, registers.sp, registers.ra].contains(&register.0) =>
-        {
+        I::Expression { register, expression } if registers.are_followed(register.0) => {
             set(*register, place_expression(section, cie, registers, expression));
         }
         I::ValExpression { register, .. } => set(*register, Place::Bad),
         I::Restore { register } => {
-            let at_start =
-                [(registers.fp, initial.fp), (registers.sp, initial.sp), (registers.ra, initial.ra)];
-            if let Some((_, place)) = at_start.into_iter().find(|(number, _)| *number == register.0) {
+            let at_start = [
+                (Some(registers.fp), initial.fp),
+                (Some(registers.sp), initial.sp),
+                (Some(registers.ra), initial.ra),
+                (registers.rbx, initial.rbx),
+            ];
+            if let Some((_, place)) = at_start.into_iter().find(|(number, _)| *number == Some(register.0)) {
                 set(*register, place);
             }
         }
@@ -558,6 +590,15 @@ fn rule(state: &State, registers: Registers, arch: Arch, signal: bool) -> Rule {
             Rule { flags: signal | signed, ..rule }
         }
         Err(why) => Rule::unsupported(why),
+    }
+}
+
+/// What a rule can say of where rbx is: see [`flags::RBX_SHIFT`].
+fn rbx_of(state: &State) -> u8 {
+    match state.rbx {
+        Place::Unset | Place::Same => flags::RBX_SAME,
+        Place::AtCfa(offset @ -56..=-16) if offset % 8 == 0 => (-offset / 8) as u8,
+        _ => 0,
     }
 }
 

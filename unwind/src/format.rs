@@ -47,9 +47,13 @@
 //! cfa  = by cfa_kind                           see `cfa`
 //! ra   = by ra_kind                            UNDEFINED: the walk ends here and is complete
 //! fp'  = by fp_kind                            UNDEFINED: lost from here on
+//! rbx' = by flags >> RBX_SHIFT & 7             x86_64 only; see there
 //! sp'  = cfa;  pc' = ra (signature bits stripped);  pc_is_exact' = flags & SIGNAL
 //! ```
-//! A register rule (`REGISTER + n`) is good only in a frame all of whose registers are known: the first one.
+//! A register rule (`REGISTER + n`) is good only in a frame all of whose registers are known: the first one. But for rbx:
+//! the dynamic linker aligns its stack by it while it looks up a function that is called for the first time, and calls on.
+//! Tables of files with such a rule say of every frame where the caller's rbx is ([`flags::RBX_SHIFT`]); frames of other
+//! tables lose it.
 //!
 //! # Runs
 //! Half of all rows are the single steps of runs of pushes and pops at the begin and the end of functions. A table may
@@ -159,7 +163,7 @@ pub mod cfa {
     pub const PUSHES: u8 = 7;
     /// The same with 8 less for each pop.
     pub const POPS: u8 = 8;
-    /// `REGISTER + n`: the register with DWARF number n (0 to 31), plus `cfa_offset`. First frame only.
+    /// `REGISTER + n`: the register with DWARF number n (0 to 31), plus `cfa_offset`. First frame only, but for rbx.
     pub const REGISTER: u8 = 0x40;
 }
 
@@ -187,6 +191,11 @@ pub mod flags {
     pub const GUESSED: u8 = 2;
     /// The return address is signed (aarch64 pointer authentication): strip the signature.
     pub const RA_SIGNED: u8 = 4;
+    /// x86_64: three bits from here on say where the caller's rbx is: not known, unchanged ([`RBX_SAME`]), or with k from 2
+    /// to 7 at `cfa - 8 * k`.
+    pub const RBX_SHIFT: u32 = 4;
+    /// See [`RBX_SHIFT`].
+    pub const RBX_SAME: u8 = 1;
 }
 
 /// Packs what [`cfa::SP_DEREF`] and [`cfa::FP_DEREF`] need, if it fits: `at` in 24 bits, `plus` in 8.
@@ -198,6 +207,8 @@ pub fn deref_offset(at: i64, plus: i64) -> Option<i32> {
 
 /// DWARF numbers of the registers that rules speak of by role.
 pub mod dwarf_register {
+    /// rbx
+    pub const X86_64_RBX: u16 = 3;
     /// rbp
     pub const X86_64_FP: u16 = 6;
     /// rsp
@@ -330,6 +341,11 @@ impl Rule {
             fp_offset: 0,
             ra_offset: -8,
         }
+    }
+
+    /// See [`flags::RBX_SHIFT`].
+    pub const fn rbx(&self) -> u8 {
+        self.flags >> flags::RBX_SHIFT & 7
     }
 
     /// x86_64: an entry of a procedure linkage table that has pushed once its pc has come `pushed_from` bytes far

@@ -1,6 +1,6 @@
 //! The walk itself, over registers and a copy of a stack: what the kernel side does, step by step ([`crate::format`]),
 //! for samples that are completed later and as the reference that tests compare with.
-use crate::format::{Rule, Unsupported, cfa, flags, loc};
+use crate::format::{Rule, Unsupported, cfa, dwarf_register, flags, loc};
 use crate::table::{Arch, Table};
 
 /// A thread at one moment.
@@ -95,6 +95,7 @@ pub fn walk(snapshot: &Snapshot<'_>, tables: &dyn TableSource, max_frames: usize
         pc: snapshot.pc,
         sp: register(sp).unwrap_or(0),
         fp: register(fp),
+        rbx: register(dwarf_register::X86_64_RBX),
     };
     let mut frames = vec![Frame { pc: walker.pc, exact: true, guessed: false }];
     let end = loop {
@@ -119,6 +120,8 @@ struct Walker<'a> {
     sp: u64,
     /// `None` once a frame did not keep it.
     fp: Option<u64>,
+    /// The same; on aarch64 from the second frame on.
+    rbx: Option<u64>,
 }
 
 impl Walker<'_> {
@@ -152,6 +155,11 @@ impl Walker<'_> {
         if cfa <= self.sp && !signal && !(cfa == self.sp && self.first) {
             return Err(End::NoProgress);
         }
+        self.rbx = match rule.rbx() {
+            0 => None,
+            flags::RBX_SAME => self.rbx,
+            slot => self.read(cfa.wrapping_sub(8 * u64::from(slot))).ok(),
+        };
         self.sp = cfa;
         self.fp = fp;
         self.enter_caller(ra, signal)?;
@@ -173,6 +181,7 @@ impl Walker<'_> {
         let (saved, ra) = (self.read(fp)?, self.read(fp.wrapping_add(8))?);
         self.sp = fp.wrapping_add(16);
         self.fp = Some(saved);
+        self.rbx = None;
         self.enter_caller(ra, false)?;
         Ok(true)
     }
@@ -206,11 +215,16 @@ impl Walker<'_> {
         self.read(base.wrapping_add_signed(i64::from(offset)))
     }
 
-    /// Only in the first frame all registers are known.
+    /// Only in the first frame all registers are known; rbx may be in others.
     fn register(&self, kind: u8) -> Result<u64, End> {
-        let number = usize::from(kind & (cfa::REGISTER - 1));
-        let known = kind >= cfa::REGISTER && self.first;
-        known.then(|| self.snapshot.registers.get(number).copied()).flatten().ok_or(End::RegisterLost)
+        let number = u16::from(kind & (cfa::REGISTER - 1));
+        let value = match number {
+            _ if kind < cfa::REGISTER => None,
+            _ if self.first => self.snapshot.registers.get(usize::from(number)).copied(),
+            dwarf_register::X86_64_RBX => self.rbx,
+            _ => None,
+        };
+        value.ok_or(End::RegisterLost)
     }
 
     fn read(&self, address: u64) -> Result<u64, End> {
@@ -306,6 +320,29 @@ mod tests {
         let rows = [(0x1000, by_rbx)];
         let stack = [0, 0, 0x10_1001, 0x10_1001];
         check(Arch::X86_64, &rows, 0x10_1000, 0, &stack, &[0x10_1000, 0x10_1001], End::RegisterLost);
+    }
+
+    #[test]
+    fn r48_rbx_is_followed_as_far_as_tables_say_where_it_is() {
+        let kept = |place: u8, rule: Rule| Rule { flags: place << flags::RBX_SHIFT, ..rule };
+        let by_rbx = Rule { cfa_kind: cfa::REGISTER + 3, cfa_offset: 16, ..Rule::X86_64_ENTRY };
+        let rows = |first: Rule| {
+            [
+                (0x1000, first),
+                (0x2000, kept(flags::RBX_SAME, Rule::x86_64_sp(8))),
+                (0x3000, by_rbx),
+                (0x4000, STOP),
+            ]
+        };
+        // Saved in the second of its frame's words, passed on by the next frame; where it points the third one's is.
+        let stack = [0, STACK + 56, 0, 0x10_2001, 0x10_3001, 0, 0, 0, 0x10_4001];
+        let whole = [0x10_1000, 0x10_2001, 0x10_3001, 0x10_4001];
+        let saved = rows(kept(3, Rule::x86_64_sp(32)));
+        check(Arch::X86_64, &saved, 0x10_1000, 0, &stack, &whole, End::Complete);
+        for first in [Rule::x86_64_sp(32), kept(7, Rule::x86_64_sp(32))] {
+            // Nobody said where, or below what there is of the stack.
+            check(Arch::X86_64, &rows(first), 0x10_1000, 0, &stack, &whole[..3], End::RegisterLost);
+        }
     }
 
     #[test]

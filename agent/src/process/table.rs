@@ -139,8 +139,9 @@ pub struct Saturated {
 /// All processes that are sampled, or were a moment ago.
 pub struct Processes {
     alive: HashMap<u32, Process>,
-    /// Replaced and ended ones, until a whole window has passed without a sample of theirs.
-    past: HashMap<ImageKey, Process>,
+    /// Replaced and ended ones, until a whole window has passed without a sample of theirs. In a storm there are tens of
+    /// thousands of them: a table of that many places doubles when some turn out to be too few, so a place is small.
+    past: HashMap<ImageKey, Box<Process>>,
     /// Images between the moment at which `execve` cleared the former one and the event that tells of it.
     coming: HashMap<u32, Coming>,
     files: FileTable,
@@ -440,7 +441,8 @@ impl Processes {
         if !is_past {
             self.meet(subject)?;
         }
-        let process = if is_past { self.past.get_mut(&key) } else { self.alive.get_mut(&tgid) };
+        let process =
+            if is_past { self.past.get_mut(&key).map(Box::as_mut) } else { self.alive.get_mut(&tgid) };
         let process = process.ok_or(Saturated { most: self.most })?;
         process.window = window;
         process.samples += 1;
@@ -497,7 +499,8 @@ impl Processes {
 
     /// The image of a key, alive or past.
     pub fn get(&self, key: &ImageKey) -> Option<&Process> {
-        self.past.get(key).or_else(|| self.alive.get(&key.process.tgid).filter(|process| process.key == *key))
+        let alive = || self.alive.get(&key.process.tgid).filter(|process| process.key == *key);
+        self.past.get(key).map(Box::as_ref).or_else(alive)
     }
 
     /// Everybody who is alive.
@@ -507,7 +510,7 @@ impl Processes {
 
     /// Everybody who is kept for their last samples.
     pub fn past(&self) -> impl Iterator<Item = &Process> {
-        self.past.values()
+        self.past.values().map(Box::as_ref)
     }
 
     /// What `/proc` tells of a process that is in the table.
@@ -572,7 +575,7 @@ impl Processes {
         if state != State::Replaced {
             self.metadata.remove(process.key.process);
         }
-        self.past.insert(process.key, process);
+        self.past.insert(process.key, Box::new(process));
     }
 
     /// Somebody else is there, or another image, and nobody told since when: what was read later than the image was seen
@@ -593,7 +596,7 @@ impl Processes {
         let (key, wrong) = (process.key, Arc::clone(&process.image));
         self.metadata.invalidate(key.process);
         // Children that were forked meanwhile were taken to have the same.
-        for process in self.alive.values_mut().chain(self.past.values_mut()) {
+        for process in self.alive.values_mut().chain(self.past.values_mut().map(Box::as_mut)) {
             if process.key != key && !Arc::ptr_eq(&process.image, &wrong) {
                 continue;
             }

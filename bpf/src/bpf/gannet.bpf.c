@@ -288,6 +288,7 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	scratch->walk.exact = 1;
 	scratch->walk.first = 1;
 	scratch->walk.fp_lost = 0;
+	scratch->walk.rbx_lost = 0;
 	scratch->walk.guessed = 0;
 	return scratch;
 }
@@ -553,6 +554,7 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 	scratch->walk.exact = 1;
 	scratch->walk.first = 1;
 	scratch->walk.fp_lost = 0;
+	scratch->walk.rbx_lost = 0;
 	scratch->walk.guessed = 0;
 	return scratch;
 }

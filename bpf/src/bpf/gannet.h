@@ -247,6 +247,9 @@ enum rule_flags {
 	RULE_SIGNAL = 1,
 	RULE_GUESSED = 2,
 	RULE_RA_SIGNED = 4,
+	/* Three bits: where the caller's rbx is. 0: not known; RBX_SAME; k from 2 on: at the frame address - 8 * k. */
+	RULE_RBX_SHIFT = 4,
+	RBX_SAME = 1,
 };
 
 /* Value of `images`: this image of this process has its mappings in `exec_mappings`. */

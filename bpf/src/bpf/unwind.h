@@ -82,9 +82,10 @@ struct walk {
 	u8 exact;
 	u8 first;
 	u8 fp_lost;
+	u8 rbx_lost;
 	/* Some frame was found by frame pointer where no table said so. */
 	u8 guessed;
-	/* By DWARF number; good in the first frame only. */
+	/* By DWARF number; good in the first frame only, but rbx until it is lost. */
 	u64 registers[RAW_REGISTERS - 1];
 	/* Where the thread is; pc moves on with the walk. */
 	u64 start_pc;
@@ -351,6 +352,18 @@ ALWAYS_INLINE bool locate(struct walk *walk, u8 kind, s32 offset, u64 cfa, u64 *
 	return read_stack(walk, at, value);
 }
 
+#if defined(__TARGET_ARCH_x86)
+#define DWARF_RBX 3
+
+/* The caller's rbx, by which the dynamic linker finds its frame while it looks up a function. */
+ALWAYS_INLINE void follow_rbx(struct walk *walk, u32 place, u64 cfa)
+{
+	if (place == RBX_SAME)
+		return;
+	walk->rbx_lost = !place || !read_stack(walk, cfa - 8 * place, &walk->registers[DWARF_RBX]);
+}
+#endif
+
 /* From a frame to its caller. False: the walk is over, and walk->end says how. */
 ALWAYS_INLINE bool step(struct walk *walk, struct found_rules *found)
 {
@@ -396,6 +409,14 @@ ALWAYS_INLINE bool step(struct walk *walk, struct found_rules *found)
 			return false;
 		goto next;
 	default:
+#if defined(__TARGET_ARCH_x86)
+		if (rule->cfa_kind == CFA_REGISTER + DWARF_RBX) {
+			if (walk->rbx_lost)
+				goto fault;
+			cfa = walk->registers[DWARF_RBX] + rule->cfa_offset;
+			break;
+		}
+#endif
 		if (!walk->first)
 			goto fault;
 		cfa = walk->registers[rule->cfa_kind & 31] + rule->cfa_offset;
@@ -419,7 +440,9 @@ ALWAYS_INLINE bool step(struct walk *walk, struct found_rules *found)
 		walk->end = USER_STACK_NO_PROGRESS;
 		return false;
 	}
-#if !defined(__TARGET_ARCH_x86)
+#if defined(__TARGET_ARCH_x86)
+	follow_rbx(walk, rule->flags >> RULE_RBX_SHIFT & 7, cfa);
+#else
 	if (rule->flags & RULE_RA_SIGNED)
 		ra &= (1ULL << 48) - 1;
 #endif
@@ -429,6 +452,7 @@ ALWAYS_INLINE bool step(struct walk *walk, struct found_rules *found)
 	goto caller;
 next:
 	walk->exact = 0;
+	walk->rbx_lost = 1;
 caller:
 	walk->first = 0;
 	if (!walk->pc) {

@@ -1,0 +1,118 @@
+//! A storm of short processes that goes on for ever: what is kept of them takes no more memory than it did in the first
+//! windows.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on shall say so at once")]
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    io,
+    num::NonZeroUsize,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use gannet_agent::{
+    kernel::{CgroupHierarchy, ExitStatus, FileNumbers, Mapped, NewMapping, Origin, Subject},
+    process::{ProcFs, ProcessKey, Processes},
+};
+
+/// Counts the bytes that are allocated.
+struct Counting;
+
+static HELD: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: the system's allocator does the work.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        HELD.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Everybody is gone by the time that somebody looks.
+struct Gone;
+
+impl ProcFs for Gone {
+    fn read(&self, _: ProcessKey, _: &'static str, _: u64) -> io::Result<Vec<u8>> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+
+    fn link(&self, _: ProcessKey, _: &'static str) -> io::Result<PathBuf> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+
+    fn owner(&self, _: ProcessKey) -> io::Result<u32> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+
+    fn now_ns(&self) -> u64 {
+        0
+    }
+}
+
+/// One process: its mappings, its exec, a sample of every tenth, its end.
+fn live(table: &mut Processes, number: u64) {
+    let subject = |ktime_ns| Subject {
+        // Above what a kernel gives away.
+        key: ProcessKey { tgid: 5_000_000 + (number % 30_000) as u32, start_boottime_ns: number },
+        exec_id: 2,
+        ktime_ns,
+        cgroup_id: 1,
+        comm: "storm-child".into(),
+        rules: 1,
+        candidates: 0,
+    };
+    let (now, tgid) = (number * 1_000, subject(0).key.tgid);
+    table.told(Mapped::Cleared { tgid, ktime_ns: now });
+    for (place, path) in (1..).zip(["/bin/storm-child", "/lib/ld.so", "/lib/libc.so", "/lib/libm.so"]) {
+        let mapping = NewMapping {
+            start: place << 20,
+            end: (place << 20) + 4096,
+            offset: 0,
+            dev: 2049,
+            inode: place,
+            path: path.into(),
+        };
+        table.told(Mapped::Made { tgid, ktime_ns: now + 1, mapping });
+    }
+    table.exec(&subject(now + 2), Origin::default(), "/bin/storm-child", FileNumbers::default()).unwrap();
+    if number % 10 == 0 {
+        table.sampled(&subject(now + 3), &[]).unwrap();
+    }
+    table.exit(&subject(now + 4), ExitStatus(0));
+}
+
+#[test]
+fn a_storm_that_goes_on_takes_no_more_memory() {
+    const WINDOWS: u64 = 60;
+    // How full the table of the dead is decides when it grows: some storms of each size.
+    for a_window in [300, 700, 1_300, 1_700] {
+        let files = NonZeroUsize::new(64).unwrap();
+        let before = HELD.load(Ordering::Relaxed);
+        let mut table = Processes::reading(CgroupHierarchy::V2, 40_000, files, Arc::new(Gone));
+        let mut held = Vec::new();
+        for window in 0..WINDOWS {
+            for number in 0..a_window {
+                live(&mut table, window * a_window + number);
+            }
+            held.push(HELD.load(Ordering::Relaxed) - before);
+            table.next_window(|_| false);
+        }
+        // What is kept is that of two windows.
+        let (early, most) = (held[1], *held.iter().max().unwrap());
+        eprintln!("{a_window} in a window: {early} bytes after two, {most} at most after {WINDOWS}");
+        assert!(most < early + early / 10, "{a_window} in a window: {held:?}");
+    }
+}
