@@ -7,6 +7,7 @@ use std::process::Command;
 
 use common::{in_order, is_marked, program, record};
 use gannet_agent::kernel::{Kernel, KernelMapping, KernelOptions, UnwindMaps as _, blocks};
+use rstest::rstest;
 
 #[test]
 fn r5_r7_an_address_is_found_exactly_from_the_first_to_the_last() {
@@ -74,22 +75,25 @@ const CHANGES: &str = r"
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 volatile long sink;
-/* The one page of code of a library that has nothing else in it. */
+int rounds;
+/* The first page of a library's code. */
 static void *map(const char *path, void *at, int flags) {
 	int file = open(path, O_RDONLY);
 	void *code = mmap(at, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | flags, file, 4096);
 	close(file);
 	return code;
 }
-__attribute__((noinline)) long stage_first(long (*f)(long)) { for (int i = 0; i < 20000; i++) sink += f(100000); return sink; }
-__attribute__((noinline)) long stage_replaced(long (*f)(long)) { for (int i = 0; i < 20000; i++) sink += f(100000); return sink; }
-__attribute__((noinline)) long stage_moved(long (*f)(long)) { for (int i = 0; i < 20000; i++) sink += f(100000); return sink; }
-__attribute__((noinline)) long stage_again(long (*f)(long)) { for (int i = 0; i < 20000; i++) sink += f(100000); return sink; }
+__attribute__((noinline)) long stage_first(long (*f)(long)) { for (int i = 0; i < rounds; i++) sink += f(100000); return sink; }
+__attribute__((noinline)) long stage_replaced(long (*f)(long)) { for (int i = 0; i < rounds; i++) sink += f(100000); return sink; }
+__attribute__((noinline)) long stage_moved(long (*f)(long)) { for (int i = 0; i < rounds; i++) sink += f(100000); return sink; }
+__attribute__((noinline)) long stage_again(long (*f)(long)) { for (int i = 0; i < rounds; i++) sink += f(100000); return sink; }
 int main(int count, char **words) {
+	rounds = atoi(words[3]);
 	/* The function is at the begin of the page. */
 	char *place = map(words[1], 0, 0);
 	if (place == MAP_FAILED) return 1;
@@ -106,11 +110,17 @@ int main(int count, char **words) {
 }
 ";
 
-#[test]
-fn r15_no_frame_is_named_after_a_file_that_is_no_longer_there() {
-    let library = |name: &str, function: &str| {
+/// So many functions that nobody calls: it takes longer to make a table of them than the program below needs to move on.
+const MANY: &str = "__asm__(\".pushsection .bulk, \\\"ax\\\"\\n.rept 1500000\\n.cfi_startproc\\nnop\\n.cfi_def_cfa_offset 16\\n\
+    nop\\n.cfi_endproc\\n.endr\\n.popsection\");\n";
+
+#[rstest]
+#[case::with_its_tables("20000", "")]
+#[case::before_it_has_its_tables("4000", MANY)]
+fn r15_no_frame_is_named_after_a_file_that_is_no_longer_there(#[case] rounds: &str, #[case] more: &str) {
+    let library = |name: &str, function: &str, more: &str| {
         let source = format!(
-            "long {function}(long n) {{ long s = 0; for (long i = 0; i < n; i++) {{ s += i; __asm__ volatile(\"\" : \"+r\"(s)); }} return s; }}\n"
+            "long {function}(long n) {{ long s = 0; for (long i = 0; i < n; i++) {{ s += i; __asm__ volatile(\"\" : \"+r\"(s)); }} return s; }}\n{more}"
         );
         program(
             name,
@@ -118,14 +128,14 @@ fn r15_no_frame_is_named_after_a_file_that_is_no_longer_there() {
             &["-shared", "-fPIC", "-nostdlib", "-Wl,-Ttext=0x1000", "-Wl,-z,separate-code"],
         )
     };
-    let (one, two) = (library("one.so", "code_of_one"), library("two.so", "code_of_two"));
+    let (one, two) = (library("one.so", "code_of_one", ""), library("two.so", "code_of_two", more));
     let host = program("changes", CHANGES, &[]);
     let [host, one, two] = [&host, &one, &two].map(|path| path.to_str().unwrap());
     // Each function is at the begin of its page, or the program would call something else.
     let status =
         Command::new("sh").args(["-c", "test -s \"$0\" && test -s \"$1\"", one, two]).status().unwrap();
     assert!(status.success());
-    let recording = record(499, &["--", host, one, two]);
+    let recording = record(499, &["--", host, one, two, rounds]);
     for (stage, function) in [
         ("stage_first", "code_of_one"),
         ("stage_replaced", "code_of_two"),
