@@ -5,7 +5,7 @@ mod common;
 
 use std::process::Command;
 
-use common::{in_order, is_marked, program, record};
+use common::{in_order, is_marked, program, record, slower};
 use gannet_agent::kernel::{Kernel, KernelMapping, KernelOptions, UnwindMaps as _, blocks};
 use rstest::rstest;
 
@@ -136,6 +136,8 @@ fn r15_no_frame_is_named_after_a_file_that_is_no_longer_there(#[case] rounds: &s
         Command::new("sh").args(["-c", "test -s \"$0\" && test -s \"$1\"", one, two]).status().unwrap();
     assert!(status.success());
     let recording = record(499, &["--", host, one, two, rounds]);
+    // The table would be there before a slow machine is through as many rounds as it would take for more.
+    let least = if more.is_empty() { 30 } else { 30 / u64::from(slower()) };
     for (stage, function) in [
         ("stage_first", "code_of_one"),
         ("stage_replaced", "code_of_two"),
@@ -153,6 +155,6 @@ fn r15_no_frame_is_named_after_a_file_that_is_no_longer_there(#[case] rounds: &s
         };
         let (good, all) = recording.share(stage, whole);
         let odd = recording.odd_ones(stage, |stack| whole(stack) || own(stack));
-        assert!(all >= 30 && odd.is_empty() && good * 10 >= all * 9, "{stage}: {good} of {all}: {odd:?}");
+        assert!(all >= least && odd.is_empty() && good * 10 >= all * 9, "{stage}: {good} of {all}: {odd:?}");
     }
 }
