@@ -88,7 +88,7 @@ fn live(table: &mut Processes, number: u64) {
         table.told(Mapped::Made { tgid, ktime_ns: now + 1, mapping });
     }
     table.exec(&subject(now + 2), Origin::default(), "/bin/storm-child", FileNumbers::default()).unwrap();
-    if number % 10 == 0 {
+    if number.is_multiple_of(10) {
         table.sampled(&subject(now + 3), &[]).unwrap();
     }
     table.exit(&subject(now + 4), ExitStatus(0));
