@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Running, cgroup::Group};
+use common::{Running, cgroup::Group, idle_functions, slower};
 use gannet_agent::{
     conditions::{Pressure, boot_clock},
     engine::{Engine, EngineOptions, Manual, Window},
@@ -158,6 +158,29 @@ async fn two_captures_of_one_process_both_get_their_samples_and_end_in_time() {
     // A cap is named, never silently applied.
     let error = engine.capture_now(manual(5000, 1)).await.unwrap_err().to_string();
     assert!(error.contains("capture.hz") && error.contains("1000"), "{error}");
+    profiles.check_ledgers();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_capture_is_over_when_its_last_samples_are_walked() {
+    // Its table takes longer than the capture, on a crowded machine. Both are made here, so that slow ones have theirs.
+    let large = [1_500_000, 100_000]
+        .map(|count| common::program("cap-large", &(SPIN.to_owned() + &idle_functions(count)), &[]));
+    let busy: Vec<Running> =
+        (0..8).map(|_| Running::start(&mut Command::new(&large[usize::from(slower() > 1)]))).collect();
+    let pid = busy[0].0.id();
+    let (engine, profiles) = engine(Deny::default());
+    let manual = Manual {
+        matches: Match { pids: vec![pid], ..Match::default() },
+        hz: 199 / slower(),
+        kinds: vec![Kind::OnCpu],
+        duration: Duration::from_secs(1) * slower(),
+        evidence: "while there is no table".into(),
+    };
+    let capture = engine.capture_now(manual).await.unwrap();
+    assert!(capture.over.await.unwrap().is_some(), "a window with its samples");
+    let taken = profiles.of("manual", "manual")[&pid];
+    assert!(taken >= 10, "{taken}");
     profiles.check_ledgers();
 }
 

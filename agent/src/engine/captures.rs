@@ -12,7 +12,7 @@ use gannet_proto::control::{Capture, Match, capture, condition};
 use tokio::sync::oneshot;
 use ulid::Ulid;
 
-use super::Worker;
+use super::{LAST_WAIT, Worker};
 use crate::{
     conditions::{
         Sensors, Spot, Start, Task, Triggers, boot_clock,
@@ -116,6 +116,8 @@ struct Running {
     rule: RuleId,
     spot: Spot,
     over: Option<oneshot::Sender<Option<Ulid>>>,
+    /// Since when nothing is sampled for it any more.
+    retired: Option<Instant>,
 }
 
 struct AtExec {
@@ -276,7 +278,7 @@ impl Worker {
             Ok(id) => {
                 tracing::info!(rule, "a capture has started: {words}");
                 self.note(SystemTime::now(), || format!("capture of {rule} started: {words}"));
-                self.captures.running.insert(id, Running { rule, spot, over: None });
+                self.captures.running.insert(id, Running { rule, spot, over: None, retired: None });
             }
             Err(error) => {
                 tracing::warn!(rule, "a capture did not start ({words}): {error}");
@@ -377,7 +379,8 @@ impl Worker {
             return Err(CaptureError::Kernel(error.to_string()));
         }
         let (over, ended) = oneshot::channel();
-        let running = Running { rule: crate::rules::MANUAL.into(), spot: Spot::Node, over: Some(over) };
+        let running =
+            Running { rule: crate::rules::MANUAL.into(), spot: Spot::Node, over: Some(over), retired: None };
         self.captures.running.insert(id, running);
         Ok(RunningCapture { capture: id.number(), over: ended })
     }
@@ -398,19 +401,30 @@ impl Worker {
     }
 
     /// Captures whose place is retired, be it by time, with their rule or by the governor, are over: their last samples go
-    /// out.
+    /// out. Those whose tables are still being made are waited for: of a large program a short capture has no others.
     pub(super) fn settle_captures(&mut self) {
         let running: BTreeSet<CaptureId> = self.rules.running().map(|(id, _, _)| id).collect();
-        let over: Vec<CaptureId> =
-            self.captures.running.keys().filter(|id| !running.contains(id)).copied().collect();
-        if over.is_empty() {
+        if self.captures.running.keys().all(|id| running.contains(id)) {
             return;
         }
         self.read();
         self.resolve(false);
+        let waiting = self.waiting.values().flatten();
+        let waited_for = waiting.fold(0, |rules, waiting| rules | waiting.sample.subject.rules);
+        let mut over = Vec::new();
+        for (id, capture) in self.captures.running.iter_mut().filter(|(id, _)| !running.contains(id)) {
+            let retired = *capture.retired.get_or_insert_with(Instant::now);
+            let waits = self.rules.capture_slot(*id).is_some_and(|slot| waited_for >> slot & 1 == 1);
+            if !waits || retired.elapsed() >= LAST_WAIT {
+                over.push(*id);
+            }
+        }
+        if over.is_empty() {
+            return;
+        }
         self.flush();
         for id in over {
-            let Some(Running { rule, spot, over }) = self.captures.running.remove(&id) else { continue };
+            let Some(Running { rule, spot, over, .. }) = self.captures.running.remove(&id) else { continue };
             tracing::info!(rule, "a capture is over");
             self.captures.triggers.ended(&rule, spot, false, boot_clock());
             if let Some(over) = over {

@@ -146,6 +146,14 @@ pub fn slower() -> u32 {
     env::var("GANNET_TEST_SLOWER").map_or(1, |text| text.parse().unwrap())
 }
 
+/// C source: so many functions that nobody calls, so that the table of what they are in takes a while to be made.
+pub fn idle_functions(count: u32) -> String {
+    format!(
+        "__asm__(\".pushsection .bulk, \\\"ax\\\"\\n.rept {count}\\n.cfi_startproc\\nnop\\n\
+         .cfi_def_cfa_offset 16\\nnop\\n.cfi_endproc\\n.endr\\n.popsection\");\n"
+    )
+}
+
 /// Runs `gannet-agent record` at so many samples a second with these arguments, and reads what it wrote.
 #[track_caller]
 pub fn record(hz: u32, arguments: &[&str]) -> Recording {
