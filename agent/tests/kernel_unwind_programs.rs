@@ -189,7 +189,11 @@ fn r48_r53_while_functions_are_looked_up_for_the_first_call_stacks_are_whole() {
     // Below the caller is the linker.
     let below = |stack: &[String]| stack.iter().skip_while(|name| *name != "lazy_calls").count() > 1;
     let (inside, _) = recording.share("lazy_calls", below);
-    assert!(all >= 400 && inside * 2 > all, "{inside} inside the linker, of {all}: {odd:?}");
+    assert!(
+        all >= 400 && inside * 2 > all,
+        "{inside} inside the linker, of {all}: {odd:?} {:?}",
+        recording.lost
+    );
     assert!(!too_many_odd(all - good, all), "{good} of {all}: {odd:?}");
 }
 
