@@ -1038,6 +1038,11 @@ impl Worker {
         }
     }
 
+    /// The places of rules whose samples wait for tables.
+    fn waited_for(&self) -> u64 {
+        self.waiting.values().flatten().fold(0, |rules, waiting| rules | waiting.sample.subject.rules)
+    }
+
     fn flush(&mut self) {
         // What was read from /proc a moment ago may have been another image's by then: that has been told meanwhile.
         for _ in 0..MOST_READINGS {
@@ -1064,7 +1069,8 @@ impl Worker {
         );
         let waiting = &self.waiting;
         self.processes.next_window(|key| waiting.contains_key(key));
-        self.rules.next_window();
+        let free = self.rules.next_window(Instant::now(), self.waited_for());
+        self.intake.recorder.forget_slots(free);
         self.seen.clear();
         let mut ledger = Ledger { delivered: flushed.delivered, ..Ledger::default() };
         ledger.lose(LossReason::Expired, flushed.expired);

@@ -409,8 +409,7 @@ impl Worker {
         }
         self.read();
         self.resolve(false);
-        let waiting = self.waiting.values().flatten();
-        let waited_for = waiting.fold(0, |rules, waiting| rules | waiting.sample.subject.rules);
+        let waited_for = self.waited_for();
         let mut over = Vec::new();
         for (id, capture) in self.captures.running.iter_mut().filter(|(id, _)| !running.contains(id)) {
             let retired = *capture.retired.get_or_insert_with(Instant::now);

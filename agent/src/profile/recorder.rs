@@ -77,6 +77,13 @@ impl Recorder {
         taken
     }
 
+    /// Forgets for which slots samples were taken: these are given to other rules.
+    pub fn forget_slots(&mut self, slots: u64) {
+        for sample in &mut self.samples {
+            sample.subject.rules &= !slots;
+        }
+    }
+
     /// Counts.
     pub fn stats(&self) -> RecorderStats {
         RecorderStats { held: self.samples.len() as u64, bytes: self.bytes as u64, ..self.stats }
@@ -160,5 +167,22 @@ mod tests {
         assert_eq!((recorder.stats().held, recorder.stats().crowded_out), (10, 90));
         recorder.set_most_bytes(0);
         assert_eq!(recorder.stats().bytes, 0);
+    }
+
+    #[test]
+    fn a_lead_up_holds_nothing_of_the_rule_that_had_the_place_before() {
+        let mut recorder = Recorder::new(1 << 20);
+        recorder.keep_for(Duration::from_secs(10));
+        recorder.add(sample(1, 1, 0b11));
+        recorder.forget_slots(0b01);
+        recorder.add(sample(2, 1, 0b01));
+        let of = |recorder: &mut Recorder, slot| -> Vec<u64> {
+            recorder
+                .since(0, slot, |_| true)
+                .iter()
+                .map(|sample| sample.subject.ktime_ns / 1_000_000_000)
+                .collect()
+        };
+        assert_eq!((of(&mut recorder, 0), of(&mut recorder, 1)), (vec![2], vec![1]));
     }
 }

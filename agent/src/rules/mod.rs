@@ -196,8 +196,8 @@ enum Usage {
     Capture { id: CaptureId, target: Target, reason: Reason, ends: Instant },
 }
 
-/// How long the place of a rule that is gone is not given to another: its last samples may wait for tables, and are named
-/// at the end of their window.
+/// How long the place of a rule that is gone is not given to another at least: its last samples may still be in the ring,
+/// and are named at the end of their window.
 const RETIREMENT: Duration = Duration::from_secs(12);
 
 /// A rule with conditions, for whoever watches them.
@@ -812,15 +812,19 @@ impl RuleBook {
         Some(self.slots.get(place as usize)?.as_ref()?.rule.id.as_str())
     }
 
-    /// A window is over: places of rules that are gone become free.
-    pub fn next_window(&mut self) {
-        for slot in &mut self.slots {
-            if let Some(Slot { retired: Some(since), .. }) = slot
-                && since.elapsed() > RETIREMENT
-            {
+    /// A window is over: places of rules that are gone become free, but those of which samples are `waited_for`. Gives
+    /// these places; what is kept for them anywhere is to be forgotten, or it would be taken for another rule's.
+    pub fn next_window(&mut self, now: Instant, waited_for: u64) -> u64 {
+        let mut free = 0;
+        for (place, slot) in self.slots.iter_mut().enumerate() {
+            let gone = slot.as_ref().and_then(|slot| slot.retired);
+            let is_over = gone.is_some_and(|since| now.saturating_duration_since(since) > RETIREMENT);
+            if is_over && waited_for >> place & 1 == 0 {
                 *slot = None;
+                free |= 1 << place;
             }
         }
+        free
     }
 
     /// The state of each rule; `armed` counts the processes of a place.
@@ -1036,5 +1040,34 @@ pub fn ad_hoc(id: &str, matches: Match, hz: u32, kinds: &[capture::Kind]) -> Rul
             ..Capture::default()
         }),
         ..Rule::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(book: &mut RuleBook, names: &[&str]) {
+        let rules = names
+            .iter()
+            .map(|name| ad_hoc(name, Match { comm: vec![(*name).into()], ..Match::default() }, 99, &[]));
+        let set = Set { rules: rules.collect(), ..Set::default() };
+        assert_eq!(book.check(Source::Local, &set.rules), []);
+        assert_eq!(book.replace(Source::Local, set, SystemTime::now()), []);
+    }
+
+    #[test]
+    fn the_place_of_a_rule_that_is_gone_is_not_free_before_its_last_sample_is_named() {
+        let mut book = RuleBook::new(model::Caps::default());
+        put(&mut book, &["one"]);
+        put(&mut book, &["two"]);
+        let (soon, later) = (Instant::now(), Instant::now() + RETIREMENT + Duration::from_secs(1));
+        assert_eq!(book.next_window(soon, 0), 0);
+        assert_eq!(book.next_window(later, 1), 0, "a sample of it waits for tables");
+        assert_eq!(book.name(0), Some("one"));
+        assert_eq!(book.next_window(later, 2), 1);
+        assert_eq!((book.name(0), book.name(1)), (None, Some("two")));
+        put(&mut book, &["two", "three"]);
+        assert_eq!((book.name(0), book.name(1)), (Some("three"), Some("two")));
     }
 }
