@@ -5,6 +5,7 @@
 
 mod captures;
 mod found;
+mod repair;
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -29,14 +30,12 @@ pub use self::captures::{Manual, RunningCapture};
 use self::{
     captures::{Captures, Intake},
     found::{Found, Pace},
+    repair::{Losses, Repairs},
 };
 use crate::{
     conditions::{NodeAbilities, Sensors, boot_clock, trigger::Held},
     governor::{BpfTime, Budgets, Governor, Use},
-    kernel::{
-        Arm, Counters, Event, Kernel, KernelError, KernelOptions, Origin, Sample, Subject, Want,
-        lifecycle_lost, lifecycle_refused,
-    },
+    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Origin, Sample, Subject, Want},
     process::{CgroupTree, Changes, Image, ImageKey, ProcError, Process, Processes, State, check_identity},
     profile::{RecorderStats, SampleKind, SeriesProfile, StackEnd, slots},
     rules::{
@@ -63,7 +62,6 @@ const HOUSEKEEPING_PAUSE: Duration = Duration::from_secs(1);
 /// How often the table is compared with what runs, in case an exit was lost: at once if one is known to be, often if a
 /// tracepoint is missing.
 const RECONCILE_PAUSE: Duration = Duration::from_secs(30);
-const REPAIR_PAUSE: Duration = Duration::from_secs(2);
 const DEGRADED_RECONCILE_PAUSE: Duration = Duration::from_secs(2);
 /// Different stacks in one window; a window that has more is ended early.
 const STACKS_PER_WINDOW: usize = 200_000;
@@ -351,10 +349,7 @@ struct Worker {
     events: VecDeque<(SystemTime, String)>,
     window_start: (SystemTime, Instant),
     counted: Counters,
-    /// Lifecycle events and mappings that were lost, and events that the kernel refused, when the table was compared with
-    /// what runs last.
-    repaired_losses: (u64, u64),
-    repaired: Instant,
+    repairs: Repairs,
     /// Times that the ring is read again soon.
     eager: u32,
     /// Since the start, without the running window.
@@ -428,8 +423,7 @@ impl Worker {
             events: VecDeque::new(),
             window_start: (SystemTime::now(), Instant::now()),
             counted: kernel.counters()?,
-            repaired_losses: (0, 0),
-            repaired: Instant::now(),
+            repairs: Repairs::new(Instant::now()),
             eager: 0,
             kernel,
             total: Ledger::default(),
@@ -1010,21 +1004,17 @@ impl Worker {
             tracing::warn!("{error}");
         }
         self.processes.tidy();
-        let counters = self.kernel.counters();
-        let (lost, refused) =
-            counters.map_or((0, 0), |counters| (lifecycle_lost(&counters), lifecycle_refused(&counters)));
-        let losses = (lost + self.kernel.mappings_lost(), refused);
-        let (before, refused_before) = self.repaired_losses;
-        if (losses.0 > before || refused > refused_before) && self.repaired.elapsed() >= REPAIR_PAUSE {
-            if losses.0 > before {
+        // What cannot be read now is a loss of the next second.
+        let counters = self.kernel.counters().unwrap_or(self.counted);
+        let losses = Losses::new(&counters, self.kernel.mappings_lost());
+        if let Some(lost) = self.repairs.due(losses, Instant::now()) {
+            if lost > 0 {
                 tracing::warn!(
-                    lost = losses.0 - before,
+                    lost,
                     "more processes come and go than are read: what was not told of them is looked for in /proc, which \
                      comes too late for short ones; raise --ring-bytes, or let rules name fewer"
                 );
             }
-            self.repaired_losses = losses;
-            self.repaired = Instant::now();
             self.reconcile();
         }
         self.govern();

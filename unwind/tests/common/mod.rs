@@ -1,7 +1,7 @@
 //! Programs that really run, stopped for a moment to copy their registers and stacks.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -80,40 +80,70 @@ fn trace(request: libc::c_uint, tid: i32, data: *mut libc::c_void) -> bool {
     unsafe { libc::ptrace(request, tid, std::ptr::null_mut::<libc::c_void>(), data) == 0 }
 }
 
-/// Stops every thread of a process, copies what a walk needs and lets them go on.
-pub fn capture(pid: u32) -> Option<Process> {
-    let memory = File::open(format!("/proc/{pid}/mem")).ok()?;
-    let mut threads = Vec::new();
-    let mut maps = String::new();
-    for task in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
-        let tid: i32 = task.file_name().to_str()?.parse().ok()?;
-        if !trace(libc::PTRACE_SEIZE, tid, std::ptr::null_mut()) {
-            continue;
-        }
-        let stopped = trace(libc::PTRACE_INTERRUPT, tid, std::ptr::null_mut()) && {
-            let mut status = 0;
-            // SAFETY: `status` is a valid place for the status.
-            unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) == tid && libc::WIFSTOPPED(status) }
-        };
-        if stopped {
-            // SAFETY: all-zero bytes are a valid `user_regs_struct`, which is integers only.
-            let mut r: libc::user_regs_struct = unsafe { std::mem::zeroed() };
-            if trace(libc::PTRACE_GETREGS, tid, (&raw mut r).cast()) {
-                if maps.is_empty() {
-                    maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+/// Stops one thread.
+fn stop(tid: i32) -> bool {
+    let mut status = 0;
+    trace(libc::PTRACE_SEIZE, tid, std::ptr::null_mut())
+        && trace(libc::PTRACE_INTERRUPT, tid, std::ptr::null_mut())
+        // SAFETY: `status` is a valid place for the status.
+        && unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) == tid && libc::WIFSTOPPED(status) }
+}
+
+/// The threads of a process, stopped until this is dropped.
+struct Stopped {
+    tids: Vec<i32>,
+}
+
+impl Stopped {
+    /// All of them: those that have not been stopped yet may start others.
+    fn all(pid: u32) -> Option<Self> {
+        let mut stopped = Self { tids: Vec::new() };
+        let mut seen = HashSet::new();
+        loop {
+            let before = seen.len();
+            for task in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
+                let tid = task.file_name().to_str()?.parse().ok()?;
+                if seen.insert(tid) && stop(tid) {
+                    stopped.tids.push(tid);
                 }
-                let registers = [
-                    r.rax, r.rdx, r.rcx, r.rbx, r.rsi, r.rdi, r.rbp, r.rsp, r.r8, r.r9, r.r10, r.r11, r.r12,
-                    r.r13, r.r14, r.r15,
-                ];
-                let mut stack = vec![0; 1 << 20];
-                let read = memory.read_at(&mut stack, r.rsp).unwrap_or(0);
-                stack.truncate(read);
-                threads.push(Thread { pc: r.rip, registers, stack });
+            }
+            if seen.len() == before {
+                return Some(stopped);
             }
         }
-        trace(libc::PTRACE_DETACH, tid, std::ptr::null_mut());
     }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        for tid in &self.tids {
+            trace(libc::PTRACE_DETACH, *tid, std::ptr::null_mut());
+        }
+    }
+}
+
+/// Stops all threads of a process, copies what a walk needs and lets them go on. What is mapped while one of them is looked
+/// at must be there for the next.
+pub fn capture(pid: u32) -> Option<Process> {
+    let memory = File::open(format!("/proc/{pid}/mem")).ok()?;
+    let stopped = Stopped::all(pid)?;
+    let mut threads = Vec::new();
+    for tid in &stopped.tids {
+        // SAFETY: all-zero bytes are a valid `user_regs_struct`, which is integers only.
+        let mut r: libc::user_regs_struct = unsafe { std::mem::zeroed() };
+        if trace(libc::PTRACE_GETREGS, *tid, (&raw mut r).cast()) {
+            let registers = [
+                r.rax, r.rdx, r.rcx, r.rbx, r.rsi, r.rdi, r.rbp, r.rsp, r.r8, r.r9, r.r10, r.r11, r.r12,
+                r.r13, r.r14, r.r15,
+            ];
+            let mut stack = vec![0; 1 << 20];
+            let read = memory.read_at(&mut stack, r.rsp).unwrap_or(0);
+            stack.truncate(read);
+            threads.push(Thread { pc: r.rip, registers, stack });
+        }
+    }
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    drop(stopped);
     let mut mappings = Vec::new();
     let mut vdso = Vec::new();
     for line in maps.lines() {
