@@ -10,9 +10,9 @@ export PATH=$target/tools/bin:$PATH
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
-# has PATTERN: whether standard input has it, by grep, and its options. Reads to the end: `grep -q` ends at the first match,
+# finds PATTERN: whether standard input has it, by grep, and its options. Reads to the end: `grep -q` ends at the first match,
 # and what still writes to it has failed then.
-has() { local text; text=$(cat); grep -q "$@" <<<"$text"; }
+finds() { local text; text=$(cat); grep -q "$@" <<<"$text"; }
 
 # sudo and cron keep neither the caller's PATH nor HOME, and rustup lives in both.
 if ! command -v cargo >/dev/null; then
