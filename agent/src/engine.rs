@@ -1004,10 +1004,10 @@ impl Worker {
             tracing::warn!("{error}");
         }
         self.processes.tidy();
-        // What cannot be read now is a loss of the next second.
-        let counters = self.kernel.counters().unwrap_or(self.counted);
-        let losses = Losses::new(&counters, self.kernel.mappings_lost());
-        if let Some(lost) = self.repairs.due(losses, Instant::now()) {
+        if let Ok(counters) = self.kernel.counters()
+            && let losses = Losses::new(&counters, self.kernel.mappings_lost())
+            && let Some(lost) = self.repairs.due(losses, Instant::now())
+        {
             if lost > 0 {
                 tracing::warn!(
                     lost,
@@ -1060,7 +1060,9 @@ impl Worker {
         let waiting = &self.waiting;
         self.processes.next_window(|key| waiting.contains_key(key));
         let free = self.rules.next_window(Instant::now(), self.waited_for());
-        self.intake.recorder.forget_slots(free);
+        if free != 0 {
+            self.intake.recorder.forget_slots(free);
+        }
         self.seen.clear();
         let mut ledger = Ledger { delivered: flushed.delivered, ..Ledger::default() };
         ledger.lose(LossReason::Expired, flushed.expired);
