@@ -1,10 +1,4 @@
 //! What `check` says where something is missing: in a child without privileges.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test that cannot go on shall say so at once"
-)]
 
 use std::process::Command;
 
@@ -54,7 +48,7 @@ fn print_the_report() {
 
 #[test]
 fn without_privileges_one_line_names_what_is_missing_and_the_cure() {
-    let text = unprivileged("print_the_refusal", "-all");
+    let text = unprivileged("check::print_the_refusal", "-all");
     let line = text.lines().find(|line| line.contains("cannot run here")).expect(&text);
     assert!(line.contains("missing CAP_BPF and CAP_PERFMON;"), "{line}");
     assert!(line.contains("run as root"), "{line}");
@@ -62,14 +56,14 @@ fn without_privileges_one_line_names_what_is_missing_and_the_cure() {
 
 #[test]
 fn with_one_of_two_capabilities_only_the_other_is_named() {
-    let text = unprivileged("print_the_refusal", "-all,+bpf");
+    let text = unprivileged("check::print_the_refusal", "-all,+bpf");
     let line = text.lines().find(|line| line.contains("cannot run here")).expect(&text);
     assert!(line.contains("missing CAP_PERFMON;"), "{line}");
 }
 
 #[test]
 fn the_two_capabilities_are_enough_to_run_and_what_then_fails_is_a_warning() {
-    let text = unprivileged("print_the_report", "-all,+bpf,+perfmon");
+    let text = unprivileged("check::print_the_report", "-all,+bpf,+perfmon");
     let json: serde_json::Value =
         serde_json::from_str(&text[text.find('{').unwrap()..=text.rfind('}').unwrap()]).unwrap();
     assert_eq!(json["can_run"], true, "{json:#}");

@@ -1,8 +1,5 @@
 //! Needs root, a kernel with BTF, and gcc: many processes that hardly run, tables that do not all fit, and what is left of
 //! processes that have ended. The engine runs in the test itself.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
-
-mod common;
 
 use std::{
     env, fs,
@@ -11,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Running, program, slower};
+use crate::common::{Running, program, slower};
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
     kernel::{Counters, KernelOptions},

@@ -1,7 +1,4 @@
 //! Needs root and a kernel with BTF: how processes begin, change and end, as the kernel side tells it.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
-
-mod common;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -13,8 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{
-    agent,
+use crate::common::{
+    Running, agent,
     life::{COMM, life, life_as, run},
 };
 use gannet_agent::{
@@ -182,7 +179,7 @@ fn r17_r23_an_event_is_told_once_or_counted_as_refused(
     let mut parents: Vec<_> = (0..PARENTS)
         .map(|_| {
             let arguments = ["spawn", &CHILDREN.to_string(), program.to_str().unwrap(), "exit", "0"];
-            common::Running::start(Command::new(&program).args(arguments))
+            Running::start(Command::new(&program).args(arguments))
         })
         .collect();
     let pids: HashSet<u32> = parents.iter().map(|parent| parent.0.id()).collect();

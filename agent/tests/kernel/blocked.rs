@@ -1,11 +1,8 @@
 //! Needs root and a kernel with BTF: blocked time, by the program's own clocks.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
-
-mod common;
 
 use std::{path::Path, process::Command};
 
-use common::{Recording, Running, in_order, program, record, record_for, slower};
+use crate::common::{Recording, Running, in_order, program, record, record_for, slower};
 
 /// Waits in different ways, and says of each how long the thread was not on the CPU by its own clocks: what has passed less
 /// what it has used. Of that, what it waited for a CPU while it could have run (a wait that nobody asked for) is told too,

@@ -1,8 +1,5 @@
 //! Needs root, a kernel with BTF, and compilers for C, C++, Rust and Go: programs built in the ways that software is
 //! shipped are recorded side by side, and every function of theirs must be in every stack.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
-
-mod common;
 
 use std::{
     fs,
@@ -11,7 +8,9 @@ use std::{
     process::{Command, Stdio},
 };
 
-use common::{Language, Recording, Running, in_order, is_marked, program, program_in, record_for, slower};
+use crate::common::{
+    Language, Recording, Running, in_order, is_marked, program, program_in, record_for, slower,
+};
 
 /// Samples that may be odd: one of a thousand.
 const MOST_ODD: u64 = 1000;
@@ -80,7 +79,7 @@ fn check(cases: &[Case], seconds: u32, least: u64) {
 }
 
 /// See there: sixty functions, a0 to l4.
-const DEEP: &str = include_str!("../benches/deep.c");
+const DEEP: &str = include_str!("../../benches/deep.c");
 
 fn deep_chain() -> Vec<String> {
     let letters = ["a", "b", "c", "d", "e", "f", "g", "h", "i_", "j", "k", "l"];

@@ -1,5 +1,4 @@
 //! Pods from a kubelet that speaks real TLS and checks tokens, and does everything that a kubelet should not do.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
 
 use std::{
     fs, io,
@@ -34,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 
 /// A real answer: a Deployment of two pods with init container and side-car, a finished Job, a static pod, a Guaranteed
 /// pod.
-const REAL: &str = include_str!("data/kubelet-pods-1.20.2.json");
+const REAL: &str = include_str!("../data/kubelet-pods-1.20.2.json");
 const APP: &str = "d1a625c9b251e0501e0d269bc9eb6c619b4fdeaa8b16006fb981a715eae2c7cb";
 const TOKEN: &str = "first-token";
 /// How long anything may take on a busy machine.

@@ -1,9 +1,6 @@
 //! Needs root, a kernel with BTF, and gcc: whole stacks of programs that have no frame pointers, by the program itself.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
 
-mod common;
-
-use common::{Running, in_order, is_marked, program, record, record_for, times};
+use crate::common::{Running, in_order, is_marked, program, record, record_for, times};
 
 const DEEP: &str = r"
 #include <stdlib.h>

@@ -1,11 +1,5 @@
 //! Symbols of real programs: compiled here, run, mapped by the kernel, looked up by the addresses that they report of
 //! themselves. They need root, as the agent does: other processes' mappings are opened through `/proc/PID/map_files`.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test that cannot go on shall say so at once"
-)]
 
 use std::{
     collections::BTreeMap,

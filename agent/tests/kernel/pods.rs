@@ -1,7 +1,4 @@
 //! Needs root: processes in control groups as container runtimes make them, sampled and named after their pods.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
-
-mod common;
 
 use std::{
     fs,
@@ -11,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::Running;
+use crate::common::Running;
 use futures::{
     StreamExt as _,
     stream::{self, BoxStream},

@@ -1,11 +1,8 @@
 //! Needs root and a kernel with BTF: the maps that stacks are unwound by, the real ones, and mappings that change.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
-
-mod common;
 
 use std::process::Command;
 
-use common::{idle_functions, in_order, is_marked, program, record, slower};
+use crate::common::{idle_functions, in_order, is_marked, program, record, slower};
 use gannet_agent::kernel::{Kernel, KernelMapping, KernelOptions, UnwindMaps as _, blocks};
 use rstest::rstest;
 

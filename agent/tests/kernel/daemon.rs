@@ -1,7 +1,4 @@
 //! Needs root and a kernel with BTF: what the daemon tells of processes over HTTP and in its log, and what it must not.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
-
-mod common;
 
 use std::{
     fs::{self, File},
@@ -13,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{
+use crate::common::{
     Running, agent,
     life::{COMM, life, life_as},
 };

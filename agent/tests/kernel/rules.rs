@@ -1,7 +1,4 @@
 //! Needs root and a kernel with BTF: which processes rules match, decided in the kernel.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
-
-mod common;
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -12,7 +9,11 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use common::{Running, cgroup::Group};
+use crate::common::{
+    Running,
+    cgroup::{Group, enter},
+    program,
+};
 use gannet_agent::{
     kernel::{Event, Kernel, KernelOptions},
     rules::{Deny, RuleBook, Set, Source, ad_hoc},
@@ -66,7 +67,7 @@ int main(int c, char **v) {
 "#;
 
 fn knot() -> PathBuf {
-    common::program("gannet-knot", KNOT, &[])
+    program("gannet-knot", KNOT, &[])
 }
 
 /// The program under another name.
@@ -172,7 +173,7 @@ fn r17_a_process_is_matched_by_all_that_a_rule_names_at_exec_and_while_it_runs()
     let inner = Group::new("outer/inner");
     let directory = tempfile::tempdir().unwrap();
     let program = named(directory.path(), "knot-matched");
-    let enter = common::program("gannet-enter", common::cgroup::ENTER, &[]);
+    let enter = enter();
     let below = format!("{}/*", group.path);
     let comm = || strings(&["knot-matched"]);
     let namespaces = || strings(&["shop"]);

@@ -1,6 +1,5 @@
 //! Processes that fork, replace their image, end and hand on their numbers, while what is told of them comes late, in
 //! part or not at all, and `/proc` shows what is there by then: whatever is said of a sample's image is true.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -332,7 +331,7 @@ impl Model {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
     fn r33_r37_r39_what_is_said_of_a_samples_image_is_true(

@@ -1,10 +1,4 @@
 //! The spool on a real file system: crashes, damage, bounds, full disks.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test that cannot go on shall say so at once"
-)]
 
 use std::{
     collections::BTreeSet,
@@ -244,7 +238,7 @@ fn a_killed_writer_loses_nothing_that_it_was_told_is_safe() {
     let mut promised = 0;
     for round in 0..4 {
         let mut child = Command::new(env::current_exe().unwrap())
-            .args(["--ignored", "--exact", "--nocapture", "child_appends_until_it_is_killed"])
+            .args(["--ignored", "--exact", "--nocapture", "spool::child_appends_until_it_is_killed"])
             .env("GANNET_TEST_SPOOL", dir.path())
             .stdout(Stdio::piped())
             .spawn()

@@ -1,10 +1,4 @@
 //! Profiles as files.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test that cannot go on shall say so at once"
-)]
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 

@@ -8,8 +8,7 @@ use std::{
 
 use gannet_agent::kernel::CgroupHierarchy;
 
-/// Puts itself into groups, then becomes another program: as container runtimes do it. `enter FILE... -- PROGRAM...`
-pub const ENTER: &str = r#"
+const ENTER: &str = r#"
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
@@ -27,19 +26,25 @@ int main(int c, char **v) {
 }
 "#;
 
+/// Compiles a program that enters control groups and then executes another program, as container runtimes do:
+/// `enter FILE... -- PROGRAM...`.
+pub(crate) fn enter() -> PathBuf {
+    super::program("gannet-enter", ENTER, &[])
+}
+
 /// A group, removed with its handle. Whoever is in it then is killed.
-pub struct Group {
+pub(crate) struct Group {
     /// Below the hierarchy's root.
-    pub path: String,
+    pub(crate) path: String,
     /// In the hierarchy that the agent reads.
-    pub directory: PathBuf,
+    pub(crate) directory: PathBuf,
     /// In the unified hierarchy; the same directory where that is the one.
-    pub unified: PathBuf,
+    pub(crate) unified: PathBuf,
 }
 
 impl Group {
     /// A group of this name, below others if it has slashes.
-    pub fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let path = format!("/gannet-test-{}/{name}", std::process::id());
         let unified_root = mount_of("cgroup2", "").unwrap_or_else(mount_unified);
         let root = match CgroupHierarchy::detect() {
@@ -54,12 +59,12 @@ impl Group {
     }
 
     /// The id that the kernel has for it.
-    pub fn id(&self) -> u64 {
+    pub(crate) fn id(&self) -> u64 {
         std::os::unix::fs::MetadataExt::ino(&fs::metadata(&self.directory).unwrap())
     }
 
     /// The files by which a process is put into it.
-    pub fn doors(&self) -> Vec<PathBuf> {
+    pub(crate) fn doors(&self) -> Vec<PathBuf> {
         let mut doors = vec![self.directory.join("cgroup.procs")];
         if self.directory != self.unified {
             doors.push(self.unified.join("cgroup.procs"));
@@ -68,7 +73,7 @@ impl Group {
     }
 
     /// Puts a process into it.
-    pub fn take(&self, pid: u32) {
+    pub(crate) fn take(&self, pid: u32) {
         for door in self.doors() {
             fs::write(door, pid.to_string()).unwrap();
         }

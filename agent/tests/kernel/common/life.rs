@@ -2,7 +2,7 @@
 use std::{path::PathBuf, process::Command};
 
 /// Its command name.
-pub const COMM: &str = "gannet-life";
+pub(crate) const COMM: &str = "gannet-life";
 
 const SOURCE: &str = r#"
 #define _GNU_SOURCE
@@ -249,12 +249,12 @@ int main(int n, char **v)
 "#;
 
 /// Its path.
-pub fn life() -> PathBuf {
+pub(crate) fn life() -> PathBuf {
     super::program(COMM, SOURCE, &["-static", "-pthread"])
 }
 
 /// The program under another command name, for what must be told apart.
-pub fn life_as(directory: &std::path::Path, comm: &str) -> PathBuf {
+pub(crate) fn life_as(directory: &std::path::Path, comm: &str) -> PathBuf {
     let path = directory.join(comm);
     std::fs::copy(life(), &path).unwrap();
     path
@@ -262,7 +262,7 @@ pub fn life_as(directory: &std::path::Path, comm: &str) -> PathBuf {
 
 /// Runs it to its end and wants it to be content.
 #[track_caller]
-pub fn run(arguments: &[&str]) {
+pub(crate) fn run(arguments: &[&str]) {
     let status = Command::new(life()).args(arguments).status();
     assert!(status.as_ref().is_ok_and(std::process::ExitStatus::success), "{arguments:?}: {status:?}");
 }

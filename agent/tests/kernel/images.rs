@@ -1,7 +1,4 @@
 //! Needs root and a kernel with BTF: whatever a process does, its samples carry the image that they were taken of.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
-
-mod common;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,8 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{
-    cgroup::{ENTER, Group},
+use crate::common::{
+    Running,
+    cgroup::{Group, enter},
+    in_order,
     life::{COMM, life, life_as, run},
     program, record, slower,
 };
@@ -31,7 +30,7 @@ use gannet_proto::{
     rules::Caps,
 };
 
-const STORM: &str = include_str!("../../scripts/storm.c");
+const STORM: &str = include_str!("../../../scripts/storm.c");
 /// However busy the machine is.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -180,7 +179,7 @@ fn r38_r37_r39_samples_from_before_an_exec_keep_the_old_image_in_every_kind_of_p
 fn r33_r34_processes_of_30_ms_carry_executable_container_and_code() {
     let id = "ab".repeat(32);
     let group = Group::new(&format!("docker-{id}.scope"));
-    let enter = program("gannet-enter", ENTER, &[]);
+    let enter = enter();
     let watch = Watch::of(&[COMM], 199 / slower(), &[], KernelOptions::default());
     let life_ms = (30 * slower()).to_string();
     let spawners: Vec<_> = (0..2)
@@ -258,7 +257,7 @@ fn r23_lost_events_are_noticed_and_repaired_in_both_directions() {
         let late: Vec<_> =
             (0..5).map(|_| Command::new(life()).args(["sleep", "60000"]).spawn().unwrap()).collect();
         thread::sleep(Duration::from_millis(200));
-        late.into_iter().map(common::Running).collect::<Vec<_>>()
+        late.into_iter().map(Running).collect::<Vec<_>>()
     });
     let lost = watch.look(|inside| gannet_agent::kernel::lifecycle_lost(&inside.kernel.counters().unwrap()));
     assert!(lost > 0);
@@ -317,7 +316,7 @@ fn r39_a_new_image_is_known_within_100_ms() {
     let watch = Watch::of(&[COMM, "gannet-new"], 99, &[], KernelOptions::default());
     let mut quickest = PATIENCE;
     for _ in 0..10 {
-        let child = common::Running::start(Command::new(life()).args([
+        let child = Running::start(Command::new(life()).args([
             "exec",
             "1",
             second.to_str().unwrap(),
@@ -441,7 +440,7 @@ fn a_program_of_30_ms_is_recorded_from_its_start() {
     let program = life();
     let recording = record(999, &["--", program.to_str().unwrap(), "spin", "30"]);
     let (whole, all) =
-        recording.share("spin_here", |stack| common::in_order(stack, &["_start", "main", "spin_here"]));
+        recording.share("spin_here", |stack| in_order(stack, &["_start", "main", "spin_here"]));
     assert!(all >= 10 && whole * 100 >= all * 95, "{whole} of {all}: {:?}", recording.stacks);
     assert!(recording.lost.values().all(|lost| *lost == 0), "{:?}", recording.lost);
 }

@@ -1,14 +1,7 @@
 //! What the tests of the agent that run on a kernel share: small programs, and recordings of them.
-#![allow(
-    dead_code,
-    unreachable_pub,
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "each test file uses its part; a test that cannot go on shall say so at once"
-)]
 
-pub mod cgroup;
-pub mod life;
+pub(crate) mod cgroup;
+pub(crate) mod life;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -31,7 +24,7 @@ const PROGRAMS: &str = "GANNET_TEST_PROGRAMS";
 
 /// What a test program is written in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Language {
+pub(crate) enum Language {
     C,
     Cpp,
     Rust,
@@ -40,12 +33,12 @@ pub enum Language {
 
 /// Compiles a C program (or, with `-shared`, a library) by `gcc -O2` and `flags`, as shipped software is: without frame
 /// pointers unless the flags say so. Its file is called `name`.
-pub fn program(name: &str, source: &str, flags: &[&str]) -> PathBuf {
+pub(crate) fn program(name: &str, source: &str, flags: &[&str]) -> PathBuf {
     program_in(Language::C, name, source, flags)
 }
 
 /// The same in any language; `flags` are the compiler's.
-pub fn program_in(language: Language, name: &str, source: &str, flags: &[&str]) -> PathBuf {
+pub(crate) fn program_in(language: Language, name: &str, source: &str, flags: &[&str]) -> PathBuf {
     let mut hash = DefaultHasher::new();
     (language, source, flags).hash(&mut hash);
     let all = env::var_os(PROGRAMS)
@@ -103,16 +96,16 @@ fn compile(language: Language, source: &str, flags: &[&str], work: &Path, output
 }
 
 /// The agent to test: that beside the programs that were compiled before, if there is one.
-pub fn agent() -> PathBuf {
+pub(crate) fn agent() -> PathBuf {
     let beside = env::var_os(PROGRAMS).map(|directory| Path::new(&directory).join("gannet-agent"));
     beside.filter(|path| path.exists()).unwrap_or_else(|| env!("CARGO_BIN_EXE_gannet-agent").into())
 }
 
 /// A child that ends with its handle.
-pub struct Running(pub Child);
+pub(crate) struct Running(pub(crate) Child);
 
 impl Running {
-    pub fn start(command: &mut Command) -> Self {
+    pub(crate) fn start(command: &mut Command) -> Self {
         Self(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
     }
 }
@@ -126,28 +119,29 @@ impl Drop for Running {
 
 /// What `gannet-agent record` wrote.
 #[derive(Debug)]
-pub struct Recording {
+#[expect(dead_code, reason = "failing tests print all counts")]
+pub(crate) struct Recording {
     /// Stacks, root first, with their samples. Before the root: the command name of the process. Functions that were
     /// inlined are frames like others.
-    pub stacks: Vec<(Vec<String>, u64)>,
+    pub(crate) stacks: Vec<(Vec<String>, u64)>,
     /// The same, with nanoseconds on the CPU or blocked.
-    pub nanoseconds: Vec<(Vec<String>, u64)>,
-    pub taken: u64,
-    pub delivered: u64,
-    pub lost: BTreeMap<String, u64>,
-    pub ticks: u64,
+    pub(crate) nanoseconds: Vec<(Vec<String>, u64)>,
+    pub(crate) taken: u64,
+    pub(crate) delivered: u64,
+    pub(crate) lost: BTreeMap<String, u64>,
+    pub(crate) ticks: u64,
     /// What it wrote to standard error.
-    pub log: String,
+    pub(crate) log: String,
 }
 
 /// How many times slower than a real machine this one is, as its runner says: emulated ones are. What is sampled at a rate
 /// that is so many times lower, for so many times longer, gives the same number of samples.
-pub fn slower() -> u32 {
+pub(crate) fn slower() -> u32 {
     env::var("GANNET_TEST_SLOWER").map_or(1, |text| text.parse().unwrap())
 }
 
 /// C source: so many functions that nobody calls, so that the table of what they are in takes a while to be made.
-pub fn idle_functions(count: u32) -> String {
+pub(crate) fn idle_functions(count: u32) -> String {
     format!(
         "__asm__(\".pushsection .bulk, \\\"ax\\\"\\n.rept {count}\\n.cfi_startproc\\nnop\\n\
          .cfi_def_cfa_offset 16\\nnop\\n.cfi_endproc\\n.endr\\n.popsection\");\n"
@@ -156,7 +150,7 @@ pub fn idle_functions(count: u32) -> String {
 
 /// Runs `gannet-agent record` at so many samples a second with these arguments, and reads what it wrote.
 #[track_caller]
-pub fn record(hz: u32, arguments: &[&str]) -> Recording {
+pub(crate) fn record(hz: u32, arguments: &[&str]) -> Recording {
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("out.pb.gz");
     let mut command = Command::new(agent());
@@ -183,7 +177,7 @@ pub fn record(hz: u32, arguments: &[&str]) -> Recording {
 
 /// [`record`] for so many seconds, of what runs already.
 #[track_caller]
-pub fn record_for(seconds: u32, hz: u32, arguments: &[&str]) -> Recording {
+pub(crate) fn record_for(seconds: u32, hz: u32, arguments: &[&str]) -> Recording {
     let duration = format!("{}s", seconds * slower());
     record(hz / slower(), &[&["--duration", &duration], arguments].concat())
 }
@@ -220,13 +214,17 @@ impl Recording {
     }
 
     /// Of the samples that are inside of `function`: those that are `whole`, and all.
-    pub fn share(&self, function: &str, whole: impl Fn(&[String]) -> bool) -> (u64, u64) {
+    pub(crate) fn share(&self, function: &str, whole: impl Fn(&[String]) -> bool) -> (u64, u64) {
         let inside = self.stacks.iter().filter(|(stack, _)| stack.iter().any(|name| name == function));
         inside.fold((0, 0), |(good, all), (stack, n)| (good + if whole(stack) { *n } else { 0 }, all + n))
     }
 
     /// The stacks inside of `function` that are not `whole`.
-    pub fn odd_ones(&self, function: &str, whole: impl Fn(&[String]) -> bool) -> Vec<&(Vec<String>, u64)> {
+    pub(crate) fn odd_ones(
+        &self,
+        function: &str,
+        whole: impl Fn(&[String]) -> bool,
+    ) -> Vec<&(Vec<String>, u64)> {
         self.stacks
             .iter()
             .filter(|(stack, _)| stack.iter().any(|name| name == function) && !whole(stack))
@@ -259,17 +257,17 @@ fn frames(profile: &Profile, functions: &HashMap<u64, Vec<String>>, sample: &Sam
 }
 
 /// Whether these functions are in a stack in this order, root first, with others between them or not.
-pub fn in_order(stack: &[String], names: &[&str]) -> bool {
+pub(crate) fn in_order(stack: &[String], names: &[&str]) -> bool {
     let mut stack = stack.iter();
     names.iter().all(|name| stack.any(|frame| frame == name))
 }
 
 /// How often a function is in a stack.
-pub fn times(stack: &[String], name: &str) -> usize {
+pub(crate) fn times(stack: &[String], name: &str) -> usize {
     stack.iter().filter(|frame| *frame == name).count()
 }
 
 /// Whether the stack says that it is not whole.
-pub fn is_marked(stack: &[String]) -> bool {
+pub(crate) fn is_marked(stack: &[String]) -> bool {
     stack.iter().any(|frame| frame.starts_with("[truncated") || frame.starts_with("[broken"))
 }

@@ -1,10 +1,8 @@
 //! Needs root and a kernel with BTF: the kernel side, for real.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
-
-mod common;
 
 use std::{process::Command, thread::sleep, time::Duration};
 
+use crate::common::program;
 use gannet_agent::kernel::{Event, Kernel, KernelOptions, KernelRules, NamePattern};
 
 /// Computes for a second of CPU time, then ends with 7.
@@ -33,7 +31,7 @@ fn a_process_that_a_rule_names_is_armed_at_exec_and_sampled() {
     kernel.set_lifecycle(true);
     kernel.set_sampling(true);
     kernel.set_rules(&rules_for("gannet-busy", 99)).unwrap();
-    let busy = common::program("gannet-busy", BUSY, &[]);
+    let busy = program("gannet-busy", BUSY, &[]);
     let mut child = Command::new(&busy).spawn().unwrap();
     let pid = child.id();
     assert_eq!(child.wait().unwrap().code(), Some(7));

@@ -1,5 +1,4 @@
 //! What is read of a process: true, bounded, and not shown to everybody.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
 
 use std::{
     collections::{BTreeMap, HashMap},

@@ -1,10 +1,4 @@
 //! The stream against a server that answers as it is told, over real sockets.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a test that cannot go on shall say so at once"
-)]
 
 use std::{
     collections::{BTreeMap, VecDeque},

@@ -1,7 +1,4 @@
 //! Needs root and a kernel with BTF: what starts captures, whom they are of, and when they end.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on shall say so at once")]
-
-mod common;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,7 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Running, cgroup::Group, idle_functions, slower};
+use crate::common::{
+    Running,
+    cgroup::{Group, enter},
+    idle_functions, program, slower,
+};
 use gannet_agent::{
     conditions::{Pressure, boot_clock},
     engine::{Engine, EngineOptions, Manual, Window},
@@ -115,12 +116,12 @@ async fn until(what: &str, seconds: u64, mut met: impl FnMut() -> bool) {
 
 fn spinner(directory: &Path, name: &str) -> PathBuf {
     let copy = directory.join(name);
-    fs::copy(common::program("gannet-spin", SPIN, &[]), &copy).unwrap();
+    fs::copy(program("gannet-spin", SPIN, &[]), &copy).unwrap();
     copy
 }
 
 fn in_group(group: &Group, program: &Path, arguments: &[&str]) -> Running {
-    let mut command = Command::new(common::program("gannet-enter", common::cgroup::ENTER, &[]));
+    let mut command = Command::new(enter());
     command.args(group.doors()).arg("--").arg(program).args(arguments);
     Running::start(&mut command)
 }
@@ -165,7 +166,7 @@ async fn two_captures_of_one_process_both_get_their_samples_and_end_in_time() {
 async fn a_capture_is_over_when_its_last_samples_are_walked() {
     // Its table takes longer than the capture, on a crowded machine. Both are made here, so that slow ones have theirs.
     let large = [1_500_000, 100_000]
-        .map(|count| common::program("cap-large", &(SPIN.to_owned() + &idle_functions(count)), &[]));
+        .map(|count| program("cap-large", &(SPIN.to_owned() + &idle_functions(count)), &[]));
     let busy: Vec<Running> =
         (0..8).map(|_| Running::start(&mut Command::new(&large[usize::from(slower() > 1)]))).collect();
     let pid = busy[0].0.id();
