@@ -2,9 +2,9 @@
 //! [`trigger`] decides, on the engine's thread and in its time; the engine starts and ends captures. Nothing here writes
 //! maps.
 
-pub mod bucket;
 pub mod cgroups;
 mod psi;
+pub mod rate;
 mod sensors;
 mod stat;
 pub mod trigger;

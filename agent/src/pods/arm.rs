@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Pods,
-    select::{PodRule, resolve},
+    resolve::{PodRule, resolve},
 };
 use crate::{
     engine::Containers,

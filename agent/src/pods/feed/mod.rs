@@ -1,11 +1,23 @@
 //! Where pods come from, behind one trait.
 
+mod apiserver;
+mod follow;
+mod json;
+mod kubelet;
+mod podinfo;
+mod tls;
+
 use std::{fmt, io, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::stream::BoxStream;
 use tokio::sync::Notify;
 
-use super::{Pods, apiserver::ApiServer, kubelet::Kubelet, model::Pod, podinfo::PodInfo};
+use self::{apiserver::ApiServer, kubelet::Kubelet, podinfo::PodInfo};
+pub use self::{follow::follow, kubelet::check_address};
+use super::{Pods, model::Pod};
+
+/// More pods than that are on no node: the kubelet takes 110 unless told otherwise.
+pub(super) const MOST_PODS: usize = 10_000;
 
 /// What a source tells.
 #[derive(Clone, Debug, PartialEq, Eq)]

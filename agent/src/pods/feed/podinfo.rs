@@ -22,12 +22,8 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
-use super::{
-    Change, PodSource, SourceError, SourceKind, SourceOptions,
-    json::MOST_PODS,
-    model::{ANNOTATIONS, MOST_CONTAINERS, MOST_LABELS, Pod, Told},
-    source::said,
-};
+use super::{Change, MOST_PODS, PodSource, SourceError, SourceKind, SourceOptions, said};
+use crate::pods::model::{ANNOTATIONS, MOST_CONTAINERS, MOST_LABELS, Pod, Told};
 
 /// The packages under which the service has been, or may come to be.
 const PACKAGES: [&str; 3] = ["v1alpha1", "v1beta1", "v1"];
@@ -359,7 +355,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::pods::source::sources;
+    use crate::pods::feed::sources;
 
     /// As the kubelet serves it: `ListPods` and `WatchPods` of package `v1alpha1`.
     #[derive(Clone)]

@@ -8,8 +8,8 @@ use std::{
 use futures::StreamExt as _;
 use tokio_util::sync::CancellationToken;
 
-use super::{Change, PodSource, Pods, SourceError, SourceKind};
-use crate::export::Backoff;
+use super::{Change, PodSource, SourceError, SourceKind};
+use crate::{export::Backoff, pods::Pods};
 
 /// How long a source may take to its first answer before the next is tried.
 const FIRST_ANSWER: Duration = Duration::from_secs(30);

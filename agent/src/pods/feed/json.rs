@@ -8,10 +8,8 @@ use serde::{
     de::{DeserializeOwned, DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
-use super::model::{ANNOTATIONS, MOST_CONTAINERS, MOST_LABELS, Pod, Told};
-
-/// More pods than that are on no node: the kubelet takes 110 unless told otherwise.
-pub(super) const MOST_PODS: usize = 10_000;
+use super::MOST_PODS;
+use crate::pods::model::{ANNOTATIONS, MOST_CONTAINERS, MOST_LABELS, Pod, Told};
 
 /// Reads a `PodList`.
 pub(super) fn read_pods(input: impl io::Read) -> Result<Vec<Pod>, serde_json::Error> {
@@ -250,7 +248,7 @@ mod tests {
 
     #[test]
     fn a_real_answer_of_a_kubelet() {
-        let pods = pods(include_str!("../../tests/data/kubelet-pods-1.20.2.json"));
+        let pods = pods(include_str!("../../../tests/data/kubelet-pods-1.20.2.json"));
         let show = |pod: &Pod| {
             let workload =
                 pod.workload.as_ref().map_or_else(String::new, |w| format!("{}/{}", w.kind, w.name));

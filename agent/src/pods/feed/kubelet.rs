@@ -21,9 +21,8 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use super::{
-    Change, PodSource, SourceError, SourceKind, SourceOptions, json::read_pods, model::Pod, source::said, tls,
-};
+use super::{Change, PodSource, SourceError, SourceKind, SourceOptions, json::read_pods, said, tls};
+use crate::pods::model::Pod;
 
 /// How often the kubelet is asked: it makes the whole answer each time. Up to a tenth more, so that agents do not fall
 /// into step.

@@ -9,12 +9,8 @@ use kube::{
 };
 use tokio::sync::Notify;
 
-use super::{
-    Change, PodSource, SourceError, SourceKind, SourceOptions,
-    json::MOST_PODS,
-    model::{ANNOTATIONS, MOST_CONTAINERS, MOST_LABELS, Pod, Told},
-    source::said,
-};
+use super::{Change, MOST_PODS, PodSource, SourceError, SourceKind, SourceOptions, said};
+use crate::pods::model::{ANNOTATIONS, MOST_CONTAINERS, MOST_LABELS, Pod, Told};
 
 const AT: &str = "the API server";
 const RBAC: &str = "apiGroups [\"\"], resources [\"pods\"], verbs [\"list\", \"watch\"]";
@@ -183,7 +179,7 @@ mod tests {
     use tokio_stream::wrappers::ReceiverStream;
 
     use super::*;
-    use crate::pods::json::read_pods;
+    use crate::pods::feed::json::read_pods;
 
     type Lines = mpsc::Receiver<Result<Bytes, std::io::Error>>;
 
@@ -207,7 +203,7 @@ mod tests {
             let lines = server.lines.lock().unwrap().take().unwrap();
             return Body::from_stream(ReceiverStream::new(lines)).into_response();
         }
-        let text = include_str!("../../tests/data/kubelet-pods-1.20.2.json");
+        let text = include_str!("../../../tests/data/kubelet-pods-1.20.2.json");
         text.replacen("\"metadata\":{}", "\"metadata\":{\"resourceVersion\":\"7\"}", 1).into_response()
     }
 
@@ -270,7 +266,7 @@ mod tests {
 
     #[test]
     fn the_api_servers_pods_are_the_kubelets() {
-        let text = include_str!("../../tests/data/kubelet-pods-1.20.2.json");
+        let text = include_str!("../../../tests/data/kubelet-pods-1.20.2.json");
         let list: k8s_openapi::List<ApiPod> = serde_json::from_str(text).unwrap();
         let pods: Vec<Pod> = list.items.into_iter().map(|pod| Pod::from(Told::from(pod))).collect();
         assert_eq!(pods, read_pods(text.as_bytes()).unwrap());
