@@ -19,7 +19,6 @@ pub mod control;
 pub mod debug;
 pub mod engine;
 pub mod export;
-pub mod finish;
 pub mod governor;
 pub mod kernel;
 pub mod ledger;

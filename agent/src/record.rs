@@ -24,10 +24,10 @@ use tokio::{
 use crate::{
     check::{self, Refusal},
     engine::{Engine, EngineError, EngineOptions, Window},
-    finish::finish,
     governor::Budgets,
     kernel::{KernelOptions, default_ring_bytes},
     output::{Destination, Details, OutputError},
+    pipeline::finish,
     profile::SeriesProfile,
     rules::{Deny, Set, Source, ad_hoc},
     symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError},

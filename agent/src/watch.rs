@@ -15,9 +15,9 @@ use tokio::sync::mpsc;
 use crate::{
     check::{self, Refusal},
     engine::{Engine, EngineError, EngineOptions, Inside, Window},
-    finish::finish,
     governor::Budgets,
     kernel::KernelOptions,
+    pipeline::finish,
     process::{Process, State},
     profile::slots,
     rules::{Deny, Set, Source, ad_hoc},

@@ -4,7 +4,7 @@
 //! Everybody else talks to it through an [`Engine`] handle; a finished window goes to a [`Sink`].
 
 mod captures;
-mod found;
+mod discovered;
 mod repair;
 
 use std::{
@@ -29,7 +29,7 @@ use ulid::Ulid;
 pub use self::captures::{Manual, RunningCapture};
 use self::{
     captures::{Captures, Intake},
-    found::{Found, Pace},
+    discovered::{Found, Pace},
     repair::{Losses, Repairs},
 };
 use crate::{

@@ -34,7 +34,7 @@ fn with_comments(profile: SeriesProfile, ledger: &Ledger) -> RawProfile {
 }
 
 /// The ledger as one line: `ledger ticks=… taken=… delivered=… lost.ring_full=…`.
-pub fn ledger_line(ledger: &Ledger) -> String {
+fn ledger_line(ledger: &Ledger) -> String {
     let mut line =
         format!("ledger ticks={} taken={} delivered={}", ledger.ticks, ledger.taken, ledger.delivered);
     for (reason, count) in &ledger.lost {

@@ -1,13 +1,15 @@
 //! From finished windows to batches for the exporter: names the frames, keeps the account.
 
+mod annotate;
+
 use std::{sync::Arc, time::SystemTime};
 
 use gannet_proto::{ingest::Batch, ledger::LossReason, pprof};
 use tokio::sync::mpsc;
 
+pub use self::annotate::finish;
 use crate::{
     engine::{Sink, Window},
-    finish::finish,
     ledger::{NodeLedger, Stage},
     node::Recent,
     pods::Pods,
