@@ -23,8 +23,8 @@ use crate::{
     export::{Bounds, ExportConfig, Exporter, Spool, SpoolError, SpoolStats},
     kernel::KernelOptions,
     ledger::NodeLedger,
-    node::{Node, Recent},
-    pipeline,
+    node::Node,
+    pipeline::{self, RecentProfiles, WindowQueue},
     pods::{self, Pods},
     process::CgroupNames,
     rules::{
@@ -111,9 +111,9 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
     let spool =
         Spool::open(&config.state_dir.join("spool"), bounds, ledger.clone(), Arc::clone(&spool_stats))?;
     let symbolizer = Symbolizer::start(SymbolizerConfig::default()).map_err(RunError::Start)?;
-    let recent = Recent::default();
+    let recent = RecentProfiles::default();
     let pods = Pods::new(config.pod_labels.clone());
-    let (entrance, windows) = pipeline::pipeline(ledger.clone());
+    let (queue, windows) = WindowQueue::new(ledger.clone());
     let engine = Engine::start(
         EngineOptions {
             node: config.node.clone(),
@@ -134,7 +134,7 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
                 ..TableSources::with_debug_files()
             }),
         },
-        entrance,
+        queue,
     )?;
     let export = ExportConfig {
         node: config.node.clone(),

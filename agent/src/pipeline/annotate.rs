@@ -1,4 +1,4 @@
-//! From a series' stacks to its finished profile.
+//! Symbolizes a window's profiles and writes into each which rule, window and agent it comes from.
 
 use std::fmt::Write as _;
 
@@ -9,9 +9,9 @@ use crate::{
     symbols::{Symbolizer, SymbolizerError},
 };
 
-/// Names the frames of a window's profiles, and writes into each where it comes from: rule, revision, reason, the
-/// window's ledger, versions.
-pub async fn finish(
+/// Symbolizes the profiles of one window. Each gets comments: rule, revision, reason, the window's ledger, versions. The
+/// results are in the order of `profiles`.
+pub(crate) async fn finish(
     symbolizer: &Symbolizer,
     profiles: Vec<SeriesProfile>,
     ledger: &Ledger,
@@ -33,7 +33,7 @@ fn with_comments(profile: SeriesProfile, ledger: &Ledger) -> RawProfile {
     raw
 }
 
-/// The ledger as one line: `ledger ticks=… taken=… delivered=… lost.ring_full=…`.
+/// Writes the ledger as one line: `ledger ticks=… taken=… delivered=… lost.ring_full=…`.
 fn ledger_line(ledger: &Ledger) -> String {
     let mut line =
         format!("ledger ticks={} taken={} delivered={}", ledger.ticks, ledger.taken, ledger.delivered);

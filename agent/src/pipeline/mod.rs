@@ -1,38 +1,49 @@
-//! From finished windows to batches for the exporter: names the frames, keeps the account.
+//! Turns finished windows into batches for the exporter: joins pod names, symbolizes frames, and enters into the node's
+//! ledger what happened to each sample.
 
 mod annotate;
+mod recent;
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use gannet_proto::{ingest::Batch, ledger::LossReason, pprof};
+use gannet_proto::{
+    ingest::Batch,
+    ledger::{Ledger, LossReason},
+    pprof,
+};
 use tokio::sync::mpsc;
 
-pub use self::annotate::finish;
+pub(crate) use self::annotate::finish;
+pub use self::recent::RecentProfiles;
 use crate::{
     engine::{Sink, Window},
     ledger::{NodeLedger, Stage},
-    node::Recent,
     pods::Pods,
     symbols::Symbolizer,
 };
 
-/// Windows that wait for their names. One comes every window's length, and naming one takes a fraction of that; but the
-/// first waits for every file that it names to be read, on a busy node for some windows' length.
-const QUEUE: usize = 16;
+/// Windows that wait to be symbolized. Symbolizing takes a fraction of a window's length. Only the first window waits
+/// longer, because the symbolizer reads each file for the first time: some windows' length on a busy node.
+const MAX_QUEUED_WINDOWS: usize = 16;
 
-/// Where the engine puts its windows.
-pub struct Entrance {
+/// Takes the engine's windows into the pipeline's queue and enters them into the node's ledger.
+pub struct WindowQueue {
     ledger: NodeLedger,
     windows: mpsc::Sender<Window>,
 }
 
-/// Makes the two ends. The pipeline ends when the entrance is dropped and everything is through.
-pub fn pipeline(ledger: NodeLedger) -> (Entrance, mpsc::Receiver<Window>) {
-    let (windows, receiver) = mpsc::channel(QUEUE);
-    (Entrance { ledger, windows }, receiver)
+impl WindowQueue {
+    /// Returns the queue's two ends. [`run`] returns once the sending end is dropped and the queue is empty.
+    pub fn new(ledger: NodeLedger) -> (Self, mpsc::Receiver<Window>) {
+        let (windows, receiver) = mpsc::channel(MAX_QUEUED_WINDOWS);
+        (Self { ledger, windows }, receiver)
+    }
 }
 
-impl Sink for Entrance {
+impl Sink for WindowQueue {
     fn window(&mut self, window: Window) {
         self.ledger.tick(window.ledger.ticks);
         for (reason, count) in &window.ledger.lost {
@@ -43,20 +54,20 @@ impl Sink for Entrance {
         if let Err(error) = self.windows.try_send(window) {
             self.ledger.lose(Stage::Window, LossReason::QueueFull, samples);
             let why = match error {
-                mpsc::error::TrySendError::Full(_) => "naming its frames is too slow",
-                mpsc::error::TrySendError::Closed(_) => "the agent is going down",
+                mpsc::error::TrySendError::Full(_) => "symbolizing is too slow",
+                mpsc::error::TrySendError::Closed(_) => "the agent is shutting down",
             };
-            tracing::warn!(samples, "a window is lost: {why}");
+            tracing::warn!(samples, "lost a window: {why}");
         }
     }
 }
 
-/// Turns windows into batches until there are no more. `submit` takes a window's batches to the exporter.
+/// Turns windows into batches until the queue is closed and empty. `submit` hands a window's batches to the exporter.
 pub async fn run(
     mut windows: mpsc::Receiver<Window>,
     symbolizer: Symbolizer,
     ledger: NodeLedger,
-    recent: Recent,
+    recent: RecentProfiles,
     pods: Pods,
     mut submit: impl FnMut(Vec<Batch>),
 ) {
@@ -70,24 +81,24 @@ pub async fn run(
         }
         let series: Vec<_> = profiles
             .iter()
-            // Of a lead-up it is before the window.
+            // A pre-trigger profile starts before the window does.
             .map(|p| (p.labels.clone(), p.rule.clone(), p.samples, p.raw.start, p.raw.duration))
             .collect();
         let finished = match finish(&symbolizer, profiles, &account).await {
             Ok(finished) => finished,
             Err(error) => {
                 let samples = series.iter().map(|(_, _, samples, ..)| samples).sum();
-                tracing::error!(samples, "a window is lost, its frames cannot be named: {error}");
+                tracing::error!(samples, "lost a window, cannot symbolize it: {error}");
                 ledger.lose(Stage::Window, LossReason::Shutdown, samples);
                 Vec::new()
             }
         };
         let mut batches = Vec::with_capacity(series.len());
-        let mut named = Vec::with_capacity(series.len());
+        let mut symbolized = Vec::with_capacity(series.len());
         for ((labels, rule, samples, start, duration), profile) in series.into_iter().zip(finished) {
             let why = rule.why();
             batches.push(Batch {
-                // The spool names and numbers it.
+                // The spool sets both.
                 batch_id: String::new(),
                 sequence: 0,
                 labels,
@@ -101,23 +112,18 @@ pub async fn run(
                 window_id: id.to_string(),
                 ledger: Some((&account).into()),
             });
-            named.push((rule.capture, Arc::new(profile)));
+            symbolized.push((rule.capture, Arc::new(profile)));
         }
-        recent.add(id, start, named);
+        recent.add(id, start, symbolized);
         if batches.is_empty() {
-            // Nothing but losses: they are told too.
+            // A window that only lost samples still reports its losses.
             batches.push(ledger_only(id.to_string(), start, duration, &account));
         }
         submit(batches);
     }
 }
 
-fn ledger_only(
-    window_id: String,
-    start: SystemTime,
-    duration: std::time::Duration,
-    account: &gannet_proto::ledger::Ledger,
-) -> Batch {
+fn ledger_only(window_id: String, start: SystemTime, duration: Duration, account: &Ledger) -> Batch {
     Batch {
         window_id,
         start: Some(start.into()),
