@@ -22,6 +22,7 @@ pub mod export;
 pub mod governor;
 pub mod kernel;
 pub mod ledger;
+pub mod model;
 pub mod node;
 pub mod output;
 pub mod pipeline;

@@ -11,9 +11,10 @@ use serde::Serialize;
 
 use crate::{
     engine::{EngineError, Inside},
+    model::ProcessKey,
     node::Node,
     pods::SourceKind,
-    process::{Process, ProcessKey, State},
+    process::{Process, State},
     profile::slots,
     rules::{Traits, traits},
 };

@@ -18,8 +18,9 @@ use crate::{
         Sensors, Spot, Start, Task, Triggers, boot_clock,
         cgroups::{self, container_part, pod_part},
     },
-    kernel::{Arm, CgroupHierarchy, Sample, Subject, Want},
-    process::{Image, ImageKey, Process},
+    kernel::{Arm, CgroupHierarchy, Want},
+    model::{Image, ImageKey, Sample, Subject},
+    process::Process,
     profile::{Recorder, WindowSamples, slots},
     rules::{CaptureError, CaptureId, Reason, RuleId, Target, Watched},
 };

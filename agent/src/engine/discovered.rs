@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::kernel::{Origin, Subject};
+use crate::model::{Origin, Subject};
 
 /// What is read without a pause.
 const AT_ONCE: Duration = Duration::from_millis(20);
@@ -92,7 +92,7 @@ fn nanoseconds(time: Duration) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::process::ProcessKey;
+    use crate::model::ProcessKey;
 
     fn subject(tgid: u32, rules: u64) -> Subject {
         Subject {

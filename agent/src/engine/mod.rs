@@ -35,9 +35,10 @@ use self::{
 use crate::{
     conditions::{NodeAbilities, Sensors, boot_clock, trigger::Held},
     governor::{BpfTime, Budgets, Governor, Use},
-    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Origin, Sample, Subject, Want},
-    process::{CgroupTree, Changes, Image, ImageKey, ProcError, Process, Processes, State, check_identity},
-    profile::{RecorderStats, SampleKind, SeriesProfile, StackEnd, slots},
+    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Want},
+    model::{Image, ImageKey, Origin, Sample, SampleKind, StackEnd, Subject},
+    process::{CgroupTree, Changes, ProcError, Process, Processes, State, check_identity},
+    profile::{RecorderStats, SeriesProfile, slots},
     rules::{
         CaptureError, Deny, RuleBook, Set, Source,
         containers::{PodSource, Selection},

@@ -29,15 +29,13 @@ use libbpf_rs::{
     skel::{OpenSkel as _, SkelBuilder as _},
 };
 
-pub use clock::online_cpus;
 pub use cost::ProgramCost;
-pub use event::{DecodeError, Event, ExitStatus, FileNumbers, Origin, RawUserStack, Sample, Subject};
-pub use mappings::{Mapped, NewMapping};
+pub use event::{DecodeError, Event};
 pub use unwinding::{
     Block, EmptyRange, KernelImage, KernelMapping, KernelTable, MAX_TABLES, UnwindMaps, blocks, mapping_key,
 };
 
-use crate::process::{ProcFs as _, ProcessKey, RealProc};
+use crate::model::{self, ProcessKey, Sample};
 
 /// Rules that can be in force at one time: one bit each in a sample.
 pub const MAX_RULES: usize = 64;
@@ -104,7 +102,7 @@ impl Default for KernelOptions {
 
 /// Bytes of the ring, if nobody says: what the reader maps of it counts as its memory twice.
 pub fn default_ring_bytes() -> u32 {
-    let cpus = online_cpus().map_or(2, |cpus| cpus.len() as u32);
+    let cpus = model::online_cpus().map_or(2, |cpus| cpus.len() as u32);
     cpus.saturating_mul(1 << 20).clamp(2 << 20, 16 << 20).next_power_of_two()
 }
 
@@ -486,7 +484,7 @@ impl Kernel {
     /// Reads what the ring holds now, in the kernel's order, and between its events what was mapped before them. Waits
     /// for nothing.
     pub fn read(&mut self) -> Result<Vec<Event>, KernelError> {
-        let begun_ns = boot_clock_ns();
+        let begun_ns = model::boot_time_ns();
         // No more than it can have held: where this process gets too little of a CPU, what is written meanwhile would
         // never come to an end.
         self.queue.borrow_mut().left_bytes = self.options.ring_bytes as usize;
@@ -821,11 +819,6 @@ impl Kernel {
             unsafe { (&raw mut data.settings).write_volatile(settings) };
         }
     }
-}
-
-/// The boot clock as BPF programs read it; perf's, too.
-fn boot_clock_ns() -> u64 {
-    RealProc::default().now_ns()
 }
 
 /// Keeps what libbpf says from this level on for the error that may follow.

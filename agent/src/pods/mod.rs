@@ -307,8 +307,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        process::ProcessKey,
-        profile::{ContainerRef, RawProcess, RawProfile, SampleKind},
+        model::{ProcessKey, SampleKind},
+        profile::{ContainerRef, RawProcess, RawProfile},
     };
 
     fn pod(uid: &str, containers: &[(&str, &str)]) -> Pod {

@@ -8,11 +8,11 @@ use std::{
 };
 
 use super::{
-    CgroupNames, ProcessKey,
+    CgroupNames,
     cgroup::path_in,
     proc::{self, ProcError, ProcFs, RealProc},
 };
-use crate::kernel::CgroupHierarchy;
+use crate::{kernel::CgroupHierarchy, model::ProcessKey};
 
 /// How much of a command line or an environment is read: the kernel's own bound on one argument.
 const TEXT_BYTES: u64 = 128 << 10;
@@ -178,7 +178,10 @@ pub struct MetadataStats {
 /// [`next_window`] has been called twice.
 ///
 /// ```
-/// use gannet_agent::process::{MetadataOptions, ProcessKey, ProcessMetadataCache};
+/// use gannet_agent::{
+///     model::ProcessKey,
+///     process::{MetadataOptions, ProcessMetadataCache},
+/// };
 ///
 /// let mut cache = ProcessMetadataCache::new(MetadataOptions {
 ///     environ: ["CARGO_PKG_NAME".to_owned()].into(),

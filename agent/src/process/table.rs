@@ -15,14 +15,17 @@ use std::{
 use lru::LruCache;
 
 use super::{
-    CgroupNames, CgroupTree, Image, Mapping, MappingKind, MetadataOptions, ProcessKey, ProcessMetadataCache,
+    CgroupNames, CgroupTree, FileMapping, FileTable, FileTableStats, MetadataOptions, ProcessMetadataCache,
     cgroup::path_in,
     metadata::MetadataError,
     proc::{self, ProcError, ProcFs, RealProc},
 };
 use crate::{
-    kernel::{CgroupHierarchy, ExitStatus, FileNumbers, Mapped, NewMapping, Origin, Subject},
-    symbols::{FileMapping, FileTable, FileTableStats},
+    kernel::CgroupHierarchy,
+    model::{
+        ExitStatus, FileNumbers, Image, ImageKey, Mapped, Mapping, MappingKind, NewMapping, Origin,
+        ProcessKey, Subject,
+    },
 };
 
 /// How long after a reading of a process's mappings they are not read again, however many addresses are unknown.
@@ -38,22 +41,6 @@ const MOST_MAPPINGS: usize = 16_384;
 const PRUNED_PART: usize = 16;
 /// Without the sideband: how long before the exec event the new image may have been in place.
 const EXEC_NS: u64 = 10_000_000;
-
-/// One image of one process: what a sample belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ImageKey {
-    /// The process.
-    pub process: ProcessKey,
-    /// Which of its images: the kernel's count of its `execve` calls.
-    pub exec_id: u32,
-}
-
-impl ImageKey {
-    /// Whom an event is about.
-    pub fn of(subject: &Subject) -> Self {
-        Self { process: subject.key, exec_id: subject.exec_id }
-    }
-}
 
 /// What is known of one image of one process.
 #[derive(Clone, Debug)]

@@ -12,10 +12,8 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use super::{
-    elf::{self, Section, Sections},
-    file::MappedFile,
-};
+use super::elf::{self, Section, Sections};
+use crate::model::MappedFile;
 
 const MAX_NOTE_BYTES: u64 = 4096;
 /// Shorter ones are made up, and would look at whole directories.

@@ -19,7 +19,7 @@ use tokio::sync::mpsc::{self, error::TryRecvError};
 
 pub use model::{Model, Outcome, SortBy};
 
-use crate::process::ProcessKey;
+use crate::model::ProcessKey;
 
 /// How long a key waits for its answer at most.
 const TICK: Duration = Duration::from_millis(50);

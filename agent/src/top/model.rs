@@ -13,7 +13,7 @@ use gannet_proto::{
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 use super::{ProcessInfo, Snapshot};
-use crate::process::ProcessKey;
+use crate::model::ProcessKey;
 
 /// What the rows are sorted by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

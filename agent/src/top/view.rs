@@ -237,7 +237,7 @@ mod tests {
         super::{Outcome, ProcessInfo, Snapshot},
         *,
     };
-    use crate::process::ProcessKey;
+    use crate::model::ProcessKey;
 
     fn profile(samples: &[(i64, &[&str], i64)]) -> Profile {
         let mut builder = Builder::new(Header {

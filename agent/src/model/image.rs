@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::symbols::MappedFile;
+use super::MappedFile;
 
 /// The executable mappings of one process in one exec generation, as one reading of `/proc/PID/maps` showed them.
 #[derive(Clone, Debug, Default)]
@@ -60,6 +60,53 @@ impl Image {
         let after = self.mappings.partition_point(|mapping| mapping.start <= address);
         self.mappings[..after].last().filter(|mapping| address < mapping.end)
     }
+}
+
+/// What the sideband tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mapped {
+    /// A process has begun to replace its image: whatever it maps from now on belongs to the next one.
+    Cleared {
+        /// Whose.
+        tgid: u32,
+        /// When, by the boot clock.
+        ktime_ns: u64,
+    },
+    /// Something executable was mapped.
+    Made {
+        /// By whom.
+        tgid: u32,
+        /// When, by the boot clock.
+        ktime_ns: u64,
+        /// Where, and what.
+        mapping: NewMapping,
+    },
+}
+
+impl Mapped {
+    /// When, by the boot clock.
+    pub fn ktime_ns(&self) -> u64 {
+        match self {
+            Self::Cleared { ktime_ns, .. } | Self::Made { ktime_ns, .. } => *ktime_ns,
+        }
+    }
+}
+
+/// An executable mapping, as `/proc/PID/maps` would show it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewMapping {
+    /// First address.
+    pub start: u64,
+    /// Behind the last.
+    pub end: u64,
+    /// In the file.
+    pub offset: u64,
+    /// Device number as `stat(2)` gives it.
+    pub dev: u64,
+    /// 0: no file.
+    pub inode: u64,
+    /// Without ` (deleted)`; `[vdso]`; empty for memory that is no file's.
+    pub path: String,
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The identity of a process.
+//! The identity of a process and of its image.
 
 use std::{fmt, str::FromStr};
 
@@ -10,6 +10,15 @@ pub struct ProcessKey {
     pub tgid: u32,
     /// `task_struct.start_boottime` of the thread group leader: nanoseconds of the boot clock.
     pub start_boottime_ns: u64,
+}
+
+/// One image of one process. Every sample belongs to one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ImageKey {
+    /// The process.
+    pub process: ProcessKey,
+    /// The image: the kernel's count of the process's `execve` calls.
+    pub exec_id: u32,
 }
 
 /// The text was not `tgid@nanoseconds`.

@@ -9,10 +9,7 @@ use std::{
         fd::{AsFd, AsRawFd},
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -22,73 +19,10 @@ use rustix::{
     io::Errno,
 };
 
-use super::elf::Headers;
+use crate::model::MappedFile;
 
 /// How long a file that nobody holds stays open: the next process of a program that is started now and then finds it.
 const IDLE: Duration = Duration::from_secs(300);
-
-/// One opened file, and what cached symbols are filed under: unlike a path, an inode or a descriptor it is never given
-/// to another file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct FileId(u64);
-
-impl FileId {
-    fn next() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        Self(NEXT.fetch_add(1, Ordering::Relaxed))
-    }
-}
-
-/// An executable file that some process maps, held open: what it is called may be deleted or replaced.
-#[derive(Debug)]
-pub struct MappedFile {
-    /// What symbols are filed under.
-    pub id: FileId,
-    /// The path as the process sees it, without ` (deleted)`.
-    pub path: String,
-    /// Device number of the file system, as `/proc/PID/maps` shows it.
-    pub dev: u64,
-    /// Inode number, as `/proc/PID/maps` shows it.
-    pub inode: u64,
-    /// The open file; none where it could not be opened.
-    pub file: Option<File>,
-    /// Lower-case hex of the GNU build id, else the Go build id, else empty.
-    pub build_id: String,
-    headers: Option<Headers>,
-}
-
-impl MappedFile {
-    /// A file that cannot be read: its frames keep their mapping and have no names.
-    pub fn unopened(path: &str, dev: u64, inode: u64) -> Self {
-        Self {
-            id: FileId::next(),
-            path: path.to_owned(),
-            dev,
-            inode,
-            file: None,
-            build_id: String::new(),
-            headers: None,
-        }
-    }
-
-    /// A file that is open already.
-    pub fn opened(path: &str, dev: u64, inode: u64, file: File) -> Self {
-        let headers = Headers::read(&file).ok();
-        let build_id = headers.as_ref().map(|headers| headers.build_id.clone()).unwrap_or_default();
-        Self { file: Some(file), build_id, headers, ..Self::unopened(path, dev, inode) }
-    }
-
-    /// Whether it is an ELF file of this machine's kind.
-    pub fn is_elf(&self) -> bool {
-        self.headers.is_some()
-    }
-
-    /// The virtual address, as the ELF file counts, of what stands at `offset` in the file: through the loadable segment
-    /// that holds the offset.
-    pub fn address_of(&self, offset: u64) -> Option<u64> {
-        self.headers.as_ref()?.address_of(offset)
-    }
-}
 
 /// A line of `/proc/PID/maps` that maps a file.
 #[derive(Clone, Copy, Debug)]
