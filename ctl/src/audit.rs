@@ -7,7 +7,7 @@ use crate::{
     Console, Error,
     args::Format,
     client::Collector,
-    output::{millis, show_time, table},
+    render::{millis, show_time, table},
     rollout::state_name,
     rules::{error_json, sentence},
 };

@@ -7,7 +7,7 @@ use crate::{
     Console, Error,
     args::Format,
     client::Collector,
-    output::{ago, clean},
+    render::{ago, clean},
     rules::{count, sentence},
 };
 

@@ -9,8 +9,8 @@ mod check;
 mod client;
 mod flame;
 mod nodes;
-mod output;
 mod profiles;
+mod render;
 mod rollout;
 mod rules;
 
@@ -19,7 +19,7 @@ use std::io;
 pub use args::{Cli, parse};
 use args::{Command, Format, Output};
 use client::Collector;
-pub use output::Console;
+pub use render::Console;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -81,7 +81,7 @@ pub async fn run(cli: Cli, console: &mut Console<'_>) -> u8 {
     if code != 0 && !matches!(error, Error::No) {
         for line in error.to_string().lines() {
             // If even this cannot be written the exit code still says it.
-            let _ = writeln!(console.err, "gannetctl: {}", output::clean(line));
+            let _ = writeln!(console.err, "gannetctl: {}", render::clean(line));
         }
     }
     code

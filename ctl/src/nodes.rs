@@ -7,7 +7,7 @@ use crate::{
     Console, Error,
     args::Format,
     client::Collector,
-    output::{ago, bytes, millis, span, table},
+    render::{ago, bytes, millis, span, table},
     rollout::{node_json, state_name},
     rules::status_json,
 };

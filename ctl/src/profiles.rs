@@ -15,7 +15,7 @@ use crate::{
     Console, Error,
     args::{Base, Format, Profiles, Select, TopArgs},
     client::{Collector, MAX_PROFILE_BYTES},
-    output::{amount, bytes, millis, percent, show_span, show_time, span_millis, table},
+    render::{amount, bytes, millis, percent, show_span, show_time, span_millis, table},
     rules::count,
 };
 

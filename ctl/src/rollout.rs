@@ -12,7 +12,7 @@ use crate::{
     Console, Error,
     args::{self, Format},
     client::Collector,
-    output::{clean, millis, show_span, show_time, span_millis, table},
+    render::{clean, millis, show_span, show_time, span_millis, table},
     rules::{error_json, sentence},
 };
 

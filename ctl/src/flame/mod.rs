@@ -17,7 +17,7 @@ use crate::{
     Console, Error,
     args::{Flame, Format},
     client::{Collector, MAX_PROFILE_BYTES},
-    output::{amount, clean, percent},
+    render::{amount, clean, percent},
 };
 
 /// A tree, and what its numbers are.

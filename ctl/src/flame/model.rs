@@ -4,7 +4,7 @@ use gannet_proto::query::FlameNode;
 use ratatui::crossterm::event::KeyCode;
 
 use super::Graph;
-use crate::output::clean;
+use crate::render::clean;
 
 pub(super) struct Node {
     pub(super) name: String,

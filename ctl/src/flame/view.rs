@@ -11,7 +11,7 @@ use ratatui::{
 };
 
 use super::model::{Model, Node};
-use crate::output::{amount, percent};
+use crate::render::{amount, percent};
 
 pub(super) fn draw(frame: &mut Frame<'_>, model: &mut Model) {
     let [head, graph, foot, keys] = Layout::vertical([

@@ -17,7 +17,7 @@ use crate::{
     args::{Format, RuleFiles, Rules, ScopeArg},
     audit,
     client::Collector,
-    output::{ago, millis, show_time, table},
+    render::{ago, millis, show_time, table},
     rollout,
 };
 
@@ -215,7 +215,7 @@ fn previews(previews: &[NodePreview]) -> String {
         let sum: f64 = previews.iter().map(|preview| preview.samples_per_second).sum();
         let _ = writeln!(words, "{sum:.0} samples per second in all, of what runs now");
     }
-    words.lines().map(|line| crate::output::clean(line) + "\n").collect()
+    words.lines().map(|line| crate::render::clean(line) + "\n").collect()
 }
 
 /// `python3 (4711)`.
@@ -486,7 +486,7 @@ fn explained(answer: &ExplainResponse) -> String {
     let ExplainResponse { processes, processes_seen, processes_matched, unsupported, .. } = answer;
     let mut text = format!("  processes  {processes_matched} of {processes_seen} match\n");
     for error in unsupported {
-        text = text + "  nothing    " + &crate::output::clean(&sentence(error)) + "\n";
+        text = text + "  nothing    " + &crate::render::clean(&sentence(error)) + "\n";
     }
     let rows: Vec<_> = processes
         .iter()
