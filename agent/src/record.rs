@@ -9,6 +9,7 @@ use std::{
 };
 
 use clap::{ArgGroup, Args};
+use gannet_base::{ByteSize, TimeSpan};
 use gannet_proto::{
     control::{Match, RuleError, capture},
     ledger::{Ledger, LossReason},
@@ -63,8 +64,8 @@ pub struct RecordArgs {
     #[arg(long, default_value_t = 99, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub hz: u32,
     /// How long; a COMMAND is followed to its end unless this is given [default: 30s]
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
-    pub duration: Option<Duration>,
+    #[arg(long, value_name = "TIME")]
+    pub duration: Option<TimeSpan>,
     /// Blocked time instead of CPU time
     #[arg(long)]
     pub off_cpu: bool,
@@ -76,7 +77,7 @@ pub struct RecordArgs {
     pub json: bool,
     /// Bytes of the ring between kernel and agent; rounded up to a power of two [default: 1 MiB for each CPU, 2 to 16 MiB]
     #[arg(long, value_name = "BYTES")]
-    pub ring_bytes: Option<u32>,
+    pub ring_bytes: Option<ByteSize>,
     /// A program to start and to profile from its first instruction, with its children
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<String>,
@@ -155,7 +156,9 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
         EngineOptions {
             node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             kernel: KernelOptions {
-                ring_bytes: args.ring_bytes.unwrap_or_else(default_ring_bytes),
+                ring_bytes: args
+                    .ring_bytes
+                    .map_or_else(default_ring_bytes, |size| size.0.min(1 << 30) as u32),
                 off_cpu: args.off_cpu,
                 ..KernelOptions::default()
             },
@@ -191,7 +194,8 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     }
     let begun = Instant::now();
     let start = since_start();
-    let duration = args.duration.or(args.command.is_empty().then_some(Duration::from_secs(30)));
+    let duration =
+        args.duration.map(Duration::from).or(args.command.is_empty().then_some(Duration::from_secs(30)));
     if let Some(held) = &mut held {
         held.release();
     }

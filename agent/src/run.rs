@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     check::{self, Refusal},
-    config::{ConfigError, RunArgs},
+    config::{ConfigError, RunOptions},
     control::{Control, LastGood, restore},
     debug::{ListenError, Listeners},
     engine::{Engine, EngineError, EngineOptions},
@@ -62,7 +62,7 @@ pub enum RunError {
     #[error(transparent)]
     Engine(#[from] EngineError),
     /// The collector's address or certificates are wrong.
-    #[error("--collector: {0}")]
+    #[error("--endpoint: {0}")]
     Dial(#[from] DialError),
     /// The node's own rules cannot be read.
     #[error(transparent)]
@@ -93,23 +93,27 @@ fn list(errors: &[RuleError]) -> String {
 }
 
 /// Runs until SIGTERM or SIGINT; then everything in flight is delivered or in the spool.
-pub async fn run(args: RunArgs) -> Result<(), RunError> {
-    let config = args.complete()?;
+pub async fn run(options: RunOptions) -> Result<(), RunError> {
+    let config = options.complete()?;
     check::preflight()?;
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Start)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Start)?;
     let off = signal(SignalKind::user_defined1()).map_err(RunError::Start)?;
     let on = signal(SignalKind::user_defined2()).map_err(RunError::Start)?;
-    let local = files::read(&config.rules)?;
-    let listeners = Listeners::open(config.listen, config.debug_listen).await?;
-    fs::create_dir_all(&config.state_dir)
-        .map_err(|source| RunError::State { path: config.state_dir.clone(), source })?;
+    let local = files::read(&config.options.rules)?;
+    let listeners = Listeners::open(config.options.http_listen, config.options.debug_listen).await?;
+    fs::create_dir_all(&config.options.state_dir)
+        .map_err(|source| RunError::State { path: config.options.state_dir.clone(), source })?;
 
     let ledger = NodeLedger::new();
     let spool_stats = Arc::new(SpoolStats::default());
-    let bounds = Bounds { bytes: config.spool_bytes, age: config.spool_age };
-    let spool =
-        Spool::open(&config.state_dir.join("spool"), bounds, ledger.clone(), Arc::clone(&spool_stats))?;
+    let bounds = Bounds { bytes: config.options.spool_bytes.0, age: config.options.spool_age.0 };
+    let spool = Spool::open(
+        &config.options.state_dir.join("spool"),
+        bounds,
+        ledger.clone(),
+        Arc::clone(&spool_stats),
+    )?;
     let symbolizer = Symbolizer::start(SymbolizerConfig::default()).map_err(RunError::Start)?;
     let recent = RecentProfiles::default();
     let pods = Pods::new(config.pod_labels.clone());
@@ -120,17 +124,17 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
             kernel: KernelOptions {
                 ring_bytes: config.ring_bytes,
                 table_bytes: config.table_bytes,
-                processes: config.processes,
-                lifecycle: config.lifecycle,
+                processes: config.options.processes,
+                lifecycle: config.options.lifecycle,
                 ..KernelOptions::default()
             },
-            window: config.window,
+            window: config.options.window.0,
             caps: config.caps.clone(),
             deny: config.deny.clone(),
             budgets: config.budgets,
             tables: Some(TableSources {
-                kept: Some(config.state_dir.join("tables")),
-                overrides: Some(config.state_dir.join("overrides")),
+                kept: Some(config.options.state_dir.join("tables")),
+                overrides: Some(config.options.state_dir.join("overrides")),
                 ..TableSources::with_debug_files()
             }),
         },
@@ -162,7 +166,7 @@ pub async fn run(args: RunArgs) -> Result<(), RunError> {
     }
     let node = Arc::new(Node::new(config, engine, ledger, spool_stats, recent, pods));
 
-    let store = LastGood::in_dir(&node.config.state_dir);
+    let store = LastGood::in_dir(&node.config.options.state_dir);
     let active = restore(&node, &store).await;
     let partial = node
         .engine
@@ -247,7 +251,7 @@ impl PodSource for KnowsPods {
 /// The kill switch: while the file `disable` is in the state directory, or from SIGUSR1 to SIGUSR2, nothing of the agent
 /// is attached to the kernel.
 async fn follow_switch(node: Arc<Node>, mut off: Signal, mut on: Signal, cancel: CancellationToken) {
-    let file = node.config.state_dir.join("disable");
+    let file = node.config.options.state_dir.join("disable");
     let (mut by_signal, mut now) = (false, None);
     loop {
         let reason = if by_signal {
@@ -278,19 +282,19 @@ async fn follow_switch(node: Arc<Node>, mut off: Signal, mut on: Signal, cancel:
 
 /// Applies rule files again whenever they change. A set that is wrong changes nothing.
 async fn follow_files(node: Arc<Node>, cancel: CancellationToken) {
-    let notify = Notify::of(&node.config.rules);
-    let mut stamp = Stamp::of(&node.config.rules);
+    let notify = Notify::of(&node.config.options.rules);
+    let mut stamp = Stamp::of(&node.config.options.rules);
     loop {
         tokio::select! {
             () = notify.changed(FILES_PAUSE) => {}
             () = cancel.cancelled() => return,
         }
-        let now = Stamp::of(&node.config.rules);
+        let now = Stamp::of(&node.config.options.rules);
         if now == stamp {
             continue;
         }
         stamp = now;
-        let trouble = match files::read(&node.config.rules) {
+        let trouble = match files::read(&node.config.options.rules) {
             Err(error) => Some(error.to_string()),
             Ok(rules) => {
                 let count = rules.len();

@@ -6,6 +6,7 @@ use std::{
 };
 
 use clap::Args;
+use gannet_base::TimeSpan;
 use gannet_proto::{
     control::{Match, RuleError},
     rules::Caps,
@@ -36,8 +37,8 @@ pub struct TopArgs {
     #[arg(long, value_name = "PATTERN", num_args = 1..)]
     pub comm: Vec<String>,
     /// How often the table changes
-    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = humantime::parse_duration)]
-    pub interval: Duration,
+    #[arg(long, value_name = "TIME", default_value = "2s")]
+    pub interval: TimeSpan,
     /// Print the table once, as text, and end
     #[arg(long)]
     pub once: bool,
@@ -82,7 +83,7 @@ pub async fn watch(args: TopArgs) -> Result<(), WatchError> {
         EngineOptions {
             node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             kernel: KernelOptions { off_cpu: false, ..KernelOptions::default() },
-            window: args.interval.max(Duration::from_millis(200)),
+            window: args.interval.0.max(Duration::from_millis(200)),
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
             budgets: Budgets::default(),

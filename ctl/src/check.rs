@@ -29,7 +29,7 @@ pub(crate) async fn run(
         )),
         None if nodes.is_empty() => problems.push((
             String::new(),
-            "no node has connected yet; start `gannet-agent run --collector URL` on one".into(),
+            "no node has connected yet; start `gannet-agent run --endpoint URL` on one".into(),
         )),
         _ => {}
     }

@@ -23,7 +23,7 @@ pub(crate) async fn list(
         || json!({ "nodes": nodes.iter().map(node_json).collect::<Vec<_>>() }),
         || {
             if nodes.is_empty() {
-                return "no node has connected yet; start `gannet-agent run --collector URL` on one\n"
+                return "no node has connected yet; start `gannet-agent run --endpoint URL` on one\n"
                     .to_owned();
             }
             let rows: Vec<_> = nodes.iter().map(row).collect();

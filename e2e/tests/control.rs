@@ -38,7 +38,7 @@ fn ctl(collector: &Collector, args: &[&str]) -> (bool, Value) {
 #[tokio::test]
 async fn a_rejected_set_leaves_the_former_one_at_work_and_a_partial_one_says_what_is_missing() {
     let collector = Collector::start().await;
-    let agent = Agent::start("alpha", &collector.url(), &["--hz-max=100", "--window=1s"]);
+    let agent = Agent::start("alpha", &collector.url(), &["--max-hz=100", "--window=1s"]);
     agent.connected(&collector).await;
     let _sample = Sample::start(50);
     let good = collector.set_rules(vec![rule("shop", "webshop", 99)]).await.unwrap();
@@ -138,7 +138,7 @@ async fn rules_outlive_agent_and_collector_expire_without_one_and_nothing_is_pus
 #[tokio::test]
 async fn a_node_says_what_rules_would_do_and_why_processes_match() {
     let collector = Collector::start().await;
-    let agent = Agent::start("gamma", &collector.url(), &["--hz-max=200"]);
+    let agent = Agent::start("gamma", &collector.url(), &["--max-hz=200"]);
     agent.connected(&collector).await;
     let mut sample = Sample::start(100);
     let pid = u64::from(sample.program().pid());

@@ -38,7 +38,7 @@ const PIECES: usize = 8;
 const DEFAULT_PORT: u16 = 10250;
 const RBAC: &str = "apiGroups [\"\"], resources [\"nodes/pods\"], verbs [\"get\"] (before Kubernetes 1.33 the kubelet \
                     wants nodes/proxy, which amounts to running commands on the node: allow it by name, or use \
-                    --kubelet apiserver)";
+                    --pod-source apiserver)";
 
 /// The kubelet by HTTPS.
 pub(super) struct Kubelet {

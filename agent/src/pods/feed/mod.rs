@@ -55,7 +55,7 @@ pub enum SourceKind {
 }
 
 impl SourceKind {
-    /// As `--kubelet` names it.
+    /// As `--pod-source` names it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::PodInfo => "podinfo",
