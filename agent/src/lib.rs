@@ -12,6 +12,7 @@
     )
 )]
 
+pub mod cgroup;
 pub mod check;
 pub mod conditions;
 pub mod config;

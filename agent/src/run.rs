@@ -15,6 +15,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    cgroup::CgroupNames,
     check::{self, Refusal},
     config::{ConfigError, RunOptions},
     control::{Control, LastGood, restore},
@@ -26,7 +27,6 @@ use crate::{
     node::Node,
     pipeline::{self, RecentProfiles, WindowQueue},
     pods::{self, Pods},
-    process::CgroupNames,
     rules::{
         Notify, Set, Source,
         containers::{PodRule, PodSource},

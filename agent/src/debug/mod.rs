@@ -32,7 +32,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    conditions::cgroups::find_container,
+    cgroup::find_container,
     engine::{EngineError, Manual},
     node::Node,
     output::{Details, Format, OutputError, render},

@@ -33,11 +33,12 @@ use self::{
     repair::{Losses, Repairs},
 };
 use crate::{
+    cgroup::CgroupTree,
     conditions::{NodeAbilities, Sensors, boot_clock, trigger::Held},
     governor::{BpfTime, Budgets, Governor, Use},
     kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Want},
     model::{Image, ImageKey, Origin, Sample, SampleKind, StackEnd, Subject},
-    process::{CgroupTree, Changes, ProcError, Process, Processes, State, check_identity},
+    process::{Changes, ProcError, Process, Processes, State, check_identity},
     profile::{RecorderStats, SeriesProfile, slots},
     rules::{
         CaptureError, Deny, RuleBook, Set, Source,

@@ -35,7 +35,10 @@ pub use unwinding::{
     Block, EmptyRange, KernelImage, KernelMapping, KernelTable, MAX_TABLES, UnwindMaps, blocks, mapping_key,
 };
 
-use crate::model::{self, ProcessKey, Sample};
+use crate::{
+    cgroup::CgroupHierarchy,
+    model::{self, ProcessKey, Sample},
+};
 
 /// Rules that can be in force at one time: one bit each in a sample.
 pub const MAX_RULES: usize = 64;
@@ -120,45 +123,6 @@ pub enum Walk {
     Loop,
     /// By a chain of tail calls: 232 frames.
     Chain,
-}
-
-/// Which tree of control groups processes are told apart by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CgroupHierarchy {
-    /// The unified one.
-    V2,
-    /// That of the v1 controller `cpu`. Pure v1 and hybrid hosts.
-    V1Cpu,
-    /// That of the v1 controller `memory`.
-    V1Memory,
-}
-
-impl CgroupHierarchy {
-    /// Looks at what the host has mounted: on a host with v1 controllers the container runtimes use those.
-    pub fn detect() -> Self {
-        // Lines of /proc/cgroups: name, hierarchy number, ...; hierarchy 0 is "not mounted as v1".
-        let table = std::fs::read_to_string("/proc/cgroups").unwrap_or_default();
-        let mounted = |controller| {
-            table.lines().any(|line| {
-                let mut fields = line.split_ascii_whitespace();
-                fields.next() == Some(controller) && fields.next().is_some_and(|hierarchy| hierarchy != "0")
-            })
-        };
-        match () {
-            () if mounted("cpu") => Self::V1Cpu,
-            () if mounted("memory") => Self::V1Memory,
-            () => Self::V2,
-        }
-    }
-
-    /// The controller that names it in `/proc/PID/cgroup`; empty for the unified one.
-    pub fn controller(self) -> &'static str {
-        match self {
-            Self::V2 => "",
-            Self::V1Cpu => "cpu",
-            Self::V1Memory => "memory",
-        }
-    }
 }
 
 /// What can go wrong with the kernel side, and what to do about it.

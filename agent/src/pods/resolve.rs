@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use gannet_proto::{control::Match, selector::LabelSelector};
 
 use super::{Lookup, Pod, Pods};
-use crate::process::{CgroupNames, Group};
+use crate::cgroup::{Cgroup, CgroupNames};
 
 /// What a rule asks of pods. All that is given must hold; lists are alternatives.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -60,9 +60,9 @@ impl PodRule {
 /// Only the topmost group of a container is named, and that of a whole pod where a rule means whole pods: what lies
 /// within a group is meant with it, what will be made in it too. So a rule over pods is in force before a pod's first
 /// container is started, if the source has told of the pod by then.
-pub fn resolve(pods: &Pods, rules: &[PodRule], groups: &[Group]) -> Resolved {
+pub fn resolve(pods: &Pods, rules: &[PodRule], groups: &[Cgroup]) -> Resolved {
     let mut resolved = Resolved { rules: vec![BTreeSet::new(); rules.len()], ..Resolved::default() };
-    for Group { path, id } in groups {
+    for Cgroup { path, id } in groups {
         let own = CgroupNames::of(path.rsplit('/').next().unwrap_or_default());
         let names = CgroupNames::of(path);
         let (pod, container) = if !own.container_id.is_empty() {
@@ -134,7 +134,7 @@ mod tests {
 
     /// 1: shop/checkout with app and log; 2: shop/cache, whose container is not listed yet; 3: denies; 4: a container
     /// that nobody knows.
-    fn world() -> (Pods, Vec<Group>) {
+    fn world() -> (Pods, Vec<Cgroup>) {
         let pod = |digit, app: &str, containers: &[(&str, char)]| Pod {
             uid: uid(digit),
             namespace: "shop".into(),
@@ -154,7 +154,7 @@ mod tests {
             Pod { denied: true, ..pod('3', "checkout", &[("app", 'd')]) },
         ];
         pods.store().apply(Change::All(list), Instant::now(), Instant::now());
-        let path = |path: String, id| Group { path: path.into(), id };
+        let path = |path: String, id| Cgroup { path: path.into(), id };
         let groups = vec![
             path("/".into(), 1),
             path("/kubepods".into(), 2),

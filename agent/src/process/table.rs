@@ -15,13 +15,12 @@ use std::{
 use lru::LruCache;
 
 use super::{
-    CgroupNames, CgroupTree, FileMapping, FileTable, FileTableStats, MetadataOptions, ProcessMetadataCache,
-    cgroup::path_in,
+    FileMapping, FileTable, FileTableStats, MetadataOptions, ProcessMetadataCache,
     metadata::MetadataError,
     proc::{self, ProcError, ProcFs, RealProc},
 };
 use crate::{
-    kernel::CgroupHierarchy,
+    cgroup::{CgroupHierarchy, CgroupNames, CgroupTree, parse_path},
     model::{
         ExitStatus, FileNumbers, Image, ImageKey, Mapped, Mapping, MappingKind, NewMapping, Origin,
         ProcessKey, Subject,
@@ -773,7 +772,7 @@ fn is_running(proc: &dyn ProcFs, key: ProcessKey) -> bool {
 fn cgroup_of(proc: &dyn ProcFs, key: ProcessKey, hierarchy: CgroupHierarchy) -> Option<String> {
     let text = proc::text(proc, key, "cgroup").ok()?;
     proc::check_in(proc, key).ok()?;
-    path_in(&text, hierarchy.controller())
+    parse_path(&text, hierarchy.controller())
 }
 
 /// Reads the mappings again if they do not hold one of these addresses.

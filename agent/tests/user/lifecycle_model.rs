@@ -10,7 +10,7 @@ use std::{
 };
 
 use gannet_agent::{
-    kernel::CgroupHierarchy,
+    cgroup::CgroupHierarchy,
     model::{
         ExitStatus, FileNumbers, ImageKey, Mapped, MappingKind, NewMapping, Origin, ProcessKey, Subject,
     },

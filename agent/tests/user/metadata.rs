@@ -15,7 +15,7 @@ use std::{
 };
 
 use gannet_agent::{
-    kernel::CgroupHierarchy,
+    cgroup::CgroupHierarchy,
     model::ProcessKey,
     process::{
         MetadataError, MetadataOptions, ProcError, ProcFs, ProcessMetadataCache, RealProc, check_identity,

@@ -11,7 +11,7 @@ use std::{
 };
 
 use gannet_agent::{
-    kernel::CgroupHierarchy,
+    cgroup::CgroupHierarchy,
     model::{ExitStatus, FileNumbers, Mapped, NewMapping, Origin, ProcessKey, Subject},
     process::{ProcFs, Processes},
 };

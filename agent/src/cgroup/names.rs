@@ -1,19 +1,19 @@
-//! What a control group's path tells: container, pod, systemd unit.
+//! The names in the path of a control group: container, pod, systemd unit.
 
-/// What a control group's path tells.
+/// The names in the path of a control group.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CgroupNames {
-    /// 64 hex digits; empty where the process is in no container.
+    /// 64 hex digits; empty for a process outside of containers.
     pub container_id: String,
-    /// With dashes, or the 32 hex digits of a static pod; empty where there is none.
+    /// With dashes, or the 32 hex digits of a static pod; empty if the path names no pod.
     pub pod_uid: String,
-    /// What started a process outside of containers: its systemd unit (`ssh.service`), an LXC container
+    /// The starter of a process outside of containers: its systemd unit (`ssh.service`), an LXC container
     /// (`lxc.payload.web`), a service of Talos (`podruntime/kubelet`).
     pub unit: String,
 }
 
 impl CgroupNames {
-    /// Reads a path below the hierarchy's root. Of nested containers the innermost counts.
+    /// Parses a path below the hierarchy's root. Of nested containers the innermost counts.
     pub fn of(path: &str) -> Self {
         let mut names = Self::default();
         for component in path.split('/') {
@@ -26,12 +26,12 @@ impl CgroupNames {
             if [".service", ".scope"].iter().any(|kind| component.ends_with(kind)) {
                 names.unit = unescape(component);
             }
-            // What LXC makes for a container; it has no id but its name.
+            // LXC makes this group for a container, which has no id but its name.
             if component.starts_with("lxc.payload.") {
                 component.clone_into(&mut names.unit);
             }
         }
-        // Talos has no systemd; what stands for its units is one level below this.
+        // Talos has no systemd. The groups of its services are one level below this one.
         if let Some(unit) = path.strip_prefix("/podruntime/") {
             names.unit = format!("podruntime/{}", unit.split('/').next().unwrap_or_default());
         }
@@ -79,19 +79,30 @@ fn unescape(name: &str) -> String {
     out + rest
 }
 
-/// The path in one hierarchy, from the text of `/proc/PID/cgroup`: of the controller `controller`, or of cgroup2 for an
-/// empty name.
-pub fn path_in(text: &str, controller: &str) -> Option<String> {
-    text.lines().find_map(|line| {
-        let mut fields = line.splitn(3, ':');
-        let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
-        let here = if controller.is_empty() {
-            number == "0" && controllers.is_empty()
-        } else {
-            controllers.split(',').any(|name| name == controller)
-        };
-        here.then(|| path.to_owned())
-    })
+/// Returns the part of a process's path that names its container; the complete path if none does.
+pub(crate) fn container_part(path: &str) -> &str {
+    part(path, |names| &names.container_id)
+}
+
+/// Returns the part of a process's path that names its pod, else the part of its container.
+pub(crate) fn pod_part(path: &str) -> &str {
+    if CgroupNames::of(path).pod_uid.is_empty() {
+        return container_part(path);
+    }
+    part(path, |names| &names.pod_uid)
+}
+
+/// Returns the shortest beginning of a path that has the same name as the complete path; the path itself if it has none.
+fn part(path: &str, name: impl Fn(&CgroupNames) -> &str) -> &str {
+    let names = CgroupNames::of(path);
+    if name(&names).is_empty() {
+        return path;
+    }
+    path.match_indices('/')
+        .map(|(at, _)| &path[..at])
+        .chain([path])
+        .find(|beginning| name(&CgroupNames::of(beginning)) == name(&names))
+        .unwrap_or(path)
 }
 
 #[cfg(test)]
@@ -201,10 +212,17 @@ mod tests {
     }
 
     #[test]
-    fn the_line_of_the_hierarchy_is_found() {
-        let text = "5:cpu,cpuacct:/a\n1:name=systemd:/b\n0::/c:d\n";
-        assert_eq!(path_in(text, "").as_deref(), Some("/c:d"));
-        assert_eq!(path_in(text, "cpuacct").as_deref(), Some("/a"));
-        assert_eq!(path_in(text, "memory"), None);
+    fn the_part_of_a_container_and_of_its_pod() {
+        let id = "0123456789abcdef".repeat(4);
+        let pod = "/kubepods.slice/kubepods-pod12345678_9abc_def0_1234_56789abcdef0.slice";
+        let container = format!("{pod}/cri-containerd-{id}.scope");
+        let inside = format!("{container}/system.slice/x.service");
+        for path in [&container, &inside] {
+            assert_eq!(container_part(path), container);
+            assert_eq!(pod_part(path), pod);
+        }
+        assert_eq!(container_part("/system.slice/x.service"), "/system.slice/x.service");
+        assert_eq!(pod_part("/a/b"), "/a/b");
+        assert_eq!(container_part("/"), "/");
     }
 }
