@@ -32,7 +32,7 @@ pub(crate) async fn run(
         .map_err(|status| collector.fault(&status))?
         .into_inner();
     // The bar draws on standard error, and only if that is a terminal.
-    let bar = ProgressBar::new(args.lasting.as_secs().max(1)).with_style(style());
+    let bar = ProgressBar::new(args.lasting.0.as_secs().max(1)).with_style(style());
     let mut profile = Vec::new();
     let mut done = None;
     loop {
@@ -69,7 +69,7 @@ pub(crate) async fn run(
     if samples == 0 || profile.is_empty() {
         return Err(Error::Failed(format!(
             "no samples in {}: no matching process used a CPU; `--off-cpu` shows where processes wait",
-            humantime::format_duration(args.lasting)
+            args.lasting
         )));
     }
     save(&profile, file.unwrap_or(Path::new("profile.pb.gz")), format, console)?;
@@ -134,7 +134,7 @@ fn request(args: &Manual, node: String) -> Result<CaptureRequest, Error> {
         r#match: Some(wanted),
         hz: *hz,
         kind: vec![kind.into()],
-        duration: (*lasting).try_into().ok(),
+        duration: lasting.0.try_into().ok(),
         pod: pod.clone().unwrap_or_default(),
     })
 }

@@ -15,7 +15,7 @@ mod render;
 mod rollout;
 mod rules;
 
-pub use args::{Cli, parse};
+pub use args::{Cli, command, parse};
 use args::{Command, Format, Output};
 use client::Collector;
 use error::Error;
@@ -50,29 +50,24 @@ async fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Error> {
             file.display()
         )));
     }
+    // Only commands that need a collector check the connection options.
+    let connect = || Collector::new(dial.into());
     match command {
+        Command::Completion(args) => Ok(args.write(args::command(), console.out)?),
+        Command::Man(args) => Ok(args.write(args::command(), console.out)?),
         Command::Rules(args::Rules::Validate { files }) => rules::validate(&files, format, console),
         Command::Flame(args) if args.input.is_some() => flame::show_file(&args, format, console),
-        command => {
-            let collector = Collector::new(dial.into())?;
-            match command {
-                Command::Rules(command) => rules::run(command, &collector, format, console).await,
-                Command::Rollout(command) => rollout::run(command, &collector, format, console).await,
-                Command::Profile(args) => {
-                    capture::run(&args, file.as_deref(), &collector, format, console).await
-                }
-                Command::Check { node } => check::run(node.as_deref(), &collector, format, console).await,
-                Command::Diff { top, base } => {
-                    let command = args::Profiles::Diff { top, base };
-                    profiles::run(command, None, &collector, format, console).await
-                }
-                Command::Nodes => nodes::list(&collector, format, console).await,
-                Command::Profiles(command) => profiles::run(command, file, &collector, format, console).await,
-                Command::Flame(args) => flame::show(&args, &collector, format, console).await,
-                Command::Top(args::Top { top }) => {
-                    profiles::top(&top, None, &collector, format, console).await
-                }
-            }
+        Command::Rules(command) => rules::run(command, &connect()?, format, console).await,
+        Command::Rollout(command) => rollout::run(command, &connect()?, format, console).await,
+        Command::Profile(args) => capture::run(&args, file.as_deref(), &connect()?, format, console).await,
+        Command::Check { node } => check::run(node.as_deref(), &connect()?, format, console).await,
+        Command::Diff { top, base } => {
+            let command = args::Profiles::Diff { top, base };
+            profiles::run(command, None, &connect()?, format, console).await
         }
+        Command::Nodes => nodes::list(&connect()?, format, console).await,
+        Command::Profiles(command) => profiles::run(command, file, &connect()?, format, console).await,
+        Command::Flame(args) => flame::show(&args, &connect()?, format, console).await,
+        Command::Top(args) => profiles::top(&args, None, &connect()?, format, console).await,
     }
 }

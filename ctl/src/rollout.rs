@@ -37,7 +37,7 @@ pub(crate) async fn run(
 ) -> Result<(), Error> {
     match command {
         args::Rollout::Watch { revision, follow, timeout } => {
-            watch(collector, revision, follow, timeout, format, console).await
+            watch(collector, revision, follow, timeout.map(Duration::from), format, console).await
         }
         args::Rollout::Resume { scope, percent } => {
             let percent = percent.unwrap_or(100);
@@ -84,7 +84,7 @@ pub(crate) async fn watch(
         Some(timeout) => tokio::time::timeout(timeout, watching).await.map_err(|_| {
             Error::Failed(format!(
                 "some nodes did not answer within {}; `gannetctl nodes` shows which are connected",
-                humantime::format_duration(timeout)
+                gannet_base::format_duration(timeout)
             ))
         })??,
     };

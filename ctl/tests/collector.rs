@@ -49,7 +49,7 @@ impl Setup {
 
     /// Runs gannetctl with arguments that are separated by spaces.
     async fn ctl(&self, words: &str) -> Outcome {
-        let args = ["gannetctl", "--collector", &self.url].into_iter().chain(words.split(' '));
+        let args = ["gannetctl", "--endpoint", &self.url].into_iter().chain(words.split(' '));
         let cli = parse(args.map(Into::into)).unwrap_or_else(|error| panic!("{error}"));
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let mut console = Console { out: &mut out, err: &mut err, terminal: false };
@@ -463,6 +463,32 @@ async fn tls_needs_both_certificates_and_failures_are_explained() {
     setup.end().await;
 }
 
+/// Checks that an old variable ends the program with one line that has the new name.
+#[test]
+fn an_old_variable_is_refused_with_its_new_name() {
+    for (old, new) in [("GANNET_COLLECTOR", "GANNET_ENDPOINT"), ("GANNET_TLS_CA", "GANNETCTL_TLS_CA")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gannetctl"));
+        let output = command.arg("nodes").env(old, "x").output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(text, format!("error: the environment variable {old} is now {new}\n"));
+    }
+}
+
+/// Checks that completions and man pages need no collector and name the commands.
+#[tokio::test]
+async fn completions_and_man_pages_name_the_commands() {
+    let mut words = Vec::new();
+    for line in ["completion bash", "completion zsh", "man"] {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let cli = parse(format!("gannetctl {line}").split(' ').map(Into::into)).unwrap();
+        let code = run(cli, &mut Console { out: &mut out, err: &mut err, terminal: false }).await;
+        assert_eq!((code, err), (0, Vec::new()), "{line}");
+        words.push(String::from_utf8(out).unwrap());
+    }
+    assert!(words.iter().all(|text| text.contains("rollout")));
+}
+
 #[test]
 fn the_program_returns_its_exit_codes() {
     let program = |args: &[&str]| {
@@ -473,7 +499,7 @@ fn the_program_returns_its_exit_codes() {
     assert_eq!(program(&["rules"]).0, 2);
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let url = format!("http://127.0.0.1:{port}");
-    let (code, err) = program(&["--collector", &url, "nodes"]);
+    let (code, err) = program(&["--endpoint", &url, "nodes"]);
     assert_eq!(code, 1);
     assert_eq!(
         err,
@@ -481,6 +507,6 @@ fn the_program_returns_its_exit_codes() {
             "gannetctl: cannot reach the collector at {url}: connection refused; is gannet-collector running there?\n"
         )
     );
-    let (code, err) = program(&["--collector", "http://10.0.0.1:4100", "nodes"]);
+    let (code, err) = program(&["--endpoint", "http://10.0.0.1:4100", "nodes"]);
     assert_eq!((code, err.contains("--insecure")), (1, true), "{err}");
 }

@@ -66,7 +66,7 @@ async fn wrong_rules_are_refused_with_their_field_by_the_agent_and_by_the_comman
         refused(&run("gannetctl", &[&at, "rules", "apply", "-f", file]), words);
         refused(&run("gannet-agent", &["run", "--pod-source=none", "--rules", file, &state]), words);
     }
-    refused(&run("gannetctl", &["--collector=http://127.0.0.1:1", "nodes"]), &["127.0.0.1:1"]);
+    refused(&run("gannetctl", &["--endpoint=http://127.0.0.1:1", "nodes"]), &["127.0.0.1:1"]);
 }
 
 #[test]

@@ -26,7 +26,7 @@ async fn becomes(collector: &Collector, node: &str, revision: u64, wanted: State
 
 fn ctl(collector: &Collector, args: &[&str]) -> (bool, Value) {
     let url = collector.url();
-    let mut all = vec!["--collector", url.as_str(), "-o", "json"];
+    let mut all = vec!["--endpoint", url.as_str(), "-o", "json"];
     all.extend(args);
     let output = run("gannetctl", &all);
     let text = String::from_utf8(output.stdout).unwrap();
@@ -165,7 +165,7 @@ async fn a_node_says_what_rules_would_do_and_why_processes_match() {
     let file = file.path().join("shop.pb.gz");
     let (url, path) = (collector.url(), file.display().to_string());
     let output =
-        run("gannetctl", &["--collector", &url, "profile", "--comm=webshop", "--for=2s", "-o", &path]);
+        run("gannetctl", &["--endpoint", &url, "profile", "--comm=webshop", "--for=2s", "-o", &path]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let profile = gannet_proto::pprof::decode(&std::fs::read(&file).unwrap(), 16 << 20).unwrap();
     assert!(profile.sample.len() > 1 && profile.function.len() > 3, "{} samples", profile.sample.len());

@@ -3,6 +3,8 @@
 mod apply;
 mod explain;
 
+use std::time::Duration;
+
 pub(crate) use apply::validate;
 use gannet_proto::{
     control::{
@@ -46,11 +48,11 @@ pub(crate) async fn run(
                 allow_empty,
                 validate_only: dry_run,
                 staging: canary
-                    .map(|percent| Staging { percent, soak: soak.and_then(|soak| soak.try_into().ok()) }),
+                    .map(|percent| Staging { percent, soak: soak.and_then(|soak| soak.0.try_into().ok()) }),
             };
             let revision = apply::set(request, collector, format, console).await?;
             if wait {
-                rollout::watch(collector, revision, false, timeout, format, console).await
+                rollout::watch(collector, revision, false, timeout.map(Duration::from), format, console).await
             } else {
                 Ok(())
             }
