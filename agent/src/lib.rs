@@ -13,7 +13,7 @@
 )]
 
 pub mod cgroup;
-pub mod check;
+pub mod commands;
 pub mod conditions;
 pub mod config;
 pub mod control;
@@ -30,10 +30,6 @@ pub mod pipeline;
 pub mod pods;
 pub mod process;
 pub mod profile;
-pub mod record;
 pub mod rules;
-pub mod run;
 pub mod symbols;
 pub mod tables;
-pub mod top;
-pub mod watch;

@@ -4,11 +4,14 @@ use std::{io, io::Write as _, process::ExitCode};
 
 use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use gannet_agent::{
-    check::{self, CheckOptions},
+    commands::{
+        check::{self, CheckOptions},
+        record::{self, RecordArgs},
+        run,
+        top::{self, TopArgs},
+    },
     config::{RENAMED, RunOptions},
-    record::{self, RecordArgs},
-    run, symbols,
-    watch::{self, TopArgs},
+    symbols,
 };
 use gannet_base::{
     CompletionArgs, ManArgs,
@@ -112,7 +115,7 @@ fn perform(verb: Verb, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
         }
         Verb::Top(args) => {
             start_log(LogFormat::Text);
-            runtime()?.block_on(watch::watch(args))?;
+            runtime()?.block_on(top::top(args))?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Check { json } => {

@@ -234,7 +234,11 @@ mod tests {
     };
 
     use super::{
-        super::{Outcome, ProcessInfo, Snapshot},
+        super::{
+            model::Outcome,
+            screen,
+            snapshot::{ProcessInfo, Snapshot},
+        },
         *,
     };
     use crate::model::ProcessKey;
@@ -435,7 +439,7 @@ mod tests {
 
     #[test]
     fn plain_text_has_the_busiest_and_the_losses() {
-        let text = super::super::once(&snapshot(), 2);
+        let text = screen::once(&snapshot(), 2);
         let lines: Vec<_> = text.lines().collect();
         assert!(lines[0].starts_with("PID") && lines[0].contains("HOTTEST FUNCTION"), "{text}");
         assert!(lines[1].contains("shop") && lines[2].contains("redis"), "{text}");

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     cgroup::CgroupNames,
-    check::{self, Refusal},
+    commands::check::{self, Refusal},
     config::{ConfigError, RunOptions},
     control::{Control, LastGood, restore},
     debug::{ListenError, Listeners},

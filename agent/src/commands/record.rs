@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use crate::{
-    check::{self, Refusal},
+    commands::check::{self, Refusal},
     engine::{Engine, EngineError, EngineOptions, Window},
     governor::Budgets,
     kernel::{KernelOptions, default_ring_bytes},

@@ -1,5 +1,10 @@
 //! `gannet-agent top`: feeds the live table.
 
+mod model;
+mod screen;
+mod snapshot;
+mod view;
+
 use std::{
     io::{self, Write as _},
     time::Duration,
@@ -13,8 +18,11 @@ use gannet_proto::{
 };
 use tokio::sync::mpsc;
 
+pub use screen::ScreenError;
+use snapshot::{ProcessInfo, Snapshot};
+
 use crate::{
-    check::{self, Refusal},
+    commands::check::{self, Refusal},
     engine::{Engine, EngineError, EngineOptions, Inside, Window},
     governor::Budgets,
     kernel::KernelOptions,
@@ -24,7 +32,6 @@ use crate::{
     rules::{Deny, Set, Source, ad_hoc},
     symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError},
     tables::TableSources,
-    top::{self, ProcessInfo, Snapshot, TopError},
 };
 
 /// Shows live which processes use the CPUs, and in which functions
@@ -49,7 +56,7 @@ pub struct TopArgs {
 
 /// Why there is no table.
 #[derive(Debug, thiserror::Error)]
-pub enum WatchError {
+pub enum TopError {
     /// This machine cannot.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -58,7 +65,7 @@ pub enum WatchError {
     Engine(#[from] EngineError),
     /// No terminal.
     #[error(transparent)]
-    Top(#[from] TopError),
+    Screen(#[from] ScreenError),
     /// What was asked for is no rule.
     #[error("{}", .0.iter().map(|error| format!("--comm: {}", error.reason)).collect::<Vec<_>>().join("; "))]
     Rule(Vec<RuleError>),
@@ -71,9 +78,9 @@ pub enum WatchError {
 }
 
 /// Samples and shows until the user leaves.
-pub async fn watch(args: TopArgs) -> Result<(), WatchError> {
+pub async fn top(args: TopArgs) -> Result<(), TopError> {
     if !args.once {
-        top::require_terminal()?;
+        screen::require_terminal()?;
     }
     check::preflight()?;
     let debug_cost = if args.comm.is_empty() { DebugCost::EVERYTHING } else { DebugCost::WANTED };
@@ -94,9 +101,9 @@ pub async fn watch(args: TopArgs) -> Result<(), WatchError> {
     )?;
     let comm = if args.comm.is_empty() { vec!["*".to_owned()] } else { args.comm.clone() };
     let rules = vec![ad_hoc("top", Match { comm, ..Match::default() }, args.hz, &[])];
-    engine.replace(Source::Local, Set { rules, ..Set::default() }).await.map_err(WatchError::Rule)?;
+    engine.replace(Source::Local, Set { rules, ..Set::default() }).await.map_err(TopError::Rule)?;
     let (snapshots, feed) = mpsc::channel(4);
-    let mut screen = (!args.once).then(|| tokio::task::spawn_blocking(move || top::run(feed)));
+    let mut screen = (!args.once).then(|| tokio::task::spawn_blocking(move || screen::run(feed)));
     loop {
         let window = tokio::select! {
             window = finished.recv() => window.ok_or(EngineError::Ended)?,
@@ -106,7 +113,7 @@ pub async fn watch(args: TopArgs) -> Result<(), WatchError> {
         };
         let snapshot = snapshot(&engine, &symbolizer, window).await?;
         if args.once {
-            write!(io::stdout(), "{}", top::once(&snapshot, args.rows))?;
+            write!(io::stdout(), "{}", screen::once(&snapshot, args.rows))?;
             return Ok(());
         }
         // A screen that does not keep up misses a snapshot; one that is gone ends the loop above.
@@ -114,7 +121,7 @@ pub async fn watch(args: TopArgs) -> Result<(), WatchError> {
     }
 }
 
-async fn snapshot(engine: &Engine, symbolizer: &Symbolizer, window: Window) -> Result<Snapshot, WatchError> {
+async fn snapshot(engine: &Engine, symbolizer: &Symbolizer, window: Window) -> Result<Snapshot, TopError> {
     let profiles = finish(symbolizer, window.profiles, &window.ledger).await?;
     let (processes, ledger) = engine.inspect(|inside| (infos(inside), inside.ledger.clone())).await?;
     Ok(Snapshot { duration: window.duration, profiles, processes, ledger })

@@ -12,12 +12,12 @@ use gannet_proto::{
 };
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
-use super::{ProcessInfo, Snapshot};
+use super::snapshot::{ProcessInfo, Snapshot};
 use crate::model::ProcessKey;
 
 /// What the rows are sorted by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum SortBy {
+pub(super) enum SortBy {
     /// Share of a processor.
     #[default]
     Cpu,
@@ -52,7 +52,7 @@ impl SortBy {
 
 /// What a key led to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub(super) enum Outcome {
     /// Go on.
     Stay,
     /// The user wants to leave.
@@ -93,7 +93,7 @@ const MAX_DEPTH: usize = 128;
 
 /// Everything that is shown.
 #[derive(Debug, Default)]
-pub struct Model {
+pub(super) struct Model {
     rows: Vec<Row>,
     pub(super) duration: Duration,
     pub(super) ledger: Ledger,
@@ -112,7 +112,7 @@ pub struct Model {
 
 impl Model {
     /// Takes a new window in, unless the table is held.
-    pub fn update(&mut self, snapshot: &Snapshot) {
+    pub(super) fn update(&mut self, snapshot: &Snapshot) {
         if self.paused {
             return;
         }
@@ -186,7 +186,7 @@ impl Model {
     }
 
     /// What a key does.
-    pub fn key(&mut self, key: KeyEvent) -> Outcome {
+    pub(super) fn key(&mut self, key: KeyEvent) -> Outcome {
         if key.modifiers.contains(KeyModifiers::CONTROL) && key.code == KeyCode::Char('c') {
             return Outcome::Leave;
         }
