@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0   8   "gannetUT"
-//! 8   4   version (2)
+//! 8   4   version
 //! 12  4   CRC-32 of everything behind it
 //! 16  16  content id of the file that the table is of
 //! 32  4   architecture: 1 x86_64, 2 aarch64
@@ -20,14 +20,14 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-use crate::content::ContentId;
-use crate::elf::{BuildId, Segment, Segments};
+use gannet_elf::{Arch, BuildId, ContentId, Segment, Segments};
+
 use crate::format::{LINE_BYTES, Line, MAX_LINES, MAX_RULES, Rule};
-use crate::table::{Arch, Table};
+use crate::table::Table;
 
 const MAGIC: &[u8; 8] = b"gannetUT";
-/// Changes with this layout and with the meaning of tables: an old file is made anew.
-const VERSION: u32 = 4;
+/// The version of the layout and of the meaning of tables. A file of another version is built again.
+pub const VERSION: u32 = 4;
 const HEADER_BYTES: usize = 64;
 const SUM_FROM: usize = 16;
 const RULE_BYTES: usize = size_of::<Rule>();

@@ -4,15 +4,14 @@
 //! here, because that is all the table has room for, and at a fraction of the cost of all registers.
 use std::collections::HashMap;
 
+use gannet_elf::{Arch, Segments};
 use gimli::{
     BaseAddresses, CallFrameInstruction, CommonInformationEntry, EndianSlice, LittleEndian, Operation,
     Register, UnwindExpression, UnwindOffset, UnwindSection,
 };
 
-use crate::elf::Segments;
 use crate::format::{Rule, Unsupported, cfa, deref_offset, dwarf_register, flags, loc};
 use crate::limits::{Budget, Exceeded, Quantity, at_most};
-use crate::table::Arch;
 
 pub(crate) type Slice<'d> = EndianSlice<'d, LittleEndian>;
 
@@ -196,8 +195,8 @@ where
             return Ok(());
         };
         let registers = Registers {
-            sp: self.arch.stack_pointer(),
-            fp: self.arch.frame_pointer(),
+            sp: dwarf_register::stack_pointer(self.arch),
+            fp: dwarf_register::frame_pointer(self.arch),
             ra: entry.return_address_register().0,
             rbx: (self.arch == Arch::X86_64).then_some(dwarf_register::X86_64_RBX),
         };

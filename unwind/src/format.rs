@@ -207,6 +207,24 @@ pub fn deref_offset(at: i64, plus: i64) -> Option<i32> {
 
 /// DWARF numbers of the registers that rules speak of by role.
 pub mod dwarf_register {
+    use gannet_elf::Arch;
+
+    /// Returns the number of the stack pointer.
+    pub const fn stack_pointer(arch: Arch) -> u16 {
+        match arch {
+            Arch::X86_64 => X86_64_SP,
+            Arch::Aarch64 => AARCH64_SP,
+        }
+    }
+
+    /// Returns the number of the frame pointer.
+    pub const fn frame_pointer(arch: Arch) -> u16 {
+        match arch {
+            Arch::X86_64 => X86_64_FP,
+            Arch::Aarch64 => AARCH64_FP,
+        }
+    }
+
     /// rbx
     pub const X86_64_RBX: u16 = 3;
     /// rbp

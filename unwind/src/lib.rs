@@ -10,11 +10,9 @@
 pub mod build;
 pub mod cache;
 mod cfi;
-mod code;
-pub mod content;
-pub mod elf;
 pub mod format;
 mod go;
+mod instructions;
 pub mod intern;
 pub mod limits;
 pub mod overrides;

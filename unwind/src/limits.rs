@@ -9,7 +9,7 @@ use crate::format::{MAX_LINES, MAX_RULES, WORDS_PER_LINE};
 pub struct Limits {
     /// Bytes of one section, inflated if it is compressed.
     pub section_bytes: u64,
-    /// Sections and segments that the headers may list.
+    /// Sections that the headers may list.
     pub sections: u64,
     /// Functions (entries of `.eh_frame`, of the Go function table, ...).
     pub functions: u64,
@@ -43,6 +43,13 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// Returns the limits of reading the file.
+    pub fn elf(&self) -> gannet_elf::Limits {
+        gannet_elf::Limits { section_bytes: self.section_bytes, sections: self.sections }
+    }
+}
+
 const _: () = assert!((32 << 20) / WORDS_PER_LINE < MAX_LINES);
 
 /// What was too large.
@@ -52,6 +59,8 @@ pub enum Quantity {
     SectionBytes,
     /// [`Limits::sections`]
     Sections,
+    /// Program headers.
+    ProgramHeaders,
     /// [`Limits::functions`]
     Functions,
     /// [`Limits::rows`]
@@ -68,8 +77,9 @@ impl Quantity {
     /// Words for messages and metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
-            Self::SectionBytes => "bytes in one section",
-            Self::Sections => "sections or segments",
+            Self::SectionBytes => gannet_elf::Quantity::SectionBytes.as_str(),
+            Self::Sections => gannet_elf::Quantity::Sections.as_str(),
+            Self::ProgramHeaders => gannet_elf::Quantity::ProgramHeaders.as_str(),
             Self::Functions => "functions",
             Self::Rows => "rows",
             Self::Rules => "rules",
@@ -101,6 +111,18 @@ pub enum Exceeded {
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,
+}
+
+impl From<gannet_elf::TooLarge> for Exceeded {
+    fn from(too_large: gannet_elf::TooLarge) -> Self {
+        let gannet_elf::TooLarge { what, limit, found } = too_large;
+        let what = match what {
+            gannet_elf::Quantity::SectionBytes => Quantity::SectionBytes,
+            gannet_elf::Quantity::Sections => Quantity::Sections,
+            gannet_elf::Quantity::ProgramHeaders => Quantity::ProgramHeaders,
+        };
+        Self::TooLarge { what, limit, found }
+    }
 }
 
 /// Limits with a clock that runs.

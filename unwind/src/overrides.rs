@@ -20,10 +20,11 @@
 //! on x86_64 it is `cfa-8`); `signal` marks a signal trampoline. Numbers are decimal, or hexadecimal with `0x`.
 use std::collections::HashMap;
 
-use crate::content::ContentId;
+use gannet_elf::{Arch, ContentId};
+
 use crate::format::{Rule, cfa, deref_offset, dwarf_register, flags, loc};
 use crate::limits::Limits;
-use crate::table::{Arch, Builder, BuilderError, Table};
+use crate::table::{Builder, BuilderError, Table};
 
 /// Supplied tables by content.
 #[derive(Clone, Default, Debug)]

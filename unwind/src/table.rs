@@ -2,39 +2,14 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
+use gannet_elf::Arch;
+
 use crate::format::{
     DIRECTORY_LINE_BITS, FIRST_LINE_STEP, FIRST_ROW_STEP, GRANULE_BYTES, GRANULE_SHIFT, Line, MAX_LINES,
     MAX_RUN_BYTES, PAGE_BYTES, PAGE_SHIFT, RULE_NONE, Rule, WORDS_PER_LINE, cfa, directory_parts,
-    directory_word, dwarf_register, loc, row, row_pc_low, row_rule,
+    directory_word, loc, row, row_pc_low, row_rule,
 };
 use crate::limits::{Exceeded, Limits, Quantity, at_most};
-
-/// The instruction set that a table is for: it says which registers rules speak of.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord, Hash)]
-pub enum Arch {
-    /// `EM_X86_64`
-    X86_64,
-    /// `EM_AARCH64`
-    Aarch64,
-}
-
-impl Arch {
-    /// DWARF number of the stack pointer.
-    pub const fn stack_pointer(self) -> u16 {
-        match self {
-            Self::X86_64 => dwarf_register::X86_64_SP,
-            Self::Aarch64 => dwarf_register::AARCH64_SP,
-        }
-    }
-
-    /// DWARF number of the frame pointer.
-    pub const fn frame_pointer(self) -> u16 {
-        match self {
-            Self::X86_64 => dwarf_register::X86_64_FP,
-            Self::Aarch64 => dwarf_register::AARCH64_FP,
-        }
-    }
-}
 
 /// The unwind table of one file, laid out as the kernel reads it ([`crate::format`]) but with rule numbers of its own.
 #[derive(Clone, PartialEq, Eq, Debug)]

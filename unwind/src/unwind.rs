@@ -1,7 +1,9 @@
 //! The walk itself, over registers and a copy of a stack: what the kernel side does, step by step ([`crate::format`]),
 //! for samples that are completed later and as the reference that tests compare with.
+use gannet_elf::Arch;
+
 use crate::format::{Rule, Unsupported, cfa, dwarf_register, flags, loc};
-use crate::table::{Arch, Table};
+use crate::table::Table;
 
 /// A thread at one moment.
 #[derive(Clone, Copy, Debug)]
@@ -86,7 +88,8 @@ const AARCH64_ADDRESS: u64 = (1 << 48) - 1;
 
 /// Follows a stack to its outermost frame, or up to `max_frames`.
 pub fn walk(snapshot: &Snapshot<'_>, tables: &dyn TableSource, max_frames: usize) -> Walk {
-    let (sp, fp) = (snapshot.arch.stack_pointer(), snapshot.arch.frame_pointer());
+    let (sp, fp) =
+        (dwarf_register::stack_pointer(snapshot.arch), dwarf_register::frame_pointer(snapshot.arch));
     let register = |number: u16| snapshot.registers.get(usize::from(number)).copied();
     let mut walker = Walker {
         snapshot,

@@ -5,10 +5,11 @@
 use std::fs;
 use std::path::PathBuf;
 
+use gannet_elf::Arch;
 use gannet_unwind::build::{Fault, Options, build_bytes};
 use gannet_unwind::format::{Rule, cfa, deref_offset, loc};
 use gannet_unwind::limits::{Exceeded, Limits, Quantity};
-use gannet_unwind::table::{Arch, Builder};
+use gannet_unwind::table::Builder;
 use gimli::{
     BaseAddresses, CfaRule, EhFrame, EndianSlice, LittleEndian, RegisterRule, UnwindContext, UnwindSection,
 };

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::{Files, Symbols, Tables, capture, compile, start, until};
+use gannet_elf::{BuildId, DebugLink};
 use gannet_unwind::build::{Built, DebugFiles, Options, build_file};
-use gannet_unwind::elf::{BuildId, DebugLink};
 use gannet_unwind::limits::Limits;
 use gannet_unwind::unwind::{End, TableSource, Walk};
 
@@ -283,7 +283,7 @@ fn r48_a_signal_handler_on_its_own_stack_is_walked_through() {
 /// As [`check`], with the heap in reach: it holds the alternate stack, and the main stack is copied behind it.
 #[track_caller]
 fn check_alternate(exe: &Path, expected: &[String]) {
-    use gannet_unwind::table::Arch;
+    use gannet_elf::Arch;
     use gannet_unwind::unwind::{Snapshot, walk};
     use std::os::unix::fs::FileExt;
     let symbols = Symbols::of(exe);

@@ -1,7 +1,7 @@
 //! A kept table whose checksum and content id are right, whatever else is in it.
 #![no_main]
-use gannet_unwind::cache::decode;
-use gannet_unwind::content::ContentId;
+use gannet_elf::ContentId;
+use gannet_unwind::cache::{VERSION, decode};
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let content = ContentId::from_bytes([0; 16]);
@@ -9,7 +9,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let mut bytes = bytes.to_vec();
     if bytes.len() >= 64 {
         bytes[..8].copy_from_slice(b"gannetUT");
-        bytes[8..12].copy_from_slice(&1_u32.to_le_bytes());
+        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
         bytes[16..32].fill(0);
         let sum = crc32fast::hash(&bytes[16..]);
         bytes[12..16].copy_from_slice(&sum.to_le_bytes());

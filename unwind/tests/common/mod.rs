@@ -9,9 +9,10 @@ use std::process::{Child, Command, Stdio};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use gannet_elf::Arch;
 use gannet_unwind::build::{Built, Options, build_bytes, build_file};
 use gannet_unwind::limits::Limits;
-use gannet_unwind::table::{Arch, Table};
+use gannet_unwind::table::Table;
 use gannet_unwind::unwind::{Snapshot, TableSource, Walk, walk};
 
 /// One executable mapping.

@@ -8,7 +8,10 @@
 //!
 //! Code that has popped its own return address runs on a stack that was made for it (the child's part of `clone`): it
 //! has no caller.
-use std::collections::{HashMap, HashSet};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet},
+};
 
 use iced_x86::{
     Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
@@ -38,10 +41,10 @@ pub(crate) struct Function {
 }
 
 /// A range of code that nothing describes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Gap<'d> {
     pub(crate) start: u64,
-    pub(crate) bytes: &'d [u8],
+    pub(crate) bytes: Cow<'d, [u8]>,
 }
 
 /// What is known where control is.
@@ -251,7 +254,7 @@ pub(crate) fn functions(
     for gap in gaps {
         budget.check()?;
         let mut steps = Vec::new();
-        for instruction in decode(*gap) {
+        for instruction in decode(gap) {
             let flow = Flow::of(&instruction);
             match flow {
                 Flow::Call if instruction.op0_kind() == OpKind::NearBranch64 => {
@@ -298,8 +301,8 @@ pub(crate) fn functions(
     Ok(sweep.found)
 }
 
-fn decode(gap: Gap<'_>) -> impl Iterator<Item = Instruction> {
-    let mut decoder = Decoder::with_ip(64, gap.bytes, gap.start, DecoderOptions::NONE);
+fn decode(gap: &Gap<'_>) -> impl Iterator<Item = Instruction> {
+    let mut decoder = Decoder::with_ip(64, &gap.bytes, gap.start, DecoderOptions::NONE);
     std::iter::from_fn(move || decoder.can_decode().then(|| decoder.decode()))
 }
 
@@ -411,10 +414,11 @@ impl Sweep {
 
 #[cfg(test)]
 mod tests {
+    use gannet_elf::Elf;
+
     use super::*;
     use crate::{
         build::{Options, build_bytes},
-        elf::Elf,
         limits::Limits,
     };
 
@@ -426,7 +430,7 @@ mod tests {
     }
 
     fn rows(code: &[u8]) -> Vec<(u64, u8, i32)> {
-        let found = all(&[Gap { start: AT, bytes: code }], HashSet::new());
+        let found = all(&[Gap { start: AT, bytes: code.into() }], HashSet::new());
         let rows = found.iter().flat_map(|function| &function.rows);
         rows.map(|(at, rule)| (at - AT, rule.ra_kind, rule.cfa_offset)).collect()
     }
@@ -466,8 +470,8 @@ mod tests {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             bytes.push((random >> 56) as u8);
         }
-        all(&[Gap { start: AT, bytes: &bytes }], HashSet::new());
-        all(&[Gap { start: u64::MAX - 100, bytes: &bytes[..100] }], HashSet::new());
+        all(&[Gap { start: AT, bytes: (&bytes).into() }], HashSet::new());
+        all(&[Gap { start: u64::MAX - 100, bytes: bytes[..100].into() }], HashSet::new());
     }
 
     /// The C library of this system describes itself: what its instructions tell has to be the same.
@@ -482,7 +486,7 @@ mod tests {
         let bytes = std::fs::read(path).unwrap();
         let limits = Limits::default();
         let told = build_bytes(&bytes, &Options::new("libc", &limits)).unwrap().table;
-        let elf = Elf::parse(&bytes[..], &limits).unwrap();
+        let elf = Elf::parse(&bytes, &limits.elf()).unwrap();
         let gaps: Vec<_> = elf
             .code()
             .into_iter()
@@ -491,7 +495,7 @@ mod tests {
         let starts = crate::build::function_symbols(&elf, &elf.code());
         let found = all(&gaps, starts);
         let (mut same, mut other, mut unknown) = (0_u64, 0_u64, 0_u64);
-        for instruction in gaps.iter().flat_map(|gap| decode(*gap)) {
+        for instruction in gaps.iter().flat_map(|gap| decode(gap)) {
             let at = instruction.ip();
             let Some(said) = told.lookup(at).filter(|rule| *rule != Rule::NONE) else { continue };
             let function =

@@ -1,31 +1,37 @@
-//! The name of a file's contents, by which tables are shared.
-use std::fmt::{self, Debug, Display};
-use std::str::FromStr;
+//! The name of a file's content, by which equal files share unwind tables and symbol names.
 
-use object::read::ReadRef;
+use std::{
+    fmt::{self, Debug, Display},
+    str::FromStr,
+};
+
 use sha2::{Digest, Sha256};
 
-use crate::elf::{Elf, ParseHexError, Segment, parse_hex};
+use crate::{
+    build_id::{BuildId, ParseHexError, parse_hex},
+    file::Elf,
+    segments::Segment,
+};
 
-/// Bytes of the file's beginning, and of its end, that go into the name. Headers are at the beginning; section
+/// Bytes at the beginning and at the end of the file that the name depends on. Headers are at the beginning; section
 /// headers, symbol names and signatures at the end.
 const EDGE_BYTES: u64 = 16 << 10;
 
-/// Names what a file contains: a hash of its build id, its first and last 16 KiB, its length and its segments.
+/// Names the content of a file: a hash of its GNU build id, its first and last 16 KiB, its length and its segments.
 ///
-/// Two files with one build id but different layout or edges have different names, so a forged build id alone gets
-/// nobody another program's table. The middle of the file does not count: reading all of a large file costs more than
-/// the rest of the work on it.
+/// Two files with one build id but different layout or edges have different names, so a forged build id alone gets no one
+/// another program's table. The middle of the file does not count: reading all of a large file costs more than the rest
+/// of the work on it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ContentId([u8; 16]);
 
 impl ContentId {
-    /// The name of a file whose headers have been read. `None` if it cannot be read (any more).
-    pub fn of<'d, R: ReadRef<'d>>(elf: &Elf<'d, R>) -> Option<Self> {
+    /// Returns the name of a file's content; none if the file cannot be read any more.
+    pub fn of(elf: &Elf<'_>) -> Option<Self> {
         let length = elf.file_bytes();
         let edge = length.min(EDGE_BYTES);
         let mut hash = Sha256::new_with_prefix(b"gannet content 1\0");
-        let build_id = elf.build_id().map_or(&[][..], |id| id.as_bytes());
+        let build_id = elf.build_id().map_or(&[][..], BuildId::as_bytes);
         hash.update((build_id.len() as u64).to_le_bytes());
         hash.update(build_id);
         hash.update(length.to_le_bytes());
@@ -36,17 +42,17 @@ impl ContentId {
                 hash.update(number.to_le_bytes());
             }
         }
-        hash.update(elf.data().read_bytes_at(0, edge).ok()?);
-        hash.update(elf.data().read_bytes_at(length - edge, edge).ok()?);
+        hash.update(elf.data().read(0, edge)?);
+        hash.update(elf.data().read(length - edge, edge)?);
         hash.finalize().first_chunk().copied().map(Self)
     }
 
-    /// From its bytes, as a cache keeps them.
+    /// Builds the name from the bytes that a cache stores.
     pub const fn from_bytes(bytes: [u8; 16]) -> Self {
         Self(bytes)
     }
 
-    /// Its bytes.
+    /// Returns the bytes that a cache stores.
     pub const fn as_bytes(&self) -> &[u8; 16] {
         &self.0
     }
@@ -78,14 +84,15 @@ impl FromStr for ContentId {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::Limits;
+    use crate::error::Limits;
 
     fn id(bytes: &[u8]) -> ContentId {
         ContentId::of(&Elf::parse(bytes, &Limits::default()).unwrap()).unwrap()
     }
 
+    /// Checks that the name changes with each part of the file that it stands for (R49).
     #[test]
-    fn r49_the_name_depends_on_build_id_edges_length_and_layout() {
+    fn the_name_depends_on_build_id_edges_length_and_layout() {
         let bytes = std::fs::read("/proc/self/exe").unwrap();
         let original = id(&bytes);
         assert_eq!(original.to_string().parse(), Ok(original));
@@ -107,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_is_no_content_id_is_refused() {
+    fn a_text_that_is_no_content_id_is_refused() {
         for bad in ["", "00", "0123456789abcdef0123456789abcde", "0123456789abcdef0123456789abcdeg"] {
             let error = bad.parse::<ContentId>().unwrap_err();
             assert!(error.to_string().contains("32 hex digits"), "{error}");

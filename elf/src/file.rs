@@ -1,0 +1,238 @@
+//! A file with its sections.
+
+use std::borrow::Cow;
+
+use object::{
+    LittleEndian,
+    elf::{CompressionHeader64, ELFCOMPRESS_ZLIB, ELFCOMPRESS_ZSTD},
+    pod,
+    read::{CompressedData, CompressionFormat},
+};
+
+use crate::{
+    build_id::{BuildId, BuildIds},
+    data::Data,
+    debug_file::{self, DebugLink},
+    error::{ElfError, Limits, Quantity, at_most, malformed},
+    go::{self, GoFault, GoTable},
+    headers::{Arch, FileHeader, Headers, LE},
+    sections::{Section, SectionTable},
+    segments::Segments,
+    symbols::Symbols,
+};
+
+const COMPRESSION_HEADER_BYTES: u64 = size_of::<CompressionHeader64<LittleEndian>>() as u64;
+/// Type, offset and addend of one relocation.
+const RELOCATION_BYTES: usize = 24;
+/// Relocations that are read at one time.
+const RELOCATION_CHUNK: usize = 4096;
+
+/// A file whose headers have been read and agree with the file.
+#[derive(Debug)]
+pub struct Elf<'d> {
+    data: Data<'d>,
+    file_bytes: u64,
+    headers: Headers,
+    sections: SectionTable,
+    section_fault: Option<ElfError>,
+    section_limit: u64,
+}
+
+impl<'d> Elf<'d> {
+    /// Reads the headers.
+    ///
+    /// A file that runs needs no section headers. So a file with damaged ones counts as a file without sections, which is
+    /// still unwound by its `.eh_frame_hdr`; [`Elf::section_fault`] returns the fault.
+    pub fn parse(data: impl Into<Data<'d>>, limits: &Limits) -> Result<Self, ElfError> {
+        let data = data.into();
+        let file_bytes = data.len().ok_or_else(|| malformed("the file has no length"))?;
+        let header = FileHeader::read(data)?;
+        let mut headers = Headers::of(data, &header)?;
+        let (sections, section_fault) = match SectionTable::read(data, &header, limits) {
+            Ok(sections) => (sections, None),
+            Err(ElfError::TooLarge(too_large)) => return Err(too_large.into()),
+            Err(fault) => (SectionTable::default(), Some(fault)),
+        };
+        headers.add_build_ids_of_sections(data, &sections);
+        Ok(Self { data, file_bytes, headers, sections, section_fault, section_limit: limits.section_bytes })
+    }
+
+    /// Returns the instruction set.
+    pub fn arch(&self) -> Arch {
+        self.headers.arch
+    }
+
+    /// Returns the length of the file.
+    pub fn file_bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
+    /// Returns the loaded segments.
+    pub fn segments(&self) -> &Segments {
+        &self.headers.segments
+    }
+
+    /// Returns the GNU build id.
+    pub fn build_id(&self) -> Option<&BuildId> {
+        self.headers.build_ids.gnu.as_ref()
+    }
+
+    /// Returns all build ids.
+    pub fn build_ids(&self) -> &BuildIds {
+        &self.headers.build_ids
+    }
+
+    /// Returns the address of the first instruction of a program or of the dynamic linker; 0 in libraries.
+    pub fn entry(&self) -> u64 {
+        self.headers.entry
+    }
+
+    /// Returns address and size of `.eh_frame_hdr`.
+    pub fn eh_frame_hdr(&self) -> Option<(u64, u64)> {
+        self.headers.eh_frame_hdr
+    }
+
+    /// Returns the reason why the file counts as one without sections, if its section headers are damaged.
+    pub fn section_fault(&self) -> Option<&ElfError> {
+        self.section_fault.as_ref()
+    }
+
+    /// Returns the first section of this name.
+    pub fn section(&self, name: &[u8]) -> Option<&Section> {
+        self.sections.find(name)
+    }
+
+    /// Returns the first section of this name that the file stores.
+    pub fn stored_section(&self, name: &[u8]) -> Option<&Section> {
+        self.sections.stored(name)
+    }
+
+    /// Returns all named sections.
+    pub fn sections(&self) -> impl Iterator<Item = (&[u8], &Section)> {
+        self.sections.iter().map(|section| (self.sections.name(section), section))
+    }
+
+    /// Returns the addresses of code, ascending: the sections of code, or the executable segments where there are no
+    /// section headers.
+    pub fn code(&self) -> Vec<(u64, u64)> {
+        let in_sections = self.sections.iter().filter(|section| section.is_code());
+        let mut code: Vec<(u64, u64)> =
+            in_sections.map(|section| (section.vaddr, section.vaddr.saturating_add(section.bytes))).collect();
+        if code.is_empty() {
+            let segments = self.segments().as_slice().iter().filter(|segment| segment.executable);
+            code.extend(segments.map(|s| (s.vaddr, s.vaddr.saturating_add(s.file_bytes))));
+        }
+        code.sort_unstable();
+        code
+    }
+
+    /// Reads the bytes of a section and decompresses them if need be; a section that is not stored is empty.
+    pub fn section_data(&self, section: &Section) -> Result<Cow<'d, [u8]>, ElfError> {
+        self.section_data_within(section, self.section_limit)
+    }
+
+    /// Reads the bytes of a section if it has at most `most` bytes, before and after decompression.
+    pub fn section_data_within(&self, section: &Section, most: u64) -> Result<Cow<'d, [u8]>, ElfError> {
+        let most = most.min(self.section_limit);
+        let broken = || self.outside(section);
+        if !section.is_stored() {
+            return Ok(Cow::Borrowed(&[]));
+        }
+        at_most(Quantity::SectionBytes, most, section.bytes)?;
+        let name = self.sections.name(section);
+        let (format, header_bytes, bytes) = if section.is_compressed() {
+            let header = self.data.read(section.offset, COMPRESSION_HEADER_BYTES).ok_or_else(broken)?;
+            let (header, _) =
+                pod::from_bytes::<CompressionHeader64<LittleEndian>>(&header).map_err(|()| broken())?;
+            let format = match header.ch_type.get(LE) {
+                ELFCOMPRESS_ZLIB => CompressionFormat::Zlib,
+                ELFCOMPRESS_ZSTD => CompressionFormat::Zstandard,
+                _ => return Err(broken()),
+            };
+            (format, COMPRESSION_HEADER_BYTES, header.ch_size.get(LE))
+        } else if name.starts_with(b".zdebug_") {
+            // The GNU form before section flags: "ZLIB", the size in big-endian, the data.
+            let header = self.data.read(section.offset, 12).ok_or_else(broken)?;
+            let size = header.strip_prefix(b"ZLIB").and_then(|size| size.first_chunk()).ok_or_else(broken)?;
+            (CompressionFormat::Zlib, 12, u64::from_be_bytes(*size))
+        } else {
+            return self.data.read(section.offset, section.bytes).ok_or_else(broken);
+        };
+        at_most(Quantity::SectionBytes, most, bytes)?;
+        let packed_at = section.offset.checked_add(header_bytes).ok_or_else(broken)?;
+        let packed_bytes = section.bytes.checked_sub(header_bytes).ok_or_else(broken)?;
+        let packed = self.data.read(packed_at, packed_bytes).ok_or_else(broken)?;
+        let data = CompressedData { format, data: &packed, uncompressed_size: bytes };
+        let bytes = data
+            .decompress()
+            .map_err(|_| malformed(format!("section {} cannot be decompressed", name.escape_ascii())))?;
+        Ok(Cow::Owned(bytes.into_owned()))
+    }
+
+    /// Returns the symbols of `.symtab` or `.dynsym`; none if the file does not store that table and its strings.
+    pub fn symbols(&self, table: &[u8]) -> Option<Symbols<'d>> {
+        let symbols = self.stored_section(table)?;
+        let strings = self.sections.by_index(symbols.link).filter(|strings| strings.is_stored())?;
+        // Nothing that builds programs compresses these tables. Read as if they were plain, they would give wrong names.
+        let is_plain = !symbols.is_compressed() && !strings.is_compressed();
+        is_plain.then(|| Symbols::new(self.data, symbols, strings))
+    }
+
+    /// Reads Go's function table if the file has one and it has at most `most` bytes.
+    pub fn go_table(&self, most: u64) -> Result<Option<Result<GoTable<'d>, GoFault>>, ElfError> {
+        // Position-independent programs have the table among the relocated data.
+        let names = [&b".gopclntab"[..], b".data.rel.ro.gopclntab"];
+        let Some(section) = names.iter().find_map(|name| self.stored_section(name)) else { return Ok(None) };
+        let bytes = self.section_data_within(section, most)?;
+        let mut table = match GoTable::parse(bytes) {
+            Ok(table) => table,
+            Err(fault) => return Ok(Some(Err(fault))),
+        };
+        if table.needs_text_start() {
+            let relocated = self.relocated(section.vaddr.saturating_add(go::TEXT_START_AT))?;
+            let text_start = relocated.or_else(|| self.section(b".text").map(|text| text.vaddr));
+            table.set_text_start(text_start.unwrap_or(0));
+        }
+        Ok(Some(Ok(table)))
+    }
+
+    /// Returns the value that a relative relocation puts at an address: a position-independent program has it there,
+    /// before its base is added.
+    fn relocated(&self, vaddr: u64) -> Result<Option<u64>, ElfError> {
+        let Some(section) = self.stored_section(b".rela.dyn") else { return Ok(None) };
+        at_most(Quantity::SectionBytes, self.section_limit, section.bytes)?;
+        let wanted = vaddr.to_le_bytes();
+        let count = section.bytes as usize / RELOCATION_BYTES;
+        for first in (0..count).step_by(RELOCATION_CHUNK) {
+            let bytes = RELOCATION_CHUNK.min(count - first) * RELOCATION_BYTES;
+            let offset = section.offset.saturating_add((first * RELOCATION_BYTES) as u64);
+            let chunk = self.data.read(offset, bytes as u64).ok_or_else(|| self.outside(section))?;
+            let entry = chunk.chunks_exact(RELOCATION_BYTES).find(|entry| entry[..8] == wanted);
+            if let Some(addend) = entry.and_then(|entry| entry.last_chunk()) {
+                return Ok(Some(u64::from_le_bytes(*addend)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Returns the link to the file that holds the debug information.
+    pub fn debug_link(&self) -> Option<DebugLink> {
+        let section = self.stored_section(b".gnu_debuglink")?;
+        DebugLink::parse(&self.section_data_within(section, debug_file::MAX_LINK_BYTES).ok()?)
+    }
+
+    /// Reads the bytes at an ELF virtual address: at most `most`, and no further than the segment goes on in the file.
+    pub fn bytes_at(&self, vaddr: u64, most: u64) -> Option<Cow<'d, [u8]>> {
+        let (offset, size) = self.segments().file_range(vaddr)?;
+        let size = size.min(most).min(self.file_bytes.checked_sub(offset)?);
+        (size <= self.section_limit).then(|| self.data.read(offset, size)).flatten()
+    }
+
+    pub(crate) fn data(&self) -> Data<'d> {
+        self.data
+    }
+
+    fn outside(&self, section: &Section) -> ElfError {
+        malformed(format!("section {} is outside the file", self.sections.name(section).escape_ascii()))
+    }
+}

@@ -1,0 +1,174 @@
+//! The file header and the program headers: everything that the loader reads.
+
+use std::borrow::Cow;
+
+use object::{
+    LittleEndian,
+    elf::{
+        EM_AARCH64, EM_X86_64, FileHeader64, Machine, PF_X, PT_GNU_EH_FRAME, PT_LOAD, PT_NOTE,
+        ProgramHeader64,
+    },
+    pod,
+};
+
+use crate::{
+    build_id::BuildIds,
+    data::Data,
+    error::{ElfError, Limits, Quantity, at_most, malformed},
+    sections::SectionTable,
+    segments::{Segment, Segments},
+};
+
+pub(crate) const LE: LittleEndian = LittleEndian;
+const FILE_HEADER_BYTES: u64 = size_of::<FileHeader64<LittleEndian>>() as u64;
+const PROGRAM_HEADER_BYTES: usize = size_of::<ProgramHeader64<LittleEndian>>();
+/// The kernel's own bound (64 KiB of program headers), so that no program that runs is refused.
+const MAX_PROGRAM_HEADERS: u64 = (64 << 10) / PROGRAM_HEADER_BYTES as u64;
+/// Notes take some hundred bytes.
+const MAX_NOTE_BYTES: u64 = 64 << 10;
+/// Linkers write a segment of notes for each alignment: two at most.
+const MAX_NOTE_SEGMENTS: usize = 8;
+
+/// An instruction set.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord, Hash)]
+pub enum Arch {
+    /// `EM_X86_64`
+    X86_64,
+    /// `EM_AARCH64`
+    Aarch64,
+}
+
+/// The headers that the loader reads.
+#[derive(Clone, Debug)]
+pub struct Headers {
+    /// The instruction set.
+    pub arch: Arch,
+    /// The loaded segments.
+    pub segments: Segments,
+    /// The build ids.
+    pub build_ids: BuildIds,
+    /// Address of the first instruction of a program or of the dynamic linker; 0 in libraries.
+    pub(crate) entry: u64,
+    /// Address and size of `.eh_frame_hdr`.
+    pub(crate) eh_frame_hdr: Option<(u64, u64)>,
+}
+
+impl Headers {
+    /// Reads the headers of a file. Section headers are read only where no segment holds a GNU build id.
+    pub fn read<'d>(data: impl Into<Data<'d>>) -> Result<Self, ElfError> {
+        let data = data.into();
+        let header = FileHeader::read(data)?;
+        let mut headers = Self::of(data, &header)?;
+        if headers.build_ids.gnu.is_none()
+            && let Ok(sections) = SectionTable::read(data, &header, &Limits::default())
+        {
+            headers.add_build_ids_of_sections(data, &sections);
+        }
+        Ok(headers)
+    }
+
+    /// Reads the program headers, and the build ids that segments hold.
+    pub(crate) fn of(data: Data<'_>, header: &FileHeader) -> Result<Self, ElfError> {
+        let bytes = header.program_headers(data)?;
+        let (headers, _) = pod::slice_from_bytes::<ProgramHeader64<LittleEndian>>(
+            &bytes,
+            bytes.len() / PROGRAM_HEADER_BYTES,
+        )
+        .map_err(|()| malformed("program headers"))?;
+        let mut build_ids = BuildIds::default();
+        let notes = headers
+            .iter()
+            .filter(|header| header.p_type.get(LE) == PT_NOTE && header.p_filesz.get(LE) <= MAX_NOTE_BYTES);
+        for header in notes.take(MAX_NOTE_SEGMENTS) {
+            let align = if header.p_align.get(LE) == 8 { 8 } else { 4 };
+            if let Some(bytes) = data.read(header.p_offset.get(LE), header.p_filesz.get(LE)) {
+                build_ids.add_notes(&bytes, align);
+            }
+        }
+        Ok(Self {
+            arch: header.arch,
+            segments: Segments::new(
+                headers.iter().filter(|header| header.p_type.get(LE) == PT_LOAD).map(segment).collect(),
+            ),
+            build_ids,
+            entry: header.raw.e_entry.get(LE),
+            eh_frame_hdr: headers
+                .iter()
+                .find(|header| header.p_type.get(LE) == PT_GNU_EH_FRAME)
+                .map(|header| (header.p_vaddr.get(LE), header.p_filesz.get(LE))),
+        })
+    }
+
+    /// Adds the build ids that only sections hold: debug files, and programs linked without note segments.
+    pub(crate) fn add_build_ids_of_sections(&mut self, data: Data<'_>, sections: &SectionTable) {
+        if self.build_ids.gnu.is_some() {
+            return;
+        }
+        for name in [&b".note.gnu.build-id"[..], b".note.go.buildid"] {
+            if let Some(section) = sections.stored(name)
+                && section.file_bytes() <= MAX_NOTE_BYTES
+                && let Some(bytes) = data.read(section.offset, section.file_bytes())
+            {
+                self.build_ids.add_notes(&bytes, 4);
+            }
+        }
+    }
+}
+
+fn segment(header: &ProgramHeader64<LittleEndian>) -> Segment {
+    Segment {
+        vaddr: header.p_vaddr.get(LE),
+        file_offset: header.p_offset.get(LE),
+        file_bytes: header.p_filesz.get(LE),
+        memory_bytes: header.p_memsz.get(LE),
+        executable: header.p_flags.get(LE).0 & PF_X.0 != 0,
+    }
+}
+
+/// The file header of a file that can be read.
+#[derive(Debug)]
+pub(crate) struct FileHeader {
+    pub(crate) raw: FileHeader64<LittleEndian>,
+    pub(crate) arch: Arch,
+}
+
+impl FileHeader {
+    pub(crate) fn read(data: Data<'_>) -> Result<Self, ElfError> {
+        let mut ident = [0; 20];
+        if data.read_into(0, &mut ident) != Some(ident.len()) || !ident.starts_with(b"\x7fELF") {
+            return Err(ElfError::NotElf);
+        }
+        let unsupported = |what: &str| Err(ElfError::Unsupported { what: what.to_owned() });
+        if ident[4] != 2 {
+            return unsupported("32-bit ELF file");
+        }
+        if ident[5] != 1 {
+            return unsupported("big-endian ELF file");
+        }
+        let arch = match Machine(u16::from_le_bytes([ident[18], ident[19]])) {
+            EM_X86_64 => Arch::X86_64,
+            EM_AARCH64 => Arch::Aarch64,
+            other => return unsupported(&format!("ELF file for machine {}", other.0)),
+        };
+        let cut_off = || malformed("the file header is cut off");
+        let bytes = data.read(0, FILE_HEADER_BYTES).ok_or_else(cut_off)?;
+        let (raw, _) = pod::from_bytes::<FileHeader64<LittleEndian>>(&bytes).map_err(|()| cut_off())?;
+        Ok(Self { raw: *raw, arch })
+    }
+
+    /// Reads the bytes of all program headers.
+    fn program_headers<'d>(&self, data: Data<'d>) -> Result<Cow<'d, [u8]>, ElfError> {
+        let offset = self.raw.e_phoff.get(LE);
+        // 65535 says that the count is in the first section header; it is over the limit either way.
+        let count = u64::from(self.raw.e_phnum.get(LE));
+        at_most(Quantity::ProgramHeaders, MAX_PROGRAM_HEADERS, count)?;
+        if offset == 0 || count == 0 {
+            return Ok(Cow::Borrowed(&[]));
+        }
+        if usize::from(self.raw.e_phentsize.get(LE)) != PROGRAM_HEADER_BYTES {
+            return Err(malformed("the size of a program header"));
+        }
+        data.read(offset, count * PROGRAM_HEADER_BYTES as u64)
+            .ok_or_else(|| malformed("program headers are outside the file"))
+    }
+}

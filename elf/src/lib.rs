@@ -1,0 +1,34 @@
+//! A bounded reader of ELF files: the one reader of this repository.
+//!
+//! Unwind tables and symbol names come from files that any user of the node may have written. Every size in such a file
+//! is a claim, so each read is checked against the file's length and against a limit before memory is allocated, and no
+//! input can make this crate panic or loop. The crate never maps a file into memory: the owner of a file can cut it
+//! short at any time, and touching a page that is gone kills the process.
+//!
+//! [`Headers`] is what the loader needs: segments and build ids. [`Elf`] adds the sections. [`Symbols`] and [`GoTable`]
+//! read function names; [`ContentId`] names the content of a file, so that equal files share their results.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+mod build_id;
+mod content_id;
+mod data;
+mod debug_file;
+mod error;
+mod file;
+mod go;
+mod headers;
+mod sections;
+mod segments;
+mod symbols;
+
+pub use build_id::{BuildId, BuildIds, ParseHexError};
+pub use content_id::ContentId;
+pub use data::Data;
+pub use debug_file::{DebugLink, checksum};
+pub use error::{ElfError, Limits, Quantity, TooLarge};
+pub use file::Elf;
+pub use go::{GoFault, GoFunction, GoFunctions, GoRecord, GoTable};
+pub use headers::{Arch, Headers};
+pub use sections::Section;
+pub use segments::{Segment, Segments};
+pub use symbols::{Binding, Symbol, Symbols};

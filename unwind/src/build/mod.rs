@@ -1,0 +1,339 @@
+//! From a file to its unwind table: finds all descriptions of stacks in the file, in order of trust, and lays out their rows.
+//!
+//! 1. A table supplied for this file ([`crate::overrides`]).
+//! 2. `.eh_frame`, all of it; its index `.eh_frame_hdr` only shows where it is if section headers are gone.
+//! 3. Go's function table.
+//! 4. `.debug_frame`, in the file or in its debug file.
+//! 5. Code of known form: linkage tables, the entry point, and signal trampolines by their instructions.
+//! 6. Other x86_64 code, by its instructions ([`crate::instructions`]), if there is not too much of it.
+//!
+//! Each source fills only what those before it left open.
+
+mod frame_sections;
+mod known_code;
+mod pieces;
+mod undescribed_code;
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::sync::atomic::AtomicBool;
+
+use gannet_elf::{Arch, BuildId, ContentId, Data, DebugLink, Elf, ElfError, Segments};
+use gimli::{BaseAddresses, DebugFrame, EhFrame};
+
+use self::pieces::{Piece, Source};
+use crate::cfi::{Entries, Oddities, Slice};
+use crate::format::{Rule, cfa, dwarf_register};
+use crate::go::GoFunctions;
+use crate::instructions;
+use crate::limits::{Budget, Exceeded, Limits};
+use crate::overrides::Overrides;
+use crate::table::{Builder, BuilderError, Table};
+
+#[cfg(test)]
+pub(crate) use self::undescribed_code::function_symbols;
+
+/// How to go about one file.
+#[derive(Clone, Copy, Debug)]
+pub struct Options<'a> {
+    /// What to call the file in errors.
+    pub name: &'a str,
+    /// What it may cost.
+    pub limits: &'a Limits,
+    /// Set from another thread to stop early.
+    pub cancel: Option<&'a AtomicBool>,
+    /// Where debug files are, for files that keep their frame information there.
+    pub debug_files: Option<&'a dyn DebugFiles>,
+    /// Tables that take precedence.
+    pub overrides: Option<&'a Overrides>,
+    /// Whether runs of pushes and pops become one row each ([`crate::format`]), which takes half the memory. The kernel
+    /// side must know them.
+    pub runs: bool,
+}
+
+impl<'a> Options<'a> {
+    /// Within these limits, without debug files, overrides and runs.
+    pub fn new(name: &'a str, limits: &'a Limits) -> Self {
+        Self { name, limits, cancel: None, debug_files: None, overrides: None, runs: false }
+    }
+}
+
+/// Finds debug files. What it returns is checked before it is believed: a file found by build id must have that build
+/// id, a file found by name the checksum that the link gives.
+pub trait DebugFiles: std::fmt::Debug {
+    /// Opens the debug file of a program, e.g. `/usr/lib/debug/.build-id/ab/cdef.debug`.
+    fn open(&self, build_id: Option<&BuildId>, link: Option<&DebugLink>) -> Option<File>;
+}
+
+/// A file could not be made into a table.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{file}: {fault}")]
+pub struct BuildError {
+    /// [`Options::name`]
+    pub file: String,
+    /// What went wrong.
+    pub fault: Fault,
+}
+
+/// What went wrong with a file.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Fault {
+    /// It is not an ELF file that can be read.
+    #[error(transparent)]
+    Elf(ElfError),
+    /// It is over a limit, out of time, or cancelled.
+    #[error(transparent)]
+    Exceeded(#[from] Exceeded),
+    /// It changed while it was read.
+    #[error("cannot be read, or changed while it was: try again")]
+    Unreadable,
+    /// Rows came out of order, which is a fault of this program.
+    #[error("internal error: {0}; please report it with the file")]
+    Internal(BuilderError),
+}
+
+impl From<ElfError> for Fault {
+    fn from(error: ElfError) -> Self {
+        match error {
+            ElfError::TooLarge(too_large) => Self::Exceeded(too_large.into()),
+            other => Self::Elf(other),
+        }
+    }
+}
+
+impl From<BuilderError> for Fault {
+    fn from(error: BuilderError) -> Self {
+        match error {
+            BuilderError::Exceeded(exceeded) => Self::Exceeded(exceeded),
+            BuilderError::OutOfOrder { .. } => Self::Internal(error),
+        }
+    }
+}
+
+/// A table and where it is from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Built {
+    /// The table; empty if the file says nothing about stacks.
+    pub table: Table,
+    /// The name of the contents.
+    pub content: ContentId,
+    /// The build id, if there is one.
+    pub build_id: Option<BuildId>,
+    /// Where the file goes in memory.
+    pub segments: Segments,
+    /// What was found.
+    pub report: Report,
+}
+
+/// Counts of what was found in one file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Report {
+    /// The table was supplied, nothing was read.
+    pub overridden: bool,
+    /// Bytes of `.eh_frame`.
+    pub eh_frame_bytes: u64,
+    /// Functions by `.eh_frame`.
+    pub eh_frame_functions: u64,
+    /// Functions by Go's table.
+    pub go_functions: u64,
+    /// Functions by `.debug_frame`.
+    pub debug_frame_functions: u64,
+    /// Ranges of linkage tables.
+    pub linkage_ranges: u64,
+    /// Signal trampolines known by their instructions.
+    pub signal_trampolines: u64,
+    /// Functions by their instructions.
+    pub code_functions: u64,
+    /// Entries that were broken, dropped or cut.
+    pub oddities: Oddities,
+    /// Why Go's table could not be used.
+    pub go_fault: Option<&'static str>,
+    /// Rows that say that this format has no rule for the place.
+    pub unsupported_rows: u64,
+    /// Bytes of code that were not searched for signal trampolines, because the limit was reached.
+    pub unscanned_bytes: u64,
+}
+
+/// Builds the table of an open file.
+pub fn build_file(file: &File, options: &Options<'_>) -> Result<Built, BuildError> {
+    build(file.into(), options)
+}
+
+/// Builds the table of a file, or of a vDSO, that is in memory.
+pub fn build_bytes(bytes: &[u8], options: &Options<'_>) -> Result<Built, BuildError> {
+    build(bytes.into(), options)
+}
+
+/// Returns the name of a file's content, and its segments, without building its table.
+pub fn identify(file: &File, name: &str, limits: &Limits) -> Result<(ContentId, Segments), BuildError> {
+    let identified = Elf::parse(file, &limits.elf()).map_err(Fault::from).and_then(|elf| {
+        let content = ContentId::of(&elf).ok_or(Fault::Unreadable)?;
+        Ok((content, elf.segments().clone()))
+    });
+    identified.map_err(|fault| BuildError { file: name.to_owned(), fault })
+}
+
+fn build(data: Data<'_>, options: &Options<'_>) -> Result<Built, BuildError> {
+    let mut budget = Budget::new(options.limits, options.cancel);
+    try_build(data, options, &mut budget).map_err(|fault| BuildError { file: options.name.to_owned(), fault })
+}
+
+fn try_build(data: Data<'_>, options: &Options<'_>, budget: &mut Budget<'_>) -> Result<Built, Fault> {
+    budget.check()?;
+    let elf = Elf::parse(data, &options.limits.elf())?;
+    let content = ContentId::of(&elf).ok_or(Fault::Unreadable)?;
+    let mut report = Report::default();
+    let table = if let Some(table) = options.overrides.and_then(|overrides| overrides.get(&content)) {
+        report.overridden = true;
+        table.clone()
+    } else {
+        table_of(&elf, options, budget, &mut report)?
+    };
+    Ok(Built { table, content, build_id: elf.build_id().cloned(), segments: elf.segments().clone(), report })
+}
+
+fn table_of(
+    elf: &Elf<'_>,
+    options: &Options<'_>,
+    budget: &mut Budget<'_>,
+    report: &mut Report,
+) -> Result<Table, Fault> {
+    let (eh_frame_at, eh_frame_bytes) = frame_sections::eh_frame(elf)?.unwrap_or((0, Cow::Borrowed(&[])));
+    report.eh_frame_bytes = eh_frame_bytes.len() as u64;
+    let section = frame_sections::open_eh_frame(&eh_frame_bytes, elf.arch());
+    let bases = frame_sections::bases(elf).set_eh_frame(eh_frame_at);
+    let eh_frame =
+        Entries::collect(section, &eh_frame_bytes, true, bases, elf.arch(), elf.segments(), budget)?;
+    report.eh_frame_functions = eh_frame.functions.len() as u64;
+    report.oddities = eh_frame.oddities;
+    let mut pieces: Vec<Piece> = pieces::of_entries(&eh_frame.functions, Source::EhFrame).collect();
+
+    let go = go_functions(elf, budget, report)?;
+    let go_ranges = go.iter().flat_map(|go| &go.functions).map(|function| (function.start, function.end));
+    pieces = pieces::fill(pieces, pieces::of_ranges(go_ranges, Source::Go));
+
+    let debug_frame_bytes = frame_sections::debug_frame(elf, options, &pieces)?;
+    let section = frame_sections::open_debug_frame(&debug_frame_bytes, elf.arch());
+    let none = BaseAddresses::default();
+    let debug_frame =
+        Entries::collect(section, &debug_frame_bytes, false, none, elf.arch(), elf.segments(), budget)?;
+    report.debug_frame_functions = debug_frame.functions.len() as u64;
+    report.oddities.malformed += debug_frame.oddities.malformed;
+    pieces = pieces::fill(pieces, pieces::of_entries(&debug_frame.functions, Source::DebugFrame));
+
+    let linkage = known_code::linkage(elf);
+    report.linkage_ranges = linkage.len() as u64;
+    pieces = pieces::fill(pieces, linkage.into_iter());
+    pieces = pieces::fill(pieces, known_code::entry_point(elf).into_iter());
+    let trampolines = known_code::trampolines(elf, &pieces, budget, report)?;
+    report.signal_trampolines = trampolines.len() as u64;
+    pieces = pieces::fill(pieces, trampolines.into_iter());
+
+    let code = undescribed_code::functions(elf, &pieces, budget)?;
+    report.code_functions = code.len() as u64;
+    let code_ranges = code.iter().map(|function| (function.start, function.end));
+    pieces = pieces::fill(pieces, pieces::of_ranges(code_ranges, Source::Code));
+
+    let sources = Sources { eh_frame, go, debug_frame, code };
+    // The dynamic linker is the only known file that keeps a frame by rbx while it makes calls.
+    match sources.lay_out(elf.arch(), &pieces, false, options, budget, report)? {
+        (_, true) => Ok(sources.lay_out(elf.arch(), &pieces, true, options, budget, report)?.0),
+        (table, false) => Ok(table),
+    }
+}
+
+fn go_functions<'d>(
+    elf: &Elf<'d>,
+    budget: &mut Budget<'_>,
+    report: &mut Report,
+) -> Result<Option<GoFunctions<'d>>, Fault> {
+    let Some(table) = elf.go_table(u64::MAX)? else { return Ok(None) };
+    budget.check()?;
+    let collected = match table {
+        Ok(table) => GoFunctions::collect(table, elf.arch(), elf.segments(), budget)?,
+        Err(fault) => Err(fault),
+    };
+    match collected {
+        Ok(go) => {
+            report.go_functions = go.functions.len() as u64;
+            report.oddities.dropped += go.dropped;
+            Ok(Some(go))
+        }
+        Err(fault) => {
+            report.go_fault = Some(fault.0);
+            Ok(None)
+        }
+    }
+}
+
+/// The sources that know the rows of pieces.
+struct Sources<'d> {
+    eh_frame: Entries<'d, EhFrame<Slice<'d>>>,
+    go: Option<GoFunctions<'d>>,
+    debug_frame: Entries<'d, DebugFrame<Slice<'d>>>,
+    code: Vec<instructions::Function>,
+}
+
+impl Sources<'_> {
+    /// Lays out the rows of all pieces. Returns the table, and whether a rule of it finds a frame by rbx.
+    fn lay_out(
+        &self,
+        arch: Arch,
+        pieces: &[Piece],
+        with_rbx: bool,
+        options: &Options<'_>,
+        budget: &mut Budget<'_>,
+        report: &mut Report,
+    ) -> Result<(Table, bool), Fault> {
+        let (start, end) = match (pieces.first(), pieces.last()) {
+            (Some(first), Some(last)) => (first.start, last.end),
+            _ => (0, 0),
+        };
+        let mut builder = Builder::new(arch, start, end, options.limits)?.runs(options.runs && !with_rbx);
+        let mut unsupported = 0;
+        let mut by_rbx = false;
+        for (index, piece) in pieces.iter().enumerate() {
+            let mut row = |pc: u64, rule: Rule| -> Result<(), Fault> {
+                if pc >= piece.end {
+                    return Ok(());
+                }
+                unsupported += u64::from(rule.cfa_kind == cfa::UNSUPPORTED);
+                by_rbx |= rule.cfa_kind == cfa::REGISTER + dwarf_register::X86_64_RBX as u8;
+                // Rows before the piece begins replace one another: the last one holds at its start.
+                Ok(builder.push(pc.max(piece.start), rule)?)
+            };
+            self.rows(piece, with_rbx, budget, &mut row)?;
+            if pieces.get(index + 1).is_some_and(|next| next.start > piece.end) {
+                builder.push(piece.end, Rule::NONE)?;
+            }
+        }
+        report.unsupported_rows = unsupported;
+        Ok((builder.finish()?, by_rbx && arch == Arch::X86_64))
+    }
+
+    /// Calls `row` with the rows of one piece, ascending; some may be outside of it.
+    fn rows(
+        &self,
+        piece: &Piece,
+        with_rbx: bool,
+        budget: &mut Budget<'_>,
+        row: &mut dyn FnMut(u64, Rule) -> Result<(), Fault>,
+    ) -> Result<(), Fault> {
+        match piece.source {
+            Source::EhFrame(index) => {
+                self.eh_frame.rows(&self.eh_frame.functions[index as usize], with_rbx, budget, row)
+            }
+            Source::DebugFrame(index) => {
+                self.debug_frame.rows(&self.debug_frame.functions[index as usize], with_rbx, budget, row)
+            }
+            Source::Go(index) => match &self.go {
+                Some(go) => go.rows(&go.functions[index as usize], budget, row),
+                None => Ok(()),
+            },
+            Source::Fixed(rule) => row(piece.start, rule),
+            Source::Code(index) => {
+                self.code[index as usize].rows.iter().try_for_each(|(pc, rule)| row(*pc, *rule))
+            }
+        }
+    }
+}
