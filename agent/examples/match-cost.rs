@@ -26,8 +26,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
-    kernel::KernelOptions,
-    model::online_cpus,
+    kernel::{KernelOptions, online_cpus},
     rules::{Deny, Set, Source, ad_hoc},
     tables::TableSources,
 };

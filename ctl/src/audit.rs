@@ -1,16 +1,17 @@
-//! The audit log: who changed the rules, and how each node answered.
+//! What happened to the rules.
 
 use gannet_proto::control::{AuditEntry, ListAuditRequest, node_rollout::State};
 use serde_json::{Value, json};
 
 use crate::{
+    Console, Error,
     args::Format,
     client::Collector,
-    error::Error,
-    render::{Console, error_json, error_line, millis, rollout_state, show_time, table},
+    output::{millis, show_time, table},
+    rollout::state_name,
+    rules::{error_json, sentence},
 };
 
-/// Lists audit entries, newest first.
 pub(crate) async fn list(
     request: ListAuditRequest,
     collector: &Collector,
@@ -21,10 +22,10 @@ pub(crate) async fn list(
     let entries = answer.map_err(|status| collector.fault(&status))?.into_inner().entries;
     console.show(
         format,
-        || json!({ "entries": entries.iter().map(entry_json).collect::<Vec<_>>() }),
+        || json!({ "entries": entries.iter().map(value).collect::<Vec<_>>() }),
         || {
             if entries.is_empty() {
-                return "the audit log has no entries\n".to_owned();
+                return "nothing has happened to the rules\n".to_owned();
             }
             let rows: Vec<_> = entries.iter().map(row).collect();
             table(["AT", ">REVISION", "WHAT", "WHO", "SCOPE", "DETAILS"], &rows)
@@ -42,13 +43,13 @@ fn row(entry: &AuditEntry) -> [String; 6] {
     if !entry.note.is_empty() {
         details.push(entry.note.clone());
     }
-    details.extend(entry.errors.iter().map(error_line));
+    details.extend(entry.errors.iter().map(sentence));
     [
         show_time(entry.at),
         entry.revision.to_string(),
         match entry.state() {
             State::Unspecified => entry.action.clone(),
-            state => rollout_state(state).to_owned(),
+            state => state_name(state).to_owned(),
         },
         if entry.node.is_empty() { entry.who.clone() } else { format!("node {}", entry.node) },
         entry.scope.clone(),
@@ -56,14 +57,14 @@ fn row(entry: &AuditEntry) -> [String; 6] {
     ]
 }
 
-fn entry_json(entry: &AuditEntry) -> Value {
+fn value(entry: &AuditEntry) -> Value {
     json!({
         "at_ms": millis(entry.at), "revision": entry.revision, "action": entry.action, "who": entry.who,
         "scope": entry.scope, "added": entry.added, "removed": entry.removed, "changed": entry.changed,
         "node": entry.node,
         "state": match entry.state() {
             State::Unspecified => Value::Null,
-            state => rollout_state(state).into(),
+            state => state_name(state).into(),
         },
         "errors": entry.errors.iter().map(error_json).collect::<Vec<_>>(), "note": entry.note,
     })

@@ -1,4 +1,4 @@
-//! The connection to the collector: gRPC clients, error texts and the download of merged profiles.
+//! The collector as it is asked: connection, errors, and the long answers with their progress.
 
 use gannet_proto::{
     connect::{self, Connection, Dial},
@@ -13,21 +13,19 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tonic::Status;
 use tonic_types::StatusExt as _;
 
-use crate::error::Error;
+use crate::Error;
 
-/// Largest answer in one message. A list of all nodes or profiles of a large fleet comes as one.
+/// Large fleets and long lists come in one answer.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
-/// Largest profile that gannetctl accepts, inflated.
+/// A merged profile, inflated.
 pub(crate) const MAX_PROFILE_BYTES: usize = 1 << 30;
 
-/// A collector's address with a connection that opens at the first call.
 pub(crate) struct Collector {
     url: String,
     connection: Connection,
 }
 
 impl Collector {
-    /// Prepares the connection; fails if the options cannot work, without a network call.
     pub(crate) fn new(dial: Dial) -> Result<Self, Error> {
         Ok(Self { connection: connect::connect(&dial)?, url: dial.url })
     }
@@ -44,7 +42,7 @@ impl Collector {
         QueryServiceClient::new(self.connection.clone()).max_decoding_message_size(MAX_ANSWER_BYTES)
     }
 
-    /// Converts a failed call into an error text, with the request fields that the collector refuses.
+    /// What a failed call means, with the fields that the collector complains about.
     pub(crate) fn fault(&self, status: &Status) -> Error {
         let violations = status.get_details_bad_request().map_or_else(Vec::new, |bad| {
             bad.field_violations
@@ -55,13 +53,12 @@ impl Collector {
         Error::Call { text: connect::explain(&self.url, status), violations }
     }
 
-    /// Downloads all profiles of a selection merged into one, as gzip-compressed pprof. Shows the progress on a
-    /// terminal.
+    /// All profiles of a selection as one, gzip-compressed. Shows its progress on a terminal.
     pub(crate) async fn merge(&self, selection: Selection, sample_type: &str) -> Result<Vec<u8>, Error> {
         let request = MergeRequest { selection: Some(selection), sample_type: sample_type.to_owned() };
         let mut answer =
             self.query().merge(request).await.map_err(|status| self.fault(&status))?.into_inner();
-        // The bar draws on standard error, and only if that is a terminal.
+        // Draws on the standard error, and only if that is a terminal.
         let bar = ProgressBar::new(0).with_message("merging").with_style(style());
         let mut bytes = Vec::new();
         while let Some(MergeProgress { message }) =
@@ -74,7 +71,10 @@ impl Collector {
                 }
                 Some(Message::Chunk(chunk)) => {
                     bar.set_message("receiving");
-                    append(&mut bytes, &chunk.data)?;
+                    if bytes.len() + chunk.data.len() > MAX_PROFILE_BYTES {
+                        return Err(pprof::PprofError::TooLarge { max: MAX_PROFILE_BYTES }.into());
+                    }
+                    bytes.extend(chunk.data);
                 }
                 None => {}
             }
@@ -82,23 +82,19 @@ impl Collector {
         bar.finish_and_clear();
         if bytes.is_empty() {
             return Err(Error::Failed(
-                "the collector ended its answer without a profile; try again".to_owned(),
+                "the collector ended its answer without a profile: try again".to_owned(),
             ));
         }
         Ok(bytes)
     }
 }
 
-/// Appends a received chunk to a profile, up to [`MAX_PROFILE_BYTES`].
-pub(crate) fn append(profile: &mut Vec<u8>, chunk: &[u8]) -> Result<(), Error> {
-    if profile.len() + chunk.len() > MAX_PROFILE_BYTES {
-        return Err(pprof::PprofError::TooLarge { max: MAX_PROFILE_BYTES }.into());
-    }
-    profile.extend_from_slice(chunk);
-    Ok(())
-}
-
 fn style() -> ProgressStyle {
     ProgressStyle::with_template("{msg:>10} {wide_bar} {pos}/{len} profiles {eta}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+/// One line for each field.
+pub(crate) fn lines(violations: &[(String, String)]) -> String {
+    violations.iter().fold(String::new(), |text, (field, reason)| text + "\n  " + field + ": " + reason)
 }

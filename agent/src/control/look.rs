@@ -9,7 +9,7 @@ use gannet_proto::{
 
 use crate::{
     node::Node,
-    pods::{Pod, resolve::PodRule},
+    pods::{Pod, select::PodRule},
     process::Seen,
 };
 

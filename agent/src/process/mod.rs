@@ -1,14 +1,19 @@
 //! Who is who: the identity of processes and what is mapped into them.
 
-mod files;
+mod cgroup;
+mod image;
+mod key;
 mod metadata;
 mod proc;
 mod survey;
 mod table;
+mod tree;
 
-pub(crate) use files::open_in_root;
-pub use files::{FileMapping, FileTable, FileTableStats};
+pub use cgroup::{CgroupNames, path_in as cgroup_path_in};
+pub use image::{Image, Mapping, MappingKind};
+pub use key::{ParseKeyError, ProcessKey};
 pub use metadata::{Metadata, MetadataError, MetadataOptions, MetadataStats, ProcessMetadataCache};
 pub use proc::{ProcError, ProcFs, RealProc, check as check_identity};
 pub use survey::{Seen, cpus, see, survey};
-pub use table::{Changes, Process, Processes, Saturated, State, Stats};
+pub use table::{Changes, ImageKey, Process, Processes, Saturated, State, Stats};
+pub use tree::{CgroupTree, Group, TreeError, TreeStats};

@@ -8,7 +8,8 @@ use std::{
     time::Duration,
 };
 
-use crate::cgroup::{CgroupHierarchy, CgroupNames, parse_path};
+use super::{CgroupNames, cgroup::path_in};
+use crate::kernel::CgroupHierarchy;
 
 /// More processes than that are not looked at.
 const MOST: usize = 65_536;
@@ -47,8 +48,12 @@ pub fn survey(hierarchy: CgroupHierarchy) -> Vec<Seen> {
 /// One process; none if it is gone.
 pub fn see(pid: u32, hierarchy: CgroupHierarchy) -> Option<Seen> {
     let (start_ticks, cpu) = times(&read(pid, "stat")?)?;
-    let cgroup =
-        parse_path(&read(pid, "cgroup").unwrap_or_default(), hierarchy.controller()).unwrap_or_default();
+    let controller = match hierarchy {
+        CgroupHierarchy::V2 => "",
+        CgroupHierarchy::V1Cpu => "cpu",
+        CgroupHierarchy::V1Memory => "memory",
+    };
+    let cgroup = path_in(&read(pid, "cgroup").unwrap_or_default(), controller).unwrap_or_default();
     // A kernel thread has none.
     let exe = fs::read_link(format!("/proc/{pid}/exe"))
         .map_or_else(|_| String::new(), |path| path.to_string_lossy().into_owned());

@@ -3,7 +3,7 @@
 
 use std::{collections::VecDeque, mem::size_of, time::Duration};
 
-use crate::model::Sample;
+use crate::kernel::Sample;
 
 /// Samples by time.
 #[derive(Debug)]
@@ -111,7 +111,11 @@ fn size_of_sample(sample: &Sample) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{ProcessKey, SampleKind, StackEnd, Subject};
+    use crate::{
+        kernel::Subject,
+        process::ProcessKey,
+        profile::{SampleKind, StackEnd},
+    };
 
     fn sample(at_s: u64, tgid: u32, rules: u64) -> Sample {
         Sample {

@@ -9,7 +9,7 @@
 mod compile;
 pub mod containers;
 pub mod files;
-mod watch_files;
+mod notify;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,7 +29,7 @@ use self::{
 };
 pub use self::{
     compile::{Deny, Traits},
-    watch_files::Notify,
+    notify::Notify,
 };
 use crate::{
     kernel::{KernelRules, MAX_RULES, Want},

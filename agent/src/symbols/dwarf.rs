@@ -17,6 +17,7 @@ use blazesym::symbolize::{
     self, CodeInfo, Input, Symbolized,
     source::{Elf, Source},
 };
+use gannet_elf::{Elf as ElfFile, Limits};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     process::{Resource, Rlimit, Signal, setrlimit},
@@ -24,7 +25,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{demangle, elf::Sections};
+use super::demangle;
 
 /// The verb by which the agent calls itself to read debug information.
 pub const DEBUG_INFO_VERB: &str = "read-debug-info";
@@ -71,17 +72,19 @@ const PACKED: u64 = 4;
 
 /// Whether there is debug information that can be tried, and how much, unpacked.
 pub(crate) fn examine(file: &File) -> Result<u64, Unusable> {
-    let sections = Sections::read(file).map_err(|_| Unusable::None)?;
-    if sections.find(".debug_info").is_none() {
+    let elf = ElfFile::parse(file, &Limits::default()).map_err(|_| Unusable::None)?;
+    if elf.stored_section(b".debug_info").is_none() {
         return Err(Unusable::None);
     }
     // A link to another file is a path that the file's maker chose, and it would be followed.
-    let links = [".gnu_debuglink", ".gnu_debugaltlink", ".debug_sup"];
-    let bytes: u64 =
-        sections.iter().filter(|(name, _)| name.starts_with(b".debug_")).fold(0, |sum: u64, (_, section)| {
-            sum.saturating_add(section.size.saturating_mul(if section.packed { PACKED } else { 1 }))
+    let links = [&b".gnu_debuglink"[..], b".gnu_debugaltlink", b".debug_sup"];
+    let bytes: u64 = elf
+        .sections()
+        .filter(|(name, section)| name.starts_with(b".debug_") && section.is_stored())
+        .fold(0, |sum: u64, (_, section)| {
+            sum.saturating_add(section.bytes.saturating_mul(if section.is_compressed() { PACKED } else { 1 }))
         });
-    if bytes > MAX_DEBUG_BYTES || links.iter().any(|name| sections.find(name).is_some()) {
+    if bytes > MAX_DEBUG_BYTES || links.iter().any(|name| elf.stored_section(name).is_some()) {
         return Err(Unusable::Refused);
     }
     Ok(bytes)

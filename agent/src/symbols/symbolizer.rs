@@ -15,11 +15,11 @@ use std::{
     time::{Duration, Instant, UNIX_EPOCH},
 };
 
+use gannet_elf::{BuildIds, ContentId, Elf, Limits};
 use gannet_proto::{
     pprof::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId},
     profiles::Profile,
 };
-use gannet_unwind::{build::identify, content::ContentId, limits::Limits};
 use lru::LruCache;
 use quick_cache::{Weighter, unsync};
 use tokio::sync::{mpsc, oneshot};
@@ -27,13 +27,14 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     debug_file, demangle,
     dwarf::{self, DebugFrame, Unusable},
-    elf, elf_symbols,
+    file::{FileId, MappedFile},
     kallsyms::Kallsyms,
     perf_map::PerfMap,
+    symbol_finder,
 };
 use crate::{
-    model::{FileId, Image, MappedFile, MappingKind, ProcessKey, SampleKind, StackEnd},
-    profile::{RawProcess, RawProfile, RawStack},
+    process::{Image, MappingKind, ProcessKey},
+    profile::{RawProcess, RawProfile, RawStack, SampleKind, StackEnd},
 };
 
 /// What the mapping of kernel frames is called.
@@ -393,7 +394,7 @@ impl Names {
         is_first: bool,
     ) {
         // The main binary is mapped below everything that it loads.
-        let is_file = |mapping: &&crate::model::Mapping| matches!(mapping.kind, MappingKind::File(_));
+        let is_file = |mapping: &&crate::process::Mapping| matches!(mapping.kind, MappingKind::File(_));
         if let Some(main) = process.image.mappings.iter().find(is_file) {
             let id = self.add_mapping(builder, main);
             if is_first {
@@ -481,7 +482,7 @@ impl Names {
         builder.location(mapping, address, &lines)
     }
 
-    fn add_mapping(&self, builder: &mut Builder, mapping: &crate::model::Mapping) -> MappingId {
+    fn add_mapping(&self, builder: &mut Builder, mapping: &crate::process::Mapping) -> MappingId {
         let (file, build_id) = match &mapping.kind {
             MappingKind::File(file) => (file.path.as_str(), file.build_id.as_str()),
             MappingKind::Vdso => (VDSO_MAPPING, self.vdso.as_ref().map_or("", |vdso| vdso.build_id.as_str())),
@@ -572,8 +573,8 @@ impl Names {
     fn contents(&mut self, file: &MappedFile, open: &File) -> Contents {
         let state = self.files.get_or_insert_mut(file.id, FileState::default);
         *state.contents.get_or_insert_with(|| {
-            identify(open, &file.path, &Limits::default())
-                .map_or(Contents::OfFile(file.id), |(content, _)| Contents::Same(content))
+            let elf = Elf::parse(open, &Limits::default()).ok();
+            elf.and_then(|elf| ContentId::of(&elf)).map_or(Contents::OfFile(file.id), Contents::Same)
         })
     }
 
@@ -640,7 +641,7 @@ impl Names {
             return Vec::new();
         }
         let apart = state.debug.as_ref().and_then(|debug| debug.apart.as_ref()?.file.as_ref());
-        elf_symbols::find(open, apart, addresses).unwrap_or_else(|error| {
+        symbol_finder::find(open, apart, addresses).unwrap_or_else(|error| {
             tracing::info!(path = file.path, %error, "the functions of this file have no names");
             state.unusable_table = true;
             self.stats.unusable_tables.fetch_add(1, Ordering::Relaxed);
@@ -773,7 +774,7 @@ fn kernel_build_id() -> String {
         io::Read::read_to_end(&mut io::Read::take(file, MAX_NOTE_BYTES), &mut bytes)?;
         Ok(bytes)
     });
-    notes.map(|notes| elf::build_id([notes.as_slice()].into_iter())).unwrap_or_default()
+    notes.map(|notes| BuildIds::of_notes(&notes).text()).unwrap_or_default()
 }
 
 /// The vDSO is the same in every process, so this one's serves for all; in memory that has a descriptor it is a file

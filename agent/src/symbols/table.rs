@@ -69,7 +69,7 @@ impl TableBuilder {
 
     pub(crate) fn finish(self) -> SymbolTable {
         let Self { mut symbols, names, .. } = self;
-        let name = |symbol: &Symbol| super::elf::c_string(&names, symbol.name as usize).unwrap_or_default();
+        let name = |symbol: &Symbol| c_string(&names, symbol.name as usize).unwrap_or_default();
         symbols.sort_unstable_by(|(a, rank_a), (b, rank_b)| {
             (a.start, std::cmp::Reverse(rank_a))
                 .cmp(&(b.start, std::cmp::Reverse(rank_b)))
@@ -95,7 +95,7 @@ impl SymbolTable {
                 size => address - symbol.start < u64::from(size),
             },
         );
-        super::elf::c_string(&self.names, found?.1.name as usize)
+        c_string(&self.names, found?.1.name as usize)
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -106,6 +106,12 @@ impl SymbolTable {
     pub(crate) fn bytes(&self) -> usize {
         size_of_val(&*self.symbols) + self.names.len()
     }
+}
+
+/// Returns the zero-terminated string at `offset`.
+fn c_string(bytes: &[u8], offset: usize) -> Option<&[u8]> {
+    let rest = bytes.get(offset..)?;
+    Some(&rest[..rest.iter().position(|byte| *byte == 0)?])
 }
 
 impl fmt::Debug for SymbolTable {

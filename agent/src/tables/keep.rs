@@ -11,10 +11,9 @@ use std::{
     time::SystemTime,
 };
 
+use gannet_elf::{BuildId, ContentId, Segments};
 use gannet_unwind::{
     cache::{self, Kept},
-    content::ContentId,
-    elf::{BuildId, Segments},
     table::Table,
 };
 

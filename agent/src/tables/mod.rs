@@ -20,10 +20,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use gannet_elf::{ContentId, Segments};
 use gannet_unwind::{
     build::Built,
-    content::ContentId,
-    elf::Segments,
     format::MAX_RULES,
     intern::{Full, Interner},
     table::Table,
@@ -41,7 +40,8 @@ use crate::{
         Block, EmptyRange, KernelError, KernelImage, KernelMapping, KernelTable, MAX_TABLES, UnwindMaps,
         blocks,
     },
-    model::{FileId, Image, ImageKey, MappedFile, Mapping, MappingKind},
+    process::{Image, ImageKey, Mapping, MappingKind},
+    symbols::{FileId, MappedFile},
 };
 
 /// Memory of tables that are kept here for raw samples; the kernel has its own copy.
@@ -583,15 +583,15 @@ fn page_bytes() -> u64 {
 mod tests {
     use std::cell::Cell;
 
+    use gannet_elf::{Arch, Segment};
     use gannet_unwind::{
-        elf::Segment,
         format::{Line, Rule},
         limits::Limits,
-        table::{Arch, Builder},
+        table::Builder,
     };
 
     use super::*;
-    use crate::model::ProcessKey;
+    use crate::process::ProcessKey;
 
     /// Maps that count and remember what is written to them.
     #[derive(Default)]

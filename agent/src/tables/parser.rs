@@ -9,20 +9,16 @@ use std::{
     thread,
 };
 
+use gannet_elf::{BuildId, ContentId, DebugLink, Segments};
 use gannet_unwind::{
     build::{BuildError, Built, DebugFiles, Options, build_bytes, build_file, identify},
-    content::ContentId,
-    elf::{BuildId, DebugLink, Segments},
     limits::Limits,
     overrides::Overrides,
     table::Table,
 };
 
 use super::keep::Shelf;
-use crate::{
-    model::{FileId, MappedFile},
-    symbols::find_debug_file,
-};
+use crate::symbols::{FileId, MappedFile, find_debug_file};
 
 /// Files that wait at one time; more are asked for again by their samples.
 const QUEUE: usize = 4096;

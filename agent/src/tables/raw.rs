@@ -2,13 +2,20 @@
 
 use std::{cell::RefCell, sync::Arc};
 
+use gannet_elf::Arch;
 use gannet_unwind::{
-    table::{Arch, Table},
+    format::dwarf_register,
+    table::Table,
     unwind::{End, Snapshot, TableSource, walk},
 };
 
 use super::{Found, Tables};
-use crate::model::{Image, MappedFile, RawUserStack, Sample, StackEnd};
+use crate::{
+    kernel::{RawUserStack, Sample},
+    process::Image,
+    profile::StackEnd,
+    symbols::MappedFile,
+};
 
 /// As many as the kernel side keeps.
 const MAX_FRAMES: usize = 512;
@@ -78,7 +85,8 @@ impl Tables {
         };
         let RawUserStack { pc, registers, stack } = raw;
         let arch = if cfg!(target_arch = "aarch64") { Arch::Aarch64 } else { Arch::X86_64 };
-        let stack_start = registers.get(usize::from(arch.stack_pointer())).copied().unwrap_or(0);
+        let stack_start =
+            registers.get(usize::from(dwarf_register::stack_pointer(arch))).copied().unwrap_or(0);
         let snapshot = Snapshot { arch, pc: *pc, registers, stack_start, stack };
         let source = OfImage { tables: self, image, missing: RefCell::new(None) };
         let walked = walk(&snapshot, &source, MAX_FRAMES);

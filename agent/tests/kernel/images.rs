@@ -20,9 +20,8 @@ use crate::common::{
 use gannet_agent::{
     engine::{Engine, EngineOptions, Inside, Window},
     kernel::KernelOptions,
-    model::{Image, MappingKind, ProcessKey, SampleKind, StackEnd},
-    process::{State, check_identity},
-    profile::RawProcess,
+    process::{Image, MappingKind, ProcessKey, State, check_identity},
+    profile::{RawProcess, SampleKind, StackEnd},
     rules::{Deny, Set, Source, ad_hoc},
     tables::TableSources,
 };

@@ -16,11 +16,10 @@ use crate::common::{
 };
 use gannet_agent::{
     kernel::{
-        Event, Kernel, KernelOptions, KernelRules, LifecycleCounts, NamePattern, handlers_are_preemptible,
-        lifecycle_lost,
+        Event, Kernel, KernelOptions, KernelRules, LifecycleCounts, Mapped, NamePattern,
+        handlers_are_preemptible, lifecycle_lost,
     },
-    model::{Mapped, ProcessKey},
-    process::check_identity,
+    process::{ProcessKey, check_identity},
 };
 
 use rstest::rstest;

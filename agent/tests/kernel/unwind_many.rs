@@ -12,8 +12,8 @@ use crate::common::{Running, program, slower};
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
     kernel::{Counters, KernelOptions},
-    model::{MappingKind, StackEnd},
-    profile::RawProcess,
+    process::MappingKind,
+    profile::{RawProcess, StackEnd},
     rules::{Deny, Set, Source, ad_hoc},
     tables::{Stats, TableSources},
 };

@@ -10,11 +10,8 @@ use std::{
 };
 
 use gannet_agent::{
-    cgroup::CgroupHierarchy,
-    model::{
-        ExitStatus, FileNumbers, ImageKey, Mapped, MappingKind, NewMapping, Origin, ProcessKey, Subject,
-    },
-    process::{ProcFs, Processes, State},
+    kernel::{CgroupHierarchy, ExitStatus, FileNumbers, Mapped, NewMapping, Origin, Subject},
+    process::{ImageKey, MappingKind, ProcFs, ProcessKey, Processes, State},
 };
 use proptest::prelude::*;
 

@@ -15,10 +15,10 @@ use std::{
 };
 
 use gannet_agent::{
-    cgroup::CgroupHierarchy,
-    model::ProcessKey,
+    kernel::CgroupHierarchy,
     process::{
-        MetadataError, MetadataOptions, ProcError, ProcFs, ProcessMetadataCache, RealProc, check_identity,
+        MetadataError, MetadataOptions, ProcError, ProcFs, ProcessKey, ProcessMetadataCache, RealProc,
+        check_identity,
     },
 };
 use tracing_subscriber::fmt::MakeWriter;

@@ -11,9 +11,8 @@ use std::{
 };
 
 use gannet_agent::{
-    cgroup::CgroupHierarchy,
-    model::{ExitStatus, FileNumbers, Mapped, NewMapping, Origin, ProcessKey, Subject},
-    process::{ProcFs, Processes},
+    kernel::{CgroupHierarchy, ExitStatus, FileNumbers, Mapped, NewMapping, Origin, Subject},
+    process::{ProcFs, ProcessKey, Processes},
 };
 
 /// Counts the bytes that each thread holds: other tests of this binary may run on other threads.

@@ -14,10 +14,9 @@ use std::{
 };
 
 use gannet_agent::{
-    model::{Image, MappedFile, Mapping, MappingKind, ProcessKey, SampleKind, StackEnd},
-    process::{FileMapping, FileTable},
-    profile::{RawProcess, RawProfile, RawStack},
-    symbols::{Symbolizer, SymbolizerConfig},
+    process::{Image, Mapping, MappingKind, ProcessKey},
+    profile::{RawProcess, RawProfile, RawStack, SampleKind, StackEnd},
+    symbols::{FileMapping, FileTable, MappedFile, Symbolizer, SymbolizerConfig},
 };
 use gannet_proto::profiles::Profile;
 use proptest::prelude::*;
@@ -342,6 +341,7 @@ fn rust_names_are_readable_and_inlined(#[case] flags: &[&str], #[case] expected:
 #[rstest]
 #[case::stripped(&["-ldflags=-s -w"])]
 #[case::stripped_and_position_independent(&["-ldflags=-s -w", "-buildmode=pie"])]
+#[case::stripped_and_linked_with_c(&["-ldflags=-s -w -linkmode=external"])]
 #[case::whole(&[])]
 fn go_programs_have_names(#[case] flags: &[&str]) {
     const PROGRAM: &str = r#"
