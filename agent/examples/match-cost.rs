@@ -26,7 +26,8 @@ use std::{
 use anyhow::{Context as _, bail};
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
-    kernel::{KernelOptions, online_cpus},
+    kernel::KernelOptions,
+    model::online_cpus,
     rules::{Deny, Set, Source, ad_hoc},
     tables::TableSources,
 };

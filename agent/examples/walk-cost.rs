@@ -88,7 +88,7 @@ async fn measure(
         }
     })?;
     // One on each CPU, so that hardly a tick finds anything else.
-    let cpus = gannet_agent::kernel::online_cpus()?.len();
+    let cpus = gannet_agent::model::online_cpus()?.len();
     let mut children = Children(Vec::new());
     for _ in 0..cpus {
         children.0.push(Command::new(program).args(arguments).spawn().context("cannot run the program")?);

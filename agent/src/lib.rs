@@ -12,27 +12,24 @@
     )
 )]
 
-pub mod check;
+pub mod cgroup;
+pub mod commands;
 pub mod conditions;
 pub mod config;
 pub mod control;
 pub mod debug;
 pub mod engine;
 pub mod export;
-pub mod finish;
 pub mod governor;
 pub mod kernel;
 pub mod ledger;
+pub mod model;
 pub mod node;
 pub mod output;
 pub mod pipeline;
 pub mod pods;
 pub mod process;
 pub mod profile;
-pub mod record;
 pub mod rules;
-pub mod run;
 pub mod symbols;
 pub mod tables;
-pub mod top;
-pub mod watch;

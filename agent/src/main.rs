@@ -1,18 +1,24 @@
 //! The command line of `gannet-agent`.
 
-use std::{io::IsTerminal as _, process::ExitCode};
+use std::{io, io::Write as _, process::ExitCode};
 
-use clap::{Parser, Subcommand};
+use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use gannet_agent::{
-    check::{self, CheckOptions},
-    config::RunArgs,
-    record::{self, RecordArgs},
-    run, symbols,
-    watch::{self, TopArgs},
+    commands::{
+        check::{self, CheckOptions},
+        record::{self, RecordArgs},
+        run,
+        top::{self, TopArgs},
+    },
+    config::{RENAMED, RunOptions},
+    symbols,
 };
-use tracing_subscriber::EnvFilter;
+use gannet_base::{
+    CompletionArgs, ManArgs,
+    logging::{self, LogFormat},
+};
 
-/// Watches every process of this node, samples those that a rule names.
+/// Observes all processes of this node and samples those that a rule matches
 #[derive(Parser)]
 #[command(name = "gannet-agent", version = gannet_proto::VERSION)]
 struct Cli {
@@ -22,17 +28,21 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Watch this node: sample what rules name, stream profiles to the collector, take its rules
-    Run(Box<RunArgs>),
+    /// Sample this node as rules ask, send profiles to the collector and receive its rules
+    Run(Box<RunOptions>),
     /// Sample programs for a while and write one profile; needs no collector
     Record(RecordArgs),
     Top(TopArgs),
-    /// Tell whether this machine can run the agent, and what to do if not
+    /// Check whether this machine can run the agent, and print what to do if not
     Check {
         /// Print one JSON object
         #[arg(long)]
         json: bool,
     },
+    /// Print a script that completes commands in a shell
+    Completion(CompletionArgs),
+    /// Print the manual
+    Man(ManArgs),
     #[command(name = symbols::DEBUG_INFO_VERB, hide = true)]
     ReadDebugInfo {
         addresses: String,
@@ -45,15 +55,15 @@ enum Verb {
     },
 }
 
-/// The C library's allocator is made for speed: a heap for each thread that keeps what was freed, and blocks of up to
-/// 32 MiB out of it once one of that size was freed. An agent is to be small: two heaps, and what is large goes back at
-/// once.
+/// Keeps the agent small. The C library's allocator is made for speed: it gives each thread a heap that holds on to freed
+/// memory, and blocks of up to 32 MiB come from it once one of that size was freed. With these settings there are two
+/// heaps, and large blocks go back to the kernel at once.
 #[cfg(target_env = "gnu")]
 fn keep_memory_small() {
     let settings =
         [(libc::M_ARENA_MAX, 2), (libc::M_MMAP_THRESHOLD, 256 << 10), (libc::M_TRIM_THRESHOLD, 512 << 10)];
     for (setting, value) in settings {
-        // SAFETY: takes numbers only; no other thread runs yet. What it does not know it leaves.
+        // SAFETY: takes numbers only, and no other thread runs yet. The library ignores settings that it does not know.
         unsafe { libc::mallopt(setting, value) };
     }
 }
@@ -63,15 +73,14 @@ fn keep_memory_small() {}
 
 fn main() -> ExitCode {
     keep_memory_small();
-    let cli = Cli::parse();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_env_filter(
-            EnvFilter::try_from_env("GANNET_LOG").unwrap_or_else(|_| EnvFilter::new("info,libbpf=warn")),
-        )
-        .init();
-    match perform(cli.verb) {
+    let parsed = RENAMED
+        .matches(Cli::command(), std::env::args_os())
+        .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
+    let (cli, matches) = match parsed {
+        Ok(parsed) => parsed,
+        Err(error) => error.exit(),
+    };
+    match perform(cli.verb, &matches) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("gannet-agent: {error:#}");
@@ -80,23 +89,39 @@ fn main() -> ExitCode {
     }
 }
 
-fn perform(verb: Verb) -> anyhow::Result<ExitCode> {
+fn start_log(format: LogFormat) {
+    logging::init(format, "GANNET_AGENT_LOG", "info,libbpf=warn");
+}
+
+fn perform(verb: Verb, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
     match verb {
-        Verb::Run(args) => {
-            runtime()?.block_on(run::run(*args))?;
+        Verb::Run(options) => {
+            let options = match matches.subcommand() {
+                Some((_, matches)) => options.load(matches)?,
+                None => *options,
+            };
+            if let Some(yaml) = options.printed()? {
+                write!(io::stdout(), "{yaml}")?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            start_log(options.log_format());
+            runtime()?.block_on(run::run(options))?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Record(args) => {
+            start_log(LogFormat::Text);
             runtime()?.block_on(record::record(args))?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Top(args) => {
-            runtime()?.block_on(watch::watch(args))?;
+            start_log(LogFormat::Text);
+            runtime()?.block_on(top::top(args))?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Check { json } => {
+            start_log(LogFormat::Text);
             let report = check::check(&CheckOptions::default());
-            #[expect(clippy::print_stdout, reason = "what was asked for")]
+            #[expect(clippy::print_stdout, reason = "the answer to the user")]
             if json {
                 println!("{}", report.to_json());
             } else {
@@ -104,11 +129,21 @@ fn perform(verb: Verb) -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::from(report.exit_code()))
         }
+        Verb::Completion(args) => {
+            args.write(Cli::command(), &mut io::stdout())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Man(args) => {
+            args.write(Cli::command(), &mut io::stdout())?;
+            Ok(ExitCode::SUCCESS)
+        }
         Verb::ReadDebugInfo { addresses } => {
+            start_log(LogFormat::Text);
             symbols::read_debug_info(&addresses)?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::HeldCommand { descriptor, command } => {
+            start_log(LogFormat::Text);
             Err(anyhow::Error::new(record::become_command(descriptor, &command))
                 .context(format!("cannot run `{}`", command.join(" "))))
         }

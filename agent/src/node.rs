@@ -1,7 +1,7 @@
 //! What the parts of a running agent share: the engine, the account of samples, the last windows, and how it goes.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -9,19 +9,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use gannet_proto::{
-    pprof::{Merger, PprofError},
-    profiles::{Label, Profile},
+use crate::{
+    config::Config, engine::Engine, export::SpoolStats, ledger::NodeLedger, pipeline::RecentProfiles,
+    pods::Pods,
 };
-use tokio::sync::Notify;
-use ulid::Ulid;
-
-use crate::{config::Config, engine::Engine, export::SpoolStats, ledger::NodeLedger, pods::Pods};
-
-/// Windows that are kept for the debug page.
-const RECENT_WINDOWS: usize = 6;
-/// Profiles that are kept for it, whatever the windows.
-const RECENT_PROFILES: usize = 256;
 
 /// A running agent.
 pub struct Node {
@@ -34,7 +25,7 @@ pub struct Node {
     /// What is in the spool.
     pub spool: Arc<SpoolStats>,
     /// The last windows.
-    pub recent: Recent,
+    pub recent: RecentProfiles,
     /// Whose containers there are.
     pub pods: Pods,
     /// When it started.
@@ -54,7 +45,7 @@ impl Node {
         engine: Engine,
         ledger: NodeLedger,
         spool: Arc<SpoolStats>,
-        recent: Recent,
+        recent: RecentProfiles,
         pods: Pods,
     ) -> Self {
         let mut degraded = BTreeMap::new();
@@ -113,126 +104,6 @@ impl Node {
         let cpu = Duration::try_from(time).unwrap_or_default();
         (pages * rustix::param::page_size() as u64, cpu)
     }
-}
-
-/// The profiles of the last windows, for the node's own page.
-#[derive(Clone, Default)]
-pub struct Recent(Arc<RecentInner>);
-
-#[derive(Default)]
-struct RecentInner {
-    windows: Mutex<VecDeque<(SystemTime, Vec<Arc<Profile>>)>>,
-    /// The newest window that was added.
-    newest: Mutex<Option<Ulid>>,
-    /// Captures that somebody waits for, with what they have so far. As many as may be asked for at one time.
-    collecting: Mutex<BTreeMap<u64, Vec<Arc<Profile>>>>,
-    more: Notify,
-}
-
-/// Collects the profiles of one capture, however many windows it goes over.
-pub struct Collecting {
-    recent: Recent,
-    capture: u64,
-}
-
-impl Recent {
-    /// A window has been turned into profiles, each with the number of its capture.
-    pub fn add(&self, id: Ulid, start: SystemTime, profiles: Vec<(u64, Arc<Profile>)>) {
-        let mut collecting = lock(&self.0.collecting);
-        for (capture, profile) in &profiles {
-            if let Some(parts) = collecting.get_mut(capture) {
-                parts.push(Arc::clone(profile));
-            }
-        }
-        drop(collecting);
-        let mut windows = lock(&self.0.windows);
-        windows.push_back((start, profiles.into_iter().map(|(_, profile)| profile).collect()));
-        while windows.len() > RECENT_WINDOWS
-            || (windows.len() > 1 && windows.iter().map(|(_, p)| p.len()).sum::<usize>() > RECENT_PROFILES)
-        {
-            windows.pop_front();
-        }
-        drop(windows);
-        *lock(&self.0.newest) = Some(id);
-        self.0.more.notify_waiters();
-    }
-
-    /// All profiles since `since`, merged; of one process if `pid` is given. Only profiles of one kind make a whole: the
-    /// first one's kind is taken. None: there is no sample.
-    pub fn merged(&self, since: Option<SystemTime>, pid: Option<u32>) -> Result<Option<Profile>, PprofError> {
-        let profiles: Vec<Arc<Profile>> = lock(&self.0.windows)
-            .iter()
-            .filter(|(start, _)| since.is_none_or(|since| *start >= since))
-            .flat_map(|(_, profiles)| profiles.iter().cloned())
-            .collect();
-        merge(&profiles, pid)
-    }
-
-    /// Keeps the profiles of a capture from now on.
-    pub fn collect(&self, capture: u64) -> Collecting {
-        lock(&self.0.collecting).insert(capture, Vec::new());
-        Collecting { recent: self.clone(), capture }
-    }
-
-    /// Returns when the next window is there.
-    pub async fn next(&self) {
-        self.0.more.notified().await;
-    }
-}
-
-impl Collecting {
-    /// Waits until this window is there, then merges what the capture has. None: there is no sample.
-    pub async fn finish(self, last: Option<Ulid>) -> Result<Option<Profile>, PprofError> {
-        loop {
-            let more = self.recent.0.more.notified();
-            if last.is_none_or(|last| lock(&self.recent.0.newest).is_some_and(|newest| newest >= last)) {
-                break;
-            }
-            more.await;
-        }
-        let parts = lock(&self.recent.0.collecting).get(&self.capture).cloned().unwrap_or_default();
-        merge(&parts, None)
-    }
-}
-
-impl Drop for Collecting {
-    fn drop(&mut self) {
-        lock(&self.recent.0.collecting).remove(&self.capture);
-    }
-}
-
-/// Merges profiles of one kind, the first one's; of one process if `pid` is given.
-fn merge(profiles: &[Arc<Profile>], pid: Option<u32>) -> Result<Option<Profile>, PprofError> {
-    let mut merger = Merger::new();
-    let mut kind = None;
-    for profile in profiles {
-        let this = profile.sample_type.iter().map(|t| text(profile, t.r#type).to_owned()).collect::<Vec<_>>();
-        if *kind.get_or_insert_with(|| this.clone()) != this {
-            continue;
-        }
-        match pid {
-            None => merger.add(profile)?,
-            Some(pid) => {
-                let only = of_process(profile, pid);
-                if !only.sample.is_empty() {
-                    merger.add(&only)?;
-                }
-            }
-        }
-    }
-    Ok(merger.finish())
-}
-
-/// The samples of one process.
-fn of_process(profile: &Profile, pid: u32) -> Profile {
-    let is_pid = |label: &Label| text(profile, label.key) == "pid" && label.num == i64::from(pid);
-    let mut only = profile.clone();
-    only.sample.retain(|sample| sample.label.iter().any(is_pid));
-    only
-}
-
-fn text(profile: &Profile, index: i64) -> &str {
-    usize::try_from(index).ok().and_then(|index| profile.string_table.get(index)).map_or("", String::as_str)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,4 +1,4 @@
-//! A capture by hand.
+//! `profile`: captures processes of one node now and saves the profile.
 
 use std::{path::Path, time::Duration};
 
@@ -9,12 +9,14 @@ use gannet_proto::control::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
-    Console, Error,
     args::{Format, Manual},
-    client::{Collector, MAX_PROFILE_BYTES},
+    client::{self, Collector},
+    error::Error,
     profiles::save,
+    render::Console,
 };
 
+/// Captures on one node and writes the profile to `file`, or to `profile.pb.gz`.
 pub(crate) async fn run(
     args: &Manual,
     file: Option<&Path>,
@@ -29,8 +31,8 @@ pub(crate) async fn run(
         .await
         .map_err(|status| collector.fault(&status))?
         .into_inner();
-    // Draws on the standard error, and only if that is a terminal.
-    let bar = ProgressBar::new(args.lasting.as_secs().max(1)).with_style(style());
+    // The bar draws on standard error, and only if that is a terminal.
+    let bar = ProgressBar::new(args.lasting.0.as_secs().max(1)).with_style(style());
     let mut profile = Vec::new();
     let mut done = None;
     loop {
@@ -42,7 +44,7 @@ pub(crate) async fn run(
             }
             _ = tokio::signal::ctrl_c() => {
                 bar.finish_and_clear();
-                return Err(Error::Failed("ended before the capture was; nothing is written".to_owned()));
+                return Err(Error::Failed("interrupted before the capture ended; nothing was written".to_owned()));
             }
         };
         match message {
@@ -51,10 +53,7 @@ pub(crate) async fn run(
                 bar.set_message(format!("{processes} processes on {}", request.node));
             }
             Some(CaptureProgress { message: Some(Message::Chunk(chunk)) }) => {
-                if profile.len() + chunk.data.len() > MAX_PROFILE_BYTES {
-                    return Err(gannet_proto::pprof::PprofError::TooLarge { max: MAX_PROFILE_BYTES }.into());
-                }
-                profile.extend(chunk.data);
+                client::append(&mut profile, &chunk.data)?;
             }
             Some(CaptureProgress { message: Some(Message::Done(end)) }) => done = Some(end),
             Some(CaptureProgress { message: None }) => {}
@@ -63,14 +62,14 @@ pub(crate) async fn run(
     bar.finish_and_clear();
     let Some(CaptureDone { samples, .. }) = done else {
         return Err(Error::Failed(format!(
-            "node `{}` ended its answer before the profile was whole: try again",
+            "node `{}` ended its answer before the profile was complete; try again",
             request.node
         )));
     };
     if samples == 0 || profile.is_empty() {
         return Err(Error::Failed(format!(
-            "not one sample in {}: nothing that matches used a CPU there; `--off-cpu` shows where it waits",
-            humantime::format_duration(args.lasting)
+            "no samples in {}: no matching process used a CPU; `--off-cpu` shows where processes wait",
+            args.lasting
         )));
     }
     save(&profile, file.unwrap_or(Path::new("profile.pb.gz")), format, console)?;
@@ -80,7 +79,7 @@ pub(crate) async fn run(
     Ok(())
 }
 
-/// The node that is meant.
+/// Returns the node of `--node`, or the only connected one.
 async fn node(args: &Manual, collector: &Collector) -> Result<String, Error> {
     if let Some(node) = &args.node {
         return Ok(node.clone());
@@ -89,9 +88,12 @@ async fn node(args: &Manual, collector: &Collector) -> Result<String, Error> {
     let nodes = nodes.map_err(|status| collector.fault(&status))?.into_inner().nodes;
     let mut names: Vec<String> = nodes.into_iter().filter(|n| n.connected).map(|n| n.name).collect();
     match names.len() {
-        0 => Err(Error::Failed("no node is connected: `gannetctl nodes` shows those that are known".into())),
+        0 => Err(Error::Failed("no node is connected; `gannetctl nodes` shows the known ones".into())),
         1 => Ok(names.remove(0)),
-        _ => Err(Error::Usage(format!("say which node: --node {}", names.join(" | ")))),
+        _ => Err(Error::Usage(format!(
+            "several nodes are connected; choose one: --node {}",
+            names.join(" | ")
+        ))),
     }
 }
 
@@ -122,7 +124,7 @@ fn request(args: &Manual, node: String) -> Result<CaptureRequest, Error> {
     };
     if wanted == Match::default() && pod.is_none() {
         return Err(Error::Usage(
-            "say what to profile: --pid, --comm, --exe, --cgroup, --pod, --pod-labels, --namespace or --container"
+            "choose the processes: --pid, --comm, --exe, --cgroup, --pod, --pod-labels, --namespace or --container"
                 .to_owned(),
         ));
     }
@@ -132,7 +134,7 @@ fn request(args: &Manual, node: String) -> Result<CaptureRequest, Error> {
         r#match: Some(wanted),
         hz: *hz,
         kind: vec![kind.into()],
-        duration: (*lasting).try_into().ok(),
+        duration: lasting.0.try_into().ok(),
         pod: pod.clone().unwrap_or_default(),
     })
 }

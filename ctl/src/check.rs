@@ -1,16 +1,16 @@
-//! Whether collector and nodes are in order.
+//! `check`: finds problems of the collector and the nodes, each with its remedy.
 
 use gannet_proto::control::{ListNodesRequest, Node, node_rollout::State, rule_status};
 use serde_json::json;
 
 use crate::{
-    Console, Error,
     args::Format,
     client::Collector,
-    output::{ago, clean},
-    rules::{count, sentence},
+    error::Error,
+    render::{Console, ago, clean, count, error_line},
 };
 
+/// Checks all nodes, or the one named `only`. Fails with [`Error::CheckFailed`] after it has printed the problems.
 pub(crate) async fn run(
     only: Option<&str>,
     collector: &Collector,
@@ -20,87 +20,87 @@ pub(crate) async fn run(
     let answer = collector.fleet().list_nodes(ListNodesRequest {}).await;
     let mut nodes = answer.map_err(|status| collector.fault(&status))?.into_inner().nodes;
     nodes.retain(|node| only.is_none_or(|only| only == node.name));
-    let mut wrong: Vec<(String, String)> = Vec::new();
+    let mut problems: Vec<(String, String)> = Vec::new();
     match only {
-        Some(only) if nodes.is_empty() => wrong.push((
+        Some(only) if nodes.is_empty() => problems.push((
             only.to_owned(),
-            "the collector does not know it: does `gannet-agent run` with this --node dial this collector?"
+            "the collector does not know this node; does `gannet-agent run` with this --node dial this collector?"
                 .into(),
         )),
-        None if nodes.is_empty() => wrong.push((
+        None if nodes.is_empty() => problems.push((
             String::new(),
-            "no node has ever connected: start gannet-agent run --collector URL on one".into(),
+            "no node has connected yet; start `gannet-agent run --endpoint URL` on one".into(),
         )),
         _ => {}
     }
     for node in &nodes {
-        wrong.extend(troubles(node).into_iter().map(|trouble| (node.name.clone(), trouble)));
+        problems.extend(problems_of(node).into_iter().map(|problem| (node.name.clone(), problem)));
     }
     console.show(
         format,
         || {
-            let wrong: Vec<_> =
-                wrong.iter().map(|(node, trouble)| json!({ "node": node, "trouble": trouble })).collect();
-            json!({ "nodes": nodes.len(), "in_order": wrong.is_empty(), "troubles": wrong })
+            let list: Vec<_> =
+                problems.iter().map(|(node, problem)| json!({ "node": node, "trouble": problem })).collect();
+            json!({ "nodes": nodes.len(), "in_order": problems.is_empty(), "troubles": list })
         },
         || {
-            if wrong.is_empty() {
-                return format!("collector and {} are in order\n", count(nodes.len(), "node"));
+            if problems.is_empty() {
+                return format!("no problems: the collector and {}\n", count(nodes.len(), "node"));
             }
-            wrong.iter().fold(String::new(), |text, (node, trouble)| {
-                let line = if node.is_empty() { trouble.clone() } else { format!("{node}: {trouble}") };
+            problems.iter().fold(String::new(), |text, (node, problem)| {
+                let line = if node.is_empty() { problem.clone() } else { format!("{node}: {problem}") };
                 text + &clean(&line) + "\n"
             })
         },
     )?;
-    if wrong.is_empty() { Ok(()) } else { Err(Error::No) }
+    if problems.is_empty() { Ok(()) } else { Err(Error::CheckFailed) }
 }
 
-/// What is wrong with a node, in words.
-fn troubles(node: &Node) -> Vec<String> {
-    let mut troubles = Vec::new();
+/// Returns one line for each problem of a node. Of an offline node nothing else is known.
+fn problems_of(node: &Node) -> Vec<String> {
+    let mut problems = Vec::new();
     if !node.connected {
-        troubles.push(format!(
-            "not connected, last seen {}: is gannet-agent running there, and what does its log say?",
+        problems.push(format!(
+            "offline, last seen {}; does gannet-agent run there, and what does its log say?",
             ago(node.last_seen)
         ));
-        return troubles;
+        return problems;
     }
     let hello = node.hello.clone().unwrap_or_default();
     if hello.version != gannet_proto::VERSION {
-        troubles.push(format!(
-            "its agent is version {}, and this gannetctl is {}: update the older one",
+        problems.push(format!(
+            "the agent has version {} and this gannetctl {}; update the older one",
             hello.version,
             gannet_proto::VERSION
         ));
     }
     let status = node.status.clone().unwrap_or_default();
-    troubles.extend(status.degraded.iter().map(|part| format!("degraded: {part}")));
+    problems.extend(status.degraded.iter().map(|part| format!("degraded: {part}")));
     if let Some(rollout) = &node.rollout {
         let what = match rollout.state() {
-            State::Rejected => Some("has rejected the newest rules and keeps its former ones"),
-            State::Partial => Some("has rules that cannot work there"),
+            State::Rejected => Some("rejected the newest rules and keeps the previous ones"),
+            State::Partial => Some("cannot run every rule"),
             _ => None,
         };
         if let Some(what) = what {
-            let why: Vec<_> = rollout.errors.iter().map(sentence).collect();
-            troubles.push(format!("{what}: {}", why.join("; ")));
+            let why: Vec<_> = rollout.errors.iter().map(error_line).collect();
+            problems.push(format!("{what}: {}", why.join("; ")));
         }
     }
     for rule in &status.rules {
         if rule.state() == rule_status::State::Unsupported {
-            troubles.push(format!("rule `{}` cannot work there: {}", rule.rule_id, rule.reason));
+            problems.push(format!("cannot run rule `{}`: {}", rule.rule_id, rule.reason));
         }
     }
     if let Some(ledger) = &status.ledger {
         let lost: u64 = ledger.lost.values().sum();
-        // One in a hundred changes no picture.
+        // Losses up to 1 % do not distort a profile.
         if lost.saturating_mul(100) > ledger.taken {
             let reasons: Vec<_> = ledger.lost.iter().map(|(reason, n)| format!("{reason} {n}")).collect();
-            troubles.push(format!("{lost} of {} samples are lost: {}", ledger.taken, reasons.join(", ")));
+            problems.push(format!("lost {lost} of {} samples: {}", ledger.taken, reasons.join(", ")));
         }
     }
-    troubles
+    problems
 }
 
 #[cfg(test)]
@@ -110,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_in_order_has_no_troubles_and_one_that_is_not_has_each_of_them() {
+    fn each_problem_of_a_node_has_its_line() {
         let hello = NodeHello { version: gannet_proto::VERSION.into(), ..NodeHello::default() };
         let good = Node {
             name: "n1".into(),
@@ -122,7 +122,7 @@ mod tests {
             }),
             ..Node::default()
         };
-        assert_eq!(troubles(&good), Vec::<String>::new());
+        assert_eq!(problems_of(&good), Vec::<String>::new());
         let mut bad = good.clone();
         bad.hello = Some(NodeHello { version: "0.0.1".into(), ..hello });
         bad.status = Some(NodeStatus {
@@ -134,11 +134,11 @@ mod tests {
             }),
             ..NodeStatus::default()
         });
-        let found = troubles(&bad);
-        for words in ["version 0.0.1", "degraded: control", "100 of 1000 samples are lost: ring_full 100"] {
-            assert!(found.iter().any(|trouble| trouble.contains(words)), "{found:?}");
+        let found = problems_of(&bad);
+        for words in ["version 0.0.1", "degraded: control", "lost 100 of 1000 samples: ring_full 100"] {
+            assert!(found.iter().any(|problem| problem.contains(words)), "{found:?}");
         }
         assert_eq!(found.len(), 3);
-        assert!(troubles(&Node::default())[0].contains("not connected"));
+        assert!(problems_of(&Node::default())[0].contains("offline"));
     }
 }

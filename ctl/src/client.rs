@@ -1,4 +1,4 @@
-//! The collector as it is asked: connection, errors, and the long answers with their progress.
+//! The connection to the collector: gRPC clients, error texts and the download of merged profiles.
 
 use gannet_proto::{
     connect::{self, Connection, Dial},
@@ -13,19 +13,21 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tonic::Status;
 use tonic_types::StatusExt as _;
 
-use crate::Error;
+use crate::error::Error;
 
-/// Large fleets and long lists come in one answer.
+/// Largest answer in one message. A list of all nodes or profiles of a large fleet comes as one.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
-/// A merged profile, inflated.
+/// Largest profile that gannetctl accepts, inflated.
 pub(crate) const MAX_PROFILE_BYTES: usize = 1 << 30;
 
+/// A collector's address with a connection that opens at the first call.
 pub(crate) struct Collector {
     url: String,
     connection: Connection,
 }
 
 impl Collector {
+    /// Prepares the connection; fails if the options cannot work, without a network call.
     pub(crate) fn new(dial: Dial) -> Result<Self, Error> {
         Ok(Self { connection: connect::connect(&dial)?, url: dial.url })
     }
@@ -42,7 +44,7 @@ impl Collector {
         QueryServiceClient::new(self.connection.clone()).max_decoding_message_size(MAX_ANSWER_BYTES)
     }
 
-    /// What a failed call means, with the fields that the collector complains about.
+    /// Converts a failed call into an error text, with the request fields that the collector refuses.
     pub(crate) fn fault(&self, status: &Status) -> Error {
         let violations = status.get_details_bad_request().map_or_else(Vec::new, |bad| {
             bad.field_violations
@@ -53,12 +55,13 @@ impl Collector {
         Error::Call { text: connect::explain(&self.url, status), violations }
     }
 
-    /// All profiles of a selection as one, gzip-compressed. Shows its progress on a terminal.
+    /// Downloads all profiles of a selection merged into one, as gzip-compressed pprof. Shows the progress on a
+    /// terminal.
     pub(crate) async fn merge(&self, selection: Selection, sample_type: &str) -> Result<Vec<u8>, Error> {
         let request = MergeRequest { selection: Some(selection), sample_type: sample_type.to_owned() };
         let mut answer =
             self.query().merge(request).await.map_err(|status| self.fault(&status))?.into_inner();
-        // Draws on the standard error, and only if that is a terminal.
+        // The bar draws on standard error, and only if that is a terminal.
         let bar = ProgressBar::new(0).with_message("merging").with_style(style());
         let mut bytes = Vec::new();
         while let Some(MergeProgress { message }) =
@@ -71,10 +74,7 @@ impl Collector {
                 }
                 Some(Message::Chunk(chunk)) => {
                     bar.set_message("receiving");
-                    if bytes.len() + chunk.data.len() > MAX_PROFILE_BYTES {
-                        return Err(pprof::PprofError::TooLarge { max: MAX_PROFILE_BYTES }.into());
-                    }
-                    bytes.extend(chunk.data);
+                    append(&mut bytes, &chunk.data)?;
                 }
                 None => {}
             }
@@ -82,19 +82,23 @@ impl Collector {
         bar.finish_and_clear();
         if bytes.is_empty() {
             return Err(Error::Failed(
-                "the collector ended its answer without a profile: try again".to_owned(),
+                "the collector ended its answer without a profile; try again".to_owned(),
             ));
         }
         Ok(bytes)
     }
 }
 
+/// Appends a received chunk to a profile, up to [`MAX_PROFILE_BYTES`].
+pub(crate) fn append(profile: &mut Vec<u8>, chunk: &[u8]) -> Result<(), Error> {
+    if profile.len() + chunk.len() > MAX_PROFILE_BYTES {
+        return Err(pprof::PprofError::TooLarge { max: MAX_PROFILE_BYTES }.into());
+    }
+    profile.extend_from_slice(chunk);
+    Ok(())
+}
+
 fn style() -> ProgressStyle {
     ProgressStyle::with_template("{msg:>10} {wide_bar} {pos}/{len} profiles {eta}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
-}
-
-/// One line for each field.
-pub(crate) fn lines(violations: &[(String, String)]) -> String {
-    violations.iter().fold(String::new(), |text, (field, reason)| text + "\n  " + field + ": " + reason)
 }

@@ -1,4 +1,4 @@
-//! `gannetctl`: parses, connects, prints; everything else is in the library.
+//! The program `gannetctl`. The library holds everything but the process: arguments, output streams, exit code.
 
 use std::{
     io::{self, IsTerminal as _},
@@ -11,7 +11,7 @@ fn main() -> ExitCode {
     let cli = match parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => {
-            // The help goes to the standard output, what is wrong to the standard error.
+            // Prints help to standard output and errors to standard error.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }

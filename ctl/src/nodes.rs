@@ -1,17 +1,16 @@
-//! The fleet.
+//! The list of nodes.
 
 use gannet_proto::control::{ListNodesRequest, Node};
 use serde_json::{Value, json};
 
 use crate::{
-    Console, Error,
     args::Format,
     client::Collector,
-    output::{ago, bytes, millis, span, table},
-    rollout::{node_json, state_name},
-    rules::status_json,
+    error::Error,
+    render::{Console, ago, bytes, millis, node_rollout_json, rollout_state, rule_status_json, span, table},
 };
 
+/// Lists all nodes that ever connected.
 pub(crate) async fn list(
     collector: &Collector,
     format: Format,
@@ -21,10 +20,10 @@ pub(crate) async fn list(
     let nodes = answer.map_err(|status| collector.fault(&status))?.into_inner().nodes;
     console.show(
         format,
-        || json!({ "nodes": nodes.iter().map(value).collect::<Vec<_>>() }),
+        || json!({ "nodes": nodes.iter().map(node_json).collect::<Vec<_>>() }),
         || {
             if nodes.is_empty() {
-                return "no node has ever connected: start gannet-agent run --collector URL on one\n"
+                return "no node has connected yet; start `gannet-agent run --endpoint URL` on one\n"
                     .to_owned();
             }
             let rows: Vec<_> = nodes.iter().map(row).collect();
@@ -38,7 +37,7 @@ pub(crate) async fn list(
                 ">REVISION",
                 "ROLLOUT",
                 ">RULES",
-                ">ARMED",
+                ">SAMPLED",
                 ">TAKEN",
                 ">LOST",
                 ">RSS",
@@ -62,7 +61,7 @@ fn row(node: &Node) -> [String; 14] {
         hello.kernel,
         hello.arch,
         status.active_revision.to_string(),
-        node.rollout.as_ref().map_or("-", |rollout| state_name(rollout.state())).to_owned(),
+        node.rollout.as_ref().map_or("-", |rollout| rollout_state(rollout.state())).to_owned(),
         status.rules.len().to_string(),
         status.processes_armed.to_string(),
         ledger.taken.to_string(),
@@ -72,7 +71,7 @@ fn row(node: &Node) -> [String; 14] {
     ]
 }
 
-fn value(node: &Node) -> Value {
+fn node_json(node: &Node) -> Value {
     let hello = node.hello.clone().unwrap_or_default();
     let status = node.status.clone().unwrap_or_default();
     let ledger = status.ledger.unwrap_or_default();
@@ -87,7 +86,7 @@ fn value(node: &Node) -> Value {
             "ticks": ledger.ticks, "taken": ledger.taken, "delivered": ledger.delivered, "pending": ledger.pending,
             "lost": ledger.lost,
         },
-        "rules": status.rules.iter().map(status_json).collect::<Vec<_>>(),
-        "rollout": node.rollout.as_ref().map(node_json),
+        "rules": status.rules.iter().map(rule_status_json).collect::<Vec<_>>(),
+        "rollout": node.rollout.as_ref().map(node_rollout_json),
     })
 }

@@ -1,4 +1,4 @@
-//! Stored profiles: list, fetch, merge, compare.
+//! Stored profiles: list, download, merge and compare them, and the tables of functions.
 
 use std::{
     fmt::Write as _,
@@ -12,19 +12,18 @@ use gannet_proto::query::{
 use serde_json::{Value, json};
 
 use crate::{
-    Console, Error,
     args::{Base, Format, Profiles, Select, TopArgs},
-    client::{Collector, MAX_PROFILE_BYTES},
-    output::{amount, bytes, millis, percent, show_span, show_time, span_millis, table},
-    rules::count,
+    client::{self, Collector},
+    error::Error,
+    render::{Console, amount, bytes, count, millis, percent, show_span, show_time, span_millis, table},
 };
 
-/// Of one answer.
-const PAGE: u32 = 1000;
+/// Profiles in one answer of the collector.
+const PAGE_PROFILES: usize = 1000;
 
 pub(crate) async fn run(
     command: Profiles,
-    chosen: Option<PathBuf>,
+    output: Option<PathBuf>,
     collector: &Collector,
     format: Format,
     console: &mut Console<'_>,
@@ -32,12 +31,12 @@ pub(crate) async fn run(
     match command {
         Profiles::List { select, limit } => list(&select, limit, collector, format, console).await,
         Profiles::Get { id, out } => {
-            let file = match chosen.or(out) {
+            let file = match output.or(out) {
                 Some(file) => file,
                 None if is_plain(&id) => format!("{id}.pb.gz").into(),
                 None => {
                     return Err(Error::Usage(format!(
-                        "`{id}` is not a profile id: `profiles list` shows them"
+                        "`{id}` is not a profile id; `profiles list` shows the ids"
                     )));
                 }
             };
@@ -46,21 +45,18 @@ pub(crate) async fn run(
             let mut answer = answer.map_err(|status| collector.fault(&status))?.into_inner();
             let mut profile = Vec::new();
             while let Some(chunk) = answer.message().await.map_err(|status| collector.fault(&status))? {
-                if profile.len() + chunk.data.len() > MAX_PROFILE_BYTES {
-                    return Err(gannet_proto::pprof::PprofError::TooLarge { max: MAX_PROFILE_BYTES }.into());
-                }
-                profile.extend(chunk.data);
+                client::append(&mut profile, &chunk.data)?;
             }
             save(&profile, &file, format, console)
         }
         Profiles::Merge { select, sample_type, out } => {
             let merged = collector.merge(select.selection(), &sample_type).await?;
-            save(&merged, &chosen.unwrap_or(out), format, console)
+            save(&merged, &output.unwrap_or(out), format, console)
         }
         Profiles::Diff { top: args, base } => {
             if !base.is_given() {
                 return Err(Error::Usage(
-                    "say what to compare with: --base-query, --base-since, --base-from or --base-until"
+                    "choose what to compare with: --base-query, --base-since, --base-from or --base-until"
                         .to_owned(),
                 ));
             }
@@ -69,12 +65,13 @@ pub(crate) async fn run(
     }
 }
 
-/// That an id is safe as a file's name.
+/// Reports whether an id is safe as a file name.
 fn is_plain(id: &str) -> bool {
     !id.is_empty() && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
 }
 
-/// Writes aside and renames, so that a file of that name is always whole.
+/// Writes a profile to a file, or to standard output for `-`. Writes a temporary file and renames it, so that an
+/// existing file of that name is never half written.
 pub(crate) fn save(
     profile: &[u8],
     file: &Path,
@@ -83,18 +80,20 @@ pub(crate) fn save(
 ) -> Result<(), Error> {
     if file == Path::new("-") {
         if console.terminal {
-            return Err(Error::Usage("a terminal cannot show pprof: give -O FILE, or pipe it on".to_owned()));
+            return Err(Error::Usage(
+                "a terminal cannot show pprof; give -O FILE or pipe the output".to_owned(),
+            ));
         }
         console.out.write_all(profile)?;
         return Ok(console.out.flush()?);
     }
     let fault = |source| Error::File { file: file.display().to_string(), source };
-    let mut aside = file.as_os_str().to_owned();
-    aside.push(format!(".{}.part", std::process::id()));
-    let written = fs::write(&aside, profile).and_then(|()| fs::rename(&aside, file));
+    let mut temporary = file.as_os_str().to_owned();
+    temporary.push(format!(".{}.part", std::process::id()));
+    let written = fs::write(&temporary, profile).and_then(|()| fs::rename(&temporary, file));
     if let Err(error) = written {
-        // The error that is told is the first one.
-        let _ = fs::remove_file(&aside);
+        // The error of the removal would hide the first one.
+        let _ = fs::remove_file(&temporary);
         return Err(fault(error));
     }
     console.show(
@@ -113,12 +112,12 @@ async fn list(
 ) -> Result<(), Error> {
     let limit = if limit == 0 { usize::MAX } else { limit };
     let (mut profiles, mut token, mut more) = (Vec::new(), String::new(), true);
-    // One page after the other must be of one and the same range.
+    // All pages must have the same range, so `--since` is resolved once.
     let selection = select.selection();
     while more && profiles.len() < limit {
         let request = ListProfilesRequest {
             selection: Some(selection.clone()),
-            limit: (limit - profiles.len()).min(PAGE as usize) as u32,
+            limit: (limit - profiles.len()).min(PAGE_PROFILES) as u32,
             page_token: token,
         };
         let answer = collector.query().list_profiles(request).await;
@@ -129,10 +128,10 @@ async fn list(
     }
     console.show(
         format,
-        || json!({ "profiles": profiles.iter().map(value).collect::<Vec<_>>(), "more": more }),
+        || json!({ "profiles": profiles.iter().map(profile_json).collect::<Vec<_>>(), "more": more }),
         || {
             if profiles.is_empty() {
-                return "no profiles in this selection: widen --since or the query\n".to_owned();
+                return "no profiles in this selection; widen --since or the query\n".to_owned();
             }
             let rows: Vec<_> = profiles.iter().map(row).collect();
             let mut text = table(
@@ -141,7 +140,7 @@ async fn list(
             );
             if more {
                 let shown = count(profiles.len(), "profile");
-                let _ = writeln!(text, "the newest {shown}; there are more: --limit 0 shows all");
+                let _ = writeln!(text, "the newest {shown}; there are more, --limit 0 shows all");
             }
             text
         },
@@ -164,7 +163,7 @@ fn row(info: &ProfileInfo) -> [String; 10] {
     ]
 }
 
-fn value(info: &ProfileInfo) -> Value {
+fn profile_json(info: &ProfileInfo) -> Value {
     json!({
         "id": info.id, "labels": info.labels, "start_ms": millis(info.start), "duration_ms": span_millis(info.duration),
         "sample_types": info.sample_types, "samples": info.samples, "bytes": info.bytes, "rule_id": info.rule_id,
@@ -172,7 +171,7 @@ fn value(info: &ProfileInfo) -> Value {
     })
 }
 
-/// The table of functions, alone or compared.
+/// Prints the functions with the highest values, compared with `base` if it is given.
 pub(crate) async fn top(
     args: &TopArgs,
     base: Option<&Base>,
@@ -216,7 +215,7 @@ fn top_json(answer: &TopResponse) -> Value {
 
 fn top_table(answer: &TopResponse) -> String {
     if answer.rows.is_empty() {
-        return "no samples in this selection: widen --since or the query\n".to_owned();
+        return "no samples in this selection; widen --since or the query\n".to_owned();
     }
     let rows: Vec<_> = answer
         .rows
@@ -233,17 +232,18 @@ fn top_table(answer: &TopResponse) -> String {
         })
         .collect();
     format!(
-        "{}: {} in all\n{}",
+        "{}: {} in total\n{}",
         answer.sample_type,
         amount(answer.total.into(), &answer.unit),
         table([">SELF", ">SELF%", ">TOTAL", ">TOTAL%", "FUNCTION", "FILE"], &rows)
     )
 }
 
-/// What became dearer comes first. Shares are compared, since the two selections are rarely of the same length.
+/// Formats a comparison, the largest increase first. It compares shares, because two selections rarely last equally
+/// long.
 fn diff_table(answer: &TopResponse) -> String {
     if answer.rows.is_empty() {
-        return "no samples in either selection: widen the times or the queries\n".to_owned();
+        return "no samples in either selection; widen the times or the queries\n".to_owned();
     }
     let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 * 100.0 / whole as f64 };
     let change = |row: &TopRow| share(row.self_, answer.total) - share(row.base_self, answer.base_total);
@@ -265,7 +265,7 @@ fn diff_table(answer: &TopResponse) -> String {
         })
         .collect();
     format!(
-        "{}: {} against {}; changes in percentage points of the whole\n{}",
+        "{}: {} against {}; changes in percentage points of the total\n{}",
         answer.sample_type,
         amount(answer.total.into(), &answer.unit),
         amount(answer.base_total.into(), &answer.unit),
@@ -299,9 +299,9 @@ mod tests {
     }
 
     #[test]
-    fn the_table_shows_self_and_total_with_their_shares() {
+    fn a_table_shows_self_and_total_with_their_shares() {
         insta::assert_snapshot!(top_table(&answer()), @r"
-        cpu/nanoseconds: 4.00s in all
+        cpu/nanoseconds: 4.00s in total
          SELF   SELF%  TOTAL   TOTAL%  FUNCTION  FILE
         1.00s  25.00%  1.00s   25.00%  work      app
         3.00s  75.00%  4.00s  100.00%  main      app
@@ -309,9 +309,9 @@ mod tests {
     }
 
     #[test]
-    fn a_comparison_shows_what_became_dearer_first_by_share() {
+    fn a_comparison_starts_with_the_largest_increase_of_share() {
         insta::assert_snapshot!(diff_table(&answer()), @r"
-        cpu/nanoseconds: 4.00s against 1.00s; changes in percentage points of the whole
+        cpu/nanoseconds: 4.00s against 1.00s; changes in percentage points of the total
         CHANGE   SELF%   BASE%   SELF      BASE  TOTAL CHANGE  FUNCTION  FILE
         +25.00  75.00%  50.00%  3.00s  500.00ms         +0.00  main      app
         -25.00  25.00%  50.00%  1.00s  500.00ms        -25.00  work      app
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_appears_whole_or_not_at_all() {
+    fn a_file_is_written_completely_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let mut console = Console { out: &mut out, err: &mut err, terminal: true };

@@ -1,4 +1,4 @@
-//! A revision on its way to the nodes.
+//! Rollouts: follows a revision of the rules to the nodes, and moves staged rules on or back.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -9,37 +9,19 @@ use gannet_proto::control::{
 use serde_json::{Value, json};
 
 use crate::{
-    Console, Error,
     args::{self, Format},
     client::Collector,
-    output::{clean, millis, show_span, show_time, span_millis, table},
-    rules::{error_json, sentence},
+    error::Error,
+    render::{
+        Console, clean, error_line, millis, node_rollout_json, rollout_state, show_span, show_time,
+        span_millis, table,
+    },
 };
-
-pub(crate) fn state_name(state: State) -> &'static str {
-    match state {
-        State::Unspecified => "UNKNOWN",
-        State::Pending => "PENDING",
-        State::Applied => "APPLIED",
-        State::Rejected => "REJECTED",
-        State::Partial => "PARTIAL",
-        State::Skipped => "SKIPPED",
-        State::Offline => "OFFLINE",
-    }
-}
-
-pub(crate) fn node_json(node: &NodeRollout) -> Value {
-    json!({
-        "node": node.node, "state": state_name(node.state()), "since_ms": millis(node.since),
-        "took_ms": span_millis(node.took), "errors": node.errors.iter().map(error_json).collect::<Vec<_>>(),
-        "note": node.note,
-    })
-}
 
 fn rollout_json(rollout: &Rollout) -> Value {
     json!({
         "revision": rollout.revision, "created_at_ms": millis(rollout.created_at), "settled": rollout.settled,
-        "nodes": rollout.nodes.iter().map(node_json).collect::<Vec<_>>(),
+        "nodes": rollout.nodes.iter().map(node_rollout_json).collect::<Vec<_>>(),
         "staged": rollout.staged.iter().map(|(scope, staged)| json!({
             "scope": scope, "percent": staged.percent, "paused": staged.paused,
             "since_ms": millis(staged.since), "soak_ms": span_millis(staged.soak),
@@ -55,7 +37,7 @@ pub(crate) async fn run(
 ) -> Result<(), Error> {
     match command {
         args::Rollout::Watch { revision, follow, timeout } => {
-            watch(collector, revision, follow, timeout, format, console).await
+            watch(collector, revision, follow, timeout.map(Duration::from), format, console).await
         }
         args::Rollout::Resume { scope, percent } => {
             let percent = percent.unwrap_or(100);
@@ -65,7 +47,12 @@ pub(crate) async fn run(
             console.show(
                 format,
                 || json!({ "scope": scope.scope, "revision": revision, "percent": percent }),
-                || format!("scope `{}` goes to {percent} % of the nodes: revision {revision}\n", scope.scope),
+                || {
+                    format!(
+                        "scope `{}` goes to {percent} % of the nodes as revision {revision}\n",
+                        scope.scope
+                    )
+                },
             )
         }
         args::Rollout::Abort { scope } => {
@@ -75,13 +62,14 @@ pub(crate) async fn run(
             console.show(
                 format,
                 || json!({ "scope": scope.scope, "revision": revision }),
-                || format!("scope `{}` is as it was before: revision {revision}\n", scope.scope),
+                || format!("scope `{}` is restored as revision {revision}\n", scope.scope),
             )
         }
     }
 }
 
-/// Follows a revision until every node has answered, or for ever. Fails if a node rejected it.
+/// Follows a revision until every node has answered, or with `follow` until Ctrl-C. Fails if a node rejected it.
+/// Revision 0 means the newest.
 pub(crate) async fn watch(
     collector: &Collector,
     revision: u64,
@@ -95,8 +83,8 @@ pub(crate) async fn watch(
         None => watching.await?,
         Some(timeout) => tokio::time::timeout(timeout, watching).await.map_err(|_| {
             Error::Failed(format!(
-                "not every node has answered within {}: `gannetctl nodes` shows who is connected",
-                humantime::format_duration(timeout)
+                "some nodes did not answer within {}; `gannetctl nodes` shows which are connected",
+                gannet_base::format_duration(timeout)
             ))
         })??,
     };
@@ -123,18 +111,18 @@ async fn follow_rollout(
     let request = WatchRolloutRequest { revision, until_settled: !follow };
     let answer = collector.triggers().watch_rollout(request).await;
     let mut answer = answer.map_err(|status| collector.fault(&status))?.into_inner();
-    let (mut last, mut seen, mut drawn) = (Rollout::default(), Seen::default(), 0);
+    let (mut last, mut reported, mut height) = (Rollout::default(), Reported::default(), 0);
     loop {
         let next = tokio::select! {
             next = answer.message() => next.map_err(|status| collector.fault(&status))?,
-            // What was seen until then is the answer.
+            // The last state before Ctrl-C decides the exit code.
             _ = tokio::signal::ctrl_c() => None,
         };
         let Some(rollout) = next else { break };
         match format {
-            Format::Table if console.terminal => drawn = redraw(&rollout, drawn, console)?,
-            Format::Table => tell(&rollout, &mut seen, console)?,
-            // A stream of objects, one for each change.
+            Format::Table if console.terminal => height = redraw(&rollout, height, console)?,
+            Format::Table => print_changes(&rollout, &mut reported, console)?,
+            // One object in a line for each change.
             Format::Json => writeln!(console.out, "{}", rollout_json(&rollout))?,
             Format::Yaml => {
                 writeln!(console.out, "---")?;
@@ -147,30 +135,30 @@ async fn follow_rollout(
     Ok(last)
 }
 
-/// The table in the place of the former one. Returns its height.
-fn redraw(rollout: &Rollout, above: usize, console: &mut Console<'_>) -> Result<usize, Error> {
-    let text = picture(rollout);
-    if above > 0 {
-        // Up to the first line of the table, and clear from there.
-        write!(console.out, "\x1b[{above}A\x1b[J")?;
+/// Draws the table over the previous one, which is `height` lines high. Returns the new height.
+fn redraw(rollout: &Rollout, height: usize, console: &mut Console<'_>) -> Result<usize, Error> {
+    let text = rollout_table(rollout);
+    if height > 0 {
+        // Moves up to the first line of the table and clears from there.
+        write!(console.out, "\x1b[{height}A\x1b[J")?;
     }
     console.out.write_all(text.as_bytes())?;
     Ok(text.lines().count())
 }
 
-fn picture(rollout: &Rollout) -> String {
+fn rollout_table(rollout: &Rollout) -> String {
     if rollout.nodes.is_empty() {
-        return format!("revision {}: no node is known\n", rollout.revision);
+        return format!("revision {}: no node has connected yet\n", rollout.revision);
     }
     let answered = rollout.nodes.iter().filter(|node| node.state() != State::Pending).count();
     let rows: Vec<_> = rollout
         .nodes
         .iter()
         .map(|node| {
-            let errors: Vec<_> = why(node).collect();
+            let errors: Vec<_> = reasons(node).collect();
             [
                 node.node.clone(),
-                state_name(node.state()).to_owned(),
+                rollout_state(node.state()).to_owned(),
                 show_span(node.took),
                 show_time(node.since),
                 errors.join("; "),
@@ -186,43 +174,44 @@ fn picture(rollout: &Rollout) -> String {
     )
 }
 
-/// What is to be said of a node's state, beyond its name.
-fn why(node: &NodeRollout) -> impl Iterator<Item = String> {
+/// Returns the reasons of a node's state: its note and its errors.
+fn reasons(node: &NodeRollout) -> impl Iterator<Item = String> {
     let note = (!node.note.is_empty()).then(|| node.note.clone());
-    note.into_iter().chain(node.errors.iter().map(sentence))
+    note.into_iter().chain(node.errors.iter().map(error_line))
 }
 
-/// What is on some of the nodes only, one line each.
+/// Formats one line for each scope that is staged, with its next step.
 fn stages(rollout: &Rollout) -> String {
     rollout.staged.iter().fold(String::new(), |text, (scope, staged)| {
         let Staged { percent, soak, paused, .. } = staged;
         let next = match (paused.as_str(), soak) {
             ("", None) => "waits for `gannetctl rollout resume`".to_owned(),
-            ("", Some(_)) => format!("goes on by itself after {} without a rejection", show_span(*soak)),
-            (why, _) => format!("paused: {why}; `gannetctl rollout resume` or `rollout abort`"),
+            ("", Some(_)) => format!("goes to all nodes after {} without a rejection", show_span(*soak)),
+            (why, _) => format!("paused: {why}; run `gannetctl rollout resume` or `gannetctl rollout abort`"),
         };
         text + &clean(&format!("scope {scope} is on {percent} % of the nodes: {next}")) + "\n"
     })
 }
 
-/// What was told.
+/// Lines that were already printed, so that each change appears once.
 #[derive(Default)]
-struct Seen {
+struct Reported {
+    /// Revision and state by node.
     nodes: BTreeMap<String, (u64, State)>,
     stages: String,
 }
 
-/// One line for each node whose state is new.
-fn tell(rollout: &Rollout, seen: &mut Seen, console: &mut Console<'_>) -> Result<(), Error> {
-    if rollout.nodes.is_empty() && seen.nodes.is_empty() {
-        write!(console.out, "{}", picture(rollout))?;
+/// Prints one line for each node whose state has changed.
+fn print_changes(rollout: &Rollout, reported: &mut Reported, console: &mut Console<'_>) -> Result<(), Error> {
+    if rollout.nodes.is_empty() && reported.nodes.is_empty() {
+        write!(console.out, "{}", rollout_table(rollout))?;
     }
     for node in &rollout.nodes {
         let now = (rollout.revision, node.state());
-        if seen.nodes.insert(node.node.clone(), now) == Some(now) {
+        if reported.nodes.insert(node.node.clone(), now) == Some(now) {
             continue;
         }
-        let errors = why(node).fold(String::new(), |text, reason| text + "; " + &reason);
+        let errors = reasons(node).fold(String::new(), |text, reason| text + "; " + &reason);
         let took = node.took.map_or_else(String::new, |took| format!(" after {}", show_span(Some(took))));
         writeln!(
             console.out,
@@ -231,14 +220,14 @@ fn tell(rollout: &Rollout, seen: &mut Seen, console: &mut Console<'_>) -> Result
                 "revision {} {} {}{took}{errors}",
                 rollout.revision,
                 node.node,
-                state_name(node.state())
+                rollout_state(node.state())
             ))
         )?;
     }
     let now = stages(rollout);
-    if now != seen.stages {
+    if now != reported.stages {
         write!(console.out, "{now}")?;
-        seen.stages = now;
+        reported.stages = now;
     }
     Ok(())
 }
@@ -273,8 +262,8 @@ mod tests {
     }
 
     #[test]
-    fn the_picture_names_each_node_its_state_and_its_errors() {
-        insta::assert_snapshot!(picture(&rollout()), @r"
+    fn the_table_names_each_node_with_its_state_and_errors() {
+        insta::assert_snapshot!(rollout_table(&rollout()), @r"
         revision 7: 2 of 3 nodes have answered
         NODE  STATE        TOOK  SINCE                 WHY
         n1    APPLIED   12.00ms  2023-11-14T22:13:20Z
@@ -284,15 +273,15 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_gets_a_line_for_each_change_and_no_escape_codes() {
+    fn a_pipe_gets_one_line_for_each_change_without_escape_codes() {
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let mut console = Console { out: &mut out, err: &mut err, terminal: false };
-        let mut seen = Seen::default();
+        let mut reported = Reported::default();
         let mut rollout = rollout();
-        tell(&rollout, &mut seen, &mut console).unwrap();
-        tell(&rollout, &mut seen, &mut console).unwrap();
+        print_changes(&rollout, &mut reported, &mut console).unwrap();
+        print_changes(&rollout, &mut reported, &mut console).unwrap();
         rollout.nodes[2] = node("n3", State::Offline);
-        tell(&rollout, &mut seen, &mut console).unwrap();
+        print_changes(&rollout, &mut reported, &mut console).unwrap();
         assert_eq!(
             String::from_utf8(out).unwrap(),
             "revision 7 n1 APPLIED after 12.00ms\n\
@@ -303,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_gets_the_table_redrawn_in_its_place() {
+    fn a_terminal_gets_a_table_that_is_redrawn_in_place() {
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let mut console = Console { out: &mut out, err: &mut err, terminal: true };
         let height = redraw(&rollout(), 0, &mut console).unwrap();

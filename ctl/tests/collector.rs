@@ -1,4 +1,4 @@
-//! The command line against a collector that really runs, with profiles and nodes that came over its own gRPC.
+//! gannetctl against a running collector. The tests send it profiles and node states through its gRPC services.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
@@ -47,9 +47,9 @@ impl Setup {
         self.collector.take().unwrap().shutdown().await;
     }
 
-    /// Words are split at spaces; `{…}` of a query holds none.
+    /// Runs gannetctl with arguments that are separated by spaces.
     async fn ctl(&self, words: &str) -> Outcome {
-        let args = ["gannetctl", "--collector", &self.url].into_iter().chain(words.split(' '));
+        let args = ["gannetctl", "--endpoint", &self.url].into_iter().chain(words.split(' '));
         let cli = parse(args.map(Into::into)).unwrap_or_else(|error| panic!("{error}"));
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let mut console = Console { out: &mut out, err: &mut err, terminal: false };
@@ -72,7 +72,7 @@ impl Setup {
         connect::connect(&Dial { url: self.url.clone(), ..Dial::default() }).unwrap()
     }
 
-    /// Pushes one profile of a service: `work` in `main`, so many samples. Returns its id.
+    /// Pushes one profile of a service with `work` samples of the function `work`. Returns its id.
     async fn push(&self, service: &str, work: i64, seconds_ago: i64) -> String {
         let start = std::time::SystemTime::now() - Duration::from_secs(seconds_ago.unsigned_abs());
         let mut builder = Builder::new(Header {
@@ -132,7 +132,7 @@ impl Setup {
     }
 }
 
-/// A node that answers every rule set: accepts, or rejects a rule.
+/// An agent that accepts each rule set, or rejects it because of one rule.
 struct Agent {
     sender: mpsc::Sender<AgentMessage>,
     task: tokio::task::JoinHandle<()>,
@@ -219,7 +219,7 @@ async fn rules_are_applied_listed_shown_and_deleted() {
     let file = setup.file("rules.yaml", RULES);
 
     let dry = setup.ctl(&format!("rules apply -f {file} --dry-run")).await;
-    assert_eq!((dry.code, dry.out.contains("would be changed")), (0, true), "{}{}", dry.out, dry.err);
+    assert_eq!((dry.code, dry.out.contains("would change")), (0, true), "{}{}", dry.out, dry.err);
     assert_eq!(setup.ctl("rules list").await.out, "no rules\n");
 
     let applied = setup.ctl(&format!("rules apply -f {file} -o json")).await;
@@ -239,14 +239,14 @@ async fn rules_are_applied_listed_shown_and_deleted() {
     let missing = setup.ctl("rules show nothing").await;
     assert_eq!(missing.code, 1);
     assert!(
-        missing.err.contains("no rule `nothing` in scope `default`; it holds sample, web"),
+        missing.err.contains("scope `default` has no rule `nothing`; it has sample, web"),
         "{}",
         missing.err
     );
 
     let stale = setup.ctl(&format!("rules apply -f {file} --etag stale")).await;
     assert_eq!(stale.code, 1);
-    assert!(stale.err.contains("somebody changed scope `default` meanwhile"), "{}", stale.err);
+    assert!(stale.err.contains("another change of scope `default` came first"), "{}", stale.err);
 
     assert_eq!(setup.ctl("rules delete web").await.code, 0);
     assert!(!setup.ctl("rules list").await.out.contains("web"));
@@ -256,7 +256,7 @@ async fn rules_are_applied_listed_shown_and_deleted() {
 }
 
 #[tokio::test]
-async fn what_is_wrong_with_rules_is_said_before_and_by_the_collector() {
+async fn mistakes_in_rules_are_named_by_gannetctl_and_the_collector() {
     let setup = Setup::new().await;
     let bad = setup.file("bad.yaml", "rules:\n- id: a\n  match: {com: [x]}\n- id: b\n  capture: {hz: 0}\n");
     let outcome = setup.ctl(&format!("rules apply -f {bad}")).await;
@@ -274,7 +274,7 @@ async fn what_is_wrong_with_rules_is_said_before_and_by_the_collector() {
     let outcome = setup.ctl(&format!("rules apply -f {empty}")).await;
     assert_eq!((outcome.code, outcome.err.contains("--allow-empty")), (2, true), "{}", outcome.err);
     assert_eq!(setup.ctl(&format!("rules apply -f {empty} --allow-empty")).await.code, 0);
-    // A scope's name is the collector's to judge: its field violations come one in a line.
+    // The collector checks the name of the scope and answers with one line for each field.
     let always = setup.file("always.yaml", "rules: [{id: a, match: {comm: [x]}, capture: {hz: 99}}]");
     let outcome = setup.ctl(&format!("rules apply -f {always}")).await;
     assert!(outcome.err.contains("lifetime.ttl: is missing: a rule without `when`"), "{}", outcome.err);
@@ -292,7 +292,7 @@ async fn what_is_wrong_with_rules_is_said_before_and_by_the_collector() {
 }
 
 #[tokio::test]
-async fn a_rollout_is_watched_to_its_end_and_a_rejection_fails_it() {
+async fn a_rejection_fails_the_watch_of_a_rollout() {
     let setup = Setup::new().await;
     let n1 = Agent::new(&setup, "n1", None).await;
     let file = setup.file("rules.yaml", RULES);
@@ -310,7 +310,7 @@ async fn a_rollout_is_watched_to_its_end_and_a_rejection_fails_it() {
     let explained = setup.ctl("rules explain web --node n2").await.out;
     assert!(explained.contains("REJECTED") && explained.contains("capture.hz: is 199"), "{explained}");
     assert!(explained.contains("the node does not run it"), "{explained}");
-    // The status comes after the acknowledgement.
+    // The node sends its status after the acknowledgement.
     let explained = loop {
         let explained: Value =
             serde_json::from_str(&setup.ctl("rules explain sample --node n1 -o json").await.out).unwrap();
@@ -328,9 +328,13 @@ async fn a_rollout_is_watched_to_its_end_and_a_rejection_fails_it() {
     assert!(audit.contains("REJECTED") && audit.contains("capture.hz: is 199"), "{audit}");
     let check = setup.ctl("check").await;
     assert_eq!(check.code, 1, "{}", check.out);
-    assert!(check.out.contains("n2: has rejected the newest rules"), "{}", check.out);
+    assert!(check.out.contains("n2: rejected the newest rules"), "{}", check.out);
     let staged = setup.ctl(&format!("rules apply -f {file} --canary 50")).await;
-    assert!(staged.out.contains("is unchanged"), "what all have cannot be tried on some: {}", staged.out);
+    assert!(
+        staged.out.contains("is unchanged"),
+        "rules that all nodes have cannot be staged: {}",
+        staged.out
+    );
     let file = setup.file("other.yaml", &RULES.replace("sample", "another"));
     assert_eq!(setup.ctl(&format!("rules apply -f {file} --canary 50")).await.code, 0);
     let shown: Value = serde_json::from_str(
@@ -339,7 +343,7 @@ async fn a_rollout_is_watched_to_its_end_and_a_rejection_fails_it() {
     .unwrap();
     assert_eq!(shown["staged"][0]["percent"], 50);
     let aborted = setup.ctl("rollout abort").await;
-    assert_eq!((aborted.code, aborted.out.contains("as it was before")), (0, true), "{}", aborted.err);
+    assert_eq!((aborted.code, aborted.out.contains("is restored")), (0, true), "{}", aborted.err);
     let over = setup.ctl("rollout resume").await;
     assert!(over.code == 1 && over.err.contains("not staged"), "{}", over.err);
 
@@ -354,7 +358,7 @@ async fn a_rollout_is_watched_to_its_end_and_a_rejection_fails_it() {
 }
 
 #[tokio::test]
-async fn profiles_are_listed_fetched_merged_compared_and_drawn() {
+async fn profiles_are_listed_downloaded_merged_and_compared() {
     let setup = Setup::new().await;
     let none = setup.ctl("profiles list").await;
     assert_eq!((none.code, none.out.contains("no profiles in this selection")), (0, true), "{}", none.err);
@@ -387,12 +391,12 @@ async fn profiles_are_listed_fetched_merged_compared_and_drawn() {
     assert_eq!(pprof::check(&profile).unwrap().totals, [100, 1_000_000_000]);
 
     let top = setup.ctl("top -q {service_name=\"app\"}").await.out;
-    assert!(top.starts_with("cpu/nanoseconds: 1.00s in all"), "{top}");
+    assert!(top.starts_with("cpu/nanoseconds: 1.00s in total"), "{top}");
     assert!(top.lines().nth(2).unwrap().contains("800.00ms  80.00%"), "{top}");
     let flame = setup.ctl("flame -q {service_name=\"app\"}").await.out;
     assert!(flame.contains("████████░░  80.00%  800.00ms"), "{flame}");
     let file = setup.ctl(&format!("flame --input {} --type samples/count", merged.display())).await.out;
-    assert!(file.starts_with("samples/count: 100 in all"), "{file}");
+    assert!(file.starts_with("samples/count: 100 in total"), "{file}");
     let json: Value =
         serde_json::from_str(&setup.ctl("flame -q {service_name=\"app\"} -o json").await.out).unwrap();
     assert_eq!(json["root"]["children"][0]["name"], "main");
@@ -408,11 +412,11 @@ async fn profiles_are_listed_fetched_merged_compared_and_drawn() {
     assert_eq!((wrong.code, wrong.out.as_str()), (1, ""));
     assert!(!wrong.err.is_empty());
     let kind = setup.ctl(&format!("flame --input {} --type heap", merged.display())).await;
-    assert!(kind.err.contains("there is samples/count, cpu/nanoseconds"), "{}", kind.err);
+    assert!(kind.err.contains("it has samples/count, cpu/nanoseconds"), "{}", kind.err);
     setup.end().await;
 }
 
-/// An authority, and a certificate for `localhost` that it signed: `ca.pem`, `cert.pem`, `key.pem` below the directory.
+/// Writes a certificate authority and a certificate for `localhost` that it signed: `ca.pem`, `cert.pem`, `key.pem`.
 fn authority(dir: &std::path::Path) {
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
@@ -430,7 +434,7 @@ fn authority(dir: &std::path::Path) {
 }
 
 #[tokio::test]
-async fn tls_is_spoken_with_both_certificates_and_what_fails_is_explained() {
+async fn tls_needs_both_certificates_and_failures_are_explained() {
     let dir = tempfile::tempdir().unwrap();
     let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
     authority(&ours);
@@ -459,8 +463,34 @@ async fn tls_is_spoken_with_both_certificates_and_what_fails_is_explained() {
     setup.end().await;
 }
 
+/// Checks that an old variable ends the program with one line that has the new name.
 #[test]
-fn the_program_itself_answers_with_its_exit_codes() {
+fn an_old_variable_is_refused_with_its_new_name() {
+    for (old, new) in [("GANNET_COLLECTOR", "GANNET_ENDPOINT"), ("GANNET_TLS_CA", "GANNETCTL_TLS_CA")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gannetctl"));
+        let output = command.arg("nodes").env(old, "x").output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(text, format!("error: the environment variable {old} is now {new}\n"));
+    }
+}
+
+/// Checks that completions and man pages need no collector and name the commands.
+#[tokio::test]
+async fn completions_and_man_pages_name_the_commands() {
+    let mut words = Vec::new();
+    for line in ["completion bash", "completion zsh", "man"] {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let cli = parse(format!("gannetctl {line}").split(' ').map(Into::into)).unwrap();
+        let code = run(cli, &mut Console { out: &mut out, err: &mut err, terminal: false }).await;
+        assert_eq!((code, err), (0, Vec::new()), "{line}");
+        words.push(String::from_utf8(out).unwrap());
+    }
+    assert!(words.iter().all(|text| text.contains("rollout")));
+}
+
+#[test]
+fn the_program_returns_its_exit_codes() {
     let program = |args: &[&str]| {
         let output = Command::new(env!("CARGO_BIN_EXE_gannetctl")).args(args).output().unwrap();
         (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
@@ -469,7 +499,7 @@ fn the_program_itself_answers_with_its_exit_codes() {
     assert_eq!(program(&["rules"]).0, 2);
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let url = format!("http://127.0.0.1:{port}");
-    let (code, err) = program(&["--collector", &url, "nodes"]);
+    let (code, err) = program(&["--endpoint", &url, "nodes"]);
     assert_eq!(code, 1);
     assert_eq!(
         err,
@@ -477,6 +507,6 @@ fn the_program_itself_answers_with_its_exit_codes() {
             "gannetctl: cannot reach the collector at {url}: connection refused; is gannet-collector running there?\n"
         )
     );
-    let (code, err) = program(&["--collector", "http://10.0.0.1:4100", "nodes"]);
+    let (code, err) = program(&["--endpoint", "http://10.0.0.1:4100", "nodes"]);
     assert_eq!((code, err.contains("--insecure")), (1, true), "{err}");
 }

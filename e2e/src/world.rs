@@ -73,7 +73,7 @@ impl Collector {
         self.directory.path().join("data")
     }
 
-    /// For `--collector`.
+    /// For `--endpoint`.
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.grpc)
     }
@@ -182,13 +182,13 @@ impl Agent {
 
     fn with_state(node: &str, url: &str, more: &[&str], directory: TempDir, state: PathBuf) -> Self {
         let (debug, probes) = (free_port(), free_port());
-        let mut args = strings(["run", "--kubelet=none"]);
+        let mut args = strings(["run", "--pod-source=none"]);
         args.extend([
-            format!("--collector={url}"),
+            format!("--endpoint={url}"),
             format!("--node={node}"),
             format!("--state-dir={}", state.display()),
             format!("--debug-listen=127.0.0.1:{debug}"),
-            format!("--listen=127.0.0.1:{probes}"),
+            format!("--http-listen=127.0.0.1:{probes}"),
         ]);
         args.extend(more.iter().map(|&arg| arg.to_owned()));
         Self { program: None, directory, state, node: node.to_owned(), args, debug, probes }

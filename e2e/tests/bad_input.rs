@@ -62,11 +62,11 @@ async fn wrong_rules_are_refused_with_their_field_by_the_agent_and_by_the_comman
     for (what, text, words) in RULES {
         fs::write(file, text).expect("the file is written");
         eprintln!("{what}");
-        let at = format!("--collector={}", collector.url());
+        let at = format!("--endpoint={}", collector.url());
         refused(&run("gannetctl", &[&at, "rules", "apply", "-f", file]), words);
-        refused(&run("gannet-agent", &["run", "--kubelet=none", "--rules", file, &state]), words);
+        refused(&run("gannet-agent", &["run", "--pod-source=none", "--rules", file, &state]), words);
     }
-    refused(&run("gannetctl", &["--collector=http://127.0.0.1:1", "nodes"]), &["127.0.0.1:1"]);
+    refused(&run("gannetctl", &["--endpoint=http://127.0.0.1:1", "nodes"]), &["127.0.0.1:1"]);
 }
 
 #[test]
@@ -78,7 +78,8 @@ fn a_port_in_use_is_said_in_one_line() {
     let output = run("gannet-collector", &[&data, "--listen=127.0.0.1:0", &format!("--http={address}")]);
     refused(&output, &[&address, "in use"]);
     let state = format!("--state-dir={}", directory.path().display());
-    let output = run("gannet-agent", &["run", "--kubelet=none", &state, &format!("--listen={address}")]);
+    let output =
+        run("gannet-agent", &["run", "--pod-source=none", &state, &format!("--http-listen={address}")]);
     refused(&output, &[&address, "in use"]);
 }
 

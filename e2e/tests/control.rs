@@ -26,7 +26,7 @@ async fn becomes(collector: &Collector, node: &str, revision: u64, wanted: State
 
 fn ctl(collector: &Collector, args: &[&str]) -> (bool, Value) {
     let url = collector.url();
-    let mut all = vec!["--collector", url.as_str(), "-o", "json"];
+    let mut all = vec!["--endpoint", url.as_str(), "-o", "json"];
     all.extend(args);
     let output = run("gannetctl", &all);
     let text = String::from_utf8(output.stdout).unwrap();
@@ -38,7 +38,7 @@ fn ctl(collector: &Collector, args: &[&str]) -> (bool, Value) {
 #[tokio::test]
 async fn a_rejected_set_leaves_the_former_one_at_work_and_a_partial_one_says_what_is_missing() {
     let collector = Collector::start().await;
-    let agent = Agent::start("alpha", &collector.url(), &["--hz-max=100", "--window=1s"]);
+    let agent = Agent::start("alpha", &collector.url(), &["--max-hz=100", "--window=1s"]);
     agent.connected(&collector).await;
     let _sample = Sample::start(50);
     let good = collector.set_rules(vec![rule("shop", "webshop", 99)]).await.unwrap();
@@ -138,7 +138,7 @@ async fn rules_outlive_agent_and_collector_expire_without_one_and_nothing_is_pus
 #[tokio::test]
 async fn a_node_says_what_rules_would_do_and_why_processes_match() {
     let collector = Collector::start().await;
-    let agent = Agent::start("gamma", &collector.url(), &["--hz-max=200"]);
+    let agent = Agent::start("gamma", &collector.url(), &["--max-hz=200"]);
     agent.connected(&collector).await;
     let mut sample = Sample::start(100);
     let pid = u64::from(sample.program().pid());
@@ -165,7 +165,7 @@ async fn a_node_says_what_rules_would_do_and_why_processes_match() {
     let file = file.path().join("shop.pb.gz");
     let (url, path) = (collector.url(), file.display().to_string());
     let output =
-        run("gannetctl", &["--collector", &url, "profile", "--comm=webshop", "--for=2s", "-o", &path]);
+        run("gannetctl", &["--endpoint", &url, "profile", "--comm=webshop", "--for=2s", "-o", &path]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let profile = gannet_proto::pprof::decode(&std::fs::read(&file).unwrap(), 16 << 20).unwrap();
     assert!(profile.sample.len() > 1 && profile.function.len() > 3, "{} samples", profile.sample.len());

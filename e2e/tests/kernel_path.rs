@@ -76,7 +76,7 @@ async fn a_pushed_rule_is_live_at_once_and_its_profiles_reach_the_store() {
 #[tokio::test]
 async fn a_rule_above_the_nodes_cap_is_rejected_with_its_field_and_the_former_rules_stay() {
     let collector = Collector::start().await;
-    let agent = Agent::start("beta", &collector.url(), &["--hz-max=100"]);
+    let agent = Agent::start("beta", &collector.url(), &["--max-hz=100"]);
     agent.connected(&collector).await;
 
     let good = collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("a good rule is taken");

@@ -2,9 +2,8 @@
 //! [`trigger`] decides, on the engine's thread and in its time; the engine starts and ends captures. Nothing here writes
 //! maps.
 
-pub mod bucket;
-pub mod cgroups;
 mod psi;
+pub mod rate;
 mod sensors;
 mod stat;
 pub mod trigger;
@@ -17,7 +16,7 @@ pub use self::{
     stat::Usage,
     trigger::{Level, Observation, Spot, Start, Triggers},
 };
-use crate::rules::Abilities;
+use crate::{cgroup::mount_of, rules::Abilities};
 use gannet_proto::control::condition;
 
 /// Time by the boot clock, which goes on while the machine sleeps and which nobody sets.
@@ -42,7 +41,7 @@ impl NodeAbilities {
             format!("this kernel tells no pressure (/proc/pressure/cpu: {error}); boot it with psi=1")
         });
         let group_pressure = node_pressure.clone().or_else(|| {
-            cgroups::mount_of("").is_none().then(|| {
+            mount_of("").is_none().then(|| {
                 "pressure of control groups needs cgroup2, which is not mounted here; scope: node works"
                     .to_owned()
             })

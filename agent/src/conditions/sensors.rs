@@ -19,12 +19,14 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::{
     boot_clock,
-    cgroups::{container_part, directory, mount_of, path_of, pod_part},
     psi::Pressure,
     stat::Usage,
     trigger::{Level, Observation, Spot},
 };
-use crate::rules::RuleId;
+use crate::{
+    cgroup::{container_part, directory, mount_of, path_of, pod_part},
+    rules::RuleId,
+};
 
 /// How often everything is looked at.
 const PAUSE: Duration = Duration::from_secs(1);

@@ -13,7 +13,7 @@ use std::{
 
 use gannet_proto::control::{Rule, condition};
 
-use super::bucket::Bucket;
+use super::rate::Bucket;
 use crate::rules::{RuleId, Watched, cooldown_of, duration_of, max_concurrent_of};
 
 /// Captures of one rule: so many at once, and one more each so often.

@@ -9,7 +9,7 @@ use gannet_proto::{
 
 use crate::{
     node::Node,
-    pods::{Pod, select::PodRule},
+    pods::{Pod, resolve::PodRule},
     process::Seen,
 };
 

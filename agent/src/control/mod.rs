@@ -186,7 +186,7 @@ impl Control {
             features: FEATURES.map(str::to_owned).to_vec(),
             active_revision,
             active_digest,
-            cpus: crate::kernel::online_cpus().map_or(0, |cpus| cpus.len() as u32),
+            cpus: crate::model::online_cpus().map_or(0, |cpus| cpus.len() as u32),
             started_at: Some(self.node.started.into()),
         }
     }

@@ -21,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::look::{Place, Wanted, matched};
 use crate::{
+    cgroup::CgroupHierarchy,
     engine::Manual,
-    kernel::CgroupHierarchy,
     node::Node,
     process::{Seen, cpus, survey},
     profile::slots,

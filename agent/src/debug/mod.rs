@@ -32,7 +32,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    conditions::cgroups::find_container,
+    cgroup::find_container,
     engine::{EngineError, Manual},
     node::Node,
     output::{Details, Format, OutputError, render},
@@ -81,7 +81,7 @@ impl Listeners {
         let listen = async |address, flag| {
             TcpListener::bind(address).await.map_err(|source| ListenError { address, flag, source })
         };
-        Ok(Self { probes: listen(probes, "listen").await?, page: listen(page, "debug-listen").await? })
+        Ok(Self { probes: listen(probes, "http-listen").await?, page: listen(page, "debug-listen").await? })
     }
 
     /// Where the page is.
@@ -124,7 +124,7 @@ fn page_router() -> Router<Shared> {
             get(|| async { ([(header::CONTENT_TYPE, "text/javascript")], include_str!("page.js")) }),
         )
         .route("/statusz", get(status))
-        .route("/flagz", get(|State(shared): State<Shared>| async move { shared.node.config.lines() }))
+        .route("/flagz", get(|State(shared): State<Shared>| async move { options(&shared.node) }))
         .route("/metrics", get(show_metrics))
         .route("/debug/rules", get(rules))
         .route("/debug/processes", get(processes))
@@ -136,6 +136,11 @@ fn page_router() -> Router<Shared> {
         .route("/debug/profile", get(profile))
         .route("/debug/bundle", get(bundle))
         .layer(middleware::from_fn(guard))
+}
+
+/// Returns the options in force as YAML; paths of secrets, never secrets.
+fn options(node: &Node) -> String {
+    node.config.options.to_yaml().unwrap_or_else(|error| error.to_string())
 }
 
 /// Local names only, and nothing that a page could be made to do for somebody else.
@@ -410,7 +415,7 @@ async fn bundle(State(shared): State<Shared>) -> Response {
         |result: Result<String, crate::engine::EngineError>| result.unwrap_or_else(|error| error.to_string());
     let files = [
         ("statusz", views::status(node).text()),
-        ("flagz", node.config.lines()),
+        ("flagz", options(node)),
         ("ledger", views::ledger(node).text()),
         ("rules", text(views::rules(node).await.map(|view| views::rules_text(&view)))),
         ("processes", text(views::processes(node, None).await.map(|view| views::processes_text(&view)))),

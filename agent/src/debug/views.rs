@@ -11,9 +11,10 @@ use serde::Serialize;
 
 use crate::{
     engine::{EngineError, Inside},
+    model::ProcessKey,
     node::Node,
     pods::SourceKind,
-    process::{Process, ProcessKey, State},
+    process::{Process, State},
     profile::slots,
     rules::{Traits, traits},
 };
@@ -492,7 +493,7 @@ impl PodsView {
         let mut text = match (self.source, self.awaited) {
             (Some(source), _) => format!("pods come from {source}\n"),
             (None, true) => "pods come from nowhere yet\n".into(),
-            (None, false) => "pods come from nowhere: --kubelet none, or no sign of Kubernetes\n".into(),
+            (None, false) => "pods come from nowhere: --pod-source none, or no sign of Kubernetes\n".into(),
         };
         if self.source.is_some() {
             text += if self.streams {

@@ -14,12 +14,11 @@ use ulid::Ulid;
 
 use super::{LAST_WAIT, Worker};
 use crate::{
-    conditions::{
-        Sensors, Spot, Start, Task, Triggers, boot_clock,
-        cgroups::{self, container_part, pod_part},
-    },
-    kernel::{Arm, CgroupHierarchy, Sample, Subject, Want},
-    process::{Image, ImageKey, Process},
+    cgroup::{self, CgroupHierarchy, container_part, pod_part},
+    conditions::{Sensors, Spot, Start, Task, Triggers, boot_clock},
+    kernel::{Arm, Want},
+    model::{Image, ImageKey, Sample, Subject},
+    process::Process,
     profile::{Recorder, WindowSamples, slots},
     rules::{CaptureError, CaptureId, Reason, RuleId, Target, Watched},
 };
@@ -132,11 +131,6 @@ struct AtExec {
 
 impl Captures {
     pub(super) fn new(hierarchy: CgroupHierarchy, sensors: Option<Sensors>) -> Self {
-        let controller = match hierarchy {
-            CgroupHierarchy::V2 => "",
-            CgroupHierarchy::V1Cpu => "cpu",
-            CgroupHierarchy::V1Memory => "memory",
-        };
         Self {
             triggers: Triggers::new(boot_clock()),
             sensors,
@@ -147,7 +141,7 @@ impl Captures {
             at_exec_slots: 0,
             refused: HashMap::new(),
             strays: 0,
-            root: cgroups::mount_of(controller),
+            root: cgroup::mount_of(hierarchy.controller()),
             governed: None,
         }
     }
@@ -221,10 +215,7 @@ impl Worker {
                     let id = if path == process.cgroup {
                         Some(process.cgroup_id)
                     } else {
-                        captures
-                            .root
-                            .as_ref()
-                            .and_then(|root| cgroups::id_of(&cgroups::directory(root, path)))
+                        captures.root.as_ref().and_then(|root| cgroup::id_of(&cgroup::directory(root, path)))
                     };
                     let Some(id) = id else { continue };
                     captures.groups.entry(id).or_insert_with(|| path.to_owned());
@@ -328,7 +319,7 @@ impl Worker {
                 if part == process.cgroup {
                     return Some(process.cgroup_id);
                 }
-                cgroups::id_of(&cgroups::directory(self.captures.root.as_ref()?, part))
+                cgroup::id_of(&cgroup::directory(self.captures.root.as_ref()?, part))
             });
             return Target::Containers(ids.collect());
         }

@@ -11,8 +11,7 @@ use libbpf_rs::{Link, ProgramMut};
 use perf_event_open_sys::bindings;
 
 use super::KernelError;
-
-const ONLINE: &str = "/sys/devices/system/cpu/online";
+use crate::model;
 
 /// All clocks. Owner of the perf events; dropping it stops them.
 #[derive(Default)]
@@ -118,40 +117,7 @@ impl Clock {
     }
 }
 
-/// Numbers of the CPUs that run.
-pub fn online_cpus() -> Result<Vec<u32>, KernelError> {
-    let text = fs::read_to_string(ONLINE).map_err(|source| KernelError::Read { path: ONLINE, source })?;
-    parse_cpu_list(&text).ok_or_else(|| KernelError::Read {
-        path: ONLINE,
-        source: io::Error::new(io::ErrorKind::InvalidData, format!("`{}` is no list of CPUs", text.trim())),
-    })
-}
-
-/// Reads `0-3,8,10-11`.
-fn parse_cpu_list(text: &str) -> Option<Vec<u32>> {
-    let mut cpus = Vec::new();
-    for part in text.trim().split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
-        // The kernel's own limit is 8192; a wrong line must not become a long loop.
-        if first > last || last > 0xffff {
-            return None;
-        }
-        cpus.extend(first..=last);
-    }
-    Some(cpus)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn cpu_lists() {
-        assert_eq!(parse_cpu_list("0\n"), Some(vec![0]));
-        assert_eq!(parse_cpu_list("0-2,5,7-8\n"), Some(vec![0, 1, 2, 5, 7, 8]));
-        for wrong in ["", "a", "3-1", "0-", "0,,1", "0-99999999"] {
-            assert_eq!(parse_cpu_list(wrong), None, "{wrong}");
-        }
-    }
+/// Returns the numbers of the online CPUs.
+pub(super) fn online_cpus() -> Result<Vec<u32>, KernelError> {
+    model::online_cpus().map_err(|source| KernelError::Read { path: model::ONLINE_CPUS, source })
 }

@@ -4,10 +4,8 @@ use std::mem::{offset_of, size_of};
 
 use gannet_bpf::types;
 
-use super::Mapped;
-use crate::{
-    process::ProcessKey,
-    profile::{SampleKind, StackEnd},
+use crate::model::{
+    ExitStatus, FileNumbers, Mapped, Origin, ProcessKey, RawUserStack, Sample, SampleKind, StackEnd, Subject,
 };
 
 // From gannet.h; the skeleton carries types, not enumerators.
@@ -62,109 +60,19 @@ pub enum Event {
     },
 }
 
-/// Where a process comes from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Origin {
-    /// Thread group id of the parent; of a fork, of whoever called it.
-    pub parent: u32,
-    /// Effective user.
-    pub uid: u32,
-}
-
-/// A file by its numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct FileNumbers {
-    /// Device number, as `stat(2)` gives it.
-    pub dev: u64,
-    /// Inode number.
-    pub inode: u64,
-}
-
-/// Whom an event is about.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Subject {
-    /// The process.
-    pub key: ProcessKey,
-    /// Which of its images: the kernel's count of its `execve` calls.
-    pub exec_id: u32,
-    /// Nanoseconds of the boot clock.
-    pub ktime_ns: u64,
-    /// Inode number of its control group.
-    pub cgroup_id: u64,
-    /// Command name; of a sample the thread's.
-    pub comm: String,
-    /// The rules that want it, one bit for each slot.
-    pub rules: u64,
-    /// Rules of which all holds that the kernel side can see: the agent decides. Of a sample 0.
-    pub candidates: u64,
-}
-
-/// One sampled stack.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sample {
-    /// Whose.
-    pub subject: Subject,
-    /// The thread.
-    pub tid: u32,
-    /// What it measures.
-    pub kind: SampleKind,
-    /// On CPU: nanoseconds between two ticks. Off CPU: nanoseconds blocked.
-    pub value_ns: u64,
-    /// Leaf first.
-    pub kernel: Vec<u64>,
-    /// Leaf first.
-    pub user: Vec<u64>,
-    /// How the walk over the user stack ended.
-    pub end: StackEnd,
-    /// The same in the kernel side's words: `enum user_stack_end` of gannet.h.
-    pub end_code: u8,
-    /// Of an off-CPU sample: the low bits of the state that the thread slept in.
-    pub state: u8,
-    /// Not walked: what a walk needs. `user` is empty then.
-    pub raw: Option<RawUserStack>,
-}
-
-/// The registers and the stack of a thread, for a walk that the kernel side could not do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RawUserStack {
-    /// Where the thread is.
-    pub pc: u64,
-    /// By DWARF number.
-    pub registers: Vec<u64>,
-    /// From the stack pointer upwards, as far as it could be read.
-    pub stack: Vec<u8>,
-}
-
 /// Words of a raw stack before the stack itself: pc, and the registers by DWARF number.
 const RAW_REGISTERS: usize = 33;
 const USER_STACK_RAW: u8 = 10;
 
-impl RawUserStack {
-    fn of(words: &[u64]) -> Option<Self> {
-        let (head, stack) = words.split_at_checked(RAW_REGISTERS)?;
-        let (pc, registers) = head.split_first()?;
-        Some(Self {
-            pc: *pc,
-            registers: registers.to_vec(),
-            stack: stack.iter().flat_map(|word| word.to_ne_bytes()).collect(),
-        })
-    }
-}
-
-/// How a process ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ExitStatus(pub u32);
-
-impl ExitStatus {
-    /// What it gave to `exit`.
-    pub fn code(self) -> u32 {
-        self.0 >> 8 & 0xff
-    }
-
-    /// The signal that ended it; 0 for none.
-    pub fn signal(self) -> u32 {
-        self.0 & 0x7f
-    }
+/// Reads the words of a raw stack; `None` if there are fewer words than registers.
+fn raw_user_stack(words: &[u64]) -> Option<RawUserStack> {
+    let (head, stack) = words.split_at_checked(RAW_REGISTERS)?;
+    let (pc, registers) = head.split_first()?;
+    Some(RawUserStack {
+        pc: *pc,
+        registers: registers.to_vec(),
+        stack: stack.iter().flat_map(|word| word.to_ne_bytes()).collect(),
+    })
 }
 
 /// The bytes are no event: the agent and its BPF programs are not of one build.
@@ -202,7 +110,7 @@ impl Event {
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let kind = bytes.first_chunk().map_or(0, |four| u32::from_ne_bytes(*four));
         match kind {
-            SAMPLE => Sample::decode(bytes).map(Self::Sample),
+            SAMPLE => decode_sample(bytes).map(Self::Sample),
             EXEC => {
                 let types::exec_record { lifecycle, path } = read(bytes, kind)?;
                 Ok(Self::Exec {
@@ -228,40 +136,37 @@ impl Event {
     }
 }
 
-impl Sample {
-    fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let head: types::sample = read(bytes, SAMPLE)?;
-        let (kernel, user) = (usize::from(head.kernel_frames), usize::from(head.user_frames));
-        let needed = size_of::<types::sample>() + (kernel + user) * 8;
-        let frames = bytes.get(offset_of!(types::sample, frames)..needed).ok_or(DecodeError::Short {
-            kind: SAMPLE,
-            needed,
-            got: bytes.len(),
-        })?;
-        let mut frames = frames.as_chunks().0.iter().map(|eight| u64::from_ne_bytes(*eight));
-        let kernel: Vec<u64> = frames.by_ref().take(kernel).collect();
-        let mut user: Vec<u64> = frames.collect();
-        let raw =
-            if head.user_end == USER_STACK_RAW { RawUserStack::of(&std::mem::take(&mut user)) } else { None };
-        Ok(Self {
-            tid: head.event.tid,
-            kind: if head.kind == 0 { SampleKind::OnCpu } else { SampleKind::OffCpu },
-            value_ns: head.value_ns,
-            kernel,
-            user,
-            end_code: head.user_end,
-            state: head.state,
-            raw,
-            end: match head.user_end {
-                0 => StackEnd::None,
-                1 => StackEnd::Complete,
-                2 => StackEnd::Truncated,
-                9 => StackEnd::NotWalked,
-                _ => StackEnd::Broken,
-            },
-            subject: Subject::from(&head.event),
-        })
-    }
+fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
+    let head: types::sample = read(bytes, SAMPLE)?;
+    let (kernel, user) = (usize::from(head.kernel_frames), usize::from(head.user_frames));
+    let needed = size_of::<types::sample>() + (kernel + user) * 8;
+    let frames = bytes.get(offset_of!(types::sample, frames)..needed).ok_or(DecodeError::Short {
+        kind: SAMPLE,
+        needed,
+        got: bytes.len(),
+    })?;
+    let mut frames = frames.as_chunks().0.iter().map(|eight| u64::from_ne_bytes(*eight));
+    let kernel: Vec<u64> = frames.by_ref().take(kernel).collect();
+    let mut user: Vec<u64> = frames.collect();
+    let raw = if head.user_end == USER_STACK_RAW { raw_user_stack(&std::mem::take(&mut user)) } else { None };
+    Ok(Sample {
+        tid: head.event.tid,
+        kind: if head.kind == 0 { SampleKind::OnCpu } else { SampleKind::OffCpu },
+        value_ns: head.value_ns,
+        kernel,
+        user,
+        end_code: head.user_end,
+        state: head.state,
+        raw,
+        end: match head.user_end {
+            0 => StackEnd::None,
+            1 => StackEnd::Complete,
+            2 => StackEnd::Truncated,
+            9 => StackEnd::NotWalked,
+            _ => StackEnd::Broken,
+        },
+        subject: Subject::from(&head.event),
+    })
 }
 
 impl From<&types::lifecycle> for Subject {

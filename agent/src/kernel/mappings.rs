@@ -15,6 +15,7 @@ use std::{
 use perf_event_open_sys::bindings;
 
 use super::{KernelError, clock::online_cpus};
+use crate::model::{Mapped, NewMapping};
 
 /// Of one CPU's buffer: some 1,600 mappings, that is about 300 programs started between two readings. The reader is woken
 /// when it is half full.
@@ -22,53 +23,6 @@ const BUFFER_BYTES: usize = 256 << 10;
 const HEADER_BYTES: usize = 8;
 /// Names longer than this do not come: PATH_MAX and its padding.
 const MOST_RECORD_BYTES: usize = 8192;
-
-/// What the sideband tells.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Mapped {
-    /// A process has begun to replace its image: whatever it maps from now on belongs to the next one.
-    Cleared {
-        /// Whose.
-        tgid: u32,
-        /// When, by the boot clock.
-        ktime_ns: u64,
-    },
-    /// Something executable was mapped.
-    Made {
-        /// By whom.
-        tgid: u32,
-        /// When, by the boot clock.
-        ktime_ns: u64,
-        /// Where, and what.
-        mapping: NewMapping,
-    },
-}
-
-impl Mapped {
-    /// When, by the boot clock.
-    pub fn ktime_ns(&self) -> u64 {
-        match self {
-            Self::Cleared { ktime_ns, .. } | Self::Made { ktime_ns, .. } => *ktime_ns,
-        }
-    }
-}
-
-/// An executable mapping, as `/proc/PID/maps` would show it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NewMapping {
-    /// First address.
-    pub start: u64,
-    /// Behind the last.
-    pub end: u64,
-    /// In the file.
-    pub offset: u64,
-    /// Device number as `stat(2)` gives it.
-    pub dev: u64,
-    /// 0: no file.
-    pub inode: u64,
-    /// Without ` (deleted)`; `[vdso]`; empty for memory that is no file's.
-    pub path: String,
-}
 
 /// The buffers of all CPUs.
 pub(super) struct Mappings {

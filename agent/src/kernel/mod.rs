@@ -29,15 +29,16 @@ use libbpf_rs::{
     skel::{OpenSkel as _, SkelBuilder as _},
 };
 
-pub use clock::online_cpus;
 pub use cost::ProgramCost;
-pub use event::{DecodeError, Event, ExitStatus, FileNumbers, Origin, RawUserStack, Sample, Subject};
-pub use mappings::{Mapped, NewMapping};
+pub use event::{DecodeError, Event};
 pub use unwinding::{
     Block, EmptyRange, KernelImage, KernelMapping, KernelTable, MAX_TABLES, UnwindMaps, blocks, mapping_key,
 };
 
-use crate::process::{ProcFs as _, ProcessKey, RealProc};
+use crate::{
+    cgroup::CgroupHierarchy,
+    model::{self, ProcessKey, Sample},
+};
 
 /// Rules that can be in force at one time: one bit each in a sample.
 pub const MAX_RULES: usize = 64;
@@ -104,7 +105,7 @@ impl Default for KernelOptions {
 
 /// Bytes of the ring, if nobody says: what the reader maps of it counts as its memory twice.
 pub fn default_ring_bytes() -> u32 {
-    let cpus = online_cpus().map_or(2, |cpus| cpus.len() as u32);
+    let cpus = model::online_cpus().map_or(2, |cpus| cpus.len() as u32);
     cpus.saturating_mul(1 << 20).clamp(2 << 20, 16 << 20).next_power_of_two()
 }
 
@@ -122,45 +123,6 @@ pub enum Walk {
     Loop,
     /// By a chain of tail calls: 232 frames.
     Chain,
-}
-
-/// Which tree of control groups processes are told apart by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CgroupHierarchy {
-    /// The unified one.
-    V2,
-    /// That of the v1 controller `cpu`. Pure v1 and hybrid hosts.
-    V1Cpu,
-    /// That of the v1 controller `memory`.
-    V1Memory,
-}
-
-impl CgroupHierarchy {
-    /// Looks at what the host has mounted: on a host with v1 controllers the container runtimes use those.
-    pub fn detect() -> Self {
-        // Lines of /proc/cgroups: name, hierarchy number, ...; hierarchy 0 is "not mounted as v1".
-        let table = std::fs::read_to_string("/proc/cgroups").unwrap_or_default();
-        let mounted = |controller| {
-            table.lines().any(|line| {
-                let mut fields = line.split_ascii_whitespace();
-                fields.next() == Some(controller) && fields.next().is_some_and(|hierarchy| hierarchy != "0")
-            })
-        };
-        match () {
-            () if mounted("cpu") => Self::V1Cpu,
-            () if mounted("memory") => Self::V1Memory,
-            () => Self::V2,
-        }
-    }
-
-    /// The controller that names it in `/proc/PID/cgroup`; empty for the unified one.
-    pub fn controller(self) -> &'static str {
-        match self {
-            Self::V2 => "",
-            Self::V1Cpu => "cpu",
-            Self::V1Memory => "memory",
-        }
-    }
 }
 
 /// What can go wrong with the kernel side, and what to do about it.
@@ -486,7 +448,7 @@ impl Kernel {
     /// Reads what the ring holds now, in the kernel's order, and between its events what was mapped before them. Waits
     /// for nothing.
     pub fn read(&mut self) -> Result<Vec<Event>, KernelError> {
-        let begun_ns = boot_clock_ns();
+        let begun_ns = model::boot_time_ns();
         // No more than it can have held: where this process gets too little of a CPU, what is written meanwhile would
         // never come to an end.
         self.queue.borrow_mut().left_bytes = self.options.ring_bytes as usize;
@@ -821,11 +783,6 @@ impl Kernel {
             unsafe { (&raw mut data.settings).write_volatile(settings) };
         }
     }
-}
-
-/// The boot clock as BPF programs read it; perf's, too.
-fn boot_clock_ns() -> u64 {
-    RealProc::default().now_ns()
 }
 
 /// Keeps what libbpf says from this level on for the error that may follow.

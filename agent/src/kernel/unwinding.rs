@@ -17,7 +17,7 @@ use rustix::{
 };
 
 use super::{Kernel, KernelError, MapValue, bytes_of};
-use crate::process::ProcessKey;
+use crate::model::ProcessKey;
 
 /// Bits of a key of the mapping trie: thread group id, then address.
 const KEY_BITS: u32 = 8 * (size_of::<types::mapping_key>() - size_of::<u32>()) as u32;

@@ -10,11 +10,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Pods,
-    select::{PodRule, resolve},
+    resolve::{PodRule, resolve},
 };
 use crate::{
+    cgroup::CgroupTree,
     engine::Containers,
-    process::CgroupTree,
     rules::containers::{self, Selection},
 };
 
@@ -72,7 +72,7 @@ fn select(pods: &Pods, groups: &CgroupTree, wanted: &[containers::PodRule]) -> S
     // What asks nothing of pods means none: it is not for this one to open it to all.
     let (ids, rules): (Vec<&String>, Vec<PodRule>) =
         wanted.iter().filter_map(|rule| Some((&rule.rule_id, PodRule::of(&rule.matches)?))).unzip();
-    let resolved = resolve(pods, &rules, &groups.walk());
+    let resolved = resolve(pods, &rules, &groups.scan());
     for names in &resolved.unknown {
         pods.ask(&names.container_id, &names.pod_uid);
     }

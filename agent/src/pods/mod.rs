@@ -5,17 +5,11 @@
 //! has told of yet is asked for, and waited for a moment when a window is turned into profiles; after that it ships
 //! with its container id alone.
 
-mod apiserver;
 mod arm;
-mod follow;
-mod json;
-mod kubelet;
+mod feed;
 mod model;
-mod podinfo;
-pub mod select;
-mod source;
+pub mod resolve;
 mod store;
-mod tls;
 
 use std::{
     sync::{
@@ -30,10 +24,10 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use arm::arm;
-pub use follow::follow;
-pub use kubelet::check_address;
+pub use feed::{
+    Change, PATIENCE, PodSource, SourceError, SourceKind, SourceOptions, check_address, follow, sources,
+};
 pub use model::{Container, Pod, Workload};
-pub use source::{Change, PATIENCE, PodSource, SourceError, SourceKind, SourceOptions, sources};
 pub use store::Lookup;
 
 use crate::profile::SeriesProfile;
@@ -313,8 +307,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        process::ProcessKey,
-        profile::{ContainerRef, RawProcess, RawProfile, SampleKind},
+        model::{ProcessKey, SampleKind},
+        profile::{ContainerRef, RawProcess, RawProfile},
     };
 
     fn pod(uid: &str, containers: &[(&str, &str)]) -> Pod {

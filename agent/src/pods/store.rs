@@ -11,7 +11,10 @@ use std::{
 
 use lru::LruCache;
 
-use super::{Change, json::MOST_PODS, model::Pod};
+use super::{
+    feed::{Change, MOST_PODS},
+    model::Pod,
+};
 
 /// How long a pod, or a container, is kept after its source has ceased to list it: samples of it are still on their way.
 const GRACE: Duration = Duration::from_secs(300);

@@ -7,12 +7,11 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use super::{
-    CgroupNames, ProcessKey,
-    cgroup::path_in,
-    proc::{self, ProcError, ProcFs, RealProc},
+use super::proc::{self, ProcError, ProcFs, RealProc};
+use crate::{
+    cgroup::{CgroupHierarchy, CgroupNames, parse_path},
+    model::ProcessKey,
 };
-use crate::kernel::CgroupHierarchy;
 
 /// How much of a command line or an environment is read: the kernel's own bound on one argument.
 const TEXT_BYTES: u64 = 128 << 10;
@@ -178,7 +177,10 @@ pub struct MetadataStats {
 /// [`next_window`] has been called twice.
 ///
 /// ```
-/// use gannet_agent::process::{MetadataOptions, ProcessKey, ProcessMetadataCache};
+/// use gannet_agent::{
+///     model::ProcessKey,
+///     process::{MetadataOptions, ProcessMetadataCache},
+/// };
 ///
 /// let mut cache = ProcessMetadataCache::new(MetadataOptions {
 ///     environ: ["CARGO_PKG_NAME".to_owned()].into(),
@@ -374,7 +376,7 @@ impl ProcessMetadataCache {
         let user_text = !stat.kernel_thread;
         let without_mark = |path: String| path.strip_suffix(" (deleted)").map_or(path.clone(), str::to_owned);
         let cgroup =
-            path_in(&proc::text(proc, key, "cgroup")?, options.hierarchy.controller()).unwrap_or_default();
+            parse_path(&proc::text(proc, key, "cgroup")?, options.hierarchy.controller()).unwrap_or_default();
         let mut metadata = Metadata {
             key,
             loaded: SystemTime::now(),

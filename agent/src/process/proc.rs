@@ -5,11 +5,9 @@ use std::{
     io::{self, Read as _},
     os::unix::fs::MetadataExt as _,
     path::PathBuf,
-    sync::LazyLock,
 };
 
-use super::ProcessKey;
-use crate::kernel::NewMapping;
+use crate::model::{self, NewMapping, ProcessKey};
 
 /// A process with so much text in its maps is not read further: a bound, not a limit that real programs reach (about
 /// half a million lines).
@@ -109,9 +107,7 @@ impl ProcFs for RealProc {
     }
 
     fn now_ns(&self) -> u64 {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-        let here = now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned();
-        here.saturating_add_signed(-*BOOT_CLOCK_OFFSET_NS)
+        model::boot_time_ns()
     }
 }
 
@@ -158,7 +154,7 @@ pub fn check(key: ProcessKey) -> Result<Stat, ProcError> {
 /// The same by what stands for `/proc`.
 pub(super) fn check_in(proc: &dyn ProcFs, key: ProcessKey) -> Result<Stat, ProcError> {
     let stat = stat_in(proc, key)?;
-    let wanted = ticks_of(key.start_boottime_ns);
+    let wanted = model::ticks_of(key.start_boottime_ns);
     if stat.start_ticks == wanted {
         Ok(stat)
     } else {
@@ -177,36 +173,8 @@ impl ProcessKey {
     pub fn of_running(tgid: u32) -> Result<Self, ProcError> {
         let any = Self { tgid, start_boottime_ns: 0 };
         let ticks = stat_in(&RealProc::default(), any)?.start_ticks;
-        // In the middle of the tick, so that rounding in a time namespace does not leave it.
-        let here = ticks * *NS_PER_TICK + *NS_PER_TICK / 2;
-        Ok(Self { start_boottime_ns: here.saturating_add_signed(-*BOOT_CLOCK_OFFSET_NS), ..any })
+        Ok(Self { start_boottime_ns: model::boot_time_of_ticks(ticks), ..any })
     }
-}
-
-static NS_PER_TICK: LazyLock<u64> =
-    LazyLock::new(|| 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1));
-
-/// The start time that `/proc` shows for a process that the kernel says started then.
-pub(super) fn ticks_of(start_boottime_ns: u64) -> u64 {
-    start_boottime_ns.saturating_add_signed(*BOOT_CLOCK_OFFSET_NS) / *NS_PER_TICK
-}
-
-/// In a time namespace `/proc` shows a boot clock that is moved; BPF reads the true one.
-static BOOT_CLOCK_OFFSET_NS: LazyLock<i64> = LazyLock::new(|| {
-    fs::read_to_string("/proc/self/timens_offsets")
-        .ok()
-        .and_then(|text| boot_clock_offset(&text))
-        .unwrap_or(0)
-});
-
-fn boot_clock_offset(text: &str) -> Option<i64> {
-    text.lines().find_map(|line| {
-        let mut fields = line.split_ascii_whitespace();
-        // The kernel wrote the number of the clock before it wrote its name.
-        let boottime = matches!(fields.next()?, "boottime" | "7");
-        let (seconds, nanoseconds): (i64, i64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
-        boottime.then(|| seconds.checked_mul(1_000_000_000)?.checked_add(nanoseconds)).flatten()
-    })
 }
 
 /// The name may hold anything, parentheses and spaces included: what counts stands behind the last one.
@@ -284,20 +252,10 @@ nonsense
         assert_eq!(lines[2].path, "[vdso]");
     }
 
-    #[test]
-    fn r28_time_namespaces_move_the_boot_clock() {
-        assert_eq!(
-            boot_clock_offset("monotonic           0         0\nboottime      -10         5\n"),
-            Some(-9_999_999_995)
-        );
-        assert_eq!(boot_clock_offset(""), None);
-    }
-
     proptest! {
         #[test]
         fn r55_arbitrary_text_is_read_without_panic(text in "(?s).{0,400}") {
-            let _ = (parse_stat(&text), parse_maps(&text), boot_clock_offset(&text), super::super::cgroup::path_in(&text, "cpu"));
-            let _ = super::super::cgroup::CgroupNames::of(&text);
+            let _ = (parse_stat(&text), parse_maps(&text));
         }
     }
 }

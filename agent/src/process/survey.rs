@@ -8,8 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::{CgroupNames, cgroup::path_in};
-use crate::kernel::CgroupHierarchy;
+use crate::cgroup::{CgroupHierarchy, CgroupNames, parse_path};
 
 /// More processes than that are not looked at.
 const MOST: usize = 65_536;
@@ -48,12 +47,8 @@ pub fn survey(hierarchy: CgroupHierarchy) -> Vec<Seen> {
 /// One process; none if it is gone.
 pub fn see(pid: u32, hierarchy: CgroupHierarchy) -> Option<Seen> {
     let (start_ticks, cpu) = times(&read(pid, "stat")?)?;
-    let controller = match hierarchy {
-        CgroupHierarchy::V2 => "",
-        CgroupHierarchy::V1Cpu => "cpu",
-        CgroupHierarchy::V1Memory => "memory",
-    };
-    let cgroup = path_in(&read(pid, "cgroup").unwrap_or_default(), controller).unwrap_or_default();
+    let cgroup =
+        parse_path(&read(pid, "cgroup").unwrap_or_default(), hierarchy.controller()).unwrap_or_default();
     // A kernel thread has none.
     let exe = fs::read_link(format!("/proc/{pid}/exe"))
         .map_or_else(|_| String::new(), |path| path.to_string_lossy().into_owned());

@@ -15,14 +15,16 @@ use std::{
 use lru::LruCache;
 
 use super::{
-    CgroupNames, CgroupTree, Image, Mapping, MappingKind, MetadataOptions, ProcessKey, ProcessMetadataCache,
-    cgroup::path_in,
+    FileMapping, FileTable, FileTableStats, MetadataOptions, ProcessMetadataCache,
     metadata::MetadataError,
     proc::{self, ProcError, ProcFs, RealProc},
 };
 use crate::{
-    kernel::{CgroupHierarchy, ExitStatus, FileNumbers, Mapped, NewMapping, Origin, Subject},
-    symbols::{FileMapping, FileTable, FileTableStats},
+    cgroup::{CgroupHierarchy, CgroupNames, CgroupTree, parse_path},
+    model::{
+        ExitStatus, FileNumbers, Image, ImageKey, Mapped, Mapping, MappingKind, NewMapping, Origin,
+        ProcessKey, Subject,
+    },
 };
 
 /// How long after a reading of a process's mappings they are not read again, however many addresses are unknown.
@@ -38,22 +40,6 @@ const MOST_MAPPINGS: usize = 16_384;
 const PRUNED_PART: usize = 16;
 /// Without the sideband: how long before the exec event the new image may have been in place.
 const EXEC_NS: u64 = 10_000_000;
-
-/// One image of one process: what a sample belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ImageKey {
-    /// The process.
-    pub process: ProcessKey,
-    /// Which of its images: the kernel's count of its `execve` calls.
-    pub exec_id: u32,
-}
-
-impl ImageKey {
-    /// Whom an event is about.
-    pub fn of(subject: &Subject) -> Self {
-        Self { process: subject.key, exec_id: subject.exec_id }
-    }
-}
 
 /// What is known of one image of one process.
 #[derive(Clone, Debug)]
@@ -786,7 +772,7 @@ fn is_running(proc: &dyn ProcFs, key: ProcessKey) -> bool {
 fn cgroup_of(proc: &dyn ProcFs, key: ProcessKey, hierarchy: CgroupHierarchy) -> Option<String> {
     let text = proc::text(proc, key, "cgroup").ok()?;
     proc::check_in(proc, key).ok()?;
-    path_in(&text, hierarchy.controller())
+    parse_path(&text, hierarchy.controller())
 }
 
 /// Reads the mappings again if they do not hold one of these addresses.

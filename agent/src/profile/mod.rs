@@ -4,6 +4,6 @@ mod raw;
 mod recorder;
 mod window;
 
-pub use raw::{RawProcess, RawProfile, RawStack, SampleKind, StackEnd};
+pub use raw::{RawProcess, RawProfile, RawStack};
 pub use recorder::{Recorder, RecorderStats};
 pub use window::{ContainerRef, Flushed, RuleTag, SeriesProfile, WindowSamples, slots};

@@ -5,16 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::process::{Image, ProcessKey};
-
-/// What a sample measures.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum SampleKind {
-    /// A tick of the clock found the thread on a CPU.
-    OnCpu,
-    /// The thread was switched out, and came back.
-    OffCpu,
-}
+use crate::model::{Image, ProcessKey, SampleKind, StackEnd};
 
 /// What one profile holds, before its frames have names: one window, one rule, one kind, one series.
 #[derive(Debug)]
@@ -69,19 +60,4 @@ pub struct RawStack {
     pub count: u64,
     /// Sum of their values: for on-CPU `count * period_ns`, for off-CPU nanoseconds blocked.
     pub value_ns: u64,
-}
-
-/// How the walk over a user stack ended; what is not `Complete` or `None` shows as a marked frame at the root.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum StackEnd {
-    /// At the thread's first frame.
-    Complete,
-    /// There is no user stack (a kernel thread), or it was not asked for.
-    None,
-    /// More frames than are kept.
-    Truncated,
-    /// The walk came to an address or memory that it could not go on from.
-    Broken,
-    /// A 32-bit program: its stack is not walked.
-    NotWalked,
 }

@@ -3,7 +3,7 @@
 
 use std::{collections::VecDeque, mem::size_of, time::Duration};
 
-use crate::kernel::Sample;
+use crate::model::Sample;
 
 /// Samples by time.
 #[derive(Debug)]
@@ -111,11 +111,7 @@ fn size_of_sample(sample: &Sample) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        kernel::Subject,
-        process::ProcessKey,
-        profile::{SampleKind, StackEnd},
-    };
+    use crate::model::{ProcessKey, SampleKind, StackEnd, Subject};
 
     fn sample(at_s: u64, tgid: u32, rules: u64) -> Sample {
         Sample {

@@ -9,10 +9,10 @@ use std::{
 
 use gannet_proto::labels::{self as name, Labels};
 
-use super::{RawProcess, RawProfile, RawStack, SampleKind, StackEnd};
+use super::{RawProcess, RawProfile, RawStack};
 use crate::{
-    kernel::Sample,
-    process::{Image, ImageKey, Process},
+    model::{Image, ImageKey, Sample, SampleKind, StackEnd},
+    process::Process,
 };
 
 /// A profile with more different stacks is cut into several: what the profile databases take at most.

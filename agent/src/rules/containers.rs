@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use gannet_proto::control::Match;
 
-use crate::process::CgroupNames;
+use crate::cgroup::CgroupNames;
 
 /// A rule over pods, for whoever knows pods.
 #[derive(Clone, Debug, PartialEq)]

@@ -9,7 +9,7 @@
 mod compile;
 pub mod containers;
 pub mod files;
-mod notify;
+mod watch_files;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,7 +29,7 @@ use self::{
 };
 pub use self::{
     compile::{Deny, Traits},
-    notify::Notify,
+    watch_files::Notify,
 };
 use crate::{
     kernel::{KernelRules, MAX_RULES, Want},

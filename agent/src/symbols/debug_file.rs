@@ -13,7 +13,7 @@ use std::{
 
 use gannet_elf::{Elf, Limits, checksum};
 
-use super::file::MappedFile;
+use crate::model::MappedFile;
 
 /// Shorter ones are made up, and would look at whole directories.
 const MIN_BUILD_ID_DIGITS: usize = 8;

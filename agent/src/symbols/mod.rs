@@ -6,7 +6,6 @@
 mod debug_file;
 mod demangle;
 mod dwarf;
-mod file;
 mod go;
 mod kallsyms;
 mod perf_map;
@@ -16,7 +15,6 @@ mod table;
 
 pub(crate) use debug_file::find as find_debug_file;
 pub use dwarf::{DEBUG_INFO_VERB, read_debug_info};
-pub use file::{FileId, FileMapping, FileTable, FileTableStats, MappedFile};
 pub use symbolizer::{
     ANONYMOUS_MAPPING, BROKEN_FRAME, DebugCost, KERNEL_MAPPING, NOT_WALKED_FRAME, Symbolizer,
     SymbolizerConfig, SymbolizerError, SymbolizerStats, TRUNCATED_FRAME, VDSO_MAPPING,

@@ -7,11 +7,11 @@ use std::{
     time::SystemTime,
 };
 
-use super::{
-    file::open_in_root,
-    table::{SymbolTable, TableBuilder},
+use super::table::{SymbolTable, TableBuilder};
+use crate::{
+    model::ProcessKey,
+    process::{check_identity, open_in_root},
 };
-use crate::process::{ProcessKey, check_identity};
 
 const MAX_FILE_BYTES: u64 = 32 << 20;
 const MAX_TABLE_BYTES: usize = 32 << 20;

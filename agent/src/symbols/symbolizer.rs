@@ -27,14 +27,13 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     debug_file, demangle,
     dwarf::{self, DebugFrame, Unusable},
-    file::{FileId, MappedFile},
     kallsyms::Kallsyms,
     perf_map::PerfMap,
     symbol_finder,
 };
 use crate::{
-    process::{Image, MappingKind, ProcessKey},
-    profile::{RawProcess, RawProfile, RawStack, SampleKind, StackEnd},
+    model::{FileId, Image, MappedFile, MappingKind, ProcessKey, SampleKind, StackEnd},
+    profile::{RawProcess, RawProfile, RawStack},
 };
 
 /// What the mapping of kernel frames is called.
@@ -394,7 +393,7 @@ impl Names {
         is_first: bool,
     ) {
         // The main binary is mapped below everything that it loads.
-        let is_file = |mapping: &&crate::process::Mapping| matches!(mapping.kind, MappingKind::File(_));
+        let is_file = |mapping: &&crate::model::Mapping| matches!(mapping.kind, MappingKind::File(_));
         if let Some(main) = process.image.mappings.iter().find(is_file) {
             let id = self.add_mapping(builder, main);
             if is_first {
@@ -482,7 +481,7 @@ impl Names {
         builder.location(mapping, address, &lines)
     }
 
-    fn add_mapping(&self, builder: &mut Builder, mapping: &crate::process::Mapping) -> MappingId {
+    fn add_mapping(&self, builder: &mut Builder, mapping: &crate::model::Mapping) -> MappingId {
         let (file, build_id) = match &mapping.kind {
             MappingKind::File(file) => (file.path.as_str(), file.build_id.as_str()),
             MappingKind::Vdso => (VDSO_MAPPING, self.vdso.as_ref().map_or("", |vdso| vdso.build_id.as_str())),

@@ -40,8 +40,7 @@ use crate::{
         Block, EmptyRange, KernelError, KernelImage, KernelMapping, KernelTable, MAX_TABLES, UnwindMaps,
         blocks,
     },
-    process::{Image, ImageKey, Mapping, MappingKind},
-    symbols::{FileId, MappedFile},
+    model::{FileId, Image, ImageKey, MappedFile, Mapping, MappingKind},
 };
 
 /// Memory of tables that are kept here for raw samples; the kernel has its own copy.
@@ -591,7 +590,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::process::ProcessKey;
+    use crate::model::ProcessKey;
 
     /// Maps that count and remember what is written to them.
     #[derive(Default)]

@@ -18,7 +18,10 @@ use gannet_unwind::{
 };
 
 use super::keep::Shelf;
-use crate::symbols::{FileId, MappedFile, find_debug_file};
+use crate::{
+    model::{FileId, MappedFile},
+    symbols::find_debug_file,
+};
 
 /// Files that wait at one time; more are asked for again by their samples.
 const QUEUE: usize = 4096;

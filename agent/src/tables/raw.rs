@@ -10,12 +10,7 @@ use gannet_unwind::{
 };
 
 use super::{Found, Tables};
-use crate::{
-    kernel::{RawUserStack, Sample},
-    process::Image,
-    profile::StackEnd,
-    symbols::MappedFile,
-};
+use crate::model::{Image, MappedFile, RawUserStack, Sample, StackEnd};
 
 /// As many as the kernel side keeps.
 const MAX_FRAMES: usize = 512;

@@ -44,14 +44,14 @@ impl Daemon {
         let [probes, page] = [(), ()].map(|()| free_address());
         let mut command = Command::new(agent());
         command
-            .args(["run", "--kubelet", "none", "--node", "here", "--window", "1s"])
-            .args(["--listen", &probes.to_string(), "--debug-listen", &page.to_string()])
+            .args(["run", "--pod-source", "none", "--node", "here", "--window", "1s"])
+            .args(["--http-listen", &probes.to_string(), "--debug-listen", &page.to_string()])
             .arg("--rules")
             .arg(&rules)
             .arg("--state-dir")
             .arg(directory.path().join("state"))
             .args(flags)
-            .env("GANNET_LOG", "trace")
+            .env("GANNET_AGENT_LOG", "trace")
             .stderr(File::create(directory.path().join("log")).unwrap());
         let daemon = Self { running: Running::start(&mut command), probes, page, directory };
         daemon.wait_for("it is ready", || Self::get(daemon.probes, "/readyz").starts_with("HTTP/1.1 200"));

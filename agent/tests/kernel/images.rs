@@ -20,8 +20,9 @@ use crate::common::{
 use gannet_agent::{
     engine::{Engine, EngineOptions, Inside, Window},
     kernel::KernelOptions,
-    process::{Image, MappingKind, ProcessKey, State, check_identity},
-    profile::{RawProcess, SampleKind, StackEnd},
+    model::{Image, MappingKind, ProcessKey, SampleKind, StackEnd},
+    process::{State, check_identity},
+    profile::RawProcess,
     rules::{Deny, Set, Source, ad_hoc},
     tables::TableSources,
 };

@@ -16,10 +16,11 @@ use crate::common::{
 };
 use gannet_agent::{
     kernel::{
-        Event, Kernel, KernelOptions, KernelRules, LifecycleCounts, Mapped, NamePattern,
-        handlers_are_preemptible, lifecycle_lost,
+        Event, Kernel, KernelOptions, KernelRules, LifecycleCounts, NamePattern, handlers_are_preemptible,
+        lifecycle_lost,
     },
-    process::{ProcessKey, check_identity},
+    model::{Mapped, ProcessKey},
+    process::check_identity,
 };
 
 use rstest::rstest;

@@ -17,8 +17,7 @@ use gannet_agent::{
     engine::{Engine, EngineOptions},
     kernel::KernelOptions,
     ledger::NodeLedger,
-    node::Recent,
-    pipeline,
+    pipeline::{self, RecentProfiles, WindowQueue},
     pods::{
         Change, Container, LabelOptions, Pod, PodSource, Pods, SourceError, SourceKind, Workload, follow,
     },
@@ -129,7 +128,7 @@ fn in_container(batch: &Batch, letter: char) -> bool {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn samples_of_containers_are_named_after_their_pods() {
     let ledger = NodeLedger::new();
-    let (entrance, windows) = pipeline::pipeline(ledger.clone());
+    let (queue, windows) = WindowQueue::new(ledger.clone());
     let engine = Engine::start(
         EngineOptions {
             node: "test-node".into(),
@@ -140,7 +139,7 @@ async fn samples_of_containers_are_named_after_their_pods() {
             budgets: gannet_agent::governor::Budgets::default(),
             tables: Some(TableSources::with_debug_files()),
         },
-        entrance,
+        queue,
     )
     .unwrap();
     let groups = Arc::clone(engine.groups().unwrap());
@@ -157,8 +156,14 @@ async fn samples_of_containers_are_named_after_their_pods() {
         let batches = Arc::clone(&batches);
         move |more| batches.lock().unwrap().extend(more)
     };
-    let naming =
-        tokio::spawn(pipeline::run(windows, symbolizer, ledger.clone(), Recent::default(), pods, submit));
+    let naming = tokio::spawn(pipeline::run(
+        windows,
+        symbolizer,
+        ledger.clone(),
+        RecentProfiles::default(),
+        pods,
+        submit,
+    ));
 
     let top = Top(groups.root().join(format!("gannet-test-pods-{}", std::process::id())));
     let name = top.0.file_name().unwrap().to_str().unwrap();

@@ -12,8 +12,8 @@ use crate::common::{Running, program, slower};
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
     kernel::{Counters, KernelOptions},
-    process::MappingKind,
-    profile::{RawProcess, StackEnd},
+    model::{MappingKind, StackEnd},
+    profile::RawProcess,
     rules::{Deny, Set, Source, ad_hoc},
     tables::{Stats, TableSources},
 };

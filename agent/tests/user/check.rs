@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use gannet_agent::check::{CheckOptions, State, check, preflight};
+use gannet_agent::commands::check::{CheckOptions, State, check, preflight};
 
 /// Runs one of the ignored tests below as a user without any privilege, and gives back what it printed.
 #[track_caller]

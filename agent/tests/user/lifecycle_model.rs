@@ -10,8 +10,11 @@ use std::{
 };
 
 use gannet_agent::{
-    kernel::{CgroupHierarchy, ExitStatus, FileNumbers, Mapped, NewMapping, Origin, Subject},
-    process::{ImageKey, MappingKind, ProcFs, ProcessKey, Processes, State},
+    cgroup::CgroupHierarchy,
+    model::{
+        ExitStatus, FileNumbers, ImageKey, Mapped, MappingKind, NewMapping, Origin, ProcessKey, Subject,
+    },
+    process::{ProcFs, Processes, State},
 };
 use proptest::prelude::*;
 

@@ -15,10 +15,10 @@ use std::{
 };
 
 use gannet_agent::{
-    kernel::CgroupHierarchy,
+    cgroup::CgroupHierarchy,
+    model::ProcessKey,
     process::{
-        MetadataError, MetadataOptions, ProcError, ProcFs, ProcessKey, ProcessMetadataCache, RealProc,
-        check_identity,
+        MetadataError, MetadataOptions, ProcError, ProcFs, ProcessMetadataCache, RealProc, check_identity,
     },
 };
 use tracing_subscriber::fmt::MakeWriter;

@@ -11,8 +11,9 @@ use std::{
 };
 
 use gannet_agent::{
-    kernel::{CgroupHierarchy, ExitStatus, FileNumbers, Mapped, NewMapping, Origin, Subject},
-    process::{ProcFs, ProcessKey, Processes},
+    cgroup::CgroupHierarchy,
+    model::{ExitStatus, FileNumbers, Mapped, NewMapping, Origin, ProcessKey, Subject},
+    process::{ProcFs, Processes},
 };
 
 /// Counts the bytes that each thread holds: other tests of this binary may run on other threads.

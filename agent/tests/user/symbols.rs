@@ -14,9 +14,10 @@ use std::{
 };
 
 use gannet_agent::{
-    process::{Image, Mapping, MappingKind, ProcessKey},
-    profile::{RawProcess, RawProfile, RawStack, SampleKind, StackEnd},
-    symbols::{FileMapping, FileTable, MappedFile, Symbolizer, SymbolizerConfig},
+    model::{Image, MappedFile, Mapping, MappingKind, ProcessKey, SampleKind, StackEnd},
+    process::{FileMapping, FileTable},
+    profile::{RawProcess, RawProfile, RawStack},
+    symbols::{Symbolizer, SymbolizerConfig},
 };
 use gannet_proto::profiles::Profile;
 use proptest::prelude::*;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * The kernel's types, as far as they are read here. Only names matter: CO-RE finds each field's place in the running
- * kernel's own BTF. Constants are user-space ABI and never change. Written by hand, so that a build needs no headers
- * of any kernel; the guard's name tells libbpf's bpf_tracing.h which register names to use.
+ * The kernel's types, as far as the programs read them. Only names matter: CO-RE finds each field's offset in the running
+ * kernel's own BTF. Constants are user-space ABI and never change. Written by hand, so that a build needs no kernel
+ * headers; the guard's name tells libbpf's bpf_tracing.h which register names to use.
  */
 #ifndef __VMLINUX_H__
 #define __VMLINUX_H__
@@ -63,7 +63,7 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_RINGBUF = 27,
 };
 
-/* User-space ABI: the numbers of helpers that not every kernel has. */
+/* User-space ABI: the numbers of helpers that some kernels lack. */
 enum bpf_func_id {
 	BPF_FUNC_get_current_task_btf = 158,
 	BPF_FUNC_task_pt_regs = 175,
@@ -77,7 +77,7 @@ struct pt_regs {
 	unsigned long r15, r14, r13, r12, bp, bx, r11, r10, r9, r8, ax, cx, dx, si, di, orig_ax, ip, cs, flags, sp, ss;
 };
 typedef struct pt_regs bpf_user_pt_regs_t;
-/* Whether registers are those of a program, and not of the kernel. */
+/* Whether registers are those of user space, and not of the kernel. */
 #define OF_USER_MODE(regs) ((regs)->cs & 3)
 #elif defined(__TARGET_ARCH_arm64)
 #define KERNEL_STACK_BYTES (16 << 10)
@@ -98,14 +98,14 @@ typedef struct user_pt_regs bpf_user_pt_regs_t;
 #error "x86_64 and aarch64 only"
 #endif
 
-/* User-space ABI: what a perf_event program is called with. */
+/* User-space ABI: the argument of a perf_event program. */
 struct bpf_perf_event_data {
 	bpf_user_pt_regs_t regs;
 	__u64 sample_period;
 	__u64 addr;
 };
 
-/* User-space ABI: what a raw tracepoint program is called with. */
+/* User-space ABI: the arguments of a raw tracepoint program. */
 struct bpf_raw_tracepoint_args {
 	__u64 args[0];
 };
@@ -216,7 +216,7 @@ struct bpf_iter__task {
 	struct task_struct *task;
 };
 
-/* Which numbers the cgroup v1 controllers have depends on the kernel's configuration. */
+/* The kernel's configuration decides the numbers of the cgroup v1 controllers. */
 enum cgroup_subsys_id {
 	cpu_cgrp_id = 1,
 	memory_cgrp_id = 4,

@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * Which rules match a process. Each property (command name, control group, user, pid) gives a set of rules, one bit each:
- * those for which this value is right. A rule matches if it is in all sets. A property that none of the remaining rules
- * asks for is not looked at, so that a process that no rule can match costs one look-up.
+ * Finds the rules that match a process. Each property (command name, control group, user, PID) gives a set of rules, one bit
+ * each: those for which this value is right. A rule matches if it is in all sets. A property that none of the remaining
+ * rules asks for is not read, so that a process that no rule can match costs one lookup.
  *
- * The same semantics in Rust: the module `rules::compile` of the agent.
+ * The agent's module `rules::compile` has the same semantics in Rust.
  */
 #ifndef MATCH_H
 #define MATCH_H
 
-#include "common.h"
+#include "task.h"
 
 /*
- * Command names of the rules. A look-up finds only the longest key, so the value of a key holds the rules of all shorter
- * keys that match it too. Writer: the agent.
+ * Command names of the rules. A lookup finds only the longest key, so the value of a key holds the rules of all shorter
+ * keys that match it too. Writer: the agent. Reader: the matcher. Size: far above the names that 64 rules have.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
@@ -23,7 +23,7 @@ struct {
 	__type(value, u64);
 } comm_rules SEC(".maps");
 
-/* Paths of control groups, likewise. Writer: the agent. */
+/* Paths of control groups, in the same form. Writer: the agent. Reader: the matcher. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -33,8 +33,8 @@ struct {
 } cgroup_rules SEC(".maps");
 
 /*
- * Containers (by the id of their control group), pids and users of the rules, for both sides. Writer: the agent. Size: the
- * containers of a crowded node, twice.
+ * Containers (by the id of their control group), PIDs and users of the rules, for both sides. Writer: the agent. Reader: the
+ * matcher. Size: the containers of a crowded node, twice.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -51,7 +51,7 @@ struct cgroup_match {
 	u32 reserved;
 };
 
-/* What was found for a control group, by its id: its path is put together once for each rule set. Writers: BPF programs. */
+/* The rules that match a control group, by its id, so that its path is built once for each rule set. Writers: BPF programs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 4096);
@@ -66,27 +66,40 @@ struct cgroup_scratch {
 	struct kernfs_node *levels[CGROUP_DEPTH];
 };
 
-enum match_place {
-	PLACE_EXEC = 0,
-	PLACE_FORK = 1,
-	PLACE_ATTACH = 2,
-	PLACE_WALK = 3,
-	/* Of the twins, see `dealt_with`. */
-	PLACE_EXEC_AGAIN = 4,
-	PLACE_FORK_AGAIN = 5,
-	PLACES = 6,
+/* A slot of cgroup_scratch for each program. */
+enum scratch_slot {
+	SCRATCH_EXEC = 0,
+	SCRATCH_FORK = 1,
+	SCRATCH_ATTACH = 2,
+	SCRATCH_SCAN = 3,
+	/* Of the redundant handlers, see `dealt_with`. */
+	SCRATCH_EXEC_AGAIN = 4,
+	SCRATCH_FORK_AGAIN = 5,
+	SCRATCH_SLOTS = 6,
 };
 
 /*
- * Where a path is put together. One for each program, since one may come while another is at work on the same CPU; no
- * program comes while it is at work itself.
+ * Where the programs build a path. Each program has a slot of its own, since one may interrupt another on the same CPU; no
+ * program interrupts itself. Writers and readers: the matching programs.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, PLACES);
+	__uint(max_entries, SCRATCH_SLOTS);
 	__type(key, u32);
 	__type(value, struct cgroup_scratch);
 } cgroup_scratch SEC(".maps");
+
+/* Adds what `more` is sampled for. A want without rules asks for nothing. */
+ALWAYS_INLINE void add_want(struct want *want, const struct want *more, u64 live)
+{
+	u64 rules = more->rules & live;
+
+	if (!rules)
+		return;
+	if (more->period_ns && (!want->period_ns || more->period_ns < want->period_ns))
+		want->period_ns = more->period_ns;
+	want->rules |= rules;
+}
 
 ALWAYS_INLINE u64 exact_match(u32 generation, u32 kind, u64 number)
 {
@@ -116,15 +129,15 @@ ALWAYS_INLINE struct kernfs_node *parent_of(struct kernfs_node *node)
 }
 
 /*
- * Looks up a control group's path, and it and all that it lies in as containers, and takes down what it finds. Global, so
- * that it is verified once and not with each of its calls, which would take most of the time of loading.
+ * Matches a control group by its path, and it and its ancestors as containers, and stores the result in cgroup_matches.
+ * Global, so that it is verified once and not with each of its calls, which would take most of the time of loading.
  */
-__attribute__((noinline)) int look_up_cgroup(u64 address, u64 id, u32 generation, u32 place)
+__attribute__((noinline)) int match_cgroup(u64 address, u64 id, u32 generation, u32 slot)
 {
-	struct cgroup_scratch *scratch = bpf_map_lookup_elem(&cgroup_scratch, &place);
+	struct cgroup_scratch *scratch = bpf_map_lookup_elem(&cgroup_scratch, &slot);
 	struct kernfs_node *node = (void *)address;
 	struct cgroup_match match = { .generation = generation };
-	struct counters *counters = count();
+	struct counters *counters = this_cpu_counters();
 	u32 depth = 0, at = 0;
 	u64 *rules;
 
@@ -143,7 +156,7 @@ __attribute__((noinline)) int look_up_cgroup(u64 address, u64 id, u32 generation
 	}
 	if (depth == CGROUP_DEPTH && parent_of(node)) {
 		counters->cgroup_too_deep++;
-		goto found;
+		goto store;
 	}
 	for (u32 i = 0; i < CGROUP_DEPTH; i++) {
 		u32 level = depth - 1 - i;
@@ -174,28 +187,28 @@ __attribute__((noinline)) int look_up_cgroup(u64 address, u64 id, u32 generation
 	rules = bpf_map_lookup_elem(&cgroup_rules, &scratch->key);
 	if (rules)
 		match.paths = *rules;
-found:
+store:
 	bpf_map_update_elem(&cgroup_matches, &id, &match, BPF_ANY);
 	return 0;
 }
 
-ALWAYS_INLINE void cgroup_match(struct task_struct *task, u32 generation, u32 place, struct cgroup_match *match)
+ALWAYS_INLINE void cgroup_match(struct task_struct *task, u32 generation, u32 slot, struct cgroup_match *match)
 {
 	struct kernfs_node *node = cgroup_of(task);
 	u64 id = BPF_CORE_READ(node, id);
 	struct cgroup_match *known = bpf_map_lookup_elem(&cgroup_matches, &id);
 
 	if (!known || known->generation != generation) {
-		look_up_cgroup((u64)node, id, generation, place);
+		match_cgroup((u64)node, id, generation, slot);
 		known = bpf_map_lookup_elem(&cgroup_matches, &id);
 	}
-	/* Another generation by now: the decision is made again. */
+	/* If the generation has changed meanwhile, decide() tries again. */
 	if (known && known->generation == generation)
 		*match = *known;
 }
 
-/* The rules that match a process, those that deny it and those that are for the agent to decide included. */
-ALWAYS_INLINE u64 match_process(struct task_struct *task, u32 tgid, u32 generation, u32 place)
+/* Returns the rules that match a process, with those that deny it and those that the agent must decide. */
+ALWAYS_INLINE u64 match_process(struct task_struct *task, u32 tgid, u32 generation, u32 slot)
 {
 	struct side *side = &settings.sides[generation & 1];
 	u64 rules = side->rules;
@@ -209,14 +222,14 @@ ALWAYS_INLINE u64 match_process(struct task_struct *task, u32 tgid, u32 generati
 	if (rules & ~(side->any_cgroup & side->any_container)) {
 		struct cgroup_match match = {};
 
-		cgroup_match(task, generation, place, &match);
+		cgroup_match(task, generation, slot, &match);
 		rules &= side->any_cgroup | match.paths;
 		rules &= side->any_container | match.containers;
 	}
 	return rules;
 }
 
-/* The period of a set of rules: the shortest that one of them asks for. Global, so that it is verified once. */
+/* Returns the shortest period that a rule of the set asks for. Global, so that it is verified once. */
 __attribute__((noinline)) u64 period_of(u64 rules)
 {
 	for (u32 i = 0; i < MAX_RULES; i++) {
@@ -230,17 +243,17 @@ __attribute__((noinline)) u64 period_of(u64 rules)
 	return 0;
 }
 
-/* What one attempt at a decision starts from, and finds. */
+/* The input and result of one attempt at a decision. */
 struct decision {
-	/* What was decided at exec holds for this image. */
+	/* Rules that were decided at exec hold for this image. */
 	u64 kept;
 	u32 kept_exec_id;
-	u32 place;
+	u32 slot;
 	u64 candidates;
 	bool tracked;
 };
 
-/* One attempt; false if the rules have changed or the process has called execve meanwhile. */
+/* Makes one attempt; false if the rules have changed or the process has called execve meanwhile. */
 ALWAYS_INLINE bool decide_once(struct counters *counters, struct task_struct *task, u32 tgid, struct proc *fresh,
 			       struct decision *decision)
 {
@@ -249,8 +262,8 @@ ALWAYS_INLINE bool decide_once(struct counters *counters, struct task_struct *ta
 	u64 matched;
 
 	fresh->exec_id = BPF_CORE_READ(task, self_exec_id);
-	matched = match_process(task, tgid, generation, decision->place);
-	if (decision->place != PLACE_EXEC && decision->place != PLACE_EXEC_AGAIN)
+	matched = match_process(task, tgid, generation, decision->slot);
+	if (decision->slot != SCRATCH_EXEC && decision->slot != SCRATCH_EXEC_AGAIN)
 		matched &= ~side->at_exec | (fresh->exec_id == decision->kept_exec_id ? decision->kept : 0);
 	fresh->denied = !!(matched & side->deny);
 	decision->candidates = matched & side->by_agent;
@@ -263,7 +276,7 @@ ALWAYS_INLINE bool decide_once(struct counters *counters, struct task_struct *ta
 	fresh->want.rules = matched & ~side->sticky;
 	fresh->sticky.period_ns = period_of(fresh->sticky.rules);
 	fresh->want.period_ns = period_of(fresh->want.rules);
-	/* A process that no rule wants any more stays in the table: it is known, and its exit will be reported. */
+	/* A process that no rule wants any more stays in `procs`: the agent knows it, and needs its exit. */
 	if (decision->tracked || fresh->want.rules || fresh->sticky.rules || fresh->denied) {
 		if (bpf_map_update_elem(&procs, &tgid, fresh, BPF_ANY))
 			counters->procs_full++;
@@ -273,20 +286,20 @@ ALWAYS_INLINE bool decide_once(struct counters *counters, struct task_struct *ta
 }
 
 /*
- * Decides what a process is sampled for, from what it is now, and enters it if it is sampled for anything. Gives the rules
- * that the agent must decide. `fresh` holds its key, what sticks to it, and what was decided for which image.
+ * Decides what a process is sampled for, from its properties now, and enters it if it is sampled for anything. Returns the
+ * rules that the agent must decide. `fresh` holds its key, its sticky rules, and the decision for its last image.
  */
 ALWAYS_INLINE u64 decide(struct counters *counters, struct task_struct *task, u32 tgid, struct proc *fresh,
-			 bool tracked, u32 place)
+			 bool tracked, u32 slot)
 {
 	struct decision decision = {
 		.kept = fresh->want.rules,
 		.kept_exec_id = fresh->exec_id,
-		.place = place,
+		.slot = slot,
 		.tracked = tracked,
 	};
 
-	/* Three attempts, and no loop: 5.10 and 6.1 refuse one whose end the compiler lays before its head. */
+	/* Three attempts, and no loop: 5.10 and 6.1 refuse a loop whose end the compiler puts before its head. */
 	if (!decide_once(counters, task, tgid, fresh, &decision) &&
 	    !decide_once(counters, task, tgid, fresh, &decision))
 		decide_once(counters, task, tgid, fresh, &decision);

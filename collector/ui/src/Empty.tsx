@@ -22,7 +22,7 @@ export function Steps({ agent, rules }: { agent: boolean; rules: boolean }) {
         <li>
           <h3>Connect a node</h3>
           <p>On the machine to watch, as root:</p>
-          <Command text={`sudo gannet-agent run --collector ${collector()}`} />
+          <Command text={`sudo gannet-agent run --endpoint ${collector()}`} />
         </li>
       )}
       {rules && (

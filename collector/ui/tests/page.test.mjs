@@ -531,7 +531,7 @@ describe("an empty store", () => {
     await onEmpty("", async (page) => {
       await page.getByText("No profiles yet").waitFor();
       const text = await page.textContent("main");
-      for (const command of ["gannet-agent run --collector http://127.0.0.1:4100", "rules apply -f rules.yaml", "kubectl port-forward"]) {
+      for (const command of ["gannet-agent run --endpoint http://127.0.0.1:4100", "rules apply -f rules.yaml", "kubectl port-forward"]) {
         assert.ok(text.includes(command), command);
       }
     });

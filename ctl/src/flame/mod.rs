@@ -1,4 +1,4 @@
-//! The flame graph: interactive on a terminal, an indented tree elsewhere.
+//! `flame`: an interactive flame graph on a terminal, an indented tree or JSON elsewhere.
 
 mod model;
 mod view;
@@ -14,18 +14,19 @@ use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers
 use serde_json::json;
 
 use crate::{
-    Console, Error,
     args::{Flame, Format},
     client::{Collector, MAX_PROFILE_BYTES},
-    output::{amount, clean, percent},
+    error::Error,
+    render::{Console, amount, clean, percent},
 };
 
-/// A tree, and what its numbers are.
+/// A call tree with the sample type of its values.
 pub(crate) struct Graph {
-    pub(crate) root: FlameNode,
-    pub(crate) sample_type: String,
-    pub(crate) unit: String,
-    pub(crate) compared: bool,
+    root: FlameNode,
+    sample_type: String,
+    unit: String,
+    /// True if the nodes also hold the values of a base.
+    compared: bool,
 }
 
 impl Graph {
@@ -35,7 +36,10 @@ impl Graph {
             let profile = pprof::decode(bytes, MAX_PROFILE_BYTES)?;
             let types = pprof::check(&profile)?.sample_types;
             let index = pprof::sample_type_index(&profile, wanted).ok_or_else(|| {
-                Error::Usage(format!("there is no sample type `{wanted}`; there is {}", types.join(", ")))
+                Error::Usage(format!(
+                    "the profile has no sample type `{wanted}`; it has {}",
+                    types.join(", ")
+                ))
             })?;
             tree.add(&profile, index, side)?;
             Ok(types[index].clone())
@@ -53,7 +57,7 @@ impl Graph {
     }
 }
 
-/// Of what a collector holds.
+/// Shows profiles that a collector stores.
 pub(crate) async fn show(
     args: &Flame,
     collector: &Collector,
@@ -69,7 +73,7 @@ pub(crate) async fn show(
     present(Graph::new(&main, base.as_deref(), args)?, args, format, console)
 }
 
-/// Of a file.
+/// Shows the pprof file of `--input`.
 pub(crate) fn show_file(args: &Flame, format: Format, console: &mut Console<'_>) -> Result<(), Error> {
     let Some(file) = &args.input else { return Ok(()) };
     let bytes = fs::read(file).map_err(|source| Error::File { file: file.display().to_string(), source })?;
@@ -88,8 +92,8 @@ fn present(graph: Graph, args: &Flame, format: Format, console: &mut Console<'_>
     Ok(console.out.flush()?)
 }
 
-/// As in the HTTP API. Written as it goes: a value of serde_json would be dropped by recursion, and a stack may be
-/// thousands deep.
+/// Formats a tree as in the HTTP API. A `serde_json::Value` would overflow the stack: it is dropped by recursion, and a
+/// call stack may be thousands of frames deep.
 fn node_json(root: &FlameNode) -> String {
     enum Step<'a> {
         Open(&'a FlameNode),
@@ -136,7 +140,7 @@ fn node_json(root: &FlameNode) -> String {
     text
 }
 
-/// One object; JSON is YAML too.
+/// Formats the graph as one JSON object, which is valid YAML too.
 fn graph_json(graph: &Graph) -> String {
     let Graph { root, sample_type, unit, compared: _ } = graph;
     format!(
@@ -150,35 +154,36 @@ fn graph_json(graph: &Graph) -> String {
     )
 }
 
-const BAR: usize = 10;
+/// Width of the bar that shows a share.
+const BAR_CHARS: usize = 10;
 
-/// The tree as text, without what is below the least share.
+/// Formats the tree as text, without functions below `min_percent` of the total.
 fn tree(graph: &Graph, min_percent: f64) -> String {
     let Graph { root, sample_type, unit, compared } = graph;
     let whole = root.total.saturating_add(root.base_total);
     if whole == 0 {
         return format!("{sample_type}: no samples\n");
     }
-    let mut text = format!("{sample_type}: {} in all", amount(root.total.into(), unit));
+    let mut text = format!("{sample_type}: {} in total", amount(root.total.into(), unit));
     if *compared {
         let _ = write!(text, ", compared with {}", amount(root.base_total.into(), unit));
     }
     text.push('\n');
-    let least = min_percent.max(0.0) / 100.0;
+    let min_share = min_percent.max(0.0) / 100.0;
     let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
     let large = |node: &FlameNode| {
-        share(node.total, root.total) >= least || share(node.base_total, root.base_total) >= least
+        share(node.total, root.total) >= min_share || share(node.base_total, root.base_total) >= min_share
     };
-    // A line of descent without branches stays at its indent: deep stacks would leave the page.
+    // An only child keeps the indent of its parent: deep stacks would run out of the terminal.
     let mut open: Vec<(&FlameNode, String, &str)> = vec![(root, String::new(), "")];
     while let Some((node, indent, branch)) = open.pop() {
         let part = share(node.total, root.total);
-        let filled = ((part * BAR as f64).round() as usize).min(BAR);
+        let filled = ((part * BAR_CHARS as f64).round() as usize).min(BAR_CHARS);
         let _ = write!(
             text,
             "{}{} {:>7} {:>9} ",
             "█".repeat(filled),
-            "░".repeat(BAR - filled),
+            "░".repeat(BAR_CHARS - filled),
             percent(node.total, root.total),
             amount(node.total.into(), unit)
         );
@@ -220,15 +225,15 @@ fn notes(node: &FlameNode) -> String {
     notes
 }
 
-/// The interactive graph, until it is left.
+/// Runs the interactive graph until the user quits.
 fn explore(graph: Graph) -> Result<(), Error> {
     let mut model = Model::new(graph);
-    // Restores the terminal on a panic too.
+    // Also installs a panic hook that restores the terminal.
     let mut terminal = ratatui::try_init()?;
     let result = (|| {
         loop {
             terminal.draw(|frame| view::draw(frame, &mut model))?;
-            // Waits for a key; a change of size wakes it too.
+            // A key or a new terminal size ends the wait.
             if !event::poll(Duration::from_secs(3600))? {
                 continue;
             }
@@ -280,9 +285,9 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_tree_shows_shares_and_leaves_out_what_is_small() {
+    fn the_tree_shows_shares_and_omits_small_functions() {
         insta::assert_snapshot!(tree(&graph(false), 15.0), @r"
-        samples/count: 100 in all
+        samples/count: 100 in total
         ██████████ 100.00%       100 all
         █████████░  90.00%        90 serve  app
         ███████░░░  70.00%        70 ├ work  app
@@ -300,7 +305,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_json_is_the_tree() {
+    fn the_json_holds_the_tree() {
         let value: serde_json::Value = serde_json::from_str(&graph_json(&graph(true))).unwrap();
         let serve = &value["root"]["children"][0];
         assert_eq!((serve["name"].as_str(), serve["total"].as_u64()), (Some("serve"), Some(90)));
@@ -311,7 +316,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_tree_of_many_thousand_levels_is_no_danger() {
+    fn a_tree_of_thousands_of_levels_does_not_overflow() {
         let mut root = node("leaf", 1, 0, vec![]);
         for _ in 0..3000 {
             root = node("f", 0, 0, vec![root]);

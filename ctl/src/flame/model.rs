@@ -1,11 +1,12 @@
-//! What the interactive graph knows: the nodes, which one is selected, zoomed into, searched for.
+//! State of the interactive graph: the nodes, the selected and zoomed one, and the search.
 
 use gannet_proto::query::FlameNode;
 use ratatui::crossterm::event::KeyCode;
 
 use super::Graph;
-use crate::output::clean;
+use crate::render::clean;
 
+/// One function in one call path.
 pub(super) struct Node {
     pub(super) name: String,
     pub(super) file: String,
@@ -15,31 +16,35 @@ pub(super) struct Node {
     pub(super) kernel: bool,
     pub(super) inlined: bool,
     pub(super) depth: usize,
+    /// Index of the parent; the root is its own parent.
     pub(super) parent: usize,
     pub(super) children: Vec<usize>,
 }
 
 impl Node {
-    /// What its width stands for: in a comparison both sides, so that what vanished is seen too.
+    /// Returns the value that the width stands for. In a comparison it is the sum of both sides, so that a function that
+    /// disappeared still has a width.
     pub(super) fn weight(&self) -> u64 {
         self.total.saturating_add(self.base_total)
     }
 }
 
 pub(super) struct Model {
-    /// A parent before its children; the first is the root.
+    /// All nodes, each parent before its children. The first one is the root.
     pub(super) nodes: Vec<Node>,
     pub(super) sample_type: String,
     pub(super) unit: String,
     pub(super) compared: bool,
+    /// Index of the selected node.
     pub(super) selected: usize,
-    /// The node that fills the width.
+    /// Index of the node that fills the width.
     pub(super) zoom: usize,
-    /// The first depth that is shown.
+    /// First visible depth.
     pub(super) top: usize,
-    /// How many rows the graph had when it was last drawn.
+    /// Rows of the graph when it was last drawn.
     pub(super) height: usize,
     pub(super) search: String,
+    /// True while keys go to the search text.
     pub(super) typing: bool,
 }
 
@@ -93,7 +98,7 @@ impl Model {
         }
     }
 
-    /// Does what the key asks for; false if that is to leave.
+    /// Handles a key. Returns false if the key quits.
     pub(super) fn key(&mut self, key: KeyCode) -> bool {
         if self.typing {
             self.type_key(key);
@@ -160,11 +165,11 @@ impl Model {
         self.zoom = self.nodes[self.zoom].parent;
     }
 
-    /// To the next node of the same depth in the picture.
+    /// Selects the next visible node of the same depth.
     fn step(&mut self, right: bool) {
         let depth = self.nodes[self.selected].depth;
         let wanted = |number: &usize| self.nodes[*number].depth == depth && self.is_below(*number, self.zoom);
-        // Nodes of one depth stand in the order of their numbers.
+        // Nodes of one depth are ordered by their index.
         let found = if right {
             (self.selected + 1..self.nodes.len()).find(wanted)
         } else {
@@ -180,13 +185,13 @@ impl Model {
         number == above
     }
 
-    /// Whether the search finds this node.
+    /// Reports whether the search matches a node.
     pub(super) fn is_match(&self, number: usize) -> bool {
         !self.search.is_empty()
             && self.nodes[number].name.to_lowercase().contains(&self.search.to_lowercase())
     }
 
-    /// What all matches make of the whole; a match below a match counts once.
+    /// Returns the number of matches and their total. A match below another match adds nothing to the total.
     pub(super) fn matched(&self) -> (usize, u64) {
         let (mut count, mut weight, mut inside) = (0, 0_u64, vec![false; self.nodes.len()]);
         for number in 0..self.nodes.len() {
@@ -214,13 +219,13 @@ impl Model {
         }
     }
 
-    /// Keeps the selected node on the screen.
+    /// Scrolls so that the selected node is visible.
     pub(super) fn scroll(&mut self) {
         let depth = self.nodes[self.selected].depth;
         self.top = self.top.clamp((depth + 1).saturating_sub(self.height.max(1)), depth);
     }
 
-    /// What is drawn in each row: nodes with their first column and width. What is above the zoomed node fills the row.
+    /// Returns the nodes of each row as (index, first column, width). Ancestors of the zoomed node fill their rows.
     pub(super) fn rows(&self, width: u16) -> Vec<Vec<(usize, u16, u16)>> {
         let mut rows: Vec<Vec<(usize, u16, u16)>> = Vec::new();
         let mut above = vec![self.zoom];
@@ -230,7 +235,7 @@ impl Model {
             above.push(parent);
         }
         rows.extend(above.into_iter().rev().map(|number| vec![(number, 0, width)]));
-        // By parts of a column, so that rounding does not add up over the depth.
+        // Positions are fractions of a column, so that rounding errors do not add up over the depth.
         let mut level = vec![(self.zoom, 0.0, f64::from(width))];
         while !level.is_empty() {
             let mut next = Vec::new();
@@ -247,7 +252,7 @@ impl Model {
                 .iter()
                 .filter_map(|(number, start, span)| {
                     let (first, end) = (start.round() as u16, (start + span).round() as u16);
-                    // A node that is narrower than a column is not drawn, unless it is the one that is looked at.
+                    // A node narrower than a column is left out, unless it is selected.
                     let end =
                         if end == first && *number == self.selected { (first + 1).min(width) } else { end };
                     (end > first).then(|| (*number, first, end - first))
@@ -257,7 +262,7 @@ impl Model {
                 break;
             }
             rows.push(row);
-            // What is too narrow has nothing visible below it, unless the selected node is there.
+            // A node that is too narrow has no visible descendants, except the selected node.
             level = next
                 .into_iter()
                 .filter(|(number, _, span)| *span >= 0.5 || self.is_below(self.selected, *number))
@@ -291,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_walk_the_tree() {
+    fn keys_move_through_the_tree() {
         let mut model = model();
         press(&mut model, "jjj");
         assert_eq!(name(&model), "memcpy");
@@ -307,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn zooming_gives_a_node_the_whole_width_and_back() {
+    fn zooming_gives_a_node_the_full_width_and_back() {
         let mut model = model();
         assert_eq!(
             model.rows(100)[1].iter().map(|(_, at, w)| (*at, *w)).collect::<Vec<_>>(),
@@ -316,7 +321,7 @@ mod tests {
         press(&mut model, "jj\n");
         let rows = model.rows(100);
         assert_eq!(rows[2], [(model.selected, 0, 100)]);
-        assert_eq!(rows[1].len(), 1, "what stands beside is out of the picture");
+        assert_eq!(rows[1].len(), 1, "siblings are hidden");
         press(&mut model, "<");
         assert_eq!(model.nodes[model.zoom].name, "serve");
         press(&mut model, "r");
@@ -324,10 +329,10 @@ mod tests {
     }
 
     #[test]
-    fn a_search_finds_counts_and_steps() {
+    fn a_search_counts_matches_and_steps_through_them() {
         let mut model = model();
         press(&mut model, "/E\n");
-        assert_eq!(model.matched().1, 100, "serve and idle_loop; what is below serve counts once");
+        assert_eq!(model.matched().1, 100, "serve and idle_loop; matches below serve add nothing");
         press(&mut model, "/MEM\n");
         assert_eq!((name(&model), model.matched()), ("memcpy", (1, 40)));
         press(&mut model, "n");
@@ -355,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn the_selected_node_stays_on_the_screen() {
+    fn the_selected_node_stays_visible() {
         let mut model = Model { height: 2, ..model() };
         press(&mut model, "jjj");
         assert_eq!(model.top, 2);

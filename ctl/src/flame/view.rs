@@ -1,4 +1,4 @@
-//! How the interactive graph looks: the root at the top, one row for each depth.
+//! Drawing of the interactive graph: the root at the top, one row for each depth.
 
 use std::fmt::Write as _;
 
@@ -11,8 +11,9 @@ use ratatui::{
 };
 
 use super::model::{Model, Node};
-use crate::output::{amount, percent};
+use crate::render::{amount, percent};
 
+/// Draws the whole screen and scrolls the model to fit it.
 pub(super) fn draw(frame: &mut Frame<'_>, model: &mut Model) {
     let [head, graph, foot, keys] = Layout::vertical([
         Constraint::Length(1),
@@ -47,7 +48,7 @@ fn header(model: &Model) -> Paragraph<'static> {
 
 fn draw_rows(frame: &mut Frame<'_>, area: Rect, model: &mut Model) {
     let rows = model.rows(area.width);
-    // No empty rows at the bottom while there is something above.
+    // No empty rows at the bottom while rows are hidden above.
     model.top = model.top.min(rows.len().saturating_sub(usize::from(area.height)));
     for (line, row) in rows.into_iter().skip(model.top).take(usize::from(area.height)).enumerate() {
         let y = area.y + line as u16;
@@ -60,7 +61,7 @@ fn draw_rows(frame: &mut Frame<'_>, area: Rect, model: &mut Model) {
             if number == model.selected {
                 style = style.add_modifier(Modifier::REVERSED | Modifier::BOLD);
             }
-            // The last column stays dark where there is room, so that neighbours are told apart.
+            // The last column of a wide node stays empty, so that neighbours are distinct.
             let inner = if width > 2 { width - 1 } else { width };
             let name: String = if inner > 2 { fit(&node.name, usize::from(inner)) } else { String::new() };
             let text = format!("{name:<width$}", width = usize::from(inner));
@@ -69,6 +70,7 @@ fn draw_rows(frame: &mut Frame<'_>, area: Rect, model: &mut Model) {
     }
 }
 
+/// Shortens a name to `width` characters.
 fn fit(name: &str, width: usize) -> String {
     if name.chars().count() <= width {
         return name.to_owned();
@@ -78,15 +80,15 @@ fn fit(name: &str, width: usize) -> String {
     short
 }
 
-/// Warm hues by name, so that a function looks the same everywhere; the kernel is blue. In a comparison the colour says
-/// which side has the larger share: red is dearer than before, green is cheaper.
+/// Returns the colour of a node. A function's name decides its warm hue, so that it is the same everywhere; kernel
+/// functions are blue. In a comparison red marks a larger share than in the base, green a smaller one.
 fn style(model: &Model, node: &Node) -> Style {
     let dark = Style::new().fg(Color::Black);
     if model.compared {
         let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
         let root = &model.nodes[0];
         let change = share(node.total, root.total) - share(node.base_total, root.base_total);
-        // A change of a tenth of the whole has the full colour.
+        // A change of 10 percentage points has the full colour.
         let pale = 225 - (change.abs() * 10.0).min(1.0).mul_add(145.0, 0.0) as u8;
         return dark.bg(match change {
             c if c > 0.0005 => Color::Rgb(240, pale, pale),
@@ -133,7 +135,7 @@ fn details(model: &Model) -> Paragraph<'static> {
 
 fn key_line(model: &Model) -> Paragraph<'static> {
     let keys = if model.typing {
-        "type to search   Enter go there   Esc drop it"
+        "type to search   Enter go to match   Esc cancel"
     } else {
         "q quit  arrows move  Enter zoom in  Backspace out  r reset  / search  n N next"
     };
@@ -154,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn the_graph_shows_each_depth_in_its_row() {
+    fn each_depth_has_its_row() {
         let mut model = Model::new(graph(false));
         model.key(KeyCode::Down);
         insta::assert_snapshot!(drawn(&mut model, 60, 9).backend(), @r#"
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_comparison_is_red_where_it_became_dearer_and_green_where_cheaper() {
+    fn a_comparison_is_red_for_more_and_green_for_less() {
         let model = Model::new(graph(true));
         let colour = |name: &str| {
             let node = model.nodes.iter().find(|node| node.name == name).unwrap();
@@ -187,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn any_size_of_screen_is_drawn() {
+    fn a_screen_of_any_size_is_drawn() {
         let mut model = Model::new(graph(true));
         for (width, height) in [(1, 1), (3, 2), (10, 4), (500, 60)] {
             for key in [KeyCode::Down, KeyCode::Enter, KeyCode::Char('/'), KeyCode::Char('m'), KeyCode::Enter]

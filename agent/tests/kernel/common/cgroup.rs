@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gannet_agent::kernel::CgroupHierarchy;
+use gannet_agent::cgroup::CgroupHierarchy;
 
 const ENTER: &str = r#"
 #include <fcntl.h>

@@ -1,0 +1,13 @@
+//! Control groups: the hierarchies of the host, where they are mounted, the names in their paths, and the tree of one.
+
+mod hierarchy;
+mod mount;
+mod names;
+mod tree;
+
+pub use hierarchy::CgroupHierarchy;
+pub(crate) use hierarchy::{find_container, parse_path, path_of};
+pub(crate) use mount::{directory, id_of, mount_of};
+pub use names::CgroupNames;
+pub(crate) use names::{container_part, pod_part};
+pub use tree::{Cgroup, CgroupTree, CgroupTreeError};

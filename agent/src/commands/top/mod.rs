@@ -1,0 +1,173 @@
+//! `gannet-agent top`: feeds the live table.
+
+mod model;
+mod screen;
+mod snapshot;
+mod view;
+
+use std::{
+    io::{self, Write as _},
+    time::Duration,
+};
+
+use clap::Args;
+use gannet_base::TimeSpan;
+use gannet_proto::{
+    control::{Match, RuleError},
+    rules::Caps,
+};
+use tokio::sync::mpsc;
+
+pub use screen::ScreenError;
+use snapshot::{ProcessInfo, Snapshot};
+
+use crate::{
+    commands::check::{self, Refusal},
+    engine::{Engine, EngineError, EngineOptions, Inside, Window},
+    governor::Budgets,
+    kernel::KernelOptions,
+    pipeline::finish,
+    process::{Process, State},
+    profile::slots,
+    rules::{Deny, Set, Source, ad_hoc},
+    symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError},
+    tables::TableSources,
+};
+
+/// Shows live which processes use the CPUs, and in which functions
+#[derive(Args, Clone, Debug)]
+pub struct TopArgs {
+    /// Samples a second and CPU, 1 to 1000
+    #[arg(long, default_value_t = 49, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub hz: u32,
+    /// Only processes with these command names: exact, or a prefix with * at its end
+    #[arg(long, value_name = "PATTERN", num_args = 1..)]
+    pub comm: Vec<String>,
+    /// How often the table changes
+    #[arg(long, value_name = "TIME", default_value = "2s")]
+    pub interval: TimeSpan,
+    /// Print the table once, as text, and end
+    #[arg(long)]
+    pub once: bool,
+    /// With --once: how many processes
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub rows: usize,
+}
+
+/// Why there is no table.
+#[derive(Debug, thiserror::Error)]
+pub enum TopError {
+    /// This machine cannot.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The kernel side cannot work.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// No terminal.
+    #[error(transparent)]
+    Screen(#[from] ScreenError),
+    /// What was asked for is no rule.
+    #[error("{}", .0.iter().map(|error| format!("--comm: {}", error.reason)).collect::<Vec<_>>().join("; "))]
+    Rule(Vec<RuleError>),
+    /// No symbolizer.
+    #[error("frames cannot be named: {0}")]
+    Symbols(#[from] SymbolizerError),
+    /// No thread, no output.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// Samples and shows until the user leaves.
+pub async fn top(args: TopArgs) -> Result<(), TopError> {
+    if !args.once {
+        screen::require_terminal()?;
+    }
+    check::preflight()?;
+    let debug_cost = if args.comm.is_empty() { DebugCost::EVERYTHING } else { DebugCost::WANTED };
+    let symbolizer = Symbolizer::start(SymbolizerConfig { debug_cost, ..SymbolizerConfig::default() })?;
+    let (windows, mut finished) = mpsc::channel::<Window>(4);
+    let engine = Engine::start(
+        EngineOptions {
+            node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            kernel: KernelOptions { off_cpu: false, ..KernelOptions::default() },
+            window: args.interval.0.max(Duration::from_millis(200)),
+            caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
+            deny: Deny::default(),
+            budgets: Budgets::default(),
+            tables: Some(TableSources::with_debug_files()),
+        },
+        // A table that is late shows the next window instead.
+        move |window: Window| drop(windows.try_send(window)),
+    )?;
+    let comm = if args.comm.is_empty() { vec!["*".to_owned()] } else { args.comm.clone() };
+    let rules = vec![ad_hoc("top", Match { comm, ..Match::default() }, args.hz, &[])];
+    engine.replace(Source::Local, Set { rules, ..Set::default() }).await.map_err(TopError::Rule)?;
+    let (snapshots, feed) = mpsc::channel(4);
+    let mut screen = (!args.once).then(|| tokio::task::spawn_blocking(move || screen::run(feed)));
+    loop {
+        let window = tokio::select! {
+            window = finished.recv() => window.ok_or(EngineError::Ended)?,
+            left = async { match &mut screen { Some(screen) => screen.await, None => std::future::pending().await } } => {
+                return Ok(left.map_err(io::Error::other)??);
+            }
+        };
+        let snapshot = snapshot(&engine, &symbolizer, window).await?;
+        if args.once {
+            write!(io::stdout(), "{}", screen::once(&snapshot, args.rows))?;
+            return Ok(());
+        }
+        // A screen that does not keep up misses a snapshot; one that is gone ends the loop above.
+        let _ = snapshots.try_send(snapshot);
+    }
+}
+
+async fn snapshot(engine: &Engine, symbolizer: &Symbolizer, window: Window) -> Result<Snapshot, TopError> {
+    let profiles = finish(symbolizer, window.profiles, &window.ledger).await?;
+    let (processes, ledger) = engine.inspect(|inside| (infos(inside), inside.ledger.clone())).await?;
+    Ok(Snapshot { duration: window.duration, profiles, processes, ledger })
+}
+
+fn infos(inside: &Inside<'_>) -> Vec<ProcessInfo> {
+    inside
+        .processes
+        .alive()
+        .chain(inside.processes.past())
+        .filter(|process| process.samples > 0)
+        .map(|process| ProcessInfo {
+            key: process.key.process,
+            comm: process.comm.clone(),
+            place: place(process),
+            rule: slots(process.rules)
+                .find_map(|slot| inside.rules.name(slot))
+                .unwrap_or_default()
+                .to_owned(),
+            state: state(inside, process),
+        })
+        .collect()
+}
+
+/// How far it is, and what is not done yet for it.
+fn state(inside: &Inside<'_>, process: &Process) -> String {
+    let state = match process.state {
+        State::Alive if process.rules == 0 => "no rule",
+        State::Alive => "armed",
+        State::Unread => "not read yet",
+        State::Replaced => "replaced",
+        State::Ended(_) => "ended",
+        State::Missed => "unread",
+    };
+    match inside.waiting_samples(&process.key) {
+        0 => state.to_owned(),
+        samples => format!("{state}, {samples} wait"),
+    }
+}
+
+/// Where a process belongs: its unit, its container, or its executable.
+fn place(process: &Process) -> String {
+    let names = &process.names;
+    match () {
+        () if !names.unit.is_empty() => names.unit.clone(),
+        () if !names.container_id.is_empty() => names.container_id.chars().take(12).collect(),
+        () => process.exe.clone(),
+    }
+}

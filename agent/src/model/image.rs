@@ -1,0 +1,156 @@
+//! What is mapped into a process: the executable image as its samples saw it.
+
+use std::sync::Arc;
+
+use super::MappedFile;
+
+/// The executable mappings of one process in one exec generation, as one reading of `/proc/PID/maps` showed them.
+#[derive(Clone, Debug, Default)]
+pub struct Image {
+    /// Sorted by `start`, disjoint.
+    pub mappings: Vec<Mapping>,
+}
+
+/// One executable mapping.
+#[derive(Clone, Debug)]
+pub struct Mapping {
+    /// First address.
+    pub start: u64,
+    /// Behind the last address.
+    pub end: u64,
+    /// Where `start` is in the file, in bytes; 0 for what is no file.
+    pub offset: u64,
+    /// What is mapped.
+    pub kind: MappingKind,
+}
+
+/// What is mapped.
+#[derive(Clone, Debug)]
+pub enum MappingKind {
+    /// A file, held open so that it can be read after the process is gone or the file is deleted.
+    File(Arc<MappedFile>),
+    /// The kernel's own shared object.
+    Vdso,
+    /// Executable memory without a file: the output of a just-in-time compiler.
+    Anon,
+}
+
+impl Image {
+    /// Something was mapped: what was there before is not there any more.
+    pub fn map(&mut self, new: Mapping) {
+        let begin = self.mappings.partition_point(|old| old.end <= new.start);
+        let end = self.mappings.partition_point(|old| old.start < new.end);
+        let mut left = Vec::with_capacity(3);
+        // Of the first and of the last one that it covers a part may be left.
+        if let Some(first) = self.mappings[begin..end].first().filter(|first| first.start < new.start) {
+            left.push(Mapping { end: new.start, ..first.clone() });
+        }
+        let (start, last) = (new.end, self.mappings[begin..end].last().filter(|last| last.end > new.end));
+        let rest = last.map(|last| {
+            let moved = if matches!(last.kind, MappingKind::File(_)) { start - last.start } else { 0 };
+            Mapping { start, offset: last.offset + moved, ..last.clone() }
+        });
+        left.push(new);
+        left.extend(rest);
+        self.mappings.splice(begin..end, left);
+    }
+
+    /// The mapping that holds `address`.
+    pub fn find(&self, address: u64) -> Option<&Mapping> {
+        let after = self.mappings.partition_point(|mapping| mapping.start <= address);
+        self.mappings[..after].last().filter(|mapping| address < mapping.end)
+    }
+}
+
+/// What the sideband tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mapped {
+    /// A process has begun to replace its image: whatever it maps from now on belongs to the next one.
+    Cleared {
+        /// Whose.
+        tgid: u32,
+        /// When, by the boot clock.
+        ktime_ns: u64,
+    },
+    /// Something executable was mapped.
+    Made {
+        /// By whom.
+        tgid: u32,
+        /// When, by the boot clock.
+        ktime_ns: u64,
+        /// Where, and what.
+        mapping: NewMapping,
+    },
+}
+
+impl Mapped {
+    /// When, by the boot clock.
+    pub fn ktime_ns(&self) -> u64 {
+        match self {
+            Self::Cleared { ktime_ns, .. } | Self::Made { ktime_ns, .. } => *ktime_ns,
+        }
+    }
+}
+
+/// An executable mapping, as `/proc/PID/maps` would show it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewMapping {
+    /// First address.
+    pub start: u64,
+    /// Behind the last.
+    pub end: u64,
+    /// In the file.
+    pub offset: u64,
+    /// Device number as `stat(2)` gives it.
+    pub dev: u64,
+    /// 0: no file.
+    pub inode: u64,
+    /// Without ` (deleted)`; `[vdso]`; empty for memory that is no file's.
+    pub path: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn of(start: u64, end: u64, offset: u64, inode: u64) -> Mapping {
+        let kind = match inode {
+            0 => MappingKind::Anon,
+            _ => MappingKind::File(Arc::new(MappedFile::unopened("", 0, inode))),
+        };
+        Mapping { start, end, offset, kind }
+    }
+
+    /// What is at an address: the inode, and where in the file.
+    fn at(image: &Image, address: u64) -> Option<(u64, u64)> {
+        let mapping = image.find(address)?;
+        Some(match &mapping.kind {
+            MappingKind::File(file) => (file.inode, mapping.offset + address - mapping.start),
+            _ => (0, 0),
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn r15_the_last_mapping_of_an_address_counts(
+            maps in prop::collection::vec((0_u64..60, 1_u64..20, 0_u64..4), 0..20)
+        ) {
+            let mut image = Image::default();
+            let mut oracle = [None; 80];
+            for (number, (start, length, inode)) in (1..).zip(maps) {
+                let inode = if inode == 0 { 0 } else { number };
+                image.map(of(start, start + length, if inode == 0 { 0 } else { 1000 }, inode));
+                for address in start..start + length {
+                    let there = if inode == 0 { (0, 0) } else { (inode, 1000 + address - start) };
+                    oracle[address as usize] = Some(there);
+                }
+            }
+            for (address, there) in oracle.into_iter().enumerate() {
+                prop_assert_eq!(at(&image, address as u64), there);
+            }
+            prop_assert!(image.mappings.windows(2).all(|two| two[0].end <= two[1].start));
+        }
+    }
+}

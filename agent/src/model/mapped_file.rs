@@ -1,0 +1,73 @@
+//! Executable files that processes map.
+
+use std::{
+    fs::File,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use gannet_elf::{Headers, Segments};
+
+/// The number of one opened file. Caches of symbols and unwind tables use it as their key: unlike a path, an inode or a
+/// descriptor it never names another file later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId(u64);
+
+impl FileId {
+    fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// An executable file that a process maps. It is held open, so that it can be read after its name was deleted or replaced.
+#[derive(Debug)]
+pub struct MappedFile {
+    /// The key of its symbols and unwind tables.
+    pub id: FileId,
+    /// The path as the process sees it, without ` (deleted)`.
+    pub path: String,
+    /// Device number of the file system, as `/proc/PID/maps` shows it.
+    pub dev: u64,
+    /// Inode number, as `/proc/PID/maps` shows it.
+    pub inode: u64,
+    /// The open file; `None` if it could not be opened.
+    pub file: Option<File>,
+    /// Lower-case hex of the GNU build id, else the Go build id, else empty.
+    pub build_id: String,
+    /// Where the bytes of an ELF file are in memory; `None` for a file that is no ELF file of a supported kind.
+    segments: Option<Segments>,
+}
+
+impl MappedFile {
+    /// Builds a file that cannot be read: its frames keep their mapping and have no names.
+    pub fn unopened(path: &str, dev: u64, inode: u64) -> Self {
+        Self {
+            id: FileId::next(),
+            path: path.to_owned(),
+            dev,
+            inode,
+            file: None,
+            build_id: String::new(),
+            segments: None,
+        }
+    }
+
+    /// Builds a file from an open descriptor and reads its ELF headers.
+    pub fn opened(path: &str, dev: u64, inode: u64, file: File) -> Self {
+        let headers = Headers::read(&file).ok();
+        let build_id = headers.as_ref().map(|headers| headers.build_ids.text()).unwrap_or_default();
+        let segments = headers.map(|headers| headers.segments);
+        Self { file: Some(file), build_id, segments, ..Self::unopened(path, dev, inode) }
+    }
+
+    /// Reports whether it is an ELF file of this machine's kind.
+    pub fn is_elf(&self) -> bool {
+        self.segments.is_some()
+    }
+
+    /// Returns the virtual address, as the ELF file counts, of the byte at `offset` in the file. It is found through the
+    /// loadable segment that holds the offset.
+    pub fn address_of(&self, offset: u64) -> Option<u64> {
+        self.segments.as_ref()?.vaddr_of_offset(offset)
+    }
+}

@@ -1,0 +1,18 @@
+//! Types that several modules share: processes, images, mapped files, samples, and the clocks and CPUs of the host. Nothing
+//! here imports from another module of the agent.
+
+mod clock;
+mod host;
+mod image;
+mod key;
+mod mapped_file;
+mod sample;
+
+pub use clock::boot_time;
+pub(crate) use clock::{boot_time_ns, boot_time_of_ticks, ticks_of};
+pub(crate) use host::ONLINE_CPUS;
+pub use host::online_cpus;
+pub use image::{Image, Mapped, Mapping, MappingKind, NewMapping};
+pub use key::{ImageKey, ParseKeyError, ProcessKey};
+pub use mapped_file::{FileId, MappedFile};
+pub use sample::{ExitStatus, FileNumbers, Origin, RawUserStack, Sample, SampleKind, StackEnd, Subject};

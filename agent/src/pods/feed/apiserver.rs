@@ -1,0 +1,274 @@
+//! A watch at the API server over the pods of this node. It costs the API server a stream for each node; the kubelet's
+//! own sources go before it.
+
+use futures::stream::{self, BoxStream, StreamExt as _};
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod as ApiPod};
+use kube::{
+    Api, Client, Config,
+    runtime::watcher::{self, Event, watcher},
+};
+use tokio::sync::Notify;
+
+use super::{Change, MOST_PODS, PodSource, SourceError, SourceKind, SourceOptions, said};
+use crate::pods::model::{ANNOTATIONS, MOST_CONTAINERS, MOST_LABELS, Pod, Told};
+
+const AT: &str = "the API server";
+const RBAC: &str = "apiGroups [\"\"], resources [\"pods\"], verbs [\"list\", \"watch\"]";
+/// Pods in one page of the first list.
+const PAGE: u32 = 250;
+
+/// The API server.
+pub(super) struct ApiServer {
+    node: String,
+    by_name: bool,
+    is_there: bool,
+}
+
+impl ApiServer {
+    pub(super) fn new(options: &SourceOptions) -> Self {
+        Self {
+            node: options.node.clone(),
+            by_name: options.only == Some(SourceKind::ApiServer),
+            is_there: options.apiserver,
+        }
+    }
+
+    async fn client(&self) -> Result<Client, SourceError> {
+        if !self.by_name && !self.is_there {
+            return Err(SourceError::Absent(
+                "this is no pod (KUBERNETES_SERVICE_HOST is not set), and KUBECONFIG names no cluster".into(),
+            ));
+        }
+        let unreachable = |reason: String| SourceError::Unreachable { at: AT.into(), reason };
+        let config = Config::infer().await.map_err(|error| unreachable(error.to_string()))?;
+        Client::try_from(config).map_err(|error| unreachable(error.to_string()))
+    }
+
+    fn watch(&self, client: Client) -> BoxStream<'static, watcher::Result<Event<ApiPod>>> {
+        let config =
+            watcher::Config::default().fields(&format!("spec.nodeName={}", self.node)).page_size(PAGE);
+        watcher(Api::<ApiPod>::all(client), config).boxed()
+    }
+}
+
+impl PodSource for ApiServer {
+    fn kind(&self) -> SourceKind {
+        SourceKind::ApiServer
+    }
+
+    fn is_there(&self) -> bool {
+        self.is_there
+    }
+
+    fn changes<'a>(&'a self, _wanted: &'a Notify) -> BoxStream<'a, Result<Change, SourceError>> {
+        // None: before the first; after an error there is no next.
+        stream::unfold(Some(None), move |session| async move {
+            let mut events = match session? {
+                Some(events) => events,
+                None => match self.client().await {
+                    Ok(client) => self.watch(client),
+                    Err(error) => return Some((Err(error), None)),
+                },
+            };
+            let next = next(&mut events).await;
+            let events = next.is_ok().then_some(Some(events));
+            Some((next, events))
+        })
+        .boxed()
+    }
+}
+
+/// The next whole change: a list is told when it is complete.
+async fn next(
+    events: &mut BoxStream<'static, watcher::Result<Event<ApiPod>>>,
+) -> Result<Change, SourceError> {
+    let mut list = Vec::new();
+    while let Some(event) = events.next().await {
+        match event.map_err(|error| failed(&error))? {
+            Event::Init => list.clear(),
+            Event::InitApply(pod) if list.len() < MOST_PODS => list.push(Pod::from(Told::from(pod))),
+            Event::InitApply(_) => {}
+            Event::InitDone => return Ok(Change::All(list)),
+            Event::Apply(pod) => return Ok(Change::Set(Pod::from(Told::from(pod)))),
+            Event::Delete(pod) => return Ok(Change::Gone(pod.metadata.uid.unwrap_or_default())),
+        }
+    }
+    Err(SourceError::Ended { at: AT.into(), said: String::new() })
+}
+
+fn failed(error: &watcher::Error) -> SourceError {
+    let status = match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status))
+        | watcher::Error::WatchError(status) => status,
+        error => {
+            // What it is about stands below "failed to perform …: ServiceError: client error".
+            let mut cause: &dyn std::error::Error = error;
+            while let Some(source) = cause.source() {
+                cause = source;
+            }
+            return SourceError::Unreachable { at: AT.into(), reason: cause.to_string() };
+        }
+    };
+    let said = said(&status.message);
+    match status.code {
+        403 => SourceError::Forbidden { at: AT.into(), said, rule: RBAC },
+        code => SourceError::Status { at: AT.into(), status: code, said },
+    }
+}
+
+impl From<ApiPod> for Told {
+    fn from(pod: ApiPod) -> Self {
+        let meta = pod.metadata;
+        let status = pod.status.unwrap_or_default();
+        let controller = meta
+            .owner_references
+            .unwrap_or_default()
+            .into_iter()
+            .find(|owner| owner.controller == Some(true));
+        let of_state = |state: Option<ContainerState>| {
+            state.and_then(|state| state.terminated).and_then(|ended| ended.container_id).unwrap_or_default()
+        };
+        let containers =
+            [status.container_statuses, status.init_container_statuses, status.ephemeral_container_statuses]
+                .into_iter()
+                .flatten()
+                .flatten()
+                .flat_map(|status| {
+                    let ContainerStatus { name, container_id, state, last_state, .. } = status;
+                    [container_id.unwrap_or_default(), of_state(state), of_state(last_state)]
+                        .map(|id| (name.clone(), id))
+                })
+                .filter(|(_, id)| !id.is_empty())
+                .take(MOST_CONTAINERS)
+                .collect();
+        Self {
+            uid: meta.uid.unwrap_or_default(),
+            namespace: meta.namespace.unwrap_or_default(),
+            name: meta.name.unwrap_or_default(),
+            labels: meta.labels.unwrap_or_default().into_iter().take(MOST_LABELS).collect(),
+            annotations: meta
+                .annotations
+                .unwrap_or_default()
+                .into_iter()
+                .filter(|(key, _)| ANNOTATIONS.contains(&key.as_str()))
+                .collect(),
+            controller: controller.map(|owner| (owner.kind, owner.name)),
+            containers,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{Arc, Mutex},
+        time::Duration,
+    };
+
+    use axum::{
+        Router,
+        body::{Body, Bytes},
+        extract::{RawQuery, State},
+        http::StatusCode,
+        response::{IntoResponse as _, Response},
+        routing::get,
+    };
+    use tokio::{net::TcpListener, sync::mpsc, time::timeout};
+    use tokio_stream::wrappers::ReceiverStream;
+
+    use super::*;
+    use crate::pods::feed::json::read_pods;
+
+    type Lines = mpsc::Receiver<Result<Bytes, std::io::Error>>;
+
+    /// Lists the real pods, then tells what it is given; or refuses.
+    #[derive(Clone)]
+    struct FakeServer {
+        queries: Arc<Mutex<Vec<String>>>,
+        lines: Arc<Mutex<Option<Lines>>>,
+        refuses: bool,
+    }
+
+    async fn pods(State(server): State<FakeServer>, RawQuery(query): RawQuery) -> Response {
+        let query = query.unwrap_or_default();
+        server.queries.lock().unwrap().push(query.clone());
+        if server.refuses {
+            let status = r#"{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure",
+                "message":"pods is forbidden: User \"gannet\" cannot list","reason":"Forbidden","code":403}"#;
+            return (StatusCode::FORBIDDEN, status).into_response();
+        }
+        if query.contains("watch=true") {
+            let lines = server.lines.lock().unwrap().take().unwrap();
+            return Body::from_stream(ReceiverStream::new(lines)).into_response();
+        }
+        let text = include_str!("../../../tests/data/kubelet-pods-1.20.2.json");
+        text.replacen("\"metadata\":{}", "\"metadata\":{\"resourceVersion\":\"7\"}", 1).into_response()
+    }
+
+    async fn start(refuses: bool) -> (FakeServer, mpsc::Sender<Result<Bytes, std::io::Error>>, Client) {
+        let (sender, lines) = mpsc::channel(8);
+        let server =
+            FakeServer { queries: Arc::default(), lines: Arc::new(Mutex::new(Some(lines))), refuses };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let router = Router::new().route("/api/v1/pods", get(pods)).with_state(server.clone());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        let client = Client::try_from(Config::new(url.parse().unwrap())).unwrap();
+        (server, sender, client)
+    }
+
+    fn source() -> ApiServer {
+        ApiServer::new(&SourceOptions { node: "worker-1".into(), ..SourceOptions::default() })
+    }
+
+    #[tokio::test]
+    async fn this_nodes_pods_are_listed_and_watched() {
+        let (server, lines, client) = start(false).await;
+        let mut events = source().watch(client);
+        let mut told = async || timeout(Duration::from_secs(60), next(&mut events)).await.unwrap().unwrap();
+        let Change::All(pods) = told().await else { panic!("the first is all pods") };
+        assert_eq!(pods.len(), 5);
+        let event = |kind: &str, uid: &str| {
+            let text = format!(
+                r#"{{"type":"{kind}","object":{{"kind":"Pod","apiVersion":"v1","metadata":{{"name":"new",
+                    "namespace":"shop","uid":"{uid}","resourceVersion":"8"}}}}}}"#
+            );
+            Ok(Bytes::from(text.replace('\n', " ") + "\n"))
+        };
+        lines.send(event("ADDED", "u1")).await.unwrap();
+        lines.send(event("DELETED", "u1")).await.unwrap();
+        let Change::Set(pod) = told().await else { panic!("a pod is new") };
+        assert_eq!((pod.namespace.as_str(), pod.name.as_str()), ("shop", "new"));
+        assert_eq!(told().await, Change::Gone("u1".into()));
+        // Only this node's: the API server sorts the others out.
+        let queries = server.queries.lock().unwrap().clone();
+        assert!(
+            queries.iter().all(|query| query.contains("fieldSelector=spec.nodeName%3Dworker-1")),
+            "{queries:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_missing_right_is_named() {
+        let (_server, _lines, client) = start(true).await;
+        let error = next(&mut source().watch(client)).await.unwrap_err().to_string();
+        assert!(error.contains("[\"pods\"]") && error.contains("cannot list"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn outside_of_a_cluster_none_is_looked_for() {
+        let wanted = Notify::new();
+        let error = source().changes(&wanted).next().await.unwrap().unwrap_err();
+        assert!(matches!(error, SourceError::Absent(_)), "{error}");
+    }
+
+    #[test]
+    fn the_api_servers_pods_are_the_kubelets() {
+        let text = include_str!("../../../tests/data/kubelet-pods-1.20.2.json");
+        let list: k8s_openapi::List<ApiPod> = serde_json::from_str(text).unwrap();
+        let pods: Vec<Pod> = list.items.into_iter().map(|pod| Pod::from(Told::from(pod))).collect();
+        assert_eq!(pods, read_pods(text.as_bytes()).unwrap());
+    }
+}

@@ -1,0 +1,327 @@
+//! The kubelet's list of pods: read as it comes, one pod after the other, so that an answer of many megabytes takes no
+//! more memory than what is kept of it.
+
+use std::{collections::BTreeMap, fmt, io, marker::PhantomData};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeOwned, DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
+
+use super::MOST_PODS;
+use crate::pods::model::{ANNOTATIONS, MOST_CONTAINERS, MOST_LABELS, Pod, Told};
+
+/// Reads a `PodList`.
+pub(super) fn read_pods(input: impl io::Read) -> Result<Vec<Pod>, serde_json::Error> {
+    let mut deserializer = serde_json::Deserializer::from_reader(input);
+    let pods = List.deserialize(&mut deserializer)?;
+    deserializer.end()?;
+    Ok(pods)
+}
+
+struct List;
+
+impl<'de> DeserializeSeed<'de> for List {
+    type Value = Vec<Pod>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<Pod>, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for List {
+    type Value = Vec<Pod>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of pods")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Vec<Pod>, A::Error> {
+        let mut pods = None;
+        while let Some(key) = map.next_key::<String>()? {
+            if key == "items" {
+                // No pods at all are written as null.
+                pods = Some(map.next_value::<Option<Items>>()?.map_or_else(Vec::new, |items| items.0));
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        pods.ok_or_else(|| A::Error::custom("this is no list of pods: it has no `items`"))
+    }
+}
+
+struct Items(Vec<Pod>);
+
+impl<'de> Deserialize<'de> for Items {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Seq;
+        impl<'de> Visitor<'de> for Seq {
+            type Value = Items;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a sequence of pods")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Items, A::Error> {
+                let mut pods = Vec::new();
+                while let Some(pod) = seq.next_element::<JsonPod>()? {
+                    if pods.len() == MOST_PODS {
+                        return Err(A::Error::custom(format_args!("more than {MOST_PODS} pods")));
+                    }
+                    pods.push(Pod::from(Told::from(pod)));
+                }
+                Ok(Items(pods))
+            }
+        }
+        deserializer.deserialize_seq(Seq)
+    }
+}
+
+/// What of a pod's JSON is of use. Fields that are not there are empty; Go writes `null` for some of them.
+#[derive(Deserialize)]
+pub(super) struct JsonPod {
+    #[serde(default, deserialize_with = "or_empty")]
+    metadata: Metadata,
+    #[serde(default, deserialize_with = "or_empty")]
+    status: Status,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Metadata {
+    name: String,
+    namespace: String,
+    uid: String,
+    #[serde(deserialize_with = "some_entries::<_, AllKeys>")]
+    labels: BTreeMap<String, String>,
+    #[serde(deserialize_with = "some_entries::<_, OurAnnotations>")]
+    annotations: BTreeMap<String, String>,
+    #[serde(deserialize_with = "or_empty")]
+    owner_references: Vec<Owner>,
+}
+
+#[derive(Deserialize)]
+#[serde(default)]
+#[derive(Default)]
+struct Owner {
+    kind: String,
+    name: String,
+    #[serde(deserialize_with = "or_empty")]
+    controller: bool,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Status {
+    #[serde(rename = "containerStatuses", deserialize_with = "or_empty")]
+    main: Vec<ContainerStatus>,
+    #[serde(rename = "initContainerStatuses", deserialize_with = "or_empty")]
+    init: Vec<ContainerStatus>,
+    #[serde(rename = "ephemeralContainerStatuses", deserialize_with = "or_empty")]
+    ephemeral: Vec<ContainerStatus>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct ContainerStatus {
+    name: String,
+    #[serde(rename = "containerID", deserialize_with = "or_empty")]
+    container_id: String,
+    #[serde(deserialize_with = "or_empty")]
+    state: ContainerState,
+    #[serde(deserialize_with = "or_empty")]
+    last_state: ContainerState,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct ContainerState {
+    #[serde(deserialize_with = "or_empty")]
+    terminated: Terminated,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Terminated {
+    #[serde(rename = "containerID", deserialize_with = "or_empty")]
+    container_id: String,
+}
+
+impl From<JsonPod> for Told {
+    fn from(pod: JsonPod) -> Self {
+        let Metadata { name, namespace, uid, labels, annotations, owner_references } = pod.metadata;
+        let Status { main, init, ephemeral } = pod.status;
+        let controller = owner_references.into_iter().find(|owner| owner.controller);
+        let containers = main
+            .into_iter()
+            .chain(init)
+            .chain(ephemeral)
+            .flat_map(|status| {
+                let ContainerStatus { name, container_id, state, last_state } = status;
+                // The last instance is told only where it was restarted; samples of it may still be on their way.
+                [container_id, state.terminated.container_id, last_state.terminated.container_id]
+                    .map(|id| (name.clone(), id))
+            })
+            .filter(|(_, id)| !id.is_empty())
+            .take(MOST_CONTAINERS)
+            .collect();
+        Self {
+            uid,
+            namespace,
+            name,
+            labels,
+            annotations,
+            controller: controller.map(|owner| (owner.kind, owner.name)),
+            containers,
+        }
+    }
+}
+
+/// `null` is the same as nothing.
+fn or_empty<'de, D: Deserializer<'de>, T: Default + DeserializeOwned>(
+    deserializer: D,
+) -> Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// Which entries of a map are kept.
+trait Keys {
+    fn keeps(key: &str) -> bool;
+}
+
+struct AllKeys;
+
+impl Keys for AllKeys {
+    fn keeps(_: &str) -> bool {
+        true
+    }
+}
+
+struct OurAnnotations;
+
+impl Keys for OurAnnotations {
+    fn keeps(key: &str) -> bool {
+        ANNOTATIONS.contains(&key)
+    }
+}
+
+/// The entries of a map of strings that are wanted; annotations may hold a quarter of a megabyte of anything.
+fn some_entries<'de, D: Deserializer<'de>, K: Keys>(
+    deserializer: D,
+) -> Result<BTreeMap<String, String>, D::Error> {
+    struct Entries<K>(PhantomData<K>);
+    impl<'de, K: Keys> Visitor<'de> for Entries<K> {
+        type Value = BTreeMap<String, String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a map of strings")
+        }
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(BTreeMap::new())
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut kept = BTreeMap::new();
+            while let Some(key) = map.next_key::<String>()? {
+                if K::keeps(&key) && kept.len() < MOST_LABELS {
+                    kept.insert(key, map.next_value()?);
+                } else {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+            Ok(kept)
+        }
+    }
+    deserializer.deserialize_any(Entries::<K>(PhantomData))
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    fn pods(text: &str) -> Vec<Pod> {
+        read_pods(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_real_answer_of_a_kubelet() {
+        let pods = pods(include_str!("../../../tests/data/kubelet-pods-1.20.2.json"));
+        let show = |pod: &Pod| {
+            let workload =
+                pod.workload.as_ref().map_or_else(String::new, |w| format!("{}/{}", w.kind, w.name));
+            let mut names: Vec<_> = pod.containers.iter().map(|c| c.name.as_str()).collect();
+            names.dedup();
+            format!("{}/{} {} [{}]", pod.namespace, pod.name, workload, names.join(" "))
+        };
+        insta::assert_snapshot!(pods.iter().map(show).collect::<Vec<_>>().join("\n"), @r"
+        default/checkout-6794f7b79-z5mvl deployment/checkout [app sidecar warm]
+        default/once-76q28 job/once [c]
+        default/checkout-6794f7b79-7w6dg deployment/checkout [app sidecar warm]
+        default/static-web-test-node  [c]
+        default/guaranteed  [c]
+        ");
+        assert!(pods.iter().flat_map(|pod| &pod.containers).all(|container| container.id.len() == 64));
+    }
+
+    #[test]
+    fn every_list_of_containers_is_read_and_the_former_instances_too() {
+        let pods = pods(
+            r#"{"items":[{"metadata":{"name":"p","namespace":"n","uid":"u","ownerReferences":[
+                 {"kind":"Other","name":"o"},{"kind":"StatefulSet","name":"db","controller":true}]},
+               "status":{
+                 "containerStatuses":[{"name":"app","containerID":"containerd://a2",
+                   "lastState":{"terminated":{"containerID":"containerd://a1"}}}],
+                 "initContainerStatuses":[{"name":"init","containerID":"cri-o://i1",
+                   "state":{"terminated":{"containerID":"cri-o://i1"}},"lastState":{}}],
+                 "ephemeralContainerStatuses":[{"name":"debug","containerID":"docker://d1"},
+                   {"name":"waits","state":{"waiting":{"reason":"x"}}}]}}],"kind":"PodList"}"#,
+        );
+        let found: Vec<_> = pods[0].containers.iter().map(|c| format!("{} {}", c.name, c.id)).collect();
+        assert_eq!(found, ["app a1", "app a2", "debug d1", "init i1"]);
+        assert_eq!(pods[0].workload.as_ref().unwrap().name, "db");
+    }
+
+    #[test]
+    fn of_annotations_only_what_is_of_use_is_kept() {
+        let text = format!(
+            r#"{{"items":[{{"metadata":{{"annotations":{{"kubectl.kubernetes.io/last-applied-configuration":"{}",
+               "gannet.dev/profile":"false","gannet.dev/service-name":"pay","odd":7}}}}}}]}}"#,
+            "x".repeat(1 << 18)
+        );
+        let pods = pods(&text);
+        assert!(pods[0].denied);
+        assert_eq!(pods[0].service_name, "pay");
+    }
+
+    #[rstest]
+    #[case::no_pods(r#"{"kind":"PodList","items":null}"#, 0)]
+    #[case::nulls(
+        r#"{"items":[{"metadata":{"labels":null,"annotations":null,"ownerReferences":null},"status":null},{}]}"#,
+        2
+    )]
+    fn what_go_leaves_out_is_empty(#[case] text: &str, #[case] count: usize) {
+        assert_eq!(pods(text).len(), count);
+    }
+
+    #[rstest]
+    #[case::nothing("", "EOF")]
+    #[case::page("<html>", "expected value")]
+    #[case::other(r#"{"kind":"Status","message":"no"}"#, "no `items`")]
+    #[case::cut(r#"{"items":[{"metadata":{"name":"a"#, "EOF")]
+    #[case::kinds(r#"{"items":[{"metadata":{"name":7}}]}"#, "invalid type")]
+    #[case::more(r#"{"items":[]} {}"#, "trailing")]
+    fn what_is_no_list_is_an_error(#[case] text: &str, #[case] words: &str) {
+        let error = read_pods(text.as_bytes()).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+
+    #[test]
+    fn nesting_and_numbers_are_bounded() {
+        assert!(read_pods(format!("{{\"a\":{}", "[".repeat(1 << 20)).as_bytes()).is_err());
+        let many = format!(r#"{{"items":[{}{{}}]}}"#, "{},".repeat(MOST_PODS));
+        assert!(read_pods(many.as_bytes()).unwrap_err().to_string().contains("more than"));
+    }
+}

@@ -1,0 +1,162 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* Blocked time: a thread's sample begins when it leaves the CPU, and is sent when it comes back. */
+#ifndef OFF_CPU_H
+#define OFF_CPU_H
+
+#include "rate.h"
+#include "sampler.h"
+
+#define TASK_DEAD 0x80
+
+/* The first part of sample_scratch, as far as it is stored. */
+struct off_cpu_entry {
+	struct sample sample;
+	u64 frames[OFF_CPU_FRAMES];
+};
+_Static_assert(sizeof(struct off_cpu_entry) <= sizeof(struct sample) + FRAME_SLOTS * sizeof(u64),
+	       "it is the first part of sample_scratch");
+
+/*
+ * Threads that are off the CPU, by thread id, with the stacks that they left it by. Writer: on_switch. Reader: the agent,
+ * for threads that are still off the CPU when a window ends. Size: the sampled threads that block at one time; the programs
+ * count those that do not fit. Preallocated, because a program must not allocate inside the scheduler.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 2048);
+	__type(key, u32);
+	__type(value, struct off_cpu_entry);
+} off_cpu SEC(".maps");
+
+/* Stacks of threads that block which a CPU may still take. Writer and reader: on_switch. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct bucket);
+} off_cpu_bucket SEC(".maps");
+
+ALWAYS_INLINE bool block_allowed(void)
+{
+	u32 zero = 0;
+	struct bucket *bucket = bpf_map_lookup_elem(&off_cpu_bucket, &zero);
+
+	return bucket && take_token(bucket, settings.off_cpu_rate);
+}
+
+/* Stores the stacks until the thread comes back. */
+ALWAYS_INLINE void store_block(struct counters *counters, struct sample_scratch *scratch)
+{
+	u32 tid = scratch->sample.event.tid;
+
+	if (scratch->sample.kernel_frames + scratch->sample.user_frames > OFF_CPU_FRAMES) {
+		scratch->sample.user_frames = OFF_CPU_FRAMES - scratch->sample.kernel_frames;
+		scratch->sample.user_end = USER_STACK_TRUNCATED;
+	}
+	if (bpf_map_update_elem(&off_cpu, &tid, scratch, BPF_ANY)) {
+		u64 rules = __builtin_popcountll(scratch->sample.event.rules);
+
+		counters->taken += rules;
+		counters->lost_off_cpu_full += rules;
+	}
+}
+
+/*
+ * Ends the interval of a thread that is on the CPU, if it left one. The time that it has run since then is subtracted: the
+ * programs do not see each switch-in. A sandbox may hide the tracepoints of its own threads, and then also the switch by
+ * which one of them hands the CPU over.
+ */
+ALWAYS_INLINE void end_block(struct counters *counters, u32 tid, struct task_struct *task, u64 now)
+{
+	struct off_cpu_entry *entry = bpf_map_lookup_elem(&off_cpu, &tid);
+	u64 passed, ran;
+
+	if (!entry)
+		return;
+	passed = now - entry->sample.event.ktime;
+	ran = BPF_CORE_READ(task, se.sum_exec_runtime) - entry->sample.value_ns;
+	/* If it ran longer than that, another thread has reused the TID. */
+	if (ran <= passed && passed - ran >= settings.off_cpu_min_ns) {
+		entry->sample.value_ns = passed - ran;
+		counters->taken += __builtin_popcountll(entry->sample.event.rules);
+		send_sample(counters, &entry->sample, sizeof(*entry), false);
+	}
+	bpf_map_delete_elem(&off_cpu, &tid);
+}
+
+/*
+ * Ends the interval of the thread that comes, and begins that of the one that goes. Null: there is no stack to unwind.
+ * Interrupts are off, so that no tick uses the scratch meanwhile.
+ */
+ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args *ctx, struct counters *counters)
+{
+	struct task_struct *prev = (void *)ctx->args[1];
+	struct task_struct *next = (void *)ctx->args[2];
+	struct sample_scratch *scratch;
+	struct want want = {};
+	struct image *image;
+	struct proc *proc;
+	struct current now;
+	/* Read first: on a CPU that was asleep, its caches cold, the rest takes some 20 us (measured). */
+	u64 switched = bpf_ktime_get_boot_ns(), id = bpf_get_current_pid_tgid();
+	u32 tgid = id >> 32, next_tid, state;
+
+	if (!settings.sampling)
+		return NULL;
+	next_tid = BPF_CORE_READ(next, pid);
+	end_block(counters, next_tid, next, switched);
+
+	/* A preempted or runnable thread did not block; a dead one will not come back. */
+	state = state_of(prev);
+	if ((u8)ctx->args[0] || !tgid || !state || state & TASK_DEAD)
+		return NULL;
+	proc = bpf_map_lookup_elem(&procs, &tgid);
+	if (!may_be_wanted(proc, tgid))
+		return NULL;
+	read_current(&now, prev);
+	want_of_process(&want, proc, tgid, now.start_boottime, now.exec_id);
+	want.rules &= settings.off_cpu_rules;
+	if (!want.rules)
+		return NULL;
+	end_block(counters, id, prev, switched);
+	if (!block_allowed()) {
+		u64 rules = __builtin_popcountll(want.rules);
+
+		counters->taken += rules;
+		counters->lost_off_cpu_rate += rules;
+		return NULL;
+	}
+	scratch = this_cpu_scratch();
+	if (!scratch)
+		return NULL;
+	/* Until it comes back, the value is the time that the thread has run. */
+	begin_sample(&scratch->sample, SAMPLE_OFF_CPU, want.rules, BPF_CORE_READ(prev, se.sum_exec_runtime), prev,
+		     &now);
+	scratch->sample.state = state;
+	/* Without this program and the kernel's call of it. */
+	take_kernel_stack(ctx, &scratch->sample, scratch->frames, 2);
+	image = image_of(tgid, &now);
+	if (!settings.tables || !settings.user_stacks || !image) {
+		/* The agent enters the image when it sees the sample. There is no space for a raw sample. */
+		take_user_stack(ctx, &scratch->sample, scratch->frames);
+		store_block(counters, scratch);
+		return NULL;
+	}
+	if (now.kernel_thread || !read_user_registers(prev, &scratch->unwind) || !scratch->unwind.pc ||
+	    in_execve(prev)) {
+		store_block(counters, scratch);
+		return NULL;
+	}
+	begin_unwind(&scratch->unwind, tgid, image);
+	scratch->chain_calls = 0;
+	return scratch;
+}
+
+/* Does what is left to do once the stack is unwound. */
+ALWAYS_INLINE void finish_switch(struct counters *counters, struct sample_scratch *scratch)
+{
+	end_unwind(scratch);
+	store_block(counters, scratch);
+}
+
+#endif

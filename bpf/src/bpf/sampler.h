@@ -1,0 +1,404 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Samples: whether the current thread is sampled, its stacks, and the sending. The ticks' own part is at the end;
+ * off_cpu.h has that of threads that block.
+ */
+#ifndef SAMPLER_H
+#define SAMPLER_H
+
+#include "match.h"
+#include "task.h"
+#include "unwind.h"
+
+struct sample_scratch {
+	struct sample sample;
+	u64 frames[FRAME_SLOTS];
+	struct unwind_state unwind;
+	u32 wake;
+	u32 chain_calls;
+};
+_Static_assert(sizeof(struct sample_scratch) <= 32768, "the largest value of a per-CPU map");
+
+/*
+ * Where the programs build a sample, which does not fit the BPF stack. Ticks on one CPU do not interrupt each other, and
+ * interrupts are off while the scheduler switches threads. Writers and readers: the sampling programs.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct sample_scratch);
+} sample_scratch SEC(".maps");
+
+ALWAYS_INLINE struct sample_scratch *this_cpu_scratch(void)
+{
+	u32 zero = 0;
+
+	return bpf_map_lookup_elem(&sample_scratch, &zero);
+}
+
+/* Computes what the current process is sampled for. */
+ALWAYS_INLINE void want_of_process(struct want *want, struct proc *proc, u32 tgid, u64 start_boottime, u32 exec_id)
+{
+	u64 live = settings.live_rules;
+
+	if (proc && proc->start_boottime == start_boottime) {
+		if (proc->denied)
+			return;
+		add_want(want, &proc->want, live);
+		add_want(want, &proc->sticky, live);
+	}
+	if (settings.arms) {
+		struct arm *arm = bpf_map_lookup_elem(&arms, &tgid);
+
+		if (arm && arm->start_boottime == start_boottime && (arm->sticky || arm->exec_id == exec_id)) {
+			add_want(want, &arm->want, live);
+			if (want->rules & arm->refused) {
+				want->rules &= ~arm->refused;
+				want->period_ns = arm->period_ns;
+			}
+		}
+	}
+	add_want(want, &settings.all, live);
+}
+
+/* Whether any rule can want `tgid` at all: the one lookup that an unmatched process costs a tick. */
+ALWAYS_INLINE bool may_be_wanted(struct proc *proc, u32 tgid)
+{
+	if (proc || settings.all.rules)
+		return true;
+	return settings.arms && bpf_map_lookup_elem(&arms, &tgid);
+}
+
+/*
+ * Reads the registers that the current thread last had in user space. They are at the top of its kernel stack, whether it
+ * was interrupted in user space or in the kernel.
+ */
+ALWAYS_INLINE bool read_user_registers(struct task_struct *task, struct unwind_state *unwind)
+{
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs))
+		return read_registers(unwind, (void *)bpf_task_pt_regs(bpf_get_current_task_btf()));
+	/* Before 5.15: they are at the very top of the kernel stack, whose size is fixed there. */
+	return read_registers(unwind, (void *)((u64)BPF_CORE_READ(task, stack) + KERNEL_STACK_BYTES - PT_REGS_ROOM));
+}
+
+/* The image of a process, if all its mappings are in the kernel. */
+ALWAYS_INLINE struct image *image_of(u32 tgid, const struct current *now)
+{
+	struct image *image = bpf_map_lookup_elem(&images, &tgid);
+
+	if (!image || image->start_boottime != now->start_boottime || image->exec_id != now->exec_id)
+		return NULL;
+	return image;
+}
+
+/* Fills in all of the current thread's sample but its stacks. */
+ALWAYS_INLINE void begin_sample(struct sample *sample, u8 kind, u64 rules, u64 value_ns, struct task_struct *task,
+				const struct current *now)
+{
+	u64 id = bpf_get_current_pid_tgid();
+
+	sample->event.kind = EVENT_SAMPLE;
+	sample->event.tgid = id >> 32;
+	sample->event.tid = id;
+	sample->event.ktime = bpf_ktime_get_boot_ns();
+	sample->event.start_boottime = now->start_boottime;
+	sample->event.exec_id = now->exec_id;
+	sample->event.cgroup_id = cgroup_id_of(task);
+	sample->event.rules = rules;
+	bpf_get_current_comm(sample->event.comm, sizeof(sample->event.comm));
+	sample->kind = kind;
+	sample->state = 0;
+	sample->value_ns = value_ns;
+	sample->guessed = 0;
+	sample->user_frames = 0;
+	sample->user_end = USER_STACK_NONE;
+}
+
+/* Takes the kernel's part of the stack, without the `skip` frames at the leaf that are our own. */
+ALWAYS_INLINE void take_kernel_stack(void *ctx, struct sample *sample, u64 *frames, u64 skip)
+{
+	long got;
+
+	sample->kernel_frames = 0;
+	sample->kernel_truncated = 0;
+	if (!settings.kernel_stacks)
+		return;
+	got = bpf_get_stack(ctx, frames, (MAX_KERNEL_FRAMES + 1) * sizeof(u64), skip);
+	if (got <= 0)
+		return;
+	sample->kernel_frames = got / sizeof(u64);
+	if (sample->kernel_frames > MAX_KERNEL_FRAMES) {
+		sample->kernel_frames = MAX_KERNEL_FRAMES;
+		sample->kernel_truncated = 1;
+	}
+}
+
+/* Takes the user's part of the stack by frame pointers, as the kernel unwinds it. */
+ALWAYS_INLINE void take_user_stack(void *ctx, struct sample *sample, u64 *frames)
+{
+	u64 kernel = sample->kernel_frames;
+	long got;
+
+	/* The compiler knows the bound and would leave the check out; the verifier needs it. */
+	barrier_var(kernel);
+	if (!settings.user_stacks || kernel > MAX_KERNEL_FRAMES)
+		return;
+	got = bpf_get_stack(ctx, frames + kernel, (MAX_FP_FRAMES + 1) * sizeof(u64), BPF_F_USER_STACK);
+	if (got <= 0)
+		return;
+	sample->user_frames = got / sizeof(u64);
+	sample->user_end = USER_STACK_COMPLETE;
+	if (sample->user_frames > MAX_FP_FRAMES) {
+		sample->user_frames = MAX_FP_FRAMES;
+		sample->user_end = USER_STACK_TRUNCATED;
+	}
+}
+
+/*
+ * Takes registers and stack, for the agent to unwind once it has the tables. Behind the first thread's stack lie the
+ * program's arguments and its environment, which may hold secrets: they are left out.
+ */
+ALWAYS_INLINE void take_raw(struct sample_scratch *scratch)
+{
+	u64 kernel = scratch->sample.kernel_frames, at, sp = scratch->unwind.start_sp, words = RAW_REGISTERS, part;
+	struct task_struct *task = (void *)bpf_get_current_task();
+	u64 left = RAW_STACK_PAGES * 4096, strings = BPF_CORE_READ(task, mm, arg_start);
+
+	scratch->sample.user_end = USER_STACK_RAW;
+	barrier_var(kernel);
+	if (kernel > MAX_KERNEL_FRAMES)
+		return;
+	scratch->frames[kernel] = scratch->unwind.start_pc;
+	for (u32 i = 0; i < RAW_REGISTERS - 1; i++)
+		scratch->frames[kernel + 1 + i] = scratch->unwind.registers[i];
+	/*
+	 * Up to the end of the page, then page by page. A page that cannot be read lies behind the end of the stack, or the
+	 * program never wrote to it (a large array, used in part). If another page follows it stands for zeros, as the
+	 * helper leaves them.
+	 */
+	at = kernel + RAW_REGISTERS;
+	if (strings > sp && strings - sp < left)
+		left = strings - sp;
+	part = 4096 - (sp & 4095);
+	for (u32 page = 0; page < RAW_STACK_PAGES; page++) {
+		if (part > left)
+			part = left;
+		barrier_var(part);
+		barrier_var(at);
+		if (!part || part > 4096 || at > FRAME_SLOTS - 512)
+			break;
+		bool present = !bpf_probe_read_user(&scratch->frames[at], part, (void *)sp);
+
+		sp += part;
+		at += part / sizeof(u64);
+		if (present)
+			words = at - kernel;
+		left -= part;
+		part = 4096;
+	}
+	scratch->sample.user_frames = words;
+}
+
+/* Unwinds one frame. False: the stack is at its end. */
+ALWAYS_INLINE bool unwind_frame(struct sample_scratch *scratch, struct rule_cache *cache)
+{
+	struct unwind_state *unwind = &scratch->unwind;
+	u64 slot = scratch->sample.kernel_frames + unwind->frames;
+
+	barrier_var(slot);
+	if (slot >= FRAME_SLOTS || unwind->frames >= MAX_USER_FRAMES) {
+		unwind->end = USER_STACK_TRUNCATED;
+		return false;
+	}
+	/* The agent names a caller one byte back, at its call; a frame that a signal interrupted has made no call. */
+	scratch->frames[slot] = unwind->pc + (unwind->exact && unwind->frames);
+	unwind->frames++;
+	return step(unwind, cache);
+}
+
+struct frame_context {
+	struct sample_scratch *scratch;
+	struct rule_cache *cache;
+};
+
+static long each_frame(u32 index, struct frame_context *context)
+{
+	return !unwind_frame(context->scratch, context->cache);
+}
+
+/* Unwinds at most `max` frames, where the kernel has bpf_loop (5.17). */
+ALWAYS_INLINE void unwind_by_loop(struct sample_scratch *scratch, u32 max)
+{
+	struct frame_context context = { .scratch = scratch, .cache = this_cpu_rule_cache() };
+
+	if (context.cache)
+		bpf_loop(max + 1, each_frame, &context, 0);
+}
+
+/*
+ * Unwinds the share of one link in a chain of tail calls, for kernels without bpf_loop. True: the stack goes on, and a call
+ * is left for it.
+ */
+ALWAYS_INLINE bool unwind_link(struct sample_scratch *scratch)
+{
+	struct rule_cache *cache = this_cpu_rule_cache();
+	bool more = cache;
+
+	for (u32 i = 0; i < CHAIN_FRAMES && more; i++)
+		more = unwind_frame(scratch, cache);
+	return more && ++scratch->chain_calls < CHAIN_CALLS;
+}
+
+/* Writes the unwound user stack into the sample. */
+ALWAYS_INLINE void end_unwind(struct sample_scratch *scratch)
+{
+	scratch->sample.user_frames = scratch->unwind.frames;
+	scratch->sample.user_end = scratch->unwind.end;
+	scratch->sample.guessed = scratch->unwind.guessed;
+}
+
+/* Sends a sample, unless it would take the space that lifecycle events need. `max` is the size of its buffer. */
+ALWAYS_INLINE void send_sample(struct counters *counters, struct sample *record, u64 max, bool wake)
+{
+	u64 rules = __builtin_popcountll(record->event.rules);
+	u64 size = sizeof(*record) + (record->kernel_frames + record->user_frames) * sizeof(u64);
+	u64 fill = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA);
+	u64 flags = wake || fill >= settings.ring_wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+
+	barrier_var(size);
+	if (size > max || fill + size > settings.ring_sample_limit || bpf_ringbuf_output(&events, record, size, flags))
+		counters->lost_ring_full += rules;
+	else
+		counters->sent += rules;
+}
+
+ALWAYS_INLINE void send_tick(struct counters *counters, struct sample_scratch *scratch)
+{
+	send_sample(counters, &scratch->sample, sizeof(scratch->sample) + sizeof(scratch->frames), scratch->wake);
+}
+
+/* Notes in `procs` that this image is sampled. True: it was not before, and the agent does not know its mappings. */
+ALWAYS_INLINE bool note_sampled(struct counters *counters, struct task_struct *task, u32 tgid, struct proc *proc,
+				const struct current *now)
+{
+	bool first = true;
+
+	if (proc && proc->start_boottime == now->start_boottime) {
+		first = !proc->sampled && !(proc->reported && settings.mappings_heard);
+		proc->sampled = 1;
+	} else if (!is_exiting(task)) {
+		/* A thread that is about to exit is not entered: no program would remove the entry again. */
+		struct proc fresh = {
+			.start_boottime = now->start_boottime,
+			.exec_id = now->exec_id,
+			.sampled = 1,
+		};
+
+		if (bpf_map_update_elem(&procs, &tgid, &fresh, BPF_ANY))
+			counters->procs_full++;
+	}
+	return first;
+}
+
+/* Decides whether a tick makes a sample, and takes all of it but the unwound stack. Null: nothing is left to do. */
+ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx, struct counters *counters)
+{
+	struct sample_scratch *scratch;
+	struct want want = {};
+	struct task_struct *task;
+	struct image *image;
+	struct proc *proc;
+	u32 tgid = bpf_get_current_pid_tgid() >> 32;
+	struct current now;
+	bool first;
+
+	if (!settings.sampling)
+		return NULL;
+	counters->ticks++;
+	if (!tgid) {
+		counters->idle_ticks++;
+		return NULL;
+	}
+	task = (void *)bpf_get_current_task();
+	proc = bpf_map_lookup_elem(&procs, &tgid);
+	if (!proc && is_exiting(task))
+		proc = bpf_map_lookup_elem(&dying, &tgid);
+	if (!may_be_wanted(proc, tgid))
+		return NULL;
+
+	read_current(&now, task);
+	want_of_process(&want, proc, tgid, now.start_boottime, now.exec_id);
+	/* There is one clock for each rate in use; a process follows the fastest that a rule asks for. */
+	want.rules &= settings.on_cpu_rules;
+	if (!want.rules || want.period_ns != ctx->sample_period)
+		return NULL;
+	counters->taken += __builtin_popcountll(want.rules);
+	first = note_sampled(counters, task, tgid, proc, &now);
+
+	scratch = this_cpu_scratch();
+	if (!scratch)
+		return NULL;
+	begin_sample(&scratch->sample, SAMPLE_ON_CPU, want.rules, want.period_ns, task, &now);
+	/* A process that was not sampled before may soon be gone: the agent must inspect it now. */
+	scratch->wake = first;
+	if (OF_USER_MODE(&ctx->regs)) {
+		scratch->sample.kernel_frames = 0;
+		scratch->sample.kernel_truncated = 0;
+	} else {
+		take_kernel_stack(ctx, &scratch->sample, scratch->frames, 0);
+	}
+	if (!settings.tables || !settings.user_stacks) {
+		take_user_stack(ctx, &scratch->sample, scratch->frames);
+		send_tick(counters, scratch);
+		return NULL;
+	}
+
+	if (now.kernel_thread || !read_user_registers(task, &scratch->unwind)) {
+		if (!now.kernel_thread)
+			scratch->sample.user_end = USER_STACK_NOT_64_BIT;
+		send_tick(counters, scratch);
+		return NULL;
+	}
+	/* There is a new image without a program counter yet: the registers are zero, or still those of the former image. */
+	if (!scratch->unwind.pc || (!OF_USER_MODE(&ctx->regs) && in_execve(task))) {
+		send_tick(counters, scratch);
+		return NULL;
+	}
+	image = image_of(tgid, &now);
+	if (!image) {
+		/* An execve that is not reported yet may still have the former image's registers. */
+		if (OF_USER_MODE(&ctx->regs) || !proc || proc->start_boottime != now.start_boottime ||
+		    proc->exec_id == now.exec_id) {
+			counters->raw++;
+			take_raw(scratch);
+		}
+		send_tick(counters, scratch);
+		return NULL;
+	}
+	begin_unwind(&scratch->unwind, tgid, image);
+	scratch->chain_calls = 0;
+	return scratch;
+}
+
+/* Does what is left to do once the stack is unwound. */
+ALWAYS_INLINE void finish_tick(struct counters *counters, struct sample_scratch *scratch)
+{
+	u8 end = scratch->unwind.end;
+
+	end_unwind(scratch);
+	if (end == USER_STACK_NO_MAPPING || end == USER_STACK_NO_TABLE) {
+		/*
+		 * A library that the agent does not know yet, or a table that it has evicted. The agent must inspect the
+		 * process now: after its exit, no source could say what was mapped there.
+		 */
+		scratch->wake = 1;
+		scratch->sample.user_frames = 0;
+		scratch->sample.guessed = 0;
+		counters->raw++;
+		take_raw(scratch);
+	}
+	send_tick(counters, scratch);
+}
+
+#endif

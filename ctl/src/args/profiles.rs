@@ -1,0 +1,266 @@
+//! Arguments of the commands that read stored profiles, and of `profile`, which takes a new one.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Subcommand};
+use gannet_base::TimeSpan;
+use gannet_proto::query::Selection;
+use jiff::Timestamp;
+
+/// Stored profiles, chosen by labels and time.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Selection")]
+pub(crate) struct Select {
+    /// Profiles with these labels: '{service_name="checkout",pod=~"checkout-.*"}'. By default all
+    #[arg(short = 'q', long, default_value = "", hide_default_value = true)]
+    pub(crate) query: String,
+    /// Profiles of the last 15m, 1h30m, ... By default of the last hour
+    #[arg(long, value_name = "DURATION", conflicts_with = "from")]
+    pub(crate) since: Option<TimeSpan>,
+    /// Profiles that start at this time or later: RFC 3339, `now`, or `now-15m`
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub(crate) from: Option<Timestamp>,
+    /// Profiles that start before this time, in the same form
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub(crate) until: Option<Timestamp>,
+    /// Only the profile with this id
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    pub(crate) profile: String,
+}
+
+/// The base of a comparison.
+#[expect(
+    clippy::struct_field_names,
+    reason = "the fields are flags, and `Select` has the same ones without `base-`"
+)]
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Comparison")]
+pub(crate) struct Base {
+    /// Labels of the profiles to compare with; by default those of --query
+    #[arg(long, value_name = "QUERY")]
+    pub(crate) base_query: Option<String>,
+    /// Compare with the profiles of the last 2h, ...; ends at --base-until
+    #[arg(long, value_name = "DURATION", conflicts_with = "base_from")]
+    pub(crate) base_since: Option<TimeSpan>,
+    /// Compare with profiles that start at this time or later
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub(crate) base_from: Option<Timestamp>,
+    /// Compare with profiles that start before this time
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub(crate) base_until: Option<Timestamp>,
+}
+
+/// Commands of `gannetctl profiles`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Profiles {
+    /// List profiles, newest first
+    #[command(after_help = "Example:\n  gannetctl profiles list --query '{comm=\"postgres\"}' --since 1h")]
+    List {
+        /// Maximum number of profiles; 0 lists all
+        #[arg(long, default_value_t = 100)]
+        limit: usize,
+        #[command(flatten)]
+        select: Select,
+    },
+    /// Download one profile as gzip-compressed pprof
+    #[command(
+        after_help = "Example:\n  gannetctl profiles get 01JAZ… -O slow.pb.gz && go tool pprof -top slow.pb.gz"
+    )]
+    Get {
+        /// The profile's id, from `profiles list`
+        id: String,
+        /// Write to this file, or to standard output for `-`; by default to ID.pb.gz
+        #[arg(short = 'O', long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
+    /// Merge the selected profiles into one file of gzip-compressed pprof
+    #[command(
+        after_help = "Example:\n  gannetctl profiles merge --query '{service_name=\"checkout\"}' --since 1h -O checkout.pb.gz"
+    )]
+    Merge {
+        /// Merge only profiles with this sample type; needed if the selection holds several kinds of profiles
+        #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
+        sample_type: String,
+        /// Write to this file, or to standard output for `-`
+        #[arg(short = 'O', long, value_name = "FILE", default_value = "merged.pb.gz")]
+        out: PathBuf,
+        #[command(flatten)]
+        select: Select,
+    },
+    /// Compare two selections and show which functions use more or less than before
+    #[command(after_help = "Examples:\n  \
+        gannetctl profiles diff --query '{service_name=\"checkout\"}' --since 15m --base-from now-75m --base-until now-60m\n  \
+        gannetctl profiles diff --query '{pod=\"a\"}' --base-query '{pod=\"b\"}'")]
+    Diff {
+        #[command(flatten)]
+        top: TopArgs,
+        #[command(flatten)]
+        base: Base,
+    },
+}
+
+/// Arguments of `flame`.
+#[derive(Debug, Args)]
+pub(crate) struct Flame {
+    /// Show this pprof file; needs no collector
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["query", "since", "from", "until", "profile", "base_query", "base_since", "base_from", "base_until"])]
+    pub(crate) input: Option<PathBuf>,
+    /// The sample type: cpu/nanoseconds, samples/count, offcpu/nanoseconds. By default the last type of the profile
+    #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
+    pub(crate) sample_type: String,
+    /// Show at most this many functions; the smallest subtrees become `[other]`
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    pub(crate) max_nodes: usize,
+    /// Print the tree even if the output is a terminal
+    #[arg(long)]
+    pub(crate) tree: bool,
+    /// In the tree, omit functions below this percentage of the total
+    #[arg(long, value_name = "PERCENT", default_value_t = 0.5)]
+    pub(crate) min_percent: f64,
+    #[command(flatten)]
+    pub(crate) select: Select,
+    #[command(flatten)]
+    pub(crate) base: Base,
+}
+
+/// Arguments of a table of functions.
+#[derive(Debug, Args)]
+pub(crate) struct TopArgs {
+    /// The sample type: cpu/nanoseconds, samples/count, offcpu/nanoseconds. By default the last type of the profile
+    #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
+    pub(crate) sample_type: String,
+    /// Maximum number of functions
+    #[arg(long, default_value_t = 40)]
+    pub(crate) limit: u32,
+    #[command(flatten)]
+    pub(crate) select: Select,
+}
+
+/// Arguments of `profile`.
+#[derive(Debug, Args)]
+pub(crate) struct Manual {
+    /// The node; optional if only one is connected
+    #[arg(long)]
+    pub(crate) node: Option<String>,
+    /// Only these processes, by their ids on the node
+    #[arg(long, value_name = "PID", num_args = 1..)]
+    pub(crate) pid: Vec<u32>,
+    /// Only processes with these command names; `python3*` matches a prefix
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub(crate) comm: Vec<String>,
+    /// Only processes with these executables, as the process sees the path; `/usr/lib/jvm/*` matches a prefix
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub(crate) exe: Vec<String>,
+    /// Only processes in these control groups
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub(crate) cgroup: Vec<String>,
+    /// Only processes of this pod
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub(crate) pod: Option<String>,
+    /// Only processes of pods with these labels: app=checkout
+    #[arg(long, value_name = "SELECTOR", default_value = "", hide_default_value = true)]
+    pub(crate) pod_labels: String,
+    /// Only processes of pods in these namespaces
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub(crate) namespace: Vec<String>,
+    /// Only processes of containers with these names
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub(crate) container: Vec<String>,
+    /// How long to capture: 1s to 10m
+    #[arg(long = "for", value_name = "DURATION", default_value = "30s")]
+    pub(crate) lasting: TimeSpan,
+    /// Samples per second and CPU
+    #[arg(long, default_value_t = gannet_proto::rules::TRIGGERED_HZ)]
+    pub(crate) hz: u32,
+    /// Sample where threads wait (off-CPU time) instead of where they run
+    #[arg(long)]
+    pub(crate) off_cpu: bool,
+}
+
+/// Reads a time: RFC 3339, `now`, or `now-` followed by a duration.
+fn moment(text: &str) -> Result<Timestamp, String> {
+    let form = || "write a time as RFC 3339 (2026-01-31T12:00:00Z), `now`, or `now-15m`".to_owned();
+    match text.trim().strip_prefix("now") {
+        Some("") => Ok(Timestamp::now()),
+        Some(rest) => {
+            let back = rest.strip_prefix('-').ok_or_else(form)?;
+            let back: TimeSpan = back.parse().map_err(|error| format!("{error}"))?;
+            Timestamp::now().checked_sub(Duration::from(back)).map_err(|_| form())
+        }
+        None => text.parse().map_err(|_| form()),
+    }
+}
+
+fn wire(at: Timestamp) -> prost_types::Timestamp {
+    prost_types::Timestamp { seconds: at.as_second(), nanos: at.subsec_nanosecond() }
+}
+
+/// Returns the start of a range: `since` before its end, or `from`.
+fn start(since: Option<TimeSpan>, from: Option<Timestamp>, until: Option<Timestamp>) -> Option<Timestamp> {
+    match since {
+        Some(since) => {
+            let end = until.unwrap_or_else(Timestamp::now);
+            Some(end.checked_sub(Duration::from(since)).unwrap_or(Timestamp::UNIX_EPOCH))
+        }
+        None => from,
+    }
+}
+
+impl Select {
+    /// Converts the flags to a request. Resolves `--since` against the present time.
+    pub(crate) fn selection(&self) -> Selection {
+        let Self { query, since, from, until, profile } = self;
+        Selection {
+            query: query.clone(),
+            from: start(*since, *from, *until).map(wire),
+            until: until.map(wire),
+            profile_id: profile.clone(),
+        }
+    }
+}
+
+impl Base {
+    /// Reports whether the command line asks for a comparison.
+    pub(crate) fn is_given(&self) -> bool {
+        let Self { base_query, base_since, base_from, base_until } = self;
+        base_query.is_some() || base_since.is_some() || base_from.is_some() || base_until.is_some()
+    }
+
+    /// Converts the flags to a request. Labels or times that are not given are those of `main`.
+    pub(crate) fn selection(&self, main: &Select) -> Selection {
+        let Self { base_query, base_since, base_from, base_until } = self;
+        let mut base = main.selection();
+        base.profile_id.clear();
+        if let Some(query) = base_query {
+            base.query.clone_from(query);
+        }
+        if base_since.is_some() || base_from.is_some() || base_until.is_some() {
+            base.from = start(*base_since, *base_from, *base_until).map(wire);
+            base.until = base_until.map(wire);
+        }
+        base
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_span_counts_back_from_its_end() {
+        let until: Timestamp = "2026-01-31T12:00:00Z".parse().unwrap();
+        let select = Select {
+            since: Some(TimeSpan::from_secs(60)),
+            until: Some(until),
+            query: "{a=\"b\"}".into(),
+            ..Select::default()
+        };
+        let selection = select.selection();
+        assert_eq!(selection.from.unwrap().seconds + 60, selection.until.unwrap().seconds);
+        let base = Base { base_query: Some("{a=\"c\"}".into()), ..Base::default() };
+        assert_eq!(base.selection(&select), Selection { query: "{a=\"c\"}".into(), ..selection.clone() });
+        let base = Base { base_until: Some(until), ..Base::default() };
+        let earlier = base.selection(&select);
+        assert_eq!((earlier.query, earlier.from), (selection.query, None));
+    }
+}
