@@ -40,12 +40,13 @@ mod forward;
 mod http;
 mod ingest;
 mod kubernetes;
-mod listen;
 mod metrics;
 mod query;
 mod rules;
+mod selector;
 mod store;
 mod time;
+mod tls;
 mod triggers;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -62,9 +63,9 @@ use gannet_proto::{
     query::query_service_server::QueryServiceServer,
 };
 pub use kubernetes::KubernetesError;
-pub use listen::TlsError;
 pub use query::{Selector, SelectorError};
 pub use store::{Bucket, IndexError, StoreError};
+pub use tls::TlsError;
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, transport::Server};
@@ -75,11 +76,11 @@ use crate::{
     forward::Forwarder,
     http::Face,
     ingest::Ingest,
-    listen::{Listener, Peer, Speaks, Tls},
     metrics::Metrics,
     query::{Query, QueryGrpc},
     rules::{ConfigMapKeep, FileKeep, Keep, Mirror, Rules},
     store::Store,
+    tls::{Listener, Peer, Speaks, Tls},
     triggers::Triggers,
 };
 

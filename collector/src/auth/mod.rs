@@ -21,7 +21,7 @@ use tower::{Layer, Service};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 pub(crate) use self::token::{ReviewError, Reviewer};
-use crate::{config::Config, listen::Peer};
+use crate::{config::Config, tls::Peer};
 
 /// What somebody may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -22,11 +22,11 @@ use tonic::Code;
 
 use crate::{
     auth::{Auth, Role},
-    listen::Peer,
     metrics::Metrics,
     query::{Query, QueryError, Selection, profile_id_from},
     store::{Store, StoreError},
     time,
+    tls::Peer,
     triggers::Triggers,
 };
 

@@ -1,7 +1,6 @@
 //! Reading the store: one engine behind the gRPC service and the HTTP API.
 
 mod grpc;
-mod selector;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -25,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use ulid::Ulid;
 
 pub(crate) use self::grpc::QueryGrpc;
-pub use self::selector::{Selector, SelectorError};
+pub use crate::selector::{Selector, SelectorError};
 use crate::{
     Config,
     ingest::MAX_INFLATION,

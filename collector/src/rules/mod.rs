@@ -7,8 +7,8 @@
 
 mod audit;
 mod events;
-mod keep;
 mod mirror;
+mod storage;
 
 use std::{
     collections::BTreeMap,
@@ -33,10 +33,10 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
 pub(crate) use self::audit::{Audit, MAX_ENTRIES as MAX_AUDIT_ENTRIES, SELF};
-use self::keep::{KeepError, Loaded};
+use self::storage::{KeepError, Loaded};
 pub(crate) use self::{
-    keep::{ConfigMapKeep, FileKeep, Keep},
     mirror::{Mirror, custom_resource},
+    storage::{ConfigMapKeep, FileKeep, Keep},
 };
 use crate::{metrics::Metrics, time};
 

@@ -13,7 +13,7 @@ mod kill;
 mod kubernetes;
 mod process;
 mod query;
-mod questions;
+mod requests;
 mod staging;
 mod store;
 mod support;

@@ -266,7 +266,7 @@ impl To {
                 let mut roots = rustls::RootCertStore::empty();
                 if target.url.starts_with("https") {
                     let pem = connect::authority(options.ca.as_deref()).map_err(wrong)?;
-                    for cert in crate::listen::certificates_of(&pem).map_err(ForwardError::Ca)? {
+                    for cert in crate::tls::certificates_of(&pem).map_err(ForwardError::Ca)? {
                         // A bundle of the system may hold some that are not understood.
                         let _ = roots.add(cert);
                     }
