@@ -1,4 +1,4 @@
-//! Small files that are replaced as a whole: written aside, synced, renamed, and the directory synced.
+//! Atomic replacement of small files: write a temporary file, sync it, rename it, sync the directory.
 
 use std::{
     fs::{self, File},
@@ -6,18 +6,19 @@ use std::{
     path::Path,
 };
 
-/// After a success the file has the new content even after a power cut; after a failure, the old one.
+/// Replaces the content of a file. After success the new content survives a power cut; after a failure the file still
+/// holds the old content.
 pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let aside = path.with_extension("new");
+    let temporary = path.with_extension("new");
     let write = || {
-        let mut file = File::create(&aside)?;
+        let mut file = File::create(&temporary)?;
         file.write_all(content)?;
         file.sync_all()?;
-        fs::rename(&aside, path)?;
+        fs::rename(&temporary, path)?;
         match path.parent() {
             Some(dir) => File::open(dir)?.sync_all(),
             None => Ok(()),
         }
     };
-    write().inspect_err(|_| drop(fs::remove_file(&aside)))
+    write().inspect_err(|_| drop(fs::remove_file(&temporary)))
 }

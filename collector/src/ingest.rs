@@ -1,8 +1,8 @@
-//! Profiles come in: every batch is checked, made durable, and answered by its id.
+//! The push service: checks every batch, hands it to the store's writer, and answers it by its id.
 //!
-//! What waits is bounded three times: batches of one stream by the in-flight window (the stream is not read further),
-//! bytes of all streams by a memory budget, and batches before the writer by its queue. What does not fit the last two
-//! is put off with a delay, which the agent's spool bridges.
+//! Three bounds limit the waiting batches: the in-flight window of a stream (a full window stops the reading), the memory
+//! budget of all streams, and the writer's queue. The collector throttles a batch that exceeds one of the last two. The
+//! agent keeps a throttled batch in its spool and sends it again after the delay.
 
 use std::{collections::HashMap, pin::Pin, sync::Arc, time::Duration};
 
@@ -17,53 +17,66 @@ use gannet_proto::{
     ledger::Ledger,
     pprof,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
 use ulid::Ulid;
 
 use crate::{
-    Config,
-    auth::Who,
-    config::MAX_IN_FLIGHT,
+    auth::Caller,
     forward::Forwarder,
+    limits::{MAX_INFLATION, MAX_NODE_NAME},
     metrics::Metrics,
-    store::{self, NewBatch, ObjectMeta, Outcome, Store, TypeTotal},
+    store::{BatchOutcome, BatchQueue, NewBatch, PackError, Store, TypeTotal},
     time,
 };
 
-/// How many times its compressed size a profile may have at most.
-pub(crate) const MAX_INFLATION: usize = 16;
-/// Frames of one stack, inlined ones included: graphs are trees of this depth, which gRPC writes by recursion.
+/// Unanswered batches that an agent may have on one stream.
+const MAX_IN_FLIGHT: u32 = 32;
+/// Frames of one stack, with inlined ones. A flame graph is a tree of this depth, which gRPC encodes by recursion.
 const MAX_DEPTH: usize = 1024;
-/// Profiles that are checked at one time: checking is all computation.
-const CHECKS_AT_ONCE: usize = 4;
-/// How long a stream may take to say hello.
+/// Concurrent checks of profiles. A check is pure computation.
+const CONCURRENT_CHECKS: usize = 4;
+/// Time until the first message of a stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-/// The memory budget is counted in these, because a semaphore's permits are 32 bits.
+/// Bytes of one permit of the memory budget, because a semaphore counts 32-bit permits.
 const MEMORY_UNIT: u64 = 1024;
-/// A node's name is a DNS name.
-pub(crate) const MAX_NODE_NAME: usize = 253;
 
-/// The service.
+/// Limits of the accepted batches.
+#[derive(Debug, Clone)]
+pub struct IngestOptions {
+    /// Largest compressed profile, in bytes. The default is Pyroscope's, so that every stored profile can be forwarded.
+    pub max_batch_bytes: u64,
+    /// Time by which a window may start in the future, because the clocks of nodes differ.
+    pub max_clock_ahead: Duration,
+    /// Memory for profiles that wait to be written, over all streams, in bytes.
+    pub queue_bytes: u64,
+}
+
+impl Default for IngestOptions {
+    fn default() -> Self {
+        Self { max_batch_bytes: 4 << 20, max_clock_ahead: Duration::from_secs(600), queue_bytes: 128 << 20 }
+    }
+}
+
+/// The push service.
 #[derive(Clone)]
-pub(crate) struct Ingest(Arc<Inner>);
+pub(crate) struct Ingest(Arc<IngestState>);
 
-struct Inner {
+struct IngestState {
     store: Arc<Store>,
-    writer: mpsc::Sender<NewBatch>,
+    queue: BatchQueue,
     forwarder: Forwarder,
     metrics: Metrics,
     memory: Arc<Semaphore>,
     checks: Semaphore,
     stop: CancellationToken,
     max_batch_bytes: u64,
-    retention_age: Duration,
     max_clock_ahead: Duration,
 }
 
-/// Why a batch will never be taken.
+/// Why the collector refuses a batch for good.
 struct Refusal {
     code: &'static str,
     reason: String,
@@ -76,25 +89,25 @@ impl Refusal {
 }
 
 impl Ingest {
+    /// `queue` leads to the writer of `store`.
     pub(crate) fn new(
         store: Arc<Store>,
-        writer: mpsc::Sender<NewBatch>,
-        config: &Config,
+        queue: BatchQueue,
+        options: &IngestOptions,
         forwarder: Forwarder,
         metrics: Metrics,
         stop: CancellationToken,
     ) -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(IngestState {
             store,
-            writer,
+            queue,
             forwarder,
             metrics,
-            memory: Arc::new(Semaphore::new((config.ingest_queue_bytes / MEMORY_UNIT) as usize)),
-            checks: Semaphore::new(CHECKS_AT_ONCE),
+            memory: Arc::new(Semaphore::new((options.queue_bytes / MEMORY_UNIT) as usize)),
+            checks: Semaphore::new(CONCURRENT_CHECKS),
             stop,
-            max_batch_bytes: config.max_batch_bytes,
-            retention_age: config.retention_age,
-            max_clock_ahead: config.max_clock_ahead,
+            max_batch_bytes: options.max_batch_bytes,
+            max_clock_ahead: options.max_clock_ahead,
         }))
     }
 }
@@ -108,12 +121,12 @@ impl IngestService for Ingest {
         request: Request<Streaming<PushRequest>>,
     ) -> Result<Response<Self::PushStream>, Status> {
         let ingest = Arc::clone(&self.0);
-        let who = request.extensions().get::<Who>().cloned().unwrap_or_default();
-        // One place for each unanswered batch and the limits: answers never wait for a free place while the client reads.
+        let caller = request.extensions().get::<Caller>().cloned().unwrap_or_default();
+        // One slot for each unanswered batch and one for the limits. So no answer waits while the client reads.
         let (answers, receiver) = mpsc::channel(MAX_IN_FLIGHT as usize + 1);
         tokio::spawn(async move {
             ingest.metrics.ingest_streams.inc();
-            if let Err(status) = ingest.serve(&who, request.into_inner(), &answers).await {
+            if let Err(status) = ingest.serve(&caller, request.into_inner(), &answers).await {
                 let _ = answers.send(Err(status)).await;
             }
             ingest.metrics.ingest_streams.dec();
@@ -128,11 +141,11 @@ fn answer(message: push_response::Message) -> PushResponse {
     PushResponse { message: Some(message) }
 }
 
-impl Inner {
-    /// Reads one stream to its end, and waits until every batch of it is answered.
+impl IngestState {
+    /// Reads one stream to its end, and returns after it has answered every batch.
     async fn serve(
         self: &Arc<Self>,
-        who: &Who,
+        caller: &Caller,
         mut stream: Streaming<PushRequest>,
         answers: &Answers,
     ) -> Result<(), Status> {
@@ -144,12 +157,12 @@ impl Inner {
         };
         if hello.node.is_empty() || hello.node.len() > MAX_NODE_NAME {
             return Err(Status::invalid_argument(format!(
-                "hello.node: a node's name has 1 to {MAX_NODE_NAME} bytes, this one has {}",
+                "hello.node: a node name has 1 to {MAX_NODE_NAME} bytes, this one has {}",
                 hello.node.len()
             )));
         }
-        who.may_be_node(&hello.node)?;
-        let only_node = who.is_bound_to_nodes().then(|| Arc::<str>::from(hello.node.as_str()));
+        caller.may_be_node(&hello.node)?;
+        let only_node = caller.is_bound_to_nodes().then(|| Arc::<str>::from(hello.node.as_str()));
         tracing::debug!(node = %hello.node, version = %hello.version, "an agent pushes profiles");
         let limits = Limits { max_batch_bytes: self.max_batch_bytes, max_in_flight: MAX_IN_FLIGHT };
         let _ = answers.send(Ok(answer(push_response::Message::Limits(limits)))).await;
@@ -173,13 +186,13 @@ impl Inner {
                 Ok(None) => break Ok(()),
                 Err(status) => break Err(status),
             };
-            let Ok(place) = Arc::clone(&in_flight).acquire_owned().await else { break Ok(()) };
+            let Ok(slot) = Arc::clone(&in_flight).acquire_owned().await else { break Ok(()) };
             let (ingest, answers, only_node) = (Arc::clone(self), answers.clone(), only_node.clone());
             tasks.spawn(async move {
-                let message = ingest.take(batch, only_node.as_deref()).await;
-                // Before the place is free again, so that answers not read stop the stream.
+                let message = ingest.process(batch, only_node.as_deref()).await;
+                // Before the slot is free again, so that unread answers stop the stream.
                 let _ = answers.send(Ok(answer(message))).await;
-                drop(place);
+                drop(slot);
             });
         };
         tasks.close();
@@ -187,13 +200,13 @@ impl Inner {
         end
     }
 
-    /// From a batch to its answer. `only_node`: it must be of this node.
-    async fn take(self: &Arc<Self>, batch: Batch, only_node: Option<&str>) -> push_response::Message {
+    /// Returns the answer to a batch. `only_node`: the node that the batch must come from.
+    async fn process(self: &Arc<Self>, batch: Batch, only_node: Option<&str>) -> push_response::Message {
         let batch_id = batch.batch_id.clone();
         let refused = |refusal: Refusal| {
             self.metrics.refused(refusal.code);
             tracing::warn!(
-                batch = %batch_id.escape_debug(), code = refusal.code, reason = %refusal.reason, "a batch is refused"
+                batch = %batch_id.escape_debug(), code = refusal.code, reason = %refusal.reason, "refused a batch"
             );
             push_response::Message::Refused(Refused {
                 batch_id: batch_id.clone(),
@@ -204,12 +217,13 @@ impl Inner {
         self.metrics.received_bytes.inc_by(batch.pprof.len() as u64);
         let of_node = batch.labels.get(labels::NODE).map_or("", String::as_str);
         if let Some(node) = only_node.filter(|node| *node != of_node) {
-            let reason =
-                format!("the profile is of node `{of_node}`, and its sender may speak for `{node}` only");
+            let reason = format!(
+                "the profile comes from node `{of_node}`, and its sender may speak for `{node}` only"
+            );
             return refused(Refusal::new("wrong_node", reason));
         }
         let id = match Ulid::from_string(&batch.batch_id) {
-            // Other spellings of one id would be other ids to the agent that waits for its answer.
+            // The agent waits for an answer with the id as it wrote it.
             Ok(id) if id.to_string() == batch.batch_id => id,
             _ => {
                 let reason = "batch_id is not a ULID: 26 digits and upper-case letters";
@@ -223,111 +237,108 @@ impl Inner {
             ));
         }
         let copied = self.forwarder.copy(&batch);
-        let outcome = match self.hand_in(id, batch).await {
+        let outcome = match self.submit(id, batch).await {
             Ok(outcome) => outcome,
             Err(refusal) => return refused(refusal),
         };
         match outcome {
-            Outcome::Stored => {
+            BatchOutcome::Stored => {
                 if let Some(copied) = copied {
-                    self.forwarder.offer(copied);
+                    self.forwarder.offer(&copied);
                 }
                 push_response::Message::Accepted(Accepted { batch_id, duplicate: false })
             }
-            Outcome::Duplicate => push_response::Message::Accepted(Accepted { batch_id, duplicate: true }),
-            Outcome::Throttled { retry_after, reason, .. } => push_response::Message::Throttled(Throttled {
-                batch_id,
-                retry_after: Some(time::span(retry_after)),
-                reason,
-            }),
+            BatchOutcome::Duplicate => {
+                push_response::Message::Accepted(Accepted { batch_id, duplicate: true })
+            }
+            BatchOutcome::Throttled { retry_after, reason, .. } => {
+                push_response::Message::Throttled(Throttled {
+                    batch_id,
+                    retry_after: Some(time::duration(retry_after)),
+                    reason,
+                })
+            }
         }
     }
 
-    async fn hand_in(self: &Arc<Self>, id: Ulid, batch: Batch) -> Result<Outcome, Refusal> {
+    /// Checks a batch, hands it to the writer and waits for the outcome.
+    async fn submit(self: &Arc<Self>, id: Ulid, batch: Batch) -> Result<BatchOutcome, Refusal> {
         let busy = |reason: &str| {
             self.metrics.throttled("busy");
-            Ok(Outcome::Throttled {
+            Ok(BatchOutcome::Throttled {
                 cause: "busy",
                 retry_after: Duration::from_secs(1),
                 reason: reason.to_owned(),
             })
         };
-        // The object holds the profile once more.
+        // Twice the profile, because the object holds a copy of it.
         let units = (batch.pprof.len() as u64 * 2).div_ceil(MEMORY_UNIT).max(1) as u32;
         let Ok(memory) = Arc::clone(&self.memory).try_acquire_many_owned(units) else {
-            return busy("the collector holds as many unwritten profiles as it may");
+            return busy("the collector's memory for unwritten profiles is full");
         };
-        let (reply, outcome) = oneshot::channel();
         let Ok(turn) = self.checks.acquire().await else { return busy("the collector is shutting down") };
         let ingest = Arc::clone(self);
         let checked = tokio::task::spawn_blocking(move || {
-            // What is stored already is good, however old it is by now.
-            if let Ok(known) = ingest.store.index().known([id])
-                && known == [true]
-            {
+            // A stored batch has passed the checks before, however old it is by now.
+            if matches!(ingest.store.contains(id), Ok(true)) {
                 return Ok(None);
             }
-            ingest.check(batch, memory, reply).map(Some)
+            ingest.check(batch).map(Some)
         });
         let new = match checked.await {
             Ok(Ok(Some(new))) => new,
             Ok(Ok(None)) => {
                 self.metrics.batches_duplicate.inc();
-                return Ok(Outcome::Duplicate);
+                return Ok(BatchOutcome::Duplicate);
             }
             Ok(Err(refusal)) => return Err(refusal),
             Err(_) => return busy("the collector is shutting down"),
         };
         drop(turn);
-        if self.writer.try_send(new).is_err() {
+        let Some(outcome) = self.queue.submit(new, memory) else {
             return busy("the collector's queue of unwritten profiles is full");
-        }
+        };
         match outcome.await {
             Ok(outcome) => Ok(outcome),
             Err(_) => busy("the collector is shutting down"),
         }
     }
 
-    /// Everything that a batch can be wrong in.
-    fn check(
-        &self,
-        mut batch: Batch,
-        memory: OwnedSemaphorePermit,
-        reply: oneshot::Sender<Outcome>,
-    ) -> Result<NewBatch, Refusal> {
+    /// Checks labels, times and profile of a batch, and packs it for the store.
+    fn check(&self, mut batch: Batch) -> Result<NewBatch, Refusal> {
         labels::check(&batch.labels).map_err(|e| Refusal::new("bad_labels", e.to_string()))?;
         self.check_time(&batch)?;
         let pprof = std::mem::take(&mut batch.pprof);
-        let types =
-            if pprof.is_empty() { ledger_alone(&batch)? } else { self.check_profile(&pprof, batch.samples)? };
+        let types = if pprof.is_empty() {
+            check_ledger_only(&batch)?
+        } else {
+            self.check_profile(&pprof, batch.samples)?
+        };
         let ledger = match batch.ledger.clone() {
             None => None,
             Some(sent) => match Ledger::try_from(sent) {
                 Ok(ledger) => Some(ledger),
-                // The profile is good, so it is kept; a newer agent may know reasons that this collector does not.
+                // The profile is valid, so the collector stores it. A newer agent may use reasons that are unknown here.
                 Err(error) => {
                     self.metrics.ledgers_unbalanced.inc();
-                    tracing::warn!(batch = %batch.batch_id, %error, "the ledger of a batch cannot be read");
+                    tracing::warn!(batch = %batch.batch_id, %error, "cannot read the ledger of a batch");
                     None
                 }
             },
         };
-        let meta = ObjectMeta { batch: Some(batch), types };
-        let object = store::pack(&meta, &pprof).ok_or_else(|| {
-            Refusal::new(
+        NewBatch::pack(batch, &pprof, types, ledger).map_err(|error| match error {
+            PackError::MetadataTooLarge => Refusal::new(
                 "bad_labels",
                 "labels and reason together are larger than 64 KiB: shorten their values",
-            )
-        })?;
-        let described = store::describe(&meta, object.len() as u64);
-        let (labels, key, row) = described.ok_or_else(|| Refusal::new("bad_time", "start is not a time"))?;
-        Ok(NewBatch { key, object, row, labels, ledger, _memory: memory, reply })
+            ),
+            PackError::InvalidStart => Refusal::new("bad_time", "start is not a time"),
+        })
     }
 
     fn check_time(&self, batch: &Batch) -> Result<(), Refusal> {
         let start = batch.start.as_ref().and_then(time::to_ms);
-        let start = start.ok_or_else(|| Refusal::new("bad_time", "start is missing or lies before 1970"))?;
-        if batch.duration.as_ref().is_some_and(|d| time::span_to_ms(d).is_none()) {
+        let start = start.ok_or_else(|| Refusal::new("bad_time", "start is missing or is before 1970"))?;
+        if batch.duration.as_ref().is_some_and(|d| time::duration_to_ms(d).is_none()) {
             return Err(Refusal::new("bad_time", "duration is negative"));
         }
         let now = time::now_ms();
@@ -336,27 +347,29 @@ impl Inner {
                 "in_the_future",
                 format!(
                     "the window starts {} after the collector's time, more than {}: set the node's clock",
-                    words((start - now) / 1000),
-                    words(self.max_clock_ahead.as_secs())
+                    format_seconds((start - now) / 1000),
+                    format_seconds(self.max_clock_ahead.as_secs())
                 ),
             ));
         }
-        if start < now.saturating_sub(self.retention_age.as_millis() as u64) {
+        let retention_age = self.store.retention_age();
+        if start < now.saturating_sub(retention_age.as_millis() as u64) {
             return Err(Refusal::new(
                 "too_old",
                 format!(
-                    "the window started {} ago, and profiles are kept for {}",
-                    words((now - start) / 1000),
-                    words(self.retention_age.as_secs())
+                    "the window started {} ago, and the collector keeps profiles for {}",
+                    format_seconds((now - start) / 1000),
+                    format_seconds(retention_age.as_secs())
                 ),
             ));
         }
         Ok(())
     }
 
+    /// Checks a profile and returns its sample types with their totals.
     fn check_profile(&self, pprof: &[u8], samples: u64) -> Result<Vec<TypeTotal>, Refusal> {
         if !pprof.starts_with(&[0x1f, 0x8b]) {
-            return Err(Refusal::new("not_gzip", "pprof does not begin as gzip does"));
+            return Err(Refusal::new("not_gzip", "pprof does not start with a gzip header"));
         }
         let max_inflated = self.max_batch_bytes as usize * MAX_INFLATION;
         let profile = pprof::decode(pprof, max_inflated).map_err(|e| {
@@ -368,7 +381,7 @@ impl Inner {
             Refusal::new(code, e.to_string())
         })?;
         let summary = pprof::check(&profile).map_err(|e| Refusal::new("not_pprof", e.to_string()))?;
-        let depth = deepest(&profile);
+        let depth = max_depth(&profile);
         if depth > MAX_DEPTH {
             let reason = format!("a stack of the profile has {depth} frames, the limit is {MAX_DEPTH}");
             return Err(Refusal::new("too_large", reason));
@@ -377,7 +390,7 @@ impl Inner {
         if u64::try_from(total) != Ok(samples) {
             return Err(Refusal::new(
                 "count_mismatch",
-                format!("samples says {samples}, and the first values of the profile add up to {total}"),
+                format!("samples is {samples}, and the first values of the profile add up to {total}"),
             ));
         }
         let types = summary.sample_types.into_iter().zip(summary.totals);
@@ -385,19 +398,19 @@ impl Inner {
     }
 }
 
-/// Frames of the deepest stack, inlined ones included.
-fn deepest(profile: &pprof::Profile) -> usize {
+/// Returns the number of frames of the deepest stack, with inlined ones.
+fn max_depth(profile: &pprof::Profile) -> usize {
     let lines: HashMap<u64, usize> = profile.location.iter().map(|l| (l.id, l.line.len().max(1))).collect();
     let depth = |stack: &[u64]| stack.iter().map(|id| lines.get(id).copied().unwrap_or(1)).sum();
     profile.sample.iter().map(|s| depth(&s.location_id)).max().unwrap_or(0)
 }
 
-/// A batch without a profile must at least bring a ledger, and no samples.
-fn ledger_alone(batch: &Batch) -> Result<Vec<TypeTotal>, Refusal> {
+/// Checks a batch without a profile, which must carry a ledger and no samples.
+fn check_ledger_only(batch: &Batch) -> Result<Vec<TypeTotal>, Refusal> {
     if batch.samples != 0 {
         return Err(Refusal::new(
             "count_mismatch",
-            format!("samples says {}, and there is no profile", batch.samples),
+            format!("samples is {}, and there is no profile", batch.samples),
         ));
     }
     if batch.ledger.is_none() {
@@ -406,6 +419,6 @@ fn ledger_alone(batch: &Batch) -> Result<Vec<TypeTotal>, Refusal> {
     Ok(Vec::new())
 }
 
-fn words(seconds: u64) -> String {
+fn format_seconds(seconds: u64) -> String {
     humantime::format_duration(Duration::from_secs(seconds)).to_string()
 }

@@ -1,4 +1,4 @@
-//! The Kubernetes API, as far as the collector needs it.
+//! The client of the Kubernetes API.
 
 use std::path::{Path, PathBuf};
 
@@ -7,28 +7,29 @@ use kube::{
     config::{KubeConfigOptions, Kubeconfig},
 };
 
-/// Why the API cannot be used.
+/// Why the collector cannot use the Kubernetes API.
 #[derive(Debug, thiserror::Error)]
 pub enum KubernetesError {
-    /// The file that says how to reach it.
+    /// The kubeconfig file cannot be used.
     #[error("--kubeconfig {path}: {reason}")]
     Kubeconfig {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// In which way it is wrong.
+        /// What is wrong with it.
         reason: String,
     },
-    /// Nothing says how to reach it.
+    /// The collector found neither a service account nor a kubeconfig file.
     #[error(
-        "no way to the Kubernetes API is known: run as a pod with a service account, or give --kubeconfig FILE ({0})"
+        "cannot find the Kubernetes API: run as a pod with a service account, or give --kubeconfig FILE ({0})"
     )]
     Unknown(String),
-    /// It cannot be dialled.
-    #[error("the Kubernetes API cannot be used: {0}")]
+    /// The client cannot be built.
+    #[error("cannot use the Kubernetes API: {0}")]
     Client(String),
 }
 
-/// A client of the cluster that this program runs in, or that the file names.
+/// Returns a client of the cluster that the kubeconfig file names. Without a file it is the cluster of the collector's
+/// pod, or the current context of `kubectl`.
 pub(crate) async fn client(kubeconfig: Option<&Path>) -> Result<Client, KubernetesError> {
     let config = match kubeconfig {
         None => Config::infer().await.map_err(|error| KubernetesError::Unknown(error.to_string()))?,

@@ -5,8 +5,8 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use gannet_collector::{
-    Bucket, Collector, Config, Forward, ForwardOptions, Grant, NodeIdentity, TlsFiles,
-    config::{DEFAULT_MAX_BATCH_BYTES, RulesStore, parse_bytes},
+    AuthOptions, Bucket, Collector, Config, FleetOptions, ForwardOptions, ForwardTarget, Grant,
+    IngestOptions, NodeIdentity, RulesLocation, ServerOptions, StoreOptions, TlsOptions, parse_bytes,
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -28,8 +28,8 @@ struct Args {
     local: PathBuf,
     /// Where the rules are kept: `file` (below --data), `file=DIR` for a directory that several collectors share,
     /// `kubernetes` for TriggerRule resources in the collector's own namespace, or `kubernetes=NAMESPACE`.
-    #[arg(long, value_name = "STORE", env = "GANNET_COLLECTOR_RULES_STORE", default_value = "file", value_parser = RulesStore::parse)]
-    rules_store: RulesStore,
+    #[arg(long, value_name = "STORE", env = "GANNET_COLLECTOR_RULES_STORE", default_value = "file")]
+    rules_store: RulesLocation,
     /// Where gRPC is served: agents, gannetctl, control services.
     #[arg(long, value_name = "ADDRESS", env = "GANNET_COLLECTOR_LISTEN", default_value = gannet_proto::ports::COLLECTOR_GRPC)]
     listen: SocketAddr,
@@ -67,7 +67,7 @@ struct Args {
     kubeconfig: Option<PathBuf>,
     /// Hand every profile on as well: pyroscope=URL or parca=URL. May be given several times.
     #[arg(long, value_name = "TARGET=URL", env = "GANNET_COLLECTOR_FORWARD", value_delimiter = ',')]
-    forward: Vec<Forward>,
+    forward: Vec<ForwardTarget>,
     /// Whose profiles they are, for a Pyroscope with several tenants (X-Scope-OrgID).
     #[arg(long, value_name = "TENANT", env = "GANNET_COLLECTOR_FORWARD_TENANT", requires = "forward")]
     forward_tenant: Option<String>,
@@ -90,7 +90,7 @@ struct Args {
     #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_MIN_FREE_BYTES", default_value = "64MiB", value_parser = parse_bytes)]
     min_free_bytes: u64,
     /// Refuse compressed profiles that are larger.
-    #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_MAX_BATCH_BYTES", default_value_t = DEFAULT_MAX_BATCH_BYTES, value_parser = parse_bytes)]
+    #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_MAX_BATCH_BYTES", default_value = "4MiB", value_parser = parse_bytes)]
     max_batch_bytes: u64,
     /// Hold at most this many series.
     #[arg(long, value_name = "N", env = "GANNET_COLLECTOR_MAX_SERIES", default_value_t = 200_000)]
@@ -137,31 +137,43 @@ impl Args {
             Data::Directory(data) => (data, None),
             Data::Bucket(bucket) => (self.local, Some(bucket)),
         };
+        let defaults = Config::new(data);
         Config {
-            bucket,
-            rules_store: self.rules_store,
-            listen: self.listen,
-            http: self.http,
-            http_local: self.http_local,
-            insecure: self.insecure,
-            tls: tls.map(|(cert, key)| TlsFiles { cert, key, client_ca: self.tls_client_ca }),
-            forward: self.forward,
-            forward_options: ForwardOptions {
+            kubeconfig: self.kubeconfig,
+            server: ServerOptions {
+                grpc_listen: self.listen,
+                http_listen: self.http,
+                debug_listen: self.http_local,
+                insecure: self.insecure,
+                ..defaults.server
+            },
+            tls: tls.map(|(cert, key)| TlsOptions {
+                client_ca: self.tls_client_ca,
+                ..TlsOptions::new(cert, key)
+            }),
+            auth: AuthOptions {
+                roles: self.role,
+                node_identity: self.node_identity,
+                token_audience: self.token_audience,
+            },
+            store: StoreOptions {
+                bucket,
+                retention_age: self.retention_age,
+                retention_bytes: self.retention_bytes,
+                min_free_bytes: self.min_free_bytes,
+                max_series: self.max_series,
+                ..defaults.store
+            },
+            ingest: IngestOptions { max_batch_bytes: self.max_batch_bytes, ..defaults.ingest },
+            rules: self.rules_store,
+            fleet: FleetOptions { max_nodes: self.max_nodes },
+            forward: ForwardOptions {
+                targets: self.forward,
                 tenant: self.forward_tenant,
                 token_file: self.forward_token_file,
                 ca: self.forward_ca,
             },
-            roles: self.role,
-            node_identity: self.node_identity,
-            token_audience: self.token_audience,
-            kubeconfig: self.kubeconfig,
-            retention_age: self.retention_age,
-            retention_bytes: self.retention_bytes,
-            min_free_bytes: self.min_free_bytes,
-            max_batch_bytes: self.max_batch_bytes,
-            max_series: self.max_series,
-            max_nodes: self.max_nodes,
-            ..Config::new(data)
+            ..defaults
         }
     }
 }
@@ -199,7 +211,7 @@ fn main() -> ExitCode {
 async fn run(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-    let (data, bucket) = (config.data.clone(), config.bucket.clone().map(tracing::field::display));
+    let (data, bucket) = (config.data.clone(), config.store.bucket.clone().map(tracing::field::display));
     let scheme = if config.tls.is_some() { "https" } else { "http" };
     let mut running = Collector::start(config).await?;
     tracing::info!(

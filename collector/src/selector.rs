@@ -1,28 +1,28 @@
-//! Which series: `{service_name="checkout",pod=~"checkout-.*"}`, as Prometheus writes it.
+//! Selectors of series in the syntax of Prometheus: `{service_name="checkout",pod=~"checkout-.*"}`.
 
 use std::fmt;
 
 use gannet_proto::labels::Labels;
 use regex::{Regex, RegexBuilder};
 
-/// More matchers than a person writes.
+/// Conditions of one selector. People write far fewer.
 const MAX_MATCHERS: usize = 64;
-/// What one compiled expression may take.
+/// Memory of one compiled regular expression.
 const MAX_REGEX_BYTES: usize = 1 << 20;
 
-/// What is wrong with a selector, and where.
+/// A syntax error in a selector, with its position.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("query, character {position}: {what}")]
-pub struct SelectorError {
-    /// Counted in characters from 1.
-    pub position: usize,
-    /// What was found and what would be right.
-    pub what: String,
+pub(crate) struct SelectorError {
+    /// Position in characters, from 1.
+    pub(crate) position: usize,
+    /// The fault, and the valid form.
+    pub(crate) what: String,
 }
 
-/// A list of conditions on labels, all of which must hold. A label that a series lacks is empty.
+/// A list of conditions on labels, all of which must hold. A missing label counts as an empty one.
 #[derive(Debug, Clone, Default)]
-pub struct Selector {
+pub(crate) struct Selector {
     matchers: Vec<Matcher>,
 }
 
@@ -30,14 +30,14 @@ pub struct Selector {
 struct Matcher {
     name: String,
     value: String,
-    /// Given: the value is an expression that must fit the whole label.
+    /// If given, the value is a regular expression that must match the complete label value.
     regex: Option<Regex>,
     negated: bool,
 }
 
 impl Selector {
-    /// Reads a selector; nothing, or `{}`, selects everything.
-    pub fn parse(text: &str) -> Result<Self, SelectorError> {
+    /// Parses a selector. An empty text, or `{}`, selects every series.
+    pub(crate) fn parse(text: &str) -> Result<Self, SelectorError> {
         let mut parser = Parser { text, at: 0 };
         let mut matchers = Vec::new();
         parser.space();
@@ -71,8 +71,8 @@ impl Selector {
         Ok(Self { matchers })
     }
 
-    /// Whether all conditions hold.
-    pub fn matches(&self, labels: &Labels) -> bool {
+    /// Reports whether all conditions hold.
+    pub(crate) fn matches(&self, labels: &Labels) -> bool {
         self.matchers.iter().all(|m| {
             let value = labels.get(&m.name).map_or("", String::as_str);
             let fits = match &m.regex {
@@ -237,7 +237,7 @@ mod tests {
     #[case(r#"{absent=~".*"}"#, true)]
     #[case(r#"{q="a\"b\\c"}"#, true)]
     #[case(r#"{q=`a"b\c`}"#, true)]
-    fn selectors_mean_what_prometheus_means(#[case] text: &str, #[case] matches: bool) {
+    fn selectors_match_as_in_prometheus(#[case] text: &str, #[case] matches: bool) {
         let selector = Selector::parse(text).unwrap();
         assert_eq!(selector.matches(&labels()), matches);
         let again = Selector::parse(&selector.to_string()).unwrap();
@@ -257,7 +257,7 @@ mod tests {
     #[case("{a=\"\\d\"}", 5, "backslash")]
     #[case("{} x", 4, "nothing may follow")]
     #[case("{a=\"b\"", 7, "expected `,` or `}`")]
-    fn errors_say_where_and_what(#[case] text: &str, #[case] position: usize, #[case] what: &str) {
+    fn errors_name_position_and_fault(#[case] text: &str, #[case] position: usize, #[case] what: &str) {
         let error = Selector::parse(text).unwrap_err();
         assert_eq!(error.position, position, "{error}");
         assert!(error.what.contains(what), "{error}");
@@ -265,12 +265,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_breaks_the_parser(text in "\\PC{0,40}|[{}a=~!\"`'\\\\,\n ]{0,20}") {
+        fn the_parser_survives_any_text(text in "\\PC{0,40}|[{}a=~!\"`'\\\\,\n ]{0,20}") {
             let _ = Selector::parse(&text);
         }
 
         #[test]
-        fn any_value_can_be_written(value in "\\PC{0,20}[\"\\\\\n\t]{0,3}") {
+        fn any_value_round_trips(value in "\\PC{0,20}[\"\\\\\n\t]{0,3}") {
             let selector = Selector { matchers: vec![Matcher {
                 name: "a".into(), value: value.clone(), regex: None, negated: false,
             }] };

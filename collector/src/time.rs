@@ -1,10 +1,10 @@
-//! Moments and spans as the parts of the collector write them.
+//! Conversions between milliseconds, protobuf times and the times that people write.
 
 use std::time::{Duration, SystemTime};
 
 use prost_types::Timestamp;
 
-/// Milliseconds since 1970.
+/// Returns the current time in milliseconds since 1970.
 pub(crate) fn now_ms() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
@@ -13,26 +13,27 @@ pub(crate) fn timestamp(ms: u64) -> Timestamp {
     Timestamp { seconds: (ms / 1000) as i64, nanos: (ms % 1000 * 1_000_000) as i32 }
 }
 
-/// `None`: before 1970, or not a time.
+/// Returns `None` for a time before 1970 and for an invalid time.
 pub(crate) fn to_ms(at: &Timestamp) -> Option<u64> {
     let ms = at.seconds.checked_mul(1000)?.checked_add(i64::from(at.nanos) / 1_000_000)?;
     u64::try_from(ms).ok()
 }
 
-pub(crate) fn span(d: Duration) -> prost_types::Duration {
+pub(crate) fn duration(d: Duration) -> prost_types::Duration {
     prost_types::Duration { seconds: d.as_secs() as i64, nanos: d.subsec_nanos() as i32 }
 }
 
-pub(crate) fn span_ms(ms: u64) -> prost_types::Duration {
-    span(Duration::from_millis(ms))
+pub(crate) fn duration_from_ms(ms: u64) -> prost_types::Duration {
+    duration(Duration::from_millis(ms))
 }
 
-/// `None`: negative.
-pub(crate) fn span_to_ms(d: &prost_types::Duration) -> Option<u64> {
+/// Returns `None` for a negative duration.
+pub(crate) fn duration_to_ms(d: &prost_types::Duration) -> Option<u64> {
     Duration::try_from(*d).ok().map(|d| d.as_millis() as u64)
 }
 
-/// Reads a moment as people write it in a query: unix milliseconds, RFC 3339, `now`, `now-15m`.
+/// Parses a time as people write it in a query: Unix milliseconds, RFC 3339, `now`, `now-15m`. Returns milliseconds since
+/// 1970, or a text that says which forms are valid.
 pub(crate) fn parse(text: &str, now_ms: u64) -> Result<u64, String> {
     let text = text.trim();
     if let Ok(ms) = text.parse::<u64>() {
@@ -49,9 +50,9 @@ pub(crate) fn parse(text: &str, now_ms: u64) -> Result<u64, String> {
         };
     }
     match text.parse::<jiff::Timestamp>() {
-        Ok(at) => u64::try_from(at.as_millisecond()).map_err(|_| format!("`{text}` lies before 1970")),
+        Ok(at) => u64::try_from(at.as_millisecond()).map_err(|_| format!("`{text}` is before 1970")),
         Err(_) => Err(format!(
-            "`{text}` is not a time: write unix milliseconds, `now`, `now-15m` or RFC 3339 as in 2026-01-31T12:00:00Z"
+            "`{text}` is not a time: write Unix milliseconds, `now`, `now-15m` or RFC 3339 as in 2026-01-31T12:00:00Z"
         )),
     }
 }
@@ -73,18 +74,18 @@ mod tests {
     #[case("yesterday", None)]
     #[case("", None)]
     #[case("-5", None)]
-    fn times_are_read_as_people_write_them(#[case] text: &str, #[case] want: Option<u64>) {
+    fn times_in_all_forms_of_a_query_are_parsed(#[case] text: &str, #[case] want: Option<u64>) {
         assert_eq!(parse(text, 5_000_000).ok(), want);
     }
 
     #[test]
-    fn milliseconds_survive_the_way_through_a_timestamp() {
+    fn milliseconds_round_trip_through_protobuf_times() {
         for ms in [0, 1, 999, 1000, 1_700_000_000_123] {
             assert_eq!(to_ms(&timestamp(ms)), Some(ms));
-            assert_eq!(span_to_ms(&span_ms(ms)), Some(ms));
+            assert_eq!(duration_to_ms(&duration_from_ms(ms)), Some(ms));
         }
         assert_eq!(to_ms(&Timestamp { seconds: -1, nanos: 0 }), None);
         assert_eq!(to_ms(&Timestamp { seconds: i64::MAX, nanos: 0 }), None);
-        assert_eq!(span_to_ms(&prost_types::Duration { seconds: -1, nanos: 0 }), None);
+        assert_eq!(duration_to_ms(&prost_types::Duration { seconds: -1, nanos: 0 }), None);
     }
 }

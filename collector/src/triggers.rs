@@ -1,9 +1,8 @@
-//! The trigger service: the rule store and the fleet as people and control services call them.
+//! The trigger service: changes and previews of rules, rollouts, and the audit log.
 
 use std::{collections::HashSet, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream};
-
 use gannet_proto::control::{
     AbortRolloutRequest, DeleteTriggersRequest, DeleteTriggersResponse, GetRolloutRequest,
     GetTriggersRequest, GetTriggersResponse, ListAuditRequest, ListAuditResponse, ListScopesRequest,
@@ -18,17 +17,17 @@ use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::{
-    auth::Who,
+    auth::Caller,
     fleet::Fleet,
-    rules::{DEFAULT_SCOPE, MAX_AUDIT_ENTRIES, Rules, RulesError},
+    rules::{DEFAULT_SCOPE, MAX_AUDIT_ENTRIES, NodeStates as _, Rules, RulesError},
 };
 
-/// Nodes that are asked at one time what they would do.
-const PREVIEWS_AT_ONCE: usize = 128;
-/// A watcher is told of changes at most this often: a revision that reaches a thousand nodes is a few messages.
+/// Concurrent preview requests to nodes.
+const CONCURRENT_PREVIEWS: usize = 128;
+/// Shortest time between two messages of a watch, so that a revision for a thousand nodes makes few messages.
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The service.
+/// The trigger service.
 #[derive(Clone)]
 pub(crate) struct Triggers {
     pub(crate) rules: Arc<Rules>,
@@ -55,13 +54,14 @@ impl From<RulesError> for Status {
     }
 }
 
-/// Who calls, as proven.
-fn caller<T>(request: &Request<T>) -> String {
-    request.extensions().get::<Who>().map_or_else(|| "anonymous".to_owned(), |who| who.shown.clone())
+/// Returns the name of an authenticated caller.
+fn caller_name<T>(request: &Request<T>) -> String {
+    let caller = request.extensions().get::<Caller>();
+    caller.map_or_else(|| "anonymous".to_owned(), |caller| caller.display_name.clone())
 }
 
 impl Triggers {
-    /// Writes to the disk, so off the asynchronous threads.
+    /// Runs an operation that accesses the disk on a blocking thread.
     async fn blocking<T: Send + 'static>(
         &self,
         f: impl FnOnce(&Rules) -> Result<T, RulesError> + Send + 'static,
@@ -71,22 +71,25 @@ impl Triggers {
         Ok(done.map_err(|_| Status::unavailable("the collector is shutting down"))??)
     }
 
-    /// Asks each of these nodes what it would do now if the scope held these rules.
+    /// Asks each of these nodes for a preview of the rules: the processes and sample rates that they would have now.
     async fn previews(&self, scope: &str, wanted: Vec<Rule>, nodes: &[String]) -> Vec<NodePreview> {
         let scope = if scope.is_empty() { DEFAULT_SCOPE } else { scope };
         let ids: HashSet<String> = wanted.iter().map(|rule| rule.id.clone()).collect();
         let published = self.rules.subscribe().borrow().clone();
-        let Some(whole) = published.map(|published| published.with(scope, wanted)) else { return Vec::new() };
-        let (whole, ids) = (&whole, &ids);
-        let ask = |node: String| async move {
-            // All that the node would have: its caps are on the whole, and ids must differ in it.
-            let rules = whole.for_node(&node, &self.fleet.labels(&node)).rules;
+        let Some(changed) = published.map(|published| published.with(scope, wanted)) else {
+            return Vec::new();
+        };
+        let (changed, ids) = (&changed, &ids);
+        let preview = |node: String| async move {
+            // All rules of the node, because its caps and unique ids apply to the complete set.
+            let rules = changed.for_node(&node, &self.fleet.labels(&node)).rules;
             let question = question::Question::Preview(PreviewQuestion { rules });
-            let mut preview = match self.fleet.ask_once(&node, question).await {
+            let mut preview = match self.fleet.request_once(&node, question).await {
                 Ok(answer::Answer::Preview(preview)) => preview,
-                Ok(_) => {
-                    NodePreview { unanswered: "it answered something else".into(), ..Default::default() }
-                }
+                Ok(_) => NodePreview {
+                    unanswered: "it sent the wrong kind of answer".into(),
+                    ..Default::default()
+                },
                 Err(error) => NodePreview { unanswered: error.to_string(), ..Default::default() },
             };
             preview.node = node;
@@ -94,19 +97,22 @@ impl Triggers {
             preview.samples_per_second = preview.rules.iter().map(|rule| rule.samples_per_second).sum();
             preview
         };
-        let mut previews: Vec<NodePreview> =
-            stream::iter(nodes.iter().cloned()).map(ask).buffer_unordered(PREVIEWS_AT_ONCE).collect().await;
+        let mut previews: Vec<NodePreview> = stream::iter(nodes.iter().cloned())
+            .map(preview)
+            .buffer_unordered(CONCURRENT_PREVIEWS)
+            .collect()
+            .await;
         previews.sort_by(|a, b| a.node.cmp(&b.node));
         previews
     }
 
-    /// The rollout of a revision, 0 for the newest.
+    /// Returns the rollout of a revision. 0 means the newest.
     pub(crate) fn rollout(&self, revision: u64) -> Result<Rollout, Status> {
         match self.rules.revision(revision)? {
             Some((revision, made_ms)) => Ok(self.fleet.rollout(revision, made_ms)),
             None if revision == 0 => Ok(Rollout { settled: true, ..Rollout::default() }),
             None => Err(Status::not_found(format!(
-                "revision {revision} is not known: it never was, or it is too long ago; 0 asks for the newest"
+                "revision {revision} is not known: it never existed, or it is too old; 0 asks for the newest"
             ))),
         }
     }
@@ -118,7 +124,7 @@ impl TriggerService for Triggers {
         &self,
         request: Request<SetTriggersRequest>,
     ) -> Result<Response<SetTriggersResponse>, Status> {
-        let who = caller(&request);
+        let who = caller_name(&request);
         let request = request.into_inner();
         let wanted = request.rules.clone();
         let (scope, validate_only) = (request.scope.clone(), request.validate_only);
@@ -128,7 +134,7 @@ impl TriggerService for Triggers {
             response.previews = self.previews(&scope, wanted, &response.nodes).await;
         }
         if response.changed {
-            self.fleet.touch();
+            self.fleet.notify_changed();
         }
         Ok(Response::new(response))
     }
@@ -145,10 +151,10 @@ impl TriggerService for Triggers {
         &self,
         request: Request<DeleteTriggersRequest>,
     ) -> Result<Response<DeleteTriggersResponse>, Status> {
-        let who = caller(&request);
+        let who = caller_name(&request);
         let request = request.into_inner();
         let response = self.blocking(move |rules| rules.delete(request, &who)).await?;
-        self.fleet.touch();
+        self.fleet.notify_changed();
         Ok(Response::new(response))
     }
 
@@ -156,10 +162,10 @@ impl TriggerService for Triggers {
         &self,
         request: Request<ResumeRolloutRequest>,
     ) -> Result<Response<SetTriggersResponse>, Status> {
-        let who = caller(&request);
+        let who = caller_name(&request);
         let request = request.into_inner();
         let response = self.blocking(move |rules| rules.resume(&request, &who)).await?;
-        self.fleet.touch();
+        self.fleet.notify_changed();
         Ok(Response::new(response))
     }
 
@@ -167,10 +173,10 @@ impl TriggerService for Triggers {
         &self,
         request: Request<AbortRolloutRequest>,
     ) -> Result<Response<SetTriggersResponse>, Status> {
-        let who = caller(&request);
+        let who = caller_name(&request);
         let request = request.into_inner();
         let response = self.blocking(move |rules| rules.abort(&request, &who)).await?;
-        self.fleet.touch();
+        self.fleet.notify_changed();
         Ok(Response::new(response))
     }
 

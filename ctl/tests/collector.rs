@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, process::Command, time::Duration};
 
-use gannet_collector::{Collector, Config, Running, TlsFiles};
+use gannet_collector::{Collector, Config, Running, TlsOptions};
 use gannet_proto::{
     connect::{self, Dial},
     control::{
@@ -440,10 +440,9 @@ async fn tls_needs_both_certificates_and_failures_are_explained() {
     authority(&ours);
     authority(&theirs);
     let mut config = Config::new(dir.path().join("data"));
-    config.tls = Some(TlsFiles {
-        cert: ours.join("cert.pem"),
-        key: ours.join("key.pem"),
+    config.tls = Some(TlsOptions {
         client_ca: Some(ours.join("ca.pem")),
+        ..TlsOptions::new(ours.join("cert.pem"), ours.join("key.pem"))
     });
     let collector = Collector::start(config).await.unwrap();
     let url = format!("https://localhost:{}", collector.grpc_addr.port());

@@ -1,64 +1,65 @@
-//! Tokens of service accounts: the Kubernetes API says whose they are.
+//! Tokens of service accounts, which the Kubernetes API reviews.
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, UserInfo};
 use kube::{Api, Client, api::PostParams};
+use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 
-/// How long an answer holds: a token that is taken back is refused after that.
-const GOOD_FOR: Duration = Duration::from_secs(60);
-const BAD_FOR: Duration = Duration::from_secs(10);
-/// Tokens whose answers are remembered.
-const MOST: usize = 16_384;
-const TIMEOUT: Duration = Duration::from_secs(10);
-/// Where the API says on which node the token's pod runs.
+/// Lifetime of a remembered confirmation. The collector refuses a revoked token after this time at the latest.
+const CONFIRMED_TTL: Duration = Duration::from_secs(60);
+/// Lifetime of a remembered refusal.
+const REFUSED_TTL: Duration = Duration::from_secs(10);
+/// Tokens whose reviews the collector remembers.
+const MAX_REVIEWS: usize = 16_384;
+const REVIEW_TIMEOUT: Duration = Duration::from_secs(10);
+/// Key under which the API names the node of the token's pod.
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 
-/// Why a token is not taken.
+/// Why a token is not accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ReviewError {
-    /// The API says no.
+    /// The API refuses the token.
     #[error("the token is not valid here: {0}; is its audience the collector's --token-audience?")]
     Refused(String),
-    /// The API does not say.
-    #[error("the Kubernetes API cannot be asked about tokens: {0}; may the collector create tokenreviews?")]
+    /// The API gives no answer.
+    #[error("cannot ask the Kubernetes API about a token: {0}; may the collector create tokenreviews?")]
     Unreachable(String),
 }
 
-/// Whose a token is.
+/// The identity behind a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Reviewed {
+pub(crate) struct ReviewedToken {
     pub(crate) name: String,
     pub(crate) groups: Vec<String>,
-    /// Of the pod that it is bound to; Kubernetes says it from 1.30 on.
+    /// Node of the pod that the token is bound to. Kubernetes reports it from version 1.30 on.
     pub(crate) node: Option<String>,
 }
 
-/// An answer, and until when it holds.
-type Known = (Instant, Result<Reviewed, ReviewError>);
+/// The result of a review, and the time until which it is valid.
+type Remembered = (Instant, Result<ReviewedToken, ReviewError>);
 
-/// Asks the API, and remembers what it said.
+/// Asks the Kubernetes API about tokens, and remembers its answers for a short time.
 pub(crate) struct Reviewer {
     api: Api<TokenReview>,
     audience: String,
-    /// By hash: no token is kept.
-    known: Mutex<HashMap<[u8; 32], Known>>,
+    /// By the SHA-256 of the token, so that the memory holds no token.
+    reviews: Mutex<HashMap<[u8; 32], Remembered>>,
 }
 
 impl Reviewer {
     pub(crate) fn new(client: Client, audience: String) -> Self {
-        Self { api: Api::all(client), audience, known: Mutex::default() }
+        Self { api: Api::all(client), audience, reviews: Mutex::default() }
     }
 
-    /// Whose token this is.
-    pub(crate) async fn review(&self, token: &str) -> Result<Reviewed, ReviewError> {
+    /// Returns the identity behind a token.
+    pub(crate) async fn review(&self, token: &str) -> Result<ReviewedToken, ReviewError> {
         let hash: [u8; 32] = Sha256::digest(token.as_bytes()).into();
-        if let Some((until, answer)) = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&hash)
+        if let Some((until, answer)) = self.reviews.lock().get(&hash)
             && *until > Instant::now()
         {
             return answer.clone();
@@ -71,43 +72,50 @@ impl Reviewer {
             ..TokenReview::default()
         };
         let params = PostParams::default();
-        let asked = tokio::time::timeout(TIMEOUT, self.api.create(&params, &review)).await;
-        let status = match asked {
+        let reviewed = tokio::time::timeout(REVIEW_TIMEOUT, self.api.create(&params, &review)).await;
+        let status = match reviewed {
             Err(_) => {
-                return Err(ReviewError::Unreachable(format!("no answer within {} s", TIMEOUT.as_secs())));
+                return Err(ReviewError::Unreachable(format!(
+                    "no answer within {} s",
+                    REVIEW_TIMEOUT.as_secs()
+                )));
             }
             Ok(Err(error)) => return Err(ReviewError::Unreachable(error.to_string())),
             Ok(Ok(review)) => review.status.unwrap_or_default(),
         };
-        // An API that knows no audiences names none, and would take the token of any other service.
-        let for_us = status.audiences.as_ref().is_some_and(|them| them.contains(&self.audience));
+        // An API server without audiences returns none, and would confirm the token of any other service.
+        let has_audience = status.audiences.as_ref().is_some_and(|them| them.contains(&self.audience));
         let answer = match (status.authenticated, status.user) {
-            (Some(true), Some(user)) if for_us => Ok(read(user)),
+            (Some(true), Some(user)) if has_audience => Ok(identity(user)),
             (Some(true), _) => {
                 Err(ReviewError::Refused(format!("it is not for the audience {}", self.audience)))
             }
             _ => {
-                let why = status.error.unwrap_or_else(|| "it is not known, or has expired".to_owned());
-                Err(ReviewError::Refused(why))
+                let reason = status.error.unwrap_or_else(|| "it is not known, or has expired".to_owned());
+                Err(ReviewError::Refused(reason))
             }
         };
-        let until = Instant::now() + if answer.is_ok() { GOOD_FOR } else { BAD_FOR };
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.len() >= MOST {
-            let now = Instant::now();
-            known.retain(|_, (until, _)| *until > now);
-            if known.len() >= MOST {
-                known.clear();
+        self.remember(hash, answer.clone());
+        answer
+    }
+
+    fn remember(&self, hash: [u8; 32], answer: Result<ReviewedToken, ReviewError>) {
+        let now = Instant::now();
+        let until = now + if answer.is_ok() { CONFIRMED_TTL } else { REFUSED_TTL };
+        let mut reviews = self.reviews.lock();
+        if reviews.len() >= MAX_REVIEWS {
+            reviews.retain(|_, (until, _)| *until > now);
+            if reviews.len() >= MAX_REVIEWS {
+                reviews.clear();
             }
         }
-        known.insert(hash, (until, answer.clone()));
-        answer
+        reviews.insert(hash, (until, answer));
     }
 }
 
-fn read(user: UserInfo) -> Reviewed {
+fn identity(user: UserInfo) -> ReviewedToken {
     let UserInfo { username, groups, extra, uid: _ } = user;
-    Reviewed {
+    ReviewedToken {
         name: username.unwrap_or_default(),
         groups: groups.unwrap_or_default(),
         node: extra.and_then(|mut extra| extra.remove(NODE_NAME)?.into_iter().next()),

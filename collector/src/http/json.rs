@@ -1,4 +1,4 @@
-//! The HTTP API's answers: what the gRPC messages say, in JSON.
+//! The responses of the HTTP API: the gRPC messages as JSON.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
@@ -16,7 +16,7 @@ fn ms(at: Option<&Timestamp>) -> u64 {
 }
 
 fn span_ms(d: Option<&Duration>) -> u64 {
-    d.and_then(time::span_to_ms).unwrap_or(0)
+    d.and_then(time::duration_to_ms).unwrap_or(0)
 }
 
 pub(super) fn series(series: &[api::SeriesInfo]) -> Value {
@@ -46,8 +46,8 @@ pub(super) fn profiles(profiles: &[api::ProfileInfo], next_page_token: &str) -> 
     json!({ "profiles": profiles, "next_page_token": next_page_token })
 }
 
-/// A flame graph. Written without recursion: a stack may be a thousand frames deep.
-pub(super) fn flamegraph(of: &api::FlameGraphResponse) -> String {
+/// Returns a flame graph. The code is free of recursion, because a stack may have a thousand frames.
+pub(super) fn flamegraph(graph: &api::FlameGraphResponse) -> String {
     let api::FlameGraphResponse {
         unit,
         total,
@@ -57,7 +57,7 @@ pub(super) fn flamegraph(of: &api::FlameGraphResponse) -> String {
         root,
         sample_type,
         nodes: _,
-    } = of;
+    } = graph;
     let head = json!({
         "unit": unit, "sample_type": sample_type, "total": total, "base_total": base_total, "profiles": profiles,
         "base_profiles": base_profiles,
@@ -89,7 +89,7 @@ pub(super) fn flamegraph(of: &api::FlameGraphResponse) -> String {
     out
 }
 
-/// Everything of a node but its children, without what is zero or empty: most of it is.
+/// Writes a node up to its children, without its many zero and empty fields.
 fn begin_flame_node(node: &api::FlameNode, out: &mut String) {
     let api::FlameNode {
         name,
@@ -229,7 +229,7 @@ fn node(node: &control::Node, newest: u64) -> Value {
     out
 }
 
-/// The scopes with their rules as the YAML form has them.
+/// Returns the scopes, with their rules in the form of rule files.
 pub(super) fn scopes(scopes: &[control::RuleScope], revision: u64) -> Value {
     let scopes: Vec<Value> = scopes
         .iter()

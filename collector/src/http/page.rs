@@ -1,53 +1,55 @@
-//! The web page: the files of `ui/dist`, built beforehand and carried inside the binary.
+//! The web page: the files of `ui/dist`, which the binary embeds.
 //!
-//! Nothing is read from disk and nothing is fetched from elsewhere: the content policy forbids the page to load,
-//! or to send, anything but from and to the collector that served it.
+//! The collector reads no file of the page from disk. The content policy permits the page to talk only to the collector
+//! that served it.
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::sync::Arc;
+use std::{collections::BTreeMap, fmt::Write as _, sync::Arc};
 
-use axum::Router;
-use axum::body::Body;
-use axum::http::header::{
-    CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, IF_NONE_MATCH, REFERRER_POLICY,
-    X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+use axum::{
+    Router,
+    body::Body,
+    http::{
+        HeaderMap, HeaderValue, StatusCode,
+        header::{
+            CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, IF_NONE_MATCH, REFERRER_POLICY,
+            X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+        },
+    },
+    response::{IntoResponse, Response},
+    routing::get,
 };
-use axum::http::{HeaderMap, HeaderValue, StatusCode};
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
 use include_dir::{Dir, include_dir};
 use sha2::{Digest, Sha256};
 
 static DIST: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/ui/dist");
 
-/// The places inside the page that people bookmark. The page itself decides what to show there.
+/// Paths of the page's views, which people bookmark. The page itself reads the path.
 const VIEWS: [&str; 3] = ["/", "/nodes", "/rules"];
 
-/// Scripts and styles only from files of the page; requests only to its own collector; never inside a frame.
+/// Permits scripts and styles only from files of the page, requests only to its collector, and no frame around it.
 const POLICY: &str = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; \
                       frame-ancestors 'none'";
 
-/// Everything of an answer that does not depend on the request.
-struct File {
+/// An embedded file, and the parts of its response that do not depend on the request.
+struct PageFile {
     body: &'static [u8],
     content_type: &'static str,
     cache: &'static str,
     etag: HeaderValue,
 }
 
-impl File {
+impl PageFile {
     fn new(path: &str, body: &'static [u8]) -> Self {
         let mut etag = String::from("\"");
         for byte in Sha256::digest(body).iter().take(16) {
-            // Writing to a String cannot fail.
+            // Writing into a string does not fail.
             let _ = write!(etag, "{byte:02x}");
         }
         etag.push('"');
         Self {
             body,
             content_type: content_type(path),
-            // The builder puts a hash of the content into the name of all that is in assets/.
+            // The build puts a hash of the content into every name in assets/.
             cache: if path.starts_with("assets/") {
                 "public, max-age=31536000, immutable"
             } else {
@@ -57,7 +59,7 @@ impl File {
         }
     }
 
-    fn answer(&self, request: &HeaderMap) -> Response {
+    fn respond(&self, request: &HeaderMap) -> Response {
         let known = request
             .get_all(IF_NONE_MATCH)
             .iter()
@@ -79,7 +81,7 @@ impl File {
             (CONTENT_SECURITY_POLICY, POLICY),
             (X_CONTENT_TYPE_OPTIONS, "nosniff"),
             (X_FRAME_OPTIONS, "DENY"),
-            // Selectors name services and pods: they stay here when someone follows a link out.
+            // Selectors in the URL name services and pods. No other site sees them.
             (REFERRER_POLICY, "no-referrer"),
         ] {
             headers.insert(name, HeaderValue::from_static(value));
@@ -99,27 +101,27 @@ fn content_type(path: &str) -> &'static str {
     }
 }
 
-fn collect(dir: &'static Dir<'static>, files: &mut BTreeMap<String, Arc<File>>) {
+fn collect(dir: &'static Dir<'static>, files: &mut BTreeMap<String, Arc<PageFile>>) {
     for file in dir.files() {
         // URLs have slashes on every system.
         let path = file.path().to_string_lossy().replace('\\', "/");
-        files.insert(path.clone(), Arc::new(File::new(&path, file.contents())));
+        files.insert(path.clone(), Arc::new(PageFile::new(&path, file.contents())));
     }
     for inner in dir.dirs() {
         collect(inner, files);
     }
 }
 
-/// One route for each embedded file and for each view of the page; it sets no fallback, so it can be merged into
-/// any router, and what is not there stays a plain 404.
-pub fn router<S>() -> Router<S>
+/// Returns a route for each embedded file and for each view. It sets no fallback, so an unknown path stays a plain 404
+/// in the router that it is merged into.
+pub(super) fn router<S>() -> Router<S>
 where
     S: Clone + Send + Sync + 'static,
 {
     let mut files = BTreeMap::new();
     collect(&DIST, &mut files);
     let mut router = Router::new();
-    let serve = |file: Arc<File>| get(move |headers: HeaderMap| async move { file.answer(&headers) });
+    let serve = |file: Arc<PageFile>| get(move |headers: HeaderMap| async move { file.respond(&headers) });
     if let Some(index) = files.get("index.html") {
         for view in VIEWS {
             router = router.route(view, serve(Arc::clone(index)));
@@ -152,7 +154,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_view_is_the_page_under_a_policy_that_allows_nothing_from_elsewhere() {
+    async fn every_view_is_the_page_under_a_strict_policy() {
         for view in VIEWS {
             let response = fetch(view, None).await;
             assert_eq!(response.status(), StatusCode::OK, "{view}");
@@ -165,7 +167,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_hashed_asset_is_kept_for_good_and_not_sent_twice() {
+    async fn a_hashed_asset_is_immutable_and_revalidates() {
         let is_script =
             |path: &String| path.starts_with("assets/") && content_type(path).starts_with("text/javascript");
         let script = assets().into_iter().find(is_script);
@@ -181,27 +183,27 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_not_there_is_not_found() {
+    async fn unknown_paths_are_not_found() {
         for path in ["/assets/none.js", "/../Cargo.toml", "/api/v1/none", "/nodes/x"] {
             assert_eq!(fetch(path, None).await.status(), StatusCode::NOT_FOUND, "{path}");
         }
     }
 
     #[test]
-    fn no_embedded_file_has_an_unknown_type_or_names_another_machine() {
+    fn embedded_files_have_known_types_and_no_build_paths() {
         let mut files = BTreeMap::new();
         collect(&DIST, &mut files);
         for (path, file) in files {
-            // A source map among others.
+            // A source map, for example, has no known type.
             assert_ne!(file.content_type, "application/octet-stream", "{path}");
             let text = String::from_utf8_lossy(file.body);
             assert!(!text.contains("node_modules/"), "{path} names a path of the machine that built it");
         }
     }
 
-    /// `ui/dist` is built ahead and committed; this holds it to its sources on machines without Node too.
+    /// Checks that the committed `ui/dist` was built from the present sources, also on machines without Node.
     #[test]
-    fn the_built_page_is_what_its_sources_say() {
+    fn the_built_page_matches_its_sources() {
         let check = concat!(env!("CARGO_MANIFEST_DIR"), "/ui/sources-hash");
         let output = std::process::Command::new("sh").arg(check).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -1,4 +1,4 @@
-//! The query service, as `query.proto` says it.
+//! The query service of `query.proto`.
 
 use std::{
     pin::Pin,
@@ -12,25 +12,25 @@ use gannet_proto::query::{self as api, query_service_server::QueryService};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Progress, Query, QueryError, Selection, profile_id_from};
-use crate::time;
+use super::{MergeProgress, Query, QueryError, Selection, parse_profile_id};
+use crate::{store::StoreError, time};
 
-/// Pieces of a profile on the wire.
+/// Size of the chunks of a profile.
 const CHUNK_BYTES: usize = 512 << 10;
-/// How often a merge says how far it is.
-const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+/// Time between two progress messages of a merge.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
-/// The service.
+/// The query service.
 pub(crate) struct QueryGrpc(pub(crate) Arc<Query>);
 
 impl From<QueryError> for Status {
     fn from(error: QueryError) -> Self {
         let text = error.to_string();
         match error {
-            QueryError::Bad(_) => Status::invalid_argument(text),
+            QueryError::Invalid(_) => Status::invalid_argument(text),
             QueryError::NotFound(_) => Status::not_found(text),
-            QueryError::TooMuch(_) => Status::resource_exhausted(text),
-            QueryError::Store(crate::store::StoreError::Damaged(_)) => Status::data_loss(text),
+            QueryError::TooLarge(_) => Status::resource_exhausted(text),
+            QueryError::Store(StoreError::Damaged(_)) => Status::data_loss(text),
             QueryError::Busy(_) | QueryError::Store(_) => Status::unavailable(text),
         }
     }
@@ -38,20 +38,20 @@ impl From<QueryError> for Status {
 
 fn selection(from: Option<api::Selection>) -> Result<Selection, Status> {
     let api::Selection { query, from, until, profile_id } = from.unwrap_or_default();
-    let moment = |field: &str, at: Option<prost_types::Timestamp>| match at {
+    let parse = |field: &str, at: Option<prost_types::Timestamp>| match at {
         None => Ok(None),
         Some(at) => time::to_ms(&at)
             .map(Some)
             .ok_or_else(|| Status::invalid_argument(format!("selection.{field}: not a time after 1970"))),
     };
-    Ok(Selection::new(&query, moment("from", from)?, moment("until", until)?, &profile_id)?)
+    Ok(Selection::new(&query, parse("from", from)?, parse("until", until)?, &profile_id)?)
 }
 
 fn chunks(bytes: Bytes) -> impl Stream<Item = api::ProfileChunk> + Send {
-    let pieces = bytes.len().div_ceil(CHUNK_BYTES);
-    stream::iter((0..pieces).map(move |i| {
-        let piece = bytes.slice(i * CHUNK_BYTES..((i + 1) * CHUNK_BYTES).min(bytes.len()));
-        api::ProfileChunk { data: piece.to_vec() }
+    let count = bytes.len().div_ceil(CHUNK_BYTES);
+    stream::iter((0..count).map(move |i| {
+        let chunk = bytes.slice(i * CHUNK_BYTES..((i + 1) * CHUNK_BYTES).min(bytes.len()));
+        api::ProfileChunk { data: chunk.to_vec() }
     }))
 }
 
@@ -99,7 +99,7 @@ impl QueryService for QueryGrpc {
         &self,
         request: Request<api::GetProfileRequest>,
     ) -> Result<Response<Self::GetProfileStream>, Status> {
-        let bytes = self.0.profile(profile_id_from(&request.into_inner().id)?).await?;
+        let bytes = self.0.profile(parse_profile_id(&request.into_inner().id)?).await?;
         Ok(Response::new(Box::pin(chunks(bytes).map(Ok))))
     }
 
@@ -115,7 +115,7 @@ impl QueryService for QueryGrpc {
         let query = Arc::clone(&self.0);
         let (sender, receiver) = tokio::sync::mpsc::channel(4);
         tokio::spawn(async move {
-            let progress = Arc::new(Progress::default());
+            let progress = Arc::new(MergeProgress::default());
             let step = || {
                 let step = Step {
                     profiles_done: progress.done.load(Ordering::Relaxed),
@@ -125,12 +125,12 @@ impl QueryService for QueryGrpc {
             };
             let merge = query.merge(&of, &sample_type, &progress);
             tokio::pin!(merge);
-            let mut tick = tokio::time::interval(PROGRESS_EVERY);
+            let mut tick = tokio::time::interval(PROGRESS_INTERVAL);
             tick.tick().await;
             let merged = loop {
                 tokio::select! {
                     merged = &mut merge => break merged,
-                    // Nobody listens any more: dropping the merge ends it.
+                    // The client has gone. Dropping the merge ends it.
                     () = sender.closed() => return,
                     _ = tick.tick() => drop(sender.try_send(step())),
                 }
@@ -138,9 +138,9 @@ impl QueryService for QueryGrpc {
             match merged {
                 Err(error) => drop(sender.send(Err(error.into())).await),
                 Ok(bytes) => {
-                    let pieces = chunks(bytes)
+                    let chunks = chunks(bytes)
                         .map(|chunk| Ok(api::MergeProgress { message: Some(Message::Chunk(chunk)) }));
-                    let mut messages = stream::iter([step()]).chain(pieces);
+                    let mut messages = stream::iter([step()]).chain(chunks);
                     while let Some(message) = messages.next().await {
                         if sender.send(message).await.is_err() {
                             return;
@@ -181,7 +181,7 @@ impl QueryService for QueryGrpc {
         let step = match step {
             None => None,
             Some(step) => Some(
-                time::span_to_ms(&step)
+                time::duration_to_ms(&step)
                     .ok_or_else(|| Status::invalid_argument("step: must not be negative"))?,
             ),
         };

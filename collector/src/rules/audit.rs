@@ -1,5 +1,5 @@
-//! What happened to the rules: who changed what, and what each node made of it. One JSON object a line, in a file that
-//! is only appended to, and in the log.
+//! The audit log: every change of the rules with its author, and every node's answer. One JSON object a line, in an
+//! append-only file. The changes also go to the log.
 
 use std::{
     collections::VecDeque,
@@ -7,57 +7,56 @@ use std::{
     io::{self, BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
     sync::{
-        Mutex, PoisonError,
+        Arc, Weak,
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
     thread,
 };
 
 use gannet_proto::control::{AuditEntry, RuleError, node_rollout::State};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use crate::{metrics::Metrics, time};
 
-/// The file is set aside at this size, and the one that was set aside before is removed.
+/// Size at which the collector renames the file to `audit.jsonl.1`, in place of the one before.
 const MAX_BYTES: u64 = 16 << 20;
-/// Answers of nodes that wait for the disk. A revision that reaches a thousand nodes is a thousand of them.
-const QUEUE: usize = 16_384;
-/// Errors of one answer that are written down.
+/// Answers that wait for the disk. A revision that reaches a thousand nodes makes a thousand of them.
+const QUEUED_ANSWERS: usize = 16_384;
+/// Errors of one answer that go into the file.
 const MAX_ERRORS: usize = 16;
-/// Entries in one reading.
+/// Entries of one reading.
 pub(crate) const MAX_ENTRIES: usize = 10_000;
-/// What the collector calls itself where it acts by itself.
-pub(crate) const SELF: &str = "gannet-collector";
+/// Author of the changes that the collector makes by itself.
+pub(crate) const COLLECTOR: &str = "gannet-collector";
 
+/// The audit log.
 pub(crate) struct Audit {
-    file: Mutex<Writer>,
+    file: Mutex<AuditFile>,
     answers: SyncSender<AuditEntry>,
     metrics: Metrics,
 }
 
 #[derive(Clone)]
-struct Paths {
-    now: PathBuf,
-    before: PathBuf,
-}
-
-struct Writer {
-    paths: Paths,
+struct AuditFile {
+    path: PathBuf,
+    /// The renamed former file.
+    former: PathBuf,
 }
 
 impl Audit {
-    /// Below this directory, which exists.
-    pub(crate) fn open(dir: &Path, metrics: Metrics) -> io::Result<std::sync::Arc<Self>> {
-        let paths = Paths { now: dir.join("audit.jsonl"), before: dir.join("audit.jsonl.1") };
-        let (answers, queue) = sync_channel(QUEUE);
-        let audit = std::sync::Arc::new(Self { file: Mutex::new(Writer { paths }), answers, metrics });
-        let weak = std::sync::Arc::downgrade(&audit);
+    /// Opens the log in an existing directory, and starts the thread that writes the answers.
+    pub(crate) fn open(dir: &Path, metrics: Metrics) -> io::Result<Arc<Self>> {
+        let file = AuditFile { path: dir.join("audit.jsonl"), former: dir.join("audit.jsonl.1") };
+        let (answers, queue) = sync_channel(QUEUED_ANSWERS);
+        let audit = Arc::new(Self { file: Mutex::new(file), answers, metrics });
+        let weak = Arc::downgrade(&audit);
         thread::Builder::new().name("gannet-audit".into()).spawn(move || write_answers(&queue, &weak))?;
         Ok(audit)
     }
 
-    /// Writes down a change before it is answered. Blocking.
-    pub(crate) fn change(&self, entry: &AuditEntry) {
+    /// Writes a change and syncs it. Blocking.
+    pub(crate) fn record_change(&self, entry: &AuditEntry) {
         tracing::info!(
             target: "gannet_collector::audit",
             who = entry.who, action = entry.action, scope = entry.scope, revision = entry.revision,
@@ -67,8 +66,8 @@ impl Audit {
         self.append(std::slice::from_ref(entry), true);
     }
 
-    /// Writes down what a node made of a revision, soon. Does not wait.
-    pub(crate) fn answer(&self, entry: AuditEntry) {
+    /// Queues a node's answer for writing, without waiting. A full queue drops and counts it.
+    pub(crate) fn record_answer(&self, entry: AuditEntry) {
         if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = self.answers.try_send(entry) {
             self.metrics.audit_lost.inc();
         }
@@ -80,62 +79,63 @@ impl Audit {
             text.push_str(&line(entry).to_string());
             text.push('\n');
         }
-        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = file.write(&text, sync) {
+        let file = self.file.lock();
+        if let Err(error) = file.append(&text, sync) {
             self.metrics.audit_lost.inc_by(entries.len() as u64);
-            tracing::error!(path = %file.paths.now.display(), %error, "the audit could not be written");
+            tracing::error!(path = %file.path.display(), %error, "cannot write the audit log");
         }
     }
 
-    /// The newest entries that are asked for, newest first. Blocking.
+    /// Returns up to `limit` of the newest entries, newest first. An empty `scope` or `node` matches every entry. Blocking.
     pub(crate) fn read(&self, scope: &str, node: &str, limit: usize) -> io::Result<Vec<AuditEntry>> {
-        let paths = self.file.lock().unwrap_or_else(PoisonError::into_inner).paths.clone();
-        let mut kept: VecDeque<AuditEntry> = VecDeque::new();
-        for path in [paths.before, paths.now] {
+        let AuditFile { path, former } = self.file.lock().clone();
+        let mut newest: VecDeque<AuditEntry> = VecDeque::new();
+        for path in [former, path] {
             let file = match File::open(&path) {
                 Ok(file) => file,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(error),
             };
             for text in BufReader::new(file).lines() {
-                // The last line may be half written.
+                // The last line may be incomplete.
                 let Some(entry) = serde_json::from_str(&text?).ok().and_then(|value| entry(&value)) else {
                     continue;
                 };
                 if (scope.is_empty() || entry.scope == scope) && (node.is_empty() || entry.node == node) {
-                    kept.push_back(entry);
-                    if kept.len() > limit {
-                        kept.pop_front();
+                    newest.push_back(entry);
+                    if newest.len() > limit {
+                        newest.pop_front();
                     }
                 }
             }
         }
-        Ok(kept.into_iter().rev().collect())
+        Ok(newest.into_iter().rev().collect())
     }
 }
 
-impl Writer {
-    fn write(&self, text: &str, sync: bool) -> io::Result<()> {
-        let Paths { now, before } = &self.paths;
-        if fs::metadata(now).is_ok_and(|of| of.len() > MAX_BYTES) {
-            fs::rename(now, before)?;
+impl AuditFile {
+    fn append(&self, text: &str, sync: bool) -> io::Result<()> {
+        let Self { path, former } = self;
+        if fs::metadata(path).is_ok_and(|meta| meta.len() > MAX_BYTES) {
+            fs::rename(path, former)?;
         }
-        let mut file = File::options().create(true).append(true).open(now)?;
+        let mut file = File::options().create(true).append(true).open(path)?;
         file.write_all(text.as_bytes())?;
         if sync { file.sync_data() } else { Ok(()) }
     }
 }
 
-/// What is there is written together: one revision is one or two writes, however many nodes answer.
-fn write_answers(queue: &Receiver<AuditEntry>, audit: &std::sync::Weak<Audit>) {
+/// Writes all queued answers together, so that one revision needs few writes however many nodes answer.
+fn write_answers(queue: &Receiver<AuditEntry>, audit: &Weak<Audit>) {
     while let Ok(first) = queue.recv() {
         let mut entries = vec![first];
-        entries.extend(queue.try_iter().take(QUEUE));
+        entries.extend(queue.try_iter().take(QUEUED_ANSWERS));
         let Some(audit) = audit.upgrade() else { return };
         audit.append(&entries, false);
     }
 }
 
+/// Returns an entry in the form of the file.
 fn line(entry: &AuditEntry) -> Value {
     let AuditEntry {
         at,
@@ -177,6 +177,7 @@ fn line(entry: &AuditEntry) -> Value {
     value
 }
 
+/// Parses a line of the file. The inverse of [`line`].
 fn entry(value: &Value) -> Option<AuditEntry> {
     let text = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
     let texts = |value: &Value| -> Vec<String> {
@@ -214,7 +215,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_back_newest_first_and_half_a_line_costs_only_itself() {
+    fn entries_round_trip_newest_first_despite_a_torn_line() {
         let dir = tempfile::tempdir().unwrap();
         let audit = Audit::open(dir.path(), Metrics::new()).unwrap();
         let change = AuditEntry {
@@ -226,7 +227,7 @@ mod tests {
             added: vec!["a".into()],
             ..AuditEntry::default()
         };
-        audit.change(&change);
+        audit.record_change(&change);
         let answer = AuditEntry {
             at: change.at,
             revision: 3,

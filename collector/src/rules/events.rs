@@ -1,4 +1,4 @@
-//! What became of a rule, as Kubernetes Events of its resource: `kubectl describe trule` shows them beside the status.
+//! Kubernetes Events about rules. `kubectl describe trule` shows them below the status.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -12,26 +12,27 @@ use kube::{
 };
 use serde_json::Value;
 
-/// What the API server takes of a note.
+/// Length of an Event's note that the API server accepts, in bytes.
 const NOTE_BYTES: usize = 1024;
 
-/// One piece of news.
+/// An Event about one rule.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct News {
+pub(super) struct RuleEvent {
     is_warning: bool,
     reason: &'static str,
     note: String,
 }
 
-/// What is new in a status. `who` changed the resource last; `refusals` are what this collector's nodes said of it.
-pub(super) fn news(
+/// Returns the Events for a change of a resource's status. `who` changed the resource last. `refusals` are the errors of
+/// this collector's nodes.
+pub(super) fn events(
     before: &Value,
     now: &Value,
     collector: &str,
     who: &str,
     refusals: &[String],
-) -> Vec<News> {
-    let mut news = Vec::new();
+) -> Vec<RuleEvent> {
+    let mut events = Vec::new();
     let (was, is) = (&before["conditions"][0], &now["conditions"][0]);
     let accepted = is["status"] == "True";
     if (&was["status"], &was["observedGeneration"]) != (&is["status"], &is["observedGeneration"]) {
@@ -41,29 +42,30 @@ pub(super) fn news(
             format!("changed by {who}: {}", is["message"].as_str().unwrap_or_default())
         };
         let reason = if accepted { "Accepted" } else { "Invalid" };
-        news.push(News { is_warning: !accepted, reason, note: cut(note) });
+        events.push(RuleEvent { is_warning: !accepted, reason, note: cut(note) });
     }
     let (before, now) = (&before["collectors"][collector], &now["collectors"][collector]);
     let count = |of: &Value, state: &str| of[state].as_u64().unwrap_or(0);
     let settled = ["applied", "partial", "rejected"];
-    // Told when all have answered, not for each node of a thousand.
-    let is_news = settled.iter().any(|state| count(before, state) != count(now, state));
-    if accepted && is_news && count(now, "pending") == 0 {
+    // Published when all nodes have answered, and not for each node of a thousand.
+    let has_changed = settled.iter().any(|state| count(before, state) != count(now, state));
+    if accepted && has_changed && count(now, "pending") == 0 {
         let [applied, partial, rejected] = settled.map(|state| count(now, state));
         if partial + rejected > 0 {
             let refusals = refusals.join("; ");
             let note = format!(
                 "in force on {applied} nodes, without effect on {partial}, rejected by {rejected}: {refusals}"
             );
-            news.push(News { is_warning: true, reason: "NotEverywhere", note: cut(note) });
+            events.push(RuleEvent { is_warning: true, reason: "NotEverywhere", note: cut(note) });
         } else if applied > 0 {
             let note = format!("in force on {applied} nodes");
-            news.push(News { is_warning: false, reason: "Applied", note });
+            events.push(RuleEvent { is_warning: false, reason: "Applied", note });
         }
     }
-    news
+    events
 }
 
+/// Cuts a note at the limit.
 fn cut(note: String) -> String {
     if note.len() <= NOTE_BYTES {
         return note;
@@ -72,16 +74,16 @@ fn cut(note: String) -> String {
     note[..end].to_owned()
 }
 
-/// Writes them.
-pub(super) struct Events {
+/// Publishes Events in one namespace.
+pub(super) struct RuleEvents {
     api: Api<Event>,
     namespace: String,
     collector: String,
-    /// That they cannot be written is said once.
+    /// A run of failures is logged once.
     is_refused: AtomicBool,
 }
 
-impl Events {
+impl RuleEvents {
     pub(super) fn new(client: Client, namespace: &str, collector: &str) -> Self {
         Self {
             api: Api::namespaced(client, namespace),
@@ -91,9 +93,9 @@ impl Events {
         }
     }
 
-    /// Nothing waits for them but the next look: rules work without.
-    pub(super) async fn tell(&self, object: &DynamicObject, news: Vec<News>) {
-        for News { is_warning, reason, note } in news {
+    /// Publishes Events of a resource. A failure is only logged, because rules work without Events.
+    pub(super) async fn publish(&self, object: &DynamicObject, events: Vec<RuleEvent>) {
+        for RuleEvent { is_warning, reason, note } in events {
             let at = jiff::Timestamp::now();
             let event = Event {
                 metadata: ObjectMeta {
@@ -119,8 +121,8 @@ impl Events {
                 Err(error) => {
                     if !self.is_refused.swap(true, Relaxed) {
                         tracing::warn!(
-                            "what becomes of rules cannot be written as Kubernetes Events: {error}; may the collector \
-                             create events (events.k8s.io)?"
+                            "cannot publish Kubernetes Events of rules: {error}; may the collector create events \
+                             (events.k8s.io)?"
                         );
                     }
                 }
@@ -156,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_is_told_once_and_what_nodes_say_when_all_have_answered() {
+    fn events_come_once_and_after_all_nodes_have_answered() {
         let steps = [
             (status(true, 1, &json!({ "pending": 2 })), vec!["Accepted: in revision 7, changed by anna"]),
             (status(true, 1, &json!({ "pending": 1, "applied": 1 })), vec![]),
@@ -176,13 +178,13 @@ mod tests {
         ];
         let mut before = Value::Null;
         for (now, expected) in steps {
-            let told: Vec<String> = news(&before, &now, "one", "anna", &["n1: capture.hz: no".into()])
+            let published: Vec<String> = events(&before, &now, "one", "anna", &["n1: capture.hz: no".into()])
                 .into_iter()
-                .map(|News { is_warning, reason, note }| {
+                .map(|RuleEvent { is_warning, reason, note }| {
                     format!("{}{reason}: {note}", if is_warning { "!" } else { "" })
                 })
                 .collect();
-            assert_eq!(told, expected, "{now}");
+            assert_eq!(published, expected, "{now}");
             before = now;
         }
     }

@@ -1,11 +1,15 @@
-//! Where the rule store is kept: one piece of content that is replaced as a whole, and only by whoever knows what it
-//! replaces. Several collectors may keep theirs in one place.
+//! Storages of the rules: a file or a ConfigMap, which several collectors may share.
+//!
+//! A storage holds one piece of content. A writer names the version that it replaces, so no collector overwrites a change
+//! that it has not read.
 
 use std::{
+    fmt,
     fs::{self, File},
     io::{self, Read as _, Write as _},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    str::FromStr,
     time::Duration,
 };
 
@@ -17,88 +21,130 @@ use tokio::runtime::Handle;
 
 use crate::durable;
 
-/// What is there, compared with what was known.
+/// The location of the rules, as `--rules-store` names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RulesLocation {
+    /// A file below this directory, which several collectors may share. `None`: below the data directory.
+    File(Option<PathBuf>),
+    /// A ConfigMap and TriggerRule resources of this namespace. `None`: the collector's namespace.
+    Kubernetes(Option<String>),
+}
+
+impl FromStr for RulesLocation {
+    type Err = String;
+
+    /// Parses `file`, `file=DIR`, `kubernetes`, `kubernetes=NAMESPACE`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            None if text == "file" => Ok(Self::File(None)),
+            Some(("file", dir)) if !dir.is_empty() => Ok(Self::File(Some(dir.into()))),
+            None if text == "kubernetes" => Ok(Self::Kubernetes(None)),
+            Some(("kubernetes", namespace)) if !namespace.is_empty() => {
+                Ok(Self::Kubernetes(Some(namespace.to_owned())))
+            }
+            _ => Err(format!(
+                "`{text}` is no rule store: write `file`, `file=DIR` for a directory that collectors share, `kubernetes`, or \
+                 `kubernetes=NAMESPACE`"
+            )),
+        }
+    }
+}
+
+impl fmt::Display for RulesLocation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(None) => f.write_str("file"),
+            Self::File(Some(dir)) => write!(f, "file={}", dir.display()),
+            Self::Kubernetes(None) => f.write_str("kubernetes"),
+            Self::Kubernetes(Some(namespace)) => write!(f, "kubernetes={namespace}"),
+        }
+    }
+}
+
+/// The stored content, compared with the known version.
 pub(crate) enum Loaded {
-    /// Still the version that was known.
+    /// The content has the known version.
     Same,
-    /// Nothing.
+    /// The storage is empty.
     Nothing,
     /// Another version, and its content.
     New(String, Vec<u8>),
 }
 
-/// Why content was not replaced or read.
+/// Why content was not read or replaced.
 #[derive(Debug)]
-pub(crate) enum KeepError {
-    /// It is not the version that it was taken for: somebody else was faster.
+pub(crate) enum StorageError {
+    /// Another collector has replaced the known version.
     Conflict,
-    /// It cannot be reached.
+    /// The storage returned an error.
     Io(io::Error),
 }
 
-impl From<io::Error> for KeepError {
+impl From<io::Error> for StorageError {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
     }
 }
 
 /// A place for the content. All calls may block.
-pub(crate) trait Keep: Send + Sync {
-    /// What is there, unless it is the version that is known.
-    fn load(&self, known: Option<&str>) -> Result<Loaded, KeepError>;
-    /// Puts content in the place of the known version (`None`: of nothing). After a success it is durable. Gives its
-    /// version.
-    fn replace(&self, known: Option<&str>, content: &[u8]) -> Result<String, KeepError>;
-    /// For messages.
-    fn place(&self) -> String;
-    /// How often to look for what others have put there.
-    fn look_every(&self) -> Duration;
+pub(crate) trait RuleStorage: Send + Sync {
+    /// Reads the content, unless it has the known version.
+    fn load(&self, known: Option<&str>) -> Result<Loaded, StorageError>;
+    /// Replaces the known version (`None`: an empty storage) and returns the new version. After success the content is
+    /// durable.
+    fn replace(&self, known: Option<&str>, content: &[u8]) -> Result<String, StorageError>;
+    /// Describes the storage for messages.
+    fn location(&self) -> String;
+    /// Time between two readings for changes of other collectors.
+    fn refresh_interval(&self) -> Duration;
 }
 
 /// A file in a directory that several collectors may share.
-pub(crate) struct FileKeep {
+pub(crate) struct FileStorage {
     path: PathBuf,
     lock: PathBuf,
 }
 
-impl FileKeep {
-    /// Makes the directory if need be.
+impl FileStorage {
+    /// Opens the storage, and creates its directory if needed.
     pub(crate) fn open(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
         Ok(Self { path: dir.join("rules.pb"), lock: dir.join("rules.lock") })
     }
 
-    /// Changes whenever the file is replaced: each version is a file of its own.
+    /// Returns the version of the file. It changes with every replacement, because each version is a new file.
     fn stamp(&self) -> io::Result<Option<String>> {
         match fs::metadata(&self.path) {
-            Ok(of) => Ok(Some(format!("{}-{}-{}-{}", of.ino(), of.mtime(), of.mtime_nsec(), of.len()))),
+            Ok(meta) => {
+                Ok(Some(format!("{}-{}-{}-{}", meta.ino(), meta.mtime(), meta.mtime_nsec(), meta.len())))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
     }
 }
 
-impl Keep for FileKeep {
-    fn load(&self, known: Option<&str>) -> Result<Loaded, KeepError> {
+impl RuleStorage for FileStorage {
+    fn load(&self, known: Option<&str>) -> Result<Loaded, StorageError> {
         loop {
             let Some(stamp) = self.stamp()? else { return Ok(Loaded::Nothing) };
             if known == Some(stamp.as_str()) {
                 return Ok(Loaded::Same);
             }
             let content = fs::read(&self.path)?;
-            // Replaced between the two looks: the stamp would name content that it does not belong to.
+            // If the file was replaced in between, the stamp would belong to other content. So the loop reads again.
             if self.stamp()?.as_ref() == Some(&stamp) {
                 return Ok(Loaded::New(stamp, content));
             }
         }
     }
 
-    fn replace(&self, known: Option<&str>, content: &[u8]) -> Result<String, KeepError> {
-        // Held until the end of the function; the kernel lets go of it if this program dies.
+    fn replace(&self, known: Option<&str>, content: &[u8]) -> Result<String, StorageError> {
+        // Held until the end of the function. The kernel releases it if this program dies.
         let lock = File::options().create(true).truncate(false).write(true).open(&self.lock)?;
         flock(&lock, FlockOperation::LockExclusive).map_err(io::Error::from)?;
         if self.stamp()?.as_deref() != known {
-            return Err(KeepError::Conflict);
+            return Err(StorageError::Conflict);
         }
         if known.is_some() {
             let before = PathBuf::from(format!("{}.prev", self.path.display()));
@@ -106,49 +152,50 @@ impl Keep for FileKeep {
             fs::hard_link(&self.path, &before)?;
         }
         durable::replace(&self.path, content)?;
-        self.stamp()?.ok_or_else(|| io::Error::other("the file vanished as soon as it was written").into())
+        self.stamp()?.ok_or_else(|| io::Error::other("the file is gone right after it was written").into())
     }
 
-    fn place(&self) -> String {
+    fn location(&self) -> String {
         self.path.display().to_string()
     }
 
-    fn look_every(&self) -> Duration {
+    fn refresh_interval(&self) -> Duration {
         // One call of stat(2).
         Duration::from_millis(250)
     }
 }
 
-/// A ConfigMap, which several collectors share. The API refuses whoever replaces what they have not read.
-pub(crate) struct ConfigMapKeep {
+/// A ConfigMap, which several collectors share. The API server refuses to replace another version than the named one.
+pub(crate) struct ConfigMapStorage {
     api: Api<ConfigMap>,
     runtime: Handle,
     namespace: String,
 }
 
-/// Its name.
+/// Name of the ConfigMap.
 const CONFIG_MAP: &str = "gannet-rules";
-/// Its key.
+/// Key of the content in it.
 const KEY: &str = "rules.pb.gz";
-/// What the API takes is little more: 1 MiB with everything around it, and a third more in its own encoding.
+/// Bytes of the compressed content. The API server accepts 1 MiB for the complete object, whose encoding adds a third.
 const MAX_CONFIG_MAP: usize = 700 << 10;
-/// The content may be so large when it is unpacked.
+/// Bytes of the decompressed content.
 const MAX_CONTENT: u64 = 64 << 20;
 const API_TIMEOUT: Duration = Duration::from_secs(10);
 
-impl ConfigMapKeep {
+impl ConfigMapStorage {
     pub(crate) fn new(client: Client, namespace: &str, runtime: Handle) -> Self {
         Self { api: Api::namespaced(client, namespace), runtime, namespace: namespace.to_owned() }
     }
 
-    fn ask<T>(&self, call: impl Future<Output = Result<T, kube::Error>>) -> Result<T, KeepError> {
+    /// Waits for an API call, up to [`API_TIMEOUT`].
+    fn wait_for<T>(&self, call: impl Future<Output = Result<T, kube::Error>>) -> Result<T, StorageError> {
         let call = async {
             match tokio::time::timeout(API_TIMEOUT, call).await {
                 Ok(answer) => answer.map_err(|error| match error {
-                    kube::Error::Api(status) if matches!(status.code, 404 | 409) => KeepError::Conflict,
-                    error => KeepError::Io(io::Error::other(format!("the Kubernetes API: {error}"))),
+                    kube::Error::Api(status) if matches!(status.code, 404 | 409) => StorageError::Conflict,
+                    error => StorageError::Io(io::Error::other(format!("the Kubernetes API: {error}"))),
                 }),
-                Err(_) => Err(KeepError::Io(io::ErrorKind::TimedOut.into())),
+                Err(_) => Err(StorageError::Io(io::ErrorKind::TimedOut.into())),
             }
         };
         self.runtime.block_on(call)
@@ -160,27 +207,27 @@ fn version_of(map: &ConfigMap) -> String {
     format!("{}/{}", uid.as_deref().unwrap_or_default(), resource_version.as_deref().unwrap_or_default())
 }
 
-impl Keep for ConfigMapKeep {
-    fn load(&self, known: Option<&str>) -> Result<Loaded, KeepError> {
-        let Some(map) = self.ask(self.api.get_opt(CONFIG_MAP))? else { return Ok(Loaded::Nothing) };
+impl RuleStorage for ConfigMapStorage {
+    fn load(&self, known: Option<&str>) -> Result<Loaded, StorageError> {
+        let Some(map) = self.wait_for(self.api.get_opt(CONFIG_MAP))? else { return Ok(Loaded::Nothing) };
         let version = version_of(&map);
         if known == Some(version.as_str()) {
             return Ok(Loaded::Same);
         }
         let packed = map.binary_data.and_then(|mut data| data.remove(KEY)).unwrap_or_default().0;
         let mut content = Vec::new();
-        // What does not unpack is as damaged as what does not read.
+        // The parser of the content reports a broken archive as damaged content.
         let _ = GzDecoder::new(packed.as_slice()).take(MAX_CONTENT).read_to_end(&mut content);
         Ok(Loaded::New(version, content))
     }
 
-    fn replace(&self, known: Option<&str>, content: &[u8]) -> Result<String, KeepError> {
+    fn replace(&self, known: Option<&str>, content: &[u8]) -> Result<String, StorageError> {
         let mut packer = GzEncoder::new(Vec::new(), Compression::default());
         packer.write_all(content)?;
         let packed = packer.finish()?;
         if packed.len() > MAX_CONFIG_MAP {
-            return Err(KeepError::Io(io::Error::other(format!(
-                "{} bytes of rules are more than a ConfigMap holds ({MAX_CONFIG_MAP}): remove or shorten some",
+            return Err(StorageError::Io(io::Error::other(format!(
+                "{} bytes of rules exceed the space in a ConfigMap ({MAX_CONFIG_MAP}): remove or shorten some",
                 packed.len()
             ))));
         }
@@ -195,22 +242,22 @@ impl Keep for ConfigMapKeep {
         };
         let params = PostParams::default();
         let written = match known.and_then(|known| known.split_once('/')) {
-            None => self.ask(self.api.create(&params, &map))?,
+            None => self.wait_for(self.api.create(&params, &map))?,
             Some((uid, version)) => {
                 map.metadata.uid = Some(uid.to_owned());
                 map.metadata.resource_version = Some(version.to_owned());
-                self.ask(self.api.replace(CONFIG_MAP, &params, &map))?
+                self.wait_for(self.api.replace(CONFIG_MAP, &params, &map))?
             }
         };
         Ok(version_of(&written))
     }
 
-    fn place(&self) -> String {
+    fn location(&self) -> String {
         format!("ConfigMap {}/{CONFIG_MAP}", self.namespace)
     }
 
-    fn look_every(&self) -> Duration {
-        // The watch on the custom resources tells of most changes sooner.
+    fn refresh_interval(&self) -> Duration {
+        // The watch on the custom resources reports most changes sooner.
         Duration::from_secs(2)
     }
 }

@@ -1,60 +1,64 @@
-//! The index: what lies where, in one redb file. It holds nothing that the objects do not hold.
+//! The index of all objects, in one redb file. The store can rebuild it from the objects.
 
 use std::{
+    collections::HashSet,
     fs, io,
     path::{Path, PathBuf},
-    sync::{PoisonError, RwLock},
 };
 
+use gannet_proto::labels::Labels;
+use parking_lot::RwLock;
 use prost::Message;
 use redb::{Database, ReadTransaction, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 use ulid::Ulid;
 
 use super::object::{HOUR_MS, ObjectKey, TypeTotal};
 
-/// series, start in ms, id -> [`Row`]
+/// (series, start in ms, id) -> [`ProfileRow`]
 const PROFILES: TableDefinition<'_, (u64, u64, u128), &[u8]> = TableDefinition::new("profiles");
-/// id -> series, start in ms
+/// id -> (series, start in ms)
 const IDS: TableDefinition<'_, u128, (u64, u64)> = TableDefinition::new("ids");
-/// start in ms, id -> series, bytes of the object
+/// (start in ms, id) -> (series, bytes of the object)
 const TIMES: TableDefinition<'_, (u64, u128), (u64, u64)> = TableDefinition::new("times");
 /// series -> [`SeriesLabels`]
 const SERIES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("series");
-/// window id -> the id of the batch that brought its ledger
+/// window id -> id of the batch that carried the window's ledger
 const WINDOWS: TableDefinition<'_, u128, u128> = TableDefinition::new("windows");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
-/// Counts the layouts of the tables above; another one is not read but rebuilt.
+/// Version of the tables above. The store rebuilds an index of another version.
 const LAYOUT: u64 = 1;
-/// Pages of the index that redb may keep in memory.
+/// Memory for redb's pages.
 const CACHE_BYTES: usize = 32 << 20;
 
-/// What is wrong with the index.
+/// Why the index cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum IndexError {
-    /// The file cannot be read as an index; it can be rebuilt.
-    #[error("the index {path} is corrupt ({what}); it will be rebuilt from the objects at the next start")]
+    /// The file is damaged. The next start rebuilds it.
+    #[error("the index {path} is corrupt ({what}); the next start will rebuild it from the objects")]
     Corrupt {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// As redb says it.
+        /// The error of redb.
         what: String,
     },
-    /// It was closed after a failure and could not be opened again yet.
-    #[error("the index is closed after a failed write and will be opened again as soon as the disk allows")]
+    /// The file was closed after a failed write, and cannot be opened again yet.
+    #[error(
+        "the index is closed after a failed write; the collector opens it again as soon as the disk allows"
+    )]
     Closed,
-    /// The disk failed.
-    #[error("the index could not be read or written: {0}; see that its disk has room and is healthy")]
+    /// The disk returned an error.
+    #[error("cannot read or write the index: {0}; check that its disk has space and is healthy")]
     Io(#[source] io::Error),
 }
 
-/// One stored batch.
+/// The description of a stored batch.
 #[derive(Clone, PartialEq, Message)]
-pub(crate) struct Row {
+pub(crate) struct ProfileRow {
     #[prost(uint64, tag = "1")]
     pub(crate) duration_ms: u64,
     #[prost(uint64, tag = "2")]
     pub(crate) samples: u64,
-    /// Of the profile. 0: the batch only carried a ledger.
+    /// Compressed size of the profile. 0: the batch carried only a ledger.
     #[prost(uint64, tag = "3")]
     pub(crate) bytes: u64,
     #[prost(message, repeated, tag = "4")]
@@ -65,20 +69,36 @@ pub(crate) struct Row {
     pub(crate) revision: u64,
     #[prost(string, tag = "7")]
     pub(crate) reason: String,
-    /// A ULID, big endian; empty: none.
+    /// ULID of the window, big endian. Empty: none.
     #[prost(bytes = "vec", tag = "8")]
     pub(crate) window: Vec<u8>,
-    /// Of the object, metadata included.
+    /// Size of the object with its metadata.
     #[prost(uint64, tag = "9")]
     pub(crate) object_bytes: u64,
 }
 
-/// A row and where it lies.
+/// A stored batch: its series, its key and its description.
 #[derive(Clone, Debug)]
-pub(crate) struct Entry {
+pub(crate) struct StoredProfile {
     pub(crate) series: u64,
     pub(crate) key: ObjectKey,
-    pub(crate) row: Row,
+    pub(crate) row: ProfileRow,
+}
+
+impl StoredProfile {
+    /// Reports whether the batch carried a profile, and not only a ledger.
+    pub(super) fn has_profile(&self) -> bool {
+        self.row.bytes > 0
+    }
+}
+
+/// The part of an entry that removals and comparisons need.
+#[derive(Clone, Copy)]
+pub(super) struct IndexedObject {
+    pub(super) series: u64,
+    pub(super) key: ObjectKey,
+    /// Size of the object.
+    pub(super) bytes: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -87,24 +107,36 @@ struct SeriesLabels {
     labels: std::collections::BTreeMap<String, String>,
 }
 
-/// What one commit changes.
+/// The changes of one commit.
 #[derive(Default)]
-pub(crate) struct Change {
-    pub(crate) add: Vec<Entry>,
-    pub(crate) add_series: Vec<(u64, gannet_proto::labels::Labels)>,
-    pub(crate) remove: Vec<(u64, ObjectKey)>,
-    pub(crate) remove_series: Vec<u64>,
+pub(super) struct IndexChange {
+    pub(super) add: Vec<StoredProfile>,
+    pub(super) add_series: Vec<(u64, Labels)>,
+    pub(super) remove: Vec<(u64, ObjectKey)>,
+    pub(super) remove_series: Vec<u64>,
 }
 
-pub(crate) struct Index {
+impl IndexChange {
+    /// Returns a change that removes these entries and series.
+    pub(super) fn removing(objects: &[IndexedObject], series: &[u64]) -> Self {
+        Self {
+            remove: objects.iter().map(|object| (object.series, object.key)).collect(),
+            remove_series: series.to_vec(),
+            ..Self::default()
+        }
+    }
+}
+
+/// The index file. Any thread may read it; only the store's writer commits.
+pub(super) struct Index {
     path: PathBuf,
-    /// Empty after a failed write until it could be opened again. Readers hold the lock only while they read.
+    /// `None` after a failed write, until the file can be opened again. Readers hold the lock only while they read.
     db: RwLock<Option<Database>>,
 }
 
 impl Index {
-    /// Opens or makes the index; the flag says that it is new. One that is corrupt is moved aside first.
-    pub(crate) fn open(path: &Path) -> Result<(Self, bool), IndexError> {
+    /// Opens or creates the index; the flag reports a new one. Renames a corrupt file first and starts a new one.
+    pub(super) fn open(path: &Path) -> Result<(Self, bool), IndexError> {
         let opened = |db, new| (Self { path: path.to_owned(), db: RwLock::new(Some(db)) }, new);
         let existed = path.exists();
         match open_database(path) {
@@ -113,7 +145,7 @@ impl Index {
                 let aside = path.with_extension("redb.corrupt");
                 tracing::warn!(
                     path = %path.display(), aside = %aside.display(), what,
-                    "the index is corrupt: moved aside, rebuilding it from the objects"
+                    "the index is corrupt: renamed it, rebuilding it from the objects"
                 );
                 fs::rename(path, &aside).map_err(IndexError::Io)?;
                 let (db, _) = open_database(path)?;
@@ -124,17 +156,17 @@ impl Index {
     }
 
     fn read<T>(&self, f: impl FnOnce(&ReadTransaction) -> Result<T, redb::Error>) -> Result<T, IndexError> {
-        let guard = self.db.read().unwrap_or_else(PoisonError::into_inner);
+        let guard = self.db.read();
         let db = guard.as_ref().ok_or(IndexError::Closed)?;
         let run = || f(&db.begin_read()?);
         run().map_err(|e| self.error(e))
     }
 
-    /// Applies a change durably, or not at all. After a failure the file is opened anew, as redb asks for.
-    /// Returns for each added entry whether it is the first of its window.
-    pub(crate) fn commit(&self, change: &Change) -> Result<Vec<bool>, IndexError> {
+    /// Applies a change durably, or not at all. Returns for each added entry whether it is the first of its window.
+    /// Opens the file again after a failure, as redb requires.
+    pub(super) fn commit(&self, change: &IndexChange) -> Result<Vec<bool>, IndexError> {
         {
-            let guard = self.db.read().unwrap_or_else(PoisonError::into_inner);
+            let guard = self.db.read();
             if let Some(db) = guard.as_ref() {
                 match apply(db, change) {
                     Ok(done) => return Ok(done),
@@ -147,16 +179,16 @@ impl Index {
             }
         }
         self.reopen();
-        let guard = self.db.read().unwrap_or_else(PoisonError::into_inner);
+        let guard = self.db.read();
         apply(guard.as_ref().ok_or(IndexError::Closed)?, change).map_err(|e| self.error(e))
     }
 
     fn reopen(&self) {
-        let mut guard = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.db.write();
         *guard = None;
         match open_database(&self.path) {
             Ok((db, _)) => *guard = Some(db),
-            Err(error) => tracing::warn!(%error, "the index cannot be opened again yet"),
+            Err(error) => tracing::warn!(%error, "cannot open the index again yet"),
         }
     }
 
@@ -164,15 +196,16 @@ impl Index {
         classify(&self.path, error)
     }
 
-    /// Which of these ids are stored already.
-    pub(crate) fn known(&self, ids: impl IntoIterator<Item = Ulid>) -> Result<Vec<bool>, IndexError> {
+    /// Reports for each id whether it is stored.
+    pub(super) fn contains(&self, ids: impl IntoIterator<Item = Ulid>) -> Result<Vec<bool>, IndexError> {
         self.read(|txn| {
             let table = txn.open_table(IDS)?;
             ids.into_iter().map(|id| Ok(table.get(id.0)?.is_some())).collect()
         })
     }
 
-    pub(crate) fn by_id(&self, id: Ulid) -> Result<Option<Entry>, IndexError> {
+    /// Returns the entry of an id.
+    pub(super) fn by_id(&self, id: Ulid) -> Result<Option<StoredProfile>, IndexError> {
         self.read(|txn| {
             let Some((series, start_ms)) = txn.open_table(IDS)?.get(id.0)?.map(|v| v.value()) else {
                 return Ok(None);
@@ -183,14 +216,14 @@ impl Index {
         })
     }
 
-    /// Calls `each` for every profile of these series that starts in the range, series by series, each in order of
-    /// time, until it says no.
-    pub(crate) fn scan(
+    /// Calls `each` for every profile of these series that starts in the range, series by series and each in the order of
+    /// time, until `each` returns false.
+    pub(super) fn scan(
         &self,
         series: &[u64],
         from_ms: u64,
         until_ms: u64,
-        mut each: impl FnMut(Entry) -> bool,
+        mut each: impl FnMut(StoredProfile) -> bool,
     ) -> Result<(), IndexError> {
         self.read(|txn| {
             let table = txn.open_table(PROFILES)?;
@@ -198,7 +231,7 @@ impl Index {
                 for found in table.range((series, from_ms, 0)..(series, until_ms, 0))? {
                     let (key, row) = found?;
                     if let Some(entry) = entry(key.value(), row.value())
-                        && entry.row.bytes > 0
+                        && entry.has_profile()
                         && !each(entry)
                     {
                         return Ok(());
@@ -209,40 +242,44 @@ impl Index {
         })
     }
 
-    /// Everything that starts in a range, newest first, until `each` says no. It is given the series, the key, and a
-    /// way to get at the whole entry: calling the index again from inside could wait for itself. `before`: only what
-    /// is older than this one.
-    pub(crate) fn scan_newest(
+    /// Returns up to `limit` profiles of these series that start in the range, newest first. `before` skips to the profiles
+    /// that are older than this one.
+    pub(super) fn newest(
         &self,
+        of: &HashSet<u64>,
         from_ms: u64,
         until_ms: u64,
         before: Option<ObjectKey>,
-        mut each: impl FnMut(u64, ObjectKey, &dyn Fn() -> Option<Entry>) -> bool,
-    ) -> Result<(), IndexError> {
+        limit: usize,
+    ) -> Result<Vec<StoredProfile>, IndexError> {
         let end = before.map_or((until_ms, 0), |b| (b.start_ms, b.id.0).min((until_ms, 0)));
         self.read(|txn| {
+            let mut newest = Vec::new();
             if (from_ms, 0) >= end {
-                return Ok(());
+                return Ok(newest);
             }
             let profiles = txn.open_table(PROFILES)?;
             for found in txn.open_table(TIMES)?.range((from_ms, 0)..end)?.rev() {
+                if newest.len() >= limit {
+                    break;
+                }
                 let (key, value) = found?;
                 let (start_ms, id) = key.value();
                 let series = value.value().0;
-                let get = || {
-                    let row = profiles.get((series, start_ms, id)).ok()??;
-                    entry((series, start_ms, id), row.value())
-                };
-                if !each(series, ObjectKey { start_ms, id: Ulid(id) }, &get) {
-                    break;
+                if of.contains(&series)
+                    && let Some(row) = profiles.get((series, start_ms, id))?
+                {
+                    newest.extend(
+                        entry((series, start_ms, id), row.value()).filter(StoredProfile::has_profile),
+                    );
                 }
             }
-            Ok(())
+            Ok(newest)
         })
     }
 
-    /// The oldest entries: series, key, bytes of the object.
-    pub(crate) fn oldest(&self, limit: usize) -> Result<Vec<(u64, ObjectKey, u64)>, IndexError> {
+    /// Returns up to `limit` of the oldest entries.
+    pub(super) fn oldest(&self, limit: usize) -> Result<Vec<IndexedObject>, IndexError> {
         self.read(|txn| {
             txn.open_table(TIMES)?
                 .iter()?
@@ -250,31 +287,31 @@ impl Index {
                 .map(|found| {
                     let (key, value) = found?;
                     let ((start_ms, id), (series, bytes)) = (key.value(), value.value());
-                    Ok((series, ObjectKey { start_ms, id: Ulid(id) }, bytes))
+                    Ok(IndexedObject { series, key: ObjectKey { start_ms, id: Ulid(id) }, bytes })
                 })
                 .collect()
         })
     }
 
-    /// The entries of a span of time, in its order: series, key, bytes of the object.
-    pub(crate) fn between(
+    /// Calls `each` for every entry that starts in the range, in the order of time.
+    pub(super) fn between(
         &self,
         from_ms: u64,
         until_ms: u64,
-        mut each: impl FnMut(u64, ObjectKey, u64),
+        mut each: impl FnMut(IndexedObject),
     ) -> Result<(), IndexError> {
         self.read(|txn| {
             for found in txn.open_table(TIMES)?.range((from_ms, 0)..(until_ms, 0))? {
                 let (key, value) = found?;
                 let ((start_ms, id), (series, bytes)) = (key.value(), value.value());
-                each(series, ObjectKey { start_ms, id: Ulid(id) }, bytes);
+                each(IndexedObject { series, key: ObjectKey { start_ms, id: Ulid(id) }, bytes });
             }
             Ok(())
         })
     }
 
-    /// The hours that have entries.
-    pub(crate) fn hours(&self) -> Result<Vec<u64>, IndexError> {
+    /// Returns the hours that have entries, counted from 1970.
+    pub(super) fn hours(&self) -> Result<Vec<u64>, IndexError> {
         self.read(|txn| {
             let times = txn.open_table(TIMES)?;
             let mut hours = Vec::new();
@@ -288,8 +325,8 @@ impl Index {
         })
     }
 
-    /// Every series.
-    pub(crate) fn series(&self) -> Result<Vec<(u64, gannet_proto::labels::Labels)>, IndexError> {
+    /// Returns every series with its labels.
+    pub(super) fn series(&self) -> Result<Vec<(u64, Labels)>, IndexError> {
         self.read(|txn| {
             txn.open_table(SERIES)?
                 .iter()?
@@ -304,16 +341,16 @@ impl Index {
     }
 }
 
-fn entry((series, start_ms, id): (u64, u64, u128), row: &[u8]) -> Option<Entry> {
-    let row = Row::decode(row).ok()?;
-    Some(Entry { series, key: ObjectKey { start_ms, id: Ulid(id) }, row })
+fn entry((series, start_ms, id): (u64, u64, u128), row: &[u8]) -> Option<StoredProfile> {
+    let row = ProfileRow::decode(row).ok()?;
+    Some(StoredProfile { series, key: ObjectKey { start_ms, id: Ulid(id) }, row })
 }
 
-fn window_of(row: &Row) -> Option<u128> {
+fn window_of(row: &ProfileRow) -> Option<u128> {
     row.window.as_slice().try_into().ok().map(u128::from_be_bytes)
 }
 
-fn apply(db: &Database, change: &Change) -> Result<Vec<bool>, redb::Error> {
+fn apply(db: &Database, change: &IndexChange) -> Result<Vec<bool>, redb::Error> {
     let txn = db.begin_write()?;
     let mut first_of_window = Vec::with_capacity(change.add.len());
     {
@@ -325,7 +362,7 @@ fn apply(db: &Database, change: &Change) -> Result<Vec<bool>, redb::Error> {
         for (id, labels) in &change.add_series {
             series.insert(id, SeriesLabels { labels: labels.clone() }.encode_to_vec().as_slice())?;
         }
-        for Entry { series, key, row } in &change.add {
+        for StoredProfile { series, key, row } in &change.add {
             let ObjectKey { start_ms, id } = *key;
             profiles.insert((*series, start_ms, id.0), row.encode_to_vec().as_slice())?;
             ids.insert(id.0, (*series, start_ms))?;
@@ -341,7 +378,7 @@ fn apply(db: &Database, change: &Change) -> Result<Vec<bool>, redb::Error> {
         }
         for &(series, ObjectKey { start_ms, id }) in &change.remove {
             let removed = profiles.remove((series, start_ms, id.0))?;
-            let window = removed.and_then(|row| window_of(&Row::decode(row.value()).ok()?));
+            let window = removed.and_then(|row| window_of(&ProfileRow::decode(row.value()).ok()?));
             if let Some(window) = window
                 && windows.get(window)?.is_some_and(|by| by.value() == id.0)
             {

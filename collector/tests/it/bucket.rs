@@ -20,7 +20,7 @@ use gannet_proto::ingest::push_response;
 
 use crate::{
     store::list,
-    support::{PATIENCE, Pusher, batch, config, eventually, now_ms},
+    support::{PATIENCE, Pusher, batch, config_with, eventually, now_ms},
 };
 
 #[derive(Default)]
@@ -141,7 +141,10 @@ fn in_bucket(local: &Path, endpoint: &str) -> Config {
         ("aws_secret_access_key", "hidden"),
     ];
     let bucket = settings.into_iter().fold(bucket, |bucket, (name, value)| bucket.with(name, value));
-    Config { bucket: Some(bucket), bucket_interval: Duration::from_millis(100), ..config(local) }
+    config_with(local, |config| {
+        config.store.bucket = Some(bucket);
+        config.store.bucket_interval = Duration::from_millis(100);
+    })
 }
 
 async fn ids(running: &Running) -> Vec<String> {
@@ -194,7 +197,9 @@ async fn two_collectors_on_one_bucket_show_the_same() {
     // What retention of one removes is gone for the other.
     one.shutdown().await;
     let config = in_bucket(&dir.path().join("one"), &endpoint);
-    let one = Collector::start(Config { retention_age: Duration::from_secs(3600), ..config }).await.unwrap();
+    let mut short = config;
+    short.store.retention_age = Duration::from_secs(3600);
+    let one = Collector::start(short).await.unwrap();
     eventually("what one removed is gone", async || ids(&two).await.len() == 2).await;
     assert_eq!(ids(&one).await, ids(&two).await);
     one.shutdown().await;
@@ -225,11 +230,11 @@ async fn a_bucket_that_cannot_be_read_is_told_at_start_with_the_cure() {
     let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
     let endpoint = s3.clone().serve().await;
     let mut wrong = in_bucket(dir.path(), &endpoint);
-    wrong.bucket = wrong.bucket.map(|bucket| bucket.with("aws_access_key_id", "another"));
+    wrong.store.bucket = wrong.store.bucket.map(|bucket| bucket.with("aws_access_key_id", "another"));
     let error = Collector::start(wrong).await.err().unwrap();
     // As the command line shows it.
     let error = format!("{:#}", anyhow::Error::from(error));
-    assert_eq!(error.matches("cannot be read").count(), 1, "{error}");
+    assert_eq!(error.matches("cannot read --data").count(), 1, "{error}");
     assert!(error.contains("s3://bucket/profiles/here") && error.contains("AWS_"), "{error}");
     assert!(!error.contains("hidden"), "{error}");
     assert!(!fs::exists(dir.path().join("objects")).unwrap());

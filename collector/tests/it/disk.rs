@@ -2,10 +2,10 @@
 
 use std::{path::Path, process::Command};
 
-use gannet_collector::{Collector, Config};
+use gannet_collector::Collector;
 use gannet_proto::{ingest::push_response::Message, query::ListProfilesRequest};
 
-use crate::support::{Pusher, batch, config, get, metric, now_ms, queries};
+use crate::support::{Pusher, batch, config_with, get, metric, now_ms, queries};
 
 struct Tmpfs<'a>(&'a Path);
 
@@ -64,7 +64,9 @@ async fn survives(min_free_bytes: u64, leave: u64, says: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let disk = Tmpfs::mount(dir.path(), "24m");
     let data = dir.path().join("data");
-    let running = Collector::start(Config { min_free_bytes, ..config(&data) }).await.unwrap();
+    let running = Collector::start(config_with(&data, |config| config.store.min_free_bytes = min_free_bytes))
+        .await
+        .unwrap();
     let mut pusher = Pusher::open(running.grpc_addr).await;
     pusher.store(large(0)).await;
     let ballast = fill(dir.path(), leave);
@@ -91,7 +93,9 @@ async fn survives(min_free_bytes: u64, leave: u64, says: &[&str]) {
     drop(pusher);
     running.shutdown().await;
     // And so it is on the disk.
-    let running = Collector::start(Config { min_free_bytes, ..config(&data) }).await.unwrap();
+    let running = Collector::start(config_with(&data, |config| config.store.min_free_bytes = min_free_bytes))
+        .await
+        .unwrap();
     let listed = queries(&running).await.list_profiles(request).await.unwrap().into_inner();
     assert!(listed.profiles.len() as u64 >= taken + 21);
     running.shutdown().await;

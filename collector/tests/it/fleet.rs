@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use gannet_collector::{Collector, Config, Running};
+use gannet_collector::{Collector, Running};
 use gannet_proto::{
     control::{
         AgentMessage, Answer, GetRolloutRequest, ListNodesRequest, NodeHello, NodeRollout, NodeStatus,
@@ -15,7 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
 use crate::{
-    support::{PATIENCE, channel, config, eventually, labels, metric, start},
+    support::{PATIENCE, channel, config_with, eventually, labels, metric, start},
     triggers::{Triggers, one, parse, triggers},
 };
 
@@ -417,7 +417,8 @@ async fn nodes_are_remembered_over_a_restart_as_offline_and_heartbeats_show() {
 #[tokio::test]
 async fn what_is_no_hello_or_one_too_many_is_refused_with_words() {
     let dir = tempfile::tempdir().unwrap();
-    let running = Collector::start(Config { max_nodes: 1, ..config(dir.path()) }).await.unwrap();
+    let running =
+        Collector::start(config_with(dir.path(), |config| config.fleet.max_nodes = 1)).await.unwrap();
     let first = |message: agent_message::Message| {
         let addr = running.grpc_addr;
         async move {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use axum::{Router, body::Bytes, extract::State, http::HeaderMap, routing::post};
-use gannet_collector::{Collector, Config, ForwardOptions, Running};
+use gannet_collector::{Collector, Running};
 use gannet_proto::{
     foreign::{
         parca::{
@@ -23,7 +23,7 @@ use prost::Message as _;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
-use crate::support::{OFF_CPU, Pusher, batch, config, eventually, get, now_ms, typed_batch};
+use crate::support::{OFF_CPU, Pusher, batch, config_with, eventually, get, now_ms, typed_batch};
 
 /// What a target was sent, one entry for each sample of a series.
 #[derive(Clone, Debug)]
@@ -98,11 +98,10 @@ impl ProfileStoreService for Target {
 }
 
 async fn forwarding(dir: &Path, target: &str) -> Running {
-    let config = Config {
-        forward: vec![target.parse().unwrap()],
-        forward_options: ForwardOptions { tenant: Some("team".into()), ..ForwardOptions::default() },
-        ..config(dir)
-    };
+    let config = config_with(dir, |config| {
+        config.forward.targets = vec![target.parse().unwrap()];
+        config.forward.tenant = Some("team".into());
+    });
     Collector::start(config).await.unwrap()
 }
 
@@ -205,11 +204,10 @@ async fn parca_gets_its_own_message_also_when_it_comes_later() {
 async fn a_target_that_is_not_there_holds_up_nothing_and_the_end_counts_what_waits() {
     let dir = tempfile::tempdir().unwrap();
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let config = Config {
-        forward: vec![format!("pyroscope=http://127.0.0.1:{port}").parse().unwrap()],
-        shutdown_timeout: std::time::Duration::from_secs(2),
-        ..config(dir.path())
-    };
+    let config = config_with(dir.path(), |config| {
+        config.forward.targets = vec![format!("pyroscope=http://127.0.0.1:{port}").parse().unwrap()];
+        config.server.shutdown_timeout = std::time::Duration::from_secs(2);
+    });
     let running = Collector::start(config).await.unwrap();
     let mut pusher = Pusher::open(running.grpc_addr).await;
     for _ in 0..20 {

@@ -1,6 +1,6 @@
 use std::{collections::BTreeSet, time::Duration};
 
-use gannet_collector::{Collector, Config};
+use gannet_collector::Collector;
 use gannet_proto::{
     control::Ledger,
     ingest::{Batch, push_response::Message},
@@ -11,7 +11,7 @@ use rstest::rstest;
 use ulid::Ulid;
 
 use crate::support::{
-    CPU, Pusher, at, batch, config, eventually, labels, metric, now_ms, profile, queries, start,
+    CPU, Pusher, at, batch, config_with, eventually, labels, metric, now_ms, profile, queries, start,
 };
 
 #[tokio::test]
@@ -66,7 +66,7 @@ fn deep() -> Batch {
 #[case::no_time(|b: &mut Batch| b.start = None, "bad_time", "start")]
 #[case::time(|b: &mut Batch| b.duration = Some(prost_types::Duration { seconds: -1, nanos: 0 }), "bad_time", "duration")]
 #[case::future(|b: &mut Batch| b.start = Some(at(now_ms() + 700_000)), "in_the_future", "clock")]
-#[case::old(|b: &mut Batch| b.start = Some(at(now_ms() - 8 * 24 * 3_600_000)), "too_old", "kept for 7days")]
+#[case::old(|b: &mut Batch| b.start = Some(at(now_ms() - 8 * 24 * 3_600_000)), "too_old", "for 7days")]
 #[case::count(|b: &mut Batch| b.samples += 1, "count_mismatch", "add up to 1")]
 #[case::count_without_profile(|b: &mut Batch| b.pprof.clear(), "count_mismatch", "no profile")]
 #[tokio::test]
@@ -76,7 +76,7 @@ async fn a_bad_batch_is_refused_by_name_and_the_stream_goes_on(
     #[case] says: &str,
 ) {
     let dir = tempfile::tempdir().unwrap();
-    let config = Config { max_batch_bytes: 1 << 20, ..config(dir.path()) };
+    let config = config_with(dir.path(), |config| config.ingest.max_batch_bytes = 1 << 20);
     let running = Collector::start(config).await.unwrap();
     let mut pusher = Pusher::open(running.grpc_addr).await;
     let mut bad = batch("shop", now_ms(), &[("main", 1)]);
@@ -225,7 +225,10 @@ async fn a_windows_ledger_is_counted_once_though_each_of_its_batches_carries_it(
 async fn more_than_the_queue_holds_is_put_off_and_taken_later() {
     let dir = tempfile::tempdir().unwrap();
     // Room for one batch at a time.
-    let config = Config { max_batch_bytes: 4096, ingest_queue_bytes: 4096, ..config(dir.path()) };
+    let config = config_with(dir.path(), |config| {
+        config.ingest.max_batch_bytes = 4096;
+        config.ingest.queue_bytes = 4096;
+    });
     let running = Collector::start(config).await.unwrap();
     let mut pusher = Pusher::open(running.grpc_addr).await;
     let stacks: Vec<(String, i64)> = (0..120).map(|i| (format!("main;f{i}"), 1)).collect();
@@ -256,7 +259,8 @@ async fn more_than_the_queue_holds_is_put_off_and_taken_later() {
 #[tokio::test]
 async fn a_series_too_many_is_put_off_and_others_are_taken() {
     let dir = tempfile::tempdir().unwrap();
-    let running = Collector::start(Config { max_series: 2, ..config(dir.path()) }).await.unwrap();
+    let running =
+        Collector::start(config_with(dir.path(), |config| config.store.max_series = 2)).await.unwrap();
     let mut pusher = Pusher::open(running.grpc_addr).await;
     pusher.store(batch("a", now_ms(), &[("main", 1)])).await;
     pusher.store(batch("b", now_ms(), &[("main", 1)])).await;

@@ -15,14 +15,14 @@ use axum::{
     routing::{get, patch, post},
 };
 use futures::stream;
-use gannet_collector::{Collector, Config, RulesStore, custom_resource};
+use gannet_collector::{Collector, Config, RulesLocation, custom_resource};
 use gannet_proto::control::{GetTriggersRequest, ListScopesRequest, SetTriggersRequest};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::{
     fleet::Agent,
-    support::{config, eventually},
+    support::{config_with, eventually},
     triggers::{one, triggers},
 };
 
@@ -252,11 +252,10 @@ async fn patch_status(
 }
 
 fn on(dir: &Path, name: &str, kubeconfig: &Path) -> Config {
-    Config {
-        rules_store: RulesStore::Kubernetes(None),
-        kubeconfig: Some(kubeconfig.to_owned()),
-        ..config(&dir.join(name))
-    }
+    config_with(&dir.join(name), |config| {
+        config.rules = RulesLocation::Kubernetes(None);
+        config.kubeconfig = Some(kubeconfig.to_owned());
+    })
 }
 
 async fn next_ids(agent: &mut Agent) -> Vec<String> {
@@ -355,7 +354,7 @@ async fn an_api_server_that_is_not_there_yet_is_waited_for_and_no_rules_are_sent
     let mut agent = Agent::connect(&running, "n1", "some-digest").await;
     agent.hears_nothing().await;
     let ready = crate::support::get(running.http_addr, "/readyz").await;
-    assert!(ready.status == 503 && ready.text().contains("cannot be read"), "{}", ready.text());
+    assert!(ready.status == 503 && ready.text().contains("cannot read the rules"), "{}", ready.text());
     running.shutdown().await;
 }
 

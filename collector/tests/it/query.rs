@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use gannet_collector::{Collector, Config, Running};
+use gannet_collector::{Collector, Running};
 use gannet_proto::{
     pprof::{check, decode},
     query::{
@@ -10,7 +10,7 @@ use gannet_proto::{
 };
 use tonic::Code;
 
-use crate::support::{CPU, OFF_CPU, Pusher, at, batch, config, now_ms, queries, start, typed_batch};
+use crate::support::{CPU, OFF_CPU, Pusher, at, batch, config_with, now_ms, queries, start, typed_batch};
 
 const MINUTE: u64 = 60_000;
 
@@ -145,7 +145,7 @@ async fn a_merge_adds_up_exactly_and_profiles_of_another_kind_are_left_out() {
     let none = MergeRequest { sample_type: "alloc/bytes".into(), ..request };
     let status = merge(&running, none).await.unwrap_err();
     assert!(
-        status.code() == Code::NotFound && status.message().contains("there are: cpu/nanoseconds"),
+        status.code() == Code::NotFound && status.message().contains("known types: cpu/nanoseconds"),
         "{status}"
     );
     let nothing = MergeRequest { selection: range(r#"{pod="x"}"#, t0, now_ms()), ..Default::default() };
@@ -157,7 +157,8 @@ async fn a_merge_adds_up_exactly_and_profiles_of_another_kind_are_left_out() {
 #[tokio::test]
 async fn a_query_beyond_the_limits_is_refused_with_the_cure() {
     let dir = tempfile::tempdir().unwrap();
-    let running = Collector::start(Config { query_max_profiles: 3, ..config(dir.path()) }).await.unwrap();
+    let running =
+        Collector::start(config_with(dir.path(), |config| config.query.max_profiles = 3)).await.unwrap();
     let t0 = now_ms() - 30 * MINUTE;
     fill(&running, t0).await;
     let whole = MergeRequest { selection: range("", t0, now_ms()), ..Default::default() };

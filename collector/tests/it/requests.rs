@@ -1,6 +1,6 @@
 //! What nodes are asked, and what is kept of what they said.
 
-use gannet_collector::{Collector, Config, RulesStore};
+use gannet_collector::{Collector, RulesLocation};
 use gannet_proto::control::{
     CaptureChunk, CaptureDone, CaptureProgress, CaptureRequest, CaptureStarted, ExplainRequest,
     ExplainResponse, ListAuditRequest, ListScopesRequest, Match, NodeHello, NodePreview, NodeStatus,
@@ -11,7 +11,7 @@ use tonic::Code;
 
 use crate::{
     fleet::{Agent, becomes},
-    support::{channel, config, eventually, start},
+    support::{channel, config_with, eventually, start},
     triggers::{one, triggers},
 };
 
@@ -230,8 +230,8 @@ async fn who_changed_what_and_what_nodes_made_of_it_is_kept_over_a_restart() {
 #[tokio::test]
 async fn two_collectors_on_one_rule_store_agree() {
     let dir = tempfile::tempdir().unwrap();
-    let store = RulesStore::File(Some(dir.path().join("shared")));
-    let on = |name: &str| Config { rules_store: store.clone(), ..config(&dir.path().join(name)) };
+    let shared = RulesLocation::File(Some(dir.path().join("shared")));
+    let on = |name: &str| config_with(&dir.path().join(name), |config| config.rules = shared.clone());
     let left = Collector::start(on("left")).await.unwrap();
     let right = Collector::start(on("right")).await.unwrap();
     let (mut to_left, mut to_right) = (triggers(&left).await, triggers(&right).await);

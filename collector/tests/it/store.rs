@@ -1,11 +1,11 @@
 use std::{fs, time::Duration};
 
-use gannet_collector::{Collector, Config, StartError, StoreError};
+use gannet_collector::{Collector, StartError, StoreError};
 use gannet_proto::query::{LabelNamesRequest, ListProfilesRequest, MergeRequest, Selection};
 
 use crate::{
     kill::walk,
-    support::{Pusher, at, batch, config, eventually, metric, now_ms, queries, start},
+    support::{Pusher, at, batch, config, config_with, eventually, metric, now_ms, queries, start},
 };
 
 pub async fn list(running: &gannet_collector::Running) -> Vec<gannet_proto::query::ProfileInfo> {
@@ -142,8 +142,10 @@ async fn go_tool_pprof_opens_an_object_as_it_lies_on_disk() {
 async fn profiles_beyond_the_age_are_removed_with_their_objects_and_series() {
     let dir = tempfile::tempdir().unwrap();
     let age = Duration::from_secs(3600);
-    let config =
-        Config { retention_age: age, retention_interval: Duration::from_millis(50), ..config(dir.path()) };
+    let config = config_with(dir.path(), |config| {
+        config.store.retention_age = age;
+        config.store.retention_interval = Duration::from_millis(50);
+    });
     let running = Collector::start(config).await.unwrap();
     let mut pusher = Pusher::open(running.grpc_addr).await;
     let soon_old = now_ms() - age.as_millis() as u64 + 1500;
@@ -170,7 +172,10 @@ async fn profiles_beyond_the_age_are_removed_with_their_objects_and_series() {
 async fn the_oldest_go_while_all_together_are_too_large() {
     let dir = tempfile::tempdir().unwrap();
     let limit = 20_000;
-    let config = Config { retention_bytes: limit, max_batch_bytes: 10_000, ..config(dir.path()) };
+    let config = config_with(dir.path(), |config| {
+        config.store.retention_bytes = limit;
+        config.ingest.max_batch_bytes = 10_000;
+    });
     let running = Collector::start(config).await.unwrap();
     let mut pusher = Pusher::open(running.grpc_addr).await;
     for i in 0..200_u64 {

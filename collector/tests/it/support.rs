@@ -25,7 +25,15 @@ use ulid::Ulid;
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 pub fn config(data: &Path) -> Config {
-    Config { min_free_bytes: 0, ..Config::new(data) }
+    config_with(data, |_| {})
+}
+
+/// The configuration of the tests, changed by `change`.
+pub fn config_with(data: &Path, change: impl FnOnce(&mut Config)) -> Config {
+    let mut config = Config::new(data);
+    config.store.min_free_bytes = 0;
+    change(&mut config);
+    config
 }
 
 pub async fn start(data: &Path) -> Running {

@@ -1,7 +1,7 @@
 use std::{path::Path, sync::Arc};
 
 use axum::{Json, Router, routing::post};
-use gannet_collector::{Collector, Config, NodeIdentity, TlsFiles};
+use gannet_collector::{Collector, NodeIdentity, TlsOptions};
 use gannet_proto::{
     control::{
         AgentMessage, ListScopesRequest, NodeHello, SetTriggersRequest, agent_message,
@@ -29,7 +29,7 @@ use tonic::{
 };
 
 use crate::{
-    support::{Pusher, batch, channel, config, eventually, get_over, now_ms},
+    support::{Pusher, batch, channel, config_with, eventually, get_over, now_ms},
     triggers::one,
 };
 
@@ -73,16 +73,15 @@ impl Authority {
     }
 }
 
-fn files(dir: &Path, server: &Pair, client_ca: Option<&Authority>) -> TlsFiles {
+fn files(dir: &Path, server: &Pair, client_ca: Option<&Authority>) -> TlsOptions {
     let write = |name: &str, text: &str| {
         let path = dir.join(name);
         std::fs::write(&path, text).unwrap();
         path
     };
-    TlsFiles {
-        cert: write("cert.pem", &server.cert),
-        key: write("key.pem", &server.key),
+    TlsOptions {
         client_ca: client_ca.map(|ca| write("ca.pem", &ca.pem())),
+        ..TlsOptions::new(write("cert.pem", &server.cert), write("key.pem", &server.key))
     }
 }
 
@@ -132,12 +131,11 @@ async fn with_a_certificate_both_listeners_speak_tls_and_nothing_else() {
     let ca = Authority::new();
     let tls = files(dir.path(), &ca.sign("localhost"), None);
     // With TLS any address may be served.
-    let config = Config {
-        tls: Some(tls),
-        listen: ([0, 0, 0, 0], 0).into(),
-        http: ([0, 0, 0, 0], 0).into(),
-        ..config(&dir.path().join("data"))
-    };
+    let config = config_with(&dir.path().join("data"), |config| {
+        config.tls = Some(tls);
+        config.server.grpc_listen = ([0, 0, 0, 0], 0).into();
+        config.server.http_listen = ([0, 0, 0, 0], 0).into();
+    });
     let running = Collector::start(config).await.unwrap();
     let local = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
     let (grpc, http) = (local(running.grpc_addr.port()), local(running.http_addr.port()));
@@ -158,11 +156,10 @@ async fn with_a_client_authority_only_its_clients_are_let_in_and_probes_still_an
     let dir = tempfile::tempdir().unwrap();
     let (ca, clients, strangers) = (Authority::new(), Authority::new(), Authority::new());
     let tls = files(dir.path(), &ca.sign("localhost"), Some(&clients));
-    let running = Collector::start(Config {
-        tls: Some(tls),
-        http_local: Some(([127, 0, 0, 1], 0).into()),
-        ..config(&dir.path().join("data"))
-    })
+    let running = Collector::start(config_with(&dir.path().join("data"), |config| {
+        config.tls = Some(tls);
+        config.server.debug_listen = Some(([127, 0, 0, 1], 0).into());
+    }))
     .await
     .unwrap();
     let (grpc, http) = (running.grpc_addr, running.http_addr);
@@ -199,7 +196,7 @@ async fn with_a_client_authority_only_its_clients_are_let_in_and_probes_still_an
     assert!(https(http, &ca, Some(&stranger), "/livez").await.is_err());
 
     // Who is on this machine needs none; a page elsewhere that reaches it by a name of its own gets nothing.
-    let local = running.http_local_addr.unwrap();
+    let local = running.debug_addr.unwrap();
     let answer = get_over(TcpStream::connect(local).await.unwrap(), "/api/v1/rules").await.unwrap();
     assert_eq!(answer.status, 200, "{}", answer.text());
     let mut stream = TcpStream::connect(local).await.unwrap();
@@ -220,14 +217,14 @@ async fn certificates_that_cannot_work_are_named_at_start() {
     std::fs::write(&key, other.sign("localhost").key).unwrap();
     let missing = dir.path().join("missing.pem");
     let cases = [
-        (TlsFiles { cert: missing.clone(), ..good.clone() }, "--tls-cert"),
-        (TlsFiles { cert: good.key.clone(), ..good.clone() }, "no certificate"),
-        (TlsFiles { key: good.cert.clone(), ..good.clone() }, "no private key"),
-        (TlsFiles { key, ..good.clone() }, "does not go with"),
-        (TlsFiles { client_ca: Some(missing), ..good.clone() }, "--tls-client-ca"),
+        (TlsOptions { cert: missing.clone(), ..good.clone() }, "--tls-cert"),
+        (TlsOptions { cert: good.key.clone(), ..good.clone() }, "no certificate"),
+        (TlsOptions { key: good.cert.clone(), ..good.clone() }, "no private key"),
+        (TlsOptions { key, ..good.clone() }, "does not go with"),
+        (TlsOptions { client_ca: Some(missing), ..good.clone() }, "--tls-client-ca"),
     ];
     for (tls, says) in cases {
-        let config = Config { tls: Some(tls), ..config(&dir.path().join("data")) };
+        let config = config_with(&dir.path().join("data"), |config| config.tls = Some(tls));
         let error = Collector::start(config).await.err().expect(says).to_string();
         assert!(error.contains(says), "{error}");
     }
@@ -252,12 +249,11 @@ async fn roles_and_node_names_are_held_against_the_certificate() {
     let ca = Authority::new();
     let tls = files(dir.path(), &ca.sign("localhost"), Some(&ca));
     let roles = ["editor=anna", "viewer=group:developers", "agent=group:agents"];
-    let config = Config {
-        tls: Some(tls),
-        roles: roles.map(|role| role.parse().unwrap()).to_vec(),
-        node_identity: NodeIdentity::Certificate,
-        ..config(&dir.path().join("data"))
-    };
+    let config = config_with(&dir.path().join("data"), |config| {
+        config.tls = Some(tls);
+        config.auth.roles = roles.map(|role| role.parse().unwrap()).to_vec();
+        config.auth.node_identity = NodeIdentity::Certificate;
+    });
     let running = Collector::start(config).await.unwrap();
     let as_who = async |pair: &Pair| dial(running.grpc_addr, &ca, Some(pair)).await.unwrap();
     let anna = as_who(&ca.issue("anna", "people", "")).await;
@@ -304,11 +300,10 @@ async fn roles_and_node_names_are_held_against_the_certificate() {
 async fn a_profile_of_another_node_is_refused_where_nodes_are_verified() {
     let dir = tempfile::tempdir().unwrap();
     let ca = Authority::new();
-    let config = Config {
-        tls: Some(files(dir.path(), &ca.sign("localhost"), Some(&ca))),
-        node_identity: NodeIdentity::Certificate,
-        ..config(&dir.path().join("data"))
-    };
+    let config = config_with(&dir.path().join("data"), |config| {
+        config.tls = Some(files(dir.path(), &ca.sign("localhost"), Some(&ca)));
+        config.auth.node_identity = NodeIdentity::Certificate;
+    });
     let running = Collector::start(config).await.unwrap();
     let agent = dial(running.grpc_addr, &ca, Some(&ca.issue("n1", "agents", ""))).await.unwrap();
     let mut pusher = Pusher::over(agent).await.unwrap();
@@ -330,11 +325,10 @@ async fn changed_certificates_are_taken_into_use_without_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let (old, new) = (Authority::new(), Authority::new());
     let tls = files(dir.path(), &old.sign("localhost"), Some(&old));
-    let config = Config {
-        tls: Some(tls.clone()),
-        tls_reload_interval: std::time::Duration::from_millis(50),
-        ..config(&dir.path().join("data"))
-    };
+    let reload_interval = std::time::Duration::from_millis(50);
+    let config = config_with(&dir.path().join("data"), |config| {
+        config.tls = Some(TlsOptions { reload_interval, ..tls.clone() });
+    });
     let running = Collector::start(config).await.unwrap();
     let lists = async |ca: &Authority| match dial(running.grpc_addr, ca, Some(&ca.sign("anna"))).await {
         Err(_) => false,
@@ -401,13 +395,13 @@ async fn api_server(dir: &Path) -> std::path::PathBuf {
 async fn tokens_are_reviewed_for_their_audience_their_role_and_their_node() {
     let dir = tempfile::tempdir().unwrap();
     let roles = ["editor=system:serviceaccount:gannet:editor", "agent=system:serviceaccount:gannet:agent"];
-    let config = Config {
-        token_audience: Some("gannet".into()),
-        kubeconfig: Some(api_server(dir.path()).await),
-        roles: roles.map(|role| role.parse().unwrap()).to_vec(),
-        node_identity: NodeIdentity::Token,
-        ..config(&dir.path().join("data"))
-    };
+    let kubeconfig = api_server(dir.path()).await;
+    let config = config_with(&dir.path().join("data"), |config| {
+        config.kubeconfig = Some(kubeconfig);
+        config.auth.token_audience = Some("gannet".into());
+        config.auth.roles = roles.map(|role| role.parse().unwrap()).to_vec();
+        config.auth.node_identity = NodeIdentity::Token;
+    });
     let running = Collector::start(config).await.unwrap();
     let set = async |token: Option<&str>| {
         let mut request = tonic::Request::new(one("a"));

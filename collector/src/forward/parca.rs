@@ -1,0 +1,61 @@
+//! The client of Parca, which speaks gRPC.
+
+use bytes::Bytes;
+use gannet_proto::{
+    connect::{self, Connection, Dial},
+    foreign::parca::{self, profile_store_service_client::ProfileStoreServiceClient},
+};
+use tonic::Code;
+
+use super::{Delivery, ForwardError, ForwardOptions, ForwardTarget};
+
+pub(super) struct ParcaClient(ProfileStoreServiceClient<Connection>);
+
+impl ParcaClient {
+    /// Builds the client, which connects with the first call.
+    pub(super) fn new(target: &ForwardTarget, options: &ForwardOptions) -> Result<Self, ForwardError> {
+        let dial = Dial {
+            url: target.url.clone(),
+            // The URL of the target asks for plaintext by its scheme.
+            insecure: true,
+            ca: options.ca.clone().filter(|_| target.url.starts_with("https")),
+            token_file: options.token_file.clone(),
+            ..Dial::default()
+        };
+        let connection = connect::connect(&dial)
+            .map_err(|source| ForwardError::Dial { target: target.to_string(), source })?;
+        Ok(Self(ProfileStoreServiceClient::new(connection)))
+    }
+
+    pub(super) async fn send(&self, series: &[(String, String)], pprof: &Bytes) -> Delivery {
+        let labels = series
+            .iter()
+            .map(|(name, value)| parca::Label { name: name.clone(), value: value.clone() })
+            .collect();
+        let request = parca::WriteRawRequest {
+            tenant: String::new(),
+            series: vec![parca::RawProfileSeries {
+                labels: Some(parca::LabelSet { labels }),
+                samples: vec![parca::RawSample { raw_profile: pprof.to_vec() }],
+            }],
+            // The addresses are those of the running process.
+            normalized: false,
+        };
+        match self.0.clone().write_raw(request).await {
+            Ok(_) => Delivery::Accepted,
+            Err(status) => {
+                let reason = status.to_string();
+                match status.code() {
+                    Code::InvalidArgument
+                    | Code::NotFound
+                    | Code::PermissionDenied
+                    | Code::FailedPrecondition
+                    | Code::OutOfRange
+                    | Code::Unimplemented
+                    | Code::AlreadyExists => Delivery::Refused(reason),
+                    _ => Delivery::Retry(reason),
+                }
+            }
+        }
+    }
+}

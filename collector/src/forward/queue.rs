@@ -1,0 +1,239 @@
+//! The sender of one target: takes profiles from its queue, splits them, and repeats failed attempts.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use gannet_proto::{labels, pprof};
+use prost::Message as _;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use super::{Delivery, ForwardItem, QueuedItem, TargetClient};
+use crate::{limits::MAX_INFLATION, metrics::Metrics, time};
+
+/// Pyroscope's default limits on one profile: decompressed bytes, samples, labels.
+const MAX_PART_BYTES: usize = 4 << 20;
+const MAX_PART_SAMPLES: usize = 16_000;
+const MAX_LABELS: usize = 30;
+/// Age of the oldest window that Pyroscope ingests.
+const MAX_AGE_MS: u64 = 3600 * 1000;
+/// Concurrent transmissions to one target.
+const CONCURRENT_SENDS: usize = 8;
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(500);
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(30);
+
+/// Sends the queued profiles of one target.
+pub(super) struct Sender {
+    name: &'static str,
+    client: TargetClient,
+    metrics: Metrics,
+    waiting: Arc<AtomicU64>,
+}
+
+impl Sender {
+    pub(super) fn new(
+        name: &'static str,
+        client: TargetClient,
+        metrics: Metrics,
+        waiting: Arc<AtomicU64>,
+    ) -> Arc<Self> {
+        Arc::new(Self { name, client, metrics, waiting })
+    }
+
+    /// Sends profiles until `stop`, and then the waiting ones for up to `timeout`.
+    pub(super) async fn run(
+        self: Arc<Self>,
+        mut items: mpsc::Receiver<QueuedItem>,
+        stop: CancellationToken,
+        timeout: Duration,
+    ) {
+        let closing = stop.clone();
+        let (feed, fed) = mpsc::channel(1);
+        let feeding = tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    item = items.recv() => match item {
+                        Some(item) => if feed.send(item).await.is_err() { break },
+                        None => break,
+                    },
+                    () = closing.cancelled() => {
+                        // Accepts nothing new, and drains the rest.
+                        items.close();
+                        while let Some(item) = items.recv().await {
+                            if feed.send(item).await.is_err() { break }
+                        }
+                        break;
+                    }
+                }
+            }
+        });
+        let this = Arc::clone(&self);
+        let send = ReceiverStream::new(fed).for_each_concurrent(CONCURRENT_SENDS, move |queued| {
+            let this = Arc::clone(&this);
+            async move {
+                let QueuedItem { item, _bytes } = queued;
+                this.forward(item).await;
+                this.waiting.fetch_sub(1, Relaxed);
+            }
+        });
+        let over = async {
+            stop.cancelled().await;
+            tokio::time::sleep(timeout).await;
+        };
+        tokio::select! {
+            () = send => {}
+            () = over => {}
+        }
+        feeding.abort();
+        let left = self.waiting.load(Relaxed);
+        if left > 0 {
+            self.metrics.forward_lost(self.name, "shutdown", left);
+            tracing::warn!(
+                target = self.name,
+                profiles = left,
+                "the collector ended before it forwarded all profiles; they are in the store"
+            );
+        }
+    }
+
+    /// Sends one profile in as many parts as it needs. Counts it as forwarded or lost.
+    async fn forward(&self, item: ForwardItem) {
+        let ForwardItem { id, labels, pprof, start_ms } = item;
+        let max_inflated = pprof.len().saturating_mul(MAX_INFLATION).max(1 << 20);
+        let split = tokio::task::spawn_blocking(move || {
+            let profile = pprof::decode(&pprof, max_inflated)?;
+            let name = profile_name(&profile);
+            let parts: Vec<Bytes> = pprof::split(profile, MAX_PART_SAMPLES, MAX_PART_BYTES)
+                .iter()
+                .map(|part| (part.encoded_len(), pprof::encode(part)))
+                // A single stack can be larger than the limit. It cannot be sent.
+                .filter(|(inflated, _)| *inflated <= MAX_PART_BYTES)
+                .map(|(_, bytes)| bytes.into())
+                .collect();
+            Ok::<_, pprof::PprofError>((name, parts))
+        });
+        let (name, parts) = match split.await {
+            Ok(Ok(split)) => split,
+            Ok(Err(error)) => {
+                tracing::warn!(profile = id, target = self.name, "cannot forward a profile: {error}");
+                return self.metrics.forward_lost(self.name, "unreadable", 1);
+            }
+            Err(_) => return self.metrics.forward_lost(self.name, "shutdown", 1),
+        };
+        if parts.is_empty() {
+            return self.metrics.forward_lost(self.name, "too_large", 1);
+        }
+        let series = series(name, labels);
+        for (number, part) in parts.iter().enumerate() {
+            let id = part_id(&id, number);
+            if let Err(reason) = self.deliver(&series, &id, part, start_ms).await {
+                return self.metrics.forward_lost(self.name, reason, 1);
+            }
+        }
+        self.metrics.forwarded(self.name, parts.len() as u64);
+    }
+
+    /// Sends one part until the target accepts it. Returns the reason for which it gives up.
+    async fn deliver(
+        &self,
+        series: &[(String, String)],
+        id: &str,
+        pprof: &Bytes,
+        start_ms: u64,
+    ) -> Result<(), &'static str> {
+        let mut delay = MIN_RETRY_DELAY;
+        let mut is_logged = false;
+        loop {
+            if time::now_ms().saturating_sub(start_ms) > MAX_AGE_MS {
+                return Err("too_old");
+            }
+            let sent = tokio::time::timeout(SEND_TIMEOUT, self.client.send(series, id, pprof)).await;
+            let sent = sent.unwrap_or_else(|_| {
+                Delivery::Retry(format!("no answer within {} s", SEND_TIMEOUT.as_secs()))
+            });
+            match sent {
+                Delivery::Accepted => return Ok(()),
+                Delivery::Refused(why) => {
+                    tracing::warn!(profile = id, target = self.name, "the target refused a profile: {why}");
+                    return Err("refused");
+                }
+                Delivery::Retry(why) => {
+                    self.metrics.forward_retries(self.name);
+                    if !std::mem::replace(&mut is_logged, true) {
+                        tracing::warn!(
+                            target = self.name,
+                            "cannot forward a profile yet, trying again: {why}"
+                        );
+                    }
+                    // Half to all of the delay, so that the waiting profiles do not return all at once.
+                    tokio::time::sleep(delay.mul_f64(jitter(id))).await;
+                    delay = (delay * 2).min(MAX_RETRY_DELAY);
+                }
+            }
+        }
+    }
+}
+
+/// Returns 0.5 to 1 from the time and the id. Profiles that wait together have different ids.
+fn jitter(id: &str) -> f64 {
+    let hash = id.bytes().fold(time::now_ms(), |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
+    0.5 + (hash % 1000) as f64 / 2000.0
+}
+
+/// Returns the id of a part. The first part has the profile's own id, so that the target recognizes a profile that is
+/// sent again after a restart.
+fn part_id(id: &str, number: usize) -> String {
+    if number == 0 { id.to_owned() } else { format!("{id}-{number}") }
+}
+
+/// Returns the target's name for profiles with these sample types.
+fn profile_name(profile: &pprof::Profile) -> &'static str {
+    let names = profile.sample_type.iter().filter_map(|kind| {
+        usize::try_from(kind.r#type).ok().and_then(|at| profile.string_table.get(at)).map(String::as_str)
+    });
+    if names.into_iter().any(|name| name == "offcpu") { "off_cpu" } else { "process_cpu" }
+}
+
+/// Returns the labels in the form of the targets: sorted, with the profile's name, at most [`MAX_LABELS`]. Labels of the
+/// rule are the first to go.
+fn series(name: &str, mut labels: BTreeMap<String, String>) -> Vec<(String, String)> {
+    labels.insert("__name__".to_owned(), name.to_owned());
+    while labels.len() > MAX_LABELS {
+        let of_rule = labels
+            .keys()
+            .rev()
+            .find(|name| !labels::RESERVED.contains(&name.as_str()) && *name != "__name__");
+        let Some(last) = of_rule.or_else(|| labels.keys().next_back()).cloned() else { break };
+        labels.remove(&last);
+    }
+    labels.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reserved_labels_stay_when_a_series_has_too_many() {
+        let mut many: BTreeMap<String, String> =
+            (0..MAX_LABELS).map(|i| (format!("own_{i:02}"), "x".to_owned())).collect();
+        many.insert(labels::SERVICE_NAME.to_owned(), "shop".to_owned());
+        many.insert(labels::NODE.to_owned(), "n1".to_owned());
+        let series = series("process_cpu", many);
+        assert_eq!(series.len(), MAX_LABELS);
+        for name in ["__name__", labels::SERVICE_NAME, labels::NODE, "own_00"] {
+            assert!(series.iter().any(|(have, _)| have == name), "{name}");
+        }
+        assert!(series.is_sorted());
+    }
+}

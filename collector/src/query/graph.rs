@@ -1,0 +1,115 @@
+//! Flame graphs and tables of functions, of one selection or of two compared ones.
+
+use std::sync::Arc;
+
+use gannet_proto::{
+    pprof::{self, FlameTree, Side},
+    query as api,
+};
+
+use super::{Query, QueryError, merge::Merged, select::Selection, unit_of};
+
+/// Nodes of a flame graph without `max_nodes`, and the highest `max_nodes`.
+const DEFAULT_FLAME_NODES: u32 = 20_000;
+const MAX_FLAME_NODES: u32 = 200_000;
+/// Rows of a table without `limit`, and the highest `limit`.
+const DEFAULT_TOP_ROWS: u32 = 100;
+const MAX_TOP_ROWS: u32 = 10_000;
+
+/// The two sides of a comparison. A side is `None` if it has no profile.
+struct Comparison {
+    main: Option<Arc<Merged>>,
+    base: Option<Arc<Merged>>,
+    sample_type: String,
+}
+
+impl Comparison {
+    fn tree(&self) -> Result<FlameTree, QueryError> {
+        let mut tree = FlameTree::new();
+        for (merged, side) in [(&self.main, Side::Main), (&self.base, Side::Base)] {
+            if let Some(merged) = merged
+                && let Some(index) = pprof::sample_type_index(&merged.profile, &self.sample_type)
+            {
+                tree.add(&merged.profile, index, side).map_err(|e| QueryError::Invalid(e.to_string()))?;
+            }
+        }
+        Ok(tree)
+    }
+}
+
+impl Query {
+    /// Merges both sides. The main side decides the sample type.
+    async fn compare(
+        self: &Arc<Self>,
+        selection: &Selection,
+        base: Option<&Selection>,
+        sample_type: &str,
+    ) -> Result<Comparison, QueryError> {
+        let progress = Arc::default();
+        let main = self.merged(selection, sample_type, &progress).await?;
+        let wanted = main.as_ref().map_or_else(|| sample_type.to_owned(), |(_, chosen)| chosen.clone());
+        let base = match base {
+            Some(base) => self.merged(base, &wanted, &progress).await?,
+            None => None,
+        };
+        let chosen = main.as_ref().or(base.as_ref()).map_or(wanted, |(_, chosen)| chosen.clone());
+        Ok(Comparison { main: main.map(|(m, _)| m), base: base.map(|(m, _)| m), sample_type: chosen })
+    }
+
+    /// Returns a flame graph of the selection, compared with `base` if given. `max_nodes` 0 means the default.
+    pub(crate) async fn flamegraph(
+        self: &Arc<Self>,
+        selection: &Selection,
+        base: Option<&Selection>,
+        sample_type: &str,
+        max_nodes: u32,
+    ) -> Result<api::FlameGraphResponse, QueryError> {
+        let _timer = self.metrics.query_timer("flamegraph");
+        if max_nodes > MAX_FLAME_NODES {
+            return Err(QueryError::Invalid(format!("max_nodes {max_nodes} is above {MAX_FLAME_NODES}")));
+        }
+        let max_nodes = if max_nodes == 0 { DEFAULT_FLAME_NODES } else { max_nodes } as usize;
+        let compared = self.compare(selection, base, sample_type).await?;
+        self.blocking(move |_| {
+            let root = compared.tree()?.prune(max_nodes);
+            Ok(api::FlameGraphResponse {
+                unit: unit_of(&compared.sample_type),
+                total: root.total,
+                base_total: root.base_total,
+                profiles: compared.main.as_ref().map_or(0, |m| m.profiles),
+                base_profiles: compared.base.as_ref().map_or(0, |m| m.profiles),
+                root: Some(root),
+                sample_type: compared.sample_type,
+                nodes: Vec::new(),
+            })
+        })
+        .await
+    }
+
+    /// Returns a table of the selection's functions, compared with `base` if given. `limit` 0 means the default.
+    pub(crate) async fn top(
+        self: &Arc<Self>,
+        selection: &Selection,
+        base: Option<&Selection>,
+        sample_type: &str,
+        limit: u32,
+    ) -> Result<api::TopResponse, QueryError> {
+        let _timer = self.metrics.query_timer("top");
+        if limit > MAX_TOP_ROWS {
+            return Err(QueryError::Invalid(format!("limit {limit} is above {MAX_TOP_ROWS}")));
+        }
+        let limit = if limit == 0 { DEFAULT_TOP_ROWS } else { limit } as usize;
+        let compared = self.compare(selection, base, sample_type).await?;
+        self.blocking(move |_| {
+            let tree = compared.tree()?;
+            Ok(api::TopResponse {
+                unit: unit_of(&compared.sample_type),
+                total: tree.total(Side::Main),
+                base_total: tree.total(Side::Base),
+                rows: tree.top(limit),
+                sample_type: compared.sample_type,
+            })
+        })
+        .await
+    }
+}

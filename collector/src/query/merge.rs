@@ -1,0 +1,224 @@
+//! Merges of many profiles into one, on several threads, with a cache of the results.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use gannet_proto::{
+    pprof::{self, Merger},
+    profiles::Profile,
+};
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
+use tokio::{runtime::Handle, sync::Semaphore};
+use tokio_util::sync::CancellationToken;
+
+use super::{Query, QueryError, select::Selection};
+use crate::store::{ObjectKey, StoreError};
+
+/// Concurrent merges. Each uses up to [`MERGE_THREADS`] threads.
+const CONCURRENT_MERGES: usize = 2;
+const MERGE_THREADS: usize = 4;
+/// Time that a merge waits for another merge to end.
+const MERGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Distinct stacks of one merged profile. It bounds the memory of a merge.
+const MAX_MERGED_SAMPLES: usize = 1_000_000;
+/// Profiles between two checks of the size of a merge.
+const SIZE_CHECK_INTERVAL: u64 = 512;
+/// Merged profiles in the cache, at most.
+const CACHED_MERGES: usize = 1024;
+
+/// A merged profile.
+pub(super) struct Merged {
+    pub(super) profile: Profile,
+    /// Number of its sources.
+    pub(super) profiles: u64,
+    /// Estimated memory, in bytes.
+    weight: u64,
+}
+
+#[derive(Clone)]
+struct ByWeight;
+
+impl quick_cache::Weighter<[u8; 32], Arc<Merged>> for ByWeight {
+    fn weight(&self, _key: &[u8; 32], merged: &Arc<Merged>) -> u64 {
+        merged.weight
+    }
+}
+
+/// Results of earlier merges, and the permits of running ones.
+pub(super) struct Merges {
+    permits: Semaphore,
+    /// By the hash of all source ids.
+    cache: quick_cache::sync::Cache<[u8; 32], Arc<Merged>, ByWeight>,
+}
+
+impl Merges {
+    pub(super) fn new(cache_bytes: u64) -> Self {
+        Self {
+            permits: Semaphore::new(CONCURRENT_MERGES),
+            cache: quick_cache::sync::Cache::with_weighter(CACHED_MERGES, cache_bytes, ByWeight),
+        }
+    }
+}
+
+/// Progress of a merge.
+#[derive(Default)]
+pub(crate) struct MergeProgress {
+    /// Profiles read so far.
+    pub(crate) done: AtomicU64,
+    /// Profiles to read.
+    pub(crate) total: AtomicU64,
+}
+
+impl Query {
+    /// Merges a selection. Returns the result and its sample type, or `None` for an empty selection. Dropping the future
+    /// ends the work.
+    pub(super) async fn merged(
+        self: &Arc<Self>,
+        selection: &Selection,
+        sample_type: &str,
+        progress: &Arc<MergeProgress>,
+    ) -> Result<Option<(Arc<Merged>, String)>, QueryError> {
+        let (wanted, of) = (sample_type.to_owned(), selection.clone());
+        let Some(sources) = self.blocking(move |q| q.mergeable(&of, &wanted)).await? else {
+            return Ok(None);
+        };
+        progress.total.store(sources.keys.len() as u64, Ordering::Relaxed);
+        let mut hash = Sha256::new();
+        for key in &sources.keys {
+            hash.update(key.id.0.to_be_bytes());
+        }
+        let hash: [u8; 32] = hash.finalize().into();
+        let sample_type = sources.sample_type().to_owned();
+        if let Some(merged) = self.merges.cache.get(&hash) {
+            progress.done.store(sources.keys.len() as u64, Ordering::Relaxed);
+            return Ok(Some((merged, sample_type)));
+        }
+        let permit = tokio::time::timeout(MERGE_TIMEOUT, self.merges.permits.acquire()).await;
+        let _permit = permit.ok().and_then(Result::ok).ok_or_else(|| {
+            QueryError::Busy(format!("{CONCURRENT_MERGES} other merges are running: try again later"))
+        })?;
+        let cancelled = CancellationToken::new();
+        let _guard = cancelled.clone().drop_guard();
+        let (runtime, progress) = (Handle::current(), Arc::clone(progress));
+        let merged =
+            self.blocking(move |q| q.merge_profiles(&runtime, &sources.keys, &cancelled, &progress)).await?;
+        Ok(merged.map(|merged| {
+            let merged = Arc::new(merged);
+            self.merges.cache.insert(hash, Arc::clone(&merged));
+            (merged, sample_type)
+        }))
+    }
+
+    /// Reads and merges profiles on several threads. Each thread holds one profile and its part of the result at a time.
+    fn merge_profiles(
+        &self,
+        runtime: &Handle,
+        keys: &[ObjectKey],
+        cancelled: &CancellationToken,
+        progress: &MergeProgress,
+    ) -> Result<Option<Merged>, QueryError> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MERGE_THREADS);
+        let part = keys.len().div_ceil(threads).max(1);
+        let parts: Vec<_> = std::thread::scope(|scope| {
+            let handles: Vec<_> = keys
+                .chunks(part)
+                .map(|keys| scope.spawn(move || self.merge_part(runtime, keys, cancelled, progress)))
+                .collect();
+            handles.into_iter().map(|h| h.join().unwrap_or(Err(StoreError::Ended.into()))).collect()
+        });
+        let (mut merger, mut profiles) = (Merger::new(), 0);
+        for part in parts {
+            let (profile, n) = part?;
+            profiles += n;
+            if let Some(profile) = profile {
+                merger.add(&profile).map_err(|e| QueryError::Invalid(e.to_string()))?;
+            }
+        }
+        self.metrics.merged_profiles.inc_by(profiles);
+        Ok(merger.finish().map(|profile| {
+            let weight = profile.encoded_len() as u64 * 3;
+            Merged { profile, profiles, weight }
+        }))
+    }
+
+    /// Merges the profiles of one thread. Returns the result and the number of its sources.
+    fn merge_part(
+        &self,
+        runtime: &Handle,
+        keys: &[ObjectKey],
+        cancelled: &CancellationToken,
+        progress: &MergeProgress,
+    ) -> Result<(Option<Profile>, u64), QueryError> {
+        let (mut merger, mut profiles) = (Merger::new(), 0);
+        for key in keys {
+            if cancelled.is_cancelled() {
+                return Err(StoreError::Ended.into());
+            }
+            let added = self.merge_one(runtime, *key, &mut merger)?;
+            profiles += u64::from(added);
+            let done = progress.done.fetch_add(1, Ordering::Relaxed) + 1;
+            if done.is_multiple_of(SIZE_CHECK_INTERVAL) {
+                let so_far = merger.finish();
+                check_size(so_far.as_ref())?;
+                merger = Merger::new();
+                if let Some(so_far) = so_far {
+                    merger.add(&so_far).map_err(|e| QueryError::Invalid(e.to_string()))?;
+                }
+            }
+        }
+        let merged = merger.finish();
+        check_size(merged.as_ref())?;
+        Ok((merged, profiles))
+    }
+
+    /// Adds one profile, and reports whether it did. A removed profile is skipped; a damaged one is logged and counted.
+    fn merge_one(&self, runtime: &Handle, key: ObjectKey, merger: &mut Merger) -> Result<bool, QueryError> {
+        let bytes = match runtime.block_on(self.store.profile(key)) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok(false),
+            Err(error @ StoreError::Damaged(_)) => {
+                tracing::warn!(%error, "left a damaged object out of a merge");
+                return Ok(false);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let added = pprof::decode(&bytes, self.max_inflated).and_then(|profile| merger.add(&profile));
+        if let Err(error) = added {
+            self.metrics.objects_corrupt.inc();
+            tracing::warn!(profile = %key.id, %error, "left a damaged profile out of a merge");
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    /// Merges all profiles of the selection and returns the result in gzipped pprof.
+    pub(crate) async fn merge(
+        self: &Arc<Self>,
+        selection: &Selection,
+        sample_type: &str,
+        progress: &Arc<MergeProgress>,
+    ) -> Result<Bytes, QueryError> {
+        let _timer = self.metrics.query_timer("merge");
+        let (merged, _) = self
+            .merged(selection, sample_type, progress)
+            .await?
+            .ok_or_else(|| QueryError::NotFound(format!("no profile matches {}", selection.describe())))?;
+        self.blocking(move |_| Ok(pprof::encode(&merged.profile).into())).await
+    }
+}
+
+fn check_size(merged: Option<&Profile>) -> Result<(), QueryError> {
+    match merged {
+        Some(merged) if merged.sample.len() > MAX_MERGED_SAMPLES => Err(QueryError::TooLarge(format!(
+            "the merged profile has more than {MAX_MERGED_SAMPLES} distinct stacks: choose a shorter range or fewer series"
+        ))),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,147 @@
+//! Makes index and objects agree: completely at the start, and hour by hour while other collectors use the same bucket.
+
+use std::collections::{BTreeSet, HashMap};
+
+use gannet_proto::labels::Labels;
+use ulid::Ulid;
+
+use super::{
+    Store, StoreError,
+    index::{IndexChange, IndexedObject, ProfileRow, StoredProfile},
+    object::{HOUR_MS, ObjectKey},
+    writer::describe,
+};
+
+/// Rows of one repairing commit.
+const REPAIR_CHUNK: usize = 4096;
+/// Hours before the newest two that each reading of a shared bucket compares, in turn.
+const OLD_HOURS: usize = 4;
+
+/// Repairs of one comparison.
+#[derive(Default)]
+struct Repairs {
+    /// Objects that had no row.
+    added: u64,
+    /// Rows that had no object.
+    removed: u64,
+    /// Unreadable objects.
+    damaged: u64,
+}
+
+/// All of these are blocking, and only the writer calls them once the store serves readers.
+impl Store {
+    /// Compares all hours: repairs what a crash left, and reads what other collectors did in a bucket since.
+    pub(super) fn settle(&self, is_new: bool) -> Result<(), StoreError> {
+        let began = std::time::Instant::now();
+        let mut repairs = Repairs::default();
+        for hour in self.hours()? {
+            self.settle_hour(hour, &mut repairs)?;
+        }
+        let unused = self.state.read().unused_series();
+        if !unused.is_empty() {
+            self.index.commit(&IndexChange { remove_series: unused.clone(), ..IndexChange::default() })?;
+            self.state.write().remove(&[], &unused);
+        }
+        let Repairs { added, removed, damaged } = repairs;
+        if is_new && added > 0 {
+            self.metrics.index_rebuilds.inc();
+            tracing::warn!(profiles = added, damaged, took = ?began.elapsed(), "rebuilt the index from the objects");
+        } else if added + removed > 0 {
+            tracing::info!(added, removed, "repaired differences between objects and index");
+        }
+        Ok(())
+    }
+
+    /// Returns the hours that have objects or rows.
+    fn hours(&self) -> Result<BTreeSet<u64>, StoreError> {
+        let mut hours = self.runtime.block_on(self.objects.hours())?;
+        hours.extend(self.index.hours()?);
+        Ok(hours)
+    }
+
+    fn settle_hour(&self, hour: u64, repairs: &mut Repairs) -> Result<(), StoreError> {
+        let mut rows: HashMap<Ulid, IndexedObject> = HashMap::new();
+        self.index.between(hour * HOUR_MS, (hour + 1) * HOUR_MS, |object| {
+            rows.insert(object.key.id, object);
+        })?;
+        let mut missing = self.runtime.block_on(self.objects.of_hour(hour))?;
+        missing.retain(|id| rows.remove(id).is_none());
+        for ids in missing.chunks(REPAIR_CHUNK) {
+            let heads = self.runtime.block_on(self.objects.heads(hour, ids))?;
+            let mut found = Vec::with_capacity(heads.len());
+            for (id, head) in ids.iter().zip(heads) {
+                let described = head.and_then(|head| describe(&head.meta, head.bytes));
+                // An object under another object's path counts as damaged.
+                if let Some(described) = described.filter(|(_, key, _)| key.id == *id && key.hour() == hour) {
+                    found.push(described);
+                } else {
+                    repairs.damaged += 1;
+                    self.metrics.objects_corrupt.inc();
+                    tracing::warn!(profile = %id, hour, "cannot read an object; left it out of the index");
+                }
+            }
+            self.add_rows(&found, repairs)?;
+        }
+        let gone: Vec<IndexedObject> = rows.into_values().collect();
+        self.remove_rows(&gone, repairs)
+    }
+
+    /// Adds rows for objects that have none.
+    fn add_rows(
+        &self,
+        found: &[(Labels, ObjectKey, ProfileRow)],
+        repairs: &mut Repairs,
+    ) -> Result<(), StoreError> {
+        if found.is_empty() {
+            return Ok(());
+        }
+        let mut change = IndexChange::default();
+        {
+            let state = self.state.read();
+            let mut new = HashMap::new();
+            for (labels, key, row) in found {
+                // The collector that accepted these objects has applied the limit on series already.
+                if let Some(series) = state.series_of(labels, &mut new, usize::MAX) {
+                    change.add.push(StoredProfile { series, key: *key, row: row.clone() });
+                }
+            }
+            change.add_series = new.into_iter().map(|(labels, id)| (id, labels.clone())).collect();
+        }
+        self.index.commit(&change)?;
+        repairs.added += change.add.len() as u64;
+        self.metrics.index_repairs.inc_by(change.add.len() as u64);
+        self.state.write().apply_added(change);
+        Ok(())
+    }
+
+    /// Removes rows whose objects are gone.
+    fn remove_rows(&self, gone: &[IndexedObject], repairs: &mut Repairs) -> Result<(), StoreError> {
+        if gone.is_empty() {
+            return Ok(());
+        }
+        let emptied = self.state.read().emptied_by(gone);
+        self.index.commit(&IndexChange::removing(gone, &emptied))?;
+        self.state.write().remove(gone, &emptied);
+        repairs.removed += gone.len() as u64;
+        self.metrics.index_repairs.inc_by(gone.len() as u64);
+        Ok(())
+    }
+
+    /// Reads the changes of other collectors in the same bucket: in the newest two hours, and in some older ones. `turn`
+    /// counts the readings and selects the older hours.
+    pub(super) fn follow_bucket(&self, turn: usize) -> Result<(), StoreError> {
+        let mut repairs = Repairs::default();
+        let hours: Vec<u64> = self.hours()?.into_iter().rev().collect();
+        let (last, old) = hours.split_at(hours.len().min(2));
+        let old = old.iter().cycle().skip(turn * OLD_HOURS % old.len().max(1)).take(OLD_HOURS.min(old.len()));
+        for hour in last.iter().chain(old) {
+            self.settle_hour(*hour, &mut repairs)?;
+        }
+        let Repairs { added, removed, .. } = repairs;
+        if added + removed > 0 {
+            tracing::debug!(added, removed, "followed the changes of other collectors in the bucket");
+            self.update_size_metrics();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,154 @@
+//! The part of the store that fits in memory: its series and its totals.
+
+use std::{collections::HashMap, sync::Arc};
+
+use gannet_proto::labels::Labels;
+
+use super::{
+    index::{Index, IndexChange, IndexError, IndexedObject},
+    object::ObjectKey,
+};
+use crate::selector::Selector;
+
+/// A series, and the time range of its profiles.
+#[derive(Clone)]
+pub(crate) struct Series {
+    pub(crate) id: u64,
+    pub(crate) labels: Arc<Labels>,
+    profiles: u64,
+    /// At or before the first profile.
+    first_ms: u64,
+    /// At or after the last profile.
+    last_ms: u64,
+}
+
+/// Series and totals of all stored profiles. It always agrees with the committed index.
+#[derive(Default)]
+pub(super) struct StoreState {
+    series: HashMap<u64, Series>,
+    by_labels: HashMap<Arc<Labels>, u64>,
+    next_series: u64,
+    profiles: u64,
+    bytes: u64,
+}
+
+impl StoreState {
+    /// Builds the state from a complete scan of the index.
+    pub(super) fn load(index: &Index) -> Result<Self, IndexError> {
+        let mut state = Self::default();
+        for (id, labels) in index.series()? {
+            state.add_series(id, labels);
+        }
+        index.between(0, u64::MAX, |object| state.add(object.series, object.key, object.bytes))?;
+        Ok(state)
+    }
+
+    /// Number of stored profiles.
+    pub(super) fn profiles(&self) -> u64 {
+        self.profiles
+    }
+
+    /// Bytes of all objects.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Number of series.
+    pub(super) fn series_count(&self) -> usize {
+        self.series.len()
+    }
+
+    /// Returns the series that match and may have profiles in the range, in the order of their labels.
+    pub(super) fn select(&self, selector: &Selector, from_ms: u64, until_ms: u64) -> Vec<Series> {
+        let mut found: Vec<_> = self
+            .series
+            .values()
+            .filter(|s| s.first_ms < until_ms && s.last_ms >= from_ms && selector.matches(&s.labels))
+            .cloned()
+            .collect();
+        found.sort_unstable_by(|a, b| a.labels.cmp(&b.labels));
+        found
+    }
+
+    /// Returns the labels of a series.
+    pub(super) fn labels_of(&self, series: u64) -> Option<Arc<Labels>> {
+        self.series.get(&series).map(|s| Arc::clone(&s.labels))
+    }
+
+    /// Returns the series without a profile.
+    pub(super) fn unused_series(&self) -> Vec<u64> {
+        self.series.values().filter(|s| s.profiles == 0).map(|s| s.id).collect()
+    }
+
+    /// Returns the number of the series with these labels. A new series gets the next number and is added to `new`.
+    /// Returns `None` for a new series above `max_series`.
+    pub(super) fn series_of<'a>(
+        &self,
+        labels: &'a Labels,
+        new: &mut HashMap<&'a Labels, u64>,
+        max_series: usize,
+    ) -> Option<u64> {
+        if let Some(known) = self.by_labels.get(labels).or_else(|| new.get(labels)) {
+            return Some(*known);
+        }
+        if self.series.len() + new.len() >= max_series {
+            return None;
+        }
+        let id = self.next_series + new.len() as u64;
+        new.insert(labels, id);
+        Some(id)
+    }
+
+    /// Adds the series and entries of a committed change.
+    pub(super) fn apply_added(&mut self, change: IndexChange) {
+        for (id, labels) in change.add_series {
+            self.add_series(id, labels);
+        }
+        for profile in &change.add {
+            self.add(profile.series, profile.key, profile.row.object_bytes);
+        }
+    }
+
+    fn add_series(&mut self, id: u64, labels: Labels) {
+        let labels = Arc::new(labels);
+        self.by_labels.insert(Arc::clone(&labels), id);
+        self.series.insert(id, Series { id, labels, profiles: 0, first_ms: u64::MAX, last_ms: 0 });
+        self.next_series = self.next_series.max(id + 1);
+    }
+
+    fn add(&mut self, series: u64, key: ObjectKey, bytes: u64) {
+        self.profiles += 1;
+        self.bytes += bytes;
+        if let Some(series) = self.series.get_mut(&series) {
+            series.profiles += 1;
+            series.first_ms = series.first_ms.min(key.start_ms);
+            series.last_ms = series.last_ms.max(key.start_ms);
+        }
+    }
+
+    /// Returns the series that would have no profile left after these removals.
+    pub(super) fn emptied_by(&self, removed: &[IndexedObject]) -> Vec<u64> {
+        let mut counts: HashMap<u64, u64> = HashMap::new();
+        for object in removed {
+            *counts.entry(object.series).or_default() += 1;
+        }
+        counts.retain(|id, n| self.series.get(id).is_some_and(|s| s.profiles <= *n));
+        counts.into_keys().collect()
+    }
+
+    /// Removes objects and series after the index has committed their removal.
+    pub(super) fn remove(&mut self, removed: &[IndexedObject], emptied: &[u64]) {
+        for object in removed {
+            self.profiles = self.profiles.saturating_sub(1);
+            self.bytes = self.bytes.saturating_sub(object.bytes);
+            if let Some(series) = self.series.get_mut(&object.series) {
+                series.profiles = series.profiles.saturating_sub(1);
+            }
+        }
+        for id in emptied {
+            if let Some(series) = self.series.remove(id) {
+                self.by_labels.remove(&series.labels);
+            }
+        }
+    }
+}
