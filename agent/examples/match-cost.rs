@@ -28,7 +28,7 @@ use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
     kernel::KernelOptions,
     model::online_cpus,
-    rules::{Deny, Set, Source, ad_hoc},
+    rules::{Deny, RuleSource, SourceRules, ad_hoc},
     tables::TableSources,
 };
 use gannet_proto::{
@@ -208,7 +208,7 @@ fn rules(count: usize, mixed: bool) -> Vec<Rule> {
 }
 
 async fn apply(engine: &Engine, rules: Vec<Rule>) -> anyhow::Result<()> {
-    match engine.replace(Source::Local, Set { rules, ..Set::default() }).await {
+    match engine.replace(RuleSource::Local, SourceRules { rules, ..SourceRules::default() }).await {
         Ok(_) => Ok(()),
         Err(errors) => bail!("{errors:?}"),
     }

@@ -18,7 +18,7 @@ use anyhow::{Context as _, bail};
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
     kernel::KernelOptions,
-    rules::{Deny, Set, Source, ad_hoc},
+    rules::{Deny, RuleSource, SourceRules, ad_hoc},
     tables::TableSources,
 };
 use gannet_proto::{
@@ -133,8 +133,11 @@ async fn measure(
 }
 
 async fn sample(engine: &Engine, matches: Match, hz: u32) -> anyhow::Result<()> {
-    let set = Set { rules: vec![ad_hoc("cost", matches, hz, &[capture::Kind::OnCpu])], ..Set::default() };
-    match engine.replace(Source::Local, set).await {
+    let set = SourceRules {
+        rules: vec![ad_hoc("cost", matches, hz, &[capture::Kind::OnCpu])],
+        ..SourceRules::default()
+    };
+    match engine.replace(RuleSource::Local, set).await {
         Ok(_) => Ok(()),
         Err(errors) => bail!("{errors:?}"),
     }

@@ -30,7 +30,7 @@ use crate::{
     output::{Destination, Details, OutputError},
     pipeline::finish,
     profile::SeriesProfile,
-    rules::{Deny, Set, Source, ad_hoc},
+    rules::{Deny, RuleSource, SourceRules, ad_hoc},
     symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError},
     tables::TableSources,
 };
@@ -187,8 +187,8 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     let kind = if args.off_cpu { capture::Kind::OffCpu } else { capture::Kind::OnCpu };
     let rules = vec![ad_hoc("record", matches, args.hz, &[kind])];
     // What waits for the word is this very program; the command begins with its image.
-    let set = Set { rules, from_exec: held.is_some(), ..Set::default() };
-    let partial = engine.replace(Source::Local, set).await.map_err(RecordError::Rule)?;
+    let set = SourceRules { rules, from_exec: held.is_some(), ..SourceRules::default() };
+    let partial = engine.replace(RuleSource::Local, set).await.map_err(RecordError::Rule)?;
     if !partial.is_empty() {
         return Err(RecordError::Rule(partial));
     }

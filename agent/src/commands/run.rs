@@ -28,9 +28,8 @@ use crate::{
     pipeline::{self, RecentProfiles, WindowQueue},
     pods::{self, Pods},
     rules::{
-        Notify, Set, Source,
-        containers::{PodRule, PodSource},
-        files::{self, FilesError, Stamp},
+        FileWatcher, PodQuery, PodResolver, RuleFilesError, RuleSource, SourceRules,
+        files::{self, RuleFilesStamp},
     },
     symbols::{Symbolizer, SymbolizerConfig},
     tables::TableSources,
@@ -66,7 +65,7 @@ pub enum RunError {
     Dial(#[from] DialError),
     /// The node's own rules cannot be read.
     #[error(transparent)]
-    Files(#[from] FilesError),
+    Files(#[from] RuleFilesError),
     /// The node's own rules cannot be applied.
     #[error("--rules: {}", list(.0))]
     Rules(Vec<RuleError>),
@@ -162,7 +161,7 @@ pub async fn run(options: RunOptions) -> Result<(), RunError> {
     let (rules_over_pods, wanted) = watch::channel(Vec::new());
     let groups = engine.groups().filter(|_| config.pods.is_some()).map(Arc::clone);
     if groups.is_some() {
-        engine.know_pods(KnowsPods { pods: pods.clone(), rules: rules_over_pods });
+        engine.know_pods(KnowsPods { pods: pods.clone(), queries: rules_over_pods });
     }
     let node = Arc::new(Node::new(config, engine, ledger, spool_stats, recent, pods));
 
@@ -170,7 +169,7 @@ pub async fn run(options: RunOptions) -> Result<(), RunError> {
     let active = restore(&node, &store).await;
     let partial = node
         .engine
-        .replace(Source::Local, Set { rules: local, ..Set::default() })
+        .replace(RuleSource::Local, SourceRules { rules: local, ..SourceRules::default() })
         .await
         .map_err(RunError::Rules)?;
     for error in partial {
@@ -235,15 +234,15 @@ pub async fn run(options: RunOptions) -> Result<(), RunError> {
 /// What the engine tells of rules over pods and of containers goes to who follows pods.
 struct KnowsPods {
     pods: Pods,
-    rules: watch::Sender<Vec<PodRule>>,
+    queries: watch::Sender<Vec<PodQuery>>,
 }
 
-impl PodSource for KnowsPods {
-    fn rules(&mut self, rules: Vec<PodRule>) {
-        self.rules.send_replace(rules);
+impl PodResolver for KnowsPods {
+    fn set_queries(&mut self, queries: Vec<PodQuery>) {
+        self.queries.send_replace(queries);
     }
 
-    fn seen(&mut self, container: &CgroupNames) {
+    fn container_seen(&mut self, container: &CgroupNames) {
         self.pods.ask(&container.container_id, &container.pod_uid);
     }
 }
@@ -282,14 +281,14 @@ async fn follow_switch(node: Arc<Node>, mut off: Signal, mut on: Signal, cancel:
 
 /// Applies rule files again whenever they change. A set that is wrong changes nothing.
 async fn follow_files(node: Arc<Node>, cancel: CancellationToken) {
-    let notify = Notify::of(&node.config.options.rules);
-    let mut stamp = Stamp::of(&node.config.options.rules);
+    let watcher = FileWatcher::of(&node.config.options.rules);
+    let mut stamp = RuleFilesStamp::of(&node.config.options.rules);
     loop {
         tokio::select! {
-            () = notify.changed(FILES_PAUSE) => {}
+            () = watcher.changed(FILES_PAUSE) => {}
             () = cancel.cancelled() => return,
         }
-        let now = Stamp::of(&node.config.options.rules);
+        let now = RuleFilesStamp::of(&node.config.options.rules);
         if now == stamp {
             continue;
         }
@@ -298,7 +297,10 @@ async fn follow_files(node: Arc<Node>, cancel: CancellationToken) {
             Err(error) => Some(error.to_string()),
             Ok(rules) => {
                 let count = rules.len();
-                let replaced = node.engine.replace(Source::Local, Set { rules, ..Set::default() }).await;
+                let replaced = node
+                    .engine
+                    .replace(RuleSource::Local, SourceRules { rules, ..SourceRules::default() })
+                    .await;
                 if replaced.is_ok() {
                     tracing::info!(rules = count, "the rule files have changed and are in force");
                 }

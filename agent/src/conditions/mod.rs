@@ -8,33 +8,25 @@ mod sensors;
 mod stat;
 pub mod trigger;
 
-use std::time::Duration;
-
 pub use self::{
     psi::{Pressure, PressureError},
     sensors::{Report, Sensors, Task},
     stat::Usage,
     trigger::{Level, Observation, Spot, Start, Triggers},
 };
-use crate::{cgroup::mount_of, rules::Abilities};
+use crate::{cgroup::mount_of, rules::ConditionSupport};
 use gannet_proto::control::condition;
-
-/// Time by the boot clock, which goes on while the machine sleeps and which nobody sets.
-pub fn boot_clock() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    Duration::try_from(time).unwrap_or_default()
-}
 
 /// What this node can watch.
 #[derive(Clone, Debug)]
-pub struct NodeAbilities {
+pub struct NodeConditions {
     /// Why there is no pressure of the node.
     node_pressure: Option<String>,
     /// Why there is none of control groups.
     group_pressure: Option<String>,
 }
 
-impl NodeAbilities {
+impl NodeConditions {
     /// Looks what the kernel offers.
     pub fn probe() -> Self {
         let node_pressure = std::fs::read_to_string("/proc/pressure/cpu").err().map(|error| {
@@ -50,7 +42,7 @@ impl NodeAbilities {
     }
 }
 
-impl Abilities for NodeAbilities {
+impl ConditionSupport for NodeConditions {
     fn missing(&self, kind: &condition::Kind) -> Option<String> {
         match kind {
             condition::Kind::Pressure(pressure) if pressure.scope() == condition::pressure::Scope::Node => {

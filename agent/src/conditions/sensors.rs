@@ -18,13 +18,13 @@ use gannet_proto::control::condition::{self, pressure};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::{
-    boot_clock,
     psi::Pressure,
     stat::Usage,
     trigger::{Level, Observation, Spot},
 };
 use crate::{
     cgroup::{container_part, directory, mount_of, path_of, pod_part},
+    model::boot_time,
     rules::RuleId,
 };
 
@@ -160,13 +160,13 @@ impl Worker {
     fn run(mut self) {
         let mut looked = Duration::ZERO;
         while !self.shared.over.load(Relaxed) {
-            let ready = self.wait(PAUSE.saturating_sub(boot_clock().saturating_sub(looked)));
+            let ready = self.wait(PAUSE.saturating_sub(boot_time().saturating_sub(looked)));
             let tasks = self.shared.tasks.lock().unwrap_or_else(PoisonError::into_inner).take();
             let changed = tasks.is_some();
             if let Some(tasks) = tasks {
                 self.take(tasks);
             }
-            let now = boot_clock();
+            let now = boot_time();
             let all = now.saturating_sub(looked) >= PAUSE;
             if all {
                 looked = now;
@@ -349,8 +349,8 @@ fn place(task: &Task) -> Result<(String, How), String> {
             };
             let (stall, window) =
                 (Duration::from_micros(wanted.stall_us), Duration::from_micros(wanted.window_us));
-            let pressure = Pressure::open(&file, full, stall, window, boot_clock())
-                .map_err(|error| error.to_string())?;
+            let pressure =
+                Pressure::open(&file, full, stall, window, boot_time()).map_err(|error| error.to_string())?;
             if pressure.threshold() != (stall, window) {
                 let (stall, window) = pressure.threshold();
                 tracing::info!(

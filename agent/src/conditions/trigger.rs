@@ -14,7 +14,9 @@ use std::{
 use gannet_proto::control::{Rule, condition};
 
 use super::rate::Bucket;
-use crate::rules::{RuleId, Watched, cooldown_of, duration_of, max_concurrent_of};
+use crate::rules::{
+    RuleId, WatchedRule, capture_cooldown, capture_duration, condition_name, max_concurrent_captures,
+};
 
 /// Captures of one rule: so many at once, and one more each so often.
 const OF_RULE: (u32, Duration) = (10, Duration::from_secs(10));
@@ -121,9 +123,9 @@ impl Triggers {
     }
 
     /// Watches exactly these. A rule that stays as it was keeps its state.
-    pub fn set_rules(&mut self, watched: &[Watched], now: Duration) {
+    pub(crate) fn set_rules(&mut self, watched: &[WatchedRule], now: Duration) {
         let mut former = std::mem::take(&mut self.rules);
-        for Watched { rule, .. } in watched {
+        for WatchedRule { rule, .. } in watched {
             let state = match former.remove(&rule.id) {
                 Some(state) if state.rule == *rule => state,
                 _ => RuleState {
@@ -215,7 +217,7 @@ impl Triggers {
             self.held.cooldown += 1;
             return None;
         }
-        if running >= max_concurrent_of(&state.rule) {
+        if running >= max_concurrent_captures(&state.rule) {
             self.held.max_concurrent += 1;
             return None;
         }
@@ -231,9 +233,9 @@ impl Triggers {
         at.running += 1;
         let duration = match kind {
             condition::Kind::Schedule(schedule) => length(schedule.r#for),
-            _ => duration_of(&state.rule),
+            _ => capture_duration(&state.rule),
         };
-        Some(Start { rule: rule.clone(), spot, kind: crate::rules::kind_name(kind), evidence, duration })
+        Some(Start { rule: rule.clone(), spot, kind: condition_name(kind), evidence, duration })
     }
 
     /// A capture is over, or could not be started.
@@ -244,7 +246,7 @@ impl Triggers {
         // Who is armed at exec rests only if the rule says so: the next process is another one.
         let says_so = state.rule.capture.as_ref().is_some_and(|capture| capture.cooldown.is_some());
         if !exec || says_so {
-            at.rests_until = now + cooldown_of(&state.rule);
+            at.rests_until = now + capture_cooldown(&state.rule);
         }
     }
 
@@ -292,8 +294,10 @@ mod tests {
     fn triggers(rule: &str) -> Triggers {
         let rules = parse(&format!("rules:\n  - id: r\n    match: {{comm: [x]}}\n{rule}"), "test").unwrap();
         let mut triggers = Triggers::new(Duration::ZERO);
-        let watched: Vec<Watched> =
-            rules.into_iter().map(|rule| Watched { rule: Arc::new(rule), slots: 1, at_exec: None }).collect();
+        let watched: Vec<WatchedRule> = rules
+            .into_iter()
+            .map(|rule| WatchedRule { rule: Arc::new(rule), slots: 1, at_exec: None })
+            .collect();
         triggers.set_rules(&watched, Duration::ZERO);
         triggers
     }
@@ -386,10 +390,10 @@ mod tests {
         let mut triggers = triggers(PRESSURE);
         assert!(triggers.observe(&high(SPOT), at(0)).is_some());
         let rule = Arc::clone(&triggers.rules["r"].rule);
-        triggers.set_rules(&[Watched { rule: Arc::clone(&rule), slots: 1, at_exec: None }], at(1));
+        triggers.set_rules(&[WatchedRule { rule: Arc::clone(&rule), slots: 1, at_exec: None }], at(1));
         assert!(triggers.observe(&high(SPOT), at(1)).is_none(), "one runs");
         let other = Arc::new(Rule { priority: 1, ..(*rule).clone() });
-        triggers.set_rules(&[Watched { rule: other, slots: 1, at_exec: None }], at(2));
+        triggers.set_rules(&[WatchedRule { rule: other, slots: 1, at_exec: None }], at(2));
         assert!(triggers.observe(&high(SPOT), at(2)).is_some());
         triggers.set_rules(&[], at(3));
         assert!(triggers.observe(&high(SPOT), at(3)).is_none());

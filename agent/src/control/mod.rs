@@ -28,7 +28,7 @@ use self::questions::Questions;
 use crate::{
     export::Backoff,
     node::Node,
-    rules::{Set, Source},
+    rules::{RuleSource, SourceRules},
 };
 
 /// What this agent can do, as it tells the collector.
@@ -147,7 +147,10 @@ impl Control {
         match self
             .node
             .engine
-            .replace(Source::Remote, Set { revision, applied_at: Some(applied_at), rules, from_exec: false })
+            .replace(
+                RuleSource::Remote,
+                SourceRules { revision, applied_at: Some(applied_at), rules, from_exec: false },
+            )
             .await
         {
             Err(errors) => {
@@ -238,8 +241,8 @@ pub async fn restore(node: &Node, store: &LastGood) -> (u64, String) {
     match node
         .engine
         .replace(
-            Source::Remote,
-            Set { revision, applied_at: Some(saved.applied_at), rules, from_exec: false },
+            RuleSource::Remote,
+            SourceRules { revision, applied_at: Some(saved.applied_at), rules, from_exec: false },
         )
         .await
     {

@@ -26,7 +26,7 @@ use crate::{
     node::Node,
     process::{Seen, cpus, survey},
     profile::slots,
-    rules::Source,
+    rules::RuleSource,
 };
 
 /// Questions that are being answered at one time; more wait.
@@ -143,7 +143,7 @@ async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Res
     let judged = rules.clone();
     let errors = node
         .engine
-        .inspect(move |inside| inside.rules.check(Source::Remote, &judged))
+        .inspect(move |inside| inside.rules.check(RuleSource::Remote, &judged))
         .await
         .map_err(|error| error.to_string())?;
     let (seen, cpus) = look().await?;
@@ -193,9 +193,9 @@ async fn explain(node: &Node, question: ExplainRequest) -> Result<ExplainRespons
     let (rule, status, armed) = node
         .engine
         .inspect(move |inside| {
-            let rule = [Source::Remote, Source::Local]
+            let rule = [RuleSource::Remote, RuleSource::Local]
                 .into_iter()
-                .filter_map(|source| inside.rules.set(source))
+                .filter_map(|source| inside.rules.source(source))
                 .flat_map(|set| &set.rules)
                 .find(|rule| rule.id == id)
                 .cloned();
@@ -204,7 +204,7 @@ async fn explain(node: &Node, question: ExplainRequest) -> Result<ExplainRespons
                 .processes
                 .alive()
                 .filter(|process| {
-                    slots(process.rules).any(|slot| inside.rules.name(slot) == Some(id.as_str()))
+                    slots(process.rules).any(|slot| inside.rules.slots().rule_id(slot) == Some(id.as_str()))
                 })
                 .map(|process| process.key.process.tgid)
                 .collect();

@@ -390,7 +390,7 @@ fn manual(query: &ProfileQuery, duration: Duration) -> Result<Option<Manual>, St
 async fn capture(node: &Node, manual: Manual) -> Response {
     let running = match node.engine.capture_now(manual).await {
         Ok(running) => running,
-        Err(error @ CaptureError::Wrong(_)) => {
+        Err(error @ CaptureError::Invalid(_)) => {
             return (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response();
         }
         Err(error) => return (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),

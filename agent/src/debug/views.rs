@@ -16,7 +16,7 @@ use crate::{
     pods::SourceKind,
     process::{Process, State},
     profile::slots,
-    rules::{Traits, traits},
+    rules::ProcessTraits,
 };
 
 /// `/statusz`
@@ -174,8 +174,9 @@ pub(super) async fn processes(node: &Node, pid: Option<u32>) -> Result<Vec<Proce
 }
 
 fn view(inside: &Inside<'_>, process: &Process) -> ProcessView {
-    let rules: Vec<String> =
-        slots(process.rules).filter_map(|slot| inside.rules.name(slot).map(str::to_owned)).collect();
+    let rules: Vec<String> = slots(process.rules)
+        .filter_map(|slot| inside.rules.slots().rule_id(slot).map(str::to_owned))
+        .collect();
     ProcessView {
         key: process.key.process.to_string(),
         exec_id: process.key.exec_id,
@@ -213,7 +214,7 @@ fn view(inside: &Inside<'_>, process: &Process) -> ProcessView {
             (_, samples) => format!("{samples} samples wait for unwind tables"),
         },
         why: match rules.as_slice() {
-            [] => format!("no rule wants it now: {}", why_not(inside, &traits(process))),
+            [] => format!("no rule wants it now: {}", why_not(inside, &ProcessTraits::of(process))),
             rules => format!("profiled: wanted by {}", rules.join(", ")),
         },
         rules,
@@ -227,8 +228,13 @@ fn stranger(inside: &mut Inside<'_>, pid: u32) -> Option<ProcessView> {
     let names = known.names();
     // Nobody else asks for it.
     inside.processes.metadata().invalidate(key);
-    let traits =
-        Traits { comm: &known.comm, exe: &known.exe, cgroup: &known.cgroup, uid: Some(known.uid), tgid: pid };
+    let traits = ProcessTraits {
+        comm: &known.comm,
+        exe: &known.exe,
+        cgroup: &known.cgroup,
+        uid: Some(known.uid),
+        tgid: pid,
+    };
     let why = format!("not profiled: {}", why_not(inside, &traits));
     Some(ProcessView {
         key: key.to_string(),
@@ -252,7 +258,7 @@ fn stranger(inside: &mut Inside<'_>, pid: u32) -> Option<ProcessView> {
 }
 
 /// What each rule in force says of a process that none wants.
-fn why_not(inside: &Inside<'_>, process: &Traits<'_>) -> String {
+fn why_not(inside: &Inside<'_>, process: &ProcessTraits<'_>) -> String {
     let lines = inside.rules.explain(process, None, SystemTime::now());
     if lines.is_empty() {
         return "no rule is in force".into();

@@ -15,12 +15,12 @@ use ulid::Ulid;
 use super::{LAST_WAIT, Worker};
 use crate::{
     cgroup::{self, CgroupHierarchy, container_part, pod_part},
-    conditions::{Sensors, Spot, Start, Task, Triggers, boot_clock},
+    conditions::{Sensors, Spot, Start, Task, Triggers},
     kernel::{Arm, Want},
-    model::{Image, ImageKey, Sample, Subject},
+    model::{Image, ImageKey, Sample, Subject, boot_time},
     process::Process,
     profile::{Recorder, WindowSamples, slots},
-    rules::{CaptureError, CaptureId, Reason, RuleId, Target, Watched},
+    rules::{CaptureError, CaptureId, CaptureReason, CaptureTarget, RuleId, WatchedRule},
 };
 
 /// Memory of the flight recorder.
@@ -93,7 +93,7 @@ impl Intake {
 pub(super) struct Captures {
     pub(super) triggers: Triggers,
     pub(super) sensors: Option<Sensors>,
-    watched: Vec<Watched>,
+    watched: Vec<WatchedRule>,
     /// Paths of the control groups that are watched, by id.
     groups: HashMap<u64, String>,
     running: HashMap<CaptureId, Running>,
@@ -132,7 +132,7 @@ struct AtExec {
 impl Captures {
     pub(super) fn new(hierarchy: CgroupHierarchy, sensors: Option<Sensors>) -> Self {
         Self {
-            triggers: Triggers::new(boot_clock()),
+            triggers: Triggers::new(boot_time()),
             sensors,
             watched: Vec::new(),
             groups: HashMap::new(),
@@ -170,14 +170,14 @@ impl Captures {
 impl Worker {
     /// The rules have changed: so does what is watched.
     pub(super) fn rules_changed(&mut self, now: SystemTime) {
-        let watched = self.rules.watched(now);
-        self.captures.triggers.set_rules(&watched, boot_clock());
+        let watched = self.rules.slots().watched(now);
+        self.captures.triggers.set_rules(&watched, boot_time());
         self.captures.at_exec_slots =
             watched.iter().filter_map(|watched| watched.at_exec).fold(0, |bits, slot| bits | 1 << slot);
         let live = self.captures.at_exec_slots;
         self.captures.at_exec.retain(|_, armed| live >> armed.slot & 1 == 1);
         self.captures.watched = watched;
-        let (recorded, lead_up) = self.rules.recorded();
+        let (recorded, lead_up) = self.rules.slots().recorded();
         self.intake.recorded = recorded;
         self.intake.recorder.keep_for(lead_up);
         self.watch();
@@ -245,7 +245,7 @@ impl Worker {
 
     /// Starts and ends what is due. Called at each turn.
     pub(super) fn follow_captures(&mut self) {
-        let now = boot_clock();
+        let now = boot_time();
         let mut starts = self.captures.triggers.tick(now);
         if let Some(sensors) = &self.captures.sensors {
             for report in sensors.reports() {
@@ -263,7 +263,7 @@ impl Worker {
 
     fn start(&mut self, start: Start) {
         let Start { rule, spot, kind, evidence, duration } = start;
-        let reason = Reason { kind, evidence };
+        let reason = CaptureReason { kind, evidence };
         let words = format!("{} {}", reason.kind, reason.evidence);
         match self.try_start(&rule, spot, reason, duration) {
             Ok(id) => {
@@ -273,7 +273,7 @@ impl Worker {
             }
             Err(error) => {
                 tracing::warn!(rule, "a capture did not start ({words}): {error}");
-                self.captures.triggers.ended(&rule, spot, false, boot_clock());
+                self.captures.triggers.ended(&rule, spot, false, boot_time());
             }
         }
     }
@@ -282,7 +282,7 @@ impl Worker {
         &mut self,
         rule: &RuleId,
         spot: Spot,
-        reason: Reason,
+        reason: CaptureReason,
         duration: Duration,
     ) -> Result<CaptureId, CaptureError> {
         if let Some(why) = &self.captures.governed {
@@ -302,13 +302,13 @@ impl Worker {
     }
 
     /// Whom a capture is for.
-    fn target(&self, rule: &RuleId, spot: Spot) -> Target {
-        let Spot::Group(id) = spot else { return Target::Everybody };
+    fn target(&self, rule: &RuleId, spot: Spot) -> CaptureTarget {
+        let Spot::Group(id) = spot else { return CaptureTarget::All };
         let watched = self.captures.watched.iter().find(|watched| watched.rule.id == *rule);
         let path = self.captures.groups.get(&id);
         // A rule over pods may mean some of a pod's containers only.
         if let (Some(watched), Some(path)) = (watched, path)
-            && self.rules.asks_for_pods(rule)
+            && self.rules.slots().uses_pods(rule)
         {
             let members = self
                 .processes
@@ -321,16 +321,16 @@ impl Worker {
                 }
                 cgroup::id_of(&cgroup::directory(self.captures.root.as_ref()?, part))
             });
-            return Target::Containers(ids.collect());
+            return CaptureTarget::Groups(ids.collect());
         }
-        Target::Containers(BTreeSet::from([id]))
+        CaptureTarget::Groups(BTreeSet::from([id]))
     }
 
     /// Puts what the flight recorder has of a capture's processes into its profile.
     fn take_lead_up(&mut self, rule: &RuleId, spot: Spot, capture: CaptureId, now: SystemTime) {
-        let Some((recorded, lead_up)) = self.rules.lead_up(rule) else { return };
-        let Some(slot) = self.rules.capture_slot(capture) else { return };
-        let since = boot_clock().saturating_sub(lead_up);
+        let Some((recorded, lead_up)) = self.rules.slots().pre_trigger(rule) else { return };
+        let Some(slot) = self.rules.slots().of_capture(capture) else { return };
+        let since = boot_time().saturating_sub(lead_up);
         let path = match spot {
             Spot::Node => None,
             Spot::Group(id) => self.captures.groups.get(&id),
@@ -362,16 +362,20 @@ impl Worker {
             duration: duration.try_into().ok(),
             ..Capture::default()
         };
-        let reason = Reason { kind: "manual", evidence };
+        let reason = CaptureReason { kind: "manual", evidence };
         self.flush();
-        let id = self.rules.start_manual(matches, capture, reason, Instant::now() + duration, now)?;
+        let id = self.rules.start_manual_capture(matches, capture, reason, Instant::now() + duration, now)?;
         if let Err(error) = self.enforce(now) {
             self.rules.end_capture(id, now);
             return Err(CaptureError::Kernel(error.to_string()));
         }
         let (over, ended) = oneshot::channel();
-        let running =
-            Running { rule: crate::rules::MANUAL.into(), spot: Spot::Node, over: Some(over), retired: None };
+        let running = Running {
+            rule: crate::rules::MANUAL_RULE_ID.into(),
+            spot: Spot::Node,
+            over: Some(over),
+            retired: None,
+        };
         self.captures.running.insert(id, running);
         Ok(RunningCapture { capture: id.number(), over: ended })
     }
@@ -380,12 +384,12 @@ impl Worker {
     fn end_due(&mut self) {
         let clock = Instant::now();
         self.end_at_exec(clock);
-        if self.rules.next_end().is_some_and(|end| end <= clock) {
+        if self.rules.slots().next_capture_end().is_some_and(|end| end <= clock) {
             // While they still have their places: who has come back since, and who is still off the CPU.
             self.read();
             self.add_blocked();
         }
-        if self.rules.end_due(clock, SystemTime::now()) {
+        if self.rules.end_due_captures(clock, SystemTime::now()) {
             self.enforce_or_say();
         }
         self.settle_captures();
@@ -394,7 +398,7 @@ impl Worker {
     /// Captures whose place is retired, be it by time, with their rule or by the governor, are over: their last samples go
     /// out. Those whose tables are still being made are waited for: of a large program a short capture has no others.
     pub(super) fn settle_captures(&mut self) {
-        let running: BTreeSet<CaptureId> = self.rules.running().map(|(id, _, _)| id).collect();
+        let running: BTreeSet<CaptureId> = self.rules.slots().running_captures();
         if self.captures.running.keys().all(|id| running.contains(id)) {
             return;
         }
@@ -404,7 +408,7 @@ impl Worker {
         let mut over = Vec::new();
         for (id, capture) in self.captures.running.iter_mut().filter(|(id, _)| !running.contains(id)) {
             let retired = *capture.retired.get_or_insert_with(Instant::now);
-            let waits = self.rules.capture_slot(*id).is_some_and(|slot| waited_for >> slot & 1 == 1);
+            let waits = self.rules.slots().of_capture(*id).is_some_and(|slot| waited_for >> slot & 1 == 1);
             if !waits || retired.elapsed() >= LAST_WAIT {
                 over.push(*id);
             }
@@ -416,7 +420,7 @@ impl Worker {
         for id in over {
             let Some(Running { rule, spot, over, .. }) = self.captures.running.remove(&id) else { continue };
             tracing::info!(rule, "a capture is over");
-            self.captures.triggers.ended(&rule, spot, false, boot_clock());
+            self.captures.triggers.ended(&rule, spot, false, boot_time());
             if let Some(over) = over {
                 // Who asked may be gone.
                 let _ = over.send(self.last_window);
@@ -454,7 +458,7 @@ impl Worker {
         let rule = self.captures.watched.iter().find(|watched| watched.at_exec == Some(slot))?;
         let (rule, spot) = (Arc::clone(&rule.rule), Spot::Group(process.cgroup_id));
         let evidence = format!("{path} as process {}", process.key.process.tgid);
-        let start = self.captures.triggers.exec(&rule.id, spot, evidence, boot_clock())?;
+        let start = self.captures.triggers.exec(&rule.id, spot, evidence, boot_time())?;
         Some((rule.id.clone(), spot, Instant::now() + start.duration, true))
     }
 
@@ -464,7 +468,7 @@ impl Worker {
         if let Some(armed) = self.captures.at_exec.remove(&tgid)
             && armed.leader
         {
-            self.captures.triggers.ended(&armed.rule, armed.spot, true, boot_clock());
+            self.captures.triggers.ended(&armed.rule, armed.spot, true, boot_time());
         }
     }
 
@@ -479,7 +483,7 @@ impl Worker {
         for tgid in due {
             let Some(armed) = self.captures.at_exec.remove(&tgid) else { continue };
             if armed.leader {
-                self.captures.triggers.ended(&armed.rule, armed.spot, true, boot_clock());
+                self.captures.triggers.ended(&armed.rule, armed.spot, true, boot_time());
             }
             self.refuse(armed.key, armed.slot);
         }
@@ -509,7 +513,7 @@ impl Worker {
             return;
         }
         let left = self.processes.get(&key).map_or(0, |process| process.rules) & !refused;
-        let period_ns = self.rules.period_of(left);
+        let period_ns = self.rules.slots().shortest_period_ns(left);
         let arm = Arm { key: key.process, exec_id: key.exec_id, sticky: false, want, refused, period_ns };
         if let Err(error) = self.kernel.arm(&arm) {
             tracing::warn!(key = %key.process, "not armed: {error}; raise --processes");

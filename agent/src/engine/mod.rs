@@ -34,16 +34,13 @@ use self::{
 };
 use crate::{
     cgroup::CgroupTree,
-    conditions::{NodeAbilities, Sensors, boot_clock, trigger::Held},
+    conditions::{NodeConditions, Sensors, trigger::Held},
     governor::{BpfTime, Budgets, Governor, Use},
     kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Want},
-    model::{Image, ImageKey, Origin, Sample, SampleKind, StackEnd, Subject},
+    model::{Image, ImageKey, Origin, Sample, SampleKind, StackEnd, Subject, boot_time_ns},
     process::{Changes, ProcError, Process, Processes, State, check_identity},
     profile::{RecorderStats, SeriesProfile, slots},
-    rules::{
-        CaptureError, Deny, RuleBook, Set, Source,
-        containers::{PodSource, Selection},
-    },
+    rules::{CaptureError, Deny, PodResolver, PodSelection, RuleBook, RuleSource, SourceRules},
     tables::{self, TableSources, Tables},
 };
 
@@ -173,17 +170,17 @@ pub struct Inside<'a> {
 type Inspection = Box<dyn FnOnce(&mut Inside<'_>) + Send>;
 
 enum Command {
-    Replace(Source, Set, oneshot::Sender<Result<Vec<RuleError>, Vec<RuleError>>>),
+    Replace(RuleSource, SourceRules, oneshot::Sender<Result<Vec<RuleError>, Vec<RuleError>>>),
     Inspect(Inspection),
     Flush(oneshot::Sender<()>),
-    Pods(Box<dyn PodSource>),
-    Select(Selection),
+    Pods(Box<dyn PodResolver>),
+    Select(PodSelection),
     Switch(Option<String>, oneshot::Sender<()>),
     Capture(Box<Manual>, oneshot::Sender<Result<RunningCapture, CaptureError>>),
     Stop,
 }
 
-/// Says which containers the rules over pods mean. See [`crate::rules::containers`].
+/// Says which containers the rules over pods mean. See [`crate::rules::PodResolver`].
 #[derive(Clone)]
 pub struct Containers {
     commands: mpsc::Sender<Command>,
@@ -192,7 +189,7 @@ pub struct Containers {
 
 impl Containers {
     /// From now on it is these. What is not named keeps what it had; what is denied is replaced.
-    pub fn select(&self, selection: Selection) {
+    pub fn select(&self, selection: PodSelection) {
         // A thread that has ended has nothing to select for.
         let _ = self.commands.send(Command::Select(selection));
         let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
@@ -246,7 +243,11 @@ impl Engine {
 
     /// Checks a set of rules and puts it into force in place of the source's former one, whole or not at all. By the
     /// time of the answer it is in force. Gives what cannot work on this node; refused with what is wrong.
-    pub async fn replace(&self, source: Source, set: Set) -> Result<Vec<RuleError>, Vec<RuleError>> {
+    pub async fn replace(
+        &self,
+        source: RuleSource,
+        set: SourceRules,
+    ) -> Result<Vec<RuleError>, Vec<RuleError>> {
         let (answer, answered) = oneshot::channel();
         self.send(Command::Replace(source, set, answer));
         answered.await.unwrap_or_else(|_| {
@@ -267,7 +268,7 @@ impl Engine {
     }
 
     /// Somebody who knows pods: rules over pods work from now on. The answers go through [`Engine::containers`].
-    pub fn know_pods(&self, source: impl PodSource + 'static) {
+    pub fn know_pods(&self, source: impl PodResolver + 'static) {
         self.send(Command::Pods(Box::new(source)));
     }
 
@@ -374,7 +375,7 @@ struct Worker {
     to_enter: HashSet<ImageKey>,
     /// What is in the kernel's `arms`, by thread group id.
     armed: HashMap<u32, Arm>,
-    pods: Option<Box<dyn PodSource>>,
+    pods: Option<Box<dyn PodResolver>>,
     /// The containers that were told of in this window.
     seen: HashSet<String>,
 }
@@ -408,7 +409,7 @@ impl Worker {
         kernel.set_sampling(true);
         let mut rules = RuleBook::new(caps);
         rules.set_deny(deny);
-        rules.set_abilities(NodeAbilities::probe());
+        rules.set_condition_support(NodeConditions::probe());
         Ok(Self {
             tables,
             waiting: HashMap::new(),
@@ -483,7 +484,7 @@ impl Worker {
                         let _ = answer.send(());
                     }
                     Command::Pods(source) => {
-                        self.rules.know_pods();
+                        self.rules.enable_pods();
                         self.pods = Some(source);
                         self.enforce_or_say();
                         self.tell_pods();
@@ -660,7 +661,7 @@ impl Worker {
         {
             self.look_at_found(&subject, origin, now);
         }
-        self.rules.count(sample.subject.rules, now);
+        self.rules.count_sample(sample.subject.rules, now);
         // What was walked by tables came by no address that is not known. A raw stack may wait for its tables: what is not
         // known where it begins is looked for now, while it is there (nobody tells of mremap).
         let walked = self.tables.is_some() && sample.kind == SampleKind::OnCpu;
@@ -722,7 +723,7 @@ impl Worker {
         let key = (sample.tid, sample.subject.ktime_ns);
         sample.value_ns = sample.value_ns.saturating_sub(self.blocked.remove(&key).unwrap_or(0));
         // A rule may have got its place while the thread slept, or lost it.
-        sample.subject.rules = self.rules.held_since(sample.subject.rules, sample.subject.ktime_ns);
+        sample.subject.rules = self.rules.slots().held_since(sample.subject.rules, sample.subject.ktime_ns);
         let image = ImageKey::of(&sample.subject);
         let entered = self.tables.as_ref().is_none_or(|tables| tables.is_entered(&image));
         if !entered || sample.end == StackEnd::Broken {
@@ -732,20 +733,21 @@ impl Worker {
 
     /// Adds what threads that are still off the CPU have been so far.
     fn add_blocked(&mut self) {
-        if !self.rules.wants_blocked(SystemTime::now()) {
+        if !self.rules.slots().wants_off_cpu(SystemTime::now()) {
             self.blocked.clear();
             return;
         }
         // Who has come back is in the ring, not in the map.
         self.read();
-        let now = u64::try_from(boot_clock().as_nanos()).unwrap_or(0);
+        let now = boot_time_ns();
         let mut still = HashMap::new();
         for mut sample in self.kernel.blocked_now(now) {
             let key = (sample.tid, sample.subject.ktime_ns);
             let told = self.blocked.get(&key).copied().unwrap_or(0);
             still.insert(key, sample.value_ns);
             sample.value_ns = sample.value_ns.saturating_sub(told);
-            sample.subject.rules = self.rules.held_since(sample.subject.rules, sample.subject.ktime_ns);
+            sample.subject.rules =
+                self.rules.slots().held_since(sample.subject.rules, sample.subject.ktime_ns);
             if sample.subject.rules != 0 && sample.value_ns > 0 {
                 let _ = self.processes.sampled(&sample.subject, &sample.user);
                 self.keep_changes();
@@ -835,7 +837,7 @@ impl Worker {
                 continue;
             };
             // Stacks of threads that block never come raw.
-            if self.rules.wants_blocked_of(process.rules) && !tables.ready(&process.image) {
+            if self.rules.slots().wants_off_cpu_of(process.rules) && !tables.ready(&process.image) {
                 self.renewed.insert(key);
             } else if let Err(error) = tables.enter(&mut self.kernel, key, &process.image) {
                 tracing::debug!(key = %key.process, "walked in user space: {error}");
@@ -921,16 +923,19 @@ impl Worker {
     fn decide(&mut self, process: Option<&Process>, candidates: u64, now: SystemTime) {
         // One for which there is no room is not armed either.
         let Some(process) = process else { return };
-        let want =
-            if candidates == 0 { Want::default() } else { self.rules.decide(process, candidates, now) };
+        let want = if candidates == 0 {
+            Want::default()
+        } else {
+            self.rules.slots().decide(process, candidates, now)
+        };
         self.processes.wanted(&process.key, want.rules);
-        if self.rules.wants_blocked_of(process.rules | want.rules) {
+        if self.rules.slots().wants_off_cpu_of(process.rules | want.rules) {
             self.to_enter.insert(process.key);
         }
         self.set_arm(process.key, want);
     }
 
-    fn select(&mut self, selection: Selection) {
+    fn select(&mut self, selection: PodSelection) {
         let mut changed = self.rules.deny_containers(selection.denied);
         for (rule, containers) in selection.rules {
             changed |= self.rules.select_containers(&rule, containers);
@@ -942,7 +947,7 @@ impl Worker {
 
     fn tell_pods(&mut self) {
         if let Some(pods) = &mut self.pods {
-            pods.rules(self.rules.pod_rules());
+            pods.set_queries(self.rules.slots().pod_queries());
         }
     }
 
@@ -952,13 +957,13 @@ impl Worker {
         }
     }
 
-    fn replace(&mut self, source: Source, set: Set) -> Result<Vec<RuleError>, Vec<RuleError>> {
+    fn replace(&mut self, source: RuleSource, set: SourceRules) -> Result<Vec<RuleError>, Vec<RuleError>> {
         let errors = self.rules.check(source, &set.rules);
         if !errors.is_empty() {
             return Err(errors);
         }
         let now = SystemTime::now();
-        let former = self.rules.set(source).cloned().unwrap_or_default();
+        let former = self.rules.source(source).cloned().unwrap_or_default();
         let partial = self.rules.replace(source, set, now);
         if let Err(error) = self.enforce(now) {
             self.rules.replace(source, former, now);
@@ -978,7 +983,7 @@ impl Worker {
 
     /// Brings the kernel side to what the rules say now.
     fn enforce(&mut self, now: SystemTime) -> Result<(), KernelError> {
-        self.next_change = self.rules.next_change(now);
+        self.next_change = self.rules.slots().next_change(now);
         let former = std::mem::take(&mut self.armed);
         // Found by the former rules; the walk finds by the new ones.
         self.found.clear();
@@ -1021,7 +1026,7 @@ impl Worker {
         }
         self.govern();
         self.watch();
-        self.intake.recorder.forget(u64::try_from(boot_clock().as_nanos()).unwrap_or(0));
+        self.intake.recorder.forget(boot_time_ns());
         let now = SystemTime::now();
         if self.next_change.is_some_and(|at| at <= now)
             && let Err(error) = self.enforce(now)
@@ -1057,11 +1062,11 @@ impl Worker {
             duration,
             &self.node,
             |key| processes.get(key),
-            |place| rules.tag(place),
+            |slot| rules.tag(slot),
         );
         let waiting = &self.waiting;
         self.processes.next_window(|key| waiting.contains_key(key));
-        let free = self.rules.next_window(Instant::now(), self.waited_for());
+        let free = self.rules.free_retired_slots(Instant::now(), self.waited_for());
         if free != 0 {
             self.intake.recorder.forget_slots(free);
         }
@@ -1158,14 +1163,14 @@ fn resident_bytes() -> u64 {
 }
 
 /// Tells who knows pods of a process's container, once in a window.
-fn see(pods: Option<&mut (dyn PodSource + 'static)>, seen: &mut HashSet<String>, process: &Process) {
+fn see(pods: Option<&mut (dyn PodResolver + 'static)>, seen: &mut HashSet<String>, process: &Process) {
     let id = &process.names.container_id;
     if let Some(pods) = pods
         && !id.is_empty()
         && !seen.contains(id)
     {
         seen.insert(id.clone());
-        pods.seen(&process.names);
+        pods.container_seen(&process.names);
     }
 }
 

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     cgroup::CgroupTree,
     engine::Containers,
-    rules::containers::{self, Selection},
+    rules::{PodQuery, PodSelection},
 };
 
 /// Where new control groups are not told of, how late they are noticed.
@@ -28,7 +28,7 @@ pub async fn arm(
     pods: Pods,
     groups: Arc<CgroupTree>,
     engine: Containers,
-    mut rules: watch::Receiver<Vec<containers::PodRule>>,
+    mut rules: watch::Receiver<Vec<PodQuery>>,
     cancel: CancellationToken,
 ) {
     let made = Arc::new(Notify::new());
@@ -37,13 +37,13 @@ pub async fn arm(
         tracing::warn!("new containers are noticed up to {} s late: {error}", ANYHOW.as_secs());
     }
     let mut told = pods.changes();
-    let mut former = Selection::default();
+    let mut former = PodSelection::default();
     loop {
         let wanted = rules.borrow_and_update().clone();
         let (known, tree) = (pods.clone(), Arc::clone(&groups));
         // Nothing asks for pods, and no pod asks to be left alone: nothing is looked at.
         let selection = if wanted.is_empty() && !known.any_denied() {
-            Selection::default()
+            PodSelection::default()
         } else {
             match spawn_blocking(move || select(&known, &tree, &wanted)).await {
                 Ok(selection) => selection,
@@ -68,7 +68,7 @@ pub async fn arm(
     }
 }
 
-fn select(pods: &Pods, groups: &CgroupTree, wanted: &[containers::PodRule]) -> Selection {
+fn select(pods: &Pods, groups: &CgroupTree, wanted: &[PodQuery]) -> PodSelection {
     // What asks nothing of pods means none: it is not for this one to open it to all.
     let (ids, rules): (Vec<&String>, Vec<PodRule>) =
         wanted.iter().filter_map(|rule| Some((&rule.rule_id, PodRule::of(&rule.matches)?))).unzip();
@@ -77,5 +77,5 @@ fn select(pods: &Pods, groups: &CgroupTree, wanted: &[containers::PodRule]) -> S
         pods.ask(&names.container_id, &names.pod_uid);
     }
     let rules = ids.into_iter().cloned().zip(resolved.rules).collect();
-    Selection { rules, denied: resolved.denied }
+    PodSelection { rules, denied: resolved.denied }
 }

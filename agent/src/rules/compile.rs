@@ -1,7 +1,7 @@
-//! From rules to what decides.
+//! Turns rules into the form that decides about processes.
 //!
-//! The same semantics three times: as tries and sets of the kernel side ([`kernel_rules`]), as patterns for one process
-//! ([`Compiled::matches`]), and as words for people. Property tests hold the first two against each other.
+//! The same semantics exist three times: as tries and sets for the BPF programs ([`kernel_rules`]), as patterns for one
+//! process ([`Compiled::matches`]), and as text for people ([`Compiled::mismatch`]). Property tests compare the first two.
 
 use std::collections::BTreeSet;
 
@@ -10,27 +10,42 @@ use gannet_proto::{
     rules::{Pattern, effective_hz, effective_kinds},
 };
 
-use crate::kernel::{Exact, KernelRules, MAX_CGROUP_PATH, NamePattern, Want};
+use crate::{
+    kernel::{Exact, KernelRules, MAX_CGROUP_PATH, MAX_RULES, NamePattern, Want},
+    process::Process,
+};
 
-/// Bits that are no rules but what must never be sampled: by command, control group, user, container.
+/// The last slots are no rules. They mark processes that must never be sampled: by command, control group, user, container.
 pub(super) const DENY_SLOTS: usize = 4;
 
-/// What a match is decided by.
+/// The properties of a process that a rule is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Traits<'a> {
+pub(crate) struct ProcessTraits<'a> {
     /// Command name.
-    pub comm: &'a str,
+    pub(crate) comm: &'a str,
     /// Path of the executable as the process sees it.
-    pub exe: &'a str,
+    pub(crate) exe: &'a str,
     /// Path of the control group below the hierarchy's root.
-    pub cgroup: &'a str,
+    pub(crate) cgroup: &'a str,
     /// Effective user id; none while unknown.
-    pub uid: Option<u32>,
+    pub(crate) uid: Option<u32>,
     /// Thread group id.
-    pub tgid: u32,
+    pub(crate) tgid: u32,
 }
 
-/// A rule's match in the form that decides.
+impl<'a> ProcessTraits<'a> {
+    pub(crate) fn of(process: &'a Process) -> Self {
+        Self {
+            comm: &process.comm,
+            exe: &process.exe,
+            cgroup: &process.cgroup,
+            uid: process.uid,
+            tgid: process.key.process.tgid,
+        }
+    }
+}
+
+/// A rule's match with its patterns parsed.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Compiled {
     comm: Vec<Pattern>,
@@ -38,14 +53,14 @@ pub(super) struct Compiled {
     cgroup: Vec<Pattern>,
     pids: Vec<u32>,
     uid: Vec<u32>,
-    /// It names containers by what is known of their pods.
+    /// The rule selects containers by pod metadata.
     pub(super) pods: bool,
-    /// What it names by number is meant from its next `execve` on.
+    /// A rule that names pids alone applies from the next `execve` of those processes on.
     from_exec: bool,
 }
 
-/// What one slot asks of the kernel side.
-pub(super) struct Asked<'a> {
+/// What one slot asks of the BPF programs.
+pub(super) struct SlotRequest<'a> {
     pub(super) slot: usize,
     pub(super) compiled: &'a Compiled,
     /// Nanoseconds between two ticks; 0 for none.
@@ -53,12 +68,12 @@ pub(super) struct Asked<'a> {
     pub(super) off_cpu: bool,
     pub(super) user_stacks: bool,
     pub(super) kernel_stacks: bool,
-    /// Only for whom it matches at `execve`, not for who runs already.
+    /// Only for processes that match at `execve`, not for those that already run.
     pub(super) at_exec: bool,
     /// Only in these containers, by the id of their control group; none: everywhere.
     pub(super) containers: Option<&'a BTreeSet<u64>>,
-    /// It may be for processes that the kernel side does not know yet.
-    pub(super) everybody: bool,
+    /// The slot may include processes that the BPF programs have no entry for yet.
+    pub(super) unknown_too: bool,
 }
 
 /// What is never sampled on this node, whatever rules ask for.
@@ -78,7 +93,7 @@ impl Compiled {
     pub(super) fn of(rule: &Rule) -> Self {
         let Match { comm, exe, cgroup, namespaces, pod_labels, containers, workloads, pids, uid } =
             rule.r#match.clone().unwrap_or_default();
-        // A pattern that does not parse was refused before; it can only be left out.
+        // Validation has refused patterns that do not parse, so leaving them out is safe.
         let patterns = |texts: &[String]| texts.iter().filter_map(|text| Pattern::parse(text).ok()).collect();
         Self {
             comm: patterns(&comm),
@@ -94,18 +109,18 @@ impl Compiled {
         }
     }
 
-    /// See [`super::Set::from_exec`].
-    pub(super) fn holding(self, from_exec: bool) -> Self {
+    /// Sets [`super::SourceRules::from_exec`] of the rule's set.
+    pub(super) fn with_from_exec(self, from_exec: bool) -> Self {
         Self { from_exec, ..self }
     }
 
-    /// It asks for what the kernel side cannot see, or cannot compare.
+    /// Whether the agent must decide, because the BPF programs cannot see or compare a property.
     fn by_agent(&self) -> bool {
         !self.exe.is_empty() || self.cgroup.iter().any(|path| path.text().len() > MAX_CGROUP_PATH)
     }
 
-    /// Whether all that it asks for holds, but for containers, which only their ids tell.
-    pub(super) fn matches(&self, traits: &Traits<'_>) -> bool {
+    /// Whether all properties match, except containers, which only the ids of control groups decide.
+    pub(super) fn matches(&self, traits: &ProcessTraits<'_>) -> bool {
         let any = |patterns: &[Pattern], text: &str| {
             patterns.is_empty() || patterns.iter().any(|pattern| pattern.matches(text.as_bytes()))
         };
@@ -116,8 +131,8 @@ impl Compiled {
             && (self.uid.is_empty() || traits.uid.is_some_and(|uid| self.uid.contains(&uid)))
     }
 
-    /// The first property that does not hold, in words.
-    pub(super) fn mismatch(&self, traits: &Traits<'_>) -> Option<String> {
+    /// Returns the first property that does not match, human-readable.
+    pub(super) fn mismatch(&self, traits: &ProcessTraits<'_>) -> Option<String> {
         let none = |patterns: &[Pattern], text: &str| {
             !patterns.is_empty() && !patterns.iter().any(|pattern| pattern.matches(text.as_bytes()))
         };
@@ -142,7 +157,7 @@ impl Compiled {
         None
     }
 
-    /// It names processes by number and by nothing else: it holds for what they execute, and for their children.
+    /// The rule names pids and nothing else. It then also covers what those processes execute, and their children.
     fn is_sticky(&self) -> bool {
         !self.pids.is_empty()
             && self.comm.is_empty()
@@ -152,7 +167,7 @@ impl Compiled {
             && !self.pods
     }
 
-    /// It is for every process.
+    /// Whether the rule matches every process.
     fn is_for_all(&self) -> bool {
         let every = |patterns: &[Pattern]| {
             patterns.iter().any(|pattern| pattern.is_prefix() && pattern.text().is_empty())
@@ -166,7 +181,7 @@ impl Compiled {
     }
 }
 
-/// Nanoseconds between two ticks that a rule's captures ask for; 0 for none.
+/// Nanoseconds between two ticks of a rule's captures; 0 for no ticks.
 pub(super) fn period_ns(rule: &Rule) -> u64 {
     if effective_kinds(rule).contains(&capture::Kind::OnCpu) {
         1_000_000_000 / u64::from(effective_hz(rule).max(1))
@@ -175,41 +190,63 @@ pub(super) fn period_ns(rule: &Rule) -> u64 {
     }
 }
 
-/// Whether a rule's captures ask for blocked time.
+/// Whether a rule's captures measure off-CPU time.
 pub(super) fn off_cpu(rule: &Rule) -> bool {
     effective_kinds(rule).contains(&capture::Kind::OffCpu)
 }
 
-/// All slots in force, as the kernel side needs them.
-pub(super) fn kernel_rules<'a>(asked: impl Iterator<Item = Asked<'a>>, deny: &Deny) -> KernelRules {
-    let mut rules = KernelRules { user_stacks: false, kernel_stacks: false, ..KernelRules::default() };
-    let mut comms: Vec<(&Pattern, u64)> = Vec::new();
-    let mut cgroups: Vec<(&Pattern, u64)> = Vec::new();
-    let mut exact: Vec<(Exact, u64)> = Vec::new();
-    let nobody_denied = *deny == Deny::default();
-    for Asked {
-        slot,
-        compiled,
-        period_ns,
-        off_cpu,
-        user_stacks,
-        kernel_stacks,
-        at_exec,
-        containers,
-        everybody,
-    } in asked
-    {
+/// Builds what the BPF programs decide by, from all live slots and the deny list.
+pub(super) fn kernel_rules<'a>(requests: impl Iterator<Item = SlotRequest<'a>>, deny: &Deny) -> KernelRules {
+    let mut builder = Builder {
+        rules: KernelRules { user_stacks: false, kernel_stacks: false, ..KernelRules::default() },
+        comms: Vec::new(),
+        cgroups: Vec::new(),
+        exact: Vec::new(),
+    };
+    let nothing_denied = *deny == Deny::default();
+    // A process that has no entry in the kernel's table looks the same as one that is denied.
+    let is_for_all = |request: &SlotRequest<'_>| {
+        nothing_denied && request.unknown_too && request.containers.is_none() && request.compiled.is_for_all()
+    };
+    for request in requests {
+        let is_for_all = is_for_all(&request);
+        builder.add_slot(request, is_for_all);
+    }
+    builder.add_deny(deny);
+    builder.finish()
+}
+
+/// Collects patterns and ids with the bits of the slots that they belong to.
+struct Builder<'a> {
+    rules: KernelRules,
+    comms: Vec<(&'a Pattern, u64)>,
+    cgroups: Vec<(&'a Pattern, u64)>,
+    exact: Vec<(Exact, u64)>,
+}
+
+impl<'a> Builder<'a> {
+    fn add_slot(&mut self, request: SlotRequest<'a>, is_for_all: bool) {
+        let SlotRequest {
+            slot,
+            compiled,
+            period_ns,
+            off_cpu,
+            user_stacks,
+            kernel_stacks,
+            at_exec,
+            containers,
+            unknown_too: _,
+        } = request;
         let bit = 1_u64 << slot;
-        rules.periods_ns[slot] = period_ns;
-        rules.off_cpu |= u64::from(off_cpu) << slot;
-        rules.user_stacks |= user_stacks;
-        rules.kernel_stacks |= kernel_stacks;
-        // Who is not in the kernel's table cannot be told apart from who is denied.
-        if everybody && nobody_denied && containers.is_none() && compiled.is_for_all() {
-            add(&mut rules.all, Want { rules: bit, period_ns });
-            continue;
+        self.rules.periods_ns[slot] = period_ns;
+        self.rules.off_cpu |= u64::from(off_cpu) << slot;
+        self.rules.user_stacks |= user_stacks;
+        self.rules.kernel_stacks |= kernel_stacks;
+        if is_for_all {
+            add(&mut self.rules.all, Want { rules: bit, period_ns });
+            return;
         }
-        let masks = &mut rules.masks;
+        let masks = &mut self.rules.masks;
         masks.rules |= bit;
         masks.any_comm |= if compiled.comm.is_empty() { bit } else { 0 };
         masks.any_uid |= if compiled.uid.is_empty() { bit } else { 0 };
@@ -218,53 +255,60 @@ pub(super) fn kernel_rules<'a>(asked: impl Iterator<Item = Asked<'a>>, deny: &De
         masks.by_agent |= if compiled.by_agent() { bit } else { 0 };
         masks.sticky |= if compiled.is_sticky() && !at_exec { bit } else { 0 };
         masks.at_exec |= if at_exec || (compiled.from_exec && compiled.is_sticky()) { bit } else { 0 };
-        comms.extend(compiled.comm.iter().map(|pattern| (pattern, bit)));
+        self.comms.extend(compiled.comm.iter().map(|pattern| (pattern, bit)));
         if compiled.cgroup.iter().any(|path| path.text().len() > MAX_CGROUP_PATH) {
             // The agent compares all of them.
             masks.any_cgroup |= bit;
         } else {
             masks.any_cgroup |= if compiled.cgroup.is_empty() { bit } else { 0 };
-            cgroups.extend(compiled.cgroup.iter().map(|pattern| (pattern, bit)));
+            self.cgroups.extend(compiled.cgroup.iter().map(|pattern| (pattern, bit)));
         }
-        exact.extend(compiled.pids.iter().map(|pid| (Exact::Pid(*pid), bit)));
-        exact.extend(compiled.uid.iter().map(|uid| (Exact::Uid(*uid), bit)));
-        exact.extend(containers.into_iter().flatten().map(|id| (Exact::Container(*id), bit)));
+        self.exact.extend(compiled.pids.iter().map(|pid| (Exact::Pid(*pid), bit)));
+        self.exact.extend(compiled.uid.iter().map(|uid| (Exact::Uid(*uid), bit)));
+        self.exact.extend(containers.into_iter().flatten().map(|id| (Exact::Container(*id), bit)));
     }
-    // A process is denied by any one of these, so that each is a rule of its own that asks for one property.
-    let [by_comm, by_cgroup, by_uid, by_container] =
-        [0, 1, 2, 3].map(|place| 1_u64 << (crate::kernel::MAX_RULES - DENY_SLOTS + place));
-    comms.extend(deny.comm.iter().map(|pattern| (pattern, by_comm)));
-    cgroups.extend(deny.cgroup.iter().map(|pattern| (pattern, by_cgroup)));
-    exact.extend(deny.uid.iter().map(|uid| (Exact::Uid(*uid), by_uid)));
-    exact.extend(deny.containers.iter().map(|id| (Exact::Container(*id), by_container)));
-    let given = [
-        (by_comm, deny.comm.is_empty()),
-        (by_cgroup, deny.cgroup.is_empty()),
-        (by_uid, deny.uid.is_empty()),
-        (by_container, deny.containers.is_empty()),
-    ];
-    let masks = &mut rules.masks;
-    for (bit, _) in given.into_iter().filter(|(_, empty)| !empty) {
-        masks.rules |= bit;
-        masks.deny |= bit;
-        masks.any_pid |= bit;
-        masks.any_comm |= if bit == by_comm { 0 } else { bit };
-        masks.any_cgroup |= if bit == by_cgroup { 0 } else { bit };
-        masks.any_uid |= if bit == by_uid { 0 } else { bit };
-        masks.any_container |= if bit == by_container { 0 } else { bit };
-    }
-    rules.comms = names(&comms);
-    rules.cgroups = names(&cgroups);
-    for (what, bits) in exact {
-        match rules.exact.iter_mut().find(|(known, _)| *known == what) {
-            Some((_, sum)) => *sum |= bits,
-            None => rules.exact.push((what, bits)),
+
+    /// Any single property denies a process, so each property gets a slot of its own that asks for nothing else.
+    fn add_deny(&mut self, deny: &'a Deny) {
+        let [by_comm, by_cgroup, by_uid, by_container] =
+            [0, 1, 2, 3].map(|offset| 1_u64 << (MAX_RULES - DENY_SLOTS + offset));
+        self.comms.extend(deny.comm.iter().map(|pattern| (pattern, by_comm)));
+        self.cgroups.extend(deny.cgroup.iter().map(|pattern| (pattern, by_cgroup)));
+        self.exact.extend(deny.uid.iter().map(|uid| (Exact::Uid(*uid), by_uid)));
+        self.exact.extend(deny.containers.iter().map(|id| (Exact::Container(*id), by_container)));
+        let given = [
+            (by_comm, deny.comm.is_empty()),
+            (by_cgroup, deny.cgroup.is_empty()),
+            (by_uid, deny.uid.is_empty()),
+            (by_container, deny.containers.is_empty()),
+        ];
+        let masks = &mut self.rules.masks;
+        for (bit, _) in given.into_iter().filter(|(_, empty)| !empty) {
+            masks.rules |= bit;
+            masks.deny |= bit;
+            masks.any_pid |= bit;
+            masks.any_comm |= if bit == by_comm { 0 } else { bit };
+            masks.any_cgroup |= if bit == by_cgroup { 0 } else { bit };
+            masks.any_uid |= if bit == by_uid { 0 } else { bit };
+            masks.any_container |= if bit == by_container { 0 } else { bit };
         }
     }
-    rules
+
+    fn finish(mut self) -> KernelRules {
+        self.rules.comms = names(&self.comms);
+        self.rules.cgroups = names(&self.cgroups);
+        for (property, bits) in self.exact {
+            match self.rules.exact.iter_mut().find(|(known, _)| *known == property) {
+                Some((_, sum)) => *sum |= bits,
+                None => self.rules.exact.push((property, bits)),
+            }
+        }
+        self.rules
+    }
 }
 
-/// A look-up in a trie finds only the longest key, so each key carries the rules of all shorter ones that match it too.
+/// Builds the keys of a trie. A lookup finds only the longest key, so each key also carries the bits of all shorter keys
+/// that match it.
 fn names(patterns: &[(&Pattern, u64)]) -> Vec<(NamePattern, u64)> {
     let mut names: Vec<(NamePattern, u64)> = Vec::new();
     for (pattern, _) in patterns {
@@ -285,7 +329,7 @@ fn names(patterns: &[(&Pattern, u64)]) -> Vec<(NamePattern, u64)> {
     names
 }
 
-/// Adds what another rule asks for: both rules, and the faster clock.
+/// Adds the request of another rule: the result has both rules and the shorter period.
 pub(super) fn add(sum: &mut Want, more: Want) {
     sum.rules |= more.rules;
     if more.period_ns != 0 && (sum.period_ns == 0 || more.period_ns < sum.period_ns) {
@@ -299,7 +343,7 @@ mod tests {
 
     use super::*;
 
-    /// What the trie of the kernel finds: the value of the longest key that the name begins with, NUL included.
+    /// Does what the kernel's trie does: returns the value of the longest key that the name begins with, NUL included.
     fn trie(keys: &[(NamePattern, u64)], name: &str) -> u64 {
         let name = format!("{name}\0");
         let text = |key: &NamePattern| if key.prefix { key.text.clone() } else { format!("{}\0", key.text) };
@@ -310,8 +354,9 @@ mod tests {
     }
 
     proptest! {
+        /// Checks that one trie lookup returns the slots of all patterns that match a name (R17).
         #[test]
-        fn r17_a_trie_of_names_finds_what_each_pattern_would(
+        fn a_trie_of_names_finds_what_each_pattern_would(
             patterns in prop::collection::vec("[ab/]{0,4}\\*?", 1..12),
             name in "[ab/]{1,6}",
         ) {

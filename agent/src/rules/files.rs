@@ -1,4 +1,4 @@
-//! Rule files of the node.
+//! Reads the node's rule files.
 
 use std::{
     fs, io,
@@ -13,28 +13,27 @@ use gannet_proto::{
 
 /// Why rule files cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum FilesError {
-    /// One cannot be read.
-    #[error("--rules {}: {source}", path.display())]
+pub enum RuleFilesError {
+    /// The agent cannot read a file.
+    #[error("cannot read rule file {} (--rules): {source}", path.display())]
     Read {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
-    /// They hold what is no rule.
+    /// Files contain something else than valid rules.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Parse(Vec<ParseError>),
 }
 
-/// Tells whether files have changed.
+/// Modification times and sizes of files. Differs after a change of any of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stamp(Vec<Option<(SystemTime, u64)>>);
+pub(crate) struct RuleFilesStamp(Vec<Option<(SystemTime, u64)>>);
 
-impl Stamp {
-    /// As they are now.
-    pub fn of(files: &[PathBuf]) -> Self {
+impl RuleFilesStamp {
+    pub(crate) fn of(files: &[PathBuf]) -> Self {
         let stamp = |path: &PathBuf| {
             let metadata = fs::metadata(path).ok()?;
             Some((metadata.modified().ok()?, metadata.len()))
@@ -43,8 +42,8 @@ impl Stamp {
     }
 }
 
-/// The rules of all files together; all errors at once.
-pub fn read(files: &[PathBuf]) -> Result<Vec<Rule>, FilesError> {
+/// Returns the rules of all files together, or the errors of all files together.
+pub(crate) fn read(files: &[PathBuf]) -> Result<Vec<Rule>, RuleFilesError> {
     let mut rules = Vec::new();
     let mut errors = Vec::new();
     for path in files {
@@ -53,9 +52,9 @@ pub fn read(files: &[PathBuf]) -> Result<Vec<Rule>, FilesError> {
             Err(more) => errors.extend(more),
         }
     }
-    if errors.is_empty() { Ok(rules) } else { Err(FilesError::Parse(errors)) }
+    if errors.is_empty() { Ok(rules) } else { Err(RuleFilesError::Parse(errors)) }
 }
 
-fn text(path: &Path) -> Result<String, FilesError> {
-    fs::read_to_string(path).map_err(|source| FilesError::Read { path: path.to_owned(), source })
+fn text(path: &Path) -> Result<String, RuleFilesError> {
+    fs::read_to_string(path).map_err(|source| RuleFilesError::Read { path: path.to_owned(), source })
 }

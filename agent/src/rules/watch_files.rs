@@ -1,4 +1,4 @@
-//! Hears of changes of rule files as they happen, so that a rule that is written is in force a moment later.
+//! Waits for changes of rule files, so that a changed rule is in force shortly after it is written.
 
 use std::{
     collections::BTreeSet,
@@ -12,18 +12,18 @@ use std::{
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// Changes that come together are one: an editor writes, closes and renames.
-const TOGETHER: Duration = Duration::from_millis(5);
+/// An editor writes, closes and renames. Changes that are this close together count as one.
+const DEBOUNCE: Duration = Duration::from_millis(5);
 
-/// Watches the directories of some files. Where that cannot be, only the time tells.
-pub struct Notify {
+/// Watches the directories of some files with inotify. Without inotify it only waits for its timeout.
+pub(crate) struct FileWatcher {
     events: Option<AsyncFd<OwnedFd>>,
 }
 
-impl Notify {
-    /// The directories and not the files: what replaces a file by renaming leaves the old one unchanged, and that is how
-    /// Kubernetes and careful editors write.
-    pub fn of(files: &[PathBuf]) -> Self {
+impl FileWatcher {
+    /// Watches the directories instead of the files: Kubernetes and careful editors replace a file by renaming, which leaves
+    /// the watched old file unchanged.
+    pub(crate) fn of(files: &[PathBuf]) -> Self {
         let watch = || -> io::Result<AsyncFd<OwnedFd>> {
             let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
             let directories: BTreeSet<&Path> = files
@@ -31,14 +31,13 @@ impl Notify {
                 .filter_map(|file| file.parent())
                 .map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir })
                 .collect();
-            // Not on every write: half a file is no rule file.
+            // Not every write: a half-written file is no rule file.
             let changes =
                 WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO | WatchFlags::MOVED_FROM | WatchFlags::DELETE;
             for directory in directories {
                 inotify::add_watch(&fd, directory, changes)?;
             }
-            // SAFETY: the descriptor is owned by the result, which closes it only when it is dropped, and hands it out to
-            // nobody.
+            // SAFETY: the result owns the descriptor, closes it only when it is dropped, and lends it to no one.
             let events = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
             Ok(events?)
         };
@@ -46,21 +45,21 @@ impl Notify {
             _ if files.is_empty() => None,
             Ok(events) => Some(events),
             Err(error) => {
-                tracing::debug!("rule files are looked at from time to time only: {error}");
+                tracing::debug!("cannot watch rule files with inotify, checking them periodically: {error}");
                 None
             }
         };
         Self { events }
     }
 
-    /// Returns when something has changed beside the files, or after `at_most`.
-    pub async fn changed(&self, at_most: Duration) {
-        let Some(events) = &self.events else { return tokio::time::sleep(at_most).await };
-        if let Ok(Ok(mut ready)) = tokio::time::timeout(at_most, events.readable()).await {
-            tokio::time::sleep(TOGETHER).await;
+    /// Returns when something has changed in the files' directories, or after `timeout`.
+    pub(crate) async fn changed(&self, timeout: Duration) {
+        let Some(events) = &self.events else { return tokio::time::sleep(timeout).await };
+        if let Ok(Ok(mut ready)) = tokio::time::timeout(timeout, events.readable()).await {
+            tokio::time::sleep(DEBOUNCE).await;
             let mut buffer = [MaybeUninit::uninit(); 4096];
             let mut reader = inotify::Reader::new(events.get_ref(), &mut buffer);
-            // What changed is told by the files themselves; here it only matters that there is nothing left to read.
+            // The files themselves show what has changed. This loop only empties the descriptor.
             while reader.next().is_ok() {}
             ready.clear_ready();
         }
@@ -73,24 +72,25 @@ mod tests {
 
     use super::*;
 
+    /// Checks that a written or replaced file ends the wait long before the timeout.
     #[tokio::test]
-    async fn a_file_that_is_written_or_replaced_is_noticed_long_before_the_time_is_over() {
+    async fn a_written_or_replaced_file_ends_the_wait() {
         const LONG: Duration = Duration::from_secs(60);
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("rules.yaml");
         fs::write(&file, "rules: []").unwrap();
-        let notify = Notify::of(std::slice::from_ref(&file));
+        let watcher = FileWatcher::of(std::slice::from_ref(&file));
         let begin = Instant::now();
         fs::write(&file, "rules: [] # changed").unwrap();
-        notify.changed(LONG).await;
+        watcher.changed(LONG).await;
         let aside = dir.path().join("aside");
         fs::write(&aside, "rules: []").unwrap();
-        notify.changed(LONG).await;
+        watcher.changed(LONG).await;
         fs::rename(&aside, &file).unwrap();
-        notify.changed(LONG).await;
+        watcher.changed(LONG).await;
         assert!(begin.elapsed() < LONG);
-        // Nothing happens: the time tells.
-        notify.changed(Duration::from_millis(20)).await;
-        Notify::of(&[]).changed(Duration::from_millis(20)).await;
+        // Nothing happens: the timeout ends the wait.
+        watcher.changed(Duration::from_millis(20)).await;
+        FileWatcher::of(&[]).changed(Duration::from_millis(20)).await;
     }
 }

@@ -15,11 +15,12 @@ use crate::common::{
     idle_functions, program, slower,
 };
 use gannet_agent::{
-    conditions::{Pressure, boot_clock},
+    conditions::Pressure,
     engine::{Engine, EngineOptions, Manual, Window},
     governor::Budgets,
     kernel::KernelOptions,
-    rules::{Deny, Set, Source},
+    model::boot_time,
+    rules::{Deny, RuleSource, SourceRules},
     tables::TableSources,
 };
 use gannet_proto::{
@@ -102,7 +103,8 @@ fn engine_within(deny: Deny, budgets: Budgets) -> (Engine, Profiles) {
 
 async fn apply(engine: &Engine, rules: &str) {
     let rules = parse(&format!("rules:\n{rules}"), "test").unwrap();
-    let partial = engine.replace(Source::Local, Set { rules, ..Set::default() }).await.unwrap();
+    let partial =
+        engine.replace(RuleSource::Local, SourceRules { rules, ..SourceRules::default() }).await.unwrap();
     assert_eq!(partial, []);
 }
 
@@ -189,7 +191,7 @@ async fn a_capture_is_over_when_its_last_samples_are_walked() {
 fn pressure_within_a_second_is_watched_as_asked_where_the_kernel_grants_that() {
     let (stall, window) = (Duration::from_millis(100), Duration::from_secs(1));
     let file = Path::new("/proc/pressure/cpu");
-    let pressure = Pressure::open(file, false, stall, window, boot_clock()).unwrap();
+    let pressure = Pressure::open(file, false, stall, window, boot_time()).unwrap();
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
     // CAP_SYS_RESOURCE: without it the kernel may insist on multiples of two seconds.

@@ -23,7 +23,7 @@ use gannet_agent::{
     model::{Image, MappingKind, ProcessKey, SampleKind, StackEnd},
     process::{State, check_identity},
     profile::RawProcess,
-    rules::{Deny, Set, Source, ad_hoc},
+    rules::{Deny, RuleSource, SourceRules, ad_hoc},
     tables::TableSources,
 };
 use gannet_proto::{
@@ -60,7 +60,9 @@ impl Watch {
         let engine = Engine::start(options, move |window: Window| drop(send.send(window))).unwrap();
         let comm = comms.iter().map(|comm| (*comm).to_owned()).collect();
         let rules = vec![ad_hoc("test", Match { comm, ..Match::default() }, hz, kinds)];
-        let partial = block_on(engine.replace(Source::Local, Set { rules, ..Set::default() })).unwrap();
+        let partial =
+            block_on(engine.replace(RuleSource::Local, SourceRules { rules, ..SourceRules::default() }))
+                .unwrap();
         assert!(partial.is_empty(), "{partial:?}");
         Self { engine, windows }
     }

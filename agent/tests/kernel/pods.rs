@@ -21,7 +21,7 @@ use gannet_agent::{
     pods::{
         Change, Container, LabelOptions, Pod, PodSource, Pods, SourceError, SourceKind, Workload, follow,
     },
-    rules::{Deny, Set, Source, ad_hoc},
+    rules::{Deny, RuleSource, SourceRules, ad_hoc},
     symbols::{Symbolizer, SymbolizerConfig},
     tables::TableSources,
 };
@@ -169,7 +169,10 @@ async fn samples_of_containers_are_named_after_their_pods() {
     let name = top.0.file_name().unwrap().to_str().unwrap();
     let matches = Match { cgroup: vec![format!("/{name}/*")], ..Match::default() };
     let rule = ad_hoc("containers", matches, 99, &[capture::Kind::OnCpu]);
-    engine.replace(Source::Local, Set { rules: vec![rule], ..Set::default() }).await.unwrap();
+    engine
+        .replace(RuleSource::Local, SourceRules { rules: vec![rule], ..SourceRules::default() })
+        .await
+        .unwrap();
 
     let [known, denied, unknown] = [KNOWN, DENIED, UNKNOWN].map(|letter| Group::make(&top.0, letter));
     let spin = "i=0; while [ $i -lt 100000000 ]; do i=$((i+1)); done";

@@ -16,7 +16,7 @@ use crate::common::{
 };
 use gannet_agent::{
     kernel::{Event, Kernel, KernelOptions},
-    rules::{Deny, RuleBook, Set, Source, ad_hoc},
+    rules::{Deny, RuleBook, RuleSource, SourceRules, ad_hoc},
 };
 use gannet_proto::{
     control::{Match, Rule},
@@ -86,10 +86,13 @@ fn kernel() -> Kernel {
 
 fn book(rules: Vec<Rule>) -> RuleBook {
     let mut book = RuleBook::new(Caps::default());
-    book.know_pods();
-    let errors = book.check(Source::Local, &rules);
+    book.enable_pods();
+    let errors = book.check(RuleSource::Local, &rules);
     assert_eq!(errors, []);
-    assert_eq!(book.replace(Source::Local, Set { rules, ..Set::default() }, SystemTime::now()), []);
+    assert_eq!(
+        book.replace(RuleSource::Local, SourceRules { rules, ..SourceRules::default() }, SystemTime::now()),
+        []
+    );
     book
 }
 

@@ -14,7 +14,7 @@ use gannet_agent::{
     kernel::{Counters, KernelOptions},
     model::{MappingKind, StackEnd},
     profile::RawProcess,
-    rules::{Deny, Set, Source, ad_hoc},
+    rules::{Deny, RuleSource, SourceRules, ad_hoc},
     tables::{Stats, TableSources},
 };
 use gannet_proto::{
@@ -49,7 +49,9 @@ impl Machine {
 
     fn sample(&self, matches: Match, hz: u32) {
         let rules = vec![ad_hoc("test", matches, hz, &[capture::Kind::OnCpu])];
-        self.runtime.block_on(self.engine.replace(Source::Local, Set { rules, ..Set::default() })).unwrap();
+        self.runtime
+            .block_on(self.engine.replace(RuleSource::Local, SourceRules { rules, ..SourceRules::default() }))
+            .unwrap();
     }
 
     /// Counts, tables, and entries of the mapping trie and of the images.

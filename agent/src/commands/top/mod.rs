@@ -29,7 +29,7 @@ use crate::{
     pipeline::finish,
     process::{Process, State},
     profile::slots,
-    rules::{Deny, Set, Source, ad_hoc},
+    rules::{Deny, RuleSource, SourceRules, ad_hoc},
     symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError},
     tables::TableSources,
 };
@@ -101,7 +101,10 @@ pub async fn top(args: TopArgs) -> Result<(), TopError> {
     )?;
     let comm = if args.comm.is_empty() { vec!["*".to_owned()] } else { args.comm.clone() };
     let rules = vec![ad_hoc("top", Match { comm, ..Match::default() }, args.hz, &[])];
-    engine.replace(Source::Local, Set { rules, ..Set::default() }).await.map_err(TopError::Rule)?;
+    engine
+        .replace(RuleSource::Local, SourceRules { rules, ..SourceRules::default() })
+        .await
+        .map_err(TopError::Rule)?;
     let (snapshots, feed) = mpsc::channel(4);
     let mut screen = (!args.once).then(|| tokio::task::spawn_blocking(move || screen::run(feed)));
     loop {
@@ -138,7 +141,7 @@ fn infos(inside: &Inside<'_>) -> Vec<ProcessInfo> {
             comm: process.comm.clone(),
             place: place(process),
             rule: slots(process.rules)
-                .find_map(|slot| inside.rules.name(slot))
+                .find_map(|slot| inside.rules.slots().rule_id(slot))
                 .unwrap_or_default()
                 .to_owned(),
             state: state(inside, process),
