@@ -1,4 +1,4 @@
-//! Writing a file so that after a crash it is there whole, or as it was.
+//! Writes a file so that after a crash it has either its old or its new content.
 
 use std::{
     fs::{self, OpenOptions},
@@ -7,11 +7,11 @@ use std::{
     path::Path,
 };
 
-/// The extension of what is not finished; such a file means nothing and may be removed.
+/// Extension of a file whose write did not finish. Anyone may remove it.
 pub(crate) const ASIDE: &str = "aside";
 
-/// Writes beside `path`, syncs, and renames. The rename is durable once the directory is synced, which is left to the
-/// caller: who writes often keeps the directory open.
+/// Writes to a file beside `path`, syncs it and renames it. The rename is durable once the caller has synced the directory;
+/// a caller that writes often keeps the directory open.
 pub(crate) fn write_aside(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let aside = path.with_extension(ASIDE);
     let write = || {
@@ -21,7 +21,7 @@ pub(crate) fn write_aside(path: &Path, bytes: &[u8]) -> io::Result<()> {
         fs::rename(&aside, path)
     };
     write().inspect_err(|_| {
-        // Its space is wanted by whoever tries next.
+        // The next attempt needs the space.
         drop(fs::remove_file(&aside));
     })
 }

@@ -1,14 +1,12 @@
-//! How long to wait before dialling again.
+//! Waiting times between attempts to reach the collector.
 
 use std::time::Duration;
 
-/// The least wait.
-const LEAST: Duration = Duration::from_secs(1);
-/// The longest wait.
-const MOST: Duration = Duration::from_secs(60);
+const MIN_WAIT: Duration = Duration::from_secs(1);
+const MAX_WAIT: Duration = Duration::from_secs(60);
 
-/// Grows with each failure, and is random, so that a fleet does not come back to a restarted collector all at once:
-/// each wait lies anywhere between one second and three times the last one.
+/// Waits that grow with each failure. Each is a random time between one second and three times the last wait, so that
+/// the agents of a fleet do not all return to a restarted collector at once.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     last: Duration,
@@ -16,17 +14,17 @@ pub(crate) struct Backoff {
 
 impl Backoff {
     pub(crate) fn new() -> Self {
-        Self { last: LEAST }
+        Self { last: MIN_WAIT }
     }
 
-    /// The connection was of use: the next wait is short again.
+    /// Makes the next wait short again, after a connection that worked.
     pub(crate) fn reset(&mut self) {
-        self.last = LEAST;
+        self.last = MIN_WAIT;
     }
 
     pub(crate) fn next(&mut self) -> Duration {
-        let most = (self.last * 3).min(MOST);
-        self.last = rand::random_range(LEAST..=most);
+        let longest = (self.last * 3).min(MAX_WAIT);
+        self.last = rand::random_range(MIN_WAIT..=longest);
         self.last
     }
 }
@@ -44,14 +42,14 @@ mod tests {
             firsts.push(backoff.next());
             for _ in 0..20 {
                 let wait = backoff.next();
-                assert!((LEAST..=MOST).contains(&wait), "{wait:?}");
+                assert!((MIN_WAIT..=MAX_WAIT).contains(&wait), "{wait:?}");
                 longest = longest.max(wait);
             }
             backoff.reset();
-            assert!(backoff.next() <= LEAST * 3);
+            assert!(backoff.next() <= MIN_WAIT * 3);
         }
         firsts.dedup();
         assert!(firsts.len() > 100, "the waits are not random");
-        assert!(longest > MOST / 2, "the waits do not grow: {longest:?}");
+        assert!(longest > MAX_WAIT / 2, "the waits do not grow: {longest:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! The way out: profiles go to disk first, then to the collector, and leave the disk once it has them.
+//! Delivers profiles: they go to disk first, then to the collector, and leave the disk once it has acknowledged them.
 
 mod aside;
 mod backoff;

@@ -1,12 +1,12 @@
-//! The stream to the collector: batches out of the spool, answers back into it.
+//! The stream to the collector: batches leave the spool, and answers settle them there.
 //!
-//! Two parts: a plain thread that moves what is submitted into the spool (it syncs files, and may wait for the disk),
-//! and a task that keeps the stream up and the in-flight window full. Both hold the spool only for one operation.
+//! A thread writes submitted batches to the spool; it syncs files and may wait for the disk. A task keeps the stream
+//! connected and the in-flight window full. Both lock the spool for one operation at a time.
 
 use std::{
     collections::{BTreeMap, HashSet},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
@@ -24,6 +24,7 @@ use gannet_proto::{
     },
     ledger::LossReason,
 };
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::task::TaskTracker;
@@ -31,31 +32,31 @@ use tokio_util::task::TaskTracker;
 use super::{Backoff, Spool};
 use crate::ledger::{NodeLedger, Stage};
 
-/// Windows that may wait for the disk. One is submitted every few seconds, so more means that the disk stands still.
-const QUEUE_WINDOWS: usize = 16;
-/// However many the collector allows, no more are in flight: each is held in memory.
+/// Windows that may wait for the disk. One arrives every few seconds, so a full queue means that the disk hangs.
+const MAX_QUEUED_WINDOWS: usize = 16;
+/// Upper limit of batches in flight, even if the collector allows more: each is held in memory.
 const MAX_IN_FLIGHT: u32 = 64;
-/// How long the collector may take to say its limits, and to answer a batch.
+/// Time for the collector to send its limits, and to answer a batch.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-/// A throttled stream is tried again after no longer than this.
+/// Longest pause of a throttled stream.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
-/// How often old batches are looked for, and a silent collector is noticed.
+/// Interval at which the stream drops old batches and notices a silent collector.
 const TICK: Duration = Duration::from_secs(5);
-/// At most one log line of a kind in this time; the counters have the rest.
-const LOG_EVERY: Duration = Duration::from_secs(30);
+/// Interval between log lines of one kind; the counters show the rest.
+const LOG_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Who exports, and to whom.
+/// Identity of the exporter, and the address of its collector.
 #[derive(Clone, Debug)]
 pub struct ExportConfig {
-    /// The node's name.
+    /// Name of the node.
     pub node: String,
-    /// The agent's version.
+    /// Version of the agent.
     pub version: String,
-    /// The collector. None: profiles stay in the spool, the newest as far as its bounds allow.
+    /// The collector. Without one, profiles stay in the spool within its bounds.
     pub collector: Option<Dial>,
 }
 
-/// What metrics show of the stream.
+/// Counters of the stream for metrics.
 #[derive(Debug, Default)]
 pub struct StreamStats {
     connected: AtomicBool,
@@ -69,49 +70,56 @@ pub struct StreamStats {
 }
 
 impl StreamStats {
-    /// The collector has answered on the present connection.
+    /// Returns whether the collector has answered on the present connection.
     pub fn connected(&self) -> bool {
         self.connected.load(Relaxed)
     }
-    /// Connections that came up.
+
+    /// Returns the number of connections that the collector answered.
     pub fn connects(&self) -> u64 {
         self.connects.load(Relaxed)
     }
-    /// Connections that failed or broke.
+
+    /// Returns the number of connections that failed or broke.
     pub fn failures(&self) -> u64 {
         self.failures.load(Relaxed)
     }
-    /// Batches sent, every retry counted.
+
+    /// Returns the number of batches sent, retries included.
     pub fn sent(&self) -> u64 {
         self.sent.load(Relaxed)
     }
-    /// Batches acknowledged, the duplicates included.
+
+    /// Returns the number of acknowledged batches, duplicates included.
     pub fn accepted(&self) -> u64 {
         self.accepted.load(Relaxed)
     }
-    /// Of those: the collector had them already.
+
+    /// Returns the number of acknowledged batches that the collector already had.
     pub fn duplicates(&self) -> u64 {
         self.duplicates.load(Relaxed)
     }
-    /// Batches that the collector put off.
+
+    /// Returns the number of batches that the collector deferred.
     pub fn throttled(&self) -> u64 {
         self.throttled.load(Relaxed)
     }
-    /// Batches that the collector refused, by its code.
+
+    /// Returns the numbers of refused batches by the code of the collector.
     pub fn refused(&self) -> BTreeMap<String, u64> {
-        self.refused.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.refused.lock().clone()
     }
 }
 
-/// Hands profiles to the collector, by way of the spool.
+/// Delivers profiles to the collector by way of the spool.
 #[derive(Debug)]
 pub struct Exporter {
-    /// Taken at shutdown, which lets the spool's thread end when it has emptied the queue.
+    /// Emptied at shutdown, so that the spool's thread ends after the last queued window.
     queue: Mutex<Option<SyncSender<Vec<Batch>>>>,
     ledger: NodeLedger,
     stats: Arc<StreamStats>,
     shared: Arc<Shared>,
-    /// The moment by which the stream must have ended.
+    /// Deadline of the shutdown.
     stop: watch::Sender<Option<Instant>>,
     tasks: TaskTracker,
 }
@@ -119,17 +127,18 @@ pub struct Exporter {
 #[derive(Debug)]
 struct Shared {
     spool: Mutex<Spool>,
-    /// Something was appended, or the spool's thread has ended.
+    /// Wakes the stream after an append, and at the end of the spool's thread.
     appended: Notify,
     writer_done: AtomicBool,
 }
 
 impl Shared {
     fn spool(&self) -> MutexGuard<'_, Spool> {
-        self.spool.lock().unwrap_or_else(PoisonError::into_inner)
+        self.spool.lock()
     }
 
-    /// One operation on the spool, off the reactor: it may touch the disk. None if the runtime is going down.
+    /// Runs one operation on the spool on a blocking thread, since it may touch the disk. Returns `None` if the runtime is
+    /// shutting down.
     async fn with<T: Send + 'static>(
         self: &Arc<Self>,
         operation: impl FnOnce(&mut Spool) -> T + Send + 'static,
@@ -140,14 +149,14 @@ impl Shared {
 }
 
 impl Exporter {
-    /// Starts the spool's thread, and the stream on the present tokio runtime.
+    /// Starts the spool's thread, and the stream on the current tokio runtime.
     pub fn start(
         config: ExportConfig,
         spool: Spool,
         ledger: NodeLedger,
         stats: Arc<StreamStats>,
     ) -> std::io::Result<Self> {
-        let (queue, submitted) = sync_channel(QUEUE_WINDOWS);
+        let (queue, submitted) = sync_channel(MAX_QUEUED_WINDOWS);
         let shared = Arc::new(Shared {
             spool: Mutex::new(spool),
             appended: Notify::new(),
@@ -163,47 +172,50 @@ impl Exporter {
         Ok(Self { queue: Mutex::new(Some(queue)), ledger, stats, shared, stop, tasks })
     }
 
-    /// Takes the profiles of a window; their samples are expected at [`Stage::Window`]. Never waits: what does not fit
-    /// into the queue is lost and counted.
+    /// Queues the profiles of a window, whose samples are at [`Stage::Window`]. Never waits: if the queue is full, the
+    /// samples are lost and counted.
     pub fn submit(&self, batches: Vec<Batch>) {
         let samples = batches.iter().map(|batch| batch.samples).sum();
         self.ledger.pass(Stage::Window, Stage::Queue, samples);
-        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let queue = self.queue.lock();
         let reason = match queue.as_ref().map(|queue| queue.try_send(batches)) {
             Some(Ok(())) => return,
             Some(Err(TrySendError::Full(_))) => LossReason::QueueFull,
             Some(Err(TrySendError::Disconnected(_))) | None => LossReason::Shutdown,
         };
         self.ledger.lose(Stage::Queue, reason, samples);
-        tracing::warn!(samples, %reason, "a window's profiles were not taken by the spool; is the disk slow?");
+        tracing::warn!(samples, %reason, "the spool did not accept the profiles of a window; is the disk slow?");
     }
 
-    /// What metrics show.
+    /// Returns the counters for metrics.
     pub fn stats(&self) -> &Arc<StreamStats> {
         &self.stats
     }
 
-    /// Ends the export: what was submitted goes to disk, what is on disk to the collector as far as the time allows;
-    /// the rest stays in the spool for the next run. True if everything was delivered.
+    /// Ends the export: queued batches go to disk, and batches on disk to the collector as far as the time allows. The
+    /// rest stays in the spool for the next run. Returns whether everything was delivered.
     pub async fn shutdown(&self, within: Duration) -> bool {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.queue.lock().take();
         let deadline = Instant::now() + within;
         self.stop.send_replace(Some(deadline));
-        // A disk that stands still must not keep the agent from ending.
+        // A disk that hangs must not keep the agent from ending.
         let ended =
             tokio::time::timeout_at((deadline + Duration::from_secs(1)).into(), self.tasks.wait()).await;
         if !self.shared.writer_done.load(Relaxed) {
             let left = self.ledger.account_now().at_stage(Stage::Queue);
             self.ledger.lose(Stage::Queue, LossReason::Shutdown, left);
-            tracing::warn!(samples = left, "the disk did not take the last windows in time; they are lost");
+            tracing::warn!(
+                samples = left,
+                "the last windows were not written to disk in time; they are lost"
+            );
         }
         ended.is_ok() && self.shared.with(|spool| spool.is_empty()).await.unwrap_or(false)
     }
 }
 
-/// The spool's thread.
+/// Body of the spool's thread.
 fn write(shared: &Shared, submitted: &Receiver<Vec<Batch>>) {
-    let mut log = Seldom::default();
+    let mut log = LogLimit::default();
     while let Ok(batches) = submitted.recv() {
         if let Err(error) = shared.spool().append(batches)
             && let Some(before) = log.now()
@@ -223,11 +235,11 @@ struct Stream {
     stop: watch::Receiver<Option<Instant>>,
 }
 
-/// Why a connection ended.
+/// Reasons for the end of a connection.
 enum End {
-    /// Nothing is left to send, and nothing will come.
+    /// Everything is sent, and nothing more will be submitted.
     Done,
-    /// The deadline of the shutdown.
+    /// The deadline of the shutdown has passed.
     Deadline,
     Broken(String),
 }
@@ -236,12 +248,12 @@ impl Stream {
     async fn run(mut self) {
         let Some(dial) = self.config.collector.clone() else {
             tracing::info!(
-                "no collector is given: profiles stay on this node, the newest within the spool's bounds"
+                "no --endpoint is given: profiles stay on this node, within the bounds of the spool"
             );
             return self.keep_bounded().await;
         };
         let mut backoff = Backoff::new();
-        let mut log = Seldom::default();
+        let mut log = LogLimit::default();
         loop {
             let end = self.connection(&dial, &mut backoff).await;
             self.stats.connected.store(false, Relaxed);
@@ -264,7 +276,7 @@ impl Stream {
         }
     }
 
-    /// Waits; false if the agent is to end before. A collector that was not there before the end is not waited for.
+    /// Waits. Returns false if the agent shuts down first: then it does not wait for a collector that did not answer before.
     async fn pause(&mut self, wait: Duration) -> bool {
         let until = tokio::time::Instant::now() + wait;
         loop {
@@ -291,7 +303,7 @@ impl Stream {
         }
     }
 
-    /// What is submitted still goes to disk when nothing is sent any more.
+    /// Waits until the spool's thread has written all submitted batches.
     async fn until_written(&self, deadline: Option<Instant>) {
         let Some(deadline) = deadline else { return };
         while !self.writer_done() && Instant::now() < deadline {
@@ -324,11 +336,11 @@ impl Stream {
             Ok(channel) => channel,
             Err(error) => return End::Broken(error.to_string()),
         };
-        // As many as are in flight, and the hello: sending never waits for the network.
+        // Room for all batches in flight and the hello, so that sending never waits for the network.
         let (sender, outgoing) = mpsc::channel(MAX_IN_FLIGHT as usize + 1);
         let hello = Hello { node: self.config.node.clone(), version: self.config.version.clone() };
         if sender.try_send(PushRequest { message: Some(Request::Hello(hello)) }).is_err() {
-            return End::Broken("the stream took no hello".to_owned());
+            return End::Broken("the stream did not accept the hello".to_owned());
         }
         let mut client = IngestServiceClient::new(channel);
         let opening = async {
@@ -344,17 +356,22 @@ impl Stream {
             Ok(Ok((answers, Some(PushResponse { message: Some(Response::Limits(limits)) })))) => {
                 (answers, limits)
             }
-            Ok(Ok(_)) => return End::Broken(format!("what answers at {} did not say its limits", dial.url)),
+            Ok(Ok(_)) => {
+                return End::Broken(format!(
+                    "the server at {} did not send its limits; is it a collector?",
+                    dial.url
+                ));
+            }
             Ok(Err(status)) => return End::Broken(connect::explain(&dial.url, &status)),
             Err(_) => return End::Broken(format!("the collector at {} does not answer", dial.url)),
         };
         self.stats.connected.store(true, Relaxed);
         self.stats.connects.fetch_add(1, Relaxed);
-        tracing::info!(collector = dial.url, "profiles go to the collector");
+        tracing::info!(collector = dial.url, "sending profiles to the collector");
         self.exchange(&dial.url, &sender, answers, &limits, backoff).await
     }
 
-    /// Sends and settles until something ends it.
+    /// Sends batches and settles answers until the connection ends.
     async fn exchange(
         &mut self,
         url: &str,
@@ -369,11 +386,11 @@ impl Stream {
         let mut in_flight: HashSet<String> = HashSet::new();
         let mut last_answer = Instant::now();
         let mut paused_until = Instant::now();
-        let mut refusals = Seldom::default();
+        let mut refusals = LogLimit::default();
         loop {
             // Fill the window.
             while in_flight.len() < max_in_flight && paused_until <= Instant::now() {
-                // Before the look into the spool, so that what comes between the two is not missed.
+                // Read before the spool, so that a batch appended between the two is not missed.
                 let writer_done = self.writer_done();
                 let Some(next) = self.shared.with(move |spool| spool.next(max_bytes)).await else {
                     return End::Deadline;
@@ -389,7 +406,7 @@ impl Stream {
                 }
                 in_flight.insert(batch.batch_id.clone());
                 if sender.send(PushRequest { message: Some(Request::Batch(batch)) }).await.is_err() {
-                    // The answers know why.
+                    // The answer stream has the reason.
                     break;
                 }
                 self.stats.sent.fetch_add(1, Relaxed);
@@ -452,14 +469,14 @@ impl Stream {
     }
 
     fn count_refused(&self, code: &str) {
-        let mut refused = self.stats.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        // The code is the peer's word: a peer that makes up new ones must not grow our metrics.
+        let mut refused = self.stats.refused.lock();
+        // The collector chooses the code: one that invents codes must not grow the agent's metrics.
         let code = if refused.contains_key(code) || refused.len() < 32 { code } else { "other" };
         *refused.entry(code.to_owned()).or_default() += 1;
     }
 }
 
-/// Returns at the deadline of the shutdown, once there is one.
+/// Waits for the deadline of the shutdown.
 async fn stopped_at(stop: &mut watch::Receiver<Option<Instant>>) {
     let deadline = match stop.wait_for(Option::is_some).await {
         Ok(deadline) => *deadline,
@@ -470,17 +487,17 @@ async fn stopped_at(stop: &mut watch::Receiver<Option<Instant>>) {
     }
 }
 
-/// Lets a log line through now and then.
+/// Limits how often a log line is written.
 #[derive(Default)]
-struct Seldom {
+struct LogLimit {
     last: Option<Instant>,
     suppressed: u64,
 }
 
-impl Seldom {
-    /// Whether to write the line now, with how many were not written since the last.
+impl LogLimit {
+    /// Returns the number of suppressed lines if a line may be written now.
     fn now(&mut self) -> Option<u64> {
-        if self.last.is_some_and(|last| last.elapsed() < LOG_EVERY) {
+        if self.last.is_some_and(|last| last.elapsed() < LOG_INTERVAL) {
             self.suppressed += 1;
             return None;
         }

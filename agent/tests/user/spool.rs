@@ -311,7 +311,7 @@ mod root {
 
         // All on the wire, and still no space: the new one is lost, and the agent goes on.
         let error = (0..20).find_map(|_| opened.append(&[7], 20_000).err()).expect("the disk is full");
-        assert!(error.to_string().contains("free the disk"), "{error}");
+        assert!(error.to_string().contains("free disk space"), "{error}");
         opened.balances();
     }
 }
