@@ -84,10 +84,10 @@ impl FromStr for ContentId {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Limits;
+    use crate::error::ElfLimits;
 
     fn id(bytes: &[u8]) -> ContentId {
-        ContentId::of(&Elf::parse(bytes, &Limits::default()).unwrap()).unwrap()
+        ContentId::of(&Elf::parse(bytes, &ElfLimits::default()).unwrap()).unwrap()
     }
 
     /// Checks that the name changes with each part of the file that it stands for (R49).

@@ -1,15 +1,15 @@
-//! Limits of one file, and the reasons why a file cannot be read.
+//! ElfLimits of one file, and the reasons why a file cannot be read.
 
-/// Limits of the work on one file. The defaults accept every file of a usual machine, browsers and compilers included.
+/// ElfLimits of the work on one file. The defaults accept every file of a usual machine, browsers and compilers included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct ElfLimits {
     /// Bytes of one section, after decompression.
     pub section_bytes: u64,
     /// Sections that the headers may list.
     pub sections: u64,
 }
 
-impl Default for Limits {
+impl Default for ElfLimits {
     fn default() -> Self {
         Self { section_bytes: 256 << 20, sections: 1 << 16 }
     }
@@ -17,16 +17,16 @@ impl Default for Limits {
 
 /// A size that has a limit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Quantity {
-    /// [`Limits::section_bytes`]
+pub enum ElfQuantity {
+    /// [`ElfLimits::section_bytes`]
     SectionBytes,
-    /// [`Limits::sections`]
+    /// [`ElfLimits::sections`]
     Sections,
     /// Program headers: the kernel runs no program with more than 64 KiB of them.
     ProgramHeaders,
 }
 
-impl Quantity {
+impl ElfQuantity {
     /// Returns the words that messages use.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -42,7 +42,7 @@ impl Quantity {
 #[error("{found} {} are over the limit of {limit}", what.as_str())]
 pub struct TooLarge {
     /// The size.
-    pub what: Quantity,
+    pub what: ElfQuantity,
     /// The limit in force.
     pub limit: u64,
     /// The size that the file claims.
@@ -77,6 +77,6 @@ pub(crate) fn malformed(what: impl Into<String>) -> ElfError {
 }
 
 /// Returns an error if `found` is over `limit`.
-pub(crate) fn at_most(what: Quantity, limit: u64, found: u64) -> Result<(), TooLarge> {
+pub(crate) fn at_most(what: ElfQuantity, limit: u64, found: u64) -> Result<(), TooLarge> {
     if found > limit { Err(TooLarge { what, limit, found }) } else { Ok(()) }
 }

@@ -13,7 +13,7 @@ use crate::{
     build_id::{BuildId, BuildIds},
     data::Data,
     debug_file::{self, DebugLink},
-    error::{ElfError, Limits, Quantity, at_most, malformed},
+    error::{ElfError, ElfLimits, ElfQuantity, at_most, malformed},
     go::{self, GoFault, GoTable},
     headers::{Arch, FileHeader, Headers, LE},
     sections::{Section, SectionTable},
@@ -43,7 +43,7 @@ impl<'d> Elf<'d> {
     ///
     /// A file that runs needs no section headers. So a file with damaged ones counts as a file without sections, which is
     /// still unwound by its `.eh_frame_hdr`; [`Elf::section_fault`] returns the fault.
-    pub fn parse(data: impl Into<Data<'d>>, limits: &Limits) -> Result<Self, ElfError> {
+    pub fn parse(data: impl Into<Data<'d>>, limits: &ElfLimits) -> Result<Self, ElfError> {
         let data = data.into();
         let file_bytes = data.len().ok_or_else(|| malformed("the file has no length"))?;
         let header = FileHeader::read(data)?;
@@ -138,7 +138,7 @@ impl<'d> Elf<'d> {
         if !section.is_stored() {
             return Ok(Cow::Borrowed(&[]));
         }
-        at_most(Quantity::SectionBytes, most, section.bytes)?;
+        at_most(ElfQuantity::SectionBytes, most, section.bytes)?;
         let name = self.sections.name(section);
         let (format, header_bytes, bytes) = if section.is_compressed() {
             let header = self.data.read(section.offset, COMPRESSION_HEADER_BYTES).ok_or_else(broken)?;
@@ -158,7 +158,7 @@ impl<'d> Elf<'d> {
         } else {
             return self.data.read(section.offset, section.bytes).ok_or_else(broken);
         };
-        at_most(Quantity::SectionBytes, most, bytes)?;
+        at_most(ElfQuantity::SectionBytes, most, bytes)?;
         let packed_at = section.offset.checked_add(header_bytes).ok_or_else(broken)?;
         let packed_bytes = section.bytes.checked_sub(header_bytes).ok_or_else(broken)?;
         let packed = self.data.read(packed_at, packed_bytes).ok_or_else(broken)?;
@@ -200,7 +200,7 @@ impl<'d> Elf<'d> {
     /// before its base is added.
     fn relocated(&self, vaddr: u64) -> Result<Option<u64>, ElfError> {
         let Some(section) = self.stored_section(b".rela.dyn") else { return Ok(None) };
-        at_most(Quantity::SectionBytes, self.section_limit, section.bytes)?;
+        at_most(ElfQuantity::SectionBytes, self.section_limit, section.bytes)?;
         let wanted = vaddr.to_le_bytes();
         let count = section.bytes as usize / RELOCATION_BYTES;
         for first in (0..count).step_by(RELOCATION_CHUNK) {

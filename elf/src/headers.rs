@@ -14,7 +14,7 @@ use object::{
 use crate::{
     build_id::BuildIds,
     data::Data,
-    error::{ElfError, Limits, Quantity, at_most, malformed},
+    error::{ElfError, ElfLimits, ElfQuantity, at_most, malformed},
     sections::SectionTable,
     segments::{Segment, Segments},
 };
@@ -60,7 +60,7 @@ impl Headers {
         let header = FileHeader::read(data)?;
         let mut headers = Self::of(data, &header)?;
         if headers.build_ids.gnu.is_none()
-            && let Ok(sections) = SectionTable::read(data, &header, &Limits::default())
+            && let Ok(sections) = SectionTable::read(data, &header, &ElfLimits::default())
         {
             headers.add_build_ids_of_sections(data, &sections);
         }
@@ -161,7 +161,7 @@ impl FileHeader {
         let offset = self.raw.e_phoff.get(LE);
         // 65535 says that the count is in the first section header; it is over the limit either way.
         let count = u64::from(self.raw.e_phnum.get(LE));
-        at_most(Quantity::ProgramHeaders, MAX_PROGRAM_HEADERS, count)?;
+        at_most(ElfQuantity::ProgramHeaders, MAX_PROGRAM_HEADERS, count)?;
         if offset == 0 || count == 0 {
             return Ok(Cow::Borrowed(&[]));
         }

@@ -25,7 +25,7 @@ pub use build_id::{BuildId, BuildIds, ParseHexError};
 pub use content_id::ContentId;
 pub use data::Data;
 pub use debug_file::{DebugLink, checksum};
-pub use error::{ElfError, Limits, Quantity, TooLarge};
+pub use error::{ElfError, ElfLimits, ElfQuantity, TooLarge};
 pub use file::Elf;
 pub use go::{GoFault, GoFunction, GoFunctions, GoRecord, GoTable};
 pub use headers::{Arch, Headers};

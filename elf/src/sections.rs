@@ -10,7 +10,7 @@ use object::{
 
 use crate::{
     data::Data,
-    error::{ElfError, Limits, Quantity, at_most, malformed},
+    error::{ElfError, ElfLimits, ElfQuantity, at_most, malformed},
     headers::{FileHeader, LE},
 };
 
@@ -65,7 +65,7 @@ pub(crate) struct SectionTable {
 
 impl SectionTable {
     /// Reads the section headers and their names. A file without section headers has an empty table.
-    pub(crate) fn read(data: Data<'_>, header: &FileHeader, limits: &Limits) -> Result<Self, ElfError> {
+    pub(crate) fn read(data: Data<'_>, header: &FileHeader, limits: &ElfLimits) -> Result<Self, ElfError> {
         let header = &header.raw;
         let offset = header.e_shoff.get(LE);
         if offset == 0 {
@@ -86,7 +86,7 @@ impl SectionTable {
             SHN_XINDEX => first.sh_link.get(LE) as usize,
             index => usize::from(index.0),
         };
-        at_most(Quantity::Sections, limits.sections, count)?;
+        at_most(ElfQuantity::Sections, limits.sections, count)?;
         let bytes = data.read(offset, count * SECTION_HEADER_BYTES as u64).ok_or_else(outside)?;
         let (headers, _) = pod::slice_from_bytes::<SectionHeader64<LittleEndian>>(&bytes, count as usize)
             .map_err(|()| outside())?;

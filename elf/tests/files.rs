@@ -8,7 +8,7 @@ use std::{
     process::Command,
 };
 
-use gannet_elf::{Arch, Binding, Elf, ElfError, Headers, Limits, Quantity, TooLarge};
+use gannet_elf::{Arch, Binding, Elf, ElfError, ElfLimits, ElfQuantity, Headers, TooLarge};
 use object::{Object, ObjectSection, ObjectSymbol};
 use rstest::rstest;
 
@@ -45,9 +45,10 @@ fn compare(path: &Path) {
     let bytes = fs::read(path).unwrap();
     let theirs = object::File::parse(&*bytes).unwrap();
     let file = File::open(path).unwrap();
-    for ours in
-        [Elf::parse(&bytes, &Limits::default()).unwrap(), Elf::parse(&file, &Limits::default()).unwrap()]
-    {
+    for ours in [
+        Elf::parse(&bytes, &ElfLimits::default()).unwrap(),
+        Elf::parse(&file, &ElfLimits::default()).unwrap(),
+    ] {
         assert_eq!(ours.build_id().map(gannet_elf::BuildId::as_bytes), theirs.build_id().unwrap());
         assert_eq!(ours.arch() == Arch::X86_64, theirs.architecture() == object::Architecture::X86_64);
         assert_eq!(ours.entry(), theirs.entry());
@@ -123,9 +124,9 @@ fn debug_files_and_their_links_are_read() {
     compare(&path);
     compare(&debug);
     let (program, debug) = (File::open(&path).unwrap(), File::open(&debug).unwrap());
-    let parsed = Elf::parse(&program, &Limits::default()).unwrap();
+    let parsed = Elf::parse(&program, &ElfLimits::default()).unwrap();
     assert_eq!(parsed.debug_link().unwrap().crc, gannet_elf::checksum(&debug).unwrap());
-    let debug = Elf::parse(&debug, &Limits::default()).unwrap();
+    let debug = Elf::parse(&debug, &ElfLimits::default()).unwrap();
     assert_eq!(debug.build_id(), parsed.build_id());
     let text = debug.section(b".text").unwrap();
     assert!(!text.is_stored() && debug.section_data(text).unwrap().is_empty());
@@ -144,7 +145,7 @@ fn a_build_id_in_a_section_alone_is_found() {
     for header in bytes[64..64 + count * 56].chunks_exact_mut(56).filter(|header| header[0] == 4) {
         header[0] = 0;
     }
-    assert_eq!(Elf::parse(&bytes, &Limits::default()).unwrap().build_ids().text(), "abcdef01");
+    assert_eq!(Elf::parse(&bytes, &ElfLimits::default()).unwrap().build_ids().text(), "abcdef01");
     assert_eq!(Headers::read(&bytes).unwrap().build_ids.text(), "abcdef01");
 }
 
@@ -187,12 +188,12 @@ fn many_sections(count: u64, names_index: u64) -> Vec<u8> {
 #[case::many_and_names_last(0xff10, 0xff0f)]
 fn numbers_that_do_not_fit_the_file_header_are_found(#[case] count: u64, #[case] names_index: u64) {
     let bytes = many_sections(count, names_index);
-    let elf = Elf::parse(&bytes, &Limits::default()).unwrap();
+    let elf = Elf::parse(&bytes, &ElfLimits::default()).unwrap();
     assert_eq!(elf.section_fault(), None);
     assert_eq!(elf.section(b".names").unwrap().bytes, 8);
-    let limits = Limits { sections: 2, ..Limits::default() };
+    let limits = ElfLimits { sections: 2, ..ElfLimits::default() };
     let error = Elf::parse(&bytes, &limits).unwrap_err();
-    assert_eq!(error, ElfError::TooLarge(TooLarge { what: Quantity::Sections, limit: 2, found: count }));
+    assert_eq!(error, ElfError::TooLarge(TooLarge { what: ElfQuantity::Sections, limit: 2, found: count }));
 }
 
 /// A file of program headers alone: the kernel runs programs with up to 1170 of them.
@@ -232,7 +233,7 @@ fn damaged_section_headers_make_a_file_without_sections() {
         bytes
     };
     for bytes in [reach_out(46, 1), reach_out(58, 40), reach_out(60, 200), reach_out(72 + 2 * 64 + 35, 1)] {
-        let elf = Elf::parse(&bytes, &Limits::default()).unwrap();
+        let elf = Elf::parse(&bytes, &ElfLimits::default()).unwrap();
         assert!(elf.section_fault().is_some() && elf.sections().count() == 0);
     }
 }
@@ -243,14 +244,14 @@ fn files_of_another_kind_are_refused_with_their_kind() {
     let error = |at: usize, value: u8| {
         let mut bytes = good.clone();
         bytes[at] = value;
-        Elf::parse(&bytes, &Limits::default()).unwrap_err().to_string()
+        Elf::parse(&bytes, &ElfLimits::default()).unwrap_err().to_string()
     };
     assert_eq!(error(0, 0), "not an ELF file");
     assert!(error(4, 1).starts_with("32-bit ELF file: "));
     assert!(error(5, 2).starts_with("big-endian ELF file: "));
     assert!(error(18, 243).starts_with("ELF file for machine 243: "));
-    assert!(Elf::parse(&good[..40], &Limits::default()).is_err());
-    assert_eq!(Elf::parse(&b"#!/bin/sh"[..], &Limits::default()).unwrap_err(), ElfError::NotElf);
+    assert!(Elf::parse(&good[..40], &ElfLimits::default()).is_err());
+    assert_eq!(Elf::parse(&b"#!/bin/sh"[..], &ElfLimits::default()).unwrap_err(), ElfError::NotElf);
 }
 
 /// Checks that a compressed symbol table gives no names: read as a plain one it would give wrong ones.
@@ -261,12 +262,12 @@ fn a_compressed_symbol_table_is_never_read_as_a_plain_one() {
     compile(&path, &[]);
     let mut bytes = fs::read(&path).unwrap();
     let headers = u64::from_le_bytes(bytes[40..48].try_into().unwrap()) as usize;
-    assert!(Elf::parse(&bytes, &Limits::default()).unwrap().symbols(b".symtab").is_some());
+    assert!(Elf::parse(&bytes, &ElfLimits::default()).unwrap().symbols(b".symtab").is_some());
     for header in bytes[headers..].chunks_exact_mut(64).filter(|header| header[4] == 2) {
         // SHF_COMPRESSED
         header[9] |= 8;
     }
-    assert!(Elf::parse(&bytes, &Limits::default()).unwrap().symbols(b".symtab").is_none());
+    assert!(Elf::parse(&bytes, &ElfLimits::default()).unwrap().symbols(b".symtab").is_none());
 }
 
 /// Checks Go's function table against the symbol table of the same program.
@@ -288,7 +289,7 @@ fn the_function_table_of_go_agrees_with_its_symbols(#[case] flags: &[&str]) {
         .env("GO111MODULE", "off");
     tool(&mut go);
     let file = File::open(&path).unwrap();
-    let elf = Elf::parse(&file, &Limits::default()).unwrap();
+    let elf = Elf::parse(&file, &ElfLimits::default()).unwrap();
     assert!(elf.build_ids().go.as_ref().is_some_and(|id| id.contains('/')), "{:?}", elf.build_ids());
     let table = elf.go_table(u64::MAX).unwrap().unwrap().unwrap();
     let functions: BTreeMap<u64, Vec<u8>> = table

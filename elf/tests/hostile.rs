@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gannet_elf::{ContentId, Data, Elf, Headers, Limits};
+use gannet_elf::{ContentId, Data, Elf, ElfLimits, Headers};
 use proptest::prelude::*;
 
 /// Counts allocated bytes, so that a test can tell how much a file may cost.
@@ -40,7 +40,7 @@ static ALLOCATOR: Counting = Counting;
 /// Reads everything that the crate can read of a file.
 fn read_all<'d>(data: impl Into<Data<'d>>) {
     let data = data.into();
-    let limits = Limits { section_bytes: 1 << 20, ..Limits::default() };
+    let limits = ElfLimits { section_bytes: 1 << 20, ..ElfLimits::default() };
     let start = Instant::now();
     let _ = Headers::read(data).map(|headers| headers.build_ids.text());
     if let Ok(elf) = Elf::parse(data, &limits) {
@@ -159,7 +159,7 @@ fn a_file_that_is_cut_while_it_is_read_gives_errors() {
     let path = directory.path().join("cut");
     fs::write(&path, seed(&["-g"])).unwrap();
     let file = File::options().write(true).read(true).open(&path).unwrap();
-    let elf = Elf::parse(&file, &Limits::default()).unwrap();
+    let elf = Elf::parse(&file, &ElfLimits::default()).unwrap();
     let symbols = elf.symbols(b".symtab").unwrap();
     file.set_len(100).unwrap();
     assert!(elf.section_data(elf.section(b".text").unwrap()).is_err());

@@ -6,8 +6,8 @@ use std::hint::black_box;
 use std::path::Path;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use gannet_unwind::build::{Built, Options, build_file};
-use gannet_unwind::limits::Limits;
+use gannet_unwind::build::{BuildOptions, BuiltTable, build_file};
+use gannet_unwind::limits::TableLimits;
 
 const FILES: &[&str] = &[
     "/usr/lib/x86_64-linux-gnu/libc.so.6",
@@ -18,12 +18,12 @@ const FILES: &[&str] = &[
     "/usr/bin/node",
 ];
 
-fn build(path: &str, limits: &Limits, runs: bool) -> Built {
-    build_file(&File::open(path).unwrap(), &Options { runs, ..Options::new(path, limits) }).unwrap()
+fn build(path: &str, limits: &TableLimits, runs: bool) -> BuiltTable {
+    build_file(&File::open(path).unwrap(), &BuildOptions { runs, ..BuildOptions::new(path, limits) }).unwrap()
 }
 
 fn tables(criterion: &mut Criterion) {
-    let limits = Limits { time: None, ..Limits::default() };
+    let limits = TableLimits { time: None, ..TableLimits::default() };
     let mut group = criterion.benchmark_group("build");
     group.sample_size(10);
     let (mut eh_frame, mut plain, mut joined) = (0, 0, 0);

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::time::Duration;
 
-use gannet_unwind::build::{Options, build_file};
-use gannet_unwind::format::{Rule, cfa, loc, row_rule};
-use gannet_unwind::limits::Limits;
+use gannet_unwind::build::{BuildOptions, build_file};
+use gannet_unwind::format::{UnwindRule, cfa, loc, row_rule};
+use gannet_unwind::limits::TableLimits;
 
 /// Time that this thread has run, which a busy machine does not stretch.
 fn cpu() -> Duration {
@@ -16,14 +16,14 @@ fn cpu() -> Duration {
 }
 
 fn main() {
-    let limits = Limits { time: None, ..Limits::default() };
+    let limits = TableLimits { time: None, ..TableLimits::default() };
     let mut files: Vec<String> = std::env::args().skip(1).collect();
     if files.is_empty() {
         files = std::io::stdin().lines().map_while(Result::ok).collect();
     }
     let runs = std::env::var_os("RUNS").is_some();
     let each = files.len() <= 20;
-    let mut all: HashSet<Rule> = HashSet::new();
+    let mut all: HashSet<UnwindRule> = HashSet::new();
     let mut kinds: BTreeMap<String, u64> = BTreeMap::new();
     let (mut eh, mut kernel, mut rows, mut time, mut good, mut oddities) =
         (0, 0, 0_u64, Duration::ZERO, 0, [0; 3]);
@@ -31,7 +31,7 @@ fn main() {
     for name in &files {
         let Ok(file) = File::open(name) else { continue };
         let start = cpu();
-        let built = match build_file(&file, &Options { runs, ..Options::new(name, &limits) }) {
+        let built = match build_file(&file, &BuildOptions { runs, ..BuildOptions::new(name, &limits) }) {
             Ok(built) => built,
             Err(error) => {
                 println!("{error}");

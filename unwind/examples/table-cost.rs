@@ -4,18 +4,18 @@
 use std::{env, fs::File, time::Instant};
 
 use gannet_unwind::{
-    build::{Options, build_file},
-    limits::Limits,
+    build::{BuildOptions, build_file},
+    limits::TableLimits,
 };
 
 fn main() {
-    let limits = Limits::default();
+    let limits = TableLimits::default();
     let (mut files, mut eh_frame, mut kernel, mut rows, mut plain_rows, mut seconds) = (0, 0, 0, 0, 0, 0.0);
     // Go's programs have a table of their own, and no `.eh_frame` to hold theirs against.
     let (mut go_functions, mut go_kernel) = (0, 0);
     for path in env::args().skip(1) {
         let Ok(file) = File::open(&path) else { continue };
-        let options = |runs| Options { runs, ..Options::new(&path, &limits) };
+        let options = |runs| BuildOptions { runs, ..BuildOptions::new(&path, &limits) };
         let begin = Instant::now();
         let Ok(built) = build_file(&file, &options(true)) else { continue };
         seconds += begin.elapsed().as_secs_f64();

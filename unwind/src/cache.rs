@@ -22,24 +22,24 @@ use std::path::Path;
 
 use gannet_elf::{Arch, BuildId, ContentId, Segment, Segments};
 
-use crate::format::{LINE_BYTES, Line, MAX_LINES, MAX_RULES, Rule};
-use crate::table::Table;
+use crate::format::{CacheLine, LINE_BYTES, MAX_LINES, MAX_RULES, UnwindRule};
+use crate::table::UnwindTable;
 
 const MAGIC: &[u8; 8] = b"gannetUT";
 /// The version of the layout and of the meaning of tables. A file of another version is built again.
 pub const VERSION: u32 = 4;
 const HEADER_BYTES: usize = 64;
 const SUM_FROM: usize = 16;
-const RULE_BYTES: usize = size_of::<Rule>();
+const RULE_BYTES: usize = size_of::<UnwindRule>();
 const SEGMENT_BYTES: usize = 40;
 const MAX_SEGMENTS: usize = 1 << 16;
 const MAX_BUILD_ID_BYTES: usize = 64;
 
 /// A table that was kept, and what goes with it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Kept {
+pub struct CachedTable {
     /// The table.
-    pub table: Table,
+    pub table: UnwindTable,
     /// Where the file goes in memory.
     pub segments: Segments,
     /// The file's build id.
@@ -83,7 +83,7 @@ pub enum CacheError {
 /// The bytes to keep.
 pub fn encode(
     content: &ContentId,
-    table: &Table,
+    table: &UnwindTable,
     segments: &Segments,
     build_id: Option<&BuildId>,
 ) -> Vec<u8> {
@@ -114,7 +114,7 @@ pub fn encode(
     word(segments.len() as u32);
     word(build_id.len() as u32);
     for rule in table.rules() {
-        let Rule { cfa_kind, fp_kind, ra_kind, flags, cfa_offset, fp_offset, ra_offset } = *rule;
+        let UnwindRule { cfa_kind, fp_kind, ra_kind, flags, cfa_offset, fp_offset, ra_offset } = *rule;
         bytes.extend_from_slice(&[cfa_kind, fp_kind, ra_kind, flags]);
         for offset in [cfa_offset, fp_offset, ra_offset] {
             bytes.extend_from_slice(&offset.to_le_bytes());
@@ -136,7 +136,7 @@ pub fn encode(
 }
 
 /// The table in bytes that [`encode`] made for this content.
-pub fn decode(bytes: &[u8], content: &ContentId) -> Result<Kept, CacheError> {
+pub fn decode(bytes: &[u8], content: &ContentId) -> Result<CachedTable, CacheError> {
     let header: &[u8; HEADER_BYTES] = bytes.first_chunk().ok_or(CacheError::NotATable)?;
     if !header.starts_with(MAGIC) {
         return Err(CacheError::NotATable);
@@ -177,17 +177,18 @@ pub fn decode(bytes: &[u8], content: &ContentId) -> Result<Kept, CacheError> {
     let (segment_bytes, id_bytes) = rest.split_at(segments * SEGMENT_BYTES);
     let rules = rule_bytes.chunks_exact(RULE_BYTES).map(decode_rule).collect();
     let lines = line_bytes.chunks_exact(LINE_BYTES).map(decode_line).collect();
-    let table = Table::from_parts(arch, base, granules as u32, lines, rules).ok_or(CacheError::Malformed)?;
+    let table =
+        UnwindTable::from_parts(arch, base, granules as u32, lines, rules).ok_or(CacheError::Malformed)?;
     let segments = segment_bytes.chunks_exact(SEGMENT_BYTES).map(decode_segment).collect();
-    Ok(Kept { table, segments: Segments::new(segments), build_id: BuildId::from_bytes(id_bytes) })
+    Ok(CachedTable { table, segments: Segments::new(segments), build_id: BuildId::from_bytes(id_bytes) })
 }
 
 fn number(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-fn decode_rule(bytes: &[u8]) -> Rule {
-    Rule {
+fn decode_rule(bytes: &[u8]) -> UnwindRule {
+    UnwindRule {
         cfa_kind: bytes[0],
         fp_kind: bytes[1],
         ra_kind: bytes[2],
@@ -198,8 +199,8 @@ fn decode_rule(bytes: &[u8]) -> Rule {
     }
 }
 
-fn decode_line(bytes: &[u8]) -> Line {
-    let mut line = Line::default();
+fn decode_line(bytes: &[u8]) -> CacheLine {
+    let mut line = CacheLine::default();
     for (index, word) in line.0.iter_mut().enumerate() {
         *word = number(bytes, index * 4);
     }
@@ -249,20 +250,20 @@ pub fn load(path: &Path, most: u64) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::build::{Built, Options, build_bytes};
-    use crate::limits::Limits;
+    use crate::build::{BuildOptions, BuiltTable, build_bytes};
+    use crate::limits::TableLimits;
     use proptest::prelude::*;
 
-    fn built() -> Built {
+    fn built() -> BuiltTable {
         let bytes = fs::read("/proc/self/exe").unwrap();
-        build_bytes(&bytes, &Options::new("self", &Limits::default())).unwrap()
+        build_bytes(&bytes, &BuildOptions::new("self", &TableLimits::default())).unwrap()
     }
 
     fn small() -> (ContentId, Vec<u8>) {
         let mut overrides = crate::overrides::Overrides::default();
         let text =
             "content 0123456789abcdef0123456789abcdef\narch x86_64\n0x1000 sp+8\n0x1800 sp+16\nend 0x2001\n";
-        let content = overrides.insert_text(text, &Limits::default()).unwrap();
+        let content = overrides.insert_text(text, &TableLimits::default()).unwrap();
         let segments = Segments::new(vec![Segment {
             vaddr: 1,
             file_offset: 2,
@@ -284,7 +285,10 @@ mod tests {
         store(&path, &bytes).unwrap();
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
         let kept = decode(&load(&path, 1 << 30).unwrap(), &built.content).unwrap();
-        assert_eq!(kept, Kept { table: built.table, segments: built.segments, build_id: built.build_id });
+        assert_eq!(
+            kept,
+            CachedTable { table: built.table, segments: built.segments, build_id: built.build_id }
+        );
         assert_eq!(load(&path, 100).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
     }
 

@@ -1,7 +1,7 @@
 //! The layout of unwind tables: what the kernel side reads, word for word.
 //!
 //! # One table
-//! A table is an array of 64-byte [`Line`]s (one cache line, one value of a BPF array), directory first:
+//! A table is an array of 64-byte [`CacheLine`]s (one cache line, one value of a BPF array), directory first:
 //!
 //! ```text
 //! line 0 .. d-1      directory: one u32 per granule (2 KiB) of ELF virtual address, 16 to a line
@@ -18,7 +18,7 @@
 //!   and no search ever looks back.
 //! * Unused rows at the end of a page's last line repeat its last real row. They may match, and then they say the
 //!   same as the row they repeat; there is no address that a filler could steal (0xffff included).
-//! * Rule number 0 is [`Rule::NONE`] in every table: "no function here".
+//! * Rule number 0 is [`UnwindRule::NONE`] in every table: "no function here".
 //!
 //! # Search
 //! ```text
@@ -35,8 +35,8 @@
 //! the first loop 2 or 3 read a line; the bound of 8 is what a row for every single address would need.
 //!
 //! # Rule numbers
-//! [`crate::table::Table`] numbers its own rules from 0. In the kernel all tables share one array of [`Rule`]s, and
-//! [`crate::intern::Interner`] turns a table's own numbers into those of the node.
+//! [`crate::table::UnwindTable`] numbers its own rules from 0. In the kernel all tables share one array of [`UnwindRule`]s, and
+//! [`crate::intern::RuleInterner`] turns a table's own numbers into those of the node.
 //!
 //! # One step of a walk
 //! `sp`, `fp` and `pc` are the registers of the frame; `fp` is rbp or x29. A register marked lost makes every rule
@@ -67,8 +67,8 @@
 //! cfa      = sp + size;  ra = *(u64 *)(cfa - 8)
 //! fp'      = fp_kind == CFA and size >= -fp_offset ? *(u64 *)(cfa + fp_offset) : fp
 //! ```
-//! Tables have runs only if they were asked for ([`crate::build::Options::runs`]), and none is carried into the next
-//! page. [`Rule::after`] is the same in Rust; [`crate::table::Table::lookup`] applies it.
+//! Tables have runs only if they were asked for ([`crate::build::BuildOptions::runs`]), and none is carried into the next
+//! page. [`UnwindRule::after`] is the same in Rust; [`crate::table::UnwindTable::lookup`] applies it.
 
 /// Bytes of ELF virtual address that one 16-bit `pc_low` spans.
 pub const PAGE_SHIFT: u32 = 16;
@@ -96,9 +96,9 @@ pub const FIRST_LINE_STEP: u32 = 128;
 pub const FIRST_ROW_STEP: usize = WORDS_PER_LINE / 2;
 /// Bytes from the first to the last step of a run ([`cfa::PUSHES`]).
 pub const MAX_RUN_BYTES: u64 = 15;
-/// Rule numbers are 16 bits, and 0 is [`Rule::NONE`].
+/// Rule numbers are 16 bits, and 0 is [`UnwindRule::NONE`].
 pub const MAX_RULES: usize = 1 << 16;
-/// The number of [`Rule::NONE`] in every table and on every node.
+/// The number of [`UnwindRule::NONE`] in every table and on every node.
 pub const RULE_NONE: u16 = 0;
 
 const _: () = assert!(GRANULE_SHIFT < PAGE_SHIFT);
@@ -106,13 +106,13 @@ const _: () = assert!(MAX_MORE_LINES < 1 << (32 - DIRECTORY_LINE_BITS));
 const _: () = assert!(FIRST_LINE_STEP.is_power_of_two() && MAX_MORE_LINES < 2 * FIRST_LINE_STEP);
 const _: () = assert!(WORDS_PER_LINE == 2 * FIRST_ROW_STEP);
 const _: () = assert!(LINE_BYTES == WORDS_PER_LINE * size_of::<u32>());
-const _: () = assert!(size_of::<Line>() == LINE_BYTES && align_of::<Line>() == LINE_BYTES);
-const _: () = assert!(size_of::<Rule>() == 16 && align_of::<Rule>() == 4);
+const _: () = assert!(size_of::<CacheLine>() == LINE_BYTES && align_of::<CacheLine>() == LINE_BYTES);
+const _: () = assert!(size_of::<UnwindRule>() == 16 && align_of::<UnwindRule>() == 4);
 
 /// Sixteen directory words or rows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C, align(64))]
-pub struct Line(pub [u32; WORDS_PER_LINE]);
+pub struct CacheLine(pub [u32; WORDS_PER_LINE]);
 
 /// Packs a row.
 pub const fn row(pc_low: u16, rule: u16) -> u32 {
@@ -140,7 +140,7 @@ pub const fn directory_parts(word: u32) -> (u32, u32) {
     (word & (MAX_LINES as u32 - 1), word >> DIRECTORY_LINE_BITS)
 }
 
-/// Values of [`Rule::cfa_kind`]: how to find the canonical frame address, which is the caller's stack pointer.
+/// Values of [`UnwindRule::cfa_kind`]: how to find the canonical frame address, which is the caller's stack pointer.
 pub mod cfa {
     /// No function here: the address is in a gap, or outside the table. `cfa_offset` 0.
     pub const NONE: u8 = 0;
@@ -167,7 +167,7 @@ pub mod cfa {
     pub const REGISTER: u8 = 0x40;
 }
 
-/// Values of [`Rule::fp_kind`] and [`Rule::ra_kind`]: where the caller's frame pointer or the return address is.
+/// Values of [`UnwindRule::fp_kind`] and [`UnwindRule::ra_kind`]: where the caller's frame pointer or the return address is.
 pub mod loc {
     /// Frame pointer: unchanged. Never used for the return address.
     pub const SAME: u8 = 0;
@@ -183,7 +183,7 @@ pub mod loc {
     pub const REGISTER: u8 = 0x40;
 }
 
-/// Bits of [`Rule::flags`].
+/// Bits of [`UnwindRule::flags`].
 pub mod flags {
     /// A signal handler returns here: the caller's pc is the exact place of the interruption.
     pub const SIGNAL: u8 = 1;
@@ -277,7 +277,7 @@ impl Unsupported {
 /// How to step from a frame to its caller.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord, Hash, Default)]
 #[repr(C)]
-pub struct Rule {
+pub struct UnwindRule {
     /// One of [`cfa`].
     pub cfa_kind: u8,
     /// One of [`loc`].
@@ -294,7 +294,7 @@ pub struct Rule {
     pub ra_offset: i32,
 }
 
-impl Rule {
+impl UnwindRule {
     /// No function here.
     pub const NONE: Self = Self {
         cfa_kind: cfa::NONE,
@@ -422,7 +422,7 @@ mod tests {
 
     #[test]
     fn rule_bytes_are_the_struct_in_memory() {
-        let rule = Rule {
+        let rule = UnwindRule {
             cfa_kind: 1,
             fp_kind: 2,
             ra_kind: 3,
@@ -431,12 +431,12 @@ mod tests {
             fp_offset: -2,
             ra_offset: -3,
         };
-        assert_eq!(std::mem::offset_of!(Rule, cfa_offset), 4);
-        assert_eq!(std::mem::offset_of!(Rule, fp_offset), 8);
-        assert_eq!(std::mem::offset_of!(Rule, ra_offset), 12);
+        assert_eq!(std::mem::offset_of!(UnwindRule, cfa_offset), 4);
+        assert_eq!(std::mem::offset_of!(UnwindRule, fp_offset), 8);
+        assert_eq!(std::mem::offset_of!(UnwindRule, ra_offset), 12);
         #[cfg(target_endian = "little")]
         assert_eq!(rule.to_bytes(), [1, 2, 3, 4, 4, 3, 2, 1, 254, 255, 255, 255, 253, 255, 255, 255]);
-        assert_eq!(Rule::NONE.to_bytes(), [0; 16]);
+        assert_eq!(UnwindRule::NONE.to_bytes(), [0; 16]);
     }
 
     #[test]
@@ -448,7 +448,7 @@ mod tests {
         for (at, plus) in [(1 << 23, 0), (0, 256), (0, -1), (i64::MIN, 0)] {
             assert_eq!(deref_offset(at, plus), None);
         }
-        assert_eq!(Rule::X86_64_SIGNAL.cfa_offset, deref_offset(160, 0).unwrap());
+        assert_eq!(UnwindRule::X86_64_SIGNAL.cfa_offset, deref_offset(160, 0).unwrap());
     }
 
     #[test]

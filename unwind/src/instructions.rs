@@ -19,8 +19,8 @@ use iced_x86::{
 };
 
 use crate::{
-    format::{Rule, cfa, loc},
-    limits::{Budget, Exceeded},
+    format::{UnwindRule, cfa, loc},
+    limits::{Budget, LimitExceeded},
 };
 
 /// Functions begin there, as far as compilers and assemblers are asked to see to it.
@@ -37,7 +37,7 @@ const ENTRY_DISTANCE: i32 = 8;
 pub(crate) struct Function {
     pub(crate) start: u64,
     pub(crate) end: u64,
-    pub(crate) rows: Vec<(u64, Rule)>,
+    pub(crate) rows: Vec<(u64, UnwindRule)>,
 }
 
 /// A range of code that nothing describes.
@@ -61,15 +61,15 @@ struct State {
 impl State {
     const ENTRY: Self = Self { sp: Some(ENTRY_DISTANCE), fp: None, saved: None };
 
-    fn rule(&self) -> Rule {
+    fn rule(&self) -> UnwindRule {
         let (cfa_kind, cfa_offset) = match (self.sp, self.fp) {
-            (Some(sp), _) if sp < ENTRY_DISTANCE => return Rule::OUTERMOST,
+            (Some(sp), _) if sp < ENTRY_DISTANCE => return UnwindRule::OUTERMOST,
             (Some(sp), _) => (cfa::SP, sp),
             (None, Some(fp)) => (cfa::FP, fp),
-            (None, None) => return Rule::NONE,
+            (None, None) => return UnwindRule::NONE,
         };
         let (fp_kind, fp_offset) = self.saved.map_or((loc::SAME, 0), |at| (loc::CFA, at));
-        Rule { cfa_kind, fp_kind, cfa_offset, fp_offset, ..Rule::X86_64_ENTRY }
+        UnwindRule { cfa_kind, fp_kind, cfa_offset, fp_offset, ..UnwindRule::X86_64_ENTRY }
     }
 
     /// What it is behind an instruction with this effect, if control goes on there.
@@ -198,7 +198,7 @@ enum Flow {
     Through,
     Return,
     /// Nowhere.
-    End,
+    UnwindEnd,
     /// It is no instruction.
     Wrong,
 }
@@ -208,13 +208,13 @@ impl Flow {
         let direct = instruction.op0_kind() == OpKind::NearBranch64;
         match instruction.flow_control() {
             _ if instruction.is_invalid() => Self::Wrong,
-            _ if instruction.mnemonic() == Mnemonic::Hlt => Self::End,
+            _ if instruction.mnemonic() == Mnemonic::Hlt => Self::UnwindEnd,
             FlowControl::Call | FlowControl::IndirectCall => Self::Call,
             FlowControl::ConditionalBranch if direct => Self::Branch(instruction.near_branch64()),
             FlowControl::UnconditionalBranch if direct => Self::Jump(instruction.near_branch64()),
             FlowControl::UnconditionalBranch | FlowControl::IndirectBranch => Self::Through,
             FlowControl::Return => Self::Return,
-            FlowControl::Exception => Self::End,
+            FlowControl::Exception => Self::UnwindEnd,
             _ => Self::On,
         }
     }
@@ -247,7 +247,7 @@ pub(crate) fn functions(
     gaps: &[Gap<'_>],
     named: HashSet<u64>,
     budget: &mut Budget<'_>,
-) -> Result<Vec<Function>, Exceeded> {
+) -> Result<Vec<Function>, LimitExceeded> {
     let (mut called, mut branched_to) = (HashSet::new(), HashSet::new());
     let mut code = Vec::with_capacity(gaps.len());
     let mut info = InstructionInfoFactory::new();
@@ -321,7 +321,7 @@ struct Open {
     start: u64,
     /// Nobody calls it or names it.
     guessed: bool,
-    rows: Vec<(u64, Rule)>,
+    rows: Vec<(u64, UnwindRule)>,
     /// The distance was another one at a `ret`.
     wrong: bool,
     /// At a jump through a table: what is behind it and nobody else jumps to is one of its places.
@@ -364,7 +364,7 @@ impl Sweep {
             } else if state.is_none() && !padding {
                 state = if self.inside.contains(&ip) { Some(open.body) } else { open.table };
             }
-            let rule = state.map_or(Rule::NONE, |state| state.rule());
+            let rule = state.map_or(UnwindRule::NONE, |state| state.rule());
             if !(padding && state.is_none()) && open.rows.last().is_none_or(|(_, last)| *last != rule) {
                 open.rows.push((ip, rule));
             }
@@ -406,7 +406,7 @@ impl Sweep {
 
     fn close(&mut self, open: Open, end: u64) {
         let Open { start, rows, wrong, .. } = open;
-        if !wrong && start < end && rows.iter().any(|(_, rule)| *rule != Rule::NONE) {
+        if !wrong && start < end && rows.iter().any(|(_, rule)| *rule != UnwindRule::NONE) {
             self.found.push(Function { start, end, rows });
         }
     }
@@ -418,14 +418,14 @@ mod tests {
 
     use super::*;
     use crate::{
-        build::{Options, build_bytes},
-        limits::Limits,
+        build::{BuildOptions, build_bytes},
+        limits::TableLimits,
     };
 
     const AT: u64 = 0x1000;
 
     fn all(gaps: &[Gap<'_>], named: HashSet<u64>) -> Vec<Function> {
-        let limits = Limits::default();
+        let limits = TableLimits::default();
         functions(gaps, named, &mut Budget::new(&limits, None)).unwrap()
     }
 
@@ -484,8 +484,8 @@ mod tests {
             .find(|path| path.contains("libc.so"));
         let Some(path) = path.filter(|_| cfg!(target_arch = "x86_64")) else { return };
         let bytes = std::fs::read(path).unwrap();
-        let limits = Limits::default();
-        let told = build_bytes(&bytes, &Options::new("libc", &limits)).unwrap().table;
+        let limits = TableLimits::default();
+        let told = build_bytes(&bytes, &BuildOptions::new("libc", &limits)).unwrap().table;
         let elf = Elf::parse(&bytes, &limits.elf()).unwrap();
         let gaps: Vec<_> = elf
             .code()
@@ -497,13 +497,13 @@ mod tests {
         let (mut same, mut other, mut unknown) = (0_u64, 0_u64, 0_u64);
         for instruction in gaps.iter().flat_map(|gap| decode(gap)) {
             let at = instruction.ip();
-            let Some(said) = told.lookup(at).filter(|rule| *rule != Rule::NONE) else { continue };
+            let Some(said) = told.lookup(at).filter(|rule| *rule != UnwindRule::NONE) else { continue };
             let function =
                 found.partition_point(|function| function.start <= at).checked_sub(1).map(|n| &found[n]);
             let rule = function.filter(|function| at < function.end).and_then(|function| {
                 function.rows[..function.rows.partition_point(|(row, _)| *row <= at)].last()
             });
-            match rule.map(|(_, rule)| *rule).filter(|rule| *rule != Rule::NONE) {
+            match rule.map(|(_, rule)| *rule).filter(|rule| *rule != UnwindRule::NONE) {
                 None => unknown += 1,
                 Some(rule) if (rule.cfa_kind, rule.cfa_offset) == (said.cfa_kind, said.cfa_offset) => {
                     same += 1;

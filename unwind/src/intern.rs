@@ -1,15 +1,15 @@
 //! Rule numbers of the node: each rule of all resident tables once, counted by the tables that use it.
 use std::collections::HashMap;
 
-use crate::format::{MAX_RULES, RULE_NONE, Rule};
+use crate::format::{MAX_RULES, RULE_NONE, UnwindRule};
 
 /// Gives rules their number on this node and takes it back when the last table that uses one is gone.
 ///
-/// The owner writes [`Interned::new`] into the kernel's array of rules before any line that names them, and calls
-/// [`Interner::release`] only when no walk can be looking at the table any more: a number may be reused at once.
+/// The owner writes [`InternedRules::new`] into the kernel's array of rules before any line that names them, and calls
+/// [`RuleInterner::release`] only when no walk can be looking at the table any more: a number may be reused at once.
 #[derive(Debug)]
-pub struct Interner {
-    numbers: HashMap<Rule, u16>,
+pub struct RuleInterner {
+    numbers: HashMap<UnwindRule, u16>,
     slots: Vec<Slot>,
     free: Vec<u16>,
     capacity: usize,
@@ -17,17 +17,17 @@ pub struct Interner {
 
 #[derive(Debug)]
 struct Slot {
-    rule: Rule,
+    rule: UnwindRule,
     tables: u32,
 }
 
 /// The node's numbers of one table's rules.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Interned {
+pub struct InternedRules {
     /// By the table's own numbers.
     pub numbers: Vec<u16>,
     /// Numbers that were not in use before, with what to write there.
-    pub new: Vec<(u16, Rule)>,
+    pub new: Vec<(u16, UnwindRule)>,
 }
 
 /// No number is left.
@@ -35,7 +35,7 @@ pub struct Interned {
 #[error(
     "{needed} new rules do not fit: {used} of {capacity} are in use; evict tables, or make the array of rules larger"
 )]
-pub struct Full {
+pub struct RuleNumbersFull {
     /// Rules of the table that no other table has.
     pub needed: usize,
     /// Numbers in use.
@@ -44,27 +44,27 @@ pub struct Full {
     pub capacity: usize,
 }
 
-impl Interner {
-    /// For an array of `capacity` rules, 1 to [`MAX_RULES`]; number 0 is taken by [`Rule::NONE`].
+impl RuleInterner {
+    /// For an array of `capacity` rules, 1 to [`MAX_RULES`]; number 0 is taken by [`UnwindRule::NONE`].
     pub fn new(capacity: usize) -> Self {
         Self {
-            numbers: HashMap::from([(Rule::NONE, RULE_NONE)]),
-            slots: vec![Slot { rule: Rule::NONE, tables: 1 }],
+            numbers: HashMap::from([(UnwindRule::NONE, RULE_NONE)]),
+            slots: vec![Slot { rule: UnwindRule::NONE, tables: 1 }],
             free: Vec::new(),
             capacity: capacity.clamp(1, MAX_RULES),
         }
     }
 
-    /// Numbers in use, that of [`Rule::NONE`] included.
+    /// Numbers in use, that of [`UnwindRule::NONE`] included.
     pub fn used(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
     /// Numbers for the rules of one table (all different). Either all get one or nothing changes.
-    pub fn acquire(&mut self, rules: &[Rule]) -> Result<Interned, Full> {
+    pub fn acquire(&mut self, rules: &[UnwindRule]) -> Result<InternedRules, RuleNumbersFull> {
         let needed = rules.iter().filter(|rule| !self.numbers.contains_key(rule)).count();
         if needed > self.capacity - self.used() {
-            return Err(Full { needed, used: self.used(), capacity: self.capacity });
+            return Err(RuleNumbersFull { needed, used: self.used(), capacity: self.capacity });
         }
         let mut new = Vec::with_capacity(needed);
         let numbers = rules
@@ -85,10 +85,10 @@ impl Interner {
                 number
             })
             .collect();
-        Ok(Interned { numbers, new })
+        Ok(InternedRules { numbers, new })
     }
 
-    /// Gives back what [`Interner::acquire`] gave.
+    /// Gives back what [`RuleInterner::acquire`] gave.
     pub fn release(&mut self, numbers: &[u16]) {
         for number in numbers {
             let Some(slot) = self.slots.get_mut(usize::from(*number)) else { continue };
@@ -105,13 +105,13 @@ impl Interner {
 mod tests {
     use super::*;
 
-    fn rules(range: std::ops::Range<i32>) -> Vec<Rule> {
-        std::iter::once(Rule::NONE).chain(range.map(Rule::x86_64_sp)).collect()
+    fn rules(range: std::ops::Range<i32>) -> Vec<UnwindRule> {
+        std::iter::once(UnwindRule::NONE).chain(range.map(UnwindRule::x86_64_sp)).collect()
     }
 
     #[test]
     fn r49_tables_share_rules_and_the_last_one_frees_them() {
-        let mut node = Interner::new(16);
+        let mut node = RuleInterner::new(16);
         let a = node.acquire(&rules(0..4)).unwrap();
         assert_eq!((a.numbers.as_slice(), a.new.len()), ([0, 1, 2, 3, 4].as_slice(), 4));
         let b = node.acquire(&rules(2..6)).unwrap();
@@ -127,10 +127,10 @@ mod tests {
 
     #[test]
     fn r49_a_table_that_does_not_fit_changes_nothing() {
-        let mut node = Interner::new(4);
+        let mut node = RuleInterner::new(4);
         let a = node.acquire(&rules(0..2)).unwrap();
         let full = node.acquire(&rules(1..5)).unwrap_err();
-        assert_eq!(full, Full { needed: 3, used: 3, capacity: 4 });
+        assert_eq!(full, RuleNumbersFull { needed: 3, used: 3, capacity: 4 });
         assert_eq!(node.used(), 3);
         node.release(&a.numbers);
         assert_eq!(node.used(), 1);
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn every_number_can_be_given() {
-        let mut node = Interner::new(MAX_RULES);
+        let mut node = RuleInterner::new(MAX_RULES);
         let all = node.acquire(&rules(0..65_535)).unwrap();
         assert_eq!(all.numbers.last(), Some(&65_535));
         assert!(node.acquire(&rules(65_535..65_536)).is_err());

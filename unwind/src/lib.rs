@@ -16,5 +16,7 @@ mod instructions;
 pub mod intern;
 pub mod limits;
 pub mod overrides;
+mod runs;
 pub mod table;
+pub mod table_builder;
 pub mod unwind;

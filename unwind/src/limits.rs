@@ -6,7 +6,7 @@ use crate::format::{MAX_LINES, MAX_RULES, WORDS_PER_LINE};
 
 /// Bounds of the work on one file. The defaults take every file of a usual machine, browsers and compilers included.
 #[derive(Clone, Debug)]
-pub struct Limits {
+pub struct TableLimits {
     /// Bytes of one section, inflated if it is compressed.
     pub section_bytes: u64,
     /// Sections that the headers may list.
@@ -27,7 +27,7 @@ pub struct Limits {
     pub time: Option<Duration>,
 }
 
-impl Default for Limits {
+impl Default for TableLimits {
     fn default() -> Self {
         Self {
             section_bytes: 256 << 20,
@@ -43,10 +43,10 @@ impl Default for Limits {
     }
 }
 
-impl Limits {
+impl TableLimits {
     /// Returns the limits of reading the file.
-    pub fn elf(&self) -> gannet_elf::Limits {
-        gannet_elf::Limits { section_bytes: self.section_bytes, sections: self.sections }
+    pub fn elf(&self) -> gannet_elf::ElfLimits {
+        gannet_elf::ElfLimits { section_bytes: self.section_bytes, sections: self.sections }
     }
 }
 
@@ -54,32 +54,32 @@ const _: () = assert!((32 << 20) / WORDS_PER_LINE < MAX_LINES);
 
 /// What was too large.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Quantity {
-    /// [`Limits::section_bytes`]
+pub enum TableQuantity {
+    /// [`TableLimits::section_bytes`]
     SectionBytes,
-    /// [`Limits::sections`]
+    /// [`TableLimits::sections`]
     Sections,
     /// Program headers.
     ProgramHeaders,
-    /// [`Limits::functions`]
+    /// [`TableLimits::functions`]
     Functions,
-    /// [`Limits::rows`]
+    /// [`TableLimits::rows`]
     Rows,
-    /// [`Limits::rules`]
+    /// [`TableLimits::rules`]
     Rules,
-    /// [`Limits::span_bytes`]
+    /// [`TableLimits::span_bytes`]
     SpanBytes,
     /// [`crate::format::MAX_LINES`]
     Lines,
 }
 
-impl Quantity {
+impl TableQuantity {
     /// Words for messages and metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
-            Self::SectionBytes => gannet_elf::Quantity::SectionBytes.as_str(),
-            Self::Sections => gannet_elf::Quantity::Sections.as_str(),
-            Self::ProgramHeaders => gannet_elf::Quantity::ProgramHeaders.as_str(),
+            Self::SectionBytes => gannet_elf::ElfQuantity::SectionBytes.as_str(),
+            Self::Sections => gannet_elf::ElfQuantity::Sections.as_str(),
+            Self::ProgramHeaders => gannet_elf::ElfQuantity::ProgramHeaders.as_str(),
             Self::Functions => "functions",
             Self::Rows => "rows",
             Self::Rules => "rules",
@@ -91,12 +91,12 @@ impl Quantity {
 
 /// Why work stopped before its end.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum Exceeded {
+pub enum LimitExceeded {
     /// A size is over its limit.
     #[error("{found} {} are over the limit of {limit}: raise that limit, or supply a table for this file", what.as_str())]
     TooLarge {
         /// Which size.
-        what: Quantity,
+        what: TableQuantity,
         /// The limit that holds.
         limit: u64,
         /// What the file asked for, or had reached when work stopped.
@@ -113,22 +113,22 @@ pub enum Exceeded {
     Cancelled,
 }
 
-impl From<gannet_elf::TooLarge> for Exceeded {
+impl From<gannet_elf::TooLarge> for LimitExceeded {
     fn from(too_large: gannet_elf::TooLarge) -> Self {
         let gannet_elf::TooLarge { what, limit, found } = too_large;
         let what = match what {
-            gannet_elf::Quantity::SectionBytes => Quantity::SectionBytes,
-            gannet_elf::Quantity::Sections => Quantity::Sections,
-            gannet_elf::Quantity::ProgramHeaders => Quantity::ProgramHeaders,
+            gannet_elf::ElfQuantity::SectionBytes => TableQuantity::SectionBytes,
+            gannet_elf::ElfQuantity::Sections => TableQuantity::Sections,
+            gannet_elf::ElfQuantity::ProgramHeaders => TableQuantity::ProgramHeaders,
         };
         Self::TooLarge { what, limit, found }
     }
 }
 
-/// Limits with a clock that runs.
+/// TableLimits with a clock that runs.
 #[derive(Debug)]
 pub(crate) struct Budget<'a> {
-    pub(crate) limits: &'a Limits,
+    pub(crate) limits: &'a TableLimits,
     cancel: Option<&'a AtomicBool>,
     start: Instant,
     steps: u32,
@@ -138,31 +138,31 @@ pub(crate) struct Budget<'a> {
 const STEPS_PER_CHECK: u32 = 4096;
 
 impl<'a> Budget<'a> {
-    pub(crate) fn new(limits: &'a Limits, cancel: Option<&'a AtomicBool>) -> Self {
+    pub(crate) fn new(limits: &'a TableLimits, cancel: Option<&'a AtomicBool>) -> Self {
         Self { limits, cancel, start: Instant::now(), steps: 0 }
     }
 
     /// One small piece of work is about to be done.
     #[inline]
-    pub(crate) fn step(&mut self) -> Result<(), Exceeded> {
+    pub(crate) fn step(&mut self) -> Result<(), LimitExceeded> {
         self.steps += 1;
         if self.steps >= STEPS_PER_CHECK { self.check() } else { Ok(()) }
     }
 
     /// A large piece of work is about to be done.
-    pub(crate) fn check(&mut self) -> Result<(), Exceeded> {
+    pub(crate) fn check(&mut self) -> Result<(), LimitExceeded> {
         self.steps = 0;
         if self.cancel.is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {
-            return Err(Exceeded::Cancelled);
+            return Err(LimitExceeded::Cancelled);
         }
         match self.limits.time {
-            Some(limit) if self.start.elapsed() > limit => Err(Exceeded::TimedOut { limit }),
+            Some(limit) if self.start.elapsed() > limit => Err(LimitExceeded::TimedOut { limit }),
             _ => Ok(()),
         }
     }
 }
 
 /// An error if `found` is over `limit`.
-pub(crate) fn at_most(what: Quantity, limit: u64, found: u64) -> Result<(), Exceeded> {
-    if found > limit { Err(Exceeded::TooLarge { what, limit, found }) } else { Ok(()) }
+pub(crate) fn at_most(what: TableQuantity, limit: u64, found: u64) -> Result<(), LimitExceeded> {
+    if found > limit { Err(LimitExceeded::TooLarge { what, limit, found }) } else { Ok(()) }
 }

@@ -22,27 +22,30 @@ use std::collections::HashMap;
 
 use gannet_elf::{Arch, ContentId};
 
-use crate::format::{Rule, cfa, deref_offset, dwarf_register, flags, loc};
-use crate::limits::Limits;
-use crate::table::{Builder, BuilderError, Table};
+use crate::format::{UnwindRule, cfa, deref_offset, dwarf_register, flags, loc};
+use crate::limits::TableLimits;
+use crate::{
+    table::UnwindTable,
+    table_builder::{TableBuilder, TableBuilderError},
+};
 
 /// Supplied tables by content.
 #[derive(Clone, Default, Debug)]
-pub struct Overrides(HashMap<ContentId, Table>);
+pub struct Overrides(HashMap<ContentId, UnwindTable>);
 
 impl Overrides {
     /// The table for a file, if one was supplied.
-    pub fn get(&self, content: &ContentId) -> Option<&Table> {
+    pub fn get(&self, content: &ContentId) -> Option<&UnwindTable> {
         self.0.get(content)
     }
 
     /// Supplies a table; returns the one that it replaces.
-    pub fn insert(&mut self, content: ContentId, table: Table) -> Option<Table> {
+    pub fn insert(&mut self, content: ContentId, table: UnwindTable) -> Option<UnwindTable> {
         self.0.insert(content, table)
     }
 
     /// Supplies the table that a text describes, and says for which file.
-    pub fn insert_text(&mut self, text: &str, limits: &Limits) -> Result<ContentId, OverrideError> {
+    pub fn insert_text(&mut self, text: &str, limits: &TableLimits) -> Result<ContentId, OverrideError> {
         let (content, table) = parse(text, limits)?;
         self.insert(content, table);
         Ok(content)
@@ -72,14 +75,14 @@ pub enum OverrideFault {
     },
     /// Rows are out of order or too many.
     #[error(transparent)]
-    Builder(#[from] BuilderError),
+    TableBuilder(#[from] TableBuilderError),
 }
 
 fn expected(expected: &'static str, found: &str) -> OverrideFault {
     OverrideFault::Expected { expected, found: found.chars().take(80).collect() }
 }
 
-fn parse(text: &str, limits: &Limits) -> Result<(ContentId, Table), OverrideError> {
+fn parse(text: &str, limits: &TableLimits) -> Result<(ContentId, UnwindTable), OverrideError> {
     let mut content = None;
     let mut arch = None;
     let mut rows = Vec::new();
@@ -124,11 +127,16 @@ fn parse(text: &str, limits: &Limits) -> Result<(ContentId, Table), OverrideErro
     Err(at(last_line + 1)(expected("`end` and the address behind the last function", "end of text")))
 }
 
-type RowError = (Option<usize>, BuilderError);
+type RowError = (Option<usize>, TableBuilderError);
 
-fn lay_out(arch: Arch, rows: &[(usize, u64, Rule)], end: u64, limits: &Limits) -> Result<Table, RowError> {
+fn lay_out(
+    arch: Arch,
+    rows: &[(usize, u64, UnwindRule)],
+    end: u64,
+    limits: &TableLimits,
+) -> Result<UnwindTable, RowError> {
     let start = rows.first().map_or(end, |(_, address, _)| *address);
-    let mut builder = Builder::new(arch, start, end, limits).map_err(|error| (None, error))?;
+    let mut builder = TableBuilder::new(arch, start, end, limits).map_err(|error| (None, error))?;
     for (line, address, rule) in rows {
         builder.push(*address, *rule).map_err(|error| (Some(*line), error))?;
     }
@@ -159,18 +167,18 @@ fn narrow(offset: i64, text: &str) -> Result<i32, OverrideFault> {
     i32::try_from(offset).map_err(|_| expected("an offset that fits 32 bits", text))
 }
 
-fn parse_rule(text: &str, arch: Arch) -> Result<Rule, OverrideFault> {
+fn parse_rule(text: &str, arch: Arch) -> Result<UnwindRule, OverrideFault> {
     let mut words = text.split_whitespace();
     let frame = words.next().unwrap_or_default();
     let lr = loc::REGISTER + dwarf_register::AARCH64_LR as u8;
     let mut rule = match arch {
-        Arch::X86_64 => Rule::X86_64_ENTRY,
-        Arch::Aarch64 => Rule { cfa_kind: cfa::SP, ra_kind: lr, ..Rule::NONE },
+        Arch::X86_64 => UnwindRule::X86_64_ENTRY,
+        Arch::Aarch64 => UnwindRule { cfa_kind: cfa::SP, ra_kind: lr, ..UnwindRule::NONE },
     };
     let frame_words = "`sp+N`, `fp+N`, `*(sp+N)+M`, `*(fp+N)+M`, `stop` or `none`";
     match frame {
-        "none" => rule = Rule::NONE,
-        "stop" => rule = Rule::OUTERMOST,
+        "none" => rule = UnwindRule::NONE,
+        "stop" => rule = UnwindRule::OUTERMOST,
         _ => {
             if let Some((inner, outer)) = frame.strip_prefix("*(").and_then(|rest| rest.split_once(')')) {
                 let ((name, at), (_, plus)) = (parse_sum(inner)?, parse_sum(outer)?);
@@ -238,20 +246,20 @@ mod tests {
             "# broken by its linker\n{CONTENT}0x1000 sp+8\n0x1004 sp+0x10 fp=cfa-16 # pushed\n0x1010 *(fp-8)+8 fp=fp+0\n\
              0x1020 *(sp+160) fp=sp+120 ra=sp+168 signal\n0x1030 stop\n0x1040 none\n0x1050 fp+16 fp=lost\nend 0x1060\n"
         );
-        let content = overrides.insert_text(&text, &Limits::default()).unwrap();
+        let content = overrides.insert_text(&text, &TableLimits::default()).unwrap();
         let table = overrides.get(&content).unwrap();
         let at = |vaddr| table.lookup(vaddr).unwrap();
-        assert_eq!(at(0x1003), Rule::X86_64_ENTRY);
-        let pushed = Rule { fp_kind: loc::CFA, fp_offset: -16, ..Rule::x86_64_sp(16) };
+        assert_eq!(at(0x1003), UnwindRule::X86_64_ENTRY);
+        let pushed = UnwindRule { fp_kind: loc::CFA, fp_offset: -16, ..UnwindRule::x86_64_sp(16) };
         assert_eq!(at(0x100f), pushed);
         let realigned = at(0x1010);
         assert_eq!((realigned.cfa_kind, realigned.cfa_offset), (cfa::FP_DEREF, deref_offset(-8, 8).unwrap()));
         assert_eq!((realigned.fp_kind, realigned.fp_offset), (loc::FP, 0));
-        assert_eq!(at(0x1020), Rule::X86_64_SIGNAL);
+        assert_eq!(at(0x1020), UnwindRule::X86_64_SIGNAL);
         assert!(at(0x1030).is_outermost());
-        assert_eq!(at(0x1040), Rule::NONE);
+        assert_eq!(at(0x1040), UnwindRule::NONE);
         assert_eq!(at(0x105f).fp_kind, loc::UNDEFINED);
-        assert_eq!(at(0x1060), Rule::NONE);
+        assert_eq!(at(0x1060), UnwindRule::NONE);
     }
 
     #[test]
@@ -269,7 +277,7 @@ mod tests {
             (&format!("{CONTENT}0x20 sp+8"), 4, "`end`"),
             (&format!("{CONTENT}+5 sp+8"), 3, "address"),
         ] {
-            let error = parse(text, &Limits::default()).unwrap_err();
+            let error = parse(text, &TableLimits::default()).unwrap_err();
             assert_eq!(error.line, line, "{text}: {error}");
             assert!(error.to_string().contains(words), "{text}: {error}");
         }

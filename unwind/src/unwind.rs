@@ -2,12 +2,12 @@
 //! for samples that are completed later and as the reference that tests compare with.
 use gannet_elf::Arch;
 
-use crate::format::{Rule, Unsupported, cfa, dwarf_register, flags, loc};
-use crate::table::Table;
+use crate::format::{Unsupported, UnwindRule, cfa, dwarf_register, flags, loc};
+use crate::table::UnwindTable;
 
 /// A thread at one moment.
 #[derive(Clone, Copy, Debug)]
-pub struct Snapshot<'a> {
+pub struct ThreadSnapshot<'a> {
     /// The instruction set.
     pub arch: Arch,
     /// The program counter.
@@ -23,7 +23,7 @@ pub struct Snapshot<'a> {
 /// Where code is and what tables there are for it.
 pub trait TableSource {
     /// The table for an address of the process, and what to subtract from the address to look it up.
-    fn find(&self, address: u64) -> Option<(&Table, u64)>;
+    fn find(&self, address: u64) -> Option<(&UnwindTable, u64)>;
 
     /// Whether there is code at an address for which there is no table, as just-in-time compilers make it: it is followed
     /// by frame pointer.
@@ -35,7 +35,7 @@ pub trait TableSource {
 
 /// One frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Frame {
+pub struct UnwindFrame {
     /// The first frame's program counter, a caller's return address.
     pub pc: u64,
     /// The address is that of the instruction itself; else the call is the instruction before it.
@@ -46,16 +46,16 @@ pub struct Frame {
 
 /// A stack as far as it was followed.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Walk {
+pub struct UnwoundStack {
     /// Innermost first; never empty.
-    pub frames: Vec<Frame>,
+    pub frames: Vec<UnwindFrame>,
     /// Why it ends where it ends.
-    pub end: End,
+    pub end: UnwindEnd,
 }
 
 /// Why a walk ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum End {
+pub enum UnwindEnd {
     /// At the outermost frame.
     Complete,
     /// At the number of frames that was asked for, with more to come.
@@ -87,11 +87,15 @@ pub enum End {
 const AARCH64_ADDRESS: u64 = (1 << 48) - 1;
 
 /// Follows a stack to its outermost frame, or up to `max_frames`.
-pub fn walk(snapshot: &Snapshot<'_>, tables: &dyn TableSource, max_frames: usize) -> Walk {
+pub fn unwind_stack(
+    snapshot: &ThreadSnapshot<'_>,
+    tables: &dyn TableSource,
+    max_frames: usize,
+) -> UnwoundStack {
     let (sp, fp) =
         (dwarf_register::stack_pointer(snapshot.arch), dwarf_register::frame_pointer(snapshot.arch));
     let register = |number: u16| snapshot.registers.get(usize::from(number)).copied();
-    let mut walker = Walker {
+    let mut unwinder = Unwinder {
         snapshot,
         first: true,
         exact: true,
@@ -100,23 +104,23 @@ pub fn walk(snapshot: &Snapshot<'_>, tables: &dyn TableSource, max_frames: usize
         fp: register(fp),
         rbx: register(dwarf_register::X86_64_RBX),
     };
-    let mut frames = vec![Frame { pc: walker.pc, exact: true, guessed: false }];
+    let mut frames = vec![UnwindFrame { pc: unwinder.pc, exact: true, guessed: false }];
     let end = loop {
-        match walker.step(tables) {
+        match unwinder.step(tables) {
             Ok(guessed) => {
                 if frames.len() >= max_frames {
-                    break End::Truncated;
+                    break UnwindEnd::Truncated;
                 }
-                frames.push(Frame { pc: walker.pc, exact: walker.exact, guessed });
+                frames.push(UnwindFrame { pc: unwinder.pc, exact: unwinder.exact, guessed });
             }
             Err(end) => break end,
         }
     };
-    Walk { frames, end }
+    UnwoundStack { frames, end }
 }
 
-struct Walker<'a> {
-    snapshot: &'a Snapshot<'a>,
+struct Unwinder<'a> {
+    snapshot: &'a ThreadSnapshot<'a>,
     first: bool,
     exact: bool,
     pc: u64,
@@ -127,22 +131,22 @@ struct Walker<'a> {
     rbx: Option<u64>,
 }
 
-impl Walker<'_> {
+impl Unwinder<'_> {
     /// To the caller; says whether by a guess.
-    fn step(&mut self, tables: &dyn TableSource) -> Result<bool, End> {
+    fn step(&mut self, tables: &dyn TableSource) -> Result<bool, UnwindEnd> {
         let address = if self.exact { self.pc } else { self.pc.wrapping_sub(1) };
         let Some((table, bias)) = tables.find(address) else {
-            let end = End::NoTable { address };
+            let end = UnwindEnd::NoTable { address };
             return if tables.is_code(address) { self.by_frame_pointer(end) } else { Err(end) };
         };
-        let rule = table.lookup(address.wrapping_sub(bias)).unwrap_or(Rule::NONE);
+        let rule = table.lookup(address.wrapping_sub(bias)).unwrap_or(UnwindRule::NONE);
         match rule.cfa_kind {
-            cfa::NONE => return self.by_frame_pointer(End::NoRule { address }),
+            cfa::NONE => return self.by_frame_pointer(UnwindEnd::NoRule { address }),
             cfa::UNSUPPORTED => {
                 let why = rule.unsupported_reason().unwrap_or(Unsupported::Malformed);
-                return self.by_frame_pointer(End::Unsupported(why));
+                return self.by_frame_pointer(UnwindEnd::Unsupported(why));
             }
-            _ if rule.is_outermost() => return Err(End::Complete),
+            _ if rule.is_outermost() => return Err(UnwindEnd::Complete),
             _ => {}
         }
         let cfa = self.frame_address(&rule)?;
@@ -156,7 +160,7 @@ impl Walker<'_> {
         // Stacks grow down, so callers are above; a signal handler may be on another stack, and a first function
         // that has not touched its stack (aarch64) may be level with its caller.
         if cfa <= self.sp && !signal && !(cfa == self.sp && self.first) {
-            return Err(End::NoProgress);
+            return Err(UnwindEnd::NoProgress);
         }
         self.rbx = match rule.rbx() {
             0 => None,
@@ -169,17 +173,17 @@ impl Walker<'_> {
         Ok(rule.flags & flags::GUESSED != 0)
     }
 
-    fn enter_caller(&mut self, ra: u64, signal: bool) -> Result<(), End> {
+    fn enter_caller(&mut self, ra: u64, signal: bool) -> Result<(), UnwindEnd> {
         self.pc = match self.snapshot.arch {
             Arch::X86_64 => ra,
             Arch::Aarch64 => ra & AARCH64_ADDRESS,
         };
         self.exact = signal;
         self.first = false;
-        if self.pc == 0 { Err(End::Complete) } else { Ok(()) }
+        if self.pc == 0 { Err(UnwindEnd::Complete) } else { Ok(()) }
     }
 
-    fn by_frame_pointer(&mut self, otherwise: End) -> Result<bool, End> {
+    fn by_frame_pointer(&mut self, otherwise: UnwindEnd) -> Result<bool, UnwindEnd> {
         let fp = self.fp.filter(|fp| *fp >= self.sp && fp.is_multiple_of(8)).ok_or(otherwise)?;
         let (saved, ra) = (self.read(fp)?, self.read(fp.wrapping_add(8))?);
         self.sp = fp.wrapping_add(16);
@@ -189,7 +193,7 @@ impl Walker<'_> {
         Ok(true)
     }
 
-    fn frame_address(&self, rule: &Rule) -> Result<u64, End> {
+    fn frame_address(&self, rule: &UnwindRule) -> Result<u64, UnwindEnd> {
         let plus = |base: u64| base.wrapping_add_signed(i64::from(rule.cfa_offset));
         let deref = |base: u64| {
             let at = base.wrapping_add_signed(i64::from(rule.cfa_offset >> 8));
@@ -197,9 +201,9 @@ impl Walker<'_> {
         };
         match rule.cfa_kind {
             cfa::SP => Ok(plus(self.sp)),
-            cfa::FP => Ok(plus(self.fp.ok_or(End::RegisterLost)?)),
+            cfa::FP => Ok(plus(self.fp.ok_or(UnwindEnd::RegisterLost)?)),
             cfa::SP_DEREF => deref(self.sp),
-            cfa::FP_DEREF => deref(self.fp.ok_or(End::RegisterLost)?),
+            cfa::FP_DEREF => deref(self.fp.ok_or(UnwindEnd::RegisterLost)?),
             cfa::PLT => {
                 let pushed = i64::from(rule.cfa_offset) <= (self.pc & 15) as i64;
                 Ok(self.sp.wrapping_add(if pushed { 16 } else { 8 }))
@@ -208,18 +212,18 @@ impl Walker<'_> {
         }
     }
 
-    fn located(&self, kind: u8, offset: i32, cfa: u64) -> Result<u64, End> {
+    fn located(&self, kind: u8, offset: i32, cfa: u64) -> Result<u64, UnwindEnd> {
         let base = match kind {
             loc::CFA => cfa,
             loc::SP => self.sp,
-            loc::FP => self.fp.ok_or(End::RegisterLost)?,
+            loc::FP => self.fp.ok_or(UnwindEnd::RegisterLost)?,
             kind => return self.register(kind),
         };
         self.read(base.wrapping_add_signed(i64::from(offset)))
     }
 
     /// Only in the first frame all registers are known; rbx may be in others.
-    fn register(&self, kind: u8) -> Result<u64, End> {
+    fn register(&self, kind: u8) -> Result<u64, UnwindEnd> {
         let number = u16::from(kind & (cfa::REGISTER - 1));
         let value = match number {
             _ if kind < cfa::REGISTER => None,
@@ -227,14 +231,14 @@ impl Walker<'_> {
             dwarf_register::X86_64_RBX => self.rbx,
             _ => None,
         };
-        value.ok_or(End::RegisterLost)
+        value.ok_or(UnwindEnd::RegisterLost)
     }
 
-    fn read(&self, address: u64) -> Result<u64, End> {
+    fn read(&self, address: u64) -> Result<u64, UnwindEnd> {
         let at = address.checked_sub(self.snapshot.stack_start).and_then(|at| usize::try_from(at).ok());
         at.and_then(|at| self.snapshot.stack.get(at..)?.first_chunk())
             .map(|bytes| u64::from_le_bytes(*bytes))
-            .ok_or(End::StackMissing { address })
+            .ok_or(UnwindEnd::StackMissing { address })
     }
 }
 
@@ -244,31 +248,39 @@ const _: () = assert!(cfa::REGISTER == loc::REGISTER && cfa::REGISTER.is_power_o
 mod tests {
     use super::*;
     use crate::format::deref_offset;
-    use crate::limits::Limits;
-    use crate::table::Builder;
+    use crate::limits::TableLimits;
+    use crate::table_builder::TableBuilder;
 
-    struct One(Table);
+    struct One(UnwindTable);
 
     impl TableSource for One {
-        fn find(&self, address: u64) -> Option<(&Table, u64)> {
+        fn find(&self, address: u64) -> Option<(&UnwindTable, u64)> {
             (0x10_0000..0x20_0000).contains(&address).then_some((&self.0, 0x10_0000))
         }
     }
 
-    fn table(arch: Arch, rows: &[(u64, Rule)]) -> One {
-        let limits = Limits::default();
-        let mut builder = Builder::new(arch, 0x1000, 0x9000, &limits).unwrap();
+    fn table(arch: Arch, rows: &[(u64, UnwindRule)]) -> One {
+        let limits = TableLimits::default();
+        let mut builder = TableBuilder::new(arch, 0x1000, 0x9000, &limits).unwrap();
         for (pc, rule) in rows {
             builder.push(*pc, *rule).unwrap();
         }
         One(builder.finish().unwrap())
     }
 
-    const STOP: Rule = Rule::OUTERMOST;
+    const STOP: UnwindRule = UnwindRule::OUTERMOST;
     const STACK: u64 = 0x7000_0000;
 
     #[track_caller]
-    fn check(arch: Arch, rows: &[(u64, Rule)], pc: u64, fp: u64, stack: &[u64], expected: &[u64], end: End) {
+    fn check(
+        arch: Arch,
+        rows: &[(u64, UnwindRule)],
+        pc: u64,
+        fp: u64,
+        stack: &[u64],
+        expected: &[u64],
+        end: UnwindEnd,
+    ) {
         let mut registers = [0; 32];
         let (sp_number, fp_number) = match arch {
             Arch::X86_64 => (7, 6),
@@ -279,60 +291,68 @@ mod tests {
         registers[30] = 0x10_2004;
         registers[3] = STACK + 16;
         let stack: Vec<u8> = stack.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let snapshot = Snapshot { arch, pc, registers: &registers, stack_start: STACK, stack: &stack };
-        let walk = walk(&snapshot, &table(arch, rows), 8);
-        let pcs: Vec<u64> = walk.frames.iter().map(|frame| frame.pc).collect();
-        assert_eq!((pcs.as_slice(), walk.end), (expected, end));
+        let snapshot = ThreadSnapshot { arch, pc, registers: &registers, stack_start: STACK, stack: &stack };
+        let unwound = unwind_stack(&snapshot, &table(arch, rows), 8);
+        let pcs: Vec<u64> = unwound.frames.iter().map(|frame| frame.pc).collect();
+        assert_eq!((pcs.as_slice(), unwound.end), (expected, end));
     }
 
     #[test]
     fn r48_callers_are_looked_up_one_byte_back_and_the_outermost_ends_the_walk() {
         // The caller's call is the last instruction of its function; the next function has another rule.
-        let rows = [(0x1000, Rule::x86_64_sp(8)), (0x2000, STOP), (0x2008, Rule::x86_64_sp(64))];
-        check(Arch::X86_64, &rows, 0x10_1000, 0, &[0x10_2008], &[0x10_1000, 0x10_2008], End::Complete);
+        let rows = [(0x1000, UnwindRule::x86_64_sp(8)), (0x2000, STOP), (0x2008, UnwindRule::x86_64_sp(64))];
+        check(Arch::X86_64, &rows, 0x10_1000, 0, &[0x10_2008], &[0x10_1000, 0x10_2008], UnwindEnd::Complete);
     }
 
     #[test]
     fn r48_below_a_signal_frame_the_address_is_exact() {
-        let rows = [(0x1000, Rule::X86_64_SIGNAL), (0x1010, Rule::NONE), (0x2000, STOP)];
+        let rows = [(0x1000, UnwindRule::X86_64_SIGNAL), (0x1010, UnwindRule::NONE), (0x2000, STOP)];
         let mut stack = [0; 24];
         stack[120 / 8] = 7;
         stack[160 / 8] = STACK - 0x1000;
         // The first address of its function: one back would be the gap before it.
         stack[168 / 8] = 0x10_2000;
-        check(Arch::X86_64, &rows, 0x10_1000, 0, &stack, &[0x10_1000, 0x10_2000], End::Complete);
+        check(Arch::X86_64, &rows, 0x10_1000, 0, &stack, &[0x10_1000, 0x10_2000], UnwindEnd::Complete);
     }
 
     #[test]
     fn r48_a_realigned_frame_is_found_through_its_frame_pointer() {
-        let realigned = Rule {
+        let realigned = UnwindRule {
             cfa_kind: cfa::FP_DEREF,
             cfa_offset: deref_offset(-8, 0).unwrap(),
             fp_kind: loc::FP,
             fp_offset: 0,
-            ..Rule::X86_64_ENTRY
+            ..UnwindRule::X86_64_ENTRY
         };
         let rows = [(0x1000, realigned), (0x2000, STOP)];
         let stack = [0, STACK + 48, 0, 0, 0, 0x10_2001];
-        check(Arch::X86_64, &rows, 0x10_1000, STACK + 16, &stack, &[0x10_1000, 0x10_2001], End::Complete);
+        check(
+            Arch::X86_64,
+            &rows,
+            0x10_1000,
+            STACK + 16,
+            &stack,
+            &[0x10_1000, 0x10_2001],
+            UnwindEnd::Complete,
+        );
     }
 
     #[test]
     fn r48_registers_of_callers_are_not_known() {
-        let by_rbx = Rule { cfa_kind: cfa::REGISTER + 3, cfa_offset: 8, ..Rule::X86_64_ENTRY };
+        let by_rbx = UnwindRule { cfa_kind: cfa::REGISTER + 3, cfa_offset: 8, ..UnwindRule::X86_64_ENTRY };
         let rows = [(0x1000, by_rbx)];
         let stack = [0, 0, 0x10_1001, 0x10_1001];
-        check(Arch::X86_64, &rows, 0x10_1000, 0, &stack, &[0x10_1000, 0x10_1001], End::RegisterLost);
+        check(Arch::X86_64, &rows, 0x10_1000, 0, &stack, &[0x10_1000, 0x10_1001], UnwindEnd::RegisterLost);
     }
 
     #[test]
     fn r48_rbx_is_followed_as_far_as_tables_say_where_it_is() {
-        let kept = |place: u8, rule: Rule| Rule { flags: place << flags::RBX_SHIFT, ..rule };
-        let by_rbx = Rule { cfa_kind: cfa::REGISTER + 3, cfa_offset: 16, ..Rule::X86_64_ENTRY };
-        let rows = |first: Rule| {
+        let kept = |place: u8, rule: UnwindRule| UnwindRule { flags: place << flags::RBX_SHIFT, ..rule };
+        let by_rbx = UnwindRule { cfa_kind: cfa::REGISTER + 3, cfa_offset: 16, ..UnwindRule::X86_64_ENTRY };
+        let rows = |first: UnwindRule| {
             [
                 (0x1000, first),
-                (0x2000, kept(flags::RBX_SAME, Rule::x86_64_sp(8))),
+                (0x2000, kept(flags::RBX_SAME, UnwindRule::x86_64_sp(8))),
                 (0x3000, by_rbx),
                 (0x4000, STOP),
             ]
@@ -340,53 +360,57 @@ mod tests {
         // Saved in the second of its frame's words, passed on by the next frame; where it points the third one's is.
         let stack = [0, STACK + 56, 0, 0x10_2001, 0x10_3001, 0, 0, 0, 0x10_4001];
         let whole = [0x10_1000, 0x10_2001, 0x10_3001, 0x10_4001];
-        let saved = rows(kept(3, Rule::x86_64_sp(32)));
-        check(Arch::X86_64, &saved, 0x10_1000, 0, &stack, &whole, End::Complete);
-        for first in [Rule::x86_64_sp(32), kept(7, Rule::x86_64_sp(32))] {
+        let saved = rows(kept(3, UnwindRule::x86_64_sp(32)));
+        check(Arch::X86_64, &saved, 0x10_1000, 0, &stack, &whole, UnwindEnd::Complete);
+        for first in [UnwindRule::x86_64_sp(32), kept(7, UnwindRule::x86_64_sp(32))] {
             // Nobody said where, or below what there is of the stack.
-            check(Arch::X86_64, &rows(first), 0x10_1000, 0, &stack, &whole[..3], End::RegisterLost);
+            check(Arch::X86_64, &rows(first), 0x10_1000, 0, &stack, &whole[..3], UnwindEnd::RegisterLost);
         }
     }
 
     #[test]
     fn r48_frame_pointers_serve_only_where_no_rule_does_and_are_marked() {
-        let lost = Rule { fp_kind: loc::UNDEFINED, ..Rule::X86_64_ENTRY };
-        let rows = [(0x1000, Rule::NONE), (0x2000, STOP), (0x3000, lost), (0x4000, Rule::NONE)];
+        let lost = UnwindRule { fp_kind: loc::UNDEFINED, ..UnwindRule::X86_64_ENTRY };
+        let rows = [(0x1000, UnwindRule::NONE), (0x2000, STOP), (0x3000, lost), (0x4000, UnwindRule::NONE)];
         let stack = [0x10_4004, 0, STACK + 100, 0x10_2001];
         let fp = STACK + 16;
-        check(Arch::X86_64, &rows, 0x10_1000, fp, &stack, &[0x10_1000, 0x10_2001], End::Complete);
+        check(Arch::X86_64, &rows, 0x10_1000, fp, &stack, &[0x10_1000, 0x10_2001], UnwindEnd::Complete);
         // Below the stack pointer, or not aligned, it is no frame pointer.
-        let none = End::NoRule { address: 0x10_1000 };
+        let none = UnwindEnd::NoRule { address: 0x10_1000 };
         check(Arch::X86_64, &rows, 0x10_1000, STACK - 8, &stack, &[0x10_1000], none);
         check(Arch::X86_64, &rows, 0x10_1000, fp + 4, &stack, &[0x10_1000], none);
         // A frame that does not keep it says so, and then it serves nobody.
-        let none = End::NoRule { address: 0x10_4003 };
+        let none = UnwindEnd::NoRule { address: 0x10_4003 };
         check(Arch::X86_64, &rows, 0x10_3000, fp, &stack, &[0x10_3000, 0x10_4004], none);
     }
 
     #[test]
     fn walks_end_with_their_reason() {
-        let rows = [(0x1000, Rule::x86_64_sp(8)), (0x3000, Rule::x86_64_sp(0)), (0x4000, Rule::x86_64_sp(8))];
-        let missing = End::StackMissing { address: STACK + 8 };
+        let rows = [
+            (0x1000, UnwindRule::x86_64_sp(8)),
+            (0x3000, UnwindRule::x86_64_sp(0)),
+            (0x4000, UnwindRule::x86_64_sp(8)),
+        ];
+        let missing = UnwindEnd::StackMissing { address: STACK + 8 };
         check(Arch::X86_64, &rows, 0x10_1000, 0, &[0x10_1001], &[0x10_1000, 0x10_1001], missing);
-        let no_table = End::NoTable { address: 4 };
+        let no_table = UnwindEnd::NoTable { address: 4 };
         check(Arch::X86_64, &rows, 0x10_1000, 0, &[5], &[0x10_1000, 5], no_table);
         let stack = [0x10_3001, 0x10_3001];
-        check(Arch::X86_64, &rows, 0x10_1000, 0, &stack, &[0x10_1000, 0x10_3001], End::NoProgress);
+        check(Arch::X86_64, &rows, 0x10_1000, 0, &stack, &[0x10_1000, 0x10_3001], UnwindEnd::NoProgress);
         let deep = [0x10_1001; 20];
-        check(Arch::X86_64, &rows, 0x10_1001, 0, &deep, &[0x10_1001; 8], End::Truncated);
-        check(Arch::X86_64, &rows, 0x10_1001, 0, &[0x10_1001, 0], &[0x10_1001; 2], End::Complete);
+        check(Arch::X86_64, &rows, 0x10_1001, 0, &deep, &[0x10_1001; 8], UnwindEnd::Truncated);
+        check(Arch::X86_64, &rows, 0x10_1001, 0, &[0x10_1001, 0], &[0x10_1001; 2], UnwindEnd::Complete);
     }
 
     #[test]
     fn aarch64_leaves_return_by_the_link_register_and_signatures_are_stripped() {
         let lr = loc::REGISTER + 30;
-        let leaf = Rule { cfa_kind: cfa::SP, ra_kind: lr, ..Rule::NONE };
-        let framed = Rule { cfa_kind: cfa::FP, cfa_offset: 32, ..Rule::FRAME_POINTER };
-        let framed = Rule { fp_offset: -32, ra_offset: -24, flags: flags::RA_SIGNED, ..framed };
+        let leaf = UnwindRule { cfa_kind: cfa::SP, ra_kind: lr, ..UnwindRule::NONE };
+        let framed = UnwindRule { cfa_kind: cfa::FP, cfa_offset: 32, ..UnwindRule::FRAME_POINTER };
+        let framed = UnwindRule { fp_offset: -32, ra_offset: -24, flags: flags::RA_SIGNED, ..framed };
         let rows = [(0x1000, leaf), (0x2000, framed), (0x3000, STOP)];
         let stack = [STACK + 64, 0x00b4_0000_0010_3008, 0, 0];
         let expected = [0x10_1000, 0x10_2004, 0x10_3008];
-        check(Arch::Aarch64, &rows, 0x10_1000, STACK, &stack, &expected, End::Complete);
+        check(Arch::Aarch64, &rows, 0x10_1000, STACK, &stack, &expected, UnwindEnd::Complete);
     }
 }

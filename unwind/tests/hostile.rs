@@ -8,8 +8,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use gannet_unwind::build::{Options, build_bytes, build_file};
-use gannet_unwind::limits::Limits;
+use gannet_unwind::build::{BuildOptions, build_bytes, build_file};
+use gannet_unwind::limits::TableLimits;
 use object::{Object, ObjectSection};
 use proptest::prelude::*;
 
@@ -38,14 +38,14 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-fn limits() -> Limits {
-    Limits {
+fn limits() -> TableLimits {
+    TableLimits {
         section_bytes: 4 << 20,
         rows: 1 << 18,
         functions: 1 << 16,
         span_bytes: 256 << 20,
         time: Some(Duration::from_secs(2)),
-        ..Limits::default()
+        ..TableLimits::default()
     }
 }
 
@@ -56,7 +56,7 @@ fn survive(bytes: &[u8]) {
     let start = Instant::now();
     let result = build_bytes(
         bytes,
-        &Options { runs: bytes.len().is_multiple_of(2), ..Options::new("hostile", &limits) },
+        &BuildOptions { runs: bytes.len().is_multiple_of(2), ..BuildOptions::new("hostile", &limits) },
     );
     assert!(start.elapsed() < Duration::from_secs(8), "took {:?}", start.elapsed());
     match result {
@@ -152,7 +152,7 @@ fn the_seeds_are_good_files() {
     let limits = limits();
     let built = seeds()
         .iter()
-        .map(|bytes| build_bytes(bytes, &Options::new("seed", &limits)).unwrap())
+        .map(|bytes| build_bytes(bytes, &BuildOptions::new("seed", &limits)).unwrap())
         .collect::<Vec<_>>();
     assert!(built[0].report.eh_frame_functions > 1 && built[2].report.eh_frame_functions > 1);
     assert!(built[1].report.debug_frame_functions > 1, "{:?}", built[1].report);
@@ -242,7 +242,7 @@ fn r55_a_sparse_file_of_a_terabyte_costs_nothing() {
     file.set_len(1 << 40).unwrap();
     PEAK.store(NOW.load(Ordering::Relaxed), Ordering::Relaxed);
     let before = PEAK.load(Ordering::Relaxed);
-    let error = build_file(&file, &Options::new("sparse", &Limits::default())).unwrap_err();
+    let error = build_file(&file, &BuildOptions::new("sparse", &TableLimits::default())).unwrap_err();
     assert!(error.to_string().contains("bytes in one section"), "{error}");
     // Other tests run beside this one; half a terabyte would stand out.
     assert!(PEAK.load(Ordering::Relaxed) - before < 256 << 20);
@@ -286,10 +286,10 @@ fn r55_memory_stays_within_a_few_times_the_section() {
     let path = Path::new("/usr/lib/x86_64-linux-gnu/libstdc++.so.6");
     assert!(path.exists(), "libstdc++ is missing: install libstdc++6");
     let file = fs::File::open(path).unwrap();
-    let limits = Limits { time: None, ..Limits::default() };
+    let limits = TableLimits { time: None, ..TableLimits::default() };
     let before = NOW.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
-    let built = build_file(&file, &Options::new("libstdc++", &limits)).unwrap();
+    let built = build_file(&file, &BuildOptions::new("libstdc++", &limits)).unwrap();
     let peak = PEAK.load(Ordering::Relaxed).saturating_sub(before);
     // Other tests of this file run beside this one and count too: the bound is loose, and still far below the file.
     let bound = built.report.eh_frame_bytes as usize * 6 + (64 << 20);

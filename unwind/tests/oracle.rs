@@ -6,10 +6,10 @@ use std::fs;
 use std::path::PathBuf;
 
 use gannet_elf::Arch;
-use gannet_unwind::build::{Fault, Options, build_bytes};
-use gannet_unwind::format::{Rule, cfa, deref_offset, loc};
-use gannet_unwind::limits::{Exceeded, Limits, Quantity};
-use gannet_unwind::table::Builder;
+use gannet_unwind::build::{BuildFault, BuildOptions, build_bytes};
+use gannet_unwind::format::{UnwindRule, cfa, deref_offset, loc};
+use gannet_unwind::limits::{LimitExceeded, TableLimits, TableQuantity};
+use gannet_unwind::table_builder::TableBuilder;
 use gimli::{
     BaseAddresses, CfaRule, EhFrame, EndianSlice, LittleEndian, RegisterRule, UnwindContext, UnwindSection,
 };
@@ -64,12 +64,14 @@ fn expected(row: &gimli::UnwindTableRow<usize>, fp_above: &mut bool) -> Option<(
 
 #[test]
 fn r48_rules_are_what_gimli_says_at_every_edge_of_every_function() {
-    let limits = Limits { time: None, ..Limits::default() };
+    let limits = TableLimits { time: None, ..TableLimits::default() };
     for path in real_files() {
         let bytes = fs::read(&path).unwrap();
-        let built = build_bytes(&bytes, &Options::new("oracle", &limits)).unwrap();
+        let built = build_bytes(&bytes, &BuildOptions::new("oracle", &limits)).unwrap();
         let with_runs =
-            build_bytes(&bytes, &Options { runs: true, ..Options::new("oracle", &limits) }).unwrap().table;
+            build_bytes(&bytes, &BuildOptions { runs: true, ..BuildOptions::new("oracle", &limits) })
+                .unwrap()
+                .table;
         assert!(with_runs.rows() < built.table.rows());
         let file = object::File::parse(&*bytes).unwrap();
         if built.table.arch() != Arch::X86_64 {
@@ -113,8 +115,13 @@ fn r48_rules_are_what_gimli_says_at_every_edge_of_every_function() {
         let mut gaps = 0;
         for end in ends {
             if starts.binary_search(&end).is_err() {
-                let rule = built.table.lookup(end).unwrap_or(Rule::NONE);
-                let known = [Rule::NONE, Rule::OUTERMOST, Rule::X86_64_ENTRY, Rule::X86_64_SIGNAL];
+                let rule = built.table.lookup(end).unwrap_or(UnwindRule::NONE);
+                let known = [
+                    UnwindRule::NONE,
+                    UnwindRule::OUTERMOST,
+                    UnwindRule::X86_64_ENTRY,
+                    UnwindRule::X86_64_SIGNAL,
+                ];
                 assert!(known.contains(&rule), "{} behind {end:#x}: {rule:?}", path.display());
                 gaps += 1;
             }
@@ -205,9 +212,9 @@ const CIE_X86_64: &[u8] = b"\x01zR\0\x01\x78\x10\x01\x00\x0c\x07\x08\x90\x01";
 const CIE_AARCH64: &[u8] = b"\x01zR\0\x04\x78\x1e\x01\x00\x0c\x1f\x00";
 const CODE: u64 = 0x100_0000;
 
-fn table_of(machine: u16, cie: &[u8], functions: &[(u64, u64, Vec<u8>)]) -> gannet_unwind::build::Built {
+fn table_of(machine: u16, cie: &[u8], functions: &[(u64, u64, Vec<u8>)]) -> gannet_unwind::build::BuiltTable {
     let bytes = elf(machine, &eh_frame(cie, functions), 1 << 30);
-    build_bytes(&bytes, &Options::new("made", &Limits::default())).unwrap()
+    build_bytes(&bytes, &BuildOptions::new("made", &TableLimits::default())).unwrap()
 }
 
 #[test]
@@ -229,25 +236,31 @@ fn r50_a_library_of_a_million_rows_is_taken_whole() {
         }
     }
     let bytes = elf(62, &eh_frame(CIE_X86_64, &functions), 1 << 30);
-    let limits = Limits { rows: 1_000_000, ..Limits::default() };
-    let error = build_bytes(&bytes, &Options::new("libhuge.so", &limits)).unwrap_err();
+    let limits = TableLimits { rows: 1_000_000, ..TableLimits::default() };
+    let error = build_bytes(&bytes, &BuildOptions::new("libhuge.so", &limits)).unwrap_err();
     assert!(
         error.to_string().starts_with("libhuge.so: 1000001 rows are over the limit of 1000000"),
         "{error}"
     );
-    let limits = Limits { functions: 100, ..Limits::default() };
-    let error = build_bytes(&bytes, &Options::new("libhuge.so", &limits)).unwrap_err();
-    let expected = Exceeded::TooLarge { what: Quantity::Functions, limit: 100, found: 101 };
-    assert_eq!(error.fault, Fault::Exceeded(expected));
-    let limits = Limits { section_bytes: 1000, ..Limits::default() };
-    let error = build_bytes(&bytes, &Options::new("libhuge.so", &limits)).unwrap_err();
-    assert!(matches!(error.fault, Fault::Exceeded(Exceeded::TooLarge { what: Quantity::SectionBytes, .. })));
-    let limits = Limits { time: Some(std::time::Duration::ZERO), ..Limits::default() };
-    let error = build_bytes(&bytes, &Options::new("libhuge.so", &limits)).unwrap_err();
-    assert!(matches!(error.fault, Fault::Exceeded(Exceeded::TimedOut { .. })), "{error}");
+    let limits = TableLimits { functions: 100, ..TableLimits::default() };
+    let error = build_bytes(&bytes, &BuildOptions::new("libhuge.so", &limits)).unwrap_err();
+    let expected = LimitExceeded::TooLarge { what: TableQuantity::Functions, limit: 100, found: 101 };
+    assert_eq!(error.fault, BuildFault::LimitExceeded(expected));
+    let limits = TableLimits { section_bytes: 1000, ..TableLimits::default() };
+    let error = build_bytes(&bytes, &BuildOptions::new("libhuge.so", &limits)).unwrap_err();
+    assert!(matches!(
+        error.fault,
+        BuildFault::LimitExceeded(LimitExceeded::TooLarge { what: TableQuantity::SectionBytes, .. })
+    ));
+    let limits = TableLimits { time: Some(std::time::Duration::ZERO), ..TableLimits::default() };
+    let error = build_bytes(&bytes, &BuildOptions::new("libhuge.so", &limits)).unwrap_err();
+    assert!(matches!(error.fault, BuildFault::LimitExceeded(LimitExceeded::TimedOut { .. })), "{error}");
     let cancel = std::sync::atomic::AtomicBool::new(true);
-    let options = Options { cancel: Some(&cancel), ..Options::new("libhuge.so", &limits) };
-    assert_eq!(build_bytes(&bytes, &options).unwrap_err().fault, Fault::Exceeded(Exceeded::Cancelled));
+    let options = BuildOptions { cancel: Some(&cancel), ..BuildOptions::new("libhuge.so", &limits) };
+    assert_eq!(
+        build_bytes(&bytes, &options).unwrap_err().fault,
+        BuildFault::LimitExceeded(LimitExceeded::Cancelled)
+    );
 }
 
 #[test]
@@ -297,7 +310,7 @@ fn r48_expressions_that_compilers_make_become_rules() {
     assert_eq!((realigned.cfa_kind, realigned.cfa_offset), (cfa::FP_DEREF, deref_offset(-8, 0).unwrap()));
     assert_eq!((realigned.fp_kind, realigned.fp_offset), (loc::FP, 0));
     assert_eq!((at(1).cfa_kind, at(1).cfa_offset), (cfa::SP_DEREF, deref_offset(160, 8).unwrap()));
-    assert_eq!(at(2), Rule::x86_64_plt(11));
+    assert_eq!(at(2), UnwindRule::x86_64_plt(11));
     assert_eq!(at(3).unsupported_reason().unwrap().as_str(), "cfa_expression");
     assert!(at(4).is_outermost());
     assert_eq!((at(5).cfa_kind, at(5).ra_kind), (cfa::REGISTER + 10, loc::REGISTER + 5));
@@ -317,11 +330,11 @@ fn aarch64_frames_links_and_signatures_become_rules() {
     let built = table_of(183, CIE_AARCH64, &functions);
     assert_eq!(built.table.arch(), Arch::Aarch64);
     let at = |n: u64| built.table.lookup(CODE + n).unwrap();
-    let leaf = Rule { cfa_kind: cfa::SP, ra_kind: loc::REGISTER + 30, ..Rule::NONE };
+    let leaf = UnwindRule { cfa_kind: cfa::SP, ra_kind: loc::REGISTER + 30, ..UnwindRule::NONE };
     assert_eq!(at(4), leaf);
-    assert_eq!(at(8), Rule::NONE);
+    assert_eq!(at(8), UnwindRule::NONE);
     assert_eq!(at(16), leaf);
-    assert_eq!(at(20), Rule { flags: gannet_unwind::format::flags::RA_SIGNED, ..leaf });
+    assert_eq!(at(20), UnwindRule { flags: gannet_unwind::format::flags::RA_SIGNED, ..leaf });
     let saved = at(24);
     assert_eq!((saved.cfa_kind, saved.cfa_offset), (cfa::SP, 32));
     assert_eq!(
@@ -329,7 +342,7 @@ fn aarch64_frames_links_and_signatures_become_rules() {
         (loc::CFA, -32, loc::CFA, -24)
     );
     assert_eq!((at(28).cfa_kind, at(28).cfa_offset), (cfa::FP, 32));
-    assert_eq!(at(60), Rule { flags: gannet_unwind::format::flags::RA_SIGNED, ..leaf });
+    assert_eq!(at(60), UnwindRule { flags: gannet_unwind::format::flags::RA_SIGNED, ..leaf });
     assert_eq!(at(64), leaf);
 }
 
@@ -344,11 +357,11 @@ fn r53_the_signal_trampoline_of_musl_is_known_by_its_instructions() {
     bytes.extend(code);
     let size = 4096_u64.to_le_bytes();
     bytes[64 + 56 + 32..64 + 56 + 40].copy_from_slice(&size);
-    let built = build_bytes(&bytes, &Options::new("musl", &Limits::default())).unwrap();
+    let built = build_bytes(&bytes, &BuildOptions::new("musl", &TableLimits::default())).unwrap();
     assert_eq!(built.report.signal_trampolines, 1);
     let at = |n: u64| built.table.lookup(CODE + n).unwrap();
     assert_eq!(
-        [1998, 1999, 2000, 2008, 2009].map(at).map(|rule| rule == Rule::X86_64_SIGNAL),
+        [1998, 1999, 2000, 2008, 2009].map(at).map(|rule| rule == UnwindRule::X86_64_SIGNAL),
         [false, true, true, true, false]
     );
 }
@@ -362,7 +375,7 @@ fn r53_the_vdso_of_this_machine_becomes_a_table() {
     let memory = fs::File::open("/proc/self/mem").unwrap();
     let mut bytes = vec![0; (end - start) as usize];
     std::os::unix::fs::FileExt::read_exact_at(&memory, &mut bytes, start).unwrap();
-    let built = build_bytes(&bytes, &Options::new("[vdso]", &Limits::default())).unwrap();
+    let built = build_bytes(&bytes, &BuildOptions::new("[vdso]", &TableLimits::default())).unwrap();
     assert!(built.report.eh_frame_functions > 3, "{:?}", built.report);
     assert_eq!(built.segments.bias(start, 0, 4096), Some(start));
 }
@@ -371,9 +384,9 @@ fn r53_the_vdso_of_this_machine_becomes_a_table() {
 fn a_builder_alone_makes_the_same_table_as_a_file() {
     let functions = [(CODE + 0x10, 0x20, vec![0x44, 0x0e, 16])];
     let built = table_of(62, CIE_X86_64, &functions);
-    let limits = Limits::default();
-    let mut builder = Builder::new(Arch::X86_64, CODE + 0x10, CODE + 0x30, &limits).unwrap();
-    builder.push(CODE + 0x10, Rule::x86_64_sp(8)).unwrap();
-    builder.push(CODE + 0x14, Rule::x86_64_sp(16)).unwrap();
+    let limits = TableLimits::default();
+    let mut builder = TableBuilder::new(Arch::X86_64, CODE + 0x10, CODE + 0x30, &limits).unwrap();
+    builder.push(CODE + 0x10, UnwindRule::x86_64_sp(8)).unwrap();
+    builder.push(CODE + 0x14, UnwindRule::x86_64_sp(16)).unwrap();
     assert_eq!(builder.finish().unwrap(), built.table);
 }

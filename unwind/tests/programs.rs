@@ -12,9 +12,9 @@ use std::process::Command;
 
 use common::{Files, Symbols, Tables, capture, compile, start, until};
 use gannet_elf::{BuildId, DebugLink};
-use gannet_unwind::build::{Built, DebugFiles, Options, build_file};
-use gannet_unwind::limits::Limits;
-use gannet_unwind::unwind::{End, TableSource, Walk};
+use gannet_unwind::build::{BuildOptions, BuiltTable, DebugFiles, build_file};
+use gannet_unwind::limits::TableLimits;
+use gannet_unwind::unwind::{TableSource, UnwindEnd, UnwoundStack};
 
 /// Sixty functions deep: plain ones, some with alloca, some with aligned locals (which move the stack pointer to a
 /// multiple of 32 and address through another register), all of them free to use rbp for anything.
@@ -59,7 +59,7 @@ fn deep_names() -> Vec<String> {
 }
 
 /// Names of the program's own frames, innermost first; `?` for those of libraries.
-fn names(walk: &Walk, tables: &Tables, symbols: &Symbols, exe: &Path) -> Vec<String> {
+fn names(unwound: &UnwoundStack, tables: &Tables, symbols: &Symbols, exe: &Path) -> Vec<String> {
     let exe = exe.to_str().unwrap();
     let name = |pc: u64, exact: bool| {
         let address = if exact { pc } else { pc - 1 };
@@ -69,7 +69,7 @@ fn names(walk: &Walk, tables: &Tables, symbols: &Symbols, exe: &Path) -> Vec<Str
         own.then(|| Some(symbols.name(address.wrapping_sub(bias))?.trim_end_matches(".cold").to_owned()))
             .flatten()
     };
-    walk.frames.iter().map(|frame| name(frame.pc, frame.exact).unwrap_or_else(|| "?".to_owned())).collect()
+    unwound.frames.iter().map(|frame| name(frame.pc, frame.exact).unwrap_or_else(|| "?".to_owned())).collect()
 }
 
 /// Runs a program, stops it 20 times once it is where it should be, and compares the names of its frames.
@@ -84,20 +84,20 @@ fn check(exe: &Path, symbols_of: &Path, expected: &[String], complete: bool) {
     for attempt in 0.. {
         let process = until(|| capture(running.0.id()));
         let tables = Tables::of(&process, &mut files);
-        let walks: Vec<Walk> = process.threads.iter().map(|thread| thread.walk(&tables)).collect();
+        let stacks: Vec<UnwoundStack> = process.threads.iter().map(|thread| thread.unwind(&tables)).collect();
         let mut reached = false;
-        for walk in &walks {
-            let found = names(walk, &tables, &symbols, exe);
+        for unwound in &stacks {
+            let found = names(unwound, &tables, &symbols, exe);
             let own: Vec<&String> = found.iter().filter(|name| expected.contains(name)).collect();
             if own.first() != Some(&leaf) && !reached {
-                last = format!("{found:?}, {:?}", walk.end);
+                last = format!("{found:?}, {:?}", unwound.end);
                 continue;
             }
             reached = true;
             if found.contains(leaf) {
-                assert_eq!(own, expected.iter().collect::<Vec<_>>(), "{found:#?} {:?}", walk.end);
-                assert!(!complete || walk.end == End::Complete, "{found:?} {:?}", walk.end);
-                assert!(walk.frames.iter().all(|frame| !frame.guessed), "{found:?}");
+                assert_eq!(own, expected.iter().collect::<Vec<_>>(), "{found:#?} {:?}", unwound.end);
+                assert!(!complete || unwound.end == UnwindEnd::Complete, "{found:?} {:?}", unwound.end);
+                assert!(unwound.frames.iter().all(|frame| !frame.guessed), "{found:?}");
             }
         }
         good += u32::from(reached);
@@ -196,7 +196,8 @@ fn r47_several_executable_segments_are_told_apart() {
             .arg("-o")
             .arg(&exe),
     );
-    let built = build_file(&File::open(&exe).unwrap(), &Options::new("deep", &Limits::default())).unwrap();
+    let built =
+        build_file(&File::open(&exe).unwrap(), &BuildOptions::new("deep", &TableLimits::default())).unwrap();
     assert_eq!(built.segments.as_slice().iter().filter(|segment| segment.executable).count(), 2);
     check(&exe, &exe, &deep_names(), true);
 }
@@ -209,7 +210,8 @@ fn r53_debug_frame_serves_where_eh_frame_is_missing(#[case] compression: &str) {
     let directory = tempfile::tempdir().unwrap();
     let flags = ["-g", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables", compression];
     let exe = build_c(directory.path(), "deep", &flags);
-    let built = build_file(&File::open(&exe).unwrap(), &Options::new("deep", &Limits::default())).unwrap();
+    let built =
+        build_file(&File::open(&exe).unwrap(), &BuildOptions::new("deep", &TableLimits::default())).unwrap();
     assert!(built.report.debug_frame_functions >= 62, "{:?}", built.report);
     check(&exe, &exe, &deep_names(), true);
 }
@@ -237,11 +239,13 @@ fn r53_debug_files_are_used_if_they_belong_to_the_program() {
             .arg(format!("--add-gnu-debuglink={}", debug.display()))
             .arg(&exe),
     );
-    let limits = Limits::default();
+    let limits = TableLimits::default();
     let beside = Beside(directory.path().to_owned());
-    let build = |options: Options<'_>| -> Built { build_file(&File::open(&exe).unwrap(), &options).unwrap() };
-    assert_eq!(build(Options::new("deep", &limits)).report.debug_frame_functions, 0);
-    let with = Options { debug_files: Some(&beside), ..Options::new("deep", &limits) };
+    let build = |options: BuildOptions<'_>| -> BuiltTable {
+        build_file(&File::open(&exe).unwrap(), &options).unwrap()
+    };
+    assert_eq!(build(BuildOptions::new("deep", &limits)).report.debug_frame_functions, 0);
+    let with = BuildOptions { debug_files: Some(&beside), ..BuildOptions::new("deep", &limits) };
     assert!(build(with).report.debug_frame_functions >= 62);
     // One byte more, and the checksum is another.
     let mut bytes = fs::read(&debug).unwrap();
@@ -284,21 +288,21 @@ fn r48_a_signal_handler_on_its_own_stack_is_walked_through() {
 #[track_caller]
 fn check_alternate(exe: &Path, expected: &[String]) {
     use gannet_elf::Arch;
-    use gannet_unwind::unwind::{Snapshot, walk};
+    use gannet_unwind::unwind::{ThreadSnapshot, unwind_stack};
     use std::os::unix::fs::FileExt;
     let symbols = Symbols::of(exe);
     let mut files = Files::default();
     let running = start(&mut Command::new(exe));
-    let walk = until(|| {
+    let unwound = until(|| {
         let process = capture(running.0.id())?;
         let tables = Tables::of(&process, &mut files);
         let thread = &process.threads[0];
         // Walk the handler's stack first; it ends where the main stack begins to be missing.
-        let first = thread.walk(&tables);
+        let first = thread.unwind(&tables);
         if !names(&first, &tables, &symbols, exe).contains(&expected[0]) {
             return None;
         }
-        let End::StackMissing { address } = first.end else { return None };
+        let UnwindEnd::StackMissing { address } = first.end else { return None };
         // One copy that spans both stacks would be terabytes: copy each and join them through a sparse file.
         let memory = File::open(format!("/proc/{}/mem", running.0.id())).ok()?;
         let mut upper = vec![0; 64 << 10];
@@ -316,23 +320,23 @@ fn check_alternate(exe: &Path, expected: &[String]) {
         let mut registers = [0; 16];
         (registers[7], registers[6]) = (rsp, rbp);
         let skip = (rsp - (address & !7)).min(upper.len() as u64) as usize;
-        let snapshot = Snapshot {
+        let snapshot = ThreadSnapshot {
             arch: Arch::X86_64,
             pc: last.pc,
             registers: &registers,
             stack_start: rsp,
             stack: &upper[skip..],
         };
-        let second = walk(&snapshot, &tables, 100);
+        let second = unwind_stack(&snapshot, &tables, 100);
         let mut all = names(&first, &tables, &symbols, exe);
         all.pop();
         all.extend(names(&second, &tables, &symbols, exe));
         Some((all, second.end, last.exact))
     });
-    let own: Vec<&String> = walk.0.iter().filter(|name| expected.contains(name)).collect();
-    assert_eq!(own, expected.iter().collect::<Vec<_>>(), "{:?}", walk.0);
-    assert_eq!(walk.1, End::Complete);
-    assert!(walk.2, "the interrupted instruction is meant, not the one before it");
+    let own: Vec<&String> = unwound.0.iter().filter(|name| expected.contains(name)).collect();
+    assert_eq!(own, expected.iter().collect::<Vec<_>>(), "{:?}", unwound.0);
+    assert_eq!(unwound.1, UnwindEnd::Complete);
+    assert!(unwound.2, "the interrupted instruction is meant, not the one before it");
 }
 
 #[test]
@@ -409,7 +413,9 @@ fn r53_go_is_complete_by_its_own_function_table() {
     check(&named, &named, &expected, true);
     let stripped = directory.path().join("stripped");
     build(&stripped, &["-ldflags=-s -w"]);
-    let built = build_file(&File::open(&stripped).unwrap(), &Options::new("go", &Limits::default())).unwrap();
+    let built =
+        build_file(&File::open(&stripped).unwrap(), &BuildOptions::new("go", &TableLimits::default()))
+            .unwrap();
     assert!(
         built.report.go_functions > 1000 && built.report.debug_frame_functions == 0,
         "{:?}",

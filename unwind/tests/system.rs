@@ -15,7 +15,7 @@ use std::time::Duration;
 use common::{Files, Process, Tables, Thread, capture, family, start, which};
 use framehop::x86_64::{CacheX86_64, UnwindRegsX86_64, UnwinderX86_64};
 use framehop::{ExplicitModuleSectionInfo, Module, Unwinder};
-use gannet_unwind::unwind::End;
+use gannet_unwind::unwind::UnwindEnd;
 use object::{Object, ObjectSection};
 
 /// Command lines that keep a program busy, or at least alive, for a second.
@@ -129,7 +129,7 @@ fn framehop_of(process: &Process, tables: &Tables) -> Framehop {
 }
 
 impl Framehop {
-    fn walk(&mut self, thread: &Thread) -> (Vec<u64>, bool) {
+    fn unwind(&mut self, thread: &Thread) -> (Vec<u64>, bool) {
         let regs = UnwindRegsX86_64::new(thread.pc, thread.registers[7], thread.registers[6]);
         let mut read = |address: u64| {
             let at = address.checked_sub(thread.registers[7]).ok_or(())? as usize;
@@ -199,17 +199,17 @@ fn r48_an_independent_unwinder_agrees_on_stacks_of_system_programs() {
                 let tables = Tables::of(&process, &mut files);
                 let mut framehop = framehop_of(&process, &tables);
                 for thread in &process.threads {
-                    let ours = thread.walk(&tables);
+                    let ours = thread.unwind(&tables);
                     let pcs: Vec<u64> = ours.frames.iter().map(|frame| frame.pc).collect();
-                    let (theirs, they_finished) = framehop.walk(thread);
+                    let (theirs, they_finished) = framehop.unwind(thread);
                     programs.insert(exe.clone());
                     stacks += 1;
                     frames += pcs.len();
-                    complete += u32::from(ours.end == End::Complete);
+                    complete += u32::from(ours.end == UnwindEnd::Complete);
                     framehop_complete += u32::from(they_finished);
                     // framehop knows no frame address in a register other than rsp and rbp, and no pair of loads; there it
                     // gives up, or believes to be at the end.
-                    let gave_up = ours.end == End::Complete && pcs.starts_with(&theirs);
+                    let gave_up = ours.end == UnwindEnd::Complete && pcs.starts_with(&theirs);
                     if pcs == theirs {
                         agreed += 1;
                     } else if gave_up {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use gannet_bpf::types;
-use gannet_unwind::format::{Line, Rule};
+use gannet_unwind::format::{CacheLine, UnwindRule};
 use libbpf_rs::{MapCore, MapFlags, MapMut};
 use rustix::{
     io::Errno,
@@ -25,8 +25,8 @@ const KEY_BITS: u32 = 8 * (size_of::<types::mapping_key>() - size_of::<u32>()) a
 const TGID_BITS: u32 = u32::BITS;
 const _: () = assert!(KEY_BITS == TGID_BITS + u64::BITS);
 const _: () = assert!(size_of::<types::mapping_key>() == 16);
-const _: () = assert!(size_of::<types::unwind_rule>() == size_of::<Rule>());
-const _: () = assert!(size_of::<types::table_line>() == size_of::<Line>());
+const _: () = assert!(size_of::<types::unwind_rule>() == size_of::<UnwindRule>());
+const _: () = assert!(size_of::<types::table_line>() == size_of::<CacheLine>());
 const _: () = assert!(size_of::<types::mapping>() == 3 * 8 + 4 * 4);
 const _: () = assert!(size_of::<types::unwind_table>() == 8 + 4 * 4);
 const _: () = assert!(size_of::<types::image>() == 8 + 2 * 4 + 8);
@@ -193,8 +193,8 @@ impl<T: Copy> Shared<T> {
 
 /// Everything that is written through shared memory.
 pub(super) struct SharedTables {
-    pub(super) lines: Shared<Line>,
-    pub(super) rules: Shared<Rule>,
+    pub(super) lines: Shared<CacheLine>,
+    pub(super) rules: Shared<UnwindRule>,
 }
 
 /// What the kernel side unwinds by, as it is written: the real maps, or a test's.
@@ -203,13 +203,13 @@ pub trait UnwindMaps {
     fn table_lines(&self) -> u32;
 
     /// Writes rules by their numbers. Before any line that names them.
-    fn write_rules(&mut self, rules: &[(u16, Rule)]) -> Result<(), KernelError>;
+    fn write_rules(&mut self, rules: &[(u16, UnwindRule)]) -> Result<(), KernelError>;
 
     /// Writes lines from `first` on.
     fn write_lines(
         &mut self,
         first: u32,
-        lines: &mut dyn ExactSizeIterator<Item = Line>,
+        lines: &mut dyn ExactSizeIterator<Item = CacheLine>,
     ) -> Result<(), KernelError>;
 
     /// Makes a table known, or with `None` unknown.
@@ -250,8 +250,8 @@ impl UnwindMaps for Kernel {
         self.skeleton.maps.table_lines.max_entries()
     }
 
-    fn write_rules(&mut self, rules: &[(u16, Rule)]) -> Result<(), KernelError> {
-        let rules: Vec<(usize, Rule)> =
+    fn write_rules(&mut self, rules: &[(u16, UnwindRule)]) -> Result<(), KernelError> {
+        let rules: Vec<(usize, UnwindRule)> =
             rules.iter().map(|(number, rule)| ((*number).into(), *rule)).collect();
         self.shared.rules.write_each(&rules)
     }
@@ -259,7 +259,7 @@ impl UnwindMaps for Kernel {
     fn write_lines(
         &mut self,
         first: u32,
-        lines: &mut dyn ExactSizeIterator<Item = Line>,
+        lines: &mut dyn ExactSizeIterator<Item = CacheLine>,
     ) -> Result<(), KernelError> {
         self.shared.lines.write(first as usize, lines)
     }

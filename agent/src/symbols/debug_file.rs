@@ -11,7 +11,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use gannet_elf::{Elf, Limits, checksum};
+use gannet_elf::{Elf, ElfLimits, checksum};
 
 use crate::model::MappedFile;
 
@@ -23,7 +23,7 @@ pub(crate) fn find(file: &MappedFile, open: &File, directories: &[PathBuf]) -> O
     if directories.is_empty() {
         return None;
     }
-    let elf = Elf::parse(open, &Limits::default()).ok()?;
+    let elf = Elf::parse(open, &ElfLimits::default()).ok()?;
     let link = elf.debug_link();
     directories.iter().find_map(|directory| {
         let by_id = by_build_id(&file.build_id).map(|path| directory.join(path));
@@ -33,7 +33,7 @@ pub(crate) fn find(file: &MappedFile, open: &File, directories: &[PathBuf]) -> O
         [by_id, by_name].into_iter().flatten().find_map(|path| {
             let found =
                 File::open(&path).ok().filter(|found| found.metadata().is_ok_and(|data| data.is_file()))?;
-            let debug = Elf::parse(&found, &Limits::default()).ok();
+            let debug = Elf::parse(&found, &ElfLimits::default()).ok();
             let same_build =
                 elf.build_id().is_some() && debug.is_some_and(|debug| debug.build_id() == elf.build_id());
             let same_sum = || link.as_ref().is_some_and(|link| checksum(&found) == Some(link.crc));

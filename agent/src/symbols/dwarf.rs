@@ -17,7 +17,7 @@ use blazesym::symbolize::{
     self, CodeInfo, Input, Symbolized,
     source::{Elf, Source},
 };
-use gannet_elf::{Elf as ElfFile, Limits};
+use gannet_elf::{Elf as ElfFile, ElfLimits};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     process::{Resource, Rlimit, Signal, setrlimit},
@@ -72,7 +72,7 @@ const PACKED: u64 = 4;
 
 /// Whether there is debug information that can be tried, and how much, unpacked.
 pub(crate) fn examine(file: &File) -> Result<u64, Unusable> {
-    let elf = ElfFile::parse(file, &Limits::default()).map_err(|_| Unusable::None)?;
+    let elf = ElfFile::parse(file, &ElfLimits::default()).map_err(|_| Unusable::None)?;
     if elf.stored_section(b".debug_info").is_none() {
         return Err(Unusable::None);
     }

@@ -9,7 +9,7 @@ use std::{
     io::{self, BufReader, Write},
 };
 
-use gannet_elf::{Elf, ElfError, GoFault, Limits, Section, Symbols};
+use gannet_elf::{Elf, ElfError, ElfLimits, GoFault, Section, Symbols};
 
 use super::{demangle::MAX_NAME_BYTES, go, table::MAX_UNSIZED_BYTES};
 
@@ -64,7 +64,7 @@ pub(crate) fn find(
 }
 
 fn open(file: &File) -> Result<Elf<'_>, ElfError> {
-    let elf = Elf::parse(file, &Limits::default())?;
+    let elf = Elf::parse(file, &ElfLimits::default())?;
     match elf.section_fault() {
         Some(fault) => Err(fault.clone()),
         None => Ok(elf),

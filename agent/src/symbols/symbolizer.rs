@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant, UNIX_EPOCH},
 };
 
-use gannet_elf::{BuildIds, ContentId, Elf, Limits};
+use gannet_elf::{BuildIds, ContentId, Elf, ElfLimits};
 use gannet_proto::{
     pprof::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId},
     profiles::Profile,
@@ -572,7 +572,7 @@ impl Names {
     fn contents(&mut self, file: &MappedFile, open: &File) -> Contents {
         let state = self.files.get_or_insert_mut(file.id, FileState::default);
         *state.contents.get_or_insert_with(|| {
-            let elf = Elf::parse(open, &Limits::default()).ok();
+            let elf = Elf::parse(open, &ElfLimits::default()).ok();
             elf.and_then(|elf| ContentId::of(&elf)).map_or(Contents::OfFile(file.id), Contents::Same)
         })
     }

@@ -13,8 +13,8 @@ use std::{
 
 use gannet_elf::{BuildId, ContentId, Segments};
 use gannet_unwind::{
-    cache::{self, Kept},
-    table::Table,
+    cache::{self, CachedTable},
+    table::UnwindTable,
 };
 
 /// What all files together may take.
@@ -51,7 +51,7 @@ impl Shelf {
     }
 
     /// The table of a content, if it is kept and good.
-    pub(super) fn take(&self, content: &ContentId) -> Option<Kept> {
+    pub(super) fn take(&self, content: &ContentId) -> Option<CachedTable> {
         let path = self.path(content);
         let bytes = match cache::load(&path, self.most) {
             Ok(bytes) => bytes,
@@ -77,7 +77,7 @@ impl Shelf {
     }
 
     /// Whether a table is worth its place.
-    pub(super) fn wants(table: &Table) -> bool {
+    pub(super) fn wants(table: &UnwindTable) -> bool {
         table.lines().len() >= LEAST_LINES
     }
 
@@ -85,7 +85,7 @@ impl Shelf {
     pub(super) fn put(
         &mut self,
         content: &ContentId,
-        table: &Table,
+        table: &UnwindTable,
         segments: &Segments,
         build_id: Option<&BuildId>,
     ) {
@@ -133,8 +133,8 @@ impl Shelf {
 #[cfg(test)]
 mod tests {
     use gannet_unwind::{
-        build::{Options, build_file},
-        limits::Limits,
+        build::{BuildOptions, build_file},
+        limits::TableLimits,
     };
 
     use super::*;
@@ -143,7 +143,7 @@ mod tests {
     fn a_kept_table_is_found_again_and_a_damaged_one_is_not() {
         let directory = tempfile::tempdir().unwrap();
         let file = fs::File::open("/proc/self/exe").unwrap();
-        let built = build_file(&file, &Options::new("self", &Limits::default())).unwrap();
+        let built = build_file(&file, &BuildOptions::new("self", &TableLimits::default())).unwrap();
         let mut shelf = Shelf::open(directory.path()).unwrap();
         assert!(shelf.take(&built.content).is_none());
         shelf.put(&built.content, &built.table, &built.segments, built.build_id.as_ref());

@@ -22,10 +22,10 @@ use std::{
 
 use gannet_elf::{ContentId, Segments};
 use gannet_unwind::{
-    build::Built,
+    build::BuiltTable,
     format::MAX_RULES,
-    intern::{Full, Interner},
-    table::Table,
+    intern::{RuleInterner, RuleNumbersFull},
+    table::UnwindTable,
 };
 
 pub use parser::TableSources;
@@ -61,7 +61,7 @@ pub struct Tables {
     vdso: Option<Vdso>,
     files: HashMap<FileId, Known>,
     residents: HashMap<ContentId, Resident>,
-    interner: Interner,
+    interner: RuleInterner,
     arena: Arena,
     free_numbers: Vec<u32>,
     generations: Vec<u32>,
@@ -80,7 +80,7 @@ enum Known {
     /// Asked for.
     Waiting,
     /// Its table, as long as it is kept, and what outlives it.
-    Made { content: ContentId, segments: Segments, table: Option<Arc<Table>>, used: Cell<Instant> },
+    Made { content: ContentId, segments: Segments, table: Option<Arc<UnwindTable>>, used: Cell<Instant> },
     /// It has none, or it cannot be read: its frames are found by frame pointer.
     Without,
 }
@@ -88,7 +88,7 @@ enum Known {
 /// What there is to walk by in a mapping.
 enum Found<'a> {
     /// Its table, and what to subtract from an address in it.
-    Table(&'a Table, u64),
+    UnwindTable(&'a UnwindTable, u64),
     /// The file's table is not here, and can be made.
     NotYet(&'a Arc<MappedFile>),
     /// There is none.
@@ -99,7 +99,7 @@ enum Found<'a> {
 struct Vdso {
     content: ContentId,
     segments: Segments,
-    table: Arc<Table>,
+    table: Arc<UnwindTable>,
 }
 
 /// A table in the kernel.
@@ -163,7 +163,7 @@ pub enum TablesError {
     },
     /// No rule numbers are left.
     #[error(transparent)]
-    Rules(#[from] Full),
+    Rules(#[from] RuleNumbersFull),
     /// The mapping trie is full.
     #[error("the mapping trie is full: {0} keys")]
     Keys(usize),
@@ -184,14 +184,14 @@ impl Tables {
     ) -> io::Result<Self> {
         Ok(Self {
             parser: Parser::start(sources, ring)?,
-            vdso: parser::vdso().map(|Built { content, segments, table, .. }| Vdso {
+            vdso: parser::vdso().map(|BuiltTable { content, segments, table, .. }| Vdso {
                 content,
                 segments,
                 table: Arc::new(table),
             }),
             files: HashMap::new(),
             residents: HashMap::new(),
-            interner: Interner::new(MAX_RULES),
+            interner: RuleInterner::new(MAX_RULES),
             arena: Arena::new(kernel.table_lines()),
             free_numbers: (0..MAX_TABLES).rev().collect(),
             generations: vec![0; MAX_TABLES as usize],
@@ -274,7 +274,7 @@ impl Tables {
             MappingKind::Anon => Found::None,
             MappingKind::Vdso => {
                 let table = self.vdso.as_ref().and_then(|vdso| {
-                    Some(Found::Table(&vdso.table, vdso.segments.bias(mapping.start, 0, page)?))
+                    Some(Found::UnwindTable(&vdso.table, vdso.segments.bias(mapping.start, 0, page)?))
                 });
                 table.unwrap_or(Found::None)
             }
@@ -285,7 +285,7 @@ impl Tables {
                     used.set(Instant::now());
                     segments
                         .bias(mapping.start, mapping.offset, page)
-                        .map_or(Found::None, |bias| Found::Table(table, bias))
+                        .map_or(Found::None, |bias| Found::UnwindTable(table, bias))
                 }
                 Some(Known::Made { table: None, .. } | Known::Waiting) | None => Found::NotYet(file),
             },
@@ -447,7 +447,7 @@ impl Tables {
         &mut self,
         kernel: &mut impl UnwindMaps,
         content: ContentId,
-        table: &Table,
+        table: &UnwindTable,
         name: &str,
         protected: &HashSet<ContentId>,
     ) -> Result<(u32, u32), TablesError> {
@@ -584,9 +584,9 @@ mod tests {
 
     use gannet_elf::{Arch, Segment};
     use gannet_unwind::{
-        format::{Line, Rule},
-        limits::Limits,
-        table::Builder,
+        format::{CacheLine, UnwindRule},
+        limits::TableLimits,
+        table_builder::TableBuilder,
     };
 
     use super::*;
@@ -601,7 +601,7 @@ mod tests {
         most: usize,
         images: HashMap<u32, KernelImage>,
         tables: HashMap<u32, Option<KernelTable>>,
-        written: Vec<Line>,
+        written: Vec<CacheLine>,
         log: Vec<Call>,
         waits: Cell<u64>,
     }
@@ -622,7 +622,7 @@ mod tests {
             Self {
                 lines,
                 most: usize::MAX,
-                written: vec![Line::default(); lines as usize],
+                written: vec![CacheLine::default(); lines as usize],
                 ..Self::default()
             }
         }
@@ -637,14 +637,14 @@ mod tests {
             self.lines
         }
 
-        fn write_rules(&mut self, _: &[(u16, Rule)]) -> Result<(), KernelError> {
+        fn write_rules(&mut self, _: &[(u16, UnwindRule)]) -> Result<(), KernelError> {
             Ok(())
         }
 
         fn write_lines(
             &mut self,
             first: u32,
-            lines: &mut dyn ExactSizeIterator<Item = Line>,
+            lines: &mut dyn ExactSizeIterator<Item = CacheLine>,
         ) -> Result<(), KernelError> {
             self.log.push(Call::Write);
             for (index, line) in lines.enumerate() {
@@ -701,11 +701,11 @@ mod tests {
 
     /// A file with a table of so many rows, as if the parser had made it.
     fn file(tables: &mut Tables, number: u8, rows: u64) -> Arc<MappedFile> {
-        let limits = Limits::default();
-        let mut builder = Builder::new(Arch::X86_64, 0, rows * 16 + 16, &limits).unwrap();
+        let limits = TableLimits::default();
+        let mut builder = TableBuilder::new(Arch::X86_64, 0, rows * 16 + 16, &limits).unwrap();
         for row in 0..rows {
             builder
-                .push(row * 16, Rule::x86_64_sp(8 + 8 * (row % 2) as i32 + 16 * i32::from(number)))
+                .push(row * 16, UnwindRule::x86_64_sp(8 + 8 * (row % 2) as i32 + 16 * i32::from(number)))
                 .unwrap();
         }
         let table = Arc::new(builder.finish().unwrap());

@@ -11,10 +11,10 @@ use std::{
 
 use gannet_elf::{BuildId, ContentId, DebugLink, Segments};
 use gannet_unwind::{
-    build::{BuildError, Built, DebugFiles, Options, build_bytes, build_file, identify},
-    limits::Limits,
+    build::{BuildError, BuildOptions, BuiltTable, DebugFiles, build_bytes, build_file, identify},
+    limits::TableLimits,
     overrides::Overrides,
-    table::Table,
+    table::UnwindTable,
 };
 
 use super::keep::Shelf;
@@ -51,7 +51,7 @@ impl TableSources {
 pub(super) struct Made {
     pub(super) content: ContentId,
     pub(super) segments: Segments,
-    pub(super) table: Arc<Table>,
+    pub(super) table: Arc<UnwindTable>,
 }
 
 /// What came of a file.
@@ -98,7 +98,7 @@ impl Parser {
                         maker.keep_one();
                         continue;
                     }
-                    Work::End => return,
+                    Work::UnwindEnd => return,
                 };
                 let Some(open) = &file.file else { continue };
                 if sender.send((file.id, maker.make(&file, open))).is_err() {
@@ -146,7 +146,7 @@ enum Work {
     Make(Arc<MappedFile>),
     /// Nothing is asked for: what can wait may be done.
     Idle,
-    End,
+    UnwindEnd,
 }
 
 /// Waits for the file that most samples wait for; not at all if there is something to do when `idle`.
@@ -154,7 +154,7 @@ fn next(shared: &Shared, idle: bool) -> Work {
     let mut queue = shared.lock();
     loop {
         if queue.closed {
-            return Work::End;
+            return Work::UnwindEnd;
         }
         let most = queue.files.iter().max_by_key(|(_, (samples, _))| *samples).map(|(id, _)| *id);
         if let Some((_, file)) = most.and_then(|id| queue.files.remove(&id)) {
@@ -169,19 +169,19 @@ fn next(shared: &Shared, idle: bool) -> Work {
 
 /// What the thread has at hand.
 struct Maker {
-    limits: Limits,
+    limits: TableLimits,
     overrides: Overrides,
     debug_directories: Vec<PathBuf>,
     shelf: Option<Shelf>,
     /// Tables that somebody uses: a library that many containers bring is one table.
-    shared: HashMap<ContentId, Weak<Table>>,
+    shared: HashMap<ContentId, Weak<UnwindTable>>,
     /// Tables that are to be kept on disk as soon as nothing else is to be done: that takes longer than making them.
-    unkept: VecDeque<(Arc<Table>, ContentId, Segments, Option<BuildId>)>,
+    unkept: VecDeque<(Arc<UnwindTable>, ContentId, Segments, Option<BuildId>)>,
 }
 
 impl Maker {
     fn new(sources: TableSources) -> Self {
-        let limits = Limits::default();
+        let limits = TableLimits::default();
         let shelf = sources.kept.as_deref().and_then(|directory| match Shelf::open(directory) {
             Ok(shelf) => Some(shelf),
             Err(error) => {
@@ -215,13 +215,13 @@ impl Maker {
             Made { content, segments: kept.segments, table: Arc::new(kept.table) }
         } else {
             let apart = Apart { file, open, directories: &self.debug_directories };
-            let options = Options {
+            let options = BuildOptions {
                 debug_files: Some(&apart),
                 overrides: Some(&self.overrides),
                 runs: true,
-                ..Options::new(&file.path, &self.limits)
+                ..BuildOptions::new(&file.path, &self.limits)
             };
-            let Built { table, content, build_id, segments, report: _ } = build_file(open, &options)?;
+            let BuiltTable { table, content, build_id, segments, report: _ } = build_file(open, &options)?;
             let table = Arc::new(table);
             if self.shelf.is_some() && !overridden && Shelf::wants(&table) && self.unkept.len() < UNKEPT {
                 self.unkept.push_back((Arc::clone(&table), content, segments.clone(), build_id));
@@ -259,7 +259,7 @@ impl DebugFiles for Apart<'_> {
 }
 
 /// Reads all texts of a directory. One that is wrong is said, and the others count.
-fn read_overrides(directory: &std::path::Path, limits: &Limits, overrides: &mut Overrides) {
+fn read_overrides(directory: &std::path::Path, limits: &TableLimits, overrides: &mut Overrides) {
     let Ok(entries) = fs::read_dir(directory) else { return };
     for path in entries.flatten().map(|entry| entry.path()) {
         if path.extension().is_none_or(|ending| ending != "unwind") {
@@ -274,7 +274,7 @@ fn read_overrides(directory: &std::path::Path, limits: &Limits, overrides: &mut 
 }
 
 /// The table of the kernel's own shared object, which is the same in all 64-bit processes.
-pub(super) fn vdso() -> Option<Built> {
+pub(super) fn vdso() -> Option<BuiltTable> {
     let text = fs::read_to_string("/proc/self/maps").ok()?;
     let line = text.lines().find(|line| line.ends_with("[vdso]"))?;
     let (start, end) = line.split_ascii_whitespace().next()?.split_once('-')?;
@@ -282,6 +282,6 @@ pub(super) fn vdso() -> Option<Built> {
     let mut bytes = vec![0; usize::try_from(end - start).ok()?];
     let memory = File::open("/proc/self/mem").ok()?;
     std::os::unix::fs::FileExt::read_exact_at(&memory, &mut bytes, start).ok()?;
-    let limits = Limits::default();
-    build_bytes(&bytes, &Options { runs: true, ..Options::new("[vdso]", &limits) }).ok()
+    let limits = TableLimits::default();
+    build_bytes(&bytes, &BuildOptions { runs: true, ..BuildOptions::new("[vdso]", &limits) }).ok()
 }

@@ -5,8 +5,8 @@ use std::{cell::RefCell, sync::Arc};
 use gannet_elf::Arch;
 use gannet_unwind::{
     format::dwarf_register,
-    table::Table,
-    unwind::{End, Snapshot, TableSource, walk},
+    table::UnwindTable,
+    unwind::{TableSource, ThreadSnapshot, UnwindEnd, unwind_stack},
 };
 
 use super::{Found, Tables};
@@ -56,9 +56,9 @@ struct OfImage<'a> {
 }
 
 impl TableSource for OfImage<'_> {
-    fn find(&self, address: u64) -> Option<(&Table, u64)> {
+    fn find(&self, address: u64) -> Option<(&UnwindTable, u64)> {
         match self.tables.find(self.image.find(address)?) {
-            Found::Table(table, bias) => Some((table, bias)),
+            Found::UnwindTable(table, bias) => Some((table, bias)),
             Found::NotYet(file) => {
                 self.missing.borrow_mut().get_or_insert_with(|| Arc::clone(file));
                 None
@@ -82,23 +82,25 @@ impl Tables {
         let arch = if cfg!(target_arch = "aarch64") { Arch::Aarch64 } else { Arch::X86_64 };
         let stack_start =
             registers.get(usize::from(dwarf_register::stack_pointer(arch))).copied().unwrap_or(0);
-        let snapshot = Snapshot { arch, pc: *pc, registers, stack_start, stack };
+        let snapshot = ThreadSnapshot { arch, pc: *pc, registers, stack_start, stack };
         let source = OfImage { tables: self, image, missing: RefCell::new(None) };
-        let walked = walk(&snapshot, &source, MAX_FRAMES);
+        let walked = unwind_stack(&snapshot, &source, MAX_FRAMES);
         let frames = walked.frames.iter().enumerate().map(|(depth, frame)| {
             // As the kernel side gives it: callers are looked up one byte back.
             if frame.exact && depth > 0 { frame.pc.wrapping_add(1) } else { frame.pc }
         });
         let (end, unknown) = match walked.end {
-            End::Complete => (StackEnd::Complete, None),
+            UnwindEnd::Complete => (StackEnd::Complete, None),
             // Or the copy ends before the stack does, or the stack goes on elsewhere, below a signal handler.
-            End::Truncated | End::StackMissing { .. } => (StackEnd::Truncated, None),
-            End::NoTable { address } if image.find(address).is_none() => (StackEnd::Broken, Some(address)),
-            End::NoTable { .. }
-            | End::NoRule { .. }
-            | End::Unsupported(_)
-            | End::RegisterLost
-            | End::NoProgress => (StackEnd::Broken, None),
+            UnwindEnd::Truncated | UnwindEnd::StackMissing { .. } => (StackEnd::Truncated, None),
+            UnwindEnd::NoTable { address } if image.find(address).is_none() => {
+                (StackEnd::Broken, Some(address))
+            }
+            UnwindEnd::NoTable { .. }
+            | UnwindEnd::NoRule { .. }
+            | UnwindEnd::Unsupported(_)
+            | UnwindEnd::RegisterLost
+            | UnwindEnd::NoProgress => (StackEnd::Broken, None),
         };
         Walked { frames: frames.collect(), end, unknown, missing: source.missing.into_inner() }
     }

@@ -1,9 +1,9 @@
 //! A whole file: reads everything that the crate can read of it.
 #![no_main]
-use gannet_elf::{ContentId, Elf, Headers, Limits};
+use gannet_elf::{ContentId, Elf, Headers, ElfLimits};
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    let limits = Limits { section_bytes: 1 << 20, ..Limits::default() };
+    let limits = ElfLimits { section_bytes: 1 << 20, ..ElfLimits::default() };
     let _ = Headers::read(bytes).map(|headers| headers.build_ids.text());
     let Ok(elf) = Elf::parse(bytes, &limits) else { return };
     let _ = (ContentId::of(&elf), elf.debug_link(), elf.go_table(1 << 20));

@@ -1,18 +1,18 @@
 //! What the targets share: limits, an ELF file around a section, and a look all over the result.
 use std::time::Duration;
 
-use gannet_unwind::build::{Options, build_bytes};
-use gannet_unwind::limits::Limits;
+use gannet_unwind::build::{BuildOptions, build_bytes};
+use gannet_unwind::limits::TableLimits;
 
 /// Small, so that a time-out of the fuzzer is a fault and not a large input.
-pub fn limits() -> Limits {
-    Limits {
+pub fn limits() -> TableLimits {
+    TableLimits {
         section_bytes: 1 << 20,
         rows: 1 << 16,
         functions: 1 << 16,
         span_bytes: 64 << 20,
         time: Some(Duration::from_secs(1)),
-        ..Limits::default()
+        ..TableLimits::default()
     }
 }
 
@@ -20,7 +20,7 @@ pub fn limits() -> Limits {
 pub fn exercise(bytes: &[u8]) {
     let limits = limits();
     for runs in [false, true] {
-        let Ok(built) = build_bytes(bytes, &Options { runs, ..Options::new("fuzz", &limits) }) else { continue };
+        let Ok(built) = build_bytes(bytes, &BuildOptions { runs, ..BuildOptions::new("fuzz", &limits) }) else { continue };
         let (base, span) = (built.table.base(), u64::from(built.table.granules()) << 11);
         for part in 0..=256 {
             let _ = built.table.lookup(base.wrapping_add(span / 256 * part));

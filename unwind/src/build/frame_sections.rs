@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use gannet_elf::{Arch, Elf, checksum};
 use gimli::{BaseAddresses, DebugFrame, EhFrame, LittleEndian, Vendor};
 
-use super::{Fault, Options, pieces::Piece};
+use super::{BuildFault, BuildOptions, pieces::Piece};
 use crate::cfi::Slice;
 
 /// Bytes and their address.
@@ -52,7 +52,7 @@ pub(super) fn bases(elf: &Elf<'_>) -> BaseAddresses {
 
 /// Reads address and bytes of `.eh_frame`: by its section, or else by the pointer in `.eh_frame_hdr` and up to the end of
 /// the segment (its terminator ends it).
-pub(super) fn eh_frame<'d>(elf: &Elf<'d>) -> Result<Option<Located<'d>>, Fault> {
+pub(super) fn eh_frame<'d>(elf: &Elf<'d>) -> Result<Option<Located<'d>>, BuildFault> {
     if let Some(section) = elf.section(b".eh_frame") {
         return Ok(Some((section.vaddr, elf.section_data(section)?)));
     }
@@ -102,9 +102,9 @@ fn is_mostly_open(elf: &Elf<'_>, pieces: &[Piece]) -> bool {
 /// Reads the bytes of `.debug_frame`: of the file itself, or of its debug file if the file describes little of its code.
 pub(super) fn debug_frame<'d>(
     elf: &Elf<'d>,
-    options: &Options<'_>,
+    options: &BuildOptions<'_>,
     pieces: &[Piece],
-) -> Result<Cow<'d, [u8]>, Fault> {
+) -> Result<Cow<'d, [u8]>, BuildFault> {
     let own = debug_frame_section(elf)?;
     let Some(files) = options.debug_files else { return Ok(own) };
     if !own.is_empty() || !is_mostly_open(elf, pieces) {
@@ -124,7 +124,7 @@ pub(super) fn debug_frame<'d>(
     Ok(Cow::Owned(debug_frame_section(&debug)?.into_owned()))
 }
 
-fn debug_frame_section<'d>(elf: &Elf<'d>) -> Result<Cow<'d, [u8]>, Fault> {
+fn debug_frame_section<'d>(elf: &Elf<'d>) -> Result<Cow<'d, [u8]>, BuildFault> {
     match elf.section(b".debug_frame").or_else(|| elf.section(b".zdebug_frame")) {
         Some(section) => Ok(elf.section_data(section)?),
         None => Ok(Cow::Borrowed(&[])),

@@ -3,10 +3,10 @@
 use gannet_elf::{Arch, Elf};
 
 use super::{
-    Fault, Report,
+    BuildFault, BuildReport,
     pieces::{Piece, Source, gaps},
 };
-use crate::format::{Rule, cfa, dwarf_register, loc};
+use crate::format::{UnwindRule, cfa, dwarf_register, loc};
 use crate::go;
 use crate::limits::Budget;
 
@@ -23,7 +23,7 @@ pub(super) fn linkage(elf: &Elf<'_>) -> Vec<Piece> {
         if bytes == 0 || elf.segments().executable_end(start).is_none_or(|limit| end > limit) {
             continue;
         }
-        let mut fixed = |start: u64, end: u64, rule: Rule| {
+        let mut fixed = |start: u64, end: u64, rule: UnwindRule| {
             if start < end {
                 pieces.push(Piece { start, end, source: Source::Fixed(rule) });
             }
@@ -34,24 +34,24 @@ pub(super) fn linkage(elf: &Elf<'_>) -> Vec<Piece> {
                 // `push GOT[1]`: the first entry of a lazy table, where two words are on the stack.
                 let first = if code.starts_with(&[0xff, 0x35]) { 16 } else { 0 };
                 if first > 0 {
-                    fixed(start, end.min(start + 6), Rule::x86_64_sp(16));
-                    fixed(start + 6, end.min(start + 16), Rule::x86_64_sp(24));
+                    fixed(start, end.min(start + 6), UnwindRule::x86_64_sp(16));
+                    fixed(start + 6, end.min(start + 16), UnwindRule::x86_64_sp(24));
                 }
                 let entry = code.get(first..).unwrap_or_default();
                 let rule = if entry.starts_with(&[0xf3, 0x0f, 0x1e, 0xfa, 0x68]) {
                     // endbr64; push index; jmp
-                    Rule::x86_64_plt(9)
+                    UnwindRule::x86_64_plt(9)
                 } else if entry.starts_with(&[0xff, 0x25]) && entry.get(6) == Some(&0x68) {
                     // jmp *slot; push index; jmp
-                    Rule::x86_64_plt(11)
+                    UnwindRule::x86_64_plt(11)
                 } else {
-                    Rule::X86_64_ENTRY
+                    UnwindRule::X86_64_ENTRY
                 };
                 fixed(end.min(start + first as u64), end, rule);
             }
             Arch::Aarch64 => {
                 let lr = loc::REGISTER + dwarf_register::AARCH64_LR as u8;
-                let entry = Rule { cfa_kind: cfa::SP, ra_kind: lr, ..Rule::NONE };
+                let entry = UnwindRule { cfa_kind: cfa::SP, ra_kind: lr, ..UnwindRule::NONE };
                 let code = elf.bytes_at(start, 8).unwrap_or_default();
                 // stp x16, x30, [sp, #-16]!, behind a landing pad or not
                 let push = [0xf0, 0x7b, 0xbf, 0xa9];
@@ -64,7 +64,11 @@ pub(super) fn linkage(elf: &Elf<'_>) -> Vec<Piece> {
                 };
                 if let Some(pushed_at) = pushed_at {
                     fixed(start, end.min(start + pushed_at), entry);
-                    fixed(end.min(start + pushed_at), end.min(start + 32), Rule { cfa_offset: 16, ..entry });
+                    fixed(
+                        end.min(start + pushed_at),
+                        end.min(start + 32),
+                        UnwindRule { cfa_offset: 16, ..entry },
+                    );
                     fixed(end.min(start + 32), end, entry);
                 } else {
                     fixed(start, end, entry);
@@ -82,7 +86,7 @@ pub(super) fn linkage(elf: &Elf<'_>) -> Vec<Piece> {
 pub(super) fn entry_point(elf: &Elf<'_>) -> Option<Piece> {
     let start = elf.entry();
     let end = elf.segments().executable_end(start)?.min(start.saturating_add(ENTRY_BYTES));
-    (start > 0 && start < end).then_some(Piece { start, end, source: Source::Fixed(Rule::OUTERMOST) })
+    (start > 0 && start < end).then_some(Piece { start, end, source: Source::Fixed(UnwindRule::OUTERMOST) })
 }
 
 /// Signal trampolines in code that nothing describes, as in musl: `mov $15, %rax; syscall` and its kin.
@@ -90,8 +94,8 @@ pub(super) fn trampolines(
     elf: &Elf<'_>,
     pieces: &[Piece],
     budget: &mut Budget<'_>,
-    report: &mut Report,
-) -> Result<Vec<Piece>, Fault> {
+    report: &mut BuildReport,
+) -> Result<Vec<Piece>, BuildFault> {
     let patterns: &[&[u8]] = match elf.arch() {
         Arch::X86_64 => &[&[0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05], &[0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05]],
         // mov x8, #139; svc #0

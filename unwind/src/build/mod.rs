@@ -23,23 +23,26 @@ use gimli::{BaseAddresses, DebugFrame, EhFrame};
 
 use self::pieces::{Piece, Source};
 use crate::cfi::{Entries, Oddities, Slice};
-use crate::format::{Rule, cfa, dwarf_register};
+use crate::format::{UnwindRule, cfa, dwarf_register};
 use crate::go::GoFunctions;
 use crate::instructions;
-use crate::limits::{Budget, Exceeded, Limits};
+use crate::limits::{Budget, LimitExceeded, TableLimits};
 use crate::overrides::Overrides;
-use crate::table::{Builder, BuilderError, Table};
+use crate::{
+    table::UnwindTable,
+    table_builder::{TableBuilder, TableBuilderError},
+};
 
 #[cfg(test)]
 pub(crate) use self::undescribed_code::function_symbols;
 
 /// How to go about one file.
 #[derive(Clone, Copy, Debug)]
-pub struct Options<'a> {
+pub struct BuildOptions<'a> {
     /// What to call the file in errors.
     pub name: &'a str,
     /// What it may cost.
-    pub limits: &'a Limits,
+    pub limits: &'a TableLimits,
     /// Set from another thread to stop early.
     pub cancel: Option<&'a AtomicBool>,
     /// Where debug files are, for files that keep their frame information there.
@@ -51,9 +54,9 @@ pub struct Options<'a> {
     pub runs: bool,
 }
 
-impl<'a> Options<'a> {
+impl<'a> BuildOptions<'a> {
     /// Within these limits, without debug files, overrides and runs.
-    pub fn new(name: &'a str, limits: &'a Limits) -> Self {
+    pub fn new(name: &'a str, limits: &'a TableLimits) -> Self {
         Self { name, limits, cancel: None, debug_files: None, overrides: None, runs: false }
     }
 }
@@ -69,52 +72,52 @@ pub trait DebugFiles: std::fmt::Debug {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{file}: {fault}")]
 pub struct BuildError {
-    /// [`Options::name`]
+    /// [`BuildOptions::name`]
     pub file: String,
     /// What went wrong.
-    pub fault: Fault,
+    pub fault: BuildFault,
 }
 
 /// What went wrong with a file.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum Fault {
+pub enum BuildFault {
     /// It is not an ELF file that can be read.
     #[error(transparent)]
     Elf(ElfError),
     /// It is over a limit, out of time, or cancelled.
     #[error(transparent)]
-    Exceeded(#[from] Exceeded),
+    LimitExceeded(#[from] LimitExceeded),
     /// It changed while it was read.
     #[error("cannot be read, or changed while it was: try again")]
     Unreadable,
     /// Rows came out of order, which is a fault of this program.
     #[error("internal error: {0}; please report it with the file")]
-    Internal(BuilderError),
+    Internal(TableBuilderError),
 }
 
-impl From<ElfError> for Fault {
+impl From<ElfError> for BuildFault {
     fn from(error: ElfError) -> Self {
         match error {
-            ElfError::TooLarge(too_large) => Self::Exceeded(too_large.into()),
+            ElfError::TooLarge(too_large) => Self::LimitExceeded(too_large.into()),
             other => Self::Elf(other),
         }
     }
 }
 
-impl From<BuilderError> for Fault {
-    fn from(error: BuilderError) -> Self {
+impl From<TableBuilderError> for BuildFault {
+    fn from(error: TableBuilderError) -> Self {
         match error {
-            BuilderError::Exceeded(exceeded) => Self::Exceeded(exceeded),
-            BuilderError::OutOfOrder { .. } => Self::Internal(error),
+            TableBuilderError::LimitExceeded(exceeded) => Self::LimitExceeded(exceeded),
+            TableBuilderError::OutOfOrder { .. } => Self::Internal(error),
         }
     }
 }
 
 /// A table and where it is from.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Built {
+pub struct BuiltTable {
     /// The table; empty if the file says nothing about stacks.
-    pub table: Table,
+    pub table: UnwindTable,
     /// The name of the contents.
     pub content: ContentId,
     /// The build id, if there is one.
@@ -122,12 +125,12 @@ pub struct Built {
     /// Where the file goes in memory.
     pub segments: Segments,
     /// What was found.
-    pub report: Report,
+    pub report: BuildReport,
 }
 
 /// Counts of what was found in one file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Report {
+pub struct BuildReport {
     /// The table was supplied, nothing was read.
     pub overridden: bool,
     /// Bytes of `.eh_frame`.
@@ -155,49 +158,59 @@ pub struct Report {
 }
 
 /// Builds the table of an open file.
-pub fn build_file(file: &File, options: &Options<'_>) -> Result<Built, BuildError> {
+pub fn build_file(file: &File, options: &BuildOptions<'_>) -> Result<BuiltTable, BuildError> {
     build(file.into(), options)
 }
 
 /// Builds the table of a file, or of a vDSO, that is in memory.
-pub fn build_bytes(bytes: &[u8], options: &Options<'_>) -> Result<Built, BuildError> {
+pub fn build_bytes(bytes: &[u8], options: &BuildOptions<'_>) -> Result<BuiltTable, BuildError> {
     build(bytes.into(), options)
 }
 
 /// Returns the name of a file's content, and its segments, without building its table.
-pub fn identify(file: &File, name: &str, limits: &Limits) -> Result<(ContentId, Segments), BuildError> {
-    let identified = Elf::parse(file, &limits.elf()).map_err(Fault::from).and_then(|elf| {
-        let content = ContentId::of(&elf).ok_or(Fault::Unreadable)?;
+pub fn identify(file: &File, name: &str, limits: &TableLimits) -> Result<(ContentId, Segments), BuildError> {
+    let identified = Elf::parse(file, &limits.elf()).map_err(BuildFault::from).and_then(|elf| {
+        let content = ContentId::of(&elf).ok_or(BuildFault::Unreadable)?;
         Ok((content, elf.segments().clone()))
     });
     identified.map_err(|fault| BuildError { file: name.to_owned(), fault })
 }
 
-fn build(data: Data<'_>, options: &Options<'_>) -> Result<Built, BuildError> {
+fn build(data: Data<'_>, options: &BuildOptions<'_>) -> Result<BuiltTable, BuildError> {
     let mut budget = Budget::new(options.limits, options.cancel);
     try_build(data, options, &mut budget).map_err(|fault| BuildError { file: options.name.to_owned(), fault })
 }
 
-fn try_build(data: Data<'_>, options: &Options<'_>, budget: &mut Budget<'_>) -> Result<Built, Fault> {
+fn try_build(
+    data: Data<'_>,
+    options: &BuildOptions<'_>,
+    budget: &mut Budget<'_>,
+) -> Result<BuiltTable, BuildFault> {
     budget.check()?;
     let elf = Elf::parse(data, &options.limits.elf())?;
-    let content = ContentId::of(&elf).ok_or(Fault::Unreadable)?;
-    let mut report = Report::default();
+    let content = ContentId::of(&elf).ok_or(BuildFault::Unreadable)?;
+    let mut report = BuildReport::default();
     let table = if let Some(table) = options.overrides.and_then(|overrides| overrides.get(&content)) {
         report.overridden = true;
         table.clone()
     } else {
         table_of(&elf, options, budget, &mut report)?
     };
-    Ok(Built { table, content, build_id: elf.build_id().cloned(), segments: elf.segments().clone(), report })
+    Ok(BuiltTable {
+        table,
+        content,
+        build_id: elf.build_id().cloned(),
+        segments: elf.segments().clone(),
+        report,
+    })
 }
 
 fn table_of(
     elf: &Elf<'_>,
-    options: &Options<'_>,
+    options: &BuildOptions<'_>,
     budget: &mut Budget<'_>,
-    report: &mut Report,
-) -> Result<Table, Fault> {
+    report: &mut BuildReport,
+) -> Result<UnwindTable, BuildFault> {
     let (eh_frame_at, eh_frame_bytes) = frame_sections::eh_frame(elf)?.unwrap_or((0, Cow::Borrowed(&[])));
     report.eh_frame_bytes = eh_frame_bytes.len() as u64;
     let section = frame_sections::open_eh_frame(&eh_frame_bytes, elf.arch());
@@ -245,8 +258,8 @@ fn table_of(
 fn go_functions<'d>(
     elf: &Elf<'d>,
     budget: &mut Budget<'_>,
-    report: &mut Report,
-) -> Result<Option<GoFunctions<'d>>, Fault> {
+    report: &mut BuildReport,
+) -> Result<Option<GoFunctions<'d>>, BuildFault> {
     let Some(table) = elf.go_table(u64::MAX)? else { return Ok(None) };
     budget.check()?;
     let collected = match table {
@@ -281,19 +294,20 @@ impl Sources<'_> {
         arch: Arch,
         pieces: &[Piece],
         with_rbx: bool,
-        options: &Options<'_>,
+        options: &BuildOptions<'_>,
         budget: &mut Budget<'_>,
-        report: &mut Report,
-    ) -> Result<(Table, bool), Fault> {
+        report: &mut BuildReport,
+    ) -> Result<(UnwindTable, bool), BuildFault> {
         let (start, end) = match (pieces.first(), pieces.last()) {
             (Some(first), Some(last)) => (first.start, last.end),
             _ => (0, 0),
         };
-        let mut builder = Builder::new(arch, start, end, options.limits)?.runs(options.runs && !with_rbx);
+        let mut builder =
+            TableBuilder::new(arch, start, end, options.limits)?.runs(options.runs && !with_rbx);
         let mut unsupported = 0;
         let mut by_rbx = false;
         for (index, piece) in pieces.iter().enumerate() {
-            let mut row = |pc: u64, rule: Rule| -> Result<(), Fault> {
+            let mut row = |pc: u64, rule: UnwindRule| -> Result<(), BuildFault> {
                 if pc >= piece.end {
                     return Ok(());
                 }
@@ -304,7 +318,7 @@ impl Sources<'_> {
             };
             self.rows(piece, with_rbx, budget, &mut row)?;
             if pieces.get(index + 1).is_some_and(|next| next.start > piece.end) {
-                builder.push(piece.end, Rule::NONE)?;
+                builder.push(piece.end, UnwindRule::NONE)?;
             }
         }
         report.unsupported_rows = unsupported;
@@ -317,8 +331,8 @@ impl Sources<'_> {
         piece: &Piece,
         with_rbx: bool,
         budget: &mut Budget<'_>,
-        row: &mut dyn FnMut(u64, Rule) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
+        row: &mut dyn FnMut(u64, UnwindRule) -> Result<(), BuildFault>,
+    ) -> Result<(), BuildFault> {
         match piece.source {
             Source::EhFrame(index) => {
                 self.eh_frame.rows(&self.eh_frame.functions[index as usize], with_rbx, budget, row)

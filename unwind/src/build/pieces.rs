@@ -1,7 +1,7 @@
 //! Ranges of code, and the source that knows the rows of each.
 
 use crate::cfi;
-use crate::format::Rule;
+use crate::format::UnwindRule;
 
 /// Gaps shorter than this are padding between functions.
 const MIN_GAP_BYTES: u64 = 64;
@@ -20,7 +20,7 @@ pub(super) enum Source {
     EhFrame(u32),
     Go(u32),
     DebugFrame(u32),
-    Fixed(Rule),
+    Fixed(UnwindRule),
     Code(u32),
 }
 

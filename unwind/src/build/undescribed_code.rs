@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use gannet_elf::{Arch, Elf};
 
 use super::{
-    Fault,
+    BuildFault,
     pieces::{Piece, gaps},
 };
 use crate::instructions::{self, Function, Gap};
@@ -21,7 +21,7 @@ pub(super) fn functions(
     elf: &Elf<'_>,
     pieces: &[Piece],
     budget: &mut Budget<'_>,
-) -> Result<Vec<Function>, Fault> {
+) -> Result<Vec<Function>, BuildFault> {
     let gaps = gaps(elf.code(), pieces);
     let bytes = gaps.iter().fold(0, |sum: u64, (start, end)| sum.saturating_add(end - start));
     if elf.arch() != Arch::X86_64 || bytes == 0 || bytes > budget.limits.analyzed_bytes {

@@ -10,10 +10,10 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use gannet_elf::Arch;
-use gannet_unwind::build::{Built, Options, build_bytes, build_file};
-use gannet_unwind::limits::Limits;
-use gannet_unwind::table::Table;
-use gannet_unwind::unwind::{Snapshot, TableSource, Walk, walk};
+use gannet_unwind::build::{BuildOptions, BuiltTable, build_bytes, build_file};
+use gannet_unwind::limits::TableLimits;
+use gannet_unwind::table::UnwindTable;
+use gannet_unwind::unwind::{TableSource, ThreadSnapshot, UnwoundStack, unwind_stack};
 
 /// One executable mapping.
 #[derive(Clone, Debug)]
@@ -172,17 +172,17 @@ pub fn capture(pid: u32) -> Option<Process> {
 
 /// Tables of files, made once.
 #[derive(Default)]
-pub struct Files(HashMap<String, Option<Rc<Built>>>);
+pub struct Files(HashMap<String, Option<Rc<BuiltTable>>>);
 
 impl Files {
-    pub fn built(&mut self, mapping: &Mapping, vdso: &[u8]) -> Option<Rc<Built>> {
+    pub fn built(&mut self, mapping: &Mapping, vdso: &[u8]) -> Option<Rc<BuiltTable>> {
         let path = &mapping.path;
         self.0
             .entry(path.clone())
             .or_insert_with(|| {
-                let limits = Limits { time: None, ..Limits::default() };
+                let limits = TableLimits { time: None, ..TableLimits::default() };
                 // With runs, which is the harder way; that tables without mean the same is tested elsewhere.
-                let options = Options { runs: true, ..Options::new(path, &limits) };
+                let options = BuildOptions { runs: true, ..BuildOptions::new(path, &limits) };
                 let built = if path == "[vdso]" {
                     build_bytes(vdso, &options)
                 } else {
@@ -198,7 +198,7 @@ impl Files {
 }
 
 /// The tables of one process.
-pub struct Tables(Vec<(Mapping, Rc<Built>, u64)>);
+pub struct Tables(Vec<(Mapping, Rc<BuiltTable>, u64)>);
 
 impl Tables {
     pub fn of(process: &Process, files: &mut Files) -> Self {
@@ -210,28 +210,28 @@ impl Tables {
         Self(found.collect())
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = &(Mapping, Rc<Built>, u64)> {
+    pub fn iter(&self) -> impl Iterator<Item = &(Mapping, Rc<BuiltTable>, u64)> {
         self.0.iter()
     }
 }
 
 impl TableSource for Tables {
-    fn find(&self, address: u64) -> Option<(&Table, u64)> {
+    fn find(&self, address: u64) -> Option<(&UnwindTable, u64)> {
         let (_, built, bias) = self.0.iter().find(|(m, _, _)| m.start <= address && address < m.end)?;
         Some((&built.table, *bias))
     }
 }
 
 impl Thread {
-    pub fn walk(&self, tables: &Tables) -> Walk {
-        let snapshot = Snapshot {
+    pub fn unwind(&self, tables: &Tables) -> UnwoundStack {
+        let snapshot = ThreadSnapshot {
             arch: Arch::X86_64,
             pc: self.pc,
             registers: &self.registers,
             stack_start: self.registers[7],
             stack: &self.stack,
         };
-        walk(&snapshot, tables, 1024)
+        unwind_stack(&snapshot, tables, 1024)
     }
 }
 
