@@ -35,7 +35,7 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- end }}
 {{- end }}
 
-{{- /* Without versions: pods are not restarted because the chart has a new number. */}}
+{{- /* Without versions, so that a new chart version alone restarts no pod. */}}
 {{- define "gannet.podLabels" -}}
 {{ include "gannet.selector" . }}
 app.kubernetes.io/part-of: gannet
@@ -52,8 +52,8 @@ app.kubernetes.io/part-of: gannet
 {{- end }}
 
 {{- /*
-The kernels of Debian and Ubuntu know levels of kernel.perf_event_paranoid above 2, which are their default, and ask for
-SYS_ADMIN then, not for PERFMON. A cluster can only be asked by `helm install` and `upgrade`, not by `helm template`.
+The kernels of Debian and Ubuntu have levels of kernel.perf_event_paranoid above 2, which are their default. They ask for
+SYS_ADMIN then, not for PERFMON. Only `helm install` and `upgrade` can ask the cluster for its nodes, not `helm template`.
 */}}
 {{- define "gannet.agent.capabilities" -}}
 {{- $all := .Values.agent.capabilities -}}
@@ -90,7 +90,7 @@ SYS_ADMIN then, not for PERFMON. A cluster can only be asked by `helm install` a
 {{- else -}}{{ include "gannet.fullname" .root }}-{{ .part }}-tls{{- end -}}
 {{- end }}
 
-{{- /* The names that the collector's certificate has. */}}
+{{- /* The names in the collector's certificate. */}}
 {{- define "gannet.tls.names" -}}
 {{- $name := include "gannet.collector" . -}}
 {{- $ns := .Release.Namespace -}}
@@ -103,18 +103,72 @@ SYS_ADMIN then, not for PERFMON. A cluster can only be asked by `helm install` a
 {{- else -}}{{ .Values.agent.collectorUrl }}{{- end -}}
 {{- end }}
 
-{{- /* Whether agents prove their node by a token: Kubernetes says on which node a token's pod runs from 1.30 on. */}}
+{{- /* Whether agents prove their node by a token: from 1.30 on, Kubernetes reports the node of a token's pod. */}}
 {{- define "gannet.tokens" -}}
 {{- $by := .Values.collector.nodeIdentity -}}
 {{- if and (ne .Values.tls.mode "insecure") .Values.collector.enabled (or (eq $by "token") (and (eq $by "auto") (semverCompare ">=1.30-0" .Capabilities.KubeVersion.Version))) -}}true{{- end -}}
 {{- end }}
 
-{{- /* What the tokens of agents are for: no other service takes them, and the collector takes no other. */}}
+{{- /* The audience of the agents' tokens: no other service accepts them, and the collector accepts no other. */}}
 {{- define "gannet.audience" -}}{{ include "gannet.collector" . }}.{{ .Release.Namespace }}{{- end }}
 
-{{- /* What cannot be, with its cure. */}}
+{{- /* Whether the agent may ask kubelet or API server for pods. */}}
+{{- define "gannet.agent.readsPods" -}}
+{{- if and .Values.agent.enabled .Values.rbac.create (not (has .Values.agent.kubelet.source (list "none" "podinfo"))) }}true{{ end -}}
+{{- end }}
+
+{{- /* Whether rules are TriggerRule resources. */}}
+{{- define "gannet.collector.keepsResources" -}}
+{{- if and .Values.collector.enabled .Values.rbac.create (eq .Values.collector.rulesStore "kubernetes") }}true{{ end -}}
+{{- end }}
+
+{{- /* Whether the collector asks the API server about the tokens of agents. */}}
+{{- define "gannet.collector.reviewsTokens" -}}
+{{- if and .Values.collector.enabled .Values.rbac.create (include "gannet.tokens" .) }}true{{ end -}}
+{{- end }}
+
+{{- /* Whether cert-manager signs with an authority of this release. */}}
+{{- define "gannet.tls.ownIssuer" -}}
+{{- if and (eq .Values.tls.mode "certManager") (not .Values.tls.certManager.issuerRef) }}true{{ end -}}
+{{- end }}
+
+{{- /* The parts that have a certificate, as a JSON list. */}}
+{{- define "gannet.tls.parts" -}}
+{{- $parts := list -}}
+{{- if .Values.collector.enabled }}{{ $parts = concat $parts (list "collector" "client") }}{{ end -}}
+{{- if .Values.agent.enabled }}{{ $parts = append $parts "agent" }}{{ end -}}
+{{- toJson $parts -}}
+{{- end }}
+
+{{- /* The options that the agent reads at its start. */}}
+{{- define "gannet.agent.config" -}}
+{{- $a := .Values.agent -}}
+{{- $tls := ne .Values.tls.mode "insecure" -}}
+{{- $c := dict
+  "endpoint" (include "gannet.collectorUrl" .)
+  "state_dir" "/var/lib/gannet"
+  "http_listen" (printf "%s:8081" .Values.listenAddress)
+  "pod_source" $a.kubelet.source
+  "rules" (list "/etc/gannet/rules.yaml") -}}
+{{- if include "gannet.tokens" . }}{{- $_ := set $c "token_file" "/run/gannet/token/token" }}{{- end -}}
+{{- with .Values.clusterName }}{{- $_ := set $c "cluster" . }}{{- end -}}
+{{- if include "gannet.podinfo" . }}{{- $_ := set $c "podinfo_socket" $a.kubelet.podInfoSocket }}{{- end -}}
+{{- if $tls -}}
+{{- $c = merge $c (dict "tls_ca" "/run/gannet/tls/ca.crt" "tls_cert" "/run/gannet/tls/tls.crt" "tls_key" "/run/gannet/tls/tls.key") -}}
+{{- else -}}
+{{- $c = merge $c (dict "insecure" true) -}}
+{{- end -}}
+{{- toYaml (merge $c $a.config) -}}
+{{- end }}
+
+{{- /* Refuses values that contradict each other, and names the cure. */}}
 {{- define "gannet.check" -}}
 {{- $v := .Values -}}
+{{- range $key := list "podMonitor" "serviceMonitor" "prometheusRule" "dashboard" }}
+{{- if hasKey $v $key }}
+{{- fail (printf "%s has moved: write monitoring.%s" $key $key) }}
+{{- end }}
+{{- end }}
 {{- if not (or $v.agent.enabled $v.collector.enabled) }}
 {{- fail "agent.enabled and collector.enabled are both false: nothing would be installed" }}
 {{- end }}
@@ -124,10 +178,10 @@ SYS_ADMIN then, not for PERFMON. A cluster can only be asked by `helm install` a
 {{- end }}
 {{- else }}
 {{- if not $v.agent.collectorUrl }}
-{{- fail "collector.enabled is false: say where the agents dial (agent.collectorUrl: https://HOST:4100)" }}
+{{- fail "collector.enabled is false: name the collector that the agents dial (agent.collectorUrl: https://HOST:4100)" }}
 {{- end }}
 {{- if eq $v.tls.mode "helm" }}
-{{- fail "tls.mode is helm, but a collector elsewhere does not know certificates that are made here: set tls.mode to existingSecrets or certManager" }}
+{{- fail "tls.mode is helm, but a collector elsewhere does not know the certificates of this release: set tls.mode to existingSecrets or certManager" }}
 {{- end }}
 {{- if and (hasPrefix "http://" $v.agent.collectorUrl) (ne $v.tls.mode "insecure") }}
 {{- fail "agent.collectorUrl is http:// (plaintext) while tls.mode is not insecure: write https://, or set tls.mode to insecure if the network is trusted" }}
@@ -146,7 +200,7 @@ SYS_ADMIN then, not for PERFMON. A cluster can only be asked by `helm install` a
 {{- fail "collector.rulesStore is kubernetes: the collector needs a service account of its own (collector.serviceAccount.create or .name), or set collector.rulesStore to file" }}
 {{- end }}
 {{- if and (gt (int $v.collector.replicas) 1) (not (and $v.collector.bucket.url (eq $v.collector.rulesStore "kubernetes"))) }}
-{{- fail "collector.replicas is above 1: collectors share nothing but a bucket and resources; set collector.bucket.url, and collector.rulesStore to kubernetes" }}
+{{- fail "collector.replicas is above 1, and collectors share only a bucket and resources: set collector.bucket.url, and collector.rulesStore to kubernetes" }}
 {{- end }}
 {{- if and $v.collector.bucket.existingSecret (not $v.collector.bucket.url) }}
 {{- fail "collector.bucket.existingSecret is set without collector.bucket.url" }}
@@ -166,14 +220,14 @@ SYS_ADMIN then, not for PERFMON. A cluster can only be asked by `helm install` a
 {{- if and (eq $v.agent.kubelet.source "podinfo") (not $v.agent.kubelet.podInfoSocket) }}
 {{- fail "agent.kubelet.source is podinfo: name the kubelet's socket in agent.kubelet.podInfoSocket" }}
 {{- end }}
-{{- range $key := list "collector" "node" "rules" "state_dir" "listen" "debug_listen" "kubelet" "podinfo_socket" "cluster" "insecure" "tls_ca" "tls_cert" "tls_key" "token_file" }}
+{{- range $key := list "endpoint" "node" "rules" "state_dir" "http_listen" "debug_listen" "pod_source" "podinfo_socket" "cluster" "insecure" "tls_ca" "tls_cert" "tls_key" "token_file" }}
 {{- if hasKey $v.agent.config $key }}
 {{- fail (printf "agent.config.%s is set by the chart: use the value for it (agent.collectorUrl, agent.rules, agent.stateHostPath, agent.kubelet, clusterName, listenAddress, tls)" $key) }}
 {{- end }}
 {{- end }}
 {{- end }}
 
-{{- /* Whether the kubelet's own stream of pods is tried. */}}
+{{- /* Whether the agent tries the kubelet's own stream of pods. */}}
 {{- define "gannet.podinfo" -}}
 {{- $k := .Values.agent.kubelet -}}
 {{- if or (eq $k.source "podinfo") (and (eq $k.source "auto") $k.podInfoSocket) }}true{{ end -}}
