@@ -146,7 +146,7 @@ async fn among_many(engine: &Engine, crowd: &str, processes: u32) -> anyhow::Res
             let mut quiet = 0;
             while quiet < 40 {
                 let asked = Instant::now();
-                engine.inspect(|_| ()).await?;
+                engine.view().await?;
                 unanswered = unanswered.max(asked.elapsed());
                 quiet = if asked.elapsed() < Duration::from_millis(5) { quiet + 1 } else { 0 };
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -238,7 +238,7 @@ fn busy(time: Duration, execs: u32) -> anyhow::Result<()> {
 }
 
 async fn programs(engine: &Engine) -> anyhow::Result<Costs> {
-    let programs = engine.inspect(|inside| inside.kernel.programs()).await?;
+    let programs = engine.kernel_view().await?.programs;
     Ok(programs.into_iter().map(|program| (program.name, (program.run_ns, program.runs))).collect())
 }
 

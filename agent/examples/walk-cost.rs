@@ -108,7 +108,7 @@ async fn measure(
     tokio::time::sleep(time).await;
     let end = snapshot(&engine).await?;
     engine.flush().await?;
-    let programs = engine.inspect(|inside| inside.kernel.programs()).await?;
+    let programs = engine.kernel_view().await?.programs;
     drop(children);
     engine.stop();
     let samples = (seen.samples.load(Ordering::Relaxed) - samples).max(1);
@@ -144,8 +144,8 @@ async fn sample(engine: &Engine, matches: Match, hz: u32) -> anyhow::Result<()> 
 }
 
 async fn snapshot(engine: &Engine) -> anyhow::Result<Measure> {
-    let (cost, counters) =
-        engine.inspect(|inside| (inside.kernel.sampler_cost(), inside.kernel.counters())).await?;
+    let cost = engine.kernel_view().await?.sampler_cost;
+    let counters = engine.view().await?.counters.context("the kernel's counters cannot be read")?;
     let (run_ns, runs) = cost.context("the kernel counted no run of the sampler")?;
-    Ok((run_ns, runs, counters?.taken))
+    Ok((run_ns, runs, counters.taken))
 }

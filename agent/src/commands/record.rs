@@ -201,7 +201,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     }
     let status = until_end(held.as_mut(), duration, signals).await;
     let took = begun.elapsed();
-    let ticks_due = engine.inspect(|inside| inside.kernel.ticks_due()).await?;
+    let ticks_due = engine.kernel_view().await?.ticks_due;
     // Joining the engine's thread takes as long as its last window's place in the queue.
     let _ = tokio::task::spawn_blocking(move || engine.stop()).await;
     let named = naming.await.map_err(|error| RecordError::Start(io::Error::other(error)))??;

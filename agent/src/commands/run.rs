@@ -273,8 +273,8 @@ async fn follow_switch(node: Arc<Node>, mut off: Signal, mut on: Signal, cancel:
             _ = on.recv() => by_signal = false,
             () = cancel.cancelled() => return,
         }
-        if let Ok(governed) = node.engine.inspect(|inside| inside.governed.clone()).await {
-            node.set_degraded("budget", governed.filter(|_| now.is_none()));
+        if let Ok(view) = node.engine.view().await {
+            node.set_degraded("budget", view.governed.filter(|_| now.is_none()));
         }
     }
 }

@@ -197,15 +197,8 @@ impl Control {
     async fn status(&self) -> NodeStatus {
         let (active_revision, active_digest) = self.active();
         let (rss_bytes, cpu) = self.node.usage();
-        let (rules, armed) = self
-            .node
-            .engine
-            .inspect(|inside| {
-                let armed = inside.processes.alive().filter(|process| process.rules != 0).count();
-                (inside.statuses(), armed as u64)
-            })
-            .await
-            .unwrap_or_default();
+        let engine = self.node.engine.view().await.ok();
+        let (rules, sampled) = engine.map(|view| (view.rules, view.sampled_processes)).unwrap_or_default();
         NodeStatus {
             at: Some(SystemTime::now().into()),
             active_revision,
@@ -216,7 +209,7 @@ impl Control {
             cpu: cpu.try_into().ok(),
             degraded: self.node.degraded(),
             spool_bytes: self.node.spool.bytes(),
-            processes_armed: armed,
+            processes_armed: sampled as u64,
         }
     }
 

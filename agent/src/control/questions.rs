@@ -22,10 +22,9 @@ use tokio_util::sync::CancellationToken;
 use super::look::{Place, Wanted, matched};
 use crate::{
     cgroup::CgroupHierarchy,
-    engine::Manual,
+    engine::{Manual, RuleView},
     node::Node,
     process::{Seen, cpus, survey},
-    profile::slots,
     rules::RuleSource,
 };
 
@@ -140,12 +139,8 @@ async fn look() -> Result<(Vec<Seen>, HashMap<u32, f64>), String> {
 
 /// What these rules would do here now.
 async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Result<NodePreview, String> {
-    let judged = rules.clone();
-    let errors = node
-        .engine
-        .inspect(move |inside| inside.rules.check(RuleSource::Remote, &judged))
-        .await
-        .map_err(|error| error.to_string())?;
+    let errors =
+        node.engine.check(RuleSource::Remote, rules.clone()).await.map_err(|error| error.to_string())?;
     let (seen, cpus) = look().await?;
     let previews: Vec<RulePreview> = rules.iter().map(|rule| one(node, rule, &seen, &cpus)).collect();
     Ok(NodePreview {
@@ -189,30 +184,8 @@ fn one(node: &Node, rule: &Rule, seen: &[Seen], cpus: &HashMap<u32, f64>) -> Rul
 /// Why processes are, or are not, profiled by a rule that is in force.
 async fn explain(node: &Node, question: ExplainRequest) -> Result<ExplainResponse, String> {
     let ExplainRequest { node: _, rule_id, pid, limit } = question;
-    let id = rule_id.clone();
-    let (rule, status, armed) = node
-        .engine
-        .inspect(move |inside| {
-            let rule = [RuleSource::Remote, RuleSource::Local]
-                .into_iter()
-                .filter_map(|source| inside.rules.source(source))
-                .flat_map(|set| &set.rules)
-                .find(|rule| rule.id == id)
-                .cloned();
-            let status = inside.statuses().into_iter().find(|status| status.rule_id == id);
-            let armed: HashSet<u32> = inside
-                .processes
-                .alive()
-                .filter(|process| {
-                    slots(process.rules).any(|slot| inside.rules.slots().rule_id(slot) == Some(id.as_str()))
-                })
-                .map(|process| process.key.process.tgid)
-                .collect();
-            (rule, status, armed)
-        })
-        .await
-        .map_err(|error| error.to_string())?;
-    let Some(rule) = rule else {
+    let in_force = node.engine.rule(rule_id.clone()).await.map_err(|error| error.to_string())?;
+    let Some(RuleView { rule, status, processes: sampled }) = in_force else {
         return Err(format!("the node has no rule `{rule_id}` in force"));
     };
     let (seen, cpus) = look().await?;
@@ -235,7 +208,7 @@ async fn explain(node: &Node, question: ExplainRequest) -> Result<ExplainRespons
         let process = ExplainedProcess {
             process: Some(matched(seen, &place, used)),
             matches: reasons.is_empty(),
-            armed: armed.contains(&seen.pid),
+            armed: sampled.contains(&seen.pid),
             reasons: reasons.clone(),
         };
         all.insert((reasons.len(), idle, seen.pid), process);

@@ -35,30 +35,8 @@ enum Number {
 
 /// The text that a scrape gets.
 pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
-    let (
-        kernel,
-        tables,
-        processes,
-        files,
-        degraded,
-        mappings_lost,
-        (held, recorder, reports_dropped, strays, rate_divisor),
-        found_waiting,
-    ) = node
-        .engine
-        .inspect(|inside| {
-            (
-                inside.kernel.counters().ok(),
-                inside.tables.map(crate::tables::Tables::stats),
-                inside.processes.alive().count(),
-                inside.processes.stats(),
-                inside.kernel.undecodable(),
-                inside.kernel.mappings_lost(),
-                (inside.held, inside.recorder, inside.reports_dropped, inside.strays, inside.rate_divisor),
-                inside.found_waiting,
-            )
-        })
-        .await?;
+    let engine = node.engine.view().await?;
+    let (held, recorder, files) = (engine.held_captures, engine.recorder, engine.process_stats);
     let account = node.ledger.account_now();
     let ledger = account.to_ledger();
     let (rss, cpu) = node.usage();
@@ -89,7 +67,7 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
         let number = Number::Gauge(account.at_stage(stage).cast_signed());
         add("samples_pending", "Samples on their way, by stage", label, number);
     }
-    if let Some(counters) = kernel {
+    if let Some(counters) = engine.counters {
         let kinds = lifecycle_counts(&counters);
         for (kind, counts) in kinds {
             let label = Some(("kind", kind.to_owned()));
@@ -113,8 +91,13 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
             Number::Counter(counters.procs_full),
         );
     }
-    add("events_undecodable", "Records of the ring that were no event", None, Number::Counter(degraded));
-    add("processes", "Processes in the table", None, Number::Gauge(processes as i64));
+    add(
+        "events_undecodable",
+        "Records of the ring that were no event",
+        None,
+        Number::Counter(engine.undecodable_events),
+    );
+    add("processes", "Processes in the table", None, Number::Gauge(engine.processes as i64));
     add(
         "processes_missed",
         "Processes that were gone before they could be read",
@@ -146,9 +129,9 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
         "mappings_lost",
         "Executable mappings that the kernel could not tell, because a buffer was full",
         None,
-        Number::Counter(mappings_lost),
+        Number::Counter(engine.mappings_lost),
     );
-    if let Some(tables) = tables {
+    if let Some(tables) = engine.unwind_tables {
         add("unwind_tables", "Unwind tables in the kernel", None, Number::Gauge(tables.resident as i64));
         add(
             "unwind_table_bytes",
@@ -179,7 +162,7 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
         "processes_found_waiting",
         "Processes that ran when a rule came that wants them, and that are yet to be read",
         None,
-        Number::Gauge(found_waiting as i64),
+        Number::Gauge(engine.discovered_waiting as i64),
     );
     add("recorder_bytes", "Memory of the flight recorder", None, Number::Gauge(recorder.bytes as i64));
     add(
@@ -192,19 +175,19 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
         "sensor_reports_dropped",
         "Reports of conditions that came faster than they were taken",
         None,
-        Number::Counter(reports_dropped),
+        Number::Counter(engine.sensor_reports_dropped),
     );
     add(
         "samples_stray",
         "Samples of exec conditions that were over when they came",
         None,
-        Number::Counter(strays),
+        Number::Counter(engine.stray_samples),
     );
     add(
         "rate_divisor",
         "How many times longer periods are than asked for, to keep within the budget",
         None,
-        Number::Gauge(rate_divisor.into()),
+        Number::Gauge(engine.rate_divisor.into()),
     );
     add("spool_bytes", "Batches on disk", None, Number::Gauge(node.spool.bytes() as i64));
     add("spool_batches", "Batches in the spool", None, Number::Gauge(node.spool.batches() as i64));

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -10,13 +11,12 @@ use gannet_proto::control::rule_status;
 use serde::Serialize;
 
 use crate::{
-    engine::{EngineError, Inside},
+    engine::{EngineError, KernelView, ProcessView, UnknownProcess, Unwinding},
     model::ProcessKey,
     node::Node,
     pods::SourceKind,
-    process::{Process, State},
-    profile::slots,
-    rules::ProcessTraits,
+    process::{Metadata, MetadataOptions, ProcessMetadataCache, State},
+    rules::RuleId,
 };
 
 /// `/statusz`
@@ -94,7 +94,7 @@ pub(super) struct RuleView {
 }
 
 pub(super) async fn rules(node: &Node) -> Result<Vec<RuleView>, EngineError> {
-    let statuses = node.engine.inspect(|inside| inside.statuses()).await?;
+    let statuses = node.engine.view().await?.rules;
     let ms = |seconds: i64, nanos: i32| seconds * 1000 + i64::from(nanos) / 1_000_000;
     Ok(statuses
         .into_iter()
@@ -129,7 +129,7 @@ pub(super) fn rules_text(rules: &[RuleView]) -> String {
 
 /// A process in `/debug/processes`.
 #[derive(Serialize)]
-pub(super) struct ProcessView {
+pub(super) struct ProcessRow {
     key: String,
     exec_id: u32,
     comm: String,
@@ -153,91 +153,75 @@ pub(super) struct ProcessView {
     why: String,
 }
 
-pub(super) async fn processes(node: &Node, pid: Option<u32>) -> Result<Vec<ProcessView>, EngineError> {
-    node.engine
-        .inspect(move |inside| {
-            let wanted = |process: &&Process| pid.is_none_or(|pid| process.key.process.tgid == pid);
-            let mut views: Vec<ProcessView> = inside
-                .processes
-                .alive()
-                .chain(inside.processes.past())
-                .filter(wanted)
-                .map(|process| view(inside, process))
-                .collect();
-            views.sort_by(|a, b| b.samples.cmp(&a.samples).then_with(|| a.key.cmp(&b.key)));
-            match pid {
-                Some(pid) if views.is_empty() => stranger(inside, pid).into_iter().collect(),
-                _ => views,
-            }
-        })
-        .await
+pub(super) async fn processes(node: &Node, pid: Option<u32>) -> Result<Vec<ProcessRow>, EngineError> {
+    let mut rows: Vec<ProcessRow> = node.engine.processes(pid).await?.into_iter().map(row).collect();
+    rows.sort_by(|a, b| b.samples.cmp(&a.samples).then_with(|| a.key.cmp(&b.key)));
+    match pid {
+        Some(pid) if rows.is_empty() => Ok(unsampled(node, pid).await?.into_iter().collect()),
+        _ => Ok(rows),
+    }
 }
 
-fn view(inside: &Inside<'_>, process: &Process) -> ProcessView {
-    let rules: Vec<String> = slots(process.rules)
-        .filter_map(|slot| inside.rules.slots().rule_id(slot).map(str::to_owned))
-        .collect();
-    ProcessView {
+fn row(process: ProcessView) -> ProcessRow {
+    ProcessRow {
         key: process.key.process.to_string(),
         exec_id: process.key.exec_id,
-        comm: process.comm.clone(),
-        exe: process.exe.clone(),
-        unit: process.names.unit.clone(),
-        container_id: process.names.container_id.clone(),
-        cgroup: process.cgroup.clone(),
+        comm: process.comm,
+        exe: process.exe,
+        unit: process.names.unit,
+        container_id: process.names.container_id,
+        cgroup: process.cgroup,
         state: match process.state {
             State::Alive => "alive".into(),
-            State::Unread => "alive, heard of only".into(),
+            State::Unread => "alive, not read yet".into(),
             State::Replaced => "replaced by a new image, kept for its last samples".into(),
             State::Ended(status) => format!(
                 "ended (code {}, signal {}), kept for its last samples",
                 status.code(),
                 status.signal()
             ),
-            State::Missed => "gone before it could be read".into(),
+            State::Missed => "gone before the agent could read it".into(),
         },
         samples: process.samples,
-        mappings: process.image.mappings.len(),
-        stacks: match inside.tables {
-            None => "by frame pointers",
-            Some(_) if process.kernel_thread => "kernel only",
-            Some(tables) if tables.is_entered(&process.key) => "by tables, in the kernel",
-            Some(_) => "by tables, from raw samples",
+        mappings: process.mappings,
+        stacks: match process.unwinding {
+            Unwinding::FramePointers => "by frame pointers",
+            Unwinding::KernelOnly => "kernel only",
+            Unwinding::Kernel => "by tables, in the kernel",
+            Unwinding::UserSpace => "by tables, from raw samples",
         },
-        mappings_from: process.mappings_from(),
+        mappings_from: process.mappings_from,
         parent: process.parent,
         uid: process.uid,
-        pending: match (process.state, inside.waiting_samples(&process.key)) {
+        pending: match (process.state, process.waiting_samples) {
             (State::Unread, 0) => "is read at its first sample".into(),
             (State::Replaced | State::Ended(_), 0) => "goes when a window has passed without samples".into(),
             (_, 0) => String::new(),
             (_, samples) => format!("{samples} samples wait for unwind tables"),
         },
-        why: match rules.as_slice() {
-            [] => format!("no rule wants it now: {}", why_not(inside, &ProcessTraits::of(process))),
+        why: match process.rules.as_slice() {
+            [] => format!("no rule wants it now: {}", why_not(&process.explanation)),
             rules => format!("profiled: wanted by {}", rules.join(", ")),
         },
-        rules,
+        rules: process.rules,
     }
 }
 
-/// A process that runs and that no rule names: it is not in the table, and this says why.
-fn stranger(inside: &mut Inside<'_>, pid: u32) -> Option<ProcessView> {
-    let key = ProcessKey::of_running(pid).ok()?;
-    let known = inside.processes.metadata().get_or_load(key).ok()?;
+/// Describes a running process that no rule wants: the engine's table does not hold it, so `/proc` is read here. Returns
+/// `None` if no such process runs.
+async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineError> {
+    let Some(known) = read_once(pid) else { return Ok(None) };
     let names = known.names();
-    // Nobody else asks for it.
-    inside.processes.metadata().invalidate(key);
-    let traits = ProcessTraits {
-        comm: &known.comm,
-        exe: &known.exe,
-        cgroup: &known.cgroup,
+    let traits = UnknownProcess {
+        comm: known.comm.clone(),
+        exe: known.exe.clone(),
+        cgroup: known.cgroup.clone(),
         uid: Some(known.uid),
         tgid: pid,
     };
-    let why = format!("not profiled: {}", why_not(inside, &traits));
-    Some(ProcessView {
-        key: key.to_string(),
+    let why = format!("not profiled: {}", why_not(&node.engine.explain(traits).await?));
+    Ok(Some(ProcessRow {
+        key: known.key.to_string(),
         exec_id: 0,
         comm: known.comm.clone(),
         exe: known.exe.clone(),
@@ -254,19 +238,23 @@ fn stranger(inside: &mut Inside<'_>, pid: u32) -> Option<ProcessView> {
         uid: Some(known.uid),
         pending: String::new(),
         why,
-    })
+    }))
 }
 
-/// What each rule in force says of a process that none wants.
-fn why_not(inside: &Inside<'_>, process: &ProcessTraits<'_>) -> String {
-    let lines = inside.rules.explain(process, None, SystemTime::now());
-    if lines.is_empty() {
+fn read_once(pid: u32) -> Option<Arc<Metadata>> {
+    let options = MetadataOptions { entries: 1, cmdline: false, cwd: false, ..MetadataOptions::default() };
+    ProcessMetadataCache::new(options).get_or_load(ProcessKey::of_running(pid).ok()?).ok()
+}
+
+/// Writes down for each rule in force why it does not want a process.
+fn why_not(explanation: &[(RuleId, String)]) -> String {
+    if explanation.is_empty() {
         return "no rule is in force".into();
     }
-    lines.iter().map(|(rule, why)| format!("{rule} {why}")).collect::<Vec<_>>().join("; ")
+    explanation.iter().map(|(rule, why)| format!("{rule} {why}")).collect::<Vec<_>>().join("; ")
 }
 
-pub(super) fn processes_text(processes: &[ProcessView]) -> String {
+pub(super) fn processes_text(processes: &[ProcessRow]) -> String {
     if processes.is_empty() {
         return "no process is sampled; with ?pid=N this tells why one is not\n".into();
     }
@@ -322,32 +310,23 @@ struct TablesView {
 }
 
 pub(super) async fn maps(node: &Node) -> Result<Maps, EngineError> {
-    node.engine
-        .inspect(|inside| Maps {
-            fill: inside
-                .kernel
-                .map_fill()
-                .into_iter()
-                .map(|(name, entries, capacity)| MapView { name, entries, capacity })
-                .collect(),
-            tables: inside.tables.map(|tables| {
-                let stats = tables.stats();
-                TablesView {
-                    resident: stats.resident,
-                    resident_bytes: stats.resident_bytes,
-                    budget_bytes: stats.budget_bytes,
-                    rules: stats.rules,
-                    processes: stats.processes,
-                    keys: stats.keys,
-                    made: stats.made,
-                    failed: stats.failed,
-                    evicted: stats.evicted,
-                    refused: stats.refused,
-                }
-            }),
-            sampler_ns: inside.kernel.sampler_cost().map(|(time, count)| time / count.max(1)),
-        })
-        .await
+    let KernelView { maps, unwind_tables, sampler_cost, .. } = node.engine.kernel_view().await?;
+    Ok(Maps {
+        fill: maps.into_iter().map(|(name, entries, capacity)| MapView { name, entries, capacity }).collect(),
+        tables: unwind_tables.map(|stats| TablesView {
+            resident: stats.resident,
+            resident_bytes: stats.resident_bytes,
+            budget_bytes: stats.budget_bytes,
+            rules: stats.rules,
+            processes: stats.processes,
+            keys: stats.keys,
+            made: stats.made,
+            failed: stats.failed,
+            evicted: stats.evicted,
+            refused: stats.refused,
+        }),
+        sampler_ns: sampler_cost.map(|(time, count)| time / count.max(1)),
+    })
 }
 
 impl Maps {
@@ -550,9 +529,6 @@ impl PodsView {
 
 pub(super) async fn events(node: &Node) -> Result<Vec<String>, EngineError> {
     let time = |at: SystemTime| humantime::format_rfc3339_millis(at).to_string();
-    node.engine
-        .inspect(move |inside| {
-            inside.events.iter().map(|(at, text)| format!("{} {text}", time(*at))).collect()
-        })
-        .await
+    let events = node.engine.view().await?.events;
+    Ok(events.iter().map(|(at, text)| format!("{} {text}", time(*at))).collect())
 }

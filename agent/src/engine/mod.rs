@@ -6,6 +6,7 @@
 mod captures;
 mod discovered;
 mod repair;
+mod view;
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -18,7 +19,7 @@ use std::{
 };
 
 use gannet_proto::{
-    control::{RuleError, RuleStatus},
+    control::{Rule, RuleError},
     ledger::{Ledger, LossReason},
     rules::Caps,
 };
@@ -26,21 +27,25 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use tokio::sync::oneshot;
 use ulid::Ulid;
 
-pub use self::captures::{Manual, RunningCapture};
+pub(crate) use self::view::{RuleView, UnknownProcess};
 use self::{
     captures::{Captures, Intake},
     discovered::{Found, Pace},
     repair::{Losses, Repairs},
 };
+pub use self::{
+    captures::{Manual, RunningCapture},
+    view::{EngineView, KernelView, ProcessView, Unwinding},
+};
 use crate::{
     cgroup::CgroupTree,
-    conditions::{NodeConditions, Sensors, trigger::Held},
+    conditions::{NodeConditions, Sensors},
     governor::{BpfTime, Budgets, Governor, Use},
     kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Want},
     model::{Image, ImageKey, Origin, Sample, SampleKind, StackEnd, Subject, boot_time_ns},
     process::{Changes, ProcError, Process, Processes, State, check_identity},
-    profile::{RecorderStats, SeriesProfile, slots},
-    rules::{CaptureError, Deny, PodResolver, PodSelection, RuleBook, RuleSource, SourceRules},
+    profile::SeriesProfile,
+    rules::{CaptureError, Deny, PodResolver, PodSelection, RuleBook, RuleId, RuleSource, SourceRules},
     tables::{self, TableSources, Tables},
 };
 
@@ -134,50 +139,28 @@ pub enum EngineError {
     Ended,
 }
 
-/// What an inspection sees.
-pub struct Inside<'a> {
-    /// Who is who.
-    pub processes: &'a mut Processes,
-    /// The rules.
-    pub rules: &'a RuleBook,
-    /// The kernel side.
-    pub kernel: &'a mut Kernel,
-    /// The unwind tables, if stacks are walked by them.
-    pub tables: Option<&'a Tables>,
-    /// The last lifecycle events, oldest first: when, and what.
-    pub events: &'a VecDeque<(SystemTime, String)>,
-    /// Since the engine started. What is in the ring or the running window counts as pending.
-    pub ledger: Ledger,
-    waiting: &'a HashMap<ImageKey, VecDeque<Waiting>>,
-    /// Processes that rules want, that ran already, and that were not looked at closely yet.
-    pub found_waiting: usize,
-    /// What held captures back.
-    pub held: Held,
-    /// The flight recorder.
-    pub recorder: RecorderStats,
-    /// What the agent used at the last look, its BPF programs included.
-    pub used: Use,
-    /// What is lowered, refused or switched off, and why, in words.
-    pub governed: Option<String>,
-    /// Periods are so many times longer than asked for.
-    pub rate_divisor: u32,
-    /// Reports of sensors that came faster than they were taken.
-    pub reports_dropped: u64,
-    /// Samples of exec conditions that were over when they came.
-    pub strays: u64,
-}
-
-type Inspection = Box<dyn FnOnce(&mut Inside<'_>) + Send>;
-
 enum Command {
     Replace(RuleSource, SourceRules, oneshot::Sender<Result<Vec<RuleError>, Vec<RuleError>>>),
-    Inspect(Inspection),
+    View(oneshot::Sender<EngineView>),
+    Processes(Option<u32>, oneshot::Sender<Vec<ProcessView>>),
+    Rule(String, oneshot::Sender<Option<RuleView>>),
+    Explain(Box<UnknownProcess>, oneshot::Sender<Vec<(RuleId, String)>>),
+    Check(RuleSource, Vec<Rule>, oneshot::Sender<Vec<RuleError>>),
+    Kernel(oneshot::Sender<KernelView>),
+    Test(TestCommand),
     Flush(oneshot::Sender<()>),
     Pods(Box<dyn PodResolver>),
     Select(PodSelection),
     Switch(Option<String>, oneshot::Sender<()>),
     Capture(Box<Manual>, oneshot::Sender<Result<RunningCapture, CaptureError>>),
     Stop,
+}
+
+/// What only tests ask for.
+enum TestCommand {
+    Hold(mpsc::Receiver<()>, oneshot::Sender<()>),
+    Sampling(bool, oneshot::Sender<()>),
+    UnwindEntries(oneshot::Sender<(usize, usize)>),
 }
 
 /// Says which containers the rules over pods mean. See [`crate::rules::PodResolver`].
@@ -255,15 +238,65 @@ impl Engine {
         })
     }
 
-    /// Runs a closure on the engine's thread, between two readings of the ring.
-    pub async fn inspect<T: Send + 'static>(
+    /// Reads the engine's state, all at one moment.
+    pub async fn view(&self) -> Result<EngineView, EngineError> {
+        self.ask(Command::View).await
+    }
+
+    /// Reads the processes of the process table, or those of one thread group id.
+    pub async fn processes(&self, pid: Option<u32>) -> Result<Vec<ProcessView>, EngineError> {
+        self.ask(|answer| Command::Processes(pid, answer)).await
+    }
+
+    /// Reads a rule in force by its id; `None` if no source has one of this id.
+    pub(crate) async fn rule(&self, id: String) -> Result<Option<RuleView>, EngineError> {
+        self.ask(|answer| Command::Rule(id, answer)).await
+    }
+
+    /// Explains for each rule in force why it does, or does not, want this process; human-readable.
+    pub(crate) async fn explain(
         &self,
-        look: impl FnOnce(&mut Inside<'_>) -> T + Send + 'static,
-    ) -> Result<T, EngineError> {
+        process: UnknownProcess,
+    ) -> Result<Vec<(RuleId, String)>, EngineError> {
+        self.ask(|answer| Command::Explain(Box::new(process), answer)).await
+    }
+
+    /// Checks rules as [`Self::replace`] would, and changes nothing. Returns what is wrong with them.
+    pub(crate) async fn check(
+        &self,
+        source: RuleSource,
+        rules: Vec<Rule>,
+    ) -> Result<Vec<RuleError>, EngineError> {
+        self.ask(|answer| Command::Check(source, rules, answer)).await
+    }
+
+    /// Reads the kernel-side values that are slow to read.
+    pub async fn kernel_view(&self) -> Result<KernelView, EngineError> {
+        self.ask(Command::Kernel).await
+    }
+
+    /// For tests: keeps the engine from reading its ring buffer until the sender of `release` is dropped. Returns once
+    /// the engine waits.
+    #[doc(hidden)]
+    pub async fn hold(&self, release: mpsc::Receiver<()>) -> Result<(), EngineError> {
+        self.ask(|answer| Command::Test(TestCommand::Hold(release, answer))).await
+    }
+
+    /// For tests: switches the sampler; the clocks go on.
+    #[doc(hidden)]
+    pub async fn set_sampling(&self, on: bool) -> Result<(), EngineError> {
+        self.ask(|answer| Command::Test(TestCommand::Sampling(on, answer))).await
+    }
+
+    /// For tests: counts the keys of the mapping trie and the entries of the images.
+    #[doc(hidden)]
+    pub async fn unwind_entries(&self) -> Result<(usize, usize), EngineError> {
+        self.ask(|answer| Command::Test(TestCommand::UnwindEntries(answer))).await
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, EngineError> {
         let (answer, answered) = oneshot::channel();
-        self.send(Command::Inspect(Box::new(move |inside| {
-            let _ = answer.send(look(inside));
-        })));
+        self.send(command(answer));
         answered.await.map_err(|_| EngineError::Ended)
     }
 
@@ -459,26 +492,15 @@ impl Worker {
                     Command::Replace(source, set, answer) => {
                         let _ = answer.send(self.replace(source, set));
                     }
-                    Command::Inspect(look) => {
-                        let ledger = self.ledger();
-                        look(&mut Inside {
-                            processes: &mut self.processes,
-                            rules: &self.rules,
-                            kernel: &mut self.kernel,
-                            tables: self.tables.as_ref(),
-                            events: &self.events,
-                            ledger,
-                            waiting: &self.waiting,
-                            found_waiting: self.found.len(),
-                            held: self.captures.triggers.held(),
-                            recorder: self.intake.recorder.stats(),
-                            used: self.governor.last(),
-                            governed: self.off.clone().or_else(|| self.governor.verdict().reason),
-                            rate_divisor: self.governor.verdict().rate_divisor,
-                            reports_dropped: self.captures.sensors.as_ref().map_or(0, Sensors::dropped),
-                            strays: self.captures.strays,
-                        });
+                    Command::View(answer) => drop(answer.send(self.view())),
+                    Command::Processes(pid, answer) => drop(answer.send(self.process_views(pid))),
+                    Command::Rule(id, answer) => drop(answer.send(self.rule_view(&id))),
+                    Command::Explain(process, answer) => drop(answer.send(self.explain(&process))),
+                    Command::Check(source, rules, answer) => {
+                        drop(answer.send(self.rules.check(source, &rules)));
                     }
+                    Command::Kernel(answer) => drop(answer.send(self.kernel_view())),
+                    Command::Test(command) => self.test(command),
                     Command::Flush(answer) => {
                         self.flush();
                         let _ = answer.send(());
@@ -1121,29 +1143,25 @@ impl Worker {
         ledger
     }
 
+    fn test(&mut self, command: TestCommand) {
+        match command {
+            TestCommand::Hold(release, answer) => {
+                let _ = answer.send(());
+                let _ = release.recv();
+            }
+            TestCommand::Sampling(on, answer) => {
+                self.kernel.set_sampling(on);
+                let _ = answer.send(());
+            }
+            TestCommand::UnwindEntries(answer) => drop(answer.send(self.kernel.unwind_entries())),
+        }
+    }
+
     fn note(&mut self, now: SystemTime, text: impl FnOnce() -> String) {
         if self.events.len() == EVENT_TAIL {
             self.events.pop_front();
         }
         self.events.push_back((now, text()));
-    }
-}
-
-impl Inside<'_> {
-    /// Samples of an image that wait for unwind tables.
-    pub fn waiting_samples(&self, key: &ImageKey) -> usize {
-        self.waiting.get(key).map_or(0, VecDeque::len)
-    }
-
-    /// The state of each rule, with the processes that it is armed for.
-    pub fn statuses(&self) -> Vec<RuleStatus> {
-        let mut armed = [0_u64; crate::kernel::MAX_RULES];
-        for process in self.processes.alive() {
-            for slot in slots(process.rules) {
-                armed[slot as usize] += 1;
-            }
-        }
-        self.rules.statuses(SystemTime::now(), |place| armed[place as usize])
     }
 }
 

@@ -258,7 +258,7 @@ async fn real_pressure_captures_the_whole_container_with_its_evidence_and_lead_u
     let evidence = profiles.evidence("throttled").pop_first().unwrap().1;
     assert!(evidence.contains(" % of the periods at "), "{evidence}");
     assert_eq!(profiles.evidence("idle"), BTreeSet::new());
-    let statuses = engine.inspect(|inside| inside.statuses()).await.unwrap();
+    let statuses = engine.view().await.unwrap().rules;
     let idle = statuses.iter().find(|status| status.rule_id == "idle").unwrap();
     assert!(idle.reason.starts_with("waits for cpu_usage") && idle.processes == 3, "{idle:?}");
     // A capture ends when its rule is gone.
@@ -329,13 +329,15 @@ async fn r40_the_kill_switch_detaches_everything_and_the_budget_lowers_rates() {
     until("the first", 30, || of(&first) > 0).await;
 
     engine.switch_off(Some("switched off by a test".into())).await.unwrap();
-    let ticks =
-        || engine.inspect(|inside| (inside.kernel.counters().unwrap().ticks, inside.governed.clone()));
-    let (before, governed) = ticks().await.unwrap();
+    let ticks = async || {
+        let view = engine.view().await.unwrap();
+        (view.counters.unwrap().ticks, view.governed)
+    };
+    let (before, governed) = ticks().await;
     assert_eq!(governed.as_deref(), Some("switched off by a test"));
     let second = Running::start(&mut Command::new(&program));
     tokio::time::sleep(Duration::from_secs(1)).await;
-    assert_eq!(ticks().await.unwrap().0, before, "no program is called");
+    assert_eq!(ticks().await.0, before, "no program is called");
     let manual = Manual {
         matches: Match { pids: vec![second.0.id()], ..Match::default() },
         hz: 99,
@@ -351,10 +353,9 @@ async fn r40_the_kill_switch_detaches_everything_and_the_budget_lowers_rates() {
     // No budget is as small as that: rates go down step by step, and profiles say so.
     let end = Instant::now() + Duration::from_secs(40);
     loop {
-        let (divisor, governed) =
-            engine.inspect(|inside| (inside.rate_divisor, inside.governed.clone())).await.unwrap();
-        if divisor >= 4 {
-            assert!(governed.unwrap().contains("are the budget"));
+        let view = engine.view().await.unwrap();
+        if view.rate_divisor >= 4 {
+            assert!(view.governed.unwrap().contains("are the budget"));
             break;
         }
         assert!(Instant::now() < end, "not lowered");

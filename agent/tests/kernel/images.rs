@@ -18,7 +18,7 @@ use crate::common::{
     program, record, slower,
 };
 use gannet_agent::{
-    engine::{Engine, EngineOptions, Inside, Window},
+    engine::{Engine, EngineOptions, EngineView, ProcessView, Unwinding, Window},
     kernel::KernelOptions,
     model::{Image, MappingKind, ProcessKey, SampleKind, StackEnd},
     process::{State, check_identity},
@@ -67,14 +67,21 @@ impl Watch {
         Self { engine, windows }
     }
 
-    fn look<T: Send + 'static>(&self, look: impl FnOnce(&mut Inside<'_>) -> T + Send + 'static) -> T {
-        block_on(self.engine.inspect(look)).unwrap()
+    fn view(&self) -> EngineView {
+        block_on(self.engine.view()).unwrap()
+    }
+
+    /// The processes that live; of one number if it is given.
+    fn alive(&self, pid: Option<u32>) -> Vec<ProcessView> {
+        let mut processes = block_on(self.engine.processes(pid)).unwrap();
+        processes.retain(|process| !process.is_past);
+        processes
     }
 
     #[track_caller]
-    fn wait_for(&self, what: &str, is: impl Fn(&mut Inside<'_>) -> bool + Clone + Send + 'static) {
+    fn wait_for(&self, what: &str, is: impl Fn(&Self) -> bool) {
         let begun = Instant::now();
-        while !self.look(is.clone()) {
+        while !is(self) {
             assert!(begun.elapsed() < PATIENCE, "{what}");
             thread::sleep(Duration::from_millis(10));
         }
@@ -83,21 +90,10 @@ impl Watch {
     /// Keeps the reader from its ring while something happens.
     fn blocked<T>(&self, meanwhile: impl FnOnce() -> T) -> T {
         let (go, wait) = mpsc::channel::<()>();
-        let (begun, begins) = mpsc::channel();
-        let engine = &self.engine;
-        thread::scope(|scope| {
-            scope.spawn(move || {
-                let held = engine.inspect(move |_| {
-                    begun.send(()).unwrap();
-                    let _ = wait.recv();
-                });
-                block_on(held).unwrap();
-            });
-            begins.recv().unwrap();
-            let done = meanwhile();
-            drop(go);
-            done
-        })
+        block_on(self.engine.hold(wait)).unwrap();
+        let done = meanwhile();
+        drop(go);
+        done
     }
 
     /// Ends the engine and gives its last window.
@@ -249,10 +245,9 @@ fn r23_lost_events_are_noticed_and_repaired_in_both_directions() {
         .unwrap();
     BufReader::new(parent.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
     let pid = parent.id();
-    let children = move |inside: &mut Inside<'_>| {
-        inside.processes.alive().filter(|process| process.parent == pid).count()
-    };
-    watch.wait_for("all children are in the table", move |inside| children(inside) == 1200);
+    watch.wait_for("all children are in the table", |watch| {
+        watch.alive(None).iter().filter(|process| process.parent == pid).count() == 1200
+    });
     let late = watch.blocked(|| {
         parent.stdin.take().unwrap().write_all(b"!").unwrap();
         assert!(parent.wait().unwrap().success());
@@ -262,15 +257,16 @@ fn r23_lost_events_are_noticed_and_repaired_in_both_directions() {
         thread::sleep(Duration::from_millis(200));
         late.into_iter().map(Running).collect::<Vec<_>>()
     });
-    let lost = watch.look(|inside| gannet_agent::kernel::lifecycle_lost(&inside.kernel.counters().unwrap()));
+    let lost = gannet_agent::kernel::lifecycle_lost(&watch.view().counters.unwrap());
     assert!(lost > 0);
     let wanted: BTreeSet<u32> = late.iter().map(|child| child.0.id()).collect();
-    watch.wait_for("the table is what runs", move |inside| {
+    watch.wait_for("the table is what runs", |watch| {
+        let all = watch.alive(None);
         let alive: BTreeSet<u32> =
-            inside.processes.alive().filter(|p| p.comm == COMM).map(|p| p.key.process.tgid).collect();
-        alive == wanted && inside.processes.alive().all(|p| check_identity(p.key.process).is_ok())
+            all.iter().filter(|p| p.comm == COMM).map(|p| p.key.process.tgid).collect();
+        alive == wanted && all.iter().all(|p| check_identity(p.key.process).is_ok())
     });
-    assert!(watch.look(|inside| inside.processes.stats().reconciled) > 0);
+    assert!(watch.view().process_stats.reconciled > 0);
 }
 
 #[test]
@@ -292,7 +288,7 @@ fn r26_what_starts_and_ends_is_not_heard_of_if_that_is_switched_off() {
     block_on(watch.engine.switch_off(Some("a test".into()))).unwrap();
     block_on(watch.engine.switch_off(None)).unwrap();
     is_found_by_looking(&watch);
-    let counters = watch.look(|inside| inside.kernel.counters().unwrap());
+    let counters = watch.view().counters.unwrap();
     assert_eq!((counters.exec.seen, counters.fork.seen, counters.exit.seen), (0, 0, 0));
 }
 
@@ -300,14 +296,12 @@ fn r26_what_starts_and_ends_is_not_heard_of_if_that_is_switched_off() {
 fn is_found_by_looking(watch: &Watch) {
     let mut child = Command::new(life()).args(["spin", "60000"]).spawn().unwrap();
     let pid = child.id();
-    watch.wait_for("it is found, read and sampled", move |inside| {
-        inside.processes.alive().any(|p| p.key.process.tgid == pid && p.samples > 5 && p.exe.ends_with(COMM))
+    watch.wait_for("it is found, read and sampled", |watch| {
+        watch.alive(Some(pid)).iter().any(|p| p.samples > 5 && p.exe.ends_with(COMM))
     });
     child.kill().unwrap();
     child.wait().unwrap();
-    watch.wait_for("its end is found", move |inside| {
-        inside.processes.alive().all(|p| p.key.process.tgid != pid)
-    });
+    watch.wait_for("its end is found", |watch| watch.alive(Some(pid)).is_empty());
 }
 
 /// Told in the order of kernel time, a new image is known as soon as the reader gets to it, twenty times a second. Of ten
@@ -334,11 +328,9 @@ fn r39_a_new_image_is_known_within_100_ms() {
         }
         let begun = Instant::now();
         loop {
-            let known = watch.look(move |inside| {
-                // A tick in the middle of execve enters it by its name alone, to be read when the event comes.
-                let mut alive = inside.processes.alive().filter(|p| p.state != State::Unread);
-                alive.find(|p| p.key.process.tgid == pid).map(|p| (p.comm.clone(), p.image.mappings.len()))
-            });
+            // A tick in the middle of execve enters it by its name alone, to be read when the event comes.
+            let known = watch.alive(Some(pid)).into_iter().find(|p| p.state != State::Unread);
+            let known = known.map(|p| (p.comm, p.mappings));
             match known {
                 Some((comm, mappings)) if comm == "gannet-new" => {
                     assert!(mappings > 0, "its mappings come with it");
@@ -379,12 +371,10 @@ fn r46_what_is_queued_when_a_process_ends_is_in_the_output() {
     let watch = Watch::of(&[COMM], 999 / slower(), &[], KernelOptions::default());
     let mut child = Command::new(life()).args(["spin", &(2500 * slower()).to_string()]).spawn().unwrap();
     let pid = child.id();
-    watch.wait_for("the kernel side walks its stacks", move |inside| {
-        let keys: Vec<_> =
-            inside.processes.alive().filter(|p| p.key.process.tgid == pid).map(|p| p.key).collect();
-        inside.tables.is_some_and(|tables| keys.iter().any(|key| tables.is_entered(key)))
+    watch.wait_for("the kernel side walks its stacks", |watch| {
+        watch.alive(Some(pid)).iter().any(|process| process.unwinding == Unwinding::Kernel)
     });
-    let before = watch.look(|inside| inside.ledger.taken);
+    let before = watch.view().ledger.taken;
     watch.blocked(|| assert!(child.wait().unwrap().success()));
     let window = watch.end();
     assert_eq!(window.ledger.taken, window.ledger.delivered, "{:?}", window.ledger);

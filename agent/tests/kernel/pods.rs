@@ -186,17 +186,12 @@ async fn samples_of_containers_are_named_after_their_pods() {
     // Until each of the three has samples.
     let until = Instant::now() + Duration::from_secs(60);
     loop {
-        let sampled = engine
-            .inspect(|inside| {
-                inside
-                    .processes
-                    .alive()
-                    .filter(|process| process.samples > 20)
-                    .map(|process| process.names.container_id.clone())
-                    .collect::<Vec<_>>()
-            })
-            .await
-            .unwrap();
+        let processes = engine.processes(None).await.unwrap();
+        let sampled: Vec<String> = processes
+            .into_iter()
+            .filter(|process| !process.is_past && process.samples > 20)
+            .map(|process| process.names.container_id)
+            .collect();
         if [KNOWN, DENIED, UNKNOWN].iter().all(|letter| sampled.contains(&id(*letter))) {
             break;
         }

@@ -56,26 +56,23 @@ impl Machine {
 
     /// Counts, tables, and entries of the mapping trie and of the images.
     fn look(&self) -> (Counters, Stats, (usize, usize)) {
-        self.runtime
-            .block_on(self.engine.inspect(|inside| {
-                let tables = inside.tables.unwrap().stats();
-                (inside.kernel.counters().unwrap(), tables, inside.kernel.unwind_entries())
-            }))
-            .unwrap()
+        self.runtime.block_on(async {
+            let view = self.engine.view().await.unwrap();
+            let entries = self.engine.unwind_entries().await.unwrap();
+            (view.counters.unwrap(), view.unwind_tables.unwrap(), entries)
+        })
     }
 
     /// What was counted when no tick was at work; then sampling goes on, or not.
     fn stand_still(&self, go_on: bool) -> Counters {
-        self.runtime
-            .block_on(self.engine.inspect(move |inside| {
-                inside.kernel.set_sampling(false);
-                // A tick that has begun is over in microseconds; on an emulated machine, later.
-                std::thread::sleep(Duration::from_millis(200));
-                let counters = inside.kernel.counters().unwrap();
-                inside.kernel.set_sampling(go_on);
-                counters
-            }))
-            .unwrap()
+        self.runtime.block_on(async {
+            self.engine.set_sampling(false).await.unwrap();
+            // A tick that has begun is over in microseconds; on an emulated machine, later.
+            std::thread::sleep(Duration::from_millis(200));
+            let counters = self.engine.view().await.unwrap().counters.unwrap();
+            self.engine.set_sampling(go_on).await.unwrap();
+            counters
+        })
     }
 
     /// Stops sampling, and gives what was seen of processes of this command name, and how much is lost.

@@ -23,12 +23,11 @@ use snapshot::{ProcessInfo, Snapshot};
 
 use crate::{
     commands::check::{self, Refusal},
-    engine::{Engine, EngineError, EngineOptions, Inside, Window},
+    engine::{Engine, EngineError, EngineOptions, ProcessView, Window},
     governor::Budgets,
     kernel::KernelOptions,
     pipeline::finish,
-    process::{Process, State},
-    profile::slots,
+    process::State,
     rules::{Deny, RuleSource, SourceRules, ad_hoc},
     symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError},
     tables::TableSources,
@@ -126,47 +125,43 @@ pub async fn top(args: TopArgs) -> Result<(), TopError> {
 
 async fn snapshot(engine: &Engine, symbolizer: &Symbolizer, window: Window) -> Result<Snapshot, TopError> {
     let profiles = finish(symbolizer, window.profiles, &window.ledger).await?;
-    let (processes, ledger) = engine.inspect(|inside| (infos(inside), inside.ledger.clone())).await?;
-    Ok(Snapshot { duration: window.duration, profiles, processes, ledger })
+    let processes = engine.processes(None).await?;
+    let ledger = engine.view().await?.ledger;
+    Ok(Snapshot { duration: window.duration, profiles, processes: infos(&processes), ledger })
 }
 
-fn infos(inside: &Inside<'_>) -> Vec<ProcessInfo> {
-    inside
-        .processes
-        .alive()
-        .chain(inside.processes.past())
+fn infos(processes: &[ProcessView]) -> Vec<ProcessInfo> {
+    processes
+        .iter()
         .filter(|process| process.samples > 0)
         .map(|process| ProcessInfo {
             key: process.key.process,
             comm: process.comm.clone(),
             place: place(process),
-            rule: slots(process.rules)
-                .find_map(|slot| inside.rules.slots().rule_id(slot))
-                .unwrap_or_default()
-                .to_owned(),
-            state: state(inside, process),
+            rule: process.rules.first().cloned().unwrap_or_default(),
+            state: state(process),
         })
         .collect()
 }
 
 /// How far it is, and what is not done yet for it.
-fn state(inside: &Inside<'_>, process: &Process) -> String {
+fn state(process: &ProcessView) -> String {
     let state = match process.state {
-        State::Alive if process.rules == 0 => "no rule",
-        State::Alive => "armed",
+        State::Alive if process.rules.is_empty() => "no rule",
+        State::Alive => "sampled",
         State::Unread => "not read yet",
         State::Replaced => "replaced",
         State::Ended(_) => "ended",
         State::Missed => "unread",
     };
-    match inside.waiting_samples(&process.key) {
+    match process.waiting_samples {
         0 => state.to_owned(),
         samples => format!("{state}, {samples} wait"),
     }
 }
 
 /// Where a process belongs: its unit, its container, or its executable.
-fn place(process: &Process) -> String {
+fn place(process: &ProcessView) -> String {
     let names = &process.names;
     match () {
         () if !names.unit.is_empty() => names.unit.clone(),

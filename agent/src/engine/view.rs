@@ -1,0 +1,280 @@
+//! Plain values that the engine shows to the rest of the agent: debug page, status, metrics, control stream, `top`.
+//!
+//! The engine's thread fills them and hands them over. They hold no reference into the engine, so a reader can neither
+//! change its state nor hold it up.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    time::SystemTime,
+};
+
+use gannet_proto::{
+    control::{Rule, RuleStatus},
+    ledger::Ledger,
+};
+
+use super::Worker;
+use crate::{
+    cgroup::CgroupNames,
+    conditions::{Sensors, trigger::Held},
+    governor::Use,
+    kernel::{Counters, MAX_RULES, ProgramCost},
+    model::ImageKey,
+    process::{Process, State, Stats as ProcessStats},
+    profile::{RecorderStats, slots},
+    rules::{ProcessTraits, RuleId, RuleSource},
+    tables::{self, Tables},
+};
+
+/// The engine at one moment. Cheap to fill: it holds no process and reads no map but the counters.
+#[derive(Clone, Debug)]
+pub struct EngineView {
+    /// The state of each rule, with the number of processes that it samples.
+    pub rules: Vec<RuleStatus>,
+    /// Live processes in the process table.
+    pub processes: usize,
+    /// Of these, the processes that at least one rule wants.
+    pub sampled_processes: usize,
+    /// What the process table has done since the engine started.
+    pub process_stats: ProcessStats,
+    /// Processes that already ran when a rule came, and that the engine has not read yet.
+    pub discovered_waiting: usize,
+    /// Counters of the BPF programs since they were loaded; `None` if they cannot be read.
+    pub counters: Option<Counters>,
+    /// Records of the ring buffer that were no event; must stay 0.
+    pub undecodable_events: u64,
+    /// Executable mappings that the kernel did not report because a buffer was full.
+    pub mappings_lost: u64,
+    /// Unwind tables; `None` if the engine unwinds by frame pointers only.
+    pub unwind_tables: Option<tables::Stats>,
+    /// Captures that did not start, by reason.
+    pub held_captures: Held,
+    /// The flight recorder.
+    pub recorder: RecorderStats,
+    /// Sensor reports that came faster than the engine took them.
+    pub sensor_reports_dropped: u64,
+    /// Samples of exec conditions whose capture was over when they came.
+    pub stray_samples: u64,
+    /// What the agent used at the last check, its BPF programs included.
+    pub used: Use,
+    /// Why rates are lowered, captures refused, or everything switched off; human-readable.
+    pub governed: Option<String>,
+    /// Factor by which periods are longer than the rules ask for.
+    pub rate_divisor: u32,
+    /// Samples since the engine started. Samples of the open window count as pending.
+    pub ledger: Ledger,
+    /// The newest lifecycle events, oldest first.
+    pub events: Vec<(SystemTime, String)>,
+}
+
+/// A process of the process table, alive or kept for its last samples.
+#[derive(Clone, Debug)]
+pub struct ProcessView {
+    /// Process and image.
+    pub key: ImageKey,
+    /// Thread group id of the parent; 0 while unknown.
+    pub parent: u32,
+    /// Command name of the thread group leader.
+    pub comm: String,
+    /// Path of the executable as the process sees it; empty for a kernel thread and while unknown.
+    pub exe: String,
+    /// Path of the control group.
+    pub cgroup: String,
+    /// Unit, container and pod that this path names.
+    pub names: CgroupNames,
+    /// Effective user id; `None` while unknown.
+    pub uid: Option<u32>,
+    /// It has no memory of its own.
+    pub kernel_thread: bool,
+    /// How much the engine knows of it, and whether it lives.
+    pub state: State,
+    /// It ended or replaced its image, and stays in the table for its last samples.
+    pub is_past: bool,
+    /// Executable mappings.
+    pub mappings: usize,
+    /// Source of the mappings: `the kernel`, `/proc` or `nowhere`.
+    pub mappings_from: &'static str,
+    /// How the agent unwinds its stacks.
+    pub unwinding: Unwinding,
+    /// Samples that wait for unwind tables.
+    pub waiting_samples: usize,
+    /// Samples so far.
+    pub samples: u64,
+    /// The rules that want it.
+    pub rules: Vec<RuleId>,
+    /// If no rule wants it: for each rule in force why not.
+    pub explanation: Vec<(RuleId, String)>,
+}
+
+/// How the agent unwinds the user stacks of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unwinding {
+    /// By frame pointers; the engine has no unwind tables.
+    FramePointers,
+    /// Not at all: a kernel thread has no user stack.
+    KernelOnly,
+    /// By unwind tables, in the BPF program.
+    Kernel,
+    /// By unwind tables, from raw samples in user space.
+    UserSpace,
+}
+
+/// A process that need not be in the process table, by all that rules compare.
+#[derive(Clone, Debug)]
+pub(crate) struct UnknownProcess {
+    /// Command name of the thread group leader.
+    pub(crate) comm: String,
+    /// Path of the executable as the process sees it.
+    pub(crate) exe: String,
+    /// Path of the control group.
+    pub(crate) cgroup: String,
+    /// Effective user id.
+    pub(crate) uid: Option<u32>,
+    /// Thread group id.
+    pub(crate) tgid: u32,
+}
+
+/// A rule in force.
+#[derive(Clone, Debug)]
+pub(crate) struct RuleView {
+    /// The rule as its source gave it.
+    pub(crate) rule: Rule,
+    /// Its state; `None` if it got no slot.
+    pub(crate) status: Option<RuleStatus>,
+    /// Thread group ids of the processes that it wants.
+    pub(crate) processes: HashSet<u32>,
+}
+
+/// Kernel-side values that are slow to read: maps are counted key by key.
+#[derive(Clone, Debug)]
+pub struct KernelView {
+    /// Name, entries and capacity of each map that can fill up.
+    pub maps: Vec<(&'static str, u64, u64)>,
+    /// The loaded BPF programs.
+    pub programs: Vec<ProgramCost>,
+    /// Nanoseconds that the sampler has run, and its runs; `None` unless the kernel counts (kernel.bpf_stats_enabled).
+    pub sampler_cost: Option<(u64, u64)>,
+    /// Clock ticks that were due by the kernel's own count of time.
+    pub ticks_due: u64,
+    /// Unwind tables; `None` if the engine unwinds by frame pointers only.
+    pub unwind_tables: Option<tables::Stats>,
+}
+
+impl Worker {
+    pub(super) fn view(&self) -> EngineView {
+        let is_sampled = |process: &&Process| process.rules != 0;
+        EngineView {
+            rules: self.rule_statuses(),
+            processes: self.processes.alive().count(),
+            sampled_processes: self.processes.alive().filter(is_sampled).count(),
+            process_stats: self.processes.stats(),
+            discovered_waiting: self.found.len(),
+            counters: self.kernel.counters().ok(),
+            undecodable_events: self.kernel.undecodable(),
+            mappings_lost: self.kernel.mappings_lost(),
+            unwind_tables: self.tables.as_ref().map(Tables::stats),
+            held_captures: self.captures.triggers.held(),
+            recorder: self.intake.recorder.stats(),
+            sensor_reports_dropped: self.captures.sensors.as_ref().map_or(0, Sensors::dropped),
+            stray_samples: self.captures.strays,
+            used: self.governor.last(),
+            governed: self.off.clone().or_else(|| self.governor.verdict().reason),
+            rate_divisor: self.governor.verdict().rate_divisor,
+            ledger: self.ledger(),
+            events: self.events.iter().cloned().collect(),
+        }
+    }
+
+    /// Returns the processes of the table, or those of one thread group id.
+    pub(super) fn process_views(&self, pid: Option<u32>) -> Vec<ProcessView> {
+        let wanted = |process: &&Process| pid.is_none_or(|pid| process.key.process.tgid == pid);
+        let alive = self.processes.alive().map(|process| (process, false));
+        let past = self.processes.past().map(|process| (process, true));
+        alive
+            .chain(past)
+            .filter(|(process, _)| wanted(process))
+            .map(|(process, is_past)| self.process_view(process, is_past))
+            .collect()
+    }
+
+    fn process_view(&self, process: &Process, is_past: bool) -> ProcessView {
+        let rules: Vec<RuleId> = slots(process.rules)
+            .filter_map(|slot| self.rules.slots().rule_id(slot).map(str::to_owned))
+            .collect();
+        let explanation = if rules.is_empty() {
+            self.rules.explain(&ProcessTraits::of(process), None, SystemTime::now())
+        } else {
+            Vec::new()
+        };
+        ProcessView {
+            key: process.key,
+            parent: process.parent,
+            comm: process.comm.clone(),
+            exe: process.exe.clone(),
+            cgroup: process.cgroup.clone(),
+            names: process.names.clone(),
+            uid: process.uid,
+            kernel_thread: process.kernel_thread,
+            state: process.state,
+            is_past,
+            mappings: process.image.mappings.len(),
+            mappings_from: process.mappings_from(),
+            unwinding: match &self.tables {
+                None => Unwinding::FramePointers,
+                Some(_) if process.kernel_thread => Unwinding::KernelOnly,
+                Some(tables) if tables.is_entered(&process.key) => Unwinding::Kernel,
+                Some(_) => Unwinding::UserSpace,
+            },
+            waiting_samples: self.waiting.get(&process.key).map_or(0, VecDeque::len),
+            samples: process.samples,
+            rules,
+            explanation,
+        }
+    }
+
+    pub(super) fn rule_view(&self, rule_id: &str) -> Option<RuleView> {
+        let rule = [RuleSource::Remote, RuleSource::Local]
+            .into_iter()
+            .filter_map(|source| self.rules.source(source))
+            .flat_map(|set| &set.rules)
+            .find(|rule| rule.id == rule_id)
+            .cloned()?;
+        let wants = |process: &&Process| {
+            slots(process.rules).any(|slot| self.rules.slots().rule_id(slot) == Some(rule_id))
+        };
+        Some(RuleView {
+            rule,
+            status: self.rule_statuses().into_iter().find(|status| status.rule_id == rule_id),
+            processes: self.processes.alive().filter(wants).map(|process| process.key.process.tgid).collect(),
+        })
+    }
+
+    pub(super) fn explain(&self, process: &UnknownProcess) -> Vec<(RuleId, String)> {
+        let UnknownProcess { comm, exe, cgroup, uid, tgid } = process;
+        self.rules.explain(
+            &ProcessTraits { comm, exe, cgroup, uid: *uid, tgid: *tgid },
+            None,
+            SystemTime::now(),
+        )
+    }
+
+    pub(super) fn kernel_view(&mut self) -> KernelView {
+        KernelView {
+            maps: self.kernel.map_fill(),
+            programs: self.kernel.programs(),
+            sampler_cost: self.kernel.sampler_cost(),
+            ticks_due: self.kernel.ticks_due(),
+            unwind_tables: self.tables.as_ref().map(Tables::stats),
+        }
+    }
+
+    fn rule_statuses(&self) -> Vec<RuleStatus> {
+        let mut sampled = [0_u64; MAX_RULES];
+        for process in self.processes.alive() {
+            for slot in slots(process.rules) {
+                sampled[slot as usize] += 1;
+            }
+        }
+        self.rules.statuses(SystemTime::now(), |slot| sampled[slot as usize])
+    }
+}
