@@ -1,4 +1,4 @@
-//! The sampling clocks: a perf event on every online CPU for each rate in use.
+//! The sampling clocks: for each rate in use, a perf event on every online CPU.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,12 +13,13 @@ use perf_event_open_sys::bindings;
 use super::KernelError;
 use crate::model;
 
-/// All clocks. Owner of the perf events; dropping it stops them.
+/// All clocks. It owns the perf events; dropping it stops them.
 #[derive(Default)]
 pub(super) struct Clocks {
+    /// By period and CPU.
     running: BTreeMap<(u64, u32), Clock>,
     periods_ns: BTreeSet<u64>,
-    /// Ticks of clocks that were stopped, as `ticks_due` counts them.
+    /// Due ticks of clocks that were stopped.
     past_ticks: u64,
 }
 
@@ -31,7 +32,7 @@ struct Clock {
 }
 
 impl Clocks {
-    /// Runs exactly one clock for each period on each online CPU: starts what is missing, stops what is too much.
+    /// Runs exactly one clock for each period on each online CPU: starts missing clocks and stops the others.
     pub(super) fn set(
         &mut self,
         program: &ProgramMut<'_>,
@@ -45,7 +46,7 @@ impl Clocks {
                 Ok(clock) => {
                     self.running.insert(key, clock);
                 }
-                // It went offline between the look and the call; the next look will tell.
+                // The CPU went offline after it was listed; the next call sees that.
                 Err(KernelError::PerfEvent { source, .. }) if source.raw_os_error() == Some(libc::ENODEV) => {
                 }
                 Err(error) => return Err(error),
@@ -60,12 +61,12 @@ impl Clocks {
         Ok(())
     }
 
-    /// Follows CPUs that came or went.
+    /// Starts clocks on CPUs that came online, stops them on CPUs that went offline.
     pub(super) fn follow_cpus(&mut self, program: &ProgramMut<'_>) -> Result<(), KernelError> {
         self.set(program, self.periods_ns.clone())
     }
 
-    /// How many ticks there should have been, by the kernel's own count of the events' running time.
+    /// Returns the number of ticks that were due so far, by the kernel's count of the events' running time.
     pub(super) fn ticks_due(&mut self) -> u64 {
         self.past_ticks + self.running.values_mut().map(Clock::ticks_due).sum::<u64>()
     }
@@ -95,10 +96,10 @@ impl Clock {
         if fd < 0 {
             return Err(failed(io::Error::last_os_error()));
         }
-        // SAFETY: a new descriptor that nobody else has.
+        // SAFETY: a new descriptor that nothing else owns.
         let event = unsafe { OwnedFd::from_raw_fd(fd) };
         let reader = event.try_clone().map_err(failed)?;
-        // The link takes the descriptor over and closes it when it is dropped.
+        // The link owns the descriptor now and closes it when it is dropped.
         let link = program
             .attach_perf_event(event.as_raw_fd())
             .map_err(|source| KernelError::Attach { what: "the sampler to a CPU clock", source })?;
@@ -106,12 +107,12 @@ impl Clock {
         Ok(Self { _link: link, event: reader.into(), period_ns })
     }
 
-    /// The count of a cpu-clock event is nanoseconds.
+    /// Returns the ticks that were due since it was started. The count of a cpu-clock event is nanoseconds.
     fn ticks_due(&mut self) -> u64 {
         let mut count = [0; 8];
         match self.event.read_exact(&mut count) {
             Ok(()) => u64::from_ne_bytes(count) / self.period_ns,
-            // The CPU is offline: the event counts no more.
+            // The CPU is offline: its event has stopped counting.
             Err(_) => 0,
         }
     }

@@ -1,4 +1,4 @@
-//! What the kernel knows of the programs that it runs for the agent.
+//! The run time of the BPF programs, by the kernel's own statistics.
 
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
@@ -11,26 +11,26 @@ use super::{Kernel, Walk};
 pub struct ProgramCost {
     /// Its name in the object.
     pub name: &'static str,
-    /// Instructions that the verifier looked at; it refuses at a million. 0 where the kernel does not tell (before 5.16).
+    /// Instructions that the verifier processed; it refuses a million. 0 before kernel 5.16, which does not report it.
     pub verified_instructions: u32,
-    /// Nanoseconds that it has run, and how often, since kernel.bpf_stats_enabled is set; else 0.
+    /// Nanoseconds that it has run while `kernel.bpf_stats_enabled` was set.
     pub run_ns: u64,
-    /// See `run_ns`.
+    /// How often it has run while `kernel.bpf_stats_enabled` was set.
     pub runs: u64,
-    /// How often the kernel did not call it, because it was still at work on that CPU. 0 where the kernel does not tell
-    /// (before 5.12).
-    pub refused: u64,
+    /// How often the kernel skipped it because it was still running on that CPU. 0 before kernel 5.12, which does not report
+    /// it.
+    pub skipped: u64,
 }
 
 impl Kernel {
-    /// The programs that this agent has loaded.
+    /// Returns the programs that this agent has loaded, the sampler first.
     pub fn programs(&self) -> Vec<ProgramCost> {
         let progs = &self.skeleton.progs;
-        let sampler: &[(&'static str, &ProgramMut<'_>)] = match self.walk_kind {
+        let sampler: &[(&'static str, &ProgramMut<'_>)] = match self.options.walk {
             Walk::Loop => &[("on_tick", &progs.on_tick)],
             Walk::Chain => &[("on_tick_chain", &progs.on_tick_chain), ("walk_chain", &progs.walk_chain)],
         };
-        let switch: &[(&'static str, &ProgramMut<'_>)] = match self.walk_kind {
+        let switch: &[(&'static str, &ProgramMut<'_>)] = match self.options.walk {
             _ if !self.options.off_cpu => &[],
             Walk::Loop => &[("on_switch", &progs.on_switch)],
             Walk::Chain => &[
@@ -45,7 +45,7 @@ impl Kernel {
             ("on_attach", &progs.on_attach),
             ("each_task", &progs.each_task),
         ];
-        let twins: &[(&'static str, &ProgramMut<'_>)] = &[
+        let redundant: &[(&'static str, &ProgramMut<'_>)] = &[
             ("on_exec_again", &progs.on_exec_again),
             ("on_fork_again", &progs.on_fork_again),
             ("on_exit_again", &progs.on_exit_again),
@@ -54,35 +54,35 @@ impl Kernel {
             .iter()
             .chain(switch)
             .chain(&others)
-            .chain(twins.iter().filter(|_| self.options.twins))
+            .chain(redundant.iter().filter(|_| self.options.twins))
             .filter_map(|(name, program)| cost_of(name, program))
             .collect()
     }
 
-    /// Nanoseconds that the programs have run while the kernel counted.
+    /// Returns the nanoseconds that all programs have run while the kernel counted.
     pub(crate) fn programs_run_ns(&self) -> u64 {
         self.programs().iter().map(|cost| cost.run_ns).sum()
     }
 
-    /// Events of exec, fork and exit for which the kernel called nobody, at most: the handler was still at work on that
-    /// CPU, and so was its twin where it has one.
-    pub(super) fn refused(&self) -> [u64; 3] {
+    /// Returns upper bounds of the exec, fork and exit events for which the kernel skipped all handlers. An event is lost only
+    /// if it skipped both redundant handlers, so the smaller of the two skip counters is a bound.
+    pub(super) fn skipped(&self) -> [u64; 3] {
         let progs = &self.skeleton.progs;
         let pairs = [
             (&progs.on_exec, &progs.on_exec_again),
             (&progs.on_fork, &progs.on_fork_again),
             (&progs.on_exit, &progs.on_exit_again),
         ];
-        let refused = |program| info_of(program).map_or(0, |info| info.recursion_misses);
-        pairs.map(|(first, twin)| match refused(first) {
-            missed if missed > 0 && self.options.twins => missed.min(refused(twin)),
-            missed => missed,
+        let skips = |program| info_of(program).map_or(0, |info| info.recursion_misses);
+        pairs.map(|(first, second)| match skips(first) {
+            skipped if skipped > 0 && self.options.twins => skipped.min(skips(second)),
+            skipped => skipped,
         })
     }
 
-    /// Nanoseconds that the sampler has run and how often, if the kernel keeps count (kernel.bpf_stats_enabled).
+    /// Returns the nanoseconds that the sampler has run and how often; `None` unless `kernel.bpf_stats_enabled` is set.
     pub fn sampler_cost(&self) -> Option<(u64, u64)> {
-        // What a chain of tail calls does counts for the program that began it.
+        // The kernel counts the time of a chain of tail calls for the program that began it.
         self.programs().first().filter(|cost| cost.runs > 0).map(|cost| (cost.run_ns, cost.runs))
     }
 }
@@ -93,7 +93,7 @@ fn cost_of(name: &'static str, program: &ProgramMut<'_>) -> Option<ProgramCost> 
         verified_instructions: info.verified_insns,
         run_ns: info.run_time_ns,
         runs: info.run_cnt,
-        refused: info.recursion_misses,
+        skipped: info.recursion_misses,
     })
 }
 

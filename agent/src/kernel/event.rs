@@ -1,4 +1,4 @@
-//! What the kernel side reports, as typed events.
+//! Events that the kernel side reports, decoded from the records of the ring buffer.
 
 use std::mem::{offset_of, size_of};
 
@@ -15,52 +15,52 @@ const FORK: u32 = 3;
 const EXIT: u32 = 4;
 const FOUND: u32 = 5;
 
-/// One report of the kernel side. Events arrive in the order in which the kernel made them, over all CPUs.
+/// One report of the kernel side. Events arrive in the order in which the kernel made them, across all CPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// Something executable was mapped. Does not come through the ring.
+    /// Something executable was mapped. It comes from perf events, not from the ring buffer.
     Mapped(Mapped),
     /// A stack was sampled.
     Sample(Sample),
     /// A process replaced its image.
     Exec {
-        /// Who, in its new generation.
+        /// The process with its new image.
         subject: Subject,
         /// The path as given to `execve`, cut at 127 bytes.
         path: String,
-        /// Another thread than the leader called it.
+        /// Whether another thread than the leader called `execve`.
         by_thread: bool,
-        /// Where it comes from.
+        /// Its parent and user.
         origin: Origin,
-        /// The executable, as `/proc/PID/maps` would show it: the interpreter of a script.
+        /// The executable as `/proc/PID/maps` shows it: of a script, the interpreter.
         file: FileNumbers,
     },
-    /// A process that is sampled has a child.
+    /// A sampled process has a new child.
     Fork {
         /// The child.
         subject: Subject,
-        /// Where it comes from.
+        /// Its parent and user.
         origin: Origin,
     },
-    /// A process ended: its last thread did.
+    /// The last thread of a process ended.
     Exit {
-        /// Who.
+        /// The process.
         subject: Subject,
-        /// Where it came from.
+        /// Its parent and user.
         origin: Origin,
-        /// As `wait(2)` gives it.
+        /// How it ended.
         status: ExitStatus,
     },
-    /// A process that already ran when the rules came, and is wanted by one.
+    /// A process that was already running when the rules came into force matches one.
     Found {
-        /// Who.
+        /// The process.
         subject: Subject,
-        /// Where it comes from.
+        /// Its parent and user.
         origin: Origin,
     },
 }
 
-/// Words of a raw stack before the stack itself: pc, and the registers by DWARF number.
+/// Words of a raw stack before the stack itself: the program counter, and the registers by DWARF number.
 const RAW_REGISTERS: usize = 33;
 const USER_STACK_RAW: u8 = 10;
 
@@ -75,29 +75,29 @@ fn raw_user_stack(words: &[u64]) -> Option<RawUserStack> {
     })
 }
 
-/// The bytes are no event: the agent and its BPF programs are not of one build.
+/// Why a record is no event: the agent and its BPF programs are not of one build.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
-    /// Fewer bytes than the kind has.
+    /// The record has fewer bytes than its kind.
     #[error("an event of kind {kind} needs {needed} bytes and has {got}")]
     Short {
-        /// Number of the kind.
+        /// The number of the kind.
         kind: u32,
-        /// Bytes that it needs.
+        /// Bytes of this kind.
         needed: usize,
-        /// Bytes that are there.
+        /// Bytes of the record.
         got: usize,
     },
-    /// A kind that this build does not know.
+    /// This build does not know the kind.
     #[error("there is no event kind {0}")]
     Kind(u32),
 }
 
 impl Event {
-    /// When, by the boot clock.
+    /// Returns the time of the event: nanoseconds of the boot clock.
     pub fn ktime_ns(&self) -> u64 {
         match self {
-            Self::Mapped(told) => told.ktime_ns(),
+            Self::Mapped(mapped) => mapped.ktime_ns(),
             Self::Sample(sample) => sample.subject.ktime_ns,
             Self::Exec { subject, .. }
             | Self::Fork { subject, .. }
@@ -106,8 +106,8 @@ impl Event {
         }
     }
 
-    /// Reads one record of the ring.
-    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+    /// Decodes one record of the ring buffer.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let kind = bytes.first_chunk().map_or(0, |four| u32::from_ne_bytes(*four));
         match kind {
             SAMPLE => decode_sample(bytes).map(Self::Sample),
@@ -189,19 +189,19 @@ impl From<&types::event> for Subject {
     }
 }
 
-/// The kernel keeps 20 bits for the minor number.
+/// Converts a device number of the kernel, which has 20 bits for the minor number, to that of `stat(2)`.
 fn user_device(device: u32) -> u64 {
     rustix::fs::makedev(device >> 20, device & 0xf_ffff)
 }
 
-/// Bytes up to the first NUL; what is no UTF-8 is replaced.
+/// Returns the bytes before the first NUL as text; bytes that are no UTF-8 are replaced.
 fn text(bytes: &[i8]) -> String {
     let bytes: Vec<u8> =
         bytes.iter().map(|byte| byte.cast_unsigned()).take_while(|byte| *byte != 0).collect();
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// The structures that BPF programs write: integers and arrays of them only, so that any bytes are a valid value.
+/// The structures that BPF programs write: only integers and arrays of them, so that any bytes are a valid value.
 trait Plain: Copy {}
 impl Plain for types::lifecycle {}
 impl Plain for types::exec_record {}
@@ -211,7 +211,7 @@ fn read<T: Plain>(bytes: &[u8], kind: u32) -> Result<T, DecodeError> {
     if bytes.len() < size_of::<T>() {
         return Err(DecodeError::Short { kind, needed: size_of::<T>(), got: bytes.len() });
     }
-    // SAFETY: there are enough bytes, unaligned reading is asked for, and `Plain` types have no invalid values.
+    // SAFETY: there are enough bytes, the read is unaligned, and `Plain` types have no invalid values.
     Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
 
@@ -222,15 +222,16 @@ mod tests {
     use super::*;
 
     fn bytes_of_lifecycle(record: &types::lifecycle) -> Vec<u8> {
-        // SAFETY: a plain structure without uninitialised padding: made by `Default` and fields that fill it.
+        // SAFETY: a plain structure without uninitialised padding: `Default` and the fields fill it.
         unsafe {
             std::slice::from_raw_parts(std::ptr::from_ref(record).cast::<u8>(), size_of::<types::lifecycle>())
         }
         .to_vec()
     }
 
+    /// Checks that code and signal are read from the status of `wait(2)` (R21).
     #[test]
-    fn r21_an_exit_tells_code_and_signal() {
+    fn an_exit_has_its_code_and_signal() {
         let mut record = types::lifecycle::default();
         record.event.kind = EXIT;
         record.event.tgid = 42;
@@ -258,8 +259,9 @@ mod tests {
     }
 
     proptest! {
+        /// Checks that records of another build are refused (R24).
         #[test]
-        fn r24_arbitrary_bytes_decode_or_fail_but_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0_u32..8) {
+        fn any_bytes_decode_or_fail_but_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0_u32..8) {
             if let Some(first) = bytes.first_chunk_mut() {
                 *first = kind.to_ne_bytes();
             }

@@ -1,4 +1,4 @@
-//! Writing what the kernel side unwinds by: tables, their rules, and which mapping of which process uses which.
+//! Writing the data by which the kernel side unwinds: unwind tables, their rules, and the table of each mapping.
 
 use std::{
     io,
@@ -35,55 +35,55 @@ impl MapValue for types::mapping {}
 impl MapValue for types::unwind_table {}
 impl MapValue for types::image {}
 
-/// Tables that can be resident at one time: MAX_TABLES of gannet.h.
+/// Tables that can be in the kernel at one time: MAX_TABLES of gannet.h.
 pub const MAX_TABLES: u32 = 4096;
 
-/// What the trie says of a range of addresses.
+/// The unwind data of a range of addresses of a process: a value of the mapping trie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KernelMapping {
     /// First address.
     pub begin: u64,
-    /// Behind the last.
+    /// End address, exclusive.
     pub end: u64,
-    /// Address at run time minus address as the file counts.
+    /// Address at run time minus address in the file.
     pub bias: u64,
-    /// The table and its generation; none: by frame pointer.
+    /// The table and its generation; `None` to unwind by frame pointer.
     pub table: Option<(u32, u32)>,
 }
 
-/// Where a table is.
+/// Where an unwind table is in the arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KernelTable {
-    /// Address, as the file counts, of its first granule.
+    /// Address in the file of its first granule.
     pub base: u64,
-    /// Its first line in the arena.
+    /// Its first cache line in the arena.
     pub first_line: u32,
     /// Granules in its directory.
     pub granules: u32,
-    /// Changes with each table in this place.
+    /// Changes with each table in this slot.
     pub generation: u32,
 }
 
-/// An aligned block of addresses: what one key of the trie stands for.
+/// An aligned block of addresses, which one key of the trie stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Block {
     /// First address; its low `bits` are 0.
     pub address: u64,
-    /// The block is 2 to the power of this long; 64 is everything.
+    /// The length of the block is 2 to the power of this; 64 is the whole address space.
     pub bits: u32,
 }
 
-/// The range is empty or reversed.
+/// An error: the range is empty or reversed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{begin:#x} to {end:#x} is no range of addresses")]
 pub struct EmptyRange {
     /// First address.
     pub begin: u64,
-    /// Behind the last.
+    /// End address, exclusive.
     pub end: u64,
 }
 
-/// The least number of aligned blocks that make up `begin..end`, ascending.
+/// Returns the least number of aligned blocks that make up `begin..end`, ascending.
 pub fn blocks(begin: u64, end: u64) -> Result<Vec<Block>, EmptyRange> {
     if begin >= end {
         return Err(EmptyRange { begin, end });
@@ -91,7 +91,7 @@ pub fn blocks(begin: u64, end: u64) -> Result<Vec<Block>, EmptyRange> {
     let mut blocks = Vec::new();
     let mut at = begin;
     while at < end {
-        // As long as its alignment allows and the range has room for: the position 0 is aligned to everything.
+        // As long as alignment and range allow; address 0 is aligned to everything.
         let aligned = at.trailing_zeros();
         let room = (end - at).ilog2();
         let bits = aligned.min(room);
@@ -102,7 +102,7 @@ pub fn blocks(begin: u64, end: u64) -> Result<Vec<Block>, EmptyRange> {
     Ok(blocks)
 }
 
-/// The bytes of a key.
+/// Returns the bytes of a key of the mapping trie.
 pub fn mapping_key(tgid: u32, block: Block) -> [u8; size_of::<types::mapping_key>()] {
     let mut key = [0; size_of::<types::mapping_key>()];
     key[..4].copy_from_slice(&(KEY_BITS - block.bits).to_ne_bytes());
@@ -111,8 +111,8 @@ pub fn mapping_key(tgid: u32, block: Block) -> [u8; size_of::<types::mapping_key
     key
 }
 
-/// The memory of an array map. Its pages are mapped only while they are written: for as long as they are mapped, all of
-/// them count as memory of the agent, written or not.
+/// The memory of an array map. Its pages are mapped only while the agent writes them: mapped pages count as memory of the
+/// agent, written or not.
 pub(super) struct Shared<T> {
     map: OwnedFd,
     name: &'static str,
@@ -152,7 +152,7 @@ impl<T: Copy> Shared<T> {
         })
     }
 
-    /// Maps some entries while `write` runs.
+    /// Maps `count` entries from `first` on while `write` runs.
     fn window(&self, first: usize, count: usize, write: impl FnOnce(NonNull<T>)) -> Result<(), KernelError> {
         let failed = |errno: Errno| KernelError::Map {
             map: self.name,
@@ -167,7 +167,7 @@ impl<T: Copy> Shared<T> {
         let begin = first * size_of::<T>();
         let offset = begin - begin % rustix::param::page_size();
         let length = begin - offset + count * size_of::<T>();
-        // SAFETY: a new mapping at a place of the kernel's choice; the kernel checks its end against the map's.
+        // SAFETY: a new mapping at an address of the kernel's choice; the kernel checks its end against the map's.
         let address = unsafe {
             mmap(
                 std::ptr::null_mut(),
@@ -184,64 +184,65 @@ impl<T: Copy> Shared<T> {
         if let Some(start) = start {
             write(start);
         }
-        // SAFETY: mapped above with this length; nothing refers to it any more. It can fail only for arguments that were
-        // not mapped.
+        // SAFETY: mapped above with this length; nothing refers to it any more. The call fails only for memory that is not
+        // mapped.
         let _ = unsafe { munmap(address, length) };
         start.map(drop).ok_or_else(|| failed(Errno::NOMEM))
     }
 }
 
-/// Everything that is written through shared memory.
+/// The maps that the agent writes through shared memory.
 pub(super) struct SharedTables {
     pub(super) lines: Shared<CacheLine>,
     pub(super) rules: Shared<UnwindRule>,
 }
 
-/// What the kernel side unwinds by, as it is written: the real maps, or a test's.
+/// The maps by which the kernel side unwinds: those of a [`Kernel`], or a test's.
 pub trait UnwindMaps {
-    /// Lines that all tables together can have.
+    /// Returns the number of cache lines that all tables together can have.
     fn table_lines(&self) -> u32;
 
-    /// Writes rules by their numbers. Before any line that names them.
+    /// Writes rules by their numbers. The caller does so before it writes a line that names them.
     fn write_rules(&mut self, rules: &[(u16, UnwindRule)]) -> Result<(), KernelError>;
 
-    /// Writes lines from `first` on.
+    /// Writes cache lines from `first` on.
     fn write_lines(
         &mut self,
         first: u32,
         lines: &mut dyn ExactSizeIterator<Item = CacheLine>,
     ) -> Result<(), KernelError>;
 
-    /// Makes a table known, or with `None` unknown.
+    /// Publishes a table, or with `None` withdraws it.
     fn set_table(
         &mut self,
         table: u32,
-        place: Option<KernelTable>,
+        location: Option<KernelTable>,
         generation: u32,
     ) -> Result<(), KernelError>;
 
-    /// Says what a block of a process's addresses is. Overwrites in place, so that no look-up misses meanwhile.
+    /// Sets the unwind data of a block of a process's addresses. It overwrites the entry, so that no look-up misses it
+    /// meanwhile.
     fn set_mapping(&mut self, tgid: u32, block: Block, mapping: &KernelMapping) -> Result<(), KernelError>;
 
-    /// Takes a block back. Not there is as good.
+    /// Removes a block, if it is there.
     fn remove_mapping(&mut self, tgid: u32, block: Block);
 
-    /// All mappings of this image are written: it is walked from now on.
+    /// Marks all mappings of this image as written: the kernel side unwinds it from now on.
     fn set_image(&mut self, key: ProcessKey, image: KernelImage) -> Result<(), KernelError>;
 
-    /// The process's mappings hold no longer.
+    /// Marks the mappings of a process as no longer valid.
     fn remove_image(&mut self, tgid: u32);
 
-    /// Returns when no walk is still at what it was at when this was called.
+    /// Blocks until every unwind that was running when it was called has ended.
     fn wait_for_walks(&self);
 }
 
-/// One image of a process, all of whose mappings are written.
+/// An image whose mappings are all written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KernelImage {
     /// The kernel's count of the process's `execve` calls.
     pub exec_id: u32,
-    /// Another number for each change: what the kernel side has found out by an earlier one it forgets.
+    /// Changes with each change of its mappings: the kernel side drops rules that it cached in another epoch.
     pub epoch: u64,
 }
 
@@ -267,16 +268,16 @@ impl UnwindMaps for Kernel {
     fn set_table(
         &mut self,
         table: u32,
-        place: Option<KernelTable>,
+        location: Option<KernelTable>,
         generation: u32,
     ) -> Result<(), KernelError> {
-        let value = place.map_or_else(
+        let value = location.map_or_else(
             || types::unwind_table { generation, ..Default::default() },
-            |place| types::unwind_table {
-                base: place.base,
-                first_line: place.first_line,
-                granules: place.granules,
-                generation: place.generation,
+            |table| types::unwind_table {
+                base: table.base,
+                first_line: table.first_line,
+                granules: table.granules,
+                generation: table.generation,
                 reserved: 0,
             },
         );
@@ -324,24 +325,24 @@ impl UnwindMaps for Kernel {
     }
 
     fn wait_for_walks(&self) {
-        // Each walk is within one read side of the kernel's RCU.
+        // Each unwind is within one RCU read-side critical section.
         const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
         // SAFETY: takes no pointers.
         let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
         if result != 0 {
-            // Refused on machines with isolated CPUs. A walk takes microseconds.
+            // The kernel refuses it on machines with isolated CPUs. An unwind takes microseconds.
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
     }
 }
 
 impl Kernel {
-    /// Whether user stacks are walked by tables.
+    /// Switches between unwinding user stacks by tables and by frame pointers.
     pub fn set_tables(&mut self, on: bool) {
         self.change_settings(|settings| settings.tables = on.into());
     }
 
-    /// What the trie says of an address: first address and end of its mapping.
+    /// Returns the first address and the exclusive end of the mapping that the trie finds for an address.
     pub fn mapping_at(&self, tgid: u32, address: u64) -> Option<(u64, u64)> {
         let key = mapping_key(tgid, Block { address, bits: 0 });
         let value = self.skeleton.maps.exec_mappings.lookup(&key, MapFlags::ANY).ok()??;
@@ -349,7 +350,7 @@ impl Kernel {
         Some((u64::from_ne_bytes(*begin), u64::from_ne_bytes(*rest.first_chunk()?)))
     }
 
-    /// Keys of the mapping trie and entries of the images, by the kernel's own count.
+    /// Returns the number of keys of the mapping trie and of entries of the images, by the kernel's own count.
     pub fn unwind_entries(&self) -> (usize, usize) {
         (self.skeleton.maps.exec_mappings.keys().count(), self.skeleton.maps.images.keys().count())
     }
@@ -372,15 +373,17 @@ mod tests {
         assert_eq!(at, end);
     }
 
+    /// Checks that a key holds thread group id and address in network order (R1).
     #[test]
-    fn r1_the_bytes_of_a_key() {
+    fn a_key_is_in_network_order() {
         let key = mapping_key(0x0102_0304, Block { address: 0x1112_1314_1516_1000, bits: 12 });
         assert_eq!(key[..4], 84_u32.to_ne_bytes());
         assert_eq!(key[4..], [1, 2, 3, 4, 0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x10, 0]);
     }
 
+    /// Checks that a prefix covers exactly the bits that the addresses of its block share (R2).
     #[test]
-    fn r2_the_length_of_every_prefix_follows_from_the_layout_of_the_key() {
+    fn a_prefix_covers_the_common_bits_of_its_block() {
         let length = |bits| {
             let key = mapping_key(7, Block { address: 0, bits });
             u32::from_ne_bytes(*key.first_chunk().unwrap())
@@ -390,7 +393,7 @@ mod tests {
             std::mem::offset_of!(types::mapping_key, address),
         );
         let whole = 8 * (size_of::<types::mapping_key>() - tgid) as u32;
-        assert_eq!(length(0), whole, "one address is the whole key");
+        assert_eq!(length(0), whole, "one address is the complete key");
         assert_eq!(
             length(u64::BITS),
             8 * (address - tgid) as u32,
@@ -398,7 +401,6 @@ mod tests {
         );
         for bits in 0..=u64::BITS {
             assert_eq!(length(bits), whole - bits);
-            // What is compared is exactly what the block's addresses have in common.
             let block = Block { address: u64::MAX << (bits % u64::BITS), bits };
             let key = mapping_key(7, block);
             let compared = length(bits) as usize;
@@ -410,24 +412,27 @@ mod tests {
         }
     }
 
+    /// Checks the edges of the address space (R3).
     #[test]
-    fn r3_edges_of_the_address_space() {
+    fn blocks_reach_both_ends_of_the_address_space() {
         exact(0, u64::MAX);
         exact(u64::MAX - 255, u64::MAX);
         exact(0, 1 << 63);
         exact(0x1000, 0x1001);
     }
 
+    /// Checks that there are no blocks of nothing (R4).
     #[test]
-    fn r4_an_empty_or_reversed_range_is_an_error() {
+    fn an_empty_or_reversed_range_is_an_error() {
         for (begin, end) in [(0, 0), (u64::MAX, u64::MAX), (5, 4)] {
             assert_eq!(blocks(begin, end), Err(EmptyRange { begin, end }));
         }
     }
 
     proptest! {
+        /// Checks that the blocks of any range make it up (R3).
         #[test]
-        fn r3_blocks_are_aligned_disjoint_sorted_and_whole(begin in any::<u64>(), length in 1_u64..1 << 40) {
+        fn blocks_are_aligned_disjoint_sorted_and_complete(begin in any::<u64>(), length in 1_u64..1 << 40) {
             exact(begin, begin.saturating_add(length).max(begin.saturating_add(1)));
         }
     }

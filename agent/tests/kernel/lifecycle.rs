@@ -206,7 +206,7 @@ fn r17_r23_an_event_is_told_once_or_counted_as_refused(
     }
     let counters = kernel.counters().unwrap();
     let programs = kernel.programs();
-    let refused = |name: &str| programs.iter().find(|cost| cost.name == name).map(|cost| cost.refused);
+    let refused = |name: &str| programs.iter().find(|cost| cost.name == name).map(|cost| cost.skipped);
     // The end of a child is nobody's concern if neither its birth nor its exec was told.
     let known = told["fork"].iter().chain(&told["exec"]).collect::<HashSet<_>>().len();
     let all = PARENTS * CHILDREN;

@@ -1,0 +1,66 @@
+//! The counters of the BPF programs, and how full their maps are.
+
+use gannet_bpf::types;
+use libbpf_rs::{MapCore as _, MapFlags};
+
+use super::{Kernel, KernelError};
+
+/// Counts of the kernel side since it was loaded. gannet.h describes the fields.
+pub type Counters = types::counters;
+/// Counts of one kind of lifecycle event: seen = filtered + sent + lost to the rate limit + lost to a full ring buffer. Skipped
+/// events are not seen.
+pub type LifecycleCounts = types::lifecycle_counts;
+
+/// Returns the counts of each kind of lifecycle event, with its name.
+pub fn lifecycle_counts(counters: &Counters) -> [(&'static str, &LifecycleCounts); 4] {
+    [("exec", &counters.exec), ("fork", &counters.fork), ("exit", &counters.exit), ("found", &counters.found)]
+}
+
+/// Returns the lifecycle events that a rule asked for and the agent did not receive.
+pub fn lifecycle_lost(counters: &Counters) -> u64 {
+    lifecycle_counts(counters).iter().map(|(_, counts)| counts.lost_rate + counts.lost_ring_full).sum()
+}
+
+/// Returns an upper bound of the lifecycle events for which the kernel skipped all handlers. Ends of single threads count too.
+pub fn lifecycle_refused(counters: &Counters) -> u64 {
+    lifecycle_counts(counters).iter().map(|(_, counts)| counts.refused).sum()
+}
+
+impl Kernel {
+    /// Returns the counters, summed over all CPUs.
+    pub fn counters(&self) -> Result<Counters, KernelError> {
+        const FIELDS: usize = size_of::<Counters>() / 8;
+        let per_cpu = self
+            .skeleton
+            .maps
+            .counters
+            .lookup_percpu(&0_u32.to_ne_bytes(), MapFlags::ANY)
+            .map_err(|source| KernelError::Map { map: "counters", source })?
+            .unwrap_or_default();
+        let mut sums = [0_u64; FIELDS];
+        for cpu in per_cpu {
+            for (sum, field) in sums.iter_mut().zip(cpu.as_chunks().0) {
+                *sum += u64::from_ne_bytes(*field);
+            }
+        }
+        // SAFETY: the structure is nothing but FIELDS numbers of 64 bits.
+        let mut counters = unsafe { std::mem::transmute::<[u64; FIELDS], Counters>(sums) };
+        [counters.exec.refused, counters.fork.refused, counters.exit.refused] = self.skipped();
+        Ok(counters)
+    }
+
+    /// Returns name, entries and capacity of the maps that can fill up.
+    pub fn map_fill(&self) -> Vec<(&'static str, u64, u64)> {
+        let maps = &self.skeleton.maps;
+        [
+            ("procs", &maps.procs),
+            ("arms", &maps.arms),
+            ("off_cpu", &maps.off_cpu),
+            ("comm_rules", &maps.comm_rules),
+            ("cgroup_rules", &maps.cgroup_rules),
+            ("exact_rules", &maps.exact_rules),
+        ]
+        .map(|(name, map)| (name, map.keys().count() as u64, map.max_entries().into()))
+        .into()
+    }
+}

@@ -1,0 +1,64 @@
+//! Errors of the kernel side.
+
+use std::io;
+
+/// Why the kernel side cannot be loaded, changed or read.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The BPF object in this program cannot be opened.
+    #[error("cannot open the BPF object: {0}; this build is broken, install another")]
+    Open(#[source] libbpf_rs::Error),
+    /// The kernel refused programs or maps.
+    #[error(
+        "the kernel refused the BPF programs: {source:#}; run `gannet-agent check` to see what is missing\n{log}"
+    )]
+    Load {
+        /// The end of the log of libbpf and the verifier.
+        log: String,
+        /// The error of the kernel.
+        #[source]
+        source: libbpf_rs::Error,
+    },
+    /// A program cannot be attached.
+    #[error("cannot attach {what}: {source:#}; run `gannet-agent check` to see what is missing")]
+    Attach {
+        /// The program and its hook.
+        what: &'static str,
+        /// The error of the kernel.
+        #[source]
+        source: libbpf_rs::Error,
+    },
+    /// The sampling clock of a CPU cannot be opened.
+    #[error("cannot open the clock of CPU {cpu}: {source}; run `gannet-agent check` to see what is missing")]
+    PerfEvent {
+        /// The number of the CPU.
+        cpu: u32,
+        /// The error of the kernel.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of the kernel cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: &'static str,
+        /// The error of the kernel.
+        #[source]
+        source: io::Error,
+    },
+    /// A map cannot be written or read.
+    #[error("cannot access BPF map {map}: {source:#}")]
+    Map {
+        /// The name of the map.
+        map: &'static str,
+        /// The error of the kernel.
+        #[source]
+        source: libbpf_rs::Error,
+    },
+    /// The scan of the running processes failed.
+    #[error("cannot scan the running processes: {0}")]
+    Walk(#[source] io::Error),
+    /// The event ring buffer cannot be read.
+    #[error("cannot read the event ring buffer: {0:#}")]
+    Ring(#[source] libbpf_rs::Error),
+}
