@@ -2,58 +2,17 @@
 
 use std::{io, io::Write as _, process::ExitCode};
 
-use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap::{ArgMatches, FromArgMatches as _};
 use gannet_agent::{
     commands::{
+        self, Cli, Verb,
         check::{self, CheckOptions},
-        record::{self, RecordArgs},
-        run,
-        top::{self, TopArgs},
+        record, run, top,
     },
-    config::{RENAMED, RunOptions},
+    config::RENAMED,
     symbols,
 };
-use gannet_base::{
-    CompletionArgs, ManArgs,
-    logging::{self, LogFormat},
-};
-
-/// Observes all processes of this node and samples those that a rule matches
-#[derive(Parser)]
-#[command(name = "gannet-agent", version = gannet_proto::VERSION)]
-struct Cli {
-    #[command(subcommand)]
-    verb: Verb,
-}
-
-#[derive(Subcommand)]
-enum Verb {
-    /// Sample this node as rules ask, send profiles to the collector and receive its rules
-    Run(Box<RunOptions>),
-    /// Sample programs for a while and write one profile; needs no collector
-    Record(RecordArgs),
-    Top(TopArgs),
-    /// Check whether this machine can run the agent, and print what to do if not
-    Check {
-        /// Print one JSON object
-        #[arg(long)]
-        json: bool,
-    },
-    /// Print a script that completes commands in a shell
-    Completion(CompletionArgs),
-    /// Print the manual
-    Man(ManArgs),
-    #[command(name = symbols::DEBUG_INFO_VERB, hide = true)]
-    ReadDebugInfo {
-        addresses: String,
-    },
-    #[command(name = record::HELD_VERB, hide = true)]
-    HeldCommand {
-        descriptor: i32,
-        #[arg(last = true)]
-        command: Vec<String>,
-    },
-}
+use gannet_base::logging::{self, LogFormat};
 
 /// Keeps the agent small. The C library's allocator is made for speed: it gives each thread a heap that holds on to freed
 /// memory, and blocks of up to 32 MiB come from it once one of that size was freed. With these settings there are two
@@ -74,7 +33,7 @@ fn keep_memory_small() {}
 fn main() -> ExitCode {
     keep_memory_small();
     let parsed = RENAMED
-        .matches(Cli::command(), std::env::args_os())
+        .matches(commands::command(), std::env::args_os())
         .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
     let (cli, matches) = match parsed {
         Ok(parsed) => parsed,
@@ -130,11 +89,11 @@ fn perform(verb: Verb, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::from(report.exit_code()))
         }
         Verb::Completion(args) => {
-            args.write(Cli::command(), &mut io::stdout())?;
+            args.write(commands::command(), &mut io::stdout())?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Man(args) => {
-            args.write(Cli::command(), &mut io::stdout())?;
+            args.write(commands::command(), &mut io::stdout())?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::ReadDebugInfo { addresses } => {

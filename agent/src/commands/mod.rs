@@ -4,3 +4,60 @@ pub mod check;
 pub mod record;
 pub mod run;
 pub mod top;
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+use gannet_base::{CompletionArgs, ManArgs};
+
+use crate::{config::RunOptions, symbols};
+use record::RecordArgs;
+use top::TopArgs;
+
+/// Observes all processes of this node and samples those that a rule matches
+#[derive(Parser)]
+#[command(name = "gannet-agent", version = gannet_proto::VERSION)]
+pub struct Cli {
+    /// The verb.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Verbs and their arguments.
+#[derive(Subcommand)]
+pub enum Verb {
+    /// Sample this node as rules ask, send profiles to the collector and receive its rules
+    Run(Box<RunOptions>),
+    /// Sample programs for a while and write one profile; needs no collector
+    Record(RecordArgs),
+    /// Show live which processes use the CPUs, and in which functions
+    Top(TopArgs),
+    /// Check whether this machine can run the agent, and print what to do if not
+    Check {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a script that completes commands in a shell
+    Completion(CompletionArgs),
+    /// Print the manual
+    Man(ManArgs),
+    /// Reads debug information in a confined child process.
+    #[command(name = symbols::DEBUG_INFO_VERB, hide = true)]
+    ReadDebugInfo {
+        /// Addresses to symbolize, in hexadecimal, separated by commas.
+        addresses: String,
+    },
+    /// Waits for the recorder, then becomes the command.
+    #[command(name = record::HELD_VERB, hide = true)]
+    HeldCommand {
+        /// File descriptor that becomes readable when the command may start.
+        descriptor: i32,
+        /// The command and its arguments.
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
+}
+
+/// Returns the description of the command line, for parsing, completions, man pages and the reference.
+pub fn command() -> clap::Command {
+    Cli::command()
+}

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use gannet_agent::commands::check::{CheckOptions, State, check, preflight};
+use gannet_agent::commands::check::{CheckOptions, CheckState, check, preflight};
 
 /// Runs one of the ignored tests below as a user without any privilege, and gives back what it printed.
 #[track_caller]
@@ -87,7 +87,7 @@ fn as_root_this_machine_can_run_it() {
     assert!(report.can_run, "the tests need a machine that Gannet runs on:\n{report}");
     assert_eq!(report.exit_code(), 0);
     assert!(report.to_string().ends_with("Gannet can run on this machine.\n"));
-    assert!(report.checks.iter().any(|check| check.name == "state_dir" && check.state == State::Ok));
+    assert!(report.checks.iter().any(|check| check.name == "state_dir" && check.state == CheckState::Ok));
 }
 
 #[test]

@@ -1,78 +1,107 @@
-//! What Gannet needs of the machine that it runs on: looked at before anything else is done, and told with its cure.
+//! `gannet-agent check`: the requirements of the agent on its machine. The other verbs check them before they start.
 //!
-//! What can be tried is tried; a version number or a setting only explains why trying failed.
+//! A check tries the operation itself where it can; version numbers and settings only explain why an attempt failed.
 
-mod look;
+mod kernel;
+mod privileges;
+mod system;
 
 use std::{fmt, path::PathBuf};
 
 use serde::Serialize;
 
-/// How a precondition stands.
+/// Result of one check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum State {
-    /// As it should be.
+pub enum CheckState {
+    /// The requirement is met.
     Ok,
-    /// Gannet runs, with less to show or at a cost.
+    /// The agent runs, with less to show or at a cost.
     Warning,
-    /// Gannet cannot run.
+    /// The agent cannot run.
     Fail,
 }
 
-/// One precondition.
+/// One check and its result.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// What is looked at; names do not change from version to version.
+    /// Stable name of the check.
     pub name: &'static str,
-    /// How it stands.
-    pub state: State,
-    /// What was seen.
+    /// Result.
+    pub state: CheckState,
+    /// Observation behind the result.
     pub seen: String,
-    /// What to do about it; empty where all is well.
+    /// Instruction for the user; empty if the requirement is met.
     pub cure: String,
 }
 
-/// Every precondition.
+/// Results of all checks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// Whether Gannet can run on this machine.
+    /// Whether the agent can run on this machine.
     pub can_run: bool,
-    /// Each precondition.
+    /// Each check.
     pub checks: Vec<Check>,
 }
 
-/// The first reason why Gannet cannot run, in one line.
+/// The first reason why the agent cannot run, in one line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot run here: {seen}; {cure}")]
 pub struct Refusal {
     /// The check that failed.
     pub name: &'static str,
-    /// What was seen.
+    /// Observation behind the result.
     pub seen: String,
-    /// What to do about it.
+    /// Instruction for the user.
     pub cure: String,
 }
 
-/// What to look at beyond the machine itself.
+/// Checks beyond the machine itself.
 #[derive(Clone, Debug, Default)]
 pub struct CheckOptions {
-    /// The directory that `run` keeps its state in; none leaves it out.
+    /// State directory of `run` to check, if any.
     pub state_dir: Option<PathBuf>,
 }
 
-/// Looks at every precondition.
+/// Checks without which the agent cannot run, in the order in which a user fixes them.
+const REQUIRED: &[fn() -> Check] = &[
+    kernel::architecture,
+    kernel::kernel,
+    privileges::capabilities,
+    kernel::lockdown,
+    kernel::btf,
+    kernel::bpf,
+    kernel::ring_buffer,
+    privileges::perf_clock,
+    privileges::host_pid,
+];
+
+/// Checks without which the agent still runs.
+const OPTIONAL: &[fn() -> Check] = &[
+    privileges::file_access,
+    system::kernel_symbols,
+    kernel::user_memory,
+    kernel::bpf_loop,
+    system::cgroup,
+    system::psi,
+    system::tracefs,
+    system::memlock,
+    system::open_files,
+    kernel::bpf_stats,
+];
+
+/// Runs all checks.
 pub fn check(options: &CheckOptions) -> Report {
-    let mut checks: Vec<Check> = look::FATAL.iter().chain(look::OTHERS).map(|look| look()).collect();
-    checks.extend(options.state_dir.as_deref().map(look::state_dir));
-    Report { can_run: checks.iter().all(|check| check.state != State::Fail), checks }
+    let mut checks: Vec<Check> = REQUIRED.iter().chain(OPTIONAL).map(|check| check()).collect();
+    checks.extend(options.state_dir.as_deref().map(system::state_dir));
+    Report { can_run: checks.iter().all(|check| check.state != CheckState::Fail), checks }
 }
 
-/// Looks only at what would keep Gannet from running, and stops at the first that does.
+/// Runs the required checks and stops at the first failure.
 pub fn preflight() -> Result<(), Refusal> {
-    for look in look::FATAL {
-        let Check { name, state, seen, cure } = look();
-        if state == State::Fail {
+    for check in REQUIRED {
+        let Check { name, state, seen, cure } = check();
+        if state == CheckState::Fail {
             return Err(Refusal { name, seen, cure });
         }
     }
@@ -81,26 +110,26 @@ pub fn preflight() -> Result<(), Refusal> {
 
 impl Check {
     fn ok(name: &'static str, seen: impl Into<String>) -> Self {
-        Self { name, state: State::Ok, seen: seen.into(), cure: String::new() }
+        Self { name, state: CheckState::Ok, seen: seen.into(), cure: String::new() }
     }
 
     fn warning(name: &'static str, seen: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { name, state: State::Warning, seen: seen.into(), cure: cure.into() }
+        Self { name, state: CheckState::Warning, seen: seen.into(), cure: cure.into() }
     }
 
     fn fail(name: &'static str, seen: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { name, state: State::Fail, seen: seen.into(), cure: cure.into() }
+        Self { name, state: CheckState::Fail, seen: seen.into(), cure: cure.into() }
     }
 }
 
 impl Report {
-    /// As one JSON object: `{"can_run": bool, "checks": [{"name", "state": "ok"|"warning"|"fail", "seen", "cure"}]}`.
+    /// Returns one JSON object: `{"can_run": bool, "checks": [{"name", "state": "ok"|"warning"|"fail", "seen", "cure"}]}`.
     pub fn to_json(&self) -> String {
-        // Text and booleans alone always have a JSON form.
+        // Texts and booleans always have a JSON form.
         serde_json::to_string_pretty(self).unwrap_or_default()
     }
 
-    /// What the program ends with: 0 if Gannet can run, else 1.
+    /// Returns the exit code of the program: 0 if the agent can run, else 1.
     pub fn exit_code(&self) -> u8 {
         u8::from(!self.can_run)
     }
@@ -111,20 +140,39 @@ impl fmt::Display for Report {
         let width = self.checks.iter().map(|check| check.name.len()).max().unwrap_or_default();
         for Check { name, state, seen, cure } in &self.checks {
             let state = match state {
-                State::Ok => "ok",
-                State::Warning => "warning",
-                State::Fail => "FAIL",
+                CheckState::Ok => "ok",
+                CheckState::Warning => "warning",
+                CheckState::Fail => "FAIL",
             };
             writeln!(f, "{state:8} {name:width$}  {seen}")?;
             if !cure.is_empty() {
                 writeln!(f, "{:8} {:width$}  -> {cure}", "", "")?;
             }
         }
-        let failed = self.checks.iter().filter(|check| check.state == State::Fail).count();
+        let failed = self.checks.iter().filter(|check| check.state == CheckState::Fail).count();
         match failed {
             0 => writeln!(f, "\nGannet can run on this machine."),
             1 => writeln!(f, "\nGannet cannot run on this machine: 1 check failed."),
             failed => writeln!(f, "\nGannet cannot run on this machine: {failed} checks failed."),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_check_has_its_own_name_and_a_failure_a_cure() {
+        let report = check(&CheckOptions::default());
+        let mut names: Vec<_> = report.checks.iter().map(|check| check.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), report.checks.len());
+        for check in &report.checks {
+            assert!(!check.seen.is_empty());
+            assert_eq!(check.state == CheckState::Ok, check.cure.is_empty(), "{check:?}");
+        }
+        assert_eq!(report.can_run, preflight().is_ok(), "{report}");
     }
 }
