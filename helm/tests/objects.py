@@ -1,7 +1,7 @@
-"""Checks what Helm made of the chart: objects.py DIRECTORY of HELM-VALUES-KUBERNETES.yaml.
+"""Checks the objects that Helm rendered: objects.py DIRECTORY of HELM-VALUES-KUBERNETES.yaml.
 
-Both Helms make the same; each object is one that the strict schemas know (unknown fields are errors); names that refer
-to other objects of the release have one to refer to; the shipped security context is what README.md says.
+Both Helms render the same objects. Each object passes the strict schemas, where unknown fields are errors. Names that refer
+to other objects of the release find them. The shipped security context is the one in docs/chart.md.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ import yaml
 VERSIONS = [f"1.{minor}" for minor in range(25, 38)]
 # As in scripts/chart. The schemas begin at 1.25.
 MADE_FOR = ["1.20", "1.25", "1.30", "1.37"]
-# What is no part of Kubernetes itself has no schema there.
+# Kubernetes has no schemas for these groups.
 FOREIGN = {"cert-manager.io", "monitoring.coreos.com", "gateway.networking.k8s.io", "gannet.dev"}
 problems = []
 checked = 0
@@ -28,7 +28,7 @@ def load(path):
 
 
 def without_secrets(objects):
-    """Keys and certificates differ each time."""
+    """Returns the objects without keys and certificates, which differ each time."""
     return [{**o, "data": sorted(o["data"]), "metadata": {**o["metadata"], "annotations": None}} if o["kind"] == "Secret" else o for o in objects]
 
 
@@ -37,7 +37,7 @@ def key(o):
 
 
 def strings(node, name):
-    """All values of fields of this name."""
+    """Yields all values of fields of this name."""
     if isinstance(node, dict):
         for k, v in node.items():
             if k == name and isinstance(v, str):
@@ -55,6 +55,9 @@ def references(where, objects):
         pod = o.get("spec", {}).get("template", {}).get("spec") or (o["spec"] if o["kind"] == "Pod" else None)
         if not pod:
             continue
+        # A Service gannet-collector would inject GANNET_COLLECTOR_PORT.
+        if pod.get("enableServiceLinks") is not False:
+            problems.append(f"{where}: {key(o)} takes environment variables of Services")
         for container in pod.get("initContainers", []) + pod["containers"]:
             volumes = {v["name"] for v in pod.get("volumes", [])} | {c["metadata"]["name"] for c in o["spec"].get("volumeClaimTemplates", [])}
             missing = {m["name"] for m in container.get("volumeMounts", [])} - volumes
@@ -67,18 +70,18 @@ def references(where, objects):
                     problems.append(f"{where}: {probe} of {key(o)} asks port {port}")
         for volume in pod.get("volumes", []):
             if "configMap" in volume and ("ConfigMap", volume["configMap"]["name"]) not in have:
-                problems.append(f"{where}: {key(o)} mounts the ConfigMap {volume['configMap']['name']}, which is not there")
+                problems.append(f"{where}: {key(o)} mounts the ConfigMap {volume['configMap']['name']}, which does not exist")
             secret = volume.get("secret", {}).get("secretName")
             if secret and not brings_secrets(where) and ("Secret", secret) not in have and secret not in certificates:
-                problems.append(f"{where}: {key(o)} mounts the Secret {secret}, which is not there")
+                problems.append(f"{where}: {key(o)} mounts the Secret {secret}, which does not exist")
         selector = o["spec"].get("selector", {}).get("matchLabels")
         if selector:
             labels = o["spec"]["template"]["metadata"]["labels"]
             if not selector.items() <= labels.items():
                 problems.append(f"{where}: the selector of {key(o)} does not find its pods")
     if len(have) != len(objects):
-        problems.append(f"{where}: two objects have one name")
-    # A Service that finds no pods serves nobody.
+        problems.append(f"{where}: two objects have the same name")
+    # A Service that selects no pods serves no one.
     pods = [o["spec"]["template"]["metadata"]["labels"] for o in objects if o["kind"] in ("DaemonSet", "StatefulSet")]
     for o in objects:
         wanted = {"Service": lambda s: s["selector"], "NetworkPolicy": lambda s: s["podSelector"]["matchLabels"], "PodDisruptionBudget": lambda s: s["selector"]["matchLabels"], "PodMonitor": lambda s: s["selector"]["matchLabels"]}.get(o["kind"])
@@ -87,12 +90,12 @@ def references(where, objects):
 
 
 def brings_secrets(where):
-    """With tls.mode: existingSecrets."""
+    """Whether the values have tls.mode: existingSecrets."""
     return any(name in where for name in ("agents-only", "collector-only"))
 
 
 def restricted(where, objects):
-    """What README.md promises of the shipped values."""
+    """Checks what docs/chart.md promises of the shipped values."""
     agent = next(o for o in objects if o["kind"] == "DaemonSet")["spec"]["template"]["spec"]
     context = agent["containers"][0]["securityContext"]
     want = {
@@ -113,9 +116,9 @@ def restricted(where, objects):
     collector = next(o for o in objects if o["kind"] == "StatefulSet")["spec"]["template"]["spec"]
     if not collector["securityContext"]["runAsNonRoot"]:
         problems.append(f"{where}: the collector is root")
-    # Who can hold agents to their nodes does.
+    # From 1.30 on the collector checks the node of an agent by its token.
     if ("--node-identity=token" in collector["containers"][0]["args"]) != (number(where.rsplit("-", 1)[1]) >= (1, 30)):
-        problems.append(f"{where}: tokens are asked for in the wrong versions")
+        problems.append(f"{where}: the collector checks tokens in the wrong versions")
 
 
 directory = pathlib.Path(sys.argv[1])
@@ -123,18 +126,18 @@ sets = sorted({p.stem.removeprefix("helm-") for p in directory.glob("helm-*.yaml
 for name in sets:
     objects, by_four = load(directory / f"helm-{name}.yaml"), load(directory / f"helm4-{name}.yaml")
     if sorted(map(str, without_secrets(objects))) != sorted(map(str, without_secrets(by_four))):
-        problems.append(f"{name}: Helm 3 and 4 make different objects")
+        problems.append(f"{name}: Helm 3 and 4 render different objects")
     references(name, objects)
     values, kubernetes = name.rsplit("-", 1)
     if number(kubernetes) < (1, 25) and "x-kubernetes-validations" in str(objects):
-        problems.append(f"{name}: a field that Kubernetes {kubernetes} does not know")
+        problems.append(f"{name}: a field that Kubernetes {kubernetes} lacks")
     if values == "default":
         restricted(name, objects)
     if values == "everything":
         agent = next(o for o in objects if o["kind"] == "DaemonSet")["spec"]["template"]["spec"]
         if "SYS_ADMIN" not in agent["containers"][0]["securityContext"]["capabilities"]["add"]:
             problems.append(f"{name}: agent.sysAdmin does not add SYS_ADMIN")
-    # What was made for a version must hold until the next for which it was made.
+    # Objects for a version must hold until the next version for which the chart was rendered.
     for version in VERSIONS:
         if max((k for k in MADE_FOR if number(k) <= number(version)), key=number) != kubernetes:
             continue
