@@ -1,36 +1,40 @@
-//! When a capture starts. Sensors on a thread of their own look at pressure, CPU use and throttling; the state machine in
-//! [`trigger`] decides, on the engine's thread and in its time; the engine starts and ends captures. Nothing here writes
-//! maps.
+//! Decides when a capture starts.
+//!
+//! Sensors on a thread of their own measure pressure, CPU use and throttling ([`sensors`]). The state machine in [`trigger`]
+//! decides on the engine's thread, in the engine's time. The engine starts and ends the captures. Nothing in this module
+//! writes BPF maps.
 
 mod psi;
-pub mod rate;
+mod rate;
 mod sensors;
 mod stat;
-pub mod trigger;
+mod trigger;
 
-pub use self::{
-    psi::{Pressure, PressureError},
-    sensors::{Report, Sensors, Task},
-    stat::Usage,
-    trigger::{Level, Observation, Spot, Start, Triggers},
+use std::fs;
+
+use gannet_proto::control::condition::{self, pressure};
+
+pub use self::psi::{PressureError, PressureFile};
+pub(crate) use self::{
+    sensors::{SensorTask, Sensors},
+    trigger::{CaptureStart, SuppressedStarts, Triggers, WatchScope},
 };
 use crate::{cgroup::mount_of, rules::ConditionSupport};
-use gannet_proto::control::condition;
 
-/// What this node can watch.
+/// The conditions that the running kernel can watch.
 #[derive(Clone, Debug)]
-pub struct NodeConditions {
-    /// Why there is no pressure of the node.
+pub(crate) struct NodeConditions {
+    /// Why the node has no pressure files.
     node_pressure: Option<String>,
-    /// Why there is none of control groups.
+    /// Why control groups have no pressure files.
     group_pressure: Option<String>,
 }
 
 impl NodeConditions {
-    /// Looks what the kernel offers.
-    pub fn probe() -> Self {
-        let node_pressure = std::fs::read_to_string("/proc/pressure/cpu").err().map(|error| {
-            format!("this kernel tells no pressure (/proc/pressure/cpu: {error}); boot it with psi=1")
+    /// Reads what the kernel offers.
+    pub(crate) fn probe() -> Self {
+        let node_pressure = fs::read_to_string("/proc/pressure/cpu").err().map(|error| {
+            format!("this kernel reports no pressure (/proc/pressure/cpu: {error}); boot it with psi=1")
         });
         let group_pressure = node_pressure.clone().or_else(|| {
             mount_of("").is_none().then(|| {
@@ -45,7 +49,7 @@ impl NodeConditions {
 impl ConditionSupport for NodeConditions {
     fn missing(&self, kind: &condition::Kind) -> Option<String> {
         match kind {
-            condition::Kind::Pressure(pressure) if pressure.scope() == condition::pressure::Scope::Node => {
+            condition::Kind::Pressure(wanted) if wanted.scope() == pressure::Scope::Node => {
                 self.node_pressure.clone()
             }
             condition::Kind::Pressure(_) => self.group_pressure.clone(),

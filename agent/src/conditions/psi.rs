@@ -1,4 +1,4 @@
-//! Pressure stall information: its files, and the triggers that the kernel keeps for us.
+//! Pressure stall information (PSI): its files, and the triggers of the kernel for them.
 
 use std::{
     fs::{File, OpenOptions},
@@ -11,48 +11,48 @@ use std::{
     time::Duration,
 };
 
-/// What the kernel grants to whoever has no CAP_SYS_RESOURCE: windows that are multiples of this.
+/// Without CAP_SYS_RESOURCE the kernel grants only windows that are multiples of this.
 const PLAIN_WINDOW: Duration = Duration::from_secs(2);
 
-/// Why pressure cannot be watched.
+/// Why the agent cannot watch pressure.
 #[derive(Debug, thiserror::Error)]
 pub enum PressureError {
-    /// No such file, or no right to it.
+    /// The file does not exist, or the agent may not open it.
     #[error("cannot watch {}: {source}; is the kernel booted with psi=1, and the group in cgroup2?", path.display())]
     Open {
-        /// Which.
+        /// The pressure file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
-    /// It tells something else.
-    #[error("{} tells no `{line}` pressure", path.display())]
+    /// The file does not have the expected format.
+    #[error("{} has no line `{line}`", path.display())]
     Format {
-        /// Which.
+        /// The pressure file.
         path: PathBuf,
-        /// The line that is missing.
+        /// The missing line.
         line: &'static str,
     },
 }
 
 /// One watched line of one pressure file.
 #[derive(Debug)]
-pub struct Pressure {
+pub struct PressureFile {
     path: PathBuf,
     line: &'static str,
-    /// Carries the trigger; none: the kernel refused all of them, and the file is read instead.
+    /// The descriptor of the kernel's trigger. None: the kernel refused all triggers, and the agent reads the file instead.
     trigger: Option<File>,
     reader: File,
-    /// What is watched in fact: the rule's own, or the next window that the kernel grants.
+    /// The threshold in effect: the rule's own, or the nearest that the kernel grants.
     stall: Duration,
     window: Duration,
-    /// Stall in all, and when it was read: the last two readings that are a window apart.
+    /// The last two readings that are at least a window apart: total stall, and time of reading.
     readings: [(Duration, Duration); 2],
 }
 
-impl Pressure {
-    /// Watches for `stall` of some or all (`full`) tasks within `window`.
+impl PressureFile {
+    /// Watches for `stall` of some tasks, or of all tasks (`full`), within `window`.
     pub fn open(
         path: &Path,
         full: bool,
@@ -63,7 +63,6 @@ impl Pressure {
         let line = if full { "full" } else { "some" };
         let failed = |source| PressureError::Open { path: path.to_owned(), source };
         let reader = File::open(path).map_err(failed)?;
-        // The kernel's words about windows: without CAP_SYS_RESOURCE only multiples of two seconds.
         let plain =
             PLAIN_WINDOW * u32::try_from(window.as_nanos().div_ceil(PLAIN_WINDOW.as_nanos())).unwrap_or(1);
         let plain_stall = stall.mul_f64(plain.as_secs_f64() / window.as_secs_f64());
@@ -89,17 +88,18 @@ impl Pressure {
         Ok(pressure)
     }
 
-    /// Becomes ready (with priority data) when the threshold is passed; none: read it from time to time.
+    /// Returns a descriptor that gets priority data (`POLLPRI`) when the threshold is exceeded. None: the caller must read
+    /// periodically.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.trigger.as_ref().map(AsFd::as_fd)
     }
 
-    /// How much stall within how much time is watched in fact.
+    /// Returns the stall and the window in effect.
     pub fn threshold(&self) -> (Duration, Duration) {
         (self.stall, self.window)
     }
 
-    /// Stall in all since the group was made.
+    /// Reads the stall since the group was created.
     fn total(&mut self) -> Result<Duration, PressureError> {
         let failed = |source| PressureError::Open { path: self.path.clone(), source };
         let mut text = String::new();
@@ -109,9 +109,9 @@ impl Pressure {
             .ok_or_else(|| PressureError::Format { path: self.path.clone(), line: self.line })
     }
 
-    /// Stall per time since the reading at least a window ago, in milliseconds per second, and whether the threshold is
-    /// passed by it. Keeps the readings.
-    pub fn look(&mut self, now: Duration) -> Result<(f64, bool), PressureError> {
+    /// Reads the file. Returns the stall per time since a reading at least a window ago, in milliseconds per second, and
+    /// whether it reaches the threshold.
+    pub(super) fn measure(&mut self, now: Duration) -> Result<(f64, bool), PressureError> {
         let total = self.total()?;
         if now.saturating_sub(self.readings[1].1) >= self.window {
             self.readings = [self.readings[1], (total, now)];
@@ -122,8 +122,8 @@ impl Pressure {
         Ok((rate, rate >= self.threshold_rate()))
     }
 
-    /// Milliseconds of stall per second that the threshold stands for.
-    pub fn threshold_rate(&self) -> f64 {
+    /// The threshold in milliseconds of stall per second.
+    pub(super) fn threshold_rate(&self) -> f64 {
         self.stall.as_secs_f64() * 1000.0 / self.window.as_secs_f64()
     }
 }
@@ -134,7 +134,7 @@ fn set_trigger(path: &Path, line: &str, stall: Duration, window: Duration) -> io
     Ok(file)
 }
 
-/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=123`
+/// Parses the total of the line of this kind: `some avg10=0.00 avg60=0.00 avg300=0.00 total=123` (microseconds).
 fn parse_total(text: &str, kind: &str) -> Option<Duration> {
     let line = text.lines().find(|line| line.split(' ').next() == Some(kind))?;
     let total = line.split(' ').find_map(|field| field.strip_prefix("total="))?;
@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_total_of_a_line() {
+    fn the_total_of_a_line_is_parsed() {
         let text = "some avg10=1.00 avg60=0.00 avg300=0.00 total=1500\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=7\n";
         assert_eq!(parse_total(text, "some"), Some(Duration::from_micros(1500)));
         assert_eq!(parse_total(text, "full"), Some(Duration::from_micros(7)));

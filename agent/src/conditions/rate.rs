@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-/// So many at once, and one more each so often.
+/// Allows a burst of `capacity` events, and one more event for each `refill` of time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Bucket {
+pub(super) struct TokenBucket {
     capacity: u32,
     refill: Duration,
     tokens: u32,
@@ -12,14 +12,14 @@ pub struct Bucket {
     counted: Duration,
 }
 
-impl Bucket {
-    /// Full.
-    pub fn new(capacity: u32, refill: Duration, now: Duration) -> Self {
+impl TokenBucket {
+    /// Builds a full bucket.
+    pub(super) fn new(capacity: u32, refill: Duration, now: Duration) -> Self {
         Self { capacity, refill, tokens: capacity, counted: now }
     }
 
-    /// Whether one can be taken.
-    pub fn has(&mut self, now: Duration) -> bool {
+    /// Reports whether there is a token to take.
+    pub(super) fn has(&mut self, now: Duration) -> bool {
         let fresh = now.saturating_sub(self.counted).as_nanos() / self.refill.as_nanos().max(1);
         if fresh > 0 {
             let fresh = u32::try_from(fresh).unwrap_or(u32::MAX);
@@ -30,15 +30,15 @@ impl Bucket {
         self.tokens > 0
     }
 
-    /// Takes one, if there is one.
-    pub fn take(&mut self, now: Duration) -> bool {
+    /// Takes a token. Returns false if there is none.
+    pub(super) fn take(&mut self, now: Duration) -> bool {
         let has = self.has(now);
         self.tokens -= u32::from(has);
         has
     }
 
-    /// Nothing was taken of it for so long that it is full.
-    pub fn is_full(&mut self, now: Duration) -> bool {
+    /// Reports whether the bucket has refilled completely.
+    pub(super) fn is_full(&mut self, now: Duration) -> bool {
         self.has(now);
         self.tokens == self.capacity
     }
@@ -51,10 +51,11 @@ mod tests {
     use super::*;
 
     proptest! {
+        /// Checks that over any steps no more tokens are taken than the capacity and the refills since.
         #[test]
-        fn no_more_than_the_capacity_and_what_came_since(steps in prop::collection::vec(0_u64..5_000, 1..300)) {
+        fn takes_are_bounded_by_capacity_and_refills(steps in prop::collection::vec(0_u64..5_000, 1..300)) {
             let refill = Duration::from_secs(1);
-            let mut bucket = Bucket::new(3, refill, Duration::ZERO);
+            let mut bucket = TokenBucket::new(3, refill, Duration::ZERO);
             let (mut now, mut taken) = (Duration::ZERO, 0_u128);
             for step in steps {
                 now += Duration::from_millis(step);
@@ -65,8 +66,8 @@ mod tests {
     }
 
     #[test]
-    fn it_fills_again() {
-        let mut bucket = Bucket::new(2, Duration::from_secs(10), Duration::ZERO);
+    fn an_empty_bucket_refills() {
+        let mut bucket = TokenBucket::new(2, Duration::from_secs(10), Duration::ZERO);
         assert!(bucket.take(Duration::ZERO) && bucket.take(Duration::ZERO) && !bucket.take(Duration::ZERO));
         assert!(!bucket.take(Duration::from_secs(9)) && bucket.take(Duration::from_secs(10)));
         assert!(!bucket.is_full(Duration::from_secs(15)) && bucket.is_full(Duration::from_secs(100)));

@@ -1,4 +1,4 @@
-//! The thread that looks: pressure by the kernel's own triggers, CPU use and throttling once a second.
+//! The sensors' thread. The kernel's own triggers report pressure; the thread measures CPU use and throttling once a second.
 
 use std::{
     collections::BTreeMap,
@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
@@ -15,12 +15,13 @@ use std::{
 };
 
 use gannet_proto::control::condition::{self, pressure};
+use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::{
-    psi::Pressure,
-    stat::Usage,
-    trigger::{Level, Observation, Spot},
+    psi::PressureFile,
+    stat::GroupCpuStat,
+    trigger::{ConditionLevel, Observation, WatchScope},
 };
 use crate::{
     cgroup::{container_part, directory, mount_of, path_of, pod_part},
@@ -28,183 +29,185 @@ use crate::{
     rules::RuleId,
 };
 
-/// How often everything is looked at.
+/// How often the thread measures all conditions.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Spots that are watched at one time, each for one condition; more are counted and said.
-const MOST: usize = 512;
-/// Reports that wait for the engine; it takes them ten times a second.
-const QUEUE: usize = 64;
-/// Below this share of its threshold a condition is over.
+/// Tasks watched at one time. The thread logs how many more there are.
+const MAX_TASKS: usize = 512;
+/// Reports that wait for the engine, which takes them ten times a second.
+const MAX_REPORTS: usize = 64;
+/// A condition ends below this share of its threshold.
 const HYSTERESIS: f64 = 0.8;
 
-/// One condition of one rule at one spot.
+/// One condition of one rule in one scope.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Task {
-    /// Whose condition.
-    pub rule: RuleId,
-    /// Which of its conditions.
-    pub condition: usize,
-    /// What is to be watched.
-    pub kind: condition::Kind,
-    /// Where.
-    pub spot: Spot,
-    /// A process that is there: its control groups tell where to look.
-    pub member: u32,
+pub(crate) struct SensorTask {
+    pub(crate) rule: RuleId,
+    /// Index of the condition in the rule.
+    pub(crate) condition: usize,
+    pub(crate) kind: condition::Kind,
+    pub(crate) scope: WatchScope,
+    /// Thread group id of a process in the scope. Its control groups lead to the files to read.
+    pub(crate) member: u32,
 }
 
-/// What the sensors saw.
+/// One round of measurements.
 #[derive(Debug, Default)]
-pub struct Report {
-    /// Conditions.
-    pub observations: Vec<Observation>,
-    /// What could not be watched, by rule; a rule that is not in it is watched.
-    pub faults: BTreeMap<RuleId, String>,
+pub(crate) struct SensorReport {
+    pub(crate) observations: Vec<Observation>,
+    /// Conditions that could not be watched, by rule.
+    pub(crate) faults: BTreeMap<RuleId, String>,
 }
 
-/// The handle of the thread. Dropping it ends the thread.
-pub struct Sensors {
+/// The handle of the sensors' thread. Dropping it ends the thread.
+pub(crate) struct Sensors {
     shared: Arc<Shared>,
-    reports: Receiver<Report>,
+    reports: Receiver<SensorReport>,
     thread: Option<JoinHandle<()>>,
 }
 
 struct Shared {
-    tasks: Mutex<Option<Vec<Task>>>,
-    bell: OwnedFd,
-    over: AtomicBool,
+    /// A new list of tasks that the thread has not taken yet.
+    tasks: Mutex<Option<Vec<SensorTask>>>,
+    /// Wakes the thread.
+    wake_up: OwnedFd,
+    ended: AtomicBool,
     dropped: AtomicU64,
 }
 
 impl Sensors {
-    /// Starts the thread. `ring` is called when there is a report.
-    pub fn start(ring: impl Fn() + Send + 'static) -> io::Result<Self> {
+    /// Starts the thread. It calls `on_report` when a report waits.
+    pub(crate) fn start(on_report: impl Fn() + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             tasks: Mutex::new(None),
-            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            over: AtomicBool::new(false),
+            wake_up: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            ended: AtomicBool::new(false),
             dropped: AtomicU64::new(0),
         });
-        let (sender, reports) = sync_channel(QUEUE);
-        let worker =
-            Worker { shared: Arc::clone(&shared), sender, ring: Box::new(ring), sensors: BTreeMap::new() };
-        let thread = thread::Builder::new().name("gannet-sensors".into()).spawn(move || worker.run())?;
+        let (sender, reports) = sync_channel(MAX_REPORTS);
+        let sensors = SensorThread {
+            shared: Arc::clone(&shared),
+            sender,
+            on_report: Box::new(on_report),
+            sensors: BTreeMap::new(),
+        };
+        let thread = thread::Builder::new().name("gannet-sensors".into()).spawn(move || sensors.run())?;
         Ok(Self { shared, reports, thread: Some(thread) })
     }
 
-    /// Watches exactly these from now on.
-    pub fn watch(&self, tasks: Vec<Task>) {
-        *self.shared.tasks.lock().unwrap_or_else(PoisonError::into_inner) = Some(tasks);
-        self.ring();
+    /// Replaces the list of tasks.
+    pub(crate) fn watch(&self, tasks: Vec<SensorTask>) {
+        *self.shared.tasks.lock() = Some(tasks);
+        self.wake();
     }
 
-    /// What was seen since the last call.
-    pub fn reports(&self) -> impl Iterator<Item = Report> + '_ {
+    /// Returns the reports since the last call.
+    pub(crate) fn reports(&self) -> impl Iterator<Item = SensorReport> + '_ {
         self.reports.try_iter()
     }
 
-    /// Reports that were dropped because nobody took them.
-    pub fn dropped(&self) -> u64 {
+    /// Returns how many reports the thread dropped because the queue was full.
+    pub(crate) fn dropped(&self) -> u64 {
         self.shared.dropped.load(Relaxed)
     }
 
-    fn ring(&self) {
-        // A bell that is full rings already.
-        let _ = rustix::io::write(&self.shared.bell, &1_u64.to_ne_bytes());
+    fn wake(&self) {
+        // The write fails only if the counter is full, and then the thread wakes up anyway.
+        let _ = rustix::io::write(&self.shared.wake_up, &1_u64.to_ne_bytes());
     }
 }
 
 impl Drop for Sensors {
     fn drop(&mut self) {
-        self.shared.over.store(true, Relaxed);
-        self.ring();
+        self.shared.ended.store(true, Relaxed);
+        self.wake();
         if let Some(thread) = self.thread.take() {
-            // A panic there has been printed; there is nothing to add.
+            // The panic hook has already printed a panic of the thread.
             let _ = thread.join();
         }
     }
 }
 
-type Key = (RuleId, usize, Spot);
+type Key = (RuleId, usize, WatchScope);
 
-struct Worker {
+struct SensorThread {
     shared: Arc<Shared>,
-    sender: SyncSender<Report>,
-    ring: Box<dyn Fn() + Send>,
+    sender: SyncSender<SensorReport>,
+    on_report: Box<dyn Fn() + Send>,
     sensors: BTreeMap<Key, Sensor>,
 }
 
 struct Sensor {
-    task: Task,
-    /// Of the group, for people.
-    place: String,
-    how: How,
+    task: SensorTask,
+    /// Path of the control group, for the evidence; empty for the node.
+    path: String,
+    measurement: Measurement,
 }
 
-enum How {
+enum Measurement {
     Pressure {
-        pressure: Pressure,
+        file: PressureFile,
         resource: &'static str,
         line: &'static str,
         last_high: Option<Duration>,
     },
-    Usage {
+    Cpu {
         cpu: PathBuf,
         cpuacct: Option<PathBuf>,
-        former: Option<(Usage, Duration)>,
+        former: Option<(GroupCpuStat, Duration)>,
     },
-    /// Tried again with the next list.
+    /// The reason. The next list of tasks tries again.
     Broken(String),
 }
 
-impl Worker {
+impl SensorThread {
     fn run(mut self) {
-        let mut looked = Duration::ZERO;
-        while !self.shared.over.load(Relaxed) {
-            let ready = self.wait(PAUSE.saturating_sub(boot_time().saturating_sub(looked)));
-            let tasks = self.shared.tasks.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut last_round = Duration::ZERO;
+        while !self.shared.ended.load(Relaxed) {
+            let ready = self.wait(PAUSE.saturating_sub(boot_time().saturating_sub(last_round)));
+            let tasks = self.shared.tasks.lock().take();
             let changed = tasks.is_some();
             if let Some(tasks) = tasks {
-                self.take(tasks);
+                self.set_tasks(tasks);
             }
             let now = boot_time();
-            let all = now.saturating_sub(looked) >= PAUSE;
+            let all = now.saturating_sub(last_round) >= PAUSE;
             if all {
-                looked = now;
+                last_round = now;
             }
-            let mut report = Report::default();
+            let mut report = SensorReport::default();
             for (key, sensor) in &mut self.sensors {
                 let triggered = ready.contains(key);
-                if let Some(level) = sensor.look(triggered, all, now) {
-                    let Task { rule, condition, spot, .. } = &sensor.task;
-                    let (rule, condition, spot) = (rule.clone(), *condition, *spot);
-                    report.observations.push(Observation { rule, condition, spot, level });
+                if let Some(level) = sensor.measure(triggered, all, now) {
+                    let SensorTask { rule, condition, scope, .. } = &sensor.task;
+                    let (rule, condition, scope) = (rule.clone(), *condition, *scope);
+                    report.observations.push(Observation { rule, condition, scope, level });
                 }
-                if let How::Broken(why) = &sensor.how {
+                if let Measurement::Broken(why) = &sensor.measurement {
                     report.faults.insert(sensor.task.rule.clone(), why.clone());
                 }
             }
             if (all || changed || !report.observations.is_empty()) && self.sender.try_send(report).is_err() {
                 self.shared.dropped.fetch_add(1, Relaxed);
             } else if !ready.is_empty() {
-                (self.ring)();
+                (self.on_report)();
             }
         }
     }
 
-    /// Waits for the kernel's triggers, a new list, or the time. Gives whose triggers fired.
-    fn wait(&self, pause: Duration) -> Vec<Key> {
+    /// Waits for the kernel's triggers, a new list, or the timeout. Returns the sensors whose triggers fired.
+    fn wait(&self, timeout: Duration) -> Vec<Key> {
         let mut keys: Vec<&Key> = Vec::new();
-        let mut ready = vec![PollFd::new(&self.shared.bell, PollFlags::IN)];
+        let mut ready = vec![PollFd::new(&self.shared.wake_up, PollFlags::IN)];
         for (key, sensor) in &self.sensors {
-            if let How::Pressure { pressure, .. } = &sensor.how
-                && let Some(fd) = pressure.fd()
+            if let Measurement::Pressure { file, .. } = &sensor.measurement
+                && let Some(fd) = file.fd()
             {
                 keys.push(key);
                 ready.push(PollFd::from_borrowed_fd(fd, PollFlags::PRI));
             }
         }
-        let timeout = Timespec::try_from(pause.max(Duration::from_millis(10))).ok();
-        // Interrupted by a signal is as good as a time-out.
+        let timeout = Timespec::try_from(timeout.max(Duration::from_millis(10))).ok();
+        // An interruption by a signal has the same effect as a timeout.
         let _ = poll(&mut ready, timeout.as_ref());
         let fired: Vec<Key> = keys
             .into_iter()
@@ -212,20 +215,18 @@ impl Worker {
             .filter(|(_, fd)| fd.revents().contains(PollFlags::PRI))
             .map(|(key, _)| key.clone())
             .collect();
-        let _ = rustix::io::read(self.shared.bell.as_fd(), &mut [0_u8; 8]);
+        let _ = rustix::io::read(self.shared.wake_up.as_fd(), &mut [0_u8; 8]);
         fired
     }
 
-    /// Keeps the sensors of tasks that stay, opens those of new ones.
-    fn take(&mut self, tasks: Vec<Task>) {
+    /// Keeps the sensors of tasks that stay, and opens those of new tasks.
+    fn set_tasks(&mut self, tasks: Vec<SensorTask>) {
         let mut former = std::mem::take(&mut self.sensors);
-        let more = tasks.len().saturating_sub(MOST);
-        for task in tasks.into_iter().take(MOST) {
-            let key = (task.rule.clone(), task.condition, task.spot);
+        let more = tasks.len().saturating_sub(MAX_TASKS);
+        for task in tasks.into_iter().take(MAX_TASKS) {
+            let key = (task.rule.clone(), task.condition, task.scope);
             let sensor = match former.remove(&key) {
-                Some(sensor) if sensor.task.kind == task.kind && !matches!(sensor.how, How::Broken(_)) => {
-                    sensor
-                }
+                Some(sensor) if sensor.task.kind == task.kind && !sensor.is_broken() => sensor,
                 _ => Sensor::open(task),
             };
             self.sensors.insert(key, sensor);
@@ -233,153 +234,165 @@ impl Worker {
         if more > 0 {
             tracing::warn!(
                 more,
-                "containers are not watched: {MOST} at a time is the most; narrow the rules' match"
+                "not all conditions are watched: the agent watches {MAX_TASKS} conditions of containers at one time; \
+                 narrow the rules' match"
             );
         }
     }
 }
 
 impl Sensor {
-    fn open(task: Task) -> Self {
-        let (place, how) = match place(&task) {
-            Ok((place, how)) => (place, how),
-            Err(why) => (String::new(), How::Broken(why)),
+    fn open(task: SensorTask) -> Self {
+        let opened = match &task.kind {
+            condition::Kind::Pressure(wanted) => open_pressure(&task, wanted),
+            condition::Kind::CpuUsage(_) | condition::Kind::Throttled(_) => open_cpu(&task),
+            condition::Kind::Exec(_) | condition::Kind::Schedule(_) => Err("nothing to watch".into()),
         };
-        Self { task, place, how }
+        let (path, measurement) = opened.unwrap_or_else(|why| (String::new(), Measurement::Broken(why)));
+        Self { task, path, measurement }
     }
 
-    /// How the condition stands; none: nothing new. `triggered`: the kernel says that the threshold was passed.
-    fn look(&mut self, triggered: bool, all: bool, now: Duration) -> Option<Level> {
+    fn is_broken(&self) -> bool {
+        matches!(self.measurement, Measurement::Broken(_))
+    }
+
+    /// Returns the level of the condition; none if there is nothing new. `triggered`: the kernel reports that the threshold
+    /// is exceeded.
+    fn measure(&mut self, triggered: bool, all: bool, now: Duration) -> Option<ConditionLevel> {
         if !(triggered || all) {
             return None;
         }
-        let outcome = match &mut self.how {
-            How::Broken(_) => return None,
-            How::Pressure { pressure, resource, line, last_high } => {
-                pressure.look(now).map_err(|error| error.to_string()).map(|(rate, passed)| {
-                    let (_, window) = pressure.threshold();
-                    let least = pressure.threshold_rate();
-                    if triggered || passed {
+        let outcome = match &mut self.measurement {
+            Measurement::Broken(_) => return None,
+            Measurement::Pressure { file, resource, line, last_high } => {
+                file.measure(now).map_err(|error| error.to_string()).map(|(rate, reached)| {
+                    let (_, window) = file.threshold();
+                    let threshold = file.threshold_rate();
+                    if triggered || reached {
                         *last_high = Some(now);
-                        // What the file tells may be two seconds old; the trigger is not.
-                        let rate =
-                            if rate < least { format!("over {least:.1}") } else { format!("{rate:.1}") };
-                        return Some(Level::High(format!(
-                            "{resource} {line} {rate} ms/s{}",
-                            seen(&self.place)
+                        // The file's value may be two seconds old; the trigger is up to date.
+                        let rate = if rate < threshold {
+                            format!("over {threshold:.1}")
+                        } else {
+                            format!("{rate:.1}")
+                        };
+                        let place_and_time = evidence_suffix(&self.path);
+                        return Some(ConditionLevel::High(format!(
+                            "{resource} {line} {rate} ms/s{place_and_time}"
                         )));
                     }
-                    let rests = last_high.is_none_or(|at| now.saturating_sub(at) > window * 2);
-                    Some(if rests && rate < least * HYSTERESIS { Level::Low } else { Level::Between })
+                    let is_over = last_high.is_none_or(|at| now.saturating_sub(at) > window * 2);
+                    Some(if is_over && rate < threshold * HYSTERESIS {
+                        ConditionLevel::Low
+                    } else {
+                        ConditionLevel::Between
+                    })
                 })
             }
-            How::Usage { cpu, cpuacct, former } => {
-                let usage = Usage::read(cpu, cpuacct.as_deref());
-                usage.map_err(|error| format!("cannot read {}: {error}", cpu.display())).map(|usage| {
-                    let (before, at) = former.replace((usage, now))?;
+            Measurement::Cpu { cpu, cpuacct, former } => {
+                let stat = GroupCpuStat::read(cpu, cpuacct.as_deref());
+                stat.map_err(|error| format!("cannot read {}: {error}", cpu.display())).map(|stat| {
+                    let (before, at) = former.replace((stat, now))?;
                     let time = now.saturating_sub(at);
-                    Some(level_of(&self.task.kind, &usage, &before, time, &self.place))
+                    Some(cpu_level(&self.task.kind, &stat, &before, time, &self.path))
                 })
             }
         };
         outcome.unwrap_or_else(|why| {
-            // The group is gone, most likely; the next list tells.
-            self.how = How::Broken(why);
-            Some(Level::Low)
+            // Most likely the group was removed. The next list will not contain it.
+            self.measurement = Measurement::Broken(why);
+            Some(ConditionLevel::Low)
         })
     }
 }
 
-fn level_of(kind: &condition::Kind, usage: &Usage, before: &Usage, time: Duration, place: &str) -> Level {
+fn cpu_level(
+    kind: &condition::Kind,
+    stat: &GroupCpuStat,
+    before: &GroupCpuStat,
+    time: Duration,
+    path: &str,
+) -> ConditionLevel {
     let (value, threshold, text) = match kind {
         condition::Kind::CpuUsage(wanted) => {
-            let used = usage.millicores_since(before, time);
+            let used = stat.millicores_since(before, time);
             (used, f64::from(wanted.above_millicores), format!("{used:.0} millicores"))
         }
         condition::Kind::Throttled(wanted) => {
-            let percent = usage.throttled_percent_since(before).unwrap_or(0.0);
+            let percent = stat.throttled_percent_since(before).unwrap_or(0.0);
             (percent, f64::from(wanted.above_percent), format!("{percent:.0} % of the periods"))
         }
-        _ => return Level::Low,
+        _ => return ConditionLevel::Low,
     };
     if value > threshold {
-        Level::High(format!("{text}{}", seen(place)))
+        ConditionLevel::High(format!("{text}{}", evidence_suffix(path)))
     } else if value > threshold * HYSTERESIS {
-        Level::Between
+        ConditionLevel::Between
     } else {
-        Level::Low
+        ConditionLevel::Low
     }
 }
 
-/// When and where, for the evidence.
-fn seen(place: &str) -> String {
+/// Returns time and control group, for the end of an evidence text.
+fn evidence_suffix(path: &str) -> String {
     let at = humantime::format_rfc3339_seconds(SystemTime::now());
-    if place.is_empty() { format!(" at {at}") } else { format!(" at {at} in {place}") }
+    if path.is_empty() { format!(" at {at}") } else { format!(" at {at} in {path}") }
 }
 
-/// Where a task is to look.
-fn place(task: &Task) -> Result<(String, How), String> {
-    match &task.kind {
-        condition::Kind::Pressure(wanted) => {
-            let resource = match wanted.resource() {
-                pressure::Resource::Memory => "memory",
-                pressure::Resource::Io => "io",
-                _ => "cpu",
-            };
-            let full = wanted.kind() == pressure::Kind::Full;
-            let (place, file) = if task.spot == Spot::Node {
-                (String::new(), PathBuf::from(format!("/proc/pressure/{resource}")))
-            } else {
-                let root = mount_of("").ok_or("cgroup2 is not mounted; scope: node works")?;
-                let path =
-                    path_of(task.member, "").ok_or_else(|| format!("process {} is gone", task.member))?;
-                let part = if wanted.scope() == pressure::Scope::Pod {
-                    pod_part(&path)
-                } else {
-                    container_part(&path)
-                };
-                if part == "/" {
-                    return Err(
-                        "its processes are in the root of cgroup2, which has no pressure of its own; \
-                                scope: node works"
-                            .into(),
-                    );
-                }
-                (part.to_owned(), directory(&root, part).join(format!("{resource}.pressure")))
-            };
-            let (stall, window) =
-                (Duration::from_micros(wanted.stall_us), Duration::from_micros(wanted.window_us));
-            let pressure =
-                Pressure::open(&file, full, stall, window, boot_time()).map_err(|error| error.to_string())?;
-            if pressure.threshold() != (stall, window) {
-                let (stall, window) = pressure.threshold();
-                tracing::info!(
-                    rule = task.rule,
-                    "the kernel grants no window of {} ms: {} ms within {} ms are watched instead",
-                    wanted.window_us / 1000,
-                    stall.as_millis(),
-                    window.as_millis()
-                );
-            }
-            let line = if full { "full" } else { "some" };
-            Ok((place, How::Pressure { pressure, resource, line, last_high: None }))
+/// Opens the pressure file of a task. Returns the path of the control group with it.
+fn open_pressure(task: &SensorTask, wanted: &condition::Pressure) -> Result<(String, Measurement), String> {
+    let resource = match wanted.resource() {
+        pressure::Resource::Memory => "memory",
+        pressure::Resource::Io => "io",
+        _ => "cpu",
+    };
+    let full = wanted.kind() == pressure::Kind::Full;
+    let (path, file) = if task.scope == WatchScope::Node {
+        (String::new(), PathBuf::from(format!("/proc/pressure/{resource}")))
+    } else {
+        let root = mount_of("").ok_or("cgroup2 is not mounted; scope: node works")?;
+        let path = path_of(task.member, "").ok_or_else(|| format!("process {} has exited", task.member))?;
+        let part =
+            if wanted.scope() == pressure::Scope::Pod { pod_part(&path) } else { container_part(&path) };
+        if part == "/" {
+            return Err("its processes are in the root of cgroup2, which has no pressure of its own; scope: node works"
+                .into());
         }
-        condition::Kind::CpuUsage(_) | condition::Kind::Throttled(_) => {
-            let gone = || format!("process {} is gone", task.member);
-            // On a host with version 1 controllers these have the figures, else the unified hierarchy.
-            let (cpu, place, cpuacct) = if let Some(root) = mount_of("cpu") {
-                let path = path_of(task.member, "cpu").ok_or_else(gone)?;
-                let cpuacct = mount_of("cpuacct")
-                    .zip(path_of(task.member, "cpuacct"))
-                    .map(|(root, path)| directory(&root, container_part(&path)));
-                (directory(&root, container_part(&path)), container_part(&path).to_owned(), cpuacct)
-            } else {
-                let root = mount_of("").ok_or("neither cgroup2 nor the cpu controller is mounted")?;
-                let path = path_of(task.member, "").ok_or_else(gone)?;
-                (directory(&root, container_part(&path)), container_part(&path).to_owned(), None)
-            };
-            Ok((place, How::Usage { cpu, cpuacct, former: None }))
-        }
-        condition::Kind::Exec(_) | condition::Kind::Schedule(_) => Err("nothing to watch".into()),
+        (part.to_owned(), directory(&root, part).join(format!("{resource}.pressure")))
+    };
+    let (stall, window) = (Duration::from_micros(wanted.stall_us), Duration::from_micros(wanted.window_us));
+    let file =
+        PressureFile::open(&file, full, stall, window, boot_time()).map_err(|error| error.to_string())?;
+    if file.threshold() != (stall, window) {
+        let (stall, window) = file.threshold();
+        tracing::info!(
+            rule = task.rule,
+            "the kernel grants no pressure window of {} ms: the agent watches for {} ms within {} ms instead",
+            wanted.window_us / 1000,
+            stall.as_millis(),
+            window.as_millis()
+        );
     }
+    let line = if full { "full" } else { "some" };
+    Ok((path, Measurement::Pressure { file, resource, line, last_high: None }))
+}
+
+/// Finds the files with the CPU use of a task's control group. Returns the path of the control group with them.
+fn open_cpu(task: &SensorTask) -> Result<(String, Measurement), String> {
+    let path_in = |controller: &str| {
+        path_of(task.member, controller).ok_or_else(|| format!("process {} has exited", task.member))
+    };
+    // With version 1 controllers these have the numbers, otherwise the unified hierarchy has them.
+    let (root, path, cpuacct) = if let Some(root) = mount_of("cpu") {
+        let cpuacct = mount_of("cpuacct")
+            .zip(path_of(task.member, "cpuacct"))
+            .map(|(root, path)| directory(&root, container_part(&path)));
+        (root, path_in("cpu")?, cpuacct)
+    } else {
+        let root = mount_of("").ok_or("neither cgroup2 nor the cpu controller is mounted")?;
+        (root, path_in("")?, None)
+    };
+    let part = container_part(&path);
+    let cpu = directory(&root, part);
+    Ok((part.to_owned(), Measurement::Cpu { cpu, cpuacct, former: None }))
 }

@@ -36,7 +36,7 @@ enum Number {
 /// The text that a scrape gets.
 pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
     let engine = node.engine.view().await?;
-    let (held, recorder, files) = (engine.held_captures, engine.recorder, engine.process_stats);
+    let (suppressed, recorder, files) = (engine.suppressed_captures, engine.recorder, engine.process_stats);
     let account = node.ledger.account_now();
     let ledger = account.to_ledger();
     let (rss, cpu) = node.usage();
@@ -152,9 +152,11 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
             Number::Counter(tables.failed),
         );
     }
-    for (reason, count) in
-        [("cooldown", held.cooldown), ("max_concurrent", held.max_concurrent), ("budget", held.budget)]
-    {
+    for (reason, count) in [
+        ("cooldown", suppressed.cooldown),
+        ("max_concurrent", suppressed.max_concurrent),
+        ("budget", suppressed.budget),
+    ] {
         let label = Some(("reason", reason.to_owned()));
         add("captures_held_back", "Captures that did not start, by reason", label, Number::Counter(count));
     }

@@ -15,7 +15,7 @@ use ulid::Ulid;
 use super::{LAST_WAIT, Worker};
 use crate::{
     cgroup::{self, CgroupHierarchy, container_part, pod_part},
-    conditions::{Sensors, Spot, Start, Task, Triggers},
+    conditions::{CaptureStart, SensorTask, Sensors, Triggers, WatchScope},
     kernel::{Arm, Want},
     model::{Image, ImageKey, Sample, Subject, boot_time},
     process::Process,
@@ -113,7 +113,7 @@ pub(super) struct Captures {
 
 struct Running {
     rule: RuleId,
-    spot: Spot,
+    scope: WatchScope,
     over: Option<oneshot::Sender<Option<Ulid>>>,
     /// Since when nothing is sampled for it any more.
     retired: Option<Instant>,
@@ -123,7 +123,7 @@ struct AtExec {
     key: ImageKey,
     slot: u32,
     rule: RuleId,
-    spot: Spot,
+    scope: WatchScope,
     ends: Instant,
     /// It called `execve` itself; its children are part of the same capture.
     leader: bool,
@@ -187,7 +187,7 @@ impl Worker {
     pub(super) fn watch(&mut self) {
         let captures = &mut self.captures;
         let Some(sensors) = &captures.sensors else { return };
-        let mut tasks: BTreeMap<(RuleId, usize, Spot), Task> = BTreeMap::new();
+        let mut tasks: BTreeMap<(RuleId, usize, WatchScope), SensorTask> = BTreeMap::new();
         for watched in &captures.watched {
             let rule = &watched.rule;
             for (number, kind) in
@@ -196,10 +196,15 @@ impl Worker {
                 let part: fn(&str) -> &str = match kind {
                     condition::Kind::Pressure(pressure) => match pressure.scope() {
                         condition::pressure::Scope::Node => {
-                            let (spot, member) = (Spot::Node, 0);
-                            let task =
-                                Task { rule: rule.id.clone(), condition: number, kind: *kind, spot, member };
-                            tasks.insert((rule.id.clone(), number, spot), task);
+                            let (scope, member) = (WatchScope::Node, 0);
+                            let task = SensorTask {
+                                rule: rule.id.clone(),
+                                condition: number,
+                                kind: *kind,
+                                scope,
+                                member,
+                            };
+                            tasks.insert((rule.id.clone(), number, scope), task);
                             continue;
                         }
                         condition::pressure::Scope::Pod => pod_part,
@@ -219,12 +224,12 @@ impl Worker {
                     };
                     let Some(id) = id else { continue };
                     captures.groups.entry(id).or_insert_with(|| path.to_owned());
-                    let spot = Spot::Group(id);
-                    tasks.entry((rule.id.clone(), number, spot)).or_insert_with(|| Task {
+                    let scope = WatchScope::Group(id);
+                    tasks.entry((rule.id.clone(), number, scope)).or_insert_with(|| SensorTask {
                         rule: rule.id.clone(),
                         condition: number,
                         kind: *kind,
-                        spot,
+                        scope,
                         member: process.key.process.tgid,
                     });
                 }
@@ -232,11 +237,11 @@ impl Worker {
         }
         let in_use: BTreeSet<u64> = tasks
             .keys()
-            .map(|(_, _, spot)| *spot)
-            .chain(captures.running.values().map(|running| running.spot))
-            .filter_map(|spot| match spot {
-                Spot::Group(id) => Some(id),
-                Spot::Node => None,
+            .map(|(_, _, scope)| *scope)
+            .chain(captures.running.values().map(|running| running.scope))
+            .filter_map(|scope| match scope {
+                WatchScope::Group(id) => Some(id),
+                WatchScope::Node => None,
             })
             .collect();
         captures.groups.retain(|id, _| in_use.contains(id));
@@ -261,19 +266,19 @@ impl Worker {
         self.end_due();
     }
 
-    fn start(&mut self, start: Start) {
-        let Start { rule, spot, kind, evidence, duration } = start;
+    fn start(&mut self, start: CaptureStart) {
+        let CaptureStart { rule, scope, kind, evidence, duration } = start;
         let reason = CaptureReason { kind, evidence };
         let words = format!("{} {}", reason.kind, reason.evidence);
-        match self.try_start(&rule, spot, reason, duration) {
+        match self.try_start(&rule, scope, reason, duration) {
             Ok(id) => {
                 tracing::info!(rule, "a capture has started: {words}");
                 self.note(SystemTime::now(), || format!("capture of {rule} started: {words}"));
-                self.captures.running.insert(id, Running { rule, spot, over: None, retired: None });
+                self.captures.running.insert(id, Running { rule, scope, over: None, retired: None });
             }
             Err(error) => {
                 tracing::warn!(rule, "a capture did not start ({words}): {error}");
-                self.captures.triggers.ended(&rule, spot, false, boot_time());
+                self.captures.triggers.ended(&rule, scope, false, boot_time());
             }
         }
     }
@@ -281,7 +286,7 @@ impl Worker {
     fn try_start(
         &mut self,
         rule: &RuleId,
-        spot: Spot,
+        scope: WatchScope,
         reason: CaptureReason,
         duration: Duration,
     ) -> Result<CaptureId, CaptureError> {
@@ -289,7 +294,7 @@ impl Worker {
             return Err(CaptureError::Governed(why.clone()));
         }
         let now = SystemTime::now();
-        let target = self.target(rule, spot);
+        let target = self.target(rule, scope);
         // What is sampled from here on is of this capture; the window before is whole by itself.
         self.flush();
         let id = self.rules.start_capture(rule, target, reason, Instant::now() + duration, now)?;
@@ -297,13 +302,13 @@ impl Worker {
             self.rules.end_capture(id, now);
             return Err(CaptureError::Kernel(error.to_string()));
         }
-        self.take_lead_up(rule, spot, id, now);
+        self.take_lead_up(rule, scope, id, now);
         Ok(id)
     }
 
     /// Whom a capture is for.
-    fn target(&self, rule: &RuleId, spot: Spot) -> CaptureTarget {
-        let Spot::Group(id) = spot else { return CaptureTarget::All };
+    fn target(&self, rule: &RuleId, scope: WatchScope) -> CaptureTarget {
+        let WatchScope::Group(id) = scope else { return CaptureTarget::All };
         let watched = self.captures.watched.iter().find(|watched| watched.rule.id == *rule);
         let path = self.captures.groups.get(&id);
         // A rule over pods may mean some of a pod's containers only.
@@ -327,13 +332,13 @@ impl Worker {
     }
 
     /// Puts what the flight recorder has of a capture's processes into its profile.
-    fn take_lead_up(&mut self, rule: &RuleId, spot: Spot, capture: CaptureId, now: SystemTime) {
+    fn take_lead_up(&mut self, rule: &RuleId, scope: WatchScope, capture: CaptureId, now: SystemTime) {
         let Some((recorded, lead_up)) = self.rules.slots().pre_trigger(rule) else { return };
         let Some(slot) = self.rules.slots().of_capture(capture) else { return };
         let since = boot_time().saturating_sub(lead_up);
-        let path = match spot {
-            Spot::Node => None,
-            Spot::Group(id) => self.captures.groups.get(&id),
+        let path = match scope {
+            WatchScope::Node => None,
+            WatchScope::Group(id) => self.captures.groups.get(&id),
         };
         let processes = &self.processes;
         let of = |sample: &Sample| {
@@ -372,7 +377,7 @@ impl Worker {
         let (over, ended) = oneshot::channel();
         let running = Running {
             rule: crate::rules::MANUAL_RULE_ID.into(),
-            spot: Spot::Node,
+            scope: WatchScope::Node,
             over: Some(over),
             retired: None,
         };
@@ -418,9 +423,9 @@ impl Worker {
         }
         self.flush();
         for id in over {
-            let Some(Running { rule, spot, over, .. }) = self.captures.running.remove(&id) else { continue };
+            let Some(Running { rule, scope, over, .. }) = self.captures.running.remove(&id) else { continue };
             tracing::info!(rule, "a capture is over");
-            self.captures.triggers.ended(&rule, spot, false, boot_time());
+            self.captures.triggers.ended(&rule, scope, false, boot_time());
             if let Some(over) = over {
                 // Who asked may be gone.
                 let _ = over.send(self.last_window);
@@ -439,11 +444,11 @@ impl Worker {
             let inherited = parent
                 .and_then(|parent| self.captures.at_exec.get(&parent))
                 .filter(|armed| armed.slot == slot)
-                .map(|armed| (armed.rule.clone(), armed.spot, armed.ends, false));
+                .map(|armed| (armed.rule.clone(), armed.scope, armed.ends, false));
             let granted = if parent.is_some() { inherited } else { self.grant(slot, process, path) };
             match granted {
-                Some((rule, spot, ends, leader)) if !self.captures.at_exec.contains_key(&tgid) => {
-                    let armed = AtExec { key: process.key, slot, rule, spot, ends, leader };
+                Some((rule, scope, ends, leader)) if !self.captures.at_exec.contains_key(&tgid) => {
+                    let armed = AtExec { key: process.key, slot, rule, scope, ends, leader };
                     self.captures.at_exec.insert(tgid, armed);
                 }
                 _ => self.refuse(process.key, slot),
@@ -451,15 +456,20 @@ impl Worker {
         }
     }
 
-    fn grant(&mut self, slot: u32, process: &Process, path: &str) -> Option<(RuleId, Spot, Instant, bool)> {
+    fn grant(
+        &mut self,
+        slot: u32,
+        process: &Process,
+        path: &str,
+    ) -> Option<(RuleId, WatchScope, Instant, bool)> {
         if self.captures.governed.is_some() {
             return None;
         }
         let rule = self.captures.watched.iter().find(|watched| watched.at_exec == Some(slot))?;
-        let (rule, spot) = (Arc::clone(&rule.rule), Spot::Group(process.cgroup_id));
+        let (rule, scope) = (Arc::clone(&rule.rule), WatchScope::Group(process.cgroup_id));
         let evidence = format!("{path} as process {}", process.key.process.tgid);
-        let start = self.captures.triggers.exec(&rule.id, spot, evidence, boot_time())?;
-        Some((rule.id.clone(), spot, Instant::now() + start.duration, true))
+        let start = self.captures.triggers.exec(&rule.id, scope, evidence, boot_time())?;
+        Some((rule.id.clone(), scope, Instant::now() + start.duration, true))
     }
 
     /// A process has ended, or replaced its image: so has what was armed at its exec.
@@ -468,7 +478,7 @@ impl Worker {
         if let Some(armed) = self.captures.at_exec.remove(&tgid)
             && armed.leader
         {
-            self.captures.triggers.ended(&armed.rule, armed.spot, true, boot_time());
+            self.captures.triggers.ended(&armed.rule, armed.scope, true, boot_time());
         }
     }
 
@@ -483,7 +493,7 @@ impl Worker {
         for tgid in due {
             let Some(armed) = self.captures.at_exec.remove(&tgid) else { continue };
             if armed.leader {
-                self.captures.triggers.ended(&armed.rule, armed.spot, true, boot_time());
+                self.captures.triggers.ended(&armed.rule, armed.scope, true, boot_time());
             }
             self.refuse(armed.key, armed.slot);
         }

@@ -16,7 +16,7 @@ use gannet_proto::{
 use super::Worker;
 use crate::{
     cgroup::CgroupNames,
-    conditions::{Sensors, trigger::Held},
+    conditions::{Sensors, SuppressedStarts},
     governor::Use,
     kernel::{Counters, MAX_RULES, ProgramCost},
     model::ImageKey,
@@ -48,7 +48,7 @@ pub struct EngineView {
     /// Unwind tables; `None` if the engine unwinds by frame pointers only.
     pub unwind_tables: Option<tables::Stats>,
     /// Captures that did not start, by reason.
-    pub held_captures: Held,
+    pub(crate) suppressed_captures: SuppressedStarts,
     /// The flight recorder.
     pub recorder: RecorderStats,
     /// Sensor reports that came faster than the engine took them.
@@ -173,7 +173,7 @@ impl Worker {
             undecodable_events: self.kernel.undecodable(),
             mappings_lost: self.kernel.mappings_lost(),
             unwind_tables: self.tables.as_ref().map(Tables::stats),
-            held_captures: self.captures.triggers.held(),
+            suppressed_captures: self.captures.triggers.suppressed(),
             recorder: self.intake.recorder.stats(),
             sensor_reports_dropped: self.captures.sensors.as_ref().map_or(0, Sensors::dropped),
             stray_samples: self.captures.strays,

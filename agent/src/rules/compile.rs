@@ -209,8 +209,7 @@ pub(super) fn kernel_rules<'a>(requests: impl Iterator<Item = SlotRequest<'a>>, 
         nothing_denied && request.unknown_too && request.containers.is_none() && request.compiled.is_for_all()
     };
     for request in requests {
-        let is_for_all = is_for_all(&request);
-        builder.add_slot(request, is_for_all);
+        builder.add_slot(&request, is_for_all(&request));
     }
     builder.add_deny(deny);
     builder.finish()
@@ -225,7 +224,7 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn add_slot(&mut self, request: SlotRequest<'a>, is_for_all: bool) {
+    fn add_slot(&mut self, request: &SlotRequest<'a>, is_for_all: bool) {
         let SlotRequest {
             slot,
             compiled,
@@ -236,7 +235,7 @@ impl<'a> Builder<'a> {
             at_exec,
             containers,
             unknown_too: _,
-        } = request;
+        } = *request;
         let bit = 1_u64 << slot;
         self.rules.periods_ns[slot] = period_ns;
         self.rules.off_cpu |= u64::from(off_cpu) << slot;

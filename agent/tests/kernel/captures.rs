@@ -15,7 +15,7 @@ use crate::common::{
     idle_functions, program, slower,
 };
 use gannet_agent::{
-    conditions::Pressure,
+    conditions::PressureFile,
     engine::{Engine, EngineOptions, Manual, Window},
     governor::Budgets,
     kernel::KernelOptions,
@@ -191,7 +191,7 @@ async fn a_capture_is_over_when_its_last_samples_are_walked() {
 fn pressure_within_a_second_is_watched_as_asked_where_the_kernel_grants_that() {
     let (stall, window) = (Duration::from_millis(100), Duration::from_secs(1));
     let file = Path::new("/proc/pressure/cpu");
-    let pressure = Pressure::open(file, false, stall, window, boot_time()).unwrap();
+    let pressure = PressureFile::open(file, false, stall, window, boot_time()).unwrap();
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
     // CAP_SYS_RESOURCE: without it the kernel may insist on multiples of two seconds.
