@@ -1,4 +1,4 @@
-//! Compiles the `.proto` files without a protoc, and keeps their descriptors for gRPC reflection.
+//! Compiles the `.proto` files without protoc, and writes their descriptors for gRPC reflection.
 
 use std::{env, fs, path::PathBuf};
 
@@ -11,7 +11,7 @@ const FILES: [&str; 4] = [
     "perftools/profiles/profile.proto",
 ];
 
-/// What others have defined, and Gannet only calls: not part of its own reflection.
+/// Services of other projects that Gannet only calls. They are not part of its own reflection.
 const FOREIGN: [&str; 2] = ["push/v1/push.proto", "parca/profilestore/v1alpha1/profilestore.proto"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -20,9 +20,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
     tonic_prost_build::configure()
-        // `AgentService.Connect` would collide with a generated `connect` constructor; channels are built by hand.
+        // A generated constructor `connect` would collide with `AgentService.Connect`, so clients take a channel.
         .build_transport(false)
-        // Ordered maps, so that the same message has the same bytes: rule digests and profiles depend on it.
+        // Ordered maps give the same message the same bytes, on which rule digests and profiles depend.
         .btree_map(".")
         .compile_fds(descriptors)?;
     tonic_prost_build::configure()

@@ -1,4 +1,4 @@
-//! Dialling the collector: what the agent and `gannetctl` have in common.
+//! The connection of the agent and of gannetctl to the collector: options, TLS, bearer tokens, error texts.
 
 use std::{
     fmt::Write as _,
@@ -14,27 +14,27 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri},
 };
 
-/// How to reach the collector.
+/// Options of a connection to the collector.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Dial {
-    /// `http://127.0.0.1:4100`, `https://collector.gannet:4100`.
+    /// Address: `http://127.0.0.1:4100`, `https://collector.gannet:4100`.
     pub url: String,
-    /// Plaintext to an address that is not loopback was asked for by name.
+    /// Allows plaintext to an address that is not loopback.
     pub insecure: bool,
-    /// Whose certificates are trusted (PEM). Not given: the system's.
+    /// Trusted certificate authorities (PEM); `None` means those of the system.
     pub ca: Option<PathBuf>,
-    /// The client's own certificate chain (PEM); goes with `key`.
+    /// Certificate chain of the client (PEM); needs `key`.
     pub cert: Option<PathBuf>,
-    /// The key of `cert` (PEM).
+    /// Private key of `cert` (PEM).
     pub key: Option<PathBuf>,
-    /// A file with a bearer token, read again at each call, since the kubelet replaces it.
+    /// File with a bearer token. Each call reads it again, because the kubelet replaces it.
     pub token_file: Option<PathBuf>,
 }
 
-/// A channel that sends the token, if there is one.
+/// A channel that adds the bearer token to each call.
 pub type Connection = InterceptedService<Channel, Bearer>;
 
-/// Where distributions keep the certificates that they trust.
+/// Files in which distributions store the trusted certificates.
 const SYSTEM_BUNDLES: [&str; 4] = [
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -42,36 +42,36 @@ const SYSTEM_BUNDLES: [&str; 4] = [
     "/etc/ssl/cert.pem",
 ];
 
-/// A dead peer shows within this time even if nothing is said.
-const KEEP_ALIVE: Duration = Duration::from_secs(20);
+/// Interval of HTTP/2 pings. A dead peer shows after two of them, even without calls.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why the collector cannot be dialled as asked.
+/// Reasons why a connection cannot work with the given options.
 #[derive(Debug, thiserror::Error)]
 pub enum DialError {
-    /// The address is no URL of the two kinds that are spoken.
+    /// The address is not an `http://` or `https://` URL without a path.
     #[error("`{url}` is not a collector address: write it like https://HOST:4100, or http://127.0.0.1:4100")]
     Url {
-        /// What was given.
+        /// The given address.
         url: String,
     },
-    /// Plaintext over a network, and nobody asked for it.
+    /// Plaintext over a network without `--insecure`.
     #[error(
-        "`{url}` would send everything in plaintext: use https://, or allow it by name with --insecure (an http:// \
-         address is taken without it only if it is loopback)"
+        "`{url}` would send everything in plaintext; use https://, or allow plaintext with --insecure (only a loopback \
+         address needs neither)"
     )]
     Plaintext {
-        /// What was given.
+        /// The given address.
         url: String,
     },
-    /// TLS options beside an address without TLS.
-    #[error("TLS certificates were given, but `{url}` speaks plaintext: write https://")]
+    /// TLS options together with an address without TLS.
+    #[error("`{url}` is a plaintext address, but TLS certificates were given; write https://")]
     TlsUnused {
-        /// What was given.
+        /// The given address.
         url: String,
     },
-    /// One of certificate and key without the other.
-    #[error("a client certificate and its key go together, and only the {given} was given")]
+    /// A certificate without a key, or a key without a certificate.
+    #[error("a client certificate needs its key, but only the {given} was given")]
     HalfIdentity {
         /// `certificate` or `key`.
         given: &'static str,
@@ -79,29 +79,29 @@ pub enum DialError {
     /// A file that cannot be read.
     #[error("cannot read the {what} {}: {source}", path.display())]
     File {
-        /// What it was to be.
+        /// Purpose of the file.
         what: &'static str,
-        /// Where.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// Nothing to check the collector's certificate with.
+    /// The system has no trusted certificates, so the certificate of the collector cannot be checked.
     #[error(
-        "no trusted certificates on this system (looked for {}): name the collector's authority (--tls-ca FILE)",
+        "no trusted certificates on this system (looked for {}); give the certificate authority of the collector with --tls-ca FILE",
         SYSTEM_BUNDLES.join(", ")
     )]
     NoRoots,
-    /// The certificates are not what they should be.
-    #[error("the TLS certificates cannot be used: {reason}")]
+    /// The TLS library refuses the certificates.
+    #[error("cannot use the TLS certificates: {reason}")]
     Tls {
-        /// What the TLS library said.
+        /// Error of the TLS library.
         reason: String,
     },
 }
 
-/// A channel to the collector. It connects at the first call and again whenever it must, so that a collector that is
-/// not there is an error of the call: see [`explain`].
+/// Returns a channel to the collector. It connects at the first call and again after each failure, so an unreachable
+/// collector is an error of the call, not of this function. [`explain`] formats that error.
 pub fn channel(dial: &Dial) -> Result<Channel, DialError> {
     let Dial { url, insecure, ca, cert, key, token_file: _ } = dial;
     let invalid = || DialError::Url { url: url.clone() };
@@ -112,8 +112,8 @@ pub fn channel(dial: &Dial) -> Result<Channel, DialError> {
     }
     let endpoint = Endpoint::from(uri.clone())
         .connect_timeout(CONNECT_TIMEOUT)
-        .http2_keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_INTERVAL)
         .keep_alive_while_idle(true)
         .tcp_nodelay(true);
     let endpoint = match scheme {
@@ -130,14 +130,14 @@ pub fn channel(dial: &Dial) -> Result<Channel, DialError> {
     Ok(endpoint.connect_lazy())
 }
 
-/// As [`channel`], with the token of [`Dial::token_file`] on each call.
+/// Returns a channel like [`channel`] that also sends the token of [`Dial::token_file`].
 pub fn connect(dial: &Dial) -> Result<Connection, DialError> {
     let bearer = Bearer { file: dial.token_file.clone() };
     bearer.check()?;
     Ok(InterceptedService::new(channel(dial)?, bearer))
 }
 
-/// Whether a host of a URL or a listening address is this machine alone.
+/// Reports whether a host, of a URL or of a listening address, is reachable only from this machine.
 pub fn is_loopback(host: &str) -> bool {
     let host = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
@@ -147,7 +147,7 @@ fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, DialError> {
     fs::read(path).map_err(|source| DialError::File { what, path: path.to_owned(), source })
 }
 
-/// The certificates (PEM) that are trusted: those of the file, or the system's.
+/// Reads the trusted certificates (PEM): those of the file, or those of the system.
 pub fn authority(ca: Option<&Path>) -> Result<Vec<u8>, DialError> {
     match ca {
         Some(path) => read("certificate authority", path),
@@ -168,14 +168,14 @@ fn tls(ca: Option<&Path>, cert: Option<&Path>, key: Option<&Path>) -> Result<Cli
     }
 }
 
-/// Puts the bearer token on each call.
+/// Adds the bearer token to each call.
 #[derive(Clone, Debug, Default)]
 pub struct Bearer {
     file: Option<PathBuf>,
 }
 
 impl Bearer {
-    /// Reads the token from this file, if one is given.
+    /// Makes an interceptor that reads the token from this file, or adds none.
     pub fn new(file: Option<PathBuf>) -> Self {
         Self { file }
     }
@@ -200,7 +200,7 @@ impl Interceptor for Bearer {
     }
 }
 
-/// What a failed call means, for people: an unreachable collector is named with its address and the cause.
+/// Formats a failed call for people, with the address and the cause if the collector is unreachable.
 pub fn explain(url: &str, status: &Status) -> String {
     let cause = std::error::Error::source(status);
     match (status.code(), cause) {
@@ -209,38 +209,37 @@ pub fn explain(url: &str, status: &Status) -> String {
             let mut text = format!("cannot reach the collector at {url}: {reason}");
             let lower = reason.to_lowercase();
             if lower.contains("certificaterequired") || lower.contains("certificate required") {
-                text.push_str("; the collector wants to know its clients: give --tls-cert and --tls-key");
+                text.push_str("; the collector requires a client certificate: give --tls-cert and --tls-key");
             } else if lower.contains("certificate") || lower.contains("tls") || lower.contains("handshake") {
-                text.push_str("; does --tls-ca name the collector's authority?");
+                text.push_str("; is --tls-ca the certificate authority of the collector?");
             } else if lower.contains("corrupt message") || lower.contains("frame") {
-                text.push_str("; does one side speak TLS and the other not, or is that the HTTP port?");
+                text.push_str("; does only one side use TLS, or is this the HTTP port?");
             } else {
                 text.push_str("; is gannet-collector running there?");
             }
             text
         }
         (tonic::Code::Unimplemented, _) => format!(
-            "what answers at {url} does not know this call: is it the gRPC address of a gannet-collector of this version?"
+            "the server at {url} does not know this call; is it the gRPC address of a gannet-collector of this version?"
         ),
         (code, _) => {
             let mut text = status.message().to_owned();
             if text.is_empty() {
-                let _ = write!(text, "the collector at {url} answered {code:?} without a reason");
+                let _ = write!(text, "the collector at {url} answered {code:?} without a message");
             }
             text
         }
     }
 }
 
-/// The cause at the end of the chain, which says more than "transport error".
-/// The cause behind all others, in words.
+/// Returns the text of the last error in a chain of sources. It says more than the first one, "transport error".
 pub fn innermost(error: &dyn std::error::Error) -> String {
     let mut error = error;
     while let Some(source) = error.source() {
         error = source;
     }
     let text = error.to_string();
-    // "Connection refused (os error 111)": the number helps nobody.
+    // "Connection refused (os error 111)": drops the number.
     match text.split_once(" (os error") {
         Some((words, _)) => words.to_lowercase(),
         None => text,
@@ -261,13 +260,13 @@ mod tests {
     #[case("http://127.0.0.1:4100", None)]
     #[case("http://[::1]:4100/", None)]
     #[case("http://localhost:4100", None)]
-    #[case("http://collector.gannet:4100", Some("use https://, or allow it by name with --insecure"))]
+    #[case("http://collector.gannet:4100", Some("use https://, or allow plaintext with --insecure"))]
     #[case("127.0.0.1:4100", Some("is not a collector address: write it like https://HOST:4100"))]
     #[case("ftp://127.0.0.1:4100", Some("is not a collector address"))]
     #[case("http://127.0.0.1:4100/ui", Some("is not a collector address"))]
     #[case("", Some("is not a collector address"))]
     #[tokio::test]
-    async fn plaintext_leaves_the_machine_only_if_asked_for(#[case] url: &str, #[case] error: Option<&str>) {
+    async fn plaintext_leaves_the_machine_only_with_insecure(#[case] url: &str, #[case] error: Option<&str>) {
         match (connect(&dial(url)), error) {
             (Ok(_), None) => {}
             (Err(found), Some(error)) => assert!(found.to_string().contains(error), "{found}"),
@@ -279,13 +278,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn tls_options_that_do_not_fit_are_named() {
+    async fn wrong_tls_options_are_named() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let here = Some(file.path().to_owned());
         let missing = Some(PathBuf::from("/nonexistent/ca.pem"));
         let https = || dial("https://collector:4100");
         let words = |dial: Dial| connect(&dial).unwrap_err().to_string();
-        assert!(words(Dial { ca: here.clone(), ..dial("http://127.0.0.1:1") }).contains("speaks plaintext"));
+        assert!(
+            words(Dial { ca: here.clone(), ..dial("http://127.0.0.1:1") }).contains("is a plaintext address")
+        );
         assert!(
             words(Dial { ca: missing.clone(), ..https() })
                 .contains("certificate authority /nonexistent/ca.pem")
@@ -297,8 +298,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_unreachable_collector_is_named_with_its_address_and_the_cause() {
-        // A port that was free a moment ago.
+    async fn an_unreachable_collector_is_named_with_its_cause() {
+        // A port that was free just now.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let url = format!("http://127.0.0.1:{port}");
         let connection = connect(&dial(&url)).unwrap();

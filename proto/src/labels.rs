@@ -1,11 +1,11 @@
-//! The labels by which a profile is filed (its series), and what makes a label acceptable to every store downstream.
+//! Labels of a series of profiles, and the limits that every profile store accepts.
 
 use std::collections::BTreeMap;
 
-/// The labels of one series, by name.
+/// Labels of one series: values by name.
 pub type Labels = BTreeMap<String, String>;
 
-/// What the profile is of: the workload, else the unit, else the executable.
+/// The profiled service: the workload, else the systemd unit, else the executable.
 pub const SERVICE_NAME: &str = "service_name";
 /// The node's name.
 pub const NODE: &str = "node";
@@ -15,9 +15,9 @@ pub const NAMESPACE: &str = "namespace";
 pub const POD: &str = "pod";
 /// The container's name in its pod.
 pub const CONTAINER: &str = "container";
-/// The name of what owns the pod.
+/// The name of the controller of the pod.
 pub const WORKLOAD: &str = "workload";
-/// The kind of what owns the pod, in lower case.
+/// The kind of the controller of the pod, in lower case.
 pub const WORKLOAD_KIND: &str = "workload_kind";
 /// The cluster's name.
 pub const CLUSTER: &str = "cluster";
@@ -49,34 +49,34 @@ pub const RESERVED: [&str; 13] = [
     EXE,
 ];
 
-/// The most labels that one series may have: what Pyroscope takes by default.
+/// Maximum number of labels of a series: the default limit of Pyroscope.
 pub const MAX_LABELS: usize = 30;
-/// The longest label name, in bytes.
+/// Maximum length of a label name in bytes.
 pub const MAX_NAME_BYTES: usize = 128;
-/// The longest label value, in bytes: what Pyroscope takes by default.
+/// Maximum length of a label value in bytes: the default limit of Pyroscope.
 pub const MAX_VALUE_BYTES: usize = 2048;
 
-/// Why a set of labels is not acceptable.
+/// Reasons why a set of labels is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LabelError {
-    /// More names than a series may have.
-    #[error("{0} labels, and at most {MAX_LABELS} are allowed: leave some out")]
+    /// The series has more labels than [`MAX_LABELS`].
+    #[error("{0} labels, and at most {MAX_LABELS} are allowed; remove some")]
     TooMany(usize),
-    /// A name that Prometheus would not take.
+    /// The name is not a valid label name of Prometheus.
     #[error(
         "label name `{0}` is not allowed: letters, digits and `_`, not starting with a digit or `__` (for instance `{suggestion}`)",
         suggestion = safe_name(.0)
     )]
     Name(String),
-    /// A name that is too long.
+    /// The name is longer than [`MAX_NAME_BYTES`].
     #[error("label name `{}…` has {} bytes, and at most {MAX_NAME_BYTES} are allowed", head(.0), .0.len())]
     NameTooLong(String),
-    /// A value that is too long.
+    /// The value is longer than [`MAX_VALUE_BYTES`].
     #[error("the value of label `{name}` has {bytes} bytes, and at most {MAX_VALUE_BYTES} are allowed")]
     ValueTooLong {
-        /// The label's name.
+        /// Name of the label.
         name: String,
-        /// How long the value is.
+        /// Length of the value.
         bytes: usize,
     },
 }
@@ -85,9 +85,8 @@ fn head(text: &str) -> String {
     text.chars().take(32).collect()
 }
 
-/// That a label may have this name: Prometheus-safe, and none of those that start with `__`, which stores keep for
-/// themselves.
-pub fn check_name(name: &str) -> Result<(), LabelError> {
+/// Checks a label name: valid for Prometheus, and without the prefix `__`, which profile stores reserve.
+pub(crate) fn check_name(name: &str) -> Result<(), LabelError> {
     if name.len() > MAX_NAME_BYTES {
         return Err(LabelError::NameTooLong(name.to_owned()));
     }
@@ -100,7 +99,7 @@ pub fn check_name(name: &str) -> Result<(), LabelError> {
     }
 }
 
-/// That a series may have these labels.
+/// Checks the labels of a series.
 pub fn check(labels: &Labels) -> Result<(), LabelError> {
     if labels.len() > MAX_LABELS {
         return Err(LabelError::TooMany(labels.len()));
@@ -114,14 +113,14 @@ pub fn check(labels: &Labels) -> Result<(), LabelError> {
     Ok(())
 }
 
-/// The nearest name that [`check_name`] takes: `app.kubernetes.io/name` becomes `app_kubernetes_io_name`.
+/// Returns the closest valid label name: `app.kubernetes.io/name` becomes `app_kubernetes_io_name`.
 pub fn safe_name(name: &str) -> String {
     let name = name.trim_start_matches(|c: char| !c.is_ascii_alphanumeric());
     let mut safe: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
     if safe.starts_with(|c: char| !c.is_ascii_alphabetic()) || safe.is_empty() {
         safe.insert(0, '_');
     }
-    // Only ASCII is left, so every byte is a character boundary.
+    // The name is ASCII here, so every byte is a character boundary.
     safe.truncate(MAX_NAME_BYTES);
     safe
 }
@@ -141,12 +140,12 @@ mod tests {
     #[case("__name__", false)]
     #[case("app.kubernetes.io/name", false)]
     #[case("größe", false)]
-    fn names_are_those_that_prometheus_takes(#[case] name: &str, #[case] good: bool) {
+    fn label_names_are_valid_for_prometheus(#[case] name: &str, #[case] good: bool) {
         assert_eq!(check_name(name).is_ok(), good, "{name}");
     }
 
     #[test]
-    fn bounds_are_enforced_and_named() {
+    fn limits_are_enforced_and_named() {
         let many: Labels = (0..31).map(|i| (format!("l{i}"), String::new())).collect();
         assert_eq!(check(&many), Err(LabelError::TooMany(31)));
         let long = Labels::from([("a".into(), "x".repeat(2049))]);
@@ -165,11 +164,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_made_safe_name_is_always_acceptable(name in ".{0,200}") {
+        fn a_safe_name_is_always_valid(name in ".{0,200}") {
             prop_assert_eq!(check_name(&safe_name(&name)), Ok(()));
         }
         #[test]
-        fn a_good_name_is_left_alone(name in "[a-zA-Z][a-zA-Z0-9_]{0,100}") {
+        fn a_valid_name_is_unchanged(name in "[a-zA-Z][a-zA-Z0-9_]{0,100}") {
             prop_assert_eq!(safe_name(&name), name);
         }
     }

@@ -1,42 +1,42 @@
-//! The loss ledger: every sample that was taken is delivered, still on its way, or lost for a reason that has a name.
+//! The loss ledger: each taken sample is delivered, pending, or lost for a named reason.
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use crate::control;
 
-/// Why samples were lost. The words are the same in metrics, on the wire and on the page.
+/// Reasons for lost samples. Their names are the same in metrics, on the wire and on the page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LossReason {
-    /// The kernel's ring buffer had no room.
+    /// The ring buffer was full.
     RingFull,
-    /// The stack could not be read.
+    /// The kernel could not read the stack.
     StackFault,
-    /// The kernel handed out a stack id whose stack was gone.
+    /// The kernel returned a stack id whose stack was gone from the map.
     StackMissing,
-    /// A kernel map had no room for the process or the stack.
+    /// A BPF map had no room for the process or the stack.
     MapFull,
-    /// Threads blocked more often than their stacks may be taken.
+    /// Threads blocked more often than the rate limit of off-CPU samples allows.
     RateLimit,
-    /// A queue inside the agent had no room.
+    /// A queue inside the agent was full.
     QueueFull,
-    /// The spool dropped its oldest batches to stay within its bytes.
+    /// The spool dropped its oldest batches to stay within its size.
     SpoolFull,
     /// A batch in the spool was damaged.
     SpoolCorrupt,
     /// The collector refused the batch.
     Refused,
-    /// The batch was older than the spool keeps.
+    /// The batch was older than the maximum age in the spool.
     Expired,
-    /// The profile was larger than the collector takes.
+    /// The profile was larger than the collector accepts.
     TooLarge,
-    /// The pod does not want to be profiled; taken before that was known.
+    /// The pod opts out of profiling, and the agent learned of it after it took the samples.
     Denied,
-    /// The agent ended before the samples were safe.
+    /// The agent exited before the samples were durable.
     Shutdown,
 }
 
 impl LossReason {
-    /// Every reason, in the order in which samples meet them on their way.
+    /// All reasons, in the order of the path of a sample.
     pub const ALL: [Self; 13] = [
         Self::RingFull,
         Self::StackFault,
@@ -53,7 +53,7 @@ impl LossReason {
         Self::Shutdown,
     ];
 
-    /// The name on the wire and in metrics.
+    /// Returns the name on the wire and in metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::RingFull => "ring_full",
@@ -95,22 +95,22 @@ impl FromStr for LossReason {
     }
 }
 
-/// Counts of samples. `taken == delivered + pending + lost`.
+/// Counts of samples, for which `taken == delivered + pending + lost`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ledger {
-    /// Clock ticks that reached the sampler, idle ones included.
+    /// Clock ticks that reached the sampler, including those of idle CPUs.
     pub ticks: u64,
     /// Samples that a rule asked for.
     pub taken: u64,
-    /// In profiles (a window's ledger), or acknowledged by a collector (a node's ledger).
+    /// Samples in the profiles of a window, or in the ledger of a node: samples that a collector acknowledged.
     pub delivered: u64,
-    /// Taken, and neither delivered nor lost yet. Zero in a window's ledger.
+    /// Samples that are neither delivered nor lost yet; 0 in the ledger of a window.
     pub pending: u64,
-    /// By reason; a reason without losses has no entry.
+    /// Lost samples by reason; a reason without losses has no entry.
     pub lost: BTreeMap<LossReason, u64>,
 }
 
-/// A ledger whose sides differ: samples vanished or were counted twice.
+/// A ledger that does not balance: samples disappeared or were counted twice.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the ledger does not balance: {taken} samples taken, but {delivered} delivered + {pending} pending + {lost} lost"
@@ -120,9 +120,9 @@ pub struct Imbalance {
     pub taken: u64,
     /// Samples delivered.
     pub delivered: u64,
-    /// Samples on their way.
+    /// Samples pending.
     pub pending: u64,
-    /// Samples lost, all reasons.
+    /// Samples lost for all reasons.
     pub lost: u64,
 }
 
@@ -147,12 +147,12 @@ impl Ledger {
         }
     }
 
-    /// Samples lost, all reasons.
+    /// Returns the samples lost for all reasons.
     pub fn lost_total(&self) -> u64 {
         self.lost.values().fold(0, |sum, n| sum.saturating_add(*n))
     }
 
-    /// That every sample is accounted for.
+    /// Checks that every taken sample is counted exactly once.
     pub fn check(&self) -> Result<(), Imbalance> {
         let lost = self.lost_total();
         let Self { taken, delivered, pending, .. } = *self;
@@ -164,7 +164,7 @@ impl Ledger {
     }
 }
 
-/// As in a profile's comment: `ticks 990, taken 120, delivered 118, lost 2 (ring_full 2)`.
+/// Formats the ledger as in the comment of a profile: `ticks 990, taken 120, delivered 118, lost 2 (ring_full 2)`.
 impl fmt::Display for Ledger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "ticks {}, taken {}, delivered {}", self.ticks, self.taken, self.delivered)?;
@@ -230,7 +230,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_reason_reads_back_from_its_name_and_no_two_share_one() {
+    fn each_reason_has_its_own_name_and_reads_back() {
         let names: std::collections::BTreeSet<_> = LossReason::ALL.iter().map(|r| r.as_str()).collect();
         assert_eq!(names.len(), LossReason::ALL.len());
         for reason in LossReason::ALL {
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ledger_balances_only_if_each_sample_is_somewhere() {
+    fn a_ledger_balances_only_if_each_sample_is_counted() {
         let mut ledger = Ledger { ticks: 100, taken: 10, delivered: 6, pending: 1, ..Ledger::default() };
         assert_eq!(ledger.check(), Err(Imbalance { taken: 10, delivered: 6, pending: 1, lost: 0 }));
         ledger.lose(LossReason::RingFull, 2);
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sum_of_balanced_ledgers_balances_and_survives_the_wire() {
+    fn a_sum_of_balanced_ledgers_balances() {
         let mut sum = Ledger::default();
         for reason in LossReason::ALL {
             let mut one = Ledger { ticks: 9, taken: 7, delivered: 4, ..Ledger::default() };

@@ -1,5 +1,5 @@
-//! What the parts of Gannet say to each other: the generated gRPC types and services, and what both ends must agree on
-//! about them (the rule model and its validator, the pprof format, series labels, the loss ledger).
+//! The shared language of agent, collector and gannetctl: generated gRPC types and services, and the code that all of
+//! them need to interpret these types (rules and their validator, pprof, series labels, the loss ledger).
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
@@ -57,7 +57,7 @@ mod generated {
 
 pub use generated::{control::v1 as control, ingest::v1 as ingest, profiles, query::v1 as query};
 
-/// Services of others that profiles are handed on to.
+/// Services of other profile stores to which the collector forwards profiles.
 pub mod foreign {
     pub use super::generated::foreign::{parca, push::v1 as pyroscope, types::v1 as pyroscope_types};
 }
@@ -65,10 +65,10 @@ pub mod foreign {
 /// The encoded `FileDescriptorSet` of every `.proto` file, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
-/// The version of every part: they are built and released together.
+/// Version of all programs, which are released together.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Where the parts listen unless told otherwise.
+/// Default addresses of the programs.
 pub mod ports {
     /// The collector's gRPC services.
     pub const COLLECTOR_GRPC: &str = "127.0.0.1:4100";

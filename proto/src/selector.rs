@@ -1,8 +1,8 @@
-//! Kubernetes label selectors, as `kubectl -l` takes them: `app in (a,b),tier!=cache,!canary,team`.
+//! Kubernetes label selectors in the syntax of `kubectl -l`: `app in (a,b),tier!=cache,!canary,team`.
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
-/// A set of requirements that must all hold. An empty one matches everything.
+/// A set of requirements, all of which must hold. An empty selector matches everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LabelSelector {
     requirements: Vec<Requirement>,
@@ -22,37 +22,37 @@ enum Test {
     Absent,
 }
 
-/// Why a text is no label selector.
+/// Reasons why a text is not a label selector.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SelectorError {
-    /// Something else was expected at this place.
+    /// The text has an unexpected token.
     #[error(
         "expected {expected} at character {at}, found {found}: write it like `app in (a,b),tier!=cache,!canary`"
     )]
     Expected {
-        /// What would have been right.
+        /// Description of the allowed tokens.
         expected: &'static str,
-        /// What is there.
+        /// The token in the text.
         found: String,
-        /// Where, counted from 1.
+        /// Character of the text, counted from 1.
         at: usize,
     },
-    /// A key that no object can have.
+    /// The key is not a valid key of Kubernetes labels.
     #[error("`{0}` is not a label key: [prefix/]name, the name at most 63 of letters, digits, `-`, `_`, `.`")]
     Key(String),
-    /// A value that no object can have.
+    /// The value is not a valid value of Kubernetes labels.
     #[error("`{0}` is not a label value: at most 63 of letters, digits, `-`, `_`, `.`")]
     Value(String),
-    /// Longer than any sensible selector.
+    /// The selector is longer than [`MAX_BYTES`].
     #[error("the selector has {0} bytes, and at most {MAX_BYTES} are allowed")]
     TooLong(usize),
 }
 
-/// The longest selector that is parsed.
+/// Maximum length of a selector in bytes.
 pub const MAX_BYTES: usize = 4096;
 
 impl LabelSelector {
-    /// Reads the text form.
+    /// Parses the text form.
     pub fn parse(text: &str) -> Result<Self, SelectorError> {
         if text.len() > MAX_BYTES {
             return Err(SelectorError::TooLong(text.len()));
@@ -72,8 +72,8 @@ impl LabelSelector {
         }
     }
 
-    /// The selector that wants exactly these labels.
-    pub fn from_labels(labels: &BTreeMap<String, String>) -> Result<Self, SelectorError> {
+    /// Returns the selector that requires all of these labels.
+    pub(crate) fn from_labels(labels: &BTreeMap<String, String>) -> Result<Self, SelectorError> {
         let requirements = labels
             .iter()
             .map(|(key, value)| {
@@ -83,7 +83,8 @@ impl LabelSelector {
         Ok(Self { requirements })
     }
 
-    /// Whether an object with these labels is selected. As in Kubernetes, `!=` and `notin` hold where the key is absent.
+    /// Reports whether an object with these labels is selected. As in Kubernetes, `!=` and `notin` hold if the key is
+    /// absent.
     pub fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
         self.requirements.iter().all(|Requirement { key, test }| {
             let value = labels.get(key);
@@ -96,7 +97,7 @@ impl LabelSelector {
         })
     }
 
-    /// Whether it selects everything.
+    /// Reports whether the selector matches everything.
     pub fn is_empty(&self) -> bool {
         self.requirements.is_empty()
     }
@@ -171,7 +172,7 @@ fn expected(expected: &'static str, token: &Token<'_>, at: usize) -> SelectorErr
 }
 
 impl<'a> Parser<'a> {
-    /// The token, and the 1-based number of its first character.
+    /// Returns the next token and the number of its first character, counted from 1.
     fn next(&mut self) -> (usize, Token<'a>) {
         let rest = &self.text[self.at..];
         let rest = rest.trim_start();
@@ -242,7 +243,7 @@ impl<'a> Parser<'a> {
         Ok(Requirement { key, test })
     }
 
-    /// A value may be empty: `key=` and `in (a,)`.
+    /// Parses a value, which may be empty: `key=` and `in (a,)`.
     fn value(&mut self) -> Result<String, SelectorError> {
         match self.peek() {
             Token::Word(word) => {
@@ -277,7 +278,7 @@ impl<'a> Parser<'a> {
     }
 }
 
-/// The name part of a key, or a value: begins and ends with a letter or digit.
+/// Checks the name part of a key, or a value: it starts and ends with a letter or digit.
 fn is_name(text: &str) -> bool {
     let inner = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
     let ends = |b: Option<u8>| b.is_some_and(|b| b.is_ascii_alphanumeric());
@@ -300,7 +301,8 @@ fn good_value(value: &str) -> Result<String, SelectorError> {
     }
 }
 
-/// 1 to 63 of `[a-z0-9-]`, not beginning or ending with `-`: what Kubernetes names namespaces and containers with.
+/// Checks a DNS label, the form of namespace and container names: 1 to 63 characters of `[a-z0-9-]`, without `-` at the
+/// start or end.
 pub(crate) fn is_dns_label(text: &str) -> bool {
     (1..=63).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
@@ -322,7 +324,7 @@ mod tests {
             .collect()
     }
 
-    // The answers are those of `kubectl get pods -l`.
+    // The expected answers come from `kubectl get pods -l`.
     #[rstest]
     #[case("", "", true)]
     #[case("app=a", "app=a,x=1", true)]
@@ -356,13 +358,13 @@ mod tests {
     #[case("app=a,", "expected a label key at character 7, found the end")]
     #[case("a/b/c=1", "`a/b/c` is not a label key")]
     #[case("app=-a", "`-a` is not a label value")]
-    fn errors_say_where_and_what(#[case] selector: &str, #[case] error: &str) {
+    fn an_error_names_the_character_and_the_token(#[case] selector: &str, #[case] error: &str) {
         let found = LabelSelector::parse(selector).unwrap_err().to_string();
         assert!(found.starts_with(error), "{found}");
     }
 
     #[test]
-    fn a_map_becomes_the_selector_that_wants_it() {
+    fn a_map_becomes_a_selector_of_its_labels() {
         let wanted = labels("app=checkout,tier=web");
         let selector = LabelSelector::from_labels(&wanted).unwrap();
         assert_eq!(selector.to_string(), "app=checkout,tier=web");
@@ -373,13 +375,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_answered_without_a_panic(text in "\\PC{0,60}") {
+        fn any_text_parses_without_a_panic(text in "\\PC{0,60}") {
             if let Ok(selector) = LabelSelector::parse(&text) {
                 prop_assert_eq!(LabelSelector::parse(&selector.to_string()), Ok(selector));
             }
         }
         #[test]
-        fn what_it_prints_reads_back(text in "(!?[a-c]|[a-c](=|!=| in | notin )\\([a-c](,[a-c]){0,2}\\)|[a-c](=|!=)[a-c])(,[a-c]=[a-c]){0,2}") {
+        fn a_selector_reads_back_from_its_text(text in "(!?[a-c]|[a-c](=|!=| in | notin )\\([a-c](,[a-c]){0,2}\\)|[a-c](=|!=)[a-c])(,[a-c]=[a-c]){0,2}") {
             if let Ok(selector) = LabelSelector::parse(&text) {
                 prop_assert_eq!(LabelSelector::parse(&selector.to_string()), Ok(selector));
             }

@@ -1,83 +1,83 @@
-//! Writing a profile from scratch.
+//! The builder of new profiles.
 
 use super::graph::{FunctionKey, Graph, Head, LabelKey, LineKey, LocationKey, MappingKey, SampleKey};
 use crate::profiles::Profile;
 
-/// What a profile says about itself.
+/// Properties of a whole profile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header<'a> {
-    /// `(type, unit)` of each value: `[("samples", "count"), ("cpu", "nanoseconds")]`.
+    /// Type and unit of each value: `[("samples", "count"), ("cpu", "nanoseconds")]`.
     pub sample_types: &'a [(&'a str, &'a str)],
-    /// What is counted to decide when to sample.
+    /// Type and unit of the events between two samples.
     pub period_type: (&'a str, &'a str),
-    /// How much of it lies between two samples.
+    /// Number of events between two samples.
     pub period: i64,
-    /// The start, in nanoseconds since 1970.
+    /// Start in nanoseconds since 1970.
     pub time_nanos: i64,
-    /// The true length.
+    /// Measured length.
     pub duration_nanos: i64,
 }
 
-/// A mapped file. `file` is as the process sees it, or `[vdso]`, `[kernel.kallsyms]`, `[anon]`.
+/// A mapped file, or another range of addresses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mapping<'a> {
-    /// The first address.
+    /// First address.
     pub start: u64,
-    /// Behind the last address.
+    /// First address behind the mapping.
     pub limit: u64,
-    /// Of `start`, in the file.
+    /// Offset of `start` in the file.
     pub offset: u64,
-    /// The file's name.
+    /// Path as the process sees it, or `[vdso]`, `[kernel.kallsyms]`, `[anon]`.
     pub file: &'a str,
-    /// Lower-case hex.
+    /// Build id in lower-case hex; empty if unknown.
     pub build_id: &'a str,
 }
 
-/// One function at a location; several where functions are inlined.
+/// A function at a location. A location has several if functions are inlined there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Line<'a> {
-    /// Demangled.
+    /// Demangled name.
     pub name: &'a str,
-    /// As in the symbol table.
+    /// Name in the symbol table.
     pub system_name: &'a str,
-    /// The source file; empty if unknown.
+    /// Source file; empty if unknown.
     pub file: &'a str,
-    /// 0 if unknown.
+    /// Line in the source file; 0 if unknown.
     pub line: i64,
-    /// 0 if unknown.
+    /// Column in the source file; 0 if unknown.
     pub column: i64,
-    /// Where the function begins; 0 if unknown.
+    /// First line of the function; 0 if unknown.
     pub start_line: i64,
 }
 
-/// What a sample is marked with.
+/// A label of a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Label<'a> {
-    /// Its name.
+    /// Key of the label.
     pub key: &'a str,
-    /// Its value.
+    /// Value of the label.
     pub value: LabelValue<'a>,
 }
 
-/// Text, or a number with its unit (which may be empty).
+/// Value of a label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LabelValue<'a> {
     /// Text.
     Str(&'a str),
-    /// A number and its unit.
+    /// A number and its unit, which may be empty.
     Num(i64, &'a str),
 }
 
-/// A mapping of the builder that made it.
+/// Handle of a mapping, valid for the builder that returned it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MappingId(u32);
 
-/// A location of the builder that made it.
+/// Handle of a location, valid for the builder that returned it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LocationId(u32);
 
-/// Collects a profile. Equal mappings, functions, locations, and samples are kept once; the order in which things are
-/// added does not show in the result, except for that of the comments.
+/// Builds a profile. It stores equal mappings, functions, locations and samples once. The result does not depend on the
+/// order of additions, except for comments.
 pub struct Builder {
     graph: Graph,
     head: Head,
@@ -85,7 +85,7 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// An empty profile.
+    /// Starts an empty profile.
     pub fn new(header: Header<'_>) -> Self {
         let Header { sample_types, period_type, period, time_nanos, duration_nanos } = header;
         let owned = |(kind, unit): &(&str, &str)| ((*kind).to_owned(), (*unit).to_owned());
@@ -100,7 +100,7 @@ impl Builder {
         Self { graph: Graph::default(), head, main: None }
     }
 
-    /// Adds a mapping, or finds it.
+    /// Adds a mapping, or returns the handle of an equal one.
     pub fn mapping(&mut self, mapping: Mapping<'_>) -> MappingId {
         let Mapping { start, limit, offset, file, build_id } = mapping;
         let key = MappingKey {
@@ -113,12 +113,13 @@ impl Builder {
         MappingId(self.graph.mappings.number(key))
     }
 
-    /// Puts this mapping first, where readers look for the main program.
+    /// Marks the mapping of the main program, which pprof readers expect first.
     pub fn main_mapping(&mut self, mapping: MappingId) {
         self.main = Some(mapping.0);
     }
 
-    /// Adds a location, or finds it. `lines` has the innermost function first; it is empty where there are no symbols.
+    /// Adds a location, or returns the handle of an equal one. `lines` has the innermost function first and is empty
+    /// without symbols.
     pub fn location(&mut self, mapping: Option<MappingId>, address: u64, lines: &[Line<'_>]) -> LocationId {
         let Graph { strings, functions, locations, .. } = &mut self.graph;
         let lines = lines
@@ -141,8 +142,8 @@ impl Builder {
         }))
     }
 
-    /// Adds a sample: its stack, leaf first, and one value for each sample type. Samples with the same stack and
-    /// labels are added up. Of labels with the same key the first counts.
+    /// Adds a sample: its stack, leaf first, and one value for each sample type. Adds up samples with equal stacks and
+    /// labels. Ignores a label whose key an earlier label has.
     pub fn sample(&mut self, stack: &[LocationId], values: &[i64], labels: &[Label<'_>]) {
         let strings = &mut self.graph.strings;
         let mut keys: Vec<LabelKey> = Vec::with_capacity(labels.len());
@@ -152,7 +153,7 @@ impl Builder {
                 continue;
             }
             keys.push(match value {
-                // The format knows no difference between the empty text and the number 0.
+                // The format does not distinguish the empty text from the number 0.
                 LabelValue::Str(text) => LabelKey {
                     key,
                     text: (!text.is_empty()).then(|| strings.number(text)),
@@ -169,12 +170,12 @@ impl Builder {
         self.graph.sample(key, self.head.sample_types.len(), values.iter().copied());
     }
 
-    /// Adds a line of comment.
+    /// Adds a comment line.
     pub fn comment(&mut self, line: &str) {
         self.head.comments.push(line.to_owned());
     }
 
-    /// The profile.
+    /// Returns the profile.
     pub fn finish(self) -> Profile {
         self.graph.finish(&self.head, self.main)
     }

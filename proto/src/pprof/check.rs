@@ -1,56 +1,57 @@
-//! That a profile holds together, so that whoever reads it afterwards need not ask again.
+//! Checks profiles once, so that the code that reads them afterwards can rely on valid references.
 
 use std::collections::{HashMap, HashSet};
 
 use super::PprofError;
 use crate::profiles::{Profile, ValueType};
 
-/// What a checked profile holds.
+/// Content of a checked profile.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Summary {
-    /// `cpu/nanoseconds`, ...: in the order of the values.
+    /// Sample types such as `cpu/nanoseconds`, in the order of the values.
     pub sample_types: Vec<String>,
-    /// The sum over all samples, for each sample type.
+    /// Sum over all samples, for each sample type.
     pub totals: Vec<i64>,
-    /// How many samples (stacks) there are.
+    /// Number of samples.
     pub samples: usize,
 }
 
-/// From the ids of a table's entries to their places in it. Writers number from 1 upwards, so the place is guessed
-/// first and searched only where the guess is wrong.
+/// Maps the ids of a table's entries to their indexes. Most writers number from 1 upwards; only other ids need the hash
+/// map.
 pub(super) struct Ids {
     what: &'static str,
     len: usize,
-    odd: HashMap<u64, usize>,
+    other: HashMap<u64, usize>,
 }
 
 impl Ids {
     pub(super) fn new(what: &'static str, ids: impl Iterator<Item = u64>) -> Result<Self, PprofError> {
-        let (mut len, mut sequential, mut odd) = (0, true, HashMap::new());
-        for (place, id) in ids.enumerate() {
-            len = place + 1;
-            if sequential && id != place as u64 + 1 {
+        let (mut len, mut sequential, mut other) = (0, true, HashMap::new());
+        for (index, id) in ids.enumerate() {
+            len = index + 1;
+            if sequential && id != index as u64 + 1 {
                 sequential = false;
-                odd = (0..place).map(|before| (before as u64 + 1, before)).collect();
+                other = (0..index).map(|before| (before as u64 + 1, before)).collect();
             }
-            if !sequential && (id == 0 || odd.insert(id, place).is_some()) {
+            if !sequential && (id == 0 || other.insert(id, index).is_some()) {
                 return Err(PprofError::Id { what, id });
             }
         }
-        Ok(Self { what, len, odd })
+        Ok(Self { what, len, other })
     }
 
-    pub(super) fn place(&self, id: u64, of: &'static str) -> Result<usize, PprofError> {
-        let place = if self.odd.is_empty() {
-            usize::try_from(id).ok().and_then(|id| id.checked_sub(1)).filter(|place| *place < self.len)
+    /// Returns the index of an entry; `of` names the referring part for the error.
+    pub(super) fn index(&self, id: u64, of: &'static str) -> Result<usize, PprofError> {
+        let index = if self.other.is_empty() {
+            usize::try_from(id).ok().and_then(|id| id.checked_sub(1)).filter(|index| *index < self.len)
         } else {
-            self.odd.get(&id).copied()
+            self.other.get(&id).copied()
         };
-        place.ok_or(PprofError::Dangling { what: of, to: self.what, index: id.into() })
+        index.ok_or(PprofError::Dangling { what: of, to: self.what, index: id.into() })
     }
 }
 
-/// A string of the table; `of` says who asks.
+/// Returns a string of the table; `of` names the referring part for the error.
 pub(super) fn string<'p>(profile: &'p Profile, index: i64, of: &'static str) -> Result<&'p str, PprofError> {
     usize::try_from(index)
         .ok()
@@ -64,7 +65,7 @@ pub(super) fn type_name(profile: &Profile, value_type: &ValueType) -> Result<Str
     Ok(format!("{kind}/{}", string(profile, value_type.unit, "a sample type")?))
 }
 
-/// Checks every reference, id and count of a profile. What passes can be merged and drawn without further errors.
+/// Checks every reference, id and count of a profile. Merging and drawing a checked profile has no further errors.
 pub fn check(profile: &Profile) -> Result<Summary, PprofError> {
     if profile.string_table.first().is_none_or(|first| !first.is_empty()) {
         return Err(PprofError::FirstString);
@@ -101,10 +102,10 @@ pub fn check(profile: &Profile) -> Result<Summary, PprofError> {
     let locations = Ids::new("location", profile.location.iter().map(|location| location.id))?;
     for location in &profile.location {
         if location.mapping_id != 0 {
-            mappings.place(location.mapping_id, "a location")?;
+            mappings.index(location.mapping_id, "a location")?;
         }
         for line in &location.line {
-            functions.place(line.function_id, "a location")?;
+            functions.index(line.function_id, "a location")?;
         }
     }
 
@@ -125,7 +126,7 @@ pub fn check(profile: &Profile) -> Result<Summary, PprofError> {
             *total = total.saturating_add(*value);
         }
         for id in &sample.location_id {
-            locations.place(*id, "a sample")?;
+            locations.index(*id, "a sample")?;
         }
         keys.clear();
         for label in &sample.label {
@@ -140,8 +141,8 @@ pub fn check(profile: &Profile) -> Result<Summary, PprofError> {
     Ok(Summary { sample_types, totals, samples: profile.sample.len() })
 }
 
-/// Which value is of this sample type: `cpu/nanoseconds`, or `cpu` alone. Empty: the last, which is the one that pprof
-/// tools show.
+/// Returns the index of a sample type, given as `cpu/nanoseconds` or `cpu`. An empty name means the last one, which pprof
+/// tools show by default.
 pub fn sample_type_index(profile: &Profile, wanted: &str) -> Option<usize> {
     if wanted.is_empty() {
         return profile.sample_type.len().checked_sub(1);

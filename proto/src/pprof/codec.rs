@@ -1,4 +1,4 @@
-//! Profiles as bytes.
+//! Encodes and decodes profiles.
 
 use std::io::{self, Read as _, Write as _};
 
@@ -10,17 +10,17 @@ use crate::profiles::Profile;
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
-/// The profile as gzip-compressed pprof. The same profile gives the same bytes: no time, no name, no system in the
-/// header.
+/// Encodes a profile as gzip-compressed pprof. Equal profiles have equal bytes, because the gzip header holds no time, name
+/// or system.
 pub fn encode(profile: &Profile) -> Vec<u8> {
     let mut encoder =
         GzBuilder::new().mtime(0).operating_system(255).write(Vec::new(), Compression::default());
-    // Writing into memory cannot fail, and an encoder that lost its buffer would have nothing to give back.
+    // Writing to memory cannot fail.
     let _ = encoder.write_all(&profile.encode_to_vec());
     encoder.finish().unwrap_or_default()
 }
 
-/// Reads a profile, compressed or not. Inflates `max_inflated` bytes at most.
+/// Decodes a profile, compressed or not, of at most `max_inflated` bytes.
 pub fn decode(bytes: &[u8], max_inflated: usize) -> Result<Profile, PprofError> {
     let too_large = || PprofError::TooLarge { max: max_inflated };
     let inflated;

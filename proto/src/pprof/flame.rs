@@ -1,4 +1,4 @@
-//! Call trees and tables of functions. Everything here works without recursion: a stack may be thousands deep.
+//! Call trees and tables of functions. The code does not recurse, because a stack may have thousands of frames.
 
 use std::collections::HashMap;
 
@@ -11,23 +11,23 @@ use crate::{
     query::{FlameNode, TopRow},
 };
 
-/// Which column of a comparison a profile counts in.
+/// Side of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// What is looked at.
+    /// The profiles of the selection.
     Main,
-    /// What it is compared against.
+    /// The profiles to compare with.
     Base,
 }
 
-/// The root's name.
+/// Name of the root.
 const ROOT: &str = "all";
-/// The name of what was folded away.
+/// Name of a node that replaces small subtrees.
 const OTHER: &str = "[other]";
-/// The name of a frame about which nothing is known.
+/// Name of a frame without a mapping.
 const UNKNOWN: &str = "[unknown]";
 
-/// Main, base.
+/// Values of [`Side::Main`] and [`Side::Base`].
 type Pair = [u64; 2];
 
 fn add(sum: &mut Pair, side: usize, value: u64) {
@@ -38,7 +38,7 @@ fn weight(pair: Pair) -> u64 {
     pair[0].saturating_add(pair[1])
 }
 
-/// A function, as frames are told apart: by name, kernel apart from user space.
+/// Identity of a function: its name, and whether it is in the kernel.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct FrameKey {
     name: String,
@@ -48,19 +48,19 @@ struct FrameKey {
 struct Node {
     parent: u32,
     frame: u32,
-    /// Inlined wherever it was seen.
+    /// True if every occurrence is inlined.
     inlined: bool,
     total: Pair,
     own: Pair,
 }
 
-/// Stacks merged by function name from the root: a flame graph, of one profile or of thousands, alone or compared.
+/// A flame graph of any number of profiles, with or without a base: stacks merged by function name from the root.
 pub struct FlameTree {
     frames: HashMap<FrameKey, u32>,
-    /// By frame: the last component of the mapping's file name. Of several the first in order, so that the result does
-    /// not depend on the order of profiles.
+    /// File of each frame: the last path component of its mapping. Of several files the first in order, so that the
+    /// result does not depend on the order of profiles.
     files: Vec<String>,
-    /// A parent comes before its children. The first is the root.
+    /// All nodes, each parent before its children. The first one is the root.
     nodes: Vec<Node>,
     children: HashMap<(u32, u32), u32>,
 }
@@ -72,7 +72,7 @@ impl Default for FlameTree {
 }
 
 impl FlameTree {
-    /// A root without children.
+    /// Makes a tree that has only the root.
     pub fn new() -> Self {
         let mut tree =
             Self { frames: HashMap::new(), files: Vec::new(), nodes: Vec::new(), children: HashMap::new() };
@@ -81,7 +81,7 @@ impl FlameTree {
         tree
     }
 
-    /// Adds the values of one sample type (see [`super::sample_type_index`]) of a profile.
+    /// Adds the values of one sample type of a profile; see [`super::sample_type_index`].
     pub fn add(&mut self, profile: &Profile, type_index: usize, side: Side) -> Result<(), PprofError> {
         check(profile)?;
         if type_index >= profile.sample_type.len() {
@@ -105,12 +105,12 @@ impl FlameTree {
             let mut at = 0;
             add(&mut self.nodes[0].total, side, value);
             for id in sample.location_id.iter().rev() {
-                // Innermost first, and every line but the outermost is inlined into the next.
-                for (depth, frame) in location_frames[ids.place(*id, "a sample")?].iter().enumerate().rev() {
+                // The innermost frame is first, and every frame but the outermost is inlined into the next.
+                for (depth, frame) in location_frames[ids.index(*id, "a sample")?].iter().enumerate().rev() {
                     at = self.child(
                         at,
                         *frame,
-                        depth + 1 < location_frames[ids.place(*id, "a sample")?].len(),
+                        depth + 1 < location_frames[ids.index(*id, "a sample")?].len(),
                     );
                     add(&mut self.nodes[at as usize].total, side, value);
                 }
@@ -120,7 +120,7 @@ impl FlameTree {
         Ok(())
     }
 
-    /// The sum of all values on one side.
+    /// Returns the sum of all values on one side.
     pub fn total(&self, side: Side) -> u64 {
         self.nodes[0].total[match side {
             Side::Main => 0,
@@ -153,9 +153,9 @@ impl FlameTree {
         child
     }
 
-    /// For each location its frames, innermost first.
+    /// Returns the frames of each location, innermost first.
     fn location_frames(&mut self, profile: &Profile) -> Result<Vec<Vec<u32>>, PprofError> {
-        // A checked profile's indexes are good; an empty text is a harmless answer for one that is not.
+        // The profile is checked, so the empty text is never used.
         let text = |index: i64| {
             usize::try_from(index).ok().and_then(|i| profile.string_table.get(i)).map_or("", String::as_str)
         };
@@ -167,7 +167,7 @@ impl FlameTree {
             .map(|location| {
                 let mapping = match location.mapping_id {
                     0 => None,
-                    id => Some(&profile.mapping[mappings.place(id, "a location")?]),
+                    id => Some(&profile.mapping[mappings.index(id, "a location")?]),
                 };
                 let file = mapping.map_or("", |mapping| base_name(text(mapping.filename)));
                 let kernel = file.starts_with("[kernel");
@@ -179,7 +179,7 @@ impl FlameTree {
                     .line
                     .iter()
                     .map(|line| {
-                        let function = &profile.function[functions.place(line.function_id, "a location")?];
+                        let function = &profile.function[functions.index(line.function_id, "a location")?];
                         let name = match (text(function.name), text(function.system_name)) {
                             ("", "") => unsymbolized(location, mapping, file),
                             ("", system_name) => system_name.to_owned(),
@@ -198,7 +198,7 @@ impl FlameTree {
         names.into_iter().map(|(key, _)| key).collect()
     }
 
-    /// The nodes from the root, each before its children, heaviest child first: an order that the content alone decides.
+    /// Returns the nodes in depth-first order, heaviest child first. The order depends only on the content.
     fn in_order(&self, names: &[&FrameKey]) -> Vec<u32> {
         let mut children: Vec<Vec<u32>> = vec![Vec::new(); self.nodes.len()];
         for (number, node) in self.nodes.iter().enumerate().skip(1) {
@@ -209,7 +209,7 @@ impl FlameTree {
         while let Some(number) = open.pop() {
             order.push(number);
             let children = &mut children[number as usize];
-            // The last is opened first.
+            // The stack returns the last child first.
             children.sort_unstable_by(|a, b| {
                 let key = |n: u32| {
                     let node = &self.nodes[n as usize];
@@ -223,8 +223,8 @@ impl FlameTree {
         order
     }
 
-    /// The tree as it is sent, with `max_nodes` nodes at most (but for the root): the smallest subtrees of each node
-    /// are folded into one child `[other]`, so that all totals stay what they are.
+    /// Returns the tree with at most `max_nodes` nodes, not counting the root. One child `[other]` replaces the smallest
+    /// subtrees of each node, so all totals stay the same.
     pub fn prune(&self, max_nodes: usize) -> FlameNode {
         let names = self.names();
         let order = self.in_order(&names);
@@ -251,7 +251,7 @@ impl FlameTree {
             })
             .collect();
         let mut others: Vec<Pair> = vec![[0; 2]; self.nodes.len()];
-        // Children before their parents, so that each is whole when it is moved; each parent's come smallest first.
+        // Children come before their parents, so each node is complete when it moves. Siblings come smallest first.
         for number in order.iter().skip(1).rev() {
             let number = *number as usize;
             let node = &self.nodes[number];
@@ -270,8 +270,8 @@ impl FlameTree {
         root
     }
 
-    /// The largest nodes that fit with the `[other]` nodes that leaving out the rest makes. A node is at least as
-    /// heavy as its children and stands before them, so what is kept is a tree.
+    /// Marks the largest nodes that fit into `max_nodes` together with the `[other]` nodes for the rest. A node is at
+    /// least as heavy as its children and comes before them, so the marked nodes form a tree.
     fn kept(&self, order: &[u32], max_nodes: usize) -> Vec<bool> {
         if self.nodes.len() <= max_nodes {
             return vec![true; self.nodes.len()];
@@ -294,7 +294,7 @@ impl FlameTree {
             }
             kept.iter().chain(&has_other).filter(|is| **is).count()
         };
-        // One node kept makes at most one `[other]`, so half always fits.
+        // Each marked node needs at most one `[other]`, so half of the limit always fits.
         let (mut fits, mut beyond) = ((max_nodes / 2).max(1), max_nodes + 1);
         while beyond - fits > 1 {
             let middle = usize::midpoint(fits, beyond);
@@ -307,12 +307,12 @@ impl FlameTree {
         keep(fits)
     }
 
-    /// The functions by their own values, largest first. A function's total counts each stack once, however often the
-    /// function recurs in it.
+    /// Returns the functions with their self and total values, the largest self value first. A total counts each stack
+    /// once, even if the function is recursive.
     pub fn top(&self, limit: usize) -> Vec<TopRow> {
         let names = self.names();
         let mut sums: Vec<(Pair, Pair)> = vec![([0; 2], [0; 2]); self.files.len()];
-        // How often each frame stands above the node that is looked at.
+        // Number of occurrences of each frame among the ancestors of the current node.
         let mut above = vec![0_u32; self.files.len()];
         let mut path: Vec<u32> = Vec::new();
         for number in self.in_order(&names).into_iter().skip(1) {
@@ -355,16 +355,16 @@ impl FlameTree {
     }
 }
 
-/// The nodes of a tree as a list, as [`crate::query::FlameGraphRequest::flat`] asks for it: a parent before its
-/// children, each with its parent's place.
+/// Returns the nodes of a tree as a list for [`crate::query::FlameGraphRequest::flat`]: each parent before its children,
+/// each node with the index of its parent.
 pub fn flat(root: FlameNode) -> Vec<FlameNode> {
     let mut list: Vec<FlameNode> = Vec::new();
     let mut open = vec![(root, 0)];
     while let Some((mut node, parent)) = open.pop() {
-        let place = list.len() as u32;
+        let index = list.len() as u32;
         node.parent = parent;
-        // The first child is opened next.
-        open.extend(std::mem::take(&mut node.children).into_iter().rev().map(|child| (child, place)));
+        // The stack returns the first child next.
+        open.extend(std::mem::take(&mut node.children).into_iter().rev().map(|child| (child, index)));
         list.push(node);
     }
     list
@@ -377,17 +377,17 @@ impl FlameNode {
         self
     }
 
-    /// The children came smallest first; what was folded away joins them at its place.
+    /// Sorts the children, which were added smallest first, and inserts `[other]` by its weight.
     fn finish(&mut self, other: Pair) {
         self.children.reverse();
         if weight(other) > 0 {
             let [total, base_total] = other;
             let other = Self { name: OTHER.to_owned(), total, base_total, ..Self::default() }
                 .with_own([total, base_total]);
-            let place = self.children.partition_point(|child| {
+            let index = self.children.partition_point(|child| {
                 weight([child.total, child.base_total]) >= weight([total, base_total])
             });
-            self.children.insert(place, other);
+            self.children.insert(index, other);
         }
     }
 }
@@ -396,8 +396,8 @@ fn base_name(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }
 
-/// `libfoo.so+0x1234`, by the offset in the file, which does not change from run to run. A pseudo mapping has no such
-/// thing: `[anon]`.
+/// Returns a name for a location without symbols: `libfoo.so+0x1234` with the offset in the file, which is the same in
+/// every run, or the name of a pseudo mapping such as `[anon]`.
 fn unsymbolized(location: &Location, mapping: Option<&Mapping>, file: &str) -> String {
     match mapping {
         None => UNKNOWN.to_owned(),
@@ -411,7 +411,7 @@ fn unsymbolized(location: &Location, mapping: Option<&Mapping>, file: &str) -> S
     }
 }
 
-/// The profile as folded stacks, one line each, for tools that read those: `main;work;memcpy 12`.
+/// Formats a profile as folded stacks, one line each: `main;work;memcpy 12`.
 pub fn folded(profile: &Profile, type_index: usize) -> Result<String, PprofError> {
     use std::fmt::Write as _;
 
@@ -429,7 +429,7 @@ pub fn folded(profile: &Profile, type_index: usize) -> Result<String, PprofError
         if node.own[0] == 0 {
             continue;
         }
-        // The root is a frame of ours only where there is no other.
+        // The root is not a function, so it stands only for samples without frames.
         let stack = if path.len() > 1 { &path[1..] } else { &path[..] };
         for (depth, number) in stack.iter().enumerate() {
             let name = &names[tree.nodes[*number as usize].frame as usize].name;

@@ -1,5 +1,5 @@
-//! A profile's content without numbers: everything is known by what it is, so equal things exist once, and what is
-//! written depends only on the content. The builder and the merger both fill one of these.
+//! The content of a profile, identified by value instead of by id. Equal parts exist once, and the written profile
+//! depends only on the content. The builder and the merger both fill a [`Graph`].
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -8,7 +8,7 @@ use std::{
 
 use crate::profiles::{self, Profile, ValueType};
 
-/// Things by content, numbered in the order in which they came.
+/// Numbers distinct values in the order in which they were added.
 pub(super) struct Table<T> {
     by_content: HashMap<T, u32>,
 }
@@ -20,7 +20,7 @@ impl<T> Default for Table<T> {
 }
 
 impl<T: Hash + Eq> Table<T> {
-    /// Numbers are 32 bits wide to halve the stacks; four thousand million different things do not fit in memory.
+    /// Returns the number of a value. It has 32 bits to halve the size of stacks; more values do not fit into memory.
     pub(super) fn number(&mut self, content: T) -> u32 {
         let next = self.by_content.len() as u32;
         *self.by_content.entry(content).or_insert(next)
@@ -33,7 +33,7 @@ impl<T: Hash + Eq> Table<T> {
     }
 }
 
-/// Strings, stored once.
+/// Numbers distinct strings, and allocates only for new ones.
 #[derive(Default)]
 pub(super) struct Strings {
     table: HashMap<Box<str>, u32>,
@@ -85,7 +85,7 @@ pub(super) struct LocationKey {
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct LabelKey {
     pub(super) key: u32,
-    /// Of a text label.
+    /// Number of the text; `None` for a numeric label.
     pub(super) text: Option<u32>,
     pub(super) number: i64,
     pub(super) unit: u32,
@@ -98,7 +98,7 @@ pub(super) struct SampleKey {
     pub(super) labels: Box<[LabelKey]>,
 }
 
-/// What a mapping's readers are told about its symbols.
+/// Statements of a profile about the symbols of a mapping.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Flags {
     pub(super) functions: bool,
@@ -111,16 +111,16 @@ pub(super) struct Flags {
 pub(super) struct Graph {
     pub(super) strings: Strings,
     pub(super) mappings: Table<MappingKey>,
-    /// Claimed by the profiles that were merged; added to what the locations show.
+    /// Statements of the merged profiles, in addition to those that follow from the locations.
     pub(super) claimed: HashMap<u32, Flags>,
     pub(super) functions: Table<FunctionKey>,
     pub(super) locations: Table<LocationKey>,
     samples: Table<SampleKey>,
-    /// `width` for each sample.
+    /// Values of all samples, one for each sample type.
     values: Vec<i64>,
 }
 
-/// What a profile says about itself, apart from its samples.
+/// Properties of a profile, without its samples.
 #[derive(Clone, Default)]
 pub(super) struct Head {
     pub(super) sample_types: Vec<(String, String)>,
@@ -134,7 +134,7 @@ pub(super) struct Head {
 }
 
 impl Graph {
-    /// Adds up what has the same stack and labels. `width` values are taken, missing ones are 0.
+    /// Adds `width` values to the sample with this stack and labels. Missing values are 0.
     pub(super) fn sample(&mut self, key: SampleKey, width: usize, values: impl Iterator<Item = i64>) {
         let row = self.samples.number(key) as usize * width;
         if self.values.len() < row + width {
@@ -145,84 +145,13 @@ impl Graph {
         }
     }
 
-    /// Writes everything in an order that depends on the content alone. Locations and functions that no sample uses
-    /// are left out; mappings stay, since the first names the main program.
+    /// Writes the profile in an order that depends only on the content. Leaves out locations and functions without
+    /// samples. Mappings stay, because the first one names the main program.
     pub(super) fn finish(self, head: &Head, main: Option<u32>) -> Profile {
         let width = head.sample_types.len();
-        let strings = {
-            let mut all: Vec<_> = self.strings.table.iter().collect();
-            all.sort_unstable_by_key(|(_, number)| **number);
-            all.into_iter().map(|(text, _)| &**text).collect::<Vec<&str>>()
-        };
-        // Comparing ranks instead of texts: each text is compared with its neighbours once, here.
-        let string_rank = ranks(strings.len(), |a, b| strings[a].cmp(strings[b])).0;
-        let rank_of = |number: u32| string_rank[number as usize];
-
-        let mappings = self.mappings.in_order();
-        let (mapping_rank, mapping_order) = ranks(mappings.len(), |a, b| {
-            let key = |i: usize| {
-                let MappingKey { file, build_id, start, limit, offset } = mappings[i];
-                (main != Some(i as u32), rank_of(*file), *start, *limit, *offset, rank_of(*build_id))
-            };
-            key(a).cmp(&key(b))
-        });
-        let functions = self.functions.in_order();
-        let (function_rank, function_order) = ranks(functions.len(), |a, b| {
-            let key = |i: usize| {
-                let FunctionKey { name, system_name, file, start_line } = functions[i];
-                (rank_of(*name), rank_of(*system_name), rank_of(*file), *start_line)
-            };
-            key(a).cmp(&key(b))
-        });
-        let locations = self.locations.in_order();
-        let (location_rank, location_order) = ranks(locations.len(), |a, b| {
-            let (a, b) = (locations[a], locations[b]);
-            let place = |l: &LocationKey| (l.mapping.map(|m| mapping_rank[m as usize]), l.address, l.folded);
-            let line = |l: &LineKey| (function_rank[l.function as usize], l.line, l.column);
-            place(a).cmp(&place(b)).then_with(|| a.lines.iter().map(line).cmp(b.lines.iter().map(line)))
-        });
-        let label = |l: &LabelKey| (rank_of(l.key), l.text.map(rank_of), l.number, rank_of(l.unit));
-        // Label sets are sorted by key number, which is the order of arrival: by text from here on.
-        let samples: Vec<(&SampleKey, Vec<&LabelKey>)> = self
-            .samples
-            .in_order()
-            .into_iter()
-            .map(|sample| {
-                let mut labels: Vec<_> = sample.labels.iter().collect();
-                labels.sort_unstable_by_key(|l| label(l));
-                (sample, labels)
-            })
-            .collect();
-        let (_, sample_order) = ranks(samples.len(), |a, b| {
-            let stack = |i: usize| samples[i].0.stack.iter().map(|l| location_rank[*l as usize]);
-            let labels = |i: usize| samples[i].1.iter().map(|l| label(l));
-            stack(a).cmp(stack(b)).then_with(|| labels(a).cmp(labels(b)))
-        });
-
-        let mut used = vec![false; locations.len()];
-        for (sample, _) in &samples {
-            for location in &sample.stack {
-                used[*location as usize] = true;
-            }
-        }
-        let mut used_functions = vec![false; functions.len()];
-        let mut flags: Vec<Flags> = (0..mappings.len() as u32)
-            .map(|mapping| self.claimed.get(&mapping).copied().unwrap_or_default())
-            .collect();
-        for (location, _) in locations.iter().zip(&used).filter(|(_, used)| **used) {
-            for line in &location.lines {
-                used_functions[line.function as usize] = true;
-            }
-            if let Some(flags) = location.mapping.and_then(|mapping| flags.get_mut(mapping as usize)) {
-                flags.functions |= !location.lines.is_empty();
-                flags.filenames |= location
-                    .lines
-                    .iter()
-                    .any(|line| !strings[functions[line.function as usize].file as usize].is_empty());
-                flags.line_numbers |= location.lines.iter().any(|line| line.line > 0);
-                flags.inline_frames |= location.lines.len() > 1;
-            }
-        }
+        let sorted = Sorted::new(&self, main);
+        let Used { locations: used_locations, functions: used_functions, flags } = Used::new(&self, &sorted);
+        let Sorted { strings, mappings, functions, locations, samples } = sorted;
 
         let mut out = Out::new();
         let mut profile = Profile {
@@ -238,11 +167,11 @@ impl Graph {
         };
         let text = |out: &mut Out, number: u32| out.string(strings[number as usize]);
 
-        let mut mapping_ids = vec![0; mappings.len()];
-        for (position, number) in mapping_order.into_iter().enumerate() {
+        let mut mapping_ids = vec![0; mappings.list.len()];
+        for (position, number) in mappings.order.into_iter().enumerate() {
             let id = position as u64 + 1;
             mapping_ids[number] = id;
-            let MappingKey { file, build_id, start, limit, offset } = mappings[number];
+            let MappingKey { file, build_id, start, limit, offset } = mappings.list[number];
             let Flags { functions, filenames, line_numbers, inline_frames } = flags[number];
             profile.mapping.push(profiles::Mapping {
                 id,
@@ -257,11 +186,11 @@ impl Graph {
                 has_inline_frames: inline_frames,
             });
         }
-        let mut function_ids = vec![0; functions.len()];
-        for number in function_order.into_iter().filter(|number| used_functions[*number]) {
+        let mut function_ids = vec![0; functions.list.len()];
+        for number in functions.order.into_iter().filter(|number| used_functions[*number]) {
             let id = profile.function.len() as u64 + 1;
             function_ids[number] = id;
-            let FunctionKey { name, system_name, file, start_line } = functions[number];
+            let FunctionKey { name, system_name, file, start_line } = functions.list[number];
             profile.function.push(profiles::Function {
                 id,
                 name: text(&mut out, *name),
@@ -270,11 +199,11 @@ impl Graph {
                 start_line: *start_line,
             });
         }
-        let mut location_ids = vec![0; locations.len()];
-        for number in location_order.into_iter().filter(|number| used[*number]) {
+        let mut location_ids = vec![0; locations.list.len()];
+        for number in locations.order.into_iter().filter(|number| used_locations[*number]) {
             let id = profile.location.len() as u64 + 1;
             location_ids[number] = id;
-            let LocationKey { mapping, address, lines, folded } = locations[number];
+            let LocationKey { mapping, address, lines, folded } = locations.list[number];
             let line = |line: &LineKey| profiles::Line {
                 function_id: function_ids[line.function as usize],
                 line: line.line,
@@ -288,20 +217,18 @@ impl Graph {
                 is_folded: *folded,
             });
         }
-        for number in sample_order {
-            let (sample, labels) = &samples[number];
+        for number in samples.order {
+            let (sample, labels) = &samples.list[number];
+            let label = |label: &&LabelKey| profiles::Label {
+                key: text(&mut out, label.key),
+                str: label.text.map_or(0, |number| text(&mut out, number)),
+                num: label.number,
+                num_unit: text(&mut out, label.unit),
+            };
             profile.sample.push(profiles::Sample {
                 location_id: sample.stack.iter().map(|location| location_ids[*location as usize]).collect(),
                 value: self.values[number * width..(number + 1) * width].to_vec(),
-                label: labels
-                    .iter()
-                    .map(|label| profiles::Label {
-                        key: text(&mut out, label.key),
-                        str: label.text.map_or(0, |number| text(&mut out, number)),
-                        num: label.number,
-                        num_unit: text(&mut out, label.unit),
-                    })
-                    .collect(),
+                label: labels.iter().map(label).collect(),
             });
         }
         profile.string_table = out.strings;
@@ -309,7 +236,124 @@ impl Graph {
     }
 }
 
-/// For each number its rank, and the numbers by rank.
+/// Values by number, with the order in which they are written.
+struct InOrder<T> {
+    list: Vec<T>,
+    order: Vec<usize>,
+}
+
+/// All parts of a graph, each with an order that depends only on the content.
+struct Sorted<'g> {
+    strings: Vec<&'g str>,
+    mappings: InOrder<&'g MappingKey>,
+    functions: InOrder<&'g FunctionKey>,
+    locations: InOrder<&'g LocationKey>,
+    /// Samples with their labels sorted by text.
+    samples: InOrder<(&'g SampleKey, Vec<&'g LabelKey>)>,
+}
+
+impl<'g> Sorted<'g> {
+    fn new(graph: &'g Graph, main: Option<u32>) -> Self {
+        let strings = {
+            let mut all: Vec<_> = graph.strings.table.iter().collect();
+            all.sort_unstable_by_key(|(_, number)| **number);
+            all.into_iter().map(|(text, _)| &**text).collect::<Vec<&str>>()
+        };
+        // All further comparisons use ranks instead of texts, so texts are compared only here.
+        let string_rank = ranks(strings.len(), |a, b| strings[a].cmp(strings[b])).0;
+        let rank_of = |number: u32| string_rank[number as usize];
+
+        let mappings = graph.mappings.in_order();
+        let (mapping_rank, mapping_order) = ranks(mappings.len(), |a, b| {
+            let key = |i: usize| {
+                let MappingKey { file, build_id, start, limit, offset } = mappings[i];
+                (main != Some(i as u32), rank_of(*file), *start, *limit, *offset, rank_of(*build_id))
+            };
+            key(a).cmp(&key(b))
+        });
+        let functions = graph.functions.in_order();
+        let (function_rank, function_order) = ranks(functions.len(), |a, b| {
+            let key = |i: usize| {
+                let FunctionKey { name, system_name, file, start_line } = functions[i];
+                (rank_of(*name), rank_of(*system_name), rank_of(*file), *start_line)
+            };
+            key(a).cmp(&key(b))
+        });
+        let locations = graph.locations.in_order();
+        let (location_rank, location_order) = ranks(locations.len(), |a, b| {
+            let (a, b) = (locations[a], locations[b]);
+            let address =
+                |l: &LocationKey| (l.mapping.map(|m| mapping_rank[m as usize]), l.address, l.folded);
+            let line = |l: &LineKey| (function_rank[l.function as usize], l.line, l.column);
+            address(a).cmp(&address(b)).then_with(|| a.lines.iter().map(line).cmp(b.lines.iter().map(line)))
+        });
+        let label = |l: &LabelKey| (rank_of(l.key), l.text.map(rank_of), l.number, rank_of(l.unit));
+        // A sample key has its labels in the order of key numbers, which is the order of arrival.
+        let samples: Vec<(&SampleKey, Vec<&LabelKey>)> = graph
+            .samples
+            .in_order()
+            .into_iter()
+            .map(|sample| {
+                let mut labels: Vec<_> = sample.labels.iter().collect();
+                labels.sort_unstable_by_key(|l| label(l));
+                (sample, labels)
+            })
+            .collect();
+        let (_, sample_order) = ranks(samples.len(), |a, b| {
+            let stack = |i: usize| samples[i].0.stack.iter().map(|l| location_rank[*l as usize]);
+            let labels = |i: usize| samples[i].1.iter().map(|l| label(l));
+            stack(a).cmp(stack(b)).then_with(|| labels(a).cmp(labels(b)))
+        });
+        Self {
+            strings,
+            mappings: InOrder { list: mappings, order: mapping_order },
+            functions: InOrder { list: functions, order: function_order },
+            locations: InOrder { list: locations, order: location_order },
+            samples: InOrder { list: samples, order: sample_order },
+        }
+    }
+}
+
+/// The parts of a graph that its samples use, by number.
+struct Used {
+    locations: Vec<bool>,
+    functions: Vec<bool>,
+    /// Symbol flags of each mapping, from the used locations and from merged profiles.
+    flags: Vec<Flags>,
+}
+
+impl Used {
+    fn new(graph: &Graph, sorted: &Sorted<'_>) -> Self {
+        let Sorted { strings, mappings, functions, locations, samples } = sorted;
+        let mut used_locations = vec![false; locations.list.len()];
+        for (sample, _) in &samples.list {
+            for location in &sample.stack {
+                used_locations[*location as usize] = true;
+            }
+        }
+        let mut used_functions = vec![false; functions.list.len()];
+        let mut flags: Vec<Flags> = (0..mappings.list.len() as u32)
+            .map(|mapping| graph.claimed.get(&mapping).copied().unwrap_or_default())
+            .collect();
+        for (location, _) in locations.list.iter().zip(&used_locations).filter(|(_, used)| **used) {
+            for line in &location.lines {
+                used_functions[line.function as usize] = true;
+            }
+            if let Some(flags) = location.mapping.and_then(|mapping| flags.get_mut(mapping as usize)) {
+                let has_file = |line: &LineKey| {
+                    !strings[functions.list[line.function as usize].file as usize].is_empty()
+                };
+                flags.functions |= !location.lines.is_empty();
+                flags.filenames |= location.lines.iter().any(has_file);
+                flags.line_numbers |= location.lines.iter().any(|line| line.line > 0);
+                flags.inline_frames |= location.lines.len() > 1;
+            }
+        }
+        Self { locations: used_locations, functions: used_functions, flags }
+    }
+}
+
+/// Sorts numbers. Returns the rank of each number, and the numbers by rank.
 fn ranks(len: usize, mut compare: impl FnMut(usize, usize) -> std::cmp::Ordering) -> (Vec<u32>, Vec<usize>) {
     let mut order: Vec<usize> = (0..len).collect();
     order.sort_unstable_by(|a, b| compare(*a, *b));
@@ -320,7 +364,7 @@ fn ranks(len: usize, mut compare: impl FnMut(usize, usize) -> std::cmp::Ordering
     (rank, order)
 }
 
-/// The string table being written, in the order of first use.
+/// The string table of the written profile, in the order of first use.
 struct Out {
     strings: Vec<String>,
     numbers: HashMap<String, i64>,
@@ -346,8 +390,8 @@ impl Out {
     }
 }
 
-/// The lines of comment of all merged profiles, each once. A store may hold thousands of profiles with a ledger of
-/// their own each, so only the first in order are kept, and that some are missing is said.
+/// The distinct comment lines of all merged profiles. A store may have thousands of profiles, each with its own ledger in
+/// a comment. So only the first lines in order stay, and a last line reports that others are missing.
 #[derive(Default)]
 pub(super) struct Comments {
     lines: BTreeSet<String>,
@@ -355,12 +399,12 @@ pub(super) struct Comments {
 }
 
 impl Comments {
-    const MAX: usize = 1024;
+    const MAX_LINES: usize = 1024;
 
     pub(super) fn add(&mut self, line: &str) {
         if !line.is_empty() && !self.lines.contains(line) {
             self.lines.insert(line.to_owned());
-            if self.lines.len() > Self::MAX {
+            if self.lines.len() > Self::MAX_LINES {
                 self.lines.pop_last();
                 self.cut = true;
             }
@@ -371,8 +415,8 @@ impl Comments {
         let mut lines: Vec<_> = self.lines.into_iter().collect();
         if self.cut {
             lines.push(format!(
-                "[more than {} comments in the merged profiles: the rest is left out]",
-                Self::MAX
+                "[more than {} comments in the merged profiles: the others are left out]",
+                Self::MAX_LINES
             ));
         }
         lines
@@ -380,15 +424,15 @@ impl Comments {
 }
 
 impl Graph {
-    /// The mapping with the highest count; among equals the first by name and place.
+    /// Returns the mapping with the highest count; among equals the first by name and address.
     pub(super) fn most_common_mapping(&self, counts: &HashMap<u32, u64>) -> Option<u32> {
-        let most = counts.values().max()?;
+        let max = counts.values().max()?;
         let texts: HashMap<u32, &str> =
             self.strings.table.iter().map(|(text, number)| (*number, &**text)).collect();
         self.mappings
             .by_content
             .iter()
-            .filter(|(_, number)| counts.get(number) == Some(most))
+            .filter(|(_, number)| counts.get(number) == Some(max))
             .min_by_key(|(key, _)| {
                 let MappingKey { file, build_id, start, limit, offset } = key;
                 (texts.get(file), *start, *limit, *offset, texts.get(build_id))

@@ -1,4 +1,4 @@
-//! Many profiles as one.
+//! Merges many profiles into one.
 
 use std::collections::HashMap;
 
@@ -11,24 +11,24 @@ use super::{
 };
 use crate::profiles::{Profile, ValueType};
 
-/// Adds up profiles of one kind. What it holds grows with what is different in them, not with their number. The result
-/// does not depend on the order in which they were added.
+/// Merges profiles with the same sample types. Its memory grows with the distinct content of the profiles, not with their
+/// number. The result does not depend on their order.
 #[derive(Default)]
 pub struct Merger {
     graph: Graph,
     head: Option<Head>,
     comments: Comments,
-    /// How many profiles had this mapping first: the main program of the whole is that of most of its parts.
+    /// Number of profiles that have this mapping first. The most frequent one is the main program of the result.
     mains: HashMap<u32, u64>,
 }
 
 impl Merger {
-    /// Nothing added yet.
+    /// Starts without profiles.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds one profile, or says why it cannot be added; then it left no trace.
+    /// Adds a profile. A profile that cannot be added changes nothing.
     pub fn add(&mut self, profile: &Profile) -> Result<(), PprofError> {
         check(profile)?;
         let head = head_of(profile)?;
@@ -50,33 +50,11 @@ impl Merger {
             self.comments.add(string(profile, *comment, "the profile")?);
         }
 
-        // Each thing's number here, by its place in the profile.
+        // Maps indexes of the profile to numbers of the graph.
         let strings: Vec<u32> =
             profile.string_table.iter().map(|text| self.graph.strings.number(text)).collect();
         let text = |index: i64| strings[index as usize];
-        let mappings: Vec<u32> = profile
-            .mapping
-            .iter()
-            .map(|mapping| {
-                let number = self.graph.mappings.number(MappingKey {
-                    file: text(mapping.filename),
-                    build_id: text(mapping.build_id),
-                    start: mapping.memory_start,
-                    limit: mapping.memory_limit,
-                    offset: mapping.file_offset,
-                });
-                let Flags { functions, filenames, line_numbers, inline_frames } =
-                    self.graph.claimed.entry(number).or_default();
-                *functions |= mapping.has_functions;
-                *filenames |= mapping.has_filenames;
-                *line_numbers |= mapping.has_line_numbers;
-                *inline_frames |= mapping.has_inline_frames;
-                number
-            })
-            .collect();
-        if let Some(main) = mappings.first() {
-            *self.mains.entry(*main).or_default() += 1;
-        }
+        let mappings = self.add_mappings(profile, text);
         let mapping_ids = Ids::new("mapping", profile.mapping.iter().map(|mapping| mapping.id))?;
         let functions: Vec<u32> = profile
             .function
@@ -95,13 +73,13 @@ impl Merger {
         for location in &profile.location {
             let mapping = match location.mapping_id {
                 0 => None,
-                id => Some(mappings[mapping_ids.place(id, "a location")?]),
+                id => Some(mappings[mapping_ids.index(id, "a location")?]),
             };
             let lines = location
                 .line
                 .iter()
                 .map(|line| {
-                    let function = functions[function_ids.place(line.function_id, "a location")?];
+                    let function = functions[function_ids.index(line.function_id, "a location")?];
                     Ok(LineKey { function, line: line.line, column: line.column })
                 })
                 .collect::<Result<_, PprofError>>()?;
@@ -117,7 +95,7 @@ impl Merger {
             let stack = sample
                 .location_id
                 .iter()
-                .map(|id| Ok(locations[location_ids.place(*id, "a sample")?]))
+                .map(|id| Ok(locations[location_ids.index(*id, "a sample")?]))
                 .collect::<Result<_, PprofError>>()?;
             let mut labels: Vec<LabelKey> = sample
                 .label
@@ -136,7 +114,32 @@ impl Merger {
         Ok(())
     }
 
-    /// The sum; nothing if nothing was added.
+    /// Adds the mappings of a profile. Returns their numbers by index; the first is counted as the main program.
+    fn add_mappings(&mut self, profile: &Profile, text: impl Fn(i64) -> u32) -> Vec<u32> {
+        let mut mappings = Vec::with_capacity(profile.mapping.len());
+        for mapping in &profile.mapping {
+            let number = self.graph.mappings.number(MappingKey {
+                file: text(mapping.filename),
+                build_id: text(mapping.build_id),
+                start: mapping.memory_start,
+                limit: mapping.memory_limit,
+                offset: mapping.file_offset,
+            });
+            let Flags { functions, filenames, line_numbers, inline_frames } =
+                self.graph.claimed.entry(number).or_default();
+            *functions |= mapping.has_functions;
+            *filenames |= mapping.has_filenames;
+            *line_numbers |= mapping.has_line_numbers;
+            *inline_frames |= mapping.has_inline_frames;
+            mappings.push(number);
+        }
+        if let Some(main) = mappings.first() {
+            *self.mains.entry(*main).or_default() += 1;
+        }
+        mappings
+    }
+
+    /// Returns the merged profile, or `None` if no profile was added.
     pub fn finish(self) -> Option<Profile> {
         let Self { graph, head, comments, mains } = self;
         let mut head = head?;
@@ -167,9 +170,9 @@ fn names(head: &Head) -> String {
 }
 
 impl Head {
-    /// From the earliest start to the latest end (the sum of the lengths would make ten services of one minute ten
-    /// minutes), and the longest period. A text that differs is dropped; the empty text stands for that, so it wins in
-    /// any order.
+    /// Merges the properties of another profile. The range goes from the earliest start to the latest end, because the sum
+    /// of the lengths would turn ten services of one minute into ten minutes. Texts that differ become empty; an empty
+    /// text stays empty, so the order does not matter.
     fn add(&mut self, other: &Self) {
         let Self {
             sample_types: _,
@@ -183,7 +186,7 @@ impl Head {
         } = other;
         self.period = self.period.max(*period);
         (self.time_nanos, self.duration_nanos) = match (self.time_nanos, *time_nanos) {
-            // A profile that does not say when it was has no part in the range of those that do.
+            // A profile without a start does not change the range.
             (0, 0) => (0, self.duration_nanos.max(*duration_nanos)),
             (0, time) => (time, *duration_nanos),
             (time, 0) => (time, self.duration_nanos),

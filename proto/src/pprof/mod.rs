@@ -1,6 +1,7 @@
-//! Profiles in the pprof format: writing, reading, checking, merging, and the trees and tables made of them.
+//! Profiles in the pprof format: builds, encodes, decodes, checks, merges and splits them, and makes flame graphs and
+//! tables of functions from them.
 //!
-//! What is written here is byte-stable: the same content gives the same bytes, in whatever order it was added.
+//! Equal profiles have equal bytes, regardless of the order in which their samples were added.
 
 mod builder;
 mod check;
@@ -19,78 +20,78 @@ pub use split::split;
 
 pub use crate::profiles::Profile;
 
-/// Why bytes are no profile, or a profile cannot be used.
+/// Reasons why bytes are not a profile, or why a profile cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PprofError {
-    /// More bytes than the caller is ready to hold.
-    #[error("the profile is larger than {max} bytes once inflated")]
+    /// The inflated profile is larger than the limit of the caller.
+    #[error("the profile is larger than {max} bytes after decompression")]
     TooLarge {
-        /// The caller's limit.
+        /// The limit in bytes.
         max: usize,
     },
     /// The compressed data ends early.
     #[error("the profile is cut short: its compressed data ends early")]
     Truncated,
-    /// Not gzip after all, or damaged.
+    /// The data starts like gzip but is damaged.
     #[error("the profile's compressed data is damaged: {0}")]
     Gzip(String),
     /// The bytes are not a pprof message.
     #[error("not a pprof profile: {0}")]
     Protobuf(String),
-    /// A profile without values says nothing.
+    /// The profile has no values.
     #[error("the profile has no sample types")]
     NoSampleTypes,
-    /// The string table must begin with the empty string.
+    /// The string table does not start with the empty string.
     #[error("the profile's string 0 is not the empty string")]
     FirstString,
-    /// An index that leads nowhere.
+    /// An id or index has no target.
     #[error("{what} refers to {to} {index}, which the profile does not have")]
     Dangling {
-        /// Who refers.
+        /// The referring part, with its article.
         what: &'static str,
-        /// To what kind of thing.
+        /// The kind of the target.
         to: &'static str,
-        /// By which number.
+        /// The id or index.
         index: i128,
     },
-    /// An id of 0 or one that is used twice.
+    /// An id is 0, or two entries have it.
     #[error("the id {id} of a {what} is 0 or used twice")]
     Id {
-        /// Whose id.
+        /// The kind of the entry.
         what: &'static str,
         /// The id.
         id: u64,
     },
-    /// A sample must have one value for each sample type.
+    /// A sample has more or fewer values than the profile has sample types.
     #[error("sample {sample} has {found} values for {expected} sample types")]
     Values {
-        /// Which, counted from 0.
+        /// Index of the sample.
         sample: usize,
-        /// Its values.
+        /// Number of its values.
         found: usize,
-        /// The profile's sample types.
+        /// Number of sample types.
         expected: usize,
     },
-    /// A count below zero.
+    /// A value is negative.
     #[error("sample {sample} has a negative value")]
     Negative {
-        /// Which, counted from 0.
+        /// Index of the sample.
         sample: usize,
     },
-    /// Two labels of one sample share their key.
+    /// Two labels of one sample have the same key.
     #[error("sample {sample} has the label `{key}` twice")]
     DuplicateLabel {
-        /// Which, counted from 0.
+        /// Index of the sample.
         sample: usize,
         /// The key.
         key: String,
     },
-    /// Profiles of different kinds cannot be added up.
+    /// Profiles with different sample types cannot be merged.
     #[error("a profile of [{other}] cannot be merged with one of [{first}]: select profiles of one kind")]
     DifferentTypes {
-        /// The types of the profiles so far.
+        /// Sample types of the profiles before.
         first: String,
-        /// The types of the one that does not fit.
+        /// Sample types of the other profile.
         other: String,
     },
 }

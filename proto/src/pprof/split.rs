@@ -1,4 +1,4 @@
-//! One profile as several smaller ones, for those who take no large ones.
+//! Splits a profile into smaller ones, for receivers with a size limit.
 
 use std::collections::{HashMap, HashSet};
 
@@ -6,9 +6,9 @@ use prost::Message as _;
 
 use crate::profiles::Profile;
 
-/// The profile in parts of at most so many samples and, encoded and not compressed, bytes. Together they hold all of its
-/// samples, each of them once, and each part holds only what its samples need. A single sample that is larger than that
-/// is a part of its own.
+/// Splits a profile into parts with at most `max_samples` samples and `max_bytes` encoded, uncompressed bytes. Each sample
+/// is in exactly one part, and a part has only the tables that its samples need. A sample above the limit is a part of its
+/// own.
 pub fn split(profile: Profile, max_samples: usize, max_bytes: usize) -> Vec<Profile> {
     let mut parts = Vec::new();
     let mut open = vec![profile];
@@ -21,13 +21,13 @@ pub fn split(profile: Profile, max_samples: usize, max_bytes: usize) -> Vec<Prof
         let mut rest = part.clone();
         rest.sample.drain(..count / 2);
         part.sample.truncate(count / 2);
-        // The first half is looked at first.
+        // The stack returns the first half next.
         open.extend([needed(rest), needed(part)]);
     }
     parts
 }
 
-/// Without what no sample needs.
+/// Removes everything that no sample needs.
 fn needed(mut profile: Profile) -> Profile {
     let locations: HashSet<u64> =
         profile.sample.iter().flat_map(|sample| sample.location_id.iter().copied()).collect();
@@ -35,17 +35,17 @@ fn needed(mut profile: Profile) -> Profile {
     let functions: HashSet<u64> =
         profile.location.iter().flat_map(|location| &location.line).map(|line| line.function_id).collect();
     profile.function.retain(|function| functions.contains(&function.id));
-    // The first mapping is the main program, whether a sample is in it or not.
+    // The first mapping is the main program, so it stays even without samples.
     let mappings: HashSet<u64> = profile.location.iter().map(|location| location.mapping_id).collect();
     let mut is_first = true;
     profile.mapping.retain(|mapping| std::mem::take(&mut is_first) || mappings.contains(&mapping.id));
 
     let strings = std::mem::take(&mut profile.string_table);
     let mut kept = vec![String::new()];
-    let mut places: HashMap<i64, i64> = HashMap::from([(0, 0)]);
+    let mut indexes: HashMap<i64, i64> = HashMap::from([(0, 0)]);
     let mut keep = |index: &mut i64| {
-        *index = *places.entry(*index).or_insert_with(|| {
-            // An index that leads nowhere means nothing; the profile was checked when it came.
+        *index = *indexes.entry(*index).or_insert_with(|| {
+            // The profile is checked, so the empty text is never used.
             let text = usize::try_from(*index).ok().and_then(|at| strings.get(at));
             kept.push(text.cloned().unwrap_or_default());
             kept.len() as i64 - 1
@@ -114,16 +114,16 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn the_parts_are_sound_within_bounds_and_together_the_whole(
-            samples in 1_usize..200, width in 0_usize..60, most in 1_usize..80, bytes in 500_usize..20_000,
+        fn the_parts_are_valid_and_merge_to_the_whole(
+            samples in 1_usize..200, width in 0_usize..60, max in 1_usize..80, bytes in 500_usize..20_000,
         ) {
             let whole = profile(samples, width);
-            let parts = split(whole.clone(), most, bytes);
+            let parts = split(whole.clone(), max, bytes);
             let mut merger = Merger::new();
             for part in &parts {
                 let summary = check(part).unwrap();
                 prop_assert_eq!(summary.sample_types.len(), 2);
-                prop_assert!(part.sample.len() <= most);
+                prop_assert!(part.sample.len() <= max);
                 prop_assert!(part.encoded_len() <= bytes || part.sample.len() == 1);
                 prop_assert!(part.function.len() <= part.sample.len() || parts.len() == 1);
                 merger.add(part).unwrap();
@@ -131,7 +131,7 @@ mod tests {
             let mut all = Merger::new();
             all.add(&whole).unwrap();
             let (mut together, mut whole) = (merger.finish().unwrap(), all.finish().unwrap());
-            // Each part lasts as long as the whole, and is merged as if one came after the other.
+            // The lengths differ, because parts merge as if they followed each other.
             together.duration_nanos = 0;
             whole.duration_nanos = 0;
             prop_assert_eq!(together, whole);

@@ -17,10 +17,10 @@ fn header() -> Header<'static> {
     }
 }
 
-/// What a sample is made of: frames from the root by name, and a count.
+/// A sample: frames from the root by number, a count, and the value of a label.
 type Stack = (Vec<u8>, i64, Option<u8>);
 
-/// A profile of these stacks; each frame is one of a few functions of one of a few mappings.
+/// Makes a profile of these stacks from a few functions and mappings.
 fn profile_of(stacks: &[Stack]) -> Profile {
     let mut builder = Builder::new(header());
     let kernel = Mapping { start: 1 << 63, limit: u64::MAX, file: "[kernel.kallsyms]", ..Mapping::default() };
@@ -67,7 +67,7 @@ fn merged<'a>(profiles: impl IntoIterator<Item = &'a Profile>) -> Profile {
     merger.finish().unwrap()
 }
 
-/// Every node's total is its own value and its children's.
+/// Checks that the total of each node is its own value plus the totals of its children. Returns the number of nodes.
 #[track_caller]
 fn assert_adds_up(root: &FlameNode) -> usize {
     let (mut open, mut nodes) = (vec![root], 0);
@@ -89,10 +89,10 @@ fn assert_adds_up(root: &FlameNode) -> usize {
 }
 
 #[test]
-fn a_profile_is_written_exactly() {
+fn a_built_profile_has_every_field() {
     let profile = profile_of(&[(vec![1, 2, 3], 5, Some(1)), (vec![1, 2, 3], 2, Some(1)), (vec![5], 1, None)]);
     assert_eq!(profile.string_table[0], "");
-    assert_eq!(profile.sample.len(), 2, "the same stack with the same labels is one sample");
+    assert_eq!(profile.sample.len(), 2, "samples with equal stacks and labels are one");
     assert_eq!(
         profile.mapping[0].filename,
         profile.string_table.iter().position(|s| s == "/usr/bin/app").unwrap() as i64
@@ -122,7 +122,7 @@ fn a_profile_is_written_exactly() {
 }
 
 #[test]
-fn a_label_key_is_never_there_twice_and_locations_without_samples_are_left_out() {
+fn duplicate_labels_and_unused_locations_are_dropped() {
     let mut builder = Builder::new(header());
     let used = builder.location(None, 1, &[]);
     builder.location(None, 2, &[Line { name: "never_sampled", ..Line::default() }]);
@@ -173,7 +173,7 @@ fn unsymbolized_kernel_and_inlined_frames_are_named() {
 }
 
 #[test]
-fn a_stack_of_many_thousand_frames_is_no_danger() {
+fn a_stack_of_thousands_of_frames_does_not_overflow() {
     let mut builder = Builder::new(header());
     let stack: Vec<_> = (0..5000_u64)
         .map(|i| {
@@ -193,7 +193,7 @@ fn a_stack_of_many_thousand_frames_is_no_danger() {
 
 #[test]
 fn a_recursive_function_counts_once_for_each_stack() {
-    // 1 and 8 are the same function at two addresses.
+    // 1 and 8 are one function at two addresses.
     let profile = profile_of(&[(vec![1, 4, 8, 4, 1], 10, None), (vec![4], 1, None)]);
     let mut tree = FlameTree::new();
     tree.add(&profile, 0, Side::Main).unwrap();
@@ -206,7 +206,7 @@ fn a_recursive_function_counts_once_for_each_stack() {
 }
 
 #[test]
-fn a_difference_keeps_both_sides() {
+fn a_comparison_has_both_sides() {
     let (a, b) = (profile_of(&[(vec![1, 4], 10, None)]), profile_of(&[(vec![1, 7], 4, None)]));
     let mut tree = FlameTree::new();
     tree.add(&a, 0, Side::Main).unwrap();
@@ -217,11 +217,11 @@ fn a_difference_keeps_both_sides() {
     assert_eq!((tree.total(Side::Main), tree.total(Side::Base)), (10, 4));
     let one = &root.children[0];
     assert_eq!((one.name.as_str(), one.total, one.base_total, one.children.len()), ("function_1", 10, 4, 2));
-    assert!(tree.add(&a, 2, Side::Main).is_err(), "there is no third value");
+    assert!(tree.add(&a, 2, Side::Main).is_err(), "the profile has two values");
 }
 
 #[test]
-fn merging_refuses_another_kind_and_goes_on() {
+fn a_merger_refuses_another_kind_and_continues() {
     let a = profile_of(&[(vec![1], 1, None)]);
     let mut builder =
         Builder::new(Header { sample_types: &[("events", "count"), ("offcpu", "nanoseconds")], ..header() });
@@ -233,14 +233,14 @@ fn merging_refuses_another_kind_and_goes_on() {
     merger.add(&a).unwrap();
     let sum = merger.finish().unwrap();
     assert_eq!(check(&sum).unwrap().totals[0], 2);
-    assert_eq!(sum.duration_nanos, 10_000_000_000, "two profiles of the same ten seconds");
+    assert_eq!(sum.duration_nanos, 10_000_000_000, "both profiles cover the same ten seconds");
     assert_eq!(sum.time_nanos, header().time_nanos);
-    assert_eq!(sum.comment.len(), 1, "the same comment once");
+    assert_eq!(sum.comment.len(), 1, "equal comments are one");
     assert!(Merger::new().finish().is_none());
 }
 
 #[test]
-fn a_merged_profile_lasts_from_the_first_start_to_the_last_end() {
+fn a_merged_profile_covers_the_first_start_to_the_last_end() {
     let at = |start, length| Profile {
         time_nanos: start,
         duration_nanos: length,
@@ -258,7 +258,7 @@ fn a_merged_profile_lasts_from_the_first_start_to_the_last_end() {
 }
 
 #[test]
-fn a_bomb_and_a_stump_are_refused_by_name() {
+fn truncated_and_oversized_profiles_are_refused() {
     let bytes = encode(&profile_of(&[(vec![1, 2], 3, None)]));
     assert_eq!(decode(&bytes[..bytes.len() - 9], MIB), Err(PprofError::Truncated));
     assert_eq!(decode(&bytes[..5], MIB), Err(PprofError::Truncated));
@@ -287,7 +287,7 @@ fn a_bomb_and_a_stump_are_refused_by_name() {
 #[case::below_zero(|p: &mut Profile| p.sample[0].value[0] = -1, "sample 0 has a negative value")]
 #[case::label(|p: &mut Profile| { let l = p.sample[0].label[0]; p.sample[0].label.push(l); }, "has the label `tid` twice")]
 #[case::comment(|p: &mut Profile| p.comment[0] = 999, "the profile refers to string 999")]
-fn a_profile_that_does_not_hold_together_is_refused(#[case] break_it: fn(&mut Profile), #[case] why: &str) {
+fn an_inconsistent_profile_is_refused(#[case] break_it: fn(&mut Profile), #[case] why: &str) {
     let mut profile = profile_of(&[(vec![1, 4], 5, Some(1))]);
     check(&profile).unwrap();
     break_it(&mut profile);
@@ -298,7 +298,7 @@ fn a_profile_that_does_not_hold_together_is_refused(#[case] break_it: fn(&mut Pr
 }
 
 #[test]
-fn ids_in_any_order_are_understood() {
+fn ids_may_have_any_order() {
     let mut profile = profile_of(&[(vec![1, 4, 2], 5, Some(1)), (vec![2], 1, None)]);
     let before = folded(&profile, 0).unwrap();
     let odd = |id: u64| 1000 - id * 3;
@@ -317,14 +317,14 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
-    fn what_is_encoded_decodes_to_the_same(stacks in stacks()) {
+    fn an_encoded_profile_decodes_to_the_same(stacks in stacks()) {
         let profile = profile_of(&stacks);
         prop_assert_eq!(decode(&encode(&profile), MIB), Ok(profile.clone()));
         prop_assert_eq!(decode(&profile.encode_to_vec(), MIB), Ok(profile));
     }
 
     #[test]
-    fn the_order_of_samples_does_not_show(stacks in stacks(), at in any::<prop::sample::Index>()) {
+    fn the_order_of_samples_does_not_matter(stacks in stacks(), at in any::<prop::sample::Index>()) {
         let mut other = stacks.clone();
         if !other.is_empty() {
             let at = at.index(other.len());
@@ -346,7 +346,7 @@ proptest! {
     }
 
     #[test]
-    fn a_tree_holds_what_the_profiles_hold_at_any_size(a in stacks(), b in stacks(), max in 1_usize..40) {
+    fn a_tree_of_any_size_has_the_totals_of_its_profiles(a in stacks(), b in stacks(), max in 1_usize..40) {
         let (a, b) = (profile_of(&a), profile_of(&b));
         let mut tree = FlameTree::new();
         tree.add(&a, 1, Side::Main).unwrap();
@@ -359,21 +359,21 @@ proptest! {
         prop_assert!(assert_adds_up(&pruned) <= max.max(2));
         prop_assert_eq!((pruned.total, pruned.base_total), (whole.total, whole.base_total));
         let own: u64 = tree.top(usize::MAX).iter().map(|row| row.self_).sum();
-        // Samples without any frame are the root's own.
+        // Samples without frames belong to the root.
         prop_assert_eq!(own + whole.self_, whole.total);
         let lines: u64 = folded(&a, 1).unwrap().lines().filter_map(|l| l.rsplit_once(' ')).map(|(_, n)| n.parse::<u64>().unwrap()).sum();
         prop_assert_eq!(lines, whole.total);
     }
 
     #[test]
-    fn any_bytes_are_answered_without_a_panic(bytes in collection::vec(any::<u8>(), 0..200)) {
+    fn any_bytes_decode_without_a_panic(bytes in collection::vec(any::<u8>(), 0..200)) {
         if let Ok(profile) = decode(&bytes, MIB) {
             use_it(&profile);
         }
     }
 
     #[test]
-    fn a_damaged_profile_is_answered_without_a_panic(
+    fn a_damaged_profile_decodes_without_a_panic(
         stacks in stacks(),
         flips in collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
     ) {
@@ -388,7 +388,7 @@ proptest! {
     }
 }
 
-/// All that may be done with a profile that passes the check.
+/// Runs every operation on a profile that passes the check.
 fn use_it(profile: &Profile) {
     let Ok(summary) = check(profile) else { return };
     let sum = merged([profile, profile]);

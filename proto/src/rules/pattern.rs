@@ -1,9 +1,8 @@
-//! Names and paths in rules: exact, or a prefix that ends with `*`.
+//! Patterns for names and paths in rules: an exact text, or a prefix that ends with `*`.
 
 use std::{fmt, str::FromStr};
 
-/// What a command name, an executable's path or a control group's path is compared with. The kernel decides by the
-/// same semantics.
+/// A pattern for command names, executable paths and control group paths. The BPF programs compare by the same rules.
 ///
 /// ```
 /// use gannet_proto::rules::Pattern;
@@ -19,22 +18,22 @@ pub struct Pattern {
     prefix: bool,
 }
 
-/// Why a text is no pattern.
+/// Reasons why a text is not a pattern.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PatternError {
-    /// It would match only what has no name.
-    #[error("is empty: give a name, or `*` for every name")]
+    /// The text is empty, so it would match only an empty name.
+    #[error("is empty: give a name, or `*` for all names")]
     Empty,
-    /// Only a `*` at the end has a meaning.
-    #[error("`*` stands only at the end, for any continuation: split it into several entries or shorten it")]
+    /// A `*` stands before the end.
+    #[error("may have `*` only at the end, for a prefix: split it into several entries or shorten it")]
     StarInside,
-    /// No name of the kernel's holds it.
-    #[error("holds a NUL character: remove it")]
+    /// The text has a NUL character, which no name of the kernel has.
+    #[error("has a NUL character: remove it")]
     Nul,
 }
 
 impl Pattern {
-    /// Reads `python3` (exact) or `python3*` (prefix).
+    /// Parses `python3` (exact) or `python3*` (prefix).
     pub fn parse(text: &str) -> Result<Self, PatternError> {
         let (name, prefix) = match text.strip_suffix('*') {
             Some(name) => (name, true),
@@ -51,18 +50,18 @@ impl Pattern {
         }
     }
 
-    /// Whether this name is meant.
+    /// Reports whether the pattern matches a name.
     pub fn matches(&self, name: &[u8]) -> bool {
         let text = self.text.as_bytes();
         if self.prefix { name.starts_with(text) } else { name == text }
     }
 
-    /// Whether any continuation matches too.
+    /// Reports whether the pattern is a prefix.
     pub fn is_prefix(&self) -> bool {
         self.prefix
     }
 
-    /// The name or the prefix, without the `*`.
+    /// Returns the name or the prefix, without the `*`.
     pub fn text(&self) -> &str {
         &self.text
     }

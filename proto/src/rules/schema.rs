@@ -1,5 +1,5 @@
-//! The schema of a rule in its YAML and JSON form, made from the same descriptors as the types: for the custom resource
-//! and for editors.
+//! JSON schema of the YAML and JSON form of a rule, made from the descriptors of the protobuf types. The custom resource
+//! and editors use it.
 
 use prost::Message as _;
 use prost_types::{
@@ -9,13 +9,13 @@ use prost_types::{
 use serde_json::{Map, Value, json};
 
 const PACKAGE: &str = ".gannet.control.v1.";
-/// `30s`, `1h30m`, `250ms`.
+/// Pattern of durations: `30s`, `1h30m`, `250ms`.
 const DURATION: &str = r"^([0-9]+(\.[0-9]+)?(d|h|m|s|ms|us|ns))+$";
-/// Fields of these names are a label selector: a text or a map.
+/// Names of fields that are label selectors, written as a text or a map.
 const SELECTORS: [&str; 2] = ["pod_labels", "selector"];
 
-/// The schema of a rule, as OpenAPI v3 and as Kubernetes wants it (structural). `None` only if the descriptors that were
-/// built into this program are not those of its types.
+/// Returns the schema of a rule in OpenAPI v3, structural as Kubernetes requires it. Returns `None` only if the built-in
+/// descriptors do not match the types, which a test excludes.
 pub fn json_schema() -> Option<Value> {
     let set = FileDescriptorSet::decode(crate::DESCRIPTORS).ok()?;
     let file = set.file.into_iter().find(|file| file.package() == "gannet.control.v1")?;
@@ -26,19 +26,19 @@ struct Schema<'a> {
     file: &'a FileDescriptorProto,
 }
 
-/// A message type with its place in the file, by which comments are found.
+/// A message type with its descriptor path, which leads to its comments.
 struct Found<'a> {
     message: &'a DescriptorProto,
     path: Vec<i32>,
 }
 
 impl<'a> Schema<'a> {
-    /// `Condition.Pressure`
+    /// Finds a message type by its name, for instance `Condition.Pressure`.
     fn find(&self, name: &str) -> Option<Found<'a>> {
         let mut parts = name.split('.');
         let first = parts.next()?;
         let at = self.file.message_type.iter().position(|m| m.name() == first)?;
-        // The numbers of the fields of descriptors: message_type is 4 in a file, nested_type 3 in a message.
+        // Field numbers in descriptors: `message_type` is 4 in a file, `nested_type` is 3 in a message.
         let mut found = Found { message: &self.file.message_type[at], path: vec![4, at as i32] };
         for part in parts {
             let at = found.message.nested_type.iter().position(|m| m.name() == part)?;
@@ -71,18 +71,18 @@ impl<'a> Schema<'a> {
             if let Some(comment) = self.comment(&path) {
                 schema["description"] = comment.into();
             }
-            // Written as `stacks: {user: true}`.
+            // The YAML form groups these fields as `stacks: {user: true}`.
             match field.name().strip_suffix("_stacks") {
                 Some(which) => stacks.insert(which.to_owned(), schema),
                 None => properties.insert(field.name().to_owned(), schema),
             };
         }
         if !stacks.is_empty() {
-            let schema = json!({ "type": "object", "properties": stacks, "description": "Which stacks; not given: both." });
+            let schema = json!({ "type": "object", "properties": stacks, "description": "Parts of the stack to record." });
             properties.insert("stacks".to_owned(), schema);
         }
         let mut schema = json!({ "type": "object", "properties": properties });
-        // One of several is written as a map of one entry.
+        // The YAML form of a oneof is a map with one entry.
         if !found.message.oneof_decl.is_empty() && found.message.field.iter().all(|f| f.oneof_index.is_some())
         {
             schema["minProperties"] = 1.into();
@@ -113,7 +113,7 @@ impl<'a> Schema<'a> {
                 let names: Vec<String> = values
                     .value
                     .iter()
-                    // The first is what the wire has for "not given".
+                    // Number 0 means "not given" on the wire.
                     .filter(|value| value.number() != 0)
                     .map(|value| value.name().to_lowercase())
                     .collect();

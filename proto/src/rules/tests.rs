@@ -4,7 +4,7 @@ use rstest::rstest;
 use super::*;
 use crate::control::{self, Capture, Condition, Lifetime, Match, condition};
 
-/// Every field of the format.
+/// A rule with every field of the format.
 const EVERYTHING: &str = r#"
 rules:
   - id: checkout-cpu-pressure
@@ -54,7 +54,7 @@ fn bad(text: &str) -> Vec<String> {
     parse(text, "rules.yaml").unwrap_err().iter().map(ToString::to_string).collect()
 }
 
-/// One rule with this body; the errors as `field: reason`.
+/// Returns the errors of a rule with this body, as `field: reason`.
 #[track_caller]
 fn faults(body: &str) -> Vec<String> {
     let text = format!("rules: [{{id: r, match: {{comm: [\"*\"]}}, {body}}}]");
@@ -85,7 +85,7 @@ fn every_field_of_the_format_is_read_and_written() {
 }
 
 #[test]
-fn several_documents_are_one_set_and_an_empty_file_is_none() {
+fn several_documents_are_one_set() {
     let rules = good("rules:\n- {id: b, match: {comm: [b]}}\n---\nrules:\n- {id: a, match: {comm: [a]}}\n");
     assert_eq!(rules.iter().map(|r| r.id.as_str()).collect::<Vec<_>>(), ["b", "a"]);
     assert_eq!(good(""), []);
@@ -105,7 +105,7 @@ fn several_documents_are_one_set_and_an_empty_file_is_none() {
 )]
 #[case::zero_hz(
     "rules:\n- id: a\n  capture:\n    hz: 0\n",
-    "rules.yaml:4:5: rule `a`: capture.hz: 0 is not possible"
+    "rules.yaml:4:5: rule `a`: capture.hz: 0 is not allowed"
 )]
 #[case::no_id("rules:\n- match: {comm: [a]}\n", "rules.yaml:2:3: rule rules[0]: missing field `id`")]
 #[case::number_for_text(
@@ -132,7 +132,7 @@ fn several_documents_are_one_set_and_an_empty_file_is_none() {
 #[case::scalar("rules: 7", "rules.yaml:1:8: rules: a rule file is `rules:` followed by a list of rules")]
 #[case::not_yaml("rules: [", "rules.yaml:1:")]
 #[case::twice("rules:\n- id: a\n  id: b\n", "rules.yaml:3:")]
-fn a_mistake_is_named_by_line_and_field(#[case] text: &str, #[case] error: &str) {
+fn a_mistake_is_named_with_its_line_and_field(#[case] text: &str, #[case] error: &str) {
     let errors = bad(text);
     assert!(errors[0].starts_with(error), "{errors:#?}");
 }
@@ -146,35 +146,35 @@ fn mistakes_in_several_rules_are_reported_together() {
 #[rstest]
 #[case::comm_length(
     "match: {comm: [abcdefghijklmnop]}",
-    "match.comm[0]: `abcdefghijklmnop` has 16 bytes, and the kernel keeps 15 of a command name: write \
+    "match.comm[0]: `abcdefghijklmnop` has 16 bytes, and the kernel stores 15 of a command name: write \
      `abcdefghijklmno*`, or use match.exe"
 )]
 #[case::comm_path("match: {comm: [/usr/bin/x]}", "match.comm[0]: `/usr/bin/x` is a path")]
-#[case::comm_star("match: {comm: [a*b]}", "match.comm[0]: `a*b` `*` stands only at the end")]
+#[case::comm_star("match: {comm: [a*b]}", "match.comm[0]: `a*b` may have `*` only at the end")]
 #[case::comm_empty("match: {comm: ['']}", "match.comm[0]: `` is empty")]
-#[case::comm_nul("match: {comm: [\"a\\0b\"]}", "match.comm[0]: `a\\0b` holds a NUL")]
+#[case::comm_nul("match: {comm: [\"a\\0b\"]}", "match.comm[0]: `a\\0b` has a NUL")]
 #[case::exe("match: {exe: [usr/bin/x]}", "match.exe[0]: `usr/bin/x` is not an absolute path")]
 #[case::cgroup("match: {cgroup: [kubepods*]}", "match.cgroup[0]: `kubepods*` is not an absolute path")]
-#[case::namespace("match: {namespaces: [Shop]}", "match.namespaces[0]: `Shop` is not 1 to 63")]
+#[case::namespace("match: {namespaces: [Shop]}", "match.namespaces[0]: `Shop` is not a name of 1 to 63")]
 #[case::workload("match: {workloads: [checkout]}", "match.workloads[0]: `checkout` is not a workload")]
 #[case::pid("match: {pids: [1, 0]}", "match.pids[1]: 0 is not a process")]
-#[case::nothing("match: {}", "match: is empty: say what the rule is for, or `comm: [\"*\"]`")]
+#[case::nothing("match: {}", "match: is empty: choose processes, or give `comm: [\"*\"]`")]
 #[case::percent("nodes: {percent: 101}", "nodes.percent: is 101: give 1 to 100")]
 #[case::hz(
     "capture: {hz: 5000}, lifetime: {ttl: 1m}",
-    "capture.hz: is 5000, and the cap (max_hz) is 1000: give 1 to 1000"
+    "capture.hz: is 5000, and the limit (max_hz) is 1000: give 1 to 1000"
 )]
 #[case::ttl(
     "capture: {hz: 199}",
-    "lifetime.ttl: is missing: a rule above 99 Hz (this one: 199) must say when it ends"
+    "lifetime.ttl: is missing: a rule above 99 Hz (this one: 199) must have an end"
 )]
-#[case::ttl_zero("lifetime: {ttl: 0s}", "lifetime.ttl: is 0s: give 1s to 8784h")]
+#[case::ttl_zero("lifetime: {ttl: 0s}", "lifetime.ttl: is 0s: give 1s to 366d")]
 #[case::duration("when: [{exec: {}}], capture: {duration: 2h}", "capture.duration: is 2h: give 1s to 1h")]
-#[case::duration_always("capture: {duration: 30s}", "capture.duration: has no meaning without `when`")]
-#[case::concurrent("capture: {max_concurrent: 65}", "capture.max_concurrent: is 65, and the cap is 64")]
-#[case::stacks("capture: {stacks: {user: false, kernel: false}}", "capture.stacks: leaves nothing to sample")]
-#[case::kinds("capture: {kind: [on_cpu, on_cpu]}", "capture.kind[1]: is given twice")]
-#[case::label_reserved("labels: {pod: x}", "labels.pod: is a label that every profile has already")]
+#[case::duration_always("capture: {duration: 30s}", "capture.duration: has no effect without `when`")]
+#[case::concurrent("capture: {max_concurrent: 65}", "capture.max_concurrent: is 65, and the limit is 64")]
+#[case::stacks("capture: {stacks: {user: false, kernel: false}}", "capture.stacks: leaves nothing to record")]
+#[case::kinds("capture: {kind: [on_cpu, on_cpu]}", "capture.kind[1]: is a duplicate")]
+#[case::label_reserved("labels: {pod: x}", "labels.pod: is a label that Gannet sets itself")]
 #[case::label_name("labels: {a-b: x}", "labels.a-b: label name `a-b` is not allowed")]
 #[case::priority("priority: 5000", "priority: is 5000: give -1000 to 1000")]
 #[case::stall(
@@ -191,7 +191,7 @@ fn mistakes_in_several_rules_are_reported_together() {
 )]
 #[case::node_cpu_full(
     "when: [{pressure: {resource: cpu, kind: full, scope: node, stall_us: 1, window_us: 500000}}]",
-    "when[0].pressure.kind: never happens"
+    "when[0].pressure.kind: is never met"
 )]
 #[case::usage(
     "when: [{cpu_usage: {above_millicores: 1}}]",
@@ -203,10 +203,10 @@ fn mistakes_in_several_rules_are_reported_together() {
 )]
 #[case::schedule(
     "when: [{schedule: {every: 30s, for: 30s}}]",
-    "when[0].schedule.for: is 30s, and the next one"
+    "when[0].schedule.for: is 30s, and the next capture"
 )]
-fn what_a_rule_may_not_ask_for_is_named_with_its_cure(#[case] body: &str, #[case] error: &str) {
-    // A second `match` would be refused: it takes the place of the default one.
+fn a_wrong_value_is_named_with_its_remedy(#[case] body: &str, #[case] error: &str) {
+    // Two fields `match` are an error, so this one replaces the default.
     let found = if body.starts_with("match") {
         let rules = parse(&format!("rules: [{{id: r, {body}}}]"), "t").unwrap();
         validate(&rules, &Caps::default()).into_iter().map(|e| format!("{}: {}", e.field, e.reason)).collect()
@@ -218,7 +218,7 @@ fn what_a_rule_may_not_ask_for_is_named_with_its_cure(#[case] body: &str, #[case
 }
 
 #[test]
-fn everything_wrong_is_reported_at_once() {
+fn all_mistakes_are_reported_at_once() {
     let text = "rules: [{id: A_, match: {comm: ['a*b', '']}, capture: {hz: 1001}}, {id: x}, {id: x}]";
     let found: Vec<_> = validate(&parse(text, "t").unwrap(), &Caps::default())
         .into_iter()
@@ -238,7 +238,7 @@ fn everything_wrong_is_reported_at_once() {
 }
 
 #[test]
-fn a_lower_cap_refuses_what_the_format_allows_and_the_set_has_its_own_bounds() {
+fn a_lower_limit_refuses_valid_rules_and_large_sets() {
     let rules = good("rules: [{id: a, match: {comm: [a]}, capture: {hz: 99}}, {id: b, match: {comm: [b]}}]");
     let fields = |caps: Caps| validate(&rules, &caps).into_iter().map(|e| e.field).collect::<Vec<_>>();
     assert_eq!(fields(Caps { max_hz: 50, ..Caps::default() }), ["capture.hz"]);
@@ -249,14 +249,14 @@ fn a_lower_cap_refuses_what_the_format_allows_and_the_set_has_its_own_bounds() {
 }
 
 #[test]
-fn a_rule_left_open_has_the_documented_defaults() {
+fn omitted_fields_have_the_documented_defaults() {
     let rules = good("rules: [{id: a, match: {comm: [a]}}, {id: b, match: {comm: [b]}, when: [{exec: {}}]}]");
     assert_eq!((effective_hz(&rules[0]), effective_hz(&rules[1])), (19, 99));
     assert_eq!(effective_kinds(&rules[0]), [capture::Kind::OnCpu]);
 }
 
 #[test]
-fn the_digest_depends_on_what_the_rules_say_and_on_nothing_else() {
+fn the_digest_depends_only_on_the_content_of_the_rules() {
     let rules = good("rules: [{id: b, match: {comm: [b]}}, {id: a, match: {comm: [a]}, capture: {}}]");
     let mut other = rules.clone();
     other.reverse();
@@ -265,12 +265,12 @@ fn the_digest_depends_on_what_the_rules_say_and_on_nothing_else() {
     assert_eq!(digest(&rules).len(), 64);
     other[1].priority = 1;
     assert_ne!(digest(&rules), digest(&other));
-    // Written down, since a node keeps its digest over an upgrade of either side.
+    // A constant, because a node keeps its digest across an upgrade of either side.
     assert_eq!(digest(&[]), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
 }
 
 #[test]
-fn nodes_are_chosen_by_name_label_and_share_and_doubt_means_no() {
+fn nodes_are_selected_by_name_label_and_percentage() {
     let labels = BTreeMap::from([("pool".to_owned(), "gpu".to_owned())]);
     let rule = |nodes| Rule { nodes: Some(nodes), ..Rule::default() };
     let selects = |selector: &str| {
@@ -279,7 +279,7 @@ fn nodes_are_chosen_by_name_label_and_share_and_doubt_means_no() {
     };
     assert!(is_for_node(&Rule::default(), "n1", &labels));
     assert!(selects("pool=gpu") && selects("pool") && !selects("pool=cpu") && !selects("zone"));
-    assert!(!selects("pool in ("), "what cannot be read selects nothing");
+    assert!(!selects("pool in ("), "a broken selector selects no node");
     let named = rule(NodeSelector { names: vec!["n2".into()], ..NodeSelector::default() });
     assert!(is_for_node(&named, "n2", &labels) && !is_for_node(&named, "n1", &labels));
     let share = |percent| {
@@ -294,7 +294,7 @@ fn nodes_are_chosen_by_name_label_and_share_and_doubt_means_no() {
         ten.len(),
         thirty.len()
     );
-    assert!(ten.iter().all(|n| thirty.contains(n)), "a larger share keeps the nodes of the smaller one");
+    assert!(ten.iter().all(|n| thirty.contains(n)), "a larger percentage keeps the nodes of a smaller one");
 }
 
 #[rstest]
@@ -319,7 +319,7 @@ fn seconds(range: std::ops::Range<i64>) -> impl Strategy<Value = Option<prost_ty
 
 prop_compose! {
     fn some_match()(
-        comm in collection::vec("[a-z: #'\"-]{1,14}\\*?", 1..4), // YAML's own characters too
+        comm in collection::vec("[a-z: #'\"-]{1,14}\\*?", 1..4), // with special characters of YAML
         exe in collection::vec("/[a-z/]{0,30}\\*?", 0..3),
         namespaces in collection::vec("[a-z][a-z0-9]{0,9}", 0..3),
         pod_labels in prop_oneof![Just(String::new()), Just("app=a,tier in (b,c),!x".to_owned())],
@@ -368,7 +368,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
-    fn what_is_written_reads_back_as_the_same_rule(rule in some_rule()) {
+    fn a_rule_reads_back_from_its_yaml(rule in some_rule()) {
         let rules = canonical(vec![rule]);
         prop_assert_eq!(validate(&rules, &Caps::default()), Vec::<control::RuleError>::new());
         let yaml = to_yaml(&rules);
@@ -378,13 +378,13 @@ proptest! {
     }
 
     #[test]
-    fn what_is_written_is_as_the_schema_says(rule in some_rule()) {
-        let found = strangers(&to_json(&canonical(vec![rule])[0]), &json_schema().unwrap(), "rule");
+    fn a_written_rule_fits_the_schema(rule in some_rule()) {
+        let found = misfits(&to_json(&canonical(vec![rule])[0]), &json_schema().unwrap(), "rule");
         prop_assert_eq!(found, Vec::<String>::new());
     }
 
     #[test]
-    fn any_text_is_answered_without_a_panic(text in "\\PC{0,100}|(rules:|- |id: a|[\\[\\]{}&*!:,\n ]){0,20}") {
+    fn any_text_parses_without_a_panic(text in "\\PC{0,100}|(rules:|- |id: a|[\\[\\]{}&*!:,\n ]){0,20}") {
         let _ = parse(&text, "t");
     }
 
@@ -399,7 +399,7 @@ proptest! {
 }
 
 #[test]
-fn a_file_that_is_too_large_or_unfolds_without_end_is_refused() {
+fn a_file_that_is_or_expands_too_large_is_refused() {
     assert!(bad(&" ".repeat(MAX_FILE_BYTES + 1))[0].contains("at most"));
     let mut bomb = String::from("a0: &a0 [x]\n");
     for i in 1..40 {
@@ -409,8 +409,8 @@ fn a_file_that_is_too_large_or_unfolds_without_end_is_refused() {
     assert!(!bad(&bomb).is_empty());
 }
 
-/// What of a value its schema does not know, or knows to be otherwise.
-fn strangers(value: &serde_json::Value, schema: &serde_json::Value, path: &str) -> Vec<String> {
+/// Returns the paths of a value that do not fit its schema.
+fn misfits(value: &serde_json::Value, schema: &serde_json::Value, path: &str) -> Vec<String> {
     use serde_json::Value;
     if schema["x-kubernetes-preserve-unknown-fields"] == true {
         return Vec::new();
@@ -422,12 +422,12 @@ fn strangers(value: &serde_json::Value, schema: &serde_json::Value, path: &str) 
                 .flat_map(|(name, value)| {
                     let known = schema["properties"].get(name).or_else(|| schema.get("additionalProperties"));
                     let path = format!("{path}.{name}");
-                    known.map_or_else(|| vec![path.clone()], |schema| strangers(value, schema, &path))
+                    known.map_or_else(|| vec![path.clone()], |schema| misfits(value, schema, &path))
                 })
                 .collect();
         }
         (Some("array"), Value::Array(items)) => {
-            return items.iter().flat_map(|item| strangers(item, &schema["items"], path)).collect();
+            return items.iter().flat_map(|item| misfits(item, &schema["items"], path)).collect();
         }
         (Some("string"), Value::String(text)) => {
             schema["enum"].as_array().is_none_or(|names| names.iter().any(|name| name == text))
@@ -440,17 +440,17 @@ fn strangers(value: &serde_json::Value, schema: &serde_json::Value, path: &str) 
 }
 
 #[test]
-fn the_schema_knows_every_field_with_its_comment_and_nothing_else() {
+fn the_schema_describes_every_field_and_no_other() {
     let schema = json_schema().unwrap();
     let rule = to_json(&good(EVERYTHING)[0]);
-    assert_eq!(strangers(&rule, &schema, "rule"), Vec::<String>::new());
+    assert_eq!(misfits(&rule, &schema, "rule"), Vec::<String>::new());
     let wrong = serde_json::json!({ "id": "a", "match": { "com": ["x"] }, "capture": { "kind": ["both"] } });
-    assert_eq!(strangers(&wrong, &schema, "rule"), ["rule.capture.kind: \"both\"", "rule.match.com"]);
+    assert_eq!(misfits(&wrong, &schema, "rule"), ["rule.capture.kind: \"both\"", "rule.match.com"]);
     let capture = &schema["properties"]["capture"]["properties"];
     assert_eq!(capture["kind"]["items"]["enum"], serde_json::json!(["on_cpu", "off_cpu"]));
     assert!(capture["stacks"]["properties"]["user"].is_object());
     let when = &schema["properties"]["when"]["items"];
     assert_eq!((when["maxProperties"].as_u64(), when["properties"].as_object().unwrap().len()), (Some(1), 5));
     let comm = schema["properties"]["match"]["properties"]["comm"]["description"].as_str().unwrap();
-    assert!(comm.starts_with("Command names: exact, or a prefix"), "{comm}");
+    assert!(comm.starts_with("Command names of 1 to 15 bytes."), "{comm}");
 }

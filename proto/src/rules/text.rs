@@ -1,4 +1,4 @@
-//! Reading and writing rule files.
+//! Rule files: parses YAML and JSON into rules, and writes rules as YAML and JSON.
 
 use std::fmt;
 
@@ -13,23 +13,23 @@ use serde_saphyr::{Location, Spanned};
 use super::form::RuleForm;
 use crate::control::Rule;
 
-/// Larger files are refused before they are parsed.
+/// Maximum size of a rule file in bytes. The parser refuses larger files at once.
 pub const MAX_FILE_BYTES: usize = 4 << 20;
 
-/// What is wrong with a rule file, and where.
+/// A mistake in a rule file, with its location.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParseError {
-    /// The file.
+    /// Name of the file.
     pub source: String,
-    /// From 1; 0 where no place can be named.
+    /// Line, counted from 1; 0 if the location is unknown.
     pub line: u64,
-    /// From 1; 0 where no place can be named.
+    /// Column, counted from 1; 0 if the location is unknown.
     pub column: u64,
-    /// The rule's id, or its place in the document (`rules[2]`) if it has none; empty outside of rules.
+    /// Id of the rule, or its index (`rules[2]`) if it has none; empty outside of rules.
     pub rule: String,
-    /// The path of the field in the rule: `match.comm[1]`.
+    /// Path of the field in the rule: `match.comm[1]`.
     pub field: String,
-    /// What is wrong and what to do about it.
+    /// The mistake and its remedy.
     pub reason: String,
 }
 
@@ -52,7 +52,7 @@ impl fmt::Display for ParseError {
 
 impl std::error::Error for ParseError {}
 
-/// Any YAML value, with the places of its parts.
+/// Any YAML value, with the locations of its parts.
 enum Node {
     Scalar(Value),
     List(Vec<Spanned<Node>>),
@@ -143,7 +143,7 @@ impl Node {
     }
 }
 
-/// The place that a path leads to, and the path as people write it.
+/// Returns the location of a path in a rule, and the path as people write it.
 fn locate(rule: &Spanned<Node>, path: &Path) -> (Location, String) {
     use fmt::Write as _;
 
@@ -175,8 +175,8 @@ fn locate(rule: &Spanned<Node>, path: &Path) -> (Location, String) {
 
 const SHAPE: &str = "a rule file is `rules:` followed by a list of rules";
 
-/// Reads rules from YAML or JSON: documents of `rules:` followed by a list. Reports what is wrong in every rule, each
-/// with its line and its field. What the rules ask for is [`super::validate`]'s to judge.
+/// Parses rules from YAML or JSON documents that hold `rules:` with a list. Returns the mistakes of all rules, each with
+/// its line and field. [`super::validate`] checks the values.
 pub fn parse(text: &str, source: &str) -> Result<Vec<Rule>, Vec<ParseError>> {
     let mut errors = Vec::new();
     let error = |at: Location, rule: &str, field: &str, reason: String| ParseError {
@@ -188,7 +188,7 @@ pub fn parse(text: &str, source: &str) -> Result<Vec<Rule>, Vec<ParseError>> {
         reason,
     };
     if text.len() > MAX_FILE_BYTES {
-        let reason = format!("the file has {} bytes, and at most {MAX_FILE_BYTES} are read", text.len());
+        let reason = format!("the file has {} bytes, and at most {MAX_FILE_BYTES} are allowed", text.len());
         return Err(vec![error(Location::UNKNOWN, "", "", reason)]);
     }
     let documents: Vec<Spanned<Node>> = match serde_saphyr::from_multiple(text) {
@@ -238,7 +238,7 @@ pub fn parse(text: &str, source: &str) -> Result<Vec<Rule>, Vec<ParseError>> {
     if errors.is_empty() { Ok(rules) } else { Err(errors) }
 }
 
-/// The YAML library's words in one line, without its picture of the place, which the error names itself.
+/// Returns the message of the YAML library in one line. [`ParseError`] has its own location.
 fn plain(error: &serde_saphyr::Error) -> String {
     let text = error.without_snippet().to_string();
     let line = text.lines().next().unwrap_or_default();
@@ -250,15 +250,15 @@ struct Document {
     rules: Vec<RuleForm>,
 }
 
-/// The rules as a file that [`parse`] reads back.
+/// Formats rules as a YAML file that [`parse`] reads back.
 pub fn to_yaml(rules: &[Rule]) -> String {
     let document = Document { rules: rules.iter().map(RuleForm::from).collect() };
-    // Maps of strings and numbers: nothing in them can fail to serialise.
+    // Maps of strings and numbers always serialize.
     serde_saphyr::to_string(&document).unwrap_or_default()
 }
 
-/// One rule in the form of the files, as JSON.
+/// Formats one rule as JSON, in the form of the files.
 pub fn to_json(rule: &Rule) -> Value {
-    // As in `to_yaml`.
+    // Serializes for the same reason as in `to_yaml`.
     serde_json::to_value(RuleForm::from(rule)).unwrap_or_default()
 }

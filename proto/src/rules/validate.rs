@@ -1,5 +1,5 @@
-//! What makes a rule good. Everything that is wrong is reported at once, by the field's path as in the YAML form, with
-//! what to do about it.
+//! The validator of rules. It reports all mistakes at once, each with the path of the field in the YAML form and with a
+//! remedy.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -8,7 +8,7 @@ use prost::Message as _;
 
 use super::{
     ALWAYS_HZ, Pattern, effective_hz,
-    form::{show_duration, signed},
+    time::{show_duration, signed},
 };
 use crate::{
     control::{Capture, Condition, Lifetime, Match, NodeSelector, Rule, RuleError, capture, condition},
@@ -16,43 +16,43 @@ use crate::{
     selector::{LabelSelector, is_dns_label},
 };
 
-/// The longest command name: the kernel keeps 16 bytes, the last of them NUL.
-pub const MAX_COMM_BYTES: usize = 15;
+/// Maximum length of a command name: the kernel stores 16 bytes, of which the last is NUL.
+const MAX_COMM_BYTES: usize = 15;
 
 const MAX_PATH_BYTES: usize = 4096;
 const MAX_DESCRIPTION_BYTES: usize = 1024;
-/// Of each list in a rule.
+/// Maximum length of each list in a rule.
 const MAX_ENTRIES: usize = 64;
 const MAX_CONDITIONS: usize = 16;
 const MAX_RULE_LABELS: usize = 8;
 const MAX_PRIORITY: i32 = 1000;
-// A rule's own labels must fit beside those that the agent sets.
+// The labels of a rule must fit beside the labels that the agent sets.
 const _: () = assert!(labels::RESERVED.len() + MAX_RULE_LABELS <= labels::MAX_LABELS);
 
 const SECOND: SignedDuration = SignedDuration::from_secs(1);
 const HOUR: SignedDuration = SignedDuration::from_hours(1);
 const DAY: SignedDuration = SignedDuration::from_hours(24);
 const YEAR: SignedDuration = SignedDuration::from_hours(24 * 366);
-/// What the kernel takes as the window of a pressure trigger.
+/// Windows of pressure triggers that the kernel accepts.
 const PRESSURE_WINDOW_US: std::ops::RangeInclusive<u64> = 500_000..=10_000_000;
 
-/// What a rule may ask for. The default is what the format allows; a node may allow less, and a rule above its cap is
-/// refused, never reduced.
+/// Limits of rules. The default is the limit of the format. A node may have lower limits; it refuses a rule above them
+/// and never reduces it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caps {
-    /// Samples a second and CPU.
+    /// Maximum rate in samples per second and CPU.
     pub max_hz: u32,
-    /// Above this rate a rule must say when it ends.
+    /// A rule above this rate must have a `ttl`.
     pub ttl_above_hz: u32,
-    /// Above this rate a rule that captures always, without a condition, must say when it ends.
+    /// A rule above this rate that captures without a condition must have a `ttl`.
     pub ttl_always_above_hz: u32,
-    /// Of one capture.
+    /// Maximum length of a capture.
     pub max_duration: Duration,
-    /// Captures of one rule at a time on one node.
+    /// Maximum number of captures of one rule at the same time on one node.
     pub max_concurrent: u32,
-    /// In one set.
+    /// Maximum number of rules in a set.
     pub max_rules: usize,
-    /// Of one set, encoded.
+    /// Maximum encoded size of a set in bytes.
     pub max_bytes: usize,
 }
 
@@ -71,14 +71,14 @@ impl Default for Caps {
 }
 
 impl Caps {
-    /// What may be asked of a whole fleet. A rule that samples everywhere all the time is dear above the rate of
-    /// continuous profiling, so there it has to end by itself; a node's own files may ask for more.
+    /// Returns the limits of rules for many nodes. Sampling all nodes all the time above the rate of continuous profiling
+    /// is expensive, so such a rule needs a `ttl`. The rule files of one node do not.
     pub fn fleet() -> Self {
         Self { ttl_always_above_hz: ALWAYS_HZ, ..Self::default() }
     }
 }
 
-/// Where the errors of one rule go.
+/// Collects the errors of one rule.
 struct Faults<'a> {
     rule_id: String,
     errors: &'a mut Vec<RuleError>,
@@ -93,43 +93,44 @@ impl Faults<'_> {
         });
     }
 
-    /// A duration that is given lies between these. Returns it if it does.
+    /// Checks that a given duration is in a range, and returns it if it is.
     fn duration(
         &mut self,
         field: &str,
         given: Option<prost_types::Duration>,
-        least: SignedDuration,
-        most: SignedDuration,
+        min: SignedDuration,
+        max: SignedDuration,
     ) -> Option<SignedDuration> {
         let duration = signed(given?);
-        if (least..=most).contains(&duration) {
+        if (min..=max).contains(&duration) {
             return Some(duration);
         }
-        let (least, most, is) = (show_duration(least), show_duration(most), show_duration(duration));
-        self.add(field, format!("is {is}: give {least} to {most}"));
+        let (min, max, is) = (show_duration(min), show_duration(max), show_duration(duration));
+        self.add(field, format!("is {is}: give {min} to {max}"));
         None
     }
 
+    /// Checks that a duration is given and in a range, and returns it if it is.
     fn required(
         &mut self,
         field: &str,
         given: Option<prost_types::Duration>,
-        least: SignedDuration,
-        most: SignedDuration,
+        min: SignedDuration,
+        max: SignedDuration,
     ) -> Option<SignedDuration> {
         if given.is_none() {
-            let (least, most) = (show_duration(least), show_duration(most));
-            self.add(field, format!("is missing: give {least} to {most}"));
+            let (min, max) = (show_duration(min), show_duration(max));
+            self.add(field, format!("is missing: give {min} to {max}"));
         }
-        self.duration(field, given, least, most)
+        self.duration(field, given, min, max)
     }
 
-    fn entries<T>(&mut self, field: &str, list: &[T], most: usize) {
-        if list.len() > most {
+    fn entries<T>(&mut self, field: &str, list: &[T], max: usize) {
+        if list.len() > max {
             self.add(
                 field,
                 format!(
-                    "has {} entries, and at most {most} are allowed: use prefixes or split the rule",
+                    "has {} entries, and at most {max} are allowed: use prefixes or split the rule",
                     list.len()
                 ),
             );
@@ -146,34 +147,35 @@ impl Faults<'_> {
     }
 }
 
-/// The scope's name, or what is wrong with it: 1 to 63 of `[a-z0-9-]`.
+/// Checks the name of a scope: 1 to 63 characters of `[a-z0-9-]`. The error is a complete sentence.
 pub fn check_scope(scope: &str) -> Result<(), String> {
     if is_dns_label(scope) { Ok(()) } else { Err(format!("`{scope}` {DNS_LABEL}")) }
 }
 
-const DNS_LABEL: &str = "is not 1 to 63 of a-z, 0-9 and `-`, beginning and ending with a letter or digit";
+const DNS_LABEL: &str =
+    "is not a name of 1 to 63 characters a-z, 0-9 and `-` that starts and ends with a letter or digit";
 
 fn dns_label(text: &str) -> Result<(), String> {
     if is_dns_label(text) { Ok(()) } else { Err(format!("`{text}` {DNS_LABEL}")) }
 }
 
-/// All that is wrong with these rules; empty if they are good.
+/// Returns all mistakes in these rules; the list is empty if they are valid.
 pub fn validate(rules: &[Rule], caps: &Caps) -> Vec<RuleError> {
     let mut errors = Vec::new();
     let mut set = Faults { rule_id: String::new(), errors: &mut errors };
     if rules.len() > caps.max_rules {
         set.add(
             "rules",
-            format!("{} rules, and the cap is {}: remove or join some", rules.len(), caps.max_rules),
+            format!("has {} rules, and the limit is {}: remove or merge some", rules.len(), caps.max_rules),
         );
-        // A list that long is not worth an error for each of its entries.
+        // A list of that length would yield too many errors.
         return errors;
     }
     let bytes: usize = rules.iter().map(Rule::encoded_len).sum();
     if bytes > caps.max_bytes {
         set.add(
             "rules",
-            format!("{bytes} bytes of rules, and the cap is {}: shorten or remove some", caps.max_bytes),
+            format!("has {bytes} bytes, and the limit is {}: shorten or remove some rules", caps.max_bytes),
         );
         return errors;
     }
@@ -220,15 +222,17 @@ fn one(rule: &Rule, caps: &Caps, faults: &mut Faults<'_>) {
         let cap = caps.ttl_above_hz;
         faults.add(
             "lifetime.ttl",
-            format!("is missing: a rule above {cap} Hz (this one: {hz}) must say when it ends, for instance `ttl: 20m`"),
+            format!(
+                "is missing: a rule above {cap} Hz (this one: {hz}) must have an end, for instance `ttl: 20m`"
+            ),
         );
     } else if ttl.is_none() && when.is_empty() && hz > caps.ttl_always_above_hz {
         let cap = caps.ttl_always_above_hz;
         faults.add(
             "lifetime.ttl",
             format!(
-                "is missing: a rule without `when` captures always, and above {cap} Hz (this one: {hz}) it must say when it \
-                 ends, for instance `ttl: 20m`"
+                "is missing: a rule without `when` captures all the time, and above {cap} Hz (this one: {hz}) it must have an \
+                 end, for instance `ttl: 20m`"
             ),
         );
     }
@@ -243,7 +247,7 @@ fn one(rule: &Rule, caps: &Caps, faults: &mut Faults<'_>) {
     for (name, value) in labels {
         let field = format!("labels.{name}");
         if labels::RESERVED.contains(&name.as_str()) {
-            faults.add(&field, "is a label that every profile has already: choose another name");
+            faults.add(&field, "is a label that Gannet sets itself: choose another name");
         } else if let Err(error) = labels::check(&labels::Labels::from([(name.clone(), value.clone())])) {
             faults.add(&field, error.to_string());
         }
@@ -255,10 +259,7 @@ fn one(rule: &Rule, caps: &Caps, faults: &mut Faults<'_>) {
 
 fn matches(wanted: &Match, faults: &mut Faults<'_>) {
     if *wanted == Match::default() {
-        faults.add(
-            "match",
-            "is empty: say what the rule is for, or `comm: [\"*\"]` if it is for every process",
-        );
+        faults.add("match", "is empty: choose processes, or give `comm: [\"*\"]` for all processes");
     }
     let Match { comm, exe, cgroup, namespaces, pod_labels, containers, workloads, pids, uid } = wanted;
     faults.each("match.comm", comm, check_comm);
@@ -285,7 +286,7 @@ fn matches(wanted: &Match, faults: &mut Faults<'_>) {
 fn check_comm(text: &str) -> Result<(), String> {
     if text.starts_with('/') {
         return Err(format!(
-            "`{text}` is a path, and a command name is a file's last component, at most {MAX_COMM_BYTES} bytes of it: \
+            "`{text}` is a path, and a command name is the last component of a path, cut to {MAX_COMM_BYTES} bytes: \
              use match.exe"
         ));
     }
@@ -294,14 +295,14 @@ fn check_comm(text: &str) -> Result<(), String> {
     if length > MAX_COMM_BYTES {
         let head: String = fitting(pattern.text());
         return Err(format!(
-            "`{text}` has {length} bytes, and the kernel keeps {MAX_COMM_BYTES} of a command name: write `{head}*`, or \
+            "`{text}` has {length} bytes, and the kernel stores {MAX_COMM_BYTES} of a command name: write `{head}*`, or \
              use match.exe"
         ));
     }
     Ok(())
 }
 
-/// As much of the name as the kernel keeps, cut between characters.
+/// Cuts a name to the bytes that the kernel stores, between characters.
 fn fitting(name: &str) -> String {
     let mut end = MAX_COMM_BYTES.min(name.len());
     while !name.is_char_boundary(end) {
@@ -313,11 +314,11 @@ fn fitting(name: &str) -> String {
 fn check_path(text: &str) -> Result<(), String> {
     let pattern = Pattern::parse(text).map_err(|error| format!("`{}` {error}", text.escape_debug()))?;
     if !pattern.text().starts_with('/') {
-        return Err(format!("`{text}` is not an absolute path: begin with `/`"));
+        return Err(format!("`{text}` is not an absolute path: start it with `/`"));
     }
     if pattern.text().len() > MAX_PATH_BYTES {
         let length = pattern.text().len();
-        return Err(format!("has {length} bytes, and no path has more than {MAX_PATH_BYTES}"));
+        return Err(format!("has {length} bytes, and at most {MAX_PATH_BYTES} are allowed"));
     }
     Ok(())
 }
@@ -345,7 +346,7 @@ fn node_selector(nodes: &NodeSelector, faults: &mut Faults<'_>) {
     faults.each("nodes.names", names, |name| match name.len() {
         0 => Err("is empty: give a node's name".to_owned()),
         1..=253 => Ok(()),
-        length => Err(format!("has {length} bytes, and no node's name has more than 253")),
+        length => Err(format!("has {length} bytes, and at most 253 are allowed")),
     });
     if *percent > 100 {
         faults.add("nodes.percent", format!("is {percent}: give 1 to 100"));
@@ -354,7 +355,7 @@ fn node_selector(nodes: &NodeSelector, faults: &mut Faults<'_>) {
 
 fn condition(condition: &Condition, field: &str, faults: &mut Faults<'_>) {
     let Some(kind) = &condition.kind else {
-        faults.add(field, "names no condition: give pressure, cpu_usage, throttled, exec or schedule");
+        faults.add(field, "has no condition: give pressure, cpu_usage, throttled, exec or schedule");
         return;
     };
     match kind {
@@ -372,7 +373,7 @@ fn condition(condition: &Condition, field: &str, faults: &mut Faults<'_>) {
             if !(1..=99).contains(above_percent) {
                 faults.add(
                     format!("{field}.throttled.above_percent"),
-                    format!("is {above_percent}: give 1 to 99, the share of periods in which the container was throttled"),
+                    format!("is {above_percent}: give 1 to 99, the percentage of periods in which the container is throttled"),
                 );
             }
             faults.required(&format!("{field}.throttled.for"), *r#for, SECOND, HOUR);
@@ -388,7 +389,7 @@ fn condition(condition: &Condition, field: &str, faults: &mut Faults<'_>) {
                 let (every, lasting) = (show_duration(every), show_duration(lasting));
                 faults.add(
                     &name,
-                    format!("is {lasting}, and the next one begins after {every}: make it shorter"),
+                    format!("is {lasting}, and the next capture starts after {every}: make it shorter"),
                 );
             }
         }
@@ -402,21 +403,21 @@ fn check_pressure(pressure: &condition::Pressure, field: &str, faults: &mut Faul
         faults.add(format!("{field}.resource"), "is missing: give cpu, memory or io");
     }
     if pressure.kind() == Kind::Unspecified {
-        faults.add(format!("{field}.kind"), "is missing: give some (a task waits) or full (all tasks wait)");
+        faults.add(
+            format!("{field}.kind"),
+            "is missing: give some (at least one task waits) or full (all tasks wait)",
+        );
     }
     if pressure.scope() == Scope::Unspecified {
         faults.add(format!("{field}.scope"), "is missing: give container, pod or node");
     }
     if (pressure.resource(), pressure.kind(), pressure.scope()) == (Resource::Cpu, Kind::Full, Scope::Node) {
-        faults.add(
-            format!("{field}.kind"),
-            "never happens: a node that has a CPU runs something on it; give some",
-        );
+        faults.add(format!("{field}.kind"), "is never met: some task of a node always runs; give some");
     }
     let condition::Pressure { stall_us, window_us, .. } = *pressure;
-    let (least, most) = (PRESSURE_WINDOW_US.start(), PRESSURE_WINDOW_US.end());
+    let (min, max) = (PRESSURE_WINDOW_US.start(), PRESSURE_WINDOW_US.end());
     if !PRESSURE_WINDOW_US.contains(&window_us) {
-        faults.add(format!("{field}.window_us"), format!("is {window_us}: give {least} to {most}"));
+        faults.add(format!("{field}.window_us"), format!("is {window_us}: give {min} to {max}"));
     }
     if stall_us == 0 || stall_us >= window_us {
         faults.add(
@@ -435,17 +436,17 @@ fn captures(capture: &Capture, triggered: bool, caps: &Caps, faults: &mut Faults
         match capture::Kind::try_from(*kind) {
             Ok(capture::Kind::OnCpu | capture::Kind::OffCpu) if seen.insert(*kind) => {}
             Ok(capture::Kind::OnCpu | capture::Kind::OffCpu) => {
-                faults.add(field, "is given twice: remove one");
+                faults.add(field, "is a duplicate: remove it");
             }
             Ok(capture::Kind::Unspecified) | Err(_) => {
-                faults.add(field, "is not known: give on_cpu or off_cpu");
+                faults.add(field, "is unknown: give on_cpu or off_cpu");
             }
         }
     }
     if *hz > caps.max_hz {
         faults.add(
             "capture.hz",
-            format!("is {hz}, and the cap (max_hz) is {}: give 1 to {}", caps.max_hz, caps.max_hz),
+            format!("is {hz}, and the limit (max_hz) is {}: give 1 to {}", caps.max_hz, caps.max_hz),
         );
     }
     let longest = SignedDuration::try_from(caps.max_duration).unwrap_or(DAY);
@@ -457,7 +458,7 @@ fn captures(capture: &Capture, triggered: bool, caps: &Caps, faults: &mut Faults
         for (name, _) in given.into_iter().filter(|(_, value)| value.is_some()) {
             faults.add(
                 format!("capture.{name}"),
-                "has no meaning without `when`, since the capture always runs: remove it, or bound the rule with \
+                "has no effect without `when`, because the capture runs all the time: remove it, or limit the rule with \
                  lifetime.ttl",
             );
         }
@@ -466,10 +467,10 @@ fn captures(capture: &Capture, triggered: bool, caps: &Caps, faults: &mut Faults
         let cap = caps.max_concurrent;
         faults.add(
             "capture.max_concurrent",
-            format!("is {max_concurrent}, and the cap is {cap}: give 1 to {cap}"),
+            format!("is {max_concurrent}, and the limit is {cap}: give 1 to {cap}"),
         );
     }
     if (*user_stacks, *kernel_stacks) == (Some(false), Some(false)) {
-        faults.add("capture.stacks", "leaves nothing to sample: switch user or kernel on");
+        faults.add("capture.stacks", "leaves nothing to record: set user or kernel to true");
     }
 }
