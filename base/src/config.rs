@@ -81,7 +81,13 @@ where
     if keys.is_empty() {
         return Ok(given);
     }
-    let mut in_file = keys_of(&serde_saphyr::from_str::<T>(&text).map_err(parse_error)?)?;
+    let value_error = |error: serde_saphyr::Error| match wrong_value::<T>(&text, &keys) {
+        Some(reason) if !error.to_string().contains("line ") => {
+            ConfigError::Parse { path: path.to_owned(), reason }
+        }
+        _ => parse_error(error),
+    };
+    let mut in_file = keys_of(&serde_saphyr::from_str::<T>(&text).map_err(value_error)?)?;
     let on_command_line: Vec<&str> = matches
         .ids()
         .map(clap::Id::as_str)
@@ -101,6 +107,18 @@ where
     }
     serde_json::from_value(Value::Object(options))
         .map_err(|error| ConfigError::Parse { path: path.to_owned(), reason: error.to_string() })
+}
+
+/// Returns line, key and fault of the first wrong value. The parser does not report them for a value of a flattened
+/// structure.
+fn wrong_value<T: DeserializeOwned>(text: &str, keys: &[String]) -> Option<String> {
+    let values: Map<String, Value> = serde_saphyr::from_str(text).ok()?;
+    keys.iter().find_map(|key| {
+        let alone = Map::from_iter([(key.clone(), values.get(key)?.clone())]);
+        let error = serde_json::from_value::<T>(Value::Object(alone)).err()?;
+        let line = text.lines().position(|line| line.starts_with(&format!("{key}:")))? + 1;
+        Some(format!("line {line}: {key}: {error}"))
+    })
 }
 
 /// Writes the options as YAML that `--config` reads back.
@@ -232,6 +250,8 @@ mod tests {
     struct Limits {
         #[arg(long, default_value_t = 7)]
         max_nodes: u32,
+        #[arg(long, default_value = "1MiB")]
+        max_bytes: ByteSize,
     }
 
     impl Default for Options {
@@ -275,7 +295,7 @@ mod tests {
             insecure: true,
             lifecycle: false,
             label: vec!["a=b".into()],
-            limits: Limits { max_nodes: 9 },
+            limits: Limits { max_nodes: 9, ..Limits::default() },
             ..Options::default()
         };
         assert_eq!(options, expected);
@@ -308,6 +328,7 @@ mod tests {
             ("\nwindow: fast\n", &["line 2", "window: fast", "`fast` is not a duration"]),
             ("max_nodes: many\n", &["line 1", "max_nodes: many"]),
             ("spool_bytes: 5 apples\n", &["line 1", "not a unit of bytes"]),
+            ("\nmax_bytes: 5 apples\n", &["line 2: max_bytes: ", "not a unit of bytes"]),
             ("deny_uid: 5\n", &["line 1"]),
             ("- a\n", &["line 1"]),
             ("node: a\nnode: b\n", &["line 2", "node"]),

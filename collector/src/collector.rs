@@ -85,7 +85,7 @@ impl Collector {
         // The writer and the forwarder stop after the servers, so that every received batch gets its answer.
         let (stop, stop_writer) = (CancellationToken::new(), CancellationToken::new());
         let accepts_tokens = config.auth.token_audience.is_some();
-        let tls = config.tls.as_ref().map(|options| Tls::load(options, accepts_tokens)).transpose()?;
+        let tls = Tls::load(&config.tls, accepts_tokens)?;
         let auth = open_auth(&config).await?;
         let sockets = Sockets::bind(&config.server).await?;
         let (grpc_addr, http_addr) = (sockets.grpc.addr, sockets.http.addr);
@@ -94,7 +94,7 @@ impl Collector {
         let (store, writer) = open_store(&config, &metrics).await?;
         let (rules, resources) = open_rules(&config, &metrics).await?;
         let fleet =
-            Fleet::open(&config.data, &config.fleet, Arc::clone(&rules), metrics.clone(), stop.clone());
+            Fleet::open(config.directory(), &config.fleet, Arc::clone(&rules), metrics.clone(), stop.clone());
         if let Some((client, namespace)) = resources {
             let name = std::env::var("HOSTNAME").unwrap_or_else(|_| "collector".to_owned());
             let nodes: Arc<dyn NodeStates> = Arc::clone(&fleet) as _;
@@ -111,7 +111,7 @@ impl Collector {
             metrics.clone(),
             stop.clone(),
         );
-        let max_batch_bytes = config.ingest.max_batch_bytes;
+        let max_batch_bytes = config.ingest.max_batch_bytes.0;
         let query = Arc::new(Query::new(Arc::clone(&store), &config.query, max_batch_bytes, metrics.clone()));
         let triggers = Triggers { rules: Arc::clone(&rules), fleet: Arc::clone(&fleet), stop: stop.clone() };
 
@@ -165,10 +165,10 @@ struct Sockets {
 impl Sockets {
     async fn bind(options: &ServerOptions) -> Result<Self, BindError> {
         Ok(Self {
-            grpc: BoundSocket::bind("--listen", options.grpc_listen).await?,
-            http: BoundSocket::bind("--http", options.http_listen).await?,
+            grpc: BoundSocket::bind("--grpc-listen", options.grpc_listen).await?,
+            http: BoundSocket::bind("--http-listen", options.http_listen).await?,
             debug: match options.debug_listen {
-                Some(addr) => Some(BoundSocket::bind("--http-local", addr).await?),
+                Some(addr) => Some(BoundSocket::bind("--debug-listen", addr).await?),
                 None => None,
             },
         })
@@ -189,8 +189,10 @@ async fn open_auth(config: &Config) -> Result<Arc<Auth>, KubernetesError> {
 }
 
 async fn open_store(config: &Config, metrics: &Metrics) -> Result<(Arc<Store>, StoreWriter), StoreError> {
-    let (data, options, metrics) = (config.data.clone(), config.store.clone(), metrics.clone());
-    let opened = tokio::task::spawn_blocking(move || Store::open(&data, &options, metrics)).await;
+    let (data, bucket) = (config.directory().clone(), config.bucket().cloned());
+    let (options, metrics) = (config.store.clone(), metrics.clone());
+    let opened =
+        tokio::task::spawn_blocking(move || Store::open(&data, bucket.as_ref(), &options, metrics)).await;
     opened.map_err(|_| StoreError::Ended)?
 }
 
@@ -199,8 +201,8 @@ async fn open_rules(
     config: &Config,
     metrics: &Metrics,
 ) -> Result<(Arc<Rules>, Option<(Client, String)>), StartError> {
-    let in_data = config.data.join("rules");
-    let (dir, resources): (PathBuf, _) = match &config.rules {
+    let in_data = config.directory().join("rules");
+    let (dir, resources): (PathBuf, _) = match &config.rules_store {
         RulesLocation::File(None) => (in_data, None),
         RulesLocation::File(Some(dir)) => (dir.clone(), None),
         RulesLocation::Kubernetes(namespace) => {

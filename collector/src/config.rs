@@ -1,6 +1,10 @@
 //! The configuration of the collector: the options of all modules, and the checks that concern several of them.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::Args;
+use gannet_base::logging::LogFormat;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     auth::{AuthOptions, NodeIdentity},
@@ -10,76 +14,180 @@ use crate::{
     query::QueryOptions,
     rules::RulesLocation,
     server::listener::ServerOptions,
-    store::StoreOptions,
+    store::{Bucket, StoreOptions},
     tls::TlsOptions,
 };
 
-/// Everything that an operator can set.
-#[derive(Debug, Clone)]
+/// The data directory without `--data` and `--local`.
+const DEFAULT_DATA: &str = "gannet-data";
+
+/// Everything that an operator can set. Each option is a flag, an environment variable and a key of the config file.
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Config {
-    /// The directory of all stored data, or of all but the profiles if these lie in a bucket.
-    pub data: PathBuf,
-    /// The kubeconfig file. `None`: the service account of the pod, or the context of `kubectl`.
+    /// Location of the profiles: a directory, which then holds all other data too, or a bucket, which several collectors
+    /// may share: s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH. Credentials, region and endpoint of a bucket
+    /// come from the environment (AWS_…, GOOGLE_…, AZURE_…)
+    #[arg(long, value_name = "DIR|URL", env = "GANNET_COLLECTOR_DATA", default_value = DEFAULT_DATA)]
+    pub data: DataLocation,
+    /// Directory of the index, the list of nodes and the rules of `--rules-store file` if --data is a bucket. The collector
+    /// rebuilds a lost index
+    #[arg(long, value_name = "DIR", env = "GANNET_COLLECTOR_LOCAL", default_value = DEFAULT_DATA)]
+    pub local: PathBuf,
+    /// Storage of the rules: `file` (below --data), `file=DIR` for a directory that several collectors share, `kubernetes`
+    /// for TriggerRule resources in the collector's own namespace, or `kubernetes=NAMESPACE`
+    #[arg(long, value_name = "STORAGE", env = "GANNET_COLLECTOR_RULES_STORE", default_value = "file")]
+    pub rules_store: RulesLocation,
+    /// Access to the Kubernetes API outside of a cluster
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_KUBECONFIG")]
     pub kubeconfig: Option<PathBuf>,
+    /// Form of the log on standard error; GANNET_COLLECTOR_LOG sets its filter, like info,kube=debug
+    #[arg(long, value_name = "FORMAT", env = "GANNET_COLLECTOR_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
     /// Listening addresses.
+    #[command(flatten)]
+    #[serde(flatten)]
     pub server: ServerOptions,
-    /// Certificates of both listeners. `None`: plaintext.
-    pub tls: Option<TlsOptions>,
+    /// Certificates of both listeners.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub tls: TlsOptions,
     /// Authentication and roles.
+    #[command(flatten)]
+    #[serde(flatten)]
     pub auth: AuthOptions,
     /// Stored profiles.
+    #[command(flatten)]
+    #[serde(flatten)]
     pub store: StoreOptions,
     /// Accepted batches.
+    #[command(flatten)]
+    #[serde(flatten)]
     pub ingest: IngestOptions,
-    /// Limits of queries.
-    pub query: QueryOptions,
-    /// Location of the rules.
-    pub rules: RulesLocation,
     /// Known nodes.
+    #[command(flatten)]
+    #[serde(flatten)]
     pub fleet: FleetOptions,
     /// Targets of forwarding.
+    #[command(flatten)]
+    #[serde(flatten)]
     pub forward: ForwardOptions,
+    /// Limits of queries.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub query: QueryOptions,
 }
 
-/// A configuration that cannot work or would be unsafe. The text names the flag and the cure.
+impl Default for Config {
+    fn default() -> Self {
+        gannet_base::defaults()
+    }
+}
+
+/// The value of `--data`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DataLocation {
+    /// A directory for all data.
+    Directory(PathBuf),
+    /// A bucket for the profiles.
+    Bucket(Bucket),
+}
+
+impl FromStr for DataLocation {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.contains("://") {
+            Bucket::parse(text).map(Self::Bucket)
+        } else {
+            Ok(Self::Directory(text.into()))
+        }
+    }
+}
+
+impl fmt::Display for DataLocation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Directory(path) => path.display().fmt(f),
+            Self::Bucket(bucket) => bucket.fmt(f),
+        }
+    }
+}
+
+gannet_base::serde_as_text!(DataLocation);
+
+/// A configuration that cannot work. The text names the option and the cure.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct ConfigError(String);
+pub enum ConfigError {
+    /// An option lacks another one, which is wrong usage.
+    #[error("{0}")]
+    Incomplete(&'static str),
+    /// The options contradict each other or would be unsafe.
+    #[error("{0}")]
+    Invalid(String),
+}
 
 impl Config {
-    /// Returns the defaults of the command line, but listening on any free loopback port.
+    /// Returns the defaults of the command line, but with this data directory and listening on any free loopback port.
     pub fn new(data: impl Into<PathBuf>) -> Self {
-        Self {
-            data: data.into(),
-            kubeconfig: None,
-            server: ServerOptions::default(),
-            tls: None,
-            auth: AuthOptions::default(),
-            store: StoreOptions::default(),
-            ingest: IngestOptions::default(),
-            query: QueryOptions::default(),
-            rules: RulesLocation::File(None),
-            fleet: FleetOptions::default(),
-            forward: ForwardOptions::default(),
+        let mut config = Self { data: DataLocation::Directory(data.into()), ..Self::default() };
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        (config.server.grpc_listen, config.server.http_listen) = (any, any);
+        config
+    }
+
+    /// Returns the directory of all data that is not in a bucket.
+    pub(crate) fn directory(&self) -> &PathBuf {
+        match &self.data {
+            DataLocation::Directory(directory) => directory,
+            DataLocation::Bucket(_) => &self.local,
+        }
+    }
+
+    /// Returns the bucket of the profiles, if they lie in one.
+    pub(crate) fn bucket(&self) -> Option<&Bucket> {
+        match &self.data {
+            DataLocation::Directory(_) => None,
+            DataLocation::Bucket(bucket) => Some(bucket),
         }
     }
 
     /// Reports whether the listeners verify client certificates.
     pub(crate) fn has_client_ca(&self) -> bool {
-        self.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some())
+        self.tls.tls_client_ca.is_some()
     }
 
     /// Checks the options, each alone and with each other.
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        self.check_pairs()?;
         self.check_addresses()?;
         self.check_auth()?;
         self.check_sizes()
     }
 
+    /// Checks options that need another option.
+    fn check_pairs(&self) -> Result<(), ConfigError> {
+        let TlsOptions { tls_cert, tls_key, tls_client_ca, .. } = &self.tls;
+        let ForwardOptions { forward, forward_tenant, forward_token_file, forward_ca } = &self.forward;
+        let no_target = forward.is_empty();
+        let missing = [
+            (tls_cert.is_some() && tls_key.is_none(), "--tls-cert needs --tls-key"),
+            (tls_key.is_some() && tls_cert.is_none(), "--tls-key needs --tls-cert"),
+            (tls_client_ca.is_some() && tls_cert.is_none(), "--tls-client-ca needs --tls-cert"),
+            (forward_tenant.is_some() && no_target, "--forward-tenant needs --forward"),
+            (forward_token_file.is_some() && no_target, "--forward-token-file needs --forward"),
+            (forward_ca.is_some() && no_target, "--forward-ca needs --forward"),
+        ];
+        match missing.into_iter().find(|(is_missing, _)| *is_missing) {
+            None => Ok(()),
+            Some((_, text)) => Err(ConfigError::Incomplete(text)),
+        }
+    }
+
     fn check_addresses(&self) -> Result<(), ConfigError> {
         let ServerOptions { grpc_listen, http_listen, debug_listen, insecure, .. } = &self.server;
-        if self.tls.is_none() && !insecure {
-            for (flag, addr) in [("--listen", grpc_listen), ("--http", http_listen)] {
+        if !self.tls.is_on() && !insecure {
+            for (flag, addr) in [("--grpc-listen", grpc_listen), ("--http-listen", http_listen)] {
                 if !addr.ip().is_loopback() {
                     return wrong(format!(
                         "{flag} {addr} is plaintext and other machines can reach it: give --tls-cert and --tls-key, or a \
@@ -89,12 +197,14 @@ impl Config {
             }
         }
         if grpc_listen == http_listen && grpc_listen.port() != 0 {
-            return wrong(format!("--listen and --http are both {grpc_listen}: give them different ports"));
+            return wrong(format!(
+                "--grpc-listen and --http-listen are both {grpc_listen}: give them different ports"
+            ));
         }
         let is_open = |addr: &&SocketAddr| !addr.ip().is_loopback();
         if let Some(addr) = debug_listen.as_ref().filter(is_open) {
             return wrong(format!(
-                "--http-local {addr} lets in every client, and other machines can reach it: give a loopback address, like \
+                "--debug-listen {addr} lets in every client, and other machines can reach it: give a loopback address, like \
                  127.0.0.1:4181"
             ));
         }
@@ -102,9 +212,9 @@ impl Config {
     }
 
     fn check_auth(&self) -> Result<(), ConfigError> {
-        let AuthOptions { roles, node_identity, token_audience } = &self.auth;
+        let AuthOptions { role, node_identity, token_audience } = &self.auth;
         let has_client_ca = self.has_client_ca();
-        if !roles.is_empty() && !has_client_ca && token_audience.is_none() {
+        if !role.is_empty() && !has_client_ca && token_audience.is_none() {
             return wrong(
                 "--role: no caller can prove its identity: give --tls-client-ca or --token-audience as well",
             );
@@ -119,7 +229,7 @@ impl Config {
             _ => {}
         }
         let is_local = self.server.grpc_listen.ip().is_loopback();
-        if token_audience.is_some() && self.tls.is_none() && !self.server.insecure && !is_local {
+        if token_audience.is_some() && !self.tls.is_on() && !self.server.insecure && !is_local {
             return wrong(
                 "--token-audience: clients would send tokens in plaintext: give --tls-cert and --tls-key",
             );
@@ -129,21 +239,21 @@ impl Config {
 
     fn check_sizes(&self) -> Result<(), ConfigError> {
         let max_batch_bytes = self.ingest.max_batch_bytes;
-        if self.store.retention_age < Duration::from_secs(60) {
+        let StoreOptions { retention_age, retention_bytes, .. } = self.store;
+        if retention_age.0 < Duration::from_secs(60) {
             return wrong(
                 "--retention-age is below a minute: retention would remove profiles before anyone sees them",
             );
         }
-        if max_batch_bytes == 0 || max_batch_bytes > 64 << 20 {
+        if !(1..=64 << 20).contains(&max_batch_bytes.0) {
             return wrong("--max-batch-bytes must be between 1 byte and 64 MiB");
         }
-        if self.ingest.queue_bytes < max_batch_bytes {
+        if self.ingest.queue_bytes < max_batch_bytes.0 {
             return wrong("the ingest queue must hold at least one batch of the largest size");
         }
-        if self.store.retention_bytes < max_batch_bytes {
+        if retention_bytes < max_batch_bytes {
             return wrong(format!(
-                "--retention-bytes {} is too small for one profile of --max-batch-bytes {max_batch_bytes}",
-                self.store.retention_bytes
+                "--retention-bytes {retention_bytes} is too small for one profile of --max-batch-bytes {max_batch_bytes}"
             ));
         }
         Ok(())
@@ -151,66 +261,26 @@ impl Config {
 }
 
 fn wrong(text: impl Into<String>) -> Result<(), ConfigError> {
-    Err(ConfigError(text.into()))
-}
-
-/// Parses a size: `10GiB`, `512MiB`, `4k`, `1000`. `KiB` and `k` are powers of 1024, `KB` is a power of 1000.
-pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    let text = text.trim();
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "k" | "kib" | "ki" => 1 << 10,
-        "m" | "mib" | "mi" => 1 << 20,
-        "g" | "gib" | "gi" => 1 << 30,
-        "t" | "tib" | "ti" => 1 << 40,
-        "kb" => 1_000,
-        "mb" => 1_000_000,
-        "gb" => 1_000_000_000,
-        "tb" => 1_000_000_000_000,
-        other => {
-            return Err(format!("`{other}` is not a unit of bytes: use KiB, MiB, GiB or TiB, as in `10GiB`"));
-        }
-    };
-    let too_large = || format!("`{text}` is more bytes than can be counted");
-    if let Ok(whole) = number.parse::<u64>() {
-        return whole.checked_mul(factor).ok_or_else(too_large);
-    }
-    match number.parse::<f64>() {
-        Ok(n) if n.is_finite() && n * factor as f64 <= u64::MAX as f64 => Ok((n * factor as f64) as u64),
-        Ok(_) => Err(too_large()),
-        Err(_) => Err(format!("`{text}` is not a number of bytes: write it like `10GiB`")),
-    }
+    Err(ConfigError::Invalid(text.into()))
 }
 
 #[cfg(test)]
 mod tests {
+    use gannet_base::TimeSpan;
     use rstest::rstest;
 
     use super::*;
 
     #[rstest]
-    #[case("1000", Ok(1000))]
-    #[case("10GiB", Ok(10 << 30))]
-    #[case("1.5 KiB", Ok(1536))]
-    #[case("3MB", Ok(3_000_000))]
-    #[case("64k", Ok(65536))]
-    #[case("5 apples", Err(()))]
-    #[case("", Err(()))]
-    #[case("99999999999TiB", Err(()))]
-    fn sizes_are_read_with_their_unit(#[case] text: &str, #[case] want: Result<u64, ()>) {
-        assert_eq!(parse_bytes(text).map_err(|_| ()), want);
-    }
-
-    #[rstest]
-    #[case::grpc(|c: &mut Config| c.server.grpc_listen = ([0, 0, 0, 0], 4100).into(), "--listen 0.0.0.0:4100")]
-    #[case::http(|c: &mut Config| c.server.http_listen = ([10, 0, 0, 1], 80).into(), "--http 10.0.0.1:80")]
-    #[case::debug(|c: &mut Config| c.server.debug_listen = Some(([0, 0, 0, 0], 4181).into()), "--http-local 0.0.0.0:4181")]
-    #[case::roles(|c: &mut Config| c.auth.roles = vec!["editor=anna".parse().unwrap()], "--tls-client-ca")]
+    #[case::grpc(|c: &mut Config| c.server.grpc_listen = ([0, 0, 0, 0], 4100).into(), "--grpc-listen 0.0.0.0:4100")]
+    #[case::http(|c: &mut Config| c.server.http_listen = ([10, 0, 0, 1], 80).into(), "--http-listen 10.0.0.1:80")]
+    #[case::debug(|c: &mut Config| c.server.debug_listen = Some(([0, 0, 0, 0], 4181).into()), "--debug-listen 0.0.0.0:4181")]
+    #[case::roles(|c: &mut Config| c.auth.role = vec!["editor=anna".parse().unwrap()], "--tls-client-ca")]
     #[case::identity(|c: &mut Config| c.auth.node_identity = NodeIdentity::Token, "--token-audience")]
     #[case::same(|c: &mut Config| { c.server.grpc_listen.set_port(9); c.server.http_listen.set_port(9) }, "different ports")]
-    #[case::young(|c: &mut Config| c.store.retention_age = Duration::from_secs(1), "--retention-age")]
+    #[case::key(|c: &mut Config| c.tls.tls_cert = Some("x".into()), "--tls-key")]
+    #[case::target(|c: &mut Config| c.forward.forward_tenant = Some("x".into()), "--forward")]
+    #[case::young(|c: &mut Config| c.store.retention_age = TimeSpan::from_secs(1), "--retention-age")]
     fn an_impossible_configuration_names_its_flag(#[case] change: fn(&mut Config), #[case] says: &str) {
         let mut config = Config::new("/data");
         assert!(config.check().is_ok());

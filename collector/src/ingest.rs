@@ -6,6 +6,8 @@
 
 use std::{collections::HashMap, pin::Pin, sync::Arc, time::Duration};
 
+use clap::Args;
+use gannet_base::{ByteSize, format_duration};
 use gannet_proto::{
     ingest::{
         Batch, PushRequest, PushResponse,
@@ -17,6 +19,7 @@ use gannet_proto::{
     ledger::Ledger,
     pprof,
 };
+use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -44,19 +47,27 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const MEMORY_UNIT: u64 = 1024;
 
 /// Limits of the accepted batches.
-#[derive(Debug, Clone)]
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[command(next_help_heading = "Limits")]
+#[serde(default)]
 pub struct IngestOptions {
-    /// Largest compressed profile, in bytes. The default is Pyroscope's, so that every stored profile can be forwarded.
-    pub max_batch_bytes: u64,
+    // The default is Pyroscope's limit, so that every stored profile can be forwarded.
+    /// Refuse compressed profiles that are larger
+    #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_MAX_BATCH_BYTES", default_value = "4MiB")]
+    pub max_batch_bytes: ByteSize,
     /// Time by which a window may start in the future, because the clocks of nodes differ.
+    #[arg(skip = Duration::from_secs(600))]
+    #[serde(skip)]
     pub max_clock_ahead: Duration,
     /// Memory for profiles that wait to be written, over all streams, in bytes.
+    #[arg(skip = 128_u64 << 20)]
+    #[serde(skip)]
     pub queue_bytes: u64,
 }
 
 impl Default for IngestOptions {
     fn default() -> Self {
-        Self { max_batch_bytes: 4 << 20, max_clock_ahead: Duration::from_secs(600), queue_bytes: 128 << 20 }
+        gannet_base::defaults()
     }
 }
 
@@ -106,7 +117,7 @@ impl Ingest {
             memory: Arc::new(Semaphore::new((options.queue_bytes / MEMORY_UNIT) as usize)),
             checks: Semaphore::new(CONCURRENT_CHECKS),
             stop,
-            max_batch_bytes: options.max_batch_bytes,
+            max_batch_bytes: options.max_batch_bytes.0,
             max_clock_ahead: options.max_clock_ahead,
         }))
     }
@@ -347,8 +358,8 @@ impl IngestState {
                 "in_the_future",
                 format!(
                     "the window starts {} after the collector's time, more than {}: set the node's clock",
-                    format_seconds((start - now) / 1000),
-                    format_seconds(self.max_clock_ahead.as_secs())
+                    format_duration(Duration::from_secs((start - now) / 1000)),
+                    format_duration(self.max_clock_ahead)
                 ),
             ));
         }
@@ -358,8 +369,8 @@ impl IngestState {
                 "too_old",
                 format!(
                     "the window started {} ago, and the collector keeps profiles for {}",
-                    format_seconds((now - start) / 1000),
-                    format_seconds(retention_age.as_secs())
+                    format_duration(Duration::from_secs((now - start) / 1000)),
+                    format_duration(retention_age)
                 ),
             ));
         }
@@ -417,8 +428,4 @@ fn check_ledger_only(batch: &Batch) -> Result<Vec<TypeTotal>, Refusal> {
         return Err(Refusal::new("not_pprof", "the batch has neither a profile nor a ledger"));
     }
     Ok(Vec::new())
-}
-
-fn format_seconds(seconds: u64) -> String {
-    humantime::format_duration(Duration::from_secs(seconds)).to_string()
 }

@@ -5,6 +5,7 @@
 //!
 //! | module | owns | never does |
 //! |---|---|---|
+//! | `args` | the command line | |
 //! | `collector` | the wiring of all parts, their start and end | |
 //! | `config` | the options of all modules, and the checks across them | |
 //! | `server` | the sockets and the gRPC and HTTP servers | decide who may do what |
@@ -35,6 +36,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+mod args;
 mod auth;
 mod collector;
 mod config;
@@ -56,9 +58,10 @@ mod time;
 mod tls;
 mod triggers;
 
+pub use args::{ArgsError, Invocation, command, parse};
 pub use auth::{AuthOptions, Grant, NodeIdentity, Role};
 pub use collector::{Collector, Running, StartError};
-pub use config::{Config, ConfigError, parse_bytes};
+pub use config::{Config, ConfigError, DataLocation};
 pub use fleet::FleetOptions;
 pub use forward::{ForwardError, ForwardOptions, ForwardTarget};
 pub use ingest::IngestOptions;

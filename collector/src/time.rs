@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use gannet_base::TimeSpan;
 use prost_types::Timestamp;
 
 /// Returns the current time in milliseconds since 1970.
@@ -43,9 +44,9 @@ pub(crate) fn parse(text: &str, now_ms: u64) -> Result<u64, String> {
         if rest.is_empty() {
             return Ok(now_ms);
         }
-        let ago = rest.strip_prefix('-').and_then(|d| humantime::parse_duration(d).ok());
+        let ago = rest.strip_prefix('-').and_then(|d| d.parse::<TimeSpan>().ok());
         return match ago {
-            Some(ago) => Ok(now_ms.saturating_sub(ago.as_millis() as u64)),
+            Some(ago) => Ok(now_ms.saturating_sub(ago.0.as_millis() as u64)),
             None => Err(format!("`{text}` is not a time: write `now` or `now-15m`")),
         };
     }

@@ -7,11 +7,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use clap::Args;
 use rustls::{
     RootCertStore, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
     server::WebPkiClientVerifier,
 };
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -19,23 +21,56 @@ use tokio_util::sync::CancellationToken;
 use crate::metrics::Metrics;
 
 /// Certificate files in PEM, for both listeners.
-#[derive(Debug, Clone)]
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[command(next_help_heading = "TLS")]
+#[serde(default)]
 pub struct TlsOptions {
-    /// The certificate chain of this collector, its own certificate first.
-    pub cert: PathBuf,
-    /// The private key of that certificate.
-    pub key: PathBuf,
-    /// Authorities whose client certificates the collector requires. `None` lets every client in.
-    pub client_ca: Option<PathBuf>,
+    /// The certificate chain of this collector (PEM), its own certificate first; needs --tls-key
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_TLS_CERT")]
+    pub tls_cert: Option<PathBuf>,
+    /// The private key of --tls-cert (PEM)
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_TLS_KEY")]
+    pub tls_key: Option<PathBuf>,
+    /// Let in only clients with a certificate of these authorities (PEM); probes need none
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_TLS_CLIENT_CA")]
+    pub tls_client_ca: Option<PathBuf>,
     /// Time between two checks of the files for changes.
+    #[arg(skip = Duration::from_secs(5))]
+    #[serde(skip)]
     pub reload_interval: Duration,
 }
 
-impl TlsOptions {
-    /// Returns options without client authorities, with the default reload interval of 5 s.
-    pub fn new(cert: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
-        Self { cert: cert.into(), key: key.into(), client_ca: None, reload_interval: Duration::from_secs(5) }
+impl Default for TlsOptions {
+    fn default() -> Self {
+        gannet_base::defaults()
     }
+}
+
+impl TlsOptions {
+    /// Returns options with a certificate and no client authorities.
+    pub fn new(cert: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
+        Self { tls_cert: Some(cert.into()), tls_key: Some(key.into()), ..Self::default() }
+    }
+
+    /// Reports whether the listeners speak TLS.
+    pub fn is_on(&self) -> bool {
+        self.tls_cert.is_some()
+    }
+
+    fn files(&self) -> Option<TlsFiles> {
+        Some(TlsFiles {
+            cert: self.tls_cert.clone()?,
+            key: self.tls_key.clone()?,
+            client_ca: self.tls_client_ca.clone(),
+        })
+    }
+}
+
+/// The files of a listener that speaks TLS.
+struct TlsFiles {
+    cert: PathBuf,
+    key: PathBuf,
+    client_ca: Option<PathBuf>,
 }
 
 /// Why the collector cannot use the certificate files.
@@ -86,17 +121,21 @@ struct LoadedTls {
 
 /// The certificates in use. [`Tls::follow`] replaces them when the files change.
 pub(crate) struct Tls {
-    options: TlsOptions,
+    files: TlsFiles,
+    reload_interval: Duration,
     /// Clients may prove their identity with a token instead of a certificate.
     accepts_tokens: bool,
     loaded: watch::Sender<Arc<LoadedTls>>,
 }
 
 impl Tls {
-    /// Reads the files. Every fault in them shows here and not at the first connection.
-    pub(crate) fn load(options: &TlsOptions, accepts_tokens: bool) -> Result<Arc<Self>, TlsError> {
-        let loaded = watch::Sender::new(Arc::new(load(options, accepts_tokens)?));
-        Ok(Arc::new(Self { options: options.clone(), accepts_tokens, loaded }))
+    /// Reads the files. Every fault in them shows here and not at the first connection. Returns `None` without a
+    /// certificate.
+    pub(crate) fn load(options: &TlsOptions, accepts_tokens: bool) -> Result<Option<Arc<Self>>, TlsError> {
+        let Some(files) = options.files() else { return Ok(None) };
+        let loaded = watch::Sender::new(Arc::new(load(&files, accepts_tokens)?));
+        let reload_interval = options.reload_interval;
+        Ok(Some(Arc::new(Self { files, reload_interval, accepts_tokens, loaded })))
     }
 
     /// Returns an acceptor with the newest certificates, for one connection.
@@ -113,14 +152,14 @@ impl Tls {
         let mut stamp = self.stamp();
         loop {
             tokio::select! {
-                () = tokio::time::sleep(self.options.reload_interval) => {}
+                () = tokio::time::sleep(self.reload_interval) => {}
                 () = stop.cancelled() => return,
             }
             let now = self.stamp();
             if now == stamp {
                 continue;
             }
-            match load(&self.options, self.accepts_tokens) {
+            match load(&self.files, self.accepts_tokens) {
                 Ok(loaded) => {
                     // If the files changed during the reading, the next stamp differs and they are read again.
                     stamp = now;
@@ -142,7 +181,7 @@ impl Tls {
 
     /// Returns modification time and size of each file. Equal stamps mean unchanged files.
     fn stamp(&self) -> Vec<Option<(SystemTime, u64)>> {
-        let TlsOptions { cert, key, client_ca, reload_interval: _ } = &self.options;
+        let TlsFiles { cert, key, client_ca } = &self.files;
         let stamp = |path: &PathBuf| {
             let metadata = fs::metadata(path).ok()?;
             Some((metadata.modified().ok()?, metadata.len()))
@@ -151,14 +190,14 @@ impl Tls {
     }
 }
 
-fn load(options: &TlsOptions, accepts_tokens: bool) -> Result<LoadedTls, TlsError> {
-    let cert_pem = read("--tls-cert", &options.cert)?;
-    let key_pem = read("--tls-key", &options.key)?;
-    let certs = certificates("--tls-cert", &options.cert, &cert_pem)?;
+fn load(files: &TlsFiles, accepts_tokens: bool) -> Result<LoadedTls, TlsError> {
+    let cert_pem = read("--tls-cert", &files.cert)?;
+    let key_pem = read("--tls-key", &files.key)?;
+    let certs = certificates("--tls-cert", &files.cert, &cert_pem)?;
     let key = PrivateKeyDer::from_pem_slice(&key_pem)
-        .map_err(|e| TlsError::content("--tls-key", &options.key, format!("no private key in PEM: {e}")))?;
+        .map_err(|e| TlsError::content("--tls-key", &files.key, format!("no private key in PEM: {e}")))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let roots = match &options.client_ca {
+    let roots = match &files.client_ca {
         None => None,
         Some(path) => {
             let pem = read("--tls-client-ca", path)?;
@@ -172,7 +211,7 @@ fn load(options: &TlsOptions, accepts_tokens: bool) -> Result<LoadedTls, TlsErro
     let config = |protocol: ListenProtocol| {
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
-            .map_err(|e| TlsError::content("--tls-cert", &options.cert, e.to_string()))?;
+            .map_err(|e| TlsError::content("--tls-cert", &files.cert, e.to_string()))?;
         let builder = match &roots {
             None => builder.with_no_client_auth(),
             Some((path, roots)) => {
@@ -191,7 +230,7 @@ fn load(options: &TlsOptions, accepts_tokens: bool) -> Result<LoadedTls, TlsErro
             }
         };
         let mut config = builder.with_single_cert(certs.clone(), key.clone_key()).map_err(|e| {
-            TlsError::content("--tls-key", &options.key, format!("does not go with --tls-cert: {e}"))
+            TlsError::content("--tls-key", &files.key, format!("does not go with --tls-cert: {e}"))
         })?;
         config.alpn_protocols = match protocol {
             ListenProtocol::Grpc => vec![b"h2".to_vec()],

@@ -440,10 +440,10 @@ async fn tls_needs_both_certificates_and_failures_are_explained() {
     authority(&ours);
     authority(&theirs);
     let mut config = Config::new(dir.path().join("data"));
-    config.tls = Some(TlsOptions {
-        client_ca: Some(ours.join("ca.pem")),
+    config.tls = TlsOptions {
+        tls_client_ca: Some(ours.join("ca.pem")),
         ..TlsOptions::new(ours.join("cert.pem"), ours.join("key.pem"))
-    });
+    };
     let collector = Collector::start(config).await.unwrap();
     let url = format!("https://localhost:{}", collector.grpc_addr.port());
     let setup = Setup { collector: Some(collector), url: url.clone(), dir };

@@ -56,8 +56,8 @@ impl Collector {
     pub async fn up(&mut self) {
         let args = [
             format!("--data={}", self.data().display()),
-            format!("--listen=127.0.0.1:{}", self.grpc),
-            format!("--http=127.0.0.1:{}", self.http),
+            format!("--grpc-listen=127.0.0.1:{}", self.grpc),
+            format!("--http-listen=127.0.0.1:{}", self.http),
         ];
         self.program = Some(Program::start("gannet-collector", &args, self.directory.path()));
         eventually("the collector answers", async || self.nodes().await.ok()).await;

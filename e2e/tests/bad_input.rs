@@ -75,7 +75,8 @@ fn a_port_in_use_is_said_in_one_line() {
     let address = taken.local_addr().expect("its address").to_string();
     let directory = tempfile::tempdir().expect("a directory");
     let data = format!("--data={}", directory.path().display());
-    let output = run("gannet-collector", &[&data, "--listen=127.0.0.1:0", &format!("--http={address}")]);
+    let output =
+        run("gannet-collector", &[&data, "--grpc-listen=127.0.0.1:0", &format!("--http-listen={address}")]);
     refused(&output, &[&address, "in use"]);
     let state = format!("--state-dir={}", directory.path().display());
     let output =

@@ -79,7 +79,7 @@ impl Auth {
                 "every client that can reach this collector may read profiles and change rules: give --tls-client-ca or \
                  --token-audience"
             );
-        } else if required && options.roles.is_empty() {
+        } else if required && options.role.is_empty() {
             tracing::warn!(
                 "every authenticated client may read profiles and change rules: give --role to tell agents, viewers and \
                  editors apart"
@@ -92,7 +92,7 @@ impl Auth {
             );
         }
         Arc::new(Self {
-            grants: options.roles.clone(),
+            grants: options.role.clone(),
             required,
             node_identity: options.node_identity,
             reviewer,

@@ -2,15 +2,31 @@
 
 use std::{fmt, str::FromStr};
 
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
 /// What the collector requires of its callers.
-#[derive(Debug, Clone, Default)]
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[command(next_help_heading = "Authentication and roles")]
+#[serde(default)]
 pub struct AuthOptions {
-    /// Roles of authenticated callers. Empty: every authenticated caller may do everything.
-    pub roles: Vec<Grant>,
-    /// Proof that an agent must give for its node name.
+    /// Give a role to authenticated callers: agent=WHO, viewer=WHO or editor=WHO (repeatable). WHO is a name in a
+    /// certificate (common name, DNS name, URI) or of a service account, group:NAME (organization of a certificate, group of
+    /// a token), or *. Without it every authenticated caller may do everything
+    #[arg(long, value_name = "ROLE=WHO", env = "GANNET_COLLECTOR_ROLE", value_delimiter = ',')]
+    pub role: Vec<Grant>,
+    /// Proof that an agent must give for its node name
+    #[arg(long, value_name = "PROOF", env = "GANNET_COLLECTOR_NODE_IDENTITY", default_value = "any")]
     pub node_identity: NodeIdentity,
-    /// Accept tokens of Kubernetes service accounts that have this audience.
+    /// Accept tokens of Kubernetes service accounts with this audience; the collector must be allowed to create tokenreviews
+    #[arg(long, value_name = "AUDIENCE", env = "GANNET_COLLECTOR_TOKEN_AUDIENCE")]
     pub token_audience: Option<String>,
+}
+
+impl Default for AuthOptions {
+    fn default() -> Self {
+        gannet_base::defaults()
+    }
 }
 
 /// What a caller may do.
@@ -99,39 +115,19 @@ impl fmt::Display for Grant {
 }
 
 /// The proof that an agent must give for its node name.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum NodeIdentity {
-    /// No proof. Agents share one certificate, or need none.
+    /// None: agents share one certificate, or need none
     #[default]
     Any,
-    /// A certificate with the node's name among its names.
+    /// A certificate with the node's name among its names
     Certificate,
-    /// A token that the Kubernetes API has bound to a pod of the node.
+    /// A token that is bound to a pod of the node
     Token,
 }
 
-impl FromStr for NodeIdentity {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "any" => Ok(Self::Any),
-            "certificate" => Ok(Self::Certificate),
-            "token" => Ok(Self::Token),
-            _ => Err(format!("`{text}` is not known: write any, certificate or token")),
-        }
-    }
-}
-
-impl fmt::Display for NodeIdentity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Any => "any",
-            Self::Certificate => "certificate",
-            Self::Token => "token",
-        })
-    }
-}
+gannet_base::serde_as_text!(Grant);
 
 /// Returns the role that a gRPC method requires. `None` for probes and reflection, which need no role.
 pub(super) fn required_role(path: &str) -> Option<Role> {

@@ -17,11 +17,13 @@ use std::{
     time::Duration,
 };
 
+use clap::Args;
 use gannet_proto::{
     control::{Node, NodeHello, NodeRollout, Rollout, Rule, Staged, node_rollout::State},
     rules,
 };
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -47,15 +49,18 @@ const CONFLICT_COUNT: usize = 3;
 const CONFLICT_WINDOW: Duration = Duration::from_secs(60);
 
 /// Limits of the fleet.
-#[derive(Debug, Clone)]
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[command(next_help_heading = "Limits")]
+#[serde(default)]
 pub struct FleetOptions {
-    /// Known nodes at one time.
+    /// Know at most this many nodes at one time
+    #[arg(long, value_name = "N", env = "GANNET_COLLECTOR_MAX_NODES", default_value_t = 10_000)]
     pub max_nodes: usize,
 }
 
 impl Default for FleetOptions {
     fn default() -> Self {
-        Self { max_nodes: 10_000 }
+        gannet_base::defaults()
     }
 }
 

@@ -21,7 +21,9 @@ use std::{
 };
 
 use bytes::Bytes;
+use clap::Args;
 use gannet_proto::{connect::DialError, ingest::Batch};
+use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::JoinHandle,
@@ -37,16 +39,29 @@ const QUEUE_BYTES: usize = 64 << 20;
 const QUEUE_PROFILES: usize = 10_000;
 
 /// Targets of forwarding, and the settings of all connections to them.
-#[derive(Clone, Debug, Default)]
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[command(next_help_heading = "Forwarding")]
+#[serde(default)]
+#[allow(clippy::struct_field_names, reason = "the fields are the names of the options")]
 pub struct ForwardOptions {
-    /// The targets.
-    pub targets: Vec<ForwardTarget>,
-    /// Tenant of the profiles, for a Pyroscope with several tenants.
-    pub tenant: Option<String>,
-    /// A file with a bearer token. The collector reads it again for each call.
-    pub token_file: Option<PathBuf>,
-    /// A file with trusted authorities (PEM). `None`: the system's authorities.
-    pub ca: Option<PathBuf>,
+    /// Forward every profile to pyroscope=URL or parca=URL too (repeatable)
+    #[arg(long, value_name = "TARGET=URL", env = "GANNET_COLLECTOR_FORWARD", value_delimiter = ',')]
+    pub forward: Vec<ForwardTarget>,
+    /// Tenant of the profiles (X-Scope-OrgID), for a Pyroscope with several tenants
+    #[arg(long, value_name = "TENANT", env = "GANNET_COLLECTOR_FORWARD_TENANT")]
+    pub forward_tenant: Option<String>,
+    /// Send the bearer token in this file to the targets; the collector reads it again for each call
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_FORWARD_TOKEN_FILE")]
+    pub forward_token_file: Option<PathBuf>,
+    /// Trust these authorities (PEM) at the targets instead of the system's
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_FORWARD_CA")]
+    pub forward_ca: Option<PathBuf>,
+}
+
+impl Default for ForwardOptions {
+    fn default() -> Self {
+        gannet_base::defaults()
+    }
 }
 
 /// The kind and the URL of a target.
@@ -118,6 +133,8 @@ pub enum ForwardError {
     #[error("--forward-ca: {0}")]
     Ca(String),
 }
+
+gannet_base::serde_as_text!(ForwardTarget);
 
 /// The result of one attempt to send a part.
 enum Delivery {
@@ -192,7 +209,7 @@ impl Forwarder {
     ) -> Result<(Self, Vec<JoinHandle<()>>), ForwardError> {
         let mut all = Self { targets: Vec::new(), metrics: metrics.clone() };
         let mut tasks = Vec::new();
-        for target in &options.targets {
+        for target in &options.forward {
             let (name, waiting) = (target.name(), Arc::new(AtomicU64::new(0)));
             let client = TargetClient::new(target, options)?;
             let sender = Sender::new(name, client, metrics.clone(), Arc::clone(&waiting));

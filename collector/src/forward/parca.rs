@@ -18,8 +18,8 @@ impl ParcaClient {
             url: target.url.clone(),
             // The URL of the target asks for plaintext by its scheme.
             insecure: true,
-            ca: options.ca.clone().filter(|_| target.url.starts_with("https")),
-            token_file: options.token_file.clone(),
+            ca: options.forward_ca.clone().filter(|_| target.url.starts_with("https")),
+            token_file: options.forward_token_file.clone(),
             ..Dial::default()
         };
         let connection = connect::connect(&dial)

@@ -44,8 +44,8 @@ impl PyroscopeClient {
         Ok(Self {
             client,
             url: format!("{}/push.v1.PusherService/Push", target.url),
-            tenant: options.tenant.clone(),
-            token_file: options.token_file.clone(),
+            tenant: options.forward_tenant.clone(),
+            token_file: options.forward_token_file.clone(),
         })
     }
 
@@ -99,7 +99,7 @@ fn roots(
     target: &ForwardTarget,
     options: &ForwardOptions,
 ) -> Result<Vec<reqwest::Certificate>, ForwardError> {
-    let pem = connect::authority(options.ca.as_deref())
+    let pem = connect::authority(options.forward_ca.as_deref())
         .map_err(|source| ForwardError::Dial { target: target.to_string(), source })?;
     let certs = tls::parse_certificates(&pem).map_err(ForwardError::Ca)?;
     Ok(certs

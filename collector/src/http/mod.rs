@@ -78,7 +78,7 @@ async fn require_local_name(request: Request, next: Next) -> Response {
     if gannet_proto::connect::is_loopback(name) {
         return next.run(request).await;
     }
-    ApiError(StatusCode::FORBIDDEN, "--http-local answers to localhost only".to_owned()).into_response()
+    ApiError(StatusCode::FORBIDDEN, "--debug-listen answers to localhost only".to_owned()).into_response()
 }
 
 /// An error response: a status and a human-readable reason.

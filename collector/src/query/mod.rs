@@ -33,7 +33,7 @@ const DEFAULT_LIST: u32 = 100;
 const MAX_LIST: u32 = 10_000;
 
 /// Limits of queries.
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct QueryOptions {
     /// Profiles that one query may merge.
     pub max_profiles: usize,

@@ -61,6 +61,8 @@ impl fmt::Display for RulesLocation {
     }
 }
 
+gannet_base::serde_as_text!(RulesLocation);
+
 /// The stored content, compared with the known version.
 pub(crate) enum Loaded {
     /// The content has the known version.

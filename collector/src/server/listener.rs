@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
+use clap::Args;
 use futures::{Stream, StreamExt as _};
+use gannet_proto::ports;
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -32,31 +35,32 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const READY_CONNECTIONS: usize = 16;
 
 /// Addresses to listen on, and the time that a graceful end may take.
-#[derive(Debug, Clone)]
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[command(next_help_heading = "Listeners")]
+#[serde(default)]
 pub struct ServerOptions {
-    /// Address of the gRPC server.
+    /// Address of the gRPC services, for agents, gannetctl and control services
+    #[arg(long, value_name = "ADDRESS", env = "GANNET_COLLECTOR_GRPC_LISTEN", default_value = ports::COLLECTOR_GRPC)]
     pub grpc_listen: SocketAddr,
-    /// Address of the page, the HTTP API, metrics and probes.
+    /// Address of the page, the HTTP API, metrics and probes
+    #[arg(long, value_name = "ADDRESS", env = "GANNET_COLLECTOR_HTTP_LISTEN", default_value = ports::COLLECTOR_HTTP)]
     pub http_listen: SocketAddr,
-    /// Loopback address that serves the same as `http_listen`, in plaintext and without asking for a certificate.
+    /// Loopback address that serves the same as --http-listen in plaintext and without a client certificate, for users on
+    /// this machine and for kubectl port-forward
+    #[arg(long, value_name = "ADDRESS", env = "GANNET_COLLECTOR_DEBUG_LISTEN")]
     pub debug_listen: Option<SocketAddr>,
-    /// Permits plaintext on addresses that other machines can reach.
+    /// Allow plaintext on addresses that other machines can reach
+    #[arg(long, env = "GANNET_COLLECTOR_INSECURE")]
     pub insecure: bool,
     /// Time that open streams have to end before the collector cuts them.
+    #[arg(skip = Duration::from_secs(10))]
+    #[serde(skip)]
     pub shutdown_timeout: Duration,
 }
 
 impl Default for ServerOptions {
-    /// Returns options that listen on any free loopback port.
     fn default() -> Self {
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        Self {
-            grpc_listen: any,
-            http_listen: any,
-            debug_listen: None,
-            insecure: false,
-            shutdown_timeout: Duration::from_secs(10),
-        }
+        gannet_base::defaults()
     }
 }
 

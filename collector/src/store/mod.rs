@@ -27,8 +27,11 @@ use std::{
 };
 
 use bytes::Bytes;
+use clap::Args;
+use gannet_base::{ByteSize, TimeSpan};
 use gannet_proto::labels::Labels;
 use parking_lot::RwLock;
+use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use ulid::Ulid;
 
@@ -42,36 +45,36 @@ pub(crate) use self::{
 };
 use crate::{metrics::Metrics, selector::Selector};
 
-/// Location, limits and retention of the stored profiles.
-#[derive(Debug, Clone)]
+/// Limits and retention of the stored profiles.
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[command(next_help_heading = "Store")]
+#[serde(default)]
 pub struct StoreOptions {
-    /// The bucket of the profiles. `None`: they lie in the data directory. Several collectors may share a bucket.
-    pub bucket: Option<Bucket>,
-    /// Time between two readings of a bucket for changes by other collectors.
-    pub bucket_interval: Duration,
-    /// Age at which profiles are removed, from the start of their window. The collector refuses older ones.
-    pub retention_age: Duration,
-    /// Size of all profiles together above which the oldest are removed, in bytes.
-    pub retention_bytes: u64,
-    /// Time between two retention passes. A profile that exceeds `retention_bytes` starts one at once.
-    pub retention_interval: Duration,
-    /// Free disk space below which the collector stores nothing, in bytes. It keeps a full disk away from the index.
-    pub min_free_bytes: u64,
-    /// Series with stored profiles at one time.
+    /// Remove profiles that are older, and refuse them
+    #[arg(long, value_name = "AGE", env = "GANNET_COLLECTOR_RETENTION_AGE", default_value = "7d")]
+    pub retention_age: TimeSpan,
+    /// Remove the oldest profiles while all together are larger
+    #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_RETENTION_BYTES", default_value = "10GiB")]
+    pub retention_bytes: ByteSize,
+    /// Store nothing while the disk has less free space than this, which keeps a full disk away from the index
+    #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_MIN_FREE_BYTES", default_value = "64MiB")]
+    pub min_free_bytes: ByteSize,
+    /// Store at most this many series at one time
+    #[arg(long, value_name = "N", env = "GANNET_COLLECTOR_MAX_SERIES", default_value_t = 200_000)]
     pub max_series: usize,
+    /// Time between two retention passes. A profile that exceeds `retention_bytes` starts one at once.
+    #[arg(skip = Duration::from_secs(60))]
+    #[serde(skip)]
+    pub retention_interval: Duration,
+    /// Time between two readings of a bucket for changes by other collectors.
+    #[arg(skip = Duration::from_secs(30))]
+    #[serde(skip)]
+    pub bucket_interval: Duration,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self {
-            bucket: None,
-            bucket_interval: Duration::from_secs(30),
-            retention_age: Duration::from_secs(7 * 24 * 3600),
-            retention_bytes: 10 << 30,
-            retention_interval: Duration::from_secs(60),
-            min_free_bytes: 64 << 20,
-            max_series: 200_000,
-        }
+        gannet_base::defaults()
     }
 }
 
@@ -137,16 +140,17 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// Opens the store in a directory, repairs what a crash left, and returns it with its only writer. Blocking; must run
-    /// inside a runtime.
+    /// Opens the store in a directory, repairs what a crash left, and returns it with its only writer. With a bucket, the
+    /// profiles lie there and the directory holds only the index. Blocking; must run inside a runtime.
     pub(crate) fn open(
         data: &Path,
+        bucket: Option<&Bucket>,
         options: &StoreOptions,
         metrics: Metrics,
     ) -> Result<(Arc<Self>, StoreWriter), StoreError> {
         fs::create_dir_all(data).map_err(|e| StoreError::io("create the directory --data", data, e))?;
         let lock = lock(data)?;
-        let objects = match &options.bucket {
+        let objects = match bucket {
             Some(bucket) => Objects::in_bucket(bucket)?,
             None => Objects::open(&data.join("objects"))?,
         };
@@ -162,7 +166,7 @@ impl Store {
             options: options.clone(),
             _lock: lock,
         });
-        store.settle(is_new).map_err(|error| match (&options.bucket, error) {
+        store.settle(is_new).map_err(|error| match (bucket, error) {
             (Some(bucket), StoreError::Object(error)) => {
                 StoreError::Bucket { bucket: bucket.to_string(), reason: with_cause(&error) }
             }
@@ -174,7 +178,7 @@ impl Store {
 
     /// Time for which the store keeps profiles.
     pub(crate) fn retention_age(&self) -> Duration {
-        self.options.retention_age
+        self.options.retention_age.0
     }
 
     /// Returns the series that match and may have profiles in the range, in the order of their labels.

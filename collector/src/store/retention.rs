@@ -13,7 +13,7 @@ const RETENTION_CHUNK: usize = 256;
 impl Store {
     /// Reports whether the store is larger than `retention_bytes`.
     pub(super) fn is_over_budget(&self) -> bool {
-        self.state.read().bytes() > self.options.retention_bytes
+        self.state.read().bytes() > self.options.retention_bytes.0
     }
 
     /// Runs one retention step and returns the time until the next one. A failure is logged and counted.
@@ -33,8 +33,8 @@ impl Store {
     async fn expire(self: &Arc<Self>) -> Result<bool, StoreError> {
         let store = Arc::clone(self);
         let oldest = blocking(move || store.index.oldest(RETENTION_CHUNK)).await?;
-        let cutoff = time::now_ms().saturating_sub(self.options.retention_age.as_millis() as u64);
-        let mut excess = self.state.read().bytes().saturating_sub(self.options.retention_bytes);
+        let cutoff = time::now_ms().saturating_sub(self.options.retention_age.0.as_millis() as u64);
+        let mut excess = self.state.read().bytes().saturating_sub(self.options.retention_bytes.0);
         let expired: Vec<_> = oldest
             .into_iter()
             .take_while(|object| {

@@ -298,7 +298,7 @@ impl Store {
         // Objects of a bucket take no space on this disk; only their rows do.
         let needed: u64 =
             if self.objects.is_shared() { 0 } else { batches.iter().map(|b| b.object.len() as u64).sum() };
-        let min_free = self.options.min_free_bytes;
+        let min_free = self.options.min_free_bytes.0;
         match self.free_bytes() {
             Ok(free) if free < min_free.saturating_add(needed) => {
                 let reason = format!(

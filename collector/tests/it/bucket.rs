@@ -15,7 +15,8 @@ use axum::{
     http::{HeaderMap, Method, StatusCode, Uri, header},
     response::{IntoResponse, Response},
 };
-use gannet_collector::{Bucket, Collector, Config, Running};
+use gannet_base::TimeSpan;
+use gannet_collector::{Bucket, Collector, Config, DataLocation, Running};
 use gannet_proto::ingest::push_response;
 
 use crate::{
@@ -142,7 +143,8 @@ fn in_bucket(local: &Path, endpoint: &str) -> Config {
     ];
     let bucket = settings.into_iter().fold(bucket, |bucket, (name, value)| bucket.with(name, value));
     config_with(local, |config| {
-        config.store.bucket = Some(bucket);
+        config.local = local.into();
+        config.data = DataLocation::Bucket(bucket);
         config.store.bucket_interval = Duration::from_millis(100);
     })
 }
@@ -198,7 +200,7 @@ async fn two_collectors_on_one_bucket_show_the_same() {
     one.shutdown().await;
     let config = in_bucket(&dir.path().join("one"), &endpoint);
     let mut short = config;
-    short.store.retention_age = Duration::from_secs(3600);
+    short.store.retention_age = TimeSpan::from_secs(3600);
     let one = Collector::start(short).await.unwrap();
     eventually("what one removed is gone", async || ids(&two).await.len() == 2).await;
     assert_eq!(ids(&one).await, ids(&two).await);
@@ -230,7 +232,8 @@ async fn a_bucket_that_cannot_be_read_is_told_at_start_with_the_cure() {
     let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
     let endpoint = s3.clone().serve().await;
     let mut wrong = in_bucket(dir.path(), &endpoint);
-    wrong.store.bucket = wrong.store.bucket.map(|bucket| bucket.with("aws_access_key_id", "another"));
+    let DataLocation::Bucket(bucket) = wrong.data else { panic!("{}", wrong.data) };
+    wrong.data = DataLocation::Bucket(bucket.with("aws_access_key_id", "another"));
     let error = Collector::start(wrong).await.err().unwrap();
     // As the command line shows it.
     let error = format!("{:#}", anyhow::Error::from(error));

@@ -2,6 +2,7 @@
 
 use std::{path::Path, process::Command};
 
+use gannet_base::ByteSize;
 use gannet_collector::Collector;
 use gannet_proto::{ingest::push_response::Message, query::ListProfilesRequest};
 
@@ -64,9 +65,10 @@ async fn survives(min_free_bytes: u64, leave: u64, says: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let disk = Tmpfs::mount(dir.path(), "24m");
     let data = dir.path().join("data");
-    let running = Collector::start(config_with(&data, |config| config.store.min_free_bytes = min_free_bytes))
-        .await
-        .unwrap();
+    let running =
+        Collector::start(config_with(&data, |config| config.store.min_free_bytes = ByteSize(min_free_bytes)))
+            .await
+            .unwrap();
     let mut pusher = Pusher::open(running.grpc_addr).await;
     pusher.store(large(0)).await;
     let ballast = fill(dir.path(), leave);
@@ -93,9 +95,10 @@ async fn survives(min_free_bytes: u64, leave: u64, says: &[&str]) {
     drop(pusher);
     running.shutdown().await;
     // And so it is on the disk.
-    let running = Collector::start(config_with(&data, |config| config.store.min_free_bytes = min_free_bytes))
-        .await
-        .unwrap();
+    let running =
+        Collector::start(config_with(&data, |config| config.store.min_free_bytes = ByteSize(min_free_bytes)))
+            .await
+            .unwrap();
     let listed = queries(&running).await.list_profiles(request).await.unwrap().into_inner();
     assert!(listed.profiles.len() as u64 >= taken + 21);
     running.shutdown().await;

@@ -99,8 +99,8 @@ impl ProfileStoreService for Target {
 
 async fn forwarding(dir: &Path, target: &str) -> Running {
     let config = config_with(dir, |config| {
-        config.forward.targets = vec![target.parse().unwrap()];
-        config.forward.tenant = Some("team".into());
+        config.forward.forward = vec![target.parse().unwrap()];
+        config.forward.forward_tenant = Some("team".into());
     });
     Collector::start(config).await.unwrap()
 }
@@ -205,7 +205,7 @@ async fn a_target_that_is_not_there_holds_up_nothing_and_the_end_counts_what_wai
     let dir = tempfile::tempdir().unwrap();
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let config = config_with(dir.path(), |config| {
-        config.forward.targets = vec![format!("pyroscope=http://127.0.0.1:{port}").parse().unwrap()];
+        config.forward.forward = vec![format!("pyroscope=http://127.0.0.1:{port}").parse().unwrap()];
         config.server.shutdown_timeout = std::time::Duration::from_secs(2);
     });
     let running = Collector::start(config).await.unwrap();

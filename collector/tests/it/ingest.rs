@@ -1,5 +1,6 @@
 use std::{collections::BTreeSet, time::Duration};
 
+use gannet_base::ByteSize;
 use gannet_collector::Collector;
 use gannet_proto::{
     control::Ledger,
@@ -66,7 +67,7 @@ fn deep() -> Batch {
 #[case::no_time(|b: &mut Batch| b.start = None, "bad_time", "start")]
 #[case::time(|b: &mut Batch| b.duration = Some(prost_types::Duration { seconds: -1, nanos: 0 }), "bad_time", "duration")]
 #[case::future(|b: &mut Batch| b.start = Some(at(now_ms() + 700_000)), "in_the_future", "clock")]
-#[case::old(|b: &mut Batch| b.start = Some(at(now_ms() - 8 * 24 * 3_600_000)), "too_old", "for 7days")]
+#[case::old(|b: &mut Batch| b.start = Some(at(now_ms() - 8 * 24 * 3_600_000)), "too_old", "for 7d")]
 #[case::count(|b: &mut Batch| b.samples += 1, "count_mismatch", "add up to 1")]
 #[case::count_without_profile(|b: &mut Batch| b.pprof.clear(), "count_mismatch", "no profile")]
 #[tokio::test]
@@ -76,7 +77,7 @@ async fn a_bad_batch_is_refused_by_name_and_the_stream_goes_on(
     #[case] says: &str,
 ) {
     let dir = tempfile::tempdir().unwrap();
-    let config = config_with(dir.path(), |config| config.ingest.max_batch_bytes = 1 << 20);
+    let config = config_with(dir.path(), |config| config.ingest.max_batch_bytes = ByteSize(1 << 20));
     let running = Collector::start(config).await.unwrap();
     let mut pusher = Pusher::open(running.grpc_addr).await;
     let mut bad = batch("shop", now_ms(), &[("main", 1)]);
@@ -226,7 +227,7 @@ async fn more_than_the_queue_holds_is_put_off_and_taken_later() {
     let dir = tempfile::tempdir().unwrap();
     // Room for one batch at a time.
     let config = config_with(dir.path(), |config| {
-        config.ingest.max_batch_bytes = 4096;
+        config.ingest.max_batch_bytes = ByteSize(4096);
         config.ingest.queue_bytes = 4096;
     });
     let running = Collector::start(config).await.unwrap();

@@ -28,8 +28,8 @@ pub fn free_port() -> SocketAddr {
 pub fn spawn(data: &Path, grpc: SocketAddr, http: SocketAddr) -> Child {
     Command::new(env!("CARGO_BIN_EXE_gannet-collector"))
         .args(["--data", data.to_str().unwrap(), "--min-free-bytes", "0"])
-        .args(["--listen", &grpc.to_string(), "--http", &http.to_string()])
-        .env("GANNET_LOG", "warn")
+        .args(["--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()])
+        .env("GANNET_COLLECTOR_LOG", "warn")
         .stdin(Stdio::null())
         .spawn()
         .unwrap()

@@ -253,7 +253,7 @@ async fn patch_status(
 
 fn on(dir: &Path, name: &str, kubeconfig: &Path) -> Config {
     config_with(&dir.join(name), |config| {
-        config.rules = RulesLocation::Kubernetes(None);
+        config.rules_store = RulesLocation::Kubernetes(None);
         config.kubeconfig = Some(kubeconfig.to_owned());
     })
 }

@@ -24,7 +24,7 @@ fn run(args: &[&str]) -> Output {
 fn a_port_in_use_is_one_clear_line_with_its_flag() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = taken.local_addr().unwrap().to_string();
-    for (flag, other) in [("--listen", "--http"), ("--http", "--listen")] {
+    for (flag, other) in [("--grpc-listen", "--http-listen"), ("--http-listen", "--grpc-listen")] {
         let out = run(&[flag, &addr, other, "127.0.0.1:0"]);
         assert_eq!(out.status.code(), Some(1));
         let text = String::from_utf8_lossy(&out.stderr).into_owned();
@@ -35,7 +35,7 @@ fn a_port_in_use_is_one_clear_line_with_its_flag() {
 
 #[test]
 fn plaintext_that_others_could_read_is_refused_unless_asked_for() {
-    let out = run(&["--listen", "0.0.0.0:0", "--http", "127.0.0.1:0"]);
+    let out = run(&["--grpc-listen", "0.0.0.0:0", "--http-listen", "127.0.0.1:0"]);
     assert_eq!(out.status.code(), Some(1));
     let text = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(text.contains("--tls-cert") && text.contains("--insecure"), "{text}");
@@ -50,6 +50,19 @@ fn a_wrong_flag_is_a_usage_error() {
         assert_eq!(out.status.code(), Some(2), "{args:?}");
         assert!(String::from_utf8_lossy(&out.stderr).contains(args[0]), "{args:?}");
     }
+}
+
+#[test]
+fn an_old_variable_is_answered_with_the_new_one() {
+    let out = Command::new(env!("CARGO_BIN_EXE_gannet-collector"))
+        .env("GANNET_COLLECTOR_HTTP_LOCAL", "127.0.0.1:0")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert_eq!(out.status.code(), Some(2));
+    let text = String::from_utf8_lossy(&out.stderr).into_owned();
+    let renamed = "the environment variable GANNET_COLLECTOR_HTTP_LOCAL is now GANNET_COLLECTOR_DEBUG_LISTEN";
+    assert_eq!(text.trim(), format!("error: {renamed}"));
 }
 
 #[tokio::test]

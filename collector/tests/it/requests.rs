@@ -231,7 +231,7 @@ async fn who_changed_what_and_what_nodes_made_of_it_is_kept_over_a_restart() {
 async fn two_collectors_on_one_rule_store_agree() {
     let dir = tempfile::tempdir().unwrap();
     let shared = RulesLocation::File(Some(dir.path().join("shared")));
-    let on = |name: &str| config_with(&dir.path().join(name), |config| config.rules = shared.clone());
+    let on = |name: &str| config_with(&dir.path().join(name), |config| config.rules_store = shared.clone());
     let left = Collector::start(on("left")).await.unwrap();
     let right = Collector::start(on("right")).await.unwrap();
     let (mut to_left, mut to_right) = (triggers(&left).await, triggers(&right).await);

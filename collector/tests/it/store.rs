@@ -1,5 +1,6 @@
 use std::{fs, time::Duration};
 
+use gannet_base::{ByteSize, TimeSpan};
 use gannet_collector::{Collector, StartError, StoreError};
 use gannet_proto::query::{LabelNamesRequest, ListProfilesRequest, MergeRequest, Selection};
 
@@ -143,7 +144,7 @@ async fn profiles_beyond_the_age_are_removed_with_their_objects_and_series() {
     let dir = tempfile::tempdir().unwrap();
     let age = Duration::from_secs(3600);
     let config = config_with(dir.path(), |config| {
-        config.store.retention_age = age;
+        config.store.retention_age = TimeSpan(age);
         config.store.retention_interval = Duration::from_millis(50);
     });
     let running = Collector::start(config).await.unwrap();
@@ -173,13 +174,14 @@ async fn the_oldest_go_while_all_together_are_too_large() {
     let dir = tempfile::tempdir().unwrap();
     let limit = 20_000;
     let config = config_with(dir.path(), |config| {
-        config.store.retention_bytes = limit;
-        config.ingest.max_batch_bytes = 10_000;
+        config.store.retention_bytes = ByteSize(limit);
+        config.ingest.max_batch_bytes = ByteSize(10_000);
     });
     let running = Collector::start(config).await.unwrap();
     let mut pusher = Pusher::open(running.grpc_addr).await;
+    let first = now_ms() - 200_000;
     for i in 0..200_u64 {
-        pusher.store(batch("shop", now_ms() - 200_000 + i * 1000, &[("main;work", 1)])).await;
+        pusher.store(batch("shop", first + i * 1000, &[("main;work", 1)])).await;
     }
     eventually("the store is below its limit", || async {
         metric(running.http_addr, "gannet_collector_store_bytes").await <= limit as f64

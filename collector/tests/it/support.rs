@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, path::Path, time::Duration};
 
+use gannet_base::ByteSize;
 use gannet_collector::{Collector, Config, Running};
 use gannet_proto::{
     ingest::{
@@ -31,7 +32,7 @@ pub fn config(data: &Path) -> Config {
 /// The configuration of the tests, changed by `change`.
 pub fn config_with(data: &Path, change: impl FnOnce(&mut Config)) -> Config {
     let mut config = Config::new(data);
-    config.store.min_free_bytes = 0;
+    config.store.min_free_bytes = ByteSize(0);
     change(&mut config);
     config
 }

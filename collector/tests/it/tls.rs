@@ -80,7 +80,7 @@ fn files(dir: &Path, server: &Pair, client_ca: Option<&Authority>) -> TlsOptions
         path
     };
     TlsOptions {
-        client_ca: client_ca.map(|ca| write("ca.pem", &ca.pem())),
+        tls_client_ca: client_ca.map(|ca| write("ca.pem", &ca.pem())),
         ..TlsOptions::new(write("cert.pem", &server.cert), write("key.pem", &server.key))
     }
 }
@@ -132,7 +132,7 @@ async fn with_a_certificate_both_listeners_speak_tls_and_nothing_else() {
     let tls = files(dir.path(), &ca.sign("localhost"), None);
     // With TLS any address may be served.
     let config = config_with(&dir.path().join("data"), |config| {
-        config.tls = Some(tls);
+        config.tls = tls;
         config.server.grpc_listen = ([0, 0, 0, 0], 0).into();
         config.server.http_listen = ([0, 0, 0, 0], 0).into();
     });
@@ -157,7 +157,7 @@ async fn with_a_client_authority_only_its_clients_are_let_in_and_probes_still_an
     let (ca, clients, strangers) = (Authority::new(), Authority::new(), Authority::new());
     let tls = files(dir.path(), &ca.sign("localhost"), Some(&clients));
     let running = Collector::start(config_with(&dir.path().join("data"), |config| {
-        config.tls = Some(tls);
+        config.tls = tls;
         config.server.debug_listen = Some(([127, 0, 0, 1], 0).into());
     }))
     .await
@@ -217,14 +217,14 @@ async fn certificates_that_cannot_work_are_named_at_start() {
     std::fs::write(&key, other.sign("localhost").key).unwrap();
     let missing = dir.path().join("missing.pem");
     let cases = [
-        (TlsOptions { cert: missing.clone(), ..good.clone() }, "--tls-cert"),
-        (TlsOptions { cert: good.key.clone(), ..good.clone() }, "no certificate"),
-        (TlsOptions { key: good.cert.clone(), ..good.clone() }, "no private key"),
-        (TlsOptions { key, ..good.clone() }, "does not go with"),
-        (TlsOptions { client_ca: Some(missing), ..good.clone() }, "--tls-client-ca"),
+        (TlsOptions { tls_cert: Some(missing.clone()), ..good.clone() }, "--tls-cert"),
+        (TlsOptions { tls_cert: good.tls_key.clone(), ..good.clone() }, "no certificate"),
+        (TlsOptions { tls_key: good.tls_cert.clone(), ..good.clone() }, "no private key"),
+        (TlsOptions { tls_key: Some(key), ..good.clone() }, "does not go with"),
+        (TlsOptions { tls_client_ca: Some(missing), ..good.clone() }, "--tls-client-ca"),
     ];
     for (tls, says) in cases {
-        let config = config_with(&dir.path().join("data"), |config| config.tls = Some(tls));
+        let config = config_with(&dir.path().join("data"), |config| config.tls = tls);
         let error = Collector::start(config).await.err().expect(says).to_string();
         assert!(error.contains(says), "{error}");
     }
@@ -250,8 +250,8 @@ async fn roles_and_node_names_are_held_against_the_certificate() {
     let tls = files(dir.path(), &ca.sign("localhost"), Some(&ca));
     let roles = ["editor=anna", "viewer=group:developers", "agent=group:agents"];
     let config = config_with(&dir.path().join("data"), |config| {
-        config.tls = Some(tls);
-        config.auth.roles = roles.map(|role| role.parse().unwrap()).to_vec();
+        config.tls = tls;
+        config.auth.role = roles.map(|role| role.parse().unwrap()).to_vec();
         config.auth.node_identity = NodeIdentity::Certificate;
     });
     let running = Collector::start(config).await.unwrap();
@@ -301,7 +301,7 @@ async fn a_profile_of_another_node_is_refused_where_nodes_are_verified() {
     let dir = tempfile::tempdir().unwrap();
     let ca = Authority::new();
     let config = config_with(&dir.path().join("data"), |config| {
-        config.tls = Some(files(dir.path(), &ca.sign("localhost"), Some(&ca)));
+        config.tls = files(dir.path(), &ca.sign("localhost"), Some(&ca));
         config.auth.node_identity = NodeIdentity::Certificate;
     });
     let running = Collector::start(config).await.unwrap();
@@ -327,7 +327,7 @@ async fn changed_certificates_are_taken_into_use_without_a_restart() {
     let tls = files(dir.path(), &old.sign("localhost"), Some(&old));
     let reload_interval = std::time::Duration::from_millis(50);
     let config = config_with(&dir.path().join("data"), |config| {
-        config.tls = Some(TlsOptions { reload_interval, ..tls.clone() });
+        config.tls = TlsOptions { reload_interval, ..tls.clone() };
     });
     let running = Collector::start(config).await.unwrap();
     let lists = async |ca: &Authority| match dial(running.grpc_addr, ca, Some(&ca.sign("anna"))).await {
@@ -342,11 +342,11 @@ async fn changed_certificates_are_taken_into_use_without_a_restart() {
     assert!(!lists(&new).await);
     // Half of a change is no change: the former certificates stay.
     let pair = new.sign("localhost");
-    std::fs::write(&tls.cert, &pair.cert).unwrap();
+    std::fs::write(tls.tls_cert.as_ref().unwrap(), &pair.cert).unwrap();
     tokio::time::sleep(std::time::Duration::from_millis(300)).await;
     assert!(lists(&old).await);
-    std::fs::write(&tls.key, &pair.key).unwrap();
-    std::fs::write(tls.client_ca.as_ref().unwrap(), new.pem()).unwrap();
+    std::fs::write(tls.tls_key.as_ref().unwrap(), &pair.key).unwrap();
+    std::fs::write(tls.tls_client_ca.as_ref().unwrap(), new.pem()).unwrap();
     eventually("the new ones are in use", || async { lists(&new).await }).await;
     assert!(!lists(&old).await, "who has a certificate of the former authority is a stranger now");
     // Connections that stand are not cut.
@@ -399,7 +399,7 @@ async fn tokens_are_reviewed_for_their_audience_their_role_and_their_node() {
     let config = config_with(&dir.path().join("data"), |config| {
         config.kubeconfig = Some(kubeconfig);
         config.auth.token_audience = Some("gannet".into());
-        config.auth.roles = roles.map(|role| role.parse().unwrap()).to_vec();
+        config.auth.role = roles.map(|role| role.parse().unwrap()).to_vec();
         config.auth.node_identity = NodeIdentity::Token;
     });
     let running = Collector::start(config).await.unwrap();

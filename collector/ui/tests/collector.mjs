@@ -36,7 +36,7 @@ export async function startCollector() {
   const [grpc, http] = [await freePort(), await freePort()];
   const child = spawn(
     needed("GANNET_COLLECTOR_BIN"),
-    ["--data", data, "--listen", `127.0.0.1:${grpc}`, "--http", `127.0.0.1:${http}`],
+    ["--data", data, "--grpc-listen", `127.0.0.1:${grpc}`, "--http-listen", `127.0.0.1:${http}`],
     { stdio: ["ignore", "pipe", "pipe"] },
   );
   let log = "";

@@ -1,0 +1,172 @@
+//! The command line of the collector.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use gannet_base::Renamed;
+
+use crate::config::Config;
+
+/// Store the profiles of Gannet's agents, show them, and send the agents their rules
+#[derive(Debug, Parser)]
+#[command(name = "gannet-collector", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Verb>,
+    /// Read options from this YAML file; its keys are the option names with `_` for `-` (`grpc_listen: 0.0.0.0:4100`)
+    #[arg(long, value_name = "FILE", env = "GANNET_COLLECTOR_CONFIG")]
+    config: Option<PathBuf>,
+    /// Print the options in force as YAML, in the form that --config reads, and exit
+    #[arg(long)]
+    print_config: bool,
+    #[command(flatten)]
+    options: Config,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Print the definition of the TriggerRule custom resource
+    Crd,
+}
+
+/// Flags and environment variables that have new names.
+const RENAMED: Renamed = Renamed {
+    flags: &[
+        ("--listen", "--grpc-listen"),
+        ("--http", "--http-listen"),
+        ("--http-local", "--debug-listen"),
+        ("--log-json", "--log-format json"),
+    ],
+    variables: &[
+        ("GANNET_COLLECTOR_LISTEN", "GANNET_COLLECTOR_GRPC_LISTEN"),
+        ("GANNET_COLLECTOR_HTTP", "GANNET_COLLECTOR_HTTP_LISTEN"),
+        ("GANNET_COLLECTOR_HTTP_LOCAL", "GANNET_COLLECTOR_DEBUG_LISTEN"),
+        ("GANNET_COLLECTOR_LOG_JSON", "GANNET_COLLECTOR_LOG_FORMAT"),
+        ("GANNET_LOG", "GANNET_COLLECTOR_LOG"),
+    ],
+};
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Invocation {
+    /// Run the collector.
+    Run(Box<Config>),
+    /// Print this text and exit.
+    Print(String),
+}
+
+/// Why a command line cannot be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum ArgsError {
+    /// Wrong usage, or a request for help. [`clap::Error`] prints it.
+    #[error(transparent)]
+    Usage(#[from] clap::Error),
+    /// The file of `--config` cannot be used.
+    #[error(transparent)]
+    File(#[from] gannet_base::ConfigError),
+    /// The resource definition cannot be made, which means a faulty build.
+    #[error("this program was built without the definition of the TriggerRule resource")]
+    Crd,
+}
+
+/// Returns the description of all commands and options, for the documentation.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// Parses a command line, and adds the environment, the config file and the defaults. The first argument is the name of
+/// the program.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation, ArgsError> {
+    let matches = RENAMED.matches(command(), arguments)?;
+    let Cli { command, config, print_config, options: _ } = Cli::from_arg_matches(&matches)?;
+    if let Some(Verb::Crd) = command {
+        return crate::custom_resource().map(Invocation::Print).ok_or(ArgsError::Crd);
+    }
+    let options: Config = gannet_base::effective(&matches, config.as_deref(), &[], &RENAMED)?;
+    if print_config {
+        return Ok(Invocation::Print(gannet_base::to_yaml(&options)?));
+    }
+    Ok(Invocation::Run(Box::new(options)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::DataLocation;
+
+    fn run(args: &[&str]) -> Result<Invocation, ArgsError> {
+        parse(["gannet-collector"].iter().chain(args).map(OsString::from))
+    }
+
+    fn config(args: &[&str]) -> Config {
+        match run(args).unwrap() {
+            Invocation::Run(config) => *config,
+            Invocation::Print(text) => panic!("{text}"),
+        }
+    }
+
+    fn file(dir: &Path, text: &str) -> String {
+        let path = dir.join("collector.yaml");
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    }
+
+    #[test]
+    fn the_file_sets_every_kind_of_option() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = "data: s3://bucket/path\nlocal: /var/lib/x\ngrpc_listen: 0.0.0.0:4100\nrole: [editor=anna, 'agent=*']\n\
+                    node_identity: token\nretention_age: 2d\nretention_bytes: 1GiB\nforward: [parca=http://p:7070]\n\
+                    insecure: true\nmax_nodes: 7\nlog_format: json\n";
+        let path = file(dir.path(), text);
+        let config = config(&["--config", &path, "--max-nodes", "9"]);
+        assert_eq!(config.data.to_string(), "s3://bucket/path");
+        assert_eq!(config.directory(), Path::new("/var/lib/x"));
+        assert_eq!(config.auth.role.len(), 2);
+        assert_eq!((config.store.retention_bytes.0, config.fleet.max_nodes), (1 << 30, 9));
+        assert!(config.server.insecure && config.server.debug_listen.is_none());
+    }
+
+    #[test]
+    fn the_printed_configuration_reads_back_as_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let args = [
+            "--data",
+            "/d",
+            "--role",
+            "viewer=group:dev,agent=*",
+            "--tls-cert",
+            "c",
+            "--retention-age",
+            "90m",
+        ];
+        let Invocation::Print(text) = run(&[&args[..], &["--print-config"]].concat()).unwrap() else {
+            panic!("it runs")
+        };
+        let printed = config(&["--config", &file(dir.path(), &text)]);
+        assert_eq!(printed, config(&args));
+        assert_eq!(printed.data, DataLocation::Directory("/d".into()));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line() {
+        let dir = tempfile::tempdir().unwrap();
+        for (text, parts) in [
+            ("data: /d\nretention: 7d\n", ["line 2", "unknown key `retention`"]),
+            ("http_local: 127.0.0.1:1\n", ["line 1", "`http_local` is now `debug_listen`"]),
+            ("retention_bytes: much\n", ["line 1: retention_bytes: ", "much"]),
+        ] {
+            let error = run(&["--config", &file(dir.path(), text)]).unwrap_err().to_string();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_old_name_is_answered_with_the_new_one() {
+        for (old, new) in RENAMED.flags {
+            let error = run(&[old]).unwrap_err().to_string();
+            assert_eq!(error.trim(), format!("error: {old} is now {new}"));
+        }
+    }
+}
