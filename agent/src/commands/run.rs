@@ -132,8 +132,8 @@ pub async fn run(options: RunOptions) -> Result<(), RunError> {
             deny: config.deny.clone(),
             budgets: config.budgets,
             tables: Some(TableSources {
-                kept: Some(config.options.state_dir.join("tables")),
-                overrides: Some(config.options.state_dir.join("overrides")),
+                cache_dir: Some(config.options.state_dir.join("tables")),
+                override_dir: Some(config.options.state_dir.join("overrides")),
                 ..TableSources::with_debug_files()
             }),
         },

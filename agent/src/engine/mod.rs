@@ -46,7 +46,7 @@ use crate::{
     process::{Changes, ProcError, Process, Processes, State, check_identity},
     profile::SeriesProfile,
     rules::{CaptureError, Deny, PodResolver, PodSelection, RuleBook, RuleId, RuleSource, SourceRules},
-    tables::{self, TableSources, Tables},
+    tables::{self, TableSources, UnwindTables},
 };
 
 /// How often the ring is read when the kernel side does not ask for it. A sample waits so long at most; each reading
@@ -373,7 +373,7 @@ struct Worker {
     processes: Processes,
     groups: Option<Arc<CgroupTree>>,
     rules: RuleBook,
-    tables: Option<Tables>,
+    tables: Option<UnwindTables>,
     /// Raw samples whose tables are being made, by image.
     waiting: HashMap<ImageKey, VecDeque<Waiting>>,
     waiting_samples: usize,
@@ -427,7 +427,7 @@ impl Worker {
                 // A bell that is full rings already.
                 let _ = rustix::io::write(&bell, &1_u64.to_ne_bytes());
             };
-            Some(Tables::new(&kernel, sources, ring).map_err(EngineError::Start)?)
+            Some(UnwindTables::new(&kernel, sources, ring).map_err(EngineError::Start)?)
         } else {
             None
         };
@@ -715,7 +715,7 @@ impl Worker {
             self.kernel.disarm(tgid);
         }
         if let Some(tables) = &mut self.tables {
-            tables.leave(&mut self.kernel, tgid);
+            tables.unload(&mut self.kernel, tgid);
         }
     }
 
@@ -747,7 +747,7 @@ impl Worker {
         // A rule may have got its place while the thread slept, or lost it.
         sample.subject.rules = self.rules.slots().held_since(sample.subject.rules, sample.subject.ktime_ns);
         let image = ImageKey::of(&sample.subject);
-        let entered = self.tables.as_ref().is_none_or(|tables| tables.is_entered(&image));
+        let entered = self.tables.as_ref().is_none_or(|tables| tables.is_loaded(&image));
         if !entered || sample.end == StackEnd::Broken {
             self.to_enter.insert(image);
         }
@@ -853,15 +853,15 @@ impl Worker {
         let Some(tables) = &mut self.tables else { return };
         tables.collect();
         // Who is walked in the kernel is to be walked by what is mapped now.
-        let renewed: Vec<_> = self.renewed.drain().filter(|key| tables.is_entered(key)).collect();
+        let renewed: Vec<_> = self.renewed.drain().filter(|key| tables.is_loaded(key)).collect();
         for key in renewed {
             let Some(process) = self.processes.get(&key).filter(|process| process.is_alive()) else {
                 continue;
             };
             // Stacks of threads that block never come raw.
-            if self.rules.slots().wants_off_cpu_of(process.rules) && !tables.ready(&process.image) {
+            if self.rules.slots().wants_off_cpu_of(process.rules) && !tables.request_all(&process.image) {
                 self.renewed.insert(key);
-            } else if let Err(error) = tables.enter(&mut self.kernel, key, &process.image) {
+            } else if let Err(error) = tables.load(&mut self.kernel, key, &process.image) {
                 tracing::debug!(key = %key.process, "walked in user space: {error}");
             }
         }
@@ -870,7 +870,7 @@ impl Worker {
         for (key, mut samples) in std::mem::take(&mut self.waiting) {
             let Some(process) = self.processes.get(&key) else {
                 for waiting in samples.drain(..) {
-                    self.intake.add(tables::unwalked(waiting.sample));
+                    self.intake.add(tables::leaf_only(waiting.sample));
                     self.waiting_samples -= 1;
                 }
                 continue;
@@ -878,7 +878,7 @@ impl Worker {
             let overdue = samples.front().is_some_and(|waiting| waiting.since.elapsed() > LONGEST_WAIT);
             let mut image = Arc::clone(&process.image);
             while let Some(Waiting { since, mut sample, former }) = samples.pop_front() {
-                let mut walked = tables.walk(former.as_ref().unwrap_or(&image), &sample);
+                let mut walked = tables.unwind(former.as_ref().unwrap_or(&image), &sample);
                 if let (Some(unknown), None, None) = (walked.unknown, &walked.missing, &former) {
                     // A library that was opened since the mappings were read: they are read again, once for a sample.
                     self.processes.sampled_again(&key, unknown);
@@ -890,17 +890,17 @@ impl Worker {
                     let process = self.processes.get(&key);
                     if let Some(process) = process.filter(|process| !Arc::ptr_eq(&process.image, &image)) {
                         image = Arc::clone(&process.image);
-                        walked = tables.walk(&image, &sample);
+                        walked = tables.unwind(&image, &sample);
                     }
                 }
                 if let Some(file) = &walked.missing
                     && !(overdue || crowded || give_up)
                 {
-                    tables.want(file, samples.len() + 1);
+                    tables.request(file, samples.len() + 1);
                     samples.push_front(Waiting { since, sample, former });
                     break;
                 }
-                sample.take_walk(walked);
+                walked.complete(&mut sample);
                 match former {
                     Some(former) => self.intake.add_former(&former, sample),
                     None => self.intake.add(sample),
@@ -913,7 +913,7 @@ impl Worker {
             }
             if let Some(process) = self.processes.get(&key)
                 && process.is_alive()
-                && let Err(error) = tables.enter(&mut self.kernel, key, &process.image)
+                && let Err(error) = tables.load(&mut self.kernel, key, &process.image)
             {
                 tracing::debug!(key = %key.process, "walked in user space: {error}");
             }
@@ -932,9 +932,9 @@ impl Worker {
             if process.kernel_thread {
                 continue;
             }
-            if !tables.ready(&process.image) {
+            if !tables.request_all(&process.image) {
                 self.to_enter.insert(key);
-            } else if let Err(error) = tables.enter(&mut self.kernel, key, &process.image) {
+            } else if let Err(error) = tables.load(&mut self.kernel, key, &process.image) {
                 tracing::debug!(key = %key.process, "walked by frame pointers: {error}");
             }
         }

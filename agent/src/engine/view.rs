@@ -23,7 +23,7 @@ use crate::{
     process::{Process, State, Stats as ProcessStats},
     profile::{RecorderStats, slots},
     rules::{ProcessTraits, RuleId, RuleSource},
-    tables::{self, Tables},
+    tables::{TableStats, UnwindTables},
 };
 
 /// The engine at one moment. Cheap to fill: it holds no process and reads no map but the counters.
@@ -46,7 +46,7 @@ pub struct EngineView {
     /// Executable mappings that the kernel did not report because a buffer was full.
     pub mappings_lost: u64,
     /// Unwind tables; `None` if the engine unwinds by frame pointers only.
-    pub unwind_tables: Option<tables::Stats>,
+    pub unwind_tables: Option<TableStats>,
     /// Captures that did not start, by reason.
     pub(crate) suppressed_captures: SuppressedStarts,
     /// The flight recorder.
@@ -157,7 +157,7 @@ pub struct KernelView {
     /// Clock ticks that were due by the kernel's own count of time.
     pub ticks_due: u64,
     /// Unwind tables; `None` if the engine unwinds by frame pointers only.
-    pub unwind_tables: Option<tables::Stats>,
+    pub unwind_tables: Option<TableStats>,
 }
 
 impl Worker {
@@ -172,7 +172,7 @@ impl Worker {
             counters: self.kernel.counters().ok(),
             undecodable_events: self.kernel.undecodable(),
             mappings_lost: self.kernel.mappings_lost(),
-            unwind_tables: self.tables.as_ref().map(Tables::stats),
+            unwind_tables: self.tables.as_ref().map(UnwindTables::stats),
             suppressed_captures: self.captures.triggers.suppressed(),
             recorder: self.intake.recorder.stats(),
             sensor_reports_dropped: self.captures.sensors.as_ref().map_or(0, Sensors::dropped),
@@ -222,7 +222,7 @@ impl Worker {
             unwinding: match &self.tables {
                 None => Unwinding::FramePointers,
                 Some(_) if process.kernel_thread => Unwinding::KernelOnly,
-                Some(tables) if tables.is_entered(&process.key) => Unwinding::Kernel,
+                Some(tables) if tables.is_loaded(&process.key) => Unwinding::Kernel,
                 Some(_) => Unwinding::UserSpace,
             },
             waiting_samples: self.waiting.get(&process.key).map_or(0, VecDeque::len),
@@ -264,7 +264,7 @@ impl Worker {
             programs: self.kernel.programs(),
             sampler_cost: self.kernel.sampler_cost(),
             ticks_due: self.kernel.ticks_due(),
-            unwind_tables: self.tables.as_ref().map(Tables::stats),
+            unwind_tables: self.tables.as_ref().map(UnwindTables::stats),
         }
     }
 

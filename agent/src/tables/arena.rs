@@ -1,4 +1,4 @@
-//! Places for tables in the kernel's array of lines.
+//! The cache lines that tables take in the kernel's array.
 
 use std::{collections::BTreeMap, ops::Range};
 
@@ -16,7 +16,7 @@ impl Arena {
         Self { free, size }
     }
 
-    /// A range of this length, if there is one in one piece.
+    /// Takes a range of this length, if one is free in one piece.
     pub(super) fn take(&mut self, length: u32) -> Option<Range<u32>> {
         let (start, room) = self.free.iter().find(|(_, room)| **room >= length).map(|(a, b)| (*a, *b))?;
         self.free.remove(&start);
@@ -26,7 +26,7 @@ impl Arena {
         Some(start..start + length)
     }
 
-    /// Gives back what `take` gave.
+    /// Returns a range from [`Arena::take`]; joins it with its free neighbours.
     pub(super) fn give_back(&mut self, range: &Range<u32>) {
         let (mut start, mut end) = (range.start, range.end);
         if let Some((before, length)) = self.free.range(..start).next_back().map(|(a, b)| (*a, *b))
@@ -59,8 +59,9 @@ mod tests {
     use super::*;
 
     proptest! {
+        /// Checks that no line belongs to two tables and none is lost (R49).
         #[test]
-        fn r49_ranges_never_overlap_and_all_comes_back(actions in prop::collection::vec((1_u32..40, any::<prop::sample::Index>(), any::<bool>()), 1..200)) {
+        fn ranges_never_overlap_and_all_come_back(actions in prop::collection::vec((1_u32..40, any::<prop::sample::Index>(), any::<bool>()), 1..200)) {
             let mut arena = Arena::new(256);
             let mut taken: Vec<Range<u32>> = Vec::new();
             for (length, which, give) in actions {

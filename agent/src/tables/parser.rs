@@ -1,11 +1,11 @@
-//! Makes tables of files, on a thread of its own: what most samples wait for first.
+//! Builds tables, on a thread of its own: first the table that most samples wait for.
 
 use std::{
     collections::{HashMap, VecDeque},
     fs::{self, File},
     io,
-    path::PathBuf,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, mpsc},
+    path::{Path, PathBuf},
+    sync::{Arc, Weak, mpsc},
     thread,
 };
 
@@ -16,46 +16,47 @@ use gannet_unwind::{
     overrides::Overrides,
     table::UnwindTable,
 };
+use parking_lot::{Condvar, Mutex};
 
-use super::keep::Shelf;
+use super::disk_cache::DiskCache;
 use crate::{
     model::{FileId, MappedFile},
     symbols::find_debug_file,
 };
 
-/// Files that wait at one time; more are asked for again by their samples.
-const QUEUE: usize = 4096;
-/// Tables that wait for being kept on disk; more are made again after a restart.
-const UNKEPT: usize = 256;
+/// Files that wait at one time. Samples request more files again later.
+const MAX_QUEUED: usize = 4096;
+/// Tables that wait to be written to disk. More are built again after a restart.
+const MAX_UNWRITTEN: usize = 256;
 
-/// Where tables may come from, beside the files themselves.
+/// The sources of tables, beside the files themselves.
 #[derive(Clone, Debug, Default)]
 pub struct TableSources {
-    /// Where finished tables are kept across restarts; none keeps none.
-    pub kept: Option<PathBuf>,
-    /// Texts that describe tables for files whose own information is broken: `*.unwind` in this directory.
-    pub overrides: Option<PathBuf>,
-    /// Where distributions put debug information that they ship apart: it serves files that have no `.eh_frame`.
-    pub debug_directories: Vec<PathBuf>,
+    /// Directory of the disk cache, which survives restarts.
+    pub cache_dir: Option<PathBuf>,
+    /// Directory of texts (`*.unwind`) that describe tables for files whose own information is broken.
+    pub override_dir: Option<PathBuf>,
+    /// Directories of separate debug files, as distributions ship them. They serve files that have no `.eh_frame`.
+    pub debug_dirs: Vec<PathBuf>,
 }
 
 impl TableSources {
-    /// The files themselves, and the debug files that are installed for them.
+    /// Returns the files themselves and their installed debug files.
     pub fn with_debug_files() -> Self {
-        Self { debug_directories: vec![PathBuf::from("/usr/lib/debug")], ..Self::default() }
+        Self { debug_dirs: vec![PathBuf::from("/usr/lib/debug")], ..Self::default() }
     }
 }
 
-/// A table that was made, or was there.
+/// A file with its table, built or from the disk cache.
 #[derive(Debug)]
-pub(super) struct Made {
+pub(super) struct ParsedFile {
     pub(super) content: ContentId,
     pub(super) segments: Segments,
     pub(super) table: Arc<UnwindTable>,
 }
 
-/// What came of a file.
-pub(super) type Outcome = (FileId, Result<Made, BuildError>);
+/// The result of one request.
+pub(super) type Outcome = (FileId, Result<ParsedFile, BuildError>);
 
 /// A handle to the thread, which ends when the handle is dropped.
 #[derive(Debug)]
@@ -67,68 +68,62 @@ pub(super) struct Parser {
 #[derive(Debug, Default)]
 struct Shared {
     queue: Mutex<Queue>,
-    something: Condvar,
+    changed: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct Queue {
-    /// With the samples that wait for each.
+    /// With the number of samples that wait for each.
     files: HashMap<FileId, (usize, Arc<MappedFile>)>,
     closed: bool,
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl Parser {
-    /// Starts the thread. `ring` is called whenever there is an outcome.
-    pub(super) fn start(sources: TableSources, ring: impl Fn() + Send + 'static) -> io::Result<Self> {
+    /// Starts the thread, which calls `wake` after each outcome.
+    pub(super) fn start(sources: TableSources, wake: impl Fn() + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let (sender, outcomes) = mpsc::channel();
         let inbox = Arc::clone(&shared);
         thread::Builder::new().name("gannet-tables".into()).spawn(move || {
-            let mut maker = Maker::new(sources);
+            let mut builder = FileBuilder::new(sources);
             loop {
-                let file = match next(&inbox, !maker.unkept.is_empty()) {
-                    Work::Make(file) => file,
+                let file = match next(&inbox, !builder.unwritten.is_empty()) {
+                    Work::Build(file) => file,
                     Work::Idle => {
-                        maker.keep_one();
+                        builder.write_one();
                         continue;
                     }
                     Work::UnwindEnd => return,
                 };
                 let Some(open) = &file.file else { continue };
-                if sender.send((file.id, maker.make(&file, open))).is_err() {
+                if sender.send((file.id, builder.build(&file, open))).is_err() {
                     return;
                 }
-                ring();
+                wake();
             }
         })?;
         Ok(Self { shared, outcomes })
     }
 
-    /// Asks for a file's table, for which so many samples wait. False: the queue is full.
+    /// Requests a file's table, for which `samples` samples wait. Returns false if the queue is full.
     pub(super) fn request(&self, file: &Arc<MappedFile>, samples: usize) -> bool {
-        let mut queue = self.shared.lock();
-        if queue.files.len() >= QUEUE && !queue.files.contains_key(&file.id) {
+        let mut queue = self.shared.queue.lock();
+        if queue.files.len() >= MAX_QUEUED && !queue.files.contains_key(&file.id) {
             return false;
         }
         queue.files.insert(file.id, (samples, Arc::clone(file)));
-        self.shared.something.notify_one();
+        self.shared.changed.notify_one();
         true
     }
 
-    /// So many samples wait for a table that was asked for, by now.
-    pub(super) fn urge(&self, file: FileId, samples: usize) {
-        if let Some((waiting, _)) = self.shared.lock().files.get_mut(&file) {
+    /// Raises the number of samples that wait for a requested table.
+    pub(super) fn raise(&self, file: FileId, samples: usize) {
+        if let Some((waiting, _)) = self.shared.queue.lock().files.get_mut(&file) {
             *waiting = samples.max(*waiting);
         }
     }
 
-    /// What has been finished since the last call.
+    /// Returns the outcomes since the last call.
     pub(super) fn finished(&self) -> impl Iterator<Item = Outcome> {
         self.outcomes.try_iter()
     }
@@ -136,130 +131,134 @@ impl Parser {
 
 impl Drop for Parser {
     fn drop(&mut self) {
-        self.shared.lock().closed = true;
-        self.shared.something.notify_one();
+        self.shared.queue.lock().closed = true;
+        self.shared.changed.notify_one();
     }
 }
 
-/// What the thread is to do next.
+/// The next step of the thread.
 enum Work {
-    Make(Arc<MappedFile>),
-    /// Nothing is asked for: what can wait may be done.
+    Build(Arc<MappedFile>),
+    /// Nothing is requested: there is time to write a table to disk.
     Idle,
     UnwindEnd,
 }
 
-/// Waits for the file that most samples wait for; not at all if there is something to do when `idle`.
-fn next(shared: &Shared, idle: bool) -> Work {
-    let mut queue = shared.lock();
+/// Waits for a request and takes the file that most samples wait for. Does not wait if `has_idle_work`.
+fn next(shared: &Shared, has_idle_work: bool) -> Work {
+    let mut queue = shared.queue.lock();
     loop {
         if queue.closed {
             return Work::UnwindEnd;
         }
         let most = queue.files.iter().max_by_key(|(_, (samples, _))| *samples).map(|(id, _)| *id);
         if let Some((_, file)) = most.and_then(|id| queue.files.remove(&id)) {
-            return Work::Make(file);
+            return Work::Build(file);
         }
-        if idle {
+        if has_idle_work {
             return Work::Idle;
         }
-        queue = shared.something.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        shared.changed.wait(&mut queue);
     }
 }
 
-/// What the thread has at hand.
-struct Maker {
+/// The state of the thread.
+struct FileBuilder {
     limits: TableLimits,
     overrides: Overrides,
-    debug_directories: Vec<PathBuf>,
-    shelf: Option<Shelf>,
-    /// Tables that somebody uses: a library that many containers bring is one table.
-    shared: HashMap<ContentId, Weak<UnwindTable>>,
-    /// Tables that are to be kept on disk as soon as nothing else is to be done: that takes longer than making them.
-    unkept: VecDeque<(Arc<UnwindTable>, ContentId, Segments, Option<BuildId>)>,
+    debug_dirs: Vec<PathBuf>,
+    cache: Option<DiskCache>,
+    /// Tables in use: a library that many containers bring is one table.
+    in_use: HashMap<ContentId, Weak<UnwindTable>>,
+    /// Tables to write to disk once nothing is requested: writing takes longer than building.
+    unwritten: VecDeque<(Arc<UnwindTable>, ContentId, Segments, Option<BuildId>)>,
 }
 
-impl Maker {
+impl FileBuilder {
     fn new(sources: TableSources) -> Self {
         let limits = TableLimits::default();
-        let shelf = sources.kept.as_deref().and_then(|directory| match Shelf::open(directory) {
-            Ok(shelf) => Some(shelf),
+        let cache = sources.cache_dir.as_deref().and_then(|directory| match DiskCache::open(directory) {
+            Ok(cache) => Some(cache),
             Err(error) => {
                 let directory = directory.display();
-                tracing::warn!("unwind tables are not kept across restarts: {directory}: {error}");
+                tracing::warn!("cannot open {directory}, unwind tables do not survive a restart: {error}");
                 None
             }
         });
         let mut overrides = Overrides::default();
-        if let Some(directory) = &sources.overrides {
+        if let Some(directory) = &sources.override_dir {
             read_overrides(directory, &limits, &mut overrides);
         }
         Self {
             limits,
             overrides,
-            debug_directories: sources.debug_directories,
-            shelf,
-            shared: HashMap::new(),
-            unkept: VecDeque::new(),
+            debug_dirs: sources.debug_dirs,
+            cache,
+            in_use: HashMap::new(),
+            unwritten: VecDeque::new(),
         }
     }
 
-    fn make(&mut self, file: &MappedFile, open: &File) -> Result<Made, BuildError> {
+    fn build(&mut self, file: &MappedFile, open: &File) -> Result<ParsedFile, BuildError> {
         let (content, segments) = identify(open, &file.path, &self.limits)?;
-        if let Some(table) = self.shared.get(&content).and_then(Weak::upgrade) {
-            return Ok(Made { content, segments, table });
+        if let Some(table) = self.in_use.get(&content).and_then(Weak::upgrade) {
+            return Ok(ParsedFile { content, segments, table });
         }
         let overridden = self.overrides.get(&content).is_some();
-        let kept = self.shelf.as_ref().filter(|_| !overridden).and_then(|shelf| shelf.take(&content));
-        let made = if let Some(kept) = kept {
-            Made { content, segments: kept.segments, table: Arc::new(kept.table) }
+        let cached = self.cache.as_ref().filter(|_| !overridden).and_then(|cache| cache.read(&content));
+        let parsed = if let Some(cached) = cached {
+            ParsedFile { content, segments: cached.segments, table: Arc::new(cached.table) }
         } else {
-            let apart = Apart { file, open, directories: &self.debug_directories };
+            let debug_file = InstalledDebugFile { file, open, directories: &self.debug_dirs };
             let options = BuildOptions {
-                debug_files: Some(&apart),
+                debug_files: Some(&debug_file),
                 overrides: Some(&self.overrides),
                 runs: true,
                 ..BuildOptions::new(&file.path, &self.limits)
             };
             let BuiltTable { table, content, build_id, segments, report: _ } = build_file(open, &options)?;
             let table = Arc::new(table);
-            if self.shelf.is_some() && !overridden && Shelf::wants(&table) && self.unkept.len() < UNKEPT {
-                self.unkept.push_back((Arc::clone(&table), content, segments.clone(), build_id));
+            if self.cache.is_some()
+                && !overridden
+                && DiskCache::is_worthwhile(&table)
+                && self.unwritten.len() < MAX_UNWRITTEN
+            {
+                self.unwritten.push_back((Arc::clone(&table), content, segments.clone(), build_id));
             }
-            Made { content, segments, table }
+            ParsedFile { content, segments, table }
         };
-        if self.shared.len() >= QUEUE {
-            self.shared.retain(|_, table| table.strong_count() > 0);
+        if self.in_use.len() >= MAX_QUEUED {
+            self.in_use.retain(|_, table| table.strong_count() > 0);
         }
-        self.shared.insert(made.content, Arc::downgrade(&made.table));
-        Ok(made)
+        self.in_use.insert(parsed.content, Arc::downgrade(&parsed.table));
+        Ok(parsed)
     }
 
-    fn keep_one(&mut self) {
-        if let (Some(shelf), Some((table, content, segments, build_id))) =
-            (&mut self.shelf, self.unkept.pop_front())
+    fn write_one(&mut self) {
+        if let (Some(cache), Some((table, content, segments, build_id))) =
+            (&mut self.cache, self.unwritten.pop_front())
         {
-            shelf.put(&content, &table, &segments, build_id.as_ref());
+            cache.write(&content, &table, &segments, build_id.as_ref());
         }
     }
 }
 
-/// Finds the debug file of one program.
+/// Finds the installed debug file of one program.
 #[derive(Debug)]
-struct Apart<'a> {
+struct InstalledDebugFile<'a> {
     file: &'a MappedFile,
     open: &'a File,
     directories: &'a [PathBuf],
 }
 
-impl DebugFiles for Apart<'_> {
+impl DebugFiles for InstalledDebugFile<'_> {
     fn open(&self, _: Option<&BuildId>, _: Option<&DebugLink>) -> Option<File> {
         find_debug_file(self.file, self.open, self.directories)?.file
     }
 }
 
-/// Reads all texts of a directory. One that is wrong is said, and the others count.
-fn read_overrides(directory: &std::path::Path, limits: &TableLimits, overrides: &mut Overrides) {
+/// Reads all texts of a directory. Logs a wrong one, and uses the others.
+fn read_overrides(directory: &Path, limits: &TableLimits, overrides: &mut Overrides) {
     let Ok(entries) = fs::read_dir(directory) else { return };
     for path in entries.flatten().map(|entry| entry.path()) {
         if path.extension().is_none_or(|ending| ending != "unwind") {
@@ -267,13 +266,18 @@ fn read_overrides(directory: &std::path::Path, limits: &TableLimits, overrides: 
         }
         let read = fs::read_to_string(&path).map_err(|error| error.to_string());
         match read.and_then(|text| overrides.insert_text(&text, limits).map_err(|error| error.to_string())) {
-            Ok(content) => tracing::info!("{}: the table of {content} is taken from here", path.display()),
-            Err(error) => tracing::warn!("{}: {error}; the file's own table is used", path.display()),
+            Ok(content) => {
+                tracing::info!("using the unwind table in {} for file content {content}", path.display());
+            }
+            Err(error) => tracing::warn!(
+                "cannot use the unwind table in {}, using that of its file: {error}",
+                path.display()
+            ),
         }
     }
 }
 
-/// The table of the kernel's own shared object, which is the same in all 64-bit processes.
+/// Builds the table of the kernel's own shared object, which is the same in all 64-bit processes.
 pub(super) fn vdso() -> Option<BuiltTable> {
     let text = fs::read_to_string("/proc/self/maps").ok()?;
     let line = text.lines().find(|line| line.ends_with("[vdso]"))?;

@@ -15,7 +15,7 @@ use gannet_agent::{
     model::{MappingKind, StackEnd},
     profile::RawProcess,
     rules::{Deny, RuleSource, SourceRules, ad_hoc},
-    tables::{Stats, TableSources},
+    tables::{TableSources, TableStats},
 };
 use gannet_proto::{
     control::{Match, capture},
@@ -55,7 +55,7 @@ impl Machine {
     }
 
     /// Counts, tables, and entries of the mapping trie and of the images.
-    fn look(&self) -> (Counters, Stats, (usize, usize)) {
+    fn look(&self) -> (Counters, TableStats, (usize, usize)) {
         self.runtime.block_on(async {
             let view = self.engine.view().await.unwrap();
             let entries = self.engine.unwind_entries().await.unwrap();

@@ -1,7 +1,7 @@
-//! Tables kept on disk, so that a restarted agent need not make them again.
+//! Unwind tables on disk, so that a restarted agent does not build them again.
 //!
-//! One file for each content, written whole under another name and renamed; a file that does not hold what it should is
-//! made anew. The directory is bounded: what was not used for the longest time goes first.
+//! Each content has a file, which is written under another name and then renamed. A damaged file is removed, and its table
+//! built again. The directory has a size limit: files whose last use is longest ago go first.
 
 use std::{
     fs,
@@ -17,43 +17,44 @@ use gannet_unwind::{
     table::UnwindTable,
 };
 
-/// What all files together may take.
-const MOST_BYTES: u64 = 128 << 20;
-/// Smaller tables are made as fast as they are read.
-const LEAST_LINES: usize = 256;
+/// Limit of all files together.
+const MAX_BYTES: u64 = 128 << 20;
+/// Smaller tables are built as fast as they are read.
+const MIN_LINES: usize = 256;
 const ENDING: &str = "table";
 
-/// The directory of kept tables. Owner: the thread that makes tables.
+/// The directory of tables. Owner: the thread that builds tables.
 #[derive(Debug)]
-pub(super) struct Shelf {
+pub(super) struct DiskCache {
     directory: PathBuf,
     bytes: u64,
-    most: u64,
-    told: bool,
+    max_bytes: u64,
+    /// A failure to write is logged once.
+    failure_logged: bool,
 }
 
-impl Shelf {
-    /// Opens the directory, makes it if need be, and removes what is too much or was left half written.
+impl DiskCache {
+    /// Opens the directory, creates it if need be, and removes partial files and those beyond the size limit.
     pub(super) fn open(directory: &Path) -> io::Result<Self> {
-        Self::bounded(directory, MOST_BYTES)
+        Self::with_limit(directory, MAX_BYTES)
     }
 
-    fn bounded(directory: &Path, most: u64) -> io::Result<Self> {
-        // Who can write here can have any stack shown as any other.
+    fn with_limit(directory: &Path, max_bytes: u64) -> io::Result<Self> {
+        // A user who can write here can forge the stacks of any program.
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-        let mut shelf = Self { directory: directory.to_owned(), bytes: 0, most, told: false };
-        shelf.tidy()?;
-        Ok(shelf)
+        let mut cache = Self { directory: directory.to_owned(), bytes: 0, max_bytes, failure_logged: false };
+        cache.trim()?;
+        Ok(cache)
     }
 
     fn path(&self, content: &ContentId) -> PathBuf {
         self.directory.join(format!("{content}.{ENDING}"))
     }
 
-    /// The table of a content, if it is kept and good.
-    pub(super) fn take(&self, content: &ContentId) -> Option<CachedTable> {
+    /// Reads the table of a content, if there is an intact one.
+    pub(super) fn read(&self, content: &ContentId) -> Option<CachedTable> {
         let path = self.path(content);
-        let bytes = match cache::load(&path, self.most) {
+        let bytes = match cache::load(&path, self.max_bytes) {
             Ok(bytes) => bytes,
             Err(error) => {
                 if error.kind() != ErrorKind::NotFound {
@@ -63,10 +64,10 @@ impl Shelf {
             }
         };
         match cache::decode(&bytes, content) {
-            Ok(kept) => {
-                // When it was used last; a disk that does not take it makes the order a little worse.
+            Ok(table) => {
+                // The time of the last use. If the disk refuses it, the order of removal is a little worse.
                 let _ = fs::File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
-                Some(kept)
+                Some(table)
             }
             Err(error) => {
                 tracing::debug!("{}: {error}", path.display());
@@ -76,13 +77,13 @@ impl Shelf {
         }
     }
 
-    /// Whether a table is worth its place.
-    pub(super) fn wants(table: &UnwindTable) -> bool {
-        table.lines().len() >= LEAST_LINES
+    /// Returns whether reading a table is faster than building it.
+    pub(super) fn is_worthwhile(table: &UnwindTable) -> bool {
+        table.lines().len() >= MIN_LINES
     }
 
-    /// Keeps a table.
-    pub(super) fn put(
+    /// Writes a table.
+    pub(super) fn write(
         &mut self,
         content: &ContentId,
         table: &UnwindTable,
@@ -92,18 +93,20 @@ impl Shelf {
         let bytes = cache::encode(content, table, segments, build_id);
         let result = cache::store(&self.path(content), &bytes).and_then(|()| {
             self.bytes += bytes.len() as u64;
-            if self.bytes > self.most { self.tidy() } else { Ok(()) }
+            if self.bytes > self.max_bytes { self.trim() } else { Ok(()) }
         });
         if let Err(error) = result
-            && !std::mem::replace(&mut self.told, true)
+            && !std::mem::replace(&mut self.failure_logged, true)
         {
             let directory = self.directory.display();
-            tracing::warn!("tables are not kept, and are made again after a restart: {directory}: {error}");
+            tracing::warn!(
+                "cannot store unwind tables in {directory}, they are built again after a restart: {error}"
+            );
         }
     }
 
-    /// Counts what is there; above the bound, removes the oldest down to three quarters of it.
-    fn tidy(&mut self) -> io::Result<()> {
+    /// Sums up the sizes; above the limit, removes the oldest files down to three quarters of it.
+    fn trim(&mut self) -> io::Result<()> {
         let mut files = Vec::new();
         for entry in fs::read_dir(&self.directory)? {
             let entry = entry?;
@@ -116,10 +119,10 @@ impl Shelf {
             }
         }
         self.bytes = files.iter().map(|(_, size, _)| size).sum();
-        if self.bytes > self.most {
+        if self.bytes > self.max_bytes {
             files.sort_unstable();
             for (_, size, path) in files {
-                if self.bytes <= self.most / 4 * 3 {
+                if self.bytes <= self.max_bytes / 4 * 3 {
                     break;
                 }
                 fs::remove_file(path)?;
@@ -140,25 +143,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kept_table_is_found_again_and_a_damaged_one_is_not() {
+    fn an_intact_table_is_found_again_and_a_damaged_one_is_not() {
         let directory = tempfile::tempdir().unwrap();
         let file = fs::File::open("/proc/self/exe").unwrap();
         let built = build_file(&file, &BuildOptions::new("self", &TableLimits::default())).unwrap();
-        let mut shelf = Shelf::open(directory.path()).unwrap();
-        assert!(shelf.take(&built.content).is_none());
-        shelf.put(&built.content, &built.table, &built.segments, built.build_id.as_ref());
-        let kept = Shelf::open(directory.path()).unwrap().take(&built.content).unwrap();
-        assert_eq!((kept.table, kept.segments), (built.table, built.segments));
-        let path = shelf.path(&built.content);
+        let mut cache = DiskCache::open(directory.path()).unwrap();
+        assert!(cache.read(&built.content).is_none());
+        cache.write(&built.content, &built.table, &built.segments, built.build_id.as_ref());
+        let stored = DiskCache::open(directory.path()).unwrap().read(&built.content).unwrap();
+        assert_eq!((stored.table, stored.segments), (built.table, built.segments));
+        let path = cache.path(&built.content);
         let mut bytes = fs::read(&path).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
         fs::write(&path, bytes).unwrap();
-        assert!(shelf.take(&built.content).is_none());
-        assert!(!path.exists(), "it would be tried again and again");
+        assert!(cache.read(&built.content).is_none());
+        assert!(!path.exists(), "a damaged file is removed, so that it is read once");
     }
 
     #[test]
-    fn the_directory_is_bounded_and_the_oldest_go_first() {
+    fn the_oldest_files_leave_a_full_directory_first() {
         let directory = tempfile::tempdir().unwrap();
         for (name, age) in [("a", 30), ("b", 20), ("c", 10)] {
             let path = directory.path().join(format!("{name}.{ENDING}"));
@@ -167,8 +170,8 @@ mod tests {
             fs::File::open(&path).unwrap().set_modified(time).unwrap();
         }
         fs::write(directory.path().join("d.table.partial"), [0; 1000]).unwrap();
-        let shelf = Shelf::bounded(directory.path(), 2800).unwrap();
-        assert_eq!(shelf.bytes, 2000);
+        let cache = DiskCache::with_limit(directory.path(), 2800).unwrap();
+        assert_eq!(cache.bytes, 2000);
         let mut left: Vec<_> =
             fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         left.sort_unstable();

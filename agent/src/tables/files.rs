@@ -1,0 +1,250 @@
+//! The unwind tables that the agent itself holds, by file.
+
+use std::{
+    cell::Cell,
+    collections::HashMap,
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use gannet_elf::{ContentId, Segments};
+use gannet_unwind::{build::BuiltTable, table::UnwindTable};
+
+use super::{
+    TableStats,
+    parser::{self, ParsedFile, Parser, TableSources},
+};
+use crate::model::{FileId, MappedFile, Mapping, MappingKind};
+
+/// Memory of tables that the agent holds to unwind raw samples; the kernel has its own copy.
+const MAX_HELD_BYTES: usize = 6 << 20;
+/// The agent holds a table for this long after its last use, whatever the memory: a sample that needs two tables needs both
+/// at once.
+const MIN_HELD_TIME: Duration = Duration::from_secs(5);
+
+/// The tables by file, and the thread that builds them.
+pub(super) struct FileTables {
+    parser: Parser,
+    vdso: Option<VdsoTable>,
+    files: HashMap<FileId, FileState>,
+    /// The time when tables beyond [`MAX_HELD_BYTES`] were dropped last.
+    trimmed: Instant,
+}
+
+/// The table of one file.
+pub(super) enum FileState {
+    /// It is requested.
+    Requested,
+    /// It is built. `table` is none after its memory was given back; the rest stays.
+    Built { content: ContentId, segments: Segments, table: Option<Arc<UnwindTable>>, used: Cell<Instant> },
+    /// The file has none, or cannot be read: its frames are found by frame pointer.
+    None,
+}
+
+/// The table of the kernel's own shared object, the same in all processes.
+struct VdsoTable {
+    content: ContentId,
+    segments: Segments,
+    table: Arc<UnwindTable>,
+}
+
+/// The table of a mapping.
+pub(super) enum MappingTable<'a> {
+    Built {
+        content: ContentId,
+        /// None after the agent gave its memory back.
+        table: Option<&'a Arc<UnwindTable>>,
+        /// The number to subtract from an address in the mapping. None if no executable segment is mapped there.
+        bias: Option<u64>,
+    },
+    /// It can be built.
+    NotBuilt,
+    /// There is none.
+    None,
+}
+
+impl FileTables {
+    pub(super) fn start(sources: TableSources, wake: impl Fn() + Send + 'static) -> io::Result<Self> {
+        Ok(Self {
+            parser: Parser::start(sources, wake)?,
+            vdso: parser::vdso().map(|BuiltTable { content, segments, table, .. }| VdsoTable {
+                content,
+                segments,
+                table: Arc::new(table),
+            }),
+            files: HashMap::new(),
+            trimmed: Instant::now(),
+        })
+    }
+
+    /// Takes the tables that the thread has built. Returns whether there were any.
+    pub(super) fn collect(&mut self, stats: &mut TableStats) -> bool {
+        let mut any = false;
+        for (file, outcome) in self.parser.finished() {
+            any = true;
+            let state = match outcome {
+                Ok(ParsedFile { table, content, segments }) if !table.is_empty() => {
+                    stats.made += 1;
+                    FileState::Built {
+                        content,
+                        segments,
+                        table: Some(table),
+                        used: Cell::new(Instant::now()),
+                    }
+                }
+                Ok(_) => FileState::None,
+                Err(error) => {
+                    stats.failed += 1;
+                    tracing::warn!(
+                        "cannot build an unwind table, frames are found by frame pointer: {error}"
+                    );
+                    FileState::None
+                }
+            };
+            self.files.insert(file, state);
+        }
+        if any || self.trimmed.elapsed() > MIN_HELD_TIME {
+            self.trimmed = Instant::now();
+            self.trim();
+        }
+        any
+    }
+
+    /// Requests the table of a file, for which `samples` samples wait.
+    pub(super) fn request(&mut self, file: &Arc<MappedFile>, samples: usize) {
+        if matches!(self.files.get(&file.id), Some(FileState::Requested)) {
+            self.parser.raise(file.id, samples);
+        } else if self.parser.request(file, samples) {
+            self.files.insert(file.id, FileState::Requested);
+        }
+    }
+
+    /// Returns the table of a mapping, and marks it as used.
+    pub(super) fn of_mapping(&self, mapping: &Mapping) -> MappingTable<'_> {
+        let page = rustix::param::page_size() as u64;
+        match &mapping.kind {
+            MappingKind::Anon => MappingTable::None,
+            MappingKind::Vdso => match &self.vdso {
+                Some(VdsoTable { content, segments, table }) => MappingTable::Built {
+                    content: *content,
+                    table: Some(table),
+                    bias: segments.bias(mapping.start, 0, page),
+                },
+                None => MappingTable::None,
+            },
+            MappingKind::File(file) => match self.state(file) {
+                Some(FileState::Built { content, segments, table, used }) => {
+                    used.set(Instant::now());
+                    MappingTable::Built {
+                        content: *content,
+                        table: table.as_ref(),
+                        bias: segments.bias(mapping.start, mapping.offset, page),
+                    }
+                }
+                Some(FileState::None) => MappingTable::None,
+                Some(FileState::Requested) | None => MappingTable::NotBuilt,
+            },
+        }
+    }
+
+    /// Returns the state of a file: `None` if nothing is known of it yet.
+    pub(super) fn state(&self, file: &MappedFile) -> Option<&FileState> {
+        if file.file.is_none() || !file.is_elf() {
+            return Some(&FileState::None);
+        }
+        self.files.get(&file.id)
+    }
+
+    /// Drops tables beyond the memory limit: those whose last use is longest ago.
+    pub(super) fn trim(&mut self) {
+        let mut held: Vec<(Instant, FileId, usize)> = self
+            .files
+            .iter()
+            .filter_map(|(id, state)| match state {
+                FileState::Built { table: Some(table), used, .. } => {
+                    Some((used.get(), *id, table.kernel_bytes()))
+                }
+                _ => None,
+            })
+            .collect();
+        held.sort_unstable_by_key(|(used, ..)| std::cmp::Reverse(*used));
+        let mut bytes = 0;
+        for (_, id, size) in held {
+            bytes += size;
+            if bytes > MAX_HELD_BYTES
+                && let Some(FileState::Built { table, used, .. }) = self.files.get_mut(&id)
+                && used.get().elapsed() > MIN_HELD_TIME
+            {
+                *table = None;
+            }
+        }
+    }
+
+    /// Replaces the state of a file, as if the thread had built its table.
+    #[cfg(test)]
+    pub(super) fn set(&mut self, file: FileId, state: FileState) {
+        self.files.insert(file, state);
+    }
+
+    #[cfg(test)]
+    pub(super) fn take(&mut self, file: FileId) -> FileState {
+        self.files.remove(&file).unwrap()
+    }
+
+    #[cfg(test)]
+    pub(super) fn drop_table(&mut self, file: FileId) {
+        if let Some(FileState::Built { table, .. }) = self.files.get_mut(&file) {
+            *table = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use gannet_elf::{Arch, Segment};
+    use gannet_unwind::{format::UnwindRule, limits::TableLimits, table_builder::TableBuilder};
+
+    use super::*;
+
+    fn large_table() -> Arc<UnwindTable> {
+        let limits = TableLimits::default();
+        let rows = 1_600_000;
+        let mut builder = TableBuilder::new(Arch::X86_64, 0, rows * 16 + 16, &limits).unwrap();
+        for row in 0..rows {
+            builder.push(row * 16, UnwindRule::x86_64_sp(8 + 8 * (row % 2) as i32)).unwrap();
+        }
+        Arc::new(builder.finish().unwrap())
+    }
+
+    /// Checks that one sample can use several tables, even if each alone is over the memory limit (R49).
+    #[test]
+    fn tables_in_use_are_held_together_however_large() {
+        let mut files = FileTables::start(TableSources::default(), || {}).unwrap();
+        let (table, own) = (large_table(), || std::fs::File::open("/proc/self/exe").unwrap());
+        assert!(table.kernel_bytes() > MAX_HELD_BYTES);
+        let mapped: Vec<_> =
+            (1..=2).map(|n| MappedFile::opened(&format!("/lib/{n}.so"), 1, n, own())).collect();
+        for file in &mapped {
+            let segment =
+                Segment { vaddr: 0, file_offset: 0, file_bytes: 1, memory_bytes: 1, executable: true };
+            let built = FileState::Built {
+                content: ContentId::from_bytes([file.inode as u8; 16]),
+                segments: Segments::new(vec![segment]),
+                table: Some(Arc::clone(&table)),
+                used: Cell::new(Instant::now()),
+            };
+            files.set(file.id, built);
+        }
+        let is_held = |files: &FileTables, file: &MappedFile| {
+            matches!(files.files.get(&file.id), Some(FileState::Built { table: Some(_), .. }))
+        };
+        files.trim();
+        assert!(mapped.iter().all(|file| is_held(&files, file)));
+        if let Some(FileState::Built { used, .. }) = files.files.get(&mapped[0].id) {
+            used.set(Instant::now().checked_sub(MIN_HELD_TIME * 2).unwrap());
+        }
+        files.trim();
+        assert!(!is_held(&files, &mapped[0]) && is_held(&files, &mapped[1]));
+    }
+}

@@ -1,0 +1,116 @@
+//! Unwinds raw samples: registers and a copy of the stack, by the same tables as the kernel side.
+
+use std::{cell::RefCell, sync::Arc};
+
+use gannet_elf::Arch;
+use gannet_unwind::{
+    format::dwarf_register,
+    table::UnwindTable,
+    unwind::{TableSource, ThreadSnapshot, UnwindEnd, unwind_stack},
+};
+
+use super::{
+    UnwindTables,
+    files::{FileTables, MappingTable},
+};
+use crate::model::{Image, MappedFile, MappingKind, RawUserStack, Sample, StackEnd};
+
+/// The limit of the kernel side.
+const MAX_FRAMES: usize = 512;
+
+/// The user stack of a sample, unwound.
+#[derive(Clone, Debug)]
+pub struct UnwoundSample {
+    /// Leaf first. Of a frame that a signal interrupted: the address behind the interrupted byte.
+    pub frames: Vec<u64>,
+    /// How unwinding ended.
+    pub end: StackEnd,
+    /// The address at which unwinding ended because no mapping of the image holds it.
+    pub unknown: Option<u64>,
+    /// The first file whose table is not built yet. Unwinding went on by frame pointer there, and should be repeated once the
+    /// table is built.
+    pub missing: Option<Arc<MappedFile>>,
+}
+
+impl UnwoundSample {
+    /// Puts the stack into its sample, which is no longer raw.
+    pub(crate) fn complete(self, sample: &mut Sample) {
+        sample.user = self.frames;
+        sample.end = self.end;
+        sample.raw = None;
+    }
+}
+
+/// Returns a raw sample with its leaf as the only frame: nothing is known of its process.
+pub fn leaf_only(mut sample: Sample) -> Sample {
+    if let Some(raw) = sample.raw.take() {
+        sample.user = vec![raw.pc];
+        sample.end = StackEnd::Broken;
+    }
+    sample
+}
+
+/// The tables of one image.
+struct ImageTables<'a> {
+    files: &'a FileTables,
+    image: &'a Image,
+    /// The first file whose table was needed and is not built.
+    missing: RefCell<Option<Arc<MappedFile>>>,
+}
+
+impl TableSource for ImageTables<'_> {
+    fn find(&self, address: u64) -> Option<(&UnwindTable, u64)> {
+        let mapping = self.image.find(address)?;
+        match (self.files.of_mapping(mapping), &mapping.kind) {
+            (MappingTable::Built { table: Some(table), bias, .. }, _) => Some((table, bias?)),
+            (MappingTable::Built { table: None, .. } | MappingTable::NotBuilt, MappingKind::File(file)) => {
+                self.missing.borrow_mut().get_or_insert_with(|| Arc::clone(file));
+                None
+            }
+            _ => None,
+        }
+    }
+
+    fn is_code(&self, address: u64) -> bool {
+        self.image.find(address).is_some()
+    }
+}
+
+impl UnwindTables {
+    /// Unwinds a raw sample. A sample that is not raw keeps its frames.
+    pub fn unwind(&self, image: &Image, sample: &Sample) -> UnwoundSample {
+        let Some(raw) = &sample.raw else {
+            return UnwoundSample {
+                frames: sample.user.clone(),
+                end: sample.end,
+                unknown: None,
+                missing: None,
+            };
+        };
+        let RawUserStack { pc, registers, stack } = raw;
+        let arch = if cfg!(target_arch = "aarch64") { Arch::Aarch64 } else { Arch::X86_64 };
+        let stack_pointer = usize::from(dwarf_register::stack_pointer(arch));
+        let stack_start = registers.get(stack_pointer).copied().unwrap_or(0);
+        let snapshot = ThreadSnapshot { arch, pc: *pc, registers, stack_start, stack };
+        let source = ImageTables { files: &self.files, image, missing: RefCell::new(None) };
+        let unwound = unwind_stack(&snapshot, &source, MAX_FRAMES);
+        let frames = unwound.frames.iter().enumerate().map(|(depth, frame)| {
+            // The kernel side reports frames in this form too: callers are looked up one byte back.
+            if frame.exact && depth > 0 { frame.pc.wrapping_add(1) } else { frame.pc }
+        });
+        let (end, unknown) = match unwound.end {
+            UnwindEnd::Complete => (StackEnd::Complete, None),
+            // Or the copy ends before the stack does, or the stack continues elsewhere, below a signal handler.
+            UnwindEnd::Truncated | UnwindEnd::StackMissing { .. } => (StackEnd::Truncated, None),
+            UnwindEnd::NoTable { address } if image.find(address).is_none() => {
+                (StackEnd::Broken, Some(address))
+            }
+            UnwindEnd::NoTable { .. }
+            | UnwindEnd::NoRule { .. }
+            | UnwindEnd::Unsupported(_)
+            | UnwindEnd::RegisterLost
+            | UnwindEnd::NoProgress => (StackEnd::Broken, None),
+        };
+        UnwoundSample { frames: frames.collect(), end, unknown, missing: source.missing.into_inner() }
+    }
+}
