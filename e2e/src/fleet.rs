@@ -1,5 +1,5 @@
-//! A fleet of simulated nodes: each one a real control stream on a connection of its own, which applies whatever it is
-//! sent and comes back as an agent does when its collector goes away.
+//! A fleet of simulated nodes. Each has a real control stream on its own connection, applies each rule set that it receives,
+//! and reconnects as an agent does.
 
 use std::{
     sync::{
@@ -20,25 +20,25 @@ use tonic::{Status, transport::Channel};
 
 use crate::{Collector, eventually_within, rule};
 
-/// What the nodes have seen, all together.
+/// Counts over all nodes.
 #[derive(Default)]
 pub struct Counts {
-    /// Streams that stand.
+    /// Streams that are connected now.
     pub connected: AtomicU64,
-    /// Rule sets that came.
+    /// Rule sets that the nodes received.
     pub pushed: AtomicU64,
 }
 
-/// Running nodes. Dropped: they all go away.
+/// Running nodes. Dropping it disconnects all.
 pub struct Fleet {
-    /// What they have seen.
+    /// Counts over all nodes.
     pub counts: Arc<Counts>,
     size: u64,
     _tasks: JoinSet<()>,
 }
 
 impl Fleet {
-    /// Starts so many nodes that dial `url`, and waits until all are connected.
+    /// Starts `size` nodes that dial `url`, and waits until all are connected.
     pub async fn start(url: &str, size: u64, heartbeat: Duration) -> Self {
         let counts = Arc::new(Counts::default());
         let mut tasks = JoinSet::new();
@@ -50,7 +50,7 @@ impl Fleet {
         fleet
     }
 
-    /// Waits until every node is connected.
+    /// Waits at most three minutes until every node is connected.
     pub async fn connected(&self) {
         eventually_within(Duration::from_secs(180), "all nodes are connected", async || {
             (self.counts.connected.load(Relaxed) == self.size).then_some(())
@@ -58,28 +58,28 @@ impl Fleet {
         .await;
     }
 
-    /// Rule sets that came until now.
+    /// Returns the number of rule sets that the nodes received until now.
     pub fn pushed(&self) -> u64 {
         self.counts.pushed.load(Relaxed)
     }
 }
 
-/// One node, for ever.
+/// Runs one node until the task is dropped.
 async fn node(name: String, url: String, heartbeat: Duration, counts: Arc<Counts>) {
     let mut active = (0, String::new());
     let mut wait = 1.0_f64;
     loop {
-        // Nothing is left of a stream that ended: the next one is a new connection.
+        // Each stream has a new connection.
         let begin = Instant::now();
-        let mut stood = false;
-        let _ended = stream(&name, &url, heartbeat, &mut active, &counts, &mut stood).await;
-        if stood {
+        let mut connected = false;
+        let _ended = stream(&name, &url, heartbeat, &mut active, &counts, &mut connected).await;
+        if connected {
             counts.connected.fetch_sub(1, Relaxed);
         }
         if begin.elapsed() > Duration::from_secs(30) {
             wait = 1.0;
         }
-        // As the agent waits: anywhere between a second and three times the last wait.
+        // The agent also waits for a random time between a second and three times the last wait.
         wait = rand::random_range(1.0..=(wait * 3.0).min(60.0));
         tokio::time::sleep(Duration::from_secs_f64(wait)).await;
     }
@@ -91,12 +91,12 @@ async fn stream(
     heartbeat: Duration,
     active: &mut (u64, String),
     counts: &Counts,
-    stood: &mut bool,
+    connected: &mut bool,
 ) -> Result<(), Status> {
     let endpoint = Channel::from_shared(url.to_owned()).map_err(|e| Status::internal(e.to_string()))?;
     let channel = endpoint.connect().await.map_err(|e| Status::unavailable(e.to_string()))?;
     let (out, receiver) = mpsc::channel(8);
-    let say = async |message| {
+    let send = async |message| {
         out.send(AgentMessage { message: Some(message) })
             .await
             .map_err(|_| Status::unavailable("the stream has ended"))
@@ -113,11 +113,11 @@ async fn stream(
         cpus: 64,
         started_at: None,
     };
-    say(Message::Hello(hello)).await?;
+    send(Message::Hello(hello)).await?;
     let mut incoming =
         AgentServiceClient::new(channel).connect(ReceiverStream::new(receiver)).await?.into_inner();
     counts.connected.fetch_add(1, Relaxed);
-    *stood = true;
+    *connected = true;
     let mut rules: Vec<RuleStatus> = Vec::new();
     let first = tokio::time::Instant::now() + heartbeat.mul_f64(rand::random_range(0.0..1.0));
     let mut heartbeat = tokio::time::interval_at(first, heartbeat);
@@ -139,7 +139,7 @@ async fn stream(
                         })
                         .collect();
                     let (revision, nonce, digest) = (set.revision, set.nonce, set.digest);
-                    say(Message::Applied(RulesApplied { revision, nonce, digest, partial: Vec::new() })).await?;
+                    send(Message::Applied(RulesApplied { revision, nonce, digest, partial: Vec::new() })).await?;
                 }
                 Some(_) => {}
             },
@@ -151,18 +151,18 @@ async fn stream(
                     processes_armed: 3,
                     ..NodeStatus::default()
                 };
-                say(Message::Status(status)).await?;
+                send(Message::Status(status)).await?;
             }
         }
     }
 }
 
-/// Sets as many rules anew, and waits until every node has answered. Gives how long that took from the call on.
+/// Replaces all rules, and waits until every node has answered. Returns the time from the call to the last answer.
 pub async fn push_round(collector: &Collector, round: u32, rules: u32, nodes: u64) -> Duration {
     let set =
         (0..rules).map(|number| rule(&format!("rule-{number}"), &format!("round{round}"), 99)).collect();
     let begin = Instant::now();
-    let revision = collector.set_rules(set).await.expect("the rules are taken").revision;
+    let revision = collector.set_rules(set).await.expect("the rules are accepted").revision;
     let mut client = TriggerServiceClient::new(collector.channel()).max_decoding_message_size(64 << 20);
     let request = WatchRolloutRequest { revision, until_settled: true };
     let mut watch = client.watch_rollout(request).await.expect("the rollout").into_inner();

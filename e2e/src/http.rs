@@ -1,11 +1,11 @@
-//! As much of HTTP as asking a program for a page takes.
+//! A minimal HTTP client for the pages of the programs.
 
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
 };
 
-/// The status and the body of a page; none if nobody answers at `HOST:PORT`.
+/// Returns status and body of a page; none if no program answers at `HOST:PORT`.
 pub async fn http_get(address: &str, path: &str) -> Option<(u16, String)> {
     let mut stream = TcpStream::connect(address).await.ok()?;
     let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\nConnection: close\r\n\r\n");

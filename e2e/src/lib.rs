@@ -1,11 +1,10 @@
-//! What the tests of the whole path share: the real programs, started and ended as people do it, and ways to look at
-//! them from outside.
+//! Shared by the tests of the whole path: starts and ends the real programs as users do, and inspects them from outside.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test that cannot go on shall say so at once"
+    reason = "a test that cannot go on fails at once"
 )]
 
 mod fleet;

@@ -1,4 +1,4 @@
-//! Child processes that leave nothing behind.
+//! Child processes that end with the test.
 
 use std::{
     fs::{self, File},
@@ -11,7 +11,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
-/// A program of this build: beside the tests' own directory.
+/// Returns the path of a program of this build, which is beside the directory of the tests.
 #[track_caller]
 pub fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the test's own path");
@@ -20,20 +20,20 @@ pub fn binary(name: &str) -> PathBuf {
         Some(directory) => directory.join(name),
         None => {
             panic!(
-                "{name} is not built beside {}: run the tests by `make e2e`, which builds it",
+                "{name} is not built beside {}: run the tests by `make test`, which builds it",
                 test.display()
             )
         }
     }
 }
 
-/// Runs a program of this build to its end.
+/// Runs a program of this build, and returns its output after its exit.
 #[track_caller]
 pub fn run(name: &str, args: &[&str]) -> Output {
     Command::new(binary(name)).args(args).stdin(Stdio::null()).output().expect("the program starts")
 }
 
-/// A running program in a process group of its own. Dropped: killed with all its children.
+/// A running program in its own process group. Dropping it kills it and its children.
 pub struct Program {
     child: Child,
     name: String,
@@ -41,7 +41,7 @@ pub struct Program {
 }
 
 impl Program {
-    /// Starts it; what it prints goes to `NAME.log` in `directory`, appended.
+    /// Starts it. Its output is appended to `NAME.log` in `directory`.
     #[track_caller]
     pub fn start(name: &str, args: &[String], directory: &Path) -> Self {
         let log = directory.join(format!("{name}.log"));
@@ -51,7 +51,7 @@ impl Program {
         // SAFETY: prctl with these arguments touches no memory and is safe between fork and exec.
         unsafe {
             command.pre_exec(|| {
-                // The runner may kill the test: nothing shall outlive it.
+                // The runner may kill the test; the program must not outlive it.
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                 Ok(())
             });
@@ -60,22 +60,22 @@ impl Program {
         Self { child, name: name.to_owned(), log }
     }
 
-    /// Its process id.
+    /// Returns the PID.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has printed.
+    /// Returns its output until now.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Still there?
+    /// Whether the process is still there.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// SIGKILL: no chance to put anything in order.
+    /// Kills the process group by SIGKILL, which no handler sees.
     pub fn kill(&mut self) {
         if self.is_running() {
             let _ = kill_process_group(pid(&self.child), Signal::KILL);
@@ -83,25 +83,25 @@ impl Program {
         let _ = self.child.wait();
     }
 
-    /// SIGTERM, and its end.
+    /// Sends SIGTERM, and waits at most 30 s for the exit.
     #[track_caller]
     pub fn terminate(&mut self) -> ExitStatus {
         let _ = kill_process(pid(&self.child), Signal::TERM);
         self.wait(Duration::from_secs(30))
     }
 
-    /// Waits for its end.
+    /// Waits for the exit; panics with the log after `timeout`.
     #[track_caller]
-    pub fn wait(&mut self, patience: Duration) -> ExitStatus {
+    pub fn wait(&mut self, timeout: Duration) -> ExitStatus {
         let begin = Instant::now();
-        while begin.elapsed() < patience {
+        while begin.elapsed() < timeout {
             if let Some(status) = self.child.try_wait().expect("the child is ours") {
                 return status;
             }
             thread::sleep(Duration::from_millis(10));
         }
         let log = self.log();
-        panic!("{} did not end within {patience:?}; its log:\n{log}", self.name)
+        panic!("{} did not end within {timeout:?}; its log:\n{log}", self.name)
     }
 }
 

@@ -1,4 +1,4 @@
-//! A second clock: counts the perf ticks of every CPU with nothing of the agent's in between.
+//! A second clock: counts the perf ticks of every CPU without any code of the agent.
 
 use std::{
     fs::File,
@@ -10,27 +10,27 @@ use std::{
 
 use perf_event_open_sys::bindings;
 
-/// Room for the records: 16 bytes each, so some eight thousand ticks.
+/// Pages for the records: 16 bytes each, so some eight thousand ticks.
 const DATA_PAGES: usize = 32;
 
-/// A sampling cpu-clock on every CPU whose records go into a ring of its own, read when it is over.
+/// A sampling cpu-clock on every CPU. Each has its own ring buffer, which [`Ticks::finish`] reads.
 pub struct Ticks {
     clocks: Vec<(File, *mut bindings::perf_event_mmap_page)>,
     hz: u64,
     page: usize,
 }
 
-/// What the clocks did.
+/// The ticks of all clocks in a span of time.
 #[derive(Clone, Copy, Debug)]
 pub struct Ticked {
-    /// Those that came.
+    /// Ticks that the kernel recorded.
     pub ticks: u64,
-    /// Those that the time makes due. A machine that is stolen from has fewer ticks than this.
+    /// Ticks that are due by the time. A machine whose host runs other guests has fewer.
     pub due: f64,
 }
 
 impl Ticks {
-    /// Starts the clocks.
+    /// Starts a clock of `hz` on every CPU.
     #[track_caller]
     pub fn start(hz: u64) -> Self {
         let period_ns = 1_000_000_000 / hz;
@@ -55,7 +55,7 @@ impl Ticks {
         // SAFETY: the attribute structure is valid for the call and its size is set.
         let fd = unsafe { perf_event_open_sys::perf_event_open(&raw mut attr, -1, cpu, -1, 0) };
         assert!(fd >= 0, "perf_event_open on CPU {cpu}: {}", std::io::Error::last_os_error());
-        // SAFETY: a new descriptor that nobody else has.
+        // SAFETY: a new descriptor that no other value owns.
         let event = unsafe { File::from_raw_fd(fd) };
         // SAFETY: a new mapping at an address of the kernel's choice.
         let ring = unsafe {
@@ -72,7 +72,7 @@ impl Ticks {
         (event, ring.cast())
     }
 
-    /// Stops them and counts the ticks of a span of the monotonic clock.
+    /// Stops the clocks and counts the ticks between two times of the monotonic clock.
     #[track_caller]
     pub fn finish(self, from: Duration, until: Duration) -> Ticked {
         let mut ticks = 0;
@@ -104,7 +104,7 @@ impl Ticks {
     }
 }
 
-/// The clock by which ticks are told.
+/// Returns the time of the clock that stamps the ticks.
 pub fn monotonic() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32)

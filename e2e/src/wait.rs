@@ -1,15 +1,15 @@
-//! Waiting for what comes true, not for a time.
+//! Waits for a condition, not for a time.
 
 use std::time::{Duration, Instant};
 
-/// Asks every 20 ms until there is an answer; fails after a minute.
+/// Calls `ask` every 20 ms until it returns a value; panics with `what` after a minute.
 pub async fn eventually<T>(what: &str, ask: impl AsyncFnMut() -> Option<T>) -> T {
     eventually_within(Duration::from_secs(60), what, ask).await
 }
 
-/// Asks every 20 ms until there is an answer.
+/// Calls `ask` every 20 ms until it returns a value; panics with `what` after `timeout`.
 pub async fn eventually_within<T>(
-    patience: Duration,
+    timeout: Duration,
     what: &str,
     mut ask: impl AsyncFnMut() -> Option<T>,
 ) -> T {
@@ -18,7 +18,7 @@ pub async fn eventually_within<T>(
         if let Some(answer) = ask().await {
             return answer;
         }
-        assert!(begin.elapsed() < patience, "not within {patience:?}: {what}");
+        assert!(begin.elapsed() < timeout, "not within {timeout:?}: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

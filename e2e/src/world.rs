@@ -1,4 +1,4 @@
-//! A collector, agents and the sample program, each a process of its own with its own ports and directories.
+//! A collector, agents and the sample program, each as a process with its own ports and directories.
 
 use std::{
     net::TcpListener,
@@ -20,7 +20,7 @@ use tonic::{Status, transport::Channel};
 
 use crate::{Program, eventually};
 
-/// A port that nobody has now. Programs are started again on the same one, so it is not left to them.
+/// Returns a free port. A program keeps its port over restarts, so the test chooses it.
 fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
 }
@@ -29,9 +29,9 @@ fn strings<const N: usize>(args: [&str; N]) -> Vec<String> {
     args.map(str::to_owned).to_vec()
 }
 
-/// The central program.
+/// A collector process with its store.
 pub struct Collector {
-    // Before the directory, so that it can still show its log if it goes down with a test.
+    // Before the directory, so that dropping it can still print its log.
     program: Option<Program>,
     directory: TempDir,
     grpc: u16,
@@ -39,20 +39,20 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// Starts one on an empty store and waits until it answers.
+    /// Starts a collector on an empty store and waits until it answers.
     pub async fn start() -> Self {
         let mut collector = Self::prepare();
         collector.up().await;
         collector
     }
 
-    /// Ports and a directory, and nobody who listens yet.
+    /// Reserves ports and a directory; [`Self::up`] starts the process.
     pub fn prepare() -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         Self { program: None, directory, grpc: free_port(), http: free_port() }
     }
 
-    /// Starts it, on the store that it had before.
+    /// Starts the process on its former store and waits until it answers.
     pub async fn up(&mut self) {
         let args = [
             format!("--data={}", self.data().display()),
@@ -63,48 +63,48 @@ impl Collector {
         eventually("the collector answers", async || self.nodes().await.ok()).await;
     }
 
-    /// The running program.
+    /// Returns the process; panics if it was never started.
     pub fn program(&mut self) -> &mut Program {
         self.program.as_mut().expect("the collector was started")
     }
 
-    /// Where its store is.
+    /// Returns the directory of the store.
     pub fn data(&self) -> PathBuf {
         self.directory.path().join("data")
     }
 
-    /// For `--endpoint`.
+    /// Returns the URL for `--endpoint`.
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.grpc)
     }
 
-    /// A connection; it lasts over restarts.
+    /// Returns a connection that survives restarts.
     pub fn channel(&self) -> Channel {
         Channel::from_shared(self.url()).expect("an address").connect_lazy()
     }
 
-    /// All nodes.
+    /// Lists all nodes that the collector knows.
     pub async fn nodes(&self) -> Result<Vec<Node>, Status> {
         let mut client = FleetServiceClient::new(self.channel());
         Ok(client.list_nodes(gannet_proto::control::ListNodesRequest {}).await?.into_inner().nodes)
     }
 
-    /// One node, if it is known.
+    /// Returns one node, if the collector knows it.
     pub async fn node(&self, name: &str) -> Option<Node> {
         self.nodes().await.ok()?.into_iter().find(|node| node.name == name)
     }
 
-    /// Replaces the default scope.
+    /// Replaces the rules of the default scope.
     pub async fn set_rules(&self, rules: Vec<Rule>) -> Result<SetTriggersResponse, Status> {
         self.set_triggers(SetTriggersRequest { rules, ..Default::default() }).await
     }
 
-    /// As it stands.
+    /// Sends the request as it is.
     pub async fn set_triggers(&self, request: SetTriggersRequest) -> Result<SetTriggersResponse, Status> {
         TriggerServiceClient::new(self.channel()).set_triggers(request).await.map(tonic::Response::into_inner)
     }
 
-    /// What became of one revision.
+    /// Returns the state of a revision on every node.
     pub async fn rollout(&self, revision: u64) -> Rollout {
         let request = GetRolloutRequest { revision };
         TriggerServiceClient::new(self.channel())
@@ -114,7 +114,7 @@ impl Collector {
             .into_inner()
     }
 
-    /// All stored profiles that a query names.
+    /// Returns all stored profiles of a query.
     pub async fn profiles(&self, query: &str) -> Vec<ProfileInfo> {
         let mut client = QueryServiceClient::new(self.channel());
         let (mut all, mut page_token) = (Vec::new(), String::new());
@@ -129,7 +129,7 @@ impl Collector {
         }
     }
 
-    /// The flame graph of a query.
+    /// Returns the merged profile of a query as a flame graph.
     pub async fn flame_graph(&self, query: &str) -> FlameGraphResponse {
         let request =
             FlameGraphRequest { selection: Some(selection(query)), flat: true, ..Default::default() };
@@ -141,12 +141,12 @@ impl Collector {
     }
 }
 
-/// All of the last hour.
+/// Selects the profiles of a query from the last hour.
 pub fn selection(query: &str) -> Selection {
     Selection { query: query.to_owned(), ..Default::default() }
 }
 
-/// The node program, without a collector or with one.
+/// An agent process with its state directory.
 pub struct Agent {
     program: Option<Program>,
     directory: TempDir,
@@ -158,21 +158,21 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts one as node `node` that dials `url`, with more flags, and waits until it is ready.
+    /// Starts an agent as node `node` that dials `url`, with more flags.
     pub fn start(node: &str, url: &str, more: &[&str]) -> Self {
         let mut agent = Self::prepare(node, url, more);
         agent.up();
         agent
     }
 
-    /// Ports and a state directory, and nobody there yet.
+    /// Reserves ports and a state directory; [`Self::up`] starts the process.
     pub fn prepare(node: &str, url: &str, more: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let state = directory.path().join("state");
         Self::with_state(node, url, more, directory, state)
     }
 
-    /// Keeps its state somewhere else.
+    /// Starts an agent with the given state directory.
     pub fn start_in(state: PathBuf, node: &str, url: &str, more: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let mut agent = Self::with_state(node, url, more, directory, state);
@@ -194,37 +194,37 @@ impl Agent {
         Self { program: None, directory, state, node: node.to_owned(), args, debug, probes }
     }
 
-    /// Starts it, with the state that it had before.
+    /// Starts the process with its former state.
     pub fn up(&mut self) {
         self.program = Some(Program::start("gannet-agent", &self.args, self.directory.path()));
     }
 
-    /// The running program.
+    /// Returns the process; panics if it was never started.
     pub fn program(&mut self) -> &mut Program {
         self.program.as_mut().expect("the agent was started")
     }
 
-    /// Its name in the fleet.
+    /// Returns the name of its node.
     pub fn node(&self) -> &str {
         &self.node
     }
 
-    /// Spool, sequence, last good rules.
+    /// Returns the state directory: spool, sequence, last good rules.
     pub fn state(&self) -> &Path {
         &self.state
     }
 
-    /// Where its debug page is.
+    /// Returns `HOST:PORT` of the debug page.
     pub fn debug(&self) -> String {
         format!("127.0.0.1:{}", self.debug)
     }
 
-    /// Where its probes and metrics are.
+    /// Returns `HOST:PORT` of probes and metrics.
     pub fn probes(&self) -> String {
         format!("127.0.0.1:{}", self.probes)
     }
 
-    /// Waits until the collector has it as connected.
+    /// Waits until the collector lists it as connected.
     pub async fn connected(&self, collector: &Collector) {
         eventually("the agent is connected", async || {
             collector.node(&self.node).await.filter(|node| node.connected)
@@ -233,14 +233,14 @@ impl Agent {
     }
 }
 
-/// The sample program.
+/// A process of the sample program.
 pub struct Sample {
     program: Program,
     directory: TempDir,
 }
 
 impl Sample {
-    /// Starts it; `load` is its CPU time in percent of one core.
+    /// Starts the program with a CPU time of `load` percent of one core.
     #[track_caller]
     pub fn start(load: u32) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
@@ -248,28 +248,28 @@ impl Sample {
         Self { program, directory }
     }
 
-    /// The running program.
+    /// Returns the process; panics if it was never started.
     pub fn program(&mut self) -> &mut Program {
         &mut self.program
     }
 
-    /// Ends it; the nanoseconds of CPU time that the kernel accounted to it.
+    /// Ends the program, and returns its CPU time by the kernel's account, in nanoseconds.
     #[track_caller]
     pub fn finish(mut self) -> u64 {
         assert!(self.program.terminate().success(), "the sample program ends well");
-        let line: serde_json::Value = serde_json::from_str(&self.program.log()).expect("its last words");
+        let line: serde_json::Value = serde_json::from_str(&self.program.log()).expect("its report");
         drop(self.directory);
         line["cpu_ns"].as_u64().expect("its CPU time")
     }
 }
 
-/// Everything that is called `comm`, all the time.
+/// Builds a rule that always samples the processes with the command name `comm`.
 pub fn rule(id: &str, comm: &str, hz: u32) -> Rule {
     Rule {
         id: id.to_owned(),
         r#match: Some(Match { comm: vec![comm.to_owned()], ..Default::default() }),
         capture: Some(Capture { hz, ..Default::default() }),
-        // A rule that samples all the time has to say for how long.
+        // A rule that always samples needs a lifetime.
         lifetime: Some(gannet_proto::control::Lifetime {
             ttl: Some("3600s".parse().expect("a duration")),
             not_before: None,

@@ -1,11 +1,11 @@
-//! What users and networks get wrong, given to the real programs: each a clear error or a counted effect, never a crash,
-//! never a silent loss.
+//! Faults of users and networks, with the real programs: each gives a clear error or a counted effect, never a crash or a
+//! silent loss.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test that cannot go on shall say so at once"
+    reason = "a test that cannot go on fails at once"
 )]
 
 use std::{
@@ -24,15 +24,15 @@ use gannet_proto::ingest::{
 };
 use ulid::Ulid;
 
-/// Failed, said all of these words, and did not panic.
+/// Asserts that the program failed, printed all of these words, and did not panic.
 #[track_caller]
 fn refused(output: &Output, words: &[&str]) {
-    let said =
+    let printed =
         format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(!output.status.success(), "{said}");
-    assert!(!said.contains("panicked"), "{said}");
+    assert!(!output.status.success(), "{printed}");
+    assert!(!printed.contains("panicked"), "{printed}");
     for word in words {
-        assert!(said.contains(word), "`{word}` is not in: {said}");
+        assert!(printed.contains(word), "`{word}` is not in: {printed}");
     }
 }
 
@@ -53,7 +53,7 @@ const RULES: [(&str, &str, &[&str]); 5] = [
 ];
 
 #[tokio::test]
-async fn wrong_rules_are_refused_with_their_field_by_the_agent_and_by_the_command_line() {
+async fn agent_and_gannetctl_refuse_wrong_rules_with_the_field() {
     let collector = Collector::start().await;
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("rules.yaml");
@@ -70,7 +70,7 @@ async fn wrong_rules_are_refused_with_their_field_by_the_agent_and_by_the_comman
 }
 
 #[test]
-fn a_port_in_use_is_said_in_one_line() {
+fn a_port_in_use_is_reported_with_its_address() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = taken.local_addr().expect("its address").to_string();
     let directory = tempfile::tempdir().expect("a directory");
@@ -85,12 +85,12 @@ fn a_port_in_use_is_said_in_one_line() {
 }
 
 #[tokio::test]
-async fn batches_that_are_cut_or_too_large_are_refused_by_name_and_the_stream_goes_on() {
+async fn bad_batches_are_refused_by_code_and_the_stream_goes_on() {
     let collector = Collector::start().await;
     let (sender, outgoing) = tokio::sync::mpsc::channel(8);
     let hello = Hello { node: "n".to_owned(), version: "test".to_owned() };
     let send = async |message| {
-        sender.send(PushRequest { message: Some(message) }).await.expect("the stream takes it");
+        sender.send(PushRequest { message: Some(message) }).await.expect("the stream accepts it");
     };
     send(Request::Hello(hello)).await;
     let mut client = IngestServiceClient::new(collector.channel());
@@ -133,7 +133,7 @@ async fn metric(agent: &Agent, name: &str) -> Option<f64> {
 }
 
 #[tokio::test]
-async fn an_unreachable_collector_and_a_damaged_spool_are_counted_and_everything_else_goes_on() {
+async fn an_outage_and_a_damaged_spool_are_counted_and_survived() {
     let mut collector = Collector::prepare();
     let directory = tempfile::tempdir().expect("a directory");
     let rules = directory.path().join("rules.yaml");
@@ -155,7 +155,7 @@ async fn an_unreachable_collector_and_a_damaged_spool_are_counted_and_everything
     .await;
     agent.program().kill();
 
-    // One file of it is cut in the middle, and one that never was any lies beside it.
+    // One spool file is cut in the middle.
     let spool = agent.state().join("spool");
     let cut = fs::read_dir(&spool)
         .expect("the spool")
@@ -163,25 +163,25 @@ async fn an_unreachable_collector_and_a_damaged_spool_are_counted_and_everything
         .map(|entry| entry.path())
         .find(|path| path.extension().is_some_and(|extension| extension == "spool"))
         .expect("a file");
-    let whole = fs::read(&cut).expect("its bytes");
-    fs::write(&cut, &whole[..whole.len() / 2]).expect("it is cut");
+    let complete = fs::read(&cut).expect("its bytes");
+    fs::write(&cut, &complete[..complete.len() / 2]).expect("it is cut");
     agent.up();
     eventually("the damage is counted", async || {
         metric(&agent, "gannet_agent_spool_corrupt_files_total").await.filter(|n| *n >= 1.0)
     })
     .await;
-    eventually("its samples are lost by name", async || {
+    eventually("its samples are counted as lost", async || {
         metric(&agent, "gannet_agent_samples_lost_total{reason=\"spool_corrupt\"}").await.filter(|n| *n > 0.0)
     })
     .await;
     collector.up().await;
-    eventually_within(Duration::from_secs(90), "what is whole arrives", async || {
+    eventually_within(Duration::from_secs(90), "the intact batches arrive", async || {
         collector.profiles(r#"{service_name="webshop"}"#).await.pop()
     })
     .await;
 }
 
-/// A small file system of its own, gone with the value.
+/// A small file system, unmounted when dropped.
 struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {
@@ -210,20 +210,20 @@ impl Drop for SmallDisk {
 }
 
 #[tokio::test]
-async fn a_full_disk_loses_counted_samples_and_nothing_else() {
+async fn a_full_disk_loses_only_samples_and_counts_them() {
     let collector = Collector::start().await;
     let disk = SmallDisk::mount("2m");
     let mut agent = Agent::start_in(disk.path().join("state"), "full", &collector.url(), &["--window=1s"]);
     agent.connected(&collector).await;
     fs::write(disk.path().join("everything"), vec![1; 4 << 20]).expect_err("the disk is full now");
     let _sample = Sample::start(60);
-    collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("a good rule is taken");
+    collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("the rule is accepted");
     eventually("losses are counted", async || {
         metric(&agent, "gannet_agent_samples_lost_total{reason=\"spool_full\"}").await.filter(|n| *n > 0.0)
     })
     .await;
     assert!(agent.program().is_running());
-    fs::remove_file(disk.path().join("everything")).expect("there is room again");
+    fs::remove_file(disk.path().join("everything")).expect("the file is removed");
     eventually("profiles arrive again", async || {
         collector.profiles(r#"{service_name="webshop"}"#).await.pop()
     })

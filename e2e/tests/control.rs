@@ -1,10 +1,10 @@
-//! Rules on a real node and what it says of them, with the real programs on the real kernel.
+//! Rules on a real node and the states that it reports, with the real programs on the real kernel.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test that cannot go on shall say so at once"
+    reason = "a test that cannot go on fails at once"
 )]
 
 use std::time::Duration;
@@ -36,7 +36,7 @@ fn ctl(collector: &Collector, args: &[&str]) -> (bool, Value) {
 }
 
 #[tokio::test]
-async fn a_rejected_set_leaves_the_former_one_at_work_and_a_partial_one_says_what_is_missing() {
+async fn a_rejected_set_keeps_the_former_and_a_partial_one_names_gaps() {
     let collector = Collector::start().await;
     let agent = Agent::start("alpha", &collector.url(), &["--max-hz=100", "--window=1s"]);
     agent.connected(&collector).await;
@@ -65,7 +65,7 @@ async fn a_rejected_set_leaves_the_former_one_at_work_and_a_partial_one_says_wha
 
     // Each answer is in the audit.
     let mut client = TriggerServiceClient::new(collector.channel());
-    let entries = eventually("the answers are written down", async || {
+    let entries = eventually("the audit has the answers", async || {
         let request = ListAuditRequest { node: "alpha".into(), ..ListAuditRequest::default() };
         let entries = client.list_audit(request).await.unwrap().into_inner().entries;
         (entries.len() >= 3).then_some(entries)
@@ -76,7 +76,7 @@ async fn a_rejected_set_leaves_the_former_one_at_work_and_a_partial_one_says_wha
 }
 
 #[tokio::test]
-async fn rules_outlive_agent_and_collector_expire_without_one_and_nothing_is_pushed_twice() {
+async fn rules_outlive_both_programs_and_are_pushed_once() {
     let mut collector = Collector::start().await;
     let mut agent = Agent::start("beta", &collector.url(), &["--window=1s"]);
     agent.connected(&collector).await;
@@ -86,7 +86,7 @@ async fn rules_outlive_agent_and_collector_expire_without_one_and_nothing_is_pus
     let set = collector.set_rules(vec![rule("shop", "webshop", 99), brief]).await.unwrap();
     becomes(&collector, "beta", set.revision, State::Applied).await;
 
-    // Partition: the collector is gone, the node's own clock goes on, also over a restart of the agent.
+    // The collector is gone. The node's own clock ends the lifetime, also over a restart of the agent.
     collector.program().kill();
     agent.program().terminate();
     agent.up();
@@ -106,7 +106,7 @@ async fn rules_outlive_agent_and_collector_expire_without_one_and_nothing_is_pus
     })
     .await;
 
-    // The collector is back: it learns of the expiry, and pushes nothing that is in force.
+    // The collector is back: the node reports the expiry, and receives no rule set that is in force.
     collector.up().await;
     agent.connected(&collector).await;
     let status = eventually("the expiry is reported", async || {
@@ -124,7 +124,7 @@ async fn rules_outlive_agent_and_collector_expire_without_one_and_nothing_is_pus
     let log = agent.program().log();
     assert_eq!(log.matches("rules applied").count(), 1, "pushed once:\n{log}");
 
-    // A collector that has lost its store is no reason to drop rules.
+    // The agent keeps its rules when the collector has lost its store.
     collector.program().kill();
     std::fs::remove_dir_all(collector.data()).unwrap();
     collector.up().await;
@@ -136,7 +136,7 @@ async fn rules_outlive_agent_and_collector_expire_without_one_and_nothing_is_pus
 }
 
 #[tokio::test]
-async fn a_node_says_what_rules_would_do_and_why_processes_match() {
+async fn a_node_previews_rules_and_explains_matches() {
     let collector = Collector::start().await;
     let agent = Agent::start("gamma", &collector.url(), &["--max-hz=200"]);
     agent.connected(&collector).await;
@@ -160,7 +160,7 @@ async fn a_node_says_what_rules_would_do_and_why_processes_match() {
     assert!(refused.would_reject && refused.errors[0].field == "capture.hz", "{refused:?}");
     assert!(collector.node("gamma").await.unwrap().status.is_none_or(|status| status.rules.is_empty()));
 
-    // A capture by hand, with no rule in force.
+    // A capture on request, with no rule in force.
     let file = tempfile::tempdir().unwrap();
     let file = file.path().join("shop.pb.gz");
     let (url, path) = (collector.url(), file.display().to_string());
@@ -180,9 +180,9 @@ async fn a_node_says_what_rules_would_do_and_why_processes_match() {
         assert!(good, "{value}");
         value["processes"]["list"][0].clone()
     };
-    // The first heartbeat is what the command asks for before it asks the node.
+    // The command reads the first heartbeat before it asks the node.
     eventually("a heartbeat", async || collector.node("gamma").await?.status).await;
-    eventually("the process is armed", async || (why("shop")["armed"] == true).then_some(())).await;
+    eventually("the process is sampled", async || (why("shop")["armed"] == true).then_some(())).await;
     assert_eq!(why("shop")["matches"], true);
     let picky = why("picky");
     assert_eq!((picky["matches"].as_bool(), picky["armed"].as_bool()), (Some(false), Some(false)));

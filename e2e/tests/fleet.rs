@@ -1,10 +1,10 @@
-//! One collector and many nodes, on real connections.
+//! One collector and many simulated nodes, on real connections.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test that cannot go on shall say so at once"
+    reason = "a test that cannot go on fails at once"
 )]
 
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
@@ -12,7 +12,7 @@ use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 use gannet_e2e::{Collector, Fleet, eventually, push_round};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hundred_nodes_get_every_set_and_none_of_them_again_after_a_restart() {
+async fn a_hundred_nodes_receive_each_set_once_over_a_restart() {
     const NODES: u64 = 100;
     let mut collector = Collector::start().await;
     let fleet = Fleet::start(&collector.url(), NODES, Duration::from_secs(5)).await;
@@ -22,11 +22,11 @@ async fn a_hundred_nodes_get_every_set_and_none_of_them_again_after_a_restart() 
     }
     assert_eq!(fleet.pushed(), 3 * NODES, "each set goes to each node once");
     collector.program().kill();
-    eventually("nobody is connected", async || (fleet.counts.connected.load(Relaxed) == 0).then_some(()))
+    eventually("no node is connected", async || (fleet.counts.connected.load(Relaxed) == 0).then_some(()))
         .await;
     collector.up().await;
     fleet.connected().await;
-    assert_eq!(fleet.pushed(), 3 * NODES, "nobody is sent what they have");
+    assert_eq!(fleet.pushed(), 3 * NODES, "no node receives a set that it has");
     // And the next set reaches them all.
     push_round(&collector, 3, 5, NODES).await;
     assert_eq!(fleet.pushed(), 4 * NODES);

@@ -1,10 +1,10 @@
-//! The whole path on the real kernel, as root: rules down, profiles up, programs killed on the way.
+//! The whole path on the real kernel, as root: rules down, profiles up, programs killed meanwhile.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test that cannot go on shall say so at once"
+    reason = "a test that cannot go on fails at once"
 )]
 
 use std::{
@@ -36,21 +36,21 @@ fn has(nodes: &[FlameNode], name: &str) -> bool {
     nodes.iter().any(|node| node.name == name)
 }
 
-/// What became of a revision on a node, and the fields that it complained of.
+/// Returns the state of a revision on a node, and the fields of its errors.
 async fn state(collector: &Collector, node: &str, revision: u64) -> Option<(State, Vec<String>)> {
     let rollout = collector.rollout(revision).await.nodes.into_iter().find(|entry| entry.node == node)?;
     Some((rollout.state(), rollout.errors.into_iter().map(|error| error.field).collect()))
 }
 
 #[tokio::test]
-async fn a_pushed_rule_is_live_at_once_and_its_profiles_reach_the_store() {
+async fn a_pushed_rule_is_in_force_and_its_profiles_are_stored() {
     let collector = Collector::start().await;
     let agent = Agent::start("alpha", &collector.url(), &["--window=1s"]);
     agent.connected(&collector).await;
     let _sample = Sample::start(100);
 
     let begin = Instant::now();
-    let answer = collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("a good rule is taken");
+    let answer = collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("the rule is accepted");
     assert!(answer.changed);
     eventually("the node applied it", async || {
         state(&collector, agent.node(), answer.revision).await.filter(|(state, _)| *state == State::Applied)
@@ -74,12 +74,12 @@ async fn a_pushed_rule_is_live_at_once_and_its_profiles_reach_the_store() {
 }
 
 #[tokio::test]
-async fn a_rule_above_the_nodes_cap_is_rejected_with_its_field_and_the_former_rules_stay() {
+async fn a_rule_above_the_nodes_limit_is_rejected_with_its_field() {
     let collector = Collector::start().await;
     let agent = Agent::start("beta", &collector.url(), &["--max-hz=100"]);
     agent.connected(&collector).await;
 
-    let good = collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("a good rule is taken");
+    let good = collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("the rule is accepted");
     eventually("the node applied it", async || {
         state(&collector, "beta", good.revision).await.filter(|(state, _)| *state == State::Applied)
     })
@@ -100,7 +100,7 @@ fn named(status: &Status, field: &str) -> bool {
 }
 
 #[tokio::test]
-async fn bad_rules_are_refused_by_the_collector_with_the_field() {
+async fn the_collector_refuses_bad_rules_with_the_field() {
     let collector = Collector::start().await;
     let with = |change: fn(&mut Rule)| {
         let mut rule = rule("bad", "webshop", 99);
@@ -121,7 +121,7 @@ async fn bad_rules_are_refused_by_the_collector_with_the_field() {
         assert_eq!(status.code(), Code::InvalidArgument, "{field}: {status}");
         assert!(named(&status, field), "{field}: {status}");
     }
-    collector.set_rules(vec![rule("good", "webshop", 99)]).await.expect("a good rule is taken");
+    collector.set_rules(vec![rule("good", "webshop", 99)]).await.expect("the rule is accepted");
     let stale = SetTriggersRequest {
         rules: vec![rule("other", "webshop", 99)],
         etag: "stale".to_owned(),
@@ -130,14 +130,15 @@ async fn bad_rules_are_refused_by_the_collector_with_the_field() {
     assert_eq!(collector.set_triggers(stale).await.expect_err("a stale etag").code(), Code::Aborted);
 }
 
-/// Every sample that the node's ledger calls delivered is in the store, once, though the collector dies again and again.
+/// Checks that the store has each sample that the node's ledger counts as delivered exactly once, though the collector is killed
+/// five times.
 #[tokio::test]
-async fn what_a_killed_collector_acknowledged_is_in_its_store_once() {
+async fn a_killed_collector_has_stored_acknowledged_profiles_once() {
     let mut collector = Collector::start().await;
     let mut agent = Agent::start("gamma", &collector.url(), &["--window=1s"]);
     agent.connected(&collector).await;
     let sample = Sample::start(100);
-    collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("a good rule is taken");
+    collector.set_rules(vec![rule("shop", "webshop", 99)]).await.expect("the rule is accepted");
     eventually("a profile", async || collector.profiles(SAMPLE).await.pop()).await;
 
     for round in 0..5 {
@@ -148,7 +149,7 @@ async fn what_a_killed_collector_acknowledged_is_in_its_store_once() {
     }
     sample.finish();
 
-    // The sample program is gone, so in a while nothing is on its way any more.
+    // The sample program has exited, so soon no sample is pending.
     let ledger = eventually_within(Duration::from_secs(120), "all is delivered", async || {
         let ledger = collector.node("gamma").await.filter(|node| node.connected)?.status?.ledger?;
         (ledger.pending == 0 && ledger.taken > 0).then_some(ledger)
@@ -163,20 +164,20 @@ async fn what_a_killed_collector_acknowledged_is_in_its_store_once() {
     assert!(agent.program().is_running());
 }
 
-/// Under load the agent and the collector are killed in turns. Whatever has ever been in the spool arrives, once.
+/// Checks that each batch that was ever in the spool arrives once, though agent and collector are killed in turns.
 #[tokio::test]
-async fn both_are_killed_in_a_loop_and_every_batch_of_the_spool_is_stored_once() {
+async fn every_spooled_batch_is_stored_once_while_both_are_killed() {
     let mut collector = Collector::start().await;
     let mut agent = Agent::start("delta", &collector.url(), &["--window=1s"]);
     agent.connected(&collector).await;
     let samples = [Sample::start(60), Sample::start(60)];
-    collector.set_rules(vec![rule("shop", "webshop", 199)]).await.expect("a good rule is taken");
+    collector.set_rules(vec![rule("shop", "webshop", 199)]).await.expect("the rule is accepted");
     eventually("a profile", async || collector.profiles(SAMPLE).await.pop()).await;
 
     let watched = SpoolWatch::start(agent.state().join("spool"));
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     for round in 0..8 {
-        // Any moment of a window shall do; the seed is fixed so that a failure comes again.
+        // A kill may come at any moment of a window; the seed is fixed so that a failure can be repeated.
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         tokio::time::sleep(Duration::from_millis(1000 + (state >> 33) % 1500)).await;
         match round % 3 {
@@ -190,7 +191,7 @@ async fn both_are_killed_in_a_loop_and_every_batch_of_the_spool_is_stored_once()
                 tokio::time::sleep(Duration::from_millis(1200)).await;
                 collector.up().await;
             }
-            // Nobody is left who remembers anything but what is on disk.
+            // Both lose all that is not on disk.
             _ => {
                 collector.program().kill();
                 tokio::time::sleep(Duration::from_millis(1200)).await;
@@ -242,7 +243,7 @@ fn spool_files(directory: &Path) -> Vec<PathBuf> {
     entries.flatten().map(|entry| entry.path()).filter(is_batch).collect()
 }
 
-/// Reads each spool file as it appears: the samples of every batch by its id.
+/// Reads each spool file as it appears, and counts the samples of every batch by its id.
 struct SpoolWatch {
     directory: PathBuf,
     over: Arc<AtomicBool>,
@@ -277,7 +278,7 @@ impl SpoolWatch {
     }
 }
 
-/// A spool file: eight bytes of its kind; then for each batch its length, its checksum and itself.
+/// Reads a spool file: eight bytes of magic; then for each batch its length, its checksum and its bytes.
 fn batches(file: &[u8], seen: &mut HashMap<String, u64>) {
     let mut rest = file.strip_prefix(b"GANNETS1").expect("a spool file");
     while let Some((header, after)) = rest.split_first_chunk::<8>() {
@@ -290,7 +291,7 @@ fn batches(file: &[u8], seen: &mut HashMap<String, u64>) {
 }
 
 #[test]
-fn a_recording_of_everything_accounts_for_every_sample_and_agrees_with_the_clock() {
+fn a_recording_accounts_for_every_sample_and_every_tick() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("all.pb.gz");
     let _sample = Sample::start(150);
@@ -308,8 +309,8 @@ fn a_recording_of_everything_accounts_for_every_sample_and_agrees_with_the_clock
     assert_eq!(number("taken"), number("delivered") + lost, "{report}");
     let cpus = std::thread::available_parallelism().expect("CPUs").get() as u64;
     assert!(number("ticks_due") >= cpus * 99 * 5, "five seconds at least: {report}");
-    // A clock of ours beside the agent's, on the same CPUs at the same time: of the ticks that were due, a machine whose
-    // time is stolen drops as many of the one as of the other, but for where in their periods each theft begins and ends.
+    // The test's own clock runs beside the agent's, on the same CPUs at the same time. While the host runs other guests, both
+    // drop the same share of the ticks that were due, but for the ends of each pause.
     let seconds = |name: &str| Duration::from_secs_f64(report[name].as_f64().expect("a time"));
     let from = started + seconds("start_seconds");
     let beside = beside.finish(from, from + seconds("seconds"));
@@ -319,7 +320,7 @@ fn a_recording_of_everything_accounts_for_every_sample_and_agrees_with_the_clock
     assert!((share - share_beside).abs() < 0.015 + dropped / 4.0, "{beside:?} beside {report}");
     let checked = std::process::Command::new(binary("pprof-check"))
         .arg(&file)
-        // It is on every stack of the sample's workers: other programs leave it little time.
+        // It is in each stack of the sample program's workers, even if other programs leave it little time.
         .args(["--has", "worker_loop"])
         .status()
         .expect("pprof-check starts");

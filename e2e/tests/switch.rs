@@ -1,10 +1,10 @@
-//! The kill switch of the real node program on the real kernel, seen from outside.
+//! The kill switch of the real agent on the real kernel, seen from outside.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "a test that cannot go on shall say so at once"
+    reason = "a test that cannot go on fails at once"
 )]
 
 use std::{fs, time::Duration};
@@ -14,7 +14,7 @@ use gannet_proto::rules::to_yaml;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-/// The descriptors by which a process is called by the kernel or has it count: links of BPF programs, and perf events.
+/// Counts the descriptors of BPF links and perf events of a process.
 fn attached(pid: u32) -> usize {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     descriptors
@@ -32,12 +32,13 @@ async fn samples(agent: &Agent) -> Option<u64> {
     rules.as_array()?.iter().find(|rule| rule["id"] == "shop")?["samples"].as_u64()
 }
 
+/// Checks that the file `disable` and SIGUSR1 detach everything, and that SIGUSR2 and removing the file attach it again (R40).
 #[tokio::test]
-async fn r40_file_and_signal_detach_all_that_is_attached_and_attach_it_again() {
+async fn file_and_signal_detach_all_programs_and_attach_them_again() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("rules.yaml");
     fs::write(&file, to_yaml(&[rule("shop", "webshop", 99)])).unwrap();
-    // Nobody listens there: a node that is cut off is switched off like any other.
+    // No collector listens there: the switch also works on a node that is cut off.
     let mut agent = Agent::start(
         "switched",
         "http://127.0.0.1:9",
@@ -58,9 +59,9 @@ async fn r40_file_and_signal_detach_all_that_is_attached_and_attach_it_again() {
         eventually("the rule samples", async || samples(&agent).await.filter(|now| *now > before)).await;
         assert!(attached(pid) > 4, "{}", attached(pid));
         switch_off();
-        // Within a second on a machine that is not full of other tests.
+        // On an idle machine this takes less than a second.
         eventually("nothing is attached", async || (attached(pid) == 0).then_some(())).await;
-        // What was in flight has been counted by the time of the second look.
+        // The agent counts the samples that were in flight within half a second.
         tokio::time::sleep(Duration::from_millis(500)).await;
         before = eventually("the node's page", async || samples(&agent).await).await;
         tokio::time::sleep(Duration::from_secs(1)).await;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * A small shop, as a profiler meets it: threads that parse requests, price carts, sign receipts, sort a catalogue and
+ * A small shop for a profiler to measure: threads that parse requests, price carts, sign receipts, sort a catalogue and
  * index its texts, with call chains of 30 frames and a cache that they contend for. Nothing comes over the network;
  * the requests are made up, the same at each run.
  *
@@ -12,7 +12,7 @@
  *	indexer			12 %		full-text index of the descriptions
  *	sessions		 4 %		sweep the session cache under its lock
  *
- * At the end it prints the CPU time that the kernel accounts to it, so that a profile can be held against it.
+ * At its exit it prints its CPU time by the kernel's account, to compare with a profile.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -242,7 +242,7 @@ static const struct {
 
 static bool is_in_campaign(const struct product *product, uint32_t campaign)
 {
-	/* The campaign's products by a keyed hash, as a shop that does not keep lists would decide it. */
+	/* A keyed hash selects the campaign's products, as in a shop without lists. */
 	uint32_t hash = campaign * 2654435761u;
 
 	for (const char *c = product->name; *c; c++)
@@ -486,7 +486,7 @@ static void sha256(uint32_t digest[8], const uint8_t *data, size_t length)
 
 static void sign_receipt(struct receipt *receipt)
 {
-	/* Signed over and over, as a key derivation does it: this is where a shop's CPU time goes. */
+	/* Signs repeatedly, like a key derivation: most of a shop's CPU time goes here. */
 	sha256(receipt->digest, receipt->packed, receipt->packed_length);
 	for (int round = 0; round < 24; round++)
 		sha256(receipt->digest, (const uint8_t *)receipt->digest, sizeof(receipt->digest));
@@ -500,7 +500,7 @@ struct checkout {
 	struct receipt receipt;
 };
 
-/* What a browser would have sent. Not the work that is to be seen, so it is cheap. */
+/* Builds the request of a browser. Cheap, because profiles should show the other work. */
 static void receive_request(struct checkout *checkout)
 {
 	int at = snprintf(
@@ -691,8 +691,8 @@ static double seconds_on(clockid_t clock)
 }
 
 /*
- * Sleeps until the thread's CPU time is its share of the time that has passed. Not for less than 2 ms, or the scheduler
- * would be most of what there is to see.
+ * Sleeps until the thread's CPU time is its share of the time that has passed. Not for less than 2 ms, or profiles would show
+ * mostly the scheduler.
  */
 static void wait_for_request(const struct worker *worker, double since)
 {
@@ -763,7 +763,7 @@ int main(int argc, char **argv)
 			return usage(2);
 	}
 
-	/* Blocked in all threads: main waits for them, nobody is interrupted. */
+	/* Blocked in all threads: main waits for them, and they interrupt no thread. */
 	sigemptyset(&ends);
 	sigaddset(&ends, SIGTERM);
 	sigaddset(&ends, SIGINT);

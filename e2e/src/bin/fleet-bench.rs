@@ -1,5 +1,4 @@
-//! How a collector carries a fleet: simulated nodes on real connections, one collector, this machine. `make bench` calls
-//! it.
+//! Measures a collector with a fleet of simulated nodes on real connections. `scripts/bench fleet` calls it.
 
 #![expect(clippy::print_stdout, reason = "a measurement that prints its result")]
 
@@ -11,19 +10,19 @@ use gannet_e2e::{Collector, Fleet, eventually_within, push_round};
 /// Pushes rules to a simulated fleet and prints how long they take and what the collector needs.
 #[derive(Parser)]
 struct Args {
-    /// Nodes
+    /// Number of simulated nodes
     #[arg(long, default_value_t = 1000)]
     nodes: u64,
-    /// Rule sets that are pushed, one after the other
+    /// Number of rule sets to push, one after the other
     #[arg(long, default_value_t = 20)]
     rounds: u32,
-    /// Rules in each set
+    /// Number of rules in each set
     #[arg(long, default_value_t = 20)]
     rules: u32,
-    /// Fail if the slowest push but one in a hundred takes longer
+    /// Fail if the 99th percentile of the push times is above this
     #[arg(long, value_name = "SECONDS")]
     within: Option<f64>,
-    /// Fail if the collector needs more memory
+    /// Fail if the collector uses more memory than this
     #[arg(long, value_name = "MIB")]
     memory: Option<f64>,
 }
@@ -52,10 +51,10 @@ async fn run(args: &Args) -> ExitCode {
     let (median, p99) = (at(0.5), at(0.99));
     let memory = peak_mib(collector.program().pid());
 
-    // The collector goes away and comes back: everybody reconnects by and by, and nobody is sent what they have.
+    // The collector restarts: all nodes reconnect, and receive no rule set that they have.
     let pushed = fleet.pushed();
     collector.program().kill();
-    eventually_within(Duration::from_secs(60), "nobody is connected", async || {
+    eventually_within(Duration::from_secs(60), "no node is connected", async || {
         (fleet.counts.connected.load(std::sync::atomic::Ordering::Relaxed) == 0).then_some(())
     })
     .await;
@@ -68,22 +67,22 @@ async fn run(args: &Args) -> ExitCode {
 
     println!("{} nodes, {} rounds of {} rules", args.nodes, args.rounds, args.rules);
     println!("from SetTriggers to the last answer: median {median:.3} s, p99 {p99:.3} s");
-    println!("the collector's memory at most: {memory:.1} MiB; after its restart {after:.1} MiB");
+    println!("peak memory of the collector: {memory:.1} MiB; after its restart {after:.1} MiB");
     println!(
-        "after its restart all are back within {:.1} s, and {again} rule sets were pushed",
+        "after its restart all nodes were connected within {:.1} s, and {again} rule sets were pushed",
         back.as_secs_f64()
     );
     let mut good = again == 0;
     if let Some(within) = args.within {
         good &= p99 <= within;
     }
-    if let Some(most) = args.memory {
-        good &= memory.max(after) <= most;
+    if let Some(max) = args.memory {
+        good &= memory.max(after) <= max;
     }
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// The most memory that a program had, by the kernel's account.
+/// Returns the peak memory of a process by the kernel's account, in MiB.
 fn peak_mib(pid: u32) -> f64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

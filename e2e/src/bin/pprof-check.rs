@@ -1,4 +1,4 @@
-//! Holds a pprof file against what it should show: `make demo` and `make kernels` end with it.
+//! Checks the contents of a pprof file. `make demo` and `make kernels` call it.
 
 use std::{collections::HashMap, fs, path::PathBuf, process::ExitCode};
 
@@ -6,24 +6,24 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
 use gannet_proto::{pprof, profiles::Profile};
 
-/// Checks that a profile is sound and holds what it should.
+/// Checks that a profile is valid and has the expected functions and CPU time.
 #[derive(Parser)]
 struct Args {
-    /// A pprof file, compressed or not
+    /// The pprof file, compressed or not
     file: PathBuf,
-    /// A function that must be in it
+    /// A function that must be in a stack
     #[arg(long, value_name = "FUNCTION")]
     has: Vec<String>,
     /// The sum of cpu/nanoseconds must be this
     #[arg(long, value_name = "NANOSECONDS", requires = "within")]
     cpu: Option<u64>,
-    /// ... give or take so many percent
+    /// Percent by which that sum may differ
     #[arg(long, value_name = "PERCENT")]
     within: Option<f64>,
     /// Count only samples of this process
     #[arg(long, value_name = "N")]
     pid: Option<i64>,
-    /// The deepest stack must have so many frames
+    /// Frames that the deepest stack must have
     #[arg(long, value_name = "FRAMES", default_value_t = 1)]
     depth: usize,
 }
@@ -75,13 +75,13 @@ fn check(args: &Args) -> anyhow::Result<()> {
     let cpu = total("cpu/nanoseconds").with_context(|| format!("{file} has no cpu/nanoseconds"))? as f64;
     if let (Some(expected), Some(within)) = (args.cpu, args.within) {
         let off = 100.0 * (cpu / expected as f64 - 1.0);
-        let words = format!(
+        let text = format!(
             "{:.3} s of CPU time in the profile, {:.3} s by the kernel's account: {off:+.1} %",
             cpu / 1e9,
             expected as f64 / 1e9
         );
-        ensure!(off.abs() <= within, "{words}, more than {within} % apart");
-        println!("{words}");
+        ensure!(off.abs() <= within, "{text}, more than {within} % apart");
+        println!("{text}");
     }
     println!(
         "{file}: {} samples in {} stacks up to {deepest} frames deep, {:.3} s of CPU time, {} of {} functions asked for",
@@ -98,7 +98,7 @@ fn text(profile: &Profile, index: i64) -> &str {
     usize::try_from(index).ok().and_then(|index| profile.string_table.get(index)).map_or("", String::as_str)
 }
 
-/// In a stack, not only in the table.
+/// Whether a function is in a stack, not only in the table.
 fn has_function(profile: &Profile, name: &str) -> bool {
     let functions: HashMap<u64, i64> = profile.function.iter().map(|f| (f.id, f.name)).collect();
     let named: Vec<u64> = profile
@@ -116,9 +116,5 @@ fn has_function(profile: &Profile, name: &str) -> bool {
 
 fn some_functions(profile: &Profile) -> String {
     let names: Vec<&str> = profile.function.iter().map(|f| text(profile, f.name)).take(12).collect();
-    if names.is_empty() {
-        "no named function at all".to_owned()
-    } else {
-        format!("{}, ...", names.join(", "))
-    }
+    if names.is_empty() { "no named function".to_owned() } else { format!("{}, ...", names.join(", ")) }
 }

@@ -1,4 +1,4 @@
-//! Whose samples are in pprof files: `make e2e` holds the labels of series against it.
+//! Lists the label values of the samples in pprof files. `make e2e` compares the labels of series with them.
 
 use std::{collections::BTreeMap, fs, path::PathBuf, process::ExitCode};
 
@@ -7,12 +7,12 @@ use clap::Parser;
 use gannet_proto::pprof;
 use serde_json::json;
 
-/// Prints a line for each value that a label of the samples has in each file: {"id", "value", "samples"}.
+/// Prints a line for each value of a label in each file: {"id", "value", "samples"}.
 #[derive(Parser)]
 struct Args {
-    /// The label
+    /// Key of the label
     label: String,
-    /// pprof files, compressed or not; their names without the ending are printed as ids
+    /// The pprof files, compressed or not; the id is the file name without its ending
     files: Vec<PathBuf>,
 }
 

@@ -1,5 +1,5 @@
-//! How long a rule takes from its author to its first sample: a real collector, a real agent on the real kernel, a
-//! program that is busy all the time. `make bench` calls it; it needs root.
+//! Measures the time from a rule change to the first sample: a real collector, a real agent, a busy program.
+//! `scripts/bench fleet` calls it; it needs root.
 
 #![expect(clippy::print_stdout, clippy::expect_used, reason = "a measurement that prints its result")]
 
@@ -13,24 +13,23 @@ use clap::Parser;
 use gannet_e2e::{Agent, Collector, Sample, http_get, rule};
 use gannet_proto::rules::to_yaml;
 
-/// Changes rules again and again, through the collector and through a file, and prints how long it takes until the node
-/// has a sample of them.
+/// Changes rules through the collector and through a file, and prints the time until the node has a sample of each.
 #[derive(Parser)]
 struct Args {
-    /// Changes of each kind
+    /// Number of changes of each kind
     #[arg(long, default_value_t = 100)]
     rounds: u32,
-    /// Fail if the median takes longer
+    /// Fail if the median is above this
     #[arg(long, value_name = "SECONDS")]
     median: Option<f64>,
-    /// Fail if the slowest but one in a hundred takes longer
+    /// Fail if the 99th percentile is above this
     #[arg(long, value_name = "SECONDS")]
     p99: Option<f64>,
 }
 
-const PATIENCE: Duration = Duration::from_secs(30);
-/// A node has 48 places for rules, each round takes two, and the place of a rule that is gone is given to another one with
-/// the window after twelve seconds.
+const SAMPLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// A node has 48 rule slots, and each round takes two. The node reuses the slot of a removed rule at the first window after
+/// twelve seconds.
 const PAUSE: Duration = Duration::from_millis(600);
 
 fn main() -> ExitCode {
@@ -57,7 +56,7 @@ async fn run(args: &Args) -> ExitCode {
     for round in 0..args.rounds {
         let id = format!("pushed-{round}");
         let begin = Instant::now();
-        collector.set_rules(vec![rule(&id, "webshop", 99)]).await.expect("the rules are taken");
+        collector.set_rules(vec![rule(&id, "webshop", 99)]).await.expect("the rules are accepted");
         pushed.push(sampled(&agent, &id, begin).await);
 
         let id = format!("written-{round}");
@@ -80,12 +79,12 @@ async fn run(args: &Args) -> ExitCode {
             p99 * 1e3,
             at(1.0) * 1e3
         );
-        good &= args.median.is_none_or(|most| median <= most) && args.p99.is_none_or(|most| p99 <= most);
+        good &= args.median.is_none_or(|max| median <= max) && args.p99.is_none_or(|max| p99 <= max);
     }
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// The time until the node has a sample of the rule: it is asked all the time.
+/// Polls the node until it has a sample of the rule, and returns the time since `begin`.
 async fn sampled(agent: &Agent, id: &str, begin: Instant) -> Duration {
     loop {
         if let Some((200, body)) = http_get(&agent.debug(), "/debug/rules?format=json").await {
@@ -100,7 +99,7 @@ async fn sampled(agent: &Agent, id: &str, begin: Instant) -> Duration {
                 return begin.elapsed();
             }
         }
-        assert!(begin.elapsed() < PATIENCE, "no sample of rule {id} within {PATIENCE:?}");
+        assert!(begin.elapsed() < SAMPLE_TIMEOUT, "no sample of rule {id} within {SAMPLE_TIMEOUT:?}");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
