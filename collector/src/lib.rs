@@ -66,6 +66,7 @@ pub use fleet::FleetOptions;
 pub use forward::{ForwardError, ForwardOptions, ForwardTarget};
 pub use ingest::IngestOptions;
 pub use kubernetes::KubernetesError;
+pub use metrics::declared_metrics;
 pub use query::QueryOptions;
 pub use rules::RulesLocation;
 pub use server::{

@@ -1,278 +1,263 @@
-//! Everything that the collector counts, declared once.
+//! The collector's metrics. One table declares each of them: name, kind, help, labels, and the field that counts it.
 
+use std::{sync::Arc, time::Instant};
+
+use gannet_base::metrics::{self, Metric, PROCESS_METRICS, register_process};
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text::encode},
+    encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
 
-/// One label of a kind whose values are known.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub(crate) struct Reason {
+pub(crate) struct ReasonLabel {
     reason: String,
 }
 
-/// A target of forwarding.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct TargetLabel {
     target: &'static str,
 }
 
-/// A target of forwarding, and what happened.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub(crate) struct TargetReason {
+pub(crate) struct TargetReasonLabels {
     target: &'static str,
     reason: &'static str,
 }
 
-/// One query kind.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub(crate) struct Kind {
+pub(crate) struct KindLabel {
     kind: &'static str,
 }
 
-/// The counts. Cheap to clone: all of it is shared.
-#[derive(Clone)]
-pub(crate) struct Metrics {
-    registry: std::sync::Arc<Registry>,
-    pub(crate) batches_accepted: Counter,
-    pub(crate) batches_duplicate: Counter,
-    refused: Family<Reason, Counter>,
-    throttled: Family<Reason, Counter>,
-    pub(crate) received_bytes: Counter,
-    pub(crate) ingest_streams: Gauge,
-    pub(crate) commit_seconds: Histogram,
-    pub(crate) commit_batches: Histogram,
-    pub(crate) store_bytes: Gauge,
-    pub(crate) store_profiles: Gauge,
-    pub(crate) store_series: Gauge,
-    pub(crate) store_errors: Counter,
-    pub(crate) index_rebuilds: Counter,
-    pub(crate) index_repairs: Counter,
-    pub(crate) objects_corrupt: Counter,
-    pub(crate) retention_removed: Counter,
-    pub(crate) samples_taken: Counter,
-    pub(crate) samples_delivered: Counter,
-    samples_lost: Family<Reason, Counter>,
-    pub(crate) ledgers_unbalanced: Counter,
-    forwarded: Family<TargetLabel, Counter>,
-    forward_retries: Family<TargetLabel, Counter>,
-    forward_lost: Family<TargetReason, Counter>,
-    query_seconds: Family<Kind, Histogram>,
-    pub(crate) merged_profiles: Counter,
-    pub(crate) objects_gone: Counter,
-    pub(crate) nodes_connected: Gauge,
-    pub(crate) nodes_known: Gauge,
-    pub(crate) rule_pushes: Counter,
-    pub(crate) late_answers: Counter,
-    pub(crate) name_conflicts: Counter,
-    pub(crate) rules_revision: Gauge,
-    pub(crate) rules_corrupt: Gauge,
-    pub(crate) tls_handshakes_failed: Counter,
-    pub(crate) audit_lost: Counter,
-    pub(crate) tls_reloads: Counter,
-    pub(crate) questions: Counter,
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct VersionLabel {
+    version: &'static str,
+}
+
+/// A histogram of seconds.
+fn seconds() -> Histogram {
+    Histogram::new([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
+}
+
+/// A histogram of batches.
+fn batches() -> Histogram {
+    Histogram::new([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0])
+}
+
+/// Declares the metrics, and the structure that holds and registers them. Each line is
+/// `field: type [= initial value] => NAME kind("name", "help" [, ["label"]]);`.
+macro_rules! collector_metrics {
+    (@new $type:ty) => { <$type>::default() };
+    (@new $type:ty, $new:expr) => { $new };
+    ($($field:ident: $type:ty $(= $new:expr)? => $name:ident $kind:ident $declaration:tt;)+) => {
+        collector_metrics!(@declare $($name $kind $declaration;)+);
+
+        /// All metrics of one collector. Clones share their values.
+        #[derive(Clone)]
+        pub(crate) struct Metrics {
+            registry: Arc<Registry>,
+            $(pub(crate) $field: $type,)+
+        }
+
+        impl Metrics {
+            /// Creates and registers all metrics.
+            pub(crate) fn new() -> Self {
+                let mut registry = Registry::default();
+                $(let $field = $name.register(&mut registry, collector_metrics!(@new $type $(, $new)?));)+
+                register_process(&mut registry);
+                let metrics = Self { registry: Arc::new(registry), $($field,)+ };
+                let version = VersionLabel { version: env!("CARGO_PKG_VERSION") };
+                metrics.build_info.get_or_create(&version).set(1);
+                metrics
+            }
+        }
+    };
+    (@declare $($name:ident $kind:ident ($text:expr, $help:expr $(, [$($label:literal),+])?);)+) => {
+        gannet_base::metrics! {
+            COLLECTOR_METRICS;
+            $($name = $kind($text, $help $(, [$($label),+])?);)+
+        }
+    };
+}
+
+collector_metrics! {
+    build_info: Family<VersionLabel, Gauge> => BUILD_INFO
+        gauge("gannet_collector_build_info", "1 for the version of this program", ["version"]);
+
+    batches_accepted: Counter => BATCHES_ACCEPTED
+        counter("gannet_collector_ingest_batches_accepted_total", "Batches that were made durable");
+    batches_duplicate: Counter => BATCHES_DUPLICATE
+        counter("gannet_collector_ingest_batches_duplicate_total", "Batches that were stored before");
+    batches_refused: Family<ReasonLabel, Counter> => BATCHES_REFUSED
+        counter("gannet_collector_ingest_batches_refused_total", "Batches refused for good, by error code", ["reason"]);
+    batches_throttled: Family<ReasonLabel, Counter> => BATCHES_THROTTLED
+        counter("gannet_collector_ingest_batches_throttled_total", "Batches refused for now, by cause", ["reason"]);
+    received_bytes: Counter => RECEIVED_BYTES
+        counter("gannet_collector_ingest_received_bytes_total", "Compressed profiles received");
+    ingest_streams: Gauge => INGEST_STREAMS
+        gauge("gannet_collector_ingest_streams", "Open push streams");
+
+    commit_seconds: Histogram = seconds() => COMMIT_SECONDS
+        histogram("gannet_collector_store_commit_duration_seconds", "Time to make a group of batches durable");
+    commit_batches: Histogram = batches() => COMMIT_BATCHES
+        histogram("gannet_collector_store_commit_batches", "Batches that were made durable together");
+    store_bytes: Gauge => STORE_BYTES
+        gauge("gannet_collector_store_bytes", "Size of the stored profiles with their metadata");
+    store_profiles: Gauge => STORE_PROFILES
+        gauge("gannet_collector_store_profiles", "Number of stored profiles");
+    store_series: Gauge => STORE_SERIES
+        gauge("gannet_collector_store_series", "Series with stored profiles");
+    store_errors: Counter => STORE_ERRORS
+        counter("gannet_collector_store_errors_total", "Failed accesses to objects or index");
+    index_rebuilds: Counter => INDEX_REBUILDS
+        counter("gannet_collector_store_index_rebuilds_total", "Rebuilds of a missing or corrupt index from the objects");
+    index_repairs: Counter => INDEX_REPAIRS
+        counter("gannet_collector_store_index_repairs_total", "Index rows added or removed because objects and index differed");
+    objects_corrupt: Counter => OBJECTS_CORRUPT
+        counter("gannet_collector_store_objects_corrupt_total", "Objects that could not be read");
+    retention_removed: Counter => RETENTION_REMOVED
+        counter("gannet_collector_store_retention_removed_profiles_total", "Profiles removed by age or size");
+
+    samples_taken: Counter => SAMPLES_TAKEN
+        counter("gannet_collector_ledger_samples_taken_total", "Samples taken, by the ledgers of stored windows");
+    samples_delivered: Counter => SAMPLES_DELIVERED
+        counter("gannet_collector_ledger_samples_delivered_total", "Samples in profiles, by the ledgers of stored windows");
+    samples_lost: Family<ReasonLabel, Counter> => SAMPLES_LOST
+        counter("gannet_collector_ledger_samples_lost_total", "Samples lost, by the ledgers of stored windows", ["reason"]);
+    ledgers_unbalanced: Counter => LEDGERS_UNBALANCED
+        counter("gannet_collector_ledger_unbalanced_windows_total", "Windows whose taken samples differ from delivered and lost together");
+
+    query_seconds: Family<KindLabel, Histogram> = Family::new_with_constructor(seconds as fn() -> Histogram) => QUERY_SECONDS
+        histogram("gannet_collector_query_duration_seconds", "Time to answer a query", ["kind"]);
+    merged_profiles: Counter => MERGED_PROFILES
+        counter("gannet_collector_query_merged_profiles_total", "Profiles read and merged");
+    objects_gone: Counter => OBJECTS_GONE
+        counter("gannet_collector_query_missing_objects_total", "Objects that retention removed while a query ran");
+
+    nodes_connected: Gauge => NODES_CONNECTED
+        gauge("gannet_collector_fleet_nodes_connected", "Connected agents");
+    nodes_known: Gauge => NODES_KNOWN
+        gauge("gannet_collector_fleet_nodes_known", "Nodes that are connected or were connected lately");
+    rule_pushes: Counter => RULE_PUSHES
+        counter("gannet_collector_fleet_rule_pushes_total", "Rule sets sent to agents");
+    late_answers: Counter => LATE_ANSWERS
+        counter("gannet_collector_fleet_late_answers_total", "Answers of agents to a rule set that a newer one had replaced");
+    name_conflicts: Counter => NAME_CONFLICTS
+        counter("gannet_collector_fleet_node_name_conflicts_total", "Times that agents competed for one node name");
+    node_requests: Counter => NODE_REQUESTS
+        counter("gannet_collector_fleet_requests_total", "Requests sent to nodes: explanations, previews, captures");
+
+    rules_revision: Gauge => RULES_REVISION
+        gauge("gannet_collector_rules_revision", "Newest revision of the rules");
+    rules_corrupt: Gauge => RULES_CORRUPT
+        gauge("gannet_collector_rules_corrupt", "1 if the stored rules are damaged, so that no rules are sent");
+    audit_lost: Counter => AUDIT_LOST
+        counter("gannet_collector_rules_audit_entries_lost_total", "Audit entries that could not be written");
+
+    forward_profiles: Family<TargetLabel, Counter> => FORWARD_PROFILES
+        counter("gannet_collector_forward_profiles_total", "Profiles, or parts of them, that a target accepted", ["target"]);
+    forward_retries: Family<TargetLabel, Counter> => FORWARD_RETRIES
+        counter("gannet_collector_forward_retries_total", "Attempts that a target did not accept", ["target"]);
+    forward_lost: Family<TargetReasonLabels, Counter> => FORWARD_LOST
+        counter(
+            "gannet_collector_forward_lost_profiles_total",
+            "Profiles that were not forwarded and are only in the store",
+            ["target", "reason"]
+        );
+
+    tls_reloads: Counter => TLS_RELOADS
+        counter("gannet_collector_tls_reloads_total", "Changed certificates taken into use");
+    tls_handshakes_failed: Counter => TLS_HANDSHAKES_FAILED
+        counter("gannet_collector_tls_handshakes_failed_total", "Connections that failed in the TLS handshake");
+}
+
+/// Returns the declarations of all metrics that the collector exposes, for the documentation.
+pub fn declared_metrics() -> Vec<Metric> {
+    [COLLECTOR_METRICS, PROCESS_METRICS].concat()
 }
 
 impl Metrics {
-    pub(crate) fn new() -> Self {
-        let mut registry = Registry::with_prefix("gannet_collector");
-        let r = &mut registry;
-        let version = Family::<Vec<(&'static str, &'static str)>, Gauge>::default();
-        version.get_or_create(&vec![("version", env!("CARGO_PKG_VERSION"))]).set(1);
-        r.register("build_info", "The version that runs", version);
-        // A counter is registered without `_total`: the encoder appends it.
-        macro_rules! register {
-            ($name:literal, $help:literal, $metric:expr) => {{
-                let metric = $metric;
-                r.register($name, $help, metric.clone());
-                metric
-            }};
-        }
-        let seconds = || Histogram::new([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]);
-        let families = || Family::<Reason, Counter>::default();
-        let metrics = Self {
-            batches_accepted: register!("batches_accepted", "Batches made durable", Counter::default()),
-            batches_duplicate: register!(
-                "batches_duplicate",
-                "Batches that were there already",
-                Counter::default()
-            ),
-            refused: register!("batches_refused", "Batches that will never be taken, by code", families()),
-            throttled: register!("batches_throttled", "Batches put off, by cause", families()),
-            received_bytes: register!("received_bytes", "Compressed profiles received", Counter::default()),
-            ingest_streams: register!("ingest_streams", "Open push streams", Gauge::default()),
-            commit_seconds: register!("commit_seconds", "Time to make a group of batches durable", seconds()),
-            commit_batches: register!(
-                "commit_batches",
-                "Batches made durable together",
-                Histogram::new([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0])
-            ),
-            store_bytes: register!("store_bytes", "Stored profiles", Gauge::default()),
-            store_profiles: register!("store_profiles", "Stored profiles", Gauge::default()),
-            store_series: register!("store_series", "Series with stored profiles", Gauge::default()),
-            store_errors: register!(
-                "store_errors",
-                "Failures to write objects or the index",
-                Counter::default()
-            ),
-            index_rebuilds: register!(
-                "index_rebuilds",
-                "Times the index was missing or corrupt and was built from the objects",
-                Counter::default()
-            ),
-            index_repairs: register!(
-                "index_repairs",
-                "Rows added or removed at start because objects and index differed",
-                Counter::default()
-            ),
-            objects_corrupt: register!(
-                "objects_corrupt",
-                "Objects that could not be read",
-                Counter::default()
-            ),
-            retention_removed: register!(
-                "retention_removed",
-                "Profiles removed by age or size",
-                Counter::default()
-            ),
-            samples_taken: register!(
-                "samples_taken",
-                "Samples taken, by the ledgers of stored windows",
-                Counter::default()
-            ),
-            samples_delivered: register!(
-                "samples_delivered",
-                "Samples in profiles, by the ledgers of stored windows",
-                Counter::default()
-            ),
-            samples_lost: register!(
-                "samples_lost",
-                "Samples lost, by the ledgers of stored windows",
-                families()
-            ),
-            ledgers_unbalanced: register!(
-                "ledgers_unbalanced",
-                "Window ledgers whose taken is not delivered and lost together",
-                Counter::default()
-            ),
-            query_seconds: register!(
-                "query_seconds",
-                "Time to answer a query",
-                Family::<Kind, Histogram>::new_with_constructor(|| Histogram::new([
-                    0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0
-                ]))
-            ),
-            merged_profiles: register!("merged_profiles", "Profiles read and merged", Counter::default()),
-            objects_gone: register!(
-                "objects_gone",
-                "Objects that a query found removed by then",
-                Counter::default()
-            ),
-            nodes_connected: register!("nodes_connected", "Agents connected", Gauge::default()),
-            nodes_known: register!("nodes_known", "Nodes connected now or lately", Gauge::default()),
-            rule_pushes: register!("rule_pushes", "Rule sets sent to agents", Counter::default()),
-            late_answers: register!(
-                "late_answers",
-                "Answers of agents that were not for the last rule set sent",
-                Counter::default()
-            ),
-            name_conflicts: register!(
-                "node_name_conflicts",
-                "Times that two agents were seen to take turns with one node name",
-                Counter::default()
-            ),
-            rules_revision: register!("rules_revision", "The newest revision of the rules", Gauge::default()),
-            rules_corrupt: register!(
-                "rules_corrupt",
-                "1 if the rule file cannot be read and no rules are sent",
-                Gauge::default()
-            ),
-            audit_lost: register!(
-                "audit_lost",
-                "Audit entries that could not be written down",
-                Counter::default()
-            ),
-            forwarded: register!(
-                "forwarded_profiles",
-                "Profiles (or parts of them) that a target has taken",
-                Family::<TargetLabel, Counter>::default()
-            ),
-            forward_retries: register!(
-                "forward_retries",
-                "Attempts that a target did not take",
-                Family::<TargetLabel, Counter>::default()
-            ),
-            forward_lost: register!(
-                "forward_lost_profiles",
-                "Profiles that were not handed on, by target and reason; they are in the store",
-                Family::<TargetReason, Counter>::default()
-            ),
-            tls_reloads: register!(
-                "tls_reloads",
-                "Times changed certificates were taken into use",
-                Counter::default()
-            ),
-            questions: register!("questions", "Questions put to nodes", Counter::default()),
-            tls_handshakes_failed: register!(
-                "tls_handshakes_failed",
-                "Connections to the HTTP listener that failed in the TLS handshake",
-                Counter::default()
-            ),
-            registry: std::sync::Arc::new(Registry::default()),
-        };
-        Self { registry: std::sync::Arc::new(registry), ..metrics }
-    }
-
     pub(crate) fn refused(&self, code: &str) {
-        self.refused.get_or_create(&Reason { reason: code.to_owned() }).inc();
+        self.batches_refused.get_or_create(&ReasonLabel { reason: code.to_owned() }).inc();
     }
 
     pub(crate) fn throttled(&self, cause: &str) {
-        self.throttled.get_or_create(&Reason { reason: cause.to_owned() }).inc();
+        self.batches_throttled.get_or_create(&ReasonLabel { reason: cause.to_owned() }).inc();
     }
 
     pub(crate) fn lost(&self, reason: &str, samples: u64) {
-        self.samples_lost.get_or_create(&Reason { reason: reason.to_owned() }).inc_by(samples);
+        self.samples_lost.get_or_create(&ReasonLabel { reason: reason.to_owned() }).inc_by(samples);
     }
 
-    /// Counts the time until it is dropped.
     pub(crate) fn forwarded(&self, target: &'static str, n: u64) {
-        self.forwarded.get_or_create(&TargetLabel { target }).inc_by(n);
+        self.forward_profiles.get_or_create(&TargetLabel { target }).inc_by(n);
     }
 
-    pub(crate) fn forward_retries(&self, target: &'static str) {
+    pub(crate) fn forward_retried(&self, target: &'static str) {
         self.forward_retries.get_or_create(&TargetLabel { target }).inc();
     }
 
     pub(crate) fn forward_lost(&self, target: &'static str, reason: &'static str, n: u64) {
-        self.forward_lost.get_or_create(&TargetReason { target, reason }).inc_by(n);
+        self.forward_lost.get_or_create(&TargetReasonLabels { target, reason }).inc_by(n);
     }
 
+    /// Starts to time a query. The timer observes the time when it is dropped.
     pub(crate) fn query_timer(&self, kind: &'static str) -> QueryTimer {
         QueryTimer {
-            histogram: self.query_seconds.get_or_create(&Kind { kind }).clone(),
-            began: std::time::Instant::now(),
+            histogram: self.query_seconds.get_or_create(&KindLabel { kind }).clone(),
+            began: Instant::now(),
         }
     }
 
-    /// The OpenMetrics text.
+    /// Returns the OpenMetrics text.
     pub(crate) fn text(&self) -> String {
-        let mut out = String::new();
-        // Writing into a string does not fail.
-        let _ = encode(&mut out, &self.registry);
-        out
+        metrics::text(&self.registry)
     }
 }
 
-/// Observes the time from its making to its end.
+/// Observes the time from its creation to its drop.
 pub(crate) struct QueryTimer {
     histogram: Histogram,
-    began: std::time::Instant,
+    began: Instant,
 }
 
 impl Drop for QueryTimer {
     fn drop(&mut self) {
         self.histogram.observe(self.began.elapsed().as_secs_f64());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_declarations_follow_the_conventions() {
+        assert_eq!(metrics::problems(&declared_metrics()), Vec::<String>::new());
+        for metric in COLLECTOR_METRICS {
+            let rest = metric.name.strip_prefix("gannet_collector_").unwrap();
+            let subsystem = rest.split('_').next().unwrap();
+            let known = ["build", "ingest", "store", "ledger", "query", "fleet", "rules", "forward", "tls"];
+            assert!(known.contains(&subsystem), "{}", metric.name);
+        }
+    }
+
+    #[test]
+    fn a_scrape_shows_every_declared_metric() {
+        let metrics = Metrics::new();
+        metrics.refused("bad_id");
+        metrics.throttled("busy");
+        metrics.lost("ring_full", 1);
+        metrics.forwarded("parca", 1);
+        metrics.forward_retried("parca");
+        metrics.forward_lost("parca", "too_old", 1);
+        drop(metrics.query_timer("merge"));
+        let text = metrics.text();
+        let declared = declared_metrics();
+        assert_eq!(metrics::undeclared(&text, &[&declared]), Vec::<String>::new());
+        for metric in declared {
+            assert!(text.contains(&format!("# TYPE {} ", metric.family())), "{}", metric.name);
+        }
     }
 }

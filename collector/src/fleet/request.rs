@@ -121,7 +121,7 @@ impl Fleet {
             }
             connection.commands.clone()
         };
-        self.metrics.questions.inc();
+        self.metrics.node_requests.inc();
         let (reply, parts) = mpsc::channel(MAX_PARTS);
         let id = Ulid::new().to_string();
         match commands.try_send(SessionCommand::Send { id: id.clone(), question: Box::new(question), reply })

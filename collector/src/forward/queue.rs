@@ -168,7 +168,7 @@ impl Sender {
                     return Err("refused");
                 }
                 Delivery::Retry(why) => {
-                    self.metrics.forward_retries(self.name);
+                    self.metrics.forward_retried(self.name);
                     if !std::mem::replace(&mut is_logged, true) {
                         tracing::warn!(
                             target = self.name,

@@ -82,7 +82,9 @@ async fn survives(min_free_bytes: u64, leave: u64, says: &[&str]) {
         }
     }
     assert_eq!(get(running.http_addr, "/livez").await.status, 200);
-    assert!(metric(running.http_addr, "gannet_collector_batches_accepted_total").await as u64 == taken + 1);
+    assert!(
+        metric(running.http_addr, "gannet_collector_ingest_batches_accepted_total").await as u64 == taken + 1
+    );
 
     std::fs::remove_file(ballast).unwrap();
     for i in 0..20 {

@@ -202,7 +202,7 @@ async fn a_late_answer_with_an_old_nonce_is_not_taken_for_the_new_rules() {
     assert_ne!(old.nonce, new.nonce);
     agent.apply(&old, vec![]).await;
     eventually("it is counted", || async {
-        metric(running.http_addr, "gannet_collector_late_answers_total").await >= 1.0
+        metric(running.http_addr, "gannet_collector_fleet_late_answers_total").await >= 1.0
     })
     .await;
     assert_eq!(state(&client, 2, "n1").await.state(), State::Pending);
@@ -236,7 +236,7 @@ async fn a_node_that_has_the_rules_already_is_sent_nothing_and_counts_as_applied
     client.set_triggers(other).await.unwrap();
     becomes(&client, 2, "n1", State::Applied).await;
     agent.hears_nothing().await;
-    assert_eq!(metric(running.http_addr, "gannet_collector_rule_pushes_total").await as u64, 0);
+    assert_eq!(metric(running.http_addr, "gannet_collector_fleet_rule_pushes_total").await as u64, 0);
     // One that lost its rules is sent them again.
     drop(agent);
     becomes(&client, 2, "n1", State::Offline).await;
@@ -309,14 +309,14 @@ async fn the_newer_connection_of_a_name_speaks_for_the_node_and_quarrels_are_not
     let set = second.rules().await;
     second.apply(&set, vec![]).await;
     becomes(&client, 1, "n1", State::Applied).await;
-    assert_eq!(metric(running.http_addr, "gannet_collector_nodes_connected").await as u64, 1);
+    assert_eq!(metric(running.http_addr, "gannet_collector_fleet_nodes_connected").await as u64, 1);
     let mut agents = Vec::new();
     for _ in 0..3 {
         let mut agent = Agent::connect(&running, "n1", "").await;
         agent.rules().await;
         agents.push(agent);
     }
-    assert_eq!(metric(running.http_addr, "gannet_collector_node_name_conflicts_total").await as u64, 1);
+    assert_eq!(metric(running.http_addr, "gannet_collector_fleet_node_name_conflicts_total").await as u64, 1);
     running.shutdown().await;
 }
 

@@ -96,7 +96,7 @@ async fn a_bad_batch_is_refused_by_name_and_the_stream_goes_on(
         other => panic!("not refused: {other:?}"),
     }
     pusher.store(batch("shop", now_ms(), &[("main", 1)])).await;
-    let name = format!("gannet_collector_batches_refused_total{{reason=\"{code}\"}}");
+    let name = format!("gannet_collector_ingest_batches_refused_total{{reason=\"{code}\"}}");
     assert!(metric(running.http_addr, &name).await >= 1.0);
     running.shutdown().await;
 }
@@ -213,10 +213,16 @@ async fn a_windows_ledger_is_counted_once_though_each_of_its_batches_carries_it(
         other => panic!("{other:?}"),
     }
     let http = running.http_addr;
-    assert_eq!(metric(http, "gannet_collector_samples_taken_total").await as u64, 15);
-    assert_eq!(metric(http, "gannet_collector_samples_delivered_total").await as u64, 7);
-    assert_eq!(metric(http, "gannet_collector_samples_lost_total{reason=\"ring_full\"}").await as u64, 3);
-    assert_eq!(metric(http, "gannet_collector_samples_lost_total{reason=\"queue_full\"}").await as u64, 5);
+    assert_eq!(metric(http, "gannet_collector_ledger_samples_taken_total").await as u64, 15);
+    assert_eq!(metric(http, "gannet_collector_ledger_samples_delivered_total").await as u64, 7);
+    assert_eq!(
+        metric(http, "gannet_collector_ledger_samples_lost_total{reason=\"ring_full\"}").await as u64,
+        3
+    );
+    assert_eq!(
+        metric(http, "gannet_collector_ledger_samples_lost_total{reason=\"queue_full\"}").await as u64,
+        5
+    );
     let listed = queries(&running).await.list_profiles(ListProfilesRequest::default()).await.unwrap();
     assert_eq!(listed.into_inner().profiles.len(), 3, "a ledger alone is no profile");
     running.shutdown().await;

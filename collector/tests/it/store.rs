@@ -44,7 +44,7 @@ async fn a_missing_index_is_rebuilt_from_the_objects_to_the_last_field() {
     fs::remove_file(dir.path().join("index.redb")).unwrap();
     let running = start(dir.path()).await;
     assert_eq!(list(&running).await, before);
-    assert_eq!(metric(running.http_addr, "gannet_collector_index_rebuilds_total").await as u64, 1);
+    assert_eq!(metric(running.http_addr, "gannet_collector_store_index_rebuilds_total").await as u64, 1);
     running.shutdown().await;
 }
 
@@ -83,7 +83,7 @@ async fn objects_and_index_that_differ_are_settled_at_start() {
     let after = list(&running).await;
     assert_eq!(after.len(), 39);
     assert!(!after.iter().any(|p| p.id == before[3].id));
-    assert_eq!(metric(running.http_addr, "gannet_collector_objects_corrupt_total").await as u64, 1);
+    assert_eq!(metric(running.http_addr, "gannet_collector_store_objects_corrupt_total").await as u64, 1);
     assert_eq!(walk(dir.path()), 40, "39 objects and the stray one");
     running.shutdown().await;
 }
@@ -119,8 +119,8 @@ async fn a_query_passes_over_an_object_that_is_gone_or_damaged() {
     }
     let merged = gannet_proto::pprof::decode(&bytes, 1 << 20).unwrap();
     assert_eq!(merged.sample.iter().map(|s| s.value[0]).sum::<i64>(), 20);
-    assert_eq!(metric(running.http_addr, "gannet_collector_objects_gone_total").await as u64, 1);
-    assert_eq!(metric(running.http_addr, "gannet_collector_objects_corrupt_total").await as u64, 1);
+    assert_eq!(metric(running.http_addr, "gannet_collector_query_missing_objects_total").await as u64, 1);
+    assert_eq!(metric(running.http_addr, "gannet_collector_store_objects_corrupt_total").await as u64, 1);
     running.shutdown().await;
 }
 
@@ -164,7 +164,10 @@ async fn profiles_beyond_the_age_are_removed_with_their_objects_and_series() {
     assert!(
         !client.label_names(LabelNamesRequest { selection }).await.unwrap().into_inner().names.is_empty()
     );
-    assert_eq!(metric(running.http_addr, "gannet_collector_retention_removed_total").await as u64, 30);
+    assert_eq!(
+        metric(running.http_addr, "gannet_collector_store_retention_removed_profiles_total").await as u64,
+        30
+    );
     assert_eq!(metric(running.http_addr, "gannet_collector_store_profiles").await as u64, 1);
     running.shutdown().await;
 }
