@@ -1,8 +1,8 @@
 # The images of agent and collector: `docker build --target agent .`, `docker build --target collector .`.
-# `make image` makes the same without Docker, by the same script.
+# `make image` builds the same images without Docker, by the same script.
 #
-# The base is Debian 12, since its C library and libelf can be linked statically. SOURCE_DATE_EPOCH (the commit's time)
-# makes the files' times the same in each build: --build-arg SOURCE_DATE_EPOCH=$(git log -1 --format=%ct).
+# The base is Debian 12, because its C library and libelf can be linked statically. With SOURCE_DATE_EPOCH (the time of the
+# commit) the files have the same times in each build: --build-arg SOURCE_DATE_EPOCH=$(git log -1 --format=%ct).
 ARG BASE=rust:1.95-slim-bookworm
 FROM ${BASE} AS build
 ARG SOURCE_DATE_EPOCH=0
@@ -14,8 +14,8 @@ RUN scripts/install-packages build image && rm -rf /var/lib/apt/lists/*
 COPY . .
 RUN scripts/image roots
 
-# Nothing but the program and what it reads: no shell, no package manager. As root, since BPF needs its capabilities; the
-# chart drops all others.
+# Only the program and the files that it reads: no shell, no package manager. It runs as root, because BPF needs capabilities;
+# the chart drops all others.
 FROM scratch AS agent
 COPY --from=build /target/image/agent/ /
 USER 0:0
@@ -23,7 +23,7 @@ WORKDIR /
 ENTRYPOINT ["/gannet-agent"]
 CMD ["run"]
 
-# 65532 owns nothing in the image and needs nothing but --data.
+# User 65532 owns no file in the image, and needs to write only to --data.
 FROM scratch AS collector
 COPY --from=build /target/image/collector/ /
 USER 65532:65532

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts share. Sourced: `. "$(dirname "$0")/common.sh"`.
+# Functions and variables of all scripts. Source it: `. "$(dirname "$0")/common.sh"`.
 set -euo pipefail
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,8 +10,8 @@ export PATH=$target/tools/bin:$PATH
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
-# finds PATTERN: whether standard input has it, by grep, and its options. Reads to the end: `grep -q` ends at the first match,
-# and what still writes to it has failed then.
+# finds PATTERN: whether standard input has it; takes grep's options. It reads to the end, because `grep -q` exits at the first
+# match, and the writer of the pipe then fails.
 finds() { local text; text=$(cat); grep -q "$@" <<<"$text"; }
 
 # sudo and cron keep neither the caller's PATH nor HOME, and rustup lives in both.
@@ -36,7 +36,7 @@ need_root() {
   [ "$(id -u)" = 0 ] || die "$1 loads BPF programs and so needs root: run it again as root (sudo make ${1#make })"
 }
 
-# Refuses where BPF cannot work at all, in one line with the cure; mounts tracefs where nobody did.
+# Exits with one line and the cure where BPF cannot work; mounts tracefs if it is missing.
 need_kernel() {
   [ "$(uname -s)" = Linux ] || die "Gannet runs on Linux, this is $(uname -s)"
   [ -r /sys/kernel/btf/vmlinux ] || die "this kernel ($(uname -r)) has no BTF (/sys/kernel/btf/vmlinux): boot one that is built with CONFIG_DEBUG_INFO_BTF=y, as all distributions' kernels since 5.10 are"
@@ -45,11 +45,11 @@ need_kernel() {
   fi
   if [ ! -e /sys/kernel/tracing/events ] && [ ! -e /sys/kernel/debug/tracing/events ]; then
     mount -t tracefs nodev /sys/kernel/tracing 2>/dev/null || die "tracefs is not mounted and cannot be: mount -t tracefs nodev /sys/kernel/tracing"
-    say "mounted tracefs on /sys/kernel/tracing (the kernel's tracepoints are found there)"
+    say "mounted tracefs on /sys/kernel/tracing, where the agent finds the tracepoints"
   fi
 }
 
-# The first free port of this machine from $1 upwards.
+# free_port N: prints the first free port from N upwards.
 free_port() {
   local port=$1
   while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done

@@ -1,8 +1,7 @@
 /*
- * Starts RATE processes a second for SECONDS, and prints how many there were and what CPU time they used, by the kernel's
- * own count:
+ * Starts RATE processes per second for SECONDS, and prints their number and their CPU time by the kernel's account:
  *   storm RATE SECONDS PROGRAM MS
- * The program may be a copy of this one: called with MS only it computes for so many milliseconds of CPU time and ends.
+ * The program may be a copy of this one: with MS as its only argument it computes for MS milliseconds of CPU time and exits.
  */
 #define _GNU_SOURCE
 #include <stdio.h>
