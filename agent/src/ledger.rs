@@ -1,34 +1,32 @@
-//! The node's account of every sample: taken, delivered, lost and why, or still on its way.
+//! The node's account of every sample: taken, delivered, lost with a reason, or pending at a stage.
 //!
-//! Whoever moves samples from one room to the next says so here; nobody else counts. The account stays balanced by
-//! construction, and what is on its way is counted where it is, so that a room that forgets to say what became of its
-//! samples shows as a stage that never empties, and one that says it twice as an imbalance.
+//! The part that moves samples from one stage to the next reports the move here, and nothing else counts them. The account
+//! balances by construction. A part that forgets to report what became of its samples shows as a stage that never empties;
+//! a part that reports them twice shows as an imbalance.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use gannet_proto::ledger::{Ledger, LossReason};
+use parking_lot::{Mutex, MutexGuard};
 
-/// Where samples are that were taken and are neither delivered nor lost.
+/// Stage of samples that are taken and neither delivered nor lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// In a window that is still open, or being turned into profiles.
+    /// In an open window, or in a window that becomes profiles.
     Window,
-    /// Handed to the exporter, not on disk yet.
+    /// In the queue of the exporter, not on disk yet.
     Queue,
     /// In the spool.
     Spool,
-    /// Sent to the collector, not answered yet. The spool still has them.
+    /// Sent to the collector, which has not answered yet. The spool still holds them.
     Wire,
 }
 
 impl Stage {
-    /// All, in the order in which samples pass through them.
+    /// All stages in the order in which samples pass them.
     pub const ALL: [Self; 4] = [Self::Window, Self::Queue, Self::Spool, Self::Wire];
 
-    /// Its name in metrics and on the debug page.
+    /// Returns the name in metrics and on the debug page.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Window => "window",
@@ -39,64 +37,63 @@ impl Stage {
     }
 }
 
-/// The account. Clones share it.
+/// The account since the start of the agent. Clones share it.
 ///
-/// It counts since the agent started. Samples that a former run left in the spool are *inherited*: they enter as taken
-/// when the spool is opened, so that they can be delivered or lost like all others; see [`Account::inherited`].
+/// Samples that a former run left in the spool are *inherited*: they count as taken when the spool opens, so that they
+/// can be delivered or lost like all others.
 ///
-/// A lock and not atomics, so that every snapshot balances exactly; it is taken a few times per window and ring
-/// drain, never per sample.
+/// A lock instead of atomics makes every snapshot balance exactly. The agent takes it a few times for each window and each
+/// read of the ring buffer, never for each sample.
 #[derive(Clone, Debug, Default)]
 pub struct NodeLedger(Arc<Mutex<Account>>);
 
-/// One consistent reading of the account.
+/// A consistent copy of the account.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Account {
     /// Clock ticks that reached the sampler.
     pub ticks: u64,
-    /// Samples that a rule asked for, the inherited ones included.
+    /// Samples that rules asked for, including inherited ones.
     pub taken: u64,
-    /// Of `taken`: found in the spool of a former run.
+    /// The part of `taken` that a former run left in the spool.
     pub inherited: u64,
-    /// Acknowledged by a collector.
+    /// Samples that the collector has acknowledged.
     pub delivered: u64,
-    /// On their way, in the order of [`Stage::ALL`].
+    /// Pending samples by stage, in the order of [`Stage::ALL`].
     pub pending: [u64; Stage::ALL.len()],
-    /// Lost, by reason.
+    /// Lost samples by reason.
     pub lost: BTreeMap<LossReason, u64>,
 }
 
 impl NodeLedger {
-    /// An empty account.
+    /// Makes an empty account.
     pub fn new() -> Self {
         Self::default()
     }
 
     fn account(&self) -> MutexGuard<'_, Account> {
-        // Each method leaves the account whole before anything could panic.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
-    /// `n` clock ticks reached the sampler.
+    /// Counts `n` clock ticks that reached the sampler.
     pub fn tick(&self, n: u64) {
         self.account().ticks += n;
     }
 
-    /// `n` samples were taken, and are in the open window.
+    /// Counts `n` samples as taken, in the open window.
     pub fn take(&self, n: u64) {
         let mut account = self.account();
         account.taken += n;
         *account.at(Stage::Window) += n;
     }
 
-    /// `n` samples were taken in the kernel and never reached user space.
+    /// Counts `n` samples as taken and lost: they never reached user space.
     pub fn take_lost(&self, reason: LossReason, n: u64) {
         let mut account = self.account();
         account.taken += n;
         account.add_lost(reason, n);
     }
 
-    /// `n` samples of a former run were found in the spool.
+    /// Counts `n` samples that a former run left in the spool.
     pub fn inherit(&self, n: u64) {
         let mut account = self.account();
         account.taken += n;
@@ -104,45 +101,45 @@ impl NodeLedger {
         *account.at(Stage::Spool) += n;
     }
 
-    /// `n` samples went from one stage to another.
+    /// Moves `n` samples from one stage to another.
     pub fn pass(&self, from: Stage, to: Stage, n: u64) {
         let mut account = self.account();
         account.leave(from, n);
         *account.at(to) += n;
     }
 
-    /// A collector has acknowledged `n` samples.
+    /// Counts `n` samples at `from` as delivered.
     pub fn deliver(&self, from: Stage, n: u64) {
         let mut account = self.account();
         account.leave(from, n);
         account.delivered += n;
     }
 
-    /// `n` samples that were at `from` are lost.
+    /// Counts `n` samples at `from` as lost.
     pub fn lose(&self, from: Stage, reason: LossReason, n: u64) {
         let mut account = self.account();
         account.leave(from, n);
         account.add_lost(reason, n);
     }
 
-    /// Everything at one moment.
+    /// Returns a copy of the account.
     pub fn account_now(&self) -> Account {
         self.account().clone()
     }
 
-    /// Everything at one moment, in the form that goes over the wire.
+    /// Returns the account in the form that goes over the wire.
     pub fn snapshot(&self) -> Ledger {
         self.account().to_ledger()
     }
 }
 
 impl Account {
-    /// Samples at one stage.
+    /// Returns the pending samples at one stage.
     pub fn at_stage(&self, stage: Stage) -> u64 {
         self.pending[stage as usize]
     }
 
-    /// In the form that goes over the wire.
+    /// Returns the form that goes over the wire.
     pub fn to_ledger(&self) -> Ledger {
         let Self { ticks, taken, inherited: _, delivered, pending, lost } = self;
         Ledger {
@@ -158,8 +155,8 @@ impl Account {
         &mut self.pending[stage as usize]
     }
 
-    /// Taking out more than is there is a bug of a caller: it is left to show as an imbalance, because a wrong count
-    /// is no reason to stop profiling.
+    /// Removes samples from a stage. If the stage holds fewer, a caller has a bug; it shows as an imbalance, because a wrong
+    /// count is no reason to stop profiling.
     fn leave(&mut self, stage: Stage, n: u64) {
         let there = self.at(stage);
         if *there < n {
@@ -207,10 +204,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_happens_to_samples_the_account_balances(ops in prop::collection::vec(op(), 0..100)) {
+        fn the_account_balances_after_any_operations(ops in prop::collection::vec(op(), 0..100)) {
             let ledger = NodeLedger::new();
             for op in ops {
-                // No more than is there can leave a stage: what the rooms do, as long as they have no bug.
+                // A part without a bug never moves more samples than a stage holds.
                 let there = |s: usize, n: u64| n.min(ledger.account_now().at_stage(Stage::ALL[s]));
                 match op {
                     Op::Take(n) => ledger.take(n),

@@ -1,13 +1,15 @@
-//! What the parts of a running agent share: the engine, the account of samples, the last windows, and how it goes.
+//! The running agent as its parts share it: engine, ledger, spool counters, recent profiles, pods and health.
 
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
+
+use parking_lot::Mutex;
 
 use crate::{
     config::Config, engine::Engine, export::SpoolStats, ledger::NodeLedger, pipeline::RecentProfiles,
@@ -15,32 +17,31 @@ use crate::{
 };
 
 /// A running agent.
-pub struct Node {
-    /// What it was told.
-    pub config: Config,
-    /// The kernel side and everything that lives on its thread.
-    pub engine: Engine,
-    /// What became of the samples.
-    pub ledger: NodeLedger,
-    /// What is in the spool.
-    pub spool: Arc<SpoolStats>,
-    /// The last windows.
-    pub recent: RecentProfiles,
-    /// Whose containers there are.
-    pub pods: Pods,
-    /// When it started.
-    pub started: SystemTime,
-    /// Rules have been applied, be it an empty set.
-    pub rules_loaded: AtomicBool,
-    /// The control stream stands.
-    pub connected: AtomicBool,
-    /// What works less well than it should, by part.
+pub(crate) struct Node {
+    /// Options in force.
+    pub(crate) config: Config,
+    /// Handle to the thread that owns the kernel side.
+    pub(crate) engine: Engine,
+    /// Account of all samples.
+    pub(crate) ledger: NodeLedger,
+    /// Counters of the spool.
+    pub(crate) spool: Arc<SpoolStats>,
+    /// Profiles of the last windows.
+    pub(crate) recent: RecentProfiles,
+    /// Pods and their containers.
+    pub(crate) pods: Pods,
+    /// Start of the agent.
+    pub(crate) started: SystemTime,
+    /// The engine has applied rules, even if the set was empty.
+    pub(crate) rules_loaded: AtomicBool,
+    /// The control stream to the collector is up.
+    pub(crate) connected: AtomicBool,
+    /// Reasons why parts work with limits, by part.
     degraded: Mutex<BTreeMap<&'static str, String>>,
 }
 
 impl Node {
-    /// Puts the parts together.
-    pub fn new(
+    pub(crate) fn new(
         config: Config,
         engine: Engine,
         ledger: NodeLedger,
@@ -66,23 +67,23 @@ impl Node {
         }
     }
 
-    /// Says that a part works less well, or with `None` that it works again.
-    pub fn set_degraded(&self, part: &'static str, reason: Option<String>) {
-        let mut degraded = lock(&self.degraded);
+    /// Records why a part works with limits, or with `None` that it works again.
+    pub(crate) fn set_degraded(&self, part: &'static str, reason: Option<String>) {
+        let mut degraded = self.degraded.lock();
         match reason {
             Some(reason) => degraded.insert(part, reason),
             None => degraded.remove(part),
         };
     }
 
-    /// What works less well, in words.
-    pub fn degraded(&self) -> Vec<String> {
-        lock(&self.degraded).iter().map(|(part, reason)| format!("{part}: {reason}")).collect()
+    /// Returns one line for each part that works with limits.
+    pub(crate) fn degraded(&self) -> Vec<String> {
+        self.degraded.lock().iter().map(|(part, reason)| format!("{part}: {reason}")).collect()
     }
 
-    /// What the node still waits for before it is ready: rules, and the first list of pods where there is to be one; never
-    /// the collector. The kernel side is at work since there is an engine at all.
-    pub fn not_ready(&self) -> Option<String> {
+    /// Returns what the node waits for before it is ready: its rules, and the first list of pods if there is a pod source.
+    /// It never waits for the collector, and the kernel side works as soon as there is an engine.
+    pub(crate) fn not_ready(&self) -> Option<String> {
         if !self.rules_loaded.load(Relaxed) {
             return Some("no rules have been applied yet".into());
         }
@@ -91,21 +92,6 @@ impl Node {
         }
         let status = self.pods.status();
         let why = status.last_error.map_or_else(String::new, |error| format!(": {error}"));
-        Some(format!("no pods have been told of yet{why}"))
+        Some(format!("the pod source has not sent its first list{why}"))
     }
-
-    /// Resident memory of this process, in bytes, and the CPU time of all its threads.
-    pub fn usage(&self) -> (u64, Duration) {
-        let pages = std::fs::read_to_string("/proc/self/statm")
-            .ok()
-            .and_then(|text| text.split_ascii_whitespace().nth(1)?.parse::<u64>().ok())
-            .unwrap_or(0);
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-        let cpu = Duration::try_from(time).unwrap_or_default();
-        (pages * rustix::param::page_size() as u64, cpu)
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -18,7 +18,7 @@ use crate::{
     cgroup::CgroupNames,
     commands::check::{self, Refusal},
     config::{ConfigError, RunOptions},
-    control::{Control, LastGood, restore},
+    control::{Control, LastGoodRules, restore},
     debug::{ListenError, Listeners},
     engine::{Engine, EngineError, EngineOptions},
     export::{Bounds, ExportConfig, Exporter, Spool, SpoolError, SpoolStats},
@@ -165,7 +165,7 @@ pub async fn run(options: RunOptions) -> Result<(), RunError> {
     }
     let node = Arc::new(Node::new(config, engine, ledger, spool_stats, recent, pods));
 
-    let store = LastGood::in_dir(&node.config.options.state_dir);
+    let store = LastGoodRules::in_dir(&node.config.options.state_dir);
     let active = restore(&node, &store).await;
     let partial = node
         .engine

@@ -1,4 +1,4 @@
-//! The last rules from the collector that were in force, on disk.
+//! Stores the last rules from the collector that came into force, so that they survive a restart.
 
 use std::{
     fs::{self, File},
@@ -12,58 +12,52 @@ use prost::Message as _;
 
 use crate::export::write_aside;
 
-/// The first bytes of the file; the digit is the version of the format.
+/// First bytes of the file; the digit is the version of the format.
 const MAGIC: &[u8; 8] = b"GANNETR1";
-/// MAGIC, CRC-32 of what follows, when it was applied (milliseconds since 1970), the set.
-const HEAD: usize = 8 + 4;
-/// No set of rules is as large.
-const LARGEST: u64 = 16 << 20;
+/// The file holds `MAGIC`, the CRC-32 of the rest, the time in milliseconds since 1970, and the rule set.
+const HEADER_BYTES: usize = 8 + 4;
+/// A larger file holds no rule set.
+const MAX_FILE_BYTES: u64 = 16 << 20;
 
-/// Where the set is kept.
+/// The file with the last good rules.
 #[derive(Clone, Debug)]
-pub struct LastGood {
+pub(crate) struct LastGoodRules {
     path: PathBuf,
 }
 
-/// A set, and when it came into force: lifetimes count from then, over restarts.
+/// A rule set and the time at which it came into force. Lifetimes count from then, also after a restart.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Saved {
-    /// As the collector pushed it.
-    pub set: RuleSet,
-    /// By the node's clock.
-    pub applied_at: SystemTime,
+pub(crate) struct SavedRules {
+    /// The set as the collector sent it.
+    pub(crate) set: RuleSet,
+    /// Time by the node's clock.
+    pub(crate) applied_at: SystemTime,
 }
 
-/// Why the set cannot be kept or read.
+/// Reasons why the rules cannot be saved or read.
 #[derive(Debug, thiserror::Error)]
-pub enum LastGoodError {
-    /// The file system refused.
+pub(crate) enum LastGoodError {
+    /// The file system refused an operation.
     #[error("cannot {action} {}: {source}; --state-dir must be a directory that this program may write to", path.display())]
     Io {
-        /// What was tried.
         action: &'static str,
-        /// On what.
         path: PathBuf,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// It does not read as it was written.
-    #[error("{} is damaged and was set aside as .corrupt; the rules come back from the collector", path.display())]
-    Corrupt {
-        /// Which.
-        path: PathBuf,
-    },
+    /// The file does not read as it was written.
+    #[error("{} is damaged and was renamed to .corrupt; the collector will send the rules again", path.display())]
+    Corrupt { path: PathBuf },
 }
 
-impl LastGood {
-    /// In this directory, which exists.
-    pub fn in_dir(dir: &Path) -> Self {
+impl LastGoodRules {
+    /// Returns the file in an existing directory.
+    pub(crate) fn in_dir(dir: &Path) -> Self {
         Self { path: dir.join("rules.last") }
     }
 
-    /// Keeps a set: whole or not at all, also over a crash.
-    pub fn save(&self, saved: &Saved) -> Result<(), LastGoodError> {
+    /// Saves a set. After a crash the file holds either this set or the one before.
+    pub(crate) fn save(&self, saved: &SavedRules) -> Result<(), LastGoodError> {
         let failed = |source| LastGoodError::Io { action: "write", path: self.path.clone(), source };
         let write = || -> io::Result<()> {
             write_aside(&self.path, &encode(saved))?;
@@ -72,13 +66,13 @@ impl LastGood {
         write().map_err(failed)
     }
 
-    /// What is kept. A damaged file is set aside and is an error once.
-    pub fn load(&self) -> Result<Option<Saved>, LastGoodError> {
+    /// Returns the saved set. Renames a damaged file, so that it is an error only once.
+    pub(crate) fn load(&self) -> Result<Option<SavedRules>, LastGoodError> {
         let failed = |source| LastGoodError::Io { action: "read", path: self.path.clone(), source };
         let bytes = match fs::metadata(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(failed(error)),
-            Ok(metadata) if metadata.len() > LARGEST => Vec::new(),
+            Ok(metadata) if metadata.len() > MAX_FILE_BYTES => Vec::new(),
             Ok(_) => fs::read(&self.path).map_err(failed)?,
         };
         if let Some(saved) = decode(&bytes) {
@@ -89,7 +83,7 @@ impl LastGood {
     }
 }
 
-fn encode(saved: &Saved) -> Vec<u8> {
+fn encode(saved: &SavedRules) -> Vec<u8> {
     let since = saved.applied_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let mut body = u64::try_from(since.as_millis()).unwrap_or(u64::MAX).to_le_bytes().to_vec();
     body.extend(saved.set.encode_to_vec());
@@ -99,15 +93,15 @@ fn encode(saved: &Saved) -> Vec<u8> {
     bytes
 }
 
-fn decode(bytes: &[u8]) -> Option<Saved> {
-    let (head, body) = bytes.split_at_checked(HEAD)?;
+fn decode(bytes: &[u8]) -> Option<SavedRules> {
+    let (head, body) = bytes.split_at_checked(HEADER_BYTES)?;
     let checksum = u32::from_le_bytes(*head.strip_prefix(MAGIC)?.first_chunk()?);
     if crc32fast::hash(body) != checksum {
         return None;
     }
     let (since, set) = body.split_first_chunk()?;
     let applied_at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(u64::from_le_bytes(*since)))?;
-    Some(Saved { set: RuleSet::decode(set).ok()?, applied_at })
+    Some(SavedRules { set: RuleSet::decode(set).ok()?, applied_at })
 }
 
 #[cfg(test)]
@@ -117,9 +111,9 @@ mod tests {
 
     use super::*;
 
-    fn saved() -> Saved {
+    fn saved() -> SavedRules {
         let rules = vec![Rule { id: "a".into(), ..Rule::default() }];
-        Saved {
+        SavedRules {
             set: RuleSet {
                 revision: 7,
                 nonce: "n".into(),
@@ -131,21 +125,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_saved_is_loaded_and_replaced() {
+    fn a_saved_set_loads_until_another_replaces_it() {
         let dir = tempfile::tempdir().unwrap();
-        let store = LastGood::in_dir(dir.path());
+        let store = LastGoodRules::in_dir(dir.path());
         assert!(store.load().unwrap().is_none());
         store.save(&saved()).unwrap();
         assert_eq!(store.load().unwrap(), Some(saved()));
-        let later = Saved { set: RuleSet { revision: 8, ..saved().set }, ..saved() };
+        let later = SavedRules { set: RuleSet { revision: 8, ..saved().set }, ..saved() };
         store.save(&later).unwrap();
         assert_eq!(store.load().unwrap(), Some(later));
     }
 
     #[test]
-    fn a_damaged_file_is_set_aside_and_told_once() {
+    fn a_damaged_file_is_renamed_and_reported_once() {
         let dir = tempfile::tempdir().unwrap();
-        let store = LastGood::in_dir(dir.path());
+        let store = LastGoodRules::in_dir(dir.path());
         store.save(&saved()).unwrap();
         let path = dir.path().join("rules.last");
         let mut bytes = fs::read(&path).unwrap();
@@ -159,7 +153,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_change_to_the_bytes_is_noticed(at in any::<prop::sample::Index>(), flip in 1_u8..) {
+        fn the_checksum_notices_any_change(at in any::<prop::sample::Index>(), flip in 1_u8..) {
             let mut bytes = encode(&saved());
             let at = at.index(bytes.len());
             bytes[at] ^= flip;

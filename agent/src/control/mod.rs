@@ -1,14 +1,15 @@
-//! The control stream: rules come in, answers and heartbeats go out.
+//! The control stream: the collector sends rules and requests; the node sends answers and heartbeats.
 
 mod last_good;
-mod look;
-mod questions;
+mod matching;
+mod requests;
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant, SystemTime},
 };
 
+use gannet_base::metrics::ProcessUsage;
 use gannet_proto::{
     connect::{self, Dial, DialError},
     control::{
@@ -17,53 +18,54 @@ use gannet_proto::{
     },
     rules::digest,
 };
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-pub use last_good::{LastGood, LastGoodError, Saved};
+pub(crate) use last_good::LastGoodRules;
 
-use self::questions::Questions;
+use self::{last_good::SavedRules, requests::PendingRequests};
 use crate::{
     export::Backoff,
     node::Node,
     rules::{RuleSource, SourceRules},
 };
 
-/// What this agent can do, as it tells the collector.
+/// Abilities of this agent, which it reports to the collector.
 const FEATURES: [&str; 4] = ["off_cpu", "unwind_tables", "questions", "capture"];
-/// How often the node says how it is.
-const HEARTBEAT: Duration = Duration::from_secs(10);
-/// Messages that wait for the transport.
-const QUEUE: usize = 16;
-/// A stream that stood for so long was a good one: the next attempt comes soon.
-const GOOD_STREAM: Duration = Duration::from_secs(30);
+/// Interval between reports of the node's status.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(10);
+/// Messages that may wait for the transport.
+const MAX_QUEUED_MESSAGES: usize = 16;
+/// After a stream that lasted longer than this, the next attempt follows soon.
+const STABLE_STREAM: Duration = Duration::from_secs(30);
 
 /// The node's end of the control stream.
-pub struct Control {
+pub(crate) struct Control {
     node: Arc<Node>,
     dial: Dial,
-    store: LastGood,
-    /// Revision and digest of what came from the collector and is in force.
+    store: LastGoodRules,
+    /// Revision and digest of the collector's rules in force.
     active: Mutex<(u64, String)>,
 }
 
 impl Control {
-    /// Not dialled yet. `active` is what [`restore`] put into force.
-    pub fn new(
+    /// Checks address and certificates without connecting. `active` is the result of [`restore`].
+    pub(crate) fn new(
         node: Arc<Node>,
         dial: &Dial,
-        store: LastGood,
+        store: LastGoodRules,
         active: (u64, String),
     ) -> Result<Self, DialError> {
-        // What cannot work at all shows at the start.
+        // A wrong address or certificate shows at the start.
         connect::connect(dial)?;
         Ok(Self { node, dial: dial.clone(), store, active: Mutex::new(active) })
     }
 
-    /// Keeps the stream up until cancelled.
-    pub async fn run(self, cancel: CancellationToken) {
+    /// Keeps the stream connected until cancelled.
+    pub(crate) async fn run(self, cancel: CancellationToken) {
         let mut backoff = Backoff::new();
         loop {
             let begun = Instant::now();
@@ -72,15 +74,17 @@ impl Control {
                 () = cancel.cancelled() => return,
             };
             self.node.connected.store(false, Relaxed);
-            if begun.elapsed() > GOOD_STREAM {
+            if begun.elapsed() > STABLE_STREAM {
                 backoff.reset();
             }
             let delay = backoff.next();
             let why = match ended {
-                Ok(()) => "it ended the stream".to_owned(),
+                Ok(()) => "the collector ended the stream".to_owned(),
                 Err(status) => connect::explain(&self.dial.url, &status),
             };
-            tracing::warn!("no control stream, the rules stay as they are, next try in {delay:.1?}: {why}");
+            tracing::warn!(
+                "no control stream to the collector, next attempt in {delay:.1?}: {why}; the rules stay in force"
+            );
             self.node.set_degraded("control", Some(format!("no stream to the collector: {why}")));
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
@@ -89,12 +93,12 @@ impl Control {
         }
     }
 
-    /// One stream, from hello to its end.
+    /// Runs one stream from hello to its end.
     async fn stream(&self) -> Result<(), Status> {
-        // Certificates are read anew for each: they may have been renewed since the last one.
+        // Each stream reads the certificates again, since they may have been renewed.
         let connection =
             connect::connect(&self.dial).map_err(|error| Status::unavailable(error.to_string()))?;
-        let (messages, outgoing) = mpsc::channel(QUEUE);
+        let (messages, outgoing) = mpsc::channel(MAX_QUEUED_MESSAGES);
         let send = async |message| {
             messages
                 .send(AgentMessage { message: Some(message) })
@@ -107,9 +111,9 @@ impl Control {
         self.node.connected.store(true, Relaxed);
         self.node.set_degraded("control", None);
         tracing::info!("connected to {}", self.dial.url);
-        // Whatever is being answered ends with the stream.
-        let mut questions = Questions::new(Arc::clone(&self.node), messages.clone());
-        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        // Dropping it cancels the pending requests of this stream.
+        let mut requests = PendingRequests::new(Arc::clone(&self.node), messages.clone());
+        let mut heartbeat = tokio::time::interval(HEARTBEAT_INTERVAL);
         loop {
             tokio::select! {
                 message = incoming.message() => match message? {
@@ -119,8 +123,8 @@ impl Control {
                             send(self.apply(set).await).await?;
                             heartbeat.reset_immediately();
                         }
-                        Some(server_message::Message::Question(question)) => questions.take(question),
-                        // Something that a newer collector says.
+                        Some(server_message::Message::Question(question)) => requests.receive(question),
+                        // A message that only a newer collector knows.
                         None => {}
                     },
                 },
@@ -129,7 +133,7 @@ impl Control {
         }
     }
 
-    /// Puts a pushed set into force; the answer to it.
+    /// Puts a rule set into force and returns the answer.
     async fn apply(&self, set: RuleSet) -> Message {
         let RuleSet { revision, nonce, rules, digest: claimed } = set.clone();
         let rejected = |errors| Message::Rejected(RulesRejected { revision, nonce: nonce.clone(), errors });
@@ -139,7 +143,7 @@ impl Control {
                 rule_id: String::new(),
                 field: "digest".into(),
                 reason: format!(
-                    "the rules have the digest {found}, the collector says {claimed}: not of one version?"
+                    "the rules have the digest {found}, but the collector sent {claimed}; do agent and collector have the same version?"
                 ),
             }]);
         }
@@ -167,12 +171,13 @@ impl Control {
             }
             Ok(partial) => {
                 tracing::info!(revision, rules = set.rules.len(), "rules applied");
-                *self.active.lock().unwrap_or_else(PoisonError::into_inner) = (revision, claimed.clone());
+                *self.active.lock() = (revision, claimed.clone());
                 self.node.rules_loaded.store(true, Relaxed);
-                let saved = Saved { set, applied_at };
-                // In force all the same; after a restart the former set would come back until the collector is there.
-                let kept = tokio::task::block_in_place(|| self.store.save(&saved));
-                self.node.set_degraded("state", kept.err().map(|error| error.to_string()));
+                let saved = SavedRules { set, applied_at };
+                // If saving fails, the rules are in force all the same. After a restart the former set would hold until the
+                // collector answers.
+                let result = tokio::task::block_in_place(|| self.store.save(&saved));
+                self.node.set_degraded("state", result.err().map(|error| error.to_string()));
                 Message::Applied(RulesApplied { revision, nonce, digest: claimed, partial })
             }
         }
@@ -196,7 +201,7 @@ impl Control {
 
     async fn status(&self) -> NodeStatus {
         let (active_revision, active_digest) = self.active();
-        let (rss_bytes, cpu) = self.node.usage();
+        let usage = ProcessUsage::read();
         let engine = self.node.engine.view().await.ok();
         let (rules, sampled) = engine.map(|view| (view.rules, view.sampled_processes)).unwrap_or_default();
         NodeStatus {
@@ -205,8 +210,8 @@ impl Control {
             active_digest,
             rules,
             ledger: Some((&self.node.ledger.snapshot()).into()),
-            rss_bytes,
-            cpu: cpu.try_into().ok(),
+            rss_bytes: usage.resident_bytes,
+            cpu: usage.cpu.try_into().ok(),
             degraded: self.node.degraded(),
             spool_bytes: self.node.spool.bytes(),
             processes_armed: sampled as u64,
@@ -214,12 +219,12 @@ impl Control {
     }
 
     fn active(&self) -> (u64, String) {
-        self.active.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.active.lock().clone()
     }
 }
 
-/// Puts the last good set of a former run into force, if there is one. Gives its revision and digest.
-pub async fn restore(node: &Node, store: &LastGood) -> (u64, String) {
+/// Puts the last good rules of a former run into force, if there are any. Returns their revision and digest.
+pub(crate) async fn restore(node: &Node, store: &LastGoodRules) -> (u64, String) {
     let saved = match store.load() {
         Ok(Some(saved)) => saved,
         Ok(None) => return (0, digest(&[])),
@@ -246,7 +251,7 @@ pub async fn restore(node: &Node, store: &LastGood) -> (u64, String) {
         Err(errors) => {
             let reasons: Vec<_> =
                 errors.iter().map(|e| format!("{} {}: {}", e.rule_id, e.field, e.reason)).collect();
-            tracing::warn!("the last good rules cannot be used here any more: {}", reasons.join("; "));
+            tracing::warn!("cannot use the last good rules any more: {}", reasons.join("; "));
             (0, digest(&[]))
         }
     }

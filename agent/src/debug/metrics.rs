@@ -1,288 +1,193 @@
-//! The agent's metrics: read when somebody asks, so that nothing counts twice.
+//! The agent's metrics: declared once, read when a scrape asks, so that no value is counted twice.
 
-use std::fmt;
+use std::{sync::atomic::Ordering::Relaxed, time::SystemTime};
 
-use prometheus_client::{
-    collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric as _, text::encode},
-    metrics::{TypedMetric as _, counter::ConstCounter, gauge::ConstGauge},
-    registry::Registry,
+use gannet_base::metrics::{Snapshot, register_process, text};
+use gannet_proto::ledger::LossReason;
+use prometheus_client::registry::Registry;
+
+use crate::{
+    engine::{EngineError, EngineView},
+    kernel::lifecycle_counts,
+    ledger::Stage,
+    node::Node,
+    pods::SourceKind,
 };
 
-use crate::{engine::EngineError, kernel::lifecycle_counts, ledger::Stage, node::Node, pods::SourceKind};
+gannet_base::metrics! {
+    pub METRICS;
+    BUILD_INFO = gauge("gannet_agent_build_info", "1, with the version of this agent", ["version"]);
 
-/// Everything at one moment.
-#[derive(Debug)]
-struct Reading {
-    values: Vec<Value>,
+    TICKS = counter("gannet_agent_sampler_ticks_total", "Clock ticks that reached the sampler");
+    RAW_SAMPLES = counter("gannet_agent_sampler_raw_samples_total", "Samples whose stack the agent unwound in user space");
+    RATE_DIVISOR = gauge("gannet_agent_governor_rate_divisor", "Factor by which sampling periods are longer than rules ask, to stay within the budgets");
+
+    TAKEN = counter("gannet_agent_samples_taken_total", "Samples that rules asked for, once for each rule");
+    DELIVERED = counter("gannet_agent_samples_delivered_total", "Samples that the collector has acknowledged");
+    LOST = counter("gannet_agent_samples_lost_total", "Samples lost, by reason", ["reason"]);
+    PENDING = gauge("gannet_agent_samples_pending", "Samples between taken and delivered, by stage", ["stage"]);
+
+    LIFECYCLE_EVENTS = counter("gannet_agent_lifecycle_events_total", "Exec, fork and exit events that the kernel handled, and processes that already ran when the agent started", ["kind"]);
+    LIFECYCLE_LOST = counter("gannet_agent_lifecycle_events_lost_total", "Exec, fork and exit events that the agent wanted and did not receive; `refused` is an upper bound and includes ends of threads", ["reason"]);
+    MAPPINGS_LOST = counter("gannet_agent_lifecycle_mappings_lost_total", "Executable mappings that the kernel did not report because a buffer was full");
+    UNDECODABLE = counter("gannet_agent_lifecycle_events_undecodable_total", "Records of the ring buffer that were no event");
+
+    PROCESSES = gauge("gannet_agent_process_table_processes", "Processes in the agent's table");
+    PROCESSES_WAITING = gauge("gannet_agent_process_table_waiting", "Processes that already ran when a rule came for them, and that the agent has not read yet");
+    PROCESS_IMAGES = counter("gannet_agent_process_table_images_total", "Images added to the agent's table, by the source of their mappings", ["source"]);
+    PROCESSES_MISSED = counter("gannet_agent_process_table_missed_total", "Processes that exited before the agent could read them");
+    PROCESSES_RECONCILED = counter("gannet_agent_process_table_reconciled_total", "Processes whose exit the kernel did not report and a scan of /proc found");
+    PROCESS_TABLE_FULL = counter("gannet_agent_process_table_full_total", "Processes that found no slot in the agent's table; raise --processes");
+    PROCESS_MAP_FULL = counter("gannet_agent_process_map_full_total", "Processes that found no slot in the kernel's process map; raise --processes");
+
+    UNWIND_TABLES = gauge("gannet_agent_unwind_tables", "Unwind tables in the kernel");
+    UNWIND_TABLE_BYTES = gauge("gannet_agent_unwind_tables_bytes", "Size of the unwind tables in the kernel");
+    UNWIND_TABLES_EVICTED = counter("gannet_agent_unwind_tables_evicted_total", "Unwind tables that left the kernel to make room");
+    UNWIND_TABLES_FAILED = counter("gannet_agent_unwind_tables_failed_total", "Files from which the agent could not build an unwind table");
+
+    CAPTURES_HELD_BACK = counter("gannet_agent_captures_held_back_total", "Captures that did not start although their condition held, by reason", ["reason"]);
+    RECORDER_BYTES = gauge("gannet_agent_recorder_bytes", "Memory of the flight recorder");
+    RECORDER_EVICTED = counter("gannet_agent_recorder_samples_evicted_total", "Samples that the flight recorder dropped before their time because it was full");
+    CONDITION_REPORTS_DROPPED = counter("gannet_agent_conditions_reports_dropped_total", "Reports of conditions that arrived faster than the agent handled them");
+    CONDITION_STRAYS = counter("gannet_agent_conditions_stray_samples_total", "Samples for an exec condition whose capture had ended");
+
+    SPOOL_BYTES = gauge("gannet_agent_spool_bytes", "Size of the batches on disk");
+    SPOOL_BATCHES = gauge("gannet_agent_spool_batches", "Number of batches on disk");
+    SPOOL_CORRUPT = counter("gannet_agent_spool_corrupt_files_total", "Damaged files found in the spool");
+    SPOOL_WRITE_ERRORS = counter("gannet_agent_spool_write_errors_total", "Writes to the spool that the file system refused");
+
+    POD_SOURCE = gauge("gannet_agent_pods_source", "1 for the source that pod metadata comes from", ["source"]);
+    POD_UPDATES = counter("gannet_agent_pods_updates_total", "Lists and changes of pods received");
+    POD_ERRORS = counter("gannet_agent_pods_errors_total", "Errors of pod sources");
+    POD_LAST_UPDATE = gauge("gannet_agent_pods_last_update_timestamp_seconds", "Time of the last list or change of pods, in seconds since 1970");
+    POD_CONTAINERS = gauge("gannet_agent_pods_containers", "Containers whose pod is known");
+    POD_UNKNOWN = gauge("gannet_agent_pods_unknown_containers", "Containers whose pod is not known, by state of the search", ["state"]);
+    POD_REFUSED = counter("gannet_agent_pods_refused_total", "Pods beyond the number that the agent stores");
+
+    CONNECTED = gauge("gannet_agent_control_connected", "1 while the control stream to the collector is up");
+    DEGRADED = gauge("gannet_agent_health_degraded_parts", "Parts of the agent that work with limits; /readyz names them");
 }
 
-#[derive(Debug)]
-struct Value {
-    name: &'static str,
-    help: &'static str,
-    /// At most one label; values of one metric stand together.
-    label: Option<(&'static str, String)>,
-    number: Number,
-}
-
-#[derive(Debug)]
-enum Number {
-    Counter(u64),
-    Seconds(f64),
-    Gauge(i64),
-}
-
-/// The text that a scrape gets.
+/// Returns the text of a scrape.
 pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
     let engine = node.engine.view().await?;
-    let (suppressed, recorder, files) = (engine.suppressed_captures, engine.recorder, engine.process_stats);
+    let mut snapshot = Snapshot::default();
+    snapshot.add_labelled(&BUILD_INFO, [gannet_proto::VERSION], true);
+    add_samples(&mut snapshot, node);
+    add_engine(&mut snapshot, &engine);
+    add_processes(&mut snapshot, &engine);
+    add_spool(&mut snapshot, node);
+    add_pods(&mut snapshot, node);
+    snapshot.add(&CONNECTED, node.connected.load(Relaxed));
+    snapshot.add(&DEGRADED, node.degraded().len());
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(snapshot));
+    register_process(&mut registry);
+    Ok(text(&registry))
+}
+
+fn add_samples(snapshot: &mut Snapshot, node: &Node) {
     let account = node.ledger.account_now();
     let ledger = account.to_ledger();
-    let (rss, cpu) = node.usage();
-    let mut values = Vec::new();
-    let mut add = |name, help, label: Option<(&'static str, String)>, number| {
-        values.push(Value { name, help, label, number });
-    };
-    add("clock_ticks", "Clock ticks that reached the sampler", None, Number::Counter(ledger.ticks));
-    add(
-        "samples_taken",
-        "Samples that a rule asked for, once for each rule",
-        None,
-        Number::Counter(ledger.taken),
-    );
-    add(
-        "samples_delivered",
-        "Samples that a collector has acknowledged",
-        None,
-        Number::Counter(ledger.delivered),
-    );
-    for reason in gannet_proto::ledger::LossReason::ALL {
+    snapshot.add(&TICKS, ledger.ticks);
+    snapshot.add(&TAKEN, ledger.taken);
+    snapshot.add(&DELIVERED, ledger.delivered);
+    for reason in LossReason::ALL {
         let lost = ledger.lost.get(&reason).copied().unwrap_or(0);
-        let label = Some(("reason", reason.to_string()));
-        add("samples_lost", "Samples lost, by reason", label, Number::Counter(lost));
+        snapshot.add_labelled(&LOST, [&reason.to_string()], lost);
     }
     for stage in Stage::ALL {
-        let label = Some(("stage", stage.as_str().to_owned()));
-        let number = Number::Gauge(account.at_stage(stage).cast_signed());
-        add("samples_pending", "Samples on their way, by stage", label, number);
+        snapshot.add_labelled(&PENDING, [stage.as_str()], account.at_stage(stage));
     }
-    if let Some(counters) = engine.counters {
-        let kinds = lifecycle_counts(&counters);
+}
+
+fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
+    if let Some(counters) = &engine.counters {
+        let kinds = lifecycle_counts(counters);
         for (kind, counts) in kinds {
-            let label = Some(("kind", kind.to_owned()));
-            let help = "Exec, fork and exit handled in the kernel, and processes found running";
-            add("lifecycle_events", help, label, Number::Counter(counts.seen));
+            snapshot.add_labelled(&LIFECYCLE_EVENTS, [kind], counts.seen);
         }
         for (reason, count) in [
-            ("ring_full", kinds.iter().map(|(_, counts)| counts.lost_ring_full).sum()),
+            ("ring_full", kinds.iter().map(|(_, counts)| counts.lost_ring_full).sum::<u64>()),
             ("rate", kinds.iter().map(|(_, counts)| counts.lost_rate).sum()),
             ("refused", kinds.iter().map(|(_, counts)| counts.refused).sum()),
         ] {
-            let label = Some(("reason", reason.to_owned()));
-            let help = "Exec, fork and exit that were wanted and not reported (refused: at most, ends of threads included)";
-            add("lifecycle_events_lost", help, label, Number::Counter(count));
+            snapshot.add_labelled(&LIFECYCLE_LOST, [reason], count);
         }
-        add("samples_raw", "Samples taken raw, walked in user space", None, Number::Counter(counters.raw));
-        add(
-            "process_map_full",
-            "Processes that found no place in the kernel's table",
-            None,
-            Number::Counter(counters.procs_full),
-        );
+        snapshot.add(&RAW_SAMPLES, counters.raw);
+        snapshot.add(&PROCESS_MAP_FULL, counters.procs_full);
     }
-    add(
-        "events_undecodable",
-        "Records of the ring that were no event",
-        None,
-        Number::Counter(engine.undecodable_events),
-    );
-    add("processes", "Processes in the table", None, Number::Gauge(engine.processes as i64));
-    add(
-        "processes_missed",
-        "Processes that were gone before they could be read",
-        None,
-        Number::Counter(files.missed),
-    );
-    for (source, count) in [("kernel", files.told), ("proc", files.loaded)] {
-        let label = Some(("source", source.to_owned()));
-        add(
-            "processes_known",
-            "Images, by where their mappings are known from",
-            label,
-            Number::Counter(count),
-        );
+    snapshot.add(&UNDECODABLE, engine.undecodable_events);
+    snapshot.add(&MAPPINGS_LOST, engine.mappings_lost);
+    if let Some(tables) = &engine.unwind_tables {
+        snapshot.add(&UNWIND_TABLES, tables.resident);
+        snapshot.add(&UNWIND_TABLE_BYTES, tables.resident_bytes);
+        snapshot.add(&UNWIND_TABLES_EVICTED, tables.evicted);
+        snapshot.add(&UNWIND_TABLES_FAILED, tables.failed);
     }
-    add(
-        "processes_saturated",
-        "Processes that found no place in the agent's table; raise --processes",
-        None,
-        Number::Counter(files.saturated),
-    );
-    add(
-        "processes_reconciled",
-        "Processes whose end was not told and was found by looking",
-        None,
-        Number::Counter(files.reconciled),
-    );
-    add(
-        "mappings_lost",
-        "Executable mappings that the kernel could not tell, because a buffer was full",
-        None,
-        Number::Counter(engine.mappings_lost),
-    );
-    if let Some(tables) = engine.unwind_tables {
-        add("unwind_tables", "Unwind tables in the kernel", None, Number::Gauge(tables.resident as i64));
-        add(
-            "unwind_table_bytes",
-            "Memory of the unwind tables in the kernel",
-            None,
-            Number::Gauge(tables.resident_bytes as i64),
-        );
-        add(
-            "unwind_tables_evicted",
-            "Unwind tables taken out for others",
-            None,
-            Number::Counter(tables.evicted),
-        );
-        add(
-            "unwind_tables_failed",
-            "Files that could not be made into a table",
-            None,
-            Number::Counter(tables.failed),
-        );
-    }
+    let suppressed = &engine.suppressed_captures;
     for (reason, count) in [
         ("cooldown", suppressed.cooldown),
         ("max_concurrent", suppressed.max_concurrent),
         ("budget", suppressed.budget),
     ] {
-        let label = Some(("reason", reason.to_owned()));
-        add("captures_held_back", "Captures that did not start, by reason", label, Number::Counter(count));
+        snapshot.add_labelled(&CAPTURES_HELD_BACK, [reason], count);
     }
-    add(
-        "processes_found_waiting",
-        "Processes that ran when a rule came that wants them, and that are yet to be read",
-        None,
-        Number::Gauge(engine.discovered_waiting as i64),
-    );
-    add("recorder_bytes", "Memory of the flight recorder", None, Number::Gauge(recorder.bytes as i64));
-    add(
-        "recorder_crowded_out",
-        "Samples that the flight recorder forgot before their time",
-        None,
-        Number::Counter(recorder.crowded_out),
-    );
-    add(
-        "sensor_reports_dropped",
-        "Reports of conditions that came faster than they were taken",
-        None,
-        Number::Counter(engine.sensor_reports_dropped),
-    );
-    add(
-        "samples_stray",
-        "Samples of exec conditions that were over when they came",
-        None,
-        Number::Counter(engine.stray_samples),
-    );
-    add(
-        "rate_divisor",
-        "How many times longer periods are than asked for, to keep within the budget",
-        None,
-        Number::Gauge(engine.rate_divisor.into()),
-    );
-    add("spool_bytes", "Batches on disk", None, Number::Gauge(node.spool.bytes() as i64));
-    add("spool_batches", "Batches in the spool", None, Number::Gauge(node.spool.batches() as i64));
-    add(
-        "spool_corrupt_files",
-        "Damaged spool files found",
-        None,
-        Number::Counter(node.spool.corrupt_files()),
-    );
-    add(
-        "spool_write_errors",
-        "Writes that the file system refused",
-        None,
-        Number::Counter(node.spool.write_errors()),
-    );
-    let pods = node.pods.status();
+    snapshot.add(&RECORDER_BYTES, engine.recorder.bytes);
+    snapshot.add(&RECORDER_EVICTED, engine.recorder.crowded_out);
+    snapshot.add(&CONDITION_REPORTS_DROPPED, engine.sensor_reports_dropped);
+    snapshot.add(&CONDITION_STRAYS, engine.stray_samples);
+    snapshot.add(&RATE_DIVISOR, engine.rate_divisor);
+}
+
+fn add_processes(snapshot: &mut Snapshot, engine: &EngineView) {
+    let stats = &engine.process_stats;
+    snapshot.add(&PROCESSES, engine.processes);
+    snapshot.add(&PROCESSES_WAITING, engine.discovered_waiting);
+    for (source, count) in [("kernel", stats.told), ("proc", stats.loaded)] {
+        snapshot.add_labelled(&PROCESS_IMAGES, [source], count);
+    }
+    snapshot.add(&PROCESSES_MISSED, stats.missed);
+    snapshot.add(&PROCESSES_RECONCILED, stats.reconciled);
+    snapshot.add(&PROCESS_TABLE_FULL, stats.saturated);
+}
+
+fn add_spool(snapshot: &mut Snapshot, node: &Node) {
+    snapshot.add(&SPOOL_BYTES, node.spool.bytes());
+    snapshot.add(&SPOOL_BATCHES, node.spool.batches());
+    snapshot.add(&SPOOL_CORRUPT, node.spool.corrupt_files());
+    snapshot.add(&SPOOL_WRITE_ERRORS, node.spool.write_errors());
+}
+
+fn add_pods(snapshot: &mut Snapshot, node: &Node) {
+    let status = node.pods.status();
     for kind in [SourceKind::PodInfo, SourceKind::Kubelet, SourceKind::ApiServer] {
-        let label = Some(("source", kind.to_string()));
-        let number = Number::Gauge((pods.source == Some(kind)).into());
-        add("pods_source", "1 for the source that pods come from", label, number);
+        snapshot.add_labelled(&POD_SOURCE, [kind.as_str()], status.source == Some(kind));
     }
-    add("pods_updates", "Lists and changes of pods taken in", None, Number::Counter(pods.updates));
-    add("pods_errors", "Failures of the sources of pods", None, Number::Counter(pods.errors));
-    if let Some(at) = pods.last_update {
-        let age = at.elapsed().unwrap_or_default().as_secs();
-        add(
-            "pods_age_seconds",
-            "Since the source of pods told of something",
-            None,
-            Number::Gauge(age as i64),
-        );
+    snapshot.add(&POD_UPDATES, status.updates);
+    snapshot.add(&POD_ERRORS, status.errors);
+    if let Some(since) = status.last_update.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()) {
+        snapshot.add(&POD_LAST_UPDATE, since.as_secs_f64());
     }
     let (containers, asked_for, in_no_list, refused) = node.pods.counts();
-    add("pods_containers", "Containers whose pod is known", None, Number::Gauge(containers as i64));
+    snapshot.add(&POD_CONTAINERS, containers);
     for (state, count) in [("asked_for", asked_for), ("in_no_list", in_no_list)] {
-        let label = Some(("state", state.to_owned()));
-        let number = Number::Gauge(count as i64);
-        add("pods_unknown_containers", "Containers whose pod is not known", label, number);
+        snapshot.add_labelled(&POD_UNKNOWN, [state], count);
     }
-    add("pods_refused", "Pods beyond what is kept", None, Number::Counter(refused));
-    let connected = node.connected.load(std::sync::atomic::Ordering::Relaxed);
-    add("collector_connected", "1 while the control stream stands", None, Number::Gauge(connected.into()));
-    add(
-        "degraded",
-        "Parts that work less well than they should",
-        None,
-        Number::Gauge(node.degraded().len() as i64),
-    );
-    add("resident_memory_bytes", "Memory of this process", None, Number::Gauge(rss as i64));
-    add("cpu_seconds", "CPU time of all threads of this process", None, Number::Seconds(cpu.as_secs_f64()));
-
-    let mut registry = Registry::with_prefix("gannet_agent");
-    registry.register_collector(Box::new(Reading { values }));
-    let mut text = String::new();
-    // Writing into a String cannot fail.
-    let _ = encode(&mut text, &registry);
-    Ok(text)
+    snapshot.add(&POD_REFUSED, refused);
 }
 
-impl Collector for Reading {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        for group in self.values.chunk_by(|a, b| a.name == b.name) {
-            let Some(first) = group.first() else { continue };
-            let kind = match first.number {
-                Number::Counter(_) | Number::Seconds(_) => ConstCounter::<u64>::TYPE,
-                Number::Gauge(_) => ConstGauge::<i64>::TYPE,
-            };
-            let mut metric = encoder.encode_descriptor(first.name, first.help, None, kind)?;
-            for value in group {
-                let labels: Vec<(&str, &str)> =
-                    value.label.iter().map(|(name, text)| (*name, text.as_str())).collect();
-                let one = if labels.is_empty() { None } else { Some(labels) };
-                match &one {
-                    None => value.number.encode(metric)?,
-                    Some(labels) => {
-                        let labelled = metric.encode_family(labels)?;
-                        value.number.encode(labelled)?;
-                        continue;
-                    }
-                }
-                break;
-            }
-        }
-        Ok(())
-    }
-}
+#[cfg(test)]
+mod tests {
+    use gannet_base::metrics::problems;
 
-impl Number {
-    fn encode(&self, encoder: prometheus_client::encoding::MetricEncoder<'_>) -> Result<(), fmt::Error> {
-        match self {
-            Self::Counter(count) => ConstCounter::new(*count).encode(encoder),
-            Self::Seconds(seconds) => ConstCounter::new(*seconds).encode(encoder),
-            Self::Gauge(level) => ConstGauge::new(*level).encode(encoder),
+    use super::*;
+
+    #[test]
+    fn each_metric_follows_the_conventions() {
+        assert_eq!(problems(METRICS), Vec::<String>::new());
+        for metric in METRICS {
+            assert!(metric.name.starts_with("gannet_agent_"), "{}", metric.name);
         }
     }
 }

@@ -1,19 +1,15 @@
-//! What a node shows of itself: probes and metrics for the cluster, and on loopback a page for whoever looks into one
-//! node.
+//! What a node shows of itself: probes and metrics for the cluster, and on loopback a debug page for one node.
 //!
-//! Nothing here changes state, but that `/debug/profile` samples what it is asked for, for as long as it is asked. The page answers only to a local name, so that a web page elsewhere cannot read it
-//! through somebody's browser.
+//! Nothing here changes state, except that `/debug/profile` starts the capture that a request asks for. The page answers
+//! only to a local host name, so that a web page elsewhere cannot read it through a user's browser.
 
 mod metrics;
+mod profile;
 mod views;
 
-use std::{
-    fmt::Write as _,
-    io,
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+pub use metrics::METRICS;
+
+use std::{fmt::Write as _, io, net::SocketAddr, sync::Arc};
 
 use axum::{
     Router,
@@ -23,44 +19,21 @@ use axum::{
     response::{Html, IntoResponse, Response},
     routing::get,
 };
-use gannet_proto::{
-    control::{Match, capture},
-    pprof,
-};
 use serde::Deserialize;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    cgroup::find_container,
-    engine::{EngineError, Manual},
-    node::Node,
-    output::{Details, Format, OutputError, render},
-    pods::LONGEST_JOIN,
-    rules::CaptureError,
-};
+use crate::{engine::EngineError, node::Node};
+use profile::MAX_PROFILES;
 
-/// `/debug/profile` requests that are served at one time.
-const PROFILES_AT_ONCE: usize = 4;
-/// How long the last window of `/debug/profile` may take to be named: the wait for the names of pods, and some.
-const LAST_WINDOW: Duration = Duration::from_secs(10);
-const _: () = assert!(LAST_WINDOW.as_secs() > LONGEST_JOIN.as_secs());
-/// How long the last window of a capture may take to be named.
-const NAMING: Duration = Duration::from_secs(30);
-/// The longest that `/debug/profile` collects.
-const LONGEST_PROFILE: u64 = 600;
-
-/// Why a listener does not start.
+/// An address that the agent cannot listen on.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address}: {source}; give another address with --{flag}")]
 pub struct ListenError {
-    /// Where.
-    pub address: SocketAddr,
-    /// The flag that sets it.
-    pub flag: &'static str,
-    /// What the system said.
+    address: SocketAddr,
+    flag: &'static str,
     #[source]
-    pub source: io::Error,
+    source: io::Error,
 }
 
 #[derive(Clone)]
@@ -69,29 +42,24 @@ struct Shared {
     profiles: Arc<Semaphore>,
 }
 
-/// Both listeners, open.
-pub struct Listeners {
+/// The two open listeners.
+pub(crate) struct Listeners {
     probes: TcpListener,
     page: TcpListener,
 }
 
 impl Listeners {
-    /// Opens the listeners, so that a port in use shows before anything else is started.
-    pub async fn open(probes: SocketAddr, page: SocketAddr) -> Result<Self, ListenError> {
+    /// Opens the listeners. The agent does this first, so that a port in use shows before anything else starts.
+    pub(crate) async fn open(probes: SocketAddr, page: SocketAddr) -> Result<Self, ListenError> {
         let listen = async |address, flag| {
             TcpListener::bind(address).await.map_err(|source| ListenError { address, flag, source })
         };
         Ok(Self { probes: listen(probes, "http-listen").await?, page: listen(page, "debug-listen").await? })
     }
 
-    /// Where the page is.
-    pub fn page_address(&self) -> io::Result<SocketAddr> {
-        self.page.local_addr()
-    }
-
     /// Serves until cancelled.
-    pub async fn serve(self, node: Arc<Node>, cancel: CancellationToken) {
-        let shared = Shared { node, profiles: Arc::new(Semaphore::new(PROFILES_AT_ONCE)) };
+    pub(crate) async fn serve(self, node: Arc<Node>, cancel: CancellationToken) {
+        let shared = Shared { node, profiles: Arc::new(Semaphore::new(MAX_PROFILES)) };
         let probes = probes_router().with_state(shared.clone());
         let page = page_router().with_state(shared);
         let stop = |cancel: CancellationToken| async move { cancel.cancelled().await };
@@ -100,7 +68,7 @@ impl Listeners {
             axum::serve(self.page, page).with_graceful_shutdown(stop(cancel)),
         );
         for error in [probes.err(), page.err()].into_iter().flatten() {
-            tracing::error!("a listener has ended: {error}");
+            tracing::error!("an HTTP listener has ended: {error}");
         }
     }
 }
@@ -132,8 +100,8 @@ fn page_router() -> Router<Shared> {
         .route("/debug/maps", get(maps))
         .route("/debug/ledger", get(ledger))
         .route("/debug/events", get(events))
-        .route("/debug/flame", get(flame))
-        .route("/debug/profile", get(profile))
+        .route("/debug/flame", get(profile::flame))
+        .route("/debug/profile", get(profile::profile))
         .route("/debug/bundle", get(bundle))
         .layer(middleware::from_fn(guard))
 }
@@ -143,12 +111,12 @@ fn options(node: &Node) -> String {
     node.config.options.to_yaml().unwrap_or_else(|error| error.to_string())
 }
 
-/// Local names only, and nothing that a page could be made to do for somebody else.
+/// Answers requests for a local host name only, and forbids browsers to embed or extend the page.
 async fn guard(request: Request, next: Next) -> Response {
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("");
     if !is_local_host(host) {
-        let words = "this page answers to localhost only: use kubectl port-forward, or ssh -L\n";
-        return (StatusCode::FORBIDDEN, words).into_response();
+        let text = "this page answers to localhost only; use kubectl port-forward or ssh -L\n";
+        return (StatusCode::FORBIDDEN, text).into_response();
     }
     let mut response = next.run(request).await;
     let headers = response.headers_mut();
@@ -161,7 +129,7 @@ async fn guard(request: Request, next: Next) -> Response {
     response
 }
 
-/// Whether a Host header names this machine: without a port, or with any.
+/// Returns whether a Host header, with or without a port, names this machine.
 fn is_local_host(host: &str) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or(""),
@@ -197,15 +165,16 @@ fn failed(error: &dyn std::fmt::Display) -> Response {
     (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response()
 }
 
+/// Parameters of the views.
 #[derive(Deserialize)]
-struct Look {
+struct ViewQuery {
     format: Option<String>,
     pid: Option<u32>,
 }
 
-/// A view as JSON if asked for, else as text for people.
-fn show<T: serde::Serialize>(look: &Look, view: &T, text: impl FnOnce(&T) -> String) -> Response {
-    match look.format.as_deref() {
+/// Returns a view as JSON if the query asks for it, else as human-readable text.
+fn show<T: serde::Serialize>(query: &ViewQuery, view: &T, text: impl FnOnce(&T) -> String) -> Response {
+    match query.format.as_deref() {
         Some("json") => axum::Json(view).into_response(),
         None | Some("text") => text(view).into_response(),
         Some(other) => {
@@ -214,205 +183,49 @@ fn show<T: serde::Serialize>(look: &Look, view: &T, text: impl FnOnce(&T) -> Str
     }
 }
 
-async fn status(State(shared): State<Shared>, Query(look): Query<Look>) -> Response {
-    show(&look, &views::status(&shared.node), views::Status::text)
+async fn status(State(shared): State<Shared>, Query(query): Query<ViewQuery>) -> Response {
+    show(&query, &views::status(&shared.node), views::Status::text)
 }
 
-async fn rules(State(shared): State<Shared>, Query(look): Query<Look>) -> Response {
+async fn rules(State(shared): State<Shared>, Query(query): Query<ViewQuery>) -> Response {
     match views::rules(&shared.node).await {
-        Ok(view) => show(&look, &view, |view| views::rules_text(view)),
+        Ok(view) => show(&query, &view, |view| views::rules_text(view)),
         Err(error) => failed(&error),
     }
 }
 
-async fn processes(State(shared): State<Shared>, Query(look): Query<Look>) -> Response {
-    match views::processes(&shared.node, look.pid).await {
-        Ok(view) => show(&look, &view, |view| views::processes_text(view)),
+async fn processes(State(shared): State<Shared>, Query(query): Query<ViewQuery>) -> Response {
+    match views::processes(&shared.node, query.pid).await {
+        Ok(view) => show(&query, &view, |view| views::processes_text(view)),
         Err(error) => failed(&error),
     }
 }
 
-async fn pods(State(shared): State<Shared>, Query(look): Query<Look>) -> Response {
-    show(&look, &views::pods(&shared.node), views::PodsView::text)
+async fn pods(State(shared): State<Shared>, Query(query): Query<ViewQuery>) -> Response {
+    show(&query, &views::pods(&shared.node), views::PodsView::text)
 }
 
-async fn maps(State(shared): State<Shared>, Query(look): Query<Look>) -> Response {
+async fn maps(State(shared): State<Shared>, Query(query): Query<ViewQuery>) -> Response {
     match views::maps(&shared.node).await {
-        Ok(view) => show(&look, &view, views::Maps::text),
+        Ok(view) => show(&query, &view, views::Maps::text),
         Err(error) => failed(&error),
     }
 }
 
-async fn ledger(State(shared): State<Shared>, Query(look): Query<Look>) -> Response {
-    show(&look, &views::ledger(&shared.node), views::LedgerView::text)
+async fn ledger(State(shared): State<Shared>, Query(query): Query<ViewQuery>) -> Response {
+    show(&query, &views::ledger(&shared.node), views::LedgerView::text)
 }
 
-async fn events(State(shared): State<Shared>, Query(look): Query<Look>) -> Response {
+async fn events(State(shared): State<Shared>, Query(query): Query<ViewQuery>) -> Response {
     match views::events(&shared.node).await {
-        Ok(view) => show(&look, &view, |lines| lines.join("\n") + "\n"),
+        Ok(view) => show(&query, &view, |lines| lines.join("\n") + "\n"),
         Err(error) => failed(&error),
-    }
-}
-
-async fn flame(State(shared): State<Shared>, Query(look): Query<Look>) -> Response {
-    let merged = match shared.node.recent.merged(None, look.pid) {
-        Ok(merged) => merged,
-        Err(error) => return failed(&error),
-    };
-    let title = format!("{}: the last windows", shared.node.config.node);
-    let details = Details { title, ledger: shared.node.ledger.snapshot() };
-    match merged.map_or(Err(OutputError::Empty), |profile| render(&profile, Format::Svg, &details)) {
-        Ok(bytes) => (
-            [
-                (header::CONTENT_TYPE, "image/svg+xml"),
-                // The picture brings its own script and style, and may do nothing else.
-                (
-                    header::CONTENT_SECURITY_POLICY,
-                    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'",
-                ),
-            ],
-            bytes,
-        )
-            .into_response(),
-        Err(OutputError::Empty) => (
-            StatusCode::NOT_FOUND,
-            "no samples in the last windows: is there a rule that names something that runs?\n",
-        )
-            .into_response(),
-        Err(error) => failed(&error),
-    }
-}
-
-#[derive(Deserialize)]
-struct ProfileQuery {
-    pid: Option<u32>,
-    comm: Option<String>,
-    container: Option<String>,
-    seconds: Option<u64>,
-    hz: Option<u32>,
-    kind: Option<String>,
-}
-
-/// Starts a capture of what is asked for and gives its profile. Asked for nothing, it collects what the rules in force
-/// sample.
-async fn profile(State(shared): State<Shared>, Query(query): Query<ProfileQuery>) -> Response {
-    let seconds = query.seconds.unwrap_or(10);
-    if !(1..=LONGEST_PROFILE).contains(&seconds) {
-        return (StatusCode::BAD_REQUEST, format!("seconds={seconds}: give 1 to {LONGEST_PROFILE}\n"))
-            .into_response();
-    }
-    let Ok(_place) = shared.profiles.try_acquire() else {
-        return (
-            StatusCode::TOO_MANY_REQUESTS,
-            format!("{PROFILES_AT_ONCE} profiles are being taken already\n"),
-        )
-            .into_response();
-    };
-    match manual(&query, Duration::from_secs(seconds)) {
-        Ok(Some(manual)) => return capture(&shared.node, manual).await,
-        Ok(None) => {}
-        Err(words) => return (StatusCode::BAD_REQUEST, words).into_response(),
-    }
-    let node = &shared.node;
-    // What is sampled up to now belongs to nobody who asked now.
-    if let Err(error) = node.engine.flush().await {
-        return failed(&error);
-    }
-    let begun = SystemTime::now();
-    tokio::time::sleep(Duration::from_secs(seconds)).await;
-    let next = node.recent.next();
-    if let Err(error) = node.engine.flush().await {
-        return failed(&error);
-    }
-    // The last window is still being named; without a sample there is none to wait for.
-    let _ = tokio::time::timeout(LAST_WINDOW, next).await;
-    // Windows are stamped when they begin, a moment before this was asked.
-    let since = begun.checked_sub(Duration::from_millis(50)).unwrap_or(begun);
-    match node.recent.merged(Some(since), query.pid) {
-        Ok(Some(profile)) => attached(&profile),
-        Ok(None) => (
-            StatusCode::NOT_FOUND,
-            "nothing was sampled: no rule names it, or it used no CPU; /debug/processes tells which\n",
-        )
-            .into_response(),
-        Err(error) => failed(&error),
-    }
-}
-
-fn attached(profile: &gannet_proto::profiles::Profile) -> Response {
-    (
-        [
-            (header::CONTENT_TYPE, "application/octet-stream"),
-            (header::CONTENT_DISPOSITION, "attachment; filename=\"profile.pb.gz\""),
-        ],
-        pprof::encode(profile),
-    )
-        .into_response()
-}
-
-/// What a query asks to capture; none if it names nothing.
-fn manual(query: &ProfileQuery, duration: Duration) -> Result<Option<Manual>, String> {
-    let ProfileQuery { pid, comm, container, seconds: _, hz, kind } = query;
-    if pid.is_none() && comm.is_none() && container.is_none() {
-        return Ok(None);
-    }
-    let cgroup = match container {
-        None => Vec::new(),
-        Some(id) => {
-            let path = find_container(id).ok_or_else(|| {
-                format!(
-                    "container={id}: no process of such a container runs here; give the beginning of its id\n"
-                )
-            })?;
-            vec![format!("{path}/*"), path]
-        }
-    };
-    let kind = match kind.as_deref() {
-        None | Some("on_cpu") => capture::Kind::OnCpu,
-        Some("off_cpu") => capture::Kind::OffCpu,
-        Some(other) => return Err(format!("kind={other}: give on_cpu or off_cpu\n")),
-    };
-    Ok(Some(Manual {
-        matches: Match {
-            pids: pid.iter().copied().collect(),
-            comm: comm.iter().cloned().collect(),
-            cgroup,
-            ..Match::default()
-        },
-        hz: hz.unwrap_or(99),
-        kinds: vec![kind],
-        duration,
-        evidence: "asked for on the node's page".into(),
-    }))
-}
-
-/// Runs a capture to its end.
-async fn capture(node: &Node, manual: Manual) -> Response {
-    let running = match node.engine.capture_now(manual).await {
-        Ok(running) => running,
-        Err(error @ CaptureError::Invalid(_)) => {
-            return (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response();
-        }
-        Err(error) => return (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),
-    };
-    let collecting = node.recent.collect(running.capture);
-    let Ok(last) = running.over.await else { return failed(&EngineError::Ended) };
-    match tokio::time::timeout(NAMING, collecting.finish(last)).await {
-        Ok(Ok(Some(profile))) => attached(&profile),
-        Ok(Ok(None)) => (
-            StatusCode::NOT_FOUND,
-            "nothing was sampled: nothing that matches runs, it used no CPU, or this node denies it\n",
-        )
-            .into_response(),
-        Ok(Err(error)) => failed(&error),
-        Err(_) => failed(&"its frames were not named in time"),
     }
 }
 
 async fn bundle(State(shared): State<Shared>) -> Response {
     let node = &shared.node;
-    let text =
-        |result: Result<String, crate::engine::EngineError>| result.unwrap_or_else(|error| error.to_string());
+    let text = |result: Result<String, EngineError>| result.unwrap_or_else(|error| error.to_string());
     let files = [
         ("statusz", views::status(node).text()),
         ("flagz", options(node)),
@@ -454,7 +267,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_local_names_are_answered() {
+    fn only_local_host_names_pass_the_guard() {
         for host in ["localhost", "LOCALHOST:6060", "127.0.0.1:6060", "127.9.9.9", "[::1]:6060", "[::1]"] {
             assert!(is_local_host(host), "{host}");
         }

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use gannet_base::metrics::ProcessUsage;
 use gannet_proto::control::rule_status;
 use serde::Serialize;
 
@@ -36,7 +37,7 @@ pub(super) struct Status {
 }
 
 pub(super) fn status(node: &Node) -> Status {
-    let (rss_bytes, cpu) = node.usage();
+    let usage = ProcessUsage::read();
     Status {
         node: node.config.node.clone(),
         version: gannet_proto::VERSION,
@@ -44,8 +45,8 @@ pub(super) fn status(node: &Node) -> Status {
         up_seconds: node.started.elapsed().unwrap_or_default().as_secs(),
         collector: node.config.dial.as_ref().map_or_else(String::new, |dial| dial.url.clone()),
         connected: node.connected.load(std::sync::atomic::Ordering::Relaxed),
-        rss_bytes,
-        cpu_seconds: cpu.as_secs_f64(),
+        rss_bytes: usage.resident_bytes,
+        cpu_seconds: usage.cpu.as_secs_f64(),
         spool_bytes: node.spool.bytes(),
         spool_batches: node.spool.batches(),
         degraded: node.degraded(),

@@ -10,6 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use gannet_agent::METRICS;
+use gannet_base::metrics::{PROCESS_METRICS, undeclared};
+
 use crate::common::{
     Running, agent,
     life::{COMM, life, life_as},
@@ -149,6 +152,21 @@ fn find(haystack: &[u8], needle: &[u8]) -> bool {
 /// Nobody listens there, for the moment.
 fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+#[test]
+fn a_scrape_shows_the_declared_metrics_and_no_others() {
+    let daemon = Daemon::start(&[]);
+    let answer = Daemon::get(daemon.probes, "/metrics");
+    let (_, text) = answer.split_once("\r\n\r\n").unwrap();
+    assert_eq!(undeclared(text, &[METRICS, PROCESS_METRICS]), Vec::<String>::new());
+    for metric in METRICS.iter().chain(PROCESS_METRICS) {
+        // Without a pod source there is no last update.
+        let is_shown =
+            text.contains(&format!("\n{}", metric.name)) || metric.name.contains("pods_last_update");
+        assert!(is_shown, "{}:\n{text}", metric.name);
+    }
+    daemon.end();
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Why a process does, or does not, match: field by field, in words. The patterns are those that decide.
+//! Explains field by field why a process does not match a rule. It uses the patterns by which the engine decides.
 
 use std::sync::Arc;
 
@@ -13,25 +13,25 @@ use crate::{
     process::Seen,
 };
 
-/// Texts of a list that are named; a rule may have 64 in each.
-const SHOWN: usize = 4;
+/// Patterns of one field that an explanation shows; a rule may have 64.
+const SHOWN_PATTERNS: usize = 4;
 const SHOWN_LABELS: usize = 8;
 
-/// What a match asks for, ready to be compared.
-pub(super) struct Wanted {
+/// The parsed `match` of a rule.
+pub(super) struct Matcher {
     comm: Vec<Pattern>,
     exe: Vec<Pattern>,
     cgroup: Vec<Pattern>,
     pids: Vec<u32>,
     uid: Vec<u32>,
-    /// Fields over pods that are given, each as a rule of its own.
+    /// Pod fields of the rule, each as a query of its own.
     pods: Vec<(&'static str, PodRule)>,
 }
 
-impl Wanted {
+impl Matcher {
     pub(super) fn of(wanted: &Match) -> Self {
         let Match { comm, exe, cgroup, namespaces, pod_labels, containers, workloads, pids, uid } = wanted;
-        // A pattern that does not parse was refused before; it can only be left out.
+        // The node refused patterns that do not parse before, so none is left out here.
         let patterns = |texts: &[String]| texts.iter().filter_map(|text| Pattern::parse(text).ok()).collect();
         let nothing = Match::default();
         let pods = [
@@ -50,8 +50,8 @@ impl Wanted {
         }
     }
 
-    /// One line for each field that does not hold; none: it matches.
-    pub(super) fn mismatches(&self, seen: &Seen, place: &Place) -> Vec<String> {
+    /// Returns one line for each field that does not match; empty if the process matches.
+    pub(super) fn mismatches(&self, seen: &Seen, pod: &ProcessPod) -> Vec<String> {
         let mut found = Vec::new();
         for (field, patterns, text) in [
             ("match.comm", &self.comm, &seen.comm),
@@ -59,8 +59,8 @@ impl Wanted {
             ("match.cgroup", &self.cgroup, &seen.cgroup),
         ] {
             if !patterns.is_empty() && !patterns.iter().any(|pattern| pattern.matches(text.as_bytes())) {
-                let wanted: Vec<String> = patterns.iter().take(SHOWN).map(show).collect();
-                let more = if patterns.len() > SHOWN { ", ..." } else { "" };
+                let wanted: Vec<String> = patterns.iter().take(SHOWN_PATTERNS).map(show).collect();
+                let more = if patterns.len() > SHOWN_PATTERNS { ", ..." } else { "" };
                 found.push(format!("{field}: is `{text}`, not {}{more}", wanted.join(" or ")));
             }
         }
@@ -72,67 +72,69 @@ impl Wanted {
             found.push(format!("match.uid: is {is}"));
         }
         for (field, rule) in &self.pods {
-            match place {
-                Place::Unknowable => found.push(format!("{field}: this node has no pod metadata")),
-                Place::Nowhere => found.push(format!("{field}: is in no pod that the node knows")),
-                Place::In(pod, container) => {
-                    if !pod.denied && !rule.matches(pod, container.as_deref()) {
-                        found.push(format!("{field}: is in {}", place.words()));
+            match pod {
+                ProcessPod::NoMetadata => found.push(format!("{field}: this node has no pod metadata")),
+                ProcessPod::None => {
+                    found.push(format!("{field}: the process is in no pod that the node knows"));
+                }
+                ProcessPod::In(found_pod, container) => {
+                    if !found_pod.denied && !rule.matches(found_pod, container.as_deref()) {
+                        found.push(format!("{field}: is in {}", pod.describe()));
                     }
                 }
             }
         }
-        if let Place::In(pod, _) = place
+        if let ProcessPod::In(pod, _) = pod
             && pod.denied
         {
-            found.push("its pod is annotated never to be profiled".to_owned());
+            found.push("an annotation of its pod forbids profiling".to_owned());
         }
         found
     }
 }
 
-/// Where a process runs.
-pub(super) enum Place {
-    /// The node knows no pods at all.
-    Unknowable,
-    /// In none.
-    Nowhere,
-    /// In this one, in the container of this name.
+/// The pod of a process.
+pub(super) enum ProcessPod {
+    /// The node has no pod metadata.
+    NoMetadata,
+    /// The process is in no pod that the node knows.
+    None,
+    /// The process is in this pod, in the container of this name.
     In(Arc<Pod>, Option<Arc<str>>),
 }
 
-impl Place {
+impl ProcessPod {
     pub(super) fn of(node: &Node, seen: &Seen) -> Self {
         match node.pods.of(&seen.names) {
             Some((pod, container)) => Self::In(pod, container),
-            None if node.config.pods.is_none() => Self::Unknowable,
-            None => Self::Nowhere,
+            None if node.config.pods.is_none() => Self::NoMetadata,
+            None => Self::None,
         }
     }
 
-    /// `namespace/name`, empty outside of pods, and the container.
+    /// Returns `namespace/name` and the container's name; both are empty outside of pods.
     pub(super) fn names(&self) -> (String, String) {
         match self {
             Self::In(pod, container) => (
                 format!("{}/{}", pod.namespace, pod.name),
                 container.as_deref().unwrap_or_default().to_owned(),
             ),
-            Self::Unknowable | Self::Nowhere => Default::default(),
+            Self::NoMetadata | Self::None => Default::default(),
         }
     }
 
-    fn words(&self) -> String {
+    fn describe(&self) -> String {
         let Self::In(pod, container) = self else { return String::new() };
-        let mut words = format!("pod {}/{}", pod.namespace, pod.name);
+        let mut text = format!("pod {}/{}", pod.namespace, pod.name);
         if let Some(container) = container {
-            words = words + ", container " + container;
+            text = text + ", container " + container;
         }
         if let Some(workload) = &pod.workload {
-            words = words + ", workload " + &workload.kind + "/" + &workload.name;
+            text = text + ", workload " + &workload.kind + "/" + &workload.name;
         }
         let labels: Vec<String> =
             pod.labels.iter().take(SHOWN_LABELS).map(|(name, value)| format!("{name}={value}")).collect();
-        if labels.is_empty() { words } else { words + ", labels " + &labels.join(",") }
+        if labels.is_empty() { text } else { text + ", labels " + &labels.join(",") }
     }
 }
 
@@ -140,9 +142,9 @@ fn show(pattern: &Pattern) -> String {
     format!("`{}{}`", pattern.text(), if pattern.is_prefix() { "*" } else { "" })
 }
 
-/// As it is told.
-pub(super) fn matched(seen: &Seen, place: &Place, cpus: f64) -> MatchedProcess {
-    let (pod, container) = place.names();
+/// Builds the answer's description of a process.
+pub(super) fn matched(seen: &Seen, pod: &ProcessPod, cpus: f64) -> MatchedProcess {
+    let (pod, container) = pod.names();
     MatchedProcess {
         pid: seen.pid,
         comm: seen.comm.clone(),
@@ -159,7 +161,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_field_that_does_not_hold_is_named_and_all_that_hold_are_a_match() {
+    fn each_field_that_does_not_match_is_named() {
         let seen = Seen {
             pid: 7,
             comm: "nginx".into(),
@@ -176,14 +178,14 @@ mod tests {
             pids: vec![7],
             ..Match::default()
         };
-        assert_eq!(Wanted::of(&wanted).mismatches(&seen, &Place::Unknowable), Vec::<String>::new());
+        assert_eq!(Matcher::of(&wanted).mismatches(&seen, &ProcessPod::NoMetadata), Vec::<String>::new());
         let other = Match {
             comm: vec!["python3*".into(), "node".into()],
             uid: vec![0],
             namespaces: vec!["shop".into()],
             ..wanted
         };
-        let found = Wanted::of(&other).mismatches(&seen, &Place::Unknowable);
+        let found = Matcher::of(&other).mismatches(&seen, &ProcessPod::NoMetadata);
         assert_eq!(
             found,
             [
@@ -195,16 +197,16 @@ mod tests {
     }
 
     #[test]
-    fn a_field_over_pods_is_held_against_the_pod_and_a_pod_that_denies_matches_nothing() {
+    fn pod_fields_compare_the_pod_and_a_denied_pod_never_matches() {
         let pod = Pod {
             namespace: "shop".into(),
             name: "checkout-1".into(),
             labels: [("app".to_owned(), "checkout".to_owned())].into(),
             ..Pod::default()
         };
-        let place = Place::In(Arc::new(pod.clone()), Some("app".into()));
+        let place = ProcessPod::In(Arc::new(pod.clone()), Some("app".into()));
         let wanted = |pod_labels: &str, containers: &[&str]| {
-            Wanted::of(&Match {
+            Matcher::of(&Match {
                 namespaces: vec!["shop".into()],
                 pod_labels: pod_labels.into(),
                 containers: containers.iter().map(|&name| name.to_owned()).collect(),
@@ -219,8 +221,11 @@ mod tests {
             found[0]
                 .contains("match.pod_labels: is in pod shop/checkout-1, container app, labels app=checkout")
         );
-        assert_eq!(wanted("", &[]).mismatches(&seen, &Place::Nowhere).len(), 1);
-        let denied = Place::In(Arc::new(Pod { denied: true, ..pod }), None);
-        assert_eq!(wanted("", &[]).mismatches(&seen, &denied), ["its pod is annotated never to be profiled"]);
+        assert_eq!(wanted("", &[]).mismatches(&seen, &ProcessPod::None).len(), 1);
+        let denied = ProcessPod::In(Arc::new(Pod { denied: true, ..pod }), None);
+        assert_eq!(
+            wanted("", &[]).mismatches(&seen, &denied),
+            ["an annotation of its pod forbids profiling"]
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! Questions of the collector about this node. They change no rule, and none of them holds up the stream: each is
-//! answered by a task of its own, few at a time, and all end with the stream.
+//! Requests of the collector to this node: preview, explanation, capture. They change no rule. A task answers each, so
+//! that none delays the stream; few run at a time, and all end with the stream.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -19,7 +19,7 @@ use gannet_proto::{
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::look::{Place, Wanted, matched};
+use super::matching::{Matcher, ProcessPod, matched};
 use crate::{
     cgroup::CgroupHierarchy,
     engine::{Manual, RuleView},
@@ -28,33 +28,33 @@ use crate::{
     rules::RuleSource,
 };
 
-/// Questions that are being answered at one time; more wait.
-const AT_ONCE: usize = 4;
-/// Questions that are being answered or wait; more are refused.
-const MOST: usize = 64;
-/// How long CPU use is measured for a preview.
-const MEASURE: Duration = Duration::from_millis(500);
-/// Processes that a preview names for each rule.
-const EXAMPLES: usize = 5;
-/// Processes in one explanation, unless told otherwise.
-const EXPLAINED: usize = 50;
-const MOST_EXPLAINED: usize = 1000;
-/// Of a capture by hand.
-const LONGEST_CAPTURE: Duration = Duration::from_secs(600);
-/// How long the last window of a capture may take to be walked and named.
-const NAMING: Duration = Duration::from_secs(30);
-/// The collector takes messages of 1 MiB.
-const CHUNK: usize = 256 << 10;
+/// Requests that run at one time; more wait.
+const MAX_RUNNING: usize = 4;
+/// Requests that run or wait; the node refuses more.
+const MAX_PENDING: usize = 64;
+/// Time for which a preview measures CPU use.
+const MEASURE_TIME: Duration = Duration::from_millis(500);
+/// Processes that a preview lists for each rule.
+const MAX_EXAMPLES: usize = 5;
+/// Processes in one explanation, unless the request sets a limit.
+const DEFAULT_EXPLAINED: usize = 50;
+const MAX_EXPLAINED: usize = 1000;
+/// Longest capture that a request may start.
+const MAX_CAPTURE: Duration = Duration::from_secs(600);
+/// Time for unwinding and symbolizing the last window of a capture.
+const LAST_WINDOW_TIMEOUT: Duration = Duration::from_secs(30);
+/// Part of a profile in one message; the collector accepts messages of 1 MiB.
+const CHUNK_BYTES: usize = 256 << 10;
 
-/// The questions of one stream.
-pub(super) struct Questions {
+/// The requests of one stream.
+pub(super) struct PendingRequests {
     node: Arc<Node>,
     out: mpsc::Sender<AgentMessage>,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     running: HashMap<String, CancellationToken>,
 }
 
-impl Drop for Questions {
+impl Drop for PendingRequests {
     fn drop(&mut self) {
         for running in self.running.values() {
             running.cancel();
@@ -62,40 +62,42 @@ impl Drop for Questions {
     }
 }
 
-impl Questions {
+impl PendingRequests {
     pub(super) fn new(node: Arc<Node>, out: mpsc::Sender<AgentMessage>) -> Self {
-        Self { node, out, places: Arc::new(Semaphore::new(AT_ONCE)), running: HashMap::new() }
+        Self { node, out, permits: Arc::new(Semaphore::new(MAX_RUNNING)), running: HashMap::new() }
     }
 
-    /// Begins to answer, or ends it.
-    pub(super) fn take(&mut self, Question { id, question }: Question) {
-        // Those that have ended dropped their half.
+    /// Starts to answer a request, or cancels it.
+    pub(super) fn receive(&mut self, Question { id, question }: Question) {
+        // A task cancels its own token at its end.
         self.running.retain(|_, running| !running.is_cancelled());
-        let question = match question {
+        let request = match question {
             Some(question::Question::Cancel(_)) => {
                 if let Some(running) = self.running.remove(&id) {
                     running.cancel();
                 }
                 return;
             }
-            question => question,
+            request => request,
         };
         let cancel = CancellationToken::new();
-        let full = self.running.len() >= MOST;
+        let full = self.running.len() >= MAX_PENDING;
         self.running.insert(id.clone(), cancel.clone());
-        let (node, out, places) = (Arc::clone(&self.node), self.out.clone(), Arc::clone(&self.places));
+        let (node, out, permits) = (Arc::clone(&self.node), self.out.clone(), Arc::clone(&self.permits));
         tokio::spawn(async move {
             let answer = async {
                 if full {
-                    return answer::Answer::Refused(format!("{MOST} questions wait already: try again"));
+                    return answer::Answer::Refused(format!(
+                        "{MAX_PENDING} requests are pending on this node; try again"
+                    ));
                 }
-                if let Some(question::Question::Capture(request)) = question {
+                if let Some(question::Question::Capture(request)) = request {
                     return capture(&node, &id, request, &out).await.unwrap_or_else(answer::Answer::Refused);
                 }
-                let Ok(_place) = places.acquire().await else {
-                    return answer::Answer::Refused("the agent is ending".into());
+                let Ok(_permit) = permits.acquire().await else {
+                    return answer::Answer::Refused("the agent is shutting down".into());
                 };
-                answer(&node, question).await
+                answer(&node, request).await
             };
             tokio::select! {
                 () = cancel.cancelled() => {}
@@ -111,38 +113,39 @@ impl Questions {
     }
 }
 
-async fn answer(node: &Node, question: Option<question::Question>) -> answer::Answer {
-    let answered = match question {
-        Some(question::Question::Preview(question)) => {
-            preview(node, question).await.map(answer::Answer::Preview)
+async fn answer(node: &Node, request: Option<question::Question>) -> answer::Answer {
+    let answered = match request {
+        Some(question::Question::Preview(request)) => {
+            preview(node, request).await.map(answer::Answer::Preview)
         }
-        Some(question::Question::Explain(question)) => {
-            explain(node, question).await.map(answer::Answer::Explain)
+        Some(question::Question::Explain(request)) => {
+            explain(node, request).await.map(answer::Answer::Explain)
         }
-        _ => Err("this agent does not know the question: update it".to_owned()),
+        _ => Err("this agent does not know the request; update the agent".to_owned()),
     };
     answered.unwrap_or_else(answer::Answer::Refused)
 }
 
-/// Everything that runs, and how many CPUs each process uses.
-async fn look() -> Result<(Vec<Seen>, HashMap<u32, f64>), String> {
+/// Returns all running processes and the number of CPUs that each uses.
+async fn measure() -> Result<(Vec<Seen>, HashMap<u32, f64>), String> {
     let hierarchy = CgroupHierarchy::detect();
-    let see = move || survey(hierarchy);
-    let failed = |_| "the agent is ending".to_owned();
+    let scan = move || survey(hierarchy);
+    let failed = |_| "the agent is shutting down".to_owned();
     let begin = Instant::now();
-    let before = tokio::task::spawn_blocking(see).await.map_err(failed)?;
-    tokio::time::sleep(MEASURE).await;
-    let after = tokio::task::spawn_blocking(see).await.map_err(failed)?;
+    let before = tokio::task::spawn_blocking(scan).await.map_err(failed)?;
+    tokio::time::sleep(MEASURE_TIME).await;
+    let after = tokio::task::spawn_blocking(scan).await.map_err(failed)?;
     let cpus = cpus(&before, &after, begin.elapsed());
     Ok((after, cpus))
 }
 
-/// What these rules would do here now.
+/// Returns what these rules would do on this node now.
 async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Result<NodePreview, String> {
     let errors =
         node.engine.check(RuleSource::Remote, rules.clone()).await.map_err(|error| error.to_string())?;
-    let (seen, cpus) = look().await?;
-    let previews: Vec<RulePreview> = rules.iter().map(|rule| one(node, rule, &seen, &cpus)).collect();
+    let (seen, cpus) = measure().await?;
+    let previews: Vec<RulePreview> =
+        rules.iter().map(|rule| preview_rule(node, rule, &seen, &cpus)).collect();
     Ok(NodePreview {
         node: node.config.node.clone(),
         would_reject: !errors.is_empty(),
@@ -153,13 +156,13 @@ async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Res
     })
 }
 
-fn one(node: &Node, rule: &Rule, seen: &[Seen], cpus: &HashMap<u32, f64>) -> RulePreview {
-    let wanted = Wanted::of(&rule.r#match.clone().unwrap_or_default());
+fn preview_rule(node: &Node, rule: &Rule, seen: &[Seen], cpus: &HashMap<u32, f64>) -> RulePreview {
+    let matcher = Matcher::of(&rule.r#match.clone().unwrap_or_default());
     let used = |seen: &Seen| cpus.get(&seen.pid).copied().unwrap_or_default();
-    let mut matching: Vec<(&Seen, Place)> = seen
+    let mut matching: Vec<(&Seen, ProcessPod)> = seen
         .iter()
-        .map(|seen| (seen, Place::of(node, seen)))
-        .filter(|(seen, place)| wanted.mismatches(seen, place).is_empty())
+        .map(|seen| (seen, ProcessPod::of(node, seen)))
+        .filter(|(seen, pod)| matcher.mismatches(seen, pod).is_empty())
         .collect();
     matching.sort_by(|(a, _), (b, _)| used(b).total_cmp(&used(a)).then(a.pid.cmp(&b.pid)));
     let sum: f64 = matching.iter().map(|(seen, _)| used(seen)).sum();
@@ -175,30 +178,30 @@ fn one(node: &Node, rule: &Rule, seen: &[Seen], cpus: &HashMap<u32, f64>) -> Rul
         conditional: !rule.when.is_empty(),
         examples: matching
             .iter()
-            .take(EXAMPLES)
-            .map(|(seen, place)| matched(seen, place, used(seen)))
+            .take(MAX_EXAMPLES)
+            .map(|(seen, pod)| matched(seen, pod, used(seen)))
             .collect(),
     }
 }
 
-/// Why processes are, or are not, profiled by a rule that is in force.
-async fn explain(node: &Node, question: ExplainRequest) -> Result<ExplainResponse, String> {
-    let ExplainRequest { node: _, rule_id, pid, limit } = question;
+/// Explains for each process why a rule in force matches it or not.
+async fn explain(node: &Node, request: ExplainRequest) -> Result<ExplainResponse, String> {
+    let ExplainRequest { node: _, rule_id, pid, limit } = request;
     let in_force = node.engine.rule(rule_id.clone()).await.map_err(|error| error.to_string())?;
     let Some(RuleView { rule, status, processes: sampled }) = in_force else {
         return Err(format!("the node has no rule `{rule_id}` in force"));
     };
-    let (seen, cpus) = look().await?;
+    let (seen, cpus) = measure().await?;
     if pid != 0 && seen.iter().all(|seen| seen.pid != pid) {
         return Err(format!("there is no process {pid} on the node"));
     }
-    let wanted = Wanted::of(&rule.r#match.clone().unwrap_or_default());
-    // Those that match first, then those that fail least, the busiest of each first.
+    let matcher = Matcher::of(&rule.r#match.clone().unwrap_or_default());
+    // Matching processes come first, then those with the fewest mismatches; within each group the busiest.
     let mut all: BTreeMap<(usize, u64, u32), ExplainedProcess> = BTreeMap::new();
     let mut matches = 0;
     for seen in &seen {
-        let place = Place::of(node, seen);
-        let reasons = wanted.mismatches(seen, &place);
+        let pod = ProcessPod::of(node, seen);
+        let reasons = matcher.mismatches(seen, &pod);
         matches += u64::from(reasons.is_empty());
         if pid != 0 && seen.pid != pid {
             continue;
@@ -206,14 +209,14 @@ async fn explain(node: &Node, question: ExplainRequest) -> Result<ExplainRespons
         let used = cpus.get(&seen.pid).copied().unwrap_or_default();
         let idle = u64::MAX - (used * 1e6) as u64;
         let process = ExplainedProcess {
-            process: Some(matched(seen, &place, used)),
+            process: Some(matched(seen, &pod, used)),
             matches: reasons.is_empty(),
             armed: sampled.contains(&seen.pid),
             reasons: reasons.clone(),
         };
         all.insert((reasons.len(), idle, seen.pid), process);
     }
-    let limit = if limit == 0 { EXPLAINED } else { (limit as usize).min(MOST_EXPLAINED) };
+    let limit = if limit == 0 { DEFAULT_EXPLAINED } else { (limit as usize).min(MAX_EXPLAINED) };
     let unsupported = status
         .iter()
         .filter(|status| status.state() == rule_status::State::Unsupported)
@@ -237,14 +240,14 @@ fn capture_part(message: capture_progress::Message) -> answer::Answer {
     answer::Answer::Capture(CaptureProgress { message: Some(message) })
 }
 
-/// Runs a capture to its end and sends its profile, part by part. Gives the last part.
+/// Runs a capture to its end and sends its profile in parts. Returns the last part.
 async fn capture(
     node: &Node,
     id: &str,
     request: CaptureRequest,
     out: &mpsc::Sender<AgentMessage>,
 ) -> Result<answer::Answer, String> {
-    let say = async |message| {
+    let send = async |message| {
         let answer = Answer { id: id.to_owned(), answer: Some(capture_part(message)) };
         let message = AgentMessage { message: Some(agent_message::Message::Answer(answer)) };
         out.send(message).await.map_err(|_| "the stream has ended".to_owned())
@@ -252,16 +255,16 @@ async fn capture(
     let CaptureRequest { node: _, r#match, hz, kind, duration, pod } = request;
     let duration = duration
         .and_then(|duration| Duration::try_from(duration).ok())
-        .filter(|duration| (Duration::from_secs(1)..=LONGEST_CAPTURE).contains(duration))
-        .ok_or_else(|| format!("duration: give 1 s to {} s", LONGEST_CAPTURE.as_secs()))?;
+        .filter(|duration| (Duration::from_secs(1)..=MAX_CAPTURE).contains(duration))
+        .ok_or_else(|| format!("duration: give 1 s to {} s", MAX_CAPTURE.as_secs()))?;
     let hierarchy = CgroupHierarchy::detect();
     let seen = tokio::task::spawn_blocking(move || survey(hierarchy)).await;
-    let seen = seen.map_err(|_| "the agent is ending".to_owned())?;
+    let seen = seen.map_err(|_| "the agent is shutting down".to_owned())?;
     let mut matches = r#match.unwrap_or_default();
     if !pod.is_empty() {
         let groups: BTreeSet<String> = seen
             .iter()
-            .filter(|seen| Place::of(node, seen).names().0 == pod)
+            .filter(|seen| ProcessPod::of(node, seen).names().0 == pod)
             .map(|seen| seen.cgroup.clone())
             .collect();
         if groups.is_empty() {
@@ -269,37 +272,42 @@ async fn capture(
         }
         matches.cgroup.extend(groups);
     }
-    let wanted = Wanted::of(&matches);
+    let matcher = Matcher::of(&matches);
     let processes =
-        seen.iter().filter(|seen| wanted.mismatches(seen, &Place::of(node, seen)).is_empty()).count();
+        seen.iter().filter(|seen| matcher.mismatches(seen, &ProcessPod::of(node, seen)).is_empty()).count();
     let manual = Manual {
         matches,
         hz,
         kinds: kind.iter().filter_map(|kind| capture::Kind::try_from(*kind).ok()).collect(),
         duration,
-        evidence: "asked for through the collector".into(),
+        evidence: "requested through the collector".into(),
     };
     let at = SystemTime::now();
     let running = node.engine.capture_now(manual).await.map_err(|error| error.to_string())?;
     let collecting = node.recent.collect(running.capture);
-    say(capture_progress::Message::Started(CaptureStarted {
+    send(capture_progress::Message::Started(CaptureStarted {
         at: Some(at.into()),
         duration: duration.try_into().ok(),
         processes: processes as u64,
     }))
     .await?;
-    let last = running.over.await.map_err(|_| "the agent is ending".to_owned())?;
-    let profile = tokio::time::timeout(NAMING, collecting.finish(last))
+    let last = running.over.await.map_err(|_| "the agent is shutting down".to_owned())?;
+    let profile = tokio::time::timeout(LAST_WINDOW_TIMEOUT, collecting.finish(last))
         .await
-        .map_err(|_| format!("the capture's last window was not named within {} s", NAMING.as_secs()))?
+        .map_err(|_| {
+            format!(
+                "the last window of the capture was not symbolized within {} s",
+                LAST_WINDOW_TIMEOUT.as_secs()
+            )
+        })?
         .map_err(|error| error.to_string())?;
     let mut samples = 0;
     if let Some(profile) = profile {
         let count = |value: &[i64]| value.first().and_then(|n| u64::try_from(*n).ok()).unwrap_or(0);
         samples = profile.sample.iter().map(|sample| count(&sample.value)).sum();
         let kind = kind.first().copied().unwrap_or_default();
-        for data in pprof::encode(&profile).chunks(CHUNK) {
-            say(capture_progress::Message::Chunk(CaptureChunk { kind, data: data.to_vec() })).await?;
+        for data in pprof::encode(&profile).chunks(CHUNK_BYTES) {
+            send(capture_progress::Message::Chunk(CaptureChunk { kind, data: data.to_vec() })).await?;
         }
     }
     Ok(capture_part(capture_progress::Message::Done(CaptureDone { samples, ledger: None })))
