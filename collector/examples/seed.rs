@@ -1,12 +1,12 @@
-//! Fills a collector with fifty minutes of profiles of a small shop, as two agents would have sent them: something to
-//! look at without a kernel, and what the page is tested on.
+//! Fills a collector with fifty minutes of profiles of a small shop, as two agents would send them. It shows the page
+//! without a kernel, and the tests of the page use it.
 //!
 //! ```sh
-//! cargo run -p gannet-collector --example seed -- --collector http://127.0.0.1:4100 [--stay]
+//! cargo run -p gannet-collector --example seed -- --endpoint http://127.0.0.1:4100 [--stay]
 //! ```
 //!
-//! In the middle of the time a new version is rolled out: pricing a basket becomes cheaper, ranking a search dearer.
-//! With `--stay` both agents remain connected, take rules and answer them, until Ctrl-C.
+//! Halfway through, the shop gets a new version: pricing a basket becomes cheaper, ranking a search more expensive.
+//! With `--stay` both agents stay connected, receive rules and answer them, until Ctrl-C.
 
 #![allow(clippy::print_stdout, reason = "a program for people and scripts: what it did goes to its output")]
 
@@ -33,14 +33,14 @@ use ulid::Ulid;
 const HZ: u64 = 99;
 const PERIOD_NS: u64 = 1_000_000_000 / HZ;
 const WINDOW: Duration = Duration::from_secs(10);
-/// From the start of one window to that of the next of the same service.
+/// Time between the starts of two windows of one service.
 const STEP: Duration = Duration::from_secs(30);
 const NODES: [&str; 2] = ["node-a", "node-b"];
 
 const RULES: &str = r#"
 rules:
   - id: shop
-    description: both services of the shop, all the time
+    description: both services of the shop, continuously
     match: {comm: ["checkout", "search*"]}
     capture: {hz: 99}
     lifetime: {ttl: 2h}
@@ -54,18 +54,19 @@ rules:
 #[derive(Parser)]
 #[command(about = "Fills a collector with fifty minutes of profiles of a small shop")]
 struct Arguments {
-    /// The collector's gRPC address.
-    #[arg(long, default_value = "http://127.0.0.1:4100")]
-    collector: String,
-    /// How many minutes of profiles, ending now.
+    /// URL of the collector's gRPC services
+    #[arg(long, env = "GANNET_ENDPOINT", default_value = "http://127.0.0.1:4100")]
+    endpoint: String,
+    /// Minutes of profiles, up to now
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(2..=600))]
     minutes: u64,
-    /// Keep both agents connected, and set rules for them to answer.
+    /// Keep both agents connected, and set rules that they answer
     #[arg(long)]
     stay: bool,
 }
 
-/// A frame as it is written below: `k:` kernel, `i:` inlined into its caller, `lib:name` of another file, else its own.
+/// Builds profiles from frames in text form: `k:` a kernel frame, `i:` inlined into its caller, `lib:name` in another file,
+/// else in the service's own.
 struct Shop {
     builder: Builder,
     program: MappingId,
@@ -108,7 +109,7 @@ impl Shop {
         Ok(Self { builder, program: main, libc, ssl, kernel })
     }
 
-    /// The stack of `frames`, root first; an `i:` frame becomes a line of its caller's location.
+    /// Returns the stack of `frames`, root first. An `i:` frame becomes a line of its caller's location.
     fn stack(&mut self, frames: &[&str]) -> Vec<LocationId> {
         let mut stack = Vec::new();
         let mut at = 0;
@@ -121,7 +122,7 @@ impl Shop {
                 _ => (self.program, 0x40_0000),
             };
             let names: Vec<&str> = frames[at..=at + inlined].iter().rev().map(|frame| bare(frame)).collect();
-            // An address of its own for each function, inside of its mapping.
+            // Each function has an address of its own within its mapping.
             let address = base
                 + names
                     .iter()
@@ -163,12 +164,12 @@ fn under<'a>(outer: &[&'a str], inner: &[&'a str]) -> Vec<&'a str> {
 
 const SYSCALL: [&str; 2] = ["k:entry_SYSCALL_64_after_hwframe", "k:do_syscall_64"];
 
-/// Counts of samples by stack. `after` is the new version's.
+/// Returns stacks with their samples. `after` selects the new version.
 fn checkout(after: bool, wobble: u64) -> Vec<(Vec<&'static str>, u64)> {
     let order = under(&SERVE, &["shop::checkout::place_order"]);
     let price = under(&order, &["shop::checkout::price_basket"]);
     let parse = under(&order, &["serde_json::de::from_slice"]);
-    // As deep as nested input makes a parser.
+    // A recursive parser of nested input makes such a deep stack.
     let deep: Vec<&str> = under(&parse, &["serde_json::de::Deserializer<R>::parse_value"; 52]);
     let alloc = under(&price, &["alloc::vec::Vec<T>::push", "libc:malloc", "libc:_int_malloc"]);
     let pay = under(&order, &["shop::checkout::pay", "ssl:SSL_write", "ssl:aes_gcm_enc_update"]);
@@ -313,7 +314,7 @@ fn batch(window: &Window, sequence: u64) -> anyhow::Result<Batch> {
     })
 }
 
-/// All windows that have ended by now, oldest first.
+/// Returns all windows that have ended by now, oldest first.
 fn windows(minutes: u64) -> Vec<Window> {
     let now = SystemTime::now();
     let steps = minutes * 60 / STEP.as_secs();
@@ -349,7 +350,7 @@ async fn push(connection: Connection, minutes: u64) -> anyhow::Result<usize> {
     let messages = std::iter::once(push_request::Message::Hello(hello))
         .chain(batches.into_iter().map(push_request::Message::Batch))
         .map(|message| PushRequest { message: Some(message) });
-    // The stream stays open behind its last message until every answer is here.
+    // The stream stays open after its last message until all answers have arrived.
     let (sender, receiver) = tokio::sync::mpsc::channel(1);
     let mut answers =
         IngestServiceClient::new(connection).push(ReceiverStream::new(receiver)).await?.into_inner();
@@ -375,7 +376,7 @@ async fn push(connection: Connection, minutes: u64) -> anyhow::Result<usize> {
     Ok(done)
 }
 
-/// One agent: says hello, tells how it is, takes what it is given.
+/// Acts as one agent: sends hello and heartbeats, and answers rules.
 async fn agent(connection: Connection, node: &'static str, lossy: bool) -> anyhow::Result<()> {
     let (sender, receiver) = tokio::sync::mpsc::channel(8);
     let say = |message| AgentMessage { message: Some(message) };
@@ -397,7 +398,7 @@ async fn agent(connection: Connection, node: &'static str, lossy: bool) -> anyho
     while let Some(message) = commands.message().await? {
         let Some(FromServer::Rules(set)) = message.message else { continue };
         let digest = rules::digest(&set.rules);
-        // The older kernel of the two cannot do everything.
+        // The older kernel of the two does not support everything.
         let partial: Vec<RuleError> = set
             .rules
             .iter()
@@ -470,8 +471,8 @@ async fn agent(connection: Connection, node: &'static str, lossy: bool) -> anyho
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Arguments { collector, minutes, stay } = Arguments::parse();
-    let connection = connect::connect(&Dial { url: collector.clone(), ..Dial::default() })?;
+    let Arguments { endpoint, minutes, stay } = Arguments::parse();
+    let connection = connect::connect(&Dial { url: endpoint.clone(), ..Dial::default() })?;
     if stay {
         let rules = rules::parse(RULES, "the example's rules").map_err(|errors| {
             anyhow::anyhow!(errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
@@ -480,7 +481,7 @@ async fn main() -> anyhow::Result<()> {
         TriggerServiceClient::new(connection.clone())
             .set_triggers(request)
             .await
-            .map_err(|status| anyhow::anyhow!(connect::explain(&collector, &status)))?;
+            .map_err(|status| anyhow::anyhow!(connect::explain(&endpoint, &status)))?;
     }
     let agents = NODES
         .into_iter()
@@ -488,7 +489,7 @@ async fn main() -> anyhow::Result<()> {
         .filter(|_| stay)
         .map(|(node, lossy)| tokio::spawn(agent(connection.clone(), node, lossy)))
         .collect::<Vec<_>>();
-    let pushed = push(connection, minutes).await.with_context(|| format!("pushing to {collector}"))?;
+    let pushed = push(connection, minutes).await.with_context(|| format!("pushing to {endpoint}"))?;
     println!("pushed {pushed} profiles");
     if stay {
         println!("two nodes stay connected until Ctrl-C");

@@ -1,4 +1,4 @@
-//! Profiles in a bucket: a server that speaks S3 as far as it is spoken here, which can be made to fail.
+//! Profiles in a bucket: a small S3 server, which a test can make fail.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +21,7 @@ use gannet_proto::ingest::push_response;
 
 use crate::{
     store::list,
-    support::{PATIENCE, Pusher, batch, config_with, eventually, now_ms},
+    support::{Pusher, TEST_TIMEOUT, batch, config_with, eventually, now_ms},
 };
 
 #[derive(Default)]
@@ -154,7 +154,7 @@ async fn ids(running: &Running) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn profiles_are_in_the_bucket_and_the_index_is_made_anew_from_them() {
+async fn a_lost_index_is_rebuilt_from_the_bucket() {
     let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
     let endpoint = s3.clone().serve().await;
     let first = dir.path().join("first");
@@ -186,7 +186,7 @@ async fn two_collectors_on_one_bucket_show_the_same() {
     let both = batch("both", now_ms(), &[("main;work", 1)]);
     to_one.store(batch("one", now_ms(), &[("main;work", 1)])).await;
     to_two.store(batch("two", now_ms() - 7_200_000, &[("main;work", 1)])).await;
-    // The agent changed collectors before it heard that the batch was taken.
+    // The agent changed collectors before it received the answer to the batch.
     to_one.push(both.clone()).await;
     to_two.push(both).await;
     eventually("both show all", async || {
@@ -196,20 +196,20 @@ async fn two_collectors_on_one_bucket_show_the_same() {
     .await;
     assert_eq!(s3.keys().len(), 3, "what both took is there once");
 
-    // What retention of one removes is gone for the other.
+    // A profile that the retention of one collector removes disappears from the other.
     one.shutdown().await;
     let config = in_bucket(&dir.path().join("one"), &endpoint);
     let mut short = config;
     short.store.retention_age = TimeSpan::from_secs(3600);
     let one = Collector::start(short).await.unwrap();
-    eventually("what one removed is gone", async || ids(&two).await.len() == 2).await;
+    eventually("the removed profile disappears", async || ids(&two).await.len() == 2).await;
     assert_eq!(ids(&one).await, ids(&two).await);
     one.shutdown().await;
     two.shutdown().await;
 }
 
 #[tokio::test]
-async fn nothing_is_acknowledged_while_the_bucket_is_away() {
+async fn no_batch_is_acknowledged_while_the_bucket_is_down() {
     let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
     let endpoint = s3.clone().serve().await;
     let running = Collector::start(in_bucket(dir.path(), &endpoint)).await.unwrap();
@@ -222,20 +222,20 @@ async fn nothing_is_acknowledged_while_the_bucket_is_away() {
     }
     assert_eq!(ids(&running).await.len(), 0);
     s3.break_down(false);
-    tokio::time::timeout(PATIENCE, pusher.store(batch)).await.unwrap();
+    tokio::time::timeout(TEST_TIMEOUT, pusher.store(batch)).await.unwrap();
     assert_eq!(ids(&running).await.len(), 1);
     running.shutdown().await;
 }
 
 #[tokio::test]
-async fn a_bucket_that_cannot_be_read_is_told_at_start_with_the_cure() {
+async fn an_unreadable_bucket_ends_the_start_with_the_cure() {
     let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
     let endpoint = s3.clone().serve().await;
     let mut wrong = in_bucket(dir.path(), &endpoint);
     let DataLocation::Bucket(bucket) = wrong.data else { panic!("{}", wrong.data) };
     wrong.data = DataLocation::Bucket(bucket.with("aws_access_key_id", "another"));
     let error = Collector::start(wrong).await.err().unwrap();
-    // As the command line shows it.
+    // In the form that the command line prints.
     let error = format!("{:#}", anyhow::Error::from(error));
     assert_eq!(error.matches("cannot read --data").count(), 1, "{error}");
     assert!(error.contains("s3://bucket/profiles/here") && error.contains("AWS_"), "{error}");

@@ -1,4 +1,4 @@
-//! A disk that is really full: a small tmpfs, which only root can mount.
+//! A full disk: a small tmpfs, which only root can mount.
 
 use std::{path::Path, process::Command};
 
@@ -29,7 +29,7 @@ impl Drop for Tmpfs<'_> {
     }
 }
 
-/// Takes all the room but this.
+/// Fills the disk up to `leave` free bytes.
 fn fill(dir: &Path, leave: u64) -> std::path::PathBuf {
     let file = dir.join("ballast");
     let stat = rustix::fs::statvfs(dir).unwrap();
@@ -38,7 +38,7 @@ fn fill(dir: &Path, leave: u64) -> std::path::PathBuf {
     file
 }
 
-/// Profiles of a size that soon fills what is left.
+/// A profile large enough to fill the rest of the disk soon.
 fn large(i: u64) -> gannet_proto::ingest::Batch {
     let stacks: Vec<(String, i64)> =
         (0..400).map(|k| (format!("main;f{}", (k * 7919 + i * 104_729) % 99_991), 1)).collect();
@@ -46,8 +46,8 @@ fn large(i: u64) -> gannet_proto::ingest::Batch {
     batch(&format!("s{i}"), now_ms() - i, &stacks)
 }
 
-/// Pushes until something is put off; says how many were taken, and why the next was not.
-async fn until_put_off(pusher: &mut Pusher, from: u64) -> (u64, String) {
+/// Pushes until the collector throttles a batch. Returns the number of stored ones, and the reason.
+async fn until_throttled(pusher: &mut Pusher, from: u64) -> (u64, String) {
     for i in from..from + 3000 {
         match pusher.push(large(i)).await {
             Message::Accepted(_) => {}
@@ -72,9 +72,9 @@ async fn survives(min_free_bytes: u64, leave: u64, says: &[&str]) {
     let mut pusher = Pusher::open(running.grpc_addr).await;
     pusher.store(large(0)).await;
     let ballast = fill(dir.path(), leave);
-    let (taken, reason) = until_put_off(&mut pusher, 1).await;
+    let (taken, reason) = until_throttled(&mut pusher, 1).await;
     assert!(says.iter().any(|s| reason.contains(s)), "{reason}");
-    // Again and again, and still alive.
+    // The collector survives more of them.
     for i in 0..5 {
         match pusher.push(large(4000 + i)).await {
             Message::Throttled(_) => {}
@@ -96,7 +96,7 @@ async fn survives(min_free_bytes: u64, leave: u64, says: &[&str]) {
     assert_eq!(listed.profiles.len() as u64, taken + 21, "exactly what was acknowledged");
     drop(pusher);
     running.shutdown().await;
-    // And so it is on the disk.
+    // The disk agrees after a restart.
     let running =
         Collector::start(config_with(&data, |config| config.store.min_free_bytes = ByteSize(min_free_bytes)))
             .await
@@ -108,11 +108,11 @@ async fn survives(min_free_bytes: u64, leave: u64, says: &[&str]) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn root_a_disk_that_fills_up_puts_batches_off_before_the_index_suffers() {
+async fn root_a_filling_disk_throttles_batches_and_spares_the_index() {
     survives(2 << 20, 3 << 20, &["it keeps 2 MiB"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn root_a_disk_that_is_full_to_the_last_byte_loses_nothing_and_recovers() {
+async fn root_a_completely_full_disk_loses_nothing_and_recovers() {
     survives(0, 200 << 10, &["disk is full", "the index", "MiB left"]).await;
 }

@@ -15,11 +15,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
 use crate::{
-    support::{PATIENCE, channel, config_with, eventually, labels, metric, start},
+    support::{TEST_TIMEOUT, channel, config_with, eventually, labels, metric, start},
     triggers::{Triggers, one, parse, triggers},
 };
 
-/// An agent's end of the control stream.
+/// The agent's end of a control stream.
 pub struct Agent {
     out: mpsc::Sender<AgentMessage>,
     incoming: Streaming<ServerMessage>,
@@ -52,13 +52,13 @@ impl Agent {
         agent
     }
 
-    pub async fn say(&self, message: agent_message::Message) {
+    pub async fn send(&self, message: agent_message::Message) {
         self.out.send(AgentMessage { message: Some(message) }).await.unwrap();
     }
 
     pub async fn rules(&mut self) -> RuleSet {
         let message =
-            tokio::time::timeout(PATIENCE, self.incoming.message()).await.expect("no rules in time");
+            tokio::time::timeout(TEST_TIMEOUT, self.incoming.message()).await.expect("no rules in time");
         match message.unwrap().unwrap().message {
             Some(server_message::Message::Rules(rules)) => rules,
             other => panic!("no rules: {other:?}"),
@@ -67,7 +67,7 @@ impl Agent {
 
     pub async fn question(&mut self) -> Question {
         let message =
-            tokio::time::timeout(PATIENCE, self.incoming.message()).await.expect("no question in time");
+            tokio::time::timeout(TEST_TIMEOUT, self.incoming.message()).await.expect("no question in time");
         match message.unwrap().unwrap().message {
             Some(server_message::Message::Question(question)) => question,
             other => panic!("no question: {other:?}"),
@@ -76,20 +76,21 @@ impl Agent {
 
     pub async fn answer(&self, id: &str, answer: answer::Answer) {
         let answer = Answer { id: id.to_owned(), answer: Some(answer) };
-        self.say(agent_message::Message::Answer(answer)).await;
+        self.send(agent_message::Message::Answer(answer)).await;
     }
 
-    pub async fn hears_nothing(&mut self) {
+    pub async fn receives_nothing(&mut self) {
         let heard = tokio::time::timeout(Duration::from_millis(400), self.incoming.message()).await;
         assert!(heard.is_err(), "{heard:?}");
     }
 
-    /// How the stream ends.
+    /// Waits for the end of the stream, and returns its status.
     async fn end(&mut self) -> tonic::Status {
         loop {
-            match tokio::time::timeout(PATIENCE, self.incoming.message()).await.expect("it does not end") {
+            match tokio::time::timeout(TEST_TIMEOUT, self.incoming.message()).await.expect("it does not end")
+            {
                 Ok(Some(_)) => {}
-                Ok(None) => panic!("it ended without a word"),
+                Ok(None) => panic!("it ended without a status"),
                 Err(status) => return status,
             }
         }
@@ -97,13 +98,13 @@ impl Agent {
 
     pub async fn apply(&self, set: &RuleSet, partial: Vec<RuleError>) {
         let RuleSet { revision, nonce, digest, .. } = set.clone();
-        self.say(agent_message::Message::Applied(RulesApplied { revision, nonce, digest, partial })).await;
+        self.send(agent_message::Message::Applied(RulesApplied { revision, nonce, digest, partial })).await;
     }
 
     pub async fn reject(&self, set: &RuleSet, field: &str) {
         let error = RuleError { rule_id: "a".into(), field: field.into(), reason: "too much".into() };
         let RuleSet { revision, nonce, .. } = set.clone();
-        self.say(agent_message::Message::Rejected(RulesRejected { revision, nonce, errors: vec![error] }))
+        self.send(agent_message::Message::Rejected(RulesRejected { revision, nonce, errors: vec![error] }))
             .await;
     }
 }
@@ -145,7 +146,7 @@ async fn rules_reach_each_node_and_each_answer_shows() {
     let mut silent = Agent::connect(&running, "silent", "").await;
     let cpu_only = NodeHello { node: "cpu".into(), labels: labels(&[("pool", "cpu")]), ..Default::default() };
     let mut skipped = Agent::with(&running, cpu_only).await;
-    good.hears_nothing().await;
+    good.receives_nothing().await;
 
     let rules = parse(
         "rules: [{id: b, match: {comm: [x]}, nodes: {selector: pool=gpu}}, {id: a, match: {comm: [shop]}, nodes: {selector: pool=gpu}}]",
@@ -175,7 +176,7 @@ async fn rules_reach_each_node_and_each_answer_shows() {
     assert_eq!(becomes(&client, 1, "half", State::Partial).await.errors, [no_psi]);
     assert_eq!(state(&client, 1, "silent").await.state(), State::Pending);
     becomes(&client, 1, "cpu", State::Skipped).await;
-    skipped.hears_nothing().await;
+    skipped.receives_nothing().await;
     drop(silent);
     let offline = becomes(&client, 1, "silent", State::Offline).await;
     assert!(offline.since.is_some());
@@ -190,7 +191,7 @@ async fn rules_reach_each_node_and_each_answer_shows() {
 }
 
 #[tokio::test]
-async fn a_late_answer_with_an_old_nonce_is_not_taken_for_the_new_rules() {
+async fn an_answer_with_an_old_nonce_is_ignored() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -208,9 +209,9 @@ async fn a_late_answer_with_an_old_nonce_is_not_taken_for_the_new_rules() {
     assert_eq!(state(&client, 2, "n1").await.state(), State::Pending);
     agent.apply(&new, vec![]).await;
     becomes(&client, 2, "n1", State::Applied).await;
-    // The new set is whole, so the one before is settled with it.
+    // A set is complete, so the answer to the new one settles the one before.
     becomes(&client, 1, "n1", State::Applied).await;
-    // An answer with another digest is no agreement.
+    // An answer with another digest counts as a rejection.
     client.set_triggers(one("c")).await.unwrap();
     let mut set = agent.rules().await;
     set.digest = "0".repeat(64);
@@ -221,7 +222,7 @@ async fn a_late_answer_with_an_old_nonce_is_not_taken_for_the_new_rules() {
 }
 
 #[tokio::test]
-async fn a_node_that_has_the_rules_already_is_sent_nothing_and_counts_as_applied() {
+async fn a_node_with_the_newest_rules_gets_none_and_is_applied() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -229,15 +230,15 @@ async fn a_node_that_has_the_rules_already_is_sent_nothing_and_counts_as_applied
     let digest = rules::digest(&one("a").rules);
     let mut agent = Agent::connect(&running, "n1", &digest).await;
     becomes(&client, 1, "n1", State::Applied).await;
-    agent.hears_nothing().await;
-    // Another revision that changes nothing for this node.
+    agent.receives_nothing().await;
+    // A new revision that changes nothing for this node.
     let elsewhere = parse("rules: [{id: z, match: {comm: [x]}, nodes: {names: [n2]}}]");
     let other = SetTriggersRequest { scope: "other".into(), rules: elsewhere, ..Default::default() };
     client.set_triggers(other).await.unwrap();
     becomes(&client, 2, "n1", State::Applied).await;
-    agent.hears_nothing().await;
+    agent.receives_nothing().await;
     assert_eq!(metric(running.http_addr, "gannet_collector_fleet_rule_pushes_total").await as u64, 0);
-    // One that lost its rules is sent them again.
+    // A node that lost its rules gets them again.
     drop(agent);
     becomes(&client, 2, "n1", State::Offline).await;
     let mut agent = Agent::connect(&running, "n1", "").await;
@@ -248,7 +249,7 @@ async fn a_node_that_has_the_rules_already_is_sent_nothing_and_counts_as_applied
 }
 
 #[tokio::test]
-async fn a_partial_node_stays_partial_when_it_reconnects_with_the_same_rules() {
+async fn a_partial_node_stays_partial_after_a_reconnect() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -262,12 +263,12 @@ async fn a_partial_node_stays_partial_when_it_reconnects_with_the_same_rules() {
     let mut agent = Agent::connect(&running, "n1", &set.digest).await;
     let partial = becomes(&client, 1, "n1", State::Partial).await;
     assert_eq!(partial.errors[0].reason, "no cgroup2");
-    agent.hears_nothing().await;
+    agent.receives_nothing().await;
     running.shutdown().await;
 }
 
 #[tokio::test]
-async fn an_emptied_scope_takes_the_rules_from_the_nodes() {
+async fn an_emptied_scope_removes_the_rules_from_the_nodes() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -285,17 +286,17 @@ async fn an_emptied_scope_takes_the_rules_from_the_nodes() {
 }
 
 #[tokio::test]
-async fn a_collector_that_was_never_told_rules_leaves_nodes_what_they_have() {
+async fn a_collector_without_rules_leaves_nodes_theirs() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut agent = Agent::connect(&running, "n1", "rules-of-a-former-life").await;
-    agent.hears_nothing().await;
+    agent.receives_nothing().await;
     assert!(rollout(&triggers(&running).await, 0).await.settled);
     running.shutdown().await;
 }
 
 #[tokio::test]
-async fn the_newer_connection_of_a_name_speaks_for_the_node_and_quarrels_are_noticed() {
+async fn the_newer_connection_of_a_node_wins_and_conflicts_count() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -321,13 +322,13 @@ async fn the_newer_connection_of_a_name_speaks_for_the_node_and_quarrels_are_not
 }
 
 #[tokio::test]
-async fn a_node_that_does_not_read_holds_up_nobody_and_gets_the_newest() {
+async fn a_node_that_does_not_read_delays_no_other() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
     let mut slow = Agent::connect(&running, "slow", "").await;
     let mut quick = Agent::connect(&running, "quick", "").await;
-    // Large enough that what is not read soon fills the window of its stream.
+    // Large enough that unread rule sets soon fill the window of the stream.
     let text = "x".repeat(900);
     for i in 0..60 {
         let mut request = one("seed");
@@ -361,7 +362,7 @@ async fn a_node_that_does_not_read_holds_up_nobody_and_gets_the_newest() {
 }
 
 #[tokio::test]
-async fn a_watch_shows_changes_as_they_come_and_ends_when_all_is_settled() {
+async fn a_watch_shows_changes_and_ends_when_all_is_settled() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -375,7 +376,8 @@ async fn a_watch_shows_changes_as_they_come_and_ends_when_all_is_settled() {
     let began = std::time::Instant::now();
     agent.apply(&set, vec![]).await;
     let mut last = first;
-    while let Some(next) = tokio::time::timeout(PATIENCE, watch.message()).await.expect("no end").unwrap() {
+    while let Some(next) = tokio::time::timeout(TEST_TIMEOUT, watch.message()).await.expect("no end").unwrap()
+    {
         assert_ne!(next, last, "only changes are told");
         last = next;
     }
@@ -391,13 +393,13 @@ async fn a_watch_shows_changes_as_they_come_and_ends_when_all_is_settled() {
 }
 
 #[tokio::test]
-async fn nodes_are_remembered_over_a_restart_as_offline_and_heartbeats_show() {
+async fn known_nodes_survive_a_restart_and_heartbeats_show() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let agent = Agent::connect(&running, "n1", "").await;
     let status =
         NodeStatus { rss_bytes: 42, degraded: vec!["no exit tracepoint".into()], ..Default::default() };
-    agent.say(agent_message::Message::Status(status.clone())).await;
+    agent.send(agent_message::Message::Status(status.clone())).await;
     eventually("the heartbeat shows", || async { nodes(&running).await[0].status.as_ref() == Some(&status) })
         .await;
     running.shutdown().await;
@@ -407,7 +409,7 @@ async fn nodes_are_remembered_over_a_restart_as_offline_and_heartbeats_show() {
     assert_eq!((listed.len(), listed[0].name.as_str(), listed[0].connected), (1, "n1", false));
     assert_eq!(state(&triggers(&running).await, 1, "n1").await.state(), State::Offline);
     running.shutdown().await;
-    // A damaged list costs only the memory of who was there.
+    // A damaged file only makes the collector forget the nodes.
     std::fs::write(dir.path().join("nodes.pb"), b"\xff\xff").unwrap();
     let running = start(dir.path()).await;
     assert!(nodes(&running).await.is_empty());
@@ -415,7 +417,7 @@ async fn nodes_are_remembered_over_a_restart_as_offline_and_heartbeats_show() {
 }
 
 #[tokio::test]
-async fn what_is_no_hello_or_one_too_many_is_refused_with_words() {
+async fn a_stream_without_a_valid_hello_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let running =
         Collector::start(config_with(dir.path(), |config| config.fleet.max_nodes = 1)).await.unwrap();

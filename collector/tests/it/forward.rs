@@ -1,4 +1,4 @@
-//! Profiles are handed on, to servers that look at what they are sent.
+//! Forwarding, to servers that record what they receive.
 
 use std::{
     collections::VecDeque,
@@ -25,7 +25,7 @@ use tonic::{Request, Response, Status};
 
 use crate::support::{OFF_CPU, Pusher, batch, config_with, eventually, get, now_ms, typed_batch};
 
-/// What a target was sent, one entry for each sample of a series.
+/// A profile that a target received.
 #[derive(Clone, Debug)]
 struct Received {
     labels: Vec<(String, String)>,
@@ -37,7 +37,7 @@ struct Received {
 struct Target {
     received: Arc<Mutex<Vec<Received>>>,
     headers: Arc<Mutex<Vec<HeaderMap>>>,
-    /// Statuses of the next answers; then everything is taken.
+    /// Statuses of the next answers. After them the target accepts everything.
     script: Arc<Mutex<VecDeque<u16>>>,
 }
 
@@ -47,7 +47,7 @@ impl Target {
     }
 
     async fn has(&self, n: usize) -> Vec<Received> {
-        eventually("all is handed on", || async { self.all().len() >= n }).await;
+        eventually("all profiles are forwarded", || async { self.all().len() >= n }).await;
         assert_eq!(self.all().len(), n);
         self.all()
     }
@@ -56,7 +56,7 @@ impl Target {
         let push = async |State(target): State<Self>, headers: HeaderMap, body: Bytes| {
             target.headers.lock().unwrap().push(headers);
             if let Some(status) = target.script.lock().unwrap().pop_front() {
-                return (axum::http::StatusCode::from_u16(status).unwrap(), "told to".to_owned());
+                return (axum::http::StatusCode::from_u16(status).unwrap(), "scripted".to_owned());
             }
             for series in PushRequest::decode(body).unwrap().series {
                 let labels: Vec<_> = series.labels.into_iter().map(|l| (l.name, l.value)).collect();
@@ -82,7 +82,7 @@ impl ProfileStoreService for Target {
         request: Request<WriteRawRequest>,
     ) -> Result<Response<WriteRawResponse>, Status> {
         if self.script.lock().unwrap().pop_front().is_some() {
-            return Err(Status::unavailable("told to"));
+            return Err(Status::unavailable("scripted"));
         }
         for series in request.into_inner().series {
             let labels: Vec<_> =
@@ -110,7 +110,7 @@ fn label<'a>(received: &'a Received, name: &str) -> &'a str {
 }
 
 #[tokio::test]
-async fn pyroscope_gets_each_profile_once_as_it_is_with_its_labels_and_its_id() {
+async fn pyroscope_gets_each_profile_once_with_labels_and_id() {
     let dir = tempfile::tempdir().unwrap();
     let target = Target::default();
     target.script.lock().unwrap().extend([503, 429]);
@@ -130,13 +130,13 @@ async fn pyroscope_gets_each_profile_once_as_it_is_with_its_labels_and_its_id() 
     assert_eq!(headers["content-type"], "application/proto");
     assert_eq!(headers["x-scope-orgid"], "team");
 
-    // The same again is not new, and blocked time has its own name.
+    // A duplicate is not forwarded again, and off-CPU profiles have a name of their own.
     pusher.push(sent).await;
     pusher.store(typed_batch(OFF_CPU, "shop", now_ms(), &[("main", 1)])).await;
     let received = target.has(2).await;
     assert_eq!(label(&received[1], "__name__"), "off_cpu");
 
-    // What is refused for good is not sent again, and counted.
+    // A profile refused for good is counted and not sent again.
     target.script.lock().unwrap().push_back(400);
     pusher.store(batch("bad", now_ms(), &[("main", 1)])).await;
     pusher.store(batch("good", now_ms(), &[("main", 1)])).await;
@@ -153,7 +153,7 @@ async fn pyroscope_gets_each_profile_once_as_it_is_with_its_labels_and_its_id() 
 }
 
 #[tokio::test]
-async fn a_profile_that_is_too_large_goes_in_parts_that_add_up_to_it() {
+async fn parts_of_a_large_profile_add_up_to_it() {
     let dir = tempfile::tempdir().unwrap();
     let target = Target::default();
     let running = forwarding(dir.path(), &format!("pyroscope=http://{}", target.pyroscope().await)).await;
@@ -181,7 +181,7 @@ async fn a_profile_that_is_too_large_goes_in_parts_that_add_up_to_it() {
 }
 
 #[tokio::test]
-async fn parca_gets_its_own_message_also_when_it_comes_later() {
+async fn parca_gets_profiles_also_after_a_failure() {
     let dir = tempfile::tempdir().unwrap();
     let target = Target::default();
     target.script.lock().unwrap().push_back(1);
@@ -201,7 +201,7 @@ async fn parca_gets_its_own_message_also_when_it_comes_later() {
 }
 
 #[tokio::test]
-async fn a_target_that_is_not_there_holds_up_nothing_and_the_end_counts_what_waits() {
+async fn a_missing_target_delays_neither_batches_nor_the_end() {
     let dir = tempfile::tempdir().unwrap();
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let config = config_with(dir.path(), |config| {

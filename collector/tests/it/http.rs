@@ -153,7 +153,7 @@ async fn nodes_rules_and_rollout_show_what_was_set_and_answered() {
 #[case("/rollout?revision=99", 404, "revision 99")]
 #[case("/nothing", 404, "no such path")]
 #[tokio::test]
-async fn a_bad_request_is_answered_with_words(#[case] path: &str, #[case] status: u16, #[case] says: &str) {
+async fn a_bad_request_gets_status_and_reason(#[case] path: &str, #[case] status: u16, #[case] says: &str) {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let answer = get(running.http_addr, &format!("/api/v1{path}")).await;
@@ -164,7 +164,7 @@ async fn a_bad_request_is_answered_with_words(#[case] path: &str, #[case] status
 }
 
 #[tokio::test]
-async fn page_probes_and_metrics_are_served_with_safe_headers() {
+async fn page_probes_and_metrics_have_security_headers() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     for path in ["/", "/livez", "/readyz", "/metrics", "/api/v1/nodes", "/nothing"] {

@@ -16,7 +16,7 @@ use crate::support::{
 };
 
 #[tokio::test]
-async fn an_accepted_batch_can_be_read_back_as_it_was_sent() {
+async fn an_accepted_batch_is_read_back_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut pusher = Pusher::open(running.grpc_addr).await;
@@ -71,7 +71,7 @@ fn deep() -> Batch {
 #[case::count(|b: &mut Batch| b.samples += 1, "count_mismatch", "add up to 1")]
 #[case::count_without_profile(|b: &mut Batch| b.pprof.clear(), "count_mismatch", "no profile")]
 #[tokio::test]
-async fn a_bad_batch_is_refused_by_name_and_the_stream_goes_on(
+async fn a_bad_batch_is_refused_and_the_stream_continues(
     #[case] spoil: fn(&mut Batch),
     #[case] code: &str,
     #[case] says: &str,
@@ -124,7 +124,7 @@ fn dangling() -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn what_is_no_hello_ends_the_stream_with_words() {
+async fn a_stream_without_hello_ends_with_the_reason() {
     use gannet_proto::ingest::{PushRequest, ingest_service_client::IngestServiceClient, push_request};
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
@@ -140,7 +140,7 @@ async fn what_is_no_hello_ends_the_stream_with_words() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_batch_pushed_by_many_at_once_is_stored_once() {
+async fn one_batch_pushed_concurrently_is_stored_once() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let addr = running.grpc_addr;
@@ -176,7 +176,7 @@ async fn one_batch_pushed_by_many_at_once_is_stored_once() {
 }
 
 #[tokio::test]
-async fn a_windows_ledger_is_counted_once_though_each_of_its_batches_carries_it() {
+async fn a_ledger_counts_once_over_all_batches_of_its_window() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut pusher = Pusher::open(running.grpc_addr).await;
@@ -229,9 +229,9 @@ async fn a_windows_ledger_is_counted_once_though_each_of_its_batches_carries_it(
 }
 
 #[tokio::test]
-async fn more_than_the_queue_holds_is_put_off_and_taken_later() {
+async fn batches_beyond_the_queue_are_throttled_and_stored_later() {
     let dir = tempfile::tempdir().unwrap();
-    // Room for one batch at a time.
+    // The queue holds one batch at a time.
     let config = config_with(dir.path(), |config| {
         config.ingest.max_batch_bytes = ByteSize(4096);
         config.ingest.queue_bytes = 4096;
@@ -264,7 +264,7 @@ async fn more_than_the_queue_holds_is_put_off_and_taken_later() {
 }
 
 #[tokio::test]
-async fn a_series_too_many_is_put_off_and_others_are_taken() {
+async fn batches_of_a_series_above_the_limit_are_throttled() {
     let dir = tempfile::tempdir().unwrap();
     let running =
         Collector::start(config_with(dir.path(), |config| config.store.max_series = 2)).await.unwrap();
@@ -280,7 +280,7 @@ async fn a_series_too_many_is_put_off_and_others_are_taken() {
 }
 
 #[tokio::test]
-async fn a_graceful_end_answers_what_it_took() {
+async fn a_graceful_end_answers_every_received_batch() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut pusher = Pusher::open(running.grpc_addr).await;
@@ -306,6 +306,6 @@ async fn a_graceful_end_answers_what_it_took() {
     assert!(!accepted.is_empty());
     assert!(accepted.is_subset(&stored));
     drop(client);
-    eventually("agents may come again", || async { again.grpc_addr.port() > 0 }).await;
+    eventually("the collector accepts agents again", || async { again.grpc_addr.port() > 0 }).await;
     again.shutdown().await;
 }

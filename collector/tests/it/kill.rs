@@ -1,4 +1,4 @@
-//! The real binary, killed without warning under load.
+//! The binary, killed under load.
 
 use std::{
     collections::BTreeSet,
@@ -20,7 +20,7 @@ use crate::support::{Pusher, batch, now_ms, queries, start};
 const KILLS: u64 = 8;
 const PUSHERS: usize = 3;
 
-/// A port that is free now.
+/// Returns a loopback address with a free port.
 pub fn free_port() -> SocketAddr {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
@@ -40,7 +40,7 @@ async fn dial(grpc: SocketAddr) -> Option<Channel> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_acknowledged_batch_is_there_once_however_often_the_collector_is_killed() {
+async fn acknowledged_batches_survive_kills_exactly_once() {
     let dir = tempfile::tempdir().unwrap();
     let (grpc, http) = (free_port(), free_port());
     let acknowledged = Arc::new(Mutex::new(BTreeSet::new()));
@@ -49,7 +49,7 @@ async fn every_acknowledged_batch_is_there_once_however_often_the_collector_is_k
     for n in 0..PUSHERS {
         let (acknowledged, done) = (Arc::clone(&acknowledged), Arc::clone(&done));
         pushers.push(tokio::spawn(async move {
-            // As an agent does: what is not acknowledged is sent again, by the same id, and only that.
+            // Like an agent, it sends exactly the unacknowledged batches again, with the same ids.
             let mut unacknowledged = Vec::new();
             let (mut made, mut resent) = (0_u64, 0_u64);
             while !done.load(Ordering::Relaxed) {
@@ -94,7 +94,7 @@ async fn every_acknowledged_batch_is_there_once_however_often_the_collector_is_k
     for round in 0..KILLS {
         let before = acknowledged.lock().unwrap().len();
         let mut child = spawn(dir.path(), grpc, http);
-        // Killed at another point of its work each time, once it has done some.
+        // Each kill comes at another point of the work, after some progress.
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
         while acknowledged.lock().unwrap().len() < before + 10 + round as usize * 7 {
             assert!(child.try_wait().unwrap().is_none(), "the collector ended by itself");
@@ -113,7 +113,7 @@ async fn every_acknowledged_batch_is_there_once_however_often_the_collector_is_k
     }
     assert!(resent > 0, "no kill hit a batch on its way: the test has tested nothing");
 
-    // What was in flight at the last kill arrives now.
+    // Batches in flight at the last kill arrive now.
     let running = start(dir.path()).await;
     let mut pusher = Pusher::open(running.grpc_addr).await;
     for batch in unacknowledged {
@@ -146,7 +146,7 @@ async fn every_acknowledged_batch_is_there_once_however_often_the_collector_is_k
     running.shutdown().await;
 }
 
-/// Files below the objects.
+/// Returns all object files.
 pub fn walk(data: &Path) -> usize {
     let mut dirs = vec![data.join("objects")];
     let mut files = 0;

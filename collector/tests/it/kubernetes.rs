@@ -1,4 +1,4 @@
-//! Rules as custom resources, on an API server that knows as much as that takes: versions, conflicts, watches.
+//! Rules as custom resources, on a small API server with versions, conflicts and watches.
 
 use std::{
     collections::BTreeMap,
@@ -29,9 +29,9 @@ use crate::{
 #[derive(Default)]
 struct Objects {
     version: u64,
-    /// By kind and name.
+    /// Objects by kind and name.
     there: BTreeMap<(String, String), Value>,
-    /// What happened: the version, the kind, and the event.
+    /// Watch events: version, kind, event.
     events: Vec<(u64, String, Value)>,
 }
 
@@ -55,7 +55,7 @@ impl Api {
         Self { objects: Arc::default(), changed: watch::Sender::new(0) }
     }
 
-    /// Writes an object as somebody does; what is unchanged is no event.
+    /// Writes an object as this client. An unchanged object makes no event.
     fn put(&self, kind: &str, mut object: Value, manager: &str) -> Value {
         let mut objects = self.objects.lock().unwrap();
         let name = object["metadata"]["name"].as_str().unwrap().to_owned();
@@ -95,7 +95,7 @@ impl Api {
         Some(object)
     }
 
-    /// A TriggerRule as people apply it.
+    /// Applies a TriggerRule as `kubectl apply` does.
     fn apply(&self, name: &str, spec: &Value) {
         let mut object = self.get("triggerrules", name).unwrap_or_else(|| {
             json!({ "apiVersion": "gannet.dev/v1alpha1", "kind": "TriggerRule", "metadata": { "name": name } })
@@ -108,7 +108,7 @@ impl Api {
         self.get("triggerrules", name).map_or(Value::Null, |object| object["status"].clone())
     }
 
-    /// The reasons of the Events about a TriggerRule, in their order.
+    /// Returns the reasons of the Events about a TriggerRule, in order.
     fn told(&self, name: &str) -> Vec<String> {
         let objects = self.objects.lock().unwrap();
         let mut events: Vec<&Value> = objects
@@ -122,7 +122,7 @@ impl Api {
     }
 
     async fn serve(&self, dir: &Path) -> PathBuf {
-        // The group is not looked at: kinds have different names.
+        // The group does not matter here, because the kinds have different names.
         let router = Router::new()
             .route("/api/v1/namespaces/gannet/{kind}", get(list).post(create))
             .route("/api/v1/namespaces/gannet/{kind}/{name}", get(read).put(replace))
@@ -141,7 +141,7 @@ impl Api {
     }
 }
 
-/// A file that leads to this server.
+/// Writes a kubeconfig file for this server.
 pub fn kubeconfig(dir: &Path, server: &str) -> PathBuf {
     let kubeconfig = json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "c",
@@ -265,11 +265,11 @@ async fn next_ids(agent: &mut Agent) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn resources_and_calls_are_two_doors_to_one_store_that_collectors_share() {
+async fn resources_and_calls_change_one_shared_rule_store() {
     let dir = tempfile::tempdir().unwrap();
     let api = Api::new();
     let kubeconfig = api.serve(dir.path()).await;
-    // There before any collector: one good, one that is no rule.
+    // Two resources exist before any collector: a valid one and an invalid one.
     api.apply("applied", &json!({ "match": { "comm": ["shop"] } }));
     api.apply("wrong", &json!({ "match": { "com": ["shop"] } }));
 
@@ -278,12 +278,12 @@ async fn resources_and_calls_are_two_doors_to_one_store_that_collectors_share() 
     let (mut to_left, mut to_right) = (triggers(&left).await, triggers(&right).await);
     let mut agent = Agent::connect(&left, "n1", "").await;
     assert_eq!(next_ids(&mut agent).await, ["applied"]);
-    eventually("the good one says where it is in force", || async {
+    eventually("the valid one shows its nodes", || async {
         let status = api.status("applied");
         status["applied"] == 1 && status["conditions"][0]["status"] == "True"
     })
     .await;
-    eventually("the other one says why it is not", || async {
+    eventually("the invalid one shows its fault", || async {
         let message = api.status("wrong")["conditions"][0]["message"].clone();
         message.as_str().is_some_and(|words| words.contains("match.com"))
     })
@@ -292,7 +292,7 @@ async fn resources_and_calls_are_two_doors_to_one_store_that_collectors_share() 
         to_left.get_triggers(GetTriggersRequest::default()).await.unwrap().into_inner().scope.unwrap();
     assert_eq!((scope.rules.len(), scope.changed_by.as_str()), (1, "Kubernetes: kubectl"));
 
-    eventually("Events tell it", || async {
+    eventually("the Events are there", || async {
         let told = api.told("applied");
         told.iter().any(|reason| reason == "Accepted")
             && told.iter().any(|reason| reason == "Applied")
@@ -300,7 +300,7 @@ async fn resources_and_calls_are_two_doors_to_one_store_that_collectors_share() 
     })
     .await;
 
-    // A call on one collector is a resource, and reaches the nodes of the other.
+    // A call at one collector makes a resource and reaches the nodes of the other.
     let request = SetTriggersRequest { scope: "team".into(), ..one("called") };
     to_right.set_triggers(request).await.unwrap();
     assert_eq!(next_ids(&mut agent).await, ["applied", "called"]);
@@ -309,13 +309,13 @@ async fn resources_and_calls_are_two_doors_to_one_store_that_collectors_share() 
     assert_eq!(called["metadata"]["labels"]["gannet.dev/scope"], "team");
     assert_eq!(called["spec"], json!({ "match": { "comm": ["shop"] } }));
 
-    // What people break stays in force as it was; what they mend and remove takes effect.
+    // A broken resource leaves the rule in force. Repairs and removals take effect.
     api.apply("applied", &json!({ "match": { "comm": ["shop"] }, "capture": { "hz": 5000 } }));
     eventually("it is not accepted any more", || async {
         api.status("applied")["conditions"][0]["status"] == "False"
     })
     .await;
-    agent.hears_nothing().await;
+    agent.receives_nothing().await;
     api.apply("applied", &json!({ "match": { "comm": ["shop", "cart"] } }));
     let set = agent.rules().await;
     agent.apply(&set, Vec::new()).await;
@@ -334,17 +334,17 @@ async fn resources_and_calls_are_two_doors_to_one_store_that_collectors_share() 
     })
     .await;
 
-    // The resource that is no rule is nobody's to remove, and a node that changes over has all it needs.
+    // The invalid resource stays, and a node that changes collectors needs nothing.
     assert!(api.get("triggerrules", "wrong").is_some());
     drop(agent);
     let mut agent = Agent::connect(&right, "n1", &set.digest).await;
-    agent.hears_nothing().await;
+    agent.receives_nothing().await;
     left.shutdown().await;
     right.shutdown().await;
 }
 
 #[tokio::test]
-async fn an_api_server_that_is_not_there_yet_is_waited_for_and_no_rules_are_sent_until_then() {
+async fn no_rules_are_sent_before_the_api_server_answers() {
     let dir = tempfile::tempdir().unwrap();
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let kubeconfig = kubeconfig(dir.path(), &format!("http://127.0.0.1:{port}"));
@@ -352,14 +352,14 @@ async fn an_api_server_that_is_not_there_yet_is_waited_for_and_no_rules_are_sent
     let status = triggers(&running).await.set_triggers(one("a")).await.unwrap_err();
     assert_eq!(status.code(), tonic::Code::Unavailable, "{status}");
     let mut agent = Agent::connect(&running, "n1", "some-digest").await;
-    agent.hears_nothing().await;
+    agent.receives_nothing().await;
     let ready = crate::support::get(running.http_addr, "/readyz").await;
     assert!(ready.status == 503 && ready.text().contains("cannot read the rules"), "{}", ready.text());
     running.shutdown().await;
 }
 
 #[test]
-fn the_definition_that_is_shipped_is_the_one_that_this_program_makes() {
+fn the_shipped_definition_is_up_to_date() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../helm/gannet/files/triggerrules.yaml");
     let shipped = std::fs::read_to_string(path).unwrap_or_default();
     assert!(

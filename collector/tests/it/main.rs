@@ -1,6 +1,6 @@
-//! The collector as its users meet it: the real servers on real sockets and a real disk.
+//! Tests of the whole collector: its servers on real sockets and a real disk.
 
-// `pub` here is for the modules beside it.
+// `pub` items are for the sibling modules.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
 
 mod bucket;

@@ -1,4 +1,4 @@
-//! The binary as a shell or an init system meets it.
+//! The binary: flags, exit codes, signals.
 
 use std::{
     process::{Command, Output, Stdio},
@@ -21,7 +21,7 @@ fn run(args: &[&str]) -> Output {
 }
 
 #[test]
-fn a_port_in_use_is_one_clear_line_with_its_flag() {
+fn a_port_in_use_is_one_line_with_its_flag() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = taken.local_addr().unwrap().to_string();
     for (flag, other) in [("--grpc-listen", "--http-listen"), ("--http-listen", "--grpc-listen")] {
@@ -34,7 +34,7 @@ fn a_port_in_use_is_one_clear_line_with_its_flag() {
 }
 
 #[test]
-fn plaintext_that_others_could_read_is_refused_unless_asked_for() {
+fn plaintext_beyond_loopback_needs_insecure() {
     let out = run(&["--grpc-listen", "0.0.0.0:0", "--http-listen", "127.0.0.1:0"]);
     assert_eq!(out.status.code(), Some(1));
     let text = String::from_utf8_lossy(&out.stderr).into_owned();
@@ -66,12 +66,13 @@ fn an_old_variable_is_answered_with_the_new_one() {
 }
 
 #[tokio::test]
-async fn both_signals_end_it_with_success_even_while_agents_are_connected() {
+async fn both_signals_end_it_with_success_despite_open_streams() {
     for signal in [rustix::process::Signal::TERM, rustix::process::Signal::INT] {
         let dir = tempfile::tempdir().unwrap();
         let (grpc, http) = (free_port(), free_port());
         let mut child = spawn(dir.path(), grpc, http);
-        eventually("it serves", || async { tokio::net::TcpStream::connect(http).await.is_ok() }).await;
+        eventually("the collector answers", || async { tokio::net::TcpStream::connect(http).await.is_ok() })
+            .await;
         assert_eq!(get(http, "/readyz").await.status, 200);
         let mut pusher = Pusher::over(channel(grpc).await).await.unwrap();
         pusher.store(batch("shop", now_ms(), &[("main", 1)])).await;

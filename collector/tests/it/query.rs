@@ -14,7 +14,8 @@ use crate::support::{CPU, OFF_CPU, Pusher, at, batch, config_with, now_ms, queri
 
 const MINUTE: u64 = 60_000;
 
-/// Two services over twenty minutes: `shop` at 10 samples a minute in `work`, `cart` at 5 in `add`, and off-CPU time.
+/// Stores twenty minutes of two services: `shop` with 10 samples a minute in `work`, `cart` with 5 in `add`, and off-CPU
+/// time.
 async fn fill(running: &Running, t0: u64) {
     let mut pusher = Pusher::open(running.grpc_addr).await;
     for minute in 0..20 {
@@ -24,7 +25,7 @@ async fn fill(running: &Running, t0: u64) {
     }
 }
 
-// As the requests' fields want it.
+// The form of the requests' fields.
 #[allow(clippy::unnecessary_wraps)]
 fn range(query: &str, from: u64, until: u64) -> Option<Selection> {
     Some(Selection {
@@ -76,7 +77,7 @@ async fn labels_and_series_are_those_of_the_selection() {
 }
 
 #[tokio::test]
-async fn pages_of_a_list_give_everything_once_newest_first() {
+async fn pages_list_every_profile_once_newest_first() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let t0 = now_ms() - 30 * MINUTE;
@@ -122,13 +123,13 @@ async fn merge(
             merge_progress::Message::Chunk(chunk) => bytes.extend(chunk.data),
         }
     }
-    let last = last.expect("a merge says how far it is");
+    let last = last.expect("a merge reports its progress");
     assert_eq!(last.profiles_done, last.profiles_total);
     Ok(decode(&bytes, 64 << 20).unwrap())
 }
 
 #[tokio::test]
-async fn a_merge_adds_up_exactly_and_profiles_of_another_kind_are_left_out() {
+async fn a_merge_adds_up_and_omits_other_sample_types() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let t0 = now_ms() - 30 * MINUTE;
@@ -155,7 +156,7 @@ async fn a_merge_adds_up_exactly_and_profiles_of_another_kind_are_left_out() {
 }
 
 #[tokio::test]
-async fn a_query_beyond_the_limits_is_refused_with_the_cure() {
+async fn a_query_above_the_limits_is_refused_with_the_cure() {
     let dir = tempfile::tempdir().unwrap();
     let running =
         Collector::start(config_with(dir.path(), |config| config.query.max_profiles = 3)).await.unwrap();
@@ -219,7 +220,8 @@ async fn graph_and_table_of_a_comparison_hold_both_sides() {
     assert_eq!((row("main").self_, row("main").total, row("main").base_total), (0, 120, 34));
     assert_eq!(row("main").file, "shop");
 
-    // Without a type: the last of the first profile. One profile by its id. Nothing: an empty graph.
+    // Without a type it is the last one of the first profile. A selection may be one profile. An empty one has an empty
+    // graph.
     let default = FlameGraphRequest { selection: range("", t0, now_ms()), ..Default::default() };
     assert_eq!(client.flame_graph(default).await.unwrap().into_inner().sample_type, "cpu/nanoseconds");
     let listed = client.list_profiles(ListProfilesRequest::default()).await.unwrap().into_inner();
@@ -241,12 +243,12 @@ async fn graph_and_table_of_a_comparison_hold_both_sides() {
 }
 
 #[tokio::test]
-async fn a_timeline_adds_up_to_the_merge_without_reading_objects() {
+async fn a_timeline_adds_up_to_the_merge_from_the_index_alone() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let t0 = now_ms() - 30 * MINUTE;
     fill(&running, t0).await;
-    // From the index alone: the objects may be gone.
+    // The timeline comes from the index alone, so the objects may be missing.
     std::fs::remove_dir_all(dir.path().join("objects/default")).unwrap();
     let mut client = queries(&running).await;
     let request = |query: &str, sample_type: &str, step: i64| TimelineRequest {
@@ -273,7 +275,7 @@ async fn a_timeline_adds_up_to_the_merge_without_reading_objects() {
 }
 
 #[tokio::test]
-async fn a_stack_as_deep_as_is_taken_can_be_shown() {
+async fn the_deepest_accepted_stack_can_be_shown() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut pusher = Pusher::open(running.grpc_addr).await;
@@ -282,7 +284,7 @@ async fn a_stack_as_deep_as_is_taken_can_be_shown() {
     let graph = crate::support::get(running.http_addr, "/api/v1/flamegraph?type=samples/count").await;
     assert_eq!(graph.status, 200, "{}", graph.text());
     assert!(graph.text().contains("\"f1023\""));
-    // Clients of gRPC may limit how deep a message they read; the collector must survive writing it.
+    // gRPC clients may limit the depth of a message. The collector must survive encoding it.
     let _ = queries(&running).await.flame_graph(FlameGraphRequest::default()).await;
     let flat = FlameGraphRequest { flat: true, ..Default::default() };
     let flat = queries(&running).await.flame_graph(flat).await.unwrap().into_inner();

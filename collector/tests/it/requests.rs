@@ -1,4 +1,4 @@
-//! What nodes are asked, and what is kept of what they said.
+//! Requests to nodes, and the audit log of their answers.
 
 use gannet_collector::{Collector, RulesLocation};
 use gannet_proto::control::{
@@ -25,7 +25,7 @@ fn able(node: &str) -> NodeHello {
 }
 
 #[tokio::test]
-async fn validate_only_asks_each_node_that_the_rules_are_for() {
+async fn validate_only_asks_the_matching_nodes() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -42,7 +42,7 @@ async fn validate_only_asks_each_node_that_the_rules_are_for() {
     };
     let question = agent.question().await;
     let Some(question::Question::Preview(preview)) = question.question else { panic!("{question:?}") };
-    // The whole set that the node would have, so that its caps and names are judged whole.
+    // The complete set that the node would have, so that it checks caps and names over all rules.
     let ids: Vec<_> = preview.rules.iter().map(|rule| rule.id.as_str()).collect();
     assert_eq!(ids, ["there", "wanted"]);
     let rule = |id: &str, samples_per_second| RulePreview {
@@ -59,13 +59,13 @@ async fn validate_only_asks_each_node_that_the_rules_are_for() {
     assert_eq!(answer.previews[0].rules, [rule("wanted", 40.0)]);
     assert!((answer.previews[0].samples_per_second - 40.0).abs() < 1e-9);
     assert!(answer.previews[1].unanswered.contains("update its agent"), "{:?}", answer.previews[1]);
-    // Nothing was pushed.
-    agent.hears_nothing().await;
+    // No rules were pushed.
+    agent.receives_nothing().await;
     running.shutdown().await;
 }
 
 #[tokio::test]
-async fn an_explanation_comes_from_the_node_and_what_cannot_be_asked_is_said() {
+async fn an_explanation_comes_from_the_node_or_names_the_obstacle() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut agent = Agent::with(&running, able("n1")).await;
@@ -94,7 +94,7 @@ async fn an_explanation_comes_from_the_node_and_what_cannot_be_asked_is_said() {
     for (node, code) in [("nobody", Code::NotFound), ("old", Code::FailedPrecondition)] {
         assert_eq!(explain(node).await.unwrap().unwrap_err().code(), code);
     }
-    // The node goes while it is asked.
+    // The node disconnects during a request.
     let asked = explain("n1");
     agent.question().await;
     drop(agent);
@@ -103,7 +103,7 @@ async fn an_explanation_comes_from_the_node_and_what_cannot_be_asked_is_said() {
 }
 
 #[tokio::test]
-async fn a_capture_is_passed_on_as_it_comes_and_ends_with_its_caller() {
+async fn a_capture_streams_to_its_caller_and_ends_with_it() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut agent = Agent::with(&running, able("n1")).await;
@@ -144,7 +144,7 @@ async fn a_capture_is_passed_on_as_it_comes_and_ends_with_its_caller() {
     }
     assert_eq!((whole.as_slice(), samples), (&b"onetwo"[..], 7));
 
-    // Who asked goes away: the node is told.
+    // The caller disconnects, and the node gets a cancellation.
     let capture = {
         let (mut client, request) = (client.clone(), request.clone());
         tokio::spawn(async move { client.capture(request).await })
@@ -171,7 +171,7 @@ async fn a_capture_is_passed_on_as_it_comes_and_ends_with_its_caller() {
 }
 
 #[tokio::test]
-async fn who_changed_what_and_what_nodes_made_of_it_is_kept_over_a_restart() {
+async fn the_audit_log_survives_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -190,13 +190,13 @@ async fn who_changed_what_and_what_nodes_made_of_it_is_kept_over_a_restart() {
         ..NodeStatus::default()
     };
     for state in [rule_status::State::Capturing, rule_status::State::Expired, rule_status::State::Expired] {
-        agent.say(agent_message::Message::Status(status(state))).await;
+        agent.send(agent_message::Message::Status(status(state))).await;
     }
     let entries = |client: &crate::triggers::Triggers| {
         let mut client = client.clone();
         async move { client.list_audit(ListAuditRequest::default()).await.unwrap().into_inner().entries }
     };
-    eventually("all is written down", || async { entries(&client).await.len() == 5 }).await;
+    eventually("all entries are written", || async { entries(&client).await.len() == 5 }).await;
     drop((agent, client));
     running.shutdown().await;
     let running = start(dir.path()).await;
@@ -240,7 +240,7 @@ async fn two_collectors_on_one_rule_store_agree() {
     let set = agent.rules().await;
     assert_eq!((set.revision, set.rules[0].id.as_str()), (first.revision, "a"));
     agent.apply(&set, Vec::new()).await;
-    // A stale etag is stale on both, and changes at the same time make one line of revisions.
+    // A stale etag is stale on both, and concurrent changes make one sequence of revisions.
     let stale = SetTriggersRequest { etag: "0-x".into(), ..one("b") };
     assert_eq!(to_right.set_triggers(stale).await.unwrap_err().code(), Code::Aborted);
     let mut changes = Vec::new();
@@ -258,7 +258,7 @@ async fn two_collectors_on_one_rule_store_agree() {
     }
     revisions.sort_unstable();
     assert_eq!(revisions, (2..=21).collect::<Vec<_>>());
-    eventually("both have all", || async {
+    eventually("both have all scopes", || async {
         let list = |client: &crate::triggers::Triggers| {
             let mut client = client.clone();
             async move { client.list_scopes(ListScopesRequest {}).await.unwrap().into_inner() }
@@ -267,7 +267,7 @@ async fn two_collectors_on_one_rule_store_agree() {
         left == right && left.revision == 21 && left.scopes.len() == 21
     })
     .await;
-    // A node that changes over has it already.
+    // A node that changes collectors has the rules already.
     let digest = loop {
         let set = agent.rules().await;
         agent.apply(&set, Vec::new()).await;
@@ -277,11 +277,11 @@ async fn two_collectors_on_one_rule_store_agree() {
     };
     drop(agent);
     let mut agent = Agent::connect(&left, "n1", &digest).await;
-    agent.hears_nothing().await;
+    agent.receives_nothing().await;
 
-    // The store is lost while they run: nothing is taken for an empty set, and the next change brings it all back.
+    // The file disappears while they run. No collector takes that for an empty set, and the next change writes all rules.
     std::fs::remove_file(dir.path().join("shared/rules.pb")).unwrap();
-    agent.hears_nothing().await;
+    agent.receives_nothing().await;
     to_left.set_triggers(one("c")).await.unwrap();
     let set = agent.rules().await;
     assert_eq!((set.revision, set.rules.len()), (22, 21));

@@ -1,4 +1,4 @@
-//! Rules that go to some of the nodes first.
+//! Staged rollouts: rules that reach some of the nodes first.
 
 use gannet_proto::{
     control::{
@@ -16,7 +16,7 @@ use crate::{
     triggers::{Triggers, one, triggers},
 };
 
-/// Names of nodes that stand below and above half.
+/// Returns names of nodes whose ranks are below and above 50 percent.
 fn halves() -> (String, String) {
     let name = |wanted: bool| {
         (0..10_000).map(|i| format!("node-{i}")).find(|name| (canary_rank(name) < 50) == wanted).unwrap()
@@ -35,7 +35,7 @@ async fn scope_rules(client: &Triggers) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_staged_set_reaches_the_first_nodes_and_the_others_keep_what_they_had_until_it_is_resumed() {
+async fn a_staged_set_reaches_the_other_nodes_when_resumed() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -55,19 +55,19 @@ async fn a_staged_set_reaches_the_first_nodes_and_the_others_keep_what_they_had_
     assert_eq!(set.rules[0].id, "new");
     first_agent.apply(&set, Vec::new()).await;
     becomes(&client, 2, &first, State::Applied).await;
-    rest_agent.hears_nothing().await;
+    rest_agent.receives_nothing().await;
     let held = becomes(&client, 2, &rest, State::Skipped).await;
     assert!(held.note.contains("default"), "{held:?}");
     assert_eq!(rollout(&client, 2).await.staged["default"].percent, 50);
-    // The same again changes nothing.
+    // Setting the same rules again changes nothing.
     assert!(!client.set_triggers(half("new", None)).await.unwrap().into_inner().changed);
 
-    // A node that comes back with the former rules is on what it shall have.
+    // A node that reconnects with the former rules has the right ones.
     drop(rest_agent);
     becomes(&client, 2, &rest, State::Offline).await;
     let old = gannet_proto::rules::digest(&one("old").rules);
     let mut rest_agent = Agent::connect(&running, &rest, &old).await;
-    rest_agent.hears_nothing().await;
+    rest_agent.receives_nothing().await;
 
     let back = ResumeRolloutRequest { percent: 20, ..Default::default() };
     assert_eq!(client.resume_rollout(back).await.unwrap_err().code(), Code::InvalidArgument);
@@ -76,7 +76,7 @@ async fn a_staged_set_reaches_the_first_nodes_and_the_others_keep_what_they_had_
     assert_eq!((set.revision, set.rules[0].id.as_str()), (answer.revision, "new"));
     rest_agent.apply(&set, Vec::new()).await;
     becomes(&client, answer.revision, &rest, State::Applied).await;
-    first_agent.hears_nothing().await;
+    first_agent.receives_nothing().await;
     assert_eq!(state(&client, answer.revision, &first).await.state(), State::Applied);
     let over = client.resume_rollout(ResumeRolloutRequest::default()).await.unwrap_err();
     assert!(over.code() == Code::FailedPrecondition && over.message().contains("not staged"), "{over}");
@@ -84,7 +84,7 @@ async fn a_staged_set_reaches_the_first_nodes_and_the_others_keep_what_they_had_
 }
 
 #[tokio::test]
-async fn a_rejection_by_a_first_node_pauses_the_rollout_and_an_abort_takes_it_back() {
+async fn a_rejection_pauses_a_staged_rollout_until_it_is_aborted() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -98,7 +98,7 @@ async fn a_rejection_by_a_first_node_pauses_the_rollout_and_an_abort_takes_it_ba
     }
     becomes(&client, 1, &first, State::Applied).await;
 
-    // It would go on by itself at once.
+    // Without the rejection it would complete at once.
     let soak = Some(Duration { seconds: 1, nanos: 0 });
     client.set_triggers(half("a", soak)).await.unwrap();
     let set = first_agent.rules().await;
@@ -110,20 +110,20 @@ async fn a_rejection_by_a_first_node_pauses_the_rollout_and_an_abort_takes_it_ba
     let paused = rollout(&client, 0).await.staged["default"].paused.clone();
     assert!(paused.contains(&first) && paused.contains("capture.hz"), "{paused}");
     tokio::time::sleep(std::time::Duration::from_secs(2)).await;
-    rest_agent.hears_nothing().await;
+    rest_agent.receives_nothing().await;
 
-    // Also after a restart, with the node that rejected it away.
+    // The pause survives a restart without the node that rejected the rules.
     drop((first_agent, rest_agent, client));
     running.shutdown().await;
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
     let old = gannet_proto::rules::digest(&one("old").rules);
     let mut rest_agent = Agent::connect(&running, &rest, &old).await;
-    rest_agent.hears_nothing().await;
+    rest_agent.receives_nothing().await;
     assert_eq!(rollout(&client, 0).await.staged["default"].paused, paused);
     client.abort_rollout(AbortRolloutRequest::default()).await.unwrap();
     assert_eq!(scope_rules(&client).await, ["old"]);
-    rest_agent.hears_nothing().await;
+    rest_agent.receives_nothing().await;
     assert!(rollout(&client, 0).await.staged.is_empty());
     let audit = client.list_audit(gannet_proto::control::ListAuditRequest::default()).await.unwrap();
     let actions: Vec<String> = audit
@@ -138,7 +138,7 @@ async fn a_rejection_by_a_first_node_pauses_the_rollout_and_an_abort_takes_it_ba
 }
 
 #[tokio::test]
-async fn a_staged_set_that_stands_its_time_goes_on_by_itself() {
+async fn a_staged_set_completes_after_its_soak() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -147,9 +147,9 @@ async fn a_staged_set_that_stands_its_time_goes_on_by_itself() {
         Agent::with(&running, NodeHello { node: rest.clone(), ..NodeHello::default() }).await;
     let request = half("new", Some(Duration { seconds: 1, nanos: 0 }));
     client.set_triggers(request).await.unwrap();
-    // Nobody to try it on proves nothing.
+    // Without a node that runs the rules it does not complete.
     tokio::time::sleep(std::time::Duration::from_secs(2)).await;
-    rest_agent.hears_nothing().await;
+    rest_agent.receives_nothing().await;
     let mut first_agent = Agent::connect(&running, &first, "").await;
     let set = first_agent.rules().await;
     first_agent.apply(&set, Vec::new()).await;

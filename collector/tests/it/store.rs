@@ -38,7 +38,7 @@ async fn filled(data: &std::path::Path) -> Vec<gannet_proto::query::ProfileInfo>
 }
 
 #[tokio::test]
-async fn a_missing_index_is_rebuilt_from_the_objects_to_the_last_field() {
+async fn a_missing_index_is_rebuilt_completely_from_the_objects() {
     let dir = tempfile::tempdir().unwrap();
     let before = filled(dir.path()).await;
     fs::remove_file(dir.path().join("index.redb")).unwrap();
@@ -49,7 +49,7 @@ async fn a_missing_index_is_rebuilt_from_the_objects_to_the_last_field() {
 }
 
 #[tokio::test]
-async fn a_corrupt_index_is_moved_aside_and_rebuilt() {
+async fn a_corrupt_index_is_renamed_and_rebuilt() {
     let garbage = |len: usize| (0..len).map(|i| (i * 31 % 251) as u8).collect::<Vec<u8>>();
     for damage in ["garbage", "cut", "empty header"] {
         let dir = tempfile::tempdir().unwrap();
@@ -70,11 +70,11 @@ async fn a_corrupt_index_is_moved_aside_and_rebuilt() {
 }
 
 #[tokio::test]
-async fn objects_and_index_that_differ_are_settled_at_start() {
+async fn the_start_repairs_differences_of_objects_and_index() {
     let dir = tempfile::tempdir().unwrap();
     let before = filled(dir.path()).await;
     let objects: Vec<_> = objects(dir.path());
-    // A row without an object, a leftover of a write, a file that is no object.
+    // A row without an object, a leftover of a write, a damaged object.
     let gone = objects.iter().find(|p| p.to_string_lossy().contains(&before[3].id)).unwrap();
     fs::remove_file(gone).unwrap();
     fs::write(objects[0].with_file_name("01ARZ3NDEKTSV4RRFFQ69G5FAV.pb.gz#1"), b"half").unwrap();
@@ -100,7 +100,7 @@ fn objects(data: &std::path::Path) -> Vec<std::path::PathBuf> {
 }
 
 #[tokio::test]
-async fn a_query_passes_over_an_object_that_is_gone_or_damaged() {
+async fn a_query_skips_missing_and_damaged_objects() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut pusher = Pusher::open(running.grpc_addr).await;
@@ -125,7 +125,7 @@ async fn a_query_passes_over_an_object_that_is_gone_or_damaged() {
 }
 
 #[tokio::test]
-async fn go_tool_pprof_opens_an_object_as_it_lies_on_disk() {
+async fn go_tool_pprof_opens_an_object_file() {
     let dir = tempfile::tempdir().unwrap();
     filled(dir.path()).await;
     let object = objects(dir.path()).pop().unwrap();
@@ -140,7 +140,7 @@ async fn go_tool_pprof_opens_an_object_as_it_lies_on_disk() {
 }
 
 #[tokio::test]
-async fn profiles_beyond_the_age_are_removed_with_their_objects_and_series() {
+async fn old_profiles_go_with_their_objects_and_series() {
     let dir = tempfile::tempdir().unwrap();
     let age = Duration::from_secs(3600);
     let config = config_with(dir.path(), |config| {
@@ -173,7 +173,7 @@ async fn profiles_beyond_the_age_are_removed_with_their_objects_and_series() {
 }
 
 #[tokio::test]
-async fn the_oldest_go_while_all_together_are_too_large() {
+async fn the_oldest_profiles_go_while_the_store_is_too_large() {
     let dir = tempfile::tempdir().unwrap();
     let limit = 20_000;
     let config = config_with(dir.path(), |config| {
@@ -194,7 +194,7 @@ async fn the_oldest_go_while_all_together_are_too_large() {
     assert!(left.len() > 10 && left.len() < 190, "{}", left.len());
     let on_disk: u64 = objects(dir.path()).iter().map(|p| p.metadata().unwrap().len()).sum();
     assert_eq!(on_disk, metric(running.http_addr, "gannet_collector_store_bytes").await as u64);
-    // Newest first, and the newest were kept: they are the last ones pushed, without a gap.
+    // The list holds the last pushed profiles, newest first and without a gap.
     let starts: Vec<u64> = left.iter().map(|p| p.start.as_ref().map(|t| t.seconds as u64).unwrap()).collect();
     assert!(starts[0] - starts[starts.len() - 1] <= left.len() as u64, "{starts:?}");
     running.shutdown().await;

@@ -1,4 +1,4 @@
-//! What the tests have in common.
+//! Helpers of all tests.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::Path, time::Duration};
 
@@ -22,14 +22,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Streaming, transport::Channel};
 use ulid::Ulid;
 
-/// Long enough for a busy machine, short enough to notice a hang.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// Longest wait of a test: enough for a busy machine, and short enough to notice a hang.
+pub const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub fn config(data: &Path) -> Config {
     config_with(data, |_| {})
 }
 
-/// The configuration of the tests, changed by `change`.
+/// Returns the configuration of the tests, changed by `change`.
 pub fn config_with(data: &Path, change: impl FnOnce(&mut Config)) -> Config {
     let mut config = Config::new(data);
     config.store.min_free_bytes = ByteSize(0);
@@ -57,7 +57,7 @@ pub fn at(ms: u64) -> Timestamp {
     Timestamp { seconds: (ms / 1000) as i64, nanos: (ms % 1000 * 1_000_000) as i32 }
 }
 
-/// `("main;work;sum", 3)`: three samples, root first.
+/// Stacks with their samples, root first: `("main;work;sum", 3)`.
 pub type Stacks<'a> = &'a [(&'a str, i64)];
 
 pub fn profile(types: [(&str, &str); 2], stacks: Stacks<'_>) -> Profile {
@@ -98,7 +98,7 @@ pub fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
     pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
 }
 
-/// A batch as an agent makes it: ten seconds of `service`, begun at that time.
+/// Returns a batch of one service, as an agent makes it: ten seconds from `start_ms`.
 pub fn batch(service: &str, start_ms: u64, stacks: Stacks<'_>) -> Batch {
     typed_batch(CPU, service, start_ms, stacks)
 }
@@ -149,7 +149,8 @@ impl Pusher {
     }
 
     pub async fn answer(&mut self) -> Option<push_response::Message> {
-        let answer = tokio::time::timeout(PATIENCE, self.answers.message()).await.expect("no answer in time");
+        let answer =
+            tokio::time::timeout(TEST_TIMEOUT, self.answers.message()).await.expect("no answer in time");
         answer.ok()??.message
     }
 
@@ -158,14 +159,14 @@ impl Pusher {
         self.answer().await.expect("the stream ended without an answer")
     }
 
-    /// Pushes what must be taken.
+    /// Pushes a batch that the collector must accept as new.
     #[track_caller]
     pub fn store(&mut self, batch: Batch) -> impl Future<Output = ()> {
         let caller = std::panic::Location::caller();
         async move {
             match self.push(batch).await {
                 push_response::Message::Accepted(a) => assert!(!a.duplicate, "{caller}: a duplicate"),
-                other => panic!("{caller}: not taken: {other:?}"),
+                other => panic!("{caller}: not accepted: {other:?}"),
             }
         }
     }
@@ -194,7 +195,7 @@ pub async fn get(addr: SocketAddr, path: &str) -> Answer {
     get_over(TcpStream::connect(addr).await.unwrap(), path).await.unwrap()
 }
 
-/// A GET as plain as it can be; the server closes when it is done.
+/// Sends a plain GET. The server closes the connection after the answer.
 pub async fn get_over(mut io: impl AsyncRead + AsyncWrite + Unpin, path: &str) -> std::io::Result<Answer> {
     let path: String = path
         .chars()
@@ -239,16 +240,16 @@ fn unchunk(mut rest: &[u8]) -> Vec<u8> {
     }
 }
 
-/// The value of a metric, 0 if it is not there yet.
+/// Returns the value of a metric, or 0 if the scrape does not show it.
 pub async fn metric(addr: SocketAddr, name: &str) -> f64 {
     let text = get(addr, "/metrics").await.text();
     let line = text.lines().find(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(' ')));
     line.and_then(|l| l.rsplit(' ').next()).map_or(0.0, |v| v.parse().unwrap())
 }
 
-/// Waits until it is so.
+/// Waits until the condition holds.
 pub async fn eventually<F: Future<Output = bool>>(what: &str, mut check: impl FnMut() -> F) {
-    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let deadline = tokio::time::Instant::now() + TEST_TIMEOUT;
     while !check().await {
         assert!(tokio::time::Instant::now() < deadline, "never: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;

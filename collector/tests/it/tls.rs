@@ -1,3 +1,5 @@
+//! TLS, client certificates, roles and tokens.
+
 use std::{path::Path, sync::Arc};
 
 use axum::{Json, Router, routing::post};
@@ -53,7 +55,7 @@ impl Authority {
         self.issuer.pem()
     }
 
-    /// A certificate of this common name and organization, for this DNS name.
+    /// Issues a certificate with this common name and organization, for this DNS name.
     fn issue(&self, name: &str, group: &str, dns: &str) -> Pair {
         let key = KeyPair::generate().unwrap();
         let names = if dns.is_empty() { Vec::new() } else { vec![dns.to_owned()] };
@@ -126,11 +128,11 @@ async fn https(
 }
 
 #[tokio::test]
-async fn with_a_certificate_both_listeners_speak_tls_and_nothing_else() {
+async fn with_a_certificate_both_listeners_speak_only_tls() {
     let dir = tempfile::tempdir().unwrap();
     let ca = Authority::new();
     let tls = files(dir.path(), &ca.sign("localhost"), None);
-    // With TLS any address may be served.
+    // With TLS the collector may listen on any address.
     let config = config_with(&dir.path().join("data"), |config| {
         config.tls = tls;
         config.server.grpc_listen = ([0, 0, 0, 0], 0).into();
@@ -143,7 +145,7 @@ async fn with_a_certificate_both_listeners_speak_tls_and_nothing_else() {
     pusher.store(batch("shop", now_ms(), &[("main", 1)])).await;
     let answer = https(http, &ca, None, "/api/v1/labels").await.unwrap();
     assert_eq!(answer.status, 200, "{}", answer.text());
-    // Plaintext gets nowhere, nor does one who trusts another authority.
+    // Plaintext fails, and so does a client that trusts another authority.
     let plain = Channel::from_shared(format!("http://{grpc}")).unwrap().connect_lazy();
     assert!(QueryServiceClient::new(plain).list_profiles(ListProfilesRequest::default()).await.is_err());
     assert!(dial(grpc, &Authority::new(), None).await.is_err());
@@ -152,7 +154,7 @@ async fn with_a_certificate_both_listeners_speak_tls_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn with_a_client_authority_only_its_clients_are_let_in_and_probes_still_answered() {
+async fn with_a_client_authority_only_its_clients_and_probes_get_in() {
     let dir = tempfile::tempdir().unwrap();
     let (ca, clients, strangers) = (Authority::new(), Authority::new(), Authority::new());
     let tls = files(dir.path(), &ca.sign("localhost"), Some(&clients));
@@ -165,7 +167,7 @@ async fn with_a_client_authority_only_its_clients_are_let_in_and_probes_still_an
     let (grpc, http) = (running.grpc_addr, running.http_addr);
     let (client, stranger) = (clients.sign("agent"), strangers.sign("agent"));
     for who in [None, Some(&stranger)] {
-        // Under TLS 1.3 the refusal shows at the first call.
+        // Under TLS 1.3 the refusal shows with the first call.
         let refused = match dial(grpc, &ca, who).await {
             Err(_) => true,
             Ok(channel) => {
@@ -195,7 +197,7 @@ async fn with_a_client_authority_only_its_clients_are_let_in_and_probes_still_an
     assert_eq!(https(http, &ca, Some(&client), "/api/v1/rules").await.unwrap().status, 200);
     assert!(https(http, &ca, Some(&stranger), "/livez").await.is_err());
 
-    // Who is on this machine needs none; a page elsewhere that reaches it by a name of its own gets nothing.
+    // A client on this machine needs no certificate. A foreign page that reaches it by another name gets nothing.
     let local = running.debug_addr.unwrap();
     let answer = get_over(TcpStream::connect(local).await.unwrap(), "/api/v1/rules").await.unwrap();
     assert_eq!(answer.status, 200, "{}", answer.text());
@@ -209,7 +211,7 @@ async fn with_a_client_authority_only_its_clients_are_let_in_and_probes_still_an
 }
 
 #[tokio::test]
-async fn certificates_that_cannot_work_are_named_at_start() {
+async fn unusable_certificates_are_named_at_start() {
     let dir = tempfile::tempdir().unwrap();
     let (ca, other) = (Authority::new(), Authority::new());
     let good = files(dir.path(), &ca.sign("localhost"), None);
@@ -230,7 +232,7 @@ async fn certificates_that_cannot_work_are_named_at_start() {
     }
 }
 
-/// How a control stream of a node of this name begins: rules are pushed, or it is refused.
+/// Opens a control stream as this node, and returns whether it gets rules or a refusal.
 async fn hello(channel: Channel, node: &str, token: Option<&str>) -> Result<(), Status> {
     let (out, receiver) = mpsc::channel(4);
     let hello = NodeHello { node: node.into(), ..NodeHello::default() };
@@ -244,7 +246,7 @@ async fn hello(channel: Channel, node: &str, token: Option<&str>) -> Result<(), 
 }
 
 #[tokio::test]
-async fn roles_and_node_names_are_held_against_the_certificate() {
+async fn roles_and_node_names_follow_the_certificate() {
     let dir = tempfile::tempdir().unwrap();
     let ca = Authority::new();
     let tls = files(dir.path(), &ca.sign("localhost"), Some(&ca));
@@ -278,7 +280,7 @@ async fn roles_and_node_names_are_held_against_the_certificate() {
         .into_inner();
     assert!(scope.scope.unwrap().changed_by.starts_with("anna (certificate sha256:"));
 
-    // An agent speaks for the node that its certificate names, and for no other.
+    // An agent may speak only for the node that its certificate names.
     hello(agent.clone(), "n1.example", None).await.unwrap();
     let status = hello(agent.clone(), "n2.example", None).await.unwrap_err();
     assert_eq!(status.code(), Code::PermissionDenied);
@@ -288,7 +290,7 @@ async fn roles_and_node_names_are_held_against_the_certificate() {
     let refused = Pusher::over(agent).await.err().expect("the pusher calls itself n1");
     assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
 
-    // The page is for viewers as well.
+    // The page requires the viewer role too.
     let by =
         async |pair: &Pair| https(running.http_addr, &ca, Some(pair), "/api/v1/rules").await.unwrap().status;
     assert_eq!(by(&ca.issue("carl", "developers", "")).await, 200);
@@ -297,7 +299,7 @@ async fn roles_and_node_names_are_held_against_the_certificate() {
 }
 
 #[tokio::test]
-async fn a_profile_of_another_node_is_refused_where_nodes_are_verified() {
+async fn a_verified_agent_cannot_push_for_another_node() {
     let dir = tempfile::tempdir().unwrap();
     let ca = Authority::new();
     let config = config_with(&dir.path().join("data"), |config| {
@@ -321,7 +323,7 @@ async fn a_profile_of_another_node_is_refused_where_nodes_are_verified() {
 }
 
 #[tokio::test]
-async fn changed_certificates_are_taken_into_use_without_a_restart() {
+async fn changed_certificates_are_used_without_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let (old, new) = (Authority::new(), Authority::new());
     let tls = files(dir.path(), &old.sign("localhost"), Some(&old));
@@ -340,7 +342,7 @@ async fn changed_certificates_are_taken_into_use_without_a_restart() {
     let mut standing = QueryServiceClient::new(standing);
     standing.list_profiles(ListProfilesRequest::default()).await.unwrap();
     assert!(!lists(&new).await);
-    // Half of a change is no change: the former certificates stay.
+    // After half of a change the former certificates stay in use.
     let pair = new.sign("localhost");
     std::fs::write(tls.tls_cert.as_ref().unwrap(), &pair.cert).unwrap();
     tokio::time::sleep(std::time::Duration::from_millis(300)).await;
@@ -349,14 +351,14 @@ async fn changed_certificates_are_taken_into_use_without_a_restart() {
     std::fs::write(tls.tls_client_ca.as_ref().unwrap(), new.pem()).unwrap();
     eventually("the new ones are in use", || async { lists(&new).await }).await;
     assert!(!lists(&old).await, "who has a certificate of the former authority is a stranger now");
-    // Connections that stand are not cut.
+    // Open connections stay.
     standing.list_profiles(ListProfilesRequest::default()).await.unwrap();
     let answer = https(running.http_addr, &new, Some(&new.sign("anna")), "/api/v1/labels").await.unwrap();
     assert_eq!(answer.status, 200);
     running.shutdown().await;
 }
 
-/// An API server that knows two tokens, both for the audience `gannet`.
+/// Starts an API server that knows two tokens with the audience `gannet`.
 async fn api_server(dir: &Path) -> std::path::PathBuf {
     let review = async |Json(review): Json<Value>| {
         let user = |name: &str, node: Value| {
@@ -374,8 +376,8 @@ async fn api_server(dir: &Path) -> std::path::PathBuf {
                 "authenticated": true, "audiences": ["gannet"],
                 "user": user("system:serviceaccount:gannet:editor", json!("n9")),
             }),
-            // As an API server answers that does not look at audiences.
-            "for-somebody-else" => json!({ "authenticated": true, "user": user("x", json!("n1")) }),
+            // The answer of an API server that ignores audiences.
+            "for-another-audience" => json!({ "authenticated": true, "user": user("x", json!("n1")) }),
             _ => json!({ "authenticated": false, "error": "invalid bearer token" }),
         };
         let answer = json!({
@@ -392,7 +394,7 @@ async fn api_server(dir: &Path) -> std::path::PathBuf {
 }
 
 #[tokio::test]
-async fn tokens_are_reviewed_for_their_audience_their_role_and_their_node() {
+async fn tokens_are_reviewed_for_audience_role_and_node() {
     let dir = tempfile::tempdir().unwrap();
     let roles = ["editor=system:serviceaccount:gannet:editor", "agent=system:serviceaccount:gannet:agent"];
     let kubeconfig = api_server(dir.path()).await;
@@ -414,7 +416,7 @@ async fn tokens_are_reviewed_for_their_audience_their_role_and_their_node() {
     for (token, code, words) in [
         (None, Code::Unauthenticated, "--token-file"),
         (Some("made-up"), Code::Unauthenticated, "invalid bearer token"),
-        (Some("for-somebody-else"), Code::Unauthenticated, "audience gannet"),
+        (Some("for-another-audience"), Code::Unauthenticated, "audience gannet"),
         (Some("of-an-agent"), Code::PermissionDenied, "the role editor"),
     ] {
         let status = set(token).await.unwrap_err();

@@ -26,7 +26,7 @@ pub fn parse(yaml: &str) -> Vec<Rule> {
     rules::parse(yaml, "test").unwrap()
 }
 
-/// One rule for all nodes.
+/// Returns a request with one rule for all nodes.
 pub fn one(id: &str) -> SetTriggersRequest {
     SetTriggersRequest {
         rules: parse(&format!("rules: [{{id: {id}, match: {{comm: [shop]}}}}]")),
@@ -35,7 +35,7 @@ pub fn one(id: &str) -> SetTriggersRequest {
 }
 
 #[tokio::test]
-async fn a_set_is_read_back_as_it_was_set_also_after_a_restart() {
+async fn a_set_is_read_back_unchanged_also_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -65,7 +65,7 @@ async fn a_set_is_read_back_as_it_was_set_also_after_a_restart() {
 }
 
 #[tokio::test]
-async fn the_same_content_keeps_its_revision_and_other_content_gets_a_new_one() {
+async fn only_changed_content_gets_a_new_revision() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -79,7 +79,7 @@ async fn the_same_content_keeps_its_revision_and_other_content_gets_a_new_one() 
 }
 
 #[tokio::test]
-async fn a_stale_etag_is_aborted_and_told_the_present_one() {
+async fn a_stale_etag_is_aborted_with_the_present_one() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -99,13 +99,13 @@ async fn a_stale_etag_is_aborted_and_told_the_present_one() {
 }
 
 #[tokio::test]
-async fn a_retry_by_its_request_id_answers_as_before_even_after_a_restart() {
+async fn a_retry_by_request_id_gets_the_same_answer() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
     let with = |request_id: &str, id: &str| SetTriggersRequest { request_id: request_id.into(), ..one(id) };
     let first = client.set_triggers(with("r-1", "a")).await.unwrap().into_inner();
-    // Somebody else changed it meanwhile: the retry must not bring the old set back.
+    // Another client changed the scope in the meantime. The retry must not bring the old set back.
     client.set_triggers(one("b")).await.unwrap();
     let retried = client.set_triggers(with("r-1", "a")).await.unwrap().into_inner();
     assert_eq!((retried.revision, &retried.etag, retried.changed), (first.revision, &first.etag, true));
@@ -125,7 +125,7 @@ async fn a_retry_by_its_request_id_answers_as_before_even_after_a_restart() {
 }
 
 #[tokio::test]
-async fn an_empty_set_must_be_meant() {
+async fn an_empty_set_needs_allow_empty() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -139,7 +139,7 @@ async fn an_empty_set_must_be_meant() {
 }
 
 #[tokio::test]
-async fn validate_only_tells_everything_and_changes_nothing() {
+async fn validate_only_reports_everything_and_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -158,7 +158,7 @@ async fn validate_only_tells_everything_and_changes_nothing() {
 }
 
 #[tokio::test]
-async fn every_wrong_field_is_named_with_its_place_and_rule() {
+async fn every_wrong_field_is_named_with_its_path_and_rule() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -191,7 +191,7 @@ async fn every_wrong_field_is_named_with_its_place_and_rule() {
 }
 
 #[tokio::test]
-async fn a_scope_is_removed_and_the_others_stay() {
+async fn deleting_a_scope_leaves_the_others() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     let mut client = triggers(&running).await;
@@ -207,7 +207,7 @@ async fn a_scope_is_removed_and_the_others_stay() {
 }
 
 #[tokio::test]
-async fn a_damaged_rule_file_is_said_loudly_kept_and_never_pushed_as_empty() {
+async fn a_damaged_rule_file_is_reported_and_never_overwritten() {
     let dir = tempfile::tempdir().unwrap();
     let running = start(dir.path()).await;
     triggers(&running).await.set_triggers(one("a")).await.unwrap();
@@ -235,12 +235,12 @@ async fn a_damaged_rule_file_is_said_loudly_kept_and_never_pushed_as_empty() {
         assert!(status.message().contains("damaged"), "{status}");
     }
     let mut agent = Agent::connect(&running, "n1", "some-digest").await;
-    agent.hears_nothing().await;
+    agent.receives_nothing().await;
     assert_eq!(fs::read(&file).unwrap(), damaged, "the file is as it was");
     drop((agent, client));
     running.shutdown().await;
 
-    // The cure that it names works.
+    // The cure in the message works.
     fs::copy(dir.path().join("rules/rules.pb.prev"), &file).unwrap();
     let running = start(dir.path()).await;
     let scope =

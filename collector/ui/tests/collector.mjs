@@ -65,7 +65,7 @@ export async function startCollector() {
 
 /** Fills a collector, and leaves two agents connected to it. */
 export async function seed(collector) {
-  const child = spawn(needed("GANNET_SEED_BIN"), ["--collector", collector.grpc, "--stay"], { stdio: ["ignore", "pipe", "pipe"] });
+  const child = spawn(needed("GANNET_SEED_BIN"), ["--endpoint", collector.grpc, "--stay"], { stdio: ["ignore", "pipe", "pipe"] });
   let log = "";
   child.stderr.on("data", (text) => (log += text));
   await new Promise((resolve, reject) => {
