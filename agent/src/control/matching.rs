@@ -10,7 +10,7 @@ use gannet_proto::{
 use crate::{
     node::Node,
     pods::{Pod, resolve::PodRule},
-    process::Seen,
+    process::SurveyedProcess,
 };
 
 /// Patterns of one field that an explanation shows; a rule may have 64.
@@ -51,7 +51,7 @@ impl Matcher {
     }
 
     /// Returns one line for each field that does not match; empty if the process matches.
-    pub(super) fn mismatches(&self, seen: &Seen, pod: &ProcessPod) -> Vec<String> {
+    pub(super) fn mismatches(&self, seen: &SurveyedProcess, pod: &ProcessPod) -> Vec<String> {
         let mut found = Vec::new();
         for (field, patterns, text) in [
             ("match.comm", &self.comm, &seen.comm),
@@ -104,7 +104,7 @@ pub(super) enum ProcessPod {
 }
 
 impl ProcessPod {
-    pub(super) fn of(node: &Node, seen: &Seen) -> Self {
+    pub(super) fn of(node: &Node, seen: &SurveyedProcess) -> Self {
         match node.pods.of(&seen.names) {
             Some((pod, container)) => Self::In(pod, container),
             None if node.config.pods.is_none() => Self::NoMetadata,
@@ -143,7 +143,7 @@ fn show(pattern: &Pattern) -> String {
 }
 
 /// Builds the answer's description of a process.
-pub(super) fn matched(seen: &Seen, pod: &ProcessPod, cpus: f64) -> MatchedProcess {
+pub(super) fn matched(seen: &SurveyedProcess, pod: &ProcessPod, cpus: f64) -> MatchedProcess {
     let (pod, container) = pod.names();
     MatchedProcess {
         pid: seen.pid,
@@ -162,13 +162,13 @@ mod tests {
 
     #[test]
     fn each_field_that_does_not_match_is_named() {
-        let seen = Seen {
+        let seen = SurveyedProcess {
             pid: 7,
             comm: "nginx".into(),
             exe: "/usr/sbin/nginx".into(),
             cgroup: "/system.slice/nginx.service".into(),
             uid: Some(33),
-            ..Seen::default()
+            ..SurveyedProcess::default()
         };
         let wanted = Match {
             comm: vec!["ngin*".into()],
@@ -213,7 +213,7 @@ mod tests {
                 ..Match::default()
             })
         };
-        let seen = Seen::default();
+        let seen = SurveyedProcess::default();
         assert_eq!(wanted("app=checkout", &["app"]).mismatches(&seen, &place), Vec::<String>::new());
         let found = wanted("app=cart", &["side"]).mismatches(&seen, &place);
         assert_eq!(found.len(), 2, "{found:?}");

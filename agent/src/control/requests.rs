@@ -24,7 +24,7 @@ use crate::{
     cgroup::CgroupHierarchy,
     engine::{Manual, RuleView},
     node::Node,
-    process::{Seen, cpus, survey},
+    process::{SurveyedProcess, cpu_usage, survey},
     rules::RuleSource,
 };
 
@@ -127,7 +127,7 @@ async fn answer(node: &Node, request: Option<question::Question>) -> answer::Ans
 }
 
 /// Returns all running processes and the number of CPUs that each uses.
-async fn measure() -> Result<(Vec<Seen>, HashMap<u32, f64>), String> {
+async fn measure() -> Result<(Vec<SurveyedProcess>, HashMap<u32, f64>), String> {
     let hierarchy = CgroupHierarchy::detect();
     let scan = move || survey(hierarchy);
     let failed = |_| "the agent is shutting down".to_owned();
@@ -135,7 +135,7 @@ async fn measure() -> Result<(Vec<Seen>, HashMap<u32, f64>), String> {
     let before = tokio::task::spawn_blocking(scan).await.map_err(failed)?;
     tokio::time::sleep(MEASURE_TIME).await;
     let after = tokio::task::spawn_blocking(scan).await.map_err(failed)?;
-    let cpus = cpus(&before, &after, begin.elapsed());
+    let cpus = cpu_usage(&before, &after, begin.elapsed());
     Ok((after, cpus))
 }
 
@@ -156,10 +156,10 @@ async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Res
     })
 }
 
-fn preview_rule(node: &Node, rule: &Rule, seen: &[Seen], cpus: &HashMap<u32, f64>) -> RulePreview {
+fn preview_rule(node: &Node, rule: &Rule, seen: &[SurveyedProcess], cpus: &HashMap<u32, f64>) -> RulePreview {
     let matcher = Matcher::of(&rule.r#match.clone().unwrap_or_default());
-    let used = |seen: &Seen| cpus.get(&seen.pid).copied().unwrap_or_default();
-    let mut matching: Vec<(&Seen, ProcessPod)> = seen
+    let used = |seen: &SurveyedProcess| cpus.get(&seen.pid).copied().unwrap_or_default();
+    let mut matching: Vec<(&SurveyedProcess, ProcessPod)> = seen
         .iter()
         .map(|seen| (seen, ProcessPod::of(node, seen)))
         .filter(|(seen, pod)| matcher.mismatches(seen, pod).is_empty())

@@ -134,7 +134,7 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
         snapshot.add_labelled(&CAPTURES_HELD_BACK, [reason], count);
     }
     snapshot.add(&RECORDER_BYTES, engine.recorder.bytes);
-    snapshot.add(&RECORDER_EVICTED, engine.recorder.crowded_out);
+    snapshot.add(&RECORDER_EVICTED, engine.recorder.evicted);
     snapshot.add(&CONDITION_REPORTS_DROPPED, engine.sensor_reports_dropped);
     snapshot.add(&CONDITION_STRAYS, engine.stray_samples);
     snapshot.add(&RATE_DIVISOR, engine.rate_divisor);
@@ -144,7 +144,7 @@ fn add_processes(snapshot: &mut Snapshot, engine: &EngineView) {
     let stats = &engine.process_stats;
     snapshot.add(&PROCESSES, engine.processes);
     snapshot.add(&PROCESSES_WAITING, engine.discovered_waiting);
-    for (source, count) in [("kernel", stats.told), ("proc", stats.loaded)] {
+    for (source, count) in [("kernel", stats.reported), ("proc", stats.loaded)] {
         snapshot.add_labelled(&PROCESS_IMAGES, [source], count);
     }
     snapshot.add(&PROCESSES_MISSED, stats.missed);

@@ -16,7 +16,7 @@ use crate::{
     model::ProcessKey,
     node::Node,
     pods::SourceKind,
-    process::{Metadata, MetadataOptions, ProcessMetadataCache, State},
+    process::{Metadata, MetadataOptions, ProcessMetadataCache, ProcessState},
     rules::RuleId,
 };
 
@@ -173,15 +173,15 @@ fn row(process: ProcessView) -> ProcessRow {
         container_id: process.names.container_id,
         cgroup: process.cgroup,
         state: match process.state {
-            State::Alive => "alive".into(),
-            State::Unread => "alive, not read yet".into(),
-            State::Replaced => "replaced by a new image, kept for its last samples".into(),
-            State::Ended(status) => format!(
+            ProcessState::Alive => "alive".into(),
+            ProcessState::Unread => "alive, not read yet".into(),
+            ProcessState::Replaced => "replaced by a new image, kept for its last samples".into(),
+            ProcessState::Ended(status) => format!(
                 "ended (code {}, signal {}), kept for its last samples",
                 status.code(),
                 status.signal()
             ),
-            State::Missed => "gone before the agent could read it".into(),
+            ProcessState::Missed => "gone before the agent could read it".into(),
         },
         samples: process.samples,
         mappings: process.mappings,
@@ -195,8 +195,10 @@ fn row(process: ProcessView) -> ProcessRow {
         parent: process.parent,
         uid: process.uid,
         pending: match (process.state, process.waiting_samples) {
-            (State::Unread, 0) => "is read at its first sample".into(),
-            (State::Replaced | State::Ended(_), 0) => "goes when a window has passed without samples".into(),
+            (ProcessState::Unread, 0) => "is read at its first sample".into(),
+            (ProcessState::Replaced | ProcessState::Ended(_), 0) => {
+                "goes when a window has passed without samples".into()
+            }
             (_, 0) => String::new(),
             (_, samples) => format!("{samples} samples wait for unwind tables"),
         },

@@ -16,7 +16,7 @@ use super::{LAST_WAIT, Worker};
 use crate::{
     cgroup::{self, CgroupHierarchy, container_part, pod_part},
     conditions::{CaptureStart, SensorTask, Sensors, Triggers, WatchScope},
-    kernel::{Arm, Want},
+    kernel::{SamplingMark, Want},
     model::{Image, ImageKey, Sample, Subject, boot_time},
     process::Process,
     profile::{Recorder, WindowSamples, slots},
@@ -179,7 +179,7 @@ impl Worker {
         self.captures.watched = watched;
         let (recorded, lead_up) = self.rules.slots().recorded();
         self.intake.recorded = recorded;
-        self.intake.recorder.keep_for(lead_up);
+        self.intake.recorder.set_max_age(lead_up);
         self.watch();
     }
 
@@ -351,7 +351,7 @@ impl Worker {
         let since_ns = u64::try_from(since.as_nanos()).unwrap_or(0);
         let samples = self.intake.recorder.since(since_ns, recorded, of);
         let start = now.checked_sub(lead_up).unwrap_or(now);
-        self.intake.samples.add_lead_up(slot, start, lead_up, samples);
+        self.intake.samples.add_pre_trigger(slot, start, lead_up, samples);
     }
 
     /// Starts a capture that somebody asks for.
@@ -518,14 +518,15 @@ impl Worker {
         let refused = self.captures.refused(&key);
         if want.rules == 0 && refused == 0 {
             if self.armed.remove(&tgid).is_some() {
-                self.kernel.disarm(tgid);
+                self.kernel.unmark(tgid);
             }
             return;
         }
         let left = self.processes.get(&key).map_or(0, |process| process.rules) & !refused;
         let period_ns = self.rules.slots().shortest_period_ns(left);
-        let arm = Arm { key: key.process, exec_id: key.exec_id, sticky: false, want, refused, period_ns };
-        if let Err(error) = self.kernel.arm(&arm) {
+        let arm =
+            SamplingMark { key: key.process, exec_id: key.exec_id, sticky: false, want, refused, period_ns };
+        if let Err(error) = self.kernel.mark(&arm) {
             tracing::warn!(key = %key.process, "not armed: {error}; raise --processes");
         }
         self.armed.insert(tgid, arm);

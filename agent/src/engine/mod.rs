@@ -41,9 +41,9 @@ use crate::{
     cgroup::CgroupTree,
     conditions::{NodeConditions, Sensors},
     governor::{BpfTime, Budgets, Governor, Use},
-    kernel::{Arm, Counters, Event, Kernel, KernelError, KernelOptions, Want},
+    kernel::{Counters, Event, Kernel, KernelError, KernelOptions, SamplingMark, Want},
     model::{Image, ImageKey, Origin, Sample, SampleKind, StackEnd, Subject, boot_time_ns},
-    process::{Changes, ProcError, Process, Processes, State, check_identity},
+    process::{ImageChanges, ProcError, Process, ProcessState, ProcessTable, check_identity},
     profile::SeriesProfile,
     rules::{CaptureError, Deny, PodResolver, PodSelection, RuleBook, RuleId, RuleSource, SourceRules},
     tables::{self, TableSources, UnwindTables},
@@ -370,7 +370,7 @@ struct Worker {
     node: String,
     window_length: Duration,
     kernel: Kernel,
-    processes: Processes,
+    processes: ProcessTable,
     groups: Option<Arc<CgroupTree>>,
     rules: RuleBook,
     tables: Option<UnwindTables>,
@@ -407,7 +407,7 @@ struct Worker {
     /// Images of which a thread blocked before its tables were in the kernel.
     to_enter: HashSet<ImageKey>,
     /// What is in the kernel's `arms`, by thread group id.
-    armed: HashMap<u32, Arm>,
+    armed: HashMap<u32, SamplingMark>,
     pods: Option<Box<dyn PodResolver>>,
     /// The containers that were told of in this window.
     seen: HashSet<String>,
@@ -418,7 +418,7 @@ impl Worker {
         let EngineOptions { node, kernel, window, caps, deny, budgets, tables } = options;
         let files = raise_file_limit();
         let (hierarchy, lifecycle) = (kernel.hierarchy, kernel.lifecycle);
-        let processes = Processes::new(kernel.hierarchy, kernel.processes as usize * 2, files);
+        let processes = ProcessTable::new(kernel.hierarchy, kernel.processes as usize * 2, files);
         let groups = processes.groups().map(Arc::clone);
         let mut kernel = Kernel::start(kernel)?;
         let tables = if let Some(sources) = tables {
@@ -587,7 +587,7 @@ impl Worker {
         let opened = self.processes.file_stats().opened;
         for event in events {
             match event {
-                Event::Mapped(told) => self.processes.told(told),
+                Event::Mapping(told) => self.processes.mapping_event(told),
                 Event::Sample(sample) => self.sampled(sample, now),
                 Event::Exec { subject, path, by_thread, origin, file } => {
                     self.found.take(subject.key.tgid);
@@ -611,7 +611,7 @@ impl Worker {
                     }
                     self.decide(process.as_ref(), subject.candidates, now);
                 }
-                Event::Found { subject, origin } => {
+                Event::Running { subject, origin } => {
                     self.note(now, || format!("found {} {}", subject.key, subject.comm));
                     self.found_running(subject, origin, now);
                 }
@@ -637,7 +637,7 @@ impl Worker {
     fn found_running(&mut self, subject: Subject, origin: Origin, now: SystemTime) {
         let known = self.processes.get(&ImageKey::of(&subject)).map(|process| process.state);
         // Who is known costs nothing, and may be armed: the rules decide anew at once.
-        let is_read = known.is_some_and(|state| state != State::Unread);
+        let is_read = known.is_some_and(|state| state != ProcessState::Unread);
         let begun = Instant::now();
         if !is_read && !self.found_pace.allows(begun) {
             self.found.push(subject, origin);
@@ -651,7 +651,7 @@ impl Worker {
     }
 
     fn look_at_found(&mut self, subject: &Subject, origin: Origin, now: SystemTime) {
-        let process = self.processes.found(subject, origin).ok().cloned();
+        let process = self.processes.running(subject, origin).ok().cloned();
         self.decide(process.as_ref(), subject.candidates, now);
     }
 
@@ -712,7 +712,7 @@ impl Worker {
     fn let_go(&mut self, tgid: u32) {
         self.leave_at_exec(tgid);
         if self.armed.remove(&tgid).is_some() {
-            self.kernel.disarm(tgid);
+            self.kernel.unmark(tgid);
         }
         if let Some(tables) = &mut self.tables {
             tables.unload(&mut self.kernel, tgid);
@@ -734,7 +734,7 @@ impl Worker {
         for tgid in stale {
             self.let_go(tgid);
         }
-        if let Err(error) = self.kernel.walk_processes() {
+        if let Err(error) = self.kernel.scan_processes() {
             tracing::warn!("{error}");
         }
         self.read();
@@ -800,7 +800,7 @@ impl Worker {
         self.captures.governed.clone_from(&verdict.refuse);
         // Refusing captures is for less of everything: what is only for captures goes too.
         let recorder = if verdict.refuse.is_some() { 0 } else { captures::RECORDER_BYTES };
-        self.intake.recorder.set_most_bytes(recorder);
+        self.intake.recorder.set_max_bytes(recorder);
         self.rules.set_governed(verdict.reason);
         if self.rules.set_rate_divisor(verdict.rate_divisor) {
             self.enforce_or_say();
@@ -836,13 +836,13 @@ impl Worker {
 
     /// Samples that were taken before another file took the place of an image's are named after what it was.
     fn keep_changes(&mut self) {
-        let Changes { changed, replaced } = self.processes.take_changes();
+        let ImageChanges { changed, replaced } = self.processes.take_changes();
         self.renewed.extend(changed);
         for (key, image) in replaced {
             for waiting in self.waiting.get_mut(&key).into_iter().flatten() {
                 waiting.former.get_or_insert_with(|| Arc::clone(&image));
             }
-            self.intake.samples.keep_apart(key, image);
+            self.intake.samples.split_off_former(key, image);
         }
     }
 
@@ -882,10 +882,10 @@ impl Worker {
                 if let (Some(unknown), None, None) = (walked.unknown, &walked.missing, &former) {
                     // A library that was opened since the mappings were read: they are read again, once for a sample.
                     self.processes.sampled_again(&key, unknown);
-                    let Changes { changed, replaced } = self.processes.take_changes();
+                    let ImageChanges { changed, replaced } = self.processes.take_changes();
                     self.renewed.extend(changed);
                     for (key, image) in replaced {
-                        self.intake.samples.keep_apart(key, image);
+                        self.intake.samples.split_off_former(key, image);
                     }
                     let process = self.processes.get(&key);
                     if let Some(process) = process.filter(|process| !Arc::ptr_eq(&process.image, &image)) {
@@ -1048,7 +1048,7 @@ impl Worker {
         }
         self.govern();
         self.watch();
-        self.intake.recorder.forget(boot_time_ns());
+        self.intake.recorder.drop_old(boot_time_ns());
         let now = SystemTime::now();
         if self.next_change.is_some_and(|at| at <= now)
             && let Err(error) = self.enforce(now)
@@ -1090,7 +1090,7 @@ impl Worker {
         self.processes.next_window(|key| waiting.contains_key(key));
         let free = self.rules.free_retired_slots(Instant::now(), self.waited_for());
         if free != 0 {
-            self.intake.recorder.forget_slots(free);
+            self.intake.recorder.clear_slots(free);
         }
         self.seen.clear();
         let mut ledger = Ledger { delivered: flushed.delivered, ..Ledger::default() };

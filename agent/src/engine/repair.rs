@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::kernel::{Counters, lifecycle_lost, lifecycle_refused};
+use crate::kernel::{Counters, lifecycle_lost, lifecycle_skipped};
 
 /// So long nothing is repaired again: one comparison reads all of /proc.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -17,7 +17,7 @@ pub(super) struct Losses {
 
 impl Losses {
     pub(super) fn new(counters: &Counters, mappings_lost: u64) -> Self {
-        Self { lost: lifecycle_lost(counters) + mappings_lost, refused: lifecycle_refused(counters) }
+        Self { lost: lifecycle_lost(counters) + mappings_lost, refused: lifecycle_skipped(counters) }
     }
 }
 

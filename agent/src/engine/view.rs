@@ -20,7 +20,7 @@ use crate::{
     governor::Use,
     kernel::{Counters, MAX_RULES, ProgramCost},
     model::ImageKey,
-    process::{Process, State, Stats as ProcessStats},
+    process::{Process, ProcessState, ProcessStats},
     profile::{RecorderStats, slots},
     rules::{ProcessTraits, RuleId, RuleSource},
     tables::{TableStats, UnwindTables},
@@ -87,7 +87,7 @@ pub struct ProcessView {
     /// It has no memory of its own.
     pub kernel_thread: bool,
     /// How much the engine knows of it, and whether it lives.
-    pub state: State,
+    pub state: ProcessState,
     /// It ended or replaced its image, and stays in the table for its last samples.
     pub is_past: bool,
     /// Executable mappings.

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 
 use libbpf_rs::{ProgramMut, libbpf_sys};
 
-use super::{Kernel, Walk};
+use super::{Kernel, UnwindDriver};
 
 /// One loaded program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,14 +26,16 @@ impl Kernel {
     /// Returns the programs that this agent has loaded, the sampler first.
     pub fn programs(&self) -> Vec<ProgramCost> {
         let progs = &self.skeleton.progs;
-        let sampler: &[(&'static str, &ProgramMut<'_>)] = match self.options.walk {
-            Walk::Loop => &[("on_tick", &progs.on_tick)],
-            Walk::Chain => &[("on_tick_chain", &progs.on_tick_chain), ("walk_chain", &progs.walk_chain)],
+        let sampler: &[(&'static str, &ProgramMut<'_>)] = match self.options.unwind_driver {
+            UnwindDriver::Loop => &[("on_tick", &progs.on_tick)],
+            UnwindDriver::TailCalls => {
+                &[("on_tick_chain", &progs.on_tick_chain), ("walk_chain", &progs.walk_chain)]
+            }
         };
-        let switch: &[(&'static str, &ProgramMut<'_>)] = match self.options.walk {
+        let switch: &[(&'static str, &ProgramMut<'_>)] = match self.options.unwind_driver {
             _ if !self.options.off_cpu => &[],
-            Walk::Loop => &[("on_switch", &progs.on_switch)],
-            Walk::Chain => &[
+            UnwindDriver::Loop => &[("on_switch", &progs.on_switch)],
+            UnwindDriver::TailCalls => &[
                 ("on_switch_chain", &progs.on_switch_chain),
                 ("walk_switch_chain", &progs.walk_switch_chain),
             ],
@@ -54,7 +56,7 @@ impl Kernel {
             .iter()
             .chain(switch)
             .chain(&others)
-            .chain(redundant.iter().filter(|_| self.options.twins))
+            .chain(redundant.iter().filter(|_| self.options.redundant_handlers))
             .filter_map(|(name, program)| cost_of(name, program))
             .collect()
     }
@@ -75,7 +77,7 @@ impl Kernel {
         ];
         let skips = |program| info_of(program).map_or(0, |info| info.recursion_misses);
         pairs.map(|(first, second)| match skips(first) {
-            skipped if skipped > 0 && self.options.twins => skipped.min(skips(second)),
+            skipped if skipped > 0 && self.options.redundant_handlers => skipped.min(skips(second)),
             skipped => skipped,
         })
     }

@@ -22,7 +22,7 @@ pub fn lifecycle_lost(counters: &Counters) -> u64 {
 }
 
 /// Returns an upper bound of the lifecycle events for which the kernel skipped all handlers. Ends of single threads count too.
-pub fn lifecycle_refused(counters: &Counters) -> u64 {
+pub fn lifecycle_skipped(counters: &Counters) -> u64 {
     lifecycle_counts(counters).iter().map(|(_, counts)| counts.refused).sum()
 }
 

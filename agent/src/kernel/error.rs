@@ -57,7 +57,7 @@ pub enum KernelError {
     },
     /// The scan of the running processes failed.
     #[error("cannot scan the running processes: {0}")]
-    Walk(#[source] io::Error),
+    Scan(#[source] io::Error),
     /// The event ring buffer cannot be read.
     #[error("cannot read the event ring buffer: {0:#}")]
     Ring(#[source] libbpf_rs::Error),

@@ -5,7 +5,8 @@ use std::mem::{offset_of, size_of};
 use gannet_bpf::types;
 
 use crate::model::{
-    ExitStatus, FileNumbers, Mapped, Origin, ProcessKey, RawUserStack, Sample, SampleKind, StackEnd, Subject,
+    ExitStatus, FileNumbers, MappingEvent, Origin, ProcessKey, RawUserStack, Sample, SampleKind, StackEnd,
+    Subject,
 };
 
 // From gannet.h; the skeleton carries types, not enumerators.
@@ -19,7 +20,7 @@ const FOUND: u32 = 5;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// Something executable was mapped. It comes from perf events, not from the ring buffer.
-    Mapped(Mapped),
+    Mapping(MappingEvent),
     /// A stack was sampled.
     Sample(Sample),
     /// A process replaced its image.
@@ -52,7 +53,7 @@ pub enum Event {
         status: ExitStatus,
     },
     /// A process that was already running when the rules came into force matches one.
-    Found {
+    Running {
         /// The process.
         subject: Subject,
         /// Its parent and user.
@@ -97,12 +98,12 @@ impl Event {
     /// Returns the time of the event: nanoseconds of the boot clock.
     pub fn ktime_ns(&self) -> u64 {
         match self {
-            Self::Mapped(mapped) => mapped.ktime_ns(),
+            Self::Mapping(mapped) => mapped.ktime_ns(),
             Self::Sample(sample) => sample.subject.ktime_ns,
             Self::Exec { subject, .. }
             | Self::Fork { subject, .. }
             | Self::Exit { subject, .. }
-            | Self::Found { subject, .. } => subject.ktime_ns,
+            | Self::Running { subject, .. } => subject.ktime_ns,
         }
     }
 
@@ -128,7 +129,7 @@ impl Event {
                 Ok(match kind {
                     FORK => Self::Fork { subject, origin },
                     EXIT => Self::Exit { subject, origin, status: ExitStatus(record.exit_code) },
-                    _ => Self::Found { subject, origin },
+                    _ => Self::Running { subject, origin },
                 })
             }
             other => Err(DecodeError::Kind(other)),
@@ -162,7 +163,7 @@ fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
             0 => StackEnd::None,
             1 => StackEnd::Complete,
             2 => StackEnd::Truncated,
-            9 => StackEnd::NotWalked,
+            9 => StackEnd::NotUnwound,
             _ => StackEnd::Broken,
         },
         subject: Subject::from(&head.event),

@@ -1,4 +1,4 @@
-//! Loading and attaching the BPF programs: [`Kernel::open`], [`Opened::load`] and [`Loaded::attach`] are a chain, so that
+//! Loading and attaching the BPF programs: [`Kernel::open`], [`OpenedKernel::load`] and [`LoadedKernel::attach`] are a chain, so that
 //! nothing can be used before it is ready.
 
 use std::{
@@ -15,7 +15,7 @@ use libbpf_rs::{
 use parking_lot::Mutex;
 
 use super::{
-    Kernel, KernelError, KernelOptions, Walk,
+    Kernel, KernelError, KernelOptions, UnwindDriver,
     clock::Clocks,
     ring::EventRing,
     unwinding::{Shared, SharedTables},
@@ -38,13 +38,13 @@ const _: () = assert!(size_of::<types::table_line>() == LINE_BYTES as usize);
 static LIBBPF_LOG: Mutex<String> = Mutex::new(String::new());
 
 /// Programs and maps that are sized and not yet in the kernel.
-pub struct Opened {
+pub struct OpenedKernel {
     skeleton: OpenGannetSkel<'static>,
     options: KernelOptions,
 }
 
 /// Programs and maps in the kernel that are not attached yet.
-pub struct Loaded {
+pub struct LoadedKernel {
     skeleton: GannetSkel<'static>,
     options: KernelOptions,
 }
@@ -53,7 +53,7 @@ pub struct Loaded {
 pub(super) struct Handlers {
     pub(super) links: Vec<Link>,
     /// The iterator over all tasks.
-    pub(super) walk: Option<Link>,
+    pub(super) task_iterator: Option<Link>,
     /// What could not be attached, human-readable.
     pub(super) degraded: Vec<String>,
 }
@@ -61,18 +61,19 @@ pub(super) struct Handlers {
 impl Kernel {
     /// Opens, loads and attaches the kernel side; falls back to tail calls on kernels without `bpf_loop`.
     pub fn start(options: KernelOptions) -> Result<Self, KernelError> {
-        let attempt = |walk| Self::open(KernelOptions { walk, ..options })?.load()?.attach();
-        match attempt(options.walk) {
-            Err(error @ KernelError::Load { .. }) if options.walk == Walk::Loop => {
+        let attempt =
+            |unwind_driver| Self::open(KernelOptions { unwind_driver, ..options })?.load()?.attach();
+        match attempt(options.unwind_driver) {
+            Err(error @ KernelError::Load { .. }) if options.unwind_driver == UnwindDriver::Loop => {
                 tracing::debug!("cannot unwind by bpf_loop, trying tail calls: {error}");
-                attempt(Walk::Chain)
+                attempt(UnwindDriver::TailCalls)
             }
             other => other,
         }
     }
 
     /// Opens and sizes programs and maps.
-    pub fn open(options: KernelOptions) -> Result<Opened, KernelError> {
+    pub fn open(options: KernelOptions) -> Result<OpenedKernel, KernelError> {
         log_libbpf(PrintLevel::Warn);
         LIBBPF_LOG.lock().clear();
         // The skeleton borrows its object. It is a few bytes, once for each time that the kernel side is loaded.
@@ -83,14 +84,14 @@ impl Kernel {
         size_maps(&mut skeleton, &options).map_err(KernelError::Open)?;
         choose_programs(&mut skeleton, &options);
         if let Some(constants) = skeleton.maps.rodata_data.as_deref_mut() {
-            constants.twins = options.twins.into();
+            constants.twins = options.redundant_handlers.into();
             constants.cgroup_hierarchy = match options.hierarchy {
                 CgroupHierarchy::V2 => 0,
                 CgroupHierarchy::V1Cpu => 1,
                 CgroupHierarchy::V1Memory => 2,
             };
         }
-        Ok(Opened { skeleton, options })
+        Ok(OpenedKernel { skeleton, options })
     }
 }
 
@@ -109,7 +110,8 @@ fn size_maps(skeleton: &mut OpenGannetSkel<'_>, options: &KernelOptions) -> Resu
 
 fn choose_programs(skeleton: &mut OpenGannetSkel<'_>, options: &KernelOptions) {
     let progs = &mut skeleton.progs;
-    let (by_loop, by_chain) = (options.walk == Walk::Loop, options.walk == Walk::Chain);
+    let (by_loop, by_chain) =
+        (options.unwind_driver == UnwindDriver::Loop, options.unwind_driver == UnwindDriver::TailCalls);
     progs.on_tick.set_autoload(by_loop);
     progs.on_tick_chain.set_autoload(by_chain);
     progs.walk_chain.set_autoload(by_chain);
@@ -117,7 +119,7 @@ fn choose_programs(skeleton: &mut OpenGannetSkel<'_>, options: &KernelOptions) {
     progs.on_switch_chain.set_autoload(options.off_cpu && by_chain);
     progs.walk_switch_chain.set_autoload(options.off_cpu && by_chain);
     for program in [&mut progs.on_exec_again, &mut progs.on_fork_again, &mut progs.on_exit_again] {
-        program.set_autoload(options.twins);
+        program.set_autoload(options.redundant_handlers);
     }
 }
 
@@ -129,21 +131,21 @@ fn log_libbpf(from: PrintLevel) {
     })));
 }
 
-impl Opened {
+impl OpenedKernel {
     /// Makes the kernel verify the programs and create the maps.
-    pub fn load(self) -> Result<Loaded, KernelError> {
+    pub fn load(self) -> Result<LoadedKernel, KernelError> {
         let skeleton = self.skeleton.load().map_err(|source| {
             let log = LIBBPF_LOG.lock();
             let lines: Vec<_> = log.lines().collect();
             KernelError::Load { source, log: lines[lines.len().saturating_sub(LOG_LINES)..].join("\n") }
         })?;
-        Ok(Loaded { skeleton, options: self.options })
+        Ok(LoadedKernel { skeleton, options: self.options })
     }
 
     /// For tests: loads the programs, and returns by name how many instructions the verifier processed for each. Before 5.16
     /// only the verifier's log has this number ([`ProgramCost::verified_instructions`](super::ProgramCost) is 0 there).
     #[doc(hidden)]
-    pub fn load_counted(mut self) -> Result<(Loaded, BTreeMap<String, u32>), KernelError> {
+    pub fn load_counted(mut self) -> Result<(LoadedKernel, BTreeMap<String, u32>), KernelError> {
         for mut program in self.skeleton.open_object_mut().progs_mut() {
             program.set_log_level(VERIFIER_STATISTICS);
         }
@@ -168,19 +170,19 @@ impl Opened {
     }
 }
 
-impl Loaded {
+impl LoadedKernel {
     /// Attaches the handlers of processes and opens the ring buffer. The programs report nothing before lifecycle events and
     /// sampling are switched on.
     pub fn attach(self) -> Result<Kernel, KernelError> {
         let Self { skeleton, options } = self;
-        if options.walk == Walk::Chain {
+        if options.unwind_driver == UnwindDriver::TailCalls {
             set_tail_call(&skeleton.maps.chain, "chain", &skeleton.progs.walk_chain)?;
             if options.off_cpu {
                 let next = &skeleton.progs.walk_switch_chain;
                 set_tail_call(&skeleton.maps.switch_chain, "switch_chain", next)?;
             }
         }
-        let Handlers { links, walk, degraded } = attach_handlers(&skeleton, &options);
+        let Handlers { links, task_iterator, degraded } = attach_handlers(&skeleton, &options);
         let shared = SharedTables {
             lines: Shared::of(&skeleton.maps.table_lines, "table_lines")?,
             rules: Shared::of(&skeleton.maps.unwind_rules, "unwind_rules")?,
@@ -191,7 +193,7 @@ impl Loaded {
             follows_mappings: !options.without.contains(&"mappings"),
             links,
             switches: None,
-            walk,
+            task_iterator,
             ring: EventRing::open(&skeleton.maps.events, options.ring_bytes)?,
             shared,
             skeleton,
@@ -231,9 +233,9 @@ pub(super) fn attach_handlers(skeleton: &GannetSkel<'static>, options: &KernelOp
         (&progs.on_fork, "sched_process_fork", !options.without.contains(&"on_fork")),
         (&progs.on_exit, "sched_process_exit", !options.without.contains(&"on_exit")),
         (&progs.on_attach, "cgroup_attach_task", true),
-        (&progs.on_exec_again, "sched_process_exec", options.twins),
-        (&progs.on_fork_again, "sched_process_fork", options.twins),
-        (&progs.on_exit_again, "sched_process_exit", options.twins),
+        (&progs.on_exec_again, "sched_process_exec", options.redundant_handlers),
+        (&progs.on_fork_again, "sched_process_fork", options.redundant_handlers),
+        (&progs.on_exit_again, "sched_process_exit", options.redundant_handlers),
     ];
     if !options.lifecycle {
         degraded.push(
@@ -259,12 +261,12 @@ pub(super) fn attach_handlers(skeleton: &GannetSkel<'static>, options: &KernelOp
             }
         }
     }
-    let walk = match progs.each_task.attach() {
+    let task_iterator = match progs.each_task.attach() {
         Ok(link) => Some(link),
         Err(error) => {
             degraded.push(format!("no scan of running processes: {error}"));
             None
         }
     };
-    Handlers { links, walk, degraded }
+    Handlers { links, task_iterator, degraded }
 }

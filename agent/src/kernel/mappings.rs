@@ -15,7 +15,7 @@ use std::{
 use perf_event_open_sys::bindings;
 
 use super::{KernelError, clock::online_cpus};
-use crate::model::{Mapped, NewMapping};
+use crate::model::{MappingEvent, NewMapping};
 
 /// Of one CPU's buffer: some 1,600 mappings, that is about 300 programs started between two readings. The reader is woken
 /// when it is half full.
@@ -28,7 +28,7 @@ const MOST_RECORD_BYTES: usize = 8192;
 pub(super) struct Mappings {
     buffers: BTreeMap<u32, Buffer>,
     /// What was read and is younger than what the ring has shown so far.
-    ahead: VecDeque<Mapped>,
+    ahead: VecDeque<MappingEvent>,
     lost: u64,
 }
 
@@ -77,12 +77,12 @@ impl Mappings {
             buffer.read(&mut self.ahead, &mut self.lost);
         }
         if self.ahead.len() > before {
-            self.ahead.make_contiguous().sort_by_key(Mapped::ktime_ns);
+            self.ahead.make_contiguous().sort_by_key(MappingEvent::ktime_ns);
         }
     }
 
     /// What was told up to a moment, oldest first.
-    pub(super) fn until(&mut self, ktime_ns: u64) -> impl Iterator<Item = Mapped> {
+    pub(super) fn until(&mut self, ktime_ns: u64) -> impl Iterator<Item = MappingEvent> {
         let count = self.ahead.partition_point(|told| told.ktime_ns() <= ktime_ns);
         self.ahead.drain(..count)
     }
@@ -163,7 +163,7 @@ impl Buffer {
         }
     }
 
-    fn read(&self, told: &mut VecDeque<Mapped>, lost: &mut u64) {
+    fn read(&self, told: &mut VecDeque<MappingEvent>, lost: &mut u64) {
         let (head_at, tail_at) = self.positions();
         let head = head_at.load(Ordering::Acquire);
         let mut tail = tail_at.load(Ordering::Relaxed);
@@ -213,7 +213,7 @@ impl Drop for Buffer {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Record {
-    Told(Mapped),
+    Told(MappingEvent),
     Lost(u64),
 }
 
@@ -229,7 +229,7 @@ fn parse(record: &[u8]) -> Option<Record> {
     let tgid = number4(8)?;
     match kind {
         bindings::PERF_RECORD_COMM if misc & COMM_EXEC != 0 => {
-            Some(Record::Told(Mapped::Cleared { tgid, ktime_ns }))
+            Some(Record::Told(MappingEvent::Cleared { tgid, ktime_ns }))
         }
         bindings::PERF_RECORD_LOST => Some(Record::Lost(number8(16)?)),
         bindings::PERF_RECORD_MMAP2 => {
@@ -242,7 +242,7 @@ fn parse(record: &[u8]) -> Option<Record> {
             // `//anon`, `//enomem`, `//toolong`: the kernel has no name for it.
             let path = if path.starts_with("//") { "" } else { path };
             let end = start.checked_add(length).filter(|end| *end > start)?;
-            Some(Record::Told(Mapped::Made {
+            Some(Record::Told(MappingEvent::Mapped {
                 tgid,
                 ktime_ns,
                 mapping: NewMapping {
@@ -296,7 +296,10 @@ mod tests {
             inode: 99,
             path: "/bin/x".into(),
         };
-        assert_eq!(told, Some(Record::Told(Mapped::Made { tgid: 42, ktime_ns: 77, mapping: wanted })));
+        assert_eq!(
+            told,
+            Some(Record::Told(MappingEvent::Mapped { tgid: 42, ktime_ns: 77, mapping: wanted }))
+        );
     }
 
     #[test]
@@ -304,7 +307,7 @@ mod tests {
         let mut body = 42_u32.to_ne_bytes().to_vec();
         body.extend([0; 20]);
         let exec = parse(&record(bindings::PERF_RECORD_COMM, 1 << 13, &body));
-        assert_eq!(exec, Some(Record::Told(Mapped::Cleared { tgid: 42, ktime_ns: 77 })));
+        assert_eq!(exec, Some(Record::Told(MappingEvent::Cleared { tgid: 42, ktime_ns: 77 })));
         assert_eq!(parse(&record(bindings::PERF_RECORD_COMM, 0, &body)), None);
     }
 

@@ -26,11 +26,11 @@ use libbpf_rs::{Iter, Link, MapCore as _, MapFlags, ProgramMut};
 
 pub use self::{
     cost::ProgramCost,
-    counters::{Counters, LifecycleCounts, lifecycle_counts, lifecycle_lost, lifecycle_refused},
+    counters::{Counters, LifecycleCounts, lifecycle_counts, lifecycle_lost, lifecycle_skipped},
     error::KernelError,
     event::{DecodeError, Event},
-    load::{Loaded, Opened},
-    options::{KernelOptions, Walk, default_ring_bytes, handlers_are_preemptible},
+    load::{LoadedKernel, OpenedKernel},
+    options::{KernelOptions, UnwindDriver, default_ring_bytes, handlers_are_preemptible},
     rule_maps::{Exact, KernelRules, MAX_CGROUP_PATH, MAX_COMM, MAX_RULES, NamePattern, RuleMasks, Want},
     unwinding::{
         Block, EmptyRange, KernelImage, KernelMapping, KernelTable, MAX_TABLES, UnwindMaps, blocks,
@@ -50,7 +50,7 @@ pub struct Kernel {
     /// The handler of context switches, while a rule asks for blocked time.
     switches: Option<Link>,
     /// The iterator over all tasks.
-    walk: Option<Link>,
+    task_iterator: Option<Link>,
     ring: ring::EventRing,
     shared: unwinding::SharedTables,
     skeleton: GannetSkel<'static>,
@@ -62,7 +62,7 @@ pub struct Kernel {
 
 /// The agent's decision to sample one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Arm {
+pub struct SamplingMark {
     /// The process.
     pub key: ProcessKey,
     /// The image that the decision is for; ignored if sticky.
@@ -87,10 +87,10 @@ impl Kernel {
         mappings.read();
         let mut merged = Vec::with_capacity(events.len());
         for event in events {
-            merged.extend(mappings.until(event.ktime_ns()).map(Event::Mapped));
+            merged.extend(mappings.until(event.ktime_ns()).map(Event::Mapping));
             merged.push(event);
         }
-        merged.extend(mappings.until(begun_ns).map(Event::Mapped));
+        merged.extend(mappings.until(begun_ns).map(Event::Mapping));
         Ok(merged)
     }
 
@@ -119,15 +119,15 @@ impl Kernel {
     fn start_sources(&mut self, rules: &KernelRules) -> Result<(), KernelError> {
         let periods = if self.detached { BTreeSet::new() } else { rules.periods() };
         self.follow_mappings(!self.detached && (!periods.is_empty() || rules.off_cpu != 0));
-        self.clocks.set(sampler(&self.skeleton, self.options.walk), periods)?;
+        self.clocks.set(sampler(&self.skeleton, self.options.unwind_driver), periods)?;
         // Context switches are frequent: their handler is attached only while a rule asks for blocked time.
         if rules.off_cpu == 0 || self.detached {
             self.switches = None;
         } else if self.switches.is_none() {
             let what = "the blocked-time handler to sched_switch";
-            let program = match self.options.walk {
-                Walk::Loop => &self.skeleton.progs.on_switch,
-                Walk::Chain => &self.skeleton.progs.on_switch_chain,
+            let program = match self.options.unwind_driver {
+                UnwindDriver::Loop => &self.skeleton.progs.on_switch,
+                UnwindDriver::TailCalls => &self.skeleton.progs.on_switch_chain,
             };
             let attached = program.attach_raw_tracepoint("sched_switch");
             self.switches = Some(attached.map_err(|source| KernelError::Attach { what, source })?);
@@ -155,36 +155,36 @@ impl Kernel {
         self.change_settings(|settings| settings.mappings_heard = followed.into());
     }
 
-    /// Matches every running process against the rules again, and reports matching ones as [`Event::Found`].
-    pub fn walk_processes(&mut self) -> Result<(), KernelError> {
-        let Some(walk) = &self.walk else { return Ok(()) };
-        let mut walk = Iter::new(walk).map_err(|error| KernelError::Walk(io::Error::other(error)))?;
+    /// Matches every running process against the rules again, and reports matching ones as [`Event::Running`].
+    pub fn scan_processes(&mut self) -> Result<(), KernelError> {
+        let Some(iterator) = &self.task_iterator else { return Ok(()) };
+        let mut scan = Iter::new(iterator).map_err(|error| KernelError::Scan(io::Error::other(error)))?;
         let mut nothing = [0; 64];
-        while walk.read(&mut nothing).map_err(KernelError::Walk)? > 0 {}
+        while scan.read(&mut nothing).map_err(KernelError::Scan)? > 0 {}
         Ok(())
     }
 
-    /// Samples a process as the agent decided.
-    pub fn arm(&mut self, arm: &Arm) -> Result<(), KernelError> {
+    /// Marks a process for sampling.
+    pub fn mark(&mut self, mark: &SamplingMark) -> Result<(), KernelError> {
         let value = types::arm {
-            start_boottime: arm.key.start_boottime_ns,
-            want: arm.want.into(),
-            exec_id: arm.exec_id,
-            sticky: arm.sticky.into(),
-            refused: arm.refused,
-            period_ns: arm.period_ns,
+            start_boottime: mark.key.start_boottime_ns,
+            want: mark.want.into(),
+            exec_id: mark.exec_id,
+            sticky: mark.sticky.into(),
+            refused: mark.refused,
+            period_ns: mark.period_ns,
         };
         self.skeleton
             .maps
             .arms
-            .update(&arm.key.tgid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
+            .update(&mark.key.tgid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
             .map_err(|source| KernelError::Map { map: "arms", source })?;
         self.change_settings(|settings| settings.arms = 1);
         Ok(())
     }
 
-    /// Takes the agent's decision about a process back, if there is one.
-    pub fn disarm(&mut self, tgid: u32) {
+    /// Removes the mark of a process, if it has one.
+    pub fn unmark(&mut self, tgid: u32) {
         let _ = self.skeleton.maps.arms.delete(&tgid.to_ne_bytes());
     }
 
@@ -199,8 +199,8 @@ impl Kernel {
         }
     }
 
-    /// Takes all decisions of the agent back.
-    pub fn disarm_all(&mut self) {
+    /// Removes all marks.
+    pub fn unmark_all(&mut self) {
         self.change_settings(|settings| settings.arms = 0);
         clear(&self.skeleton.maps.arms);
     }
@@ -211,10 +211,10 @@ impl Kernel {
         self.set_lifecycle(false);
         self.detached = true;
         self.links.clear();
-        self.walk = None;
+        self.task_iterator = None;
         self.switches = None;
         self.follow_mappings(false);
-        self.clocks.set(sampler(&self.skeleton, self.options.walk), BTreeSet::new())
+        self.clocks.set(sampler(&self.skeleton, self.options.unwind_driver), BTreeSet::new())
     }
 
     /// Attaches all programs again after [`detach`](Self::detach). Forgets all processes, because their changes were not
@@ -223,12 +223,13 @@ impl Kernel {
         for map in [&self.skeleton.maps.procs, &self.skeleton.maps.arms, &self.skeleton.maps.off_cpu] {
             clear(map);
         }
-        let load::Handlers { links, walk, degraded } = load::attach_handlers(&self.skeleton, &self.options);
+        let load::Handlers { links, task_iterator, degraded } =
+            load::attach_handlers(&self.skeleton, &self.options);
         for reason in degraded.iter().filter(|reason| !self.degraded.contains(reason)) {
             tracing::warn!("{reason}");
         }
         self.links = links;
-        self.walk = walk;
+        self.task_iterator = task_iterator;
         self.detached = false;
         self.set_lifecycle(self.options.lifecycle);
         self.set_sampling(true);
@@ -262,7 +263,7 @@ impl Kernel {
         if let Some(mappings) = &mut self.mappings {
             mappings.follow_cpus()?;
         }
-        self.clocks.follow_cpus(sampler(&self.skeleton, self.options.walk))
+        self.clocks.follow_cpus(sampler(&self.skeleton, self.options.unwind_driver))
     }
 
     /// Returns the number of ticks that were due so far, by the kernel's own count of the clocks' running time.
@@ -289,10 +290,10 @@ impl Kernel {
 }
 
 /// Returns the program that the clocks call.
-fn sampler<'a>(skeleton: &'a GannetSkel<'static>, walk: Walk) -> &'a ProgramMut<'static> {
-    match walk {
-        Walk::Loop => &skeleton.progs.on_tick,
-        Walk::Chain => &skeleton.progs.on_tick_chain,
+fn sampler<'a>(skeleton: &'a GannetSkel<'static>, driver: UnwindDriver) -> &'a ProgramMut<'static> {
+    match driver {
+        UnwindDriver::Loop => &skeleton.progs.on_tick,
+        UnwindDriver::TailCalls => &skeleton.progs.on_tick_chain,
     }
 }
 

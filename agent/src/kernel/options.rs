@@ -14,7 +14,7 @@ pub struct KernelOptions {
     /// The hierarchy whose control group ids the programs read.
     pub hierarchy: CgroupHierarchy,
     /// How the programs iterate over the frames of a user stack.
-    pub walk: Walk,
+    pub unwind_driver: UnwindDriver,
     /// Whether rules may ask for blocked time. If not, its programs are not loaded and its map takes no memory.
     pub off_cpu: bool,
     /// Exec and fork reports per second for processes that no rule matches yet.
@@ -22,7 +22,7 @@ pub struct KernelOptions {
     /// Whether exec, fork and exit are reported. If not, the agent finds new and exited processes by scans only.
     pub lifecycle: bool,
     /// Whether the handlers of exec, fork and exit are attached twice. The default follows [`handlers_are_preemptible`].
-    pub twins: bool,
+    pub redundant_handlers: bool,
     /// For tests: tracepoints, programs and `mappings` that are not attached, as if this kernel lacked or refused them.
     #[doc(hidden)]
     pub without: &'static [&'static str],
@@ -35,11 +35,11 @@ impl Default for KernelOptions {
             processes: 16384,
             table_bytes: 16 << 20,
             hierarchy: CgroupHierarchy::detect(),
-            walk: Walk::Loop,
+            unwind_driver: UnwindDriver::Loop,
             off_cpu: true,
             report_rate: 5_000,
             lifecycle: true,
-            twins: handlers_are_preemptible(),
+            redundant_handlers: handlers_are_preemptible(),
             without: &[],
         }
     }
@@ -61,9 +61,9 @@ pub fn handlers_are_preemptible() -> bool {
 
 /// How the programs iterate over the frames of a user stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Walk {
+pub enum UnwindDriver {
     /// By `bpf_loop`, from kernel 5.17 on: 512 frames.
     Loop,
     /// By a chain of tail calls: 232 frames.
-    Chain,
+    TailCalls,
 }

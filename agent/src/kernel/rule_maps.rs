@@ -158,7 +158,7 @@ impl Kernel {
         // The side is complete before it comes into force.
         fence(Ordering::SeqCst);
         self.change_settings(|settings| settings.generation = next);
-        self.walk_processes()
+        self.scan_processes()
     }
 
     /// Makes the maps hold exactly these rules on one side.

@@ -234,7 +234,7 @@ pub trait UnwindMaps {
     fn remove_image(&mut self, tgid: u32);
 
     /// Blocks until every unwind that was running when it was called has ended.
-    fn wait_for_walks(&self);
+    fn wait_for_unwinds(&self);
 }
 
 /// An image whose mappings are all written.
@@ -324,7 +324,7 @@ impl UnwindMaps for Kernel {
         let _ = self.skeleton.maps.images.delete(&tgid.to_ne_bytes());
     }
 
-    fn wait_for_walks(&self) {
+    fn wait_for_unwinds(&self) {
         // Each unwind is within one RCU read-side critical section.
         const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
         // SAFETY: takes no pointers.

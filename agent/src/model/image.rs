@@ -1,10 +1,10 @@
-//! What is mapped into a process: the executable image as its samples saw it.
+//! The executable mappings of a process, and events that change them.
 
 use std::sync::Arc;
 
 use super::MappedFile;
 
-/// The executable mappings of one process in one exec generation, as one reading of `/proc/PID/maps` showed them.
+/// The executable mappings of one image of a process.
 #[derive(Clone, Debug, Default)]
 pub struct Image {
     /// Sorted by `start`, disjoint.
@@ -16,18 +16,18 @@ pub struct Image {
 pub struct Mapping {
     /// First address.
     pub start: u64,
-    /// Behind the last address.
+    /// End address, exclusive.
     pub end: u64,
-    /// Where `start` is in the file, in bytes; 0 for what is no file.
+    /// Offset of `start` in the file, in bytes; 0 if there is no file.
     pub offset: u64,
-    /// What is mapped.
+    /// The mapped object.
     pub kind: MappingKind,
 }
 
-/// What is mapped.
+/// A mapped object.
 #[derive(Clone, Debug)]
 pub enum MappingKind {
-    /// A file, held open so that it can be read after the process is gone or the file is deleted.
+    /// A file, held open so that it can be read after the process has exited or the file was deleted.
     File(Arc<MappedFile>),
     /// The kernel's own shared object.
     Vdso,
@@ -36,12 +36,12 @@ pub enum MappingKind {
 }
 
 impl Image {
-    /// Something was mapped: what was there before is not there any more.
+    /// Adds a mapping. It replaces the parts of other mappings that it covers.
     pub fn map(&mut self, new: Mapping) {
         let begin = self.mappings.partition_point(|old| old.end <= new.start);
         let end = self.mappings.partition_point(|old| old.start < new.end);
         let mut left = Vec::with_capacity(3);
-        // Of the first and of the last one that it covers a part may be left.
+        // A part of the first and of the last mapping that it covers may be left.
         if let Some(first) = self.mappings[begin..end].first().filter(|first| first.start < new.start) {
             left.push(Mapping { end: new.start, ..first.clone() });
         }
@@ -55,57 +55,57 @@ impl Image {
         self.mappings.splice(begin..end, left);
     }
 
-    /// The mapping that holds `address`.
+    /// Returns the mapping that holds `address`.
     pub fn find(&self, address: u64) -> Option<&Mapping> {
         let after = self.mappings.partition_point(|mapping| mapping.start <= address);
         self.mappings[..after].last().filter(|mapping| address < mapping.end)
     }
 }
 
-/// What the sideband tells.
+/// A change of a process's mappings, reported by perf events.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Mapped {
-    /// A process has begun to replace its image: whatever it maps from now on belongs to the next one.
+pub enum MappingEvent {
+    /// A process has begun `execve`: later mappings belong to the next image.
     Cleared {
-        /// Whose.
+        /// The process, by its thread group id.
         tgid: u32,
-        /// When, by the boot clock.
+        /// Nanoseconds of the boot clock.
         ktime_ns: u64,
     },
-    /// Something executable was mapped.
-    Made {
-        /// By whom.
+    /// A process has mapped something executable.
+    Mapped {
+        /// The process, by its thread group id.
         tgid: u32,
-        /// When, by the boot clock.
+        /// Nanoseconds of the boot clock.
         ktime_ns: u64,
-        /// Where, and what.
+        /// The new mapping.
         mapping: NewMapping,
     },
 }
 
-impl Mapped {
-    /// When, by the boot clock.
+impl MappingEvent {
+    /// Returns the time of the event: nanoseconds of the boot clock.
     pub fn ktime_ns(&self) -> u64 {
         match self {
-            Self::Cleared { ktime_ns, .. } | Self::Made { ktime_ns, .. } => *ktime_ns,
+            Self::Cleared { ktime_ns, .. } | Self::Mapped { ktime_ns, .. } => *ktime_ns,
         }
     }
 }
 
-/// An executable mapping, as `/proc/PID/maps` would show it.
+/// A new executable mapping, as `/proc/PID/maps` shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewMapping {
     /// First address.
     pub start: u64,
-    /// Behind the last.
+    /// End address, exclusive.
     pub end: u64,
-    /// In the file.
+    /// Offset in the file, in bytes.
     pub offset: u64,
-    /// Device number as `stat(2)` gives it.
+    /// Device number as `stat(2)` returns it.
     pub dev: u64,
-    /// 0: no file.
+    /// Inode number; 0 if there is no file.
     pub inode: u64,
-    /// Without ` (deleted)`; `[vdso]`; empty for memory that is no file's.
+    /// Path without ` (deleted)`, or `[vdso]`; empty for memory without a file.
     pub path: String,
 }
 
@@ -123,7 +123,7 @@ mod tests {
         Mapping { start, end, offset, kind }
     }
 
-    /// What is at an address: the inode, and where in the file.
+    /// Returns inode and file offset of an address.
     fn at(image: &Image, address: u64) -> Option<(u64, u64)> {
         let mapping = image.find(address)?;
         Some(match &mapping.kind {
@@ -133,8 +133,9 @@ mod tests {
     }
 
     proptest! {
+        /// Checks that a newer mapping replaces older ones at its addresses (R15).
         #[test]
-        fn r15_the_last_mapping_of_an_address_counts(
+        fn the_last_mapping_of_an_address_counts(
             maps in prop::collection::vec((0_u64..60, 1_u64..20, 0_u64..4), 0..20)
         ) {
             let mut image = Image::default();

@@ -12,7 +12,7 @@ pub use clock::boot_time;
 pub(crate) use clock::{boot_time_ns, boot_time_of_ticks, ticks_of};
 pub(crate) use host::ONLINE_CPUS;
 pub use host::online_cpus;
-pub use image::{Image, Mapped, Mapping, MappingKind, NewMapping};
+pub use image::{Image, Mapping, MappingEvent, MappingKind, NewMapping};
 pub use key::{ImageKey, ParseKeyError, ProcessKey};
 pub use mapped_file::{FileId, MappedFile};
 pub use sample::{ExitStatus, FileNumbers, Origin, RawUserStack, Sample, SampleKind, StackEnd, Subject};

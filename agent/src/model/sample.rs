@@ -83,7 +83,7 @@ pub enum StackEnd {
     /// At an address or memory from which the unwinder could not go on.
     Broken,
     /// A 32-bit program: its stack is not unwound.
-    NotWalked,
+    NotUnwound,
 }
 
 /// One sampled stack.

@@ -1,5 +1,5 @@
-//! Files that are mapped into processes, held open so that they can be read when their process is gone and their name
-//! deleted or given to another file.
+//! Files that processes map, held open so that they can be read after the process has exited and the name was deleted or
+//! given to another file.
 
 use std::{
     fs::{self, File},
@@ -21,19 +21,19 @@ use rustix::{
 
 use crate::model::MappedFile;
 
-/// How long a file that nobody holds stays open: the next process of a program that is started now and then finds it.
-const IDLE: Duration = Duration::from_secs(300);
+/// How long a file that no image holds stays open, for the next process of a program that starts now and then.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// A line of `/proc/PID/maps` that maps a file.
 #[derive(Clone, Copy, Debug)]
 pub struct FileMapping<'a> {
     /// The process that maps it.
     pub tgid: u32,
-    /// Its parent, whose root is looked into when the process is gone; 0 while unknown.
+    /// Its parent; 0 while unknown. The file is searched in its root directory after the process has exited.
     pub parent: u32,
     /// First address.
     pub start: u64,
-    /// Behind the last address.
+    /// End address, exclusive.
     pub end: u64,
     /// The path as the process sees it, without ` (deleted)`.
     pub path: &'a str,
@@ -43,26 +43,26 @@ pub struct FileMapping<'a> {
     pub inode: u64,
 }
 
-/// The files that armed processes map, each opened once however many processes map it.
+/// The files that sampled processes map, each opened once however many processes map it.
 ///
-/// A file stays open while some image holds it, and after that until its place is wanted: the number of descriptors is
-/// bounded, and no image ever loses a file that it has.
+/// A file stays open while an image holds it, and then until another file needs its slot. So the number of descriptors is
+/// bounded, and no image loses a file.
 #[derive(Debug)]
 pub struct FileTable {
     files: LruCache<Key, Entry>,
     stats: FileTableStats,
 }
 
-/// What the table has done.
+/// Counts of a [`FileTable`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FileTableStats {
-    /// Open now.
+    /// Files that are open now.
     pub open: usize,
     /// Files opened so far.
     pub opened: u64,
-    /// Mappings whose file could not be opened: no permission, or the process was gone and the name with it.
+    /// Mappings whose file could not be opened: no permission, or process and name were gone.
     pub failed: u64,
-    /// Mappings whose file was not opened because all places were held by images.
+    /// Mappings whose file was not opened because images held all slots.
     pub refused: u64,
 }
 
@@ -80,8 +80,8 @@ struct Entry {
     used: Instant,
 }
 
-/// Tells a file from another that came to have the same device and inode number (the subvolumes of one btrfs share
-/// both), and from what it was before it was written to.
+/// Distinguishes a file from another one with the same device and inode number (subvolumes of one btrfs share both), and from
+/// its own content before a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     dev: u64,
@@ -102,7 +102,7 @@ impl Stamp {
         }
     }
 
-    /// Unlinking changes the time of change of a file that is the same as before.
+    /// Compares all but the change time: unlinking a file changes that, and not its content.
     fn is_same_content(&self, other: &Self) -> bool {
         (self.dev, self.inode, self.size, self.modified)
             == (other.dev, other.inode, other.size, other.modified)
@@ -110,19 +110,19 @@ impl Stamp {
 }
 
 impl FileTable {
-    /// A table that holds at most `most` files open.
-    pub fn new(most: NonZeroUsize) -> Self {
-        Self { files: LruCache::new(most), stats: FileTableStats::default() }
+    /// Builds a table that holds at most `max` files open.
+    pub fn new(max: NonZeroUsize) -> Self {
+        Self { files: LruCache::new(max), stats: FileTableStats::default() }
     }
 
-    /// The file of a mapping. Where it cannot be had, a file without a descriptor, and it is counted.
+    /// Returns the file of a mapping. If it cannot be opened, counts that and returns a file without a descriptor.
     pub fn open(&mut self, mapping: &FileMapping<'_>) -> Arc<MappedFile> {
         let FileMapping { path, dev, inode, .. } = *mapping;
         let key = Key { dev, inode, path: path.to_owned() };
         if let Some(entry) = self.files.get_mut(&key) {
             entry.used = Instant::now();
-            // The mapping says what file it is even after its name is gone; where it cannot be asked, the numbers must
-            // do: an inode number is not given away while the file is open here.
+            // The mapping leads to its file even after the name was deleted. If it cannot be opened, the numbers decide: the
+            // kernel does not reuse an inode number while the file is open here.
             let current = fs::metadata(map_files_path(mapping)).map(|metadata| Stamp::of(&metadata));
             if current.map_or(true, |current| current.is_same_content(&entry.stamp)) {
                 return Arc::clone(&entry.file);
@@ -132,7 +132,7 @@ impl FileTable {
         let (file, metadata) = match open(mapping) {
             Ok(opened) => opened,
             Err(error) => {
-                tracing::debug!(tgid = mapping.tgid, path, %error, "a mapped file cannot be opened");
+                tracing::debug!(tgid = mapping.tgid, path, %error, "cannot open a mapped file");
                 self.stats.failed += 1;
                 return Arc::new(MappedFile::unopened(path, dev, inode));
             }
@@ -148,16 +148,16 @@ impl FileTable {
         file
     }
 
-    /// What the table has done so far.
+    /// Returns the counts so far.
     pub fn stats(&self) -> FileTableStats {
         FileTableStats { open: self.files.len(), ..self.stats }
     }
 
-    /// Closes what nobody has held or asked for in a long time: a file that is open keeps its place on the disk after it
-    /// is deleted.
+    /// Closes files that no image has held or asked for since [`IDLE_TIMEOUT`]: a deleted file takes disk space while it is
+    /// open.
     pub fn close_idle(&mut self) {
         while let Some((_, entry)) = self.files.peek_lru()
-            && entry.used.elapsed() >= IDLE
+            && entry.used.elapsed() >= IDLE_TIMEOUT
         {
             let Some((key, mut entry)) = self.files.pop_lru() else { return };
             if Arc::strong_count(&entry.file) > 1 {
@@ -167,7 +167,7 @@ impl FileTable {
         }
     }
 
-    /// Closes the file that was asked for the longest time ago among those that nobody holds.
+    /// Closes the least recently used file that no image holds; returns false if there is none.
     fn make_room(&mut self) -> bool {
         let idle = self.files.iter().rev().find(|(_, entry)| Arc::strong_count(&entry.file) == 1);
         match idle.map(|(key, _)| key.clone()) {
@@ -181,9 +181,9 @@ fn map_files_path(mapping: &FileMapping<'_>) -> String {
     format!("/proc/{}/map_files/{:x}-{:x}", mapping.tgid, mapping.start, mapping.end)
 }
 
-/// By the mapping itself, which is right for deleted and replaced files and in every mount namespace; where that is not
-/// allowed, or the process is gone, by the path inside of its root, its parent's, or the first process's, if what stands
-/// there is the file that is mapped.
+/// Opens the file of a mapping through the mapping itself, which works for deleted and replaced files and in every mount
+/// namespace. If that is forbidden, or the process has exited, opens the path in the root directory of the process, its parent
+/// or process 1, if the file there has the numbers of the mapped one.
 fn open(mapping: &FileMapping<'_>) -> io::Result<(File, fs::Metadata)> {
     open_exact(mapping).or_else(|error| {
         [mapping.tgid, mapping.parent, 1]
@@ -201,13 +201,13 @@ fn open(mapping: &FileMapping<'_>) -> io::Result<(File, fs::Metadata)> {
 
 fn open_exact(mapping: &FileMapping<'_>) -> io::Result<(File, fs::Metadata)> {
     let path = map_files_path(mapping);
-    // A device can be mapped too, and opening one can have effects.
+    // A device can be mapped too, and opening a device can have effects.
     regular(&fs::metadata(&path)?)?;
     let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path)?;
     let metadata = file.metadata()?;
     regular(&metadata)?;
-    // What is mapped there may be another process's by now, or another image's. Some file systems show other numbers to
-    // stat(2) than to the kernel; then the name must do.
+    // Another process or image may have the addresses by now. Some file systems show other numbers to stat(2) than to the
+    // kernel; then the name decides.
     let same_numbers = metadata.ino() == mapping.inode;
     let same_name = || {
         let name = fs::read_link(&path).unwrap_or_default();
@@ -221,18 +221,17 @@ fn open_exact(mapping: &FileMapping<'_>) -> io::Result<(File, fs::Metadata)> {
     }
 }
 
-/// Opens a regular file by its path inside of a process's root. The process chooses what is there: no link leads out of
-/// its root, and a pipe or a device is not waited for.
+/// Opens a regular file by its path in the root directory of a process. The process controls that directory, so no link may
+/// lead out of it, and opening must not block on a pipe or a device.
 pub(crate) fn open_in_root(tgid: u32, path: &str) -> io::Result<File> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let root = rustix::fs::open(format!("/proc/{tgid}/root"), flags, Mode::empty())?;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let place = rustix::fs::openat2(root.as_fd(), path, flags, Mode::empty(), resolve)?;
-    let found = File::from(place);
-    let metadata = found.metadata()?;
+    let file = File::from(rustix::fs::openat2(root.as_fd(), path, flags, Mode::empty(), resolve)?);
+    let metadata = file.metadata()?;
     regular(&metadata)?;
-    // A path descriptor cannot be read, but leads to the very inode that was just looked at.
-    let again = format!("/proc/self/fd/{}", found.as_raw_fd());
+    // A path descriptor cannot be read, but it leads to the inode that was just checked.
+    let again = format!("/proc/self/fd/{}", file.as_raw_fd());
     fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(again)
 }
 

@@ -1,4 +1,4 @@
-//! What `/proc` tells of a process, read once, checked, bounded, and never of the wrong process.
+//! Metadata of processes from `/proc`: read once, bounded, and checked to be of the right process.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -13,29 +13,29 @@ use crate::{
     model::ProcessKey,
 };
 
-/// How much of a command line or an environment is read: the kernel's own bound on one argument.
-const TEXT_BYTES: u64 = 128 << 10;
-/// How many entries are looked at for room before a load is refused: what a load may cost at most.
-const PRUNE_LOOKS: usize = 64;
-/// What an entry takes beside its texts.
+/// Bytes that are read of a command line or an environment: the kernel's own bound on one argument.
+const MAX_TEXT_BYTES: u64 = 128 << 10;
+/// Entries that a load checks for room before it is refused: this bounds the cost of a load.
+const MAX_PRUNE_CHECKS: usize = 64;
+/// Memory of an entry beside its texts.
 const ENTRY_BYTES: usize = size_of::<Metadata>() + size_of::<Entry>() + 64;
 
-/// What a [`ProcessMetadataCache`] reads and how much it keeps.
+/// What a [`ProcessMetadataCache`] reads, and how much it stores.
 #[derive(Clone, Debug)]
 pub struct MetadataOptions {
-    /// Processes at one time.
+    /// Maximum number of processes.
     pub entries: usize,
-    /// Memory, as counted by the texts that are kept.
+    /// Maximum memory, counted by the stored texts.
     pub bytes: usize,
-    /// Environment variables that may be read; all others are neither kept nor shown. Empty: the environment is not read.
+    /// Environment variables to read; all others are neither stored nor shown. If empty, the environment is not read.
     pub environ: BTreeSet<String>,
     /// Whether the command line is read. It may hold secrets: nothing prints it.
     pub cmdline: bool,
     /// Whether the working directory is read.
     pub cwd: bool,
-    /// Which control group counts.
+    /// The hierarchy whose control group is stored.
     pub hierarchy: CgroupHierarchy,
-    /// An entry that nobody asked for so long may go when room is needed.
+    /// An entry that was not used for this time may be dropped when room is needed.
     pub idle: Duration,
 }
 
@@ -53,12 +53,12 @@ impl Default for MetadataOptions {
     }
 }
 
-/// What is known of one process. All of it was read while the process had this key.
+/// Metadata of one process. All of it was read while the process had this key.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Metadata {
-    /// Who. The start time is part of it.
+    /// The process, with its start time.
     pub key: ProcessKey,
-    /// When it was read.
+    /// When the metadata was read.
     pub loaded: SystemTime,
     /// Command name of the thread group leader.
     pub comm: String,
@@ -66,25 +66,25 @@ pub struct Metadata {
     pub exe: String,
     /// Effective user.
     pub uid: u32,
-    /// It has no memory of its own.
+    /// Whether it is a kernel thread.
     pub kernel_thread: bool,
     /// Path of its control group below the hierarchy's root.
     pub cgroup: String,
-    /// 64 hex digits; empty where it is in no container.
+    /// 64 hex digits; empty for a process outside of containers.
     pub container_id: String,
-    /// Inode number of its mount namespace; none where it could not be read.
+    /// Inode number of its mount namespace; `None` if it could not be read.
     pub mount_namespace: Option<u64>,
-    /// Arguments; empty unless asked for. May hold secrets: `Debug` does not show it.
+    /// Arguments, if [`MetadataOptions::cmdline`] is set. They may hold secrets: `Debug` does not show them.
     pub cmdline: Vec<String>,
-    /// Working directory; empty unless asked for.
+    /// Working directory, if [`MetadataOptions::cwd`] is set.
     pub cwd: String,
-    /// Of the environment what the allow-list names. May hold secrets: `Debug` does not show it.
+    /// The variables of [`MetadataOptions::environ`]. They may hold secrets: `Debug` does not show them.
     pub environ: BTreeMap<String, String>,
 }
 
 impl fmt::Debug for Metadata {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Whoever adds a field decides here whether it may be shown.
+        // A new field does not compile until its author decides here whether it may be shown.
         let Self {
             key,
             loaded,
@@ -117,7 +117,7 @@ impl fmt::Debug for Metadata {
 }
 
 impl Metadata {
-    /// What a control group's path tells.
+    /// Returns the names in its control group's path.
     pub fn names(&self) -> CgroupNames {
         CgroupNames::of(&self.cgroup)
     }
@@ -135,46 +135,45 @@ impl Metadata {
 /// Why there is no metadata.
 #[derive(Debug, thiserror::Error)]
 pub enum MetadataError {
-    /// The process cannot be read, or is not the one that was asked for.
+    /// The process cannot be read, or another one has its PID.
     #[error(transparent)]
     Proc(#[from] ProcError),
-    /// All places are taken by processes that live and are asked for.
+    /// The cache is full of processes that are alive and in use.
     #[error(
         "no room for the metadata of {key}: {entries} processes, {bytes} bytes; raise MetadataOptions::entries or bytes"
     )]
     Saturated {
-        /// Who was asked for.
+        /// The process that was not stored.
         key: ProcessKey,
-        /// Processes that are kept.
+        /// Stored processes.
         entries: usize,
-        /// Their memory.
+        /// Bytes of their metadata.
         bytes: usize,
     },
 }
 
-/// What a cache has done.
+/// Counts of a [`ProcessMetadataCache`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MetadataStats {
-    /// Asked for and there.
+    /// Look-ups that found an entry.
     pub hits: u64,
-    /// Read from `/proc`.
+    /// Processes that were read from `/proc`.
     pub loads: u64,
-    /// Could not be read, or were another process by now.
+    /// Processes that could not be read, or whose PID another process had.
     pub failed: u64,
-    /// Thrown out for others: dead, or not asked for in a long time.
+    /// Entries that were dropped for others: exited, or idle.
     pub pruned: u64,
-    /// Not kept because there was no room.
+    /// Processes that were not stored because the cache was full.
     pub saturated: u64,
-    /// Memory of what is kept.
+    /// Bytes of all entries.
     pub bytes: usize,
 }
 
 /// The metadata of processes, by process key.
 ///
-/// Nothing is read before it is asked for, and nothing is given out for a process that has meanwhile handed its number
-/// to another: each answer is checked against the start time in `/proc`, but for [`get_unchecked`], which is for the
-/// last samples of the dead. A process that has ended is [`remove`]d; its entry stays for those samples until
-/// [`next_window`] has been called twice.
+/// A process is read at its first look-up. Each look-up checks the start time in `/proc`, so that no answer is about another
+/// process that has the PID by now. Only [`get_unchecked`] does not check: it is for the last samples of exited processes. The
+/// caller [`remove`]s an exited process; its entry stays for those samples until [`next_window`] was called twice.
 ///
 /// ```
 /// use gannet_agent::{
@@ -192,22 +191,22 @@ pub struct MetadataStats {
 /// assert_eq!(this.exe, std::fs::read_link("/proc/self/exe")?.to_str().unwrap());
 /// assert_eq!(this.cmdline.len(), std::env::args().count());
 ///
-/// // Somebody else who had that number before is not this process.
+/// // An earlier process with the same PID is another process.
 /// let earlier = ProcessKey { start_boottime_ns: key.start_boottime_ns / 2, ..key };
 /// assert!(cache.get_or_load(earlier).is_err());
 /// assert!(cache.get(earlier).is_none());
 ///
-/// // Only what the list allows is there, and nothing prints its values.
+/// // Only the listed variables are stored, and nothing prints their values.
 /// assert!(cache.environ_var(key, "PATH").is_none());
 /// assert!(format!("{this:?}").contains("<0 variables>") || !this.environ.is_empty());
 ///
-/// // It replaced its image: what is asked for next is read again.
+/// // After an exec the process is read again.
 /// cache.invalidate(key);
 /// assert!(cache.get(key).is_none());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// A bare process number is no identity, so none is taken:
+/// A bare PID is no identity, so the cache does not accept one:
 ///
 /// ```compile_fail
 /// use gannet_agent::process::{MetadataOptions, ProcessMetadataCache};
@@ -231,7 +230,7 @@ pub struct ProcessMetadataCache {
 struct Entry {
     metadata: Arc<Metadata>,
     used: Instant,
-    /// It has ended, in this window.
+    /// The window in which it exited.
     removed: Option<u64>,
 }
 
@@ -247,12 +246,12 @@ impl fmt::Debug for ProcessMetadataCache {
 }
 
 impl ProcessMetadataCache {
-    /// Empty. Reads `/proc`.
+    /// Builds an empty cache that reads `/proc`.
     pub fn new(options: MetadataOptions) -> Self {
         Self::reading(options, Arc::new(RealProc::default()))
     }
 
-    /// Empty. Reads what stands for `/proc`.
+    /// Builds an empty cache that reads processes from `proc`.
     pub fn reading(options: MetadataOptions, proc: Arc<dyn ProcFs>) -> Self {
         Self {
             options,
@@ -264,7 +263,7 @@ impl ProcessMetadataCache {
         }
     }
 
-    /// What is known of a process, read now if it was not asked for before.
+    /// Returns the metadata of a process; reads it at the first look-up.
     pub fn get_or_load(&mut self, key: ProcessKey) -> Result<Arc<Metadata>, MetadataError> {
         if self.entries.contains_key(&key) {
             self.check(key)?;
@@ -289,32 +288,32 @@ impl ProcessMetadataCache {
         Ok(metadata)
     }
 
-    /// What is known of a process that is still this one; nothing is read but its start time.
+    /// Returns the stored metadata of a process that still has its PID. Reads only its start time.
     pub fn get(&mut self, key: ProcessKey) -> Option<Arc<Metadata>> {
         self.entries.get(&key)?;
         self.check(key).ok()?;
         self.use_entry(key)
     }
 
-    /// What is known of a process, whoever has its number now: for the last samples of one that has ended.
+    /// Returns the stored metadata of a process, also after it exited: for its last samples.
     pub fn get_unchecked(&self, key: ProcessKey) -> Option<Arc<Metadata>> {
         self.entries.get(&key).map(|entry| Arc::clone(&entry.metadata))
     }
 
-    /// The value of an allow-listed environment variable of a process that is still this one.
+    /// Returns an environment variable of [`MetadataOptions::environ`] of a process that still has its PID.
     pub fn environ_var(&mut self, key: ProcessKey, name: &str) -> Option<String> {
         self.get(key)?.environ.get(name).cloned()
     }
 
-    /// It replaced its image: what is known is not true any more.
+    /// Drops the metadata of a process that has called `execve`.
     pub fn invalidate(&mut self, key: ProcessKey) {
         if let Some(entry) = self.entries.remove(&key) {
             self.stats.bytes -= entry.metadata.bytes();
         }
     }
 
-    /// It ended. Kept for [`get_unchecked`](Self::get_unchecked) until a whole window has passed. An entry of another
-    /// process that has the number by now has another key, and is not touched.
+    /// Marks a process as exited. Its entry stays for [`get_unchecked`](Self::get_unchecked) until a whole window has passed.
+    /// A later process with the same PID has another key and keeps its entry.
     pub fn remove(&mut self, key: ProcessKey) {
         let window = self.window;
         if let Some(entry) = self.entries.get_mut(&key) {
@@ -322,7 +321,7 @@ impl ProcessMetadataCache {
         }
     }
 
-    /// A window is over: those that were removed before it began go.
+    /// Ends a window: drops processes that exited before it began.
     pub fn next_window(&mut self) {
         self.window += 1;
         let window = self.window;
@@ -337,17 +336,17 @@ impl ProcessMetadataCache {
         self.stats.bytes -= freed;
     }
 
-    /// Processes that are kept, the removed ones that still stay included.
+    /// Returns the number of entries, exited processes included.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Nobody is kept.
+    /// Reports whether there is no entry.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// What has been done.
+    /// Returns the counts of the cache.
     pub fn stats(&self) -> MetadataStats {
         self.stats
     }
@@ -359,7 +358,7 @@ impl ProcessMetadataCache {
         Some(Arc::clone(&entry.metadata))
     }
 
-    /// Whether the process of this key still is: one that is not is taken for ended.
+    /// Checks that the process still has its PID; else marks it as exited.
     fn check(&mut self, key: ProcessKey) -> Result<(), ProcError> {
         let result = proc::check_in(&*self.proc, key).map(drop);
         if matches!(result, Err(ProcError::Gone(_) | ProcError::Recycled { .. })) {
@@ -392,25 +391,25 @@ impl ProcessMetadataCache {
             environ: BTreeMap::new(),
         };
         if user_text && options.cmdline {
-            let bytes = proc::bytes(proc, key, "cmdline", TEXT_BYTES)?;
+            let bytes = proc::bytes(proc, key, "cmdline", MAX_TEXT_BYTES)?;
             metadata.cmdline = parts(&bytes).map(|part| String::from_utf8_lossy(part).into_owned()).collect();
         }
         if user_text && options.cwd {
             metadata.cwd = proc::link(proc, key, "cwd")?;
         }
         if user_text && !options.environ.is_empty() {
-            let mut bytes = proc::bytes(proc, key, "environ", TEXT_BYTES)?;
+            let mut bytes = proc::bytes(proc, key, "environ", MAX_TEXT_BYTES)?;
             metadata.environ = allowed(&bytes, &options.environ);
-            // What is not allowed shall not stay in freed memory.
+            // Other variables may be secrets: none stays in freed memory.
             bytes.fill(0);
             std::hint::black_box(&bytes);
         }
-        // What was read is only true if it was one process all the time.
+        // The texts are only true if it was one process all the time.
         proc::check_in(proc, key)?;
         Ok(metadata)
     }
 
-    /// Throws out the dead and who was not asked for in a long time, then the dead that others may still ask for.
+    /// Makes room for an entry: drops processes marked as exited, then idle ones and those found to have exited.
     fn make_room(&mut self, key: ProcessKey, bytes: usize) -> Result<(), MetadataError> {
         let fits = |cache: &Self| {
             cache.entries.len() < cache.options.entries && cache.stats.bytes + bytes <= cache.options.bytes
@@ -420,9 +419,9 @@ impl ProcessMetadataCache {
         }
         let mut candidates: Vec<(Option<u64>, Instant, ProcessKey)> =
             self.entries.iter().map(|(key, entry)| (entry.removed, entry.used, *key)).collect();
-        // Whoever was removed first goes first, then whoever was not asked for the longest.
+        // The first exited process goes first, then the least recently used one.
         candidates.sort_unstable_by_key(|(removed, used, _)| (removed.unwrap_or(u64::MAX), *used));
-        for (removed, used, candidate) in candidates.into_iter().take(PRUNE_LOOKS) {
+        for (removed, used, candidate) in candidates.into_iter().take(MAX_PRUNE_CHECKS) {
             if fits(self) {
                 break;
             }
@@ -445,18 +444,18 @@ impl ProcessMetadataCache {
         let error = MetadataError::Saturated { key, entries, bytes };
         if !self.is_saturated {
             self.is_saturated = true;
-            tracing::warn!("{error}; said once until there is room again");
+            tracing::warn!("{error}; logged once until there is room again");
         }
         Err(error)
     }
 }
 
-/// `mnt:[4026531840]`
+/// Parses the target of a namespace link such as `mnt:[4026531840]`.
 fn namespace(link: &str) -> Option<u64> {
     link.split_once('[')?.1.strip_suffix(']')?.parse().ok()
 }
 
-/// What NULs separate.
+/// Splits bytes at NULs.
 fn parts(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     let bytes = bytes.strip_suffix(b"\0").unwrap_or(bytes);
     let none = bytes.is_empty();

@@ -1,14 +1,20 @@
-//! Who is who: the identity of processes and what is mapped into them.
+//! Processes: the table of sampled ones with their images, and what `/proc` shows of them.
 
+mod entry;
 mod files;
+mod images;
 mod metadata;
 mod proc;
 mod survey;
 mod table;
 
+pub use self::{
+    entry::{Process, ProcessState},
+    files::{FileMapping, FileTable, FileTableStats},
+    images::ImageChanges,
+    metadata::{Metadata, MetadataError, MetadataOptions, MetadataStats, ProcessMetadataCache},
+    proc::{ProcError, ProcFs, RealProc, check as check_identity},
+    survey::{SurveyedProcess, cpu_usage, survey},
+    table::{ProcessStats, ProcessTable, ProcessTableFull},
+};
 pub(crate) use files::open_in_root;
-pub use files::{FileMapping, FileTable, FileTableStats};
-pub use metadata::{Metadata, MetadataError, MetadataOptions, MetadataStats, ProcessMetadataCache};
-pub use proc::{ProcError, ProcFs, RealProc, check as check_identity};
-pub use survey::{Seen, cpus, see, survey};
-pub use table::{Changes, Process, Processes, Saturated, State, Stats};

@@ -1,4 +1,4 @@
-//! Reading `/proc`: text that the kernel writes, with names in it that anybody may have chosen.
+//! Reading `/proc`: text that the kernel writes, with names in it that any user may have chosen.
 
 use std::{
     fs::{self, File},
@@ -9,71 +9,71 @@ use std::{
 
 use crate::model::{self, NewMapping, ProcessKey};
 
-/// A process with so much text in its maps is not read further: a bound, not a limit that real programs reach (about
-/// half a million lines).
-const MAPS_BYTES: u64 = 64 << 20;
+/// Bytes that are read of one file of a process. It is a bound, not a limit that real programs reach: maps of this size have
+/// about half a million lines.
+const MAX_FILE_BYTES: u64 = 64 << 20;
 
 /// Why a process could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcError {
-    /// It is gone.
-    #[error("process {0} is gone")]
+    /// It has exited.
+    #[error("process {0} has exited")]
     Gone(u32),
-    /// Its number belongs to another process now.
-    #[error("process number {tgid} belongs to another process now: it started at tick {found}, not {wanted}")]
+    /// Another process has reused its PID.
+    #[error("PID {tgid} belongs to another process now: it started at tick {found}, not {wanted}")]
     Recycled {
-        /// The number.
+        /// The PID.
         tgid: u32,
-        /// When the process that was asked for started.
+        /// Start tick of the wanted process.
         wanted: u64,
-        /// When the one that is there did.
+        /// Start tick of the process that has the PID now.
         found: u64,
     },
-    /// The kernel refused, or what it wrote cannot be understood.
+    /// The kernel refused, or the text of the file is invalid.
     #[error("cannot read /proc/{tgid}/{file}: {source}; CAP_SYS_PTRACE is needed for other users' processes")]
     Read {
-        /// Whose.
+        /// The process.
         tgid: u32,
-        /// Which.
+        /// The file.
         file: &'static str,
-        /// Why.
+        /// The error of the system.
         #[source]
         source: io::Error,
     },
 }
 
-/// What `/proc/PID/stat` tells.
+/// Fields of `/proc/PID/stat`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stat {
-    /// Clock ticks of the boot clock.
+    /// Start time in clock ticks of the boot clock.
     pub start_ticks: u64,
-    /// It has no memory of its own.
+    /// Whether it is a kernel thread.
     pub kernel_thread: bool,
-    /// Its last thread has ended; it waits for its parent to hear of it.
+    /// Whether its last thread has ended: it is a zombie, or being removed.
     pub is_over: bool,
 }
 
-/// Where processes are read from: `/proc`, or in tests what stands for it. A key names whom the caller means; that it is
-/// them is for the caller to check.
+/// The source of facts about processes: `/proc`, or a fake in tests. It uses the PID of a key only; callers check by the start
+/// time that the process is still the one of the key.
 pub trait ProcFs: Send + Sync {
-    /// What `/proc/PID/FILE` holds, up to a bound.
-    fn read(&self, key: ProcessKey, file: &'static str, most: u64) -> io::Result<Vec<u8>>;
-    /// Where the link `/proc/PID/FILE` leads.
+    /// Reads at most `max` bytes of `/proc/PID/FILE`.
+    fn read(&self, key: ProcessKey, file: &'static str, max: u64) -> io::Result<Vec<u8>>;
+    /// Returns the target of the link `/proc/PID/FILE`.
     fn link(&self, key: ProcessKey, file: &'static str) -> io::Result<PathBuf>;
-    /// Whom `/proc/PID` belongs to.
+    /// Returns the user id of `/proc/PID`.
     fn owner(&self, key: ProcessKey) -> io::Result<u32>;
-    /// The boot clock as BPF programs read it, in nanoseconds.
+    /// Returns the boot clock of BPF programs, in nanoseconds.
     fn now_ns(&self) -> u64;
 }
 
-/// The real one.
+/// The `/proc` of the kernel.
 #[derive(Clone, Debug)]
 pub struct RealProc {
     root: PathBuf,
 }
 
 impl RealProc {
-    /// Mounted elsewhere than at `/proc`.
+    /// Reads a `/proc` that is mounted at this directory.
     pub fn at(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
@@ -92,9 +92,9 @@ impl Default for RealProc {
 }
 
 impl ProcFs for RealProc {
-    fn read(&self, key: ProcessKey, file: &'static str, most: u64) -> io::Result<Vec<u8>> {
+    fn read(&self, key: ProcessKey, file: &'static str, max: u64) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        File::open(self.path(key, file))?.take(most).read_to_end(&mut bytes)?;
+        File::open(self.path(key, file))?.take(max).read_to_end(&mut bytes)?;
         Ok(bytes)
     }
 
@@ -111,30 +111,30 @@ impl ProcFs for RealProc {
     }
 }
 
-/// Reads one file of a process, up to a bound.
+/// Reads at most `max` bytes of one file of a process.
 pub(super) fn bytes(
     proc: &dyn ProcFs,
     key: ProcessKey,
     file: &'static str,
-    most: u64,
+    max: u64,
 ) -> Result<Vec<u8>, ProcError> {
-    proc.read(key, file, most).map_err(|source| explain(key.tgid, file, source))
+    proc.read(key, file, max).map_err(|source| explain(key.tgid, file, source))
 }
 
-/// Reads one file of a process, whole, up to a bound.
+/// Reads one file of a process as text, up to a bound.
 pub(super) fn text(proc: &dyn ProcFs, key: ProcessKey, file: &'static str) -> Result<String, ProcError> {
-    let bytes = bytes(proc, key, file, MAPS_BYTES)?;
+    let bytes = bytes(proc, key, file, MAX_FILE_BYTES)?;
     Ok(String::from_utf8(bytes)
         .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
 }
 
-/// Where a link of a process leads.
+/// Returns the target of a link of a process.
 pub(super) fn link(proc: &dyn ProcFs, key: ProcessKey, file: &'static str) -> Result<String, ProcError> {
     let path = proc.link(key, file).map_err(|source| explain(key.tgid, file, source))?;
     Ok(path.to_string_lossy().into_owned())
 }
 
-/// Whom a process belongs to.
+/// Returns the effective user id of a process.
 pub(super) fn owner(proc: &dyn ProcFs, key: ProcessKey) -> Result<u32, ProcError> {
     proc.owner(key).map_err(|source| explain(key.tgid, "", source))
 }
@@ -146,12 +146,12 @@ fn explain(tgid: u32, file: &'static str, source: io::Error) -> ProcError {
     }
 }
 
-/// Fails unless the process of this number is still the one of this key.
+/// Checks that the process with this PID is still the one of this key, by its start time.
 pub fn check(key: ProcessKey) -> Result<Stat, ProcError> {
     check_in(&RealProc::default(), key)
 }
 
-/// The same by what stands for `/proc`.
+/// Does the same as [`check`] in the given `/proc`.
 pub(super) fn check_in(proc: &dyn ProcFs, key: ProcessKey) -> Result<Stat, ProcError> {
     let stat = stat_in(proc, key)?;
     let wanted = model::ticks_of(key.start_boottime_ns);
@@ -168,8 +168,8 @@ fn stat_in(proc: &dyn ProcFs, key: ProcessKey) -> Result<Stat, ProcError> {
 }
 
 impl ProcessKey {
-    /// The key of whoever has this number now, as exact as `/proc` tells it: to a clock tick. It is equal to the kernel's
-    /// own by [`check`] only.
+    /// Returns the key of the process that has this PID now. `/proc` shows the start time in clock ticks, so the key differs
+    /// from the kernel's own; [`check_identity`](super::check_identity) takes both for the same process.
     pub fn of_running(tgid: u32) -> Result<Self, ProcError> {
         let any = Self { tgid, start_boottime_ns: 0 };
         let ticks = stat_in(&RealProc::default(), any)?.start_ticks;
@@ -177,18 +177,19 @@ impl ProcessKey {
     }
 }
 
-/// The name may hold anything, parentheses and spaces included: what counts stands behind the last one.
+/// Parses the text of `/proc/PID/stat`. The name may hold anything, parentheses and spaces included: the fields stand behind
+/// the last parenthesis.
 fn parse_stat(text: &str) -> Option<Stat> {
     const PF_KTHREAD: u64 = 0x0020_0000;
     let fields: Vec<&str> = text[text.rfind(')')? + 1..].split_ascii_whitespace().collect();
-    // Numbered from 1 in proc(5); the state is 3.
+    // proc(5) numbers the fields from 1; the state is 3.
     let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
-    // The leader of others that go on is shown as a zombie too.
+    // A leader that has ended before other threads is shown as a zombie too.
     let is_over = matches!(fields.first(), Some(&("Z" | "X"))) && field(20)? <= 1;
     Some(Stat { start_ticks: field(22)?, kernel_thread: field(9)? & PF_KTHREAD != 0, is_over })
 }
 
-/// The executable lines of `/proc/PID/maps`. A line that cannot be understood is left out: the others count.
+/// Parses the executable lines of `/proc/PID/maps`. An invalid line hides no other.
 pub(super) fn parse_maps(text: &str) -> Vec<NewMapping> {
     text.lines().filter_map(parse_maps_line).collect()
 }
@@ -253,8 +254,9 @@ nonsense
     }
 
     proptest! {
+        /// Checks that no text makes the parsers panic (R55).
         #[test]
-        fn r55_arbitrary_text_is_read_without_panic(text in "(?s).{0,400}") {
+        fn any_text_of_proc_is_read_without_panic(text in "(?s).{0,400}") {
             let _ = (parse_stat(&text), parse_maps(&text));
         }
     }

@@ -1,4 +1,4 @@
-//! A look at everything that runs, whether a rule names it or not: for questions about rules. Nothing of it is kept.
+//! A survey of all running processes, sampled or not, for requests about rules. Nothing of it is stored.
 
 use std::{
     collections::HashMap,
@@ -10,15 +10,17 @@ use std::{
 
 use crate::cgroup::{CgroupHierarchy, CgroupNames, parse_path};
 
-/// More processes than that are not looked at.
-const MOST: usize = 65_536;
+/// Processes in one survey; the others are left out.
+const MAX_PROCESSES: usize = 65_536;
+/// Bytes that are read of one file of a process.
+const MAX_FILE_BYTES: u64 = 64 << 10;
 
-/// A process as it was a moment ago.
+/// A process as a survey saw it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
+pub struct SurveyedProcess {
     /// Thread group id.
     pub pid: u32,
-    /// When it started, in ticks: tells it from another one that has its number later.
+    /// Its start time in clock ticks. It tells the process from a later one with the same PID.
     pub start_ticks: u64,
     /// Command name.
     pub comm: String,
@@ -26,7 +28,7 @@ pub struct Seen {
     pub exe: String,
     /// Path of its control group.
     pub cgroup: String,
-    /// What that path tells.
+    /// The names in that path.
     pub names: CgroupNames,
     /// Effective user id.
     pub uid: Option<u32>,
@@ -34,25 +36,25 @@ pub struct Seen {
     pub cpu: Duration,
 }
 
-/// Everything that runs. Blocking.
-pub fn survey(hierarchy: CgroupHierarchy) -> Vec<Seen> {
+/// Returns all running processes. Blocking.
+pub fn survey(hierarchy: CgroupHierarchy) -> Vec<SurveyedProcess> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .take(MOST)
-        .filter_map(|pid| see(pid, hierarchy))
+        .take(MAX_PROCESSES)
+        .filter_map(|pid| survey_process(pid, hierarchy))
         .collect()
 }
 
-/// One process; none if it is gone.
-pub fn see(pid: u32, hierarchy: CgroupHierarchy) -> Option<Seen> {
+/// Reads one process; `None` if it has exited.
+fn survey_process(pid: u32, hierarchy: CgroupHierarchy) -> Option<SurveyedProcess> {
     let (start_ticks, cpu) = times(&read(pid, "stat")?)?;
     let cgroup =
         parse_path(&read(pid, "cgroup").unwrap_or_default(), hierarchy.controller()).unwrap_or_default();
-    // A kernel thread has none.
+    // A kernel thread has no executable.
     let exe = fs::read_link(format!("/proc/{pid}/exe"))
         .map_or_else(|_| String::new(), |path| path.to_string_lossy().into_owned());
-    Some(Seen {
+    Some(SurveyedProcess {
         pid,
         start_ticks,
         comm: read(pid, "comm")?.trim_end_matches('\n').to_owned(),
@@ -64,22 +66,25 @@ pub fn see(pid: u32, hierarchy: CgroupHierarchy) -> Option<Seen> {
     })
 }
 
-/// One file of a process, up to a bound.
+/// Reads one file of a process, up to a bound.
 fn read(pid: u32, file: &str) -> Option<String> {
-    const MOST: u64 = 64 << 10;
     let mut bytes = Vec::new();
-    File::open(format!("/proc/{pid}/{file}")).ok()?.take(MOST).read_to_end(&mut bytes).ok()?;
+    File::open(format!("/proc/{pid}/{file}")).ok()?.take(MAX_FILE_BYTES).read_to_end(&mut bytes).ok()?;
     Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// How many CPUs each process used on average between two surveys, by pid.
-pub fn cpus(before: &[Seen], after: &[Seen], between: Duration) -> HashMap<u32, f64> {
+/// Returns by PID how many CPUs each process used on average between two surveys.
+pub fn cpu_usage(
+    before: &[SurveyedProcess],
+    after: &[SurveyedProcess],
+    between: Duration,
+) -> HashMap<u32, f64> {
     let known: HashMap<(u32, u64), Duration> =
         before.iter().map(|seen| ((seen.pid, seen.start_ticks), seen.cpu)).collect();
     after
         .iter()
         .map(|seen| {
-            // What has started meanwhile has used all of its time meanwhile.
+            // A process that started meanwhile has used all of its CPU time meanwhile.
             let former = known.get(&(seen.pid, seen.start_ticks)).copied().unwrap_or_default();
             let used = seen.cpu.saturating_sub(former);
             (seen.pid, used.as_secs_f64() / between.as_secs_f64().max(0.001))
@@ -87,13 +92,12 @@ pub fn cpus(before: &[Seen], after: &[Seen], between: Duration) -> HashMap<u32, 
         .collect()
 }
 
-/// When it started and how much CPU time it has used, from `/proc/PID/stat`.
+/// Reads start time in ticks and used CPU time from the text of `/proc/PID/stat`.
 fn times(text: &str) -> Option<(u64, Duration)> {
     static TICK: LazyLock<Duration> = LazyLock::new(|| {
         Duration::from_secs(1) / u32::try_from(rustix::param::clock_ticks_per_second()).unwrap_or(100).max(1)
     });
-    // The name may hold anything; what counts stands behind the last parenthesis. Fields are numbered from 1 in proc(5),
-    // and the state is 3.
+    // The name may hold anything; the fields stand behind the last parenthesis. proc(5) numbers them from 1, and the state is 3.
     let fields: Vec<&str> = text[text.rfind(')')? + 1..].split_ascii_whitespace().collect();
     let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
     let ticks = field(14)?.checked_add(field(15)?)?;
@@ -105,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_very_process_is_seen_with_its_cpu_time() {
+    fn this_process_is_surveyed_with_its_cpu_time() {
         let hierarchy = CgroupHierarchy::detect();
         let before = survey(hierarchy);
         let me = std::process::id();
@@ -116,8 +120,8 @@ mod tests {
         while std::time::Instant::now() < until {
             std::hint::black_box(0_u64);
         }
-        let after = vec![see(me, hierarchy).unwrap()];
-        let used = cpus(&before, &after, Duration::from_millis(300))[&me];
+        let after = vec![survey_process(me, hierarchy).unwrap()];
+        let used = cpu_usage(&before, &after, Duration::from_millis(300))[&me];
         assert!(used > 0.0, "{used}");
     }
 

@@ -1,4 +1,4 @@
-//! Samples added up by window: from single events to what one profile holds.
+//! Adding up samples: from single events to the profiles of a window.
 
 mod raw;
 mod recorder;
@@ -6,4 +6,4 @@ mod window;
 
 pub use raw::{RawProcess, RawProfile, RawStack};
 pub use recorder::{Recorder, RecorderStats};
-pub use window::{ContainerRef, Flushed, RuleTag, SeriesProfile, WindowSamples, slots};
+pub use window::{ContainerRef, FlushedWindow, RuleTag, SeriesProfile, WindowSamples, slots};

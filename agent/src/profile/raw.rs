@@ -1,4 +1,4 @@
-//! One profile before its frames have names.
+//! Profiles before symbolization.
 
 use std::{
     sync::Arc,
@@ -7,7 +7,7 @@ use std::{
 
 use crate::model::{Image, ProcessKey, SampleKind, StackEnd};
 
-/// What one profile holds, before its frames have names: one window, one rule, one kind, one series.
+/// One profile before symbolization: the samples of one window, rule, kind and series.
 #[derive(Debug)]
 pub struct RawProfile {
     /// What its samples measure.
@@ -16,7 +16,7 @@ pub struct RawProfile {
     pub period_ns: u64,
     /// When the window began, by the wall clock.
     pub start: SystemTime,
-    /// How long it was.
+    /// The length of the window.
     pub duration: Duration,
     /// The processes of the series.
     pub processes: Vec<RawProcess>,
@@ -24,24 +24,24 @@ pub struct RawProfile {
     pub comments: Vec<String>,
 }
 
-/// The stacks of one process in one exec generation.
+/// The stacks of one image of one process.
 #[derive(Debug)]
 pub struct RawProcess {
-    /// Who.
+    /// The process.
     pub key: ProcessKey,
     /// The command name of the thread group leader.
     pub comm: String,
-    /// 64 hex digits; empty for a process that is in no container.
+    /// 64 hex digits; empty for a process outside of containers.
     pub container_id: String,
     /// Empty while unknown.
     pub pod_uid: String,
-    /// What was mapped when the samples were taken.
+    /// The mappings at the time of the samples.
     pub image: Arc<Image>,
-    /// Each different stack once.
+    /// Its distinct stacks.
     pub stacks: Vec<RawStack>,
 }
 
-/// One stack, with how often it was seen.
+/// One stack, and the number of its samples.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RawStack {
     /// The thread.
@@ -50,11 +50,11 @@ pub struct RawStack {
     pub thread: String,
     /// Kernel addresses, leaf first.
     pub kernel: Vec<u64>,
-    /// User addresses, leaf first. The first is where the thread was, the others are return addresses.
+    /// User addresses, leaf first. The first is the program counter, the others are return addresses.
     pub user: Vec<u64>,
-    /// How the walk over the user stack ended.
+    /// How unwinding the user stack ended.
     pub end: StackEnd,
-    /// Of an off-CPU stack: the low bits of the state that the thread slept in.
+    /// Of an off-CPU stack: the low bits of the state in which the thread slept.
     pub state: u8,
     /// Samples.
     pub count: u64,

@@ -1,74 +1,75 @@
-//! The flight recorder: the last seconds of what watched processes did, in bounded memory. A capture that starts takes
-//! its lead-up from here; what nobody takes is forgotten.
+//! The flight recorder: the samples of the last seconds, in bounded memory. A capture takes the samples of its pre-trigger
+//! window from here; others are dropped when they are old.
 
 use std::{collections::VecDeque, mem::size_of, time::Duration};
 
 use crate::model::Sample;
 
-/// Samples by time.
+/// The flight recorder.
 #[derive(Debug)]
 pub struct Recorder {
+    /// In the order in which they came.
     samples: VecDeque<Sample>,
     bytes: usize,
-    most_bytes: usize,
-    keep: Duration,
+    max_bytes: usize,
+    max_age: Duration,
     stats: RecorderStats,
 }
 
-/// What the recorder has done.
+/// Counts of a [`Recorder`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RecorderStats {
     /// Samples recorded.
     pub recorded: u64,
-    /// Forgotten before their time, for want of memory.
-    pub crowded_out: u64,
-    /// Taken as lead-up.
+    /// Samples dropped early for lack of memory.
+    pub evicted: u64,
+    /// Samples that captures took.
     pub taken: u64,
-    /// Held now.
+    /// Samples that it holds now.
     pub held: u64,
-    /// Bytes held now.
+    /// Bytes that it holds now.
     pub bytes: u64,
 }
 
 impl Recorder {
-    /// Holds at most so many bytes.
-    pub fn new(most_bytes: usize) -> Self {
+    /// Builds a recorder that holds at most `max_bytes` bytes. It drops every sample at once until
+    /// [`set_max_age`](Self::set_max_age) is called.
+    pub(crate) fn new(max_bytes: usize) -> Self {
         let samples = VecDeque::new();
-        Self { samples, bytes: 0, most_bytes, keep: Duration::ZERO, stats: RecorderStats::default() }
+        Self { samples, bytes: 0, max_bytes, max_age: Duration::ZERO, stats: RecorderStats::default() }
     }
 
-    /// Holds samples for so long from now on.
-    pub fn keep_for(&mut self, keep: Duration) {
-        self.keep = keep;
+    /// Sets the age at which samples are dropped.
+    pub(crate) fn set_max_age(&mut self, max_age: Duration) {
+        self.max_age = max_age;
     }
 
-    /// Holds at most so many bytes from now on.
-    pub fn set_most_bytes(&mut self, most_bytes: usize) {
-        self.most_bytes = most_bytes;
+    /// Sets the memory bound, and drops the oldest samples beyond it.
+    pub(crate) fn set_max_bytes(&mut self, max_bytes: usize) {
+        self.max_bytes = max_bytes;
         self.shrink();
     }
 
-    /// Records one. Samples come in the kernel's order, those that waited for tables a little later.
-    pub fn add(&mut self, sample: Sample) {
+    /// Records a sample. Samples come in the kernel's order; those that waited for unwind tables come a little later.
+    pub(crate) fn add(&mut self, sample: Sample) {
         let now = sample.subject.ktime_ns;
         self.bytes += size_of_sample(&sample);
         self.samples.push_back(sample);
         self.stats.recorded += 1;
         self.shrink();
-        self.forget(now);
+        self.drop_old(now);
     }
 
-    /// Drops what is too old at this moment of the boot clock.
-    pub fn forget(&mut self, now_ns: u64) {
-        let oldest = now_ns.saturating_sub(u64::try_from(self.keep.as_nanos()).unwrap_or(u64::MAX));
+    /// Drops samples that are too old at this boot time.
+    pub(crate) fn drop_old(&mut self, now_ns: u64) {
+        let oldest = now_ns.saturating_sub(u64::try_from(self.max_age.as_nanos()).unwrap_or(u64::MAX));
         while self.samples.front().is_some_and(|sample| sample.subject.ktime_ns < oldest) {
             self.pop();
         }
     }
 
-    /// The samples since a moment of the boot clock that are of this slot and of whom `of` says; they stay, for other
-    /// captures.
-    pub fn since(&mut self, since_ns: u64, slot: u32, of: impl Fn(&Sample) -> bool) -> Vec<Sample> {
+    /// Returns the samples since this boot time that are of this slot and that `of` selects. They stay, for other captures.
+    pub(crate) fn since(&mut self, since_ns: u64, slot: u32, of: impl Fn(&Sample) -> bool) -> Vec<Sample> {
         let wanted = |sample: &&Sample| {
             sample.subject.ktime_ns >= since_ns && sample.subject.rules >> slot & 1 == 1 && of(sample)
         };
@@ -77,21 +78,21 @@ impl Recorder {
         taken
     }
 
-    /// Forgets for which slots samples were taken: these are given to other rules.
-    pub fn forget_slots(&mut self, slots: u64) {
+    /// Takes these slots from all samples, before the slots are given to other rules.
+    pub(crate) fn clear_slots(&mut self, slots: u64) {
         for sample in &mut self.samples {
             sample.subject.rules &= !slots;
         }
     }
 
-    /// Counts.
-    pub fn stats(&self) -> RecorderStats {
+    /// Returns the counts so far.
+    pub(crate) fn stats(&self) -> RecorderStats {
         RecorderStats { held: self.samples.len() as u64, bytes: self.bytes as u64, ..self.stats }
     }
 
     fn shrink(&mut self) {
-        while self.bytes > self.most_bytes && self.pop() {
-            self.stats.crowded_out += 1;
+        while self.bytes > self.max_bytes && self.pop() {
+            self.stats.evicted += 1;
         }
     }
 
@@ -136,41 +137,43 @@ mod tests {
         }
     }
 
+    /// Checks the age bound (R19).
     #[test]
-    fn r19_the_last_seconds_are_there_and_no_more() {
+    fn it_holds_the_last_seconds_and_no_more() {
         let mut recorder = Recorder::new(1 << 20);
-        recorder.keep_for(Duration::from_secs(10));
+        recorder.set_max_age(Duration::from_secs(10));
         for second in 0..100 {
             recorder.add(sample(second, 1 + (second % 2) as u32, 1 << (second % 3)));
         }
         assert_eq!(recorder.stats().held, 11);
-        let lead_up = recorder.since(95 * 1_000_000_000, 0, |sample| sample.subject.key.tgid == 1);
-        let times: Vec<u64> = lead_up.iter().map(|sample| sample.subject.ktime_ns / 1_000_000_000).collect();
+        let taken = recorder.since(95 * 1_000_000_000, 0, |sample| sample.subject.key.tgid == 1);
+        let times: Vec<u64> = taken.iter().map(|sample| sample.subject.ktime_ns / 1_000_000_000).collect();
         assert_eq!(times, [96]);
-        recorder.forget(200 * 1_000_000_000);
-        assert_eq!((recorder.stats().held, recorder.stats().bytes, recorder.stats().crowded_out), (0, 0, 0));
+        recorder.drop_old(200 * 1_000_000_000);
+        assert_eq!((recorder.stats().held, recorder.stats().bytes, recorder.stats().evicted), (0, 0, 0));
     }
 
+    /// Checks the memory bound (R19).
     #[test]
-    fn r19_memory_is_bounded_and_what_it_costs_is_counted() {
+    fn memory_is_bounded_and_evictions_are_counted() {
         let one = size_of_sample(&sample(0, 1, 1));
         let mut recorder = Recorder::new(10 * one);
-        recorder.keep_for(Duration::from_secs(1000));
+        recorder.set_max_age(Duration::from_secs(1000));
         for second in 0..100 {
             recorder.add(sample(second, 1, 1));
             assert!(recorder.stats().bytes <= 10 * one as u64);
         }
-        assert_eq!((recorder.stats().held, recorder.stats().crowded_out), (10, 90));
-        recorder.set_most_bytes(0);
+        assert_eq!((recorder.stats().held, recorder.stats().evicted), (10, 90));
+        recorder.set_max_bytes(0);
         assert_eq!(recorder.stats().bytes, 0);
     }
 
     #[test]
-    fn a_lead_up_holds_nothing_of_the_rule_that_had_the_place_before() {
+    fn a_capture_takes_nothing_of_the_former_rule_of_its_slot() {
         let mut recorder = Recorder::new(1 << 20);
-        recorder.keep_for(Duration::from_secs(10));
+        recorder.set_max_age(Duration::from_secs(10));
         recorder.add(sample(1, 1, 0b11));
-        recorder.forget_slots(0b01);
+        recorder.clear_slots(0b01);
         recorder.add(sample(2, 1, 0b01));
         let of = |recorder: &mut Recorder, slot| -> Vec<u64> {
             recorder

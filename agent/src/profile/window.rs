@@ -1,5 +1,5 @@
-//! Adds samples up: one window at a time, by process image, so that what was sampled before an `execve` is named after
-//! the image that it was taken of.
+//! Adds up the samples of a window, by process image: samples from before an `execve` are symbolized by the image of that
+//! time.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,25 +15,27 @@ use crate::{
     process::Process,
 };
 
-/// A profile with more different stacks is cut into several: what the profile databases take at most.
-const STACKS_PER_PROFILE: usize = 16_000;
+/// Distinct stacks in one profile, by the limits of profile databases; a larger profile is cut into several.
+const MAX_STACKS: usize = 16_000;
 
 /// The series label of a host process's control group.
 const CGROUP: &str = "cgroup";
 
-/// The samples of the window that runs.
+/// The samples of the current window.
 #[derive(Default)]
 pub struct WindowSamples {
-    images: HashMap<ImageKey, HashMap<Stack, Tally>>,
-    /// Stacks of images as they were before other files took the place of some of theirs.
-    former: Vec<(ImageKey, Arc<Image>, HashMap<Stack, Tally>)>,
+    images: HashMap<ImageKey, Stacks>,
+    /// Stacks of images as they were before a mapping was replaced by another file.
+    former: Vec<(ImageKey, Arc<Image>, Stacks)>,
     stacks: usize,
     deliveries: u64,
-    /// By slot: when the lead-up of its capture began, and how long it was.
-    lead_ups: HashMap<u32, (SystemTime, Duration)>,
+    /// By slot: start and length of the pre-trigger window of its capture.
+    pre_triggers: HashMap<u32, (SystemTime, Duration)>,
 }
 
-/// What is one stack: everything but how often.
+type Stacks = HashMap<Stack, Tally>;
+
+/// A distinct stack: all of a sample but its count and value.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Stack {
     kind: SampleKind,
@@ -45,10 +47,10 @@ struct Stack {
     kernel: Box<[u64]>,
     user: Box<[u64]>,
     end: StackEnd,
-    /// Of an off-CPU sample: the low bits of the state that the thread slept in.
+    /// Of an off-CPU sample: the low bits of the state in which the thread slept.
     state: u8,
-    /// From the flight recorder: before its capture began.
-    lead_up: bool,
+    /// Whether it comes from the flight recorder, from before its capture began.
+    pre_trigger: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -57,56 +59,56 @@ struct Tally {
     value_ns: u64,
 }
 
-/// A profile of one series, and what it is filed under.
+/// A profile of one series.
 #[derive(Debug)]
 pub struct SeriesProfile {
-    /// The series.
+    /// The labels of the series.
     pub labels: Labels,
     /// The rule that asked for it.
     pub rule: RuleTag,
-    /// Samples in it.
+    /// The number of its samples.
     pub samples: u64,
-    /// The stacks.
+    /// The samples.
     pub raw: RawProfile,
-    /// The container that all its processes are of. What that is called is found out when the window is over.
+    /// The container of all its processes. Its pod is looked up after the window.
     pub container: Option<ContainerRef>,
 }
 
-/// A container, as the path of its control group tells.
+/// A container, by the path of its control group.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ContainerRef {
     /// 64 hex digits.
     pub id: String,
-    /// As control groups write it; empty for a container that is no pod's.
+    /// The pod's uid as in the path of the control group; empty for a container without a pod.
     pub pod_uid: String,
 }
 
-/// What a profile says of the rule that asked for it.
+/// The facts about a rule that its profiles carry.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct RuleTag {
-    /// The rule's name.
+    /// The rule's id.
     pub id: String,
-    /// Of the set that it came with; 0 for a rule of the node's own.
+    /// The revision of its rule set; 0 for a rule of the node's own.
     pub revision: u64,
-    /// Why it was captured, in a word: `always`, `pressure`.
+    /// The kind of trigger in one word: `always`, `pressure`.
     pub reason: String,
-    /// What was seen that started it; empty for a rule that samples all the time.
+    /// The observation that started the capture; empty for a rule that samples all the time.
     pub evidence: String,
     /// The number of the capture; 0 for a rule that samples all the time.
     pub capture: u64,
-    /// From the flight recorder: when what it shows began, and how long it was.
-    pub lead_up: Option<(SystemTime, Duration)>,
-    /// What the governor had lowered, in words.
+    /// Start and length of the pre-trigger window, if the samples are from it.
+    pub pre_trigger: Option<(SystemTime, Duration)>,
+    /// The limits that the governor had lowered, human-readable.
     pub governed: Option<String>,
-    /// What the rule adds to its profiles.
+    /// The labels that the rule adds.
     pub labels: Labels,
 }
 
-/// What makes a profile of its own.
+/// The key by which samples are put into different profiles.
 type Series = (RuleTag, Labels, Option<ContainerRef>, SampleKind, u64);
 
 impl RuleTag {
-    /// The reason with its evidence.
+    /// Returns the reason with its evidence.
     pub fn why(&self) -> String {
         if self.evidence.is_empty() {
             self.reason.clone()
@@ -116,86 +118,92 @@ impl RuleTag {
     }
 }
 
-/// What a flush gave.
+/// The profiles of a window.
 #[derive(Debug, Default)]
-pub struct Flushed {
+pub struct FlushedWindow {
     /// The profiles.
     pub profiles: Vec<SeriesProfile>,
-    /// Samples that are in them, once for each rule that asked.
+    /// Samples in them, once for each rule that asked.
     pub delivered: u64,
-    /// Samples whose rule is gone.
+    /// Samples of removed rules, which are in no profile.
     pub expired: u64,
 }
 
 impl WindowSamples {
     /// Adds a sample.
-    pub fn add(&mut self, sample: Sample) {
+    pub(crate) fn add(&mut self, sample: Sample) {
         self.add_to(sample, false);
     }
 
-    /// Adds what the flight recorder has of the time before a capture. It makes profiles of its own.
-    pub fn add_lead_up(&mut self, slot: u32, start: SystemTime, duration: Duration, samples: Vec<Sample>) {
-        self.lead_ups.insert(slot, (start, duration));
+    /// Adds the samples of a capture's pre-trigger window. They get profiles of their own.
+    pub(crate) fn add_pre_trigger(
+        &mut self,
+        slot: u32,
+        start: SystemTime,
+        duration: Duration,
+        samples: Vec<Sample>,
+    ) {
+        self.pre_triggers.insert(slot, (start, duration));
         for mut sample in samples {
             sample.subject.rules = 1 << slot;
             self.add_to(sample, true);
         }
     }
 
-    /// Adds a sample that was taken of an image in this former state.
-    pub fn add_former(&mut self, image: &Arc<Image>, sample: Sample) {
+    /// Adds a sample of an image as it was at an earlier time.
+    pub(crate) fn add_former(&mut self, image: &Arc<Image>, sample: Sample) {
         self.deliveries += u64::from(sample.subject.rules.count_ones());
         let key = ImageKey::of(&sample.subject);
         let same = |(of, state, _): &(ImageKey, Arc<Image>, _)| *of == key && Arc::ptr_eq(state, image);
-        let place = self.former.iter().position(same).unwrap_or_else(|| {
+        let index = self.former.iter().position(same).unwrap_or_else(|| {
             self.former.push((key, Arc::clone(image), HashMap::new()));
             self.former.len() - 1
         });
-        self.stacks += usize::from(tally(&mut self.former[place].2, sample, false));
+        self.stacks += usize::from(tally(&mut self.former[index].2, sample, false));
     }
 
-    /// What was added of an image so far is to be named after this state of it.
-    pub fn keep_apart(&mut self, key: ImageKey, image: Arc<Image>) {
+    /// Ties the samples that were added of an image so far to this earlier state of it.
+    pub(crate) fn split_off_former(&mut self, key: ImageKey, image: Arc<Image>) {
         if let Some(stacks) = self.images.remove(&key) {
             self.former.push((key, image, stacks));
         }
     }
 
-    fn add_to(&mut self, sample: Sample, lead_up: bool) {
+    fn add_to(&mut self, sample: Sample, pre_trigger: bool) {
         self.deliveries += u64::from(sample.subject.rules.count_ones());
         let stacks = self.images.entry(ImageKey::of(&sample.subject)).or_default();
-        self.stacks += usize::from(tally(stacks, sample, lead_up));
+        self.stacks += usize::from(tally(stacks, sample, pre_trigger));
     }
 
-    /// Samples added, once for each rule that asked.
-    pub fn deliveries(&self) -> u64 {
+    /// Returns the number of added samples, once for each rule that asked.
+    pub(crate) fn deliveries(&self) -> u64 {
         self.deliveries
     }
 
-    /// Different stacks held: what bounds the memory.
-    pub fn stacks(&self) -> usize {
+    /// Returns the number of distinct stacks, which determines the memory.
+    pub(crate) fn stacks(&self) -> usize {
         self.stacks
     }
 
-    /// Takes everything out as profiles: one for each series, rule, kind and rate. `process` knows the images, `tag` the
-    /// rules by slot.
-    pub fn flush<'a>(
+    /// Removes all samples and returns them as profiles: one for each series, rule, kind and rate. `process` returns the
+    /// process of an image, `tag` the rule of a slot.
+    pub(crate) fn flush<'a>(
         &mut self,
         start: SystemTime,
         duration: Duration,
         node: &str,
         process: impl Fn(&ImageKey) -> Option<&'a Process>,
         tag: impl Fn(u32) -> Option<RuleTag>,
-    ) -> Flushed {
-        let mut flushed = Flushed::default();
+    ) -> FlushedWindow {
+        let mut flushed = FlushedWindow::default();
         let mut series: BTreeMap<Series, Vec<RawProcess>> = BTreeMap::new();
-        let Self { images, former, lead_ups, stacks: _, deliveries: _ } = std::mem::take(self);
+        let Self { images, former, pre_triggers, stacks: _, deliveries: _ } = std::mem::take(self);
         let mut images: Vec<_> = former
             .into_iter()
             .map(|(key, image, stacks)| (key, Some(image), stacks))
             .chain(images.into_iter().map(|(key, stacks)| (key, None, stacks)))
             .collect();
-        // The same samples make the same bytes.
+        // Sorted, so that the same samples give the same bytes.
         images.sort_by_key(|(key, ..)| *key);
         for (key, former, stacks) in images {
             let known = process(&key);
@@ -205,32 +213,15 @@ impl WindowSamples {
                     id: process.names.container_id.clone(),
                     pod_uid: process.names.pod_uid.clone(),
                 });
-            let mut parts: BTreeMap<(u32, bool, SampleKind, u64), Vec<RawStack>> = BTreeMap::new();
-            for (stack, tally) in stacks {
-                for slot in slots(stack.rules) {
-                    parts.entry((slot, stack.lead_up, stack.kind, stack.period_ns)).or_default().push(
-                        RawStack {
-                            tid: stack.tid,
-                            thread: stack.thread.to_string(),
-                            kernel: stack.kernel.to_vec(),
-                            user: stack.user.to_vec(),
-                            end: stack.end,
-                            state: stack.state,
-                            count: tally.count,
-                            value_ns: tally.value_ns,
-                        },
-                    );
-                }
-            }
-            for ((slot, lead_up, kind, period_ns), stacks) in parts {
+            for ((slot, pre_trigger, kind, period_ns), stacks) in by_slot(stacks) {
                 let samples = stacks.iter().map(|stack| stack.count).sum::<u64>();
                 let Some(mut rule) = tag(slot) else {
                     flushed.expired += samples;
                     continue;
                 };
-                if lead_up {
+                if pre_trigger {
                     rule.reason += " lead-up";
-                    rule.lead_up = lead_ups.get(&slot).copied();
+                    rule.pre_trigger = pre_triggers.get(&slot).copied();
                 }
                 flushed.delivered += samples;
                 let mut labels = base.clone();
@@ -252,7 +243,7 @@ impl WindowSamples {
             }
         }
         for ((rule, labels, container, kind, period_ns), processes) in series {
-            let (start, duration) = rule.lead_up.unwrap_or((start, duration));
+            let (start, duration) = rule.pre_trigger.unwrap_or((start, duration));
             for processes in cut(processes) {
                 flushed.profiles.push(SeriesProfile {
                     labels: labels.clone(),
@@ -278,8 +269,30 @@ impl WindowSamples {
     }
 }
 
-/// Counts a sample among others of its image. True: it is the first of its kind.
-fn tally(stacks: &mut HashMap<Stack, Tally>, sample: Sample, lead_up: bool) -> bool {
+/// Distributes stacks to the slots that asked for them; the key is slot, pre-trigger window or not, kind and period.
+fn by_slot(stacks: Stacks) -> BTreeMap<(u32, bool, SampleKind, u64), Vec<RawStack>> {
+    let mut by_slot: BTreeMap<_, Vec<RawStack>> = BTreeMap::new();
+    for (stack, tally) in stacks {
+        for slot in slots(stack.rules) {
+            by_slot.entry((slot, stack.pre_trigger, stack.kind, stack.period_ns)).or_default().push(
+                RawStack {
+                    tid: stack.tid,
+                    thread: stack.thread.to_string(),
+                    kernel: stack.kernel.to_vec(),
+                    user: stack.user.to_vec(),
+                    end: stack.end,
+                    state: stack.state,
+                    count: tally.count,
+                    value_ns: tally.value_ns,
+                },
+            );
+        }
+    }
+    by_slot
+}
+
+/// Counts a sample among others of its image. Returns whether its stack is a new one.
+fn tally(stacks: &mut Stacks, sample: Sample, pre_trigger: bool) -> bool {
     let Sample { subject, tid, kind, value_ns, kernel, user, end, end_code: _, state, raw: _ } = sample;
     let stack = Stack {
         kind,
@@ -291,7 +304,7 @@ fn tally(stacks: &mut HashMap<Stack, Tally>, sample: Sample, lead_up: bool) -> b
         user: user.into(),
         end,
         state,
-        lead_up,
+        pre_trigger,
     };
     let before = stacks.len();
     let tally = stacks.entry(stack).or_default();
@@ -300,15 +313,15 @@ fn tally(stacks: &mut HashMap<Stack, Tally>, sample: Sample, lead_up: bool) -> b
     stacks.len() > before
 }
 
-/// The numbers of the bits that are set.
+/// Returns the numbers of the bits that are set.
 pub fn slots(rules: u64) -> impl Iterator<Item = u32> {
     (0..u64::BITS).filter(move |slot| rules >> slot & 1 == 1)
 }
 
-/// Cuts what is too much for one profile.
+/// Cuts processes into profiles of at most [`MAX_STACKS`] stacks.
 fn cut(processes: Vec<RawProcess>) -> Vec<Vec<RawProcess>> {
     let mut parts = vec![Vec::new()];
-    let mut room = STACKS_PER_PROFILE;
+    let mut room = MAX_STACKS;
     for mut process in processes {
         while process.stacks.len() > room {
             let rest = process.stacks.split_off(room);
@@ -331,7 +344,7 @@ fn cut(processes: Vec<RawProcess>) -> Vec<Vec<RawProcess>> {
                 part.push(head);
             }
             parts.push(Vec::new());
-            room = STACKS_PER_PROFILE;
+            room = MAX_STACKS;
         }
         room -= process.stacks.len();
         if let Some(part) = parts.last_mut() {
@@ -342,7 +355,7 @@ fn cut(processes: Vec<RawProcess>) -> Vec<Vec<RawProcess>> {
     parts
 }
 
-/// The series of a process, without what the rule adds.
+/// Returns the labels of a process's series, without those of the rule.
 fn labels_of(node: &str, process: Option<&Process>) -> Labels {
     let mut labels = Labels::from([(name::NODE.to_owned(), node.to_owned())]);
     let mut set = |name: &str, value: &str| {
@@ -352,13 +365,13 @@ fn labels_of(node: &str, process: Option<&Process>) -> Labels {
     };
     match process {
         None => set(name::SERVICE_NAME, "unknown"),
-        // There are hundreds of kernel threads, each with a name of its own: the samples tell them apart.
+        // Kernel threads share one series, because there are hundreds of different names: samples carry the name.
         Some(process) if process.kernel_thread => set(name::SERVICE_NAME, "kernel"),
         Some(process) => {
             let program = process.exe.rsplit('/').next().filter(|program| !program.is_empty());
             set(name::SERVICE_NAME, program.unwrap_or(&process.comm));
-            // A container's series are its pod's, and each sample says its command and its container: there is no end of
-            // those. What runs on the host itself is few.
+            // A container's series is that of its pod, and each sample carries its command: commands and containers are
+            // unbounded in number. Processes of the host itself are few.
             if process.names.container_id.is_empty() {
                 set(name::COMM, &process.comm);
                 set(name::EXE, &process.exe);

@@ -113,7 +113,7 @@ impl RuleStatuses {
             reason: reason.to_owned(),
             evidence,
             capture,
-            lead_up: None,
+            pre_trigger: None,
             governed: self.governed.clone(),
             labels: slot
                 .rule

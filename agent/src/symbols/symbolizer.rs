@@ -423,7 +423,7 @@ impl Names {
             let mark = match stack.end {
                 StackEnd::Truncated => Some(TRUNCATED_FRAME),
                 StackEnd::Broken => Some(BROKEN_FRAME),
-                StackEnd::NotWalked => Some(NOT_WALKED_FRAME),
+                StackEnd::NotUnwound => Some(NOT_WALKED_FRAME),
                 StackEnd::Complete | StackEnd::None => None,
             };
             if let Some(name) = mark {

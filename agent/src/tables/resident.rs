@@ -135,7 +135,7 @@ impl ResidentTables {
         if let Err(error) = kernel.set_table(resident.number, None, *generation) {
             tracing::error!("cannot hide unwind table {}: {error}", resident.number);
         }
-        kernel.wait_for_walks();
+        kernel.wait_for_unwinds();
         self.interner.release(&resident.rules);
         self.arena.give_back(&resident.lines);
         self.free_numbers.push(resident.number);

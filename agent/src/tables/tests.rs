@@ -108,7 +108,7 @@ impl UnwindMaps for Fake {
         self.images.remove(&tgid);
     }
 
-    fn wait_for_walks(&self) {
+    fn wait_for_unwinds(&self) {
         self.waits.set(self.waits.get() + 1);
     }
 }

@@ -21,7 +21,7 @@ use gannet_agent::{
     engine::{Engine, EngineOptions, EngineView, ProcessView, Unwinding, Window},
     kernel::KernelOptions,
     model::{Image, MappingKind, ProcessKey, SampleKind, StackEnd},
-    process::{State, check_identity},
+    process::{ProcessState, check_identity},
     profile::RawProcess,
     rules::{Deny, RuleSource, SourceRules, ad_hoc},
     tables::TableSources,
@@ -329,7 +329,7 @@ fn r39_a_new_image_is_known_within_100_ms() {
         let begun = Instant::now();
         loop {
             // A tick in the middle of execve enters it by its name alone, to be read when the event comes.
-            let known = watch.alive(Some(pid)).into_iter().find(|p| p.state != State::Unread);
+            let known = watch.alive(Some(pid)).into_iter().find(|p| p.state != ProcessState::Unread);
             let known = known.map(|p| (p.comm, p.mappings));
             match known {
                 Some((comm, mappings)) if comm == "gannet-new" => {

@@ -19,7 +19,7 @@ use gannet_agent::{
         Event, Kernel, KernelOptions, KernelRules, LifecycleCounts, NamePattern, handlers_are_preemptible,
         lifecycle_lost,
     },
-    model::{Mapped, ProcessKey},
+    model::{MappingEvent, ProcessKey},
     process::check_identity,
 };
 
@@ -87,11 +87,11 @@ fn exit_of(events: &[Event], pid: u32) -> Option<(u32, u32)> {
 fn tgid_of(event: &Event) -> u32 {
     match event {
         Event::Sample(sample) => sample.subject.key.tgid,
-        Event::Mapped(Mapped::Cleared { tgid, .. } | Mapped::Made { tgid, .. }) => *tgid,
+        Event::Mapping(MappingEvent::Cleared { tgid, .. } | MappingEvent::Mapped { tgid, .. }) => *tgid,
         Event::Exec { subject, .. }
         | Event::Fork { subject, .. }
         | Event::Exit { subject, .. }
-        | Event::Found { subject, .. } => subject.key.tgid,
+        | Event::Running { subject, .. } => subject.key.tgid,
     }
 }
 
@@ -165,15 +165,16 @@ fn r17_one_exit_event_per_process() {
 
 #[rstest]
 #[case::one_handler(false, &[])]
-#[case::twins(true, &[])]
-#[case::the_second_of_twins_alone(true, &["on_exec", "on_fork", "on_exit"])]
+#[case::redundant(true, &[])]
+#[case::the_second_alone(true, &["on_exec", "on_fork", "on_exit"])]
 fn r17_r23_an_event_is_told_once_or_counted_as_refused(
-    #[case] twins: bool,
+    #[case] redundant_handlers: bool,
     #[case] without: &'static [&'static str],
 ) {
     const PARENTS: usize = 4;
     const CHILDREN: usize = 250;
-    let options = KernelOptions { twins, without, report_rate: 1_000_000, ..KernelOptions::default() };
+    let options =
+        KernelOptions { redundant_handlers, without, report_rate: 1_000_000, ..KernelOptions::default() };
     let mut kernel = kernel_with(options, &rules_for(&[COMM], 1));
     kernel.set_sampling(false);
     let program = life();
@@ -218,7 +219,7 @@ fn r17_r23_an_event_is_told_once_or_counted_as_refused(
         let first = format!("on_{kind}");
         let attached = [
             (!without.contains(&first.as_str())).then_some(first),
-            twins.then(|| format!("on_{kind}_again")),
+            redundant_handlers.then(|| format!("on_{kind}_again")),
         ];
         let refused = attached.into_iter().flatten().map(|name| refused(&name).unwrap()).min().unwrap();
         let what =
@@ -270,7 +271,7 @@ fn r19_the_switch_gates_the_handlers_before_all_other_work() {
     run(&spawn);
     let after = kernel.counters().unwrap();
     let mut events = kernel.read().unwrap();
-    events.retain(|event| !matches!(event, Event::Mapped(_)));
+    events.retain(|event| !matches!(event, Event::Mapping(_)));
     assert_eq!(events, [], "off: nothing is written");
     assert_eq!(
         (after.exec.seen, after.fork.seen, after.exit.seen),
@@ -436,13 +437,13 @@ fn r25_without_a_tracepoint_the_rest_works_and_it_is_said() {
     );
     let mut child = Command::new(life()).args(["spin", "400"]).spawn().unwrap();
     sleep(Duration::from_millis(50));
-    kernel.walk_processes().unwrap();
+    kernel.scan_processes().unwrap();
     child.wait().unwrap();
     let events = read_until(&mut kernel, |events| exit_of(events, child.id()).is_some());
     assert!(
         events
             .iter()
-            .any(|event| matches!(event, Event::Found { subject, .. } if subject.key.tgid == child.id())),
+            .any(|event| matches!(event, Event::Running { subject, .. } if subject.key.tgid == child.id())),
         "{events:?}"
     );
     assert!(events.iter().any(|event| matches!(event, Event::Sample(_))));
@@ -498,7 +499,7 @@ fn r28_the_kernels_start_time_and_that_of_proc_are_one_key() {
     let keys: HashSet<ProcessKey> = events
         .iter()
         .filter_map(|event| match event {
-            Event::Found { subject, origin } => {
+            Event::Running { subject, origin } => {
                 let ours = origin.parent == parent.id() || subject.key.tgid == std::process::id();
                 ours.then_some(subject.key)
             }

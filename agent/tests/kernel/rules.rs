@@ -126,7 +126,7 @@ fn exec_of(pid: u32, comm: &str) -> impl FnMut(&Event) -> Option<u64> {
 
 fn found(pid: u32) -> impl FnMut(&Event) -> Option<u64> {
     move |event| match event {
-        Event::Found { subject, .. } if subject.key.tgid == pid => Some(subject.rules),
+        Event::Running { subject, .. } if subject.key.tgid == pid => Some(subject.rules),
         _ => None,
     }
 }
@@ -287,7 +287,7 @@ fn r17_no_process_falls_between_those_that_run_and_those_that_come() {
     let mut in_force: Vec<(u64, u64)> = Vec::new();
     let collect = |kernel: &mut Kernel, seen: &mut HashSet<u32>| {
         for event in kernel.read().unwrap() {
-            if let Event::Exec { subject, .. } | Event::Found { subject, .. } = event
+            if let Event::Exec { subject, .. } | Event::Running { subject, .. } = event
                 && subject.rules != 0
             {
                 seen.insert(subject.key.tgid);

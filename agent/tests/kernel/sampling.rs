@@ -37,7 +37,7 @@ fn a_process_that_a_rule_names_is_armed_at_exec_and_sampled() {
     assert_eq!(child.wait().unwrap().code(), Some(7));
     sleep(Duration::from_millis(50));
     let mut events = kernel.read().unwrap();
-    events.retain(|event| !matches!(event, Event::Mapped(_)));
+    events.retain(|event| !matches!(event, Event::Mapping(_)));
     let samples = events
         .iter()
         .filter(|e| matches!(e, Event::Sample(s) if s.subject.key.tgid == pid && !s.user.is_empty()))

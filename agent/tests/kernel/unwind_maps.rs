@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use crate::common::{idle_functions, in_order, is_marked, program, record, slower};
-use gannet_agent::kernel::{Kernel, KernelMapping, KernelOptions, UnwindMaps as _, blocks};
+use gannet_agent::kernel::{Kernel, KernelMapping, KernelOptions, UnwindDriver, UnwindMaps as _, blocks};
 use rstest::rstest;
 
 #[test]
@@ -50,11 +50,13 @@ fn r5_r7_an_address_is_found_exactly_from_the_first_to_the_last() {
 
 #[test]
 fn the_verifier_is_far_from_its_limit() {
-    for walk in [gannet_agent::kernel::Walk::Loop, gannet_agent::kernel::Walk::Chain] {
+    for unwind_driver in [UnwindDriver::Loop, UnwindDriver::TailCalls] {
         // Kernels before 5.17 know only the chain.
-        let Ok(opened) = Kernel::open(KernelOptions { walk, ..KernelOptions::default() }) else { continue };
+        let Ok(opened) = Kernel::open(KernelOptions { unwind_driver, ..KernelOptions::default() }) else {
+            continue;
+        };
         let Ok((loaded, verified)) = opened.load_counted() else {
-            assert!(walk == gannet_agent::kernel::Walk::Loop, "the chain loads everywhere");
+            assert!(unwind_driver == UnwindDriver::Loop, "the chain loads everywhere");
             continue;
         };
         for program in loaded.attach().unwrap().programs() {

@@ -12,9 +12,9 @@ use std::{
 use gannet_agent::{
     cgroup::CgroupHierarchy,
     model::{
-        ExitStatus, FileNumbers, ImageKey, Mapped, MappingKind, NewMapping, Origin, ProcessKey, Subject,
+        ExitStatus, FileNumbers, ImageKey, MappingEvent, MappingKind, NewMapping, Origin, ProcessKey, Subject,
     },
-    process::{ProcFs, Processes, State},
+    process::{ProcFs, ProcessState, ProcessTable},
 };
 use proptest::prelude::*;
 
@@ -87,7 +87,7 @@ impl ProcFs for Fake {
 /// What is told, with the time of it.
 #[derive(Clone, Debug)]
 enum Told {
-    Mapped(Mapped),
+    Mapped(MappingEvent),
     Fork(Subject, Origin),
     Exec(Subject, Origin, FileNumbers),
     Exit(Subject),
@@ -130,7 +130,7 @@ fn step() -> impl Strategy<Value = Step> {
 
 struct Model {
     world: Arc<Mutex<World>>,
-    table: Processes,
+    table: ProcessTable,
     queue: VecDeque<Told>,
     sideband: bool,
     may_lose: bool,
@@ -145,7 +145,8 @@ impl Model {
     fn new(sideband: bool, may_lose: bool) -> Self {
         let world = Arc::new(Mutex::new(World { now_ns: 1_000_000_000, ..World::default() }));
         let files = NonZeroUsize::new(64).unwrap();
-        let table = Processes::reading(CgroupHierarchy::V2, 1000, files, Arc::new(Fake(Arc::clone(&world))));
+        let table =
+            ProcessTable::reading(CgroupHierarchy::V2, 1000, files, Arc::new(Fake(Arc::clone(&world))));
         let mut model = Self {
             world,
             table,
@@ -207,11 +208,17 @@ impl Model {
                 let (tgid, inode) = (life.key.tgid, 100 + program);
                 let dev = rustix::fs::makedev(8, 1);
                 if self.sideband {
-                    self.queue
-                        .push_back(Told::Mapped(Mapped::Cleared { tgid, ktime_ns: now_ns - STEP_NS + 1 }));
+                    self.queue.push_back(Told::Mapped(MappingEvent::Cleared {
+                        tgid,
+                        ktime_ns: now_ns - STEP_NS + 1,
+                    }));
                     let path = format!("/bin/p{program}");
                     let mapping = NewMapping { start: 0x1000, end: 0x2000, offset: 0, dev, inode, path };
-                    self.queue.push_back(Told::Mapped(Mapped::Made { tgid, ktime_ns: now_ns - 3, mapping }));
+                    self.queue.push_back(Told::Mapped(MappingEvent::Mapped {
+                        tgid,
+                        ktime_ns: now_ns - 3,
+                        mapping,
+                    }));
                 }
                 let mut subject = Self::subject(&world, &life);
                 if matches!(step, Step::ExecSampled(_)) {
@@ -273,7 +280,7 @@ impl Model {
     fn deliver(&mut self) {
         match self.queue.pop_front() {
             None => {}
-            Some(Told::Mapped(mapped)) => self.table.told(mapped),
+            Some(Told::Mapped(mapped)) => self.table.mapping_event(mapped),
             Some(Told::Fork(subject, origin)) => {
                 self.table.fork(&subject, origin).unwrap();
             }
@@ -317,7 +324,7 @@ impl Model {
         self.window();
         let lives: BTreeSet<ProcessKey> =
             self.world.lock().unwrap().lives.values().map(|life| life.key).collect();
-        let alive = |table: &Processes| -> BTreeSet<ProcessKey> {
+        let alive = |table: &ProcessTable| -> BTreeSet<ProcessKey> {
             table.alive().map(|process| process.key.process).collect()
         };
         if !self.lost {
@@ -362,9 +369,9 @@ fn subject(tgid: u32, start_boottime_ns: u64, exec_id: u32, ktime_ns: u64) -> Su
     }
 }
 
-fn table(most: usize) -> Processes {
+fn table(most: usize) -> ProcessTable {
     let world = Arc::new(Mutex::new(World::default()));
-    Processes::reading(CgroupHierarchy::V2, most, NonZeroUsize::new(8).unwrap(), Arc::new(Fake(world)))
+    ProcessTable::reading(CgroupHierarchy::V2, most, NonZeroUsize::new(8).unwrap(), Arc::new(Fake(world)))
 }
 
 #[test]
@@ -399,7 +406,7 @@ fn r35_r36_a_reborn_number_is_another_process() {
     table.next_window(|_| false);
     table.next_window(|_| false);
     let alive: Vec<_> = table.alive().map(|process| (process.exe.as_str(), process.state)).collect();
-    assert_eq!(alive, [("/bin/two", State::Missed)]);
+    assert_eq!(alive, [("/bin/two", ProcessState::Missed)]);
     assert_eq!(table.past().count(), 0);
 }
 
@@ -407,7 +414,7 @@ fn r35_r36_a_reborn_number_is_another_process() {
 fn r42_the_dead_make_room_first_then_nobody_does() {
     let mut table = table(2);
     let (origin, file) = (Origin::default(), FileNumbers::default());
-    let exec = |table: &mut Processes, at: u32| {
+    let exec = |table: &mut ProcessTable, at: u32| {
         let subject = subject(FIRST + at, 1, 1, 20);
         table.exec(&subject, origin, "/bin/x", file)?;
         table.sampled(&subject, &[]).map(drop)

@@ -12,8 +12,8 @@ use std::{
 
 use gannet_agent::{
     cgroup::CgroupHierarchy,
-    model::{ExitStatus, FileNumbers, Mapped, NewMapping, Origin, ProcessKey, Subject},
-    process::{ProcFs, Processes},
+    model::{ExitStatus, FileNumbers, MappingEvent, NewMapping, Origin, ProcessKey, Subject},
+    process::{ProcFs, ProcessTable},
 };
 
 /// Counts the bytes that each thread holds: other tests of this binary may run on other threads.
@@ -64,7 +64,7 @@ impl ProcFs for Gone {
 }
 
 /// One process: its mappings, its exec, a sample of every tenth, its end.
-fn live(table: &mut Processes, number: u64) {
+fn live(table: &mut ProcessTable, number: u64) {
     let subject = |ktime_ns| Subject {
         // Above what a kernel gives away.
         key: ProcessKey { tgid: 5_000_000 + (number % 30_000) as u32, start_boottime_ns: number },
@@ -76,7 +76,7 @@ fn live(table: &mut Processes, number: u64) {
         candidates: 0,
     };
     let (now, tgid) = (number * 1_000, subject(0).key.tgid);
-    table.told(Mapped::Cleared { tgid, ktime_ns: now });
+    table.mapping_event(MappingEvent::Cleared { tgid, ktime_ns: now });
     for (place, path) in (1..).zip(["/bin/storm-child", "/lib/ld.so", "/lib/libc.so", "/lib/libm.so"]) {
         let mapping = NewMapping {
             start: place << 20,
@@ -86,7 +86,7 @@ fn live(table: &mut Processes, number: u64) {
             inode: place,
             path: path.into(),
         };
-        table.told(Mapped::Made { tgid, ktime_ns: now + 1, mapping });
+        table.mapping_event(MappingEvent::Mapped { tgid, ktime_ns: now + 1, mapping });
     }
     table.exec(&subject(now + 2), Origin::default(), "/bin/storm-child", FileNumbers::default()).unwrap();
     if number.is_multiple_of(10) {
@@ -102,7 +102,7 @@ fn a_storm_that_goes_on_takes_no_more_memory() {
     for a_window in [300, 700, 1_300, 1_700] {
         let files = NonZeroUsize::new(64).unwrap();
         let before = HELD.get();
-        let mut table = Processes::reading(CgroupHierarchy::V2, 40_000, files, Arc::new(Gone));
+        let mut table = ProcessTable::reading(CgroupHierarchy::V2, 40_000, files, Arc::new(Gone));
         let mut held = Vec::new();
         for window in 0..WINDOWS {
             for number in 0..a_window {

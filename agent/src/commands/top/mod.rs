@@ -27,7 +27,7 @@ use crate::{
     governor::Budgets,
     kernel::KernelOptions,
     pipeline::finish,
-    process::State,
+    process::ProcessState,
     rules::{Deny, RuleSource, SourceRules, ad_hoc},
     symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError},
     tables::TableSources,
@@ -147,12 +147,12 @@ fn infos(processes: &[ProcessView]) -> Vec<ProcessInfo> {
 /// How far it is, and what is not done yet for it.
 fn state(process: &ProcessView) -> String {
     let state = match process.state {
-        State::Alive if process.rules.is_empty() => "no rule",
-        State::Alive => "sampled",
-        State::Unread => "not read yet",
-        State::Replaced => "replaced",
-        State::Ended(_) => "ended",
-        State::Missed => "unread",
+        ProcessState::Alive if process.rules.is_empty() => "no rule",
+        ProcessState::Alive => "sampled",
+        ProcessState::Unread => "not read yet",
+        ProcessState::Replaced => "replaced",
+        ProcessState::Ended(_) => "ended",
+        ProcessState::Missed => "unread",
     };
     match process.waiting_samples {
         0 => state.to_owned(),

@@ -1,0 +1,108 @@
+//! One image of one process, as the process table stores it.
+
+use std::{sync::Arc, time::Instant};
+
+use crate::{
+    cgroup::CgroupNames,
+    model::{ExitStatus, Image, ImageKey, Subject},
+};
+
+/// One image of one process.
+#[derive(Clone, Debug)]
+pub struct Process {
+    /// The process and its image.
+    pub key: ImageKey,
+    /// Thread group id of the parent, as last reported; 0 while unknown.
+    pub parent: u32,
+    /// Command name of the thread group leader.
+    pub comm: String,
+    /// Path of the executable as the process sees it; empty for a kernel thread and while unknown.
+    pub exe: String,
+    /// Inode number of its control group, in the hierarchy that the kernel side reads.
+    pub cgroup_id: u64,
+    /// Path of its control group.
+    pub cgroup: String,
+    /// The names in that path.
+    pub names: CgroupNames,
+    /// User id; `None` while unknown.
+    pub uid: Option<u32>,
+    /// Whether it is a kernel thread, which maps nothing.
+    pub kernel_thread: bool,
+    /// Its executable mappings.
+    pub image: Arc<Image>,
+    /// The rules that sample it, one bit for each slot, as last reported.
+    pub rules: u64,
+    /// How much of it is known, and whether it is alive.
+    pub state: ProcessState,
+    /// Samples so far.
+    pub samples: u64,
+    /// When its mappings were last read from `/proc`, by the boot clock; `None` if the kernel reported them.
+    pub(super) read_at_ns: Option<u64>,
+    /// The time of the last event of this image: a reading before that time was of this image.
+    pub(super) seen_ns: u64,
+    /// The mappings that the kernel had reported before they were read from `/proc`.
+    pub(super) reported: Option<Arc<Image>>,
+    /// The command name that the kernel reported.
+    pub(super) reported_comm: String,
+    /// When its mappings were last read again because of an unknown address.
+    pub(super) scanned: Option<Instant>,
+    /// The window in which it was last sampled or changed.
+    pub(super) window: u64,
+}
+
+impl Process {
+    /// Builds an entry of which only the kernel's event is known.
+    pub(super) fn unread(subject: &Subject, window: u64) -> Self {
+        Self {
+            key: ImageKey::of(subject),
+            parent: 0,
+            comm: subject.comm.clone(),
+            exe: String::new(),
+            cgroup_id: subject.cgroup_id,
+            cgroup: String::new(),
+            names: CgroupNames::default(),
+            uid: None,
+            kernel_thread: false,
+            image: Arc::default(),
+            rules: subject.rules,
+            state: ProcessState::Unread,
+            samples: 0,
+            read_at_ns: None,
+            seen_ns: subject.ktime_ns,
+            reported: None,
+            reported_comm: subject.comm.clone(),
+            // Mappings that were read at exec lack the libraries: the first sample in one may read them again at once.
+            scanned: None,
+            window,
+        }
+    }
+
+    /// Reports whether the process runs this image.
+    pub fn is_alive(&self) -> bool {
+        self.state == ProcessState::Alive
+    }
+
+    /// Returns the source of its mappings, human-readable.
+    pub fn mappings_from(&self) -> &'static str {
+        match (self.state, self.read_at_ns) {
+            (ProcessState::Unread | ProcessState::Missed, _) => "nowhere",
+            (_, None) => "the kernel",
+            (_, Some(_)) => "/proc",
+        }
+    }
+}
+
+/// How much of a process is known, and whether it is alive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProcessState {
+    /// It runs this image.
+    Alive,
+    /// The kernel reported it, and the agent reads it at its first sample.
+    Unread,
+    /// It replaced this image, which is kept for its last samples.
+    Replaced,
+    /// It exited and is kept for its last samples.
+    Ended(ExitStatus),
+    /// It had exited, or had another image, before the agent could read it: only the kernel's report is known.
+    Missed,
+}
