@@ -2,7 +2,7 @@ import { render } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { Nodes } from "./Nodes";
 import { Toggle, useTick } from "./parts";
-import { Profiles } from "./Profiles";
+import { Profiles } from "./profiles/Profiles";
 import { Rules } from "./Rules";
 import { DEFAULTS, type State, type View, go, toAddress, useAddress } from "./state";
 import { isRelative } from "./time";

@@ -1,7 +1,7 @@
 /** The functions, whatever stacks they are in: sorted, filtered, and found again in the graph. */
 import { useMemo, useState } from "preact/hooks";
-import type { Top, TopRow } from "./api";
-import { points, share, value } from "./units";
+import type { Top, TopRow } from "../api";
+import { points, share, value } from "../units";
 
 type Column = "name" | "file" | "self" | "total" | "base_self" | "base_total" | "delta";
 

@@ -11,18 +11,18 @@ import {
   get,
   selectionParameters,
   url,
-} from "./api";
-import { Welcome } from "./Empty";
-import { Flame } from "./Flame";
-import { changeColour, frames, groupColour, matcher } from "./frames";
+} from "../api";
+import { Welcome } from "../Empty";
+import { Flame } from "../flame/Flame";
+import { changeColour, frames, groupColour, matcher } from "../flame/frames";
 import { List } from "./List";
-import { Choice, Combobox, Popover, Problem, Toggle, useLoad } from "./parts";
+import { Choice, Combobox, Popover, Problem, Toggle, useLoad } from "../parts";
 import { format, parse, pinned, replace } from "./selector";
-import { type Span, type State, go } from "./state";
+import { type Span, type State, go } from "../state";
 import { Table } from "./Table";
-import { PRESETS, SHIFTS, isRelative, niceStep, resolve, toLocalInput } from "./time";
+import { PRESETS, SHIFTS, isRelative, niceStep, resolve, toLocalInput } from "../time";
 import { Timeline } from "./Timeline";
-import { clock, day, integer, share, typeName, value, when } from "./units";
+import { clock, day, integer, share, typeName, value, when } from "../units";
 
 const MAX_NODES = 20_000;
 const TOP_ROWS = 2000;

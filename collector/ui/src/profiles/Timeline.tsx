@@ -1,9 +1,9 @@
 /** The value over time: hover reads it, dragging picks a part of it, and so do the arrow keys with Shift. */
 import { useMemo, useRef, useState } from "preact/hooks";
-import type { Timeline as Answer } from "./api";
-import { useWidth } from "./parts";
-import type { Span } from "./state";
-import { clock, day, integer, moment, value } from "./units";
+import type { Timeline as Answer } from "../api";
+import { useWidth } from "../parts";
+import type { Span } from "../state";
+import { clock, day, integer, moment, value } from "../units";
 
 const HEIGHT = 96;
 const AXIS = 18;

@@ -3,8 +3,8 @@ import flamegraph, { type Chart, type ChartNode, type Tip } from "d3-flame-graph
 import { select } from "d3-selection";
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { type FrameData, type Frames, changeColour, groupColour, matchColour, matcher } from "./frames";
-import { integer, points, share, value } from "./units";
-import { useWidth } from "./parts";
+import { integer, points, share, value } from "../units";
+import { useWidth } from "../parts";
 
 type Node = ChartNode<FrameData>;
 

@@ -1,6 +1,6 @@
 /** Frames as the graph draws them, and the colours they get. */
-import type { FlameGraph, FlameNode } from "./api";
-import type { Colour } from "./state";
+import type { FlameGraph, FlameNode } from "../api";
+import type { Colour } from "../state";
 
 export interface FrameData {
   name: string;
