@@ -1,5 +1,5 @@
 /** What a newcomer reads where there is nothing to draw yet: the next command, ready to be copied. */
-import { Command } from "./parts";
+import { Command } from "./parts/parts";
 
 const RULES = `cat > rules.yaml <<'END'
 rules:

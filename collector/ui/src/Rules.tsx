@@ -1,7 +1,8 @@
 /** The rules as the collector holds them, and what became of each revision on the nodes. */
-import { type RevisionRollout, type Rule, type RuleScopes, get } from "./api";
+import { type RevisionRollout, type Rule, type RuleScope, type RuleScopes, get } from "./api";
 import { Steps } from "./Empty";
-import { Command, Problem, useLoad } from "./parts";
+import { type Load, useLoad } from "./parts/hooks";
+import { Command, Problem } from "./parts/parts";
 import { Errors, StateBadge, tally } from "./rollout";
 import { ago, integer, moment, took } from "./units";
 import { toYaml } from "./yaml";
@@ -36,13 +37,86 @@ function Yaml({ text }: { text: string }) {
   );
 }
 
+function RolloutPanel({ revision, rollout, now }: { revision: number; rollout: Load<RevisionRollout>; now: number }) {
+  const nodes = rollout.data?.nodes ?? [];
+  return (
+    <section class="panel" aria-labelledby="rollout-title">
+      <header class="panel-head">
+        <h2 id="rollout-title">Revision {revision}</h2>
+        {rollout.data && (
+          <span class={`badge ${rollout.data.settled ? "ok" : "busy"}`}>{rollout.data.settled ? "settled" : "rolling out"}</span>
+        )}
+        <span class="dim">
+          {rollout.data?.created_at_ms ? `published ${ago(rollout.data.created_at_ms, now)}` : ""}
+          {nodes.length > 0 && ` · ${tally(nodes.map((node) => node.state))}`}
+        </span>
+      </header>
+      {rollout.error && <Problem error={rollout.error} />}
+      {nodes.length > 0 ? (
+        <div class="table-box" tabIndex={0} role="region" aria-label="Rollout by node">
+          <table class="list">
+            <thead>
+              <tr>
+                <th scope="col">Node</th>
+                <th scope="col">State</th>
+                <th scope="col">Since</th>
+                <th scope="col" class="number">Took</th>
+                <th scope="col">Errors</th>
+              </tr>
+            </thead>
+            <tbody>
+              {nodes.map((node) => (
+                <tr key={node.node}>
+                  <th scope="row">{node.node}</th>
+                  <td><StateBadge state={node.state} /></td>
+                  <td class="nowrap">{node.since_ms ? ago(node.since_ms, now) : "—"}</td>
+                  <td class="number">{node.took_ms === undefined ? "—" : took(node.took_ms)}</td>
+                  <td><Errors errors={node.errors} /></td>
+                </tr>
+              ))}
+            </tbody>
+          </table>
+        </div>
+      ) : (
+        !rollout.error && <p class="dim none">No node has connected yet; the rules wait for them.</p>
+      )}
+    </section>
+  );
+}
+
+function ScopePanel({ scope, now }: { scope: RuleScope; now: number }) {
+  return (
+    <section class="panel" aria-label={`Scope ${scope.scope}`}>
+      <header class="panel-head">
+        <h2>
+          <span class="dim">scope</span> {scope.scope}
+        </h2>
+        <span class="dim">
+          {integer(scope.rules?.length ?? 0)} {scope.rules?.length === 1 ? "rule" : "rules"} · revision {scope.revision ?? 0}
+          {scope.changed_at_ms ? (
+            <span title={moment(scope.changed_at_ms)}> · changed {ago(scope.changed_at_ms, now)}</span>
+          ) : null}
+          {scope.changed_by && ` by ${scope.changed_by}`}
+        </span>
+      </header>
+      <div class="rules">
+        {(scope.rules ?? []).map((rule) => (
+          <article class="rule" key={rule.id} aria-label={`Rule ${rule.id}`}>
+            <h3>{rule.id}</h3>
+            {rule.description && <p>{rule.description}</p>}
+            <Yaml text={body(rule)} />
+          </article>
+        ))}
+      </div>
+    </section>
+  );
+}
+
 export function Rules({ tick }: { tick: number }) {
   const rules = useLoad<RuleScopes>(`rules ${tick}`, (signal) => get("rules", {}, signal));
   const rollout = useLoad<RevisionRollout>(`rollout ${tick}`, (signal) => get("rollout", {}, signal));
   const now = Date.now();
   const scopes = (rules.data?.scopes ?? []).filter((scope) => (scope.rules ?? []).length > 0);
-  const nodes = rollout.data?.nodes ?? [];
-  const revision = rules.data?.revision ?? 0;
   return (
     <main class="page">
       <h1>Rules</h1>
@@ -56,72 +130,8 @@ export function Rules({ tick }: { tick: number }) {
       )}
       {scopes.length > 0 && (
         <>
-          <section class="panel" aria-labelledby="rollout-title">
-            <header class="panel-head">
-              <h2 id="rollout-title">Revision {revision}</h2>
-              {rollout.data && (
-                <span class={`badge ${rollout.data.settled ? "ok" : "busy"}`}>{rollout.data.settled ? "settled" : "rolling out"}</span>
-              )}
-              <span class="dim">
-                {rollout.data?.created_at_ms ? `published ${ago(rollout.data.created_at_ms, now)}` : ""}
-                {nodes.length > 0 && ` · ${tally(nodes.map((node) => node.state))}`}
-              </span>
-            </header>
-            {rollout.error && <Problem error={rollout.error} />}
-            {nodes.length > 0 ? (
-              <div class="table-box" tabIndex={0} role="region" aria-label="Rollout by node">
-                <table class="list">
-                  <thead>
-                    <tr>
-                      <th scope="col">Node</th>
-                      <th scope="col">State</th>
-                      <th scope="col">Since</th>
-                      <th scope="col" class="number">Took</th>
-                      <th scope="col">Errors</th>
-                    </tr>
-                  </thead>
-                  <tbody>
-                    {nodes.map((node) => (
-                      <tr key={node.node}>
-                        <th scope="row">{node.node}</th>
-                        <td><StateBadge state={node.state} /></td>
-                        <td class="nowrap">{node.since_ms ? ago(node.since_ms, now) : "—"}</td>
-                        <td class="number">{node.took_ms === undefined ? "—" : took(node.took_ms)}</td>
-                        <td><Errors errors={node.errors} /></td>
-                      </tr>
-                    ))}
-                  </tbody>
-                </table>
-              </div>
-            ) : (
-              !rollout.error && <p class="dim none">No node has connected yet; the rules wait for them.</p>
-            )}
-          </section>
-          {scopes.map((scope) => (
-            <section class="panel" key={scope.scope} aria-label={`Scope ${scope.scope}`}>
-              <header class="panel-head">
-                <h2>
-                  <span class="dim">scope</span> {scope.scope}
-                </h2>
-                <span class="dim">
-                  {integer(scope.rules?.length ?? 0)} {scope.rules?.length === 1 ? "rule" : "rules"} · revision {scope.revision ?? 0}
-                  {scope.changed_at_ms ? (
-                    <span title={moment(scope.changed_at_ms)}> · changed {ago(scope.changed_at_ms, now)}</span>
-                  ) : null}
-                  {scope.changed_by && ` by ${scope.changed_by}`}
-                </span>
-              </header>
-              <div class="rules">
-                {(scope.rules ?? []).map((rule) => (
-                  <article class="rule" key={rule.id} aria-label={`Rule ${rule.id}`}>
-                    <h3>{rule.id}</h3>
-                    {rule.description && <p>{rule.description}</p>}
-                    <Yaml text={body(rule)} />
-                  </article>
-                ))}
-              </div>
-            </section>
-          ))}
+          <RolloutPanel revision={rules.data?.revision ?? 0} rollout={rollout} now={now} />
+          {scopes.map((scope) => <ScopePanel key={scope.scope} scope={scope} now={now} />)}
           <section class="panel help">
             <h2>Change them</h2>
             <p>The page only shows. The command line changes, checks, and tells which node took what:</p>

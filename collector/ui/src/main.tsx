@@ -1,7 +1,8 @@
 import { render } from "preact";
 import { useEffect, useState } from "preact/hooks";
-import { Nodes } from "./Nodes";
-import { Toggle, useTick } from "./parts";
+import { Nodes } from "./nodes/Nodes";
+import { useTick } from "./parts/hooks";
+import { Toggle } from "./parts/parts";
 import { Profiles } from "./profiles/Profiles";
 import { Rules } from "./Rules";
 import { DEFAULTS, type State, type View, go, toAddress, useAddress } from "./state";

@@ -1,7 +1,8 @@
 /** The stored profiles one by one, each with its download. */
 import { useEffect, useState } from "preact/hooks";
 import { type ProfileInfo, type Selection, get, selectionParameters, url } from "../api";
-import { Problem, useLoad } from "../parts";
+import { useLoad } from "../parts/hooks";
+import { Problem } from "../parts/parts";
 import { bytes, duration, integer, typeName, when } from "../units";
 
 interface Page {

@@ -1,0 +1,67 @@
+/** Values of one frame, for the tooltip, the line below the graph, and screen readers. */
+import { points, share, value } from "../units";
+import type { FrameData, Frames } from "./frames";
+
+interface FactsProps {
+  frame: FrameData;
+  frames: Frames;
+  diff: boolean;
+}
+
+/** Returns one sentence for screen readers. */
+export function describe({ frame, frames: { unit, total, baseTotal }, diff }: FactsProps): string {
+  const kind = frame.kernel ? ", kernel" : frame.inlined ? ", inlined" : "";
+  if (!diff) {
+    return `${frame.name}, ${share(frame.total, total)}, ${value(frame.total, unit)}, self ${value(frame.self, unit)}${kind}`;
+  }
+  return `${frame.name}, ${points(frame.delta)}: ${share(frame.baseTotal, baseTotal)} in the base, ${share(frame.total, total)} in the comparison${kind}`;
+}
+
+function Comparison({ frame, frames: { unit, total, baseTotal } }: FactsProps) {
+  const selfDelta = (total > 0 ? frame.self / total : 0) - (baseTotal > 0 ? frame.baseSelf / baseTotal : 0);
+  return (
+    <table class="facts-table">
+      <thead>
+        <tr><td /><th>base</th><th>comparison</th><th>change</th></tr>
+      </thead>
+      <tbody>
+        <tr>
+          <th>total</th>
+          <td>{value(frame.baseTotal, unit)} <span>{share(frame.baseTotal, baseTotal)}</span></td>
+          <td>{value(frame.total, unit)} <span>{share(frame.total, total)}</span></td>
+          <td>{points(frame.delta)}</td>
+        </tr>
+        <tr>
+          <th>self</th>
+          <td>{value(frame.baseSelf, unit)} <span>{share(frame.baseSelf, baseTotal)}</span></td>
+          <td>{value(frame.self, unit)} <span>{share(frame.self, total)}</span></td>
+          <td>{points(selfDelta)}</td>
+        </tr>
+      </tbody>
+    </table>
+  );
+}
+
+function Values({ frame, frames: { unit, total } }: FactsProps) {
+  return (
+    <dl class="facts-values">
+      <div><dt>total</dt><dd>{value(frame.total, unit)}</dd><dd class="dim">{share(frame.total, total)}</dd></div>
+      <div><dt>self</dt><dd>{value(frame.self, unit)}</dd><dd class="dim">{share(frame.self, total)}</dd></div>
+    </dl>
+  );
+}
+
+export function Facts(props: FactsProps) {
+  const { frame } = props;
+  const kind = [frame.kernel ? "kernel" : "", frame.inlined ? "inlined" : ""].filter(Boolean).join(", ");
+  return (
+    <>
+      <div class="facts-name">{frame.name}</div>
+      <div class="facts-file">
+        {frame.file || (frame.special ? "not a function" : "no binary known")}
+        {kind && ` · ${kind}`}
+      </div>
+      {props.diff ? <Comparison {...props} /> : <Values {...props} />}
+    </>
+  );
+}

@@ -1,0 +1,55 @@
+/** Hooks that several views use: the width of an element, answers of the collector, a timer. */
+import type { RefObject } from "preact";
+import { useEffect, useLayoutEffect, useState } from "preact/hooks";
+import { ApiError } from "../api";
+
+/** The inner width of an element, as it changes. */
+export function useWidth(element: RefObject<HTMLElement | null>): number {
+  const [width, set] = useState(0);
+  useLayoutEffect(() => {
+    if (!element.current) return;
+    const observer = new ResizeObserver(([entry]) => set(Math.floor(entry?.contentRect.width ?? 0)));
+    observer.observe(element.current);
+    return () => observer.disconnect();
+  }, []);
+  return width;
+}
+
+export interface Load<T> {
+  data?: T;
+  error?: ApiError;
+  loading: boolean;
+}
+
+/** Runs `load` at each change of `key`; keeps what was there until the new answer has come. No key: nothing to load. */
+export function useLoad<T>(key: string | undefined, load: (signal: AbortSignal) => Promise<T>): Load<T> {
+  const [state, set] = useState<Load<T>>({ loading: key !== undefined });
+  useEffect(() => {
+    if (key === undefined) {
+      set({ loading: false });
+      return;
+    }
+    const abort = new AbortController();
+    set((before) => ({ ...before, loading: true }));
+    load(abort.signal).then(
+      (data) => abort.signal.aborted || set({ data, loading: false }),
+      (error: unknown) => {
+        if (abort.signal.aborted) return;
+        set({ error: error instanceof ApiError ? error : new ApiError(String(error), 0), loading: false });
+      },
+    );
+    return () => abort.abort();
+  }, [key]);
+  return state;
+}
+
+/** Counts up every `seconds` while `on` and while somebody looks; the returned function counts up at once. */
+export function useTick(on: boolean, seconds: number): [number, () => void] {
+  const [tick, set] = useState(0);
+  useEffect(() => {
+    if (!on) return;
+    const timer = setInterval(() => document.hidden || set((before) => before + 1), seconds * 1000);
+    return () => clearInterval(timer);
+  }, [on, seconds]);
+  return [tick, () => set((before) => before + 1)];
+}

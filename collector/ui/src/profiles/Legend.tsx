@@ -1,0 +1,39 @@
+/** The legend of the graph: the groups with their colours, or the colours of a comparison. */
+import { type Frames, changeColour, groupColour } from "../flame/frames";
+import { share } from "../units";
+
+const RAMP = [-0.4, -0.2, -0.08, -0.02, 0, 0.02, 0.08, 0.2, 0.4];
+const MAX_GROUPS = 8;
+
+interface LegendProps {
+  drawn: Frames;
+  diff: boolean;
+  dark: boolean;
+  blind: boolean;
+  absolute: boolean;
+}
+
+export function Legend({ drawn, diff, dark, blind, absolute }: LegendProps) {
+  return (
+    <div class="legend">
+      {diff ? (
+        <>
+          <span>less than the base</span>
+          <span class="ramp" role="img" aria-label="From less, through the same, to more">
+            {RAMP.map((delta) => (
+              <i key={delta} style={{ background: changeColour(delta, dark, blind) }} />
+            ))}
+          </span>
+          <span>more than the base</span>
+          <span class="dim">· widths are both together{absolute ? "" : ", as shares of their totals"}</span>
+        </>
+      ) : (
+        drawn.groups.filter((group) => group.self > 0).slice(0, MAX_GROUPS).map((group) => (
+          <span key={group.name} title={`${share(group.self, drawn.total)} self`}>
+            <i style={{ background: groupColour(drawn.hues, group.name, dark) }} /> {group.name} <span class="dim">{share(group.self, drawn.total)}</span>
+          </span>
+        ))
+      )}
+    </div>
+  );
+}

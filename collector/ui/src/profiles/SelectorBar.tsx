@@ -1,0 +1,93 @@
+/** The choice of profiles by service, by label, or by a selector. All of them edit the same selector text. */
+import { useEffect, useState } from "preact/hooks";
+import { type ApiError, type Selection, get, selectionParameters } from "../api";
+import { Combobox } from "../parts/Combobox";
+import { Choice } from "../parts/parts";
+import { Popover } from "../parts/Popover";
+import { format, parse, pinned, replace } from "./selector";
+
+function AddFilter(props: { window: Selection; onAdd: (name: string, op: "=" | "!=" | "=~", value: string) => void }) {
+  const [name, setName] = useState("");
+  const [op, setOp] = useState<"=" | "!=" | "=~">("=");
+  const parameters = selectionParameters(props.window);
+  return (
+    <Popover class="add" name="Add a filter by label" label={<span><span aria-hidden="true">+ </span>Label</span>}>
+      {(close) => (
+        <div class="add-box">
+          <Combobox label="Label" value={name} onChoose={setName} load={async (signal) => (await get<{ names?: string[] }>("labels", parameters, signal)).names ?? []} />
+          <div class="ops">
+            <Choice name="Relation" value={op} of={[["=", "is"], ["!=", "is not"], ["=~", "matches"]]} onChange={setOp} />
+          </div>
+          <Combobox
+            key={name}
+            label="Value"
+            value=""
+            placeholder={name === "" ? "choose a label first" : op === "=~" ? "a pattern: checkout-.*" : ""}
+            onChoose={(chosen) => {
+              if (name === "" || chosen === "") return;
+              props.onAdd(name, op, chosen);
+              close();
+            }}
+            load={async (signal) =>
+              name === "" ? [] : (await get<{ values?: string[] }>(`labels/${encodeURIComponent(name)}/values`, parameters, signal)).values ?? []
+            }
+          />
+        </div>
+      )}
+    </Popover>
+  );
+}
+
+export function SelectorBar(props: { name: string; query: string; window: Selection; error: ApiError | undefined; onQuery: (query: string) => void }) {
+  const { query, error, onQuery } = props;
+  const [text, setText] = useState(query);
+  useEffect(() => setText(query), [query]);
+  const matchers = parse(query);
+  const service = pinned(matchers, "service_name");
+  const id = `selector-${props.name.replace(/\W/g, "")}`;
+  return (
+    <>
+      <Combobox
+        label={`${props.name}service`.replace(/^\w/, (letter) => letter.toUpperCase())}
+        value={service}
+        placeholder="All services"
+        none="All services"
+        load={async (signal) =>
+          (await get<{ values?: string[] }>("labels/service_name/values", { from: props.window.from, until: props.window.until }, signal)).values ?? []
+        }
+        onChoose={(chosen) =>
+          onQuery(
+            chosen === ""
+              ? format((matchers ?? []).filter(({ name }) => name !== "service_name"))
+              : format(replace(matchers ?? [], { name: "service_name", op: "=", value: chosen })),
+          )
+        }
+      />
+      <form
+        class="selector"
+        onSubmit={(event) => {
+          event.preventDefault();
+          onQuery(text.trim());
+        }}
+      >
+        <label class="label" for={id}>Selector</label>
+        <input
+          id={id}
+          class="field mono"
+          type="text"
+          spellcheck={false}
+          autocomplete="off"
+          autocapitalize="off"
+          placeholder={'{service_name="checkout",pod=~"checkout-.*"}'}
+          value={text}
+          aria-invalid={error !== undefined}
+          aria-describedby={error ? `${id}-error` : undefined}
+          onInput={(event) => setText(event.currentTarget.value)}
+          onBlur={() => text.trim() !== query && onQuery(text.trim())}
+        />
+        {error && <p class="bad" id={`${id}-error`} role="alert">{error.message}</p>}
+      </form>
+      <AddFilter window={{ ...props.window, query: matchers ? query : "" }} onAdd={(name, op, value) => onQuery(format(replace(matchers ?? [], { name, op, value })))} />
+    </>
+  );
+}

@@ -1,0 +1,109 @@
+/** The bar above the results: totals, search, the choice of the view, options, downloads. */
+import { selectionParameters, url } from "../api";
+import { Choice, Toggle } from "../parts/parts";
+import { Popover } from "../parts/Popover";
+import { type State, go } from "../state";
+import { clock, integer, typeName, value, when } from "../units";
+import { SearchField } from "./SearchField";
+import type { Selections } from "./selection";
+import type { Answers } from "./useAnswers";
+
+interface ToolbarProps {
+  state: State;
+  selections: Selections;
+  answers: Answers;
+}
+
+function Totals({ graph, diff, total, baseTotal }: Answers) {
+  const unit = graph?.unit ?? "";
+  if (diff) {
+    return (
+      <>
+        <span class="big">{value(total, unit)}</span>
+        <span class="dim"> against {value(baseTotal, unit)} · {integer(graph?.profiles ?? 0)} and {integer(graph?.base_profiles ?? 0)} profiles</span>
+      </>
+    );
+  }
+  if (!graph) return null;
+  return (
+    <>
+      <span class="big">{value(total, unit)}</span>{" "}
+      <span class="dim">{typeName(graph.sample_type)} · {integer(graph.profiles ?? 0)} {graph.profiles === 1 ? "profile" : "profiles"}</span>
+    </>
+  );
+}
+
+/** Restrictions that the reader can remove: the picked range, the single profile. */
+function Chips({ state }: { state: State }) {
+  return (
+    <>
+      {state.span && !state.compare && (
+        <span class="chip">
+          {when(state.span[0])} – {clock(state.span[1])}
+          <button type="button" onClick={() => go({ from: String(state.span?.[0]), until: String(state.span?.[1]), span: undefined, live: false })}>Zoom in</button>
+          <button type="button" aria-label="Clear the picked range" onClick={() => go({ span: undefined })}>✕</button>
+        </span>
+      )}
+      {state.profile && (
+        <span class="chip">
+          only profile <code>{state.profile}</code>
+          <button type="button" aria-label="Show all profiles again" onClick={() => go({ profile: "" })}>✕</button>
+        </span>
+      )}
+    </>
+  );
+}
+
+function GraphOptions({ state }: { state: State }) {
+  return (
+    <Popover class="options-button" name="Options of the graph" label="Options">
+      {() => (
+        <div class="options-box">
+          <span class="label">Colour by</span>
+          <Choice name="Colour by" value={state.colour} of={[["package", "Package"], ["binary", "Binary"], ["kind", "Kind"]]} onChange={(colour) => go({ colour }, true)} />
+          <Toggle name="Root at the bottom" on={state.flip} onChange={(flip) => go({ flip }, true)} />
+          <Toggle name="Orange and blue differences" title="For eyes that do not tell red from green" on={state.blind} onChange={(blind) => go({ blind }, true)} />
+          <Toggle name="Compare amounts, not shares" on={state.absolute} onChange={(absolute) => go({ absolute }, true)} />
+        </div>
+      )}
+    </Popover>
+  );
+}
+
+function Download({ state, selections: { selection, base }, answers: { type, isEmpty, graph } }: ToolbarProps) {
+  if (state.profile) {
+    return <a class="field button" href={url(`profiles/${encodeURIComponent(state.profile)}`)} download>Download pprof</a>;
+  }
+  if (isEmpty || !graph) return <button type="button" class="field" disabled>Download pprof</button>;
+  const merged = url("merge", { ...selectionParameters(selection), type });
+  if (!base) return <a class="field button" href={merged} download>Download pprof</a>;
+  return (
+    <Popover name="Download pprof" label="Download pprof">
+      {() => (
+        <div class="options-box">
+          <a class="field button" href={merged} download>Comparison</a>
+          <a class="field button" href={url("merge", { ...selectionParameters(base), type })} download>Base</a>
+        </div>
+      )}
+    </Popover>
+  );
+}
+
+export function Toolbar(props: ToolbarProps) {
+  const { state, answers } = props;
+  return (
+    <div class="toolbar">
+      <div class="numbers">
+        <Totals {...answers} />
+        {answers.busy && <span class="spinner" aria-label="Loading" role="status" />}
+        <Chips state={state} />
+      </div>
+      <div class="tools">
+        <SearchField state={state} />
+        <Choice name="How to show it" value={state.show} of={[["graph", "Graph"], ["both", "Both"], ["table", "Table"], ["list", "Profiles"]]} onChange={(show) => go({ show })} />
+        {(state.show === "graph" || state.show === "both") && <GraphOptions state={state} />}
+        <Download {...props} />
+      </div>
+    </div>
+  );
+}
