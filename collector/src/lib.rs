@@ -59,22 +59,13 @@ mod tls;
 mod triggers;
 
 pub use args::{ArgsError, Invocation, command, parse};
-pub use auth::{AuthOptions, Grant, NodeIdentity, Role};
+pub use auth::NodeIdentity;
 pub use collector::{Collector, Running, StartError};
 pub use config::{Config, ConfigError, DataLocation};
-pub use fleet::FleetOptions;
-pub use forward::{ForwardError, ForwardOptions, ForwardTarget};
-pub use ingest::IngestOptions;
-pub use kubernetes::KubernetesError;
 pub use metrics::declared_metrics;
-pub use query::QueryOptions;
 pub use rules::RulesLocation;
-pub use server::{
-    grpc::GrpcError,
-    listener::{BindError, ServerOptions},
-};
-pub use store::{Bucket, IndexError, StoreError, StoreOptions};
-pub use tls::{TlsError, TlsOptions};
+pub use store::{Bucket, StoreError};
+pub use tls::TlsOptions;
 
 /// Returns the definition of the TriggerRule resource as YAML. `None` means that the descriptors in this program do not
 /// match its types.

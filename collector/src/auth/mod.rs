@@ -14,9 +14,11 @@ use sha2::{Digest as _, Sha256};
 use tonic::Status;
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
-pub use self::roles::{AuthOptions, Grant, NodeIdentity, Role};
+use self::roles::Grant;
+pub use self::roles::NodeIdentity;
 pub(crate) use self::{
     layer::AuthLayer,
+    roles::{AuthOptions, Role},
     token::{ReviewError, Reviewer},
 };
 use crate::peer::Peer;

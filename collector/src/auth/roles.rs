@@ -31,7 +31,7 @@ impl Default for AuthOptions {
 
 /// What a caller may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub(crate) enum Role {
     /// Connect as a node and push profiles.
     Agent,
     /// Read everything.

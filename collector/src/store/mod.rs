@@ -35,13 +35,17 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use ulid::Ulid;
 
-pub use self::{bucket::Bucket, index::IndexError};
-use self::{index::Index, object::Objects, state::StoreState};
+pub use self::bucket::Bucket;
 pub(crate) use self::{
     index::StoredProfile,
     object::{ObjectKey, TypeTotal},
     state::Series,
     writer::{BatchOutcome, BatchQueue, NewBatch, PackError, StoreWriter},
+};
+use self::{
+    index::{Index, IndexError},
+    object::Objects,
+    state::StoreState,
 };
 use crate::{metrics::Metrics, selector::Selector};
 
