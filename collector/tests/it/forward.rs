@@ -20,10 +20,19 @@ use gannet_proto::{
     pprof,
 };
 use prost::Message as _;
+use rustls::{
+    ServerConfig,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
-use crate::support::{OFF_CPU, Pusher, batch, config_with, eventually, get, now_ms, typed_batch};
+use crate::{
+    support::{OFF_CPU, Pusher, batch, config_with, eventually, get, metric, now_ms, typed_batch},
+    tls::{Authority, Pair},
+};
 
 /// A profile that a target received.
 #[derive(Clone, Debug)]
@@ -52,7 +61,16 @@ impl Target {
         self.all()
     }
 
+    /// Serves as Pyroscope, in plaintext.
     async fn pyroscope(&self) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let router = self.router();
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        addr
+    }
+
+    fn router(&self) -> Router {
         let push = async |State(target): State<Self>, headers: HeaderMap, body: Bytes| {
             target.headers.lock().unwrap().push(headers);
             if let Some(status) = target.script.lock().unwrap().pop_front() {
@@ -67,11 +85,7 @@ impl Target {
             }
             (axum::http::StatusCode::OK, String::new())
         };
-        let router = Router::new().route("/push.v1.PusherService/Push", post(push)).with_state(self.clone());
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let addr = listener.local_addr().unwrap();
-        tokio::spawn(async move { axum::serve(listener, router).await });
-        addr
+        Router::new().route("/push.v1.PusherService/Push", post(push)).with_state(self.clone())
     }
 }
 
@@ -152,6 +166,79 @@ async fn pyroscope_gets_each_profile_once_with_labels_and_id() {
     running.shutdown().await;
 }
 
+/// A listener that speaks TLS.
+struct TlsListener {
+    tcp: TcpListener,
+    acceptor: TlsAcceptor,
+}
+
+impl axum::serve::Listener for TlsListener {
+    type Io = TlsStream<TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            let (stream, addr) = self.tcp.accept().await.unwrap();
+            if let Ok(stream) = self.acceptor.accept(stream).await {
+                return (stream, addr);
+            }
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.tcp.local_addr()
+    }
+}
+
+impl TlsListener {
+    async fn new(pair: &Pair) -> Self {
+        let cert = CertificateDer::from_pem_slice(pair.cert.as_bytes()).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).unwrap();
+        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![cert], key)
+            .unwrap();
+        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self { tcp, acceptor: TlsAcceptor::from(Arc::new(config)) }
+    }
+}
+
+/// Checks that the client of an https target trusts exactly the authorities of `--forward-ca`.
+#[tokio::test]
+async fn an_https_target_must_have_a_trusted_certificate() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ca, target) = (Authority::new(), Target::default());
+    let listener = TlsListener::new(&ca.sign("localhost")).await;
+    let url = format!("pyroscope=https://localhost:{}", listener.tcp.local_addr().unwrap().port());
+    let router = target.router();
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let start = async |name: &str, ca: &Authority| {
+        let path = dir.path().join(format!("{name}.pem"));
+        std::fs::write(&path, ca.pem()).unwrap();
+        let config = config_with(&dir.path().join(name), |config| {
+            config.forward.forward = vec![url.parse().unwrap()];
+            config.forward.forward_ca = Some(path);
+            config.server.shutdown_timeout = std::time::Duration::from_millis(100);
+        });
+        Collector::start(config).await.unwrap()
+    };
+    let stranger = start("stranger", &Authority::new()).await;
+    Pusher::open(stranger.grpc_addr).await.store(batch("shop", now_ms(), &[("main", 1)])).await;
+    eventually("the untrusted target is retried", || async {
+        metric(stranger.http_addr, r#"gannet_collector_forward_retries_total{target="pyroscope"}"#).await
+            > 0.0
+    })
+    .await;
+    assert!(target.all().is_empty());
+    stranger.shutdown().await;
+    let running = start("friend", &ca).await;
+    Pusher::open(running.grpc_addr).await.store(batch("shop", now_ms(), &[("main", 1)])).await;
+    target.has(1).await;
+    running.shutdown().await;
+}
+
 #[tokio::test]
 async fn parts_of_a_large_profile_add_up_to_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -185,7 +272,7 @@ async fn parca_gets_profiles_also_after_a_failure() {
     let dir = tempfile::tempdir().unwrap();
     let target = Target::default();
     target.script.lock().unwrap().push_back(1);
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
     let server = tonic::transport::Server::builder()
         .add_service(ProfileStoreServiceServer::new(target.clone()))

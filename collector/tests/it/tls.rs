@@ -35,23 +35,25 @@ use crate::{
     triggers::one,
 };
 
-struct Authority {
+/// A certificate authority.
+pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
 }
 
-struct Pair {
-    cert: String,
-    key: String,
+/// A certificate and its key, in PEM.
+pub struct Pair {
+    pub cert: String,
+    pub key: String,
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         Self { issuer: CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap() }
     }
 
-    fn pem(&self) -> String {
+    pub fn pem(&self) -> String {
         self.issuer.pem()
     }
 
@@ -67,7 +69,8 @@ impl Authority {
         Pair { cert: cert.pem(), key: key.serialize_pem() }
     }
 
-    fn sign(&self, name: &str) -> Pair {
+    /// Issues a certificate for this DNS name.
+    pub fn sign(&self, name: &str) -> Pair {
         let key = KeyPair::generate().unwrap();
         let cert =
             CertificateParams::new(vec![name.to_owned()]).unwrap().signed_by(&key, &self.issuer).unwrap();
