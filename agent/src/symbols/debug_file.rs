@@ -1,8 +1,8 @@
-//! Debug information that a distribution ships apart from the program: under `/usr/lib/debug`, by build id or by the
-//! name and checksum in `.gnu_debuglink`.
+//! Separate debug files, as distributions install them under `/usr/lib/debug`: found by build id, or by the name and checksum
+//! in `.gnu_debuglink`.
 //!
-//! Only directories of the agent's own root are searched. What a container puts into its own would otherwise name the
-//! functions of a file that it shares with others.
+//! Only directories in the agent's own root are searched. Otherwise a container could name the functions of a file that it
+//! shares with other containers.
 
 use std::{
     ffi::OsStr,
@@ -15,10 +15,10 @@ use gannet_elf::{Elf, ElfLimits, checksum};
 
 use crate::model::MappedFile;
 
-/// Shorter ones are made up, and would look at whole directories.
+/// A shorter build id is no real one, and would match whole directories.
 const MIN_BUILD_ID_DIGITS: usize = 8;
 
-/// The debug file of `file`, if one is installed and is truly its own.
+/// Finds the installed debug file of `file`. It must have the build id of `file`, or the checksum of its link.
 pub(crate) fn find(file: &MappedFile, open: &File, directories: &[PathBuf]) -> Option<MappedFile> {
     if directories.is_empty() {
         return None;
@@ -48,7 +48,7 @@ fn by_build_id(id: &str) -> Option<PathBuf> {
     Some(Path::new(".build-id").join(first).join(format!("{rest}.debug")))
 }
 
-/// The directory of a file, to be joined to another: never a way out of it.
+/// Returns the directory of a file as a relative path that never leaves the directory it is joined to.
 fn folder_of(path: &str) -> Option<PathBuf> {
     let folder = Path::new(path).parent()?.strip_prefix("/").ok()?;
     folder.components().all(|part| matches!(part, Component::Normal(_))).then(|| folder.to_owned())
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_name_leads_out_of_the_debug_directory() {
+    fn no_name_leaves_the_debug_directory() {
         assert_eq!(folder_of("/usr/bin/x"), Some("usr/bin".into()));
         assert_eq!(folder_of("/x"), Some(PathBuf::new()));
         for path in ["", "x", "/usr/../../etc/x", "/../x"] {

@@ -1,11 +1,11 @@
-//! Readable names for what C++, Rust and Go compilers call their functions.
+//! Readable forms of the names that C++, Rust and Go compilers give to functions.
 
 use std::fmt::{self, Write};
 
-/// Longer names are cut: those of some C++ templates would fill a profile.
+/// Limit of a name: those of some C++ templates would fill a profile.
 pub(crate) const MAX_NAME_BYTES: usize = 2048;
 
-/// The name as a programmer would write it; what is not mangled is as it was.
+/// Returns the name as a programmer writes it; a name that is not mangled stays as it is.
 pub(crate) fn demangle(raw: &str) -> String {
     let mut name = Limited(String::new());
     // An error is only ever the limit, or a name that turns out not to be a mangled one.
@@ -18,7 +18,7 @@ pub(crate) fn demangle(raw: &str) -> String {
     };
     let Limited(mut name) = name;
     if name.is_empty() {
-        // Go's symbol table says by which convention an assembly function is called; its other tables do not.
+        // Go's symbol table adds the calling convention to names of assembly functions; its other tables do not.
         let plain = raw.strip_suffix(".abi0").or_else(|| raw.strip_suffix(".abiinternal"));
         return cut(plain.unwrap_or(raw));
     }
@@ -29,14 +29,14 @@ pub(crate) fn demangle(raw: &str) -> String {
 }
 
 fn cpp_symbol(raw: &str) -> Option<cpp_demangle::Symbol<&[u8]>> {
-    // The parser takes time and stack by the length of what it is given.
+    // The parser needs time and stack in proportion to the length of the name.
     if !raw.starts_with("_Z") || raw.len() > MAX_NAME_BYTES {
         return None;
     }
     cpp_demangle::Symbol::new(raw.as_bytes()).ok()
 }
 
-/// At most `MAX_NAME_BYTES` of the name, without control characters.
+/// Returns at most `MAX_NAME_BYTES` of the name, without control characters.
 pub(crate) fn cut(name: &str) -> String {
     let mut limited = Limited(String::new());
     let whole = limited.write_str(name).is_ok();
@@ -47,7 +47,7 @@ pub(crate) fn cut(name: &str) -> String {
     name
 }
 
-/// Some mangled names stand for text many times longer than they are; this takes what is wanted of it and stops.
+/// A writer that takes text up to the limit: some mangled names stand for text many times longer than they are.
 struct Limited(String);
 
 impl Write for Limited {
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_explodes_is_cut() {
+    fn a_name_that_grows_without_limit_is_cut() {
         // Each substitution doubles what the one before it stands for.
         let mut raw = String::from("_Z1fI1aE");
         for level in 0..30 {

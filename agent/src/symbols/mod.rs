@@ -1,21 +1,23 @@
-//! Names for frames: which function an address belongs to, in a program, a library, the kernel, or code made at run time.
+//! Names for frames: the function at an address of a program, a library, the kernel, or code made at run time.
 //!
-//! `file` holds the mapped files open, `symbolizer` is the one thread that turns a raw profile into a finished one. What
-//! it reads was written by whoever runs on the node, so every reader here is bounded.
+//! [`Symbolizer`] is a handle to the one thread that turns raw profiles into finished ones. `naming` builds the profiles.
+//! `finder` decides which source names an address, and `formats` reads the sources. Any user of the node may have written
+//! what is read, so every reader here is bounded.
 
 mod debug_file;
+mod debug_info;
 mod demangle;
-mod dwarf;
-mod go;
-mod kallsyms;
-mod perf_map;
-mod symbol_finder;
+mod finder;
+mod formats;
+mod names;
+mod naming;
+mod options;
 mod symbolizer;
-mod table;
+mod vdso;
 
-pub(crate) use debug_file::find as find_debug_file;
-pub use dwarf::{DEBUG_INFO_VERB, read_debug_info};
-pub use symbolizer::{
-    ANONYMOUS_MAPPING, BROKEN_FRAME, DebugCost, KERNEL_MAPPING, NOT_WALKED_FRAME, Symbolizer,
-    SymbolizerConfig, SymbolizerError, SymbolizerStats, TRUNCATED_FRAME, VDSO_MAPPING,
+pub(crate) use self::{debug_file::find as find_debug_file, naming::KERNEL_MAPPING, vdso::vdso_image};
+pub use self::{
+    formats::dwarf::{DEBUG_INFO_VERB, read_debug_info},
+    options::{DebugCost, SymbolizerConfig, SymbolizerStats},
+    symbolizer::{Symbolizer, SymbolizerError},
 };

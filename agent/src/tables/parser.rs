@@ -21,7 +21,7 @@ use parking_lot::{Condvar, Mutex};
 use super::disk_cache::DiskCache;
 use crate::{
     model::{FileId, MappedFile},
-    symbols::find_debug_file,
+    symbols::{find_debug_file, vdso_image},
 };
 
 /// Files that wait at one time. Samples request more files again later.
@@ -279,13 +279,7 @@ fn read_overrides(directory: &Path, limits: &TableLimits, overrides: &mut Overri
 
 /// Builds the table of the kernel's own shared object, which is the same in all 64-bit processes.
 pub(super) fn vdso() -> Option<BuiltTable> {
-    let text = fs::read_to_string("/proc/self/maps").ok()?;
-    let line = text.lines().find(|line| line.ends_with("[vdso]"))?;
-    let (start, end) = line.split_ascii_whitespace().next()?.split_once('-')?;
-    let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
-    let mut bytes = vec![0; usize::try_from(end - start).ok()?];
-    let memory = File::open("/proc/self/mem").ok()?;
-    std::os::unix::fs::FileExt::read_exact_at(&memory, &mut bytes, start).ok()?;
+    let bytes = vdso_image().ok()?;
     let limits = TableLimits::default();
     build_bytes(&bytes, &BuildOptions { runs: true, ..BuildOptions::new("[vdso]", &limits) }).ok()
 }

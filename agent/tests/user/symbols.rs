@@ -376,6 +376,29 @@ func main() {
     assert_eq!(names_of(&program, &[program.addresses["checkout"]]), [["main.(*Cart).Checkout"]]);
 }
 
+/// Checks that a function table of an unknown version costs no other names: a newer Go may have written it.
+#[test]
+fn an_unknown_function_table_of_go_leaves_other_names() {
+    let (directory, path) = compile_c(&["-rdynamic", "-s"]);
+    let table = directory.path().join("table");
+    fs::write(&table, [0x7f; 256]).unwrap();
+    run_tool(
+        Command::new("objcopy")
+            .arg("--add-section")
+            .arg(format!(".gopclntab={}", table.display()))
+            .arg(&path),
+    );
+    let program = start(directory, path);
+    let pid = program.child.id();
+    let symbolizer = new_symbolizer();
+    for _ in 0..2 {
+        let stacks = vec![stack(&[], &[program.addresses["leaf"]], StackEnd::Complete)];
+        let profile = symbolize(&symbolizer, raw(key(pid), image(pid, &mut self::table()), stacks));
+        assert_eq!(names(&profile), [["leaf"]]);
+    }
+    assert!(symbolizer.stats().unusable_tables.load(Ordering::Relaxed) > 0);
+}
+
 #[test]
 fn cpp_names_are_readable_and_the_compilers_name_is_kept() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,12 +1,12 @@
-//! A table of symbols in few bytes: what `/proc/kallsyms` and perf maps come down to.
+//! A compact table of symbols, for `/proc/kallsyms` and perf maps.
 
 use std::fmt;
 
-/// A symbol of unknown size reaches to the next one, but no further than any function does.
+/// A symbol of unknown size reaches to the next symbol, but no further than the longest functions.
 pub(crate) const MAX_UNSIZED_BYTES: u64 = 256 << 10;
 const _: () = assert!(MAX_UNSIZED_BYTES < UNSIZED as u64, "the mark for an unknown size is not a size");
 const UNSIZED: u32 = u32::MAX;
-/// How many symbols before the nearest one are tried: some assembly has labels inside of functions.
+/// Symbols before the nearest one that are tried: some assembly has labels inside of functions.
 const MAX_NESTING: usize = 16;
 
 /// Symbols by address.
@@ -25,23 +25,23 @@ struct Symbol {
     name: u32,
 }
 
-/// Collects symbols for a table, within bounds.
-pub(crate) struct TableBuilder {
+/// Collects symbols for a table, up to a limit of memory.
+pub(crate) struct SymbolTableBuilder {
     symbols: Vec<(Symbol, u32)>,
     names: Vec<u8>,
-    most_bytes: usize,
+    max_bytes: usize,
 }
 
-/// The symbols take more memory than is given.
+/// The symbols take more memory than the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TooManySymbols;
 
-impl TableBuilder {
-    pub(crate) fn new(most_bytes: usize) -> Self {
-        Self { symbols: Vec::new(), names: Vec::new(), most_bytes: most_bytes.min(u32::MAX as usize) }
+impl SymbolTableBuilder {
+    pub(crate) fn new(max_bytes: usize) -> Self {
+        Self { symbols: Vec::new(), names: Vec::new(), max_bytes: max_bytes.min(u32::MAX as usize) }
     }
 
-    /// Adds a symbol; `size` 0 is an unknown size. Of several at one address the table keeps the one of highest rank.
+    /// Adds a symbol; `size` 0 is an unknown size. Of several symbols at one address the one of highest rank stays.
     pub(crate) fn push(
         &mut self,
         start: u64,
@@ -50,7 +50,7 @@ impl TableBuilder {
         rank: u32,
     ) -> Result<(), TooManySymbols> {
         let taken = self.names.len() + name.len() + 1 + (self.symbols.len() + 1) * size_of::<Symbol>();
-        if taken > self.most_bytes {
+        if taken > self.max_bytes {
             return Err(TooManySymbols);
         }
         let size = match size {
@@ -84,7 +84,7 @@ impl TableBuilder {
 }
 
 impl SymbolTable {
-    /// The name of what holds the address.
+    /// Returns the name of the symbol that holds the address.
     pub(crate) fn find(&self, address: u64) -> Option<&[u8]> {
         let after = self.symbols.partition_point(|symbol| symbol.start <= address);
         let nearest = after.checked_sub(1)?;
@@ -102,7 +102,7 @@ impl SymbolTable {
         self.symbols.len()
     }
 
-    /// Memory it takes.
+    /// Returns the memory of the table in bytes.
     pub(crate) fn bytes(&self) -> usize {
         size_of_val(&*self.symbols) + self.names.len()
     }
@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     fn table(symbols: &[(u64, u64, &str, u32)]) -> SymbolTable {
-        let mut builder = TableBuilder::new(1 << 20);
+        let mut builder = SymbolTableBuilder::new(1 << 20);
         for (start, size, name, rank) in symbols {
             builder.push(*start, *size, name.as_bytes(), *rank).unwrap();
         }
@@ -163,14 +163,14 @@ mod tests {
     }
 
     #[test]
-    fn a_symbol_without_size_does_not_reach_for_ever() {
+    fn a_symbol_without_size_ends_at_a_limit() {
         let table = table(&[(0x1000, 0, "last", 0)]);
         assert!(table.find(0x1000 + MAX_UNSIZED_BYTES - 1).is_some());
         assert!(table.find(0x1000 + MAX_UNSIZED_BYTES).is_none());
     }
 
     #[test]
-    fn of_aliases_the_highest_rank_is_shown_whatever_the_order() {
+    fn the_alias_of_the_highest_rank_is_shown() {
         let symbols = [(0x10, 4, "__libc_malloc", 2), (0x10, 4, "malloc", 3), (0x10, 4, "local", 0)];
         let mut turned = symbols;
         turned.reverse();
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn memory_is_bounded() {
-        let mut builder = TableBuilder::new(1000);
+        let mut builder = SymbolTableBuilder::new(1000);
         let pushed = (0..1000).take_while(|n| builder.push(*n, 1, b"abc", 0).is_ok()).count();
         assert_eq!(pushed, 1000 / (16 + 4));
         assert!(builder.finish().bytes() <= 1000);
@@ -192,7 +192,7 @@ mod tests {
         fn sized_symbols_that_do_not_overlap_are_found_exactly(
             gaps in proptest::collection::vec((1u64..50, 0u64..50), 1..100)
         ) {
-            let mut builder = TableBuilder::new(1 << 20);
+            let mut builder = SymbolTableBuilder::new(1 << 20);
             let mut expected = Vec::new();
             let mut at = 0;
             for (index, (size, gap)) in gaps.iter().enumerate() {

@@ -1,20 +1,34 @@
 //! Function names of Go programs, stripped or not: from the function table that the Go runtime uses for its own stack
 //! traces.
 
-use gannet_elf::{Elf, GoTable, Segments};
+use gannet_elf::{Elf, ElfError, GoFault, GoTable, Segments};
 
 use super::{
-    demangle::MAX_NAME_BYTES,
-    symbol_finder::{Finder, SymbolError},
+    super::demangle::MAX_NAME_BYTES,
+    symbol_search::{SymbolSearch, TooMuchWork},
 };
 
 /// The largest Go programs have some 300,000 functions in 60 MB.
 const MAX_TABLE_BYTES: u64 = 128 << 20;
 
+/// The reason why Go's function table gave no names.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum GoError {
+    /// The table is damaged, or of a version that is not known.
+    #[error(transparent)]
+    Table(#[from] GoFault),
+    /// The file cannot be read.
+    #[error(transparent)]
+    Elf(#[from] ElfError),
+    /// The search took too long.
+    #[error(transparent)]
+    TooMuchWork(#[from] TooMuchWork),
+}
+
 /// Offers the functions of a Go program; of another program none.
-pub(super) fn offer(elf: &Elf<'_>, finder: &mut Finder<'_>) -> Result<(), SymbolError> {
+pub(super) fn offer(elf: &Elf<'_>, search: &mut SymbolSearch<'_>) -> Result<(), GoError> {
     match elf.go_table(MAX_TABLE_BYTES)? {
-        Some(table) => offer_functions(&table?, elf.segments(), finder),
+        Some(table) => offer_functions(&table?, elf.segments(), search),
         None => Ok(()),
     }
 }
@@ -22,14 +36,14 @@ pub(super) fn offer(elf: &Elf<'_>, finder: &mut Finder<'_>) -> Result<(), Symbol
 fn offer_functions(
     table: &GoTable<'_>,
     segments: &Segments,
-    finder: &mut Finder<'_>,
-) -> Result<(), SymbolError> {
+    search: &mut SymbolSearch<'_>,
+) -> Result<(), GoError> {
     for function in table.functions(segments) {
         let Some(function) = function? else {
-            finder.spend(1)?;
+            search.spend(1)?;
             continue;
         };
-        finder.offer(function.start, function.end - function.start, 0, || {
+        search.offer(function.start, function.end - function.start, 0, || {
             let name = table.name(&table.record(&function)?, MAX_NAME_BYTES + 1);
             (!name.is_empty()).then(|| name.to_vec())
         })?;
@@ -64,7 +78,7 @@ mod tests {
         bytes
     }
 
-    fn names(bytes: &[u8], wanted: &[u64]) -> Result<Vec<Option<Vec<u8>>>, SymbolError> {
+    fn names(bytes: &[u8], wanted: &[u64]) -> Result<Vec<Option<Vec<u8>>>, GoError> {
         let code = Segment {
             vaddr: 0x1000,
             file_offset: 0,
@@ -72,9 +86,9 @@ mod tests {
             memory_bytes: 0x1000,
             executable: true,
         };
-        let mut finder = Finder::new(wanted);
-        offer_functions(&GoTable::parse(bytes)?, &Segments::new(vec![code]), &mut finder)?;
-        Ok(finder.finish())
+        let mut search = SymbolSearch::new(wanted);
+        offer_functions(&GoTable::parse(bytes)?, &Segments::new(vec![code]), &mut search)?;
+        Ok(search.finish())
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! `/tmp/perf-PID.map`: where just-in-time compilers say what they made. The process writes what it likes there, so its
-//! names are cut and cleaned, and its size is bounded.
+//! Perf maps, `/tmp/perf-PID.map`, in which just-in-time compilers list the functions that they make. The process may write
+//! anything there, so names are cut and cleaned, and the size has a limit.
 
 use std::{
     fs::{self, File},
@@ -7,7 +7,10 @@ use std::{
     time::SystemTime,
 };
 
-use super::table::{SymbolTable, TableBuilder};
+use super::{
+    super::demangle,
+    symbol_table::{SymbolTable, SymbolTableBuilder},
+};
 use crate::{
     model::ProcessKey,
     process::{check_identity, open_in_root},
@@ -25,7 +28,7 @@ pub(crate) struct PerfMap {
 }
 
 impl PerfMap {
-    /// Reads the map of a live process; `known` is given back where it has not changed.
+    /// Reads the map of a live process. Returns `known` if it has not changed.
     pub(crate) fn read(key: ProcessKey, known: Option<Self>) -> Option<Self> {
         let Some(file) = open(key) else { return known };
         let metadata = file.metadata().ok()?;
@@ -35,14 +38,14 @@ impl PerfMap {
         {
             return Some(known);
         }
-        // Between the look at the process and the opening of its file the number could have gone to another one.
+        // Another process may have taken the PID before its file was opened.
         check_identity(key)
             .is_ok()
             .then(|| Self { table: parse(BufReader::new(file.take(MAX_FILE_BYTES))), stamp })
     }
 
     pub(crate) fn find(&self, address: u64) -> Option<String> {
-        Some(super::demangle::cut(&String::from_utf8_lossy(self.table.find(address)?)))
+        Some(demangle::cut(&String::from_utf8_lossy(self.table.find(address)?)))
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -52,7 +55,7 @@ impl PerfMap {
 
 fn open(key: ProcessKey) -> Option<File> {
     let status = fs::read_to_string(format!("/proc/{}/status", key.tgid)).ok()?;
-    // The name carries the number that the process knows itself by: the last of one per nested pid namespace.
+    // The file name holds the PID in the process's own namespace: the last one of the line.
     let own =
         status.lines().find_map(|line| line.strip_prefix("NStgid:"))?.split_ascii_whitespace().next_back()?;
     let own: u32 = own.parse().ok()?;
@@ -60,19 +63,19 @@ fn open(key: ProcessKey) -> Option<File> {
 }
 
 fn parse(mut text: impl BufRead) -> SymbolTable {
-    let mut builder = TableBuilder::new(MAX_TABLE_BYTES);
+    let mut builder = SymbolTableBuilder::new(MAX_TABLE_BYTES);
     let mut line = Vec::new();
     let mut number = 0;
     loop {
         line.clear();
-        // A line has no bound of its own; what is past the longest name that is kept is read over.
+        // A line may have any length; a line is read in parts of 4096 bytes, and only the first part has a name.
         match text.by_ref().take(4096).read_until(b'\n', &mut line) {
             Ok(0) | Err(_) => break,
             Ok(_) => {}
         }
         number += 1;
         // `START SIZE name`, both numbers in hex, with or without 0x. A later line replaces an earlier one: compilers
-        // use memory again.
+        // reuse memory.
         if let Some((start, size, name)) = parse_line(&line)
             && builder.push(start, size, &name[..name.len().min(MAX_NAME_BYTES)], number).is_err()
         {
@@ -100,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn later_lines_replace_earlier_ones_and_bad_lines_are_left_out() {
+    fn later_lines_replace_earlier_ones() {
         let text = "7f00 10 LazyCompile:*fib /app.js:3\n0x7f20 0x10 second\n7f00 8 newer\nbad\n zz 1 x\n7f40 0 empty\n";
         let table = parse(text.as_bytes());
         let name = |address| table.find(address).map(|name| String::from_utf8_lossy(name).into_owned());
@@ -112,7 +115,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_taken_without_harm(text in proptest::collection::vec(any::<u8>(), 0..3000)) {
+        fn any_bytes_are_read_without_harm(text in proptest::collection::vec(any::<u8>(), 0..3000)) {
             prop_assert!(parse(text.as_slice()).bytes() <= MAX_TABLE_BYTES);
         }
     }

@@ -1,9 +1,8 @@
 //! Names, inlined functions and lines from DWARF, by blazesym, in a process of its own.
 //!
-//! Debug information is a program for its reader: what it costs cannot be told beforehand, and a hostile file can make
-//! it cost anything: time, memory, or the stack. So it is read by a child that has hard limits and almost no privilege.
-//! When the child is done, or dies, or does not answer, it is gone with all that it took, and a file that it did not
-//! survive is not tried again.
+//! Debug information is a program for its reader: its cost is unknown beforehand, and a hostile file can use up time, memory
+//! or the stack. So a child process reads it, with hard limits and almost no privilege. When the child ends, dies or does not
+//! answer, everything that it used is freed. A file that it did not survive is not read again.
 
 use std::{
     fs::{self, File},
@@ -25,26 +24,26 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::demangle;
+use super::super::demangle;
 
 /// The verb by which the agent calls itself to read debug information.
 pub const DEBUG_INFO_VERB: &str = "read-debug-info";
 
-/// How long one call may take.
-const PATIENCE: Duration = Duration::from_secs(6);
+/// Limit of one call.
+const CALL_TIMEOUT: Duration = Duration::from_secs(6);
 const CPU_SECONDS: u64 = 5;
-const _: () = assert!(CPU_SECONDS < PATIENCE.as_secs(), "the child's own limit comes first");
-/// Memory of the child beside the file itself. It shares the agent's control group, and with it the group's limit.
+const _: () = assert!(CPU_SECONDS < CALL_TIMEOUT.as_secs(), "the child's own limit applies first");
+/// Memory of the child beside the file itself. The child is in the agent's control group, and counts towards its limit.
 const MAX_MEMORY_BYTES: u64 = 256 << 20;
 const MAX_STACK_BYTES: u64 = 64 << 20;
-/// More debug information than this in one file is not tried.
+/// Larger debug information is not read.
 const MAX_DEBUG_BYTES: u64 = 2 << 30;
 const MAX_ANSWER_BYTES: u64 = 64 << 20;
-/// Addresses in one call: they are one argument, and Linux takes 128 KiB for each.
+/// Addresses of one call: they are one argument, which Linux limits to 128 KiB.
 const CALL_ADDRESSES: usize = 4096;
 const _: () = assert!(CALL_ADDRESSES * (16 + 1) < 128 << 10, "16 digits and a comma each");
 
-/// One function at an address, as the debug information has it.
+/// One function at an address, from debug information.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DebugLine {
     pub(crate) name: String,
@@ -53,30 +52,30 @@ pub(crate) struct DebugLine {
     pub(crate) column: u32,
 }
 
-/// Functions at one address, innermost first; empty where the debug information says nothing.
+/// Functions at one address, innermost first; empty if the debug information does not describe it.
 pub(crate) type DebugFrame = Vec<DebugLine>;
 
-/// Why the debug information of a file is not used.
+/// The reason why the debug information of a file is not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unusable {
     /// There is none.
     None,
-    /// It is larger than is read, or refers to other files.
+    /// It is too large, or refers to other files.
     Refused,
     /// Reading it failed, and would fail again.
     Harmful,
 }
 
-/// What compression saves of debug information, about.
+/// The usual ratio of compression.
 const PACKED: u64 = 4;
 
-/// Whether there is debug information that can be tried, and how much, unpacked.
+/// Returns the size of a file's debug information, unpacked, if it may be read.
 pub(crate) fn examine(file: &File) -> Result<u64, Unusable> {
     let elf = ElfFile::parse(file, &ElfLimits::default()).map_err(|_| Unusable::None)?;
     if elf.stored_section(b".debug_info").is_none() {
         return Err(Unusable::None);
     }
-    // A link to another file is a path that the file's maker chose, and it would be followed.
+    // The reader would follow a link to another file, whose path the maker of this file chose.
     let links = [&b".gnu_debuglink"[..], b".gnu_debugaltlink", b".debug_sup"];
     let bytes: u64 = elf
         .sections()
@@ -90,14 +89,17 @@ pub(crate) fn examine(file: &File) -> Result<u64, Unusable> {
     Ok(bytes)
 }
 
-/// What the debug information says of each address (virtual, as the ELF file counts). `program` is the agent itself. An
-/// error means that the child could not be started, died, or did not answer in time.
+/// Reads the functions at each ELF virtual address. `program` is the agent itself, which runs as the child. An error means that
+/// the child could not start, died, or did not answer in time.
 pub(crate) fn resolve(program: &Path, file: &File, addresses: &[u64]) -> io::Result<Vec<DebugFrame>> {
     let mut frames = Vec::with_capacity(addresses.len());
     for addresses in addresses.chunks(CALL_ADDRESSES) {
         let answer = call(program, file, addresses)?;
         if answer.len() != addresses.len() {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the reader answered something else"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the reader answered for other addresses",
+            ));
         }
         frames.extend(answer);
     }
@@ -115,7 +117,7 @@ fn call(program: &Path, file: &File, addresses: &[u64]) -> io::Result<Vec<DebugF
         .stderr(Stdio::null())
         .spawn()?;
     let answer = answer(&mut child);
-    // It has ended by itself, or shall.
+    // The child has ended by itself, or must end now.
     let _ = child.kill();
     let status = child.wait()?;
     let answer = answer?;
@@ -125,13 +127,13 @@ fn call(program: &Path, file: &File, addresses: &[u64]) -> io::Result<Vec<DebugF
     serde_json::from_slice(&answer).map_err(io::Error::from)
 }
 
-/// Everything that the child writes, if it does so in time.
+/// Reads everything that the child writes, if it does so in time.
 fn answer(child: &mut Child) -> io::Result<Vec<u8>> {
     let mut pipe = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
     let begin = Instant::now();
     let mut bytes = Vec::new();
     loop {
-        let left = PATIENCE.checked_sub(begin.elapsed()).ok_or(io::ErrorKind::TimedOut)?;
+        let left = CALL_TIMEOUT.checked_sub(begin.elapsed()).ok_or(io::ErrorKind::TimedOut)?;
         let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
         let mut wanted = [PollFd::new(&pipe, PollFlags::IN)];
         match rustix::event::poll(&mut wanted, Some(&timeout)) {
@@ -151,8 +153,8 @@ fn answer(child: &mut Child) -> io::Result<Vec<u8>> {
     }
 }
 
-/// The child: reads the debug information of the file that is its standard input, and writes what it says of each of
-/// the addresses (hexadecimal, separated by commas) to its standard output.
+/// Runs the child: reads the debug information of the file on standard input, and writes the functions at each of the addresses
+/// (hexadecimal, separated by commas) to standard output, as JSON.
 pub fn read_debug_info(addresses: &str) -> io::Result<()> {
     confine()?;
     let addresses: Vec<u64> = addresses
@@ -160,7 +162,7 @@ pub fn read_debug_info(addresses: &str) -> io::Result<()> {
         .map(|address| u64::from_str_radix(address, 16))
         .collect::<Result<_, _>>()
         .map_err(io::Error::other)?;
-    // The walk over inlined functions recurses as deep as the file says.
+    // The reader recurses into inlined functions as deep as the file says.
     let worker = std::thread::Builder::new().stack_size(MAX_STACK_BYTES as usize);
     let frames = worker.spawn(move || read(&addresses))?.join().map_err(|_| io::Error::other("damaged"))?;
     let mut output = BufWriter::new(io::stdout().lock());
@@ -168,10 +170,10 @@ pub fn read_debug_info(addresses: &str) -> io::Result<()> {
     output.flush()
 }
 
-/// Takes away what reading a file does not need.
+/// Gives up every privilege and resource that reading a file does not need.
 fn confine() -> io::Result<()> {
-    let limit = |most| Rlimit { current: Some(most), maximum: Some(most) };
-    // Where memory runs out, it shall be this process that goes.
+    let limit = |max| Rlimit { current: Some(max), maximum: Some(max) };
+    // If memory runs out, the kernel kills this process first.
     let _ = fs::write("/proc/self/oom_score_adj", "1000");
     setrlimit(Resource::Data, limit(MAX_MEMORY_BYTES + MAX_STACK_BYTES))?;
     setrlimit(Resource::Cpu, limit(CPU_SECONDS))?;
@@ -180,7 +182,7 @@ fn confine() -> io::Result<()> {
     setrlimit(Resource::Fsize, limit(0))?;
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     rustix::thread::set_no_new_privs(true)?;
-    // The file is opened again by its descriptor, and may be readable only to its owner.
+    // The child opens the file again by its descriptor, and only the owner may be able to read it.
     let kept = CapabilitySet::DAC_READ_SEARCH & rustix::thread::capabilities(None)?.permitted;
     let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
     rustix::thread::set_capabilities(None, sets)?;
@@ -213,11 +215,11 @@ fn frame(found: &Symbolized<'_>) -> DebugFrame {
         .collect()
 }
 
-fn line(name: &str, place: Option<&CodeInfo<'_>>) -> DebugLine {
+fn line(name: &str, source: Option<&CodeInfo<'_>>) -> DebugLine {
     DebugLine {
         name: name.to_owned(),
-        file: place.map(|place| demangle::cut(&place.to_path().to_string_lossy())).unwrap_or_default(),
-        line: place.and_then(|place| place.line).unwrap_or_default(),
-        column: place.and_then(|place| place.column).map(u32::from).unwrap_or_default(),
+        file: source.map(|source| demangle::cut(&source.to_path().to_string_lossy())).unwrap_or_default(),
+        line: source.and_then(|source| source.line).unwrap_or_default(),
+        column: source.and_then(|source| source.column).map(u32::from).unwrap_or_default(),
     }
 }

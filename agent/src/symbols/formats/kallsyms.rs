@@ -6,28 +6,28 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::table::{SymbolTable, TableBuilder};
+use super::symbol_table::{SymbolTable, SymbolTableBuilder};
 
-/// About 200,000 functions of 20 bytes each are 7 MB; whatever gives more than this is no kernel.
+/// The 200,000 functions of a kernel take 7 MB.
 const MAX_TABLE_BYTES: usize = 64 << 20;
 /// Modules and BPF programs come and go.
 const RELOAD_AFTER: Duration = Duration::from_secs(60);
 
-/// Why kernel frames have no names.
+/// The reason why kernel frames have no names.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum KallsymsError {
-    #[error("/proc/kallsyms cannot be read: {0}")]
+    #[error("cannot read /proc/kallsyms, kernel frames have no names: {0}")]
     Unreadable(#[from] io::Error),
     #[error(
         "/proc/kallsyms shows no addresses: kernel frames have no names; \
          give the agent CAP_SYSLOG, or set kernel.kptr_restrict to 1 or 0"
     )]
     Restricted,
-    #[error("/proc/kallsyms is larger than any kernel's")]
+    #[error("/proc/kallsyms is larger than any kernel's, kernel frames have no names")]
     TooLarge,
 }
 
-/// Kernel symbols, read when they are first asked for and again when they are old.
+/// Kernel symbols, read at the first use and again once they are old.
 #[derive(Debug, Default)]
 pub(crate) struct Kallsyms {
     table: SymbolTable,
@@ -44,7 +44,7 @@ pub(crate) struct KernelSymbol<'a> {
 }
 
 impl Kallsyms {
-    /// Reads the symbols if that has not been done lately, and tells whether it did. What goes wrong is said once.
+    /// Reads the symbols if they are old. Returns whether it read them. Logs an error once.
     pub(crate) fn refresh(&mut self) -> bool {
         if self.read_at.is_some_and(|at| at.elapsed() < RELOAD_AFTER) {
             return false;
@@ -73,7 +73,7 @@ impl Kallsyms {
 }
 
 fn parse(mut text: impl BufRead) -> Result<SymbolTable, KallsymsError> {
-    let mut builder = TableBuilder::new(MAX_TABLE_BYTES);
+    let mut builder = SymbolTableBuilder::new(MAX_TABLE_BYTES);
     let mut line = Vec::new();
     loop {
         line.clear();
@@ -90,7 +90,7 @@ fn parse(mut text: impl BufRead) -> Result<SymbolTable, KallsymsError> {
         else {
             continue;
         };
-        // Zero stands for an address that is hidden. Upper case is global, and what aliases it is its lesser name.
+        // A hidden address is zero. Upper case marks a global symbol, whose name takes precedence over its aliases.
         let rank = match kind {
             b"T" => 2,
             b"W" | b"w" => 0,
@@ -136,7 +136,7 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
     }
 
     #[test]
-    fn hidden_addresses_are_an_error_that_names_the_cure() {
+    fn hidden_addresses_give_an_error_that_names_the_cure() {
         let hidden = "0000000000000000 T _stext\n0000000000000000 T do_syscall_64\n";
         let error = parse(hidden.as_bytes()).unwrap_err().to_string();
         assert!(error.contains("CAP_SYSLOG") && error.contains("kptr_restrict"), "{error}");
@@ -144,7 +144,7 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
 
     proptest! {
         #[test]
-        fn any_text_is_taken_without_harm(text in proptest::collection::vec(any::<u8>(), 0..2000)) {
+        fn any_text_is_read_without_harm(text in proptest::collection::vec(any::<u8>(), 0..2000)) {
             let _ = parse(text.as_slice());
         }
     }

@@ -1,0 +1,190 @@
+//! The debug information of files: whether it may be read, and what reading it has cost.
+
+use std::{
+    fs::File,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use super::{
+    debug_file,
+    formats::dwarf::{self, DebugFrame, Unusable},
+    options::{DebugCost, SymbolizerStats},
+};
+use crate::model::MappedFile;
+
+/// Where the debug information of a file is, and what is known of it.
+#[derive(Clone, Debug)]
+pub(super) struct FileDebugInfo {
+    /// The installed debug file; none if the file has its own debug information. The file itself is not held here, so that
+    /// it can be closed.
+    separate: Option<Arc<MappedFile>>,
+    /// Bytes of the debug information, unpacked.
+    state: Result<u64, Unusable>,
+    spent: Spending,
+}
+
+impl FileDebugInfo {
+    /// Returns the installed debug file.
+    pub(super) fn separate_file(&self) -> Option<&File> {
+        self.separate.as_ref()?.file.as_ref()
+    }
+}
+
+/// The frames that debug information gave.
+#[derive(Debug)]
+pub(super) enum DebugFrames {
+    Read(Vec<DebugFrame>),
+    /// The limit of time is used up. Names found without it are not final.
+    Later,
+    Absent,
+}
+
+impl DebugFrames {
+    /// Returns the frame of the address with this index; none if the debug information does not describe it.
+    pub(super) fn frame(&self, index: usize) -> Option<&DebugFrame> {
+        match self {
+            Self::Read(frames) => frames.get(index).filter(|frame| !frame.is_empty()),
+            Self::Later | Self::Absent => None,
+        }
+    }
+}
+
+/// Reads debug information within limits.
+pub(super) struct DebugInfoReader {
+    /// The program that reads; see [`dwarf::resolve`].
+    program: Option<PathBuf>,
+    directories: Vec<PathBuf>,
+    cost: DebugCost,
+    stats: Arc<SymbolizerStats>,
+    /// Time spent on files whose debug information the program did not survive, all together: a user who makes one such
+    /// file can make many.
+    harm: Spending,
+    /// Time spent on all files together.
+    spent: Spending,
+}
+
+impl DebugInfoReader {
+    pub(super) fn new(
+        program: Option<PathBuf>,
+        directories: Vec<PathBuf>,
+        cost: DebugCost,
+        stats: Arc<SymbolizerStats>,
+    ) -> Self {
+        let now = Instant::now();
+        Self { program, directories, cost, stats, harm: Spending::new(now), spent: Spending::new(now) }
+    }
+
+    /// Reads the frames at these addresses, if the file has debug information that may be read now. `info` is the state of
+    /// the file; it is none before the first call.
+    pub(super) fn frames(
+        &mut self,
+        info: &mut Option<FileDebugInfo>,
+        file: &Arc<MappedFile>,
+        open: &File,
+        addresses: &[u64],
+    ) -> DebugFrames {
+        let begin = Instant::now();
+        let is_new = info.is_none();
+        let info = info.get_or_insert_with(|| self.examine(file, open, begin));
+        let Some(program) = &self.program else { return DebugFrames::Absent };
+        if is_new && info.state == Err(Unusable::Refused) {
+            tracing::info!(
+                path = file.path,
+                "the debug information of this file is too large or refers to other files"
+            );
+            self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
+        }
+        if info.state.is_err() || info.state.is_ok_and(|bytes| bytes > self.cost.file_bytes) {
+            return DebugFrames::Absent;
+        }
+        if info.spent.is_over(Spending::MAX_OF_FILE, begin)
+            || self.harm.is_over(Spending::MAX_OF_FILE, begin)
+            || self.spent.is_over(self.cost.time, begin)
+        {
+            return DebugFrames::Later;
+        }
+        let result = dwarf::resolve(program, info.separate_file().unwrap_or(open), addresses);
+        info.spent.add(begin.elapsed(), Instant::now());
+        self.spent.add(begin.elapsed(), Instant::now());
+        match result {
+            Ok(frames) => DebugFrames::Read(frames),
+            Err(error) => {
+                tracing::warn!(
+                    path = file.path,
+                    %error,
+                    "cannot use the debug information of this file; its symbol table names its functions"
+                );
+                self.harm.add(begin.elapsed(), Instant::now());
+                info.state = Err(Unusable::Harmful);
+                self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
+                DebugFrames::Absent
+            }
+        }
+    }
+
+    /// Looks for debug information in the file itself, then for an installed debug file.
+    fn examine(&self, file: &MappedFile, open: &File, now: Instant) -> FileDebugInfo {
+        let spent = Spending::new(now);
+        let own = FileDebugInfo { separate: None, state: dwarf::examine(open), spent };
+        if own.state != Err(Unusable::None) {
+            return own;
+        }
+        let Some(separate) = debug_file::find(file, open, &self.directories) else { return own };
+        let state = separate.file.as_ref().map_or(Err(Unusable::None), dwarf::examine);
+        FileDebugInfo { separate: Some(Arc::new(separate)), state, spent }
+    }
+}
+
+/// Time spent on something, forgotten at one hundredth of the speed at which time passes: so that it can take much at once,
+/// as in the first minute, and little in the long run.
+#[derive(Clone, Copy, Debug)]
+struct Spending {
+    spent: Duration,
+    at: Instant,
+}
+
+impl Spending {
+    /// Limit for one file.
+    const MAX_OF_FILE: Duration = Duration::from_secs(2);
+    /// Time that passes for each unit of time that is forgotten.
+    const FORGET_AFTER: u32 = 100;
+
+    fn new(now: Instant) -> Self {
+        Self { spent: Duration::ZERO, at: now }
+    }
+
+    fn left(&self, now: Instant) -> Duration {
+        self.spent.saturating_sub(now.saturating_duration_since(self.at) / Self::FORGET_AFTER)
+    }
+
+    fn is_over(&self, limit: Duration, now: Instant) -> bool {
+        self.left(now) > limit
+    }
+
+    fn add(&mut self, spent: Duration, now: Instant) {
+        *self = Self { spent: self.left(now) + spent, at: now };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_spent_at_once_is_paid_back_in_the_long_run() {
+        let is_too_much = |spending: &Spending, now| spending.is_over(Spending::MAX_OF_FILE, now);
+        let begin = Instant::now();
+        let mut spending = Spending::new(begin);
+        spending.add(Duration::from_secs(2), begin);
+        assert!(!is_too_much(&spending, begin));
+        spending.add(Duration::from_secs(1), begin);
+        assert!(is_too_much(&spending, begin + Duration::from_secs(99)));
+        assert!(!is_too_much(&spending, begin + Duration::from_secs(100)));
+        // Time that was not spent is not saved up.
+        let later = begin + Duration::from_secs(1 << 20);
+        spending.add(Duration::from_secs(3), later);
+        assert!(is_too_much(&spending, later));
+    }
+}

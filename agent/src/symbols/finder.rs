@@ -1,0 +1,269 @@
+//! Finds the functions at addresses: decides which source names an address, and caches what the sources answer.
+//!
+//! [`NameFinder::locate`] is the one decision. An address of the kernel is named by `/proc/kallsyms`. An address in an ELF
+//! file is named by debug information, else by a symbol table. Code without such a file was made at run time, and its perf
+//! map names it. A language runtime that names its own frames becomes a further [`Location`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fs::File,
+    num::NonZeroUsize,
+    sync::{Arc, atomic::Ordering},
+};
+
+use gannet_elf::{ContentId, Elf, ElfLimits};
+use lru::LruCache;
+use quick_cache::unsync;
+
+use super::{
+    debug_info::{DebugFrames, DebugInfoReader, FileDebugInfo},
+    formats::{dwarf::DebugLine, elf, kallsyms::Kallsyms, perf_map::PerfMap},
+    names::{ByBytes, ContentKey, Function, Functions, SharedTexts},
+    options::{SymbolizerConfig, SymbolizerStats},
+    vdso::vdso_file,
+};
+use crate::model::{FileId, Image, MappedFile, MappingKind, ProcessKey};
+
+/// Kernel addresses have the highest bit set on every machine that Gannet runs on, and user addresses do not.
+pub(super) const FIRST_KERNEL_ADDRESS: u64 = 1 << 63;
+const MAX_FILE_STATES: NonZeroUsize = NonZeroUsize::new(8192).unwrap();
+const MAX_PERF_MAPS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+/// Perf maps that are larger than this, all together, are dropped after each profile.
+const MAX_CACHED_PERF_MAP_BYTES: usize = 8 << 20;
+
+/// The kind of code at an address, which decides about the source of its name.
+pub(super) enum Location<'a> {
+    Kernel,
+    /// In an ELF file, at this ELF virtual address.
+    File(&'a Arc<MappedFile>, u64),
+    /// In code that was made at run time.
+    Jitted,
+    Unmapped,
+}
+
+/// Functions by file and ELF virtual address.
+pub(super) type FileFunctions = HashMap<(FileId, u64), Functions>;
+/// Functions by address at run time.
+pub(super) type ProcessFunctions = HashMap<u64, Functions>;
+
+/// What is known of one file.
+#[derive(Debug, Default)]
+struct FileState {
+    content: Option<ContentKey>,
+    /// The symbol table could not be read, and is not read again.
+    unusable_table: bool,
+    /// Go's function table could not be used, and that is logged.
+    go_fault_logged: bool,
+    debug_info: Option<FileDebugInfo>,
+}
+
+/// The sources of names, and a cache of their answers. Owner: the symbolizer's thread.
+pub(super) struct NameFinder {
+    stats: Arc<SymbolizerStats>,
+    cache: unsync::Cache<(ContentKey, u64), Functions, ByBytes>,
+    files: LruCache<FileId, FileState>,
+    debug_info: DebugInfoReader,
+    perf_maps: LruCache<ProcessKey, PerfMap>,
+    kallsyms: Kallsyms,
+    vdso: Option<Arc<MappedFile>>,
+    no_functions: Functions,
+    /// Much memory was allocated and freed since the last call of [`return_memory`].
+    wasteful: bool,
+}
+
+impl NameFinder {
+    pub(super) fn new(config: SymbolizerConfig, stats: Arc<SymbolizerStats>) -> Self {
+        let SymbolizerConfig { queue: _, cache_bytes, debug_reader, debug_dirs, debug_cost } = config;
+        Self {
+            cache: unsync::Cache::with_weighter((cache_bytes / 256) as usize, cache_bytes, ByBytes),
+            files: LruCache::new(MAX_FILE_STATES),
+            debug_info: DebugInfoReader::new(debug_reader, debug_dirs, debug_cost, Arc::clone(&stats)),
+            perf_maps: LruCache::new(MAX_PERF_MAPS),
+            kallsyms: Kallsyms::default(),
+            vdso: vdso_file().map_err(|error| tracing::debug!(%error, "cannot read the vDSO")).ok(),
+            no_functions: Arc::new([]),
+            wasteful: false,
+            stats,
+        }
+    }
+
+    /// Returns the build id of the vDSO, or an empty text.
+    pub(super) fn vdso_build_id(&self) -> &str {
+        self.vdso.as_ref().map_or("", |vdso| vdso.build_id.as_str())
+    }
+
+    /// Decides which source names an address.
+    pub(super) fn locate<'a>(&'a self, image: &'a Image, address: u64) -> Location<'a> {
+        if address >= FIRST_KERNEL_ADDRESS {
+            return Location::Kernel;
+        }
+        let Some(mapping) = image.find(address) else { return Location::Unmapped };
+        let file = match &mapping.kind {
+            MappingKind::File(file) => file,
+            MappingKind::Vdso => match &self.vdso {
+                Some(vdso) => vdso,
+                None => return Location::Unmapped,
+            },
+            MappingKind::Anon => return Location::Jitted,
+        };
+        match file.address_of(address - mapping.start + mapping.offset) {
+            Some(elf_address) => Location::File(file, elf_address),
+            // Some just-in-time compilers map their code twice, through a file that is no ELF file.
+            None if !file.is_elf() => Location::Jitted,
+            None => Location::Unmapped,
+        }
+    }
+
+    /// Finds the functions in files, for addresses of any number of processes: each file is read once.
+    pub(super) fn find_in_files<'a>(
+        &mut self,
+        addresses: impl Iterator<Item = (&'a Image, u64)>,
+    ) -> FileFunctions {
+        let mut by_file: BTreeMap<FileId, (Arc<MappedFile>, BTreeSet<u64>)> = BTreeMap::new();
+        for (image, address) in addresses {
+            if let Location::File(file, elf_address) = self.locate(image, address) {
+                let wanted = by_file.entry(file.id).or_insert_with(|| (Arc::clone(file), BTreeSet::new()));
+                wanted.1.insert(elf_address);
+            }
+        }
+        let mut found = FileFunctions::new();
+        for (file, addresses) in by_file.into_values() {
+            self.find_in_file(&file, &addresses, &mut found);
+        }
+        found
+    }
+
+    fn find_in_file(&mut self, file: &Arc<MappedFile>, addresses: &BTreeSet<u64>, found: &mut FileFunctions) {
+        let Some(open) = &file.file else { return };
+        let content = self.content(file, open);
+        let mut missing = Vec::new();
+        for &address in addresses {
+            match self.cache.get(&(content, address)) {
+                Some(functions) => {
+                    found.insert((file.id, address), Arc::clone(functions));
+                }
+                None => missing.push(address),
+            }
+        }
+        if missing.is_empty() {
+            return;
+        }
+        let state = self.files.get_or_insert_mut(file.id, FileState::default);
+        let debug_frames = self.debug_info.frames(&mut state.debug_info, file, open, &missing);
+        self.wasteful |= matches!(debug_frames, DebugFrames::Read(_));
+        let has_no_frame = |(index, _): &(usize, &u64)| debug_frames.frame(*index).is_none();
+        let rest: Vec<u64> =
+            missing.iter().enumerate().filter(has_no_frame).map(|(_, address)| *address).collect();
+        let mut symbols = self.symbols(file, open, &rest).into_iter();
+        let mut texts = SharedTexts::default();
+        for (index, address) in missing.into_iter().enumerate() {
+            let functions: Functions = match debug_frames.frame(index) {
+                Some(frame) => frame.iter().map(|line| function_of_line(&mut texts, line)).collect(),
+                None => match symbols.next().flatten() {
+                    Some(raw) => texts.symbol(&raw),
+                    None => Arc::clone(&self.no_functions),
+                },
+            };
+            // An address without a name is cached too: otherwise each window would search for it again.
+            if !matches!(debug_frames, DebugFrames::Later) {
+                self.cache.insert((content, address), Arc::clone(&functions));
+            }
+            found.insert((file.id, address), functions);
+        }
+    }
+
+    /// Returns the identity of the file's content, which is read once for each file.
+    fn content(&mut self, file: &MappedFile, open: &File) -> ContentKey {
+        let state = self.files.get_or_insert_mut(file.id, FileState::default);
+        *state.content.get_or_insert_with(|| {
+            let elf = Elf::parse(open, &ElfLimits::default()).ok();
+            elf.and_then(|elf| ContentId::of(&elf)).map_or(ContentKey::File(file.id), ContentKey::Content)
+        })
+    }
+
+    /// Searches the file's symbol tables.
+    fn symbols(&mut self, file: &MappedFile, open: &File, addresses: &[u64]) -> Vec<Option<Vec<u8>>> {
+        let state = self.files.get_or_insert_mut(file.id, FileState::default);
+        if addresses.is_empty() || state.unusable_table {
+            return Vec::new();
+        }
+        let separate = state.debug_info.as_ref().and_then(FileDebugInfo::separate_file);
+        match elf::find(open, separate, addresses) {
+            Ok(found) => {
+                if let Some(fault) = found.go_fault
+                    && !std::mem::replace(&mut state.go_fault_logged, true)
+                {
+                    tracing::info!(path = file.path, %fault, "the Go functions of this file have no names");
+                    self.stats.unusable_tables.fetch_add(1, Ordering::Relaxed);
+                }
+                found.names
+            }
+            Err(error) => {
+                tracing::info!(path = file.path, %error, "the functions of this file have no names");
+                state.unusable_table = true;
+                self.stats.unusable_tables.fetch_add(1, Ordering::Relaxed);
+                Vec::new()
+            }
+        }
+    }
+
+    /// Finds the functions of the kernel.
+    pub(super) fn find_in_kernel(&mut self, addresses: impl Iterator<Item = u64>) -> ProcessFunctions {
+        let mut texts = SharedTexts::default();
+        let mut found = ProcessFunctions::new();
+        for address in addresses {
+            self.wasteful |= self.kallsyms.refresh();
+            if let Some(symbol) = self.kallsyms.find(address) {
+                let file =
+                    if symbol.module.is_empty() { String::new() } else { format!("[{}]", symbol.module) };
+                found.insert(address, texts.plain(symbol.name, &file));
+            }
+        }
+        found
+    }
+
+    /// Finds the functions that a process made at run time.
+    pub(super) fn find_jitted(&mut self, key: ProcessKey, addresses: &[u64]) -> ProcessFunctions {
+        let mut texts = SharedTexts::default();
+        let mut found = ProcessFunctions::new();
+        if addresses.is_empty() {
+            return found;
+        }
+        let Some(map) = PerfMap::read(key, self.perf_maps.pop(&key)) else { return found };
+        for &address in addresses {
+            if let Some(name) = map.find(address) {
+                found.insert(address, texts.plain(&name, ""));
+            }
+        }
+        self.perf_maps.put(key, map);
+        found
+    }
+
+    /// Frees memory beyond the limits, and counts the rest. Call it after each set of profiles.
+    pub(super) fn trim(&mut self) {
+        let perf_maps: usize = self.perf_maps.iter().map(|(_, map)| map.bytes()).sum();
+        if perf_maps > MAX_CACHED_PERF_MAP_BYTES {
+            self.perf_maps.clear();
+            self.wasteful = true;
+        }
+        if std::mem::take(&mut self.wasteful) {
+            return_memory();
+        }
+        let cached = self.cache.weight() + (self.kallsyms.bytes() + perf_maps) as u64;
+        self.stats.cached_bytes.store(cached, Ordering::Relaxed);
+    }
+}
+
+fn function_of_line(texts: &mut SharedTexts, line: &DebugLine) -> Function {
+    let (name, raw) = texts.name(&line.name);
+    Function { name, raw, file: texts.text(&line.file), line: line.line, column: line.column }
+}
+
+/// Returns freed memory to the system: the C library would hold it for later use.
+fn return_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes no pointers and may be called at any time from any thread.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

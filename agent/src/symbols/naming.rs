@@ -1,0 +1,264 @@
+//! Builds finished profiles from raw ones and the names of their addresses.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs::File,
+    io::{self, Read},
+    sync::{Arc, atomic::Ordering},
+    time::UNIX_EPOCH,
+};
+
+use gannet_elf::BuildIds;
+use gannet_proto::{
+    pprof::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId},
+    profiles::Profile,
+};
+
+use super::{
+    finder::{FIRST_KERNEL_ADDRESS, FileFunctions, Location, NameFinder, ProcessFunctions},
+    names::Function,
+    options::{SymbolizerConfig, SymbolizerStats},
+    vdso::VDSO_MAPPING,
+};
+use crate::{
+    model::{self, Image, MappingKind, SampleKind, StackEnd},
+    profile::{RawProcess, RawProfile, RawStack},
+};
+
+/// The name of the mapping of kernel frames.
+pub(crate) const KERNEL_MAPPING: &str = "[kernel.kallsyms]";
+/// The name of mappings of code without a file.
+const ANONYMOUS_MAPPING: &str = "[anon]";
+/// The frame at the root of a stack that has more frames than the limit.
+const TRUNCATED_FRAME: &str = "[truncated]";
+/// The frame at the root of a stack that could not be unwound further.
+const BROKEN_FRAME: &str = "[broken stack]";
+/// The frame in place of the stack of a 32-bit program.
+const UNSUPPORTED_FRAME: &str = "[32-bit program]";
+
+const MAX_NOTE_BYTES: u64 = 64 << 10;
+
+/// Names the frames of raw profiles. Owner: the symbolizer's thread.
+pub(super) struct ProfileNamer {
+    finder: NameFinder,
+    stats: Arc<SymbolizerStats>,
+    kernel_build_id: String,
+}
+
+impl ProfileNamer {
+    pub(super) fn new(config: SymbolizerConfig, stats: Arc<SymbolizerStats>) -> Self {
+        let finder = NameFinder::new(config, Arc::clone(&stats));
+        Self { finder, stats, kernel_build_id: kernel_build_id() }
+    }
+
+    /// Builds the finished profiles of one window. Each file is read once for all of them.
+    pub(super) fn profiles(&mut self, raws: &[RawProfile]) -> Vec<Profile> {
+        let addresses: Vec<Vec<BTreeSet<u64>>> = raws
+            .iter()
+            .map(|raw| {
+                let of_process =
+                    |process: &RawProcess| process.stacks.iter().flat_map(lookup_addresses).collect();
+                raw.processes.iter().map(of_process).collect()
+            })
+            .collect();
+        let processes = raws.iter().flat_map(|raw| &raw.processes).zip(addresses.iter().flatten());
+        let in_files =
+            self.finder.find_in_files(processes.flat_map(|(process, addresses)| {
+                addresses.iter().map(|address| (&*process.image, *address))
+            }));
+        let finished =
+            raws.iter().zip(addresses).map(|(raw, addresses)| self.profile(raw, addresses, &in_files));
+        let finished = finished.collect();
+        self.finder.trim();
+        finished
+    }
+
+    fn profile(
+        &mut self,
+        raw: &RawProfile,
+        addresses: Vec<BTreeSet<u64>>,
+        in_files: &FileFunctions,
+    ) -> Profile {
+        let (sample_types, period_type) = match raw.kind {
+            SampleKind::OnCpu => ([("samples", "count"), ("cpu", "nanoseconds")], ("cpu", "nanoseconds")),
+            SampleKind::OffCpu => {
+                ([("events", "count"), ("offcpu", "nanoseconds")], ("offcpu", "nanoseconds"))
+            }
+        };
+        let mut builder = Builder::new(Header {
+            sample_types: &sample_types,
+            period_type,
+            period: raw.period_ns as i64,
+            time_nanos: raw.start.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as i64),
+            duration_nanos: raw.duration.as_nanos() as i64,
+        });
+        for (index, (process, addresses)) in raw.processes.iter().zip(addresses).enumerate() {
+            self.add_process(&mut builder, process, addresses, in_files, index == 0);
+        }
+        for comment in &raw.comments {
+            builder.comment(comment);
+        }
+        self.stats.profiles.fetch_add(1, Ordering::Relaxed);
+        builder.finish()
+    }
+
+    fn add_process(
+        &mut self,
+        builder: &mut Builder,
+        process: &RawProcess,
+        addresses: BTreeSet<u64>,
+        in_files: &FileFunctions,
+        is_first: bool,
+    ) {
+        // The main binary is mapped below everything that it loads.
+        let is_file = |mapping: &&model::Mapping| matches!(mapping.kind, MappingKind::File(_));
+        if let Some(main) = process.image.mappings.iter().find(is_file) {
+            let id = self.add_mapping(builder, main);
+            if is_first {
+                builder.main_mapping(id);
+            }
+        }
+        let elsewhere = self.find_elsewhere(process, &addresses);
+        let mut locations = HashMap::with_capacity(addresses.len());
+        for address in addresses {
+            let functions = match self.finder.locate(&process.image, address) {
+                Location::Kernel | Location::Jitted => elsewhere.get(&address),
+                Location::File(file, elf_address) => in_files.get(&(file.id, elf_address)),
+                Location::Unmapped => None,
+            };
+            let functions = functions.map_or(&[][..], |functions| functions);
+            locations.insert(address, self.add_location(builder, &process.image, address, functions));
+        }
+        for stack in &process.stacks {
+            let mut ids: Vec<LocationId> =
+                lookup_addresses(stack).filter_map(|address| locations.get(&address).copied()).collect();
+            if let Some(name) = end_frame(stack.end) {
+                ids.push(builder.location(None, 0, &[Line { name, system_name: name, ..Line::default() }]));
+            }
+            let labels = labels(process, stack);
+            builder.sample(&ids, &[stack.count as i64, stack.value_ns as i64], &labels);
+        }
+    }
+
+    /// Finds the functions of the kernel, and those that the process made at run time.
+    fn find_elsewhere(&mut self, process: &RawProcess, addresses: &BTreeSet<u64>) -> ProcessFunctions {
+        let (mut kernel, mut jitted) = (Vec::new(), Vec::new());
+        for &address in addresses {
+            match self.finder.locate(&process.image, address) {
+                Location::Kernel => kernel.push(address),
+                Location::Jitted => jitted.push(address),
+                Location::File(..) | Location::Unmapped => {}
+            }
+        }
+        let mut found = self.finder.find_in_kernel(kernel.into_iter());
+        found.extend(self.finder.find_jitted(process.key, &jitted));
+        found
+    }
+
+    fn add_location(
+        &self,
+        builder: &mut Builder,
+        image: &Image,
+        address: u64,
+        functions: &[Function],
+    ) -> LocationId {
+        let mapping = if address >= FIRST_KERNEL_ADDRESS {
+            Some(builder.mapping(Mapping {
+                start: FIRST_KERNEL_ADDRESS,
+                limit: u64::MAX,
+                offset: 0,
+                file: KERNEL_MAPPING,
+                build_id: &self.kernel_build_id,
+            }))
+        } else {
+            image.find(address).map(|mapping| self.add_mapping(builder, mapping))
+        };
+        let lines: Vec<Line<'_>> = functions
+            .iter()
+            .map(|function| Line {
+                name: &function.name,
+                system_name: &function.raw,
+                file: &function.file,
+                line: i64::from(function.line),
+                column: i64::from(function.column),
+                start_line: 0,
+            })
+            .collect();
+        let counter = if lines.is_empty() { &self.stats.unnamed } else { &self.stats.named };
+        counter.fetch_add(1, Ordering::Relaxed);
+        builder.location(mapping, address, &lines)
+    }
+
+    fn add_mapping(&self, builder: &mut Builder, mapping: &model::Mapping) -> MappingId {
+        let (file, build_id) = match &mapping.kind {
+            MappingKind::File(file) => (file.path.as_str(), file.build_id.as_str()),
+            MappingKind::Vdso => (VDSO_MAPPING, self.finder.vdso_build_id()),
+            MappingKind::Anon => (ANONYMOUS_MAPPING, ""),
+        };
+        builder.mapping(Mapping {
+            start: mapping.start,
+            limit: mapping.end,
+            offset: mapping.offset,
+            file,
+            build_id,
+        })
+    }
+}
+
+/// Returns the frame that marks how a stack ends, if it is not complete.
+fn end_frame(end: StackEnd) -> Option<&'static str> {
+    match end {
+        StackEnd::Truncated => Some(TRUNCATED_FRAME),
+        StackEnd::Broken => Some(BROKEN_FRAME),
+        StackEnd::NotUnwound => Some(UNSUPPORTED_FRAME),
+        StackEnd::Complete | StackEnd::None => None,
+    }
+}
+
+fn labels<'a>(process: &'a RawProcess, stack: &'a RawStack) -> Vec<Label<'a>> {
+    let text = |key, value| Label { key, value: LabelValue::Str(value) };
+    let number = |key, value: u32| Label { key, value: LabelValue::Num(i64::from(value), "") };
+    let texts = [
+        text("thread", stack.thread.as_str()),
+        text("comm", &process.comm),
+        text("container_id", &process.container_id),
+        text("pod_uid", &process.pod_uid),
+        text("state", sleep_state(stack.state)),
+    ];
+    let mut labels = vec![number("pid", process.key.tgid), number("tid", stack.tid)];
+    labels.extend(texts.into_iter().filter(|label| !matches!(label.value, LabelValue::Str(""))));
+    labels
+}
+
+/// Returns how a thread slept, from the low bits of the kernel's task state; empty for a thread that did not sleep.
+fn sleep_state(state: u8) -> &'static str {
+    match state {
+        0 => "",
+        state if state & 1 != 0 => "interruptible",
+        state if state & 2 != 0 => "uninterruptible",
+        state if state & 0x0c != 0 => "stopped",
+        _ => "other",
+    }
+}
+
+/// Returns the addresses to look up, leaf first. Of a caller it is the byte before the return address, which belongs to the
+/// call: if the call is the last instruction of a function, the return address belongs to the next function.
+fn lookup_addresses(stack: &RawStack) -> impl Iterator<Item = u64> {
+    let of = |addresses: &[u64]| {
+        addresses
+            .iter()
+            .enumerate()
+            .map(|(depth, address)| if depth == 0 { *address } else { address.saturating_sub(1) })
+            .collect::<Vec<_>>()
+    };
+    of(&stack.kernel).into_iter().chain(of(&stack.user))
+}
+
+fn kernel_build_id() -> String {
+    let notes = File::open("/sys/kernel/notes").and_then(|file| {
+        let mut bytes = Vec::new();
+        file.take(MAX_NOTE_BYTES).read_to_end(&mut bytes)?;
+        io::Result::Ok(bytes)
+    });
+    notes.map(|notes| BuildIds::of_notes(&notes).text()).unwrap_or_default()
+}
