@@ -12,7 +12,11 @@ const FILES: [&str; 4] = [
 ];
 
 /// Services of other projects that Gannet only calls. They are not part of its own reflection.
-const FOREIGN: [&str; 2] = ["push/v1/push.proto", "parca/profilestore/v1alpha1/profilestore.proto"];
+const FOREIGN: [&str; 3] = [
+    "push/v1/push.proto",
+    "parca/profilestore/v1alpha1/profilestore.proto",
+    "kubelet/pods/v1alpha1/pods.proto",
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
@@ -27,6 +31,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .compile_fds(descriptors)?;
     tonic_prost_build::configure()
         .build_transport(false)
+        .btree_map(".")
         .compile_fds(protox::compile(FOREIGN, ["proto"])?)?;
     Ok(())
 }

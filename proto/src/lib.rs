@@ -52,14 +52,19 @@ mod generated {
         pub mod parca {
             tonic::include_proto!("parca.profilestore.v1alpha1");
         }
+        pub mod kubelet {
+            tonic::include_proto!("v1alpha1");
+        }
     }
 }
 
 pub use generated::{control::v1 as control, ingest::v1 as ingest, profiles, query::v1 as query};
 
-/// Services of other profile stores to which the collector forwards profiles.
+/// Services of other programs: the kubelet's stream of pods, and servers that the collector forwards profiles to.
 pub mod foreign {
-    pub use super::generated::foreign::{parca, push::v1 as pyroscope, types::v1 as pyroscope_types};
+    pub use super::generated::foreign::{
+        kubelet, parca, push::v1 as pyroscope, types::v1 as pyroscope_types,
+    };
 }
 
 /// The encoded `FileDescriptorSet` of every `.proto` file, for gRPC reflection.

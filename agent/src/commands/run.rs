@@ -158,10 +158,10 @@ pub async fn run(options: RunOptions) -> Result<(), RunError> {
         pods.clone(),
         submit,
     ));
-    let (rules_over_pods, wanted) = watch::channel(Vec::new());
+    let (queries_sender, queries) = watch::channel(Vec::new());
     let groups = engine.groups().filter(|_| config.pods.is_some()).map(Arc::clone);
     if groups.is_some() {
-        engine.know_pods(KnowsPods { pods: pods.clone(), queries: rules_over_pods });
+        engine.know_pods(KnowsPods { pods: pods.clone(), queries: queries_sender });
     }
     let node = Arc::new(Node::new(config, engine, ledger, spool_stats, recent, pods));
 
@@ -191,12 +191,13 @@ pub async fn run(options: RunOptions) -> Result<(), RunError> {
         if options.kubelet_insecure {
             tracing::warn!("--kubelet-insecure: whoever answers at the kubelet's address is believed");
         }
-        let sources = pods::sources(options);
-        tokio::spawn(pods::follow(node.pods.clone(), sources, options.only.is_some(), cancel.clone()))
+        let feeds = pods::feeds(options);
+        tokio::spawn(pods::follow(node.pods.clone(), feeds, options.only.is_some(), cancel.clone()))
     });
     let arming = groups.map(|groups| {
         let containers = node.engine.containers();
-        tokio::spawn(pods::arm(node.pods.clone(), groups, containers, wanted, cancel.clone()))
+        let select = move |selection| containers.select(selection);
+        tokio::spawn(pods::keep_resolving(node.pods.clone(), groups, queries, select, cancel.clone()))
     });
     tracing::info!(node = node.config.node, "gannet-agent {} runs", gannet_proto::VERSION);
 
@@ -243,7 +244,7 @@ impl PodResolver for KnowsPods {
     }
 
     fn container_seen(&mut self, container: &CgroupNames) {
-        self.pods.ask(&container.container_id, &container.pod_uid);
+        self.pods.request(&container.container_id, &container.pod_uid);
     }
 }
 

@@ -27,7 +27,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::{
     governor::Budgets,
     kernel::{MAX_CGROUP_PATH, MAX_COMM, default_ring_bytes},
-    pods::{LabelOptions, PATIENCE, SourceKind, SourceOptions, check_address},
+    pods::{KUBELET_TIMEOUT, PodFeedKind, PodFeedOptions, PodLabelOptions, check_kubelet_address},
     rules::{CAPTURE_SLOTS, Deny, RULE_SLOTS},
 };
 
@@ -256,9 +256,9 @@ pub struct Config {
     /// Labels of this node.
     pub(crate) labels: BTreeMap<String, String>,
     /// Access to the pod sources; none if no pod metadata is wanted.
-    pub(crate) pods: Option<SourceOptions>,
+    pub(crate) pods: Option<PodFeedOptions>,
     /// Labels that the agent derives from pods.
-    pub(crate) pod_labels: LabelOptions,
+    pub(crate) pod_labels: PodLabelOptions,
     /// Limits for rules on this node.
     pub(crate) caps: Caps,
     /// Processes that the agent never samples.
@@ -393,7 +393,7 @@ impl RunOptions {
         self.label.iter().map(pair).collect()
     }
 
-    fn pod_labels(&self) -> Result<LabelOptions, ConfigError> {
+    fn pod_labels(&self) -> Result<PodLabelOptions, ConfigError> {
         if self.pod_label.len() > MAX_POD_LABELS {
             let given = format!("({} of them)", self.pod_label.len());
             return wrong("pod-label", &given, "give at most 10: each makes more series");
@@ -406,22 +406,22 @@ impl RunOptions {
         if cluster.len() > MAX_NAME {
             return wrong("cluster", &cluster, "give a name of at most 253 bytes");
         }
-        Ok(LabelOptions { cluster, pod_labels: self.pod_label.clone() })
+        Ok(PodLabelOptions { cluster, pod_labels: self.pod_label.clone() })
     }
 
-    fn pods(&self, node: &str) -> Result<Option<SourceOptions>, ConfigError> {
-        if check_address(&self.kubelet_address).is_err() {
+    fn pods(&self, node: &str) -> Result<Option<PodFeedOptions>, ConfigError> {
+        if check_kubelet_address(&self.kubelet_address).is_err() {
             let cure = "write HOST, HOST:PORT or https://HOST:PORT, IPv6 in brackets";
             return wrong("kubelet-address", &self.kubelet_address, cure);
         }
         let only = match self.pod_source {
             PodSourceOption::None => return Ok(None),
             PodSourceOption::Auto => None,
-            PodSourceOption::Podinfo => Some(SourceKind::PodInfo),
-            PodSourceOption::Kubelet => Some(SourceKind::Kubelet),
-            PodSourceOption::Apiserver => Some(SourceKind::ApiServer),
+            PodSourceOption::Podinfo => Some(PodFeedKind::PodInfo),
+            PodSourceOption::Kubelet => Some(PodFeedKind::Kubelet),
+            PodSourceOption::Apiserver => Some(PodFeedKind::ApiServer),
         };
-        Ok(Some(SourceOptions {
+        Ok(Some(PodFeedOptions {
             only,
             node: node.to_owned(),
             podinfo_sockets: match &self.podinfo_socket {
@@ -433,7 +433,7 @@ impl RunOptions {
             kubelet_certificate: self.kubelet_certificate.clone(),
             kubelet_insecure: self.kubelet_insecure,
             token_file: self.kubelet_token_file.clone(),
-            patience: PATIENCE,
+            kubelet_timeout: KUBELET_TIMEOUT,
             apiserver: is_set("KUBERNETES_SERVICE_HOST") || is_set("KUBECONFIG"),
         }))
     }

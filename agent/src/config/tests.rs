@@ -80,7 +80,7 @@ fn processes_are_followed_unless_switched_off() {
 fn pods_come_from_the_source_of_the_option() {
     let pods = |flags: &[&str]| with("", flags).unwrap().pods;
     assert_eq!(pods(&["--pod-source", "none"]), None);
-    assert_eq!(pods(&["--pod-source", "kubelet"]).unwrap().only, Some(SourceKind::Kubelet));
+    assert_eq!(pods(&["--pod-source", "kubelet"]).unwrap().only, Some(PodFeedKind::Kubelet));
     let auto = pods(&["--node", "worker-1", "--kubelet-address", "fd00::1"]).unwrap();
     assert_eq!((auto.only, auto.node.as_str()), (None, "worker-1"));
     assert_eq!(auto.token_file.to_str(), Some(SERVICE_ACCOUNT_TOKEN));

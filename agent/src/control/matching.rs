@@ -9,7 +9,7 @@ use gannet_proto::{
 
 use crate::{
     node::Node,
-    pods::{Pod, resolve::PodRule},
+    pods::{Pod, PodMatcher},
     process::SurveyedProcess,
 };
 
@@ -25,7 +25,7 @@ pub(super) struct Matcher {
     pids: Vec<u32>,
     uid: Vec<u32>,
     /// Pod fields of the rule, each as a query of its own.
-    pods: Vec<(&'static str, PodRule)>,
+    pods: Vec<(&'static str, PodMatcher)>,
 }
 
 impl Matcher {
@@ -46,7 +46,10 @@ impl Matcher {
             cgroup: patterns(cgroup),
             pids: pids.clone(),
             uid: uid.clone(),
-            pods: pods.into_iter().filter_map(|(field, only)| Some((field, PodRule::of(&only)?))).collect(),
+            pods: pods
+                .into_iter()
+                .filter_map(|(field, only)| Some((field, PodMatcher::of(&only)?)))
+                .collect(),
         }
     }
 
@@ -105,7 +108,7 @@ pub(super) enum ProcessPod {
 
 impl ProcessPod {
     pub(super) fn of(node: &Node, seen: &SurveyedProcess) -> Self {
-        match node.pods.of(&seen.names) {
+        match node.pods.pod_of(&seen.names) {
             Some((pod, container)) => Self::In(pod, container),
             None if node.config.pods.is_none() => Self::NoMetadata,
             None => Self::None,

@@ -11,7 +11,7 @@ use crate::{
     kernel::lifecycle_counts,
     ledger::Stage,
     node::Node,
-    pods::SourceKind,
+    pods::PodFeedKind,
 };
 
 gannet_base::metrics! {
@@ -161,20 +161,20 @@ fn add_spool(snapshot: &mut Snapshot, node: &Node) {
 
 fn add_pods(snapshot: &mut Snapshot, node: &Node) {
     let status = node.pods.status();
-    for kind in [SourceKind::PodInfo, SourceKind::Kubelet, SourceKind::ApiServer] {
-        snapshot.add_labelled(&POD_SOURCE, [kind.as_str()], status.source == Some(kind));
+    for kind in PodFeedKind::ALL {
+        snapshot.add_labelled(&POD_SOURCE, [kind.as_str()], status.kind == Some(kind));
     }
     snapshot.add(&POD_UPDATES, status.updates);
     snapshot.add(&POD_ERRORS, status.errors);
     if let Some(since) = status.last_update.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()) {
         snapshot.add(&POD_LAST_UPDATE, since.as_secs_f64());
     }
-    let (containers, asked_for, in_no_list, refused) = node.pods.counts();
-    snapshot.add(&POD_CONTAINERS, containers);
-    for (state, count) in [("asked_for", asked_for), ("in_no_list", in_no_list)] {
+    let counts = node.pods.counts();
+    snapshot.add(&POD_CONTAINERS, counts.containers);
+    for (state, count) in [("asked_for", counts.requested), ("in_no_list", counts.unlisted)] {
         snapshot.add_labelled(&POD_UNKNOWN, [state], count);
     }
-    snapshot.add(&POD_REFUSED, refused);
+    snapshot.add(&POD_REFUSED, counts.refused);
 }
 
 #[cfg(test)]

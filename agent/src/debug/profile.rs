@@ -19,7 +19,7 @@ use crate::{
     engine::{EngineError, Manual},
     node::Node,
     output::{Details, Format, OutputError, render},
-    pods::LONGEST_JOIN,
+    pods::MAX_LABEL_WAIT,
     rules::CaptureError,
 };
 
@@ -27,7 +27,7 @@ use crate::{
 pub(super) const MAX_PROFILES: usize = 4;
 /// Time for symbolizing the last window of a profile: the wait for names of pods, and some more.
 const WINDOW_TIMEOUT: Duration = Duration::from_secs(10);
-const _: () = assert!(WINDOW_TIMEOUT.as_secs() > LONGEST_JOIN.as_secs());
+const _: () = assert!(WINDOW_TIMEOUT.as_secs() > MAX_LABEL_WAIT.as_secs());
 /// Time for unwinding and symbolizing the last window of a capture.
 const CAPTURE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest time that `/debug/profile` samples.

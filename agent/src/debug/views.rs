@@ -15,7 +15,7 @@ use crate::{
     engine::{EngineError, KernelView, ProcessView, UnknownProcess, Unwinding},
     model::ProcessKey,
     node::Node,
-    pods::SourceKind,
+    pods::PodFeedKind,
     process::{Metadata, MetadataOptions, ProcessMetadataCache, ProcessState},
     rules::RuleId,
 };
@@ -438,7 +438,7 @@ struct PodView {
 
 pub(super) fn pods(node: &Node) -> PodsView {
     let status = node.pods.status();
-    let (containers, asked_for, in_no_list, refused) = node.pods.counts();
+    let counts = node.pods.counts();
     let mut pods: Vec<PodView> = node
         .pods
         .all()
@@ -460,18 +460,18 @@ pub(super) fn pods(node: &Node) -> PodsView {
         .collect();
     pods.sort_by(|a, b| (&a.namespace, &a.name, &a.uid).cmp(&(&b.namespace, &b.name, &b.uid)));
     PodsView {
-        source: status.source.map(SourceKind::as_str),
-        streams: status.source.is_some_and(SourceKind::streams),
+        source: status.kind.map(PodFeedKind::as_str),
+        streams: status.kind.is_some_and(PodFeedKind::streams),
         passed_over: status.passed_over.into_iter().map(|(kind, why)| (kind.as_str(), why)).collect(),
         awaited: status.awaited,
         updates: status.updates,
         last_update_seconds: status.last_update.map(|at| at.elapsed().unwrap_or_default().as_secs()),
         errors: status.errors,
         last_error: status.last_error,
-        containers,
-        asked_for,
-        in_no_list,
-        refused,
+        containers: counts.containers,
+        asked_for: counts.requested,
+        in_no_list: counts.unlisted,
+        refused: counts.refused,
         pods,
     }
 }

@@ -73,7 +73,7 @@ pub async fn run(
 ) {
     while let Some(window) = windows.recv().await {
         let Window { id, start, duration, ledger: mut account, mut profiles } = window;
-        let denied = pods.join(&mut profiles).await;
+        let denied = pods.label(&mut profiles).await;
         if denied > 0 {
             account.delivered = account.delivered.saturating_sub(denied);
             account.lose(LossReason::Denied, denied);

@@ -1,14 +1,14 @@
-//! A pod, as far as profiles need it, and what its names mean.
+//! A pod with the fields that profiles and rules need.
 
 use std::collections::BTreeMap;
 
-/// Set to `"false"` on a pod that is never to be profiled.
-pub(super) const PROFILE_ANNOTATION: &str = "gannet.dev/profile";
-/// The name that a pod's profiles are filed under.
-pub(super) const SERVICE_NAME_ANNOTATION: &str = "gannet.dev/service-name";
-/// The uid that the control groups of a static pod have; what the API server shows is a mirror with a uid of its own.
-pub(super) const CONFIG_HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
-/// The only annotations that are kept; others may hold anything.
+/// With the value `"false"` it denies profiling of the pod.
+const PROFILE_ANNOTATION: &str = "gannet.dev/profile";
+/// Sets the service name of the pod's profiles.
+const SERVICE_NAME_ANNOTATION: &str = "gannet.dev/service-name";
+/// The uid in the control groups of a static pod. The API server shows a mirror pod, which has a uid of its own.
+const CONFIG_HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
+/// The annotations that the agent evaluates. Others may be large.
 pub(super) const ANNOTATIONS: [&str; 3] =
     [PROFILE_ANNOTATION, SERVICE_NAME_ANNOTATION, CONFIG_HASH_ANNOTATION];
 
@@ -16,77 +16,78 @@ const APP_NAME_LABEL: &str = "app.kubernetes.io/name";
 const TEMPLATE_HASH_LABEL: &str = "pod-template-hash";
 const ROLLOUT_HASH_LABEL: &str = "rollouts-pod-template-hash";
 
-/// More labels of one pod are not kept: some fifty times what pods have.
-pub(super) const MOST_LABELS: usize = 512;
-/// More containers of one pod are not kept, former ones included.
-pub(super) const MOST_CONTAINERS: usize = 512;
+/// Labels to keep of one pod, about fifty times what pods have.
+pub(super) const MAX_LABELS: usize = 512;
+/// Containers to keep of one pod, former instances included.
+pub(super) const MAX_CONTAINERS: usize = 512;
 
 /// One pod of this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pod {
-    /// As the source shows it.
+    /// The uid that the feed reports.
     pub uid: String,
-    /// What a static pod's control groups are named with instead of the uid; empty for others.
+    /// The uid in a static pod's control groups; empty for other pods.
     pub config_hash: String,
-    /// Its namespace.
+    /// The namespace.
     pub namespace: String,
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// All its labels.
+    /// All labels.
     pub labels: BTreeMap<String, String>,
-    /// What runs it; none for a pod that somebody made by hand, and for a static one.
+    /// The owner that runs the pod; none for a static pod and for one that a person created.
     pub workload: Option<Workload>,
-    /// The name that an annotation asks for; empty where there is none.
+    /// The service name that an annotation sets; empty without one.
     pub service_name: String,
-    /// An annotation says that it is never to be profiled.
+    /// An annotation denies profiling.
     pub denied: bool,
-    /// Init, side-car, ephemeral ones and the former instances of restarted ones too.
-    pub containers: Vec<Container>,
+    /// Init, side-car and ephemeral containers too, and former instances of restarted containers.
+    pub containers: Vec<PodContainer>,
 }
 
 /// A container of a pod.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Container {
-    /// Its name in the pod.
+pub struct PodContainer {
+    /// The name in the pod.
     pub name: String,
-    /// As the runtime knows it: 64 hex digits.
+    /// The id of the container runtime, 64 hex digits.
     pub id: String,
 }
 
-/// What runs a pod.
+/// The owner that runs a pod.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Workload {
-    /// In lower case: `deployment`.
+    /// The kind in lower case: `deployment`.
     pub kind: String,
-    /// Its name.
+    /// The name.
     pub name: String,
 }
 
-/// A pod as its source tells it, before anything is concluded from it.
+/// A pod as a feed reports it, before the agent derives anything.
 #[derive(Debug, Default)]
-pub(super) struct Told {
+pub(super) struct ReportedPod {
     pub(super) uid: String,
     pub(super) namespace: String,
     pub(super) name: String,
     pub(super) labels: BTreeMap<String, String>,
-    /// Those of [`ANNOTATIONS`].
+    /// Contains at least those of [`ANNOTATIONS`].
     pub(super) annotations: BTreeMap<String, String>,
-    /// Kind and name of the owner that controls it.
+    /// Kind and name of the controlling owner.
     pub(super) controller: Option<(String, String)>,
-    /// Name and runtime id (`containerd://…`).
+    /// Names and runtime ids (`containerd://…`); a container that does not run yet has an empty id.
     pub(super) containers: Vec<(String, String)>,
 }
 
-impl From<Told> for Pod {
-    fn from(told: Told) -> Self {
-        let Told { uid, namespace, name, labels, mut annotations, controller, containers } = told;
-        let mut containers: Vec<Container> = containers
+impl From<ReportedPod> for Pod {
+    fn from(reported: ReportedPod) -> Self {
+        let ReportedPod { uid, namespace, name, labels, mut annotations, controller, containers } = reported;
+        let labels = labels.into_iter().take(MAX_LABELS).collect();
+        let mut containers: Vec<PodContainer> = containers
             .into_iter()
-            .filter_map(|(name, id)| Some(Container { name, id: container_id(&id)?.to_owned() }))
+            .filter_map(|(name, id)| Some(PodContainer { name, id: container_id(&id)?.to_owned() }))
+            .take(MAX_CONTAINERS)
             .collect();
         containers.sort_unstable();
         containers.dedup();
-        containers.truncate(MOST_CONTAINERS);
         Self {
             workload: controller.and_then(|(kind, name)| Workload::of(&kind, &name, &labels)),
             denied: annotations.get(PROFILE_ANNOTATION).is_some_and(|value| is_no(value)),
@@ -101,21 +102,21 @@ impl From<Told> for Pod {
     }
 }
 
-/// Whoever writes `False` does not want to be profiled either.
+/// `False` denies too.
 fn is_no(value: &str) -> bool {
     value.trim().eq_ignore_ascii_case("false")
 }
 
-/// The id within `containerd://ID`; containers that do not run yet have none.
+/// Returns the id in `containerd://ID`.
 fn container_id(text: &str) -> Option<&str> {
     let id = text.rsplit_once("://").map_or(text, |(_, id)| id);
     (!id.is_empty() && id.len() <= 128).then_some(id)
 }
 
 impl Pod {
-    /// What the profiles of a container are filed under, by precedence: the annotation, the usual label, the workload,
-    /// the container. None: only the executable is left.
-    pub fn service_name<'a>(&'a self, container: Option<&'a str>) -> Option<&'a str> {
+    /// Returns the service name of a container's profiles: from the annotation, the usual label, the workload, or the
+    /// container, in this order. None: only the executable is left.
+    pub(crate) fn service_name<'a>(&'a self, container: Option<&'a str>) -> Option<&'a str> {
         [
             Some(self.service_name.as_str()),
             self.labels.get(APP_NAME_LABEL).map(String::as_str),
@@ -126,29 +127,24 @@ impl Pod {
         .flatten()
         .find(|name| !name.is_empty())
     }
-
-    /// Whether control groups of pods are named with this for it.
-    pub fn has_uid(&self, uid: &str) -> bool {
-        !uid.is_empty() && (uid == self.uid || uid == self.config_hash)
-    }
 }
 
 impl Workload {
-    /// From the owner that controls a pod, to what people call the workload.
+    /// Derives the workload, as people call it, from the owner that controls a pod.
     fn of(kind: &str, name: &str, labels: &BTreeMap<String, String>) -> Option<Self> {
         let without = |label| {
             let hash = labels.get(label)?;
             name.strip_suffix(hash.as_str())?.strip_suffix('-').filter(|name| !name.is_empty())
         };
         let (kind, name) = match kind {
-            // A static pod's mirror belongs to its node.
+            // The node owns the mirror of a static pod.
             "" | "Node" => return None,
             "ReplicaSet" => match (without(TEMPLATE_HASH_LABEL), without(ROLLOUT_HASH_LABEL)) {
                 (Some(deployment), _) => ("Deployment", deployment),
                 (None, Some(rollout)) => ("Rollout", rollout),
                 (None, None) => (kind, name),
             },
-            "Job" => match scheduled(name) {
+            "Job" => match cron_job_of(name) {
                 Some(cron_job) => ("CronJob", cron_job),
                 None => (kind, name),
             },
@@ -158,10 +154,10 @@ impl Workload {
     }
 }
 
-/// The CronJob's name, if a Job is named as a CronJob names its Jobs: `-` and the time that it was due, in minutes (in
-/// seconds before Kubernetes 1.21). A pod does not tell who owns its Job. Only times between 2019 and 2046 count, so that
-/// a date that somebody put there (`-20260131`) is none.
-fn scheduled(job: &str) -> Option<&str> {
+/// Returns the name of the CronJob of a Job. A pod does not contain the owner of its Job, but a CronJob appends `-` and the
+/// scheduled time to a Job's name: minutes, or seconds before Kubernetes 1.21. Only times between 2019 and 2046 count, so
+/// that a date (`-20260131`) is not taken for one.
+fn cron_job_of(job: &str) -> Option<&str> {
     let (name, time) = job.rsplit_once('-')?;
     let number: u64 = time.bytes().all(|byte| byte.is_ascii_digit()).then(|| time.parse().ok())??;
     let minutes = match time.len() {
@@ -199,7 +195,7 @@ mod tests {
     #[case("StatefulSet", "db", "", "statefulset/db")]
     #[case("DaemonSet", "proxy", "", "daemonset/proxy")]
     #[case("Node", "worker-1", "", "")]
-    fn the_workload_is_what_people_call_it(
+    fn owners_map_to_workloads(
         #[case] kind: &str,
         #[case] name: &str,
         #[case] of: &str,
@@ -211,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn the_service_name_goes_by_precedence() {
+    fn service_names_follow_the_precedence() {
         let mut pod = Pod {
             service_name: "asked-for".into(),
             labels: labels("app.kubernetes.io/name=labelled"),
@@ -236,21 +232,21 @@ mod tests {
     #[case("no", false)]
     fn only_false_denies(#[case] value: &str, #[case] denied: bool) {
         let annotations = BTreeMap::from([(PROFILE_ANNOTATION.to_owned(), value.to_owned())]);
-        assert_eq!(Pod::from(Told { annotations, ..Told::default() }).denied, denied);
+        assert_eq!(Pod::from(ReportedPod { annotations, ..ReportedPod::default() }).denied, denied);
     }
 
     #[test]
-    fn container_ids_lose_the_runtimes_name() {
-        let told = Told {
+    fn container_ids_lose_the_runtime_prefix() {
+        let reported = ReportedPod {
             containers: vec![
                 ("app".into(), "containerd://abc".into()),
                 ("app".into(), "containerd://abc".into()),
                 ("old".into(), "docker://def".into()),
                 ("not-yet".into(), String::new()),
             ],
-            ..Told::default()
+            ..ReportedPod::default()
         };
-        let ids: Vec<_> = Pod::from(told).containers.into_iter().map(|c| (c.name, c.id)).collect();
+        let ids: Vec<_> = Pod::from(reported).containers.into_iter().map(|c| (c.name, c.id)).collect();
         assert_eq!(ids, [("app".into(), "abc".into()), ("old".into(), "def".into())]);
     }
 }

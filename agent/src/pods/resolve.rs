@@ -1,15 +1,28 @@
-//! Which control groups a rule over pods means.
+//! Resolves rules over pods to control groups, again whenever pods, rules or control groups change.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use gannet_proto::{control::Match, selector::LabelSelector};
+use tokio::{
+    sync::{Notify, watch},
+    task::spawn_blocking,
+};
+use tokio_util::sync::CancellationToken;
 
-use super::{Lookup, Pod, Pods};
-use crate::cgroup::{Cgroup, CgroupNames};
+use super::{Pod, PodLookup, Pods};
+use crate::{
+    cgroup::{Cgroup, CgroupNames, CgroupTree},
+    rules::{PodQuery, PodSelection},
+};
 
-/// What a rule asks of pods. All that is given must hold; lists are alternatives.
+/// How often control groups are read where the kernel does not report new ones.
+const POLL_PAUSE: Duration = Duration::from_secs(10);
+/// A pod creates several groups at once. A scan of all groups takes a few milliseconds.
+const DEBOUNCE: Duration = Duration::from_millis(20);
+
+/// A rule's conditions on pods. All given fields must match; the values of one field are alternatives.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PodRule {
+pub(crate) struct PodMatcher {
     namespaces: Vec<String>,
     labels: LabelSelector,
     containers: Vec<String>,
@@ -17,12 +30,12 @@ pub struct PodRule {
     workloads: Vec<(String, String)>,
 }
 
-impl PodRule {
-    /// What a rule asks of pods; none if it asks nothing.
-    pub fn of(matches: &Match) -> Option<Self> {
-        let rule = Self {
+impl PodMatcher {
+    /// Returns the conditions on pods in a rule's match; none if there are no such conditions.
+    pub(crate) fn of(matches: &Match) -> Option<Self> {
+        let matcher = Self {
             namespaces: matches.namespaces.clone(),
-            // What does not parse was refused before.
+            // Validation has refused selectors that do not parse.
             labels: LabelSelector::parse(&matches.pod_labels).ok()?,
             containers: matches.containers.clone(),
             workloads: matches
@@ -32,15 +45,15 @@ impl PodRule {
                 .map(|(kind, name)| (kind.to_lowercase(), name.to_owned()))
                 .collect(),
         };
-        let Self { namespaces, labels, containers, workloads } = &rule;
-        let asks_nothing =
+        let Self { namespaces, labels, containers, workloads } = &matcher;
+        let is_empty =
             namespaces.is_empty() && labels.is_empty() && containers.is_empty() && workloads.is_empty();
-        (!asks_nothing).then_some(rule)
+        (!is_empty).then_some(matcher)
     }
 
-    /// Whether a container is meant. `container`: its name, if it is known; a rule that names containers does not mean
-    /// one whose name is not known yet. A pod that denies is never meant.
-    pub fn matches(&self, pod: &Pod, container: Option<&str>) -> bool {
+    /// Reports whether a container matches. `container`: its name, if known. A rule that lists containers does not match a
+    /// container whose name is not known yet. A pod that denies profiling never matches.
+    pub(crate) fn matches(&self, pod: &Pod, container: Option<&str>) -> bool {
         let Self { namespaces, labels, containers, workloads } = self;
         let is_of = |(kind, name): &(String, String)| {
             pod.workload.as_ref().is_some_and(|workload| workload.kind == *kind && workload.name == *name)
@@ -54,22 +67,32 @@ impl PodRule {
     }
 }
 
-/// The control groups of each rule, in the rules' order, and those of pods that deny; and whether a container among them
-/// is not known yet. Pure: the same pods, rules and control groups give the same sets.
+/// The control groups that matchers select.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Resolved {
+    /// Ids of control groups, for each matcher in their order.
+    selected: Vec<BTreeSet<u64>>,
+    /// Ids of the control groups of pods that deny profiling.
+    denied: BTreeSet<u64>,
+    /// Containers that no feed has reported yet.
+    unknown: Vec<CgroupNames>,
+}
+
+/// Selects control groups. The same pods, matchers and groups give the same result.
 ///
-/// Only the topmost group of a container is named, and that of a whole pod where a rule means whole pods: what lies
-/// within a group is meant with it, what will be made in it too. So a rule over pods is in force before a pod's first
-/// container is started, if the source has told of the pod by then.
-pub fn resolve(pods: &Pods, rules: &[PodRule], groups: &[Cgroup]) -> Resolved {
-    let mut resolved = Resolved { rules: vec![BTreeSet::new(); rules.len()], ..Resolved::default() };
+/// Only the topmost group of a container is selected, and the group of a whole pod where a matcher selects whole pods. The
+/// BPF programs include all groups below it, future ones too. So a rule over pods is in force before a pod's first container
+/// starts, if the feed has reported the pod by then.
+fn resolve(pods: &Pods, matchers: &[PodMatcher], groups: &[Cgroup]) -> Resolved {
+    let mut resolved = Resolved { selected: vec![BTreeSet::new(); matchers.len()], ..Resolved::default() };
     for Cgroup { path, id } in groups {
         let own = CgroupNames::of(path.rsplit('/').next().unwrap_or_default());
         let names = CgroupNames::of(path);
         let (pod, container) = if !own.container_id.is_empty() {
-            if pods.look_up(&names.container_id, &names.pod_uid) == Lookup::Unknown {
+            if pods.look_up(&names.container_id, &names.pod_uid) == PodLookup::Unknown {
                 resolved.unknown.push(names.clone());
             }
-            match pods.of(&names) {
+            match pods.pod_of(&names) {
                 Some(known) => known,
                 None => continue,
             }
@@ -84,35 +107,73 @@ pub fn resolve(pods: &Pods, rules: &[PodRule], groups: &[Cgroup]) -> Resolved {
         if pod.denied {
             resolved.denied.insert(*id);
         }
-        for (rule, set) in rules.iter().zip(&mut resolved.rules) {
-            if rule.matches(&pod, container.as_deref()) {
-                set.insert(*id);
+        for (matcher, selected) in matchers.iter().zip(&mut resolved.selected) {
+            if matcher.matches(&pod, container.as_deref()) {
+                selected.insert(*id);
             }
         }
     }
     resolved
 }
 
-/// What rules over pods mean now.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Resolved {
-    /// Ids of control groups, for each rule.
-    pub rules: Vec<BTreeSet<u64>>,
-    /// Those of pods that are never to be profiled.
-    pub denied: BTreeSet<u64>,
-    /// Containers that nobody has told of yet.
-    pub unknown: Vec<CgroupNames>,
+/// Resolves the rules over pods again after each change, until cancelled. Calls `select` with each new result.
+pub(crate) async fn keep_resolving(
+    pods: Pods,
+    groups: Arc<CgroupTree>,
+    mut queries: watch::Receiver<Vec<PodQuery>>,
+    select: impl Fn(PodSelection) + Send,
+    cancel: CancellationToken,
+) {
+    let created = Arc::new(Notify::new());
+    let wake_up = Arc::clone(&created);
+    if let Err(error) = groups.watch(move || wake_up.notify_one()) {
+        tracing::warn!(
+            "cannot watch for new control groups, checking every {} s: {error}",
+            POLL_PAUSE.as_secs()
+        );
+    }
+    let mut changes = pods.changes();
+    let mut former = PodSelection::default();
+    loop {
+        let wanted = queries.borrow_and_update().clone();
+        let (known, tree) = (pods.clone(), Arc::clone(&groups));
+        // Without rules over pods and without pods that deny profiling, there is nothing to scan for.
+        let selection = if wanted.is_empty() && !known.any_denied() {
+            PodSelection::default()
+        } else {
+            match spawn_blocking(move || resolve_queries(&known, &tree, &wanted)).await {
+                Ok(selection) => selection,
+                Err(error) => {
+                    tracing::error!("cannot resolve rules over pods, keeping the former result: {error}");
+                    former.clone()
+                }
+            }
+        };
+        if selection != former {
+            select(selection.clone());
+            former = selection;
+        }
+        tokio::select! {
+            changed = queries.changed() => if changed.is_err() { return },
+            _ = changes.changed() => {}
+            () = created.notified() => {}
+            () = tokio::time::sleep(POLL_PAUSE) => {}
+            () = cancel.cancelled() => return,
+        }
+        tokio::time::sleep(DEBOUNCE).await;
+    }
 }
 
-impl Pods {
-    /// The pod and the container of a control group; the pod's uid is enough, so that a rule over pods is in force before
-    /// its source has told of a container that has just been made.
-    pub fn of(&self, names: &CgroupNames) -> Option<(Arc<Pod>, Option<Arc<str>>)> {
-        match self.look_up(&names.container_id, &names.pod_uid) {
-            Lookup::Known { pod, container } => Some((pod, container)),
-            Lookup::Unknown | Lookup::InVain => self.by_uid(&names.pod_uid).map(|pod| (pod, None)),
-        }
+fn resolve_queries(pods: &Pods, groups: &CgroupTree, queries: &[PodQuery]) -> PodSelection {
+    // A query without conditions on pods selects no containers. This code must not open it to all.
+    let (ids, matchers): (Vec<&String>, Vec<PodMatcher>) =
+        queries.iter().filter_map(|query| Some((&query.rule_id, PodMatcher::of(&query.matches)?))).unzip();
+    let resolved = resolve(pods, &matchers, &groups.scan());
+    for names in &resolved.unknown {
+        pods.request(&names.container_id, &names.pod_uid);
     }
+    let rules = ids.into_iter().cloned().zip(resolved.selected).collect();
+    PodSelection { rules, denied: resolved.denied }
 }
 
 #[cfg(test)]
@@ -122,7 +183,7 @@ mod tests {
     use rstest::rstest;
 
     use super::*;
-    use crate::pods::{Change, Container, LabelOptions, Workload};
+    use crate::pods::{PodChange, PodContainer, PodLabelOptions, Workload};
 
     fn id(letter: char) -> String {
         letter.to_string().repeat(64)
@@ -132,8 +193,8 @@ mod tests {
         format!("{digit}0000000-0000-4000-8000-00000000000{digit}")
     }
 
-    /// 1: shop/checkout with app and log; 2: shop/cache, whose container is not listed yet; 3: denies; 4: a container
-    /// that nobody knows.
+    /// Pod 1: shop/checkout with app and log. Pod 2: shop/cache, whose container is not listed yet. Pod 3 denies profiling.
+    /// Container e has no pod.
     fn world() -> (Pods, Vec<Cgroup>) {
         let pod = |digit, app: &str, containers: &[(&str, char)]| Pod {
             uid: uid(digit),
@@ -143,17 +204,17 @@ mod tests {
             workload: Some(Workload { kind: "deployment".into(), name: app.into() }),
             containers: containers
                 .iter()
-                .map(|(name, letter)| Container { name: (*name).into(), id: id(*letter) })
+                .map(|(name, letter)| PodContainer { name: (*name).into(), id: id(*letter) })
                 .collect(),
             ..Pod::default()
         };
-        let pods = Pods::new(LabelOptions::default());
+        let pods = Pods::new(PodLabelOptions::default());
         let list = vec![
             pod('1', "checkout", &[("app", 'a'), ("log", 'b')]),
             pod('2', "cache", &[]),
             Pod { denied: true, ..pod('3', "checkout", &[("app", 'd')]) },
         ];
-        pods.store().apply(Change::All(list), Instant::now(), Instant::now());
+        pods.apply(PodChange::All(list), Instant::now());
         let path = |path: String, id| Cgroup { path: path.into(), id };
         let groups = vec![
             path("/".into(), 1),
@@ -172,10 +233,10 @@ mod tests {
         (pods, groups)
     }
 
-    fn rule(yaml: &str) -> PodRule {
+    fn matcher(yaml: &str) -> PodMatcher {
         let text = format!("rules: [{{id: r, match: {yaml}, capture: {{hz: 19}}, lifetime: {{ttl: 5m}}}}]");
         let rules = gannet_proto::rules::parse(&text, "test").unwrap();
-        PodRule::of(rules[0].r#match.as_ref().unwrap()).unwrap()
+        PodMatcher::of(rules[0].r#match.as_ref().unwrap()).unwrap()
     }
 
     #[rstest]
@@ -183,22 +244,22 @@ mod tests {
     #[case::other_namespace("{namespaces: [bank]}", &[])]
     #[case::labels("{pod_labels: {app: checkout}}", &[10, 11, 13])]
     #[case::selector("{pod_labels: \"app in (cache,x),tier!=web\"}", &[20, 21])]
-    // The container's name must be known: that of the cache's is not.
+    // The container's name must be known, and the name of the cache's container is not.
     #[case::container("{containers: [app]}", &[11])]
     #[case::workload("{workloads: [deployment/cache]}", &[20, 21])]
     #[case::other_kind("{workloads: [statefulset/cache]}", &[])]
     #[case::all_must_hold("{namespaces: [shop], containers: [log], workloads: [deployment/checkout]}", &[13])]
-    fn a_rule_means_these_control_groups(#[case] matches: &str, #[case] ids: &[u64]) {
+    fn a_rule_selects_these_control_groups(#[case] matches: &str, #[case] ids: &[u64]) {
         let (pods, groups) = world();
-        let resolved = resolve(&pods, &[rule(matches)], &groups);
-        assert_eq!(resolved.rules[0].iter().copied().collect::<Vec<_>>(), ids);
+        let resolved = resolve(&pods, &[matcher(matches)], &groups);
+        assert_eq!(resolved.selected[0].iter().copied().collect::<Vec<_>>(), ids);
         assert_eq!(resolved.denied.iter().copied().collect::<Vec<_>>(), [30, 31]);
         let unknown: Vec<_> = resolved.unknown.iter().map(|names| names.container_id.clone()).collect();
         assert_eq!(unknown, [id('c'), id('e')]);
     }
 
     #[test]
-    fn a_rule_that_asks_nothing_of_pods_is_none() {
-        assert_eq!(PodRule::of(&Match { comm: vec!["x".into()], ..Match::default() }), None);
+    fn a_match_without_pod_fields_has_no_matcher() {
+        assert_eq!(PodMatcher::of(&Match { comm: vec!["x".into()], ..Match::default() }), None);
     }
 }

@@ -19,7 +19,8 @@ use gannet_agent::{
     ledger::NodeLedger,
     pipeline::{self, RecentProfiles, WindowQueue},
     pods::{
-        Change, Container, LabelOptions, Pod, PodSource, Pods, SourceError, SourceKind, Workload, follow,
+        Pod, PodChange, PodContainer, PodFeed, PodFeedError, PodFeedKind, PodLabelOptions, Pods, Workload,
+        follow,
     },
     rules::{Deny, RuleSource, SourceRules, ad_hoc},
     symbols::{Symbolizer, SymbolizerConfig},
@@ -50,26 +51,26 @@ fn uid(letter: char) -> String {
 /// Tells once of a pod with a container, and of one that denies.
 struct Given;
 
-impl PodSource for Given {
-    fn kind(&self) -> SourceKind {
-        SourceKind::Kubelet
+impl PodFeed for Given {
+    fn kind(&self) -> PodFeedKind {
+        PodFeedKind::Kubelet
     }
 
-    fn is_there(&self) -> bool {
+    fn is_present(&self) -> bool {
         true
     }
 
-    fn changes<'a>(&'a self, _: &'a Notify) -> BoxStream<'a, Result<Change, SourceError>> {
+    fn changes<'a>(&'a self, _: &'a Notify) -> BoxStream<'a, Result<PodChange, PodFeedError>> {
         let pod = |letter, name: &str| Pod {
             uid: uid(letter),
             namespace: "shop".into(),
             name: name.into(),
             workload: Some(Workload { kind: "deployment".into(), name: "checkout".into() }),
-            containers: vec![Container { name: "app".into(), id: id(letter) }],
+            containers: vec![PodContainer { name: "app".into(), id: id(letter) }],
             ..Pod::default()
         };
         let pods = vec![pod(KNOWN, "checkout-1"), Pod { denied: true, ..pod(DENIED, "secret-1") }];
-        stream::iter([Ok(Change::All(pods))]).chain(stream::pending()).boxed()
+        stream::iter([Ok(PodChange::All(pods))]).chain(stream::pending()).boxed()
     }
 }
 
@@ -147,7 +148,7 @@ async fn samples_of_containers_are_named_after_their_pods() {
     let bell = Arc::clone(&made);
     groups.watch(move || bell.notify_one()).unwrap();
 
-    let pods = Pods::new(LabelOptions { cluster: "test".into(), pod_labels: vec![] });
+    let pods = Pods::new(PodLabelOptions { cluster: "test".into(), pod_labels: vec![] });
     let cancel = CancellationToken::new();
     tokio::spawn(follow(pods.clone(), vec![Arc::new(Given)], true, cancel.clone()));
     let batches = Arc::new(Mutex::new(Vec::<Batch>::new()));

@@ -19,7 +19,9 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use gannet_agent::pods::{LabelOptions, Lookup, PATIENCE, Pods, SourceKind, SourceOptions, follow, sources};
+use gannet_agent::pods::{
+    KUBELET_TIMEOUT, PodFeedKind, PodFeedOptions, PodLabelOptions, PodLookup, Pods, feeds, follow,
+};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rstest::rstest;
 use rustls::{
@@ -140,9 +142,9 @@ impl Kubelet {
         self.files.path().join(name)
     }
 
-    fn options(&self) -> SourceOptions {
-        SourceOptions {
-            only: Some(SourceKind::Kubelet),
+    fn options(&self) -> PodFeedOptions {
+        PodFeedOptions {
+            only: Some(PodFeedKind::Kubelet),
             node: "test-node".into(),
             podinfo_sockets: vec![],
             kubelet_address: self.address.to_string(),
@@ -150,7 +152,7 @@ impl Kubelet {
             kubelet_certificate: None,
             kubelet_insecure: false,
             token_file: self.file("token"),
-            patience: PATIENCE,
+            kubelet_timeout: KUBELET_TIMEOUT,
             apiserver: false,
         }
     }
@@ -199,17 +201,17 @@ impl Drop for Following {
 }
 
 impl Following {
-    fn start(options: &SourceOptions) -> Self {
-        let pods = Pods::new(LabelOptions::default());
+    fn start(options: &PodFeedOptions) -> Self {
+        let pods = Pods::new(PodLabelOptions::default());
         let cancel = CancellationToken::new();
-        tokio::spawn(follow(pods.clone(), sources(options), options.only.is_some(), cancel.clone()));
+        tokio::spawn(follow(pods.clone(), feeds(options), options.only.is_some(), cancel.clone()));
         Self { pods, cancel }
     }
 
     #[track_caller]
     fn names(&self, container: &str) -> String {
         match self.pods.look_up(container, "") {
-            Lookup::Known { pod, container } => {
+            PodLookup::Known { pod, container } => {
                 format!("{}/{}/{}", pod.namespace, pod.name, container.as_deref().unwrap_or("-"))
             }
             other => format!("{other:?}"),
@@ -244,8 +246,8 @@ async fn the_kubelets_pods_are_known_by_container() {
     assert!(following.pods.is_synced());
     assert_eq!(following.names(APP), "default/checkout-6794f7b79-z5mvl/app");
     let status = following.pods.status();
-    assert_eq!((status.source, status.errors), (Some(SourceKind::Kubelet), 0));
-    assert_eq!(following.pods.live().len(), 5);
+    assert_eq!((status.kind, status.errors), (Some(PodFeedKind::Kubelet), 0));
+    assert_eq!(following.pods.listed().len(), 5);
 }
 
 #[rstest]
@@ -264,7 +266,7 @@ async fn only_the_right_kubelet_is_believed(
     #[case] words: &str,
 ) {
     let kubelet = Kubelet::start(real()).await;
-    let following = Following::start(&SourceOptions {
+    let following = Following::start(&PodFeedOptions {
         kubelet_ca: kubelet.file(ca),
         kubelet_certificate: certificate.map(|name| kubelet.file(name)),
         kubelet_insecure: insecure,
@@ -297,7 +299,7 @@ async fn only_the_right_kubelet_is_believed(
 async fn what_goes_wrong_is_told_and_got_over(#[case] manner: Manner, #[case] words: &[&str]) {
     let kubelet = Kubelet::start(manner).await;
     let following =
-        Following::start(&SourceOptions { patience: Duration::from_secs(1), ..kubelet.options() });
+        Following::start(&PodFeedOptions { kubelet_timeout: Duration::from_secs(1), ..kubelet.options() });
     let error = following.until_error().await;
     for words in words {
         assert!(error.contains(words), "{error}");
@@ -317,7 +319,7 @@ async fn a_kubelet_that_fails_later_takes_nothing_away() {
     let following = Following::start(&kubelet.options());
     following.until("synced", |pods| pods.status().updates > 0).await;
     kubelet.set(Manner::Status(500, "later"));
-    following.pods.ask("somebody-new", "");
+    following.pods.request("somebody-new", "");
     assert!(following.until_error().await.contains("later"));
     assert_eq!(following.names(APP), "default/checkout-6794f7b79-z5mvl/app");
     assert!(following.pods.is_synced());
@@ -344,14 +346,14 @@ async fn an_unknown_container_is_asked_for_at_once_and_not_often() {
     let before = kubelet.requests();
     // Many that nobody knows, at the same time as one that starts.
     for n in 0..500 {
-        following.pods.ask(&format!("sandbox-{n}"), "");
+        following.pods.request(&format!("sandbox-{n}"), "");
     }
-    following.pods.ask(APP, "");
+    following.pods.request(APP, "");
     kubelet.set(real());
     following
         .until("the container known", |pods| {
-            pods.ask(APP, "");
-            matches!(pods.look_up(APP, ""), Lookup::Known { .. })
+            pods.request(APP, "");
+            matches!(pods.look_up(APP, ""), PodLookup::Known { .. })
         })
         .await;
     let asked = kubelet.requests() - before;
@@ -380,7 +382,7 @@ async fn a_thousand_pods_take_little_memory() {
     let following = Following::start(&kubelet.options());
     following.until("synced", |pods| pods.status().updates > 0).await;
     let took = begun.elapsed();
-    assert_eq!(following.pods.live().len(), 1250);
+    assert_eq!(following.pods.listed().len(), 1250);
     assert_eq!(following.names(&last), "default/checkout-6794f7b79-z5mvl/app");
     let more = peak_bytes() - before;
     eprintln!("1,250 pods: {took:?}, {more} bytes more at the peak");
@@ -422,13 +424,13 @@ fn peak_bytes() -> usize {
 async fn auto_takes_the_first_that_works_and_says_why_not_the_others() {
     let kubelet = Kubelet::start(real()).await;
     let socket = kubelet.file("no.sock");
-    let options = SourceOptions { only: None, podinfo_sockets: vec![socket], ..kubelet.options() };
+    let options = PodFeedOptions { only: None, podinfo_sockets: vec![socket], ..kubelet.options() };
     let following = Following::start(&options);
     following.until("synced", |pods| pods.status().updates > 0).await;
     let status = following.pods.status();
-    assert_eq!(status.source, Some(SourceKind::Kubelet));
+    assert_eq!(status.kind, Some(PodFeedKind::Kubelet));
     let (kind, why) = &status.passed_over[0];
-    assert_eq!(*kind, SourceKind::PodInfo);
+    assert_eq!(*kind, PodFeedKind::PodInfo);
     assert!(why.contains("no socket at") && why.contains("no.sock"), "{why}");
     // What is not there is no fault.
     assert_eq!(status.errors, 0);
@@ -438,15 +440,15 @@ async fn auto_takes_the_first_that_works_and_says_why_not_the_others() {
 async fn a_machine_without_kubernetes_is_ready_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let missing = directory.path().join("missing");
-    let following = Following::start(&SourceOptions {
+    let following = Following::start(&PodFeedOptions {
         podinfo_sockets: vec![missing.clone()],
         kubelet_address: "127.0.0.1:1".into(),
         token_file: missing,
-        patience: Duration::from_secs(1),
-        ..SourceOptions::default()
+        kubelet_timeout: Duration::from_secs(1),
+        ..PodFeedOptions::default()
     });
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert!(following.pods.is_synced());
     let status = following.pods.status();
-    assert_eq!((status.source, status.errors, status.awaited), (None, 0, false));
+    assert_eq!((status.kind, status.errors, status.awaited), (None, 0, false));
 }

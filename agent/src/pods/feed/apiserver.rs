@@ -1,5 +1,5 @@
-//! A watch at the API server over the pods of this node. It costs the API server a stream for each node; the kubelet's
-//! own sources go before it.
+//! A watch at the API server for the pods of this node. It costs the API server a stream per node, so the feeds of the
+//! kubelet take precedence.
 
 use futures::stream::{self, BoxStream, StreamExt as _};
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod as ApiPod};
@@ -9,59 +9,63 @@ use kube::{
 };
 use tokio::sync::Notify;
 
-use super::{Change, MOST_PODS, PodSource, SourceError, SourceKind, SourceOptions, said};
-use crate::pods::model::{ANNOTATIONS, MOST_CONTAINERS, MOST_LABELS, Pod, Told};
+use super::{
+    MAX_PODS, PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions,
+    error::{quote, root_cause},
+};
+use crate::pods::model::{Pod, ReportedPod};
 
 const AT: &str = "the API server";
 const RBAC: &str = "apiGroups [\"\"], resources [\"pods\"], verbs [\"list\", \"watch\"]";
 /// Pods in one page of the first list.
-const PAGE: u32 = 250;
+const PAGE_SIZE: u32 = 250;
 
 /// The API server.
 pub(super) struct ApiServer {
     node: String,
-    by_name: bool,
-    is_there: bool,
+    /// The user has named this feed.
+    required: bool,
+    is_present: bool,
 }
 
 impl ApiServer {
-    pub(super) fn new(options: &SourceOptions) -> Self {
+    pub(super) fn new(options: &PodFeedOptions) -> Self {
         Self {
             node: options.node.clone(),
-            by_name: options.only == Some(SourceKind::ApiServer),
-            is_there: options.apiserver,
+            required: options.only == Some(PodFeedKind::ApiServer),
+            is_present: options.apiserver,
         }
     }
 
-    async fn client(&self) -> Result<Client, SourceError> {
-        if !self.by_name && !self.is_there {
-            return Err(SourceError::Absent(
+    async fn client(&self) -> Result<Client, PodFeedError> {
+        if !self.required && !self.is_present {
+            return Err(PodFeedError::Absent(
                 "this is no pod (KUBERNETES_SERVICE_HOST is not set), and KUBECONFIG names no cluster".into(),
             ));
         }
-        let unreachable = |reason: String| SourceError::Unreachable { at: AT.into(), reason };
+        let unreachable = |reason: String| PodFeedError::Unreachable { at: AT.into(), reason };
         let config = Config::infer().await.map_err(|error| unreachable(error.to_string()))?;
         Client::try_from(config).map_err(|error| unreachable(error.to_string()))
     }
 
     fn watch(&self, client: Client) -> BoxStream<'static, watcher::Result<Event<ApiPod>>> {
         let config =
-            watcher::Config::default().fields(&format!("spec.nodeName={}", self.node)).page_size(PAGE);
+            watcher::Config::default().fields(&format!("spec.nodeName={}", self.node)).page_size(PAGE_SIZE);
         watcher(Api::<ApiPod>::all(client), config).boxed()
     }
 }
 
-impl PodSource for ApiServer {
-    fn kind(&self) -> SourceKind {
-        SourceKind::ApiServer
+impl PodFeed for ApiServer {
+    fn kind(&self) -> PodFeedKind {
+        PodFeedKind::ApiServer
     }
 
-    fn is_there(&self) -> bool {
-        self.is_there
+    fn is_present(&self) -> bool {
+        self.is_present
     }
 
-    fn changes<'a>(&'a self, _wanted: &'a Notify) -> BoxStream<'a, Result<Change, SourceError>> {
-        // None: before the first; after an error there is no next.
+    fn changes<'a>(&'a self, _requested: &'a Notify) -> BoxStream<'a, Result<PodChange, PodFeedError>> {
+        // The inner None stands before the first item; the outer None after an error ends the stream.
         stream::unfold(Some(None), move |session| async move {
             let mut events = match session? {
                 Some(events) => events,
@@ -78,47 +82,42 @@ impl PodSource for ApiServer {
     }
 }
 
-/// The next whole change: a list is told when it is complete.
+/// Returns the next complete change. A list counts when its last page has arrived.
 async fn next(
     events: &mut BoxStream<'static, watcher::Result<Event<ApiPod>>>,
-) -> Result<Change, SourceError> {
+) -> Result<PodChange, PodFeedError> {
     let mut list = Vec::new();
     while let Some(event) = events.next().await {
         match event.map_err(|error| failed(&error))? {
             Event::Init => list.clear(),
-            Event::InitApply(pod) if list.len() < MOST_PODS => list.push(Pod::from(Told::from(pod))),
+            Event::InitApply(pod) if list.len() < MAX_PODS => list.push(Pod::from(ReportedPod::from(pod))),
             Event::InitApply(_) => {}
-            Event::InitDone => return Ok(Change::All(list)),
-            Event::Apply(pod) => return Ok(Change::Set(Pod::from(Told::from(pod)))),
-            Event::Delete(pod) => return Ok(Change::Gone(pod.metadata.uid.unwrap_or_default())),
+            Event::InitDone => return Ok(PodChange::All(list)),
+            Event::Apply(pod) => return Ok(PodChange::Set(Pod::from(ReportedPod::from(pod)))),
+            Event::Delete(pod) => return Ok(PodChange::Gone(pod.metadata.uid.unwrap_or_default())),
         }
     }
-    Err(SourceError::Ended { at: AT.into(), said: String::new() })
+    Err(PodFeedError::Ended { at: AT.into(), said: String::new() })
 }
 
-fn failed(error: &watcher::Error) -> SourceError {
+fn failed(error: &watcher::Error) -> PodFeedError {
     let status = match error {
         watcher::Error::InitialListFailed(kube::Error::Api(status))
         | watcher::Error::WatchStartFailed(kube::Error::Api(status))
         | watcher::Error::WatchFailed(kube::Error::Api(status))
         | watcher::Error::WatchError(status) => status,
         error => {
-            // What it is about stands below "failed to perform …: ServiceError: client error".
-            let mut cause: &dyn std::error::Error = error;
-            while let Some(source) = cause.source() {
-                cause = source;
-            }
-            return SourceError::Unreachable { at: AT.into(), reason: cause.to_string() };
+            return PodFeedError::Unreachable { at: AT.into(), reason: root_cause(error) };
         }
     };
-    let said = said(&status.message);
+    let said = quote(&status.message);
     match status.code {
-        403 => SourceError::Forbidden { at: AT.into(), said, rule: RBAC },
-        code => SourceError::Status { at: AT.into(), status: code, said },
+        403 => PodFeedError::Forbidden { at: AT.into(), said, rule: RBAC },
+        code => PodFeedError::Status { at: AT.into(), status: code, said },
     }
 }
 
-impl From<ApiPod> for Told {
+impl From<ApiPod> for ReportedPod {
     fn from(pod: ApiPod) -> Self {
         let meta = pod.metadata;
         let status = pod.status.unwrap_or_default();
@@ -140,20 +139,13 @@ impl From<ApiPod> for Told {
                     [container_id.unwrap_or_default(), of_state(state), of_state(last_state)]
                         .map(|id| (name.clone(), id))
                 })
-                .filter(|(_, id)| !id.is_empty())
-                .take(MOST_CONTAINERS)
                 .collect();
         Self {
             uid: meta.uid.unwrap_or_default(),
             namespace: meta.namespace.unwrap_or_default(),
             name: meta.name.unwrap_or_default(),
-            labels: meta.labels.unwrap_or_default().into_iter().take(MOST_LABELS).collect(),
-            annotations: meta
-                .annotations
-                .unwrap_or_default()
-                .into_iter()
-                .filter(|(key, _)| ANNOTATIONS.contains(&key.as_str()))
-                .collect(),
+            labels: meta.labels.unwrap_or_default(),
+            annotations: meta.annotations.unwrap_or_default(),
             controller: controller.map(|owner| (owner.kind, owner.name)),
             containers,
         }
@@ -183,7 +175,7 @@ mod tests {
 
     type Lines = mpsc::Receiver<Result<Bytes, std::io::Error>>;
 
-    /// Lists the real pods, then tells what it is given; or refuses.
+    /// Lists the real pods, then streams the given lines; or refuses all requests.
     #[derive(Clone)]
     struct FakeServer {
         queries: Arc<Mutex<Vec<String>>>,
@@ -219,16 +211,17 @@ mod tests {
         (server, sender, client)
     }
 
-    fn source() -> ApiServer {
-        ApiServer::new(&SourceOptions { node: "worker-1".into(), ..SourceOptions::default() })
+    fn feed() -> ApiServer {
+        ApiServer::new(&PodFeedOptions { node: "worker-1".into(), ..PodFeedOptions::default() })
     }
 
     #[tokio::test]
-    async fn this_nodes_pods_are_listed_and_watched() {
+    async fn only_this_nodes_pods_are_listed_and_watched() {
         let (server, lines, client) = start(false).await;
-        let mut events = source().watch(client);
-        let mut told = async || timeout(Duration::from_secs(60), next(&mut events)).await.unwrap().unwrap();
-        let Change::All(pods) = told().await else { panic!("the first is all pods") };
+        let mut events = feed().watch(client);
+        let mut next_change =
+            async || timeout(Duration::from_secs(60), next(&mut events)).await.unwrap().unwrap();
+        let PodChange::All(pods) = next_change().await else { panic!("the first is all pods") };
         assert_eq!(pods.len(), 5);
         let event = |kind: &str, uid: &str| {
             let text = format!(
@@ -239,10 +232,10 @@ mod tests {
         };
         lines.send(event("ADDED", "u1")).await.unwrap();
         lines.send(event("DELETED", "u1")).await.unwrap();
-        let Change::Set(pod) = told().await else { panic!("a pod is new") };
+        let PodChange::Set(pod) = next_change().await else { panic!("a pod is new") };
         assert_eq!((pod.namespace.as_str(), pod.name.as_str()), ("shop", "new"));
-        assert_eq!(told().await, Change::Gone("u1".into()));
-        // Only this node's: the API server sorts the others out.
+        assert_eq!(next_change().await, PodChange::Gone("u1".into()));
+        // The API server filters by node.
         let queries = server.queries.lock().unwrap().clone();
         assert!(
             queries.iter().all(|query| query.contains("fieldSelector=spec.nodeName%3Dworker-1")),
@@ -251,24 +244,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_missing_right_is_named() {
+    async fn an_error_names_the_missing_right() {
         let (_server, _lines, client) = start(true).await;
-        let error = next(&mut source().watch(client)).await.unwrap_err().to_string();
+        let error = next(&mut feed().watch(client)).await.unwrap_err().to_string();
         assert!(error.contains("[\"pods\"]") && error.contains("cannot list"), "{error}");
     }
 
     #[tokio::test]
-    async fn outside_of_a_cluster_none_is_looked_for() {
-        let wanted = Notify::new();
-        let error = source().changes(&wanted).next().await.unwrap().unwrap_err();
-        assert!(matches!(error, SourceError::Absent(_)), "{error}");
+    async fn outside_of_a_cluster_the_feed_is_absent() {
+        let requested = Notify::new();
+        let error = feed().changes(&requested).next().await.unwrap().unwrap_err();
+        assert!(matches!(error, PodFeedError::Absent(_)), "{error}");
     }
 
     #[test]
-    fn the_api_servers_pods_are_the_kubelets() {
+    fn the_api_server_and_the_kubelet_report_equal_pods() {
         let text = include_str!("../../../tests/data/kubelet-pods-1.20.2.json");
         let list: k8s_openapi::List<ApiPod> = serde_json::from_str(text).unwrap();
-        let pods: Vec<Pod> = list.items.into_iter().map(|pod| Pod::from(Told::from(pod))).collect();
+        let pods: Vec<Pod> = list.items.into_iter().map(|pod| Pod::from(ReportedPod::from(pod))).collect();
         assert_eq!(pods, read_pods(text.as_bytes()).unwrap());
     }
 }

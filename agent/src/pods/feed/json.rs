@@ -1,5 +1,5 @@
-//! The kubelet's list of pods: read as it comes, one pod after the other, so that an answer of many megabytes takes no
-//! more memory than what is kept of it.
+//! Parses the kubelet's list of pods one pod after the other while it arrives, so that an answer of many megabytes takes
+//! no more memory than the kept fields.
 
 use std::{collections::BTreeMap, fmt, io, marker::PhantomData};
 
@@ -8,10 +8,10 @@ use serde::{
     de::{DeserializeOwned, DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
-use super::MOST_PODS;
-use crate::pods::model::{ANNOTATIONS, MOST_CONTAINERS, MOST_LABELS, Pod, Told};
+use super::MAX_PODS;
+use crate::pods::model::{ANNOTATIONS, MAX_LABELS, Pod, ReportedPod};
 
-/// Reads a `PodList`.
+/// Parses a `PodList`.
 pub(super) fn read_pods(input: impl io::Read) -> Result<Vec<Pod>, serde_json::Error> {
     let mut deserializer = serde_json::Deserializer::from_reader(input);
     let pods = List.deserialize(&mut deserializer)?;
@@ -40,7 +40,7 @@ impl<'de> Visitor<'de> for List {
         let mut pods = None;
         while let Some(key) = map.next_key::<String>()? {
             if key == "items" {
-                // No pods at all are written as null.
+                // The kubelet writes an empty list as null.
                 pods = Some(map.next_value::<Option<Items>>()?.map_or_else(Vec::new, |items| items.0));
             } else {
                 map.next_value::<IgnoredAny>()?;
@@ -65,10 +65,10 @@ impl<'de> Deserialize<'de> for Items {
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Items, A::Error> {
                 let mut pods = Vec::new();
                 while let Some(pod) = seq.next_element::<JsonPod>()? {
-                    if pods.len() == MOST_PODS {
-                        return Err(A::Error::custom(format_args!("more than {MOST_PODS} pods")));
+                    if pods.len() == MAX_PODS {
+                        return Err(A::Error::custom(format_args!("more than {MAX_PODS} pods")));
                     }
-                    pods.push(Pod::from(Told::from(pod)));
+                    pods.push(Pod::from(ReportedPod::from(pod)));
                 }
                 Ok(Items(pods))
             }
@@ -77,9 +77,9 @@ impl<'de> Deserialize<'de> for Items {
     }
 }
 
-/// What of a pod's JSON is of use. Fields that are not there are empty; Go writes `null` for some of them.
+/// The fields of a pod's JSON to keep. Missing fields are empty; Go writes `null` for some of them.
 #[derive(Deserialize)]
-pub(super) struct JsonPod {
+struct JsonPod {
     #[serde(default, deserialize_with = "or_empty")]
     metadata: Metadata,
     #[serde(default, deserialize_with = "or_empty")]
@@ -147,7 +147,7 @@ struct Terminated {
     container_id: String,
 }
 
-impl From<JsonPod> for Told {
+impl From<JsonPod> for ReportedPod {
     fn from(pod: JsonPod) -> Self {
         let Metadata { name, namespace, uid, labels, annotations, owner_references } = pod.metadata;
         let Status { main, init, ephemeral } = pod.status;
@@ -158,12 +158,10 @@ impl From<JsonPod> for Told {
             .chain(ephemeral)
             .flat_map(|status| {
                 let ContainerStatus { name, container_id, state, last_state } = status;
-                // The last instance is told only where it was restarted; samples of it may still be on their way.
+                // A restarted container has a former instance, and samples of it may still be on their way.
                 [container_id, state.terminated.container_id, last_state.terminated.container_id]
                     .map(|id| (name.clone(), id))
             })
-            .filter(|(_, id)| !id.is_empty())
-            .take(MOST_CONTAINERS)
             .collect();
         Self {
             uid,
@@ -177,14 +175,14 @@ impl From<JsonPod> for Told {
     }
 }
 
-/// `null` is the same as nothing.
+/// Reads `null` as the default.
 fn or_empty<'de, D: Deserializer<'de>, T: Default + DeserializeOwned>(
     deserializer: D,
 ) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// Which entries of a map are kept.
+/// Selects the entries of a map to keep.
 trait Keys {
     fn keeps(key: &str) -> bool;
 }
@@ -205,7 +203,7 @@ impl Keys for OurAnnotations {
     }
 }
 
-/// The entries of a map of strings that are wanted; annotations may hold a quarter of a megabyte of anything.
+/// Reads the selected entries of a map of strings. The values of other annotations may have a quarter of a megabyte.
 fn some_entries<'de, D: Deserializer<'de>, K: Keys>(
     deserializer: D,
 ) -> Result<BTreeMap<String, String>, D::Error> {
@@ -224,7 +222,7 @@ fn some_entries<'de, D: Deserializer<'de>, K: Keys>(
         fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
             let mut kept = BTreeMap::new();
             while let Some(key) = map.next_key::<String>()? {
-                if K::keeps(&key) && kept.len() < MOST_LABELS {
+                if K::keeps(&key) && kept.len() < MAX_LABELS {
                     kept.insert(key, map.next_value()?);
                 } else {
                     map.next_value::<IgnoredAny>()?;
@@ -247,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_real_answer_of_a_kubelet() {
+    fn a_real_answer_of_a_kubelet_is_parsed() {
         let pods = pods(include_str!("../../../tests/data/kubelet-pods-1.20.2.json"));
         let show = |pod: &Pod| {
             let workload =
@@ -267,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn every_list_of_containers_is_read_and_the_former_instances_too() {
+    fn all_container_lists_and_former_instances_are_read() {
         let pods = pods(
             r#"{"items":[{"metadata":{"name":"p","namespace":"n","uid":"u","ownerReferences":[
                  {"kind":"Other","name":"o"},{"kind":"StatefulSet","name":"db","controller":true}]},
@@ -285,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn of_annotations_only_what_is_of_use_is_kept() {
+    fn only_the_known_annotations_are_kept() {
         let text = format!(
             r#"{{"items":[{{"metadata":{{"annotations":{{"kubectl.kubernetes.io/last-applied-configuration":"{}",
                "gannet.dev/profile":"false","gannet.dev/service-name":"pay","odd":7}}}}}}]}}"#,
@@ -302,7 +300,7 @@ mod tests {
         r#"{"items":[{"metadata":{"labels":null,"annotations":null,"ownerReferences":null},"status":null},{}]}"#,
         2
     )]
-    fn what_go_leaves_out_is_empty(#[case] text: &str, #[case] count: usize) {
+    fn nulls_and_missing_fields_are_empty(#[case] text: &str, #[case] count: usize) {
         assert_eq!(pods(text).len(), count);
     }
 
@@ -313,7 +311,7 @@ mod tests {
     #[case::cut(r#"{"items":[{"metadata":{"name":"a"#, "EOF")]
     #[case::kinds(r#"{"items":[{"metadata":{"name":7}}]}"#, "invalid type")]
     #[case::more(r#"{"items":[]} {}"#, "trailing")]
-    fn what_is_no_list_is_an_error(#[case] text: &str, #[case] words: &str) {
+    fn text_that_is_no_list_is_an_error(#[case] text: &str, #[case] words: &str) {
         let error = read_pods(text.as_bytes()).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     }
@@ -321,7 +319,7 @@ mod tests {
     #[test]
     fn nesting_and_numbers_are_bounded() {
         assert!(read_pods(format!("{{\"a\":{}", "[".repeat(1 << 20)).as_bytes()).is_err());
-        let many = format!(r#"{{"items":[{}{{}}]}}"#, "{},".repeat(MOST_PODS));
+        let many = format!(r#"{{"items":[{}{{}}]}}"#, "{},".repeat(MAX_PODS));
         assert!(read_pods(many.as_bytes()).unwrap_err().to_string().contains("more than"));
     }
 }

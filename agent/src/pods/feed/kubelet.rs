@@ -1,5 +1,5 @@
-//! The kubelet's own list of pods, by HTTPS. It has no watch: it is asked every ten seconds, and at once when a
-//! container is seen that it has not told of.
+//! The kubelet's list of pods, over HTTPS. The kubelet offers no watch: the agent polls it every ten seconds, and at once
+//! when it sees an unknown container.
 
 use std::{
     io::{self, Read},
@@ -21,68 +21,70 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use super::{Change, PodSource, SourceError, SourceKind, SourceOptions, json::read_pods, said, tls};
+use super::{
+    PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions, error::quote, json::read_pods, tls,
+};
 use crate::pods::model::Pod;
 
-/// How often the kubelet is asked: it makes the whole answer each time. Up to a tenth more, so that agents do not fall
-/// into step.
-const PAUSE: Duration = Duration::from_secs(10);
-/// How often at most, however many unknown containers there are.
-const LEAST_PAUSE: Duration = Duration::from_secs(1);
-/// A larger answer is none of one node's pods: one of a thousand pods has about ten megabytes.
-const MOST_BYTES: u64 = 64 << 20;
-/// Of an error's text.
-const MOST_ERROR_BYTES: usize = 1024;
-/// Pieces of the answer that wait to be read, some 16 KiB each.
-const PIECES: usize = 8;
+/// Pause between two polls. The kubelet builds the complete answer each time. The agent adds up to a tenth, so that agents
+/// do not poll in step.
+const POLL_PAUSE: Duration = Duration::from_secs(10);
+/// Minimum pause between two polls, however many unknown containers there are.
+const MIN_POLL_PAUSE: Duration = Duration::from_secs(1);
+/// Maximum size of an answer. With a thousand pods it has about ten megabytes.
+const MAX_BYTES: u64 = 64 << 20;
+/// Bytes to read of an error's text.
+const MAX_ERROR_BYTES: usize = 1024;
+/// Pieces of the answer that wait for the parser, about 16 KiB each.
+const MAX_PIECES: usize = 8;
 const DEFAULT_PORT: u16 = 10250;
 const RBAC: &str = "apiGroups [\"\"], resources [\"nodes/pods\"], verbs [\"get\"] (before Kubernetes 1.33 the kubelet \
                     wants nodes/proxy, which amounts to running commands on the node: allow it by name, or use \
                     --pod-source apiserver)";
 
-/// The kubelet by HTTPS.
+/// The kubelet's HTTPS server.
 pub(super) struct Kubelet {
-    options: SourceOptions,
+    options: PodFeedOptions,
     pause: Duration,
 }
 
 impl Kubelet {
-    pub(super) fn new(options: &SourceOptions) -> Self {
-        Self { options: options.clone(), pause: PAUSE }
+    pub(super) fn new(options: &PodFeedOptions) -> Self {
+        Self { options: options.clone(), pause: POLL_PAUSE }
     }
 
-    /// One whole answer.
-    async fn list(&self) -> Result<Vec<Pod>, SourceError> {
+    /// Requests one complete answer.
+    async fn list(&self) -> Result<Vec<Pod>, PodFeedError> {
         let address = Address::parse(&self.options.kubelet_address)?;
         let at = format!("the kubelet at https://{}", address.authority());
-        let patience = self.options.patience;
-        match timeout(patience, self.fetch(&address, &at)).await {
+        let time_limit = self.options.kubelet_timeout;
+        match timeout(time_limit, self.fetch(&address, &at)).await {
             Ok(answer) => answer,
-            Err(_) => Err(SourceError::Slow { at, seconds: patience.as_secs() }),
+            Err(_) => Err(PodFeedError::Timeout { at, seconds: time_limit.as_secs() }),
         }
     }
 
-    async fn fetch(&self, address: &Address, at: &str) -> Result<Vec<Pod>, SourceError> {
+    async fn fetch(&self, address: &Address, at: &str) -> Result<Vec<Pod>, PodFeedError> {
         let response = self.request(address, at).await?;
         let status = response.status();
         let body = response.into_body();
         if status == StatusCode::OK {
             return read_body(body, at).await;
         }
-        let said = said(&beginning(body).await);
+        let said = quote(&beginning(body).await);
         Err(match status {
             StatusCode::UNAUTHORIZED => {
-                SourceError::Unauthenticated { at: at.to_owned(), token: self.options.token_file.clone() }
+                PodFeedError::Unauthenticated { at: at.to_owned(), token: self.options.token_file.clone() }
             }
-            StatusCode::FORBIDDEN => SourceError::Forbidden { at: at.to_owned(), said, rule: RBAC },
-            status => SourceError::Status { at: at.to_owned(), status: status.as_u16(), said },
+            StatusCode::FORBIDDEN => PodFeedError::Forbidden { at: at.to_owned(), said, rule: RBAC },
+            status => PodFeedError::Status { at: at.to_owned(), status: status.as_u16(), said },
         })
     }
 
-    async fn request(&self, address: &Address, at: &str) -> Result<hyper::Response<Incoming>, SourceError> {
+    async fn request(&self, address: &Address, at: &str) -> Result<hyper::Response<Incoming>, PodFeedError> {
         let token = self.token()?;
         let config = tls::client(&self.options)?;
-        let unreachable = |error: &dyn std::fmt::Display| SourceError::Unreachable {
+        let unreachable = |error: &dyn std::fmt::Display| PodFeedError::Unreachable {
             at: at.to_owned(),
             reason: error.to_string(),
         };
@@ -90,14 +92,14 @@ impl Kubelet {
             .await
             .map_err(|error| unreachable(&error))?;
         let name = ServerName::try_from(address.host.clone())
-            .map_err(|_| SourceError::Address(self.options.kubelet_address.clone()))?;
+            .map_err(|_| PodFeedError::Address(self.options.kubelet_address.clone()))?;
         let stream = TlsConnector::from(std::sync::Arc::new(config))
             .connect(name, stream)
             .await
-            .map_err(|error| handshake(at, &error))?;
+            .map_err(|error| handshake_error(at, &error))?;
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| unreachable(&error))?;
-        // Ends with the request's sender, or with its body.
+        // The task ends with the request's sender, or with its body.
         tokio::spawn(connection);
         let mut request = Request::get("/pods")
             .header(header::HOST, address.authority())
@@ -106,7 +108,7 @@ impl Kubelet {
         if let Some(token) = token {
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }
-        let request = request.body(Empty::<Bytes>::new()).map_err(|_| SourceError::File {
+        let request = request.body(Empty::<Bytes>::new()).map_err(|_| PodFeedError::File {
             what: "the token",
             path: self.options.token_file.clone(),
             source: io::ErrorKind::InvalidData.into(),
@@ -115,12 +117,12 @@ impl Kubelet {
         sender.send_request(request).await.map_err(|error| unreachable(&error))
     }
 
-    /// None: there is no such file, which a kubelet that knows nobody may answer anyway.
-    fn token(&self) -> Result<Option<String>, SourceError> {
+    /// Reads the token. None: the file does not exist. A kubelet without authentication answers anyway.
+    fn token(&self) -> Result<Option<String>, PodFeedError> {
         match std::fs::read_to_string(&self.options.token_file) {
             Ok(token) => Ok(Some(token.trim().to_owned())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(SourceError::File {
+            Err(source) => Err(PodFeedError::File {
                 what: "the token",
                 path: self.options.token_file.clone(),
                 source,
@@ -130,76 +132,76 @@ impl Kubelet {
     }
 }
 
-impl PodSource for Kubelet {
-    fn kind(&self) -> SourceKind {
-        SourceKind::Kubelet
+impl PodFeed for Kubelet {
+    fn kind(&self) -> PodFeedKind {
+        PodFeedKind::Kubelet
     }
 
-    fn is_there(&self) -> bool {
+    fn is_present(&self) -> bool {
         self.options.token_file.exists() || self.options.kubelet_certificate.is_some()
     }
 
-    fn changes<'a>(&'a self, wanted: &'a Notify) -> BoxStream<'a, Result<Change, SourceError>> {
-        // When the last answer was asked for; none before the first, and after an error there is no next.
+    fn changes<'a>(&'a self, requested: &'a Notify) -> BoxStream<'a, Result<PodChange, PodFeedError>> {
+        // The time of the last request. None before the first; the outer None after an error ends the stream.
         stream::unfold(Some(None::<Instant>), move |last| async move {
             if let Some(asked) = last? {
                 let jitter = self.pause.mul_f64(rand::random_range(0.0..0.1));
                 tokio::select! {
                     () = sleep_until(asked + self.pause + jitter) => {}
-                    () = wanted.notified() => sleep_until(asked + LEAST_PAUSE).await,
+                    () = requested.notified() => sleep_until(asked + MIN_POLL_PAUSE).await,
                 }
-            } else if !self.is_there() && self.options.only.is_none() {
-                let words = format!("there is no token in {}", self.options.token_file.display());
-                return Some((Err(SourceError::Absent(words)), None));
+            } else if !self.is_present() && self.options.only.is_none() {
+                let reason = format!("there is no token in {}", self.options.token_file.display());
+                return Some((Err(PodFeedError::Absent(reason)), None));
             }
             let asked = Instant::now();
             let answer = self.list().await;
             let next = answer.is_ok().then_some(Some(asked));
-            Some((answer.map(Change::All), next))
+            Some((answer.map(PodChange::All), next))
         })
         .boxed()
     }
 }
 
-/// The pods of an answer, read on a thread of its own while it comes in.
-async fn read_body(mut body: Incoming, at: &str) -> Result<Vec<Pod>, SourceError> {
-    let too_large = || SourceError::TooLarge { at: at.to_owned(), most_bytes: MOST_BYTES };
-    let (pieces, receiver) = mpsc::channel(PIECES);
+/// Parses the pods of an answer on a separate thread while it arrives.
+async fn read_body(mut body: Incoming, at: &str) -> Result<Vec<Pod>, PodFeedError> {
+    let too_large = || PodFeedError::TooLarge { at: at.to_owned(), max_bytes: MAX_BYTES };
+    let (pieces, receiver) = mpsc::channel(MAX_PIECES);
     let reading =
         spawn_blocking(move || read_pods(io::BufReader::new(Pieces { receiver, piece: Bytes::new() })));
     let mut received = 0;
-    let mut trouble = None;
+    let mut failure = None;
     while let Some(frame) = body.frame().await {
         match frame {
             Ok(frame) => {
                 let Ok(piece) = frame.into_data() else { continue };
                 received += piece.len() as u64;
-                if received > MOST_BYTES {
-                    trouble = Some(too_large());
+                if received > MAX_BYTES {
+                    failure = Some(too_large());
                     break;
                 }
-                // Nobody reads on: what came is no list, and that is told below.
+                // The parser has stopped, because the answer is no list. Its error is returned below.
                 if pieces.send(piece).await.is_err() {
                     break;
                 }
             }
             Err(error) => {
-                trouble =
-                    Some(SourceError::Ended { at: at.to_owned(), said: format!(" in the middle: {error}") });
+                failure =
+                    Some(PodFeedError::Ended { at: at.to_owned(), said: format!(" in the middle: {error}") });
                 break;
             }
         }
     }
     drop(pieces);
-    let garbage = |reason: String| SourceError::Garbage { at: at.to_owned(), reason };
-    let pods = reading.await.map_err(|error| garbage(error.to_string()))?;
-    match trouble {
-        Some(trouble) => Err(trouble),
-        None => pods.map_err(|error| garbage(error.to_string())),
+    let invalid = |reason: String| PodFeedError::Invalid { at: at.to_owned(), reason };
+    let pods = reading.await.map_err(|error| invalid(error.to_string()))?;
+    match failure {
+        Some(failure) => Err(failure),
+        None => pods.map_err(|error| invalid(error.to_string())),
     }
 }
 
-/// What has come in, as something to read. Waits on a thread that may.
+/// Reads the received pieces. Blocks, so it needs a thread that may block.
 struct Pieces {
     receiver: mpsc::Receiver<Bytes>,
     piece: Bytes,
@@ -219,30 +221,30 @@ impl Read for Pieces {
     }
 }
 
-/// The beginning of an error's text.
+/// Reads the beginning of an error's text.
 async fn beginning(mut body: Incoming) -> String {
     let mut text = Vec::new();
     while let Some(Ok(frame)) = body.frame().await {
         text.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
-        if text.len() > MOST_ERROR_BYTES {
+        if text.len() > MAX_ERROR_BYTES {
             break;
         }
     }
-    text.truncate(MOST_ERROR_BYTES);
+    text.truncate(MAX_ERROR_BYTES);
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// What a failed handshake means.
-fn handshake(at: &str, error: &io::Error) -> SourceError {
+/// Converts the error of a failed TLS handshake.
+fn handshake_error(at: &str, error: &io::Error) -> PodFeedError {
     let reason = error.to_string();
     let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     match tls {
-        Some(rustls::Error::InvalidCertificate(_)) => SourceError::Untrusted { at: at.to_owned(), reason },
-        _ => SourceError::Unreachable { at: at.to_owned(), reason },
+        Some(rustls::Error::InvalidCertificate(_)) => PodFeedError::Untrusted { at: at.to_owned(), reason },
+        _ => PodFeedError::Unreachable { at: at.to_owned(), reason },
     }
 }
 
-/// Where the kubelet listens.
+/// The kubelet's address.
 #[derive(Debug, PartialEq, Eq)]
 struct Address {
     /// Without brackets.
@@ -251,9 +253,9 @@ struct Address {
 }
 
 impl Address {
-    /// `10.0.0.1`, `fd00::1`, `[fd00::1]:10250`, `node-1:10250`, `https://10.0.0.1:10250/`.
-    fn parse(text: &str) -> Result<Self, SourceError> {
-        let wrong = || SourceError::Address(text.to_owned());
+    /// Parses `10.0.0.1`, `fd00::1`, `[fd00::1]:10250`, `node-1:10250`, `https://10.0.0.1:10250/`.
+    fn parse(text: &str) -> Result<Self, PodFeedError> {
+        let wrong = || PodFeedError::Address(text.to_owned());
         let rest = text.trim();
         let rest = rest.strip_prefix("https://").unwrap_or(rest);
         let rest = rest.strip_suffix("/pods").unwrap_or(rest).trim_end_matches('/');
@@ -267,7 +269,7 @@ impl Address {
                 None => return Err(wrong()),
             }
         } else if rest.parse::<Ipv6Addr>().is_ok() {
-            // As the downward API gives status.hostIP.
+            // The downward API writes status.hostIP without brackets.
             (rest, DEFAULT_PORT)
         } else {
             match rest.rsplit_once(':') {
@@ -291,8 +293,8 @@ impl Address {
     }
 }
 
-/// That an address is one.
-pub fn check_address(text: &str) -> Result<(), SourceError> {
+/// Checks the syntax of an address.
+pub fn check_kubelet_address(text: &str) -> Result<(), PodFeedError> {
     Address::parse(text).map(drop)
 }
 
@@ -310,7 +312,7 @@ mod tests {
     #[case("[fd00::1]:99", "[fd00::1]:99")]
     #[case("https://node-1.example:10250/", "node-1.example:10250")]
     #[case("https://10.0.0.1:10250/pods", "10.0.0.1:10250")]
-    fn addresses(#[case] text: &str, #[case] authority: &str) {
+    fn valid_addresses_are_parsed(#[case] text: &str, #[case] authority: &str) {
         assert_eq!(Address::parse(text).unwrap().authority(), authority);
     }
 
@@ -322,7 +324,7 @@ mod tests {
     #[case("[fd00::1")]
     #[case("[x]:1")]
     #[case("a b")]
-    fn no_addresses(#[case] text: &str) {
+    fn invalid_addresses_are_refused(#[case] text: &str) {
         let error = Address::parse(text).unwrap_err().to_string();
         assert!(error.contains("write HOST, HOST:PORT"), "{error}");
     }

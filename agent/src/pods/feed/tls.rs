@@ -1,4 +1,4 @@
-//! How far the kubelet's certificate is trusted: signed by an authority, or the very one that is expected, or any.
+//! Decides whether to trust the kubelet's certificate: signed by an authority, equal to a given one, or any.
 
 use std::{fs, path::Path, sync::Arc};
 
@@ -9,30 +9,30 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject as _},
 };
 
-use super::{SourceError, SourceOptions};
+use super::{PodFeedError, PodFeedOptions};
 
-/// What a connection to the kubelet is made with. The files are read for each connection: they are replaced while the
-/// agent runs.
-pub(super) fn client(options: &SourceOptions) -> Result<ClientConfig, SourceError> {
+/// Builds the TLS configuration of one connection to the kubelet. Reads the files each time, because they are replaced
+/// while the agent runs.
+pub(super) fn client(options: &PodFeedOptions) -> Result<ClientConfig, PodFeedError> {
     let provider = Arc::new(ring::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
-        .map_err(|error| SourceError::Certificates {
+        .map_err(|error| PodFeedError::Certificates {
             path: options.kubelet_ca.clone(),
             reason: error.to_string(),
         })?;
-    let only = |expected| {
-        let verifier = Arc::new(Only { expected, provider: Arc::clone(&provider) });
+    let pinned = |expected| {
+        let verifier = Arc::new(PinnedVerifier { expected, provider: Arc::clone(&provider) });
         ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions().map(
             |builder| builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth(),
         )
     };
-    let wrong = |path: &Path, reason: String| SourceError::Certificates { path: path.to_owned(), reason };
+    let wrong = |path: &Path, reason: String| PodFeedError::Certificates { path: path.to_owned(), reason };
     let mut config = if options.kubelet_insecure {
-        only(None).map_err(|error| wrong(&options.kubelet_ca, error.to_string()))?
+        pinned(None).map_err(|error| wrong(&options.kubelet_ca, error.to_string()))?
     } else if let Some(path) = &options.kubelet_certificate {
         let expected = certificates(path, "the kubelet's certificate", "is --kubelet-certificate right?")?;
-        only(Some(expected)).map_err(|error| wrong(path, error.to_string()))?
+        pinned(Some(expected)).map_err(|error| wrong(path, error.to_string()))?
     } else {
         let path = &options.kubelet_ca;
         let cure = "give the cluster's authority with --kubelet-ca, or the kubelet's own certificate with \
@@ -51,25 +51,26 @@ fn certificates(
     path: &Path,
     what: &'static str,
     cure: &'static str,
-) -> Result<Vec<CertificateDer<'static>>, SourceError> {
+) -> Result<Vec<CertificateDer<'static>>, PodFeedError> {
     let pem =
-        fs::read(path).map_err(|source| SourceError::File { what, path: path.to_owned(), source, cure })?;
-    let wrong = |reason: String| SourceError::Certificates { path: path.to_owned(), reason };
+        fs::read(path).map_err(|source| PodFeedError::File { what, path: path.to_owned(), source, cure })?;
+    let wrong = |reason: String| PodFeedError::Certificates { path: path.to_owned(), reason };
     let found: Vec<_> = CertificateDer::pem_slice_iter(&pem)
         .collect::<Result<_, _>>()
         .map_err(|error| wrong(error.to_string()))?;
     if found.is_empty() { Err(wrong("there is no certificate in PEM".into())) } else { Ok(found) }
 }
 
-/// Takes only the certificates that are expected, whatever name and validity they have; or any. That the peer has the
-/// key to its certificate is checked always.
+/// Accepts only the expected certificates, whatever their name and validity, or any certificate. In both cases the peer must
+/// prove that it has the certificate's key.
 #[derive(Debug)]
-struct Only {
+struct PinnedVerifier {
+    /// None: any certificate.
     expected: Option<Vec<CertificateDer<'static>>>,
     provider: Arc<CryptoProvider>,
 }
 
-impl ServerCertVerifier for Only {
+impl ServerCertVerifier for PinnedVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,

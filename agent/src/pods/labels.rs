@@ -1,0 +1,299 @@
+//! Names profiles after their pods.
+
+use std::time::Duration;
+
+use gannet_proto::labels::{self as name, Labels};
+
+use super::{PodLookup, Pods, Workload, model::Pod};
+use crate::profile::SeriesProfile;
+
+/// How long the profiles of a window wait for a container that has just started. With windows of the usual length they are
+/// 10 to 15 seconds old then.
+pub(crate) const MAX_LABEL_WAIT: Duration = Duration::from_secs(5);
+/// How often a waiting window requests its unknown containers again.
+const REQUEST_PAUSE: Duration = Duration::from_millis(500);
+
+/// Which labels profiles of pods get, beside namespace, pod, container, workload and service.
+#[derive(Clone, Debug, Default)]
+pub struct PodLabelOptions {
+    /// The cluster's name; empty: no label.
+    pub cluster: String,
+    /// Keys of pod labels that become labels of series.
+    pub pod_labels: Vec<String>,
+}
+
+/// What happens with a profile.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Deliver,
+    Denied,
+}
+
+/// See [`Pods::label`].
+pub(super) async fn label(pods: &Pods, profiles: &mut Vec<SeriesProfile>) -> u64 {
+    wait_for_containers(pods, profiles).await;
+    let mut denied = 0;
+    profiles.retain_mut(|profile| match label_one(pods, profile) {
+        Verdict::Deliver => true,
+        Verdict::Denied => {
+            denied += profile.samples;
+            false
+        }
+    });
+    denied
+}
+
+async fn wait_for_containers(pods: &Pods, profiles: &[SeriesProfile]) {
+    let mut changes = pods.changes();
+    let until = tokio::time::Instant::now() + MAX_LABEL_WAIT;
+    loop {
+        let unknown = profiles.iter().filter_map(|profile| profile.container.as_ref()).any(|container| {
+            pods.request(&container.id, &container.pod_uid);
+            pods.look_up(&container.id, &container.pod_uid) == PodLookup::Unknown
+        });
+        if !unknown || !pods.is_active() {
+            return;
+        }
+        tokio::select! {
+            _ = changes.changed() => {}
+            // A feed without changes does not end the wait; a container that becomes unlisted meanwhile does.
+            () = tokio::time::sleep(REQUEST_PAUSE) => {}
+            () = pods.0.closed.cancelled() => return,
+        }
+        if tokio::time::Instant::now() >= until {
+            return;
+        }
+    }
+}
+
+fn label_one(pods: &Pods, profile: &mut SeriesProfile) -> Verdict {
+    let options = &pods.0.label_options;
+    if !options.cluster.is_empty() {
+        profile.labels.insert(name::CLUSTER.to_owned(), options.cluster.clone());
+    }
+    let Some(container) = &profile.container else { return Verdict::Deliver };
+    let (pod, container_name) = match pods.look_up(&container.id, &container.pod_uid) {
+        PodLookup::Known { pod, container } => (pod, container),
+        // No list contains the container, or none yet. The pod's uid alone identifies the pod.
+        PodLookup::Unknown | PodLookup::Unlisted => match pods.by_uid(&container.pod_uid) {
+            Some(pod) => (pod, None),
+            None => return Verdict::Deliver,
+        },
+    };
+    if pod.denied {
+        return Verdict::Denied;
+    }
+    profile.labels =
+        labels_of(&pod, container_name.as_deref(), &options.pod_labels, std::mem::take(&mut profile.labels));
+    for process in &mut profile.raw.processes {
+        process.pod_uid.clone_from(&pod.uid);
+    }
+    Verdict::Deliver
+}
+
+/// Returns the series labels of a pod's container. `labels` contains those of the process and of the rule. `allowed` are the
+/// keys of pod labels to take.
+fn labels_of(pod: &Pod, container: Option<&str>, allowed: &[String], mut labels: Labels) -> Labels {
+    for key in allowed {
+        if let Some(value) = pod.labels.get(key).filter(|value| !value.is_empty()) {
+            // Labels of the agent and of the rule take precedence.
+            labels.entry(series_label(key)).or_insert_with(|| value.clone());
+        }
+    }
+    let mut set = |name: &str, value: &str| {
+        if !value.is_empty() {
+            labels.insert(name.to_owned(), value.to_owned());
+        }
+    };
+    set(name::NAMESPACE, &pod.namespace);
+    set(name::POD, &pod.name);
+    set(name::CONTAINER, container.unwrap_or_default());
+    if let Some(Workload { kind, name }) = &pod.workload {
+        set(name::WORKLOAD, name);
+        set(name::WORKLOAD_KIND, kind);
+    }
+    if let Some(service) = pod.service_name(container) {
+        set(name::SERVICE_NAME, service);
+    }
+    for value in labels.values_mut() {
+        if value.len() > name::MAX_VALUE_BYTES {
+            let mut end = name::MAX_VALUE_BYTES;
+            while !value.is_char_boundary(end) {
+                end -= 1;
+            }
+            value.truncate(end);
+        }
+    }
+    labels
+}
+
+/// Returns the series label for a pod label's key: valid in Prometheus, and different from the agent's own labels.
+fn series_label(key: &str) -> String {
+    let safe = name::safe_name(key);
+    if name::RESERVED.contains(&safe.as_str()) { format!("pod_label_{safe}") } else { safe }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::BTreeMap,
+        sync::Arc,
+        time::{Instant, SystemTime},
+    };
+
+    use super::*;
+    use crate::{
+        cgroup::CgroupNames,
+        model::{ProcessKey, SampleKind},
+        pods::{PodChange, PodContainer},
+        profile::{ContainerRef, RawProcess, RawProfile},
+    };
+
+    fn pod(uid: &str, containers: &[(&str, &str)]) -> Pod {
+        Pod {
+            uid: uid.into(),
+            namespace: "shop".into(),
+            name: format!("checkout-{uid}"),
+            labels: BTreeMap::from([
+                ("app.kubernetes.io/version".into(), "7".into()),
+                ("pod".into(), "liar".into()),
+                ("team".into(), "pods".into()),
+            ]),
+            workload: Some(Workload { kind: "deployment".into(), name: "checkout".into() }),
+            containers: containers
+                .iter()
+                .map(|(name, id)| PodContainer { name: (*name).into(), id: (*id).into() })
+                .collect(),
+            ..Pod::default()
+        }
+    }
+
+    fn profile(container: &str, pod_uid: &str) -> SeriesProfile {
+        let process = RawProcess {
+            key: ProcessKey { tgid: 1, start_boottime_ns: 1 },
+            comm: "python3".into(),
+            container_id: container.into(),
+            pod_uid: pod_uid.into(),
+            image: Arc::default(),
+            stacks: Vec::new(),
+        };
+        SeriesProfile {
+            labels: Labels::from([
+                ("node".into(), "n".into()),
+                ("service_name".into(), "python3".into()),
+                ("team".into(), "rule".into()),
+            ]),
+            rule: crate::profile::RuleTag::default(),
+            samples: 3,
+            raw: RawProfile {
+                kind: SampleKind::OnCpu,
+                period_ns: 1,
+                start: SystemTime::UNIX_EPOCH,
+                duration: Duration::from_secs(10),
+                processes: vec![process],
+                comments: Vec::new(),
+            },
+            container: (!container.is_empty())
+                .then(|| ContainerRef { id: container.into(), pod_uid: pod_uid.into() }),
+        }
+    }
+
+    fn synced(options: PodLabelOptions, pods: Vec<Pod>) -> Pods {
+        let known = Pods::new(options);
+        known.set_active(true);
+        known.apply(PodChange::All(pods), Instant::now());
+        known
+    }
+
+    fn show(profile: &SeriesProfile) -> String {
+        profile.labels.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
+    }
+
+    #[tokio::test]
+    async fn profiles_get_the_labels_of_their_pods() {
+        let options = PodLabelOptions {
+            cluster: "east".into(),
+            pod_labels: vec!["app.kubernetes.io/version".into(), "pod".into(), "team".into(), "none".into()],
+        };
+        let pods =
+            synced(options, vec![pod("u1", &[("app", "c1"), ("log", "c2")]), pod("u2", &[("app", "c3")])]);
+        let mut profiles =
+            vec![profile("c1", "u1"), profile("c2", "u1"), profile("c3", "u2"), profile("", "")];
+        assert_eq!(pods.label(&mut profiles).await, 0);
+        // A rule's label takes precedence over a pod's label. A pod's label never replaces one of the agent's.
+        insta::assert_snapshot!(profiles.iter().map(show).collect::<Vec<_>>().join("\n"), @r"
+        app_kubernetes_io_version=7 cluster=east container=app namespace=shop node=n pod=checkout-u1 pod_label_pod=liar service_name=checkout team=rule workload=checkout workload_kind=deployment
+        app_kubernetes_io_version=7 cluster=east container=log namespace=shop node=n pod=checkout-u1 pod_label_pod=liar service_name=checkout team=rule workload=checkout workload_kind=deployment
+        app_kubernetes_io_version=7 cluster=east container=app namespace=shop node=n pod=checkout-u2 pod_label_pod=liar service_name=checkout team=rule workload=checkout workload_kind=deployment
+        cluster=east node=n service_name=python3 team=rule
+        ");
+        assert_eq!(profiles[0].raw.processes[0].pod_uid, "u1");
+    }
+
+    #[tokio::test]
+    async fn an_unlisted_container_is_delivered_with_its_id_alone() {
+        let pods = synced(PodLabelOptions::default(), vec![pod("u1", &[])]);
+        let begun = Instant::now();
+        // No feed lists them: the wait has an end.
+        let mut profiles = vec![profile("gone", "u9"), profile("late", "u1")];
+        assert_eq!(pods.label(&mut profiles).await, 0);
+        assert!(begun.elapsed() >= MAX_LABEL_WAIT);
+        let late = &profiles[1].labels;
+        assert_eq!((late["pod"].as_str(), late.get("container")), ("checkout-u1", None), "the uid is enough");
+        assert_eq!(show(&profiles[0]), "node=n service_name=python3 team=rule");
+        assert_eq!(profiles[0].raw.processes[0].container_id, "gone");
+    }
+
+    #[tokio::test]
+    async fn a_window_waits_for_a_container_that_becomes_known() {
+        let pods = synced(PodLabelOptions::default(), vec![]);
+        let later = pods.clone();
+        tokio::spawn(async move {
+            later.0.requested.notified().await;
+            later.apply(PodChange::Set(pod("u1", &[("app", "c1")])), Instant::now());
+        });
+        let mut profiles = vec![profile("c1", "u1")];
+        pods.label(&mut profiles).await;
+        assert_eq!(profiles[0].labels["pod"], "checkout-u1");
+    }
+
+    #[tokio::test]
+    async fn profiles_of_a_denying_pod_are_removed() {
+        let denying = |uid: &str, containers| Pod { denied: true, ..pod(uid, containers) };
+        let pods = synced(
+            PodLabelOptions::default(),
+            vec![denying("u1", &[("app", "c1")]), denying("u2", &[]), pod("u3", &[("app", "c3")])],
+        );
+        pods.close();
+        // The second has an unlisted container of a listed pod.
+        let mut profiles = vec![profile("c1", "u1"), profile("c2", "u2"), profile("c3", "u3")];
+        assert_eq!(pods.label(&mut profiles).await, 6);
+        assert_eq!(profiles.len(), 1);
+        let is_denied = |container: &str, uid: &str| {
+            let names =
+                CgroupNames { container_id: container.into(), pod_uid: uid.into(), ..CgroupNames::default() };
+            pods.pod_of(&names).is_some_and(|(pod, _)| pod.denied)
+        };
+        assert!(is_denied("c2", "u2") && !is_denied("c3", "u3") && !is_denied("", ""));
+    }
+
+    #[tokio::test]
+    async fn without_a_feed_nothing_waits() {
+        let pods = Pods::default();
+        let begun = Instant::now();
+        let mut profiles = vec![profile("c1", "u1")];
+        assert_eq!(pods.label(&mut profiles).await, 0);
+        assert!(begun.elapsed() < MAX_LABEL_WAIT);
+        assert_eq!(profiles.len(), 1);
+    }
+
+    #[test]
+    fn labels_of_pods_are_valid_series_labels() {
+        assert_eq!(series_label("app.kubernetes.io/version"), "app_kubernetes_io_version");
+        assert_eq!(series_label("node"), "pod_label_node");
+        let mut pod = pod("u1", &[]);
+        pod.labels.insert("long".into(), "ü".repeat(2000));
+        let labels = labels_of(&pod, None, &["long".into()], Labels::new());
+        assert_eq!(gannet_proto::labels::check(&labels), Ok(()));
+    }
+}
