@@ -2,7 +2,7 @@ import { existsSync, readFileSync, readdirSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { defineConfig, type Plugin } from "vite";
 
-/** Writes the names and licences of all packages that went into the page beside it. */
+/** Writes `third-party.txt` with the names and licences of all bundled packages. */
 function notices(): Plugin {
   const allowed = new Set(["Apache-2.0", "MIT", "ISC", "BSD-2-Clause", "BSD-3-Clause", "0BSD"]);
   return {
@@ -14,7 +14,7 @@ function notices(): Plugin {
         for (const id of chunk.moduleIds) {
           let dir = dirname(id);
           if (!dir.includes("node_modules")) continue;
-          // A package.json inside of a package may only say how its files are to be read; the package's own has a name.
+          // A package.json in a subdirectory may only set the module type; the one of the package has a version.
           while (!existsSync(join(dir, "package.json")) || !JSON.parse(readFileSync(join(dir, "package.json"), "utf8")).version) {
             dir = dirname(dir);
           }
@@ -23,29 +23,29 @@ function notices(): Plugin {
       }
       const entries = [...roots].map((dir) => {
         const { name, version, license, homepage } = JSON.parse(readFileSync(join(dir, "package.json"), "utf8"));
-        if (!allowed.has(license)) throw new Error(`${name} ${version} has the licence ${license}, which is not on the list`);
+        if (!allowed.has(license)) throw new Error(`${name} ${version} has the licence ${license}, which is not allowed`);
         const file = readdirSync(dir).find((entry) => /^licen[cs]e/i.test(entry));
-        if (!file) throw new Error(`${name} ${version} carries no licence text`);
+        if (!file) throw new Error(`${name} ${version} has no licence text`);
         return `${name} ${version} (${license})\n${homepage ?? ""}\n\n${readFileSync(join(dir, file), "utf8").trim()}\n`;
       });
       const rule = `\n${"-".repeat(78)}\n\n`;
       this.emitFile({
         type: "asset",
         fileName: "third-party.txt",
-        source: ["The page of Gannet's collector holds these packages.\n", ...entries.sort()].join(rule),
+        source: ["The page of the Gannet collector contains these packages.\n", ...entries.sort()].join(rule),
       });
     },
   };
 }
 
 export default defineConfig({
-  // Relative, so that the page also works below a path, behind `kubectl proxy` for instance.
+  // Relative addresses, so that the page also works below a path, for instance behind `kubectl proxy`.
   base: "./",
   plugins: [notices()],
   build: {
     target: "es2022",
     sourcemap: false,
-    // No data: URLs: the content policy does not allow them.
+    // The content security policy does not allow data: URLs.
     assetsInlineLimit: 0,
     modulePreload: { polyfill: false },
     reportCompressedSize: false,

@@ -1,4 +1,4 @@
-/** What a newcomer reads where there is nothing to draw yet: the next command, ready to be copied. */
+/** Help for an empty collector: the next commands, ready to copy. */
 import { Command } from "./parts/parts";
 
 const RULES = `cat > rules.yaml <<'END'
@@ -12,7 +12,7 @@ END`;
 
 const host = () => (location.hostname.includes(":") ? `[${location.hostname.replace(/[[\]]/g, "")}]` : location.hostname);
 
-/** The agents' port of the collector that serves this page, as it is unless it was told otherwise. */
+/** Returns the default gRPC address of the collector that serves this page. */
 const collector = () => `http://${host()}:4100`;
 
 export function Steps({ agent, rules }: { agent: boolean; rules: boolean }) {
@@ -21,21 +21,21 @@ export function Steps({ agent, rules }: { agent: boolean; rules: boolean }) {
       {agent && (
         <li>
           <h3>Connect a node</h3>
-          <p>On the machine to watch, as root:</p>
+          <p>On the machine to profile, as root:</p>
           <Command text={`sudo gannet-agent run --endpoint ${collector()}`} />
         </li>
       )}
       {rules && (
         <li>
-          <h3>Say what to profile</h3>
-          <p>A rule names processes; every connected node takes it within moments and answers.</p>
+          <h3>Choose what to profile</h3>
+          <p>A rule selects processes. Every connected node applies it within moments and reports the result.</p>
           <Command text={RULES} />
-          <Command text={`gannetctl --collector ${collector()} rules apply -f rules.yaml`} />
+          <Command text={`gannetctl --endpoint ${collector()} rules apply -f rules.yaml`} />
         </li>
       )}
       <li>
-        <h3>Is the collector inside a cluster?</h3>
-        <p>Bring its ports here first, then use the commands above as they are:</p>
+        <h3>Does the collector run in a cluster?</h3>
+        <p>Forward its ports first, then use the commands above:</p>
         <Command text="kubectl port-forward service/gannet-collector 4100 4180" />
       </li>
     </ol>
@@ -47,8 +47,8 @@ export function Welcome() {
     <section class="empty" aria-labelledby="empty-title">
       <h2 id="empty-title">No profiles yet</h2>
       <p>
-        The collector is running and its store is empty. Profiles appear here about ten seconds after the first process is
-        sampled.
+        The collector is running and its store is empty. Profiles appear here about ten seconds after an agent samples the
+        first process.
       </p>
       <Steps agent rules />
     </section>

@@ -1,4 +1,4 @@
-/** The rules as the collector holds them, and what became of each revision on the nodes. */
+/** The rules of the collector, and the state of the newest revision on each node. */
 import { type RevisionRollout, type Rule, type RuleScope, type RuleScopes, get } from "./api";
 import { Steps } from "./Empty";
 import { type Load, useLoad } from "./parts/hooks";
@@ -7,15 +7,15 @@ import { Errors, StateBadge, tally } from "./rollout";
 import { ago, integer, moment, took } from "./units";
 import { toYaml } from "./yaml";
 
-/** In the order in which people write them; the interface sorts by name. */
+/** Fields of a rule in the order in which people write them. The API sorts them by name. */
 const FIELDS = ["match", "nodes", "when", "capture", "lifetime", "labels", "priority"];
 
 function body({ id: _id, description: _description, ...rule }: Rule): string {
-  const place = (name: string) => (FIELDS.indexOf(name) + FIELDS.length + 1) % (FIELDS.length + 1);
-  return toYaml(Object.fromEntries(Object.entries(rule).sort(([a], [b]) => place(a) - place(b)))).trimEnd();
+  const rank = (name: string) => (FIELDS.indexOf(name) + FIELDS.length + 1) % (FIELDS.length + 1);
+  return toYaml(Object.fromEntries(Object.entries(rule).sort(([a], [b]) => rank(a) - rank(b)))).trimEnd();
 }
 
-/** Keys, strings and numbers of the YAML set apart; what it says stays plain text. */
+/** A rule as YAML with bold keys. */
 function Yaml({ text }: { text: string }) {
   return (
     <pre class="yaml" tabIndex={0}>
@@ -78,7 +78,7 @@ function RolloutPanel({ revision, rollout, now }: { revision: number; rollout: L
           </table>
         </div>
       ) : (
-        !rollout.error && <p class="dim none">No node has connected yet; the rules wait for them.</p>
+        !rollout.error && <p class="dim none">No node has connected yet. Nodes get the rules when they connect.</p>
       )}
     </section>
   );
@@ -124,7 +124,7 @@ export function Rules({ tick }: { tick: number }) {
       {!rules.error && rules.data && scopes.length === 0 && (
         <section class="empty">
           <h2>No rules yet</h2>
-          <p>A rule says which processes to profile, when, and for how long. Until there is one, nodes only watch.</p>
+          <p>A rule says which processes to profile, when, and for how long. Without rules, agents sample nothing.</p>
           <Steps agent={false} rules />
         </section>
       )}
@@ -133,8 +133,8 @@ export function Rules({ tick }: { tick: number }) {
           <RolloutPanel revision={rules.data?.revision ?? 0} rollout={rollout} now={now} />
           {scopes.map((scope) => <ScopePanel key={scope.scope} scope={scope} now={now} />)}
           <section class="panel help">
-            <h2>Change them</h2>
-            <p>The page only shows. The command line changes, checks, and tells which node took what:</p>
+            <h2>Change rules</h2>
+            <p>This page is read-only. Use the command line to change rules and to follow them to the nodes:</p>
             <Command text="gannetctl rules apply -f rules.yaml" />
             <Command text="gannetctl rollout watch" />
           </section>

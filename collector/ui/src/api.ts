@@ -1,4 +1,4 @@
-/** The collector's HTTP interface. Every failure comes out as an `ApiError` whose message is for people. */
+/** Requests to the HTTP API of the collector. Every failure is an `ApiError` with a message for people. */
 
 export interface FlameNode {
   name: string;
@@ -148,18 +148,18 @@ export interface RevisionRollout {
   nodes?: Rollout[];
 }
 
-/** What was asked for and could not be had. */
+/** A failed request. */
 export class ApiError extends Error {
   constructor(
     message: string,
-    /** The HTTP status; 0 where there was no answer at all. */
+    /** The HTTP status; 0 if there was no answer. */
     readonly status: number,
   ) {
     super(message);
   }
 }
 
-/** Which profiles: one selection of the store. */
+/** Profiles chosen by labels and by time, in Unix milliseconds. */
 export interface Selection {
   query: string;
   from: number;
@@ -179,7 +179,7 @@ export const baseParameters = (base: Selection | undefined): Parameters =>
     ? { base_query: base.query || "{}", base_from: Math.round(base.from), base_until: Math.round(base.until) }
     : {};
 
-/** Relative to the page, so that it also works below a path. */
+/** Returns the address of an API call, relative to the page so that it also works below a path. */
 export function url(path: string, parameters: Parameters = {}): string {
   const search = new URLSearchParams();
   for (const [name, value] of Object.entries(parameters)) {
@@ -195,7 +195,7 @@ export async function get<T>(path: string, parameters: Parameters, signal?: Abor
     response = await fetch(url(path, parameters), { signal: signal ?? null, headers: { accept: "application/json" } });
   } catch (error) {
     if (signal?.aborted) throw error;
-    throw new ApiError("The collector does not answer. Is it running, and does the port-forward still stand?", 0);
+    throw new ApiError("The collector does not answer. Is it running, and is the port-forward still active?", 0);
   }
   const body = await response.text();
   let answer: unknown;
@@ -205,7 +205,7 @@ export async function get<T>(path: string, parameters: Parameters, signal?: Abor
     if (signal?.aborted) throw signal.reason;
     throw new ApiError(
       response.ok
-        ? "The collector's answer is not JSON. Is something else listening at this address?"
+        ? "The answer of the collector is not JSON. Does another program listen at this address?"
         : `The collector answered ${response.status} ${response.statusText}: ${body.slice(0, 200)}`,
       response.status,
     );

@@ -1,4 +1,4 @@
-/** The part of d3-flame-graph's face that the page uses; the package ships no types. */
+/** Types of the part of d3-flame-graph that the page uses. The package has none. */
 declare module "d3-flame-graph" {
   export interface ChartNode<D> {
     id: number;

@@ -15,7 +15,7 @@ const REFRESH_SECONDS = 10;
 type Theme = "auto" | "light" | "dark";
 const NEXT: Record<Theme, Theme> = { auto: "light", light: "dark", dark: "auto" };
 
-/** The chosen scheme, and whether that comes out dark now. The choice outlives the page where storage is allowed. */
+/** Returns the chosen scheme, whether it is dark now, and a function that chooses the next one. Storage keeps the choice. */
 function useTheme(): [Theme, boolean, () => void] {
   const system = matchMedia("(prefers-color-scheme: dark)");
   const [theme, set] = useState<Theme>((document.documentElement.dataset["theme"] as Theme | undefined) ?? "auto");
@@ -33,13 +33,13 @@ function useTheme(): [Theme, boolean, () => void] {
     try {
       localStorage.setItem("gannet-theme", chosen);
     } catch {
-      // Without storage the choice holds until the page is closed.
+      // Without storage the choice lasts until the reader closes the page.
     }
   };
   return [theme, theme === "auto" ? systemDark : theme === "dark", next];
 }
 
-/** Follows a link inside of the page without loading it anew; with a modifier it stays the browser's. */
+/** Follows a link within the page without a reload. With a modifier key the browser follows it. */
 function inside(event: MouseEvent, change: Partial<State>) {
   if (event.ctrlKey || event.metaKey || event.shiftKey || event.button !== 0) return;
   event.preventDefault();
@@ -49,7 +49,7 @@ function inside(event: MouseEvent, change: Partial<State>) {
 function App() {
   const state = useAddress();
   const [theme, dark, nextTheme] = useTheme();
-  // The nodes and rules are always as of now; profiles only where the range ends now.
+  // Nodes and rules are always current. Profiles change only if the range ends now.
   const canRefresh = state.view !== "profiles" || isRelative(state.until);
   const [tick, refresh] = useTick(state.live && canRefresh, state.view === "profiles" ? REFRESH_SECONDS : REFRESH_SECONDS / 2);
   useEffect(() => {
@@ -77,7 +77,7 @@ function App() {
           <button type="button" class="icon" onClick={refresh} aria-label="Refresh now" title="Refresh now">
             <svg viewBox="0 0 16 16" width="16" height="16" aria-hidden="true"><path d="M13.5 8A5.5 5.5 0 1 1 11.9 4.1M13.5 1.8V5H10.3" fill="none" stroke="currentColor" stroke-width="1.5" stroke-linecap="round" stroke-linejoin="round" /></svg>
           </button>
-          <Toggle name="Auto-refresh" title={canRefresh ? `Every ${state.view === "profiles" ? REFRESH_SECONDS : REFRESH_SECONDS / 2} seconds` : "The range ends in the past"} on={state.live} onChange={(live) => go({ live }, true)} />
+          <Toggle name="Auto-refresh" title={canRefresh ? `Every ${state.view === "profiles" ? REFRESH_SECONDS : REFRESH_SECONDS / 2} seconds` : "Needs a time range that ends now"} on={state.live} onChange={(live) => go({ live }, true)} />
           <button type="button" class="icon" onClick={nextTheme} aria-label={`Colour scheme: ${theme}. Change to ${NEXT[theme]}`} title={`Colour scheme: ${theme}`}>
             <svg viewBox="0 0 16 16" width="16" height="16" aria-hidden="true">
               <circle cx="8" cy="8" r="5.5" fill="none" stroke="currentColor" stroke-width="1.5" />
@@ -92,7 +92,7 @@ function App() {
         {state.view === "rules" && <Rules tick={tick} />}
       </div>
       <footer>
-        <a href="./third-party.txt">Licences of what this page is made of</a>
+        <a href="./third-party.txt">Licences of the bundled packages</a>
       </footer>
     </>
   );

@@ -1,4 +1,4 @@
-/** How the states of a rollout and of a rule are shown, the same in both views. */
+/** States and errors of rollouts and rules, for the views of nodes and rules. */
 import type { RuleError } from "./api";
 
 const KINDS: Record<string, string> = {
@@ -33,7 +33,7 @@ export function Errors({ errors }: { errors: RuleError[] | undefined }) {
   );
 }
 
-/** `3 applied, 1 rejected`. */
+/** Counts states: `3 applied, 1 rejected`. */
 export function tally(states: string[]): string {
   const counts = new Map<string, number>();
   for (const state of states) counts.set(word(state), (counts.get(word(state)) ?? 0) + 1);

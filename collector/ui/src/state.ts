@@ -1,4 +1,4 @@
-/** What the page shows, kept in its address: a link shows another person the same thing. */
+/** The state of the page. The address of the page contains it, so a link shows the same view to another person. */
 import { useEffect, useState } from "preact/hooks";
 
 export type View = "profiles" | "nodes" | "rules";
@@ -8,32 +8,32 @@ export type Span = [from: number, until: number];
 
 export interface State {
   view: View;
-  /** The selector; empty: everything. */
+  /** The selector; empty for all profiles. */
   q: string;
-  /** The window on the timeline: `now-1h`, `now`, or milliseconds. */
+  /** The range on the timeline: `now-1h`, `now`, or milliseconds. */
   from: string;
   until: string;
-  /** The part of the window that was picked out; nothing: all of it. */
+  /** The picked part of that range, if any. */
   span: Span | undefined;
   type: string;
-  /** Only this profile. */
+  /** The id of a single profile; empty for all. */
   profile: string;
   compare: boolean;
-  /** The base's selector; nothing: the same. */
+  /** The selector of the base; `undefined` for the same selector. */
   bq: string | undefined;
-  /** How much earlier the base's window is, in milliseconds. */
+  /** How much earlier the range of the base is, in milliseconds. */
   shift: number;
   bspan: Span | undefined;
   search: string;
-  /** The frame that fills the width: see `FrameData.key`. */
+  /** Key of the zoomed frame: see `FrameData.key`. */
   zoom: string;
   show: Show;
   colour: Colour;
-  /** Differences in orange and blue instead of red and green. */
+  /** Show differences in orange and blue instead of red and green. */
   blind: boolean;
   /** Compare amounts instead of shares. */
   absolute: boolean;
-  /** The root at the bottom. */
+  /** Draw the root at the bottom. */
   flip: boolean;
   live: boolean;
 }
@@ -127,7 +127,7 @@ export function toAddress(state: State): string {
 let current = fromAddress(location);
 const listeners = new Set<(state: State) => void>();
 
-/** Small steps (a key typed into the search) replace the entry of the history, others add one. */
+/** Changes the state. A small change, such as a typed letter, replaces the entry in the history; others add one. */
 export function go(change: Partial<State>, small = false): void {
   const next = { ...current, ...change };
   const address = toAddress(next);

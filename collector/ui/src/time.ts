@@ -1,4 +1,4 @@
-/** Moments as people give them: `now`, `now-15m`, milliseconds, or RFC 3339. */
+/** Times as people write them: `now`, `now-15m`, milliseconds, or RFC 3339. */
 
 const UNITS: Record<string, number> = { s: 1e3, m: 60e3, h: 3600e3, d: 86_400e3, w: 604_800e3 };
 
@@ -32,12 +32,12 @@ export const SHIFTS: [ms: number, name: string][] = [
 
 const STEPS = [10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200, 86_400, 172_800, 604_800];
 
-/** A step that people think in, of which a window has about a hundred. */
+/** Returns a round step, of which the range has up to 120. */
 export function niceStep(length: number): number {
   return (STEPS.find((seconds) => length / (seconds * 1e3) <= 120) ?? 604_800) * 1e3;
 }
 
-/** For `<input type="datetime-local">`. */
+/** Formats a time for `<input type="datetime-local">`. */
 export function toLocalInput(ms: number): string {
   const date = new Date(ms - new Date(ms).getTimezoneOffset() * 60e3);
   return date.toISOString().slice(0, 19);

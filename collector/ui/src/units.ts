@@ -1,11 +1,11 @@
-/** How numbers are said: values of a sample type, shares, bytes, moments, lengths of time. */
+/** Text forms of numbers: values of a sample type, shares, sizes, times, durations. */
 
 const INTEGER = new Intl.NumberFormat("en");
 const COMPACT = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 
 const trim = (value: number, digits: number) => Number(value.toPrecision(digits)).toString();
 
-/** `ns` nanoseconds in the largest unit that leaves at least one. */
+/** Formats nanoseconds in a unit that keeps the number readable. */
 export function nanoseconds(ns: number): string {
   const size = Math.abs(ns);
   if (size === 0) return "0 s";
@@ -19,7 +19,7 @@ export function nanoseconds(ns: number): string {
 
 export const duration = (ms: number): string => nanoseconds(ms * 1e6);
 
-/** How long a node took to answer; whole milliseconds are all that is known. */
+/** Formats the time that a node took to answer, which the API gives in whole milliseconds. */
 export const took = (ms: number): string => (ms < 1 ? "<1 ms" : duration(ms));
 
 export function bytes(count: number): string {
@@ -37,14 +37,14 @@ export function bytes(count: number): string {
 export const integer = (count: number): string => INTEGER.format(count);
 export const compact = (count: number): string => (Math.abs(count) < 10_000 ? integer(count) : COMPACT.format(count));
 
-/** A value of a sample type whose unit is `unit`. */
+/** Formats a value of a sample type with this unit. */
 export function value(amount: number, unit: string): string {
   if (unit === "nanoseconds") return nanoseconds(amount);
   if (unit === "bytes") return bytes(amount);
   return unit === "count" || unit === "" ? compact(amount) : `${compact(amount)} ${unit}`;
 }
 
-/** 0.1234 is `12.3%`; what is there but would round to nothing is `<0.1%`. */
+/** Formats a share: `12.3%`. A share that would round to 0 is `<0.1%`. */
 export function share(part: number, whole: number): string {
   if (!(whole > 0)) return "0%";
   const percent = (100 * part) / whole;
@@ -53,7 +53,7 @@ export function share(part: number, whole: number): string {
   return `${percent >= 99.95 ? Math.round(percent) : percent.toFixed(1)}%`;
 }
 
-/** A difference of two shares in percentage points: `+1.2 pp`. */
+/** Formats a difference of two shares in percentage points: `+1.2 pp`. */
 export function points(difference: number): string {
   const pp = 100 * difference;
   if (Math.abs(pp) < 0.05) return "±0.0 pp";
@@ -74,7 +74,7 @@ export function day(ms: number): string {
 
 export const moment = (ms: number): string => `${day(ms)} ${clock(ms)}`;
 
-/** The moment, without the day where it is today. */
+/** Formats a time, without the date if it is today. */
 export const when = (ms: number): string => (day(ms) === day(Date.now()) ? clock(ms) : moment(ms));
 
 export function ago(ms: number, now: number): string {
@@ -93,5 +93,5 @@ const TYPES: Record<string, string> = {
   "events/count": "Off-CPU events",
 };
 
-/** What people call a sample type. */
+/** Returns the name of a sample type for people. */
 export const typeName = (type: string): string => TYPES[type] ?? type;

@@ -1,4 +1,4 @@
-/** Values as YAML, for reading: block form outside, short lists and maps in one line as the documentation writes them. */
+/** Formats values as YAML in the style of the documentation: block form, with short lists and maps in one line. */
 
 const PLAIN = /^[A-Za-z_/.][A-Za-z0-9_/.@-]*$/;
 const WORDS = new Set(["true", "false", "null", "yes", "no", "on", "off", "y", "n"]);

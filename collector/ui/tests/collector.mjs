@@ -1,4 +1,4 @@
-// Starts real collectors, fills them, and drives a real browser: what the tests share.
+// Shared code of the tests: starts collectors, fills them, and opens pages in Chromium.
 import { spawn } from "node:child_process";
 import { mkdtemp, rm } from "node:fs/promises";
 import { createServer } from "node:net";
@@ -30,7 +30,7 @@ async function stopped(child) {
   clearTimeout(hard);
 }
 
-/** A collector on an empty store of its own. */
+/** Starts a collector with an empty store. */
 export async function startCollector() {
   const data = await mkdtemp(join(tmpdir(), "gannet-page-"));
   const [grpc, http] = [await freePort(), await freePort()];
@@ -63,7 +63,7 @@ export async function startCollector() {
   };
 }
 
-/** Fills a collector, and leaves two agents connected to it. */
+/** Fills a collector and keeps two simulated agents connected to it. */
 export async function seed(collector) {
   const child = spawn(needed("GANNET_SEED_BIN"), ["--endpoint", collector.grpc, "--stay"], { stdio: ["ignore", "pipe", "pipe"] });
   let log = "";
@@ -79,7 +79,7 @@ export async function startBrowser() {
   return chromium.launch({
     executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
     headless: true,
-    // A profile directory of its own is made and removed by the driver.
+    // The driver makes and removes a temporary profile directory.
     args: [
       "--no-sandbox",
       "--disable-gpu",
@@ -92,11 +92,11 @@ export async function startBrowser() {
   });
 }
 
-/** A page that notes everything that it must not do: errors on its console, requests to other places. */
+/** Opens a page and records its faults: errors on the console, and requests to other origins. */
 export async function openPage(browser, address, options = {}) {
   const context = await browser.newContext({ viewport: { width: 1400, height: 900 }, reducedMotion: "reduce", ...options });
   const page = await context.newPage();
-  // Generous: a busy machine is no fault of the page's.
+  // A long timeout, for busy machines.
   page.setDefaultTimeout(60_000);
   const faults = [];
   page.on("console", (message) => {

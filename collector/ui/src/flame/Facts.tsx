@@ -58,7 +58,7 @@ export function Facts(props: FactsProps) {
     <>
       <div class="facts-name">{frame.name}</div>
       <div class="facts-file">
-        {frame.file || (frame.special ? "not a function" : "no binary known")}
+        {frame.file || (frame.special ? "not a function" : "unknown binary")}
         {kind && ` · ${kind}`}
       </div>
       {props.diff ? <Comparison {...props} /> : <Values {...props} />}

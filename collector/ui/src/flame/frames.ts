@@ -1,4 +1,4 @@
-/** Frames as the graph draws them, and the colours they get. */
+/** The frames that the graph draws, and their colours. */
 import type { FlameGraph, FlameNode } from "../api";
 import type { Colour } from "../state";
 
@@ -11,14 +11,14 @@ export interface FrameData {
   baseSelf: number;
   kernel: boolean;
   inlined: boolean;
-  /** Not a function: `[truncated]`, `[unknown]`, `[other]`. */
+  /** True for frames that are not functions: `[truncated]`, `[unknown]`, `[other]`. */
   special: boolean;
   group: string;
-  /** Names the path from the root to here, the same in another range: for links and across refreshes. */
+  /** Identifies the path from the root to this frame. It is the same in other ranges, for links and refreshes. */
   key: string;
-  /** What the width stands for. */
+  /** The value that the width shows. */
   value: number;
-  /** The share in the comparison less the share in the base. */
+  /** The share in the comparison minus the share in the base. */
   delta: number;
   children: FrameData[];
 }
@@ -29,13 +29,13 @@ export interface Frames {
   total: number;
   baseTotal: number;
   count: number;
-  /** Heaviest first, by what they did themselves. */
+  /** Groups by their self value, largest first. */
   groups: { name: string; self: number }[];
-  /** Which hue each group got. */
+  /** The hue of each group. */
   hues: Map<string, number>;
 }
 
-/** FNV-1a, for keys and hues: not for secrets. */
+/** Hashes a text with FNV-1a, for keys and hues. */
 function hash(text: string, seed = 0x811c9dc5): number {
   let state = seed;
   for (let at = 0; at < text.length; at += 1) {
@@ -44,18 +44,18 @@ function hash(text: string, seed = 0x811c9dc5): number {
   return state;
 }
 
-/** Twice 32 bits: with twenty thousand frames, half of that would make two of them the same every now and then. */
+/** Combines two hashes of 32 bits. With 20,000 frames, one hash of 32 bits would give two frames the same key now and then. */
 const keyOf = (path: string) => hash(path).toString(36) + hash(path, 0x9747b28c).toString(36);
 
 const isSpecial = (name: string) => /^\[[^\]]*\]$/.test(name);
 
-/** Where a function comes from: its crate, package or namespace where the name tells, else its binary. */
+/** Returns the origin of a function: its crate, package or namespace if the name has one, else its binary. */
 export function packageOf(name: string, file: string): string {
   const bare = name.replace(/^<+(?:&|mut |dyn |\*const |\*mut )*/, "");
   const scoped = /^([A-Za-z_~][\w.$-]*?)(?:\[[0-9a-f]+\])?(?:<[^:]*>)?::/.exec(bare);
   if (scoped?.[1]) return scoped[1];
   const dotted = /^((?:[\w.~-]+\/)+[\w~-]+|[a-z][\w]*)\.[(*\w]/.exec(name);
-  // `memcpy.part.0` and the like are no packages: a compiler's suffix starts with a word of its own.
+  // `memcpy.part.0` has the suffix of a compiler, not a package.
   if (dotted?.[1] && !/\.(?:part|constprop|isra|cold|llvm|lto_priv)\b/.test(name)) return dotted[1];
   return file || "[unknown]";
 }
@@ -67,14 +67,14 @@ export function groupOf(frame: FrameData, colour: Colour): string {
   return colour === "binary" ? frame.file || "[unknown]" : packageOf(frame.name, frame.file);
 }
 
-/** Takes an answer of the collector as it is drawn. It walks with its own stack, as deep as the graph may be. */
+/** Converts an answer of the collector into frames. It does not recurse, because a graph may be thousands of frames deep. */
 export function frames(graph: FlameGraph, colour: Colour, absolute: boolean): Frames {
   const total = graph.total ?? 0;
   const baseTotal = graph.base_total ?? 0;
   const diff = baseTotal > 0 || graph.base_profiles !== undefined;
   const groups = new Map<string, number>();
   const shareOf = (part: number, whole: number) => (whole > 0 ? part / whole : 0);
-  // What is cut off has no values of its own but stands for all that lies below it.
+  // A special frame with children has no self value, so its total counts.
   const weight = (frame: FrameData) =>
     frame === root ? 0 : frame.special && frame.children.length > 0 ? frame.total + frame.baseTotal : frame.self + frame.baseSelf;
   let count = 0;
@@ -94,8 +94,8 @@ export function frames(graph: FlameGraph, colour: Colour, absolute: boolean): Fr
       special: isSpecial(node.name),
       group: "",
       key: keyOf(`${parent}/${node.name}/${node.file ?? ""}/${node.kernel ?? false}/${node.inlined ?? false}`),
-      // With both sides in the width, neither what is new nor what is gone vanishes. Shares are scaled, since the
-      // component takes off what the children sum up to and would be left with rounding errors of small fractions.
+      // The width shows both sides, so that new and removed functions are visible. Shares are scaled to large numbers,
+      // because the component subtracts the values of children and small fractions would leave rounding errors.
       value: !diff ? amount : absolute ? amount + baseAmount : Math.round((own + ownBase) * 1e12),
       delta: diff ? (absolute ? shareOf(amount - baseAmount, Math.max(total, baseTotal)) : own - ownBase) : 0,
       children: [],
@@ -126,10 +126,10 @@ export function frames(graph: FlameGraph, colour: Colour, absolute: boolean): Fr
   return { root, unit: graph.unit, total, baseTotal, count, groups: ranked, hues: spread(ranked.map(({ name }) => name)) };
 }
 
-/** Apart from each other and from the kernel's 255; the warm ones are the more. */
+/** Hues that differ from each other and from that of the kernel, 255. Most are warm. */
 const HUES = [40, 155, 75, 352, 125, 185, 312, 20, 98, 212, 334, 57];
 
-/** A name keeps its hue from one graph to the next, unless a heavier group has it: then it moves on to a free one. */
+/** Gives each group a hue by its name, so that it is the same in every graph. If a heavier group has that hue, the next free one. */
 function spread(names: string[]): Map<string, number> {
   const taken = new Set<number>();
   const hues = new Map<string, number>();
@@ -146,21 +146,21 @@ const oklch = (lightness: number, chroma: number, hue: number) =>
   `oklch(${lightness.toFixed(3)} ${chroma.toFixed(3)} ${hue})`;
 
 export function groupColour(hues: Map<string, number>, group: string, dark: boolean, name = group): string {
-  // A little light and shade within a group keeps neighbours apart.
+  // Small differences in lightness within a group separate neighbours.
   const shade = ((hash(name) >>> 8) % 5) * 0.012;
   const light = dark ? 0.43 + shade : 0.8 + shade;
   if (group === "not a function") return oklch(dark ? 0.36 : 0.88, 0.004, 250);
   if (group === "kernel") return oklch(light, dark ? 0.055 : 0.06, 255);
   if (group === "user") return oklch(light, 0.095, 55);
   if (group === "user, inlined") return oklch(light, 0.085, 100);
-  // The modules of a group lean a little to one side or the other.
+  // The modules of a group have slightly different hues.
   const lean = ((hash(name.replace(/::[^:]*$/, "")) >>> 12) % 5) - 2;
   return oklch(light, dark ? 0.085 : 0.1, (360 + (hues.get(group) ?? 35) + (name === group ? 0 : lean * 6)) % 360);
 }
 
 export const matchColour = (dark: boolean) => oklch(dark ? 0.5 : 0.78, dark ? 0.19 : 0.16, 325);
 
-/** More in the comparison is red (or orange), less is green (or blue); the root of the share sets the strength. */
+/** Returns red (or orange) for more in the comparison and green (or blue) for less. The square root of the change sets the strength. */
 export function changeColour(delta: number, dark: boolean, blind: boolean): string {
   const strength = Math.min(1, Math.sqrt(Math.abs(delta)) * 2.2);
   if (Math.abs(delta) < 0.001) return oklch(dark ? 0.37 : 0.9, 0.004, 250);
@@ -169,7 +169,7 @@ export function changeColour(delta: number, dark: boolean, blind: boolean): stri
   return oklch(dark ? 0.4 + strength * 0.08 : 0.9 - strength * 0.14, chroma, hue);
 }
 
-/** What a search means: part of a name, `"a whole name"`, or `/a pattern/`. An unfinished pattern matches nothing. */
+/** Parses a search: part of a name, `"a whole name"`, or `/a pattern/`. An unfinished pattern matches nothing. */
 export function matcher(text: string): { test: (name: string) => boolean; error?: string } {
   const pattern = /^\/(.*?)\/?$/s.exec(text);
   if (pattern && text.length > 1) {

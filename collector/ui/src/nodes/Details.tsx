@@ -8,9 +8,11 @@ import { LedgerBar } from "./LedgerBar";
 const REASONS: Record<string, string> = {
   ring_full: "kernel ring buffer full",
   stack_fault: "stack could not be read",
-  stack_missing: "no stack",
+  stack_missing: "stack no longer in the kernel",
   map_full: "kernel map full",
+  rate_limit: "rate limit of off-CPU samples",
   queue_full: "agent queue full",
+  denied: "pod opts out",
   spool_full: "spool full",
   spool_corrupt: "spool damaged",
   refused: "refused by the collector",
@@ -63,7 +65,7 @@ function NodeRules({ node, now }: DetailsProps) {
       )}
       {(node.rollout?.errors ?? []).length > 0 && (
         <>
-          <h3>What it says about revision {node.rollout?.revision ?? ""}</h3>
+          <h3>Errors of revision {node.rollout?.revision ?? ""}</h3>
           <Errors errors={node.rollout?.errors} />
         </>
       )}
@@ -92,14 +94,14 @@ function NodeAgent({ node, now }: DetailsProps) {
       <h3>Agent</h3>
       <dl class="pairs">
         <div><dt>clock ticks seen</dt><dd>{integer(node.ledger?.ticks ?? 0)}</dd></div>
-        <div><dt>processes armed</dt><dd>{integer(node.processes_armed ?? 0)}</dd></div>
+        <div><dt>processes sampled</dt><dd>{integer(node.processes_armed ?? 0)}</dd></div>
         <div><dt>spool</dt><dd>{bytes(node.spool_bytes ?? 0)}</dd></div>
-        <div><dt>last heard</dt><dd title={node.last_seen_ms ? moment(node.last_seen_ms) : ""}>{node.last_seen_ms ? ago(node.last_seen_ms, now) : "—"}</dd></div>
+        <div><dt>last seen</dt><dd title={node.last_seen_ms ? moment(node.last_seen_ms) : ""}>{node.last_seen_ms ? ago(node.last_seen_ms, now) : "—"}</dd></div>
         <div><dt>active revision</dt><dd>{node.active_revision ?? 0}</dd></div>
       </dl>
       {(node.degraded ?? []).length > 0 && (
         <>
-          <h3>Missing here</h3>
+          <h3>Unavailable features</h3>
           <ul class="errors">{node.degraded?.map((line) => <li key={line}>{line}</li>)}</ul>
         </>
       )}

@@ -28,7 +28,7 @@ function Summary({ nodes }: { nodes: FleetNode[] }) {
     <section class="summary" aria-label="The whole fleet">
       <div class="fact"><span>connected</span><b>{connected}<small> of {nodes.length}</small></b></div>
       <div class="fact"><span>newest revision</span><b class="small">{tally(nodes.map((node) => node.rollout?.state ?? "")) || "—"}</b></div>
-      <div class="fact"><span>processes armed</span><b>{integer(nodes.reduce((count, node) => count + (node.processes_armed ?? 0), 0))}</b></div>
+      <div class="fact"><span>processes sampled</span><b>{integer(nodes.reduce((count, node) => count + (node.processes_armed ?? 0), 0))}</b></div>
       <div class="fact wide"><span>samples</span><LedgerBar ledger={sumLedgers(nodes)} long /></div>
     </section>
   );
@@ -57,7 +57,7 @@ function NodeRow({ node, now, isOpen, onToggle }: { node: FleetNode; now: number
         </td>
         <td class="number">
           {node.started_at_ms && alive > 0 ? `${((100 * (node.cpu_seconds ?? 0)) / alive).toFixed(2)}%` : "—"}
-          <div class="dim" title={node.started_at_ms ? `since ${moment(node.started_at_ms)}` : ""}>{duration((node.cpu_seconds ?? 0) * 1000)} in all</div>
+          <div class="dim" title={node.started_at_ms ? `since ${moment(node.started_at_ms)}` : ""}>{duration((node.cpu_seconds ?? 0) * 1000)} in total</div>
         </td>
         <td class="number">{bytes(node.rss_bytes ?? 0)}</td>
         <td class="wide"><LedgerBar ledger={node.ledger} /></td>
@@ -78,7 +78,7 @@ function NodeRow({ node, now, isOpen, onToggle }: { node: FleetNode; now: number
   );
 }
 
-/** Returns the nodes that fit the filter, by name, version, kernel or state. */
+/** Returns the nodes that match the filter by name, version, kernel or state. */
 function matching(nodes: FleetNode[], filter: string): FleetNode[] {
   const wanted = filter.toLowerCase();
   return nodes.filter((node) =>
@@ -110,7 +110,7 @@ export function Nodes({ tick }: { tick: number }) {
         <h1>Nodes</h1>
         <section class="empty">
           <h2>No node has connected yet</h2>
-          <p>Agents dial the collector; nothing has to be opened on the nodes.</p>
+          <p>Agents connect to the collector, so the nodes need no open port.</p>
           <Steps agent rules={false} />
         </section>
       </main>
@@ -141,7 +141,7 @@ export function Nodes({ tick }: { tick: number }) {
             ))}
           </tbody>
         </table>
-        {shown.length === 0 && load.data && <p class="dim none">No node fits the filter.</p>}
+        {shown.length === 0 && load.data && <p class="dim none">No node matches the filter.</p>}
       </div>
     </main>
   );

@@ -111,7 +111,7 @@ export function Combobox(props: ComboboxProps) {
       <ul class="options" id={`${id}-list`} role="listbox" aria-label={props.label} hidden={!open}>
         {failed !== "" && <li class="bad" role="presentation">{failed}</li>}
         {options === undefined && failed === "" && <li class="dim" role="presentation">Loading…</li>}
-        {options !== undefined && shown.length === 0 && <li class="dim" role="presentation">Nothing fits</li>}
+        {options !== undefined && shown.length === 0 && <li class="dim" role="presentation">No match</li>}
         {shown.map((option, at) => (
           <li
             key={option.value}
@@ -119,7 +119,7 @@ export function Combobox(props: ComboboxProps) {
             role="option"
             aria-selected={option.value === props.value}
             class={at === active ? "active" : ""}
-            // Before the field loses the focus and the list closes.
+            // Runs before the field loses the focus, which closes the list.
             onPointerDown={(event) => {
               event.preventDefault();
               choose(option.value);

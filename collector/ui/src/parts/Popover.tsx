@@ -1,7 +1,7 @@
 import type { ComponentChildren } from "preact";
 import { useId, useLayoutEffect, useRef, useState } from "preact/hooks";
 
-/** A button that opens a box below it; closes by Escape, by a click elsewhere, and when the focus leaves. */
+/** A button with a box below it. Escape, a click elsewhere, or moving the focus away closes the box. */
 export function Popover(props: {
   label: ComponentChildren;
   name: string;
@@ -16,7 +16,7 @@ export function Popover(props: {
     set(false);
     button.current?.focus();
   };
-  // Before the next key arrives: somebody who types ahead means the box.
+  // Moves the focus before the next key arrives, because a reader who types ahead means the box.
   useLayoutEffect(() => {
     if (!open) return;
     box.current?.querySelector<HTMLElement>(".popover input, .popover button, .popover select")?.focus();
@@ -45,7 +45,7 @@ export function Popover(props: {
         <span class="caret" aria-hidden="true" />
       </button>
       {open && (
-        // Takes the focus of a click beside its controls, which would otherwise count as leaving it.
+        // The box is focusable, so that a click beside its controls does not move the focus away and close it.
         <div class="popover" id={id} role="dialog" aria-label={props.name} tabIndex={-1}>
           {props.children(close)}
         </div>

@@ -3,7 +3,7 @@ import type { RefObject } from "preact";
 import { useEffect, useLayoutEffect, useState } from "preact/hooks";
 import { ApiError } from "../api";
 
-/** The inner width of an element, as it changes. */
+/** Returns the inner width of an element and follows its changes. */
 export function useWidth(element: RefObject<HTMLElement | null>): number {
   const [width, set] = useState(0);
   useLayoutEffect(() => {
@@ -21,7 +21,7 @@ export interface Load<T> {
   loading: boolean;
 }
 
-/** Runs `load` at each change of `key`; keeps what was there until the new answer has come. No key: nothing to load. */
+/** Calls `load` after each change of `key` and keeps the previous answer until the new one arrives. Without a key it loads nothing. */
 export function useLoad<T>(key: string | undefined, load: (signal: AbortSignal) => Promise<T>): Load<T> {
   const [state, set] = useState<Load<T>>({ loading: key !== undefined });
   useEffect(() => {
@@ -43,7 +43,7 @@ export function useLoad<T>(key: string | undefined, load: (signal: AbortSignal) 
   return state;
 }
 
-/** Counts up every `seconds` while `on` and while somebody looks; the returned function counts up at once. */
+/** Counts up every `seconds` while `on` and while the page is visible. The returned function counts up at once. */
 export function useTick(on: boolean, seconds: number): [number, () => void] {
   const [tick, set] = useState(0);
   useEffect(() => {

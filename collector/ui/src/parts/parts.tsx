@@ -5,7 +5,7 @@ import type { ApiError } from "../api";
 export function Problem({ error }: { error: ApiError }) {
   return (
     <div class="problem" role="alert">
-      <strong>{error.status === 0 ? "No connection" : "That did not work"}</strong>
+      <strong>{error.status === 0 ? "No connection" : "The request failed"}</strong>
       <span>{error.message}</span>
     </div>
   );
@@ -31,7 +31,7 @@ export function Command({ text }: { text: string }) {
   );
 }
 
-/** A row of buttons of which one is on. */
+/** A row of buttons, one of which is pressed. */
 export function Choice<T extends string>(props: { name: string; value: T; of: [T, string][]; onChange: (value: T) => void }) {
   return (
     <div class="choice" role="group" aria-label={props.name}>

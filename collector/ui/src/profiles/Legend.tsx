@@ -25,7 +25,7 @@ export function Legend({ drawn, diff, dark, blind, absolute }: LegendProps) {
             ))}
           </span>
           <span>more than the base</span>
-          <span class="dim">· widths are both together{absolute ? "" : ", as shares of their totals"}</span>
+          <span class="dim">· the width is the sum of both sides{absolute ? "" : ", as shares of their totals"}</span>
         </>
       ) : (
         drawn.groups.filter((group) => group.self > 0).slice(0, MAX_GROUPS).map((group) => (

@@ -1,4 +1,4 @@
-/** The stored profiles one by one, each with its download. */
+/** The list of stored profiles, each with its download. */
 import { useEffect, useState } from "preact/hooks";
 import { type ProfileInfo, type Selection, get, selectionParameters, url } from "../api";
 import { useLoad } from "../parts/hooks";
@@ -10,7 +10,7 @@ interface Page {
   next_page_token?: string;
 }
 
-/** The labels that tell a profile from its neighbours, without those that all have. */
+/** The labels of a profile, without the service, which has its own column. */
 function Labels({ labels }: { labels: Record<string, string> }) {
   return (
     <span class="labels">
@@ -50,7 +50,7 @@ export function List(props: { selection: Selection; tick: number; onShow: (profi
             <th scope="col">Start</th>
             <th scope="col">Service</th>
             <th scope="col">Labels</th>
-            <th scope="col">Why</th>
+            <th scope="col">Reason</th>
             <th scope="col" class="number">Length</th>
             <th scope="col" class="number">Samples</th>
             <th scope="col" class="number">Size</th>
@@ -80,7 +80,7 @@ export function List(props: { selection: Selection; tick: number; onShow: (profi
           ))}
         </tbody>
       </table>
-      {rows.length === 0 && !page.loading && <p class="dim none">No profile here.</p>}
+      {rows.length === 0 && !page.loading && <p class="dim none">No profiles.</p>}
       {next && (
         <button
           type="button"
@@ -90,7 +90,7 @@ export function List(props: { selection: Selection; tick: number; onShow: (profi
             setTokens([...tokens, next]);
           }}
         >
-          Show older ones
+          Show older profiles
         </button>
       )}
     </div>

@@ -81,7 +81,7 @@ export function Profiles({ state, tick, dark }: { state: State; tick: number; da
       <h1 class="visually-hidden">Profiles</h1>
       <Controls {...parts} />
       {state.compare && <BaseControls {...parts} />}
-      {selections.badTime && <div class="problem" role="alert"><strong>The time range is not one</strong><span>“{state.from}” to “{state.until}”: give now, now-15m, milliseconds or a date, and let it end after it begins.</span></div>}
+      {selections.badTime && <div class="problem" role="alert"><strong>Invalid time range</strong><span>“{state.from}” to “{state.until}”: write now, now-15m, milliseconds or a date; the end must be after the start.</span></div>}
       <Lines {...parts} />
       <Results {...parts} tick={tick} dark={dark} />
     </main>

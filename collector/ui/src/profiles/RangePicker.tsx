@@ -43,7 +43,7 @@ export function RangePicker({ state, from, until }: { state: State; from: number
                 <span>Until</span>
                 <input class="field" type="datetime-local" step="1" value={high || toLocalInput(until)} onInput={(event) => setHigh(event.currentTarget.value)} />
               </label>
-              {!(start < end) && <p class="bad" role="alert">The range must end after it begins.</p>}
+              {!(start < end) && <p class="bad" role="alert">The range must end after it starts.</p>}
               <button type="submit" class="primary">Show this range</button>
             </form>
           </div>

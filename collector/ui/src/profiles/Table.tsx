@@ -1,11 +1,12 @@
-/** The functions, whatever stacks they are in: sorted, filtered, and found again in the graph. */
+/** The table of functions, summed over all stacks. A click shows a function in the graph. */
 import { useMemo, useState } from "preact/hooks";
 import type { Top, TopRow } from "../api";
 import { points, share, value } from "../units";
 
 type Column = "name" | "file" | "self" | "total" | "base_self" | "base_total" | "delta";
 
-const FIRST = 200;
+/** Rows that the table shows at first. */
+const FIRST_ROWS = 200;
 
 export function Table(props: { top: Top; diff: boolean; blind: boolean; search: string; matches: (name: string) => boolean; onFocus: (name: string) => void }) {
   const { top, diff, search, matches } = props;
@@ -13,7 +14,7 @@ export function Table(props: { top: Top; diff: boolean; blind: boolean; search: 
   const baseTotal = top.base_total ?? 0;
   const [sort, setSort] = useState<{ by: Column; up: boolean }>();
   const { by, up } = sort ?? { by: diff ? ("delta" as const) : ("self" as const), up: false };
-  const [more, setMore] = useState(FIRST);
+  const [more, setMore] = useState(FIRST_ROWS);
   const ratio = (part: number | undefined, whole: number) => (whole > 0 ? (part ?? 0) / whole : 0);
   const delta = (row: TopRow) => ratio(row.total, total) - ratio(row.base_total, baseTotal);
 

@@ -197,7 +197,7 @@ export function Timeline(props: TimelineProps) {
         )}
       </div>
       <div class="reading" aria-hidden="true">
-        {cursor !== undefined && answer ? read(cursor) : top > 0 ? `peak ${value(top, answer?.unit ?? "")} in ${value(step * 1e6, "nanoseconds")}` : "nothing here"}
+        {cursor !== undefined && answer ? read(cursor) : top > 0 ? `peak ${value(top, answer?.unit ?? "")} in ${value(step * 1e6, "nanoseconds")}` : "no values"}
       </div>
     </div>
   );

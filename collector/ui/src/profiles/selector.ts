@@ -1,6 +1,6 @@
 /**
- * Label selectors as the collector reads them: `{service_name="checkout",pod=~"checkout-.*"}`.
- * The page takes them apart only to let the pickers change one matcher; whether one is right is the collector's word.
+ * Label selectors of the collector: `{service_name="checkout",pod=~"checkout-.*"}`.
+ * The page parses them only to change single matchers. The collector decides whether a selector is valid.
  */
 export interface Matcher {
   name: string;
@@ -10,7 +10,7 @@ export interface Matcher {
 
 const MATCHER = /^\s*([a-zA-Z_][a-zA-Z0-9_]*)\s*(=~|!~|!=|=)\s*"((?:[^"\\]|\\.)*)"\s*(,|$)/;
 
-/** The matchers, or nothing where the text is not (yet) a selector. */
+/** Returns the matchers, or `undefined` if the text is not a selector (yet). */
 export function parse(text: string): Matcher[] | undefined {
   let rest = text.trim();
   if (rest === "") return [];
@@ -38,7 +38,7 @@ export function format(matchers: Matcher[]): string {
   return `{${matchers.map(({ name, op, value }) => name + op + quote(value)).join(",")}}`;
 }
 
-/** The selector with all matchers on `matcher.name` replaced by this one. */
+/** Replaces all matchers on `matcher.name` by this one. */
 export function replace(matchers: Matcher[], matcher: Matcher): Matcher[] {
   const at = matchers.findIndex(({ name }) => name === matcher.name);
   const others = matchers.filter(({ name }) => name !== matcher.name);
@@ -46,7 +46,7 @@ export function replace(matchers: Matcher[], matcher: Matcher): Matcher[] {
   return others;
 }
 
-/** The value that the selector pins `name` to, if it does. */
+/** Returns the value that the selector requires for `name`, or an empty text. */
 export function pinned(matchers: Matcher[] | undefined, name: string): string {
   const found = matchers?.filter((matcher) => matcher.name === name) ?? [];
   return found.length === 1 && found[0]?.op === "=" ? found[0].value : "";
