@@ -11,7 +11,7 @@ use object::{
 use crate::{
     data::Data,
     error::{ElfError, ElfLimits, ElfQuantity, at_most, malformed},
-    headers::{FileHeader, LE},
+    file_header::{FileHeader, LE},
 };
 
 const SECTION_HEADER_BYTES: usize = size_of::<SectionHeader64<LittleEndian>>();

@@ -11,7 +11,7 @@ use object::{
 use crate::{
     data::Data,
     error::{ElfError, malformed},
-    headers::LE,
+    file_header::LE,
     sections::Section,
 };
 

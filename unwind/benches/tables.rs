@@ -1,4 +1,4 @@
-//! What it costs to make tables of real files, how large they are in the kernel, and what a look-up reads.
+//! The cost of building tables of real files, their size in the kernel, and the cache lines that a look-up reads.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a benchmark")]
 
 use std::fs::File;

@@ -1,5 +1,5 @@
-//! Makes the tables of the files named on the command line (or on standard input) and prints what they cost.
-#![allow(clippy::print_stdout, reason = "this is what it is for")]
+//! Builds the tables of the files on the command line (or on standard input) and prints their cost.
+#![allow(clippy::print_stdout, reason = "the output of the program")]
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use gannet_unwind::build::{BuildOptions, build_file};
 use gannet_unwind::format::{UnwindRule, cfa, loc, row_rule};
 use gannet_unwind::limits::TableLimits;
 
-/// Time that this thread has run, which a busy machine does not stretch.
+/// Returns the CPU time of this thread, which does not depend on the load of the machine.
 fn cpu() -> Duration {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     let nanos = text.split_whitespace().next().and_then(|nanos| nanos.parse().ok());

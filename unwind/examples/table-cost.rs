@@ -1,5 +1,5 @@
-//! What the tables of files cost: prints one line of JSON for all files that are named. `table-cost FILE...`
-#![allow(clippy::print_stdout, reason = "what it is for")]
+//! Prints the cost of the tables of all given files as one line of JSON. `table-cost FILE...`
+#![allow(clippy::print_stdout, reason = "the output of the program")]
 
 use std::{env, fs::File, time::Instant};
 
@@ -11,7 +11,7 @@ use gannet_unwind::{
 fn main() {
     let limits = TableLimits::default();
     let (mut files, mut eh_frame, mut kernel, mut rows, mut plain_rows, mut seconds) = (0, 0, 0, 0, 0, 0.0);
-    // Go's programs have a table of their own, and no `.eh_frame` to hold theirs against.
+    // Go programs have no `.eh_frame` to compare with.
     let (mut go_functions, mut go_kernel) = (0, 0);
     for path in env::args().skip(1) {
         let Ok(file) = File::open(&path) else { continue };

@@ -1,10 +1,10 @@
-//! A finished table as bytes, to be kept on disk across restarts.
+//! The form of a table on disk, where it survives restarts.
 //!
 //! ```text
 //! 0   8   "gannetUT"
 //! 8   4   version
 //! 12  4   CRC-32 of everything behind it
-//! 16  16  content id of the file that the table is of
+//! 16  16  content id of the table's file
 //! 32  4   architecture: 1 x86_64, 2 aarch64
 //! 36  4   rules
 //! 40  8   base
@@ -14,8 +14,8 @@
 //! 60  4   bytes of build id
 //! 64      rules (16 bytes each), lines (64), segments (40), build id
 //! ```
-//! All numbers are little-endian. Whoever writes such a file writes it whole under another name first and renames it
-//! ([`store`]), so that a reader sees all of it or nothing; a checksum finds what the disk did to it later.
+//! All numbers are little-endian. [`store`] writes the complete file under another name and renames it, so that a reader sees
+//! all of it or nothing. The checksum detects later damage.
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -35,52 +35,52 @@ const SEGMENT_BYTES: usize = 40;
 const MAX_SEGMENTS: usize = 1 << 16;
 const MAX_BUILD_ID_BYTES: usize = 64;
 
-/// A table that was kept, and what goes with it.
+/// A table from the cache, with the properties of its file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CachedTable {
     /// The table.
     pub table: UnwindTable,
-    /// Where the file goes in memory.
+    /// The file's segments.
     pub segments: Segments,
     /// The file's build id.
     pub build_id: Option<BuildId>,
 }
 
-/// Bytes that are not a table of the file that was asked for. Whatever it is, the cure is to make the table anew.
+/// The reason why bytes are no table of the requested file. In each case the table is built again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum CacheError {
-    /// Another kind of file.
-    #[error("not a kept table: remove it")]
+    /// The bytes are of another kind.
+    #[error("not a cached table: remove the file")]
     NotATable,
     /// Another version of this program wrote it.
-    #[error("kept table of version {found}, this program reads {VERSION}: it is made anew")]
+    #[error("cached table has version {found} instead of {VERSION}: it is built again")]
     Version {
         /// The version in the file.
         found: u32,
     },
-    /// Cut off, or longer than it says.
-    #[error("kept table has {found} bytes instead of {expected}: it is made anew")]
+    /// The bytes are cut off, or more than the header says.
+    #[error("cached table has {found} bytes instead of {expected}: it is built again")]
     Length {
-        /// Bytes that the header promises.
+        /// Bytes by the header.
         expected: u64,
-        /// Bytes that there are.
+        /// Bytes found.
         found: u64,
     },
     /// The checksum is wrong.
-    #[error("kept table is damaged (checksum): it is made anew; check the disk if this repeats")]
+    #[error("cached table is damaged (checksum): it is built again; check the disk if this repeats")]
     Checksum,
-    /// It is of other contents.
-    #[error("kept table is of file content {found}: it is made anew")]
+    /// The table is of another file content.
+    #[error("cached table is of file content {found}: it is built again")]
     Content {
-        /// The content that it is of.
+        /// The content of the table's file.
         found: ContentId,
     },
-    /// The checksum is right but the contents make no table.
-    #[error("kept table contradicts itself: it is made anew")]
+    /// The checksum is right, but the parts make no table.
+    #[error("cached table contradicts itself: it is built again")]
     Malformed,
 }
 
-/// The bytes to keep.
+/// Encodes a table.
 pub fn encode(
     content: &ContentId,
     table: &UnwindTable,
@@ -135,7 +135,7 @@ pub fn encode(
     bytes
 }
 
-/// The table in bytes that [`encode`] made for this content.
+/// Decodes bytes that [`encode`] made for this content.
 pub fn decode(bytes: &[u8], content: &ContentId) -> Result<CachedTable, CacheError> {
     let header: &[u8; HEADER_BYTES] = bytes.first_chunk().ok_or(CacheError::NotATable)?;
     if !header.starts_with(MAGIC) {
@@ -219,7 +219,7 @@ fn decode_segment(bytes: &[u8]) -> Segment {
     }
 }
 
-/// Writes bytes so that a reader, also after a crash, finds all of them or the file that was there before.
+/// Writes a file so that a reader, also after a crash, finds all of it or the former file.
 pub fn store(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
@@ -230,19 +230,19 @@ pub fn store(path: &Path, bytes: &[u8]) -> io::Result<()> {
         fs::rename(partial, path)
     });
     if written.is_err() {
-        // Nothing better can be done if this fails too; the next attempt writes over it.
+        // If this fails too, the next attempt overwrites the partial file.
         let _ = fs::remove_file(partial);
     }
     written
 }
 
-/// Reads a kept table's bytes, if there are not more than `most`.
-pub fn load(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+/// Reads a file that has at most `max_bytes`.
+pub fn load(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
     let file = File::open(path)?;
     let mut bytes = Vec::new();
-    file.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > most {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("more than {most} bytes")));
+    file.take(max_bytes.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > max_bytes {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("more than {max_bytes} bytes")));
     }
     Ok(bytes)
 }
@@ -277,23 +277,24 @@ mod tests {
     }
 
     #[test]
-    fn a_kept_table_comes_back_as_it_was() {
+    fn a_stored_table_comes_back_as_it_was() {
         let built = built();
         let bytes = encode(&built.content, &built.table, &built.segments, built.build_id.as_ref());
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("table");
         store(&path, &bytes).unwrap();
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
-        let kept = decode(&load(&path, 1 << 30).unwrap(), &built.content).unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "no partial file is left");
+        let cached = decode(&load(&path, 1 << 30).unwrap(), &built.content).unwrap();
         assert_eq!(
-            kept,
+            cached,
             CachedTable { table: built.table, segments: built.segments, build_id: built.build_id }
         );
         assert_eq!(load(&path, 100).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
     }
 
+    /// Checks that each kind of damage has its own error (R55).
     #[test]
-    fn r55_each_kind_of_damage_is_told_apart() {
+    fn each_kind_of_damage_has_its_own_error() {
         let (content, good) = small();
         assert!(decode(&good, &content).is_ok());
         let damaged = |at: usize| {
@@ -312,8 +313,9 @@ mod tests {
         assert_eq!(decode(&good, &other), Err(CacheError::Content { found: content }));
     }
 
+    /// Checks that no change of one bit is taken for a table (R55).
     #[test]
-    fn r55_every_single_bit_of_damage_is_found() {
+    fn every_single_bit_of_damage_is_found() {
         let (content, good) = small();
         for bit in 0..good.len() * 8 {
             let mut bytes = good.clone();
@@ -323,9 +325,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whoever can write to the disk can also make the checksum right.
+        /// Checks that a forged checksum makes no table that a look-up could leave (R55).
         #[test]
-        fn r55_damage_with_a_right_checksum_is_refused_or_harmless(
+        fn damage_with_a_right_checksum_is_harmless(
             changes in prop::collection::vec((16usize.., any::<u8>()), 1..12),
             addresses in prop::collection::vec(any::<u64>(), 8),
         ) {
@@ -336,10 +338,10 @@ mod tests {
             }
             let sum = crc32fast::hash(&bytes[SUM_FROM..]);
             bytes[12..16].copy_from_slice(&sum.to_le_bytes());
-            if let Ok(kept) = decode(&bytes, &content) {
-                let base = kept.table.base();
+            if let Ok(cached) = decode(&bytes, &content) {
+                let base = cached.table.base();
                 for address in addresses.into_iter().chain((0..0x3000).step_by(64).map(|by| base.wrapping_add(by))) {
-                    let _ = kept.table.lookup(address);
+                    let _ = cached.table.lookup(address);
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! The layout of unwind tables: what the kernel side reads, word for word.
 //!
 //! # One table
-//! A table is an array of 64-byte [`CacheLine`]s (one cache line, one value of a BPF array), directory first:
+//! A table is an array of 64-byte [`CacheLine`]s (each is one value of a BPF array), directory first:
 //!
 //! ```text
 //! line 0 .. d-1      directory: one u32 per granule (2 KiB) of ELF virtual address, 16 to a line
@@ -9,15 +9,14 @@
 //! ```
 //!
 //! * The **base** of a table is the ELF virtual address of its first granule, a multiple of [`PAGE_BYTES`].
-//! * A **directory word** says where the rows of one granule are: bits 0..24 the first line (counted from line 0 of
-//!   the table, so never below `d`), bits 24..32 how many more lines may hold the answer.
-//! * A **row** is `pc_low << 16 | rule`: from `page + pc_low` on, until the next row, rule number `rule` holds. The
-//!   address is in the high half so that one comparison of whole words orders rows.
-//! * Lines never cross a page, and the first row of every page has `pc_low` 0: it carries in the rule that holds at
-//!   the start of the page. So the first line that a directory word names always has a row at or before the address,
-//!   and no search ever looks back.
-//! * Unused rows at the end of a page's last line repeat its last real row. They may match, and then they say the
-//!   same as the row they repeat; there is no address that a filler could steal (0xffff included).
+//! * A **directory word** locates the rows of one granule: bits 0..24 are the first line (counted from line 0 of the table, so
+//!   never below `d`), bits 24..32 the number of further lines that may hold the row.
+//! * An **unwind row** is `pc_low << 16 | rule`: from `page + pc_low` on, until the next row, rule number `rule` holds. The
+//!   address is in the high half, so that comparing whole words orders rows.
+//! * A line never crosses a page, and the first row of every page has `pc_low` 0, with the rule that holds at the start of the
+//!   page. So the first line of a directory word always has a row at or before the address, and no search goes back.
+//! * Unused rows at the end of a page's last line repeat its last real row. A search may find one of them: its rule is the same
+//!   as that of the real row, at every address (0xffff too).
 //! * Rule number 0 is [`UnwindRule::NONE`] in every table: "no function here".
 //!
 //! # Search
@@ -31,34 +30,34 @@
 //! row = 0; for step in 8, 4, 2, 1:     if line[first + at][row + step] <= key: row += step
 //! rule    = line[first + at][row] & 0xffff
 //! ```
-//! Both loops have a constant number of steps. In shipped code a granule spans some 5 lines, so of the 8 steps of
-//! the first loop 2 or 3 read a line; the bound of 8 is what a row for every single address would need.
+//! Both loops have a constant number of steps. In shipped code a granule spans some 5 lines, so 2 or 3 of the 8 steps of the first
+//! loop read a line; a row for every single address would need all 8.
 //!
 //! # Rule numbers
 //! [`crate::table::UnwindTable`] numbers its own rules from 0. In the kernel all tables share one array of [`UnwindRule`]s, and
 //! [`crate::intern::RuleInterner`] turns a table's own numbers into those of the node.
 //!
-//! # One step of a walk
+//! # One step of unwinding
 //! `sp`, `fp` and `pc` are the registers of the frame; `fp` is rbp or x29. A register marked lost makes every rule
 //! that reads it fail.
 //!
 //! ```text
 //! rule = lookup(pc_is_exact ? pc : pc - 1)     exact for the first frame and the one below a signal frame
 //! cfa  = by cfa_kind                           see `cfa`
-//! ra   = by ra_kind                            UNDEFINED: the walk ends here and is complete
+//! ra   = by ra_kind                            UNDEFINED: the stack ends here and is complete
 //! fp'  = by fp_kind                            UNDEFINED: lost from here on
 //! rbx' = by flags >> RBX_SHIFT & 7             x86_64 only; see there
 //! sp'  = cfa;  pc' = ra (signature bits stripped);  pc_is_exact' = flags & SIGNAL
 //! ```
-//! A register rule (`REGISTER + n`) is good only in a frame all of whose registers are known: the first one. But for rbx:
-//! the dynamic linker aligns its stack by it while it looks up a function that is called for the first time, and calls on.
-//! Tables of files with such a rule say of every frame where the caller's rbx is ([`flags::RBX_SHIFT`]); frames of other
-//! tables lose it.
+//! A register rule (`REGISTER + n`) works only in the first frame, whose registers are all known. rbx is the exception: the
+//! dynamic linker aligns its stack by rbx while it looks up a function that is called for the first time, and makes calls.
+//! Tables of files with such a rule locate the caller's rbx in every frame ([`flags::RBX_SHIFT`]); frames of other tables lose
+//! it.
 //!
 //! # Runs
-//! Half of all rows are the single steps of runs of pushes and pops at the begin and the end of functions. A table may
-//! hold each run as one row whose rule says at which distances from the row's own address the stack pointer moves on by
-//! 8 ([`cfa::PUSHES`], [`cfa::POPS`]). Stepping by such a rule needs the row's `pc_low` as well as its number:
+//! Half of all rows are single steps of runs of pushes and pops, at the beginning and the end of functions. A table may hold each
+//! run as one row. Its rule lists the distances from the row's address at which the stack pointer moves by 8
+//! ([`cfa::PUSHES`], [`cfa::POPS`]). A step by such a rule needs the row's `pc_low` as well as its number:
 //!
 //! ```text
 //! distance = (address & 0xffff) - (row >> 16)
@@ -67,28 +66,28 @@
 //! cfa      = sp + size;  ra = *(u64 *)(cfa - 8)
 //! fp'      = fp_kind == CFA and size >= -fp_offset ? *(u64 *)(cfa + fp_offset) : fp
 //! ```
-//! Tables have runs only if they were asked for ([`crate::build::BuildOptions::runs`]), and none is carried into the next
-//! page. [`UnwindRule::after`] is the same in Rust; [`crate::table::UnwindTable::lookup`] applies it.
+//! Tables have runs only by option ([`crate::build::BuildOptions::runs`]), and no run reaches into the next page.
+//! [`UnwindRule::after`] is the same in Rust; [`crate::table::UnwindTable::lookup`] applies it.
 
-/// Bytes of ELF virtual address that one 16-bit `pc_low` spans.
+/// The logarithm of [`PAGE_BYTES`].
 pub const PAGE_SHIFT: u32 = 16;
-/// See [`PAGE_SHIFT`].
+/// Bytes of a page of ELF virtual addresses, for which rows have 16-bit addresses.
 pub const PAGE_BYTES: u64 = 1 << PAGE_SHIFT;
-/// Bytes of ELF virtual address per directory word. Smaller ones shorten the search and cost 4 bytes each: at 2 KiB
-/// the directory is below 2 % of a usual table.
+/// The logarithm of [`GRANULE_BYTES`]. Smaller granules shorten the search and cost 4 bytes each: at 2 KiB the directory is below
+/// 2 % of a usual table.
 pub const GRANULE_SHIFT: u32 = 11;
-/// See [`GRANULE_SHIFT`].
+/// Bytes of ELF virtual address per directory word.
 pub const GRANULE_BYTES: u64 = 1 << GRANULE_SHIFT;
-/// Words in a line.
+/// Words in a cache line.
 pub const WORDS_PER_LINE: usize = 16;
-/// Bytes of a line.
+/// Bytes of a cache line.
 pub const LINE_BYTES: usize = 64;
 /// Bits of a directory word that hold the first line.
 pub const DIRECTORY_LINE_BITS: u32 = 24;
-/// Lines that one table can have.
+/// Limit of the cache lines of one table.
 pub const MAX_LINES: usize = 1 << DIRECTORY_LINE_BITS;
-/// Most lines beyond the first that a granule can need: a row for each of its addresses, and the line in which they
-/// begin shared with the granule before.
+/// Limit of the cache lines beyond the first of one granule: a row for each of its addresses, in lines of which the first is shared
+/// with the granule before.
 pub const MAX_MORE_LINES: u32 = (GRANULE_BYTES as u32).div_ceil(WORDS_PER_LINE as u32);
 /// The first (largest) step of the search over lines; its steps halve down to 1.
 pub const FIRST_LINE_STEP: u32 = 128;
@@ -109,22 +108,22 @@ const _: () = assert!(LINE_BYTES == WORDS_PER_LINE * size_of::<u32>());
 const _: () = assert!(size_of::<CacheLine>() == LINE_BYTES && align_of::<CacheLine>() == LINE_BYTES);
 const _: () = assert!(size_of::<UnwindRule>() == 16 && align_of::<UnwindRule>() == 4);
 
-/// Sixteen directory words or rows.
+/// Sixteen directory words or unwind rows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C, align(64))]
 pub struct CacheLine(pub [u32; WORDS_PER_LINE]);
 
-/// Packs a row.
+/// Packs an unwind row.
 pub const fn row(pc_low: u16, rule: u16) -> u32 {
     (pc_low as u32) << 16 | rule as u32
 }
 
-/// The low 16 bits of the address from which a row holds.
+/// Returns the low 16 bits of the address from which a row holds.
 pub const fn row_pc_low(row: u32) -> u16 {
     (row >> 16) as u16
 }
 
-/// The rule number of a row.
+/// Returns the rule number of a row.
 pub const fn row_rule(row: u32) -> u16 {
     row as u16
 }
@@ -135,14 +134,14 @@ pub const fn directory_word(first_line: u32, more: u32) -> u32 {
     more << DIRECTORY_LINE_BITS | first_line
 }
 
-/// The first line that a directory word names, and how many more follow it.
+/// Returns the first line of a directory word, and the number of lines that follow it.
 pub const fn directory_parts(word: u32) -> (u32, u32) {
     (word & (MAX_LINES as u32 - 1), word >> DIRECTORY_LINE_BITS)
 }
 
 /// Values of [`UnwindRule::cfa_kind`]: how to find the canonical frame address, which is the caller's stack pointer.
 pub mod cfa {
-    /// No function here: the address is in a gap, or outside the table. `cfa_offset` 0.
+    /// There is no function: the address is in a gap, or outside the table. `cfa_offset` is 0.
     pub const NONE: u8 = 0;
     /// `sp + cfa_offset`
     pub const SP: u8 = 1;
@@ -155,11 +154,10 @@ pub mod cfa {
     pub const FP_DEREF: u8 = 4;
     /// `sp + 8 + ((pc & 15) >= cfa_offset ? 8 : 0)`: the entries of a procedure linkage table, which push once.
     pub const PLT: u8 = 5;
-    /// There is a function here and no rule for it that this format can say; `cfa_offset` holds the
-    /// [`super::Unsupported`].
+    /// There is a function, and this format has no rule for it. `cfa_offset` holds the [`super::Unsupported`].
     pub const UNSUPPORTED: u8 = 6;
-    /// x86_64: `sp + cfa_offset` and 8 more with each push up to the address; `ra_offset` has a bit for each distance at
-    /// which a push is done. The return address is at `cfa - 8`. See the module's text on runs.
+    /// x86_64: `sp + cfa_offset` and 8 more for each push up to the address. `ra_offset` has a bit for the distance of each push. The
+    /// return address is at `cfa - 8`. See the module's text on runs.
     pub const PUSHES: u8 = 7;
     /// The same with 8 less for each pop.
     pub const POPS: u8 = 8;
@@ -177,7 +175,7 @@ pub mod loc {
     pub const SP: u8 = 2;
     /// `*(u64 *)(fp + offset)`, with the frame's own `fp`
     pub const FP: u8 = 3;
-    /// Frame pointer: lost. Return address: there is none, the walk is complete.
+    /// Frame pointer: lost. Return address: there is none, and the stack is complete.
     pub const UNDEFINED: u8 = 4;
     /// `REGISTER + n`: in the register with DWARF number n (0 to 31). First frame only.
     pub const REGISTER: u8 = 0x40;
@@ -185,27 +183,27 @@ pub mod loc {
 
 /// Bits of [`UnwindRule::flags`].
 pub mod flags {
-    /// A signal handler returns here: the caller's pc is the exact place of the interruption.
+    /// A signal handler returns here: the caller's pc is the address of the interrupted instruction.
     pub const SIGNAL: u8 = 1;
-    /// Nothing in the file says so: a guess by convention (frame pointer). Frames found by it are marked.
+    /// The rule is a guess by convention (frame pointer), which nothing in the file supports. Its frames are marked.
     pub const GUESSED: u8 = 2;
     /// The return address is signed (aarch64 pointer authentication): strip the signature.
     pub const RA_SIGNED: u8 = 4;
-    /// x86_64: three bits from here on say where the caller's rbx is: not known, unchanged ([`RBX_SAME`]), or with k from 2
-    /// to 7 at `cfa - 8 * k`.
+    /// x86_64: three bits from here on locate the caller's rbx. 0 is unknown, 1 unchanged ([`RBX_SAME`]), and k from 2 to 7 is at
+    /// `cfa - 8 * k`.
     pub const RBX_SHIFT: u32 = 4;
-    /// See [`RBX_SHIFT`].
+    /// The caller's rbx is in rbx.
     pub const RBX_SAME: u8 = 1;
 }
 
-/// Packs what [`cfa::SP_DEREF`] and [`cfa::FP_DEREF`] need, if it fits: `at` in 24 bits, `plus` in 8.
+/// Packs the offsets of [`cfa::SP_DEREF`] and [`cfa::FP_DEREF`] if they fit: `at` in 24 bits, `plus` in 8.
 pub fn deref_offset(at: i64, plus: i64) -> Option<i32> {
     let plus = u8::try_from(plus).ok()?;
     let at = i32::try_from(at).ok().filter(|at| (-(1 << 23)..1 << 23).contains(at))?;
     Some(at << 8 | i32::from(plus))
 }
 
-/// DWARF numbers of the registers that rules speak of by role.
+/// DWARF numbers of the registers that rules use.
 pub mod dwarf_register {
     use gannet_elf::Arch;
 
@@ -241,15 +239,15 @@ pub mod dwarf_register {
     pub const AARCH64_SP: u16 = 31;
 }
 
-/// Why a place has no rule though there is a function: what stands in `cfa_offset` of [`cfa::UNSUPPORTED`].
+/// The reason why an address in a function has no rule: the `cfa_offset` of [`cfa::UNSUPPORTED`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord, Hash)]
 #[repr(i32)]
 pub enum Unsupported {
-    /// The frame address is a DWARF expression of a shape that no compiler was seen to make.
+    /// The frame address is a DWARF expression of a shape that no known compiler makes.
     Expression = 1,
-    /// The frame address, or what it depends on, is in a vector or pseudo register.
+    /// The frame address depends on a vector or pseudo register.
     Register = 2,
-    /// The return address is found by an expression of a shape that no compiler was seen to make.
+    /// The return address is a DWARF expression of a shape that no known compiler makes.
     ReturnAddress = 3,
     /// An offset does not fit 32 bits.
     Offset = 4,
@@ -258,11 +256,11 @@ pub enum Unsupported {
 }
 
 impl Unsupported {
-    /// All of them, in order of their numbers.
+    /// All reasons, in the order of their numbers.
     pub const ALL: [Self; 5] =
         [Self::Expression, Self::Register, Self::ReturnAddress, Self::Offset, Self::Malformed];
 
-    /// Lower-case words for metrics and messages.
+    /// Returns lower-case words for metrics and messages.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Expression => "cfa_expression",
@@ -274,7 +272,7 @@ impl Unsupported {
     }
 }
 
-/// How to step from a frame to its caller.
+/// An unwind rule: how to step from a frame to its caller.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord, Hash, Default)]
 #[repr(C)]
 pub struct UnwindRule {
@@ -295,7 +293,7 @@ pub struct UnwindRule {
 }
 
 impl UnwindRule {
-    /// No function here.
+    /// There is no function.
     pub const NONE: Self = Self {
         cfa_kind: cfa::NONE,
         fp_kind: loc::SAME,
@@ -306,10 +304,10 @@ impl UnwindRule {
         ra_offset: 0,
     };
 
-    /// The outermost function of a thread: it has no caller, and the walk is complete.
+    /// The outermost function of a thread: it has no caller, and the stack is complete.
     pub const OUTERMOST: Self = Self { cfa_kind: cfa::SP, ra_kind: loc::UNDEFINED, ..Self::NONE };
 
-    /// The caller is found as all x86_64 functions leave it at their first instruction: return address on top.
+    /// An x86_64 function at its first instruction: the return address is on top of the stack.
     pub const X86_64_ENTRY: Self = Self::x86_64_sp(8);
 
     /// The frame-pointer convention, the same offsets on both architectures: saved frame pointer at `fp`, return
@@ -348,7 +346,7 @@ impl UnwindRule {
         ra_offset: 568,
     };
 
-    /// x86_64: frame address at `sp + cfa_offset`, return address just below it, rbp untouched.
+    /// Returns the x86_64 rule with the frame address at `sp + cfa_offset`, the return address just below it, and rbp unchanged.
     pub const fn x86_64_sp(cfa_offset: i32) -> Self {
         Self {
             cfa_kind: cfa::SP,
@@ -361,23 +359,23 @@ impl UnwindRule {
         }
     }
 
-    /// See [`flags::RBX_SHIFT`].
+    /// Returns the location of the caller's rbx; see [`flags::RBX_SHIFT`].
     pub const fn rbx(&self) -> u8 {
         self.flags >> flags::RBX_SHIFT & 7
     }
 
-    /// x86_64: an entry of a procedure linkage table that has pushed once its pc has come `pushed_from` bytes far
-    /// into the 16 of the entry.
+    /// Returns the x86_64 rule of an entry of a procedure linkage table, which pushes once its pc is `pushed_from` bytes into the 16
+    /// of the entry.
     pub const fn x86_64_plt(pushed_from: u8) -> Self {
         Self { cfa_kind: cfa::PLT, cfa_offset: pushed_from as i32, ..Self::X86_64_ENTRY }
     }
 
-    /// A function whose rule this format cannot say.
+    /// Returns the rule of a function that this format has no rule for.
     pub const fn unsupported(why: Unsupported) -> Self {
         Self { cfa_kind: cfa::UNSUPPORTED, cfa_offset: why as i32, ..Self::NONE }
     }
 
-    /// The plain rule that this one means `distance` bytes after the row that names it: itself, but for runs.
+    /// Returns the plain rule `distance` bytes after the row. Only the rule of a run changes with the distance.
     #[must_use]
     pub fn after(self, distance: u64) -> Self {
         let sign = match self.cfa_kind {
@@ -393,19 +391,19 @@ impl UnwindRule {
         Self { fp_kind, fp_offset, ..Self::x86_64_sp(size) }
     }
 
-    /// Why this place has no rule, if that is so.
+    /// Returns the reason why there is no rule, if there is none.
     pub fn unsupported_reason(&self) -> Option<Unsupported> {
         (self.cfa_kind == cfa::UNSUPPORTED)
             .then(|| Unsupported::ALL.into_iter().find(|u| *u as i32 == self.cfa_offset))
             .flatten()
     }
 
-    /// Whether the walk ends here and is complete: the outermost frame of a thread says that it has no caller.
+    /// Returns whether the stack ends here and is complete: the outermost frame of a thread has no caller.
     pub const fn is_outermost(&self) -> bool {
         self.ra_kind == loc::UNDEFINED
     }
 
-    /// The 16 bytes as the kernel sees them.
+    /// Returns the 16 bytes in the kernel's form.
     pub fn to_bytes(self) -> [u8; 16] {
         let mut bytes = [0; 16];
         bytes[..4].copy_from_slice(&[self.cfa_kind, self.fp_kind, self.ra_kind, self.flags]);

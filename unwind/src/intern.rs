@@ -1,12 +1,12 @@
-//! Rule numbers of the node: each rule of all resident tables once, counted by the tables that use it.
+//! Rule numbers of the node: each rule of all resident tables has one number, with a count of the tables that use it.
 use std::collections::HashMap;
 
 use crate::format::{MAX_RULES, RULE_NONE, UnwindRule};
 
-/// Gives rules their number on this node and takes it back when the last table that uses one is gone.
+/// Assigns numbers to rules, and frees a number when the last table that uses it is gone.
 ///
-/// The owner writes [`InternedRules::new`] into the kernel's array of rules before any line that names them, and calls
-/// [`RuleInterner::release`] only when no walk can be looking at the table any more: a number may be reused at once.
+/// The owner writes [`InternedRules::new`] into the kernel's array of rules before any cache line that names them. It calls
+/// [`RuleInterner::release`] only once no kernel program can read the table any more: a number may be reused at once.
 #[derive(Debug)]
 pub struct RuleInterner {
     numbers: HashMap<UnwindRule, u16>,
@@ -24,28 +24,28 @@ struct Slot {
 /// The node's numbers of one table's rules.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct InternedRules {
-    /// By the table's own numbers.
+    /// The node's number for each of the table's own numbers.
     pub numbers: Vec<u16>,
-    /// Numbers that were not in use before, with what to write there.
+    /// Numbers that were not in use before, with their rules.
     pub new: Vec<(u16, UnwindRule)>,
 }
 
-/// No number is left.
+/// Too few numbers are left.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error(
     "{needed} new rules do not fit: {used} of {capacity} are in use; evict tables, or make the array of rules larger"
 )]
 pub struct RuleNumbersFull {
-    /// Rules of the table that no other table has.
+    /// Rules that only this table has.
     pub needed: usize,
     /// Numbers in use.
     pub used: usize,
-    /// Numbers that there are.
+    /// Size of the array of rules.
     pub capacity: usize,
 }
 
 impl RuleInterner {
-    /// For an array of `capacity` rules, 1 to [`MAX_RULES`]; number 0 is taken by [`UnwindRule::NONE`].
+    /// Starts with an array of `capacity` rules, 1 to [`MAX_RULES`]; number 0 is [`UnwindRule::NONE`].
     pub fn new(capacity: usize) -> Self {
         Self {
             numbers: HashMap::from([(UnwindRule::NONE, RULE_NONE)]),
@@ -55,12 +55,12 @@ impl RuleInterner {
         }
     }
 
-    /// Numbers in use, that of [`UnwindRule::NONE`] included.
+    /// Returns the numbers in use, with that of [`UnwindRule::NONE`].
     pub fn used(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
-    /// Numbers for the rules of one table (all different). Either all get one or nothing changes.
+    /// Assigns numbers to the rules of one table, which are all different. Either all get one or nothing changes.
     pub fn acquire(&mut self, rules: &[UnwindRule]) -> Result<InternedRules, RuleNumbersFull> {
         let needed = rules.iter().filter(|rule| !self.numbers.contains_key(rule)).count();
         if needed > self.capacity - self.used() {
@@ -88,7 +88,7 @@ impl RuleInterner {
         Ok(InternedRules { numbers, new })
     }
 
-    /// Gives back what [`RuleInterner::acquire`] gave.
+    /// Returns the numbers from [`RuleInterner::acquire`].
     pub fn release(&mut self, numbers: &[u16]) {
         for number in numbers {
             let Some(slot) = self.slots.get_mut(usize::from(*number)) else { continue };
@@ -109,8 +109,9 @@ mod tests {
         std::iter::once(UnwindRule::NONE).chain(range.map(UnwindRule::x86_64_sp)).collect()
     }
 
+    /// Checks that a rule stays as long as a table uses it (R49).
     #[test]
-    fn r49_tables_share_rules_and_the_last_one_frees_them() {
+    fn tables_share_rules_and_the_last_one_frees_them() {
         let mut node = RuleInterner::new(16);
         let a = node.acquire(&rules(0..4)).unwrap();
         assert_eq!((a.numbers.as_slice(), a.new.len()), ([0, 1, 2, 3, 4].as_slice(), 4));
@@ -122,11 +123,12 @@ mod tests {
         assert!(c.numbers.iter().all(|n| *n < 7), "numbers are reused: {c:?}");
         node.release(&b.numbers);
         node.release(&c.numbers);
-        assert_eq!(node.used(), 1, "only the rule of gaps stays");
+        assert_eq!(node.used(), 1, "only the rule for gaps stays");
     }
 
+    /// Checks that a refused table takes no numbers (R49).
     #[test]
-    fn r49_a_table_that_does_not_fit_changes_nothing() {
+    fn a_table_that_does_not_fit_changes_nothing() {
         let mut node = RuleInterner::new(4);
         let a = node.acquire(&rules(0..2)).unwrap();
         let full = node.acquire(&rules(1..5)).unwrap_err();
@@ -138,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn every_number_can_be_given() {
+    fn every_number_can_be_assigned() {
         let mut node = RuleInterner::new(MAX_RULES);
         let all = node.acquire(&rules(0..65_535)).unwrap();
         assert_eq!(all.numbers.last(), Some(&65_535));

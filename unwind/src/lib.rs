@@ -1,10 +1,10 @@
 //! ELF files to unwind tables.
 //!
-//! What a kernel program needs in order to walk a stack without frame pointers, made from what compilers leave in
-//! ELF files. Nothing here talks to the kernel or looks at a process: bytes come in, tables go out, and every step
-//! is bounded in time and memory because the bytes come from whoever runs a program on the node.
+//! An unwind table lets a kernel program unwind stacks that have no frame pointers. [`build`] makes it from the frame
+//! information that compilers leave in ELF files. Nothing here uses the kernel or a process. Every step has limits of time and
+//! memory, because any user of the node may have written the file.
 //!
-//! [`mod@format`] is the contract with the kernel side.
+//! [`mod@format`] is the contract with the kernel side. [`unwind`] unwinds in user space, by the same tables.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout))]
 
 pub mod build;

@@ -1,17 +1,17 @@
-//! What one file may cost: bytes read, rows and rules made, time spent.
+//! Limits of the work on one file: bytes read, rows and rules built, time spent.
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::format::{MAX_LINES, MAX_RULES, WORDS_PER_LINE};
 
-/// Bounds of the work on one file. The defaults take every file of a usual machine, browsers and compilers included.
+/// Limits of the work on one file. The defaults accept every file of a usual machine, browsers and compilers included.
 #[derive(Clone, Debug)]
 pub struct TableLimits {
-    /// Bytes of one section, inflated if it is compressed.
+    /// Bytes of one section, after decompression.
     pub section_bytes: u64,
     /// Sections that the headers may list.
     pub sections: u64,
-    /// Functions (entries of `.eh_frame`, of the Go function table, ...).
+    /// Functions: entries of `.eh_frame`, of Go's function table, and so on.
     pub functions: u64,
     /// Rows of the finished table.
     pub rows: u64,
@@ -19,11 +19,11 @@ pub struct TableLimits {
     pub rules: u64,
     /// Bytes of address space between the first function and the last.
     pub span_bytes: u64,
-    /// Bytes of code outside all functions that are searched for signal trampolines.
+    /// Bytes of undescribed code that are searched for signal trampolines.
     pub scanned_bytes: u64,
-    /// Bytes of code outside all functions whose instructions are read; of a file with more of it, none are.
+    /// Bytes of undescribed code whose instructions are read; in a file with more of it, none are.
     pub analyzed_bytes: u64,
-    /// Time from the start of the work to giving up.
+    /// Time after which the work ends with an error.
     pub time: Option<Duration>,
 }
 
@@ -52,14 +52,14 @@ impl TableLimits {
 
 const _: () = assert!((32 << 20) / WORDS_PER_LINE < MAX_LINES);
 
-/// What was too large.
+/// A size that has a limit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum TableQuantity {
     /// [`TableLimits::section_bytes`]
     SectionBytes,
     /// [`TableLimits::sections`]
     Sections,
-    /// Program headers.
+    /// Program headers; see [`gannet_elf::ElfQuantity::ProgramHeaders`].
     ProgramHeaders,
     /// [`TableLimits::functions`]
     Functions,
@@ -74,7 +74,7 @@ pub enum TableQuantity {
 }
 
 impl TableQuantity {
-    /// Words for messages and metrics.
+    /// Returns the words that messages use.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::SectionBytes => gannet_elf::ElfQuantity::SectionBytes.as_str(),
@@ -89,23 +89,23 @@ impl TableQuantity {
     }
 }
 
-/// Why work stopped before its end.
+/// The reason why work stopped before its end.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum LimitExceeded {
     /// A size is over its limit.
     #[error("{found} {} are over the limit of {limit}: raise that limit, or supply a table for this file", what.as_str())]
     TooLarge {
-        /// Which size.
+        /// The size.
         what: TableQuantity,
-        /// The limit that holds.
+        /// The limit in force.
         limit: u64,
-        /// What the file asked for, or had reached when work stopped.
+        /// The size that the file claims, or that it had reached when work stopped.
         found: u64,
     },
-    /// The time is over.
+    /// The time limit is over.
     #[error("not done after {} ms: raise the time limit, or supply a table for this file", limit.as_millis())]
     TimedOut {
-        /// The limit that holds.
+        /// The limit in force.
         limit: Duration,
     },
     /// The caller asked to stop.
@@ -125,7 +125,7 @@ impl From<gannet_elf::TooLarge> for LimitExceeded {
     }
 }
 
-/// TableLimits with a clock that runs.
+/// Limits with a running clock.
 #[derive(Debug)]
 pub(crate) struct Budget<'a> {
     pub(crate) limits: &'a TableLimits,
@@ -134,7 +134,7 @@ pub(crate) struct Budget<'a> {
     steps: u32,
 }
 
-/// Steps between two looks at the clock: about 0.1 ms of work.
+/// Steps between two checks of the clock: about 0.1 ms of work.
 const STEPS_PER_CHECK: u32 = 4096;
 
 impl<'a> Budget<'a> {
@@ -142,14 +142,14 @@ impl<'a> Budget<'a> {
         Self { limits, cancel, start: Instant::now(), steps: 0 }
     }
 
-    /// One small piece of work is about to be done.
+    /// Counts a small piece of work that follows.
     #[inline]
     pub(crate) fn step(&mut self) -> Result<(), LimitExceeded> {
         self.steps += 1;
         if self.steps >= STEPS_PER_CHECK { self.check() } else { Ok(()) }
     }
 
-    /// A large piece of work is about to be done.
+    /// Checks the clock before a large piece of work.
     pub(crate) fn check(&mut self) -> Result<(), LimitExceeded> {
         self.steps = 0;
         if self.cancel.is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {
@@ -162,7 +162,7 @@ impl<'a> Budget<'a> {
     }
 }
 
-/// An error if `found` is over `limit`.
+/// Returns an error if `found` is over `limit`.
 pub(crate) fn at_most(what: TableQuantity, limit: u64, found: u64) -> Result<(), LimitExceeded> {
     if found > limit { Err(LimitExceeded::TooLarge { what, limit, found }) } else { Ok(()) }
 }

@@ -1,9 +1,9 @@
-//! Tables supplied by people, for files whose own information is broken. They take precedence over it.
+//! Tables that the operator supplies, for files whose own frame information is broken. They take precedence over it.
 //!
-//! A text per file:
+//! Each file has a text:
 //!
 //! ```text
-//! # what was wrong with the file, and who says so
+//! # the fault of the file, and who found it
 //! content 0123456789abcdef0123456789abcdef
 //! arch x86_64
 //! 0x1000 sp+8
@@ -13,11 +13,11 @@
 //! end 0x1080
 //! ```
 //!
-//! Each line after `arch` gives the ELF virtual address from which a rule holds. The frame address is `sp+N`, `fp+N`,
-//! `*(sp+N)+M`, `*(fp+N)+M`, `stop` (the outermost function) or `none` (no function here). Behind it, in any order,
-//! `fp=` and `ra=` say where the caller's frame pointer and the return address are: `cfa+N`, `sp+N`, `fp+N`, for the
-//! frame pointer also `same` (the default) and `lost`, for the return address also `lr` (the default on aarch64;
-//! on x86_64 it is `cfa-8`); `signal` marks a signal trampoline. Numbers are decimal, or hexadecimal with `0x`.
+//! Each line after `arch` has the ELF virtual address from which a rule holds, and the frame address: `sp+N`, `fp+N`,
+//! `*(sp+N)+M`, `*(fp+N)+M`, `stop` (the outermost function) or `none` (no function here). After it, in any order, `fp=` and
+//! `ra=` locate the caller's frame pointer and the return address: `cfa+N`, `sp+N`, `fp+N`. The frame pointer can also be `same`
+//! (the default) or `lost`, the return address `lr` (the default on aarch64; on x86_64 it is `cfa-8`). `signal` marks a signal
+//! trampoline. Numbers are decimal, or hexadecimal with `0x`.
 use std::collections::HashMap;
 
 use gannet_elf::{Arch, ContentId};
@@ -34,17 +34,17 @@ use crate::{
 pub struct Overrides(HashMap<ContentId, UnwindTable>);
 
 impl Overrides {
-    /// The table for a file, if one was supplied.
+    /// Returns the table for a file content, if there is one.
     pub fn get(&self, content: &ContentId) -> Option<&UnwindTable> {
         self.0.get(content)
     }
 
-    /// Supplies a table; returns the one that it replaces.
+    /// Adds a table; returns the one that it replaces.
     pub fn insert(&mut self, content: ContentId, table: UnwindTable) -> Option<UnwindTable> {
         self.0.insert(content, table)
     }
 
-    /// Supplies the table that a text describes, and says for which file.
+    /// Adds the table that a text describes; returns the content of its file.
     pub fn insert_text(&mut self, text: &str, limits: &TableLimits) -> Result<ContentId, OverrideError> {
         let (content, table) = parse(text, limits)?;
         self.insert(content, table);
@@ -52,25 +52,25 @@ impl Overrides {
     }
 }
 
-/// A text that describes no table.
+/// The reason why a text describes no table.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("line {line}: {fault}")]
 pub struct OverrideError {
     /// The line, counted from 1.
     pub line: usize,
-    /// What is wrong with it.
+    /// Its fault.
     pub fault: OverrideFault,
 }
 
-/// What is wrong with a line.
+/// The fault of a line.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum OverrideFault {
-    /// Not what must stand here.
+    /// The line has the wrong form.
     #[error("expected {expected}, found {found:?}")]
     Expected {
-        /// What must stand here.
+        /// The form that is right here.
         expected: &'static str,
-        /// What does.
+        /// The text that was found.
         found: String,
     },
     /// Rows are out of order or too many.
@@ -145,7 +145,7 @@ fn lay_out(
 
 fn parse_number(text: &str) -> Result<u64, OverrideFault> {
     let parsed = match text.strip_prefix("0x") {
-        // The standard parser would take a sign.
+        // The standard parser would accept a sign.
         Some(digits) if digits.starts_with('+') => return Err(expected("an address", text)),
         None if text.starts_with('+') => return Err(expected("an address", text)),
         Some(digits) => u64::from_str_radix(digits, 16),
@@ -154,7 +154,7 @@ fn parse_number(text: &str) -> Result<u64, OverrideFault> {
     parsed.map_err(|_| expected("an address", text))
 }
 
-/// `name`, `name+N` or `name-N`.
+/// Parses `name`, `name+N` or `name-N`.
 fn parse_sum(text: &str) -> Result<(&str, i64), OverrideFault> {
     let Some(at) = text.find(['+', '-']) else { return Ok((text, 0)) };
     let (name, number) = text.split_at(at);
@@ -201,7 +201,7 @@ fn parse_rule(text: &str, arch: Arch) -> Result<UnwindRule, OverrideFault> {
         }
     }
     for word in words {
-        let place = |text: &str| -> Result<(u8, i32), OverrideFault> {
+        let location = |text: &str| -> Result<(u8, i32), OverrideFault> {
             let (name, offset) = parse_sum(text)?;
             let kind = match name {
                 "cfa" => loc::CFA,
@@ -219,12 +219,12 @@ fn parse_rule(text: &str, arch: Arch) -> Result<UnwindRule, OverrideFault> {
             Some(("fp", "same")) => (loc::SAME, 0, rule.ra_kind, rule.ra_offset),
             Some(("fp", "lost")) => (loc::UNDEFINED, 0, rule.ra_kind, rule.ra_offset),
             Some(("fp", text)) => {
-                let (kind, offset) = place(text)?;
+                let (kind, offset) = location(text)?;
                 (kind, offset, rule.ra_kind, rule.ra_offset)
             }
             Some(("ra", "lr")) if arch == Arch::Aarch64 => (rule.fp_kind, rule.fp_offset, lr, 0),
             Some(("ra", text)) => {
-                let (kind, offset) = place(text)?;
+                let (kind, offset) = location(text)?;
                 (rule.fp_kind, rule.fp_offset, kind, offset)
             }
             _ => return Err(expected("`fp=`, `ra=` or `signal`", word)),
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_text_is_told_where_and_why() {
+    fn an_error_names_the_line_and_the_right_form() {
         for (text, line, words) in [
             ("0x1000 sp+8", 1, "`content`"),
             ("content 12", 1, "32 hex digits"),

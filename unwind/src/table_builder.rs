@@ -338,7 +338,7 @@ mod tests {
             table.lines.clone(),
             table.rules.clone(),
         );
-        assert_eq!(again.map(|t| t.rows), Some(table.rows), "a table that was built is a well-formed one");
+        assert_eq!(again.map(|t| t.rows), Some(table.rows), "a built table is well-formed");
         table
     }
 
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn r48_a_row_at_the_last_address_of_a_page_is_found_and_nothing_beyond() {
+    fn a_row_at_the_last_address_of_a_page_is_found() {
         check(
             &[(0x1_0000, rule(1)), (0x1_fffe, rule(2)), (0x1_ffff, rule(3)), (0x2_0000, UnwindRule::NONE)],
             0x2_0001,
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn r50_a_row_at_every_address_is_kept() {
+    fn a_row_at_every_address_fits() {
         let rows: Vec<_> = (0x1_0007..0x3_1234).map(|pc| (pc, rule(1 + (pc % 7) as i32))).collect();
         let table = check(&rows, 0x3_1234);
         assert!(rows.iter().all(|(pc, _)| table.lookup_counted(*pc).1 <= 9));
@@ -379,7 +379,7 @@ mod tests {
         assert_eq!(lines[0], table.lines()[0]);
         let row_line = lines[1].0;
         assert_eq!(&row_line[..4], &[row(0, 0), row(0x1000, 700), row(0x1800, 65_535), row(0x1900, 700)]);
-        assert_eq!(row_line[15], row(0x1900, 700), "what is left over repeats the last row");
+        assert_eq!(row_line[15], row(0x1900, 700), "unused words repeat the last row");
     }
 
     #[test]
@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn r50_limits_are_errors_and_not_cuts() {
+    fn a_limit_is_an_error_and_never_a_cut() {
         let limits = TableLimits { rows: 3, rules: 3, ..TableLimits::default() };
         let mut builder = TableBuilder::new(Arch::X86_64, 0x1000, 0x2000, &limits).unwrap();
         builder.push(0x1000, rule(1)).unwrap();
@@ -455,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn r52_pushes_and_pops_take_one_row_each_and_mean_the_same() {
+    fn pushes_and_pops_take_one_row_each() {
         let rows = usual(0x1000);
         assert_eq!(check_one(&rows, 0x1080, false).rows(), 17);
         assert_eq!(check_one(&rows, 0x1080, true).rows(), 5, "carried, pushes, locals, pops, none");
@@ -465,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn r48_what_is_not_quite_a_run_is_none() {
+    fn rows_that_are_nearly_a_run_stay_apart() {
         let plain = UnwindRule::x86_64_sp;
         let flagged = UnwindRule { flags: 1, ..plain(16) };
         let lost = UnwindRule { fp_kind: loc::UNDEFINED, ..plain(16) };
@@ -482,7 +482,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn r48_runs_mean_what_their_rows_mean(
+        fn runs_mean_the_same_as_their_rows(
             start in 0xff00u64..0x1_0010,
             steps in prop::collection::vec((0u64..4, -1i32..2, 0i32..8), 1..200),
         ) {
@@ -497,7 +497,7 @@ mod tests {
         }
 
         #[test]
-        fn r48_lookup_is_the_plain_meaning_of_the_rows(
+        fn a_look_up_finds_the_plain_meaning_of_the_rows(
             start in 0u64..0x3_0000,
             steps in prop::collection::vec((prop_oneof![Just(0u64), 1u64..4, 1u64..600, 1u64..200_000], 0i32..5), 1..400),
             tail in 1u64..70_000,

@@ -1,5 +1,5 @@
-//! The walk itself, over registers and a copy of a stack: what the kernel side does, step by step ([`crate::format`]),
-//! for samples that are completed later and as the reference that tests compare with.
+//! Unwinds registers and a copy of a stack, step by step as the kernel side does ([`crate::format`]). The agent completes raw
+//! samples with it, and tests compare the kernel side with it.
 use gannet_elf::Arch;
 
 use crate::format::{Unsupported, UnwindRule, cfa, dwarf_register, flags, loc};
@@ -14,19 +14,19 @@ pub struct ThreadSnapshot<'a> {
     pub pc: u64,
     /// All registers, by DWARF number (x86_64: 0 to 15; aarch64: 0 to 31).
     pub registers: &'a [u64],
-    /// Where in memory the copy of the stack begins; usually the stack pointer.
+    /// Address of the first byte of the copied stack; usually the stack pointer.
     pub stack_start: u64,
-    /// The copy.
+    /// The copied stack.
     pub stack: &'a [u8],
 }
 
-/// Where code is and what tables there are for it.
+/// The code of a process, and its tables.
 pub trait TableSource {
-    /// The table for an address of the process, and what to subtract from the address to look it up.
+    /// Returns the table for an address of the process, and the number to subtract from the address before the look-up.
     fn find(&self, address: u64) -> Option<(&UnwindTable, u64)>;
 
-    /// Whether there is code at an address for which there is no table, as just-in-time compilers make it: it is followed
-    /// by frame pointer.
+    /// Returns whether there is code at an address without a table, as just-in-time compilers make it. Such code is unwound by
+    /// frame pointer.
     fn is_code(&self, address: u64) -> bool {
         let _ = address;
         false
@@ -36,57 +36,57 @@ pub trait TableSource {
 /// One frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct UnwindFrame {
-    /// The first frame's program counter, a caller's return address.
+    /// The program counter of the first frame; of a caller the return address.
     pub pc: u64,
-    /// The address is that of the instruction itself; else the call is the instruction before it.
+    /// Whether `pc` is the address of the instruction itself. Otherwise the call is the instruction before it.
     pub exact: bool,
-    /// It was found by convention, not by a rule.
+    /// Whether the frame was found by convention and not by a rule.
     pub guessed: bool,
 }
 
-/// A stack as far as it was followed.
+/// An unwound stack.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct UnwoundStack {
     /// Innermost first; never empty.
     pub frames: Vec<UnwindFrame>,
-    /// Why it ends where it ends.
+    /// The reason why it ends.
     pub end: UnwindEnd,
 }
 
-/// Why a walk ended.
+/// The reason why unwinding ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum UnwindEnd {
     /// At the outermost frame.
     Complete,
-    /// At the number of frames that was asked for, with more to come.
+    /// At the limit of frames, with more to come.
     Truncated,
     /// At an address without a table.
     NoTable {
         /// The address.
         address: u64,
     },
-    /// At an address outside all functions, and by frame pointer neither.
+    /// At an address outside all functions, where the frame pointer did not help either.
     NoRule {
         /// The address.
         address: u64,
     },
-    /// At a function that the format has no rule for, and by frame pointer neither.
+    /// At a function that the format has no rule for, where the frame pointer did not help either.
     Unsupported(Unsupported),
-    /// At a rule that needs a register which is not known there.
+    /// At a rule that needs a register whose value is not known there.
     RegisterLost,
-    /// At memory that is not in the copy.
+    /// At memory outside the copied stack.
     StackMissing {
         /// The address.
         address: u64,
     },
-    /// At a frame that would not be above the one before.
+    /// At a frame that is not above the one before.
     NoProgress,
 }
 
-/// Addresses on aarch64 without pointer authentication signatures.
+/// The bits of an address on aarch64, without the signature of pointer authentication.
 const AARCH64_ADDRESS: u64 = (1 << 48) - 1;
 
-/// Follows a stack to its outermost frame, or up to `max_frames`.
+/// Unwinds a stack to its outermost frame, or up to `max_frames`.
 pub fn unwind_stack(
     snapshot: &ThreadSnapshot<'_>,
     tables: &dyn TableSource,
@@ -125,14 +125,14 @@ struct Unwinder<'a> {
     exact: bool,
     pc: u64,
     sp: u64,
-    /// `None` once a frame did not keep it.
+    /// `None` after a frame that did not preserve it.
     fp: Option<u64>,
-    /// The same; on aarch64 from the second frame on.
+    /// The same; on aarch64 it is `None` from the second frame on.
     rbx: Option<u64>,
 }
 
 impl Unwinder<'_> {
-    /// To the caller; says whether by a guess.
+    /// Goes to the caller; returns whether by a guess.
     fn step(&mut self, tables: &dyn TableSource) -> Result<bool, UnwindEnd> {
         let address = if self.exact { self.pc } else { self.pc.wrapping_sub(1) };
         let Some((table, bias)) = tables.find(address) else {
@@ -222,7 +222,7 @@ impl Unwinder<'_> {
         self.read(base.wrapping_add_signed(i64::from(offset)))
     }
 
-    /// Only in the first frame all registers are known; rbx may be in others.
+    /// Returns a register. All of them are known in the first frame only; rbx may be known in others.
     fn register(&self, kind: u8) -> Result<u64, UnwindEnd> {
         let number = u16::from(kind & (cfa::REGISTER - 1));
         let value = match number {
@@ -297,15 +297,17 @@ mod tests {
         assert_eq!((pcs.as_slice(), unwound.end), (expected, end));
     }
 
+    /// Checks that a caller is looked up at its call, and that its outermost frame ends the stack (R48).
     #[test]
-    fn r48_callers_are_looked_up_one_byte_back_and_the_outermost_ends_the_walk() {
+    fn callers_are_looked_up_one_byte_back() {
         // The caller's call is the last instruction of its function; the next function has another rule.
         let rows = [(0x1000, UnwindRule::x86_64_sp(8)), (0x2000, STOP), (0x2008, UnwindRule::x86_64_sp(64))];
         check(Arch::X86_64, &rows, 0x10_1000, 0, &[0x10_2008], &[0x10_1000, 0x10_2008], UnwindEnd::Complete);
     }
 
+    /// Checks that an interrupted frame is looked up at the interrupted instruction (R48).
     #[test]
-    fn r48_below_a_signal_frame_the_address_is_exact() {
+    fn below_a_signal_frame_the_address_is_exact() {
         let rows = [(0x1000, UnwindRule::X86_64_SIGNAL), (0x1010, UnwindRule::NONE), (0x2000, STOP)];
         let mut stack = [0; 24];
         stack[120 / 8] = 7;
@@ -315,8 +317,9 @@ mod tests {
         check(Arch::X86_64, &rows, 0x10_1000, 0, &stack, &[0x10_1000, 0x10_2000], UnwindEnd::Complete);
     }
 
+    /// Checks the rule of functions that align their stack (R48).
     #[test]
-    fn r48_a_realigned_frame_is_found_through_its_frame_pointer() {
+    fn a_realigned_frame_is_found_through_its_frame_pointer() {
         let realigned = UnwindRule {
             cfa_kind: cfa::FP_DEREF,
             cfa_offset: deref_offset(-8, 0).unwrap(),
@@ -337,39 +340,42 @@ mod tests {
         );
     }
 
+    /// Checks that a register rule ends the stack in a caller (R48).
     #[test]
-    fn r48_registers_of_callers_are_not_known() {
+    fn registers_of_callers_are_not_known() {
         let by_rbx = UnwindRule { cfa_kind: cfa::REGISTER + 3, cfa_offset: 8, ..UnwindRule::X86_64_ENTRY };
         let rows = [(0x1000, by_rbx)];
         let stack = [0, 0, 0x10_1001, 0x10_1001];
         check(Arch::X86_64, &rows, 0x10_1000, 0, &stack, &[0x10_1000, 0x10_1001], UnwindEnd::RegisterLost);
     }
 
+    /// Checks that rbx is known in callers as long as each frame locates it (R48).
     #[test]
-    fn r48_rbx_is_followed_as_far_as_tables_say_where_it_is() {
-        let kept = |place: u8, rule: UnwindRule| UnwindRule { flags: place << flags::RBX_SHIFT, ..rule };
+    fn rbx_is_known_as_long_as_each_frame_locates_it() {
+        let with_rbx = |slot: u8, rule: UnwindRule| UnwindRule { flags: slot << flags::RBX_SHIFT, ..rule };
         let by_rbx = UnwindRule { cfa_kind: cfa::REGISTER + 3, cfa_offset: 16, ..UnwindRule::X86_64_ENTRY };
         let rows = |first: UnwindRule| {
             [
                 (0x1000, first),
-                (0x2000, kept(flags::RBX_SAME, UnwindRule::x86_64_sp(8))),
+                (0x2000, with_rbx(flags::RBX_SAME, UnwindRule::x86_64_sp(8))),
                 (0x3000, by_rbx),
                 (0x4000, STOP),
             ]
         };
         // Saved in the second of its frame's words, passed on by the next frame; where it points the third one's is.
         let stack = [0, STACK + 56, 0, 0x10_2001, 0x10_3001, 0, 0, 0, 0x10_4001];
-        let whole = [0x10_1000, 0x10_2001, 0x10_3001, 0x10_4001];
-        let saved = rows(kept(3, UnwindRule::x86_64_sp(32)));
-        check(Arch::X86_64, &saved, 0x10_1000, 0, &stack, &whole, UnwindEnd::Complete);
-        for first in [UnwindRule::x86_64_sp(32), kept(7, UnwindRule::x86_64_sp(32))] {
-            // Nobody said where, or below what there is of the stack.
-            check(Arch::X86_64, &rows(first), 0x10_1000, 0, &stack, &whole[..3], UnwindEnd::RegisterLost);
+        let complete = [0x10_1000, 0x10_2001, 0x10_3001, 0x10_4001];
+        let saved = rows(with_rbx(3, UnwindRule::x86_64_sp(32)));
+        check(Arch::X86_64, &saved, 0x10_1000, 0, &stack, &complete, UnwindEnd::Complete);
+        for first in [UnwindRule::x86_64_sp(32), with_rbx(7, UnwindRule::x86_64_sp(32))] {
+            // No rule locates it, or it is below the copied stack.
+            check(Arch::X86_64, &rows(first), 0x10_1000, 0, &stack, &complete[..3], UnwindEnd::RegisterLost);
         }
     }
 
+    /// Checks that a frame pointer is used only without a rule, and only if it is plausible (R48).
     #[test]
-    fn r48_frame_pointers_serve_only_where_no_rule_does_and_are_marked() {
+    fn frame_pointers_serve_only_where_there_is_no_rule() {
         let lost = UnwindRule { fp_kind: loc::UNDEFINED, ..UnwindRule::X86_64_ENTRY };
         let rows = [(0x1000, UnwindRule::NONE), (0x2000, STOP), (0x3000, lost), (0x4000, UnwindRule::NONE)];
         let stack = [0x10_4004, 0, STACK + 100, 0x10_2001];
@@ -379,13 +385,13 @@ mod tests {
         let none = UnwindEnd::NoRule { address: 0x10_1000 };
         check(Arch::X86_64, &rows, 0x10_1000, STACK - 8, &stack, &[0x10_1000], none);
         check(Arch::X86_64, &rows, 0x10_1000, fp + 4, &stack, &[0x10_1000], none);
-        // A frame that does not keep it says so, and then it serves nobody.
+        // After a frame that did not preserve it, no frame uses it.
         let none = UnwindEnd::NoRule { address: 0x10_4003 };
         check(Arch::X86_64, &rows, 0x10_3000, fp, &stack, &[0x10_3000, 0x10_4004], none);
     }
 
     #[test]
-    fn walks_end_with_their_reason() {
+    fn each_end_has_its_reason() {
         let rows = [
             (0x1000, UnwindRule::x86_64_sp(8)),
             (0x3000, UnwindRule::x86_64_sp(0)),

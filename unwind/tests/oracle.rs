@@ -1,5 +1,5 @@
-//! Tables against gimli's own evaluation of call frame information, address by address, on real files; and generated
-//! files at their limits.
+//! Compares tables with gimli's own evaluation of call frame information, address by address, on real files. Generated files
+//! test the limits.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 
 use std::fs;
@@ -31,7 +31,7 @@ fn real_files() -> Vec<PathBuf> {
     found
 }
 
-/// What gimli says in the terms of a rule; `None` for what it says in words that need more than this.
+/// Returns gimli's row in the terms of a rule; `None` if a rule cannot express it.
 fn expected(row: &gimli::UnwindTableRow<usize>, fp_above: &mut bool) -> Option<(u8, i32, u8, i32)> {
     let CfaRule::RegisterAndOffset { register, offset } = *row.cfa() else { return None };
     let (kind, offset) = match register.0 {
@@ -55,15 +55,16 @@ fn expected(row: &gimli::UnwindTableRow<usize>, fp_above: &mut bool) -> Option<(
     if row.register(gimli::Register(16)) == Some(RegisterRule::Undefined) {
         return Some((cfa::SP, 0, loc::SAME, 0));
     }
-    // A stack pointer of its own, as in setcontext, is what rules cannot say.
+    // Rules cannot express a stack pointer of its own, as in setcontext.
     if !matches!(row.register(gimli::Register(7)), None | Some(RegisterRule::SameValue)) {
         return None;
     }
     Some((kind, offset as i32, fp_kind, fp_offset as i32))
 }
 
+/// Checks every row of every function of real files (R48).
 #[test]
-fn r48_rules_are_what_gimli_says_at_every_edge_of_every_function() {
+fn rules_agree_with_gimli_at_every_edge_of_every_function() {
     let limits = TableLimits { time: None, ..TableLimits::default() };
     for path in real_files() {
         let bytes = fs::read(&path).unwrap();
@@ -111,7 +112,7 @@ fn r48_rules_are_what_gimli_says_at_every_edge_of_every_function() {
             }
         }
         starts.sort_unstable();
-        // Behind each function, unless another begins there, only what linkage tables and trampolines say.
+        // Behind each function, unless another begins there, only linkage tables and trampolines have rules.
         let mut gaps = 0;
         for end in ends {
             if starts.binary_search(&end).is_err() {
@@ -217,8 +218,9 @@ fn table_of(machine: u16, cie: &[u8], functions: &[(u64, u64, Vec<u8>)]) -> gann
     build_bytes(&bytes, &BuildOptions::new("made", &TableLimits::default())).unwrap()
 }
 
+/// Checks that nothing is cut, and that each limit has its own error (R50).
 #[test]
-fn r50_a_library_of_a_million_rows_is_taken_whole() {
+fn a_library_of_a_million_rows_has_all_of_them() {
     // 20,000 functions of 64 rows: one every 2 bytes, each another depth.
     let functions: Vec<_> = (0..20_000_u64)
         .map(|n| {
@@ -263,15 +265,16 @@ fn r50_a_library_of_a_million_rows_is_taken_whole() {
     );
 }
 
+/// Checks overlapping, repeated, dropped and unsorted entries (R48).
 #[test]
-fn r48_overlapping_repeated_dropped_and_unsorted_entries_have_one_meaning() {
+fn entries_in_any_order_have_one_meaning() {
     let depth = |n: u8| vec![0x0e, n];
     let functions = [
         (CODE + 0x300, 0x100, depth(24)),
         (CODE + 0x100, 0x100, depth(16)),
         // Repeats the start of the one before, and is longer: it wins.
         (CODE + 0x100, 0x180, depth(32)),
-        // Begins within it: from here on this one.
+        // Begins within it: from here on this entry holds.
         (CODE + 0x200, 0x20, depth(40)),
         (0, 0x100, depth(48)),
         (CODE + 0x500, 0, depth(56)),
@@ -281,7 +284,7 @@ fn r48_overlapping_repeated_dropped_and_unsorted_entries_have_one_meaning() {
     reversed.reverse();
     let built = table_of(62, CIE_X86_64, &functions);
     assert_eq!(table_of(62, CIE_X86_64, &reversed).table.lines(), {
-        // Rule numbers go by address, so the order of entries leaves no trace.
+        // Rules are numbered by address, so the order of entries leaves no trace.
         built.table.lines()
     });
     let at = |vaddr: u64| built.table.lookup(CODE + vaddr).map(|rule| rule.cfa_offset);
@@ -291,8 +294,9 @@ fn r48_overlapping_repeated_dropped_and_unsorted_entries_have_one_meaning() {
     assert_eq!((built.report.oddities.dropped, built.report.oddities.overlapping), (3, 2));
 }
 
+/// Checks the expressions that compilers make, and the reasons for other ones (R48).
 #[test]
-fn r48_expressions_that_compilers_make_become_rules() {
+fn expressions_of_compilers_become_rules() {
     // breg6 -8; deref and rbp at breg6 0: realigned. breg7 160; deref; plus_uconst 8: assembly of OpenSSL.
     let realigned = vec![0x0f, 3, 0x76, 0x78, 0x06, 0x10, 6, 2, 0x76, 0];
     let openssl = vec![0x0f, 6, 0x77, 0xa0, 0x01, 0x06, 0x23, 8];
@@ -346,8 +350,9 @@ fn aarch64_frames_links_and_signatures_become_rules() {
     assert_eq!(at(64), leaf);
 }
 
+/// Checks the trampoline of musl, which no frame information describes (R53).
 #[test]
-fn r53_the_signal_trampoline_of_musl_is_known_by_its_instructions() {
+fn a_signal_trampoline_is_found_by_its_instructions() {
     let mut bytes = elf(62, &eh_frame(CIE_X86_64, &[(CODE, 16, vec![])]), 1 << 20);
     // The file's code is where its section names end.
     let code_at = bytes.len() as u64;
@@ -366,8 +371,9 @@ fn r53_the_signal_trampoline_of_musl_is_known_by_its_instructions() {
     );
 }
 
+/// Checks a file without a path (R53).
 #[test]
-fn r53_the_vdso_of_this_machine_becomes_a_table() {
+fn the_vdso_of_this_machine_becomes_a_table() {
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
     let line = maps.lines().find(|line| line.ends_with("[vdso]")).unwrap();
     let (start, end) = line.split_whitespace().next().unwrap().split_once('-').unwrap();

@@ -1,5 +1,5 @@
-//! Programs built here in the ways that software is shipped; each must unwind from its innermost function through every
-//! one of its own down to the outermost frame.
+//! Programs that the tests build in the ways that software is shipped. Each must unwind from its innermost function through all
+//! of its own functions to the outermost frame.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -65,14 +65,14 @@ fn names(unwound: &UnwoundStack, tables: &Tables, symbols: &Symbols, exe: &Path)
         let address = if exact { pc } else { pc - 1 };
         let own = tables.iter().any(|(m, _, _)| m.path == exe && m.start <= address && address < m.end);
         let (_, bias) = tables.find(address)?;
-        // What the compiler put apart as unlikely belongs to the function that it was taken from.
+        // An unlikely part that the compiler moved away belongs to its function.
         own.then(|| Some(symbols.name(address.wrapping_sub(bias))?.trim_end_matches(".cold").to_owned()))
             .flatten()
     };
     unwound.frames.iter().map(|frame| name(frame.pc, frame.exact).unwrap_or_else(|| "?".to_owned())).collect()
 }
 
-/// Runs a program, stops it 20 times once it is where it should be, and compares the names of its frames.
+/// Runs a program, stops it 20 times in its innermost function, and compares the names of its frames.
 #[track_caller]
 fn check(exe: &Path, symbols_of: &Path, expected: &[String], complete: bool) {
     let symbols = Symbols::of(symbols_of);
@@ -124,13 +124,14 @@ fn build_c(directory: &Path, name: &str, flags: &[&str]) -> PathBuf {
     exe
 }
 
-/// Where rustc keeps the linkers that it brings.
+/// Returns the directory of the linkers that rustc brings.
 fn lld_directory() -> PathBuf {
     let output = Command::new("rustc").args(["--print", "target-libdir"]).output().unwrap();
     let libdir = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
     libdir.parent().unwrap().join("bin/gcc-ld")
 }
 
+/// Checks each way of linking C, and a program without section headers (R48, R53).
 #[rstest::rstest]
 #[case::pie(&[])]
 #[case::fixed_address(&["-no-pie"])]
@@ -140,7 +141,7 @@ fn lld_directory() -> PathBuf {
 #[case::without_eh_frame_hdr(&["-Wl,--no-eh-frame-hdr"])]
 #[case::without_section_headers(&["-Wl,--strip-all"])]
 #[case::control_flow_protection(&["-fcf-protection=full", "-Wl,-z,ibtplt"])]
-fn r48_r53_c_without_frame_pointers_is_complete(#[case] flags: &[&str]) {
+fn c_without_frame_pointers_is_complete(#[case] flags: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
     let exe = build_c(directory.path(), "deep", flags);
     let strip = flags.contains(&"-Wl,--strip-all");
@@ -153,7 +154,7 @@ fn r48_r53_c_without_frame_pointers_is_complete(#[case] flags: &[&str]) {
     }
 }
 
-/// As some packers and firmware tools leave a program.
+/// Removes the section headers, as some packers and firmware tools do.
 fn drop_section_headers(exe: &Path) {
     let mut bytes = fs::read(exe).unwrap();
     bytes[40..48].fill(0);
@@ -161,8 +162,9 @@ fn drop_section_headers(exe: &Path) {
     fs::write(exe, bytes).unwrap();
 }
 
+/// Checks segments whose addresses differ from their offsets (R47).
 #[test]
-fn r47_c_linked_by_lld_is_complete() {
+fn c_linked_by_lld_is_complete() {
     let directory = tempfile::tempdir().unwrap();
     let search = format!("-B{}", lld_directory().display());
     let exe = build_c(directory.path(), "deep", &[&search, "-fuse-ld=lld"]);
@@ -171,8 +173,9 @@ fn r47_c_linked_by_lld_is_complete() {
     check(&fixed, &fixed, &deep_names(), true);
 }
 
+/// Checks calls between two executable segments (R47).
 #[test]
-fn r47_several_executable_segments_are_told_apart() {
+fn code_in_several_segments_is_complete() {
     let directory = tempfile::tempdir().unwrap();
     let object = directory.path().join("deep.o");
     let source = directory.path().join("deep.c");
@@ -202,11 +205,12 @@ fn r47_several_executable_segments_are_told_apart() {
     check(&exe, &exe, &deep_names(), true);
 }
 
+/// Checks `.debug_frame`, plain and compressed (R53).
 #[rstest::rstest]
 #[case::plain("-gz=none")]
 #[case::compressed("-gz=zlib")]
 #[case::compressed_the_old_way("-gz=zlib-gnu")]
-fn r53_debug_frame_serves_where_eh_frame_is_missing(#[case] compression: &str) {
+fn debug_frame_serves_where_eh_frame_is_missing(#[case] compression: &str) {
     let directory = tempfile::tempdir().unwrap();
     let flags = ["-g", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables", compression];
     let exe = build_c(directory.path(), "deep", &flags);
@@ -226,8 +230,9 @@ impl DebugFiles for Beside {
     }
 }
 
+/// Checks that a debug file with another checksum is ignored (R53).
 #[test]
-fn r53_debug_files_are_used_if_they_belong_to_the_program() {
+fn only_the_own_debug_file_is_used() {
     let directory = tempfile::tempdir().unwrap();
     let flags = ["-g", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables", "-Wl,--build-id=none"];
     let exe = build_c(directory.path(), "deep", &flags);
@@ -247,15 +252,16 @@ fn r53_debug_files_are_used_if_they_belong_to_the_program() {
     assert_eq!(build(BuildOptions::new("deep", &limits)).report.debug_frame_functions, 0);
     let with = BuildOptions { debug_files: Some(&beside), ..BuildOptions::new("deep", &limits) };
     assert!(build(with).report.debug_frame_functions >= 62);
-    // One byte more, and the checksum is another.
+    // Another byte changes the checksum.
     let mut bytes = fs::read(&debug).unwrap();
     bytes.push(0);
     fs::write(&debug, bytes).unwrap();
     assert_eq!(build(with).report.debug_frame_functions, 0);
 }
 
+/// Checks unwinding from a signal handler to the interrupted function (R48).
 #[test]
-fn r48_a_signal_handler_on_its_own_stack_is_walked_through() {
+fn a_signal_handler_on_its_own_stack_is_complete() {
     let directory = tempfile::tempdir().unwrap();
     let source = directory.path().join("signal.c");
     let text = "#include <signal.h>\n#include <stdlib.h>\nvolatile long sink; volatile int *null;\n\
@@ -278,13 +284,12 @@ fn r48_a_signal_handler_on_its_own_stack_is_walked_through() {
                 .arg("-o")
                 .arg(&exe),
         );
-        // The copy of the stack is of the handler's; the walk goes on only in a process whose memory can be read, so the
-        // test's copy must reach both.
+        // The copied stack is that of the handler. To unwind further, the test copies the main stack as well.
         check_alternate(&exe, &expected);
     }
 }
 
-/// As [`check`], with the heap in reach: it holds the alternate stack, and the main stack is copied behind it.
+/// Checks as [`check`] does, with a copy of each of the two stacks: the alternate one is on the heap.
 #[track_caller]
 fn check_alternate(exe: &Path, expected: &[String]) {
     use gannet_elf::Arch;
@@ -297,19 +302,19 @@ fn check_alternate(exe: &Path, expected: &[String]) {
         let process = capture(running.0.id())?;
         let tables = Tables::of(&process, &mut files);
         let thread = &process.threads[0];
-        // Walk the handler's stack first; it ends where the main stack begins to be missing.
+        // Unwind the handler's stack first; it ends at the first address in the main stack.
         let first = thread.unwind(&tables);
         if !names(&first, &tables, &symbols, exe).contains(&expected[0]) {
             return None;
         }
         let UnwindEnd::StackMissing { address } = first.end else { return None };
-        // One copy that spans both stacks would be terabytes: copy each and join them through a sparse file.
+        // One copy that spans both stacks would have terabytes.
         let memory = File::open(format!("/proc/{}/mem", running.0.id())).ok()?;
         let mut upper = vec![0; 64 << 10];
         let read = memory.read_at(&mut upper, address & !7).ok()?;
         upper.truncate(read);
         let last = first.frames.last()?;
-        // Go on from the interrupted frame, whose stack pointer the signal frame gave.
+        // Continue at the interrupted frame, whose stack pointer is in the signal frame.
         let ucontext_rsp = thread.registers[7];
         let stack = &thread.stack;
         let find = |value: u64| stack.chunks_exact(8).position(|word| word == value.to_le_bytes());
@@ -336,11 +341,12 @@ fn check_alternate(exe: &Path, expected: &[String]) {
     let own: Vec<&String> = unwound.0.iter().filter(|name| expected.contains(name)).collect();
     assert_eq!(own, expected.iter().collect::<Vec<_>>(), "{:?}", unwound.0);
     assert_eq!(unwound.1, UnwindEnd::Complete);
-    assert!(unwound.2, "the interrupted instruction is meant, not the one before it");
+    assert!(unwound.2, "the address is that of the interrupted instruction");
 }
 
+/// Checks C++ (R48).
 #[test]
-fn r48_cpp_with_exceptions_and_virtual_calls_is_complete() {
+fn cpp_with_exceptions_and_virtual_calls_is_complete() {
     let directory = tempfile::tempdir().unwrap();
     let source = directory.path().join("virtual.cc");
     let text = "#include <stdexcept>\n#include <vector>\n#include <string>\nvolatile long sink;\n\
@@ -361,8 +367,9 @@ fn r48_cpp_with_exceptions_and_virtual_calls_is_complete() {
     check(&exe, &exe, &expected, true);
 }
 
+/// Checks Rust, in all threads (R47, R48).
 #[test]
-fn r47_r48_rust_with_threads_is_complete() {
+fn rust_with_threads_is_complete() {
     let directory = tempfile::tempdir().unwrap();
     let source = directory.path().join("threads.rs");
     let text = "use std::hint::black_box;\n\
@@ -392,8 +399,9 @@ fn r47_r48_rust_with_threads_is_complete() {
     }
 }
 
+/// Checks stripped Go programs (R53).
 #[test]
-fn r53_go_is_complete_by_its_own_function_table() {
+fn go_is_complete_by_its_own_function_table() {
     let directory = tempfile::tempdir().unwrap();
     let source = directory.path().join("main.go");
     let text = "package main\nimport \"strings\"\nvar sink int\n\

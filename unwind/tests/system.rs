@@ -1,6 +1,6 @@
-//! Stacks of programs as distributions ship them, walked here and by framehop, which knows nothing of our tables.
+//! Compares stacks of distributions' programs with framehop, an unwinder that shares no code with this crate.
 //!
-//! Each program is stopped a few times while it works, by ptrace on one's own children (no privilege is needed).
+//! The test stops each program a few times while it works, by ptrace on its own children (which needs no privilege).
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
 
@@ -102,7 +102,7 @@ fn framehop_of(process: &Process, tables: &Tables) -> Framehop {
                 Err(_) => continue,
             }
         };
-        // What is mapped as code and is no ELF file is nothing that framehop could walk either.
+        // Code in a file that is no ELF file is unknown to framehop too.
         let Ok(file) = object::File::parse(&*bytes) else { continue };
         let section = |name: &str| {
             let section = file.section_by_name(name)?;
@@ -174,8 +174,9 @@ fn large_source() -> String {
     source
 }
 
+/// Checks at least 30 programs of this machine (R48).
 #[test]
-fn r48_an_independent_unwinder_agrees_on_stacks_of_system_programs() {
+fn an_independent_unwinder_agrees_on_system_programs() {
     let directory = tempfile::tempdir().unwrap();
     let large = directory.path().join("large.c");
     fs::write(&large, large_source()).unwrap();

@@ -205,7 +205,7 @@ struct unwind_table {
 	u32 reserved;
 };
 
-/* As gannet-unwind's `format::Rule`. */
+/* The same as `format::UnwindRule` of gannet-unwind. */
 struct unwind_rule {
 	u8 cfa_kind;
 	u8 fp_kind;

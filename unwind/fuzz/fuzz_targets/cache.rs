@@ -1,4 +1,4 @@
-//! A kept table whose checksum and content id are right, whatever else is in it.
+//! A cached table whose checksum and content id are right, with any other bytes.
 #![no_main]
 use gannet_elf::ContentId;
 use gannet_unwind::cache::{VERSION, decode};
@@ -13,10 +13,10 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
         bytes[16..32].fill(0);
         let sum = crc32fast::hash(&bytes[16..]);
         bytes[12..16].copy_from_slice(&sum.to_le_bytes());
-        if let Ok(kept) = decode(&bytes, &content) {
-            let span = u64::from(kept.table.granules()) << 11;
+        if let Ok(cached) = decode(&bytes, &content) {
+            let span = u64::from(cached.table.granules()) << 11;
             for part in 0..=256 {
-                let _ = kept.table.lookup(kept.table.base().wrapping_add(span / 256 * part));
+                let _ = cached.table.lookup(cached.table.base().wrapping_add(span / 256 * part));
             }
         }
     }

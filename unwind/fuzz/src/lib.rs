@@ -1,10 +1,10 @@
-//! What the targets share: limits, an ELF file around a section, and a look all over the result.
+//! Shared by the targets: limits, an ELF file around a section, and a check of the result.
 use std::time::Duration;
 
 use gannet_unwind::build::{BuildOptions, build_bytes};
 use gannet_unwind::limits::TableLimits;
 
-/// Small, so that a time-out of the fuzzer is a fault and not a large input.
+/// Returns small limits, so that a timeout of the fuzzer is a fault and not a large input.
 pub fn limits() -> TableLimits {
     TableLimits {
         section_bytes: 1 << 20,
@@ -16,7 +16,7 @@ pub fn limits() -> TableLimits {
     }
 }
 
-/// Makes a table and looks all over it.
+/// Builds a table and looks up addresses all over it.
 pub fn exercise(bytes: &[u8]) {
     let limits = limits();
     for runs in [false, true] {
@@ -25,18 +25,18 @@ pub fn exercise(bytes: &[u8]) {
         for part in 0..=256 {
             let _ = built.table.lookup(base.wrapping_add(span / 256 * part));
         }
-        let kept = gannet_unwind::cache::encode(
+        let stored = gannet_unwind::cache::encode(
             &built.content,
             &built.table,
             &built.segments,
             built.build_id.as_ref(),
         );
-        let back = gannet_unwind::cache::decode(&kept, &built.content).expect("what was kept can be read");
-        assert_eq!(back.table, built.table);
+        let read = gannet_unwind::cache::decode(&stored, &built.content).expect("a stored table can be read");
+        assert_eq!(read.table, built.table);
     }
 }
 
-/// An ELF file with one section of this name and contents; its code is one segment of 1 MiB at 0x401000.
+/// Returns an ELF file with one section of this name and contents; its code is one segment of 1 MiB at 0x401000.
 pub fn elf(machine: u16, name: &str, contents: &[u8]) -> Vec<u8> {
     let names = format!("\0{name}\0.shstrtab\0");
     let contents_at = 64 + 2 * 56;

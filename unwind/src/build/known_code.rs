@@ -13,7 +13,7 @@ use crate::limits::Budget;
 /// Longer than any known `_start`.
 const ENTRY_BYTES: u64 = 64;
 
-/// Ranges of linkage tables, for linkers (lld) that do not describe them.
+/// Returns the ranges of linkage tables, for linkers (lld) that do not describe them.
 pub(super) fn linkage(elf: &Elf<'_>) -> Vec<Piece> {
     let mut pieces = Vec::new();
     for name in [&b".plt"[..], b".plt.sec", b".plt.got", b".iplt", b".plt.bnd"] {
@@ -81,15 +81,14 @@ pub(super) fn linkage(elf: &Elf<'_>) -> Vec<Piece> {
     pieces
 }
 
-/// The first few bytes of a program that nothing describes, as in the dynamic linker: whatever they call, they have no
-/// caller themselves.
+/// Returns the first bytes of a program that does not describe them, such as the dynamic linker: they have no caller.
 pub(super) fn entry_point(elf: &Elf<'_>) -> Option<Piece> {
     let start = elf.entry();
     let end = elf.segments().executable_end(start)?.min(start.saturating_add(ENTRY_BYTES));
     (start > 0 && start < end).then_some(Piece { start, end, source: Source::Fixed(UnwindRule::OUTERMOST) })
 }
 
-/// Signal trampolines in code that nothing describes, as in musl: `mov $15, %rax; syscall` and its kin.
+/// Returns signal trampolines in code that nothing describes, as in musl: `mov $15, %rax; syscall` and similar code.
 pub(super) fn trampolines(
     elf: &Elf<'_>,
     pieces: &[Piece],
@@ -116,8 +115,8 @@ pub(super) fn trampolines(
         while let Some(next) = bytes[at..].iter().position(|byte| first_bytes.contains(byte)) {
             at += next;
             if let Some(pattern) = patterns.iter().find(|pattern| bytes[at..].starts_with(pattern)) {
-                // The handler returns to the first byte, and callers are looked up one byte earlier, which is a nop
-                // or padding put there for that.
+                // The handler returns to the first byte, and callers are looked up one byte earlier: a nop or padding
+                // stands there for that.
                 let padded = at > 0 && matches!(bytes[at - 1], 0x90 | 0xcc | 0 | 0xd5);
                 let first = start + at as u64 - u64::from(padded);
                 let end = start + (at + pattern.len()) as u64;

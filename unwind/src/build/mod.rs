@@ -36,61 +36,60 @@ use crate::{
 #[cfg(test)]
 pub(crate) use self::undescribed_code::function_symbols;
 
-/// How to go about one file.
+/// How to build the table of one file.
 #[derive(Clone, Copy, Debug)]
 pub struct BuildOptions<'a> {
-    /// What to call the file in errors.
+    /// The name of the file in errors.
     pub name: &'a str,
-    /// What it may cost.
+    /// Limits of the work.
     pub limits: &'a TableLimits,
-    /// Set from another thread to stop early.
+    /// Another thread sets it to stop the work.
     pub cancel: Option<&'a AtomicBool>,
-    /// Where debug files are, for files that keep their frame information there.
+    /// Finds debug files, for files that have their frame information there.
     pub debug_files: Option<&'a dyn DebugFiles>,
-    /// Tables that take precedence.
+    /// Tables that take precedence over the file.
     pub overrides: Option<&'a Overrides>,
-    /// Whether runs of pushes and pops become one row each ([`crate::format`]), which takes half the memory. The kernel
-    /// side must know them.
+    /// Whether runs of pushes and pops become one row each ([`crate::format`]), which takes half the memory.
     pub runs: bool,
 }
 
 impl<'a> BuildOptions<'a> {
-    /// Within these limits, without debug files, overrides and runs.
+    /// Returns options with these limits, without debug files, overrides and runs.
     pub fn new(name: &'a str, limits: &'a TableLimits) -> Self {
         Self { name, limits, cancel: None, debug_files: None, overrides: None, runs: false }
     }
 }
 
-/// Finds debug files. What it returns is checked before it is believed: a file found by build id must have that build
-/// id, a file found by name the checksum that the link gives.
+/// Finds debug files. The caller checks each result: a file found by build id must have that build id, and a file found by name
+/// the checksum of the link.
 pub trait DebugFiles: std::fmt::Debug {
     /// Opens the debug file of a program, e.g. `/usr/lib/debug/.build-id/ab/cdef.debug`.
     fn open(&self, build_id: Option<&BuildId>, link: Option<&DebugLink>) -> Option<File>;
 }
 
-/// A file could not be made into a table.
+/// The reason why a file has no table.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{file}: {fault}")]
 pub struct BuildError {
     /// [`BuildOptions::name`]
     pub file: String,
-    /// What went wrong.
+    /// The fault.
     pub fault: BuildFault,
 }
 
-/// What went wrong with a file.
+/// The fault of a file.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BuildFault {
     /// It is not an ELF file that can be read.
     #[error(transparent)]
     Elf(ElfError),
-    /// It is over a limit, out of time, or cancelled.
+    /// The work was over a limit, out of time, or cancelled.
     #[error(transparent)]
     LimitExceeded(#[from] LimitExceeded),
-    /// It changed while it was read.
-    #[error("cannot be read, or changed while it was: try again")]
+    /// The file changed while it was read.
+    #[error("cannot be read, or changed while it was read: try again")]
     Unreadable,
-    /// Rows came out of order, which is a fault of this program.
+    /// Rows came out of order: a fault of this program.
     #[error("internal error: {0}; please report it with the file")]
     Internal(TableBuilderError),
 }
@@ -113,47 +112,47 @@ impl From<TableBuilderError> for BuildFault {
     }
 }
 
-/// A table and where it is from.
+/// A table, with the properties of its file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BuiltTable {
-    /// The table; empty if the file says nothing about stacks.
+    /// The table; empty if the file describes no stack.
     pub table: UnwindTable,
-    /// The name of the contents.
+    /// The name of the file's content.
     pub content: ContentId,
     /// The build id, if there is one.
     pub build_id: Option<BuildId>,
-    /// Where the file goes in memory.
+    /// The file's segments.
     pub segments: Segments,
-    /// What was found.
+    /// Counts of the sources.
     pub report: BuildReport,
 }
 
-/// Counts of what was found in one file.
+/// Counts of the sources in one file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct BuildReport {
-    /// The table was supplied, nothing was read.
+    /// Whether the table was supplied, so that nothing was read.
     pub overridden: bool,
     /// Bytes of `.eh_frame`.
     pub eh_frame_bytes: u64,
-    /// Functions by `.eh_frame`.
+    /// Functions that `.eh_frame` describes.
     pub eh_frame_functions: u64,
-    /// Functions by Go's table.
+    /// Functions that Go's table describes.
     pub go_functions: u64,
-    /// Functions by `.debug_frame`.
+    /// Functions that `.debug_frame` describes.
     pub debug_frame_functions: u64,
     /// Ranges of linkage tables.
     pub linkage_ranges: u64,
-    /// Signal trampolines known by their instructions.
+    /// Signal trampolines, found by their instructions.
     pub signal_trampolines: u64,
-    /// Functions by their instructions.
+    /// Functions with rules from their instructions.
     pub code_functions: u64,
     /// Entries that were broken, dropped or cut.
     pub oddities: Oddities,
-    /// Why Go's table could not be used.
+    /// The reason why Go's table was not used.
     pub go_fault: Option<&'static str>,
-    /// Rows that say that this format has no rule for the place.
+    /// Rows of code that this format has no rule for.
     pub unsupported_rows: u64,
-    /// Bytes of code that were not searched for signal trampolines, because the limit was reached.
+    /// Bytes of code beyond the limit that were not searched for signal trampolines.
     pub unscanned_bytes: u64,
 }
 

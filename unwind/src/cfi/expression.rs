@@ -4,7 +4,7 @@ use gimli::{CommonInformationEntry, Operation, UnwindExpression, UnwindSection};
 
 use super::{
     Slice,
-    state::{Cfa, Location, Registers},
+    registers::{Cfa, Location, Registers},
 };
 use crate::format::Unsupported;
 

@@ -3,9 +3,10 @@
 //! gimli reads the entries. This module evaluates their instructions for the four registers that unwinding needs: the
 //! table has room for no more, and all registers would cost many times as much.
 
+mod evaluate;
 mod expression;
+mod registers;
 mod rule;
-mod state;
 
 use std::collections::HashMap;
 
@@ -16,8 +17,9 @@ use gimli::{
 };
 
 use self::{
+    evaluate::EntryContext,
+    registers::{RegisterState, Registers},
     rule::{Restored, rbx_of, rule},
-    state::{EntryContext, RegisterState, Registers},
 };
 use crate::format::{Unsupported, UnwindRule, dwarf_register, flags};
 use crate::limits::{Budget, LimitExceeded, TableQuantity, at_most};

@@ -2,7 +2,7 @@
 
 use gannet_elf::Arch;
 
-use super::state::{Cfa, Location, RegisterState, Registers};
+use super::registers::{Cfa, Location, RegisterState, Registers};
 use crate::format::{Unsupported, UnwindRule, cfa, deref_offset, flags, loc};
 
 /// Returns the rule that a state amounts to.
@@ -69,10 +69,10 @@ fn try_rule(state: &RegisterState, registers: Registers, arch: Arch) -> Result<U
 }
 /// Detects when an epilogue has taken the frame pointer, or rbx, from its slot.
 ///
-/// Compilers do not say so: their entries go on to name the slot when it is below the stack pointer, where a signal
-/// handler may write at any time and where a copy of the stack does not reach. A slot that was above the stack pointer
-/// and then is below has been popped, and the register holds the caller's value. (One that never was above is in the
-/// red zone and stays in use.)
+/// Compilers do not describe it: their entries still name the slot when it is below the stack pointer, where a signal handler
+/// may write at any time and which a copied stack does not contain. A slot that was above the stack pointer and is below it now
+/// has been popped, and the register holds the caller's value. (A slot that never was above is in the red zone and stays in
+/// use.)
 #[derive(Default)]
 pub(super) struct Restored {
     was_above: bool,

@@ -1,4 +1,4 @@
-//! Programs that really run, stopped for a moment to copy their registers and stacks.
+//! Running programs, stopped for a moment to copy their registers and stacks.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
 use std::collections::{HashMap, HashSet};
@@ -45,7 +45,7 @@ pub struct Running(pub Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // A shell's pipeline would go on for ever without its shell.
+        // A shell's pipeline would run on without its shell.
         let group = -(self.0.id().cast_signed());
         // SAFETY: takes no pointers; the group was made for this child by `start`.
         let _ = unsafe { libc::kill(group, libc::SIGKILL) };
@@ -86,7 +86,7 @@ fn stop(tid: i32) -> bool {
     let mut status = 0;
     trace(libc::PTRACE_SEIZE, tid, std::ptr::null_mut())
         && trace(libc::PTRACE_INTERRUPT, tid, std::ptr::null_mut())
-        // SAFETY: `status` is a valid place for the status.
+        // SAFETY: `status` is valid for writes.
         && unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) == tid && libc::WIFSTOPPED(status) }
 }
 
@@ -123,8 +123,8 @@ impl Drop for Stopped {
     }
 }
 
-/// Stops all threads of a process, copies what a walk needs and lets them go on. What is mapped while one of them is looked
-/// at must be there for the next.
+/// Stops all threads of a process, copies their registers and stacks, and lets them continue. All stop before the first copy, so
+/// that the mappings are the same for each of them.
 pub fn capture(pid: u32) -> Option<Process> {
     let memory = File::open(format!("/proc/{pid}/mem")).ok()?;
     let stopped = Stopped::all(pid)?;
@@ -170,7 +170,7 @@ pub fn capture(pid: u32) -> Option<Process> {
     Some(Process { mappings, threads, vdso })
 }
 
-/// Tables of files, made once.
+/// Tables of files, each built once.
 #[derive(Default)]
 pub struct Files(HashMap<String, Option<Rc<BuiltTable>>>);
 
@@ -181,7 +181,7 @@ impl Files {
             .entry(path.clone())
             .or_insert_with(|| {
                 let limits = TableLimits { time: None, ..TableLimits::default() };
-                // With runs, which is the harder way; that tables without mean the same is tested elsewhere.
+                // With runs, which is the harder form; another test compares it with the form without runs.
                 let options = BuildOptions { runs: true, ..BuildOptions::new(path, &limits) };
                 let built = if path == "[vdso]" {
                     build_bytes(vdso, &options)
@@ -259,20 +259,20 @@ impl Symbols {
     }
 }
 
-/// Runs a compiler and fails the test with its words.
+/// Runs a compiler; fails the test with its messages.
 pub fn compile(command: &mut Command) {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?} cannot be run: {error}"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Captures until `enough` says so, at most 20 s.
+/// Repeats an attempt until it succeeds, at most for 20 s.
 pub fn until<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
         if let Some(found) = attempt() {
             return found;
         }
-        assert!(start.elapsed() < Duration::from_secs(20), "nothing came within 20 s");
+        assert!(start.elapsed() < Duration::from_secs(20), "no attempt succeeded within 20 s");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

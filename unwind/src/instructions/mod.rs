@@ -1,35 +1,36 @@
-//! Rules read off instructions, for x86_64 code that nothing describes: musl, and what it links statically, is built
-//! without unwind information.
+//! Unwind rules from instructions, for x86_64 code that nothing describes: musl, and programs that link it statically, are
+//! built without unwind information.
 //!
-//! The code is gone through from front to back, and again with what is then known of places that are jumped back to. What
-//! is kept is how far the stack pointer is below the frame address (at a function's entry: 8 bytes, the
-//! return address), by `push`, `pop`, `add`, `sub`, `lea` and the frame-pointer idioms; every branch hands it to its
-//! target. A function is believed only if that distance is 8 again at each of its `ret`s.
+//! A sweep reads the code from front to back and tracks the distance from the stack pointer to the frame address: 8 bytes, the
+//! return address, at a function's entry. It follows `push`, `pop`, `add`, `sub`, `lea` and the frame-pointer idioms, and each
+//! branch passes the distance to its target. Further sweeps know the distances at targets of backward jumps. A function counts
+//! only if the distance is 8 again at each of its `ret`s.
 //!
-//! Code that has popped its own return address runs on a stack that was made for it (the child's part of `clone`): it
-//! has no caller.
+//! Code that has popped its own return address runs on a stack that was made for it (the child's part of `clone`): it has no
+//! caller.
+
+mod effect;
+
 use std::{
     borrow::Cow,
     collections::{HashMap, HashSet},
 };
 
-use iced_x86::{
-    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
-    Register,
-};
+use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
+use self::effect::{Effect, Flow};
 use crate::{
     format::{UnwindRule, cfa, loc},
     limits::{Budget, LimitExceeded},
 };
 
-/// Functions begin there, as far as compilers and assemblers are asked to see to it.
+/// Compilers and assemblers align functions to this, as a rule.
 const ALIGNMENT: u64 = 16;
-/// Each reaches places that only the one before it could tell of.
-const MOST_SWEEPS: usize = 24;
-/// Data between functions looks like ever other functions: from then on what was guessed is not taken back.
+/// Each sweep reaches code that the sweep before it learned of.
+const MAX_SWEEPS: usize = 24;
+/// Data between functions can look like another function in each sweep. After this many, guesses are final.
 const GUESSING_SWEEPS: usize = 12;
-/// The return address.
+/// Bytes of the return address.
 const ENTRY_DISTANCE: i32 = 8;
 
 /// One function and its rows, by address, ascending.
@@ -47,14 +48,14 @@ pub(crate) struct Gap<'d> {
     pub(crate) bytes: Cow<'d, [u8]>,
 }
 
-/// What is known where control is.
+/// The distances before an instruction.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct State {
     /// From the stack pointer up to the frame address.
     sp: Option<i32>,
     /// The same from rbp, while it is a frame pointer.
     fp: Option<i32>,
-    /// Where the caller's rbp is, from the frame address.
+    /// Offset of the caller's rbp from the frame address.
     saved: Option<i32>,
 }
 
@@ -72,7 +73,7 @@ impl State {
         UnwindRule { cfa_kind, fp_kind, cfa_offset, fp_offset, ..UnwindRule::X86_64_ENTRY }
     }
 
-    /// What it is behind an instruction with this effect, if control goes on there.
+    /// Changes to the state after an instruction with this effect.
     fn apply(&mut self, effect: Effect) {
         match effect {
             Effect::None => {}
@@ -105,144 +106,24 @@ impl State {
     }
 }
 
-/// What an instruction does to a [`State`].
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Effect {
-    None,
-    /// The stack pointer goes down by so many bytes.
-    Move(i32),
-    PushFp,
-    PopFp,
-    /// rbp to so many bytes above the stack pointer.
-    StoreFp(i32),
-    /// rbp from the stack.
-    RestoreFp,
-    FpIsSp,
-    /// The stack pointer to so many bytes above rbp.
-    SpIsFp(i32),
-    Leave,
-    /// The stack pointer to somewhere.
-    SpLost,
-    /// rbp is used for something else.
-    FpLost,
-}
-
-impl Effect {
-    fn of(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Self {
-        use Register::{RBP, RSP};
-        let (to, from) = (instruction.op0_register(), instruction.op1_register());
-        let distance = instruction.memory_displacement64() as i32;
-        // `[base + displacement]`, without an index.
-        let at = |base: Register| {
-            instruction.memory_base() == base && instruction.memory_index() == Register::None
-        };
-        let is_immediate = matches!(instruction.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64);
-        match instruction.mnemonic() {
-            Mnemonic::Push if to == RBP => Self::PushFp,
-            Mnemonic::Pop if to == RBP => Self::PopFp,
-            Mnemonic::Pop if to == RSP => Self::SpLost,
-            Mnemonic::Sub if to == RSP && is_immediate => Self::Move(instruction.immediate(1) as i32),
-            Mnemonic::Add if to == RSP && is_immediate => {
-                Self::Move((instruction.immediate(1) as i32).wrapping_neg())
-            }
-            Mnemonic::Lea if to == RSP && at(RSP) => Self::Move(distance.wrapping_neg()),
-            Mnemonic::Lea if to == RSP && at(RBP) => Self::SpIsFp(distance),
-            Mnemonic::Mov if to == RBP && from == RSP => Self::FpIsSp,
-            Mnemonic::Mov if to == RSP && from == RBP => Self::SpIsFp(0),
-            Mnemonic::Mov if to == RBP && instruction.op1_kind() == OpKind::Memory && at(RSP) => {
-                Self::RestoreFp
-            }
-            Mnemonic::Mov if from == RBP && instruction.op0_kind() == OpKind::Memory && at(RSP) => {
-                Self::StoreFp(distance)
-            }
-            Mnemonic::Leave => Self::Leave,
-            // What is called takes off what the call has put there, unless it is the next instruction.
-            Mnemonic::Call if instruction.near_branch_target() == instruction.next_ip() => Self::Move(8),
-            Mnemonic::Call => Self::None,
-            _ => {
-                // To ask this first is much faster.
-                let named = |register: Register| {
-                    (0..instruction.op_count())
-                        .any(|n| instruction.op_register(n).full_register() == register)
-                };
-                let mut written = |register: Register| {
-                    named(register)
-                        && info.info(instruction).used_registers().iter().any(|used| {
-                            used.register().full_register() == register
-                                && !matches!(
-                                    used.access(),
-                                    OpAccess::Read | OpAccess::CondRead | OpAccess::None
-                                )
-                        })
-                };
-                match instruction.stack_pointer_increment() {
-                    0 if written(RSP) => Self::SpLost,
-                    0 if written(RBP) => Self::FpLost,
-                    moved => Self::Move(-moved),
-                }
-            }
-        }
-    }
-}
-
-/// Where control goes behind an instruction.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Flow {
-    On,
-    Call,
-    /// There, or on.
-    Branch(u64),
-    /// There.
-    Jump(u64),
-    /// To where a register or a place in memory says.
-    Through,
-    Return,
-    /// Nowhere.
-    UnwindEnd,
-    /// It is no instruction.
-    Wrong,
-}
-
-impl Flow {
-    fn of(instruction: &Instruction) -> Self {
-        let direct = instruction.op0_kind() == OpKind::NearBranch64;
-        match instruction.flow_control() {
-            _ if instruction.is_invalid() => Self::Wrong,
-            _ if instruction.mnemonic() == Mnemonic::Hlt => Self::UnwindEnd,
-            FlowControl::Call | FlowControl::IndirectCall => Self::Call,
-            FlowControl::ConditionalBranch if direct => Self::Branch(instruction.near_branch64()),
-            FlowControl::UnconditionalBranch if direct => Self::Jump(instruction.near_branch64()),
-            FlowControl::UnconditionalBranch | FlowControl::IndirectBranch => Self::Through,
-            FlowControl::Return => Self::Return,
-            FlowControl::Exception => Self::UnwindEnd,
-            _ => Self::On,
-        }
-    }
-
-    /// Whether control never goes on behind it.
-    fn ends(self) -> bool {
-        !matches!(self, Self::On | Self::Call | Self::Branch(_))
-    }
-}
-
-/// What is kept of an instruction.
+/// The properties of one instruction.
 #[derive(Clone, Copy, Debug)]
 struct Step {
     ip: u64,
     effect: Effect,
     flow: Flow,
     padding: bool,
-    /// It reads or writes at so many bytes above the stack pointer.
+    /// It reads or writes memory this number of bytes above the stack pointer.
     above: Option<i32>,
-    /// By a symbol a function begins here.
+    /// A symbol says that a function begins here.
     named: bool,
-    /// It is the target of a call, or of what looks like one in the data between functions.
+    /// It is the target of a call, or of data between functions that looks like a call.
     called: bool,
     /// It is the target of a branch.
     branched_to: bool,
 }
 
-/// The functions of these gaps. `named`: addresses at which functions begin by the file's symbols.
+/// Finds the functions in these gaps. `named` holds the first addresses of functions by the file's symbols.
 pub(crate) fn functions(
     gaps: &[Gap<'_>],
     named: HashSet<u64>,
@@ -282,21 +163,21 @@ pub(crate) fn functions(
         (step.called, step.branched_to) = (called.contains(&step.ip), branched_to.contains(&step.ip));
     }
     let mut sweep = Sweep { named, ..Sweep::default() };
-    for round in 0..MOST_SWEEPS {
+    for round in 0..MAX_SWEEPS {
         let (known, inside) = (sweep.known.len(), sweep.inside.len());
         sweep.found.clear();
         for (start, end, steps) in &code {
             budget.check()?;
-            sweep.go_through(*start, *end, steps);
+            sweep.read_gap(*start, *end, steps);
         }
         if sweep.inside.len() != inside && round < GUESSING_SWEEPS {
-            // What came from taking the inside of a function for another one is not to be relied on.
+            // Distances may come from code that was taken for another function: start over.
             sweep.known.clear();
         } else if sweep.known.len() == known {
             break;
         }
     }
-    // Those that were found to be none, too late to take back what came of it.
+    // These turned out to be parts of other functions, too late to start over.
     sweep.found.retain(|function| !sweep.inside.contains(&function.start));
     Ok(sweep.found)
 }
@@ -309,24 +190,24 @@ fn decode(gap: &Gap<'_>) -> impl Iterator<Item = Instruction> {
 #[derive(Debug, Default)]
 struct Sweep {
     named: HashSet<u64>,
-    /// At the targets of branches.
+    /// States at the targets of branches.
     known: HashMap<u64, State>,
-    /// Looked like the begin of a function, and are not.
+    /// Addresses that looked like the beginning of a function, and are not.
     inside: HashSet<u64>,
     found: Vec<Function>,
 }
 
-/// A function that is being gone through.
+/// The function that the sweep is in.
 struct Open {
     start: u64,
-    /// Nobody calls it or names it.
+    /// No call and no symbol refers to it.
     guessed: bool,
     rows: Vec<(u64, UnwindRule)>,
-    /// The distance was another one at a `ret`.
+    /// The distance was not 8 at a `ret`.
     wrong: bool,
-    /// At a jump through a table: what is behind it and nobody else jumps to is one of its places.
+    /// The state at a jump through a table. Code behind the jump that no branch refers to is a target of the table.
     table: Option<State>,
-    /// Where it had most on the stack: behind its entry, and so wherever a table jumps to.
+    /// The state with the largest frame: that of the body, and so of the targets of a jump table.
     body: State,
 }
 
@@ -337,16 +218,16 @@ impl Open {
 }
 
 impl Sweep {
-    fn go_through(&mut self, start: u64, end: u64, steps: &[Step]) {
+    fn read_gap(&mut self, start: u64, end: u64, steps: &[Step]) {
         let mut open = Open::at(start, !self.named.contains(&start));
         let mut state = Some(State::ENTRY);
-        // Of the last instruction that is no padding: whether it was a call, and whether nothing comes behind it.
+        // Of the last instruction that is no padding: whether it was a call, and whether control ends there.
         let (mut after_padding, mut after_call, mut ended) = (true, false, true);
         for step in steps {
             let Step { ip, flow, padding, .. } = *step;
             let aligned = ip % ALIGNMENT == 0;
             let called = step.called && (state.is_none() || after_padding || after_call);
-            // Nobody comes here from before: it is a function, or a place of the last table.
+            // Control does not come from the instruction before: this is a function, or a target of the last jump table.
             let unreached = state.is_none() && ended && (aligned || after_padding) && open.table.is_none();
             let after_no_return = after_call && after_padding && aligned;
             let begins = step.named
@@ -377,7 +258,7 @@ impl Sweep {
             if here.sp > open.body.sp {
                 open.body = here;
             }
-            // It looks at what is on the stack above its own return address.
+            // It accesses the stack above its own return address.
             if open.guessed && step.above.zip(here.sp).is_some_and(|(above, sp)| above >= sp) {
                 self.inside.insert(open.start);
             }
@@ -389,17 +270,17 @@ impl Sweep {
                         self.inside.insert(open.start);
                     }
                 }
-                // With nothing on the stack it is a call that does not come back.
-                Flow::Through => open.table = Some(here).filter(|here| here.sp != Some(ENTRY_DISTANCE)),
+                // With an empty frame it is a call that does not return.
+                Flow::Indirect => open.table = Some(here).filter(|here| here.sp != Some(ENTRY_DISTANCE)),
                 Flow::Return => open.wrong |= here.sp != Some(ENTRY_DISTANCE),
-                Flow::Wrong => open.wrong = true,
+                Flow::Invalid => open.wrong = true,
                 _ => {}
             }
             if flow.ends() {
                 state = None;
             }
         }
-        // Nothing is there for it to go on to: that was no code.
+        // Control runs over the end of the gap: this was no code.
         open.wrong |= state.is_some() && !after_call;
         self.close(open, end);
     }
@@ -448,22 +329,22 @@ mod tests {
     }
 
     #[test]
-    fn a_function_that_returns_from_elsewhere_is_not_believed() {
+    fn a_function_with_another_distance_at_its_end_is_dropped() {
         // push rbx; ret
         assert_eq!(rows(&[0x53, 0xc3]), []);
-        // and rsp, -16; ret: nobody knows where it is then
+        // and rsp, -16; ret: the distance is unknown then
         assert_eq!(rows(&[0x48, 0x83, 0xe4, 0xf0, 0xc3]), []);
     }
 
     #[test]
-    fn who_has_popped_its_return_address_has_no_caller() {
+    fn code_that_popped_its_return_address_has_no_caller() {
         // xor ebp, ebp; pop rdi; call *r9; mov edi, eax; hlt: musl's clone, in the child
         let found = rows(&[0x31, 0xed, 0x5f, 0x41, 0xff, 0xd1, 0x89, 0xc7, 0xf4]);
         assert_eq!(found, [(0, loc::CFA, 8), (3, loc::UNDEFINED, 0)]);
     }
 
     #[test]
-    fn any_bytes_end() {
+    fn any_bytes_are_read_to_the_end() {
         let mut bytes = Vec::new();
         let mut random = 1_u64;
         for _ in 0..1 << 16 {
@@ -474,9 +355,9 @@ mod tests {
         all(&[Gap { start: u64::MAX - 100, bytes: bytes[..100].into() }], HashSet::new());
     }
 
-    /// The C library of this system describes itself: what its instructions tell has to be the same.
+    /// Checks the rules from instructions against those of the C library's own frame information.
     #[test]
-    fn instructions_tell_what_the_c_library_says_of_itself() {
+    fn instructions_agree_with_the_c_library_about_its_frames() {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         let path = maps
             .lines()
@@ -485,7 +366,7 @@ mod tests {
         let Some(path) = path.filter(|_| cfg!(target_arch = "x86_64")) else { return };
         let bytes = std::fs::read(path).unwrap();
         let limits = TableLimits::default();
-        let told = build_bytes(&bytes, &BuildOptions::new("libc", &limits)).unwrap().table;
+        let described = build_bytes(&bytes, &BuildOptions::new("libc", &limits)).unwrap().table;
         let elf = Elf::parse(&bytes, &limits.elf()).unwrap();
         let gaps: Vec<_> = elf
             .code()
@@ -497,7 +378,7 @@ mod tests {
         let (mut same, mut other, mut unknown) = (0_u64, 0_u64, 0_u64);
         for instruction in gaps.iter().flat_map(|gap| decode(gap)) {
             let at = instruction.ip();
-            let Some(said) = told.lookup(at).filter(|rule| *rule != UnwindRule::NONE) else { continue };
+            let Some(known) = described.lookup(at).filter(|rule| *rule != UnwindRule::NONE) else { continue };
             let function =
                 found.partition_point(|function| function.start <= at).checked_sub(1).map(|n| &found[n]);
             let rule = function.filter(|function| at < function.end).and_then(|function| {
@@ -505,17 +386,17 @@ mod tests {
             });
             match rule.map(|(_, rule)| *rule).filter(|rule| *rule != UnwindRule::NONE) {
                 None => unknown += 1,
-                Some(rule) if (rule.cfa_kind, rule.cfa_offset) == (said.cfa_kind, said.cfa_offset) => {
+                Some(rule) if (rule.cfa_kind, rule.cfa_offset) == (known.cfa_kind, known.cfa_offset) => {
                     same += 1;
                 }
-                // One of them by rbp: both may be right.
-                Some(rule) if rule.cfa_kind != said.cfa_kind => {}
+                // One finds the frame by rbp, the other by rsp: both may be right.
+                Some(rule) if rule.cfa_kind != known.cfa_kind => {}
                 Some(_) => other += 1,
             }
         }
-        println!("{same} instructions alike, {other} not, {unknown} not told of");
-        assert!(same > 100_000, "{same} alike");
-        assert!(other * 200 <= same, "{other} other than {same}");
+        println!("{same} instructions agree, {other} differ, {unknown} are unknown");
+        assert!(same > 100_000, "{same} agree");
+        assert!(other * 200 <= same, "{other} differ beside {same}");
         assert!(unknown * 10 <= same, "{unknown} unknown beside {same}");
     }
 }
