@@ -13,17 +13,17 @@ pub fn options(command: &Command) -> String {
     let mut command = command.clone();
     command.build();
     let mut page = String::new();
-    section(&command, command.get_name(), &mut page);
+    section(&command, command.get_name(), true, &mut page);
     page
 }
 
-fn section(command: &Command, path: &str, page: &mut String) {
+fn section(command: &Command, path: &str, is_root: bool, page: &mut String) {
     let about = command.get_long_about().or(command.get_about());
     let _ = writeln!(page, "## `{path}`\n");
     if let Some(about) = about {
         let _ = writeln!(page, "{}\n", about.to_string().trim());
     }
-    let arguments: Vec<&Arg> = command.get_arguments().filter(|arg| is_shown(arg)).collect();
+    let arguments: Vec<&Arg> = command.get_arguments().filter(|arg| is_shown(arg, is_root)).collect();
     if !arguments.is_empty() {
         let has_file = command.get_arguments().any(|arg| arg.get_id() == "config");
         let key = if has_file { " Key |" } else { "" };
@@ -37,13 +37,16 @@ fn section(command: &Command, path: &str, page: &mut String) {
     }
     for child in command.get_subcommands().filter(|child| !child.is_hide_set() && child.get_name() != "help")
     {
-        section(child, &format!("{path} {}", child.get_name()), page);
+        section(child, &format!("{path} {}", child.get_name()), false, page);
     }
 }
 
-/// Options of a parent that every child repeats are shown at the parent alone.
-fn is_shown(arg: &Arg) -> bool {
-    !arg.is_hide_set() && !matches!(arg.get_id().as_str(), "help" | "version")
+/// Reports whether the table of a command shows an option. Only the root shows global options, which clap repeats in
+/// each command below it.
+fn is_shown(arg: &Arg, is_root: bool) -> bool {
+    !arg.is_hide_set()
+        && !matches!(arg.get_id().as_str(), "help" | "version")
+        && (is_root || !arg.is_global_set())
 }
 
 fn row(arg: &Arg, has_file: bool, page: &mut String) {

@@ -209,6 +209,13 @@ mod tests {
         command().debug_assert();
     }
 
+    #[test]
+    fn the_reference_page_shows_global_options_once() {
+        let page = gannet_base::reference::options(&command());
+        assert_eq!(page.matches("`--endpoint URL` | `GANNET_ENDPOINT`").count(), 1, "{page}");
+        assert!(page.contains("## `gannetctl rules apply`") && page.contains("`--soak DURATION`"), "{page}");
+    }
+
     #[rstest]
     #[case("gannetctl nodes -o json")]
     #[case("gannetctl rules apply -f a.yaml b.yaml --scope shop --etag x --allow-empty --wait --timeout 1m")]

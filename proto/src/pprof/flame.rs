@@ -278,7 +278,7 @@ impl FlameTree {
         }
         let mut heaviest: Vec<u32> = order.to_vec();
         heaviest.sort_by_key(|number| std::cmp::Reverse(weight(self.nodes[*number as usize].total)));
-        let keep = |count: usize| {
+        let mark = |count: usize| {
             let mut kept = vec![false; self.nodes.len()];
             for number in &heaviest[..count] {
                 kept[*number as usize] = true;
@@ -298,13 +298,13 @@ impl FlameTree {
         let (mut fits, mut beyond) = ((max_nodes / 2).max(1), max_nodes + 1);
         while beyond - fits > 1 {
             let middle = usize::midpoint(fits, beyond);
-            if size(&keep(middle)) <= max_nodes {
+            if size(&mark(middle)) <= max_nodes {
                 fits = middle;
             } else {
                 beyond = middle;
             }
         }
-        keep(fits)
+        mark(fits)
     }
 
     /// Returns the functions with their self and total values, the largest self value first. A total counts each stack

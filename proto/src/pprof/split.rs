@@ -43,7 +43,7 @@ fn needed(mut profile: Profile) -> Profile {
     let strings = std::mem::take(&mut profile.string_table);
     let mut kept = vec![String::new()];
     let mut indexes: HashMap<i64, i64> = HashMap::from([(0, 0)]);
-    let mut keep = |index: &mut i64| {
+    let mut renumber = |index: &mut i64| {
         *index = *indexes.entry(*index).or_insert_with(|| {
             // The profile is checked, so the empty text is never used.
             let text = usize::try_from(*index).ok().and_then(|at| strings.get(at));
@@ -52,26 +52,26 @@ fn needed(mut profile: Profile) -> Profile {
         });
     };
     for kind in profile.sample_type.iter_mut().chain(profile.period_type.as_mut()) {
-        keep(&mut kind.r#type);
-        keep(&mut kind.unit);
+        renumber(&mut kind.r#type);
+        renumber(&mut kind.unit);
     }
     for label in profile.sample.iter_mut().flat_map(|sample| &mut sample.label) {
-        keep(&mut label.key);
-        keep(&mut label.str);
-        keep(&mut label.num_unit);
+        renumber(&mut label.key);
+        renumber(&mut label.str);
+        renumber(&mut label.num_unit);
     }
     for mapping in &mut profile.mapping {
-        keep(&mut mapping.filename);
-        keep(&mut mapping.build_id);
+        renumber(&mut mapping.filename);
+        renumber(&mut mapping.build_id);
     }
     for function in &mut profile.function {
-        keep(&mut function.name);
-        keep(&mut function.system_name);
-        keep(&mut function.filename);
+        renumber(&mut function.name);
+        renumber(&mut function.system_name);
+        renumber(&mut function.filename);
     }
-    profile.comment.iter_mut().for_each(&mut keep);
+    profile.comment.iter_mut().for_each(&mut renumber);
     for index in [&mut profile.drop_frames, &mut profile.keep_frames, &mut profile.default_sample_type] {
-        keep(index);
+        renumber(index);
     }
     profile.string_table = kept;
     profile
