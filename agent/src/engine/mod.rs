@@ -40,7 +40,7 @@ pub use self::{
 use crate::{
     cgroup::CgroupTree,
     conditions::{NodeConditions, Sensors},
-    governor::{BpfTime, Budgets, Governor, Use},
+    governor::{BpfTime, Budgets, Governor, ResourceUse},
     kernel::{Counters, Event, Kernel, KernelError, KernelOptions, SamplingMark, Want},
     model::{Image, ImageKey, Origin, Sample, SampleKind, StackEnd, Subject, boot_time_ns},
     process::{ImageChanges, ProcError, Process, ProcessState, ProcessTable, check_identity},
@@ -787,8 +787,9 @@ impl Worker {
         let (now, time) = (Instant::now(), cpu_time());
         let (since, before) = std::mem::replace(&mut self.cpu_time, (now, time));
         let own = time.saturating_sub(before).as_secs_f64() / (now - since).as_secs_f64().max(1e-3);
-        let used = Use { cpu: own + self.bpf_time.look(&self.kernel), memory_bytes: resident_bytes() };
-        if !self.governor.look(used) {
+        let used =
+            ResourceUse { cpu: own + self.bpf_time.measure(&self.kernel), memory_bytes: resident_bytes() };
+        if !self.governor.check(used) {
             return;
         }
         let verdict = self.governor.verdict();

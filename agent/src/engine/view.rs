@@ -17,7 +17,6 @@ use super::Worker;
 use crate::{
     cgroup::CgroupNames,
     conditions::{Sensors, SuppressedStarts},
-    governor::Use,
     kernel::{Counters, MAX_RULES, ProgramCost},
     model::ImageKey,
     process::{Process, ProcessState, ProcessStats},
@@ -55,8 +54,6 @@ pub struct EngineView {
     pub sensor_reports_dropped: u64,
     /// Samples of exec conditions whose capture was over when they came.
     pub stray_samples: u64,
-    /// What the agent used at the last check, its BPF programs included.
-    pub used: Use,
     /// Why rates are lowered, captures refused, or everything switched off; human-readable.
     pub governed: Option<String>,
     /// Factor by which periods are longer than the rules ask for.
@@ -177,7 +174,6 @@ impl Worker {
             recorder: self.intake.recorder.stats(),
             sensor_reports_dropped: self.captures.sensors.as_ref().map_or(0, Sensors::dropped),
             stray_samples: self.captures.strays,
-            used: self.governor.last(),
             governed: self.off.clone().or_else(|| self.governor.verdict().reason),
             rate_divisor: self.governor.verdict().rate_divisor,
             ledger: self.ledger(),

@@ -1,4 +1,4 @@
-//! Pods from a kubelet that speaks real TLS and checks tokens, and does everything that a kubelet should not do.
+//! Pods from a fake kubelet with real TLS and token checks, which also makes every mistake that a kubelet can make.
 
 use std::{
     fs, io,
@@ -38,19 +38,19 @@ use tokio_util::sync::CancellationToken;
 const REAL: &str = include_str!("../data/kubelet-pods-1.20.2.json");
 const APP: &str = "d1a625c9b251e0501e0d269bc9eb6c619b4fdeaa8b16006fb981a715eae2c7cb";
 const TOKEN: &str = "first-token";
-/// How long anything may take on a busy machine.
+/// Time limit of a step on a busy machine.
 const LONG: Duration = Duration::from_secs(60);
 
-/// What the kubelet does with a request that has the right token.
+/// How the kubelet answers a request with the right token.
 #[derive(Clone, Debug)]
-enum Manner {
+enum Behavior {
     Answer(Bytes),
     Status(u16, &'static str),
-    /// As many bytes of a list as are read.
+    /// A list without end.
     Endless,
-    /// Half an answer, then the connection is cut.
+    /// Half an answer, then the end of the connection.
     Cut(Bytes),
-    /// Nothing at all.
+    /// No answer.
     Silent,
 }
 
@@ -61,13 +61,13 @@ struct Kubelet {
 }
 
 struct Inner {
-    manner: Mutex<Manner>,
+    behavior: Mutex<Behavior>,
     token: Mutex<String>,
     requests: AtomicUsize,
     sent: AtomicUsize,
 }
 
-/// Hands out connections after their TLS handshake.
+/// Accepts connections and completes their TLS handshake.
 struct TlsListener {
     listener: TcpListener,
     acceptor: TlsAcceptor,
@@ -92,8 +92,8 @@ impl axum::serve::Listener for TlsListener {
 }
 
 impl Kubelet {
-    /// A certificate for 127.0.0.1, signed by an authority of its own.
-    async fn start(manner: Manner) -> Self {
+    /// Starts a kubelet with a certificate for 127.0.0.1, signed by an authority of its own.
+    async fn start(behavior: Behavior) -> Self {
         let files = tempfile::tempdir().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -119,7 +119,7 @@ impl Kubelet {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let state = Arc::new(Inner {
-            manner: Mutex::new(manner),
+            behavior: Mutex::new(behavior),
             token: Mutex::new(TOKEN.into()),
             requests: AtomicUsize::new(0),
             sent: AtomicUsize::new(0),
@@ -130,8 +130,8 @@ impl Kubelet {
         Self { address, state, files }
     }
 
-    fn set(&self, manner: Manner) {
-        *self.state.manner.lock().unwrap() = manner;
+    fn set(&self, behavior: Behavior) {
+        *self.state.behavior.lock().unwrap() = behavior;
     }
 
     fn requests(&self) -> usize {
@@ -165,16 +165,16 @@ async fn answer(State(state): State<Arc<Inner>>, headers: HeaderMap) -> Response
     if given != Some(&wanted) {
         return (StatusCode::UNAUTHORIZED, "Unauthorized").into_response();
     }
-    let manner = state.manner.lock().unwrap().clone();
-    match manner {
-        Manner::Answer(bytes) => bytes.into_response(),
-        Manner::Status(status, text) => (StatusCode::from_u16(status).unwrap(), text).into_response(),
-        Manner::Cut(bytes) => {
+    let behavior = state.behavior.lock().unwrap().clone();
+    match behavior {
+        Behavior::Answer(bytes) => bytes.into_response(),
+        Behavior::Status(status, text) => (StatusCode::from_u16(status).unwrap(), text).into_response(),
+        Behavior::Cut(bytes) => {
             let half = bytes.slice(..bytes.len() / 2);
             let pieces = [Ok(half), Err(io::Error::other("cut"))];
             Body::from_stream(futures::stream::iter(pieces)).into_response()
         }
-        Manner::Endless => {
+        Behavior::Endless => {
             let piece = Bytes::from(format!("{{\"metadata\":{{\"name\":\"{}\"}}}},", "x".repeat(64 << 10)));
             let head = Bytes::from_static(b"{\"items\":[");
             // 200 MB.
@@ -184,7 +184,7 @@ async fn answer(State(state): State<Arc<Inner>>, headers: HeaderMap) -> Response
             });
             Body::from_stream(futures::stream::iter(pieces)).into_response()
         }
-        Manner::Silent => std::future::pending().await,
+        Behavior::Silent => std::future::pending().await,
     }
 }
 
@@ -232,15 +232,15 @@ impl Following {
     }
 }
 
-fn real() -> Manner {
-    Manner::Answer(Bytes::from_static(REAL.as_bytes()))
+fn real() -> Behavior {
+    Behavior::Answer(Bytes::from_static(REAL.as_bytes()))
 }
 
 #[tokio::test]
 async fn the_kubelets_pods_are_known_by_container() {
     let kubelet = Kubelet::start(real()).await;
     let following = Following::start(&kubelet.options());
-    // Nobody takes the node for ready in between.
+    // The node must not become ready before the first answer.
     assert!(!following.pods.is_synced());
     following.until("synced", |pods| pods.status().updates > 0).await;
     assert!(following.pods.is_synced());
@@ -259,7 +259,7 @@ async fn the_kubelets_pods_are_known_by_container() {
 #[case::no_authority("missing", None, false, "cluster's authority")]
 #[case::no_pem("token", None, false, "no certificate in PEM")]
 #[tokio::test]
-async fn only_the_right_kubelet_is_believed(
+async fn only_a_trusted_kubelet_gets_the_token(
     #[case] ca: &str,
     #[case] certificate: Option<&str>,
     #[case] insecure: bool,
@@ -279,25 +279,25 @@ async fn only_the_right_kubelet_is_believed(
     let error = following.until_error().await;
     assert!(error.contains(words), "{error}");
     assert!(!following.pods.is_synced());
-    // The token goes to nobody who is not trusted.
+    // The agent must not send the token to a server that it does not trust.
     assert_eq!(kubelet.requests(), 0);
 }
 
 #[rstest]
 #[case::forbidden(
-    Manner::Status(403, "Forbidden (user=system:serviceaccount:gannet:agent, verb=get, resource=nodes)"),
+    Behavior::Status(403, "Forbidden (user=system:serviceaccount:gannet:agent, verb=get, resource=nodes)"),
     &["nodes/pods", "serviceaccount:gannet:agent"]
 )]
-#[case::broken(Manner::Status(500, "disk on fire"), &["500", "disk on fire"])]
-#[case::moved(Manner::Status(302, ""), &["302"])]
-#[case::garbage(Manner::Answer(Bytes::from_static(b"<html>hello")), &["something else than pods"])]
-#[case::other_json(Manner::Answer(Bytes::from_static(b"{\"kind\":\"Status\"}")), &["no `items`"])]
-#[case::empty(Manner::Answer(Bytes::new()), &["something else than pods"])]
-#[case::cut(Manner::Cut(Bytes::from_static(REAL.as_bytes())), &["the kubelet at https://127.0.0.1"])]
-#[case::silent(Manner::Silent, &["did not answer within 1 s"])]
+#[case::broken(Behavior::Status(500, "disk on fire"), &["500", "disk on fire"])]
+#[case::moved(Behavior::Status(302, ""), &["302"])]
+#[case::garbage(Behavior::Answer(Bytes::from_static(b"<html>hello")), &["something else than pods"])]
+#[case::other_json(Behavior::Answer(Bytes::from_static(b"{\"kind\":\"Status\"}")), &["no `items`"])]
+#[case::empty(Behavior::Answer(Bytes::new()), &["something else than pods"])]
+#[case::cut(Behavior::Cut(Bytes::from_static(REAL.as_bytes())), &["the kubelet at https://127.0.0.1"])]
+#[case::silent(Behavior::Silent, &["did not answer within 1 s"])]
 #[tokio::test]
-async fn what_goes_wrong_is_told_and_got_over(#[case] manner: Manner, #[case] words: &[&str]) {
-    let kubelet = Kubelet::start(manner).await;
+async fn failures_are_reported_and_overcome(#[case] behavior: Behavior, #[case] words: &[&str]) {
+    let kubelet = Kubelet::start(behavior).await;
     let following =
         Following::start(&PodFeedOptions { kubelet_timeout: Duration::from_secs(1), ..kubelet.options() });
     let error = following.until_error().await;
@@ -307,19 +307,19 @@ async fn what_goes_wrong_is_told_and_got_over(#[case] manner: Manner, #[case] wo
     assert!(!following.pods.is_synced());
     assert_eq!(following.names(APP), "Unknown");
     kubelet.set(real());
-    // The bound of one second was for silence only.
+    // The limit of one second serves the silent case only.
     following.until("synced", |pods| pods.status().updates > 0).await;
     assert_eq!(following.names(APP), "default/checkout-6794f7b79-z5mvl/app");
     assert_eq!(following.pods.status().last_error, None);
 }
 
 #[tokio::test]
-async fn a_kubelet_that_fails_later_takes_nothing_away() {
+async fn a_later_failure_keeps_the_known_pods() {
     let kubelet = Kubelet::start(real()).await;
     let following = Following::start(&kubelet.options());
     following.until("synced", |pods| pods.status().updates > 0).await;
-    kubelet.set(Manner::Status(500, "later"));
-    following.pods.request("somebody-new", "");
+    kubelet.set(Behavior::Status(500, "later"));
+    following.pods.request("new-container", "");
     assert!(following.until_error().await.contains("later"));
     assert_eq!(following.names(APP), "default/checkout-6794f7b79-z5mvl/app");
     assert!(following.pods.is_synced());
@@ -338,13 +338,13 @@ async fn the_token_is_read_for_each_request() {
 }
 
 #[tokio::test]
-async fn an_unknown_container_is_asked_for_at_once_and_not_often() {
-    let kubelet = Kubelet::start(Manner::Answer(Bytes::from_static(b"{\"items\":null}"))).await;
+async fn an_unknown_container_is_requested_at_once_but_rarely() {
+    let kubelet = Kubelet::start(Behavior::Answer(Bytes::from_static(b"{\"items\":null}"))).await;
     let following = Following::start(&kubelet.options());
     following.until("synced", |pods| pods.status().updates > 0).await;
     let begun = Instant::now();
     let before = kubelet.requests();
-    // Many that nobody knows, at the same time as one that starts.
+    // Many unlisted containers, and one that starts at the same time.
     for n in 0..500 {
         following.pods.request(&format!("sandbox-{n}"), "");
     }
@@ -363,20 +363,20 @@ async fn an_unknown_container_is_asked_for_at_once_and_not_often() {
 
 #[tokio::test]
 async fn an_endless_answer_is_not_read_to_its_end() {
-    let kubelet = Kubelet::start(Manner::Endless).await;
+    let kubelet = Kubelet::start(Behavior::Endless).await;
     let before = peak_bytes();
     let following = Following::start(&kubelet.options());
     let error = following.until_error().await;
     assert!(error.contains("more than") || error.contains("did not answer within"), "{error}");
     assert!(kubelet.state.sent.load(SeqCst) < 120 << 20);
-    // Names of 64 KiB are kept while the list is read, and there are as many as the bound on the answer allows.
+    // The parser keeps names of 64 KiB, up to the limit for an answer.
     assert!(peak_bytes() - before < 256 << 20, "{} bytes more", peak_bytes() - before);
 }
 
 #[tokio::test]
 async fn a_thousand_pods_take_little_memory() {
     let (answer, last) = many(250);
-    let kubelet = Kubelet::start(Manner::Answer(answer)).await;
+    let kubelet = Kubelet::start(Behavior::Answer(answer)).await;
     let before = peak_bytes();
     let begun = Instant::now();
     let following = Following::start(&kubelet.options());
@@ -389,7 +389,7 @@ async fn a_thousand_pods_take_little_memory() {
     assert!(more < 48 << 20, "{more} bytes more");
 }
 
-/// The real answer `times` over, with ids of their own; and the id of the last checkout's app.
+/// Returns the real answer repeated `times` with different ids, and the id of the last checkout's app.
 fn many(times: usize) -> (Bytes, String) {
     let mut list: serde_json::Value = serde_json::from_str(REAL).unwrap();
     let template = list["items"].as_array().unwrap().clone();
@@ -413,7 +413,7 @@ fn many(times: usize) -> (Bytes, String) {
     (Bytes::from(list.to_string()), last)
 }
 
-/// The most memory that this process has had. Each test is a process of its own.
+/// Returns the peak of this process's memory. Each test runs in a process of its own.
 fn peak_bytes() -> usize {
     let text = fs::read_to_string("/proc/self/status").unwrap();
     let line = text.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
@@ -421,7 +421,7 @@ fn peak_bytes() -> usize {
 }
 
 #[tokio::test]
-async fn auto_takes_the_first_that_works_and_says_why_not_the_others() {
+async fn auto_follows_the_first_feed_that_works() {
     let kubelet = Kubelet::start(real()).await;
     let socket = kubelet.file("no.sock");
     let options = PodFeedOptions { only: None, podinfo_sockets: vec![socket], ..kubelet.options() };
@@ -432,7 +432,7 @@ async fn auto_takes_the_first_that_works_and_says_why_not_the_others() {
     let (kind, why) = &status.passed_over[0];
     assert_eq!(*kind, PodFeedKind::PodInfo);
     assert!(why.contains("no socket at") && why.contains("no.sock"), "{why}");
-    // What is not there is no fault.
+    // A missing socket is no fault.
     assert_eq!(status.errors, 0);
 }
 
