@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn aarch64_leaves_return_by_the_link_register_and_signatures_are_stripped() {
+    fn aarch64_link_registers_and_signatures_are_understood() {
         let lr = loc::REGISTER + 30;
         let leaf = UnwindRule { cfa_kind: cfa::SP, ra_kind: lr, ..UnwindRule::NONE };
         let framed = UnwindRule { cfa_kind: cfa::FP, cfa_offset: 32, ..UnwindRule::FRAME_POINTER };

@@ -1,4 +1,4 @@
-//! Needs root, a kernel with BTF, and gcc: whole stacks of programs that have no frame pointers, by the program itself.
+//! Complete stacks of programs without frame pointers, recorded by the agent's program. Needs root, a kernel with BTF, and gcc.
 
 use crate::common::{Running, in_order, is_marked, program, record, record_for, times};
 
@@ -15,31 +15,33 @@ int main(int c, char **v) {
 }
 ";
 
+/// Checks 41 levels of recursion and a chain of calls, down to `_start` (R48).
 #[test]
-fn r48_every_function_down_to_start_is_there_without_frame_pointers() {
+fn every_function_is_in_the_stack_without_frame_pointers() {
     let deep = program("deep", DEEP, &["-fno-inline"]);
     let recording = record(199, &["--", deep.to_str().unwrap(), "40", "300000"]);
     let chain = ["_start", "main", "recurse", "f1", "f2", "f3", "f4", "f5", "f6", "f7", "f8", "f9", "leaf"];
-    let whole = |stack: &[String]| in_order(stack, &chain) && times(stack, "recurse") == 41;
-    let (good, all) = recording.share("leaf", whole);
+    let complete = |stack: &[String]| in_order(stack, &chain) && times(stack, "recurse") == 41;
+    let (good, all) = recording.share("leaf", complete);
     assert!(all >= 50, "only {all} samples: {recording:?}");
-    assert_eq!(good, all, "{:?}", recording.odd_ones("leaf", whole));
+    assert_eq!(good, all, "{:?}", recording.odd_ones("leaf", complete));
 }
 
+/// Checks that 500 frames are complete, and that more are marked as cut (R51).
 #[test]
-fn r51_five_hundred_frames_are_whole_and_more_are_marked_as_cut() {
+fn deep_stacks_are_complete_up_to_the_limit_and_marked() {
     let deep = program("deep", DEEP, &["-fno-inline"]);
     let recording = record(199, &["--", deep.to_str().unwrap(), "480", "400000"]);
-    let whole = |stack: &[String]| in_order(stack, &["_start", "main"]) && times(stack, "recurse") == 481;
-    let (good, all) = recording.share("leaf", whole);
-    // The first samples come raw: 24 KiB of stack are 250 frames of this program, and what is not whole says so.
+    let complete = |stack: &[String]| in_order(stack, &["_start", "main"]) && times(stack, "recurse") == 481;
+    let (good, all) = recording.share("leaf", complete);
+    // The first samples come raw: 24 KiB of stack are 250 frames of this program, and a stack that is cut has its mark.
     let cut =
         |stack: &[String]| stack.iter().any(|frame| frame == "[truncated]") && times(stack, "recurse") > 150;
     let (marked, _) = recording.share("leaf", cut);
-    let odd = recording.odd_ones("leaf", |stack| whole(stack) || cut(stack));
+    let odd = recording.odd_ones("leaf", |stack| complete(stack) || cut(stack));
     assert!(
         all >= 20 && good * 10 >= all * 9 && good + marked == all,
-        "{good} whole, {marked} cut, of {all}: {odd:?}"
+        "{good} complete, {marked} cut, of {all}: {odd:?}"
     );
 
     let recording = record(199, &["--", deep.to_str().unwrap(), "700", "400000"]);
@@ -51,8 +53,9 @@ fn r51_five_hundred_frames_are_whole_and_more_are_marked_as_cut() {
     );
 }
 
+/// Checks a library that the program opens after its first samples (R14).
 #[test]
-fn r14_a_library_that_is_opened_late_is_named_and_walked() {
+fn a_library_that_is_opened_late_is_named_and_unwound() {
     let library = program(
         "late.so",
         "long spin(long n) { volatile long s = 0; for (long i = 0; i < n; i++) s += i; return s; }\n\
@@ -78,26 +81,27 @@ int main(int c, char **v) {
     let recording = record(199, &["--", host.to_str().unwrap(), library.to_str().unwrap()]);
     let (early, _) = recording.share("early", |_| true);
     assert!(early >= 20, "the program was sampled before: {recording:?}");
-    let whole =
+    let complete =
         |stack: &[String]| in_order(stack, &["_start", "main", "plugin", "spin"]) && !is_marked(stack);
-    let (good, all) = recording.share("spin", whole);
-    assert!(all >= 20 && good == all, "{good} of {all}: {:?}", recording.odd_ones("spin", whole));
+    let (good, all) = recording.share("spin", complete);
+    assert!(all >= 20 && good == all, "{good} of {all}: {:?}", recording.odd_ones("spin", complete));
 }
 
+/// Checks CPython as distributions ship it (R53).
 #[test]
-fn r53_the_interpreters_own_frames_are_whole() {
+fn the_frames_of_an_interpreter_are_complete() {
     let running = Running::start(
         std::process::Command::new("python3")
             .args(["-c", "while True: sorted(range(1000), key=lambda n: -n)"]),
     );
-    // What is first in the path may be a script that looks for the interpreter.
+    // The first program of the path may be a script that looks for the interpreter.
     std::thread::sleep(std::time::Duration::from_secs(2));
     let recording = record_for(4, 499, &["--pid", &running.0.id().to_string()]);
-    let whole = |stack: &[String]| !is_marked(stack) && stack.iter().any(|name| name.starts_with("Py_"));
+    let complete = |stack: &[String]| !is_marked(stack) && stack.iter().any(|name| name.starts_with("Py_"));
     let (good, all) = recording
         .stacks
         .iter()
-        .fold((0, 0), |(good, all), (stack, n)| (good + if whole(stack) { *n } else { 0 }, all + n));
-    let odd: Vec<_> = recording.stacks.iter().filter(|(stack, _)| !whole(stack)).take(3).collect();
+        .fold((0, 0), |(good, all), (stack, n)| (good + if complete(stack) { *n } else { 0 }, all + n));
+    let odd: Vec<_> = recording.stacks.iter().filter(|(stack, _)| !complete(stack)).take(3).collect();
     assert!(all >= 300 && (all - good) * 1000 <= all, "{good} of {all}: {odd:?}");
 }

@@ -1,5 +1,5 @@
-//! Needs root, a kernel with BTF, and gcc: many processes that hardly run, tables that do not all fit, and what is left of
-//! processes that have ended. The engine runs in the test itself.
+//! Many processes that hardly run, tables that do not all fit, and the state of processes that have ended. The engine runs in
+//! the test itself. Needs root, a kernel with BTF, and gcc.
 
 use std::{
     env, fs,
@@ -22,7 +22,7 @@ use gannet_proto::{
     rules::Caps,
 };
 
-/// An engine whose windows are kept.
+/// An engine, and the windows that it finished.
 struct Machine {
     engine: Engine,
     windows: Arc<Mutex<Vec<Window>>>,
@@ -54,7 +54,7 @@ impl Machine {
             .unwrap();
     }
 
-    /// Counts, tables, and entries of the mapping trie and of the images.
+    /// Returns the counters, the counts of tables, and the entries of the mapping trie and of the images.
     fn look(&self) -> (Counters, TableStats, (usize, usize)) {
         self.runtime.block_on(async {
             let view = self.engine.view().await.unwrap();
@@ -63,11 +63,11 @@ impl Machine {
         })
     }
 
-    /// What was counted when no tick was at work; then sampling goes on, or not.
+    /// Returns the counters while no tick is running; then continues sampling, or not.
     fn stand_still(&self, go_on: bool) -> Counters {
         self.runtime.block_on(async {
             self.engine.set_sampling(false).await.unwrap();
-            // A tick that has begun is over in microseconds; on an emulated machine, later.
+            // A tick that has begun ends within microseconds; on an emulated machine, later.
             std::thread::sleep(Duration::from_millis(200));
             let counters = self.engine.view().await.unwrap().counters.unwrap();
             self.engine.set_sampling(go_on).await.unwrap();
@@ -75,7 +75,7 @@ impl Machine {
         })
     }
 
-    /// Stops sampling, and gives what was seen of processes of this command name, and how much is lost.
+    /// Stops sampling. Returns the stacks of processes of this command name, and the number of lost samples.
     fn finish(self, comm: &str) -> (Vec<RawProcess>, u64) {
         self.engine.stop();
         let mut lost = 0;
@@ -114,7 +114,7 @@ const WAKER: &str = "#include <dlfcn.h>\n#include <time.h>\n#include <unistd.h>\
     for (int i = 1; i < c; i++) { void *l = dlopen(v[i], RTLD_NOW); if (!l) return 1; f[n++] = (long (*)(long))dlsym(l, \"enter\"); }\n\
     for (long i = 0;; i++) { usleep(500000); long until = now() + 500000; while (now() < until) sink += f[i % n](2000); } }\n";
 
-/// How many wake; a benchmark asks for more.
+/// The number of processes that wake; a benchmark uses more.
 fn wakers() -> usize {
     env::var("GANNET_TEST_WAKERS").map_or(100 / slower() as usize, |text| text.parse().unwrap())
 }
@@ -133,7 +133,7 @@ fn every_tick_that_hits_one_of_many_processes_is_a_whole_stack() {
         (0..wakers()).map(|_| quietly(Command::new(&waker).args(&libraries))).collect();
     let machine = Machine::start(KernelOptions::default());
     machine.sample(Match { comm: vec!["*".into()], ..Match::default() }, 199 / slower());
-    // From when the rule is in force: the clocks tick a little earlier.
+    // Count from the moment when the rule is in force: the clocks tick a little earlier.
     let before = machine.stand_still(true);
     std::thread::sleep(Duration::from_secs(6) * slower());
     let after = machine.stand_still(false);
@@ -163,8 +163,9 @@ fn every_tick_that_hits_one_of_many_processes_is_a_whole_stack() {
     assert!(all >= 20 && in_library * 4 > all, "{in_library} in a library, of {all}");
 }
 
+/// Checks the eviction of tables under load (R49).
 #[test]
-fn r49_more_programs_than_tables_fit_are_whole_all_the_same() {
+fn more_programs_than_tables_fit_have_complete_stacks() {
     let directory = tempfile::tempdir().unwrap();
     let original = fs::read(program(
         "one-of-many",
@@ -183,7 +184,7 @@ fn r49_more_programs_than_tables_fit_are_whole_all_the_same() {
     for batch in 0..6 {
         let running: Vec<Running> = (0..4)
             .map(|n| {
-                // Another length is other contents.
+                // Another length makes another content.
                 let number = batch * 4 + n;
                 let path = directory.path().join(format!("many-{number}"));
                 let mut bytes = original.clone();
@@ -212,7 +213,7 @@ fn r49_more_programs_than_tables_fit_are_whole_all_the_same() {
             programs += 1;
             for stack in &process.stacks {
                 let whole = matches!(stack.end, StackEnd::Complete | StackEnd::None);
-                // What was sampled inside of execve has no stack yet, or one that is being made.
+                // A sample inside of execve has no stack yet, or one that is being built.
                 let in_kernel = !stack.kernel.is_empty() && stack.user.len() <= 1;
                 assert!(whole || in_kernel, "{}: {stack:x?}", process.comm);
             }

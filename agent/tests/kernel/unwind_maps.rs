@@ -1,4 +1,4 @@
-//! Needs root and a kernel with BTF: the maps that stacks are unwound by, the real ones, and mappings that change.
+//! The kernel's maps for unwinding, and mappings that change. Needs root and a kernel with BTF.
 
 use std::process::Command;
 
@@ -6,11 +6,12 @@ use crate::common::{idle_functions, in_order, is_marked, program, record, slower
 use gannet_agent::kernel::{Kernel, KernelMapping, KernelOptions, UnwindDriver, UnwindMaps as _, blocks};
 use rstest::rstest;
 
+/// Checks the edges of mappings in the trie (R5, R7).
 #[test]
-fn r5_r7_an_address_is_found_exactly_from_the_first_to_the_last() {
+fn an_address_is_found_exactly_within_its_mapping() {
     let mut kernel = Kernel::start(KernelOptions::default()).unwrap();
     let mapping = |begin: u64, end: u64| KernelMapping { begin, end, bias: 0, table: None };
-    // Two that touch, one far above; the same and others for a second process.
+    // Two mappings that touch and one far above; the same and others for a second process.
     let first =
         [mapping(0x1000, 0x7000), mapping(0x7000, 0x8000), mapping(0x7fff_ffff_0000, 0x7fff_ffff_5000)];
     let second = [mapping(0x3000, 0x9000), mapping(u64::MAX - 0xffff, u64::MAX - 0xfff)];
@@ -63,13 +64,14 @@ fn the_verifier_is_far_from_its_limit() {
             let instructions = verified[program.name];
             eprintln!("verified {}: {instructions} instructions", program.name);
             assert!((1..500_000).contains(&instructions), "{program:?}: {verified:?}");
-            // Kernels before 5.16 count, and do not say so here.
+            // Kernels before 5.16 count this, and report no error here.
             assert!([0, instructions].contains(&program.verified_instructions), "{program:?}: {verified:?}");
         }
     }
 }
 
-/// One library after the other at the same address, moved, cut, and replaced: what is there is what is called.
+/// A program that maps one library after the other at the same address, moves, cuts and replaces them, and calls the library
+/// that is there.
 const CHANGES: &str = r"
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -112,8 +114,9 @@ int main(int count, char **words) {
 #[rstest]
 #[case::with_its_tables(20_000, [0, 0])]
 // An emulated machine takes ten times as long for a table, but hardly longer for a loop.
+/// Checks samples while mappings change all the time (R15).
 #[case::before_it_has_its_tables(4_000 * slower(), [1_500_000, 100_000])]
-fn r15_no_frame_is_named_after_a_file_that_is_no_longer_there(#[case] rounds: u32, #[case] idle: [u32; 2]) {
+fn no_frame_has_the_name_of_an_unmapped_file(#[case] rounds: u32, #[case] idle: [u32; 2]) {
     let library = |name: &str, function: &str, more: &str| {
         let source = format!(
             "long {function}(long n) {{ long s = 0; for (long i = 0; i < n; i++) {{ s += i; __asm__ volatile(\"\" : \"+r\"(s)); }} return s; }}\n{more}"
@@ -125,7 +128,7 @@ fn r15_no_frame_is_named_after_a_file_that_is_no_longer_there(#[case] rounds: u3
         )
     };
     let one = library("one.so", "code_of_one", "");
-    // Both are made here, so that other machines have theirs.
+    // This builds both programs, so that other machines have theirs.
     let two = idle.map(|count| {
         let more = if count == 0 { String::new() } else { idle_functions(count) };
         library("two.so", "code_of_two", &more)
@@ -133,7 +136,7 @@ fn r15_no_frame_is_named_after_a_file_that_is_no_longer_there(#[case] rounds: u3
     let two = &two[usize::from(slower() > 1)];
     let host = program("changes", CHANGES, &[]);
     let [host, one, two] = [&host, &one, two].map(|path| path.to_str().unwrap());
-    // Each function is at the begin of its page, or the program would call something else.
+    // Each function is at the beginning of its page, where the program calls it.
     let status =
         Command::new("sh").args(["-c", "test -s \"$0\" && test -s \"$1\"", one, two]).status().unwrap();
     assert!(status.success());
@@ -146,7 +149,7 @@ fn r15_no_frame_is_named_after_a_file_that_is_no_longer_there(#[case] rounds: u3
     ] {
         let whole =
             |stack: &[String]| in_order(stack, &["_start", "main", stage, function]) && !is_marked(stack);
-        // What is in the stage's own instructions between two calls has no frame of the library; the kernel's may follow.
+        // A sample between two calls has no frame of the library; frames of the kernel may follow.
         let own = |stack: &[String]| {
             let below = stack.iter().skip_while(|frame| *frame != stage).nth(1);
             below.is_none_or(|frame| {

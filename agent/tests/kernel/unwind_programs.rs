@@ -1,5 +1,5 @@
-//! Needs root, a kernel with BTF, and compilers for C, C++, Rust and Go: programs built in the ways that software is
-//! shipped are recorded side by side, and every function of theirs must be in every stack.
+//! Programs that are built in the ways that software is shipped. The agent records them side by side, and every stack must hold
+//! every function of its program. Needs root, a kernel with BTF, and compilers for C, C++, Rust and Go.
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use crate::common::{
     Language, Recording, Running, in_order, is_marked, program, program_in, record_for, slower,
 };
 
-/// Samples that may be odd: one of a thousand.
+/// The share of samples that may be odd: one of a thousand.
 const MOST_ODD: u64 = 1000;
 
 /// Some hundreds of samples do not tell one of a thousand from none.
@@ -20,9 +20,9 @@ fn too_many_odd(odd: u64, all: u64) -> bool {
     odd > 1 && odd * MOST_ODD > all
 }
 
-/// A program that runs, the function to look at, and what must be in its stacks from the root on.
+/// A running program, its innermost function, and the functions that its stacks must hold from the root on.
 struct Case {
-    /// What it is called.
+    /// Its name.
     what: &'static str,
     running: Running,
     leaf: &'static str,
@@ -43,19 +43,19 @@ impl Case {
         in_order(stack, &chain) && !is_marked(stack)
     }
 
-    /// What is wrong, if anything is.
+    /// Returns the fault of its stacks, if they have one.
     fn fault(&self, recording: &Recording, least: u64) -> Option<String> {
         let mine = recording
             .stacks
             .iter()
             .filter(|(stack, _)| stack.iter().any(|name| name == self.leaf))
-            // The one whose functions are those of others, too.
+            // Other programs have the functions of this one, too.
             .filter(|(stack, _)| self.leaf != "spin" || stack[0] == self.what);
         let (good, all) = mine.clone().fold((0, 0), |(good, all), (stack, n)| {
             (good + if self.is_whole(stack) { *n } else { 0 }, all + n)
         });
-        // The first samples come with a copy of the stack that the thread is on: below a handler on another one it says
-        // that there is more.
+        // The first samples come with a copy of the thread's current stack: below a handler on another stack they have the
+        // mark of a stack that is cut.
         let first =
             |stack: &[String]| self.elsewhere && stack[1] == "[truncated]" && stack.contains(&self.chain[4]);
         let cut: u64 = mine.clone().filter(|(stack, _)| first(stack)).map(|(_, n)| n).sum();
@@ -71,7 +71,7 @@ fn check(cases: &[Case], seconds: u32, least: u64) {
     let pids: Vec<String> = cases.iter().map(|case| case.running.0.id().to_string()).collect();
     let mut arguments = vec!["--pid"];
     arguments.extend(pids.iter().map(String::as_str));
-    // A dozen programs that spin leave the agent little of a small machine, and it takes their first samples' stacks whole.
+    // A dozen programs that spin leave the agent little of a small machine, and their first samples come with their stacks.
     let recording = record_for(seconds, 299, &arguments);
     assert_eq!(recording.lost.values().sum::<u64>(), 0, "{:?}", recording.lost);
     let faults: Vec<String> = cases.iter().filter_map(|case| case.fault(&recording, least)).collect();
@@ -94,10 +94,10 @@ fn deep(what: &'static str, flags: &[&str]) -> Case {
     case
 }
 
-/// What the compiler driver of musl-tools adds.
+/// The flags that the compiler driver of musl-tools adds.
 const MUSL: [&str; 2] = ["-specs", "/usr/lib/x86_64-linux-musl/musl-gcc.specs"];
 
-/// Most of its time is in the C library: in functions that call others, keep registers and have places for local data.
+/// A program that is in the C library most of the time: in functions that make calls, save registers and have local data.
 const IN_MUSL: &str = r#"
 #include <stdio.h>
 #include <string.h>
@@ -112,9 +112,9 @@ __attribute__((noinline)) long again(long n) { return n ? again(n - 1) + 1 : wri
 int main() { for (;;) again(20); }
 "#;
 
-/// Whole though no file says how: by the instructions of the C library.
+/// Checks code without frame information: its instructions give the rules (R53).
 #[test]
-fn r53_inside_musl_stacks_are_whole() {
+fn inside_musl_stacks_are_complete() {
     for (name, flags) in [("in-musl", &MUSL[..]), ("in-musl-static", &[&MUSL[..], &["-static"]].concat())] {
         let running = Running::start(&mut Command::new(program(name, IN_MUSL, flags)));
         let pid = running.0.id().to_string();
@@ -136,21 +136,22 @@ fn r53_inside_musl_stacks_are_whole() {
     }
 }
 
-/// Pages in the midst of its stack are never touched, so the kernel has none there.
+/// A program that never touches pages in the middle of its stack, so that they do not exist.
 const HOLES: &str = "volatile long sink;\n\
     __attribute__((noinline)) long hole_spin(long n) { for (;;) sink += n; }\n\
     __attribute__((noinline)) long hole(long n) { char room[18000]; __asm__ volatile(\"\" :: \"r\"(room) : \"memory\"); return hole_spin(n) + room[n]; }\n\
     int main(void) { return hole(1) + 1; }\n";
 
+/// Checks each way of linking C (R48, R53).
 #[test]
-fn r48_r53_c_without_frame_pointers_is_whole_however_it_is_linked() {
+fn c_without_frame_pointers_is_complete() {
     let cases = [
         deep("deep-pie", &[]),
         deep("deep-fixed", &["-no-pie"]),
         deep("deep-static", &["-static", "-no-pie"]),
         deep("deep-static-pie", &["-static-pie"]),
         deep("deep-no-header", &["-Wl,--no-eh-frame-hdr"]),
-        // A C library that says nothing of its own stacks.
+        // A C library without frame information.
         deep("deep-musl", &MUSL),
         deep("deep-musl-fixed", &[&MUSL[..], &["-static"]].concat()),
         Case::of(
@@ -163,7 +164,7 @@ fn r48_r53_c_without_frame_pointers_is_whole_however_it_is_linked() {
     check(&cases, 8, 60);
 }
 
-/// Calls functions of the C library for the first time, again and again: what the linkage table held at first is put back.
+/// A program that calls functions of the C library for the first time, again and again: it restores the linkage table.
 const LAZY: &str = "#define ALL F(abs) F(labs) F(llabs) F(ffs) F(ffsl) F(ffsll) F(toupper) F(tolower) F(htonl) F(htons) \\\n\
     F(ntohl) F(ntohs) F(isalnum) F(isalpha) F(iscntrl) F(isdigit) F(isgraph) F(islower) F(isprint) F(ispunct) F(isspace) \\\n\
     F(isupper) F(isxdigit) F(isblank)\n\
@@ -174,9 +175,9 @@ const LAZY: &str = "#define ALL F(abs) F(labs) F(llabs) F(ffs) F(ffsl) F(ffsll) 
     int main(void) { for (int i = 0; i < ENTRIES; i++) first[i] = _GLOBAL_OFFSET_TABLE_[3 + i];\n\
     for (;;) { for (int i = 0; i < ENTRIES; i++) _GLOBAL_OFFSET_TABLE_[3 + i] = first[i]; lazy_calls(1); } }\n";
 
-/// The dynamic linker aligns its stack while it looks a function up, and finds its frame by another register than others do.
+/// Checks the dynamic linker, which aligns its stack during a look-up and finds its frame by rbx (R48, R53).
 #[test]
-fn r48_r53_while_functions_are_looked_up_for_the_first_call_stacks_are_whole() {
+fn stacks_through_the_dynamic_linker_are_complete() {
     let lazy = program("lazy", LAZY, &["-no-pie", "-fplt", "-fno-builtin", "-Wl,-z,lazy,-z,norelro"]);
     let running = Running::start(&mut Command::new(lazy));
     let pid = running.0.id().to_string();
@@ -185,7 +186,7 @@ fn r48_r53_while_functions_are_looked_up_for_the_first_call_stacks_are_whole() {
     let whole = |stack: &[String]| in_order(stack, &["_start", "main"]) && !is_marked(stack);
     let (good, _) = recording.share("main", whole);
     let odd: Vec<_> = recording.stacks.iter().filter(|(stack, _)| !whole(stack)).take(3).collect();
-    // Below the caller is the linker.
+    // The caller's callee is the linker.
     let below = |stack: &[String]| stack.iter().skip_while(|name| *name != "lazy_calls").count() > 1;
     let (inside, _) = recording.share("lazy_calls", below);
     assert!(
@@ -245,12 +246,13 @@ const GO: &str = "package main\n\nimport \"strings\"\n\nvar sink int\n\n\
     //go:noinline\nfunc first(s string) int { r := second(len(s)); return r + strings.Count(s, \"a\") }\n\n\
     func main() { go first(\"abc\"); first(\"abcd\") }\n";
 
+/// Checks C++, Rust and Go, and a library that is opened during the recording (R47, R48, R53).
 #[test]
-fn r47_r48_r53_other_languages_are_whole_and_a_library_opened_late_is_named() {
+fn other_languages_are_complete() {
     let plugin = program("plugin.so", PLUGIN, &["-shared", "-fPIC"]);
     let cpp = program_in(Language::Cpp, "cpp-virtual", VIRTUAL, &["-ldl", "-rdynamic"]);
     let mut with_plugin = Command::new(cpp);
-    // In the midst of the recording.
+    // In the middle of the recording.
     with_plugin.arg(&plugin).arg((3 * slower()).to_string());
     let rust = |name: &'static str, prefix: &str, flags: &[&str]| {
         Command::new(program_in(Language::Rust, name, &THREADS.replace("PREFIX", prefix), flags))
@@ -267,7 +269,7 @@ fn r47_r48_r53_other_languages_are_whole_and_a_library_opened_late_is_named() {
     );
     let cases = [
         cpp_case,
-        // The linker that the compiler brings, and that of most distributions.
+        // The linker of the compiler, and that of most distributions.
         Case::of(
             "rust-own",
             rust("rust-own", "own", &[]),
@@ -333,7 +335,7 @@ int main(void) {
 }
 "#;
 
-/// Becomes itself out of memory that has no name in any directory.
+/// A program that executes itself from memory that no directory names.
 const MEMFD: &str = r#"
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -368,7 +370,7 @@ fn simple(name: &str, prefix: &str, flags: &[&str]) -> std::path::PathBuf {
     program(name, &SIMPLE.replace("PREFIX", prefix), flags)
 }
 
-/// In a mount namespace of its own, from a file system that nobody else sees.
+/// A program in a mount namespace of its own, on a file system that no other process sees.
 fn elsewhere(program: &Path, place: &Path) -> Command {
     let mut command = Command::new("/bin/sh");
     command.arg("-c").arg("mount -t tmpfs none \"$1\" && cp \"$0\" \"$1/hidden\" && exec \"$1/hidden\"");
@@ -392,8 +394,9 @@ fn elsewhere(program: &Path, place: &Path) -> Command {
     command
 }
 
+/// Checks code made at run time, programs without a file, and other mount namespaces (R53, R54).
 #[test]
-fn r53_r54_unusual_programs_are_whole() {
+fn unusual_programs_are_complete() {
     let directory = tempfile::tempdir().unwrap();
     let place = directory.path().join("place");
     fs::create_dir(&place).unwrap();
@@ -445,8 +448,9 @@ fn r53_r54_unusual_programs_are_whole() {
     fs::remove_file(map).unwrap();
 }
 
+/// Checks that no 32-bit stack is guessed (R54).
 #[test]
-fn r54_a_32_bit_program_is_named_as_what_it_is() {
+fn a_32_bit_program_has_a_mark_in_place_of_its_stack() {
     let flags = ["-m32", "-nostdlib", "-static", "-g0"];
     let file = program("narrow", "void _start(void) { for (;;) ; }\n", &flags);
     let running = Running::start(&mut Command::new(file));
@@ -456,7 +460,7 @@ fn r54_a_32_bit_program_is_named_as_what_it_is() {
     assert_eq!(all, recording.delivered, "{recording:?}");
 }
 
-/// A third of a million functions of three rows each, of which no two neighbours are alike.
+/// A third of a million functions of three rows each; neighbouring functions differ.
 fn million() -> String {
     String::from(
         "volatile long sink;\n\
@@ -469,8 +473,9 @@ fn million() -> String {
     )
 }
 
+/// Checks a table of the largest size in the kernel (R50).
 #[test]
-fn r50_a_library_of_a_million_rows_unwinds() {
+fn a_library_of_a_million_rows_unwinds() {
     let library = program("million.so", &million(), &["-g0", "-shared", "-fPIC"]);
     let host = program(
         "million-host",

@@ -1,5 +1,5 @@
-//! Symbols of real programs: compiled here, run, mapped by the kernel, looked up by the addresses that they report of
-//! themselves. They need root, as the agent does: other processes' mappings are opened through `/proc/PID/map_files`.
+//! Symbols of real programs: the tests compile and run them, and look up addresses that the programs report of themselves. They
+//! need root, as the agent does: it opens other processes' mappings through `/proc/PID/map_files`.
 
 use std::{
     collections::BTreeMap,
@@ -153,7 +153,7 @@ fn table() -> FileTable {
     FileTable::new(NonZeroUsize::new(64).unwrap())
 }
 
-/// The executable mappings of a live process.
+/// Returns the executable mappings of a live process.
 fn image(pid: u32, files: &mut FileTable) -> Arc<Image> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
     let mut mappings = Vec::new();
@@ -229,7 +229,7 @@ fn symbolize(symbolizer: &Symbolizer, raw: RawProfile) -> Profile {
 }
 
 fn config() -> SymbolizerConfig {
-    // Beside the tests the agent itself is not what `/proc/self/exe` says.
+    // In a test, `/proc/self/exe` is not the agent.
     let reader = PathBuf::from(env!("CARGO_BIN_EXE_gannet-agent"));
     SymbolizerConfig { debug_reader: Some(reader), ..SymbolizerConfig::default() }
 }
@@ -242,7 +242,7 @@ fn text(profile: &Profile, index: i64) -> &str {
     &profile.string_table[usize::try_from(index).unwrap()]
 }
 
-/// The names of each frame of the only sample, leaf first; those of one frame innermost first.
+/// Returns the names of each frame of the only sample, leaf first; those of one frame innermost first.
 #[track_caller]
 fn names(profile: &Profile) -> Vec<Vec<String>> {
     let [sample] = profile.sample.as_slice() else { panic!("{} samples", profile.sample.len()) };
@@ -264,7 +264,7 @@ fn names_of(program: &Program, user: &[u64]) -> Vec<Vec<String>> {
     names(&symbolize(&new_symbolizer(), raw(key(pid), image, vec![stack(&[], user, StackEnd::Complete)])))
 }
 
-/// Every way of linking moves the code differently against the file.
+/// Checks each way of linking, which gives code other addresses and offsets.
 #[rstest]
 #[case::pie(&["-g"])]
 #[case::no_debug_info(&[])]
@@ -281,7 +281,7 @@ fn names_of(program: &Program, user: &[u64]) -> Vec<Vec<String>> {
 fn addresses_of_every_kind_of_program_have_their_names(#[case] flags: &[&str]) {
     let program = start_c(flags);
     let at = |name: &str| program.addresses[name];
-    // The leaf is where it is; `outer` and the rest are where calls return to.
+    // The address of the leaf is its own; those of `outer` and the others are return addresses.
     let user = [at("leaf"), at("outer"), at("far_away") + 1, at("ends_with_a_call")];
     let frames = names_of(&program, &user);
     let outermost: Vec<_> = frames.iter().map(|frame| frame.last().cloned().unwrap_or_default()).collect();
@@ -289,7 +289,7 @@ fn addresses_of_every_kind_of_program_have_their_names(#[case] flags: &[&str]) {
 }
 
 #[test]
-fn a_return_address_behind_the_end_of_a_function_belongs_to_the_caller() {
+fn a_return_address_behind_a_function_belongs_to_the_caller() {
     let program = start_c(&[]);
     let address = program.addresses["ends_with_a_call"];
     assert_eq!(
@@ -309,7 +309,7 @@ fn inlined_functions_are_lines_of_their_frame_innermost_first() {
 }
 
 #[test]
-fn lines_say_where_in_the_source_each_function_is() {
+fn lines_locate_each_function_in_its_source() {
     let program = start_c(&["-g"]);
     let pid = program.child.id();
     let image = image(pid, &mut table());
@@ -334,16 +334,16 @@ fn rust_names_are_readable_and_inlined(#[case] flags: &[&str], #[case] expected:
     run_tool(Command::new("rustc").args(flags).arg("-o").args([&path, &source]));
     let program = start(directory, path);
     let address = program.addresses["checkout"];
-    // As a caller, so that it is the instruction before, which is the one that takes its own address.
+    // As a caller, so that the look-up finds the instruction before, which takes its own address.
     assert_eq!(names_of(&program, &[address, address])[1], expected);
 }
 
-/// Go's own table serves where the linker was told to leave the symbols out, as most images are built.
+/// Checks that Go's own table names the functions of programs without symbols, as most images have them.
 #[rstest]
 #[case::stripped(&["-ldflags=-s -w"])]
 #[case::stripped_and_position_independent(&["-ldflags=-s -w", "-buildmode=pie"])]
 #[case::stripped_and_linked_with_c(&["-ldflags=-s -w -linkmode=external"])]
-#[case::whole(&[])]
+#[case::with_symbols(&[])]
 fn go_programs_have_names(#[case] flags: &[&str]) {
     const PROGRAM: &str = r#"
 package main
@@ -424,7 +424,7 @@ int main() { shop::Cart c; auto p = (void *(shop::Cart::*)(int))&shop::Cart::che
 }
 
 #[test]
-fn a_profile_is_written_as_pprof_wants_it() {
+fn a_profile_has_the_form_of_pprof() {
     let program = start_c(&["-g"]);
     let pid = program.child.id();
     let image = image(pid, &mut table());
@@ -488,7 +488,7 @@ fn a_frame_without_a_name_keeps_its_mapping_and_build_id() {
 }
 
 #[test]
-fn a_program_that_was_deleted_while_it_runs_has_names() {
+fn a_deleted_program_that_still_runs_has_names() {
     let program = start_c(&["-g"]);
     fs::remove_file(&program.path).unwrap();
     assert_eq!(names_of(&program, &[program.addresses["leaf"]]), [["leaf"]]);
@@ -508,7 +508,7 @@ fn a_program_whose_process_has_ended_has_names() {
 }
 
 #[test]
-fn a_file_that_takes_the_name_of_another_is_not_taken_for_it() {
+fn a_file_that_replaces_another_has_its_own_names() {
     let mut files = table();
     let symbolizer = new_symbolizer();
     let old = start_c(&["-g", "-no-pie"]);
@@ -529,7 +529,7 @@ fn a_file_that_takes_the_name_of_another_is_not_taken_for_it() {
 }
 
 #[test]
-fn a_file_is_opened_once_for_all_its_processes_and_the_number_open_is_bounded() {
+fn a_file_is_opened_once_and_open_files_have_a_limit() {
     let (directory, path) = compile_c(&[]);
     let first = start(directory, path.clone());
     let second = start(tempfile::tempdir().unwrap(), path);
@@ -546,18 +546,18 @@ fn a_file_is_opened_once_for_all_its_processes_and_the_number_open_is_bounded() 
     let mut small = FileTable::new(NonZeroUsize::MIN);
     let held = image(first.child.id(), &mut small);
     assert_eq!(small.stats().open, 1);
-    assert!(small.stats().refused > 0, "the C library found a place that the program holds");
+    assert!(small.stats().refused > 0, "the C library took the descriptor that the program holds");
     drop(held);
     let refused = small.stats().refused;
     let other = start_c(&["-g"]);
     let main_of_other = main(&image(other.child.id(), &mut small));
-    assert!(main_of_other.file.is_some(), "a file that nobody holds gives its place up");
+    assert!(main_of_other.file.is_some(), "an unused file makes room");
     assert_eq!(small.stats().open, 1);
     assert!(small.stats().refused > refused);
 }
 
 #[test]
-fn where_the_mapping_cannot_be_opened_the_path_serves_if_it_is_the_same_file() {
+fn the_path_serves_where_the_mapping_cannot_be_opened() {
     let program = start_c(&[]);
     let metadata = fs::metadata(&program.path).unwrap();
     let path = program.path.to_str().unwrap();
@@ -645,7 +645,7 @@ fn code_made_at_run_time_is_named_by_its_perf_map() {
         symbolize(&symbolizer, raw(key, image.clone(), stacks))
     };
     let profile = named(key(pid));
-    // A process that only has the same number has its own functions.
+    // Another process with the same PID has its own functions.
     let stranger = named(ProcessKey { start_boottime_ns: 1, ..key(pid) });
     fs::remove_file(&path).unwrap();
     assert_eq!(names(&profile), [["LazyCompile:*checkout?[31m /app/shop.js:12"]]);
@@ -654,7 +654,7 @@ fn code_made_at_run_time_is_named_by_its_perf_map() {
 }
 
 #[test]
-fn a_file_that_is_cut_while_it_is_read_ends_nothing() {
+fn a_file_that_is_cut_while_it_is_read_does_no_harm() {
     let program = start_c(&["-g"]);
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("library");
@@ -670,7 +670,7 @@ fn a_file_that_is_cut_while_it_is_read_ends_nothing() {
     let profile =
         symbolize(&symbolizer, raw(key(pid), mapped, vec![stack(&[], &everywhere, StackEnd::Complete)]));
     assert_eq!(profile.sample[0].location_id.len(), everywhere.len());
-    // And the next file is read as ever.
+    // The next file is read as before.
     assert_eq!(
         names(&symbolize(
             &symbolizer,
@@ -684,7 +684,7 @@ fn a_file_that_is_cut_while_it_is_read_ends_nothing() {
     );
 }
 
-/// The file as if it were mapped whole at 0x10000000.
+/// Returns an image with the complete file mapped at 0x10000000.
 fn mapped_image(path: &Path) -> Arc<Image> {
     let file = File::open(path).unwrap();
     let metadata = file.metadata().unwrap();
@@ -694,10 +694,10 @@ fn mapped_image(path: &Path) -> Arc<Image> {
 }
 
 #[test]
-fn compressed_mini_debug_info_names_what_was_stripped() {
+fn compressed_mini_debug_info_names_a_stripped_program() {
     let (directory, path) = compile_c(&[]);
     let inside = |name: &str| directory.path().join(name);
-    // As distributions do it: the functions' symbols alone, compressed, in a section of the stripped file.
+    // As distributions do it: only the symbols of functions, compressed, in a section of the stripped file.
     run_tool(Command::new("objcopy").args(["--only-keep-debug"]).args([&path, &inside("mini")]));
     run_tool(Command::new("xz").arg(inside("mini")));
     run_tool(
@@ -712,7 +712,7 @@ fn compressed_mini_debug_info_names_what_was_stripped() {
     assert_eq!(names_of(&program, &[program.addresses["leaf"]]), [["leaf"]]);
 }
 
-/// As linkers write it for functions of libraries that keep several versions of one.
+/// Checks the form that linkers write for libraries with several versions of a function.
 #[test]
 fn a_function_is_named_without_the_version_behind_its_name() {
     let (directory, path) = compile_c(&[]);
@@ -724,7 +724,7 @@ fn a_function_is_named_without_the_version_behind_its_name() {
 #[rstest]
 #[case::by_build_id(true)]
 #[case::by_name_and_checksum(false)]
-fn debug_information_that_is_shipped_apart_is_found(#[case] has_build_id: bool) {
+fn a_separate_debug_file_is_found(#[case] has_build_id: bool) {
     let (directory, path) = compile_c(&[
         "-g",
         if has_build_id { "-Wl,--build-id=0xabcdef0123456789" } else { "-Wl,--build-id=none" },
@@ -749,13 +749,13 @@ fn debug_information_that_is_shipped_apart_is_found(#[case] has_build_id: bool) 
     };
     assert_eq!(named(vec![debug_dir.path().to_owned()]), [["inner", "holder"]]);
     assert_eq!(named(vec![]), [Vec::<String>::new()]);
-    // Another program's debug information in its place is not believed.
+    // Debug information of another program in the same place is not used.
     let (_other, other) = compile_c(&["-g", "-Wl,--build-id=0x1111111111111111", "-Dinner=wrong"]);
     fs::copy(&other, &kept).unwrap();
     assert_eq!(named(vec![debug_dir.path().to_owned()]), [Vec::<String>::new()]);
 }
 
-/// One function whose debug information is written by hand.
+/// A function with debug information that is written by hand.
 const HOSTILE: &str = r#"
 .text
 .globl main
@@ -794,7 +794,7 @@ after:
 .section .note.GNU-stack, "", %progbits
 "#;
 
-/// The file's name of its only function, and how many files' debug information was given up.
+/// Returns the name of the file's only function, and the number of files whose debug information was given up.
 fn name_with_nesting(nesting: usize) -> (Vec<Vec<String>>, u64) {
     use object::{Object, ObjectSection, ObjectSymbol};
     let directory = tempfile::tempdir().unwrap();
@@ -855,7 +855,7 @@ fn a_reader_that_does_not_answer_is_not_waited_for() {
     assert_eq!(names(&profile), [["holder"]]);
     assert!(begin.elapsed() < Duration::from_secs(20));
     assert_eq!(sleeper.stats().unusable_debug_info.load(Ordering::Relaxed), 1);
-    // Nor is it for the next file: one wait pays for many.
+    // The next file does not wait either: the time is used up for all files.
     let other = start_c(&["-g"]);
     let stacks = vec![stack(&[], &[other.addresses["inner"]], StackEnd::Complete)];
     let pid = other.child.id();
@@ -866,7 +866,7 @@ fn a_reader_that_does_not_answer_is_not_waited_for() {
 }
 
 #[test]
-fn what_was_looked_up_once_is_not_read_again() {
+fn a_known_address_is_not_read_again() {
     let (_directory, path) = compile_c(&["-g", "-no-pie"]);
     let mapped = mapped_image(&path);
     let symbolizer = new_symbolizer();
@@ -883,7 +883,7 @@ fn what_was_looked_up_once_is_not_read_again() {
 }
 
 #[test]
-fn files_of_the_same_contents_are_named_once() {
+fn files_with_the_same_content_are_read_once() {
     let (directory, path) = compile_c(&["-g", "-no-pie"]);
     let copy = directory.path().join("copy");
     fs::copy(&path, &copy).unwrap();
@@ -897,16 +897,16 @@ fn files_of_the_same_contents_are_named_once() {
     let (first, bytes) = look(&path);
     assert!(first.iter().flatten().any(|name| name == "holder") && bytes > 0, "{first:?}");
     assert_eq!(look(&copy), (first, bytes));
-    // Another build is another file, whatever it is called.
+    // Another build is another file, whatever its name.
     let (_other, path) = compile_c(&["-g", "-no-pie", "-O1"]);
     assert!(look(&path).1 > bytes);
 }
 
 #[test]
-fn a_full_queue_gives_the_profile_back() {
+fn a_full_queue_returns_the_profile() {
     let symbolizer = Symbolizer::start(SymbolizerConfig { queue: 1, ..config() }).unwrap();
     let pid = std::process::id();
-    // The kernel's symbols take long enough to read for the others to pile up behind.
+    // Reading the kernel's symbols takes so long that the other requests queue up.
     let one = || raw(key(pid), Arc::default(), vec![stack(&[1 << 63], &[], StackEnd::None)]);
     let results: Vec<_> = (0..50).map(|_| symbolizer.try_symbolize(vec![one()])).collect();
     let refused = results.iter().filter(|result| result.is_err()).count();
@@ -928,7 +928,7 @@ proptest! {
 
     /// A damaged file costs bounded time, ends nothing, and leaves the others readable.
     #[test]
-    fn damaged_files_are_taken_without_harm(
+    fn damaged_files_are_read_without_harm(
         changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..40),
         head in proptest::collection::vec((0usize..0x400, any::<u8>()), 0..4),
         cut in proptest::option::of(any::<prop::sample::Index>()),
