@@ -8,7 +8,8 @@ use crate::metrics::Metric;
 
 /// Returns the markdown of all commands and options of a program.
 ///
-/// A command that reads a file (it has an option `config`) also has a column with the keys of the file.
+/// Only the program itself shows options that all its commands share. A command that reads a file (it has an option
+/// `config`) also has a column with the keys of the file.
 pub fn options(command: &Command) -> String {
     let mut command = command.clone();
     command.build();
@@ -61,13 +62,24 @@ fn row(arg: &Arg, has_file: bool, page: &mut String) {
     let option = format!("`{}{values}`", flags.join(", "));
     let variable = arg.get_env().map(|name| format!("`{}`", name.to_string_lossy())).unwrap_or_default();
     let defaults = arg.get_default_values().iter().map(|value| format!("`{}`", value.to_string_lossy()));
-    let default = match arg.get_action() {
+    let mut default = match arg.get_action() {
         ArgAction::Set | ArgAction::Append if !arg.is_hide_default_value_set() => {
             defaults.collect::<Vec<_>>().join(", ")
         }
         _ => String::new(),
     };
     let mut help = arg.get_long_help().or(arg.get_help()).map(ToString::to_string).unwrap_or_default();
+    // A default that depends on the machine stands in the help.
+    if let Some((text, rest)) = help.rsplit_once("[default: ")
+        && let Some(value) = rest.trim_end().strip_suffix(']')
+    {
+        value.clone_into(&mut default);
+        help = text.to_owned();
+    }
+    let mut help = cell(&help);
+    if !help.is_empty() && !help.ends_with('.') {
+        help.push('.');
+    }
     let possible: Vec<String> = arg
         .get_possible_values()
         .iter()
@@ -78,14 +90,14 @@ fn row(arg: &Arg, has_file: bool, page: &mut String) {
         })
         .collect();
     if !possible.is_empty() {
-        let _ = write!(help, " One of {}.", possible.join(", "));
+        let _ = write!(help, " One of {}.", cell(&possible.join(", ")));
     }
     let key = match arg.get_id().as_str() {
         _ if !has_file => String::new(),
         "config" | "print_config" => " |".to_owned(),
         id => format!(" `{id}` |"),
     };
-    let _ = writeln!(page, "| {option} | {variable} |{key} {default} | {} |", cell(&help));
+    let _ = writeln!(page, "| {option} | {variable} |{key} {} | {help} |", cell(&default));
 }
 
 /// Returns the markdown table of metrics.
@@ -139,17 +151,17 @@ mod tests {
         let command = Command::new("gannet-agent")
             .subcommand(run)
             .subcommand(
-                Command::new("show").arg(Arg::new("file").value_name("FILE").required(true).help("A file")),
+                Command::new("show").arg(Arg::new("file").value_name("FILE").help("A file [default: none]")),
             )
             .subcommand(Command::new("secret").hide(true));
         let page = options(&command);
         let expected = "## `gannet-agent`\n\n## `gannet-agent run`\n\nSamples this node\n\n\
             | Option | Variable | Key | Default | Description |\n| --- | --- | --- | --- | --- |\n\
-            | `--config FILE` | `GANNET_AGENT_CONFIG` | |  | A YAML file |\n\
-            | `--log-format FORMAT` |  | `log_format` | `text` | Form of a\\|b log lines One of `text`, `json`. |\n\
+            | `--config FILE` | `GANNET_AGENT_CONFIG` | |  | A YAML file. |\n\
+            | `--log-format FORMAT` |  | `log_format` | `text` | Form of a\\|b log lines. One of `text`, `json`. |\n\
             | `-k, --insecure` |  | `insecure` |  |  |\n\n\
             ## `gannet-agent show`\n\n| Option | Variable | Default | Description |\n| --- | --- | --- | --- |\n\
-            | `FILE` |  |  | A file |\n\n";
+            | `FILE` |  | none | A file. |\n\n";
         assert_eq!(page, expected);
     }
 

@@ -1,4 +1,4 @@
-//! `gannet-agent record`: one profile, without a collector.
+//! `gannet-agent record`: samples for a while and writes one profile, without a collector.
 
 use std::{
     fs,
@@ -35,12 +35,12 @@ use crate::{
     tables::TableSources,
 };
 
-/// How long a window is: what bounds the memory of a long recording.
+/// Length of a window. It bounds the memory of a long recording.
 const WINDOW: Duration = Duration::from_secs(10);
-/// Windows that wait for their symbols.
-const QUEUE: usize = 64;
+/// Windows that may wait for their symbols.
+const MAX_QUEUED_WINDOWS: usize = 64;
 
-/// Samples programs for a while and writes one profile.
+/// Arguments of `record`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "Examples:
   gannet-agent record --all --duration 10s -o all.svg
@@ -48,75 +48,78 @@ const QUEUE: usize = 64;
   gannet-agent record -o build.html -- make -j8")]
 #[command(group(ArgGroup::new("what").required(true).args(["all", "pid", "comm", "cgroup", "command"])))]
 pub struct RecordArgs {
-    /// Every process and every kernel thread
+    /// Sample all processes and kernel threads
     #[arg(long)]
-    pub all: bool,
-    /// These processes and their children, by number
+    pub(crate) all: bool,
+    /// Sample the processes with these pids and their children
     #[arg(long, value_name = "N", num_args = 1.., value_parser = clap::value_parser!(u32).range(1..))]
-    pub pid: Vec<u32>,
-    /// Processes with these command names: exact, or a prefix with * at its end
+    pub(crate) pid: Vec<u32>,
+    /// Sample processes with these command names: exact, or a prefix with * at its end
     #[arg(long, value_name = "PATTERN", num_args = 1..)]
-    pub comm: Vec<String>,
-    /// Processes in these control groups: a path below the hierarchy's root, exact, or a prefix with * at its end
+    pub(crate) comm: Vec<String>,
+    /// Sample processes in these control groups: a path below the root of the hierarchy, exact, or a prefix with * at its
+    /// end
     #[arg(long, value_name = "PATH", num_args = 1..)]
-    pub cgroup: Vec<String>,
-    /// Samples a second and CPU, 1 to 1000
+    pub(crate) cgroup: Vec<String>,
+    /// Sampling rate in samples per second and CPU, 1 to 1000
     #[arg(long, default_value_t = 99, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub hz: u32,
-    /// How long; a COMMAND is followed to its end unless this is given [default: 30s]
+    pub(crate) hz: u32,
+    /// Time to sample [default: 30s, or until COMMAND ends]
     #[arg(long, value_name = "TIME")]
-    pub duration: Option<TimeSpan>,
-    /// Blocked time instead of CPU time
+    pub(crate) duration: Option<TimeSpan>,
+    /// Record blocked time instead of CPU time
     #[arg(long)]
-    pub off_cpu: bool,
-    /// The file to write; its ending chooses the format: .pb.gz (pprof), .folded, .svg or .html (flame graph)
+    pub(crate) off_cpu: bool,
+    /// File to write. Its ending chooses the format: .pb.gz (pprof), .folded, .svg or .html (flame graph) [default: a
+    /// pprof file named after the time]
     #[arg(short, long, value_name = "FILE")]
-    pub output: Option<Destination>,
-    /// Print what became of the samples as one JSON object
+    pub(crate) output: Option<Destination>,
+    /// Print the numbers of samples taken, delivered and lost as one JSON object
     #[arg(long)]
-    pub json: bool,
-    /// Bytes of the ring between kernel and agent; rounded up to a power of two [default: 1 MiB for each CPU, 2 to 16 MiB]
+    pub(crate) json: bool,
+    /// Size of the ring buffer between kernel and agent; rounded up to a power of two [default: 1MiB for each CPU, 2MiB
+    /// to 16MiB]
     #[arg(long, value_name = "BYTES")]
-    pub ring_bytes: Option<ByteSize>,
-    /// A program to start and to profile from its first instruction, with its children
+    pub(crate) ring_bytes: Option<ByteSize>,
+    /// Program to start; the profile begins with its first instruction and includes its children
     #[arg(last = true, value_name = "COMMAND")]
-    pub command: Vec<String>,
+    pub(crate) command: Vec<String>,
 }
 
-/// Why no profile was written.
+/// Reasons why `record` writes no profile.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
-    /// This machine cannot.
+    /// A required check failed.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// The kernel side cannot work.
+    /// The engine cannot start, or has ended.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// What was asked for is no rule.
+    /// The arguments make no valid rule.
     #[error("{}", list(.0))]
     Rule(Vec<RuleError>),
-    /// The command cannot be run.
+    /// The command cannot start.
     #[error("cannot run `{command}`: {source}")]
     Command {
-        /// What was asked for.
+        /// The command line.
         command: String,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// Nothing was sampled.
-    #[error("no samples were taken in {0:.1?}: nothing that was asked for used a CPU")]
-    Nothing(Duration),
-    /// No symbolizer.
-    #[error("frames cannot be named: {0}")]
+    /// There are no samples.
+    #[error("no samples in {0:.1?}: none of the processes used a CPU")]
+    NoSamples(Duration),
+    /// The symbolizer has failed.
+    #[error("cannot symbolize frames: {0}")]
     Symbols(#[from] SymbolizerError),
-    /// The parts do not fit together.
-    #[error("the windows do not make one profile: {0}")]
+    /// The windows do not merge.
+    #[error("cannot merge the windows into one profile: {0}")]
     Merge(#[from] PprofError),
     /// The file cannot be written.
     #[error(transparent)]
     Output(#[from] OutputError),
-    /// Signals, threads.
+    /// A thread or a signal handler cannot start.
     #[error("cannot start: {0}")]
     Start(#[source] io::Error),
 }
@@ -129,7 +132,7 @@ fn list(errors: &[RuleError]) -> String {
         .join("; ")
 }
 
-/// Errors name the field of a rule; here people gave flags.
+/// Returns the flag that sets a field of the rule.
 fn flag_of(field: &str) -> &str {
     match field.split(['[', '.']).nth(1) {
         Some("comm") => "--comm",
@@ -140,9 +143,9 @@ fn flag_of(field: &str) -> &str {
     }
 }
 
-/// Records and writes. The profile's ledger is printed to standard output, everything else to standard error.
+/// Samples and writes the profile. Prints the ledger to standard output and everything else to standard error.
 pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
-    // Before anything that takes its time, so that whoever changes their mind is heard.
+    // First, so that an interrupt ends the slow steps below too.
     let signals = Signals::listen().map_err(RecordError::Start)?;
     check::preflight()?;
     let destination =
@@ -150,8 +153,8 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     let debug_cost = if args.all { DebugCost::EVERYTHING } else { DebugCost::WANTED };
     let symbolizer = Symbolizer::start(SymbolizerConfig { debug_cost, ..SymbolizerConfig::default() })
         .map_err(RecordError::Start)?;
-    let (windows, finished) = mpsc::channel(QUEUE);
-    let naming = tokio::spawn(name_all(symbolizer, finished));
+    let (windows, finished) = mpsc::channel(MAX_QUEUED_WINDOWS);
+    let symbolizing = tokio::spawn(symbolize_all(symbolizer, finished));
     let engine = Engine::start(
         EngineOptions {
             node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
@@ -168,8 +171,8 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
             budgets: Budgets::default(),
             tables: Some(TableSources::with_debug_files()),
         },
-        // The queue holds minutes; if it is full nevertheless, the engine waits rather than losing a window: nobody
-        // else depends on it here.
+        // The queue holds minutes. If it is full all the same, the engine waits instead of losing a window: nothing else
+        // depends on it here.
         move |window: Window| {
             let _ = windows.blocking_send(window);
         },
@@ -177,7 +180,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     for degraded in engine.degraded() {
         tracing::warn!("degraded: {degraded}");
     }
-    let mut held = if args.command.is_empty() { None } else { Some(Held::start(&args.command)?) };
+    let mut held = if args.command.is_empty() { None } else { Some(HeldCommand::start(&args.command)?) };
     let matches = Match {
         comm: if args.all { vec!["*".into()] } else { args.comm.clone() },
         pids: held.as_ref().map_or_else(|| args.pid.clone(), |held| vec![held.child.id()]),
@@ -186,7 +189,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     };
     let kind = if args.off_cpu { capture::Kind::OffCpu } else { capture::Kind::OnCpu };
     let rules = vec![ad_hoc("record", matches, args.hz, &[kind])];
-    // What waits for the word is this very program; the command begins with its image.
+    // The waiting child runs this program; the command begins with its own image.
     let set = SourceRules { rules, from_exec: held.is_some(), ..SourceRules::default() };
     let partial = engine.replace(RuleSource::Local, set).await.map_err(RecordError::Rule)?;
     if !partial.is_empty() {
@@ -202,21 +205,21 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     let status = until_end(held.as_mut(), duration, signals).await;
     let took = begun.elapsed();
     let ticks_due = engine.kernel_view().await?.ticks_due;
-    // Joining the engine's thread takes as long as its last window's place in the queue.
+    // Joining the engine's thread takes until its last window is in the queue.
     let _ = tokio::task::spawn_blocking(move || engine.stop()).await;
-    let named = naming.await.map_err(|error| RecordError::Start(io::Error::other(error)))??;
+    let recorded = symbolizing.await.map_err(|error| RecordError::Start(io::Error::other(error)))??;
     if let Some(status) = status.filter(|status| !status.success()) {
         tracing::warn!("the command ended with {status}");
     }
-    let Some(mut profile) = named.profile else { return Err(RecordError::Nothing(took)) };
-    // Merging adds the lengths of what it merges; these ran side by side.
+    let Some(mut profile) = recorded.profile else { return Err(RecordError::NoSamples(took)) };
+    // The merger adds the durations of the windows, but profiles of one window cover the same time.
     profile.duration_nanos = i64::try_from(took.as_nanos()).unwrap_or(i64::MAX);
-    let details = Details { title: format!("gannet: {}", subject(&args)), ledger: named.ledger.clone() };
+    let details = Details { title: format!("gannet: {}", subject(&args)), ledger: recorded.ledger.clone() };
     destination.write(&profile, &details)?;
-    print_ledger(&args, &destination, &named.ledger, ticks_due, start, took).map_err(RecordError::Start)
+    print_ledger(&args, &destination, &recorded.ledger, ticks_due, start, took).map_err(RecordError::Start)
 }
 
-/// How long this process has run; zero where it cannot be told.
+/// Returns the running time of this process; zero if `/proc` does not show it.
 fn since_start() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     let now = Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0));
@@ -228,12 +231,12 @@ fn since_start() -> Duration {
     now.saturating_sub(started)
 }
 
-struct Named {
+struct Recorded {
     profile: Option<Profile>,
     ledger: Ledger,
 }
 
-/// The series of a window as few profiles: here they all go into one, and each sample says its process.
+/// Joins the series of a window that have one kind and one period. Each sample carries its process.
 fn join(series: Vec<SeriesProfile>) -> Vec<SeriesProfile> {
     let mut joined: Vec<SeriesProfile> = Vec::new();
     for one in series {
@@ -251,29 +254,32 @@ fn join(series: Vec<SeriesProfile>) -> Vec<SeriesProfile> {
     joined
 }
 
-/// Names and merges windows as they come.
-async fn name_all(symbolizer: Symbolizer, mut windows: mpsc::Receiver<Window>) -> Result<Named, RecordError> {
+/// Symbolizes and merges windows as they arrive.
+async fn symbolize_all(
+    symbolizer: Symbolizer,
+    mut windows: mpsc::Receiver<Window>,
+) -> Result<Recorded, RecordError> {
     let mut merger = Merger::new();
     let mut ledger = Ledger::default();
     while let Some(window) = windows.recv().await {
         ledger.merge(&window.ledger);
         let profiles = join(window.profiles);
         let samples: Vec<u64> = profiles.iter().map(|profile| profile.samples).collect();
-        let named = finish(&symbolizer, profiles, &window.ledger).await?;
-        for (named, samples) in named.into_iter().zip(samples) {
-            if let Err(error) = merger.add(&named) {
-                tracing::warn!("a part of the profile is left out: {error}");
+        let finished = finish(&symbolizer, profiles, &window.ledger).await?;
+        for (profile, samples) in finished.into_iter().zip(samples) {
+            if let Err(error) = merger.add(&profile) {
+                tracing::warn!("cannot merge a part of the profile, it is left out: {error}");
                 ledger.delivered -= samples;
                 ledger.lose(LossReason::Refused, samples);
             }
         }
     }
-    Ok(Named { profile: merger.finish(), ledger })
+    Ok(Recorded { profile: merger.finish(), ledger })
 }
 
-/// Waits for the time, the command's end, or an interrupt.
+/// Waits for the end of the time or of the command, or for a signal. Returns the status of a command that has ended.
 async fn until_end(
-    held: Option<&mut Held>,
+    held: Option<&mut HeldCommand>,
     duration: Option<Duration>,
     mut signals: Signals,
 ) -> Option<ExitStatus> {
@@ -343,9 +349,9 @@ fn print_ledger(
                 "delivered": ledger.delivered,
                 "lost": lost,
                 "ticks": ledger.ticks,
-                // By the kernel's own count of the clocks' running time.
+                // Ticks by the kernel's count of the clocks' running time.
                 "ticks_due": ticks_due,
-                // From the start of this program until its first tick could be taken.
+                // From the start of this program until it could take its first tick.
                 "start_seconds": start.as_secs_f64(),
                 "seconds": took.as_secs_f64(),
                 "output": destination.path(),
@@ -365,20 +371,20 @@ fn print_ledger(
     writeln!(out, "written: {}", destination.path().display())
 }
 
-/// A command that waits for the word before it starts, so that it is armed before its first instruction.
-struct Held {
+/// A child that waits before it becomes the command, so that the agent samples the command from its first instruction.
+struct HeldCommand {
     child: Child,
     gate: Option<OwnedFd>,
 }
 
-/// The hidden verb that waits on descriptor N and then becomes the command.
+/// The hidden verb that waits on a file descriptor and then becomes the command.
 pub const HELD_VERB: &str = "held-command";
 
-impl Held {
+impl HeldCommand {
     fn start(command: &[String]) -> Result<Self, RecordError> {
         let failed = |source| RecordError::Command { command: command.join(" "), source };
         let (reader, gate) = io::pipe().map_err(failed)?;
-        // The child inherits the reading end under its own number.
+        // A duplicate without close-on-exec, which the child inherits.
         let passed = rustix::io::dup(&reader).map_err(|e| failed(e.into()))?;
         let child = Command::new("/proc/self/exe")
             .arg(HELD_VERB)
@@ -398,18 +404,18 @@ impl Held {
     }
 }
 
-/// Becomes the command as soon as there is a byte to read. Only returns if it cannot.
+/// Becomes the command as soon as the descriptor has a byte to read. Returns only if that fails.
 pub fn become_command(descriptor: i32, command: &[String]) -> io::Error {
     use std::os::unix::process::CommandExt as _;
-    // SAFETY: the number was given by the parent, which passes an open pipe under it.
+    // SAFETY: the parent passes an open pipe under this number.
     let gate = unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) };
     match rustix::io::read(gate, &mut [0_u8; 1]) {
-        // The recorder is gone: there is nobody to run it for.
+        // The recorder has exited, so nothing would sample the command.
         Ok(0) => return io::Error::new(io::ErrorKind::BrokenPipe, "the recorder has ended"),
         Ok(_) => {}
         Err(error) => return error.into(),
     }
-    // SAFETY: nothing else uses the descriptor; the command shall not inherit it.
+    // SAFETY: nothing else owns the descriptor. Closing it keeps it from the command.
     drop(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(descriptor) });
     let Some((program, arguments)) = command.split_first() else {
         return io::Error::new(io::ErrorKind::InvalidInput, "no command");

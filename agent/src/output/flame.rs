@@ -8,16 +8,15 @@ use inferno::flamegraph::{self, Options, Palette, TextTruncateDirection, color::
 use super::{Details, OutputError};
 use crate::symbols::KERNEL_MAPPING;
 
-/// Whether frames say what kind they are, in the suffixes that flame graph tools colour by.
+/// Suffixes of frames by which flame graph tools choose colours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Marks {
     Plain,
     Kinds,
 }
 
-/// One line per different stack, root first, sorted: `comm;main;work 1234`. The value is that of the last sample type.
-///
-/// The process's name is the root, so that one graph can show many.
+/// Returns one sorted line for each different stack, root first: `comm;main;work 1234`. The value is that of the last
+/// sample type. The root is the command name, so that one graph can show many processes.
 pub(super) fn stacks(profile: &Profile, marks: Marks) -> Result<Vec<String>, OutputError> {
     let reader = Reader::new(profile)?;
     let mut sums: BTreeMap<String, i64> = BTreeMap::new();
@@ -82,7 +81,7 @@ impl<'a> Reader<'a> {
             }
         };
         if location.line.is_empty() {
-            // What is known of a frame without a name is the file that it is in.
+            // A frame without a name shows its file.
             match file.rsplit('/').next().unwrap_or_default() {
                 "" => push("[unknown]", false),
                 name if name.starts_with('[') => push(name, false),
@@ -100,7 +99,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A semicolon ends a frame and a line break a stack.
+/// Returns a name without the characters that end a frame or a stack.
 fn frame_text(name: &str) -> String {
     name.chars()
         .map(|character| match character {
@@ -111,7 +110,7 @@ fn frame_text(name: &str) -> String {
         .collect()
 }
 
-/// What the values are counted in, for people: the factor to it and its name.
+/// Returns the unit to show values in, and the factor to it.
 fn unit(profile: &Profile) -> (f64, &str) {
     let text = |index: i64| {
         usize::try_from(index)
@@ -145,7 +144,7 @@ pub(super) fn svg(profile: &Profile, title: &str) -> Result<Vec<u8>, OutputError
 pub(super) fn html(profile: &Profile, details: &Details) -> Result<Vec<u8>, OutputError> {
     let picture =
         String::from_utf8(svg(profile, "")?).map_err(|error| OutputError::Draw(error.to_string()))?;
-    // Inside of a page the picture is an element and not a document.
+    // Inside a page the picture is an element, not a document.
     let picture =
         &picture[picture.find("<svg").ok_or_else(|| OutputError::Draw("no picture".to_owned()))?..];
     let title = escape(&details.title);
@@ -188,7 +187,7 @@ fn escape(text: &str) -> String {
             '>' => "&gt;".into(),
             '&' => "&amp;".into(),
             '"' => "&quot;".into(),
-            // What the page's own marks are made of.
+            // The characters of the page's own markup.
             '@' => "&#64;".into(),
             character => character.to_string().into(),
         };

@@ -1,4 +1,4 @@
-//! A finished profile as a file: pprof, folded stacks, or a flame graph.
+//! Writes a finished profile as a file: pprof, folded stacks, or a flame graph.
 
 mod flame;
 
@@ -12,40 +12,40 @@ use std::{
 
 use gannet_proto::{ledger::Ledger, pprof, profiles::Profile};
 
-/// What a file holds.
+/// Format of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// Gzip-compressed pprof.
     Pprof,
     /// One line per stack, frames separated by semicolons, then its value.
     Folded,
-    /// A flame graph as a picture that answers to the mouse.
+    /// Interactive flame graph as a picture.
     Svg,
-    /// A page with the flame graph and what is known of the profile.
+    /// Page with the flame graph and details of the profile.
     Html,
 }
 
-/// Why no output was written.
+/// Reasons why a profile cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum OutputError {
-    /// The ending says nothing.
-    #[error("cannot tell the format of `{0}`: the name must end in .pb.gz, .folded, .svg or .html")]
+    /// The ending of the file name is unknown.
+    #[error("unknown format of `{0}`: the name must end in .pb.gz, .folded, .svg or .html")]
     UnknownEnding(PathBuf),
-    /// The profile has no sample.
-    #[error("there is nothing to draw: the profile has no samples")]
+    /// The profile has no samples.
+    #[error("the profile has no samples")]
     Empty,
-    /// The profile does not hold together.
+    /// The profile is not valid.
     #[error("the profile is damaged: {0}")]
     Damaged(&'static str),
-    /// The picture could not be drawn.
-    #[error("the flame graph cannot be drawn: {0}")]
+    /// Drawing failed.
+    #[error("cannot draw the flame graph: {0}")]
     Draw(String),
-    /// The file could not be written.
+    /// Writing the file failed.
     #[error("cannot write `{path}`: {error}")]
     Write {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
 }
@@ -54,7 +54,7 @@ impl Format {
     const ENDINGS: [(&'static str, Self); 4] =
         [(".pb.gz", Self::Pprof), (".folded", Self::Folded), (".svg", Self::Svg), (".html", Self::Html)];
 
-    /// The format that the ending of a file name stands for.
+    /// Returns the format for the ending of a file name.
     pub fn of_path(path: &Path) -> Result<Self, OutputError> {
         let name =
             path.file_name().map(|name| name.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
@@ -66,7 +66,7 @@ impl Format {
     }
 }
 
-/// Where a profile goes, known to be writable in a format before any sample is taken.
+/// File and format of a profile. The caller checks both before it takes samples.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Destination {
     path: PathBuf,
@@ -74,7 +74,7 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// What is written if nobody said where to: `gannet-COMM-TIME.pb.gz` in the working directory, time in UTC.
+    /// Returns the default file `gannet-COMM-TIME.pb.gz` in the working directory, with the time in UTC.
     pub fn default_for(comm: &str, now: SystemTime) -> Self {
         let safe: String = comm
             .chars()
@@ -84,17 +84,17 @@ impl Destination {
         Self { path: PathBuf::from(format!("gannet-{safe}-{time}.pb.gz")), format: Format::Pprof }
     }
 
-    /// The file.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What it will hold.
+    /// Returns the format of the file.
     pub fn format(&self) -> Format {
         self.format
     }
 
-    /// Writes the profile. The file appears whole or not at all.
+    /// Writes the profile. The file appears complete or not at all.
     pub fn write(&self, profile: &Profile, details: &Details) -> Result<(), OutputError> {
         let bytes = render(profile, self.format, details)?;
         let failed = |error| OutputError::Write { path: self.path.clone(), error };
@@ -104,7 +104,7 @@ impl Destination {
         };
         let mut aside = tempfile::Builder::new().prefix(".gannet-").tempfile_in(directory).map_err(failed)?;
         aside.write_all(&bytes).map_err(failed)?;
-        // A temporary file is only its owner's; what people ask for is theirs to share, as their umask says.
+        // Only the owner can read a temporary file; the final file gets the permissions of the user's umask.
         let mode = 0o666 & !umask();
         let permissions = <fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(mode);
         aside.as_file().set_permissions(permissions).map_err(failed)?;
@@ -123,16 +123,16 @@ impl FromStr for Destination {
     }
 }
 
-/// What a page says beside the graph.
+/// Details of a profile beside its graph.
 #[derive(Clone, Debug, Default)]
 pub struct Details {
-    /// Heading: what was profiled.
+    /// Heading.
     pub title: String,
-    /// What became of the samples.
+    /// Account of the samples.
     pub ledger: Ledger,
 }
 
-/// The profile in a format.
+/// Returns the profile in a format.
 pub fn render(profile: &Profile, format: Format, details: &Details) -> Result<Vec<u8>, OutputError> {
     match format {
         Format::Pprof => Ok(pprof::encode(profile)),
@@ -145,7 +145,7 @@ pub fn render(profile: &Profile, format: Format, details: &Details) -> Result<Ve
     }
 }
 
-/// The process's umask, without changing it for other threads on the way.
+/// Returns the umask of this process. Reading it by a system call would change it for other threads for a moment.
 fn umask() -> u32 {
     fs::read_to_string("/proc/self/status")
         .ok()

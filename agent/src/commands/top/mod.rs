@@ -1,4 +1,4 @@
-//! `gannet-agent top`: feeds the live table.
+//! `gannet-agent top`: samples and feeds the live table.
 
 mod model;
 mod screen;
@@ -33,50 +33,50 @@ use crate::{
     tables::TableSources,
 };
 
-/// Shows live which processes use the CPUs, and in which functions
+/// Arguments of `top`.
 #[derive(Args, Clone, Debug)]
 pub struct TopArgs {
-    /// Samples a second and CPU, 1 to 1000
+    /// Sampling rate in samples per second and CPU, 1 to 1000
     #[arg(long, default_value_t = 49, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub hz: u32,
-    /// Only processes with these command names: exact, or a prefix with * at its end
+    pub(crate) hz: u32,
+    /// Show only processes with these command names: exact, or a prefix with * at its end
     #[arg(long, value_name = "PATTERN", num_args = 1..)]
-    pub comm: Vec<String>,
-    /// How often the table changes
+    pub(crate) comm: Vec<String>,
+    /// Time between updates of the table
     #[arg(long, value_name = "TIME", default_value = "2s")]
-    pub interval: TimeSpan,
-    /// Print the table once, as text, and end
+    pub(crate) interval: TimeSpan,
+    /// Print the table once as text and exit
     #[arg(long)]
-    pub once: bool,
-    /// With --once: how many processes
+    pub(crate) once: bool,
+    /// Number of processes that --once prints
     #[arg(long, value_name = "N", default_value_t = 20)]
-    pub rows: usize,
+    pub(crate) rows: usize,
 }
 
-/// Why there is no table.
+/// Reasons why `top` shows no table.
 #[derive(Debug, thiserror::Error)]
 pub enum TopError {
-    /// This machine cannot.
+    /// A required check failed.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// The kernel side cannot work.
+    /// The engine cannot start, or has ended.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// No terminal.
+    /// The terminal cannot be used.
     #[error(transparent)]
     Screen(#[from] ScreenError),
-    /// What was asked for is no rule.
+    /// The arguments make no valid rule.
     #[error("{}", .0.iter().map(|error| format!("--comm: {}", error.reason)).collect::<Vec<_>>().join("; "))]
     Rule(Vec<RuleError>),
-    /// No symbolizer.
-    #[error("frames cannot be named: {0}")]
+    /// The symbolizer has failed.
+    #[error("cannot symbolize frames: {0}")]
     Symbols(#[from] SymbolizerError),
-    /// No thread, no output.
+    /// A thread cannot start, or the output fails.
     #[error("{0}")]
     Io(#[from] io::Error),
 }
 
-/// Samples and shows until the user leaves.
+/// Samples and shows the table until the user leaves.
 pub async fn top(args: TopArgs) -> Result<(), TopError> {
     if !args.once {
         screen::require_terminal()?;
@@ -95,7 +95,7 @@ pub async fn top(args: TopArgs) -> Result<(), TopError> {
             budgets: Budgets::default(),
             tables: Some(TableSources::with_debug_files()),
         },
-        // A table that is late shows the next window instead.
+        // A screen that is late skips this window.
         move |window: Window| drop(windows.try_send(window)),
     )?;
     let comm = if args.comm.is_empty() { vec!["*".to_owned()] } else { args.comm.clone() };
@@ -118,7 +118,7 @@ pub async fn top(args: TopArgs) -> Result<(), TopError> {
             write!(io::stdout(), "{}", screen::once(&snapshot, args.rows))?;
             return Ok(());
         }
-        // A screen that does not keep up misses a snapshot; one that is gone ends the loop above.
+        // A slow screen misses a snapshot. A screen that has ended ends the loop above.
         let _ = snapshots.try_send(snapshot);
     }
 }
@@ -137,14 +137,14 @@ fn infos(processes: &[ProcessView]) -> Vec<ProcessInfo> {
         .map(|process| ProcessInfo {
             key: process.key.process,
             comm: process.comm.clone(),
-            place: place(process),
+            owner: owner(process),
             rule: process.rules.first().cloned().unwrap_or_default(),
             state: state(process),
         })
         .collect()
 }
 
-/// How far it is, and what is not done yet for it.
+/// Returns the state of a process and the number of its samples that wait for unwind tables.
 fn state(process: &ProcessView) -> String {
     let state = match process.state {
         ProcessState::Alive if process.rules.is_empty() => "no rule",
@@ -160,8 +160,8 @@ fn state(process: &ProcessView) -> String {
     }
 }
 
-/// Where a process belongs: its unit, its container, or its executable.
-fn place(process: &ProcessView) -> String {
+/// Returns the unit of a process, or its container, or its executable.
+fn owner(process: &ProcessView) -> String {
     let names = &process.names;
     match () {
         () if !names.unit.is_empty() => names.unit.clone(),

@@ -1,4 +1,4 @@
-//! What `top` shows and what the keys do to it; no terminal is needed here.
+//! The state of the screen of `top` and the effect of keys. It needs no terminal.
 
 use std::{
     cmp::Ordering,
@@ -15,7 +15,7 @@ use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use super::snapshot::{ProcessInfo, Snapshot};
 use crate::model::ProcessKey;
 
-/// What the rows are sorted by.
+/// Sort order of the rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum SortBy {
     /// Share of a processor.
@@ -27,12 +27,12 @@ pub(super) enum SortBy {
     Pid,
     /// Command name.
     Comm,
-    /// Where it belongs.
-    Place,
+    /// Unit, container or executable.
+    Owner,
 }
 
 impl SortBy {
-    const ALL: [Self; 5] = [Self::Cpu, Self::Samples, Self::Pid, Self::Comm, Self::Place];
+    const ALL: [Self; 5] = [Self::Cpu, Self::Samples, Self::Pid, Self::Comm, Self::Owner];
 
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -40,7 +40,7 @@ impl SortBy {
             Self::Samples => "samples",
             Self::Pid => "pid",
             Self::Comm => "command",
-            Self::Place => "unit",
+            Self::Owner => "unit",
         }
     }
 
@@ -50,27 +50,27 @@ impl SortBy {
     }
 }
 
-/// What a key led to.
+/// Effect of a key on the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// Go on.
+    /// The program goes on.
     Stay,
-    /// The user wants to leave.
+    /// The user leaves.
     Leave,
 }
 
-/// One process.
+/// A row of the table.
 #[derive(Clone, Debug)]
 pub(super) struct Row {
     pub(super) info: ProcessInfo,
-    /// Nanoseconds of CPU time in the window.
+    /// CPU time in the window, in nanoseconds.
     pub(super) cpu_ns: i64,
     pub(super) samples: i64,
     pub(super) functions: Vec<Function>,
     pub(super) tree: Vec<Branch>,
 }
 
-/// A function of one process, by the time spent in itself.
+/// A function of one process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Function {
     pub(super) name: String,
@@ -78,7 +78,7 @@ pub(super) struct Function {
     pub(super) total_ns: i64,
 }
 
-/// A line of the stack tree: its callers are above it, less deep.
+/// A line of the stack tree. Its callers stand above it with smaller depths.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Branch {
     pub(super) depth: usize,
@@ -86,12 +86,12 @@ pub(super) struct Branch {
     pub(super) total_ns: i64,
 }
 
-/// Branches below this share of their process are not shown.
-const MIN_BRANCH: f64 = 0.01;
-/// Deeper than this is not shown: the terminal is not wide enough for it.
+/// Smallest share of its process with which the tree shows a branch.
+const MIN_BRANCH_SHARE: f64 = 0.01;
+/// Depth of the tree; a terminal is not wide enough for more.
 const MAX_DEPTH: usize = 128;
 
-/// Everything that is shown.
+/// The content of the screen.
 #[derive(Debug, Default)]
 pub(super) struct Model {
     rows: Vec<Row>,
@@ -104,14 +104,14 @@ pub(super) struct Model {
     pub(super) paused: bool,
     pub(super) open: Option<ProcessKey>,
     selected: Option<ProcessKey>,
-    /// Lines that the open process's lists are scrolled by.
+    /// Scroll offset in the lists of the open process, in lines.
     pub(super) scroll: usize,
-    /// Lines of the table that fit; the view says so.
+    /// Number of rows that fit; the view sets it.
     pub(super) page: usize,
 }
 
 impl Model {
-    /// Takes a new window in, unless the table is held.
+    /// Shows a new window, unless the table is paused.
     pub(super) fn update(&mut self, snapshot: &Snapshot) {
         if self.paused {
             return;
@@ -138,18 +138,18 @@ impl Model {
         self.ledger = snapshot.ledger.clone();
     }
 
-    /// The rows that are shown, in order.
+    /// Returns the visible rows in order.
     pub(super) fn rows(&self) -> Vec<&Row> {
-        let wanted = self.filter.to_lowercase();
-        let holds = |text: &str| text.to_lowercase().contains(&wanted);
+        let pattern = self.filter.to_lowercase();
+        let holds = |text: &str| text.to_lowercase().contains(&pattern);
         let mut rows: Vec<&Row> = self
             .rows
             .iter()
             .filter(|row| {
-                let ProcessInfo { key, comm, place, rule, state } = &row.info;
-                wanted.is_empty()
-                    || [comm, place, rule, state].iter().any(|text| holds(text))
-                    || key.tgid.to_string() == wanted
+                let ProcessInfo { key, comm, owner, rule, state } = &row.info;
+                pattern.is_empty()
+                    || [comm, owner, rule, state].iter().any(|text| holds(text))
+                    || key.tgid.to_string() == pattern
                     || row.functions.first().is_some_and(|function| holds(&function.name))
             })
             .collect();
@@ -159,7 +159,7 @@ impl Model {
                 SortBy::Samples => b.samples.cmp(&a.samples),
                 SortBy::Pid => Ordering::Equal,
                 SortBy::Comm => a.info.comm.cmp(&b.info.comm),
-                SortBy::Place => a.info.place.cmp(&b.info.place),
+                SortBy::Owner => a.info.owner.cmp(&b.info.owner),
             };
             let order = if self.reversed { order.reverse() } else { order };
             order.then(a.info.key.cmp(&b.info.key))
@@ -170,7 +170,7 @@ impl Model {
         rows
     }
 
-    /// Where the selected row is now: the selection follows the process and not the place.
+    /// Returns the index of the selected row. The selection follows the process when the order changes.
     pub(super) fn selected_index(&self, rows: &[&Row]) -> usize {
         self.selected.and_then(|key| rows.iter().position(|row| row.info.key == key)).unwrap_or_default()
     }
@@ -185,7 +185,7 @@ impl Model {
         if window > 0.0 { cpu_ns as f64 * 100.0 / window } else { 0.0 }
     }
 
-    /// What a key does.
+    /// Handles a key.
     pub(super) fn key(&mut self, key: KeyEvent) -> Outcome {
         if key.modifiers.contains(KeyModifiers::CONTROL) && key.code == KeyCode::Char('c') {
             return Outcome::Leave;
@@ -214,12 +214,12 @@ impl Model {
             KeyCode::Char('s' | '>') => self.sort = self.sort.step(1),
             KeyCode::Char('<') => self.sort = self.sort.step(SortBy::ALL.len() - 1),
             KeyCode::Char('r') => self.reversed = !self.reversed,
-            KeyCode::Down | KeyCode::Char('j') => self.walk(1),
-            KeyCode::Up | KeyCode::Char('k') => self.walk(-1),
-            KeyCode::PageDown => self.walk(self.page.max(1) as isize),
-            KeyCode::PageUp => self.walk(-(self.page.max(1) as isize)),
-            KeyCode::Home | KeyCode::Char('g') => self.walk(isize::MIN),
-            KeyCode::End | KeyCode::Char('G') => self.walk(isize::MAX),
+            KeyCode::Down | KeyCode::Char('j') => self.move_by(1),
+            KeyCode::Up | KeyCode::Char('k') => self.move_by(-1),
+            KeyCode::PageDown => self.move_by(self.page.max(1) as isize),
+            KeyCode::PageUp => self.move_by(-(self.page.max(1) as isize)),
+            KeyCode::Home | KeyCode::Char('g') => self.move_by(isize::MIN),
+            KeyCode::End | KeyCode::Char('G') => self.move_by(isize::MAX),
             KeyCode::Enter | KeyCode::Right if self.open.is_none() => {
                 let rows = self.rows();
                 let key = rows.get(self.selected_index(&rows)).map(|row| row.info.key);
@@ -232,7 +232,7 @@ impl Model {
         Outcome::Stay
     }
 
-    fn walk(&mut self, by: isize) {
+    fn move_by(&mut self, by: isize) {
         if let Some(row) = self.open_row() {
             let last = row.tree.len().max(row.functions.len()).saturating_sub(1);
             self.scroll = self.scroll.saturating_add_signed(by).min(last);
@@ -245,12 +245,12 @@ impl Model {
     }
 }
 
-/// What the samples of one process come to.
+/// Sums over the samples of one process.
 #[derive(Debug, Default)]
 struct Sums {
     cpu_ns: i64,
     samples: i64,
-    /// Own and total.
+    /// Own and total nanoseconds by function.
     functions: HashMap<String, (i64, i64)>,
     tree: Tree,
 }
@@ -276,22 +276,22 @@ struct Tree {
 impl Tree {
     fn branches(&self, all_ns: i64) -> Vec<Branch> {
         let mut branches = Vec::new();
-        self.add_branches(0, (all_ns as f64 * MIN_BRANCH) as i64, &mut branches);
+        self.add_branches(0, (all_ns as f64 * MIN_BRANCH_SHARE) as i64, &mut branches);
         branches
     }
 
-    fn add_branches(&self, depth: usize, least_ns: i64, branches: &mut Vec<Branch>) {
+    fn add_branches(&self, depth: usize, min_ns: i64, branches: &mut Vec<Branch>) {
         let mut children: Vec<_> =
-            self.children.iter().filter(|(_, child)| child.total_ns >= least_ns).collect();
+            self.children.iter().filter(|(_, child)| child.total_ns >= min_ns).collect();
         children.sort_by_key(|(_, child)| std::cmp::Reverse(child.total_ns));
         for (name, child) in children {
             branches.push(Branch { depth, name: name.clone(), total_ns: child.total_ns });
-            child.add_branches(depth + 1, least_ns, branches);
+            child.add_branches(depth + 1, min_ns, branches);
         }
     }
 }
 
-/// Adds the samples of a profile to the process that each belongs to.
+/// Adds each sample of a profile to the sums of its process.
 fn add(profile: &Profile, sums: &mut HashMap<i64, Sums>) {
     let text = |index: i64| {
         usize::try_from(index)
@@ -342,7 +342,7 @@ fn add(profile: &Profile, sums: &mut HashMap<i64, Sums>) {
             branch.total_ns += value;
         }
         names.sort_unstable();
-        // A function that calls itself is on the stack many times and took the time once.
+        // A recursive function is on the stack several times but takes the time once.
         names.dedup();
         for name in names {
             sums.functions.entry(name).or_default().1 += value;

@@ -1,6 +1,4 @@
-//! `gannet-agent top`: what the processors are doing now, by process, function and stack.
-//!
-//! The feed sends a snapshot per window; everything else happens here: adding up, sorting, drawing, keys.
+//! The screen of `top`: receives one snapshot for each window, and sums, sorts, draws and handles keys.
 
 use std::{
     io::{self, IsTerminal},
@@ -19,26 +17,26 @@ use super::{
     view,
 };
 
-/// How long a key waits for its answer at most.
-const TICK: Duration = Duration::from_millis(50);
+/// Longest time until the screen handles a key.
+const KEY_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Why the table cannot be shown.
+/// Reasons why the screen cannot work.
 #[derive(Debug, thiserror::Error)]
 pub enum ScreenError {
-    /// Output goes to a file or a pipe.
+    /// Standard input or output is no terminal.
     #[error(
         "`top` needs a terminal; use `top --once` to print the table once, or `record` to write a profile"
     )]
     NotATerminal,
-    /// The terminal does not do as it is told.
-    #[error("the terminal cannot be used: {0}")]
+    /// A terminal operation failed.
+    #[error("cannot use the terminal: {0}")]
     Terminal(#[from] io::Error),
-    /// The feed has ended by itself.
+    /// The feed has ended.
     #[error("sampling has ended")]
     FeedEnded,
 }
 
-/// Whether there is a terminal to draw on; to be asked before sampling is set up.
+/// Checks that there is a terminal to draw on. The caller does this before it starts to sample.
 pub(super) fn require_terminal() -> Result<(), ScreenError> {
     if io::stdout().is_terminal() && io::stdin().is_terminal() {
         Ok(())
@@ -47,7 +45,7 @@ pub(super) fn require_terminal() -> Result<(), ScreenError> {
     }
 }
 
-/// Shows snapshots until the user leaves. It blocks, and belongs on a thread of its own.
+/// Shows snapshots until the user leaves. Blocks, so it needs its own thread.
 pub(super) fn run(snapshots: mpsc::Receiver<Snapshot>) -> Result<(), ScreenError> {
     require_terminal()?;
     let mut terminal = ratatui::try_init()?;
@@ -56,11 +54,11 @@ pub(super) fn run(snapshots: mpsc::Receiver<Snapshot>) -> Result<(), ScreenError
     result
 }
 
-/// The table as plain text: the `most` busiest processes.
-pub(super) fn once(snapshot: &Snapshot, most: usize) -> String {
+/// Returns the table of the `limit` busiest processes as plain text.
+pub(super) fn once(snapshot: &Snapshot, limit: usize) -> String {
     let mut model = Model::default();
     model.update(snapshot);
-    view::text(&model, most)
+    view::text(&model, limit)
 }
 
 fn show(terminal: &mut DefaultTerminal, mut snapshots: mpsc::Receiver<Snapshot>) -> Result<(), ScreenError> {
@@ -74,7 +72,7 @@ fn show(terminal: &mut DefaultTerminal, mut snapshots: mpsc::Receiver<Snapshot>)
             }
         }
         terminal.draw(|frame| view::draw(frame, &mut model))?;
-        while event::poll(TICK)? {
+        while event::poll(KEY_INTERVAL)? {
             if let Event::Key(key) = event::read()?
                 && key.kind != KeyEventKind::Release
                 && model.key(key) == Outcome::Leave

@@ -1,4 +1,4 @@
-//! What the feed sends to the screen.
+//! The data that the feed sends to the screen.
 
 use std::time::Duration;
 
@@ -6,30 +6,30 @@ use gannet_proto::{ledger::Ledger, profiles::Profile};
 
 use crate::model::ProcessKey;
 
-/// What the feed knows of a process beside its samples.
+/// A process, without its samples.
 #[derive(Clone, Debug)]
 pub(super) struct ProcessInfo {
-    /// Who.
+    /// Process.
     pub(super) key: ProcessKey,
     /// Command name of the thread group leader.
     pub(super) comm: String,
-    /// The systemd unit, container, or path of the executable: where it belongs.
-    pub(super) place: String,
-    /// The rule that samples it.
+    /// Systemd unit, container, or path of the executable.
+    pub(super) owner: String,
+    /// Rule that samples the process.
     pub(super) rule: String,
-    /// `armed`, `exited`, ...
+    /// State: `sampled`, `ended`, ...
     pub(super) state: String,
 }
 
-/// One window of everything.
+/// One window of all processes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Snapshot {
-    /// How long the window was.
+    /// Length of the window.
     pub(super) duration: Duration,
-    /// Its samples, with names; each sample has the label `pid`, and its last value is nanoseconds.
+    /// Symbolized samples. Each has the label `pid`, and its last value is nanoseconds.
     pub(super) profiles: Vec<Profile>,
-    /// Every process that is watched, sampled or not.
+    /// Processes with samples.
     pub(super) processes: Vec<ProcessInfo>,
-    /// Since the start.
+    /// Account since the start.
     pub(super) ledger: Ledger,
 }

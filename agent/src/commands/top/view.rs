@@ -1,4 +1,4 @@
-//! How `top` looks.
+//! Draws the screen of `top`.
 
 use std::fmt::Write;
 
@@ -32,7 +32,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &mut Model) {
     ])
     .areas(frame.area());
     frame.render_widget(header(model), head);
-    // The heading takes a line.
+    // The heading takes one line.
     model.page = usize::from(body.height.saturating_sub(1));
     if model.open.is_some() {
         draw_process(frame, body, model);
@@ -68,7 +68,7 @@ fn cells(model: &Model, row: &Row) -> [String; 8] {
     [
         format!("{:>7}", row.info.key.tgid),
         row.info.comm.clone(),
-        row.info.place.clone(),
+        row.info.owner.clone(),
         format!("{:>6.1}", model.percent(row.cpu_ns)),
         format!("{:>7}", row.samples),
         hottest,
@@ -82,7 +82,7 @@ fn draw_table(frame: &mut Frame<'_>, area: Rect, model: &Model) {
     let sorted = match model.sort {
         SortBy::Pid => 0,
         SortBy::Comm => 1,
-        SortBy::Place => 2,
+        SortBy::Owner => 2,
         SortBy::Cpu => 3,
         SortBy::Samples => 4,
     };
@@ -117,7 +117,7 @@ fn draw_table(frame: &mut Frame<'_>, area: Rect, model: &Model) {
 
 fn draw_process(frame: &mut Frame<'_>, area: Rect, model: &Model) {
     let Some(row) = model.open_row() else {
-        frame.render_widget(Paragraph::new("This process is gone. Esc leads back.").dim().centered(), area);
+        frame.render_widget(Paragraph::new("This process has exited. Esc goes back.").dim().centered(), area);
         return;
     };
     let [functions, stacks] =
@@ -164,7 +164,7 @@ fn ledger(model: &Model) -> String {
     let ledger = &model.ledger;
     let mut text = format!(" samples: {} taken, {} delivered", ledger.taken, ledger.delivered);
     if ledger.pending > 0 {
-        let _ = write!(text, ", {} on their way", ledger.pending);
+        let _ = write!(text, ", {} pending", ledger.pending);
     }
     let _ = write!(text, ", {} lost", ledger.lost_total());
     for (reason, count) in ledger.lost.iter().filter(|(_, count)| **count > 0) {
@@ -180,7 +180,7 @@ fn key_line(model: &Model) -> Paragraph<'static> {
         &[("↑↓", "scroll"), ("Esc", "back"), ("p", "pause"), ("q", "quit")]
     } else {
         &[
-            ("↑↓", "choose"),
+            ("↑↓", "select"),
             ("Enter", "functions and stacks"),
             ("s", "sort"),
             ("r", "reverse"),
@@ -195,7 +195,7 @@ fn key_line(model: &Model) -> Paragraph<'static> {
     Paragraph::new(spans.collect::<Line<'_>>())
 }
 
-/// The table without a terminal.
+/// Returns the table as plain text.
 pub(super) fn text(model: &Model, most: usize) -> String {
     let rows: Vec<[String; 8]> = model.rows().iter().take(most).map(|row| cells(model, row)).collect();
     let names = COLUMNS.map(|(name, _)| name);
@@ -265,13 +265,13 @@ mod tests {
         builder.finish()
     }
 
-    fn process(tgid: u32, comm: &str, place: &str) -> ProcessInfo {
+    fn process(tgid: u32, comm: &str, owner: &str) -> ProcessInfo {
         ProcessInfo {
             key: ProcessKey { tgid, start_boottime_ns: u64::from(tgid) },
             comm: comm.into(),
-            place: place.into(),
+            owner: owner.into(),
             rule: "all".into(),
-            state: "armed".into(),
+            state: "sampled".into(),
         }
     }
 
@@ -316,12 +316,12 @@ mod tests {
     }
 
     #[test]
-    fn processes_are_shown_by_their_share_of_a_processor_with_their_hottest_function() {
+    fn rows_are_sorted_by_cpu_and_show_the_hottest_function() {
         let screen = screen(&mut model());
         let line = |comm: &str| {
             screen.lines().find(|line| line.contains(comm)).unwrap_or_else(|| panic!("{screen}"))
         };
-        for cell in ["10", "shop.service", "80.0", "80", "fib", "all", "armed"] {
+        for cell in ["10", "shop.service", "80.0", "80", "fib", "all", "sampled"] {
             assert!(line("shop ").contains(cell), "{cell} in {screen}");
         }
         assert!(line("sleep").contains("0.0"), "{screen}");
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_is_typed_kept_and_cleared() {
+    fn a_filter_can_be_typed_and_cleared() {
         let mut model = model();
         press(&mut model, &[KeyCode::Char('/'), KeyCode::Char('q'), KeyCode::Backspace]);
         press(&mut model, &"FIB".chars().map(KeyCode::Char).collect::<Vec<_>>());
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_that_matches_is_said() {
+    fn a_filter_without_a_match_shows_a_message() {
         let mut model = model();
         model.filter = "nobody".into();
         assert!(screen(&mut model).contains("No process matches the filter."));
@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_opens_into_its_functions_and_its_stacks() {
+    fn an_open_process_shows_its_functions_and_stacks() {
         let mut model = model();
         press(&mut model, &[KeyCode::Enter]);
         let screen = screen(&mut model);
@@ -396,7 +396,7 @@ mod tests {
             .iter()
             .map(|f| (f.name.as_str(), f.own_ns / 10_000_000, f.total_ns / 10_000_000))
             .collect();
-        // It calls itself, and took the time once.
+        // The function is recursive and takes the time once.
         assert_eq!(functions, [("fib", 60, 60), ("read", 20, 20), ("main", 0, 80)]);
         let tree: Vec<_> =
             row.tree.iter().map(|b| (b.depth, b.name.as_str(), b.total_ns / 10_000_000)).collect();
@@ -409,15 +409,15 @@ mod tests {
     }
 
     #[test]
-    fn an_open_process_that_ends_is_said_to_be_gone() {
+    fn an_open_process_that_exits_is_reported() {
         let mut model = model();
         press(&mut model, &[KeyCode::Enter]);
         model.update(&Snapshot { processes: vec![process(20, "redis", "")], ..snapshot() });
-        assert!(screen(&mut model).contains("This process is gone"));
+        assert!(screen(&mut model).contains("This process has exited"));
     }
 
     #[test]
-    fn a_held_table_does_not_change() {
+    fn a_paused_table_does_not_change() {
         let mut model = model();
         press(&mut model, &[KeyCode::Char('p')]);
         model.update(&Snapshot::default());
@@ -438,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn plain_text_has_the_busiest_and_the_losses() {
+    fn plain_text_shows_the_busiest_processes_and_the_losses() {
         let text = screen::once(&snapshot(), 2);
         let lines: Vec<_> = text.lines().collect();
         assert!(lines[0].starts_with("PID") && lines[0].contains("HOTTEST FUNCTION"), "{text}");
@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_terminal_is_drawn_without_harm() {
+    fn a_tiny_terminal_causes_no_panic() {
         for (width, height) in [(1, 1), (3, 2), (20, 4)] {
             let mut model = model();
             for _ in 0..2 {

@@ -1,0 +1,123 @@
+//! `gannet-agent run`: the daemon. Builds the parts in the order in which data flows, starts their tasks and waits.
+
+mod follow;
+mod parts;
+mod tasks;
+
+use std::{fs, io, path::PathBuf, sync::atomic::Ordering::Relaxed};
+
+use gannet_proto::{
+    connect::DialError,
+    control::{Rule, RuleError},
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    commands::check::{self, Refusal},
+    config::{ConfigError, RunOptions},
+    control::{LastGoodRules, restore},
+    debug::{ListenError, Listeners},
+    engine::EngineError,
+    export::SpoolError,
+    node::Node,
+    rules::{RuleFilesError, RuleSource, SourceRules, files},
+};
+use follow::SwitchSignals;
+use parts::Parts;
+use tasks::Tasks;
+
+/// Reasons why the daemon does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A required check failed.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// An address is in use.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The spool cannot be used.
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
+    /// The engine cannot start.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The address or a certificate of the collector is wrong.
+    #[error("--endpoint: {0}")]
+    Dial(#[from] DialError),
+    /// The rule files of this node cannot be read.
+    #[error(transparent)]
+    Files(#[from] RuleFilesError),
+    /// The rule files of this node cannot be applied.
+    #[error("--rules: {}", list_errors(.0))]
+    Rules(Vec<RuleError>),
+    /// The state directory cannot be created.
+    #[error("--state-dir {}: {source}", path.display())]
+    State {
+        /// The directory.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+    /// A thread or a signal handler cannot start.
+    #[error("cannot start: {0}")]
+    Start(#[source] io::Error),
+}
+
+fn list_errors(errors: &[RuleError]) -> String {
+    errors
+        .iter()
+        .map(|error| format!("rule {}: {}: {}", error.rule_id, error.field, error.reason))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+/// Runs until SIGTERM or SIGINT. Then it delivers pending samples, or leaves them in the spool.
+pub async fn run(options: RunOptions) -> Result<(), RunError> {
+    let config = options.complete()?;
+    check::preflight()?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Start)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Start)?;
+    let switch = SwitchSignals::listen().map_err(RunError::Start)?;
+    let local_rules = files::read(&config.options.rules)?;
+    let listeners = Listeners::open(config.options.http_listen, config.options.debug_listen).await?;
+    fs::create_dir_all(&config.options.state_dir)
+        .map_err(|source| RunError::State { path: config.options.state_dir.clone(), source })?;
+
+    let parts = Parts::start(config)?;
+    let store = LastGoodRules::in_dir(&parts.node.config.options.state_dir);
+    let active = restore(&parts.node, &store).await;
+    apply_local_rules(&parts.node, local_rules).await?;
+    let tasks = Tasks::start(&parts, listeners, switch, store, active)?;
+    tracing::info!(node = parts.node.config.node, "gannet-agent {} is running", gannet_proto::VERSION);
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("shutting down: delivering pending samples or leaving them in the spool");
+    tasks.stop().await;
+    parts.stop().await;
+    Ok(())
+}
+
+async fn apply_local_rules(node: &Node, rules: Vec<Rule>) -> Result<(), RunError> {
+    let partial = node
+        .engine
+        .replace(RuleSource::Local, SourceRules { rules, ..SourceRules::default() })
+        .await
+        .map_err(RunError::Rules)?;
+    for error in partial {
+        tracing::warn!(
+            rule = error.rule_id,
+            field = error.field,
+            "this field has no effect on this node: {}",
+            error.reason
+        );
+    }
+    node.rules_loaded.store(true, Relaxed);
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! The parts of the daemon, wired in the order in which data flows: engine, pipeline, exporter.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{sync::watch, task::JoinHandle};
+
+use super::RunError;
+use crate::{
+    cgroup::{CgroupNames, CgroupTree},
+    config::Config,
+    engine::{Engine, EngineOptions},
+    export::{Bounds, ExportConfig, Exporter, Spool, SpoolStats},
+    kernel::KernelOptions,
+    ledger::NodeLedger,
+    node::Node,
+    pipeline::{self, RecentProfiles, WindowQueue},
+    pods::Pods,
+    rules::{PodQuery, PodResolver},
+    symbols::{Symbolizer, SymbolizerConfig},
+    tables::TableSources,
+};
+
+/// Time for the delivery of the last profiles at the end; the rest stays in the spool.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+
+pub(super) struct Parts {
+    pub(super) node: Arc<Node>,
+    /// The control groups, if there is a pod source that resolves rules to them.
+    pub(super) groups: Option<Arc<CgroupTree>>,
+    /// Pod queries of the rules in force.
+    pub(super) queries: watch::Receiver<Vec<PodQuery>>,
+    exporter: Arc<Exporter>,
+    pipeline: JoinHandle<()>,
+}
+
+impl Parts {
+    pub(super) fn start(config: Config) -> Result<Self, RunError> {
+        let ledger = NodeLedger::new();
+        let spool_stats = Arc::new(SpoolStats::default());
+        let bounds = Bounds { bytes: config.options.spool_bytes.0, age: config.options.spool_age.0 };
+        let directory = config.options.state_dir.join("spool");
+        let spool = Spool::open(&directory, bounds, ledger.clone(), Arc::clone(&spool_stats))?;
+        let symbolizer = Symbolizer::start(SymbolizerConfig::default()).map_err(RunError::Start)?;
+        let recent = RecentProfiles::default();
+        let pods = Pods::new(config.pod_labels.clone());
+        let (queue, windows) = WindowQueue::new(ledger.clone());
+        let engine = Engine::start(engine_options(&config), queue)?;
+        let exporter = Exporter::start(export_config(&config), spool, ledger.clone(), Arc::default());
+        let exporter = Arc::new(exporter.map_err(RunError::Start)?);
+        let submit = {
+            let exporter = Arc::clone(&exporter);
+            move |batches| exporter.submit(batches)
+        };
+        let pipeline = tokio::spawn(pipeline::run(
+            windows,
+            symbolizer,
+            ledger.clone(),
+            recent.clone(),
+            pods.clone(),
+            submit,
+        ));
+        let (sender, queries) = watch::channel(Vec::new());
+        let groups = engine.groups().filter(|_| config.pods.is_some()).map(Arc::clone);
+        if groups.is_some() {
+            engine.know_pods(QueryForwarder { pods: pods.clone(), queries: sender });
+        }
+        let node = Arc::new(Node::new(config, engine, ledger, spool_stats, recent, pods));
+        Ok(Self { node, groups, queries, exporter, pipeline })
+    }
+
+    /// Ends the engine, then the pipeline, then the exporter, so that the last window passes all of them.
+    pub(super) async fn stop(self) {
+        match Arc::try_unwrap(self.node) {
+            // Dropping the engine flushes its last window into the pipeline, which then ends.
+            Ok(node) => drop(tokio::task::spawn_blocking(move || node.engine.stop()).await),
+            Err(node) => drop(node.engine.flush().await),
+        }
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.pipeline).await.is_err() {
+            tracing::warn!("the last window was not symbolized in time");
+        }
+        if !self.exporter.shutdown(SHUTDOWN_TIMEOUT).await {
+            tracing::info!("profiles that the collector did not accept in time are in the spool");
+        }
+    }
+}
+
+fn export_config(config: &Config) -> ExportConfig {
+    ExportConfig {
+        node: config.node.clone(),
+        version: gannet_proto::VERSION.to_owned(),
+        collector: config.dial.clone(),
+    }
+}
+
+fn engine_options(config: &Config) -> EngineOptions {
+    let options = &config.options;
+    EngineOptions {
+        node: config.node.clone(),
+        kernel: KernelOptions {
+            ring_bytes: config.ring_bytes,
+            table_bytes: config.table_bytes,
+            processes: options.processes,
+            lifecycle: options.lifecycle,
+            ..KernelOptions::default()
+        },
+        window: options.window.0,
+        caps: config.caps.clone(),
+        deny: config.deny.clone(),
+        budgets: config.budgets,
+        tables: Some(TableSources {
+            cache_dir: Some(options.state_dir.join("tables")),
+            override_dir: Some(options.state_dir.join("overrides")),
+            ..TableSources::with_debug_files()
+        }),
+    }
+}
+
+/// Forwards pod queries and containers from the engine to the task that follows pods.
+struct QueryForwarder {
+    pods: Pods,
+    queries: watch::Sender<Vec<PodQuery>>,
+}
+
+impl PodResolver for QueryForwarder {
+    fn set_queries(&mut self, queries: Vec<PodQuery>) {
+        self.queries.send_replace(queries);
+    }
+
+    fn container_seen(&mut self, container: &CgroupNames) {
+        self.pods.request(&container.container_id, &container.pod_uid);
+    }
+}
