@@ -9,7 +9,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     SkeletonBuilder::new()
         .source("src/bpf/gannet.bpf.c")
-        // A sample is followed by its frames in place. libbpf-cargo shows clang's warnings to nobody.
+        // The frames of a sample stand behind it. Warnings are errors, because libbpf-cargo does not print clang's warnings.
         .clang_args([
             "-Wall",
             "-Wextra",

@@ -1,4 +1,4 @@
-//! The BPF programs, their skeletons, and the types that they share with the agent.
+//! The BPF programs, their skeleton, and the types that they share with the agent.
 
 /// The sampler and the process handlers: skeleton and shared types, generated from `src/bpf/gannet.bpf.c`.
 #[allow(

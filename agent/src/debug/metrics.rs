@@ -110,7 +110,7 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
         for (reason, count) in [
             ("ring_full", kinds.iter().map(|(_, counts)| counts.lost_ring_full).sum::<u64>()),
             ("rate", kinds.iter().map(|(_, counts)| counts.lost_rate).sum()),
-            ("refused", kinds.iter().map(|(_, counts)| counts.refused).sum()),
+            ("refused", kinds.iter().map(|(_, counts)| counts.skipped).sum()),
         ] {
             snapshot.add_labelled(&LIFECYCLE_LOST, [reason], count);
         }

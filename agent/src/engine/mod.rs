@@ -406,7 +406,7 @@ struct Worker {
     found_pace: Pace,
     /// Images of which a thread blocked before its tables were in the kernel.
     to_enter: HashSet<ImageKey>,
-    /// What is in the kernel's `arms`, by thread group id.
+    /// What is in the kernel's map `marks`, by thread group id.
     armed: HashMap<u32, SamplingMark>,
     pods: Option<Box<dyn PodResolver>>,
     /// The containers that were told of in this window.

@@ -76,7 +76,7 @@ mod tests {
         assert_eq!(Losses::new(&counters, 0), quiet);
         counters.fork.lost_rate = 1;
         counters.exit.lost_ring_full = 2;
-        counters.exec.refused = 4;
+        counters.exec.skipped = 4;
         assert_eq!(Losses::new(&counters, 8), Losses { lost: 11, refused: 4 });
     }
 }

@@ -29,7 +29,7 @@ impl Kernel {
         let sampler: &[(&'static str, &ProgramMut<'_>)] = match self.options.unwind_driver {
             UnwindDriver::Loop => &[("on_tick", &progs.on_tick)],
             UnwindDriver::TailCalls => {
-                &[("on_tick_chain", &progs.on_tick_chain), ("walk_chain", &progs.walk_chain)]
+                &[("on_tick_chain", &progs.on_tick_chain), ("unwind_tick_chain", &progs.unwind_tick_chain)]
             }
         };
         let switch: &[(&'static str, &ProgramMut<'_>)] = match self.options.unwind_driver {
@@ -37,7 +37,7 @@ impl Kernel {
             UnwindDriver::Loop => &[("on_switch", &progs.on_switch)],
             UnwindDriver::TailCalls => &[
                 ("on_switch_chain", &progs.on_switch_chain),
-                ("walk_switch_chain", &progs.walk_switch_chain),
+                ("unwind_switch_chain", &progs.unwind_switch_chain),
             ],
         };
         let others: [(&'static str, &ProgramMut<'_>); 5] = [

@@ -13,7 +13,12 @@ pub type LifecycleCounts = types::lifecycle_counts;
 
 /// Returns the counts of each kind of lifecycle event, with its name.
 pub fn lifecycle_counts(counters: &Counters) -> [(&'static str, &LifecycleCounts); 4] {
-    [("exec", &counters.exec), ("fork", &counters.fork), ("exit", &counters.exit), ("found", &counters.found)]
+    [
+        ("exec", &counters.exec),
+        ("fork", &counters.fork),
+        ("exit", &counters.exit),
+        ("running", &counters.running),
+    ]
 }
 
 /// Returns the lifecycle events that a rule asked for and the agent did not receive.
@@ -23,7 +28,7 @@ pub fn lifecycle_lost(counters: &Counters) -> u64 {
 
 /// Returns an upper bound of the lifecycle events for which the kernel skipped all handlers. Ends of single threads count too.
 pub fn lifecycle_skipped(counters: &Counters) -> u64 {
-    lifecycle_counts(counters).iter().map(|(_, counts)| counts.refused).sum()
+    lifecycle_counts(counters).iter().map(|(_, counts)| counts.skipped).sum()
 }
 
 impl Kernel {
@@ -45,7 +50,7 @@ impl Kernel {
         }
         // SAFETY: the structure is nothing but FIELDS numbers of 64 bits.
         let mut counters = unsafe { std::mem::transmute::<[u64; FIELDS], Counters>(sums) };
-        [counters.exec.refused, counters.fork.refused, counters.exit.refused] = self.skipped();
+        [counters.exec.skipped, counters.fork.skipped, counters.exit.skipped] = self.skipped();
         Ok(counters)
     }
 
@@ -54,7 +59,7 @@ impl Kernel {
         let maps = &self.skeleton.maps;
         [
             ("procs", &maps.procs),
-            ("arms", &maps.arms),
+            ("marks", &maps.marks),
             ("off_cpu", &maps.off_cpu),
             ("comm_rules", &maps.comm_rules),
             ("cgroup_rules", &maps.cgroup_rules),

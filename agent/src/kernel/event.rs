@@ -14,7 +14,7 @@ const SAMPLE: u32 = 1;
 const EXEC: u32 = 2;
 const FORK: u32 = 3;
 const EXIT: u32 = 4;
-const FOUND: u32 = 5;
+const RUNNING: u32 = 5;
 
 /// One report of the kernel side. Events arrive in the order in which the kernel made them, across all CPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,7 +122,7 @@ impl Event {
                     file: FileNumbers { dev: user_device(lifecycle.device), inode: lifecycle.inode },
                 })
             }
-            FORK | EXIT | FOUND => {
+            FORK | EXIT | RUNNING => {
                 let record: types::lifecycle = read(bytes, kind)?;
                 let subject = Subject::from(&record);
                 let origin = Origin { parent: record.parent, uid: record.uid };

@@ -84,7 +84,7 @@ impl Kernel {
         size_maps(&mut skeleton, &options).map_err(KernelError::Open)?;
         choose_programs(&mut skeleton, &options);
         if let Some(constants) = skeleton.maps.rodata_data.as_deref_mut() {
-            constants.twins = options.redundant_handlers.into();
+            constants.redundant_handlers = options.redundant_handlers.into();
             constants.cgroup_hierarchy = match options.hierarchy {
                 CgroupHierarchy::V2 => 0,
                 CgroupHierarchy::V1Cpu => 1,
@@ -99,7 +99,7 @@ fn size_maps(skeleton: &mut OpenGannetSkel<'_>, options: &KernelOptions) -> Resu
     let maps = &mut skeleton.maps;
     maps.events.set_max_entries(options.ring_bytes)?;
     maps.table_lines.set_max_entries((options.table_bytes / LINE_BYTES).max(1))?;
-    for map in [&mut maps.images, &mut maps.procs, &mut maps.arms] {
+    for map in [&mut maps.images, &mut maps.procs, &mut maps.marks] {
         map.set_max_entries(options.processes)?;
     }
     if !options.off_cpu {
@@ -114,10 +114,10 @@ fn choose_programs(skeleton: &mut OpenGannetSkel<'_>, options: &KernelOptions) {
         (options.unwind_driver == UnwindDriver::Loop, options.unwind_driver == UnwindDriver::TailCalls);
     progs.on_tick.set_autoload(by_loop);
     progs.on_tick_chain.set_autoload(by_chain);
-    progs.walk_chain.set_autoload(by_chain);
+    progs.unwind_tick_chain.set_autoload(by_chain);
     progs.on_switch.set_autoload(options.off_cpu && by_loop);
     progs.on_switch_chain.set_autoload(options.off_cpu && by_chain);
-    progs.walk_switch_chain.set_autoload(options.off_cpu && by_chain);
+    progs.unwind_switch_chain.set_autoload(options.off_cpu && by_chain);
     for program in [&mut progs.on_exec_again, &mut progs.on_fork_again, &mut progs.on_exit_again] {
         program.set_autoload(options.redundant_handlers);
     }
@@ -176,9 +176,9 @@ impl LoadedKernel {
     pub fn attach(self) -> Result<Kernel, KernelError> {
         let Self { skeleton, options } = self;
         if options.unwind_driver == UnwindDriver::TailCalls {
-            set_tail_call(&skeleton.maps.chain, "chain", &skeleton.progs.walk_chain)?;
+            set_tail_call(&skeleton.maps.tick_chain, "tick_chain", &skeleton.progs.unwind_tick_chain)?;
             if options.off_cpu {
-                let next = &skeleton.progs.walk_switch_chain;
+                let next = &skeleton.progs.unwind_switch_chain;
                 set_tail_call(&skeleton.maps.switch_chain, "switch_chain", next)?;
             }
         }

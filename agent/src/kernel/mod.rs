@@ -152,7 +152,7 @@ impl Kernel {
             }
         }
         let followed = self.mappings.is_some();
-        self.change_settings(|settings| settings.mappings_heard = followed.into());
+        self.change_settings(|settings| settings.mappings_reported = followed.into());
     }
 
     /// Matches every running process against the rules again, and reports matching ones as [`Event::Running`].
@@ -166,7 +166,7 @@ impl Kernel {
 
     /// Marks a process for sampling.
     pub fn mark(&mut self, mark: &SamplingMark) -> Result<(), KernelError> {
-        let value = types::arm {
+        let value = types::mark {
             start_boottime: mark.key.start_boottime_ns,
             want: mark.want.into(),
             exec_id: mark.exec_id,
@@ -176,16 +176,16 @@ impl Kernel {
         };
         self.skeleton
             .maps
-            .arms
+            .marks
             .update(&mark.key.tgid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
-            .map_err(|source| KernelError::Map { map: "arms", source })?;
-        self.change_settings(|settings| settings.arms = 1);
+            .map_err(|source| KernelError::Map { map: "marks", source })?;
+        self.change_settings(|settings| settings.marks = 1);
         Ok(())
     }
 
     /// Removes the mark of a process, if it has one.
     pub fn unmark(&mut self, tgid: u32) {
-        let _ = self.skeleton.maps.arms.delete(&tgid.to_ne_bytes());
+        let _ = self.skeleton.maps.marks.delete(&tgid.to_ne_bytes());
     }
 
     /// Removes a process from the kernel side's table after its exit event was lost.
@@ -201,8 +201,8 @@ impl Kernel {
 
     /// Removes all marks.
     pub fn unmark_all(&mut self) {
-        self.change_settings(|settings| settings.arms = 0);
-        clear(&self.skeleton.maps.arms);
+        self.change_settings(|settings| settings.marks = 0);
+        clear(&self.skeleton.maps.marks);
     }
 
     /// Detaches all programs, so that the kernel calls none of them. The maps stay.
@@ -220,7 +220,7 @@ impl Kernel {
     /// Attaches all programs again after [`detach`](Self::detach). Forgets all processes, because their changes were not
     /// followed meanwhile. The caller sets the rules again, which scans the running processes.
     pub fn attach_again(&mut self) {
-        for map in [&self.skeleton.maps.procs, &self.skeleton.maps.arms, &self.skeleton.maps.off_cpu] {
+        for map in [&self.skeleton.maps.procs, &self.skeleton.maps.marks, &self.skeleton.maps.off_cpu] {
             clear(map);
         }
         let load::Handlers { links, task_iterator, degraded } =
@@ -307,9 +307,9 @@ fn clear(map: &libbpf_rs::MapMut<'_>) {
 
 /// The structures that the agent writes into maps.
 trait MapValue: Copy {}
-impl MapValue for types::arm {}
+impl MapValue for types::mark {}
 // No padding: every byte belongs to a field.
-const _: () = assert!(size_of::<types::arm>() == 8 + 16 + 4 + 4 + 8 + 8);
+const _: () = assert!(size_of::<types::mark>() == 8 + 16 + 4 + 4 + 8 + 8);
 // `Kernel::forget` reads the start time from the head of an entry of `procs`.
 const _: () = assert!(std::mem::offset_of!(types::proc, start_boottime) == 0);
 

@@ -27,13 +27,13 @@ int on_tick(struct bpf_perf_event_data *ctx)
 	return 0;
 }
 
-/* The links of a chain of ticks. Written by the agent: the only entry is walk_chain. */
+/* The links of a chain of ticks. Written by the agent: the only entry is unwind_tick_chain. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, u32);
 	__type(value, u32);
-} chain SEC(".maps");
+} tick_chain SEC(".maps");
 
 /* A tick on kernels without bpf_loop. */
 SEC("perf_event")
@@ -42,12 +42,12 @@ int on_tick_chain(struct bpf_perf_event_data *ctx)
 	struct counters *counters = this_cpu_counters();
 
 	if (counters && begin_tick(ctx, counters))
-		bpf_tail_call(ctx, &chain, 0);
+		bpf_tail_call(ctx, &tick_chain, 0);
 	return 0;
 }
 
 SEC("perf_event")
-int walk_chain(struct bpf_perf_event_data *ctx)
+int unwind_tick_chain(struct bpf_perf_event_data *ctx)
 {
 	struct counters *counters = this_cpu_counters();
 	struct sample_scratch *scratch = this_cpu_scratch();
@@ -55,7 +55,7 @@ int walk_chain(struct bpf_perf_event_data *ctx)
 	if (!counters || !scratch)
 		return 0;
 	if (unwind_link(scratch))
-		bpf_tail_call(ctx, &chain, 0);
+		bpf_tail_call(ctx, &tick_chain, 0);
 	finish_tick(counters, scratch);
 	return 0;
 }
@@ -74,7 +74,7 @@ int on_switch(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* The links of a chain of switches. Written by the agent: the only entry is walk_switch_chain. */
+/* The links of a chain of switches. Written by the agent: the only entry is unwind_switch_chain. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
 	__uint(max_entries, 1);
@@ -94,7 +94,7 @@ int on_switch_chain(struct bpf_raw_tracepoint_args *ctx)
 }
 
 SEC("raw_tp/sched_switch")
-int walk_switch_chain(struct bpf_raw_tracepoint_args *ctx)
+int unwind_switch_chain(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct counters *counters = this_cpu_counters();
 	struct sample_scratch *scratch = this_cpu_scratch();

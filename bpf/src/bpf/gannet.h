@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* Events, map keys and values, and settings that BPF programs and agent share. The agent's Rust types are generated from these. */
+/*
+ * The events, map keys and values, and settings that BPF programs and agent share. The build generates the agent's Rust types
+ * from them.
+ */
 #ifndef GANNET_H
 #define GANNET_H
 
@@ -90,8 +93,8 @@ struct proc {
 	u32 reported;
 };
 
-/* Value of `arms`: the agent's decision for one process. Writer: the agent only. */
-struct arm {
+/* Value of `marks`: the agent's decision for one process. Writer: the agent only. */
+struct mark {
 	u64 start_boottime;
 	struct want want;
 	/* The image that the decision is for. Ignored if sticky. */
@@ -134,8 +137,8 @@ struct settings {
 	u32 sampling;
 	/* Number of the rule set; the lowest bit is the side in force. */
 	u32 generation;
-	/* `arms` is not empty. */
-	u32 arms;
+	/* `marks` is not empty. */
+	u32 marks;
 	/* User stacks are unwound by tables; else the kernel unwinds them by frame pointers. */
 	u32 tables;
 	/* Stacks to take. */
@@ -143,7 +146,7 @@ struct settings {
 	u32 kernel_stacks;
 	/* Every process is sampled for these. */
 	struct want all;
-	/* The bits of all, procs and arms that stand for a rule of the set in force. */
+	/* The bits of all, procs and marks that stand for a rule of the set in force. */
 	u64 live_rules;
 	/* Rules that want ticks, and rules that want blocked time. */
 	u64 on_cpu_rules;
@@ -161,7 +164,7 @@ struct settings {
 	/* Exec and fork reports per second, for all CPUs together. */
 	u64 report_rate;
 	/* Perf events report each executable mapping to the agent, so that it need not hurry to read /proc. */
-	u32 mappings_heard;
+	u32 mappings_reported;
 	u32 reserved;
 	struct side sides[2];
 };
@@ -270,7 +273,7 @@ enum event_kind {
 	EVENT_FORK = 3,
 	EVENT_EXIT = 4,
 	/* A process that already ran when the rules came into force. */
-	EVENT_FOUND = 5,
+	EVENT_RUNNING = 5,
 };
 
 struct event {
@@ -365,8 +368,8 @@ struct lifecycle_counts {
 	u64 sent;
 	u64 lost_rate;
 	u64 lost_ring_full;
-	/* Events for which the kernel skipped all handlers, at most; see `dealt_with`. The agent fills it in. */
-	u64 refused;
+	/* Events for which the kernel skipped all handlers, at most; see `handled`. The agent fills it in. */
+	u64 skipped;
 };
 
 /*
@@ -389,7 +392,7 @@ struct counters {
 	struct lifecycle_counts fork;
 	struct lifecycle_counts exit;
 	/* Found by the scan, or moved to another control group. */
-	struct lifecycle_counts found;
+	struct lifecycle_counts running;
 };
 
 #endif

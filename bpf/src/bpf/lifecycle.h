@@ -60,11 +60,11 @@ ALWAYS_INLINE struct proc *known_proc(u32 tgid, u64 start_boottime)
 	return proc && proc->start_boottime == start_boottime ? proc : NULL;
 }
 
-ALWAYS_INLINE struct arm *known_arm(u32 tgid, u64 start_boottime)
+ALWAYS_INLINE struct mark *known_mark(u32 tgid, u64 start_boottime)
 {
-	struct arm *arm = settings.arms ? bpf_map_lookup_elem(&arms, &tgid) : NULL;
+	struct mark *mark = settings.marks ? bpf_map_lookup_elem(&marks, &tgid) : NULL;
 
-	return arm && arm->start_boottime == start_boottime ? arm : NULL;
+	return mark && mark->start_boottime == start_boottime ? mark : NULL;
 }
 
 ALWAYS_INLINE void enter_proc(struct counters *counters, u32 tgid, const struct proc *fresh)
@@ -81,7 +81,7 @@ enum handler {
 };
 
 /* A thread with one of its images: no other thread or image ever has the same three numbers. */
-struct dealt {
+struct handled_event {
 	u64 start_boottime;
 	u32 tid;
 	u32 exec_id;
@@ -99,15 +99,15 @@ struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, HANDLERS);
 	__type(key, u32);
-	__type(value, struct dealt);
-} dealt_with SEC(".maps");
+	__type(value, struct handled_event);
+} handled SEC(".maps");
 
 /* Whether the redundant handlers are attached. Set before loading. */
-const volatile u32 twins;
+const volatile u32 redundant_handlers;
 
-ALWAYS_INLINE bool is_dealt_with(u32 handler, struct task_struct *task)
+ALWAYS_INLINE bool is_handled(u32 handler, struct task_struct *task)
 {
-	struct dealt *last = twins ? bpf_map_lookup_elem(&dealt_with, &handler) : NULL;
+	struct handled_event *last = redundant_handlers ? bpf_map_lookup_elem(&handled, &handler) : NULL;
 
 	return last && last->tid == (u32)BPF_CORE_READ(task, pid) &&
 	       last->exec_id == BPF_CORE_READ(task, self_exec_id) &&
@@ -115,9 +115,9 @@ ALWAYS_INLINE bool is_dealt_with(u32 handler, struct task_struct *task)
 }
 
 /* Notes the thread, at the end of the work: a handler that preempted this one has noted its own meanwhile. */
-ALWAYS_INLINE void deal_with(u32 handler, struct task_struct *task)
+ALWAYS_INLINE void note_handled(u32 handler, struct task_struct *task)
 {
-	struct dealt *last = twins ? bpf_map_lookup_elem(&dealt_with, &handler) : NULL;
+	struct handled_event *last = redundant_handlers ? bpf_map_lookup_elem(&handled, &handler) : NULL;
 
 	if (!last)
 		return;
@@ -171,7 +171,7 @@ ALWAYS_INLINE void follow_exec(struct bpf_raw_tracepoint_args *ctx, u32 slot)
 	struct counters *counters;
 	struct proc fresh = {};
 	struct proc *old;
-	struct arm *arm;
+	struct mark *mark;
 	u64 candidates;
 	u32 tgid;
 	bool known, tracked, wanted, entered, seen;
@@ -183,10 +183,10 @@ ALWAYS_INLINE void follow_exec(struct bpf_raw_tracepoint_args *ctx, u32 slot)
 	tgid = BPF_CORE_READ(task, tgid);
 	identify(&fresh, task);
 	old = known_proc(tgid, fresh.start_boottime);
-	arm = known_arm(tgid, fresh.start_boottime);
-	tracked = old || arm;
+	mark = known_mark(tgid, fresh.start_boottime);
+	tracked = old || mark;
 	/* Each exec of a sampled process must be reported, or its samples would be named after the old image. */
-	known = arm || (old && (old->sampled || old->want.rules || old->sticky.rules));
+	known = mark || (old && (old->sampled || old->want.rules || old->sticky.rules));
 	if (old)
 		fresh.sticky = old->sticky;
 	fresh.reported = 1;
@@ -219,7 +219,7 @@ ALWAYS_INLINE void follow_exec(struct bpf_raw_tracepoint_args *ctx, u32 slot)
 	record->lifecycle.by_thread = (u32)ctx->args[1] != tgid;
 	bpf_probe_read_kernel_str(record->path, sizeof(record->path), BPF_CORE_READ(bprm, filename));
 	/* It may live for milliseconds only: the agent must open files now that it does not hold open yet. */
-	seen = seen_before(&record->lifecycle, bprm) && settings.mappings_heard;
+	seen = seen_before(&record->lifecycle, bprm) && settings.mappings_reported;
 	counters->exec.sent++;
 	bpf_ringbuf_submit(record, candidates || (wanted && !seen) ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 }
@@ -229,10 +229,10 @@ ALWAYS_INLINE void handle_exec(struct bpf_raw_tracepoint_args *ctx, u32 slot)
 {
 	struct task_struct *task = (void *)ctx->args[0];
 
-	if (!settings.lifecycle || is_dealt_with(HANDLER_EXEC, task))
+	if (!settings.lifecycle || is_handled(HANDLER_EXEC, task))
 		return;
 	follow_exec(ctx, slot);
-	deal_with(HANDLER_EXEC, task);
+	note_handled(HANDLER_EXEC, task);
 }
 
 ALWAYS_INLINE void follow_fork(struct bpf_raw_tracepoint_args *ctx, u32 slot)
@@ -246,7 +246,7 @@ ALWAYS_INLINE void follow_fork(struct bpf_raw_tracepoint_args *ctx, u32 slot)
 	struct counters *counters;
 	struct proc fresh = {};
 	struct proc *proc;
-	struct arm *arm;
+	struct mark *mark;
 	bool inherits, entered;
 
 	counters = this_cpu_counters();
@@ -262,9 +262,9 @@ ALWAYS_INLINE void follow_fork(struct bpf_raw_tracepoint_args *ctx, u32 slot)
 		add_want(&fresh.sticky, &proc->sticky, live);
 		fresh.denied = proc->denied;
 	}
-	arm = settings.arms ? bpf_map_lookup_elem(&arms, &parent_tgid) : NULL;
-	if (arm)
-		add_want(arm->sticky ? &fresh.sticky : &fresh.want, &arm->want, live);
+	mark = settings.marks ? bpf_map_lookup_elem(&marks, &parent_tgid) : NULL;
+	if (mark)
+		add_want(mark->sticky ? &fresh.sticky : &fresh.want, &mark->want, live);
 	inherits = fresh.want.rules || fresh.sticky.rules;
 	/* A stale entry of an earlier process with this PID must not survive. */
 	if (!inherits && !fresh.denied)
@@ -304,10 +304,10 @@ ALWAYS_INLINE void handle_fork(struct bpf_raw_tracepoint_args *ctx, u32 slot)
 
 	/* A thread is no child. */
 	if (!settings.lifecycle || BPF_CORE_READ(child, tgid) != BPF_CORE_READ(child, pid) ||
-	    is_dealt_with(HANDLER_FORK, child))
+	    is_handled(HANDLER_FORK, child))
 		return;
 	follow_fork(ctx, slot);
-	deal_with(HANDLER_FORK, child);
+	note_handled(HANDLER_FORK, child);
 }
 
 #define SIGNAL_GROUP_EXIT 0x4
@@ -318,7 +318,7 @@ ALWAYS_INLINE void follow_exit(struct task_struct *task, struct signal_struct *s
 	struct counters *counters;
 	struct proc last = {};
 	struct proc *proc;
-	struct arm *arm;
+	struct mark *mark;
 	u32 tgid;
 
 	counters = this_cpu_counters();
@@ -347,10 +347,10 @@ ALWAYS_INLINE void follow_exit(struct task_struct *task, struct signal_struct *s
 		record.exit_code = BPF_CORE_READ(task, group_leader, exit_code);
 	send_lifecycle(&counters->exit, &record, sizeof(record), false);
 	/* It still uses the CPU for a while: the sampler finds it there. */
-	arm = known_arm(tgid, last.start_boottime);
-	if (arm)
-		add_want(&last.sticky, &arm->want, settings.live_rules);
-	bpf_map_update_elem(&dying, &tgid, &last, BPF_ANY);
+	mark = known_mark(tgid, last.start_boottime);
+	if (mark)
+		add_want(&last.sticky, &mark->want, settings.live_rules);
+	bpf_map_update_elem(&exiting, &tgid, &last, BPF_ANY);
 }
 
 /* raw tracepoint arguments: task; from 6.16 on also group_dead */
@@ -363,10 +363,10 @@ ALWAYS_INLINE void handle_exit(struct bpf_raw_tracepoint_args *ctx)
 		return;
 	signal = BPF_CORE_READ(task, signal);
 	/* The exit of the leader is not that of the process: its other threads may go on for hours. */
-	if (BPF_CORE_READ(signal, live.counter) || is_dealt_with(HANDLER_EXIT, task))
+	if (BPF_CORE_READ(signal, live.counter) || is_handled(HANDLER_EXIT, task))
 		return;
 	follow_exit(task, signal);
-	deal_with(HANDLER_EXIT, task);
+	note_handled(HANDLER_EXIT, task);
 }
 
 /* Decides again for a process that runs. True: it needs no report. */
@@ -378,10 +378,10 @@ ALWAYS_INLINE bool decide_again(struct counters *counters, struct task_struct *l
 	u32 tgid = BPF_CORE_READ(leader, tgid);
 	u64 candidates;
 
-	counters->found.seen++;
+	counters->running.seen++;
 	/* A process whose last thread is gone only waits for its parent: its exit has been reported. */
 	if (!BPF_CORE_READ(leader, signal, live.counter)) {
-		counters->found.filtered++;
+		counters->running.filtered++;
 		return true;
 	}
 	identify(&fresh, leader);
@@ -390,12 +390,12 @@ ALWAYS_INLINE bool decide_again(struct counters *counters, struct task_struct *l
 		fresh = *old;
 	candidates = decide(counters, leader, tgid, &fresh, old, slot);
 	if (fresh.denied || !(fresh.want.rules | fresh.sticky.rules | candidates)) {
-		counters->found.filtered++;
+		counters->running.filtered++;
 		return true;
 	}
 	if (!old && !fresh.want.rules && !fresh.sticky.rules)
 		enter_proc(counters, tgid, &fresh);
-	fill_lifecycle(record, EVENT_FOUND, leader, &fresh);
+	fill_lifecycle(record, EVENT_RUNNING, leader, &fresh);
 	record->candidates = candidates;
 	return false;
 }
@@ -419,9 +419,9 @@ ALWAYS_INLINE void handle_attach(struct bpf_raw_tracepoint_args *ctx)
 	if (decide_again(counters, BPF_CORE_READ(task, group_leader), SCRATCH_ATTACH, &record))
 		return;
 	if (report_allowed())
-		send_lifecycle(&counters->found, &record, sizeof(record), false);
+		send_lifecycle(&counters->running, &record, sizeof(record), false);
 	else
-		counters->found.lost_rate++;
+		counters->running.lost_rate++;
 }
 
 /* Decides again for one task of a scan that the agent asked for, also if the handlers are off. */
@@ -435,7 +435,7 @@ ALWAYS_INLINE void scan_task(struct task_struct *task)
 	if (task->tgid != task->pid)
 		return;
 	if (!decide_again(counters, task, SCRATCH_SCAN, &record))
-		send_lifecycle(&counters->found, &record, sizeof(record), false);
+		send_lifecycle(&counters->running, &record, sizeof(record), false);
 }
 
 #endif

@@ -41,15 +41,15 @@ struct {
 	__uint(max_entries, 1024);
 	__type(key, u32);
 	__type(value, struct proc);
-} dying SEC(".maps");
+} exiting SEC(".maps");
 
 /* The agent's decisions for single processes: by PID, or by facts that only user space can see. Writer: the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
 	__type(key, u32);
-	__type(value, struct arm);
-} arms SEC(".maps");
+	__type(value, struct mark);
+} marks SEC(".maps");
 
 /* One entry for each CPU. Writers: all programs. Reader: the agent, which adds them up. */
 struct {

@@ -51,7 +51,7 @@ struct cgroup_match {
 	u32 reserved;
 };
 
-/* The rules that match a control group, by its id, so that its path is built once for each rule set. Writers: BPF programs. */
+/* The rules that match a control group, by its id: its path is built once for each rule set. Writers: BPF programs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 4096);
@@ -72,7 +72,7 @@ enum scratch_slot {
 	SCRATCH_FORK = 1,
 	SCRATCH_ATTACH = 2,
 	SCRATCH_SCAN = 3,
-	/* Of the redundant handlers, see `dealt_with`. */
+	/* Of the redundant handlers, see `handled`. */
 	SCRATCH_EXEC_AGAIN = 4,
 	SCRATCH_FORK_AGAIN = 5,
 	SCRATCH_SLOTS = 6,

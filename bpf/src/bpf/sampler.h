@@ -48,14 +48,14 @@ ALWAYS_INLINE void want_of_process(struct want *want, struct proc *proc, u32 tgi
 		add_want(want, &proc->want, live);
 		add_want(want, &proc->sticky, live);
 	}
-	if (settings.arms) {
-		struct arm *arm = bpf_map_lookup_elem(&arms, &tgid);
+	if (settings.marks) {
+		struct mark *mark = bpf_map_lookup_elem(&marks, &tgid);
 
-		if (arm && arm->start_boottime == start_boottime && (arm->sticky || arm->exec_id == exec_id)) {
-			add_want(want, &arm->want, live);
-			if (want->rules & arm->refused) {
-				want->rules &= ~arm->refused;
-				want->period_ns = arm->period_ns;
+		if (mark && mark->start_boottime == start_boottime && (mark->sticky || mark->exec_id == exec_id)) {
+			add_want(want, &mark->want, live);
+			if (want->rules & mark->refused) {
+				want->rules &= ~mark->refused;
+				want->period_ns = mark->period_ns;
 			}
 		}
 	}
@@ -67,7 +67,7 @@ ALWAYS_INLINE bool may_be_wanted(struct proc *proc, u32 tgid)
 {
 	if (proc || settings.all.rules)
 		return true;
-	return settings.arms && bpf_map_lookup_elem(&arms, &tgid);
+	return settings.marks && bpf_map_lookup_elem(&marks, &tgid);
 }
 
 /*
@@ -285,7 +285,7 @@ ALWAYS_INLINE bool note_sampled(struct counters *counters, struct task_struct *t
 	bool first = true;
 
 	if (proc && proc->start_boottime == now->start_boottime) {
-		first = !proc->sampled && !(proc->reported && settings.mappings_heard);
+		first = !proc->sampled && !(proc->reported && settings.mappings_reported);
 		proc->sampled = 1;
 	} else if (!is_exiting(task)) {
 		/* A thread that is about to exit is not entered: no program would remove the entry again. */
@@ -323,7 +323,7 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	task = (void *)bpf_get_current_task();
 	proc = bpf_map_lookup_elem(&procs, &tgid);
 	if (!proc && is_exiting(task))
-		proc = bpf_map_lookup_elem(&dying, &tgid);
+		proc = bpf_map_lookup_elem(&exiting, &tgid);
 	if (!may_be_wanted(proc, tgid))
 		return NULL;
 

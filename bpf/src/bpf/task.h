@@ -56,7 +56,7 @@ ALWAYS_INLINE bool in_execve(struct task_struct *task)
 	return !BPF_CORE_READ(task, mm, end_code);
 }
 
-/* What the sampler needs to know of the current thread each time. */
+/* The facts about the current thread that each sample needs. */
 struct current {
 	/* Of the process. */
 	u64 start_boottime;

@@ -421,7 +421,7 @@ ALWAYS_INLINE bool frame_address(struct unwind_state *unwind, const struct unwin
 
 /*
  * Goes from a frame to its caller. False: the stack is at its end, and unwind->end says how. One function, because the
- * verifier counts three times the instructions if the part with the cache is another (198,000 for walk_chain).
+ * verifier counts three times the instructions if the part with the cache is another (198,000 for unwind_tick_chain).
  */
 ALWAYS_INLINE bool step(struct unwind_state *unwind, struct rule_cache *cache)
 {
