@@ -5,7 +5,7 @@ use std::{fs, io, path::Path, time::Duration};
 /// Totals of a control group since it was created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct GroupCpuStat {
-    /// CPU time.
+    /// CPU time of all processes in the group.
     cpu: Duration,
     /// Enforcement periods in which the group ran.
     periods: u64,

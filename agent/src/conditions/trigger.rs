@@ -1,9 +1,13 @@
 //! The state machine that decides when a capture starts. It has no side effects and runs in virtual time.
 //!
 //! A condition is watched in scopes: a container, a pod, or the node. A scope starts a capture when the condition has held
-//! there for the rule's time. A start is suppressed while a capture runs in the scope, during the cooldown after one, while
-//! the rule has its maximum of captures, and while one of three token buckets (of the rule, of the scope, of the node) is
-//! empty. The agent counts suppressed starts. If the condition continues to hold, the capture starts later.
+//! there for the rule's time. These suppress a start:
+//!
+//! - a capture that runs in the scope, and the cooldown after one,
+//! - the rule's maximum of concurrent captures,
+//! - an empty token bucket: of the rule, of the scope, or of the node.
+//!
+//! The agent counts suppressed starts. If the condition continues to hold, the capture starts later.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -22,12 +26,12 @@ use crate::rules::{
 const RULE_BUCKET: (u32, Duration) = (10, Duration::from_secs(10));
 /// Bucket of each scope, shared by all rules.
 const SCOPE_BUCKET: (u32, Duration) = (5, Duration::from_secs(20));
-/// Bucket of the node.
+/// Bucket of the node, shared by all rules and scopes.
 const NODE_BUCKET: (u32, Duration) = (20, Duration::from_secs(3));
 /// Scopes to remember. Beyond that the agent forgets those that are idle.
 const MAX_SCOPES: usize = 4096;
 
-/// Where a condition is watched, and which processes its capture samples.
+/// The processes for which a condition is watched, and which its capture samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum WatchScope {
     /// The node: all processes that the rule matches.

@@ -36,7 +36,7 @@ impl BpfTime {
     }
 }
 
-/// Makes the kernel count as long as the descriptor is open. None: the kernel cannot (before 5.8).
+/// Opens a descriptor. The kernel counts as long as it is open. None: the kernel cannot (before 5.8).
 fn start_counting() -> Option<OwnedFd> {
     // SAFETY: the call takes a number and returns a new descriptor or a negative error.
     let fd = unsafe { libbpf_sys::bpf_enable_stats(libbpf_sys::BPF_STATS_RUN_TIME) };

@@ -23,7 +23,7 @@ const DIVISORS: [u32; 5] = [1, 2, 4, 8, 8];
 pub struct Budgets {
     /// Share of one core, for the agent's threads and its BPF programs together.
     pub cpu: Option<f64>,
-    /// Resident memory.
+    /// Resident memory of the process.
     pub memory_bytes: Option<u64>,
 }
 
@@ -32,7 +32,7 @@ pub struct Budgets {
 pub(crate) struct ResourceUse {
     /// Share of one core since the last check.
     pub(crate) cpu: f64,
-    /// Resident memory.
+    /// Resident memory of the process.
     pub(crate) memory_bytes: u64,
 }
 
@@ -48,14 +48,14 @@ pub(crate) struct Governor {
     cause: String,
 }
 
-/// What the engine must do now.
+/// Instructions of the governor to the engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct GovernorVerdict {
     /// Factor for all periods.
     pub(crate) rate_divisor: u32,
     /// Why captures are refused, if they are.
     pub(crate) refuse: Option<String>,
-    /// What is lowered and why, human-readable; none: nothing is lowered.
+    /// The lowered limits and the cause, human-readable; none: nothing is lowered.
     pub(crate) reason: Option<String>,
 }
 

@@ -13,7 +13,7 @@ pub(crate) const MAX_LABEL_WAIT: Duration = Duration::from_secs(5);
 /// How often a waiting window requests its unknown containers again.
 const REQUEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// Which labels profiles of pods get, beside namespace, pod, container, workload and service.
+/// Labels that profiles get beside namespace, pod, container, workload and service.
 #[derive(Clone, Debug, Default)]
 pub struct PodLabelOptions {
     /// The cluster's name; empty: no label.
@@ -22,14 +22,14 @@ pub struct PodLabelOptions {
     pub pod_labels: Vec<String>,
 }
 
-/// What happens with a profile.
+/// The decision about a profile.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
     Deliver,
     Denied,
 }
 
-/// See [`Pods::label`].
+/// Labels the profiles of one window, as [`Pods::label`] describes.
 pub(super) async fn label(pods: &Pods, profiles: &mut Vec<SeriesProfile>) -> u64 {
     wait_for_containers(pods, profiles).await;
     let mut denied = 0;

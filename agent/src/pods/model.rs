@@ -28,11 +28,11 @@ pub struct Pod {
     pub uid: String,
     /// The uid in a static pod's control groups; empty for other pods.
     pub config_hash: String,
-    /// The namespace.
+    /// The namespace of the pod.
     pub namespace: String,
-    /// The name.
+    /// The name of the pod.
     pub name: String,
-    /// All labels.
+    /// All labels of the pod.
     pub labels: BTreeMap<String, String>,
     /// The owner that runs the pod; none for a static pod and for one that a person created.
     pub workload: Option<Workload>,
@@ -44,7 +44,7 @@ pub struct Pod {
     pub containers: Vec<PodContainer>,
 }
 
-/// A container of a pod.
+/// A container, or a former instance of one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PodContainer {
     /// The name in the pod.
@@ -58,7 +58,7 @@ pub struct PodContainer {
 pub struct Workload {
     /// The kind in lower case: `deployment`.
     pub kind: String,
-    /// The name.
+    /// The name of the owner.
     pub name: String,
 }
 

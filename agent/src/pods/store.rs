@@ -34,7 +34,7 @@ const MAX_UNLISTED: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 pub enum PodLookup {
     /// The container has a pod.
     Known {
-        /// The pod.
+        /// The pod of the container.
         pod: Arc<Pod>,
         /// The container's name in the pod. None: the pod is known by its uid only.
         container: Option<Arc<str>>,
@@ -166,8 +166,8 @@ impl PodStore {
         self.mirror_uids.retain(|_, uid| pods.contains_key(uid));
     }
 
-    /// Whose container this is. The pod's uid, as the control group has it, helps where the container is not listed yet:
-    /// uids are never given twice.
+    /// Looks up a container. The pod's uid in the control group is enough for a container that is not listed yet: Kubernetes
+    /// never reuses uids.
     pub(super) fn look_up(&mut self, id: &str, pod_uid: &str, now: Instant) -> PodLookup {
         if let Some(container) = self.containers.get(id)
             && let Some(known) = self.pods.get(&container.uid)

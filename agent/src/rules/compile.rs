@@ -21,7 +21,7 @@ pub(super) const DENY_SLOTS: usize = 4;
 /// The properties of a process that a rule is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ProcessTraits<'a> {
-    /// Command name.
+    /// Command name of the main thread.
     pub(crate) comm: &'a str,
     /// Path of the executable as the process sees it.
     pub(crate) exe: &'a str,
@@ -59,7 +59,7 @@ pub(super) struct Compiled {
     from_exec: bool,
 }
 
-/// What one slot asks of the BPF programs.
+/// The request of one slot to the BPF programs.
 pub(super) struct SlotRequest<'a> {
     pub(super) slot: usize,
     pub(super) compiled: &'a Compiled,
@@ -76,12 +76,12 @@ pub(super) struct SlotRequest<'a> {
     pub(super) unknown_too: bool,
 }
 
-/// What is never sampled on this node, whatever rules ask for.
+/// Processes that are never sampled on this node, whatever rules ask for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Deny {
-    /// Command names.
+    /// Patterns of command names.
     pub comm: Vec<Pattern>,
-    /// Paths of control groups.
+    /// Patterns of control group paths.
     pub cgroup: Vec<Pattern>,
     /// Effective user ids.
     pub uid: Vec<u32>,

@@ -17,7 +17,7 @@ pub enum RuleFilesError {
     /// The agent cannot read a file.
     #[error("cannot read rule file {} (--rules): {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// The error of the system call.
         #[source]

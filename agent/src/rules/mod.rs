@@ -49,12 +49,12 @@ use crate::{kernel::KernelRules, profile::RuleTag};
 /// The rule id of captures that people start by hand.
 pub(crate) const MANUAL_RULE_ID: &str = "manual";
 
-/// Where a rule comes from.
+/// The origin of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RuleSource {
     /// A file of the node, or the command line.
     Local,
-    /// The collector.
+    /// The collector, over the control stream.
     Remote,
 }
 
@@ -65,7 +65,7 @@ pub struct SourceRules {
     pub revision: u64,
     /// When this revision came into force first, by the node's clock. Lifetimes count from then.
     pub applied_at: Option<SystemTime>,
-    /// The rules.
+    /// The rules in their given order.
     pub rules: Vec<Rule>,
     /// A rule that names pids alone applies from the next `execve` of those processes on, not to their present images.
     pub from_exec: bool,

@@ -71,7 +71,7 @@ pub(super) enum SlotUse {
     Watch { pre_trigger: Duration },
     /// Samples processes that match at exec. The agent ends it process by process.
     AtExec,
-    /// One capture.
+    /// Samples for one capture.
     Capture { id: CaptureId, target: CaptureTarget, reason: CaptureReason, ends: Instant },
 }
 
@@ -132,7 +132,7 @@ impl Slots {
         }
     }
 
-    /// Gives a rule its slots, unless it has them already.
+    /// Assigns slots to a rule, unless it has them already.
     pub(super) fn add(&mut self, source: RuleSource, rule: &Rule, set: &SourceRules, applied_at: SystemTime) {
         if self.has(source, rule) {
             return;

@@ -24,7 +24,7 @@ use crate::profile::RuleTag;
 pub(super) struct RuleStatuses {
     /// Conditions that the sensors cannot watch at the moment, by rule.
     faults: BTreeMap<RuleId, String>,
-    /// What the governor has lowered, human-readable.
+    /// The limits that the governor has lowered, human-readable.
     governed: Option<String>,
 }
 
@@ -103,7 +103,7 @@ impl RuleStatuses {
     pub(super) fn tag(&self, slot: &Slot) -> RuleTag {
         let (reason, evidence, capture) = match &slot.usage {
             SlotUse::Always => ("always", String::new(), 0),
-            SlotUse::Watch { .. } => ("lead-up", String::new(), 0),
+            SlotUse::Watch { .. } => ("pre-trigger", String::new(), 0),
             SlotUse::AtExec => ("exec", "the process matched at execve".to_owned(), 0),
             SlotUse::Capture { reason, id, .. } => (reason.kind, reason.evidence.clone(), id.number()),
         };

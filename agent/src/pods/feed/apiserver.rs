@@ -20,7 +20,7 @@ const RBAC: &str = "apiGroups [\"\"], resources [\"pods\"], verbs [\"list\", \"w
 /// Pods in one page of the first list.
 const PAGE_SIZE: u32 = 250;
 
-/// The API server.
+/// A watch for the pods of one node.
 pub(super) struct ApiServer {
     node: String,
     /// The user has named this feed.

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-/// Why a pod feed does not work. `at` names the server, `said` is empty or its text behind `": "`.
+/// The error of a pod feed, with what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum PodFeedError {
     /// Nothing indicates that the feed exists on this node. This is no fault.
@@ -13,11 +13,11 @@ pub enum PodFeedError {
     File {
         /// The role of the file.
         what: &'static str,
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// The error of the system call.
         source: io::Error,
-        /// What to do.
+        /// Advice for the user.
         cure: &'static str,
     },
     /// The configured address is invalid.
@@ -26,15 +26,15 @@ pub enum PodFeedError {
     /// A certificate file is invalid.
     #[error("the certificates in {} cannot be used: {reason}", path.display())]
     Certificates {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The error of the parser.
         reason: String,
     },
     /// The server does not answer.
     #[error("cannot reach {at}: {reason}")]
     Unreachable {
-        /// The server.
+        /// Name of the server for people.
         at: String,
         /// The error of the connection.
         reason: String,
@@ -45,73 +45,73 @@ pub enum PodFeedError {
          certificate with --kubelet-certificate (kubeadm: /var/lib/kubelet/pki/kubelet.crt)"
     )]
     Untrusted {
-        /// The server.
+        /// Name of the server for people.
         at: String,
-        /// What is wrong with the certificate.
+        /// The error of the verifier.
         reason: String,
     },
-    /// Status 401.
+    /// The server answered 401.
     #[error(
         "{at} does not know the token (401): is {} of this cluster, and does the kubelet run with webhook \
          authentication (authentication.webhook.enabled)?",
         token.display()
     )]
     Unauthenticated {
-        /// The server.
+        /// Name of the server for people.
         at: String,
         /// The token's file.
         token: PathBuf,
     },
-    /// Status 403.
+    /// The server answered 403.
     #[error("{at} does not allow it (403){said}; the service account needs a ClusterRole with {rule}")]
     Forbidden {
-        /// The server.
+        /// Name of the server for people.
         at: String,
-        /// Its text.
+        /// The server's text behind `": "`, or empty.
         said: String,
-        /// The missing rule.
+        /// The missing rule of the ClusterRole.
         rule: &'static str,
     },
-    /// Another status than 200.
+    /// The server answered with another status than 200.
     #[error("{at} answered {status}{said}")]
     Status {
-        /// The server.
+        /// Name of the server for people.
         at: String,
-        /// The status.
+        /// The HTTP status.
         status: u16,
-        /// Its text.
+        /// The server's text behind `": "`, or empty.
         said: String,
     },
     /// The server took too long.
     #[error("{at} did not answer within {seconds} s")]
     Timeout {
-        /// The server.
+        /// Name of the server for people.
         at: String,
-        /// The time limit.
+        /// The time limit in seconds.
         seconds: u64,
     },
     /// The answer is too large.
     #[error("{at} answered with more than {max_bytes} bytes, which is no list of one node's pods")]
     TooLarge {
-        /// The server.
+        /// Name of the server for people.
         at: String,
-        /// The limit.
+        /// The limit for an answer.
         max_bytes: u64,
     },
     /// The answer is no list of pods.
     #[error("{at} answered with something else than pods: {reason}")]
     Invalid {
-        /// The server.
+        /// Name of the server for people.
         at: String,
-        /// What is wrong with it.
+        /// The error of the parser.
         reason: String,
     },
     /// The server ended the stream.
     #[error("{at} ended the stream{said}")]
     Ended {
-        /// The server.
+        /// Name of the server for people.
         at: String,
-        /// Its text.
+        /// The server's text behind `": "`, or empty.
         said: String,
     },
 }

@@ -247,7 +247,7 @@ fn handshake_error(at: &str, error: &io::Error) -> PodFeedError {
 /// The kubelet's address.
 #[derive(Debug, PartialEq, Eq)]
 struct Address {
-    /// Without brackets.
+    /// The host without brackets.
     host: String,
     port: u16,
 }
