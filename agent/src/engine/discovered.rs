@@ -1,6 +1,7 @@
-//! Processes that already ran when a rule came: reading who they are is spread over time, so that a rule that means all
-//! of a crowded node's processes neither burns a core nor holds up samples. They are sampled meanwhile; who is sampled is
-//! read at once.
+//! ProcessTable that already ran when a rule came, and that the worker has still to read.
+//!
+//! Reading them is spread over time, so that a rule that selects all processes of a crowded node neither burns a core nor
+//! holds up samples. They are sampled meanwhile; a process with a sample is read at once.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -9,77 +10,121 @@ use std::{
 
 use crate::model::{Origin, Subject};
 
-/// What is read without a pause.
-const AT_ONCE: Duration = Duration::from_millis(20);
-/// For the rest, so many times longer nothing is read than something.
-const PART: u32 = 4;
+/// What the worker may read without a pause.
+const BURST: Duration = Duration::from_millis(20);
+/// Beyond it, it reads for one part of the time and pauses for so many.
+const PAUSE_PARTS: u32 = 4;
 
-/// Those that wait, in the order in which they were found; each once, as it was found last.
-#[derive(Default)]
-pub(super) struct Found {
-    /// May name some that do not wait any more.
-    order: VecDeque<u32>,
-    waiting: HashMap<u32, (Subject, Origin)>,
+pub(super) struct Discovered {
+    waiting: Waiting,
+    pace: Pace,
 }
 
-impl Found {
+impl Discovered {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { waiting: Waiting::default(), pace: Pace::new(now) }
+    }
+
+    /// Puts a process behind those that wait; if it waits already, it keeps its place and gets these values.
     pub(super) fn push(&mut self, subject: Subject, origin: Origin) {
+        self.waiting.push(subject, origin);
+    }
+
+    /// Takes the next process, if there is time to read it now.
+    pub(super) fn next(&mut self, now: Instant) -> Option<(Subject, Origin)> {
+        if self.waiting.is_empty() || !self.pace.allows(now) {
+            return None;
+        }
+        self.waiting.pop()
+    }
+
+    /// Takes the process of this thread group id out of the queue.
+    pub(super) fn take(&mut self, tgid: u32) -> Option<(Subject, Origin)> {
+        self.waiting.take(tgid)
+    }
+
+    /// Empties the queue: the rules have changed, and the kernel reports again which processes they want.
+    pub(super) fn clear(&mut self) {
+        self.waiting = Waiting::default();
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.waiting.by_tgid.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Reports whether there is time to read a process now that does not wait yet.
+    pub(super) fn has_time(&mut self, now: Instant) -> bool {
+        self.pace.allows(now)
+    }
+
+    /// Enters that reading a process took from `begun` to `now`.
+    pub(super) fn spent(&mut self, begun: Instant, now: Instant) {
+        self.pace.spend(begun, now);
+    }
+}
+
+/// Each process once, in the order of first discovery.
+#[derive(Default)]
+struct Waiting {
+    /// May contain thread group ids that do not wait any more.
+    order: VecDeque<u32>,
+    by_tgid: HashMap<u32, (Subject, Origin)>,
+}
+
+impl Waiting {
+    fn is_empty(&self) -> bool {
+        self.by_tgid.is_empty()
+    }
+
+    fn push(&mut self, subject: Subject, origin: Origin) {
         let tgid = subject.key.tgid;
-        if self.waiting.insert(tgid, (subject, origin)).is_none() {
+        if self.by_tgid.insert(tgid, (subject, origin)).is_none() {
             self.order.push_back(tgid);
         }
     }
 
-    pub(super) fn pop(&mut self) -> Option<(Subject, Origin)> {
+    fn pop(&mut self) -> Option<(Subject, Origin)> {
         loop {
             let tgid = self.order.pop_front()?;
-            if let Some(found) = self.take(tgid) {
-                return Some(found);
+            if let Some(process) = self.take(tgid) {
+                return Some(process);
             }
         }
     }
 
-    /// What waits with this number; it waits no longer.
-    pub(super) fn take(&mut self, tgid: u32) -> Option<(Subject, Origin)> {
-        let found = self.waiting.remove(&tgid);
-        // What is left in the order is bounded by what waits, twice.
-        if self.order.len() > 2 * self.waiting.len() + 16 {
-            self.order.retain(|tgid| self.waiting.contains_key(tgid));
+    fn take(&mut self, tgid: u32) -> Option<(Subject, Origin)> {
+        let process = self.by_tgid.remove(&tgid);
+        // Keeps the order's length at twice the number of waiting processes at most.
+        if self.order.len() > 2 * self.by_tgid.len() + 16 {
+            self.order.retain(|tgid| self.by_tgid.contains_key(tgid));
         }
-        found
-    }
-
-    pub(super) fn clear(&mut self) {
-        self.order.clear();
-        self.waiting.clear();
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.waiting.len()
+        process
     }
 }
 
-/// How long may be read now. One reading may take longer than is left; the next ones wait for that.
-pub(super) struct Pace {
+/// How long the worker may read now. One reading may take longer than is left; the next ones wait for that.
+struct Pace {
     left_ns: i64,
     refilled: Instant,
 }
 
 impl Pace {
-    pub(super) fn new(now: Instant) -> Self {
-        Self { left_ns: nanoseconds(AT_ONCE), refilled: now }
+    fn new(now: Instant) -> Self {
+        Self { left_ns: nanoseconds(BURST), refilled: now }
     }
 
-    /// Whether there is time for one more.
-    pub(super) fn allows(&mut self, now: Instant) -> bool {
-        let more = nanoseconds((now - self.refilled) / PART);
-        self.left_ns = self.left_ns.saturating_add(more).min(nanoseconds(AT_ONCE));
+    fn allows(&mut self, now: Instant) -> bool {
+        let more = nanoseconds((now - self.refilled) / PAUSE_PARTS);
+        self.left_ns = self.left_ns.saturating_add(more).min(nanoseconds(BURST));
         self.refilled = now;
         self.left_ns > 0
     }
 
-    /// It took from `begun` to `now`.
-    pub(super) fn spend(&mut self, begun: Instant, now: Instant) {
+    fn spend(&mut self, begun: Instant, now: Instant) {
         self.left_ns = self.left_ns.saturating_sub(nanoseconds(now - begun));
         self.refilled = now;
     }
@@ -107,27 +152,27 @@ mod tests {
     }
 
     #[test]
-    fn each_waits_once_as_it_was_found_last_and_in_order() {
-        let mut found = Found::default();
-        for tgid in [3, 1, 2, 3] {
-            found.push(subject(tgid, u64::from(tgid) * 10 + found.len() as u64), Origin::default());
+    fn each_waits_once_in_order_with_its_latest_values() {
+        let mut waiting = Waiting::default();
+        for (at, tgid) in [3, 1, 2, 3].into_iter().enumerate() {
+            waiting.push(subject(tgid, u64::from(tgid) * 10 + at as u64), Origin::default());
         }
-        assert_eq!(found.len(), 3);
-        assert!(found.take(1).is_some() && found.take(1).is_none());
-        // One that ended, and another with its number.
-        found.push(subject(1, 7), Origin::default());
-        let order: Vec<_> = std::iter::from_fn(|| found.pop()).map(|(subject, _)| subject).collect();
+        assert_eq!(waiting.by_tgid.len(), 3);
+        assert!(waiting.take(1).is_some() && waiting.take(1).is_none());
+        // The process ended, and another one got its number.
+        waiting.push(subject(1, 7), Origin::default());
+        let order: Vec<_> = std::iter::from_fn(|| waiting.pop()).map(|(subject, _)| subject).collect();
         let seen: Vec<_> = order.iter().map(|subject| (subject.key.tgid, subject.rules)).collect();
         assert_eq!(seen, [(3, 33), (1, 7), (2, 22)]);
         for tgid in 0..1000 {
-            found.push(subject(tgid, 0), Origin::default());
-            found.take(tgid);
+            waiting.push(subject(tgid, 0), Origin::default());
+            waiting.take(tgid);
         }
-        assert!(found.order.len() <= 16 && found.len() == 0);
+        assert!(waiting.order.len() <= 16 && waiting.is_empty());
     }
 
     #[test]
-    fn some_at_once_and_then_a_part_of_the_time() {
+    fn a_burst_at_once_and_then_a_part_of_the_time() {
         let begin = Instant::now();
         let mut pace = Pace::new(begin);
         let one = Duration::from_millis(1);
@@ -142,5 +187,20 @@ mod tests {
         }
         // After the first twenty each costs a millisecond, and four of waiting.
         assert!((200..=230).contains(&read), "{read}");
+    }
+
+    #[test]
+    fn the_queue_waits_until_there_is_time() {
+        let begin = Instant::now();
+        let mut discovered = Discovered::new(begin);
+        discovered.push(subject(1, 0), Origin::default());
+        discovered.push(subject(2, 0), Origin::default());
+        assert!(discovered.next(begin).is_some());
+        let later = begin + Duration::from_millis(100);
+        discovered.spent(begin, later);
+        assert!(discovered.next(later).is_none() && !discovered.has_time(later));
+        let rested = later + Duration::from_secs(1);
+        assert!(discovered.has_time(rested) && discovered.next(rested).is_some());
+        assert!(discovered.is_empty() && discovered.next(rested).is_none());
     }
 }

@@ -1,47 +1,79 @@
-//! When the table of processes is compared with what runs because events of them were lost.
+//! When the worker compares the process table with `/proc`, to repair what lost events and missing tracepoints leave behind.
 
 use std::time::{Duration, Instant};
 
-use crate::kernel::{Counters, lifecycle_lost, lifecycle_skipped};
+use crate::kernel::{Counters, Kernel, lifecycle_lost, lifecycle_skipped};
 
-/// So long nothing is repaired again: one comparison reads all of /proc.
-const PAUSE: Duration = Duration::from_secs(2);
+/// After a comparison for lost events no other one is made for so long: each reads all of `/proc`.
+const MIN_PAUSE: Duration = Duration::from_secs(2);
+/// A comparison is made so often in any case.
+const PERIOD: Duration = Duration::from_secs(30);
+/// Likewise, if a tracepoint is missing.
+const DEGRADED_PERIOD: Duration = Duration::from_secs(2);
 
-/// Events of processes and mappings that were not told of, each count since the start.
+/// Events of processes and mappings that the kernel did not report, counted since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Losses {
+struct Losses {
     lost: u64,
-    /// For which the kernel called no handler, at most.
+    /// Events for which the kernel called no handler: an upper bound.
     refused: u64,
 }
 
 impl Losses {
-    pub(super) fn new(counters: &Counters, mappings_lost: u64) -> Self {
+    fn new(counters: &Counters, mappings_lost: u64) -> Self {
         Self { lost: lifecycle_lost(counters) + mappings_lost, refused: lifecycle_skipped(counters) }
     }
 }
 
-/// What has been repaired.
+/// The comparisons that were made.
 #[derive(Debug)]
 pub(super) struct Repairs {
-    losses: Losses,
-    at: Instant,
+    /// The losses that a comparison has repaired.
+    repaired: Losses,
+    /// The last comparison for lost events.
+    repaired_at: Instant,
+    /// The last periodic comparison.
+    compared_at: Instant,
 }
 
 impl Repairs {
     pub(super) fn new(now: Instant) -> Self {
-        Self { losses: Losses::default(), at: now }
+        Self { repaired: Losses::default(), repaired_at: now, compared_at: now }
     }
 
-    /// Whether events were lost that no comparison has made good: it is to be made now. How many are known to be lost; 0 if
-    /// they may all have been of threads.
-    pub(super) fn due(&mut self, losses: Losses, now: Instant) -> Option<u64> {
-        let lost = losses.lost.saturating_sub(self.losses.lost);
-        if lost == 0 && losses.refused <= self.losses.refused || now.duration_since(self.at) < PAUSE {
+    /// Reports whether the kernel lost events that no comparison has repaired, so that the caller must make one now.
+    pub(super) fn is_due(&mut self, kernel: &Kernel, now: Instant) -> bool {
+        let Ok(counters) = kernel.counters() else { return false };
+        let due = self.due(Losses::new(&counters, kernel.mappings_lost()), now);
+        if let Some(lost @ 1..) = due {
+            tracing::warn!(
+                lost,
+                "the kernel lost events of processes, the agent looks for these in /proc, too late for short ones; raise \
+                 --ring-bytes, or let rules select fewer processes"
+            );
+        }
+        due.is_some()
+    }
+
+    /// Returns how many events are known to be lost, if a comparison is due; 0 if all of them may have been of threads.
+    fn due(&mut self, losses: Losses, now: Instant) -> Option<u64> {
+        let lost = losses.lost.saturating_sub(self.repaired.lost);
+        let is_repaired = lost == 0 && losses.refused <= self.repaired.refused;
+        if is_repaired || now.duration_since(self.repaired_at) < MIN_PAUSE {
             return None;
         }
-        *self = Self { losses, at: now };
+        (self.repaired, self.repaired_at) = (losses, now);
         Some(lost)
+    }
+
+    /// Reports whether the caller must make a periodic comparison now.
+    pub(super) fn is_period_over(&mut self, is_degraded: bool, now: Instant) -> bool {
+        let period = if is_degraded { DEGRADED_PERIOD } else { PERIOD };
+        if now.duration_since(self.compared_at) < period {
+            return false;
+        }
+        self.compared_at = now;
+        true
     }
 }
 
@@ -49,8 +81,9 @@ impl Repairs {
 mod tests {
     use super::*;
 
+    /// Checks that each loss and each refusal leads to one comparison (R23).
     #[test]
-    fn r23_each_loss_and_each_refusal_leads_to_a_comparison_once() {
+    fn each_loss_and_each_refusal_is_repaired_once() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut repairs = Repairs::new(start);
@@ -61,13 +94,14 @@ mod tests {
         assert_eq!(repairs.due(lost, at(30)), None);
         assert_eq!(repairs.due(refused, at(40)), Some(0));
         assert_eq!(repairs.due(refused, at(50)), None);
-        // Too soon; it is not forgotten for that.
+        // Too soon after the last one, which does not mean that it is forgotten.
         assert_eq!(repairs.due(both, at(41)), None);
         assert_eq!(repairs.due(both, at(60)), Some(2));
     }
 
+    /// Checks which counters are losses (R23).
     #[test]
-    fn r23_what_counts_as_a_loss() {
+    fn filtered_events_are_no_losses() {
         let mut counters = Counters::default();
         let quiet = Losses::new(&counters, 0);
         assert_eq!(quiet, Losses::default());
@@ -78,5 +112,15 @@ mod tests {
         counters.exit.lost_ring_full = 2;
         counters.exec.skipped = 4;
         assert_eq!(Losses::new(&counters, 8), Losses { lost: 11, refused: 4 });
+    }
+
+    #[test]
+    fn a_missing_tracepoint_makes_the_period_shorter() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut repairs = Repairs::new(start);
+        assert!(!repairs.is_period_over(false, at(29)) && repairs.is_period_over(true, at(29)));
+        assert!(!repairs.is_period_over(true, at(30)) && repairs.is_period_over(true, at(31)));
+        assert!(!repairs.is_period_over(false, at(60)) && repairs.is_period_over(false, at(61)));
     }
 }

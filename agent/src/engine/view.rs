@@ -3,25 +3,22 @@
 //! The engine's thread fills them and hands them over. They hold no reference into the engine, so a reader can neither
 //! change its state nor hold it up.
 
-use std::{
-    collections::{HashSet, VecDeque},
-    time::SystemTime,
-};
+use std::{collections::HashSet, time::SystemTime};
 
 use gannet_proto::{
-    control::{Rule, RuleStatus},
+    control::{Rule, RuleError, RuleStatus},
     ledger::Ledger,
 };
 
-use super::Worker;
+use super::{account::Account, backlog::Backlog, captures::Captures, limits::Limits, reader::Reader};
 use crate::{
     cgroup::CgroupNames,
-    conditions::{Sensors, SuppressedStarts},
-    kernel::{Counters, MAX_RULES, ProgramCost},
+    conditions::SuppressedStarts,
+    kernel::{Counters, Kernel, MAX_RULES, ProgramCost},
     model::ImageKey,
     process::{Process, ProcessState, ProcessStats},
     profile::{RecorderStats, slots},
-    rules::{ProcessTraits, RuleId, RuleSource},
+    rules::{ProcessTraits, RuleBook, RuleId, RuleSource},
     tables::{TableStats, UnwindTables},
 };
 
@@ -36,7 +33,7 @@ pub struct EngineView {
     pub sampled_processes: usize,
     /// What the process table has done since the engine started.
     pub process_stats: ProcessStats,
-    /// Processes that already ran when a rule came, and that the engine has not read yet.
+    /// ProcessTable that already ran when a rule came, and that the engine has not read yet.
     pub discovered_waiting: usize,
     /// Counters of the BPF programs since they were loaded; `None` if they cannot be read.
     pub counters: Option<Counters>,
@@ -157,43 +154,55 @@ pub struct KernelView {
     pub unwind_tables: Option<TableStats>,
 }
 
-impl Worker {
-    pub(super) fn view(&self) -> EngineView {
+/// The parts of the engine that views are filled from. Views only read.
+#[derive(Clone, Copy)]
+pub(super) struct ViewSources<'a> {
+    pub(super) kernel: &'a Kernel,
+    pub(super) reader: &'a Reader,
+    pub(super) rules: &'a RuleBook,
+    pub(super) captures: &'a Captures,
+    pub(super) account: &'a Account,
+    pub(super) limits: &'a Limits,
+}
+
+impl ViewSources<'_> {
+    pub(super) fn engine(&self) -> EngineView {
         let is_sampled = |process: &&Process| process.rules != 0;
+        let open_samples =
+            self.reader.intake.open_samples() + self.backlog().count(self.reader.intake.windowed());
         EngineView {
             rules: self.rule_statuses(),
-            processes: self.processes.alive().count(),
-            sampled_processes: self.processes.alive().filter(is_sampled).count(),
-            process_stats: self.processes.stats(),
-            discovered_waiting: self.found.len(),
+            processes: self.reader.processes.alive().count(),
+            sampled_processes: self.reader.processes.alive().filter(is_sampled).count(),
+            process_stats: self.reader.processes.stats(),
+            discovered_waiting: self.reader.discovered.len(),
             counters: self.kernel.counters().ok(),
             undecodable_events: self.kernel.undecodable(),
             mappings_lost: self.kernel.mappings_lost(),
-            unwind_tables: self.tables.as_ref().map(UnwindTables::stats),
-            suppressed_captures: self.captures.triggers.suppressed(),
-            recorder: self.intake.recorder.stats(),
-            sensor_reports_dropped: self.captures.sensors.as_ref().map_or(0, Sensors::dropped),
-            stray_samples: self.captures.strays,
-            governed: self.off.clone().or_else(|| self.governor.verdict().reason),
-            rate_divisor: self.governor.verdict().rate_divisor,
-            ledger: self.ledger(),
-            events: self.events.iter().cloned().collect(),
+            unwind_tables: self.reader.unwinding.tables().map(UnwindTables::stats),
+            suppressed_captures: self.captures.suppressed(),
+            recorder: self.reader.intake.recorder_stats(),
+            sensor_reports_dropped: self.captures.dropped_reports(),
+            stray_samples: self.captures.strays(),
+            governed: self.limits.reason().map(str::to_owned),
+            rate_divisor: self.limits.rate_divisor(),
+            ledger: self.account.ledger(self.kernel, open_samples),
+            events: self.reader.events.to_vec(),
         }
     }
 
     /// Returns the processes of the table, or those of one thread group id.
-    pub(super) fn process_views(&self, pid: Option<u32>) -> Vec<ProcessView> {
-        let wanted = |process: &&Process| pid.is_none_or(|pid| process.key.process.tgid == pid);
-        let alive = self.processes.alive().map(|process| (process, false));
-        let past = self.processes.past().map(|process| (process, true));
+    pub(super) fn processes(&self, pid: Option<u32>) -> Vec<ProcessView> {
+        let alive = self.reader.processes.alive().map(|process| (process, false));
+        let past = self.reader.processes.past().map(|process| (process, true));
         alive
             .chain(past)
-            .filter(|(process, _)| wanted(process))
-            .map(|(process, is_past)| self.process_view(process, is_past))
+            .filter(|(process, _)| pid.is_none_or(|pid| process.key.process.tgid == pid))
+            .map(|(process, is_past)| self.process(process, is_past))
             .collect()
     }
 
-    fn process_view(&self, process: &Process, is_past: bool) -> ProcessView {
+    fn process(&self, process: &Process, is_past: bool) -> ProcessView {
         let rules: Vec<RuleId> = slots(process.rules)
             .filter_map(|slot| self.rules.slots().rule_id(slot).map(str::to_owned))
             .collect();
@@ -215,20 +224,20 @@ impl Worker {
             is_past,
             mappings: process.image.mappings.len(),
             mappings_from: process.mappings_from(),
-            unwinding: match &self.tables {
+            unwinding: match self.reader.unwinding.tables() {
                 None => Unwinding::FramePointers,
                 Some(_) if process.kernel_thread => Unwinding::KernelOnly,
                 Some(tables) if tables.is_loaded(&process.key) => Unwinding::Kernel,
                 Some(_) => Unwinding::UserSpace,
             },
-            waiting_samples: self.waiting.get(&process.key).map_or(0, VecDeque::len),
+            waiting_samples: self.backlog().waiting(&process.key),
             samples: process.samples,
             rules,
             explanation,
         }
     }
 
-    pub(super) fn rule_view(&self, rule_id: &str) -> Option<RuleView> {
+    pub(super) fn rule(&self, rule_id: &str) -> Option<RuleView> {
         let rule = [RuleSource::Remote, RuleSource::Local]
             .into_iter()
             .filter_map(|source| self.rules.source(source))
@@ -241,36 +250,50 @@ impl Worker {
         Some(RuleView {
             rule,
             status: self.rule_statuses().into_iter().find(|status| status.rule_id == rule_id),
-            processes: self.processes.alive().filter(wants).map(|process| process.key.process.tgid).collect(),
+            processes: self
+                .reader
+                .processes
+                .alive()
+                .filter(wants)
+                .map(|process| process.key.process.tgid)
+                .collect(),
         })
     }
 
     pub(super) fn explain(&self, process: &UnknownProcess) -> Vec<(RuleId, String)> {
         let UnknownProcess { comm, exe, cgroup, uid, tgid } = process;
-        self.rules.explain(
-            &ProcessTraits { comm, exe, cgroup, uid: *uid, tgid: *tgid },
-            None,
-            SystemTime::now(),
-        )
+        let traits = ProcessTraits { comm, exe, cgroup, uid: *uid, tgid: *tgid };
+        self.rules.explain(&traits, None, SystemTime::now())
     }
 
-    pub(super) fn kernel_view(&mut self) -> KernelView {
-        KernelView {
-            maps: self.kernel.map_fill(),
-            programs: self.kernel.programs(),
-            sampler_cost: self.kernel.sampler_cost(),
-            ticks_due: self.kernel.ticks_due(),
-            unwind_tables: self.tables.as_ref().map(UnwindTables::stats),
-        }
+    pub(super) fn check(&self, source: RuleSource, rules: &[Rule]) -> Vec<RuleError> {
+        self.rules.check(source, rules)
+    }
+
+    fn backlog(&self) -> &Backlog {
+        self.reader.unwinding.backlog()
     }
 
     fn rule_statuses(&self) -> Vec<RuleStatus> {
         let mut sampled = [0_u64; MAX_RULES];
-        for process in self.processes.alive() {
+        for process in self.reader.processes.alive() {
             for slot in slots(process.rules) {
                 sampled[slot as usize] += 1;
             }
         }
         self.rules.statuses(SystemTime::now(), |slot| sampled[slot as usize])
+    }
+}
+
+impl KernelView {
+    /// Reads the values. Reading the clocks needs them mutable; it changes nothing that another caller sees.
+    pub(super) fn read(kernel: &mut Kernel, tables: Option<&UnwindTables>) -> Self {
+        Self {
+            maps: kernel.map_fill(),
+            programs: kernel.programs(),
+            sampler_cost: kernel.sampler_cost(),
+            ticks_due: kernel.ticks_due(),
+            unwind_tables: tables.map(UnwindTables::stats),
+        }
     }
 }

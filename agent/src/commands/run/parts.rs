@@ -62,7 +62,7 @@ impl Parts {
         let (sender, queries) = watch::channel(Vec::new());
         let groups = engine.groups().filter(|_| config.pods.is_some()).map(Arc::clone);
         if groups.is_some() {
-            engine.know_pods(QueryForwarder { pods: pods.clone(), queries: sender });
+            engine.resolve_pods(QueryForwarder { pods: pods.clone(), queries: sender });
         }
         let node = Arc::new(Node::new(config, engine, ledger, spool_stats, recent, pods));
         Ok(Self { node, groups, queries, exporter, pipeline })

@@ -1,0 +1,353 @@
+//! From the kernel's events to samples in the window: all state that events change.
+//!
+//! The worker calls [`Reader::catch_up`] between any two steps. See the [engine](super) for the order that this keeps.
+
+use std::{
+    num::NonZeroUsize,
+    time::{Duration, Instant, SystemTime},
+};
+
+use super::{
+    backlog::Resolved,
+    captures::{CaptureAction, Captures, Matched},
+    containers::ContainerReports,
+    discovered::Discovered,
+    event_log::EventLog,
+    intake::Intake,
+    off_cpu::OffCpu,
+    sampled::{MarkChange, Sampled},
+    unwinding::Unwinding,
+};
+use crate::{
+    cgroup::CgroupHierarchy,
+    kernel::{Event, Kernel, Want},
+    model::{ImageKey, Origin, Sample, SampleKind, Subject, boot_time, boot_time_ns},
+    process::{ImageChanges, ProcError, Process, ProcessState, ProcessTable, check_identity},
+    rules::RuleBook,
+    tables::UnwindTables,
+};
+
+/// How often one catch-up reads the ring buffer at most.
+const MAX_READINGS: u32 = 4;
+
+pub(super) struct Reader {
+    pub(super) processes: ProcessTable,
+    pub(super) discovered: Discovered,
+    pub(super) sampled: Sampled,
+    pub(super) unwinding: Unwinding,
+    pub(super) off_cpu: OffCpu,
+    pub(super) intake: Intake,
+    pub(super) containers: ContainerReports,
+    pub(super) events: EventLog,
+}
+
+/// What the reader decides by and writes to, for the time of a call.
+pub(super) struct Deciders<'a> {
+    pub(super) kernel: &'a mut Kernel,
+    pub(super) rules: &'a mut RuleBook,
+    pub(super) captures: &'a mut Captures,
+    /// Captures are not refused now.
+    pub(super) may_begin: bool,
+}
+
+impl Reader {
+    /// Makes room for so many processes. Opens the first window, which is `window` long.
+    pub(super) fn new(
+        hierarchy: CgroupHierarchy,
+        processes: usize,
+        tables: Option<UnwindTables>,
+        window: Duration,
+    ) -> Self {
+        Self {
+            processes: ProcessTable::new(hierarchy, processes, raise_file_limit()),
+            discovered: Discovered::new(Instant::now()),
+            sampled: Sampled::default(),
+            unwinding: Unwinding::new(tables),
+            off_cpu: OffCpu::default(),
+            intake: Intake::new(window),
+            containers: ContainerReports::default(),
+            events: EventLog::default(),
+        }
+    }
+
+    /// Applies everything that the kernel has reported by now, in its order. A process that was read from `/proc` may have
+    /// had another image by then: that shows in what the kernel reported meanwhile, so the ring buffer is read again.
+    pub(super) fn catch_up(&mut self, with: &mut Deciders<'_>) {
+        for _ in 0..MAX_READINGS {
+            let before = self.processes.stats();
+            let events = match with.kernel.read() {
+                Ok(events) => events,
+                Err(error) => {
+                    tracing::error!("{error}");
+                    return;
+                }
+            };
+            let now = SystemTime::now();
+            for event in events {
+                self.apply(event, with, now);
+            }
+            self.hand_on_changes();
+            let after = self.processes.stats();
+            if (after.loaded, after.rescans) == (before.loaded, before.rescans) {
+                return;
+            }
+        }
+    }
+
+    fn apply(&mut self, event: Event, with: &mut Deciders<'_>, now: SystemTime) {
+        match event {
+            Event::Mapping(mapping) => self.processes.mapping_event(mapping),
+            Event::Sample(sample) => self.add_sample(sample, with, now),
+            Event::Exec { subject, path, by_thread, origin, file } => {
+                let how = if by_thread { " by a thread" } else { "" };
+                self.events.add(now, format!("exec {} {} {path}{how}", subject.key, subject.comm));
+                self.discovered.take(subject.key.tgid);
+                if let Some(process) = self.processes.exec(&subject, origin, &path, file).ok().cloned() {
+                    self.sampled.replace_image(subject.key.tgid);
+                    self.decide_new(&process, &subject, None, &path, with, now);
+                }
+            }
+            Event::Fork { subject, origin } => {
+                self.events.add(now, format!("fork {} {} from {}", subject.key, subject.comm, origin.parent));
+                self.discovered.take(subject.key.tgid);
+                let parent = Some(origin.parent);
+                if let Some(process) = self.processes.fork(&subject, origin).ok().cloned() {
+                    self.decide_new(&process, &subject, parent, "", with, now);
+                }
+            }
+            Event::Running { subject, origin } => {
+                self.events.add(now, format!("found {} {}", subject.key, subject.comm));
+                self.discover(subject, origin, with, now);
+            }
+            Event::Exit { subject, status, .. } => {
+                let (key, comm, code, signal) = (subject.key, &subject.comm, status.code(), status.signal());
+                self.events.add(now, format!("exit {key} {comm} code {code} signal {signal}"));
+                self.discovered.take(key.tgid);
+                self.remove_from_kernel(key.tgid, with);
+                self.processes.exit(&subject, status);
+            }
+        }
+    }
+
+    /// Decides about a process that has just called `execve` or was forked.
+    fn decide_new(
+        &mut self,
+        process: &Process,
+        subject: &Subject,
+        parent: Option<u32>,
+        path: &str,
+        with: &mut Deciders<'_>,
+        now: SystemTime,
+    ) {
+        let matched =
+            Matched { key: process.key, cgroup_id: process.cgroup_id, rules: subject.rules, parent, path };
+        for action in with.captures.matched(&matched, with.may_begin, boot_time()) {
+            if let CaptureAction::Refuse { key, slot } = action {
+                self.refuse(key, slot, with.kernel, with.rules);
+            }
+        }
+        self.decide(process, subject.candidates, with, now);
+    }
+
+    /// A process already ran when a rule came that wants it.
+    fn discover(&mut self, subject: Subject, origin: Origin, with: &mut Deciders<'_>, now: SystemTime) {
+        let known = self.processes.get(&ImageKey::of(&subject)).map(|process| process.state);
+        // A process that is known costs nothing, and may be marked: the rules decide again at once.
+        let is_read = known.is_some_and(|state| state != ProcessState::Unread);
+        let begun = Instant::now();
+        if !is_read && !self.discovered.has_time(begun) {
+            self.discovered.push(subject, origin);
+            return;
+        }
+        self.discovered.take(subject.key.tgid);
+        self.read_running(&subject, origin, with, now);
+        if !is_read {
+            self.discovered.spent(begun, Instant::now());
+        }
+    }
+
+    fn read_running(&mut self, subject: &Subject, origin: Origin, with: &mut Deciders<'_>, now: SystemTime) {
+        if let Some(process) = self.processes.running(subject, origin).ok().cloned() {
+            self.decide(&process, subject.candidates, with, now);
+        }
+    }
+
+    /// Reads some of the processes that already ran and wait.
+    pub(super) fn read_discovered(&mut self, with: &mut Deciders<'_>) {
+        let now = SystemTime::now();
+        let mut begun = Instant::now();
+        while let Some((subject, origin)) = self.discovered.next(begun) {
+            self.read_running(&subject, origin, with, now);
+            let end = Instant::now();
+            self.discovered.spent(begun, end);
+            begun = end;
+        }
+    }
+
+    fn add_sample(&mut self, mut sample: Sample, with: &mut Deciders<'_>, now: SystemTime) {
+        with.captures.strip(&mut sample);
+        if sample.kind == SampleKind::OffCpu {
+            self.off_cpu.returned(&mut sample);
+            // A rule may have got its slot while the thread was blocked, or lost it.
+            sample.subject.rules =
+                with.rules.slots().held_since(sample.subject.rules, sample.subject.ktime_ns);
+            self.unwinding.add_off_cpu(&sample);
+        }
+        if sample.subject.rules == 0 {
+            return;
+        }
+        // A process with samples does not wait to be read.
+        if !self.discovered.is_empty()
+            && let Some((subject, origin)) = self.discovered.take(sample.subject.key.tgid)
+            && subject.key == sample.subject.key
+        {
+            self.read_running(&subject, origin, with, now);
+        }
+        with.rules.count_sample(sample.subject.rules, now);
+        // A stack that the kernel unwound by tables has known addresses only. A raw stack may wait for its tables: where it
+        // begins is looked up now, while it is mapped, since the kernel does not report mremap.
+        let by_tables = self.unwinding.tables().is_some() && sample.kind == SampleKind::OnCpu;
+        let addresses = match &sample.raw {
+            Some(raw) => std::slice::from_ref(&raw.pc),
+            None if by_tables => &[],
+            None => sample.user.as_slice(),
+        };
+        if let Ok(process) = self.processes.sampled(&sample.subject, addresses) {
+            self.containers.report(process);
+        }
+        self.hand_on_changes();
+        if sample.raw.is_none() {
+            self.intake.add(sample);
+        } else {
+            self.unwinding.push(sample);
+        }
+    }
+
+    /// Adds the off-CPU time so far of threads that are still blocked.
+    pub(super) fn add_off_cpu(&mut self, kernel: &Kernel, rules: &RuleBook) {
+        if !rules.slots().wants_off_cpu(SystemTime::now()) {
+            self.off_cpu.clear();
+            return;
+        }
+        for mut sample in self.off_cpu.still_blocked(kernel.blocked_now(boot_time_ns())) {
+            sample.subject.rules = rules.slots().held_since(sample.subject.rules, sample.subject.ktime_ns);
+            if sample.subject.rules != 0 {
+                // Without room in the table the sample has no process, which the window says.
+                let _ = self.processes.sampled(&sample.subject, &sample.user);
+                self.hand_on_changes();
+                self.intake.add(sample);
+            }
+        }
+    }
+
+    /// Hands on which mappings have changed. Samples from before a replaced file keep the image as it was.
+    fn hand_on_changes(&mut self) {
+        let ImageChanges { changed, replaced } = self.processes.take_changes();
+        self.unwinding.add_changed(changed);
+        for (key, former) in replaced {
+            self.unwinding.replace_image(&key, &former);
+            self.intake.replace_image(key, former);
+        }
+    }
+
+    /// Adds the raw samples to the window whose tables are made; with `force` all.
+    pub(super) fn resolve(&mut self, kernel: &mut Kernel, rules: &RuleBook, force: bool) {
+        self.hand_on_changes();
+        for resolved in self.unwinding.resolve(kernel, &mut self.processes, rules, force) {
+            match resolved {
+                Resolved::Sample { sample, former: None } => self.intake.add(sample),
+                Resolved::Sample { sample, former: Some(former) } => self.intake.add_former(&former, sample),
+                Resolved::Changes(changes) => {
+                    for (key, former) in changes.replaced {
+                        self.intake.replace_image(key, former);
+                    }
+                }
+                Resolved::Done(_) => {}
+            }
+        }
+    }
+
+    /// Decides about a process by the rules that the BPF programs cannot decide. `candidates` are the rules of which all
+    /// other properties match.
+    fn decide(&mut self, process: &Process, candidates: u64, with: &mut Deciders<'_>, now: SystemTime) {
+        let want = match candidates {
+            0 => Want::default(),
+            _ => with.rules.slots().decide(process, candidates, now),
+        };
+        self.processes.wanted(&process.key, want.rules);
+        if with.rules.slots().wants_off_cpu_of(process.rules | want.rules) {
+            self.unwinding.add_blocked(process.key);
+        }
+        self.mark(process.key, want, with.kernel, with.rules);
+    }
+
+    /// Marks an image for what the agent has decided.
+    fn mark(&mut self, key: ImageKey, want: Want, kernel: &mut Kernel, rules: &RuleBook) {
+        let matched = self.processes.get(&key).map_or(0, |process| process.rules);
+        let change = self.sampled.mark(key, want, matched, |rest| rules.slots().shortest_period_ns(rest));
+        write_mark(kernel, change);
+    }
+
+    /// Takes a rule off an image that the BPF programs matched.
+    pub(super) fn refuse(&mut self, key: ImageKey, slot: u32, kernel: &mut Kernel, rules: &RuleBook) {
+        let matched = self.processes.get(&key).map_or(0, |process| process.rules);
+        let change = self.sampled.refuse(key, slot, matched, |rest| rules.slots().shortest_period_ns(rest));
+        write_mark(kernel, change);
+    }
+
+    /// Takes the marks off the processes that no rule wants since the rules changed.
+    pub(super) fn settle_marks(&mut self, kernel: &mut Kernel, rules: &RuleBook) {
+        for key in self.sampled.undecided() {
+            self.mark(key, Want::default(), kernel, rules);
+        }
+    }
+
+    /// A process has ended: takes everything of it out of the kernel.
+    fn remove_from_kernel(&mut self, tgid: u32, with: &mut Deciders<'_>) {
+        with.captures.left(tgid, boot_time());
+        write_mark(with.kernel, self.sampled.remove(tgid));
+        self.unwinding.remove(with.kernel, tgid);
+    }
+
+    /// Repairs what lost events and missing tracepoints leave behind, in both directions, by process key: removes the
+    /// processes that have ended from the table and from the kernel, and has the kernel report those that rules want.
+    pub(super) fn reconcile(&mut self, with: &mut Deciders<'_>) {
+        for key in self.processes.reconcile() {
+            self.remove_from_kernel(key.process.tgid, with);
+            with.kernel.forget(key.process);
+        }
+        let has_ended =
+            |key| matches!(check_identity(key), Err(ProcError::Gone(_) | ProcError::Recycled { .. }));
+        let ended: Vec<u32> =
+            self.sampled.processes().filter(|key| has_ended(*key)).map(|key| key.tgid).collect();
+        for tgid in ended {
+            self.remove_from_kernel(tgid, with);
+        }
+        if let Err(error) = with.kernel.scan_processes() {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+fn write_mark(kernel: &mut Kernel, change: Option<MarkChange>) {
+    match change {
+        Some(MarkChange::Write(mark)) => {
+            if let Err(error) = kernel.mark(&mark) {
+                tracing::warn!(key = %mark.key, "cannot mark a process for sampling: {error}; raise --processes");
+            }
+        }
+        Some(MarkChange::Remove(tgid)) => kernel.unmark(tgid),
+        None => {}
+    }
+}
+
+/// Raises the number of open files as far as the system allows. Returns how many of them mapped files may take.
+fn raise_file_limit() -> NonZeroUsize {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!("cannot raise the number of open files above {:?}: {error}", limit.current);
+    }
+    let max = getrlimit(Resource::Nofile).current.unwrap_or(65_536).min(65_536);
+    NonZeroUsize::new(usize::try_from(max / 4).unwrap_or(256)).unwrap_or(NonZeroUsize::MIN)
+}

@@ -1,0 +1,129 @@
+//! Unwinding by tables: which images the BPF programs can unwind, and the raw samples that wait for it.
+//!
+//! The mappings of an image are written into the kernel once all its waiting samples are unwound: from then on the BPF
+//! programs unwind its stacks. They are written again when its mappings change. An image of which a thread blocked is written
+//! as soon as all its tables are made: off-CPU stacks never come raw, so that no sample of theirs can wait.
+
+use std::{collections::HashSet, mem, sync::Arc, time::Instant};
+
+use super::backlog::{Backlog, Resolved};
+use crate::{
+    kernel::Kernel,
+    model::{Image, ImageKey, Sample, StackEnd},
+    process::{Process, ProcessTable},
+    rules::RuleBook,
+    tables::UnwindTables,
+};
+
+pub(super) struct Unwinding {
+    /// `None`: stacks are unwound by frame pointers only.
+    tables: Option<UnwindTables>,
+    backlog: Backlog,
+    /// Images whose mappings have changed.
+    changed: HashSet<ImageKey>,
+    /// Images of which a thread blocked before the BPF programs could unwind its stack.
+    blocked: HashSet<ImageKey>,
+}
+
+impl Unwinding {
+    pub(super) fn new(tables: Option<UnwindTables>) -> Self {
+        Self { tables, backlog: Backlog::default(), changed: HashSet::new(), blocked: HashSet::new() }
+    }
+
+    /// The unwind tables; `None` if stacks are unwound by frame pointers only.
+    pub(super) fn tables(&self) -> Option<&UnwindTables> {
+        self.tables.as_ref()
+    }
+
+    pub(super) fn backlog(&self) -> &Backlog {
+        &self.backlog
+    }
+
+    /// Takes a raw sample.
+    pub(super) fn push(&mut self, sample: Sample) {
+        self.backlog.push(sample, Instant::now());
+    }
+
+    /// The mappings of these images have changed.
+    pub(super) fn add_changed(&mut self, keys: impl IntoIterator<Item = ImageKey>) {
+        self.changed.extend(keys);
+    }
+
+    /// Other files take the place of some of an image's: the samples that wait were taken of the `former` ones.
+    pub(super) fn replace_image(&mut self, key: &ImageKey, former: &Arc<Image>) {
+        self.backlog.replace_image(key, former);
+    }
+
+    /// A rule that wants off-CPU time selects this image.
+    pub(super) fn add_blocked(&mut self, key: ImageKey) {
+        self.blocked.insert(key);
+    }
+
+    /// A thread has returned to a CPU, with this stack.
+    pub(super) fn add_off_cpu(&mut self, sample: &Sample) {
+        let key = ImageKey::of(&sample.subject);
+        let is_in_kernel = self.tables.as_ref().is_none_or(|tables| tables.is_loaded(&key));
+        if !is_in_kernel || sample.end == StackEnd::Broken {
+            self.blocked.insert(key);
+        }
+    }
+
+    /// Unwinds the raw samples whose tables are made, and writes images into the kernel. With `force` unwinds all samples, by
+    /// the tables that there are. Returns what the caller has to add to the window, in order.
+    pub(super) fn resolve(
+        &mut self,
+        kernel: &mut Kernel,
+        processes: &mut ProcessTable,
+        rules: &RuleBook,
+        force: bool,
+    ) -> Vec<Resolved> {
+        let Some(tables) = &mut self.tables else { return Vec::new() };
+        tables.collect();
+        for key in mem::take(&mut self.changed) {
+            let Some(process) = live(processes, &key).filter(|_| tables.is_loaded(&key)) else { continue };
+            if rules.slots().wants_off_cpu_of(process.rules) && !tables.request_all(&process.image) {
+                self.changed.insert(key);
+            } else {
+                write(tables, kernel, process);
+            }
+        }
+        let resolved = self.backlog.resolve(tables, processes, Instant::now(), force);
+        for resolved in &resolved {
+            match resolved {
+                Resolved::Done(key) => {
+                    if let Some(process) = live(processes, key) {
+                        write(tables, kernel, process);
+                    }
+                }
+                Resolved::Changes(changes) => self.changed.extend(&changes.changed),
+                Resolved::Sample { .. } => {}
+            }
+        }
+        for key in mem::take(&mut self.blocked) {
+            match live(processes, &key).filter(|process| !process.kernel_thread) {
+                Some(process) if tables.request_all(&process.image) => write(tables, kernel, process),
+                Some(_) => drop(self.blocked.insert(key)),
+                None => {}
+            }
+        }
+        resolved
+    }
+
+    /// Takes the mappings of a process out of the kernel.
+    pub(super) fn remove(&mut self, kernel: &mut Kernel, tgid: u32) {
+        if let Some(tables) = &mut self.tables {
+            tables.unload(kernel, tgid);
+        }
+    }
+}
+
+fn live<'a>(processes: &'a ProcessTable, key: &ImageKey) -> Option<&'a Process> {
+    processes.get(key).filter(|process| process.is_alive())
+}
+
+fn write(tables: &mut UnwindTables, kernel: &mut Kernel, process: &Process) {
+    if let Err(error) = tables.load(kernel, process.key, &process.image) {
+        let key = process.key.process;
+        tracing::debug!(%key, "cannot unwind this process in the kernel, only in user space: {error}");
+    }
+}
