@@ -64,7 +64,7 @@ impl Renamed {
     }
 }
 
-/// Makes an error that prints as `error: …` and ends the program with code 2.
+/// Builds an error that prints as `error: …` and ends the program with code 2.
 fn one_line(message: &str) -> clap::Error {
     clap::Error::raw(ErrorKind::UnknownArgument, format!("{message}\n"))
 }

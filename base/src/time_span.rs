@@ -27,7 +27,7 @@ pub struct TimeSpanError {
 }
 
 impl TimeSpan {
-    /// Makes a duration of whole seconds.
+    /// Returns a duration of whole seconds.
     pub const fn from_secs(seconds: u64) -> Self {
         Self(Duration::from_secs(seconds))
     }

@@ -46,7 +46,7 @@ const RENAMED: Renamed = Renamed {
     ],
 };
 
-/// What the command line asks for.
+/// The command line as an instruction.
 #[derive(Debug)]
 pub enum Invocation {
     /// Run the collector.

@@ -56,7 +56,7 @@ pub enum StartError {
     Grpc(#[from] GrpcError),
 }
 
-/// The collector.
+/// Starts a collector; see [`Collector::start`].
 pub struct Collector;
 
 /// A running collector. Its tasks outlive it until the runtime ends; [`Running::shutdown`] ends them.

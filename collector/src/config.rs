@@ -44,7 +44,7 @@ pub struct Config {
     /// Form of the log on standard error; GANNET_COLLECTOR_LOG sets its filter, like info,kube=debug
     #[arg(long, value_name = "FORMAT", env = "GANNET_COLLECTOR_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
-    /// Listening addresses.
+    /// Addresses of the listeners.
     #[command(flatten)]
     #[serde(flatten)]
     pub server: ServerOptions,
@@ -56,15 +56,15 @@ pub struct Config {
     #[command(flatten)]
     #[serde(flatten)]
     pub auth: AuthOptions,
-    /// Stored profiles.
+    /// Limits of the stored profiles.
     #[command(flatten)]
     #[serde(flatten)]
     pub store: StoreOptions,
-    /// Accepted batches.
+    /// Limits of accepted batches.
     #[command(flatten)]
     #[serde(flatten)]
     pub ingest: IngestOptions,
-    /// Known nodes.
+    /// Limits of the known nodes.
     #[command(flatten)]
     #[serde(flatten)]
     pub fleet: FleetOptions,

@@ -15,7 +15,7 @@ pub enum KubernetesError {
     Kubeconfig {
         /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Reason why it cannot be used.
         reason: String,
     },
     /// The collector found neither a service account nor a kubeconfig file.

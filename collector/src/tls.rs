@@ -93,7 +93,7 @@ pub enum TlsError {
         flag: &'static str,
         /// Path of the file.
         path: String,
-        /// What is wrong with the content.
+        /// Fault of the content.
         what: String,
     },
 }
@@ -107,9 +107,9 @@ impl TlsError {
 /// The protocol of a listener, which decides ALPN and whether a client needs a certificate for the handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ListenProtocol {
-    /// HTTP/2.
+    /// gRPC needs HTTP/2.
     Grpc,
-    /// HTTP/1.1.
+    /// The page speaks HTTP/1.1.
     Http,
 }
 

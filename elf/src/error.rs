@@ -18,9 +18,9 @@ impl Default for ElfLimits {
 /// A size that has a limit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ElfQuantity {
-    /// [`ElfLimits::section_bytes`]
+    /// Bytes of one section: [`ElfLimits::section_bytes`].
     SectionBytes,
-    /// [`ElfLimits::sections`]
+    /// Number of sections: [`ElfLimits::sections`].
     Sections,
     /// Program headers: the kernel runs no program with more than 64 KiB of them.
     ProgramHeaders,
@@ -41,7 +41,7 @@ impl ElfQuantity {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{found} {} are over the limit of {limit}", what.as_str())]
 pub struct TooLarge {
-    /// The size.
+    /// The size that is too large.
     pub what: ElfQuantity,
     /// The limit in force.
     pub limit: u64,

@@ -22,9 +22,9 @@ const MAX_PROGRAM_HEADERS: u64 = (64 << 10) / PROGRAM_HEADER_BYTES as u64;
 /// An instruction set.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord, Hash)]
 pub enum Arch {
-    /// `EM_X86_64`
+    /// Machine type `EM_X86_64`.
     X86_64,
-    /// `EM_AARCH64`
+    /// Machine type `EM_AARCH64`.
     Aarch64,
 }
 

@@ -27,7 +27,7 @@ pub struct Headers {
     pub arch: Arch,
     /// The loaded segments.
     pub segments: Segments,
-    /// The build ids.
+    /// Build ids of the notes; see [`BuildIds`].
     pub build_ids: BuildIds,
     /// Address of the first instruction of a program or of the dynamic linker; 0 in libraries.
     pub(crate) entry: u64,

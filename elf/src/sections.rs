@@ -18,7 +18,7 @@ const SECTION_HEADER_BYTES: usize = size_of::<SectionHeader64<LittleEndian>>();
 /// Section names take some hundred bytes.
 const MAX_NAME_BYTES: u64 = 4 << 20;
 
-/// One section.
+/// A section of the file.
 #[derive(Clone, Debug)]
 pub struct Section {
     /// ELF virtual address; 0 if the section is not loaded.

@@ -7,9 +7,9 @@ pub struct Segment {
     pub vaddr: u64,
     /// Offset of that byte in the file.
     pub file_offset: u64,
-    /// Bytes in the file.
+    /// Bytes that the segment takes from the file.
     pub file_bytes: u64,
-    /// Bytes in memory.
+    /// Bytes that it has in memory; those beyond the file are zero.
     pub memory_bytes: u64,
     /// Whether its code may be executed.
     pub executable: bool,

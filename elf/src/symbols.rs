@@ -33,11 +33,11 @@ pub enum Binding {
     Local,
     /// Everywhere; another definition replaces it.
     Weak,
-    /// Everywhere.
+    /// Visible in every file.
     Global,
 }
 
-/// One symbol.
+/// An entry of a symbol table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Symbol {
     /// ELF virtual address.

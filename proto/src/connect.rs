@@ -175,7 +175,7 @@ pub struct Bearer {
 }
 
 impl Bearer {
-    /// Makes an interceptor that reads the token from this file, or adds none.
+    /// Returns an interceptor that reads the token from this file, or adds none.
     pub fn new(file: Option<PathBuf>) -> Self {
         Self { file }
     }

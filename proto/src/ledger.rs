@@ -116,11 +116,11 @@ pub struct Ledger {
     "the ledger does not balance: {taken} samples taken, but {delivered} delivered + {pending} pending + {lost} lost"
 )]
 pub struct Imbalance {
-    /// Samples taken.
+    /// Samples that the sampler took.
     pub taken: u64,
-    /// Samples delivered.
+    /// Samples that the collector acknowledged.
     pub delivered: u64,
-    /// Samples pending.
+    /// Samples between the two.
     pub pending: u64,
     /// Samples lost for all reasons.
     pub lost: u64,

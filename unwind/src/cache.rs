@@ -38,7 +38,7 @@ const MAX_BUILD_ID_BYTES: usize = 64;
 /// A table from the cache, with the properties of its file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CachedTable {
-    /// The table.
+    /// The table as it was built.
     pub table: UnwindTable,
     /// The file's segments.
     pub segments: Segments,
@@ -63,7 +63,7 @@ pub enum CacheError {
     Length {
         /// Bytes by the header.
         expected: u64,
-        /// Bytes found.
+        /// Bytes that the file has.
         found: u64,
     },
     /// The checksum is wrong.

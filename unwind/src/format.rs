@@ -143,9 +143,9 @@ pub const fn directory_parts(word: u32) -> (u32, u32) {
 pub mod cfa {
     /// There is no function: the address is in a gap, or outside the table. `cfa_offset` is 0.
     pub const NONE: u8 = 0;
-    /// `sp + cfa_offset`
+    /// The CFA is `sp + cfa_offset`.
     pub const SP: u8 = 1;
-    /// `fp + cfa_offset`
+    /// The CFA is `fp + cfa_offset`.
     pub const FP: u8 = 2;
     /// `*(u64 *)(sp + (cfa_offset >> 8)) + (cfa_offset & 0xff)`: signal frames, and assembly that keeps the old stack
     /// pointer in its frame. See [`super::deref_offset`].
@@ -223,19 +223,19 @@ pub mod dwarf_register {
         }
     }
 
-    /// rbx
+    /// Register rbx of x86_64.
     pub const X86_64_RBX: u16 = 3;
-    /// rbp
+    /// Frame pointer of x86_64, rbp.
     pub const X86_64_FP: u16 = 6;
-    /// rsp
+    /// Stack pointer of x86_64, rsp.
     pub const X86_64_SP: u16 = 7;
     /// The return address column of x86_64.
     pub const X86_64_RA: u16 = 16;
-    /// x29
+    /// Frame pointer of aarch64, x29.
     pub const AARCH64_FP: u16 = 29;
     /// x30, the link register
     pub const AARCH64_LR: u16 = 30;
-    /// sp
+    /// Stack pointer of aarch64, sp.
     pub const AARCH64_SP: u16 = 31;
 }
 
@@ -276,7 +276,7 @@ impl Unsupported {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord, Hash, Default)]
 #[repr(C)]
 pub struct UnwindRule {
-    /// One of [`cfa`].
+    /// Way to compute the CFA, a constant of [`cfa`].
     pub cfa_kind: u8,
     /// One of [`loc`].
     pub fp_kind: u8,

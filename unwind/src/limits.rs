@@ -55,21 +55,21 @@ const _: () = assert!((32 << 20) / WORDS_PER_LINE < MAX_LINES);
 /// A size that has a limit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum TableQuantity {
-    /// [`TableLimits::section_bytes`]
+    /// Bytes of a section: [`TableLimits::section_bytes`].
     SectionBytes,
-    /// [`TableLimits::sections`]
+    /// Number of sections: [`TableLimits::sections`].
     Sections,
     /// Program headers; see [`gannet_elf::ElfQuantity::ProgramHeaders`].
     ProgramHeaders,
-    /// [`TableLimits::functions`]
+    /// Number of functions: [`TableLimits::functions`].
     Functions,
-    /// [`TableLimits::rows`]
+    /// Number of rows: [`TableLimits::rows`].
     Rows,
-    /// [`TableLimits::rules`]
+    /// Number of rules: [`TableLimits::rules`].
     Rules,
-    /// [`TableLimits::span_bytes`]
+    /// Bytes of covered addresses: [`TableLimits::span_bytes`].
     SpanBytes,
-    /// [`crate::format::MAX_LINES`]
+    /// Number of cache lines: [`crate::format::MAX_LINES`].
     Lines,
 }
 
@@ -95,7 +95,7 @@ pub enum LimitExceeded {
     /// A size is over its limit.
     #[error("{found} {} are over the limit of {limit}: raise that limit, or supply a table for this file", what.as_str())]
     TooLarge {
-        /// The size.
+        /// The size that is too large.
         what: TableQuantity,
         /// The limit in force.
         limit: u64,

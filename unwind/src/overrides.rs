@@ -58,7 +58,7 @@ impl Overrides {
 pub struct OverrideError {
     /// The line, counted from 1.
     pub line: usize,
-    /// Its fault.
+    /// Fault of the line.
     pub fault: OverrideFault,
 }
 

@@ -73,7 +73,7 @@ pub struct TableBuilder<'a> {
 /// The reason why rows make no table.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum TableBuilderError {
-    /// A limit.
+    /// The table is larger than a limit.
     #[error(transparent)]
     LimitExceeded(#[from] LimitExceeded),
     /// A row is below the one before it, or outside the range of the builder.

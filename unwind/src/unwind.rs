@@ -33,7 +33,7 @@ pub trait TableSource {
     }
 }
 
-/// One frame.
+/// A frame of an unwound stack.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct UnwindFrame {
     /// The program counter of the first frame; of a caller the return address.
@@ -44,7 +44,7 @@ pub struct UnwindFrame {
     pub guessed: bool,
 }
 
-/// An unwound stack.
+/// The frames of a stack, and how it ended.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct UnwoundStack {
     /// Innermost first; never empty.
@@ -62,12 +62,12 @@ pub enum UnwindEnd {
     Truncated,
     /// At an address without a table.
     NoTable {
-        /// The address.
+        /// Address at which unwinding stopped.
         address: u64,
     },
     /// At an address outside all functions, where the frame pointer did not help either.
     NoRule {
-        /// The address.
+        /// Address at which unwinding stopped.
         address: u64,
     },
     /// At a function that the format has no rule for, where the frame pointer did not help either.
@@ -76,7 +76,7 @@ pub enum UnwindEnd {
     RegisterLost,
     /// At memory outside the copied stack.
     StackMissing {
-        /// The address.
+        /// Address at which unwinding stopped.
         address: u64,
     },
     /// At a frame that is not above the one before.

@@ -23,11 +23,11 @@ crate::metrics! {
 pub struct ProcessUsage {
     /// CPU time of all threads, to the nanosecond.
     pub cpu: Duration,
-    /// Resident memory.
+    /// Resident memory of the process.
     pub resident_bytes: u64,
-    /// Virtual memory.
+    /// Virtual memory of the process.
     pub virtual_bytes: u64,
-    /// Threads.
+    /// Threads of the process.
     pub threads: u64,
     /// Open file descriptors.
     pub open_fds: u64,

@@ -195,7 +195,7 @@ fn bearer(authorization: &str) -> Option<&str> {
 struct Identity {
     /// Common names, DNS names, URIs.
     names: Vec<String>,
-    /// Organizations.
+    /// Organizations of the certificate, or groups of the token.
     groups: Vec<String>,
 }
 

@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-/// What the collector requires of its callers.
+/// Requirements for callers of the collector.
 #[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[command(next_help_heading = "Authentication and roles")]
 #[serde(default)]
@@ -29,12 +29,12 @@ impl Default for AuthOptions {
     }
 }
 
-/// What a caller may do.
+/// The rights of a caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
     /// Connect as a node and push profiles.
     Agent,
-    /// Read everything.
+    /// Read profiles, nodes and rules.
     Viewer,
     /// Read everything, change rules, start captures.
     Editor,

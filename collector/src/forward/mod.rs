@@ -125,7 +125,7 @@ pub enum ForwardError {
     Dial {
         /// The target as `--forward` names it.
         target: String,
-        /// What is wrong.
+        /// Reason why the URL cannot be used.
         #[source]
         source: DialError,
     },
@@ -145,7 +145,7 @@ enum Delivery {
     Refused(String),
 }
 
-/// The client of one target.
+/// The client of a target, by its protocol.
 enum TargetClient {
     Pyroscope(PyroscopeClient),
     Parca(Box<ParcaClient>),

@@ -67,7 +67,7 @@ impl Merges {
     }
 }
 
-/// Progress of a merge.
+/// Counts of a merge under way, for its caller.
 #[derive(Default)]
 pub(crate) struct MergeProgress {
     /// Profiles read so far.

@@ -15,7 +15,7 @@ const DEFAULT_RANGE_MS: u64 = 3_600_000;
 pub(crate) enum Selection {
     /// Profiles of matching series that start in `from_ms..until_ms`.
     Range { selector: Selector, from_ms: u64, until_ms: u64 },
-    /// One profile.
+    /// A single profile by its id.
     One(Ulid),
 }
 

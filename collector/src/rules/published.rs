@@ -14,10 +14,10 @@ pub(crate) struct Published {
     pub(super) scopes: Vec<RuleScope>,
 }
 
-/// The rules of one node.
+/// The rule set that a node must apply.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct NodeRules {
-    /// By id.
+    /// Rules, sorted by id.
     pub(crate) rules: Vec<Rule>,
     /// Scopes whose newest rules are staged and do not include this node.
     pub(crate) held: Vec<String>,

@@ -22,7 +22,7 @@ pub(super) fn api_resource() -> ApiResource {
     ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(GROUP, VERSION, KIND), PLURAL)
 }
 
-/// A resource and the rule in it.
+/// A TriggerRule as it is in the API, with its rule read.
 pub(super) struct RuleResource {
     pub(super) name: String,
     pub(super) scope: String,

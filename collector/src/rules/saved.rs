@@ -18,13 +18,13 @@ const MAX_REQUESTS: usize = 1024;
 /// Revisions whose rollout a client can ask for.
 const MAX_REVISIONS: usize = 64;
 
-/// All content.
+/// The complete content of the rule storage.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct SavedRules {
     /// The newest revision. 0: there was never a rule.
     #[prost(uint64, tag = "1")]
     pub(super) revision: u64,
-    /// By name.
+    /// Scopes, sorted by name.
     #[prost(message, repeated, tag = "2")]
     pub(super) scopes: Vec<RuleScope>,
     /// The newest last.

@@ -70,7 +70,7 @@ impl Default for ServerOptions {
 pub struct BindError {
     /// The flag that names the address.
     flag: &'static str,
-    /// The address.
+    /// Address that cannot be used.
     addr: SocketAddr,
     /// The error of the operating system.
     source: io::Error,
@@ -87,7 +87,7 @@ fn describe(error: &io::Error) -> String {
     }
 }
 
-/// A bound socket whose connections nobody accepts yet.
+/// A bound socket that does not accept connections yet.
 pub(crate) struct BoundSocket {
     tcp: TcpListener,
     pub(crate) addr: SocketAddr,

@@ -20,7 +20,7 @@ const PROFILES: TableDefinition<'_, (u64, u64, u128), &[u8]> = TableDefinition::
 const IDS: TableDefinition<'_, u128, (u64, u64)> = TableDefinition::new("ids");
 /// (start in ms, id) -> (series, bytes of the object)
 const TIMES: TableDefinition<'_, (u64, u128), (u64, u64)> = TableDefinition::new("times");
-/// series -> [`SeriesLabels`]
+/// Labels by series: id -> [`SeriesLabels`].
 const SERIES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("series");
 /// window id -> id of the batch that carried the window's ledger
 const WINDOWS: TableDefinition<'_, u128, u128> = TableDefinition::new("windows");

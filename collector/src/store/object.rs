@@ -51,7 +51,7 @@ pub(super) struct ObjectMeta {
 /// A sample type, and the sum of its values over the profile.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct TypeTotal {
-    /// `cpu/nanoseconds`
+    /// Type and unit, like `cpu/nanoseconds`.
     #[prost(string, tag = "1")]
     pub(crate) name: String,
     #[prost(int64, tag = "2")]

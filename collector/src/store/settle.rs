@@ -24,7 +24,7 @@ struct Repairs {
     added: u64,
     /// Rows that had no object.
     removed: u64,
-    /// Unreadable objects.
+    /// Objects that could not be read.
     damaged: u64,
 }
 

@@ -187,7 +187,7 @@ impl StoreWriter {
 }
 
 impl Store {
-    /// Makes a group of batches durable and answers each of them.
+    /// Stores a group of batches durably and answers each of them.
     async fn store_group(self: &Arc<Self>, group: Vec<QueuedBatch>) {
         let began = std::time::Instant::now();
         self.metrics.commit_batches.observe(group.len() as f64);

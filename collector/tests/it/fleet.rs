@@ -378,7 +378,7 @@ async fn a_watch_shows_changes_and_ends_when_all_is_settled() {
     let mut last = first;
     while let Some(next) = tokio::time::timeout(TEST_TIMEOUT, watch.message()).await.expect("no end").unwrap()
     {
-        assert_ne!(next, last, "only changes are told");
+        assert_ne!(next, last, "only changes are reported");
         last = next;
     }
     assert!(last.settled);

@@ -49,11 +49,11 @@ fn output(text: &str) -> Result<Output, String> {
 /// A form of results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
-    /// For people.
+    /// A table for people
     Table,
-    /// For programs.
+    /// JSON for programs
     Json,
-    /// For both.
+    /// YAML, which rule files use
     Yaml,
 }
 
@@ -108,7 +108,7 @@ impl From<DialArgs> for Dial {
     }
 }
 
-/// All commands.
+/// The commands of gannetctl.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Set, list and explain rules

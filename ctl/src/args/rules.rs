@@ -86,9 +86,9 @@ pub(crate) enum Rules {
         after_help = "Examples:\n  gannetctl rules explain slow-checkout --node n1\n  gannetctl rules explain slow-checkout --node n1 --pid 4711"
     )]
     Explain {
-        /// The rule
+        /// Id of the rule
         id: String,
-        /// The node
+        /// Name of the node
         #[arg(long)]
         node: String,
         /// Look for the rule only in this scope

@@ -14,14 +14,14 @@ pub struct Header<'a> {
     pub period: i64,
     /// Start in nanoseconds since 1970.
     pub time_nanos: i64,
-    /// Measured length.
+    /// Length of the measured time.
     pub duration_nanos: i64,
 }
 
 /// A mapped file, or another range of addresses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mapping<'a> {
-    /// First address.
+    /// First address of the mapping.
     pub start: u64,
     /// First address behind the mapping.
     pub limit: u64,
@@ -36,7 +36,7 @@ pub struct Mapping<'a> {
 /// A function at a location. A location has several if functions are inlined there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Line<'a> {
-    /// Demangled name.
+    /// Demangled name of the function.
     pub name: &'a str,
     /// Name in the symbol table.
     pub system_name: &'a str,
@@ -59,10 +59,10 @@ pub struct Label<'a> {
     pub value: LabelValue<'a>,
 }
 
-/// Value of a label.
+/// A text, or a number with its unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LabelValue<'a> {
-    /// Text.
+    /// A text without a unit.
     Str(&'a str),
     /// A number and its unit, which may be empty.
     Num(i64, &'a str),

@@ -72,7 +72,7 @@ impl Default for FlameTree {
 }
 
 impl FlameTree {
-    /// Makes a tree that has only the root.
+    /// Returns a tree that has only the root.
     pub fn new() -> Self {
         let mut tree =
             Self { frames: HashMap::new(), files: Vec::new(), nodes: Vec::new(), children: HashMap::new() };

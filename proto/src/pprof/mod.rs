@@ -59,7 +59,7 @@ pub enum PprofError {
     Id {
         /// The kind of the entry.
         what: &'static str,
-        /// The id.
+        /// The id in question.
         id: u64,
     },
     /// A sample has more or fewer values than the profile has sample types.
@@ -83,7 +83,7 @@ pub enum PprofError {
     DuplicateLabel {
         /// Index of the sample.
         sample: usize,
-        /// The key.
+        /// Key of the label.
         key: String,
     },
     /// Profiles with different sample types cannot be merged.

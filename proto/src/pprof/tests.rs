@@ -20,7 +20,7 @@ fn header() -> Header<'static> {
 /// A sample: frames from the root by number, a count, and the value of a label.
 type Stack = (Vec<u8>, i64, Option<u8>);
 
-/// Makes a profile of these stacks from a few functions and mappings.
+/// Builds a profile of these stacks from a few functions and mappings.
 fn profile_of(stacks: &[Stack]) -> Profile {
     let mut builder = Builder::new(header());
     let kernel = Mapping { start: 1 << 63, limit: u64::MAX, file: "[kernel.kallsyms]", ..Mapping::default() };

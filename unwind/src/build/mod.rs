@@ -71,9 +71,9 @@ pub trait DebugFiles: std::fmt::Debug {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{file}: {fault}")]
 pub struct BuildError {
-    /// [`BuildOptions::name`]
+    /// Name of the file: [`BuildOptions::name`].
     pub file: String,
-    /// The fault.
+    /// Reason why there is no table.
     pub fault: BuildFault,
 }
 

@@ -8,7 +8,7 @@ pub(super) struct Registers {
     pub(super) sp: u16,
     pub(super) fp: u16,
     pub(super) ra: u16,
-    /// x86_64 only.
+    /// Register rbx, on x86_64 only.
     pub(super) rbx: Option<u16>,
 }
 
@@ -27,7 +27,7 @@ pub(super) enum Cfa {
     Bad(Unsupported),
 }
 
-/// Where the caller's value of a register is.
+/// The location of the caller's value of a register.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(super) enum Location {
     Unset,

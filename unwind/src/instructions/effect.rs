@@ -83,7 +83,7 @@ impl Effect {
     }
 }
 
-/// Where control goes after an instruction.
+/// The flow of control after an instruction.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Flow {
     Next,
@@ -95,7 +95,7 @@ pub(super) enum Flow {
     /// To an address in a register or in memory.
     Indirect,
     Return,
-    /// Nowhere.
+    /// No caller can be found from here.
     UnwindEnd,
     /// The bytes are no instruction.
     Invalid,
