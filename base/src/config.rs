@@ -77,7 +77,15 @@ where
         path: path.to_owned(),
         reason: error.to_string().trim_start_matches("error: ").to_owned(),
     };
-    let keys = read_keys(&text, &options, renamed).map_err(parse_error)?;
+    let keys = read_keys(&text, &options, renamed).map_err(|error| {
+        let names: Vec<&str> = options.keys().map(String::as_str).collect();
+        match parse_error(error) {
+            ConfigError::Parse { path, reason } if reason.contains("unknown key") => {
+                ConfigError::Parse { path, reason: format!("{reason}\nthe keys are {}", names.join(", ")) }
+            }
+            error => error,
+        }
+    })?;
     if keys.is_empty() {
         return Ok(given);
     }
@@ -207,8 +215,7 @@ impl de::Visitor<'_> for Key<'_> {
         if let Some(new) = renamed.key(key) {
             return Err(E::custom(format!("`{key}` is now `{new}`")));
         }
-        let known: Vec<&str> = known.keys().map(String::as_str).collect();
-        Err(E::custom(format!("unknown key `{key}`; the keys are {}", known.join(", "))))
+        Err(E::custom(format!("unknown key `{key}`")))
     }
 }
 

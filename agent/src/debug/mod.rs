@@ -184,7 +184,7 @@ fn show<T: serde::Serialize>(query: &ViewQuery, view: &T, text: impl FnOnce(&T) 
 }
 
 async fn status(State(shared): State<Shared>, Query(query): Query<ViewQuery>) -> Response {
-    show(&query, &views::status(&shared.node), views::Status::text)
+    show(&query, &views::status(&shared.node), views::StatusView::text)
 }
 
 async fn rules(State(shared): State<Shared>, Query(query): Query<ViewQuery>) -> Response {
@@ -207,7 +207,7 @@ async fn pods(State(shared): State<Shared>, Query(query): Query<ViewQuery>) -> R
 
 async fn maps(State(shared): State<Shared>, Query(query): Query<ViewQuery>) -> Response {
     match views::maps(&shared.node).await {
-        Ok(view) => show(&query, &view, views::Maps::text),
+        Ok(view) => show(&query, &view, views::MapsView::text),
         Err(error) => failed(&error),
     }
 }

@@ -26,7 +26,7 @@ const refresh = async () => {
   byId('about').textContent = `${status.version}, Linux ${status.kernel}, ${collector}, `
     + `${(status.rss_bytes / 2 ** 20).toFixed(0)} MiB, ${status.cpu_seconds.toFixed(1)} s CPU in ${status.up_seconds} s`;
   const lost = Object.entries(ledger.lost);
-  byId('ledger').textContent = `${ledger.taken} taken = ${ledger.delivered} delivered + ${ledger.pending} on their way + `
+  byId('ledger').textContent = `${ledger.taken} taken = ${ledger.delivered} delivered + ${ledger.pending} pending + `
     + `${lost.reduce((sum, [, n]) => sum + n, 0)} lost${lost.length ? ` (${lost.map(([why, n]) => `${why} ${n}`).join(', ')})` : ''}`;
   fill('rules', rules.map((r) => [r.id, r.state, r.processes, r.samples, r.reason]));
   fill('processes', processes.slice(0, 200).map((p) =>
@@ -37,7 +37,7 @@ const refresh = async () => {
   const graph = await fetch('/debug/flame');
   byId('empty').hidden = graph.ok;
   byId('flame').hidden = !graph.ok;
-  // Drawn anew only while nobody is looking into it.
+  // Redrawn only while the user does not use it.
   if (graph.ok && document.activeElement !== byId('flame')) byId('flame').src = `/debug/flame#${Date.now()}`;
 };
 const loop = async () => {

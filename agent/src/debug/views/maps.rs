@@ -1,0 +1,92 @@
+//! `/debug/maps`: the kernel maps and the unwind tables.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+use crate::{
+    engine::{EngineError, KernelView},
+    node::Node,
+};
+
+/// `/debug/maps`
+#[derive(Serialize)]
+pub(in crate::debug) struct MapsView {
+    fill: Vec<MapRow>,
+    tables: Option<TablesView>,
+    sampler_ns: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct MapRow {
+    name: &'static str,
+    entries: u64,
+    capacity: u64,
+}
+
+#[derive(Serialize)]
+struct TablesView {
+    resident: u64,
+    resident_bytes: u64,
+    budget_bytes: u64,
+    rules: u64,
+    processes: u64,
+    keys: u64,
+    made: u64,
+    failed: u64,
+    evicted: u64,
+    refused: u64,
+}
+
+pub(in crate::debug) async fn maps(node: &Node) -> Result<MapsView, EngineError> {
+    let KernelView { maps, unwind_tables, sampler_cost, .. } = node.engine.kernel_view().await?;
+    Ok(MapsView {
+        fill: maps.into_iter().map(|(name, entries, capacity)| MapRow { name, entries, capacity }).collect(),
+        tables: unwind_tables.map(|stats| TablesView {
+            resident: stats.resident,
+            resident_bytes: stats.resident_bytes,
+            budget_bytes: stats.budget_bytes,
+            rules: stats.rules,
+            processes: stats.processes,
+            keys: stats.keys,
+            made: stats.made,
+            failed: stats.failed,
+            evicted: stats.evicted,
+            refused: stats.refused,
+        }),
+        sampler_ns: sampler_cost.map(|(time, count)| time / count.max(1)),
+    })
+}
+
+impl MapsView {
+    pub(in crate::debug) fn text(&self) -> String {
+        let mut text = format!("{:16} {:>10} {:>10}\n", "MAP", "ENTRIES", "CAPACITY");
+        for map in &self.fill {
+            let _ = writeln!(text, "{:16} {:>10} {:>10}", map.name, map.entries, map.capacity);
+        }
+        if let Some(tables) = &self.tables {
+            let _ = writeln!(
+                text,
+                "\nunwind tables: {} in the kernel, {} of {} bytes, {} rules\nprocesses unwound in the kernel: {}, {} keys of \
+                 the mapping trie\nbuilt {}, failed {}, evicted {}, processes refused {}",
+                tables.resident,
+                tables.resident_bytes,
+                tables.budget_bytes,
+                tables.rules,
+                tables.processes,
+                tables.keys,
+                tables.made,
+                tables.failed,
+                tables.evicted,
+                tables.refused
+            );
+        }
+        match self.sampler_ns {
+            Some(ns) => {
+                let _ = writeln!(text, "\nthe sampler takes {ns} ns on average");
+            }
+            None => text += "\nset sysctl kernel.bpf_stats_enabled=1 to measure the cost of the sampler\n",
+        }
+        text
+    }
+}

@@ -1,0 +1,171 @@
+//! `/debug/processes`: the processes of the engine's table, and why a process is sampled or not.
+
+use std::{fmt::Write as _, sync::Arc};
+
+use serde::Serialize;
+
+use crate::{
+    engine::{EngineError, ProcessView, UnknownProcess, Unwinding},
+    model::ProcessKey,
+    node::Node,
+    process::{Metadata, MetadataOptions, ProcessMetadataCache, ProcessState},
+    rules::RuleId,
+};
+
+/// A process in `/debug/processes`.
+#[derive(Serialize)]
+pub(in crate::debug) struct ProcessRow {
+    key: String,
+    exec_id: u32,
+    comm: String,
+    exe: String,
+    unit: String,
+    container_id: String,
+    cgroup: String,
+    state: String,
+    rules: Vec<String>,
+    samples: u64,
+    mappings: usize,
+    /// How the agent unwinds its stacks now.
+    stacks: &'static str,
+    /// Source of its mappings: kernel events or `/proc`.
+    mappings_from: &'static str,
+    parent: u32,
+    uid: Option<u32>,
+    /// Next step for the process, if any.
+    pending: String,
+    /// Reason why it is profiled or not.
+    why: String,
+}
+
+pub(in crate::debug) async fn processes(
+    node: &Node,
+    pid: Option<u32>,
+) -> Result<Vec<ProcessRow>, EngineError> {
+    let mut rows: Vec<ProcessRow> = node.engine.processes(pid).await?.into_iter().map(row).collect();
+    rows.sort_by(|a, b| b.samples.cmp(&a.samples).then_with(|| a.key.cmp(&b.key)));
+    match pid {
+        Some(pid) if rows.is_empty() => Ok(unsampled(node, pid).await?.into_iter().collect()),
+        _ => Ok(rows),
+    }
+}
+
+fn row(process: ProcessView) -> ProcessRow {
+    ProcessRow {
+        key: process.key.process.to_string(),
+        exec_id: process.key.exec_id,
+        comm: process.comm,
+        exe: process.exe,
+        unit: process.names.unit,
+        container_id: process.names.container_id,
+        cgroup: process.cgroup,
+        state: match process.state {
+            ProcessState::Alive => "alive".into(),
+            ProcessState::Unread => "alive, not read yet".into(),
+            ProcessState::Replaced => "replaced by a new image, kept for its last samples".into(),
+            ProcessState::Ended(status) => format!(
+                "ended (code {}, signal {}), kept for its last samples",
+                status.code(),
+                status.signal()
+            ),
+            ProcessState::Missed => "exited before the agent could read it".into(),
+        },
+        samples: process.samples,
+        mappings: process.mappings,
+        stacks: match process.unwinding {
+            Unwinding::FramePointers => "by frame pointers",
+            Unwinding::KernelOnly => "kernel only",
+            Unwinding::Kernel => "by tables, in the kernel",
+            Unwinding::UserSpace => "by tables, from raw samples",
+        },
+        mappings_from: process.mappings_from,
+        parent: process.parent,
+        uid: process.uid,
+        pending: match (process.state, process.waiting_samples) {
+            (ProcessState::Unread, 0) => "the agent reads it at its first sample".into(),
+            (ProcessState::Replaced | ProcessState::Ended(_), 0) => {
+                "leaves the table after a window without samples".into()
+            }
+            (_, 0) => String::new(),
+            (_, samples) => format!("{samples} samples wait for unwind tables"),
+        },
+        why: match process.rules.as_slice() {
+            [] => format!("no rule wants it now: {}", why_not(&process.explanation)),
+            rules => format!("profiled: wanted by {}", rules.join(", ")),
+        },
+        rules: process.rules,
+    }
+}
+
+/// Describes a running process that no rule wants: the engine's table does not hold it, so `/proc` is read here. Returns
+/// `None` if no such process runs.
+async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineError> {
+    let Some(known) = read_once(pid) else { return Ok(None) };
+    let names = known.names();
+    let traits = UnknownProcess {
+        comm: known.comm.clone(),
+        exe: known.exe.clone(),
+        cgroup: known.cgroup.clone(),
+        uid: Some(known.uid),
+        tgid: pid,
+    };
+    let why = format!("not profiled: {}", why_not(&node.engine.explain(traits).await?));
+    Ok(Some(ProcessRow {
+        key: known.key.to_string(),
+        exec_id: 0,
+        comm: known.comm.clone(),
+        exe: known.exe.clone(),
+        unit: names.unit,
+        container_id: names.container_id,
+        cgroup: known.cgroup.clone(),
+        state: "alive".into(),
+        rules: Vec::new(),
+        samples: 0,
+        mappings: 0,
+        stacks: "not at all",
+        mappings_from: "nowhere",
+        parent: 0,
+        uid: Some(known.uid),
+        pending: String::new(),
+        why,
+    }))
+}
+
+fn read_once(pid: u32) -> Option<Arc<Metadata>> {
+    let options = MetadataOptions { entries: 1, cmdline: false, cwd: false, ..MetadataOptions::default() };
+    ProcessMetadataCache::new(options).get_or_load(ProcessKey::of_running(pid).ok()?).ok()
+}
+
+/// Returns for each rule in force the reason why it does not match a process.
+fn why_not(explanation: &[(RuleId, String)]) -> String {
+    if explanation.is_empty() {
+        return "no rule is in force".into();
+    }
+    explanation.iter().map(|(rule, why)| format!("{rule} {why}")).collect::<Vec<_>>().join("; ")
+}
+
+pub(in crate::debug) fn processes_text(processes: &[ProcessRow]) -> String {
+    if processes.is_empty() {
+        return "no process is sampled; add ?pid=N to see why a process is not\n".into();
+    }
+    let mut text = format!(
+        "{:24} {:>5} {:16} {:>8} {:28} {:10} {:50} {:46} why\n",
+        "KEY", "EXEC", "COMMAND", "SAMPLES", "STACKS", "MAPPINGS", "STATE", "PENDING"
+    );
+    for process in processes {
+        let _ = writeln!(
+            text,
+            "{:24} {:>5} {:16} {:>8} {:28} {:10} {:50} {:46} {}",
+            process.key,
+            process.exec_id,
+            process.comm,
+            process.samples,
+            process.stacks,
+            process.mappings_from,
+            process.state,
+            if process.pending.is_empty() { "-" } else { &process.pending },
+            process.why
+        );
+    }
+    text
+}
