@@ -12,7 +12,6 @@ use std::{
     ffi::CStr,
     fs,
     io::{self, BufRead as _, BufReader},
-    mem::size_of,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     process::{Command, Stdio},
     sync::{
@@ -36,7 +35,7 @@ use gannet_proto::{
     rules::Caps,
 };
 use libbpf_rs::libbpf_sys;
-use perf_event_open_sys::{bindings, ioctls};
+use perf_event::{Builder, Counter, events::Software};
 
 const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 const HZ: u32 = 997;
@@ -254,12 +253,13 @@ async fn costs(engine: &Engine, empty: &Empty) -> anyhow::Result<Costs> {
 struct Empty {
     programs: Vec<(&'static str, OwnedFd)>,
     _links: Vec<OwnedFd>,
+    _clocks: Vec<Counter>,
 }
 
 impl Empty {
     fn attach() -> anyhow::Result<Self> {
         let mut programs = Vec::new();
-        let mut links = Vec::new();
+        let (mut links, mut clocks) = (Vec::new(), Vec::new());
         let raw = libbpf_sys::BPF_PROG_TYPE_RAW_TRACEPOINT;
         for (name, tracepoint) in [
             ("empty_exec", c"sched_process_exec"),
@@ -275,36 +275,21 @@ impl Empty {
         }
         let program = load(libbpf_sys::BPF_PROG_TYPE_PERF_EVENT)?;
         for cpu in online_cpus()? {
-            let mut attr = bindings::perf_event_attr {
-                type_: bindings::PERF_TYPE_SOFTWARE,
-                size: size_of::<bindings::perf_event_attr>() as u32,
-                config: u64::from(bindings::PERF_COUNT_SW_CPU_CLOCK),
-                ..Default::default()
-            };
-            attr.__bindgen_anon_1.sample_period = u64::from(1_000_000_000 / HZ);
-            attr.set_disabled(1);
-            // SAFETY: the attribute structure is valid for the call and its size is set.
-            let event = owned(unsafe {
-                perf_event_open_sys::perf_event_open(
-                    &raw mut attr,
-                    -1,
-                    cpu.cast_signed(),
-                    -1,
-                    bindings::PERF_FLAG_FD_CLOEXEC.into(),
-                )
-            })?;
-            // SAFETY: both descriptors are open.
-            let failed = unsafe {
-                ioctls::SET_BPF(event.as_raw_fd(), program.as_raw_fd().cast_unsigned()) < 0
-                    || ioctls::ENABLE(event.as_raw_fd(), 0) < 0
-            };
-            if failed {
-                return Err(io::Error::last_os_error()).context("the empty program on a clock");
-            }
-            links.push(event);
+            let mut clock = Builder::new(Software::CPU_CLOCK)
+                .any_pid()
+                .one_cpu(cpu as usize)
+                .include_kernel()
+                .include_hv()
+                .sample_period(u64::from(1_000_000_000 / HZ))
+                .build()?;
+            clock
+                .set_bpf(program.as_raw_fd())
+                .and_then(|()| clock.enable())
+                .context("the empty program on a clock")?;
+            clocks.push(clock);
         }
         programs.push(("empty_tick", program));
-        Ok(Self { programs, _links: links })
+        Ok(Self { programs, _links: links, _clocks: clocks })
     }
 }
 

@@ -2,13 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
-    io::{self, Read as _},
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::{AsRawFd as _, BorrowedFd},
 };
 
 use libbpf_rs::{Link, ProgramMut};
-use perf_event_open_sys::bindings;
+use perf_event::{Builder, Counter, events::Software};
 
 use super::KernelError;
 use crate::model;
@@ -27,7 +25,7 @@ struct Clock {
     /// Holds the perf event open: closing it would end the sampling.
     _link: Link,
     /// The same event, for reading its count.
-    event: fs::File,
+    counter: Counter,
     period_ns: u64,
 }
 
@@ -75,46 +73,29 @@ impl Clocks {
 impl Clock {
     fn start(program: &ProgramMut<'_>, period_ns: u64, cpu: u32) -> Result<Self, KernelError> {
         let failed = |source| KernelError::PerfEvent { cpu, source };
-        let mut attr = bindings::perf_event_attr {
-            type_: bindings::PERF_TYPE_SOFTWARE,
-            size: size_of::<bindings::perf_event_attr>() as u32,
-            config: u64::from(bindings::PERF_COUNT_SW_CPU_CLOCK),
-            ..Default::default()
-        };
-        attr.__bindgen_anon_1.sample_period = period_ns;
-        attr.set_disabled(1);
-        // SAFETY: the attribute structure is valid for the call and its size is set.
-        let fd = unsafe {
-            perf_event_open_sys::perf_event_open(
-                &raw mut attr,
-                -1,
-                cpu.cast_signed(),
-                -1,
-                bindings::PERF_FLAG_FD_CLOEXEC.into(),
-            )
-        };
-        if fd < 0 {
-            return Err(failed(io::Error::last_os_error()));
-        }
-        // SAFETY: a new descriptor that nothing else owns.
-        let event = unsafe { OwnedFd::from_raw_fd(fd) };
-        let reader = event.try_clone().map_err(failed)?;
-        // The link owns the descriptor now and closes it when it is dropped.
+        let counter = Builder::new(Software::CPU_CLOCK)
+            .any_pid()
+            .one_cpu(cpu as usize)
+            .include_kernel()
+            .include_hv()
+            .sample_period(period_ns)
+            .build()
+            .map_err(failed)?;
+        // SAFETY: the counter owns the descriptor and lives as long as the borrow.
+        let event = unsafe { BorrowedFd::borrow_raw(counter.as_raw_fd()) };
+        let event = event.try_clone_to_owned().map_err(failed)?;
         let link = program
             .attach_perf_event(event.as_raw_fd())
             .map_err(|source| KernelError::Attach { what: "the sampler to a CPU clock", source })?;
+        // The link owns the descriptor now and closes it when it is dropped.
         std::mem::forget(event);
-        Ok(Self { _link: link, event: reader.into(), period_ns })
+        Ok(Self { _link: link, counter, period_ns })
     }
 
     /// Returns the ticks that were due since it was started. The count of a cpu-clock event is nanoseconds.
     fn ticks_due(&mut self) -> u64 {
-        let mut count = [0; 8];
-        match self.event.read_exact(&mut count) {
-            Ok(()) => u64::from_ne_bytes(count) / self.period_ns,
-            // The CPU is offline: its event has stopped counting.
-            Err(_) => 0,
-        }
+        // The CPU may be offline: its event has stopped counting.
+        self.counter.read().map_or(0, |nanoseconds| nanoseconds / self.period_ns)
     }
 }
 

@@ -19,7 +19,7 @@ int main(int c, char **v) {
 #[test]
 fn every_function_is_in_the_stack_without_frame_pointers() {
     let deep = program("deep", DEEP, &["-fno-inline"]);
-    let recording = record(199, &["--", deep.to_str().unwrap(), "40", "300000"]);
+    let recording = record(199, &["--", deep.to_str().unwrap(), "40", "600000"]);
     let chain = ["_start", "main", "recurse", "f1", "f2", "f3", "f4", "f5", "f6", "f7", "f8", "f9", "leaf"];
     let complete = |stack: &[String]| in_order(stack, &chain) && times(stack, "recurse") == 41;
     let (good, all) = recording.share("leaf", complete);

@@ -2,9 +2,7 @@
 
 use std::fs;
 
-use perf_event_open_sys::bindings::{
-    PERF_COUNT_SW_CPU_CLOCK, PERF_FLAG_FD_CLOEXEC, PERF_TYPE_SOFTWARE, perf_event_attr,
-};
+use perf_event::{Builder, events::Software};
 
 use super::Check;
 
@@ -95,23 +93,8 @@ fn judge_perf_clock(opened: std::io::Result<()>, paranoid: &str, set: Capability
 }
 
 fn open_perf_clock() -> std::io::Result<()> {
-    let mut attributes = perf_event_attr {
-        type_: PERF_TYPE_SOFTWARE,
-        size: size_of::<perf_event_attr>() as u32,
-        config: u64::from(PERF_COUNT_SW_CPU_CLOCK),
-        ..perf_event_attr::default()
-    };
-    attributes.set_disabled(1);
-    // SAFETY: the attributes live through the call and carry their own size.
-    let descriptor = unsafe {
-        perf_event_open_sys::perf_event_open(&raw mut attributes, -1, 0, -1, u64::from(PERF_FLAG_FD_CLOEXEC))
-    };
-    if descriptor < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just created the descriptor, and nothing else owns it.
-    drop(unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(descriptor) });
-    Ok(())
+    let mut settings = Builder::new(Software::CPU_CLOCK);
+    settings.any_pid().one_cpu(0).include_kernel().include_hv().build().map(drop)
 }
 
 pub(super) fn host_pid() -> Check {
