@@ -12,35 +12,41 @@ type Interval = (u32, u64);
 
 #[derive(Default)]
 pub(super) struct OffCpu {
-    /// Nanoseconds already reported.
+    /// Nanoseconds already reported of intervals that last.
     reported: HashMap<Interval, u64>,
+    /// Likewise, of threads that were not blocked any more when the last window was closed: the kernel may have reported
+    /// their return already, but behind what the worker had read of the ring buffer.
+    returning: HashMap<Interval, u64>,
 }
 
 impl OffCpu {
     /// Takes off the sample of a thread that has returned what was reported of its interval before.
     pub(super) fn returned(&mut self, sample: &mut Sample) {
-        let reported = self.reported.remove(&interval(sample)).unwrap_or(0);
+        let interval = interval(sample);
+        let reported =
+            self.reported.remove(&interval).or_else(|| self.returning.remove(&interval)).unwrap_or(0);
         sample.value_ns = sample.value_ns.saturating_sub(reported);
     }
 
     /// Takes the samples of all threads that are blocked now, with their time so far. Returns them with the time that is
     /// not reported yet, those without any left out; from now on it is reported.
     pub(super) fn still_blocked(&mut self, samples: Vec<Sample>) -> Vec<Sample> {
-        let former = std::mem::take(&mut self.reported);
+        let mut former = std::mem::take(&mut self.reported);
         let mut new = Vec::with_capacity(samples.len());
         for mut sample in samples {
-            let reported = former.get(&interval(&sample)).copied().unwrap_or(0);
+            let reported = former.remove(&interval(&sample)).unwrap_or(0);
             self.reported.insert(interval(&sample), sample.value_ns);
             sample.value_ns = sample.value_ns.saturating_sub(reported);
             if sample.value_ns > 0 {
                 new.push(sample);
             }
         }
+        self.returning = former;
         new
     }
 
     pub(super) fn clear(&mut self) {
-        self.reported.clear();
+        *self = Self::default();
     }
 }
 
@@ -99,5 +105,17 @@ mod tests {
         assert_eq!(returned(&mut off_cpu, sample(1, 1140, 7)), 7);
         let third = off_cpu.still_blocked(vec![sample(1, 1200, 1), sample(2, 1010, 120)]);
         assert_eq!(times(&third), [(1, 1)]);
+    }
+
+    #[test]
+    fn a_thread_that_returns_as_the_window_closes_is_not_reported_twice() {
+        let mut off_cpu = OffCpu::default();
+        off_cpu.still_blocked(vec![sample(1, 1000, 30), sample(2, 1010, 20)]);
+        // Both are in the ring buffer already, and are read behind this.
+        assert_eq!(times(&off_cpu.still_blocked(Vec::new())), []);
+        assert_eq!(returned(&mut off_cpu, sample(1, 1000, 35)), 5);
+        // If the second one's return was lost, it is forgotten with the next window.
+        off_cpu.still_blocked(Vec::new());
+        assert!(off_cpu.returning.is_empty() && off_cpu.reported.is_empty());
     }
 }
