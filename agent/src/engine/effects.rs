@@ -19,8 +19,8 @@ pub(super) enum Effect {
     AddOffCpu,
     /// Closes the window and hands it to the sink.
     CloseWindow,
-    /// Forgets which off-CPU time was reported: no thread is followed any more.
-    ForgetOffCpu,
+    /// Pauses off-CPU time: the kernel reports no thread any more.
+    PauseOffCpu,
     /// The kernel has new rules and has reported all processes that they want: finishes the change.
     SettleRules,
     /// Compares the process table with `/proc`.

@@ -17,6 +17,7 @@ pub(super) struct OffCpu {
     /// Likewise, of threads that were not blocked any more when the last window was closed: the kernel may have reported
     /// their return already, but behind what the worker had read of the ring buffer.
     returning: HashMap<Interval, u64>,
+    is_paused: bool,
 }
 
 impl OffCpu {
@@ -31,6 +32,9 @@ impl OffCpu {
     /// Takes the samples of all threads that are blocked now, with their time so far. Returns them with the time that is
     /// not reported yet, those without any left out; from now on it is reported.
     pub(super) fn still_blocked(&mut self, samples: Vec<Sample>) -> Vec<Sample> {
+        if self.is_paused {
+            return Vec::new();
+        }
         let mut former = std::mem::take(&mut self.reported);
         let mut new = Vec::with_capacity(samples.len());
         for mut sample in samples {
@@ -45,8 +49,19 @@ impl OffCpu {
         new
     }
 
+    /// Forgets which time was reported: no rule wants off-CPU time.
     pub(super) fn clear(&mut self) {
-        *self = Self::default();
+        *self = Self { is_paused: self.is_paused, ..Self::default() };
+    }
+
+    /// Everything is detached from the kernel: the threads in its map only seem to be blocked still.
+    pub(super) fn pause(&mut self) {
+        *self = Self { is_paused: true, ..Self::default() };
+    }
+
+    /// Everything is attached again, with an empty map.
+    pub(super) fn resume(&mut self) {
+        self.is_paused = false;
     }
 }
 
@@ -105,6 +120,17 @@ mod tests {
         assert_eq!(returned(&mut off_cpu, sample(1, 1140, 7)), 7);
         let third = off_cpu.still_blocked(vec![sample(1, 1200, 1), sample(2, 1010, 120)]);
         assert_eq!(times(&third), [(1, 1)]);
+    }
+
+    #[test]
+    fn no_time_is_reported_while_everything_is_detached() {
+        let mut off_cpu = OffCpu::default();
+        off_cpu.still_blocked(vec![sample(1, 1000, 30)]);
+        off_cpu.pause();
+        off_cpu.clear();
+        assert_eq!(times(&off_cpu.still_blocked(vec![sample(1, 1000, 5030)])), []);
+        off_cpu.resume();
+        assert_eq!(times(&off_cpu.still_blocked(vec![sample(1, 9000, 10)])), [(1, 10)]);
     }
 
     #[test]

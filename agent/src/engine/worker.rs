@@ -167,7 +167,7 @@ impl Worker {
         match effect {
             Effect::AddOffCpu => self.reader.add_off_cpu(&self.kernel, &self.rules),
             Effect::CloseWindow => self.hand_over_window(),
-            Effect::ForgetOffCpu => self.reader.off_cpu.clear(),
+            Effect::PauseOffCpu => self.reader.off_cpu.pause(),
             Effect::SettleRules => self.settle_rules(),
             Effect::Reconcile => {
                 let (reader, mut with) = self.reader();
@@ -340,11 +340,12 @@ impl Worker {
                     tracing::error!("cannot detach everything from the kernel: {error}");
                 }
                 self.close_window();
-                self.effects.add(Effect::ForgetOffCpu);
+                self.effects.add(Effect::PauseOffCpu);
             }
             Switched::On => {
                 tracing::info!("attached everything to the kernel again");
                 self.reader.sampled.clear_marks();
+                self.reader.off_cpu.resume();
                 self.kernel.attach_again();
                 self.apply_rules_or_log();
                 self.effects.add(Effect::Reconcile);
