@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::matching::{Matcher, ProcessPod, matched};
 use crate::{
     cgroup::CgroupHierarchy,
-    engine::{Manual, RuleView},
+    engine::{ManualCapture, RuleView},
     node::Node,
     process::{SurveyedProcess, cpu_usage, survey},
     rules::RuleSource,
@@ -275,7 +275,7 @@ async fn capture(
     let matcher = Matcher::of(&matches);
     let processes =
         seen.iter().filter(|seen| matcher.mismatches(seen, &ProcessPod::of(node, seen)).is_empty()).count();
-    let manual = Manual {
+    let manual = ManualCapture {
         matches,
         hz,
         kinds: kind.iter().filter_map(|kind| capture::Kind::try_from(*kind).ok()).collect(),

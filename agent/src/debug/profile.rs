@@ -16,7 +16,7 @@ use serde::Deserialize;
 use super::{Shared, ViewQuery, failed};
 use crate::{
     cgroup::find_container,
-    engine::{EngineError, Manual},
+    engine::{EngineError, ManualCapture},
     node::Node,
     output::{Details, Format, OutputError, render},
     pods::MAX_LABEL_WAIT,
@@ -131,7 +131,7 @@ fn attached(profile: &gannet_proto::profiles::Profile) -> Response {
 }
 
 /// Returns the capture that a query asks for; none if it names no processes.
-fn manual(query: &ProfileQuery, duration: Duration) -> Result<Option<Manual>, String> {
+fn manual(query: &ProfileQuery, duration: Duration) -> Result<Option<ManualCapture>, String> {
     let ProfileQuery { pid, comm, container, seconds: _, hz, kind } = query;
     if pid.is_none() && comm.is_none() && container.is_none() {
         return Ok(None);
@@ -152,7 +152,7 @@ fn manual(query: &ProfileQuery, duration: Duration) -> Result<Option<Manual>, St
         Some("off_cpu") => capture::Kind::OffCpu,
         Some(other) => return Err(format!("kind={other}: give on_cpu or off_cpu\n")),
     };
-    Ok(Some(Manual {
+    Ok(Some(ManualCapture {
         matches: Match {
             pids: pid.iter().copied().collect(),
             comm: comm.iter().cloned().collect(),
@@ -167,7 +167,7 @@ fn manual(query: &ProfileQuery, duration: Duration) -> Result<Option<Manual>, St
 }
 
 /// Runs a capture to its end.
-async fn capture(node: &Node, manual: Manual) -> Response {
+async fn capture(node: &Node, manual: ManualCapture) -> Response {
     let running = match node.engine.capture_now(manual).await {
         Ok(running) => running,
         Err(error @ CaptureError::Invalid(_)) => {

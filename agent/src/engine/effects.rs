@@ -7,7 +7,7 @@ use std::{collections::VecDeque, mem, time::SystemTime};
 
 use tokio::sync::oneshot;
 
-use super::{CaptureAnswer, captures::Manual};
+use super::{CaptureAnswer, captures::ManualCapture};
 use crate::{
     conditions::{CaptureStart, WatchScope},
     rules::{CaptureId, RuleId},
@@ -28,7 +28,7 @@ pub(super) enum Effect {
     /// Begins a capture that a condition has started. Its window is open.
     BeginCapture(CaptureStart),
     /// Begins a capture that a client asks for, likewise.
-    BeginManualCapture(Box<Manual>, oneshot::Sender<CaptureAnswer>),
+    BeginManualCapture(Box<ManualCapture>, oneshot::Sender<CaptureAnswer>),
     /// Adds the flight recorder's samples from before a capture.
     AddPreTrigger { rule: RuleId, scope: WatchScope, capture: CaptureId, begun: SystemTime },
     /// Ends the captures whose time is over.

@@ -1,7 +1,7 @@
 //! The engine: one thread that owns the kernel side, the process table, the rules in force and the open window.
 //!
 //! Other threads talk to it through an [`Engine`] handle. It shows its state as plain [views](EngineView) and hands finished
-//! windows to a [`Sink`].
+//! windows to a [`WindowSink`].
 //!
 //! The [`worker`] conducts. Beside it each module owns one piece of state and answers with values: [`reader`] and its parts
 //! own what the kernel's events change (processes, samples that wait for unwind tables, marks in the kernel, reported off-CPU
@@ -64,7 +64,7 @@ use ulid::Ulid;
 
 pub(crate) use self::view::{RuleView, UnknownProcess};
 pub use self::{
-    captures::{Manual, RunningCapture},
+    captures::{ManualCapture, RunningCapture},
     view::{EngineView, KernelView, ProcessView, Unwinding},
 };
 use self::{view::ViewSources, wake_up::WakeUp, worker::Worker};
@@ -112,12 +112,12 @@ pub struct Window {
 }
 
 /// Takes finished windows. The engine calls it on its own thread, so it must not block.
-pub trait Sink: Send {
+pub trait WindowSink: Send {
     /// Takes a window.
     fn window(&mut self, window: Window);
 }
 
-impl<F: FnMut(Window) + Send> Sink for F {
+impl<F: FnMut(Window) + Send> WindowSink for F {
     fn window(&mut self, window: Window) {
         self(window);
     }
@@ -150,7 +150,7 @@ enum Command {
     Pods(Box<dyn PodResolver>),
     Select(PodSelection),
     Switch(Option<String>, oneshot::Sender<()>),
-    Capture(Box<Manual>, oneshot::Sender<CaptureAnswer>),
+    Capture(Box<ManualCapture>, oneshot::Sender<CaptureAnswer>),
     Test(TestCommand),
     Stop,
 }
@@ -207,9 +207,9 @@ impl Commands {
 
 /// Tells the engine which containers the rules over pods select, in answer to a [`PodResolver`].
 #[derive(Clone)]
-pub struct Containers(Commands);
+pub struct ContainerSelector(Commands);
 
-impl Containers {
+impl ContainerSelector {
     /// Selects these from now on. Rules that the selection does not contain keep their containers; the denied containers are
     /// replaced.
     pub fn select(&self, selection: PodSelection) {
@@ -227,7 +227,7 @@ pub struct Engine {
 
 impl Engine {
     /// Loads and attaches the kernel side on a thread of its own. It samples nothing before rules come.
-    pub fn start(options: EngineOptions, sink: impl Sink + 'static) -> Result<Self, EngineError> {
+    pub fn start(options: EngineOptions, sink: impl WindowSink + 'static) -> Result<Self, EngineError> {
         let wake_up = WakeUp::new().map_err(EngineError::Start)?;
         let (sender, commands) = mpsc::channel();
         let (started, answer) = mpsc::channel();
@@ -312,8 +312,8 @@ impl Engine {
     }
 
     /// Returns a handle for the answers of a [`PodResolver`].
-    pub fn containers(&self) -> Containers {
-        Containers(self.commands.clone())
+    pub fn containers(&self) -> ContainerSelector {
+        ContainerSelector(self.commands.clone())
     }
 
     /// Detaches everything from the kernel for a reason, or with `None` attaches it again. When this returns it is done.
@@ -322,7 +322,7 @@ impl Engine {
     }
 
     /// Starts a capture that no rule asks for. The node's caps and denied processes hold for it too.
-    pub async fn capture_now(&self, manual: Manual) -> Result<RunningCapture, CaptureError> {
+    pub async fn capture_now(&self, manual: ManualCapture) -> Result<RunningCapture, CaptureError> {
         let answered = self.commands.ask(|answer| Command::Capture(Box::new(manual), answer)).await;
         answered.unwrap_or_else(|error| Err(CaptureError::Kernel(error.to_string())))
     }

@@ -10,9 +10,9 @@ use tokio::sync::oneshot;
 use ulid::Ulid;
 
 use super::{
-    CaptureAnswer, Command, EngineError, EngineOptions, ReplaceAnswer, Sink, Window,
+    CaptureAnswer, Command, EngineError, EngineOptions, ReplaceAnswer, Window, WindowSink,
     account::{Account, ClosedSamples},
-    captures::{CaptureAction, Captures, Manual, RunningCapture},
+    captures::{CaptureAction, Captures, ManualCapture, RunningCapture},
     effects::{Effect, EffectQueue},
     intake::Closed,
     limits::{Limits, Switched},
@@ -51,7 +51,7 @@ pub(super) struct Worker {
     effects: EffectQueue,
     pause: ReadPause,
     wake_up: WakeUp,
-    sink: Box<dyn Sink>,
+    sink: Box<dyn WindowSink>,
     /// When the next rule comes into force or expires.
     next_rule_change: Option<SystemTime>,
     /// The newest window that the sink has.
@@ -61,7 +61,7 @@ pub(super) struct Worker {
 impl Worker {
     pub(super) fn new(
         options: EngineOptions,
-        sink: Box<dyn Sink>,
+        sink: Box<dyn WindowSink>,
         wake_up: WakeUp,
     ) -> Result<Self, EngineError> {
         let EngineOptions { node, kernel, window, caps, deny, budgets, tables } = options;
@@ -188,11 +188,7 @@ impl Worker {
                 self.effects.add(Effect::SettleCaptures);
             }
             Effect::SettleCaptures => self.settle_captures(),
-            Effect::FinishCaptures(captures) => {
-                for capture in captures {
-                    self.captures.finish(capture, self.last_window, boot_time());
-                }
-            }
+            Effect::FinishCaptures(ended) => self.captures.finish(&ended, self.last_window, boot_time()),
             Effect::Answer(answer) => answer(),
         }
     }
@@ -414,7 +410,7 @@ impl Worker {
         self.captures.not_begun(rule, *scope, boot_time());
     }
 
-    fn begin_manual_capture(&mut self, manual: Manual) -> CaptureAnswer {
+    fn begin_manual_capture(&mut self, manual: ManualCapture) -> CaptureAnswer {
         let (now, ends) = (SystemTime::now(), Instant::now() + manual.duration);
         let (capture, reason) = manual.to_capture();
         let capture = self.rules.start_manual_capture(manual.matches, capture, reason, ends, now)?;

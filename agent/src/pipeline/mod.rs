@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 pub(crate) use self::annotate::finish;
 pub use self::recent::RecentProfiles;
 use crate::{
-    engine::{Sink, Window},
+    engine::{Window, WindowSink},
     ledger::{NodeLedger, Stage},
     pods::Pods,
     symbols::Symbolizer,
@@ -43,7 +43,7 @@ impl WindowQueue {
     }
 }
 
-impl Sink for WindowQueue {
+impl WindowSink for WindowQueue {
     fn window(&mut self, window: Window) {
         self.ledger.tick(window.ledger.ticks);
         for (reason, count) in &window.ledger.lost {

@@ -22,7 +22,7 @@ pub struct PodQuery {
 }
 
 /// Resolves rules over pods to containers. The engine calls it on its own thread, so no method may block. Answers go through
-/// [`crate::engine::Containers`].
+/// [`crate::engine::ContainerSelector`].
 pub trait PodResolver: Send {
     /// Replaces all rules over pods. Called once at the beginning, then whenever they change.
     fn set_queries(&mut self, queries: Vec<PodQuery>);

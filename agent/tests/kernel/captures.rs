@@ -16,7 +16,7 @@ use crate::common::{
 };
 use gannet_agent::{
     conditions::PressureFile,
-    engine::{Engine, EngineOptions, Manual, Window},
+    engine::{Engine, EngineOptions, ManualCapture, Window},
     governor::Budgets,
     kernel::KernelOptions,
     model::boot_time,
@@ -136,7 +136,7 @@ async fn two_captures_of_one_process_both_get_their_samples_and_end_in_time() {
     let pid = busy.0.id();
     let (engine, profiles) = engine(Deny::default());
     apply(&engine, "  - {id: always, match: {comm: [cap-two]}, capture: {hz: 19}}\n").await;
-    let manual = |hz, duration| Manual {
+    let manual = |hz, duration| ManualCapture {
         matches: Match { pids: vec![pid], ..Match::default() },
         hz,
         kinds: vec![Kind::OnCpu],
@@ -173,7 +173,7 @@ async fn a_capture_is_over_when_its_last_samples_are_walked() {
         (0..8).map(|_| Running::start(&mut Command::new(&large[usize::from(slower() > 1)]))).collect();
     let pid = busy[0].0.id();
     let (engine, profiles) = engine(Deny::default());
-    let manual = Manual {
+    let manual = ManualCapture {
         matches: Match { pids: vec![pid], ..Match::default() },
         hz: 199 / slower(),
         kinds: vec![Kind::OnCpu],
@@ -338,7 +338,7 @@ async fn r40_the_kill_switch_detaches_everything_and_the_budget_lowers_rates() {
     let second = Running::start(&mut Command::new(&program));
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(ticks().await.0, before, "no program is called");
-    let manual = Manual {
+    let manual = ManualCapture {
         matches: Match { pids: vec![second.0.id()], ..Match::default() },
         hz: 99,
         kinds: vec![Kind::OnCpu],
@@ -388,7 +388,7 @@ async fn a_schedule_captures_and_what_the_node_denies_is_never_sampled() {
     )
     .await;
     let asked = engine
-        .capture_now(Manual {
+        .capture_now(ManualCapture {
             matches: Match { pids: vec![no.0.id()], ..Match::default() },
             hz: 99,
             kinds: vec![Kind::OnCpu],

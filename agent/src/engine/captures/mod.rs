@@ -32,7 +32,7 @@ const LAST_SAMPLES_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// A capture that a client asks for, instead of a rule.
 #[derive(Clone, Debug)]
-pub struct Manual {
+pub struct ManualCapture {
     /// The processes to sample.
     pub matches: Match,
     /// Samples a second and CPU.
@@ -45,7 +45,7 @@ pub struct Manual {
     pub evidence: String,
 }
 
-impl Manual {
+impl ManualCapture {
     /// Returns the capture that a rule would ask for, and why it runs.
     pub(super) fn to_capture(&self) -> (Capture, CaptureReason) {
         let capture = Capture {
@@ -233,14 +233,17 @@ impl Captures {
         ended
     }
 
-    /// Finishes a capture: its last samples are in `window`, which is with the sink.
-    pub(super) fn finish(&mut self, capture: CaptureId, window: Option<Ulid>, now: Duration) {
-        let Some(Running { rule, scope, over, ended: _ }) = self.running.remove(&capture) else { return };
-        tracing::info!(rule, "a capture is over");
-        self.triggers.ended(&rule, scope, false, now);
-        if let Some(over) = over {
-            // The client may have gone.
-            let _ = over.send(window);
+    /// Finishes captures: their last samples are in `window` or before, and the sink has it.
+    pub(super) fn finish(&mut self, captures: &[CaptureId], window: Option<Ulid>, now: Duration) {
+        for Running { rule, scope, over, ended: _ } in
+            captures.iter().filter_map(|id| self.running.remove(id))
+        {
+            tracing::info!(rule, "a capture is over");
+            self.triggers.ended(&rule, scope, false, now);
+            if let Some(over) = over {
+                // The client may have gone.
+                let _ = over.send(window);
+            }
         }
     }
 

@@ -159,12 +159,12 @@ fn a_capture_is_finished_when_its_last_samples_are_unwound() {
     assert!(captures.has_ended(&none));
     assert_eq!(captures.ended(&none, |id| id == second, now), [first]);
     let window = Some(Ulid::new());
-    captures.finish(first, window, at(1));
+    captures.finish(&[first], window, at(1));
     assert_eq!((first_over.try_recv(), second_over.try_recv().is_err()), (Ok(window), true));
     let late = now + LAST_SAMPLES_TIMEOUT;
     assert!(captures.ended(&none, |_| true, now + at(7)).is_empty());
     assert_eq!(captures.ended(&none, |_| true, late), [second]);
-    captures.finish(second, None, at(9));
+    captures.finish(&[second], None, at(9));
     assert_eq!(second_over.try_recv(), Ok(None));
     assert!(!captures.has_ended(&none));
 }
