@@ -132,14 +132,14 @@ impl<'d> Elf<'d> {
         self.section_data_within(section, self.section_limit)
     }
 
-    /// Reads the bytes of a section if it has at most `most` bytes, before and after decompression.
-    pub fn section_data_within(&self, section: &Section, most: u64) -> Result<Cow<'d, [u8]>, ElfError> {
-        let most = most.min(self.section_limit);
+    /// Reads the bytes of a section if it has at most `max_bytes` bytes, before and after decompression.
+    pub fn section_data_within(&self, section: &Section, max_bytes: u64) -> Result<Cow<'d, [u8]>, ElfError> {
+        let max_bytes = max_bytes.min(self.section_limit);
         let broken = || self.outside(section);
         if !section.is_stored() {
             return Ok(Cow::Borrowed(&[]));
         }
-        at_most(ElfQuantity::SectionBytes, most, section.bytes)?;
+        at_most(ElfQuantity::SectionBytes, max_bytes, section.bytes)?;
         let name = self.sections.name(section);
         let (format, header_bytes, bytes) = if section.is_compressed() {
             let header = self.data.read(section.offset, COMPRESSION_HEADER_BYTES).ok_or_else(broken)?;
@@ -159,7 +159,7 @@ impl<'d> Elf<'d> {
         } else {
             return self.data.read(section.offset, section.bytes).ok_or_else(broken);
         };
-        at_most(ElfQuantity::SectionBytes, most, bytes)?;
+        at_most(ElfQuantity::SectionBytes, max_bytes, bytes)?;
         let packed_at = section.offset.checked_add(header_bytes).ok_or_else(broken)?;
         let packed_bytes = section.bytes.checked_sub(header_bytes).ok_or_else(broken)?;
         let packed = self.data.read(packed_at, packed_bytes).ok_or_else(broken)?;
@@ -179,12 +179,12 @@ impl<'d> Elf<'d> {
         is_plain.then(|| Symbols::new(self.data, symbols, strings))
     }
 
-    /// Reads Go's function table if the file has one and it has at most `most` bytes.
-    pub fn go_table(&self, most: u64) -> Result<Option<Result<GoTable<'d>, GoFault>>, ElfError> {
+    /// Reads Go's function table if the file has one and it has at most `max_bytes` bytes.
+    pub fn go_table(&self, max_bytes: u64) -> Result<Option<Result<GoTable<'d>, GoFault>>, ElfError> {
         // Position-independent programs have the table among the relocated data.
         let names = [&b".gopclntab"[..], b".data.rel.ro.gopclntab"];
         let Some(section) = names.iter().find_map(|name| self.stored_section(name)) else { return Ok(None) };
-        let bytes = self.section_data_within(section, most)?;
+        let bytes = self.section_data_within(section, max_bytes)?;
         let mut table = match GoTable::parse(bytes) {
             Ok(table) => table,
             Err(fault) => return Ok(Some(Err(fault))),
@@ -222,10 +222,10 @@ impl<'d> Elf<'d> {
         DebugLink::parse(&self.section_data_within(section, debug_file::MAX_LINK_BYTES).ok()?)
     }
 
-    /// Reads the bytes at an ELF virtual address: at most `most`, and no further than the segment goes on in the file.
-    pub fn bytes_at(&self, vaddr: u64, most: u64) -> Option<Cow<'d, [u8]>> {
+    /// Reads the bytes at an ELF virtual address: at most `max_bytes`, and no further than the segment goes on in the file.
+    pub fn bytes_at(&self, vaddr: u64, max_bytes: u64) -> Option<Cow<'d, [u8]>> {
         let (offset, size) = self.segments().file_range(vaddr)?;
-        let size = size.min(most).min(self.file_bytes.checked_sub(offset)?);
+        let size = size.min(max_bytes).min(self.file_bytes.checked_sub(offset)?);
         (size <= self.section_limit).then(|| self.data.read(offset, size)).flatten()
     }
 

@@ -176,10 +176,10 @@ impl<'d> GoTable<'d> {
         })
     }
 
-    /// Returns the name of a function, up to `most` bytes of it; empty if it is outside the table.
-    pub fn name(&self, record: &GoRecord, most: usize) -> &[u8] {
+    /// Returns the name of a function, up to `max_bytes` bytes of it; empty if it is outside the table.
+    pub fn name(&self, record: &GoRecord, max_bytes: usize) -> &[u8] {
         let bytes = self.names_at.checked_add(record.name as usize).and_then(|at| self.bytes.get(at..));
-        let bytes = bytes.map_or(&[][..], |bytes| &bytes[..bytes.len().min(most)]);
+        let bytes = bytes.map_or(&[][..], |bytes| &bytes[..bytes.len().min(max_bytes)]);
         bytes.split(|byte| *byte == 0).next().unwrap_or_default()
     }
 

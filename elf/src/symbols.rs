@@ -94,10 +94,10 @@ impl<'d> Symbols<'d> {
         bytes.ok_or_else(|| malformed("the symbol table is outside the file"))
     }
 
-    /// Reads the name of a symbol, up to `most` bytes of it; none if it has no name.
-    pub fn name(&self, symbol: &Symbol, most: usize) -> Option<Vec<u8>> {
+    /// Reads the name of a symbol, up to `max_bytes` bytes of it; none if it has no name.
+    pub fn name(&self, symbol: &Symbol, max_bytes: usize) -> Option<Vec<u8>> {
         let left = self.strings.bytes.checked_sub(u64::from(symbol.name))?;
-        let mut name = vec![0; left.min(most as u64) as usize];
+        let mut name = vec![0; left.min(max_bytes as u64) as usize];
         let offset = self.strings.offset.checked_add(u64::from(symbol.name))?;
         let read = self.data.read_into(offset, &mut name)?;
         name.truncate(name[..read].iter().position(|byte| *byte == 0).unwrap_or(read));

@@ -147,7 +147,7 @@ pub mod cfa {
     pub const SP: u8 = 1;
     /// The CFA is `fp + cfa_offset`.
     pub const FP: u8 = 2;
-    /// `*(u64 *)(sp + (cfa_offset >> 8)) + (cfa_offset & 0xff)`: signal frames, and assembly that keeps the old stack
+    /// `*(u64 *)(sp + (cfa_offset >> 8)) + (cfa_offset & 0xff)`: signal frames, and assembly that stores the old stack
     /// pointer in its frame. See [`super::deref_offset`].
     pub const SP_DEREF: u8 = 3;
     /// `*(u64 *)(fp + (cfa_offset >> 8)) + (cfa_offset & 0xff)`: functions that align their stack.

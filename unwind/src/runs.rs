@@ -2,8 +2,8 @@
 
 use crate::format::{MAX_RUN_BYTES, PAGE_SHIFT, UnwindRule, cfa, loc};
 
-/// Steps of a run are this close: `push` and `pop` have one byte or two. Other instructions between them would make so many
-/// different runs that their rules cost more than the rows.
+/// Steps of a run are this close: `push` and `pop` have one byte or two. Other instructions between them would make many
+/// different runs, whose rules cost more than the rows.
 const MAX_STEP_BYTES: u64 = 2;
 /// The first may come behind a landing pad (`endbr64`).
 const MAX_FIRST_STEP_BYTES: u64 = 6;

@@ -15,13 +15,13 @@ use crate::{
     model::ProcessKey,
 };
 
-/// Maps that count and remember what is written to them.
+/// Kernel maps in memory, which record every call.
 #[derive(Default)]
 struct Fake {
     lines: u32,
-    /// What the trie holds, and how many keys it takes.
+    /// The keys of the trie, and the limit of their number.
     keys: HashMap<(u32, Block), KernelMapping>,
-    most: usize,
+    max_keys: usize,
     images: HashMap<u32, KernelImage>,
     tables: HashMap<u32, Option<KernelTable>>,
     written: Vec<CacheLine>,
@@ -44,7 +44,7 @@ impl Fake {
     fn new(lines: u32) -> Self {
         Self {
             lines,
-            most: usize::MAX,
+            max_keys: usize::MAX,
             written: vec![CacheLine::default(); lines as usize],
             ..Self::default()
         }
@@ -76,14 +76,14 @@ impl UnwindMaps for Fake {
         Ok(())
     }
 
-    fn set_table(&mut self, table: u32, place: Option<KernelTable>, _: u32) -> Result<(), KernelError> {
-        self.log.push(if place.is_some() { Call::Show(table) } else { Call::Hide(table) });
-        self.tables.insert(table, place);
+    fn set_table(&mut self, table: u32, location: Option<KernelTable>, _: u32) -> Result<(), KernelError> {
+        self.log.push(if location.is_some() { Call::Show(table) } else { Call::Hide(table) });
+        self.tables.insert(table, location);
         Ok(())
     }
 
     fn set_mapping(&mut self, tgid: u32, block: Block, mapping: &KernelMapping) -> Result<(), KernelError> {
-        if self.keys.len() >= self.most && !self.keys.contains_key(&(tgid, block)) {
+        if self.keys.len() >= self.max_keys && !self.keys.contains_key(&(tgid, block)) {
             let source = libbpf_rs::Error::from_raw_os_error(libc::ENOSPC);
             return Err(KernelError::Map { map: "exec_mappings", source });
         }
@@ -117,7 +117,7 @@ fn key(tgid: u32) -> ImageKey {
     ImageKey { process: ProcessKey { tgid, start_boottime_ns: u64::from(tgid) * 100 }, exec_id: 1 }
 }
 
-/// A file with a table of so many rows, as if the parser had made it.
+/// Adds a file with a table of this number of rows, as if the parser had built it.
 fn file(tables: &mut UnwindTables, number: u8, rows: u64) -> Arc<MappedFile> {
     let limits = TableLimits::default();
     let mut builder = TableBuilder::new(Arch::X86_64, 0, rows * 16 + 16, &limits).unwrap();
@@ -174,9 +174,9 @@ fn another_file_at_the_same_address_replaces_the_old_one() {
     let mut kernel = Fake::new(4096);
     let mut tables = tables(&kernel);
     let (old, new) = (file(&mut tables, 1, 100), file(&mut tables, 2, 100));
-    let kept = at(0x40_0000, 2, &old);
+    let other = at(0x40_0000, 2, &old);
     // Seven pages from an even one on are three blocks.
-    tables.load(&mut kernel, key(7), &image(vec![at(0x10_0000, 7, &old), kept.clone()])).unwrap();
+    tables.load(&mut kernel, key(7), &image(vec![at(0x10_0000, 7, &old), other.clone()])).unwrap();
     let table_of = |kernel: &Fake, address: u64| {
         let (_, mapping) = kernel.keys.iter().find(|((_, block), _)| block.address == address).unwrap();
         mapping.table.unwrap()
@@ -186,7 +186,7 @@ fn another_file_at_the_same_address_replaces_the_old_one() {
     kernel.took();
     // The scan makes the process's mappings from scratch: path and range are the same, the inode is another.
     assert_ne!(old.inode, new.inode);
-    tables.load(&mut kernel, key(7), &image(vec![at(0x10_0000, 7, &new), kept])).unwrap();
+    tables.load(&mut kernel, key(7), &image(vec![at(0x10_0000, 7, &new), other])).unwrap();
     let log = kernel.took();
     assert_eq!(log.iter().filter(|call| matches!(call, Call::Set(7, _))).count(), 3, "{log:?}");
     for mapping in kernel.keys.values().filter(|mapping| mapping.begin == 0x10_0000) {
@@ -265,7 +265,7 @@ fn new_keys_come_before_old_keys_go() {
         }
     }
     assert_eq!(log.last(), Some(&Call::Enter(7)));
-    assert!(!log.contains(&Call::Leave(7)), "the image is walked all the time");
+    assert!(!log.contains(&Call::Leave(7)), "the kernel side unwinds the image all the time");
 }
 
 /// Checks that a table that is in the kernel is not written again (R13).
@@ -286,7 +286,7 @@ fn a_second_process_of_a_file_gets_its_mappings() {
 #[test]
 fn a_process_that_does_not_fit_leaves_nothing_behind() {
     let mut kernel = Fake::new(4096);
-    kernel.most = 8;
+    kernel.max_keys = 8;
     let mut tables = tables(&kernel);
     let libc = file(&mut tables, 1, 100);
     tables.load(&mut kernel, key(7), &image(vec![at(0x10_0000, 7, &libc)])).unwrap();
@@ -342,14 +342,14 @@ fn the_least_recently_used_table_is_evicted_first() {
         for tgid in kernel.images.keys() {
             let (_, mapping) = kernel.keys.iter().find(|((of, _), _)| of == tgid).unwrap();
             let (table, generation) = mapping.table.unwrap();
-            let place = kernel.tables[&table].unwrap();
-            assert_eq!(place.generation, generation);
+            let location = kernel.tables[&table].unwrap();
+            assert_eq!(location.generation, generation);
         }
     }
     let stats = tables.stats();
     assert_eq!((stats.resident, stats.evicted, stats.refused), (4, 56, 0));
-    assert_eq!(kernel.waits.get(), 56, "no place is given away while somebody may look at it");
-    assert_eq!(kernel.images.len(), 4, "who lost a table comes raw until it is entered again");
+    assert_eq!(kernel.waits.get(), 56, "no line is reused while a program may read it");
+    assert_eq!(kernel.images.len(), 4, "a process that lost a table comes raw until it is loaded again");
     // One that is larger than all there is: an error that names the file.
     let large = file(&mut tables, 200, 4000);
     let error = tables.load(&mut kernel, key(99), &image(vec![at(0x10_0000, 1, &large)])).unwrap_err();

@@ -247,7 +247,7 @@ fn table_of(
     pieces = pieces::fill(pieces, pieces::of_ranges(code_ranges, Source::Code));
 
     let sources = Sources { eh_frame, go, debug_frame, code };
-    // The dynamic linker is the only known file that keeps a frame by rbx while it makes calls.
+    // The dynamic linker is the only known file that finds a frame by rbx while it makes calls.
     match sources.lay_out(elf.arch(), &pieces, false, options, budget, report)? {
         (_, true) => Ok(sources.lay_out(elf.arch(), &pieces, true, options, budget, report)?.0),
         (table, false) => Ok(table),

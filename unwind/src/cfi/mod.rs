@@ -282,7 +282,7 @@ impl Iterator for EntryLengths<'_> {
     }
 }
 
-/// Cuts each range where the next begins; of several with one start only the first is kept.
+/// Cuts each range where the next begins; of several with one start only the first stays.
 pub(crate) fn cut_overlaps(functions: &mut Vec<Function>) -> u64 {
     let mut cut = 0;
     functions.dedup_by(|later, earlier| {
