@@ -1,11 +1,11 @@
 //! A bounded reader of ELF files: the one reader of this repository.
 //!
-//! Unwind tables and symbol names come from files that any user of the node may have written. Every size in such a file
-//! is a claim, so each read is checked against the file's length and against a limit before memory is allocated, and no
-//! input can make this crate panic or loop. The crate never maps a file into memory: the owner of a file can cut it
-//! short at any time, and touching a page that is gone kills the process.
+//! Unwind tables and symbol names come from files that any user of the node may have written. Every size in such a file is a
+//! claim. So each read is checked against the file's length and against a limit before it allocates memory. No input makes this
+//! crate panic or loop. The crate never maps a file into memory: the owner of a file can cut it short at any time, and touching
+//! a page that is gone kills the process.
 //!
-//! [`Headers`] is what the loader needs: segments and build ids. [`Elf`] adds the sections. [`Symbols`] and [`GoTable`]
+//! [`Headers`] has the parts that the loader needs: segments and build ids. [`Elf`] adds the sections. [`Symbols`] and [`GoTable`]
 //! read function names; [`ContentId`] names the content of a file, so that equal files share their results.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 

@@ -33,17 +33,15 @@ use crate::{
     model::{Image, ImageKey, MappedFile, Mapping, MappingKind},
 };
 
-pub use self::{
-    parser::TableSources,
-    unwind::{UnwoundSample, leaf_only},
-};
+pub use self::parser::TableSources;
+pub(crate) use self::unwind::{UnwoundSample, leaf_only};
 
 /// Number and generation of a table that is not built yet: the kernel side finds no such table, and sends the stack raw.
 const NOT_BUILT: (u32, u32) = (u32::MAX, 0);
 const _: () = assert!(NOT_BUILT.0 >= MAX_TABLES);
 
 /// The unwind tables of this node. Owner: the engine's thread.
-pub struct UnwindTables {
+pub(crate) struct UnwindTables {
     files: FileTables,
     residents: ResidentTables,
     loaded: LoadedImages,
@@ -77,7 +75,7 @@ pub struct TableStats {
 
 /// The reason why the mappings of a process are not in the kernel. Its samples continue to come raw.
 #[derive(Debug, thiserror::Error)]
-pub enum LoadError {
+pub(crate) enum LoadError {
     /// A table does not fit.
     #[error("the table of {file} has {lines} lines of 64 bytes and does not fit; raise --table-bytes")]
     NoRoom {
@@ -103,7 +101,7 @@ pub enum LoadError {
 impl UnwindTables {
     /// Starts without any table. The thread that builds tables calls `wake` after each; [`UnwindTables::collect`] takes
     /// the table.
-    pub fn new(
+    pub(crate) fn new(
         kernel: &impl UnwindMaps,
         sources: TableSources,
         wake: impl Fn() + Send + 'static,
@@ -117,19 +115,19 @@ impl UnwindTables {
     }
 
     /// Takes the tables that were built since the last call. Returns whether there were any.
-    pub fn collect(&mut self) -> bool {
+    pub(crate) fn collect(&mut self) -> bool {
         self.files.collect(&mut self.stats)
     }
 
     /// Requests the table of a file, for which `samples` samples wait. Of several files, the one that most samples wait for
     /// comes first.
-    pub fn request(&mut self, file: &Arc<MappedFile>, samples: usize) {
+    pub(crate) fn request(&mut self, file: &Arc<MappedFile>, samples: usize) {
         self.files.request(file, samples);
     }
 
     /// Returns whether all tables of an image are built, and requests those that are not. Stacks of blocked threads never
     /// come raw, so they need all tables beforehand.
-    pub fn request_all(&mut self, image: &Image) -> bool {
+    pub(crate) fn request_all(&mut self, image: &Image) -> bool {
         let missing: Vec<_> = image
             .mappings
             .iter()
@@ -154,12 +152,12 @@ impl UnwindTables {
     }
 
     /// Returns whether the kernel side unwinds this image by itself, with these mappings.
-    pub fn is_loaded(&self, key: &ImageKey) -> bool {
+    pub(crate) fn is_loaded(&self, key: &ImageKey) -> bool {
         self.loaded.contains(key)
     }
 
     /// Writes the mappings of a process to the kernel, or updates them there, with the tables that are built.
-    pub fn load(
+    pub(crate) fn load(
         &mut self,
         kernel: &mut impl UnwindMaps,
         key: ImageKey,
@@ -176,12 +174,12 @@ impl UnwindTables {
     }
 
     /// Removes the mappings of a process from the kernel.
-    pub fn unload(&mut self, kernel: &mut impl UnwindMaps, tgid: u32) {
+    pub(crate) fn unload(&mut self, kernel: &mut impl UnwindMaps, tgid: u32) {
         self.loaded.unload(kernel, tgid);
     }
 
     /// Returns the counts so far.
-    pub fn stats(&self) -> TableStats {
+    pub(crate) fn stats(&self) -> TableStats {
         TableStats {
             resident: self.residents.tables() as u64,
             resident_bytes: u64::from(self.residents.used_lines()) * 64,

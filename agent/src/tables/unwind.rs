@@ -20,16 +20,16 @@ const MAX_FRAMES: usize = 512;
 
 /// The user stack of a sample, unwound.
 #[derive(Clone, Debug)]
-pub struct UnwoundSample {
+pub(crate) struct UnwoundSample {
     /// Leaf first. Of a frame that a signal interrupted: the address behind the interrupted byte.
-    pub frames: Vec<u64>,
+    pub(crate) frames: Vec<u64>,
     /// How unwinding ended.
-    pub end: StackEnd,
+    pub(crate) end: StackEnd,
     /// The address at which unwinding ended because no mapping of the image holds it.
-    pub unknown: Option<u64>,
+    pub(crate) unknown: Option<u64>,
     /// The first file whose table is not built yet. Unwinding went on by frame pointer there, and should be repeated once the
     /// table is built.
-    pub missing: Option<Arc<MappedFile>>,
+    pub(crate) missing: Option<Arc<MappedFile>>,
 }
 
 impl UnwoundSample {
@@ -42,7 +42,7 @@ impl UnwoundSample {
 }
 
 /// Returns a raw sample with its leaf as the only frame: nothing is known of its process.
-pub fn leaf_only(mut sample: Sample) -> Sample {
+pub(crate) fn leaf_only(mut sample: Sample) -> Sample {
     if let Some(raw) = sample.raw.take() {
         sample.user = vec![raw.pc];
         sample.end = StackEnd::Broken;
@@ -78,7 +78,7 @@ impl TableSource for ImageTables<'_> {
 
 impl UnwindTables {
     /// Unwinds a raw sample. A sample that is not raw keeps its frames.
-    pub fn unwind(&self, image: &Image, sample: &Sample) -> UnwoundSample {
+    pub(crate) fn unwind(&self, image: &Image, sample: &Sample) -> UnwoundSample {
         let Some(raw) = &sample.raw else {
             return UnwoundSample {
                 frames: sample.user.clone(),
