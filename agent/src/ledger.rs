@@ -16,7 +16,7 @@ pub enum Stage {
     Window,
     /// In the queue of the exporter, not on disk yet.
     Queue,
-    /// In the spool.
+    /// On disk, waiting to be sent.
     Spool,
     /// Sent to the collector, which has not answered yet. The spool still holds them.
     Wire,
@@ -65,7 +65,7 @@ pub struct Account {
 }
 
 impl NodeLedger {
-    /// Makes an empty account.
+    /// Creates an empty account.
     pub fn new() -> Self {
         Self::default()
     }

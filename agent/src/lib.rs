@@ -1,7 +1,8 @@
-//! The node program of Gannet: watches every process, samples those that a rule names, and hands on what it saw.
+//! The agent of Gannet: observes all processes of a node, samples those that a rule matches, and delivers their profiles.
 //!
-//! Data flows one way: `kernel` reads events, `process` keeps who is who, `profile` adds samples up by window,
-//! `symbols` names the frames, `export` delivers. The only way back is a rule (`rules`, fed by `control`).
+//! Samples flow one way: `kernel` reads events, `process` and `cgroup` identify their processes, `profile` sums samples by
+//! window, `symbols` symbolizes frames, `export` delivers. Rules flow the other way: `control` and rule files feed `rules`,
+//! and `engine` writes them into the kernel.
 #![cfg_attr(
     test,
     allow(

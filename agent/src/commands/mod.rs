@@ -16,7 +16,7 @@ use top::TopArgs;
 #[derive(Parser)]
 #[command(name = "gannet-agent", version = gannet_proto::VERSION)]
 pub struct Cli {
-    /// The verb.
+    /// The verb and its arguments.
     #[command(subcommand)]
     pub verb: Verb,
 }

@@ -4,6 +4,8 @@
 //! [`RunOptions`] is the configuration: each option stands there once, with its default and its help.
 //! [`Config`] adds the values that the agent derives from the options after it has checked them.
 
+mod renamed;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -15,7 +17,7 @@ use std::{
 };
 
 use clap::{ArgAction, ArgMatches, Args, ValueEnum};
-use gannet_base::{ByteSize, Renamed, TimeSpan, logging::LogFormat};
+use gannet_base::{ByteSize, TimeSpan, logging::LogFormat};
 use gannet_proto::{
     connect::Dial,
     ports,
@@ -23,6 +25,8 @@ use gannet_proto::{
     selector::LabelSelector,
 };
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+pub use renamed::RENAMED;
 
 use crate::{
     governor::Budgets,
@@ -44,54 +48,6 @@ const MAX_POD_LABELS: usize = 10;
 const MAX_NAME: usize = 253;
 /// Size of a kernel map that an option may ask for.
 const MAP_BYTES: RangeInclusive<u64> = 128 << 10..=1 << 30;
-
-/// Flags and environment variables that have new names.
-pub const RENAMED: Renamed = Renamed {
-    flags: &[
-        ("--collector", "--endpoint"),
-        ("--listen", "--http-listen"),
-        ("--kubelet", "--pod-source"),
-        ("--hz-max", "--max-hz"),
-    ],
-    variables: &[
-        ("GANNET_CONFIG", "GANNET_AGENT_CONFIG"),
-        ("GANNET_COLLECTOR", "GANNET_ENDPOINT"),
-        ("GANNET_NODE", "GANNET_AGENT_NODE"),
-        ("GANNET_LABEL", "GANNET_AGENT_LABEL"),
-        ("GANNET_RULES", "GANNET_AGENT_RULES"),
-        ("GANNET_STATE_DIR", "GANNET_AGENT_STATE_DIR"),
-        ("GANNET_DEBUG_LISTEN", "GANNET_AGENT_DEBUG_LISTEN"),
-        ("GANNET_LISTEN", "GANNET_AGENT_HTTP_LISTEN"),
-        ("GANNET_KUBELET", "GANNET_AGENT_POD_SOURCE"),
-        ("GANNET_KUBELET_ADDRESS", "GANNET_AGENT_KUBELET_ADDRESS"),
-        ("GANNET_KUBELET_CA", "GANNET_AGENT_KUBELET_CA"),
-        ("GANNET_KUBELET_CERTIFICATE", "GANNET_AGENT_KUBELET_CERTIFICATE"),
-        ("GANNET_KUBELET_INSECURE", "GANNET_AGENT_KUBELET_INSECURE"),
-        ("GANNET_KUBELET_TOKEN_FILE", "GANNET_AGENT_KUBELET_TOKEN_FILE"),
-        ("GANNET_PODINFO_SOCKET", "GANNET_AGENT_PODINFO_SOCKET"),
-        ("GANNET_POD_LABEL", "GANNET_AGENT_POD_LABEL"),
-        ("GANNET_CLUSTER", "GANNET_AGENT_CLUSTER"),
-        ("GANNET_HZ_MAX", "GANNET_AGENT_MAX_HZ"),
-        ("GANNET_DENY_COMM", "GANNET_AGENT_DENY_COMM"),
-        ("GANNET_DENY_CGROUP", "GANNET_AGENT_DENY_CGROUP"),
-        ("GANNET_DENY_UID", "GANNET_AGENT_DENY_UID"),
-        ("GANNET_CPU_BUDGET", "GANNET_AGENT_CPU_BUDGET"),
-        ("GANNET_MEMORY_BUDGET", "GANNET_AGENT_MEMORY_BUDGET"),
-        ("GANNET_WINDOW", "GANNET_AGENT_WINDOW"),
-        ("GANNET_RING_BYTES", "GANNET_AGENT_RING_BYTES"),
-        ("GANNET_TABLE_BYTES", "GANNET_AGENT_TABLE_BYTES"),
-        ("GANNET_PROCESSES", "GANNET_AGENT_PROCESSES"),
-        ("GANNET_LIFECYCLE", "GANNET_AGENT_LIFECYCLE"),
-        ("GANNET_SPOOL_BYTES", "GANNET_AGENT_SPOOL_BYTES"),
-        ("GANNET_SPOOL_AGE", "GANNET_AGENT_SPOOL_AGE"),
-        ("GANNET_INSECURE", "GANNET_AGENT_INSECURE"),
-        ("GANNET_TLS_CA", "GANNET_AGENT_TLS_CA"),
-        ("GANNET_TLS_CERT", "GANNET_AGENT_TLS_CERT"),
-        ("GANNET_TLS_KEY", "GANNET_AGENT_TLS_KEY"),
-        ("GANNET_TOKEN_FILE", "GANNET_AGENT_TOKEN_FILE"),
-        ("GANNET_LOG", "GANNET_AGENT_LOG"),
-    ],
-};
 
 /// Lists whose elements in the file stay when a flag adds more: something that the file denies stays denied.
 const ADDITIVE: &[&str] = &["deny_comm", "deny_cgroup", "deny_uid"];
@@ -246,7 +202,7 @@ pub(crate) struct CoreShare(f64);
 
 /// The options in force, checked, and the values that follow from them.
 #[derive(Clone, Debug)]
-pub struct Config {
+pub(crate) struct Config {
     /// The options, with the host's own values for `node` and `ring_bytes` filled in.
     pub(crate) options: RunOptions,
     /// Name of this node.
@@ -325,7 +281,7 @@ impl RunOptions {
     }
 
     /// Checks the options and derives what the parts of the agent need.
-    pub fn complete(mut self) -> Result<Config, ConfigError> {
+    pub(crate) fn complete(mut self) -> Result<Config, ConfigError> {
         if !self.debug_listen.ip().is_loopback() {
             let cure = "the debug page shows too much for a network: give a loopback address and use kubectl port-forward";
             return wrong("debug-listen", &self.debug_listen, cure);

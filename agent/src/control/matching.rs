@@ -96,7 +96,7 @@ impl Matcher {
     }
 }
 
-/// The pod of a process.
+/// The pod and the container in which a process runs.
 pub(super) enum ProcessPod {
     /// The node has no pod metadata.
     NoMetadata,

@@ -15,7 +15,7 @@ use gannet_proto::{ledger::Ledger, pprof, profiles::Profile};
 /// Format of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Gzip-compressed pprof.
+    /// pprof, compressed with gzip.
     Pprof,
     /// One line per stack, frames separated by semicolons, then its value.
     Folded,
@@ -37,13 +37,13 @@ pub enum OutputError {
     /// The profile is not valid.
     #[error("the profile is damaged: {0}")]
     Damaged(&'static str),
-    /// Drawing failed.
+    /// Drawing the flame graph failed.
     #[error("cannot draw the flame graph: {0}")]
     Draw(String),
     /// Writing the file failed.
     #[error("cannot write `{path}`: {error}")]
     Write {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// The system's error.
         error: io::Error,
@@ -126,7 +126,7 @@ impl FromStr for Destination {
 /// Details of a profile beside its graph.
 #[derive(Clone, Debug, Default)]
 pub struct Details {
-    /// Heading.
+    /// Heading of the page.
     pub title: String,
     /// Account of the samples.
     pub ledger: Ledger,

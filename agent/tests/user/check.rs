@@ -1,14 +1,14 @@
-//! What `check` says where something is missing: in a child without privileges.
+//! The report of `check` on this machine, and in a child process without privileges.
 
 use std::process::Command;
 
 use gannet_agent::commands::check::{CheckOptions, CheckState, check, preflight};
 
-/// Runs one of the ignored tests below as a user without any privilege, and gives back what it printed.
+/// Runs one of the ignored tests below as a user without privileges and returns its output.
 #[track_caller]
 fn unprivileged(test: &str, capabilities: &str) -> String {
     let directory = tempfile::tempdir().unwrap();
-    // The target directory may be out of reach for that user.
+    // That user may have no access to the target directory.
     let program = directory.path().join("check");
     std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     let open = <std::fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o755);
@@ -34,20 +34,20 @@ fn unprivileged(test: &str, capabilities: &str) -> String {
 
 #[test]
 #[ignore = "run by the tests below, without privileges"]
-#[expect(clippy::print_stdout, reason = "that is what it is for")]
+#[expect(clippy::print_stdout, reason = "the parent process reads it")]
 fn print_the_refusal() {
     println!("{}", preflight().map_or_else(|refusal| refusal.to_string(), |()| "can run".to_owned()));
 }
 
 #[test]
 #[ignore = "run by the tests below, without privileges"]
-#[expect(clippy::print_stdout, reason = "that is what it is for")]
+#[expect(clippy::print_stdout, reason = "the parent process reads it")]
 fn print_the_report() {
     println!("{}", check(&CheckOptions::default()).to_json());
 }
 
 #[test]
-fn without_privileges_one_line_names_what_is_missing_and_the_cure() {
+fn one_line_names_the_missing_capabilities_and_the_cure() {
     let text = unprivileged("check::print_the_refusal", "-all");
     let line = text.lines().find(|line| line.contains("cannot run here")).expect(&text);
     assert!(line.contains("missing CAP_BPF and CAP_PERFMON;"), "{line}");
@@ -55,14 +55,14 @@ fn without_privileges_one_line_names_what_is_missing_and_the_cure() {
 }
 
 #[test]
-fn with_one_of_two_capabilities_only_the_other_is_named() {
+fn only_the_capability_that_is_missing_is_named() {
     let text = unprivileged("check::print_the_refusal", "-all,+bpf");
     let line = text.lines().find(|line| line.contains("cannot run here")).expect(&text);
     assert!(line.contains("missing CAP_PERFMON;"), "{line}");
 }
 
 #[test]
-fn the_two_capabilities_are_enough_to_run_and_what_then_fails_is_a_warning() {
+fn other_missing_capabilities_are_only_warnings() {
     let text = unprivileged("check::print_the_report", "-all,+bpf,+perfmon");
     let json: serde_json::Value =
         serde_json::from_str(&text[text.find('{').unwrap()..=text.rfind('}').unwrap()]).unwrap();
@@ -82,7 +82,7 @@ fn the_two_capabilities_are_enough_to_run_and_what_then_fails_is_a_warning() {
 }
 
 #[test]
-fn as_root_this_machine_can_run_it() {
+fn root_can_run_the_agent_on_this_machine() {
     let report = check(&CheckOptions { state_dir: Some(std::env::temp_dir()) });
     assert!(report.can_run, "the tests need a machine that Gannet runs on:\n{report}");
     assert_eq!(report.exit_code(), 0);
@@ -91,7 +91,7 @@ fn as_root_this_machine_can_run_it() {
 }
 
 #[test]
-fn the_fields_of_the_json_form_stay_as_they_are() {
+fn the_json_form_has_stable_names() {
     let json: serde_json::Value = serde_json::from_str(&check(&CheckOptions::default()).to_json()).unwrap();
     let checks = json["checks"].as_array().unwrap();
     let names: Vec<_> = checks.iter().map(|check| check["name"].as_str().unwrap()).collect();

@@ -1,4 +1,4 @@
-//! Profiles as files.
+//! Profiles as files in all formats.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
@@ -50,7 +50,7 @@ fn text(format: Format) -> String {
 }
 
 #[test]
-fn pprof_is_what_went_in() {
+fn pprof_reads_back_as_the_same_profile() {
     let bytes = render(&profile(), Format::Pprof, &details()).unwrap();
     assert_eq!(pprof::decode(&bytes, 1 << 20).unwrap(), profile());
 }
@@ -72,7 +72,7 @@ shop;main;checkout;std::vec<int>::push: back;vfs_read 20000000
 }
 
 #[test]
-fn the_picture_names_every_frame_and_needs_nothing_from_elsewhere() {
+fn the_picture_names_each_frame_and_links_to_nothing() {
     for (format, begin) in [(Format::Svg, "<?xml"), (Format::Html, "<!doctype html>")] {
         let picture = text(format);
         assert!(picture.starts_with(begin));
@@ -89,7 +89,7 @@ fn the_picture_names_every_frame_and_needs_nothing_from_elsewhere() {
 }
 
 #[test]
-fn the_page_says_what_was_lost_and_shows_names_as_text() {
+fn the_page_shows_losses_and_escapes_names() {
     let page = text(Format::Html);
     let facts = [
         ("samples taken", "10"),
@@ -110,24 +110,24 @@ fn the_page_says_what_was_lost_and_shows_names_as_text() {
 }
 
 #[test]
-fn a_file_appears_whole_or_not_at_all() {
+fn a_file_appears_complete_or_not_at_all() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("out.folded");
     fs::write(&path, "old").unwrap();
     let destination: Destination = path.to_str().unwrap().parse().unwrap();
     destination.write(&profile(), &details()).unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), text(Format::Folded));
-    assert_ne!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0, "nobody can read it");
+    assert_ne!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0, "the file is not readable");
 
-    // Nothing to draw: what was there stays as it was.
+    // An empty profile leaves the former file as it is.
     let error = destination.write(&Profile::default(), &details()).unwrap_err();
     assert!(matches!(error, OutputError::Empty), "{error}");
     assert_eq!(fs::read_to_string(&path).unwrap(), text(Format::Folded));
-    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "something was left behind");
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "a temporary file is left behind");
 }
 
 #[test]
-fn a_place_that_cannot_be_written_is_named() {
+fn a_path_that_cannot_be_written_is_named() {
     let destination: Destination = "/nowhere/at/all.svg".parse().unwrap();
     let error = destination.write(&profile(), &details()).unwrap_err().to_string();
     assert!(error.contains("/nowhere/at/all.svg") && error.contains("No such file"), "{error}");

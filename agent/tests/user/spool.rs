@@ -32,7 +32,7 @@ fn open(dir: &Path, bounds: Bounds) -> Opened {
 }
 
 impl Opened {
-    /// One window: batches of `bytes` bytes and so many samples each.
+    /// Appends a window: one batch of `bytes` bytes for each number of samples.
     fn append(&mut self, samples: &[u64], bytes: usize) -> Result<(), SpoolError> {
         let total = samples.iter().sum();
         self.ledger.take(total);
@@ -69,7 +69,7 @@ fn spool_files(dir: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn what_was_appended_comes_back_after_a_restart_with_the_same_ids_in_order() {
+fn batches_survive_a_restart_with_their_ids_and_order() {
     let dir = tempfile::tempdir().unwrap();
     let mut first = open(dir.path(), ROOMY);
     first.append(&[1, 2], 100).unwrap();
@@ -94,14 +94,14 @@ fn what_was_appended_comes_back_after_a_restart_with_the_same_ids_in_order() {
     second.balances();
     drop(second);
 
-    // Nothing is left that shows the numbers, and yet they go on.
+    // No file shows the numbers any more, and yet they continue.
     let mut third = open(dir.path(), ROOMY);
     third.append(&[1], 1).unwrap();
     assert_eq!(third.drain()[0].sequence, 4);
 }
 
 #[test]
-fn a_second_agent_is_told_who_has_the_spool() {
+fn a_second_agent_learns_the_pid_of_the_first() {
     let dir = tempfile::tempdir().unwrap();
     let _first = open(dir.path(), ROOMY);
     let error = Spool::open(dir.path(), ROOMY, NodeLedger::new(), Arc::default()).unwrap_err();
@@ -111,7 +111,7 @@ fn a_second_agent_is_told_who_has_the_spool() {
 }
 
 #[test]
-fn beyond_the_bound_the_oldest_goes_first_and_is_counted() {
+fn over_the_bound_the_oldest_file_goes_and_is_counted() {
     let dir = tempfile::tempdir().unwrap();
     let mut opened = open(dir.path(), Bounds { bytes: 10_000, ..ROOMY });
     for samples in 1..=20 {
@@ -125,7 +125,7 @@ fn beyond_the_bound_the_oldest_goes_first_and_is_counted() {
     assert_eq!(kept, (12..=20).collect::<Vec<_>>());
     assert_eq!(opened.lost(LossReason::SpoolFull), (1..=11).sum::<u64>());
 
-    // What is on the wire is not taken away: its answer decides.
+    // Batches on the wire stay until their answer comes.
     assert!(matches!(opened.append(&[5], 1000), Err(SpoolError::NoRoom { samples: 5, .. })));
     opened.spool.release_all();
     opened.append(&[6], 1000).unwrap();
@@ -133,7 +133,7 @@ fn beyond_the_bound_the_oldest_goes_first_and_is_counted() {
 }
 
 #[test]
-fn what_is_too_old_expires_and_what_is_too_large_is_lost_by_name() {
+fn old_batches_expire_and_too_large_ones_are_lost() {
     let dir = tempfile::tempdir().unwrap();
     let mut opened = open(dir.path(), ROOMY);
     opened.append(&[3, 4], 100).unwrap();
@@ -165,7 +165,7 @@ fn a_refused_batch_is_lost_and_a_released_one_is_sent_again() {
 }
 
 #[test]
-fn a_file_that_is_none_of_ours_is_set_aside_and_a_half_written_one_removed() {
+fn foreign_files_move_away_and_unfinished_ones_vanish() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("notes.spool"), "hello").unwrap();
     fs::write(dir.path().join("00000000000000000001-1-9.aside"), "half").unwrap();
@@ -211,16 +211,16 @@ proptest! {
         after.balances();
         drop(after);
 
-        // The damage is counted once, not at each start.
+        // The damage counts once, not at each start.
         let mut again = open(dir.path(), ROOMY);
         prop_assert_eq!(again.drain(), read);
         prop_assert_eq!(again.stats.corrupt_files(), 0);
     }
 }
 
-/// Not a test of its own: the process that the next test kills. Prints the sequence of each append that returned.
+/// The process that the next test kills. Prints the sequence of each append that returned.
 #[test]
-#[ignore = "the child of a_killed_writer_loses_nothing_that_it_was_told_is_safe"]
+#[ignore = "the child of a_killed_writer_keeps_all_appends_that_returned"]
 fn child_appends_until_it_is_killed() {
     let Some(dir) = env::var_os("GANNET_TEST_SPOOL") else { return };
     let mut opened = open(Path::new(&dir), ROOMY);
@@ -228,12 +228,12 @@ fn child_appends_until_it_is_killed() {
     for appended in 0_u64.. {
         opened.append(&[1, 1, 1], 2000).unwrap();
         writeln!(out, "appended {}", opened.spool.len()).unwrap();
-        assert!(appended < 100_000, "nobody killed this process");
+        assert!(appended < 100_000, "the parent test has not killed this process");
     }
 }
 
 #[test]
-fn a_killed_writer_loses_nothing_that_it_was_told_is_safe() {
+fn a_killed_writer_keeps_all_appends_that_returned() {
     let dir = tempfile::tempdir().unwrap();
     let mut promised = 0;
     for round in 0..4 {
@@ -246,14 +246,14 @@ fn a_killed_writer_loses_nothing_that_it_was_told_is_safe() {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut seen = 0;
         while seen < 5 + round * 7 {
-            let line = lines.next().expect("the child ended by itself").unwrap();
+            let line = lines.next().expect("the child has ended by itself").unwrap();
             if let Some(batches) = line.strip_prefix("appended ") {
                 promised = batches.parse().unwrap();
                 seen += 1;
             }
         }
         child.kill().unwrap();
-        // What it managed to say before the signal came counts as promised too.
+        // Lines that it printed before the signal arrived count as promised too.
         for line in lines.map_while(Result::ok) {
             if let Some(batches) = line.strip_prefix("appended ") {
                 promised = batches.parse().unwrap();
@@ -270,7 +270,7 @@ fn a_killed_writer_loses_nothing_that_it_was_told_is_safe() {
     }
 }
 
-/// What needs root: mounting a small file system.
+/// Tests that need root to mount a small file system.
 mod root {
     use super::*;
 
@@ -296,20 +296,20 @@ mod root {
     }
 
     #[test]
-    fn on_a_full_disk_the_oldest_makes_room_and_nothing_is_lost_in_silence() {
+    fn on_a_full_disk_the_oldest_goes_and_each_loss_is_counted() {
         let disk = Tmpfs::new("256k");
         let mut opened = open(disk.0.path(), ROOMY);
         for samples in 1..=40 {
             opened.append(&[samples], 20_000).unwrap();
             opened.balances();
         }
-        assert!(opened.stats.write_errors() > 0, "the disk never was full");
+        assert!(opened.stats.write_errors() > 0, "the disk was never full");
         let kept: Vec<u64> = opened.drain().iter().map(|batch| batch.samples).collect();
         assert_eq!(kept.last(), Some(&40));
         assert!(kept.len() > 3, "{kept:?}");
         assert_eq!(opened.lost(LossReason::SpoolFull) + kept.iter().sum::<u64>(), (1..=40).sum::<u64>());
 
-        // All on the wire, and still no space: the new one is lost, and the agent goes on.
+        // All batches are on the wire and there is no space: the new one is lost, and the agent goes on.
         let error = (0..20).find_map(|_| opened.append(&[7], 20_000).err()).expect("the disk is full");
         assert!(error.to_string().contains("free disk space"), "{error}");
         opened.balances();

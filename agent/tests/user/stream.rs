@@ -1,4 +1,4 @@
-//! The stream against a server that answers as it is told, over real sockets.
+//! The stream against a server with scripted answers, over real sockets.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -33,7 +33,7 @@ use tonic::{Status, Streaming};
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Answer {
     Accept,
-    /// Stored, but the agent does not learn of it: the connection breaks.
+    /// Stores the batch and breaks the connection without an answer.
     AcceptAndBreak,
     Refuse,
     Throttle,
@@ -41,9 +41,9 @@ enum Answer {
 
 #[derive(Default)]
 struct Seen {
-    /// What to answer next; when it is empty, everything is accepted.
+    /// Next answers; if it is empty, the server accepts each batch.
     script: VecDeque<Answer>,
-    /// How often each batch came, by id.
+    /// Number of times that each batch arrived, by id.
     stored: BTreeMap<String, u64>,
     samples: u64,
     hellos: Vec<String>,
@@ -168,7 +168,7 @@ impl Node {
         self.until(|account| account.delivered >= samples).await;
     }
 
-    /// Waits until what was submitted is on disk: a busy one takes its time.
+    /// Waits until all submitted batches are on disk; a busy disk takes its time.
     async fn written(&self) {
         self.until(|account| account.at_stage(Stage::Queue) == 0).await;
     }
@@ -186,7 +186,7 @@ impl Node {
 const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_submitted_arrives_once_and_the_spool_is_empty_at_the_end() {
+async fn each_submitted_batch_arrives_once() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::default();
     let (address, _serving) = serve(server.clone(), ANY).await;
@@ -204,7 +204,7 @@ async fn what_is_submitted_arrives_once_and_the_spool_is_empty_at_the_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refused_and_too_large_batches_are_lost_by_name_and_not_sent_again() {
+async fn refused_and_too_large_batches_are_lost_and_not_resent() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::default();
     server.0.lock().unwrap().script = [Answer::Refuse].into();
@@ -222,7 +222,7 @@ async fn refused_and_too_large_batches_are_lost_by_name_and_not_sent_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_throttled_batch_comes_again_after_the_delay() {
+async fn a_throttled_batch_is_sent_again_after_the_delay() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::default();
     server.0.lock().unwrap().script = [Answer::Throttle].into();
@@ -238,7 +238,7 @@ async fn a_throttled_batch_comes_again_after_the_delay() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_broken_connection_what_was_not_answered_comes_again_under_the_same_id() {
+async fn unanswered_batches_are_resent_with_the_same_id() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::default();
     server.0.lock().unwrap().script = [Answer::Accept, Answer::AcceptAndBreak].into();
@@ -254,9 +254,9 @@ async fn after_a_broken_connection_what_was_not_answered_comes_again_under_the_s
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_collector_profiles_wait_in_the_spool_and_the_next_run_delivers_them() {
+async fn profiles_wait_in_the_spool_for_the_next_run() {
     let dir = tempfile::tempdir().unwrap();
-    // A port that is ours, and where nobody listens yet.
+    // A reserved port without a listener so far.
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind(ANY).unwrap();
     let address = socket.local_addr().unwrap();

@@ -158,7 +158,7 @@ pub(super) fn bpf_stats() -> Check {
         "1" => Check::warning(
             "bpf_stats",
             "the kernel measures every run of every BPF program",
-            "set kernel.bpf_stats_enabled to 0 when nobody reads the statistics",
+            "set kernel.bpf_stats_enabled to 0 when no tool reads the statistics",
         ),
         _ => Check::ok("bpf_stats", "off"),
     }

@@ -27,7 +27,7 @@ pub enum CheckState {
 pub struct Check {
     /// Stable name of the check.
     pub name: &'static str,
-    /// Result.
+    /// Result of the check.
     pub state: CheckState,
     /// Observation behind the result.
     pub seen: String,
@@ -40,7 +40,7 @@ pub struct Check {
 pub struct Report {
     /// Whether the agent can run on this machine.
     pub can_run: bool,
-    /// Each check.
+    /// All checks in the order of the report.
     pub checks: Vec<Check>,
 }
 

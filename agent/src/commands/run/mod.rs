@@ -56,7 +56,7 @@ pub enum RunError {
     /// The state directory cannot be created.
     #[error("--state-dir {}: {source}", path.display())]
     State {
-        /// The directory.
+        /// Path of the directory.
         path: PathBuf,
         /// The system's error.
         #[source]

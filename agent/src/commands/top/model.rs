@@ -23,9 +23,9 @@ pub(super) enum SortBy {
     Cpu,
     /// Number of samples.
     Samples,
-    /// Process id.
+    /// Pid in ascending order.
     Pid,
-    /// Command name.
+    /// Command name in alphabetical order.
     Comm,
     /// Unit, container or executable.
     Owner,

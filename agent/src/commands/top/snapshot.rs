@@ -9,7 +9,7 @@ use crate::model::ProcessKey;
 /// A process, without its samples.
 #[derive(Clone, Debug)]
 pub(super) struct ProcessInfo {
-    /// Process.
+    /// Pid and start time.
     pub(super) key: ProcessKey,
     /// Command name of the thread group leader.
     pub(super) comm: String,

@@ -9,7 +9,7 @@ use crate::{
     node::Node,
 };
 
-/// `/debug/maps`
+/// Content of `/debug/maps`.
 #[derive(Serialize)]
 pub(in crate::debug) struct MapsView {
     fill: Vec<MapRow>,

@@ -20,7 +20,7 @@ pub(super) use maps::{MapsView, maps};
 pub(super) use pods::{PodsView, pods};
 pub(super) use processes::{processes, processes_text};
 
-/// `/statusz`
+/// Content of `/statusz`.
 #[derive(Serialize)]
 pub(super) struct StatusView {
     node: String,
@@ -128,7 +128,7 @@ pub(super) fn rules_text(rules: &[RuleView]) -> String {
     text
 }
 
-/// `/debug/ledger`
+/// Content of `/debug/ledger`.
 #[derive(Serialize)]
 pub(super) struct LedgerView {
     ticks: u64,

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::{node::Node, pods::PodFeedKind};
 
-/// `/debug/pods`
+/// Content of `/debug/pods`.
 #[derive(Serialize)]
 pub(in crate::debug) struct PodsView {
     source: Option<&'static str>,

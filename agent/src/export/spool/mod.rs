@@ -74,7 +74,7 @@ pub enum SpoolError {
         "the spool has no room for {samples} samples: {why}; raise --spool-bytes, free disk space, or check why the collector accepts nothing"
     )]
     NoRoom {
-        /// Lost samples.
+        /// Number of lost samples.
         samples: u64,
         /// The bound that was reached, or the error of the disk.
         why: String,

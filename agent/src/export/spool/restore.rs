@@ -39,7 +39,7 @@ impl Spool {
         for entry in listing {
             let path = entry.map_err(|source| io_error("list", &self.dir, source))?.path();
             match path.extension().and_then(|extension| extension.to_str()) {
-                // Its write did not finish, so nobody relies on it.
+                // Its write did not finish, so no caller relies on it.
                 Some(ASIDE) => drop(fs::remove_file(&path)),
                 Some(EXTENSION) => match FileName::parse(&path) {
                     Some(name) => found.push((name, path)),
