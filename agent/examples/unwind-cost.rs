@@ -1,8 +1,8 @@
-//! What a sample costs inside the kernel: runs a program (of `benches/deep.c`), samples it and nobody else, and prints one
-//! line of JSON. Needs root, and sets kernel.bpf_stats_enabled meanwhile.
+//! The cost of a sample inside the kernel: runs a program (of `benches/deep.c`), samples it alone, and prints one line of JSON.
+//! Needs root, and sets kernel.bpf_stats_enabled meanwhile.
 //!
-//! `walk-cost PROGRAM [ARGUMENT...]`, in the environment `HZ` (997) and `SECONDS` (3).
-#![allow(clippy::print_stdout, reason = "what it is for")]
+//! `unwind-cost PROGRAM [ARGUMENT...]`, in the environment `HZ` (997) and `SECONDS` (3).
+#![allow(clippy::print_stdout, reason = "the output of the program")]
 
 use std::{
     env, fs,
@@ -52,7 +52,7 @@ type Measure = (u64, u64, u64);
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let mut arguments = env::args().skip(1);
-    let Some(program) = arguments.next() else { bail!("walk-cost PROGRAM [ARGUMENT...]") };
+    let Some(program) = arguments.next() else { bail!("unwind-cost PROGRAM [ARGUMENT...]") };
     let arguments: Vec<String> = arguments.collect();
     let number = |name: &str, default| env::var(name).map_or(Ok(default), |text| text.parse::<u32>());
     let (hz, seconds) = (number("HZ", 997)?, number("SECONDS", 3)?);
@@ -87,17 +87,17 @@ async fn measure(
             counted.frames.fetch_add(stack.count * stack.user.len() as u64, Ordering::Relaxed);
         }
     })?;
-    // One on each CPU, so that hardly a tick finds anything else.
+    // One process for each CPU, so that nearly every tick finds one of them.
     let cpus = gannet_agent::model::online_cpus()?.len();
     let mut children = Children(Vec::new());
     for _ in 0..cpus {
         children.0.push(Command::new(program).args(arguments).spawn().context("cannot run the program")?);
     }
-    // What a tick costs that finds nobody of interest.
-    sample(&engine, Match { comm: vec!["nobody-at-all".into()], ..Match::default() }, hz).await?;
+    // The cost of a tick that finds no matching process.
+    sample(&engine, Match { comm: vec!["no-such-program".into()], ..Match::default() }, hz).await?;
     tokio::time::sleep(Duration::from_millis(500)).await;
-    let nobody = snapshot(&engine).await?;
-    let nobody_ns = nobody.0 as f64 / nobody.1.max(1) as f64;
+    let unmatched = snapshot(&engine).await?;
+    let unmatched_ns = unmatched.0 as f64 / unmatched.1.max(1) as f64;
     sample(&engine, Match { pids: children.0.iter().map(Child::id).collect(), ..Match::default() }, hz)
         .await?;
     // Raw samples come first.
@@ -114,17 +114,17 @@ async fn measure(
     let samples = (seen.samples.load(Ordering::Relaxed) - samples).max(1);
     let frames = seen.frames.load(Ordering::Relaxed) - frames;
     let (run_ns, runs, taken) = (end.0 - begin.0, end.1 - begin.1, (end.2 - begin.2).max(1));
-    let per_sample = (run_ns as f64 - nobody_ns * (runs - taken.min(runs)) as f64) / taken as f64;
+    let per_sample = (run_ns as f64 - unmatched_ns * (runs - taken.min(runs)) as f64) / taken as f64;
     let per_stack = frames as f64 / samples as f64;
     Ok(serde_json::json!({
-        "what": "walk",
+        "what": "unwind",
         "hz": hz,
         "samples": taken,
         "runs": runs,
         "frames_per_sample": per_stack,
         "ns_per_sample": per_sample,
         "ns_per_frame": per_sample / per_stack,
-        "ns_per_tick_of_nobody": nobody_ns,
+        "ns_per_unmatched_tick": unmatched_ns,
         "verified_instructions": programs
             .iter()
             .map(|program| (program.name.to_owned(), program.verified_instructions.into()))
