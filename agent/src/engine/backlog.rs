@@ -27,7 +27,7 @@ pub(super) trait Unwinder {
     /// Unwinds by the tables that there are. Returns the first file whose table is still to be made.
     fn unwind(&self, image: &Image, sample: &Sample) -> UnwoundSample;
 
-    /// Asks for the table of a file that so many samples wait for.
+    /// Asks for the table of a file that this number of samples waits for.
     fn request(&mut self, file: &Arc<MappedFile>, samples: usize);
 }
 
@@ -61,7 +61,7 @@ impl ImageSource for ProcessTable {
     }
 }
 
-/// What became of the backlog, to be carried out in this order.
+/// A result of a pass over the backlog. The caller carries out the results in order.
 #[derive(Debug)]
 pub(super) enum Resolved {
     /// Mappings changed before the samples that follow.

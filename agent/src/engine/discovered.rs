@@ -1,4 +1,4 @@
-//! ProcessTable that already ran when a rule came, and that the worker has still to read.
+//! Processes that already ran when a rule came, and that the worker has still to read.
 //!
 //! Reading them is spread over time, so that a rule that selects all processes of a crowded node neither burns a core nor
 //! holds up samples. They are sampled meanwhile; a process with a sample is read at once.
@@ -10,9 +10,9 @@ use std::{
 
 use crate::model::{Origin, Subject};
 
-/// What the worker may read without a pause.
+/// How long the worker may read without a pause.
 const BURST: Duration = Duration::from_millis(20);
-/// Beyond it, it reads for one part of the time and pauses for so many.
+/// Beyond the burst, the worker pauses for this many times as long as it has read.
 const PAUSE_PARTS: u32 = 4;
 
 pub(super) struct Discovered {
@@ -25,7 +25,7 @@ impl Discovered {
         Self { waiting: Waiting::default(), pace: Pace::new(now) }
     }
 
-    /// Puts a process behind those that wait; if it waits already, it keeps its place and gets these values.
+    /// Puts a process behind those that wait; if it waits already, it keeps its position and gets these values.
     pub(super) fn push(&mut self, subject: Subject, origin: Origin) {
         self.waiting.push(subject, origin);
     }

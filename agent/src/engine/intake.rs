@@ -66,7 +66,8 @@ impl Intake {
         self.samples.split_off_former(key, former);
     }
 
-    /// Gives the recorder the sample for its slots. Returns the sample for the other slots, which the window gets.
+    /// Adds the sample to the recorder for the recorder's slots. Returns the sample for the other slots, which the window
+    /// gets.
     fn record(&mut self, mut sample: Sample) -> Option<Sample> {
         let recorded = sample.subject.rules & self.recorded;
         if recorded != 0 {

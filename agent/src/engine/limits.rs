@@ -20,7 +20,7 @@ pub(super) struct Limits {
     off: Option<String>,
 }
 
-/// What a use of the switch changes.
+/// The effect of a use of the switch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Switched {
     Off(String),
@@ -116,7 +116,7 @@ fn resident_bytes() -> u64 {
 mod tests {
     use super::*;
 
-    /// Returns the verdicts that so many checks with this use bring about.
+    /// Checks this use a number of times. Returns the verdicts that it brings about.
     fn checks(limits: &mut Limits, cpu: f64, times: u32) -> Vec<GovernorVerdict> {
         (0..times).filter_map(|_| limits.judge(ResourceUse { cpu, memory_bytes: 0 })).collect()
     }
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn the_switch_refuses_captures_and_takes_precedence_over_the_budget() {
+    fn the_switch_takes_precedence_over_the_budget() {
         let mut limits = Limits::new(Budgets { cpu: Some(0.05), memory_bytes: None });
         checks(&mut limits, 0.2, 3);
         assert_eq!(limits.switch(Some("by hand".into())), Switched::Off("by hand".into()));

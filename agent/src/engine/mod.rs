@@ -3,9 +3,22 @@
 //! Other threads talk to it through an [`Engine`] handle. It shows its state as plain [views](EngineView) and hands finished
 //! windows to a [`WindowSink`].
 //!
-//! The [`worker`] conducts. Beside it each module owns one piece of state and answers with values: [`reader`] and its parts
-//! own what the kernel's events change (processes, samples that wait for unwind tables, marks in the kernel, reported off-CPU
-//! time, the window), [`captures`] what runs and what is watched, [`account`] the ledger, [`limits`] budgets and the switch.
+//! The [`worker`] conducts. Beside it each module owns one piece of state and answers with values:
+//!
+//! | owner | state |
+//! |---|---|
+//! | [`reader`] | what events change; it applies them, and has the next six as parts |
+//! | [`unwinding`], [`backlog`] | images that the BPF programs unwind; raw samples that wait for unwind tables |
+//! | [`sampled`] | the marks in the kernel, and why they are there |
+//! | [`off_cpu`] | off-CPU time already reported for threads that are still blocked |
+//! | [`discovered`] | processes that already ran when a rule came, and are not read yet |
+//! | [`intake`] | the open window and the flight recorder |
+//! | [`containers`] | containers reported to the pod resolver |
+//! | [`captures`] | watched conditions, running captures, grants at `execve` |
+//! | [`account`] | the ledger, from the kernel's counters |
+//! | [`limits`] | budgets, the governor's verdict, the switch |
+//! | [`repair`] | lost events that a comparison with `/proc` has repaired |
+//! | [`effects`] | the steps that the worker has still to take |
 //!
 //! # Order
 //!
@@ -77,7 +90,7 @@ use crate::{
     tables::TableSources,
 };
 
-/// What an engine is started with.
+/// The settings of an engine.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
     /// The node's name in every profile.
@@ -88,7 +101,7 @@ pub struct EngineOptions {
     pub window: Duration,
     /// The most that rules may ask for on this node.
     pub caps: Caps,
-    /// ProcessTable that are never sampled, whatever rules ask for.
+    /// Processes that are never sampled, whatever rules ask for.
     pub deny: Deny,
     /// How much the agent may use.
     pub budgets: Budgets,

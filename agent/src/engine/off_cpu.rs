@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_returns_as_the_window_closes_is_not_reported_twice() {
+    fn a_thread_that_returns_meanwhile_is_not_reported_twice() {
         let mut off_cpu = OffCpu::default();
         off_cpu.still_blocked(vec![sample(1, 1000, 30), sample(2, 1010, 20)]);
         // Both are in the ring buffer already, and are read behind this.

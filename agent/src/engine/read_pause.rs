@@ -6,11 +6,11 @@ use std::time::Duration;
 const PAUSE: Duration = Duration::from_millis(50);
 /// After a file that was not open yet: its program has just started, is about to map its libraries, and may end soon.
 const EAGER_PAUSE: Duration = Duration::from_millis(5);
-/// So many times in a row: a program that opens files all the time does not keep the worker awake.
+/// The number of eager pauses in a row: a program that opens files all the time does not keep the worker awake.
 const MAX_EAGER: u32 = 20;
 /// While processes that already ran wait to be read.
 const DISCOVERED_PAUSE: Duration = Duration::from_millis(20);
-/// What `poll` can wait for at least.
+/// The shortest time that `poll` can wait for.
 const MIN_PAUSE: Duration = Duration::from_millis(1);
 
 #[derive(Default)]

@@ -41,7 +41,7 @@ pub(super) struct Reader {
     pub(super) events: EventLog,
 }
 
-/// What the reader decides by and writes to, for the time of a call.
+/// The parts of the engine that the reader decides by and writes to, for the time of a call.
 pub(super) struct Deciders<'a> {
     pub(super) kernel: &'a mut Kernel,
     pub(super) rules: &'a mut RuleBook,
@@ -51,7 +51,7 @@ pub(super) struct Deciders<'a> {
 }
 
 impl Reader {
-    /// Makes room for so many processes. Opens the first window, which is `window` long.
+    /// Makes room for this number of processes. Opens the first window, which is `window` long.
     pub(super) fn new(
         hierarchy: CgroupHierarchy,
         processes: usize,
@@ -116,7 +116,7 @@ impl Reader {
                 }
             }
             Event::Running { subject, origin } => {
-                self.events.add(now, format!("found {} {}", subject.key, subject.comm));
+                self.events.add(now, format!("running {} {}", subject.key, subject.comm));
                 self.discover(subject, origin, with, now);
             }
             Event::Exit { subject, status, .. } => {

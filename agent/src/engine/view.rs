@@ -31,9 +31,9 @@ pub struct EngineView {
     pub processes: usize,
     /// Of these, the processes that at least one rule wants.
     pub sampled_processes: usize,
-    /// What the process table has done since the engine started.
+    /// Counts of the process table since the engine started.
     pub process_stats: ProcessStats,
-    /// ProcessTable that already ran when a rule came, and that the engine has not read yet.
+    /// Processes that already ran when a rule came, and that the engine has not read yet.
     pub discovered_waiting: usize,
     /// Counters of the BPF programs since they were loaded; `None` if they cannot be read.
     pub counters: Option<Counters>,
@@ -84,7 +84,7 @@ pub struct ProcessView {
     pub state: ProcessState,
     /// It ended or replaced its image, and stays in the table for its last samples.
     pub is_past: bool,
-    /// Executable mappings.
+    /// The number of executable mappings.
     pub mappings: usize,
     /// Source of the mappings: `the kernel`, `/proc` or `nowhere`.
     pub mappings_from: &'static str,

@@ -274,7 +274,8 @@ impl Worker {
         Ok(partial)
     }
 
-    /// Gives the kernel the rules as they are now. By the time this returns it has reported all processes that they want.
+    /// Puts the rules as they are now into the kernel. When this returns, the kernel has reported all processes that they
+    /// want.
     fn apply_rules(&mut self, now: SystemTime) -> Result<(), KernelError> {
         self.next_rule_change = self.rules.slots().next_change(now);
         // The former rules wanted these; the kernel reports again which processes the new ones want.
@@ -420,7 +421,7 @@ impl Worker {
         Ok(RunningCapture { capture: capture.number(), over })
     }
 
-    /// Gives the kernel the rules with a new capture. If it refuses them, the capture ends at once.
+    /// Puts the rules with a new capture into the kernel. If it refuses them, the capture ends at once.
     fn apply_capture(&mut self, capture: CaptureId, now: SystemTime) -> Result<CaptureId, CaptureError> {
         match self.apply_rules(now) {
             Ok(()) => Ok(capture),

@@ -1,4 +1,4 @@
-//! ProcessTable that are sampled because they matched a rule at `execve`, each for as long as its capture.
+//! Processes that are sampled because they matched a rule at `execve`, each for as long as its capture.
 //!
 //! The BPF programs match them by themselves, from the first instruction on. The agent grants or refuses each afterwards;
 //! samples that came before the kernel knew of a refusal are strays.

@@ -37,11 +37,11 @@ pub struct ManualCapture {
     pub matches: Match,
     /// Samples a second and CPU.
     pub hz: u32,
-    /// What the samples measure.
+    /// The kinds of samples: on-CPU, off-CPU.
     pub kinds: Vec<capture::Kind>,
     /// How long the capture runs.
     pub duration: Duration,
-    /// Who asked. The profiles carry it as evidence.
+    /// The client that asked, human-readable. The profiles carry it as evidence.
     pub evidence: String,
 }
 
@@ -68,7 +68,7 @@ pub struct RunningCapture {
     pub over: oneshot::Receiver<Option<Ulid>>,
 }
 
-/// What the worker has to do.
+/// A step that the worker has to take for a capture.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum CaptureAction {
     /// Begin a capture.
@@ -367,7 +367,7 @@ impl Captures {
     }
 }
 
-/// Where the sensors watch a condition.
+/// The part of the node at which the sensors watch a condition.
 enum WatchedPart {
     /// They do not: exec events and the clock tell.
     Nothing,

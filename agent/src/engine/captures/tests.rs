@@ -66,7 +66,7 @@ fn sample(tgid: u32, rules: u64) -> Sample {
 }
 
 #[test]
-fn a_process_that_matches_at_exec_is_granted_as_long_as_there_is_room() {
+fn an_exec_match_is_granted_as_long_as_there_is_room() {
     let mut captures = captures(&rule_book(AT_EXEC));
     for tgid in [1, 2] {
         assert_eq!(captures.matched(&matched(tgid, None), true, at(1)), []);
