@@ -14,7 +14,7 @@ use super::{
 };
 use crate::model::MappedFile;
 
-/// Where the debug information of a file is, and what is known of it.
+/// The debug information of a file: the file that holds it, its size, and the time spent on it.
 #[derive(Clone, Debug)]
 pub(super) struct FileDebugInfo {
     /// The installed debug file; none if the file has its own debug information. The file itself is not held here, so that

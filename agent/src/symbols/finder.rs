@@ -46,7 +46,7 @@ pub(super) type FileFunctions = HashMap<(FileId, u64), Functions>;
 /// Functions by address at run time.
 pub(super) type ProcessFunctions = HashMap<u64, Functions>;
 
-/// What is known of one file.
+/// The cached state of one file.
 #[derive(Debug, Default)]
 struct FileState {
     content: Option<ContentKey>,

@@ -49,7 +49,7 @@ impl DebugCost {
 /// Counts of the symbolizer.
 #[derive(Debug, Default)]
 pub struct SymbolizerStats {
-    /// Profiles finished.
+    /// Profiles that were finished.
     pub profiles: AtomicU64,
     /// Different addresses, by profile, that have a name.
     pub named: AtomicU64,

@@ -34,7 +34,7 @@ pub(super) struct FileTables {
 
 /// The table of one file.
 pub(super) enum FileState {
-    /// It is requested.
+    /// The thread will build it.
     Requested,
     /// It is built. `table` is none after its memory was given back; the rest stays.
     Built { content: ContentId, segments: Segments, table: Option<Arc<UnwindTable>>, used: Cell<Instant> },
@@ -49,7 +49,7 @@ struct VdsoTable {
     table: Arc<UnwindTable>,
 }
 
-/// The table of a mapping.
+/// The table by which a mapping is unwound.
 pub(super) enum MappingTable<'a> {
     Built {
         content: ContentId,
@@ -58,7 +58,7 @@ pub(super) enum MappingTable<'a> {
         /// The number to subtract from an address in the mapping. None if no executable segment is mapped there.
         bias: Option<u64>,
     },
-    /// It can be built.
+    /// The file's table can be built.
     NotBuilt,
     /// There is none.
     None,

@@ -338,7 +338,7 @@ fn the_least_recently_used_table_is_evicted_first() {
         tables.load(&mut kernel, key(tgid), &image(vec![at(0x10_0000, 1, file)])).unwrap();
         let stats = tables.stats();
         assert!(stats.resident_bytes <= stats.budget_bytes && stats.resident <= 4, "{stats:?}");
-        // Whoever is entered has a table that is there, of this generation.
+        // Each loaded process has a table that is in the kernel, of this generation.
         for tgid in kernel.images.keys() {
             let (_, mapping) = kernel.keys.iter().find(|((of, _), _)| of == tgid).unwrap();
             let (table, generation) = mapping.table.unwrap();

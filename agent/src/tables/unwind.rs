@@ -50,7 +50,7 @@ pub(crate) fn leaf_only(mut sample: Sample) -> Sample {
     sample
 }
 
-/// The tables of one image.
+/// The tables by which the stacks of one image are unwound.
 struct ImageTables<'a> {
     files: &'a FileTables,
     image: &'a Image,

@@ -203,7 +203,7 @@ fn more_programs_than_tables_fit_have_complete_stacks() {
         assert!(stats.resident_bytes <= stats.budget_bytes, "{stats:?}");
         most = most.max(stats.resident);
     }
-    machine.until("whoever has ended leaves nothing behind", |machine| machine.look().2 == before);
+    machine.until("ended processes leave nothing behind", |machine| machine.look().2 == before);
     let (_, stats, _) = machine.look();
     assert!(stats.evicted > 5 && stats.made >= 24, "{stats:?}, at most {most} at a time");
     machine.engine.stop();

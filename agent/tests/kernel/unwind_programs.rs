@@ -12,12 +12,12 @@ use crate::common::{
     Language, Recording, Running, in_order, is_marked, program, program_in, record_for, slower,
 };
 
-/// The share of samples that may be odd: one of a thousand.
-const MOST_ODD: u64 = 1000;
+/// One sample of this number may be odd.
+const ODD_ONE_OF: u64 = 1000;
 
 /// Some hundreds of samples do not tell one of a thousand from none.
 fn too_many_odd(odd: u64, all: u64) -> bool {
-    odd > 1 && odd * MOST_ODD > all
+    odd > 1 && odd * ODD_ONE_OF > all
 }
 
 /// A running program, its innermost function, and the functions that its stacks must hold from the root on.

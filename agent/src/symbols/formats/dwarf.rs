@@ -170,7 +170,7 @@ pub fn read_debug_info(addresses: &str) -> io::Result<()> {
     output.flush()
 }
 
-/// Gives up every privilege and resource that reading a file does not need.
+/// Drops every privilege and resource that reading a file does not need.
 fn confine() -> io::Result<()> {
     let limit = |max| Rlimit { current: Some(max), maximum: Some(max) };
     // If memory runs out, the kernel kills this process first.

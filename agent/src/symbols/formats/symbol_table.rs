@@ -14,7 +14,7 @@ const MAX_NESTING: usize = 16;
 pub(crate) struct SymbolTable {
     /// Sorted by `start`, each start once.
     symbols: Box<[Symbol]>,
-    /// Zero-terminated.
+    /// Each name ends with a zero byte.
     names: Box<[u8]>,
 }
 
