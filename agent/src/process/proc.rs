@@ -49,6 +49,8 @@ pub struct Stat {
     pub start_ticks: u64,
     /// Whether it is a kernel thread.
     pub kernel_thread: bool,
+    /// CPU time of all its threads in clock ticks, user and system.
+    pub cpu_ticks: u64,
     /// Whether its last thread has ended: it is a zombie, or being removed.
     pub is_over: bool,
 }
@@ -179,14 +181,19 @@ impl ProcessKey {
 
 /// Parses the text of `/proc/PID/stat`. The name may hold anything, parentheses and spaces included: the fields stand behind
 /// the last parenthesis.
-fn parse_stat(text: &str) -> Option<Stat> {
+pub(super) fn parse_stat(text: &str) -> Option<Stat> {
     const PF_KTHREAD: u64 = 0x0020_0000;
     let fields: Vec<&str> = text[text.rfind(')')? + 1..].split_ascii_whitespace().collect();
     // proc(5) numbers the fields from 1; the state is 3.
     let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
     // A leader that has ended before other threads is shown as a zombie too.
     let is_over = matches!(fields.first(), Some(&("Z" | "X"))) && field(20)? <= 1;
-    Some(Stat { start_ticks: field(22)?, kernel_thread: field(9)? & PF_KTHREAD != 0, is_over })
+    Some(Stat {
+        start_ticks: field(22)?,
+        kernel_thread: field(9)? & PF_KTHREAD != 0,
+        cpu_ticks: field(14)?.checked_add(field(15)?)?,
+        is_over,
+    })
 }
 
 /// Parses the executable lines of `/proc/PID/maps`. An invalid line hides no other.
@@ -226,7 +233,7 @@ mod tests {
     #[test]
     fn a_name_cannot_forge_a_stat_line() {
         let text = "42 (x) S 1 1 (9) 1 1 ) S 1 42 42 0 -1 2097216 0 0 0 0 1 2 3 4 20 0 1 0 4711 0 0\n";
-        let stat = Stat { start_ticks: 4711, kernel_thread: true, is_over: false };
+        let stat = Stat { start_ticks: 4711, kernel_thread: true, cpu_ticks: 3, is_over: false };
         assert_eq!(parse_stat(text), Some(stat));
         assert_eq!(parse_stat("42 (x) S 1"), None);
         assert_eq!(parse_stat(""), None);

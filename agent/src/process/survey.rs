@@ -8,12 +8,18 @@ use std::{
     time::Duration,
 };
 
+use super::proc::parse_stat;
 use crate::cgroup::{CgroupHierarchy, CgroupNames, parse_path};
 
 /// Processes in one survey; the others are left out.
 const MAX_PROCESSES: usize = 65_536;
 /// Bytes that are read of one file of a process.
 const MAX_FILE_BYTES: u64 = 64 << 10;
+
+/// The length of a clock tick.
+static TICK: LazyLock<Duration> = LazyLock::new(|| {
+    Duration::from_secs(1) / u32::try_from(rustix::param::clock_ticks_per_second()).unwrap_or(100).max(1)
+});
 
 /// A process as a survey saw it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -48,7 +54,7 @@ pub fn survey(hierarchy: CgroupHierarchy) -> Vec<SurveyedProcess> {
 
 /// Reads one process; `None` if it has exited.
 fn survey_process(pid: u32, hierarchy: CgroupHierarchy) -> Option<SurveyedProcess> {
-    let (start_ticks, cpu) = times(&read(pid, "stat")?)?;
+    let stat = parse_stat(&read(pid, "stat")?)?;
     let cgroup =
         parse_path(&read(pid, "cgroup").unwrap_or_default(), hierarchy.controller()).unwrap_or_default();
     // A kernel thread has no executable.
@@ -56,13 +62,13 @@ fn survey_process(pid: u32, hierarchy: CgroupHierarchy) -> Option<SurveyedProces
         .map_or_else(|_| String::new(), |path| path.to_string_lossy().into_owned());
     Some(SurveyedProcess {
         pid,
-        start_ticks,
+        start_ticks: stat.start_ticks,
         comm: read(pid, "comm")?.trim_end_matches('\n').to_owned(),
         exe: exe.strip_suffix(" (deleted)").unwrap_or(&exe).to_owned(),
         names: CgroupNames::of(&cgroup),
         cgroup,
         uid: fs::metadata(format!("/proc/{pid}")).ok().map(|of| std::os::unix::fs::MetadataExt::uid(&of)),
-        cpu,
+        cpu: TICK.saturating_mul(u32::try_from(stat.cpu_ticks).unwrap_or(u32::MAX)),
     })
 }
 
@@ -92,18 +98,6 @@ pub fn cpu_usage(
         .collect()
 }
 
-/// Reads start time in ticks and used CPU time from the text of `/proc/PID/stat`.
-fn times(text: &str) -> Option<(u64, Duration)> {
-    static TICK: LazyLock<Duration> = LazyLock::new(|| {
-        Duration::from_secs(1) / u32::try_from(rustix::param::clock_ticks_per_second()).unwrap_or(100).max(1)
-    });
-    // The name may hold anything; the fields stand behind the last parenthesis. proc(5) numbers them from 1, and the state is 3.
-    let fields: Vec<&str> = text[text.rfind(')')? + 1..].split_ascii_whitespace().collect();
-    let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
-    let ticks = field(14)?.checked_add(field(15)?)?;
-    Some((field(22)?, TICK.saturating_mul(u32::try_from(ticks).unwrap_or(u32::MAX))))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,14 +117,5 @@ mod tests {
         let after = vec![survey_process(me, hierarchy).unwrap()];
         let used = cpu_usage(&before, &after, Duration::from_millis(300))[&me];
         assert!(used > 0.0, "{used}");
-    }
-
-    #[test]
-    fn times_are_read_behind_any_name() {
-        let text = "42 (x) S 1 ) S 1 1 1 0 -1 4194560 0 0 0 0 30 20 3 4 20 0 1 0 4711 0 0\n";
-        let (start, cpu) = times(text).unwrap();
-        assert_eq!(start, 4711);
-        assert!(cpu > Duration::ZERO);
-        assert_eq!(times("42 (x) S 1"), None);
     }
 }
