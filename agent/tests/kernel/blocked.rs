@@ -1,12 +1,11 @@
-//! Needs root and a kernel with BTF: blocked time, by the program's own clocks.
+//! Blocked time, compared with the clocks of the program itself.
 
 use std::{path::Path, process::Command};
 
 use crate::common::{Recording, Running, in_order, program, record, record_for, slower};
 
-/// Waits in different ways, and says of each how long the thread was not on the CPU by its own clocks: what has passed less
-/// what it has used. Of that, what it waited for a CPU while it could have run (a wait that nobody asked for) is told too,
-/// unless it was never pushed aside.
+/// A program that waits in different ways. For each it prints how long the thread was off the CPU by its own clocks: elapsed
+/// minus CPU time. It also prints how much of that it was runnable and waited for a CPU; 0 if it was never preempted.
 const WAITS: &str = r#"
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -112,47 +111,49 @@ fn waits() -> String {
     program("gannet-waits", WAITS, &["-pthread"]).to_str().unwrap().to_owned()
 }
 
-/// Nanoseconds inside of a function: of stacks that go down to `main`, and all.
+/// Returns the nanoseconds in a function: those of stacks that reach `main`, and all.
 fn blocked(recording: &Recording, name: &str) -> (u64, u64) {
     let inside = recording.nanoseconds.iter().filter(|(stack, _)| {
         stack.iter().any(|frame| frame == name) && !stack.iter().any(|frame| frame == "in_child")
     });
-    inside.fold((0, 0), |(whole, all), (stack, ns)| {
-        (whole + if in_order(stack, &["main", name]) { *ns } else { 0 }, all + ns)
+    inside.fold((0, 0), |(complete, all), (stack, ns)| {
+        (complete + if in_order(stack, &["main", name]) { *ns } else { 0 }, all + ns)
     })
 }
 
+/// Checks each way to wait (R41).
 #[test]
-fn r41_blocked_time_is_right_within_two_percent_for_each_way_to_wait() {
-    // On a disk, where there is one: in memory nobody waits for a file.
+fn blocked_time_is_right_within_two_percent() {
+    // On a disk, if there is one: in memory no thread waits for a file.
     let file = Path::new(&waits()).with_file_name("gannet-waits.data");
     let recording = record(99, &["--off-cpu", "--", &waits(), file.to_str().unwrap()]);
     let _ = std::fs::remove_file(&file);
     assert!(recording.lost.is_empty(), "{:?}", recording.lost);
     for name in ["by_nanosleep", "by_futex", "by_read", "by_wait", "by_disk"] {
-        let told = recording.log.lines().find_map(|line| line.strip_prefix(&format!("{name} ")));
-        let told: Vec<f64> = told
+        let printed = recording.log.lines().find_map(|line| line.strip_prefix(&format!("{name} ")));
+        let printed: Vec<f64> = printed
             .unwrap_or_else(|| panic!("{name}: {}", recording.log))
             .split(' ')
             .map(|number| number.parse().unwrap())
             .collect();
-        let (whole, all) = blocked(&recording, name);
+        let (complete, all) = blocked(&recording, name);
         // Handovers of less than a microsecond are not reported; on a disk in memory there may be no others.
         let slack = 0.5e6;
-        let (least, most) = (told[0] * 0.98 - told[1] - slack, told[0] * 1.02 + slack);
+        let (min, max) = (printed[0] * 0.98 - printed[1] - slack, printed[0] * 1.02 + slack);
         assert!(
-            (least..=most).contains(&(all as f64)) && whole == all,
-            "{name}: {told:?} ns told, {all} seen, {whole} whole: {:#?}",
+            (min..=max).contains(&(all as f64)) && complete == all,
+            "{name}: {printed:?} ns printed, {all} sampled, {complete} complete: {:#?}",
             recording.nanoseconds
         );
     }
 }
 
+/// Checks that the end of a recording reports threads that still wait (R41).
 #[test]
-fn r41_a_thread_that_is_still_blocked_at_the_end_is_told_of() {
+fn a_thread_that_is_still_blocked_at_the_end_is_reported() {
     let mut running = Running::start(&mut Command::new(waits()));
     let pid = running.0.id().to_string();
-    // It begins to block for ever while it is looked at; what it did before is not seen before it wakes.
+    // It blocks for ever during the recording. A wait that began before the recording is reported only when it ends.
     let recording = record_for(9, 99, &["--off-cpu", "--pid", &pid]);
     assert!(running.0.try_wait().unwrap().is_none());
     let (_, paused) = blocked(&recording, "by_pause");

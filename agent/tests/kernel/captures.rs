@@ -1,4 +1,4 @@
-//! Needs root and a kernel with BTF: what starts captures, whom they are of, and when they end.
+//! When captures start and end, and which processes they sample.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,11 +9,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::{
-    Running,
-    cgroup::{Group, enter},
-    idle_functions, program, slower,
-};
 use gannet_agent::{
     conditions::PressureFile,
     engine::{Engine, EngineOptions, ManualCapture, Window},
@@ -28,7 +23,13 @@ use gannet_proto::{
     rules::{Caps, parse},
 };
 
-/// `spin MS`: uses a CPU for so long, or for ever.
+use crate::common::{
+    Running,
+    cgroup::{Group, enter},
+    idle_functions, program, slower,
+};
+
+/// A program: `spin MS` uses a CPU for so many milliseconds, or for ever.
 const SPIN: &str = r"
 #include <stdlib.h>
 #include <time.h>
@@ -45,12 +46,12 @@ int main(int c, char **v) {
 }
 ";
 
-/// What an engine delivered: by reason and process, and by reason the samples.
+/// The windows that an engine delivered.
 #[derive(Clone, Default)]
 struct Profiles(Arc<Mutex<Vec<Window>>>);
 
 impl Profiles {
-    /// By process: samples of profiles with this rule and reason.
+    /// Returns by process the samples of profiles with this rule and reason.
     fn of(&self, rule: &str, reason: &str) -> BTreeMap<u32, u64> {
         let mut samples = BTreeMap::new();
         for window in &*self.0.lock().unwrap() {
@@ -64,7 +65,7 @@ impl Profiles {
         samples
     }
 
-    /// The evidence of all captures of a rule, each once.
+    /// Returns the captures of a rule, each with its evidence.
     fn evidence(&self, rule: &str) -> BTreeSet<(u64, String)> {
         let windows = self.0.lock().unwrap();
         let profiles = windows.iter().flat_map(|window| &window.profiles);
@@ -124,12 +125,12 @@ fn spinner(directory: &Path, name: &str) -> PathBuf {
 
 fn in_group(group: &Group, program: &Path, arguments: &[&str]) -> Running {
     let mut command = Command::new(enter());
-    command.args(group.doors()).arg("--").arg(program).args(arguments);
+    command.args(group.entry_files()).arg("--").arg(program).args(arguments);
     Running::start(&mut command)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_captures_of_one_process_both_get_their_samples_and_end_in_time() {
+async fn two_captures_of_one_process_get_their_samples_and_end() {
     let directory = tempfile::tempdir().unwrap();
     let program = spinner(directory.path(), "cap-two");
     let busy = Running::start(&mut Command::new(&program));
@@ -154,19 +155,20 @@ async fn two_captures_of_one_process_both_get_their_samples_and_end_in_time() {
     assert!(taken >= 100 && always >= 50, "{taken} {always}");
     let captures = profiles.evidence("manual");
     assert_eq!(captures.len(), 2, "{captures:?}");
-    // Nothing of them after their end.
+    // They deliver nothing after their end.
     tokio::time::sleep(Duration::from_millis(2500)).await;
     assert_eq!(profiles.of("manual", "manual")[&pid], taken);
     assert!(profiles.of("always", "always")[&pid] > always);
-    // A cap is named, never silently applied.
+    // An error names the cap: the agent never applies one silently.
     let error = engine.capture_now(manual(5000, 1)).await.unwrap_err().to_string();
     assert!(error.contains("capture.hz") && error.contains("1000"), "{error}");
     profiles.check_ledgers();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_capture_is_over_when_its_last_samples_are_walked() {
-    // Its table takes longer than the capture, on a crowded machine. Both are made here, so that slow ones have theirs.
+async fn a_capture_ends_when_its_last_samples_are_unwound() {
+    // On a busy machine its unwind table takes longer than the capture. Both programs are built, so that slow machines, which
+    // have no compiler, get the smaller one.
     let large = [1_500_000, 100_000]
         .map(|count| program("cap-large", &(SPIN.to_owned() + &idle_functions(count)), &[]));
     let busy: Vec<Running> =
@@ -188,7 +190,7 @@ async fn a_capture_is_over_when_its_last_samples_are_walked() {
 }
 
 #[test]
-fn pressure_within_a_second_is_watched_as_asked_where_the_kernel_grants_that() {
+fn a_pressure_window_of_a_second_is_used_where_permitted() {
     let (stall, window) = (Duration::from_millis(100), Duration::from_secs(1));
     let file = Path::new("/proc/pressure/cpu");
     let pressure = PressureFile::open(file, false, stall, window, boot_time()).unwrap();
@@ -200,15 +202,15 @@ fn pressure_within_a_second_is_watched_as_asked_where_the_kernel_grants_that() {
     let exactly = (stall_watched, window_watched) == (stall, window);
     let adapted = !may && (stall_watched, window_watched) == (2 * stall, 2 * window);
     assert!(exactly || adapted, "{may}: {pressure:?}");
-    assert!(pressure.fd().is_some(), "by a trigger of the kernel: {pressure:?}");
+    assert!(pressure.fd().is_some(), "the kernel watches it: {pressure:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn real_pressure_captures_the_whole_container_with_its_evidence_and_lead_up() {
+async fn pressure_captures_the_container_with_evidence_and_lead_up() {
     let directory = tempfile::tempdir().unwrap();
     let program = spinner(directory.path(), "cap-pressed");
     let group = Group::new("pressed");
-    // Half a CPU for three that want one each; where version 1 has the controller, it has its own names.
+    // Half a CPU for three processes that use one each. Under the v1 controller the file has another name.
     let (v1, v2) = (group.directory.join("cpu.cfs_quota_us"), group.unified.join("cpu.max"));
     if v1.exists() {
         fs::write(v1, "50000").unwrap();
@@ -246,8 +248,8 @@ async fn real_pressure_captures_the_whole_container_with_its_evidence_and_lead_u
         |reason: &str, rule: &str| profiles.of(rule, reason).into_keys().collect::<BTreeSet<u32>>() == pids;
     until("all three by pressure", 40, || all("pressure", "pressed")).await;
     until("all three by throttling", 40, || all("throttled", "throttled")).await;
-    until("all three by use", 40, || all("cpu_usage", "used")).await;
-    until("another one after the cooldown, with what came before", 40, || {
+    until("all three by CPU use", 40, || all("cpu_usage", "used")).await;
+    until("another one after the cooldown, with its pre-trigger window", 40, || {
         profiles.evidence("pressed").len() >= 2 && all("pressure lead-up", "pressed")
     })
     .await;
@@ -261,7 +263,7 @@ async fn real_pressure_captures_the_whole_container_with_its_evidence_and_lead_u
     let statuses = engine.view().await.unwrap().rules;
     let idle = statuses.iter().find(|status| status.rule_id == "idle").unwrap();
     assert!(idle.reason.starts_with("waits for cpu_usage") && idle.processes == 3, "{idle:?}");
-    // A capture ends when its rule is gone.
+    // A capture ends when its rule is removed.
     apply(&engine, "  - {id: nothing, match: {comm: [nobody]}}\n").await;
     engine.flush().await.unwrap();
     let before = profiles.of("pressed", "pressure");
@@ -272,10 +274,10 @@ async fn real_pressure_captures_the_whole_container_with_its_evidence_and_lead_u
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn exec_arms_from_the_first_tick_and_for_no_longer_than_asked() {
+async fn an_exec_trigger_samples_from_the_first_tick_and_ends() {
     let directory = tempfile::tempdir().unwrap();
     let program = spinner(directory.path(), "cap-exec");
-    // Runs already: not an exec.
+    // This one already runs: it makes no exec.
     let before = Running::start(&mut Command::new(&program));
     let (engine, profiles) = engine(Deny::default());
     apply(
@@ -293,7 +295,7 @@ async fn exec_arms_from_the_first_tick_and_for_no_longer_than_asked() {
     }
     let pid = |running: &Running| running.0.id();
     until("two of them", 30, || profiles.of("at-exec", "exec").len() >= 2).await;
-    // They end: what is counted grows no more, however late a slow machine hands it over.
+    // They end: the count stops growing, however late a slow machine delivers.
     let mut taken = profiles.of("at-exec", "exec");
     let begun = Instant::now();
     loop {
@@ -305,21 +307,22 @@ async fn exec_arms_from_the_first_tick_and_for_no_longer_than_asked() {
         taken = now;
         assert!(begun.elapsed() < Duration::from_secs(60), "they do not end: {taken:?}");
     }
-    // Two seconds at 99 Hz, and what is begun of a third.
+    // Two seconds at 99 Hz, and a part of a third.
     assert!(taken.values().all(|samples| *samples <= 250), "{taken:?}");
-    // As many as may run at one time: the third and the one before are none of them.
-    // Any two: who was started first may reach the end of its execve last.
+    // Any two of the three, which is max_concurrent: the first to start may be the last to end its execve. The process that ran
+    // before is not sampled.
     let all: Vec<u32> = started.iter().map(pid).collect();
     assert!(taken.len() == 2 && taken.keys().all(|pid| all.contains(pid)), "{taken:?} of {all:?}");
     assert!(!taken.contains_key(&pid(&before)));
-    // The next one, while there is room again; a child of it is part of the same capture.
+    // There is room again for the next one.
     let next = Running::start(Command::new(&program).args(["spin", "1000"]));
     until("the next one", 30, || profiles.of("at-exec", "exec").contains_key(&pid(&next))).await;
     profiles.check_ledgers();
 }
 
+/// Checks the kill switch and the governor (R40).
 #[tokio::test(flavor = "multi_thread")]
-async fn r40_the_kill_switch_detaches_everything_and_the_budget_lowers_rates() {
+async fn the_kill_switch_detaches_all_and_budgets_lower_rates() {
     let directory = tempfile::tempdir().unwrap();
     let program = spinner(directory.path(), "cap-switched");
     let (engine, profiles) = engine_within(Deny::default(), Budgets { cpu: Some(1e-9), memory_bytes: None });
@@ -348,9 +351,9 @@ async fn r40_the_kill_switch_detaches_everything_and_the_budget_lowers_rates() {
     let refused = engine.capture_now(manual).await.unwrap_err().to_string();
     assert!(refused.contains("switched off by a test"), "{refused}");
     engine.switch_off(None).await.unwrap();
-    until("the one that came meanwhile", 30, || of(&second) > 0).await;
+    until("the process that started meanwhile", 30, || of(&second) > 0).await;
 
-    // No budget is as small as that: rates go down step by step, and profiles say so.
+    // The budget is impossibly small: rates go down step by step, and profiles carry that.
     let end = Instant::now() + Duration::from_secs(40);
     loop {
         let view = engine.view().await.unwrap();
@@ -372,7 +375,7 @@ async fn r40_the_kill_switch_detaches_everything_and_the_budget_lowers_rates() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_schedule_captures_and_what_the_node_denies_is_never_sampled() {
+async fn a_schedule_captures_and_denied_processes_are_not_sampled() {
     let directory = tempfile::tempdir().unwrap();
     let (yes, no) = (spinner(directory.path(), "cap-yes"), spinner(directory.path(), "cap-no"));
     let deny = Deny { comm: vec![gannet_proto::rules::Pattern::parse("cap-n*").unwrap()], ..Deny::default() };
@@ -387,7 +390,7 @@ async fn a_schedule_captures_and_what_the_node_denies_is_never_sampled() {
 ",
     )
     .await;
-    let asked = engine
+    let manual = engine
         .capture_now(ManualCapture {
             matches: Match { pids: vec![no.0.id()], ..Match::default() },
             hz: 99,
@@ -397,7 +400,7 @@ async fn a_schedule_captures_and_what_the_node_denies_is_never_sampled() {
         })
         .await
         .unwrap();
-    asked.over.await.unwrap();
+    manual.over.await.unwrap();
     until("the schedule", 30, || profiles.of("clock", "schedule").contains_key(&yes.0.id())).await;
     for (rule, reason) in [("clock", "schedule"), ("always", "always"), ("manual", "manual")] {
         assert!(!profiles.of(rule, reason).contains_key(&no.0.id()), "{rule}");

@@ -1,4 +1,4 @@
-//! Needs root and a kernel with BTF: what the daemon tells of processes over HTTP and in its log, and what it must not.
+//! What the daemon shows of processes over HTTP and in its log, and what it must not show.
 
 use std::{
     fs::{self, File},
@@ -18,10 +18,10 @@ use crate::common::{
     life::{COMM, life, life_as},
 };
 
-/// However busy the machine is.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Long enough for a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What nobody may see. Put together where it is used: the tests' own text is none of what is searched.
+/// Returns a secret. It is put together at run time, so that the program text of this test does not contain it.
 fn canary() -> String {
     ["canary", "7d1e", "0b45"].join("-")
 }
@@ -34,7 +34,7 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// With a rule for the test program, and everything logged.
+    /// Starts the daemon with a rule for the test program and the most detailed log.
     #[track_caller]
     fn start(flags: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
@@ -61,11 +61,11 @@ impl Daemon {
         daemon
     }
 
-    /// The answer as it came, or nothing.
+    /// Returns the raw HTTP answer; empty on an error.
     fn get(address: SocketAddr, path: &str) -> String {
         let get = || -> std::io::Result<String> {
             let mut stream = TcpStream::connect(address)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_read_timeout(Some(TIMEOUT))?;
             write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
             let mut answer = Vec::new();
             stream.read_to_end(&mut answer)?;
@@ -87,12 +87,12 @@ impl Daemon {
         let begun = Instant::now();
         while !is() {
             let stat = fs::read_to_string(format!("/proc/{}/stat", self.running.0.id())).unwrap();
-            assert!(begun.elapsed() < PATIENCE && !stat.contains(") Z"), "{what}: {}", self.log());
+            assert!(begun.elapsed() < TIMEOUT && !stat.contains(") Z"), "{what}: {}", self.log());
             sleep(Duration::from_millis(20));
         }
     }
 
-    /// As a service manager ends it; gives what it logged.
+    /// Stops it as a service manager does, and returns its log.
     #[track_caller]
     fn end(mut self) -> String {
         let pid = rustix::process::Pid::from_child(&self.running.0);
@@ -103,7 +103,7 @@ impl Daemon {
         log
     }
 
-    /// Whether these bytes are anywhere in its writable memory.
+    /// Reports whether its writable memory contains these bytes.
     fn holds(&self, bytes: &[u8]) -> bool {
         let pid = self.running.0.id();
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
@@ -120,17 +120,17 @@ impl Daemon {
             .any(|range| {
                 let mut at = range.start;
                 while at < range.end {
-                    let most = buffer.len().min((range.end - at) as usize);
-                    // Some of it cannot be read, such as what a device shows.
-                    let Ok(got) = memory.read_at(&mut buffer[..most], at) else { return false };
+                    let length = buffer.len().min((range.end - at) as usize);
+                    // Some memory cannot be read, such as that of a device.
+                    let Ok(got) = memory.read_at(&mut buffer[..length], at) else { return false };
                     if got == 0 {
                         return false;
                     }
                     if find(&buffer[..got], bytes) {
                         return true;
                     }
-                    // What lies across the end of the buffer is seen whole the next time.
-                    at += if got < most || at + got as u64 == range.end {
+                    // Bytes across the end of the buffer are complete in the next one.
+                    at += if got < length || at + got as u64 == range.end {
                         got as u64
                     } else {
                         (got - bytes.len()) as u64
@@ -149,7 +149,7 @@ fn find(haystack: &[u8], needle: &[u8]) -> bool {
     }
 }
 
-/// Nobody listens there, for the moment.
+/// Returns an address on which no program listens.
 fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
@@ -169,21 +169,25 @@ fn a_scrape_shows_the_declared_metrics_and_no_others() {
     daemon.end();
 }
 
+/// Checks that readiness and status name switched-off lifecycle events (R25, R26).
 #[test]
-fn r25_r26_readiness_says_what_is_not_heard_of() {
+fn readiness_shows_that_lifecycle_events_are_off() {
     let daemon = Daemon::start(&["--lifecycle", "false"]);
     let ready = Daemon::get(daemon.probes, "/readyz");
     assert!(ready.contains("degraded: kernel: ") && ready.contains("--lifecycle"), "{ready}");
     assert!(daemon.page("/statusz").contains("--lifecycle"));
     let child = Running::start(Command::new(life()).args(["spin", "60000"]));
     let line = format!("/debug/processes?pid={}", child.0.id());
-    daemon.wait_for("it is found and profiled", || daemon.page(&line).contains("profiled: wanted by life"));
+    daemon.wait_for("a scan finds it, and it is profiled", || {
+        daemon.page(&line).contains("profiled: wanted by life")
+    });
     drop(child);
     daemon.end();
 }
 
+/// Checks pages, log and memory for arguments and environment variables of processes (R44, R45).
 #[test]
-fn r45_r44_arguments_and_environment_are_in_no_page_no_log_and_not_in_memory() {
+fn arguments_and_environment_are_not_shown_logged_or_kept() {
     let canary = canary();
     let directory = tempfile::tempdir().unwrap();
     let other = life_as(directory.path(), "gannet-other");
@@ -199,7 +203,7 @@ fn r45_r44_arguments_and_environment_are_in_no_page_no_log_and_not_in_memory() {
                 .stdin(Stdio::null()),
         )
     };
-    // One that a rule names, with children and an exec; one that none does.
+    // A process that a rule names, with children and an exec, and one that no rule names.
     let path = life();
     let mut spinning = start(&path, &["spin", "60000"]);
     let stranger = start(&other, &["sleep", "60000"]);
@@ -222,7 +226,7 @@ fn r45_r44_arguments_and_environment_are_in_no_page_no_log_and_not_in_memory() {
     assert!(shown.contains(COMM), "{shown}");
     assert!(!shown.contains(&canary), "{shown}");
     assert!(daemon.holds(COMM.as_bytes()), "its memory can be searched");
-    assert!(!daemon.holds(canary.as_bytes()), "nothing of it is kept");
+    assert!(!daemon.holds(canary.as_bytes()), "its memory has no secret");
     drop(stranger);
     let log = daemon.end();
     assert!(log.contains("TRACE") || log.contains("DEBUG"), "everything was logged");

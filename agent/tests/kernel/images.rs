@@ -1,4 +1,4 @@
-//! Needs root and a kernel with BTF: whatever a process does, its samples carry the image that they were taken of.
+//! Whatever a process does, its samples belong to the image from which they were taken.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,13 +10,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::{
-    Running,
-    cgroup::{Group, enter},
-    in_order,
-    life::{COMM, life, life_as, run},
-    program, record, slower,
-};
 use gannet_agent::{
     engine::{Engine, EngineOptions, EngineView, ProcessView, Unwinding, Window},
     kernel::KernelOptions,
@@ -31,9 +24,17 @@ use gannet_proto::{
     rules::Caps,
 };
 
+use crate::common::{
+    Running,
+    cgroup::{Group, enter},
+    in_order,
+    life::{COMM, life, life_as, run},
+    program, record, slower,
+};
+
 const STORM: &str = include_str!("../../../scripts/storm.c");
-/// However busy the machine is.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Long enough for a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
@@ -45,7 +46,7 @@ struct Watch {
 }
 
 impl Watch {
-    /// Samples commands of these names. Windows end when they are asked to.
+    /// Starts an engine that samples these commands and ends no window by itself.
     fn of(comms: &[&str], hz: u32, kinds: &[capture::Kind], kernel: KernelOptions) -> Self {
         let (send, windows) = mpsc::channel();
         let options = EngineOptions {
@@ -71,7 +72,7 @@ impl Watch {
         block_on(self.engine.view()).unwrap()
     }
 
-    /// The processes that live; of one number if it is given.
+    /// Returns the processes that are alive, or only the one with this PID.
     fn alive(&self, pid: Option<u32>) -> Vec<ProcessView> {
         let mut processes = block_on(self.engine.processes(pid)).unwrap();
         processes.retain(|process| !process.is_past);
@@ -82,12 +83,12 @@ impl Watch {
     fn wait_for(&self, what: &str, is: impl Fn(&Self) -> bool) {
         let begun = Instant::now();
         while !is(self) {
-            assert!(begun.elapsed() < PATIENCE, "{what}");
+            assert!(begun.elapsed() < TIMEOUT, "{what}");
             thread::sleep(Duration::from_millis(10));
         }
     }
 
-    /// Keeps the reader from its ring while something happens.
+    /// Stops the reader of the ring buffer while `meanwhile` runs.
     fn blocked<T>(&self, meanwhile: impl FnOnce() -> T) -> T {
         let (go, wait) = mpsc::channel::<()>();
         block_on(self.engine.hold(wait)).unwrap();
@@ -96,7 +97,7 @@ impl Watch {
         done
     }
 
-    /// Ends the engine and gives its last window.
+    /// Stops the engine and returns its last window.
     #[track_caller]
     fn end(self) -> Window {
         self.engine.stop();
@@ -106,7 +107,7 @@ impl Watch {
     }
 }
 
-/// Every process of a window, with what its series says of it, and the kind of its samples.
+/// Returns every process of a window with the labels of its series and the kind of its samples.
 fn processes(window: &Window) -> Vec<(&RawProcess, &BTreeMap<String, String>, SampleKind)> {
     window
         .profiles
@@ -121,8 +122,8 @@ fn samples(process: &RawProcess) -> u64 {
     process.stacks.iter().map(|stack| stack.count).sum()
 }
 
-/// The files that an image's addresses belong to; none for an address that belongs to nothing, or to a file that is not
-/// open.
+/// Returns the files to which addresses of an image belong; `None` for an address outside of its mappings or in a file that is
+/// not open.
 fn files_of(image: &Image, addresses: &[u64]) -> BTreeSet<Option<String>> {
     addresses
         .iter()
@@ -138,14 +139,15 @@ fn name_of(path: &str) -> &str {
     Path::new(path).file_name().unwrap().to_str().unwrap()
 }
 
+/// Checks on-CPU and off-CPU samples before, during and after exec (R37, R38, R39).
 #[test]
-fn r38_r37_r39_samples_from_before_an_exec_keep_the_old_image_in_every_kind_of_profile() {
+fn samples_from_before_an_exec_keep_the_old_image() {
     let directory = tempfile::tempdir().unwrap();
     let (old, new) = ("gannet-old", "gannet-new");
     let (first, second) = (life_as(directory.path(), old), life_as(directory.path(), new));
     let kinds = [capture::Kind::OnCpu, capture::Kind::OffCpu];
     let watch = Watch::of(&[old, new], 499, &kinds, KernelOptions::default());
-    // By the first thread, and by another; each sleeps and spins in both images.
+    // Exec by the first thread, and by another; each sleeps and spins in both images.
     for how in [["exec", "150"], ["exec", "60"]] {
         let status = Command::new(&first)
             .args(how)
@@ -174,8 +176,9 @@ fn r38_r37_r39_samples_from_before_an_exec_keep_the_old_image_in_every_kind_of_p
     }
 }
 
+/// Checks that short processes are symbolized after they have exited (R33, R34).
 #[test]
-fn r33_r34_processes_of_30_ms_carry_executable_container_and_code() {
+fn processes_of_30_ms_have_executable_container_and_code() {
     let id = "ab".repeat(32);
     let group = Group::new(&format!("docker-{id}.scope"));
     let enter = enter();
@@ -185,7 +188,7 @@ fn r33_r34_processes_of_30_ms_carry_executable_container_and_code() {
         .map(|_| {
             let path = life();
             Command::new(&enter)
-                .args(group.doors())
+                .args(group.entry_files())
                 .arg("--")
                 .args([path.to_str().unwrap(), "spawn", "100", path.to_str().unwrap(), "spin", &life_ms])
                 .spawn()
@@ -195,14 +198,14 @@ fn r33_r34_processes_of_30_ms_carry_executable_container_and_code() {
     for mut spawner in spawners {
         assert!(spawner.wait().unwrap().success());
     }
-    // All of them are gone by now.
+    // All of them have exited by now.
     let window = watch.end();
     assert_eq!(window.ledger.taken, window.ledger.delivered, "{:?}", window.ledger);
     let (mut all, mut good) = (0, 0);
     let mut keys = BTreeSet::new();
     for (process, labels, _) in processes(&window) {
         keys.insert(process.key);
-        // The series of a container are its pod's; without one they are named after the executable.
+        // The series of a container is named after its pod, or without one after the executable.
         let named = labels["service_name"] == COMM && process.container_id == id;
         for stack in &process.stacks {
             all += stack.count;
@@ -211,12 +214,13 @@ fn r33_r34_processes_of_30_ms_carry_executable_container_and_code() {
             }
         }
     }
-    assert!(keys.len() >= 190, "{} processes were seen", keys.len());
+    assert!(keys.len() >= 190, "{} processes were sampled", keys.len());
     assert!(good * 100 >= all * 99, "{good} of {all}");
 }
 
+/// Checks the images of two processes that had the same PID (R27, R36).
 #[test]
-fn r36_r27_two_lives_of_one_number_have_each_their_own_image() {
+fn two_processes_with_one_pid_have_their_own_images() {
     let directory = tempfile::tempdir().unwrap();
     let (first, second) =
         (life_as(directory.path(), "gannet-first"), life_as(directory.path(), "gannet-second"));
@@ -233,8 +237,9 @@ fn r36_r27_two_lives_of_one_number_have_each_their_own_image() {
     assert!(lives.keys().all(|key| key.tgid.to_string() == number));
 }
 
+/// Checks that lost exits and lost execs are repaired (R23).
 #[test]
-fn r23_lost_events_are_noticed_and_repaired_in_both_directions() {
+fn lost_events_are_noticed_and_repaired() {
     let kernel = KernelOptions { ring_bytes: 1 << 17, ..KernelOptions::default() };
     let watch = Watch::of(&[COMM], 1, &[], kernel);
     let mut parent = Command::new(life())
@@ -251,7 +256,7 @@ fn r23_lost_events_are_noticed_and_repaired_in_both_directions() {
     let late = watch.blocked(|| {
         parent.stdin.take().unwrap().write_all(b"!").unwrap();
         assert!(parent.wait().unwrap().success());
-        // The ring is full of exits: of these nothing is told.
+        // The ring buffer is full of exits, so that these events are lost.
         let late: Vec<_> =
             (0..5).map(|_| Command::new(life()).args(["sleep", "60000"]).spawn().unwrap()).collect();
         thread::sleep(Duration::from_millis(200));
@@ -260,7 +265,7 @@ fn r23_lost_events_are_noticed_and_repaired_in_both_directions() {
     let lost = gannet_agent::kernel::lifecycle_lost(&watch.view().counters.unwrap());
     assert!(lost > 0);
     let wanted: BTreeSet<u32> = late.iter().map(|child| child.0.id()).collect();
-    watch.wait_for("the table is what runs", |watch| {
+    watch.wait_for("the table holds what runs", |watch| {
         let all = watch.alive(None);
         let alive: BTreeSet<u32> =
             all.iter().filter(|p| p.comm == COMM).map(|p| p.key.process.tgid).collect();
@@ -269,49 +274,51 @@ fn r23_lost_events_are_noticed_and_repaired_in_both_directions() {
     assert!(watch.view().process_stats.reconciled > 0);
 }
 
+/// Checks that scans replace missing tracepoints (R25).
 #[test]
-fn r25_without_tracepoints_processes_come_and_go_by_looking() {
+fn without_tracepoints_scans_find_processes() {
     let without = &["sched_process_exec", "sched_process_exit", "mappings"];
     let watch = Watch::of(&[COMM], 199, &[], KernelOptions { without, ..KernelOptions::default() });
     let degraded = watch.engine.degraded().join(" ");
     assert!(degraded.contains("sched_process_exec") && degraded.contains("sched_process_exit"), "{degraded}");
-    is_found_by_looking(&watch);
+    is_found_by_scan(&watch);
 }
 
+/// Checks `--lifecycle false`: scans find processes, and no handler runs (R26).
 #[test]
-fn r26_what_starts_and_ends_is_not_heard_of_if_that_is_switched_off() {
+fn without_lifecycle_events_scans_find_processes() {
     let watch = Watch::of(&[COMM], 199, &[], KernelOptions { lifecycle: false, ..KernelOptions::default() });
     let degraded = watch.engine.degraded().join(" ");
     assert!(degraded.contains("--lifecycle"), "{degraded}");
-    is_found_by_looking(&watch);
-    // The switch that stops everything does not switch it on by the way.
+    is_found_by_scan(&watch);
+    // The kill switch does not switch lifecycle events on when it is released.
     block_on(watch.engine.switch_off(Some("a test".into()))).unwrap();
     block_on(watch.engine.switch_off(None)).unwrap();
-    is_found_by_looking(&watch);
+    is_found_by_scan(&watch);
     let counters = watch.view().counters.unwrap();
     assert_eq!((counters.exec.seen, counters.fork.seen, counters.exit.seen), (0, 0, 0));
 }
 
 #[track_caller]
-fn is_found_by_looking(watch: &Watch) {
+fn is_found_by_scan(watch: &Watch) {
     let mut child = Command::new(life()).args(["spin", "60000"]).spawn().unwrap();
     let pid = child.id();
-    watch.wait_for("it is found, read and sampled", |watch| {
+    watch.wait_for("a scan finds it, and it is read and sampled", |watch| {
         watch.alive(Some(pid)).iter().any(|p| p.samples > 5 && p.exe.ends_with(COMM))
     });
     child.kill().unwrap();
     child.wait().unwrap();
-    watch.wait_for("its end is found", |watch| watch.alive(Some(pid)).is_empty());
+    watch.wait_for("a scan finds its exit", |watch| watch.alive(Some(pid)).is_empty());
 }
 
-/// Told in the order of kernel time, a new image is known as soon as the reader gets to it, twenty times a second. Of ten
-/// the quickest counts: the machine may be busy.
+/// Checks that a new image is known when the reader takes its event, twenty times a second (R39). The quickest of ten counts,
+/// because the machine may be busy.
 #[test]
-fn r39_a_new_image_is_known_within_100_ms() {
+fn a_new_image_is_known_within_100_ms() {
     let directory = tempfile::tempdir().unwrap();
     let second = life_as(directory.path(), "gannet-new");
     let watch = Watch::of(&[COMM, "gannet-new"], 99, &[], KernelOptions::default());
-    let mut quickest = PATIENCE;
+    let mut quickest = TIMEOUT;
     for _ in 0..10 {
         let child = Running::start(Command::new(life()).args([
             "exec",
@@ -323,12 +330,12 @@ fn r39_a_new_image_is_known_within_100_ms() {
         let pid = child.0.id();
         let begun = Instant::now();
         while !std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == second) {
-            assert!(begun.elapsed() < PATIENCE);
+            assert!(begun.elapsed() < TIMEOUT);
             thread::sleep(Duration::from_millis(1));
         }
         let begun = Instant::now();
         loop {
-            // A tick in the middle of execve enters it by its name alone, to be read when the event comes.
+            // A tick in the middle of execve enters it by its name alone; it is read when its event comes.
             let known = watch.alive(Some(pid)).into_iter().find(|p| p.state != ProcessState::Unread);
             let known = known.map(|p| (p.comm, p.mappings));
             match known {
@@ -336,7 +343,7 @@ fn r39_a_new_image_is_known_within_100_ms() {
                     assert!(mappings > 0, "its mappings come with it");
                     break;
                 }
-                _ => assert!(begun.elapsed() < PATIENCE, "{known:?}"),
+                _ => assert!(begun.elapsed() < TIMEOUT, "{known:?}"),
             }
             thread::sleep(Duration::from_millis(1));
         }
@@ -345,33 +352,34 @@ fn r39_a_new_image_is_known_within_100_ms() {
     assert!(quickest < Duration::from_millis(100), "{quickest:?}");
 }
 
-/// What every process is sampled for begins before `execve` has made a stack for the new image.
+/// Checks samples from within `execve`, before it has built a stack for the new image (R37).
 #[test]
-fn r37_in_the_middle_of_execve_there_is_no_user_stack() {
+fn in_the_middle_of_execve_there_is_no_user_stack() {
     let program = life();
     let path = program.to_str().unwrap();
     let recording = record(999, &["--", path, "spawn", "2000", path, "exit", "0"]);
     let in_execve = |stack: &[String]| stack.iter().any(|frame| frame.contains("load_elf_binary"));
     let taken: Vec<_> = recording.stacks.iter().filter(|(stack, _)| in_execve(stack)).collect();
-    // Below the kernel's part is nobody but the command name, or, once the new registers are there, where they point.
+    // Below the kernel's frames is only the command name or, once the new registers are set, their address.
     let entered =
         |frame: &str| ["entry_", "asm_", "ret_from_", "_start"].iter().any(|entry| frame.starts_with(entry));
     let wrong: Vec<_> = taken.iter().filter(|(stack, _)| !entered(&stack[1])).collect();
     let count =
         |stacks: &mut dyn Iterator<Item = &(Vec<String>, u64)>| stacks.map(|(_, count)| count).sum::<u64>();
     let (all, wrong_ones) = (count(&mut taken.iter().copied()), count(&mut wrong.iter().copied().copied()));
-    // Between the last mapping and the new registers are some dozen instructions more.
+    // Some dozen instructions lie between the last mapping and the new registers.
     assert!(all >= 20 && wrong_ones * 20 <= all, "{wrong_ones} of {all}: {wrong:?}");
-    // Nor is there anything of what waited for the word to become the command.
+    // Nor is there a sample of the process that waited to execute the command.
     assert!(recording.stacks.iter().all(|(stack, _)| stack[0] == COMM), "{:?}", recording.stacks);
 }
 
+/// Checks samples that are still in the ring buffer when their process exits (R46).
 #[test]
-fn r46_what_is_queued_when_a_process_ends_is_in_the_output() {
+fn samples_queued_at_the_exit_of_a_process_are_delivered() {
     let watch = Watch::of(&[COMM], 999 / slower(), &[], KernelOptions::default());
     let mut child = Command::new(life()).args(["spin", &(2500 * slower()).to_string()]).spawn().unwrap();
     let pid = child.id();
-    watch.wait_for("the kernel side walks its stacks", |watch| {
+    watch.wait_for("the kernel side unwinds its stacks", |watch| {
         watch.alive(Some(pid)).iter().any(|process| process.unwinding == Unwinding::Kernel)
     });
     let before = watch.view().ledger.taken;
@@ -387,9 +395,9 @@ fn r46_what_is_queued_when_a_process_ends_is_in_the_output() {
     assert_eq!(named, window.ledger.delivered);
 }
 
-/// The short form of `scripts/bench-storm`.
+/// Checks a storm of short processes, the short form of `scripts/bench-storm` (R34).
 #[test]
-fn r34_a_storm_of_short_processes_is_seen_whole() {
+fn a_storm_of_short_processes_is_profiled_completely() {
     let storm = program("gannet-storm", STORM, &[]);
     let directory = tempfile::tempdir().unwrap();
     let child = directory.path().join("storm-child");
@@ -420,20 +428,20 @@ fn r34_a_storm_of_short_processes_is_seen_whole() {
             }
         }
     }
-    // By the kernel's own count of their time, of which a part went into execve: a rule by name does not hold yet there.
-    // scripts/bench-storm holds it against perf's count, tick by tick.
+    // Ticks by the kernel's own count of their CPU time. A part of that is in execve, where a rule on the new name does not match
+    // yet. scripts/bench-storm compares with perf, tick by tick.
     let ticks = account["cpu_seconds"].as_f64().unwrap() * 499.0;
     assert!(all as f64 >= ticks * 0.6, "{all} of {ticks} ticks: {account}");
     assert!(named * 100 >= all * 99, "{named} of {all} have their code");
-    assert!(rooted * 100 >= user * 95, "{rooted} of {user} are whole");
+    assert!(rooted * 100 >= user * 95, "{rooted} of {user} are complete");
 }
 
 #[test]
 fn a_program_of_30_ms_is_recorded_from_its_start() {
     let program = life();
     let recording = record(999, &["--", program.to_str().unwrap(), "spin", "30"]);
-    let (whole, all) =
+    let (complete, all) =
         recording.share("spin_here", |stack| in_order(stack, &["_start", "main", "spin_here"]));
-    assert!(all >= 10 && whole * 100 >= all * 95, "{whole} of {all}: {:?}", recording.stacks);
+    assert!(all >= 10 && complete * 100 >= all * 95, "{complete} of {all}: {:?}", recording.stacks);
     assert!(recording.lost.values().all(|lost| *lost == 0), "{:?}", recording.lost);
 }

@@ -1,4 +1,4 @@
-//! Needs root and a kernel with BTF: how processes begin, change and end, as the kernel side tells it.
+//! How the kernel side reports processes that start, change and exit.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -10,10 +10,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::{
-    Running, agent,
-    life::{COMM, life, life_as, run},
-};
 use gannet_agent::{
     kernel::{
         Event, Kernel, KernelOptions, KernelRules, LifecycleCounts, NamePattern, handlers_are_preemptible,
@@ -25,8 +21,13 @@ use gannet_agent::{
 
 use rstest::rstest;
 
-/// However busy the machine is.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::common::{
+    Running, agent,
+    life::{COMM, life, life_as, run},
+};
+
+/// Long enough for a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn rules_for(comms: &[&str], hz: u64) -> KernelRules {
     let name = |comm: &str| NamePattern { text: comm.into(), prefix: false };
@@ -35,8 +36,8 @@ fn rules_for(comms: &[&str], hz: u64) -> KernelRules {
     rules
 }
 
-/// Every process is a candidate, of which the agent decides.
-fn everybody() -> KernelRules {
+/// Builds rules for which every process is a candidate, so that the agent decides.
+fn every_process() -> KernelRules {
     let mut rules = rules_for(&["nobody"], 1);
     rules.masks.any_comm = 1;
     rules.masks.by_agent = 1;
@@ -57,7 +58,7 @@ fn kernel(comms: &[&str], hz: u64) -> Kernel {
     kernel
 }
 
-/// Reads until what has been read is enough.
+/// Reads events until `enough` holds for all of them.
 #[track_caller]
 fn read_until(kernel: &mut Kernel, enough: impl Fn(&[Event]) -> bool) -> Vec<Event> {
     let begun = Instant::now();
@@ -67,7 +68,7 @@ fn read_until(kernel: &mut Kernel, enough: impl Fn(&[Event]) -> bool) -> Vec<Eve
         if enough(&events) {
             return events;
         }
-        assert!(begun.elapsed() < PATIENCE, "{events:?}");
+        assert!(begun.elapsed() < TIMEOUT, "{events:?}");
         sleep(Duration::from_millis(5));
     }
 }
@@ -99,8 +100,10 @@ fn balance(counts: &LifecycleCounts) -> u64 {
     counts.filtered + counts.sent + counts.lost_rate + counts.lost_ring_full
 }
 
+/// Checks that a process exits with its last thread, not with its leader (R16), and that its exit event has the status of
+/// `wait(2)` (R21).
 #[test]
-fn r16_r21_the_end_of_the_leader_is_not_the_end_and_every_end_tells_its_code() {
+fn a_process_exits_with_its_last_thread_and_its_status() {
     let mut kernel = kernel(&[COMM], 99);
     let start = |arguments: &[&str]| Command::new(life()).args(arguments).spawn().unwrap();
     let mut worker = start(&["leader-leaves", "1500"]);
@@ -108,19 +111,19 @@ fn r16_r21_the_end_of_the_leader_is_not_the_end_and_every_end_tells_its_code() {
         (start(&["exit", "7"]), Some((7, 0))),
         (start(&["kill-self", "9"]), Some((0, 9))),
         (start(&["kill-self", "15"]), Some((0, 15))),
-        // What the last thread gives counts on some kernels, on others what the leader gave.
+        // The status is that of the last thread on some kernels, and that of the leader on others.
         (start(&["last-thread", "50"]), None),
     ];
     let pids: Vec<u32> = others.iter().map(|(child, _)| child.id()).collect();
     let mut events = read_until(&mut kernel, |events| pids.iter().all(|pid| exit_of(events, *pid).is_some()));
     for (child, wanted) in &mut others {
         let status = child.wait().unwrap();
-        let told = exit_of(&events, child.id());
+        let reported = exit_of(&events, child.id());
         let waited = (status.code().unwrap_or(0) as u32, status.signal().unwrap_or(0) as u32);
-        assert_eq!(told, Some(waited), "as wait(2) says");
+        assert_eq!(reported, Some(waited), "as wait(2) returns it");
         assert!(wanted.is_none_or(|wanted| waited == wanted), "{status}");
     }
-    // The leader is a zombie by now, with a thread that goes on.
+    // The leader is a zombie by now, and another thread still runs.
     if worker.try_wait().unwrap().is_none() {
         events.extend(kernel.read().unwrap());
         if worker.try_wait().unwrap().is_none() {
@@ -132,8 +135,9 @@ fn r16_r21_the_end_of_the_leader_is_not_the_end_and_every_end_tells_its_code() {
     assert_eq!(exit_of(&more, worker.id()), Some((5, 0)));
 }
 
+/// Checks that many threads that exit at once make one event (R17).
 #[test]
-fn r17_one_exit_event_per_process() {
+fn each_process_has_one_exit_event() {
     let mut kernel = kernel(&[COMM], 1);
     kernel.set_sampling(false);
     let mut crowd = Command::new(life()).args(["crowd", "1000"]).spawn().unwrap();
@@ -141,7 +145,7 @@ fn r17_one_exit_event_per_process() {
     let begun = Instant::now();
     let mut events = Vec::new();
     while !ended(&events) {
-        assert!(begun.elapsed() < 5 * PATIENCE);
+        assert!(begun.elapsed() < 5 * TIMEOUT);
         events.extend(kernel.read().unwrap());
         sleep(Duration::from_millis(5));
     }
@@ -163,11 +167,12 @@ fn r17_one_exit_event_per_process() {
     assert_eq!(counters.procs_full, 0);
 }
 
+/// Checks that each event is reported (R17) or bounded by the kernel's skip counters (R23).
 #[rstest]
 #[case::one_handler(false, &[])]
 #[case::redundant(true, &[])]
 #[case::the_second_alone(true, &["on_exec", "on_fork", "on_exit"])]
-fn r17_r23_an_event_is_told_once_or_counted_as_refused(
+fn an_event_is_reported_once_or_counted_as_skipped(
     #[case] redundant_handlers: bool,
     #[case] without: &'static [&'static str],
 ) {
@@ -188,12 +193,12 @@ fn r17_r23_an_event_is_told_once_or_counted_as_refused(
     let mut events = Vec::new();
     let begun = Instant::now();
     while parents.iter_mut().any(|parent| parent.0.try_wait().unwrap().is_none()) {
-        assert!(begun.elapsed() < 5 * PATIENCE);
+        assert!(begun.elapsed() < 5 * TIMEOUT);
         events.extend(kernel.read().unwrap());
         sleep(Duration::from_millis(5));
     }
     events.extend(kernel.read().unwrap());
-    let mut told: HashMap<&str, Vec<ProcessKey>> = HashMap::new();
+    let mut reported: HashMap<&str, Vec<ProcessKey>> = HashMap::new();
     for event in &events {
         let (kind, subject, parent) = match event {
             Event::Exec { subject, origin, .. } => ("exec", subject, origin.parent),
@@ -202,43 +207,46 @@ fn r17_r23_an_event_is_told_once_or_counted_as_refused(
             _ => continue,
         };
         if pids.contains(&parent) {
-            told.entry(kind).or_default().push(subject.key);
+            reported.entry(kind).or_default().push(subject.key);
         }
     }
     let counters = kernel.counters().unwrap();
     let programs = kernel.programs();
-    let refused = |name: &str| programs.iter().find(|cost| cost.name == name).map(|cost| cost.skipped);
-    // The end of a child is nobody's concern if neither its birth nor its exec was told.
-    let known = told["fork"].iter().chain(&told["exec"]).collect::<HashSet<_>>().len();
+    let skips = |name: &str| programs.iter().find(|cost| cost.name == name).map(|cost| cost.skipped);
+    // The exit of a child is reported only if its fork or its exec was.
+    let known = reported["fork"].iter().chain(&reported["exec"]).collect::<HashSet<_>>().len();
     let all = PARENTS * CHILDREN;
     for (kind, happened, counts) in
         [("fork", all, &counters.fork), ("exec", all, &counters.exec), ("exit", known, &counters.exit)]
     {
-        let keys = &told[kind];
+        let keys = &reported[kind];
         let once = keys.iter().collect::<HashSet<_>>().len();
         let first = format!("on_{kind}");
         let attached = [
             (!without.contains(&first.as_str())).then_some(first),
             redundant_handlers.then(|| format!("on_{kind}_again")),
         ];
-        let refused = attached.into_iter().flatten().map(|name| refused(&name).unwrap()).min().unwrap();
-        let what =
-            format!("{kind}: {once} of {happened} told, {} times, {refused} refused, {counts:?}", keys.len());
+        let skipped = attached.into_iter().flatten().map(|name| skips(&name).unwrap()).min().unwrap();
+        let what = format!(
+            "{kind}: {once} of {happened} reported, {} times, {skipped} skipped, {counts:?}",
+            keys.len()
+        );
         eprintln!("{what}");
-        assert!(once <= happened && once as u64 + refused >= happened as u64, "{what}");
-        // A kernel that can preempt one of them may be told by both.
+        assert!(once <= happened && once as u64 + skipped >= happened as u64, "{what}");
+        // A kernel that can preempt one of the handlers may report an event by both.
         let often = if handlers_are_preemptible() { once / 20 } else { 0 };
         assert!(keys.len() <= once + often, "{what}");
         if without.is_empty() {
-            assert_eq!(counts.skipped, refused, "{what}");
+            assert_eq!(counts.skipped, skipped, "{what}");
         }
         assert_eq!(counts.seen, balance(counts), "{what}");
     }
     assert_eq!(lifecycle_lost(&counters), 0);
 }
 
+/// Checks the exec of a thread that is not the leader (R18).
 #[test]
-fn r18_exec_by_a_thread_is_one_exec_and_no_exit() {
+fn exec_by_a_thread_is_one_exec_and_no_exit() {
     let mut kernel = kernel(&[COMM], 99);
     let program = life();
     let mut child =
@@ -256,11 +264,12 @@ fn r18_exec_by_a_thread_is_one_exec_and_no_exit() {
     let [(false, first, key), (true, second, same)] = execs.as_slice() else { panic!("{execs:?}") };
     assert_eq!((*second, *same), (first + 1, *key), "the same process, its next image");
     let last = its.iter().rev().find(|event| !matches!(event, Event::Sample(_)));
-    assert!(matches!(last, Some(Event::Exit { .. })), "nothing behind the exit but its own last work");
+    assert!(matches!(last, Some(Event::Exit { .. })), "only samples of its last work come after the exit");
 }
 
+/// Checks that handlers do nothing, not even count, while lifecycle events are off (R19).
 #[test]
-fn r19_the_switch_gates_the_handlers_before_all_other_work() {
+fn the_switch_stops_the_handlers_before_all_other_work() {
     let mut kernel = kernel(&[COMM], 1);
     kernel.set_sampling(false);
     let program = life();
@@ -288,12 +297,13 @@ fn r19_the_switch_gates_the_handlers_before_all_other_work() {
     read_until(&mut kernel, |events| ended(events) >= 10);
 }
 
+/// Checks the filter and the rate limit of reports, and that the counters balance (R20).
 #[test]
-fn r20_reports_are_filtered_and_bounded_and_every_one_is_accounted_for() {
+fn reports_are_filtered_bounded_and_all_counted() {
     // Fewer than the slowest machine executes.
     const RATE: u64 = 100;
     let options = KernelOptions { report_rate: RATE, ..KernelOptions::default() };
-    let mut kernel = kernel_with(options, &everybody());
+    let mut kernel = kernel_with(options, &every_process());
     kernel.set_sampling(false);
     kernel.read().unwrap();
     let before = kernel.counters().unwrap();
@@ -305,7 +315,7 @@ fn r20_reports_are_filtered_and_bounded_and_every_one_is_accounted_for() {
         let events = kernel.read().unwrap();
         read += events.iter().filter(|event| matches!(event, Event::Exec { .. })).count() as u64;
     }
-    // Whoever else executes something meanwhile is in one reading or the other.
+    // An exec of another process is in one of the two reads.
     kernel.set_lifecycle(false);
     read += kernel.read().unwrap().iter().filter(|event| matches!(event, Event::Exec { .. })).count() as u64;
     let tenths = begun.elapsed().as_millis() as u64 / 100;
@@ -320,7 +330,7 @@ fn r20_reports_are_filtered_and_bounded_and_every_one_is_accounted_for() {
     assert!(sent <= (tenths + 2) * (RATE / 10 + 1) * 11 / 10, "{sent} in {tenths} tenths of a second");
     assert!(counters.exec.lost_rate - before.exec.lost_rate > 0, "{:?}", counters.exec);
 
-    // Without anybody who wants all, what no rule names is not even a candidate.
+    // Without a rule for every process, an unmatched one is not even a candidate.
     kernel.set_lifecycle(true);
     kernel.set_rules(&rules_for(&["nobody"], 1)).unwrap();
     let before = kernel.counters().unwrap();
@@ -330,8 +340,9 @@ fn r20_reports_are_filtered_and_bounded_and_every_one_is_accounted_for() {
     assert_eq!(after.exec.seen, balance(&after.exec));
 }
 
+/// Checks the fields of an exec event against `/proc` (R21).
 #[test]
-fn r21_an_exec_tells_who_and_what_and_where() {
+fn an_exec_event_has_process_parent_path_and_file() {
     let mut kernel = kernel(&[COMM], 99);
     let program = life();
     let mut child = Command::new(&program).args(["sleep", "20000"]).spawn().unwrap();
@@ -363,17 +374,17 @@ fn r21_an_exec_tells_who_and_what_and_where() {
     child.wait().unwrap();
     let events = read_until(&mut kernel, |events| exit_of(events, pid).is_some());
     assert_eq!(exit_of(&events, pid), Some((0, 9)));
-    let Some(Event::Exit { subject: gone, .. }) =
+    let Some(Event::Exit { subject: exited, .. }) =
         events.iter().find(|event| matches!(event, Event::Exit { subject, .. } if subject.key.tgid == pid))
     else {
         panic!("{events:?}")
     };
-    assert_eq!((gone.key, gone.exec_id), (subject.key, subject.exec_id));
+    assert_eq!((exited.key, exited.exec_id), (subject.key, subject.exec_id));
 }
 
-/// The records of one ring are in the order of their reservation; this is what it is worth.
+/// Checks that records, which are in the order of their reservation, are in the order of kernel time (R22).
 #[test]
-fn r22_the_order_of_the_ring_is_the_order_of_kernel_time() {
+fn the_order_of_the_ring_buffer_is_that_of_kernel_time() {
     let mut kernel = kernel(&[COMM], 999);
     let program = life();
     let path = program.to_str().unwrap();
@@ -409,10 +420,10 @@ fn r22_the_order_of_the_ring_is_the_order_of_kernel_time() {
                 samples += 1;
                 let subject = &sample.subject;
                 if let Some(image) = images.get(&subject.key) {
-                    assert!(subject.exec_id >= *image, "a sample of an image that was gone");
+                    assert!(subject.exec_id >= *image, "a sample of a replaced image");
                 }
-                // A process goes on to use the CPU while it is taken apart; a sample that came before its end does not
-                // come behind it. The slack is for a thread that is interrupted between clock and reservation.
+                // A process still uses the CPU after its exit event, but no earlier sample may come after that event. The
+                // slack is for a thread that is interrupted between reading the clock and reserving the record.
                 if let Some(end) = ended.get(&subject.key) {
                     assert!(subject.ktime_ns + 50_000_000 > *end, "a sample that was overtaken by the exit");
                 }
@@ -426,8 +437,9 @@ fn r22_the_order_of_the_ring_is_the_order_of_kernel_time() {
     assert_eq!((counters.taken, lifecycle_lost(&counters)), (counters.sent, 0));
 }
 
+/// Checks that a missing tracepoint is reported and costs only its own events (R25).
 #[test]
-fn r25_without_a_tracepoint_the_rest_works_and_it_is_said() {
+fn without_a_tracepoint_the_rest_works_and_is_reported() {
     let options = KernelOptions { without: &["sched_process_exec"], ..KernelOptions::default() };
     let mut kernel = kernel_with(options, &rules_for(&[COMM], 99));
     assert!(
@@ -449,13 +461,14 @@ fn r25_without_a_tracepoint_the_rest_works_and_it_is_said() {
     assert!(events.iter().any(|event| matches!(event, Event::Sample(_))));
 }
 
+/// Checks that samples and events of a reused PID belong to the right process (R27).
 #[test]
-fn r27_two_lives_of_one_number_stay_apart() {
+fn two_processes_with_one_pid_stay_apart() {
     let directory = tempfile::tempdir().unwrap();
     let (first, second) =
         (life_as(directory.path(), "gannet-first"), life_as(directory.path(), "gannet-second"));
     let mut kernel = kernel(&["gannet-first", "gannet-second"], 199);
-    // A number that nobody has, and that nobody is given soon: numbers are given in turn.
+    // A PID that is free and stays free for a while: the kernel assigns PIDs in turn.
     let number = (2..30_000).rev().find(|pid| !fs::exists(format!("/proc/{pid}")).unwrap()).unwrap();
     run(&["reborn", &number.to_string(), "60", first.to_str().unwrap(), second.to_str().unwrap()]);
     let count = |events: &[Event]| {
@@ -484,8 +497,9 @@ fn r27_two_lives_of_one_number_stay_apart() {
     assert_eq!(sampled.len(), 2, "{sampled:?}");
 }
 
+/// Checks that the start times of BPF and of `/proc` name the same process (R28).
 #[test]
-fn r28_the_kernels_start_time_and_that_of_proc_are_one_key() {
+fn start_times_of_the_kernel_and_of_proc_agree() {
     let comm = fs::read_to_string("/proc/self/comm").unwrap().trim_end().to_owned();
     let mut parent = Command::new(life())
         .args(["children", "100"])
@@ -516,11 +530,12 @@ fn r28_the_kernels_start_time_and_that_of_proc_are_one_key() {
     parent.wait().unwrap();
 }
 
+/// Checks start times in a time namespace with another boot clock (R28).
 #[test]
-fn r28_in_a_time_namespace_the_key_is_the_same() {
+fn start_times_agree_in_a_time_namespace() {
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("out.folded");
-    // Were the key wrong nothing of the process could be read, and its function would have no name.
+    // With a wrong key the agent could read nothing of the process, and its function would have no name.
     let done = Command::new(life())
         .args(["later", "86400", agent().to_str().unwrap(), "record", "--hz", "199", "-o"])
         .arg(&out)

@@ -1,4 +1,4 @@
-//! Needs root: processes in control groups as container runtimes make them, sampled and named after their pods.
+//! Processes in control groups as container runtimes make them: their series are named after their pods.
 
 use std::{
     fs,
@@ -8,7 +8,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::Running;
 use futures::{
     StreamExt as _,
     stream::{self, BoxStream},
@@ -36,6 +35,8 @@ use gannet_proto::{
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use crate::common::Running;
+
 const KNOWN: char = 'a';
 const DENIED: char = 'b';
 const UNKNOWN: char = 'c';
@@ -48,7 +49,7 @@ fn uid(letter: char) -> String {
     format!("{letter}0000000-1111-4222-8333-444444444444")
 }
 
-/// Tells once of a pod with a container, and of one that denies.
+/// A feed that sends two pods once: one with a container, and one whose annotation forbids profiling.
 struct Given;
 
 impl PodFeed for Given {
@@ -74,7 +75,7 @@ impl PodFeed for Given {
     }
 }
 
-/// A control group of a container, taken away at the end.
+/// The control group of a container.
 struct Group(PathBuf);
 
 impl Group {
@@ -84,19 +85,19 @@ impl Group {
         Self(path)
     }
 
-    /// A shell that works in it, as a container runtime starts one: in the group before it becomes the program.
+    /// Starts a shell in it as container runtimes do: the process enters the group, then executes the program.
     fn start(&self, script: &str) -> Running {
         let enter = format!("echo $$ > '{}/cgroup.procs' && exec sh -c '{script}'", self.0.display());
         Running::start(Command::new("sh").args(["-c", &enter]).stdout(Stdio::null()))
     }
 }
 
-/// Below the hierarchy's root, for this test alone.
+/// The control group of this test, removed at its end.
 struct Top(PathBuf);
 
 impl Drop for Top {
     fn drop(&mut self) {
-        // Leaves first; a group that still has a dying process in it is busy for a moment.
+        // Leaves first; a group is busy as long as a process in it exits.
         for _ in 0..200 {
             remove(&self.0);
             if !self.0.exists() {
@@ -127,7 +128,7 @@ fn in_container(batch: &Batch, letter: char) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn samples_of_containers_are_named_after_their_pods() {
+async fn series_of_containers_are_named_after_their_pods() {
     let ledger = NodeLedger::new();
     let (queue, windows) = WindowQueue::new(ledger.clone());
     let engine = Engine::start(
@@ -145,8 +146,8 @@ async fn samples_of_containers_are_named_after_their_pods() {
     .unwrap();
     let groups = Arc::clone(engine.groups().unwrap());
     let made = Arc::new(Notify::new());
-    let bell = Arc::clone(&made);
-    groups.watch(move || bell.notify_one()).unwrap();
+    let wake_up = Arc::clone(&made);
+    groups.watch(move || wake_up.notify_one()).unwrap();
 
     let pods = Pods::new(PodLabelOptions { cluster: "test".into(), pod_labels: vec![] });
     let cancel = CancellationToken::new();
@@ -178,7 +179,7 @@ async fn samples_of_containers_are_named_after_their_pods() {
     let [known, denied, unknown] = [KNOWN, DENIED, UNKNOWN].map(|letter| Group::make(&top.0, letter));
     let spin = "i=0; while [ $i -lt 100000000 ]; do i=$((i+1)); done";
     let spinning = [&known, &denied, &unknown].map(|group| group.start(spin));
-    // One that is gone, with its control group, before anybody looks at it in /proc.
+    // One that has exited, and whose control group was removed, before the agent reads /proc.
     let brief = Group::make(&top.0.join("brief"), KNOWN);
     let mut ended = brief.start("i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done");
     ended.0.wait().unwrap();
@@ -217,13 +218,13 @@ async fn samples_of_containers_are_named_after_their_pods() {
              rule_id=containers service_name=checkout workload=checkout workload_kind=deployment"
         );
     }
-    // Not known to anybody: named after what it runs, and nobody else's name.
+    // No feed knows this pod: the series is named after the program.
     for batch in of(UNKNOWN) {
         assert!(!batch.labels.contains_key("pod") && !batch.labels.contains_key("namespace"));
         assert!(!batch.labels["service_name"].is_empty());
     }
     assert!(!of(UNKNOWN).is_empty());
-    // Its pod denies: nothing comes out, and the account says so.
+    // Its pod forbids profiling: nothing is delivered, and the ledger counts it.
     assert!(of(DENIED).is_empty());
     let account = ledger.snapshot();
     assert!(account.lost[&LossReason::Denied] > 20, "{account:?}");

@@ -1,4 +1,4 @@
-//! Needs root and a kernel with BTF: which processes rules match, decided in the kernel.
+//! Which processes rules match, decided in the kernel.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -9,11 +9,6 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use crate::common::{
-    Running,
-    cgroup::{Group, enter},
-    program,
-};
 use gannet_agent::{
     kernel::{Event, Kernel, KernelOptions},
     rules::{Deny, RuleBook, RuleSource, SourceRules, ad_hoc},
@@ -27,8 +22,14 @@ use proptest::{
     test_runner::{Config, TestRunner},
 };
 
-/// `sleep MS`; `swarm N PROGRAM`: that many children, one after the other, each of which lives 4 ms and then says who it
-/// was and when it ended.
+use crate::common::{
+    Running,
+    cgroup::{Group, enter},
+    program,
+};
+
+/// A program: `sleep MS`; or `swarm N PROGRAM`, which starts N children one after the other. Each lives 4 ms and then prints its
+/// PID and the time.
 const KNOT: &str = r#"
 #include <stdio.h>
 #include <stdlib.h>
@@ -70,7 +71,7 @@ fn knot() -> PathBuf {
     program("gannet-knot", KNOT, &[])
 }
 
-/// The program under another name.
+/// Copies the program to another name.
 fn named(directory: &Path, name: &str) -> PathBuf {
     let copy = directory.join(name);
     fs::copy(knot(), &copy).unwrap();
@@ -104,7 +105,7 @@ fn strings(texts: &[&str]) -> Vec<String> {
     texts.iter().map(|text| (*text).to_owned()).collect()
 }
 
-/// Reads events until one of this process gives an answer.
+/// Reads events until `pick` returns an answer for one.
 #[track_caller]
 fn wait_for<T>(kernel: &mut Kernel, what: &str, mut pick: impl FnMut(&Event) -> Option<T>) -> T {
     let end = Instant::now() + Duration::from_secs(30);
@@ -124,15 +125,16 @@ fn exec_of(pid: u32, comm: &str) -> impl FnMut(&Event) -> Option<u64> {
     }
 }
 
-fn found(pid: u32) -> impl FnMut(&Event) -> Option<u64> {
+fn running(pid: u32) -> impl FnMut(&Event) -> Option<u64> {
     move |event| match event {
         Event::Running { subject, .. } if subject.key.tgid == pid => Some(subject.rules),
         _ => None,
     }
 }
 
+/// Checks the kernel's tries against [`Pattern::matches`] (R17).
 #[test]
-fn r17_the_kernels_tries_find_what_each_pattern_would() {
+fn the_kernels_tries_match_as_the_patterns_do() {
     let kernel = std::cell::RefCell::new(kernel());
     let patterns = || prop::collection::vec("[ab]{1,3}\\*?", 0..3);
     let rules = prop::collection::vec((patterns(), patterns()), 1..8);
@@ -170,8 +172,9 @@ fn r17_the_kernels_tries_find_what_each_pattern_would() {
         .unwrap();
 }
 
+/// Checks that all fields of a rule must match, at exec, for a process that already runs, and after it moves (R17).
 #[test]
-fn r17_a_process_is_matched_by_all_that_a_rule_names_at_exec_and_while_it_runs() {
+fn all_fields_of_a_rule_match_at_exec_and_while_it_runs() {
     let group = Group::new("outer");
     let inner = Group::new("outer/inner");
     let directory = tempfile::tempdir().unwrap();
@@ -180,7 +183,7 @@ fn r17_a_process_is_matched_by_all_that_a_rule_names_at_exec_and_while_it_runs()
     let below = format!("{}/*", group.path);
     let comm = || strings(&["knot-matched"]);
     let namespaces = || strings(&["shop"]);
-    // Each with whether it matches a process of that name in the inner group.
+    // Each match with whether it holds for a process of that name in the inner group.
     let cases = [
         (Match { comm: comm(), ..Match::default() }, true),
         (Match { comm: strings(&["knot-m*"]), ..Match::default() }, true),
@@ -199,7 +202,7 @@ fn r17_a_process_is_matched_by_all_that_a_rule_names_at_exec_and_while_it_runs()
     ];
     let mut book =
         book(cases.iter().enumerate().map(|(number, (matches, _))| rule(number, matches.clone())).collect());
-    // The container is the outer group: what lies within is it too.
+    // The container is the outer group, which covers the inner one.
     assert!(book.select_containers("rule-11", BTreeSet::from([group.id()])));
     assert!(book.select_containers("rule-12", BTreeSet::from([group.id()])));
     let expected =
@@ -209,34 +212,34 @@ fn r17_a_process_is_matched_by_all_that_a_rule_names_at_exec_and_while_it_runs()
     let mut kernel = kernel();
     kernel.set_rules(&rules).unwrap();
     let mut command = Command::new(&enter);
-    command.args(inner.doors()).arg("--").arg(&program).args(["sleep", "60000"]);
+    command.args(inner.entry_files()).arg("--").arg(&program).args(["sleep", "60000"]);
     let started = Running::start(&mut command);
     let pid = started.0.id();
     assert_eq!(wait_for(&mut kernel, "exec", exec_of(pid, "knot-matched")), expected, "at exec");
 
-    // It runs already when the rules come.
+    // The process already runs when the rules come into force.
     kernel.set_rules(&book_of_nothing()).unwrap();
     kernel.read().unwrap();
     kernel.set_rules(&rules).unwrap();
-    assert_eq!(wait_for(&mut kernel, "found", found(pid)), expected, "while it runs");
+    assert_eq!(wait_for(&mut kernel, "running", running(pid)), expected, "while it runs");
 
-    // Put elsewhere, and back.
+    // Moved to another group, and back.
     let elsewhere = Group::new("elsewhere");
     let by_group = [3, 5, 6, 11].iter().fold(0, |bits, slot| bits | 1 << slot);
     elsewhere.take(pid);
-    assert_eq!(wait_for(&mut kernel, "moved", found(pid)), expected & !by_group, "moved away");
+    assert_eq!(wait_for(&mut kernel, "moved", running(pid)), expected & !by_group, "moved away");
     inner.take(pid);
     assert_eq!(
-        wait_for(&mut kernel, "moved back", |event| found(pid)(event).filter(|rules| rules & 1 << 3 != 0)),
+        wait_for(&mut kernel, "moved back", |event| running(pid)(event).filter(|rules| rules & 1 << 3 != 0)),
         expected,
         "moved back"
     );
 
-    // A pid, with its children whatever they are called; and what is denied, whatever rules ask for.
+    // A rule on a PID, and processes that the node denies whatever rules ask for.
     let pids =
         book_of(&[Match { pids: vec![pid], ..Match::default() }, Match { comm: comm(), ..Match::default() }]);
     kernel.set_rules(&pids).unwrap();
-    assert_eq!(wait_for(&mut kernel, "by pid", found(pid)), 0b11);
+    assert_eq!(wait_for(&mut kernel, "by pid", running(pid)), 0b11);
     for deny in [
         Deny { comm: vec![Pattern::parse("knot-ma*").unwrap()], ..Deny::default() },
         Deny { cgroup: vec![Pattern::parse(&below).unwrap()], ..Deny::default() },
@@ -250,8 +253,8 @@ fn r17_a_process_is_matched_by_all_that_a_rule_names_at_exec_and_while_it_runs()
         kernel.read().unwrap();
         kernel.set_rules(&book.kernel_rules(SystemTime::now())).unwrap();
         let events = kernel.read().unwrap();
-        assert!(events.iter().any(|event| found(std::process::id())(event).is_some()), "others are found");
-        assert!(events.iter().all(|event| found(pid)(event).is_none()), "{deny:?}");
+        assert!(events.iter().any(|event| running(std::process::id())(event).is_some()), "others match");
+        assert!(events.iter().all(|event| running(pid)(event).is_none()), "{deny:?}");
     }
 }
 
@@ -267,8 +270,9 @@ fn book_of_nothing() -> gannet_agent::kernel::KernelRules {
     book_of(&[])
 }
 
+/// Checks that a process that starts while rules change is seen at its exec or by the scan (R17).
 #[test]
-fn r17_no_process_falls_between_those_that_run_and_those_that_come() {
+fn no_process_is_missed_while_rules_change() {
     let directory = tempfile::tempdir().unwrap();
     let (swarm, one) = (knot(), named(directory.path(), "knot-swarm"));
     let mut kernel = kernel();
@@ -277,12 +281,12 @@ fn r17_no_process_falls_between_those_that_run_and_those_that_come() {
     command.arg("swarm").arg("400").arg(&one).stdout(Stdio::piped());
     let mut running = Running::start(&mut command);
     let mut output = running.0.stdout.take().unwrap();
-    let told = std::thread::spawn(move || {
+    let printed = std::thread::spawn(move || {
         let mut text = String::new();
         output.read_to_string(&mut text).unwrap();
         text
     });
-    // By whom it is known, and from when to when the rules were in force.
+    // The processes that the kernel side reported, and the times in which the rules were in force.
     let mut seen: HashSet<u32> = HashSet::new();
     let mut in_force: Vec<(u64, u64)> = Vec::new();
     let collect = |kernel: &mut Kernel, seen: &mut HashSet<u32>| {
@@ -307,7 +311,7 @@ fn r17_no_process_falls_between_those_that_run_and_those_that_come() {
         collect(&mut kernel, &mut seen);
     }
     collect(&mut kernel, &mut seen);
-    let ends: HashMap<u32, u64> = told
+    let ends: HashMap<u32, u64> = printed
         .join()
         .unwrap()
         .lines()
@@ -321,7 +325,7 @@ fn r17_no_process_falls_between_those_that_run_and_those_that_come() {
         .collect();
     assert!(must.len() > 50 && in_force.len() > 3, "{} of {} in {in_force:?}", must.len(), ends.len());
     let missed: Vec<&u32> = must.iter().filter(|pid| !seen.contains(pid)).collect();
-    // Where the kernel preempts handlers it may refuse both twins an event, and says so; elsewhere it refuses none.
+    // A kernel that preempts handlers may skip both redundant handlers of an event, and counts that; others skip none.
     let counters = kernel.counters().unwrap();
     assert!(missed.len() as u64 <= counters.exec.skipped, "{missed:?} of {}: {counters:?}", must.len());
     assert!(counters.exec.skipped * 20 < counters.exec.seen, "{counters:?}");

@@ -1,11 +1,12 @@
-//! Needs root and a kernel with BTF: the kernel side, for real.
+//! The kernel side alone: a rule, a process, its samples.
 
 use std::{process::Command, thread::sleep, time::Duration};
 
-use crate::common::program;
 use gannet_agent::kernel::{Event, Kernel, KernelOptions, KernelRules, NamePattern};
 
-/// Computes for a second of CPU time, then ends with 7.
+use crate::common::program;
+
+/// A program that uses a second of CPU time and exits with 7.
 const BUSY: &str = r"
 #include <time.h>
 int main(void)
@@ -25,7 +26,7 @@ fn rules_for(comm: &str, hz: u64) -> KernelRules {
 }
 
 #[test]
-fn a_process_that_a_rule_names_is_armed_at_exec_and_sampled() {
+fn a_process_that_a_rule_names_is_sampled_from_exec_on() {
     let mut kernel = kernel();
     assert_eq!(kernel.degraded(), &[] as &[String]);
     kernel.set_lifecycle(true);
@@ -48,7 +49,7 @@ fn a_process_that_a_rule_names_is_armed_at_exec_and_sampled() {
         (subject.key.tgid, path.as_str(), subject.comm.as_str()),
         (pid, busy.to_str().unwrap(), "gannet-busy")
     );
-    // It goes on to use the CPU for a moment while it is taken apart.
+    // It still uses the CPU for a short time after its exit event.
     let Some(Event::Exit { status, .. }) =
         events.iter().rev().find(|event| !matches!(event, Event::Sample(_)))
     else {

@@ -8,7 +8,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::{Running, program, slower};
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
     kernel::{Counters, KernelOptions},
@@ -21,6 +20,8 @@ use gannet_proto::{
     control::{Match, capture},
     rules::Caps,
 };
+
+use crate::common::{Running, program, slower};
 
 /// An engine, and the windows that it finished.
 struct Machine {

@@ -2,9 +2,10 @@
 
 use std::process::Command;
 
-use crate::common::{idle_functions, in_order, is_marked, program, record, slower};
 use gannet_agent::kernel::{Kernel, KernelMapping, KernelOptions, UnwindDriver, UnwindMaps as _, blocks};
 use rstest::rstest;
+
+use crate::common::{idle_functions, in_order, is_marked, program, record, slower};
 
 /// Checks the edges of mappings in the trie (R5, R7).
 #[test]

@@ -1,5 +1,5 @@
-//! Processes that fork, replace their image, end and hand on their numbers, while what is told of them comes late, in
-//! part or not at all, and `/proc` shows what is there by then: whatever is said of a sample's image is true.
+//! A model of the process table: processes fork, exec, exit and reuse PIDs. Their events come late, in part or not at all, and
+//! `/proc` shows the state of that later time. Whatever the table then says of a sample's image must be true.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -18,7 +18,7 @@ use gannet_agent::{
 };
 use proptest::prelude::*;
 
-/// Above what a kernel gives away, so that no real process is meant.
+/// The first PID: above those that a kernel assigns, so that it names no real process.
 const FIRST: u32 = 5_000_000;
 const PIDS: u32 = 5;
 /// Two ticks of `/proc`.
@@ -29,7 +29,7 @@ const STEP_NS: u64 = 20_000_000;
 struct Life {
     key: ProcessKey,
     exec_id: u32,
-    /// Which program.
+    /// The number of its program.
     program: u64,
     parent: u32,
 }
@@ -47,7 +47,7 @@ impl World {
     }
 }
 
-/// What of `/proc` is read.
+/// The `/proc` of the world, as far as the table reads it.
 struct Fake(Arc<Mutex<World>>);
 
 impl ProcFs for Fake {
@@ -84,14 +84,14 @@ impl ProcFs for Fake {
     }
 }
 
-/// What is told, with the time of it.
+/// An event that is on its way to the table.
 #[derive(Clone, Debug)]
-enum Told {
+enum Queued {
     Mapped(MappingEvent),
     Fork(Subject, Origin),
     Exec(Subject, Origin, FileNumbers),
     Exit(Subject),
-    /// With the program that it was taken of.
+    /// With the program from which it was taken.
     Sample(Subject, u64),
 }
 
@@ -99,15 +99,15 @@ enum Told {
 enum Step {
     Fork(u32),
     Exec(u32),
-    /// As `Exec`, with a tick in the middle.
+    /// An exec with a tick in the middle.
     ExecSampled(u32),
     Exit(u32),
     Sample(u32),
-    /// So many are delivered.
+    /// Delivers so many events.
     Deliver(usize),
-    /// What was told last of a fork or exec is told again, behind samples at most.
+    /// Repeats the last fork or exec event, if only samples came after it.
     Again,
-    /// The next one to be delivered is lost.
+    /// Loses the next event.
     Lose,
     Window,
     Reconcile,
@@ -131,18 +131,19 @@ fn step() -> impl Strategy<Value = Step> {
 struct Model {
     world: Arc<Mutex<World>>,
     table: ProcessTable,
-    queue: VecDeque<Told>,
-    sideband: bool,
+    queue: VecDeque<Queued>,
+    /// Whether the kernel reports mappings.
+    mapping_events: bool,
     may_lose: bool,
     lost: bool,
-    /// Samples of the window that runs: image, and the program that it was.
+    /// Samples of the current window, each with the program of its image.
     samples: BTreeSet<(ImageKey, u64)>,
     /// Images whose exec was delivered.
     executed: BTreeSet<ImageKey>,
 }
 
 impl Model {
-    fn new(sideband: bool, may_lose: bool) -> Self {
+    fn new(mapping_events: bool, may_lose: bool) -> Self {
         let world = Arc::new(Mutex::new(World { now_ns: 1_000_000_000, ..World::default() }));
         let files = NonZeroUsize::new(64).unwrap();
         let table =
@@ -151,7 +152,7 @@ impl Model {
             world,
             table,
             queue: VecDeque::new(),
-            sideband,
+            mapping_events,
             may_lose,
             lost: false,
             samples: BTreeSet::new(),
@@ -180,7 +181,7 @@ impl Model {
         let mut world = world.lock().unwrap();
         world.now_ns += STEP_NS;
         match *step {
-            // A number that is free is given to the child of whoever has the next one.
+            // A free PID goes to a child of the process with the next PID.
             Step::Fork(at) => {
                 let pid = FIRST + at;
                 if world.lives.contains_key(&pid) {
@@ -194,7 +195,7 @@ impl Model {
                     parent: parent.as_ref().map_or(1, |parent| parent.key.tgid),
                 };
                 let origin = Origin { parent: life.parent, uid: 0 };
-                self.queue.push_back(Told::Fork(Self::subject(&world, &life), origin));
+                self.queue.push_back(Queued::Fork(Self::subject(&world, &life), origin));
                 world.lives.insert(pid, life);
             }
             Step::Exec(at) | Step::ExecSampled(at) => {
@@ -207,14 +208,14 @@ impl Model {
                 let life = life.clone();
                 let (tgid, inode) = (life.key.tgid, 100 + program);
                 let dev = rustix::fs::makedev(8, 1);
-                if self.sideband {
-                    self.queue.push_back(Told::Mapped(MappingEvent::Cleared {
+                if self.mapping_events {
+                    self.queue.push_back(Queued::Mapped(MappingEvent::Cleared {
                         tgid,
                         ktime_ns: now_ns - STEP_NS + 1,
                     }));
                     let path = format!("/bin/p{program}");
                     let mapping = NewMapping { start: 0x1000, end: 0x2000, offset: 0, dev, inode, path };
-                    self.queue.push_back(Told::Mapped(MappingEvent::Mapped {
+                    self.queue.push_back(Queued::Mapped(MappingEvent::Mapped {
                         tgid,
                         ktime_ns: now_ns - 3,
                         mapping,
@@ -223,20 +224,20 @@ impl Model {
                 let mut subject = Self::subject(&world, &life);
                 if matches!(step, Step::ExecSampled(_)) {
                     subject.ktime_ns -= 2;
-                    self.queue.push_back(Told::Sample(subject.clone(), program));
+                    self.queue.push_back(Queued::Sample(subject.clone(), program));
                     subject.ktime_ns += 2;
                 }
                 let origin = Origin { parent: life.parent, uid: 0 };
-                self.queue.push_back(Told::Exec(subject, origin, FileNumbers { dev, inode }));
+                self.queue.push_back(Queued::Exec(subject, origin, FileNumbers { dev, inode }));
             }
             Step::Exit(at) => {
                 if let Some(life) = world.lives.remove(&(FIRST + at)) {
-                    self.queue.push_back(Told::Exit(Self::subject(&world, &life)));
+                    self.queue.push_back(Queued::Exit(Self::subject(&world, &life)));
                 }
             }
             Step::Sample(at) => {
                 if let Some(life) = world.lives.get(&(FIRST + at)) {
-                    self.queue.push_back(Told::Sample(Self::subject(&world, life), life.program));
+                    self.queue.push_back(Queued::Sample(Self::subject(&world, life), life.program));
                 }
             }
             Step::Deliver(count) => {
@@ -246,15 +247,16 @@ impl Model {
                 }
             }
             Step::Again => {
-                let last = self.queue.iter().rev().find(|told| !matches!(told, Told::Sample(..))).cloned();
-                self.queue.extend(last.filter(|last| matches!(last, Told::Fork(..) | Told::Exec(..))));
+                let last =
+                    self.queue.iter().rev().find(|event| !matches!(event, Queued::Sample(..))).cloned();
+                self.queue.extend(last.filter(|last| matches!(last, Queued::Fork(..) | Queued::Exec(..))));
             }
             Step::Lose => {
-                // Lifecycle events only: of samples that are lost nothing is said. Mappings are told or not told as a
-                // whole; where they are not, an exec that is lost too leaves nothing to tell by.
+                // Only lifecycle events: a lost sample has no effect. Without mapping events an exec cannot be lost, because
+                // nothing else would show the new image.
                 let losable = match self.queue.front() {
-                    Some(Told::Fork(..) | Told::Exit(_)) => true,
-                    Some(Told::Exec(..)) => self.sideband,
+                    Some(Queued::Fork(..) | Queued::Exit(_)) => true,
+                    Some(Queued::Exec(..)) => self.mapping_events,
                     _ => false,
                 };
                 if self.may_lose && losable {
@@ -268,7 +270,7 @@ impl Model {
             }
             Step::Reconcile => {
                 drop(world);
-                // As the engine does: what has been told must not look like a loss.
+                // As the engine does: pending events must not look like lost ones.
                 while !self.queue.is_empty() {
                     self.deliver();
                 }
@@ -280,38 +282,38 @@ impl Model {
     fn deliver(&mut self) {
         match self.queue.pop_front() {
             None => {}
-            Some(Told::Mapped(mapped)) => self.table.mapping_event(mapped),
-            Some(Told::Fork(subject, origin)) => {
+            Some(Queued::Mapped(event)) => self.table.mapping_event(event),
+            Some(Queued::Fork(subject, origin)) => {
                 self.table.fork(&subject, origin).unwrap();
             }
-            Some(Told::Exec(subject, origin, file)) => {
+            Some(Queued::Exec(subject, origin, file)) => {
                 self.table.exec(&subject, origin, "/given", file).unwrap();
                 self.executed.insert(ImageKey::of(&subject));
             }
-            Some(Told::Exit(subject)) => self.table.exit(&subject, ExitStatus(0)),
-            Some(Told::Sample(subject, program)) => {
+            Some(Queued::Exit(subject)) => self.table.exit(&subject, ExitStatus(0)),
+            Some(Queued::Sample(subject, program)) => {
                 self.table.sampled(&subject, &[0x1800]).unwrap();
                 self.samples.insert((ImageKey::of(&subject), program));
             }
         }
     }
 
-    /// Whatever the table says of the window's samples is true, and it says something of each.
+    /// Ends a window and checks what the table knows of each of its samples.
     fn window(&mut self) {
-        // The engine reads what has been told up to now before it ends a window.
+        // The engine reads all pending events before it ends a window.
         while !self.queue.is_empty() {
             self.deliver();
         }
         for (key, program) in &self.samples {
-            let process = self.table.get(key).unwrap_or_else(|| panic!("{key:?} is forgotten"));
+            let process = self.table.get(key).unwrap_or_else(|| panic!("{key:?} is not in the table"));
             if let Some(mapping) = process.image.find(0x1800) {
                 let MappingKind::File(file) = &mapping.kind else { panic!("{mapping:?}") };
                 assert_eq!(file.path, format!("/bin/p{program}"), "{process:?}");
             }
             let exe = &process.exe;
             assert!(exe.is_empty() || *exe == format!("/bin/p{program}") || exe == "/given", "{process:?}");
-            // What came by the kernel's word is whole.
-            if self.sideband && !self.lost && *program != 0 {
+            // Without losses, the kernel's reports are complete.
+            if self.mapping_events && !self.lost && *program != 0 {
                 assert_eq!(*exe, format!("/bin/p{program}"), "{process:?}");
                 assert!(process.image.find(0x1800).is_some(), "{process:?}");
             }
@@ -328,11 +330,11 @@ impl Model {
             table.alive().map(|process| process.key.process).collect()
         };
         if !self.lost {
-            assert_eq!(alive(&self.table), lives, "without loss nobody is forgotten or kept");
+            assert_eq!(alive(&self.table), lives, "without losses the table holds what is alive");
         }
         self.table.reconcile();
-        assert!(alive(&self.table).is_subset(&lives), "after a look nobody dead is held to be alive");
-        // The dead go when a whole window has passed, and not before.
+        assert!(alive(&self.table).is_subset(&lives), "after a scan no exited process is in the table");
+        // Past images go after a whole window.
         self.window();
         self.window();
         let past: Vec<_> = self.table.past().map(|process| process.key).collect();
@@ -343,13 +345,14 @@ impl Model {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
+    /// Checks all orders of events, losses and late readings (R33, R37, R39).
     #[test]
-    fn r33_r37_r39_what_is_said_of_a_samples_image_is_true(
+    fn what_the_table_says_of_a_samples_image_is_true(
         steps in prop::collection::vec(step(), 0..120),
-        sideband: bool,
+        mapping_events: bool,
         may_lose: bool,
     ) {
-        let mut model = Model::new(sideband, may_lose);
+        let mut model = Model::new(mapping_events, may_lose);
         for step in &steps {
             model.step(step);
         }
@@ -369,18 +372,19 @@ fn subject(tgid: u32, start_boottime_ns: u64, exec_id: u32, ktime_ns: u64) -> Su
     }
 }
 
-fn table(most: usize) -> ProcessTable {
+fn table(max: usize) -> ProcessTable {
     let world = Arc::new(Mutex::new(World::default()));
-    ProcessTable::reading(CgroupHierarchy::V2, most, NonZeroUsize::new(8).unwrap(), Arc::new(Fake(world)))
+    ProcessTable::reading(CgroupHierarchy::V2, max, NonZeroUsize::new(8).unwrap(), Arc::new(Fake(world)))
 }
 
+/// Checks that a process whose mappings cannot be read stays alive until its exit event (R40, R41).
 #[test]
-fn r40_r41_an_exec_whose_mappings_cannot_be_read_is_no_exit_and_the_exit_is_one() {
+fn an_exec_with_unreadable_mappings_is_no_exit() {
     let mut table = table(10);
     let (origin, file) = (Origin::default(), FileNumbers::default());
     table.fork(&subject(FIRST, 1, 1, 10), origin).unwrap();
     table.exec(&subject(FIRST, 1, 2, 20), origin, "/bin/gone", file).unwrap();
-    assert_eq!(table.alive().count(), 1, "it is alive, though nothing can be read");
+    assert_eq!(table.alive().count(), 1, "it is alive, though it cannot be read");
     assert_eq!(table.alive().next().unwrap().exe, "/bin/gone");
     table.exit(&subject(FIRST, 1, 2, 30), ExitStatus(7 << 8));
     assert_eq!((table.alive().count(), table.past().count()), (0, 2), "both images wait for their samples");
@@ -394,14 +398,15 @@ fn r40_r41_an_exec_whose_mappings_cannot_be_read_is_no_exit_and_the_exit_is_one(
     assert_eq!(table.past().count(), 0);
 }
 
+/// Checks that late events of the first process do not affect the second (R35, R36).
 #[test]
-fn r35_r36_a_reborn_number_is_another_process() {
+fn a_reused_pid_is_another_process() {
     let mut table = table(10);
     let (origin, file) = (Origin::default(), FileNumbers::default());
     table.exec(&subject(FIRST, 1, 2, 20), origin, "/bin/one", file).unwrap();
     table.exit(&subject(FIRST, 1, 2, 30), ExitStatus(0));
     table.exec(&subject(FIRST, 40, 2, 50), origin, "/bin/two", file).unwrap();
-    // The end of the first life, told twice or late, is not the end of the second.
+    // A late or repeated exit of the first process is no exit of the second.
     table.exit(&subject(FIRST, 1, 2, 30), ExitStatus(0));
     table.next_window(|_| false);
     table.next_window(|_| false);
@@ -410,8 +415,9 @@ fn r35_r36_a_reborn_number_is_another_process() {
     assert_eq!(table.past().count(), 0);
 }
 
+/// Checks that exited processes make room, and sampled ones do not (R42).
 #[test]
-fn r42_the_dead_make_room_first_then_nobody_does() {
+fn exited_processes_make_room_and_sampled_ones_do_not() {
     let mut table = table(2);
     let (origin, file) = (Origin::default(), FileNumbers::default());
     let exec = |table: &mut ProcessTable, at: u32| {
@@ -423,7 +429,7 @@ fn r42_the_dead_make_room_first_then_nobody_does() {
     exec(&mut table, 1).unwrap();
     table.exit(&subject(FIRST, 1, 1, 30), ExitStatus(0));
     exec(&mut table, 2).unwrap();
-    assert_eq!(table.past().count(), 0, "the dead one went");
+    assert_eq!(table.past().count(), 0, "the exited one was dropped");
     let full = exec(&mut table, 3).unwrap_err();
     assert!(full.to_string().contains("--processes"), "{full}");
     assert_eq!((table.alive().count(), table.stats().saturated), (2, 1));

@@ -1,4 +1,4 @@
-//! What is read of a process: true, bounded, and not shown to everybody.
+//! Metadata of processes: true, bounded, and without secrets in any text.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -23,7 +23,7 @@ use gannet_agent::{
 };
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Never shown.
+/// A secret that no text may show.
 const CANARY: &str = "canary-0f3a";
 
 fn options() -> MetadataOptions {
@@ -34,7 +34,7 @@ fn options() -> MetadataOptions {
     }
 }
 
-/// A process as files in a directory, as `/proc` has them.
+/// Writes the files of a process into a directory, as `/proc` has them.
 fn put(root: &Path, tgid: u32, ticks: u64) -> ProcessKey {
     let directory = root.join(tgid.to_string());
     fs::create_dir_all(directory.join("ns")).unwrap();
@@ -62,8 +62,9 @@ fn cache(root: &Path, options: MetadataOptions) -> ProcessMetadataCache {
     ProcessMetadataCache::reading(options, Arc::new(RealProc::at(root)))
 }
 
+/// Checks that a process without a readable start time is not stored (R29).
 #[test]
-fn r29_nothing_is_kept_without_a_start_time() {
+fn nothing_is_stored_without_a_start_time() {
     let root = tempfile::tempdir().unwrap();
     let key = put(root.path(), 7, 100);
     fs::remove_file(root.path().join("7/stat")).unwrap();
@@ -77,7 +78,7 @@ fn r29_nothing_is_kept_without_a_start_time() {
     assert!(cache.is_empty());
 }
 
-/// Hands the number to another process after so many readings.
+/// A `/proc` in which another process gets the PID after so many reads.
 struct Swapping {
     real: RealProc,
     root: PathBuf,
@@ -85,11 +86,11 @@ struct Swapping {
 }
 
 impl ProcFs for Swapping {
-    fn read(&self, key: ProcessKey, file: &'static str, most: u64) -> io::Result<Vec<u8>> {
+    fn read(&self, key: ProcessKey, file: &'static str, max: u64) -> io::Result<Vec<u8>> {
         if self.left.fetch_sub(1, Ordering::Relaxed) == 0 {
             put(&self.root, key.tgid, 200);
         }
-        self.real.read(key, file, most)
+        self.real.read(key, file, max)
     }
 
     fn link(&self, key: ProcessKey, file: &'static str) -> io::Result<PathBuf> {
@@ -105,8 +106,9 @@ impl ProcFs for Swapping {
     }
 }
 
+/// Checks that the PID is not reused during a load (R30).
 #[test]
-fn r30_a_snapshot_is_of_one_process() {
+fn all_metadata_is_of_one_process() {
     for readings in 0..6 {
         let root = tempfile::tempdir().unwrap();
         let key = put(root.path(), 7, 100);
@@ -125,36 +127,38 @@ fn r30_a_snapshot_is_of_one_process() {
     }
 }
 
+/// Checks the getters after the PID was reused (R31, R35).
 #[test]
-fn r31_r35_every_getter_asks_whether_it_is_the_same_process() {
+fn every_getter_checks_that_it_is_the_same_process() {
     let root = tempfile::tempdir().unwrap();
     let first = put(root.path(), 7, 100);
     let mut cache = cache(root.path(), options());
     let known = cache.get_or_load(first).unwrap();
     assert_eq!(cache.get(first).as_ref(), Some(&known));
     assert_eq!(cache.environ_var(first, "SHOWN").as_deref(), Some("canary-0f3a-allowed"));
-    assert_eq!(cache.environ_var(first, "HIDDEN"), None, "r45: it is not kept");
-    // The number is another's now.
+    assert_eq!(cache.environ_var(first, "HIDDEN"), None, "it is not stored (R45)");
+    // Another process has the PID now.
     let second = put(root.path(), 7, 200);
     assert_eq!((cache.get(first), cache.environ_var(first, "SHOWN")), (None, None));
     assert!(cache.get_or_load(first).is_err());
     assert_eq!(cache.get_unchecked(first), Some(known), "for its last samples");
     cache.get_or_load(second).unwrap();
-    // What is due to go is the first one's, not the number's.
+    // The entry of the first process goes, not that of the PID.
     cache.remove(first);
     cache.next_window();
     assert_eq!(cache.len(), 2, "a whole window has not passed");
     cache.next_window();
     assert_eq!((cache.len(), cache.get_unchecked(first)), (1, None));
     assert!(cache.get(second).is_some());
-    // r36, r39: another image, or another life: read afresh.
+    // After an exec or for a new process it is read again (R36, R39).
     cache.invalidate(second);
     assert!(cache.is_empty());
     assert_eq!(cache.stats().bytes, 0);
 }
 
+/// Checks every field against `/proc` (R32).
 #[test]
-fn r32_what_is_read_is_what_proc_says() {
+fn metadata_is_what_proc_shows() {
     let mut child = Command::new("sleep")
         .arg("60")
         .env("SHOWN", "yes")
@@ -218,7 +222,7 @@ impl MakeWriter<'_> for Log {
     }
 }
 
-/// Runs with everything that is logged written down.
+/// Runs a closure and returns its log.
 fn logged(run: impl FnOnce()) -> String {
     let log = Log::default();
     let subscriber = tracing_subscriber::fmt()
@@ -230,20 +234,21 @@ fn logged(run: impl FnOnce()) -> String {
     String::from_utf8(log.0.lock().unwrap().clone()).unwrap()
 }
 
+/// Checks that exited and idle processes make room, and then loads fail (R42).
 #[test]
-fn r42_the_dead_and_the_idle_make_room_then_it_is_an_error() {
+fn exited_and_idle_processes_make_room_then_loads_fail() {
     let root = tempfile::tempdir().unwrap();
     let mut cache = cache(root.path(), MetadataOptions { entries: 2, ..options() });
     let keys: Vec<ProcessKey> = (1..6).map(|tgid| put(root.path(), tgid, 100)).collect();
     cache.get_or_load(keys[0]).unwrap();
     cache.get_or_load(keys[1]).unwrap();
-    // One that nobody has said is gone.
+    // One that has exited, though no caller removed it.
     fs::remove_dir_all(root.path().join("1")).unwrap();
     cache.get_or_load(keys[2]).unwrap();
     assert_eq!((cache.len(), cache.stats().pruned), (2, 1));
     let full = cache.get_or_load(keys[3]).unwrap_err();
     assert!(matches!(full, MetadataError::Saturated { entries: 2, .. }), "{full}");
-    // One that is known to be.
+    // One that the caller removed.
     cache.remove(keys[1]);
     cache.get_or_load(keys[3]).unwrap();
     assert_eq!(cache.get_unchecked(keys[1]), None);
@@ -264,8 +269,9 @@ fn r42_the_dead_and_the_idle_make_room_then_it_is_an_error() {
     assert_eq!(brief.len(), 1);
 }
 
+/// Checks the log of a full cache (R43).
 #[test]
-fn r43_a_full_cache_is_said_once_until_there_is_room_again() {
+fn a_full_cache_is_logged_once_until_there_is_room_again() {
     let root = tempfile::tempdir().unwrap();
     let mut cache = cache(root.path(), MetadataOptions { entries: 1, ..options() });
     let (one, other) = (put(root.path(), 1, 100), put(root.path(), 2, 100));
@@ -285,18 +291,16 @@ fn r43_a_full_cache_is_said_once_until_there_is_room_again() {
     assert_eq!(log.matches("no room for the metadata").count(), 1, "{log}");
 }
 
+/// Checks `Debug`, errors and log (R44).
 #[test]
-fn r44_no_text_shows_arguments_or_environment() {
+fn no_text_shows_arguments_or_environment() {
     let root = tempfile::tempdir().unwrap();
     let key = put(root.path(), 7, 100);
     let mut text = String::new();
     let log = logged(|| {
         let mut cache = cache(root.path(), MetadataOptions { entries: 1, ..options() });
         let metadata = cache.get_or_load(key).unwrap();
-        assert!(
-            metadata.cmdline.iter().any(|argument| argument.contains(CANARY)),
-            "it is there to be asked for"
-        );
+        assert!(metadata.cmdline.iter().any(|argument| argument.contains(CANARY)), "the caller gets it");
         write!(text, "{cache:?} {cache:#?} {metadata:?} {metadata:#?} {:?}", cache.stats()).unwrap();
         let known: HashMap<_, _> = [(key, metadata)].into();
         write!(text, "{known:?}").unwrap();

@@ -1,5 +1,4 @@
-//! A storm of short processes that goes on for ever: what is kept of them takes no more memory than it did in the first
-//! windows.
+//! An endless storm of short processes: the process table takes no more memory than in the first windows.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -42,10 +41,10 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Everybody is gone by the time that somebody looks.
-struct Gone;
+/// A `/proc` in which every process has exited.
+struct Exited;
 
-impl ProcFs for Gone {
+impl ProcFs for Exited {
     fn read(&self, _: ProcessKey, _: &'static str, _: u64) -> io::Result<Vec<u8>> {
         Err(io::ErrorKind::NotFound.into())
     }
@@ -63,10 +62,10 @@ impl ProcFs for Gone {
     }
 }
 
-/// One process: its mappings, its exec, a sample of every tenth, its end.
+/// Passes the events of one process to the table: mappings, exec, a sample of every tenth process, exit.
 fn live(table: &mut ProcessTable, number: u64) {
     let subject = |ktime_ns| Subject {
-        // Above what a kernel gives away.
+        // Above the PIDs that a kernel assigns.
         key: ProcessKey { tgid: 5_000_000 + (number % 30_000) as u32, start_boottime_ns: number },
         exec_id: 2,
         ktime_ns,
@@ -77,13 +76,13 @@ fn live(table: &mut ProcessTable, number: u64) {
     };
     let (now, tgid) = (number * 1_000, subject(0).key.tgid);
     table.mapping_event(MappingEvent::Cleared { tgid, ktime_ns: now });
-    for (place, path) in (1..).zip(["/bin/storm-child", "/lib/ld.so", "/lib/libc.so", "/lib/libm.so"]) {
+    for (number, path) in (1..).zip(["/bin/storm-child", "/lib/ld.so", "/lib/libc.so", "/lib/libm.so"]) {
         let mapping = NewMapping {
-            start: place << 20,
-            end: (place << 20) + 4096,
+            start: number << 20,
+            end: (number << 20) + 4096,
             offset: 0,
             dev: 2049,
-            inode: place,
+            inode: number,
             path: path.into(),
         };
         table.mapping_event(MappingEvent::Mapped { tgid, ktime_ns: now + 1, mapping });
@@ -96,13 +95,13 @@ fn live(table: &mut ProcessTable, number: u64) {
 }
 
 #[test]
-fn a_storm_that_goes_on_takes_no_more_memory() {
+fn an_endless_storm_takes_no_more_memory() {
     const WINDOWS: u64 = 60;
-    // How full the table of the dead is decides when it grows: some storms of each size.
+    // The fill of the map of past images decides when it grows, so several sizes of storms are tried.
     for a_window in [300, 700, 1_300, 1_700] {
         let files = NonZeroUsize::new(64).unwrap();
         let before = HELD.get();
-        let mut table = ProcessTable::reading(CgroupHierarchy::V2, 40_000, files, Arc::new(Gone));
+        let mut table = ProcessTable::reading(CgroupHierarchy::V2, 40_000, files, Arc::new(Exited));
         let mut held = Vec::new();
         for window in 0..WINDOWS {
             for number in 0..a_window {
@@ -111,9 +110,9 @@ fn a_storm_that_goes_on_takes_no_more_memory() {
             held.push(HELD.get().wrapping_sub(before));
             table.next_window(|_| false);
         }
-        // What is kept is that of two windows.
-        let (early, most) = (held[1], *held.iter().max().unwrap());
-        eprintln!("{a_window} in a window: {early} bytes after two, {most} at most after {WINDOWS}");
-        assert!(most < early + early / 10, "{a_window} in a window: {held:?}");
+        // The table holds the past images of two windows.
+        let (early, max) = (held[1], *held.iter().max().unwrap());
+        eprintln!("{a_window} in a window: {early} bytes after two, at most {max} after {WINDOWS}");
+        assert!(max < early + early / 10, "{a_window} in a window: {held:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! Control groups of a test: made in the hierarchy that the agent tells groups apart by, and in the unified one.
+//! Control groups of a test, in the hierarchy that the agent reads and in the unified one.
 
 use std::{
     fs,
@@ -32,18 +32,18 @@ pub(crate) fn enter() -> PathBuf {
     super::program("gannet-enter", ENTER, &[])
 }
 
-/// A group, removed with its handle. Whoever is in it then is killed.
+/// A group. Dropping it kills its processes and removes it.
 pub(crate) struct Group {
-    /// Below the hierarchy's root.
+    /// The path below the hierarchy's root.
     pub(crate) path: String,
-    /// In the hierarchy that the agent reads.
+    /// The directory in the hierarchy that the agent reads.
     pub(crate) directory: PathBuf,
-    /// In the unified hierarchy; the same directory where that is the one.
+    /// The directory in the unified hierarchy; the same if the agent reads that one.
     pub(crate) unified: PathBuf,
 }
 
 impl Group {
-    /// A group of this name, below others if it has slashes.
+    /// Makes a group of this name; slashes make groups below others.
     pub(crate) fn new(name: &str) -> Self {
         let path = format!("/gannet-test-{}/{name}", std::process::id());
         let unified_root = mount_of("cgroup2", "").unwrap_or_else(mount_unified);
@@ -58,24 +58,24 @@ impl Group {
         group
     }
 
-    /// The id that the kernel has for it.
+    /// Returns the kernel's id of it.
     pub(crate) fn id(&self) -> u64 {
         std::os::unix::fs::MetadataExt::ino(&fs::metadata(&self.directory).unwrap())
     }
 
-    /// The files by which a process is put into it.
-    pub(crate) fn doors(&self) -> Vec<PathBuf> {
-        let mut doors = vec![self.directory.join("cgroup.procs")];
+    /// Returns the files through which processes enter it.
+    pub(crate) fn entry_files(&self) -> Vec<PathBuf> {
+        let mut files = vec![self.directory.join("cgroup.procs")];
         if self.directory != self.unified {
-            doors.push(self.unified.join("cgroup.procs"));
+            files.push(self.unified.join("cgroup.procs"));
         }
-        doors
+        files
     }
 
-    /// Puts a process into it.
+    /// Moves a process into it.
     pub(crate) fn take(&self, pid: u32) {
-        for door in self.doors() {
-            fs::write(door, pid.to_string()).unwrap();
+        for file in self.entry_files() {
+            fs::write(file, pid.to_string()).unwrap();
         }
     }
 }
@@ -91,7 +91,7 @@ impl Drop for Group {
                 }
                 std::thread::sleep(Duration::from_millis(10));
             }
-            // The one that the groups of this test lie in, when it is the last.
+            // The group that holds those of this test goes with the last of them.
             let mut above = directory.parent();
             while let Some(directory) = above.filter(|path| path.to_string_lossy().contains("gannet-test-")) {
                 let _ = fs::remove_dir(directory);
@@ -101,21 +101,21 @@ impl Drop for Group {
     }
 }
 
-/// Where a hierarchy is mounted.
+/// Returns the mount point of a hierarchy.
 fn mount_of(kind: &str, controller: &str) -> Option<PathBuf> {
     fs::read_to_string("/proc/self/mounts").unwrap().lines().find_map(|line| {
         let fields: Vec<&str> = line.split(' ').collect();
-        let here = fields[2] == kind
+        let is_wanted = fields[2] == kind
             && (controller.is_empty() || fields[3].split(',').any(|option| option == controller));
-        here.then(|| PathBuf::from(fields[1]))
+        is_wanted.then(|| PathBuf::from(fields[1]))
     })
 }
 
-/// A small machine may have it not mounted yet.
+/// Mounts the unified hierarchy, which a small machine may lack, and returns its mount point.
 fn mount_unified() -> PathBuf {
-    let place = Path::new("/sys/fs/cgroup");
+    let point = Path::new("/sys/fs/cgroup");
     let status =
         std::process::Command::new("mount").args(["-t", "cgroup2", "none", "/sys/fs/cgroup"]).status();
     assert!(status.is_ok_and(|status| status.success()), "cgroup2 can be mounted");
-    place.to_owned()
+    point.to_owned()
 }

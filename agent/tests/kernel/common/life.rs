@@ -1,7 +1,7 @@
-//! A program that lives and dies in every way that a process can.
+//! A program that starts, changes and exits in every way that a process can.
 use std::{path::PathBuf, process::Command};
 
-/// Its command name.
+/// The command name of the program.
 pub(crate) const COMM: &str = "gannet-life";
 
 const SOURCE: &str = r#"
@@ -93,7 +93,7 @@ static void threads(int n, void *(*what)(void *), void *with)
 			die("pthread_create");
 }
 
-/* Starts a program and gives its number. `entering`: into another time namespace, which kernels before 6.3 refuse to vfork. */
+/* Starts a program and returns its PID. `entering`: into another time namespace, which kernels before 6.3 refuse to vfork. */
 static pid_t start(char **what, int entering)
 {
 	pid_t pid = entering ? fork() : vfork();
@@ -176,7 +176,7 @@ int main(int n, char **v)
 				die("a spawned program");
 		return 0;
 	}
-	/* children N: so many sleep until this one ends; a line when all are there */
+	/* children N: N children sleep until this one ends; prints a line when all run */
 	if (!strcmp(what, "children")) {
 		int ends[2];
 		char byte;
@@ -200,7 +200,7 @@ int main(int n, char **v)
 			;
 		return 0;
 	}
-	/* forks N MS: N children one after another, which spin */
+	/* forks N MS: N children, one after another, spin */
 	if (!strcmp(what, "forks")) {
 		while (number--) {
 			pid_t pid = fork();
@@ -212,7 +212,7 @@ int main(int n, char **v)
 		}
 		return 0;
 	}
-	/* reborn NUMBER MS PROGRAM PROGRAM: two lives of one process number */
+	/* reborn PID MS PROGRAM PROGRAM: two processes with this PID, one after another */
 	if (!strcmp(what, "reborn")) {
 		for (int life = 0; life < 2; life++) {
 			pid_t want = number, got;
@@ -229,7 +229,7 @@ int main(int n, char **v)
 		}
 		return 0;
 	}
-	/* later SECONDS PROGRAM...: in a time namespace whose boot clock is so much ahead */
+	/* later SECONDS PROGRAM...: in a time namespace whose boot clock is ahead by SECONDS */
 	if (!strcmp(what, "later")) {
 		char text[64];
 		int fd;
@@ -248,19 +248,19 @@ int main(int n, char **v)
 }
 "#;
 
-/// Its path.
+/// Returns the path of the program.
 pub(crate) fn life() -> PathBuf {
     super::program(COMM, SOURCE, &["-static", "-pthread"])
 }
 
-/// The program under another command name, for what must be told apart.
+/// Copies the program to another command name and returns its path.
 pub(crate) fn life_as(directory: &std::path::Path, comm: &str) -> PathBuf {
     let path = directory.join(comm);
     std::fs::copy(life(), &path).unwrap();
     path
 }
 
-/// Runs it to its end and wants it to be content.
+/// Runs it to its end and checks that it succeeded.
 #[track_caller]
 pub(crate) fn run(arguments: &[&str]) {
     let status = Command::new(life()).args(arguments).status();

@@ -1,4 +1,4 @@
-//! What the tests of the agent that run on a kernel share: small programs, and recordings of them.
+//! Helpers of the kernel tests: small programs, and recordings of them.
 
 pub(crate) mod cgroup;
 pub(crate) mod life;
@@ -18,11 +18,11 @@ use gannet_proto::{
     profiles::{Location, Profile, Sample},
 };
 
-/// Where programs are kept that were compiled before: the other kernels' machines have no compiler, and get those of this
-/// one. What is not there yet is compiled into it.
+/// The variable that names a directory of compiled programs. Test machines of other kernels have no compiler and get the
+/// programs of this one; a missing program is compiled into the directory.
 const PROGRAMS: &str = "GANNET_TEST_PROGRAMS";
 
-/// What a test program is written in.
+/// The language of a test program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Language {
     C,
@@ -31,13 +31,13 @@ pub(crate) enum Language {
     Go,
 }
 
-/// Compiles a C program (or, with `-shared`, a library) by `gcc -O2` and `flags`, as shipped software is: without frame
-/// pointers unless the flags say so. Its file is called `name`.
+/// Compiles a C program (or, with `-shared`, a library) by `gcc -O2` and `flags`, and returns its path. As shipped software it
+/// has no frame pointers, unless the flags add them.
 pub(crate) fn program(name: &str, source: &str, flags: &[&str]) -> PathBuf {
     program_in(Language::C, name, source, flags)
 }
 
-/// The same in any language; `flags` are the compiler's.
+/// Compiles a program of any language with these flags of its compiler, and returns its path.
 pub(crate) fn program_in(language: Language, name: &str, source: &str, flags: &[&str]) -> PathBuf {
     let mut hash = DefaultHasher::new();
     (language, source, flags).hash(&mut hash);
@@ -49,7 +49,7 @@ pub(crate) fn program_in(language: Language, name: &str, source: &str, flags: &[
         return done;
     }
     fs::create_dir_all(&directory).unwrap();
-    // Other tests may be at it too: what is seen under its name is whole.
+    // Other tests may compile it too: under its name stands only a complete program.
     let work = directory.join(format!(".{name}.{}.{:?}", process::id(), thread::current().id()));
     fs::create_dir_all(&work).unwrap();
     let built = work.join(name);
@@ -77,7 +77,7 @@ fn compile(language: Language, source: &str, flags: &[&str], work: &Path, output
     let mut command = Command::new(compiler);
     command.args(standard);
     match language {
-        // Libraries are named behind what needs them.
+        // The linker wants libraries after their users.
         Language::C | Language::Cpp => command.arg("-o").arg(output).arg(&file).args(flags),
         Language::Rust => command.args(flags).arg("-o").arg(output).arg(&file),
         Language::Go => command
@@ -95,13 +95,13 @@ fn compile(language: Language, source: &str, flags: &[&str], work: &Path, output
     assert!(done.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&done.stderr));
 }
 
-/// The agent to test: that beside the programs that were compiled before, if there is one.
+/// Returns the agent to test: the one beside the compiled programs, else the one that cargo built.
 pub(crate) fn agent() -> PathBuf {
     let beside = env::var_os(PROGRAMS).map(|directory| Path::new(&directory).join("gannet-agent"));
     beside.filter(|path| path.exists()).unwrap_or_else(|| env!("CARGO_BIN_EXE_gannet-agent").into())
 }
 
-/// A child that ends with its handle.
+/// A child that is killed when this is dropped.
 pub(crate) struct Running(pub(crate) Child);
 
 impl Running {
@@ -117,30 +117,30 @@ impl Drop for Running {
     }
 }
 
-/// What `gannet-agent record` wrote.
+/// The output of `gannet-agent record`.
 #[derive(Debug)]
 #[expect(dead_code, reason = "failing tests print all counts")]
 pub(crate) struct Recording {
-    /// Stacks, root first, with their samples. Before the root: the command name of the process. Functions that were
-    /// inlined are frames like others.
+    /// Stacks, root first, with their samples. Before the root stands the command name of the process. Inlined functions are
+    /// frames like others.
     pub(crate) stacks: Vec<(Vec<String>, u64)>,
-    /// The same, with nanoseconds on the CPU or blocked.
+    /// The same stacks with nanoseconds, on the CPU or blocked.
     pub(crate) nanoseconds: Vec<(Vec<String>, u64)>,
     pub(crate) taken: u64,
     pub(crate) delivered: u64,
     pub(crate) lost: BTreeMap<String, u64>,
     pub(crate) ticks: u64,
-    /// What it wrote to standard error.
+    /// Its standard error.
     pub(crate) log: String,
 }
 
-/// How many times slower than a real machine this one is, as its runner says: emulated ones are. What is sampled at a rate
-/// that is so many times lower, for so many times longer, gives the same number of samples.
+/// Returns how many times slower than a real machine this one is; the runner of emulated machines sets it. Tests sample at a
+/// rate that is lower by this factor for a time that is longer by it, and so get the same number of samples.
 pub(crate) fn slower() -> u32 {
     env::var("GANNET_TEST_SLOWER").map_or(1, |text| text.parse().unwrap())
 }
 
-/// C source: so many functions that nobody calls, so that the table of what they are in takes a while to be made.
+/// Returns C source of so many unused functions, so that building the unwind table takes a while.
 pub(crate) fn idle_functions(count: u32) -> String {
     format!(
         "__asm__(\".pushsection .bulk, \\\"ax\\\"\\n.rept {count}\\n.cfi_startproc\\nnop\\n\
@@ -148,14 +148,14 @@ pub(crate) fn idle_functions(count: u32) -> String {
     )
 }
 
-/// Runs `gannet-agent record` at so many samples a second with these arguments, and reads what it wrote.
+/// Runs `gannet-agent record` at this rate with these arguments, and reads its output.
 #[track_caller]
 pub(crate) fn record(hz: u32, arguments: &[&str]) -> Recording {
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("out.pb.gz");
     let mut command = Command::new(agent());
     if slower() > 1 {
-        // What spins beside it would leave it a few hundredths of an emulated CPU.
+        // Beside a busy program it would get a few hundredths of an emulated CPU.
         let first = || {
             // SAFETY: it takes numbers alone.
             unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -19) };
@@ -175,7 +175,7 @@ pub(crate) fn record(hz: u32, arguments: &[&str]) -> Recording {
     Recording::read(&text, &fs::read(&out).unwrap(), log.into_owned())
 }
 
-/// [`record`] for so many seconds, of what runs already.
+/// Runs [`record`] for so many seconds, of processes that already run.
 #[track_caller]
 pub(crate) fn record_for(seconds: u32, hz: u32, arguments: &[&str]) -> Recording {
     let duration = format!("{}s", seconds * slower());
@@ -198,9 +198,9 @@ impl Recording {
         assert_eq!(taken, delivered + lost.values().sum::<u64>(), "every sample is accounted for: {account}");
         let profile = pprof::decode(profile, 1 << 30).unwrap();
         let names = functions(&profile);
-        let values = |place: usize| {
+        let values = |index: usize| {
             let samples = profile.sample.iter();
-            samples.map(|sample| (frames(&profile, &names, sample), sample.value[place] as u64)).collect()
+            samples.map(|sample| (frames(&profile, &names, sample), sample.value[index] as u64)).collect()
         };
         Self {
             stacks: values(0),
@@ -213,26 +213,27 @@ impl Recording {
         }
     }
 
-    /// Of the samples that are inside of `function`: those that are `whole`, and all.
-    pub(crate) fn share(&self, function: &str, whole: impl Fn(&[String]) -> bool) -> (u64, u64) {
+    /// Returns of the samples in `function` the number of complete ones, and of all.
+    pub(crate) fn share(&self, function: &str, is_complete: impl Fn(&[String]) -> bool) -> (u64, u64) {
         let inside = self.stacks.iter().filter(|(stack, _)| stack.iter().any(|name| name == function));
-        inside.fold((0, 0), |(good, all), (stack, n)| (good + if whole(stack) { *n } else { 0 }, all + n))
+        inside
+            .fold((0, 0), |(good, all), (stack, n)| (good + if is_complete(stack) { *n } else { 0 }, all + n))
     }
 
-    /// The stacks inside of `function` that are not `whole`.
+    /// Returns the stacks in `function` that are not complete.
     pub(crate) fn odd_ones(
         &self,
         function: &str,
-        whole: impl Fn(&[String]) -> bool,
+        is_complete: impl Fn(&[String]) -> bool,
     ) -> Vec<&(Vec<String>, u64)> {
         self.stacks
             .iter()
-            .filter(|(stack, _)| stack.iter().any(|name| name == function) && !whole(stack))
+            .filter(|(stack, _)| stack.iter().any(|name| name == function) && !is_complete(stack))
             .collect()
     }
 }
 
-/// The functions of each location, outermost first.
+/// Returns the functions of each location, outermost first.
 fn functions(profile: &Profile) -> HashMap<u64, Vec<String>> {
     let names: HashMap<u64, &String> = profile
         .function
@@ -248,7 +249,7 @@ fn functions(profile: &Profile) -> HashMap<u64, Vec<String>> {
     profile.location.iter().map(|location| (location.id, of(location))).collect()
 }
 
-/// The command name, then the functions, root first.
+/// Returns the command name, then the functions, root first.
 fn frames(profile: &Profile, functions: &HashMap<u64, Vec<String>>, sample: &Sample) -> Vec<String> {
     let text = |index: i64| profile.string_table[index as usize].clone();
     let comm = sample.label.iter().find(|label| text(label.key) == "comm").map(|label| text(label.str));
@@ -256,18 +257,18 @@ fn frames(profile: &Profile, functions: &HashMap<u64, Vec<String>>, sample: &Sam
     std::iter::once(comm.unwrap_or_default()).chain(frames).collect()
 }
 
-/// Whether these functions are in a stack in this order, root first, with others between them or not.
+/// Reports whether a stack contains these functions in this order, root first; others may stand between them.
 pub(crate) fn in_order(stack: &[String], names: &[&str]) -> bool {
     let mut stack = stack.iter();
     names.iter().all(|name| stack.any(|frame| frame == name))
 }
 
-/// How often a function is in a stack.
+/// Returns how often a stack contains a function.
 pub(crate) fn times(stack: &[String], name: &str) -> usize {
     stack.iter().filter(|frame| *frame == name).count()
 }
 
-/// Whether the stack says that it is not whole.
+/// Reports whether a stack is marked as incomplete.
 pub(crate) fn is_marked(stack: &[String]) -> bool {
     stack.iter().any(|frame| frame.starts_with("[truncated") || frame.starts_with("[broken"))
 }
