@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use gannet_base::format_duration;
 use gannet_proto::{
     connect::{self, Dial},
     ingest::{
@@ -264,8 +265,7 @@ impl Stream {
                     self.stats.failures.fetch_add(1, Relaxed);
                     let wait = backoff.next();
                     if let Some(suppressed) = log.now() {
-                        let retry_in =
-                            humantime::format_duration(Duration::from_secs(wait.as_secs())).to_string();
+                        let retry_in = format_duration(Duration::from_secs(wait.as_secs()));
                         tracing::warn!(%error, retry_in, suppressed, "profiles wait in the spool");
                     }
                     if !self.pause(wait).await {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::SystemTime,
 };
 
@@ -10,6 +10,7 @@ use gannet_proto::{
     pprof::{Merger, PprofError},
     profiles::{Label, Profile},
 };
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use ulid::Ulid;
 
@@ -42,14 +43,14 @@ pub(crate) struct CaptureProfiles {
 impl RecentProfiles {
     /// Adds the profiles of a window, each with the number of its capture (0: none). Drops the oldest windows.
     pub(super) fn add(&self, id: Ulid, start: SystemTime, profiles: Vec<(u64, Arc<Profile>)>) {
-        let mut captures = lock(&self.0.captures);
+        let mut captures = self.0.captures.lock();
         for (capture, profile) in &profiles {
             if let Some(parts) = captures.get_mut(capture) {
                 parts.push(Arc::clone(profile));
             }
         }
         drop(captures);
-        let mut windows = lock(&self.0.windows);
+        let mut windows = self.0.windows.lock();
         windows.push_back((start, profiles.into_iter().map(|(_, profile)| profile).collect()));
         while windows.len() > MAX_WINDOWS
             || (windows.len() > 1 && windows.iter().map(|(_, p)| p.len()).sum::<usize>() > MAX_PROFILES)
@@ -57,7 +58,7 @@ impl RecentProfiles {
             windows.pop_front();
         }
         drop(windows);
-        *lock(&self.0.newest) = Some(id);
+        *self.0.newest.lock() = Some(id);
         self.0.added.notify_waiters();
     }
 
@@ -68,7 +69,10 @@ impl RecentProfiles {
         since: Option<SystemTime>,
         pid: Option<u32>,
     ) -> Result<Option<Profile>, PprofError> {
-        let profiles: Vec<Arc<Profile>> = lock(&self.0.windows)
+        let profiles: Vec<Arc<Profile>> = self
+            .0
+            .windows
+            .lock()
             .iter()
             .filter(|(start, _)| since.is_none_or(|since| *start >= since))
             .flat_map(|(_, profiles)| profiles.iter().cloned())
@@ -78,7 +82,7 @@ impl RecentProfiles {
 
     /// Collects the profiles of a capture from now on.
     pub(crate) fn collect(&self, capture: u64) -> CaptureProfiles {
-        lock(&self.0.captures).insert(capture, Vec::new());
+        self.0.captures.lock().insert(capture, Vec::new());
         CaptureProfiles { recent: self.clone(), capture }
     }
 
@@ -93,19 +97,19 @@ impl CaptureProfiles {
     pub(crate) async fn finish(self, last: Option<Ulid>) -> Result<Option<Profile>, PprofError> {
         loop {
             let added = self.recent.0.added.notified();
-            if last.is_none_or(|last| lock(&self.recent.0.newest).is_some_and(|newest| newest >= last)) {
+            if last.is_none_or(|last| self.recent.0.newest.lock().is_some_and(|newest| newest >= last)) {
                 break;
             }
             added.await;
         }
-        let parts = lock(&self.recent.0.captures).get(&self.capture).cloned().unwrap_or_default();
+        let parts = self.recent.0.captures.lock().get(&self.capture).cloned().unwrap_or_default();
         merge(&parts, None)
     }
 }
 
 impl Drop for CaptureProfiles {
     fn drop(&mut self) {
-        lock(&self.recent.0.captures).remove(&self.capture);
+        self.recent.0.captures.lock().remove(&self.capture);
     }
 }
 
@@ -141,8 +145,4 @@ fn of_process(profile: &Profile, pid: u32) -> Profile {
 
 fn text(profile: &Profile, index: i64) -> &str {
     usize::try_from(index).ok().and_then(|index| profile.string_table.get(index)).map_or("", String::as_str)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

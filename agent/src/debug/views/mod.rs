@@ -10,7 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use gannet_base::metrics::ProcessUsage;
+use gannet_base::{format_duration, metrics::ProcessUsage};
 use gannet_proto::control::rule_status;
 use serde::Serialize;
 
@@ -60,7 +60,7 @@ impl StatusView {
             self.version,
             self.node,
             self.kernel,
-            humantime::format_duration(Duration::from_secs(self.up_seconds))
+            format_duration(Duration::from_secs(self.up_seconds))
         );
         let collector = match (self.collector.as_str(), self.connected) {
             ("", _) => "none".to_owned(),
