@@ -24,18 +24,16 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use self::store::PodStore;
+pub(crate) use self::{
+    feed::check_kubelet_address,
+    labels::MAX_LABEL_WAIT,
+    resolve::{PodMatcher, keep_resolving},
+};
 pub use self::{
-    feed::{
-        KUBELET_TIMEOUT, PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions,
-        check_kubelet_address, feeds, follow,
-    },
+    feed::{KUBELET_TIMEOUT, PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions, feeds, follow},
     labels::PodLabelOptions,
     model::{Pod, PodContainer, Workload},
     store::PodLookup,
-};
-pub(crate) use self::{
-    labels::MAX_LABEL_WAIT,
-    resolve::{PodMatcher, keep_resolving},
 };
 use crate::{cgroup::CgroupNames, profile::SeriesProfile};
 

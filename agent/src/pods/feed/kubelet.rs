@@ -294,7 +294,7 @@ impl Address {
 }
 
 /// Checks the syntax of an address.
-pub fn check_kubelet_address(text: &str) -> Result<(), PodFeedError> {
+pub(crate) fn check_kubelet_address(text: &str) -> Result<(), PodFeedError> {
     Address::parse(text).map(drop)
 }
 

@@ -13,8 +13,9 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 use futures::stream::BoxStream;
 use tokio::sync::Notify;
 
+pub(crate) use self::kubelet::check_kubelet_address;
 use self::{apiserver::ApiServer, kubelet::Kubelet, podinfo::PodInfo};
-pub use self::{error::PodFeedError, follow::follow, kubelet::check_kubelet_address};
+pub use self::{error::PodFeedError, follow::follow};
 use super::model::Pod;
 
 /// Maximum of pods of a node. A kubelet runs 110 unless configured otherwise.
@@ -62,7 +63,7 @@ impl PodFeedKind {
     pub(crate) const ALL: [Self; 3] = [Self::PodInfo, Self::Kubelet, Self::ApiServer];
 
     /// Returns the name in the option `--pod-source`.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::PodInfo => "podinfo",
             Self::Kubelet => "kubelet",
