@@ -12,7 +12,7 @@ pub type Counters = types::counters;
 pub type LifecycleCounts = types::lifecycle_counts;
 
 /// Returns the counts of each kind of lifecycle event, with its name.
-pub fn lifecycle_counts(counters: &Counters) -> [(&'static str, &LifecycleCounts); 4] {
+pub(crate) fn lifecycle_counts(counters: &Counters) -> [(&'static str, &LifecycleCounts); 4] {
     [
         ("exec", &counters.exec),
         ("fork", &counters.fork),
@@ -27,7 +27,7 @@ pub fn lifecycle_lost(counters: &Counters) -> u64 {
 }
 
 /// Returns an upper bound of the lifecycle events for which the kernel skipped all handlers. Ends of single threads count too.
-pub fn lifecycle_skipped(counters: &Counters) -> u64 {
+pub(crate) fn lifecycle_skipped(counters: &Counters) -> u64 {
     lifecycle_counts(counters).iter().map(|(_, counts)| counts.skipped).sum()
 }
 
@@ -55,7 +55,7 @@ impl Kernel {
     }
 
     /// Returns name, entries and capacity of the maps that can fill up.
-    pub fn map_fill(&self) -> Vec<(&'static str, u64, u64)> {
+    pub(crate) fn map_fill(&self) -> Vec<(&'static str, u64, u64)> {
         let maps = &self.skeleton.maps;
         [
             ("procs", &maps.procs),

@@ -78,7 +78,7 @@ fn raw_user_stack(words: &[u64]) -> Option<RawUserStack> {
 
 /// Why a record is no event: the agent and its BPF programs are not of one build.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum DecodeError {
+pub(crate) enum DecodeError {
     /// The record has fewer bytes than its kind.
     #[error("an event of kind {kind} needs {needed} bytes and has {got}")]
     Short {

@@ -1,5 +1,5 @@
-//! Loading and attaching the BPF programs: [`Kernel::open`], [`OpenedKernel::load`] and [`LoadedKernel::attach`] are a chain, so that
-//! nothing can be used before it is ready.
+//! Loading and attaching the BPF programs: [`Kernel::open`], [`OpenedKernel::load`] and [`LoadedKernel::attach`] are a chain, so
+//! that nothing can be used before it is ready.
 
 use std::{
     collections::BTreeMap,

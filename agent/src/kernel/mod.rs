@@ -26,16 +26,19 @@ use libbpf_rs::{Iter, Link, MapCore as _, MapFlags, ProgramMut};
 
 pub use self::{
     cost::ProgramCost,
-    counters::{Counters, LifecycleCounts, lifecycle_counts, lifecycle_lost, lifecycle_skipped},
+    counters::{Counters, LifecycleCounts, lifecycle_lost},
     error::KernelError,
-    event::{DecodeError, Event},
+    event::Event,
     load::{LoadedKernel, OpenedKernel},
-    options::{KernelOptions, UnwindDriver, default_ring_bytes, handlers_are_preemptible},
-    rule_maps::{Exact, KernelRules, MAX_CGROUP_PATH, MAX_COMM, MAX_RULES, NamePattern, RuleMasks, Want},
-    unwinding::{
-        Block, EmptyRange, KernelImage, KernelMapping, KernelTable, MAX_TABLES, UnwindMaps, blocks,
-        mapping_key,
-    },
+    options::{KernelOptions, UnwindDriver, handlers_are_preemptible},
+    rule_maps::{Exact, KernelRules, NamePattern, RuleMasks, Want},
+    unwinding::{Block, EmptyRange, KernelImage, KernelMapping, KernelTable, UnwindMaps, blocks},
+};
+pub(crate) use self::{
+    counters::{lifecycle_counts, lifecycle_skipped},
+    options::default_ring_bytes,
+    rule_maps::{MAX_CGROUP_PATH, MAX_COMM, MAX_RULES},
+    unwinding::MAX_TABLES,
 };
 use crate::model::{self, ProcessKey, Sample};
 
@@ -95,17 +98,17 @@ impl Kernel {
     }
 
     /// Returns the number of executable mappings that were lost because a perf buffer was full.
-    pub fn mappings_lost(&self) -> u64 {
+    pub(crate) fn mappings_lost(&self) -> u64 {
         self.mappings.as_ref().map_or(0, mappings::Mappings::lost)
     }
 
     /// Returns the number of records that were no event. Anything but 0 means that agent and BPF programs differ.
-    pub fn undecodable(&self) -> u64 {
+    pub(crate) fn undecodable(&self) -> u64 {
         self.ring.undecodable()
     }
 
     /// Returns descriptors that are readable when the kernel side asks for a read before the reader's own time.
-    pub fn wake_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+    pub(crate) fn wake_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let mappings = self.mappings.iter().flat_map(mappings::Mappings::wake_fds);
         std::iter::once(self.ring.wake_fd()).chain(mappings)
     }
@@ -184,12 +187,12 @@ impl Kernel {
     }
 
     /// Removes the mark of a process, if it has one.
-    pub fn unmark(&mut self, tgid: u32) {
+    pub(crate) fn unmark(&mut self, tgid: u32) {
         let _ = self.skeleton.maps.marks.delete(&tgid.to_ne_bytes());
     }
 
     /// Removes a process from the kernel side's table after its exit event was lost.
-    pub fn forget(&mut self, key: ProcessKey) {
+    pub(crate) fn forget(&mut self, key: ProcessKey) {
         let tgid = key.tgid.to_ne_bytes();
         let procs = &self.skeleton.maps.procs;
         let known = procs.lookup(&tgid, MapFlags::ANY).ok().flatten();
@@ -197,12 +200,6 @@ impl Kernel {
         if start == Some(key.start_boottime_ns) {
             let _ = procs.delete(&tgid);
         }
-    }
-
-    /// Removes all marks.
-    pub fn unmark_all(&mut self) {
-        self.change_settings(|settings| settings.marks = 0);
-        clear(&self.skeleton.maps.marks);
     }
 
     /// Detaches all programs, so that the kernel calls none of them. The maps stay.
@@ -219,7 +216,7 @@ impl Kernel {
 
     /// Attaches all programs again after [`detach`](Self::detach). Forgets all processes, because their changes were not
     /// followed meanwhile. The caller sets the rules again, which scans the running processes.
-    pub fn attach_again(&mut self) {
+    pub(crate) fn attach_again(&mut self) {
         for map in [&self.skeleton.maps.procs, &self.skeleton.maps.marks, &self.skeleton.maps.off_cpu] {
             clear(map);
         }
@@ -236,7 +233,7 @@ impl Kernel {
     }
 
     /// Returns a sample of each sampled thread that is blocked now; `value_ns` is how long it has been blocked.
-    pub fn blocked_now(&self, now_ns: u64) -> Vec<Sample> {
+    pub(crate) fn blocked_now(&self, now_ns: u64) -> Vec<Sample> {
         let map = &self.skeleton.maps.off_cpu;
         let entries = map.keys().filter_map(|key| map.lookup(&key, MapFlags::ANY).ok().flatten());
         entries
@@ -259,7 +256,7 @@ impl Kernel {
     }
 
     /// Starts clocks on CPUs that came online, stops them on CPUs that went offline.
-    pub fn follow_cpus(&mut self) -> Result<(), KernelError> {
+    pub(crate) fn follow_cpus(&mut self) -> Result<(), KernelError> {
         if let Some(mappings) = &mut self.mappings {
             mappings.follow_cpus()?;
         }

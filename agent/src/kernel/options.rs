@@ -47,7 +47,7 @@ impl Default for KernelOptions {
 
 /// Returns the default size of the event ring buffer in bytes: 1 MiB for each online CPU, from 2 to 16 MiB. The reader maps
 /// it twice, and both mappings count as memory of the agent.
-pub fn default_ring_bytes() -> u32 {
+pub(crate) fn default_ring_bytes() -> u32 {
     let cpus = model::online_cpus().map_or(2, |cpus| cpus.len() as u32);
     cpus.saturating_mul(1 << 20).clamp(2 << 20, 16 << 20).next_power_of_two()
 }

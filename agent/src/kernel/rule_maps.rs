@@ -11,11 +11,11 @@ use libbpf_rs::{MapCore as _, MapFlags, MapMut};
 use super::{Kernel, KernelError};
 
 /// Rules that can be in force at one time: each has one bit in a sample.
-pub const MAX_RULES: usize = 64;
+pub(crate) const MAX_RULES: usize = 64;
 /// Bytes of a command name in the kernel.
-pub const MAX_COMM: usize = 15;
+pub(crate) const MAX_COMM: usize = 15;
 /// Bytes of a control group's path that the kernel side can compare.
-pub const MAX_CGROUP_PATH: usize = 251;
+pub(crate) const MAX_CGROUP_PATH: usize = 251;
 const _: () = assert!(size_of::<types::comm_key>() == 8 + MAX_COMM + 1);
 const _: () = assert!(size_of::<types::cgroup_key>() == 8 + MAX_CGROUP_PATH + 1);
 

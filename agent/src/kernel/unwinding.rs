@@ -36,7 +36,7 @@ impl MapValue for types::unwind_table {}
 impl MapValue for types::image {}
 
 /// Tables that can be in the kernel at one time: MAX_TABLES of gannet.h.
-pub const MAX_TABLES: u32 = 4096;
+pub(crate) const MAX_TABLES: u32 = 4096;
 
 /// The unwind data of a range of addresses of a process: a value of the mapping trie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -103,7 +103,7 @@ pub fn blocks(begin: u64, end: u64) -> Result<Vec<Block>, EmptyRange> {
 }
 
 /// Returns the bytes of a key of the mapping trie.
-pub fn mapping_key(tgid: u32, block: Block) -> [u8; size_of::<types::mapping_key>()] {
+fn mapping_key(tgid: u32, block: Block) -> [u8; size_of::<types::mapping_key>()] {
     let mut key = [0; size_of::<types::mapping_key>()];
     key[..4].copy_from_slice(&(KEY_BITS - block.bits).to_ne_bytes());
     key[4..8].copy_from_slice(&tgid.to_be_bytes());
@@ -338,7 +338,7 @@ impl UnwindMaps for Kernel {
 
 impl Kernel {
     /// Switches between unwinding user stacks by tables and by frame pointers.
-    pub fn set_tables(&mut self, on: bool) {
+    pub(crate) fn set_tables(&mut self, on: bool) {
         self.change_settings(|settings| settings.tables = on.into());
     }
 

@@ -40,7 +40,7 @@ pub struct MappedFile {
 
 impl MappedFile {
     /// Builds a file that cannot be read: its frames keep their mapping and have no names.
-    pub fn unopened(path: &str, dev: u64, inode: u64) -> Self {
+    pub(crate) fn unopened(path: &str, dev: u64, inode: u64) -> Self {
         Self {
             id: FileId::next(),
             path: path.to_owned(),
@@ -67,7 +67,7 @@ impl MappedFile {
 
     /// Returns the virtual address, as the ELF file counts, of the byte at `offset` in the file. It is found through the
     /// loadable segment that holds the offset.
-    pub fn address_of(&self, offset: u64) -> Option<u64> {
+    pub(crate) fn address_of(&self, offset: u64) -> Option<u64> {
         self.segments.as_ref()?.vaddr_of_offset(offset)
     }
 }

@@ -78,12 +78,12 @@ impl Process {
     }
 
     /// Reports whether the process runs this image.
-    pub fn is_alive(&self) -> bool {
+    pub(crate) fn is_alive(&self) -> bool {
         self.state == ProcessState::Alive
     }
 
     /// Returns the source of its mappings, human-readable.
-    pub fn mappings_from(&self) -> &'static str {
+    pub(crate) fn mappings_from(&self) -> &'static str {
         match (self.state, self.read_at_ns) {
             (ProcessState::Unread | ProcessState::Missed, _) => "nowhere",
             (_, None) => "the kernel",

@@ -155,7 +155,7 @@ impl FileTable {
 
     /// Closes files that no image has held or asked for since [`IDLE_TIMEOUT`]: a deleted file takes disk space while it is
     /// open.
-    pub fn close_idle(&mut self) {
+    pub(crate) fn close_idle(&mut self) {
         while let Some((_, entry)) = self.files.peek_lru()
             && entry.used.elapsed() >= IDLE_TIMEOUT
         {

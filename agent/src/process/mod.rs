@@ -14,7 +14,9 @@ pub use self::{
     images::ImageChanges,
     metadata::{Metadata, MetadataError, MetadataOptions, MetadataStats, ProcessMetadataCache},
     proc::{ProcError, ProcFs, RealProc, check as check_identity},
-    survey::{SurveyedProcess, cpu_usage, survey},
     table::{ProcessStats, ProcessTable, ProcessTableFull},
 };
-pub(crate) use files::open_in_root;
+pub(crate) use self::{
+    files::open_in_root,
+    survey::{SurveyedProcess, cpu_usage, survey},
+};

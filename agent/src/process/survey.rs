@@ -23,27 +23,27 @@ static TICK: LazyLock<Duration> = LazyLock::new(|| {
 
 /// A process as a survey saw it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SurveyedProcess {
+pub(crate) struct SurveyedProcess {
     /// Thread group id.
-    pub pid: u32,
+    pub(crate) pid: u32,
     /// Its start time in clock ticks. It tells the process from a later one with the same PID.
-    pub start_ticks: u64,
+    pub(crate) start_ticks: u64,
     /// Command name.
-    pub comm: String,
+    pub(crate) comm: String,
     /// Path of the executable as the process sees it; empty for a kernel thread.
-    pub exe: String,
+    pub(crate) exe: String,
     /// Path of its control group.
-    pub cgroup: String,
+    pub(crate) cgroup: String,
     /// The names in that path.
-    pub names: CgroupNames,
+    pub(crate) names: CgroupNames,
     /// Effective user id.
-    pub uid: Option<u32>,
+    pub(crate) uid: Option<u32>,
     /// CPU time of all its threads.
-    pub cpu: Duration,
+    pub(crate) cpu: Duration,
 }
 
 /// Returns all running processes. Blocking.
-pub fn survey(hierarchy: CgroupHierarchy) -> Vec<SurveyedProcess> {
+pub(crate) fn survey(hierarchy: CgroupHierarchy) -> Vec<SurveyedProcess> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
@@ -80,7 +80,7 @@ fn read(pid: u32, file: &str) -> Option<String> {
 }
 
 /// Returns by PID how many CPUs each process used on average between two surveys.
-pub fn cpu_usage(
+pub(crate) fn cpu_usage(
     before: &[SurveyedProcess],
     after: &[SurveyedProcess],
     between: Duration,

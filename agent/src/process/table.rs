@@ -173,7 +173,7 @@ impl ProcessTable {
     }
 
     /// Returns the changes of images since the last call.
-    pub fn take_changes(&mut self) -> ImageChanges {
+    pub(crate) fn take_changes(&mut self) -> ImageChanges {
         self.images.take_changes()
     }
 

@@ -4,6 +4,12 @@ mod raw;
 mod recorder;
 mod window;
 
-pub use raw::{RawProcess, RawProfile, RawStack};
-pub use recorder::{Recorder, RecorderStats};
-pub use window::{ContainerRef, FlushedWindow, RuleTag, SeriesProfile, WindowSamples, slots};
+pub use self::{
+    raw::{RawProcess, RawProfile, RawStack},
+    recorder::RecorderStats,
+    window::{ContainerRef, RuleTag, SeriesProfile},
+};
+pub(crate) use self::{
+    recorder::Recorder,
+    window::{FlushedWindow, WindowSamples, slots},
+};

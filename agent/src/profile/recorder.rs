@@ -7,7 +7,7 @@ use crate::model::Sample;
 
 /// The flight recorder.
 #[derive(Debug)]
-pub struct Recorder {
+pub(crate) struct Recorder {
     /// In the order in which they came.
     samples: VecDeque<Sample>,
     bytes: usize,

@@ -23,7 +23,7 @@ const CGROUP: &str = "cgroup";
 
 /// The samples of the current window.
 #[derive(Default)]
-pub struct WindowSamples {
+pub(crate) struct WindowSamples {
     images: HashMap<ImageKey, Stacks>,
     /// Stacks of images as they were before a mapping was replaced by another file.
     former: Vec<(ImageKey, Arc<Image>, Stacks)>,
@@ -120,13 +120,13 @@ impl RuleTag {
 
 /// The profiles of a window.
 #[derive(Debug, Default)]
-pub struct FlushedWindow {
+pub(crate) struct FlushedWindow {
     /// The profiles.
-    pub profiles: Vec<SeriesProfile>,
+    pub(crate) profiles: Vec<SeriesProfile>,
     /// Samples in them, once for each rule that asked.
-    pub delivered: u64,
+    pub(crate) delivered: u64,
     /// Samples of removed rules, which are in no profile.
-    pub expired: u64,
+    pub(crate) expired: u64,
 }
 
 impl WindowSamples {
@@ -314,7 +314,7 @@ fn tally(stacks: &mut Stacks, sample: Sample, pre_trigger: bool) -> bool {
 }
 
 /// Returns the numbers of the bits that are set.
-pub fn slots(rules: u64) -> impl Iterator<Item = u32> {
+pub(crate) fn slots(rules: u64) -> impl Iterator<Item = u32> {
     (0..u64::BITS).filter(move |slot| rules >> slot & 1 == 1)
 }
 
