@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* `crowd N`: so many processes that do nothing, until standard input ends. Says when they are there. */
+/* `crowd N`: starts N idle processes, reports when they run, and ends them when standard input ends. */
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>

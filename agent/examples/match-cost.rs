@@ -189,7 +189,7 @@ fn cpu_time() -> Duration {
     Duration::try_from(rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime)).unwrap_or_default()
 }
 
-/// Rules that match nobody here.
+/// Builds rules that match no process here.
 fn rules(count: usize, mixed: bool) -> Vec<Rule> {
     (0..count)
         .map(|number| {
@@ -298,7 +298,7 @@ fn load(kind: libbpf_sys::bpf_prog_type) -> anyhow::Result<OwnedFd> {
     // r0 = 0; exit
     let code = [0xb7, 0x95].map(|code| libbpf_sys::bpf_insn { code, ..Default::default() });
     let (name, license): (&CStr, &CStr) = (c"empty", c"GPL");
-    // SAFETY: names and instructions are valid for the call, and as many as it is told; no options.
+    // SAFETY: names and instructions are valid for the call, and their number is right; no options.
     let program = unsafe {
         libbpf_sys::bpf_prog_load(
             kind,
@@ -316,7 +316,7 @@ fn owned(fd: i32) -> anyhow::Result<OwnedFd> {
     if fd < 0 {
         bail!(io::Error::last_os_error());
     }
-    // SAFETY: a new descriptor that nobody else has.
+    // SAFETY: a new descriptor that no other value owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

@@ -40,7 +40,7 @@ pub enum KernelError {
     /// A file of the kernel cannot be read.
     #[error("cannot read {path}: {source}")]
     Read {
-        /// The file.
+        /// Path of the file.
         path: &'static str,
         /// The error of the kernel.
         #[source]

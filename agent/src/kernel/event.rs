@@ -38,14 +38,14 @@ pub enum Event {
     },
     /// A sampled process has a new child.
     Fork {
-        /// The child.
+        /// The new process.
         subject: Subject,
         /// Its parent and user.
         origin: Origin,
     },
     /// The last thread of a process ended.
     Exit {
-        /// The process.
+        /// The process of the event.
         subject: Subject,
         /// Its parent and user.
         origin: Origin,
@@ -54,7 +54,7 @@ pub enum Event {
     },
     /// A process that was already running when the rules came into force matches one.
     Running {
-        /// The process.
+        /// The process of the event.
         subject: Subject,
         /// Its parent and user.
         origin: Origin,

@@ -49,12 +49,12 @@ pub struct LoadedKernel {
     options: KernelOptions,
 }
 
-/// What attaching the handlers of processes returns.
+/// The attached handlers of processes.
 pub(super) struct Handlers {
     pub(super) links: Vec<Link>,
     /// The iterator over all tasks.
     pub(super) task_iterator: Option<Link>,
-    /// What could not be attached, human-readable.
+    /// Handlers that could not be attached, with the reason, human-readable.
     pub(super) degraded: Vec<String>,
 }
 

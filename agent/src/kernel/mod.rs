@@ -66,7 +66,7 @@ pub struct Kernel {
 /// The agent's decision to sample one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SamplingMark {
-    /// The process.
+    /// The marked process.
     pub key: ProcessKey,
     /// The image that the decision is for; ignored if sticky.
     pub exec_id: u32,

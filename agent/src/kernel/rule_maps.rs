@@ -66,7 +66,7 @@ pub struct KernelRules {
 pub enum Exact {
     /// A container, by the id of its control group. It covers the groups below.
     Container(u64),
-    /// A process.
+    /// A PID in the namespace of the host.
     Pid(u32),
     /// An effective user id.
     Uid(u32),

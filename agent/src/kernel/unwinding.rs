@@ -41,7 +41,7 @@ pub(crate) const MAX_TABLES: u32 = 4096;
 /// The unwind data of a range of addresses of a process: a value of the mapping trie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KernelMapping {
-    /// First address.
+    /// First address, inclusive.
     pub begin: u64,
     /// End address, exclusive.
     pub end: u64,
@@ -51,7 +51,7 @@ pub struct KernelMapping {
     pub table: Option<(u32, u32)>,
 }
 
-/// Where an unwind table is in the arena.
+/// The location of an unwind table in the arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KernelTable {
     /// Address in the file of its first granule.
@@ -77,7 +77,7 @@ pub struct Block {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{begin:#x} to {end:#x} is no range of addresses")]
 pub struct EmptyRange {
-    /// First address.
+    /// First address, inclusive.
     pub begin: u64,
     /// End address, exclusive.
     pub end: u64,

@@ -14,7 +14,7 @@ pub struct Image {
 /// One executable mapping.
 #[derive(Clone, Debug)]
 pub struct Mapping {
-    /// First address.
+    /// First address, inclusive.
     pub start: u64,
     /// End address, exclusive.
     pub end: u64,
@@ -95,7 +95,7 @@ impl MappingEvent {
 /// A new executable mapping, as `/proc/PID/maps` shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewMapping {
-    /// First address.
+    /// First address, inclusive.
     pub start: u64,
     /// End address, exclusive.
     pub end: u64,

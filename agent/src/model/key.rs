@@ -15,7 +15,7 @@ pub struct ProcessKey {
 /// One image of one process. Every sample belongs to one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ImageKey {
-    /// The process.
+    /// The process that runs the image.
     pub process: ProcessKey,
     /// The image: the kernel's count of the process's `execve` calls.
     pub exec_id: u32,

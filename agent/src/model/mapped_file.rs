@@ -34,7 +34,7 @@ pub struct MappedFile {
     pub file: Option<File>,
     /// Lower-case hex of the GNU build id, else the Go build id, else empty.
     pub build_id: String,
-    /// Where the bytes of an ELF file are in memory; `None` for a file that is no ELF file of a supported kind.
+    /// Locations of the bytes of an ELF file in memory; `None` for a file that is no ELF file of a supported kind.
     segments: Option<Segments>,
 }
 

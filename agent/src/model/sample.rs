@@ -5,7 +5,7 @@ use super::{ImageKey, ProcessKey};
 /// The process and the image that an event is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subject {
-    /// The process.
+    /// The process of the sample or event.
     pub key: ProcessKey,
     /// The image: the kernel's count of the process's `execve` calls.
     pub exec_id: u32,
@@ -42,7 +42,7 @@ pub struct Origin {
 pub struct FileNumbers {
     /// Device number, as `stat(2)` returns it.
     pub dev: u64,
-    /// Inode number.
+    /// Inode number on that device.
     pub inode: u64,
 }
 
@@ -62,7 +62,7 @@ impl ExitStatus {
     }
 }
 
-/// What a sample measures.
+/// The measure of a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SampleKind {
     /// A tick of the sampling clock interrupted the thread on a CPU.
@@ -93,7 +93,7 @@ pub struct Sample {
     pub subject: Subject,
     /// The sampled thread.
     pub tid: u32,
-    /// What the sample measures.
+    /// The measure: time on a CPU or blocked.
     pub kind: SampleKind,
     /// On CPU: nanoseconds between two ticks. Off CPU: nanoseconds blocked.
     pub value_ns: u64,

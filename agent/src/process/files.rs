@@ -31,15 +31,15 @@ pub struct FileMapping<'a> {
     pub tgid: u32,
     /// Its parent; 0 while unknown. The file is searched in its root directory after the process has exited.
     pub parent: u32,
-    /// First address.
+    /// First address, inclusive.
     pub start: u64,
     /// End address, exclusive.
     pub end: u64,
     /// The path as the process sees it, without ` (deleted)`.
     pub path: &'a str,
-    /// Device number.
+    /// Device number of its file system.
     pub dev: u64,
-    /// Inode number.
+    /// Inode number on that device.
     pub inode: u64,
 }
 

@@ -38,7 +38,7 @@ pub(super) struct ImageReader {
 }
 
 impl ImageReader {
-    /// Builds a reader that holds at most so many files open.
+    /// Builds a reader that holds at most `files` files open.
     pub(super) fn new(files: NonZeroUsize, proc: Arc<dyn ProcFs>) -> Self {
         Self { files: FileTable::new(files), proc, changes: ImageChanges::default(), rescans: 0 }
     }

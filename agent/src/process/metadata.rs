@@ -20,7 +20,7 @@ const MAX_PRUNE_CHECKS: usize = 64;
 /// Memory of an entry beside its texts.
 const ENTRY_BYTES: usize = size_of::<Metadata>() + size_of::<Entry>() + 64;
 
-/// What a [`ProcessMetadataCache`] reads, and how much it stores.
+/// Choices and limits of a [`ProcessMetadataCache`].
 #[derive(Clone, Debug)]
 pub struct MetadataOptions {
     /// Maximum number of processes.
@@ -64,7 +64,7 @@ pub struct Metadata {
     pub comm: String,
     /// Path of the executable as the process sees it, without ` (deleted)`; empty for a kernel thread.
     pub exe: String,
-    /// Effective user.
+    /// Effective user id.
     pub uid: u32,
     /// Whether it is a kernel thread.
     pub kernel_thread: bool,
@@ -145,7 +145,7 @@ pub enum MetadataError {
     Saturated {
         /// The process that was not stored.
         key: ProcessKey,
-        /// Stored processes.
+        /// Number of stored processes.
         entries: usize,
         /// Bytes of their metadata.
         bytes: usize,

@@ -22,7 +22,7 @@ pub enum ProcError {
     /// Another process has reused its PID.
     #[error("PID {tgid} belongs to another process now: it started at tick {found}, not {wanted}")]
     Recycled {
-        /// The PID.
+        /// PID of both processes.
         tgid: u32,
         /// Start tick of the wanted process.
         wanted: u64,
@@ -32,9 +32,9 @@ pub enum ProcError {
     /// The kernel refused, or the text of the file is invalid.
     #[error("cannot read /proc/{tgid}/{file}: {source}; CAP_SYS_PTRACE is needed for other users' processes")]
     Read {
-        /// The process.
+        /// PID of the process.
         tgid: u32,
-        /// The file.
+        /// Name of the file below `/proc/PID`.
         file: &'static str,
         /// The error of the system.
         #[source]

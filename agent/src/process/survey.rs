@@ -28,7 +28,7 @@ pub(crate) struct SurveyedProcess {
     pub(crate) pid: u32,
     /// Its start time in clock ticks. It tells the process from a later one with the same PID.
     pub(crate) start_ticks: u64,
-    /// Command name.
+    /// Command name of the leader.
     pub(crate) comm: String,
     /// Path of the executable as the process sees it; empty for a kernel thread.
     pub(crate) exe: String,

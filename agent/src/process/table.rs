@@ -521,7 +521,7 @@ impl ProcessTable {
         }
     }
 
-    /// Gives an image the mappings that the kernel reported.
+    /// Adds the mappings that the kernel reported to an image.
     fn adopt(&mut self, process: &mut Process, mappings: &[NewMapping], file: Option<FileNumbers>) {
         // The executable is mapped before its interpreter.
         let executable = file

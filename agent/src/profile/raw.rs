@@ -10,7 +10,7 @@ use crate::model::{Image, ProcessKey, SampleKind, StackEnd};
 /// One profile before symbolization: the samples of one window, rule, kind and series.
 #[derive(Debug)]
 pub struct RawProfile {
-    /// What its samples measure.
+    /// The measure of its samples.
     pub kind: SampleKind,
     /// Nanoseconds between two ticks; for off-CPU samples 1.
     pub period_ns: u64,
@@ -27,7 +27,7 @@ pub struct RawProfile {
 /// The stacks of one image of one process.
 #[derive(Debug)]
 pub struct RawProcess {
-    /// The process.
+    /// The sampled process.
     pub key: ProcessKey,
     /// The command name of the thread group leader.
     pub comm: String,
@@ -44,7 +44,7 @@ pub struct RawProcess {
 /// One stack, and the number of its samples.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RawStack {
-    /// The thread.
+    /// Id of the thread.
     pub tid: u32,
     /// The thread's name.
     pub thread: String,
@@ -56,7 +56,7 @@ pub struct RawStack {
     pub end: StackEnd,
     /// Of an off-CPU stack: the low bits of the state in which the thread slept.
     pub state: u8,
-    /// Samples.
+    /// Number of samples.
     pub count: u64,
     /// Sum of their values: for on-CPU `count * period_ns`, for off-CPU nanoseconds blocked.
     pub value_ns: u64,

@@ -19,7 +19,7 @@ pub(crate) struct Recorder {
 /// Counts of a [`Recorder`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RecorderStats {
-    /// Samples recorded.
+    /// Number of recorded samples.
     pub recorded: u64,
     /// Samples dropped early for lack of memory.
     pub evicted: u64,

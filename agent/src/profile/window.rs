@@ -59,7 +59,7 @@ struct Tally {
     value_ns: u64,
 }
 
-/// A profile of one series.
+/// A profile with the labels of its series.
 #[derive(Debug)]
 pub struct SeriesProfile {
     /// The labels of the series.
@@ -68,7 +68,7 @@ pub struct SeriesProfile {
     pub rule: RuleTag,
     /// The number of its samples.
     pub samples: u64,
-    /// The samples.
+    /// The samples, not symbolized yet.
     pub raw: RawProfile,
     /// The container of all its processes. Its pod is looked up after the window.
     pub container: Option<ContainerRef>,
@@ -121,7 +121,7 @@ impl RuleTag {
 /// The profiles of a window.
 #[derive(Debug, Default)]
 pub(crate) struct FlushedWindow {
-    /// The profiles.
+    /// The profiles of the window.
     pub(crate) profiles: Vec<SeriesProfile>,
     /// Samples in them, once for each rule that asked.
     pub(crate) delivered: u64,

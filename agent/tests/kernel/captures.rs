@@ -29,7 +29,7 @@ use crate::common::{
     idle_functions, program, slower,
 };
 
-/// A program: `spin MS` uses a CPU for so many milliseconds, or for ever.
+/// A program: `spin MS` uses a CPU for MS milliseconds, or for ever.
 const SPIN: &str = r"
 #include <stdlib.h>
 #include <time.h>

@@ -103,7 +103,7 @@ enum Step {
     ExecSampled(u32),
     Exit(u32),
     Sample(u32),
-    /// Delivers so many events.
+    /// Delivers this number of events.
     Deliver(usize),
     /// Repeats the last fork or exec event, if only samples came after it.
     Again,

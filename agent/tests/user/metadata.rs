@@ -78,7 +78,7 @@ fn nothing_is_stored_without_a_start_time() {
     assert!(cache.is_empty());
 }
 
-/// A `/proc` in which another process gets the PID after so many reads.
+/// A `/proc` in which another process gets the PID after some reads.
 struct Swapping {
     real: RealProc,
     root: PathBuf,

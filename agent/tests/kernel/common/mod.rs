@@ -140,7 +140,7 @@ pub(crate) fn slower() -> u32 {
     env::var("GANNET_TEST_SLOWER").map_or(1, |text| text.parse().unwrap())
 }
 
-/// Returns C source of so many unused functions, so that building the unwind table takes a while.
+/// Returns C source of `count` unused functions, so that building the unwind table takes a while.
 pub(crate) fn idle_functions(count: u32) -> String {
     format!(
         "__asm__(\".pushsection .bulk, \\\"ax\\\"\\n.rept {count}\\n.cfi_startproc\\nnop\\n\
@@ -175,7 +175,7 @@ pub(crate) fn record(hz: u32, arguments: &[&str]) -> Recording {
     Recording::read(&text, &fs::read(&out).unwrap(), log.into_owned())
 }
 
-/// Runs [`record`] for so many seconds, of processes that already run.
+/// Runs [`record`] for `seconds`, of processes that already run.
 #[track_caller]
 pub(crate) fn record_for(seconds: u32, hz: u32, arguments: &[&str]) -> Recording {
     let duration = format!("{}s", seconds * slower());
