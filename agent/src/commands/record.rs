@@ -2,8 +2,11 @@
 
 use std::{
     fs,
-    io::{self, Write as _},
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    io::{self, Read as _, Write as _},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::net::UnixStream,
+    },
     process::{Child, Command, ExitStatus},
     time::{Duration, Instant, SystemTime},
 };
@@ -374,18 +377,20 @@ fn print_ledger(
 /// A child that waits before it becomes the command, so that the agent samples the command from its first instruction.
 struct HeldCommand {
     child: Child,
-    gate: Option<OwnedFd>,
+    gate: Option<UnixStream>,
 }
 
-/// The hidden verb that waits on a file descriptor and then becomes the command.
+/// The hidden verb that waits at a socket and then becomes the command.
 pub const HELD_VERB: &str = "held-command";
 
 impl HeldCommand {
+    /// Starts the child and returns when it waits. `spawn` alone returns inside the child's first `execve`: a rule for the
+    /// next `execve` would then match that one.
     fn start(command: &[String]) -> Result<Self, RecordError> {
         let failed = |source| RecordError::Command { command: command.join(" "), source };
-        let (reader, gate) = io::pipe().map_err(failed)?;
+        let (mut gate, childs) = UnixStream::pair().map_err(failed)?;
         // A duplicate without close-on-exec, which the child inherits.
-        let passed = rustix::io::dup(&reader).map_err(|e| failed(e.into()))?;
+        let passed = rustix::io::dup(&childs).map_err(|e| failed(e.into()))?;
         let child = Command::new("/proc/self/exe")
             .arg(HELD_VERB)
             .arg(passed.as_raw_fd().to_string())
@@ -393,30 +398,31 @@ impl HeldCommand {
             .args(command)
             .spawn()
             .map_err(failed)?;
-        drop(passed);
-        Ok(Self { child, gate: Some(gate.into()) })
+        drop((passed, childs));
+        gate.read_exact(&mut [0]).map_err(failed)?;
+        Ok(Self { child, gate: Some(gate) })
     }
 
     fn release(&mut self) {
-        if let Some(gate) = self.gate.take() {
-            let _ = rustix::io::write(gate.as_fd(), b"!");
+        if let Some(mut gate) = self.gate.take() {
+            let _ = gate.write_all(b"!");
         }
     }
 }
 
-/// Becomes the command as soon as the descriptor has a byte to read. Returns only if that fails.
+/// Reports at the socket that it waits, and becomes the command as soon as a byte arrives. Returns only if that fails.
 pub fn become_command(descriptor: i32, command: &[String]) -> io::Error {
     use std::os::unix::process::CommandExt as _;
-    // SAFETY: the parent passes an open pipe under this number.
-    let gate = unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) };
-    match rustix::io::read(gate, &mut [0_u8; 1]) {
+    // SAFETY: the parent passes an open socket under this number, which nothing else owns here.
+    let mut gate = UnixStream::from(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(descriptor) });
+    match gate.write_all(b".").and_then(|()| gate.read(&mut [0_u8; 1])) {
         // The recorder has exited, so nothing would sample the command.
         Ok(0) => return io::Error::new(io::ErrorKind::BrokenPipe, "the recorder has ended"),
         Ok(_) => {}
-        Err(error) => return error.into(),
+        Err(error) => return error,
     }
-    // SAFETY: nothing else owns the descriptor. Closing it keeps it from the command.
-    drop(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(descriptor) });
+    // Closed here, so that the command does not inherit it.
+    drop(gate);
     let Some((program, arguments)) = command.split_first() else {
         return io::Error::new(io::ErrorKind::InvalidInput, "no command");
     };
