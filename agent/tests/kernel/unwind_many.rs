@@ -10,7 +10,7 @@ use std::{
 
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
-    kernel::{Counters, KernelOptions},
+    kernel::{Counters, KernelOptions, UnwindDriver},
     model::{MappingKind, StackEnd},
     profile::RawProcess,
     rules::{Deny, RuleSource, SourceRules, ad_hoc},
@@ -49,7 +49,11 @@ impl Machine {
     }
 
     fn sample(&self, matches: Match, hz: u32) {
-        let rules = vec![ad_hoc("test", matches, hz, &[capture::Kind::OnCpu])];
+        self.sample_kind(matches, hz, capture::Kind::OnCpu);
+    }
+
+    fn sample_kind(&self, matches: Match, hz: u32, kind: capture::Kind) {
+        let rules = vec![ad_hoc("test", matches, hz, &[kind])];
         self.runtime
             .block_on(self.engine.replace(RuleSource::Local, SourceRules { rules, ..SourceRules::default() }))
             .unwrap();
@@ -221,4 +225,70 @@ fn more_programs_than_tables_fit_have_complete_stacks() {
         }
     }
     assert!(programs >= 24, "{programs} programs were seen");
+}
+
+/// A program that computes and sleeps below DEPTH calls: `calls DEPTH`.
+const CALLS: &str = r"
+#include <stdlib.h>
+#include <time.h>
+volatile long sink;
+__attribute__((noinline)) long work(long n) {
+	struct timespec t = { 0, 2000000 };
+	for (int i = 0; i < 2000000; i++) sink += i;
+	nanosleep(&t, 0);
+	return sink + n;
+}
+__attribute__((noinline)) long down(long depth) { long r = depth ? down(depth - 1) : work(depth); sink++; return r + 1; }
+int main(int c, char **v) { for (;;) sink += down(atol(v[1])); }
+";
+
+/// Returns the ends of a program's stacks with their numbers of user frames and their samples. The tail calls unwind them.
+fn chained(depth: u32, kind: capture::Kind) -> Vec<(StackEnd, usize, u64)> {
+    let calls = program("calls", CALLS, &[]);
+    let _running = [1, 2].map(|_| quietly(Command::new(&calls).arg(depth.to_string())));
+    let options = KernelOptions { unwind_driver: UnwindDriver::TailCalls, ..KernelOptions::default() };
+    let machine = Machine::start(options);
+    machine.sample_kind(Match { comm: vec!["calls".into()], ..Match::default() }, 199 / slower(), kind);
+    std::thread::sleep(Duration::from_secs(4) * slower());
+    let (found, _) = machine.finish("calls");
+    let stacks = found.into_iter().flat_map(|process| process.stacks);
+    stacks.map(|stack| (stack.end, stack.user.len(), stack.count)).collect()
+}
+
+/// The number of frames that tail calls unwind at most.
+const CHAIN_FRAMES: usize = 232;
+
+/// Checks the driver for kernels without bpf_loop: complete stacks up to its limit, and a mark on each stack that it cuts.
+#[test]
+fn tail_calls_unwind_complete_stacks_and_mark_cut_ones() {
+    let samples = |stacks: &[(StackEnd, usize, u64)], is_so: fn(&(StackEnd, usize, u64)) -> bool| {
+        stacks.iter().filter(|stack| is_so(stack)).map(|(_, _, count)| count).sum::<u64>()
+    };
+    let stacks = chained(100, capture::Kind::OnCpu);
+    assert!(stacks.iter().all(|stack| stack.0 == StackEnd::Complete), "{stacks:?}");
+    assert!(samples(&stacks, |stack| stack.1 > 100) >= 50, "{stacks:?}");
+
+    // The agent unwinds the first samples of an image itself, without this limit.
+    let stacks = chained(300, capture::Kind::OnCpu);
+    let is_right = |(end, frames, _): &(StackEnd, usize, u64)| match end {
+        StackEnd::Truncated => *frames == CHAIN_FRAMES,
+        end => *end == StackEnd::Complete && *frames != CHAIN_FRAMES,
+    };
+    assert!(stacks.iter().all(is_right), "{stacks:?}");
+    assert!(samples(&stacks, |stack| stack.0 == StackEnd::Truncated) >= 50, "{stacks:?}");
+}
+
+/// Checks the same for threads that block. The kernel unwinds the first of their stacks by frame pointers.
+#[test]
+fn tail_calls_unwind_the_stacks_of_blocked_threads() {
+    for (depth, end, frames) in
+        [(100, StackEnd::Complete, 101..110), (300, StackEnd::Truncated, CHAIN_FRAMES..CHAIN_FRAMES + 1)]
+    {
+        let stacks = chained(depth, capture::Kind::OffCpu);
+        let sum = |is_so: &dyn Fn(&(StackEnd, usize, u64)) -> bool| {
+            stacks.iter().filter(|stack| is_so(stack)).map(|(_, _, count)| count).sum::<u64>()
+        };
+        let (good, all) = (sum(&|stack| stack.0 == end && frames.contains(&stack.1)), sum(&|_| true));
+        assert!(all >= 50 && good * 10 >= all * 9, "{good} of {all} at depth {depth}: {stacks:?}");
+    }
 }
