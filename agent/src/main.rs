@@ -7,12 +7,17 @@ use gannet_agent::{
     commands::{
         self, Cli, Verb,
         check::{self, CheckOptions},
-        record, run, top,
+        record,
+        run::{self, RunError},
+        top,
     },
-    config::RENAMED,
+    config::{ConfigError, RENAMED},
     symbols,
 };
 use gannet_base::logging::{self, LogFormat};
+
+/// Exit code of wrong options, as clap has it.
+const USAGE: u8 = 2;
 
 /// Keeps the agent small. The C library's allocator is made for speed: it gives each thread a heap that holds on to freed
 /// memory, and blocks of up to 32 MiB come from it once one of that size was freed. With these settings there are two
@@ -43,9 +48,14 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("gannet-agent: {error:#}");
-            ExitCode::FAILURE
+            if is_usage(&error) { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
         }
     }
+}
+
+/// Reports whether the options were wrong: in a flag, a variable or the configuration file.
+fn is_usage(error: &anyhow::Error) -> bool {
+    error.is::<ConfigError>() || matches!(error.downcast_ref(), Some(RunError::Config(_)))
 }
 
 fn start_log(format: LogFormat) {

@@ -69,6 +69,38 @@ async fn agent_and_gannetctl_refuse_wrong_rules_with_the_field() {
     refused(&run("gannetctl", &["--endpoint=http://127.0.0.1:1", "nodes"]), &["127.0.0.1:1"]);
 }
 
+/// Checks that each program answers an old flag with one line that names the new one, and exits with 2.
+#[test]
+fn an_old_flag_is_answered_with_the_new_one() {
+    for (program, arguments, words) in [
+        ("gannet-agent", &["run", "--collector", "http://127.0.0.1:1"][..], ["--collector", "--endpoint"]),
+        ("gannet-agent", &["run", "--kubelet=none"], ["--kubelet", "--pod-source"]),
+        ("gannet-collector", &["--listen", "127.0.0.1:0"], ["--listen", "--grpc-listen"]),
+        ("gannetctl", &["nodes", "--collector=http://127.0.0.1:1"], ["--collector", "--endpoint"]),
+    ] {
+        let output = run(program, arguments);
+        refused(&output, &words);
+        assert_eq!(output.status.code(), Some(2), "{program}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr).trim_end().lines().count(), 1, "{output:?}");
+    }
+}
+
+/// Checks that the daemons name an unknown key of their configuration file and its line, and exit with 2.
+#[test]
+fn an_unknown_key_of_a_config_file_is_named_with_its_line() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("config.yaml");
+    fs::write(&file, "insecure: true\ncolour: red\n").expect("the file is written");
+    let file = file.to_str().expect("UTF-8");
+    for (program, arguments) in
+        [("gannet-agent", &["run", "--config", file][..]), ("gannet-collector", &["--config", file])]
+    {
+        let output = run(program, arguments);
+        refused(&output, &["colour", "line 2"]);
+        assert_eq!(output.status.code(), Some(2), "{program}: {output:?}");
+    }
+}
+
 #[test]
 fn a_port_in_use_is_reported_with_its_address() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
