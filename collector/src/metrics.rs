@@ -103,7 +103,7 @@ collector_metrics! {
     commit_batches: Histogram = batches() => COMMIT_BATCHES
         histogram("gannet_collector_store_commit_batches", "Batches that were made durable together");
     store_bytes: Gauge => STORE_BYTES
-        gauge("gannet_collector_store_bytes", "Size of the stored profiles with their metadata");
+        gauge("gannet_collector_store_bytes", "Space of the stored profiles on the disk, with their part of the index; in a bucket, their size");
     store_profiles: Gauge => STORE_PROFILES
         gauge("gannet_collector_store_profiles", "Number of stored profiles");
     store_series: Gauge => STORE_SERIES
@@ -115,7 +115,7 @@ collector_metrics! {
     index_repairs: Counter => INDEX_REPAIRS
         counter("gannet_collector_store_index_repairs_total", "Index rows added or removed because objects and index differed");
     objects_corrupt: Counter => OBJECTS_CORRUPT
-        counter("gannet_collector_store_objects_corrupt_total", "Objects that could not be read");
+        counter("gannet_collector_store_objects_corrupt_total", "Failed readings of objects that are damaged or missing");
     retention_removed: Counter => RETENTION_REMOVED
         counter("gannet_collector_store_retention_removed_profiles_total", "Profiles removed by age or size");
 

@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tonic::Status;
 use tonic_types::StatusExt as _;
 
-use crate::error::Error;
+use crate::{error::Error, render::Console};
 
 /// Largest answer in one message. A list of all nodes or profiles of a large fleet comes as one.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
@@ -56,14 +56,19 @@ impl Collector {
     }
 
     /// Downloads all profiles of a selection merged into one, as gzip-compressed pprof. Shows the progress on a
-    /// terminal.
-    pub(crate) async fn merge(&self, selection: Selection, sample_type: &str) -> Result<Vec<u8>, Error> {
+    /// terminal, and reports on standard error what the result lacks.
+    pub(crate) async fn merge(
+        &self,
+        selection: Selection,
+        sample_type: &str,
+        console: &mut Console<'_>,
+    ) -> Result<Vec<u8>, Error> {
         let request = MergeRequest { selection: Some(selection), sample_type: sample_type.to_owned() };
         let mut answer =
             self.query().merge(request).await.map_err(|status| self.fault(&status))?.into_inner();
         // The bar draws on standard error, and only if that is a terminal.
         let bar = ProgressBar::new(0).with_message("merging").with_style(style());
-        let mut bytes = Vec::new();
+        let (mut bytes, mut unreadable) = (Vec::new(), 0);
         while let Some(MergeProgress { message }) =
             answer.message().await.map_err(|status| self.fault(&status))?
         {
@@ -71,6 +76,7 @@ impl Collector {
                 Some(Message::Progress(progress)) => {
                     bar.set_length(progress.profiles_total);
                     bar.set_position(progress.profiles_done);
+                    unreadable = progress.profiles_unreadable;
                 }
                 Some(Message::Chunk(chunk)) => {
                     bar.set_message("receiving");
@@ -85,6 +91,7 @@ impl Collector {
                 "the collector ended its answer without a profile; try again".to_owned(),
             ));
         }
+        console.note_unreadable(unreadable);
         Ok(bytes)
     }
 }

@@ -50,7 +50,7 @@ pub(crate) async fn run(
             save(&profile, &file, format, console)
         }
         Profiles::Merge { select, sample_type, out } => {
-            let merged = collector.merge(select.selection(), &sample_type).await?;
+            let merged = collector.merge(select.selection(), &sample_type, console).await?;
             save(&merged, &output.unwrap_or(out), format, console)
         }
         Profiles::Diff { top: args, base } => {
@@ -188,6 +188,7 @@ pub(crate) async fn top(
     };
     let answer =
         collector.query().top(request).await.map_err(|status| collector.fault(&status))?.into_inner();
+    console.note_unreadable(answer.unreadable_profiles);
     console.show(
         format,
         || top_json(&answer),
@@ -209,7 +210,7 @@ fn top_json(answer: &TopResponse) -> Value {
         .collect();
     json!({
         "unit": answer.unit, "sample_type": answer.sample_type, "total": answer.total,
-        "base_total": answer.base_total, "rows": rows,
+        "base_total": answer.base_total, "rows": rows, "unreadable_profiles": answer.unreadable_profiles,
     })
 }
 
@@ -291,6 +292,7 @@ mod tests {
             total: 4_000_000_000,
             base_total: 1_000_000_000,
             sample_type: "cpu/nanoseconds".to_owned(),
+            unreadable_profiles: 0,
             rows: vec![
                 row("work", 1_000_000_000, 1_000_000_000, 500_000_000, 500_000_000),
                 row("main", 3_000_000_000, 4_000_000_000, 500_000_000, 1_000_000_000),

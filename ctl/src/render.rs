@@ -38,6 +38,18 @@ impl Console<'_> {
         self.out.flush()?;
         Ok(())
     }
+
+    /// Reports on standard error how many profiles a result lacks.
+    pub(crate) fn note_unreadable(&mut self, profiles: u64) {
+        if profiles > 0 {
+            let lacks = count(profiles as usize, "profile");
+            // A closed standard error must not fail the command.
+            let _ = writeln!(
+                self.err,
+                "gannetctl: the result lacks {lacks}, because the collector cannot read the files; see the collector's log"
+            );
+        }
+    }
 }
 
 /// Replaces control characters, which a terminal would execute. Names of processes, nodes and functions come from

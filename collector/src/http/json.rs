@@ -57,10 +57,11 @@ pub(super) fn flamegraph(graph: &api::FlameGraphResponse) -> String {
         root,
         sample_type,
         nodes: _,
+        unreadable_profiles,
     } = graph;
     let head = json!({
         "unit": unit, "sample_type": sample_type, "total": total, "base_total": base_total, "profiles": profiles,
-        "base_profiles": base_profiles,
+        "base_profiles": base_profiles, "unreadable_profiles": unreadable_profiles,
     });
     let mut out = head.to_string();
     out.pop();
@@ -138,7 +139,7 @@ pub(super) fn top(top: &api::TopResponse) -> Value {
         .collect();
     json!({
         "unit": top.unit, "sample_type": top.sample_type, "total": top.total, "base_total": top.base_total,
-        "rows": rows,
+        "rows": rows, "unreadable_profiles": top.unreadable_profiles,
     })
 }
 

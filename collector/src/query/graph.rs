@@ -24,6 +24,11 @@ struct Comparison {
 }
 
 impl Comparison {
+    /// Returns the number of profiles that both sides lack.
+    fn unreadable(&self) -> u64 {
+        [&self.main, &self.base].into_iter().flatten().map(|merged| merged.unreadable).sum()
+    }
+
     fn tree(&self) -> Result<FlameTree, QueryError> {
         let mut tree = FlameTree::new();
         for (merged, side) in [(&self.main, Side::Main), (&self.base, Side::Base)] {
@@ -79,6 +84,7 @@ impl Query {
                 profiles: compared.main.as_ref().map_or(0, |m| m.profiles),
                 base_profiles: compared.base.as_ref().map_or(0, |m| m.profiles),
                 root: Some(root),
+                unreadable_profiles: compared.unreadable(),
                 sample_type: compared.sample_type,
                 nodes: Vec::new(),
             })
@@ -107,6 +113,7 @@ impl Query {
                 total: tree.total(Side::Main),
                 base_total: tree.total(Side::Base),
                 rows: tree.top(limit),
+                unreadable_profiles: compared.unreadable(),
                 sample_type: compared.sample_type,
             })
         })

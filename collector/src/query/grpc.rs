@@ -120,6 +120,7 @@ impl QueryService for QueryGrpc {
                 let step = Step {
                     profiles_done: progress.done.load(Ordering::Relaxed),
                     profiles_total: progress.total.load(Ordering::Relaxed),
+                    profiles_unreadable: progress.unreadable.load(Ordering::Relaxed),
                 };
                 Ok(api::MergeProgress { message: Some(Message::Progress(step)) })
             };

@@ -38,6 +38,8 @@ pub(super) struct Merged {
     pub(super) profile: Profile,
     /// Number of its sources.
     pub(super) profiles: u64,
+    /// Number of profiles that it lacks, because their objects are damaged.
+    pub(super) unreadable: u64,
     /// Estimated memory, in bytes.
     weight: u64,
 }
@@ -74,6 +76,23 @@ pub(crate) struct MergeProgress {
     pub(crate) done: AtomicU64,
     /// Profiles to read.
     pub(crate) total: AtomicU64,
+    /// Profiles that could not be read.
+    pub(crate) unreadable: AtomicU64,
+}
+
+/// Fate of one profile of a merge.
+enum Source {
+    Merged,
+    /// Retention has removed it since the selection.
+    Removed,
+    Unreadable,
+}
+
+/// Numbers of profiles that a merge took and lacks.
+#[derive(Default)]
+struct SourceCounts {
+    merged: u64,
+    unreadable: u64,
 }
 
 impl Query {
@@ -111,7 +130,10 @@ impl Query {
             self.blocking(move |q| q.merge_profiles(&runtime, &sources.keys, &cancelled, &progress)).await?;
         Ok(merged.map(|merged| {
             let merged = Arc::new(merged);
-            self.merges.cache.insert(hash, Arc::clone(&merged));
+            // Without the damaged profiles, whose files someone may restore.
+            if merged.unreadable == 0 {
+                self.merges.cache.insert(hash, Arc::clone(&merged));
+            }
             (merged, sample_type)
         }))
     }
@@ -133,36 +155,54 @@ impl Query {
                 .collect();
             handles.into_iter().map(|h| h.join().unwrap_or(Err(StoreError::Ended.into()))).collect()
         });
-        let (mut merger, mut profiles) = (Merger::new(), 0);
+        let (mut merger, mut profiles, mut unreadable) = (Merger::new(), 0, 0);
         for part in parts {
-            let (profile, n) = part?;
-            profiles += n;
+            let (profile, counts) = part?;
+            profiles += counts.merged;
+            unreadable += counts.unreadable;
             if let Some(profile) = profile {
                 merger.add(&profile).map_err(|e| QueryError::Invalid(e.to_string()))?;
             }
         }
         self.metrics.merged_profiles.inc_by(profiles);
-        Ok(merger.finish().map(|profile| {
-            let weight = profile.encoded_len() as u64 * 3;
-            Merged { profile, profiles, weight }
-        }))
+        let mut profile = match merger.finish() {
+            Some(profile) => profile,
+            // An empty result that says what it lacks.
+            None if unreadable > 0 => Profile { string_table: vec![String::new()], ..Profile::default() },
+            None => return Ok(None),
+        };
+        if unreadable > 0 {
+            // Travels with the downloaded file.
+            profile.comment.push(profile.string_table.len() as i64);
+            profile.string_table.push(format!(
+                "gannet: {unreadable} profiles are missing, because their objects are damaged"
+            ));
+        }
+        let weight = profile.encoded_len() as u64 * 3;
+        Ok(Some(Merged { profile, profiles, unreadable, weight }))
     }
 
-    /// Merges the profiles of one thread. Returns the result and the number of its sources.
+    /// Merges the profiles of one thread. Returns the result and the counts of its sources.
     fn merge_part(
         &self,
         runtime: &Handle,
         keys: &[ObjectKey],
         cancelled: &CancellationToken,
         progress: &MergeProgress,
-    ) -> Result<(Option<Profile>, u64), QueryError> {
-        let (mut merger, mut profiles) = (Merger::new(), 0);
+    ) -> Result<(Option<Profile>, SourceCounts), QueryError> {
+        let (mut merger, mut counts) = (Merger::new(), SourceCounts::default());
         for key in keys {
             if cancelled.is_cancelled() {
                 return Err(StoreError::Ended.into());
             }
-            let added = self.merge_one(runtime, *key, &mut merger)?;
-            profiles += u64::from(added);
+            match self.merge_one(runtime, *key, &mut merger)? {
+                Source::Merged => counts.merged += 1,
+                Source::Removed => {}
+                Source::Unreadable => {
+                    counts.unreadable += 1;
+                    progress.unreadable.fetch_add(1, Ordering::Relaxed);
+                }
+            }
             let done = progress.done.fetch_add(1, Ordering::Relaxed) + 1;
             if done.is_multiple_of(SIZE_CHECK_INTERVAL) {
                 let so_far = merger.finish();
@@ -175,17 +215,17 @@ impl Query {
         }
         let merged = merger.finish();
         check_size(merged.as_ref())?;
-        Ok((merged, profiles))
+        Ok((merged, counts))
     }
 
-    /// Adds one profile, and reports whether it did. A removed profile is skipped; a damaged one is logged and counted.
-    fn merge_one(&self, runtime: &Handle, key: ObjectKey, merger: &mut Merger) -> Result<bool, QueryError> {
+    /// Adds one profile. A damaged one is logged and counted.
+    fn merge_one(&self, runtime: &Handle, key: ObjectKey, merger: &mut Merger) -> Result<Source, QueryError> {
         let bytes = match runtime.block_on(self.store.profile(key)) {
             Ok(Some(bytes)) => bytes,
-            Ok(None) => return Ok(false),
+            Ok(None) => return Ok(Source::Removed),
             Err(error @ StoreError::Damaged(_)) => {
                 tracing::warn!(%error, "left a damaged object out of a merge");
-                return Ok(false);
+                return Ok(Source::Unreadable);
             }
             Err(error) => return Err(error.into()),
         };
@@ -193,9 +233,9 @@ impl Query {
         if let Err(error) = added {
             self.metrics.objects_corrupt.inc();
             tracing::warn!(profile = %key.id, %error, "left a damaged profile out of a merge");
-            return Ok(false);
+            return Ok(Source::Unreadable);
         }
-        Ok(true)
+        Ok(Source::Merged)
     }
 
     /// Merges all profiles of the selection and returns the result in gzipped pprof.

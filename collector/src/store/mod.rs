@@ -22,7 +22,10 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -115,8 +118,8 @@ pub enum StoreError {
     /// The index cannot be used.
     #[error(transparent)]
     Index(#[from] IndexError),
-    /// The content of an object is damaged.
-    #[error("the object of profile {0} is damaged; its profile is lost")]
+    /// The content of an object is damaged, or its file is gone without retention.
+    #[error("the object of profile {0} is damaged or missing; restore its file from a backup")]
     Damaged(Ulid),
     /// The runtime has stopped a blocking task.
     #[error("the store is shutting down")]
@@ -135,6 +138,8 @@ pub(crate) struct Store {
     index: Index,
     state: RwLock<StoreState>,
     metrics: Metrics,
+    /// Retention may have removed objects that start up to this time.
+    expired_ms: AtomicU64,
     /// Directory of everything but the objects.
     data: PathBuf,
     runtime: Handle,
@@ -159,12 +164,13 @@ impl Store {
             None => Objects::open(&data.join("objects"))?,
         };
         let (index, is_new) = Index::open(&data.join("index.redb"))?;
-        let state = RwLock::new(StoreState::load(&index)?);
+        let state = RwLock::new(StoreState::load(&index, objects.directory_bytes())?);
         let store = Arc::new(Self {
             objects,
             index,
             state,
             metrics,
+            expired_ms: AtomicU64::new(0),
             data: data.to_owned(),
             runtime: Handle::current(),
             options: options.clone(),
@@ -234,9 +240,26 @@ impl Store {
 
     /// Returns a profile's bytes as the agent sent them, or `None` once retention has removed it.
     pub(crate) async fn profile(&self, key: ObjectKey) -> Result<Option<Bytes>, StoreError> {
-        let Some(object) = self.objects.get(key).await? else {
-            self.metrics.objects_gone.inc();
-            return Ok(None);
+        let object = match self.objects.get(key).await {
+            Ok(Some(object)) => object,
+            // In a bucket, the retention of another collector may have removed it.
+            Ok(None)
+                if self.objects.is_shared() || key.start_ms <= self.expired_ms.load(Ordering::Acquire) =>
+            {
+                self.metrics.objects_gone.inc();
+                return Ok(None);
+            }
+            Ok(None) => {
+                self.metrics.objects_corrupt.inc();
+                return Err(StoreError::Damaged(key.id));
+            }
+            // A failing disk or a foreign file in the object's place. The network of a bucket can fail as a whole instead.
+            Err(error) if !self.objects.is_shared() => {
+                self.metrics.objects_corrupt.inc();
+                tracing::debug!(profile = %key.id, %error, "cannot read an object");
+                return Err(StoreError::Damaged(key.id));
+            }
+            Err(error) => return Err(error),
         };
         match object::unpack(&object) {
             Some((_, offset)) if offset <= object.len() => Ok(Some(object.slice(offset..))),
@@ -254,7 +277,7 @@ impl Store {
 
     fn update_size_metrics(&self) {
         let state = self.state.read();
-        self.metrics.store_bytes.set(state.bytes() as i64);
+        self.metrics.store_bytes.set(state.disk_bytes() as i64);
         self.metrics.store_profiles.set(state.profiles() as i64);
         self.metrics.store_series.set(state.series_count() as i64);
     }

@@ -8,7 +8,8 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
+    fs::{self, DirEntry},
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -36,6 +37,9 @@ const MAX_META_BYTES: usize = u16::MAX as usize - 4 - 4;
 const CONCURRENT_HEADS: usize = 16;
 /// First part of every path. There is one tenant until agents name theirs.
 const TENANT: &str = "default";
+/// A file system that reports larger blocks, like one on a network, does not allocate whole ones for small files.
+const MAX_BLOCK_BYTES: u64 = 64 << 10;
+const USUAL_BLOCK_BYTES: u64 = 4 << 10;
 
 /// Metadata of an object.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -136,15 +140,23 @@ fn hour_of(dir: &Key) -> Option<u64> {
     u64::try_from(at.timestamp().as_second() / 3600).ok()
 }
 
-/// Parses the id at the end of an object's path.
-fn id_of(path: &Key) -> Option<Ulid> {
-    Ulid::from_string(path.filename()?.strip_suffix(".pb.gz")?).ok()
+/// Parses the file name of an object.
+fn id_of(name: &str) -> Option<Ulid> {
+    Ulid::from_string(name.strip_suffix(".pb.gz")?).ok()
 }
 
-/// Metadata and size of an object.
-pub(super) struct ObjectHead {
-    pub(super) meta: ObjectMeta,
-    pub(super) bytes: u64,
+/// The first bytes of an object, as a comparison finds them.
+pub(super) enum ObjectHead {
+    /// The object has been removed since it was listed.
+    Gone,
+    /// The object is damaged, or its file cannot be read.
+    Unreadable {
+        bytes: u64,
+    },
+    Readable {
+        meta: Box<ObjectMeta>,
+        bytes: u64,
+    },
 }
 
 /// All objects, in a directory or in a bucket.
@@ -154,6 +166,8 @@ pub(super) struct Objects {
     relaxed: Arc<dyn ObjectStore>,
     /// Path of the directory. `None` for a bucket, which other collectors may change too.
     root: Option<PathBuf>,
+    /// Unit in which the disk allocates space, in bytes. 1 for a bucket.
+    block_bytes: u64,
 }
 
 impl Objects {
@@ -165,11 +179,15 @@ impl Objects {
             sync_dir(parent)?;
         }
         let local = || LocalFileSystem::new_with_prefix(root).map_err(StoreError::Object);
+        let stat =
+            rustix::fs::statvfs(root).map_err(|e| StoreError::io("check the disk of", root, e.into()))?;
+        let block_bytes = if stat.f_frsize <= MAX_BLOCK_BYTES { stat.f_frsize } else { USUAL_BLOCK_BYTES };
         Ok(Self {
             // Syncs the file before its rename, then every directory whose entries changed.
             durable: Arc::new(local()?.with_fsync(true)),
             relaxed: Arc::new(local()?.with_automatic_cleanup(true)),
             root: Some(root.to_owned()),
+            block_bytes: block_bytes.max(1),
         })
     }
 
@@ -178,12 +196,22 @@ impl Objects {
         // It succeeds once in a process. An earlier call has installed the same provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let store = bucket.connect().map_err(StoreError::Object)?;
-        Ok(Self { durable: Arc::clone(&store), relaxed: store, root: None })
+        Ok(Self { durable: Arc::clone(&store), relaxed: store, root: None, block_bytes: 1 })
     }
 
     /// Reports whether other collectors may change the objects too.
     pub(super) fn is_shared(&self) -> bool {
         self.root.is_none()
+    }
+
+    /// Returns the space that an object of this size takes, in bytes.
+    pub(super) fn allocated(&self, object_bytes: u64) -> u64 {
+        object_bytes.next_multiple_of(self.block_bytes)
+    }
+
+    /// Returns the space that a directory takes, in bytes. A bucket has none.
+    pub(super) fn directory_bytes(&self) -> u64 {
+        if self.root.is_some() { self.block_bytes } else { 0 }
     }
 
     /// Writes an object, and returns once it survives a power cut. Writing the same object again is harmless.
@@ -202,14 +230,22 @@ impl Objects {
 
     /// Removes an object. A missing object is no error.
     pub(super) async fn delete(&self, key: ObjectKey) -> Result<(), StoreError> {
-        match self.relaxed.delete(&key.path()).await {
+        self.delete_in_hour(key.hour(), key.id).await
+    }
+
+    /// Removes the object with this id from the directory of an hour, readable or not.
+    pub(super) async fn delete_in_hour(&self, hour: u64, id: Ulid) -> Result<(), StoreError> {
+        match self.relaxed.delete(&object_path(hour, id)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(StoreError::Object(error)),
         }
     }
 
-    /// Returns the hours that have objects.
+    /// Returns the hours that have objects. Names that are no day and hour do not count.
     pub(super) async fn hours(&self) -> Result<BTreeSet<u64>, StoreError> {
+        if let Some(root) = &self.root {
+            return local_hours(root);
+        }
         let below = async |dir: Key| {
             let found = self.relaxed.list_with_delimiter(Some(&dir)).await;
             Ok::<_, StoreError>(found.map_err(StoreError::Object)?.common_prefixes)
@@ -221,61 +257,110 @@ impl Objects {
         Ok(hours)
     }
 
-    /// Returns the ids of an hour's objects, and removes leftovers of interrupted writes.
+    /// Returns the ids of an hour's objects. In a directory, it removes leftovers of interrupted writes, and the
+    /// directory of an hour without files. Files with other names do not count.
     pub(super) async fn of_hour(&self, hour: u64) -> Result<Vec<Ulid>, StoreError> {
         if let Some(root) = &self.root {
-            remove_leftovers(&root.join(hour_path(hour)))?;
+            return local_objects(&root.join(hour_path(hour)));
         }
         let dir = Key::from(hour_path(hour));
         self.relaxed
             .list(Some(&dir))
-            .try_filter_map(async |object| Ok(id_of(&object.location)))
+            .try_filter_map(async |object| Ok(object.location.filename().and_then(id_of)))
             .try_collect()
             .await
             .map_err(StoreError::Object)
     }
 
-    /// Reads the metadata of objects without their profiles. An entry is `None` for a missing or damaged object.
-    pub(super) async fn heads(&self, hour: u64, ids: &[Ulid]) -> Result<Vec<Option<ObjectHead>>, StoreError> {
+    /// Removes the directory of an hour, and of its day, if it has no files.
+    pub(super) fn remove_empty_hour(&self, hour: u64) {
+        let Some(root) = &self.root else { return };
+        let dir = root.join(hour_path(hour));
+        // A directory with a file stays.
+        if fs::remove_dir(&dir).is_ok()
+            && let Some(day) = dir.parent()
+        {
+            let _ = fs::remove_dir(day);
+        }
+    }
+
+    /// Reads the metadata of objects without their profiles.
+    pub(super) async fn heads(&self, hour: u64, ids: &[Ulid]) -> Result<Vec<ObjectHead>, StoreError> {
         stream::iter(ids.iter().map(|id| self.head(object_path(hour, *id))))
             .buffered(CONCURRENT_HEADS)
             .try_collect()
             .await
     }
 
-    async fn head(&self, path: Key) -> Result<Option<ObjectHead>, StoreError> {
-        let range = GetRange::Bounded(0..(BEFORE_DATA + usize::from(u16::MAX)) as u64);
-        let found = match self
-            .relaxed
-            .get_opts(&path, GetOptions { range: Some(range), ..GetOptions::default() })
-            .await
-        {
-            Ok(found) => found,
-            Err(object_store::Error::NotFound { .. }) => return Ok(None),
-            Err(error) => return Err(StoreError::Object(error)),
-        };
-        let bytes = found.meta.size;
-        let head = found.bytes().await.map_err(StoreError::Object)?;
-        Ok(unpack(&head).map(|(meta, _)| ObjectHead { meta, bytes }))
-    }
-}
-
-/// Removes the temporary files of interrupted writes.
-fn remove_leftovers(dir: &Path) -> Result<(), StoreError> {
-    for path in list(dir)? {
-        if path.file_name().and_then(|n| n.to_str()).is_some_and(|name| name.contains(".pb.gz#")) {
-            fs::remove_file(&path).map_err(|e| StoreError::io("remove", &path, e))?;
+    async fn head(&self, path: Key) -> Result<ObjectHead, StoreError> {
+        match self.read_head(&path).await {
+            Ok((meta, bytes)) => Ok(match unpack(&meta) {
+                Some((meta, _)) => ObjectHead::Readable { meta: Box::new(meta), bytes },
+                None => ObjectHead::Unreadable { bytes },
+            }),
+            Err(object_store::Error::NotFound { .. }) => Ok(ObjectHead::Gone),
+            Err(error) => match self.relaxed.head(&path).await {
+                Err(object_store::Error::NotFound { .. }) => Ok(ObjectHead::Gone),
+                // A range of an empty object is an error.
+                Ok(found) if found.size == 0 => Ok(ObjectHead::Unreadable { bytes: 0 }),
+                // One file that cannot be read must not keep the others out of the index.
+                found if self.root.is_some() => {
+                    Ok(ObjectHead::Unreadable { bytes: found.map_or(0, |found| found.size) })
+                }
+                _ => Err(StoreError::Object(error)),
+            },
         }
     }
-    Ok(())
+
+    /// Returns the first bytes of an object, at least its metadata, and its size.
+    async fn read_head(&self, path: &Key) -> Result<(Bytes, u64), object_store::Error> {
+        let range = GetRange::Bounded(0..(BEFORE_DATA + usize::from(u16::MAX)) as u64);
+        let found =
+            self.relaxed.get_opts(path, GetOptions { range: Some(range), ..GetOptions::default() }).await?;
+        let bytes = found.meta.size;
+        Ok((found.bytes().await?, bytes))
+    }
 }
 
-fn list(dir: &Path) -> Result<Vec<PathBuf>, StoreError> {
+/// Returns the hours that have a directory below `root`.
+fn local_hours(root: &Path) -> Result<BTreeSet<u64>, StoreError> {
+    let mut hours = BTreeSet::new();
+    let name = |entry: &DirEntry| entry.file_name().into_string().ok();
+    for day in list(&root.join(TENANT))? {
+        let Some(day_name) = name(&day) else { continue };
+        for hour in list(&day.path())? {
+            let hour = name(&hour).map(|hour| Key::from(format!("{TENANT}/{day_name}/{hour}")));
+            hours.extend(hour.as_ref().and_then(hour_of));
+        }
+    }
+    Ok(hours)
+}
+
+/// Returns the ids of the objects in an hour's directory. Removes the temporary files of interrupted writes, and a
+/// directory without files.
+fn local_objects(dir: &Path) -> Result<Vec<Ulid>, StoreError> {
+    let (mut ids, mut is_empty) = (Vec::new(), true);
+    for entry in list(dir)? {
+        let name = entry.file_name();
+        let name = name.to_str().unwrap_or_default();
+        if name.contains(".pb.gz#") && fs::remove_file(entry.path()).is_ok() {
+            continue;
+        }
+        is_empty = false;
+        if entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            ids.extend(id_of(name));
+        }
+    }
+    if is_empty {
+        // Another file may have arrived, which is fine, as is a directory that is gone.
+        let _ = fs::remove_dir(dir);
+    }
+    Ok(ids)
+}
+
+fn list(dir: &Path) -> Result<Vec<DirEntry>, StoreError> {
     match fs::read_dir(dir) {
-        Ok(entries) => entries
-            .map(|entry| entry.map(|e| e.path()))
-            .collect::<io::Result<_>>()
-            .map_err(|e| StoreError::io("list", dir, e)),
+        Ok(entries) => entries.collect::<io::Result<_>>().map_err(|e| StoreError::io("list", dir, e)),
         // The store ignores stray files beside its directories.
         Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
             Ok(Vec::new())

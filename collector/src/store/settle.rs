@@ -7,8 +7,9 @@ use ulid::Ulid;
 
 use super::{
     Store, StoreError,
-    index::{IndexChange, IndexedObject, ProfileRow, StoredProfile},
-    object::{HOUR_MS, ObjectKey},
+    index::{IndexChange, IndexedObject, ProfileRow},
+    object::{HOUR_MS, ObjectHead, ObjectKey},
+    state::UnreadableObject,
     writer::describe,
 };
 
@@ -43,6 +44,12 @@ impl Store {
             self.state.write().remove(&[], &unused);
         }
         let Repairs { added, removed, damaged } = repairs;
+        if damaged > 0 {
+            tracing::warn!(
+                objects = damaged,
+                "queries leave unreadable objects out; restore their files from a backup, or let retention remove them"
+            );
+        }
         if is_new && added > 0 {
             self.metrics.index_rebuilds.inc();
             tracing::warn!(profiles = added, damaged, took = ?began.elapsed(), "rebuilt the index from the objects");
@@ -66,17 +73,25 @@ impl Store {
         })?;
         let mut missing = self.runtime.block_on(self.objects.of_hour(hour))?;
         missing.retain(|id| rows.remove(id).is_none());
+        self.forget_unreadable(hour);
         for ids in missing.chunks(REPAIR_CHUNK) {
             let heads = self.runtime.block_on(self.objects.heads(hour, ids))?;
             let mut found = Vec::with_capacity(heads.len());
             for (id, head) in ids.iter().zip(heads) {
-                let described = head.and_then(|head| describe(&head.meta, head.bytes));
+                let (described, bytes) = match head {
+                    ObjectHead::Gone => continue,
+                    ObjectHead::Unreadable { bytes } => (None, bytes),
+                    ObjectHead::Readable { meta, bytes } => (describe(&meta, bytes), bytes),
+                };
                 // An object under another object's path counts as damaged.
                 if let Some(described) = described.filter(|(_, key, _)| key.id == *id && key.hour() == hour) {
                     found.push(described);
                 } else {
                     repairs.damaged += 1;
                     self.metrics.objects_corrupt.inc();
+                    self.state
+                        .write()
+                        .add_unreadable(UnreadableObject { hour, id: *id }, self.objects.allocated(bytes));
                     tracing::warn!(profile = %id, hour, "cannot read an object; left it out of the index");
                 }
             }
@@ -84,6 +99,16 @@ impl Store {
         }
         let gone: Vec<IndexedObject> = rows.into_values().collect();
         self.remove_rows(&gone, repairs)
+    }
+
+    /// Forgets the unreadable objects of an hour that is compared again.
+    fn forget_unreadable(&self, hour: u64) {
+        let mut state = self.state.write();
+        for object in state.unreadable_before(hour + 1) {
+            if object.hour == hour {
+                state.remove_unreadable(object);
+            }
+        }
     }
 
     /// Adds rows for objects that have none.
@@ -102,7 +127,7 @@ impl Store {
             for (labels, key, row) in found {
                 // The collector that accepted these objects has applied the limit on series already.
                 if let Some(series) = state.series_of(labels, &mut new, usize::MAX) {
-                    change.add.push(StoredProfile { series, key: *key, row: row.clone() });
+                    change.add.push(self.added(series, *key, row.clone()));
                 }
             }
             change.add_series = new.into_iter().map(|(labels, id)| (id, labels.clone())).collect();

@@ -1,11 +1,15 @@
 //! The part of the store that fits in memory: its series and its totals.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use gannet_proto::labels::Labels;
+use ulid::Ulid;
 
 use super::{
-    index::{Index, IndexChange, IndexError, IndexedObject},
+    index::{AddedProfile, Index, IndexChange, IndexError, IndexedObject, series_bytes},
     object::ObjectKey,
 };
 use crate::selector::Selector;
@@ -22,6 +26,14 @@ pub(crate) struct Series {
     last_ms: u64,
 }
 
+/// An object that cannot be read, so that it has no row.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct UnreadableObject {
+    /// Hour of its directory.
+    pub(super) hour: u64,
+    pub(super) id: Ulid,
+}
+
 /// Series and totals of all stored profiles. It always agrees with the committed index.
 #[derive(Default)]
 pub(super) struct StoreState {
@@ -29,17 +41,25 @@ pub(super) struct StoreState {
     by_labels: HashMap<Arc<Labels>, u64>,
     next_series: u64,
     profiles: u64,
+    /// Space of objects, rows and labels on the disk, without directories.
     bytes: u64,
+    /// Number of objects by hour. Each hour has a directory.
+    hours: HashMap<u64, u64>,
+    /// Space of one directory. 0 for a bucket, whose limit does not concern the local index either.
+    directory_bytes: u64,
+    /// With the space that each takes.
+    unreadable: BTreeMap<UnreadableObject, u64>,
 }
 
 impl StoreState {
-    /// Builds the state from a complete scan of the index.
-    pub(super) fn load(index: &Index) -> Result<Self, IndexError> {
-        let mut state = Self::default();
+    /// Builds the state from a complete scan of the index. `directory_bytes`: space of one directory on the disk, or 0 for
+    /// a bucket.
+    pub(super) fn load(index: &Index, directory_bytes: u64) -> Result<Self, IndexError> {
+        let mut state = Self { directory_bytes, ..Self::default() };
         for (id, labels) in index.series()? {
             state.add_series(id, labels);
         }
-        index.between(0, u64::MAX, |object| state.add(object.series, object.key, object.bytes))?;
+        index.between(0, u64::MAX, |object| state.add(object.series, object.key, object.disk_bytes))?;
         Ok(state)
     }
 
@@ -48,9 +68,33 @@ impl StoreState {
         self.profiles
     }
 
-    /// Bytes of all objects.
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes
+    /// Space on the disk of everything that retention can remove, in bytes: objects, their directories and their part of
+    /// the index.
+    pub(super) fn disk_bytes(&self) -> u64 {
+        self.bytes + self.hours.len() as u64 * self.directory_bytes
+    }
+
+    /// Notes an object that has no row, because it cannot be read.
+    pub(super) fn add_unreadable(&mut self, object: UnreadableObject, disk_bytes: u64) {
+        self.remove_unreadable(object);
+        self.bytes += disk_bytes;
+        self.unreadable.insert(object, disk_bytes);
+    }
+
+    /// Reports whether an hour has objects.
+    pub(super) fn has_hour(&self, hour: u64) -> bool {
+        self.hours.contains_key(&hour)
+    }
+
+    /// Returns the unreadable objects of hours before this one.
+    pub(super) fn unreadable_before(&self, hour: u64) -> Vec<UnreadableObject> {
+        self.unreadable.keys().take_while(|object| object.hour < hour).copied().collect()
+    }
+
+    /// Forgets an unreadable object that is removed.
+    pub(super) fn remove_unreadable(&mut self, object: UnreadableObject) {
+        let disk_bytes = self.unreadable.remove(&object).unwrap_or(0);
+        self.bytes = self.bytes.saturating_sub(disk_bytes);
     }
 
     /// Number of series.
@@ -104,21 +148,27 @@ impl StoreState {
         for (id, labels) in change.add_series {
             self.add_series(id, labels);
         }
-        for profile in &change.add {
-            self.add(profile.series, profile.key, profile.row.object_bytes);
+        for AddedProfile { profile, disk_bytes } in &change.add {
+            self.add(profile.series, profile.key, *disk_bytes);
         }
     }
 
     fn add_series(&mut self, id: u64, labels: Labels) {
+        self.bytes += self.series_bytes(&labels);
         let labels = Arc::new(labels);
         self.by_labels.insert(Arc::clone(&labels), id);
         self.series.insert(id, Series { id, labels, profiles: 0, first_ms: u64::MAX, last_ms: 0 });
         self.next_series = self.next_series.max(id + 1);
     }
 
-    fn add(&mut self, series: u64, key: ObjectKey, bytes: u64) {
+    fn series_bytes(&self, labels: &Labels) -> u64 {
+        if self.directory_bytes == 0 { 0 } else { series_bytes(labels) }
+    }
+
+    fn add(&mut self, series: u64, key: ObjectKey, disk_bytes: u64) {
         self.profiles += 1;
-        self.bytes += bytes;
+        self.bytes += disk_bytes;
+        *self.hours.entry(key.hour()).or_default() += 1;
         if let Some(series) = self.series.get_mut(&series) {
             series.profiles += 1;
             series.first_ms = series.first_ms.min(key.start_ms);
@@ -140,13 +190,20 @@ impl StoreState {
     pub(super) fn remove(&mut self, removed: &[IndexedObject], emptied: &[u64]) {
         for object in removed {
             self.profiles = self.profiles.saturating_sub(1);
-            self.bytes = self.bytes.saturating_sub(object.bytes);
+            self.bytes = self.bytes.saturating_sub(object.disk_bytes);
+            if let Some(objects) = self.hours.get_mut(&object.key.hour()) {
+                *objects -= 1;
+                if *objects == 0 {
+                    self.hours.remove(&object.key.hour());
+                }
+            }
             if let Some(series) = self.series.get_mut(&object.series) {
                 series.profiles = series.profiles.saturating_sub(1);
             }
         }
         for id in emptied {
             if let Some(series) = self.series.remove(id) {
+                self.bytes = self.bytes.saturating_sub(self.series_bytes(&series.labels));
                 self.by_labels.remove(&series.labels);
             }
         }

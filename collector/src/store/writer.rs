@@ -14,7 +14,7 @@ use ulid::Ulid;
 
 use super::{
     Store, StoreError, blocking,
-    index::{IndexChange, ProfileRow, StoredProfile},
+    index::{AddedProfile, IndexChange, ProfileRow, StoredProfile},
     object::{ObjectKey, ObjectMeta, TypeTotal, pack, packed_header_len},
 };
 use crate::time;
@@ -336,10 +336,17 @@ impl Store {
                 );
                 continue;
             };
-            change.add.push(StoredProfile { series, key: batch.key, row: batch.row.clone() });
+            change.add.push(self.added(series, batch.key, batch.row.clone()));
         }
         change.add_series = new_series.into_iter().map(|(labels, id)| (id, labels.clone())).collect();
         change
+    }
+
+    /// Returns a new entry with the space that it takes. The space of a bucket holds only the object.
+    pub(super) fn added(&self, series: u64, key: ObjectKey, row: ProfileRow) -> AddedProfile {
+        let index_bytes = if self.objects.is_shared() { 0 } else { row.index_bytes() };
+        let disk_bytes = self.objects.allocated(row.object_bytes) + index_bytes;
+        AddedProfile { profile: StoredProfile { series, key, row }, disk_bytes }
     }
 
     /// Returns the free space on the disk of the index.

@@ -17,11 +17,11 @@ use axum::{
 };
 use gannet_base::TimeSpan;
 use gannet_collector::{Bucket, Collector, Config, DataLocation, Running};
-use gannet_proto::ingest::push_response;
+use gannet_proto::{ingest::push_response, query::FlameGraphRequest};
 
 use crate::{
     store::list,
-    support::{Pusher, TEST_TIMEOUT, batch, config_with, eventually, now_ms},
+    support::{Pusher, TEST_TIMEOUT, batch, config_with, eventually, now_ms, queries},
 };
 
 #[derive(Default)]
@@ -73,6 +73,10 @@ impl Shelf {
                 self.objects.insert(key, body);
                 [(header::ETAG, "\"x\"")].into_response()
             }
+            Method::HEAD => match self.objects.get(&key) {
+                None => StatusCode::NOT_FOUND.into_response(),
+                Some(object) => (ABOUT, [(header::CONTENT_LENGTH, object.len().to_string())]).into_response(),
+            },
             Method::GET if key.is_empty() => self.list(&query).into_response(),
             Method::GET => match self.objects.get(&key) {
                 None => StatusCode::NOT_FOUND.into_response(),
@@ -120,15 +124,20 @@ fn between<'a>(text: &'a str, begin: &str, end: &str) -> Vec<&'a str> {
     text.split(begin).skip(1).filter_map(|rest| rest.split_once(end)).map(|(inner, _)| inner).collect()
 }
 
+const ABOUT: [(header::HeaderName, &str); 2] =
+    [(header::ETAG, "\"x\""), (header::LAST_MODIFIED, "Thu, 01 Jan 2026 00:00:00 GMT")];
+
 fn part(object: &Bytes, headers: &HeaderMap) -> Response {
-    let about = [(header::ETAG, "\"x\""), (header::LAST_MODIFIED, "Thu, 01 Jan 2026 00:00:00 GMT")];
     let Some(range) = headers.get(header::RANGE).and_then(|v| v.to_str().ok()) else {
-        return (about, object.clone()).into_response();
+        return (ABOUT, object.clone()).into_response();
     };
+    if object.is_empty() {
+        return StatusCode::RANGE_NOT_SATISFIABLE.into_response();
+    }
     let (from, to) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
     let (from, to) = (from.parse::<usize>().unwrap(), to.parse::<usize>().unwrap().min(object.len() - 1));
     let of = format!("bytes {from}-{to}/{}", object.len());
-    (StatusCode::PARTIAL_CONTENT, about, [(header::CONTENT_RANGE, of)], object.slice(from..=to))
+    (StatusCode::PARTIAL_CONTENT, ABOUT, [(header::CONTENT_RANGE, of)], object.slice(from..=to))
         .into_response()
 }
 
@@ -173,6 +182,35 @@ async fn a_lost_index_is_rebuilt_from_the_bucket() {
 
     let running = Collector::start(in_bucket(&dir.path().join("second"), &endpoint)).await.unwrap();
     assert_eq!(list(&running).await, before, "to the last field");
+    running.shutdown().await;
+}
+
+/// Checks objects without bytes, of zeros, and under foreign names.
+#[tokio::test]
+async fn damaged_objects_of_a_bucket_stop_neither_start_nor_query() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.clone().serve().await;
+    let first = dir.path().join("first");
+    let running = Collector::start(in_bucket(&first, &endpoint)).await.unwrap();
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    for i in 0..4 {
+        pusher.store(batch("shop", now_ms() - 10 + i, &[("main;work", 1)])).await;
+    }
+    drop(pusher);
+    {
+        let mut shelf = s3.0.lock().unwrap();
+        let keys: Vec<_> = shelf.objects.keys().cloned().collect();
+        shelf.objects.insert(keys[0].clone(), Bytes::new());
+        let zeros = vec![0; shelf.objects[&keys[1]].len()];
+        shelf.objects.insert(keys[1].clone(), zeros.into());
+        shelf.objects.insert(format!("{}.bak", keys[2]), Bytes::from_static(b"stray"));
+        shelf.objects.insert("profiles/here/default/notes/x/y".into(), Bytes::from_static(b"stray"));
+    }
+    let graph = queries(&running).await.flame_graph(FlameGraphRequest::default()).await.unwrap().into_inner();
+    assert_eq!((graph.profiles, graph.unreadable_profiles), (2, 2));
+    running.shutdown().await;
+    let running = Collector::start(in_bucket(&dir.path().join("second"), &endpoint)).await.unwrap();
+    assert_eq!(ids(&running).await.len(), 2);
     running.shutdown().await;
 }
 

@@ -4,7 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
 
 mod bucket;
+mod damage;
 mod disk;
+mod disk_use;
 mod fleet;
 mod forward;
 mod http;

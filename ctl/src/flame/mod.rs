@@ -64,9 +64,9 @@ pub(crate) async fn show(
     format: Format,
     console: &mut Console<'_>,
 ) -> Result<(), Error> {
-    let main = collector.merge(args.select.selection(), &args.sample_type).await?;
+    let main = collector.merge(args.select.selection(), &args.sample_type, console).await?;
     let base = if args.base.is_given() {
-        Some(collector.merge(args.base.selection(&args.select), &args.sample_type).await?)
+        Some(collector.merge(args.base.selection(&args.select), &args.sample_type, console).await?)
     } else {
         None
     };
