@@ -1,8 +1,11 @@
-//! Executable mappings as they are made, from perf events on every CPU.
+//! Executable mappings as they are made, and changes of the kernel's symbols, from perf events on every CPU.
 //!
 //! A process that lives for milliseconds has exited before the agent can read its `/proc/PID/maps`, and a library that is
 //! opened late shows there only in a second reading. The kernel reports both as perf records, stamped by the clock of the
 //! samples. So each mapping takes effect between the right samples.
+//!
+//! The same perf events report functions that the kernel makes at run time, such as BPF programs. They go into a log, by which
+//! the symbolizer knows new names without reading `/proc/kallsyms` again.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -13,7 +16,7 @@ use std::{
 use perf_event::{
     Builder, Clock, SampleFlag, Sampler,
     data::{
-        Comm, Lost, Mmap2, RecordMetadata, Visitor,
+        Comm, KSymbol, KSymbolFlags, KSymbolType, Lost, Mmap2, RecordMetadata, Visitor,
         endian::Native,
         parse::{ParseConfig, Parser},
     },
@@ -21,7 +24,7 @@ use perf_event::{
 };
 
 use super::{KernelError, clock::online_cpus};
-use crate::model::{MappingEvent, NewMapping};
+use crate::model::{KernelSymbolChange, KernelSymbolLog, KernelSymbolRange, MappingEvent, NewMapping};
 
 /// Bytes of one CPU's buffer: some 1,600 mappings, that is about 300 started programs between two reads. The kernel wakes the
 /// reader when the buffer is half full.
@@ -37,12 +40,13 @@ pub(super) struct Mappings {
     /// Read events that are younger than the ring buffer's events so far, oldest first.
     ahead: VecDeque<MappingEvent>,
     lost: u64,
+    symbols: &'static KernelSymbolLog,
 }
 
 impl Mappings {
-    /// Opens a perf event on every online CPU.
-    pub(super) fn start() -> Result<Self, KernelError> {
-        let mut this = Self { buffers: BTreeMap::new(), ahead: VecDeque::new(), lost: 0 };
+    /// Opens a perf event on every online CPU. Changes of symbols go into the log.
+    pub(super) fn start(symbols: &'static KernelSymbolLog) -> Result<Self, KernelError> {
+        let mut this = Self { buffers: BTreeMap::new(), ahead: VecDeque::new(), lost: 0, symbols };
         this.follow_cpus()?;
         Ok(this)
     }
@@ -50,6 +54,7 @@ impl Mappings {
     /// Opens perf events on CPUs that came online, closes those of CPUs that went offline.
     pub(super) fn follow_cpus(&mut self) -> Result<(), KernelError> {
         let online = online_cpus()?;
+        let followed: Vec<u32> = self.buffers.keys().copied().collect();
         self.buffers.retain(|cpu, _| online.contains(cpu));
         for cpu in online {
             if self.buffers.contains_key(&cpu) {
@@ -64,12 +69,17 @@ impl Mappings {
                 Err(source) => return Err(KernelError::PerfEvent { cpu, source }),
             }
         }
+        if !self.buffers.keys().eq(&followed) {
+            // What another CPU changed before is in `/proc/kallsyms`, which a reader has to read after this.
+            self.symbols.missed();
+        }
         Ok(())
     }
 
     /// Reads the pending records of all CPUs.
     pub(super) fn read(&mut self) {
-        let before = self.ahead.len();
+        let (before, lost_before) = (self.ahead.len(), self.lost);
+        let mut changes = Vec::new();
         let mut bytes = Vec::new();
         for buffer in self.buffers.values_mut() {
             let config = buffer.config().clone();
@@ -82,6 +92,7 @@ impl Mappings {
                 record.data().iter().for_each(|part| bytes.extend(*part));
                 match decode(&bytes, config.clone()) {
                     Some(Record::Mapping(event)) => self.ahead.push_back(event),
+                    Some(Record::KernelSymbol(ktime_ns, change)) => changes.push((ktime_ns, change)),
                     Some(Record::Lost(records)) => self.lost += records,
                     None => {}
                 }
@@ -89,6 +100,13 @@ impl Mappings {
         }
         if self.ahead.len() > before {
             self.ahead.make_contiguous().sort_by_key(MappingEvent::ktime_ns);
+        }
+        if self.lost > lost_before {
+            self.symbols.missed();
+        }
+        changes.sort_by_key(|(ktime_ns, _)| *ktime_ns);
+        for (_, change) in changes {
+            self.symbols.push(change);
         }
     }
 
@@ -112,7 +130,8 @@ impl Mappings {
     }
 }
 
-/// Returns the settings of the perf events: records of executable mappings and of `execve`, stamped by the boot clock.
+/// Returns the settings of the perf events: records of executable mappings, of `execve` and of kernel symbols, stamped by the
+/// boot clock.
 fn settings() -> Builder<'static> {
     let mut settings = Builder::new(Software::DUMMY);
     settings
@@ -124,6 +143,7 @@ fn settings() -> Builder<'static> {
         .mmap2(true)
         .comm(true)
         .comm_exec(true)
+        .ksymbol(true)
         .sample(SampleFlag::TIME)
         .sample_id_all(true)
         .clockid(Clock::BOOTTIME)
@@ -138,6 +158,8 @@ fn open(cpu: u32) -> io::Result<Sampler> {
 #[derive(Debug, PartialEq, Eq)]
 enum Record {
     Mapping(MappingEvent),
+    /// A change of the kernel's symbols, and its boot time.
+    KernelSymbol(u64, KernelSymbolChange),
     /// The number of lost records.
     Lost(u64),
 }
@@ -163,6 +185,21 @@ impl<'a> Visitor<'a> for RecordVisitor {
         is_exec.then_some(Record::Mapping(MappingEvent::Cleared { tgid: record.pid, ktime_ns }))
     }
 
+    fn visit_ksymbol(self, record: KSymbol<'a>, metadata: RecordMetadata) -> Self::Output {
+        let ktime_ns = metadata.sample_id().time()?;
+        if record.flags.contains(KSymbolFlags::UNREGISTER) {
+            return Some(Record::KernelSymbol(ktime_ns, KernelSymbolChange::Removed(record.addr)));
+        }
+        let name = record.name.split(|byte| *byte == 0).next().unwrap_or_default();
+        let range = KernelSymbolRange {
+            start: record.addr,
+            bytes: record.len,
+            name: String::from_utf8_lossy(name).into_owned(),
+            module: symbol_module(record.ksym_type, name),
+        };
+        Some(Record::KernelSymbol(ktime_ns, KernelSymbolChange::Added(range)))
+    }
+
     fn visit_lost(self, record: Lost, _: RecordMetadata) -> Self::Output {
         Some(Record::Lost(record.lost))
     }
@@ -185,6 +222,16 @@ impl<'a> Visitor<'a> for RecordVisitor {
     }
 }
 
+/// Returns the module that `/proc/kallsyms` shows for code that the kernel made at run time.
+fn symbol_module(kind: KSymbolType, name: &[u8]) -> &'static str {
+    match kind {
+        KSymbolType::BPF => "bpf",
+        KSymbolType::OOL if name.starts_with(b"kprobe_") => "__builtin__kprobes",
+        KSymbolType::OOL if name.starts_with(b"ftrace_") => "__builtin__ftrace",
+        _ => "",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -194,6 +241,7 @@ mod tests {
     const PERF_RECORD_LOST: u32 = 2;
     const PERF_RECORD_COMM: u32 = 3;
     const PERF_RECORD_MMAP2: u32 = 10;
+    const PERF_RECORD_KSYMBOL: u32 = 17;
 
     /// Decodes a record with this body, which the time 77 follows.
     fn record(kind: u32, misc: u16, body: &[u8]) -> Option<Record> {
@@ -237,6 +285,33 @@ mod tests {
         let wanted = MappingEvent::Cleared { tgid: 42, ktime_ns: 77 };
         assert_eq!(record(PERF_RECORD_COMM, 1 << 13, &body), Some(Record::Mapping(wanted)));
         assert_eq!(record(PERF_RECORD_COMM, 0, &body), None);
+    }
+
+    #[test]
+    fn a_symbol_of_the_kernel_is_read_as_kallsyms_would_show_it() {
+        let body = |kind: u16, flags: u16, name: &[u8]| {
+            let mut body = 0xffff_ffff_c000_1000_u64.to_ne_bytes().to_vec();
+            body.extend(200_u32.to_ne_bytes());
+            body.extend(kind.to_ne_bytes());
+            body.extend(flags.to_ne_bytes());
+            body.extend(name);
+            body.resize(body.len().next_multiple_of(8), 0);
+            body
+        };
+        for (kind, name, module) in
+            [(1, "bpf_prog_6deef7357e7b4530_sample", "bpf"), (2, "ftrace_trampoline", "__builtin__ftrace")]
+        {
+            let start = 0xffff_ffff_c000_1000;
+            let range = KernelSymbolRange { start, bytes: 200, name: name.to_owned(), module };
+            assert_eq!(
+                record(PERF_RECORD_KSYMBOL, 0, &body(kind, 0, name.as_bytes())),
+                Some(Record::KernelSymbol(77, KernelSymbolChange::Added(range)))
+            );
+            assert_eq!(
+                record(PERF_RECORD_KSYMBOL, 0, &body(kind, 1, name.as_bytes())),
+                Some(Record::KernelSymbol(77, KernelSymbolChange::Removed(start)))
+            );
+        }
     }
 
     #[test]

@@ -143,7 +143,7 @@ impl Kernel {
         if !on {
             self.mappings = None;
         } else if self.follows_mappings && self.mappings.is_none() {
-            match mappings::Mappings::start() {
+            match mappings::Mappings::start(self.options.symbols) {
                 Ok(mappings) => self.mappings = Some(mappings),
                 Err(error) => {
                     self.follows_mappings = false;

@@ -1,6 +1,9 @@
 //! The sizes and switches of the kernel side.
 
-use crate::{cgroup::CgroupHierarchy, model};
+use crate::{
+    cgroup::CgroupHierarchy,
+    model::{self, KernelSymbolLog},
+};
 
 /// The sizes and switches of the kernel side. They hold from loading on.
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +26,8 @@ pub struct KernelOptions {
     pub lifecycle: bool,
     /// Whether the handlers of exec, fork and exit are attached twice. The default follows [`handlers_are_preemptible`].
     pub redundant_handlers: bool,
+    /// The log of changes of the kernel's symbols, which the kernel side writes.
+    pub symbols: &'static KernelSymbolLog,
     /// For tests: tracepoints, programs and `mappings` that are not attached, as if this kernel lacked or refused them.
     #[doc(hidden)]
     pub without: &'static [&'static str],
@@ -40,6 +45,7 @@ impl Default for KernelOptions {
             report_rate: 5_000,
             lifecycle: true,
             redundant_handlers: handlers_are_preemptible(),
+            symbols: KernelSymbolLog::of_this_kernel(),
             without: &[],
         }
     }

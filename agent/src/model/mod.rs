@@ -4,6 +4,7 @@
 mod clock;
 mod host;
 mod image;
+mod kernel_symbols;
 mod key;
 mod mapped_file;
 mod sample;
@@ -13,6 +14,7 @@ pub(crate) use clock::{boot_time_ns, boot_time_of_ticks, ticks_of};
 pub(crate) use host::ONLINE_CPUS;
 pub use host::online_cpus;
 pub use image::{Image, Mapping, MappingEvent, MappingKind, NewMapping};
+pub use kernel_symbols::{KernelSymbolChange, KernelSymbolLog, KernelSymbolPosition, KernelSymbolRange};
 pub use key::{ImageKey, ParseKeyError, ProcessKey};
 pub use mapped_file::{FileId, MappedFile};
 pub use sample::{ExitStatus, FileNumbers, Origin, RawUserStack, Sample, SampleKind, StackEnd, Subject};

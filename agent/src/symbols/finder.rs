@@ -17,7 +17,12 @@ use quick_cache::unsync;
 
 use super::{
     debug_info::{DebugFrames, DebugInfoReader, FileDebugInfo},
-    formats::{dwarf::DebugLine, elf, kallsyms::Kallsyms, perf_map::PerfMap},
+    formats::{
+        dwarf::DebugLine,
+        elf,
+        kallsyms::{Kallsyms, Refreshed},
+        perf_map::PerfMap,
+    },
     names::{ByBytes, ContentKey, Function, Functions, SharedTexts},
     options::{SymbolizerConfig, SymbolizerStats},
     vdso::vdso_file,
@@ -26,6 +31,8 @@ use crate::model::{FileId, Image, MappedFile, MappingKind, ProcessKey};
 
 /// Kernel addresses have the highest bit set on every machine that Gannet runs on, and user addresses do not.
 pub(super) const FIRST_KERNEL_ADDRESS: u64 = 1 << 63;
+/// Addresses of the kernel whose functions are remembered, of some 150 bytes each.
+const MAX_KERNEL_FUNCTIONS: usize = 8192;
 const MAX_FILE_STATES: NonZeroUsize = NonZeroUsize::new(8192).unwrap();
 const MAX_PERF_MAPS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 /// Perf maps that are larger than this, all together, are dropped after each profile.
@@ -65,6 +72,10 @@ pub(super) struct NameFinder {
     debug_info: DebugInfoReader,
     perf_maps: LruCache<ProcessKey, PerfMap>,
     kallsyms: Kallsyms,
+    /// Functions of the kernel that were asked for since its symbols changed.
+    kernel_functions: ProcessFunctions,
+    /// The kernel's symbols are those of now. False again after each set of profiles.
+    kernel_is_fresh: bool,
     vdso: Option<Arc<MappedFile>>,
     no_functions: Functions,
     /// Much memory was allocated and freed since the last call of [`return_memory`].
@@ -73,13 +84,16 @@ pub(super) struct NameFinder {
 
 impl NameFinder {
     pub(super) fn new(config: SymbolizerConfig, stats: Arc<SymbolizerStats>) -> Self {
-        let SymbolizerConfig { queue: _, cache_bytes, debug_reader, debug_dirs, debug_cost } = config;
+        let SymbolizerConfig { queue: _, cache_bytes, debug_reader, debug_dirs, debug_cost, kernel_symbols } =
+            config;
         Self {
             cache: unsync::Cache::with_weighter((cache_bytes / 256) as usize, cache_bytes, ByBytes),
             files: LruCache::new(MAX_FILE_STATES),
             debug_info: DebugInfoReader::new(debug_reader, debug_dirs, debug_cost, Arc::clone(&stats)),
             perf_maps: LruCache::new(MAX_PERF_MAPS),
-            kallsyms: Kallsyms::default(),
+            kallsyms: Kallsyms::new(kernel_symbols),
+            kernel_functions: ProcessFunctions::new(),
+            kernel_is_fresh: false,
             vdso: vdso_file().map_err(|error| tracing::debug!(%error, "cannot read the vDSO")).ok(),
             no_functions: Arc::new([]),
             wasteful: false,
@@ -212,14 +226,30 @@ impl NameFinder {
         let mut texts = SharedTexts::default();
         let mut found = ProcessFunctions::new();
         for address in addresses {
-            self.wasteful |= self.kallsyms.refresh();
-            if let Some(symbol) = self.kallsyms.find(address) {
+            self.refresh_kernel();
+            if let Some(known) = self.kernel_functions.get(&address) {
+                found.insert(address, Arc::clone(known));
+            } else if let Some(symbol) = self.kallsyms.find(address) {
                 let file =
                     if symbol.module.is_empty() { String::new() } else { format!("[{}]", symbol.module) };
-                found.insert(address, texts.plain(symbol.name, &file));
+                let functions = texts.plain(symbol.name, &file);
+                self.kernel_functions.insert(address, Arc::clone(&functions));
+                found.insert(address, functions);
             }
         }
         found
+    }
+
+    /// Learns once for each set of profiles how the kernel's symbols have changed.
+    fn refresh_kernel(&mut self) {
+        if std::mem::replace(&mut self.kernel_is_fresh, true) {
+            return;
+        }
+        let refreshed = self.kallsyms.refresh();
+        self.wasteful |= refreshed == Refreshed::Read;
+        if refreshed != Refreshed::Unchanged || self.kernel_functions.len() > MAX_KERNEL_FUNCTIONS {
+            self.kernel_functions.clear();
+        }
     }
 
     /// Finds the functions that a process made at run time.
@@ -241,6 +271,7 @@ impl NameFinder {
 
     /// Frees memory beyond the limits, and counts the rest. Call it after each set of profiles.
     pub(super) fn trim(&mut self) {
+        self.kernel_is_fresh = false;
         let perf_maps: usize = self.perf_maps.iter().map(|(_, map)| map.bytes()).sum();
         if perf_maps > MAX_CACHED_PERF_MAP_BYTES {
             self.perf_maps.clear();

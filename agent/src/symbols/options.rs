@@ -2,6 +2,8 @@
 
 use std::{path::PathBuf, sync::atomic::AtomicU64, time::Duration};
 
+use crate::model::KernelSymbolLog;
+
 /// Bounds of the symbolizer.
 #[derive(Clone, Debug)]
 pub struct SymbolizerConfig {
@@ -16,6 +18,8 @@ pub struct SymbolizerConfig {
     pub debug_dirs: Vec<PathBuf>,
     /// Limits of the cost of debug information. Symbol tables name the functions of files that cost more.
     pub debug_cost: DebugCost,
+    /// The log of changes of the kernel's symbols, which the kernel side writes.
+    pub kernel_symbols: &'static KernelSymbolLog,
 }
 
 impl Default for SymbolizerConfig {
@@ -26,6 +30,7 @@ impl Default for SymbolizerConfig {
             debug_reader: Some(PathBuf::from("/proc/self/exe")),
             debug_dirs: vec![PathBuf::from("/usr/lib/debug")],
             debug_cost: DebugCost::WANTED,
+            kernel_symbols: KernelSymbolLog::of_this_kernel(),
         }
     }
 }

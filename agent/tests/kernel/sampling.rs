@@ -1,8 +1,16 @@
 //! The kernel side alone: a rule, a process, its samples.
 
-use std::{process::Command, thread::sleep, time::Duration};
+use std::{
+    fs,
+    process::Command,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
-use gannet_agent::kernel::{Event, Kernel, KernelOptions, KernelRules, NamePattern};
+use gannet_agent::{
+    kernel::{Event, Kernel, KernelOptions, KernelRules, NamePattern},
+    model::{KernelSymbolChange, KernelSymbolLog},
+};
 
 use crate::common::program;
 
@@ -63,4 +71,46 @@ fn a_process_that_a_rule_names_is_sampled_from_exec_on() {
     assert_eq!(status.code(), 7);
     let counters = kernel.counters().unwrap();
     assert_eq!(counters.taken, counters.sent);
+}
+
+/// Loads other BPF programs while the kernel side is at work, and unloads them: both must be seen, with the names and the
+/// addresses of `/proc/kallsyms`.
+#[test]
+fn bpf_programs_that_come_and_go_are_seen_by_events() {
+    let symbols: &'static KernelSymbolLog = Box::leak(Box::default());
+    let mut kernel = Kernel::start(KernelOptions { symbols, ..KernelOptions::default() }).unwrap();
+    assert!(!symbols.end().is_followed());
+    kernel.set_rules(&rules_for("gannet-busy", 19)).unwrap();
+    let mut position = symbols.end();
+    assert!(position.is_followed());
+    // Its own events go into a log of its own.
+    let other: &'static KernelSymbolLog = Box::leak(Box::default());
+    let others = Kernel::start(KernelOptions { symbols: other, ..KernelOptions::default() }).unwrap();
+    kernel.read().unwrap();
+    let loaded = symbols.since(&mut position).unwrap();
+    let listed = fs::read_to_string("/proc/kallsyms").unwrap();
+    // Other agents on this machine have programs of the same name.
+    let made: Vec<u64> = loaded
+        .iter()
+        .filter_map(|change| match change {
+            KernelSymbolChange::Added(range) if range.name.ends_with("_on_tick") => {
+                assert_eq!(range.module, "bpf");
+                let line = format!("{:x} t {}\t[bpf]", range.start, range.name);
+                assert!(listed.contains(&line), "{line}");
+                Some(range.start)
+            }
+            _ => None,
+        })
+        .collect();
+    assert!(!made.is_empty(), "{loaded:?}");
+    drop(others);
+    // The kernel frees programs after a grace period.
+    let end = Instant::now() + Duration::from_secs(10);
+    let mut gone = Vec::new();
+    while !made.iter().all(|start| gone.contains(&KernelSymbolChange::Removed(*start))) {
+        assert!(Instant::now() < end, "{gone:?}");
+        sleep(Duration::from_millis(50));
+        kernel.read().unwrap();
+        gone.extend(symbols.since(&mut position).unwrap());
+    }
 }

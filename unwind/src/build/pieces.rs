@@ -40,14 +40,30 @@ pub(super) fn of_entries(
     of_ranges(functions.iter().map(|function| (function.start, function.end)), source)
 }
 
-/// Adds to `have` the parts of `more` that lie between its pieces. Both are sorted and free of overlaps.
-pub(super) fn fill(have: Vec<Piece>, more: impl Iterator<Item = Piece>) -> Vec<Piece> {
-    let mut more = more.peekable();
-    if more.peek().is_none() {
-        return have;
+/// Adds to `have` the parts of `more` that lie between its pieces. Both are sorted and free of overlaps. A large program has
+/// hundreds of thousands of pieces, so they are never in memory twice.
+pub(super) fn fill(mut have: Vec<Piece>, more: impl Iterator<Item = Piece>) -> Vec<Piece> {
+    let parts = parts_between(&have, more);
+    let Some(filler) = parts.last().copied() else { return have };
+    let (mut from, mut to) = (have.len(), have.len() + parts.len());
+    have.reserve_exact(parts.len());
+    have.resize(to, filler);
+    // From the last one on, so that each piece moves to its place once.
+    for part in parts.into_iter().rev() {
+        while from > 0 && have[from - 1].start > part.start {
+            (from, to) = (from - 1, to - 1);
+            have[to] = have[from];
+        }
+        to -= 1;
+        have[to] = part;
     }
-    let mut all = Vec::with_capacity(have.len() + more.size_hint().0);
-    let mut have = have.into_iter().peekable();
+    have
+}
+
+/// Returns the parts of `more` that lie between the pieces of `have`.
+fn parts_between(have: &[Piece], more: impl Iterator<Item = Piece>) -> Vec<Piece> {
+    let mut parts = Vec::new();
+    let mut have = have.iter().peekable();
     let mut covered = 0;
     for piece in more {
         let mut start = piece.start.max(covered);
@@ -56,22 +72,21 @@ pub(super) fn fill(have: Vec<Piece>, more: impl Iterator<Item = Piece>) -> Vec<P
                 Some(next) if next.start <= start => {
                     covered = next.end;
                     start = start.max(covered);
-                    all.extend(have.next());
+                    have.next();
                 }
                 Some(next) => {
                     let end = next.start.min(piece.end);
-                    all.push(Piece { start, end, ..piece });
+                    parts.push(Piece { start, end, ..piece });
                     start = end;
                 }
                 None => {
-                    all.push(Piece { start, ..piece });
+                    parts.push(Piece { start, ..piece });
                     start = piece.end;
                 }
             }
         }
     }
-    all.extend(have);
-    all
+    parts
 }
 
 /// Returns the ranges of code that no piece covers, ascending.

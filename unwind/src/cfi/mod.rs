@@ -88,12 +88,19 @@ where
             oddities: Oddities::default(),
         };
         let cie_id = if is_eh_frame { 0 } else { u64::from(u32::MAX) };
+        let mut functions = 0;
         for (offset, id) in (EntryLengths { bytes, at: 0, is_eh_frame }) {
             budget.step()?;
             if id == cie_id || (!is_eh_frame && id == u64::MAX) {
                 entries.add_cie(offset, budget)?;
+            } else {
+                functions += 1;
             }
         }
+        // A vector that grows takes up to three times the memory for a moment.
+        entries.functions.reserve_exact(
+            usize::try_from(budget.limits.functions).map_or(functions, |limit| functions.min(limit)),
+        );
         let mut last = 0;
         let mut sorted = true;
         let mut entry_lengths = EntryLengths { bytes, at: 0, is_eh_frame };

@@ -1,17 +1,32 @@
 //! The kernel's own symbols, with those of modules and BPF programs, as `/proc/kallsyms` shows them.
 
+//!
+//! The kernel formats all of its symbols again for each reading, which takes a tenth of a second. So the file is read once. BPF
+//! programs and trampolines that come and go are known by events, and `/proc/modules` says whether modules came or went.
+
 use std::{
+    collections::BTreeMap,
     fs::File,
-    io::{self, BufRead, BufReader},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    io::{self, BufRead, BufReader, Read as _},
     time::{Duration, Instant},
 };
 
-use super::symbol_table::{SymbolTable, SymbolTableBuilder};
+use super::symbol_table::{MAX_UNSIZED_BYTES, SymbolTable, SymbolTableBuilder};
+use crate::model::{KernelSymbolChange, KernelSymbolLog, KernelSymbolPosition, KernelSymbolRange};
 
 /// The 200,000 functions of a kernel take 7 MB.
 const MAX_TABLE_BYTES: usize = 64 << 20;
-/// Modules and BPF programs come and go.
-const RELOAD_AFTER: Duration = Duration::from_secs(60);
+/// The time between two readings while events say what changes.
+const RELOAD_AFTER: Duration = Duration::from_secs(30);
+/// The time between two readings without events: modules and BPF programs come and go.
+const RELOAD_WITHOUT_EVENTS_AFTER: Duration = Duration::from_secs(60);
+/// The samples of a window may be named this long after they were taken.
+const WINDOW_TIME: Duration = Duration::from_secs(30);
+/// Functions that are known by events.
+const MAX_MADE: usize = 8192;
+/// A node has some hundred modules of 60 bytes each.
+const MAX_MODULES_BYTES: u64 = 1 << 20;
 
 /// The reason why kernel frames have no names.
 #[derive(Debug, thiserror::Error)]
@@ -27,12 +42,32 @@ pub(crate) enum KallsymsError {
     TooLarge,
 }
 
-/// Kernel symbols, read at the first use and again once they are old.
-#[derive(Debug, Default)]
+/// Kernel symbols, read at the first use, and again where events do not say what has changed.
+#[derive(Debug)]
 pub(crate) struct Kallsyms {
+    log: &'static KernelSymbolLog,
+    position: KernelSymbolPosition,
     table: SymbolTable,
     read_at: Option<Instant>,
+    /// The modules at the last reading.
+    modules: u64,
+    /// Functions made since the last reading, by first address, and functions gone since then.
+    made: BTreeMap<u64, MadeSymbol>,
+    /// The time of the last refresh.
+    now: Instant,
     warned: bool,
+}
+
+/// A function that an event reported.
+#[derive(Debug)]
+struct MadeSymbol {
+    end: u64,
+    name: String,
+    module: String,
+    /// When it went. It keeps its name, because samples of it may wait for names.
+    gone: Option<Instant>,
+    /// Until then, a sample may be one of another function that was here before.
+    doubtful_until: Option<Instant>,
 }
 
 /// A kernel function.
@@ -44,13 +79,56 @@ pub(crate) struct KernelSymbol<'a> {
 }
 
 impl Kallsyms {
-    /// Reads the symbols if they are old. Returns whether it read them. Logs an error once.
-    pub(crate) fn refresh(&mut self) -> bool {
-        if self.read_at.is_some_and(|at| at.elapsed() < RELOAD_AFTER) {
-            return false;
+    pub(crate) fn new(log: &'static KernelSymbolLog) -> Self {
+        Self {
+            log,
+            position: KernelSymbolPosition::default(),
+            table: SymbolTable::default(),
+            read_at: None,
+            modules: 0,
+            made: BTreeMap::new(),
+            now: Instant::now(),
+            warned: false,
         }
-        self.read_at = Some(Instant::now());
-        match File::open("/proc/kallsyms").map_err(Into::into).and_then(|file| parse(BufReader::new(file))) {
+    }
+
+    /// Learns what has changed, and reads all symbols if that is not known otherwise. Logs an error once.
+    pub(crate) fn refresh(&mut self) -> Refreshed {
+        let read =
+            || File::open("/proc/kallsyms").map_err(Into::into).and_then(|file| parse(BufReader::new(file)));
+        self.refresh_by(Instant::now(), loaded_modules(), read)
+    }
+
+    fn refresh_by(
+        &mut self,
+        now: Instant,
+        modules: u64,
+        read: impl FnOnce() -> Result<SymbolTable, KallsymsError>,
+    ) -> Refreshed {
+        self.now = now;
+        let changes = self.log.since(&mut self.position);
+        let is_known = changes.is_some() && self.position.is_followed();
+        let mut refreshed = Refreshed::Unchanged;
+        for change in changes.into_iter().flatten() {
+            self.apply(change);
+            refreshed = Refreshed::Changed;
+        }
+        if self.made.len() > MAX_MADE {
+            self.made.retain(|_, symbol| symbol.gone.is_none());
+        }
+        let is_current = is_known && modules == self.modules && self.made.len() <= MAX_MADE;
+        let pause =
+            if is_known || self.log.end().is_followed() { RELOAD_AFTER } else { RELOAD_WITHOUT_EVENTS_AFTER };
+        let was_read = |at: Instant| is_current || now.saturating_duration_since(at) < pause;
+        if self.read_at.is_some_and(was_read) {
+            return refreshed;
+        }
+        self.read_at = Some(now);
+        // Before reading: a change in the meantime is applied again, which does no harm.
+        self.position = self.log.end();
+        self.modules = modules;
+        self.made.clear();
+        match read() {
             Ok(table) => self.table = table,
             Err(error) if !self.warned => {
                 self.warned = true;
@@ -58,18 +136,94 @@ impl Kallsyms {
             }
             Err(_) => {}
         }
-        true
+        Refreshed::Read
+    }
+
+    fn apply(&mut self, change: KernelSymbolChange) {
+        match change {
+            KernelSymbolChange::Added(range) => self.add(range),
+            KernelSymbolChange::Removed(start) => self.remove(start),
+        }
+    }
+
+    fn add(&mut self, range: KernelSymbolRange) {
+        let KernelSymbolRange { start, bytes, name, module } = range;
+        let end = start.saturating_add(u64::from(bytes));
+        let first = self.made.range(..=start).next_back().filter(|(_, former)| former.end > start);
+        let first = first.map_or(start, |(start, _)| *start);
+        let overlapped: Vec<u64> = self.made.range(first..end.max(start)).map(|(start, _)| *start).collect();
+        let mut doubtful_until = None;
+        for former in overlapped.into_iter().filter_map(|start| self.made.remove(&start)) {
+            let is_recent =
+                former.gone.is_none_or(|gone| self.now.saturating_duration_since(gone) < WINDOW_TIME);
+            if former.name != name && is_recent {
+                doubtful_until = Some(self.now + WINDOW_TIME);
+            }
+        }
+        let symbol = MadeSymbol { end, name, module: module.to_owned(), gone: None, doubtful_until };
+        self.made.insert(start, symbol);
+    }
+
+    fn remove(&mut self, start: u64) {
+        if let Some(symbol) = self.made.get_mut(&start) {
+            symbol.gone = Some(self.now);
+        } else if let Some(KernelSymbol { name, module }) = symbol_at(&self.table, start) {
+            let (name, module) = (name.to_owned(), module.to_owned());
+            // The table has no sizes: it may have reached to the next symbol.
+            let end =
+                self.table.next_start(start).unwrap_or(u64::MAX).min(start.saturating_add(MAX_UNSIZED_BYTES));
+            self.made
+                .insert(start, MadeSymbol { end, name, module, gone: Some(self.now), doubtful_until: None });
+        }
     }
 
     pub(crate) fn find(&self, address: u64) -> Option<KernelSymbol<'_>> {
-        let text = std::str::from_utf8(self.table.find(address)?).ok()?;
-        let (name, module) = text.split_once('\t').unwrap_or((text, ""));
-        Some(KernelSymbol { name, module: module.trim_start_matches('[').trim_end_matches(']') })
+        let made = self.made.range(..=address).next_back();
+        if let Some((_, symbol)) = made.filter(|(_, symbol)| address < symbol.end) {
+            let is_doubtful = symbol.doubtful_until.is_some_and(|until| self.now < until);
+            return (!is_doubtful).then_some(KernelSymbol { name: &symbol.name, module: &symbol.module });
+        }
+        symbol_at(&self.table, address)
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.table.bytes()
+        let made = self.made.values().map(|symbol| size_of::<MadeSymbol>() + symbol.name.len());
+        self.table.bytes() + made.sum::<usize>()
     }
+}
+
+/// The work that [`Kallsyms::refresh`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refreshed {
+    Unchanged,
+    /// Events changed some symbols.
+    Changed,
+    /// All symbols were read.
+    Read,
+}
+
+fn symbol_at(table: &SymbolTable, address: u64) -> Option<KernelSymbol<'_>> {
+    let text = std::str::from_utf8(table.find(address)?).ok()?;
+    let (name, module) = text.split_once('\t').unwrap_or((text, ""));
+    Some(KernelSymbol { name, module: module.trim_start_matches('[').trim_end_matches(']') })
+}
+
+/// Returns a number that changes when a module comes or goes.
+fn loaded_modules() -> u64 {
+    let mut text = Vec::new();
+    // A kernel without modules has no such file.
+    let _ = File::open("/proc/modules").and_then(|file| file.take(MAX_MODULES_BYTES).read_to_end(&mut text));
+    number_of_modules(&text)
+}
+
+fn number_of_modules(text: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for line in text.split(|byte| *byte == b'\n') {
+        // `name bytes users dependents state address`: the users change all the time.
+        let words = line.split(|byte| *byte == b' ').enumerate();
+        words.filter(|(column, _)| matches!(column, 0 | 1 | 5)).for_each(|(_, word)| word.hash(&mut hasher));
+    }
+    hasher.finish()
 }
 
 fn parse(mut text: impl BufRead) -> Result<SymbolTable, KallsymsError> {
@@ -120,9 +274,30 @@ ffffffffc0001000 t nf_conntrack_in\t[nf_conntrack]
 ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
 ";
 
+    const BPF: u64 = 0xffff_ffff_c000_2000;
+
+    fn log() -> &'static KernelSymbolLog {
+        Box::leak(Box::default())
+    }
+
+    /// Refreshes at this second with [`TEXT`], and returns what was done.
+    fn refresh(kallsyms: &mut Kallsyms, begin: Instant, seconds: u64, modules: u64) -> Refreshed {
+        kallsyms.refresh_by(begin + Duration::from_secs(seconds), modules, || parse(TEXT.as_bytes()))
+    }
+
+    fn add(log: &KernelSymbolLog, start: u64, bytes: u32, name: &str) {
+        let range = KernelSymbolRange { start, bytes, name: name.to_owned(), module: "bpf" };
+        log.push(KernelSymbolChange::Added(range));
+    }
+
+    fn name_at(kallsyms: &Kallsyms, address: u64) -> Option<&str> {
+        kallsyms.find(address).map(|symbol| symbol.name)
+    }
+
     #[test]
     fn kernel_modules_and_bpf_programs_have_names() {
-        let kallsyms = Kallsyms { table: parse(TEXT.as_bytes()).unwrap(), ..Kallsyms::default() };
+        let mut kallsyms = Kallsyms::new(log());
+        refresh(&mut kallsyms, Instant::now(), 0, 0);
         for (address, expected) in [
             (0xffff_ffff_8100_0010, Some(("_stext", ""))),
             (0xffff_ffff_8100_2010, Some(("do_syscall_64", ""))),
@@ -132,6 +307,82 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
         ] {
             let expected = expected.map(|(name, module)| KernelSymbol { name, module });
             assert_eq!(kallsyms.find(address), expected, "{address:#x}");
+        }
+    }
+
+    #[test]
+    fn symbols_are_read_again_only_if_events_do_not_tell_the_change() {
+        let (log, begin) = (log(), Instant::now());
+        let mut kallsyms = Kallsyms::new(log);
+        let at = |kallsyms: &mut Kallsyms, seconds, modules| refresh(kallsyms, begin, seconds, modules);
+        assert_eq!(at(&mut kallsyms, 0, 1), Refreshed::Read);
+        assert_eq!(at(&mut kallsyms, 59, 1), Refreshed::Unchanged);
+        assert_eq!(at(&mut kallsyms, 60, 1), Refreshed::Read, "without events, time decides");
+        log.missed();
+        assert_eq!(at(&mut kallsyms, 89, 1), Refreshed::Unchanged);
+        assert_eq!(at(&mut kallsyms, 90, 1), Refreshed::Read, "events begin");
+        assert_eq!(at(&mut kallsyms, 3600, 1), Refreshed::Unchanged);
+        add(log, BPF + 0x100, 0x40, "bpf_prog_1_new");
+        assert_eq!(at(&mut kallsyms, 3600, 1), Refreshed::Changed);
+        assert_eq!(at(&mut kallsyms, 3600, 2), Refreshed::Read, "another module");
+        log.missed();
+        assert_eq!(at(&mut kallsyms, 3629, 2), Refreshed::Unchanged);
+        assert_eq!(at(&mut kallsyms, 3630, 2), Refreshed::Read, "the kernel lost events");
+        (0..=MAX_MADE as u64).for_each(|index| {
+            add(log, BPF + index * 64, 64, "bpf_prog_2_many");
+            assert_ne!(at(&mut kallsyms, 3640, 2), Refreshed::Read);
+        });
+        assert_eq!(at(&mut kallsyms, 3660, 2), Refreshed::Read, "too many to remember");
+        assert_eq!(at(&mut kallsyms, 7200, 2), Refreshed::Unchanged);
+    }
+
+    #[test]
+    fn a_program_has_its_name_from_its_first_to_its_last_sample() {
+        let (log, begin) = (log(), Instant::now());
+        log.missed();
+        let mut kallsyms = Kallsyms::new(log);
+        refresh(&mut kallsyms, begin, 0, 0);
+        add(log, BPF + 0x100, 0x40, "bpf_prog_1_new");
+        assert_eq!(refresh(&mut kallsyms, begin, 10, 0), Refreshed::Changed);
+        assert_eq!(name_at(&kallsyms, BPF + 0x13f), Some("bpf_prog_1_new"));
+        assert_eq!(kallsyms.find(BPF + 0x100).map(|symbol| symbol.module), Some("bpf"));
+        assert_eq!(name_at(&kallsyms, BPF + 0xff), Some("bpf_prog_6deef7357e7b4530_sample"));
+        log.push(KernelSymbolChange::Removed(BPF + 0x100));
+        refresh(&mut kallsyms, begin, 20, 0);
+        assert_eq!(name_at(&kallsyms, BPF + 0x100), Some("bpf_prog_1_new"));
+    }
+
+    #[test]
+    fn an_address_that_two_functions_had_in_one_window_has_no_name() {
+        for (former, name) in [(BPF + 0x80, "made since"), (BPF, "read from the file")] {
+            let (log, begin) = (log(), Instant::now());
+            log.missed();
+            let mut kallsyms = Kallsyms::new(log);
+            refresh(&mut kallsyms, begin, 0, 0);
+            if former != BPF {
+                add(log, former, 0x80, "bpf_prog_1_former");
+            }
+            log.push(KernelSymbolChange::Removed(former));
+            add(log, BPF + 0xc0, 0x80, "bpf_prog_2_new");
+            refresh(&mut kallsyms, begin, 10, 0);
+            assert_eq!(name_at(&kallsyms, BPF + 0xc0), None, "{name}");
+            refresh(&mut kallsyms, begin, 40, 0);
+            assert_eq!(name_at(&kallsyms, BPF + 0xc0), Some("bpf_prog_2_new"), "{name}");
+            // The same program again.
+            log.push(KernelSymbolChange::Removed(BPF + 0xc0));
+            add(log, BPF + 0xc0, 0x80, "bpf_prog_2_new");
+            refresh(&mut kallsyms, begin, 50, 0);
+            assert_eq!(name_at(&kallsyms, BPF + 0xc0), Some("bpf_prog_2_new"), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_module_that_comes_or_goes_changes_the_number() {
+        let text = "ext4 100 3 jbd2,mbcache, Live 0xffffffffc0000000\nfuse 50 1 - Live 0xffffffffc0100000\n";
+        let number = |text: &str| number_of_modules(text.as_bytes());
+        assert_eq!(number(text), number(&text.replace("100 3 jbd2", "100 4 jbd2")), "another user");
+        for (from, to) in [("fuse", "nfs"), ("fuse 50", "fuse 60"), ("c0100000", "c0200000"), ("ext4", "")] {
+            assert_ne!(number(text), number(&text.replace(from, to)), "{from}");
         }
     }
 

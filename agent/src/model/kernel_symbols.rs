@@ -1,0 +1,140 @@
+//! Changes of the kernel's symbols: the engine's thread reads them as events, the symbolizer's thread names frames by them.
+
+use std::collections::VecDeque;
+
+use parking_lot::Mutex;
+
+/// Changes that the log keeps. Some tools load a dozen programs in each run, and a window has 10 s.
+const MAX_CHANGES: usize = 4096;
+
+/// A change of the kernel's symbols.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KernelSymbolChange {
+    /// The kernel has made a function.
+    Added(KernelSymbolRange),
+    /// The function at this address is gone.
+    Removed(u64),
+}
+
+/// A function that the kernel made at run time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelSymbolRange {
+    /// First address of its code.
+    pub start: u64,
+    /// Length in bytes.
+    pub bytes: u32,
+    /// Name, as `/proc/kallsyms` shows it.
+    pub name: String,
+    /// The module that `/proc/kallsyms` shows behind the name.
+    pub module: &'static str,
+}
+
+/// The latest changes of the kernel's symbols. There is one kernel, so there is one log for it; tests make others.
+#[derive(Debug)]
+pub struct KernelSymbolLog(Mutex<State>);
+
+#[derive(Debug)]
+struct State {
+    changes: VecDeque<KernelSymbolChange>,
+    /// The number of the change behind the last one.
+    next: u64,
+    /// Counts the times when changes may have been missed; 0 before any were followed.
+    epoch: u64,
+}
+
+/// A position in the log. The default one is before the first change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KernelSymbolPosition {
+    epoch: u64,
+    next: u64,
+}
+
+impl KernelSymbolPosition {
+    /// Returns whether changes are followed at this position. If not, only `/proc/kallsyms` shows them.
+    pub fn is_followed(&self) -> bool {
+        self.epoch > 0
+    }
+}
+
+static OF_THIS_KERNEL: KernelSymbolLog = KernelSymbolLog::new();
+
+impl KernelSymbolLog {
+    /// Returns an empty log.
+    pub const fn new() -> Self {
+        Self(Mutex::new(State { changes: VecDeque::new(), next: 0, epoch: 0 }))
+    }
+
+    /// Returns the log of the kernel that runs.
+    pub fn of_this_kernel() -> &'static Self {
+        &OF_THIS_KERNEL
+    }
+
+    /// Records that changes were missed: events begin now, or the kernel lost some.
+    pub fn missed(&self) {
+        let mut state = self.0.lock();
+        state.epoch += 1;
+        state.changes.clear();
+    }
+
+    /// Records a change, and forgets the oldest one if there are too many.
+    pub fn push(&self, change: KernelSymbolChange) {
+        let mut state = self.0.lock();
+        if state.changes.len() == MAX_CHANGES {
+            state.changes.pop_front();
+        }
+        state.changes.push_back(change);
+        state.next += 1;
+    }
+
+    /// Returns the position behind the last change.
+    pub fn end(&self) -> KernelSymbolPosition {
+        let state = self.0.lock();
+        KernelSymbolPosition { epoch: state.epoch, next: state.next }
+    }
+
+    /// Returns the changes since a position, and moves it to the end. `None` if the log does not have all of them; the position
+    /// stays then.
+    pub fn since(&self, position: &mut KernelSymbolPosition) -> Option<Vec<KernelSymbolChange>> {
+        let state = self.0.lock();
+        let wanted = usize::try_from(state.next.checked_sub(position.next)?).ok()?;
+        let skipped = state.changes.len().checked_sub(wanted)?;
+        if position.epoch != state.epoch {
+            return None;
+        }
+        position.next = state.next;
+        Some(state.changes.iter().skip(skipped).cloned().collect())
+    }
+}
+
+impl Default for KernelSymbolLog {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_gets_each_change_once_or_learns_of_a_gap() {
+        let log = KernelSymbolLog::new();
+        let mut position = log.end();
+        assert!(!position.is_followed());
+        log.missed();
+        assert_eq!(log.since(&mut position), None, "what happened before is unknown");
+        position = log.end();
+        assert!(position.is_followed());
+        log.push(KernelSymbolChange::Removed(1));
+        log.push(KernelSymbolChange::Removed(2));
+        let both = vec![KernelSymbolChange::Removed(1), KernelSymbolChange::Removed(2)];
+        let mut second = position;
+        assert_eq!(log.since(&mut position), Some(both.clone()));
+        assert_eq!(log.since(&mut position), Some(vec![]));
+        assert_eq!(log.since(&mut second), Some(both), "each reader has a position of its own");
+        (0..MAX_CHANGES as u64).for_each(|address| log.push(KernelSymbolChange::Removed(address)));
+        assert_eq!(log.since(&mut position).map(|changes| changes.len()), Some(MAX_CHANGES));
+        (0..=MAX_CHANGES as u64).for_each(|address| log.push(KernelSymbolChange::Removed(address)));
+        assert_eq!(log.since(&mut position), None, "one change more than the log keeps");
+    }
+}
