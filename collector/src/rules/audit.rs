@@ -120,7 +120,12 @@ impl AuditFile {
             fs::rename(path, former)?;
         }
         let mut file = File::options().create(true).append(true).open(path)?;
-        file.write_all(text.as_bytes())?;
+        let before = file.metadata()?.len();
+        if let Err(error) = file.write_all(text.as_bytes()) {
+            // A full disk can take half of a line, which would swallow the next one.
+            let _ = file.set_len(before);
+            return Err(error);
+        }
         if sync { file.sync_data() } else { Ok(()) }
     }
 }

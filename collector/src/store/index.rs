@@ -4,12 +4,16 @@ use std::{
     collections::HashSet,
     fs, io,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use gannet_proto::labels::Labels;
 use parking_lot::RwLock;
 use prost::Message;
-use redb::{Database, ReadTransaction, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use redb::{
+    Database, ReadTransaction, ReadableDatabase as _, ReadableTable as _, TableDefinition,
+    backends::InMemoryBackend,
+};
 use ulid::Ulid;
 
 use super::object::{HOUR_MS, ObjectKey, TypeTotal};
@@ -155,6 +159,8 @@ impl IndexChange {
 /// The index file. Any thread may read it; only the store's writer commits.
 pub(super) struct Index {
     path: PathBuf,
+    /// The disk had no room for the file at the start, so the index is in memory and accepts no commit of the writer.
+    is_in_memory: AtomicBool,
     /// `None` after a failed write, until the file can be opened again. Readers hold the lock only while they read.
     db: RwLock<Option<Database>>,
 }
@@ -163,7 +169,10 @@ impl Index {
     /// Opens or creates the index; the flag reports a new one. Renames a corrupt file first and starts a new one. The
     /// renamed file stays until the next start that finds a good one, because retention does not count it.
     pub(super) fn open(path: &Path) -> Result<(Self, bool), IndexError> {
-        let opened = |db, new| (Self { path: path.to_owned(), db: RwLock::new(Some(db)) }, new);
+        let opened = |db, new| {
+            let db = RwLock::new(Some(db));
+            (Self { path: path.to_owned(), is_in_memory: AtomicBool::new(false), db }, new)
+        };
         let existed = path.exists();
         let aside = path.with_extension("redb.corrupt");
         match open_database(path) {
@@ -182,11 +191,56 @@ impl Index {
                     "the index is corrupt: renamed it, rebuilding it from the objects"
                 );
                 fs::rename(path, &aside).map_err(IndexError::Io)?;
-                let (db, _) = open_database(path)?;
-                Ok(opened(db, true))
+                let created = open_database(path).or_else(|error| match error {
+                    IndexError::Io(e) if is_full(&e) => {
+                        tracing::warn!(aside = %aside.display(), "removed the corrupt index, because the disk is full");
+                        fs::remove_file(&aside).map_err(IndexError::Io)?;
+                        open_database(path)
+                    }
+                    error => Err(error),
+                });
+                match created {
+                    Ok((db, _)) => Ok(opened(db, true)),
+                    Err(error) => Self::in_memory(path, error),
+                }
             }
-            Err(error) => Err(error),
+            Err(error) => Self::in_memory(path, error),
         }
+    }
+
+    /// Returns an empty index in memory if `error` is a full disk, so that queries have answers until there is room.
+    fn in_memory(path: &Path, error: IndexError) -> Result<(Self, bool), IndexError> {
+        let IndexError::Io(source) = error else { return Err(error) };
+        if !is_full(&source) {
+            return Err(IndexError::Io(source));
+        }
+        tracing::warn!(
+            path = %path.display(),
+            "the disk is full: the index is in memory, and batches are throttled until the disk has room"
+        );
+        let create = || prepare(Database::builder().create_with_backend(InMemoryBackend::new())?);
+        let (db, _) = create().map_err(|e| classify(path, e))?;
+        let db = RwLock::new(Some(db));
+        Ok((Self { path: path.to_owned(), is_in_memory: AtomicBool::new(true), db }, true))
+    }
+
+    /// Reports whether the index is in memory because the disk was full.
+    pub(super) fn is_in_memory(&self) -> bool {
+        self.is_in_memory.load(Ordering::Acquire)
+    }
+
+    /// Moves an index from memory to the disk, if there is room. A file from before counts as newer than the memory.
+    /// Afterwards, the caller compares the index with the objects.
+    pub(super) fn move_to_disk(&self) -> Result<(), IndexError> {
+        let (file, is_new) = open_database(&self.path)?;
+        let mut guard = self.db.write();
+        if is_new && let Some(memory) = guard.as_ref() {
+            copy(memory, &file).map_err(|e| self.error(e))?;
+        }
+        *guard = Some(file);
+        self.is_in_memory.store(false, Ordering::Release);
+        tracing::info!("the disk has room again: the index is on the disk");
+        Ok(())
     }
 
     fn read<T>(&self, f: impl FnOnce(&ReadTransaction) -> Result<T, redb::Error>) -> Result<T, IndexError> {
@@ -218,6 +272,9 @@ impl Index {
     }
 
     fn reopen(&self) {
+        if self.is_in_memory() {
+            return;
+        }
         let mut guard = self.db.write();
         *guard = None;
         match open_database(&self.path) {
@@ -430,31 +487,61 @@ fn apply(db: &Database, change: &IndexChange) -> Result<Vec<bool>, redb::Error> 
 }
 
 fn open_database(path: &Path) -> Result<(Database, bool), IndexError> {
-    let open = || -> Result<(Database, bool), redb::Error> {
-        let db = Database::builder().set_cache_size(CACHE_BYTES).create(path)?;
-        let txn = db.begin_write()?;
-        let layout = {
-            let mut meta = txn.open_table(META)?;
-            let layout = meta.get("layout")?.map(|v| v.value());
-            meta.insert("layout", LAYOUT)?;
-            txn.open_table(PROFILES)?;
-            txn.open_table(IDS)?;
-            txn.open_table(TIMES)?;
-            txn.open_table(SERIES)?;
-            txn.open_table(WINDOWS)?;
-            layout
-        };
-        match layout {
-            Some(LAYOUT) => txn.abort()?,
-            None => txn.commit()?,
-            Some(other) => {
-                txn.abort()?;
-                return Err(redb::Error::Corrupted(format!("layout {other}, this version writes {LAYOUT}")));
-            }
+    let is_new = fs::metadata(path).map_or(true, |meta| meta.len() == 0);
+    let open = || prepare(Database::builder().set_cache_size(CACHE_BYTES).create(path)?);
+    open().map_err(|e| {
+        if is_new {
+            // Half a file would count as corrupt.
+            let _ = fs::remove_file(path);
         }
-        Ok((db, layout.is_none()))
+        classify(path, e)
+    })
+}
+
+/// Creates the tables of a new database, and checks the version of an old one. The flag reports a new one.
+fn prepare(db: Database) -> Result<(Database, bool), redb::Error> {
+    let txn = db.begin_write()?;
+    let layout = {
+        let mut meta = txn.open_table(META)?;
+        let layout = meta.get("layout")?.map(|v| v.value());
+        meta.insert("layout", LAYOUT)?;
+        txn.open_table(PROFILES)?;
+        txn.open_table(IDS)?;
+        txn.open_table(TIMES)?;
+        txn.open_table(SERIES)?;
+        txn.open_table(WINDOWS)?;
+        layout
     };
-    open().map_err(|e| classify(path, e))
+    match layout {
+        Some(LAYOUT) => txn.abort()?,
+        None => txn.commit()?,
+        Some(other) => {
+            txn.abort()?;
+            return Err(redb::Error::Corrupted(format!("layout {other}, this version writes {LAYOUT}")));
+        }
+    }
+    Ok((db, layout.is_none()))
+}
+
+/// Copies all tables into a new database.
+fn copy(from: &Database, to: &Database) -> Result<(), redb::Error> {
+    let (read, write) = (from.begin_read()?, to.begin_write()?);
+    macro_rules! copy_tables {
+        ($($table:ident),+) => {$({
+            let mut out = write.open_table($table)?;
+            for found in read.open_table($table)?.iter()? {
+                let (key, value) = found?;
+                out.insert(key.value(), value.value())?;
+            }
+        })+};
+    }
+    copy_tables!(PROFILES, IDS, TIMES, SERIES, WINDOWS);
+    write.commit()?;
+    Ok(())
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 fn classify(path: &Path, error: redb::Error) -> IndexError {

@@ -9,7 +9,7 @@ use super::{
     Store, StoreError,
     index::{IndexChange, IndexedObject, ProfileRow},
     object::{HOUR_MS, ObjectHead, ObjectKey},
-    state::UnreadableObject,
+    state::{StoreState, UnreadableObject},
     writer::describe,
 };
 
@@ -57,6 +57,13 @@ impl Store {
             tracing::info!(added, removed, "repaired differences between objects and index");
         }
         Ok(())
+    }
+
+    /// Moves the index from memory to the disk and compares it with the objects, some of which may be newer.
+    pub(super) fn move_index_to_disk(&self) -> Result<(), StoreError> {
+        self.index.move_to_disk()?;
+        *self.state.write() = StoreState::load(&self.index, self.objects.directory_bytes())?;
+        self.settle(false)
     }
 
     /// Returns the hours that have objects or rows.

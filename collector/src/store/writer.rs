@@ -255,6 +255,16 @@ impl Store {
         if let Some(full) = self.check_disk(&batches) {
             return vec![full; batches.len()];
         }
+        if self.index.is_in_memory() {
+            let store = Arc::clone(self);
+            let moved = tokio::task::spawn_blocking(move || store.move_index_to_disk()).await;
+            if let Err(error) = moved.map_err(|_| StoreError::Ended).flatten() {
+                let reason = format!(
+                    "the collector's disk was full at its start, and the index still has no room: {error}"
+                );
+                return vec![throttled("disk_full", &reason); batches.len()];
+            }
+        }
         let puts: Vec<_> = batches.iter().map(|b| self.objects.put(b.key, b.object.clone())).collect();
         let written = stream::iter(puts).buffered(CONCURRENT_WRITES).collect::<Vec<_>>().await;
         let mut outcomes: Vec<BatchOutcome> = written

@@ -1,12 +1,18 @@
 //! A full disk: a small tmpfs, which only root can mount.
 
-use std::{path::Path, process::Command};
+use std::{path::Path, process::Command, time::Duration};
 
 use gannet_base::ByteSize;
 use gannet_collector::Collector;
-use gannet_proto::{ingest::push_response::Message, query::ListProfilesRequest};
+use gannet_proto::{
+    ingest::push_response::Message,
+    query::{FlameGraphRequest, ListProfilesRequest, query_service_client::QueryServiceClient},
+};
 
-use crate::support::{Pusher, batch, config_with, get, metric, now_ms, queries};
+use crate::{
+    kill::{free_port, spawn},
+    support::{Pusher, TEST_TIMEOUT, batch, channel, config_with, get, metric, now_ms, queries},
+};
 
 struct Tmpfs<'a>(&'a Path);
 
@@ -115,4 +121,83 @@ async fn root_a_filling_disk_throttles_batches_and_spares_the_index() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn root_a_completely_full_disk_loses_nothing_and_recovers() {
     survives(0, 200 << 10, &["disk is full", "the index", "MiB left"]).await;
+}
+
+async fn until_ready(grpc: std::net::SocketAddr) {
+    let deadline = tokio::time::Instant::now() + TEST_TIMEOUT;
+    while tokio::net::TcpStream::connect(grpc).await.is_err() {
+        assert!(tokio::time::Instant::now() < deadline, "the collector does not come up");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Checks that a collector which was killed on a full disk starts, answers queries, and stores again once there is room.
+/// `prepare` changes the data directory before the restart, which may let the collector free some room.
+async fn restarts_on_a_full_disk(frees_room: bool, prepare: impl FnOnce(&Path)) {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Tmpfs::mount(dir.path(), "24m");
+    let data = dir.path().join("data");
+    let (grpc, http) = (free_port(), free_port());
+    let mut child = spawn(&data, grpc, http);
+    until_ready(grpc).await;
+    let mut pusher = Pusher::open(grpc).await;
+    let ballast = fill(dir.path(), 1 << 20);
+    let (taken, _) = until_throttled(&mut pusher, 0).await;
+    child.kill().unwrap();
+    child.wait().unwrap();
+    prepare(&data);
+    let rest = fill_rest(dir.path());
+
+    let mut child = spawn(&data, grpc, http);
+    until_ready(grpc).await;
+    let request = ListProfilesRequest { limit: 5000, ..ListProfilesRequest::default() };
+    let mut client = QueryServiceClient::new(channel(grpc).await);
+    let listed = client.list_profiles(request).await.unwrap().into_inner();
+    assert!(listed.profiles.len() as u64 >= taken, "{} of {taken}", listed.profiles.len());
+    let graph = client.flame_graph(FlameGraphRequest::default()).await.unwrap().into_inner();
+    assert!(graph.profiles >= taken && graph.unreadable_profiles == 0, "{}", graph.profiles);
+    let mut pusher = Pusher::open(grpc).await;
+    match pusher.push(large(9000)).await {
+        Message::Throttled(throttled) => assert!(throttled.reason.contains("disk"), "{}", throttled.reason),
+        Message::Accepted(_) if frees_room => {}
+        other => panic!("{other:?}"),
+    }
+    std::fs::remove_file(ballast).unwrap();
+    std::fs::remove_file(rest).unwrap();
+    let freed = std::time::Instant::now();
+    while !matches!(pusher.push(large(9001)).await, Message::Accepted(_)) {
+        assert!(freed.elapsed() < Duration::from_secs(10), "the collector does not take batches again");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    drop(disk);
+}
+
+/// Fills the disk to its last byte.
+fn fill_rest(dir: &Path) -> std::path::PathBuf {
+    use std::io::Write as _;
+    let file = dir.join("rest");
+    let mut to = std::fs::File::create(&file).unwrap();
+    while to.write_all(&[1; 4096]).is_ok() {}
+    file
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_a_collector_killed_on_a_full_disk_starts_again() {
+    restarts_on_a_full_disk(false, |_| {}).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_a_full_disk_without_an_index_does_not_stop_the_start() {
+    restarts_on_a_full_disk(false, |data| std::fs::remove_file(data.join("index.redb")).unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_a_full_disk_and_a_corrupt_index_do_not_stop_the_start() {
+    restarts_on_a_full_disk(true, |data| {
+        let index = std::fs::File::options().write(true).open(data.join("index.redb")).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&index, &[7; 4096], 0).unwrap();
+    })
+    .await;
 }
