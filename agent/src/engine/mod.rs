@@ -23,8 +23,8 @@
 //! # Order
 //!
 //! The order of the ring buffer is the order of truth. The engine reads it in one place, [`reader::Reader::catch_up`]: at the
-//! head of each turn of the worker's loop, and before each [effect](effects). A step that needs another step does not call it,
-//! but queues it as an effect and returns. The following holds:
+//! head of each turn of the worker's loop, before each command, and before each [effect](effects). A step that needs another
+//! step does not call it, but queues it as an effect and returns. The following holds:
 //!
 //! 1. **An event takes effect exactly behind the samples before it.** An exec retires the former image after all earlier
 //!    samples of it are added; so does an exit. A file that takes the place of another one in an image splits the image's

@@ -117,6 +117,8 @@ impl Worker {
                 if matches!(command, Command::Stop) {
                     return self.finish();
                 }
+                // Behind what the kernel has reported by now, however fast the questions follow each other.
+                self.catch_up();
                 self.execute(command);
                 self.carry_out_effects();
             }

@@ -311,45 +311,43 @@ fn is_found_by_scan(watch: &Watch) {
     watch.wait_for("a scan finds its exit", |watch| watch.alive(Some(pid)).is_empty());
 }
 
-/// Checks that a new image is known when the reader takes its event, twenty times a second (R39). The quickest of ten counts,
-/// because the machine may be busy.
+/// Checks that an answer of the engine knows each image, with its mappings, that was new before the question.
 #[test]
-fn a_new_image_is_known_within_100_ms() {
+fn an_answer_knows_each_image_from_before_the_question() {
     let directory = tempfile::tempdir().unwrap();
     let second = life_as(directory.path(), "gannet-new");
     let watch = Watch::of(&[COMM, "gannet-new"], 99, &[], KernelOptions::default());
-    let mut quickest = TIMEOUT;
-    for _ in 0..10 {
-        let child = Running::start(Command::new(life()).args([
-            "exec",
-            "1",
-            second.to_str().unwrap(),
-            "sleep",
-            "60000",
-        ]));
-        let pid = child.0.id();
-        let begun = Instant::now();
-        while !std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == second) {
-            assert!(begun.elapsed() < TIMEOUT);
-            thread::sleep(Duration::from_millis(1));
-        }
-        let begun = Instant::now();
-        loop {
-            // A tick in the middle of execve enters it by its name alone; it is read when its event comes.
-            let known = watch.alive(Some(pid)).into_iter().find(|p| p.state != ProcessState::Unread);
-            let known = known.map(|p| (p.comm, p.mappings));
-            match known {
-                Some((comm, mappings)) if comm == "gannet-new" => {
-                    assert!(mappings > 0, "its mappings come with it");
-                    break;
-                }
-                _ => assert!(begun.elapsed() < TIMEOUT, "{known:?}"),
+    let arguments = ["exec", "1", second.to_str().unwrap(), "sleep", "60000"];
+    // No event is read before all of them sleep in their new images.
+    let children = watch.blocked(|| {
+        let children: Vec<_> =
+            (0..10).map(|_| Running::start(Command::new(life()).args(arguments))).collect();
+        for child in &children {
+            let begun = Instant::now();
+            while !sleeps_in(child.0.id(), &second) {
+                assert!(begun.elapsed() < TIMEOUT);
+                thread::sleep(Duration::from_millis(1));
             }
-            thread::sleep(Duration::from_millis(1));
         }
-        quickest = quickest.min(begun.elapsed());
+        children
+    });
+    let known = watch.alive(None);
+    for child in &children {
+        let process = known.iter().find(|process| process.key.process.tgid == child.0.id());
+        let process = process.unwrap_or_else(|| panic!("{} is in {known:?}", child.0.id()));
+        assert_eq!(process.comm, "gannet-new");
+        assert!(process.mappings > 0 && process.state != ProcessState::Unread, "{process:?}");
     }
-    assert!(quickest < Duration::from_millis(100), "{quickest:?}");
+}
+
+/// Returns whether the process executes this program and sleeps. The program is looked at first: the process may have slept in
+/// the former one.
+fn sleeps_in(pid: u32, program: &Path) -> bool {
+    let sleeps = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('S'))
+    };
+    std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program) && sleeps()
 }
 
 /// Checks samples from within `execve`, before it has built a stack for the new image (R37).
@@ -404,6 +402,8 @@ fn a_storm_of_short_processes_is_profiled_completely() {
     std::fs::copy(&storm, &child).unwrap();
     let watch = Watch::of(&["storm-child"], 499, &[], KernelOptions::default());
     let (a_second, seconds) = (100 / slower(), 3 * slower());
+    let due = || block_on(watch.engine.kernel_view()).unwrap().ticks_due;
+    let (due_before, fired_before) = (due(), watch.view().ledger.ticks);
     let output = Command::new(&storm)
         .args([a_second.to_string(), seconds.to_string()])
         .arg(&child)
@@ -411,6 +411,8 @@ fn a_storm_of_short_processes_is_profiled_completely() {
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
+    // A machine that is short of CPU time withholds ticks from all processes alike.
+    let fired = (watch.view().ledger.ticks - fired_before) as f64 / (due() - due_before) as f64;
     let account: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let window = watch.end();
     assert_eq!(window.ledger.taken, window.ledger.delivered, "{:?}", window.ledger);
@@ -428,10 +430,12 @@ fn a_storm_of_short_processes_is_profiled_completely() {
             }
         }
     }
-    // Ticks by the kernel's own count of their CPU time. A part of that is in execve, where a rule on the new name does not match
-    // yet. scripts/bench-storm compares with perf, tick by tick.
-    let ticks = account["cpu_seconds"].as_f64().unwrap() * 499.0;
-    assert!(all as f64 >= ticks * 0.6, "{all} of {ticks} ticks: {account}");
+    // Each process has counted its CPU time in main(). Behind execve it also needs some for the dynamic linker and its exit.
+    let ticks = account["main_seconds"].as_f64().unwrap() * 499.0 * fired;
+    assert!(
+        user as f64 >= ticks * 0.9,
+        "{user} samples, {ticks} ticks in main: {account}, {fired} of the ticks fired"
+    );
     assert!(named * 100 >= all * 99, "{named} of {all} have their code");
     assert!(rooted * 100 >= user * 95, "{rooted} of {user} are complete");
 }

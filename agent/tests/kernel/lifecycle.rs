@@ -405,7 +405,7 @@ fn the_order_of_the_ring_buffer_is_that_of_kernel_time() {
     }
     let mut images: HashMap<ProcessKey, u32> = HashMap::new();
     let mut ended: HashMap<ProcessKey, u64> = HashMap::new();
-    let mut samples = 0;
+    let (mut samples, mut overtaken) = (0, 0);
     for event in &events {
         match event {
             Event::Exec { subject, .. } => {
@@ -422,15 +422,14 @@ fn the_order_of_the_ring_buffer_is_that_of_kernel_time() {
                 if let Some(image) = images.get(&subject.key) {
                     assert!(subject.exec_id >= *image, "a sample of a replaced image");
                 }
-                // A process still uses the CPU after its exit event, but no earlier sample may come after that event. The
-                // slack is for a thread that is interrupted between reading the clock and reserving the record.
-                if let Some(end) = ended.get(&subject.key) {
-                    assert!(subject.ktime_ns + 50_000_000 > *end, "a sample that was overtaken by the exit");
-                }
+                // A process still uses the CPU after its exit event, but no earlier sample may come after that event. A
+                // thread may be held up between its reading of the clock and the reservation of the record.
+                overtaken += u32::from(ended.get(&subject.key).is_some_and(|end| subject.ktime_ns < *end));
             }
             _ => {}
         }
     }
+    assert!(overtaken * 200 <= samples, "{overtaken} of {samples} were overtaken by the exit");
     assert!(samples > 100, "{samples}");
     assert_eq!(ended.len(), ended.keys().collect::<HashSet<_>>().len());
     let counters = kernel.counters().unwrap();
