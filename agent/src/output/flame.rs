@@ -2,37 +2,59 @@
 
 use std::{borrow::Cow, collections::BTreeMap, fmt::Write};
 
-use gannet_proto::profiles::{Location, Profile};
+use gannet_proto::{
+    pprof::folded_name,
+    profiles::{Location, Profile},
+};
 use inferno::flamegraph::{self, Options, Palette, TextTruncateDirection, color::MultiPalette};
 
 use super::{Details, OutputError};
 use crate::symbols::KERNEL_MAPPING;
 
-/// Suffixes of frames by which flame graph tools choose colours.
+/// Value of each different stack: the command name of the process, then its functions, root first.
+///
+/// Sorted by frame, so that equal frames of one depth stand side by side: sorted as text, `f.cold` would come between `f` and
+/// `f;g`.
+type Stacks = BTreeMap<Vec<String>, i64>;
+
+/// The end of a frame by which flame graph tools choose colours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Marks {
-    Plain,
-    Kinds,
+enum Kind {
+    Function,
+    Inlined,
+    Kernel,
 }
 
-/// Returns one sorted line for each different stack, root first: `comm;main;work 1234`. The value is that of the last
-/// sample type. The root is the command name, so that one graph can show many processes.
-pub(super) fn stacks(profile: &Profile, marks: Marks) -> Result<Vec<String>, OutputError> {
+/// Returns one line for each different stack, root first: `comm;main;work 1234`. The value is that of the last sample type.
+/// The root is the command name, so that one graph can show many processes.
+pub(super) fn folded(profile: &Profile) -> Result<String, OutputError> {
+    let stacks = stacks(profile, |name, _| folded_name(name).into_owned())?;
+    Ok(stacks.iter().fold(String::new(), |mut lines, (stack, value)| {
+        let _ = writeln!(lines, "{} {value}", stack.join(";"));
+        lines
+    }))
+}
+
+/// Adds up the values of equal stacks, with the text that `frame` makes of each name.
+fn stacks(profile: &Profile, frame: impl Fn(&str, Kind) -> String) -> Result<Stacks, OutputError> {
     let reader = Reader::new(profile)?;
-    let mut sums: BTreeMap<String, i64> = BTreeMap::new();
+    let mut sums = Stacks::new();
     for sample in &profile.sample {
         let value = *sample.value.last().ok_or(OutputError::Damaged("a sample has no value"))?;
-        let comm = sample.label.iter().find(|label| reader.text(label.key) == "comm");
-        let mut line = comm.map(|label| frame_text(reader.text(label.str))).unwrap_or_default();
+        let mut stack = Vec::with_capacity(sample.location_id.len() + 1);
+        let mut push = |name: &str, kind| stack.push(frame(name, kind));
+        if let Some(comm) = sample.label.iter().find(|label| reader.text(label.key) == "comm") {
+            push(reader.text(comm.str), Kind::Function);
+        }
         for id in sample.location_id.iter().rev() {
-            reader.add_location(*id, marks, &mut line)?;
+            reader.add_location(*id, &mut push)?;
         }
-        if line.is_empty() {
-            line.push_str("[no stack]");
+        if stack.is_empty() {
+            stack.push("[no stack]".to_owned());
         }
-        *sums.entry(line).or_default() += value;
+        *sums.entry(stack).or_default() += value;
     }
-    Ok(sums.into_iter().map(|(line, value)| format!("{line} {value}")).collect())
+    Ok(sums)
 }
 
 struct Reader<'a> {
@@ -62,30 +84,19 @@ impl<'a> Reader<'a> {
             .map_or("", String::as_str)
     }
 
-    fn add_location(&self, id: u64, marks: Marks, line: &mut String) -> Result<(), OutputError> {
+    fn add_location(&self, id: u64, push: &mut impl FnMut(&str, Kind)) -> Result<(), OutputError> {
         let location = self
             .locations
             .get(&id)
             .ok_or(OutputError::Damaged("a sample names a location that is missing"))?;
         let file = self.mappings.get(&location.mapping_id).map_or("", |name| self.text(*name));
-        let is_kernel = file == KERNEL_MAPPING;
-        let mut push = |name: &str, is_inlined: bool| {
-            if !line.is_empty() {
-                line.push(';');
-            }
-            line.push_str(&frame_text(name));
-            match marks {
-                Marks::Kinds if is_kernel => line.push_str("_[k]"),
-                Marks::Kinds if is_inlined => line.push_str("_[i]"),
-                Marks::Kinds | Marks::Plain => {}
-            }
-        };
+        let outer = if file == KERNEL_MAPPING { Kind::Kernel } else { Kind::Function };
         if location.line.is_empty() {
             // A frame without a name shows its file.
             match file.rsplit('/').next().unwrap_or_default() {
-                "" => push("[unknown]", false),
-                name if name.starts_with('[') => push(name, false),
-                name => push(&format!("[{name}]"), false),
+                "" => push("[unknown]", outer),
+                name if name.starts_with('[') => push(name, outer),
+                name => push(&format!("[{name}]"), outer),
             }
         }
         for (depth, part) in location.line.iter().enumerate().rev() {
@@ -93,21 +104,39 @@ impl<'a> Reader<'a> {
                 .functions
                 .get(&part.function_id)
                 .ok_or(OutputError::Damaged("a location names a function that is missing"))?;
-            push(self.text(*name), depth + 1 < location.line.len());
+            let is_inlined = depth + 1 < location.line.len();
+            push(self.text(*name), if is_inlined && outer != Kind::Kernel { Kind::Inlined } else { outer });
         }
         Ok(())
     }
 }
 
-/// Returns a name without the characters that end a frame or a stack.
-fn frame_text(name: &str) -> String {
-    name.chars()
-        .map(|character| match character {
-            ';' => ':',
-            character if character.is_control() => '?',
-            character => character,
-        })
-        .collect()
+/// Characters of a name that mean something else to inferno, with a stand-in for each: it takes a number behind the last space
+/// for a second column of values, and `_[k]` at the end for a mark. No name holds a stand-in, because [`printable`] replaces
+/// control characters.
+const STAND_INS: [(char, char); 3] = [(' ', '\u{1}'), (';', '\u{2}'), (']', '\u{3}')];
+
+/// Returns the frame of a picture, from which [`restored`] makes the name again.
+fn picture_frame(name: &str, kind: Kind) -> String {
+    let stand_in = |c: char| STAND_INS.iter().find(|(from, _)| *from == c).map_or(c, |(_, to)| *to);
+    let name = printable(name).chars().map(stand_in).collect::<String>();
+    match kind {
+        Kind::Function => name,
+        Kind::Inlined => name + "_[i]",
+        Kind::Kernel => name + "_[k]",
+    }
+}
+
+/// Puts the characters of names back into a picture.
+fn restored(picture: &str) -> String {
+    let original = |c: char| STAND_INS.iter().find(|(_, to)| *to == c).map_or(c, |(from, _)| *from);
+    picture.chars().map(original).collect()
+}
+
+/// Returns a text without the characters that XML does not allow.
+fn printable(text: &str) -> String {
+    let is_allowed = |c: char| !c.is_control() && !matches!(c, '\u{fffe}' | '\u{ffff}');
+    text.chars().map(|c| if is_allowed(c) { c } else { '?' }).collect()
 }
 
 /// Returns the unit to show values in, and the factor to it.
@@ -126,24 +155,34 @@ fn unit(profile: &Profile) -> (f64, &str) {
 }
 
 pub(super) fn svg(profile: &Profile, title: &str) -> Result<Vec<u8>, OutputError> {
-    let lines = stacks(profile, Marks::Kinds)?;
+    Ok(picture(profile, title)?.into_bytes())
+}
+
+fn picture(profile: &Profile, title: &str) -> Result<String, OutputError> {
+    // inferno draws a "flame chart" in the order of its lines, last line first. Otherwise it sorts or wants them as text.
+    let lines: Vec<String> = stacks(profile, picture_frame)?
+        .iter()
+        .rev()
+        .map(|(stack, value)| format!("{} {value}", stack.join(";")))
+        .collect();
     let (factor, count_name) = unit(profile);
     let mut options = Options::default();
-    title.clone_into(&mut options.title);
+    options.title = printable(title);
     options.factor = factor;
     count_name.clone_into(&mut options.count_name);
     options.colors = Palette::Multi(MultiPalette::Java);
     options.deterministic = true;
     options.text_truncate_direction = TextTruncateDirection::Right;
+    options.flame_chart = true;
     let mut picture = Vec::new();
     flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), &mut picture)
         .map_err(|error| OutputError::Draw(error.to_string()))?;
-    Ok(picture)
+    let picture = String::from_utf8(picture).map_err(|error| OutputError::Draw(error.to_string()))?;
+    Ok(restored(&picture))
 }
 
 pub(super) fn html(profile: &Profile, details: &Details) -> Result<Vec<u8>, OutputError> {
-    let picture =
-        String::from_utf8(svg(profile, "")?).map_err(|error| OutputError::Draw(error.to_string()))?;
+    let picture = picture(profile, "")?;
     // Inside a page the picture is an element, not a document.
     let picture =
         &picture[picture.find("<svg").ok_or_else(|| OutputError::Draw("no picture".to_owned()))?..];

@@ -136,10 +136,7 @@ pub struct Details {
 pub fn render(profile: &Profile, format: Format, details: &Details) -> Result<Vec<u8>, OutputError> {
     match format {
         Format::Pprof => Ok(pprof::encode(profile)),
-        Format::Folded => {
-            let lines = flame::stacks(profile, flame::Marks::Plain)?;
-            Ok(lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect::<String>().into_bytes())
-        }
+        Format::Folded => Ok(flame::folded(profile)?.into_bytes()),
         Format::Svg => flame::svg(profile, &details.title),
         Format::Html => flame::html(profile, details),
     }

@@ -88,6 +88,83 @@ fn the_picture_names_each_frame_and_links_to_nothing() {
     }
 }
 
+/// A profile of one stack for each of these names: `worker` calls it.
+fn profile_of(names: &[&str]) -> Profile {
+    let mut builder = Builder::new(Header {
+        sample_types: &[("samples", "count"), ("cpu", "nanoseconds")],
+        period_type: ("cpu", "nanoseconds"),
+        period: 10_000_000,
+        time_nanos: 1_700_000_000_000_000_000,
+        duration_nanos: 10_000_000_000,
+    });
+    let mapping = Mapping { start: 0x1000, limit: 0x9000, offset: 0, file: "[anon]", build_id: "" };
+    let mapping = builder.mapping(mapping);
+    let line = |name| Line { name, system_name: name, ..Line::default() };
+    let caller = builder.location(Some(mapping), 0x1000, &[line("worker")]);
+    for (address, name) in (0x2000..).zip(names) {
+        let leaf = builder.location(Some(mapping), address, &[line(name)]);
+        builder.sample(&[leaf, caller], &[1, 20_000_000], &[]);
+    }
+    builder.finish()
+}
+
+/// Checks that no part of a name is taken for a column of values, a mark or a separator.
+#[test]
+fn a_name_is_shown_whole_in_each_format() {
+    let names = [
+        ("worker 12", "worker 12", "worker 12"),
+        ("step 7 1.5", "step 7 1.5", "step 7 1.5"),
+        ("42", "42", "42"),
+        ("space at the end ", "space at the end ", "space at the end "),
+        ("  space before", "  space before", "  space before"),
+        ("a; b;c 3", "a: b:c 3", "a; b;c 3"),
+        ("not_a_kernel_function_[k]", "not_a_kernel_function_[k]", "not_a_kernel_function_[k]"),
+        ("operator[]", "operator[]", "operator[]"),
+        ("{closure#0} {x}", "{closure#0} {x}", "{closure#0} {x}"),
+        ("two\nlines\t\u{1b}[1m", "two?lines??[1m", "two?lines??[1m"),
+        ("no\u{ffff}xml", "no\u{ffff}xml", "no?xml"),
+        ("<&\"'>", "<&\"'>", "&lt;&amp;&quot;&apos;&gt;"),
+        ("λ → 9", "λ → 9", "λ → 9"),
+    ];
+    let profile = profile_of(&names.map(|(name, ..)| name));
+    let text = |format| String::from_utf8(render(&profile, format, &Details::default()).unwrap()).unwrap();
+    let folded = text(Format::Folded);
+    let pictures = [text(Format::Svg), text(Format::Html)];
+    for (name, in_folded, in_picture) in names {
+        let line = format!("worker;{in_folded} 20000000");
+        assert!(folded.lines().any(|found| found == line), "{name:?} in {folded}");
+        for picture in &pictures {
+            let title = format!("<title>{in_picture} (20 ms, {:.2}%)</title>", 100.0 / 13.0);
+            assert!(picture.contains(&title), "{title} in {picture}");
+            assert!(!picture.contains(|c: char| c.is_control() && c != '\n' && c != '\t'));
+        }
+        let decoded = pprof::decode(&pprof::encode(&profile), 1 << 20).unwrap();
+        assert!(decoded.string_table.iter().any(|text| text == name), "{name:?}");
+    }
+    assert_eq!(folded.lines().count(), names.len());
+}
+
+/// Checks that one function is one rectangle, though another name sorts between it and its callees.
+#[test]
+fn a_function_with_a_longer_namesake_is_drawn_once() {
+    let mut builder = Builder::new(Header {
+        sample_types: &[("cpu", "nanoseconds")],
+        period_type: ("cpu", "nanoseconds"),
+        period: 1,
+        time_nanos: 1,
+        duration_nanos: 1,
+    });
+    let line = |name| Line { name, system_name: name, ..Line::default() };
+    let [work, cold, leaf] =
+        ["work", "work.cold", "leaf"].map(|name| builder.location(None, 0, &[line(name)]));
+    for stack in [&[work][..], &[cold], &[leaf, work]] {
+        builder.sample(stack, &[1_000_000], &[]);
+    }
+    let svg = render(&builder.finish(), Format::Svg, &Details::default()).unwrap();
+    let svg = String::from_utf8(svg).unwrap();
+    assert_eq!(svg.matches("<title>work (2 ms, 66.67%)</title>").count(), 1, "{svg}");
+}
+
 #[test]
 fn the_page_shows_losses_and_escapes_names() {
     let page = text(Format::Html);

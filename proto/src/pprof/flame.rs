@@ -1,6 +1,6 @@
 //! Call trees and tables of functions. The code does not recurse, because a stack may have thousands of frames.
 
-use std::collections::HashMap;
+use std::{borrow::Cow, collections::HashMap};
 
 use super::{
     PprofError,
@@ -411,6 +411,20 @@ fn unsymbolized(location: &Location, mapping: Option<&Mapping>, file: &str) -> S
     }
 }
 
+/// Returns a name as folded stacks hold it: `:` for `;`, which ends a frame there, and `?` for line ends and other control
+/// characters.
+pub fn folded_name(name: &str) -> Cow<'_, str> {
+    if !name.contains(|c: char| c == ';' || c.is_control()) {
+        return name.into();
+    }
+    let replaced = name.chars().map(|c| match c {
+        ';' => ':',
+        c if c.is_control() => '?',
+        c => c,
+    });
+    replaced.collect::<String>().into()
+}
+
 /// Formats a profile as folded stacks, one line each: `main;work;memcpy 12`.
 pub fn folded(profile: &Profile, type_index: usize) -> Result<String, PprofError> {
     use std::fmt::Write as _;
@@ -436,11 +450,7 @@ pub fn folded(profile: &Profile, type_index: usize) -> Result<String, PprofError
             if depth > 0 {
                 out.push(';');
             }
-            out.extend(name.chars().map(|c| match c {
-                ';' => ':',
-                '\n' | '\r' => ' ',
-                c => c,
-            }));
+            out.push_str(&folded_name(name));
         }
         let _ = writeln!(out, " {}", node.own[0]);
     }

@@ -14,7 +14,7 @@ mod split;
 pub use builder::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId};
 pub use check::{Summary, check, sample_type_index};
 pub use codec::{decode, encode};
-pub use flame::{FlameTree, Side, flat, folded};
+pub use flame::{FlameTree, Side, flat, folded, folded_name};
 pub use merge::Merger;
 pub use split::split;
 

@@ -173,6 +173,16 @@ fn unsymbolized_kernel_and_inlined_frames_are_named() {
 }
 
 #[test]
+fn folded_stacks_hold_each_name_in_one_frame_of_one_line() {
+    let mut builder = Builder::new(header());
+    let names = ["worker 12", "a;b", "two\nlines\u{1b}[1m", "{x}"];
+    let stack = names.map(|name| builder.location(None, 0, &[Line { name, ..Line::default() }]));
+    builder.sample(&stack, &[5, 50], &[]);
+    let folded = folded(&builder.finish(), 0).unwrap();
+    assert_eq!(folded, "{x};two?lines?[1m;a:b;worker 12 5\n");
+}
+
+#[test]
 fn a_stack_of_thousands_of_frames_does_not_overflow() {
     let mut builder = Builder::new(header());
     let stack: Vec<_> = (0..5000_u64)
