@@ -14,7 +14,7 @@ use gannet_elf::{Elf, ElfError, ElfLimits, GoFault, Section, Symbols};
 use super::{
     super::demangle::MAX_NAME_BYTES,
     go::{self, GoError},
-    symbol_search::{SymbolSearch, TooMuchWork},
+    symbol_search::{Offer, SymbolSearch, TooMuchWork},
 };
 
 /// Ten million functions.
@@ -115,7 +115,13 @@ fn offer_table(
         if !(symbol.is_function || symbol.is_untyped) || !symbol.is_defined || (dynamic && symbol.size == 0) {
             continue;
         }
-        search.offer(symbol.address, symbol.size, symbol.binding as u32, || {
+        let offer = Offer {
+            start: symbol.address,
+            size: symbol.size,
+            is_function: symbol.is_function,
+            visibility: symbol.binding as u32,
+        };
+        search.offer(offer, || {
             let name = symbols.name(&symbol, MAX_NAME_BYTES + 1).map(without_version);
             name.filter(|name| symbol.is_function || is_label(name))
         })?;

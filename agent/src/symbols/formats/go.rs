@@ -5,7 +5,7 @@ use gannet_elf::{Elf, ElfError, GoFault, GoTable, Segments};
 
 use super::{
     super::demangle::MAX_NAME_BYTES,
-    symbol_search::{SymbolSearch, TooMuchWork},
+    symbol_search::{Offer, SymbolSearch, TooMuchWork},
 };
 
 /// The largest Go programs have some 300,000 functions in 60 MB.
@@ -43,7 +43,7 @@ fn offer_functions(
             search.spend(1)?;
             continue;
         };
-        search.offer(function.start, function.end - function.start, 0, || {
+        search.offer(Offer::function(function.start, function.end - function.start), || {
             let name = table.name(&table.record(&function)?, MAX_NAME_BYTES + 1);
             (!name.is_empty()).then(|| name.to_vec())
         })?;

@@ -12,66 +12,95 @@ const NAME_WORK: u64 = 64;
 #[error("the symbol table takes too long to search")]
 pub(crate) struct TooMuchWork;
 
+/// A symbol that is offered to a search.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Offer {
+    pub(super) start: u64,
+    /// 0 is an unknown size.
+    pub(super) size: u64,
+    /// It has the type of a function. Other symbols are labels of hand-written assembly.
+    pub(super) is_function: bool,
+    /// How far it is visible, 0 for its own object file alone. Of aliases, the more visible one is shown.
+    pub(super) visibility: u32,
+}
+
+impl Offer {
+    /// Returns the offer of a function of known size.
+    pub(super) fn function(start: u64, size: u64) -> Self {
+        Self { start, size, is_function: true, visibility: 0 }
+    }
+}
+
 /// The best symbol so far for each wanted address.
+///
+/// A symbol with a size names the addresses that it holds, of several the innermost function. Assembly often has no sizes:
+/// there a function or a visible label reaches up to the next one, and a local label inside it names nothing.
 pub(super) struct SymbolSearch<'a> {
     wanted: &'a [u64],
     /// Symbols with a size that hold the address.
     holding: Vec<Option<Candidate>>,
-    /// The last symbol at or before each address and behind the address before it. A symbol of unknown size reaches to the
-    /// next symbol, so the search has to know the next one whatever its size.
-    before: Vec<Option<Candidate>>,
+    /// The last functions and visible labels without a size at or before each address and behind the address before it.
+    entries: Vec<Option<Candidate>>,
+    /// The same for local labels.
+    labels: Vec<Option<Candidate>>,
+    /// The last end, at or before each address and behind the address before it, of a symbol with a size. No symbol from
+    /// before it reaches the address.
+    ends: Vec<u64>,
     work: u64,
 }
 
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Candidate {
+    is_function: bool,
     start: u64,
-    /// Of two symbols at one address, the name that programmers use ranks higher; a size outweighs that.
+    /// Of two symbols at one address, the name that programmers use ranks higher.
     rank: u32,
-    name: Option<Vec<u8>>,
+    name: Vec<u8>,
 }
-
-const SIZED: u32 = 1 << 16;
 
 impl<'a> SymbolSearch<'a> {
     /// Starts a search for these addresses, which are sorted.
     pub(super) fn new(wanted: &'a [u64]) -> Self {
-        Self { wanted, holding: vec![None; wanted.len()], before: vec![None; wanted.len()], work: MAX_WORK }
+        let none = vec![None; wanted.len()];
+        let (holding, entries, labels) = (none.clone(), none.clone(), none);
+        Self { wanted, holding, entries, labels, ends: vec![0; wanted.len()], work: MAX_WORK }
     }
 
-    /// Offers a symbol; `size` 0 is an unknown size. Calls `name` only if the symbol may be wanted; a symbol without a name is
-    /// no function.
+    /// Offers a symbol. Calls `name` only if the symbol may be wanted; a symbol without a name is no function.
     pub(super) fn offer(
         &mut self,
-        start: u64,
-        size: u64,
-        binding: u32,
+        offer: Offer,
         mut name: impl FnMut() -> Option<Vec<u8>>,
     ) -> Result<(), TooMuchWork> {
+        let Offer { start, size, is_function, visibility } = offer;
         let first = self.wanted.partition_point(|address| *address < start);
         let held = self.wanted[first..].iter().take_while(|address| **address - start < size).count();
         self.spend(1 + held as u64)?;
-        let is_nearer = |known: &Option<Candidate>| known.as_ref().is_none_or(|known| known.start <= start);
-        if first == self.wanted.len() || !(held > 0 || is_nearer(&self.before[first])) {
+        if let Some(end) = self.ends.get_mut(first + held).filter(|_| size > 0) {
+            *end = start.saturating_add(size).max(*end);
+        }
+        let slots = if size > 0 {
+            &mut self.holding[first..first + held]
+        } else {
+            let open = if is_function || visibility > 0 { &mut self.entries } else { &mut self.labels };
+            let is_nearer =
+                |known: &&mut Option<Candidate>| known.as_ref().is_none_or(|known| known.start <= start);
+            open.get_mut(first).filter(is_nearer).map(std::slice::from_mut).unwrap_or_default()
+        };
+        if slots.is_empty() {
             return Ok(());
         }
-        if size > 0 && held == 0 {
-            // It ends the symbol before it; its name is not needed.
-            let end = Candidate { start, rank: SIZED, name: None };
-            self.before[first] = self.before[first].take().max(Some(end));
-            return Ok(());
-        }
-        self.spend(NAME_WORK)?;
+        self.work = self.work.checked_sub(NAME_WORK).ok_or(TooMuchWork)?;
         let Some(name) = name() else { return Ok(()) };
         let underscores = name.iter().take_while(|byte| **byte == b'_').take(15).count() as u32;
-        let rank = (15 - underscores) * 16 + binding + if size > 0 { SIZED } else { 0 };
-        let candidate = Some(Candidate { start, rank, name: Some(name) });
-        for known in &mut self.holding[first..first + held] {
+        let rank = (15 - underscores) * 16 + visibility;
+        // Where sizes are known, a label is no function; where they are not, it can be one.
+        let candidate = Some(Candidate { is_function: is_function || size == 0, start, rank, name });
+        for known in slots {
             if *known < candidate {
                 known.clone_from(&candidate);
             }
         }
-        self.before[first] = self.before[first].take().max(candidate);
         Ok(())
     }
 
@@ -83,19 +112,19 @@ impl<'a> SymbolSearch<'a> {
 
     /// Returns the name for each wanted address.
     pub(super) fn finish(self) -> Vec<Option<Vec<u8>>> {
-        let mut nearest: Option<Candidate> = None;
-        let Self { wanted, holding, before, .. } = self;
+        let (mut entry, mut label, mut end) = (None, None, 0);
+        let Self { wanted, holding, entries, labels, ends, .. } = self;
+        let unsized_symbols = entries.into_iter().zip(labels).zip(ends);
         wanted
             .iter()
-            .zip(holding.into_iter().zip(before))
-            .map(|(address, (holding, before))| {
-                nearest = nearest.take().max(before);
-                let open = nearest.as_ref().filter(|nearest| {
-                    nearest.rank < SIZED
-                        && address - nearest.start < MAX_UNSIZED_BYTES
-                        && holding.as_ref().is_none_or(|holding| holding.start < nearest.start)
-                });
-                open.cloned().or(holding)?.name
+            .zip(holding.into_iter().zip(unsized_symbols))
+            .map(|(address, (holding, ((last_entry, last_label), last_end)))| {
+                (entry, label, end) =
+                    (entry.take().max(last_entry), label.take().max(last_label), end.max(last_end));
+                let reaches =
+                    |symbol: &&Candidate| symbol.start >= end && address - symbol.start < MAX_UNSIZED_BYTES;
+                let open = || entry.as_ref().filter(reaches).or(label.as_ref().filter(reaches)).cloned();
+                Some(holding.or_else(open)?.name)
             })
             .collect()
     }
@@ -107,12 +136,19 @@ mod tests {
 
     use super::*;
 
-    fn find_in(symbols: &[(u64, u64, &str)], wanted: &[u64]) -> Vec<Option<String>> {
+    fn find_offers(symbols: &[(Offer, &str)], wanted: &[u64]) -> Vec<Option<String>> {
         let mut search = SymbolSearch::new(wanted);
-        for (start, size, name) in symbols {
-            search.offer(*start, *size, 0, || Some(name.as_bytes().to_vec())).unwrap();
+        for (offer, name) in symbols {
+            search.offer(*offer, || Some(name.as_bytes().to_vec())).unwrap();
         }
         search.finish().into_iter().map(|name| name.map(|name| String::from_utf8(name).unwrap())).collect()
+    }
+
+    /// Searches among functions.
+    fn find_in(symbols: &[(u64, u64, &str)], wanted: &[u64]) -> Vec<Option<String>> {
+        let offers: Vec<_> =
+            symbols.iter().map(|(start, size, name)| (Offer::function(*start, *size), *name)).collect();
+        find_offers(&offers, wanted)
     }
 
     const SYMBOLS: [(u64, u64, &str); 5] = [
@@ -157,6 +193,54 @@ mod tests {
         assert_eq!(find_in(&[(0x1000, 0, "last")], &[last, last + 1]), [Some("last".to_owned()), None]);
     }
 
+    /// Checks the symbols that assemblers write for hand-written code: with sizes, with types alone, with neither.
+    #[test]
+    fn a_label_inside_a_function_is_no_function() {
+        let function = |start, size| Offer { visibility: 2, ..Offer::function(start, size) };
+        let global = |start| Offer { is_function: false, ..function(start, 0) };
+        let label = |start, size| Offer { start, size, is_function: false, visibility: 0 };
+        let symbols = [
+            (function(0x100, 0x40), "sized"),
+            (label(0x110, 0), "sized.loop"),
+            (label(0x118, 8), "sized.table"),
+            (function(0x120, 0), "second_entry"),
+            (function(0x200, 0), "typed"),
+            (label(0x210, 0), "typed.loop"),
+            (global(0x300), "visible"),
+            (label(0x310, 0), "visible.loop"),
+            (function(0x400, 0x10), "last"),
+            (label(0x500, 0), "helper"),
+            (label(0x510, 8), "table"),
+        ];
+        let expected = [
+            (0x110, Some("sized")),
+            (0x118, Some("sized")),
+            (0x120, Some("sized")),
+            (0x13f, Some("sized")),
+            (0x140, None),
+            (0x1ff, None),
+            (0x210, Some("typed")),
+            (0x2ff, Some("typed")),
+            (0x300, Some("visible")),
+            (0x3ff, Some("visible")),
+            (0x400, Some("last")),
+            (0x410, None),
+            (0x500, Some("helper")),
+            (0x517, Some("table")),
+            (0x518, None),
+        ];
+        for turn in 0..symbols.len() {
+            let mut symbols = symbols;
+            symbols.rotate_left(turn);
+            for (address, name) in expected {
+                assert_eq!(find_offers(&symbols, &[address]), [name.map(str::to_owned)], "{address:#x}");
+            }
+            let wanted = expected.map(|(address, _)| address);
+            let names = expected.map(|(_, name)| name.map(str::to_owned));
+            assert_eq!(find_offers(&symbols, &wanted), names);
+        }
+    }
+
     #[test]
     fn the_alias_that_programmers_use_is_shown() {
         let aliases =
@@ -172,8 +256,8 @@ mod tests {
     fn a_table_that_takes_too_long_is_given_up() {
         let wanted: Vec<u64> = (0..4096).collect();
         let mut search = SymbolSearch::new(&wanted);
-        let result =
-            (0..1 << 20).try_for_each(|_| search.offer(0, 1 << 20, 0, || Some(b"everything".to_vec())));
+        let result = (0..1 << 20)
+            .try_for_each(|_| search.offer(Offer::function(0, 1 << 20), || Some(b"everything".to_vec())));
         assert_eq!(result, Err(TooMuchWork));
     }
 
@@ -190,16 +274,14 @@ mod tests {
             let wanted: Vec<u64> = wanted.into_iter().collect();
             let found = find_in(&offered, &wanted);
             for (address, found) in wanted.iter().zip(found) {
-                // The nearest start decides; at one start, symbols with a size that holds the address come first.
+                // The innermost symbol with a size that holds the address, else the nearest one without.
                 let holding = named.iter().filter(|(start, size, _)| start <= address && address - start < *size);
                 let holding = holding.max_by_key(|(start, _, name)| (*start, name.clone()));
-                let nearest = named.iter().filter(|(start, _, _)| start <= address);
-                let nearest = nearest.max_by_key(|(start, size, name)| (*start, *size > 0, name.clone()));
-                let expected = match (holding, nearest) {
-                    (holding, Some((start, 0, name))) if holding.is_none_or(|holding| holding.0 < *start) => Some(name),
-                    (Some((_, _, name)), _) => Some(name),
-                    (None, _) => None,
-                };
+                let ended = named.iter().filter(|(start, size, _)| *size > 0 && start + size <= *address);
+                let end = ended.map(|(start, size, _)| start + size).max().unwrap_or(0);
+                let open = named.iter().filter(|(start, size, _)| *size == 0 && start <= address && *start >= end);
+                let open = open.max_by_key(|(start, _, name)| (*start, name.clone()));
+                let expected = holding.or(open).map(|(_, _, name)| name);
                 prop_assert_eq!(found.as_ref(), expected, "{:#x}", address);
             }
         }
