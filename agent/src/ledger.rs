@@ -101,6 +101,14 @@ impl NodeLedger {
         *account.at(Stage::Spool) += n;
     }
 
+    /// Takes back an [`Self::inherit`] of `n` samples, which are in the spool twice.
+    pub fn disinherit(&self, n: u64) {
+        let mut account = self.account();
+        account.leave(Stage::Spool, n);
+        account.taken = account.taken.saturating_sub(n);
+        account.inherited = account.inherited.saturating_sub(n);
+    }
+
     /// Moves `n` samples from one stage to another.
     pub fn pass(&self, from: Stage, to: Stage, n: u64) {
         let mut account = self.account();

@@ -36,6 +36,7 @@ pub struct Collector {
     directory: TempDir,
     grpc: u16,
     http: u16,
+    more: Vec<String>,
 }
 
 impl Collector {
@@ -49,16 +50,24 @@ impl Collector {
     /// Reserves ports and a directory; [`Self::up`] starts the process.
     pub fn prepare() -> Self {
         let directory = tempfile::tempdir().expect("a directory");
-        Self { program: None, directory, grpc: free_port(), http: free_port() }
+        Self { program: None, directory, grpc: free_port(), http: free_port(), more: Vec::new() }
+    }
+
+    /// Adds flags of the process, before [`Self::up`].
+    #[must_use]
+    pub fn with(mut self, flags: &[&str]) -> Self {
+        self.more.extend(flags.iter().map(|flag| (*flag).to_owned()));
+        self
     }
 
     /// Starts the process on its former store and waits until it answers.
     pub async fn up(&mut self) {
-        let args = [
+        let mut args = vec![
             format!("--data={}", self.data().display()),
             format!("--grpc-listen=127.0.0.1:{}", self.grpc),
             format!("--http-listen=127.0.0.1:{}", self.http),
         ];
+        args.extend(self.more.iter().cloned());
         self.program = Some(Program::start("gannet-collector", &args, self.directory.path()));
         eventually("the collector answers", async || self.nodes().await.ok()).await;
     }

@@ -12,15 +12,24 @@ use std::{
     fs,
     path::Path,
     process::{Command, Output},
+    sync::Arc,
     time::Duration,
 };
 
+use gannet_agent::{
+    export::{Bounds, ExportConfig, Exporter, Spool},
+    ledger::NodeLedger,
+};
 use gannet_e2e::{Agent, Collector, Sample, eventually, eventually_within, http_get, rule, run};
-use gannet_proto::ingest::{
-    Batch, PushRequest,
-    ingest_service_client::IngestServiceClient,
-    push_request::{Hello, Message as Request},
-    push_response::Message as Response,
+use gannet_proto::{
+    connect::Dial,
+    ingest::{
+        Batch, PushRequest,
+        ingest_service_client::IngestServiceClient,
+        push_request::{Hello, Message as Request},
+        push_response::Message as Response,
+    },
+    pprof::{self, Builder, Header, Line, Profile},
 };
 use ulid::Ulid;
 
@@ -157,6 +166,60 @@ async fn bad_batches_are_refused_by_code_and_the_stream_goes_on() {
         assert!(codes.contains(&refusal.code.as_str()) && !refusal.reason.is_empty(), "{refusal:?}");
     }
     assert!(collector.nodes().await.is_ok(), "the collector goes on");
+}
+
+/// Returns a profile of 2,000 functions with names of 1,500 letters, each in one sample.
+fn large_profile() -> Profile {
+    let mut builder = Builder::new(Header {
+        sample_types: &[("samples", "count"), ("cpu", "nanoseconds")],
+        period_type: ("cpu", "nanoseconds"),
+        period: 10,
+        time_nanos: 1,
+        duration_nanos: 2,
+    });
+    for number in 0..2000_u64 {
+        // Digits of a sequence that does not repeat compress badly.
+        let digits = |at: u64| {
+            format!("{:016x}", (number * 94 + at).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17) ^ at)
+        };
+        let name: String = (0..94).map(digits).collect();
+        let line = Line { name: &name, system_name: &name, file: "", line: 0, column: 0, start_line: 0 };
+        let location = builder.location(None, 0x1000 + number, &[line]);
+        builder.sample(&[location], &[1, 10], &[]);
+    }
+    builder.finish()
+}
+
+#[tokio::test]
+async fn a_profile_above_the_limit_reaches_the_collector_in_parts() {
+    let mut collector = Collector::prepare().with(&["--max-batch-bytes=64KiB"]);
+    collector.up().await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let ledger = NodeLedger::new();
+    let bounds = Bounds { bytes: 64 << 20, age: Duration::from_secs(3600) };
+    let spool = Spool::open(directory.path(), bounds, ledger.clone(), Arc::default()).expect("a spool");
+    let config = ExportConfig {
+        node: "n1".to_owned(),
+        version: "test".to_owned(),
+        collector: Some(Dial { url: collector.url(), ..Dial::default() }),
+    };
+    let exporter = Exporter::start(config, spool, ledger.clone(), Arc::default()).expect("an exporter");
+    ledger.take(2000);
+    exporter.submit(vec![Batch {
+        labels: [("service_name".to_owned(), "large".to_owned())].into(),
+        pprof: pprof::encode(&large_profile()),
+        samples: 2000,
+        start: Some(std::time::SystemTime::now().into()),
+        ..Batch::default()
+    }]);
+    assert!(exporter.shutdown(Duration::from_secs(60)).await);
+    let account = ledger.snapshot();
+    assert_eq!((account.delivered, account.lost_total()), (2000, 0), "{account:?}");
+    let profiles = collector.profiles("{service_name=\"large\"}").await;
+    assert!(profiles.len() > 20, "{}", profiles.len());
+    assert_eq!(profiles.iter().map(|profile| profile.samples).sum::<u64>(), 2000);
+    let graph = collector.flame_graph("{service_name=\"large\"}").await;
+    assert_eq!((graph.total, graph.unreadable_profiles), (20_000, 0));
 }
 
 async fn metric(agent: &Agent, name: &str) -> Option<f64> {

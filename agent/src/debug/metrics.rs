@@ -54,6 +54,7 @@ gannet_base::metrics! {
     SPOOL_BYTES = gauge("gannet_agent_spool_bytes", "Size of the batches on disk");
     SPOOL_BATCHES = gauge("gannet_agent_spool_batches", "Number of batches on disk");
     SPOOL_CORRUPT = counter("gannet_agent_spool_corrupt_files_total", "Damaged files found in the spool");
+    SPOOL_SPLIT = counter("gannet_agent_spool_split_batches_total", "Batches sent in parts, because the collector does not take them as a whole");
     SPOOL_WRITE_ERRORS = counter("gannet_agent_spool_write_errors_total", "Writes to the spool that the file system refused");
 
     POD_SOURCE = gauge("gannet_agent_pods_source", "1 for the source that pod metadata comes from", ["source"]);
@@ -156,6 +157,7 @@ fn add_spool(snapshot: &mut Snapshot, node: &Node) {
     snapshot.add(&SPOOL_BYTES, node.spool.bytes());
     snapshot.add(&SPOOL_BATCHES, node.spool.batches());
     snapshot.add(&SPOOL_CORRUPT, node.spool.corrupt_files());
+    snapshot.add(&SPOOL_SPLIT, node.spool.split_batches());
     snapshot.add(&SPOOL_WRITE_ERRORS, node.spool.write_errors());
 }
 

@@ -43,6 +43,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_PAUSE: Duration = Duration::from_secs(60);
 /// Interval at which the stream drops old batches and notices a silent collector.
 const TICK: Duration = Duration::from_secs(5);
+/// Code of a refusal for a batch whose parts the collector may accept.
+const TOO_LARGE: &str = "too_large";
 /// Interval between log lines of one kind; the counters show the rest.
 const LOG_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -433,7 +435,11 @@ impl Stream {
                         Some(Response::Refused(refused)) => {
                             in_flight.remove(&refused.batch_id);
                             let id = refused.batch_id.clone();
-                            if self.shared.with(move |spool| spool.refused(&id)).await == Some(true) {
+                            if refused.code == TOO_LARGE {
+                                if self.shared.with(move |spool| spool.refused_as_too_large(&id)).await == Some(true) {
+                                    self.count_refused(&refused.code);
+                                }
+                            } else if self.shared.with(move |spool| spool.refused(&id)).await == Some(true) {
                                 self.count_refused(&refused.code);
                                 if let Some(suppressed) = refusals.now() {
                                     tracing::warn!(

@@ -13,6 +13,7 @@ mod check;
 mod lifecycle_model;
 mod metadata;
 mod output;
+mod parts;
 mod pods;
 mod spool;
 mod storm_memory;

@@ -16,7 +16,7 @@ pub use check::{Summary, check, sample_type_index};
 pub use codec::{decode, encode};
 pub use flame::{FlameTree, Side, flat, folded, folded_name};
 pub use merge::Merger;
-pub use split::split;
+pub use split::{halves, split};
 
 pub use crate::profiles::Profile;
 

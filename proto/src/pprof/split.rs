@@ -12,19 +12,29 @@ use crate::profiles::Profile;
 pub fn split(profile: Profile, max_samples: usize, max_bytes: usize) -> Vec<Profile> {
     let mut parts = Vec::new();
     let mut open = vec![profile];
-    while let Some(mut part) = open.pop() {
+    while let Some(part) = open.pop() {
         let count = part.sample.len();
         if count < 2 || (count <= max_samples && part.encoded_len() <= max_bytes) {
             parts.push(part);
-            continue;
+        } else if let Some([first, second]) = halves(part) {
+            // The stack returns the first half next.
+            open.extend([second, first]);
         }
-        let mut rest = part.clone();
-        rest.sample.drain(..count / 2);
-        part.sample.truncate(count / 2);
-        // The stack returns the first half next.
-        open.extend([needed(rest), needed(part)]);
     }
     parts
+}
+
+/// Splits a profile into two with half of the samples each, or returns `None` for less than two samples. Each half has
+/// only the tables that its samples need.
+pub fn halves(mut profile: Profile) -> Option<[Profile; 2]> {
+    let half = profile.sample.len() / 2;
+    if half == 0 {
+        return None;
+    }
+    let mut rest = profile.clone();
+    rest.sample.drain(..half);
+    profile.sample.truncate(half);
+    Some([needed(profile), needed(rest)])
 }
 
 /// Removes everything that no sample needs.

@@ -10,6 +10,7 @@
 //! batch on the wire stays until the answer comes, so that no sample counts both as lost and as delivered.
 
 mod format;
+mod parts;
 mod restore;
 
 use std::{
@@ -88,6 +89,7 @@ pub struct SpoolStats {
     batches: AtomicU64,
     corrupt_files: AtomicU64,
     write_errors: AtomicU64,
+    split_batches: AtomicU64,
 }
 
 impl SpoolStats {
@@ -104,6 +106,11 @@ impl SpoolStats {
     /// Returns the number of damaged files found since the start.
     pub fn corrupt_files(&self) -> u64 {
         self.corrupt_files.load(Relaxed)
+    }
+
+    /// Returns the number of batches that were split, because the collector does not take them as a whole.
+    pub fn split_batches(&self) -> u64 {
+        self.split_batches.load(Relaxed)
     }
 
     /// Returns the number of writes that failed since the start.
@@ -230,20 +237,14 @@ impl Spool {
 
     /// Returns the oldest batch that is not on the wire, and counts it as on the wire from now on.
     ///
-    /// Drops and counts batches before it that cannot be read, or that are larger than the collector accepts.
+    /// Splits batches before it that are larger than the collector accepts. Drops and counts those that cannot be read or
+    /// split.
     pub fn next(&mut self, max_pprof_bytes: u64) -> Option<Batch> {
         let found = loop {
             let (&sequence, entry) = self.batches.iter().find(|(_, entry)| !entry.on_wire)?;
             match self.read(entry) {
                 Ok(batch) if batch.pprof.len() as u64 > max_pprof_bytes => {
-                    tracing::warn!(
-                        batch_id = batch.batch_id,
-                        bytes = batch.pprof.len(),
-                        max_pprof_bytes,
-                        samples = batch.samples,
-                        "a profile is larger than the collector accepts; its samples are lost"
-                    );
-                    self.settle(sequence, Outcome::Lost(LossReason::TooLarge));
+                    self.split_or_lose(batch, Some(max_pprof_bytes), LossReason::TooLarge);
                 }
                 Ok(batch) => break batch,
                 Err(error) => {
@@ -271,6 +272,44 @@ impl Spool {
     /// Settles a batch that the collector will never accept. Returns false if the spool does not know it.
     pub fn refused(&mut self, batch_id: &str) -> bool {
         self.settle_id(batch_id, Outcome::Lost(LossReason::Refused))
+    }
+
+    /// Splits a batch that the collector has refused as too large, although it is within the limit: the inflated profile or
+    /// one of its stacks is too large. Halving ends with that stack alone. Returns false if the spool does not know it.
+    pub fn refused_as_too_large(&mut self, batch_id: &str) -> bool {
+        let Some(sequence) = self.ids.get(batch_id).copied() else { return false };
+        match self.batches.get(&sequence).map(|entry| self.read(entry)) {
+            Some(Ok(batch)) => self.split_or_lose(batch, None, LossReason::Refused),
+            _ => self.settle(sequence, Outcome::Lost(LossReason::Refused)),
+        }
+        true
+    }
+
+    /// Splits a batch. If that is impossible, counts its samples as lost for `reason`.
+    fn split_or_lose(&mut self, batch: Batch, max_bytes: Option<u64>, reason: LossReason) {
+        let Batch { sequence, samples, .. } = batch;
+        let (batch_id, bytes) = (batch.batch_id.clone(), batch.pprof.len());
+        match self.split(batch, max_bytes) {
+            Ok(parts) => {
+                self.stats.split_batches.fetch_add(1, Relaxed);
+                tracing::debug!(
+                    batch_id,
+                    bytes,
+                    parts,
+                    "split a profile that the collector does not take as a whole"
+                );
+            }
+            Err(why) => {
+                tracing::warn!(
+                    batch_id,
+                    bytes,
+                    samples,
+                    "the collector takes neither a profile nor its parts; its samples are lost; raise --max-batch-bytes"
+                );
+                let reason = if why == LossReason::SpoolFull { why } else { reason };
+                self.settle(sequence, Outcome::Lost(reason));
+            }
+        }
     }
 
     /// Marks a batch as waiting again instead of on the wire.
@@ -316,15 +355,21 @@ impl Spool {
         true
     }
 
-    /// Removes one batch from the ledger and the spool, and its file if it was the last one there.
+    /// Removes one batch from the ledger and the spool.
     fn settle(&mut self, sequence: u64, outcome: Outcome) {
-        let Some(entry) = self.batches.remove(&sequence) else { return };
-        self.ids.remove(&entry.id);
+        let Some(entry) = self.remove(sequence) else { return };
         let stage = if entry.on_wire { Stage::Wire } else { Stage::Spool };
         match outcome {
             Outcome::Delivered => self.ledger.deliver(stage, entry.samples),
             Outcome::Lost(reason) => self.ledger.lose(stage, reason, entry.samples),
         }
+        self.publish();
+    }
+
+    /// Removes one batch from the spool, and its file if it was the last one there.
+    fn remove(&mut self, sequence: u64) -> Option<Entry> {
+        let entry = self.batches.remove(&sequence)?;
+        self.ids.remove(&entry.id);
         if let Some(file) = self.files.get_mut(&entry.file) {
             file.open -= 1;
             file.on_wire -= usize::from(entry.on_wire);
@@ -332,7 +377,7 @@ impl Spool {
                 self.remove_file(entry.file);
             }
         }
-        self.publish();
+        Some(entry)
     }
 
     /// Returns the oldest file without a batch on the wire.
@@ -381,7 +426,19 @@ impl Spool {
         }
     }
 
+    /// Writes a file whose samples are at [`Stage::Queue`]. They move to [`Stage::Spool`] or are lost.
     fn write(&mut self, file: PendingFile) -> Result<(), SpoolError> {
+        let samples = file.entries.iter().map(|entry| entry.samples).sum();
+        self.store(file).map_err(|why| {
+            self.ledger.lose(Stage::Queue, LossReason::SpoolFull, samples);
+            SpoolError::NoRoom { samples, why }
+        })?;
+        self.ledger.pass(Stage::Queue, Stage::Spool, samples);
+        Ok(())
+    }
+
+    /// Writes a file durably, or returns why there is no room for it.
+    fn store(&mut self, file: PendingFile) -> Result<(), String> {
         let PendingFile { first, bytes, entries } = file;
         let size = bytes.len() as u64;
         let samples = entries.iter().map(|entry| entry.samples).sum();
@@ -395,7 +452,6 @@ impl Spool {
         while room {
             match write_aside(&path, &bytes).and_then(|()| self.dir_handle.sync_all()) {
                 Ok(()) => {
-                    self.ledger.pass(Stage::Queue, Stage::Spool, samples);
                     self.insert(path, first, size, SystemTime::now(), entries);
                     return Ok(());
                 }
@@ -412,8 +468,7 @@ impl Spool {
                 }
             }
         }
-        self.ledger.lose(Stage::Queue, LossReason::SpoolFull, samples);
-        Err(SpoolError::NoRoom { samples, why })
+        Err(why)
     }
 
     fn evict_for_room(&mut self) -> bool {

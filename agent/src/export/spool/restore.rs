@@ -53,6 +53,7 @@ impl Spool {
             self.next_sequence = self.next_sequence.max(name.first.saturating_add(name.batches));
             self.load_file(name, &path);
         }
+        self.forget_split();
         self.expire(SystemTime::now());
         while self.bytes > self.bounds.bytes && self.evict_for_room() {}
         self.publish();
