@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 
 use crate::{
     config::Config, engine::Engine, export::SpoolStats, ledger::NodeLedger, pipeline::RecentProfiles,
-    pods::Pods,
+    pods::Pods, symbols::SymbolizerStats,
 };
 
 /// A running agent.
@@ -26,6 +26,8 @@ pub(crate) struct Node {
     pub(crate) ledger: NodeLedger,
     /// Counters of the spool.
     pub(crate) spool: Arc<SpoolStats>,
+    /// Counters of the symbolizer.
+    pub(crate) symbols: Arc<SymbolizerStats>,
     /// Profiles of the last windows.
     pub(crate) recent: RecentProfiles,
     /// Pods and their containers.
@@ -46,6 +48,7 @@ impl Node {
         engine: Engine,
         ledger: NodeLedger,
         spool: Arc<SpoolStats>,
+        symbols: Arc<SymbolizerStats>,
         recent: RecentProfiles,
         pods: Pods,
     ) -> Self {
@@ -58,6 +61,7 @@ impl Node {
             engine,
             ledger,
             spool,
+            symbols,
             recent,
             pods,
             started: SystemTime::now(),

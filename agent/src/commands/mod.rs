@@ -43,6 +43,8 @@ pub enum Verb {
     /// Reads debug information in a confined child process.
     #[command(name = symbols::DEBUG_INFO_VERB, hide = true)]
     ReadDebugInfo {
+        /// Memory that it may use beside the file, in bytes.
+        memory_bytes: u64,
         /// Addresses to symbolize, in hexadecimal, separated by commas.
         addresses: String,
     },

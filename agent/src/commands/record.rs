@@ -8,6 +8,7 @@ use std::{
         unix::net::UnixStream,
     },
     process::{Child, Command, ExitStatus},
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -34,7 +35,7 @@ use crate::{
     pipeline::finish,
     profile::SeriesProfile,
     rules::{Deny, RuleSource, SourceRules, ad_hoc},
-    symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError},
+    symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError, SymbolizerStats},
     tables::TableSources,
 };
 
@@ -157,6 +158,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     let symbolizer = Symbolizer::start(SymbolizerConfig { debug_cost, ..SymbolizerConfig::default() })
         .map_err(RecordError::Start)?;
     let (windows, finished) = mpsc::channel(MAX_QUEUED_WINDOWS);
+    let names = Arc::clone(symbolizer.stats());
     let symbolizing = tokio::spawn(symbolize_all(symbolizer, finished));
     let engine = Engine::start(
         EngineOptions {
@@ -219,7 +221,8 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     profile.duration_nanos = i64::try_from(took.as_nanos()).unwrap_or(i64::MAX);
     let details = Details { title: format!("gannet: {}", subject(&args)), ledger: recorded.ledger.clone() };
     destination.write(&profile, &details)?;
-    print_ledger(&args, &destination, &recorded.ledger, ticks_due, start, took).map_err(RecordError::Start)
+    print_ledger(&args, &destination, &recorded.ledger, &names, ticks_due, start, took)
+        .map_err(RecordError::Start)
 }
 
 /// Returns the running time of this process; zero if `/proc` does not show it.
@@ -336,12 +339,15 @@ fn print_ledger(
     args: &RecordArgs,
     destination: &Destination,
     ledger: &Ledger,
+    names: &SymbolizerStats,
     ticks_due: u64,
     start: Duration,
     took: Duration,
 ) -> io::Result<()> {
     let mut out = io::stdout().lock();
     if args.json {
+        let skipped: serde_json::Map<_, _> =
+            names.skipped().map(|(reason, count)| (reason.name().to_owned(), count.into())).collect();
         let lost: serde_json::Map<_, _> =
             ledger.lost.iter().map(|(reason, count)| (reason.to_string(), (*count).into())).collect();
         return writeln!(
@@ -351,6 +357,7 @@ fn print_ledger(
                 "taken": ledger.taken,
                 "delivered": ledger.delivered,
                 "lost": lost,
+                "names_skipped": skipped,
                 "ticks": ledger.ticks,
                 // Ticks by the kernel's count of the clocks' running time.
                 "ticks_due": ticks_due,
@@ -370,6 +377,9 @@ fn print_ledger(
     )?;
     for (reason, count) in ledger.lost.iter().filter(|(_, count)| **count > 0) {
         writeln!(out, "  lost {reason}: {count}")?;
+    }
+    for (reason, count) in names.skipped().filter(|(_, count)| *count > 0) {
+        writeln!(out, "addresses without inlined functions and lines, {}: {count}", reason.explanation())?;
     }
     writeln!(out, "written: {}", destination.path().display())
 }

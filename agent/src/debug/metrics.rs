@@ -45,6 +45,11 @@ gannet_base::metrics! {
     UNWIND_TABLES_EVICTED = counter("gannet_agent_unwind_tables_evicted_total", "Unwind tables that left the kernel to make room");
     UNWIND_TABLES_FAILED = counter("gannet_agent_unwind_tables_failed_total", "Files from which the agent could not build an unwind table");
 
+    SYMBOL_ADDRESSES = counter("gannet_agent_symbols_addresses_total", "Different addresses in profiles, by whether the agent found a name", ["result"]);
+    SYMBOL_SKIPPED = counter("gannet_agent_symbols_skipped_total", "Addresses whose debug information exists and was not read, by reason; a symbol table names their functions", ["reason"]);
+    SYMBOL_FILES_FAILED = counter("gannet_agent_symbols_files_failed_total", "Files whose names could not be read, by source of the names", ["source"]);
+    SYMBOL_CACHE_BYTES = gauge("gannet_agent_symbols_cache_bytes", "Memory of cached names, kernel symbols and perf maps");
+
     CAPTURES_HELD_BACK = counter("gannet_agent_captures_held_back_total", "Captures that did not start although their condition held, by reason", ["reason"]);
     RECORDER_BYTES = gauge("gannet_agent_recorder_bytes", "Memory of the flight recorder");
     RECORDER_EVICTED = counter("gannet_agent_recorder_samples_evicted_total", "Samples that the flight recorder dropped before their time because it was full");
@@ -77,6 +82,7 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
     add_samples(&mut snapshot, node);
     add_engine(&mut snapshot, &engine);
     add_processes(&mut snapshot, &engine);
+    add_symbols(&mut snapshot, node);
     add_spool(&mut snapshot, node);
     add_pods(&mut snapshot, node);
     snapshot.add(&CONNECTED, node.connected.load(Relaxed));
@@ -151,6 +157,22 @@ fn add_processes(snapshot: &mut Snapshot, engine: &EngineView) {
     snapshot.add(&PROCESSES_MISSED, stats.missed);
     snapshot.add(&PROCESSES_RECONCILED, stats.reconciled);
     snapshot.add(&PROCESS_TABLE_FULL, stats.saturated);
+}
+
+fn add_symbols(snapshot: &mut Snapshot, node: &Node) {
+    let stats = &node.symbols;
+    for (result, count) in [("named", &stats.named), ("unnamed", &stats.unnamed)] {
+        snapshot.add_labelled(&SYMBOL_ADDRESSES, [result], count.load(Relaxed));
+    }
+    for (reason, count) in stats.skipped() {
+        snapshot.add_labelled(&SYMBOL_SKIPPED, [reason.name()], count);
+    }
+    for (source, count) in
+        [("symbol_table", &stats.unusable_tables), ("debug_info", &stats.unusable_debug_info)]
+    {
+        snapshot.add_labelled(&SYMBOL_FILES_FAILED, [source], count.load(Relaxed));
+    }
+    snapshot.add(&SYMBOL_CACHE_BYTES, stats.cached_bytes.load(Relaxed));
 }
 
 fn add_spool(snapshot: &mut Snapshot, node: &Node) {

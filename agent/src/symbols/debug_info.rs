@@ -10,7 +10,7 @@ use std::{
 use super::{
     debug_file,
     formats::dwarf::{self, DebugFrame, Unusable},
-    options::{DebugCost, SymbolizerStats},
+    options::{DebugCost, Skipped, SymbolizerStats},
 };
 use crate::model::MappedFile;
 
@@ -20,7 +20,7 @@ pub(super) struct FileDebugInfo {
     /// The installed debug file; none if the file has its own debug information. The file itself is not held here, so that
     /// it can be closed.
     separate: Option<Arc<MappedFile>>,
-    /// Bytes of the debug information, unpacked.
+    /// Bytes of the debug information and the symbol table, unpacked.
     state: Result<u64, Unusable>,
     spent: Spending,
 }
@@ -96,16 +96,21 @@ impl DebugInfoReader {
             );
             self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
         }
-        if info.state.is_err() || info.state.is_ok_and(|bytes| bytes > self.cost.file_bytes) {
+        let skipped = match info.state {
+            Ok(bytes) if bytes <= self.cost.file_bytes => None,
+            Ok(_) => Some(Skipped::TooLarge),
+            Err(Unusable::None) => return DebugFrames::Absent,
+            Err(Unusable::Refused | Unusable::Harmful) => Some(Skipped::Unusable),
+        };
+        if let Some(reason) = skipped {
+            self.stats.skip(reason, addresses.len());
             return DebugFrames::Absent;
         }
-        if info.spent.is_over(Spending::MAX_OF_FILE, begin)
-            || self.harm.is_over(Spending::MAX_OF_FILE, begin)
-            || self.spent.is_over(self.cost.time, begin)
-        {
+        if !self.has_time(info, begin) {
             return DebugFrames::Later;
         }
-        let result = dwarf::resolve(program, info.separate_file().unwrap_or(open), addresses);
+        let result =
+            dwarf::resolve(program, info.separate_file().unwrap_or(open), addresses, self.cost.memory_bytes);
         info.spent.add(begin.elapsed(), Instant::now());
         self.spent.add(begin.elapsed(), Instant::now());
         match result {
@@ -119,9 +124,17 @@ impl DebugInfoReader {
                 self.harm.add(begin.elapsed(), Instant::now());
                 info.state = Err(Unusable::Harmful);
                 self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
+                self.stats.skip(Skipped::Unusable, addresses.len());
                 DebugFrames::Absent
             }
         }
+    }
+
+    /// Returns whether debug information of this file may be read now.
+    pub(super) fn has_time(&self, info: &FileDebugInfo, now: Instant) -> bool {
+        !info.spent.is_over(Spending::MAX_OF_FILE, now)
+            && !self.harm.is_over(Spending::MAX_OF_FILE, now)
+            && !self.spent.is_over(self.cost.time, now)
     }
 
     /// Looks for debug information in the file itself, then for an installed debug file.

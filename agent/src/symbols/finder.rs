@@ -5,10 +5,11 @@
 //! map names it. A language runtime that names its own frames becomes a further [`Location`].
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs::File,
     num::NonZeroUsize,
     sync::{Arc, atomic::Ordering},
+    time::Instant,
 };
 
 use gannet_elf::{ContentId, Elf, ElfLimits};
@@ -24,7 +25,7 @@ use super::{
         perf_map::PerfMap,
     },
     names::{ByBytes, ContentKey, Function, Functions, SharedTexts},
-    options::{SymbolizerConfig, SymbolizerStats},
+    options::{Skipped, SymbolizerConfig, SymbolizerStats},
     vdso::vdso_file,
 };
 use crate::model::{FileId, Image, MappedFile, MappingKind, ProcessKey};
@@ -33,6 +34,8 @@ use crate::model::{FileId, Image, MappedFile, MappingKind, ProcessKey};
 pub(super) const FIRST_KERNEL_ADDRESS: u64 = 1 << 63;
 /// Addresses of the kernel whose functions are remembered, of some 150 bytes each.
 const MAX_KERNEL_FUNCTIONS: usize = 8192;
+/// Addresses of a file that are tried again. The names of others are not cached.
+const MAX_PROVISIONAL: usize = 1024;
 const MAX_FILE_STATES: NonZeroUsize = NonZeroUsize::new(8192).unwrap();
 const MAX_PERF_MAPS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 /// Perf maps that are larger than this, all together, are dropped after each profile.
@@ -62,6 +65,8 @@ struct FileState {
     /// Go's function table could not be used, and that is logged.
     go_fault_logged: bool,
     debug_info: Option<FileDebugInfo>,
+    /// Addresses whose cached names come from a symbol table, because there was no time for debug information.
+    provisional: HashSet<u64>,
 }
 
 /// The sources of names, and a cache of their answers. Owner: the symbolizer's thread.
@@ -128,20 +133,24 @@ impl NameFinder {
         }
     }
 
-    /// Finds the functions in files, for addresses of any number of processes: each file is read once.
+    /// Finds the functions in files, for addresses of any number of processes: each file is read once. The files that most
+    /// processes use come first, so that they get the time for debug information.
     pub(super) fn find_in_files<'a>(
         &mut self,
         addresses: impl Iterator<Item = (&'a Image, u64)>,
     ) -> FileFunctions {
-        let mut by_file: BTreeMap<FileId, (Arc<MappedFile>, BTreeSet<u64>)> = BTreeMap::new();
+        let mut by_file: BTreeMap<FileId, (Arc<MappedFile>, BTreeSet<u64>, usize)> = BTreeMap::new();
         for (image, address) in addresses {
             if let Location::File(file, elf_address) = self.locate(image, address) {
-                let wanted = by_file.entry(file.id).or_insert_with(|| (Arc::clone(file), BTreeSet::new()));
+                let wanted = by_file.entry(file.id).or_insert_with(|| (Arc::clone(file), BTreeSet::new(), 0));
                 wanted.1.insert(elf_address);
+                wanted.2 += 1;
             }
         }
         let mut found = FileFunctions::new();
-        for (file, addresses) in by_file.into_values() {
+        let mut files: Vec<_> = by_file.into_values().collect();
+        files.sort_by_key(|(.., uses)| std::cmp::Reverse(*uses));
+        for (file, addresses, _) in files {
             self.find_in_file(&file, &addresses, &mut found);
         }
         found
@@ -150,13 +159,16 @@ impl NameFinder {
     fn find_in_file(&mut self, file: &Arc<MappedFile>, addresses: &BTreeSet<u64>, found: &mut FileFunctions) {
         let Some(open) = &file.file else { return };
         let content = self.content(file, open);
+        let state = self.files.get_or_insert_mut(file.id, FileState::default);
+        let now = Instant::now();
+        let is_time = state.debug_info.as_ref().is_some_and(|info| self.debug_info.has_time(info, now));
         let mut missing = Vec::new();
         for &address in addresses {
             match self.cache.get(&(content, address)) {
-                Some(functions) => {
+                Some(functions) if !(is_time && state.provisional.contains(&address)) => {
                     found.insert((file.id, address), Arc::clone(functions));
                 }
-                None => missing.push(address),
+                _ => missing.push(address),
             }
         }
         if missing.is_empty() {
@@ -179,11 +191,24 @@ impl NameFinder {
                 },
             };
             // An address without a name is cached too: otherwise each window would search for it again.
-            if !matches!(debug_frames, DebugFrames::Later) {
+            if self.note(file.id, address, &debug_frames) {
                 self.cache.insert((content, address), Arc::clone(&functions));
             }
             found.insert((file.id, address), functions);
         }
+    }
+
+    /// Remembers whether debug information has yet to be read at an address. Returns whether its name may be cached.
+    fn note(&mut self, file: FileId, address: u64, debug_frames: &DebugFrames) -> bool {
+        let provisional = &mut self.files.get_or_insert_mut(file, FileState::default).provisional;
+        if !matches!(debug_frames, DebugFrames::Later) {
+            provisional.remove(&address);
+            return true;
+        }
+        if provisional.len() < MAX_PROVISIONAL && provisional.insert(address) {
+            self.stats.skip(Skipped::NoTime, 1);
+        }
+        provisional.contains(&address)
     }
 
     /// Returns the identity of the file's content, which is read once for each file.

@@ -18,6 +18,6 @@ mod vdso;
 pub(crate) use self::{debug_file::find as find_debug_file, naming::KERNEL_MAPPING, vdso::vdso_image};
 pub use self::{
     formats::dwarf::{DEBUG_INFO_VERB, read_debug_info},
-    options::{DebugCost, SymbolizerConfig, SymbolizerStats},
+    options::{DebugCost, Skipped, SymbolizerConfig, SymbolizerStats},
     symbolizer::{Symbolizer, SymbolizerError},
 };

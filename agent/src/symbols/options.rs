@@ -1,6 +1,10 @@
 //! Options and counters of the symbolizer.
 
-use std::{path::PathBuf, sync::atomic::AtomicU64, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
 use crate::model::KernelSymbolLog;
 
@@ -35,20 +39,59 @@ impl Default for SymbolizerConfig {
     }
 }
 
+/// The reason why the debug information at an address was not read. Its symbol table names the function, without inlined
+/// functions and lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Skipped {
+    /// The file has more debug information and symbols than the limit.
+    TooLarge,
+    /// The time for debug information is used up. The address is tried again.
+    NoTime,
+    /// The file refers to other files, or reading it failed.
+    Unusable,
+}
+
+impl Skipped {
+    /// All reasons, in the order of the counters.
+    pub const ALL: [Self; 3] = [Self::TooLarge, Self::NoTime, Self::Unusable];
+
+    /// Returns the name in metrics and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TooLarge => "too_large",
+            Self::NoTime => "no_time",
+            Self::Unusable => "unusable",
+        }
+    }
+
+    /// Returns the reason with its cure, human-readable.
+    pub fn explanation(self) -> &'static str {
+        match self {
+            Self::TooLarge => "debug information too large (select the program: --comm, --pid)",
+            Self::NoTime => "no time for debug information (select fewer programs, or record for longer)",
+            Self::Unusable => "debug information unusable",
+        }
+    }
+}
+
 /// Limits of the cost of debug information.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DebugCost {
-    /// Bytes of debug information of one file, unpacked. Symbol tables name the functions of larger ones.
+    /// Bytes of debug information and symbol table of one file, unpacked. Symbol tables name the functions of larger ones.
     pub file_bytes: u64,
+    /// Memory of the process that reads, beside the file.
+    pub memory_bytes: u64,
     /// Time for all files together: at once this much, in the long run a hundredth of all time.
     pub time: Duration,
 }
 
 impl DebugCost {
     /// For programs that a user or a rule selected.
-    pub const WANTED: Self = Self { file_bytes: 2 << 30, time: Duration::from_secs(8) };
+    pub const WANTED: Self =
+        Self { file_bytes: 2 << 30, memory_bytes: 256 << 20, time: Duration::from_secs(8) };
     /// For every program of the machine.
-    pub const EVERYTHING: Self = Self { file_bytes: 4 << 20, time: Duration::from_millis(60) };
+    pub const EVERYTHING: Self =
+        Self { file_bytes: 6 << 20, memory_bytes: 24 << 20, time: Duration::from_millis(60) };
 }
 
 /// Counts of the symbolizer.
@@ -64,6 +107,23 @@ pub struct SymbolizerStats {
     pub unusable_tables: AtomicU64,
     /// Files whose debug information exists and could not be used.
     pub unusable_debug_info: AtomicU64,
+    /// Addresses whose debug information exists and was not read, by [`Skipped`]. An address that is tried again counts once.
+    pub skipped: [AtomicU64; Skipped::ALL.len()],
     /// Memory of cached names, kernel symbols and perf maps.
     pub cached_bytes: AtomicU64,
+}
+
+impl SymbolizerStats {
+    /// Counts addresses whose debug information was not read.
+    pub(super) fn skip(&self, reason: Skipped, addresses: usize) {
+        self.skipped[reason as usize].fetch_add(addresses as u64, Ordering::Relaxed);
+    }
+
+    /// Returns the number of addresses whose debug information was not read, for each reason.
+    pub fn skipped(&self) -> impl Iterator<Item = (Skipped, u64)> {
+        Skipped::ALL
+            .into_iter()
+            .zip(&self.skipped)
+            .map(|(reason, count)| (reason, count.load(Ordering::Relaxed)))
+    }
 }

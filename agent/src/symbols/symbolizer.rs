@@ -74,7 +74,7 @@ impl Symbolizer {
     }
 
     /// Returns the counts so far.
-    pub fn stats(&self) -> &SymbolizerStats {
+    pub fn stats(&self) -> &Arc<SymbolizerStats> {
         &self.stats
     }
 }

@@ -17,7 +17,7 @@ use gannet_agent::{
     model::{Image, MappedFile, Mapping, MappingKind, ProcessKey, SampleKind, StackEnd},
     process::{FileMapping, FileTable},
     profile::{RawProcess, RawProfile, RawStack},
-    symbols::{Symbolizer, SymbolizerConfig},
+    symbols::{DebugCost, Symbolizer, SymbolizerConfig},
 };
 use gannet_proto::profiles::Profile;
 use proptest::prelude::*;
@@ -863,6 +863,64 @@ fn a_reader_that_does_not_answer_is_not_waited_for() {
     let profile = symbolize(&sleeper, raw(key(pid), image(pid, &mut table()), stacks));
     assert_eq!(names(&profile), [["holder"]]);
     assert!(begin.elapsed() < Duration::from_secs(2));
+}
+
+/// Returns the counts of addresses whose debug information was not read: too large, no time, unusable.
+fn skipped(symbolizer: &Symbolizer) -> Vec<u64> {
+    symbolizer.stats().skipped().map(|(_, count)| count).collect()
+}
+
+/// Checks that names, inlined functions and lines never get lost in silence.
+#[test]
+fn debug_info_that_is_not_read_is_counted_with_the_reason() {
+    let program = start_c(&["-g"]);
+    let pid = program.child.id();
+    let wanted = DebugCost::WANTED;
+    for (debug_cost, name, counts) in [
+        (wanted, "inner", [0, 0, 0]),
+        (DebugCost { file_bytes: 100, ..wanted }, "holder", [1, 0, 0]),
+        (DebugCost { memory_bytes: 0, ..wanted }, "holder", [0, 0, 1]),
+    ] {
+        let symbolizer = Symbolizer::start(SymbolizerConfig { debug_cost, ..config() }).unwrap();
+        for _ in 0..2 {
+            let stacks = vec![stack(&[], &[program.addresses["inner"]], StackEnd::Complete)];
+            let profile = symbolize(&symbolizer, raw(key(pid), image(pid, &mut table()), stacks));
+            assert_eq!(names(&profile)[0][0], name, "{debug_cost:?}");
+            assert_eq!(skipped(&symbolizer), counts, "{debug_cost:?}: each address once");
+        }
+    }
+}
+
+/// Checks that a file that had to wait for its debug information gets it as soon as there is time.
+#[test]
+fn an_address_without_time_for_debug_info_is_tried_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let script = directory.path().join("reader");
+    let answer = r#"[[{"name":"by_debug_info","file":"x.c","line":1,"column":0}]]"#;
+    fs::write(&script, format!("#!/bin/sh\necho '{answer}'\n")).unwrap();
+    fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let debug_cost = DebugCost { time: Duration::ZERO, ..DebugCost::WANTED };
+    let config = SymbolizerConfig { debug_reader: Some(script), debug_cost, ..config() };
+    let symbolizer = Symbolizer::start(config).unwrap();
+    let (first, second) = (start_c(&["-g"]), start_c(&["-g3"]));
+    let mut files = table();
+    let mut name = |program: &Program| {
+        let pid = program.child.id();
+        let stacks = vec![stack(&[], &[program.addresses["inner"]], StackEnd::Complete)];
+        let profile = symbolize(&symbolizer, raw(key(pid), image(pid, &mut files), stacks));
+        names(&profile)[0][0].clone()
+    };
+    assert_eq!(name(&first), "by_debug_info");
+    // A hundred times the script's run time has to pass.
+    assert_eq!(name(&second), "holder");
+    assert_eq!(name(&second), "holder");
+    assert_eq!(skipped(&symbolizer), [0, 1, 0]);
+    let end = Instant::now() + Duration::from_secs(60);
+    while name(&second) != "by_debug_info" {
+        assert!(Instant::now() < end);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(skipped(&symbolizer), [0, 1, 0]);
 }
 
 #[test]

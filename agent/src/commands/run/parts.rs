@@ -41,6 +41,7 @@ impl Parts {
         let directory = config.options.state_dir.join("spool");
         let spool = Spool::open(&directory, bounds, ledger.clone(), Arc::clone(&spool_stats))?;
         let symbolizer = Symbolizer::start(SymbolizerConfig::default()).map_err(RunError::Start)?;
+        let symbols = Arc::clone(symbolizer.stats());
         let recent = RecentProfiles::default();
         let pods = Pods::new(config.pod_labels.clone());
         let (queue, windows) = WindowQueue::new(ledger.clone());
@@ -64,7 +65,7 @@ impl Parts {
         if groups.is_some() {
             engine.resolve_pods(QueryForwarder { pods: pods.clone(), queries: sender });
         }
-        let node = Arc::new(Node::new(config, engine, ledger, spool_stats, recent, pods));
+        let node = Arc::new(Node::new(config, engine, ledger, spool_stats, symbols, recent, pods));
         Ok(Self { node, groups, queries, exporter, pipeline })
     }
 

@@ -33,8 +33,7 @@ pub const DEBUG_INFO_VERB: &str = "read-debug-info";
 const CALL_TIMEOUT: Duration = Duration::from_secs(6);
 const CPU_SECONDS: u64 = 5;
 const _: () = assert!(CPU_SECONDS < CALL_TIMEOUT.as_secs(), "the child's own limit applies first");
-/// Memory of the child beside the file itself. The child is in the agent's control group, and counts towards its limit.
-const MAX_MEMORY_BYTES: u64 = 256 << 20;
+/// The child's stack, of which it touches what the nesting of inlined functions needs.
 const MAX_STACK_BYTES: u64 = 64 << 20;
 /// Larger debug information is not read.
 const MAX_DEBUG_BYTES: u64 = 2 << 30;
@@ -69,7 +68,8 @@ pub(crate) enum Unusable {
 /// The usual ratio of compression.
 const PACKED: u64 = 4;
 
-/// Returns the size of a file's debug information, unpacked, if it may be read.
+/// Returns the size of a file's debug information, unpacked, with its symbol table, which the reader reads too. An error if it
+/// may not be read.
 pub(crate) fn examine(file: &File) -> Result<u64, Unusable> {
     let elf = ElfFile::parse(file, &ElfLimits::default()).map_err(|_| Unusable::None)?;
     if elf.stored_section(b".debug_info").is_none() {
@@ -79,7 +79,7 @@ pub(crate) fn examine(file: &File) -> Result<u64, Unusable> {
     let links = [&b".gnu_debuglink"[..], b".gnu_debugaltlink", b".debug_sup"];
     let bytes: u64 = elf
         .sections()
-        .filter(|(name, section)| name.starts_with(b".debug_") && section.is_stored())
+        .filter(|(name, section)| (name.starts_with(b".debug_") || is_symbols(name)) && section.is_stored())
         .fold(0, |sum: u64, (_, section)| {
             sum.saturating_add(section.bytes.saturating_mul(if section.is_compressed() { PACKED } else { 1 }))
         });
@@ -89,12 +89,21 @@ pub(crate) fn examine(file: &File) -> Result<u64, Unusable> {
     Ok(bytes)
 }
 
-/// Reads the functions at each ELF virtual address. `program` is the agent itself, which runs as the child. An error means that
+fn is_symbols(name: &[u8]) -> bool {
+    name == b".symtab" || name == b".strtab"
+}
+
+/// Reads the functions at each ELF virtual address. The child has `memory_bytes` of memory beside the file itself. `program` is the agent itself, which runs as the child. An error means that
 /// the child could not start, died, or did not answer in time.
-pub(crate) fn resolve(program: &Path, file: &File, addresses: &[u64]) -> io::Result<Vec<DebugFrame>> {
+pub(crate) fn resolve(
+    program: &Path,
+    file: &File,
+    addresses: &[u64],
+    memory_bytes: u64,
+) -> io::Result<Vec<DebugFrame>> {
     let mut frames = Vec::with_capacity(addresses.len());
     for addresses in addresses.chunks(CALL_ADDRESSES) {
-        let answer = call(program, file, addresses)?;
+        let answer = call(program, file, addresses, memory_bytes)?;
         if answer.len() != addresses.len() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
@@ -106,10 +115,11 @@ pub(crate) fn resolve(program: &Path, file: &File, addresses: &[u64]) -> io::Res
     Ok(frames)
 }
 
-fn call(program: &Path, file: &File, addresses: &[u64]) -> io::Result<Vec<DebugFrame>> {
+fn call(program: &Path, file: &File, addresses: &[u64], memory_bytes: u64) -> io::Result<Vec<DebugFrame>> {
     let words: Vec<String> = addresses.iter().map(|address| format!("{address:x}")).collect();
     let mut child = Command::new(program)
         .arg(DEBUG_INFO_VERB)
+        .arg(memory_bytes.to_string())
         .arg(words.join(","))
         .env_clear()
         .stdin(file.try_clone()?)
@@ -154,9 +164,10 @@ fn answer(child: &mut Child) -> io::Result<Vec<u8>> {
 }
 
 /// Runs the child: reads the debug information of the file on standard input, and writes the functions at each of the addresses
-/// (hexadecimal, separated by commas) to standard output, as JSON.
-pub fn read_debug_info(addresses: &str) -> io::Result<()> {
-    confine()?;
+/// (hexadecimal, separated by commas) to standard output, as JSON. Takes at most `memory_bytes` of memory for that. The process is
+/// in the agent's control group, and counts towards its limit.
+pub fn read_debug_info(memory_bytes: u64, addresses: &str) -> io::Result<()> {
+    confine(memory_bytes)?;
     let addresses: Vec<u64> = addresses
         .split(',')
         .map(|address| u64::from_str_radix(address, 16))
@@ -171,11 +182,11 @@ pub fn read_debug_info(addresses: &str) -> io::Result<()> {
 }
 
 /// Drops every privilege and resource that reading a file does not need.
-fn confine() -> io::Result<()> {
+fn confine(memory_bytes: u64) -> io::Result<()> {
     let limit = |max| Rlimit { current: Some(max), maximum: Some(max) };
     // If memory runs out, the kernel kills this process first.
     let _ = fs::write("/proc/self/oom_score_adj", "1000");
-    setrlimit(Resource::Data, limit(MAX_MEMORY_BYTES + MAX_STACK_BYTES))?;
+    setrlimit(Resource::Data, limit(memory_bytes.saturating_add(MAX_STACK_BYTES)))?;
     setrlimit(Resource::Cpu, limit(CPU_SECONDS))?;
     setrlimit(Resource::Core, limit(0))?;
     // A limit on the length of files is a limit on writing; what it writes goes into a pipe.
