@@ -2,10 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use axum::http::{HeaderValue, Request, header};
 use kube::{
     Client, Config,
+    client::{Body, ClientBuilder},
     config::{KubeConfigOptions, Kubeconfig},
 };
+use tower::util::MapRequestLayer;
 
 /// Why the collector cannot use the Kubernetes API.
 #[derive(Debug, thiserror::Error)]
@@ -31,7 +34,7 @@ pub enum KubernetesError {
 /// Returns a client of the cluster that the kubeconfig file names. Without a file it is the cluster of the collector's
 /// pod, or the current context of `kubectl`.
 pub(crate) async fn client(kubeconfig: Option<&Path>) -> Result<Client, KubernetesError> {
-    let config = match kubeconfig {
+    let mut config = match kubeconfig {
         None => Config::infer().await.map_err(|error| KubernetesError::Unknown(error.to_string()))?,
         Some(path) => {
             let wrong = |reason: String| KubernetesError::Kubeconfig { path: path.to_owned(), reason };
@@ -41,5 +44,27 @@ pub(crate) async fn client(kubeconfig: Option<&Path>) -> Result<Client, Kubernet
                 .map_err(|error| wrong(error.to_string()))?
         }
     };
-    Client::try_from(config).map_err(|error| KubernetesError::Client(error.to_string()))
+    // kube keeps a token for up to 50 s after its file has another. A token that runs out would fail every request until then.
+    let token_file = config.auth_info.token_file.take().map(PathBuf::from);
+    let builder =
+        ClientBuilder::try_from(config).map_err(|error| KubernetesError::Client(error.to_string()))?;
+    Ok(match token_file {
+        None => builder.build(),
+        Some(file) => {
+            builder.with_layer(&MapRequestLayer::new(move |request| authorize(request, &file))).build()
+        }
+    })
+}
+
+/// Adds the token that the file has now. Without a readable token the API server answers 401, which names the cause.
+fn authorize(mut request: Request<Body>, token_file: &Path) -> Request<Body> {
+    let token = std::fs::read_to_string(token_file)
+        .inspect_err(|error| tracing::warn!("cannot read the token {}: {error}", token_file.display()))
+        .ok()
+        .and_then(|token| HeaderValue::try_from(format!("Bearer {}", token.trim())).ok());
+    if let Some(mut token) = token {
+        token.set_sensitive(true);
+        request.headers_mut().insert(header::AUTHORIZATION, token);
+    }
+    request
 }

@@ -8,6 +8,6 @@ mod tree;
 pub use hierarchy::CgroupHierarchy;
 pub(crate) use hierarchy::{find_container, parse_path, path_of};
 pub(crate) use mount::{directory, id_of, mount_of};
-pub use names::CgroupNames;
-pub(crate) use names::{container_part, pod_part};
+pub use names::{CgroupNames, PathContainer};
+pub(crate) use names::{container_part, containers, pod_part};
 pub use tree::{Cgroup, CgroupTree, CgroupTreeError};

@@ -26,7 +26,7 @@ use crate::{
 /// `/debug/profile` requests that run at one time.
 pub(super) const MAX_PROFILES: usize = 4;
 /// Time for symbolizing the last window of a profile: the wait for names of pods, and some more.
-const WINDOW_TIMEOUT: Duration = Duration::from_secs(10);
+const WINDOW_TIMEOUT: Duration = Duration::from_secs(17);
 const _: () = assert!(WINDOW_TIMEOUT.as_secs() > MAX_LABEL_WAIT.as_secs());
 /// Time for unwinding and symbolizing the last window of a capture.
 const CAPTURE_TIMEOUT: Duration = Duration::from_secs(30);

@@ -34,7 +34,7 @@ impl ContainerReports {
             && !self.reported.contains(id)
         {
             self.reported.insert(id.clone());
-            resolver.container_seen(&process.names);
+            resolver.container_seen(&process.names, process.key.process.tgid);
         }
     }
 

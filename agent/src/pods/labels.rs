@@ -5,11 +5,14 @@ use std::time::Duration;
 use gannet_proto::labels::{self as name, Labels};
 
 use super::{PodLookup, Pods, Workload, model::Pod};
-use crate::profile::SeriesProfile;
+use crate::profile::{ContainerRef, SeriesProfile};
 
-/// How long the profiles of a window wait for a container that has just started. With windows of the usual length they are
-/// 10 to 15 seconds old then.
-pub(crate) const MAX_LABEL_WAIT: Duration = Duration::from_secs(5);
+/// How long the profiles of a window wait for a container whose pod is not known either. With windows of the usual length they
+/// are 10 to 15 seconds old then.
+const UNKNOWN_POD_WAIT: Duration = Duration::from_secs(5);
+/// How long they wait for a container of a known pod, which the kubelet lists for certain. Without the wait, one container would
+/// have a series with its name and one without.
+pub(crate) const MAX_LABEL_WAIT: Duration = Duration::from_secs(12);
 /// How often a waiting window requests its unknown containers again.
 const REQUEST_PAUSE: Duration = Duration::from_millis(500);
 
@@ -45,13 +48,11 @@ pub(super) async fn label(pods: &Pods, profiles: &mut Vec<SeriesProfile>) -> u64
 
 async fn wait_for_containers(pods: &Pods, profiles: &[SeriesProfile]) {
     let mut changes = pods.changes();
-    let until = tokio::time::Instant::now() + MAX_LABEL_WAIT;
+    let begun = tokio::time::Instant::now();
     loop {
-        let unknown = profiles.iter().filter_map(|profile| profile.container.as_ref()).any(|container| {
-            pods.request(&container.id, &container.pod_uid);
-            pods.look_up(&container.id, &container.pod_uid) == PodLookup::Unknown
-        });
-        if !unknown || !pods.is_active() {
+        let wait = profiles.iter().filter_map(|profile| wait_for(pods, profile.container.as_ref()?)).max();
+        let Some(until) = wait.map(|wait| begun + wait) else { return };
+        if !pods.is_active() || tokio::time::Instant::now() >= until {
             return;
         }
         tokio::select! {
@@ -60,10 +61,17 @@ async fn wait_for_containers(pods: &Pods, profiles: &[SeriesProfile]) {
             () = tokio::time::sleep(REQUEST_PAUSE) => {}
             () = pods.0.closed.cancelled() => return,
         }
-        if tokio::time::Instant::now() >= until {
-            return;
-        }
     }
+}
+
+/// Returns how long a window waits for a container; none for one that is known or unlisted. Requests it.
+fn wait_for(pods: &Pods, container: &ContainerRef) -> Option<Duration> {
+    let path = container.path();
+    pods.request_path(&path);
+    if pods.look_up_path(&path) != PodLookup::Unknown {
+        return None;
+    }
+    Some(if pods.pod_of_path(&path).is_some() { MAX_LABEL_WAIT } else { UNKNOWN_POD_WAIT })
 }
 
 fn label_one(pods: &Pods, profile: &mut SeriesProfile) -> Verdict {
@@ -72,14 +80,8 @@ fn label_one(pods: &Pods, profile: &mut SeriesProfile) -> Verdict {
         profile.labels.insert(name::CLUSTER.to_owned(), options.cluster.clone());
     }
     let Some(container) = &profile.container else { return Verdict::Deliver };
-    let (pod, container_name) = match pods.look_up(&container.id, &container.pod_uid) {
-        PodLookup::Known { pod, container } => (pod, container),
-        // No list contains the container, or none yet. The pod's uid alone identifies the pod.
-        PodLookup::Unknown | PodLookup::Unlisted => match pods.by_uid(&container.pod_uid) {
-            Some(pod) => (pod, None),
-            None => return Verdict::Deliver,
-        },
-    };
+    // If no list contains the container, or none yet, the pod's uid alone identifies the pod.
+    let Some((pod, container_name)) = pods.pod_of_path(&container.path()) else { return Verdict::Deliver };
     if pod.denied {
         return Verdict::Denied;
     }
@@ -143,10 +145,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        cgroup::CgroupNames,
+        cgroup::{CgroupNames, PathContainer},
         model::{ProcessKey, SampleKind},
         pods::{PodChange, PodContainer},
-        profile::{ContainerRef, RawProcess, RawProfile},
+        profile::{RawProcess, RawProfile},
     };
 
     fn pod(uid: &str, containers: &[(&str, &str)]) -> Pod {
@@ -193,8 +195,11 @@ mod tests {
                 processes: vec![process],
                 comments: Vec::new(),
             },
-            container: (!container.is_empty())
-                .then(|| ContainerRef { id: container.into(), pod_uid: pod_uid.into() }),
+            container: (!container.is_empty()).then(|| ContainerRef {
+                id: container.into(),
+                pod_uid: pod_uid.into(),
+                outer: Vec::new(),
+            }),
         }
     }
 
@@ -233,12 +238,17 @@ mod tests {
     #[tokio::test]
     async fn an_unlisted_container_is_delivered_with_its_id_alone() {
         let pods = synced(PodLabelOptions::default(), vec![pod("u1", &[])]);
-        let begun = Instant::now();
-        // No feed lists them: the wait has an end.
-        let mut profiles = vec![profile("gone", "u9"), profile("late", "u1")];
-        assert_eq!(pods.label(&mut profiles).await, 0);
-        assert!(begun.elapsed() >= MAX_LABEL_WAIT);
-        let late = &profiles[1].labels;
+        // No feed lists them: each wait has an end.
+        let took = async |profiles: &mut Vec<SeriesProfile>| {
+            let begun = Instant::now();
+            assert_eq!(pods.label(profiles).await, 0);
+            begun.elapsed()
+        };
+        let mut profiles = vec![profile("gone", "u9")];
+        assert!((UNKNOWN_POD_WAIT..MAX_LABEL_WAIT).contains(&took(&mut profiles).await));
+        let mut late = vec![profile("late", "u1")];
+        assert!(took(&mut late).await >= MAX_LABEL_WAIT);
+        let late = &late[0].labels;
         assert_eq!((late["pod"].as_str(), late.get("container")), ("checkout-u1", None), "the uid is enough");
         assert_eq!(show(&profiles[0]), "node=n service_name=python3 team=rule");
         assert_eq!(profiles[0].raw.processes[0].container_id, "gone");
@@ -255,6 +265,38 @@ mod tests {
         let mut profiles = vec![profile("c1", "u1")];
         pods.label(&mut profiles).await;
         assert_eq!(profiles[0].labels["pod"], "checkout-u1");
+    }
+
+    #[tokio::test]
+    async fn a_slow_kubelet_leaves_no_series_without_container() {
+        let pods = synced(PodLabelOptions::default(), vec![pod("u1", &[])]);
+        let later = pods.clone();
+        tokio::spawn(async move {
+            // The kubelet lists the pod each second, and its container 8 s after the start.
+            for second in 1..=8 {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                let containers: &[(&str, &str)] = if second == 8 { &[("app", "c1")] } else { &[] };
+                later.apply(PodChange::All(vec![pod("u1", containers)]), Instant::now());
+            }
+        });
+        let mut profiles = vec![profile("c1", "u1")];
+        assert_eq!(pods.label(&mut profiles).await, 0);
+        assert_eq!(profiles[0].labels.get("container").map(String::as_str), Some("app"));
+    }
+
+    #[tokio::test]
+    async fn no_window_waits_for_a_container_in_a_known_one() {
+        let pods = synced(PodLabelOptions::default(), vec![pod("u1", &[("app", "c1")])]);
+        let mut profiles = vec![profile("inner", "u1")];
+        if let Some(container) = &mut profiles[0].container {
+            container.outer = vec![PathContainer { id: "c1".into(), pod_uid: "u1".into() }];
+        }
+        let begun = Instant::now();
+        assert_eq!(pods.label(&mut profiles).await, 0);
+        assert!(begun.elapsed() < MAX_LABEL_WAIT / 2);
+        assert_eq!((profiles[0].labels["container"].as_str(), pods.counts().requested), ("app", 0));
+        // The sample's own label names the inner one.
+        assert_eq!(profiles[0].raw.processes[0].container_id, "inner");
     }
 
     #[tokio::test]

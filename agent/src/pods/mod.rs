@@ -8,10 +8,12 @@
 mod feed;
 mod labels;
 mod model;
+mod nesting;
 mod resolve;
 mod store;
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -20,7 +22,10 @@ use std::{
 };
 
 use parking_lot::{Mutex, MutexGuard};
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    task::spawn_blocking,
+};
 use tokio_util::sync::CancellationToken;
 
 use self::store::PodStore;
@@ -35,7 +40,13 @@ pub use self::{
     model::{Pod, PodContainer, Workload},
     store::PodLookup,
 };
-use crate::{cgroup::CgroupNames, profile::SeriesProfile};
+use crate::{
+    cgroup::{CgroupHierarchy, CgroupNames, PathContainer},
+    profile::SeriesProfile,
+};
+
+/// Containers without a pod that wait until their parents are read. More are read when they are seen again.
+const MAX_UNPLACED: usize = 256;
 
 /// A handle to the pods of this node. Clones share their state.
 #[derive(Clone, Debug)]
@@ -50,6 +61,10 @@ struct Shared {
     requested: Notify,
     /// Counts the changes that the feed has reported.
     changes: watch::Sender<u64>,
+    /// Containers in no pod's control group, each with one of its processes, until [`Pods::keep_finding_starters`] reads them.
+    unplaced: Mutex<HashMap<String, u32>>,
+    /// Notified when `unplaced` has a new entry.
+    unplaced_added: Notify,
     /// There is a feed, or there will be one.
     active: AtomicBool,
     closed: CancellationToken,
@@ -102,6 +117,8 @@ impl Pods {
             status: Mutex::default(),
             requested: Notify::new(),
             changes: watch::Sender::new(0),
+            unplaced: Mutex::default(),
+            unplaced_added: Notify::new(),
             active: AtomicBool::new(false),
             closed: CancellationToken::new(),
         }))
@@ -115,9 +132,73 @@ impl Pods {
     /// Returns the pod of a control group, and the container's name if it is known. The pod's uid is enough, so that a rule
     /// over pods is in force before the feed has reported a new container.
     pub(crate) fn pod_of(&self, names: &CgroupNames) -> Option<(Arc<Pod>, Option<Arc<str>>)> {
-        match self.look_up(&names.container_id, &names.pod_uid) {
+        if names.container_id.is_empty() {
+            return self.by_uid(&names.pod_uid).map(|pod| (pod, None));
+        }
+        self.pod_of_path(&names.containers())
+    }
+
+    /// Returns the pod of nested containers, the outermost first, and the name of the one that Kubernetes knows.
+    fn pod_of_path(&self, containers: &[(&str, &str)]) -> Option<(Arc<Pod>, Option<Arc<str>>)> {
+        let mut store = self.store();
+        match store.look_up_nested(containers, Instant::now()) {
             PodLookup::Known { pod, container } => Some((pod, container)),
-            PodLookup::Unknown | PodLookup::Unlisted => self.by_uid(&names.pod_uid).map(|pod| (pod, None)),
+            PodLookup::Unknown | PodLookup::Unlisted => {
+                store.pod_of_nested(containers).map(|pod| (pod, None))
+            }
+        }
+    }
+
+    /// Looks up nested containers, the outermost first.
+    fn look_up_path(&self, containers: &[(&str, &str)]) -> PodLookup {
+        self.store().look_up_nested(containers, Instant::now())
+    }
+
+    /// Requests nested containers, the outermost first, as [`Pods::request`] does for one.
+    fn request_path(&self, containers: &[(&str, &str)]) {
+        if self.is_active() && self.store().request_nested(containers, Instant::now()) {
+            self.0.requested.notify_one();
+        }
+    }
+
+    /// Takes note of a container that the agent has seen, with one of its processes.
+    pub fn container_seen(&self, names: &CgroupNames, pid: u32) {
+        let containers = names.containers();
+        self.request_path(&containers);
+        if self.is_active() && self.store().needs_starter(&containers, Instant::now()) {
+            let mut unplaced = self.0.unplaced.lock();
+            if unplaced.len() < MAX_UNPLACED {
+                unplaced.insert(names.container_id.clone(), pid);
+            }
+            self.0.unplaced_added.notify_one();
+        }
+    }
+
+    /// Finds the pods of containers outside of the pods' control groups.
+    async fn keep_finding_starters(&self, hierarchy: CgroupHierarchy) {
+        loop {
+            self.0.unplaced_added.notified().await;
+            let wanted = std::mem::take(&mut *self.0.unplaced.lock());
+            let found = spawn_blocking(move || {
+                let find = |(id, pid): (String, u32)| {
+                    nesting::started_in(pid, &id, hierarchy).map(|starter| (id, starter))
+                };
+                // A container whose process has ended is found by its next one.
+                wanted.into_iter().map(find).filter_map(Result::ok).collect::<Vec<_>>()
+            });
+            let Ok(found) = found.await else { continue };
+            let changed = found.iter().any(|(_, starter)| starter.is_some());
+            self.set_starters(found);
+            if changed {
+                self.0.changes.send_modify(|count| *count += 1);
+            }
+        }
+    }
+
+    fn set_starters(&self, found: Vec<(String, Option<PathContainer>)>) {
+        let mut store = self.store();
+        for (id, starter) in found {
+            store.set_starter(id, starter);
         }
     }
 

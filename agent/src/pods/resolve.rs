@@ -1,6 +1,6 @@
 //! Resolves rules over pods to control groups, again whenever pods, rules or control groups change.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
 
 use gannet_proto::{control::Match, selector::LabelSelector};
 use tokio::{
@@ -74,8 +74,8 @@ struct Resolved {
     selected: Vec<BTreeSet<u64>>,
     /// Ids of the control groups of pods that deny profiling.
     denied: BTreeSet<u64>,
-    /// Containers that no feed has reported yet.
-    unknown: Vec<CgroupNames>,
+    /// Containers that no feed has reported yet, with the paths of their control groups.
+    unknown: Vec<(CgroupNames, Arc<str>)>,
 }
 
 /// Selects control groups. The same pods, matchers and groups give the same result.
@@ -86,18 +86,23 @@ struct Resolved {
 fn resolve(pods: &Pods, matchers: &[PodMatcher], groups: &[Cgroup]) -> Resolved {
     let mut resolved = Resolved { selected: vec![BTreeSet::new(); matchers.len()], ..Resolved::default() };
     for Cgroup { path, id } in groups {
-        let own = CgroupNames::of(path.rsplit('/').next().unwrap_or_default());
+        let parent = CgroupNames::of(path.rsplit_once('/').unwrap_or_default().0);
         let names = CgroupNames::of(path);
-        let (pod, container) = if !own.container_id.is_empty() {
-            if pods.look_up(&names.container_id, &names.pod_uid) == PodLookup::Unknown {
-                resolved.unknown.push(names.clone());
+        let (pod, container) = if names.containers().len() > parent.containers().len() {
+            match pods.look_up_path(&names.containers()) {
+                PodLookup::Unknown => resolved.unknown.push((names.clone(), Arc::clone(path))),
+                // Its processes may have been started in a pod's container.
+                PodLookup::Unlisted if names.pod_uid.is_empty() => {
+                    resolved.unknown.push((names.clone(), Arc::clone(path)));
+                }
+                PodLookup::Unlisted | PodLookup::Known { .. } => {}
             }
             match pods.pod_of(&names) {
                 Some(known) => known,
                 None => continue,
             }
-        } else if !own.pod_uid.is_empty() {
-            match pods.by_uid(&own.pod_uid) {
+        } else if names.pod_uid != parent.pod_uid {
+            match pods.by_uid(&names.pod_uid) {
                 Some(pod) => (pod, None),
                 None => continue,
             }
@@ -164,13 +169,19 @@ pub(crate) async fn keep_resolving(
     }
 }
 
+/// Returns the first process of a control group; 0 if there is none.
+fn first_process(groups: &CgroupTree, path: &str) -> u32 {
+    let text = fs::read_to_string(groups.root().join(path.trim_start_matches('/')).join("cgroup.procs"));
+    text.ok().and_then(|text| text.lines().next()?.parse().ok()).unwrap_or_default()
+}
+
 fn resolve_queries(pods: &Pods, groups: &CgroupTree, queries: &[PodQuery]) -> PodSelection {
     // A query without conditions on pods selects no containers. This code must not open it to all.
     let (ids, matchers): (Vec<&String>, Vec<PodMatcher>) =
         queries.iter().filter_map(|query| Some((&query.rule_id, PodMatcher::of(&query.matches)?))).unzip();
     let resolved = resolve(pods, &matchers, &groups.scan());
-    for names in &resolved.unknown {
-        pods.request(&names.container_id, &names.pod_uid);
+    for (names, path) in &resolved.unknown {
+        pods.container_seen(names, first_process(groups, path));
     }
     let rules = ids.into_iter().cloned().zip(resolved.selected).collect();
     PodSelection { rules, denied: resolved.denied }
@@ -254,8 +265,24 @@ mod tests {
         let resolved = resolve(&pods, &[matcher(matches)], &groups);
         assert_eq!(resolved.selected[0].iter().copied().collect::<Vec<_>>(), ids);
         assert_eq!(resolved.denied.iter().copied().collect::<Vec<_>>(), [30, 31]);
-        let unknown: Vec<_> = resolved.unknown.iter().map(|names| names.container_id.clone()).collect();
+        let unknown: Vec<_> = resolved.unknown.iter().map(|(names, _)| names.container_id.clone()).collect();
         assert_eq!(unknown, [id('c'), id('e')]);
+    }
+
+    #[test]
+    fn containers_of_docker_in_a_pod_are_selected_with_it() {
+        let (pods, mut groups) = world();
+        let path = |path: String, id| Cgroup { path: path.into(), id };
+        // Below the pod's container, whose group covers it; and outside of the pod.
+        groups.push(path(format!("/kubepods/pod{}/{}/docker/{}", uid('1'), id('a'), id('f')), 60));
+        groups.push(path(format!("/docker/{}", id('9')), 61));
+        let starter = crate::cgroup::PathContainer { id: id('a'), pod_uid: uid('1') };
+        pods.set_starters(vec![(id('9'), Some(starter))]);
+        let matchers = [matcher("{containers: [app]}"), matcher("{containers: [log]}")];
+        let resolved = resolve(&pods, &matchers, &groups);
+        let selected = |index: usize| resolved.selected[index].iter().copied().collect::<Vec<_>>();
+        assert_eq!((selected(0), selected(1)), (vec![11, 60, 61], vec![13]));
+        assert!(resolved.unknown.iter().all(|(names, _)| ![id('f'), id('9')].contains(&names.container_id)));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::{
     feed::{MAX_PODS, PodChange},
     model::Pod,
 };
+use crate::cgroup::PathContainer;
 
 /// How long a pod or container stays after the feed has stopped listing it. Samples of it are still on their way.
 const RETENTION: Duration = Duration::from_secs(300);
@@ -26,6 +27,10 @@ const UNLISTED_SECONDS: std::ops::Range<u64> = 30..60;
 const SETTLED: Duration = Duration::from_secs(3);
 /// A requested container counts as unlisted after this time, whatever the feed has reported.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// The same for a container of a known pod. The kubelet lists it for certain, but a slow one many seconds late.
+const REQUEST_TIMEOUT_IN_POD: Duration = Duration::from_secs(30);
+/// How long the feed must list no pod at all before the store believes it. A kubelet that has just started lists none.
+const EMPTY_BELIEVED: Duration = Duration::from_secs(60);
 /// Unlisted containers to remember: every sandbox of a node, and some more.
 const MAX_UNLISTED: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 
@@ -50,14 +55,26 @@ pub enum PodLookup {
 pub(super) struct PodStore {
     pods: HashMap<String, KnownPod>,
     containers: HashMap<String, KnownContainer>,
-    /// From the uid in the control groups of a static pod to the uid of its mirror pod.
+    /// From the uid in the control groups of a static pod, without dashes, to the uid of its mirror pod.
     mirror_uids: HashMap<String, String>,
     /// Until when a container counts as unlisted.
     unlisted: LruCache<String, Instant>,
-    /// Containers requested since the last complete list, with the time of the first request.
-    requested: LruCache<String, Instant>,
+    /// Containers requested and not known yet.
+    requested: LruCache<String, Requested>,
+    /// For containers that Kubernetes did not start: the container of a pod in which they were started, or none.
+    started_in: LruCache<String, Option<PathContainer>>,
+    /// Since when the feed lists no pod, although it listed some before.
+    empty_since: Option<Instant>,
     /// Pods that the store refused because it was full.
     refused: u64,
+}
+
+#[derive(Clone, Debug)]
+struct Requested {
+    /// When it was requested first.
+    first: Instant,
+    /// The uid in its control group.
+    pod_uid: String,
 }
 
 #[derive(Debug)]
@@ -82,6 +99,8 @@ impl Default for PodStore {
             mirror_uids: HashMap::new(),
             unlisted: LruCache::new(MAX_UNLISTED),
             requested: LruCache::new(MAX_UNLISTED),
+            started_in: LruCache::new(MAX_UNLISTED),
+            empty_since: None,
             refused: 0,
         }
     }
@@ -104,6 +123,13 @@ impl PodStore {
     }
 
     fn set_all(&mut self, pods: Vec<Pod>, asked_at: Instant, now: Instant) {
+        if pods.is_empty() && self.pods.values().any(|known| known.gone.is_none()) {
+            let since = *self.empty_since.get_or_insert(now);
+            if now.saturating_duration_since(since) < EMPTY_BELIEVED {
+                return;
+            }
+        }
+        self.empty_since = None;
         let listed: HashSet<String> = pods.iter().map(|pod| pod.uid.clone()).collect();
         for pod in pods {
             self.set(pod, now);
@@ -116,7 +142,11 @@ impl PodStore {
         let missing: Vec<String> = self
             .requested
             .iter()
-            .filter(|(_, first)| asked_at.saturating_duration_since(**first) >= SETTLED)
+            .filter(|(_, request)| {
+                let settled =
+                    if self.pod(&request.pod_uid).is_some() { REQUEST_TIMEOUT_IN_POD } else { SETTLED };
+                asked_at.saturating_duration_since(request.first) >= settled
+            })
             .map(|(id, _)| id.clone())
             .collect();
         for id in missing {
@@ -151,7 +181,7 @@ impl PodStore {
             );
         }
         if !pod.config_hash.is_empty() {
-            self.mirror_uids.insert(pod.config_hash.clone(), pod.uid.clone());
+            self.mirror_uids.insert(without_dashes(&pod.config_hash), pod.uid.clone());
         }
         self.pods.insert(pod.uid.clone(), KnownPod { pod: Arc::new(pod), gone: None });
     }
@@ -186,17 +216,63 @@ impl PodStore {
         }
     }
 
+    /// Looks up nested containers, the outermost first. The kubelet's own containers are not nested in one another, so at most
+    /// one of them is known. The outermost counts, because a container can name control groups below its own as it likes.
+    pub(super) fn look_up_nested(&mut self, containers: &[(&str, &str)], now: Instant) -> PodLookup {
+        let starter = containers.last().and_then(|(id, _)| self.started_in.get(*id)).cloned().flatten();
+        let starter = starter.as_ref().map(|outer| (outer.id.as_str(), outer.pod_uid.as_str()));
+        let found: Vec<PodLookup> =
+            containers.iter().copied().chain(starter).map(|(id, uid)| self.look_up(id, uid, now)).collect();
+        let named = |found: &&PodLookup| matches!(found, PodLookup::Known { container: Some(_), .. });
+        let known = |found: &&PodLookup| matches!(found, PodLookup::Known { .. });
+        if let Some(best) = found.iter().find(named) {
+            return best.clone();
+        }
+        if found.contains(&PodLookup::Unknown) {
+            return PodLookup::Unknown;
+        }
+        found.iter().find(known).cloned().unwrap_or(PodLookup::Unlisted)
+    }
+
+    /// Returns the pod of nested containers by the uids in their path.
+    pub(super) fn pod_of_nested(&mut self, containers: &[(&str, &str)]) -> Option<Arc<Pod>> {
+        let starter = containers.last().and_then(|(id, _)| self.started_in.get(*id)).cloned().flatten();
+        let starter = starter.as_ref().map(|outer| outer.pod_uid.as_str());
+        containers.iter().map(|(_, uid)| *uid).chain(starter).find_map(|uid| self.pod(uid))
+    }
+
+    /// Reports whether it is unknown who started these containers: no pod is in their path, and no feed lists them.
+    pub(super) fn needs_starter(&mut self, containers: &[(&str, &str)], now: Instant) -> bool {
+        containers.iter().all(|(_, uid)| uid.is_empty())
+            && containers.last().is_some_and(|(id, _)| !self.started_in.contains(*id))
+            && !matches!(self.look_up_nested(containers, now), PodLookup::Known { .. })
+    }
+
+    /// Notes in which container of a pod a container was started.
+    pub(super) fn set_starter(&mut self, id: String, starter: Option<PathContainer>) {
+        self.started_in.put(id, starter);
+    }
+
+    /// Notes the request of nested containers, as [`PodStore::request`] does for one.
+    pub(super) fn request_nested(&mut self, containers: &[(&str, &str)], now: Instant) -> bool {
+        if self.look_up_nested(containers, now) != PodLookup::Unknown {
+            return false;
+        }
+        containers.iter().fold(false, |wanted, (id, uid)| self.request(id, uid, now) || wanted)
+    }
+
     /// Notes the request of a container. Returns whether the agent must poll the feed for it.
     pub(super) fn request(&mut self, id: &str, pod_uid: &str, now: Instant) -> bool {
         if self.look_up(id, pod_uid, now) != PodLookup::Unknown {
             return false;
         }
+        let limit = if self.pod(pod_uid).is_some() { REQUEST_TIMEOUT_IN_POD } else { REQUEST_TIMEOUT };
         match self.requested.peek(id) {
             None => {
-                self.requested.put(id.to_owned(), now);
+                self.requested.put(id.to_owned(), Requested { first: now, pod_uid: pod_uid.to_owned() });
             }
             // A feed that reports changes never reports what it does not know.
-            Some(first) if now.saturating_duration_since(*first) >= REQUEST_TIMEOUT => {
+            Some(request) if now.saturating_duration_since(request.first) >= limit => {
                 self.requested.pop(id);
                 self.mark_unlisted(id.to_owned(), now);
                 return false;
@@ -208,7 +284,7 @@ impl PodStore {
 
     /// Returns the pod whose control groups have this uid.
     pub(super) fn pod(&self, uid: &str) -> Option<Arc<Pod>> {
-        let uid = self.mirror_uids.get(uid).map_or(uid, String::as_str);
+        let uid = self.mirror_uids.get(&without_dashes(uid)).map_or(uid, String::as_str);
         Some(Arc::clone(&self.pods.get(uid)?.pod))
     }
 
@@ -232,6 +308,11 @@ impl PodStore {
             refused: self.refused,
         }
     }
+}
+
+/// The hash of a static pod is a UUID, which some runtimes write without its dashes.
+fn without_dashes(uid: &str) -> String {
+    uid.replace('-', "")
 }
 
 #[cfg(test)]
@@ -274,13 +355,33 @@ mod tests {
     #[test]
     fn a_deleted_pod_stays_for_its_last_samples() {
         let (mut store, now) = (PodStore::default(), Instant::now());
-        store.apply(PodChange::All(vec![pod("1", &[("app", "a")])]), now, now);
-        store.apply(PodChange::All(vec![]), now, now);
+        let other = || PodChange::All(vec![pod("2", &[])]);
+        store.apply(PodChange::All(vec![pod("1", &[("app", "a")]), pod("2", &[])]), now, now);
+        store.apply(other(), now, now);
         assert_eq!(names(&mut store, "a", "1", later(now, 299)), "pod-1 app");
-        assert!(store.listed().is_empty());
-        store.apply(PodChange::All(vec![]), later(now, 300), later(now, 300));
+        assert_eq!(store.listed().len(), 1);
+        store.apply(other(), later(now, 300), later(now, 300));
         assert_eq!(names(&mut store, "a", "1", later(now, 300)), "Unknown");
         assert_eq!(store.counts().containers, 0);
+    }
+
+    #[test]
+    fn an_empty_list_counts_only_if_it_stays() {
+        let (mut store, now) = (PodStore::default(), Instant::now());
+        store.apply(PodChange::All(vec![pod("1", &[("app", "a")])]), now, now);
+        assert!(store.request("new", "", now));
+        let empty = |store: &mut PodStore, at| {
+            store.apply(PodChange::All(vec![]), later(now, at), later(now, at));
+            store.listed().len()
+        };
+        assert_eq!((empty(&mut store, 10), empty(&mut store, 69)), (1, 1));
+        // It proves nothing about a requested container either.
+        assert_eq!(unknown(&store), (1, 0));
+        // Another list in between starts the time again.
+        store.apply(PodChange::All(vec![pod("1", &[("app", "a")])]), later(now, 69), later(now, 69));
+        assert_eq!((empty(&mut store, 70), empty(&mut store, 129)), (1, 1));
+        assert_eq!(empty(&mut store, 130), 0);
+        assert_eq!(names(&mut store, "a", "1", later(now, 131)), "pod-1 app");
     }
 
     #[test]
@@ -348,10 +449,98 @@ mod tests {
         assert!(
             store.request("x", "1", now) && store.request("y", "hash", now) && store.request("z", "2", now)
         );
-        store.apply(PodChange::All(vec![pod("1", &[]), pod("mirror", &[])]), later(now, 3), now);
+        let list = || PodChange::All(vec![pod("1", &[]), pod("mirror", &[])]);
+        store.apply(list(), later(now, 3), now);
+        assert_eq!(names(&mut store, "z", "2", now), "Unlisted");
+        // The kubelet lists the containers of its pods for certain, only later.
+        store.apply(list(), later(now, 29), now);
+        assert_eq!(names(&mut store, "x", "1", now), "Unknown");
+        store.apply(list(), later(now, 30), now);
         assert_eq!(names(&mut store, "x", "1", now), "pod-1 -");
         assert_eq!(names(&mut store, "y", "hash", now), "pod-mirror -");
-        assert_eq!(names(&mut store, "z", "2", now), "Unlisted");
+    }
+
+    #[test]
+    fn a_static_pod_is_known_by_its_hash_in_any_form() {
+        let (plain, dashed) = ("0123456789abcdef0123456789abcdef", "01234567-89ab-cdef-0123-456789abcdef");
+        for hash in [plain, dashed] {
+            let (mut store, now) = (PodStore::default(), Instant::now());
+            let fixed = Pod { config_hash: hash.into(), ..pod("mirror", &[("app", "a")]) };
+            store.apply(PodChange::All(vec![fixed]), now, now);
+            for uid in [plain, dashed, "mirror"] {
+                assert_eq!(
+                    store.pod(uid).map(|pod| pod.name.clone()).as_deref(),
+                    Some("pod-mirror"),
+                    "{uid}"
+                );
+            }
+            assert_eq!(names(&mut store, "a", plain, now), "pod-mirror app");
+            assert!(store.pod("0123456789abcdef0123456789abcdee").is_none());
+        }
+    }
+
+    #[test]
+    fn a_remade_static_pod_is_not_the_old_one() {
+        let (mut store, now) = (PodStore::default(), Instant::now());
+        let fixed = |uid: &str, hash: &str, id| Pod { config_hash: hash.into(), ..pod(uid, &[("app", id)]) };
+        store.apply(PodChange::All(vec![fixed("m1", "h1", "a")]), now, now);
+        // Made again from the same file, then from a changed one.
+        store.apply(PodChange::All(vec![fixed("m2", "h1", "b")]), now, now);
+        assert_eq!(names(&mut store, "b", "h1", now), "pod-m2 app");
+        assert_eq!(names(&mut store, "a", "h1", now), "pod-m1 app", "samples of the old one may still come");
+        assert_eq!(store.pod("h1").map(|pod| pod.uid.clone()).as_deref(), Some("m2"));
+        store.apply(PodChange::All(vec![fixed("m3", "h3", "c")]), now, now);
+        assert_eq!(names(&mut store, "c", "h3", now), "pod-m3 app");
+        assert_eq!(names(&mut store, "b", "h1", now), "pod-m2 app");
+        store.apply(PodChange::All(vec![fixed("m3", "h3", "c")]), later(now, 300), later(now, 300));
+        assert!(store.pod("h1").is_none());
+    }
+
+    #[track_caller]
+    fn nested(store: &mut PodStore, path: &[(&str, &str)], now: Instant) -> String {
+        match store.look_up_nested(path, now) {
+            PodLookup::Known { pod, container } => {
+                format!("{} {}", pod.name, container.as_deref().unwrap_or("-"))
+            }
+            other => format!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_nested_container_is_of_the_known_one_around_it() {
+        let (mut store, now) = (PodStore::default(), Instant::now());
+        let path = [("outer", "1"), ("inner", "1")];
+        // Before the kubelet lists the pod's container, both are requested; then nothing waits for the inner one.
+        assert!(store.request_nested(&path, now));
+        store.apply(
+            PodChange::All(vec![pod("1", &[("app", "outer")]), pod("2", &[("bank", "b")])]),
+            now,
+            now,
+        );
+        assert_eq!(nested(&mut store, &path, now), "pod-1 app");
+        assert!(!store.request_nested(&path, now));
+        // The same two levels deeper.
+        let deeper = [("outer", "1"), ("inner", "1"), ("x", "9"), ("y", "9")];
+        assert_eq!(nested(&mut store, &deeper, now), "pod-1 app");
+        // A container may give control groups below its own the name of another pod.
+        assert_eq!(nested(&mut store, &[("outer", "1"), ("b", "2")], now), "pod-1 app");
+        // A kubelet in a container (kind) knows only the inner one.
+        assert_eq!(nested(&mut store, &[("kind", ""), ("b", "2")], now), "pod-2 bank");
+    }
+
+    #[test]
+    fn a_container_outside_of_pods_is_of_its_starter() {
+        let (mut store, now) = (PodStore::default(), Instant::now());
+        store.apply(PodChange::All(vec![pod("1", &[("app", "outer")])]), now, now);
+        let path = [("inner", "")];
+        assert!(store.needs_starter(&path, now) && !store.needs_starter(&[("outer", "1")], now));
+        store.set_starter("inner".into(), Some(PathContainer { id: "outer".into(), pod_uid: "1".into() }));
+        assert_eq!(nested(&mut store, &path, now), "pod-1 app");
+        assert!(!store.needs_starter(&path, now) && !store.request_nested(&path, now));
+        // Of a container of the node's own Docker no parent is in a pod. That is found once.
+        store.set_starter("own".into(), None);
+        assert!(!store.needs_starter(&[("own", "")], now));
+        assert_eq!(nested(&mut store, &[("own", "")], now), "Unknown");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use gannet_proto::labels::{self as name, Labels};
 
 use super::{RawProcess, RawProfile, RawStack};
 use crate::{
+    cgroup::{PathContainer, containers},
     model::{Image, ImageKey, Sample, SampleKind, StackEnd},
     process::Process,
 };
@@ -77,10 +78,19 @@ pub struct SeriesProfile {
 /// A container, by the path of its control group.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ContainerRef {
-    /// 64 hex digits.
+    /// The runtime's id.
     pub id: String,
     /// The pod's uid as in the path of the control group; empty for a container without a pod.
     pub pod_uid: String,
+    /// The containers around it, the outermost first.
+    pub outer: Vec<PathContainer>,
+}
+
+impl ContainerRef {
+    /// Returns ids and pod uids of all containers in the path, the outermost first.
+    pub(crate) fn path(&self) -> Vec<(&str, &str)> {
+        containers(&self.outer, &self.id, &self.pod_uid)
+    }
 }
 
 /// The facts about a rule that its profiles carry.
@@ -212,6 +222,7 @@ impl WindowSamples {
                 known.filter(|process| !process.names.container_id.is_empty()).map(|process| ContainerRef {
                     id: process.names.container_id.clone(),
                     pod_uid: process.names.pod_uid.clone(),
+                    outer: process.names.outer.clone(),
                 });
             for ((slot, pre_trigger, kind, period_ns), stacks) in by_slot(stacks) {
                 let samples = stacks.iter().map(|stack| stack.count).sum::<u64>();

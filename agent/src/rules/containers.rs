@@ -27,10 +27,10 @@ pub trait PodResolver: Send {
     /// Replaces all rules over pods. Called once at the beginning, then whenever they change.
     fn set_queries(&mut self, queries: Vec<PodQuery>);
 
-    /// Reports a container with a process that is sampled or that a rule selects, once in each window. The container may end
+    /// Reports a container with a process (its PID) that is sampled or that a rule selects, once in each window. The container may end
     /// soon, so a resolver that must ask another server for its pod asks at once.
-    fn container_seen(&mut self, container: &CgroupNames) {
-        let _ = container;
+    fn container_seen(&mut self, container: &CgroupNames, pid: u32) {
+        let _ = (container, pid);
     }
 }
 

@@ -13,6 +13,7 @@ use futures::{
     stream::{self, BoxStream},
 };
 use gannet_agent::{
+    cgroup::CgroupNames,
     engine::{Engine, EngineOptions},
     kernel::KernelOptions,
     ledger::NodeLedger,
@@ -21,7 +22,7 @@ use gannet_agent::{
         Pod, PodChange, PodContainer, PodFeed, PodFeedError, PodFeedKind, PodLabelOptions, Pods, Workload,
         follow,
     },
-    rules::{Deny, RuleSource, SourceRules, ad_hoc},
+    rules::{Deny, PodQuery, PodResolver, RuleSource, SourceRules, ad_hoc},
     symbols::{Symbolizer, SymbolizerConfig},
     tables::TableSources,
 };
@@ -40,6 +41,10 @@ use crate::common::Running;
 const KNOWN: char = 'a';
 const DENIED: char = 'b';
 const UNKNOWN: char = 'c';
+/// A container of Docker in the known one, with a control group below the pod's.
+const NESTED: char = 'd';
+/// Another one, with a control group outside of the pod's.
+const OUTSIDE: char = 'e';
 
 fn id(letter: char) -> String {
     letter.to_string().repeat(64)
@@ -75,12 +80,26 @@ impl PodFeed for Given {
     }
 }
 
+/// Tells the pods which containers the engine has seen.
+struct Seen(Pods);
+
+impl PodResolver for Seen {
+    fn set_queries(&mut self, _: Vec<PodQuery>) {}
+
+    fn container_seen(&mut self, container: &CgroupNames, pid: u32) {
+        self.0.container_seen(container, pid);
+    }
+}
+
 /// The control group of a container.
 struct Group(PathBuf);
 
 impl Group {
     fn make(root: &Path, letter: char) -> Self {
-        let path = root.join(format!("kubepods/burstable/pod{}/{}", uid(letter), id(letter)));
+        Self::at(root.join(format!("kubepods/burstable/pod{}/{}", uid(letter), id(letter))))
+    }
+
+    fn at(path: PathBuf) -> Self {
         fs::create_dir_all(&path).unwrap();
         Self(path)
     }
@@ -150,6 +169,7 @@ async fn series_of_containers_are_named_after_their_pods() {
     groups.watch(move || wake_up.notify_one()).unwrap();
 
     let pods = Pods::new(PodLabelOptions { cluster: "test".into(), pod_labels: vec![] });
+    engine.resolve_pods(Seen(pods.clone()));
     let cancel = CancellationToken::new();
     tokio::spawn(follow(pods.clone(), vec![Arc::new(Given)], true, cancel.clone()));
     let batches = Arc::new(Mutex::new(Vec::<Batch>::new()));
@@ -179,13 +199,24 @@ async fn series_of_containers_are_named_after_their_pods() {
     let [known, denied, unknown] = [KNOWN, DENIED, UNKNOWN].map(|letter| Group::make(&top.0, letter));
     let spin = "i=0; while [ $i -lt 100000000 ]; do i=$((i+1)); done";
     let spinning = [&known, &denied, &unknown].map(|group| group.start(spin));
+    let inner = [
+        Group::at(known.0.join(format!("docker/{}", id(NESTED)))),
+        Group::at(top.0.join(format!("docker/{}", id(OUTSIDE)))),
+    ];
+    // Docker's own process in the known container is the parent of both.
+    let starts: Vec<String> = inner
+        .iter()
+        .map(|group| format!("(echo $BASHPID > {}/cgroup.procs; {spin}) & ", group.0.display()))
+        .collect();
+    let enter = format!("echo $$ > {}/cgroup.procs; {} wait", known.0.display(), starts.concat());
+    let docker = Running::start(Command::new("bash").args(["-c", &enter]).stdout(Stdio::null()));
     // One that has exited, and whose control group was removed, before the agent reads /proc.
     let brief = Group::make(&top.0.join("brief"), KNOWN);
     let mut ended = brief.start("i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done");
     ended.0.wait().unwrap();
     fs::remove_dir(&brief.0).unwrap();
 
-    // Until each of the three has samples.
+    // Until each of the five has samples.
     let until = Instant::now() + Duration::from_secs(60);
     loop {
         let processes = engine.processes(None).await.unwrap();
@@ -194,23 +225,24 @@ async fn series_of_containers_are_named_after_their_pods() {
             .filter(|process| !process.is_past && process.samples > 20)
             .map(|process| process.names.container_id)
             .collect();
-        if [KNOWN, DENIED, UNKNOWN].iter().all(|letter| sampled.contains(&id(*letter))) {
+        if [KNOWN, DENIED, UNKNOWN, NESTED, OUTSIDE].iter().all(|letter| sampled.contains(&id(*letter))) {
             break;
         }
         assert!(Instant::now() < until, "sampled: {sampled:?}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    drop(spinning);
+    drop((spinning, docker));
     tokio::task::spawn_blocking(move || engine.stop()).await.unwrap();
     naming.await.unwrap();
     cancel.cancel();
 
     let batches = std::mem::take(&mut *batches.lock().unwrap());
     let of = |letter| batches.iter().filter(|batch| in_container(batch, letter)).collect::<Vec<_>>();
-    assert!(!of(KNOWN).is_empty());
-    for batch in of(KNOWN) {
-        let show: Vec<_> = batch.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
-        let mut show = show;
+    for letter in [KNOWN, NESTED, OUTSIDE] {
+        assert!(!of(letter).is_empty(), "{letter}");
+    }
+    for batch in [KNOWN, NESTED, OUTSIDE].into_iter().flat_map(of) {
+        let mut show: Vec<_> = batch.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
         show.sort();
         assert_eq!(
             show.join(" "),

@@ -96,13 +96,21 @@ impl axum::serve::Listener for TlsListener {
 impl Kubelet {
     /// Starts a kubelet with a certificate for 127.0.0.1, signed by an authority of its own.
     async fn start(behavior: Behavior) -> Self {
+        Self::start_at("127.0.0.1", &["127.0.0.1"], behavior).await
+    }
+
+    /// Starts a kubelet on this address, with a certificate for these names.
+    async fn start_at(ip: &str, names: &[&str], behavior: Behavior) -> Self {
         let files = tempfile::tempdir().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let key = KeyPair::generate().unwrap();
         let certificate =
-            CertificateParams::new(["127.0.0.1".to_owned()]).unwrap().signed_by(&key, &authority).unwrap();
+            CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())
+                .unwrap()
+                .signed_by(&key, &authority)
+                .unwrap();
         fs::write(files.path().join("ca.crt"), authority.pem()).unwrap();
         fs::write(files.path().join("kubelet.crt"), certificate.pem()).unwrap();
         fs::write(files.path().join("token"), format!("{TOKEN}\n")).unwrap();
@@ -118,7 +126,7 @@ impl Kubelet {
                 PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der())),
             )
             .unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind((ip, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let state = Arc::new(Inner {
             behavior: Mutex::new(behavior),
@@ -286,6 +294,35 @@ async fn only_a_trusted_kubelet_gets_the_token(
 }
 
 #[rstest]
+#[case::ipv6("::1", "[::1]:PORT", &["::1"], "")]
+#[case::ipv6_by_url("::1", "https://[::1]:PORT/", &["::1"], "")]
+#[case::by_host_name("127.0.0.1", "localhost:PORT", &["localhost"], "")]
+#[case::host_name_with_a_certificate_for_the_address("127.0.0.1", "localhost:PORT", &["127.0.0.1"], "")]
+#[case::address_with_a_certificate_for_the_node("127.0.0.1", "127.0.0.1:PORT", &["test-node"], "")]
+#[case::ipv6_with_a_certificate_for_the_node("::1", "[::1]:PORT", &["test-node"], "")]
+#[case::another_node("127.0.0.1", "127.0.0.1:PORT", &["other-node"], "--kubelet-address")]
+#[case::another_address("::1", "[::1]:PORT", &["::2"], "--kubelet-address")]
+#[case::another_name("127.0.0.1", "localhost:PORT", &["localhost.example"], "--kubelet-address")]
+#[tokio::test]
+async fn kubelets_are_known_by_name_or_address(
+    #[case] ip: &str,
+    #[case] address: &str,
+    #[case] names: &[&str],
+    #[case] words: &str,
+) {
+    let kubelet = Kubelet::start_at(ip, names, real()).await;
+    let kubelet_address = address.replace("PORT", &kubelet.address.port().to_string());
+    let following = Following::start(&PodFeedOptions { kubelet_address, ..kubelet.options() });
+    if words.is_empty() {
+        following.until("synced", |pods| pods.status().updates > 0).await;
+        return;
+    }
+    let error = following.until_error().await;
+    assert!(error.contains(words) && error.contains(names[0]), "{error}");
+    assert_eq!(kubelet.requests(), 0, "a stranger got the token");
+}
+
+#[rstest]
 #[case::forbidden(
     Behavior::Status(403, "Forbidden (user=system:serviceaccount:gannet:agent, verb=get, resource=nodes)"),
     &["nodes/pods", "serviceaccount:gannet:agent"]
@@ -337,6 +374,23 @@ async fn the_token_is_read_for_each_request() {
     assert!(!error.contains(TOKEN), "{error}");
     fs::write(kubelet.file("token"), "second-token\n").unwrap();
     following.until("synced", |pods| pods.status().updates > 0).await;
+}
+
+#[tokio::test]
+async fn a_token_that_runs_out_costs_one_request() {
+    let kubelet = Kubelet::start(real()).await;
+    let following = Following::start(&kubelet.options());
+    following.until("synced", |pods| pods.status().updates > 0).await;
+    // The kubelet knows the new token only, and the file has it a moment later.
+    *kubelet.state.token.lock().unwrap() = "second-token".into();
+    following.pods.request("new-container", "");
+    following.until_error().await;
+    fs::write(kubelet.file("token"), "second-token\n").unwrap();
+    let begun = Instant::now();
+    following.until("synced again", |pods| pods.status().last_error.is_none()).await;
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    let status = following.pods.status();
+    assert_eq!((status.kind, status.errors), (Some(PodFeedKind::Kubelet), 1));
 }
 
 #[tokio::test]

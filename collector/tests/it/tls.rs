@@ -433,3 +433,56 @@ async fn tokens_are_reviewed_for_audience_role_and_node() {
     assert!(status.message().contains("the role agent"), "{status}");
     running.shutdown().await;
 }
+
+#[tokio::test]
+async fn the_collectors_own_token_is_read_for_each_request() {
+    use axum::http::{HeaderMap, StatusCode};
+
+    let dir = tempfile::tempdir().unwrap();
+    let valid = std::sync::Arc::new(std::sync::Mutex::new("first".to_owned()));
+    let seen = std::sync::Arc::clone(&valid);
+    let review = async move |headers: HeaderMap, Json(review): Json<Value>| {
+        let wanted = format!("Bearer {}", seen.lock().unwrap());
+        if headers.get("authorization").and_then(|value| value.to_str().ok()) != Some(&wanted) {
+            let refusal = json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 401,
+                "message": "Unauthorized", "reason": "Unauthorized" });
+            return (StatusCode::UNAUTHORIZED, Json(refusal));
+        }
+        let answer = json!({
+            "apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "metadata": {}, "spec": review["spec"],
+            "status": { "authenticated": true, "audiences": ["gannet"], "user": { "username": "editor" } },
+        });
+        (StatusCode::CREATED, Json(answer))
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let server = format!("http://{}", listener.local_addr().unwrap());
+    let router = Router::new().route("/apis/authentication.k8s.io/v1/tokenreviews", post(review));
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let token = dir.path().join("token");
+    std::fs::write(&token, "first\n").unwrap();
+    let kubeconfig = crate::kubernetes::kubeconfig(dir.path(), &server);
+    let with_token = std::fs::read_to_string(&kubeconfig).unwrap();
+    let with_token =
+        with_token.replace("\"user\":{}", &format!("\"user\":{}", json!({ "tokenFile": token })));
+    std::fs::write(&kubeconfig, with_token).unwrap();
+    let config = config_with(&dir.path().join("data"), |config| {
+        config.kubeconfig = Some(kubeconfig);
+        config.auth.token_audience = Some("gannet".into());
+        config.auth.role = vec!["editor=editor".parse().unwrap()];
+    });
+    let running = Collector::start(config).await.unwrap();
+    // A new token of the client each time, so that no answer is remembered.
+    let set = async |client: &str| {
+        let mut request = tonic::Request::new(one("a"));
+        request.metadata_mut().insert("authorization", format!("Bearer {client}").parse().unwrap());
+        TriggerServiceClient::new(channel(running.grpc_addr).await).set_triggers(request).await
+    };
+    set("client-1").await.unwrap();
+    // From now on the API server knows only the next token.
+    "second".clone_into(&mut valid.lock().unwrap());
+    let status = set("client-2").await.unwrap_err();
+    assert!(status.message().contains("Unauthorized"), "{status}");
+    std::fs::write(&token, "second\n").unwrap();
+    set("client-3").await.unwrap();
+    running.shutdown().await;
+}

@@ -127,7 +127,7 @@ impl PodResolver for QueryForwarder {
         self.queries.send_replace(queries);
     }
 
-    fn container_seen(&mut self, container: &CgroupNames) {
-        self.pods.request(&container.container_id, &container.pod_uid);
+    fn container_seen(&mut self, container: &CgroupNames, pid: u32) {
+        self.pods.container_seen(container, pid);
     }
 }

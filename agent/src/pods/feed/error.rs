@@ -50,6 +50,17 @@ pub enum PodFeedError {
         /// The error of the verifier.
         reason: String,
     },
+    /// The server's certificate is for other names.
+    #[error(
+        "{at} shows a certificate of the right authority for other names: {reason}; set --kubelet-address to a name or address \
+         in the certificate, --node to the name of this node, or give the certificate with --kubelet-certificate"
+    )]
+    WrongName {
+        /// Name of the server for people.
+        at: String,
+        /// The error of the verifier, with the names.
+        reason: String,
+    },
     /// The server answered 401.
     #[error(
         "{at} does not know the token (401): is {} of this cluster, and does the kubelet run with webhook \

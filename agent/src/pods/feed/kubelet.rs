@@ -12,7 +12,7 @@ use futures::stream::{self, BoxStream, StreamExt as _};
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{Request, StatusCode, body::Incoming, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::ServerName;
+use rustls::{CertificateError, pki_types::ServerName};
 use tokio::{
     net::TcpStream,
     sync::{Notify, mpsc},
@@ -83,7 +83,6 @@ impl Kubelet {
 
     async fn request(&self, address: &Address, at: &str) -> Result<hyper::Response<Incoming>, PodFeedError> {
         let token = self.token()?;
-        let config = tls::client(&self.options)?;
         let unreachable = |error: &dyn std::fmt::Display| PodFeedError::Unreachable {
             at: at.to_owned(),
             reason: error.to_string(),
@@ -91,6 +90,8 @@ impl Kubelet {
         let stream = TcpStream::connect((address.host.as_str(), address.port))
             .await
             .map_err(|error| unreachable(&error))?;
+        let peer = stream.peer_addr().map_err(|error| unreachable(&error))?.ip();
+        let config = tls::client(&self.options, peer)?;
         let name = ServerName::try_from(address.host.clone())
             .map_err(|_| PodFeedError::Address(self.options.kubelet_address.clone()))?;
         let stream = TlsConnector::from(std::sync::Arc::new(config))
@@ -239,6 +240,9 @@ fn handshake_error(at: &str, error: &io::Error) -> PodFeedError {
     let reason = error.to_string();
     let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     match tls {
+        Some(rustls::Error::InvalidCertificate(
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+        )) => PodFeedError::WrongName { at: at.to_owned(), reason },
         Some(rustls::Error::InvalidCertificate(_)) => PodFeedError::Untrusted { at: at.to_owned(), reason },
         _ => PodFeedError::Unreachable { at: at.to_owned(), reason },
     }

@@ -1,38 +1,32 @@
 //! Decides whether to trust the kubelet's certificate: signed by an authority, equal to a given one, or any.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{fs, net::IpAddr, path::Path, sync::Arc};
 
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
     crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject as _},
 };
 
 use super::{PodFeedError, PodFeedOptions};
 
-/// Builds the TLS configuration of one connection to the kubelet. Reads the files each time, because they are replaced
-/// while the agent runs.
-pub(super) fn client(options: &PodFeedOptions) -> Result<ClientConfig, PodFeedError> {
+/// Builds the TLS configuration of one connection to the kubelet at `peer`. Reads the files each time, because they are
+/// replaced while the agent runs.
+pub(super) fn client(options: &PodFeedOptions, peer: IpAddr) -> Result<ClientConfig, PodFeedError> {
     let provider = Arc::new(ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
-        .with_safe_default_protocol_versions()
-        .map_err(|error| PodFeedError::Certificates {
-            path: options.kubelet_ca.clone(),
-            reason: error.to_string(),
-        })?;
     let pinned = |expected| {
-        let verifier = Arc::new(PinnedVerifier { expected, provider: Arc::clone(&provider) });
-        ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions().map(
-            |builder| builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth(),
-        )
+        Arc::new(PinnedVerifier { expected, provider: Arc::clone(&provider) }) as Arc<dyn ServerCertVerifier>
     };
     let wrong = |path: &Path, reason: String| PodFeedError::Certificates { path: path.to_owned(), reason };
-    let mut config = if options.kubelet_insecure {
-        pinned(None).map_err(|error| wrong(&options.kubelet_ca, error.to_string()))?
+    let verifier = if options.kubelet_insecure {
+        pinned(None)
     } else if let Some(path) = &options.kubelet_certificate {
         let expected = certificates(path, "the kubelet's certificate", "is --kubelet-certificate right?")?;
-        pinned(Some(expected)).map_err(|error| wrong(path, error.to_string()))?
+        pinned(Some(expected))
     } else {
         let path = &options.kubelet_ca;
         let cure = "give the cluster's authority with --kubelet-ca, or the kubelet's own certificate with \
@@ -41,8 +35,19 @@ pub(super) fn client(options: &PodFeedOptions) -> Result<ClientConfig, PodFeedEr
         for certificate in certificates(path, "the cluster's authority", cure)? {
             roots.add(certificate).map_err(|error| wrong(path, error.to_string()))?;
         }
-        builder.with_root_certificates(roots).with_no_client_auth()
+        let signed = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+            .build()
+            .map_err(|error| wrong(path, error.to_string()))?;
+        let node = ServerName::try_from(options.node.clone()).ok();
+        let names = [Some(ServerName::from(peer)), node].into_iter().flatten().collect();
+        Arc::new(NodeVerifier { signed, names })
     };
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| wrong(&options.kubelet_ca, error.to_string()))?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(config)
 }
@@ -59,6 +64,66 @@ fn certificates(
         .collect::<Result<_, _>>()
         .map_err(|error| wrong(error.to_string()))?;
     if found.is_empty() { Err(wrong("there is no certificate in PEM".into())) } else { Ok(found) }
+}
+
+/// Accepts a certificate that the authority signed for the host in the kubelet's address, for the address behind that host, or
+/// for the name of this node. Kubelets have certificates for their names, their addresses, or both, and the agent knows both.
+#[derive(Debug)]
+struct NodeVerifier {
+    signed: Arc<WebPkiServerVerifier>,
+    names: Vec<ServerName<'static>>,
+}
+
+impl ServerCertVerifier for NodeVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let verify = |name: &ServerName<'_>| {
+            self.signed.verify_server_cert(end_entity, intermediates, name, ocsp_response, now)
+        };
+        let is_name = |error: &Error| {
+            matches!(
+                error,
+                Error::InvalidCertificate(
+                    CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. }
+                )
+            )
+        };
+        // The error about the configured host is the one to report.
+        verify(server_name).or_else(|error| {
+            if !is_name(&error) {
+                return Err(error);
+            }
+            self.names.iter().find_map(|name| verify(name).ok()).ok_or(error)
+        })
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.signed.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.signed.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.signed.supported_verify_schemes()
+    }
 }
 
 /// Accepts only the expected certificates, whatever their name and validity, or any certificate. In both cases the peer must
