@@ -69,6 +69,13 @@ def references(where, objects):
                 if port is not None and port not in ports:
                     problems.append(f"{where}: {probe} of {key(o)} asks port {port}")
         for volume in pod.get("volumes", []):
+            host = volume.get("hostPath")
+            # Paths of the host may be links, or missing: `Directory` follows links, and stops the pod where the path is missing.
+            if host and not (
+                host.get("type") == "Directory" and host["path"] == "/sys/fs/cgroup"
+                or host.get("type") == "DirectoryOrCreate" and host["path"].startswith("/var/") and ".." not in host["path"]
+            ):
+                problems.append(f"{where}: {key(o)} mounts {host}: only directories, and none created outside of /var")
             if "configMap" in volume and ("ConfigMap", volume["configMap"]["name"]) not in have:
                 problems.append(f"{where}: {key(o)} mounts the ConfigMap {volume['configMap']['name']}, which does not exist")
             secret = volume.get("secret", {}).get("secretName")

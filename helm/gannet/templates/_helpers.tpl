@@ -232,3 +232,58 @@ SYS_ADMIN then, not for PERFMON. Only `helm install` and `upgrade` can ask the c
 {{- $k := .Values.agent.kubelet -}}
 {{- if or (eq $k.source "podinfo") (and (eq $k.source "auto") $k.podInfoSocket) }}true{{ end -}}
 {{- end }}
+
+{{- /* Whether the chart can look objects up: in `helm install` and `upgrade`, and with --dry-run=server. `helm template` cannot. */}}
+{{- define "gannet.inCluster" -}}
+{{- if lookup "v1" "Namespace" "" "default" }}true{{ end -}}
+{{- end }}
+
+{{- /* The bytes of a quantity (`20Gi`), so that equal sizes compare equal. */}}
+{{- define "gannet.bytes" -}}
+{{- $units := dict "_" 1 "_Ki" 1024 "_Mi" 1048576 "_Gi" 1073741824 "_Ti" 1099511627776 "_Pi" 1125899906842624 "_Ei" 1152921504606846976 "_k" 1000 "_K" 1000 "_M" 1000000 "_G" 1000000000 "_T" 1000000000000 "_P" 1000000000000000 "_E" 1000000000000000000 -}}
+{{- mulf (float64 (regexFind "^[0-9.]+" .)) (get $units (printf "_%s" (regexFind "[A-Za-z]*$" .))) -}}
+{{- end }}
+
+{{- /*
+Kubernetes refuses to change the claims of a StatefulSet, in words that name neither the value nor the cure. A claim that no volume
+can satisfy ends `helm install --wait` with "context deadline exceeded". Both are known before the installation.
+*/}}
+{{- define "gannet.checkVolume" -}}
+{{- $p := .Values.collector.persistence -}}
+{{- $name := include "gannet.collector" . -}}
+{{- $ns := .Release.Namespace -}}
+{{- $claims := and $p.enabled (not $p.existingClaim) -}}
+{{- $set := lookup "apps/v1" "StatefulSet" $ns $name -}}
+{{- if $set -}}
+{{- $old := dig "spec" "volumeClaimTemplates" list $set -}}
+{{- $changed := list -}}
+{{- if ne (empty $old) (not $claims) -}}
+{{- $changed = append $changed (ternary "enabled" "enabled or existingClaim" (empty $p.existingClaim)) -}}
+{{- else if $claims -}}
+{{- $spec := (first $old).spec -}}
+{{- $class := ternary (dict) (dict "class" (eq $p.storageClass "-" | ternary "" $p.storageClass)) (empty $p.storageClass) -}}
+{{- if ne (hasKey $spec "storageClassName") (hasKey $class "class") -}}{{- $changed = append $changed "storageClass" -}}
+{{- else if ne (dig "storageClassName" "" $spec) (dig "class" "" $class) -}}{{- $changed = append $changed "storageClass" -}}{{- end -}}
+{{- if ne (toJson $spec.accessModes) (toJson $p.accessModes) -}}{{- $changed = append $changed "accessModes" -}}{{- end -}}
+{{- if ne (include "gannet.bytes" $spec.resources.requests.storage) (include "gannet.bytes" $p.size) -}}{{- $changed = append $changed "size" -}}{{- end -}}
+{{- end -}}
+{{- if $changed -}}
+{{- fail (printf "collector.persistence.%s differs from the StatefulSet %s, and Kubernetes does not let its claims change. Delete the StatefulSet, which keeps its pods and claims, and run this command again: kubectl -n %s delete statefulset %s --cascade=orphan (docs/chart.md, \"Volume of the collector\", says what happens to the profiles)" (join ", collector.persistence." $changed) $name $ns $name) -}}
+{{- end -}}
+{{- else if and $claims (include "gannet.inCluster" .) (not (lookup "v1" "PersistentVolumeClaim" $ns (printf "data-%s-0" $name))) -}}
+{{- $wanted := eq $p.storageClass "-" | ternary "" $p.storageClass -}}
+{{- $found := false -}}
+{{- $classes := list -}}
+{{- range (lookup "storage.k8s.io/v1" "StorageClass" "" "").items -}}
+{{- $classes = append $classes .metadata.name -}}
+{{- $default := or (eq "true" (dig "metadata" "annotations" "storageclass.kubernetes.io/is-default-class" "" .)) (eq "true" (dig "metadata" "annotations" "storageclass.beta.kubernetes.io/is-default-class" "" .)) -}}
+{{- if or (eq .metadata.name $wanted) (and $default (empty $p.storageClass)) -}}{{- $found = true -}}{{- end -}}
+{{- end -}}
+{{- range (lookup "v1" "PersistentVolume" "" "").items -}}
+{{- if and (eq "Available" (dig "status" "phase" "" .)) (eq $wanted (dig "spec" "storageClassName" "" .)) -}}{{- $found = true -}}{{- end -}}
+{{- end -}}
+{{- if not $found -}}
+{{- fail (printf "the collector asks for a volume of %s, and no %s and no available PersistentVolume provides it: its pod would stay Pending, and helm --wait would end with \"context deadline exceeded\". Set collector.persistence.storageClass (this cluster has: %s), or make a class the default, or set collector.persistence.enabled to false, which loses profiles and rules with the pod" $p.size (empty $wanted | ternary "default StorageClass" (printf "StorageClass %s" $wanted)) (join ", " $classes | default "none")) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
