@@ -439,6 +439,7 @@ async fn agent(connection: Connection, node: &'static str, lossy: bool) -> anyho
             active_revision: set.revision,
             active_digest: digest.clone(),
             rules: statuses.collect(),
+            faults: None,
             ledger: Some(Ledger {
                 ticks: 2_400_000,
                 taken: 61_000 + lost_total,

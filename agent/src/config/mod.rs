@@ -32,7 +32,7 @@ use crate::{
     governor::Budgets,
     kernel::{MAX_CGROUP_PATH, MAX_COMM, default_ring_bytes},
     pods::{KUBELET_TIMEOUT, PodFeedKind, PodFeedOptions, PodLabelOptions, check_kubelet_address},
-    rules::{CAPTURE_SLOTS, Deny, RULE_SLOTS},
+    rules::{CAPTURE_SLOTS, Deny},
 };
 
 /// Certificate of the cluster's authority that Kubernetes mounts into each pod.
@@ -307,12 +307,7 @@ impl RunOptions {
             labels: self.labels()?,
             pods: self.pods(&node)?,
             pod_labels: self.pod_labels()?,
-            caps: Caps {
-                max_hz: self.max_hz,
-                max_rules: RULE_SLOTS,
-                max_concurrent: CAPTURE_SLOTS as u32,
-                ..Caps::default()
-            },
+            caps: Caps { max_hz: self.max_hz, max_concurrent: CAPTURE_SLOTS as u32, ..Caps::default() },
             deny: Deny {
                 comm: patterns("deny-comm", &self.deny_comm, MAX_COMM, "")?,
                 cgroup: patterns("deny-cgroup", &self.deny_cgroup, MAX_CGROUP_PATH, "/")?,

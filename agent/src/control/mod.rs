@@ -13,7 +13,7 @@ use gannet_base::metrics::ProcessUsage;
 use gannet_proto::{
     connect::{self, Dial, DialError},
     control::{
-        AgentMessage, NodeHello, NodeStatus, RuleError, RuleSet, RulesApplied, RulesRejected,
+        AgentMessage, NodeHello, NodeStatus, RuleError, RuleFaults, RuleSet, RulesApplied, RulesRejected,
         agent_message::Message, agent_service_client::AgentServiceClient, server_message,
     },
     rules::digest,
@@ -171,6 +171,15 @@ impl Control {
             }
             Ok(partial) => {
                 tracing::info!(revision, rules = set.rules.len(), "rules applied");
+                for error in &partial {
+                    tracing::warn!(
+                        revision,
+                        rule = error.rule_id,
+                        field = error.field,
+                        "has no effect on this node now: {}",
+                        error.reason
+                    );
+                }
                 *self.active.lock() = (revision, claimed.clone());
                 self.node.rules_loaded.store(true, Relaxed);
                 let saved = SavedRules { set, applied_at };
@@ -203,6 +212,7 @@ impl Control {
         let (active_revision, active_digest) = self.active();
         let usage = ProcessUsage::read();
         let engine = self.node.engine.view().await.ok();
+        let faults = engine.as_ref().map(|view| RuleFaults { errors: view.rule_faults.clone() });
         let (rules, sampled) = engine.map(|view| (view.rules, view.sampled_processes)).unwrap_or_default();
         NodeStatus {
             at: Some(SystemTime::now().into()),
@@ -215,6 +225,7 @@ impl Control {
             degraded: self.node.degraded(),
             spool_bytes: self.node.spool.bytes(),
             processes_armed: sampled as u64,
+            faults,
         }
     }
 

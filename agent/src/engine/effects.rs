@@ -21,6 +21,8 @@ pub(super) enum Effect {
     CloseWindow,
     /// Pauses off-CPU time: the kernel reports no thread any more.
     PauseOffCpu,
+    /// Puts the rules as they are now into the kernel: some that waited have got slots.
+    ApplyRules,
     /// The kernel has new rules and has reported all processes that they want: finishes the change.
     SettleRules,
     /// Compares the process table with `/proc`.

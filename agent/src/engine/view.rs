@@ -27,6 +27,8 @@ use crate::{
 pub struct EngineView {
     /// The state of each rule, with the number of processes that it samples.
     pub rules: Vec<RuleStatus>,
+    /// The parts of the collector's rules that have no effect on this node now, with the reasons.
+    pub rule_faults: Vec<RuleError>,
     /// Live processes in the process table.
     pub processes: usize,
     /// Of these, the processes that at least one rule wants.
@@ -172,6 +174,7 @@ impl ViewSources<'_> {
             self.reader.intake.open_samples() + self.backlog().count(self.reader.intake.windowed());
         EngineView {
             rules: self.rule_statuses(),
+            rule_faults: self.rules.faults_of(RuleSource::Remote),
             processes: self.reader.processes.alive().count(),
             sampled_processes: self.reader.processes.alive().filter(is_sampled).count(),
             process_stats: self.reader.processes.stats(),

@@ -170,6 +170,7 @@ impl Worker {
             Effect::AddOffCpu => self.reader.add_off_cpu(&self.kernel, &self.rules),
             Effect::CloseWindow => self.hand_over_window(),
             Effect::PauseOffCpu => self.reader.off_cpu.pause(),
+            Effect::ApplyRules => self.apply_rules_or_log(),
             Effect::SettleRules => self.settle_rules(),
             Effect::Reconcile => {
                 let (reader, mut with) = self.reader();
@@ -261,10 +262,10 @@ impl Worker {
             return Err(errors);
         }
         let now = SystemTime::now();
-        let former = self.rules.source(source).cloned().unwrap_or_default();
+        let former = self.rules.checkpoint();
         let partial = self.rules.replace(source, rules, now);
         if let Err(error) = self.apply_rules(now) {
-            self.rules.replace(source, former, now);
+            self.rules.restore(former);
             let reason = match self.apply_rules(now) {
                 Ok(()) => format!("the kernel refused the rules, the former ones stay in force: {error}"),
                 Err(again) => format!("the kernel refused the rules: {error}; and the former ones: {again}"),
@@ -279,6 +280,7 @@ impl Worker {
     /// Puts the rules as they are now into the kernel. When this returns, the kernel has reported all processes that they
     /// want.
     fn apply_rules(&mut self, now: SystemTime) -> Result<(), KernelError> {
+        self.rules.assign_slots(now);
         self.next_rule_change = self.rules.slots().next_change(now);
         // The former rules wanted these; the kernel reports again which processes the new ones want.
         self.reader.discovered.clear();
@@ -316,6 +318,11 @@ impl Worker {
         self.reader.intake.forget_old(boot_time_ns());
         if self.next_rule_change.is_some_and(|at| at <= SystemTime::now()) {
             self.apply_rules_or_log();
+        }
+        // Slots become free at the end of a window; a rule that waits for one does not wait for the window's time.
+        let awaited = self.reader.unwinding.backlog().rules();
+        if self.rules.slots().is_window_awaited(Instant::now(), awaited) {
+            self.close_window();
         }
     }
 
@@ -472,6 +479,9 @@ impl Worker {
         let backlog = unwinding.backlog();
         processes.next_window(|key| backlog.waiting(key) > 0);
         intake.forget_slots(self.rules.free_retired_slots(Instant::now(), backlog.rules()));
+        if self.rules.slots().can_assign() {
+            self.effects.add(Effect::ApplyRules);
+        }
         containers.next_window();
         let samples = ClosedSamples { added, delivered: flushed.delivered, expired: flushed.expired };
         let ledger = self.account.close(&self.kernel, samples);

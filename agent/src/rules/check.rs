@@ -1,4 +1,4 @@
-//! Checks rules before they come into force: against the format, the node's caps, its free slots and its abilities.
+//! Checks rules before they come into force: against the format, the node's caps and its abilities.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,10 +8,7 @@ use gannet_proto::{
 };
 
 use super::{
-    CaptureError, MANUAL_RULE_ID, RuleSource, SourceRules,
-    compile::Compiled,
-    condition_name, error,
-    slots::{RETIREMENT, RULE_SLOTS, Slots},
+    CaptureError, MANUAL_RULE_ID, RuleSource, SourceRules, compile::Compiled, condition_name, error,
 };
 
 /// Reports which conditions a node can watch.
@@ -50,7 +47,6 @@ impl RuleChecks {
         source: RuleSource,
         rules: &[Rule],
         sources: &BTreeMap<RuleSource, SourceRules>,
-        slots: &Slots,
     ) -> Vec<RuleError> {
         let mut errors = validate(rules, &self.caps);
         let others: BTreeSet<&str> = sources
@@ -70,19 +66,6 @@ impl RuleChecks {
         for rule in rules.iter().filter(|rule| rule.id == MANUAL_RULE_ID) {
             let reason = "this name is reserved for captures that people start by hand; choose another name";
             errors.push(error(rule, "id", reason));
-        }
-        let needed: usize = rules.iter().map(|rule| slots.needed(source, rule)).sum();
-        let available = slots.available(source, rules);
-        if needed > available {
-            errors.push(RuleError {
-                rule_id: String::new(),
-                field: "rules".into(),
-                reason: format!(
-                    "they need {needed} more slots, but only {available} of {RULE_SLOTS} are free; a rule with exec and \
-                     other conditions takes two; slots of removed rules become free with the window after {} s",
-                    RETIREMENT.as_secs()
-                ),
-            });
         }
         errors
     }

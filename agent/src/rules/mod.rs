@@ -7,9 +7,13 @@
 //! A rule without conditions has one slot and samples all the time. A rule with conditions has a slot that marks its
 //! processes; the flight recorder takes that slot's samples if the rule has a pre-trigger window. Each capture has a slot of
 //! its own, so that its samples stay separate and carry the reason of the capture ([`captures`]).
+//!
+//! A set may have more rules than slots are free. Priorities then decide ([`claims`]). The other rules wait, and their
+//! status says so.
 
 mod captures;
 mod check;
+mod claims;
 mod compile;
 mod containers;
 pub(crate) mod files;
@@ -41,7 +45,7 @@ pub(crate) use self::{
     captures::{capture_cooldown, capture_duration, max_concurrent_captures},
     check::ConditionSupport,
     compile::ProcessTraits,
-    slots::{CAPTURE_SLOTS, RULE_SLOTS, Slots, WatchedRule},
+    slots::{CAPTURE_SLOTS, Slots, WatchedRule},
     watch_files::FileWatcher,
 };
 use crate::{kernel::KernelRules, profile::RuleTag};
@@ -102,6 +106,12 @@ pub(crate) enum CaptureTarget {
     Groups(BTreeSet<u64>),
 }
 
+/// The state of a [`RuleBook`] before a replacement.
+pub(crate) struct Checkpoint {
+    sources: BTreeMap<RuleSource, SourceRules>,
+    slots: Slots,
+}
+
 /// The rules in force.
 pub struct RuleBook {
     sources: BTreeMap<RuleSource, SourceRules>,
@@ -140,25 +150,47 @@ impl RuleBook {
     /// Checks a set against the format, the node's caps, and the rules of the other source. Returns all errors; the set can
     /// be applied if there are none.
     pub fn check(&self, source: RuleSource, rules: &[Rule]) -> Vec<RuleError> {
-        self.checks.check(source, rules, &self.sources, &self.slots)
+        self.checks.check(source, rules, &self.sources)
     }
 
     /// Replaces the rules of a source. The caller has checked them. Returns the parts of rules that have no effect on this
-    /// node.
+    /// node now.
     pub fn replace(&mut self, source: RuleSource, set: SourceRules, now: SystemTime) -> Vec<RuleError> {
-        self.slots.retire_changed(source, &set);
         let applied_at = set.applied_at.unwrap_or(now);
+        self.slots.replace(source, &set, applied_at);
         for rule in &set.rules {
-            self.slots.add(source, rule, &set, applied_at);
-        }
-        let mut partial = Vec::new();
-        for rule in &set.rules {
-            let (faults, unsupported) = self.checks.unsupported(rule, self.pods.is_enabled());
+            let (_, unsupported) = self.checks.unsupported(rule, self.pods.is_enabled());
             self.slots.set_unsupported(source, rule, unsupported.as_deref());
-            partial.extend(faults);
         }
+        self.slots.assign(now);
         self.sources.insert(source, SourceRules { applied_at: Some(applied_at), ..set });
-        partial
+        self.faults_of(source)
+    }
+
+    /// Returns the parts of a source's rules that have no effect on this node now, with the reasons.
+    pub(crate) fn faults_of(&self, source: RuleSource) -> Vec<RuleError> {
+        let rules = self.sources.get(&source).map_or(&[][..], |set| &set.rules);
+        let faults = rules.iter().flat_map(|rule| self.checks.unsupported(rule, self.pods.is_enabled()).0);
+        let waiting = self.slots.waiting().iter().filter(|waiting| waiting.is_of(source));
+        faults
+            .chain(waiting.map(|waiting| error(&waiting.entry.rule, "priority", &waiting.reason())))
+            .collect()
+    }
+
+    /// Returns what [`Self::restore`] needs to take a replacement back.
+    pub(crate) fn checkpoint(&self) -> Checkpoint {
+        Checkpoint { sources: self.sources.clone(), slots: self.slots.clone() }
+    }
+
+    /// Returns to the rules and slots of a checkpoint.
+    pub(crate) fn restore(&mut self, checkpoint: Checkpoint) {
+        (self.sources, self.slots) = (checkpoint.sources, checkpoint.slots);
+    }
+
+    /// Assigns free slots to the rules that wait for one, and decides by priority where there are too few. Returns true if
+    /// the rules in force differ from the former ones.
+    pub(crate) fn assign_slots(&mut self, now: SystemTime) -> bool {
+        self.slots.assign(now)
     }
 
     /// Returns the rules of a source.
@@ -330,15 +362,94 @@ pub fn ad_hoc(id: &str, matches: Match, hz: u32, kinds: &[capture::Kind]) -> Rul
 mod tests {
     use std::time::Duration;
 
-    use super::{slots::RETIREMENT, *};
+    use super::{
+        slots::{RETIREMENT, RULE_SLOTS},
+        *,
+    };
+
+    fn rule(name: &str, priority: i32) -> Rule {
+        Rule { priority, ..ad_hoc(name, Match { comm: vec![name.into()], ..Match::default() }, 99, &[]) }
+    }
+
+    /// Replaces the rules, and returns which of them wait for a slot.
+    fn replace(book: &mut RuleBook, rules: Vec<Rule>) -> Vec<String> {
+        let set = SourceRules { rules, ..SourceRules::default() };
+        assert_eq!(book.check(RuleSource::Local, &set.rules), []);
+        let faults = book.replace(RuleSource::Local, set, SystemTime::now());
+        assert!(faults.iter().all(|fault| fault.field == "priority"), "{faults:?}");
+        faults.into_iter().map(|fault| fault.rule_id).collect()
+    }
 
     fn put(book: &mut RuleBook, names: &[&str]) {
-        let rules = names
-            .iter()
-            .map(|name| ad_hoc(name, Match { comm: vec![(*name).into()], ..Match::default() }, 99, &[]));
-        let set = SourceRules { rules: rules.collect(), ..SourceRules::default() };
-        assert_eq!(book.check(RuleSource::Local, &set.rules), []);
-        assert_eq!(book.replace(RuleSource::Local, set, SystemTime::now()), []);
+        assert_eq!(replace(book, names.iter().map(|name| rule(name, 0)).collect()), [""; 0]);
+    }
+
+    /// Returns the rules that have slots and are not removed.
+    fn in_slots(book: &RuleBook) -> BTreeSet<String> {
+        book.slots().active().map(|(_, slot)| slot.rule.id.clone()).collect()
+    }
+
+    fn names(prefix: &str, count: usize) -> Vec<String> {
+        (0..count).map(|number| format!("{prefix}{number}")).collect()
+    }
+
+    /// Checks the fault that left 12 of 30 new rules out for ever, without a word.
+    #[test]
+    fn rules_that_replace_as_many_others_all_come_into_force() {
+        let mut book = RuleBook::new(Caps::default());
+        let (former, new) = (names("former", 30), names("new", 30));
+        assert_eq!(replace(&mut book, former.iter().map(|name| rule(name, 0)).collect()), [""; 0]);
+        let waiting = replace(&mut book, new.iter().map(|name| rule(name, 0)).collect());
+        assert_eq!(
+            (waiting.len(), in_slots(&book).len()),
+            (12, 18),
+            "the former rules keep theirs for a window"
+        );
+        let reason = &book.faults_of(RuleSource::Local)[0].reason;
+        assert!(reason.contains("waits for a free slot"), "{reason}");
+        assert_eq!(book.statuses(SystemTime::now(), |_| 0).len(), 30, "each rule has a status");
+        let later = Instant::now() + RETIREMENT + Duration::from_secs(1);
+        assert!(book.slots().is_window_awaited(later, 0) && !book.slots().can_assign());
+        book.free_retired_slots(later, 0);
+        assert!(book.slots().can_assign() && book.assign_slots(SystemTime::now()));
+        assert_eq!(in_slots(&book), new.into_iter().collect());
+        assert_eq!(book.faults_of(RuleSource::Local), []);
+    }
+
+    #[test]
+    fn with_too_few_slots_the_rules_of_lower_priority_wait() {
+        let mut book = RuleBook::new(Caps::default());
+        let low: Vec<Rule> = names("low", RULE_SLOTS).iter().map(|name| rule(name, 0)).collect();
+        assert_eq!(replace(&mut book, low.clone()), [""; 0]);
+        // A rule of a higher priority displaces one; the slot is free when the last samples of that one are out.
+        let more: Vec<Rule> = low.iter().cloned().chain([rule("high", 1), rule("same", 0)]).collect();
+        let mut waiting = replace(&mut book, more.clone());
+        waiting.sort();
+        assert_eq!((waiting.len(), waiting.contains(&"high".to_owned())), (3, true), "{waiting:?}");
+        book.free_retired_slots(Instant::now() + RETIREMENT + Duration::from_secs(1), 0);
+        assert!(book.assign_slots(SystemTime::now()));
+        let faults = book.faults_of(RuleSource::Local);
+        assert_eq!(faults.len(), 2, "{faults:?}");
+        assert!(
+            faults.iter().all(|fault| fault.rule_id != "high" && fault.reason.contains("raise its priority"))
+        );
+        assert!(!book.assign_slots(SystemTime::now()), "equal rules do not take turns");
+        // Without the rule of the higher priority there is room for one more.
+        assert_eq!(replace(&mut book, more.into_iter().filter(|rule| rule.id != "high").collect()).len(), 2);
+        book.free_retired_slots(Instant::now() + RETIREMENT + Duration::from_secs(1), 0);
+        book.assign_slots(SystemTime::now());
+        assert_eq!(book.faults_of(RuleSource::Local).len(), 1);
+    }
+
+    #[test]
+    fn a_checkpoint_restores_rules_and_slots() {
+        let mut book = RuleBook::new(Caps::default());
+        put(&mut book, &["one", "two"]);
+        let before = book.checkpoint();
+        put(&mut book, &["three"]);
+        book.restore(before);
+        assert_eq!(in_slots(&book), BTreeSet::from(["one".into(), "two".into()]));
+        assert_eq!(book.source(RuleSource::Local).unwrap().rules.len(), 2);
     }
 
     /// Checks that another rule gets the slot of a removed rule only after the removed rule's last sample has its tag.

@@ -1,7 +1,10 @@
-//! Owns the slots: which rule or capture has which bit, since when, and how many samples it got.
+//! Owns the slots: which rule or capture has which bit, since when, and how many samples it got. Also the rules that wait
+//! for a slot.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
+    mem::discriminant,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -10,6 +13,7 @@ use gannet_proto::control::{Rule, condition, rule_status};
 
 use super::{
     CaptureId, CaptureReason, CaptureTarget, RuleSource, SourceRules,
+    claims::{Claim, grant},
     compile::{self, Compiled, DENY_SLOTS, ProcessTraits},
     containers::{PodContainers, PodQuery},
 };
@@ -21,20 +25,23 @@ use crate::{
 };
 
 /// Slots for rules. A rule with an exec condition and other conditions takes two.
-pub(crate) const RULE_SLOTS: usize = 48;
+pub(super) const RULE_SLOTS: usize = 48;
 /// Captures that can run at one time on this node.
 pub(crate) const CAPTURE_SLOTS: usize = 12;
 const _: () = assert!(RULE_SLOTS + CAPTURE_SLOTS + DENY_SLOTS == MAX_RULES);
 
 /// Rate of the flight recorder, samples per second and CPU.
 const RECORDER_HZ: u64 = 19;
-/// How long the slot of a removed rule stays reserved at least. Its last samples may still be in the ring buffer, and get
-/// their tag at the end of their window.
-pub(super) const RETIREMENT: Duration = Duration::from_secs(12);
+/// How long the slot of a removed rule stays reserved at least. A BPF program that had read the former rules has ended long
+/// before. The slot becomes free at the end of the next window: that window has the last samples in the ring buffer.
+pub(super) const RETIREMENT: Duration = Duration::from_secs(2);
 
 /// The slots of this node, [`RULE_SLOTS`] for rules and behind them [`CAPTURE_SLOTS`] for captures.
+#[derive(Clone, Debug)]
 pub(crate) struct Slots {
-    slots: Vec<Option<Slot>>,
+    entries: Vec<Option<Slot>>,
+    /// The rules without a slot, in the order in which they came.
+    waiting: Vec<WaitingRule>,
     /// The governor's factor for all periods.
     rate_divisor: u32,
 }
@@ -63,6 +70,15 @@ pub(super) struct Slot {
     retired: Option<Instant>,
 }
 
+/// A rule that has no slot yet, or has none any more.
+#[derive(Clone, Debug)]
+pub(super) struct WaitingRule {
+    /// The rule with its counts. Its use does not count: a rule may need several slots.
+    pub(super) entry: Slot,
+    /// A slot is its own as soon as one is free. Else rules of the same or a higher priority have all of them.
+    granted: bool,
+}
+
 #[derive(Clone, Debug)]
 pub(super) enum SlotUse {
     /// Samples all the time.
@@ -87,7 +103,7 @@ pub(crate) struct WatchedRule {
 
 impl Slots {
     pub(super) fn new() -> Self {
-        Self { slots: vec![None; RULE_SLOTS + CAPTURE_SLOTS], rate_divisor: 1 }
+        Self { entries: vec![None; RULE_SLOTS + CAPTURE_SLOTS], waiting: Vec::new(), rate_divisor: 1 }
     }
 
     /// Returns true if the divisor differs from the former one.
@@ -97,72 +113,146 @@ impl Slots {
         changed
     }
 
-    /// Returns how many rule slots a source's rules would leave to new rules: those of other sources, of retired rules, and
-    /// of rules that stay, are taken.
-    pub(super) fn available(&self, source: RuleSource, rules: &[Rule]) -> usize {
-        let stays = |slot: &Slot| rules.iter().any(|rule| *rule == *slot.rule);
-        let taken = self.slots[..RULE_SLOTS]
-            .iter()
-            .flatten()
-            .filter(|slot| slot.source != source || slot.retired.is_some() || stays(slot))
-            .count();
-        RULE_SLOTS - taken
-    }
-
-    /// Returns how many new slots a rule needs: none if it has its slots already.
-    pub(super) fn needed(&self, source: RuleSource, rule: &Rule) -> usize {
-        if self.has(source, rule) { 0 } else { uses(rule).len() }
-    }
-
-    fn has(&self, source: RuleSource, rule: &Rule) -> bool {
-        self.active().any(|(_, slot)| slot.source == source && *slot.rule == *rule && !slot.is_capture())
-    }
-
-    /// Retires the slots of the source's rules that are not in `set`. Manual captures stay.
-    pub(super) fn retire_changed(&mut self, source: RuleSource, set: &SourceRules) {
-        for slot in self.slots.iter_mut().flatten() {
+    /// Replaces the rules of a source. A rule that stays keeps its slots and counts; manual captures stay. The new rules wait
+    /// for [`Self::assign`].
+    pub(super) fn replace(&mut self, source: RuleSource, set: &SourceRules, applied_at: SystemTime) {
+        let stays = |entry: &Slot| set.rules.iter().any(|rule| *rule == *entry.rule);
+        for slot in self.entries.iter_mut().flatten() {
             if slot.source != source || slot.retired.is_some() || slot.rule.id == super::MANUAL_RULE_ID {
                 continue;
             }
-            if set.rules.iter().any(|rule| *rule == *slot.rule) {
+            if stays(slot) {
                 slot.revision = set.revision;
             } else {
                 slot.retired = Some(Instant::now());
             }
         }
+        self.waiting.retain(|waiting| waiting.entry.source != source || stays(&waiting.entry));
+        for waiting in self.waiting.iter_mut().filter(|waiting| waiting.entry.source == source) {
+            waiting.entry.revision = set.revision;
+        }
+        for rule in &set.rules {
+            let is_known = self
+                .active()
+                .filter(|(_, slot)| !slot.is_capture())
+                .map(|(_, slot)| slot)
+                .chain(self.waiting.iter().map(|waiting| &waiting.entry))
+                .any(|entry| entry.source == source && *entry.rule == *rule);
+            if !is_known {
+                self.waiting
+                    .push(WaitingRule { entry: Slot::new(source, rule, set, applied_at), granted: false });
+            }
+        }
     }
 
-    /// Assigns slots to a rule, unless it has them already.
-    pub(super) fn add(&mut self, source: RuleSource, rule: &Rule, set: &SourceRules, applied_at: SystemTime) {
-        if self.has(source, rule) {
-            return;
-        }
-        let lifetime = rule.lifetime.unwrap_or_default();
-        let first = Slot {
-            source,
-            revision: set.revision,
-            rule: Arc::new(rule.clone()),
-            compiled: Arc::new(Compiled::of(rule).with_from_exec(set.from_exec)),
-            usage: SlotUse::Always,
-            unsupported: None,
-            expires_at: lifetime.ttl.and_then(|ttl| applied_at.checked_add(Duration::try_from(ttl).ok()?)),
-            not_before: lifetime.not_before.and_then(|at| SystemTime::try_from(at).ok()),
-            samples: 0,
-            last_sample: None,
-            captures: 0,
-            last_capture: None,
-            since_ns: boot_time_ns(),
-            retired: None,
+    /// Decides by priority which rules have slots at `now`, and assigns the free ones. Returns true if the rules in slots
+    /// differ from the former ones.
+    pub(super) fn assign(&mut self, now: SystemTime) -> bool {
+        let held = self.held();
+        let claim = |entry: &Slot, held: bool| Claim {
+            live: entry.is_live(now),
+            priority: entry.rule.priority,
+            held,
+            slots: uses(&entry.rule).len(),
         };
-        for usage in uses(rule) {
-            let Some(free) = self.slots[..RULE_SLOTS].iter_mut().find(|slot| slot.is_none()) else { return };
-            *free = Some(Slot { usage, ..first.clone() });
+        let holders = held.iter().filter_map(|slots| self.entries[*slots.first()?].as_ref());
+        let claims: Vec<Claim> = holders
+            .map(|entry| claim(entry, true))
+            .chain(self.waiting.iter().map(|waiting| claim(&waiting.entry, false)))
+            .collect();
+        let granted = grant(&claims, RULE_SLOTS);
+        for (waiting, granted) in self.waiting.iter_mut().zip(&granted[held.len()..]) {
+            waiting.granted = *granted;
         }
+        let displaced = held.iter().zip(&granted).filter(|(_, granted)| !**granted).map(|(slots, _)| slots);
+        let displaced = displaced.filter(|slots| self.displace(slots)).count();
+        displaced + self.place() > 0
+    }
+
+    /// Returns the slots of each rule that has some.
+    fn held(&self) -> Vec<Vec<usize>> {
+        let mut held: Vec<(&str, Vec<usize>)> = Vec::new();
+        for (index, slot) in self.active().filter(|(_, slot)| !slot.is_capture()) {
+            match held.iter_mut().find(|(id, _)| *id == slot.rule.id) {
+                Some((_, slots)) => slots.push(index),
+                None => held.push((&slot.rule.id, vec![index])),
+            }
+        }
+        held.into_iter().map(|(_, slots)| slots).collect()
+    }
+
+    /// Takes a rule's slots away, for rules of a higher priority. The rule waits.
+    fn displace(&mut self, slots: &[usize]) -> bool {
+        let mut entry: Option<Slot> = None;
+        for slot in slots {
+            let Some(slot) = self.entries[*slot].as_mut() else { continue };
+            let samples = slot.samples.max(entry.as_ref().map_or(0, |entry| entry.samples));
+            entry = Some(Slot { samples, ..slot.clone() });
+            slot.retired = Some(Instant::now());
+        }
+        let Some(entry) = entry else { return false };
+        self.waiting.push(WaitingRule { entry, granted: false });
+        true
+    }
+
+    /// Assigns free slots to the granted rules, those of a higher priority first. Returns how many rules got theirs.
+    fn place(&mut self) -> usize {
+        let before = self.waiting.len();
+        let mut waiting = std::mem::take(&mut self.waiting);
+        waiting.sort_by_key(|waiting| Reverse(waiting.entry.rule.priority));
+        waiting.retain(|waiting| !(waiting.granted && self.put(&waiting.entry)));
+        self.waiting = waiting;
+        before - self.waiting.len()
+    }
+
+    /// Assigns all slots that a rule needs: those that it had until lately, or free ones. Returns false if there are not
+    /// enough.
+    fn put(&mut self, entry: &Slot) -> bool {
+        let mut chosen: Vec<(usize, SlotUse)> = Vec::new();
+        for usage in uses(&entry.rule) {
+            let is_own = |slot: &Slot| {
+                slot.source == entry.source
+                    && slot.retired.is_some()
+                    && *slot.rule == *entry.rule
+                    && discriminant(&slot.usage) == discriminant(&usage)
+            };
+            let is_chosen = |index: usize| chosen.iter().any(|(other, _)| *other == index);
+            let slots = || self.entries[..RULE_SLOTS].iter().enumerate();
+            let own = slots().find(|(_, slot)| slot.as_ref().is_some_and(is_own));
+            let free = own.or_else(|| slots().find(|(index, slot)| slot.is_none() && !is_chosen(*index)));
+            let Some((index, _)) = free else { return false };
+            chosen.push((index, usage));
+        }
+        for (index, usage) in chosen {
+            self.entries[index] =
+                Some(Slot { usage, since_ns: boot_time_ns(), retired: None, ..entry.clone() });
+        }
+        true
+    }
+
+    /// Returns the rules without a slot.
+    pub(super) fn waiting(&self) -> &[WaitingRule] {
+        &self.waiting
+    }
+
+    /// Reports whether a rule waits that a slot could be given to now.
+    pub(crate) fn can_assign(&self) -> bool {
+        let free = self.entries[..RULE_SLOTS].iter().filter(|slot| slot.is_none()).count();
+        self.waiting.iter().any(|waiting| waiting.granted && uses(&waiting.entry.rule).len() <= free)
+    }
+
+    /// Reports whether a rule waits for a slot that the end of a window would free: one that was retired long enough ago and
+    /// is not in `awaited`.
+    pub(crate) fn is_window_awaited(&self, now: Instant, awaited: u64) -> bool {
+        self.waiting.iter().any(|waiting| waiting.granted)
+            && self.entries[..RULE_SLOTS].iter().enumerate().any(|(index, slot)| {
+                awaited >> index & 1 == 0 && slot.as_ref().is_some_and(|slot| slot.is_retired_long(now))
+            })
     }
 
     /// Marks a rule as impossible on this node, or as possible again.
     pub(super) fn set_unsupported(&mut self, source: RuleSource, rule: &Rule, reason: Option<&str>) {
-        for slot in self.slots.iter_mut().flatten() {
+        for slot in self.entries_mut() {
             if slot.source == source && slot.retired.is_none() && *slot.rule == *rule {
                 slot.unsupported = reason.map(str::to_owned);
             }
@@ -171,14 +261,19 @@ impl Slots {
 
     /// Checks for all slots again whether their rules are possible on this node.
     pub(super) fn update_unsupported(&mut self, check: impl Fn(&Rule) -> Option<String>) {
-        for slot in self.slots.iter_mut().flatten() {
+        for slot in self.entries_mut() {
             slot.unsupported = check(&slot.rule);
         }
     }
 
+    /// Returns all rules and captures, with and without slots.
+    fn entries_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+        self.entries.iter_mut().flatten().chain(self.waiting.iter_mut().map(|waiting| &mut waiting.entry))
+    }
+
     /// Returns the slots of rules and captures that are not retired.
     pub(super) fn active(&self) -> impl Iterator<Item = (usize, &Slot)> {
-        self.slots
+        self.entries
             .iter()
             .enumerate()
             .filter_map(|(index, slot)| Some((index, slot.as_ref()?)))
@@ -196,7 +291,7 @@ impl Slots {
 
     /// Returns a slot, retired or not.
     pub(super) fn get(&self, slot: u32) -> Option<&Slot> {
-        self.slots.get(slot as usize)?.as_ref()
+        self.entries.get(slot as usize)?.as_ref()
     }
 
     /// Returns the name of the rule in a slot, retired or not.
@@ -240,10 +335,11 @@ impl Slots {
         self.active().any(|(_, slot)| slot.rule.id == rule_id && slot.compiled.pods)
     }
 
-    /// Returns the rules over pods, each once.
+    /// Returns the rules over pods, each once, also those that wait for a slot.
     pub(crate) fn pod_queries(&self) -> Vec<PodQuery> {
         let mut queries: Vec<PodQuery> = Vec::new();
-        for (_, slot) in self.active().filter(|(_, slot)| slot.compiled.pods) {
+        let waiting = self.waiting.iter().map(|waiting| &waiting.entry);
+        for slot in self.active().map(|(_, slot)| slot).chain(waiting).filter(|slot| slot.compiled.pods) {
             if queries.iter().all(|known| known.rule_id != slot.rule.id) {
                 queries.push(PodQuery {
                     rule_id: slot.rule.id.clone(),
@@ -309,7 +405,9 @@ impl Slots {
     /// Returns the next moment at which a rule comes into force or expires.
     pub(crate) fn next_change(&self, now: SystemTime) -> Option<SystemTime> {
         self.active()
-            .flat_map(|(_, slot)| [slot.not_before, slot.expires_at])
+            .map(|(_, slot)| slot)
+            .chain(self.waiting.iter().map(|waiting| &waiting.entry))
+            .flat_map(|slot| [slot.not_before, slot.expires_at])
             .flatten()
             .filter(|at| *at > now)
             .min()
@@ -317,7 +415,7 @@ impl Slots {
 
     /// Returns the slot of a capture, also while it is retired.
     pub(crate) fn of_capture(&self, capture: CaptureId) -> Option<u32> {
-        self.slots.iter().enumerate().find_map(|(index, slot)| match slot.as_ref()?.usage {
+        self.entries.iter().enumerate().find_map(|(index, slot)| match slot.as_ref()?.usage {
             SlotUse::Capture { id, .. } if id == capture => Some(index as u32),
             _ => None,
         })
@@ -345,14 +443,14 @@ impl Slots {
 
     /// Returns a live slot of a rule that captures can start from.
     pub(super) fn live_rule(&mut self, rule_id: &str, now: SystemTime) -> Option<&mut Slot> {
-        self.slots.iter_mut().flatten().find(|slot| {
+        self.entries.iter_mut().flatten().find(|slot| {
             slot.rule.id == rule_id && slot.retired.is_none() && slot.is_live(now) && !slot.is_capture()
         })
     }
 
     /// Puts a capture of the rule in `base` into a free slot. Returns false if there is none.
     pub(super) fn add_capture(&mut self, base: Slot, usage: SlotUse) -> bool {
-        let Some(free) = self.slots[RULE_SLOTS..].iter_mut().find(|slot| slot.is_none()) else {
+        let Some(free) = self.entries[RULE_SLOTS..].iter_mut().find(|slot| slot.is_none()) else {
             return false;
         };
         *free = Some(Slot {
@@ -385,13 +483,13 @@ impl Slots {
     }
 
     fn retire_capture(&mut self, index: usize, now: SystemTime) -> bool {
-        let Some(slot) = self.slots.get_mut(index).and_then(Option::as_mut) else { return false };
+        let Some(slot) = self.entries.get_mut(index).and_then(Option::as_mut) else { return false };
         if slot.retired.is_some() {
             return false;
         }
         slot.retired = Some(Instant::now());
         let id = slot.rule.id.clone();
-        let base = self.slots[..RULE_SLOTS].iter_mut().flatten().find(|slot| slot.rule.id == id);
+        let base = self.entries[..RULE_SLOTS].iter_mut().flatten().find(|slot| slot.rule.id == id);
         if let Some(base) = base {
             base.last_capture = Some(now);
         }
@@ -402,18 +500,18 @@ impl Slots {
     pub(super) fn count_sample(&mut self, bits: u64, now: SystemTime) {
         let mut bases: u64 = 0;
         for index in slots(bits) {
-            let Some(slot) = self.slots.get_mut(index as usize).and_then(Option::as_mut) else { continue };
+            let Some(slot) = self.entries.get_mut(index as usize).and_then(Option::as_mut) else { continue };
             slot.count(now);
             if slot.is_capture() {
                 let id = slot.rule.id.clone();
-                let base = self.slots[..RULE_SLOTS].iter().position(|base| {
+                let base = self.entries[..RULE_SLOTS].iter().position(|base| {
                     base.as_ref().is_some_and(|base| base.rule.id == id && base.retired.is_none())
                 });
                 bases |= base.map_or(0, |index| 1 << index);
             }
         }
         for index in slots(bases & !bits) {
-            if let Some(slot) = self.slots.get_mut(index as usize).and_then(Option::as_mut) {
+            if let Some(slot) = self.entries.get_mut(index as usize).and_then(Option::as_mut) {
                 slot.count(now);
             }
         }
@@ -422,9 +520,8 @@ impl Slots {
     /// Frees the slots that have been retired for longer than [`RETIREMENT`] and are not in `awaited`. Returns their bits.
     pub(super) fn free_retired(&mut self, now: Instant, awaited: u64) -> u64 {
         let mut free = 0;
-        for (index, slot) in self.slots.iter_mut().enumerate() {
-            let retired = slot.as_ref().and_then(|slot| slot.retired);
-            let is_over = retired.is_some_and(|since| now.saturating_duration_since(since) > RETIREMENT);
+        for (index, slot) in self.entries.iter_mut().enumerate() {
+            let is_over = slot.as_ref().is_some_and(|slot| slot.is_retired_long(now));
             if is_over && awaited >> index & 1 == 0 {
                 *slot = None;
                 free |= 1 << index;
@@ -435,6 +532,27 @@ impl Slots {
 }
 
 impl Slot {
+    /// Builds the entry of a rule, which [`Slots::assign`] gives its slots.
+    fn new(source: RuleSource, rule: &Rule, set: &SourceRules, applied_at: SystemTime) -> Self {
+        let lifetime = rule.lifetime.unwrap_or_default();
+        Self {
+            source,
+            revision: set.revision,
+            rule: Arc::new(rule.clone()),
+            compiled: Arc::new(Compiled::of(rule).with_from_exec(set.from_exec)),
+            usage: SlotUse::Always,
+            unsupported: None,
+            expires_at: lifetime.ttl.and_then(|ttl| applied_at.checked_add(Duration::try_from(ttl).ok()?)),
+            not_before: lifetime.not_before.and_then(|at| SystemTime::try_from(at).ok()),
+            samples: 0,
+            last_sample: None,
+            captures: 0,
+            last_capture: None,
+            since_ns: 0,
+            retired: None,
+        }
+    }
+
     /// Builds the slot that a manual capture starts from. It has no rule slot of its own.
     pub(super) fn for_manual_capture(rule: Rule, now: SystemTime) -> Self {
         Self {
@@ -477,6 +595,10 @@ impl Slot {
         self.compiled.pods.then(|| pods.of(&self.rule.id))
     }
 
+    fn is_retired_long(&self, now: Instant) -> bool {
+        self.retired.is_some_and(|since| now.saturating_duration_since(since) > RETIREMENT)
+    }
+
     fn count(&mut self, now: SystemTime) {
         self.samples += 1;
         self.last_sample = Some(now);
@@ -502,6 +624,24 @@ impl Slot {
             return Some((rule_status::State::Waiting, "its not_before is not reached".into()));
         }
         None
+    }
+}
+
+impl WaitingRule {
+    pub(super) fn is_of(&self, source: RuleSource) -> bool {
+        self.entry.source == source
+    }
+
+    /// Returns why the rule has no slot, human-readable.
+    pub(super) fn reason(&self) -> String {
+        if self.granted {
+            return "waits for a free slot: the slots of removed rules become free within a window".into();
+        }
+        let slots = if uses(&self.entry.rule).len() > 1 { "two free slots" } else { "a free slot" };
+        format!(
+            "waits for {slots}: this node has {RULE_SLOTS}, and rules of the same or a higher priority have them; raise its \
+             priority, or remove rules"
+        )
     }
 }
 

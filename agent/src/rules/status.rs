@@ -52,20 +52,27 @@ impl RuleStatuses {
                 continue;
             }
             let (state, reason) = self.state(slots, slot, now);
-            statuses.insert(
-                &slot.rule.id,
-                RuleStatus {
-                    rule_id: slot.rule.id.clone(),
-                    state: state.into(),
-                    reason,
-                    processes,
-                    samples: slot.samples,
-                    last_sample: slot.last_sample.map(Into::into),
-                    expires_at: slot.expires_at.map(Into::into),
-                },
-            );
+            statuses.insert(&slot.rule.id, Self::status(slot, state, reason, processes));
+        }
+        for waiting in slots.waiting() {
+            let slot = &waiting.entry;
+            let (state, reason) =
+                slot.not_live(now).unwrap_or_else(|| (rule_status::State::Waiting, waiting.reason()));
+            statuses.insert(&slot.rule.id, Self::status(slot, state, reason, 0));
         }
         statuses.into_values().collect()
+    }
+
+    fn status(slot: &Slot, state: rule_status::State, reason: String, processes: u64) -> RuleStatus {
+        RuleStatus {
+            rule_id: slot.rule.id.clone(),
+            state: state.into(),
+            reason,
+            processes,
+            samples: slot.samples,
+            last_sample: slot.last_sample.map(Into::into),
+            expires_at: slot.expires_at.map(Into::into),
+        }
     }
 
     /// Explains for each rule why it samples a process or does not.
@@ -78,11 +85,16 @@ impl RuleStatuses {
         now: SystemTime,
     ) -> Vec<(RuleId, String)> {
         let mut lines: Vec<(RuleId, String)> = Vec::new();
-        for (_, slot) in slots.active() {
+        let in_slots = slots.active().map(|(_, slot)| (slot, None));
+        let waiting = slots.waiting().iter().map(|waiting| (&waiting.entry, Some(waiting.reason())));
+        for (slot, waits) in in_slots.chain(waiting) {
             if lines.iter().any(|(id, _)| *id == slot.rule.id) {
                 continue;
             }
-            let (state, reason) = self.state(slots, slot, now);
+            let (state, reason) = match waits {
+                Some(reason) => (rule_status::State::Waiting, reason),
+                None => self.state(slots, slot, now),
+            };
             let in_container =
                 slot.containers(pods).is_none_or(|ids| container.is_some_and(|id| ids.contains(&id)));
             let why = if let Some(mismatch) = slot.compiled.mismatch(process) {

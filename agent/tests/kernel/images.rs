@@ -340,7 +340,7 @@ fn an_answer_knows_each_image_from_before_the_question() {
     }
 }
 
-/// Returns whether the process executes this program and sleeps. The program is looked at first: the process may have slept in
+/// Returns whether the process executes this program and sleeps. This reads the program first: the process may have slept in
 /// the former one.
 fn sleeps_in(pid: u32, program: &Path) -> bool {
     let sleeps = || {

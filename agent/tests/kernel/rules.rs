@@ -10,11 +10,13 @@ use std::{
 };
 
 use gannet_agent::{
+    engine::{Engine, EngineOptions, Window},
+    governor::Budgets,
     kernel::{Event, Kernel, KernelOptions},
     rules::{Deny, RuleBook, RuleSource, SourceRules, ad_hoc},
 };
 use gannet_proto::{
-    control::{Match, Rule},
+    control::{Match, Rule, rule_status::State},
     rules::{Caps, Pattern},
 };
 use proptest::{
@@ -334,4 +336,48 @@ fn no_process_is_missed_while_rules_change() {
 fn boot_clock() -> u64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     u64::try_from(time.tv_sec).unwrap() * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap()
+}
+
+/// Checks that rules which replace as many others all come into force, one window later at most, and that the node says so. A
+/// node has slots for 48 rules, and the former 30 keep theirs until their last samples are out.
+#[tokio::test]
+async fn thirty_rules_that_replace_thirty_others_all_sample() {
+    let options = EngineOptions {
+        node: "here".into(),
+        kernel: KernelOptions::default(),
+        window: Duration::from_secs(3600),
+        caps: Caps::default(),
+        deny: Deny::default(),
+        budgets: Budgets::default(),
+        tables: None,
+    };
+    let engine = Engine::start(options, |_: Window| {}).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let sleeper = named(directory.path(), "gannet-29");
+    let set = |prefix: &str| SourceRules {
+        rules: (0..30)
+            .map(|n| {
+                let comm = vec![format!("{prefix}-{n}")];
+                ad_hoc(&format!("{prefix}-{n}"), Match { comm, ..Match::default() }, 19, &[])
+            })
+            .collect(),
+        ..SourceRules::default()
+    };
+    assert_eq!(engine.replace(RuleSource::Remote, set("former")).await.unwrap(), []);
+    let _running = Running::start(Command::new(&sleeper).args(["sleep", "60000"]));
+    let waiting = engine.replace(RuleSource::Remote, set("gannet")).await.unwrap();
+    assert_eq!(waiting.len(), 12, "{waiting:?}");
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        let view = engine.view().await.unwrap();
+        let last = view.rules.iter().find(|rule| rule.rule_id == "gannet-29").unwrap();
+        if view.rule_faults.is_empty() {
+            assert!(view.rules.iter().all(|rule| rule.state() == State::Capturing), "{:?}", view.rules);
+            assert_eq!((view.rules.len(), last.processes), (30, 1), "{last:?}");
+            break;
+        }
+        assert!(Instant::now() < end, "{:?}", view.rule_faults);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    engine.stop();
 }

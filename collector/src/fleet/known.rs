@@ -147,6 +147,29 @@ impl KnownNode {
         }
     }
 
+    /// Takes the faults that the node reports now in place of those in its answer to these rules. Returns the answer if
+    /// its state has changed.
+    pub(super) fn revise(&mut self, digest: &str, faults: &[RuleError], now_ms: u64) -> Option<&RuleAnswer> {
+        let answer = self.answers.back_mut().filter(|answer| answer.digest == digest)?;
+        let state = match faults {
+            // It keeps the former rules of a staged scope, see the note.
+            [] if !answer.note.is_empty() => State::Skipped,
+            [] => State::Applied,
+            _ => State::Partial,
+        };
+        // A rejected set is not in force, and a skipped one is none of this node's.
+        if !matches!(answer.state, State::Applied | State::Partial) || answer.errors == faults {
+            return None;
+        }
+        answer.errors = faults.to_vec();
+        let changed = answer.state != state;
+        if changed {
+            answer.state = state;
+            answer.since_ms = now_ms;
+        }
+        changed.then_some(answer)
+    }
+
     /// Forgets the answers to this revision and newer ones.
     pub(super) fn forget_answers(&mut self, revision: u64) {
         self.answers.retain(|a| a.revision < revision);

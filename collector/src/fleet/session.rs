@@ -9,8 +9,8 @@ use std::{
 use gannet_proto::{
     control::{
         AgentMessage, Answer, AuditEntry, CancelQuestion, NodeHello, NodeStatus, Question, RuleError,
-        RuleSet, RuleStatus, RulesApplied, ServerMessage, agent_message, answer, node_rollout::State,
-        question, rule_status, server_message,
+        RuleFaults, RuleSet, RuleStatus, RulesApplied, ServerMessage, agent_message, answer,
+        node_rollout::State, question, rule_status, server_message,
     },
     rules,
 };
@@ -206,10 +206,12 @@ impl<'a> Session<'a> {
     }
 
     fn receive_status(&self, status: NodeStatus) {
+        let now_ms = time::now_ms();
+        let mut revised = None;
         self.fleet.update(&self.node.node, self.connection, |known| {
             for rule in newly_expired(known.status.as_ref(), &status) {
                 self.fleet.rules.audit().record_answer(AuditEntry {
-                    at: Some(time::timestamp(time::now_ms())),
+                    at: Some(time::timestamp(now_ms)),
                     revision: status.active_revision,
                     action: "expired".into(),
                     node: self.node.node.clone(),
@@ -218,8 +220,16 @@ impl<'a> Session<'a> {
                     ..AuditEntry::default()
                 });
             }
+            if let Some(RuleFaults { errors }) = &status.faults {
+                let errors = &errors[..errors.len().min(MAX_ERRORS)];
+                revised = known.revise(&status.active_digest, errors, now_ms).cloned();
+            }
             known.status = Some(status);
         });
+        if let Some(answer) = revised {
+            self.report(&answer);
+            self.fleet.notify_changed();
+        }
     }
 
     fn receive_applied(&mut self, applied: RulesApplied) {
@@ -314,6 +324,15 @@ impl<'a> Session<'a> {
             self.pause_rollouts(revision, &tried, &errors);
         }
         let (state, note) = mark_held(state, &held);
+        let answer = RuleAnswer { revision, digest, state, errors, since_ms: time::now_ms(), took, note };
+        self.report(&answer);
+        self.fleet.update(&self.node.node, self.connection, |known| known.record(answer));
+        self.fleet.notify_changed();
+    }
+
+    /// Writes an answer to the log and the audit.
+    fn report(&self, answer: &RuleAnswer) {
+        let RuleAnswer { revision, digest: _, state, errors, since_ms, took, note } = answer;
         match errors.first() {
             Some(first) => tracing::warn!(
                 node = %self.node.node, revision, state = state.as_str_name(), errors = errors.len(),
@@ -325,18 +344,15 @@ impl<'a> Session<'a> {
             }
         }
         self.fleet.rules.audit().record_answer(AuditEntry {
-            at: Some(time::timestamp(time::now_ms())),
-            revision,
+            at: Some(time::timestamp(*since_ms)),
+            revision: *revision,
             action: "answer".into(),
             node: self.node.node.clone(),
-            state: state.into(),
+            state: (*state).into(),
             errors: errors.clone(),
             note: note.clone(),
             ..AuditEntry::default()
         });
-        let answer = RuleAnswer { revision, digest, state, errors, since_ms: time::now_ms(), took, note };
-        self.fleet.update(&self.node.node, self.connection, |known| known.record(answer));
-        self.fleet.notify_changed();
     }
 
     /// Pauses the staged rollouts that the node has rejected, so that they do not complete by themselves.

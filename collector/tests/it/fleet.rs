@@ -4,7 +4,7 @@ use gannet_collector::{Collector, Running};
 use gannet_proto::{
     control::{
         AgentMessage, Answer, GetRolloutRequest, ListNodesRequest, NodeHello, NodeRollout, NodeStatus,
-        Question, Rollout, RuleError, RuleSet, RulesApplied, RulesRejected, ServerMessage,
+        Question, Rollout, RuleError, RuleFaults, RuleSet, RulesApplied, RulesRejected, ServerMessage,
         SetTriggersRequest, WatchRolloutRequest, agent_message, agent_service_client::AgentServiceClient,
         answer, fleet_service_client::FleetServiceClient, node_rollout::State, server_message,
     },
@@ -264,6 +264,39 @@ async fn a_partial_node_stays_partial_after_a_reconnect() {
     let partial = becomes(&client, 1, "n1", State::Partial).await;
     assert_eq!(partial.errors[0].reason, "no cgroup2");
     agent.receives_nothing().await;
+    running.shutdown().await;
+}
+
+/// Checks rules that get their slots later: the state of the node follows what it reports.
+#[tokio::test]
+async fn a_node_that_reports_no_faults_any_more_is_applied() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let mut client = triggers(&running).await;
+    client.set_triggers(one("a")).await.unwrap();
+    let mut agent = Agent::connect(&running, "n1", "").await;
+    let set = agent.rules().await;
+    let waits =
+        RuleError { rule_id: "a".into(), reason: "waits for a free slot".into(), ..Default::default() };
+    agent.apply(&set, vec![waits.clone()]).await;
+    becomes(&client, 1, "n1", State::Partial).await;
+    let report = |errors: Option<Vec<RuleError>>, digest: &str| {
+        agent_message::Message::Status(NodeStatus {
+            active_revision: 1,
+            active_digest: digest.into(),
+            faults: errors.map(|errors| RuleFaults { errors }),
+            ..NodeStatus::default()
+        })
+    };
+    // An older agent reports no faults, and a report on other rules says nothing about these.
+    agent.send(report(None, &set.digest)).await;
+    agent.send(report(Some(Vec::new()), "another")).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(state(&client, 1, "n1").await.state(), State::Partial);
+    agent.send(report(Some(Vec::new()), &set.digest)).await;
+    assert!(becomes(&client, 1, "n1", State::Applied).await.errors.is_empty());
+    agent.send(report(Some(vec![waits.clone()]), &set.digest)).await;
+    assert_eq!(becomes(&client, 1, "n1", State::Partial).await.errors, [waits]);
     running.shutdown().await;
 }
 
