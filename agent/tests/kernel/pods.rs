@@ -127,7 +127,12 @@ impl Drop for Top {
     }
 }
 
+/// Kills the processes in the control groups, which may outlive the shell that started them, and removes the groups.
 fn remove(directory: &Path) {
+    let inside = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+    for pid in inside.lines().filter_map(|pid| pid.parse().ok()).filter_map(rustix::process::Pid::from_raw) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             remove(&entry.path());

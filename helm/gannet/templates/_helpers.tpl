@@ -245,7 +245,7 @@ SYS_ADMIN then, not for PERFMON. Only `helm install` and `upgrade` can ask the c
 {{- end }}
 
 {{- /*
-Kubernetes refuses to change the claims of a StatefulSet, in words that name neither the value nor the cure. A claim that no volume
+Kubernetes refuses to change the claims of a StatefulSet, and its message names neither the value nor the cure. A claim that no volume
 can satisfy ends `helm install --wait` with "context deadline exceeded". Both are known before the installation.
 */}}
 {{- define "gannet.checkVolume" -}}
