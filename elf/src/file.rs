@@ -15,7 +15,6 @@ use crate::{
     debug_file::{self, DebugLink},
     error::{ElfError, ElfLimits, ElfQuantity, at_most, malformed},
     file_header::{Arch, FileHeader, LE},
-    go::{self, GoFault, GoTable},
     headers::Headers,
     sections::{Section, SectionTable},
     segments::Segments,
@@ -179,27 +178,9 @@ impl<'d> Elf<'d> {
         is_plain.then(|| Symbols::new(self.data, symbols, strings))
     }
 
-    /// Reads Go's function table if the file has one and it has at most `max_bytes` bytes.
-    pub fn go_table(&self, max_bytes: u64) -> Result<Option<Result<GoTable<'d>, GoFault>>, ElfError> {
-        // Position-independent programs have the table among the relocated data.
-        let names = [&b".gopclntab"[..], b".data.rel.ro.gopclntab"];
-        let Some(section) = names.iter().find_map(|name| self.stored_section(name)) else { return Ok(None) };
-        let bytes = self.section_data_within(section, max_bytes)?;
-        let mut table = match GoTable::parse(bytes) {
-            Ok(table) => table,
-            Err(fault) => return Ok(Some(Err(fault))),
-        };
-        if table.needs_text_start() {
-            let relocated = self.relocated(section.vaddr.saturating_add(go::TEXT_START_AT))?;
-            let text_start = relocated.or_else(|| self.section(b".text").map(|text| text.vaddr));
-            table.set_text_start(text_start.unwrap_or(0));
-        }
-        Ok(Some(Ok(table)))
-    }
-
     /// Returns the value that a relative relocation puts at an address: a position-independent program has it there,
     /// before its base is added.
-    fn relocated(&self, vaddr: u64) -> Result<Option<u64>, ElfError> {
+    pub(crate) fn relocated(&self, vaddr: u64) -> Result<Option<u64>, ElfError> {
         let Some(section) = self.stored_section(b".rela.dyn") else { return Ok(None) };
         at_most(ElfQuantity::SectionBytes, self.section_limit, section.bytes)?;
         let wanted = vaddr.to_le_bytes();

@@ -13,6 +13,8 @@ use crate::{
 
 /// The offset in the table of the address of the first function. A position-independent program has a relocation there.
 pub(crate) const TEXT_START_AT: u64 = 24;
+/// Bytes of a header of Go 1.18 and later.
+pub(crate) const HEADER_BYTES: usize = 72;
 /// `_func.flag`: the outermost function of a stack.
 const FLAG_TOP_FRAME: u8 = 1;
 /// `_func.flag`: the function sets the stack pointer itself, so its depth means nothing.
@@ -131,6 +133,16 @@ impl<'d> GoTable<'d> {
     /// position-independent program fills it in.
     pub(crate) fn needs_text_start(&self) -> bool {
         self.version >= Version::Go118 && self.text_start == 0
+    }
+
+    /// Returns the distance of the names from the start of the table.
+    pub(crate) fn names_at(&self) -> u64 {
+        self.names_at as u64
+    }
+
+    /// Returns the address of the first function in the list.
+    pub(crate) fn first_function(&self) -> Option<u64> {
+        Some(self.entry(0)?.0)
     }
 
     pub(crate) fn set_text_start(&mut self, text_start: u64) {

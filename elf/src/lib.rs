@@ -17,6 +17,7 @@ mod error;
 mod file;
 mod file_header;
 mod go;
+mod go_search;
 mod headers;
 mod sections;
 mod segments;
