@@ -19,6 +19,8 @@ export interface FlameGraph {
   base_total?: number;
   profiles?: number;
   base_profiles?: number;
+  /** Profiles that the graph lacks, because their files are damaged. */
+  unreadable_profiles?: number;
   root?: FlameNode;
 }
 

@@ -350,6 +350,33 @@ describe("choosing", () => {
     });
   });
 
+  /** Selectors with every kind of quote and with `{ } , " ' \t` in values, and the conditions after another service. */
+  const EDITED = [
+    [String.raw`{cgroup!='/a{b},c"d\\e', service_name='checkout'}`, String.raw`{cgroup!="/a{b},c\"d\\e",service_name="search"}`],
+    ["{node=~`node-[ab]{1,2}\\b.*|x`, pod!=\"a\\tb'\",}", String.raw`{node=~"node-[ab]{1,2}\\b.*|x",pod!="a\tb'",service_name="search"}`],
+    [' { pod != "}" , service_name = `checkout` } ', '{pod!="}",service_name="search"}'],
+  ];
+  it("another service keeps every other condition", async () => {
+    for (const [before, after] of EDITED) {
+      await on(`?q=${encodeURIComponent(before)}`, async (page) => {
+        await page.getByRole("combobox", { name: "Service" }).click();
+        await page.getByRole("option", { name: "search" }).click();
+        await page.waitForFunction((wanted) => document.querySelector(".selector input").value === wanted, after, { timeout: 10_000 });
+      });
+    }
+  });
+
+  it("a selector that the page cannot read stays as it is", async () => {
+    const text = String.raw`{pod="a\d",service_name="checkout"}`;
+    await on(`?q=${encodeURIComponent(text)}`, async (page, faults) => {
+      await page.getByRole("combobox", { name: "Service" }).click();
+      await page.getByRole("option", { name: "search" }).click();
+      await page.getByText("only its text field can change").waitFor();
+      assert.equal(await page.inputValue(".selector input"), text);
+      faults.splice(0, faults.length, ...faults.filter((fault) => !/status of 400/.test(fault)));
+    });
+  });
+
   it("a wrong selector shows an error beside the field", async () => {
     await on(`?${CHECKOUT}`, async (page, faults) => {
       await drawn(page, "main");

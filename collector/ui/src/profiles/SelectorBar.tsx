@@ -4,7 +4,7 @@ import { type ApiError, type Selection, get, selectionParameters } from "../api"
 import { Combobox } from "../parts/Combobox";
 import { Choice } from "../parts/parts";
 import { Popover } from "../parts/Popover";
-import { format, parse, pinned, replace } from "./selector";
+import { type Matcher, format, parse, pinned, replace } from "./selector";
 
 function AddFilter(props: { window: Selection; onAdd: (name: string, op: "=" | "!=" | "=~", value: string) => void }) {
   const [name, setName] = useState("");
@@ -41,9 +41,18 @@ function AddFilter(props: { window: Selection; onAdd: (name: string, op: "=" | "
 export function SelectorBar(props: { name: string; query: string; window: Selection; error: ApiError | undefined; onQuery: (query: string) => void }) {
   const { query, error, onQuery } = props;
   const [text, setText] = useState(query);
-  useEffect(() => setText(query), [query]);
+  const [uneditable, setUneditable] = useState(false);
+  useEffect(() => {
+    setText(query);
+    setUneditable(false);
+  }, [query]);
   const matchers = parse(query);
   const service = pinned(matchers, "service_name");
+  /** Applies a change to the conditions. A text that this page cannot read stays as it is. */
+  const edit = (change: (matchers: Matcher[]) => Matcher[]) => {
+    if (matchers) onQuery(format(change(matchers)));
+    else setUneditable(true);
+  };
   const id = `selector-${props.name.replace(/\W/g, "")}`;
   return (
     <>
@@ -56,10 +65,10 @@ export function SelectorBar(props: { name: string; query: string; window: Select
           (await get<{ values?: string[] }>("labels/service_name/values", { from: props.window.from, until: props.window.until }, signal)).values ?? []
         }
         onChoose={(chosen) =>
-          onQuery(
+          edit((present) =>
             chosen === ""
-              ? format((matchers ?? []).filter(({ name }) => name !== "service_name"))
-              : format(replace(matchers ?? [], { name: "service_name", op: "=", value: chosen })),
+              ? present.filter(({ name }) => name !== "service_name")
+              : replace(present, { name: "service_name", op: "=", value: chosen }),
           )
         }
       />
@@ -87,7 +96,8 @@ export function SelectorBar(props: { name: string; query: string; window: Select
         />
         {error && <p class="bad" id={`${id}-error`} role="alert">{error.message}</p>}
       </form>
-      <AddFilter window={{ ...props.window, query: matchers ? query : "" }} onAdd={(name, op, value) => onQuery(format(replace(matchers ?? [], { name, op, value })))} />
+      <AddFilter window={{ ...props.window, query: matchers ? query : "" }} onAdd={(name, op, value) => edit((present) => replace(present, { name, op, value }))} />
+      {uneditable && <p class="bad" role="alert">This selector has a form that only its text field can change. Edit the text, or clear it.</p>}
     </>
   );
 }

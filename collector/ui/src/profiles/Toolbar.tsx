@@ -14,6 +14,13 @@ interface ToolbarProps {
   answers: Answers;
 }
 
+/** The number of profiles that the graph lacks, because the collector cannot read their files. */
+function Unreadable({ graph }: Pick<Answers, "graph">) {
+  const count = graph?.unreadable_profiles ?? 0;
+  if (count === 0) return null;
+  return <span class="bad" role="status"> {integer(count)} unreadable {count === 1 ? "profile is" : "profiles are"} missing</span>;
+}
+
 function Totals({ graph, diff, total, baseTotal }: Answers) {
   const unit = graph?.unit ?? "";
   if (diff) {
@@ -21,6 +28,7 @@ function Totals({ graph, diff, total, baseTotal }: Answers) {
       <>
         <span class="big">{value(total, unit)}</span>
         <span class="dim"> against {value(baseTotal, unit)} · {integer(graph?.profiles ?? 0)} and {integer(graph?.base_profiles ?? 0)} profiles</span>
+        <Unreadable graph={graph} />
       </>
     );
   }
@@ -29,6 +37,7 @@ function Totals({ graph, diff, total, baseTotal }: Answers) {
     <>
       <span class="big">{value(total, unit)}</span>{" "}
       <span class="dim">{typeName(graph.sample_type)} · {integer(graph.profiles ?? 0)} {graph.profiles === 1 ? "profile" : "profiles"}</span>
+      <Unreadable graph={graph} />
     </>
   );
 }

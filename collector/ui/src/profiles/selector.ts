@@ -8,30 +8,63 @@ export interface Matcher {
   value: string;
 }
 
-const MATCHER = /^\s*([a-zA-Z_][a-zA-Z0-9_]*)\s*(=~|!~|!=|=)\s*"((?:[^"\\]|\\.)*)"\s*(,|$)/;
+const NAME = /[a-zA-Z_][a-zA-Z0-9_]*/y;
+const OPERATOR = /=~|!~|!=|=/y;
+const SPACE = /\s*/y;
+/** The quoted forms of the collector. A backslash escapes in the first two; backticks hold their text as it is. */
+const VALUES = [/"((?:[^"\\]|\\.)*)"/sy, /'((?:[^'\\]|\\.)*)'/sy, /`([^`]*)`/y];
+const ESCAPES: Record<string, string> = { n: "\n", t: "\t", "\\": "\\", '"': '"', "'": "'" };
+
+/** Reads a text from left to right. */
+class Reader {
+  private at = 0;
+  constructor(private readonly text: string) {}
+
+  /** Returns the first group of the pattern, or its whole match, and skips both it and white space around it. */
+  take(pattern: RegExp): string | undefined {
+    SPACE.lastIndex = this.at;
+    pattern.lastIndex = this.at + (SPACE.exec(this.text)?.[0].length ?? 0);
+    const found = pattern.exec(this.text);
+    if (!found) return undefined;
+    this.at = pattern.lastIndex;
+    return found[1] ?? found[0];
+  }
+
+  /** Returns a quoted value without its escapes, or `undefined` if the collector would refuse it. */
+  value(): string | undefined {
+    for (const pattern of VALUES) {
+      const text = this.take(pattern);
+      if (text === undefined) continue;
+      if (pattern === VALUES[2]) return text;
+      let known = true;
+      const value = text.replace(/\\(.)/gs, (_, escaped: string) => {
+        known &&= escaped in ESCAPES;
+        return ESCAPES[escaped] ?? "";
+      });
+      return known ? value : undefined;
+    }
+    return undefined;
+  }
+}
 
 /** Returns the matchers, or `undefined` if the text is not a selector (yet). */
 export function parse(text: string): Matcher[] | undefined {
-  let rest = text.trim();
-  if (rest === "") return [];
-  if (!rest.startsWith("{") || !rest.endsWith("}")) return undefined;
-  rest = rest.slice(1, -1).trim();
+  if (text.trim() === "") return [];
+  const reader = new Reader(text);
+  if (reader.take(/\{/y) === undefined) return undefined;
   const matchers: Matcher[] = [];
-  while (rest !== "") {
-    const found = MATCHER.exec(rest);
-    if (!found) return undefined;
-    const [all, name = "", op = "=", value = ""] = found;
-    matchers.push({
-      name,
-      op: op as Matcher["op"],
-      value: value.replace(/\\(.)/g, (_, escaped: string) => (escaped === "n" ? "\n" : escaped)),
-    });
-    rest = rest.slice(all.length).trim();
+  while (reader.take(/\}/y) === undefined) {
+    if (matchers.length > 0 && reader.take(/,/y) === undefined) return undefined;
+    // A comma may follow the last condition.
+    if (matchers.length > 0 && reader.take(/\}/y) !== undefined) break;
+    const [name, op, value] = [reader.take(NAME), reader.take(OPERATOR), reader.value()];
+    if (name === undefined || op === undefined || value === undefined) return undefined;
+    matchers.push({ name, op: op as Matcher["op"], value });
   }
-  return matchers;
+  return reader.take(/$/y) === undefined ? undefined : matchers;
 }
 
-const quote = (value: string) => `"${value.replace(/["\\]/g, "\\$&").replace(/\n/g, "\\n")}"`;
+const quote = (value: string) => `"${value.replace(/["\\]/g, "\\$&").replace(/\n/g, "\\n").replace(/\t/g, "\\t")}"`;
 
 export function format(matchers: Matcher[]): string {
   if (matchers.length === 0) return "";
