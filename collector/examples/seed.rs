@@ -345,8 +345,11 @@ async fn push(connection: Connection, minutes: u64) -> anyhow::Result<usize> {
         .map(|(window, sequence)| batch(window, sequence))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let count = batches.len();
-    let hello =
-        push_request::Hello { node: NODES[0].to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() };
+    let hello = push_request::Hello {
+        node: NODES[0].to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        at: None,
+    };
     let messages = std::iter::once(push_request::Message::Hello(hello))
         .chain(batches.into_iter().map(push_request::Message::Batch))
         .map(|message| PushRequest { message: Some(message) });

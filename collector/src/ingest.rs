@@ -173,6 +173,8 @@ impl IngestState {
             )));
         }
         caller.may_be_node(&hello.node)?;
+        let at_ms = hello.at.as_ref().and_then(time::to_ms);
+        let clock_ahead_ms = at_ms.map_or(0, |at_ms| at_ms as i64 - time::now_ms() as i64);
         let only_node = caller.is_bound_to_nodes().then(|| Arc::<str>::from(hello.node.as_str()));
         tracing::debug!(node = %hello.node, version = %hello.version, "an agent pushes profiles");
         let limits = Limits { max_batch_bytes: self.max_batch_bytes, max_in_flight: MAX_IN_FLIGHT };
@@ -200,7 +202,7 @@ impl IngestState {
             let Ok(slot) = Arc::clone(&in_flight).acquire_owned().await else { break Ok(()) };
             let (ingest, answers, only_node) = (Arc::clone(self), answers.clone(), only_node.clone());
             tasks.spawn(async move {
-                let message = ingest.process(batch, only_node.as_deref()).await;
+                let message = ingest.process(batch, only_node.as_deref(), clock_ahead_ms).await;
                 // Before the slot is free again, so that unread answers stop the stream.
                 let _ = answers.send(Ok(answer(message))).await;
                 drop(slot);
@@ -211,8 +213,14 @@ impl IngestState {
         end
     }
 
-    /// Returns the answer to a batch. `only_node`: the node that the batch must come from.
-    async fn process(self: &Arc<Self>, batch: Batch, only_node: Option<&str>) -> push_response::Message {
+    /// Returns the answer to a batch. `only_node`: the node that the batch must come from. `clock_ahead_ms`: the node's clock
+    /// minus the collector's.
+    async fn process(
+        self: &Arc<Self>,
+        mut batch: Batch,
+        only_node: Option<&str>,
+        clock_ahead_ms: i64,
+    ) -> push_response::Message {
         let batch_id = batch.batch_id.clone();
         let refused = |refusal: Refusal| {
             self.metrics.refused(refusal.code);
@@ -247,6 +255,7 @@ impl IngestState {
                 format!("the profile has {} bytes, the limit is {}", batch.pprof.len(), self.max_batch_bytes),
             ));
         }
+        self.correct_start(&mut batch, clock_ahead_ms);
         let copied = self.forwarder.copy(&batch);
         let outcome = match self.submit(id, batch).await {
             Ok(outcome) => outcome,
@@ -344,6 +353,35 @@ impl IngestState {
             ),
             PackError::InvalidStart => Refusal::new("bad_time", "start is not a time"),
         })
+    }
+
+    /// Corrects the start of a batch that the check of its time would refuse because a clock is wrong. The reason of the
+    /// batch says so.
+    ///
+    /// If the node's clock still differs as much, the difference corrects the start. A start in the future that it does not
+    /// explain becomes the time of arrival. An old batch that it does not explain is old.
+    fn correct_start(&self, batch: &mut Batch, clock_ahead_ms: i64) {
+        let Some(start) = batch.start.as_ref().and_then(time::to_ms) else { return };
+        let now = time::now_ms();
+        let latest = now.saturating_add(self.max_clock_ahead.as_millis() as u64);
+        let oldest = now.saturating_sub(self.store.retention_age().as_millis() as u64);
+        if (oldest..=latest).contains(&start) {
+            return;
+        }
+        let shifted = start.checked_add_signed(-clock_ahead_ms).filter(|at| (oldest..=latest).contains(at));
+        let duration = batch.duration.as_ref().and_then(time::duration_to_ms).unwrap_or(0);
+        let corrected = match shifted {
+            Some(shifted) => shifted,
+            None if start > latest => now.saturating_sub(duration).max(oldest),
+            None => return,
+        };
+        let side = if start > corrected { "ahead" } else { "behind" };
+        let by = format_duration(Duration::from_secs((start.abs_diff(corrected) + 500) / 1000));
+        self.metrics.batches_retimed.inc();
+        tracing::debug!(batch = %batch.batch_id.escape_debug(), by, side, "corrected the start of a batch");
+        batch.start = Some(time::timestamp(corrected));
+        let mark = format!("the node's clock was {by} {side}: the start is corrected");
+        batch.reason = if batch.reason.is_empty() { mark } else { format!("{}; {mark}", batch.reason) };
     }
 
     fn check_time(&self, batch: &Batch) -> Result<(), Refusal> {

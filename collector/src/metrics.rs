@@ -93,6 +93,8 @@ collector_metrics! {
         counter("gannet_collector_ingest_batches_refused_total", "Batches refused for good, by error code", ["reason"]);
     batches_throttled: Family<ReasonLabel, Counter> => BATCHES_THROTTLED
         counter("gannet_collector_ingest_batches_throttled_total", "Batches refused for now, by cause", ["reason"]);
+    batches_retimed: Counter => BATCHES_RETIMED
+        counter("gannet_collector_ingest_batches_retimed_total", "Batches whose start was corrected because a node's clock is wrong");
     received_bytes: Counter => RECEIVED_BYTES
         counter("gannet_collector_ingest_received_bytes_total", "Compressed profiles received");
     ingest_streams: Gauge => INGEST_STREAMS

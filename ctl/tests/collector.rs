@@ -114,7 +114,11 @@ impl Setup {
             window_id: ulid::Ulid::new().to_string(),
             ledger: Some(ledger.into()),
         };
-        let hello = push_request::Hello { node: "n1".to_owned(), version: gannet_proto::VERSION.to_owned() };
+        let hello = push_request::Hello {
+            node: "n1".to_owned(),
+            version: gannet_proto::VERSION.to_owned(),
+            at: None,
+        };
         let messages = [push_request::Message::Hello(hello), push_request::Message::Batch(batch)]
             .map(|message| PushRequest { message: Some(message) });
         let mut client = IngestServiceClient::new(self.connection());

@@ -129,7 +129,7 @@ fn a_port_in_use_is_reported_with_its_address() {
 async fn bad_batches_are_refused_by_code_and_the_stream_goes_on() {
     let collector = Collector::start().await;
     let (sender, outgoing) = tokio::sync::mpsc::channel(8);
-    let hello = Hello { node: "n".to_owned(), version: "test".to_owned() };
+    let hello = Hello { node: "n".to_owned(), version: "test".to_owned(), at: None };
     let send = async |message| {
         sender.send(PushRequest { message: Some(message) }).await.expect("the stream accepts it");
     };

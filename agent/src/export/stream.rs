@@ -340,7 +340,11 @@ impl Stream {
         };
         // Room for all batches in flight and the hello, so that sending never waits for the network.
         let (sender, outgoing) = mpsc::channel(MAX_IN_FLIGHT as usize + 1);
-        let hello = Hello { node: self.config.node.clone(), version: self.config.version.clone() };
+        let hello = Hello {
+            node: self.config.node.clone(),
+            version: self.config.version.clone(),
+            at: Some(SystemTime::now().into()),
+        };
         if sender.try_send(PushRequest { message: Some(Request::Hello(hello)) }).is_err() {
             return End::Broken("the stream did not accept the hello".to_owned());
         }

@@ -7,8 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gannet_proto::control::{
-    ListNodesResponse, Node, NodeHello, NodeRollout, NodeStatus, RuleError, node_rollout::State,
+use gannet_base::format_duration;
+use gannet_proto::{
+    control::{ListNodesResponse, Node, NodeHello, NodeRollout, NodeStatus, RuleError, node_rollout::State},
+    rules,
 };
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -20,6 +22,8 @@ use crate::{durable, time};
 
 /// Rule answers that the fleet remembers of one node.
 const MAX_ANSWERS: usize = 32;
+/// Difference of two clocks above which profiles of one moment no longer line up: the length of a window.
+const MAX_CLOCK_DIFFERENCE: Duration = Duration::from_secs(10);
 
 /// A node that is connected, or was connected lately.
 pub(super) struct KnownNode {
@@ -30,6 +34,8 @@ pub(super) struct KnownNode {
     pub(super) since_ms: u64,
     pub(super) last_seen_ms: u64,
     pub(super) status: Option<NodeStatus>,
+    /// Time of the newest status by the node's clock, minus its arrival, in milliseconds.
+    pub(super) clock_ahead_ms: i64,
     /// By revision, the newest last.
     answers: VecDeque<RuleAnswer>,
     /// Times at which a new connection replaced an open one.
@@ -73,6 +79,7 @@ impl KnownNode {
             since_ms: now_ms,
             last_seen_ms: now_ms,
             status: None,
+            clock_ahead_ms: 0,
             answers: VecDeque::new(),
             takeovers: VecDeque::new(),
         }
@@ -101,6 +108,35 @@ impl KnownNode {
             self.takeovers.clear();
         }
         is_contested
+    }
+
+    /// Returns the problems of a connected node that the collector sees, in the form of [`NodeStatus::degraded`]. `newest`:
+    /// the newest revision of the rules, or `None` while the collector cannot read them.
+    pub(super) fn problems(&self, newest: Option<u64>) -> Vec<String> {
+        let mut problems = Vec::new();
+        if self.connection.is_none() {
+            return problems;
+        }
+        let (revision, digest) = match &self.status {
+            Some(status) => (status.active_revision, &status.active_digest),
+            None => (self.hello.active_revision, &self.hello.active_digest),
+        };
+        let has_rules = !digest.is_empty() && *digest != rules::digest(&[]);
+        if let Some(newest) = newest.filter(|newest| has_rules && (*newest == 0 || *newest < revision)) {
+            problems.push(format!(
+                "rules: it runs revision {revision}, which this collector does not know (its newest is {newest}), so the \
+                 collector's rules were lost or replaced; apply the rules again"
+            ));
+        }
+        let ahead = Duration::from_millis(self.clock_ahead_ms.unsigned_abs());
+        if ahead > MAX_CLOCK_DIFFERENCE {
+            let side = if self.clock_ahead_ms > 0 { "ahead of" } else { "behind" };
+            let by = format_duration(Duration::from_secs((ahead.as_millis() as u64 + 500) / 1000));
+            problems.push(format!(
+                "clock: it is {by} {side} the collector's; synchronize both (`chronyc tracking` shows the state)"
+            ));
+        }
+        problems
     }
 
     /// Returns the node's state for a revision. The answer to a newer revision counts for this one too, because a rule

@@ -117,6 +117,15 @@ impl Fleet {
     /// Returns all nodes, by name.
     pub(crate) fn nodes(&self) -> Vec<Node> {
         let newest = self.rules.revision(0).ok().flatten();
+        let newest_revision = self.rules.scopes().ok().map(|(_, revision)| revision);
+        let status = |known: &KnownNode| {
+            let problems = known.problems(newest_revision);
+            let mut status = known.status.clone();
+            if !problems.is_empty() {
+                status.get_or_insert_default().degraded.extend(problems);
+            }
+            status
+        };
         let nodes = self.nodes.lock();
         nodes
             .iter()
@@ -126,7 +135,7 @@ impl Fleet {
                 since: Some(time::timestamp(known.since_ms)),
                 last_seen: Some(time::timestamp(known.last_seen_ms)),
                 hello: Some(known.hello.clone()),
-                status: known.status.clone(),
+                status: status(known),
                 rollout: newest.map(|(revision, made_ms)| known.rollout(name, revision, made_ms)),
             })
             .collect()

@@ -144,7 +144,15 @@ impl<'a> Session<'a> {
     /// Offers the node its part of the published rules, unless it has them.
     fn offer(&mut self, published: Option<&Published>) {
         // Without rules so far, or with unreadable ones, the node keeps the rules that it has.
-        let Some(published) = published.filter(|p| p.revision > 0) else { return };
+        let Some(published) = published.filter(|p| p.revision > 0) else {
+            if published.is_some() && !self.active.is_empty() && self.active != rules::digest(&[]) {
+                tracing::warn!(
+                    node = %self.node.node, revision = self.node.active_revision,
+                    "the node runs rules that this collector does not know, because it has none: apply the rules again"
+                );
+            }
+            return;
+        };
         let revision = published.revision;
         let NodeRules { rules: mine, held, tried } = published.for_node(&self.node.node, &self.node.labels);
         let (digest, is_empty) = (rules::digest(&mine), mine.is_empty());
@@ -224,6 +232,8 @@ impl<'a> Session<'a> {
                 let errors = &errors[..errors.len().min(MAX_ERRORS)];
                 revised = known.revise(&status.active_digest, errors, now_ms).cloned();
             }
+            let at_ms = status.at.as_ref().and_then(time::to_ms).unwrap_or(now_ms);
+            known.clock_ahead_ms = at_ms as i64 - now_ms as i64;
             known.status = Some(status);
         });
         if let Some(answer) = revised {

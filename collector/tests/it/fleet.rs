@@ -15,7 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
 use crate::{
-    support::{TEST_TIMEOUT, channel, config_with, eventually, labels, metric, start},
+    support::{TEST_TIMEOUT, at, channel, config_with, eventually, labels, metric, now_ms, start},
     triggers::{Triggers, one, parse, triggers},
 };
 
@@ -325,6 +325,73 @@ async fn a_collector_without_rules_leaves_nodes_theirs() {
     let mut agent = Agent::connect(&running, "n1", "rules-of-a-former-life").await;
     agent.receives_nothing().await;
     assert!(rollout(&triggers(&running).await, 0).await.settled);
+    running.shutdown().await;
+}
+
+/// Returns the degraded parts of the only node that match.
+async fn degraded(running: &Running, part: &str) -> Vec<String> {
+    let node = nodes(running).await.remove(0);
+    node.status.unwrap_or_default().degraded.into_iter().filter(|line| line.starts_with(part)).collect()
+}
+
+/// Checks a collector that starts on an empty directory under nodes with rules at revision 3.
+#[tokio::test]
+async fn rules_that_the_collector_lost_show_until_new_ones_apply() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let hello = NodeHello {
+        node: "n1".into(),
+        active_revision: 3,
+        active_digest: "rules-of-a-former-life".into(),
+        ..NodeHello::default()
+    };
+    let mut agent = Agent::with(&running, hello).await;
+    let shown = degraded(&running, "rules:").await;
+    assert!(
+        shown.len() == 1 && shown[0].contains("revision 3") && shown[0].contains("newest is 0"),
+        "{shown:?}"
+    );
+    // A heartbeat does not hide it.
+    let status = |revision, digest: &str| {
+        agent_message::Message::Status(NodeStatus {
+            at: Some(at(now_ms())),
+            active_revision: revision,
+            active_digest: digest.into(),
+            ..NodeStatus::default()
+        })
+    };
+    agent.send(status(3, "rules-of-a-former-life")).await;
+    eventually("the heartbeat arrives", async || {
+        nodes(&running).await[0].status.as_ref().is_some_and(|s| s.at.is_some())
+    })
+    .await;
+    assert_eq!(degraded(&running, "rules:").await, shown);
+
+    let mut client = triggers(&running).await;
+    client.set_triggers(one("a")).await.unwrap();
+    let rules = agent.rules().await;
+    assert_eq!(rules.revision, 1, "lower than the node's");
+    agent.apply(&rules, vec![]).await;
+    becomes(&client, 1, "n1", State::Applied).await;
+    agent.send(status(1, &rules.digest)).await;
+    eventually("it is mended", async || degraded(&running, "rules:").await.is_empty()).await;
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_node_with_a_wrong_clock_shows_the_difference() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let agent = Agent::connect(&running, "n1", "").await;
+    for (ahead_ms, words) in [(660_000_i64, "11m"), (-7_200_000, "2h behind"), (1000, "")] {
+        let at = Some(at(now_ms().saturating_add_signed(ahead_ms)));
+        agent.send(agent_message::Message::Status(NodeStatus { at, ..NodeStatus::default() })).await;
+        eventually(&format!("the clock shows {words:?}"), async || {
+            let shown = degraded(&running, "clock:").await;
+            if words.is_empty() { shown.is_empty() } else { shown.len() == 1 && shown[0].contains(words) }
+        })
+        .await;
+    }
     running.shutdown().await;
 }
 

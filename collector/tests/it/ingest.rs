@@ -11,8 +11,12 @@ use gannet_proto::{
 use rstest::rstest;
 use ulid::Ulid;
 
-use crate::support::{
-    CPU, Pusher, at, batch, config_with, eventually, labels, metric, now_ms, profile, queries, start,
+use crate::{
+    store::list,
+    support::{
+        CPU, Pusher, at, batch, channel, config_with, eventually, labels, metric, now_ms, profile, queries,
+        start,
+    },
 };
 
 #[tokio::test]
@@ -66,7 +70,6 @@ fn deep() -> Batch {
 #[case::reason(|b: &mut Batch| b.reason = "x".repeat(70_000), "bad_labels", "64 KiB")]
 #[case::no_time(|b: &mut Batch| b.start = None, "bad_time", "start")]
 #[case::time(|b: &mut Batch| b.duration = Some(prost_types::Duration { seconds: -1, nanos: 0 }), "bad_time", "duration")]
-#[case::future(|b: &mut Batch| b.start = Some(at(now_ms() + 700_000)), "in_the_future", "clock")]
 #[case::old(|b: &mut Batch| b.start = Some(at(now_ms() - 8 * 24 * 3_600_000)), "too_old", "for 7d")]
 #[case::count(|b: &mut Batch| b.samples += 1, "count_mismatch", "add up to 1")]
 #[case::count_without_profile(|b: &mut Batch| b.pprof.clear(), "count_mismatch", "no profile")]
@@ -308,4 +311,47 @@ async fn a_graceful_end_answers_every_received_batch() {
     drop(client);
     eventually("the collector accepts agents again", || async { again.grpc_addr.port() > 0 }).await;
     again.shutdown().await;
+}
+
+/// Checks clocks that are ahead and behind, with batches that start within and beyond what the difference explains.
+#[tokio::test]
+async fn a_wrong_clock_loses_no_batch_and_leaves_a_mark() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let (minute, day, year) = (60_000, 86_400_000, 365 * 86_400_000_i64);
+    // The node's clock at its hello, the age of the batch, and the error of the clock when the batch was made.
+    let cases = [
+        (11 * minute, 30_000, 11 * minute, "11m ahead"),
+        (2 * day, 3_600_000, 2 * day, "2d ahead"),
+        (-8 * day, 30_000, -8 * day, "8d behind"),
+        (-30 * year, 30_000, -30 * year, "behind"),
+        // Someone has set the clock meanwhile.
+        (0, 10_000, 3 * day, "3d ahead"),
+    ];
+    for (number, (ahead, age, error, mark)) in cases.into_iter().enumerate() {
+        let channel = channel(running.grpc_addr).await;
+        let mut pusher = Pusher::with_clock(channel, ahead).await.unwrap();
+        let (service, true_start) = (format!("s{number}"), now_ms() - age);
+        pusher.store(batch(&service, true_start.saturating_add_signed(error), &[("main", 1)])).await;
+        let profiles = list(&running).await;
+        let stored = profiles.iter().find(|p| p.labels["service_name"] == service).unwrap();
+        assert!(
+            stored.reason.starts_with("always; the node's clock was ") && stored.reason.contains(mark),
+            "{}",
+            stored.reason
+        );
+        let start = stored.start.as_ref().unwrap();
+        let off = (start.seconds * 1000 + i64::from(start.nanos) / 1_000_000).abs_diff(true_start as i64);
+        assert!(off < 3000, "{mark}: {off} ms beside the true time");
+    }
+    assert_eq!(
+        metric(running.http_addr, "gannet_collector_ingest_batches_retimed_total").await as usize,
+        cases.len()
+    );
+    // A right time is not touched.
+    let mut pusher = Pusher::with_clock(channel(running.grpc_addr).await, 11 * minute).await.unwrap();
+    pusher.store(batch("right", now_ms() - 30_000, &[("main", 1)])).await;
+    let profiles = list(&running).await;
+    assert_eq!(profiles.iter().find(|p| p.labels["service_name"] == "right").unwrap().reason, "always");
+    running.shutdown().await;
 }

@@ -132,8 +132,17 @@ impl Pusher {
     }
 
     pub async fn over(channel: Channel) -> Result<Self, tonic::Status> {
+        Self::with_clock(channel, 0).await
+    }
+
+    /// Opens a stream of a node whose clock is ahead of the true time.
+    pub async fn with_clock(channel: Channel, ahead_ms: i64) -> Result<Self, tonic::Status> {
         let (requests, receiver) = mpsc::channel(256);
-        let hello = push_request::Hello { node: "n1".into(), version: "test".into() };
+        let hello = push_request::Hello {
+            node: "n1".into(),
+            version: "test".into(),
+            at: Some(at(now_ms().saturating_add_signed(ahead_ms))),
+        };
         requests.send(PushRequest { message: Some(push_request::Message::Hello(hello)) }).await.unwrap();
         let mut client = IngestServiceClient::new(channel).max_encoding_message_size(64 << 20);
         let mut answers = client.push(ReceiverStream::new(receiver)).await?.into_inner();
