@@ -13,6 +13,7 @@
     )
 )]
 
+pub(crate) mod access;
 pub mod cgroup;
 pub mod commands;
 pub mod conditions;

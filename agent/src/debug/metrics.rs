@@ -7,6 +7,7 @@ use gannet_proto::ledger::LossReason;
 use prometheus_client::registry::Registry;
 
 use crate::{
+    access::{self, AccessStats},
     engine::{EngineError, EngineView},
     kernel::lifecycle_counts,
     ledger::Stage,
@@ -39,6 +40,9 @@ gannet_base::metrics! {
     PROCESSES_RECONCILED = counter("gannet_agent_process_table_reconciled_total", "Processes whose exit the kernel did not report and a scan of /proc found");
     PROCESS_TABLE_FULL = counter("gannet_agent_process_table_full_total", "Processes that found no slot in the agent's table; raise --processes");
     PROCESS_MAP_FULL = counter("gannet_agent_process_map_full_total", "Processes that found no slot in the kernel's process map; raise --processes");
+
+    FILES_HUNG = gauge("gannet_agent_files_hung", "Processes and file systems that do not answer now; the log names them");
+    FILES_HUNG_CALLS = counter("gannet_agent_files_hung_calls_total", "Calls on files and processes that got no answer in time, by outcome: `timeout` held a worker, `skipped` were not made", ["outcome"]);
 
     UNWIND_TABLES = gauge("gannet_agent_unwind_tables", "Unwind tables in the kernel");
     UNWIND_TABLE_BYTES = gauge("gannet_agent_unwind_tables_bytes", "Size of the unwind tables in the kernel");
@@ -157,6 +161,10 @@ fn add_processes(snapshot: &mut Snapshot, engine: &EngineView) {
     snapshot.add(&PROCESSES_MISSED, stats.missed);
     snapshot.add(&PROCESSES_RECONCILED, stats.reconciled);
     snapshot.add(&PROCESS_TABLE_FULL, stats.saturated);
+    let AccessStats { hung, timeouts, skipped, .. } = access::node().stats();
+    snapshot.add(&FILES_HUNG, hung);
+    snapshot.add_labelled(&FILES_HUNG_CALLS, ["timeout"], timeouts);
+    snapshot.add_labelled(&FILES_HUNG_CALLS, ["skipped"], skipped);
 }
 
 fn add_symbols(snapshot: &mut Snapshot, node: &Node) {

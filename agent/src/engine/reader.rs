@@ -21,8 +21,8 @@ use super::{
 use crate::{
     cgroup::CgroupHierarchy,
     kernel::{Event, Kernel, Want},
-    model::{ImageKey, Origin, Sample, SampleKind, Subject, boot_time, boot_time_ns},
-    process::{ImageChanges, ProcError, Process, ProcessState, ProcessTable, check_identity},
+    model::{ImageKey, Origin, ProcessKey, Sample, SampleKind, Subject, boot_time, boot_time_ns},
+    process::{ImageChanges, ProcError, Process, ProcessState, ProcessTable, all_on_worker, check_identity},
     rules::RuleBook,
     tables::UnwindTables,
 };
@@ -309,6 +309,15 @@ impl Reader {
         self.unwinding.remove(with.kernel, tgid);
     }
 
+    /// Reads the processes again that did not answer before, if something has answered.
+    pub(super) fn read_unanswered(&mut self, kernel: &mut Kernel) {
+        let report_again = self.processes.read_unanswered();
+        self.hand_on_changes();
+        if report_again && let Err(error) = kernel.scan_processes() {
+            tracing::warn!("{error}");
+        }
+    }
+
     /// Repairs what lost events and missing tracepoints leave behind, in both directions, by process key: removes the
     /// processes that have ended from the table and from the kernel, and has the kernel report those that rules want.
     pub(super) fn reconcile(&mut self, with: &mut Deciders<'_>) {
@@ -318,8 +327,11 @@ impl Reader {
         }
         let has_ended =
             |key| matches!(check_identity(key), Err(ProcError::Gone(_) | ProcError::Recycled { .. }));
-        let ended: Vec<u32> =
-            self.sampled.processes().filter(|key| has_ended(*key)).map(|key| key.tgid).collect();
+        let marked: Vec<ProcessKey> = self.sampled.processes().collect();
+        let ended = all_on_worker(move || {
+            marked.into_iter().filter(|key| has_ended(*key)).map(|key| key.tgid).collect::<Vec<_>>()
+        })
+        .unwrap_or_default();
         for tgid in ended {
             self.remove_from_kernel(tgid, with);
         }

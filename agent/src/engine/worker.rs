@@ -310,6 +310,7 @@ impl Worker {
             tracing::warn!("{error}");
         }
         self.reader.processes.tidy();
+        self.reader.read_unanswered(&mut self.kernel);
         if self.repairs.is_due(&self.kernel, Instant::now()) {
             self.effects.add(Effect::Reconcile);
         }

@@ -8,7 +8,7 @@ use std::{
 use libbpf_rs::{Link, ProgramMut};
 use perf_event::{Builder, Counter, events::Software};
 
-use super::KernelError;
+use super::{KernelError, hotplug::WentOffline};
 use crate::model;
 
 /// All clocks. It owns the perf events; dropping it stops them.
@@ -57,6 +57,18 @@ impl Clocks {
         }
         self.periods_ns = periods_ns;
         Ok(())
+    }
+
+    /// Stops the clocks of CPUs that went offline, though these may be online again.
+    pub(super) fn close(&mut self, went_offline: &WentOffline) {
+        let past_ticks = &mut self.past_ticks;
+        self.running.retain(|(_, cpu), clock| {
+            let stays = !went_offline.contains(*cpu);
+            if !stays {
+                *past_ticks += clock.ticks_due();
+            }
+            stays
+        });
     }
 
     /// Starts clocks on CPUs that came online, stops them on CPUs that went offline.

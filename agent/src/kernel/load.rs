@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use super::{
     Kernel, KernelError, KernelOptions, UnwindDriver,
     clock::Clocks,
+    hotplug::Hotplug,
     ring::EventRing,
     unwinding::{Shared, SharedTables},
 };
@@ -182,7 +183,13 @@ impl LoadedKernel {
                 set_tail_call(&skeleton.maps.switch_chain, "switch_chain", next)?;
             }
         }
-        let Handlers { links, task_iterator, degraded } = attach_handlers(&skeleton, &options);
+        let Handlers { links, task_iterator, mut degraded } = attach_handlers(&skeleton, &options);
+        let hotplug = Hotplug::start()
+            .inspect_err(|error| {
+                let effect = "a CPU that goes off and on within a second is not sampled any more";
+                degraded.push(format!("the kernel reports no device events ({error}): {effect}"));
+            })
+            .ok();
         let shared = SharedTables {
             lines: Shared::of(&skeleton.maps.table_lines, "table_lines")?,
             rules: Shared::of(&skeleton.maps.unwind_rules, "unwind_rules")?,
@@ -190,6 +197,7 @@ impl LoadedKernel {
         let mut kernel = Kernel {
             clocks: Clocks::default(),
             mappings: None,
+            hotplug,
             follows_mappings: !options.without.contains(&"mappings"),
             links,
             switches: None,

@@ -23,7 +23,7 @@ use perf_event::{
     events::Software,
 };
 
-use super::{KernelError, clock::online_cpus};
+use super::{KernelError, clock::online_cpus, hotplug::WentOffline};
 use crate::model::{KernelSymbolChange, KernelSymbolLog, KernelSymbolRange, MappingEvent, NewMapping};
 
 /// Bytes of one CPU's buffer: some 1,600 mappings, that is about 300 started programs between two reads. The kernel wakes the
@@ -49,6 +49,14 @@ impl Mappings {
         let mut this = Self { buffers: BTreeMap::new(), ahead: VecDeque::new(), lost: 0, symbols };
         this.follow_cpus()?;
         Ok(this)
+    }
+
+    /// Reads the pending records, and closes the perf events of CPUs that went offline, though these may be online again.
+    pub(super) fn close(&mut self, went_offline: &WentOffline) {
+        if self.buffers.keys().any(|cpu| went_offline.contains(*cpu)) {
+            self.read();
+            self.buffers.retain(|cpu, _| !went_offline.contains(*cpu));
+        }
     }
 
     /// Opens perf events on CPUs that came online, closes those of CPUs that went offline.

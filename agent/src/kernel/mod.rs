@@ -8,6 +8,7 @@ mod cost;
 mod counters;
 mod error;
 mod event;
+mod hotplug;
 mod load;
 mod mappings;
 mod options;
@@ -47,6 +48,8 @@ pub struct Kernel {
     // Fields are dropped in this order.
     clocks: clock::Clocks,
     mappings: Option<mappings::Mappings>,
+    /// `None` if the kernel refuses device events.
+    hotplug: Option<hotplug::Hotplug>,
     /// Whether mappings are followed while rules sample; false after perf refused it.
     follows_mappings: bool,
     links: Vec<Link>,
@@ -257,7 +260,15 @@ impl Kernel {
 
     /// Starts clocks on CPUs that came online, stops them on CPUs that went offline.
     pub(crate) fn follow_cpus(&mut self) -> Result<(), KernelError> {
+        // First those that went off and on since: their perf events are silent.
+        let went_offline = self.hotplug.as_mut().map(hotplug::Hotplug::read);
+        if let Some(went_offline) = &went_offline {
+            self.clocks.close(went_offline);
+        }
         if let Some(mappings) = &mut self.mappings {
+            if let Some(went_offline) = &went_offline {
+                mappings.close(went_offline);
+            }
             mappings.follow_cpus()?;
         }
         self.clocks.follow_cpus(sampler(&self.skeleton, self.options.unwind_driver))

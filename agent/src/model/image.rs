@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use super::MappedFile;
 
+/// Up to this number of mappings, each stays by itself.
+const MAX_SEPARATE: usize = 1024;
+
 /// The executable mappings of one image of a process.
 #[derive(Clone, Debug, Default)]
 pub struct Image {
@@ -53,6 +56,34 @@ impl Image {
         left.push(new);
         left.extend(rest);
         self.mappings.splice(begin..end, left);
+    }
+
+    /// Joins neighbouring mappings without files, if there are many: compilers that work at run time make thousands. Between
+    /// two of them nothing executable is mapped, so the addresses between them may count as theirs.
+    pub fn join_anonymous(&mut self) {
+        if self.mappings.len() <= MAX_SEPARATE {
+            return;
+        }
+        self.mappings.dedup_by(|next, first| {
+            let joined = matches!((&first.kind, &next.kind), (MappingKind::Anon, MappingKind::Anon));
+            if joined {
+                first.end = next.end;
+            }
+            joined
+        });
+    }
+
+    /// Reports whether one mapping without a file holds all of these addresses.
+    pub fn is_anonymous(&self, start: u64, end: u64) -> bool {
+        self.find(start)
+            .is_some_and(|mapping| end <= mapping.end && matches!(mapping.kind, MappingKind::Anon))
+    }
+
+    /// Reports whether a mapping of a file holds any of these addresses.
+    pub fn has_file_in(&self, start: u64, end: u64) -> bool {
+        let first = self.mappings.partition_point(|mapping| mapping.end <= start);
+        let mut inside = self.mappings[first..].iter().take_while(|mapping| mapping.start < end);
+        inside.any(|mapping| matches!(mapping.kind, MappingKind::File(_)))
     }
 
     /// Returns the mapping that holds `address`.
@@ -130,6 +161,23 @@ mod tests {
             MappingKind::File(file) => (file.inode, mapping.offset + address - mapping.start),
             _ => (0, 0),
         })
+    }
+
+    #[test]
+    fn thousands_of_anonymous_mappings_become_few() {
+        let mut image = Image::default();
+        for page in 0..20_000 {
+            // A file divides them.
+            let inode = u64::from(page == 5_000);
+            image.map(of(page * 2, page * 2 + 1, 0, inode));
+            image.join_anonymous();
+        }
+        assert!(image.mappings.len() <= MAX_SEPARATE + 1, "{}", image.mappings.len());
+        assert!(image.mappings.windows(2).all(|two| two[0].end <= two[1].start));
+        assert_eq!(at(&image, 10_000), Some((1, 0)), "the file stays");
+        assert!((0..20_000).all(|page| at(&image, page * 2).is_some()), "all code stays");
+        assert!(image.is_anonymous(30_000, 30_005) && !image.is_anonymous(9_999, 10_001));
+        assert!(image.has_file_in(9_999, 10_001) && !image.has_file_in(10_001, 12_000));
     }
 
     proptest! {

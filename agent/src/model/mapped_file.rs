@@ -1,7 +1,9 @@
 //! Executable files that processes map.
 
 use std::{
-    fs::File,
+    fs::{self, File},
+    io,
+    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -30,7 +32,8 @@ pub struct MappedFile {
     pub dev: u64,
     /// Inode number, as `/proc/PID/maps` shows it.
     pub inode: u64,
-    /// The open file; `None` if it could not be opened.
+    /// Holds the file; `None` if it could not be opened. It may be a path descriptor, which cannot be read: closing a readable
+    /// one waits for some file systems, and the end of the agent must not.
     pub file: Option<File>,
     /// Lower-case hex of the GNU build id, else the Go build id, else empty.
     pub build_id: String,
@@ -52,12 +55,17 @@ impl MappedFile {
         }
     }
 
-    /// Builds a file from an open descriptor and reads its ELF headers.
+    /// Builds a file from a descriptor, of any kind, and reads its ELF headers.
     pub fn opened(path: &str, dev: u64, inode: u64, file: File) -> Self {
-        let headers = Headers::read(&file).ok();
+        let headers = reopen(&file).ok().and_then(|readable| Headers::read(&readable).ok());
         let build_id = headers.as_ref().map(|headers| headers.build_ids.text()).unwrap_or_default();
         let segments = headers.map(|headers| headers.segments);
         Self { file: Some(file), build_id, segments, ..Self::unopened(path, dev, inode) }
+    }
+
+    /// Opens the file for reading. This, reading and closing it may wait for its file system without end.
+    pub(crate) fn open_for_reading(&self) -> io::Result<File> {
+        self.file.as_ref().map_or(Err(io::ErrorKind::NotFound.into()), reopen)
     }
 
     /// Reports whether it is an ELF file of this machine's kind.
@@ -70,4 +78,10 @@ impl MappedFile {
     pub(crate) fn address_of(&self, offset: u64) -> Option<u64> {
         self.segments.as_ref()?.vaddr_of_offset(offset)
     }
+}
+
+/// Opens the file of a descriptor again, for reading. Opening does not wait for a pipe or a device.
+pub(crate) fn reopen(file: &File) -> io::Result<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)
 }

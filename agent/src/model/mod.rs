@@ -16,5 +16,6 @@ pub use host::online_cpus;
 pub use image::{Image, Mapping, MappingEvent, MappingKind, NewMapping};
 pub use kernel_symbols::{KernelSymbolChange, KernelSymbolLog, KernelSymbolPosition, KernelSymbolRange};
 pub use key::{ImageKey, ParseKeyError, ProcessKey};
+pub(crate) use mapped_file::reopen;
 pub use mapped_file::{FileId, MappedFile};
 pub use sample::{ExitStatus, FileNumbers, Origin, RawUserStack, Sample, SampleKind, StackEnd, Subject};

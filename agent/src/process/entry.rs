@@ -46,6 +46,10 @@ pub struct Process {
     pub(super) reported_comm: String,
     /// When its mappings were last read again because of an unknown address.
     pub(super) scanned: Option<Instant>,
+    /// Whether `/proc` has to decide what is mapped: memory without a file took the place of a file.
+    pub(super) in_doubt: bool,
+    /// Whether the process or a file of it did not answer when it was read: it is read again when that answers.
+    pub(super) unanswered: bool,
     /// The window in which it was last sampled or changed.
     pub(super) window: u64,
 }
@@ -73,6 +77,8 @@ impl Process {
             reported_comm: subject.comm.clone(),
             // Mappings that were read at exec lack the libraries: the first sample in one may read them again at once.
             scanned: None,
+            in_doubt: false,
+            unanswered: false,
             window,
         }
     }

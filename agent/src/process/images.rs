@@ -10,14 +10,18 @@ use std::{
 
 use super::{
     FileMapping, FileTable, FileTableStats, Process,
-    proc::{self, ProcError, ProcFs},
+    proc::{self, MapsLine, ProcError, ProcFs},
 };
-use crate::model::{Image, ImageKey, Mapping, MappingKind, NewMapping, ProcessKey};
+use crate::{
+    access::{self, ENGINE_DEADLINE, Target},
+    model::{Image, ImageKey, Mapping, MappingKind, NewMapping, ProcessKey},
+};
 
 /// The least time between two readings of one process's mappings, however many addresses are unknown.
 const RESCAN_INTERVAL: Duration = Duration::from_millis(50);
-/// Executable mappings of one process; real ones have some hundreds.
-pub(super) const MAX_MAPPINGS: usize = 16_384;
+/// Executable mappings of one process; real ones have some hundreds. A process can have 65,530 mappings, unless the node's
+/// `vm.max_map_count` allows more.
+pub(super) const MAX_MAPPINGS: usize = 65_536;
 
 /// Changes of images since the last [`ProcessTable::take_changes`](super::ProcessTable::take_changes).
 #[derive(Debug, Default)]
@@ -56,31 +60,50 @@ impl ImageReader {
     }
 
     /// Reads the executable mappings of a process from `/proc` and opens their files.
-    pub(super) fn read(&mut self, key: ProcessKey, parent: u32) -> Result<Image, ProcError> {
-        let text = proc::text(&*self.proc, key, "maps")?;
-        let lines = proc::parse_maps(&text);
-        let mappings = lines.iter().take(MAX_MAPPINGS).map(|line| self.open(key, parent, line)).collect();
-        proc::check_in(&*self.proc, key)?;
-        Ok(Image { mappings })
+    pub(super) fn read(&mut self, process: &mut Process) -> Result<Image, ProcError> {
+        let (proc, key) = (Arc::clone(&self.proc), process.key.process);
+        let lines = on_worker(key, move || read_lines(&*proc, key));
+        process.unanswered |= lines.is_err();
+        let lines = lines??;
+        Ok(self.image_of(process, &lines))
+    }
+
+    /// Builds an image from lines of `/proc/PID/maps`.
+    pub(super) fn image_of(&mut self, process: &mut Process, lines: &[MapsLine]) -> Image {
+        let mappings = lines.iter().map(|line| (&line.mapping, line.link));
+        let mut image = Image { mappings: self.open_all(process, mappings) };
+        image.join_anonymous();
+        image
     }
 
     /// Builds an image from mappings that the kernel reported, oldest first.
-    pub(super) fn build(&mut self, key: ProcessKey, parent: u32, mappings: &[NewMapping]) -> Image {
+    pub(super) fn build(&mut self, process: &mut Process, mappings: &[NewMapping]) -> Image {
         let mut image = Image::default();
-        for mapping in mappings {
-            image.map(self.open(key, parent, mapping));
+        let links = mappings.iter().map(|mapping| (mapping, (mapping.start, mapping.end)));
+        for mapping in self.open_all(process, links) {
+            image.map(mapping);
         }
         image
     }
 
     /// Adds a mapping that the kernel reported for the current image of a process.
     pub(super) fn add(&mut self, process: &mut Process, mapping: &NewMapping) {
+        if mapping.inode == 0 && process.image.is_anonymous(mapping.start, mapping.end) {
+            // The output of a just-in-time compiler, of which a part was writable for a while.
+            return;
+        }
         if process.image.mappings.len() >= MAX_MAPPINGS {
             return;
         }
-        let mapping = self.open(process.key.process, process.parent, mapping);
+        // Programs may move their code to memory without a file, where it keeps its names; `/proc` decides.
+        process.in_doubt |= mapping.inode == 0 && process.image.has_file_in(mapping.start, mapping.end);
+        let new = self.open_all(process, std::iter::once((mapping, (mapping.start, mapping.end))));
         let before = Arc::clone(&process.image);
-        Arc::make_mut(&mut process.image).map(mapping);
+        let image = Arc::make_mut(&mut process.image);
+        for mapping in new {
+            image.map(mapping);
+        }
+        image.join_anonymous();
         self.note_change(process.key, &before, &process.image);
     }
 
@@ -88,11 +111,18 @@ impl ImageReader {
     pub(super) fn rescan(&mut self, process: &mut Process, addresses: &[u64]) {
         let rested = process.scanned.is_none_or(|at| at.elapsed() >= RESCAN_INTERVAL);
         let known = |address: &u64| process.image.find(*address).is_some();
-        if process.kernel_thread || !process.is_alive() || !rested || addresses.iter().all(known) {
+        let is_known = addresses.iter().all(known) && !process.in_doubt;
+        if process.kernel_thread || !process.is_alive() || !rested || is_known {
             return;
         }
         process.scanned = Some(Instant::now());
-        if let Ok(image) = self.read(process.key.process, process.parent) {
+        self.read_again(process);
+    }
+
+    /// Reads the mappings of a process again.
+    pub(super) fn read_again(&mut self, process: &mut Process) {
+        if let Ok(image) = self.read(process) {
+            process.in_doubt = false;
             self.rescans += 1;
             if process.read_at_ns.is_none() {
                 process.reported = Some(Arc::clone(&process.image));
@@ -111,24 +141,58 @@ impl ImageReader {
         }
     }
 
-    fn open(&mut self, key: ProcessKey, parent: u32, new: &NewMapping) -> Mapping {
-        let kind = if new.path == "[vdso]" {
-            MappingKind::Vdso
-        } else if new.inode == 0 {
-            MappingKind::Anon
-        } else {
-            MappingKind::File(self.files.open(&FileMapping {
-                tgid: key.tgid,
-                parent,
-                start: new.start,
-                end: new.end,
-                path: &new.path,
-                dev: new.dev,
-                inode: new.inode,
-            }))
-        };
-        Mapping { start: new.start, end: new.end, offset: new.offset, kind }
+    /// Opens the files of mappings. Each stands beside the range by which `/proc/PID/map_files` leads to its file.
+    fn open_all<'a>(
+        &mut self,
+        process: &mut Process,
+        mappings: impl Iterator<Item = (&'a NewMapping, (u64, u64))> + Clone,
+    ) -> Vec<Mapping> {
+        let (tgid, parent) = (process.key.process.tgid, process.parent);
+        let of_files = mappings.clone().filter(|(new, _)| has_file(new)).map(|(new, (start, end))| {
+            let NewMapping { dev, inode, .. } = *new;
+            FileMapping { tgid, parent, start, end, path: &new.path, dev, inode }
+        });
+        let opened = self.files.open_all(tgid, parent, of_files);
+        process.unanswered |= opened.unanswered;
+        let mut files = opened.files.into_iter();
+        mappings
+            .filter_map(|(new, _)| {
+                let kind = if has_file(new) {
+                    MappingKind::File(files.next()?)
+                } else if new.path == VDSO {
+                    MappingKind::Vdso
+                } else {
+                    MappingKind::Anon
+                };
+                Some(Mapping { start: new.start, end: new.end, offset: new.offset, kind })
+            })
+            .collect()
     }
+}
+
+/// Reads the executable lines of `/proc/PID/maps`, of this process.
+pub(super) fn read_lines(proc: &dyn ProcFs, key: ProcessKey) -> Result<Vec<MapsLine>, ProcError> {
+    let mut lines = proc::parse_maps(&proc::text(proc, key, "maps")?);
+    lines.truncate(MAX_MAPPINGS);
+    proc::check_in(proc, key)?;
+    Ok(lines)
+}
+
+/// Makes a call about a process on a worker, within the time that the engine can wait.
+pub(super) fn on_worker<T: Send + 'static>(
+    key: ProcessKey,
+    call: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ProcError> {
+    access::node()
+        .run(Target::Process(key.tgid), "its files in /proc", ENGINE_DEADLINE, call)
+        .map_err(|_| ProcError::Unanswered(key.tgid))
+}
+
+/// The path of the kernel's own shared object in a mapping.
+const VDSO: &str = "[vdso]";
+
+fn has_file(mapping: &NewMapping) -> bool {
+    mapping.inode != 0 && mapping.path != VDSO
 }
 
 /// Reports whether any address of a file mapping now belongs to another file, or to another offset of it.

@@ -219,7 +219,7 @@ pub struct MetadataStats {
 /// [`remove`]: Self::remove
 /// [`next_window`]: Self::next_window
 pub struct ProcessMetadataCache {
-    options: MetadataOptions,
+    options: Arc<MetadataOptions>,
     proc: Arc<dyn ProcFs>,
     entries: HashMap<ProcessKey, Entry>,
     window: u64,
@@ -254,7 +254,7 @@ impl ProcessMetadataCache {
     /// Builds an empty cache that reads processes from `proc`.
     pub fn reading(options: MetadataOptions, proc: Arc<dyn ProcFs>) -> Self {
         Self {
-            options,
+            options: Arc::new(options),
             proc,
             entries: HashMap::new(),
             window: 0,
@@ -271,7 +271,22 @@ impl ProcessMetadataCache {
                 return Ok(known);
             }
         }
-        let metadata = match self.load(key) {
+        let loaded = self.loader().load(key);
+        self.insert(key, loaded)
+    }
+
+    /// Returns a reader of processes, for another thread.
+    pub(super) fn loader(&self) -> MetadataLoader {
+        MetadataLoader { options: Arc::clone(&self.options), proc: Arc::clone(&self.proc) }
+    }
+
+    /// Enters what a [`MetadataLoader`] has read of a process without an entry.
+    pub(super) fn insert(
+        &mut self,
+        key: ProcessKey,
+        loaded: Result<Metadata, ProcError>,
+    ) -> Result<Arc<Metadata>, MetadataError> {
+        let metadata = match loaded {
             Ok(metadata) => Arc::new(metadata),
             Err(error) => {
                 self.stats.failed += 1;
@@ -368,47 +383,6 @@ impl ProcessMetadataCache {
         result
     }
 
-    fn load(&self, key: ProcessKey) -> Result<Metadata, ProcError> {
-        let proc = &*self.proc;
-        let options = &self.options;
-        let stat = proc::check_in(proc, key)?;
-        let user_text = !stat.kernel_thread;
-        let without_mark = |path: String| path.strip_suffix(" (deleted)").map_or(path.clone(), str::to_owned);
-        let cgroup =
-            parse_path(&proc::text(proc, key, "cgroup")?, options.hierarchy.controller()).unwrap_or_default();
-        let mut metadata = Metadata {
-            key,
-            loaded: SystemTime::now(),
-            comm: proc::text(proc, key, "comm")?.trim_end_matches('\n').to_owned(),
-            exe: if user_text { without_mark(proc::link(proc, key, "exe")?) } else { String::new() },
-            uid: proc::owner(proc, key)?,
-            kernel_thread: stat.kernel_thread,
-            container_id: CgroupNames::of(&cgroup).container_id,
-            cgroup,
-            mount_namespace: proc::link(proc, key, "ns/mnt").ok().and_then(|text| namespace(&text)),
-            cmdline: Vec::new(),
-            cwd: String::new(),
-            environ: BTreeMap::new(),
-        };
-        if user_text && options.cmdline {
-            let bytes = proc::bytes(proc, key, "cmdline", MAX_TEXT_BYTES)?;
-            metadata.cmdline = parts(&bytes).map(|part| String::from_utf8_lossy(part).into_owned()).collect();
-        }
-        if user_text && options.cwd {
-            metadata.cwd = proc::link(proc, key, "cwd")?;
-        }
-        if user_text && !options.environ.is_empty() {
-            let mut bytes = proc::bytes(proc, key, "environ", MAX_TEXT_BYTES)?;
-            metadata.environ = allowed(&bytes, &options.environ);
-            // Other variables may be secrets: none stays in freed memory.
-            bytes.fill(0);
-            std::hint::black_box(&bytes);
-        }
-        // The texts are only true if it was one process all the time.
-        proc::check_in(proc, key)?;
-        Ok(metadata)
-    }
-
     /// Makes room for an entry: drops processes marked as exited, then idle ones and those found to have exited.
     fn make_room(&mut self, key: ProcessKey, bytes: usize) -> Result<(), MetadataError> {
         let fits = |cache: &Self| {
@@ -447,6 +421,56 @@ impl ProcessMetadataCache {
             tracing::warn!("{error}; logged once until there is room again");
         }
         Err(error)
+    }
+}
+
+/// Reads the metadata of processes.
+pub(super) struct MetadataLoader {
+    options: Arc<MetadataOptions>,
+    proc: Arc<dyn ProcFs>,
+}
+
+impl MetadataLoader {
+    /// Reads a process, and checks that it was this one all the time.
+    pub(super) fn load(&self, key: ProcessKey) -> Result<Metadata, ProcError> {
+        let proc = &*self.proc;
+        let options = &self.options;
+        let stat = proc::check_in(proc, key)?;
+        let user_text = !stat.kernel_thread;
+        let without_mark = |path: String| path.strip_suffix(" (deleted)").map_or(path.clone(), str::to_owned);
+        let cgroup =
+            parse_path(&proc::text(proc, key, "cgroup")?, options.hierarchy.controller()).unwrap_or_default();
+        let mut metadata = Metadata {
+            key,
+            loaded: SystemTime::now(),
+            comm: proc::text(proc, key, "comm")?.trim_end_matches('\n').to_owned(),
+            exe: if user_text { without_mark(proc::link(proc, key, "exe")?) } else { String::new() },
+            uid: proc::owner(proc, key)?,
+            kernel_thread: stat.kernel_thread,
+            container_id: CgroupNames::of(&cgroup).container_id,
+            cgroup,
+            mount_namespace: proc::link(proc, key, "ns/mnt").ok().and_then(|text| namespace(&text)),
+            cmdline: Vec::new(),
+            cwd: String::new(),
+            environ: BTreeMap::new(),
+        };
+        if user_text && options.cmdline {
+            let bytes = proc::bytes(proc, key, "cmdline", MAX_TEXT_BYTES)?;
+            metadata.cmdline = parts(&bytes).map(|part| String::from_utf8_lossy(part).into_owned()).collect();
+        }
+        if user_text && options.cwd {
+            metadata.cwd = proc::link(proc, key, "cwd")?;
+        }
+        if user_text && !options.environ.is_empty() {
+            let mut bytes = proc::bytes(proc, key, "environ", MAX_TEXT_BYTES)?;
+            metadata.environ = allowed(&bytes, &options.environ);
+            // Other variables may be secrets: none stays in freed memory.
+            bytes.fill(0);
+            std::hint::black_box(&bytes);
+        }
+        // The texts are only true if it was one process all the time.
+        proc::check_in(proc, key)?;
+        Ok(metadata)
     }
 }
 

@@ -19,4 +19,5 @@ pub use self::{
 pub(crate) use self::{
     files::open_in_root,
     survey::{SurveyedProcess, cpu_usage, survey},
+    table::all_on_worker,
 };

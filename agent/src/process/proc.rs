@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::{self, Read as _},
     os::unix::fs::MetadataExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use crate::model::{self, NewMapping, ProcessKey};
@@ -12,6 +12,13 @@ use crate::model::{self, NewMapping, ProcessKey};
 /// Bytes that are read of one file of a process. It is a bound, not a limit that real programs reach: maps of this size have
 /// about half a million lines.
 const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// Bytes of a `stat` file, which is one line.
+const MAX_STAT_BYTES: u64 = 4096;
+/// Threads that are looked at for one that has not ended.
+const MAX_ENDED_THREADS: usize = 4096;
+/// Files that are empty for a process whose first thread has ended. Its other threads show them.
+const OF_LIVE_THREADS: [&str; 3] = ["maps", "cmdline", "environ"];
 
 /// Why a process could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +36,9 @@ pub enum ProcError {
         /// Start tick of the process that has the PID now.
         found: u64,
     },
+    /// Reading it takes too long: it may wait for a file system that does not answer.
+    #[error("process {0} does not answer")]
+    Unanswered(u32),
     /// The kernel refused, or the text of the file is invalid.
     #[error("cannot read /proc/{tgid}/{file}: {source}; CAP_SYS_PTRACE is needed for other users' processes")]
     Read {
@@ -95,13 +105,21 @@ impl Default for RealProc {
 
 impl ProcFs for RealProc {
     fn read(&self, key: ProcessKey, file: &'static str, max: u64) -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        File::open(self.path(key, file))?.take(max).read_to_end(&mut bytes)?;
+        let bytes = read(&self.path(key, file), max)?;
+        if bytes.is_empty()
+            && OF_LIVE_THREADS.contains(&file)
+            && let Some(thread) = live_thread_in(&self.path(key, ""))
+        {
+            return read(&thread.join(file), max);
+        }
         Ok(bytes)
     }
 
     fn link(&self, key: ProcessKey, file: &'static str) -> io::Result<PathBuf> {
-        fs::read_link(self.path(key, file))
+        fs::read_link(self.path(key, file)).or_else(|error| match live_thread_in(&self.path(key, "")) {
+            Some(thread) => fs::read_link(thread.join(file)),
+            None => Err(error),
+        })
     }
 
     fn owner(&self, key: ProcessKey) -> io::Result<u32> {
@@ -111,6 +129,31 @@ impl ProcFs for RealProc {
     fn now_ns(&self) -> u64 {
         model::boot_time_ns()
     }
+}
+
+fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(max).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Returns the directory in `/proc` of a thread that lives on after the first thread of its process has ended. That one shows
+/// no memory any more. Of other processes it returns none.
+pub(super) fn live_thread(tgid: u32) -> Option<String> {
+    live_thread_in(Path::new(&format!("/proc/{tgid}")))?.into_os_string().into_string().ok()
+}
+
+fn live_thread_in(process: &Path) -> Option<PathBuf> {
+    let state = |directory: &Path| {
+        let text = String::from_utf8_lossy(&read(&directory.join("stat"), MAX_STAT_BYTES).ok()?).into_owned();
+        text[text.rfind(')')? + 1..].trim_start().bytes().next()
+    };
+    let is_over = |directory: &Path| state(directory).is_none_or(|state| matches!(state, b'Z' | b'X'));
+    if !is_over(process) {
+        return None;
+    }
+    let threads = fs::read_dir(process.join("task")).ok()?;
+    threads.take(MAX_ENDED_THREADS).flatten().map(|thread| thread.path()).find(|thread| !is_over(thread))
 }
 
 /// Reads at most `max` bytes of one file of a process.
@@ -196,18 +239,59 @@ pub(super) fn parse_stat(text: &str) -> Option<Stat> {
     })
 }
 
-/// Parses the executable lines of `/proc/PID/maps`. An invalid line hides no other.
-pub(super) fn parse_maps(text: &str) -> Vec<NewMapping> {
-    text.lines().filter_map(parse_maps_line).collect()
+/// An executable line of `/proc/PID/maps`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MapsLine {
+    pub(super) mapping: NewMapping,
+    /// The range of a line that maps the file: `/proc/PID/map_files` leads to the file by it.
+    pub(super) link: (u64, u64),
 }
 
-fn parse_maps_line(line: &str) -> Option<NewMapping> {
+/// Parses the executable lines of `/proc/PID/maps`. An invalid line hides no other.
+///
+/// Some programs copy their code to memory without a file, for huge pages, and move that to where the file was. The lines
+/// before and behind it still map the file, and their offsets leave a gap of exactly its size. Such a line counts as a mapping
+/// of the file.
+pub(super) fn parse_maps(text: &str) -> Vec<MapsLine> {
+    let mut lines: Vec<MapsLine> = Vec::new();
+    // The last line of a file; and the index of the first executable line behind it, while all since are without a file and
+    // leave no gap.
+    let mut before: Option<(NewMapping, usize)> = None;
+    let mut end = 0;
+    for (line, executable) in text.lines().filter_map(parse_maps_line) {
+        let has_file = line.inode != 0;
+        if line.start != end {
+            before = None;
+        }
+        end = line.end;
+        if has_file && let Some((file, first)) = &before {
+            let is_gap_of = (file.dev, file.inode, &file.path) == (line.dev, line.inode, &line.path)
+                && file.offset.wrapping_add(line.start.wrapping_sub(file.start)) == line.offset;
+            for moved in lines[*first..].iter_mut().filter(|_| is_gap_of) {
+                let offset = file.offset + (moved.mapping.start - file.start);
+                moved.mapping =
+                    NewMapping { start: moved.mapping.start, end: moved.mapping.end, offset, ..file.clone() };
+                moved.link = (file.start, file.end);
+            }
+        }
+        if executable {
+            lines.push(MapsLine { link: (line.start, line.end), mapping: line.clone() });
+        }
+        if has_file {
+            before = Some((line, lines.len()));
+        } else if !line.path.is_empty() {
+            before = None;
+        }
+    }
+    lines
+}
+
+/// Returns a mapping, and whether it is executable.
+fn parse_maps_line(line: &str) -> Option<(NewMapping, bool)> {
     let mut fields = line.splitn(6, ' ');
     let (range, permissions, offset, device, inode) =
         (fields.next()?, fields.next()?, fields.next()?, fields.next()?, fields.next()?);
-    if permissions.as_bytes().get(2) != Some(&b'x') {
-        return None;
-    }
+    let executable = permissions.as_bytes().get(2) == Some(&b'x');
     let hex = |text| u64::from_str_radix(text, 16).ok();
     let (start, end) = range.split_once('-')?;
     let (major, minor) = device.split_once(':')?;
@@ -221,7 +305,7 @@ fn parse_maps_line(line: &str) -> Option<NewMapping> {
         inode: inode.parse().ok()?,
         path,
     };
-    (line.start < line.end).then_some(line)
+    (line.start < line.end).then_some((line, executable))
 }
 
 #[cfg(test)]
@@ -250,6 +334,7 @@ nonsense
 5-4 r-xp 0 0:0 0 backwards
 ";
         let lines = parse_maps(text);
+        let lines: Vec<NewMapping> = lines.into_iter().map(|line| line.mapping).collect();
         assert_eq!(lines.len(), 3);
         assert_eq!(lines[0].path, "/usr/bin/a b");
         assert_eq!(
@@ -258,6 +343,38 @@ nonsense
         );
         assert_eq!(lines[1].path, "");
         assert_eq!(lines[2].path, "[vdso]");
+    }
+
+    #[test]
+    fn text_that_was_moved_to_memory_is_its_files() {
+        // In two parts, of which the first is on huge pages.
+        let moved = "\
+1000-2000 r--p 00000000 fe:00 7 /bin/x
+2000-3000 r-xp 00000000 00:00 0 
+3000-4000 r-xp 00000000 00:00 0 
+4000-5000 r--p 00003000 fe:00 7 /bin/x
+";
+        let seen = |text: &str| {
+            let of = |line: MapsLine| (line.mapping.inode, line.mapping.offset, line.link);
+            parse_maps(text).into_iter().map(of).collect::<Vec<_>>()
+        };
+        assert_eq!(seen(moved), [(7, 0x1000, (0x1000, 0x2000)), (7, 0x2000, (0x1000, 0x2000))]);
+        // A part of the text is left in the file.
+        let part =
+            moved.replace("2000-3000 r-xp 00000000 00:00 0 ", "2000-3000 r-xp 00001000 fe:00 7 /bin/x");
+        assert_eq!(seen(&part), [(7, 0x1000, (0x2000, 0x3000)), (7, 0x2000, (0x2000, 0x3000))]);
+        // In doubt it stays code without a file.
+        for (from, to) in [
+            ("00003000", "00004000"),
+            ("4000-5000", "4800-5000"),
+            ("4000-5000 r--p 00003000 fe:00 7", "4000-5000 r--p 00003000 fe:00 8"),
+            ("3000-4000 r-xp 00000000 00:00 0 ", "3000-4000 r-xp 00000000 00:00 0 [heap]"),
+            ("1000-2000 r--p 00000000 fe:00 7", "1000-2000 r--p 00000000 00:00 0"),
+        ] {
+            let other = moved.replace(from, to);
+            assert_ne!(other, moved);
+            assert!(seen(&other).iter().all(|(inode, ..)| *inode == 0), "{other}");
+        }
     }
 
     proptest! {

@@ -5,21 +5,20 @@
 //! reported before its samples. `/proc` is read only for processes without such events. A reading may be late: the process may
 //! have another image by then. Later events show that, and the table drops the reading.
 
-use std::{collections::HashMap, num::NonZeroUsize, sync::Arc};
+use std::{collections::HashMap, mem, num::NonZeroUsize, sync::Arc};
 
 use lru::LruCache;
 
 use super::{
     FileTableStats, ImageChanges, MetadataOptions, Process, ProcessMetadataCache, ProcessState,
-    images::{ImageReader, MAX_MAPPINGS},
+    images::{ImageReader, MAX_MAPPINGS, on_worker, read_lines},
     metadata::MetadataError,
     proc::{self, ProcError, ProcFs, RealProc},
 };
 use crate::{
+    access::{self, ENGINE_DEADLINE, Target},
     cgroup::{CgroupHierarchy, CgroupNames, CgroupTree, parse_path},
-    model::{
-        ExitStatus, FileNumbers, Image, ImageKey, MappingEvent, NewMapping, Origin, ProcessKey, Subject,
-    },
+    model::{ExitStatus, FileNumbers, ImageKey, MappingEvent, NewMapping, Origin, ProcessKey, Subject},
 };
 
 /// Paths of control groups that are remembered, for processes that exit before they can be read.
@@ -58,6 +57,8 @@ pub struct ProcessTable {
     max: usize,
     window: u64,
     is_full: bool,
+    /// The number of late answers that are dealt with.
+    answered: u64,
     stats: ProcessStats,
 }
 
@@ -128,6 +129,7 @@ impl ProcessTable {
             max,
             window: 0,
             is_full: false,
+            answered: 0,
             stats: ProcessStats::default(),
         }
     }
@@ -396,12 +398,12 @@ impl ProcessTable {
     /// Checks whether the processes in the table are still alive, and retires the others: this repairs lost exit events.
     /// Returns the retired ones.
     pub fn reconcile(&mut self) -> Vec<ImageKey> {
-        let exited: Vec<ImageKey> = self
-            .alive
-            .values()
-            .filter(|process| !is_running(&*self.proc, process.key.process))
-            .map(|process| process.key)
-            .collect();
+        let alive: Vec<ImageKey> = self.alive.values().map(|process| process.key).collect();
+        let proc = Arc::clone(&self.proc);
+        let exited = all_on_worker(move || {
+            alive.into_iter().filter(|key| !is_running(&*proc, key.process)).collect::<Vec<_>>()
+        })
+        .unwrap_or_default();
         self.stats.reconciled += exited.len() as u64;
         for key in &exited {
             // It may have had another image at its end.
@@ -411,6 +413,27 @@ impl ProcessTable {
             self.retire(key.process.tgid, ProcessState::Ended(ExitStatus(0)));
         }
         exited
+    }
+
+    /// Reads the processes again that did not answer, after something has answered late. Returns whether the kernel has to
+    /// report processes again, because the rules need to know more of them.
+    pub(crate) fn read_unanswered(&mut self) -> bool {
+        let answered = access::node().stats().answered;
+        if mem::replace(&mut self.answered, answered) == answered {
+            return false;
+        }
+        let mut report_again = false;
+        for process in self.alive.values_mut().filter(|process| process.unanswered) {
+            process.unanswered = false;
+            match process.state {
+                ProcessState::Missed => {
+                    process.state = ProcessState::Unread;
+                    report_again = true;
+                }
+                _ => self.images.read_again(process),
+            }
+        }
+        report_again
     }
 
     /// Drops old pending images, of processes that no rule matches, and closes idle files.
@@ -530,7 +553,7 @@ impl ProcessTable {
             })
             .or_else(|| mappings.iter().find(|mapping| mapping.inode != 0));
         process.exe = executable.map_or_else(String::new, |mapping| mapping.path.clone());
-        process.image = Arc::new(self.images.build(process.key.process, process.parent, mappings));
+        process.image = Arc::new(self.images.build(process, mappings));
         process.read_at_ns = None;
         process.reported = None;
         process.state = ProcessState::Alive;
@@ -543,11 +566,11 @@ impl ProcessTable {
         let id = process.cgroup_id;
         if let Some(known) = self.cgroups.get(&id) {
             process.cgroup.clone_from(known);
-        } else if let Some(path) = self
-            .cgroup_tree
-            .as_ref()
-            .and_then(|tree| Some(tree.path(id)?.to_string()))
-            .or_else(|| cgroup_of(&*self.proc, process.key.process, self.hierarchy))
+        } else if let Some(path) =
+            self.cgroup_tree.as_ref().and_then(|tree| Some(tree.path(id)?.to_string())).or_else(|| {
+                let (proc, key, hierarchy) = (Arc::clone(&self.proc), process.key.process, self.hierarchy);
+                on_worker(key, move || cgroup_of(&*proc, key, hierarchy)).ok().flatten()
+            })
         {
             self.cgroups.put(id, path.clone());
             process.cgroup = path;
@@ -588,9 +611,19 @@ impl ProcessTable {
         let key = process.key.process;
         // The cache may hold its former image.
         self.metadata.invalidate(key);
-        let known = self.metadata.get_or_load(key)?;
-        let image =
-            if known.kernel_thread { Image::default() } else { self.images.read(key, process.parent)? };
+        let (loader, proc) = (self.metadata.loader(), Arc::clone(&self.proc));
+        let reading = on_worker(key, move || {
+            let metadata = loader.load(key)?;
+            let lines = if metadata.kernel_thread { Vec::new() } else { read_lines(&*proc, key)? };
+            Ok((metadata, lines))
+        });
+        process.unanswered = reading.is_err();
+        let (loaded, lines) = match reading? {
+            Ok((metadata, lines)) => (Ok(metadata), lines),
+            Err(error) => (Err(error), Vec::new()),
+        };
+        let known = self.metadata.insert(key, loaded)?;
+        let image = self.images.image_of(process, &lines);
         process.read_at_ns = Some(self.proc.now_ns());
         process.kernel_thread = known.kernel_thread;
         process.comm.clone_from(&known.comm);
@@ -602,13 +635,18 @@ impl ProcessTable {
     }
 }
 
+/// Makes a call about many processes on a worker. Their start times are in memory, so none of them can hang.
+pub(crate) fn all_on_worker<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    access::node().run(Target::Process(0), "the start times of all processes", ENGINE_DEADLINE, call).ok()
+}
+
 /// Reports whether the process of this key runs; a zombie does not.
 fn is_running(proc: &dyn ProcFs, key: ProcessKey) -> bool {
     match proc::check_in(proc, key) {
         Ok(stat) => !stat.is_over,
         Err(ProcError::Gone(_) | ProcError::Recycled { .. }) => false,
         // A process that cannot be read now may be alive.
-        Err(ProcError::Read { .. }) => true,
+        Err(ProcError::Read { .. } | ProcError::Unanswered(_)) => true,
     }
 }
 

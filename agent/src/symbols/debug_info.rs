@@ -12,7 +12,10 @@ use super::{
     formats::dwarf::{self, DebugFrame, Unusable},
     options::{DebugCost, Skipped, SymbolizerStats},
 };
-use crate::model::MappedFile;
+use crate::{
+    access::{self, Target},
+    model::MappedFile,
+};
 
 /// The debug information of a file: the file that holds it, its size, and the time spent on it.
 #[derive(Clone, Debug)]
@@ -27,8 +30,8 @@ pub(super) struct FileDebugInfo {
 
 impl FileDebugInfo {
     /// Returns the installed debug file.
-    pub(super) fn separate_file(&self) -> Option<&File> {
-        self.separate.as_ref()?.file.as_ref()
+    pub(super) fn separate_file(&self) -> Option<Arc<MappedFile>> {
+        self.separate.clone()
     }
 }
 
@@ -82,12 +85,18 @@ impl DebugInfoReader {
         &mut self,
         info: &mut Option<FileDebugInfo>,
         file: &Arc<MappedFile>,
-        open: &File,
         addresses: &[u64],
     ) -> DebugFrames {
         let begin = Instant::now();
         let is_new = info.is_none();
-        let info = info.get_or_insert_with(|| self.examine(file, open, begin));
+        if is_new {
+            let (theirs, directories) = (Arc::clone(file), self.directories.clone());
+            let examined = access::read_file(file, move |open| examine(&theirs, open, &directories, begin));
+            // Without an answer the names of the symbol table are not final either.
+            let Ok(examined) = examined else { return DebugFrames::Later };
+            *info = examined.ok();
+        }
+        let Some(info) = info else { return DebugFrames::Absent };
         let Some(program) = &self.program else { return DebugFrames::Absent };
         if is_new && info.state == Err(Unusable::Refused) {
             tracing::info!(
@@ -109,8 +118,16 @@ impl DebugInfoReader {
         if !self.has_time(info, begin) {
             return DebugFrames::Later;
         }
-        let result =
-            dwarf::resolve(program, info.separate_file().unwrap_or(open), addresses, self.cost.memory_bytes);
+        let (program, separate, wanted) = (program.clone(), info.separate_file(), addresses.to_vec());
+        let memory_bytes = self.cost.memory_bytes;
+        let deadline = dwarf::max_time(addresses.len());
+        let theirs = Arc::clone(file);
+        let result = access::node().run(Target::Device(file.dev), &file.path, deadline, move || {
+            let open = theirs.open_for_reading()?;
+            let separate = separate.as_ref().and_then(|file| file.file.as_ref());
+            dwarf::resolve(&program, separate.unwrap_or(&open), &wanted, memory_bytes)
+        });
+        let Ok(result) = result else { return DebugFrames::Later };
         info.spent.add(begin.elapsed(), Instant::now());
         self.spent.add(begin.elapsed(), Instant::now());
         match result {
@@ -136,18 +153,18 @@ impl DebugInfoReader {
             && !self.harm.is_over(Spending::MAX_OF_FILE, now)
             && !self.spent.is_over(self.cost.time, now)
     }
+}
 
-    /// Looks for debug information in the file itself, then for an installed debug file.
-    fn examine(&self, file: &MappedFile, open: &File, now: Instant) -> FileDebugInfo {
-        let spent = Spending::new(now);
-        let own = FileDebugInfo { separate: None, state: dwarf::examine(open), spent };
-        if own.state != Err(Unusable::None) {
-            return own;
-        }
-        let Some(separate) = debug_file::find(file, open, &self.directories) else { return own };
-        let state = separate.file.as_ref().map_or(Err(Unusable::None), dwarf::examine);
-        FileDebugInfo { separate: Some(Arc::new(separate)), state, spent }
+/// Looks for debug information in the file itself, then for an installed debug file.
+fn examine(file: &MappedFile, open: &File, directories: &[PathBuf], now: Instant) -> FileDebugInfo {
+    let spent = Spending::new(now);
+    let own = FileDebugInfo { separate: None, state: dwarf::examine(open), spent };
+    if own.state != Err(Unusable::None) {
+        return own;
     }
+    let Some(separate) = debug_file::find(file, open, directories) else { return own };
+    let state = separate.file.as_ref().map_or(Err(Unusable::None), dwarf::examine);
+    FileDebugInfo { separate: Some(Arc::new(separate)), state, spent }
 }
 
 /// Time spent on something, forgotten at one hundredth of the speed at which time passes: so that it can take much at once,

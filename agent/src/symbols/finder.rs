@@ -6,7 +6,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    fs::File,
     num::NonZeroUsize,
     sync::{Arc, atomic::Ordering},
     time::Instant,
@@ -28,7 +27,10 @@ use super::{
     options::{Skipped, SymbolizerConfig, SymbolizerStats},
     vdso::vdso_file,
 };
-use crate::model::{FileId, Image, MappedFile, MappingKind, ProcessKey};
+use crate::{
+    access::{self, Target},
+    model::{FileId, Image, MappedFile, MappingKind, ProcessKey},
+};
 
 /// Kernel addresses have the highest bit set on every machine that Gannet runs on, and user addresses do not.
 pub(super) const FIRST_KERNEL_ADDRESS: u64 = 1 << 63;
@@ -157,8 +159,10 @@ impl NameFinder {
     }
 
     fn find_in_file(&mut self, file: &Arc<MappedFile>, addresses: &BTreeSet<u64>, found: &mut FileFunctions) {
-        let Some(open) = &file.file else { return };
-        let content = self.content(file, open);
+        if file.file.is_none() {
+            return;
+        }
+        let Some(content) = self.content(file) else { return };
         let state = self.files.get_or_insert_mut(file.id, FileState::default);
         let now = Instant::now();
         let is_time = state.debug_info.as_ref().is_some_and(|info| self.debug_info.has_time(info, now));
@@ -175,12 +179,13 @@ impl NameFinder {
             return;
         }
         let state = self.files.get_or_insert_mut(file.id, FileState::default);
-        let debug_frames = self.debug_info.frames(&mut state.debug_info, file, open, &missing);
+        let debug_frames = self.debug_info.frames(&mut state.debug_info, file, &missing);
         self.wasteful |= matches!(debug_frames, DebugFrames::Read(_));
         let has_no_frame = |(index, _): &(usize, &u64)| debug_frames.frame(*index).is_none();
         let rest: Vec<u64> =
             missing.iter().enumerate().filter(has_no_frame).map(|(_, address)| *address).collect();
-        let mut symbols = self.symbols(file, open, &rest).into_iter();
+        let Some(symbols) = self.symbols(file, &rest) else { return };
+        let mut symbols = symbols.into_iter();
         let mut texts = SharedTexts::default();
         for (index, address) in missing.into_iter().enumerate() {
             let functions: Functions = match debug_frames.frame(index) {
@@ -211,23 +216,35 @@ impl NameFinder {
         provisional.contains(&address)
     }
 
-    /// Returns the identity of the file's content, which is read once for each file.
-    fn content(&mut self, file: &MappedFile, open: &File) -> ContentKey {
+    /// Returns the identity of the file's content, which is read once for each file; none if the file does not answer.
+    fn content(&mut self, file: &Arc<MappedFile>) -> Option<ContentKey> {
         let state = self.files.get_or_insert_mut(file.id, FileState::default);
-        *state.content.get_or_insert_with(|| {
+        if let Some(content) = state.content {
+            return Some(content);
+        }
+        let content = access::read_file(file, |open| {
             let elf = Elf::parse(open, &ElfLimits::default()).ok();
-            elf.and_then(|elf| ContentId::of(&elf)).map_or(ContentKey::File(file.id), ContentKey::Content)
-        })
+            elf.and_then(|elf| ContentId::of(&elf))
+        });
+        let content = content.ok()?.ok().flatten().map_or(ContentKey::File(file.id), ContentKey::Content);
+        state.content = Some(content);
+        Some(content)
     }
 
-    /// Searches the file's symbol tables.
-    fn symbols(&mut self, file: &MappedFile, open: &File, addresses: &[u64]) -> Vec<Option<Vec<u8>>> {
+    /// Searches the file's symbol tables. Returns none if the file does not answer.
+    fn symbols(&mut self, file: &Arc<MappedFile>, addresses: &[u64]) -> Option<Vec<Option<Vec<u8>>>> {
         let state = self.files.get_or_insert_mut(file.id, FileState::default);
         if addresses.is_empty() || state.unusable_table {
-            return Vec::new();
+            return Some(Vec::new());
         }
         let separate = state.debug_info.as_ref().and_then(FileDebugInfo::separate_file);
-        match elf::find(open, separate, addresses) {
+        let addresses = addresses.to_vec();
+        let found = access::read_file(file, move |open| {
+            let separate = separate.as_ref().and_then(|file| file.file.as_ref());
+            elf::find(open, separate, &addresses)
+        });
+        let Ok(found) = found.ok()? else { return Some(Vec::new()) };
+        match found {
             Ok(found) => {
                 if let Some(fault) = found.go_fault
                     && !std::mem::replace(&mut state.go_fault_logged, true)
@@ -235,13 +252,13 @@ impl NameFinder {
                     tracing::info!(path = file.path, %fault, "the Go functions of this file have no names");
                     self.stats.unusable_tables.fetch_add(1, Ordering::Relaxed);
                 }
-                found.names
+                Some(found.names)
             }
             Err(error) => {
                 tracing::info!(path = file.path, %error, "the functions of this file have no names");
                 state.unusable_table = true;
                 self.stats.unusable_tables.fetch_add(1, Ordering::Relaxed);
-                Vec::new()
+                Some(Vec::new())
             }
         }
     }
@@ -284,7 +301,11 @@ impl NameFinder {
         if addresses.is_empty() {
             return found;
         }
-        let Some(map) = PerfMap::read(key, self.perf_maps.pop(&key)) else { return found };
+        let known = self.perf_maps.pop(&key);
+        // The map lies in the root directory of the process, which may be on any file system.
+        let read = access::node()
+            .compute(Target::Process(key.tgid), "its perf map", move || PerfMap::read(key, known));
+        let Ok(Some(map)) = read else { return found };
         for &address in addresses {
             if let Some(name) = map.find(address) {
                 found.insert(address, texts.plain(&name, ""));

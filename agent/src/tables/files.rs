@@ -3,7 +3,7 @@
 use std::{
     cell::Cell,
     collections::HashMap,
-    io,
+    io, mem,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,9 +13,12 @@ use gannet_unwind::{build::BuiltTable, table::UnwindTable};
 
 use super::{
     TableStats,
-    parser::{self, ParsedFile, Parser, TableSources},
+    parser::{self, ParseError, ParsedFile, Parser, TableSources},
 };
-use crate::model::{FileId, MappedFile, Mapping, MappingKind};
+use crate::{
+    access,
+    model::{FileId, MappedFile, Mapping, MappingKind},
+};
 
 /// Memory of tables that the agent holds to unwind raw samples; the kernel has its own copy.
 const MAX_HELD_BYTES: usize = 6 << 20;
@@ -28,6 +31,10 @@ pub(super) struct FileTables {
     parser: Parser,
     vdso: Option<VdsoTable>,
     files: HashMap<FileId, FileState>,
+    /// Files whose file system did not answer. They count as files without a table until something has answered late.
+    unanswered: Vec<FileId>,
+    /// The number of late answers that are dealt with.
+    answered: u64,
     /// The time when tables beyond [`MAX_HELD_BYTES`] were dropped last.
     trimmed: Instant,
 }
@@ -74,6 +81,8 @@ impl FileTables {
                 table: Arc::new(table),
             }),
             files: HashMap::new(),
+            unanswered: Vec::new(),
+            answered: 0,
             trimmed: Instant::now(),
         })
     }
@@ -81,6 +90,14 @@ impl FileTables {
     /// Takes the tables that the thread has built. Returns whether there were any.
     pub(super) fn collect(&mut self, stats: &mut TableStats) -> bool {
         let mut any = false;
+        if !self.unanswered.is_empty() {
+            let answered = access::node().stats().answered;
+            if mem::replace(&mut self.answered, answered) != answered {
+                for file in self.unanswered.drain(..) {
+                    self.files.remove(&file);
+                }
+            }
+        }
         for (file, outcome) in self.parser.finished() {
             any = true;
             let state = match outcome {
@@ -94,6 +111,10 @@ impl FileTables {
                     }
                 }
                 Ok(_) => FileState::None,
+                Err(ParseError::Unanswered(_)) => {
+                    self.unanswered.push(file);
+                    FileState::None
+                }
                 Err(error) => {
                     stats.failed += 1;
                     tracing::warn!(

@@ -20,6 +20,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::disk_cache::DiskCache;
 use crate::{
+    access::{self, Unanswered},
     model::{FileId, MappedFile},
     symbols::{find_debug_file, vdso_image},
 };
@@ -56,7 +57,21 @@ pub(super) struct ParsedFile {
 }
 
 /// The result of one request.
-pub(super) type Outcome = (FileId, Result<ParsedFile, BuildError>);
+pub(super) type Outcome = (FileId, Result<ParsedFile, ParseError>);
+
+/// The reason why there is no table of a file.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ParseError {
+    /// The file cannot be opened any more.
+    #[error("cannot open {0}: {1}")]
+    Open(String, #[source] io::Error),
+    /// The file is damaged, or not supported.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// The file can be read when its file system answers again.
+    #[error(transparent)]
+    Unanswered(#[from] Unanswered),
+}
 
 /// A handle to the thread, which ends when the handle is dropped.
 #[derive(Debug)]
@@ -95,8 +110,7 @@ impl Parser {
                     }
                     Work::UnwindEnd => return,
                 };
-                let Some(open) = &file.file else { continue };
-                if sender.send((file.id, builder.build(&file, open))).is_err() {
+                if sender.send((file.id, builder.build(&file))).is_err() {
                     return;
                 }
                 wake();
@@ -164,9 +178,9 @@ fn next(shared: &Shared, has_idle_work: bool) -> Work {
 
 /// The state of the thread.
 struct FileBuilder {
-    limits: TableLimits,
-    overrides: Overrides,
-    debug_dirs: Vec<PathBuf>,
+    limits: Arc<TableLimits>,
+    overrides: Arc<Overrides>,
+    debug_dirs: Arc<Vec<PathBuf>>,
     cache: Option<DiskCache>,
     /// Tables in use: a library that many containers bring is one table.
     in_use: HashMap<ContentId, Weak<UnwindTable>>,
@@ -190,17 +204,18 @@ impl FileBuilder {
             read_overrides(directory, &limits, &mut overrides);
         }
         Self {
-            limits,
-            overrides,
-            debug_dirs: sources.debug_dirs,
+            limits: Arc::new(limits),
+            overrides: Arc::new(overrides),
+            debug_dirs: Arc::new(sources.debug_dirs),
             cache,
             in_use: HashMap::new(),
             unwritten: VecDeque::new(),
         }
     }
 
-    fn build(&mut self, file: &MappedFile, open: &File) -> Result<ParsedFile, BuildError> {
-        let (content, segments) = identify(open, &file.path, &self.limits)?;
+    fn build(&mut self, file: &Arc<MappedFile>) -> Result<ParsedFile, ParseError> {
+        let limits = Arc::clone(&self.limits);
+        let (content, segments) = on_worker(file, move |file, open| identify(open, &file.path, &limits))?;
         if let Some(table) = self.in_use.get(&content).and_then(Weak::upgrade) {
             return Ok(ParsedFile { content, segments, table });
         }
@@ -209,14 +224,19 @@ impl FileBuilder {
         let parsed = if let Some(cached) = cached {
             ParsedFile { content, segments: cached.segments, table: Arc::new(cached.table) }
         } else {
-            let debug_file = InstalledDebugFile { file, open, directories: &self.debug_dirs };
-            let options = BuildOptions {
-                debug_files: Some(&debug_file),
-                overrides: Some(&self.overrides),
-                runs: true,
-                ..BuildOptions::new(&file.path, &self.limits)
-            };
-            let BuiltTable { table, content, build_id, segments, report: _ } = build_file(open, &options)?;
+            let (limits, overrides) = (Arc::clone(&self.limits), Arc::clone(&self.overrides));
+            let directories = Arc::clone(&self.debug_dirs);
+            let built = on_worker(file, move |file, open| {
+                let debug_file = InstalledDebugFile { file, open, directories: &directories };
+                let options = BuildOptions {
+                    debug_files: Some(&debug_file),
+                    overrides: Some(&overrides),
+                    runs: true,
+                    ..BuildOptions::new(&file.path, &limits)
+                };
+                build_file(open, &options)
+            })?;
+            let BuiltTable { table, content, build_id, segments, report: _ } = built;
             let table = Arc::new(table);
             if self.cache.is_some()
                 && !overridden
@@ -241,6 +261,16 @@ impl FileBuilder {
             cache.write(&content, &table, &segments, build_id.as_ref());
         }
     }
+}
+
+/// Opens a file and makes a call with it, all on a worker: its file system may stop to answer.
+fn on_worker<T: Send + 'static>(
+    file: &Arc<MappedFile>,
+    call: impl FnOnce(&MappedFile, &File) -> Result<T, BuildError> + Send + 'static,
+) -> Result<T, ParseError> {
+    let theirs = Arc::clone(file);
+    let called = access::read_file(file, move |open| call(&theirs, open))?;
+    Ok(called.map_err(|error| ParseError::Open(file.path.clone(), error))??)
 }
 
 /// Finds the installed debug file of one program.

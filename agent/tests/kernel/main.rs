@@ -8,7 +8,9 @@ mod common;
 
 mod blocked;
 mod captures;
+mod cases;
 mod daemon;
+mod hung;
 mod images;
 mod lifecycle;
 mod pods;

@@ -93,6 +93,12 @@ fn is_symbols(name: &[u8]) -> bool {
     name == b".symtab" || name == b".strtab"
 }
 
+/// Returns the time in which [`resolve`] ends by itself, unless the file does not answer.
+pub(crate) fn max_time(addresses: usize) -> Duration {
+    let calls = addresses.div_ceil(CALL_ADDRESSES) + 1;
+    CALL_TIMEOUT.saturating_mul(u32::try_from(calls).unwrap_or(u32::MAX))
+}
+
 /// Reads the functions at each ELF virtual address. The child has `memory_bytes` of memory beside the file itself. `program` is the agent itself, which runs as the child. An error means that
 /// the child could not start, died, or did not answer in time.
 pub(crate) fn resolve(

@@ -1,0 +1,205 @@
+//! Programs that other profilers got wrong in the field: threads that outlive the first one, code that moves, more mappings
+//! than usual, and CPUs that go off and on.
+
+use std::{fs, path::Path, process::Command, thread::sleep, time::Duration};
+
+use crate::common::{Recording, Running, in_order, is_marked, program, record, record_for, slower};
+
+const DEAD_LEADER: &str = include_str!("../data/cases/dead_leader.c");
+const MOVED_TEXT: &str = include_str!("../data/cases/moved_text.c");
+const MANY_MAPPINGS: &str = include_str!("../data/cases/many_mappings.c");
+
+/// Starts a program and lets it come to its loop.
+fn started(program: &Path, arguments: &[&str]) -> Running {
+    let running = Running::start(Command::new(program).args(arguments));
+    sleep(Duration::from_secs(1) * slower());
+    running
+}
+
+/// Checks that nearly all samples of a function are complete, with these frames.
+#[track_caller]
+fn assert_complete(recording: &Recording, leaf: &str, frames: &[&str]) {
+    let whole = |stack: &[String]| in_order(stack, frames) && !is_marked(stack);
+    let (good, all) = recording.share(leaf, whole);
+    let odd = recording.odd_ones(leaf, whole);
+    let seen: u64 = recording.stacks.iter().map(|(_, count)| count).sum();
+    assert!(all > 10 && good * 100 >= all * 98, "{good} of {all} of {seen}: {odd:?}\n{}", recording.log);
+}
+
+#[test]
+fn a_process_whose_first_thread_has_ended_has_names() {
+    let program = program("dead_leader", DEAD_LEADER, &["-pthread"]);
+    let running = started(&program, &[]);
+    for filter in [
+        ["--pid", &running.0.id().to_string()],
+        ["--comm", "dead_leader"],
+        ["--exe", program.to_str().unwrap()],
+    ] {
+        let recording = record_for(2, 99, &filter);
+        assert_complete(&recording, "dead_leader_leaf", &["dead_leader", "spin", "dead_leader_leaf"]);
+    }
+    drop(running);
+    let path = program.to_str().unwrap();
+    let duration = format!("{}s", 2 * slower());
+    let recording = record(99 / slower(), &["--duration", &duration, "--", path]);
+    assert_complete(&recording, "dead_leader_leaf", &["dead_leader", "spin", "dead_leader_leaf"]);
+}
+
+/// Checks a library that another thread opens after the first thread has ended, and a program whose name was deleted.
+#[test]
+fn a_library_is_named_after_the_first_thread_ended() {
+    let library = program(
+        "late.so",
+        "volatile unsigned long n;
+         __attribute__((noinline)) void late_leaf(void) { for (int i = 0; i < 1000; i++) n += i; }",
+        &["-shared", "-fPIC"],
+    );
+    let source = r#"#include <dlfcn.h>
+        #include <pthread.h>
+        #include <unistd.h>
+        static const char *path;
+        __attribute__((noinline)) void late_spin(void) {
+          sleep(3);
+          void (*leaf)(void) = dlsym(dlopen(path, RTLD_NOW), "late_leaf");
+          for (;;) leaf();
+        }
+        static void *run(void *x) { late_spin(); return x; }
+        int main(int c, char **v) { path = v[1]; pthread_t t; pthread_create(&t, 0, run, 0); pthread_exit(0); }"#;
+    let original = program("late_leader", source, &["-pthread", "-ldl"]);
+    let directory = tempfile::tempdir().unwrap();
+    let copy = directory.path().join("late_leader");
+    fs::copy(original, &copy).unwrap();
+    let running = started(&copy, &[library.to_str().unwrap()]);
+    fs::remove_file(&copy).unwrap();
+    let recording = record_for(6, 99, &["--pid", &running.0.id().to_string()]);
+    assert_complete(&recording, "late_leaf", &["late_leader", "run", "late_spin", "late_leaf"]);
+}
+
+#[test]
+fn text_that_moved_before_the_agent_started_has_names() {
+    let program = program("moved_text", MOVED_TEXT, &[]);
+    let running = started(&program, &[]);
+    let recording = record_for(2, 99, &["--pid", &running.0.id().to_string()]);
+    assert_complete(&recording, "moved_leaf", &["main", "moved_middle", "moved_leaf"]);
+    drop(running);
+    let path = program.to_str().unwrap();
+    let duration = format!("{}s", 2 * slower());
+    let recording = record(99 / slower(), &["--duration", &duration, "--", path]);
+    assert_complete(&recording, "moved_leaf", &["main", "moved_middle", "moved_leaf"]);
+}
+
+/// Checks the other ways to move text: memory that replaces the file in place, while the agent follows, and a part of it only.
+#[test]
+fn text_that_memory_replaces_in_place_has_names() {
+    let source = MOVED_TEXT
+        .replace("mremap(t, e - s, e - s, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)s);", "replace(s, e, t);");
+    assert_ne!(source, MOVED_TEXT);
+    // The function that replaces the program's text lies in a library.
+    let library = program(
+        "libreplace.so",
+        "#define _GNU_SOURCE
+         #include <string.h>
+         #include <sys/mman.h>
+         void replace(unsigned long s, unsigned long e, void *t) {
+           mmap((void *)s, e - s, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+           memcpy((void *)s, t, e - s);
+           mprotect((void *)s, e - s, PROT_READ | PROT_EXEC);
+         }",
+        &["-shared", "-fPIC"],
+    );
+    let program = program("replaced_text", &source, &[library.to_str().unwrap()]);
+    let running = started(&program, &[]);
+    let recording = record_for(2, 99, &["--pid", &running.0.id().to_string()]);
+    assert_complete(&recording, "moved_leaf", &["main", "moved_middle", "moved_leaf"]);
+    drop(running);
+    let path = program.to_str().unwrap();
+    let duration = format!("{}s", 2 * slower());
+    let recording = record(99 / slower(), &["--duration", &duration, "--", path]);
+    assert_complete(&recording, "moved_leaf", &["main", "moved_middle", "moved_leaf"]);
+}
+
+#[test]
+fn a_library_above_20_000_mappings_has_names() {
+    let program = program("many_mappings", MANY_MAPPINGS, &[]);
+    for arguments in [&[][..], &["change"]] {
+        let running = started(&program, arguments);
+        let recording = record_for(3, 99, &["--pid", &running.0.id().to_string()]);
+        let in_libc =
+            |stack: &[String]| stack.iter().any(|name| name.contains("memset") || name.contains("strlen"));
+        let samples: u64 = recording.stacks.iter().map(|(_, count)| count).sum();
+        let marked: u64 =
+            recording.stacks.iter().filter(|(stack, _)| is_marked(stack)).map(|(_, count)| count).sum();
+        let named: u64 =
+            recording.stacks.iter().filter(|(stack, _)| in_libc(stack)).map(|(_, count)| count).sum();
+        assert!(
+            samples > 10 && marked * 100 <= samples * 2,
+            "{marked} of {samples} marked: {}",
+            recording.log
+        );
+        assert!(named > 0 && (!arguments.is_empty() || named * 2 > samples), "{named} of {samples} in libc");
+        assert!(recording.lost.values().all(|count| *count == 0), "{:?}", recording.lost);
+    }
+}
+
+/// Checks the mappings of a file too: a data file of which every other page is executable.
+#[test]
+fn a_library_above_20_000_file_mappings_has_names() {
+    let source = r"#include <fcntl.h>
+        #include <string.h>
+        #include <sys/mman.h>
+        #include <unistd.h>
+        int main(int c, char **v) {
+          int f = open(v[1], O_RDWR | O_CREAT, 0600); char x[4096] = {1};
+          ftruncate(f, 40000L * 4096);
+          char *b = mmap(0, 40000L * 4096, PROT_READ, MAP_PRIVATE, f, 0);
+          for (long i = 0; i < 40000; i += 2) mprotect(b + i * 4096, 4096, PROT_READ | PROT_EXEC);
+          for (volatile unsigned long n = 0;;) n += strlen(memset(x, 'a', 4095));
+        }";
+    let program = program("many_files", source, &[]);
+    let directory = tempfile::tempdir().unwrap();
+    let running = started(&program, &[directory.path().join("data").to_str().unwrap()]);
+    let recording = record_for(3, 99, &["--pid", &running.0.id().to_string()]);
+    let samples: u64 = recording.stacks.iter().map(|(_, count)| count).sum();
+    let whole: u64 = recording
+        .stacks
+        .iter()
+        .filter(|(stack, _)| in_order(stack, &["main"]) && !is_marked(stack))
+        .map(|(_, count)| count)
+        .sum();
+    assert!(samples > 10 && whole * 100 >= samples * 95, "{whole} of {samples}: {}", recording.log);
+}
+
+/// Brings a CPU back online when a test ends.
+struct Offline(String);
+
+impl Drop for Offline {
+    fn drop(&mut self) {
+        let _ = fs::write(&self.0, "1");
+    }
+}
+
+#[test]
+fn a_cpu_that_goes_off_and_on_is_sampled_again() {
+    let online = Offline("/sys/devices/system/cpu/cpu1/online".into());
+    let source = "volatile unsigned long n;
+        __attribute__((noinline)) void pinned_leaf(void) { for (int i = 0; i < 1000; i++) n += i; }
+        int main(void) { for (;;) pinned_leaf(); }";
+    let program = program("pinned", source, &[]);
+    let path = program.to_str().unwrap().to_owned();
+    let toggle = std::thread::spawn(move || {
+        sleep(Duration::from_secs(3) * slower());
+        for state in ["0", "1"] {
+            fs::write(&online.0, state)
+                .unwrap_or_else(|error| panic!("{}: {error}; the test needs it", online.0));
+        }
+        let running = Running::start(Command::new("taskset").args(["-c", "1", &path]));
+        sleep(Duration::from_secs(8) * slower());
+        drop(running);
+    });
+    let recording = record_for(10, 99, &["--comm", "pinned"]);
+    toggle.join().unwrap();
+    // It shares its CPU with the other programs of the machine.
+    let (good, all) =
+        recording.share("pinned_leaf", |stack| in_order(stack, &["pinned", "main"]) && !is_marked(stack));
+    assert!(all > 20 && good * 100 >= all * 98, "{good} of {all}: {}", recording.log);
+}

@@ -1,0 +1,185 @@
+//! A file system that stops to answer holds up nothing but the processes on it. The tests need python3 and `/dev/fuse`.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::common::{Running, agent, in_order, program, record_for, slower};
+
+const SERVER: &str = include_str!("../data/cases/hangfs.py");
+const SPIN: &str = "volatile unsigned long n;
+__attribute__((noinline)) void NAME(void) { for (int i = 0; i < 1000; i++) n += i; }
+int main(void) { for (;;) NAME(); }";
+/// Whatever a test does wrong, the file system answers again after this time.
+const RESCUE: &str = "60";
+/// Long enough for a busy machine, and shorter than the time until the rescue.
+const TIMEOUT: Duration = Duration::from_secs(25);
+
+fn spin(name: &str) -> PathBuf {
+    program(name, &SPIN.replace("NAME", &format!("{name}_leaf")), &[])
+}
+
+/// A mounted file system that holds one program, and its server.
+struct HungFs {
+    server: Running,
+    rescue: Running,
+    directory: tempfile::TempDir,
+}
+
+impl HungFs {
+    #[track_caller]
+    fn mount(program: &Path) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let script = directory.path().join("hangfs.py");
+        fs::write(&script, SERVER).unwrap();
+        let mount = directory.path().join("mount");
+        fs::create_dir(&mount).unwrap();
+        let server = Running::start(Command::new("python3").arg(script).arg(&mount).arg(program));
+        let rescue = format!("sleep {RESCUE}; kill -CONT {}", server.0.id());
+        let rescue = Running::start(Command::new("sh").args(["-c", &rescue]));
+        let this = Self { server, rescue, directory };
+        wait_for("the file system is mounted (it needs python3 and /dev/fuse)", || {
+            File::open(this.program()).is_ok()
+        });
+        this
+    }
+
+    fn program(&self) -> PathBuf {
+        self.directory.path().join("mount/prog")
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.server.0), signal).unwrap();
+    }
+
+    /// Starts the program by a shell: the start of a child waits for its `execve`.
+    fn start(&self) -> Running {
+        let start = format!("exec {}", self.program().display());
+        Running::start(Command::new("sh").args(["-c", &start]))
+    }
+}
+
+impl Drop for HungFs {
+    fn drop(&mut self) {
+        self.signal(Signal::CONT);
+        let _ = Command::new("umount").arg("-l").arg(self.directory.path().join("mount")).status();
+        let _ = self.rescue.0.kill();
+    }
+}
+
+#[track_caller]
+fn wait_for(what: &str, mut is: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !is() {
+        assert!(begun.elapsed() < TIMEOUT, "{what}");
+        sleep(Duration::from_millis(20));
+    }
+}
+
+/// Waits until a process ends, and returns how long that took.
+#[track_caller]
+fn end_of(what: &str, child: &mut Child) -> Duration {
+    let begun = Instant::now();
+    wait_for(what, || child.try_wait().unwrap().is_some());
+    begun.elapsed()
+}
+
+/// Records everything for two seconds and checks that only the process on the file system has no names.
+#[track_caller]
+fn record_all_beside(other: &str) {
+    let begun = Instant::now();
+    let recording = record_for(2, 99, &["--all"]);
+    assert!(
+        begun.elapsed() < Duration::from_secs(2 * u64::from(slower())) + TIMEOUT,
+        "{:?}",
+        begun.elapsed()
+    );
+    let leaf = format!("{other}_leaf");
+    let (good, all) = recording.share(&leaf, |stack| in_order(stack, &[other, "main", &leaf]));
+    assert!(all > 20 && good == all, "{good} of {all}\n{}", recording.log);
+    assert_eq!(recording.log.matches("does not answer (").count(), 1, "{}", recording.log);
+}
+
+#[test]
+fn a_hung_program_is_profiled_without_its_names() {
+    let (on_disk, hung) = (spin("beside_a"), HungFs::mount(&spin("hung_a")));
+    let _beside = Running::start(&mut Command::new(on_disk));
+    let _hung = hung.start();
+    sleep(Duration::from_millis(500));
+    hung.signal(Signal::STOP);
+    record_all_beside("beside_a");
+}
+
+#[test]
+fn a_process_that_hangs_in_execve_holds_up_no_other() {
+    let (on_disk, hung) = (spin("beside_b"), HungFs::mount(&spin("hung_b")));
+    let _beside = Running::start(&mut Command::new(on_disk));
+    hung.signal(Signal::STOP);
+    let _hung = hung.start();
+    sleep(Duration::from_millis(500));
+    let begun = Instant::now();
+    let recording = record_for(2, 99, &["--all"]);
+    assert!(begun.elapsed() < Duration::from_secs(2 * u64::from(slower())) + TIMEOUT);
+    let (good, all) = recording.share("beside_b_leaf", |stack| in_order(stack, &["beside_b", "main"]));
+    assert!(all > 20 && good == all, "{good} of {all}\n{}", recording.log);
+}
+
+/// Checks that a program whose file is open in the agent does not hold up the agent's end: closing a readable descriptor of
+/// such a file waits for its file system.
+#[test]
+fn sigterm_ends_a_recording_of_a_program_that_hung() {
+    let hung = HungFs::mount(&spin("hung_c"));
+    let program = hung.start();
+    let out = hung.directory.path().join("out.pb.gz");
+    let pid = program.0.id().to_string();
+    let mut recording = Running::start(
+        Command::new(agent())
+            .args(["record", "--pid", &pid, "--duration", "300s", "-o"])
+            .arg(&out)
+            .stderr(Stdio::null()),
+    );
+    sleep(Duration::from_secs(4) * slower());
+    hung.signal(Signal::STOP);
+    sleep(Duration::from_secs(2));
+    kill_process(Pid::from_child(&recording.0), Signal::TERM).unwrap();
+    let took = end_of("the recording ends", &mut recording.0);
+    assert!(took < Duration::from_secs(15) * slower(), "{took:?}");
+    assert!(out.exists(), "it has written what it had");
+}
+
+#[test]
+fn the_daemon_names_the_program_when_its_files_answer() {
+    let hung = HungFs::mount(&spin("hung_d"));
+    let _program = hung.start();
+    sleep(Duration::from_millis(500));
+    hung.signal(Signal::STOP);
+    let directory = tempfile::tempdir().unwrap();
+    let rules = directory.path().join("rules.yaml");
+    fs::write(&rules, "rules:\n- id: hung\n  match: {comm: [prog]}\n  capture: {hz: 99}\n").unwrap();
+    let log = directory.path().join("log");
+    let mut daemon = Running::start(
+        Command::new(agent())
+            .args(["run", "--pod-source", "none", "--node", "here", "--window", "1s"])
+            .args(["--http-listen", "127.0.0.1:0", "--debug-listen", "127.0.0.1:0"])
+            .arg("--rules")
+            .arg(&rules)
+            .arg("--state-dir")
+            .arg(directory.path().join("state"))
+            .stderr(File::create(&log).unwrap()),
+    );
+    let logged = |text: &str| fs::read_to_string(&log).unwrap().contains(text);
+    wait_for("the daemon reports the file system", || logged("does not answer ("));
+    hung.signal(Signal::CONT);
+    wait_for("the daemon goes on", || logged("answers again"));
+    hung.signal(Signal::STOP);
+    sleep(Duration::from_secs(2));
+    kill_process(Pid::from_child(&daemon.0), Signal::TERM).unwrap();
+    let took = end_of("the daemon ends", &mut daemon.0);
+    assert!(took < Duration::from_secs(15) * slower(), "{took:?}");
+}
