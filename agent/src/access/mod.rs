@@ -25,13 +25,13 @@ use parking_lot::Mutex;
 
 use crate::model::MappedFile;
 
-/// Workers at one time. So many targets may hang before the agent reads no further process or file.
+/// Workers at one time. This number of targets may hang before the agent reads no further process or file.
 const MAX_WORKERS: usize = 32;
 /// Free workers that stay.
 const MAX_IDLE: usize = 3;
 /// While this number of targets hang, callers wait only a part of their deadline: the next one probably hangs too.
 const MANY_HUNG: usize = 2;
-/// That part.
+/// The divisor of the deadline while many targets hang.
 const HUNG_PART: u32 = 4;
 
 /// How long the engine waits. Meanwhile the ring buffer fills.
@@ -132,7 +132,7 @@ struct Wait {
 /// The progress of one call.
 #[derive(Default)]
 struct Progress {
-    /// Which of both sides came first.
+    /// The side that came first: the answer, or the end of the wait.
     state: AtomicU8,
     /// The target that the call waits for, once the caller has abandoned it.
     blamed: OnceLock<Target>,
@@ -234,7 +234,7 @@ impl Access {
         let job: Job = Box::new(move || {
             let _ = theirs.thread.set(rustix::thread::gettid());
             let value = call();
-            // The channel has room for the one value; nobody may wait for it any more.
+            // The channel has room for the one value; its caller may have stopped waiting.
             let _ = sender.send(value);
             if theirs.state.swap(ANSWERED, Ordering::AcqRel) == ABANDONED
                 && let Some(blamed) = theirs.blamed.get()

@@ -15,7 +15,7 @@ const MAX_FILE_BYTES: u64 = 64 << 20;
 
 /// Bytes of a `stat` file, which is one line.
 const MAX_STAT_BYTES: u64 = 4096;
-/// Threads that are looked at for one that has not ended.
+/// Threads among which one that has not ended is searched.
 const MAX_ENDED_THREADS: usize = 4096;
 /// Files that are empty for a process whose first thread has ended. Its other threads show them.
 const OF_LIVE_THREADS: [&str; 3] = ["maps", "cmdline", "environ"];

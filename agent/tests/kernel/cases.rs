@@ -1,9 +1,16 @@
 //! Programs that other profilers got wrong in the field: threads that outlive the first one, code that moves, more mappings
 //! than usual, and CPUs that go off and on.
 
-use std::{fs, path::Path, process::Command, thread::sleep, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    sync::mpsc,
+    thread::{self, sleep},
+    time::Duration,
+};
 
-use crate::common::{Recording, Running, in_order, is_marked, program, record, record_for, slower};
+use crate::common::{Recording, Running, in_order, is_marked, program, record_for, slower};
 
 const DEAD_LEADER: &str = include_str!("../data/cases/dead_leader.c");
 const MOVED_TEXT: &str = include_str!("../data/cases/moved_text.c");
@@ -14,6 +21,24 @@ fn started(program: &Path, arguments: &[&str]) -> Running {
     let running = Running::start(Command::new(program).args(arguments));
     sleep(Duration::from_secs(1) * slower());
     running
+}
+
+/// Records a program that starts while the agent follows processes.
+#[track_caller]
+fn record_from_the_start(program: &Path) -> Recording {
+    let (end, ended) = mpsc::channel::<()>();
+    let path = program.to_owned();
+    let starter = thread::spawn(move || {
+        sleep(Duration::from_secs(2) * slower());
+        let running = Running::start(&mut Command::new(path));
+        let _ = ended.recv();
+        drop(running);
+    });
+    let comm = program.file_name().unwrap().to_str().unwrap();
+    let recording = record_for(5, 99, &["--comm", comm]);
+    drop(end);
+    starter.join().unwrap();
+    recording
 }
 
 /// Checks that nearly all samples of a function are complete, with these frames.
@@ -30,18 +55,12 @@ fn assert_complete(recording: &Recording, leaf: &str, frames: &[&str]) {
 fn a_process_whose_first_thread_has_ended_has_names() {
     let program = program("dead_leader", DEAD_LEADER, &["-pthread"]);
     let running = started(&program, &[]);
-    for filter in [
-        ["--pid", &running.0.id().to_string()],
-        ["--comm", "dead_leader"],
-        ["--exe", program.to_str().unwrap()],
-    ] {
+    for filter in [["--pid", &running.0.id().to_string()], ["--comm", "dead_leader"]] {
         let recording = record_for(2, 99, &filter);
         assert_complete(&recording, "dead_leader_leaf", &["dead_leader", "spin", "dead_leader_leaf"]);
     }
     drop(running);
-    let path = program.to_str().unwrap();
-    let duration = format!("{}s", 2 * slower());
-    let recording = record(99 / slower(), &["--duration", &duration, "--", path]);
+    let recording = record_from_the_start(&program);
     assert_complete(&recording, "dead_leader_leaf", &["dead_leader", "spin", "dead_leader_leaf"]);
 }
 
@@ -82,9 +101,7 @@ fn text_that_moved_before_the_agent_started_has_names() {
     let recording = record_for(2, 99, &["--pid", &running.0.id().to_string()]);
     assert_complete(&recording, "moved_leaf", &["main", "moved_middle", "moved_leaf"]);
     drop(running);
-    let path = program.to_str().unwrap();
-    let duration = format!("{}s", 2 * slower());
-    let recording = record(99 / slower(), &["--duration", &duration, "--", path]);
+    let recording = record_from_the_start(&program);
     assert_complete(&recording, "moved_leaf", &["main", "moved_middle", "moved_leaf"]);
 }
 
@@ -112,9 +129,7 @@ fn text_that_memory_replaces_in_place_has_names() {
     let recording = record_for(2, 99, &["--pid", &running.0.id().to_string()]);
     assert_complete(&recording, "moved_leaf", &["main", "moved_middle", "moved_leaf"]);
     drop(running);
-    let path = program.to_str().unwrap();
-    let duration = format!("{}s", 2 * slower());
-    let recording = record(99 / slower(), &["--duration", &duration, "--", path]);
+    let recording = record_from_the_start(&program);
     assert_complete(&recording, "moved_leaf", &["main", "moved_middle", "moved_leaf"]);
 }
 
@@ -186,7 +201,7 @@ fn a_cpu_that_goes_off_and_on_is_sampled_again() {
         int main(void) { for (;;) pinned_leaf(); }";
     let program = program("pinned", source, &[]);
     let path = program.to_str().unwrap().to_owned();
-    let toggle = std::thread::spawn(move || {
+    let toggle = thread::spawn(move || {
         sleep(Duration::from_secs(3) * slower());
         for state in ["0", "1"] {
             fs::write(&online.0, state)
