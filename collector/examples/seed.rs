@@ -449,6 +449,7 @@ async fn agent(connection: Connection, node: &'static str, lossy: bool) -> anyho
                 delivered: 60_400,
                 pending: 600,
                 lost,
+                unaccounted: 0,
             }),
             rss_bytes: 47 << 20,
             cpu: Some(Duration::from_millis(31_400).try_into()?),

@@ -262,14 +262,18 @@ impl IngestState {
             Err(refusal) => return refused(refusal),
         };
         match outcome {
-            BatchOutcome::Stored => {
+            BatchOutcome::Stored { samples } => {
                 if let Some(copied) = copied {
                     self.forwarder.offer(&copied);
                 }
-                push_response::Message::Accepted(Accepted { batch_id, duplicate: false })
+                push_response::Message::Accepted(Accepted {
+                    batch_id,
+                    duplicate: false,
+                    samples: Some(samples),
+                })
             }
             BatchOutcome::Duplicate => {
-                push_response::Message::Accepted(Accepted { batch_id, duplicate: true })
+                push_response::Message::Accepted(Accepted { batch_id, duplicate: true, samples: None })
             }
             BatchOutcome::Throttled { retry_after, reason, .. } => {
                 push_response::Message::Throttled(Throttled {

@@ -127,6 +127,8 @@ collector_metrics! {
         counter("gannet_collector_ledger_samples_delivered_total", "Samples in profiles, by the ledgers of stored windows");
     samples_lost: Family<ReasonLabel, Counter> => SAMPLES_LOST
         counter("gannet_collector_ledger_samples_lost_total", "Samples lost, by the ledgers of stored windows", ["reason"]);
+    samples_unaccounted: Gauge => SAMPLES_UNACCOUNTED
+        gauge("gannet_collector_ledger_samples_unaccounted", "Samples without a reason, by the ledgers of stored windows; must stay 0");
     ledgers_unbalanced: Counter => LEDGERS_UNBALANCED
         counter("gannet_collector_ledger_unbalanced_windows_total", "Windows whose taken samples differ from delivered and lost together");
 

@@ -2,9 +2,12 @@
 
 use std::{path::Path, time::Duration};
 
-use gannet_proto::control::{
-    CaptureDone, CaptureProgress, CaptureRequest, CaptureStarted, ListNodesRequest, Match, capture,
-    capture_progress::Message,
+use gannet_proto::{
+    control::{
+        CaptureDone, CaptureProgress, CaptureRequest, CaptureStarted, Ledger, ListNodesRequest, Match,
+        capture, capture_progress::Message,
+    },
+    ledger::LossReason,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -60,7 +63,7 @@ pub(crate) async fn run(
         }
     }
     bar.finish_and_clear();
-    let Some(CaptureDone { samples, .. }) = done else {
+    let Some(CaptureDone { samples, ledger }) = done else {
         return Err(Error::Failed(format!(
             "node `{}` ended its answer before the profile was complete; try again",
             request.node
@@ -75,6 +78,26 @@ pub(crate) async fn run(
     save(&profile, file.unwrap_or(Path::new("profile.pb.gz")), format, console)?;
     if format == Format::Table && file != Some(Path::new("-")) {
         writeln!(console.out, "{samples} samples of node {}", request.node)?;
+        // An agent of an earlier version sends none.
+        if let Some(ledger) = ledger {
+            print_ledger(&ledger, console)?;
+        }
+    }
+    Ok(())
+}
+
+/// Prints the account of the windows that the capture ran in, with the cure of each loss.
+fn print_ledger(ledger: &Ledger, console: &mut Console<'_>) -> Result<(), Error> {
+    let Ledger { taken, delivered, lost, unaccounted, .. } = ledger;
+    let total: u64 = lost.values().sum();
+    let of = "of the node, in the windows of the capture";
+    writeln!(
+        console.out,
+        "{of}: {taken} taken, {delivered} delivered, {total} lost, {unaccounted} unaccounted"
+    )?;
+    for (reason, n) in lost {
+        let cure = reason.parse::<LossReason>().map_or("see the agent's log", LossReason::cure);
+        writeln!(console.out, "  lost {reason}: {n}; {cure}")?;
     }
     Ok(())
 }

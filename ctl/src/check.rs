@@ -94,6 +94,12 @@ fn problems_of(node: &Node) -> Vec<String> {
     }
     if let Some(ledger) = &status.ledger {
         let lost: u64 = ledger.lost.values().sum();
+        if ledger.unaccounted != 0 {
+            problems.push(format!(
+                "{} samples are unaccounted for, which is a fault of Gannet: report it with the agent's log",
+                ledger.unaccounted
+            ));
+        }
         // Losses up to 1 % do not distort a profile.
         if lost.saturating_mul(100) > ledger.taken {
             let reasons: Vec<_> = ledger.lost.iter().map(|(reason, n)| format!("{reason} {n}")).collect();
@@ -130,15 +136,21 @@ mod tests {
             ledger: Some(Ledger {
                 taken: 1000,
                 lost: [("ring_full".to_owned(), 100)].into(),
+                unaccounted: 900,
                 ..Ledger::default()
             }),
             ..NodeStatus::default()
         });
         let found = problems_of(&bad);
-        for words in ["version 0.0.1", "degraded: control", "lost 100 of 1000 samples: ring_full 100"] {
+        for words in [
+            "900 samples are unaccounted",
+            "version 0.0.1",
+            "degraded: control",
+            "lost 100 of 1000 samples: ring_full 100",
+        ] {
             assert!(found.iter().any(|problem| problem.contains(words)), "{found:?}");
         }
-        assert_eq!(found.len(), 3);
+        assert_eq!(found.len(), 4);
         assert!(problems_of(&Node::default())[0].contains("offline"));
     }
 }

@@ -84,7 +84,7 @@ fn node_json(node: &Node) -> Value {
         "processes_armed": status.processes_armed,
         "ledger": {
             "ticks": ledger.ticks, "taken": ledger.taken, "delivered": ledger.delivered, "pending": ledger.pending,
-            "lost": ledger.lost,
+            "lost": ledger.lost, "unaccounted": ledger.unaccounted,
         },
         "rules": status.rules.iter().map(rule_status_json).collect::<Vec<_>>(),
         "rollout": node.rollout.as_ref().map(node_rollout_json),

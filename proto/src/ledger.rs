@@ -9,10 +9,20 @@ use crate::control;
 pub enum LossReason {
     /// The ring buffer was full.
     RingFull,
-    /// The kernel could not read the stack.
+    /// Neither the kernel stack nor the user stack could be read.
     StackFault,
-    /// The kernel returned a stack id whose stack was gone from the map.
+    /// The kernel refused to call the next part of the unwinder (before Linux 5.17 only).
     StackMissing,
+    /// The kernel skipped the handler, because it was still active on the CPU; an upper bound.
+    Skipped,
+    /// The agent could not decode the record: agent and BPF programs are not of one build.
+    Undecodable,
+    /// No rule held for the whole off-CPU interval.
+    NoRule,
+    /// The capture of an exec condition was over, or was for another process.
+    CaptureOver,
+    /// The rule was removed before the window ended.
+    RuleRemoved,
     /// A BPF map had no room for the process or the stack.
     MapFull,
     /// Threads blocked more often than the rate limit of off-CPU samples allows.
@@ -37,12 +47,17 @@ pub enum LossReason {
 
 impl LossReason {
     /// All reasons, in the order of the path of a sample.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 18] = [
         Self::RingFull,
         Self::StackFault,
         Self::StackMissing,
         Self::MapFull,
         Self::RateLimit,
+        Self::Skipped,
+        Self::Undecodable,
+        Self::NoRule,
+        Self::CaptureOver,
+        Self::RuleRemoved,
         Self::QueueFull,
         Self::Denied,
         Self::SpoolFull,
@@ -61,6 +76,11 @@ impl LossReason {
             Self::StackMissing => "stack_missing",
             Self::MapFull => "map_full",
             Self::RateLimit => "rate_limit",
+            Self::Skipped => "skipped",
+            Self::Undecodable => "undecodable",
+            Self::NoRule => "no_rule",
+            Self::CaptureOver => "capture_over",
+            Self::RuleRemoved => "rule_removed",
             Self::QueueFull => "queue_full",
             Self::Denied => "denied",
             Self::SpoolFull => "spool_full",
@@ -69,6 +89,36 @@ impl LossReason {
             Self::Expired => "expired",
             Self::TooLarge => "too_large",
             Self::Shutdown => "shutdown",
+        }
+    }
+
+    /// Returns what an operator can do about it.
+    pub const fn cure(self) -> &'static str {
+        match self {
+            Self::RingFull => "raise --ring-bytes",
+            Self::StackFault => "the processes' stacks are not readable; nothing to do",
+            Self::StackMissing => "use Linux 5.17 or later, whose unwinder needs no chain of programs",
+            Self::MapFull => {
+                "lower the rules' off-CPU share or narrow their match: too many threads block at one time"
+            }
+            Self::RateLimit => {
+                "raise the rules' min_block time or narrow their match: threads block too often"
+            }
+            Self::Skipped => "an upper bound; another tracing program on the node may be the cause",
+            Self::Undecodable => "agent and BPF programs differ: install the agent again",
+            Self::NoRule => "the rule began or ended while the thread was blocked; nothing to do",
+            Self::CaptureOver => "the capture ended before the sample was read; nothing to do",
+            Self::RuleRemoved => "the rule was removed before its window ended; nothing to do",
+            Self::QueueFull => "raise --cpu-budget, or lower the rules' rates: the agent is too slow",
+            Self::SpoolFull => {
+                "raise --spool-bytes, free disk space, or check why the collector accepts nothing"
+            }
+            Self::SpoolCorrupt => "check the disk of --state-dir",
+            Self::Refused => "the agent's log has the collector's reason",
+            Self::Expired => "check the connection to the collector, or raise --spool-age",
+            Self::TooLarge => "raise the collector's --max-batch-bytes",
+            Self::Denied => "the pod forbids profiling; nothing to do",
+            Self::Shutdown => "give the agent more time to end",
         }
     }
 }
@@ -95,7 +145,8 @@ impl FromStr for LossReason {
     }
 }
 
-/// Counts of samples, for which `taken == delivered + pending + lost`.
+/// Counts of samples. `taken`, `delivered` and `lost` come from different sources, so that `taken == delivered + pending + lost`
+/// can fail: see [`unaccounted`](Self::unaccounted).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ledger {
     /// Clock ticks that reached the sampler, including those of idle CPUs.
@@ -152,6 +203,15 @@ impl Ledger {
         self.lost.values().fold(0, |sum, n| sum.saturating_add(*n))
     }
 
+    /// Returns the taken samples that are neither delivered nor pending, and for which there is no reason. Negative if samples
+    /// were counted twice.
+    pub fn unaccounted(&self) -> i64 {
+        let Self { taken, delivered, pending, .. } = *self;
+        let known = u128::from(delivered) + u128::from(pending) + u128::from(self.lost_total());
+        let difference = i128::from(taken) - known.cast_signed();
+        i64::try_from(difference).unwrap_or(if difference < 0 { i64::MIN } else { i64::MAX })
+    }
+
     /// Checks that every taken sample is counted exactly once.
     pub fn check(&self) -> Result<(), Imbalance> {
         let lost = self.lost_total();
@@ -164,7 +224,8 @@ impl Ledger {
     }
 }
 
-/// Formats the ledger as in the comment of a profile: `ticks 990, taken 120, delivered 118, lost 2 (ring_full 2)`.
+/// Formats the ledger as in the comment of a profile: `ticks 990, taken 120, delivered 118, lost 2 (ring_full 2), unaccounted
+/// 0`.
 impl fmt::Display for Ledger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "ticks {}, taken {}, delivered {}", self.ticks, self.taken, self.delivered)?;
@@ -175,7 +236,10 @@ impl fmt::Display for Ledger {
         for (i, (reason, n)) in self.lost.iter().enumerate() {
             write!(f, "{}{reason} {n}", if i == 0 { " (" } else { ", " })?;
         }
-        if self.lost.is_empty() { Ok(()) } else { f.write_str(")") }
+        if !self.lost.is_empty() {
+            f.write_str(")")?;
+        }
+        write!(f, ", unaccounted {}", self.unaccounted())
     }
 }
 
@@ -188,6 +252,7 @@ impl From<&Ledger> for control::Ledger {
             delivered: *delivered,
             pending: *pending,
             lost: lost.iter().map(|(reason, n)| (reason.as_str().to_owned(), *n)).collect(),
+            unaccounted: ledger.unaccounted(),
         }
     }
 }
@@ -202,7 +267,8 @@ impl TryFrom<&control::Ledger> for Ledger {
     type Error = UnknownReason;
 
     fn try_from(ledger: &control::Ledger) -> Result<Self, UnknownReason> {
-        let control::Ledger { ticks, taken, delivered, pending, lost } = ledger;
+        // A peer before this field sends 0; the difference follows from the others.
+        let control::Ledger { ticks, taken, delivered, pending, lost, unaccounted: _ } = ledger;
         let mut own = Self {
             ticks: *ticks,
             taken: *taken,
@@ -250,7 +316,7 @@ mod tests {
         assert_eq!(ledger.lost.len(), 2, "a reason without losses is not listed");
         assert_eq!(
             ledger.to_string(),
-            "ticks 100, taken 10, delivered 6, pending 1, lost 3 (ring_full 2, expired 1)"
+            "ticks 100, taken 10, delivered 6, pending 1, lost 3 (ring_full 2, expired 1), unaccounted 0"
         );
         ledger.delivered = u64::MAX;
         assert!(ledger.check().is_err(), "no overflow");

@@ -17,7 +17,7 @@ use gannet_base::{ByteSize, TimeSpan};
 use gannet_proto::{
     control::{Match, RuleError, capture},
     ledger::{Ledger, LossReason},
-    pprof::{Merger, PprofError},
+    pprof::{self, Merger, PprofError},
     profiles::Profile,
     rules::Caps,
 };
@@ -270,17 +270,17 @@ async fn symbolize_all(
     while let Some(window) = windows.recv().await {
         ledger.merge(&window.ledger);
         let profiles = join(window.profiles);
-        let samples: Vec<u64> = profiles.iter().map(|profile| profile.samples).collect();
-        let finished = finish(&symbolizer, profiles, &window.ledger).await?;
-        for (profile, samples) in finished.into_iter().zip(samples) {
+        for profile in finish(&symbolizer, profiles, &window.ledger).await? {
             if let Err(error) = merger.add(&profile) {
                 tracing::warn!("cannot merge a part of the profile, it is left out: {error}");
-                ledger.delivered -= samples;
-                ledger.lose(LossReason::Refused, samples);
+                ledger.lose(LossReason::Refused, pprof::samples(&profile));
             }
         }
     }
-    Ok(Recorded { profile: merger.finish(), ledger })
+    let profile = merger.finish();
+    // Counted in the profile that is written, so that a sample that got lost on the way to it is missing.
+    ledger.delivered = profile.as_ref().map_or(0, pprof::samples);
+    Ok(Recorded { profile, ledger })
 }
 
 /// Waits for the end of the time or of the command, or for a signal. Returns the status of a command that has ended.
@@ -358,6 +358,7 @@ fn print_ledger(
                 "delivered": ledger.delivered,
                 "lost": lost,
                 "names_skipped": skipped,
+                "unaccounted": ledger.unaccounted(),
                 "ticks": ledger.ticks,
                 // Ticks by the kernel's count of the clocks' running time.
                 "ticks_due": ticks_due,
@@ -370,13 +371,20 @@ fn print_ledger(
     }
     writeln!(
         out,
-        "samples: {} taken, {} delivered, {} lost",
+        "samples: {} taken, {} delivered, {} lost, {} unaccounted",
         ledger.taken,
         ledger.delivered,
-        ledger.lost_total()
+        ledger.lost_total(),
+        ledger.unaccounted()
     )?;
     for (reason, count) in ledger.lost.iter().filter(|(_, count)| **count > 0) {
-        writeln!(out, "  lost {reason}: {count}")?;
+        writeln!(out, "  lost {reason}: {count}; {}", reason.cure())?;
+    }
+    if ledger.unaccounted() != 0 {
+        writeln!(
+            out,
+            "  unaccounted: samples are missing without a reason; report it with the log of this program"
+        )?;
     }
     for (reason, count) in names.skipped().filter(|(_, count)| *count > 0) {
         writeln!(out, "addresses without inlined functions and lines, {}: {count}", reason.explanation())?;

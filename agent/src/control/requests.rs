@@ -292,7 +292,7 @@ async fn capture(
     }))
     .await?;
     let last = running.over.await.map_err(|_| "the agent is shutting down".to_owned())?;
-    let profile = tokio::time::timeout(LAST_WINDOW_TIMEOUT, collecting.finish(last))
+    let (profile, ledger) = tokio::time::timeout(LAST_WINDOW_TIMEOUT, collecting.finish(last))
         .await
         .map_err(|_| {
             format!(
@@ -303,12 +303,11 @@ async fn capture(
         .map_err(|error| error.to_string())?;
     let mut samples = 0;
     if let Some(profile) = profile {
-        let count = |value: &[i64]| value.first().and_then(|n| u64::try_from(*n).ok()).unwrap_or(0);
-        samples = profile.sample.iter().map(|sample| count(&sample.value)).sum();
+        samples = pprof::samples(&profile);
         let kind = kind.first().copied().unwrap_or_default();
         for data in pprof::encode(&profile).chunks(CHUNK_BYTES) {
             send(capture_progress::Message::Chunk(CaptureChunk { kind, data: data.to_vec() })).await?;
         }
     }
-    Ok(capture_part(capture_progress::Message::Done(CaptureDone { samples, ledger: None })))
+    Ok(capture_part(capture_progress::Message::Done(CaptureDone { samples, ledger: Some(ledger.into()) })))
 }

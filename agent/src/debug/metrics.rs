@@ -21,11 +21,13 @@ gannet_base::metrics! {
 
     TICKS = counter("gannet_agent_sampler_ticks_total", "Clock ticks that reached the sampler");
     RAW_SAMPLES = counter("gannet_agent_sampler_raw_samples_total", "Samples whose stack the agent unwound in user space");
+    STACKS = counter("gannet_agent_sampler_stacks_total", "Samples by the end of their stacks: complete, truncated, broken, or guessed (complete, with a frame that was found by frame pointer without a rule)", ["end"]);
     RATE_DIVISOR = gauge("gannet_agent_governor_rate_divisor", "Factor by which sampling periods are longer than rules ask, to stay within the budgets");
 
     TAKEN = counter("gannet_agent_samples_taken_total", "Samples that rules asked for, once for each rule");
     DELIVERED = counter("gannet_agent_samples_delivered_total", "Samples that the collector has acknowledged");
     LOST = counter("gannet_agent_samples_lost_total", "Samples lost, by reason", ["reason"]);
+    UNACCOUNTED = gauge("gannet_agent_samples_unaccounted", "Taken samples that are neither delivered nor pending nor lost for a reason; must stay 0");
     PENDING = gauge("gannet_agent_samples_pending", "Samples between taken and delivered, by stage", ["stage"]);
 
     LIFECYCLE_EVENTS = counter("gannet_agent_lifecycle_events_total", "Exec, fork and exit events that the kernel handled, and processes that already ran when the agent started", ["kind"]);
@@ -107,6 +109,7 @@ fn add_samples(snapshot: &mut Snapshot, node: &Node) {
         let lost = ledger.lost.get(&reason).copied().unwrap_or(0);
         snapshot.add_labelled(&LOST, [&reason.to_string()], lost);
     }
+    snapshot.add(&UNACCOUNTED, ledger.unaccounted() as f64);
     for stage in Stage::ALL {
         snapshot.add_labelled(&PENDING, [stage.as_str()], account.at_stage(stage));
     }
@@ -127,6 +130,15 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
         }
         snapshot.add(&RAW_SAMPLES, counters.raw);
         snapshot.add(&PROCESS_MAP_FULL, counters.procs_full);
+    }
+    let ends = &engine.stack_ends;
+    for (end, count) in [
+        ("complete", ends.complete),
+        ("truncated", ends.truncated),
+        ("broken", ends.broken),
+        ("guessed", ends.guessed),
+    ] {
+        snapshot.add_labelled(&STACKS, [end], count);
     }
     snapshot.add(&UNDECODABLE, engine.undecodable_events);
     snapshot.add(&MAPPINGS_LOST, engine.mappings_lost);

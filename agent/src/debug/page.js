@@ -27,7 +27,7 @@ const refresh = async () => {
     + `${(status.rss_bytes / 2 ** 20).toFixed(0)} MiB, ${status.cpu_seconds.toFixed(1)} s CPU in ${status.up_seconds} s`;
   const lost = Object.entries(ledger.lost);
   byId('ledger').textContent = `${ledger.taken} taken = ${ledger.delivered} delivered + ${ledger.pending} pending + `
-    + `${lost.reduce((sum, [, n]) => sum + n, 0)} lost${lost.length ? ` (${lost.map(([why, n]) => `${why} ${n}`).join(', ')})` : ''}`;
+    + `${lost.reduce((sum, [, n]) => sum + n, 0)} lost${lost.length ? ` (${lost.map(([why, n]) => `${why} ${n}`).join(', ')})` : ''} + ${ledger.unaccounted} unaccounted`;
   fill('rules', rules.map((r) => [r.id, r.state, r.processes, r.samples, r.reason]));
   fill('processes', processes.slice(0, 200).map((p) =>
     [p.key, p.comm, p.unit || p.container_id.slice(0, 12) || p.exe, p.samples, p.stacks, p.state, p.rules.join(', ')]));

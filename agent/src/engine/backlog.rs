@@ -217,6 +217,7 @@ mod tests {
             user: Vec::new(),
             end: StackEnd::None,
             end_code: 0,
+            marks: crate::model::StackMarks::default(),
             state: 0,
             raw: Some(RawUserStack { pc, registers: Vec::new(), stack: Vec::new() }),
         }
@@ -245,7 +246,7 @@ mod tests {
             let end =
                 if mapping.is_some() && missing.is_none() { StackEnd::Complete } else { StackEnd::Broken };
             let frames = vec![pc, image.mappings[0].start];
-            UnwoundSample { frames, end, unknown: mapping.is_none().then_some(pc), missing }
+            UnwoundSample { frames, end, unknown: mapping.is_none().then_some(pc), missing, guessed: false }
         }
 
         fn request(&mut self, file: &Arc<MappedFile>, samples: usize) {

@@ -1,12 +1,15 @@
 //! Where finished samples go: into the open window, or into the flight recorder.
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
+use gannet_proto::ledger::LossReason;
+
 use crate::{
-    model::{Image, ImageKey, Sample},
+    model::{Image, ImageKey, Sample, StackEnd},
     process::ProcessTable,
     profile::{FlushedWindow, Recorder, RecorderStats, WindowSamples},
     rules::RuleBook,
@@ -17,7 +20,55 @@ const RECORDER_BYTES: usize = 16 << 20;
 /// Different stacks in one window. A window that has more is closed early.
 const MAX_STACKS: usize = 200_000;
 
+/// Samples that enter or leave the account between the ring buffer and the window, since the engine started. Each counts once
+/// for each of its rules.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Flow {
+    /// Taken by the agent itself: off-CPU intervals that last, and copies from the flight recorder.
+    pub(super) taken: u64,
+    /// Gone to the flight recorder, which is outside of the account.
+    pub(super) recorded: u64,
+    pub(super) lost: BTreeMap<LossReason, u64>,
+}
+
+impl Flow {
+    /// Counts samples as lost.
+    pub(super) fn lose(&mut self, reason: LossReason, n: u64) {
+        if n > 0 {
+            *self.lost.entry(reason).or_default() += n;
+        }
+    }
+}
+
+/// Counts of samples by the end of their stacks. A stack counts once: a complete one with guessed frames as guessed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StackEnds {
+    /// Complete, every frame found by a rule; or the sample has no user stack.
+    pub complete: u64,
+    /// The kernel stack or the user stack has more frames than the sample holds.
+    pub truncated: u64,
+    /// The unwinder could not go on.
+    pub broken: u64,
+    /// Complete, with at least one frame that was found by frame pointer without a rule.
+    pub guessed: u64,
+}
+
+impl StackEnds {
+    fn count(&mut self, sample: &Sample) {
+        let counter = match sample.end {
+            StackEnd::Broken | StackEnd::NotUnwound => &mut self.broken,
+            StackEnd::Truncated => &mut self.truncated,
+            _ if sample.marks.kernel_truncated => &mut self.truncated,
+            _ if sample.marks.guessed => &mut self.guessed,
+            StackEnd::Complete | StackEnd::None => &mut self.complete,
+        };
+        *counter += 1;
+    }
+}
+
 pub(super) struct Intake {
+    flow: Flow,
+    ends: StackEnds,
     samples: WindowSamples,
     started: (SystemTime, Instant),
     length: Duration,
@@ -31,8 +82,6 @@ pub(super) struct Closed {
     pub(super) start: SystemTime,
     /// By the boot clock.
     pub(super) duration: Duration,
-    /// Samples that were added, once for each rule that asked.
-    pub(super) added: u64,
     pub(super) flushed: FlushedWindow,
 }
 
@@ -40,6 +89,8 @@ impl Intake {
     /// Opens the first window. Each is `length` long.
     pub(super) fn new(length: Duration) -> Self {
         Self {
+            flow: Flow::default(),
+            ends: StackEnds::default(),
             samples: WindowSamples::default(),
             started: (SystemTime::now(), Instant::now()),
             length,
@@ -48,7 +99,28 @@ impl Intake {
         }
     }
 
+    pub(super) fn flow(&self) -> &Flow {
+        &self.flow
+    }
+
+    /// Counts samples as lost before they could be added.
+    pub(super) fn lose(&mut self, reason: LossReason, n: u64) {
+        self.flow.lose(reason, n);
+    }
+
+    /// Adds a sample that the agent took itself.
+    pub(super) fn add_own(&mut self, sample: Sample) {
+        self.flow.taken += u64::from(sample.subject.rules.count_ones());
+        self.add(sample);
+    }
+
+    /// Returns how the stacks of all samples so far ended.
+    pub(super) fn stack_ends(&self) -> StackEnds {
+        self.ends
+    }
+
     pub(super) fn add(&mut self, sample: Sample) {
+        self.ends.count(&sample);
         if let Some(sample) = self.record(sample) {
             self.samples.add(sample);
         }
@@ -56,6 +128,7 @@ impl Intake {
 
     /// Adds a sample that was taken before other files took the place of some of its image's.
     pub(super) fn add_former(&mut self, former: &Arc<Image>, sample: Sample) {
+        self.ends.count(&sample);
         if let Some(sample) = self.record(sample) {
             self.samples.add_former(former, sample);
         }
@@ -71,6 +144,7 @@ impl Intake {
     fn record(&mut self, mut sample: Sample) -> Option<Sample> {
         let recorded = sample.subject.rules & self.recorded;
         if recorded != 0 {
+            self.flow.recorded += u64::from(recorded.count_ones());
             let mut copy = sample.clone();
             copy.subject.rules = recorded;
             self.recorder.add(copy);
@@ -117,6 +191,7 @@ impl Intake {
         is_wanted: impl Fn(&Sample) -> bool,
     ) {
         let samples = self.recorder.since(since_ns, recorded, is_wanted);
+        self.flow.taken += samples.len() as u64;
         self.samples.add_pre_trigger(capture, start, length, samples);
     }
 
@@ -144,9 +219,8 @@ impl Intake {
         let (start, began) = self.started;
         self.started = (SystemTime::now(), Instant::now());
         let duration = self.started.1 - began;
-        let added = self.samples.deliveries();
         let image = |key: &ImageKey| processes.get(key);
         let flushed = self.samples.flush(start, duration, node, image, |slot| rules.tag(slot));
-        Closed { start, duration, added, flushed }
+        Closed { start, duration, flushed }
     }
 }

@@ -16,6 +16,7 @@
 //! | [`containers`] | containers reported to the pod resolver |
 //! | [`captures`] | watched conditions, running captures, grants at `execve` |
 //! | [`account`] | the ledger, from the kernel's counters |
+//! | [`loss_log`] | which losses were logged, and when |
 //! | [`limits`] | budgets, the governor's verdict, the switch |
 //! | [`repair`] | lost events that a comparison with `/proc` has repaired |
 //! | [`effects`] | the steps that the worker has still to take |
@@ -50,6 +51,7 @@ mod effects;
 mod event_log;
 mod intake;
 mod limits;
+mod loss_log;
 mod off_cpu;
 mod read_pause;
 mod reader;
@@ -78,6 +80,7 @@ use ulid::Ulid;
 pub(crate) use self::view::{RuleView, UnknownProcess};
 pub use self::{
     captures::{ManualCapture, RunningCapture},
+    intake::StackEnds,
     view::{EngineView, KernelView, ProcessView, Unwinding},
 };
 use self::{view::ViewSources, wake_up::WakeUp, worker::Worker};

@@ -93,6 +93,7 @@ mod tests {
             user: Vec::new(),
             end: StackEnd::None,
             end_code: 0,
+            marks: crate::model::StackMarks::default(),
             state: 1,
             raw: None,
         }

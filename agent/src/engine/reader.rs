@@ -7,6 +7,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use gannet_proto::ledger::LossReason;
+
 use super::{
     backlog::Resolved,
     captures::{CaptureAction, Captures, Matched},
@@ -185,13 +187,21 @@ impl Reader {
     }
 
     fn add_sample(&mut self, mut sample: Sample, with: &mut Deciders<'_>, now: SystemTime) {
+        let sent = sample.subject.rules.count_ones();
         with.captures.strip(&mut sample);
+        let granted = sample.subject.rules.count_ones();
+        self.intake.lose(LossReason::CaptureOver, (sent - granted).into());
         if sample.kind == SampleKind::OffCpu {
             self.off_cpu.returned(&mut sample);
             // A rule may have got its slot while the thread was blocked, or lost it.
             sample.subject.rules =
                 with.rules.slots().held_since(sample.subject.rules, sample.subject.ktime_ns);
+            self.intake.lose(LossReason::NoRule, (granted - sample.subject.rules.count_ones()).into());
             self.unwinding.add_off_cpu(&sample);
+        }
+        if sample.is_unreadable() {
+            self.intake.lose(LossReason::StackFault, sample.subject.rules.count_ones().into());
+            return;
         }
         if sample.subject.rules == 0 {
             return;
@@ -235,7 +245,7 @@ impl Reader {
                 // Without room in the table the sample has no process, which the window says.
                 let _ = self.processes.sampled(&sample.subject, &sample.user);
                 self.hand_on_changes();
-                self.intake.add(sample);
+                self.intake.add_own(sample);
             }
         }
     }

@@ -10,7 +10,9 @@ use gannet_proto::{
     ledger::Ledger,
 };
 
-use super::{account::Account, backlog::Backlog, captures::Captures, limits::Limits, reader::Reader};
+use super::{
+    account::Account, backlog::Backlog, captures::Captures, intake::StackEnds, limits::Limits, reader::Reader,
+};
 use crate::{
     cgroup::CgroupNames,
     conditions::SuppressedStarts,
@@ -57,6 +59,8 @@ pub struct EngineView {
     pub governed: Option<String>,
     /// Factor by which periods are longer than the rules ask for.
     pub rate_divisor: u32,
+    /// Samples since the engine started, by the end of their stacks.
+    pub stack_ends: StackEnds,
     /// Samples since the engine started. Samples of the open window count as pending.
     pub ledger: Ledger,
     /// The newest lifecycle events, oldest first.
@@ -170,8 +174,9 @@ pub(super) struct ViewSources<'a> {
 impl ViewSources<'_> {
     pub(super) fn engine(&self) -> EngineView {
         let is_sampled = |process: &&Process| process.rules != 0;
-        let open_samples =
-            self.reader.intake.open_samples() + self.backlog().count(self.reader.intake.windowed());
+        let intake = &self.reader.intake;
+        let waiting = self.backlog().count(u64::MAX);
+        let pending = (intake.open_samples(), self.backlog().count(intake.windowed()), waiting);
         EngineView {
             rules: self.rule_statuses(),
             rule_faults: self.rules.faults_of(RuleSource::Remote),
@@ -189,7 +194,8 @@ impl ViewSources<'_> {
             stray_samples: self.captures.strays(),
             governed: self.limits.reason().map(str::to_owned),
             rate_divisor: self.limits.rate_divisor(),
-            ledger: self.account.ledger(self.kernel, open_samples),
+            stack_ends: intake.stack_ends(),
+            ledger: self.account.ledger(self.kernel, intake.flow(), pending),
             events: self.reader.events.to_vec(),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::{
     sync::{Arc, mpsc},
+    thread,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -11,11 +12,12 @@ use ulid::Ulid;
 
 use super::{
     CaptureAnswer, Command, EngineError, EngineOptions, ReplaceAnswer, Window, WindowSink,
-    account::{Account, ClosedSamples},
+    account::{self, Account, ClosedSamples},
     captures::{CaptureAction, Captures, ManualCapture, RunningCapture},
     effects::{Effect, EffectQueue},
     intake::Closed,
     limits::{Limits, Switched},
+    loss_log::LossLog,
     read_pause::ReadPause,
     reader::{Deciders, Reader},
     repair::Repairs,
@@ -38,6 +40,8 @@ use crate::{
 const HOUSEKEEPING_PERIOD: Duration = Duration::from_secs(1);
 /// How long the last window waits for the unwind tables of its samples.
 const STOP_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long the last window waits for records that the kernel has counted as sent. They are missing then.
+const LAST_RECORDS_TIMEOUT: Duration = Duration::from_millis(200);
 
 pub(super) struct Worker {
     node: String,
@@ -54,6 +58,7 @@ pub(super) struct Worker {
     sink: Box<dyn WindowSink>,
     /// When the next rule comes into force or expires.
     next_rule_change: Option<SystemTime>,
+    loss_log: LossLog,
     /// The newest window that the sink has.
     last_window: Option<Ulid>,
 }
@@ -94,6 +99,7 @@ impl Worker {
             wake_up,
             sink,
             next_rule_change: None,
+            loss_log: LossLog::default(),
             last_window: None,
             kernel,
         })
@@ -168,7 +174,7 @@ impl Worker {
     fn carry_out(&mut self, effect: Effect) {
         match effect {
             Effect::AddOffCpu => self.reader.add_off_cpu(&self.kernel, &self.rules),
-            Effect::CloseWindow => self.hand_over_window(),
+            Effect::CloseWindow => self.hand_over_window(false),
             Effect::PauseOffCpu => self.reader.off_cpu.pause(),
             Effect::ApplyRules => self.apply_rules_or_log(),
             Effect::SettleRules => self.settle_rules(),
@@ -474,9 +480,23 @@ impl Worker {
         self.effects.add(Effect::CloseWindow);
     }
 
-    fn hand_over_window(&mut self) {
+    /// Closes the window at a cut of the [account](super::account). The counters are read first, then the ring buffer.
+    fn hand_over_window(&mut self, is_last: bool) {
+        let reading = account::read(&self.kernel)
+            // The next window has the losses of both.
+            .inspect_err(|error| tracing::error!("cannot read the counters of the BPF programs: {error}"))
+            .ok();
+        self.catch_up();
+        let until = Instant::now() + LAST_RECORDS_TIMEOUT;
+        while is_last
+            && reading.as_ref().is_some_and(|reading| !Account::has_arrived(reading, self.kernel.arrived()))
+            && Instant::now() < until
+        {
+            thread::sleep(Duration::from_millis(1));
+            self.catch_up();
+        }
         let Reader { intake, processes, unwinding, containers, .. } = &mut self.reader;
-        let Closed { start, duration, added, flushed } = intake.close(&self.node, processes, &self.rules);
+        let Closed { start, duration, flushed } = intake.close(&self.node, processes, &self.rules);
         let backlog = unwinding.backlog();
         processes.next_window(|key| backlog.waiting(key) > 0);
         intake.forget_slots(self.rules.free_retired_slots(Instant::now(), backlog.rules()));
@@ -484,9 +504,20 @@ impl Worker {
             self.effects.add(Effect::ApplyRules);
         }
         containers.next_window();
-        let samples = ClosedSamples { added, delivered: flushed.delivered, expired: flushed.expired };
-        let ledger = self.account.close(&self.kernel, samples);
-        if ledger.taken > 0 {
+        let samples = ClosedSamples {
+            delivered: flushed.profiles.iter().map(|profile| profile.samples).sum(),
+            removed: flushed.removed,
+            waiting: backlog.count(u64::MAX),
+        };
+        let ledger = self.account.close(&self.kernel, reading.as_ref(), intake.flow(), samples, is_last);
+        if ledger.unaccounted() != 0 {
+            tracing::error!(
+                unaccounted = ledger.unaccounted(),
+                "samples are missing without a reason, which is a fault of the agent; report it with this line: {ledger}"
+            );
+        }
+        self.loss_log.write(&ledger, self.account.full_rings());
+        if ledger.taken > 0 || ledger.delivered > 0 {
             let id = Ulid::new();
             self.last_window = Some(id);
             self.sink.window(Window { id, start, duration, ledger, profiles: flushed.profiles });
@@ -506,7 +537,10 @@ impl Worker {
             }
             self.wait();
         }
-        self.close_window();
+        self.effects.add(Effect::AddOffCpu);
         self.carry_out_effects();
+        self.catch_up();
+        self.reader.resolve(&mut self.kernel, &self.rules, true);
+        self.hand_over_window(true);
     }
 }

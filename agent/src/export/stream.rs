@@ -430,8 +430,9 @@ impl Stream {
                         Some(Response::Accepted(accepted)) => {
                             in_flight.remove(&accepted.batch_id);
                             backoff.reset();
-                            let id = accepted.batch_id;
-                            if self.shared.with(move |spool| spool.accepted(&id)).await == Some(true) {
+                            let (id, samples) = (accepted.batch_id, accepted.samples);
+                            let settled = self.shared.with(move |spool| spool.accepted(&id, samples)).await;
+                            if settled == Some(true) {
                                 self.stats.accepted.fetch_add(1, Relaxed);
                                 self.stats.duplicates.fetch_add(u64::from(accepted.duplicate), Relaxed);
                             }

@@ -75,11 +75,18 @@ impl Kernel {
             (&progs.on_fork, &progs.on_fork_again),
             (&progs.on_exit, &progs.on_exit_again),
         ];
-        let skips = |program| info_of(program).map_or(0, |info| info.recursion_misses);
+        let skips = recursion_misses;
         pairs.map(|(first, second)| match skips(first) {
             skipped if skipped > 0 && self.options.redundant_handlers => skipped.min(skips(second)),
             skipped => skipped,
         })
+    }
+
+    /// Returns an upper bound of the off-CPU samples that the kernel lost because it skipped the handler of a switch. It counts
+    /// switches of all threads.
+    pub(crate) fn skipped_samples(&self) -> u64 {
+        let progs = &self.skeleton.progs;
+        recursion_misses(&progs.on_switch) + recursion_misses(&progs.on_switch_chain)
     }
 
     /// Returns the nanoseconds that the sampler has run and how often; `None` unless `kernel.bpf_stats_enabled` is set.
@@ -87,6 +94,11 @@ impl Kernel {
         // The kernel counts the time of a chain of tail calls for the program that began it.
         self.programs().first().filter(|cost| cost.runs > 0).map(|cost| (cost.run_ns, cost.runs))
     }
+}
+
+/// Returns how often the kernel skipped a program because it was still active on the CPU; 0 before Linux 5.12.
+fn recursion_misses(program: &ProgramMut<'_>) -> u64 {
+    info_of(program).map_or(0, |info| info.recursion_misses)
 }
 
 fn cost_of(name: &'static str, program: &ProgramMut<'_>) -> Option<ProgramCost> {

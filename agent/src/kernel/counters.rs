@@ -31,27 +31,48 @@ pub(crate) fn lifecycle_skipped(counters: &Counters) -> u64 {
     lifecycle_counts(counters).iter().map(|(_, counts)| counts.skipped).sum()
 }
 
+/// The fields of [`Counters`], all of 64 bits.
+const FIELDS: usize = size_of::<Counters>() / 8;
+
+fn from_fields(fields: &[u64; FIELDS]) -> Counters {
+    // SAFETY: the structure is nothing but FIELDS numbers of 64 bits.
+    unsafe { std::mem::transmute::<[u64; FIELDS], Counters>(*fields) }
+}
+
 impl Kernel {
     /// Returns the counters, summed over all CPUs.
     pub fn counters(&self) -> Result<Counters, KernelError> {
-        const FIELDS: usize = size_of::<Counters>() / 8;
-        let per_cpu = self
-            .skeleton
-            .maps
-            .counters
+        let mut sums = [0_u64; FIELDS];
+        for cpu in self.counter_fields()? {
+            for (sum, field) in sums.iter_mut().zip(cpu) {
+                *sum = sum.wrapping_add(field);
+            }
+        }
+        let mut counters = from_fields(&sums);
+        [counters.exec.skipped, counters.fork.skipped, counters.exit.skipped] = self.skipped();
+        Ok(counters)
+    }
+
+    /// Returns the counters of each possible CPU, without the skipped events. They change while they are read: two fields may
+    /// be of different moments.
+    pub(crate) fn cpu_counters(&self) -> Result<Vec<Counters>, KernelError> {
+        Ok(self.counter_fields()?.iter().map(from_fields).collect())
+    }
+
+    fn counter_fields(&self) -> Result<Vec<[u64; FIELDS]>, KernelError> {
+        let map = &self.skeleton.maps.counters;
+        let per_cpu = map
             .lookup_percpu(&0_u32.to_ne_bytes(), MapFlags::ANY)
             .map_err(|source| KernelError::Map { map: "counters", source })?
             .unwrap_or_default();
-        let mut sums = [0_u64; FIELDS];
-        for cpu in per_cpu {
-            for (sum, field) in sums.iter_mut().zip(cpu.as_chunks().0) {
-                *sum += u64::from_ne_bytes(*field);
+        let fields = |cpu: &Vec<u8>| {
+            let mut fields = [0; FIELDS];
+            for (field, bytes) in fields.iter_mut().zip(cpu.as_chunks().0) {
+                *field = u64::from_ne_bytes(*bytes);
             }
-        }
-        // SAFETY: the structure is nothing but FIELDS numbers of 64 bits.
-        let mut counters = unsafe { std::mem::transmute::<[u64; FIELDS], Counters>(sums) };
-        [counters.exec.skipped, counters.fork.skipped, counters.exit.skipped] = self.skipped();
-        Ok(counters)
+            fields
+        };
+        Ok(per_cpu.iter().map(fields).collect())
     }
 
     /// Returns name, entries and capacity of the maps that can fill up.

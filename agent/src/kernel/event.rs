@@ -6,7 +6,7 @@ use gannet_bpf::types;
 
 use crate::model::{
     ExitStatus, FileNumbers, MappingEvent, Origin, ProcessKey, RawUserStack, Sample, SampleKind, StackEnd,
-    Subject,
+    StackMarks, Subject,
 };
 
 // From gannet.h; the skeleton carries types, not enumerators.
@@ -137,6 +137,24 @@ impl Event {
     }
 }
 
+/// The place of a sample among those of its CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SampleNumber {
+    pub(super) cpu: u32,
+    /// Samples that the CPU had sent before, once for each rule.
+    pub(super) sequence: u64,
+    /// The number of rules that want it.
+    pub(super) rules: u64,
+}
+
+impl SampleNumber {
+    /// Reads the number of a sample, even of one that cannot be decoded; `None` for other events, and without a complete head.
+    pub(super) fn of(bytes: &[u8]) -> Option<Self> {
+        let types::sample { event, cpu, sequence, .. } = read(bytes, SAMPLE).ok()?;
+        (event.kind == SAMPLE).then(|| Self { cpu, sequence, rules: event.rules.count_ones().into() })
+    }
+}
+
 fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
     let head: types::sample = read(bytes, SAMPLE)?;
     let (kernel, user) = (usize::from(head.kernel_frames), usize::from(head.user_frames));
@@ -157,6 +175,7 @@ fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
         kernel,
         user,
         end_code: head.user_end,
+        marks: StackMarks { kernel_truncated: head.kernel_truncated != 0, guessed: head.guessed != 0 },
         state: head.state,
         raw,
         end: match head.user_end {

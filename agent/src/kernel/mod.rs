@@ -38,6 +38,7 @@ pub use self::{
 pub(crate) use self::{
     counters::{lifecycle_counts, lifecycle_skipped},
     options::default_ring_bytes,
+    ring::Arrived,
     rule_maps::{MAX_CGROUP_PATH, MAX_COMM, MAX_RULES},
     unwinding::MAX_TABLES,
 };
@@ -108,6 +109,11 @@ impl Kernel {
     /// Returns the number of records that were no event. Anything but 0 means that agent and BPF programs differ.
     pub(crate) fn undecodable(&self) -> u64 {
         self.ring.undecodable()
+    }
+
+    /// Returns how far the samples of each CPU were read.
+    pub(crate) fn arrived(&self) -> &Arrived {
+        self.ring.arrived()
     }
 
     /// Returns descriptors that are readable when the kernel side asks for a read before the reader's own time.

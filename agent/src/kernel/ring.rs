@@ -9,7 +9,7 @@ use std::{
 
 use libbpf_rs::{MapCore, RingBuffer, RingBufferBuilder};
 
-use super::{Event, KernelError};
+use super::{Event, KernelError, event::SampleNumber};
 
 /// The return code with which the callback of `ring_buffer__consume` ends a read.
 const STOP: i32 = -libc::ECANCELED;
@@ -18,7 +18,49 @@ const STOP: i32 = -libc::ECANCELED;
 pub(super) struct EventRing {
     ring: RingBuffer<'static>,
     queue: Rc<RefCell<Queue>>,
+    /// Up to the end of the last read.
+    arrived: Arrived,
     bytes: usize,
+}
+
+/// The samples that were read so far, by the numbers that the BPF programs gave them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Arrived {
+    /// By CPU: the samples that it had sent up to the last one that was read.
+    by_cpu: Vec<u64>,
+    undecodable: u64,
+}
+
+/// More CPUs than a kernel can have: a larger number in a record is damage.
+const MAX_CPUS: usize = 1 << 16;
+
+impl Arrived {
+    /// Returns how many samples this CPU had sent up to the last one that was read.
+    pub(crate) fn of_cpu(&self, cpu: usize) -> u64 {
+        self.by_cpu.get(cpu).copied().unwrap_or(0)
+    }
+
+    /// Returns the samples that could not be decoded, once for each rule.
+    pub(crate) fn undecodable(&self) -> u64 {
+        self.undecodable
+    }
+
+    /// Takes a sample for this number of rules, which the CPU sent behind `sequence` others.
+    pub(crate) fn sample(&mut self, cpu: u32, sequence: u64, rules: u64) {
+        let cpu = cpu as usize;
+        if cpu >= MAX_CPUS {
+            return;
+        }
+        if self.by_cpu.len() <= cpu {
+            self.by_cpu.resize(cpu + 1, 0);
+        }
+        self.by_cpu[cpu] = self.by_cpu[cpu].max(sequence.saturating_add(rules));
+    }
+
+    /// Counts a sample for this number of rules that is no use.
+    pub(crate) fn count_undecodable(&mut self, rules: u64) {
+        self.undecodable += rules;
+    }
 }
 
 /// Events of the read that is in progress.
@@ -26,6 +68,7 @@ pub(super) struct EventRing {
 struct Queue {
     events: Vec<Event>,
     undecodable: u64,
+    arrived: Arrived,
     /// Bytes that this read may still take.
     left_bytes: usize,
 }
@@ -33,11 +76,22 @@ struct Queue {
 impl Queue {
     /// Takes one record. Returns [`STOP`] if it is the last one of this read.
     fn take(&mut self, bytes: &[u8]) -> i32 {
+        let number = SampleNumber::of(bytes);
+        if let Some(SampleNumber { cpu, sequence, rules }) = number {
+            self.arrived.sample(cpu, sequence, rules);
+        }
         match Event::decode(bytes) {
             Ok(event) => self.events.push(event),
             Err(error) => {
                 self.undecodable += 1;
-                tracing::debug!("cannot decode an event: {error}");
+                // A sample of which not even the head is there stays unaccounted.
+                self.arrived.count_undecodable(number.map_or(0, |number| number.rules));
+                if self.undecodable.is_power_of_two() {
+                    tracing::warn!(
+                        so_far = self.undecodable,
+                        "cannot decode an event: {error}; agent and BPF programs differ: install the agent again"
+                    );
+                }
             }
         }
         self.left_bytes = self.left_bytes.saturating_sub(bytes.len());
@@ -52,7 +106,12 @@ impl EventRing {
         let writer = Rc::clone(&queue);
         let mut builder = RingBufferBuilder::new();
         builder.add(events, move |record| writer.borrow_mut().take(record)).map_err(KernelError::Ring)?;
-        Ok(Self { ring: builder.build().map_err(KernelError::Ring)?, queue, bytes: bytes as usize })
+        Ok(Self {
+            ring: builder.build().map_err(KernelError::Ring)?,
+            queue,
+            arrived: Arrived::default(),
+            bytes: bytes as usize,
+        })
     }
 
     /// Reads the pending events in the kernel's order. Does not block, and takes no more than the ring buffer can hold: where
@@ -63,12 +122,19 @@ impl EventRing {
         if result < 0 && result != STOP {
             return Err(KernelError::Ring(libbpf_rs::Error::from_raw_os_error(-result)));
         }
-        Ok(mem::take(&mut self.queue.borrow_mut().events))
+        let mut queue = self.queue.borrow_mut();
+        self.arrived.clone_from(&queue.arrived);
+        Ok(mem::take(&mut queue.events))
     }
 
     /// Returns the number of records that were no event. Anything but 0 means that agent and BPF programs differ.
     pub(super) fn undecodable(&self) -> u64 {
         self.queue.borrow().undecodable
+    }
+
+    /// Returns how far the samples of each CPU were read.
+    pub(super) fn arrived(&self) -> &Arrived {
+        &self.arrived
     }
 
     /// Returns a descriptor that is readable when the programs ask for a read before the reader's own time.
@@ -81,6 +147,8 @@ impl EventRing {
 
 #[cfg(test)]
 mod tests {
+    use gannet_bpf::types;
+
     use super::*;
 
     #[test]
@@ -91,5 +159,34 @@ mod tests {
             (0, STOP, STOP)
         );
         assert_eq!(queue.undecodable, 3);
+    }
+    /// Returns the record of a sample for two rules, which CPU 1 sent behind `sequence` others.
+    fn sample(sequence: u64) -> Vec<u8> {
+        let mut sample = types::sample { cpu: 1, sequence, kernel_frames: 1, ..types::sample::default() };
+        sample.event.kind = 1;
+        sample.event.rules = 0b101;
+        // SAFETY: a plain structure; its padding is within the zeroed default.
+        let head = unsafe {
+            std::slice::from_raw_parts(std::ptr::from_ref(&sample).cast::<u8>(), size_of::<types::sample>())
+        };
+        [head, &[0; 8]].concat()
+    }
+
+    /// Checks one lost record: in the ring, in the decoder with its head, and in the decoder without.
+    #[test]
+    fn each_sample_has_its_number_even_if_it_cannot_be_decoded() {
+        let mut queue = Queue { left_bytes: 1 << 20, ..Queue::default() };
+        queue.take(&sample(0));
+        assert_eq!((queue.arrived.of_cpu(1), queue.arrived.undecodable()), (2, 0));
+        // The record behind the second sample: the jump shows that two are missing.
+        queue.take(&sample(4));
+        assert_eq!((queue.arrived.of_cpu(1), queue.events.len()), (6, 2));
+        // Its frame is missing: it is lost for a reason.
+        let third = sample(6);
+        queue.take(&third[..third.len() - 8]);
+        assert_eq!((queue.arrived.of_cpu(1), queue.arrived.undecodable(), queue.events.len()), (8, 2, 2));
+        // Not even its head is there: the number does not move, until the next sample shows the jump.
+        queue.take(&sample(8)[..40]);
+        assert_eq!((queue.arrived.of_cpu(1), queue.arrived.undecodable(), queue.undecodable), (8, 2, 2));
     }
 }

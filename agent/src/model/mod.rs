@@ -18,4 +18,6 @@ pub use kernel_symbols::{KernelSymbolChange, KernelSymbolLog, KernelSymbolPositi
 pub use key::{ImageKey, ParseKeyError, ProcessKey};
 pub(crate) use mapped_file::reopen;
 pub use mapped_file::{FileId, MappedFile};
-pub use sample::{ExitStatus, FileNumbers, Origin, RawUserStack, Sample, SampleKind, StackEnd, Subject};
+pub use sample::{
+    ExitStatus, FileNumbers, Origin, RawUserStack, Sample, SampleKind, StackEnd, StackMarks, Subject,
+};

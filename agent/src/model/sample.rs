@@ -86,6 +86,15 @@ pub enum StackEnd {
     NotUnwound,
 }
 
+/// Marks of a stack, beside how it ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct StackMarks {
+    /// The kernel stack has more frames than the sample holds.
+    pub kernel_truncated: bool,
+    /// At least one user frame was found by frame pointer where no unwind table had a rule. It may be wrong.
+    pub guessed: bool,
+}
+
 /// One sampled stack.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
@@ -105,10 +114,20 @@ pub struct Sample {
     pub end: StackEnd,
     /// The same as the kernel side reports it: `enum user_stack_end` of gannet.h.
     pub end_code: u8,
+    /// Marks of both stacks.
+    pub marks: StackMarks,
     /// Of an off-CPU sample: the low bits of the state in which the thread slept.
     pub state: u8,
     /// The input for an unwinder in user space, if the kernel side could not unwind; `user` is empty then.
     pub raw: Option<RawUserStack>,
+}
+
+impl Sample {
+    /// Reports whether neither stack could be read: there is nothing that the sample could show.
+    pub(crate) fn is_unreadable(&self) -> bool {
+        let has_stack = self.raw.is_some() || !self.user.is_empty() || !self.kernel.is_empty();
+        self.end == StackEnd::Broken && !has_stack
+    }
 }
 
 /// The registers and the stack of a thread that the kernel side could not unwind.

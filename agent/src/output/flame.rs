@@ -203,6 +203,7 @@ pub(super) fn html(profile: &Profile, details: &Details) -> Result<Vec<u8>, Outp
     fact("samples taken", &ledger.taken.to_string());
     fact("delivered", &ledger.delivered.to_string());
     fact("lost", &ledger.lost_total().to_string());
+    fact("unaccounted", &ledger.unaccounted().to_string());
     for (reason, count) in ledger.lost.iter().filter(|(_, count)| **count > 0) {
         fact(&format!("lost: {}", reason.as_str().replace('_', " ")), &count.to_string());
     }

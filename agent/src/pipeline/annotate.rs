@@ -33,10 +33,15 @@ fn with_comments(profile: SeriesProfile, ledger: &Ledger) -> RawProfile {
     raw
 }
 
-/// Writes the ledger as one line: `ledger ticks=… taken=… delivered=… lost.ring_full=…`.
+/// Writes the ledger as one line: `ledger ticks=… taken=… delivered=… unaccounted=… lost.ring_full=…`.
 fn ledger_line(ledger: &Ledger) -> String {
-    let mut line =
-        format!("ledger ticks={} taken={} delivered={}", ledger.ticks, ledger.taken, ledger.delivered);
+    let mut line = format!(
+        "ledger ticks={} taken={} delivered={} unaccounted={}",
+        ledger.ticks,
+        ledger.taken,
+        ledger.delivered,
+        ledger.unaccounted()
+    );
     for (reason, count) in &ledger.lost {
         let _ = write!(line, " lost.{reason}={count}");
     }

@@ -45,12 +45,8 @@ impl WindowQueue {
 
 impl WindowSink for WindowQueue {
     fn window(&mut self, window: Window) {
-        self.ledger.tick(window.ledger.ticks);
-        for (reason, count) in &window.ledger.lost {
-            self.ledger.take_lost(*reason, *count);
-        }
+        self.ledger.take_window(&window.ledger);
         let samples = window.ledger.delivered;
-        self.ledger.take(samples);
         if let Err(error) = self.windows.try_send(window) {
             self.ledger.lose(Stage::Window, LossReason::QueueFull, samples);
             let why = match error {
@@ -73,6 +69,7 @@ pub async fn run(
 ) {
     while let Some(window) = windows.recv().await {
         let Window { id, start, duration, ledger: mut account, mut profiles } = window;
+        let received = account.delivered;
         let denied = pods.label(&mut profiles).await;
         if denied > 0 {
             account.delivered = account.delivered.saturating_sub(denied);
@@ -82,20 +79,25 @@ pub async fn run(
         let series: Vec<_> = profiles
             .iter()
             // A pre-trigger profile starts before the window does.
-            .map(|p| (p.labels.clone(), p.rule.clone(), p.samples, p.raw.start, p.raw.duration))
+            .map(|p| (p.labels.clone(), p.rule.clone(), p.raw.start, p.raw.duration))
             .collect();
+        let mut handled = denied;
         let finished = match finish(&symbolizer, profiles, &account).await {
             Ok(finished) => finished,
             Err(error) => {
-                let samples = series.iter().map(|(_, _, samples, ..)| samples).sum();
+                let samples = account.delivered;
                 tracing::error!(samples, "lost a window, cannot symbolize it: {error}");
                 ledger.lose(Stage::Window, LossReason::Shutdown, samples);
+                account.lose(LossReason::Shutdown, samples);
+                handled += samples;
                 Vec::new()
             }
         };
+        // Counted in the profiles themselves.
+        account.delivered = finished.iter().map(pprof::samples).sum();
         let mut batches = Vec::with_capacity(series.len());
         let mut symbolized = Vec::with_capacity(series.len());
-        for ((labels, rule, samples, start, duration), profile) in series.into_iter().zip(finished) {
+        for ((labels, rule, start, duration), profile) in series.into_iter().zip(finished) {
             let why = rule.why();
             batches.push(Batch {
                 // The spool sets both.
@@ -103,7 +105,7 @@ pub async fn run(
                 sequence: 0,
                 labels,
                 pprof: pprof::encode(&profile),
-                samples,
+                samples: pprof::samples(&profile),
                 start: Some(start.into()),
                 duration: duration.try_into().ok(),
                 rule_id: rule.id,
@@ -114,12 +116,14 @@ pub async fn run(
             });
             symbolized.push((rule.capture, Arc::new(profile)));
         }
-        recent.add(id, start, symbolized);
+        handled += batches.iter().map(|batch| batch.samples).sum::<u64>();
+        recent.add(id, start, symbolized, &account);
         if batches.is_empty() {
             // A window that only lost samples still reports its losses.
             batches.push(ledger_only(id.to_string(), start, duration, &account));
         }
         submit(batches);
+        ledger.settle(Stage::Window, received, handled);
     }
 }
 

@@ -7,6 +7,7 @@ use std::{
 };
 
 use gannet_proto::{
+    ledger::Ledger,
     pprof::{Merger, PprofError},
     profiles::{Label, Profile},
 };
@@ -28,11 +29,13 @@ struct Shared {
     windows: Mutex<VecDeque<(SystemTime, Vec<Arc<Profile>>)>>,
     /// The window that was added last.
     newest: Mutex<Option<Ulid>>,
-    /// The profiles so far of each capture that a client waits for, by capture number. The engine bounds how many
+    /// The profiles so far of each capture that a client waits for, and the ledger of all windows meanwhile, by capture number. The engine bounds how many
     /// captures run at one time.
-    captures: Mutex<BTreeMap<u64, Vec<Arc<Profile>>>>,
+    captures: Mutex<BTreeMap<u64, CaptureParts>>,
     added: Notify,
 }
+
+type CaptureParts = (Vec<Arc<Profile>>, Ledger);
 
 /// Collects the profiles of one capture over all its windows, until dropped.
 pub(crate) struct CaptureProfiles {
@@ -42,10 +45,19 @@ pub(crate) struct CaptureProfiles {
 
 impl RecentProfiles {
     /// Adds the profiles of a window, each with the number of its capture (0: none). Drops the oldest windows.
-    pub(super) fn add(&self, id: Ulid, start: SystemTime, profiles: Vec<(u64, Arc<Profile>)>) {
+    pub(super) fn add(
+        &self,
+        id: Ulid,
+        start: SystemTime,
+        profiles: Vec<(u64, Arc<Profile>)>,
+        ledger: &Ledger,
+    ) {
         let mut captures = self.0.captures.lock();
+        for (_, sum) in captures.values_mut() {
+            sum.merge(ledger);
+        }
         for (capture, profile) in &profiles {
-            if let Some(parts) = captures.get_mut(capture) {
+            if let Some((parts, _)) = captures.get_mut(capture) {
                 parts.push(Arc::clone(profile));
             }
         }
@@ -82,7 +94,7 @@ impl RecentProfiles {
 
     /// Collects the profiles of a capture from now on.
     pub(crate) fn collect(&self, capture: u64) -> CaptureProfiles {
-        self.0.captures.lock().insert(capture, Vec::new());
+        self.0.captures.lock().insert(capture, <_>::default());
         CaptureProfiles { recent: self.clone(), capture }
     }
 
@@ -93,8 +105,9 @@ impl RecentProfiles {
 }
 
 impl CaptureProfiles {
-    /// Waits until the window `last` is added, then merges the capture's profiles. Returns `None` without samples.
-    pub(crate) async fn finish(self, last: Option<Ulid>) -> Result<Option<Profile>, PprofError> {
+    /// Waits until the window `last` is added, then merges the capture's profiles. Returns `None` without samples. The ledger is
+    /// that of the whole node, in the windows meanwhile.
+    pub(crate) async fn finish(self, last: Option<Ulid>) -> Result<(Option<Profile>, Ledger), PprofError> {
         loop {
             let added = self.recent.0.added.notified();
             if last.is_none_or(|last| self.recent.0.newest.lock().is_some_and(|newest| newest >= last)) {
@@ -102,8 +115,8 @@ impl CaptureProfiles {
             }
             added.await;
         }
-        let parts = self.recent.0.captures.lock().get(&self.capture).cloned().unwrap_or_default();
-        merge(&parts, None)
+        let (parts, ledger) = self.recent.0.captures.lock().get(&self.capture).cloned().unwrap_or_default();
+        Ok((merge(&parts, None)?, ledger))
     }
 }
 

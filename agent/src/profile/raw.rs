@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::model::{Image, ProcessKey, SampleKind, StackEnd};
+use crate::model::{Image, ProcessKey, SampleKind, StackEnd, StackMarks};
 
 /// One profile before symbolization: the samples of one window, rule, kind and series.
 #[derive(Debug)]
@@ -54,6 +54,8 @@ pub struct RawStack {
     pub user: Vec<u64>,
     /// How unwinding the user stack ended.
     pub end: StackEnd,
+    /// Marks of both stacks.
+    pub marks: StackMarks,
     /// Of an off-CPU stack: the low bits of the state in which the thread slept.
     pub state: u8,
     /// Number of samples.

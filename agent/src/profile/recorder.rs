@@ -132,6 +132,7 @@ mod tests {
             user: vec![2; 30],
             end: StackEnd::Complete,
             end_code: 1,
+            marks: crate::model::StackMarks::default(),
             state: 0,
             raw: None,
         }

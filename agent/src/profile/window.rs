@@ -12,7 +12,7 @@ use gannet_proto::labels::{self as name, Labels};
 use super::{RawProcess, RawProfile, RawStack};
 use crate::{
     cgroup::{PathContainer, containers},
-    model::{Image, ImageKey, Sample, SampleKind, StackEnd},
+    model::{Image, ImageKey, Sample, SampleKind, StackEnd, StackMarks},
     process::Process,
 };
 
@@ -48,6 +48,7 @@ struct Stack {
     kernel: Box<[u64]>,
     user: Box<[u64]>,
     end: StackEnd,
+    marks: StackMarks,
     /// Of an off-CPU sample: the low bits of the state in which the thread slept.
     state: u8,
     /// Whether it comes from the flight recorder, from before its capture began.
@@ -133,10 +134,8 @@ impl RuleTag {
 pub(crate) struct FlushedWindow {
     /// The profiles of the window.
     pub(crate) profiles: Vec<SeriesProfile>,
-    /// Samples in them, once for each rule that asked.
-    pub(crate) delivered: u64,
     /// Samples of removed rules, which are in no profile.
-    pub(crate) expired: u64,
+    pub(crate) removed: u64,
 }
 
 impl WindowSamples {
@@ -227,14 +226,13 @@ impl WindowSamples {
             for ((slot, pre_trigger, kind, period_ns), stacks) in by_slot(stacks) {
                 let samples = stacks.iter().map(|stack| stack.count).sum::<u64>();
                 let Some(mut rule) = tag(slot) else {
-                    flushed.expired += samples;
+                    flushed.removed += samples;
                     continue;
                 };
                 if pre_trigger {
                     rule.reason += " lead-up";
                     rule.pre_trigger = pre_triggers.get(&slot).copied();
                 }
-                flushed.delivered += samples;
                 let mut labels = base.clone();
                 labels.extend(rule.labels.clone());
                 labels.insert(name::RULE_ID.to_owned(), rule.id.clone());
@@ -292,6 +290,7 @@ fn by_slot(stacks: Stacks) -> BTreeMap<(u32, bool, SampleKind, u64), Vec<RawStac
                     kernel: stack.kernel.to_vec(),
                     user: stack.user.to_vec(),
                     end: stack.end,
+                    marks: stack.marks,
                     state: stack.state,
                     count: tally.count,
                     value_ns: tally.value_ns,
@@ -304,7 +303,8 @@ fn by_slot(stacks: Stacks) -> BTreeMap<(u32, bool, SampleKind, u64), Vec<RawStac
 
 /// Counts a sample among others of its image. Returns whether its stack is a new one.
 fn tally(stacks: &mut Stacks, sample: Sample, pre_trigger: bool) -> bool {
-    let Sample { subject, tid, kind, value_ns, kernel, user, end, end_code: _, state, raw: _ } = sample;
+    let Sample { subject, tid, kind, value_ns, kernel, user, end, end_code: _, marks, state, raw: _ } =
+        sample;
     let stack = Stack {
         kind,
         period_ns: if kind == SampleKind::OnCpu { value_ns } else { 0 },
@@ -314,6 +314,7 @@ fn tally(stacks: &mut Stacks, sample: Sample, pre_trigger: bool) -> bool {
         kernel: kernel.into(),
         user: user.into(),
         end,
+        marks,
         state,
         pre_trigger,
     };

@@ -130,11 +130,17 @@ impl ProfileNamer {
             locations.insert(address, self.add_location(builder, &process.image, address, functions));
         }
         for stack in &process.stacks {
+            let mut mark =
+                |name| builder.location(None, 0, &[Line { name, system_name: name, ..Line::default() }]);
+            let truncated = stack.marks.kernel_truncated.then(|| mark(TRUNCATED_FRAME));
+            let end = end_frame(stack.end).map(mark);
             let mut ids: Vec<LocationId> =
                 lookup_addresses(stack).filter_map(|address| locations.get(&address).copied()).collect();
-            if let Some(name) = end_frame(stack.end) {
-                ids.push(builder.location(None, 0, &[Line { name, system_name: name, ..Line::default() }]));
+            // Where the kernel's outermost frames are missing: between its stack and the user's.
+            if let Some(truncated) = truncated {
+                ids.insert(stack.kernel.len().min(ids.len()), truncated);
             }
+            ids.extend(end);
             let labels = labels(process, stack);
             builder.sample(&ids, &[stack.count as i64, stack.value_ns as i64], &labels);
         }
@@ -224,6 +230,7 @@ fn labels<'a>(process: &'a RawProcess, stack: &'a RawStack) -> Vec<Label<'a>> {
         text("container_id", &process.container_id),
         text("pod_uid", &process.pod_uid),
         text("state", sleep_state(stack.state)),
+        text("unwinding", if stack.marks.guessed { "guessed" } else { "" }),
     ];
     let mut labels = vec![number("pid", process.key.tgid), number("tid", stack.tid)];
     labels.extend(texts.into_iter().filter(|label| !matches!(label.value, LabelValue::Str(""))));

@@ -30,6 +30,8 @@ pub(crate) struct UnwoundSample {
     /// The first file whose table is not built yet. Unwinding went on by frame pointer there, and should be repeated once the
     /// table is built.
     pub(crate) missing: Option<Arc<MappedFile>>,
+    /// At least one frame was found by frame pointer where no table had a rule.
+    pub(crate) guessed: bool,
 }
 
 impl UnwoundSample {
@@ -37,6 +39,7 @@ impl UnwoundSample {
     pub(crate) fn complete(self, sample: &mut Sample) {
         sample.user = self.frames;
         sample.end = self.end;
+        sample.marks.guessed = self.guessed;
         sample.raw = None;
     }
 }
@@ -85,6 +88,7 @@ impl UnwindTables {
                 end: sample.end,
                 unknown: None,
                 missing: None,
+                guessed: sample.marks.guessed,
             };
         };
         let RawUserStack { pc, registers, stack } = raw;
@@ -94,6 +98,7 @@ impl UnwindTables {
         let snapshot = ThreadSnapshot { arch, pc: *pc, registers, stack_start, stack };
         let source = ImageTables { files: &self.files, image, missing: RefCell::new(None) };
         let unwound = unwind_stack(&snapshot, &source, MAX_FRAMES);
+        let guessed = unwound.frames.iter().any(|frame| frame.guessed);
         let frames = unwound.frames.iter().enumerate().map(|(depth, frame)| {
             // The kernel side reports frames in this form too: callers are looked up one byte back.
             if frame.exact && depth > 0 { frame.pc.wrapping_add(1) } else { frame.pc }
@@ -111,6 +116,7 @@ impl UnwindTables {
             | UnwindEnd::RegisterLost
             | UnwindEnd::NoProgress => (StackEnd::Broken, None),
         };
-        UnwoundSample { frames: frames.collect(), end, unknown, missing: source.missing.into_inner() }
+        let missing = source.missing.into_inner();
+        UnwoundSample { frames: frames.collect(), end, unknown, missing, guessed }
     }
 }

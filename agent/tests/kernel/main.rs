@@ -12,6 +12,7 @@ mod cases;
 mod daemon;
 mod hung;
 mod images;
+mod ledger;
 mod lifecycle;
 mod pods;
 mod rules;

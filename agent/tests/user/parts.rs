@@ -120,7 +120,7 @@ fn a_profile_above_the_limit_arrives_in_parts() {
     let ids: BTreeSet<&String> = parts.iter().map(|part| &part.batch_id).collect();
     assert_eq!(ids.len(), parts.len());
     for id in ids {
-        assert!(opened.spool.accepted(id));
+        assert!(opened.spool.accepted(id, None));
     }
     let snapshot = opened.ledger.snapshot();
     assert_eq!((snapshot.taken, snapshot.delivered, snapshot.lost_total()), (1800, 1800, 0));
@@ -174,7 +174,7 @@ fn a_refused_stack_takes_no_other_sample_with_it() {
             assert!(opened.spool.refused_as_too_large(&batch.batch_id));
         } else {
             delivered += batch.samples;
-            assert!(opened.spool.accepted(&batch.batch_id));
+            assert!(opened.spool.accepted(&batch.batch_id, None));
         }
     }
     assert_eq!((delivered, opened.lost(LossReason::Refused)), (897, 3));

@@ -14,7 +14,10 @@ use gannet_agent::{
     export::{Bounds, Spool, SpoolError, SpoolStats},
     ledger::{NodeLedger, Stage},
 };
-use gannet_proto::{ingest::Batch, ledger::LossReason};
+use gannet_proto::{
+    ingest::Batch,
+    ledger::{Ledger, LossReason},
+};
 use proptest::prelude::*;
 
 const ROOMY: Bounds = Bounds { bytes: 64 << 20, age: Duration::from_secs(3600) };
@@ -86,8 +89,8 @@ fn batches_survive_a_restart_with_their_ids_and_order() {
         second.drain().into_iter().map(|batch| (batch.sequence, batch.batch_id)).collect();
     assert_eq!(before, after);
     for (_, id) in &after {
-        assert!(second.spool.accepted(id));
-        assert!(!second.spool.accepted(id), "an answer counts once");
+        assert!(second.spool.accepted(id, None));
+        assert!(!second.spool.accepted(id, None), "an answer counts once");
     }
     assert_eq!(second.ledger.snapshot().delivered, 7);
     assert_eq!(spool_files(dir.path()), Vec::<PathBuf>::new());
@@ -98,6 +101,30 @@ fn batches_survive_a_restart_with_their_ids_and_order() {
     let mut third = open(dir.path(), ROOMY);
     third.append(&[1], 1).unwrap();
     assert_eq!(third.drain()[0].sequence, 4);
+}
+
+/// Checks that one sample that is gone shows first as unaccounted, and under its reason once the spool notices.
+#[test]
+fn a_sample_that_the_spool_loses_is_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut opened = open(dir.path(), ROOMY);
+    opened.append(&[1], 100).unwrap();
+    opened.append(&[5], 100).unwrap();
+    // A user deletes the file: at first it is still pending, then its reader notices.
+    fs::remove_file(&spool_files(dir.path())[0]).unwrap();
+    let batches = opened.drain();
+    assert_eq!(batches.iter().map(|batch| batch.samples).collect::<Vec<_>>(), [5]);
+    assert_eq!((opened.lost(LossReason::SpoolCorrupt), opened.ledger.snapshot().unaccounted()), (1, 0));
+    // The exporter hands over fewer samples than the kernel took: without a reason.
+    opened.ledger.take_window(&Ledger { taken: 3, delivered: 2, ..Ledger::default() });
+    opened.ledger.pass(Stage::Window, Stage::Queue, 2);
+    opened.spool.append(vec![Batch { samples: 2, ..Batch::default() }]).unwrap();
+    assert_eq!(opened.ledger.snapshot().unaccounted(), 1);
+    for batch in batches.into_iter().chain(opened.drain()) {
+        assert!(opened.spool.accepted(&batch.batch_id, Some(batch.samples)));
+    }
+    let ledger = opened.ledger.snapshot();
+    assert_eq!((ledger.taken, ledger.delivered, ledger.pending, ledger.unaccounted()), (9, 7, 0, 1));
 }
 
 #[test]

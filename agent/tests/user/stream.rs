@@ -35,6 +35,10 @@ enum Answer {
     Accept,
     /// Stores the batch and breaks the connection without an answer.
     AcceptAndBreak,
+    /// Stores all samples of the batch but one, and says so.
+    AcceptOneLess,
+    /// Does not say how many samples it has stored, as a collector of an earlier version.
+    AcceptUncounted,
     Refuse,
     Throttle,
 }
@@ -92,6 +96,14 @@ impl Seen {
         let Batch { batch_id, samples, .. } = batch;
         let answer = self.script.pop_front().unwrap_or(Answer::Accept);
         match answer {
+            Answer::AcceptOneLess => {
+                self.samples += samples - 1;
+                let samples = Some(samples - 1);
+                Some(Response::Accepted(Accepted { batch_id, duplicate: false, samples }))
+            }
+            Answer::AcceptUncounted => {
+                Some(Response::Accepted(Accepted { batch_id, duplicate: false, samples: None }))
+            }
             Answer::Accept | Answer::AcceptAndBreak => {
                 let times = self.stored.entry(batch_id.clone()).or_default();
                 *times += 1;
@@ -99,7 +111,9 @@ impl Seen {
                 if !duplicate {
                     self.samples += samples;
                 }
-                (answer == Answer::Accept).then_some(Response::Accepted(Accepted { batch_id, duplicate }))
+                let samples = (!duplicate).then_some(samples);
+                let accepted = Response::Accepted(Accepted { batch_id, duplicate, samples });
+                (answer == Answer::Accept).then_some(accepted)
             }
             Answer::Refuse => {
                 self.refused += samples;
@@ -201,6 +215,23 @@ async fn each_submitted_batch_arrives_once() {
     let snapshot = node.ledger.snapshot();
     assert_eq!((snapshot.delivered, snapshot.pending, snapshot.lost_total()), (30, 0, 0));
     assert!(snapshot.check().is_ok());
+}
+
+/// Checks that `delivered` is the collector's count: what it drops is missing, and is lost once the collector says why.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sample_that_the_collector_drops_is_unaccounted() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::default();
+    let script = [Answer::AcceptOneLess, Answer::AcceptUncounted, Answer::Refuse, Answer::Accept];
+    server.0.lock().unwrap().script = script.into();
+    let (address, _serving) = serve(server.clone(), ANY).await;
+    let node = start(dir.path(), Some(address));
+    node.submit(&[5, 4, 1, 3], 100);
+    node.delivered(11).await;
+    assert!(node.exporter.shutdown(Duration::from_secs(10)).await);
+    let ledger = node.ledger.snapshot();
+    assert_eq!((ledger.taken, ledger.delivered, ledger.pending), (13, 11, 0));
+    assert_eq!((node.lost(LossReason::Refused), ledger.unaccounted()), (1, 1), "{ledger}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -14,7 +14,7 @@ use std::{
 };
 
 use gannet_agent::{
-    model::{Image, MappedFile, Mapping, MappingKind, ProcessKey, SampleKind, StackEnd},
+    model::{Image, MappedFile, Mapping, MappingKind, ProcessKey, SampleKind, StackEnd, StackMarks},
     process::{FileMapping, FileTable},
     profile::{RawProcess, RawProfile, RawStack},
     symbols::{DebugCost, Symbolizer, SymbolizerConfig},
@@ -198,6 +198,7 @@ fn stack(kernel: &[u64], user: &[u64], end: StackEnd) -> RawStack {
         kernel: kernel.to_vec(),
         user: user.to_vec(),
         end,
+        marks: StackMarks::default(),
         state: 0,
         count: 3,
         value_ns: 30_000_000,
@@ -421,6 +422,33 @@ int main() { shop::Cart c; auto p = (void *(shop::Cart::*)(int))&shop::Cart::che
         symbolize(&new_symbolizer(), raw(key(pid), image, vec![stack(&[], &user, StackEnd::Complete)]));
     assert_eq!(names(&profile), [["void* shop::Cart::checkout<int>(int)"]]);
     assert_eq!(text(&profile, profile.function[0].system_name), "_ZN4shop4Cart8checkoutIiEEPvT_");
+}
+
+/// Checks that no cut and no guess is silent: the kernel's stack is cut between its frames and the user's.
+#[test]
+fn cut_kernel_stacks_and_guessed_frames_are_marked() {
+    let program = start_c(&["-g"]);
+    let pid = program.child.id();
+    let image = image(pid, &mut table());
+    let kernel = [0xffff_ffff_8000_0000, 0xffff_ffff_8000_0100];
+    let user = [program.addresses["leaf"], program.addresses["outer"]];
+    let of = |kernel: &[u64], marks| RawStack { marks, ..stack(kernel, &user, StackEnd::Complete) };
+    let cut = StackMarks { kernel_truncated: true, guessed: false };
+    let guessed = StackMarks { kernel_truncated: false, guessed: true };
+    let symbolized = |stack| symbolize(&new_symbolizer(), raw(key(pid), Arc::clone(&image), vec![stack]));
+    let label = |profile: &Profile| {
+        let mut labels = profile.sample[0].label.iter();
+        let found = labels.find(|label| text(profile, label.key) == "unwinding");
+        found.map(|label| text(profile, label.str).to_owned())
+    };
+    let profile = symbolized(of(&kernel, cut));
+    let frames = names(&profile);
+    assert_eq!(frames.len(), 5, "{frames:?}");
+    assert_eq!(frames[2..], [vec!["[truncated]"], vec!["leaf"], vec!["outer"]]);
+    assert_eq!(label(&profile), None);
+    let profile = symbolized(of(&kernel[..0], guessed));
+    assert_eq!(names(&profile), [vec!["leaf"], vec!["outer"]]);
+    assert_eq!(label(&profile).as_deref(), Some("guessed"));
 }
 
 #[test]

@@ -41,8 +41,13 @@ int on_tick_chain(struct bpf_perf_event_data *ctx)
 {
 	struct counters *counters = this_cpu_counters();
 
-	if (counters && begin_tick(ctx, counters))
-		bpf_tail_call(ctx, &tick_chain, 0);
+	struct sample_scratch *scratch = counters ? begin_tick(ctx, counters) : NULL;
+
+	if (!scratch)
+		return 0;
+	bpf_tail_call(ctx, &tick_chain, 0);
+	/* It returns only if the kernel refused the call. */
+	end_sample(counters, &counters->lost_chain, scratch->sample.event.rules);
 	return 0;
 }
 
@@ -54,6 +59,7 @@ int unwind_tick_chain(struct bpf_perf_event_data *ctx)
 
 	if (!counters || !scratch)
 		return 0;
+	/* If the kernel refuses the call, the sample has the frames so far. */
 	if (unwind_link(scratch))
 		bpf_tail_call(ctx, &tick_chain, 0);
 	finish_tick(counters, scratch);
@@ -88,8 +94,14 @@ int on_switch_chain(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct counters *counters = this_cpu_counters();
 
-	if (counters && begin_switch(ctx, counters))
-		bpf_tail_call(ctx, &switch_chain, 0);
+	struct sample_scratch *scratch = counters ? begin_switch(ctx, counters) : NULL;
+
+	if (!scratch)
+		return 0;
+	bpf_tail_call(ctx, &switch_chain, 0);
+	/* It returns only if the kernel refused the call. */
+	take_sample(counters, scratch->sample.event.rules);
+	end_sample(counters, &counters->lost_chain, scratch->sample.event.rules);
 	return 0;
 }
 

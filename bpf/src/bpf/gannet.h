@@ -332,7 +332,10 @@ struct sample {
 	u8 state;
 	/* A frame was found by frame pointer, though no table said so. */
 	u8 guessed;
-	u8 reserved[7];
+	u8 reserved[3];
+	/* The CPU that sent it, and that CPU's `counters.sent` before it: a jump shows the agent that a record is missing. */
+	u32 cpu;
+	u64 sequence;
 	/* kernel_frames, then user_frames; leaf first. */
 	u64 frames[];
 };
@@ -373,17 +376,21 @@ struct lifecycle_counts {
 };
 
 /*
- * Counters of one CPU; the agent adds them up. A sample that two rules asked for counts twice: taken == sent + all that is
- * lost.
+ * Counters of one CPU; the agent adds them up. A sample that two rules asked for counts twice. Between two samples taken ==
+ * sent + all that is lost; the agent checks that, so count each of them on its own and never as the sum of others.
  */
 struct counters {
 	u64 ticks;
 	u64 idle_ticks;
 	u64 taken;
+	/* The part of `taken` that a program is working on now; 0 between two samples. */
+	u64 open;
 	u64 sent;
 	u64 lost_ring_full;
 	u64 lost_off_cpu_full;
 	u64 lost_off_cpu_rate;
+	/* The kernel refused to call the next link of the unwinding chain. */
+	u64 lost_chain;
 	u64 raw;
 	u64 procs_full;
 	/* Control groups too deep for their path to be matched. */

@@ -54,10 +54,8 @@ ALWAYS_INLINE void store_block(struct counters *counters, struct sample_scratch 
 		scratch->sample.user_end = USER_STACK_TRUNCATED;
 	}
 	if (bpf_map_update_elem(&off_cpu, &tid, scratch, BPF_ANY)) {
-		u64 rules = __builtin_popcountll(scratch->sample.event.rules);
-
-		counters->taken += rules;
-		counters->lost_off_cpu_full += rules;
+		take_sample(counters, scratch->sample.event.rules);
+		end_sample(counters, &counters->lost_off_cpu_full, scratch->sample.event.rules);
 	}
 }
 
@@ -78,7 +76,7 @@ ALWAYS_INLINE void end_block(struct counters *counters, u32 tid, struct task_str
 	/* If it ran longer than that, another thread has reused the TID. */
 	if (ran <= passed && passed - ran >= settings.off_cpu_min_ns) {
 		entry->sample.value_ns = passed - ran;
-		counters->taken += __builtin_popcountll(entry->sample.event.rules);
+		take_sample(counters, entry->sample.event.rules);
 		send_sample(counters, &entry->sample, sizeof(*entry), false);
 	}
 	bpf_map_delete_elem(&off_cpu, &tid);
@@ -120,10 +118,8 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 		return NULL;
 	end_block(counters, id, prev, switched);
 	if (!block_allowed()) {
-		u64 rules = __builtin_popcountll(want.rules);
-
-		counters->taken += rules;
-		counters->lost_off_cpu_rate += rules;
+		take_sample(counters, want.rules);
+		end_sample(counters, &counters->lost_off_cpu_rate, want.rules);
 		return NULL;
 	}
 	scratch = this_cpu_scratch();

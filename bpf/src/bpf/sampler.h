@@ -145,8 +145,11 @@ ALWAYS_INLINE void take_user_stack(void *ctx, struct sample *sample, u64 *frames
 	if (!settings.user_stacks || kernel > MAX_KERNEL_FRAMES)
 		return;
 	got = bpf_get_stack(ctx, frames + kernel, (MAX_FP_FRAMES + 1) * sizeof(u64), BPF_F_USER_STACK);
-	if (got <= 0)
+	if (got <= 0) {
+		if (got < 0 && sample->kernel_frames == 0)
+			sample->user_end = USER_STACK_FAULT;
 		return;
+	}
 	sample->user_frames = got / sizeof(u64);
 	sample->user_end = USER_STACK_COMPLETE;
 	if (sample->user_frames > MAX_FP_FRAMES) {
@@ -258,19 +261,35 @@ ALWAYS_INLINE void end_unwind(struct sample_scratch *scratch)
 	scratch->sample.guessed = scratch->unwind.guessed;
 }
 
+/* Counts a sample as taken. What becomes of it is counted by end_sample. */
+ALWAYS_INLINE void take_sample(struct counters *counters, u64 rules)
+{
+	counters->open = __builtin_popcountll(rules);
+	counters->taken += __builtin_popcountll(rules);
+}
+
+/* Counts what became of a sample that was taken: `counter` is `sent` or one of those for lost samples. */
+ALWAYS_INLINE void end_sample(struct counters *counters, u64 *counter, u64 rules)
+{
+	*counter += __builtin_popcountll(rules);
+	counters->open = 0;
+}
+
 /* Sends a sample, unless it would take the space that lifecycle events need. `max` is the size of its buffer. */
 ALWAYS_INLINE void send_sample(struct counters *counters, struct sample *record, u64 max, bool wake)
 {
-	u64 rules = __builtin_popcountll(record->event.rules);
+	u64 rules = record->event.rules;
 	u64 size = sizeof(*record) + (record->kernel_frames + record->user_frames) * sizeof(u64);
 	u64 fill = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA);
 	u64 flags = wake || fill >= settings.ring_wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
 
+	record->cpu = bpf_get_smp_processor_id();
+	record->sequence = counters->sent;
 	barrier_var(size);
 	if (size > max || fill + size > settings.ring_sample_limit || bpf_ringbuf_output(&events, record, size, flags))
-		counters->lost_ring_full += rules;
+		end_sample(counters, &counters->lost_ring_full, rules);
 	else
-		counters->sent += rules;
+		end_sample(counters, &counters->sent, rules);
 }
 
 ALWAYS_INLINE void send_tick(struct counters *counters, struct sample_scratch *scratch)
@@ -333,7 +352,7 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	want.rules &= settings.on_cpu_rules;
 	if (!want.rules || want.period_ns != ctx->sample_period)
 		return NULL;
-	counters->taken += __builtin_popcountll(want.rules);
+	take_sample(counters, want.rules);
 	first = note_sampled(counters, task, tgid, proc, &now);
 
 	scratch = this_cpu_scratch();

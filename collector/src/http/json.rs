@@ -204,7 +204,7 @@ fn node(node: &control::Node, newest: u64) -> Value {
                 "ledger",
                 json!({
                     "ticks": ledger.ticks, "taken": ledger.taken, "delivered": ledger.delivered,
-                    "pending": ledger.pending, "lost": lost,
+                    "pending": ledger.pending, "lost": lost, "unaccounted": ledger.unaccounted,
                 }),
             );
         }

@@ -59,6 +59,11 @@ impl NewBatch {
         let (labels, key, row) = described.ok_or(PackError::InvalidStart)?;
         Ok(Self { key, object, row, labels, ledger })
     }
+
+    /// Returns the number of samples as counted in the profile; 0 if the batch carried only a ledger.
+    fn counted(&self) -> u64 {
+        self.row.types.first().and_then(|first| u64::try_from(first.total).ok()).unwrap_or(0)
+    }
 }
 
 /// Returns the index entry of an object with this metadata. Storing and rebuilding both use it, so they agree.
@@ -87,7 +92,10 @@ pub(super) fn describe(meta: &ObjectMeta, object_bytes: u64) -> Option<(Labels, 
 #[derive(Debug, Clone)]
 pub(crate) enum BatchOutcome {
     /// The batch survives a power cut.
-    Stored,
+    Stored {
+        /// The samples in the stored profile.
+        samples: u64,
+    },
     /// The batch was stored before.
     Duplicate,
     /// The batch is not stored for now.
@@ -215,7 +223,7 @@ impl Store {
         let outcomes = self.store_fresh(&fresh).await;
         for (first, queued) in repeated {
             let outcome = match &outcomes[first] {
-                BatchOutcome::Stored => BatchOutcome::Duplicate,
+                BatchOutcome::Stored { .. } => BatchOutcome::Duplicate,
                 other => other.clone(),
             };
             self.answer(queued, outcome);
@@ -229,7 +237,7 @@ impl Store {
 
     fn answer(&self, queued: QueuedBatch, outcome: BatchOutcome) {
         match &outcome {
-            BatchOutcome::Stored => self.metrics.batches_accepted.inc(),
+            BatchOutcome::Stored { .. } => self.metrics.batches_accepted.inc(),
             BatchOutcome::Duplicate => self.metrics.batches_duplicate.inc(),
             BatchOutcome::Throttled { cause, .. } => {
                 self.metrics.throttled(cause);
@@ -269,8 +277,10 @@ impl Store {
         let written = stream::iter(puts).buffered(CONCURRENT_WRITES).collect::<Vec<_>>().await;
         let mut outcomes: Vec<BatchOutcome> = written
             .into_iter()
-            .map(|result| match result {
-                Ok(()) => BatchOutcome::Stored,
+            .zip(&batches)
+            .map(|(result, batch)| match result {
+                // Counted in the profile, not in what the agent says of it.
+                Ok(()) => BatchOutcome::Stored { samples: batch.counted() },
                 Err(error) => self.write_failed(&error),
             })
             .collect();
@@ -287,14 +297,14 @@ impl Store {
                 self.metrics.store_errors.inc();
                 tracing::warn!(%error, "cannot write the index; batches are throttled");
                 let reason = throttled("store", &error.to_string());
-                for outcome in outcomes.iter_mut().filter(|o| matches!(o, BatchOutcome::Stored)) {
+                for outcome in outcomes.iter_mut().filter(|o| matches!(o, BatchOutcome::Stored { .. })) {
                     *outcome = reason.clone();
                 }
                 return outcomes;
             }
         };
         self.state.write().apply_added(change);
-        let stored = batches.iter().zip(&outcomes).filter(|(_, o)| matches!(o, BatchOutcome::Stored));
+        let stored = batches.iter().zip(&outcomes).filter(|(_, o)| matches!(o, BatchOutcome::Stored { .. }));
         for ((batch, _), first) in stored.zip(first_of_window) {
             if let Some(ledger) = batch.ledger.as_ref().filter(|_| first) {
                 self.count_ledger(ledger);
@@ -333,7 +343,7 @@ impl Store {
         let max_series = self.options.max_series;
         let state = self.state.read();
         for (batch, outcome) in batches.iter().zip(outcomes) {
-            if !matches!(outcome, BatchOutcome::Stored) {
+            if !matches!(outcome, BatchOutcome::Stored { .. }) {
                 continue;
             }
             let Some(series) = state.series_of(&batch.labels, &mut new_series, max_series) else {
@@ -372,6 +382,7 @@ impl Store {
         }
         self.metrics.samples_taken.inc_by(ledger.taken);
         self.metrics.samples_delivered.inc_by(ledger.delivered);
+        self.metrics.samples_unaccounted.inc_by(ledger.unaccounted());
         for (reason, samples) in &ledger.lost {
             self.metrics.lost(reason.as_str(), *samples);
         }

@@ -189,6 +189,7 @@ async fn a_ledger_counts_once_over_all_batches_of_its_window() {
         delivered: 7,
         lost: [("ring_full".to_owned(), 3)].into(),
         pending: 0,
+        unaccounted: 0,
     };
     let window_id = Ulid::new().to_string();
     for service in ["a", "b", "c"] {
@@ -203,9 +204,10 @@ async fn a_ledger_counts_once_over_all_batches_of_its_window() {
         start: Some(at(now_ms())),
         window_id: Ulid::new().to_string(),
         ledger: Some(Ledger {
-            taken: 5,
+            taken: 6,
             delivered: 0,
             lost: [("queue_full".to_owned(), 5)].into(),
+            unaccounted: 1,
             ..Ledger::default()
         }),
         ..Batch::default()
@@ -216,7 +218,8 @@ async fn a_ledger_counts_once_over_all_batches_of_its_window() {
         other => panic!("{other:?}"),
     }
     let http = running.http_addr;
-    assert_eq!(metric(http, "gannet_collector_ledger_samples_taken_total").await as u64, 15);
+    assert_eq!(metric(http, "gannet_collector_ledger_samples_taken_total").await as u64, 16);
+    assert_eq!(metric(http, "gannet_collector_ledger_samples_unaccounted").await as i64, 1);
     assert_eq!(metric(http, "gannet_collector_ledger_samples_delivered_total").await as u64, 7);
     assert_eq!(
         metric(http, "gannet_collector_ledger_samples_lost_total{reason=\"ring_full\"}").await as u64,

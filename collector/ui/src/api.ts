@@ -75,6 +75,8 @@ export interface Ledger {
   taken?: number;
   delivered?: number;
   pending?: number;
+  /** Missing without a reason; negative if samples were counted twice. */
+  unaccounted?: number;
   lost?: Record<string, number>;
 }
 

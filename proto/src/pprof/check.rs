@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::PprofError;
-use crate::profiles::{Profile, ValueType};
+use crate::profiles::{Profile, Sample, ValueType};
 
 /// Content of a checked profile.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,6 +139,12 @@ pub fn check(profile: &Profile) -> Result<Summary, PprofError> {
         }
     }
     Ok(Summary { sample_types, totals, samples: profile.sample.len() })
+}
+
+/// Counts the samples of a profile of Gannet: the sum of their first values.
+pub fn samples(profile: &Profile) -> u64 {
+    let count = |sample: &Sample| sample.value.first().and_then(|n| u64::try_from(*n).ok()).unwrap_or(0);
+    profile.sample.iter().map(count).fold(0, u64::saturating_add)
 }
 
 /// Returns the index of a sample type, given as `cpu/nanoseconds` or `cpu`. An empty name means the last one, which pprof

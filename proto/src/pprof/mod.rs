@@ -12,7 +12,7 @@ mod merge;
 mod split;
 
 pub use builder::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId};
-pub use check::{Summary, check, sample_type_index};
+pub use check::{Summary, check, sample_type_index, samples};
 pub use codec::{decode, encode};
 pub use flame::{FlameTree, Side, flat, folded, folded_name};
 pub use merge::Merger;

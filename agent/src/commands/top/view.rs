@@ -167,6 +167,9 @@ fn ledger(model: &Model) -> String {
         let _ = write!(text, ", {} pending", ledger.pending);
     }
     let _ = write!(text, ", {} lost", ledger.lost_total());
+    if ledger.unaccounted() != 0 {
+        let _ = write!(text, ", {} unaccounted", ledger.unaccounted());
+    }
     for (reason, count) in ledger.lost.iter().filter(|(_, count)| **count > 0) {
         let _ = write!(text, " · {} {count}", reason.as_str().replace('_', " "));
     }

@@ -135,6 +135,7 @@ pub(super) struct LedgerView {
     taken: u64,
     delivered: u64,
     pending: u64,
+    unaccounted: i64,
     lost: BTreeMap<String, u64>,
 }
 
@@ -145,6 +146,7 @@ pub(super) fn ledger(node: &Node) -> LedgerView {
         taken: ledger.taken,
         delivered: ledger.delivered,
         pending: ledger.pending,
+        unaccounted: ledger.unaccounted(),
         lost: ledger.lost.into_iter().map(|(reason, count)| (reason.to_string(), count)).collect(),
     }
 }
@@ -152,12 +154,13 @@ pub(super) fn ledger(node: &Node) -> LedgerView {
 impl LedgerView {
     pub(super) fn text(&self) -> String {
         let mut text = format!(
-            "clock ticks {}\ntaken {} = delivered {} + pending {} + lost {}\n",
+            "clock ticks {}\ntaken {} = delivered {} + pending {} + lost {} + unaccounted {}\n",
             self.ticks,
             self.taken,
             self.delivered,
             self.pending,
-            self.lost.values().sum::<u64>()
+            self.lost.values().sum::<u64>(),
+            self.unaccounted
         );
         for (reason, count) in &self.lost {
             let _ = writeln!(text, "  lost {reason} {count}");

@@ -60,6 +60,7 @@ fn sample(tgid: u32, rules: u64) -> Sample {
         user: Vec::new(),
         end: StackEnd::None,
         end_code: 0,
+        marks: crate::model::StackMarks::default(),
         state: 0,
         raw: None,
     }

@@ -81,6 +81,11 @@ impl PendingFile {
         Self { first, bytes: MAGIC.to_vec(), entries: Vec::new() }
     }
 
+    /// Counts the samples of its batches.
+    pub(super) fn samples(&self) -> u64 {
+        self.entries.iter().map(|entry| entry.samples).sum()
+    }
+
     pub(super) fn push(&mut self, batch: &Batch) {
         let encoded = batch.encode_to_vec();
         let crc = crc32fast::hash(&encoded);

@@ -204,6 +204,8 @@ impl Spool {
     /// for the log; the loss is already counted.
     pub fn append(&mut self, batches: Vec<Batch>) -> Result<(), SpoolError> {
         self.expire(SystemTime::now());
+        let received = batches.iter().map(|batch| batch.samples).sum();
+        let mut handled = 0;
         let mut result = Ok(());
         let mut file = PendingFile::new(self.next_sequence);
         for mut batch in batches {
@@ -211,14 +213,17 @@ impl Spool {
             batch.sequence = self.next_sequence;
             self.next_sequence += 1;
             if file.bytes.len() as u64 + batch.encoded_len() as u64 > FILE_BYTES && !file.entries.is_empty() {
-                result =
-                    result.and(self.write(std::mem::replace(&mut file, PendingFile::new(batch.sequence))));
+                let full = std::mem::replace(&mut file, PendingFile::new(batch.sequence));
+                handled += full.samples();
+                result = result.and(self.write(full));
             }
             file.push(&batch);
         }
         if !file.entries.is_empty() {
+            handled += file.samples();
             result = result.and(self.write(file));
         }
+        self.ledger.settle(Stage::Queue, received, handled);
         self.publish();
         result
     }
@@ -263,10 +268,10 @@ impl Spool {
         Some(found)
     }
 
-    /// Settles a batch that the collector has acknowledged. Returns false if the spool does not know it, because it is
-    /// settled already.
-    pub fn accepted(&mut self, batch_id: &str) -> bool {
-        self.settle_id(batch_id, Outcome::Delivered)
+    /// Settles a batch that the collector has acknowledged, with the number of samples that it has counted; `None` if it does
+    /// not say. Returns false if the spool does not know the batch, because it is settled already.
+    pub fn accepted(&mut self, batch_id: &str, samples: Option<u64>) -> bool {
+        self.settle_id(batch_id, Outcome::Delivered(samples))
     }
 
     /// Settles a batch that the collector will never accept. Returns false if the spool does not know it.
@@ -360,7 +365,18 @@ impl Spool {
         let Some(entry) = self.remove(sequence) else { return };
         let stage = if entry.on_wire { Stage::Wire } else { Stage::Spool };
         match outcome {
-            Outcome::Delivered => self.ledger.deliver(stage, entry.samples),
+            Outcome::Delivered(counted) => {
+                let counted = counted.unwrap_or(entry.samples);
+                if counted != entry.samples {
+                    tracing::error!(
+                        batch_id = entry.id,
+                        sent = entry.samples,
+                        stored = counted,
+                        "the collector has stored another number of samples than it was sent"
+                    );
+                }
+                self.ledger.deliver_counted(stage, entry.samples, counted);
+            }
             Outcome::Lost(reason) => self.ledger.lose(stage, reason, entry.samples),
         }
         self.publish();
@@ -441,7 +457,7 @@ impl Spool {
     fn store(&mut self, file: PendingFile) -> Result<(), String> {
         let PendingFile { first, bytes, entries } = file;
         let size = bytes.len() as u64;
-        let samples = entries.iter().map(|entry| entry.samples).sum();
+        let samples = entries.iter().map(|entry| entry.samples).sum::<u64>();
         let mut why = format!("--spool-bytes is {}", self.bounds.bytes);
         let mut room = true;
         while room && self.bytes + size > self.bounds.bytes {
@@ -510,7 +526,8 @@ impl Spool {
 
 #[derive(Clone, Copy)]
 enum Outcome {
-    Delivered,
+    /// With the collector's count.
+    Delivered(Option<u64>),
     Lost(LossReason),
 }
 

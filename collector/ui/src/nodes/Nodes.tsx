@@ -9,14 +9,15 @@ import { ago, bytes, duration, integer, moment, took } from "../units";
 import { Details } from "./Details";
 import { LedgerBar } from "./LedgerBar";
 
-type Sums = Required<Pick<Ledger, "taken" | "delivered" | "pending">> & Ledger;
+type Sums = Required<Pick<Ledger, "taken" | "delivered" | "pending" | "unaccounted">> & Ledger;
 
 function sumLedgers(nodes: FleetNode[]): Sums {
-  const sum: Sums = { taken: 0, delivered: 0, pending: 0, lost: {} };
+  const sum: Sums = { taken: 0, delivered: 0, pending: 0, unaccounted: 0, lost: {} };
   for (const { ledger } of nodes) {
     sum.taken += ledger?.taken ?? 0;
     sum.delivered += ledger?.delivered ?? 0;
     sum.pending += ledger?.pending ?? 0;
+    sum.unaccounted += ledger?.unaccounted ?? 0;
     for (const [reason, count] of Object.entries(ledger?.lost ?? {})) sum.lost = { ...sum.lost, [reason]: (sum.lost?.[reason] ?? 0) + count };
   }
   return sum;

@@ -1,0 +1,219 @@
+//! The ledger: its two sides come from different sources, and a sample that is gone is missing.
+
+use std::{
+    os::fd::AsFd as _,
+    process::Command,
+    ptr, slice,
+    sync::{
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use gannet_agent::{
+    engine::{Engine, EngineOptions, Window},
+    governor::Budgets,
+    kernel::{Counters, KernelOptions},
+    rules::{Deny, RuleSource, SourceRules, ad_hoc},
+    tables::TableSources,
+};
+use gannet_proto::{
+    control::{
+        Match,
+        capture::Kind::{self, OffCpu, OnCpu},
+    },
+    ledger::{Ledger, LossReason},
+    rules::Caps,
+};
+use libbpf_rs::{MapCore as _, MapHandle, query::MapInfoIter};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+
+use crate::common::{Running, program, slower};
+
+/// A program that computes for ever in one thread, and sleeps for some milliseconds again and again in another.
+const WORK: &str = r"
+#include <pthread.h>
+#include <unistd.h>
+static void *nap(void *arg) { for (;;) usleep(3000); }
+int main(void) {
+	pthread_t thread;
+	pthread_create(&thread, 0, nap, 0);
+	for (volatile long i = 0;; i++)
+		;
+}
+";
+
+struct Account {
+    engine: Engine,
+    windows: mpsc::Receiver<Window>,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Account {
+    /// Samples the program by one rule for each list of kinds.
+    fn of(comm: &str, rules: &[&[Kind]], kernel: KernelOptions) -> Self {
+        let (send, windows) = mpsc::channel();
+        let options = EngineOptions {
+            node: "here".into(),
+            kernel,
+            window: Duration::from_millis(300),
+            caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
+            deny: Deny::default(),
+            budgets: Budgets::default(),
+            tables: Some(TableSources::default()),
+        };
+        let engine = Engine::start(options, move |window: Window| drop(send.send(window))).unwrap();
+        let matches = || Match { comm: vec![comm.to_owned()], ..Match::default() };
+        let rule = |(number, kinds): (usize, &&[Kind])| {
+            ad_hoc(&format!("rule{number}"), matches(), 499 / slower(), kinds)
+        };
+        let rules = rules.iter().enumerate().map(rule).collect();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let set = SourceRules { rules, ..SourceRules::default() };
+        assert_eq!(runtime.block_on(engine.replace(RuleSource::Local, set)).unwrap(), []);
+        Self { engine, windows, runtime }
+    }
+
+    /// Ends the sampling. Returns the sum of the ledgers of all windows, of which each has none or at most one sample missing,
+    /// and the kernel's counters.
+    fn finish(self) -> (Ledger, Counters) {
+        self.runtime.block_on(self.engine.set_sampling(false)).unwrap();
+        thread::sleep(Duration::from_millis(100));
+        let counters = self.runtime.block_on(self.engine.view()).unwrap().counters.unwrap();
+        self.engine.stop();
+        let mut sum = Ledger::default();
+        for window in &self.windows {
+            let samples: u64 = window.profiles.iter().map(|profile| profile.samples).sum();
+            assert_eq!(samples, window.ledger.delivered);
+            sum.merge(&window.ledger);
+        }
+        (sum, counters)
+    }
+}
+
+#[test]
+fn every_sample_that_the_kernel_counts_is_accounted_for() {
+    let work = program("gannet-account", WORK, &["-pthread"]);
+    let account = Account::of("gannet-account", &[&[OnCpu], &[OnCpu]], KernelOptions::default());
+    let _running = [Running::start(&mut Command::new(&work)), Running::start(&mut Command::new(&work))];
+    thread::sleep(Duration::from_secs(2) * slower());
+    let (ledger, counters) = account.finish();
+    // Two rules: each sample counts twice.
+    assert!(ledger.delivered > 500, "{ledger}");
+    assert_eq!((ledger.taken, ledger.unaccounted()), (counters.taken, 0), "{ledger}");
+}
+
+#[test]
+fn blocked_time_of_several_windows_is_accounted_for() {
+    let work = program("gannet-account", WORK, &["-pthread"]);
+    let account = Account::of("gannet-account", &[&[OffCpu], &[OnCpu, OffCpu]], KernelOptions::default());
+    let _running = [Running::start(&mut Command::new(&work)), Running::start(&mut Command::new(&work))];
+    thread::sleep(Duration::from_secs(2) * slower());
+    let (ledger, counters) = account.finish();
+    assert!(ledger.delivered > 500, "{ledger}");
+    // Intervals that last over the end of a window are counted by the agent.
+    assert!(ledger.taken >= counters.taken, "{ledger}");
+    assert_eq!(ledger.unaccounted(), 0, "{ledger}");
+}
+
+/// Checks that a full ring buffer and a busy reader cost samples under their reason only.
+#[test]
+fn a_full_ring_leaves_nothing_unaccounted() {
+    let work = program("gannet-account", WORK, &["-pthread"]);
+    let kernel = KernelOptions { ring_bytes: 64 << 10, ..KernelOptions::default() };
+    let account = Account::of("gannet-account", &[&[OnCpu], &[OnCpu, OffCpu]], kernel);
+    let _running = [Running::start(&mut Command::new(&work)), Running::start(&mut Command::new(&work))];
+    thread::sleep(Duration::from_millis(500) * slower());
+    let (go, wait) = mpsc::channel::<()>();
+    account.runtime.block_on(account.engine.hold(wait)).unwrap();
+    thread::sleep(Duration::from_secs(1) * slower());
+    drop(go);
+    thread::sleep(Duration::from_millis(500) * slower());
+    let (ledger, _) = account.finish();
+    assert!(ledger.lost[&LossReason::RingFull] > 10, "{ledger}");
+    assert_eq!(ledger.unaccounted(), 0, "{ledger}");
+}
+
+/// Checks the ledger from outside: another reader takes one sample out of the ring buffer, and no part of the agent notices.
+#[test]
+fn a_sample_taken_out_of_the_ring_is_unaccounted() {
+    let work = program("gannet-account", WORK, &["-pthread"]);
+    let account = Account::of("gannet-account", &[&[OnCpu]], KernelOptions::default());
+    let _running = Running::start(&mut Command::new(&work));
+    let ring = Ring::newest();
+    let begun = Instant::now();
+    let mut stolen = false;
+    while !stolen {
+        assert!(begun.elapsed() < Duration::from_secs(30) * slower(), "no sample at the head of the ring");
+        let (go, wait) = mpsc::channel::<()>();
+        account.runtime.block_on(account.engine.hold(wait)).unwrap();
+        thread::sleep(Duration::from_millis(100));
+        stolen = ring.steal_sample();
+        drop(go);
+    }
+    thread::sleep(Duration::from_secs(1));
+    let (ledger, counters) = account.finish();
+    assert_eq!((ledger.taken, ledger.unaccounted()), (counters.taken, 1), "{ledger}");
+}
+
+/// The ring buffer as any process sees it that has the map.
+struct Ring {
+    consumer: &'static AtomicU64,
+    producer: &'static AtomicU64,
+    data: &'static [AtomicU64],
+    _map: MapHandle,
+}
+
+impl Ring {
+    /// Opens the ring buffer of the engine that was started last.
+    fn newest() -> Self {
+        let maps = MapInfoIter::default().filter(|map| map.name == "events");
+        let map = MapHandle::from_map_id(maps.map(|map| map.id).max().unwrap()).unwrap();
+        let page = rustix::param::page_size();
+        let bytes = map.max_entries() as usize;
+        // SAFETY: the kernel chooses the addresses. The first page holds the consumer's position, the second one the
+        // producer's; behind it follow the records twice.
+        let (consumer, producer) = unsafe {
+            let readable = mmap(
+                ptr::null_mut(),
+                page + 2 * bytes,
+                ProtFlags::READ,
+                MapFlags::SHARED,
+                map.as_fd(),
+                page as u64,
+            );
+            let writable = ProtFlags::READ | ProtFlags::WRITE;
+            (
+                mmap(ptr::null_mut(), page, writable, MapFlags::SHARED, map.as_fd(), 0).unwrap(),
+                readable.unwrap(),
+            )
+        };
+        // SAFETY: the mappings stay until the process ends, are aligned to pages, and are this long.
+        unsafe {
+            Self {
+                consumer: &*consumer.cast(),
+                producer: &*producer.cast(),
+                data: slice::from_raw_parts(producer.byte_add(page).cast(), bytes / 8),
+                _map: map,
+            }
+        }
+    }
+
+    /// Moves the consumer over the first record, if that is a sample.
+    fn steal_sample(&self) -> bool {
+        let at = self.consumer.load(Ordering::Acquire);
+        if at == self.producer.load(Ordering::Acquire) {
+            return false;
+        }
+        let word = |index: u64| self.data[index as usize % self.data.len()].load(Ordering::Acquire);
+        // The header: length, two flags, and a page number. A sample's first word holds its kind, which is 1.
+        let length = word(at / 8) as u32;
+        if length >> 30 != 0 || word(at / 8 + 1) as u32 != 1 {
+            return false;
+        }
+        self.consumer.store(at + u64::from(length).next_multiple_of(8) + 8, Ordering::Release);
+        true
+    }
+}
