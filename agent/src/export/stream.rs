@@ -165,10 +165,15 @@ impl Exporter {
             appended: Notify::new(),
             writer_done: AtomicBool::new(false),
         });
-        let writer = Arc::clone(&shared);
-        thread::Builder::new().name("gannet-spool".to_owned()).spawn(move || write(&writer, &submitted))?;
         let (stop, stopped) = watch::channel(None);
         let tasks = TaskTracker::new();
+        let (writer, token) = (Arc::clone(&shared), tasks.token());
+        thread::Builder::new().name("gannet-spool".to_owned()).spawn(move || {
+            write(&writer, &submitted);
+            // The shutdown waits for the token: the spool must be free for the next run when it returns.
+            drop(writer);
+            drop(token);
+        })?;
         let stream = Stream { config, shared: Arc::clone(&shared), stats: Arc::clone(&stats), stop: stopped };
         tasks.spawn(stream.run());
         tasks.close();
