@@ -75,8 +75,8 @@ impl NodeLedger {
         self.0.lock()
     }
 
-    /// Counts a window: what the kernel took for it, what was lost on the way, and the samples in its profiles, which are in
-    /// the open window from now on.
+    /// Counts a window that the engine closed. Its delivered samples enter [`Stage::Window`]: for the node they are pending
+    /// until the collector acknowledges them.
     pub fn take_window(&self, window: &Ledger) {
         let Ledger { ticks, taken, delivered, pending: _, lost } = window;
         let mut account = self.account();

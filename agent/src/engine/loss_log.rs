@@ -1,4 +1,4 @@
-//! The log lines about lost samples: what was lost, where, and what to do about it.
+//! Logs lost samples. Each line names the reason, the CPUs whose ring buffer was full, and the cure.
 
 use std::{
     collections::HashMap,

@@ -46,7 +46,7 @@ pub struct Process {
     pub(super) reported_comm: String,
     /// When its mappings were last read again because of an unknown address.
     pub(super) scanned: Option<Instant>,
-    /// Whether `/proc` has to decide what is mapped: memory without a file took the place of a file.
+    /// The process mapped memory without a file over a file. The agent must read `/proc` to learn what is mapped now.
     pub(super) in_doubt: bool,
     /// Whether the process or a file of it did not answer when it was read: it is read again when that answers.
     pub(super) unanswered: bool,

@@ -63,7 +63,7 @@ impl Captures {
     pub(super) fn start_manual(
         &mut self,
         slots: &mut Slots,
-        rule: Rule,
+        rule: &Rule,
         reason: CaptureReason,
         ends: Instant,
         now: SystemTime,

@@ -283,7 +283,7 @@ impl RuleBook {
         now: SystemTime,
     ) -> Result<CaptureId, CaptureError> {
         let rule = self.checks.manual_rule(matches, capture, self.pods.is_enabled())?;
-        self.captures.start_manual(&mut self.slots, rule, reason, ends, now)
+        self.captures.start_manual(&mut self.slots, &rule, reason, ends, now)
     }
 
     /// Ends a capture before its time. Returns true if it ran.

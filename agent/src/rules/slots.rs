@@ -554,22 +554,11 @@ impl Slot {
     }
 
     /// Builds the slot that a manual capture starts from. It has no rule slot of its own.
-    pub(super) fn for_manual_capture(rule: Rule, now: SystemTime) -> Self {
+    pub(super) fn for_manual_capture(rule: &Rule, now: SystemTime) -> Self {
         Self {
-            source: RuleSource::Local,
-            revision: 0,
-            compiled: Arc::new(Compiled::of(&rule)),
-            rule: Arc::new(rule),
-            usage: SlotUse::Always,
-            unsupported: None,
             expires_at: None,
             not_before: Some(now),
-            samples: 0,
-            last_sample: None,
-            captures: 0,
-            last_capture: None,
-            since_ns: 0,
-            retired: None,
+            ..Self::new(RuleSource::Local, rule, &SourceRules::default(), now)
         }
     }
 

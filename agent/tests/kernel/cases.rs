@@ -94,15 +94,21 @@ fn a_library_is_named_after_the_first_thread_ended() {
     assert_complete(&recording, "late_leaf", &["late_leader", "run", "late_spin", "late_leaf"]);
 }
 
-#[test]
-fn text_that_moved_before_the_agent_started_has_names() {
-    let program = program("moved_text", MOVED_TEXT, &[]);
-    let running = started(&program, &[]);
+/// Records the program twice: it moves its text before the agent starts, and while the agent follows it.
+#[track_caller]
+fn assert_moved_text_has_names(program: &Path) {
+    let running = started(program, &[]);
     let recording = record_for(2, 99, &["--pid", &running.0.id().to_string()]);
     assert_complete(&recording, "moved_leaf", &["main", "moved_middle", "moved_leaf"]);
     drop(running);
-    let recording = record_from_the_start(&program);
+    let recording = record_from_the_start(program);
     assert_complete(&recording, "moved_leaf", &["main", "moved_middle", "moved_leaf"]);
+}
+
+#[test]
+fn text_that_moved_before_the_agent_started_has_names() {
+    let program = program("moved_text", MOVED_TEXT, &[]);
+    assert_moved_text_has_names(&program);
 }
 
 /// Checks the other ways to move text: memory that replaces the file in place, while the agent follows, and a part of it only.
@@ -125,12 +131,7 @@ fn text_that_memory_replaces_in_place_has_names() {
         &["-shared", "-fPIC"],
     );
     let program = program("replaced_text", &source, &[library.to_str().unwrap()]);
-    let running = started(&program, &[]);
-    let recording = record_for(2, 99, &["--pid", &running.0.id().to_string()]);
-    assert_complete(&recording, "moved_leaf", &["main", "moved_middle", "moved_leaf"]);
-    drop(running);
-    let recording = record_from_the_start(&program);
-    assert_complete(&recording, "moved_leaf", &["main", "moved_middle", "moved_leaf"]);
+    assert_moved_text_has_names(&program);
 }
 
 #[test]
