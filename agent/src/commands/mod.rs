@@ -3,6 +3,7 @@
 pub mod check;
 pub mod record;
 pub mod run;
+mod target_ends;
 pub mod top;
 
 use clap::{CommandFactory as _, Parser, Subcommand};

@@ -21,13 +21,17 @@ use gannet_proto::{
     profiles::Profile,
     rules::Caps,
 };
+use rustix::process::{Pid, kill_process};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
 };
 
 use crate::{
-    commands::check::{self, Refusal},
+    commands::{
+        check::{self, Refusal},
+        target_ends::TargetEnds,
+    },
     engine::{Engine, EngineError, EngineOptions, Window},
     governor::Budgets,
     kernel::{KernelOptions, default_ring_bytes},
@@ -41,6 +45,8 @@ use crate::{
 
 /// Length of a window. It bounds the memory of a long recording.
 const WINDOW: Duration = Duration::from_secs(10);
+/// Time that a command has to end after SIGTERM.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
 /// Windows that may wait for their symbols.
 const MAX_QUEUED_WINDOWS: usize = 64;
 
@@ -55,7 +61,7 @@ pub struct RecordArgs {
     /// Sample all processes and kernel threads
     #[arg(long)]
     pub(crate) all: bool,
-    /// Sample the processes with these pids and their children
+    /// Sample the processes with these pids and their children; ends when all of these processes have ended
     #[arg(long, value_name = "N", num_args = 1.., value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) pid: Vec<u32>,
     /// Sample processes with these command names: exact, or a prefix with * at its end
@@ -68,7 +74,7 @@ pub struct RecordArgs {
     /// Sampling rate in samples per second and CPU, 1 to 1000
     #[arg(long, default_value_t = 99, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) hz: u32,
-    /// Time to sample [default: 30s, or until COMMAND ends]
+    /// Time to sample; COMMAND gets SIGTERM at its end [default: 30s, or until COMMAND ends]
     #[arg(long, value_name = "TIME")]
     pub(crate) duration: Option<TimeSpan>,
     /// Record blocked time instead of CPU time
@@ -111,6 +117,9 @@ pub enum RecordError {
         #[source]
         source: io::Error,
     },
+    /// A process of `--pid` cannot be followed.
+    #[error("--pid: {0}")]
+    Target(#[source] io::Error),
     /// There are no samples.
     #[error("no samples in {0:.1?}: none of the processes used a CPU")]
     NoSamples(Duration),
@@ -152,6 +161,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     // First, so that an interrupt ends the slow steps below too.
     let signals = Signals::listen().map_err(RecordError::Start)?;
     check::preflight()?;
+    let targets = TargetEnds::open(&args.pid).map_err(RecordError::Target)?;
     let destination =
         args.output.clone().unwrap_or_else(|| Destination::default_for(&subject(&args), SystemTime::now()));
     let debug_cost = if args.all { DebugCost::EVERYTHING } else { DebugCost::WANTED };
@@ -207,14 +217,18 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     if let Some(held) = &mut held {
         held.release();
     }
-    let status = until_end(held.as_mut(), duration, signals).await;
+    let targets = Some(&targets).filter(|_| !args.pid.is_empty());
+    let status = until_end(held.as_mut(), targets, duration, signals).await;
     let took = begun.elapsed();
     let ticks_due = engine.kernel_view().await?.ticks_due;
     // Joining the engine's thread takes until its last window is in the queue.
     let _ = tokio::task::spawn_blocking(move || engine.stop()).await;
     let recorded = symbolizing.await.map_err(|error| RecordError::Start(io::Error::other(error)))??;
-    if let Some(status) = status.filter(|status| !status.success()) {
-        tracing::warn!("the command ended with {status}");
+    // After the naming, which reads files of the command while it runs.
+    match (status, held) {
+        (Some(status), _) if !status.success() => tracing::warn!("the command ended with {status}"),
+        (None, Some(held)) => held.end().await,
+        _ => {}
     }
     let Some(mut profile) = recorded.profile else { return Err(RecordError::NoSamples(took)) };
     // The merger adds the durations of the windows, but profiles of one window cover the same time.
@@ -283,9 +297,11 @@ async fn symbolize_all(
     Ok(Recorded { profile, ledger })
 }
 
-/// Waits for the end of the time or of the command, or for a signal. Returns the status of a command that has ended.
+/// Waits for the end of the time, the command or the targets, or for a signal. Returns the status of a command that has
+/// ended.
 async fn until_end(
     held: Option<&mut HeldCommand>,
+    targets: Option<&TargetEnds>,
     duration: Option<Duration>,
     mut signals: Signals,
 ) -> Option<ExitStatus> {
@@ -305,8 +321,15 @@ async fn until_end(
             None => std::future::pending().await,
         }
     };
+    let targets_end = async {
+        match targets {
+            Some(targets) => targets.wait().await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         status = ended => status,
+        () = targets_end => None,
         () = time => None,
         _ = signals.interrupt.recv() => None,
         _ = signals.terminate.recv() => None,
@@ -425,6 +448,37 @@ impl HeldCommand {
         if let Some(mut gate) = self.gate.take() {
             let _ = gate.write_all(b"!");
         }
+    }
+
+    /// Asks the command to end, and says so if it goes on.
+    async fn end(mut self) {
+        let pid = self.child.id();
+        self.terminate();
+        let end = Instant::now() + END_TIMEOUT;
+        while Instant::now() < end {
+            match self.child.try_wait() {
+                Ok(None) => tokio::time::sleep(Duration::from_millis(10)).await,
+                Ok(Some(_)) => return tracing::info!("ended the command (pid {pid})"),
+                Err(error) => return tracing::warn!("cannot wait for the command (pid {pid}): {error}"),
+            }
+        }
+        tracing::warn!("the command (pid {pid}) goes on: it has not ended within {END_TIMEOUT:?} of SIGTERM");
+    }
+
+    /// Sends SIGTERM. Not waited for until now, the child still has its pid.
+    fn terminate(&mut self) {
+        if let (Ok(None), Ok(pid)) = (self.child.try_wait(), i32::try_from(self.child.id()))
+            && let Some(pid) = Pid::from_raw(pid)
+        {
+            let _ = kill_process(pid, rustix::process::Signal::TERM);
+        }
+    }
+}
+
+impl Drop for HeldCommand {
+    /// Leaves no command behind after an error; a command that has ended already gets nothing.
+    fn drop(&mut self) {
+        self.terminate();
     }
 }
 

@@ -15,6 +15,7 @@ mod images;
 mod ledger;
 mod lifecycle;
 mod pods;
+mod record_ends;
 mod rules;
 mod sampling;
 mod stacks;
