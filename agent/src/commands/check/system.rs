@@ -10,8 +10,8 @@ use libbpf_rs::{MapHandle, MapType};
 use rustix::process::{Resource, getrlimit};
 
 use super::Check;
+use crate::cgroup::{CgroupHierarchy, mount_of};
 
-const CGROUP2_MAGIC: u64 = 0x6367_7270;
 /// With fewer open files than this, a node with many executables runs short.
 const MIN_OPEN_FILES: u64 = 4096;
 /// Size of all maps of the agent together.
@@ -43,25 +43,35 @@ pub(super) fn kernel_symbols() -> Check {
 }
 
 pub(super) fn cgroup() -> Check {
-    let kind = |path: &str| rustix::fs::statfs(path).map(|found| found.f_type as u64);
-    judge_cgroup(
-        kind("/sys/fs/cgroup") == Ok(CGROUP2_MAGIC),
-        kind("/sys/fs/cgroup/unified") == Ok(CGROUP2_MAGIC),
-    )
+    judge_cgroup(CgroupHierarchy::detect(), mount_of("").as_deref())
 }
 
-fn judge_cgroup(unified: bool, hybrid: bool) -> Check {
+/// Reports which tree rules compare, and where the pressure of containers is measured.
+fn judge_cgroup(compared: CgroupHierarchy, unified: Option<&Path>) -> Check {
     const CURE: &str = "boot with systemd.unified_cgroup_hierarchy=1";
-    match (unified, hybrid) {
-        (true, _) => Check::ok("cgroup", "version 2"),
-        (false, true) => Check::warning(
+    let controller = compared.controller();
+    match (controller, unified) {
+        ("", Some(_)) => Check::ok("cgroup", "version 2"),
+        ("", None) => Check::warning(
             "cgroup",
-            "hybrid: version 2 is at /sys/fs/cgroup/unified without controllers; rules on cgroups see that tree",
+            "no control groups are mounted: conditions on containers never hold, rules on groups may match nothing",
+            "mount cgroup2 at /sys/fs/cgroup",
+        ),
+        (_, Some(point)) => Check::warning(
+            "cgroup",
+            format!(
+                "hybrid: rules compare paths of the version 1 controller `{controller}`; pressure is measured only in \
+                 groups of the version 2 tree at {}",
+                point.display()
+            ),
             CURE,
         ),
-        (false, false) => Check::warning(
+        (_, None) => Check::warning(
             "cgroup",
-            "no version 2 tree at /sys/fs/cgroup: rules on cgroups and on their pressure match nothing",
+            format!(
+                "version 1: rules compare paths of the controller `{controller}`; conditions on the pressure of \
+                 containers never hold"
+            ),
             CURE,
         ),
     }
@@ -139,15 +149,29 @@ mod tests {
     use super::{super::CheckState, *};
 
     #[rstest]
-    #[case(true, false, CheckState::Ok)]
-    #[case(false, true, CheckState::Warning)]
-    #[case(false, false, CheckState::Warning)]
-    fn a_hybrid_or_missing_cgroup_tree_gives_a_warning(
-        #[case] unified: bool,
-        #[case] hybrid: bool,
+    #[case::version_2(CgroupHierarchy::V2, Some("/sys/fs/cgroup"), CheckState::Ok, "version 2")]
+    #[case::no_tree(CgroupHierarchy::V2, None, CheckState::Warning, "no control groups are mounted")]
+    #[case::hybrid(
+        CgroupHierarchy::V1Cpu,
+        Some("/sys/fs/cgroup/unified"),
+        CheckState::Warning,
+        "controller `cpu`; pressure is measured only in groups of the version 2 tree at /sys/fs/cgroup/unified"
+    )]
+    #[case::version_1(
+        CgroupHierarchy::V1Memory,
+        None,
+        CheckState::Warning,
+        "paths of the controller `memory`"
+    )]
+    fn the_cgroup_check_names_the_tree_that_rules_compare(
+        #[case] compared: CgroupHierarchy,
+        #[case] unified: Option<&str>,
         #[case] state: CheckState,
+        #[case] seen: &str,
     ) {
-        assert_eq!(judge_cgroup(unified, hybrid).state, state);
+        let check = judge_cgroup(compared, unified.map(Path::new));
+        assert_eq!(check.state, state);
+        assert!(check.seen.contains(seen), "{}", check.seen);
     }
 
     #[test]
