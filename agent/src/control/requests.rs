@@ -292,7 +292,7 @@ async fn capture(
     }))
     .await?;
     let last = running.over.await.map_err(|_| "the agent is shutting down".to_owned())?;
-    let (profile, ledger) = tokio::time::timeout(LAST_WINDOW_TIMEOUT, collecting.finish(last))
+    let (profiles, ledger) = tokio::time::timeout(LAST_WINDOW_TIMEOUT, collecting.finish(last))
         .await
         .map_err(|_| {
             format!(
@@ -302,11 +302,11 @@ async fn capture(
         })?
         .map_err(|error| error.to_string())?;
     let mut samples = 0;
-    if let Some(profile) = profile {
-        samples = pprof::samples(&profile);
-        let kind = kind.first().copied().unwrap_or_default();
+    for (kind, profile) in profiles {
+        samples += pprof::samples(&profile);
         for data in pprof::encode(&profile).chunks(CHUNK_BYTES) {
-            send(capture_progress::Message::Chunk(CaptureChunk { kind, data: data.to_vec() })).await?;
+            let chunk = CaptureChunk { kind: kind.into(), data: data.to_vec() };
+            send(capture_progress::Message::Chunk(chunk)).await?;
         }
     }
     Ok(capture_part(capture_progress::Message::Done(CaptureDone { samples, ledger: Some(ledger.into()) })))

@@ -178,12 +178,15 @@ async fn capture(node: &Node, manual: ManualCapture) -> Response {
     let collecting = node.recent.collect(running.capture);
     let Ok(last) = running.over.await else { return failed(&EngineError::Ended) };
     match tokio::time::timeout(CAPTURE_TIMEOUT, collecting.finish(last)).await {
-        Ok(Ok((Some(profile), _))) => attached(&profile),
-        Ok(Ok((None, _))) => (
-            StatusCode::NOT_FOUND,
-            "no samples: no matching process runs, it used no CPU, or this node denies it\n",
-        )
-            .into_response(),
+        // This page asks for one kind.
+        Ok(Ok((profiles, _))) => match profiles.first() {
+            Some((_, profile)) => attached(profile),
+            None => (
+                StatusCode::NOT_FOUND,
+                "no samples: no matching process runs, it used no CPU, or this node denies it\n",
+            )
+                .into_response(),
+        },
         Ok(Err(error)) => failed(&error),
         Err(_) => failed(&"its frames were not symbolized in time"),
     }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use gannet_proto::{
+    control::capture,
     ledger::Ledger,
     pprof::{Merger, PprofError},
     profiles::{Label, Profile},
@@ -14,6 +15,8 @@ use gannet_proto::{
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use ulid::Ulid;
+
+use crate::symbols::OFF_CPU_TYPE;
 
 /// Windows in memory.
 const MAX_WINDOWS: usize = 6;
@@ -105,9 +108,12 @@ impl RecentProfiles {
 }
 
 impl CaptureProfiles {
-    /// Waits until the window `last` is added, then merges the capture's profiles. Returns `None` without samples. The ledger is
-    /// that of the whole node, in the windows meanwhile.
-    pub(crate) async fn finish(self, last: Option<Ulid>) -> Result<(Option<Profile>, Ledger), PprofError> {
+    /// Waits until the window `last` is added, then merges the capture's profiles to one of each kind. Kinds without
+    /// samples are missing. The ledger is that of the whole node, in the windows meanwhile.
+    pub(crate) async fn finish(
+        self,
+        last: Option<Ulid>,
+    ) -> Result<(Vec<(capture::Kind, Profile)>, Ledger), PprofError> {
         loop {
             let added = self.recent.0.added.notified();
             if last.is_none_or(|last| self.recent.0.newest.lock().is_some_and(|newest| newest >= last)) {
@@ -116,7 +122,12 @@ impl CaptureProfiles {
             added.await;
         }
         let (parts, ledger) = self.recent.0.captures.lock().get(&self.capture).cloned().unwrap_or_default();
-        Ok((merge(&parts, None)?, ledger))
+        let mut merged = Vec::new();
+        for kind in [capture::Kind::OnCpu, capture::Kind::OffCpu] {
+            let of_kind: Vec<_> = parts.iter().filter(|part| kind_of(part) == kind).cloned().collect();
+            merged.extend(merge(&of_kind, None)?.map(|profile| (kind, profile)));
+        }
+        Ok((merged, ledger))
     }
 }
 
@@ -156,6 +167,48 @@ fn of_process(profile: &Profile, pid: u32) -> Profile {
     only
 }
 
+/// Returns the kind of an agent's profile.
+fn kind_of(profile: &Profile) -> capture::Kind {
+    let is_off_cpu = profile.sample_type.iter().any(|sample| text(profile, sample.r#type) == OFF_CPU_TYPE);
+    if is_off_cpu { capture::Kind::OffCpu } else { capture::Kind::OnCpu }
+}
+
 fn text(profile: &Profile, index: i64) -> &str {
     usize::try_from(index).ok().and_then(|index| profile.string_table.get(index)).map_or("", String::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use gannet_proto::pprof::{Builder, Header};
+
+    use super::*;
+
+    fn profile(value_type: &'static str) -> Arc<Profile> {
+        let mut builder = Builder::new(Header {
+            sample_types: &[("samples", "count"), (value_type, "nanoseconds")],
+            period_type: (value_type, "nanoseconds"),
+            period: 1,
+            time_nanos: 0,
+            duration_nanos: 1,
+        });
+        builder.comment("a part");
+        Arc::new(builder.finish())
+    }
+
+    #[tokio::test]
+    async fn a_capture_of_both_kinds_returns_both() {
+        let recent = RecentProfiles::default();
+        let capture = recent.collect(7);
+        let parts = ["cpu", OFF_CPU_TYPE, "cpu"].map(|kind| (7, profile(kind)));
+        let id = Ulid::from_parts(1, 1);
+        let profiles = [&parts[..], &[(8, profile("cpu"))]].concat();
+        recent.add(id, SystemTime::now(), profiles, &Ledger { ticks: 5, ..Ledger::default() });
+        let (merged, ledger) = capture.finish(Some(id)).await.unwrap();
+        assert_eq!(ledger.ticks, 5);
+        let kinds: Vec<_> = merged.iter().map(|(kind, _)| *kind).collect();
+        assert_eq!(kinds, [capture::Kind::OnCpu, capture::Kind::OffCpu]);
+        for (kind, profile) in &merged {
+            assert_eq!(kind_of(profile), *kind);
+        }
+    }
 }

@@ -15,7 +15,11 @@ mod options;
 mod symbolizer;
 mod vdso;
 
-pub(crate) use self::{debug_file::find as find_debug_file, naming::KERNEL_MAPPING, vdso::vdso_image};
+pub(crate) use self::{
+    debug_file::find as find_debug_file,
+    naming::{KERNEL_MAPPING, OFF_CPU_TYPE},
+    vdso::vdso_image,
+};
 pub use self::{
     formats::dwarf::{DEBUG_INFO_VERB, read_debug_info},
     options::{DebugCost, Skipped, SymbolizerConfig, SymbolizerStats},

@@ -27,6 +27,8 @@ use crate::{
 
 /// The name of the mapping of kernel frames.
 pub(crate) const KERNEL_MAPPING: &str = "[kernel.kallsyms]";
+/// The type of the values of off-CPU profiles.
+pub(crate) const OFF_CPU_TYPE: &str = "offcpu";
 /// The name of mappings of code without a file.
 const ANONYMOUS_MAPPING: &str = "[anon]";
 /// The frame at the root of a stack that has more frames than the limit.
@@ -82,7 +84,7 @@ impl ProfileNamer {
         let (sample_types, period_type) = match raw.kind {
             SampleKind::OnCpu => ([("samples", "count"), ("cpu", "nanoseconds")], ("cpu", "nanoseconds")),
             SampleKind::OffCpu => {
-                ([("events", "count"), ("offcpu", "nanoseconds")], ("offcpu", "nanoseconds"))
+                ([("events", "count"), (OFF_CPU_TYPE, "nanoseconds")], (OFF_CPU_TYPE, "nanoseconds"))
             }
         };
         let mut builder = Builder::new(Header {
