@@ -113,6 +113,10 @@ pub struct RuleTag {
     pub governed: Option<String>,
     /// The labels that the rule adds.
     pub labels: Labels,
+    /// The rule wants no user part of stacks, though another rule of the process may.
+    pub without_user: bool,
+    /// The rule wants no kernel part of stacks.
+    pub without_kernel: bool,
 }
 
 /// The key by which samples are put into different profiles.
@@ -233,6 +237,7 @@ impl WindowSamples {
                     rule.reason += " lead-up";
                     rule.pre_trigger = pre_triggers.get(&slot).copied();
                 }
+                let stacks = wanted_parts(stacks, &rule);
                 let mut labels = base.clone();
                 labels.extend(rule.labels.clone());
                 labels.insert(name::RULE_ID.to_owned(), rule.id.clone());
@@ -299,6 +304,36 @@ fn by_slot(stacks: Stacks) -> BTreeMap<(u32, bool, SampleKind, u64), Vec<RawStac
         }
     }
     by_slot
+}
+
+/// Leaves the parts of stacks that the rule asked for. The kernel side takes what any rule asked for.
+fn wanted_parts(stacks: Vec<RawStack>, rule: &RuleTag) -> Vec<RawStack> {
+    if !rule.without_user && !rule.without_kernel {
+        return stacks;
+    }
+    let mut wanted: HashMap<_, RawStack> = HashMap::new();
+    for mut stack in stacks {
+        if rule.without_kernel {
+            stack.kernel.clear();
+            stack.marks.kernel_truncated = false;
+        }
+        if rule.without_user {
+            stack.user.clear();
+            stack.end = StackEnd::None;
+            stack.marks.guessed = false;
+        }
+        let RawStack { tid, thread, kernel, user, end, marks, state, count, value_ns } = &stack;
+        let (count, value_ns) = (*count, *value_ns);
+        let parts = (*tid, thread.clone(), kernel.clone(), user.clone(), *end, *marks, *state);
+        wanted
+            .entry(parts)
+            .and_modify(|same| {
+                same.count += count;
+                same.value_ns += value_ns;
+            })
+            .or_insert(stack);
+    }
+    wanted.into_values().collect()
 }
 
 /// Counts a sample among others of its image. Returns whether its stack is a new one.
@@ -393,4 +428,70 @@ fn labels_of(node: &str, process: Option<&Process>) -> Labels {
         }
     }
     labels
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{ProcessKey, Subject};
+
+    fn sample(kernel: &[u64], user: &[u64]) -> Sample {
+        Sample {
+            subject: Subject {
+                key: ProcessKey { tgid: 7, start_boottime_ns: 1 },
+                exec_id: 1,
+                ktime_ns: 1,
+                cgroup_id: 1,
+                comm: "x".into(),
+                rules: 0b111,
+                candidates: 0,
+            },
+            tid: 7,
+            kind: SampleKind::OnCpu,
+            value_ns: 10,
+            kernel: kernel.to_vec(),
+            user: user.to_vec(),
+            end: StackEnd::Truncated,
+            end_code: 1,
+            marks: StackMarks { kernel_truncated: true, guessed: true },
+            state: 0,
+            raw: None,
+        }
+    }
+
+    #[test]
+    fn each_rule_gets_the_parts_of_stacks_that_it_asked_for() {
+        let mut window = WindowSamples::default();
+        for (kernel, user) in [([1], [2]), ([1], [3]), ([4], [3])] {
+            window.add(sample(&kernel, &user));
+        }
+        let tag = |slot: u32| {
+            let (without_user, without_kernel) = (slot == 1, slot == 2);
+            Some(RuleTag { id: slot.to_string(), without_user, without_kernel, ..RuleTag::default() })
+        };
+        let flushed = window.flush(SystemTime::UNIX_EPOCH, Duration::from_secs(1), "n", |_| None, tag);
+        assert_eq!(flushed.profiles.iter().map(|profile| profile.samples).sum::<u64>(), 9);
+        let stacks = |id: &str| {
+            let of_rule = flushed.profiles.iter().filter(|profile| profile.rule.id == id);
+            let processes = of_rule.flat_map(|profile| &profile.raw.processes);
+            let stacks = processes.flat_map(|process| &process.stacks);
+            let mut stacks: Vec<_> = stacks
+                .map(|stack| {
+                    let StackMarks { kernel_truncated, guessed } = stack.marks;
+                    assert_eq!(
+                        (kernel_truncated, guessed),
+                        (!stack.kernel.is_empty(), !stack.user.is_empty())
+                    );
+                    (stack.kernel.clone(), stack.user.clone(), stack.count, stack.value_ns, stack.end)
+                })
+                .collect();
+            stacks.sort();
+            stacks
+        };
+        assert_eq!(stacks("0").len(), 3);
+        let none = StackEnd::None;
+        assert_eq!(stacks("1"), [(vec![1], vec![], 2, 20, none), (vec![4], vec![], 1, 10, none)]);
+        let cut = StackEnd::Truncated;
+        assert_eq!(stacks("2"), [(vec![], vec![2], 1, 10, cut), (vec![], vec![3], 2, 20, cut)]);
+    }
 }

@@ -119,6 +119,8 @@ impl RuleStatuses {
             SlotUse::AtExec => ("exec", "the process matched at execve".to_owned(), 0),
             SlotUse::Capture { reason, id, .. } => (reason.kind, reason.evidence.clone(), id.number()),
         };
+        let capture_of_rule = slot.rule.capture.as_ref();
+        let lacks = |part: Option<bool>| part == Some(false);
         RuleTag {
             id: slot.rule.id.clone(),
             revision: slot.revision,
@@ -133,6 +135,8 @@ impl RuleStatuses {
                 .iter()
                 .map(|(name, value)| (name.clone(), value.clone()))
                 .collect::<Labels>(),
+            without_user: lacks(capture_of_rule.and_then(|capture| capture.user_stacks)),
+            without_kernel: lacks(capture_of_rule.and_then(|capture| capture.kernel_stacks)),
         }
     }
 

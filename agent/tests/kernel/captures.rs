@@ -166,6 +166,32 @@ async fn two_captures_of_one_process_get_their_samples_and_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn two_rules_of_one_process_keep_their_parts_of_stacks() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = spinner(directory.path(), "cap-parts");
+    let _busy = Running::start(&mut Command::new(&program));
+    let (engine, profiles) = engine(Deny::default());
+    apply(
+        &engine,
+        "  - {id: both, match: {comm: [cap-parts]}, capture: {hz: 99}}\n\
+         \x20 - {id: kernel, match: {comm: [cap-parts]}, capture: {hz: 99, stacks: {user: false, kernel: true}}}\n",
+    )
+    .await;
+    until("samples of both rules", 20, || {
+        ["both", "kernel"].iter().all(|rule| !profiles.of(rule, "always").is_empty())
+    })
+    .await;
+    let windows = profiles.0.lock().unwrap();
+    let with_user = |rule: &str| {
+        let of_rule = windows.iter().flat_map(|window| &window.profiles).filter(|p| p.rule.id == rule);
+        let processes = of_rule.flat_map(|profile| &profile.raw.processes);
+        processes.flat_map(|process| &process.stacks).filter(|stack| !stack.user.is_empty()).count()
+    };
+    assert!(with_user("both") > 0);
+    assert_eq!(with_user("kernel"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_capture_ends_when_its_last_samples_are_unwound() {
     // On a busy machine its unwind table takes longer than the capture. Both programs are built, so that slow machines, which
     // have no compiler, get the smaller one.
