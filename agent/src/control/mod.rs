@@ -33,8 +33,8 @@ use crate::{
     rules::{RuleSource, SourceRules},
 };
 
-/// Abilities of this agent, which it reports to the collector.
-const FEATURES: [&str; 4] = ["off_cpu", "unwind_tables", "questions", "capture"];
+/// Requests that this agent answers, which it reports to the collector beside the engine's abilities.
+const REQUEST_FEATURES: [&str; 2] = ["questions", "capture"];
 /// Interval between reports of the node's status.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(10);
 /// Messages that may wait for the transport.
@@ -200,12 +200,17 @@ impl Control {
             version: gannet_proto::VERSION.to_owned(),
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             arch: std::env::consts::ARCH.to_owned(),
-            features: FEATURES.map(str::to_owned).to_vec(),
+            features: self.features(),
             active_revision,
             active_digest,
             cpus: crate::model::online_cpus().map_or(0, |cpus| cpus.len() as u32),
             started_at: Some(self.node.started.into()),
         }
+    }
+
+    /// Returns what was attached on this kernel, and the requests that the agent answers.
+    fn features(&self) -> Vec<String> {
+        self.node.engine.features().iter().copied().chain(REQUEST_FEATURES).map(str::to_owned).collect()
     }
 
     async fn status(&self) -> NodeStatus {

@@ -237,7 +237,16 @@ impl ContainerSelector {
 pub struct Engine {
     commands: Commands,
     thread: Option<JoinHandle<()>>,
+    environment: Environment,
+}
+
+/// Findings of the engine about this host.
+struct Environment {
+    /// Parts that work less well on this kernel; human-readable.
     degraded: Vec<String>,
+    /// Optional abilities that this kernel has.
+    features: Vec<&'static str>,
+    /// The control groups; `None` if they cannot be read.
     groups: Option<Arc<CgroupTree>>,
 }
 
@@ -258,18 +267,23 @@ impl Engine {
                 Err(error) => drop(started.send(Err(error))),
             })
             .map_err(EngineError::Start)?;
-        let (degraded, groups) = answer.recv().map_err(|_| EngineError::Ended)??;
-        Ok(Self { commands: Commands { sender, wake_up }, thread: Some(thread), degraded, groups })
+        let environment = answer.recv().map_err(|_| EngineError::Ended)??;
+        Ok(Self { commands: Commands { sender, wake_up }, thread: Some(thread), environment })
     }
 
     /// Returns what works less well on this kernel; human-readable.
     pub fn degraded(&self) -> &[String] {
-        &self.degraded
+        &self.environment.degraded
+    }
+
+    /// Returns the optional abilities whose programs this kernel loaded and attached.
+    pub fn features(&self) -> &[&'static str] {
+        &self.environment.features
     }
 
     /// Returns the control groups of this host; `None` if they cannot be read.
     pub fn groups(&self) -> Option<&Arc<CgroupTree>> {
-        self.groups.as_ref()
+        self.environment.groups.as_ref()
     }
 
     /// Checks a set of rules and replaces the source's former set by it, as a whole or not at all. When this returns the set

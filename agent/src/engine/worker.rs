@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 use ulid::Ulid;
 
 use super::{
-    CaptureAnswer, Command, EngineError, EngineOptions, ReplaceAnswer, Window, WindowSink,
+    CaptureAnswer, Command, EngineError, EngineOptions, Environment, ReplaceAnswer, Window, WindowSink,
     account::{self, Account, ClosedSamples},
     captures::{CaptureAction, Captures, ManualCapture, RunningCapture},
     effects::{Effect, EffectQueue},
@@ -25,7 +25,7 @@ use super::{
     wake_up::WakeUp,
 };
 use crate::{
-    cgroup::{self, CgroupTree},
+    cgroup,
     conditions::{CaptureStart, NodeConditions, Sensors, WatchScope},
     kernel::{Kernel, KernelError},
     model::{boot_time, boot_time_ns},
@@ -105,9 +105,13 @@ impl Worker {
         })
     }
 
-    /// Returns what works less well on this kernel, human-readable, and the control groups of the host.
-    pub(super) fn environment(&self) -> (Vec<String>, Option<Arc<CgroupTree>>) {
-        (self.kernel.degraded().to_vec(), self.reader.processes.groups().map(Arc::clone))
+    pub(super) fn environment(&self) -> Environment {
+        let tables = self.reader.unwinding.tables().map(|_| "unwind_tables");
+        Environment {
+            degraded: self.kernel.degraded().to_vec(),
+            features: self.kernel.features().iter().copied().chain(tables).collect(),
+            groups: self.reader.processes.groups().map(Arc::clone),
+        }
     }
 
     /// Works until the command to stop.

@@ -2,7 +2,7 @@
 //! that nothing can be used before it is ready.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     mem::MaybeUninit,
     os::fd::{AsFd as _, AsRawFd as _},
 };
@@ -57,6 +57,8 @@ pub(super) struct Handlers {
     pub(super) task_iterator: Option<Link>,
     /// Handlers that could not be attached, with the reason, human-readable.
     pub(super) degraded: Vec<String>,
+    /// Tracepoints with a handler.
+    tracepoints: BTreeSet<&'static str>,
 }
 
 impl Kernel {
@@ -183,7 +185,20 @@ impl LoadedKernel {
                 set_tail_call(&skeleton.maps.switch_chain, "switch_chain", next)?;
             }
         }
-        let Handlers { links, task_iterator, mut degraded } = attach_handlers(&skeleton, &options);
+        let Handlers { links, task_iterator, mut degraded, tracepoints } =
+            attach_handlers(&skeleton, &options);
+        let mut features = Vec::new();
+        let life = ["sched_process_exec", "sched_process_fork", "sched_process_exit"];
+        features.extend(life.iter().all(|point| tracepoints.contains(point)).then_some("lifecycle"));
+        features.extend(task_iterator.is_some().then_some("scan"));
+        features.extend((options.unwind_driver == UnwindDriver::Loop).then_some("bpf_loop"));
+        if options.off_cpu {
+            // Detached at once: it is attached while a rule needs it.
+            match attach_switches(&skeleton, &options) {
+                Ok(_) => features.push("off_cpu"),
+                Err(error) => degraded.push(format!("no blocked time: {error}")),
+            }
+        }
         let hotplug = Hotplug::start()
             .inspect_err(|error| {
                 let effect = "a CPU that goes off and on within a second is not sampled any more";
@@ -206,6 +221,7 @@ impl LoadedKernel {
             shared,
             skeleton,
             degraded,
+            features,
             options,
             detached: false,
         };
@@ -234,6 +250,7 @@ fn set_tail_call(map: &MapMut<'_>, name: &'static str, program: &ProgramMut<'_>)
 pub(super) fn attach_handlers(skeleton: &GannetSkel<'static>, options: &KernelOptions) -> Handlers {
     let mut degraded = Vec::new();
     let mut links = Vec::new();
+    let mut tracepoints = BTreeSet::new();
     let progs = &skeleton.progs;
     // The kernel calls redundant handlers in this order, unless it skips the first.
     let handlers: [(&ProgramMut<'_>, &'static str, bool); 7] = [
@@ -259,7 +276,10 @@ pub(super) fn attach_handlers(skeleton: &GannetSkel<'static>, options: &KernelOp
             program.attach_raw_tracepoint(tracepoint).map_err(|error| error.to_string())
         };
         match attached {
-            Ok(link) => links.push(link),
+            Ok(link) => {
+                links.push(link);
+                tracepoints.insert(tracepoint);
+            }
             // Redundant handlers fail alike and are logged once.
             Err(error) => {
                 let reason = format!("no {tracepoint} tracepoint: {error}");
@@ -276,5 +296,23 @@ pub(super) fn attach_handlers(skeleton: &GannetSkel<'static>, options: &KernelOp
             None
         }
     };
-    Handlers { links, task_iterator, degraded }
+    Handlers { links, task_iterator, degraded, tracepoints }
+}
+
+/// Attaches the handler of context switches, which reports blocked time.
+pub(super) fn attach_switches(
+    skeleton: &GannetSkel<'static>,
+    options: &KernelOptions,
+) -> Result<Link, KernelError> {
+    let what = "the blocked-time handler to sched_switch";
+    let program = match options.unwind_driver {
+        UnwindDriver::Loop => &skeleton.progs.on_switch,
+        UnwindDriver::TailCalls => &skeleton.progs.on_switch_chain,
+    };
+    let attached = if options.without.contains(&"sched_switch") {
+        Err(libbpf_rs::Error::from_raw_os_error(libc::ENOENT))
+    } else {
+        program.attach_raw_tracepoint("sched_switch")
+    };
+    attached.map_err(|source| KernelError::Attach { what, source })
 }

@@ -62,6 +62,7 @@ pub struct Kernel {
     shared: unwinding::SharedTables,
     skeleton: GannetSkel<'static>,
     degraded: Vec<String>,
+    features: Vec<&'static str>,
     options: KernelOptions,
     /// The kill switch: no program is attached, and rules attach none.
     detached: bool,
@@ -127,6 +128,11 @@ impl Kernel {
         &self.degraded
     }
 
+    /// Returns the optional abilities whose programs this kernel loaded and attached.
+    pub fn features(&self) -> &[&'static str] {
+        &self.features
+    }
+
     /// Starts the clocks and handlers that the rules need, and stops the others.
     fn start_sources(&mut self, rules: &KernelRules) -> Result<(), KernelError> {
         let periods = if self.detached { BTreeSet::new() } else { rules.periods() };
@@ -136,13 +142,7 @@ impl Kernel {
         if rules.off_cpu == 0 || self.detached {
             self.switches = None;
         } else if self.switches.is_none() {
-            let what = "the blocked-time handler to sched_switch";
-            let program = match self.options.unwind_driver {
-                UnwindDriver::Loop => &self.skeleton.progs.on_switch,
-                UnwindDriver::TailCalls => &self.skeleton.progs.on_switch_chain,
-            };
-            let attached = program.attach_raw_tracepoint("sched_switch");
-            self.switches = Some(attached.map_err(|source| KernelError::Attach { what, source })?);
+            self.switches = Some(load::attach_switches(&self.skeleton, &self.options)?);
         }
         Ok(())
     }
@@ -229,7 +229,7 @@ impl Kernel {
         for map in [&self.skeleton.maps.procs, &self.skeleton.maps.marks, &self.skeleton.maps.off_cpu] {
             clear(map);
         }
-        let load::Handlers { links, task_iterator, degraded } =
+        let load::Handlers { links, task_iterator, degraded, .. } =
             load::attach_handlers(&self.skeleton, &self.options);
         for reason in degraded.iter().filter(|reason| !self.degraded.contains(reason)) {
             tracing::warn!("{reason}");

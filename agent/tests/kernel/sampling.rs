@@ -29,6 +29,24 @@ fn kernel() -> Kernel {
     Kernel::start(KernelOptions::default()).unwrap()
 }
 
+#[test]
+fn only_what_was_attached_is_announced_as_a_feature() {
+    // Old kernels have no bpf_loop.
+    let features = |kernel: &Kernel| {
+        let all = kernel.features().iter().copied();
+        all.filter(|feature| *feature != "bpf_loop").collect::<Vec<_>>()
+    };
+    assert_eq!(features(&kernel()), ["lifecycle", "scan", "off_cpu"]);
+    let without = &["sched_process_exit", "sched_switch"];
+    let kernel = Kernel::start(KernelOptions { without, ..KernelOptions::default() }).unwrap();
+    assert_eq!(features(&kernel), ["scan"]);
+    assert!(
+        kernel.degraded().iter().any(|reason| reason.contains("no blocked time")),
+        "{:?}",
+        kernel.degraded()
+    );
+}
+
 fn rules_for(comm: &str, hz: u64) -> KernelRules {
     KernelRules::for_comm(NamePattern { text: comm.into(), prefix: false }, 1_000_000_000 / hz)
 }
