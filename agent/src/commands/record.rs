@@ -410,7 +410,7 @@ fn print_ledger(
         )?;
     }
     for (reason, count) in names.skipped().filter(|(_, count)| *count > 0) {
-        writeln!(out, "addresses without inlined functions and lines, {}: {count}", reason.explanation())?;
+        writeln!(out, "addresses without {}, {}: {count}", reason.lacks(), reason.explanation())?;
     }
     writeln!(out, "written: {}", destination.path().display())
 }

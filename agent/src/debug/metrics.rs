@@ -13,6 +13,7 @@ use crate::{
     ledger::Stage,
     node::Node,
     pods::PodFeedKind,
+    process::perf_map_files,
 };
 
 gannet_base::metrics! {
@@ -52,7 +53,8 @@ gannet_base::metrics! {
     UNWIND_TABLES_FAILED = counter("gannet_agent_unwind_tables_failed_total", "Files from which the agent could not build an unwind table");
 
     SYMBOL_ADDRESSES = counter("gannet_agent_symbols_addresses_total", "Different addresses in profiles, by whether the agent found a name", ["result"]);
-    SYMBOL_SKIPPED = counter("gannet_agent_symbols_skipped_total", "Addresses whose debug information exists and was not read, by reason; a symbol table names their functions", ["reason"]);
+    PERF_MAPS_DROPPED = counter("gannet_agent_perf_maps_dropped_total", "Processes that made code and whose perf map was not held open, because too many others waited; their code has no names after their end");
+    SYMBOL_SKIPPED = counter("gannet_agent_symbols_skipped_total", "Addresses whose names exist and were not read, by reason: `large_perf_map` leaves them without a name, with the others a symbol table names their functions", ["reason"]);
     SYMBOL_FILES_FAILED = counter("gannet_agent_symbols_files_failed_total", "Files whose names could not be read, by source of the names", ["source"]);
     SYMBOL_CACHE_BYTES = gauge("gannet_agent_symbols_cache_bytes", "Memory of cached names, kernel symbols and perf maps");
 
@@ -177,6 +179,7 @@ fn add_processes(snapshot: &mut Snapshot, engine: &EngineView) {
     snapshot.add(&FILES_HUNG, hung);
     snapshot.add_labelled(&FILES_HUNG_CALLS, ["timeout"], timeouts);
     snapshot.add_labelled(&FILES_HUNG_CALLS, ["skipped"], skipped);
+    snapshot.add(&PERF_MAPS_DROPPED, perf_map_files().dropped());
 }
 
 fn add_symbols(snapshot: &mut Snapshot, node: &Node) {

@@ -50,6 +50,8 @@ pub struct Process {
     pub(super) in_doubt: bool,
     /// Whether the process or a file of it did not answer when it was read: it is read again when that answers.
     pub(super) unanswered: bool,
+    /// Whether it has executable memory that is no ELF file: its perf map is held.
+    pub(super) makes_code: bool,
     /// The window in which it was last sampled or changed.
     pub(super) window: u64,
 }
@@ -79,6 +81,7 @@ impl Process {
             scanned: None,
             in_doubt: false,
             unanswered: false,
+            makes_code: false,
             window,
         }
     }

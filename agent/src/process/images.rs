@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    FileMapping, FileTable, FileTableStats, Process,
+    FileMapping, FileTable, FileTableStats, Process, perf_map_files,
     proc::{self, MapsLine, ProcError, ProcFs},
 };
 use crate::{
@@ -155,7 +155,7 @@ impl ImageReader {
         let opened = self.files.open_all(tgid, parent, of_files);
         process.unanswered |= opened.unanswered;
         let mut files = opened.files.into_iter();
-        mappings
+        let mappings: Vec<Mapping> = mappings
             .filter_map(|(new, _)| {
                 let kind = if has_file(new) {
                     MappingKind::File(files.next()?)
@@ -166,7 +166,17 @@ impl ImageReader {
                 };
                 Some(Mapping { start: new.start, end: new.end, offset: new.offset, kind })
             })
-            .collect()
+            .collect();
+        let is_made = |mapping: &Mapping| match &mapping.kind {
+            MappingKind::File(file) => !file.is_elf(),
+            MappingKind::Anon => true,
+            MappingKind::Vdso => false,
+        };
+        if !process.makes_code && mappings.iter().any(is_made) {
+            process.makes_code = true;
+            perf_map_files().note(process.key.process);
+        }
+        mappings
     }
 }
 

@@ -4,6 +4,7 @@ mod entry;
 mod files;
 mod images;
 mod metadata;
+mod perf_maps;
 mod proc;
 mod survey;
 mod table;
@@ -17,7 +18,7 @@ pub use self::{
     table::{ProcessStats, ProcessTable, ProcessTableFull},
 };
 pub(crate) use self::{
-    files::open_in_root,
+    perf_maps::perf_map_files,
     survey::{SurveyedProcess, cpu_usage, survey},
     table::all_on_worker,
 };

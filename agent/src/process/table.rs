@@ -13,6 +13,7 @@ use super::{
     FileTableStats, ImageChanges, MetadataOptions, Process, ProcessMetadataCache, ProcessState,
     images::{ImageReader, MAX_MAPPINGS, on_worker, read_lines},
     metadata::MetadataError,
+    perf_map_files,
     proc::{self, ProcError, ProcFs, RealProc},
 };
 use crate::{
@@ -310,6 +311,10 @@ impl ProcessTable {
         let process = process.ok_or(ProcessTableFull { max: self.max })?;
         process.window = window;
         process.samples += 1;
+        if process.samples == 1 && process.makes_code {
+            // A forked process has its parent's memory and a map of its own.
+            perf_map_files().note(process.key.process);
+        }
         process.rules |= subject.rules;
         process.seen_ns = process.seen_ns.max(subject.ktime_ns);
         if !is_past {

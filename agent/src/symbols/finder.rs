@@ -6,7 +6,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    io,
     num::NonZeroUsize,
+    os::unix::fs::MetadataExt as _,
     sync::{Arc, atomic::Ordering},
     time::Instant,
 };
@@ -21,7 +23,7 @@ use super::{
         dwarf::DebugLine,
         elf,
         kallsyms::{Kallsyms, Refreshed},
-        perf_map::PerfMap,
+        perf_map::{Listed, PerfMap},
     },
     names::{ByBytes, ContentKey, Function, Functions, SharedTexts},
     options::{Skipped, SymbolizerConfig, SymbolizerStats},
@@ -30,6 +32,7 @@ use super::{
 use crate::{
     access::{self, Target},
     model::{FileId, Image, MappedFile, MappingKind, ProcessKey},
+    process::perf_map_files,
 };
 
 /// Kernel addresses have the highest bit set on every machine that Gannet runs on, and user addresses do not.
@@ -78,6 +81,8 @@ pub(super) struct NameFinder {
     files: LruCache<FileId, FileState>,
     debug_info: DebugInfoReader,
     perf_maps: LruCache<ProcessKey, PerfMap>,
+    /// Bytes of perf maps that may be read.
+    map_bytes: ByteBudget,
     kallsyms: Kallsyms,
     /// Functions of the kernel that were asked for since its symbols changed.
     kernel_functions: ProcessFunctions,
@@ -98,6 +103,7 @@ impl NameFinder {
             files: LruCache::new(MAX_FILE_STATES),
             debug_info: DebugInfoReader::new(debug_reader, debug_dirs, debug_cost, Arc::clone(&stats)),
             perf_maps: LruCache::new(MAX_PERF_MAPS),
+            map_bytes: ByteBudget::new(debug_cost.map_bytes),
             kallsyms: Kallsyms::new(kernel_symbols),
             kernel_functions: ProcessFunctions::new(),
             kernel_is_fresh: false,
@@ -301,14 +307,25 @@ impl NameFinder {
         if addresses.is_empty() {
             return found;
         }
-        let known = self.perf_maps.pop(&key);
+        let mut map = self.perf_maps.pop(&key).unwrap_or_default();
+        let wanted = addresses.to_vec();
+        let max_bytes = self.map_bytes.for_one();
         // The map lies in the root directory of the process, which may be on any file system.
-        let read = access::node()
-            .compute(Target::Process(key.tgid), "its perf map", move || PerfMap::read(key, known));
-        let Ok(Some(map)) = read else { return found };
+        let read = access::node().compute(Target::Process(key.tgid), "its perf map", move || {
+            let file = perf_map_files().open(key)?;
+            let metadata = file.metadata()?;
+            let read = map.update(&file, (metadata.dev(), metadata.ino()), &wanted, max_bytes);
+            io::Result::Ok((map, read))
+        });
+        let Ok(Ok((map, read))) = read else { return found };
+        self.map_bytes.spend(read);
         for &address in addresses {
-            if let Some(name) = map.find(address) {
-                found.insert(address, texts.plain(&name, ""));
+            match map.find(address) {
+                Listed::Name(name) => {
+                    found.insert(address, texts.plain(&name, ""));
+                }
+                Listed::Nowhere => {}
+                Listed::NotYet => self.stats.skip(Skipped::LargeMap, 1),
             }
         }
         self.perf_maps.put(key, map);
@@ -328,6 +345,34 @@ impl NameFinder {
         }
         let cached = self.cache.weight() + (self.kallsyms.bytes() + perf_maps) as u64;
         self.stats.cached_bytes.store(cached, Ordering::Relaxed);
+    }
+}
+
+/// Bytes that may be read: many at once, and few in the long run.
+struct ByteBudget {
+    max: u64,
+    left: u64,
+    at: Instant,
+}
+
+impl ByteBudget {
+    /// Bytes that become free each second: reading and parsing them takes half a hundredth of a core.
+    const PER_SECOND: u64 = 2 << 20;
+
+    fn new(max: u64) -> Self {
+        Self { max, left: max, at: Instant::now() }
+    }
+
+    /// Returns how many bytes one process may read now: it leaves as many to the others.
+    fn for_one(&mut self) -> u64 {
+        let earned = self.at.elapsed().as_millis() * u128::from(Self::PER_SECOND) / 1000;
+        self.at = Instant::now();
+        self.left = self.left.saturating_add(u64::try_from(earned).unwrap_or(u64::MAX)).min(self.max);
+        self.left / 2
+    }
+
+    fn spend(&mut self, bytes: u64) {
+        self.left = self.left.saturating_sub(bytes);
     }
 }
 

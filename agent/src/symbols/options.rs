@@ -39,21 +39,22 @@ impl Default for SymbolizerConfig {
     }
 }
 
-/// The reason why the debug information at an address was not read. Its symbol table names the function, without inlined
-/// functions and lines.
+/// The reason why the names at an address were not read completely.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Skipped {
-    /// The file has more debug information and symbols than the limit.
+    /// The file has more debug information and symbols than the limit. The symbol table names the function.
     TooLarge,
-    /// The time for debug information is used up. The address is tried again.
+    /// The time for debug information is used up. The symbol table names the function, and the address is tried again.
     NoTime,
-    /// The file refers to other files, or reading it failed.
+    /// The file refers to other files, or reading it failed. The symbol table names the function.
     Unusable,
+    /// The perf map is large and was not searched completely. The address has no name, and is tried again.
+    LargeMap,
 }
 
 impl Skipped {
     /// All reasons, in the order of the counters.
-    pub const ALL: [Self; 3] = [Self::TooLarge, Self::NoTime, Self::Unusable];
+    pub const ALL: [Self; 4] = [Self::TooLarge, Self::NoTime, Self::Unusable, Self::LargeMap];
 
     /// Returns the name in metrics and reports.
     pub fn name(self) -> &'static str {
@@ -61,6 +62,15 @@ impl Skipped {
             Self::TooLarge => "too_large",
             Self::NoTime => "no_time",
             Self::Unusable => "unusable",
+            Self::LargeMap => "large_perf_map",
+        }
+    }
+
+    /// Returns what the address lacks, human-readable.
+    pub fn lacks(self) -> &'static str {
+        match self {
+            Self::TooLarge | Self::NoTime | Self::Unusable => "inlined functions and lines",
+            Self::LargeMap => "a name",
         }
     }
 
@@ -70,6 +80,7 @@ impl Skipped {
             Self::TooLarge => "debug information too large (select the program: --comm, --pid)",
             Self::NoTime => "no time for debug information (select fewer programs, or record for longer)",
             Self::Unusable => "debug information unusable",
+            Self::LargeMap => "perf map too large to search at once (record for longer)",
         }
     }
 }
@@ -83,15 +94,25 @@ pub struct DebugCost {
     pub memory_bytes: u64,
     /// Time for all files together: at once this much, in the long run a hundredth of all time.
     pub time: Duration,
+    /// Bytes of perf maps that are read for all processes together at once. In the long run it is 2 MiB a second.
+    pub map_bytes: u64,
 }
 
 impl DebugCost {
     /// For programs that a user or a rule selected.
-    pub const WANTED: Self =
-        Self { file_bytes: 2 << 30, memory_bytes: 256 << 20, time: Duration::from_secs(8) };
+    pub const WANTED: Self = Self {
+        file_bytes: 2 << 30,
+        memory_bytes: 256 << 20,
+        time: Duration::from_secs(8),
+        map_bytes: 2 << 30,
+    };
     /// For every program of the machine.
-    pub const EVERYTHING: Self =
-        Self { file_bytes: 6 << 20, memory_bytes: 24 << 20, time: Duration::from_millis(60) };
+    pub const EVERYTHING: Self = Self {
+        file_bytes: 6 << 20,
+        memory_bytes: 24 << 20,
+        time: Duration::from_millis(60),
+        map_bytes: 512 << 20,
+    };
 }
 
 /// Counts of the symbolizer.
@@ -107,19 +128,20 @@ pub struct SymbolizerStats {
     pub unusable_tables: AtomicU64,
     /// Files whose debug information exists and could not be used.
     pub unusable_debug_info: AtomicU64,
-    /// Addresses whose debug information exists and was not read, by [`Skipped`]. An address that is tried again counts once.
+    /// Addresses whose names exist and were not read, by [`Skipped`]. An address that is tried again counts once, or in each
+    /// profile if it is in a perf map.
     pub skipped: [AtomicU64; Skipped::ALL.len()],
     /// Memory of cached names, kernel symbols and perf maps.
     pub cached_bytes: AtomicU64,
 }
 
 impl SymbolizerStats {
-    /// Counts addresses whose debug information was not read.
+    /// Counts addresses whose names were not read.
     pub(super) fn skip(&self, reason: Skipped, addresses: usize) {
         self.skipped[reason as usize].fetch_add(addresses as u64, Ordering::Relaxed);
     }
 
-    /// Returns the number of addresses whose debug information was not read, for each reason.
+    /// Returns the number of addresses whose names were not read, for each reason.
     pub fn skipped(&self) -> impl Iterator<Item = (Skipped, u64)> {
         Skipped::ALL
             .into_iter()

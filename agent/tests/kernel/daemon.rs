@@ -6,16 +6,18 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::FileExt as _,
     process::{Command, Stdio},
-    thread::sleep,
+    thread::{self, sleep},
     time::{Duration, Instant},
 };
 
 use gannet_agent::METRICS;
 use gannet_base::metrics::{PROCESS_METRICS, undeclared};
+use gannet_proto::{pprof, profiles::Sample};
 
 use crate::common::{
     Running, agent,
     life::{COMM, life, life_as},
+    program,
 };
 
 /// Long enough for a busy machine.
@@ -37,6 +39,11 @@ impl Daemon {
     /// Starts the daemon with a rule for the test program and the most detailed log.
     #[track_caller]
     fn start(flags: &[&str]) -> Self {
+        Self::start_with_window("1s", flags)
+    }
+
+    #[track_caller]
+    fn start_with_window(window: &str, flags: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let rules = directory.path().join("rules.yaml");
         fs::write(
@@ -47,7 +54,7 @@ impl Daemon {
         let [probes, page] = [(), ()].map(|()| free_address());
         let mut command = Command::new(agent());
         command
-            .args(["run", "--pod-source", "none", "--node", "here", "--window", "1s"])
+            .args(["run", "--pod-source", "none", "--node", "here", "--window", window])
             .args(["--http-listen", &probes.to_string(), "--debug-listen", &page.to_string()])
             .arg("--rules")
             .arg(&rules)
@@ -63,13 +70,17 @@ impl Daemon {
 
     /// Returns the raw HTTP answer; empty on an error.
     fn get(address: SocketAddr, path: &str) -> String {
-        let get = || -> std::io::Result<String> {
+        String::from_utf8_lossy(&Self::get_bytes(address, path)).into_owned()
+    }
+
+    fn get_bytes(address: SocketAddr, path: &str) -> Vec<u8> {
+        let get = || -> std::io::Result<Vec<u8>> {
             let mut stream = TcpStream::connect(address)?;
             stream.set_read_timeout(Some(TIMEOUT))?;
             write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
             let mut answer = Vec::new();
             stream.read_to_end(&mut answer)?;
-            Ok(String::from_utf8_lossy(&answer).into_owned())
+            Ok(answer)
         };
         get().unwrap_or_default()
     }
@@ -142,11 +153,15 @@ impl Daemon {
 }
 
 fn find(haystack: &[u8], needle: &[u8]) -> bool {
+    find_at(haystack, needle).is_some()
+}
+
+fn find_at(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     // SAFETY: both are slices, given with their lengths.
-    unsafe {
-        !libc::memmem(haystack.as_ptr().cast(), haystack.len(), needle.as_ptr().cast(), needle.len())
-            .is_null()
-    }
+    let found = unsafe {
+        libc::memmem(haystack.as_ptr().cast(), haystack.len(), needle.as_ptr().cast(), needle.len())
+    };
+    (!found.is_null()).then(|| found as usize - haystack.as_ptr() as usize)
 }
 
 /// Returns an address on which no program listens.
@@ -231,4 +246,31 @@ fn arguments_and_environment_are_not_shown_logged_or_kept() {
     let log = daemon.end();
     assert!(log.contains("TRACE") || log.contains("DEBUG"), "everything was logged");
     assert!(!log.contains(&canary), "{log}");
+}
+
+/// Checks a process that starts and ends within one window: its perf map is gone before the window is symbolized.
+#[test]
+fn made_code_that_ended_in_its_first_window_has_names() {
+    let source =
+        include_str!("../data/cases/jit.c").replace("(1000000);\n}", "(1000000);\n  unlink(path);\n}");
+    let program = program(COMM, &source, &[]);
+    let daemon = Daemon::start_with_window("60s", &[]);
+    let address = daemon.page;
+    let profile = thread::spawn(move || Daemon::get_bytes(address, "/debug/profile?seconds=6"));
+    sleep(Duration::from_secs(1));
+    Running::start(&mut Command::new(program)).0.wait().unwrap();
+    let answer = profile.join().unwrap();
+    let body = find_at(&answer, b"\r\n\r\n").unwrap() + 4;
+    let profile = pprof::decode(&answer[body..], 1 << 30).unwrap();
+    let text = |index: i64| profile.string_table[index as usize].as_str();
+    let name = |id| {
+        let location = profile.location.iter().find(|location| location.id == id)?;
+        let function = location.line.first()?.function_id;
+        profile.function.iter().find(|known| known.id == function).map(|function| text(function.name))
+    };
+    let named = |sample: &&Sample| sample.location_id.iter().any(|id| name(*id) == Some("jit_spin"));
+    let samples = |of: Vec<&Sample>| of.iter().map(|sample| sample.value[0]).sum::<i64>();
+    let (good, all) =
+        (samples(profile.sample.iter().filter(named).collect()), samples(profile.sample.iter().collect()));
+    assert!(all > 100 && good * 100 > all * 80, "{good} of {all}");
 }

@@ -12,6 +12,7 @@ mod cases;
 mod daemon;
 mod hung;
 mod images;
+mod jit;
 mod ledger;
 mod lifecycle;
 mod pods;
