@@ -33,6 +33,7 @@ pub mod pods;
 pub mod process;
 pub mod profile;
 pub mod rules;
+pub mod runtimes;
 pub mod symbols;
 pub mod tables;
 

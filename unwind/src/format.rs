@@ -189,6 +189,8 @@ pub mod flags {
     pub const GUESSED: u8 = 2;
     /// The return address is signed (aarch64 pointer authentication): strip the signature.
     pub const RA_SIGNED: u8 = 4;
+    /// The frame is one of an interpreter's loop, and stands for a run of frames that the interpreter keeps in a list.
+    pub const LIST: u8 = 8;
     /// x86_64: three bits from here on locate the caller's rbx. 0 is unknown, 1 unchanged ([`RBX_SAME`]), and k from 2 to 7 is at
     /// `cfa - 8 * k`.
     pub const RBX_SHIFT: u32 = 4;

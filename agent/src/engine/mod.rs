@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`reader`] | what events change; it applies them, and has the next six as parts |
 //! | [`unwinding`], [`backlog`] | images that the BPF programs unwind; raw samples that wait for unwind tables |
+//! | [`interpreters`] | interpreters whose frames are taken, and the thread that reads their memory |
 //! | [`sampled`] | the marks in the kernel, and why they are there |
 //! | [`off_cpu`] | off-CPU time already reported for threads that are still blocked |
 //! | [`discovered`] | processes that already ran when a rule came, and are not read yet |
@@ -50,6 +51,7 @@ mod discovered;
 mod effects;
 mod event_log;
 mod intake;
+mod interpreters;
 mod limits;
 mod loss_log;
 mod off_cpu;

@@ -3,6 +3,7 @@
 //! The worker calls [`Reader::catch_up`] between any two steps. See the [engine](super) for the order that this keeps.
 
 use std::{
+    borrow::Cow,
     num::NonZeroUsize,
     time::{Duration, Instant, SystemTime},
 };
@@ -16,6 +17,7 @@ use super::{
     discovered::Discovered,
     event_log::EventLog,
     intake::Intake,
+    interpreters::Interpreters,
     off_cpu::OffCpu,
     sampled::{MarkChange, Sampled},
     unwinding::Unwinding,
@@ -23,7 +25,7 @@ use super::{
 use crate::{
     cgroup::CgroupHierarchy,
     kernel::{Event, Kernel, Want},
-    model::{ImageKey, Origin, ProcessKey, Sample, SampleKind, Subject, boot_time, boot_time_ns},
+    model::{ImageKey, Origin, ProcessKey, Sample, SampleKind, StackWord, Subject, boot_time, boot_time_ns},
     process::{ImageChanges, ProcError, Process, ProcessState, ProcessTable, all_on_worker, check_identity},
     rules::RuleBook,
     tables::UnwindTables,
@@ -58,13 +60,14 @@ impl Reader {
         hierarchy: CgroupHierarchy,
         processes: usize,
         tables: Option<UnwindTables>,
+        interpreters: Option<Interpreters>,
         window: Duration,
     ) -> Self {
         Self {
             processes: ProcessTable::new(hierarchy, processes, raise_file_limit()),
             discovered: Discovered::new(Instant::now()),
             sampled: Sampled::default(),
-            unwinding: Unwinding::new(tables),
+            unwinding: Unwinding::new(tables, interpreters),
             off_cpu: OffCpu::default(),
             intake: Intake::new(window),
             containers: ContainerReports::default(),
@@ -220,13 +223,14 @@ impl Reader {
         let addresses = match &sample.raw {
             Some(raw) => std::slice::from_ref(&raw.pc),
             None if by_tables => &[],
-            None => sample.user.as_slice(),
+            None => &addresses_of(&sample.user),
         };
         if let Ok(process) = self.processes.sampled(&sample.subject, addresses) {
             self.containers.report(process);
         }
         self.hand_on_changes();
         if sample.raw.is_none() {
+            self.enter_functions(&mut sample);
             self.intake.add(sample);
         } else {
             self.unwinding.push(sample);
@@ -243,10 +247,20 @@ impl Reader {
             sample.subject.rules = rules.slots().held_since(sample.subject.rules, sample.subject.ktime_ns);
             if sample.subject.rules != 0 {
                 // Without room in the table the sample has no process, which the window says.
-                let _ = self.processes.sampled(&sample.subject, &sample.user);
+                let _ = self.processes.sampled(&sample.subject, &addresses_of(&sample.user));
                 self.hand_on_changes();
+                self.enter_functions(&mut sample);
                 self.intake.add_own(sample);
             }
+        }
+    }
+
+    /// Enters the functions of a sample's list frames.
+    fn enter_functions(&self, sample: &mut Sample) {
+        if let Some(interpreters) = self.unwinding.interpreters()
+            && sample.user.iter().any(|word| !StackWord::is_address(*word))
+        {
+            interpreters.enter(sample, &self.processes);
         }
     }
 
@@ -349,6 +363,14 @@ impl Reader {
             tracing::warn!("{error}");
         }
     }
+}
+
+/// Returns the addresses of a stack, without the words of list frames.
+fn addresses_of(stack: &[u64]) -> Cow<'_, [u64]> {
+    if stack.iter().all(|word| StackWord::is_address(*word)) {
+        return Cow::Borrowed(stack);
+    }
+    stack.iter().copied().filter(|word| StackWord::is_address(*word)).collect()
 }
 
 fn write_mark(kernel: &mut Kernel, change: Option<MarkChange>) {

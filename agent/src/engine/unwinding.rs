@@ -6,7 +6,10 @@
 
 use std::{collections::HashSet, mem, sync::Arc, time::Instant};
 
-use super::backlog::{Backlog, Resolved};
+use super::{
+    backlog::{Backlog, Resolved},
+    interpreters::Interpreters,
+};
 use crate::{
     kernel::Kernel,
     model::{Image, ImageKey, Sample, StackEnd},
@@ -23,16 +26,36 @@ pub(super) struct Unwinding {
     changed: HashSet<ImageKey>,
     /// Images of which a thread blocked before the BPF programs could unwind its stack.
     blocked: HashSet<ImageKey>,
+    /// `None` without tables: list frames stand between native ones.
+    interpreters: Option<Interpreters>,
 }
 
 impl Unwinding {
-    pub(super) fn new(tables: Option<UnwindTables>) -> Self {
-        Self { tables, backlog: Backlog::default(), changed: HashSet::new(), blocked: HashSet::new() }
+    pub(super) fn new(tables: Option<UnwindTables>, interpreters: Option<Interpreters>) -> Self {
+        Self {
+            tables,
+            backlog: Backlog::default(),
+            changed: HashSet::new(),
+            blocked: HashSet::new(),
+            interpreters,
+        }
     }
 
     /// The unwind tables; `None` if stacks are unwound by frame pointers only.
     pub(super) fn tables(&self) -> Option<&UnwindTables> {
         self.tables.as_ref()
+    }
+
+    /// The interpreters; `None` without tables.
+    pub(super) fn interpreters(&self) -> Option<&Interpreters> {
+        self.interpreters.as_ref()
+    }
+
+    /// Forgets interpreters of processes that have ended.
+    pub(super) fn next_window(&mut self, processes: &ProcessTable) {
+        if let Some(interpreters) = &mut self.interpreters {
+            interpreters.next_window(processes);
+        }
     }
 
     pub(super) fn backlog(&self) -> &Backlog {
@@ -79,12 +102,16 @@ impl Unwinding {
     ) -> Vec<Resolved> {
         let Some(tables) = &mut self.tables else { return Vec::new() };
         tables.collect();
+        let mut interpreters = self.interpreters.as_mut();
+        if let Some(interpreters) = &mut interpreters {
+            interpreters.collect(kernel, processes);
+        }
         for key in mem::take(&mut self.changed) {
             let Some(process) = live(processes, &key).filter(|_| tables.is_loaded(&key)) else { continue };
             if rules.slots().wants_off_cpu_of(process.rules) && !tables.request_all(&process.image) {
                 self.changed.insert(key);
             } else {
-                write(tables, kernel, process);
+                write(tables, kernel, process, interpreters.as_deref_mut());
             }
         }
         let resolved = self.backlog.resolve(tables, processes, Instant::now(), force);
@@ -92,7 +119,7 @@ impl Unwinding {
             match resolved {
                 Resolved::Done(key) => {
                     if let Some(process) = live(processes, key) {
-                        write(tables, kernel, process);
+                        write(tables, kernel, process, interpreters.as_deref_mut());
                     }
                 }
                 Resolved::Changes(changes) => self.changed.extend(&changes.changed),
@@ -101,7 +128,9 @@ impl Unwinding {
         }
         for key in mem::take(&mut self.blocked) {
             match live(processes, &key).filter(|process| !process.kernel_thread) {
-                Some(process) if tables.request_all(&process.image) => write(tables, kernel, process),
+                Some(process) if tables.request_all(&process.image) => {
+                    write(tables, kernel, process, interpreters.as_deref_mut());
+                }
                 Some(_) => drop(self.blocked.insert(key)),
                 None => {}
             }
@@ -114,6 +143,7 @@ impl Unwinding {
         if let Some(tables) = &mut self.tables {
             tables.unload(kernel, tgid);
         }
+        kernel.remove_list_frames(tgid);
     }
 }
 
@@ -121,9 +151,17 @@ fn live<'a>(processes: &'a ProcessTable, key: &ImageKey) -> Option<&'a Process> 
     processes.get(key).filter(|process| process.is_alive())
 }
 
-fn write(tables: &mut UnwindTables, kernel: &mut Kernel, process: &Process) {
+fn write(
+    tables: &mut UnwindTables,
+    kernel: &mut Kernel,
+    process: &Process,
+    interpreters: Option<&mut Interpreters>,
+) {
     if let Err(error) = tables.load(kernel, process.key, &process.image) {
         let key = process.key.process;
         tracing::debug!(%key, "cannot unwind this process in the kernel, only in user space: {error}");
+    }
+    if let (Some(interpreters), Some((file, bias))) = (interpreters, tables.runtime_of(&process.image)) {
+        interpreters.found(process.key, Arc::clone(file), bias);
     }
 }

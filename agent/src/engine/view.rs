@@ -96,6 +96,8 @@ pub struct ProcessView {
     pub mappings_from: &'static str,
     /// How the agent unwinds its stacks.
     pub unwinding: Unwinding,
+    /// Its interpreter, and whether the names of its functions are read or why not; empty without one.
+    pub interpreter: String,
     /// Samples that wait for unwind tables.
     pub waiting_samples: usize,
     /// Samples so far.
@@ -239,6 +241,11 @@ impl ViewSources<'_> {
                 Some(tables) if tables.is_loaded(&process.key) => Unwinding::Kernel,
                 Some(_) => Unwinding::UserSpace,
             },
+            interpreter: self
+                .reader
+                .unwinding
+                .interpreters()
+                .map_or_else(String::new, |interpreters| interpreters.status(&process.key)),
             waiting_samples: self.backlog().waiting(&process.key),
             samples: process.samples,
             rules,

@@ -16,6 +16,7 @@ use super::{
     captures::{CaptureAction, Captures, ManualCapture, RunningCapture},
     effects::{Effect, EffectQueue},
     intake::Closed,
+    interpreters::Interpreters,
     limits::{Limits, Switched},
     loss_log::LossLog,
     read_pause::ReadPause,
@@ -79,6 +80,8 @@ impl Worker {
         };
         let tables = tables.map(|sources| UnwindTables::new(&kernel, sources, wake()));
         let tables = tables.transpose().map_err(EngineError::Start)?;
+        let interpreters = tables.is_some().then(|| Interpreters::start(wake()));
+        let interpreters = interpreters.transpose().map_err(EngineError::Start)?;
         let sensors = Sensors::start(wake()).map_err(EngineError::Start)?;
         kernel.set_tables(tables.is_some());
         kernel.set_lifecycle(lifecycle);
@@ -88,7 +91,7 @@ impl Worker {
         rules.set_condition_support(NodeConditions::probe());
         Ok(Self {
             node,
-            reader: Reader::new(hierarchy, processes, tables, window),
+            reader: Reader::new(hierarchy, processes, tables, interpreters, window),
             rules,
             captures: Captures::new(cgroup::mount_of(hierarchy.controller()), Some(sensors), boot_time()),
             account: Account::new(&kernel)?,
@@ -513,6 +516,7 @@ impl Worker {
             removed: flushed.removed,
             waiting: backlog.count(u64::MAX),
         };
+        unwinding.next_window(processes);
         let ledger = self.account.close(&self.kernel, reading.as_ref(), intake.flow(), samples, is_last);
         if ledger.unaccounted() != 0 {
             tracing::error!(

@@ -17,7 +17,7 @@ use rustix::{
 };
 
 use super::{Kernel, KernelError, MapValue, bytes_of};
-use crate::model::ProcessKey;
+use crate::model::{ImageKey, ListEnd, ListLayout, ProcessKey};
 
 /// Bits of a key of the mapping trie: thread group id, then address.
 const KEY_BITS: u32 = 8 * (size_of::<types::mapping_key>() - size_of::<u32>()) as u32;
@@ -29,14 +29,23 @@ const _: () = assert!(size_of::<types::unwind_rule>() == size_of::<UnwindRule>()
 const _: () = assert!(size_of::<types::table_line>() == size_of::<CacheLine>());
 const _: () = assert!(size_of::<types::mapping>() == 3 * 8 + 4 * 4);
 const _: () = assert!(size_of::<types::unwind_table>() == 8 + 4 * 4);
+const _: () = assert!(size_of::<types::list_frames>() == 8 + 2 * 4 + 8 + 4 * 4 + 8 + 4 + 10 + 2 + 8);
 const _: () = assert!(size_of::<types::image>() == 8 + 2 * 4 + 8);
 
 impl MapValue for types::mapping {}
 impl MapValue for types::unwind_table {}
 impl MapValue for types::image {}
+impl MapValue for types::list_frames {}
 
 /// Tables that can be in the kernel at one time: MAX_TABLES of gannet.h.
 pub(crate) const MAX_TABLES: u32 = 4096;
+
+/// `enum list_end` of gannet.h.
+const LIST_END_LAST: u8 = 0;
+const LIST_END_NATIVE: u8 = 1;
+const LIST_END_EACH: u8 = 2;
+/// LIST_STEPS of gannet.h.
+const LIST_STEPS: usize = 4;
 
 /// The unwind data of a range of addresses of a process: a value of the mapping trie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -340,6 +349,48 @@ impl Kernel {
     /// Switches between unwinding user stacks by tables and by frame pointers.
     pub(crate) fn set_tables(&mut self, on: bool) {
         self.change_settings(|settings| settings.tables = on.into());
+    }
+
+    /// Lets the programs take the list frames of this image.
+    pub(crate) fn set_list_frames(&mut self, key: ImageKey, layout: &ListLayout) -> Result<(), KernelError> {
+        let mut step = [0; LIST_STEPS];
+        let steps = layout.steps.len().min(LIST_STEPS);
+        step[..steps].copy_from_slice(&layout.steps[..steps]);
+        let (end, end_byte, end_value) = match layout.end {
+            ListEnd::Last(byte, value) => (LIST_END_LAST, byte, value),
+            ListEnd::Native(byte, value) => (LIST_END_NATIVE, byte, value),
+            ListEnd::Each => (LIST_END_EACH, 0, 0),
+        };
+        let value = types::list_frames {
+            start_boottime: key.process.start_boottime_ns,
+            exec_id: key.exec_id,
+            steps: steps as u32,
+            thread_offset: layout.thread_offset,
+            step,
+            function_mask: layout.function_mask,
+            sum_offset: layout.sum.0,
+            sum_words: layout.sum.1,
+            native_step: layout.native_step,
+            words: layout.words,
+            function: layout.function,
+            position: layout.position,
+            next: layout.next,
+            end_byte,
+            end_value,
+            end,
+            position_is_address: layout.position_is_address.into(),
+            ..Default::default()
+        };
+        self.skeleton
+            .maps
+            .list_frames
+            .update(&key.process.tgid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
+            .map_err(|source| KernelError::Map { map: "list_frames", source })
+    }
+
+    /// Takes no list frames of this process any more.
+    pub(crate) fn remove_list_frames(&mut self, tgid: u32) {
+        let _ = self.skeleton.maps.list_frames.delete(&tgid.to_ne_bytes());
     }
 
     /// Returns the first address and the exclusive end of the mapping that the trie finds for an address.

@@ -6,6 +6,7 @@ mod host;
 mod image;
 mod kernel_symbols;
 mod key;
+mod list_frames;
 mod mapped_file;
 mod sample;
 
@@ -16,6 +17,7 @@ pub use host::online_cpus;
 pub use image::{Image, Mapping, MappingEvent, MappingKind, NewMapping};
 pub use kernel_symbols::{KernelSymbolChange, KernelSymbolLog, KernelSymbolPosition, KernelSymbolRange};
 pub use key::{ImageKey, ParseKeyError, ProcessKey};
+pub(crate) use list_frames::{ListEnd, ListLayout, StackWord, sum_words};
 pub(crate) use mapped_file::reopen;
 pub use mapped_file::{FileId, MappedFile};
 pub use sample::{

@@ -177,6 +177,7 @@ mod tests {
             container_id: container.into(),
             pod_uid: pod_uid.into(),
             image: Arc::default(),
+            interpreter: None,
             stacks: Vec::new(),
         };
         SeriesProfile {

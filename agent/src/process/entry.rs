@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Instant};
 use crate::{
     cgroup::CgroupNames,
     model::{ExitStatus, Image, ImageKey, Subject},
+    runtimes::Interpreter,
 };
 
 /// One image of one process.
@@ -30,6 +31,8 @@ pub struct Process {
     pub kernel_thread: bool,
     /// Its executable mappings.
     pub image: Arc<Image>,
+    /// Its interpreter, once its frames are taken.
+    pub(crate) interpreter: Option<Arc<Interpreter>>,
     /// The rules that sample it, one bit for each slot, as last reported.
     pub rules: u64,
     /// How much of it is known, and whether it is alive.
@@ -70,6 +73,7 @@ impl Process {
             uid: None,
             kernel_thread: false,
             image: Arc::default(),
+            interpreter: None,
             rules: subject.rules,
             state: ProcessState::Unread,
             samples: 0,

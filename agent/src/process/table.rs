@@ -20,6 +20,7 @@ use crate::{
     access::{self, ENGINE_DEADLINE, Target},
     cgroup::{CgroupHierarchy, CgroupNames, CgroupTree, parse_path},
     model::{ExitStatus, FileNumbers, ImageKey, MappingEvent, NewMapping, Origin, ProcessKey, Subject},
+    runtimes::Interpreter,
 };
 
 /// Paths of control groups that are remembered, for processes that exit before they can be read.
@@ -439,6 +440,13 @@ impl ProcessTable {
             }
         }
         report_again
+    }
+
+    /// Sets the interpreter of an image. Returns false if the image is not known.
+    pub(crate) fn set_interpreter(&mut self, key: &ImageKey, interpreter: Arc<Interpreter>) -> bool {
+        let alive = self.alive.get_mut(&key.process.tgid).filter(|process| process.key == *key);
+        let process = alive.or_else(|| self.past.get_mut(key).map(|process| &mut **process));
+        process.map(|process| process.interpreter = Some(interpreter)).is_some()
     }
 
     /// Drops old pending images, of processes that no rule matches, and closes idle files.

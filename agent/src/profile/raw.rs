@@ -5,7 +5,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::model::{Image, ProcessKey, SampleKind, StackEnd, StackMarks};
+use crate::{
+    model::{Image, ProcessKey, SampleKind, StackEnd, StackMarks},
+    runtimes::Interpreter,
+};
 
 /// One profile before symbolization: the samples of one window, rule, kind and series.
 #[derive(Debug)]
@@ -37,6 +40,8 @@ pub struct RawProcess {
     pub pod_uid: String,
     /// The mappings at the time of the samples.
     pub image: Arc<Image>,
+    /// The interpreter whose functions list frames name.
+    pub interpreter: Option<Arc<Interpreter>>,
     /// Its distinct stacks.
     pub stacks: Vec<RawStack>,
 }
@@ -50,7 +55,8 @@ pub struct RawStack {
     pub thread: String,
     /// Kernel addresses, leaf first.
     pub kernel: Vec<u64>,
-    /// User addresses, leaf first. The first is the program counter, the others are return addresses.
+    /// User addresses, leaf first. The first is the program counter, the others are return addresses. List frames have two words
+    /// each.
     pub user: Vec<u64>,
     /// How unwinding the user stack ended.
     pub end: StackEnd,

@@ -251,6 +251,7 @@ impl WindowSamples {
                     image: former.clone().unwrap_or_else(|| {
                         known.map_or_else(Arc::default, |process| Arc::clone(&process.image))
                     }),
+                    interpreter: known.and_then(|process| process.interpreter.clone()),
                     stacks,
                 };
                 series.entry((rule, labels, container.clone(), kind, period_ns)).or_default().push(process);
@@ -374,6 +375,7 @@ fn cut(processes: Vec<RawProcess>) -> Vec<Vec<RawProcess>> {
             let rest = process.stacks.split_off(room);
             let head = RawProcess {
                 image: Arc::clone(&process.image),
+                interpreter: process.interpreter.clone(),
                 comm: process.comm.clone(),
                 container_id: process.container_id.clone(),
                 pod_uid: process.pod_uid.clone(),
@@ -382,6 +384,7 @@ fn cut(processes: Vec<RawProcess>) -> Vec<Vec<RawProcess>> {
             process = RawProcess {
                 stacks: rest,
                 image: Arc::clone(&head.image),
+                interpreter: head.interpreter.clone(),
                 comm: head.comm.clone(),
                 container_id: head.container_id.clone(),
                 pod_uid: head.pod_uid.clone(),

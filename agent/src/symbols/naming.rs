@@ -21,7 +21,7 @@ use super::{
     vdso::VDSO_MAPPING,
 };
 use crate::{
-    model::{self, Image, MappingKind, SampleKind, StackEnd},
+    model::{self, Image, MappingKind, SampleKind, StackEnd, StackWord},
     profile::{RawProcess, RawProfile, RawStack},
 };
 
@@ -132,17 +132,22 @@ impl ProfileNamer {
             locations.insert(address, self.add_location(builder, &process.image, address, functions));
         }
         for stack in &process.stacks {
+            let mut ids: Vec<LocationId> = lookup_frames(stack)
+                .into_iter()
+                .filter_map(|frame| match frame {
+                    Frame::Native(address) => locations.get(&address).copied(),
+                    Frame::List { number, position } => {
+                        self.add_list_frame(builder, process, number, position)
+                    }
+                })
+                .collect();
             let mut mark =
                 |name| builder.location(None, 0, &[Line { name, system_name: name, ..Line::default() }]);
-            let truncated = stack.marks.kernel_truncated.then(|| mark(TRUNCATED_FRAME));
-            let end = end_frame(stack.end).map(mark);
-            let mut ids: Vec<LocationId> =
-                lookup_addresses(stack).filter_map(|address| locations.get(&address).copied()).collect();
             // Where the kernel's outermost frames are missing: between its stack and the user's.
-            if let Some(truncated) = truncated {
-                ids.insert(stack.kernel.len().min(ids.len()), truncated);
+            if stack.marks.kernel_truncated {
+                ids.insert(stack.kernel.len().min(ids.len()), mark(TRUNCATED_FRAME));
             }
-            ids.extend(end);
+            ids.extend(end_frame(stack.end).map(mark));
             let labels = labels(process, stack);
             builder.sample(&ids, &[stack.count as i64, stack.value_ns as i64], &labels);
         }
@@ -195,6 +200,32 @@ impl ProfileNamer {
         let counter = if lines.is_empty() { &self.stats.unnamed } else { &self.stats.named };
         counter.fetch_add(1, Ordering::Relaxed);
         builder.location(mapping, address, &lines)
+    }
+
+    /// Adds a frame that an interpreter kept in a list. A function whose texts could not be read shows as the interpreter.
+    fn add_list_frame(
+        &self,
+        builder: &mut Builder,
+        process: &RawProcess,
+        number: u64,
+        position: u32,
+    ) -> Option<LocationId> {
+        let interpreter = process.interpreter.as_ref()?;
+        let file = interpreter.file.runtime.mapping();
+        let mapping = Some(builder.mapping(Mapping { start: 0, limit: 0, offset: 0, file, build_id: "" }));
+        let function = interpreter.function(number);
+        let text = function.as_ref().and_then(|function| function.text.get()?.as_ref().ok());
+        let counter = if text.is_some() { &self.stats.named } else { &self.stats.unnamed };
+        counter.fetch_add(1, Ordering::Relaxed);
+        let line = text.map(|text| Line {
+            name: &text.name,
+            system_name: &text.name,
+            file: &text.file,
+            line: interpreter.line(text, position).into(),
+            column: 0,
+            start_line: text.first_line.into(),
+        });
+        Some(builder.location(mapping, 0, line.as_slice()))
     }
 
     fn add_mapping(&self, builder: &mut Builder, mapping: &model::Mapping) -> MappingId {
@@ -250,17 +281,42 @@ fn sleep_state(state: u8) -> &'static str {
     }
 }
 
-/// Returns the addresses to look up, leaf first. Of a caller it is the byte before the return address, which belongs to the
-/// call: if the call is the last instruction of a function, the return address belongs to the next function.
+/// A frame of a stack.
+enum Frame {
+    /// The address to look up.
+    Native(u64),
+    /// A frame that an interpreter kept: a number of [`RawProcess::interpreter`], and a position in that function.
+    List { number: u64, position: u32 },
+}
+
+/// Returns the frames, leaf first. Of a native caller it is the byte before the return address, which belongs to the call: if
+/// the call is the last instruction of a function, the return address belongs to the next function.
+fn lookup_frames(stack: &RawStack) -> Vec<Frame> {
+    let mut frames = Vec::with_capacity(stack.kernel.len() + stack.user.len());
+    for words in [&stack.kernel, &stack.user] {
+        for (depth, word) in words.iter().enumerate() {
+            match StackWord::decode(*word) {
+                StackWord::Address(address) => {
+                    frames.push(Frame::Native(if depth == 0 { address } else { address.saturating_sub(1) }));
+                }
+                StackWord::Function(number) => frames.push(Frame::List { number, position: 0 }),
+                StackWord::Position { position: at, .. } => {
+                    if let Some(Frame::List { position, .. }) = frames.last_mut() {
+                        *position = at;
+                    }
+                }
+            }
+        }
+    }
+    frames
+}
+
+/// Returns the addresses to look up of the native frames.
 fn lookup_addresses(stack: &RawStack) -> impl Iterator<Item = u64> {
-    let of = |addresses: &[u64]| {
-        addresses
-            .iter()
-            .enumerate()
-            .map(|(depth, address)| if depth == 0 { *address } else { address.saturating_sub(1) })
-            .collect::<Vec<_>>()
-    };
-    of(&stack.kernel).into_iter().chain(of(&stack.user))
+    lookup_frames(stack).into_iter().filter_map(|frame| match frame {
+        Frame::Native(address) => Some(address),
+        Frame::List { .. } => None,
+    })
 }
 
 fn kernel_build_id() -> String {

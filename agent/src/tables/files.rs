@@ -17,7 +17,8 @@ use super::{
 };
 use crate::{
     access,
-    model::{FileId, MappedFile, Mapping, MappingKind},
+    model::{FileId, Image, MappedFile, Mapping, MappingKind},
+    runtimes::RuntimeFile,
 };
 
 /// Memory of tables that the agent holds to unwind raw samples; the kernel has its own copy.
@@ -44,7 +45,14 @@ pub(super) enum FileState {
     /// The thread will build it.
     Requested,
     /// It is built. `table` is none after its memory was given back; the rest stays.
-    Built { content: ContentId, segments: Segments, table: Option<Arc<UnwindTable>>, used: Cell<Instant> },
+    Built {
+        content: ContentId,
+        segments: Segments,
+        table: Option<Arc<UnwindTable>>,
+        /// The interpreter that the file is.
+        runtime: Option<Arc<RuntimeFile>>,
+        used: Cell<Instant>,
+    },
     /// The file has none, or cannot be read: its frames are found by frame pointer.
     None,
 }
@@ -101,12 +109,13 @@ impl FileTables {
         for (file, outcome) in self.parser.finished() {
             any = true;
             let state = match outcome {
-                Ok(ParsedFile { table, content, segments }) if !table.is_empty() => {
+                Ok(ParsedFile { table, content, segments, runtime }) if !table.is_empty() => {
                     stats.made += 1;
                     FileState::Built {
                         content,
                         segments,
                         table: Some(table),
+                        runtime,
                         used: Cell::new(Instant::now()),
                     }
                 }
@@ -155,7 +164,7 @@ impl FileTables {
                 None => MappingTable::None,
             },
             MappingKind::File(file) => match self.state(file) {
-                Some(FileState::Built { content, segments, table, used }) => {
+                Some(FileState::Built { content, segments, table, used, runtime: _ }) => {
                     used.set(Instant::now());
                     MappingTable::Built {
                         content: *content,
@@ -167,6 +176,19 @@ impl FileTables {
                 Some(FileState::Requested) | None => MappingTable::NotBuilt,
             },
         }
+    }
+
+    /// Returns the interpreter of an image, and the number to subtract from its addresses.
+    pub(super) fn runtime_of(&self, image: &Image) -> Option<(&Arc<RuntimeFile>, u64)> {
+        let page = rustix::param::page_size() as u64;
+        image.mappings.iter().find_map(|mapping| {
+            let MappingKind::File(file) = &mapping.kind else { return None };
+            let Some(FileState::Built { segments, runtime: Some(runtime), .. }) = self.files.get(&file.id)
+            else {
+                return None;
+            };
+            Some((runtime, segments.bias(mapping.start, mapping.offset, page)?))
+        })
     }
 
     /// Returns the state of a file: `None` if nothing is known of it yet.
@@ -253,6 +275,7 @@ mod tests {
                 content: ContentId::from_bytes([file.inode as u8; 16]),
                 segments: Segments::new(vec![segment]),
                 table: Some(Arc::clone(&table)),
+                runtime: None,
                 used: Cell::new(Instant::now()),
             };
             files.set(file.id, built);

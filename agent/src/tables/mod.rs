@@ -31,6 +31,7 @@ use self::{
 use crate::{
     kernel::{EmptyRange, KernelError, KernelMapping, MAX_TABLES, UnwindMaps},
     model::{Image, ImageKey, MappedFile, Mapping, MappingKind},
+    runtimes::RuntimeFile,
 };
 
 pub use self::parser::TableSources;
@@ -176,6 +177,11 @@ impl UnwindTables {
     /// Removes the mappings of a process from the kernel.
     pub(crate) fn unload(&mut self, kernel: &mut impl UnwindMaps, tgid: u32) {
         self.loaded.unload(kernel, tgid);
+    }
+
+    /// Returns the interpreter of an image, if its file's table is built, and the number to subtract from its addresses.
+    pub(crate) fn runtime_of(&self, image: &Image) -> Option<(&Arc<RuntimeFile>, u64)> {
+        self.files.runtime_of(image)
     }
 
     /// Returns the counts so far.

@@ -9,9 +9,10 @@ use std::{
     thread,
 };
 
-use gannet_elf::{BuildId, ContentId, DebugLink, Segments};
+use gannet_elf::{BuildId, ContentId, DebugLink, Elf, Segments};
 use gannet_unwind::{
     build::{BuildError, BuildOptions, BuiltTable, DebugFiles, build_bytes, build_file, identify},
+    format::flags,
     limits::TableLimits,
     overrides::Overrides,
     table::UnwindTable,
@@ -22,6 +23,7 @@ use super::disk_cache::DiskCache;
 use crate::{
     access::{self, Unanswered},
     model::{FileId, MappedFile},
+    runtimes::{self, RuntimeFile},
     symbols::{find_debug_file, vdso_image},
 };
 
@@ -54,6 +56,8 @@ pub(super) struct ParsedFile {
     pub(super) content: ContentId,
     pub(super) segments: Segments,
     pub(super) table: Arc<UnwindTable>,
+    /// The interpreter that the file is.
+    pub(super) runtime: Option<Arc<RuntimeFile>>,
 }
 
 /// The result of one request.
@@ -217,12 +221,13 @@ impl FileBuilder {
         let limits = Arc::clone(&self.limits);
         let (content, segments) = on_worker(file, move |file, open| identify(open, &file.path, &limits))?;
         if let Some(table) = self.in_use.get(&content).and_then(Weak::upgrade) {
-            return Ok(ParsedFile { content, segments, table });
+            return Ok(ParsedFile { content, segments, runtime: runtime_of(&table, file), table });
         }
         let overridden = self.overrides.get(&content).is_some();
         let cached = self.cache.as_ref().filter(|_| !overridden).and_then(|cache| cache.read(&content));
         let parsed = if let Some(cached) = cached {
-            ParsedFile { content, segments: cached.segments, table: Arc::new(cached.table) }
+            let runtime = runtime_of(&cached.table, file);
+            ParsedFile { content, segments: cached.segments, table: Arc::new(cached.table), runtime }
         } else {
             let (limits, overrides) = (Arc::clone(&self.limits), Arc::clone(&self.overrides));
             let directories = Arc::clone(&self.debug_dirs);
@@ -232,6 +237,7 @@ impl FileBuilder {
                     debug_files: Some(&debug_file),
                     overrides: Some(&overrides),
                     runs: true,
+                    list_functions: runtimes::LIST_FUNCTIONS,
                     ..BuildOptions::new(&file.path, &limits)
                 };
                 build_file(open, &options)
@@ -245,7 +251,7 @@ impl FileBuilder {
             {
                 self.unwritten.push_back((Arc::clone(&table), content, segments.clone(), build_id));
             }
-            ParsedFile { content, segments, table }
+            ParsedFile { content, segments, runtime: runtime_of(&table, file), table }
         };
         if self.in_use.len() >= MAX_QUEUED {
             self.in_use.retain(|_, table| table.strong_count() > 0);
@@ -271,6 +277,19 @@ fn on_worker<T: Send + 'static>(
     let theirs = Arc::clone(file);
     let called = access::read_file(file, move |open| call(&theirs, open))?;
     Ok(called.map_err(|error| ParseError::Open(file.path.clone(), error))??)
+}
+
+/// Finds the interpreter in a file. Files without its loop are not read again.
+fn runtime_of(table: &UnwindTable, file: &Arc<MappedFile>) -> Option<Arc<RuntimeFile>> {
+    if !table.rules().iter().any(|rule| rule.flags & flags::LIST != 0) {
+        return None;
+    }
+    let path = file.path.clone();
+    let detected = access::read_file(file, move |open| {
+        let elf = Elf::parse(open, &TableLimits::default().elf()).ok()?;
+        runtimes::detect(&elf, &path)
+    });
+    detected.ok()?.ok()?.map(Arc::new)
 }
 
 /// Finds the installed debug file of one program.

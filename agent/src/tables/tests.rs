@@ -137,6 +137,7 @@ fn file(tables: &mut UnwindTables, number: u8, rows: u64) -> Arc<MappedFile> {
             content: ContentId::from_bytes([number; 16]),
             segments: Segments::new(vec![whole]),
             table: Some(table),
+            runtime: None,
             used: Cell::new(Instant::now()),
         },
     );

@@ -13,6 +13,7 @@ mod daemon;
 mod hung;
 mod images;
 mod jit;
+mod languages;
 mod ledger;
 mod lifecycle;
 mod pods;

@@ -217,6 +217,7 @@ fn raw(key: ProcessKey, image: Arc<Image>, stacks: Vec<RawStack>) -> RawProfile 
             container_id: String::new(),
             pod_uid: "4f1c".into(),
             image,
+            interpreter: None,
             stacks,
         }],
         comments: vec!["rule: test".into()],

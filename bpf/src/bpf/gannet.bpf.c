@@ -22,7 +22,7 @@ int on_tick(struct bpf_perf_event_data *ctx)
 
 	if (!scratch)
 		return 0;
-	unwind_by_loop(scratch, MAX_USER_FRAMES);
+	unwind_by_loop(scratch, 2 * MAX_USER_FRAMES);
 	finish_tick(counters, scratch);
 	return 0;
 }
@@ -75,7 +75,7 @@ int on_switch(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!scratch)
 		return 0;
-	unwind_by_loop(scratch, OFF_CPU_FRAMES);
+	unwind_by_loop(scratch, OFF_CPU_FRAMES + 1);
 	finish_switch(counters, scratch);
 	return 0;
 }

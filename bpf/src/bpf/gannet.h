@@ -247,6 +247,8 @@ enum rule_flags {
 	RULE_SIGNAL = 1,
 	RULE_GUESSED = 2,
 	RULE_RA_SIGNED = 4,
+	/* The frame stands for a run of list frames: see struct list_frames. */
+	RULE_LIST = 8,
 	/* Three bits for the caller's rbx. 0: not known; RBX_SAME; k from 2 on: at the frame address - 8 * k. */
 	RULE_RBX_SHIFT = 4,
 	RBX_SAME = 1,
@@ -259,6 +261,67 @@ struct image {
 	u32 reserved;
 	/* Changes with each change of its mappings, and differs for each image: cached rules of another epoch are stale. */
 	u64 epoch;
+};
+
+/*
+ * List frames: frames that an interpreter keeps in a linked list of its own. A frame of its loop, by RULE_LIST, stands for a
+ * run of them. In a sample each has two words, with a tag in their top four bits. Neither is an address: user addresses have
+ * fewer than 60 bits, and those of the kernel's own page begin with ones.
+ */
+enum list_word {
+	/* The function's object. */
+	LIST_FUNCTION = 8,
+	/* 28 bits of a sum over the object, by which another one at its address differs; 32 bits of the position. */
+	LIST_POSITION = 9,
+};
+#define LIST_TAG_SHIFT 60
+#define LIST_SUM_SHIFT 32
+#define LIST_SUM_BITS 28
+/* Steps from the thread pointer to the head of the list. */
+#define LIST_STEPS 4
+/* Words that are read of a list frame, and of the object of its function. */
+#define LIST_FRAME_WORDS 16
+#define LIST_SUM_WORDS 12
+
+enum list_end {
+	/* The marked frame is the last one of its run. */
+	LIST_END_LAST = 0,
+	/* The marked entry ends the run and is no frame of the program; it lies in the native frame of the run. */
+	LIST_END_NATIVE = 1,
+	/* Each frame is a run. */
+	LIST_END_EACH = 2,
+};
+
+/*
+ * Value of `list_frames`: where the interpreter of one image of a process keeps its frames. Data only: no program knows a
+ * language. The programs bound every number.
+ */
+struct list_frames {
+	u64 start_boottime;
+	u32 exec_id;
+	/* The head: from the word at thread pointer + `thread_offset`, `steps` times to the word at + `step`. */
+	u32 steps;
+	s64 thread_offset;
+	s32 step[LIST_STEPS];
+	/* Bits of a function word that are its address. */
+	u64 function_mask;
+	/* Of the function's object: where the sum begins. */
+	u32 sum_offset;
+	u8 sum_words;
+	/* The word that this step leads to lies in the native frame of the newest run; 0: not known. */
+	u8 native_step;
+	/* Of a list frame: words, and which of them are function, position and next frame. */
+	u8 words;
+	u8 function;
+	u8 position;
+	u8 next;
+	/* The byte that marks the end of a run, its value, and which end that is. */
+	u8 end_byte;
+	u8 end_value;
+	u8 end;
+	/* The position is an address, and counts from the function's object. */
+	u8 position_is_address;
+	u8 reserved[6];
 };
 
 enum cgroup_hierarchy {

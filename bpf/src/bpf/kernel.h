@@ -176,6 +176,17 @@ struct sched_entity {
 	u64 sum_exec_runtime;
 };
 
+/* The thread pointer of user space: `fsbase` on x86_64, `tp_value` on aarch64. */
+struct thread_struct {
+#if defined(__TARGET_ARCH_x86)
+	unsigned long fsbase;
+#else
+	struct {
+		unsigned long tp_value;
+	} uw;
+#endif
+};
+
 struct task_struct {
 	void *stack;
 	unsigned int flags;
@@ -193,6 +204,7 @@ struct task_struct {
 	const struct cred *cred;
 	unsigned int __state;
 	struct sched_entity se;
+	struct thread_struct thread;
 };
 
 /* Before 5.14 __state was called state. */

@@ -203,21 +203,95 @@ ALWAYS_INLINE void take_raw(struct sample_scratch *scratch)
 	scratch->sample.user_frames = words;
 }
 
+/* Sums up the object of a function, so that it differs from another object at its address. */
+ALWAYS_INLINE u64 sum_function(struct unwind_state *unwind, u64 function)
+{
+	u64 bytes = unwind->how.sum_words * sizeof(u64), sum = 0;
+
+	barrier_var(bytes);
+	if (!bytes || bytes > sizeof(unwind->sum_words))
+		return 0;
+	if (bpf_probe_read_user(unwind->sum_words, bytes, (void *)(function + unwind->how.sum_offset)))
+		return 0;
+	for (u32 i = 0; i < LIST_SUM_WORDS; i++) {
+		if (i >= unwind->how.sum_words)
+			break;
+		sum = (sum ^ unwind->sum_words[i]) * 0x9e3779b97f4a7c15ULL;
+		sum ^= sum >> 32;
+	}
+	return sum & ((1ULL << LIST_SUM_BITS) - 1);
+}
+
+/* Takes one frame of the open run. */
+ALWAYS_INLINE void take_list_frame(struct sample_scratch *scratch, u64 slot)
+{
+	struct unwind_state *unwind = &scratch->unwind;
+	struct list_frames *how = &unwind->how;
+	u64 bytes = how->words * sizeof(u64), at = unwind->list, function, position;
+	bool is_end;
+
+	barrier_var(bytes);
+	if (!bytes || bytes > sizeof(unwind->list_words) ||
+	    bpf_probe_read_user(unwind->list_words, bytes, (void *)at)) {
+		unwind->list = 0;
+		goto over;
+	}
+	unwind->list = unwind->list_words[how->next % LIST_FRAME_WORDS];
+	is_end = how->end == LIST_END_EACH ||
+		 ((u8 *)unwind->list_words)[how->end_byte % sizeof(unwind->list_words)] == how->end_value;
+	if (is_end && how->end == LIST_END_NATIVE) {
+		if (at < unwind->run_low || at >= unwind->run_high) {
+			/* The run is that of a caller. */
+			unwind->frames = unwind->run_frames;
+			unwind->depth = unwind->run_depth;
+			unwind->list = unwind->run_list;
+		}
+		goto over;
+	}
+	function = unwind->list_words[how->function % LIST_FRAME_WORDS] & how->function_mask;
+	position = unwind->list_words[how->position % LIST_FRAME_WORDS];
+	if (how->position_is_address)
+		position -= function;
+	scratch->frames[slot] = (u64)LIST_FUNCTION << LIST_TAG_SHIFT | (function & ((1ULL << LIST_TAG_SHIFT) - 1));
+	scratch->frames[slot + 1] = (u64)LIST_POSITION << LIST_TAG_SHIFT |
+				    sum_function(unwind, function) << LIST_SUM_SHIFT | (u32)position;
+	unwind->frames += 2;
+	unwind->depth++;
+	if (!is_end && unwind->list)
+		return;
+over:
+	unwind->run_open = 0;
+	unwind->run_over = 1;
+}
+
 /* Unwinds one frame. False: the stack is at its end. */
 ALWAYS_INLINE bool unwind_frame(struct sample_scratch *scratch, struct rule_cache *cache)
 {
 	struct unwind_state *unwind = &scratch->unwind;
 	u64 slot = scratch->sample.kernel_frames + unwind->frames;
+	bool more;
 
 	barrier_var(slot);
-	if (slot >= FRAME_SLOTS || unwind->frames >= MAX_USER_FRAMES) {
+	if (slot >= FRAME_SLOTS - 1 || unwind->depth >= MAX_USER_FRAMES) {
 		unwind->end = USER_STACK_TRUNCATED;
 		return false;
 	}
+	if (unwind->run_open) {
+		take_list_frame(scratch, slot);
+		return true;
+	}
 	/* The agent names a caller one byte back, at its call; a frame that a signal interrupted has made no call. */
 	scratch->frames[slot] = unwind->pc + (unwind->exact && unwind->frames);
+	more = step(unwind, cache);
+	if (unwind->run_open) {
+		/* The native frame comes behind its list frames. */
+		unwind->run_frames = unwind->frames;
+		unwind->run_depth = unwind->depth;
+		return true;
+	}
 	unwind->frames++;
-	return step(unwind, cache);
+	unwind->depth++;
+	return more;
 }
 
 struct frame_context {
@@ -230,13 +304,16 @@ static long each_frame(u32 index, struct frame_context *context)
 	return !unwind_frame(context->scratch, context->cache);
 }
 
-/* Unwinds at most `max` frames, where the kernel has bpf_loop (5.17). */
-ALWAYS_INLINE void unwind_by_loop(struct sample_scratch *scratch, u32 max)
+/*
+ * Unwinds where the kernel has bpf_loop (5.17). A native frame takes one call, a run of list frames up to two more than it
+ * has frames.
+ */
+ALWAYS_INLINE void unwind_by_loop(struct sample_scratch *scratch, u32 calls)
 {
 	struct frame_context context = { .scratch = scratch, .cache = this_cpu_rule_cache() };
 
 	if (context.cache)
-		bpf_loop(max + 1, each_frame, &context, 0);
+		bpf_loop(calls, each_frame, &context, 0);
 }
 
 /*

@@ -57,6 +57,14 @@ struct {
 	__type(value, struct image);
 } images SEC(".maps");
 
+/* Where interpreters keep the frames of their programs, by thread group id. Writer: the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, u32);
+	__type(value, struct list_frames);
+} list_frames SEC(".maps");
+
 /* The stack is read in chunks, since each read costs as much as the rest of a step. */
 #define CHUNK_BYTES 512
 #define CHUNK_WORDS (CHUNK_BYTES / sizeof(u64))
@@ -90,6 +98,27 @@ struct unwind_state {
 	u64 chunk_start;
 	u64 chunk_bytes;
 	u64 chunk[CHUNK_WORDS];
+	/* Frames so far, native and of lists; `frames` counts words. */
+	u32 depth;
+	u32 exec_id;
+	u64 start_boottime;
+	/* The next list frame; 0 at the end of the list. Its head has been read. */
+	u64 list;
+	u8 list_read;
+	/* The frames of a run are being taken; those of this native frame are all taken. */
+	u8 run_open;
+	u8 run_over;
+	/* An address within the native frame of the newest run; 0: not known. */
+	u64 run_native;
+	/* When the open run began: the words, depth and list, and the native frame. */
+	u32 run_frames;
+	u32 run_depth;
+	u64 run_list;
+	u64 run_low;
+	u64 run_high;
+	struct list_frames how;
+	u64 list_words[LIST_FRAME_WORDS];
+	u64 sum_words[LIST_SUM_WORDS];
 };
 
 /* The rule that holds at an address of a process. */
@@ -139,6 +168,13 @@ ALWAYS_INLINE void begin_unwind(struct unwind_state *unwind, u32 tgid, const str
 	unwind->fp_lost = 0;
 	unwind->rbx_lost = 0;
 	unwind->guessed = 0;
+	unwind->depth = 0;
+	unwind->exec_id = image->exec_id;
+	unwind->start_boottime = image->start_boottime;
+	unwind->list = 0;
+	unwind->list_read = 0;
+	unwind->run_open = 0;
+	unwind->run_over = 0;
 }
 
 #if defined(__TARGET_ARCH_x86)
@@ -419,6 +455,59 @@ ALWAYS_INLINE bool frame_address(struct unwind_state *unwind, const struct unwin
 	return unwind->first;
 }
 
+ALWAYS_INLINE u64 thread_pointer(void)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+
+#if defined(__TARGET_ARCH_x86)
+	return BPF_CORE_READ(task, thread.fsbase);
+#else
+	return BPF_CORE_READ(task, thread.uw.tp_value);
+#endif
+}
+
+/* Finds the newest list frame of the thread. */
+ALWAYS_INLINE void read_list_head(struct unwind_state *unwind)
+{
+	struct list_frames *how = bpf_map_lookup_elem(&list_frames, &unwind->tgid);
+	u64 at;
+
+	unwind->list_read = 1;
+	if (!how || how->start_boottime != unwind->start_boottime || how->exec_id != unwind->exec_id)
+		return;
+	unwind->how = *how;
+	unwind->run_native = 0;
+	if (!read_user(&at, thread_pointer() + how->thread_offset))
+		return;
+	for (u32 i = 0; i < LIST_STEPS; i++) {
+		if (i >= how->steps)
+			break;
+		if (!at || !read_user(&at, at + how->step[i]))
+			return;
+		if (i + 1 == how->native_step)
+			unwind->run_native = at;
+	}
+	unwind->list = at;
+}
+
+/* Begins the run of list frames that a native frame stands for, whose address is `cfa`. False: it stands for none. */
+ALWAYS_INLINE bool begin_run(struct unwind_state *unwind, u64 cfa)
+{
+	if (!unwind->list_read)
+		read_list_head(unwind);
+	if (!unwind->list)
+		return false;
+	/* The function has only begun, or is about to return: the newest run is that of a caller. */
+	if (unwind->run_native && (unwind->run_native < unwind->sp || unwind->run_native >= cfa))
+		return false;
+	unwind->run_native = 0;
+	unwind->run_open = 1;
+	unwind->run_list = unwind->list;
+	unwind->run_low = unwind->sp;
+	unwind->run_high = cfa;
+	return true;
+}
+
 /*
  * Goes from a frame to its caller. False: the stack is at its end, and unwind->end says how. One function, because the
  * verifier counts three times the instructions if the part with the cache is another (198,000 for unwind_tick_chain).
@@ -450,6 +539,11 @@ ALWAYS_INLINE bool step(struct unwind_state *unwind, struct rule_cache *cache)
 	}
 	if (!frame_address(unwind, rule, &cfa))
 		goto fault;
+	if (rule->flags & RULE_LIST) {
+		if (!unwind->run_over && begin_run(unwind, cfa))
+			return true;
+		unwind->run_over = 0;
+	}
 	if (rule->ra_kind == LOC_UNDEFINED) {
 		unwind->end = USER_STACK_COMPLETE;
 		return false;

@@ -11,10 +11,12 @@
 
 mod frame_sections;
 mod known_code;
+mod list_frames;
 mod pieces;
 mod undescribed_code;
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::fs::File;
 use std::sync::atomic::AtomicBool;
 
@@ -23,7 +25,7 @@ use gimli::{BaseAddresses, DebugFrame, EhFrame};
 
 use self::pieces::{Piece, Source};
 use crate::cfi::{Entries, Oddities, Slice};
-use crate::format::{UnwindRule, cfa, dwarf_register};
+use crate::format::{UnwindRule, cfa, dwarf_register, flags};
 use crate::go::GoFunctions;
 use crate::instructions;
 use crate::limits::{Budget, LimitExceeded, TableLimits};
@@ -51,12 +53,22 @@ pub struct BuildOptions<'a> {
     pub overrides: Option<&'a Overrides>,
     /// Whether runs of pushes and pops become one row each ([`crate::format`]), which takes half the memory.
     pub runs: bool,
+    /// Names of functions of which a frame stands for a run of list frames ([`crate::format::flags::LIST`]).
+    pub list_functions: &'a [&'a str],
 }
 
 impl<'a> BuildOptions<'a> {
     /// Returns options with these limits, without debug files, overrides and runs.
     pub fn new(name: &'a str, limits: &'a TableLimits) -> Self {
-        Self { name, limits, cancel: None, debug_files: None, overrides: None, runs: false }
+        Self {
+            name,
+            limits,
+            cancel: None,
+            debug_files: None,
+            overrides: None,
+            runs: false,
+            list_functions: &[],
+        }
     }
 }
 
@@ -246,7 +258,8 @@ fn table_of(
     let code_ranges = code.iter().map(|function| (function.start, function.end));
     pieces = pieces::fill(pieces, pieces::of_ranges(code_ranges, Source::Code));
 
-    let sources = Sources { eh_frame, go, debug_frame, code };
+    let lists = list_frames::parts(elf, options.list_functions, &pieces, budget)?;
+    let sources = Sources { eh_frame, go, debug_frame, code, lists };
     // The dynamic linker is the only known file that finds a frame by rbx while it makes calls.
     match sources.lay_out(elf.arch(), &pieces, false, options, budget, report)? {
         (_, true) => Ok(sources.lay_out(elf.arch(), &pieces, true, options, budget, report)?.0),
@@ -284,6 +297,8 @@ struct Sources<'d> {
     go: Option<GoFunctions<'d>>,
     debug_frame: Entries<'d, DebugFrame<Slice<'d>>>,
     code: Vec<instructions::Function>,
+    /// Indices of pieces of which a frame stands for list frames.
+    lists: HashSet<usize>,
 }
 
 impl Sources<'_> {
@@ -306,9 +321,13 @@ impl Sources<'_> {
         let mut unsupported = 0;
         let mut by_rbx = false;
         for (index, piece) in pieces.iter().enumerate() {
-            let mut row = |pc: u64, rule: UnwindRule| -> Result<(), BuildFault> {
+            let list = if self.lists.contains(&index) { flags::LIST } else { 0 };
+            let mut row = |pc: u64, mut rule: UnwindRule| -> Result<(), BuildFault> {
                 if pc >= piece.end {
                     return Ok(());
+                }
+                if !matches!(rule.cfa_kind, cfa::NONE | cfa::UNSUPPORTED) {
+                    rule.flags |= list;
                 }
                 unsupported += u64::from(rule.cfa_kind == cfa::UNSUPPORTED);
                 by_rbx |= rule.cfa_kind == cfa::REGISTER + dwarf_register::X86_64_RBX as u8;

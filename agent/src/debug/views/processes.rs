@@ -28,6 +28,8 @@ pub(in crate::debug) struct ProcessRow {
     mappings: usize,
     /// How the agent unwinds its stacks now.
     stacks: &'static str,
+    /// Its interpreter, and whether the names of its functions are read or why not.
+    interpreter: String,
     /// Source of its mappings: kernel events or `/proc`.
     mappings_from: &'static str,
     parent: u32,
@@ -78,6 +80,7 @@ fn row(process: ProcessView) -> ProcessRow {
             Unwinding::Kernel => "by tables, in the kernel",
             Unwinding::UserSpace => "by tables, from raw samples",
         },
+        interpreter: process.interpreter,
         mappings_from: process.mappings_from,
         parent: process.parent,
         uid: process.uid,
@@ -123,6 +126,7 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
         samples: 0,
         mappings: 0,
         stacks: "not at all",
+        interpreter: String::new(),
         mappings_from: "nowhere",
         parent: 0,
         uid: Some(known.uid),
@@ -164,7 +168,11 @@ pub(in crate::debug) fn processes_text(processes: &[ProcessRow]) -> String {
             process.mappings_from,
             process.state,
             if process.pending.is_empty() { "-" } else { &process.pending },
-            process.why
+            [process.why.as_str(), process.interpreter.as_str()]
+                .into_iter()
+                .filter(|text| !text.is_empty())
+                .collect::<Vec<_>>()
+                .join("; ")
         );
     }
     text

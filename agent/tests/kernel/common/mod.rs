@@ -130,6 +130,8 @@ pub(crate) struct Recording {
     pub(crate) delivered: u64,
     pub(crate) lost: BTreeMap<String, u64>,
     pub(crate) ticks: u64,
+    /// The profile as it was written.
+    pub(crate) profile: Profile,
     /// Its standard error.
     pub(crate) log: String,
 }
@@ -213,6 +215,7 @@ impl Recording {
             lost,
             ticks: number("ticks"),
             log,
+            profile,
         }
     }
 

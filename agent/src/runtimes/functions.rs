@@ -1,0 +1,185 @@
+//! The functions of a process that its interpreter runs.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use parking_lot::Mutex;
+
+use super::{FunctionText, RuntimeFile, WhyNot};
+use crate::model::StackWord;
+
+/// Functions of one process that get a name. Programs that make functions without end get no names beyond.
+const MAX_FUNCTIONS: usize = 16_384;
+/// Bytes of the texts of one process, and of all. A function of usual size takes 300 bytes.
+const MAX_PROCESS_BYTES: usize = 4 << 20;
+const MAX_ALL_BYTES: usize = 16 << 20;
+
+/// Bytes of the texts of all processes.
+static ALL_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+/// The interpreter of one image of a process, and its functions.
+#[derive(Debug)]
+pub struct Interpreter {
+    /// The interpreter's file.
+    pub(crate) file: Arc<RuntimeFile>,
+    /// Address in the process minus address in that file.
+    pub(crate) bias: u64,
+    functions: Mutex<Functions>,
+    /// Bytes of the texts, which [`ALL_BYTES`] holds too.
+    bytes: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct Functions {
+    all: Vec<Arc<ListFunction>>,
+    /// By object and sum.
+    numbers: HashMap<(u64, u32), u32>,
+}
+
+/// A function. It is entered when a sample has it, and gets its texts soon after.
+#[derive(Debug)]
+pub(crate) struct ListFunction {
+    /// Address of its object.
+    pub(crate) object: u64,
+    /// Sum over the object.
+    pub(crate) sum: u32,
+    /// Its texts, or why there are none; unset while it was not read yet.
+    pub(crate) text: OnceLock<Result<FunctionText, WhyNot>>,
+}
+
+impl Interpreter {
+    pub(crate) fn new(file: Arc<RuntimeFile>, bias: u64) -> Self {
+        Self { file, bias, functions: Mutex::default(), bytes: AtomicUsize::new(0) }
+    }
+
+    /// Replaces the object of each list frame by the number of its function, which holds as long as the process. Returns the
+    /// functions that were not entered before: the caller reads their texts.
+    pub(crate) fn enter(&self, stack: &mut [u64]) -> Vec<Arc<ListFunction>> {
+        let mut new = Vec::new();
+        let mut functions = self.functions.lock();
+        for at in 0..stack.len() {
+            let StackWord::Function(object) = StackWord::decode(stack[at]) else { continue };
+            let sum = match stack.get(at + 1).map(|word| StackWord::decode(*word)) {
+                Some(StackWord::Position { sum, .. }) => sum,
+                _ => 0,
+            };
+            let number = functions.number(object, sum, &mut new);
+            stack[at] = StackWord::Function(number.into()).encode();
+        }
+        new
+    }
+
+    /// Returns a function by its number.
+    pub(crate) fn function(&self, number: u64) -> Option<Arc<ListFunction>> {
+        self.functions.lock().all.get(usize::try_from(number).ok()?).map(Arc::clone)
+    }
+
+    /// Sets the texts of a function, unless they are set or the texts take too much memory.
+    pub(crate) fn set_text(&self, function: &ListFunction, text: Result<FunctionText, WhyNot>) {
+        let size = text.as_ref().map_or(0, FunctionText::bytes);
+        let has_room = [(&self.bytes, MAX_PROCESS_BYTES), (&ALL_BYTES, MAX_ALL_BYTES)]
+            .map(|(bytes, max)| bytes.fetch_add(size, Ordering::Relaxed) + size <= max);
+        let is_kept = has_room == [true; 2];
+        let text = if is_kept { text } else { Err(WhyNot::TooLarge) };
+        if function.text.set(text).is_err() || !is_kept {
+            self.bytes.fetch_sub(size, Ordering::Relaxed);
+            ALL_BYTES.fetch_sub(size, Ordering::Relaxed);
+        }
+    }
+
+    /// Returns the line of a position in a function; 0 if it is not known.
+    pub(crate) fn line(&self, text: &FunctionText, position: u32) -> u32 {
+        self.file.runtime.line(&self.file, text, position)
+    }
+}
+
+impl Drop for Interpreter {
+    fn drop(&mut self) {
+        ALL_BYTES.fetch_sub(*self.bytes.get_mut(), Ordering::Relaxed);
+    }
+}
+
+impl Functions {
+    /// Returns the number of a function; the number of no function if there are too many.
+    fn number(&mut self, object: u64, sum: u32, new: &mut Vec<Arc<ListFunction>>) -> u32 {
+        if let Some(number) = self.numbers.get(&(object, sum)) {
+            return *number;
+        }
+        if self.all.len() >= MAX_FUNCTIONS {
+            return u32::MAX;
+        }
+        let function = Arc::new(ListFunction { object, sum, text: OnceLock::new() });
+        let number = self.all.len() as u32;
+        self.all.push(Arc::clone(&function));
+        self.numbers.insert((object, sum), number);
+        new.push(function);
+        number
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtimes::{Detected, python};
+
+    fn interpreter() -> Interpreter {
+        let detected = Detected { version: (3, 11), version_text: "3.11".into(), addresses: Vec::new() };
+        Interpreter::new(Arc::new(RuntimeFile { runtime: &python::Python, detected }), 0)
+    }
+
+    fn enter(interpreter: &Interpreter, object: u64) -> Arc<ListFunction> {
+        let words = [StackWord::Function(object), StackWord::Position { sum: 1, position: 2 }];
+        interpreter.enter(&mut words.map(StackWord::encode)).remove(0)
+    }
+
+    #[test]
+    fn the_texts_of_a_process_have_a_limit() {
+        let interpreter = interpreter();
+        let (mut kept, mut refused) = (0, 0);
+        let text = FunctionText { lines: vec![0; 16 << 10], ..FunctionText::default() };
+        let size = text.bytes();
+        for object in 0..500 {
+            let function = enter(&interpreter, object);
+            let text = text.clone();
+            interpreter.set_text(&function, Ok(text));
+            match function.text.get() {
+                Some(Ok(_)) => kept += 1,
+                other => {
+                    assert_eq!(other, Some(&Err(WhyNot::TooLarge)));
+                    refused += 1;
+                }
+            }
+        }
+        assert_eq!((kept, refused), (MAX_PROCESS_BYTES / size, 500 - kept));
+        let held = interpreter.bytes.load(Ordering::Relaxed);
+        assert!(held <= MAX_PROCESS_BYTES && ALL_BYTES.load(Ordering::Relaxed) >= held);
+        // A second answer changes nothing.
+        interpreter.set_text(&enter(&interpreter, 900), Err(WhyNot::Unreadable));
+        assert_eq!(interpreter.bytes.load(Ordering::Relaxed), held);
+    }
+
+    #[test]
+    fn a_function_is_entered_once() {
+        let interpreter = interpreter();
+        let function = enter(&interpreter, 7);
+        let mut stack = [
+            StackWord::Address(0x1234),
+            StackWord::Function(7),
+            StackWord::Position { sum: 1, position: 9 },
+            StackWord::Function(7),
+            StackWord::Position { sum: 2, position: 9 },
+        ]
+        .map(StackWord::encode);
+        let new = interpreter.enter(&mut stack);
+        assert_eq!((new.len(), new[0].object, new[0].sum), (1, 7, 2), "another object at the same address");
+        let numbers = [1, 3].map(|at| StackWord::decode(stack[at]));
+        assert_eq!(numbers, [StackWord::Function(0), StackWord::Function(1)]);
+        assert!(Arc::ptr_eq(&interpreter.function(0).unwrap(), &function));
+        assert!(interpreter.function(2).is_none() && interpreter.function(u32::MAX.into()).is_none());
+    }
+}

@@ -1,0 +1,67 @@
+//! Reading the memory of another process.
+
+use std::io::IoSliceMut;
+
+use super::WhyNot;
+
+/// Memory of a process, or of a test.
+pub(crate) trait Memory {
+    /// Fills `bytes` from an address. False: not all of it can be read.
+    fn read(&self, address: u64, bytes: &mut [u8]) -> bool;
+}
+
+impl dyn Memory + '_ {
+    /// Reads `N` bytes.
+    pub(super) fn array<const N: usize>(&self, address: u64) -> Result<[u8; N], WhyNot> {
+        let mut bytes = [0; N];
+        if self.read(address, &mut bytes) { Ok(bytes) } else { Err(WhyNot::Unreadable) }
+    }
+
+    pub(super) fn u64(&self, address: u64) -> Result<u64, WhyNot> {
+        self.array(address).map(u64::from_ne_bytes)
+    }
+
+    /// Reads `length` bytes. The caller bounds the length.
+    pub(super) fn bytes(&self, address: u64, length: usize) -> Result<Vec<u8>, WhyNot> {
+        let mut bytes = vec![0; length];
+        if self.read(address, &mut bytes) { Ok(bytes) } else { Err(WhyNot::Unreadable) }
+    }
+}
+
+/// The memory of a running process.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ProcessMemory {
+    /// Thread group id.
+    pub(crate) tgid: u32,
+}
+
+impl Memory for ProcessMemory {
+    fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
+        let Ok(address) = usize::try_from(address) else { return false };
+        let length = bytes.len();
+        let local = IoSliceMut::new(bytes);
+        let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: length };
+        // SAFETY: the local vector is a borrowed buffer of that length; the kernel checks the remote one.
+        let read = unsafe {
+            libc::process_vm_readv(
+                self.tgid.cast_signed(),
+                std::ptr::from_ref(&local).cast::<libc::iovec>(),
+                1,
+                &raw const remote,
+                1,
+                0,
+            )
+        };
+        usize::try_from(read).is_ok_and(|read| read == length)
+    }
+}
+
+/// Reads one 64-bit word at an offset of bytes that were read before; 0 beyond their end.
+pub(super) fn word(bytes: &[u8], offset: usize) -> u64 {
+    bytes.get(offset..).and_then(|rest| rest.first_chunk()).map_or(0, |eight| u64::from_ne_bytes(*eight))
+}
+
+/// Reads one 32-bit word.
+pub(super) fn half(bytes: &[u8], offset: usize) -> u32 {
+    bytes.get(offset..).and_then(|rest| rest.first_chunk()).map_or(0, |four| u32::from_ne_bytes(*four))
+}

@@ -1,0 +1,142 @@
+//! Interpreters whose frames carry the names of their programs.
+//!
+//! A [`Runtime`] works in three steps, each testable on bytes without root: it detects its interpreter in a file, attaches to a
+//! process (finds where the process keeps its frames), and names functions. The BPF programs know no language: attaching gives
+//! them plain offsets ([`ListLayout`]). A new runtime is a module here and an entry of [`RUNTIMES`].
+//!
+//! Everything that is read belongs to the target and may be forged: reads are bounded in number and size, and where something
+//! does not fit there is a reason instead of a name.
+
+mod functions;
+mod memory;
+mod python;
+
+use gannet_elf::Elf;
+
+use crate::model::ListLayout;
+
+pub use self::functions::Interpreter;
+pub(crate) use self::{
+    functions::ListFunction,
+    memory::{Memory, ProcessMemory},
+};
+
+/// The runtimes that the agent knows.
+static RUNTIMES: [&dyn Runtime; 1] = [&python::Python];
+
+/// The loops of all interpreters: a frame of such a function stands for a run of list frames.
+pub(crate) const LIST_FUNCTIONS: &[&str] = &[python::LOOP];
+
+/// An interpreter that keeps the frames of its programs in lists.
+pub(crate) trait Runtime: Send + Sync + std::fmt::Debug {
+    /// The name in labels: `python`.
+    fn name(&self) -> &'static str;
+
+    /// The name of the mapping of its frames in profiles: `[cpython]`.
+    fn mapping(&self) -> &'static str;
+
+    /// Finds the interpreter in a file, by its symbols.
+    fn detect(&self, elf: &Elf<'_>, path: &str) -> Option<Detected>;
+
+    /// Finds where a process keeps its frames.
+    fn attach(&self, file: &RuntimeFile, bias: u64, memory: &dyn Memory) -> Result<ListLayout, WhyNot>;
+
+    /// Reads the texts of a function's object. `sum` is that of the samples.
+    fn read_function(
+        &self,
+        file: &RuntimeFile,
+        bias: u64,
+        object: u64,
+        sum: u32,
+        memory: &dyn Memory,
+    ) -> Result<FunctionText, WhyNot>;
+
+    /// Returns the line of a position in a function; 0 if there is none.
+    fn line(&self, file: &RuntimeFile, function: &FunctionText, position: u32) -> u32;
+}
+
+/// Facts that a runtime has found in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Detected {
+    /// Major and minor number of the version.
+    pub(crate) version: (u8, u8),
+    /// The version in labels: `3.11.2`, or `3.11` if the file does not say more.
+    pub(crate) version_text: String,
+    /// Addresses in the file; their meaning is the runtime's.
+    pub(crate) addresses: Vec<u64>,
+}
+
+/// An interpreter in a file.
+#[derive(Clone, Debug)]
+pub(crate) struct RuntimeFile {
+    /// The runtime that detected it.
+    pub(crate) runtime: &'static dyn Runtime,
+    /// The facts that the runtime found.
+    pub(crate) detected: Detected,
+}
+
+/// Finds the interpreter in a file.
+pub(crate) fn detect(elf: &Elf<'_>, path: &str) -> Option<RuntimeFile> {
+    RUNTIMES
+        .into_iter()
+        .find_map(|runtime| runtime.detect(elf, path).map(|detected| RuntimeFile { runtime, detected }))
+}
+
+/// Name, source file and lines of a function, as its object has them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct FunctionText {
+    /// The name, qualified by classes and functions around it.
+    pub(crate) name: String,
+    /// The file of its source.
+    pub(crate) file: String,
+    /// The line where it begins.
+    pub(crate) first_line: u32,
+    /// The table of its lines; its form is the runtime's.
+    pub(crate) lines: Vec<u8>,
+}
+
+impl FunctionText {
+    /// Returns the bytes of memory that it takes.
+    fn bytes(&self) -> usize {
+        size_of::<Self>() + self.name.len() + self.file.len() + self.lines.len()
+    }
+}
+
+/// Why the frames of a process, or the name of a function, cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum WhyNot {
+    /// It has not begun yet, or is over.
+    #[error("the interpreter has not started yet")]
+    NotStarted,
+    /// No layout is known for it.
+    #[error("this version is not supported")]
+    Version,
+    /// A build that keeps its frames in another way.
+    #[error("a build without global lock is not supported")]
+    FreeThreaded,
+    /// No thread has its state where threads keep it.
+    #[error("no thread-local state was found")]
+    NoThreadState,
+    /// Memory that cannot be read.
+    #[error("its memory cannot be read")]
+    Unreadable,
+    /// Reading its memory takes too long.
+    #[error("reading its memory takes too long")]
+    Unanswered,
+    /// The texts of its functions take too much memory of the agent.
+    #[error("the texts of its functions take too much memory")]
+    TooLarge,
+    /// The memory holds something else.
+    #[error("its memory holds something else: {0}")]
+    Implausible(&'static str),
+}
+
+impl WhyNot {
+    /// Reports whether another attempt may succeed: threads begin and end while their states are read.
+    pub(crate) fn may_pass(self) -> bool {
+        match self {
+            Self::NotStarted | Self::NoThreadState | Self::Unreadable | Self::Unanswered => true,
+            Self::Version | Self::FreeThreaded | Self::TooLarge | Self::Implausible(_) => false,
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Where each version of CPython keeps what is needed of its structures, in bytes on a 64-bit machine.
+
+use crate::model::ListEnd;
+
+/// The form of the table of lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LineTable {
+    /// Up to 3.9.
+    Lnotab,
+    /// The form of 3.10 only.
+    Ranges,
+    /// From 3.11 on.
+    Locations,
+}
+
+/// The layout of one version.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    /// In `_PyRuntime`: the first interpreter.
+    pub(super) interpreter: u64,
+    /// In an interpreter: its first thread state.
+    pub(super) threads: u64,
+    /// In a thread state: the number that `pthread_self` returned to it, which is the thread pointer.
+    pub(super) thread_id: u64,
+    /// From a thread state to its newest frame, and the step whose word lies in the C frame of the loop.
+    pub(super) steps: &'static [i32],
+    pub(super) native_step: u8,
+    /// Of a frame, each a number of 8-byte units: code object, previous frame, instruction.
+    pub(super) words: u8,
+    pub(super) code: u8,
+    pub(super) previous: u8,
+    pub(super) instruction: u8,
+    /// Whether the instruction is an address; else a number of units of this many bytes.
+    pub(super) instruction_is_address: bool,
+    pub(super) instruction_bytes: i64,
+    pub(super) end: ListEnd,
+    /// In a code object.
+    pub(super) first_line: usize,
+    pub(super) file_name: usize,
+    /// The qualified name, or up to 3.10 the name.
+    pub(super) name: usize,
+    pub(super) line_table: usize,
+    pub(super) line_form: LineTable,
+    /// The first instruction; 0 if instructions are in another object.
+    pub(super) instructions: i64,
+    /// The words that never change while the object lives: offset and number.
+    pub(super) fixed: (u32, u8),
+    /// Bytes of a string's header: of ASCII, and of other text.
+    pub(super) text_headers: (u64, u64),
+}
+
+/// Up to 3.10 each Python frame has a C frame of its own, and is an object.
+const V3_9: Layout = Layout {
+    interpreter: 32,
+    threads: 8,
+    thread_id: 176,
+    steps: &[24],
+    native_step: 0,
+    words: 14,
+    code: 4,
+    previous: 3,
+    // f_lasti has four bytes, and others of no meaning here behind it.
+    instruction: 13,
+    instruction_is_address: false,
+    instruction_bytes: 1,
+    end: ListEnd::Each,
+    first_line: 40,
+    file_name: 104,
+    name: 112,
+    line_table: 120,
+    line_form: LineTable::Lnotab,
+    instructions: 0,
+    // Argument counts to the first line, code to the table of lines.
+    fixed: (16, 4),
+    text_headers: (48, 72),
+};
+
+const V3_10: Layout = Layout { instruction: 12, instruction_bytes: 2, line_form: LineTable::Ranges, ..V3_9 };
+
+/// From 3.11 on a loop runs Python functions that Python functions call. The frame by which C code entered it is marked.
+const V3_11: Layout = Layout {
+    interpreter: 40,
+    threads: 16,
+    thread_id: 152,
+    // The loop has a variable that points to its newest frame, and the thread state points to that variable.
+    steps: &[56, 8],
+    native_step: 1,
+    words: 10,
+    code: 4,
+    previous: 6,
+    instruction: 7,
+    instruction_is_address: true,
+    instruction_bytes: 1,
+    end: ListEnd::Last(68, 1),
+    first_line: 72,
+    file_name: 112,
+    name: 128,
+    line_table: 136,
+    line_form: LineTable::Locations,
+    instructions: 184,
+    // Argument counts to the table of lines.
+    fixed: (56, 11),
+    text_headers: (48, 72),
+};
+
+/// From 3.12 on a frame without a function, a variable of the loop, ends each run.
+const V3_12: Layout = Layout {
+    threads: 72,
+    thread_id: 136,
+    steps: &[56, 0],
+    code: 0,
+    previous: 1,
+    end: ListEnd::Native(70, 3),
+    first_line: 68,
+    instructions: 192,
+    text_headers: (40, 56),
+    ..V3_11
+};
+
+const V3_13: Layout = Layout {
+    interpreter: 632,
+    threads: 7344,
+    thread_id: 152,
+    steps: &[72],
+    native_step: 0,
+    instructions: 200,
+    ..V3_12
+};
+
+/// Returns the layout of a version.
+pub(super) fn of(version: (u8, u8)) -> Option<&'static Layout> {
+    Some(match version {
+        (3, 8 | 9) => &V3_9,
+        (3, 10) => &V3_10,
+        (3, 11) => &V3_11,
+        (3, 12) => &V3_12,
+        (3, 13) => &V3_13,
+        _ => return None,
+    })
+}

@@ -1,0 +1,351 @@
+//! CPython. Its main structure `_PyRuntime` and its loop are exported, so that they are found in stripped files too.
+
+mod layout;
+mod lines;
+#[cfg(test)]
+mod live;
+
+use gannet_elf::{Elf, Symbol};
+
+use self::layout::Layout;
+use super::{
+    Detected, FunctionText, Memory, Runtime, RuntimeFile, WhyNot,
+    memory::{half, word},
+};
+use crate::model::{ListLayout, sum_words};
+
+/// The function that runs the instructions of Python functions.
+pub(super) const LOOP: &str = "_PyEval_EvalFrameDefault";
+const RUNTIME: &str = "_PyRuntime";
+const CODE_TYPE: &str = "PyCode_Type";
+const VERSION: &str = "Py_Version";
+/// Places in [`Detected::addresses`].
+const RUNTIME_AT: usize = 0;
+const CODE_TYPE_AT: usize = 1;
+
+/// Symbol tables larger than this are not read.
+const MAX_SYMBOL_BYTES: u64 = 4 << 20;
+/// Thread states that attaching inspects.
+const MAX_THREADS: usize = 16;
+/// In a thread state: its interpreter, and the next thread state.
+const STATE_NEXT: u64 = 8;
+const STATE_INTERPRETER: u64 = 16;
+/// Where glibc keeps the first 32 values of `pthread_setspecific`, from the thread pointer: it has been there since 2.4 on
+/// x86_64. Each has 16 bytes, the value last.
+const SPECIFIC: u64 = 0x310;
+const SPECIFIC_BYTES: usize = 32 * 16;
+/// Bytes of a name or path.
+const MAX_TEXT_CHARS: u64 = 512;
+const MAX_LINE_TABLE: u64 = 64 << 10;
+/// Bytes that are read of a code object.
+const CODE_BYTES: usize = 144;
+
+/// The runtime of CPython, from 3.8 on.
+#[derive(Debug)]
+pub(super) struct Python;
+
+impl Runtime for Python {
+    fn name(&self) -> &'static str {
+        "python"
+    }
+
+    fn mapping(&self) -> &'static str {
+        "[cpython]"
+    }
+
+    fn detect(&self, elf: &Elf<'_>, path: &str) -> Option<Detected> {
+        let symbols = elf.symbols(b".dynsym").filter(|table| table.bytes() <= MAX_SYMBOL_BYTES)?;
+        let (mut runtime, mut code_type, mut version, mut has_loop) = (None, None, None, false);
+        for symbol in symbols.iter().map_while(Result::ok).filter(|symbol: &Symbol| symbol.is_defined) {
+            let Some(name) = symbols.name(&symbol, LOOP.len() + 1) else { continue };
+            match name.as_slice() {
+                name if name == RUNTIME.as_bytes() => runtime = Some(symbol.address),
+                name if name == CODE_TYPE.as_bytes() => code_type = Some(symbol.address),
+                name if name == VERSION.as_bytes() => version = Some(symbol.address),
+                name if name == LOOP.as_bytes() => has_loop = true,
+                _ => {}
+            }
+        }
+        let addresses = vec![runtime?, code_type?];
+        let of_symbol = version.and_then(|at| elf.bytes_at(at, 4)).map(|bytes| half(&bytes, 0));
+        let (version, version_text) = if let Some(hex) = of_symbol {
+            let [micro, minor, major] = [hex >> 8, hex >> 16, hex >> 24].map(|number| number as u8);
+            ((major, minor), format!("{major}.{minor}.{micro}"))
+        } else {
+            let version = version_of_path(path)?;
+            (version, format!("{}.{}", version.0, version.1))
+        };
+        has_loop.then_some(Detected { version, version_text, addresses })
+    }
+
+    fn attach(&self, file: &RuntimeFile, bias: u64, memory: &dyn Memory) -> Result<ListLayout, WhyNot> {
+        let layout = layout::of(file.detected.version).ok_or(WhyNot::Version)?;
+        let runtime = address(file, RUNTIME_AT, bias);
+        if file.detected.version >= (3, 13) {
+            check_debug_offsets(memory, runtime, file.detected.version)?;
+        }
+        let interpreter = memory.u64(runtime.wrapping_add(layout.interpreter))?;
+        if interpreter == 0 {
+            return Err(WhyNot::NotStarted);
+        }
+        let thread_offset = thread_offset(memory, layout, interpreter)?;
+        let Layout { steps, native_step, words, end, fixed, .. } = *layout;
+        Ok(ListLayout {
+            thread_offset,
+            steps,
+            native_step,
+            words,
+            function: layout.code,
+            function_mask: u64::MAX,
+            position: layout.instruction,
+            position_is_address: layout.instruction_is_address,
+            next: layout.previous,
+            end,
+            sum: fixed,
+        })
+    }
+
+    fn read_function(
+        &self,
+        file: &RuntimeFile,
+        bias: u64,
+        object: u64,
+        sum: u32,
+        memory: &dyn Memory,
+    ) -> Result<FunctionText, WhyNot> {
+        let layout = layout::of(file.detected.version).ok_or(WhyNot::Version)?;
+        let code: [u8; CODE_BYTES] = memory.array(object)?;
+        if word(&code, 8) != address(file, CODE_TYPE_AT, bias) {
+            return Err(WhyNot::Implausible("no code object"));
+        }
+        let (fixed, words) = (layout.fixed.0 as usize, usize::from(layout.fixed.1));
+        if sum_words((0..words).map(|index| word(&code, fixed + 8 * index))) != sum {
+            return Err(WhyNot::Implausible("another code object than the samples had"));
+        }
+        Ok(FunctionText {
+            name: text(memory, word(&code, layout.name), layout)?,
+            file: text(memory, word(&code, layout.file_name), layout)?,
+            first_line: half(&code, layout.first_line),
+            lines: line_table(memory, word(&code, layout.line_table))?,
+        })
+    }
+
+    fn line(&self, file: &RuntimeFile, function: &FunctionText, position: u32) -> u32 {
+        let Some(layout) = layout::of(file.detected.version) else { return 0 };
+        let position = i64::from(position.cast_signed());
+        let offset = position * layout.instruction_bytes - layout.instructions;
+        lines::line_at(layout.line_form, &function.lines, function.first_line, offset)
+    }
+}
+
+fn address(file: &RuntimeFile, place: usize, bias: u64) -> u64 {
+    file.detected.addresses.get(place).copied().unwrap_or(0).wrapping_add(bias)
+}
+
+/// Reads the version off a path: `python3.9`, `libpython3.9.so.1.0`.
+fn version_of_path(path: &str) -> Option<(u8, u8)> {
+    let name = path.rsplit('/').next()?;
+    let (_, rest) = name.split_once("python")?;
+    let mut numbers = rest.splitn(2, '.');
+    let major = numbers.next()?.parse().ok()?;
+    let minor = numbers.next()?;
+    let digits = minor.find(|c: char| !c.is_ascii_digit()).unwrap_or(minor.len());
+    Some((major, minor[..digits].parse().ok()?))
+}
+
+/// Checks the description of itself that the interpreter has from 3.13 on.
+fn check_debug_offsets(memory: &dyn Memory, runtime: u64, version: (u8, u8)) -> Result<(), WhyNot> {
+    let head: [u8; 24] = memory.array(runtime)?;
+    let found = (word(&head, 8) >> 16) as u16;
+    if head[..8] != *b"xdebugpy" || found.to_be_bytes() != [version.0, version.1] {
+        return Err(WhyNot::Implausible("no description of the interpreter"));
+    }
+    if word(&head, 16) != 0 { Err(WhyNot::FreeThreaded) } else { Ok(()) }
+}
+
+/// Returns where a thread keeps the address of its state, from its thread pointer: the same value of `pthread_setspecific`
+/// must have it in all threads.
+fn thread_offset(memory: &dyn Memory, layout: &Layout, interpreter: u64) -> Result<i64, WhyNot> {
+    let mut common: Option<Vec<usize>> = None;
+    let mut state = memory.u64(interpreter.wrapping_add(layout.threads))?;
+    for _ in 0..MAX_THREADS {
+        if state == 0 {
+            break;
+        }
+        if memory.u64(state.wrapping_add(STATE_INTERPRETER))? != interpreter {
+            return Err(WhyNot::Implausible("a thread state of another interpreter"));
+        }
+        let thread = memory.u64(state.wrapping_add(layout.thread_id))?;
+        // A thread that has just begun or is about to end has no state of its own.
+        if thread != 0
+            && let Ok(specific) = memory.bytes(thread.wrapping_add(SPECIFIC), SPECIFIC_BYTES)
+        {
+            let places: Vec<usize> =
+                (8..SPECIFIC_BYTES).step_by(16).filter(|at| word(&specific, *at) == state).collect();
+            if !places.is_empty() {
+                common = Some(match common {
+                    None => places,
+                    Some(before) => before.into_iter().filter(|at| places.contains(at)).collect(),
+                });
+            }
+        }
+        state = memory.u64(state.wrapping_add(STATE_NEXT))?;
+    }
+    match common.as_deref() {
+        None => Err(WhyNot::NotStarted),
+        Some([first, ..]) => Ok(SPECIFIC as i64 + *first as i64),
+        Some([]) => Err(WhyNot::NoThreadState),
+    }
+}
+
+/// Reads a string object.
+fn text(memory: &dyn Memory, object: u64, layout: &Layout) -> Result<String, WhyNot> {
+    let header: [u8; 40] = memory.array(object)?;
+    let length = word(&header, 16).min(MAX_TEXT_CHARS);
+    let state = half(&header, 32);
+    let (kind, is_compact, is_ascii) = (state >> 2 & 7, state >> 5 & 1 == 1, state >> 6 & 1 == 1);
+    if !is_compact {
+        return Err(WhyNot::Implausible("a string of an old kind"));
+    }
+    let at = object.wrapping_add(if is_ascii { layout.text_headers.0 } else { layout.text_headers.1 });
+    let bytes = memory.bytes(at, length as usize * kind.clamp(1, 4) as usize)?;
+    let chars: String = match kind {
+        1 => bytes.iter().map(|byte| char::from(*byte)).collect(),
+        2 => char::decode_utf16(bytes.as_chunks().0.iter().map(|two| u16::from_ne_bytes(*two)))
+            .map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER))
+            .collect(),
+        4 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|four| char::from_u32(u32::from_ne_bytes(*four)).unwrap_or(char::REPLACEMENT_CHARACTER))
+            .collect(),
+        _ => return Err(WhyNot::Implausible("a string of an unknown kind")),
+    };
+    if chars.is_empty() {
+        return Err(WhyNot::Implausible("an empty string"));
+    }
+    Ok(chars.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect())
+}
+
+/// Reads a bytes object.
+fn line_table(memory: &dyn Memory, object: u64) -> Result<Vec<u8>, WhyNot> {
+    let length = memory.u64(object.wrapping_add(16))?.min(MAX_LINE_TABLE);
+    memory.bytes(object.wrapping_add(32), length as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Memory that begins at an address.
+    struct Bytes(u64, Vec<u8>);
+
+    impl Memory for Bytes {
+        fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
+            let from = address.checked_sub(self.0).and_then(|from| usize::try_from(from).ok());
+            let part = from.and_then(|from| self.1.get(from..from.checked_add(bytes.len())?));
+            part.map(|part| bytes.copy_from_slice(part)).is_some()
+        }
+    }
+
+    impl Bytes {
+        fn set(&mut self, address: u64, value: u64) {
+            let at = (address - self.0) as usize;
+            self.1[at..at + 8].copy_from_slice(&value.to_ne_bytes());
+        }
+    }
+
+    fn file(version: (u8, u8)) -> RuntimeFile {
+        let detected = Detected { version, version_text: String::new(), addresses: vec![0x1000, 0x2000] };
+        RuntimeFile { runtime: &Python, detected }
+    }
+
+    /// A process of 3.11 with threads at these addresses, whose states lie in the value number 3 of each.
+    fn process(threads: &[u64]) -> Bytes {
+        let mut memory = Bytes(0x1000, vec![0; 0x10000]);
+        let (interpreter, state) = (0x3000, |n: usize| 0x4000 + 0x400 * n as u64);
+        memory.set(0x1000 + 40, interpreter);
+        memory.set(interpreter + 16, state(0));
+        for (n, thread) in threads.iter().enumerate() {
+            memory.set(state(n) + STATE_INTERPRETER, interpreter);
+            memory.set(state(n) + 152, *thread);
+            memory.set(thread + SPECIFIC + 3 * 16 + 8, state(n));
+            if n + 1 < threads.len() {
+                memory.set(state(n) + STATE_NEXT, state(n + 1));
+            }
+        }
+        memory
+    }
+
+    #[test]
+    fn the_state_of_a_thread_is_found_by_its_place() {
+        let mut memory = process(&[0x8000, 0x9000]);
+        // Another value of one thread happens to be the same.
+        memory.set(0x8000 + SPECIFIC + 8, 0x4000);
+        let layout = Python.attach(&file((3, 11)), 0, &memory).unwrap();
+        assert_eq!(layout.thread_offset, SPECIFIC as i64 + 3 * 16 + 8);
+        assert_eq!((layout.steps, layout.native_step), (&[56, 8][..], 1));
+    }
+
+    #[test]
+    fn a_process_that_is_not_what_it_seems_gives_a_reason() {
+        let attach = |memory: &Bytes, version| Python.attach(&file(version), 0, memory).unwrap_err();
+        assert_eq!(
+            attach(&process(&[]), (3, 11)),
+            WhyNot::Implausible("a thread state of another interpreter")
+        );
+        assert_eq!(attach(&Bytes(0x1000, vec![0; 0x10000]), (3, 11)), WhyNot::NotStarted);
+        assert_eq!(attach(&Bytes(0x1000, Vec::new()), (3, 11)), WhyNot::Unreadable);
+        assert_eq!(attach(&process(&[0x8000]), (3, 7)), WhyNot::Version);
+        // A list of thread states that never ends.
+        let mut memory = process(&[0x8000, 0x9000]);
+        memory.set(0x4400 + STATE_NEXT, 0x4000);
+        assert!(Python.attach(&file((3, 11)), 0, &memory).is_ok());
+        // Two threads whose states lie at different places.
+        let mut memory = process(&[0x8000, 0x9000]);
+        memory.set(0x9000 + SPECIFIC + 3 * 16 + 8, 0);
+        memory.set(0x9000 + SPECIFIC + 5 * 16 + 8, 0x4400);
+        assert_eq!(attach(&memory, (3, 11)), WhyNot::NoThreadState);
+    }
+
+    #[test]
+    fn versions_are_read_off_paths() {
+        for (path, version) in [
+            ("/usr/bin/python3.9", Some((3, 9))),
+            ("/opt/lib/libpython3.10.so.1.0", Some((3, 10))),
+            ("/usr/lib/libpython3.8d.so", Some((3, 8))),
+            ("/usr/bin/python3", None),
+            ("/usr/bin/uwsgi", None),
+            ("/python3.x/app", None),
+        ] {
+            assert_eq!(version_of_path(path), version, "{path}");
+        }
+    }
+
+    proptest! {
+        /// Checks that no memory makes the readers panic or read without end.
+        #[test]
+        fn any_memory_is_read_without_panic(
+            bytes in prop::collection::vec(any::<u8>(), 0x4000),
+            words in prop::collection::vec((0_u64..0x4000, 0x1000_u64..0x4000), 0..200),
+            object in 0x1000_u64..0x5000,
+            minor in 8_u8..15,
+        ) {
+            let mut memory = Bytes(0x1000, bytes);
+            for (at, value) in words {
+                memory.set(0x1000 + (at & !7).min(0x3ff0), value);
+            }
+            let file = file((3, minor));
+            let _ = Python.attach(&file, 0, &memory);
+            for sum in [0, 1] {
+                let _ = Python.read_function(&file, 0, object, sum, &memory);
+            }
+            if let Some(layout) = layout::of((3, minor)) {
+                let _ = (text(&memory, object, layout), line_table(&memory, object));
+            }
+        }
+    }
+}

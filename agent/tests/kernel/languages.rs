@@ -1,0 +1,277 @@
+//! Frames of interpreters: a program prints its own stack and spins, and the sampled stack must be the same, lines included.
+//! Needs root, a kernel with BTF, and `/usr/bin/python3`, CPython 3.8 to 3.13. `GANNET_TEST_PYTHONS` names other
+//! interpreters, with `:` between them.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    env,
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+};
+
+use gannet_proto::profiles::{Location, Profile};
+
+use crate::common::{Running, program, record_for};
+
+const SYSTEM_PYTHON: &str = "/usr/bin/python3";
+/// Says which interpreters to test: paths with `:` between them.
+const PYTHONS: &str = "GANNET_TEST_PYTHONS";
+
+/// Prints the minor version; then `CASE;FUNCTION LINE;...` for each case, leaf first, and spins in it.
+const PYTHON: &str = r#"
+import functools, sys, threading, time
+print(sys.version_info[1])
+
+def stack(case):
+    frame, frames = sys._getframe(1), []
+    while frame and frame.f_code.co_name != "_bootstrap":
+        code = frame.f_code
+        frames.append(f"{getattr(code, 'co_qualname', code.co_name)} {frame.f_lineno}")
+        frame = frame.f_back
+    print(";".join([case, *frames]), flush=True)
+
+def spin(case):
+    stack(case)
+    end = time.monotonic() + 0.1
+    while time.monotonic() < end: pass
+
+def plain():
+    spin("plain")
+
+def callback():
+    sorted([1],
+        key=lambda item: spin("callback"))
+
+def reduction():
+    def add(left, right):
+        return spin("reduction")
+    functools.reduce(add, [1, 2])
+
+def numbers():
+    yield 1
+    yield spin("generator")
+
+def generator():
+    for number in numbers():
+        pass
+
+class Service:
+    class Inner:
+        def handle(self):
+            return spin("method")
+    def handle(self):
+        self.Inner().handle()
+
+def recursion(depth):
+    if depth:
+        recursion(depth - 1)
+    else:
+        spin("recursion")
+
+def comprehension():
+    return [spin("comprehension")
+        for _ in range(1)]
+
+def umlaut_\u00e4():
+    spin("umlaut")
+
+def thread():
+    thread = threading.Thread(target=lambda: spin("thread"))
+    thread.start()
+    thread.join()
+
+while True:
+    plain()
+    callback()
+    reduction()
+    generator()
+    Service().handle()
+    recursion(60)
+    comprehension()
+    umlaut_\u00e4()
+    thread()
+"#;
+
+/// The native function that runs Python code.
+const LOOP: &str = "_PyEval_EvalFrameDefault";
+
+/// One sampled stack: `FUNCTION LINE` for a Python frame, `|` for a frame of the loop, leaf first.
+fn python_frames(profile: &Profile, file: &str) -> Vec<(Vec<String>, u64)> {
+    let text = |index: i64| profile.string_table[index as usize].as_str();
+    let functions: HashMap<u64, _> =
+        profile.function.iter().map(|function| (function.id, function)).collect();
+    let mappings: HashMap<u64, &str> =
+        profile.mapping.iter().map(|mapping| (mapping.id, text(mapping.filename))).collect();
+    let frame = |location: &Location| -> Option<String> {
+        let line = location.line.first()?;
+        let function = functions[&line.function_id];
+        let name = text(function.name);
+        if mappings.get(&location.mapping_id) == Some(&"[cpython]") {
+            let name = name.to_owned();
+            return Some(if text(function.filename) == file {
+                format!("{name} {}", line.line)
+            } else {
+                name
+            });
+        }
+        // Functions that are inlined into the loop stand before it.
+        let mut names = location.line.iter().map(|line| text(functions[&line.function_id].name));
+        names.any(|name| name == LOOP).then(|| "|".to_owned())
+    };
+    let frames: HashMap<u64, Option<String>> =
+        profile.location.iter().map(|location| (location.id, frame(location))).collect();
+    profile
+        .sample
+        .iter()
+        .map(|sample| {
+            let stack = sample.location_id.iter().filter_map(|id| frames[id].clone()).collect();
+            (stack, sample.value[0] as u64)
+        })
+        .collect()
+}
+
+/// Returns the stacks that samples may have, of the frames that a case printed: `|` stands for a frame of the loop, which C
+/// code called.
+fn expected(minor: u32, case: &str, printed: &[String]) -> Vec<Vec<String>> {
+    let mut frames = printed.to_vec();
+    if case == "thread" {
+        // These are of the library's file.
+        let library = ["Thread.run", "Thread._bootstrap_inner", "Thread._bootstrap"];
+        frames.truncate(2);
+        frames.extend(
+            library.map(|name| (if minor < 11 { &name["Thread.".len()..] } else { name }).to_owned()),
+        );
+    }
+    if minor < 11 {
+        // Each function runs in a frame of the loop.
+        return vec![frames.into_iter().flat_map(|frame| [frame, "|".to_owned()]).collect()];
+    }
+    frames.push("|".to_owned());
+    let called = {
+        let mut frames = frames.clone();
+        frames.insert(2, "|".to_owned());
+        frames
+    };
+    match case {
+        "callback" | "reduction" => vec![called],
+        "generator" | "thread" if minor < 12 => vec![called],
+        // The loop calls itself for the first step, and later goes on in the same frame.
+        "generator" => vec![frames, called],
+        _ => vec![frames],
+    }
+}
+
+/// Checks that each stack is the one that the program printed.
+#[test]
+fn python_stacks_are_those_that_the_program_printed() {
+    let pythons = env::var(PYTHONS).unwrap_or_else(|_| SYSTEM_PYTHON.to_owned());
+    for python in pythons.split(':') {
+        check_python(python);
+    }
+}
+
+#[track_caller]
+fn check_python(python: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("app.py");
+    std::fs::write(&path, PYTHON.replace("\\u00e4", "\u{e4}")).unwrap();
+    let mut running = Running::start(Command::new(python).arg(&path).stdout(Stdio::piped()));
+    let output = BufReader::new(running.0.stdout.take().unwrap());
+    let mut printed: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut lines = output.lines();
+    let minor: u32 = lines.next().unwrap().unwrap().parse().unwrap();
+    while printed.len() < 9 {
+        let line = lines.next().unwrap().unwrap();
+        let mut frames = line.split(';').map(str::to_owned);
+        printed.insert(frames.next().unwrap(), frames.collect());
+    }
+    // The program would block on a full pipe.
+    let reader = std::thread::spawn(move || lines.for_each(drop));
+    let recording = record_for(6, 499, &["--pid", &running.0.id().to_string()]);
+    drop(running);
+    reader.join().unwrap();
+
+    let spin = printed["plain"][0].clone();
+    let spin_line: u32 = spin.rsplit(' ').next().unwrap().parse().unwrap();
+    // It prints one line, and spins two lines below.
+    let spins = format!("spin {}", spin_line + 2);
+    let expected: Vec<Vec<Vec<String>>> = printed
+        .iter()
+        .map(|(case, frames)| {
+            let mut frames = frames.clone();
+            frames[0].clone_from(&spins);
+            expected(minor, case, &frames)
+        })
+        .collect();
+    let stacks = python_frames(&recording.profile, path.to_str().unwrap());
+    let (mut good, mut all, mut without) = (0, 0, 0);
+    let mut seen = vec![0; expected.len()];
+    let mut odd: BTreeMap<Vec<String>, u64> = BTreeMap::new();
+    for (stack, count) in &stacks {
+        if !stack.iter().any(|frame| frame != "|") {
+            without += count;
+        } else if stack.contains(&spins) {
+            all += count;
+            if let Some(case) = expected.iter().position(|allowed| allowed.contains(stack)) {
+                good += count;
+                seen[case] += count;
+            } else {
+                *odd.entry(stack.clone()).or_default() += count;
+            }
+        }
+    }
+    eprintln!("3.{minor}: {good} good of {all}, {without} without Python frames; {seen:?}");
+    assert!(all >= 300 && good * 100 >= all * 99, "{good} of {all}: {odd:#?}\nexpected {expected:#?}");
+    assert!(seen.iter().all(|count| *count >= 10), "{seen:?} of {:?}", printed.keys());
+    // The first samples come before the unwind table is built.
+    assert!(without * 5 <= all, "{without} of {all} without Python frames");
+}
+
+/// Looks like CPython 3.11, but nothing ever answers a read of its interpreter: a userfaultfd handles that memory.
+const UNANSWERED: &str = r#"
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <stdio.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+unsigned Py_Version = 0x030b02f0;
+char PyCode_Type[400];
+unsigned long _PyRuntime[512];
+volatile unsigned long n;
+__attribute__((noinline)) void _PyEval_EvalFrameDefault(void) { for (int i = 0; i < 1000; i++) n += i; }
+int main(void) {
+	struct uffdio_api api = { .api = UFFD_API };
+	struct uffdio_register all = { .mode = UFFDIO_REGISTER_MODE_MISSING };
+	int fd = syscall(SYS_userfaultfd, O_CLOEXEC);
+	void *page = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	all.range.start = (unsigned long)page;
+	all.range.len = 4096;
+	if (fd < 0 || ioctl(fd, UFFDIO_API, &api) || ioctl(fd, UFFDIO_REGISTER, &all))
+		return 1;
+	_PyRuntime[5] = (unsigned long)page;
+	puts("ready");
+	fflush(stdout);
+	for (;;)
+		_PyEval_EvalFrameDefault();
+}"#;
+
+/// Checks that a process whose memory cannot be read costs another one no names.
+#[test]
+fn memory_that_never_answers_holds_up_no_other_names() {
+    let forged = program("unanswered", UNANSWERED, &["-rdynamic"]);
+    let mut hostile = Running::start(Command::new(forged).stdout(Stdio::piped()));
+    let mut ready = String::new();
+    BufReader::new(hostile.0.stdout.take().unwrap()).read_line(&mut ready).unwrap();
+    assert_eq!(ready, "ready\n", "the kernel has userfaultfd");
+    let script = "def busy():\n  while True: pass\nbusy()";
+    let beside = Running::start(Command::new(SYSTEM_PYTHON).args(["-c", script]));
+    let pids = [hostile.0.id(), beside.0.id()].map(|pid| pid.to_string());
+    let recording = record_for(3, 199, &["--pid", &pids[0], "--pid", &pids[1]]);
+    let (named, all) = recording.share("python3", |stack| stack.iter().any(|frame| frame == "busy"));
+    assert!(all > 100 && named * 100 >= all * 80, "{named} of {all}\n{}", recording.log);
+    let name = "(reading the memory of its interpreter)";
+    assert_eq!(recording.log.matches(name).count(), 1, "{}", recording.log);
+    assert!(recording.share("unanswered", |_| true).1 > 100, "{}", recording.log);
+}
