@@ -4,7 +4,7 @@ use std::{
     fmt::Write as _,
     fs, io,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use tonic::{
@@ -29,6 +29,19 @@ pub struct Dial {
     pub key: Option<PathBuf>,
     /// File with a bearer token. Each call reads it again, because the kubelet replaces it.
     pub token_file: Option<PathBuf>,
+}
+
+/// Modification time and size of each file of a connection.
+pub type FileStamps = [Option<(SystemTime, u64)>; 4];
+
+impl Dial {
+    /// Returns the present stamps of the files. They differ after someone has replaced certificates or token.
+    pub fn stamps(&self) -> FileStamps {
+        [&self.ca, &self.cert, &self.key, &self.token_file].map(|file| {
+            let metadata = fs::metadata(file.as_ref()?).ok()?;
+            Some((metadata.modified().ok()?, metadata.len()))
+        })
+    }
 }
 
 /// A channel that adds the bearer token to each call.
@@ -208,11 +221,15 @@ pub fn explain(url: &str, status: &Status) -> String {
             let reason = innermost(cause);
             let mut text = format!("cannot reach the collector at {url}: {reason}");
             let lower = reason.to_lowercase();
-            if lower.contains("certificaterequired") || lower.contains("certificate required") {
+            if refuses_client(status) {
+                text.push_str(
+                    "; the collector does not trust --tls-cert: is it signed by its --tls-client-ca?",
+                );
+            } else if lower.contains("certificaterequired") || lower.contains("certificate required") {
                 text.push_str("; the collector requires a client certificate: give --tls-cert and --tls-key");
-            } else if lower.contains("certificate") || lower.contains("tls") || lower.contains("handshake") {
+            } else if lower.contains("certificate") {
                 text.push_str("; is --tls-ca the certificate authority of the collector?");
-            } else if lower.contains("corrupt message") || lower.contains("frame") {
+            } else if ["corrupt message", "frame", "handshake"].iter().any(|word| lower.contains(word)) {
                 text.push_str("; does only one side use TLS, or is this the HTTP port?");
             } else {
                 text.push_str("; is gannet-collector running there?");
@@ -230,6 +247,19 @@ pub fn explain(url: &str, status: &Status) -> String {
             text
         }
     }
+}
+
+/// Reports whether this side does not trust the collector's certificate.
+pub fn distrusts_collector(status: &Status) -> bool {
+    let reason = std::error::Error::source(status).map(innermost).unwrap_or_default().to_lowercase();
+    reason.contains("invalid peer certificate")
+}
+
+/// Reports whether the collector does not trust the client's certificate.
+pub fn refuses_client(status: &Status) -> bool {
+    let reason = std::error::Error::source(status).map(innermost).unwrap_or_default().to_lowercase();
+    let alerts = ["unknownca", "badcertificate", "decrypterror", "certificateunknown", "certificateexpired"];
+    reason.contains("fatal alert") && alerts.iter().any(|alert| reason.contains(alert))
 }
 
 /// Returns the text of the last error in a chain of sources. It says more than the first one, "transport error".

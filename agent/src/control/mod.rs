@@ -28,7 +28,7 @@ pub(crate) use last_good::LastGoodRules;
 
 use self::{last_good::SavedRules, requests::PendingRequests};
 use crate::{
-    export::Backoff,
+    export::{Backoff, explain, files_changed},
     node::Node,
     rules::{RuleSource, SourceRules},
 };
@@ -69,6 +69,7 @@ impl Control {
         let mut backoff = Backoff::new();
         loop {
             let begun = Instant::now();
+            let files = self.dial.stamps();
             let ended = tokio::select! {
                 ended = self.stream() => ended,
                 () = cancel.cancelled() => return,
@@ -80,7 +81,7 @@ impl Control {
             let delay = backoff.next();
             let why = match ended {
                 Ok(()) => "the collector ended the stream".to_owned(),
-                Err(status) => connect::explain(&self.dial.url, &status),
+                Err(status) => explain(&self.dial, &status).await,
             };
             tracing::warn!(
                 "no control stream to the collector, next attempt in {delay:.1?}: {why}; the rules stay in force"
@@ -88,6 +89,7 @@ impl Control {
             self.node.set_degraded("control", Some(format!("no stream to the collector: {why}")));
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
+                () = files_changed(&self.dial, &files) => backoff.reset(),
                 () = cancel.cancelled() => return,
             }
         }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use gannet_proto::connect::{Dial, FileStamps};
+
 const MIN_WAIT: Duration = Duration::from_secs(1);
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
@@ -26,6 +28,17 @@ impl Backoff {
         let longest = (self.last * 3).min(MAX_WAIT);
         self.last = rand::random_range(MIN_WAIT..=longest);
         self.last
+    }
+}
+
+/// Time between two looks at the files of a connection that failed.
+const FILES_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Waits until the certificates or the token of a connection are not those of `before` any more. New ones are a reason to
+/// try again at once.
+pub(crate) async fn files_changed(dial: &Dial, before: &FileStamps) {
+    while dial.stamps() == *before {
+        tokio::time::sleep(FILES_INTERVAL).await;
     }
 }
 

@@ -1,11 +1,13 @@
 //! Delivers profiles: they go to disk first, then to the collector, and leave the disk once it has acknowledged them.
 
 mod aside;
+mod authority;
 mod backoff;
 mod spool;
 mod stream;
 
 pub(crate) use aside::{ASIDE, write_aside};
-pub(crate) use backoff::Backoff;
+pub(crate) use authority::explain;
+pub(crate) use backoff::{Backoff, files_changed};
 pub use spool::{Bounds, Spool, SpoolError, SpoolStats};
 pub use stream::{ExportConfig, Exporter, StreamStats};

@@ -16,7 +16,7 @@ use std::{
 
 use gannet_base::format_duration;
 use gannet_proto::{
-    connect::{self, Dial},
+    connect::{self, Dial, FileStamps},
     ingest::{
         Batch, PushRequest, PushResponse,
         ingest_service_client::IngestServiceClient,
@@ -30,7 +30,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::task::TaskTracker;
 
-use super::{Backoff, Spool};
+use super::{Backoff, Spool, explain, files_changed};
 use crate::ledger::{NodeLedger, Stage};
 
 /// Windows that may wait for the disk. One arrives every few seconds, so a full queue means that the disk hangs.
@@ -263,6 +263,7 @@ impl Stream {
         let mut backoff = Backoff::new();
         let mut log = LogLimit::default();
         loop {
+            let files = dial.stamps();
             let end = self.connection(&dial, &mut backoff).await;
             self.stats.connected.store(false, Relaxed);
             self.shared.with(Spool::release_all).await;
@@ -275,16 +276,20 @@ impl Stream {
                         let retry_in = format_duration(Duration::from_secs(wait.as_secs()));
                         tracing::warn!(%error, retry_in, suppressed, "profiles wait in the spool");
                     }
-                    if !self.pause(wait).await {
+                    if !self.pause(wait, &dial, &files).await {
                         return;
+                    }
+                    if dial.stamps() != files {
+                        backoff.reset();
                     }
                 }
             }
         }
     }
 
-    /// Waits. Returns false if the agent shuts down first: then it does not wait for a collector that did not answer before.
-    async fn pause(&mut self, wait: Duration) -> bool {
+    /// Waits, at most until the files of the connection are not `files` any more. Returns false if the agent shuts down
+    /// first: then it does not wait for a collector that did not answer before.
+    async fn pause(&mut self, wait: Duration, dial: &Dial, files: &FileStamps) -> bool {
         let until = tokio::time::Instant::now() + wait;
         loop {
             let deadline = *self.stop.borrow_and_update();
@@ -302,6 +307,7 @@ impl Stream {
             }
             tokio::select! {
                 () = tokio::time::sleep_until(until) => return true,
+                () = files_changed(dial, files) => return true,
                 _ = self.stop.changed() => {}
                 () = tokio::time::sleep(TICK) => {
                     self.shared.with(|spool| spool.expire(SystemTime::now())).await;
@@ -373,7 +379,7 @@ impl Stream {
                     dial.url
                 ));
             }
-            Ok(Err(status)) => return End::Broken(connect::explain(&dial.url, &status)),
+            Ok(Err(status)) => return End::Broken(explain(dial, &status).await),
             Err(_) => return End::Broken(format!("the collector at {} does not answer", dial.url)),
         };
         self.stats.connected.store(true, Relaxed);

@@ -30,6 +30,7 @@ pub(crate) fn custom_resource() -> Option<Value> {
                 "subresources": { "status": {} },
                 "additionalPrinterColumns": [
                     column("Accepted", "string", ".status.conditions[?(@.type==\"Accepted\")].status", 0),
+                    column("InForce", "string", ".status.conditions[?(@.type==\"Applied\")].status", 0),
                     column("Applied", "integer", ".status.applied", 0),
                     column("Rejected", "integer", ".status.rejected", 0),
                     column("Skipped", "integer", ".status.skipped", 0),
@@ -93,6 +94,7 @@ fn status_schema() -> Value {
             .iter()
             .chain(&["at"])
             .map(|name| ((*name).to_owned(), json!({ "type": "integer", "format": "int64" })))
+            .chain([("why".to_owned(), json!({ "type": "string" }))])
             .collect::<Value>(),
     });
     json!({

@@ -12,6 +12,8 @@ use kube::{
 };
 use serde_json::Value;
 
+use super::status::condition;
+
 /// Length of an Event's note that the API server accepts, in bytes.
 const NOTE_BYTES: usize = 1024;
 
@@ -33,7 +35,7 @@ pub(super) fn events(
     refusals: &[String],
 ) -> Vec<RuleEvent> {
     let mut events = Vec::new();
-    let (was, is) = (&before["conditions"][0], &now["conditions"][0]);
+    let (was, is) = (condition(before, "Accepted"), condition(now, "Accepted"));
     let accepted = is["status"] == "True";
     if (&was["status"], &was["observedGeneration"]) != (&is["status"], &is["observedGeneration"]) {
         let note = if accepted {
@@ -152,7 +154,7 @@ mod tests {
 
     fn status(accepted: bool, generation: u64, counts: &Value) -> Value {
         let condition = json!({
-            "status": if accepted { "True" } else { "False" }, "observedGeneration": generation, "message": "match.com: no",
+            "type": "Accepted", "status": if accepted { "True" } else { "False" }, "observedGeneration": generation, "message": "match.com: no",
         });
         json!({ "revision": 7, "conditions": [condition], "collectors": { "one": counts } })
     }

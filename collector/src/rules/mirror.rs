@@ -254,13 +254,16 @@ impl Mirror {
                 |_| StateCounts::default(),
                 |rule| StateCounts::of(rule, &rollout.nodes, self.nodes.as_ref()),
             );
-            let now = status(&resource.object, &self.name, revision, why_not, &counts);
+            let refusals = match resource.rule {
+                Ok(_) => refusals(&resource.name, &rollout.nodes),
+                Err(_) => Vec::new(),
+            };
+            let now = status(&resource.object, &self.name, revision, why_not, &counts, &refusals);
             let Some(now) = now else { continue };
             let patch = Patch::Merge(json!({ "status": now }));
             match self.api.patch_status(&resource.name, &PatchParams::default(), &patch).await {
                 Ok(_) => {
                     let who = resource.last_writer().unwrap_or_else(|| "an unknown client".into());
-                    let refusals = refusals(&resource.name, &rollout.nodes);
                     let before = &resource.object.data["status"];
                     let events = events(before, &now, &self.name, &who, &refusals);
                     self.events.publish(&resource.object, events).await;

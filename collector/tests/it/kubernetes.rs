@@ -309,6 +309,31 @@ async fn resources_and_calls_change_one_shared_rule_store() {
     assert_eq!(called["metadata"]["labels"]["gannet.dev/scope"], "team");
     assert_eq!(called["spec"], json!({ "match": { "comm": ["shop"] } }));
 
+    // What only a node can refuse: the API server and the collector accept it, its status says that the node does not.
+    let condition = |name: &str, kind: &str| {
+        let status = api.status(name);
+        let found = status["conditions"].as_array().unwrap().iter().find(|one| one["type"] == kind).cloned();
+        found.unwrap_or_default()
+    };
+    eventually("it is in force", || async { condition("applied", "Applied")["status"] == "True" }).await;
+    api.apply("applied", &json!({ "match": { "comm": ["shop"] }, "capture": { "hz": 18 } }));
+    let set = agent.rules().await;
+    agent.reject(&set, "capture.hz").await;
+    eventually("the refusal shows", || async {
+        let (applied, accepted) = (condition("applied", "Applied"), condition("applied", "Accepted"));
+        let message = applied["message"].as_str().unwrap_or_default();
+        accepted["status"] == "True"
+            && applied["reason"] == "Rejected"
+            && message.contains("capture.hz: too much")
+    })
+    .await;
+    // The node rejected the whole set, so the other rule is not in force in its newest form either.
+    assert_eq!(condition("called", "Applied")["reason"], "Rejected");
+    api.apply("applied", &json!({ "match": { "comm": ["shop"] }, "capture": { "hz": 17 } }));
+    assert_eq!(next_ids(&mut agent).await, ["applied", "called"]);
+    eventually("it is in force again", || async { condition("applied", "Applied")["status"] == "True" })
+        .await;
+
     // A broken resource leaves the rule in force. Repairs and removals take effect.
     api.apply("applied", &json!({ "match": { "comm": ["shop"] }, "capture": { "hz": 5000 } }));
     eventually("it is not accepted any more", || async {
