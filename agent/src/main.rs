@@ -106,9 +106,9 @@ fn perform(verb: Verb, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
             args.write(commands::command(), &mut io::stdout())?;
             Ok(ExitCode::SUCCESS)
         }
-        Verb::ReadDebugInfo { memory_bytes, addresses } => {
+        Verb::ReadDebugInfo { memory_bytes, addresses, directories } => {
             start_log(LogFormat::Text);
-            symbols::read_debug_info(memory_bytes, &addresses)?;
+            symbols::read_debug_info(memory_bytes, &addresses, directories)?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::HeldCommand { descriptor, command } => {

@@ -2,6 +2,8 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
+use crate::build_id::BuildId;
+
 /// Bytes of `.gnu_debuglink`: a file name, which Linux limits to 255 bytes, and a checksum.
 pub(crate) const MAX_LINK_BYTES: u64 = 4096;
 /// Debug files larger than this are found by build id only.
@@ -25,6 +27,24 @@ impl DebugLink {
         // A name with a directory would let the file choose what is opened.
         let is_file_name = !name.is_empty() && !name.contains(&b'/') && name != b"." && name != b"..";
         is_file_name.then(|| Self { name: name.to_vec(), crc: u32::from_le_bytes(*crc) })
+    }
+}
+
+/// Path and build id of a file with debug information that several files share, from `.gnu_debugaltlink`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AlternateLink {
+    /// Path of any form, as the bytes in the file. If relative, then to the directory of the file that holds the link.
+    pub path: Vec<u8>,
+    /// Build id of the shared file.
+    pub build_id: BuildId,
+}
+
+impl AlternateLink {
+    /// Reads the section: the path ends with a zero byte, the rest is the build id.
+    pub(crate) fn parse(bytes: &[u8]) -> Option<Self> {
+        let end = bytes.iter().position(|byte| *byte == 0)?;
+        let build_id = BuildId::from_bytes(&bytes[end + 1..])?;
+        (end > 0).then(|| Self { path: bytes[..end].to_vec(), build_id })
     }
 }
 

@@ -12,7 +12,7 @@ use object::{
 use crate::{
     build_id::{BuildId, BuildIds},
     data::Data,
-    debug_file::{self, DebugLink},
+    debug_file::{self, AlternateLink, DebugLink},
     error::{ElfError, ElfLimits, ElfQuantity, at_most, malformed},
     file_header::{Arch, FileHeader, LE},
     headers::Headers,
@@ -141,15 +141,8 @@ impl<'d> Elf<'d> {
         at_most(ElfQuantity::SectionBytes, max_bytes, section.bytes)?;
         let name = self.sections.name(section);
         let (format, header_bytes, bytes) = if section.is_compressed() {
-            let header = self.data.read(section.offset, COMPRESSION_HEADER_BYTES).ok_or_else(broken)?;
-            let (header, _) =
-                pod::from_bytes::<CompressionHeader64<LittleEndian>>(&header).map_err(|()| broken())?;
-            let format = match header.ch_type.get(LE) {
-                ELFCOMPRESS_ZLIB => CompressionFormat::Zlib,
-                ELFCOMPRESS_ZSTD => CompressionFormat::Zstandard,
-                _ => return Err(broken()),
-            };
-            (format, COMPRESSION_HEADER_BYTES, header.ch_size.get(LE))
+            let (format, bytes) = self.compression(section)?;
+            (format, COMPRESSION_HEADER_BYTES, bytes)
         } else if name.starts_with(b".zdebug_") {
             // The GNU form before section flags: "ZLIB", the size in big-endian, the data.
             let header = self.data.read(section.offset, 12).ok_or_else(broken)?;
@@ -167,6 +160,20 @@ impl<'d> Elf<'d> {
             .decompress()
             .map_err(|_| malformed(format!("section {} cannot be decompressed", name.escape_ascii())))?;
         Ok(Cow::Owned(bytes.into_owned()))
+    }
+
+    /// Reads the format and the unpacked size of a compressed section.
+    fn compression(&self, section: &Section) -> Result<(CompressionFormat, u64), ElfError> {
+        let broken = || self.outside(section);
+        let header = self.data.read(section.offset, COMPRESSION_HEADER_BYTES).ok_or_else(broken)?;
+        let (header, _) =
+            pod::from_bytes::<CompressionHeader64<LittleEndian>>(&header).map_err(|()| broken())?;
+        let format = match header.ch_type.get(LE) {
+            ELFCOMPRESS_ZLIB => CompressionFormat::Zlib,
+            ELFCOMPRESS_ZSTD => CompressionFormat::Zstandard,
+            _ => return Err(broken()),
+        };
+        Ok((format, header.ch_size.get(LE)))
     }
 
     /// Returns the symbols of `.symtab` or `.dynsym`; none if the file does not store that table and its strings.
@@ -201,6 +208,17 @@ impl<'d> Elf<'d> {
     pub fn debug_link(&self) -> Option<DebugLink> {
         let section = self.stored_section(b".gnu_debuglink")?;
         DebugLink::parse(&self.section_data_within(section, debug_file::MAX_LINK_BYTES).ok()?)
+    }
+
+    /// Returns the link to the file with the debug information that several files share.
+    pub fn alternate_link(&self) -> Option<AlternateLink> {
+        let section = self.stored_section(b".gnu_debugaltlink")?;
+        AlternateLink::parse(&self.section_data_within(section, debug_file::MAX_LINK_BYTES).ok()?)
+    }
+
+    /// Reports whether [`Self::section_data`] knows the form of a section. The bytes themselves are not checked.
+    pub fn has_known_form(&self, section: &Section) -> bool {
+        !section.is_compressed() || self.compression(section).is_ok()
     }
 
     /// Reads the bytes at an ELF virtual address: at most `max_bytes`, and no further than the segment goes on in the file.

@@ -26,7 +26,7 @@ mod symbols;
 pub use build_id::{BuildId, BuildIds, ParseHexError};
 pub use content_id::ContentId;
 pub use data::Data;
-pub use debug_file::{DebugLink, checksum};
+pub use debug_file::{AlternateLink, DebugLink, checksum};
 pub use error::{ElfError, ElfLimits, ElfQuantity, TooLarge};
 pub use file::Elf;
 pub use file_header::Arch;

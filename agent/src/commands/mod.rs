@@ -48,6 +48,8 @@ pub enum Verb {
         memory_bytes: u64,
         /// Addresses to symbolize, in hexadecimal, separated by commas.
         addresses: String,
+        /// Directories of files to which debug information refers.
+        directories: Vec<std::path::PathBuf>,
     },
     /// Waits for the recorder, then becomes the command.
     #[command(name = record::HELD_VERB, hide = true)]

@@ -6,12 +6,12 @@
 
 use std::{
     ffi::OsStr,
-    fs::File,
+    fs::{self, File},
     os::unix::ffi::OsStrExt,
     path::{Component, Path, PathBuf},
 };
 
-use gannet_elf::{Elf, ElfLimits, checksum};
+use gannet_elf::{AlternateLink, Elf, ElfLimits, checksum};
 
 use crate::model::MappedFile;
 
@@ -40,6 +40,33 @@ pub(crate) fn find(file: &MappedFile, open: &File, directories: &[PathBuf]) -> O
             (same_build || same_sum()).then(|| MappedFile::opened(&path.to_string_lossy(), 0, 0, found))
         })
     })
+}
+
+/// Finds the file with the debug information that several files share. `linker` is the path of the debug file that refers to it;
+/// none for a file that anyone may have made. The path in the link may lead anywhere, so the result must lie in one of the
+/// directories, and have the build id of the link. The reader of debug information searches in the same order.
+pub(crate) fn find_alternate(
+    link: &AlternateLink,
+    linker: Option<&Path>,
+    directories: &[PathBuf],
+) -> Option<File> {
+    let path = Path::new(OsStr::from_bytes(&link.path));
+    let by_id = by_build_id(&link.build_id.to_string());
+    let by_id = directories.iter().filter_map(|directory| Some(directory.join(by_id.as_ref()?)));
+    let by_path = directories.iter().map(|directory| directory.join(path));
+    let beside = linker.and_then(|linker| Some(fs::canonicalize(linker).ok()?.parent()?.join(path)));
+    let first = by_id.chain(by_path).chain(beside).find(|candidate| candidate.exists())?;
+    let canonical = fs::canonicalize(first).ok()?;
+    let is_inside = |directory: &PathBuf| {
+        fs::canonicalize(directory).is_ok_and(|directory| canonical.starts_with(directory))
+    };
+    let is_file = fs::metadata(&canonical).is_ok_and(|metadata| metadata.is_file());
+    if !is_file || !directories.iter().any(is_inside) {
+        return None;
+    }
+    let found = File::open(canonical).ok()?;
+    let elf = Elf::parse(&found, &ElfLimits::default()).ok()?;
+    (elf.build_id() == Some(&link.build_id)).then_some(found)
 }
 
 fn by_build_id(id: &str) -> Option<PathBuf> {

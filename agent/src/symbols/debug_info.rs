@@ -2,14 +2,14 @@
 
 use std::{
     fs::File,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use super::{
     debug_file,
-    formats::dwarf::{self, DebugFrame, Unusable},
+    formats::dwarf::{self, DebugFrame, Examined, Unusable},
     options::{DebugCost, Skipped, SymbolizerStats},
 };
 use crate::{
@@ -23,6 +23,8 @@ pub(super) struct FileDebugInfo {
     /// The installed debug file; none if the file has its own debug information. The file itself is not held here, so that
     /// it can be closed.
     separate: Option<Arc<MappedFile>>,
+    /// It refers to an installed file with the rest of it.
+    has_alternate: bool,
     /// Bytes of the debug information and the symbol table, unpacked.
     state: Result<u64, Unusable>,
     spent: Spending,
@@ -98,18 +100,24 @@ impl DebugInfoReader {
         }
         let Some(info) = info else { return DebugFrames::Absent };
         let Some(program) = &self.program else { return DebugFrames::Absent };
-        if is_new && info.state == Err(Unusable::Refused) {
-            tracing::info!(
-                path = file.path,
-                "the debug information of this file is too large or refers to other files"
-            );
+        let refused = match info.state {
+            Err(Unusable::Refused) => {
+                Some("is too large, refers to other files, or has an unknown compression")
+            }
+            Err(Unusable::NoAlternate) => Some(
+                "refers to a file (.gnu_debugaltlink) that is not installed with it; install that file's package",
+            ),
+            _ => None,
+        };
+        if let Some(reason) = refused.filter(|_| is_new) {
+            tracing::info!(path = file.path, "the debug information of this file {reason}");
             self.stats.unusable_debug_info.fetch_add(1, Ordering::Relaxed);
         }
         let skipped = match info.state {
             Ok(bytes) if bytes <= self.cost.file_bytes => None,
             Ok(_) => Some(Skipped::TooLarge),
             Err(Unusable::None) => return DebugFrames::Absent,
-            Err(Unusable::Refused | Unusable::Harmful) => Some(Skipped::Unusable),
+            Err(Unusable::Refused | Unusable::NoAlternate | Unusable::Harmful) => Some(Skipped::Unusable),
         };
         if let Some(reason) = skipped {
             self.stats.skip(reason, addresses.len());
@@ -120,12 +128,13 @@ impl DebugInfoReader {
         }
         let (program, separate, wanted) = (program.clone(), info.separate_file(), addresses.to_vec());
         let memory_bytes = self.cost.memory_bytes;
+        let directories = if info.has_alternate { self.directories.clone() } else { Vec::new() };
         let deadline = dwarf::max_time(addresses.len());
         let theirs = Arc::clone(file);
         let result = access::node().run(Target::Device(file.dev), &file.path, deadline, move || {
             let open = theirs.open_for_reading()?;
             let separate = separate.as_ref().and_then(|file| file.file.as_ref());
-            dwarf::resolve(&program, separate.unwrap_or(&open), &wanted, memory_bytes)
+            dwarf::resolve(&program, separate.unwrap_or(&open), &wanted, memory_bytes, &directories)
         });
         let Ok(result) = result else { return DebugFrames::Later };
         info.spent.add(begin.elapsed(), Instant::now());
@@ -158,13 +167,33 @@ impl DebugInfoReader {
 /// Looks for debug information in the file itself, then for an installed debug file.
 fn examine(file: &MappedFile, open: &File, directories: &[PathBuf], now: Instant) -> FileDebugInfo {
     let spent = Spending::new(now);
-    let own = FileDebugInfo { separate: None, state: dwarf::examine(open), spent };
+    let of = |separate: Option<Arc<MappedFile>>, examined: Result<Examined, Unusable>| {
+        let linker = separate.as_ref().map(|file| Path::new(&file.path));
+        let total = examined.and_then(|examined| with_alternate(&examined, linker, directories));
+        let has_alternate = total.is_ok_and(|(_, has_alternate)| has_alternate);
+        FileDebugInfo { has_alternate, state: total.map(|(bytes, _)| bytes), separate, spent }
+    };
+    let own = of(None, dwarf::examine(open));
     if own.state != Err(Unusable::None) {
         return own;
     }
     let Some(separate) = debug_file::find(file, open, directories) else { return own };
-    let state = separate.file.as_ref().map_or(Err(Unusable::None), dwarf::examine);
-    FileDebugInfo { separate: Some(Arc::new(separate)), state, spent }
+    let examined = separate.file.as_ref().map_or(Err(Unusable::None), dwarf::examine);
+    of(Some(Arc::new(separate)), examined)
+}
+
+/// Returns the size of debug information together with that of the file to which it refers, and whether it refers to one.
+fn with_alternate(
+    examined: &Examined,
+    linker: Option<&Path>,
+    directories: &[PathBuf],
+) -> Result<(u64, bool), Unusable> {
+    let Some(link) = &examined.alternate else { return Ok((examined.bytes, false)) };
+    let alternate = debug_file::find_alternate(link, linker, directories).ok_or(Unusable::NoAlternate)?;
+    match dwarf::examine(&alternate) {
+        Ok(Examined { bytes, alternate: None }) => Ok((examined.bytes.saturating_add(bytes), true)),
+        _ => Err(Unusable::Refused),
+    }
 }
 
 /// Time spent on something, forgotten at one hundredth of the speed at which time passes: so that it can take much at once,

@@ -1,11 +1,10 @@
 //! Code that programs make at run time: its names come from perf maps, which are read before and after the end of the process.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::path::PathBuf;
 
 use crate::common::{Recording, program, record, slower};
 
 const JIT: &str = include_str!("../data/cases/jit.c");
-const SHORT_JS: &str = include_str!("../data/cases/short.js");
 
 fn jit() -> PathBuf {
     program("jit", JIT, &[])
@@ -13,7 +12,7 @@ fn jit() -> PathBuf {
 
 /// Records a command from its first instruction to its end.
 #[track_caller]
-fn record_command(command: &[&str]) -> Recording {
+pub(crate) fn record_command(command: &[&str]) -> Recording {
     record(99 / slower(), &[&["--"], command].concat())
 }
 
@@ -27,7 +26,7 @@ fn share(recording: &Recording, text: &str) -> u64 {
 }
 
 #[track_caller]
-fn assert_named(recording: &Recording, text: &str) {
+pub(crate) fn assert_named(recording: &Recording, text: &str) {
     let share = share(recording, text);
     assert!(share > 80, "{text}: {share} %\n{:?}\n{}", recording.stacks, recording.log);
 }
@@ -75,23 +74,4 @@ fn the_newest_line_of_a_large_perf_map_names_code() {
     let recording = record_command(&[jit.to_str().unwrap(), "new_name", "34", "old_name"]);
     assert_named(&recording, "new_name");
     assert_eq!(share(&recording, "old_name"), 0);
-}
-
-#[test]
-fn functions_of_node_have_names_after_its_end() {
-    let directory = tempfile::tempdir().unwrap();
-    let script = directory.path().join("short.js");
-    fs::write(&script, SHORT_JS).unwrap();
-    let version = Command::new("node").arg("--version").output();
-    assert!(
-        version.is_ok_and(|output| output.status.success()),
-        "this test runs node: apt-get install nodejs"
-    );
-    let run = |flag: &str| {
-        let flags = ["--perf-basic-prof", "--interpreted-frames-native-stack", flag];
-        record_command(&[&["node"], &flags[..], &[script.to_str().unwrap()]].concat())
-    };
-    // The perf map has no lines for functions that V8 has inlined into others.
-    assert_named(&run("--no-turbo-inlining"), "hotInner");
-    assert_named(&run("--turbo-inlining"), "short.js");
 }

@@ -19,6 +19,7 @@ mod lifecycle;
 mod pods;
 mod record_ends;
 mod rules;
+mod runtimes;
 mod sampling;
 mod stacks;
 mod unwind_many;

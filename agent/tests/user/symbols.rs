@@ -750,6 +750,168 @@ fn a_function_is_named_without_the_version_behind_its_name() {
     assert_eq!(names_of(&program, &[program.addresses["leaf"]]), [["leaf"]]);
 }
 
+/// Returns the frame of the inlined function with its lines, innermost first, and the number of files whose debug information
+/// was given up.
+#[track_caller]
+fn inner_frame(program: &Program, config: SymbolizerConfig) -> (Vec<(String, i64)>, u64) {
+    let pid = program.child.id();
+    let symbolizer = Symbolizer::start(config).unwrap();
+    let stacks = vec![stack(&[], &[program.addresses["inner"]], StackEnd::Complete)];
+    let profile = symbolize(&symbolizer, raw(key(pid), image(pid, &mut table()), stacks));
+    let [frame] = &names(&profile)[..] else { panic!("one frame") };
+    let lines = profile.location[0].line.iter().map(|line| line.line);
+    let frame = frame.iter().cloned().zip(lines).collect();
+    (frame, symbolizer.stats().unusable_debug_info.load(Ordering::Relaxed))
+}
+
+/// Checks that compression never costs lines and inlined functions in silence.
+#[rstest]
+#[case::zlib("zlib-gabi", true)]
+#[case::zstd("zstd", true)]
+#[case::without_section_flag("zlib-gnu", false)]
+fn compressed_debug_info_has_the_same_lines(#[case] form: &str, #[case] is_known: bool) {
+    let plain = inner_frame(&start_c(&["-g"]), config());
+    assert_eq!(plain.0.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["inner", "holder"]);
+    let (directory, path) = compile_c(&["-g"]);
+    run_tool(Command::new("objcopy").arg(format!("--compress-debug-sections={form}")).arg(&path));
+    let found = inner_frame(&start(directory, path), config());
+    assert_eq!(found, if is_known { plain } else { (vec![("holder".to_owned(), 0)], 1) });
+}
+
+/// Checks compressed sections of an unknown form, with damaged content, and that are cut.
+#[test]
+fn damaged_compressed_debug_info_is_counted() {
+    use object::{Object, ObjectSection};
+    for damage in [
+        |bytes: &mut [u8], _: usize| bytes[..4].copy_from_slice(&77u32.to_le_bytes()),
+        |bytes: &mut [u8], length: usize| bytes[24..length].fill(0x55),
+        |bytes: &mut [u8], length: usize| bytes[length / 2..length].fill(0),
+    ] {
+        let (directory, path) = compile_c(&["-g", "-gz=zlib"]);
+        let mut bytes = fs::read(&path).unwrap();
+        let elf = object::File::parse(bytes.as_slice()).unwrap();
+        let section = elf.section_by_name(".debug_info").unwrap().compressed_file_range().unwrap();
+        // The header of 24 bytes stands before the content.
+        let (offset, length) = (section.offset as usize - 24, section.compressed_size as usize + 24);
+        damage(&mut bytes[offset..], length);
+        fs::write(&path, bytes).unwrap();
+        let found = inner_frame(&start(directory, path), config());
+        assert_eq!(found, (vec![("holder".to_owned(), 0)], 1));
+    }
+}
+
+/// Debug information of `holder` whose name stands in another file, as `dwz` writes it, by hand.
+const SHARED_NAME: &str = r#"
+.section .debug_abbrev, "", %progbits
+abbreviations:
+/* compile unit, with children: low_pc, high_pc */
+.byte 1, 0x11, 1, 0x11, 0x01, 0x12, 0x07, 0, 0
+/* subprogram: name (DW_FORM_GNU_strp_alt), low_pc, high_pc */
+.byte 2, 0x2e, 0, 0x03, 0xa1, 0x3e, 0x11, 0x01, 0x12, 0x07, 0, 0
+.byte 0
+.section .debug_info, "", %progbits
+.long after - before
+before:
+.short 4
+.long abbreviations
+.byte 8
+.byte 1
+.quad holder, 64
+.byte 2
+.long 1
+.quad holder, 64
+.byte 0
+after:
+.section .note.GNU-stack, "", %progbits
+"#;
+
+/// Checks debug files that share a part of their information in another one: it counts only if it is installed in a directory
+/// of debug files, under its build id or the path in the link, and has that build id.
+#[test]
+fn debug_info_shared_between_files_is_read() {
+    let (directory, path) = compile_c(&["-Wl,--build-id=0xabcdef0123456789"]);
+    let inside = |name: &str| directory.path().join(name);
+    let assemble = |name: &str, source: &str, flags: &[&str]| {
+        fs::write(inside("source.s"), source).unwrap();
+        run_tool(Command::new("gcc").args(flags).arg("-o").args([inside(name), inside("source.s")]));
+        inside(name)
+    };
+    // The shared file: a string and an empty unit.
+    let shared = assemble(
+        "shared.debug",
+        ".section .debug_str, \"\", %progbits\n.asciz \"\", \"by_shared_file\"\n\
+         .section .debug_abbrev, \"\", %progbits\na:\n.byte 1, 0x11, 0, 0, 0, 0\n\
+         .section .debug_info, \"\", %progbits\n.long 8\n.short 4\n.long a\n.byte 8, 1\n",
+        &["-shared", "-nostdlib", &format!("-Wl,--build-id=0x{}", "77".repeat(20))],
+    );
+    let start_of_holder = {
+        use object::{Object, ObjectSymbol};
+        let bytes = fs::read(&path).unwrap();
+        let elf = object::File::parse(bytes.as_slice()).unwrap();
+        elf.symbols().find(|symbol| symbol.name() == Ok("holder")).unwrap().address()
+    };
+    let debug_info =
+        assemble("info.o", &SHARED_NAME.replace("holder", &start_of_holder.to_string()), &["-c"]);
+    let debug_dir = tempfile::tempdir().unwrap();
+    let kept = debug_dir.path().join(".build-id/ab/cdef0123456789.debug");
+    fs::create_dir_all(kept.parent().unwrap()).unwrap();
+    run_tool(Command::new("objcopy").arg("--only-keep-debug").args([&path, &kept]));
+    for section in [".debug_info", ".debug_abbrev"] {
+        let part = inside("part");
+        // The assembler leaves the offset of the abbreviations to the linker; it is 0.
+        run_tool(
+            Command::new("objcopy")
+                .args(["-O", "binary", "--only-section", section, "--set-section-flags"])
+                .arg(format!("{section}=alloc"))
+                .args([&debug_info, &part]),
+        );
+        run_tool(
+            Command::new("objcopy")
+                .arg("--add-section")
+                .arg(format!("{section}={}", part.display()))
+                .arg(&kept),
+        );
+    }
+    run_tool(Command::new("strip").arg(&path));
+    let plain = debug_dir.path().join("plain.debug");
+    fs::rename(&kept, &plain).unwrap();
+    let program = start(directory, path);
+    let linked = |to: &str| {
+        let link = debug_dir.path().join("link");
+        fs::write(&link, [to.as_bytes(), &[0], &[0x77; 20]].concat()).unwrap();
+        run_tool(
+            Command::new("objcopy")
+                .arg("--add-section")
+                .arg(format!(".gnu_debugaltlink={}", link.display()))
+                .args([&plain, &kept]),
+        );
+        let debug_dirs = vec![debug_dir.path().to_owned()];
+        let (frame, unusable) = inner_frame(&program, SymbolizerConfig { debug_dirs, ..config() });
+        (frame.into_iter().map(|(name, _)| name).collect::<Vec<_>>().join(" "), unusable)
+    };
+    let good = ("by_shared_file".to_owned(), 0);
+    let given_up = ("holder".to_owned(), 1);
+    // Outside of the directory, or not there, the symbol table names the function.
+    assert_eq!(linked(shared.to_str().unwrap()), given_up);
+    assert_eq!(linked("/nowhere"), given_up);
+    // By the path in the link, absolute and relative to the debug file.
+    let dwz = debug_dir.path().join(".dwz/shared.debug");
+    fs::create_dir_all(dwz.parent().unwrap()).unwrap();
+    fs::copy(&shared, &dwz).unwrap();
+    assert_eq!(linked(dwz.to_str().unwrap()), good);
+    assert_eq!(linked("../../.dwz/shared.debug"), good);
+    // Another build id.
+    let bytes = fs::read(&dwz).unwrap();
+    let other: Vec<u8> = bytes.iter().map(|byte| if *byte == 0x77 { 0x78 } else { *byte }).collect();
+    fs::write(&dwz, other).unwrap();
+    assert_eq!(linked(dwz.to_str().unwrap()), given_up);
+    // By the build id alone.
+    let by_id = debug_dir.path().join(format!(".build-id/77/{}.debug", "77".repeat(19)));
+    fs::create_dir_all(by_id.parent().unwrap()).unwrap();
+    fs::copy(&shared, &by_id).unwrap();
+    assert_eq!(linked("/nowhere"), good);
+}
+
 #[rstest]
 #[case::by_build_id(true)]
 #[case::by_name_and_checksum(false)]
@@ -925,7 +1087,7 @@ fn debug_info_that_is_not_read_is_counted_with_the_reason() {
 fn an_address_without_time_for_debug_info_is_tried_again() {
     let directory = tempfile::tempdir().unwrap();
     let script = directory.path().join("reader");
-    let answer = r#"[[{"name":"by_debug_info","file":"x.c","line":1,"column":0}]]"#;
+    let answer = r#"{"Ok":[[{"name":"by_debug_info","file":"x.c","line":1,"column":0}]]}"#;
     fs::write(&script, format!("#!/bin/sh\necho '{answer}'\n")).unwrap();
     fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let debug_cost = DebugCost { time: Duration::ZERO, ..DebugCost::WANTED };

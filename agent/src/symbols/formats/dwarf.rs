@@ -7,7 +7,7 @@
 use std::{
     fs::{self, File},
     io::{self, BufWriter, Read, Write},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -16,7 +16,7 @@ use blazesym::symbolize::{
     self, CodeInfo, Input, Symbolized,
     source::{Elf, Source},
 };
-use gannet_elf::{Elf as ElfFile, ElfLimits};
+use gannet_elf::{AlternateLink, Elf as ElfFile, ElfLimits};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     process::{Resource, Rlimit, Signal, setrlimit},
@@ -59,8 +59,10 @@ pub(crate) type DebugFrame = Vec<DebugLine>;
 pub(crate) enum Unusable {
     /// There is none.
     None,
-    /// It is too large, or refers to other files.
+    /// It is too large, refers to other files, or has an unknown form.
     Refused,
+    /// The file with the rest of it is not installed.
+    NoAlternate,
     /// Reading it failed, and would fail again.
     Harmful,
 }
@@ -68,25 +70,43 @@ pub(crate) enum Unusable {
 /// The usual ratio of compression.
 const PACKED: u64 = 4;
 
-/// Returns the size of a file's debug information, unpacked, with its symbol table, which the reader reads too. An error if it
-/// may not be read.
-pub(crate) fn examine(file: &File) -> Result<u64, Unusable> {
+/// The debug information of a file that may be read.
+#[derive(Clone, Debug)]
+pub(crate) struct Examined {
+    /// Bytes of the debug information, unpacked, and of the symbol table, which the reader reads too.
+    pub(crate) bytes: u64,
+    /// The file to which it refers. The reader follows this link, so the caller must check where it leads.
+    pub(crate) alternate: Option<AlternateLink>,
+}
+
+/// Examines the debug information of a file. An error if it may not be read.
+pub(crate) fn examine(file: &File) -> Result<Examined, Unusable> {
     let elf = ElfFile::parse(file, &ElfLimits::default()).map_err(|_| Unusable::None)?;
+    // The reader does not know the form of compression that had no section flag.
+    if elf.stored_section(b".zdebug_info").is_some() {
+        return Err(Unusable::Refused);
+    }
     if elf.stored_section(b".debug_info").is_none() {
         return Err(Unusable::None);
     }
     // The reader would follow a link to another file, whose path the maker of this file chose.
-    let links = [&b".gnu_debuglink"[..], b".gnu_debugaltlink", b".debug_sup"];
+    let links = [&b".gnu_debuglink"[..], b".debug_sup"];
+    let alternate = elf.alternate_link();
+    let is_damaged = alternate.is_none() && elf.stored_section(b".gnu_debugaltlink").is_some();
+    let is_unknown = elf.sections().any(|(name, section)| {
+        name.starts_with(b".debug_") && section.is_stored() && !elf.has_known_form(section)
+    });
     let bytes: u64 = elf
         .sections()
         .filter(|(name, section)| (name.starts_with(b".debug_") || is_symbols(name)) && section.is_stored())
         .fold(0, |sum: u64, (_, section)| {
             sum.saturating_add(section.bytes.saturating_mul(if section.is_compressed() { PACKED } else { 1 }))
         });
-    if bytes > MAX_DEBUG_BYTES || links.iter().any(|name| elf.stored_section(name).is_some()) {
+    let has_link = links.iter().any(|name| elf.stored_section(name).is_some());
+    if bytes > MAX_DEBUG_BYTES || has_link || is_damaged || is_unknown {
         return Err(Unusable::Refused);
     }
-    Ok(bytes)
+    Ok(Examined { bytes, alternate })
 }
 
 fn is_symbols(name: &[u8]) -> bool {
@@ -99,17 +119,19 @@ pub(crate) fn max_time(addresses: usize) -> Duration {
     CALL_TIMEOUT.saturating_mul(u32::try_from(calls).unwrap_or(u32::MAX))
 }
 
-/// Reads the functions at each ELF virtual address. The child has `memory_bytes` of memory beside the file itself. `program` is the agent itself, which runs as the child. An error means that
-/// the child could not start, died, or did not answer in time.
+/// Reads the functions at each ELF virtual address. The child has `memory_bytes` of memory beside the file itself, and looks for
+/// the file's alternate file in `directories`. `program` is the agent itself, which runs as the child. An error means that the
+/// child could not start, could not read the debug information, died, or did not answer in time.
 pub(crate) fn resolve(
     program: &Path,
     file: &File,
     addresses: &[u64],
     memory_bytes: u64,
+    directories: &[PathBuf],
 ) -> io::Result<Vec<DebugFrame>> {
     let mut frames = Vec::with_capacity(addresses.len());
     for addresses in addresses.chunks(CALL_ADDRESSES) {
-        let answer = call(program, file, addresses, memory_bytes)?;
+        let answer = call(program, file, addresses, memory_bytes, directories)?;
         if answer.len() != addresses.len() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
@@ -121,12 +143,19 @@ pub(crate) fn resolve(
     Ok(frames)
 }
 
-fn call(program: &Path, file: &File, addresses: &[u64], memory_bytes: u64) -> io::Result<Vec<DebugFrame>> {
+fn call(
+    program: &Path,
+    file: &File,
+    addresses: &[u64],
+    memory_bytes: u64,
+    directories: &[PathBuf],
+) -> io::Result<Vec<DebugFrame>> {
     let words: Vec<String> = addresses.iter().map(|address| format!("{address:x}")).collect();
     let mut child = Command::new(program)
         .arg(DEBUG_INFO_VERB)
         .arg(memory_bytes.to_string())
         .arg(words.join(","))
+        .args(directories)
         .env_clear()
         .stdin(file.try_clone()?)
         .stdout(Stdio::piped())
@@ -140,7 +169,8 @@ fn call(program: &Path, file: &File, addresses: &[u64], memory_bytes: u64) -> io
     if !status.success() {
         return Err(io::Error::other(format!("the reader ended with {status}")));
     }
-    serde_json::from_slice(&answer).map_err(io::Error::from)
+    let answer: Result<Vec<DebugFrame>, String> = serde_json::from_slice(&answer)?;
+    answer.map_err(io::Error::other)
 }
 
 /// Reads everything that the child writes, if it does so in time.
@@ -170,9 +200,9 @@ fn answer(child: &mut Child) -> io::Result<Vec<u8>> {
 }
 
 /// Runs the child: reads the debug information of the file on standard input, and writes the functions at each of the addresses
-/// (hexadecimal, separated by commas) to standard output, as JSON. Takes at most `memory_bytes` of memory for that. The process is
-/// in the agent's control group, and counts towards its limit.
-pub fn read_debug_info(memory_bytes: u64, addresses: &str) -> io::Result<()> {
+/// (hexadecimal, separated by commas) to standard output, as JSON. Takes at most `memory_bytes` of memory for that. The file to which
+/// this one refers is searched in `directories`. The process is in the agent's control group, and counts towards its limit.
+pub fn read_debug_info(memory_bytes: u64, addresses: &str, directories: Vec<PathBuf>) -> io::Result<()> {
     confine(memory_bytes)?;
     let addresses: Vec<u64> = addresses
         .split(',')
@@ -181,7 +211,10 @@ pub fn read_debug_info(memory_bytes: u64, addresses: &str) -> io::Result<()> {
         .map_err(io::Error::other)?;
     // The reader recurses into inlined functions as deep as the file says.
     let worker = std::thread::Builder::new().stack_size(MAX_STACK_BYTES as usize);
-    let frames = worker.spawn(move || read(&addresses))?.join().map_err(|_| io::Error::other("damaged"))?;
+    let frames = worker
+        .spawn(move || read(&addresses, directories))?
+        .join()
+        .map_err(|_| io::Error::other("damaged"))?;
     let mut output = BufWriter::new(io::stdout().lock());
     serde_json::to_writer(&mut output, &frames)?;
     output.flush()
@@ -206,16 +239,12 @@ fn confine(memory_bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
-fn read(addresses: &[u64]) -> Vec<DebugFrame> {
-    let symbolizer = symbolize::Symbolizer::builder()
-        .enable_demangling(false)
-        .set_debug_dirs(Some(std::iter::empty::<&str>()))
-        .build();
+fn read(addresses: &[u64], directories: Vec<PathBuf>) -> Result<Vec<DebugFrame>, String> {
+    let symbolizer =
+        symbolize::Symbolizer::builder().enable_demangling(false).set_debug_dirs(Some(directories)).build();
     let source = Source::Elf(Elf::new("/proc/self/fd/0"));
-    match symbolizer.symbolize(&source, Input::VirtOffset(addresses)) {
-        Ok(found) => found.iter().map(frame).collect(),
-        Err(_) => vec![Vec::new(); addresses.len()],
-    }
+    let found = symbolizer.symbolize(&source, Input::VirtOffset(addresses));
+    found.map(|found| found.iter().map(frame).collect()).map_err(|error| format!("{error:#}"))
 }
 
 fn frame(found: &Symbolized<'_>) -> DebugFrame {
