@@ -184,6 +184,9 @@ mod tests {
 
     use super::*;
 
+    /// Collector, its counts, its refusals, and the condition to expect.
+    type Step<'a> = (&'a str, &'a [(&'static str, u64)], &'a [String], [&'a str; 2]);
+
     #[test]
     fn the_status_sums_all_collectors_and_is_written_once() {
         let mut object: DynamicObject = serde_json::from_value(json!({
@@ -212,7 +215,6 @@ mod tests {
             "metadata": { "name": "a", "generation": 4 }, "spec": { "match": { "comm": ["x"] } },
         }))
         .unwrap();
-        type Step<'a> = (&'a str, &'a [(&'static str, u64)], &'a [String], [&'a str; 2]);
         let steps: [Step<'_>; 7] = [
             ("one", &[("pending", 2)], &[], ["Unknown", "Pending"]),
             ("one", &[("applied", 1), ("offline", 1)], &[], ["True", "InForce"]),
