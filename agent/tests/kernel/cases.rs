@@ -14,6 +14,7 @@ use crate::common::{Recording, Running, in_order, is_marked, program, record_for
 
 const DEAD_LEADER: &str = include_str!("../data/cases/dead_leader.c");
 const MOVED_TEXT: &str = include_str!("../data/cases/moved_text.c");
+const ASM_LABELS: &str = include_str!("../data/cases/asm_labels.c");
 const MANY_MAPPINGS: &str = include_str!("../data/cases/many_mappings.c");
 
 /// Starts a program and lets it come to its loop.
@@ -132,6 +133,41 @@ fn text_that_memory_replaces_in_place_has_names() {
     );
     let program = program("replaced_text", &source, &[library.to_str().unwrap()]);
     assert_moved_text_has_names(&program);
+}
+
+/// Checks assembly without frame information: with labels inside, between other functions, with a frame, without symbols, without
+/// types, and called by address alone.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn stacks_go_on_under_assembly_without_frames() {
+    let middle = r#"__attribute__((noinline)) void before(void) { __asm__ volatile(""); }
+        __asm__(".globl outer_asm\nouter_asm:\n push %rbx\n sub $72,%rsp\n mov $100000000,%rax\n"
+                "outer_asm.loop:\n dec %rax\n jnz outer_asm.loop\n add $72,%rsp\n pop %rbx\n ret\n");
+        __attribute__((noinline)) void after(void) { __asm__ volatile(""); }
+        void outer_asm(void);
+        void (*volatile pointer)(void) = outer_asm;"#;
+    let called = format!("{middle} int main(void) {{ for (;;) {{ before(); outer_asm(); after(); }} }}");
+    let by_address = format!("{middle} int main(void) {{ for (;;) {{ before(); pointer(); after(); }} }}");
+    for (name, source, flags) in [
+        ("asm_labels", ASM_LABELS, &[][..]),
+        ("asm_stripped", ASM_LABELS, &["-s"]),
+        ("asm_middle", &called, &[]),
+        ("asm_unaligned", &called, &["-falign-functions=1"]),
+        ("asm_pointer", &by_address, &[]),
+    ] {
+        let running = started(&program(name, source, flags), &[]);
+        let recording = record_for(2, 499, &["--pid", &running.0.id().to_string()]);
+        if flags.contains(&"-s") {
+            // Without a name: the frames of the C library stand at the root.
+            let whole = |stack: &&(Vec<String>, u64)| stack.0.contains(&"__libc_start_call_main".to_owned());
+            let (good, all): (Vec<_>, Vec<_>) =
+                (recording.stacks.iter().filter(whole).collect(), recording.stacks.iter().collect());
+            let sum = |of: &[&(Vec<String>, u64)]| of.iter().map(|(_, count)| count).sum::<u64>();
+            assert!(sum(&all) > 10 && sum(&good) * 100 >= sum(&all) * 98, "{:?}", recording.stacks);
+        } else {
+            assert_complete(&recording, "outer_asm", &[name, "main", "outer_asm"]);
+        }
+    }
 }
 
 #[test]

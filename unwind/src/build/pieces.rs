@@ -3,8 +3,8 @@
 use crate::cfi;
 use crate::format::UnwindRule;
 
-/// Gaps shorter than this are padding between functions.
-const MIN_GAP_BYTES: u64 = 64;
+/// Gaps shorter than this are padding between functions, as a rule.
+pub(super) const MIN_GAP_BYTES: u64 = 64;
 
 /// A range of addresses and the source that knows its rows.
 #[derive(Clone, Copy, Debug)]
@@ -91,6 +91,11 @@ fn parts_between(have: &[Piece], more: impl Iterator<Item = Piece>) -> Vec<Piece
 
 /// Returns the ranges of code that no piece covers, ascending.
 pub(super) fn gaps(code: Vec<(u64, u64)>, pieces: &[Piece]) -> Vec<(u64, u64)> {
+    gaps_from(MIN_GAP_BYTES, code, pieces)
+}
+
+/// Returns the ranges of code of at least this many bytes that no piece covers.
+pub(super) fn gaps_from(min_bytes: u64, code: Vec<(u64, u64)>, pieces: &[Piece]) -> Vec<(u64, u64)> {
     let mut found = Vec::new();
     let mut pieces = pieces.iter().peekable();
     let mut at = 0;
@@ -98,7 +103,7 @@ pub(super) fn gaps(code: Vec<(u64, u64)>, pieces: &[Piece]) -> Vec<(u64, u64)> {
         at = at.max(start);
         while at < end {
             let covered = pieces.peek().map_or((end, end), |piece| (piece.start, piece.end));
-            if covered.0 > at && covered.0.min(end) - at >= MIN_GAP_BYTES {
+            if covered.0 > at && covered.0.min(end) - at >= min_bytes {
                 found.push((at, covered.0.min(end)));
             }
             if covered.0 >= end {

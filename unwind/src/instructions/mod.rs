@@ -41,6 +41,14 @@ pub(crate) struct Function {
     pub(crate) rows: Vec<(u64, UnwindRule)>,
 }
 
+/// The functions in some gaps, by address, ascending.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) functions: Vec<Function>,
+    /// Ranges of instructions without a rule.
+    pub(crate) unknown: Vec<(u64, u64)>,
+}
+
 /// A range of code that nothing describes.
 #[derive(Clone, Debug)]
 pub(crate) struct Gap<'d> {
@@ -123,12 +131,12 @@ struct Step {
     branched_to: bool,
 }
 
-/// Finds the functions in these gaps. `named` holds the first addresses of functions by the file's symbols.
+/// Finds the functions in these gaps. `named` holds addresses at which functions begin, by symbols or callers.
 pub(crate) fn functions(
     gaps: &[Gap<'_>],
     named: HashSet<u64>,
     budget: &mut Budget<'_>,
-) -> Result<Vec<Function>, LimitExceeded> {
+) -> Result<Found, LimitExceeded> {
     let (mut called, mut branched_to) = (HashSet::new(), HashSet::new());
     let mut code = Vec::with_capacity(gaps.len());
     let mut info = InstructionInfoFactory::new();
@@ -179,7 +187,30 @@ pub(crate) fn functions(
     }
     // These turned out to be parts of other functions, too late to start over.
     sweep.found.retain(|function| !sweep.inside.contains(&function.start));
-    Ok(sweep.found)
+    let unknown = unknown(&code, &sweep.found);
+    Ok(Found { functions: sweep.found, unknown })
+}
+
+/// Returns the ranges of instructions without a rule, padding left out.
+fn unknown(code: &[(u64, u64, Vec<Step>)], found: &[Function]) -> Vec<(u64, u64)> {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    let has_rule = |ip: u64| {
+        let function = found.partition_point(|function| function.start <= ip).checked_sub(1);
+        function.map(|n| &found[n]).filter(|function| ip < function.end).is_some_and(|function| {
+            let row = function.rows.partition_point(|(row, _)| *row <= ip).checked_sub(1);
+            row.is_some_and(|n| function.rows[n].1 != UnwindRule::NONE)
+        })
+    };
+    for (_, end, steps) in code {
+        let ends = steps.iter().skip(1).map(|step| step.ip).chain([*end]);
+        for (step, next) in steps.iter().zip(ends).filter(|(step, _)| !step.padding && !has_rule(step.ip)) {
+            match ranges.last_mut().filter(|last| last.1 == step.ip) {
+                Some(last) => last.1 = next,
+                None => ranges.push((step.ip, next)),
+            }
+        }
+    }
+    ranges
 }
 
 fn decode(gap: &Gap<'_>) -> impl Iterator<Item = Instruction> {
@@ -307,7 +338,7 @@ mod tests {
 
     fn all(gaps: &[Gap<'_>], named: HashSet<u64>) -> Vec<Function> {
         let limits = TableLimits::default();
-        functions(gaps, named, &mut Budget::new(&limits, None)).unwrap()
+        functions(gaps, named, &mut Budget::new(&limits, None)).unwrap().functions
     }
 
     fn rows(code: &[u8]) -> Vec<(u64, u8, i32)> {

@@ -249,7 +249,11 @@ fn read(addresses: &[u64], directories: Vec<PathBuf>) -> Result<Vec<DebugFrame>,
 
 fn frame(found: &Symbolized<'_>) -> DebugFrame {
     let Symbolized::Sym(symbol) = found else { return Vec::new() };
-    if symbol.name.is_empty() {
+    // Where debug information describes nothing, the reader takes a symbol of the file: without a size that may be a label inside
+    // of assembly, which the agent's own search knows to leave out.
+    let is_label =
+        symbol.inlined.is_empty() && symbol.code_info.is_none() && symbol.size.is_none_or(|size| size == 0);
+    if symbol.name.is_empty() || is_label {
         return Vec::new();
     }
     symbol
