@@ -17,7 +17,7 @@ use gannet_proto::{
     },
     labels,
     ledger::Ledger,
-    pprof,
+    pprof::{self, MAX_STACK_FRAMES},
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, mpsc};
@@ -37,8 +37,6 @@ use crate::{
 
 /// Unanswered batches that an agent may have on one stream.
 const MAX_IN_FLIGHT: u32 = 32;
-/// Frames of one stack, with inlined ones. A flame graph is a tree of this depth, which gRPC encodes by recursion.
-const MAX_DEPTH: usize = 1024;
 /// Concurrent checks of profiles. A check is pure computation.
 const CONCURRENT_CHECKS: usize = 4;
 /// Time until the first message of a stream.
@@ -435,8 +433,9 @@ impl IngestState {
         })?;
         let summary = pprof::check(&profile).map_err(|e| Refusal::new("not_pprof", e.to_string()))?;
         let depth = max_depth(&profile);
-        if depth > MAX_DEPTH {
-            let reason = format!("a stack of the profile has {depth} frames, the limit is {MAX_DEPTH}");
+        if depth > MAX_STACK_FRAMES {
+            let reason =
+                format!("a stack of the profile has {depth} frames, the limit is {MAX_STACK_FRAMES}");
             return Err(Refusal::new("too_large", reason));
         }
         let total = summary.totals.first().copied().unwrap_or(0);

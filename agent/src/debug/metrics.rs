@@ -54,6 +54,7 @@ gannet_base::metrics! {
 
     SYMBOL_ADDRESSES = counter("gannet_agent_symbols_addresses_total", "Different addresses in profiles, by whether the agent found a name", ["result"]);
     PERF_MAPS_DROPPED = counter("gannet_agent_perf_maps_dropped_total", "Processes that made code and whose perf map was not held open, because too many others waited; their code has no names after their end");
+    SYMBOL_CUT_STACKS = counter("gannet_agent_symbols_cut_stacks_total", "Samples whose stack has more than 1,024 frames with inlined functions; the outermost are cut, and the stack ends with [truncated]");
     SYMBOL_SKIPPED = counter("gannet_agent_symbols_skipped_total", "Addresses whose names exist and were not read, by reason: `large_perf_map` leaves them without a name, with the others a symbol table names their functions", ["reason"]);
     SYMBOL_FILES_FAILED = counter("gannet_agent_symbols_files_failed_total", "Files whose names could not be read, by source of the names", ["source"]);
     SYMBOL_CACHE_BYTES = gauge("gannet_agent_symbols_cache_bytes", "Memory of cached names, kernel symbols and perf maps");
@@ -195,6 +196,7 @@ fn add_symbols(snapshot: &mut Snapshot, node: &Node) {
     {
         snapshot.add_labelled(&SYMBOL_FILES_FAILED, [source], count.load(Relaxed));
     }
+    snapshot.add(&SYMBOL_CUT_STACKS, stats.cut_stacks.load(Relaxed));
     snapshot.add(&SYMBOL_CACHE_BYTES, stats.cached_bytes.load(Relaxed));
 }
 

@@ -10,7 +10,7 @@ use std::{
 
 use gannet_elf::BuildIds;
 use gannet_proto::{
-    pprof::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId},
+    pprof::{Builder, Header, Label, LabelValue, Line, LocationId, MAX_STACK_FRAMES, Mapping, MappingId},
     profiles::Profile,
 };
 
@@ -37,6 +37,9 @@ const TRUNCATED_FRAME: &str = "[truncated]";
 const BROKEN_FRAME: &str = "[broken stack]";
 /// The frame in place of the stack of a 32-bit program.
 const UNSUPPORTED_FRAME: &str = "[32-bit program]";
+
+/// Functions inlined at one address; of more the outermost are left out.
+const MAX_INLINED: usize = MAX_STACK_FRAMES / 2;
 
 const MAX_NOTE_BYTES: u64 = 64 << 10;
 
@@ -122,6 +125,8 @@ impl ProfileNamer {
         }
         let elsewhere = self.find_elsewhere(process, &addresses);
         let mut locations = HashMap::with_capacity(addresses.len());
+        // The number of functions of each location.
+        let mut lines = HashMap::with_capacity(addresses.len());
         for address in addresses {
             let functions = match self.finder.locate(&process.image, address) {
                 Location::Kernel | Location::Jitted => elsewhere.get(&address),
@@ -129,7 +134,10 @@ impl ProfileNamer {
                 Location::Unmapped => None,
             };
             let functions = functions.map_or(&[][..], |functions| functions);
-            locations.insert(address, self.add_location(builder, &process.image, address, functions));
+            let functions = &functions[..functions.len().min(MAX_INLINED)];
+            let id = self.add_location(builder, &process.image, address, functions);
+            locations.insert(address, id);
+            lines.insert(id, functions.len().max(1));
         }
         for stack in &process.stacks {
             let mut ids: Vec<LocationId> = lookup_frames(stack)
@@ -147,7 +155,13 @@ impl ProfileNamer {
             if stack.marks.kernel_truncated {
                 ids.insert(stack.kernel.len().min(ids.len()), mark(TRUNCATED_FRAME));
             }
-            ids.extend(end_frame(stack.end).map(mark));
+            ids.extend(end_frame(stack.end).map(&mut mark));
+            // A collector refuses deeper stacks, with all that comes with them.
+            if let Some(frames) = shallow(&ids, |id| lines.get(&id).copied().unwrap_or(1)) {
+                ids.truncate(frames);
+                ids.push(mark(TRUNCATED_FRAME));
+                self.stats.cut_stacks.fetch_add(stack.count, Ordering::Relaxed);
+            }
             let labels = labels(process, stack);
             builder.sample(&ids, &[stack.count as i64, stack.value_ns as i64], &labels);
         }
@@ -242,6 +256,17 @@ impl ProfileNamer {
             build_id,
         })
     }
+}
+
+/// Returns how many of these locations, leaf first, leave room for a mark within the limit of a stack; none if all do without it.
+fn shallow(ids: &[LocationId], lines: impl Fn(LocationId) -> usize) -> Option<usize> {
+    let depths = ids.iter().scan(0, |depth, id| {
+        *depth += lines(*id);
+        Some(*depth)
+    });
+    let depths: Vec<usize> = depths.collect();
+    let is_deep = depths.last().is_some_and(|depth| *depth > MAX_STACK_FRAMES);
+    is_deep.then(|| depths.partition_point(|depth| *depth < MAX_STACK_FRAMES))
 }
 
 /// Returns the frame that marks how a stack ends, if it is not complete.

@@ -124,6 +124,8 @@ pub struct SymbolizerStats {
     pub named: AtomicU64,
     /// Different addresses, by profile, that have none.
     pub unnamed: AtomicU64,
+    /// Samples whose stack was cut, because it had more frames with inlined ones than a collector takes.
+    pub cut_stacks: AtomicU64,
     /// Files whose symbol table could not be used.
     pub unusable_tables: AtomicU64,
     /// Files whose debug information exists and could not be used.

@@ -19,7 +19,7 @@ use gannet_agent::{
     profile::{RawProcess, RawProfile, RawStack},
     symbols::{DebugCost, Symbolizer, SymbolizerConfig},
 };
-use gannet_proto::profiles::Profile;
+use gannet_proto::{pprof, profiles::Profile};
 use proptest::prelude::*;
 use rstest::rstest;
 
@@ -910,6 +910,61 @@ fn debug_info_shared_between_files_is_read() {
     fs::create_dir_all(by_id.parent().unwrap()).unwrap();
     fs::copy(&shared, &by_id).unwrap();
     assert_eq!(linked("/nowhere"), good);
+}
+
+/// Checks a stack that has fewer frames than the limit, and more of them with its inlined functions.
+#[test]
+fn a_stack_of_many_inlined_functions_is_cut_with_a_mark() {
+    let program = start_c(&["-g"]);
+    let pid = program.child.id();
+    let (inner, leaf) = (program.addresses["inner"], program.addresses["leaf"]);
+    let named = |callers: usize| {
+        // Of a caller the byte before the address counts.
+        let user: Vec<u64> = std::iter::once(leaf).chain(std::iter::repeat_n(inner + 1, callers)).collect();
+        let symbolizer = new_symbolizer();
+        let stacks = vec![stack(&[], &user, StackEnd::Complete)];
+        let profile = symbolize(&symbolizer, raw(key(pid), image(pid, &mut table()), stacks));
+        (names(&profile).concat(), symbolizer.stats().cut_stacks.load(Ordering::Relaxed))
+    };
+    let (whole, cut) = named(511);
+    assert_eq!((whole.len(), whole.last().map(String::as_str), cut), (1023, Some("holder"), 0));
+    let (frames, cut) = named(512);
+    assert_eq!((frames.last().map(String::as_str), cut), (Some("[truncated]"), 3));
+    assert!((1020..=1024).contains(&frames.len()) && frames[0] == "leaf", "{} frames", frames.len());
+    assert_eq!(frames[1..3], ["inner", "holder"]);
+}
+
+/// Checks that pprof does not look into the file that stands at the path by now: neither for functions with names nor for those
+/// without.
+#[rstest]
+#[case::named(false)]
+#[case::stripped(true)]
+fn pprof_does_not_name_frames_again(#[case] is_stripped: bool) {
+    let (directory, path) = compile_c(&[]);
+    if is_stripped {
+        run_tool(Command::new("strip").arg(&path));
+    }
+    let program = start(directory, path);
+    let pid = program.child.id();
+    let stacks =
+        vec![stack(&[], &[program.addresses["leaf"], program.addresses["outer"]], StackEnd::Complete)];
+    let profile = symbolize(&new_symbolizer(), raw(key(pid), image(pid, &mut table()), stacks));
+    assert!(profile.mapping.iter().all(|mapping| mapping.has_functions));
+    let file = program.path.with_extension("pb.gz");
+    fs::write(&file, pprof::encode(&profile)).unwrap();
+    let print = |form: &str| {
+        let output = Command::new("go").args(["tool", "pprof", form]).arg(&file).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{form}");
+        assert!(output.status.success(), "{form}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let before = ["-top", "-raw", "-traces"].map(print);
+    assert_eq!(before[0].contains("leaf"), !is_stripped, "{}", before[0]);
+    // Another program at the same path, with other names at the same addresses.
+    let (_other, other) = compile_c(&["-g", "-Dleaf=wrong", "-Douter=wronger"]);
+    fs::remove_file(&program.path).unwrap();
+    fs::copy(&other, &program.path).unwrap();
+    assert_eq!(["-top", "-raw", "-traces"].map(print), before);
 }
 
 #[rstest]

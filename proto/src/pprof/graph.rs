@@ -334,6 +334,9 @@ impl Used {
         let mut used_functions = vec![false; functions.list.len()];
         let mut flags: Vec<Flags> = (0..mappings.list.len() as u32)
             .map(|mapping| graph.claimed.get(&mapping).copied().unwrap_or_default())
+            // Each frame has all the names that the agent found in the file that ran. `go tool pprof` would name those of other
+            // mappings again, from the file that stands at the path by then.
+            .map(|flags| Flags { functions: true, ..flags })
             .collect();
         for (location, _) in locations.list.iter().zip(&used_locations).filter(|(_, used)| **used) {
             for line in &location.lines {
@@ -343,7 +346,6 @@ impl Used {
                 let has_file = |line: &LineKey| {
                     !strings[functions.list[line.function as usize].file as usize].is_empty()
                 };
-                flags.functions |= !location.lines.is_empty();
                 flags.filenames |= location.lines.iter().any(has_file);
                 flags.line_numbers |= location.lines.iter().any(|line| line.line > 0);
                 flags.inline_frames |= location.lines.len() > 1;

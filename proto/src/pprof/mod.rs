@@ -20,6 +20,9 @@ pub use split::{halves, split};
 
 pub use crate::profiles::Profile;
 
+/// Frames of one stack, with inlined ones. A flame graph is a tree of this depth, which gRPC encodes by recursion.
+pub const MAX_STACK_FRAMES: usize = 1024;
+
 /// Reasons why bytes are not a profile, or why a profile cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PprofError {

@@ -158,6 +158,7 @@ fn unsymbolized_kernel_and_inlined_frames_are_named() {
     builder.sample(&stack, &[3, 30], &[]);
     let profile = builder.finish();
     assert_eq!(folded(&profile, 0).unwrap(), "outer;inner;[unknown];[anon];libfoo.so+0x1234;read 3\n");
+    assert!(profile.mapping.iter().all(|mapping| mapping.has_functions), "pprof names none of them again");
     let mut tree = FlameTree::new();
     tree.add(&profile, 1, Side::Main).unwrap();
     let mut node = &tree.prune(100);
