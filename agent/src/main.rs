@@ -87,9 +87,9 @@ fn perform(verb: Verb, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
             runtime()?.block_on(top::top(args))?;
             Ok(ExitCode::SUCCESS)
         }
-        Verb::Check { json } => {
+        Verb::Check { json, pid } => {
             start_log(LogFormat::Text);
-            let report = check::check(&CheckOptions::default());
+            let report = check::check(&CheckOptions { pid, ..CheckOptions::default() });
             #[expect(clippy::print_stdout, reason = "the answer to the user")]
             if json {
                 println!("{}", report.to_json());

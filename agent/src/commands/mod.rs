@@ -36,6 +36,9 @@ pub enum Verb {
         /// Print one JSON object
         #[arg(long)]
         json: bool,
+        /// Check also whether the names of this process's interpreted functions can be read
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        pid: Option<u32>,
     },
     /// Print a script that completes commands in a shell
     Completion(CompletionArgs),

@@ -84,6 +84,10 @@ pub struct RecordArgs {
     /// pprof file named after the time]
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<Destination>,
+    /// In folded stacks and flame graphs, show the C functions of interpreters between the functions that they run; pprof
+    /// files always have them
+    #[arg(long)]
+    pub(crate) interpreter_frames: bool,
     /// Print the numbers of samples taken, delivered and lost as one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -233,7 +237,11 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     let Some(mut profile) = recorded.profile else { return Err(RecordError::NoSamples(took)) };
     // The merger adds the durations of the windows, but profiles of one window cover the same time.
     profile.duration_nanos = i64::try_from(took.as_nanos()).unwrap_or(i64::MAX);
-    let details = Details { title: format!("gannet: {}", subject(&args)), ledger: recorded.ledger.clone() };
+    let details = Details {
+        title: format!("gannet: {}", subject(&args)),
+        ledger: recorded.ledger.clone(),
+        interpreter_frames: args.interpreter_frames,
+    };
     destination.write(&profile, &details)?;
     print_ledger(&args, &destination, &recorded.ledger, &names, ticks_due, start, took)
         .map_err(RecordError::Start)

@@ -3,8 +3,8 @@
 use std::{borrow::Cow, collections::BTreeMap, fmt::Write};
 
 use gannet_proto::{
-    pprof::folded_name,
-    profiles::{Location, Profile},
+    pprof::{InterpreterFrames, folded_name, interpreted_name, is_interpreted},
+    profiles::{Function, Location, Profile},
 };
 use inferno::flamegraph::{self, Options, Palette, TextTruncateDirection, color::MultiPalette};
 
@@ -23,12 +23,14 @@ enum Kind {
     Function,
     Inlined,
     Kernel,
+    /// A function that an interpreter runs.
+    Interpreted,
 }
 
 /// Returns one line for each different stack, root first: `comm;main;work 1234`. The value is that of the last sample type.
 /// The root is the command name, so that one graph can show many processes.
-pub(super) fn folded(profile: &Profile) -> Result<String, OutputError> {
-    let stacks = stacks(profile, |name, _| folded_name(name).into_owned())?;
+pub(super) fn folded(profile: &Profile, details: &Details) -> Result<String, OutputError> {
+    let stacks = stacks(profile, details, |name, _| folded_name(name).into_owned())?;
     Ok(stacks.iter().fold(String::new(), |mut lines, (stack, value)| {
         let _ = writeln!(lines, "{} {value}", stack.join(";"));
         lines
@@ -36,7 +38,16 @@ pub(super) fn folded(profile: &Profile) -> Result<String, OutputError> {
 }
 
 /// Adds up the values of equal stacks, with the text that `frame` makes of each name.
-fn stacks(profile: &Profile, frame: impl Fn(&str, Kind) -> String) -> Result<Stacks, OutputError> {
+fn stacks(
+    profile: &Profile,
+    details: &Details,
+    frame: impl Fn(&str, Kind) -> String,
+) -> Result<Stacks, OutputError> {
+    let interpreters = if details.interpreter_frames {
+        InterpreterFrames::default()
+    } else {
+        InterpreterFrames::new(profile)
+    };
     let reader = Reader::new(profile)?;
     let mut sums = Stacks::new();
     for sample in &profile.sample {
@@ -46,8 +57,8 @@ fn stacks(profile: &Profile, frame: impl Fn(&str, Kind) -> String) -> Result<Sta
         if let Some(comm) = sample.label.iter().find(|label| reader.text(label.key) == "comm") {
             push(reader.text(comm.str), Kind::Function);
         }
-        for id in sample.location_id.iter().rev() {
-            reader.add_location(*id, &mut push)?;
+        for id in interpreters.visible(sample).rev() {
+            reader.add_location(id, &mut push)?;
         }
         if stack.is_empty() {
             stack.push("[no stack]".to_owned());
@@ -60,7 +71,7 @@ fn stacks(profile: &Profile, frame: impl Fn(&str, Kind) -> String) -> Result<Sta
 struct Reader<'a> {
     profile: &'a Profile,
     locations: BTreeMap<u64, &'a Location>,
-    functions: BTreeMap<u64, i64>,
+    functions: BTreeMap<u64, &'a Function>,
     mappings: BTreeMap<u64, i64>,
 }
 
@@ -72,7 +83,7 @@ impl<'a> Reader<'a> {
         Ok(Self {
             profile,
             locations: profile.location.iter().map(|location| (location.id, location)).collect(),
-            functions: profile.function.iter().map(|function| (function.id, function.name)).collect(),
+            functions: profile.function.iter().map(|function| (function.id, function)).collect(),
             mappings: profile.mapping.iter().map(|mapping| (mapping.id, mapping.filename)).collect(),
         })
     }
@@ -100,12 +111,18 @@ impl<'a> Reader<'a> {
             }
         }
         for (depth, part) in location.line.iter().enumerate().rev() {
-            let name = self
+            let function = self
                 .functions
                 .get(&part.function_id)
                 .ok_or(OutputError::Damaged("a location names a function that is missing"))?;
             let is_inlined = depth + 1 < location.line.len();
-            push(self.text(*name), if is_inlined && outer != Kind::Kernel { Kind::Inlined } else { outer });
+            let name = self.text(function.name);
+            if is_interpreted(file) {
+                let name = interpreted_name(name, self.text(function.filename), function.start_line);
+                push(&name, Kind::Interpreted);
+            } else {
+                push(name, if is_inlined && outer != Kind::Kernel { Kind::Inlined } else { outer });
+            }
         }
         Ok(())
     }
@@ -124,6 +141,8 @@ fn picture_frame(name: &str, kind: Kind) -> String {
         Kind::Function => name,
         Kind::Inlined => name + "_[i]",
         Kind::Kernel => name + "_[k]",
+        // The mark of functions that a JIT compiler made has the colour of other languages.
+        Kind::Interpreted => name + "_[j]",
     }
 }
 
@@ -154,13 +173,13 @@ fn unit(profile: &Profile) -> (f64, &str) {
     }
 }
 
-pub(super) fn svg(profile: &Profile, title: &str) -> Result<Vec<u8>, OutputError> {
-    Ok(picture(profile, title)?.into_bytes())
+pub(super) fn svg(profile: &Profile, details: &Details) -> Result<Vec<u8>, OutputError> {
+    Ok(picture(profile, details, &details.title)?.into_bytes())
 }
 
-fn picture(profile: &Profile, title: &str) -> Result<String, OutputError> {
+fn picture(profile: &Profile, details: &Details, title: &str) -> Result<String, OutputError> {
     // inferno draws a "flame chart" in the order of its lines, last line first. Otherwise it sorts or wants them as text.
-    let lines: Vec<String> = stacks(profile, picture_frame)?
+    let lines: Vec<String> = stacks(profile, details, picture_frame)?
         .iter()
         .rev()
         .map(|(stack, value)| format!("{} {value}", stack.join(";")))
@@ -182,7 +201,7 @@ fn picture(profile: &Profile, title: &str) -> Result<String, OutputError> {
 }
 
 pub(super) fn html(profile: &Profile, details: &Details) -> Result<Vec<u8>, OutputError> {
-    let picture = picture(profile, "")?;
+    let picture = picture(profile, details, "")?;
     // Inside a page the picture is an element, not a document.
     let picture =
         &picture[picture.find("<svg").ok_or_else(|| OutputError::Draw("no picture".to_owned()))?..];

@@ -130,14 +130,16 @@ pub struct Details {
     pub title: String,
     /// Account of the samples.
     pub ledger: Ledger,
+    /// Whether flame graphs and folded stacks show the native frames of interpreters.
+    pub interpreter_frames: bool,
 }
 
 /// Returns the profile in a format.
 pub fn render(profile: &Profile, format: Format, details: &Details) -> Result<Vec<u8>, OutputError> {
     match format {
         Format::Pprof => Ok(pprof::encode(profile)),
-        Format::Folded => Ok(flame::folded(profile)?.into_bytes()),
-        Format::Svg => flame::svg(profile, &details.title),
+        Format::Folded => Ok(flame::folded(profile, details)?.into_bytes()),
+        Format::Svg => flame::svg(profile, details),
         Format::Html => flame::html(profile, details),
     }
 }

@@ -9,6 +9,7 @@
 
 mod functions;
 mod memory;
+mod process;
 mod python;
 
 use gannet_elf::Elf;
@@ -19,6 +20,7 @@ pub use self::functions::Interpreter;
 pub(crate) use self::{
     functions::ListFunction,
     memory::{Memory, ProcessMemory},
+    process::inspect,
 };
 
 /// The runtimes that the agent knows.

@@ -280,6 +280,7 @@ fn end_frame(end: StackEnd) -> Option<&'static str> {
 }
 
 fn labels<'a>(process: &'a RawProcess, stack: &'a RawStack) -> Vec<Label<'a>> {
+    let runtime = process.interpreter.as_ref().map(|interpreter| &interpreter.file);
     let text = |key, value| Label { key, value: LabelValue::Str(value) };
     let number = |key, value: u32| Label { key, value: LabelValue::Num(i64::from(value), "") };
     let texts = [
@@ -287,6 +288,8 @@ fn labels<'a>(process: &'a RawProcess, stack: &'a RawStack) -> Vec<Label<'a>> {
         text("comm", &process.comm),
         text("container_id", &process.container_id),
         text("pod_uid", &process.pod_uid),
+        text("runtime", runtime.map_or("", |file| file.runtime.name())),
+        text("runtime_version", runtime.map_or("", |file| &file.detected.version_text)),
         text("state", sleep_state(stack.state)),
         text("unwinding", if stack.marks.guessed { "guessed" } else { "" }),
     ];

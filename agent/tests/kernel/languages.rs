@@ -203,6 +203,15 @@ fn check_python(python: &str) {
             expected(minor, case, &frames)
         })
         .collect();
+    let text = |index: i64| recording.profile.string_table[index as usize].as_str();
+    let version = format!("3.{minor}.");
+    for sample in &recording.profile.sample {
+        let label =
+            |name| sample.label.iter().find(|label| text(label.key) == name).map(|label| text(label.str));
+        assert_eq!(label("runtime"), Some("python"));
+        let found = label("runtime_version");
+        assert!(found.is_some_and(|found| found.starts_with(&version) || minor < 11), "{found:?}");
+    }
     let stacks = python_frames(&recording.profile, path.to_str().unwrap());
     let (mut good, mut all, mut without) = (0, 0, 0);
     let mut seen = vec![0; expected.len()];

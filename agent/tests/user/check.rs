@@ -83,7 +83,7 @@ fn other_missing_capabilities_are_only_warnings() {
 
 #[test]
 fn root_can_run_the_agent_on_this_machine() {
-    let report = check(&CheckOptions { state_dir: Some(std::env::temp_dir()) });
+    let report = check(&CheckOptions { state_dir: Some(std::env::temp_dir()), ..CheckOptions::default() });
     assert!(report.can_run, "the tests need a machine that Gannet runs on:\n{report}");
     assert_eq!(report.exit_code(), 0);
     assert!(report.to_string().ends_with("Gannet can run on this machine.\n"));

@@ -42,7 +42,7 @@ fn profile() -> Profile {
 fn details() -> Details {
     let mut ledger = Ledger { taken: 10, delivered: 7, ..Ledger::default() };
     ledger.lose(LossReason::RingFull, 3);
-    Details { title: "all <script>alert(1)</script> & more".into(), ledger }
+    Details { title: "all <script>alert(1)</script> & more".into(), ledger, interpreter_frames: false }
 }
 
 fn text(format: Format) -> String {
@@ -221,4 +221,35 @@ fn a_damaged_profile_is_refused() {
     assert!(
         matches!("x".parse::<Destination>(), Err(OutputError::UnknownEnding(path)) if path == Path::new("x"))
     );
+}
+
+/// Checks that a Python function shows file and line, in its own colour, and that a flag brings the interpreter's frames back.
+#[test]
+fn interpreted_functions_show_their_file_and_line() {
+    let mut builder = Builder::new(Header {
+        sample_types: &[("cpu", "nanoseconds")],
+        period_type: ("cpu", "nanoseconds"),
+        period: 1,
+        time_nanos: 1,
+        duration_nanos: 1,
+    });
+    let native = Mapping { limit: 0x1000, file: "/usr/bin/python3.11", ..Mapping::default() };
+    let (native, python) =
+        (builder.mapping(native), builder.mapping(Mapping { file: "[cpython]", ..Mapping::default() }));
+    let the_loop = Line { name: "_PyEval_EvalFrameDefault", ..Line::default() };
+    let the_loop = builder.location(Some(native), 1, &[the_loop]);
+    let handle =
+        Line { name: "App.handle", file: "/srv/app.py", line: 14, start_line: 12, ..Line::default() };
+    let handle = builder.location(Some(python), 0, &[handle]);
+    builder.sample(&[handle, the_loop], &[1_000_000], &[]);
+    let profile = builder.finish();
+    let text = |format, interpreter_frames| {
+        let details = Details { interpreter_frames, ..Details::default() };
+        String::from_utf8(render(&profile, format, &details).unwrap()).unwrap()
+    };
+    assert_eq!(text(Format::Folded, false), "App.handle (app.py:12) 1000000\n");
+    assert_eq!(text(Format::Folded, true), "_PyEval_EvalFrameDefault;App.handle (app.py:12) 1000000\n");
+    let svg = text(Format::Svg, false);
+    assert!(svg.contains("<title>App.handle (app.py:12) (1 ms, 100.00%)</title>"), "{svg}");
+    assert!(!svg.contains("_[j]") && !svg.contains("EvalFrameDefault"), "{svg}");
 }

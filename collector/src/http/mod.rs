@@ -24,7 +24,7 @@ use crate::{
     auth::{Auth, Role},
     metrics::Metrics,
     peer::Peer,
-    query::{Query, QueryError, parse_profile_id},
+    query::{Query, QueryError, Shape, parse_profile_id},
     store::{Store, StoreError},
     triggers::Triggers,
 };
@@ -175,15 +175,19 @@ async fn merge(State(state): State<HttpState>, params: RawParams) -> ApiResult<R
 
 async fn flamegraph(State(state): State<HttpState>, params: RawParams) -> ApiResult<Response> {
     let params = Params::new(params, &GRAPH, &["max_nodes"])?;
-    let (of, base, max_nodes) = (params.selection()?, params.base()?, params.number("max_nodes")?);
-    let graph = state.query.flamegraph(&of, base.as_ref(), params.text("type"), max_nodes).await?;
+    let (of, base) = (params.selection()?, params.base()?);
+    let shape =
+        Shape { max: params.number("max_nodes")?, interpreter_frames: params.flag("interpreter_frames")? };
+    let graph = state.query.flamegraph(&of, base.as_ref(), params.text("type"), shape).await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], json::flamegraph(&graph)).into_response())
 }
 
 async fn top(State(state): State<HttpState>, params: RawParams) -> ApiResult {
     let params = Params::new(params, &GRAPH, &["limit"])?;
-    let (of, base, limit) = (params.selection()?, params.base()?, params.number("limit")?);
-    Ok(axum::Json(json::top(&state.query.top(&of, base.as_ref(), params.text("type"), limit).await?)))
+    let (of, base) = (params.selection()?, params.base()?);
+    let shape =
+        Shape { max: params.number("limit")?, interpreter_frames: params.flag("interpreter_frames")? };
+    Ok(axum::Json(json::top(&state.query.top(&of, base.as_ref(), params.text("type"), shape).await?)))
 }
 
 async fn timeline(State(state): State<HttpState>, params: RawParams) -> ApiResult {

@@ -10,8 +10,17 @@ use crate::{query::Selection, time};
 /// Parameters of a range of time.
 pub(super) const RANGE: [&str; 3] = ["query", "from", "until"];
 /// Parameters of a flame graph and a table.
-pub(super) const GRAPH: [&str; 8] =
-    ["query", "from", "until", "profile_id", "type", "base_query", "base_from", "base_until"];
+pub(super) const GRAPH: [&str; 9] = [
+    "query",
+    "from",
+    "until",
+    "profile_id",
+    "type",
+    "base_query",
+    "base_from",
+    "base_until",
+    "interpreter_frames",
+];
 
 /// The query string of a request, before its names are checked.
 pub(super) type RawParams = UrlQuery<HashMap<String, String>>;
@@ -47,6 +56,17 @@ impl Params {
             text => text.parse().map_err(|_| {
                 ApiError::bad_request(format!("parameter {name}: `{text}` is not a number that fits"))
             }),
+        }
+    }
+
+    /// Parses a switch. A missing parameter is false.
+    pub(super) fn flag(&self, name: &str) -> Result<bool, ApiError> {
+        match self.text(name) {
+            "" | "false" => Ok(false),
+            "true" => Ok(true),
+            text => {
+                Err(ApiError::bad_request(format!("parameter {name}: `{text}` is neither true nor false")))
+            }
         }
     }
 

@@ -23,14 +23,23 @@ struct Comparison {
     sample_type: String,
 }
 
+/// The form of a graph or table.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Shape {
+    /// The most nodes or rows; 0 means the default.
+    pub(crate) max: u32,
+    /// Whether the native frames of interpreters are shown.
+    pub(crate) interpreter_frames: bool,
+}
+
 impl Comparison {
     /// Returns the number of profiles that both sides lack.
     fn unreadable(&self) -> u64 {
         [&self.main, &self.base].into_iter().flatten().map(|merged| merged.unreadable).sum()
     }
 
-    fn tree(&self) -> Result<FlameTree, QueryError> {
-        let mut tree = FlameTree::new();
+    fn tree(&self, shape: Shape) -> Result<FlameTree, QueryError> {
+        let mut tree = FlameTree::new().with_interpreter_frames(shape.interpreter_frames);
         for (merged, side) in [(&self.main, Side::Main), (&self.base, Side::Base)] {
             if let Some(merged) = merged
                 && let Some(index) = pprof::sample_type_index(&merged.profile, &self.sample_type)
@@ -61,22 +70,23 @@ impl Query {
         Ok(Comparison { main: main.map(|(m, _)| m), base: base.map(|(m, _)| m), sample_type: chosen })
     }
 
-    /// Returns a flame graph of the selection, compared with `base` if given. `max_nodes` 0 means the default.
+    /// Returns a flame graph of the selection, compared with `base` if given.
     pub(crate) async fn flamegraph(
         self: &Arc<Self>,
         selection: &Selection,
         base: Option<&Selection>,
         sample_type: &str,
-        max_nodes: u32,
+        shape: Shape,
     ) -> Result<api::FlameGraphResponse, QueryError> {
         let _timer = self.metrics.query_timer("flamegraph");
+        let max_nodes = shape.max;
         if max_nodes > MAX_FLAME_NODES {
             return Err(QueryError::Invalid(format!("max_nodes {max_nodes} is above {MAX_FLAME_NODES}")));
         }
         let max_nodes = if max_nodes == 0 { DEFAULT_FLAME_NODES } else { max_nodes } as usize;
         let compared = self.compare(selection, base, sample_type).await?;
         self.blocking(move |_| {
-            let root = compared.tree()?.prune(max_nodes);
+            let root = compared.tree(shape)?.prune(max_nodes);
             Ok(api::FlameGraphResponse {
                 unit: unit_of(&compared.sample_type),
                 total: root.total,
@@ -92,22 +102,23 @@ impl Query {
         .await
     }
 
-    /// Returns a table of the selection's functions, compared with `base` if given. `limit` 0 means the default.
+    /// Returns a table of the selection's functions, compared with `base` if given.
     pub(crate) async fn top(
         self: &Arc<Self>,
         selection: &Selection,
         base: Option<&Selection>,
         sample_type: &str,
-        limit: u32,
+        shape: Shape,
     ) -> Result<api::TopResponse, QueryError> {
         let _timer = self.metrics.query_timer("top");
+        let limit = shape.max;
         if limit > MAX_TOP_ROWS {
             return Err(QueryError::Invalid(format!("limit {limit} is above {MAX_TOP_ROWS}")));
         }
         let limit = if limit == 0 { DEFAULT_TOP_ROWS } else { limit } as usize;
         let compared = self.compare(selection, base, sample_type).await?;
         self.blocking(move |_| {
-            let tree = compared.tree()?;
+            let tree = compared.tree(shape)?;
             Ok(api::TopResponse {
                 unit: unit_of(&compared.sample_type),
                 total: tree.total(Side::Main),

@@ -12,7 +12,7 @@ use gannet_proto::query::{self as api, query_service_server::QueryService};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{MergeProgress, Query, QueryError, Selection, parse_profile_id};
+use super::{MergeProgress, Query, QueryError, Selection, Shape, parse_profile_id};
 use crate::{store::StoreError, time};
 
 /// Size of the chunks of a profile.
@@ -157,10 +157,11 @@ impl QueryService for QueryGrpc {
         &self,
         request: Request<api::FlameGraphRequest>,
     ) -> Result<Response<api::FlameGraphResponse>, Status> {
-        let api::FlameGraphRequest { selection: of, base, sample_type, max_nodes, flat } =
+        let api::FlameGraphRequest { selection: of, base, sample_type, max_nodes, flat, interpreter_frames } =
             request.into_inner();
+        let shape = Shape { max: max_nodes, interpreter_frames };
         let base = base.map(|b| selection(Some(b))).transpose()?;
-        let mut answer = self.0.flamegraph(&selection(of)?, base.as_ref(), &sample_type, max_nodes).await?;
+        let mut answer = self.0.flamegraph(&selection(of)?, base.as_ref(), &sample_type, shape).await?;
         if flat {
             answer.nodes = answer.root.take().map(gannet_proto::pprof::flat).unwrap_or_default();
         }
@@ -168,9 +169,11 @@ impl QueryService for QueryGrpc {
     }
 
     async fn top(&self, request: Request<api::TopRequest>) -> Result<Response<api::TopResponse>, Status> {
-        let api::TopRequest { selection: of, base, sample_type, limit } = request.into_inner();
+        let api::TopRequest { selection: of, base, sample_type, limit, interpreter_frames } =
+            request.into_inner();
+        let shape = Shape { max: limit, interpreter_frames };
         let base = base.map(|b| selection(Some(b))).transpose()?;
-        let answer = self.0.top(&selection(of)?, base.as_ref(), &sample_type, limit).await?;
+        let answer = self.0.top(&selection(of)?, base.as_ref(), &sample_type, shape).await?;
         Ok(Response::new(answer))
     }
 

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use gannet_proto::{labels::Labels, query as api};
 use ulid::Ulid;
 
+pub(crate) use self::graph::Shape;
 use self::merge::{MergeProgress, Merges};
 pub(crate) use self::{
     grpc::QueryGrpc,

@@ -195,6 +195,7 @@ async fn graph_and_table_of_a_comparison_hold_both_sides() {
         sample_type: "samples/count".into(),
         max_nodes: 0,
         flat: false,
+        interpreter_frames: false,
     };
     let graph = client.flame_graph(request.clone()).await.unwrap().into_inner();
     assert_eq!((graph.unit.as_str(), graph.sample_type.as_str()), ("count", "samples/count"));
@@ -212,6 +213,7 @@ async fn graph_and_table_of_a_comparison_hold_both_sides() {
         base: request.base,
         sample_type: request.sample_type,
         limit: 10,
+        interpreter_frames: false,
     };
     let top = client.top(request).await.unwrap().into_inner();
     assert_eq!((top.total, top.base_total, top.unit.as_str()), (120, 34, "count"));

@@ -35,6 +35,8 @@ export interface State {
   absolute: boolean;
   /** Draw the root at the bottom. */
   flip: boolean;
+  /** Show the native frames of interpreters between the functions that they run. */
+  interpreters: boolean;
   live: boolean;
 }
 
@@ -57,6 +59,7 @@ export const DEFAULTS: State = {
   blind: false,
   absolute: false,
   flip: false,
+  interpreters: false,
   live: false,
 };
 
@@ -92,6 +95,7 @@ export function fromAddress(location: { pathname: string; search: string }): Sta
     blind: get.has("blind"),
     absolute: get.has("absolute"),
     flip: get.has("flip"),
+    interpreters: get.has("interpreters"),
     live: get.has("live"),
   };
 }
@@ -119,6 +123,7 @@ export function toAddress(state: State): string {
   flag("blind", state.blind);
   flag("absolute", state.absolute);
   flag("flip", state.flip);
+  flag("interpreters", state.interpreters);
   flag("live", state.live);
   const text = search.toString();
   return `./${state.view === "profiles" ? "" : state.view}${text ? `?${text}` : ""}`;

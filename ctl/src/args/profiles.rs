@@ -111,6 +111,9 @@ pub(crate) struct Flame {
     /// Show at most this many functions; the smallest subtrees become `[other]`
     #[arg(long, value_name = "N", default_value_t = 20_000)]
     pub(crate) max_nodes: usize,
+    /// Show the C functions of interpreters between the functions that they run
+    #[arg(long)]
+    pub(crate) interpreter_frames: bool,
     /// Print the tree even if the output is a terminal
     #[arg(long)]
     pub(crate) tree: bool,
@@ -132,6 +135,9 @@ pub(crate) struct TopArgs {
     /// Maximum number of functions
     #[arg(long, default_value_t = 40)]
     pub(crate) limit: u32,
+    /// Count the C functions of interpreters as functions, instead of the functions that they run
+    #[arg(long)]
+    pub(crate) interpreter_frames: bool,
     #[command(flatten)]
     pub(crate) select: Select,
 }

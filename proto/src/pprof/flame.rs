@@ -5,6 +5,7 @@ use std::{borrow::Cow, collections::HashMap};
 use super::{
     PprofError,
     check::{Ids, check},
+    interpreters::{InterpreterFrames, interpreted_name, is_interpreted},
 };
 use crate::{
     profiles::{Location, Mapping, Profile},
@@ -63,6 +64,8 @@ pub struct FlameTree {
     /// All nodes, each parent before its children. The first one is the root.
     nodes: Vec<Node>,
     children: HashMap<(u32, u32), u32>,
+    /// Whether the native frames of interpreters stand between the functions that they run.
+    interpreter_frames: bool,
 }
 
 impl Default for FlameTree {
@@ -72,13 +75,25 @@ impl Default for FlameTree {
 }
 
 impl FlameTree {
-    /// Returns a tree that has only the root.
+    /// Returns a tree that has only the root. It leaves out the native frames of interpreters.
     pub fn new() -> Self {
-        let mut tree =
-            Self { frames: HashMap::new(), files: Vec::new(), nodes: Vec::new(), children: HashMap::new() };
+        let mut tree = Self {
+            frames: HashMap::new(),
+            files: Vec::new(),
+            nodes: Vec::new(),
+            children: HashMap::new(),
+            interpreter_frames: false,
+        };
         let frame = tree.frame(ROOT.to_owned(), false, "");
         tree.nodes.push(Node { parent: 0, frame, inlined: false, total: [0; 2], own: [0; 2] });
         tree
+    }
+
+    /// Lets the native frames of interpreters stand between the functions that they run, or leaves them out.
+    #[must_use]
+    pub fn with_interpreter_frames(mut self, shown: bool) -> Self {
+        self.interpreter_frames = shown;
+        self
     }
 
     /// Adds the values of one sample type of a profile; see [`super::sample_type_index`].
@@ -97,6 +112,11 @@ impl FlameTree {
         };
         let location_frames = self.location_frames(profile)?;
         let ids = Ids::new("location", profile.location.iter().map(|location| location.id))?;
+        let interpreters = if self.interpreter_frames {
+            InterpreterFrames::default()
+        } else {
+            InterpreterFrames::new(profile)
+        };
         for sample in &profile.sample {
             let value = u64::try_from(sample.value[type_index]).unwrap_or(0);
             if value == 0 {
@@ -104,14 +124,11 @@ impl FlameTree {
             }
             let mut at = 0;
             add(&mut self.nodes[0].total, side, value);
-            for id in sample.location_id.iter().rev() {
+            for id in interpreters.visible(sample).rev() {
                 // The innermost frame is first, and every frame but the outermost is inlined into the next.
-                for (depth, frame) in location_frames[ids.index(*id, "a sample")?].iter().enumerate().rev() {
-                    at = self.child(
-                        at,
-                        *frame,
-                        depth + 1 < location_frames[ids.index(*id, "a sample")?].len(),
-                    );
+                for (depth, frame) in location_frames[ids.index(id, "a sample")?].iter().enumerate().rev() {
+                    at =
+                        self.child(at, *frame, depth + 1 < location_frames[ids.index(id, "a sample")?].len());
                     add(&mut self.nodes[at as usize].total, side, value);
                 }
             }
@@ -183,6 +200,9 @@ impl FlameTree {
                         let name = match (text(function.name), text(function.system_name)) {
                             ("", "") => unsymbolized(location, mapping, file),
                             ("", system_name) => system_name.to_owned(),
+                            (name, _) if is_interpreted(file) => {
+                                interpreted_name(name, text(function.filename), function.start_line)
+                            }
                             (name, _) => name.to_owned(),
                         };
                         Ok(self.frame(name, kernel, file))

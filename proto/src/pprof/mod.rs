@@ -8,6 +8,7 @@ mod check;
 mod codec;
 mod flame;
 mod graph;
+mod interpreters;
 mod merge;
 mod split;
 
@@ -15,6 +16,7 @@ pub use builder::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping,
 pub use check::{Summary, check, sample_type_index, samples};
 pub use codec::{decode, encode};
 pub use flame::{FlameTree, Side, flat, folded, folded_name};
+pub use interpreters::{InterpreterFrames, interpreted_name, is_interpreted};
 pub use merge::Merger;
 pub use split::{halves, split};
 

@@ -412,3 +412,76 @@ fn use_it(profile: &Profile) {
         folded(profile, index).unwrap();
     }
 }
+
+/// A Python program: `main` calls the C function `sorted`, which calls `key`, which sleeps in the kernel. The second stack
+/// comes from before the agent knew the interpreter.
+fn python() -> Profile {
+    let mut builder = Builder::new(header());
+    let file = |file| Mapping { limit: 0x1000, file, ..Mapping::default() };
+    let native = |builder: &mut Builder, mapping, address, name| {
+        let mapping = builder.mapping(file(mapping));
+        builder.location(Some(mapping), address, &[Line { name, ..Line::default() }])
+    };
+    let interpreted = |builder: &mut Builder, name, line| {
+        let mapping = builder.mapping(file("[cpython]"));
+        let line = Line { name, file: "/srv/app.py", line, start_line: 4, ..Line::default() };
+        builder.location(Some(mapping), 0, &[line])
+    };
+    let python = "/usr/bin/python3.11";
+    let start = native(&mut builder, "/usr/lib/libc.so.6", 1, "__libc_start_main");
+    let main_c = native(&mut builder, python, 2, "Py_BytesMain");
+    let the_loop = native(&mut builder, python, 3, "_PyEval_EvalFrameDefault");
+    let sorted = native(&mut builder, python, 4, "builtin_sorted");
+    let sleep = native(&mut builder, "[kernel.kallsyms]", 5, "do_nanosleep");
+    let (main, key, key_later) = (
+        interpreted(&mut builder, "main", 7),
+        interpreted(&mut builder, "App.key", 5),
+        interpreted(&mut builder, "App.key", 6),
+    );
+    builder.sample(&[sleep, key, the_loop, sorted, main, the_loop, main_c, start], &[1, 10], &[]);
+    builder.sample(&[key_later, the_loop, sorted, main, the_loop, main_c, start], &[1, 10], &[]);
+    builder.sample(&[sorted, the_loop, main_c, start], &[1, 10], &[]);
+    builder.finish()
+}
+
+#[test]
+fn frames_of_an_interpreter_are_hidden_between_its_functions() {
+    let stacks = "__libc_start_main;Py_BytesMain;_PyEval_EvalFrameDefault;builtin_sorted 1
+__libc_start_main;main (app.py:4);App.key (app.py:4) 1
+__libc_start_main;main (app.py:4);App.key (app.py:4);do_nanosleep 1
+";
+    let sorted = |text: &str| {
+        let mut lines: Vec<_> = text.lines().map(str::to_owned).collect();
+        lines.sort();
+        lines
+    };
+    assert_eq!(sorted(&folded(&python(), 0).unwrap()), sorted(stacks));
+    let names = |tree: &FlameTree| {
+        let nodes = flat(tree.prune(100));
+        nodes.into_iter().skip(1).map(|node| node.name).collect::<Vec<_>>()
+    };
+    let mut tree = FlameTree::new();
+    tree.add(&python(), 0, Side::Main).unwrap();
+    assert_eq!(names(&tree).iter().filter(|name| *name == "_PyEval_EvalFrameDefault").count(), 1);
+    assert_eq!(tree.top(9).iter().find(|row| row.name == "App.key (app.py:4)").unwrap().total, 2);
+    let mut tree = FlameTree::new().with_interpreter_frames(true);
+    tree.add(&python(), 0, Side::Main).unwrap();
+    let all = names(&tree);
+    assert_eq!(all.iter().filter(|name| *name == "_PyEval_EvalFrameDefault").count(), 2, "{all:?}");
+    assert!(all.contains(&"builtin_sorted".to_owned()), "{all:?}");
+}
+
+#[test]
+fn a_program_that_is_no_interpreter_keeps_all_its_frames() {
+    let mut builder = Builder::new(header());
+    let mapping = builder.mapping(Mapping { limit: 0x1000, file: "/bin/app", ..Mapping::default() });
+    let line = |name| Line { name, ..Line::default() };
+    let frames = ["leaf", "_PyEval_EvalFrameDefault", "main"];
+    let ids: Vec<_> = frames
+        .iter()
+        .enumerate()
+        .map(|(at, name)| builder.location(Some(mapping), at as u64, &[line(name)]))
+        .collect();
+    builder.sample(&ids, &[1, 1], &[]);
+    assert_eq!(folded(&builder.finish(), 0).unwrap(), "main;_PyEval_EvalFrameDefault;leaf 1\n");
+}

@@ -2,6 +2,7 @@
 //!
 //! A check tries the operation itself where it can; version numbers and settings only explain why an attempt failed.
 
+mod interpreter;
 mod kernel;
 mod privileges;
 mod system;
@@ -61,6 +62,8 @@ pub struct Refusal {
 pub struct CheckOptions {
     /// State directory of `run` to check, if any.
     pub state_dir: Option<PathBuf>,
+    /// Process whose interpreter to check, if any.
+    pub pid: Option<u32>,
 }
 
 /// Checks without which the agent cannot run, in the order in which a user fixes them.
@@ -94,6 +97,7 @@ const OPTIONAL: &[fn() -> Check] = &[
 pub fn check(options: &CheckOptions) -> Report {
     let mut checks: Vec<Check> = REQUIRED.iter().chain(OPTIONAL).map(|check| check()).collect();
     checks.extend(options.state_dir.as_deref().map(system::state_dir));
+    checks.extend(options.pid.map(interpreter::interpreter));
     Report { can_run: checks.iter().all(|check| check.state != CheckState::Fail), checks }
 }
 

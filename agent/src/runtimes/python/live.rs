@@ -2,17 +2,14 @@
 //! stack that the process printed.
 
 use std::{
-    fs::File,
     io::{BufRead as _, BufReader},
     path::Path,
     process::{Child, Command, Stdio},
     sync::Arc,
 };
 
-use gannet_elf::Elf;
-
 use super::{
-    super::{Memory, ProcessMemory, RuntimeFile, detect, memory::word},
+    super::{Memory, ProcessMemory, RuntimeFile, memory::word, process::find},
     layout,
 };
 use crate::model::{ListEnd, ListLayout, sum_words};
@@ -51,21 +48,8 @@ impl Drop for Running {
 
 /// Finds the interpreter's file in a process, and its bias.
 fn interpreter(pid: u32) -> (Arc<RuntimeFile>, u64) {
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-    for line in maps.lines().filter(|line| line.contains(" r-xp ")) {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let Some(path) = fields.get(5).filter(|path| path.starts_with('/')) else { continue };
-        let open = File::open(path).unwrap();
-        let Ok(elf) = Elf::parse(&open, &gannet_unwind::limits::TableLimits::default().elf()) else {
-            continue;
-        };
-        if let Some(found) = detect(&elf, path) {
-            let hex = |text: &str| u64::from_str_radix(text, 16).unwrap();
-            let (start, offset) = (hex(fields[0].split('-').next().unwrap()), hex(fields[2]));
-            return (Arc::new(found), elf.segments().bias(start, offset, 4096).unwrap());
-        }
-    }
-    panic!("no interpreter in {maps}");
+    let (file, bias) = find(pid).unwrap().unwrap();
+    (Arc::new(file), bias)
 }
 
 /// Takes the list frames of a thread as `unwind.h` does: function, sum and position, `None` for the end of a run.

@@ -49,8 +49,13 @@ const keyOf = (path: string) => hash(path).toString(36) + hash(path, 0x9747b28c)
 
 const isSpecial = (name: string) => /^\[[^\]]*\]$/.test(name);
 
+/** Returns the language of the functions in a mapping that stands for an interpreter; undefined for a file. */
+const languageOf = (file: string) => (file === "[cpython]" ? "python" : undefined);
+
 /** Returns the origin of a function: its crate, package or namespace if the name has one, else its binary. */
 export function packageOf(name: string, file: string): string {
+  // `handle (app.py:12)`: the source file.
+  if (languageOf(file)) return /\(([^()]*):\d+\)$/.exec(name)?.[1] ?? file;
   const bare = name.replace(/^<+(?:&|mut |dyn |\*const |\*mut )*/, "");
   const scoped = /^([A-Za-z_~][\w.$-]*?)(?:\[[0-9a-f]+\])?(?:<[^:]*>)?::/.exec(bare);
   if (scoped?.[1]) return scoped[1];
@@ -62,6 +67,8 @@ export function packageOf(name: string, file: string): string {
 
 export function groupOf(frame: FrameData, colour: Colour): string {
   if (frame.special) return "not a function";
+  const language = languageOf(frame.file);
+  if (language && colour !== "package") return language;
   if (colour === "kind") return frame.kernel ? "kernel" : frame.inlined ? "user, inlined" : "user";
   if (frame.kernel) return "kernel";
   return colour === "binary" ? frame.file || "[unknown]" : packageOf(frame.name, frame.file);
@@ -152,6 +159,7 @@ export function groupColour(hues: Map<string, number>, group: string, dark: bool
   if (group === "not a function") return oklch(dark ? 0.36 : 0.88, 0.004, 250);
   if (group === "kernel") return oklch(light, dark ? 0.055 : 0.06, 255);
   if (group === "user") return oklch(light, 0.095, 55);
+  if (group === "python") return oklch(light, 0.1, 155);
   if (group === "user, inlined") return oklch(light, 0.085, 100);
   // The modules of a group have slightly different hues.
   const lean = ((hash(name.replace(/::[^:]*$/, "")) >>> 12) % 5) - 2;

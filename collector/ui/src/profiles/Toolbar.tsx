@@ -71,6 +71,7 @@ function GraphOptions({ state }: { state: State }) {
           <span class="label">Colour by</span>
           <Choice name="Colour by" value={state.colour} of={[["package", "Package"], ["binary", "Binary"], ["kind", "Kind"]]} onChange={(colour) => go({ colour }, true)} />
           <Toggle name="Root at the bottom" on={state.flip} onChange={(flip) => go({ flip }, true)} />
+          <Toggle name="Frames of interpreters" title="Show the C functions of an interpreter between the functions that it runs" on={state.interpreters} onChange={(interpreters) => go({ interpreters }, true)} />
           <Toggle name="Orange and blue differences" title="For readers who cannot distinguish red and green" on={state.blind} onChange={(blind) => go({ blind }, true)} />
           <Toggle name="Compare amounts, not shares" on={state.absolute} onChange={(absolute) => go({ absolute }, true)} />
         </div>

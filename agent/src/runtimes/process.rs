@@ -1,0 +1,62 @@
+//! The interpreter of a running process, found without the engine.
+
+use std::{
+    collections::HashSet,
+    fs::File,
+    io::{self, BufRead as _, BufReader, Read as _},
+};
+
+use gannet_elf::Elf;
+use gannet_unwind::limits::TableLimits;
+
+use super::{ProcessMemory, RuntimeFile, WhyNot, detect};
+
+/// Bytes that are read of the list of mappings, and files that are opened.
+const MAX_MAPS_BYTES: u64 = 4 << 20;
+const MAX_FILES: usize = 512;
+
+/// Finds the interpreter of a process, and why its frames cannot be taken, if so. `None` without an interpreter that the agent
+/// knows. The calls may wait for the process and for its file systems without end.
+pub(crate) fn inspect(tgid: u32) -> io::Result<Option<(RuntimeFile, Option<WhyNot>)>> {
+    let Some((file, bias)) = find(tgid)? else { return Ok(None) };
+    let attached = file.runtime.attach(&file, bias, &ProcessMemory { tgid });
+    Ok(Some((file, attached.err())))
+}
+
+/// Returns the interpreter's file, and the address in the process minus the address in that file.
+pub(super) fn find(tgid: u32) -> io::Result<Option<(RuntimeFile, u64)>> {
+    let page = rustix::param::page_size() as u64;
+    let maps = File::open(format!("/proc/{tgid}/maps"))?.take(MAX_MAPS_BYTES);
+    let mut seen = HashSet::new();
+    for line in BufReader::new(maps).lines() {
+        let line = line?;
+        let mut fields = line.split_ascii_whitespace();
+        let (Some(range), Some(rights), Some(offset)) = (fields.next(), fields.next(), fields.next()) else {
+            continue;
+        };
+        // Behind device and inode stands the path.
+        let Some(path) = fields.nth(2).filter(|path| path.starts_with('/')) else { continue };
+        if !rights.contains('x') || !seen.insert(path.to_owned()) {
+            continue;
+        }
+        if seen.len() > MAX_FILES {
+            break;
+        }
+        let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+        let Some((start, end)) =
+            range.split_once('-').and_then(|(start, end)| Some((hex(start)?, hex(end)?)))
+        else {
+            continue;
+        };
+        let Some(offset) = hex(offset) else { continue };
+        // This link leads to the mapped file, deleted or in another mount namespace. Its name has no leading zeros.
+        let Ok(open) = File::open(format!("/proc/{tgid}/map_files/{start:x}-{end:x}")) else { continue };
+        let Ok(elf) = Elf::parse(&open, &TableLimits::default().elf()) else { continue };
+        if let Some(found) = detect(&elf, path)
+            && let Some(bias) = elf.segments().bias(start, offset, page)
+        {
+            return Ok(Some((found, bias)));
+        }
+    }
+    Ok(None)
+}
