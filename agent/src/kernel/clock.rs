@@ -39,6 +39,7 @@ impl Clocks {
         let online = online_cpus()?;
         let wanted: BTreeSet<(u64, u32)> =
             periods_ns.iter().flat_map(|period| online.iter().map(|cpu| (*period, *cpu))).collect();
+        let mut failed = None;
         for key in wanted.iter().filter(|key| !self.running.contains_key(key)).copied().collect::<Vec<_>>() {
             match Clock::start(program, key.0, key.1) {
                 Ok(clock) => {
@@ -47,7 +48,8 @@ impl Clocks {
                 // The CPU went offline after it was listed; the next call sees that.
                 Err(KernelError::PerfEvent { source, .. }) if source.raw_os_error() == Some(libc::ENODEV) => {
                 }
-                Err(error) => return Err(error),
+                // The clocks of the other CPUs start all the same.
+                Err(error) => failed = failed.or(Some(error)),
             }
         }
         for key in self.running.keys().filter(|key| !wanted.contains(key)).copied().collect::<Vec<_>>() {
@@ -56,7 +58,7 @@ impl Clocks {
             }
         }
         self.periods_ns = periods_ns;
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
     /// Stops the clocks of CPUs that went offline, though these may be online again.

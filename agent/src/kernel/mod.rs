@@ -271,13 +271,15 @@ impl Kernel {
         if let Some(went_offline) = &went_offline {
             self.clocks.close(went_offline);
         }
-        if let Some(mappings) = &mut self.mappings {
+        let clocks = self.clocks.follow_cpus(sampler(&self.skeleton, self.options.unwind_driver));
+        // Behind the clocks, and whether these failed or not: neither may keep a CPU from the other.
+        let mappings = self.mappings.as_mut().map_or(Ok(()), |mappings| {
             if let Some(went_offline) = &went_offline {
                 mappings.close(went_offline);
             }
-            mappings.follow_cpus()?;
-        }
-        self.clocks.follow_cpus(sampler(&self.skeleton, self.options.unwind_driver))
+            mappings.follow_cpus()
+        });
+        clocks.and(mappings)
     }
 
     /// Returns the number of ticks that were due so far, by the kernel's own count of the clocks' running time.

@@ -7,7 +7,7 @@ use std::{
     process::Command,
     sync::mpsc,
     thread::{self, sleep},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::common::{Recording, Running, in_order, is_marked, program, record_for, slower};
@@ -230,28 +230,56 @@ impl Drop for Offline {
     }
 }
 
-#[test]
-fn a_cpu_that_goes_off_and_on_is_sampled_again() {
+/// Records a program that is pinned to CPU 1 and starts at the end of these steps. A step waits for some seconds and then
+/// writes a state to the CPU's `online`. The first step may come before the agent.
+#[track_caller]
+fn assert_cpu_is_sampled_after(before_agent: Option<&str>, steps: &'static [(u32, &str)]) {
     let online = Offline("/sys/devices/system/cpu/cpu1/online".into());
     let source = "volatile unsigned long n;
         __attribute__((noinline)) void pinned_leaf(void) { for (int i = 0; i < 1000; i++) n += i; }
         int main(void) { for (;;) pinned_leaf(); }";
     let program = program("pinned", source, &[]);
     let path = program.to_str().unwrap().to_owned();
+    let write = |path: &str, state: &str| {
+        let begin = Instant::now();
+        fs::write(path, state).unwrap_or_else(|error| panic!("{path}: {error}; the test needs it"));
+        // A busy machine may take seconds, which a failure should show.
+        eprintln!("CPU 1 to {state} took {:?}", begin.elapsed());
+    };
+    if let Some(state) = before_agent {
+        write(&online.0, state);
+    }
+    let (end, ended) = mpsc::channel::<()>();
     let toggle = thread::spawn(move || {
-        sleep(Duration::from_secs(3) * slower());
-        for state in ["0", "1"] {
-            fs::write(&online.0, state)
-                .unwrap_or_else(|error| panic!("{}: {error}; the test needs it", online.0));
+        for (seconds, state) in steps {
+            sleep(Duration::from_secs(1) * *seconds * slower());
+            write(&online.0, state);
         }
         let running = Running::start(Command::new("taskset").args(["-c", "1", &path]));
-        sleep(Duration::from_secs(8) * slower());
-        drop(running);
+        eprintln!("the program runs");
+        let _ = ended.recv();
+        drop((running, online));
     });
     let recording = record_for(10, 99, &["--comm", "pinned"]);
+    drop(end);
     toggle.join().unwrap();
     // It shares its CPU with the other programs of the machine.
     let (good, all) =
         recording.share("pinned_leaf", |stack| in_order(stack, &["pinned", "main"]) && !is_marked(stack));
     assert!(all > 20 && good * 100 >= all * 98, "{good} of {all}: {}", recording.log);
+}
+
+#[test]
+fn a_cpu_that_goes_off_and_on_is_sampled_again() {
+    assert_cpu_is_sampled_after(None, &[(3, "0"), (0, "1")]);
+}
+
+#[test]
+fn a_cpu_that_is_off_when_the_agent_starts_is_sampled_later() {
+    assert_cpu_is_sampled_after(Some("0"), &[(3, "1")]);
+}
+
+#[test]
+fn a_cpu_that_stays_off_for_seconds_is_sampled_again() {
+    assert_cpu_is_sampled_after(None, &[(2, "0"), (3, "1")]);
 }
