@@ -101,11 +101,26 @@ pub(crate) fn agent() -> PathBuf {
     beside.filter(|path| path.exists()).unwrap_or_else(|| env!("CARGO_BIN_EXE_gannet-agent").into())
 }
 
-/// A child that is killed when this is dropped.
+/// Lets a child end with the thread that starts it: a test that fails in another thread, or that is killed, drops nothing.
+pub(crate) fn end_with_test(command: &mut Command) -> &mut Command {
+    let parent = process::id();
+    let end = move || {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+        // The test may have ended before the call.
+        let is_orphan =
+            rustix::process::getppid().is_none_or(|now| now.as_raw_nonzero().get().unsigned_abs() != parent);
+        if is_orphan { Err(std::io::Error::from_raw_os_error(libc::ESRCH)) } else { Ok(()) }
+    };
+    // SAFETY: both system calls may be made between fork and exec, and nothing allocates.
+    unsafe { command.pre_exec(end) }
+}
+
+/// A child that is killed when this is dropped. It ends with the thread that started it too.
 pub(crate) struct Running(pub(crate) Child);
 
 impl Running {
     pub(crate) fn start(command: &mut Command) -> Self {
+        end_with_test(command);
         Self(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
     }
 }
@@ -166,7 +181,7 @@ pub(crate) fn record(hz: u32, arguments: &[&str]) -> Recording {
         // SAFETY: setpriority may be called between fork and exec.
         unsafe { command.pre_exec(first) };
     }
-    let output = command
+    let output = end_with_test(&mut command)
         .args(["record", "--json", "--hz", &hz.to_string(), "-o"])
         .arg(&out)
         .args(arguments)
