@@ -29,7 +29,7 @@ use tokio::{
 
 use crate::{
     commands::{
-        check::{self, Refusal},
+        check::{self, Refusal, UnsafeKernel},
         target_ends::TargetEnds,
     },
     engine::{Engine, EngineError, EngineOptions, Window},
@@ -95,6 +95,9 @@ pub struct RecordArgs {
     /// to 16MiB]
     #[arg(long, value_name = "BYTES")]
     pub(crate) ring_bytes: Option<ByteSize>,
+    /// Run on a kernel that `check` refuses because it may lock up (5.19 to 6.3), for kernels that have the fix all the same
+    #[arg(long)]
+    pub(crate) allow_unsafe_kernel: bool,
     /// Program to start; the profile begins with its first instruction and includes its children
     #[arg(last = true, value_name = "COMMAND")]
     pub(crate) command: Vec<String>,
@@ -164,7 +167,7 @@ fn flag_of(field: &str) -> &str {
 pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     // First, so that an interrupt ends the slow steps below too.
     let signals = Signals::listen().map_err(RecordError::Start)?;
-    check::preflight()?;
+    check::preflight(UnsafeKernel::of(args.allow_unsafe_kernel))?;
     let targets = TargetEnds::open(&args.pid).map_err(RecordError::Target)?;
     let destination =
         args.output.clone().unwrap_or_else(|| Destination::default_for(&subject(&args), SystemTime::now()));

@@ -154,6 +154,9 @@ pub struct RunOptions {
     /// misses short processes
     #[arg(long, env = "GANNET_AGENT_LIFECYCLE", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     pub(crate) lifecycle: bool,
+    /// Run on a kernel that `check` refuses because it may lock up (5.19 to 6.3), for kernels that have the fix all the same
+    #[arg(long, env = "GANNET_AGENT_ALLOW_UNSAFE_KERNEL")]
+    pub(crate) allow_unsafe_kernel: bool,
     /// Disk space that the spool may use
     #[arg(long, env = "GANNET_AGENT_SPOOL_BYTES", value_name = "BYTES", default_value = "256MiB")]
     pub(crate) spool_bytes: ByteSize,

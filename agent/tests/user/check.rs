@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use gannet_agent::commands::check::{CheckOptions, CheckState, check, preflight};
+use gannet_agent::commands::check::{CheckOptions, CheckState, UnsafeKernel, check, preflight};
 
 /// Runs one of the ignored tests below as a user without privileges and returns its output.
 #[track_caller]
@@ -36,7 +36,10 @@ fn unprivileged(test: &str, capabilities: &str) -> String {
 #[ignore = "run by the tests below, without privileges"]
 #[expect(clippy::print_stdout, reason = "the parent process reads it")]
 fn print_the_refusal() {
-    println!("{}", preflight().map_or_else(|refusal| refusal.to_string(), |()| "can run".to_owned()));
+    println!(
+        "{}",
+        preflight(UnsafeKernel::Refuse).map_or_else(|refusal| refusal.to_string(), |()| "can run".to_owned())
+    );
 }
 
 #[test]
@@ -100,6 +103,7 @@ fn the_json_form_has_stable_names() {
         [
             "architecture",
             "kernel",
+            "user_memory",
             "capabilities",
             "lockdown",
             "btf",
@@ -109,7 +113,6 @@ fn the_json_form_has_stable_names() {
             "host_pid",
             "file_access",
             "kernel_symbols",
-            "user_memory",
             "bpf_loop",
             "cgroup",
             "psi",

@@ -41,14 +41,18 @@ fn judge_kernel(release: &str) -> Check {
     }
 }
 
+/// Name of the check for kernels that may lock up.
+pub(super) const USER_MEMORY: &str = "user_memory";
+
 pub(super) fn user_memory() -> Check {
     let name = rustix::system::uname();
     judge_user_memory(&name.release().to_string_lossy(), &name.version().to_string_lossy())
 }
 
-/// From Linux 5.19 on, copying user memory inside an interrupt could wait for a lock that the interrupted code holds.
-/// Linux 6.4 fixed that, and two stable series backported the fix.
-fn judge_user_memory(release: &str, version: &str) -> Check {
+/// From Linux 5.19 on, copying user memory inside an interrupt could wait for a lock that the interrupted code holds. The
+/// CPU then hangs, and soon the node. Linux 6.4 fixed that ("mm: Fix `copy_from_user_nofault()`"), and two stable series
+/// backported the fix.
+pub(super) fn judge_user_memory(release: &str, version: &str) -> Check {
     let numbers = |text: &str| {
         let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
         let mut next = || numbers.next().unwrap_or(0);
@@ -69,13 +73,13 @@ fn judge_user_memory(release: &str, version: &str) -> Check {
         _ => false,
     };
     if is_affected {
-        Check::warning(
-            "user_memory",
+        Check::fail(
+            USER_MEMORY,
             format!("Linux {release} may lock up when a profiler reads user stacks inside an interrupt"),
-            "use Linux 6.1.36, 6.3.10, 6.4 or newer, unless the distribution has backported \"mm: Fix copy_from_user_nofault()\"",
+            "use Linux 6.1.36, 6.3.10, 6.4 or newer; if the distribution has backported \"mm: Fix copy_from_user_nofault()\", pass --allow-unsafe-kernel",
         )
     } else {
-        Check::ok("user_memory", "can be read inside an interrupt")
+        Check::ok(USER_MEMORY, "can be read inside an interrupt")
     }
 }
 
@@ -194,24 +198,32 @@ mod tests {
     #[rstest]
     #[case("5.10.0-28-amd64", "", CheckState::Ok)]
     #[case("5.18.19", "", CheckState::Ok)]
-    #[case("5.19.0-50-generic", "#50-Ubuntu SMP PREEMPT_DYNAMIC", CheckState::Warning)]
-    #[case("6.0.19", "", CheckState::Warning)]
-    #[case("6.1.35", "", CheckState::Warning)]
+    #[case("5.19.0-50-generic", "#50-Ubuntu SMP PREEMPT_DYNAMIC", CheckState::Fail)]
+    #[case("6.0.19", "", CheckState::Fail)]
+    #[case("6.1.35", "", CheckState::Fail)]
     #[case("6.1.36", "", CheckState::Ok)]
     #[case("6.1.0-18-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.76-1 (2024-02-01)", CheckState::Ok)]
-    #[case("6.1.0-9-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.27-1 (2023-05-08)", CheckState::Warning)]
-    #[case("6.2.16", "", CheckState::Warning)]
-    #[case("6.3.9", "", CheckState::Warning)]
+    #[case("6.1.0-9-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.27-1 (2023-05-08)", CheckState::Fail)]
+    #[case("6.2.16", "", CheckState::Fail)]
+    #[case("6.3.9", "", CheckState::Fail)]
     #[case("6.3.10-arch1", "", CheckState::Ok)]
     #[case("6.4.0", "", CheckState::Ok)]
     #[case("6.18", "", CheckState::Ok)]
-    fn a_kernel_that_may_lock_up_gives_a_warning(
+    #[case("5.19.0", "", CheckState::Fail)]
+    #[case("6.0-rc1", "", CheckState::Fail)]
+    #[case("6.1", "", CheckState::Fail)]
+    #[case("6.1.100", "", CheckState::Ok)]
+    #[case("6.3.13", "", CheckState::Ok)]
+    #[case("6.10.2", "", CheckState::Ok)]
+    #[case("7.2.0", "", CheckState::Ok)]
+    #[case("", "", CheckState::Ok)]
+    fn a_kernel_that_may_lock_up_is_refused(
         #[case] release: &str,
         #[case] version: &str,
         #[case] state: CheckState,
     ) {
         let check = judge_user_memory(release, version);
         assert_eq!(check.state, state);
-        assert_eq!(check.cure.contains("6.1.36"), state == CheckState::Warning);
+        assert_eq!(check.cure.contains("6.1.36"), state == CheckState::Fail);
     }
 }

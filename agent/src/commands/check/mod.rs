@@ -70,6 +70,7 @@ pub struct CheckOptions {
 const REQUIRED: &[fn() -> Check] = &[
     kernel::architecture,
     kernel::kernel,
+    kernel::user_memory,
     privileges::capabilities,
     kernel::lockdown,
     kernel::btf,
@@ -83,7 +84,6 @@ const REQUIRED: &[fn() -> Check] = &[
 const OPTIONAL: &[fn() -> Check] = &[
     privileges::file_access,
     system::kernel_symbols,
-    kernel::user_memory,
     kernel::bpf_loop,
     system::cgroup,
     system::psi,
@@ -101,15 +101,38 @@ pub fn check(options: &CheckOptions) -> Report {
     Report { can_run: checks.iter().all(|check| check.state != CheckState::Fail), checks }
 }
 
-/// Runs the required checks and stops at the first failure.
-pub fn preflight() -> Result<(), Refusal> {
-    for check in REQUIRED {
-        let Check { name, state, seen, cure } = check();
-        if state == CheckState::Fail {
-            return Err(Refusal { name, seen, cure });
-        }
+/// The answer to a kernel that may lock up when a profiler reads user memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnsafeKernel {
+    /// Sample nothing on such a kernel.
+    Refuse,
+    /// Sample, and log a warning: the user has said that this kernel has the fix, or takes the risk.
+    Allow,
+}
+
+impl UnsafeKernel {
+    /// Returns the answer of a user who passed `--allow-unsafe-kernel`, or did not.
+    pub(crate) fn of(allowed: bool) -> Self {
+        if allowed { Self::Allow } else { Self::Refuse }
     }
-    Ok(())
+}
+
+/// Runs the required checks and stops at the first failure.
+pub fn preflight(unsafe_kernel: UnsafeKernel) -> Result<(), Refusal> {
+    REQUIRED.iter().try_for_each(|check| judge(check(), unsafe_kernel))
+}
+
+/// Turns a failed check into a refusal, unless the user allows it.
+fn judge(check: Check, unsafe_kernel: UnsafeKernel) -> Result<(), Refusal> {
+    let Check { name, state, seen, cure } = check;
+    if state != CheckState::Fail {
+        return Ok(());
+    }
+    if name == kernel::USER_MEMORY && unsafe_kernel == UnsafeKernel::Allow {
+        tracing::warn!("{seen}; it samples all the same, because of --allow-unsafe-kernel");
+        return Ok(());
+    }
+    Err(Refusal { name, seen, cure })
 }
 
 impl Check {
@@ -177,6 +200,19 @@ mod tests {
             assert!(!check.seen.is_empty());
             assert_eq!(check.state == CheckState::Ok, check.cure.is_empty(), "{check:?}");
         }
-        assert_eq!(report.can_run, preflight().is_ok(), "{report}");
+        assert_eq!(report.can_run, preflight(UnsafeKernel::Refuse).is_ok(), "{report}");
+    }
+
+    #[test]
+    fn only_an_unsafe_kernel_can_be_allowed() {
+        for (release, safe) in [("6.1.35", false), ("6.1.36", true)] {
+            let check = || kernel::judge_user_memory(release, "");
+            assert_eq!(judge(check(), UnsafeKernel::Refuse).is_ok(), safe, "{release}");
+            assert!(judge(check(), UnsafeKernel::Allow).is_ok(), "{release}");
+        }
+        let refusal = judge(kernel::judge_user_memory("6.2.16", ""), UnsafeKernel::Refuse).unwrap_err();
+        assert!(refusal.to_string().contains("--allow-unsafe-kernel"), "{refusal}");
+        let other = Check::fail("btf", "no BTF", "mount /sys");
+        assert!(judge(other, UnsafeKernel::Allow).is_err());
     }
 }

@@ -13,7 +13,7 @@ use gannet_proto::{
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    commands::check::{self, Refusal},
+    commands::check::{self, Refusal, UnsafeKernel},
     config::{ConfigError, RunOptions},
     control::{LastGoodRules, restore},
     debug::{ListenError, Listeners},
@@ -78,7 +78,7 @@ fn list_errors(errors: &[RuleError]) -> String {
 /// Runs until SIGTERM or SIGINT. Then it delivers pending samples, or leaves them in the spool.
 pub async fn run(options: RunOptions) -> Result<(), RunError> {
     let config = options.complete()?;
-    check::preflight()?;
+    check::preflight(UnsafeKernel::of(config.options.allow_unsafe_kernel))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Start)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Start)?;
     let switch = SwitchSignals::listen().map_err(RunError::Start)?;

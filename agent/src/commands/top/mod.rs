@@ -22,7 +22,7 @@ pub use screen::ScreenError;
 use snapshot::{ProcessInfo, Snapshot};
 
 use crate::{
-    commands::check::{self, Refusal},
+    commands::check::{self, Refusal, UnsafeKernel},
     engine::{Engine, EngineError, EngineOptions, ProcessView, Window},
     governor::Budgets,
     kernel::KernelOptions,
@@ -51,6 +51,9 @@ pub struct TopArgs {
     /// Number of processes that --once prints
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub(crate) rows: usize,
+    /// Run on a kernel that `check` refuses because it may lock up (5.19 to 6.3), for kernels that have the fix all the same
+    #[arg(long)]
+    pub(crate) allow_unsafe_kernel: bool,
 }
 
 /// Reasons why `top` shows no table.
@@ -81,7 +84,7 @@ pub async fn top(args: TopArgs) -> Result<(), TopError> {
     if !args.once {
         screen::require_terminal()?;
     }
-    check::preflight()?;
+    check::preflight(UnsafeKernel::of(args.allow_unsafe_kernel))?;
     let debug_cost = if args.comm.is_empty() { DebugCost::EVERYTHING } else { DebugCost::WANTED };
     let symbolizer = Symbolizer::start(SymbolizerConfig { debug_cost, ..SymbolizerConfig::default() })?;
     let (windows, mut finished) = mpsc::channel::<Window>(4);
