@@ -34,7 +34,7 @@ use crate::{
     },
     engine::{Engine, EngineError, EngineOptions, Window},
     governor::Budgets,
-    kernel::{KernelOptions, default_ring_bytes},
+    kernel::{KernelOptions, Ticks, default_ring_bytes},
     output::{Destination, Details, OutputError},
     pipeline::finish,
     profile::SeriesProfile,
@@ -227,7 +227,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     let targets = Some(&targets).filter(|_| !args.pid.is_empty());
     let status = until_end(held.as_mut(), targets, duration, signals).await;
     let took = begun.elapsed();
-    let ticks_due = engine.kernel_view().await?.ticks_due;
+    let ticks = engine.view().await?.ticks.unwrap_or_default();
     // Joining the engine's thread takes until its last window is in the queue.
     let _ = tokio::task::spawn_blocking(move || engine.stop()).await;
     let recorded = symbolizing.await.map_err(|error| RecordError::Start(io::Error::other(error)))??;
@@ -246,7 +246,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
         interpreter_frames: args.interpreter_frames,
     };
     destination.write(&profile, &details)?;
-    print_ledger(&args, &destination, &recorded.ledger, &names, ticks_due, start, took)
+    print_ledger(&args, &destination, &recorded.ledger, &names, &ticks, start, took)
         .map_err(RecordError::Start)
 }
 
@@ -374,7 +374,7 @@ fn print_ledger(
     destination: &Destination,
     ledger: &Ledger,
     names: &SymbolizerStats,
-    ticks_due: u64,
+    ticks: &Ticks,
     start: Duration,
     took: Duration,
 ) -> io::Result<()> {
@@ -384,6 +384,8 @@ fn print_ledger(
             names.skipped().map(|(reason, count)| (reason.name().to_owned(), count.into())).collect();
         let lost: serde_json::Map<_, _> =
             ledger.lost.iter().map(|(reason, count)| (reason.to_string(), (*count).into())).collect();
+        let missing: serde_json::Map<_, _> =
+            ticks.missing().iter().map(|(reason, count)| ((*reason).to_owned(), (*count).into())).collect();
         return writeln!(
             out,
             "{}",
@@ -394,8 +396,10 @@ fn print_ledger(
                 "names_skipped": skipped,
                 "unaccounted": ledger.unaccounted(),
                 "ticks": ledger.ticks,
-                // Ticks by the kernel's count of the clocks' running time.
-                "ticks_due": ticks_due,
+                // By the time that the clocks ran. Of these some came, and the others are missing for a reason.
+                "ticks_due": ticks.due,
+                "ticks_missing": missing,
+                "ticks_unexplained": ticks.unexplained(),
                 // From the start of this program until it could take its first tick.
                 "start_seconds": start.as_secs_f64(),
                 "seconds": took.as_secs_f64(),
@@ -420,10 +424,23 @@ fn print_ledger(
             "  unaccounted: samples are missing without a reason; report it with the log of this program"
         )?;
     }
+    if let Some(line) = missing_ticks(ticks) {
+        writeln!(out, "{line}")?;
+    }
     for (reason, count) in names.skipped().filter(|(_, count)| *count > 0) {
         writeln!(out, "addresses without {}, {}: {count}", reason.lacks(), reason.explanation())?;
     }
     writeln!(out, "written: {}", destination.path().display())
+}
+
+/// Returns a line about missing ticks, if more than one in a hundred is missing.
+fn missing_ticks(ticks: &Ticks) -> Option<String> {
+    let reasons: Vec<_> = ticks.missing().into_iter().filter(|(_, count)| *count > 0).collect();
+    let missing: u64 = reasons.iter().map(|(_, count)| count).sum();
+    let reasons: Vec<_> = reasons.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
+    (missing * 100 > ticks.due).then(|| {
+        format!("clock ticks: {} due, {} came, missing: {}", ticks.due, ticks.fired, reasons.join(", "))
+    })
 }
 
 /// A child that waits before it becomes the command, so that the agent samples the command from its first instruction.

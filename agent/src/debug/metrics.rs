@@ -21,6 +21,10 @@ gannet_base::metrics! {
     BUILD_INFO = gauge("gannet_agent_build_info", "1, with the version of this agent", ["version"]);
 
     TICKS = counter("gannet_agent_sampler_ticks_total", "Clock ticks that reached the sampler");
+    TICKS_DUE = counter("gannet_agent_sampler_ticks_due_total", "Clock ticks that were due, by the time that the clocks ran");
+    TICKS_IDLE = counter("gannet_agent_sampler_ticks_idle_total", "Clock ticks of idle CPUs");
+    TICKS_MISSING = counter("gannet_agent_sampler_ticks_missing_total", "Clock ticks that were due and did not come, by reason: `late` (interrupts were off or a hypervisor stopped the CPU, so that one tick came for several), `throttled` (the kernel stopped the clock; see kernel.perf_event_max_sample_rate), `skipped` (another BPF program was active on the CPU), `offline` (the CPU was)", ["reason"]);
+    TICKS_SILENT = gauge("gannet_agent_sampler_ticks_silent", "Clock ticks that are due and have not come yet; the next tick shows why");
     RAW_SAMPLES = counter("gannet_agent_sampler_raw_samples_total", "Samples whose stack the agent unwound in user space");
     STACKS = counter("gannet_agent_sampler_stacks_total", "Samples by the end of their stacks: complete, truncated, broken, or guessed (complete, with a frame that was found by frame pointer without a rule)", ["end"]);
     RATE_DIVISOR = gauge("gannet_agent_governor_rate_divisor", "Factor by which sampling periods are longer than rules ask, to stay within the budgets");
@@ -133,6 +137,14 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
         }
         snapshot.add(&RAW_SAMPLES, counters.raw);
         snapshot.add(&PROCESS_MAP_FULL, counters.procs_full);
+    }
+    if let Some(ticks) = &engine.ticks {
+        snapshot.add(&TICKS_DUE, ticks.due);
+        snapshot.add(&TICKS_IDLE, ticks.idle);
+        for (reason, count) in ticks.missing().into_iter().filter(|(reason, _)| *reason != "silent") {
+            snapshot.add_labelled(&TICKS_MISSING, [reason], count);
+        }
+        snapshot.add(&TICKS_SILENT, ticks.silent);
     }
     let ends = &engine.stack_ends;
     for (end, count) in [

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     cgroup::CgroupNames,
     conditions::SuppressedStarts,
-    kernel::{Counters, Kernel, MAX_RULES, ProgramCost},
+    kernel::{Counters, Kernel, MAX_RULES, ProgramCost, Ticks},
     model::ImageKey,
     process::{Process, ProcessState, ProcessStats},
     profile::{RecorderStats, slots},
@@ -41,6 +41,8 @@ pub struct EngineView {
     pub discovered_waiting: usize,
     /// Counters of the BPF programs since they were loaded; `None` if they cannot be read.
     pub counters: Option<Counters>,
+    /// The ticks of the sampling clocks; `None` if they cannot be read.
+    pub ticks: Option<Ticks>,
     /// Records of the ring buffer that were no event; must stay 0.
     pub undecodable_events: u64,
     /// Executable mappings that the kernel did not report because a buffer was full.
@@ -156,8 +158,6 @@ pub struct KernelView {
     pub programs: Vec<ProgramCost>,
     /// Nanoseconds that the sampler has run, and its runs; `None` unless the kernel counts (kernel.bpf_stats_enabled).
     pub sampler_cost: Option<(u64, u64)>,
-    /// Clock ticks that were due by the kernel's own count of time.
-    pub ticks_due: u64,
     /// Unwind tables; `None` if the engine unwinds by frame pointers only.
     pub unwind_tables: Option<TableStats>,
 }
@@ -187,6 +187,7 @@ impl ViewSources<'_> {
             process_stats: self.reader.processes.stats(),
             discovered_waiting: self.reader.discovered.len(),
             counters: self.kernel.counters().ok(),
+            ticks: self.kernel.ticks().ok(),
             undecodable_events: self.kernel.undecodable(),
             mappings_lost: self.kernel.mappings_lost(),
             unwind_tables: self.reader.unwinding.tables().map(UnwindTables::stats),
@@ -308,7 +309,6 @@ impl KernelView {
             maps: kernel.map_fill(),
             programs: kernel.programs(),
             sampler_cost: kernel.sampler_cost(),
-            ticks_due: kernel.ticks_due(),
             unwind_tables: tables.map(UnwindTables::stats),
         }
     }

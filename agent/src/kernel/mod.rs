@@ -22,10 +22,12 @@ use std::{
     os::fd::BorrowedFd,
 };
 
+use self::clock::LastTicks;
 use gannet_bpf::{GannetSkel, types};
 use libbpf_rs::{Iter, Link, MapCore as _, MapFlags, ProgramMut};
 
 pub use self::{
+    clock::Ticks,
     cost::ProgramCost,
     counters::{Counters, LifecycleCounts, lifecycle_lost},
     error::KernelError,
@@ -137,7 +139,7 @@ impl Kernel {
     fn start_sources(&mut self, rules: &KernelRules) -> Result<(), KernelError> {
         let periods = if self.detached { BTreeSet::new() } else { rules.periods() };
         self.follow_mappings(!self.detached && (!periods.is_empty() || rules.off_cpu != 0));
-        self.clocks.set(sampler(&self.skeleton, self.options.unwind_driver), periods)?;
+        self.set_clocks(periods)?;
         // Context switches are frequent: their handler is attached only while a rule asks for blocked time.
         if rules.off_cpu == 0 || self.detached {
             self.switches = None;
@@ -220,7 +222,7 @@ impl Kernel {
         self.task_iterator = None;
         self.switches = None;
         self.follow_mappings(false);
-        self.clocks.set(sampler(&self.skeleton, self.options.unwind_driver), BTreeSet::new())
+        self.set_clocks(BTreeSet::new())
     }
 
     /// Attaches all programs again after [`detach`](Self::detach). Forgets all processes, because their changes were not
@@ -269,9 +271,11 @@ impl Kernel {
         // First those that went off and on since: their perf events are silent.
         let went_offline = self.hotplug.as_mut().map(hotplug::Hotplug::read);
         if let Some(went_offline) = &went_offline {
-            self.clocks.close(went_offline);
+            self.clocks.close(&LastTicks(&self.skeleton.maps.clocks), went_offline);
         }
-        let clocks = self.clocks.follow_cpus(sampler(&self.skeleton, self.options.unwind_driver));
+        let last_ticks = LastTicks(&self.skeleton.maps.clocks);
+        let clocks =
+            self.clocks.follow_cpus(sampler(&self.skeleton, self.options.unwind_driver), &last_ticks);
         // Behind the clocks, and whether these failed or not: neither may keep a CPU from the other.
         let mappings = self.mappings.as_mut().map_or(Ok(()), |mappings| {
             if let Some(went_offline) = &went_offline {
@@ -282,9 +286,9 @@ impl Kernel {
         clocks.and(mappings)
     }
 
-    /// Returns the number of ticks that were due so far, by the kernel's own count of the clocks' running time.
-    pub fn ticks_due(&mut self) -> u64 {
-        self.clocks.ticks_due()
+    fn set_clocks(&mut self, periods_ns: BTreeSet<u64>) -> Result<(), KernelError> {
+        let program = sampler(&self.skeleton, self.options.unwind_driver);
+        self.clocks.set(program, &LastTicks(&self.skeleton.maps.clocks), periods_ns)
     }
 
     fn settings(&self) -> types::settings {

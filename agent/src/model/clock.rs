@@ -1,4 +1,4 @@
-//! The boot clock, which stamps processes, samples and mappings.
+//! The boot clock, which stamps processes, samples and mappings; and the monotonic clock, by which the sampling clocks run.
 
 use std::{fs, sync::LazyLock, time::Duration};
 
@@ -10,9 +10,19 @@ pub fn boot_time() -> Duration {
 
 /// Returns [`boot_time`] in nanoseconds.
 pub(crate) fn boot_time_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    time_ns(rustix::time::ClockId::Boottime, *NAMESPACE_OFFSET_NS)
+}
+
+/// Returns the time since the host booted, without suspended time, in nanoseconds: the clock of the kernel's timers.
+pub(crate) fn monotonic_ns() -> u64 {
+    static OFFSET_NS: LazyLock<i64> = LazyLock::new(|| namespace_offset_ns(["monotonic", "1"]));
+    time_ns(rustix::time::ClockId::Monotonic, *OFFSET_NS)
+}
+
+fn time_ns(clock: rustix::time::ClockId, offset_ns: i64) -> u64 {
+    let now = rustix::time::clock_gettime(clock);
     let here = now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned();
-    here.saturating_add_signed(-*NAMESPACE_OFFSET_NS)
+    here.saturating_add_signed(-offset_ns)
 }
 
 /// Returns the start time in clock ticks that `/proc/PID/stat` shows for a process that started at this boot time.
@@ -31,21 +41,23 @@ static NS_PER_TICK: LazyLock<u64> =
     LazyLock::new(|| 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1));
 
 /// In a time namespace `clock_gettime` and `/proc` show a moved boot clock; BPF programs read the true one.
-static NAMESPACE_OFFSET_NS: LazyLock<i64> = LazyLock::new(|| {
+static NAMESPACE_OFFSET_NS: LazyLock<i64> = LazyLock::new(|| namespace_offset_ns(["boottime", "7"]));
+
+/// Returns by how much a time namespace moves a clock. Older kernels write the number of the clock instead of its name.
+fn namespace_offset_ns(clock: [&str; 2]) -> i64 {
     fs::read_to_string("/proc/self/timens_offsets")
         .ok()
-        .and_then(|text| parse_namespace_offset(&text))
+        .and_then(|text| parse_namespace_offset(&text, clock))
         .unwrap_or(0)
-});
+}
 
 /// Parses the text of `/proc/self/timens_offsets`.
-fn parse_namespace_offset(text: &str) -> Option<i64> {
+fn parse_namespace_offset(text: &str, clock: [&str; 2]) -> Option<i64> {
     text.lines().find_map(|line| {
         let mut fields = line.split_ascii_whitespace();
-        // Older kernels write the number of the clock instead of its name.
-        let boottime = matches!(fields.next()?, "boottime" | "7");
+        let is_it = clock.contains(&fields.next()?);
         let (seconds, nanoseconds): (i64, i64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
-        boottime.then(|| seconds.checked_mul(1_000_000_000)?.checked_add(nanoseconds)).flatten()
+        is_it.then(|| seconds.checked_mul(1_000_000_000)?.checked_add(nanoseconds)).flatten()
     })
 }
 
@@ -58,11 +70,10 @@ mod tests {
     /// Checks that the offset of the boot clock is read, not that of another clock (R28).
     #[test]
     fn a_time_namespace_moves_the_boot_clock() {
-        assert_eq!(
-            parse_namespace_offset("monotonic           0         0\nboottime      -10         5\n"),
-            Some(-9_999_999_995)
-        );
-        assert_eq!(parse_namespace_offset(""), None);
+        let text = "monotonic           3         1\nboottime      -10         5\n";
+        assert_eq!(parse_namespace_offset(text, ["boottime", "7"]), Some(-9_999_999_995));
+        assert_eq!(parse_namespace_offset(text, ["monotonic", "1"]), Some(3_000_000_001));
+        assert_eq!(parse_namespace_offset("", ["boottime", "7"]), None);
     }
 
     #[test]
@@ -76,7 +87,7 @@ mod tests {
         /// Checks that no text makes the parser panic (R55).
         #[test]
         fn any_offsets_text_is_read_without_panic(text in "(?s).{0,400}") {
-            let _ = parse_namespace_offset(&text);
+            let _ = parse_namespace_offset(&text, ["boottime", "7"]);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The CPUs of the host.
+//! The CPUs of the host, and how long each was idle.
 
 use std::{fs, io};
 
@@ -28,9 +28,41 @@ fn parse_cpu_list(text: &str) -> Option<Vec<u32>> {
     Some(cpus)
 }
 
+/// Returns the idle time of each CPU since the host booted, in nanoseconds, by CPU number; 0 for a CPU that is offline.
+pub(crate) fn idle_ns() -> io::Result<Vec<u64>> {
+    let ns_per_tick = 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1);
+    Ok(parse_idle(&fs::read_to_string("/proc/stat")?)
+        .iter()
+        .map(|ticks| ticks.saturating_mul(ns_per_tick))
+        .collect())
+}
+
+/// Parses the text of `/proc/stat`: the clock ticks that each CPU was idle, or idle and waiting for a disk.
+fn parse_idle(text: &str) -> Vec<u64> {
+    let mut idle = Vec::new();
+    for line in text.lines() {
+        let mut fields = line.split_ascii_whitespace();
+        let cpu = fields.next().and_then(|name| name.strip_prefix("cpu")?.parse::<u16>().ok());
+        let Some(cpu) = cpu.map(usize::from) else { continue };
+        if idle.len() <= cpu {
+            idle.resize(cpu + 1, 0);
+        }
+        idle[cpu] =
+            fields.skip(3).take(2).filter_map(|field| field.parse::<u64>().ok()).fold(0, u64::saturating_add);
+    }
+    idle
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_idle_time_of_each_cpu_is_read() {
+        let text = "cpu  1 2 3 4 5 6\ncpu0 10 20 30 40 5 60 7\ncpu2 1 1 1 9 1\nintr 5 5 5 5 5\n";
+        assert_eq!(parse_idle(text), [45, 0, 10]);
+        assert_eq!(parse_idle("cpux 1\ncpu99999999 1 1 1 1 1\ncpu0"), [0]);
+    }
 
     #[test]
     fn cpu_lists() {

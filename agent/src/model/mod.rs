@@ -11,8 +11,9 @@ mod mapped_file;
 mod sample;
 
 pub use clock::boot_time;
-pub(crate) use clock::{boot_time_ns, boot_time_of_ticks, ticks_of};
+pub(crate) use clock::{boot_time_ns, boot_time_of_ticks, monotonic_ns, ticks_of};
 pub(crate) use host::ONLINE_CPUS;
+pub(crate) use host::idle_ns;
 pub use host::online_cpus;
 pub use image::{Image, Mapping, MappingEvent, MappingKind, NewMapping};
 pub use kernel_symbols::{KernelSymbolChange, KernelSymbolLog, KernelSymbolPosition, KernelSymbolRange};

@@ -3,16 +3,17 @@
 use std::{
     fs,
     process::Command,
-    thread::sleep,
+    thread::{self, sleep},
     time::{Duration, Instant},
 };
 
 use gannet_agent::{
-    kernel::{Event, Kernel, KernelOptions, KernelRules, NamePattern},
-    model::{KernelSymbolChange, KernelSymbolLog},
+    kernel::{Event, Kernel, KernelOptions, KernelRules, NamePattern, Ticks},
+    model::{self, KernelSymbolChange, KernelSymbolLog},
 };
+use libbpf_rs::{MapCore as _, MapFlags, MapHandle, MapType};
 
-use crate::common::program;
+use crate::common::{program, slower};
 
 /// A program that uses a second of CPU time and exits with 7.
 const BUSY: &str = r"
@@ -131,4 +132,79 @@ fn bpf_programs_that_come_and_go_are_seen_by_events() {
         kernel.read().unwrap();
         gone.extend(symbols.since(&mut position).unwrap());
     }
+}
+
+/// The account of a second and a half of two rates, while `disturb` runs; with the number of clocks.
+fn ticks_while(hz: u32, disturb: impl Fn(Duration)) -> (Ticks, u64) {
+    let mut kernel = kernel();
+    kernel.set_sampling(true);
+    let mut rules = rules_for("gannet-nobody", 99);
+    kernel.set_rules(&rules).unwrap();
+    // A change of rates stops clocks and starts others.
+    disturb(Duration::from_millis(200));
+    rules = rules_for("gannet-nobody", u64::from(hz / slower()));
+    kernel.set_rules(&rules).unwrap();
+    disturb(Duration::from_millis(1500) * slower());
+    let clocks = 2 * model::online_cpus().unwrap().len() as u64;
+    let ticks = kernel.ticks().unwrap();
+
+    (ticks, clocks)
+}
+
+/// Fails if more ticks are unexplained than the clocks round at both ends of their time.
+#[track_caller]
+fn assert_explained((ticks, clocks): (Ticks, u64)) {
+    assert!(ticks.unexplained().unsigned_abs() <= clocks + ticks.due / 200, "{ticks:?}");
+}
+
+#[test]
+fn every_tick_that_was_due_is_explained() {
+    let (ticks, clocks) = ticks_while(499, sleep);
+    assert!(ticks.due > 100 * clocks && ticks.fired > ticks.due / 4, "{ticks:?}");
+    assert_explained((ticks, clocks));
+}
+
+/// Lets the kernel stop each clock after each tick: more than one tick within a jiffy is too many.
+#[test]
+fn ticks_of_clocks_that_the_kernel_throttles_are_explained() {
+    const MAX_RATE: &str = "/proc/sys/kernel/perf_event_max_sample_rate";
+    struct Restore(String);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            fs::write(MAX_RATE, &self.0).unwrap();
+        }
+    }
+    let restore = Restore(fs::read_to_string(MAX_RATE).unwrap());
+    fs::write(MAX_RATE, "100").unwrap();
+    let (ticks, clocks) = ticks_while(1999, sleep);
+    drop(restore);
+    assert!(ticks.throttled + ticks.silent > ticks.due / 20, "{ticks:?}");
+    assert_explained((ticks, clocks));
+}
+
+/// Keeps each CPU in calls during which the kernel runs no program of a perf event.
+#[test]
+fn ticks_that_the_kernel_skips_are_explained() {
+    let busy = |time: Duration| {
+        let begun = Instant::now();
+        thread::scope(|scope| {
+            for _ in model::online_cpus().unwrap() {
+                scope.spawn(|| {
+                    let options = libbpf_rs::libbpf_sys::bpf_map_create_opts {
+                        sz: size_of::<libbpf_rs::libbpf_sys::bpf_map_create_opts>() as _,
+                        map_flags: libbpf_rs::libbpf_sys::BPF_F_NO_PREALLOC,
+                        ..Default::default()
+                    };
+                    let map = MapHandle::create(MapType::Hash, Some("gannet_test"), 4, 100_000, 4, &options)
+                        .unwrap();
+                    while begun.elapsed() < time {
+                        map.update(&[0; 4], &vec![0; 100_000], MapFlags::ANY).unwrap();
+                    }
+                });
+            }
+        });
+    };
+    let (ticks, clocks) = ticks_while(499, busy);
+    assert!(ticks.skipped > 10, "{ticks:?}");
+    assert_explained((ticks, clocks));
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
  * The programs, by the tracepoint or clock that calls them; the headers do their work. maps.h and task.h are the base;
- * rate.h, match.h and unwind.h stand on it; sampler.h, off_cpu.h and lifecycle.h on those.
+ * clock.h, rate.h, match.h and unwind.h stand on it; sampler.h, off_cpu.h and lifecycle.h on those.
  */
 #include "lifecycle.h"
 #include "off_cpu.h"

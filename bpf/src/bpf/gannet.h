@@ -438,13 +438,36 @@ struct lifecycle_counts {
 	u64 skipped;
 };
 
+/* The parts of a tick that `ticks_throttled` counts: a clock that was stopped starts anywhere between two ticks. */
+#define TICK_PARTS 1000
+
+/* Value of `clocks`: one clock of one CPU. */
+struct clock {
+	/* When its last tick came, by the monotonic clock; 0 before the first one. */
+	u64 last;
+	/* When the timer of this perf event expired first. */
+	u64 first;
+	/* The perf event, and where between two multiples of the period its timer expires, when that was read last. */
+	u64 id;
+	u64 phase;
+};
+
 /*
  * Counters of one CPU; the agent adds them up. A sample that two rules asked for counts twice. Between two samples taken ==
  * sent + all that is lost; the agent checks that, so count each of them on its own and never as the sum of others.
  */
 struct counters {
+	/* Ticks of clocks that came, those of an idle CPU among them. */
 	u64 ticks;
 	u64 idle_ticks;
+	/*
+	 * Ticks that were due and did not come: the CPU was busy with interrupts or stopped by a hypervisor, so that one tick
+	 * stands for several; the timer ran and the kernel did not call the program, because another one was active on the CPU
+	 * or, on some kernels, because the CPU was idle; the kernel stopped the clock (in parts of a tick).
+	 */
+	u64 ticks_late;
+	u64 ticks_uncalled;
+	u64 ticks_throttled;
 	u64 taken;
 	/* The part of `taken` that a program is working on now; 0 between two samples. */
 	u64 open;

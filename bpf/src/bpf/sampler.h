@@ -6,6 +6,7 @@
 #ifndef SAMPLER_H
 #define SAMPLER_H
 
+#include "clock.h"
 #include "match.h"
 #include "task.h"
 #include "unwind.h"
@@ -412,6 +413,7 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	if (!settings.sampling)
 		return NULL;
 	counters->ticks++;
+	note_tick(ctx, counters);
 	if (!tgid) {
 		counters->idle_ticks++;
 		return NULL;
