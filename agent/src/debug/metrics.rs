@@ -23,7 +23,7 @@ gannet_base::metrics! {
     TICKS = counter("gannet_agent_sampler_ticks_total", "Clock ticks that reached the sampler");
     TICKS_DUE = counter("gannet_agent_sampler_ticks_due_total", "Clock ticks that were due, by the time that the clocks ran");
     TICKS_IDLE = counter("gannet_agent_sampler_ticks_idle_total", "Clock ticks of idle CPUs");
-    TICKS_MISSING = counter("gannet_agent_sampler_ticks_missing_total", "Clock ticks that were due and did not come, by reason: `late` (interrupts were off or a hypervisor stopped the CPU, so that one tick came for several), `throttled` (the kernel stopped the clock; see kernel.perf_event_max_sample_rate), `skipped` (another BPF program was active on the CPU), `offline` (the CPU was)", ["reason"]);
+    TICKS_MISSING = counter("gannet_agent_sampler_ticks_missing_total", "Clock ticks that were due and did not come, by reason: `idle` (the kernel did not call the sampler on an idle CPU), `late` (interrupts were off or a hypervisor stopped the CPU, so that one tick came for several), `throttled` (the kernel stopped the clock; see kernel.perf_event_max_sample_rate), `skipped` (another BPF program was active on the CPU), `offline` (the CPU was)", ["reason"]);
     TICKS_SILENT = gauge("gannet_agent_sampler_ticks_silent", "Clock ticks that are due and have not come yet; the next tick shows why");
     RAW_SAMPLES = counter("gannet_agent_sampler_raw_samples_total", "Samples whose stack the agent unwound in user space");
     STACKS = counter("gannet_agent_sampler_stacks_total", "Samples by the end of their stacks: complete, truncated, broken, or guessed (complete, with a frame that was found by frame pointer without a rule)", ["end"]);
@@ -55,6 +55,12 @@ gannet_base::metrics! {
     UNWIND_TABLE_BYTES = gauge("gannet_agent_unwind_tables_bytes", "Size of the unwind tables in the kernel");
     UNWIND_TABLES_EVICTED = counter("gannet_agent_unwind_tables_evicted_total", "Unwind tables that left the kernel to make room");
     UNWIND_TABLES_FAILED = counter("gannet_agent_unwind_tables_failed_total", "Files from which the agent could not build an unwind table");
+
+    UNWIND_TABLES_BUILT = counter("gannet_agent_unwind_tables_built_total", "Unwind tables built, or read from the disk cache");
+    UNWIND_RULES = gauge("gannet_agent_unwind_rules", "Rule numbers of the unwind tables in use");
+    UNWIND_PROCESSES = gauge("gannet_agent_unwind_processes", "Processes whose stacks the kernel unwinds");
+    UNWIND_KEYS = gauge("gannet_agent_unwind_mapping_keys", "Keys of the mapping trie");
+    UNWIND_REFUSED = counter("gannet_agent_unwind_refused_total", "Failed tries to load the unwind data of a process into the kernel, by what was missing: `table_bytes`, `rules`, `entries` of a BPF map, `memory`, or `other`", ["missing"]);
 
     SYMBOL_ADDRESSES = counter("gannet_agent_symbols_addresses_total", "Different addresses in profiles, by whether the agent found a name", ["result"]);
     PERF_MAPS_DROPPED = counter("gannet_agent_perf_maps_dropped_total", "Processes that made code and whose perf map was not held open, because too many others waited; their code has no names after their end");
@@ -162,6 +168,13 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
         snapshot.add(&UNWIND_TABLE_BYTES, tables.resident_bytes);
         snapshot.add(&UNWIND_TABLES_EVICTED, tables.evicted);
         snapshot.add(&UNWIND_TABLES_FAILED, tables.failed);
+        snapshot.add(&UNWIND_TABLES_BUILT, tables.made);
+        snapshot.add(&UNWIND_RULES, tables.rules);
+        snapshot.add(&UNWIND_PROCESSES, tables.processes);
+        snapshot.add(&UNWIND_KEYS, tables.keys);
+        for (missing, count) in tables.refused.by_name() {
+            snapshot.add_labelled(&UNWIND_REFUSED, [missing], count);
+        }
     }
     let suppressed = &engine.suppressed_captures;
     for (reason, count) in [

@@ -157,10 +157,8 @@ fn write(
     process: &Process,
     interpreters: Option<&mut Interpreters>,
 ) {
-    if let Err(error) = tables.load(kernel, process.key, &process.image) {
-        let key = process.key.process;
-        tracing::debug!(%key, "cannot unwind this process in the kernel, only in user space: {error}");
-    }
+    // A process that does not fit is unwound in user space. The tables log that.
+    let _ = tables.load(kernel, process.key, &process.image);
     if let (Some(interpreters), Some((file, bias))) = (interpreters, tables.runtime_of(&process.image)) {
         interpreters.found(process.key, Arc::clone(file), bias);
     }

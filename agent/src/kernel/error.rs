@@ -62,3 +62,27 @@ pub enum KernelError {
     #[error("cannot read the event ring buffer: {0:#}")]
     Ring(#[source] libbpf_rs::Error),
 }
+
+/// The reason why the kernel refused to write to a BPF map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shortage {
+    /// The map is full. Tries report ENOSPC, hash tables E2BIG.
+    Entries,
+    /// ENOMEM: the kernel has no memory now, or the agent's control group reached its limit.
+    Memory,
+}
+
+impl KernelError {
+    /// Returns what the map lacked; `None` for other errors.
+    pub(crate) fn shortage(&self) -> Option<Shortage> {
+        let Self::Map { source, .. } = self else { return None };
+        // The error keeps its number to itself, but shows it.
+        let text = format!("{source:#}");
+        let is = |errno: i32| text.contains(&format!("(os error {errno})"));
+        if is(libc::ENOMEM) {
+            Some(Shortage::Memory)
+        } else {
+            (is(libc::ENOSPC) || is(libc::E2BIG)).then_some(Shortage::Entries)
+        }
+    }
+}

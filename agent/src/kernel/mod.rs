@@ -39,6 +39,7 @@ pub use self::{
 };
 pub(crate) use self::{
     counters::{lifecycle_counts, lifecycle_skipped},
+    error::Shortage,
     options::default_ring_bytes,
     ring::Arrived,
     rule_maps::{MAX_CGROUP_PATH, MAX_COMM, MAX_RULES},

@@ -48,7 +48,13 @@ impl LoadedImages {
         let old_keys = old.map_or_else(BTreeMap::new, |old| trie_keys(&old.mappings).unwrap_or_default());
         let total = self.keys - old_keys.len() + new_keys.len();
         if total > MAX_KEYS {
-            return Err(LoadError::Keys(self.keys));
+            return Err(LoadError::Keys {
+                begin: mappings.first().map_or(0, |mapping| mapping.begin),
+                end: mappings.last().map_or(0, |mapping| mapping.end),
+                new: new_keys.len(),
+                used: self.keys - old_keys.len(),
+                capacity: MAX_KEYS,
+            });
         }
         if old.is_some() && is_new_image {
             // The mappings of the former image mean nothing now: samples come raw until all are written.
@@ -60,7 +66,10 @@ impl LoadedImages {
         let set = new_keys
             .iter()
             .filter(|(block, mapping)| old_keys.get(block) != Some(mapping))
-            .try_for_each(|(block, mapping)| kernel.set_mapping(tgid, *block, mapping));
+            .try_for_each(|(block, mapping)| {
+                let failed = |source| LoadError::Write { begin: mapping.begin, end: mapping.end, source };
+                kernel.set_mapping(tgid, *block, mapping).map_err(failed)
+            });
         for block in old_keys.keys().filter(|block| !new_keys.contains_key(block)) {
             kernel.remove_mapping(tgid, *block);
         }

@@ -13,12 +13,13 @@ mod disk_cache;
 mod files;
 mod loaded;
 mod parser;
+mod refusals;
 mod resident;
 #[cfg(test)]
 mod tests;
 mod unwind;
 
-use std::{collections::HashSet, io, sync::Arc};
+use std::{collections::HashSet, io, sync::Arc, time::Instant};
 
 use gannet_elf::ContentId;
 use gannet_unwind::intern::RuleNumbersFull;
@@ -26,6 +27,7 @@ use gannet_unwind::intern::RuleNumbersFull;
 use self::{
     files::{FileState, FileTables, MappingTable},
     loaded::LoadedImages,
+    refusals::Refusals,
     resident::{InsertError, ResidentTables},
 };
 use crate::{
@@ -34,8 +36,8 @@ use crate::{
     runtimes::RuntimeFile,
 };
 
-pub use self::parser::TableSources;
 pub(crate) use self::unwind::{UnwoundSample, leaf_only};
+pub use self::{parser::TableSources, refusals::RefusalCounts};
 
 /// Number and generation of a table that is not built yet: the kernel side finds no such table, and sends the stack raw.
 const NOT_BUILT: (u32, u32) = (u32::MAX, 0);
@@ -46,6 +48,7 @@ pub(crate) struct UnwindTables {
     files: FileTables,
     residents: ResidentTables,
     loaded: LoadedImages,
+    refusals: Refusals,
     stats: TableStats,
 }
 
@@ -70,33 +73,76 @@ pub struct TableStats {
     pub processes: u64,
     /// Keys in the mapping trie.
     pub keys: u64,
-    /// Processes whose mappings could not be loaded.
-    pub refused: u64,
+    /// Failed tries to load the mappings of a process.
+    pub refused: RefusalCounts,
 }
 
 /// The reason why the mappings of a process are not in the kernel. Its samples continue to come raw.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LoadError {
     /// A table does not fit.
-    #[error("the table of {file} has {lines} lines of 64 bytes and does not fit; raise --table-bytes")]
+    #[error(
+        "the table of {file} at {begin:#x}-{end:#x} has {lines} lines of 64 bytes, of {all} for all tables"
+    )]
     NoRoom {
         /// The file of the table.
         file: String,
+        /// The mapping of the file.
+        begin: u64,
+        /// End of the mapping, exclusive.
+        end: u64,
         /// Size of the table.
         lines: usize,
+        /// Size of the array of all tables.
+        all: u32,
     },
     /// No rule numbers are left.
-    #[error(transparent)]
-    Rules(#[from] RuleNumbersFull),
+    #[error("the table at {begin:#x}-{end:#x} does not fit: {source}")]
+    Rules {
+        /// The mapping of the table's file.
+        begin: u64,
+        /// End of the mapping, exclusive.
+        end: u64,
+        /// What does not fit.
+        #[source]
+        source: RuleNumbersFull,
+    },
     /// The mapping trie is full.
-    #[error("the mapping trie is full: {0} keys")]
-    Keys(usize),
+    #[error(
+        "its mappings at {begin:#x}-{end:#x} need {new} keys, and the mapping trie has {used} of {capacity}"
+    )]
+    Keys {
+        /// The first mapping.
+        begin: u64,
+        /// End of the last mapping, exclusive.
+        end: u64,
+        /// Keys of this process.
+        new: usize,
+        /// Keys of all other processes.
+        used: usize,
+        /// Keys that the trie may have.
+        capacity: usize,
+    },
     /// A mapping is empty or reversed.
     #[error("a mapping cannot be loaded: {0}")]
     Range(#[from] EmptyRange),
-    /// The kernel refused a write to a map.
+    /// The kernel refused to write a mapping.
+    #[error("cannot write the mapping {begin:#x}-{end:#x}: {source}")]
+    Write {
+        /// Start of the mapping, inclusive.
+        begin: u64,
+        /// End of the mapping, exclusive.
+        end: u64,
+        /// The error of the kernel.
+        #[source]
+        source: KernelError,
+    },
+    /// The kernel refused another write to a map.
     #[error(transparent)]
-    Kernel(#[from] KernelError),
+    Kernel(KernelError),
+    /// It did not fit before; the agent tries again later.
+    #[error("it did not fit before")]
+    Held,
 }
 
 impl UnwindTables {
@@ -111,6 +157,7 @@ impl UnwindTables {
             files: FileTables::start(sources, wake)?,
             residents: ResidentTables::new(kernel.table_lines()),
             loaded: LoadedImages::default(),
+            refusals: Refusals::default(),
             stats: TableStats::default(),
         })
     }
@@ -157,25 +204,36 @@ impl UnwindTables {
         self.loaded.contains(key)
     }
 
-    /// Writes the mappings of a process to the kernel, or updates them there, with the tables that are built.
+    /// Writes the mappings of a process to the kernel, or updates them there, with the tables that are built. Logs a refusal;
+    /// after one, the process has to wait.
     pub(crate) fn load(
         &mut self,
         kernel: &mut impl UnwindMaps,
         key: ImageKey,
         image: &Image,
     ) -> Result<(), LoadError> {
+        let now = Instant::now();
+        if self.refusals.is_held(&key, now) {
+            return Err(LoadError::Held);
+        }
         self.residents.advance();
         let result =
             self.kernel_mappings(kernel, image).and_then(|mappings| self.loaded.load(kernel, key, mappings));
-        if result.is_err() {
-            self.stats.refused += 1;
-            self.unload(kernel, key.process.tgid);
+        match &result {
+            Ok(()) => self.refusals.forget(key.process.tgid),
+            Err(error) => {
+                self.loaded.unload(kernel, key.process.tgid);
+                if let Some(line) = self.refusals.add(key, error, now) {
+                    tracing::warn!("{line}");
+                }
+            }
         }
         result
     }
 
     /// Removes the mappings of a process from the kernel.
     pub(crate) fn unload(&mut self, kernel: &mut impl UnwindMaps, tgid: u32) {
+        self.refusals.forget(tgid);
         self.loaded.unload(kernel, tgid);
     }
 
@@ -193,6 +251,7 @@ impl UnwindTables {
             rules: self.residents.rules() as u64,
             processes: self.loaded.processes() as u64,
             keys: self.loaded.keys() as u64,
+            refused: self.refusals.counts(),
             ..self.stats
         }
     }
@@ -233,7 +292,7 @@ impl UnwindTables {
                             MappingKind::Vdso => "[vdso]",
                             MappingKind::Anon => "",
                         };
-                        self.make_resident(kernel, content, &table, name, protected)?
+                        self.make_resident(kernel, content, &table, (name, mapping), protected)?
                     }
                     // The agent's copy is gone: the table has to be built again.
                     (None, None) => NOT_BUILT,
@@ -249,7 +308,7 @@ impl UnwindTables {
         kernel: &mut impl UnwindMaps,
         content: ContentId,
         table: &gannet_unwind::table::UnwindTable,
-        name: &str,
+        (name, mapping): (&str, &Mapping),
         protected: &HashSet<ContentId>,
     ) -> Result<(u32, u32), LoadError> {
         loop {
@@ -263,13 +322,20 @@ impl UnwindTables {
                 self.stats.evicted += 1;
                 // These processes are loaded again when their samples come raw.
                 for tgid in self.loaded.users_of(evicted) {
-                    self.unload(kernel, tgid);
+                    self.loaded.unload(kernel, tgid);
                 }
                 continue;
             }
+            let (begin, end) = (mapping.start, mapping.end);
             return Err(match refusal {
-                InsertError::Rules(full) => full.into(),
-                _ => LoadError::NoRoom { file: name.to_owned(), lines: table.lines().len() },
+                InsertError::Rules(source) => LoadError::Rules { begin, end, source },
+                _ => LoadError::NoRoom {
+                    file: name.to_owned(),
+                    begin,
+                    end,
+                    lines: table.lines().len(),
+                    all: self.residents.all_lines(),
+                },
             });
         }
     }

@@ -52,7 +52,7 @@ pub(in crate::debug) async fn maps(node: &Node) -> Result<MapsView, EngineError>
             made: stats.made,
             failed: stats.failed,
             evicted: stats.evicted,
-            refused: stats.refused,
+            refused: stats.refused.total(),
         }),
         sampler_ns: sampler_cost.map(|(time, count)| time / count.max(1)),
     })
