@@ -279,7 +279,8 @@ fn memory_that_never_answers_holds_up_no_other_names() {
     let pids = [hostile.0.id(), beside.0.id()].map(|pid| pid.to_string());
     let recording = record_for(3, 199, &["--pid", &pids[0], "--pid", &pids[1]]);
     let (named, all) = recording.share("python3", |stack| stack.iter().any(|frame| frame == "busy"));
-    assert!(all > 100 && named * 100 >= all * 80, "{named} of {all}\n{}", recording.log);
+    // The other process may wait for one deadline of half a second. Held up for good, none would have a name.
+    assert!(all > 100 && named * 100 >= all * 50, "{named} of {all}\n{}", recording.log);
     let name = "(reading the memory of its interpreter)";
     assert_eq!(recording.log.matches(name).count(), 1, "{}", recording.log);
     assert!(recording.share("unanswered", |_| true).1 > 100, "{}", recording.log);
