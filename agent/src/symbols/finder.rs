@@ -22,6 +22,7 @@ use super::{
     formats::{
         dwarf::DebugLine,
         elf,
+        jitdump::JitDump,
         kallsyms::{Kallsyms, Refreshed},
         perf_map::{Listed, PerfMap},
     },
@@ -81,7 +82,8 @@ pub(super) struct NameFinder {
     files: LruCache<FileId, FileState>,
     debug_info: DebugInfoReader,
     perf_maps: LruCache<ProcessKey, PerfMap>,
-    /// Bytes of perf maps that may be read.
+    jitdumps: LruCache<ProcessKey, JitDump>,
+    /// Bytes of perf maps and jitdumps that may be read.
     map_bytes: ByteBudget,
     kallsyms: Kallsyms,
     /// Functions of the kernel that were asked for since its symbols changed.
@@ -103,6 +105,7 @@ impl NameFinder {
             files: LruCache::new(MAX_FILE_STATES),
             debug_info: DebugInfoReader::new(debug_reader, debug_dirs, debug_cost, Arc::clone(&stats)),
             perf_maps: LruCache::new(MAX_PERF_MAPS),
+            jitdumps: LruCache::new(MAX_PERF_MAPS),
             map_bytes: ByteBudget::new(debug_cost.map_bytes),
             kallsyms: Kallsyms::new(kernel_symbols),
             kernel_functions: ProcessFunctions::new(),
@@ -301,12 +304,64 @@ impl NameFinder {
     }
 
     /// Finds the functions that a process made at run time.
-    pub(super) fn find_jitted(&mut self, key: ProcessKey, addresses: &[u64]) -> ProcessFunctions {
-        let mut texts = SharedTexts::default();
+    pub(super) fn find_jitted(
+        &mut self,
+        key: ProcessKey,
+        image: &Image,
+        addresses: &[u64],
+    ) -> ProcessFunctions {
         let mut found = ProcessFunctions::new();
         if addresses.is_empty() {
             return found;
         }
+        self.find_in_perf_map(key, addresses, &mut found);
+        let rest: Vec<u64> =
+            addresses.iter().copied().filter(|address| !found.contains_key(address)).collect();
+        if let Some(file) = jitdump_of(image).filter(|_| !rest.is_empty()) {
+            self.find_in_jitdump(key, file, rest, &mut found);
+        }
+        found
+    }
+
+    fn find_in_jitdump(
+        &mut self,
+        key: ProcessKey,
+        file: &Arc<MappedFile>,
+        addresses: Vec<u64>,
+        found: &mut ProcessFunctions,
+    ) {
+        let mut texts = SharedTexts::default();
+        let mut dump = self.jitdumps.pop(&key).unwrap_or_default();
+        let (max_bytes, identity, wanted) =
+            (self.map_bytes.for_one(), (file.dev, file.inode), addresses.clone());
+        let read = access::read_file(file, move |open| {
+            let read = dump.update(open, identity, &wanted, max_bytes);
+            (dump, read)
+        });
+        let Ok(Ok((dump, read))) = read else { return };
+        self.map_bytes.spend(read);
+        if dump.is_behind() {
+            self.stats.skip(Skipped::LargeMap, addresses.len());
+        }
+        for address in addresses {
+            if let Some(function) = dump.find(address) {
+                let name = texts.text(&function.name);
+                let line = function.line;
+                let functions = [Function {
+                    raw: Arc::clone(&name),
+                    name,
+                    file: texts.text(&function.file),
+                    line,
+                    column: 0,
+                }];
+                found.insert(address, functions.into());
+            }
+        }
+        self.jitdumps.put(key, dump);
+    }
+
+    fn find_in_perf_map(&mut self, key: ProcessKey, addresses: &[u64], found: &mut ProcessFunctions) {
+        let mut texts = SharedTexts::default();
         let mut map = self.perf_maps.pop(&key).unwrap_or_default();
         let wanted = addresses.to_vec();
         let max_bytes = self.map_bytes.for_one();
@@ -317,7 +372,7 @@ impl NameFinder {
             let read = map.update(&file, (metadata.dev(), metadata.ino()), &wanted, max_bytes);
             io::Result::Ok((map, read))
         });
-        let Ok(Ok((map, read))) = read else { return found };
+        let Ok(Ok((map, read))) = read else { return };
         self.map_bytes.spend(read);
         for &address in addresses {
             match map.find(address) {
@@ -329,15 +384,16 @@ impl NameFinder {
             }
         }
         self.perf_maps.put(key, map);
-        found
     }
 
     /// Frees memory beyond the limits, and counts the rest. Call it after each set of profiles.
     pub(super) fn trim(&mut self) {
         self.kernel_is_fresh = false;
-        let perf_maps: usize = self.perf_maps.iter().map(|(_, map)| map.bytes()).sum();
+        let jitdumps: usize = self.jitdumps.iter().map(|(_, dump)| dump.bytes()).sum();
+        let perf_maps = self.perf_maps.iter().map(|(_, map)| map.bytes()).sum::<usize>() + jitdumps;
         if perf_maps > MAX_CACHED_PERF_MAP_BYTES {
             self.perf_maps.clear();
+            self.jitdumps.clear();
             self.wasteful = true;
         }
         if std::mem::take(&mut self.wasteful) {
@@ -346,6 +402,17 @@ impl NameFinder {
         let cached = self.cache.weight() + (self.kallsyms.bytes() + perf_maps) as u64;
         self.stats.cached_bytes.store(cached, Ordering::Relaxed);
     }
+}
+
+/// Returns the file that a just-in-time compiler maps to say that it writes a jitdump: `jit-PID.dump`, in any directory.
+fn jitdump_of(image: &Image) -> Option<&Arc<MappedFile>> {
+    image.mappings.iter().find_map(|mapping| match &mapping.kind {
+        MappingKind::File(file) if !file.is_elf() => {
+            let name = file.path.rsplit('/').next()?;
+            name.strip_prefix("jit-")?.strip_suffix(".dump").map(|_| file)
+        }
+        _ => None,
+    })
 }
 
 /// Bytes that may be read: many at once, and few in the long run.

@@ -178,7 +178,7 @@ impl ProfileNamer {
             }
         }
         let mut found = self.finder.find_in_kernel(kernel.into_iter());
-        found.extend(self.finder.find_jitted(process.key, &jitted));
+        found.extend(self.finder.find_jitted(process.key, &process.image, &jitted));
         found
     }
 

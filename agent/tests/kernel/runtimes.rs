@@ -17,12 +17,13 @@ fn functions_of_node_have_names_after_its_end() {
         "this test runs node: apt-get install nodejs"
     );
     // V8 writes a log beside the perf map, into the working directory.
-    let command = format!("cd {} && exec node --perf-basic-prof", directory.path().display());
-    let run = |flag: &str| {
-        let flags = format!("{command} --interpreted-frames-native-stack {flag} short.js");
+    let command = format!("cd {} && exec node", directory.path().display());
+    let run = |flags: &str| {
+        let flags = format!("{command} --interpreted-frames-native-stack {flags} short.js");
         record_command(&["sh", "-c", &flags])
     };
     // The perf map has no lines for functions that V8 has inlined into others.
-    assert_named(&run("--no-turbo-inlining"), "hotInner");
-    assert_named(&run("--turbo-inlining"), "short.js");
+    assert_named(&run("--perf-basic-prof --no-turbo-inlining"), "hotInner");
+    assert_named(&run("--perf-basic-prof --turbo-inlining"), "short.js");
+    assert_named(&run("--perf-prof --no-turbo-inlining"), "hotInner");
 }

@@ -3,6 +3,7 @@
 pub(super) mod dwarf;
 pub(super) mod elf;
 mod go;
+pub(super) mod jitdump;
 pub(super) mod kallsyms;
 pub(super) mod perf_map;
 mod symbol_search;

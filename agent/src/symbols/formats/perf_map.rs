@@ -239,7 +239,7 @@ fn search_piece(
 
 /// Pages of code, each by some bits of its number: a page that is not there may seem to be.
 #[derive(Clone, Debug)]
-struct Pages([u64; Pages::WORDS]);
+pub(super) struct Pages([u64; Pages::WORDS]);
 
 impl Default for Pages {
     fn default() -> Self {
@@ -252,7 +252,7 @@ impl Pages {
     const BITS: u64 = Self::WORDS as u64 * 64;
 
     /// Adds the pages of the addresses from `start` up to `end`.
-    fn add(&mut self, start: u64, end: u64) {
+    pub(super) fn add(&mut self, start: u64, end: u64) {
         let (first, last) = (start >> PAGE_BITS, end.saturating_sub(1).max(start) >> PAGE_BITS);
         for page in first..=last.min(first + Self::BITS) {
             let bit = page % Self::BITS;
@@ -260,7 +260,7 @@ impl Pages {
         }
     }
 
-    fn may_hold(&self, address: u64) -> bool {
+    pub(super) fn may_hold(&self, address: u64) -> bool {
         let bit = (address >> PAGE_BITS) % Self::BITS;
         self.0[(bit / 64) as usize] & 1 << (bit % 64) != 0
     }
