@@ -219,7 +219,7 @@ mod tests {
             ParsedExtension::SubjectKeyIdentifier(id) => Some(id.0),
             _ => None,
         });
-        id.unwrap()[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+        id.unwrap()[..8].iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
     }
 
     #[tokio::test]
