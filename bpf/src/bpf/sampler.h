@@ -254,8 +254,8 @@ ALWAYS_INLINE void take_list_frame(struct sample_scratch *scratch, u64 slot)
 	if (how->position_is_address)
 		position -= function;
 	scratch->frames[slot] = (u64)LIST_FUNCTION << LIST_TAG_SHIFT | (function & ((1ULL << LIST_TAG_SHIFT) - 1));
-	scratch->frames[slot + 1] = (u64)LIST_POSITION << LIST_TAG_SHIFT |
-				    sum_function(unwind, function) << LIST_SUM_SHIFT | (u32)position;
+	scratch->frames[slot + 1] =
+		(u64)LIST_POSITION << LIST_TAG_SHIFT | sum_function(unwind, function) << LIST_SUM_SHIFT | (u32)position;
 	unwind->frames += 2;
 	unwind->depth++;
 	if (!is_end && unwind->list)
