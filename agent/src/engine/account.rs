@@ -162,7 +162,10 @@ impl Account {
         self.full_rings = self.cpus.iter().zip(former).enumerate().filter_map(is_fuller).collect();
         let totals = totals(&self.cpus, self.skipped, source.arrived(), flow, waiting);
         let mut ledger = totals.since(&self.past);
+        let deficit = totals.taken_since(&self.past).min(0);
         self.past = totals;
+        // A window cannot take less than nothing: the next one has what this one lacks.
+        self.past.taken -= deficit;
         ledger.delivered = delivered;
         ledger.lose(LossReason::RuleRemoved, removed);
         self.closed.merge(&ledger);
@@ -243,13 +246,18 @@ fn totals(cpus: &[Cpu], skipped: u64, arrived: &Arrived, flow: &Flow, waiting: u
 impl Totals {
     /// Returns the ledger of the time between two cuts, with nothing delivered yet.
     fn since(&self, past: &Self) -> Ledger {
-        let taken = self.taken - past.taken + past.waiting.cast_signed() - self.waiting.cast_signed();
+        let taken = self.taken_since(past).max(0).cast_unsigned();
         let ticks = self.ledger.ticks.saturating_sub(past.ledger.ticks);
-        let mut since = Ledger { ticks, taken: u64::try_from(taken).unwrap_or(0), ..Ledger::default() };
+        let mut since = Ledger { ticks, taken, ..Ledger::default() };
         for (reason, n) in &self.ledger.lost {
             since.lose(*reason, n.saturating_sub(past.ledger.lost.get(reason).copied().unwrap_or(0)));
         }
         since
+    }
+
+    /// Returns the samples taken between two cuts. Negative if more samples wait than the cut knows.
+    fn taken_since(&self, past: &Self) -> i64 {
+        self.taken - past.taken + past.waiting.cast_signed() - self.waiting.cast_signed()
     }
 }
 
@@ -417,6 +425,22 @@ mod tests {
             source.close(&mut account, false);
             assert_ledger(&account.closed, 3, 2, &[], 1);
         }
+    }
+
+    #[test]
+    fn a_window_that_lacks_samples_leaves_the_lack_to_the_next() {
+        let source = Source::new(1);
+        let mut account = Account::new(&source).unwrap();
+        let reading = read(&source).unwrap();
+        let mut close = |waiting| {
+            let samples = ClosedSamples { delivered: 0, removed: 0, waiting };
+            account.close(&source, Some(&reading), &Flow::default(), samples, false)
+        };
+        // Three samples wait that the counters did not know of.
+        assert_ledger(&close(3), 0, 0, &[], 0);
+        assert_ledger(&close(3), 0, 0, &[], 0);
+        assert_ledger(&close(0), 0, 0, &[], 0);
+        assert_ledger(&account.closed, 0, 0, &[], 0);
     }
 
     #[test]
