@@ -49,7 +49,8 @@ pub struct Process {
     pub(super) reported_comm: String,
     /// When its mappings were last read again because of an unknown address.
     pub(super) scanned: Option<Instant>,
-    /// The process mapped memory without a file over a file. The agent must read `/proc` to learn what is mapped now.
+    /// The process mapped anonymous memory over a part of a file. The kernel's event does not say which mappings remain, so the
+    /// agent reads them from `/proc`.
     pub(super) in_doubt: bool,
     /// Whether the process or a file of it did not answer when it was read: it is read again when that answers.
     pub(super) unanswered: bool,

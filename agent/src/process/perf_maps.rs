@@ -129,7 +129,8 @@ impl PerfMapFiles {
 }
 
 impl Held {
-    /// Holds what was found, unless that lacks the map and an earlier attempt found it: the file was removed since.
+    /// Holds the files of this attempt. If it found no map and an earlier attempt did, the process has removed the file since;
+    /// then the earlier files stay.
     fn put(&self, key: ProcessKey, found: Arc<Found>) {
         let mut held = self.0.lock();
         if found.map.is_some() || held.peek(&key).is_none_or(|entry| entry.found.map.is_none()) {
