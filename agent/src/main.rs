@@ -87,8 +87,14 @@ fn perform(verb: Verb, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
             runtime()?.block_on(top::top(args))?;
             Ok(ExitCode::SUCCESS)
         }
-        Verb::Check { json, pid } => {
+        Verb::Check { json, pid, file } => {
             start_log(LogFormat::Text);
+            if let Some(report) = check::check_file(&file) {
+                let report = report?;
+                let text = if json { report.to_json() + "\n" } else { report.to_string() };
+                write!(io::stdout(), "{text}")?;
+                return Ok(ExitCode::SUCCESS);
+            }
             let report = check::check(&CheckOptions { pid, ..CheckOptions::default() });
             #[expect(clippy::print_stdout, reason = "the answer to the user")]
             if json {

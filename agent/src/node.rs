@@ -12,8 +12,14 @@ use std::{
 use parking_lot::Mutex;
 
 use crate::{
-    config::Config, engine::Engine, export::SpoolStats, ledger::NodeLedger, pipeline::RecentProfiles,
-    pods::Pods, symbols::SymbolizerStats,
+    config::Config,
+    engine::Engine,
+    export::{SpoolStats, StreamStats},
+    ledger::NodeLedger,
+    pipeline::RecentProfiles,
+    pods::Pods,
+    symbols::SymbolizerStats,
+    tables::SuppliedTables,
 };
 
 /// A running agent.
@@ -26,6 +32,8 @@ pub(crate) struct Node {
     pub(crate) ledger: NodeLedger,
     /// Counters of the spool.
     pub(crate) spool: Arc<SpoolStats>,
+    /// Counters of the stream of profiles.
+    pub(crate) stream: Arc<StreamStats>,
     /// Counters of the symbolizer.
     pub(crate) symbols: Arc<SymbolizerStats>,
     /// Profiles of the last windows.
@@ -40,6 +48,8 @@ pub(crate) struct Node {
     pub(crate) connected: AtomicBool,
     /// Reasons why parts work with limits, by part.
     degraded: Mutex<BTreeMap<&'static str, String>>,
+    /// Unwind tables that the operator supplies.
+    supplied: Mutex<SuppliedTables>,
 }
 
 impl Node {
@@ -47,7 +57,7 @@ impl Node {
         config: Config,
         engine: Engine,
         ledger: NodeLedger,
-        spool: Arc<SpoolStats>,
+        (spool, stream): (Arc<SpoolStats>, Arc<StreamStats>),
         symbols: Arc<SymbolizerStats>,
         recent: RecentProfiles,
         pods: Pods,
@@ -61,6 +71,7 @@ impl Node {
             engine,
             ledger,
             spool,
+            stream,
             symbols,
             recent,
             pods,
@@ -68,7 +79,20 @@ impl Node {
             rules_loaded: AtomicBool::new(false),
             connected: AtomicBool::new(false),
             degraded: Mutex::new(degraded),
+            supplied: Mutex::default(),
         }
+    }
+
+    /// Notes the supplied unwind tables in force, and logs them.
+    pub(crate) fn set_supplied(&self, supplied: SuppliedTables) {
+        supplied.log();
+        self.set_degraded("unwind tables", supplied.degraded());
+        *self.supplied.lock() = supplied;
+    }
+
+    /// Returns the supplied unwind tables in force.
+    pub(crate) fn supplied(&self) -> SuppliedTables {
+        self.supplied.lock().clone()
     }
 
     /// Records why a part works with limits, or with `None` that it works again.

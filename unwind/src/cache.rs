@@ -272,7 +272,12 @@ mod tests {
             executable: true,
         }]);
         let id = "0abc".parse().unwrap();
-        let bytes = encode(&content, overrides.get(&content).unwrap(), &segments, Some(&id));
+        let bytes = encode(
+            &content,
+            overrides.get(&content, gannet_elf::Arch::X86_64).unwrap(),
+            &segments,
+            Some(&id),
+        );
         (content, bytes)
     }
 

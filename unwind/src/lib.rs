@@ -16,6 +16,7 @@ mod instructions;
 pub mod intern;
 pub mod limits;
 pub mod overrides;
+mod rule_text;
 mod runs;
 pub mod table;
 pub mod table_builder;

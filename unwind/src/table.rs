@@ -3,8 +3,8 @@
 use gannet_elf::Arch;
 
 use crate::format::{
-    CacheLine, FIRST_LINE_STEP, FIRST_ROW_STEP, GRANULE_BYTES, GRANULE_SHIFT, MAX_LINES, PAGE_BYTES,
-    RULE_NONE, UnwindRule, WORDS_PER_LINE, directory_parts, row, row_pc_low, row_rule,
+    CacheLine, FIRST_LINE_STEP, FIRST_ROW_STEP, GRANULE_BYTES, GRANULE_SHIFT, MAX_LINES, MAX_RUN_BYTES,
+    PAGE_BYTES, RULE_NONE, UnwindRule, WORDS_PER_LINE, cfa, directory_parts, row, row_pc_low, row_rule,
 };
 
 /// The unwind table of one file, laid out as the kernel reads it ([`crate::format`]) but with rule numbers of its own.
@@ -126,6 +126,50 @@ impl UnwindTable {
         let found = line.0[index];
         let distance = u64::from((vaddr as u16).wrapping_sub(row_pc_low(found)));
         Some(self.rules.get(usize::from(row_rule(found)))?.after(distance))
+    }
+
+    /// Returns the ELF virtual address behind the last granule.
+    pub fn end(&self) -> u64 {
+        self.base + (u64::from(self.granules) << GRANULE_SHIFT)
+    }
+
+    /// Returns the addresses at which the rule changes, ascending, with the rule from there on. Of a run, each step is a row.
+    pub fn plain_rows(&self) -> impl Iterator<Item = (u64, UnwindRule)> {
+        let mut last = UnwindRule::NONE;
+        let rows = (0..self.pages()).flat_map(|page| self.page_rows(page));
+        rows.filter(move |(_, rule)| std::mem::replace(&mut last, *rule) != *rule)
+    }
+
+    fn pages(&self) -> u64 {
+        u64::from(self.granules).div_ceil(PAGE_BYTES / GRANULE_BYTES)
+    }
+
+    /// Returns the rows of one page, with each step of a run.
+    fn page_rows(&self, page: u64) -> Vec<(u64, UnwindRule)> {
+        let per_page = (PAGE_BYTES / GRANULE_BYTES) as usize;
+        let first_granule = page as usize * per_page;
+        let last_granule = (first_granule + per_page).min(self.granules as usize) - 1;
+        let directory = |granule: usize| {
+            directory_parts(self.lines[granule / WORDS_PER_LINE].0[granule % WORDS_PER_LINE])
+        };
+        let first = directory(first_granule).0;
+        let (last, more) = directory(last_granule);
+        let words = (first..=last + more).flat_map(|line| self.lines[line as usize].0);
+        let mut words: Vec<u32> = words.collect();
+        // Fillers repeat the last row of their line.
+        words.dedup();
+        let start = self.base + page * PAGE_BYTES;
+        let mut rows = Vec::with_capacity(words.len());
+        for (index, word) in words.iter().enumerate() {
+            let Some(rule) = self.rules.get(usize::from(row_rule(*word))) else { continue };
+            let at = u64::from(row_pc_low(*word));
+            let next = words.get(index + 1).map_or(PAGE_BYTES, |next| u64::from(row_pc_low(*next)));
+            let steps = if matches!(rule.cfa_kind, cfa::PUSHES | cfa::POPS) { MAX_RUN_BYTES } else { 0 };
+            rows.extend(
+                (0..=steps).filter(|step| at + step < next).map(|step| (start + at + step, rule.after(step))),
+            );
+        }
+        rows
     }
 
     /// Builds a table from stored parts, if they agree: every directory word names existing lines in order, every row names

@@ -113,7 +113,7 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    idle: Vec<mpsc::Sender<Job>>,
+    idle: Vec<mpsc::SyncSender<Job>>,
     workers: usize,
     /// With the number of workers that wait for each.
     hung: HashMap<Target, usize>,
@@ -299,14 +299,15 @@ impl Access {
 
 impl Shared {
     /// Takes a free worker, or starts one; `None` if there are too many already.
-    fn worker(&self, state: &mut State) -> Option<mpsc::Sender<Job>> {
+    fn worker(&self, state: &mut State) -> Option<mpsc::SyncSender<Job>> {
         if let Some(worker) = state.idle.pop() {
             return Some(worker);
         }
         if state.workers >= self.max {
             return None;
         }
-        let (sender, jobs) = mpsc::channel::<Job>();
+        // A worker has one job at a time.
+        let (sender, jobs) = mpsc::sync_channel::<Job>(1);
         let work = move || jobs.iter().for_each(|job| job());
         thread::Builder::new().name("gannet-access".into()).spawn(work).ok()?;
         state.workers += 1;
@@ -324,7 +325,7 @@ impl Shared {
     }
 
     /// Keeps a worker for the next call, or lets it end.
-    fn give_back(&self, worker: mpsc::Sender<Job>) {
+    fn give_back(&self, worker: mpsc::SyncSender<Job>) {
         let mut state = self.state.lock();
         if state.idle.len() < MAX_IDLE {
             state.idle.push(worker);
@@ -334,7 +335,7 @@ impl Shared {
     }
 
     /// A call has answered that its caller had abandoned.
-    fn late_answer(&self, target: Target, worker: mpsc::Sender<Job>) {
+    fn late_answer(&self, target: Target, worker: mpsc::SyncSender<Job>) {
         {
             let mut state = self.state.lock();
             if let Some(waiting) = state.hung.get_mut(&target) {

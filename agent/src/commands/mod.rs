@@ -39,6 +39,9 @@ pub enum Verb {
         /// Check also whether the names of this process's interpreted functions can be read
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         pid: Option<u32>,
+        /// Arguments of `--file`.
+        #[command(flatten)]
+        file: check::FileArgs,
     },
     /// Print a script that completes commands in a shell
     Completion(CompletionArgs),

@@ -7,6 +7,7 @@ use std::{
         fd::{AsRawFd as _, OwnedFd},
         unix::net::UnixStream,
     },
+    path::PathBuf,
     process::{Child, Command, ExitStatus},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -32,7 +33,8 @@ use crate::{
         check::{self, Refusal, UnsafeKernel},
         target_ends::TargetEnds,
     },
-    engine::{Engine, EngineError, EngineOptions, Window},
+    config::CoreShare,
+    engine::{Engine, EngineError, EngineOptions, EngineView, Window},
     governor::Budgets,
     kernel::{KernelOptions, Ticks, default_ring_bytes},
     output::{Destination, Details, OutputError},
@@ -95,6 +97,17 @@ pub struct RecordArgs {
     /// to 16MiB]
     #[arg(long, value_name = "BYTES")]
     pub(crate) ring_bytes: Option<ByteSize>,
+    /// Directory of supplied unwind tables (*.unwind), for files whose own information is broken
+    #[arg(long, value_name = "DIR")]
+    pub(crate) override_dir: Option<PathBuf>,
+    /// CPU budget of this program, including its BPF programs and its readers of debug information, as a share of one core:
+    /// 0.05 or 5%. Over budget, it lowers the sampling rate [default: none]
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) cpu_budget: Option<CoreShare>,
+    /// Memory budget of this program and its readers of debug information. Over budget, it lowers the sampling rate
+    /// [default: none]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) memory_budget: Option<ByteSize>,
     /// Run on a kernel that `check` refuses because it may lock up (5.19 to 6.3), for kernels that have the fix all the same
     #[arg(long)]
     pub(crate) allow_unsafe_kernel: bool,
@@ -190,8 +203,11 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
             window: WINDOW,
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
-            budgets: Budgets::default(),
-            tables: Some(TableSources::with_debug_files()),
+            budgets: Budgets {
+                cpu: args.cpu_budget.map(CoreShare::get),
+                memory_bytes: args.memory_budget.map(|size| size.0),
+            },
+            tables: Some(TableSources::supplied_from(args.override_dir.as_deref())),
         },
         // The queue holds minutes. If it is full all the same, the engine waits instead of losing a window: nothing else
         // depends on it here.
@@ -227,7 +243,8 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     let targets = Some(&targets).filter(|_| !args.pid.is_empty());
     let status = until_end(held.as_mut(), targets, duration, signals).await;
     let took = begun.elapsed();
-    let ticks = engine.view().await?.ticks.unwrap_or_default();
+    let EngineView { ticks, governed, .. } = engine.view().await?;
+    let ticks = ticks.unwrap_or_default();
     // Joining the engine's thread takes until its last window is in the queue.
     let _ = tokio::task::spawn_blocking(move || engine.stop()).await;
     let recorded = symbolizing.await.map_err(|error| RecordError::Start(io::Error::other(error)))??;
@@ -246,7 +263,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
         interpreter_frames: args.interpreter_frames,
     };
     destination.write(&profile, &details)?;
-    print_ledger(&args, &destination, &recorded.ledger, &names, &ticks, start, took)
+    print_ledger(&args, &destination, &recorded.ledger, &names, (&ticks, governed), (start, took))
         .map_err(RecordError::Start)
 }
 
@@ -374,9 +391,8 @@ fn print_ledger(
     destination: &Destination,
     ledger: &Ledger,
     names: &SymbolizerStats,
-    ticks: &Ticks,
-    start: Duration,
-    took: Duration,
+    (ticks, governed): (&Ticks, Option<String>),
+    (start, took): (Duration, Duration),
 ) -> io::Result<()> {
     let mut out = io::stdout().lock();
     if args.json {
@@ -400,6 +416,8 @@ fn print_ledger(
                 "ticks_due": ticks.due,
                 "ticks_missing": missing,
                 "ticks_unexplained": ticks.unexplained(),
+                // Why rates were lowered at the end; null if they were not.
+                "governed": governed,
                 // From the start of this program until it could take its first tick.
                 "start_seconds": start.as_secs_f64(),
                 "seconds": took.as_secs_f64(),
@@ -423,6 +441,9 @@ fn print_ledger(
             out,
             "  unaccounted: samples are missing without a reason; report it with the log of this program"
         )?;
+    }
+    if let Some(governed) = governed {
+        writeln!(out, "{governed}")?;
     }
     if let Some(line) = missing_ticks(ticks) {
         writeln!(out, "{line}")?;

@@ -11,7 +11,7 @@ use std::{
     fmt,
     net::SocketAddr,
     ops::RangeInclusive,
-    path::PathBuf,
+    path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
 };
@@ -35,6 +35,10 @@ use crate::{
     rules::{CAPTURE_SLOTS, Deny},
 };
 
+/// Default of `--state-dir`.
+const STATE_DIR: &str = "/var/lib/gannet";
+/// Directory of supplied unwind tables below it.
+const OVERRIDES: &str = "overrides";
 /// Certificate of the cluster's authority that Kubernetes mounts into each pod.
 const SERVICE_ACCOUNT_CA: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
 /// Token that Kubernetes mounts into each pod.
@@ -78,8 +82,12 @@ pub struct RunOptions {
     #[arg(long, env = "GANNET_AGENT_RULES", value_name = "FILE", value_delimiter = ',', num_args = 1..)]
     pub(crate) rules: Vec<PathBuf>,
     /// Directory for the spool and the last good rules
-    #[arg(long, env = "GANNET_AGENT_STATE_DIR", value_name = "DIR", default_value = "/var/lib/gannet")]
+    #[arg(long, env = "GANNET_AGENT_STATE_DIR", value_name = "DIR", default_value = STATE_DIR)]
     pub(crate) state_dir: PathBuf,
+    /// Directory of supplied unwind tables (*.unwind), for files whose own information is broken; the agent follows its
+    /// changes [default: STATE_DIR/overrides]
+    #[arg(long, env = "GANNET_AGENT_OVERRIDE_DIR", value_name = "DIR")]
+    pub(crate) override_dir: Option<PathBuf>,
     /// Address of the node's debug page; must be on loopback
     #[arg(long, env = "GANNET_AGENT_DEBUG_LISTEN", value_name = "ADDRESS", default_value = ports::AGENT_DEBUG)]
     pub(crate) debug_listen: SocketAddr,
@@ -203,6 +211,13 @@ pub(crate) enum PodSourceOption {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct CoreShare(f64);
 
+impl CoreShare {
+    /// Returns the share: 1.0 is one core.
+    pub(crate) fn get(self) -> f64 {
+        self.0
+    }
+}
+
 /// The options in force, checked, and the values that follow from them.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
@@ -210,6 +225,8 @@ pub(crate) struct Config {
     pub(crate) options: RunOptions,
     /// Name of this node.
     pub(crate) node: String,
+    /// Directory of supplied unwind tables.
+    pub(crate) override_dir: PathBuf,
     /// Address and credentials of the collector.
     pub(crate) dial: Option<Dial>,
     /// Labels of this node.
@@ -306,6 +323,7 @@ impl RunOptions {
         let ring_bytes = self.ring_bytes.unwrap_or(ByteSize(default_ring_bytes().into()));
         self.ring_bytes = Some(ring_bytes);
         Ok(Config {
+            override_dir: self.override_dir.clone().unwrap_or_else(|| self.state_dir.join(OVERRIDES)),
             dial: self.dial(),
             labels: self.labels()?,
             pods: self.pods(&node)?,
@@ -391,6 +409,11 @@ impl RunOptions {
             apiserver: is_set("KUBERNETES_SERVICE_HOST") || is_set("KUBECONFIG"),
         }))
     }
+}
+
+/// Returns the directory of supplied unwind tables of an agent with default options.
+pub(crate) fn default_override_dir() -> PathBuf {
+    Path::new(STATE_DIR).join(OVERRIDES)
 }
 
 fn map_size(option: &'static str, size: ByteSize) -> Result<u32, ConfigError> {

@@ -65,7 +65,8 @@ impl Interpreters {
     /// Starts the thread, which calls `wake` after each process.
     pub(super) fn start(wake: impl Fn() + Send + 'static) -> io::Result<Self> {
         let (requests, inbox) = mpsc::sync_channel(MAX_REQUESTS);
-        let (sender, answers) = mpsc::channel();
+        // Behind a full channel the thread waits for the engine.
+        let (sender, answers) = mpsc::sync_channel(MAX_REQUESTS);
         let read = move || {
             let readers = Access::new(MAX_READERS);
             while let Ok(request) = inbox.recv() {

@@ -6,7 +6,10 @@
 use std::time::{Duration, Instant};
 
 use crate::{
-    governor::{BpfTime, Budgets, Governor, GovernorVerdict, ResourceUse},
+    governor::{
+        BpfTime, Budgets, Governor, GovernorVerdict, ResourceUse, children_cpu_time, children_resident_bytes,
+        resident_bytes,
+    },
     kernel::Kernel,
 };
 
@@ -14,7 +17,7 @@ pub(super) struct Limits {
     governor: Governor,
     verdict: GovernorVerdict,
     bpf_time: BpfTime,
-    /// CPU time of this process at the last check, and when that was.
+    /// CPU time of this process and its children at the last check, and when that was.
     cpu_time: (Instant, Duration),
     /// Why everything is switched off; `None` if it is on.
     off: Option<String>,
@@ -49,7 +52,8 @@ impl Limits {
         let (now, time) = (Instant::now(), cpu_time());
         let (since, before) = std::mem::replace(&mut self.cpu_time, (now, time));
         let own = time.saturating_sub(before).as_secs_f64() / (now - since).as_secs_f64().max(1e-3);
-        let used = ResourceUse { cpu: own + self.bpf_time.measure(kernel), memory_bytes: resident_bytes() };
+        let memory = resident_bytes("self") + children_resident_bytes();
+        let used = ResourceUse { cpu: own + self.bpf_time.measure(kernel), memory_bytes: memory };
         self.judge(used)
     }
 
@@ -97,19 +101,10 @@ impl Limits {
     }
 }
 
-/// Returns the CPU time of all threads of this process.
+/// Returns the CPU time of all threads of this process, and of its children.
 fn cpu_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    Duration::try_from(time).unwrap_or_default()
-}
-
-/// Returns the resident memory of this process.
-fn resident_bytes() -> u64 {
-    std::fs::read_to_string("/proc/self/statm")
-        .ok()
-        .and_then(|text| text.split_ascii_whitespace().nth(1)?.parse::<u64>().ok())
-        .unwrap_or(0)
-        * rustix::param::page_size() as u64
+    Duration::try_from(time).unwrap_or_default() + children_cpu_time()
 }
 
 #[cfg(test)]

@@ -66,7 +66,11 @@ mod worker;
 
 use std::{
     io,
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+        mpsc::{self, TrySendError},
+    },
     thread::{self, JoinHandle},
     time::{Duration, SystemTime},
 };
@@ -76,6 +80,7 @@ use gannet_proto::{
     ledger::Ledger,
     rules::Caps,
 };
+use gannet_unwind::overrides::Overrides;
 use tokio::sync::oneshot;
 use ulid::Ulid;
 
@@ -94,6 +99,9 @@ use crate::{
     rules::{CaptureError, Deny, PodResolver, PodSelection, RuleId, RuleSource, SourceRules},
     tables::TableSources,
 };
+
+/// Commands that may wait for the engine's thread, which carries all of them out whenever it wakes.
+const MAX_COMMANDS: usize = 1024;
 
 /// The settings of an engine.
 #[derive(Clone, Debug)]
@@ -153,6 +161,9 @@ pub enum EngineError {
     /// The engine's thread has ended.
     #[error("the engine has ended")]
     Ended,
+    /// Too many commands wait for the engine's thread.
+    #[error("the engine has {MAX_COMMANDS} commands to carry out; try again in some seconds")]
+    Busy,
 }
 
 /// The rules that cannot work on this node, or what is wrong with the set.
@@ -165,6 +176,7 @@ enum Command {
     Show(Box<dyn FnOnce(ViewSources<'_>) + Send>),
     Kernel(oneshot::Sender<KernelView>),
     Flush(oneshot::Sender<()>),
+    Supply(Arc<Overrides>, oneshot::Sender<()>),
     Pods(Box<dyn PodResolver>),
     Select(PodSelection),
     Switch(Option<String>, oneshot::Sender<()>),
@@ -198,20 +210,28 @@ impl TestCommand {
 
 #[derive(Clone)]
 struct Commands {
-    sender: mpsc::Sender<Command>,
+    sender: mpsc::SyncSender<Command>,
     wake_up: WakeUp,
+    /// Commands that found the channel full.
+    refused: Arc<AtomicU64>,
 }
 
 impl Commands {
+    /// Sends a command that must not be lost; waits while the channel is full.
     fn send(&self, command: Command) {
         // A thread that has ended drops the command, and with it the sender of its answer.
         let _ = self.sender.send(command);
         self.wake_up.wake();
     }
 
+    /// Sends a command and waits for its answer. Fails at once if the channel is full: the client can ask again.
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, EngineError> {
         let (answer, answered) = oneshot::channel();
-        self.send(command(answer));
+        if let Err(TrySendError::Full(_)) = self.sender.try_send(command(answer)) {
+            self.refused.fetch_add(1, Relaxed);
+            return Err(EngineError::Busy);
+        }
+        self.wake_up.wake();
         answered.await.map_err(|_| EngineError::Ended)
     }
 
@@ -256,8 +276,8 @@ impl Engine {
     /// Loads and attaches the kernel side on a thread of its own. It samples nothing before rules come.
     pub fn start(options: EngineOptions, sink: impl WindowSink + 'static) -> Result<Self, EngineError> {
         let wake_up = WakeUp::new().map_err(EngineError::Start)?;
-        let (sender, commands) = mpsc::channel();
-        let (started, answer) = mpsc::channel();
+        let (sender, commands) = mpsc::sync_channel(MAX_COMMANDS);
+        let (started, answer) = mpsc::sync_channel(1);
         let worker_wake_up = wake_up.clone();
         let thread = thread::Builder::new()
             .name("gannet-engine".into())
@@ -270,7 +290,8 @@ impl Engine {
             })
             .map_err(EngineError::Start)?;
         let environment = answer.recv().map_err(|_| EngineError::Ended)??;
-        Ok(Self { commands: Commands { sender, wake_up }, thread: Some(thread), environment })
+        let commands = Commands { sender, wake_up, refused: Arc::default() };
+        Ok(Self { commands, thread: Some(thread), environment })
     }
 
     /// Returns what works less well on this kernel; human-readable.
@@ -336,6 +357,16 @@ impl Engine {
     /// Reads the kernel-side values that are slow to read.
     pub async fn kernel_view(&self) -> Result<KernelView, EngineError> {
         self.commands.ask(Command::Kernel).await
+    }
+
+    /// Replaces the unwind tables that the operator supplies. Samples that the agent reads from now on are unwound by them.
+    pub(crate) async fn supply_tables(&self, tables: Arc<Overrides>) -> Result<(), EngineError> {
+        self.commands.ask(|answer| Command::Supply(tables, answer)).await
+    }
+
+    /// Returns the number of commands that the engine refused because too many waited.
+    pub(crate) fn refused_commands(&self) -> u64 {
+        self.commands.refused.load(Relaxed)
     }
 
     /// Makes rules over pods work. The resolver answers through [`Engine::containers`].

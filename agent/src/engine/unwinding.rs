@@ -6,6 +6,8 @@
 
 use std::{collections::HashSet, mem, sync::Arc, time::Instant};
 
+use gannet_unwind::overrides::Overrides;
+
 use super::{
     backlog::{Backlog, Resolved},
     interpreters::Interpreters,
@@ -136,6 +138,13 @@ impl Unwinding {
             }
         }
         resolved
+    }
+
+    /// Replaces the tables that the operator supplies.
+    pub(super) fn supply(&mut self, kernel: &mut Kernel, supplied: Arc<Overrides>) {
+        if let Some(tables) = &mut self.tables {
+            tables.supply(kernel, supplied);
+        }
     }
 
     /// Takes the mappings of a process out of the kernel.

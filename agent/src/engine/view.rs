@@ -16,9 +16,9 @@ use super::{
 use crate::{
     cgroup::CgroupNames,
     conditions::SuppressedStarts,
-    kernel::{Counters, Kernel, MAX_RULES, ProgramCost, Ticks},
+    kernel::{Counters, Kernel, MAX_RULES, MapFill, ProgramCost, Ticks},
     model::ImageKey,
-    process::{Process, ProcessState, ProcessStats},
+    process::{FileTableStats, MetadataStats, Process, ProcessState, ProcessStats},
     profile::{RecorderStats, slots},
     rules::{ProcessTraits, RuleBook, RuleId, RuleSource},
     tables::{TableStats, UnwindTables},
@@ -37,6 +37,10 @@ pub struct EngineView {
     pub sampled_processes: usize,
     /// Counts of the process table since the engine started.
     pub process_stats: ProcessStats,
+    /// Counts of the files that processes map.
+    pub(crate) file_stats: FileTableStats,
+    /// Counts of the process metadata.
+    pub(crate) metadata_stats: MetadataStats,
     /// Processes that already ran when a rule came, and that the engine has not read yet.
     pub discovered_waiting: usize,
     /// Counters of the BPF programs since they were loaded; `None` if they cannot be read.
@@ -152,8 +156,8 @@ pub(crate) struct RuleView {
 /// Kernel-side values that are slow to read: maps are counted key by key.
 #[derive(Clone, Debug)]
 pub struct KernelView {
-    /// Name, entries and capacity of each map that can fill up.
-    pub maps: Vec<(&'static str, u64, u64)>,
+    /// Every map of the BPF programs, by name.
+    pub maps: Vec<MapFill>,
     /// The loaded BPF programs.
     pub programs: Vec<ProgramCost>,
     /// Nanoseconds that the sampler has run, and its runs; `None` unless the kernel counts (kernel.bpf_stats_enabled).
@@ -185,6 +189,8 @@ impl ViewSources<'_> {
             processes: self.reader.processes.alive().count(),
             sampled_processes: self.reader.processes.alive().filter(is_sampled).count(),
             process_stats: self.reader.processes.stats(),
+            file_stats: self.reader.processes.file_stats(),
+            metadata_stats: self.reader.processes.metadata_stats(),
             discovered_waiting: self.reader.discovered.len(),
             counters: self.kernel.counters().ok(),
             ticks: self.kernel.ticks().ok(),
@@ -305,11 +311,21 @@ impl ViewSources<'_> {
 impl KernelView {
     /// Reads the values. Reading the clocks needs them mutable; it changes nothing that another caller sees.
     pub(super) fn read(kernel: &mut Kernel, tables: Option<&UnwindTables>) -> Self {
+        let unwind_tables = tables.map(UnwindTables::stats);
+        let stats = unwind_tables.unwrap_or_default();
+        // Arrays that the agent fills itself, and maps whose many keys take long to count.
+        let known = [
+            ("table_lines", stats.resident_bytes / 64),
+            ("unwind_rules", stats.rules),
+            ("unwind_tables", stats.resident),
+            ("exec_mappings", stats.keys),
+            ("images", stats.processes),
+        ];
         Self {
-            maps: kernel.map_fill(),
+            maps: kernel.map_fill(&known),
             programs: kernel.programs(),
             sampler_cost: kernel.sampler_cost(),
-            unwind_tables: tables.map(UnwindTables::stats),
+            unwind_tables,
         }
     }
 }

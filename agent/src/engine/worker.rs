@@ -221,6 +221,10 @@ impl Worker {
                 let view = KernelView::read(&mut self.kernel, tables);
                 self.answer(answer, view);
             }
+            Command::Supply(tables, answer) => {
+                self.reader.unwinding.supply(&mut self.kernel, tables);
+                self.answer(answer, ());
+            }
             Command::Flush(answer) => {
                 self.close_window();
                 self.answer(answer, ());

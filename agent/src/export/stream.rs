@@ -62,14 +62,14 @@ pub struct ExportConfig {
 /// Counters of the stream for metrics.
 #[derive(Debug, Default)]
 pub struct StreamStats {
-    connected: AtomicBool,
-    connects: AtomicU64,
-    failures: AtomicU64,
-    sent: AtomicU64,
-    accepted: AtomicU64,
-    duplicates: AtomicU64,
-    throttled: AtomicU64,
-    refused: Mutex<BTreeMap<String, u64>>,
+    pub(crate) connected: AtomicBool,
+    pub(crate) connects: AtomicU64,
+    pub(crate) failures: AtomicU64,
+    pub(crate) sent: AtomicU64,
+    pub(crate) accepted: AtomicU64,
+    pub(crate) duplicates: AtomicU64,
+    pub(crate) throttled: AtomicU64,
+    pub(crate) refused: Mutex<BTreeMap<String, u64>>,
 }
 
 impl StreamStats {

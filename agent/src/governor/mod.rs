@@ -6,8 +6,10 @@
 //! side effects and runs in virtual time.
 
 mod bpf_time;
+mod children;
 
 pub(crate) use bpf_time::BpfTime;
+pub(crate) use children::{CountedChild, children_cpu_time, children_resident_bytes, resident_bytes};
 
 /// Consecutive checks over a budget before a step down. The engine checks once a second.
 const CHECKS_OVER: u32 = 3;
@@ -21,9 +23,9 @@ const DIVISORS: [u32; 5] = [1, 2, 4, 8, 8];
 /// Limits for the agent's resources. None: no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Budgets {
-    /// Share of one core, for the agent's threads and its BPF programs together.
+    /// Share of one core, for the agent's threads, its BPF programs and its children together.
     pub cpu: Option<f64>,
-    /// Resident memory of the process.
+    /// Resident memory of the process and its children.
     pub memory_bytes: Option<u64>,
 }
 
@@ -32,7 +34,7 @@ pub struct Budgets {
 pub(crate) struct ResourceUse {
     /// Share of one core since the last check.
     pub(crate) cpu: f64,
-    /// Resident memory of the process.
+    /// Resident memory of the process and its children.
     pub(crate) memory_bytes: u64,
 }
 

@@ -1,4 +1,4 @@
-//! The counters of the BPF programs, and how full their maps are.
+//! The counters of the BPF programs.
 
 use gannet_bpf::types;
 use libbpf_rs::{MapCore as _, MapFlags};
@@ -33,6 +33,62 @@ pub(crate) fn lifecycle_skipped(counters: &Counters) -> u64 {
 
 /// The fields of [`Counters`], all of 64 bits.
 const FIELDS: usize = size_of::<Counters>() / 8;
+
+/// Returns each counter with the name of its field, and counts that are no sums of the past last.
+pub(crate) fn counters_by_name(counters: &Counters) -> (Vec<(String, u64)>, u64) {
+    let Counters {
+        ticks,
+        idle_ticks,
+        ticks_late,
+        ticks_uncalled,
+        ticks_throttled,
+        taken,
+        open,
+        sent,
+        lost_ring_full,
+        lost_off_cpu_full,
+        lost_off_cpu_rate,
+        lost_chain,
+        raw,
+        procs_full,
+        cgroup_too_deep,
+        exec: _,
+        fork: _,
+        exit: _,
+        running: _,
+    } = *counters;
+    let single = [
+        ("ticks", ticks),
+        ("idle_ticks", idle_ticks),
+        ("ticks_late", ticks_late),
+        ("ticks_uncalled", ticks_uncalled),
+        ("ticks_throttled", ticks_throttled),
+        ("taken", taken),
+        ("sent", sent),
+        ("lost_ring_full", lost_ring_full),
+        ("lost_off_cpu_full", lost_off_cpu_full),
+        ("lost_off_cpu_rate", lost_off_cpu_rate),
+        ("lost_chain", lost_chain),
+        ("raw", raw),
+        ("procs_full", procs_full),
+        ("cgroup_too_deep", cgroup_too_deep),
+    ];
+    let mut all: Vec<_> = single.map(|(name, count)| (name.to_owned(), count)).into();
+    for (kind, counts) in lifecycle_counts(counters) {
+        let LifecycleCounts { seen, filtered, sent, lost_rate, lost_ring_full, skipped } = *counts;
+        for (name, count) in [
+            ("seen", seen),
+            ("filtered", filtered),
+            ("sent", sent),
+            ("lost_rate", lost_rate),
+            ("lost_ring_full", lost_ring_full),
+            ("skipped", skipped),
+        ] {
+            all.push((format!("{kind}_{name}"), count));
+        }
+    }
+    (all, open)
+}
 
 fn from_fields(fields: &[u64; FIELDS]) -> Counters {
     // SAFETY: the structure is nothing but FIELDS numbers of 64 bits.
@@ -74,19 +130,22 @@ impl Kernel {
         };
         Ok(per_cpu.iter().map(fields).collect())
     }
+}
 
-    /// Returns name, entries and capacity of the maps that can fill up.
-    pub(crate) fn map_fill(&self) -> Vec<(&'static str, u64, u64)> {
-        let maps = &self.skeleton.maps;
-        [
-            ("procs", &maps.procs),
-            ("marks", &maps.marks),
-            ("off_cpu", &maps.off_cpu),
-            ("comm_rules", &maps.comm_rules),
-            ("cgroup_rules", &maps.cgroup_rules),
-            ("exact_rules", &maps.exact_rules),
-        ]
-        .map(|(name, map)| (name, map.keys().count() as u64, map.max_entries().into()))
-        .into()
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Checks that a counter that is added to the BPF programs gets a metric.
+    #[test]
+    fn each_counter_of_the_programs_has_a_name() {
+        let fields: [u64; FIELDS] = std::array::from_fn(|index| 1000 + index as u64);
+        let (mut counters, open) = counters_by_name(&from_fields(&fields));
+        let mut values: Vec<u64> = counters.iter().map(|(_, count)| *count).chain([open]).collect();
+        values.sort_unstable();
+        assert_eq!(values, fields);
+        counters.sort_unstable();
+        counters.dedup_by(|one, other| one.0 == other.0);
+        assert_eq!(counters.len(), FIELDS - 1, "each has a name of its own");
     }
 }

@@ -10,6 +10,7 @@ mod error;
 mod event;
 mod hotplug;
 mod load;
+mod map_fill;
 mod mappings;
 mod options;
 mod ring;
@@ -33,12 +34,13 @@ pub use self::{
     error::KernelError,
     event::Event,
     load::{LoadedKernel, OpenedKernel},
+    map_fill::MapFill,
     options::{KernelOptions, UnwindDriver, handlers_are_preemptible},
     rule_maps::{Exact, KernelRules, NamePattern, RuleMasks, Want},
     unwinding::{Block, EmptyRange, KernelImage, KernelMapping, KernelTable, UnwindMaps, blocks},
 };
 pub(crate) use self::{
-    counters::{lifecycle_counts, lifecycle_skipped},
+    counters::{counters_by_name, lifecycle_counts, lifecycle_skipped},
     error::Shortage,
     options::default_ring_bytes,
     ring::Arrived,

@@ -7,7 +7,7 @@ use std::{
     rc::Rc,
 };
 
-use libbpf_rs::{MapCore, RingBuffer, RingBufferBuilder};
+use libbpf_rs::{AsRawLibbpf as _, MapCore, RingBuffer, RingBufferBuilder, libbpf_sys};
 
 use super::{Event, KernelError, event::SampleNumber};
 
@@ -125,6 +125,16 @@ impl EventRing {
         let mut queue = self.queue.borrow_mut();
         self.arrived.clone_from(&queue.arrived);
         Ok(mem::take(&mut queue.events))
+    }
+
+    /// Returns the bytes of records that wait to be read.
+    pub(super) fn waiting_bytes(&self) -> u64 {
+        // SAFETY: the ring buffer lives as long as `self` and has one ring, which nothing changes but its own thread, this one.
+        // Asking for a ring that is not there returns null, which is not dereferenced.
+        unsafe {
+            let ring = libbpf_sys::ring_buffer__ring(self.ring.as_libbpf_object().as_ptr(), 0);
+            if ring.is_null() { 0 } else { libbpf_sys::ring__avail_data_size(ring) as u64 }
+        }
     }
 
     /// Returns the number of records that were no event. Anything but 0 means that agent and BPF programs differ.

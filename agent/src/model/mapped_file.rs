@@ -16,6 +16,7 @@ pub struct FileId(u64);
 
 impl FileId {
     fn next() -> Self {
+        // Not a metric: the next number.
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }

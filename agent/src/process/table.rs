@@ -10,7 +10,8 @@ use std::{collections::HashMap, mem, num::NonZeroUsize, sync::Arc};
 use lru::LruCache;
 
 use super::{
-    FileTableStats, ImageChanges, MetadataOptions, Process, ProcessMetadataCache, ProcessState,
+    FileTableStats, ImageChanges, MetadataOptions, MetadataStats, Process, ProcessMetadataCache,
+    ProcessState,
     images::{ImageReader, MAX_MAPPINGS, on_worker, read_lines},
     metadata::MetadataError,
     perf_map_files,
@@ -385,6 +386,11 @@ impl ProcessTable {
     /// Returns the counts of the table.
     pub fn stats(&self) -> ProcessStats {
         ProcessStats { rescans: self.images.rescans, ..self.stats }
+    }
+
+    /// Returns the counts of the metadata.
+    pub(crate) fn metadata_stats(&self) -> MetadataStats {
+        self.metadata.stats()
     }
 
     /// Returns the counts of the open files.

@@ -20,7 +20,13 @@ const MAX_PROCESS_BYTES: usize = 4 << 20;
 const MAX_ALL_BYTES: usize = 16 << 20;
 
 /// Bytes of the texts of all processes.
+// Not a metric: `text_bytes` reads it for one.
 static ALL_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+/// Returns the bytes of the texts of all processes.
+pub(crate) fn text_bytes() -> usize {
+    ALL_BYTES.load(Ordering::Relaxed)
+}
 
 /// The interpreter of one image of a process, and its functions.
 #[derive(Debug)]

@@ -18,7 +18,7 @@ use crate::model::ListLayout;
 
 pub use self::functions::Interpreter;
 pub(crate) use self::{
-    functions::ListFunction,
+    functions::{ListFunction, text_bytes},
     memory::{Memory, ProcessMemory},
     process::inspect,
 };

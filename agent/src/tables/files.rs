@@ -2,18 +2,18 @@
 
 use std::{
     cell::Cell,
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io, mem,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use gannet_elf::{ContentId, Segments};
-use gannet_unwind::{build::BuiltTable, table::UnwindTable};
+use gannet_unwind::{build::BuiltTable, overrides::Overrides, table::UnwindTable};
 
 use super::{
     TableStats,
-    parser::{self, ParseError, ParsedFile, Parser, TableSources},
+    parser::{self, Outcome, ParseError, ParsedFile, Parser, TableSources},
 };
 use crate::{
     access,
@@ -36,6 +36,9 @@ pub(super) struct FileTables {
     unanswered: Vec<FileId>,
     /// The number of late answers that are dealt with.
     answered: u64,
+    /// The supplied tables in force, and their number: outcomes with a smaller one are out of date.
+    supplied: Arc<Overrides>,
+    supply: u64,
     /// The time when tables beyond [`MAX_HELD_BYTES`] were dropped last.
     trimmed: Instant,
 }
@@ -81,8 +84,11 @@ pub(super) enum MappingTable<'a> {
 
 impl FileTables {
     pub(super) fn start(sources: TableSources, wake: impl Fn() + Send + 'static) -> io::Result<Self> {
+        let supplied = Arc::clone(&sources.supplied);
         Ok(Self {
             parser: Parser::start(sources, wake)?,
+            supplied,
+            supply: 0,
             vdso: parser::vdso().map(|BuiltTable { content, segments, table, .. }| VdsoTable {
                 content,
                 segments,
@@ -106,9 +112,14 @@ impl FileTables {
                 }
             }
         }
-        for (file, outcome) in self.parser.finished() {
+        for Outcome { file, parsed, supply } in self.parser.finished() {
             any = true;
-            let state = match outcome {
+            if supply < self.supply {
+                // The next sample requests it again.
+                self.files.remove(&file);
+                continue;
+            }
+            let state = match parsed {
                 Ok(ParsedFile { table, content, segments, runtime }) if !table.is_empty() => {
                     stats.made += 1;
                     FileState::Built {
@@ -139,6 +150,29 @@ impl FileTables {
             self.trim();
         }
         any
+    }
+
+    /// Replaces the supplied tables. Forgets the files whose table may be another one now, and returns their contents. Without
+    /// a change it returns nothing.
+    pub(super) fn supply(&mut self, tables: Arc<Overrides>) -> HashSet<ContentId> {
+        let changed = self.supplied.differences(&tables);
+        if changed.is_empty() {
+            return changed;
+        }
+        self.supplied = Arc::clone(&tables);
+        self.supply = self.parser.supply(tables);
+        self.files.retain(|_, state| match state {
+            FileState::Built { content, .. } => !changed.contains(content),
+            FileState::Requested => true,
+            // Its content is not known any more, and a table may be supplied for it.
+            FileState::None => false,
+        });
+        changed
+    }
+
+    /// Returns the number of supplied tables.
+    pub(super) fn supplied(&self) -> usize {
+        self.supplied.len()
     }
 
     /// Requests the table of a file, for which `samples` samples wait.

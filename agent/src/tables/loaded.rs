@@ -101,6 +101,11 @@ impl LoadedImages {
             .collect()
     }
 
+    /// Returns the thread group ids of all processes.
+    pub(super) fn all(&self) -> Vec<u32> {
+        self.images.keys().copied().collect()
+    }
+
     pub(super) fn processes(&self) -> usize {
         self.images.len()
     }

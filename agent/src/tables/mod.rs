@@ -15,6 +15,7 @@ mod loaded;
 mod parser;
 mod refusals;
 mod resident;
+mod supplied;
 #[cfg(test)]
 mod tests;
 mod unwind;
@@ -22,7 +23,7 @@ mod unwind;
 use std::{collections::HashSet, io, sync::Arc, time::Instant};
 
 use gannet_elf::ContentId;
-use gannet_unwind::intern::RuleNumbersFull;
+use gannet_unwind::{intern::RuleNumbersFull, overrides::Overrides};
 
 use self::{
     files::{FileState, FileTables, MappingTable},
@@ -36,8 +37,12 @@ use crate::{
     runtimes::RuntimeFile,
 };
 
-pub(crate) use self::unwind::{UnwoundSample, leaf_only};
+pub(crate) use self::parser::build_table;
 pub use self::{parser::TableSources, refusals::RefusalCounts};
+pub(crate) use self::{
+    supplied::{SuppliedStamp, SuppliedTables},
+    unwind::{UnwoundSample, leaf_only},
+};
 
 /// Number and generation of a table that is not built yet: the kernel side finds no such table, and sends the stack raw.
 const NOT_BUILT: (u32, u32) = (u32::MAX, 0);
@@ -59,6 +64,8 @@ pub struct TableStats {
     pub made: u64,
     /// Files of which no table could be built.
     pub failed: u64,
+    /// Supplied tables, which take precedence over those of files.
+    pub supplied: u64,
     /// Tables in the kernel.
     pub resident: u64,
     /// Bytes of the tables in the kernel.
@@ -237,6 +244,21 @@ impl UnwindTables {
         self.loaded.unload(kernel, tgid);
     }
 
+    /// Replaces the supplied tables. Tables of files that they concern leave the kernel. All processes are unwound by raw samples
+    /// until their next ones have shown which tables they need.
+    pub(crate) fn supply(&mut self, kernel: &mut impl UnwindMaps, tables: Arc<Overrides>) {
+        let changed = self.files.supply(tables);
+        if changed.is_empty() {
+            return;
+        }
+        for tgid in self.loaded.all() {
+            self.unload(kernel, tgid);
+        }
+        for content in changed {
+            self.residents.remove(kernel, &content);
+        }
+    }
+
     /// Returns the interpreter of an image, if its file's table is built, and the number to subtract from its addresses.
     pub(crate) fn runtime_of(&self, image: &Image) -> Option<(&Arc<RuntimeFile>, u64)> {
         self.files.runtime_of(image)
@@ -245,6 +267,7 @@ impl UnwindTables {
     /// Returns the counts so far.
     pub(crate) fn stats(&self) -> TableStats {
         TableStats {
+            supplied: self.files.supplied() as u64,
             resident: self.residents.tables() as u64,
             resident_bytes: u64::from(self.residents.used_lines()) * 64,
             budget_bytes: u64::from(self.residents.all_lines()) * 64,

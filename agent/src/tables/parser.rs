@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    fs::{self, File},
+    fs::File,
     io,
     path::{Path, PathBuf},
     sync::{Arc, Weak, mpsc},
@@ -19,7 +19,7 @@ use gannet_unwind::{
 };
 use parking_lot::{Condvar, Mutex};
 
-use super::disk_cache::DiskCache;
+use super::{disk_cache::DiskCache, supplied::SuppliedTables};
 use crate::{
     access::{self, Unanswered},
     model::{FileId, MappedFile},
@@ -31,19 +31,29 @@ use crate::{
 const MAX_QUEUED: usize = 4096;
 /// Tables that wait to be written to disk. More are built again after a restart.
 const MAX_UNWRITTEN: usize = 256;
+/// Built tables that the engine has not taken yet. The thread waits for it.
+const MAX_OUTCOMES: usize = 64;
 
 /// The sources of tables, beside the files themselves.
 #[derive(Clone, Debug, Default)]
 pub struct TableSources {
     /// Directory of the disk cache, which survives restarts.
     pub cache_dir: Option<PathBuf>,
-    /// Directory of texts (`*.unwind`) that describe tables for files whose own information is broken.
-    pub override_dir: Option<PathBuf>,
+    /// Tables that the operator supplies for files whose own information is broken.
+    pub supplied: Arc<Overrides>,
     /// Directories of separate debug files, as distributions ship them. They serve files that have no `.eh_frame`.
     pub debug_dirs: Vec<PathBuf>,
 }
 
 impl TableSources {
+    /// Returns the files themselves, their installed debug files and the tables of a directory, if there is one. Logs the files
+    /// that it cannot use.
+    pub(crate) fn supplied_from(directory: Option<&Path>) -> Self {
+        let supplied = directory.map(SuppliedTables::read).unwrap_or_default();
+        supplied.log();
+        Self { supplied: supplied.tables, ..Self::with_debug_files() }
+    }
+
     /// Returns the files themselves and their installed debug files.
     pub fn with_debug_files() -> Self {
         Self { debug_dirs: vec![PathBuf::from("/usr/lib/debug")], ..Self::default() }
@@ -61,7 +71,13 @@ pub(super) struct ParsedFile {
 }
 
 /// The result of one request.
-pub(super) type Outcome = (FileId, Result<ParsedFile, ParseError>);
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub(super) file: FileId,
+    pub(super) parsed: Result<ParsedFile, ParseError>,
+    /// The number of the supplied tables that were in force: see [`Parser::supply`].
+    pub(super) supply: u64,
+}
 
 /// The reason why there is no table of a file.
 #[derive(Debug, thiserror::Error)]
@@ -94,27 +110,42 @@ struct Shared {
 struct Queue {
     /// With the number of samples that wait for each.
     files: HashMap<FileId, (usize, Arc<MappedFile>)>,
+    supplied: Supply,
     closed: bool,
+}
+
+/// Supplied tables, counted by their changes.
+#[derive(Clone, Debug, Default)]
+struct Supply {
+    number: u64,
+    tables: Arc<Overrides>,
 }
 
 impl Parser {
     /// Starts the thread, which calls `wake` after each outcome.
     pub(super) fn start(sources: TableSources, wake: impl Fn() + Send + 'static) -> io::Result<Self> {
+        let TableSources { cache_dir, supplied, debug_dirs } = sources;
         let shared = Arc::new(Shared::default());
-        let (sender, outcomes) = mpsc::channel();
+        shared.queue.lock().supplied.tables = Arc::clone(&supplied);
+        let (sender, outcomes) = mpsc::sync_channel(MAX_OUTCOMES);
         let inbox = Arc::clone(&shared);
         thread::Builder::new().name("gannet-tables".into()).spawn(move || {
-            let mut builder = FileBuilder::new(sources);
+            let mut builder = FileBuilder::new(cache_dir.as_deref(), debug_dirs);
+            builder.supplied.tables = supplied;
             loop {
                 let file = match next(&inbox, !builder.unwritten.is_empty()) {
-                    Work::Build(file) => file,
+                    Work::Build(file, supply) => {
+                        builder.supply(supply);
+                        file
+                    }
                     Work::Idle => {
                         builder.write_one();
                         continue;
                     }
                     Work::UnwindEnd => return,
                 };
-                if sender.send((file.id, builder.build(&file))).is_err() {
+                let supply = builder.supplied.number;
+                if sender.send(Outcome { file: file.id, parsed: builder.build(&file), supply }).is_err() {
                     return;
                 }
                 wake();
@@ -141,6 +172,13 @@ impl Parser {
         }
     }
 
+    /// Replaces the supplied tables; returns their number, which the outcomes of later requests have.
+    pub(super) fn supply(&self, tables: Arc<Overrides>) -> u64 {
+        let supplied = &mut self.shared.queue.lock().supplied;
+        *supplied = Supply { number: supplied.number + 1, tables };
+        supplied.number
+    }
+
     /// Returns the outcomes since the last call.
     pub(super) fn finished(&self) -> impl Iterator<Item = Outcome> {
         self.outcomes.try_iter()
@@ -156,7 +194,7 @@ impl Drop for Parser {
 
 /// The next step of the thread.
 enum Work {
-    Build(Arc<MappedFile>),
+    Build(Arc<MappedFile>, Supply),
     /// Nothing is requested: there is time to write a table to disk.
     Idle,
     UnwindEnd,
@@ -171,7 +209,7 @@ fn next(shared: &Shared, has_idle_work: bool) -> Work {
         }
         let most = queue.files.iter().max_by_key(|(_, (samples, _))| *samples).map(|(id, _)| *id);
         if let Some((_, file)) = most.and_then(|id| queue.files.remove(&id)) {
-            return Work::Build(file);
+            return Work::Build(file, queue.supplied.clone());
         }
         if has_idle_work {
             return Work::Idle;
@@ -183,7 +221,7 @@ fn next(shared: &Shared, has_idle_work: bool) -> Work {
 /// The state of the thread.
 struct FileBuilder {
     limits: Arc<TableLimits>,
-    overrides: Arc<Overrides>,
+    supplied: Supply,
     debug_dirs: Arc<Vec<PathBuf>>,
     cache: Option<DiskCache>,
     /// Tables in use: a library that many containers bring is one table.
@@ -193,9 +231,8 @@ struct FileBuilder {
 }
 
 impl FileBuilder {
-    fn new(sources: TableSources) -> Self {
-        let limits = TableLimits::default();
-        let cache = sources.cache_dir.as_deref().and_then(|directory| match DiskCache::open(directory) {
+    fn new(cache_dir: Option<&Path>, debug_dirs: Vec<PathBuf>) -> Self {
+        let cache = cache_dir.and_then(|directory| match DiskCache::open(directory) {
             Ok(cache) => Some(cache),
             Err(error) => {
                 let directory = directory.display();
@@ -203,17 +240,22 @@ impl FileBuilder {
                 None
             }
         });
-        let mut overrides = Overrides::default();
-        if let Some(directory) = &sources.override_dir {
-            read_overrides(directory, &limits, &mut overrides);
-        }
         Self {
-            limits: Arc::new(limits),
-            overrides: Arc::new(overrides),
-            debug_dirs: Arc::new(sources.debug_dirs),
+            limits: Arc::default(),
+            supplied: Supply::default(),
+            debug_dirs: Arc::new(debug_dirs),
             cache,
             in_use: HashMap::new(),
             unwritten: VecDeque::new(),
+        }
+    }
+
+    /// Uses these supplied tables from now on.
+    fn supply(&mut self, supplied: Supply) {
+        if supplied.number != self.supplied.number {
+            // Tables that other files share may be among those that change.
+            self.in_use.clear();
+            self.supplied = supplied;
         }
     }
 
@@ -223,24 +265,16 @@ impl FileBuilder {
         if let Some(table) = self.in_use.get(&content).and_then(Weak::upgrade) {
             return Ok(ParsedFile { content, segments, runtime: runtime_of(&table, file), table });
         }
-        let overridden = self.overrides.get(&content).is_some();
+        let overridden = self.supplied.tables.contains(&content);
         let cached = self.cache.as_ref().filter(|_| !overridden).and_then(|cache| cache.read(&content));
         let parsed = if let Some(cached) = cached {
             let runtime = runtime_of(&cached.table, file);
             ParsedFile { content, segments: cached.segments, table: Arc::new(cached.table), runtime }
         } else {
-            let (limits, overrides) = (Arc::clone(&self.limits), Arc::clone(&self.overrides));
+            let (limits, overrides) = (Arc::clone(&self.limits), Arc::clone(&self.supplied.tables));
             let directories = Arc::clone(&self.debug_dirs);
             let built = on_worker(file, move |file, open| {
-                let debug_file = InstalledDebugFile { file, open, directories: &directories };
-                let options = BuildOptions {
-                    debug_files: Some(&debug_file),
-                    overrides: Some(&overrides),
-                    runs: true,
-                    list_functions: runtimes::LIST_FUNCTIONS,
-                    ..BuildOptions::new(&file.path, &limits)
-                };
-                build_file(open, &options)
+                build_table(file, open, &directories, &overrides, &limits)
             })?;
             let BuiltTable { table, content, build_id, segments, report: _ } = built;
             let table = Arc::new(table);
@@ -267,6 +301,24 @@ impl FileBuilder {
             cache.write(&content, &table, &segments, build_id.as_ref());
         }
     }
+}
+
+/// Builds the table of an open file. A supplied table takes precedence.
+pub(crate) fn build_table(
+    file: &MappedFile,
+    open: &File,
+    debug_dirs: &[PathBuf],
+    supplied: &Overrides,
+    limits: &TableLimits,
+) -> Result<BuiltTable, BuildError> {
+    let options = BuildOptions {
+        debug_files: Some(&InstalledDebugFile { file, open, directories: debug_dirs }),
+        overrides: Some(supplied),
+        runs: true,
+        list_functions: runtimes::LIST_FUNCTIONS,
+        ..BuildOptions::new(&file.path, limits)
+    };
+    build_file(open, &options)
 }
 
 /// Opens a file and makes a call with it, all on a worker: its file system may stop to answer.
@@ -303,26 +355,6 @@ struct InstalledDebugFile<'a> {
 impl DebugFiles for InstalledDebugFile<'_> {
     fn open(&self, _: Option<&BuildId>, _: Option<&DebugLink>) -> Option<File> {
         find_debug_file(self.file, self.open, self.directories)?.file
-    }
-}
-
-/// Reads all texts of a directory. Logs a wrong one, and uses the others.
-fn read_overrides(directory: &Path, limits: &TableLimits, overrides: &mut Overrides) {
-    let Ok(entries) = fs::read_dir(directory) else { return };
-    for path in entries.flatten().map(|entry| entry.path()) {
-        if path.extension().is_none_or(|ending| ending != "unwind") {
-            continue;
-        }
-        let read = fs::read_to_string(&path).map_err(|error| error.to_string());
-        match read.and_then(|text| overrides.insert_text(&text, limits).map_err(|error| error.to_string())) {
-            Ok(content) => {
-                tracing::info!("using the unwind table in {} for file content {content}", path.display());
-            }
-            Err(error) => tracing::warn!(
-                "cannot use the unwind table in {}, using that of its file: {error}",
-                path.display()
-            ),
-        }
     }
 }
 

@@ -128,7 +128,12 @@ impl ResidentTables {
             .filter(|(content, _)| !protected.contains(content))
             .min_by_key(|(_, resident)| resident.used)
             .map(|(content, _)| *content);
-        let resident = oldest.and_then(|content| self.tables.remove(&content))?;
+        oldest.and_then(|content| self.remove(kernel, &content))
+    }
+
+    /// Removes a table from the kernel, and returns its number. None if it is not there.
+    pub(super) fn remove(&mut self, kernel: &mut impl UnwindMaps, content: &ContentId) -> Option<u32> {
+        let resident = self.tables.remove(content)?;
         let generation = &mut self.generations[resident.number as usize];
         *generation = generation.wrapping_add(1);
         // The order matters: hide the table, wait for programs that may still read it, then reuse its lines and rules.

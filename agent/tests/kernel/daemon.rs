@@ -176,9 +176,10 @@ fn a_scrape_shows_the_declared_metrics_and_no_others() {
     let (_, text) = answer.split_once("\r\n\r\n").unwrap();
     assert_eq!(undeclared(text, &[METRICS, PROCESS_METRICS]), Vec::<String>::new());
     for metric in METRICS.iter().chain(PROCESS_METRICS) {
-        // Without a pod source there is no last update.
-        let is_shown =
-            text.contains(&format!("\n{}", metric.name)) || metric.name.contains("pods_last_update");
+        // Without a pod source there is no last update, and without a collector it refuses nothing.
+        let is_shown = text.contains(&format!("\n{}", metric.name))
+            || metric.name.contains("pods_last_update")
+            || metric.name.contains("export_refused");
         assert!(is_shown, "{}:\n{text}", metric.name);
     }
     daemon.end();
@@ -273,4 +274,129 @@ fn made_code_that_ended_in_its_first_window_has_names() {
     let (good, all) =
         (samples(profile.sample.iter().filter(named).collect()), samples(profile.sample.iter().collect()));
     assert!(all > 100 && good * 100 > all * 80, "{good} of {all}");
+}
+
+/// A program whose callers are found by its unwind table alone.
+const NESTED: &str = r"
+volatile long sink;
+__attribute__((noinline)) void inner_work(void) { for (long i = 0; i < 20000000; i++) sink += i; }
+__attribute__((noinline)) void outer_work(void) { inner_work(); sink++; }
+int main(void) { for (;;) outer_work(); }
+";
+
+/// Returns the shares of samples, of those with `inner_work`, whose stacks have `outer_work` too, in hundredths.
+fn with_caller(address: SocketAddr) -> i64 {
+    let answer = Daemon::get_bytes(address, "/debug/profile?seconds=1");
+    let body = find_at(&answer, b"\r\n\r\n").unwrap() + 4;
+    let Ok(profile) = pprof::decode(&answer[body..], 1 << 30) else { return -1 };
+    let name = |id| {
+        let location = profile.location.iter().find(|location| location.id == id)?;
+        let function = location.line.first()?.function_id;
+        let function = profile.function.iter().find(|known| known.id == function)?;
+        profile.string_table.get(function.name as usize).map(String::as_str)
+    };
+    let has = |sample: &Sample, wanted: &str| {
+        sample.location_id.iter().any(|id| name(*id).is_some_and(|name| name == wanted))
+    };
+    let samples = |wanted: &[&str]| -> i64 {
+        let all = profile.sample.iter().filter(|sample| wanted.iter().all(|wanted| has(sample, wanted)));
+        all.map(|sample| sample.value[0]).sum()
+    };
+    samples(&["inner_work", "outer_work"]) * 100 / samples(&["inner_work"]).max(1)
+}
+
+/// Checks the way of a user: write the table of a program as text, change it, put it into the directory while the agent runs;
+/// then damage it, and remove it.
+#[test]
+fn a_supplied_table_takes_precedence_and_a_bad_one_is_refused() {
+    let program = program(COMM, NESTED, &[]);
+    let daemon = Daemon::start(&[]);
+    let directory = daemon.directory.path().join("state/overrides");
+    let text = daemon.directory.path().join("written");
+    let check = Command::new(agent())
+        .args(["check", "--file", program.to_str().unwrap(), "--write-table", text.to_str().unwrap()])
+        .output()
+        .unwrap();
+    assert!(check.status.success(), "{check:?}");
+    let written = fs::read_to_string(&text).unwrap();
+    let report = String::from_utf8(check.stdout).unwrap();
+    let content = written.lines().find_map(|line| line.strip_prefix("content ")).unwrap();
+    assert!(report.contains(&format!("content id   {content}")), "{report}");
+    // By this table every function of the program is the outermost one.
+    let row = |line: &str| match line.split_once(' ') {
+        Some((address, _)) if address.starts_with("0x") => format!("{address} stop\n"),
+        _ => format!("{line}\n"),
+    };
+    let changed: String = written.lines().map(row).collect();
+
+    let _running = Running::start(&mut Command::new(&program));
+    let page = daemon.page;
+    daemon.wait_for("the table of the file is used", || with_caller(page) > 95);
+    let file = directory.join("nested.unwind");
+    fs::write(&file, &changed).unwrap();
+    daemon.wait_for("the supplied table takes precedence", || with_caller(page) == 0);
+    let maps = daemon.page("/debug/maps");
+    assert!(maps.contains(&format!("nested.unwind for file content {content}")), "{maps}");
+    // Cut: the table of the file is in force again, and the reason is shown.
+    fs::write(&file, &changed[..changed.len() / 2]).unwrap();
+    daemon.wait_for("a cut table is refused", || with_caller(page) > 95);
+    let ready = Daemon::get(daemon.probes, "/readyz");
+    assert!(ready.contains("HTTP/1.1 200") && ready.contains("degraded: unwind tables: refused "), "{ready}");
+    assert!(ready.contains("nested.unwind: line ") && ready.contains("--write-table"), "{ready}");
+    // In the place of another one, as Kubernetes and careful editors do it.
+    fs::rename(&text, directory.join("aside")).unwrap();
+    fs::write(directory.join("aside"), &changed).unwrap();
+    fs::rename(directory.join("aside"), &file).unwrap();
+    daemon.wait_for("the corrected table takes precedence", || with_caller(page) == 0);
+    assert!(!Daemon::get(daemon.probes, "/readyz").contains("unwind tables"));
+    fs::remove_file(&file).unwrap();
+    daemon.wait_for("without it the table of the file is used", || with_caller(page) > 95);
+    let log = daemon.end();
+    assert!(log.contains("refused a supplied unwind table"), "{log}");
+}
+
+#[test]
+fn every_bpf_map_is_shown_with_fill_and_capacity() {
+    let daemon = Daemon::start(&[]);
+    let child = Running::start(Command::new(life()).args(["spin", "60000"]));
+    let line = format!("/debug/processes?pid={}", child.0.id());
+    daemon.wait_for("it is profiled", || daemon.page(&line).contains("profiled: wanted by life"));
+    let shown = daemon.page("/debug/maps");
+    let metrics = Daemon::get(daemon.probes, "/metrics");
+    // The names that the programs declare.
+    let sources = [
+        include_str!("../../../bpf/src/bpf/clock.h"),
+        include_str!("../../../bpf/src/bpf/gannet.bpf.c"),
+        include_str!("../../../bpf/src/bpf/lifecycle.h"),
+        include_str!("../../../bpf/src/bpf/maps.h"),
+        include_str!("../../../bpf/src/bpf/match.h"),
+        include_str!("../../../bpf/src/bpf/off_cpu.h"),
+        include_str!("../../../bpf/src/bpf/sampler.h"),
+        include_str!("../../../bpf/src/bpf/unwind.h"),
+    ];
+    let mut declared = 0;
+    for text in sources {
+        for name in text.lines().filter_map(|line| line.strip_prefix("} ")?.strip_suffix(" SEC(\".maps\");"))
+        {
+            declared += 1;
+            let row = shown.lines().find(|line| line.split_whitespace().next() == Some(name));
+            let row: Vec<_> = row.unwrap_or_else(|| panic!("{name}: {shown}")).split_whitespace().collect();
+            assert!(row[3].parse::<u64>().unwrap() > 0, "{row:?}");
+            if row[2] != "fixed" {
+                assert!(row[2].parse::<u64>().unwrap() <= row[3].parse().unwrap(), "{row:?}");
+                for metric in ["entries", "capacity"] {
+                    let series = format!("gannet_agent_bpf_map_{metric}{{map=\"{name}\"}} ");
+                    assert!(metrics.contains(&series), "{series}");
+                }
+            }
+        }
+    }
+    assert!(declared > 15, "{declared}");
+    let procs: u64 = shown
+        .lines()
+        .find_map(|line| line.strip_prefix("procs ")?.split_whitespace().nth(1)?.parse().ok())
+        .unwrap();
+    assert!(procs > 0, "{shown}");
+    drop(child);
+    daemon.end();
 }

@@ -201,7 +201,8 @@ fn try_build(
     let elf = Elf::parse(data, &options.limits.elf())?;
     let content = ContentId::of(&elf).ok_or(BuildFault::Unreadable)?;
     let mut report = BuildReport::default();
-    let table = if let Some(table) = options.overrides.and_then(|overrides| overrides.get(&content)) {
+    let supplied = options.overrides.and_then(|overrides| overrides.get(&content, elf.arch()));
+    let table = if let Some(table) = supplied {
         report.overridden = true;
         table.clone()
     } else {

@@ -2,6 +2,7 @@
 //!
 //! A check tries the operation itself where it can; version numbers and settings only explain why an attempt failed.
 
+mod file;
 mod interpreter;
 mod kernel;
 mod privileges;
@@ -10,6 +11,8 @@ mod system;
 use std::{fmt, path::PathBuf};
 
 use serde::Serialize;
+
+pub use file::{FileArgs, FileCheckError, FileReport, check_file};
 
 /// Result of one check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]

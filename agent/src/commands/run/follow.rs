@@ -1,8 +1,16 @@
-//! Follows the kill switch and the rule files of this node.
+//! Follows the kill switch, the rule files and the supplied unwind tables of this node.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    fs, io,
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::list_errors;
@@ -12,12 +20,18 @@ use crate::{
         FileWatcher, RuleSource, SourceRules,
         files::{self, RuleFilesStamp},
     },
+    tables::{SuppliedStamp, SuppliedTables},
 };
 
 /// Interval at which the agent checks the rule files, besides the events of their directories.
 const FILES_INTERVAL: Duration = Duration::from_millis(500);
 /// Interval at which the agent checks for the file of the kill switch.
 const SWITCH_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Interval at which the agent checks the supplied unwind tables, besides the events of their directory.
+const SUPPLIED_INTERVAL: Duration = Duration::from_secs(5);
+/// How long the start waits for the supplied unwind tables. Later they come into force when they are read.
+const SUPPLIED_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The signals of the kill switch.
 pub(super) struct SwitchSignals {
@@ -96,5 +110,68 @@ pub(super) async fn follow_files(node: Arc<Node>, cancel: CancellationToken) {
             tracing::warn!("cannot use the changed rule files, the former rules stay in force: {error}");
         }
         node.set_degraded("rule files", error);
+    }
+}
+
+/// Reads the supplied unwind tables for the start, and creates their directory. Nothing is read from one that does not answer.
+pub(super) async fn first_supplied(directory: &Path) -> (SuppliedStamp, SuppliedTables) {
+    let path = directory.to_owned();
+    let read = read_supplied(path, None);
+    if let Ok(read) = tokio::time::timeout(SUPPLIED_TIMEOUT, read).await {
+        return read.unwrap_or_default();
+    }
+    tracing::warn!(
+        "{} does not answer: its unwind tables come into force when they can be read",
+        directory.display()
+    );
+    Default::default()
+}
+
+/// Reads the supplied unwind tables if their directory has another stamp. The thread of its own may wait for a file system
+/// for ever; the process ends without it.
+async fn read_supplied(
+    directory: PathBuf,
+    former: Option<SuppliedStamp>,
+) -> Option<(SuppliedStamp, SuppliedTables)> {
+    let (answer, read) = oneshot::channel();
+    let work = move || {
+        // A user who can write here decides about the stacks of any program.
+        let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory);
+        if let (Err(error), None) = (created, &former) {
+            tracing::warn!(
+                "cannot create {}: {error}; create it to supply unwind tables",
+                directory.display()
+            );
+        }
+        let stamp = SuppliedStamp::of(&directory);
+        let changed = former.is_none_or(|former| former != stamp);
+        let _ = answer.send(changed.then(|| (stamp, SuppliedTables::read(&directory))));
+    };
+    thread::Builder::new().name("gannet-supplied".into()).spawn(work).ok()?;
+    read.await.ok().flatten()
+}
+
+/// Follows the directory of supplied unwind tables. A file that cannot be used is refused, and its program keeps the table
+/// of its own.
+pub(super) async fn follow_supplied(node: Arc<Node>, mut stamp: SuppliedStamp, cancel: CancellationToken) {
+    let directory = node.config.override_dir.clone();
+    let watcher = FileWatcher::of(&[directory.join("any")]);
+    loop {
+        tokio::select! {
+            () = watcher.changed(SUPPLIED_INTERVAL) => {}
+            () = cancel.cancelled() => return,
+        }
+        let read = tokio::select! {
+            read = read_supplied(directory.clone(), Some(stamp.clone())) => read,
+            () = cancel.cancelled() => return,
+        };
+        let Some((now, supplied)) = read else { continue };
+        stamp = now;
+        if let Err(error) = node.engine.supply_tables(Arc::clone(&supplied.tables)).await {
+            tracing::warn!("cannot use the changed unwind tables: {error}");
+            stamp = SuppliedStamp::default();
+            continue;
+        }
+        node.set_supplied(supplied);
     }
 }

@@ -87,11 +87,12 @@ pub async fn run(options: RunOptions) -> Result<(), RunError> {
     fs::create_dir_all(&config.options.state_dir)
         .map_err(|source| RunError::State { path: config.options.state_dir.clone(), source })?;
 
-    let parts = Parts::start(config)?;
+    let (stamp, supplied) = follow::first_supplied(&config.override_dir).await;
+    let parts = Parts::start(config, supplied)?;
     let store = LastGoodRules::in_dir(&parts.node.config.options.state_dir);
     let active = restore(&parts.node, &store).await;
     apply_local_rules(&parts.node, local_rules).await?;
-    let tasks = Tasks::start(&parts, listeners, switch, store, active)?;
+    let tasks = Tasks::start(&parts, listeners, (switch, stamp), store, active)?;
     tracing::info!(node = parts.node.config.node, "gannet-agent {} is running", gannet_proto::VERSION);
 
     tokio::select! {

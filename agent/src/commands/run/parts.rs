@@ -9,7 +9,7 @@ use crate::{
     cgroup::{CgroupNames, CgroupTree},
     config::Config,
     engine::{Engine, EngineOptions},
-    export::{Bounds, ExportConfig, Exporter, Spool, SpoolStats},
+    export::{Bounds, ExportConfig, Exporter, Spool, SpoolStats, StreamStats},
     kernel::KernelOptions,
     ledger::NodeLedger,
     node::Node,
@@ -17,7 +17,7 @@ use crate::{
     pods::Pods,
     rules::{PodQuery, PodResolver},
     symbols::{Symbolizer, SymbolizerConfig},
-    tables::TableSources,
+    tables::{SuppliedTables, TableSources},
 };
 
 /// Time for the delivery of the last profiles at the end; the rest stays in the spool.
@@ -34,7 +34,7 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    pub(super) fn start(config: Config) -> Result<Self, RunError> {
+    pub(super) fn start(config: Config, supplied: SuppliedTables) -> Result<Self, RunError> {
         let ledger = NodeLedger::new();
         let spool_stats = Arc::new(SpoolStats::default());
         let bounds = Bounds { bytes: config.options.spool_bytes.0, age: config.options.spool_age.0 };
@@ -45,8 +45,10 @@ impl Parts {
         let recent = RecentProfiles::default();
         let pods = Pods::new(config.pod_labels.clone());
         let (queue, windows) = WindowQueue::new(ledger.clone());
-        let engine = Engine::start(engine_options(&config), queue)?;
-        let exporter = Exporter::start(export_config(&config), spool, ledger.clone(), Arc::default());
+        let engine = Engine::start(engine_options(&config, &supplied), queue)?;
+        let stream_stats = Arc::new(StreamStats::default());
+        let exporter =
+            Exporter::start(export_config(&config), spool, ledger.clone(), Arc::clone(&stream_stats));
         let exporter = Arc::new(exporter.map_err(RunError::Start)?);
         let submit = {
             let exporter = Arc::clone(&exporter);
@@ -65,7 +67,9 @@ impl Parts {
         if groups.is_some() {
             engine.resolve_pods(QueryForwarder { pods: pods.clone(), queries: sender });
         }
-        let node = Arc::new(Node::new(config, engine, ledger, spool_stats, symbols, recent, pods));
+        let node = Node::new(config, engine, ledger, (spool_stats, stream_stats), symbols, recent, pods);
+        node.set_supplied(supplied);
+        let node = Arc::new(node);
         Ok(Self { node, groups, queries, exporter, pipeline })
     }
 
@@ -93,7 +97,7 @@ fn export_config(config: &Config) -> ExportConfig {
     }
 }
 
-fn engine_options(config: &Config) -> EngineOptions {
+fn engine_options(config: &Config, supplied: &SuppliedTables) -> EngineOptions {
     let options = &config.options;
     EngineOptions {
         node: config.node.clone(),
@@ -110,7 +114,7 @@ fn engine_options(config: &Config) -> EngineOptions {
         budgets: config.budgets,
         tables: Some(TableSources {
             cache_dir: Some(options.state_dir.join("tables")),
-            override_dir: Some(options.state_dir.join("overrides")),
+            supplied: Arc::clone(&supplied.tables),
             ..TableSources::with_debug_files()
         }),
     }

@@ -7,13 +7,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     RunError,
-    follow::{SwitchSignals, follow_files, follow_switch},
+    follow::{SwitchSignals, follow_files, follow_supplied, follow_switch},
     parts::Parts,
 };
 use crate::{
     control::{Control, LastGoodRules},
     debug::Listeners,
     pods,
+    tables::SuppliedStamp,
 };
 
 pub(super) struct Tasks {
@@ -25,11 +26,11 @@ pub(super) struct Tasks {
 }
 
 impl Tasks {
-    /// Starts all tasks. `active` is the revision and digest of the collector's rules in force.
+    /// Starts all tasks. `supplied` is the stamp of the supplied unwind tables in force, and `active` the revision and digest of the collector's rules in force.
     pub(super) fn start(
         parts: &Parts,
         listeners: Listeners,
-        switch: SwitchSignals,
+        (switch, supplied): (SwitchSignals, SuppliedStamp),
         store: LastGoodRules,
         active: (u64, String),
     ) -> Result<Self, RunError> {
@@ -39,6 +40,7 @@ impl Tasks {
         let mut others = vec![
             tokio::spawn(follow_files(Arc::clone(node), cancel.clone())),
             tokio::spawn(follow_switch(Arc::clone(node), switch, cancel.clone())),
+            tokio::spawn(follow_supplied(Arc::clone(node), supplied, cancel.clone())),
         ];
         if let Some(dial) = &node.config.dial {
             let control = Control::new(Arc::clone(node), dial, store, active)?;

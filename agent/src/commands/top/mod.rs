@@ -7,11 +7,16 @@ mod view;
 
 use std::{
     io::{self, Write as _},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
 use clap::Args;
-use gannet_base::TimeSpan;
+use gannet_base::{ByteSize, TimeSpan};
 use gannet_proto::{
     control::{Match, RuleError},
     rules::Caps,
@@ -23,7 +28,8 @@ use snapshot::{ProcessInfo, Snapshot};
 
 use crate::{
     commands::check::{self, Refusal, UnsafeKernel},
-    engine::{Engine, EngineError, EngineOptions, ProcessView, Window},
+    config::CoreShare,
+    engine::{Engine, EngineError, EngineOptions, EngineView, ProcessView, Window},
     governor::Budgets,
     kernel::KernelOptions,
     pipeline::finish,
@@ -51,6 +57,17 @@ pub struct TopArgs {
     /// Number of processes that --once prints
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub(crate) rows: usize,
+    /// Directory of supplied unwind tables (*.unwind), for files whose own information is broken
+    #[arg(long, value_name = "DIR")]
+    pub(crate) override_dir: Option<PathBuf>,
+    /// CPU budget of this program, including its BPF programs and its readers of debug information, as a share of one core:
+    /// 0.05 or 5%. Over budget, it lowers the sampling rate [default: none]
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) cpu_budget: Option<CoreShare>,
+    /// Memory budget of this program and its readers of debug information. Over budget, it lowers the sampling rate
+    /// [default: none]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) memory_budget: Option<ByteSize>,
     /// Run on a kernel that `check` refuses because it may lock up (5.19 to 6.3), for kernels that have the fix all the same
     #[arg(long)]
     pub(crate) allow_unsafe_kernel: bool,
@@ -88,6 +105,8 @@ pub async fn top(args: TopArgs) -> Result<(), TopError> {
     let debug_cost = if args.comm.is_empty() { DebugCost::EVERYTHING } else { DebugCost::WANTED };
     let symbolizer = Symbolizer::start(SymbolizerConfig { debug_cost, ..SymbolizerConfig::default() })?;
     let (windows, mut finished) = mpsc::channel::<Window>(4);
+    let skipped = Arc::new(AtomicU64::new(0));
+    let skipping = Arc::clone(&skipped);
     let engine = Engine::start(
         EngineOptions {
             node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
@@ -95,11 +114,18 @@ pub async fn top(args: TopArgs) -> Result<(), TopError> {
             window: args.interval.0.max(Duration::from_millis(200)),
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
-            budgets: Budgets::default(),
-            tables: Some(TableSources::with_debug_files()),
+            budgets: Budgets {
+                cpu: args.cpu_budget.map(CoreShare::get),
+                memory_bytes: args.memory_budget.map(|size| size.0),
+            },
+            tables: Some(TableSources::supplied_from(args.override_dir.as_deref())),
         },
         // A screen that is late skips this window.
-        move |window: Window| drop(windows.try_send(window)),
+        move |window: Window| {
+            if windows.try_send(window).is_err() {
+                skipping.fetch_add(1, Relaxed);
+            }
+        },
     )?;
     let comm = if args.comm.is_empty() { vec!["*".to_owned()] } else { args.comm.clone() };
     let rules = vec![ad_hoc("top", Match { comm, ..Match::default() }, args.hz, &[])];
@@ -116,21 +142,29 @@ pub async fn top(args: TopArgs) -> Result<(), TopError> {
                 return Ok(left.map_err(io::Error::other)??);
             }
         };
-        let snapshot = snapshot(&engine, &symbolizer, window).await?;
+        let snapshot = snapshot(&engine, &symbolizer, window, skipped.load(Relaxed)).await?;
         if args.once {
             write!(io::stdout(), "{}", screen::once(&snapshot, args.rows))?;
             return Ok(());
         }
         // A slow screen misses a snapshot. A screen that has ended ends the loop above.
-        let _ = snapshots.try_send(snapshot);
+        if snapshots.try_send(snapshot).is_err() {
+            skipped.fetch_add(1, Relaxed);
+        }
     }
 }
 
-async fn snapshot(engine: &Engine, symbolizer: &Symbolizer, window: Window) -> Result<Snapshot, TopError> {
+async fn snapshot(
+    engine: &Engine,
+    symbolizer: &Symbolizer,
+    window: Window,
+    skipped: u64,
+) -> Result<Snapshot, TopError> {
     let profiles = finish(symbolizer, window.profiles, &window.ledger).await?;
     let processes = engine.processes(None).await?;
-    let ledger = engine.view().await?.ledger;
-    Ok(Snapshot { duration: window.duration, profiles, processes: infos(&processes), ledger })
+    let EngineView { ledger, governed, .. } = engine.view().await?;
+    let processes = infos(&processes);
+    Ok(Snapshot { duration: window.duration, profiles, processes, ledger, skipped, governed })
 }
 
 fn infos(processes: &[ProcessView]) -> Vec<ProcessInfo> {

@@ -97,6 +97,10 @@ pub(super) struct Model {
     rows: Vec<Row>,
     pub(super) duration: Duration,
     pub(super) ledger: Ledger,
+    /// Windows that were not shown.
+    pub(super) skipped: u64,
+    /// Why rates are lowered.
+    pub(super) governed: Option<String>,
     pub(super) sort: SortBy,
     pub(super) reversed: bool,
     pub(super) filter: String,
@@ -136,6 +140,8 @@ impl Model {
             .collect();
         self.duration = snapshot.duration;
         self.ledger = snapshot.ledger.clone();
+        self.skipped = snapshot.skipped;
+        self.governed.clone_from(&snapshot.governed);
     }
 
     /// Returns the visible rows in order.

@@ -32,4 +32,8 @@ pub(super) struct Snapshot {
     pub(super) processes: Vec<ProcessInfo>,
     /// Account since the start.
     pub(super) ledger: Ledger,
+    /// Windows that were not shown, because the screen was late.
+    pub(super) skipped: u64,
+    /// Why rates are lowered; none if they are not.
+    pub(super) governed: Option<String>,
 }

@@ -173,6 +173,12 @@ fn ledger(model: &Model) -> String {
     for (reason, count) in ledger.lost.iter().filter(|(_, count)| **count > 0) {
         let _ = write!(text, " · {} {count}", reason.as_str().replace('_', " "));
     }
+    if model.skipped > 0 {
+        let _ = write!(text, " · {} windows not shown", model.skipped);
+    }
+    if let Some(governed) = &model.governed {
+        let _ = write!(text, " · {governed}");
+    }
     text
 }
 
@@ -293,6 +299,7 @@ mod tests {
                 process(30, "sleep", "user"),
             ],
             ledger,
+            ..Snapshot::default()
         }
     }
 
@@ -316,6 +323,16 @@ mod tests {
     fn order(model: &Model, expected: &[&str]) {
         let comms: Vec<_> = model.rows().iter().map(|row| row.info.comm.clone()).collect();
         assert_eq!(comms, expected);
+    }
+
+    #[test]
+    fn skipped_windows_and_lowered_rates_are_shown() {
+        let mut model = model();
+        assert!(!text(&model, 3).contains("not shown"));
+        let governed = Some("rates are lowered to 1/2".to_owned());
+        model.update(&Snapshot { skipped: 3, governed, ..snapshot() });
+        let text = text(&model, 3);
+        assert!(text.contains("3 windows not shown · rates are lowered to 1/2"), "{text}");
     }
 
     #[test]

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::{
     engine::{EngineError, KernelView},
+    kernel::MapFill,
     node::Node,
 };
 
@@ -14,14 +15,24 @@ use crate::{
 pub(in crate::debug) struct MapsView {
     fill: Vec<MapRow>,
     tables: Option<TablesView>,
+    supplied: SuppliedView,
     sampler_ns: Option<u64>,
 }
 
 #[derive(Serialize)]
 struct MapRow {
-    name: &'static str,
-    entries: u64,
+    name: String,
+    kind: &'static str,
+    /// None: the map always has all of its entries.
+    entries: Option<u64>,
     capacity: u64,
+}
+
+/// Supplied tables: files and their content ids, and the files that were refused.
+#[derive(Serialize)]
+struct SuppliedView {
+    used: Vec<(String, String)>,
+    refused: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -40,8 +51,20 @@ struct TablesView {
 
 pub(in crate::debug) async fn maps(node: &Node) -> Result<MapsView, EngineError> {
     let KernelView { maps, unwind_tables, sampler_cost, .. } = node.engine.kernel_view().await?;
+    let supplied = node.supplied();
     Ok(MapsView {
-        fill: maps.into_iter().map(|(name, entries, capacity)| MapRow { name, entries, capacity }).collect(),
+        fill: maps
+            .into_iter()
+            .map(|MapFill { name, kind, entries, capacity }| MapRow { name, kind, entries, capacity })
+            .collect(),
+        supplied: SuppliedView {
+            used: supplied
+                .used
+                .iter()
+                .map(|(path, content)| (path.display().to_string(), content.to_string()))
+                .collect(),
+            refused: supplied.refused.iter().map(ToString::to_string).collect(),
+        },
         tables: unwind_tables.map(|stats| TablesView {
             resident: stats.resident,
             resident_bytes: stats.resident_bytes,
@@ -60,9 +83,14 @@ pub(in crate::debug) async fn maps(node: &Node) -> Result<MapsView, EngineError>
 
 impl MapsView {
     pub(in crate::debug) fn text(&self) -> String {
-        let mut text = format!("{:16} {:>10} {:>10}\n", "MAP", "ENTRIES", "CAPACITY");
-        for map in &self.fill {
-            let _ = writeln!(text, "{:16} {:>10} {:>10}", map.name, map.entries, map.capacity);
+        let mut text =
+            format!("{:16} {:12} {:>10} {:>10} {:>6}\n", "MAP", "KIND", "ENTRIES", "CAPACITY", "FULL");
+        for MapRow { name, kind, entries, capacity } in &self.fill {
+            let (entries, full) = match entries {
+                Some(entries) => (entries.to_string(), format!("{} %", entries * 100 / (*capacity).max(1))),
+                None => ("fixed".to_owned(), String::new()),
+            };
+            let _ = writeln!(text, "{name:16} {kind:12} {entries:>10} {capacity:>10} {full:>6}");
         }
         if let Some(tables) = &self.tables {
             let _ = writeln!(
@@ -80,6 +108,12 @@ impl MapsView {
                 tables.evicted,
                 tables.refused
             );
+        }
+        for (path, content) in &self.supplied.used {
+            let _ = writeln!(text, "supplied: {path} for file content {content}");
+        }
+        for refused in &self.supplied.refused {
+            let _ = writeln!(text, "refused: {refused}");
         }
         match self.sampler_ns {
             Some(ns) => {

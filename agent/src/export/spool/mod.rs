@@ -85,11 +85,11 @@ pub enum SpoolError {
 /// Counters of the spool for metrics and heartbeats.
 #[derive(Debug, Default)]
 pub struct SpoolStats {
-    bytes: AtomicU64,
-    batches: AtomicU64,
-    corrupt_files: AtomicU64,
-    write_errors: AtomicU64,
-    split_batches: AtomicU64,
+    pub(crate) bytes: AtomicU64,
+    pub(crate) batches: AtomicU64,
+    pub(crate) corrupt_files: AtomicU64,
+    pub(crate) write_errors: AtomicU64,
+    pub(crate) split_batches: AtomicU64,
 }
 
 impl SpoolStats {

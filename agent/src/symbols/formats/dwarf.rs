@@ -25,6 +25,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use super::super::demangle;
+use crate::governor::CountedChild;
 
 /// The verb by which the agent calls itself to read debug information.
 pub const DEBUG_INFO_VERB: &str = "read-debug-info";
@@ -161,10 +162,12 @@ fn call(
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()?;
+    let counted = CountedChild::new(child.id());
     let answer = answer(&mut child);
     // The child has ended by itself, or must end now.
     let _ = child.kill();
     let status = child.wait()?;
+    drop(counted);
     let answer = answer?;
     if !status.success() {
         return Err(io::Error::other(format!("the reader ended with {status}")));
