@@ -292,4 +292,48 @@ mod tests {
         ledger.clone().take(3);
         assert_eq!(ledger.account_now().at_stage(Stage::Window), 3);
     }
+
+    /// Checks a spool of a former run: its samples are taken once, and not at all if the spool holds them twice.
+    #[test]
+    fn samples_of_a_former_run_are_inherited() {
+        let ledger = NodeLedger::new();
+        ledger.take(4);
+        ledger.inherit(10);
+        ledger.inherit(6);
+        ledger.disinherit(3);
+        let now = ledger.account_now();
+        assert_eq!((now.taken, now.inherited, now.at_stage(Stage::Spool)), (17, 13, 13));
+        ledger.deliver(Stage::Spool, 13);
+        assert_eq!(ledger.snapshot().unaccounted(), 0);
+    }
+
+    #[test]
+    fn ticks_and_losses_of_windows_add_up() {
+        let ledger = NodeLedger::new();
+        for ticks in [3, 4] {
+            let mut window = Ledger { ticks, taken: 2, delivered: 1, ..Ledger::default() };
+            window.lose(LossReason::RingFull, 1);
+            ledger.take_window(&window);
+        }
+        ledger.lose(Stage::Window, LossReason::QueueFull, 0);
+        let now = ledger.snapshot();
+        assert_eq!((now.ticks, now.taken, now.pending), (7, 4, 2));
+        assert_eq!(now.lost, [(LossReason::RingFull, 2)].into(), "no reason without a sample");
+    }
+
+    #[test]
+    fn a_stage_that_handled_all_its_samples_misses_none() {
+        let ledger = NodeLedger::new();
+        ledger.take(10);
+        ledger.settle(Stage::Window, 10, 10);
+        ledger.settle(Stage::Window, 8, 10);
+        assert_eq!((ledger.snapshot().pending, ledger.snapshot().unaccounted()), (10, 0));
+        ledger.settle(Stage::Window, 10, 8);
+        assert_eq!((ledger.snapshot().pending, ledger.snapshot().unaccounted()), (8, 2));
+    }
+
+    #[test]
+    fn stages_have_the_names_of_the_metrics() {
+        assert_eq!(Stage::ALL.map(Stage::as_str), ["window", "queue", "spool", "wire"]);
+    }
 }

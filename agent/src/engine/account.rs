@@ -451,7 +451,62 @@ mod tests {
         source.ring.pop();
         let reading = read(&source).unwrap();
         assert!(!Account::has_arrived(&reading, &source.arrived));
+        let mut working = Source::new(1);
+        working.send(0, 1);
+        working.read_ring();
+        assert!(Account::has_arrived(&read(&working).unwrap(), &working.arrived));
+        working.cpu(0, |counters| counters.open = 1);
+        assert!(!Account::has_arrived(&read(&working).unwrap(), &working.arrived), "one is in work");
         assert_ledger(&source.close(&mut account, true), 8, 6, &[], 2);
+    }
+
+    #[test]
+    fn rings_that_were_full_in_the_last_window_are_named() {
+        let mut source = Source::new(3);
+        let mut account = Account::new(&source).unwrap();
+        for full in [&[1][..], &[0, 2], &[]] {
+            for cpu in full {
+                source.lose(*cpu, |counters| &mut counters.lost_ring_full, 2);
+            }
+            source.close(&mut account, false);
+            assert_eq!(account.full_rings(), full);
+        }
+    }
+
+    /// Counters that change between the two readings that read them.
+    struct Busy {
+        readings: Cell<u64>,
+        still_after: u64,
+        arrived: Arrived,
+    }
+
+    impl CounterSource for Busy {
+        fn cpu_counters(&self) -> Result<Vec<Counters>, KernelError> {
+            self.readings.set(self.readings.get() + 1);
+            let busy = Counters { sent: self.readings.get().min(self.still_after), ..Counters::default() };
+            Ok(vec![busy, Counters { sent: 7, ..Counters::default() }])
+        }
+
+        fn skipped_samples(&self) -> u64 {
+            3
+        }
+
+        fn arrived(&self) -> &Arrived {
+            &self.arrived
+        }
+    }
+
+    #[test]
+    fn counters_are_read_when_they_stand_still() {
+        let reading = |still_after| {
+            let source = Busy { readings: Cell::new(0), still_after, arrived: Arrived::default() };
+            let reading = read(&source).unwrap();
+            assert_eq!((reading.skipped, reading.cpus[1].map(|cpu| cpu.sent)), (3, Some(7)));
+            (reading.cpus[0].map(|cpu| cpu.sent), source.readings.get())
+        };
+        assert_eq!(reading(1), (Some(1), 2), "no reading more than it takes");
+        assert_eq!(reading(5), (Some(5), 6));
+        assert_eq!(reading(u64::MAX), (None, 1 + u64::from(MAX_READINGS)));
     }
 
     #[test]

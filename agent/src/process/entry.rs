@@ -62,7 +62,7 @@ pub struct Process {
 
 impl Process {
     /// Builds an entry of which only the kernel's event is known.
-    pub(super) fn unread(subject: &Subject, window: u64) -> Self {
+    pub(crate) fn unread(subject: &Subject, window: u64) -> Self {
         Self {
             key: ImageKey::of(subject),
             parent: 0,

@@ -390,7 +390,7 @@ fn cut(processes: Vec<RawProcess>) -> Vec<Vec<RawProcess>> {
                 pod_uid: head.pod_uid.clone(),
                 key: head.key,
             };
-            if let Some(part) = parts.last_mut() {
+            if let Some(part) = parts.last_mut().filter(|_| room > 0) {
                 part.push(head);
             }
             parts.push(Vec::new());
@@ -496,5 +496,216 @@ mod tests {
         assert_eq!(stacks("1"), [(vec![1], vec![], 2, 20, none), (vec![4], vec![], 1, 10, none)]);
         let cut = StackEnd::Truncated;
         assert_eq!(stacks("2"), [(vec![], vec![2], 1, 10, cut), (vec![], vec![3], 2, 20, cut)]);
+    }
+
+    fn flush(window: &mut WindowSamples, processes: &[Process]) -> Vec<SeriesProfile> {
+        let process = |key: &ImageKey| processes.iter().find(|process| process.key == *key);
+        let tag =
+            |slot: u32| Some(RuleTag { id: slot.to_string(), reason: "always".into(), ..RuleTag::default() });
+        window.flush(START, Duration::from_secs(1), "n", process, tag).profiles
+    }
+
+    /// Returns a sample of one rule.
+    fn of_rule(user: u64) -> Sample {
+        let mut sample = sample(&[], &[user]);
+        sample.subject.rules = 1;
+        sample
+    }
+
+    const START: SystemTime = SystemTime::UNIX_EPOCH;
+
+    #[test]
+    fn a_sample_counts_once_for_each_rule() {
+        let mut window = WindowSamples::default();
+        for user in [1, 1, 2] {
+            window.add(sample(&[], &[user]));
+        }
+        window.add(of_rule(1));
+        let image = Arc::new(Image::default());
+        for user in [1, 2, 2] {
+            window.add_former(&image, sample(&[], &[user]));
+        }
+        assert_eq!((window.deliveries(), window.stacks()), (3 * 3 + 1 + 3 * 3, 5));
+        let profiles = flush(&mut window, &[]);
+        let samples = |id: &str| -> u64 {
+            profiles.iter().filter(|profile| profile.rule.id == id).map(|profile| profile.samples).sum()
+        };
+        assert_eq!(["0", "1", "2"].map(samples), [7, 6, 6]);
+        assert_eq!((window.deliveries(), window.stacks()), (0, 0), "a flushed window is empty");
+    }
+
+    #[test]
+    fn samples_of_removed_rules_are_counted() {
+        let mut window = WindowSamples::default();
+        for user in [1, 2, 2] {
+            window.add(sample(&[], &[user]));
+        }
+        let tag = |slot: u32| (slot == 1).then(RuleTag::default);
+        let flushed = window.flush(START, Duration::from_secs(1), "n", |_| None, tag);
+        assert_eq!((flushed.profiles.len(), flushed.profiles[0].samples, flushed.removed), (1, 3, 6));
+    }
+
+    #[test]
+    fn samples_before_a_capture_have_profiles_of_their_own() {
+        let mut window = WindowSamples::default();
+        let (start, duration) = (START + Duration::from_secs(5), Duration::from_secs(9));
+        window.add_pre_trigger(2, start, duration, vec![sample(&[], &[1]), sample(&[], &[1])]);
+        let mut sample = sample(&[], &[1]);
+        sample.subject.rules = 1 << 2;
+        window.add(sample);
+        assert_eq!(window.deliveries(), 3, "of the capture alone");
+        let profiles = flush(&mut window, &[]);
+        let mut seen: Vec<_> = profiles
+            .iter()
+            .map(|of| {
+                (of.rule.id.as_str(), of.rule.reason.as_str(), of.samples, of.raw.start, of.raw.duration)
+            })
+            .collect();
+        seen.sort();
+        let second = Duration::from_secs(1);
+        assert_eq!(seen, [("2", "always", 1, START, second), ("2", "always lead-up", 2, start, duration)]);
+    }
+
+    /// Checks that samples of an image stay with the mappings of their time.
+    #[test]
+    fn samples_keep_the_mappings_of_their_time() {
+        let mut window = WindowSamples::default();
+        let [first, second] = [1, 2].map(|start| {
+            let kind = crate::model::MappingKind::Anon;
+            let mapping = crate::model::Mapping { start, end: start + 1, offset: 0, kind };
+            Arc::new(Image { mappings: vec![mapping] })
+        });
+        let other = |mut sample: Sample| {
+            sample.subject.exec_id = 2;
+            sample
+        };
+        window.add_former(&first, of_rule(1));
+        window.add_former(&second, of_rule(1));
+        window.add_former(&first, of_rule(1));
+        window.add_former(&first, other(of_rule(1)));
+        // What was added so far is split off; what comes later has the mappings of now.
+        window.add(of_rule(3));
+        let key = ImageKey::of(&of_rule(3).subject);
+        window.split_off_former(key, Arc::clone(&second));
+        window.add(of_rule(4));
+        let mut process = Process::unread(&of_rule(4).subject, 0);
+        process.key = key;
+        let profiles = flush(&mut window, &[process]);
+        let mut seen: Vec<_> = profiles
+            .iter()
+            .flat_map(|profile| &profile.raw.processes)
+            .map(|process| {
+                let stacks: Vec<_> =
+                    process.stacks.iter().map(|stack| (stack.user[0], stack.count)).collect();
+                (process.image.mappings.first().map(|mapping| mapping.start), stacks)
+            })
+            .collect();
+        seen.sort();
+        let expected = [
+            (None, vec![(4, 1)]),
+            (Some(1), vec![(1, 1)]),
+            (Some(1), vec![(1, 2)]),
+            (Some(2), vec![(1, 1)]),
+            (Some(2), vec![(3, 1)]),
+        ];
+        assert_eq!(seen, expected);
+    }
+
+    #[test]
+    fn only_ticks_have_a_period() {
+        let mut window = WindowSamples::default();
+        for (kind, value_ns) in [(SampleKind::OnCpu, 10), (SampleKind::OffCpu, 70), (SampleKind::OffCpu, 80)]
+        {
+            window.add(Sample { kind, value_ns, ..of_rule(1) });
+        }
+        let profiles = flush(&mut window, &[]);
+        let mut seen: Vec<_> = profiles.iter().map(|of| (of.raw.period_ns, of.samples)).collect();
+        seen.sort_unstable();
+        assert_eq!(seen, [(1, 2), (10, 1)], "blocked times of one stack are one profile");
+    }
+
+    #[test]
+    fn large_profiles_are_cut_at_the_limit_of_stacks() {
+        let process = |stacks: usize| RawProcess {
+            key: ProcessKey { tgid: stacks as u32, start_boottime_ns: 1 },
+            comm: "x".into(),
+            container_id: String::new(),
+            pod_uid: String::new(),
+            image: Arc::default(),
+            interpreter: None,
+            stacks: vec![
+                RawStack {
+                    tid: 1,
+                    thread: String::new(),
+                    kernel: Vec::new(),
+                    user: Vec::new(),
+                    end: StackEnd::None,
+                    marks: StackMarks::default(),
+                    state: 0,
+                    count: 1,
+                    value_ns: 1,
+                };
+                stacks
+            ],
+        };
+        let sizes = |processes: &[usize]| -> Vec<Vec<usize>> {
+            let parts = cut(processes.iter().map(|stacks| process(*stacks)).collect());
+            for process in parts.iter().flatten() {
+                assert!(processes.contains(&(process.key.tgid as usize)) && process.comm == "x");
+            }
+            parts.iter().map(|part| part.iter().map(|process| process.stacks.len()).collect()).collect()
+        };
+        const MAX: usize = MAX_STACKS;
+        assert_eq!(sizes(&[MAX]), [[MAX]]);
+        assert_eq!(sizes(&[MAX + 1]), [[MAX], [1]]);
+        assert_eq!(sizes(&[2 * MAX + 7, 3]), [vec![MAX], vec![MAX], vec![7, 3]]);
+        assert_eq!(sizes(&[MAX - 10, 20]), [vec![MAX - 10, 10], vec![10]]);
+        assert_eq!(sizes(&[MAX, MAX]), [[MAX], [MAX]]);
+        assert!(sizes(&[]).is_empty());
+    }
+
+    #[test]
+    fn a_series_has_the_labels_of_its_process() {
+        let process = |set: fn(&mut Process)| {
+            let mut process = Process::unread(&of_rule(1).subject, 0);
+            set(&mut process);
+            let labels = labels_of("n", Some(&process));
+            labels.into_iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
+        };
+        let of_host = process(|process| {
+            process.exe = "/usr/bin/shop".into();
+            process.cgroup = "/system.slice/shop.service".into();
+            process.names.unit = "shop.service".into();
+        });
+        assert_eq!(
+            of_host,
+            "cgroup=/system.slice/shop.service comm=x exe=/usr/bin/shop node=n service_name=shop unit=shop.service"
+        );
+        let of_container = process(|process| {
+            process.exe = "/usr/bin/shop".into();
+            process.names.container_id = "abc".into();
+        });
+        assert_eq!(of_container, "node=n service_name=shop");
+        let odd = process(|process| process.exe = "/odd/".into());
+        assert_eq!(odd, "comm=x exe=/odd/ node=n service_name=x");
+        assert_eq!(process(|process| process.kernel_thread = true), "node=n service_name=kernel");
+        let of_unknown = labels_of("n", None);
+        assert_eq!(of_unknown.get(name::SERVICE_NAME).map(String::as_str), Some("unknown"));
+        assert_eq!(of_unknown.get(name::NODE).map(String::as_str), Some("n"));
+    }
+
+    #[test]
+    fn the_path_of_a_container_begins_outside() {
+        let outer = vec![PathContainer { id: "outer".into(), pod_uid: "pod".into() }];
+        let container = ContainerRef { id: "inner".into(), pod_uid: String::new(), outer };
+        assert_eq!(container.path(), [("outer", "pod"), ("inner", "")]);
+    }
+
+    #[test]
+    fn evidence_stands_behind_the_reason() {
+        let mut tag = RuleTag { reason: "pressure".into(), ..RuleTag::default() };
+        assert_eq!(tag.why(), "pressure");
+        tag.evidence = "cpu some 31 ms/s".into();
+        assert_eq!(tag.why(), "pressure cpu some 31 ms/s");
     }
 }

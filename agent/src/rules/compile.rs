@@ -369,5 +369,264 @@ mod tests {
                 .fold(0, |sum, (_, bit)| sum | bit);
             prop_assert_eq!(trie(&names(&rules), &name), oracle);
         }
+
+        /// Checks that the BPF programs, with the agent's help where they ask for it, sample what the rules say.
+        #[test]
+        fn the_kernel_decides_as_the_rules_say(
+            matches in prop::collection::vec((some_match(), prop::option::of(containers())), 1..6),
+            deny in some_deny(),
+            process in (name(), name(), name(), prop::option::of(0_u32..3), 0_u32..4, containers()),
+        ) {
+            let (comm, exe, cgroup, uid, tgid, inside) = process;
+            let traits = ProcessTraits { comm: &comm, exe: &exe, cgroup: &cgroup, uid, tgid };
+            let compiled: Vec<Compiled> = matches.iter().map(|(given, _)| compile(given)).collect();
+            let requests = compiled.iter().zip(&matches).enumerate().map(|(slot, (compiled, (_, containers)))| {
+                SlotRequest { containers: containers.as_ref(), ..request(slot, compiled) }
+            });
+            let rules = kernel_rules(requests, &deny);
+            let denied = deny.comm.iter().any(|pattern| pattern.matches(comm.as_bytes()))
+                || deny.cgroup.iter().any(|pattern| pattern.matches(cgroup.as_bytes()))
+                || uid.is_some_and(|uid| deny.uid.contains(&uid))
+                || !deny.containers.is_disjoint(&inside);
+            prop_assert_eq!(rules.masks.deny & decide(&rules, &traits, &inside) != 0, denied);
+            for (slot, (given, containers)) in matches.iter().enumerate() {
+                let says = compiled[slot].matches(&traits);
+                prop_assert_eq!(says, is_match(given, &traits), "{:?}", given);
+                prop_assert_eq!(compiled[slot].mismatch(&traits).is_none(), says);
+                let by_kernel = decide(&rules, &traits, &inside) & 1 << slot != 0;
+                let by_agent = rules.masks.by_agent & 1 << slot != 0;
+                let sampled = by_kernel && (!by_agent || says);
+                let wanted = says && containers.as_ref().is_none_or(|of| !of.is_disjoint(&inside));
+                prop_assert_eq!(sampled || rules.all.rules & 1 << slot != 0, wanted, "slot {}: {:?}", slot, given);
+            }
+        }
+    }
+
+    /// Compares a process with a rule as the documents say, without the compiled form.
+    fn is_match(given: &Match, traits: &ProcessTraits<'_>) -> bool {
+        let one = |texts: &[String], name: &str| {
+            texts.is_empty()
+                || texts.iter().any(|text| match text.strip_suffix('*') {
+                    Some(begin) => name.starts_with(begin),
+                    None => name == text,
+                })
+        };
+        one(&given.comm, traits.comm)
+            && one(&given.exe, traits.exe)
+            && one(&given.cgroup, traits.cgroup)
+            && (given.pids.is_empty() || given.pids.contains(&traits.tgid))
+            && (given.uid.is_empty() || traits.uid.is_some_and(|uid| given.uid.contains(&uid)))
+    }
+
+    /// Does what the BPF programs do: returns the slots whose properties all match, those of the deny list included.
+    fn decide(rules: &KernelRules, traits: &ProcessTraits<'_>, inside: &BTreeSet<u64>) -> u64 {
+        let exact = |is: &dyn Fn(&Exact) -> bool| {
+            rules.exact.iter().filter(|(property, _)| is(property)).fold(0, |sum, (_, bits)| sum | bits)
+        };
+        let masks = &rules.masks;
+        masks.rules
+            & (masks.any_comm | trie(&rules.comms, traits.comm))
+            & (masks.any_cgroup | trie(&rules.cgroups, traits.cgroup))
+            & (masks.any_pid | exact(&|property| *property == Exact::Pid(traits.tgid)))
+            & (masks.any_uid | exact(&|property| traits.uid.is_some_and(|uid| *property == Exact::Uid(uid))))
+            & (masks.any_container
+                | exact(&|property| matches!(property, Exact::Container(id) if inside.contains(id))))
+    }
+
+    fn name() -> impl Strategy<Value = String> {
+        "[ab]{1,3}"
+    }
+
+    fn patterns() -> impl Strategy<Value = Vec<String>> {
+        prop_oneof![Just(Vec::new()), prop::collection::vec("[ab]{1,3}|[ab]{0,2}\\*", 1..3)]
+    }
+
+    fn numbers() -> impl Strategy<Value = Vec<u32>> {
+        prop_oneof![3 => Just(Vec::new()), 1 => prop::collection::vec(0_u32..4, 1..3)]
+    }
+
+    fn containers() -> impl Strategy<Value = BTreeSet<u64>> {
+        prop::collection::btree_set(0_u64..4, 0..3)
+    }
+
+    fn some_match() -> impl Strategy<Value = Match> {
+        // Control groups that the kernel's keys cannot hold.
+        let long = Just(vec!["a".repeat(MAX_CGROUP_PATH + 1), "b*".into()]);
+        let cgroups = prop_oneof![4 => patterns(), 1 => long];
+        (patterns(), patterns(), cgroups, numbers(), numbers()).prop_map(|(comm, exe, cgroup, pids, uid)| {
+            Match { comm, exe, cgroup, pids, uid, ..Match::default() }
+        })
+    }
+
+    fn some_deny() -> impl Strategy<Value = Deny> {
+        let parse = |texts: Vec<String>| texts.iter().map(|text| Pattern::parse(text).unwrap()).collect();
+        let given = (patterns(), patterns(), numbers(), containers()).prop_map(
+            move |(comm, cgroup, uid, containers)| Deny {
+                comm: parse(comm),
+                cgroup: parse(cgroup),
+                uid,
+                containers,
+            },
+        );
+        prop_oneof![Just(Deny::default()), given]
+    }
+
+    fn compile(given: &Match) -> Compiled {
+        Compiled::of(&Rule { r#match: Some(given.clone()), ..Rule::default() })
+    }
+
+    fn request(slot: usize, compiled: &Compiled) -> SlotRequest<'_> {
+        SlotRequest {
+            slot,
+            compiled,
+            period_ns: 0,
+            off_cpu: false,
+            user_stacks: false,
+            kernel_stacks: false,
+            at_exec: false,
+            containers: None,
+            unknown_too: true,
+        }
+    }
+
+    /// Builds the kernel's rules for one rule.
+    fn alone(given: &Match, change: impl FnOnce(SlotRequest<'_>) -> SlotRequest<'_>) -> KernelRules {
+        let compiled = compile(given);
+        kernel_rules([change(request(3, &compiled))].into_iter(), &Deny::default())
+    }
+
+    fn pids(pids: &[u32]) -> Match {
+        Match { pids: pids.to_vec(), ..Match::default() }
+    }
+
+    #[test]
+    fn a_rule_of_pids_alone_covers_what_they_execute() {
+        assert_eq!(alone(&pids(&[7]), |request| request).masks.sticky, 1 << 3);
+        let at_exec = alone(&pids(&[7]), |request| SlotRequest { at_exec: true, ..request }).masks;
+        assert_eq!((at_exec.sticky, at_exec.at_exec), (0, 1 << 3));
+        let text = || vec!["a".to_owned()];
+        for other in [
+            Match::default(),
+            Match { comm: text(), ..pids(&[7]) },
+            Match { exe: text(), ..pids(&[7]) },
+            Match { cgroup: text(), ..pids(&[7]) },
+            Match { uid: vec![1], ..pids(&[7]) },
+            Match { namespaces: text(), ..pids(&[7]) },
+            Match { pod_labels: "a=b".into(), ..pids(&[7]) },
+            Match { containers: text(), ..pids(&[7]) },
+            Match { workloads: text(), ..pids(&[7]) },
+        ] {
+            let masks = alone(&other, |request| request).masks;
+            assert_eq!((masks.sticky, masks.at_exec), (0, 0), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn rules_of_pids_may_begin_at_the_next_exec() {
+        for (given, from_exec, at_exec) in
+            [(pids(&[7]), true, 1), (pids(&[7]), false, 0), (Match { uid: vec![1], ..pids(&[7]) }, true, 0)]
+        {
+            let compiled = compile(&given).with_from_exec(from_exec);
+            let rules = kernel_rules([request(0, &compiled)].into_iter(), &Deny::default());
+            assert_eq!(rules.masks.at_exec, at_exec, "{given:?}");
+        }
+    }
+
+    #[test]
+    fn a_rule_for_every_process_needs_no_comparison() {
+        let all = Match { comm: vec!["*".into()], ..Match::default() };
+        let is_for_all = |rules: &KernelRules| (rules.all.rules, rules.masks.rules);
+        let rules = alone(&all, |request| SlotRequest { period_ns: 10, ..request });
+        assert_eq!((is_for_all(&rules), rules.all.period_ns), ((8, 0), 10));
+        assert_eq!(is_for_all(&alone(&all, |request| SlotRequest { unknown_too: false, ..request })), (0, 8));
+        let compiled = compile(&all);
+        let none = BTreeSet::new();
+        let limited = SlotRequest { containers: Some(&none), ..request(3, &compiled) };
+        assert_eq!(is_for_all(&kernel_rules([limited].into_iter(), &Deny::default())), (0, 8));
+        let deny = Deny { uid: vec![7], ..Deny::default() };
+        let rules = kernel_rules([request(3, &compiled)].into_iter(), &deny);
+        assert_eq!(is_for_all(&rules), (0, 8 | rules.masks.deny));
+        let text = || vec!["*".to_owned()];
+        for other in [
+            Match::default(),
+            Match { comm: vec!["a*".into()], ..Match::default() },
+            Match { exe: text(), ..all.clone() },
+            Match { cgroup: text(), ..all.clone() },
+            Match { uid: vec![1], ..all.clone() },
+            Match { pids: vec![1], ..all.clone() },
+            Match { namespaces: text(), ..all.clone() },
+        ] {
+            assert_eq!(is_for_all(&alone(&other, |request| request)), (0, 8), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn the_kernel_takes_what_any_rule_asks_for() {
+        let compiled = compile(&pids(&[7]));
+        let plain = |slot| request(slot, &compiled);
+        let rules = kernel_rules(
+            [
+                SlotRequest { user_stacks: true, period_ns: 5, ..plain(0) },
+                SlotRequest { off_cpu: true, ..plain(1) },
+                SlotRequest { kernel_stacks: true, ..plain(2) },
+                SlotRequest { off_cpu: true, ..plain(4) },
+            ]
+            .into_iter(),
+            &Deny::default(),
+        );
+        assert_eq!((rules.user_stacks, rules.kernel_stacks, rules.off_cpu), (true, true, 0b1_0010));
+        assert_eq!(rules.periods_ns[..5], [5, 0, 0, 0, 0]);
+        assert_eq!(rules.exact, [(Exact::Pid(7), 0b1_0111)], "one entry for all rules of a pid");
+        let none = alone(&pids(&[7]), |request| request);
+        assert_eq!((none.user_stacks, none.kernel_stacks, none.off_cpu), (false, false, 0));
+    }
+
+    #[test]
+    fn rules_together_have_the_shortest_period() {
+        for (first, second, both) in [(0, 0, 0), (0, 7, 7), (7, 0, 7), (7, 9, 7), (9, 7, 7), (7, 7, 7)] {
+            let mut sum = Want { rules: 0b011, period_ns: first };
+            add(&mut sum, Want { rules: 0b110, period_ns: second });
+            assert_eq!(sum, Want { rules: 0b111, period_ns: both });
+        }
+    }
+
+    #[test]
+    fn kinds_and_rate_of_captures_are_those_of_the_rule() {
+        let rule = |kinds: &[capture::Kind], hz| Rule {
+            capture: Some(gannet_proto::control::Capture {
+                kind: kinds.iter().map(|kind| *kind as i32).collect(),
+                hz,
+                ..Default::default()
+            }),
+            ..Rule::default()
+        };
+        let (on, off) = (capture::Kind::OnCpu, capture::Kind::OffCpu);
+        for (rule, period, blocked) in [
+            (rule(&[on], 100), 10_000_000, false),
+            (rule(&[off], 100), 0, true),
+            (rule(&[on, off], 50), 20_000_000, true),
+        ] {
+            assert_eq!((period_ns(&rule), off_cpu(&rule)), (period, blocked));
+        }
+    }
+
+    #[test]
+    fn the_first_property_that_differs_is_named() {
+        let text = || vec!["a".to_owned()];
+        let traits = ProcessTraits { comm: "c", exe: "/e", cgroup: "/g", uid: Some(5), tgid: 9 };
+        let of = |given: Match, traits: &ProcessTraits<'_>| compile(&given).mismatch(traits);
+        for (given, said) in [
+            (Match { comm: text(), exe: text(), ..pids(&[1]) }, "its command name is `c`"),
+            (Match { exe: text(), cgroup: text(), ..Match::default() }, "its executable is `/e`"),
+            (Match { cgroup: text(), ..pids(&[1]) }, "its control group is `/g`"),
+            (Match { uid: vec![1], ..pids(&[1]) }, "its pid is 9"),
+            (Match { uid: vec![1], ..Match::default() }, "its user id is 5"),
+        ] {
+            assert_eq!(of(given, &traits).as_deref(), Some(said));
+        }
+        let unknown = ProcessTraits { uid: None, ..traits };
+        let said = of(Match { uid: vec![1], ..Match::default() }, &unknown);
+        assert_eq!(said.as_deref(), Some("its user id is not known"));
+        assert_eq!(of(Match { comm: vec!["c*".into()], uid: vec![5, 6], ..pids(&[9]) }, &traits), None);
     }
 }
