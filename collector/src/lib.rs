@@ -43,6 +43,8 @@ mod config;
 mod durable;
 mod fleet;
 mod forward;
+#[doc(hidden)]
+pub mod fuzz;
 mod http;
 mod ingest;
 mod kubernetes;

@@ -8,6 +8,8 @@ mod cost;
 mod counters;
 mod error;
 mod event;
+#[doc(hidden)]
+pub mod fuzz;
 mod hotplug;
 mod load;
 mod map_fill;

@@ -28,6 +28,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+#[doc(hidden)]
+pub use self::feed::fuzz;
 use self::store::PodStore;
 pub(crate) use self::{
     feed::check_kubelet_address,

@@ -2,6 +2,8 @@
 
 mod entry;
 mod files;
+#[doc(hidden)]
+pub mod fuzz;
 mod images;
 mod metadata;
 mod perf_maps;

@@ -8,6 +8,9 @@
 //! does not fit there is a reason instead of a name.
 
 mod functions;
+#[doc(hidden)]
+pub mod fuzz;
+mod hostile;
 mod memory;
 mod process;
 mod python;

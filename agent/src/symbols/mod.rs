@@ -9,6 +9,8 @@ mod debug_info;
 mod demangle;
 mod finder;
 mod formats;
+#[doc(hidden)]
+pub mod fuzz;
 mod names;
 mod naming;
 mod options;

@@ -11,6 +11,7 @@
 //! [`StoreWriter`] for the task that changes the store, and [`StoreOptions`]. Objects, index and state stay inside.
 
 mod bucket;
+pub(crate) mod fuzz;
 mod index;
 mod object;
 mod retention;

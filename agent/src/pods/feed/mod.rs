@@ -3,6 +3,7 @@
 mod apiserver;
 mod error;
 mod follow;
+pub mod fuzz;
 mod json;
 mod kubelet;
 mod podinfo;

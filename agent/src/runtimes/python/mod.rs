@@ -1,5 +1,6 @@
 //! CPython. Its main structure `_PyRuntime` and its loop are exported, so that they are found in stripped files too.
 
+pub(super) mod fuzz;
 mod layout;
 mod lines;
 #[cfg(test)]

@@ -10,9 +10,10 @@ use std::{collections::BTreeMap, fs::File, os::unix::fs::FileExt};
 
 use super::super::demangle::{self, MAX_NAME_BYTES};
 
-const PIECE_BYTES: u64 = 256 << 10;
+/// The fuzzer's inputs are small, and shall have several pieces too.
+pub(crate) const PIECE_BYTES: u64 = if cfg!(fuzzing) { 8 << 10 } else { 256 << 10 };
 /// The part of a line that is read.
-const MAX_LINE_BYTES: usize = 4096;
+pub(crate) const MAX_LINE_BYTES: usize = 4096;
 /// A larger map is searched from this many bytes before its end.
 const MAX_FILE_BYTES: u64 = 2 << 30;
 /// Addresses of one process whose names are remembered.
@@ -84,7 +85,12 @@ impl PerfMap {
             self.known.clear();
         }
         if self.known.is_empty() {
-            self.begin_at(file, bytes / PIECE_BYTES);
+            let piece = bytes / PIECE_BYTES;
+            self.begin_at(file, piece);
+            if piece > 0 && self.is_inside_line && is_unfinished(file, self.end, bytes) {
+                // The line counts when it is complete, so it is read from its begin.
+                self.begin_at(file, piece - 1);
+            }
         }
         self.read_on(file, bytes, &mut left);
         let low = self.end.div_ceil(PIECE_BYTES);
@@ -332,8 +338,17 @@ fn is_inside_line(file: &impl Text, offset: u64) -> bool {
     offset > 0 && file.read_at(offset - 1, &mut before) == 1 && before[0] != b'\n'
 }
 
+/// Reports whether the compiler is in the middle of the line at this offset.
+fn is_unfinished(file: &impl Text, offset: u64, bytes: u64) -> bool {
+    let mut rest = Vec::new();
+    bytes - offset <= MAX_LINE_BYTES as u64 && {
+        read(file, offset, bytes - offset, &mut rest);
+        !rest.contains(&b'\n')
+    }
+}
+
 /// Reads `START SIZE name`, both numbers in hex, with or without 0x.
-fn parse_line(line: &[u8]) -> Option<(u64, u64, &[u8])> {
+pub(crate) fn parse_line(line: &[u8]) -> Option<(u64, u64, &[u8])> {
     let mut words = line.trim_ascii().splitn(3, u8::is_ascii_whitespace);
     let mut number = || {
         let text = std::str::from_utf8(words.next()?).ok()?;
@@ -393,6 +408,26 @@ mod tests {
             writeln!(text, "{start:x} 20 filler_{start:016x}_filler_filler_filler").unwrap();
         }
         text
+    }
+
+    /// Checks a line over the end of a piece that is half written when its address is wanted first.
+    #[test]
+    fn a_line_that_is_half_written_between_pieces_names_code_later() {
+        for written in [8, 10, 20] {
+            let piece = PIECE_BYTES as usize;
+            let mut text = filler(piece - 100, 0x10_0000);
+            text += &" ".repeat(piece - 8 - text.len() - 1);
+            text.push('\n');
+            let line = "7f00 10 half_written\n";
+            let mut map = PerfMap::default();
+            let part = of(&format!("{text}{}", &line[..written]));
+            map.update(&part, (1, 1), &[0x7f00, 0x10_0000], NO_LIMIT);
+            assert_eq!(map.find(0x7f00), Listed::Nowhere);
+            map.update(&of(&format!("{text}{line}7e00 10 next\n")), (1, 1), &[0x7f00, 0x7e00], NO_LIMIT);
+            assert_eq!(map.find(0x7f00), name("half_written"), "{written} bytes were written");
+            assert_eq!(map.find(0x7e00), name("next"));
+            assert!(matches!(map.find(0x10_0000), Listed::Name(_)));
+        }
     }
 
     #[test]
