@@ -179,13 +179,14 @@ pub(crate) async fn top(
     format: Format,
     console: &mut Console<'_>,
 ) -> Result<(), Error> {
-    let TopArgs { select, sample_type, limit, interpreter_frames } = args;
+    let TopArgs { select, sample_type, limit, interpreter_frames, hide_error_frames } = args;
     let request = TopRequest {
         selection: Some(select.selection()),
         base: base.map(|base| base.selection(select)),
         sample_type: sample_type.clone(),
         limit: *limit,
         interpreter_frames: *interpreter_frames,
+        hide_error_frames: *hide_error_frames,
     };
     let answer =
         collector.query().top(request).await.map_err(|status| collector.fault(&status))?.into_inner();

@@ -90,6 +90,10 @@ pub struct RecordArgs {
     /// files always have them
     #[arg(long)]
     pub(crate) interpreter_frames: bool,
+    /// In folded stacks and flame graphs, leave out frames that say what a stack lacks, such as `[truncated]` and
+    /// `[unknown]`; their values stay with their callers
+    #[arg(long)]
+    pub(crate) hide_error_frames: bool,
     /// Print the numbers of samples taken, delivered and lost as one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -261,6 +265,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
         title: format!("gannet: {}", subject(&args)),
         ledger: recorded.ledger.clone(),
         interpreter_frames: args.interpreter_frames,
+        hide_error_frames: args.hide_error_frames,
     };
     destination.write(&profile, &details)?;
     print_ledger(&args, &destination, &recorded.ledger, &names, (&ticks, governed), (start, took))

@@ -40,7 +40,12 @@ pub(super) async fn flame(State(shared): State<Shared>, Query(query): Query<View
         Err(error) => return failed(&error),
     };
     let title = format!("{}: the last windows", shared.node.config.node);
-    let details = Details { title, ledger: shared.node.ledger.snapshot(), interpreter_frames: false };
+    let details = Details {
+        title,
+        ledger: shared.node.ledger.snapshot(),
+        interpreter_frames: false,
+        hide_error_frames: false,
+    };
     match merged.map_or(Err(OutputError::Empty), |profile| render(&profile, Format::Svg, &details)) {
         Ok(bytes) => (
             [

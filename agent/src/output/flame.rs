@@ -3,7 +3,7 @@
 use std::{borrow::Cow, collections::BTreeMap, fmt::Write};
 
 use gannet_proto::{
-    pprof::{InterpreterFrames, folded_name, interpreted_name, is_interpreted},
+    pprof::{InterpreterFrames, folded_name, interpreted_name, is_error_frame, is_interpreted},
     profiles::{Function, Location, Profile},
 };
 use inferno::flamegraph::{self, Options, Palette, TextTruncateDirection, color::MultiPalette};
@@ -53,7 +53,11 @@ fn stacks(
     for sample in &profile.sample {
         let value = *sample.value.last().ok_or(OutputError::Damaged("a sample has no value"))?;
         let mut stack = Vec::with_capacity(sample.location_id.len() + 1);
-        let mut push = |name: &str, kind| stack.push(frame(name, kind));
+        let mut push = |name: &str, kind| {
+            if !(details.hide_error_frames && is_error_frame(name)) {
+                stack.push(frame(name, kind));
+            }
+        };
         if let Some(comm) = sample.label.iter().find(|label| reader.text(label.key) == "comm") {
             push(reader.text(comm.str), Kind::Function);
         }

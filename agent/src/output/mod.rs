@@ -132,6 +132,8 @@ pub struct Details {
     pub ledger: Ledger,
     /// Whether flame graphs and folded stacks show the native frames of interpreters.
     pub interpreter_frames: bool,
+    /// Whether they leave out frames that say what a stack lacks, such as `[truncated]`.
+    pub hide_error_frames: bool,
 }
 
 /// Returns the profile in a format.

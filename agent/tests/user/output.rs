@@ -42,7 +42,7 @@ fn profile() -> Profile {
 fn details() -> Details {
     let mut ledger = Ledger { taken: 10, delivered: 7, ..Ledger::default() };
     ledger.lose(LossReason::RingFull, 3);
-    Details { title: "all <script>alert(1)</script> & more".into(), ledger, interpreter_frames: false }
+    Details { title: "all <script>alert(1)</script> & more".into(), ledger, ..Details::default() }
 }
 
 fn text(format: Format) -> String {
@@ -252,4 +252,27 @@ fn interpreted_functions_show_their_file_and_line() {
     let svg = text(Format::Svg, false);
     assert!(svg.contains("<title>App.handle (app.py:12) (1 ms, 100.00%)</title>"), "{svg}");
     assert!(!svg.contains("_[j]") && !svg.contains("EvalFrameDefault"), "{svg}");
+}
+
+#[test]
+fn hidden_error_frames_leave_their_values_to_the_callers() {
+    let mut builder = Builder::new(Header {
+        sample_types: &[("cpu", "nanoseconds")],
+        period_type: ("cpu", "nanoseconds"),
+        period: 10_000_000,
+        time_nanos: 1_700_000_000_000_000_000,
+        duration_nanos: 10_000_000_000,
+    });
+    let mut named = |at, name| builder.location(None, at, &[Line { name, ..Line::default() }]);
+    let (leaf, truncated, broken) = (named(1, "leaf"), named(2, "[truncated]"), named(3, "[broken stack]"));
+    let unknown = builder.location(None, 9, &[]);
+    builder.sample(&[unknown, leaf, truncated], &[1_000_000], &[]);
+    builder.sample(&[broken], &[2_000_000], &[]);
+    let profile = builder.finish();
+    let text = |hide_error_frames| {
+        let details = Details { hide_error_frames, ..Details::default() };
+        String::from_utf8(render(&profile, Format::Folded, &details).unwrap()).unwrap()
+    };
+    assert_eq!(text(false), "[broken stack] 2000000\n[truncated];leaf;[unknown] 1000000\n");
+    assert_eq!(text(true), "[no stack] 2000000\nleaf 1000000\n");
 }

@@ -10,7 +10,7 @@ use crate::{query::Selection, time};
 /// Parameters of a range of time.
 pub(super) const RANGE: [&str; 3] = ["query", "from", "until"];
 /// Parameters of a flame graph and a table.
-pub(super) const GRAPH: [&str; 9] = [
+pub(super) const GRAPH: [&str; 10] = [
     "query",
     "from",
     "until",
@@ -20,6 +20,7 @@ pub(super) const GRAPH: [&str; 9] = [
     "base_from",
     "base_until",
     "interpreter_frames",
+    "hide_error_frames",
 ];
 
 /// The query string of a request, before its names are checked.

@@ -30,6 +30,8 @@ pub(crate) struct Shape {
     pub(crate) max: u32,
     /// Whether the native frames of interpreters are shown.
     pub(crate) interpreter_frames: bool,
+    /// Whether frames that say what a stack lacks are left out.
+    pub(crate) hide_error_frames: bool,
 }
 
 impl Comparison {
@@ -39,7 +41,9 @@ impl Comparison {
     }
 
     fn tree(&self, shape: Shape) -> Result<FlameTree, QueryError> {
-        let mut tree = FlameTree::new().with_interpreter_frames(shape.interpreter_frames);
+        let mut tree = FlameTree::new()
+            .with_interpreter_frames(shape.interpreter_frames)
+            .hide_error_frames(shape.hide_error_frames);
         for (merged, side) in [(&self.main, Side::Main), (&self.base, Side::Base)] {
             if let Some(merged) = merged
                 && let Some(index) = pprof::sample_type_index(&merged.profile, &self.sample_type)

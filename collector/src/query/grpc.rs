@@ -157,9 +157,16 @@ impl QueryService for QueryGrpc {
         &self,
         request: Request<api::FlameGraphRequest>,
     ) -> Result<Response<api::FlameGraphResponse>, Status> {
-        let api::FlameGraphRequest { selection: of, base, sample_type, max_nodes, flat, interpreter_frames } =
-            request.into_inner();
-        let shape = Shape { max: max_nodes, interpreter_frames };
+        let api::FlameGraphRequest {
+            selection: of,
+            base,
+            sample_type,
+            max_nodes,
+            flat,
+            interpreter_frames,
+            hide_error_frames,
+        } = request.into_inner();
+        let shape = Shape { max: max_nodes, interpreter_frames, hide_error_frames };
         let base = base.map(|b| selection(Some(b))).transpose()?;
         let mut answer = self.0.flamegraph(&selection(of)?, base.as_ref(), &sample_type, shape).await?;
         if flat {
@@ -169,9 +176,15 @@ impl QueryService for QueryGrpc {
     }
 
     async fn top(&self, request: Request<api::TopRequest>) -> Result<Response<api::TopResponse>, Status> {
-        let api::TopRequest { selection: of, base, sample_type, limit, interpreter_frames } =
-            request.into_inner();
-        let shape = Shape { max: limit, interpreter_frames };
+        let api::TopRequest {
+            selection: of,
+            base,
+            sample_type,
+            limit,
+            interpreter_frames,
+            hide_error_frames,
+        } = request.into_inner();
+        let shape = Shape { max: limit, interpreter_frames, hide_error_frames };
         let base = base.map(|b| selection(Some(b))).transpose()?;
         let answer = self.0.top(&selection(of)?, base.as_ref(), &sample_type, shape).await?;
         Ok(Response::new(answer))

@@ -196,6 +196,7 @@ async fn graph_and_table_of_a_comparison_hold_both_sides() {
         max_nodes: 0,
         flat: false,
         interpreter_frames: false,
+        hide_error_frames: false,
     };
     let graph = client.flame_graph(request.clone()).await.unwrap().into_inner();
     assert_eq!((graph.unit.as_str(), graph.sample_type.as_str()), ("count", "samples/count"));
@@ -214,6 +215,7 @@ async fn graph_and_table_of_a_comparison_hold_both_sides() {
         sample_type: request.sample_type,
         limit: 10,
         interpreter_frames: false,
+        hide_error_frames: false,
     };
     let top = client.top(request).await.unwrap().into_inner();
     assert_eq!((top.total, top.base_total, top.unit.as_str()), (120, 34, "count"));

@@ -37,6 +37,8 @@ export interface State {
   flip: boolean;
   /** Show the native frames of interpreters between the functions that they run. */
   interpreters: boolean;
+  /** Leave out frames that say what a stack lacks. */
+  hideErrors: boolean;
   live: boolean;
 }
 
@@ -60,6 +62,7 @@ export const DEFAULTS: State = {
   absolute: false,
   flip: false,
   interpreters: false,
+  hideErrors: false,
   live: false,
 };
 
@@ -96,6 +99,7 @@ export function fromAddress(location: { pathname: string; search: string }): Sta
     absolute: get.has("absolute"),
     flip: get.has("flip"),
     interpreters: get.has("interpreters"),
+    hideErrors: get.has("hide_errors"),
     live: get.has("live"),
   };
 }
@@ -124,6 +128,7 @@ export function toAddress(state: State): string {
   flag("absolute", state.absolute);
   flag("flip", state.flip);
   flag("interpreters", state.interpreters);
+  flag("hide_errors", state.hideErrors);
   flag("live", state.live);
   const text = search.toString();
   return `./${state.view === "profiles" ? "" : state.view}${text ? `?${text}` : ""}`;

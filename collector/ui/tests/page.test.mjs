@@ -118,6 +118,20 @@ describe("the flame graph", () => {
     });
   });
 
+  it("hides error frames on demand and keeps their values", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      const shown = await drawn(page, "shop::checkout::price_basket");
+      assert.ok(shown.some(({ name }) => name === "[truncated]"));
+      await page.getByRole("button", { name: "Options of the graph" }).click();
+      await page.getByText("Hide error frames").click();
+      await page.waitForFunction(() => ![...document.querySelectorAll("g.frame")].some((group) => group.__data__.data.name === "[truncated]"));
+      assert.match(page.url(), /hide_errors=1/);
+      const hidden = await framesOf(page);
+      assert.ok(hidden.some(({ name }) => name === "shop::report::render"));
+      assert.ok(Math.abs(named(hidden, "all").width - named(shown, "all").width) < 1);
+    });
+  });
+
   it("draws a stack of sixty frames", async () => {
     await on(`?${CHECKOUT}`, async (page) => {
       await drawn(page, "shop::checkout::price_basket");

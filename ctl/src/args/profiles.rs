@@ -114,6 +114,10 @@ pub(crate) struct Flame {
     /// Show the C functions of interpreters between the functions that they run
     #[arg(long)]
     pub(crate) interpreter_frames: bool,
+    /// Leave out frames that say what a stack lacks, such as `[truncated]` and `[unknown]`; their values stay with their
+    /// callers
+    #[arg(long)]
+    pub(crate) hide_error_frames: bool,
     /// Print the tree even if the output is a terminal
     #[arg(long)]
     pub(crate) tree: bool,
@@ -138,6 +142,9 @@ pub(crate) struct TopArgs {
     /// Count the C functions of interpreters as functions, instead of the functions that they run
     #[arg(long)]
     pub(crate) interpreter_frames: bool,
+    /// Leave out frames that say what a stack lacks, such as `[truncated]` and `[unknown]`
+    #[arg(long)]
+    pub(crate) hide_error_frames: bool,
     #[command(flatten)]
     pub(crate) select: Select,
 }

@@ -31,7 +31,9 @@ pub(crate) struct Graph {
 
 impl Graph {
     fn new(main: &[u8], base: Option<&[u8]>, args: &Flame) -> Result<Self, Error> {
-        let mut tree = FlameTree::new().with_interpreter_frames(args.interpreter_frames);
+        let mut tree = FlameTree::new()
+            .with_interpreter_frames(args.interpreter_frames)
+            .hide_error_frames(args.hide_error_frames);
         let mut add = |bytes: &[u8], side, wanted: &str| -> Result<String, Error> {
             let profile = pprof::decode(bytes, MAX_PROFILE_BYTES)?;
             let types = pprof::check(&profile)?.sample_types;

@@ -1,10 +1,14 @@
 //! Call trees and tables of functions. The code does not recurse, because a stack may have thousands of frames.
 
-use std::{borrow::Cow, collections::HashMap};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet},
+};
 
 use super::{
     PprofError,
     check::{Ids, check},
+    error_frames::is_error_frame,
     interpreters::{InterpreterFrames, interpreted_name, is_interpreted},
 };
 use crate::{
@@ -66,6 +70,8 @@ pub struct FlameTree {
     children: HashMap<(u32, u32), u32>,
     /// Whether the native frames of interpreters stand between the functions that they run.
     interpreter_frames: bool,
+    /// Whether frames that say what a stack lacks are left out.
+    hide_error_frames: bool,
 }
 
 impl Default for FlameTree {
@@ -83,6 +89,7 @@ impl FlameTree {
             nodes: Vec::new(),
             children: HashMap::new(),
             interpreter_frames: false,
+            hide_error_frames: false,
         };
         let frame = tree.frame(ROOT.to_owned(), false, "");
         tree.nodes.push(Node { parent: 0, frame, inlined: false, total: [0; 2], own: [0; 2] });
@@ -93,6 +100,13 @@ impl FlameTree {
     #[must_use]
     pub fn with_interpreter_frames(mut self, shown: bool) -> Self {
         self.interpreter_frames = shown;
+        self
+    }
+
+    /// Leaves out frames that say what a stack lacks ([`is_error_frame`]), or shows them. Their values stay with their callers.
+    #[must_use]
+    pub fn hide_error_frames(mut self, hidden: bool) -> Self {
+        self.hide_error_frames = hidden;
         self
     }
 
@@ -117,6 +131,12 @@ impl FlameTree {
         } else {
             InterpreterFrames::new(profile)
         };
+        let hidden: HashSet<u32> = if self.hide_error_frames {
+            let errors = self.frames.iter().filter(|(key, _)| is_error_frame(&key.name));
+            errors.map(|(_, frame)| *frame).collect()
+        } else {
+            HashSet::new()
+        };
         for sample in &profile.sample {
             let value = u64::try_from(sample.value[type_index]).unwrap_or(0);
             if value == 0 {
@@ -126,9 +146,12 @@ impl FlameTree {
             add(&mut self.nodes[0].total, side, value);
             for id in interpreters.visible(sample).rev() {
                 // The innermost frame is first, and every frame but the outermost is inlined into the next.
-                for (depth, frame) in location_frames[ids.index(id, "a sample")?].iter().enumerate().rev() {
-                    at =
-                        self.child(at, *frame, depth + 1 < location_frames[ids.index(id, "a sample")?].len());
+                let frames = &location_frames[ids.index(id, "a sample")?];
+                for (depth, frame) in frames.iter().enumerate().rev() {
+                    if hidden.contains(frame) {
+                        continue;
+                    }
+                    at = self.child(at, *frame, depth + 1 < frames.len());
                     add(&mut self.nodes[at as usize].total, side, value);
                 }
             }

@@ -6,6 +6,7 @@
 mod builder;
 mod check;
 mod codec;
+mod error_frames;
 mod flame;
 mod graph;
 mod interpreters;
@@ -15,6 +16,7 @@ mod split;
 pub use builder::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId};
 pub use check::{Summary, check, sample_type_index, samples};
 pub use codec::{decode, encode};
+pub use error_frames::is_error_frame;
 pub use flame::{FlameTree, Side, flat, folded, folded_name};
 pub use interpreters::{InterpreterFrames, interpreted_name, is_interpreted};
 pub use merge::Merger;

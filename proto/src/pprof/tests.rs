@@ -472,6 +472,48 @@ __libc_start_main;main (app.py:4);App.key (app.py:4);do_nanosleep 1
 }
 
 #[test]
+fn error_frames_can_be_hidden_and_their_values_stay() {
+    let mut builder = Builder::new(header());
+    let mapping = builder.mapping(Mapping { limit: 0x1000, file: "/bin/app", ..Mapping::default() });
+    let module = builder.mapping(Mapping { limit: 0x1000, file: "/lib/[brackets]", ..Mapping::default() });
+    let mut named = |at, name| {
+        let line = Line { name, ..Line::default() };
+        builder.location(Some(mapping), at, &[line])
+    };
+    let (leaf, main) = (named(1, "leaf"), named(2, "main"));
+    let (truncated, broken) = (named(3, "[truncated]"), named(4, "[broken stack]"));
+    let unknown = builder.location(None, 5, &[]);
+    let brackets = builder.location(Some(module), 6, &[]);
+    builder.sample(&[leaf, main], &[1, 1], &[]);
+    builder.sample(&[leaf, truncated], &[2, 2], &[]);
+    builder.sample(&[unknown, main], &[4, 4], &[]);
+    builder.sample(&[broken], &[8, 8], &[]);
+    builder.sample(&[brackets, main], &[16, 16], &[]);
+    let profile = builder.finish();
+    let tree = |hidden| {
+        let mut tree = FlameTree::new().hide_error_frames(hidden);
+        tree.add(&profile, 0, Side::Main).unwrap();
+        let nodes = flat(tree.prune(100));
+        let names: Vec<_> = nodes.iter().map(|node| (node.name.clone(), node.total, node.self_)).collect();
+        (tree.total(Side::Main), names)
+    };
+    let name = |name: &str, total, own| (name.to_owned(), total, own);
+    let (total, shown) = tree(false);
+    assert!(total == 31 && shown.iter().any(|node| *node == name("[broken stack]", 8, 8)), "{shown:?}");
+    let (total, mut hidden) = tree(true);
+    hidden.sort();
+    let mut expected = [
+        name("all", 31, 8),
+        name("main", 21, 4),
+        name("leaf", 1, 1),
+        name("leaf", 2, 2),
+        name("[brackets]", 16, 16),
+    ];
+    expected.sort();
+    assert_eq!((total, hidden), (31, expected.to_vec()));
+}
+
+#[test]
 fn a_program_that_is_no_interpreter_keeps_all_its_frames() {
     let mut builder = Builder::new(header());
     let mapping = builder.mapping(Mapping { limit: 0x1000, file: "/bin/app", ..Mapping::default() });

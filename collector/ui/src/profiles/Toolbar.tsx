@@ -72,6 +72,7 @@ function GraphOptions({ state }: { state: State }) {
           <Choice name="Colour by" value={state.colour} of={[["package", "Package"], ["binary", "Binary"], ["kind", "Kind"]]} onChange={(colour) => go({ colour }, true)} />
           <Toggle name="Root at the bottom" on={state.flip} onChange={(flip) => go({ flip }, true)} />
           <Toggle name="Frames of interpreters" title="Show the C functions of an interpreter between the functions that it runs" on={state.interpreters} onChange={(interpreters) => go({ interpreters }, true)} />
+          <Toggle name="Hide error frames" title="Leave out frames that say what a stack lacks, such as [truncated]; their values stay with their callers" on={state.hideErrors} onChange={(hideErrors) => go({ hideErrors }, true)} />
           <Toggle name="Orange and blue differences" title="For readers who cannot distinguish red and green" on={state.blind} onChange={(blind) => go({ blind }, true)} />
           <Toggle name="Compare amounts, not shares" on={state.absolute} onChange={(absolute) => go({ absolute }, true)} />
         </div>

@@ -66,7 +66,7 @@ export function useAnswers(state: State, selections: Selections): Answers {
   const line = useLoad<Timeline>(lineKey(window), loadLine(window));
   const baseLine = useLoad<Timeline>(state.compare ? lineKey(baseWindow) : undefined, loadLine(baseWindow));
 
-  const request = { ...selectionParameters(selection), ...baseParameters(base), profile_id: state.profile, type, interpreter_frames: state.interpreters ? "true" : "" };
+  const request = { ...selectionParameters(selection), ...baseParameters(base), profile_id: state.profile, type, interpreter_frames: state.interpreters ? "true" : "", hide_error_frames: state.hideErrors ? "true" : "" };
   const key = ready ? JSON.stringify(request) : undefined;
   const wantsTable = state.show === "table" || state.show === "both";
   const graph = useLoad<FlameGraph>(key && `graph ${key}`, (signal) => get("flamegraph", { ...request, max_nodes: MAX_NODES }, signal));
