@@ -1,7 +1,12 @@
 //! Symbol tables, read in chunks: some libraries have a hundred megabytes of symbols and names.
 
-use std::borrow::Cow;
+use std::{
+    borrow::Cow,
+    cell::RefCell,
+    collections::{BTreeSet, HashSet},
+};
 
+use memchr::memmem;
 use object::{
     LittleEndian,
     elf::{STB_GLOBAL, STB_WEAK, STT_FUNC, STT_GNU_IFUNC, STT_NOTYPE, Sym64},
@@ -17,6 +22,14 @@ use crate::{
 
 const SYMBOL_BYTES: usize = size_of::<Sym64<LittleEndian>>();
 const CHUNK_SYMBOLS: usize = 4096;
+/// Bytes of names that are read at once, at least.
+const MIN_NAMES_BYTES: usize = 8 << 10;
+/// Names are searched in pieces of this size.
+const CHUNK_NAME_BYTES: u64 = 256 << 10;
+/// Names behind this many bytes are not searched.
+const MAX_NAME_TABLE_BYTES: u64 = 256 << 20;
+/// A linker writes a name once. Only a hostile table has it more often than this.
+const MAX_COPIES: usize = 64;
 
 /// The symbols of one table. Iterating reads them; names are read one by one, on request.
 #[derive(Debug)]
@@ -24,6 +37,8 @@ pub struct Symbols<'d> {
     data: Data<'d>,
     table: Section,
     strings: Section,
+    /// The names that were read last, with their offset: those of neighbours follow one another, as a rule.
+    names: RefCell<(u64, Vec<u8>)>,
 }
 
 /// How far a symbol is visible, the least first.
@@ -57,7 +72,7 @@ pub struct Symbol {
 
 impl<'d> Symbols<'d> {
     pub(crate) fn new(data: Data<'d>, table: &Section, strings: &Section) -> Self {
-        Self { data, table: table.clone(), strings: strings.clone() }
+        Self { data, table: table.clone(), strings: strings.clone(), names: RefCell::default() }
     }
 
     /// Returns the bytes of the table, without those of names.
@@ -94,14 +109,63 @@ impl<'d> Symbols<'d> {
         bytes.ok_or_else(|| malformed("the symbol table is outside the file"))
     }
 
+    /// Returns the addresses of the functions that have one of these names. It searches the names first, so that a table
+    /// without them costs one pass over its names, and none over its symbols.
+    pub fn functions_named(&self, names: &[&str]) -> BTreeSet<u64> {
+        let offsets = self.offsets_of(names);
+        if offsets.is_empty() {
+            return BTreeSet::new();
+        }
+        let symbols = self.iter().map_while(Result::ok);
+        let named = symbols
+            .filter(|symbol| symbol.is_function && symbol.is_defined && offsets.contains(&symbol.name));
+        named.map(|symbol| symbol.address).collect()
+    }
+
+    /// Returns where these names stand, alone or as the end of a longer name: linkers store such names once.
+    fn offsets_of(&self, names: &[&str]) -> HashSet<u32> {
+        let ended: Vec<Vec<u8>> = names.iter().map(|name| [name.as_bytes(), &[0]].concat()).collect();
+        let finders: Vec<_> = ended.iter().map(memmem::Finder::new).collect();
+        let overlap = ended.iter().map(Vec::len).max().unwrap_or(1) as u64 - 1;
+        let mut offsets = HashSet::new();
+        let end = self.strings.bytes.min(MAX_NAME_TABLE_BYTES);
+        let mut bytes = vec![0; CHUNK_NAME_BYTES.min(end) as usize];
+        let mut first = 0;
+        while first < end {
+            let wanted = (end - first).min(bytes.len() as u64) as usize;
+            let place = self.strings.offset.saturating_add(first);
+            let Some(read) = self.data.read_into(place, &mut bytes[..wanted]) else { break };
+            for finder in &finders {
+                let found = finder.find_iter(&bytes[..read]).map(|at| (first + at as u64) as u32);
+                offsets.extend(found.take(MAX_COPIES));
+            }
+            if read < wanted || first + read as u64 >= end {
+                break;
+            }
+            first += read as u64 - overlap;
+        }
+        offsets
+    }
+
     /// Reads the name of a symbol, up to `max_bytes` bytes of it; none if it has no name.
     pub fn name(&self, symbol: &Symbol, max_bytes: usize) -> Option<Vec<u8>> {
-        let left = self.strings.bytes.checked_sub(u64::from(symbol.name))?;
-        let mut name = vec![0; left.min(max_bytes as u64) as usize];
-        let offset = self.strings.offset.checked_add(u64::from(symbol.name))?;
-        let read = self.data.read_into(offset, &mut name)?;
-        name.truncate(name[..read].iter().position(|byte| *byte == 0).unwrap_or(read));
-        (!name.is_empty()).then_some(name)
+        let offset = u64::from(symbol.name);
+        let mut names = self.names.borrow_mut();
+        let known = offset.checked_sub(names.0).and_then(|at| names.1.get(usize::try_from(at).ok()?..));
+        let known = known.unwrap_or_default();
+        if !known.contains(&0) && known.len() < max_bytes {
+            let left = self.strings.bytes.checked_sub(offset)?;
+            let (_, bytes) = &mut *names;
+            bytes.clear();
+            bytes.resize(left.min(max_bytes.max(MIN_NAMES_BYTES) as u64) as usize, 0);
+            let read = self.data.read_into(self.strings.offset.checked_add(offset)?, bytes);
+            bytes.truncate(read.unwrap_or(0));
+            names.0 = offset;
+        }
+        let known = &names.1[(offset - names.0) as usize..];
+        let known = &known[..known.len().min(max_bytes)];
+        let end = known.iter().position(|byte| *byte == 0).unwrap_or(known.len());
+        (end > 0).then(|| known[..end].to_vec())
     }
 }
 

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
@@ -378,4 +378,29 @@ fn a_table_of_go_without_the_start_of_its_code_gives_no_names() {
     let elf = Elf::parse(&bytes, &ElfLimits::default()).unwrap();
     let fault = elf.go_table(u64::MAX).unwrap().unwrap().unwrap_err();
     assert!(fault.0.contains("start of the Go code"), "{fault}");
+}
+
+/// Checks that functions are found by name as a search over all symbols finds them, wherever the name stands in the table.
+#[test]
+fn functions_are_found_by_their_names() {
+    let bytes = fs::read("/proc/self/exe").unwrap();
+    let file = fs::File::open("/proc/self/exe").unwrap();
+    let elf = Elf::parse(&file, &ElfLimits::default()).unwrap();
+    let in_memory = Elf::parse(&bytes, &ElfLimits::default()).unwrap();
+    let symbols = elf.symbols(b".symtab").unwrap();
+    let mut by_name: BTreeMap<Vec<u8>, BTreeSet<u64>> = BTreeMap::new();
+    for symbol in symbols.iter().map(Result::unwrap).filter(|symbol| symbol.is_function && symbol.is_defined)
+    {
+        let name = symbols.name(&symbol, 1 << 16).unwrap();
+        by_name.entry(name).or_default().insert(symbol.address);
+    }
+    let names: Vec<&str> = by_name.keys().filter_map(|name| std::str::from_utf8(name).ok()).collect();
+    assert!(names.len() > 1000, "{}", names.len());
+    for name in names.iter().step_by(names.len() / 50) {
+        let expected = &by_name[name.as_bytes()];
+        assert_eq!(&symbols.functions_named(&[name]), expected, "{name}");
+        assert_eq!(&in_memory.symbols(b".symtab").unwrap().functions_named(&["no", name]), expected);
+        // A part of a name is no name.
+        assert!(symbols.functions_named(&[&format!("{name}:")]).is_empty());
+    }
 }

@@ -15,6 +15,7 @@ mod loaded;
 mod parser;
 mod refusals;
 mod resident;
+mod scratch;
 mod supplied;
 #[cfg(test)]
 mod tests;

@@ -12,6 +12,7 @@ use std::{
 use gannet_elf::{BuildId, ContentId, DebugLink, Elf, Segments};
 use gannet_unwind::{
     build::{BuildError, BuildOptions, BuiltTable, DebugFiles, build_bytes, build_file, identify},
+    cache::CachedTable,
     format::flags,
     limits::TableLimits,
     overrides::Overrides,
@@ -19,7 +20,7 @@ use gannet_unwind::{
 };
 use parking_lot::{Condvar, Mutex};
 
-use super::{disk_cache::DiskCache, supplied::SuppliedTables};
+use super::{disk_cache::DiskCache, scratch::Scratch, supplied::SuppliedTables};
 use crate::{
     access::{self, Unanswered},
     model::{FileId, MappedFile},
@@ -218,16 +219,46 @@ fn next(shared: &Shared, has_idle_work: bool) -> Work {
     }
 }
 
+/// Tables that memory has no room for.
+enum Cache {
+    /// They survive a restart.
+    Disk(DiskCache),
+    Scratch(Scratch),
+}
+
+impl Cache {
+    fn read(&self, content: &ContentId) -> Option<CachedTable> {
+        match self {
+            Self::Disk(cache) => cache.read(content),
+            Self::Scratch(scratch) => scratch.read(content),
+        }
+    }
+
+    fn write(&mut self, Unwritten { table, content, segments, build_id }: &Unwritten) {
+        match self {
+            Self::Disk(cache) => cache.write(content, table, segments, build_id.as_ref()),
+            Self::Scratch(scratch) => scratch.write(content, table, segments, build_id.as_ref()),
+        }
+    }
+}
+
+/// A table to write once nothing is requested: writing takes longer than building.
+struct Unwritten {
+    table: Arc<UnwindTable>,
+    content: ContentId,
+    segments: Segments,
+    build_id: Option<BuildId>,
+}
+
 /// The state of the thread.
 struct FileBuilder {
     limits: Arc<TableLimits>,
     supplied: Supply,
     debug_dirs: Arc<Vec<PathBuf>>,
-    cache: Option<DiskCache>,
+    cache: Cache,
     /// Tables in use: a library that many containers bring is one table.
     in_use: HashMap<ContentId, Weak<UnwindTable>>,
-    /// Tables to write to disk once nothing is requested: writing takes longer than building.
-    unwritten: VecDeque<(Arc<UnwindTable>, ContentId, Segments, Option<BuildId>)>,
+    unwritten: VecDeque<Unwritten>,
 }
 
 impl FileBuilder {
@@ -244,7 +275,7 @@ impl FileBuilder {
             limits: Arc::default(),
             supplied: Supply::default(),
             debug_dirs: Arc::new(debug_dirs),
-            cache,
+            cache: cache.map_or_else(|| Cache::Scratch(Scratch::default()), Cache::Disk),
             in_use: HashMap::new(),
             unwritten: VecDeque::new(),
         }
@@ -266,7 +297,7 @@ impl FileBuilder {
             return Ok(ParsedFile { content, segments, runtime: runtime_of(&table, file), table });
         }
         let overridden = self.supplied.tables.contains(&content);
-        let cached = self.cache.as_ref().filter(|_| !overridden).and_then(|cache| cache.read(&content));
+        let cached = if overridden { None } else { self.cache.read(&content) };
         let parsed = if let Some(cached) = cached {
             let runtime = runtime_of(&cached.table, file);
             ParsedFile { content, segments: cached.segments, table: Arc::new(cached.table), runtime }
@@ -278,12 +309,9 @@ impl FileBuilder {
             })?;
             let BuiltTable { table, content, build_id, segments, report: _ } = built;
             let table = Arc::new(table);
-            if self.cache.is_some()
-                && !overridden
-                && DiskCache::is_worthwhile(&table)
-                && self.unwritten.len() < MAX_UNWRITTEN
-            {
-                self.unwritten.push_back((Arc::clone(&table), content, segments.clone(), build_id));
+            if !overridden && DiskCache::is_worthwhile(&table) && self.unwritten.len() < MAX_UNWRITTEN {
+                let (table, segments) = (Arc::clone(&table), segments.clone());
+                self.unwritten.push_back(Unwritten { table, content, segments, build_id });
             }
             ParsedFile { content, segments, runtime: runtime_of(&table, file), table }
         };
@@ -295,10 +323,8 @@ impl FileBuilder {
     }
 
     fn write_one(&mut self) {
-        if let (Some(cache), Some((table, content, segments, build_id))) =
-            (&mut self.cache, self.unwritten.pop_front())
-        {
-            cache.write(&content, &table, &segments, build_id.as_ref());
+        if let Some(unwritten) = self.unwritten.pop_front() {
+            self.cache.write(&unwritten);
         }
     }
 }

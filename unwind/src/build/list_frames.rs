@@ -46,21 +46,9 @@ pub(super) fn parts(
 
 /// Returns the addresses of the functions of these names.
 fn addresses(elf: &Elf<'_>, names: &[&str]) -> BTreeSet<u64> {
-    let longest = names.iter().map(|name| name.len()).max().unwrap_or(0);
     let tables = [&b".dynsym"[..], b".symtab"].into_iter().filter_map(|name| elf.symbols(name));
-    for table in tables.filter(|table| table.bytes() <= MAX_SYMBOL_BYTES) {
-        let functions =
-            table.iter().map_while(Result::ok).filter(|symbol| symbol.is_function && symbol.is_defined);
-        let named = functions.filter(|symbol| {
-            let name = table.name(symbol, longest + 1);
-            name.is_some_and(|name| names.iter().any(|wanted| wanted.as_bytes() == name))
-        });
-        let found: BTreeSet<u64> = named.map(|symbol| symbol.address).collect();
-        if !found.is_empty() {
-            return found;
-        }
-    }
-    BTreeSet::new()
+    let tables = tables.filter(|table| table.bytes() <= MAX_SYMBOL_BYTES);
+    tables.map(|table| table.functions_named(names)).find(|found| !found.is_empty()).unwrap_or_default()
 }
 
 fn piece_of(pieces: &[Piece], address: u64) -> Option<usize> {

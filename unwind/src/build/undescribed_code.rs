@@ -20,6 +20,8 @@ const MAX_SYMBOL_BYTES: u64 = 16 << 20;
 const MAX_SMALL_CODE_BYTES: u64 = 4 << 20;
 /// Described code beyond this is not searched for calls.
 const MAX_SEARCHED_BYTES: u64 = 16 << 20;
+/// Bytes of described code in memory at a time.
+const SEARCHED_AT_ONCE: usize = 256 << 10;
 
 /// The bytes of which `nop`s of all lengths consist, with their prefixes, and `int3`.
 const OF_NOPS: [u8; 11] = [0x90, 0x66, 0x2e, 0x0f, 0x1f, 0x84, 0x80, 0x40, 0x44, 0x00, 0xcc];
@@ -89,16 +91,18 @@ fn calls_into(elf: &Elf<'_>, code: &[(u64, u64)], ranges: &[(u64, u64)]) -> Hash
     let (Some((first, _)), Some((_, last))) = (ranges.first(), ranges.last()) else { return targets };
     let mut left = MAX_SEARCHED_BYTES;
     for (start, end) in code {
-        let length = (end - start).min(left);
-        left -= length;
-        let bytes = elf.bytes_at(*start, length).unwrap_or_default();
-        for (offset, window) in bytes.windows(5).enumerate() {
-            let [CALL | JUMP, distance @ ..] = window else { continue };
-            let Ok(distance) = <[u8; 4]>::try_from(distance) else { continue };
-            let next = start + offset as u64 + 5;
-            let target = next.wrapping_add_signed(i64::from(i32::from_le_bytes(distance)));
-            if (*first..*last).contains(&target) && is_in(ranges, target) {
-                targets.insert(target);
+        let end = start + (end - start).min(left);
+        left -= end - start;
+        for at in (*start..end).step_by(SEARCHED_AT_ONCE) {
+            // An instruction may begin at the last byte of a part.
+            let bytes = elf.bytes_at(at, (end - at).min(SEARCHED_AT_ONCE as u64 + 4)).unwrap_or_default();
+            for offset in memchr::memchr2_iter(CALL, JUMP, &bytes) {
+                let Some(distance) = bytes.get(offset + 1..).and_then(<[u8]>::first_chunk) else { break };
+                let next = at + offset as u64 + 5;
+                let target = next.wrapping_add_signed(i64::from(i32::from_le_bytes(*distance)));
+                if (*first..*last).contains(&target) && is_in(ranges, target) {
+                    targets.insert(target);
+                }
             }
         }
     }
