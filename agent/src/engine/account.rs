@@ -19,7 +19,10 @@ use std::time::{Duration, Instant};
 use gannet_proto::ledger::{Ledger, LossReason};
 
 use super::intake::Flow;
-use crate::kernel::{Arrived, Counters, Kernel, KernelError};
+use crate::{
+    kernel::{Arrived, Counters, Kernel, KernelError},
+    profile::FlushedWindow,
+};
 
 /// Readings of the counters until two in succession are equal. A CPU at work changes them every millisecond at most; two
 /// readings take some ten microseconds.
@@ -59,6 +62,14 @@ pub(super) struct ClosedSamples {
     pub(super) removed: u64,
     /// In the backlog: they belong to a later window.
     pub(super) waiting: u64,
+}
+
+impl ClosedSamples {
+    /// Counts what the profiles of a window really hold. `waiting` samples are in the backlog.
+    pub(super) fn of(flushed: &FlushedWindow, waiting: u64) -> Self {
+        let delivered = flushed.profiles.iter().map(|profile| profile.samples).sum();
+        Self { delivered, removed: flushed.removed, waiting }
+    }
 }
 
 /// The counters of all CPUs, before the reader reads up to the cut.
@@ -291,11 +302,25 @@ fn samples_of(counters: &Counters) -> [u64; 7] {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::{Cell, RefCell};
+    use std::{
+        cell::{Cell, RefCell},
+        num::NonZeroUsize,
+        time::SystemTime,
+    };
 
+    use gannet_proto::{
+        control::{Match, capture},
+        rules::Caps,
+    };
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::intake::Intake, *};
+    use crate::{
+        cgroup::CgroupHierarchy,
+        model::{ProcessKey, Sample, SampleKind, StackEnd, StackMarks, Subject},
+        process::ProcessTable,
+        rules::{RuleBook, RuleSource, SourceRules, ad_hoc},
+    };
 
     /// A kernel and its reader, without samples: only what both count.
     #[derive(Default)]
@@ -472,6 +497,113 @@ mod tests {
             source.close(&mut account, false);
             assert_eq!(account.full_rings(), full);
         }
+    }
+
+    fn sample(tid: u32, rules: u64) -> Sample {
+        let key = ProcessKey { tgid: 7, start_boottime_ns: 1 };
+        Sample {
+            subject: Subject {
+                key,
+                exec_id: 1,
+                ktime_ns: 1,
+                cgroup_id: 1,
+                comm: "x".into(),
+                rules,
+                candidates: 0,
+            },
+            tid,
+            kind: SampleKind::OnCpu,
+            value_ns: 10,
+            kernel: Vec::new(),
+            user: vec![0x1000],
+            end: StackEnd::Complete,
+            end_code: 1,
+            marks: StackMarks::default(),
+            state: 0,
+            raw: None,
+        }
+    }
+
+    /// Sends samples, lets `take` decide what the intake gets of them, and closes the window as the engine does.
+    fn through_window(samples: &[Sample], take: impl Fn(&mut Intake, Sample)) -> Ledger {
+        let mut rules = RuleBook::new(Caps::default());
+        let rule =
+            ad_hoc("a", Match { comm: vec!["x".into()], ..Match::default() }, 19, &[capture::Kind::OnCpu]);
+        let set = SourceRules { rules: vec![rule], ..SourceRules::default() };
+        rules.replace(RuleSource::Local, set, SystemTime::now());
+        rules.assign_slots(SystemTime::now());
+        let processes = ProcessTable::new(CgroupHierarchy::detect(), 100, NonZeroUsize::MIN);
+        let mut source = Source::new(1);
+        let mut account = Account::new(&source).unwrap();
+        let mut intake = Intake::new(Duration::from_secs(1));
+        for sample in samples {
+            source.send(0, sample.subject.rules.count_ones().into());
+        }
+        let reading = read(&source).unwrap();
+        source.read_ring();
+        for sample in samples {
+            take(&mut intake, sample.clone());
+        }
+        let flushed = intake.close("n", &processes, &rules).flushed;
+        let samples = ClosedSamples::of(&flushed, 0);
+        account.close(&source, Some(&reading), intake.flow(), samples, false)
+    }
+
+    /// Checks the window itself: a sample that it drops is missing, and one that it cannot flush has a reason.
+    #[test]
+    fn a_sample_that_the_window_drops_is_unaccounted() {
+        let samples: Vec<_> = (0..5).map(|tid| sample(tid, 1)).collect();
+        assert_ledger(&through_window(&samples, Intake::add), 5, 5, &[], 0);
+        let dropping = through_window(&samples, |intake, sample| {
+            let is_last = sample.tid == 4;
+            intake.add(sample);
+            if is_last {
+                intake.drop_one();
+            }
+        });
+        assert_ledger(&dropping, 5, 4, &[], 1);
+        // The rule of this slot is gone.
+        let removed = [&samples[1..], &[sample(9, 1 << 20)]].concat();
+        assert_ledger(&through_window(&removed, Intake::add), 5, 4, &[(LossReason::RuleRemoved, 1)], 0);
+    }
+
+    #[test]
+    fn a_stack_that_cannot_be_read_is_lost_with_its_reason() {
+        let mut unreadable = sample(3, 1);
+        unreadable.user.clear();
+        unreadable.end = StackEnd::Broken;
+        let mut by_kernel = unreadable.clone();
+        by_kernel.kernel = vec![1];
+        let samples = [sample(1, 1), unreadable, by_kernel, Sample { end: StackEnd::Broken, ..sample(4, 1) }];
+        let take = |intake: &mut Intake, sample: Sample| {
+            if !intake.lose_unreadable(&sample) {
+                intake.add(sample);
+            }
+        };
+        assert_ledger(&through_window(&samples, take), 4, 3, &[(LossReason::StackFault, 1)], 0);
+        let silent = |intake: &mut Intake, sample: Sample| {
+            if !sample.is_unreadable() {
+                intake.add(sample);
+            }
+        };
+        assert_ledger(&through_window(&samples, silent), 4, 3, &[], 1);
+    }
+
+    #[test]
+    fn a_sample_of_a_capture_that_is_over_is_lost_with_its_reason() {
+        // The capture has the second slot; the rule itself goes on.
+        let samples = [sample(1, 0b01), sample(2, 0b11), sample(3, 0b10)];
+        let strip = |sample: &mut Sample| sample.subject.rules &= 0b01;
+        let take = |intake: &mut Intake, mut sample: Sample| {
+            intake.lose_rules(LossReason::CaptureOver, &mut sample, strip);
+            intake.add(sample);
+        };
+        assert_ledger(&through_window(&samples, take), 4, 2, &[(LossReason::CaptureOver, 2)], 0);
+        let silent = |intake: &mut Intake, mut sample: Sample| {
+            strip(&mut sample);
+            intake.add(sample);
+        };
+        assert_ledger(&through_window(&samples, silent), 4, 2, &[], 2);
     }
 
     /// Counters that change between the two readings that read them.

@@ -108,6 +108,33 @@ impl Intake {
         self.flow.lose(reason, n);
     }
 
+    /// Lets `change` take rules off a sample. It is lost for each of them.
+    pub(super) fn lose_rules(
+        &mut self,
+        reason: LossReason,
+        sample: &mut Sample,
+        change: impl FnOnce(&mut Sample),
+    ) {
+        let before = sample.subject.rules.count_ones();
+        change(sample);
+        self.lose(reason, before.saturating_sub(sample.subject.rules.count_ones()).into());
+    }
+
+    /// Counts a sample as lost if neither of its stacks could be read. Returns whether it did.
+    pub(super) fn lose_unreadable(&mut self, sample: &Sample) -> bool {
+        let is_lost = sample.is_unreadable();
+        if is_lost {
+            self.lose(LossReason::StackFault, sample.subject.rules.count_ones().into());
+        }
+        is_lost
+    }
+
+    /// Drops one sample of the open window without a word.
+    #[cfg(test)]
+    pub(super) fn drop_one(&mut self) {
+        self.samples.drop_one();
+    }
+
     /// Adds a sample that the agent took itself.
     pub(super) fn add_own(&mut self, sample: Sample) {
         self.flow.taken += u64::from(sample.subject.rules.count_ones());

@@ -190,23 +190,17 @@ impl Reader {
     }
 
     fn add_sample(&mut self, mut sample: Sample, with: &mut Deciders<'_>, now: SystemTime) {
-        let sent = sample.subject.rules.count_ones();
-        with.captures.strip(&mut sample);
-        let granted = sample.subject.rules.count_ones();
-        self.intake.lose(LossReason::CaptureOver, (sent - granted).into());
+        self.intake.lose_rules(LossReason::CaptureOver, &mut sample, |sample| with.captures.strip(sample));
         if sample.kind == SampleKind::OffCpu {
             self.off_cpu.returned(&mut sample);
             // A rule may have got its slot while the thread was blocked, or lost it.
-            sample.subject.rules =
-                with.rules.slots().held_since(sample.subject.rules, sample.subject.ktime_ns);
-            self.intake.lose(LossReason::NoRule, (granted - sample.subject.rules.count_ones()).into());
+            let slots = with.rules.slots();
+            self.intake.lose_rules(LossReason::NoRule, &mut sample, |Sample { subject, .. }| {
+                subject.rules = slots.held_since(subject.rules, subject.ktime_ns);
+            });
             self.unwinding.add_off_cpu(&sample);
         }
-        if sample.is_unreadable() {
-            self.intake.lose(LossReason::StackFault, sample.subject.rules.count_ones().into());
-            return;
-        }
-        if sample.subject.rules == 0 {
+        if self.intake.lose_unreadable(&sample) || sample.subject.rules == 0 {
             return;
         }
         // A process with samples does not wait to be read.

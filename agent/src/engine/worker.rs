@@ -515,11 +515,7 @@ impl Worker {
             self.effects.add(Effect::ApplyRules);
         }
         containers.next_window();
-        let samples = ClosedSamples {
-            delivered: flushed.profiles.iter().map(|profile| profile.samples).sum(),
-            removed: flushed.removed,
-            waiting: backlog.count(u64::MAX),
-        };
+        let samples = ClosedSamples::of(&flushed, backlog.count(u64::MAX));
         unwinding.next_window(processes);
         let ledger = self.account.close(&self.kernel, reading.as_ref(), intake.flow(), samples, is_last);
         if ledger.unaccounted() != 0 {

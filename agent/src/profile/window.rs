@@ -188,6 +188,15 @@ impl WindowSamples {
         self.stacks += usize::from(tally(stacks, sample, pre_trigger));
     }
 
+    /// Drops one sample without a word, to see that it is missed.
+    #[cfg(test)]
+    pub(crate) fn drop_one(&mut self) {
+        let mut tallies = self.images.values_mut().flat_map(HashMap::values_mut);
+        if let Some(tally) = tallies.find(|tally| tally.count > 0) {
+            tally.count -= 1;
+        }
+    }
+
     /// Returns the number of added samples, once for each rule that asked.
     pub(crate) fn deliveries(&self) -> u64 {
         self.deliveries

@@ -1,8 +1,11 @@
 use std::time::SystemTime;
 
-use gannet_proto::rules::{Caps, parse};
+use gannet_proto::{
+    ledger::LossReason,
+    rules::{Caps, parse},
+};
 
-use super::*;
+use super::{super::intake::Intake, *};
 use crate::{
     model::{ProcessKey, SampleKind, StackEnd, Subject},
     rules::{RuleSource, SourceRules},
@@ -117,8 +120,10 @@ fn a_capture_at_exec_ends_with_its_time() {
     assert_eq!((granted.subject.rules, captures.strays()), (0b11, 0));
     assert_eq!(captures.end_due_at_exec(now + at(11), at(12)), refused(1));
     let mut late = sample(1, 0b11);
-    captures.strip(&mut late);
+    let mut intake = Intake::new(at(1));
+    intake.lose_rules(LossReason::CaptureOver, &mut late, |late| captures.strip(late));
     assert_eq!((late.subject.rules, captures.strays()), (0b10, 1));
+    assert_eq!(intake.flow().lost, [(LossReason::CaptureOver, 1)].into());
     assert_eq!(captures.end_due_at_exec(now + at(11), at(12)), []);
 }
 
