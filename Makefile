@@ -1,7 +1,7 @@
 # Each target calls a script in scripts/. A script installs its packages (Debian 12 and 13, Ubuntu 24.04), prints its steps,
 # exits with one line where it cannot work, and can be run again.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz bench kernels image e2e clean
+.PHONY: help demo test lint fuzz mutants bench kernels image e2e clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -14,6 +14,9 @@ test: ## run all tests that a change must pass, on the real kernel too (root)
 
 fuzz: ## run all readers of foreign bytes on bytes that a fuzzer makes, 20 s each (scripts/fuzz --seconds N TARGET...)
 	@scripts/fuzz
+
+mutants: ## change modules of the ledger in one place at a time, and ask whether a test fails (hours)
+	@scripts/mutants
 
 lint: ## check formats, lints, structure, language, licences, dependencies, scripts, chart, generated files
 	@scripts/lint
