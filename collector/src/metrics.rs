@@ -166,7 +166,7 @@ collector_metrics! {
     forward_lost: Family<TargetReasonLabels, Counter> => FORWARD_LOST
         counter(
             "gannet_collector_forward_lost_profiles_total",
-            "Profiles that were not forwarded and are only in the store",
+            "Profiles, or parts of them, that were not forwarded and are only in the store",
             ["target", "reason"]
         );
 

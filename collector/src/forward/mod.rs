@@ -159,13 +159,26 @@ impl TargetClient {
         })
     }
 
-    /// Sends a gzipped pprof profile. `series` are its labels, sorted by name.
-    async fn send(&self, series: &[(String, String)], id: &str, pprof: &Bytes) -> Delivery {
+    /// Sends a part of a profile. `series` are its labels, sorted by name.
+    async fn send(&self, series: &[(String, String)], part: &Part<'_>) -> Delivery {
         match self {
-            Self::Pyroscope(client) => client.send(series, id, pprof).await,
-            Self::Parca(client) => client.send(series, pprof).await,
+            Self::Pyroscope(client) => client.send(series, part).await,
+            Self::Parca(client) => client.send(series, part).await,
         }
     }
+}
+
+/// Name of the header, or gRPC metadata, with the account of the samples of the profile's window. It is one line:
+/// `ticks=… taken=… delivered=… unaccounted=… lost.ring_full=…`. No receiver has a field for it.
+const LEDGER_HEADER: &str = "x-gannet-ledger";
+
+/// A part of a profile that is small enough for the target.
+struct Part<'a> {
+    id: &'a str,
+    /// Profile in the pprof format, gzipped.
+    pprof: &'a Bytes,
+    /// Value of [`LEDGER_HEADER`]; empty if the profile has none.
+    ledger: &'a str,
 }
 
 /// A copy of a batch's content for forwarding, made before the batch moves into the store.

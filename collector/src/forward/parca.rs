@@ -1,13 +1,12 @@
 //! The client of Parca, which speaks gRPC.
 
-use bytes::Bytes;
 use gannet_proto::{
     connect::{self, Connection, Dial},
     foreign::parca::{self, profile_store_service_client::ProfileStoreServiceClient},
 };
 use tonic::Code;
 
-use super::{Delivery, ForwardError, ForwardOptions, ForwardTarget};
+use super::{Delivery, ForwardError, ForwardOptions, ForwardTarget, LEDGER_HEADER, Part};
 
 pub(super) struct ParcaClient(ProfileStoreServiceClient<Connection>);
 
@@ -27,7 +26,7 @@ impl ParcaClient {
         Ok(Self(ProfileStoreServiceClient::new(connection)))
     }
 
-    pub(super) async fn send(&self, series: &[(String, String)], pprof: &Bytes) -> Delivery {
+    pub(super) async fn send(&self, series: &[(String, String)], part: &Part<'_>) -> Delivery {
         let labels = series
             .iter()
             .map(|(name, value)| parca::Label { name: name.clone(), value: value.clone() })
@@ -36,11 +35,15 @@ impl ParcaClient {
             tenant: String::new(),
             series: vec![parca::RawProfileSeries {
                 labels: Some(parca::LabelSet { labels }),
-                samples: vec![parca::RawSample { raw_profile: pprof.to_vec() }],
+                samples: vec![parca::RawSample { raw_profile: part.pprof.to_vec() }],
             }],
             // The addresses are those of the running process.
             normalized: false,
         };
+        let mut request = tonic::Request::new(request);
+        if let (false, Ok(ledger)) = (part.ledger.is_empty(), part.ledger.parse()) {
+            request.metadata_mut().insert(LEDGER_HEADER, ledger);
+        }
         match self.0.clone().write_raw(request).await {
             Ok(_) => Delivery::Accepted,
             Err(status) => {

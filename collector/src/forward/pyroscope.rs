@@ -3,7 +3,6 @@
 
 use std::path::PathBuf;
 
-use bytes::Bytes;
 use gannet_proto::{
     connect,
     foreign::{pyroscope, pyroscope_types},
@@ -11,10 +10,10 @@ use gannet_proto::{
 use prost::Message as _;
 use reqwest::{
     Client, StatusCode,
-    header::{AUTHORIZATION, CONTENT_TYPE},
+    header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue},
 };
 
-use super::{Delivery, ForwardError, ForwardOptions, ForwardTarget};
+use super::{Delivery, ForwardError, ForwardOptions, ForwardTarget, LEDGER_HEADER, Part};
 use crate::tls;
 
 /// Bytes of an error response that go into the log.
@@ -49,7 +48,8 @@ impl PyroscopeClient {
         })
     }
 
-    pub(super) async fn send(&self, series: &[(String, String)], id: &str, pprof: &Bytes) -> Delivery {
+    pub(super) async fn send(&self, series: &[(String, String)], part: &Part<'_>) -> Delivery {
+        let Part { id, pprof, ledger } = *part;
         let labels = series
             .iter()
             .map(|(name, value)| pyroscope_types::LabelPair { name: name.clone(), value: value.clone() });
@@ -63,6 +63,11 @@ impl PyroscopeClient {
             .header(CONTENT_TYPE, "application/proto")
             .header("connect-protocol-version", "1")
             .body(message.encode_to_vec());
+        if let Ok(ledger) = HeaderValue::from_str(ledger)
+            && !ledger.is_empty()
+        {
+            request = request.header(LEDGER_HEADER, ledger);
+        }
         if let Some(tenant) = &self.tenant {
             request = request.header("x-scope-orgid", tenant);
         }

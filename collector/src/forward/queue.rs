@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
-use super::{Delivery, ForwardItem, QueuedItem, TargetClient};
+use super::{Delivery, ForwardItem, Part, QueuedItem, TargetClient};
 use crate::{limits::MAX_INFLATION, metrics::Metrics, time};
 
 /// Pyroscope's default limits on one profile: decompressed bytes, samples, labels.
@@ -26,6 +26,8 @@ const MAX_PART_SAMPLES: usize = 16_000;
 const MAX_LABELS: usize = 30;
 /// Age of the oldest window that Pyroscope ingests.
 const MAX_AGE_MS: u64 = 3600 * 1000;
+/// Bytes of a ledger in a header: all reasons fit.
+const MAX_LEDGER_BYTES: usize = 1024;
 /// Concurrent transmissions to one target.
 const CONCURRENT_SENDS: usize = 8;
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -112,17 +114,16 @@ impl Sender {
         let max_inflated = pprof.len().saturating_mul(MAX_INFLATION).max(1 << 20);
         let split = tokio::task::spawn_blocking(move || {
             let profile = pprof::decode(&pprof, max_inflated)?;
-            let name = profile_name(&profile);
-            let parts: Vec<Bytes> = pprof::split(profile, MAX_PART_SAMPLES, MAX_PART_BYTES)
-                .iter()
-                .map(|part| (part.encoded_len(), pprof::encode(part)))
-                // A single stack can be larger than the limit. It cannot be sent.
-                .filter(|(inflated, _)| *inflated <= MAX_PART_BYTES)
-                .map(|(_, bytes)| bytes.into())
-                .collect();
-            Ok::<_, pprof::PprofError>((name, parts))
+            let (name, ledger) = (profile_name(&profile), ledger_of(&profile));
+            let mut parts = pprof::split(profile, MAX_PART_SAMPLES, MAX_PART_BYTES);
+            let all = parts.len();
+            // A single stack can be larger than the limit. It cannot be sent.
+            parts.retain(|part| part.encoded_len() <= MAX_PART_BYTES);
+            let too_large = (all - parts.len()) as u64;
+            let parts: Vec<Bytes> = parts.iter().map(|part| pprof::encode(part).into()).collect();
+            Ok::<_, pprof::PprofError>((name, ledger, parts, too_large))
         });
-        let (name, parts) = match split.await {
+        let (name, ledger, parts, too_large) = match split.await {
             Ok(Ok(split)) => split,
             Ok(Err(error)) => {
                 tracing::warn!(profile = id, target = self.name, "cannot forward a profile: {error}");
@@ -130,13 +131,22 @@ impl Sender {
             }
             Err(_) => return self.metrics.forward_lost(self.name, "shutdown", 1),
         };
+        if too_large > 0 {
+            self.metrics.forward_lost(self.name, "too_large", too_large);
+            tracing::warn!(
+                profile = id,
+                target = self.name,
+                stacks = too_large,
+                "stacks are larger than the target accepts; they are in the store"
+            );
+        }
         if parts.is_empty() {
-            return self.metrics.forward_lost(self.name, "too_large", 1);
+            return;
         }
         let series = series(name, labels);
         for (number, part) in parts.iter().enumerate() {
-            let id = part_id(&id, number);
-            if let Err(reason) = self.deliver(&series, &id, part, start_ms).await {
+            let part = Part { id: &part_id(&id, number), pprof: part, ledger: &ledger };
+            if let Err(reason) = self.deliver(&series, &part, start_ms).await {
                 return self.metrics.forward_lost(self.name, reason, 1);
             }
         }
@@ -147,17 +157,17 @@ impl Sender {
     async fn deliver(
         &self,
         series: &[(String, String)],
-        id: &str,
-        pprof: &Bytes,
+        part: &Part<'_>,
         start_ms: u64,
     ) -> Result<(), &'static str> {
+        let id = part.id;
         let mut delay = MIN_RETRY_DELAY;
         let mut is_logged = false;
         loop {
             if time::now_ms().saturating_sub(start_ms) > MAX_AGE_MS {
                 return Err("too_old");
             }
-            let sent = tokio::time::timeout(SEND_TIMEOUT, self.client.send(series, id, pprof)).await;
+            let sent = tokio::time::timeout(SEND_TIMEOUT, self.client.send(series, part)).await;
             let sent = sent.unwrap_or_else(|_| {
                 Delivery::Retry(format!("no answer within {} s", SEND_TIMEOUT.as_secs()))
             });
@@ -202,6 +212,15 @@ fn profile_name(profile: &pprof::Profile) -> &'static str {
         usize::try_from(kind.r#type).ok().and_then(|at| profile.string_table.get(at)).map(String::as_str)
     });
     if names.into_iter().any(|name| name == "offcpu") { "off_cpu" } else { "process_cpu" }
+}
+
+/// Returns the account of samples that the agent wrote into the comments; empty if there is none. Headers take ASCII only.
+fn ledger_of(profile: &pprof::Profile) -> String {
+    let text = |index: &i64| {
+        usize::try_from(*index).ok().and_then(|at| profile.string_table.get(at)).map_or("", String::as_str)
+    };
+    let line = profile.comment.iter().find_map(|index| text(index).strip_prefix("ledger ")).unwrap_or("");
+    line.chars().filter(|c| c.is_ascii_graphic() || *c == ' ').take(MAX_LEDGER_BYTES).collect()
 }
 
 /// Returns the labels in the form of the targets: sorted, with the profile's name, at most [`MAX_LABELS`]. Labels of the

@@ -17,6 +17,7 @@ use gannet_proto::{
         },
         pyroscope::PushRequest,
     },
+    ingest::Batch,
     pprof,
 };
 use prost::Message as _;
@@ -98,6 +99,7 @@ impl ProfileStoreService for Target {
         if self.script.lock().unwrap().pop_front().is_some() {
             return Err(Status::unavailable("scripted"));
         }
+        self.headers.lock().unwrap().push(request.metadata().clone().into_headers());
         for series in request.into_inner().series {
             let labels: Vec<_> =
                 series.labels.unwrap_or_default().labels.into_iter().map(|l| (l.name, l.value)).collect();
@@ -123,6 +125,17 @@ fn label<'a>(received: &'a Received, name: &str) -> &'a str {
     received.labels.iter().find(|(have, _)| have == name).map_or("", |(_, value)| value)
 }
 
+const LEDGER: &str = "ticks=9 taken=6 delivered=5 unaccounted=0 lost.ring_full=1";
+
+/// Adds the comment with the ledger, as agents do.
+fn with_ledger(mut batch: Batch) -> Batch {
+    let mut profile = pprof::decode(&batch.pprof, 1 << 20).unwrap();
+    profile.comment.push(profile.string_table.len() as i64);
+    profile.string_table.push(format!("ledger {LEDGER}"));
+    batch.pprof = pprof::encode(&profile);
+    batch
+}
+
 #[tokio::test]
 async fn pyroscope_gets_each_profile_once_with_labels_and_id() {
     let dir = tempfile::tempdir().unwrap();
@@ -130,7 +143,7 @@ async fn pyroscope_gets_each_profile_once_with_labels_and_id() {
     target.script.lock().unwrap().extend([503, 429]);
     let running = forwarding(dir.path(), &format!("pyroscope=http://{}", target.pyroscope().await)).await;
     let mut pusher = Pusher::open(running.grpc_addr).await;
-    let sent = batch("shop", now_ms(), &[("main;work", 3), ("main", 2)]);
+    let sent = with_ledger(batch("shop", now_ms(), &[("main;work", 3), ("main", 2)]));
     pusher.store(sent.clone()).await;
     let received = target.has(1).await.remove(0);
     assert_eq!((label(&received, "__name__"), label(&received, "service_name")), ("process_cpu", "shop"));
@@ -143,6 +156,7 @@ async fn pyroscope_gets_each_profile_once_with_labels_and_id() {
     let headers = target.headers.lock().unwrap()[0].clone();
     assert_eq!(headers["content-type"], "application/proto");
     assert_eq!(headers["x-scope-orgid"], "team");
+    assert_eq!(headers["x-gannet-ledger"], LEDGER);
 
     // A duplicate is not forwarded again, and off-CPU profiles have a name of their own.
     pusher.push(sent).await;
@@ -267,6 +281,32 @@ async fn parts_of_a_large_profile_add_up_to_it() {
     running.shutdown().await;
 }
 
+/// Checks a stack that no part can hold, beside one that fits: the target gets the one, and the other is counted.
+#[tokio::test]
+async fn a_stack_that_the_target_cannot_take_is_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::default();
+    let running = forwarding(dir.path(), &format!("pyroscope=http://{}", target.pyroscope().await)).await;
+    // Text that hardly compresses: the collector refuses profiles that inflate too far.
+    let mut state = 1_u64;
+    let mut letter = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        char::from(b'a' + (state >> 60) as u8)
+    };
+    let large: String = (0..5 << 20).map(|_| letter()).collect();
+    let sent = batch("large", now_ms(), &[("main;small", 3), (&large, 2)]);
+    Pusher::open(running.grpc_addr).await.store(sent).await;
+    let received = target.has(1).await.remove(0);
+    let profile = pprof::decode(&received.pprof, 8 << 20).unwrap();
+    assert_eq!(pprof::check(&profile).unwrap().totals[0], 3);
+    let lost = "gannet_collector_forward_lost_profiles_total{target=\"pyroscope\",reason=\"too_large\"} 1";
+    eventually("the other is counted", || async {
+        get(running.http_addr, "/metrics").await.text().contains(lost)
+    })
+    .await;
+    running.shutdown().await;
+}
+
 #[tokio::test]
 async fn parca_gets_profiles_also_after_a_failure() {
     let dir = tempfile::tempdir().unwrap();
@@ -279,8 +319,10 @@ async fn parca_gets_profiles_also_after_a_failure() {
         .serve_with_incoming(TcpListenerStream::new(listener));
     tokio::spawn(server);
     let running = forwarding(dir.path(), &format!("parca=http://{addr}")).await;
-    Pusher::open(running.grpc_addr).await.store(batch("shop", now_ms(), &[("main;work", 3)])).await;
+    let sent = with_ledger(batch("shop", now_ms(), &[("main;work", 3)]));
+    Pusher::open(running.grpc_addr).await.store(sent).await;
     let received = target.has(1).await.remove(0);
+    assert_eq!(target.headers.lock().unwrap()[0]["x-gannet-ledger"], LEDGER);
     assert_eq!((label(&received, "__name__"), label(&received, "service_name")), ("process_cpu", "shop"));
     let profile = pprof::decode(&received.pprof, 1 << 20).unwrap();
     assert_eq!(pprof::check(&profile).unwrap().totals[0], 3);
