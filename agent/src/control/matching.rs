@@ -11,6 +11,7 @@ use crate::{
     node::Node,
     pods::{Pod, PodMatcher},
     process::SurveyedProcess,
+    rules::started_by,
 };
 
 /// Patterns of one field that an explanation shows; a rule may have 64.
@@ -64,7 +65,8 @@ impl Matcher {
             if !patterns.is_empty() && !patterns.iter().any(|pattern| pattern.matches(text.as_bytes())) {
                 let wanted: Vec<String> = patterns.iter().take(SHOWN_PATTERNS).map(show).collect();
                 let more = if patterns.len() > SHOWN_PATTERNS { ", ..." } else { "" };
-                found.push(format!("{field}: is `{text}`, not {}{more}", wanted.join(" or ")));
+                let by = if field == "match.cgroup" { "" } else { started_by(&seen.exe) };
+                found.push(format!("{field}: is `{text}`, not {}{more}{by}", wanted.join(" or ")));
             }
         }
         if !self.pids.is_empty() && !self.pids.contains(&seen.pid) {
@@ -195,6 +197,24 @@ mod tests {
                 "match.comm: is `nginx`, not `python3*` or `node`",
                 "match.uid: is 33",
                 "match.namespaces: this node has no pod metadata"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_program_of_a_dynamic_linker_is_explained() {
+        let linker = SurveyedProcess {
+            comm: "ld-linux-x86-64".into(),
+            exe: "/usr/lib64/ld-linux-x86-64.so.2".into(),
+            ..SurveyedProcess::default()
+        };
+        let wanted = Match { exe: vec!["/opt/prog".into()], cgroup: vec!["/a".into()], ..Match::default() };
+        assert_eq!(
+            Matcher::of(&wanted).mismatches(&linker, &ProcessPod::None),
+            [
+                "match.exe: is `/usr/lib64/ld-linux-x86-64.so.2`, not `/opt/prog` (a dynamic linker runs the program: match \
+                 by cgroup, pod or pid instead)",
+                "match.cgroup: is ``, not `/a`"
             ]
         );
     }

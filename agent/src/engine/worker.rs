@@ -301,8 +301,10 @@ impl Worker {
         self.next_rule_change = self.rules.slots().next_change(now);
         // The former rules wanted these; the kernel reports again which processes the new ones want.
         self.reader.discovered.clear();
-        self.kernel.set_rules(&self.rules.kernel_rules(now))?;
+        let rules = self.rules.kernel_rules(now);
+        self.kernel.set_rules(&rules)?;
         self.reader.sampled.begin_round();
+        self.reader.processes.begin_round(rules.all.rules);
         self.effects.add(Effect::SettleRules);
         Ok(())
     }

@@ -40,11 +40,12 @@ impl Kernel {
                 ("unwind_switch_chain", &progs.unwind_switch_chain),
             ],
         };
-        let others: [(&'static str, &ProgramMut<'_>); 5] = [
+        let others: [(&'static str, &ProgramMut<'_>); 6] = [
             ("on_exec", &progs.on_exec),
             ("on_fork", &progs.on_fork),
             ("on_exit", &progs.on_exit),
             ("on_attach", &progs.on_attach),
+            ("on_rename", &progs.on_rename),
             ("each_task", &progs.each_task),
         ];
         let redundant: &[(&'static str, &ProgramMut<'_>)] = &[
@@ -66,9 +67,9 @@ impl Kernel {
         self.programs().iter().map(|cost| cost.run_ns).sum()
     }
 
-    /// Returns upper bounds of the exec, fork and exit events for which the kernel skipped all handlers. An event is lost only
-    /// if it skipped both redundant handlers, so the smaller of the two skip counters is a bound.
-    pub(super) fn skipped(&self) -> [u64; 3] {
+    /// Returns upper bounds of the exec, fork, exit and other events for which the kernel skipped all handlers. An event is lost
+    /// only if it skipped both redundant handlers, so the smaller of the two skip counters is a bound.
+    pub(super) fn skipped(&self) -> [u64; 4] {
         let progs = &self.skeleton.progs;
         let pairs = [
             (&progs.on_exec, &progs.on_exec_again),
@@ -76,10 +77,12 @@ impl Kernel {
             (&progs.on_exit, &progs.on_exit_again),
         ];
         let skips = recursion_misses;
-        pairs.map(|(first, second)| match skips(first) {
+        let [exec, fork, exit] = pairs.map(|(first, second)| match skips(first) {
             skipped if skipped > 0 && self.options.redundant_handlers => skipped.min(skips(second)),
             skipped => skipped,
-        })
+        });
+        // A scan repairs a change of group or name that no handler saw.
+        [exec, fork, exit, skips(&progs.on_attach) + skips(&progs.on_rename)]
     }
 
     /// Returns an upper bound of the off-CPU samples that the kernel lost because it skipped the handler of a switch. It counts

@@ -105,7 +105,8 @@ impl Kernel {
             }
         }
         let mut counters = from_fields(&sums);
-        [counters.exec.skipped, counters.fork.skipped, counters.exit.skipped] = self.skipped();
+        [counters.exec.skipped, counters.fork.skipped, counters.exit.skipped, counters.running.skipped] =
+            self.skipped();
         Ok(counters)
     }
 

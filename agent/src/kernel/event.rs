@@ -52,7 +52,8 @@ pub enum Event {
         /// How it ended.
         status: ExitStatus,
     },
-    /// A process that was already running when the rules came into force matches one.
+    /// A process that was already running when rules came into force, or when it got another name or control group. If no rule
+    /// matches it any more, the subject has none.
     Running {
         /// The process of the event.
         subject: Subject,

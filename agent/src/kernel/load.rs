@@ -253,11 +253,12 @@ pub(super) fn attach_handlers(skeleton: &GannetSkel<'static>, options: &KernelOp
     let mut tracepoints = BTreeSet::new();
     let progs = &skeleton.progs;
     // The kernel calls redundant handlers in this order, unless it skips the first.
-    let handlers: [(&ProgramMut<'_>, &'static str, bool); 7] = [
+    let handlers: [(&ProgramMut<'_>, &'static str, bool); 8] = [
         (&progs.on_exec, "sched_process_exec", !options.without.contains(&"on_exec")),
         (&progs.on_fork, "sched_process_fork", !options.without.contains(&"on_fork")),
         (&progs.on_exit, "sched_process_exit", !options.without.contains(&"on_exit")),
         (&progs.on_attach, "cgroup_attach_task", true),
+        (&progs.on_rename, "task_rename", true),
         (&progs.on_exec_again, "sched_process_exec", options.redundant_handlers),
         (&progs.on_fork_again, "sched_process_fork", options.redundant_handlers),
         (&progs.on_exit_again, "sched_process_exit", options.redundant_handlers),

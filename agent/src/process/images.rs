@@ -189,7 +189,7 @@ pub(super) fn read_lines(proc: &dyn ProcFs, key: ProcessKey) -> Result<Vec<MapsL
 }
 
 /// Makes a call about a process on a worker, within the time that the engine can wait.
-pub(super) fn on_worker<T: Send + 'static>(
+pub(crate) fn on_worker<T: Send + 'static>(
     key: ProcessKey,
     call: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ProcError> {

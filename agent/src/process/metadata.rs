@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use super::proc::{self, ProcError, ProcFs, RealProc};
+use super::{
+    images::on_worker,
+    proc::{self, ProcError, ProcFs, RealProc},
+};
 use crate::{
     cgroup::{CgroupHierarchy, CgroupNames, parse_path},
     model::ProcessKey,
@@ -171,7 +174,7 @@ pub struct MetadataStats {
 
 /// The metadata of processes, by process key.
 ///
-/// A process is read at its first look-up. Each look-up checks the start time in `/proc`, so that no answer is about another
+/// A worker reads a process at its first look-up, and the caller waits 400 ms at most. Each look-up checks the start time in `/proc`, so that no answer is about another
 /// process that has the PID by now. Only [`get_unchecked`] does not check: it is for the last samples of exited processes. The
 /// caller [`remove`]s an exited process; its entry stays for those samples until [`next_window`] was called twice.
 ///
@@ -271,7 +274,8 @@ impl ProcessMetadataCache {
                 return Ok(known);
             }
         }
-        let loaded = self.loader().load(key);
+        let loader = self.loader();
+        let loaded = on_worker(key, move || loader.load(key)).and_then(|loaded| loaded);
         self.insert(key, loaded)
     }
 
@@ -375,12 +379,17 @@ impl ProcessMetadataCache {
 
     /// Checks that the process still has its PID; else marks it as exited.
     fn check(&mut self, key: ProcessKey) -> Result<(), ProcError> {
-        let result = proc::check_in(&*self.proc, key).map(drop);
+        let result = self.check_on_worker(key);
         if matches!(result, Err(ProcError::Gone(_) | ProcError::Recycled { .. })) {
             self.stats.failed += 1;
             self.remove(key);
         }
         result
+    }
+
+    fn check_on_worker(&self, key: ProcessKey) -> Result<(), ProcError> {
+        let proc = Arc::clone(&self.proc);
+        on_worker(key, move || proc::check_in(&*proc, key).map(drop))?
     }
 
     /// Makes room for an entry: drops processes marked as exited, then idle ones and those found to have exited.
@@ -402,7 +411,7 @@ impl ProcessMetadataCache {
             let is_over = removed.is_some()
                 || used.elapsed() >= self.options.idle
                 || matches!(
-                    proc::check_in(&*self.proc, candidate),
+                    self.check_on_worker(candidate),
                     Err(ProcError::Gone(_) | ProcError::Recycled { .. })
                 );
             if is_over {

@@ -20,7 +20,9 @@ pub use self::{
     table::{ProcessStats, ProcessTable, ProcessTableFull},
 };
 pub(crate) use self::{
+    images::on_worker,
     perf_maps::perf_map_files,
+    proc::is_dynamic_linker,
     survey::{SurveyedProcess, cpu_usage, survey},
     table::all_on_worker,
 };

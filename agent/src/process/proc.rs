@@ -13,6 +13,8 @@ use crate::model::{self, NewMapping, ProcessKey};
 /// about half a million lines.
 const MAX_FILE_BYTES: u64 = 64 << 20;
 
+/// Bytes of a `status` file.
+const MAX_STATUS_BYTES: u64 = 16 << 10;
 /// Bytes of a `stat` file, which is one line.
 const MAX_STAT_BYTES: u64 = 4096;
 /// Threads among which one that has not ended is searched.
@@ -72,7 +74,7 @@ pub trait ProcFs: Send + Sync {
     fn read(&self, key: ProcessKey, file: &'static str, max: u64) -> io::Result<Vec<u8>>;
     /// Returns the target of the link `/proc/PID/FILE`.
     fn link(&self, key: ProcessKey, file: &'static str) -> io::Result<PathBuf>;
-    /// Returns the user id of `/proc/PID`.
+    /// Returns the effective user id.
     fn owner(&self, key: ProcessKey) -> io::Result<u32>;
     /// Returns the boot clock of BPF programs, in nanoseconds.
     fn now_ns(&self) -> u64;
@@ -123,7 +125,13 @@ impl ProcFs for RealProc {
     }
 
     fn owner(&self, key: ProcessKey) -> io::Result<u32> {
-        fs::metadata(self.path(key, "")).map(|metadata| metadata.uid())
+        let owner = fs::metadata(self.path(key, ""))?.uid();
+        if owner != 0 {
+            return Ok(owner);
+        }
+        // The files of a process that has changed its user belong to root, until it calls execve.
+        let status = read(&self.path(key, "status"), MAX_STATUS_BYTES).unwrap_or_default();
+        Ok(effective_uid(&String::from_utf8_lossy(&status)).unwrap_or(owner))
     }
 
     fn now_ns(&self) -> u64 {
@@ -220,6 +228,19 @@ impl ProcessKey {
         let ticks = stat_in(&RealProc::default(), any)?.start_ticks;
         Ok(Self { start_boottime_ns: model::boot_time_of_ticks(ticks), ..any })
     }
+}
+
+/// Parses the effective user id in the text of `/proc/PID/status`.
+fn effective_uid(status: &str) -> Option<u32> {
+    // The kernel escapes line ends in the name, so no name can forge this line.
+    status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
+/// Reports whether an executable is a dynamic linker by its name. It runs the program that is its argument.
+pub(crate) fn is_dynamic_linker(exe: &str) -> bool {
+    let name = exe.rsplit('/').next().unwrap_or_default();
+    let is_ld = |rest: &str| rest.starts_with(['-', '.']) || rest.starts_with("64.");
+    name.strip_prefix("ld").is_some_and(is_ld) && (name.contains(".so") || name.starts_with("ld-musl-"))
 }
 
 /// Parses the text of `/proc/PID/stat`. The name may hold anything, parentheses and spaces included: the fields stand behind
@@ -321,6 +342,30 @@ mod tests {
         assert_eq!(parse_stat(text), Some(stat));
         assert_eq!(parse_stat("42 (x) S 1"), None);
         assert_eq!(parse_stat(""), None);
+    }
+
+    #[test]
+    fn the_effective_user_is_the_second_number() {
+        let status = "Name:\tUid:\\n\nUmask:\t0022\nUid:\t0\t33\t0\t0\nGid:\t0\t0\t0\t0\n";
+        assert_eq!(effective_uid(status), Some(33));
+        assert_eq!(effective_uid("Uid:\t0\n"), None);
+    }
+
+    #[test]
+    fn dynamic_linkers_are_known_by_name() {
+        for linker in [
+            "/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
+            "/lib/ld-musl-x86_64.so.1",
+            "/lib/ld-linux-aarch64.so.1",
+            "/nix/store/abc-glibc-2.40/lib/ld-2.40.so",
+            "/lib64/ld64.so.2",
+        ] {
+            assert!(is_dynamic_linker(linker), "{linker}");
+        }
+        for other in ["/usr/bin/ld", "/usr/bin/ld.gold", "/usr/sbin/ldconfig", "/bin/ldd", "", "/opt/ld-tool"]
+        {
+            assert!(!is_dynamic_linker(other), "{other}");
+        }
     }
 
     #[test]

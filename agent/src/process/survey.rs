@@ -1,20 +1,18 @@
 //! A survey of all running processes, sampled or not, for requests about rules. Nothing of it is stored.
 
-use std::{
-    collections::HashMap,
-    fs::{self, File},
-    io::Read as _,
-    sync::LazyLock,
-    time::Duration,
-};
+use std::{collections::HashMap, fs, sync::LazyLock, time::Duration};
 
-use super::proc::parse_stat;
-use crate::cgroup::{CgroupHierarchy, CgroupNames, parse_path};
+use super::{
+    images::on_worker,
+    proc::{ProcError, RealProc, link, owner, parse_stat, text},
+};
+use crate::{
+    cgroup::{CgroupHierarchy, CgroupNames, parse_path},
+    model::ProcessKey,
+};
 
 /// Processes in one survey; the others are left out.
 const MAX_PROCESSES: usize = 65_536;
-/// Bytes that are read of one file of a process.
-const MAX_FILE_BYTES: u64 = 64 << 10;
 
 /// The length of a clock tick.
 static TICK: LazyLock<Duration> = LazyLock::new(|| {
@@ -42,41 +40,38 @@ pub(crate) struct SurveyedProcess {
     pub(crate) cpu: Duration,
 }
 
-/// Returns all running processes. Blocking.
+/// Returns all running processes. Blocking. A worker reads each of them: one that does not answer is left out, and the
+/// caller waits for it once.
 pub(crate) fn survey(hierarchy: CgroupHierarchy) -> Vec<SurveyedProcess> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .take(MAX_PROCESSES)
-        .filter_map(|pid| survey_process(pid, hierarchy))
+        .filter_map(|tgid| {
+            let key = ProcessKey { tgid, start_boottime_ns: 0 };
+            on_worker(key, move || survey_process(key, hierarchy)).ok()?.ok()
+        })
         .collect()
 }
 
-/// Reads one process; `None` if it has exited.
-fn survey_process(pid: u32, hierarchy: CgroupHierarchy) -> Option<SurveyedProcess> {
-    let stat = parse_stat(&read(pid, "stat")?)?;
-    let cgroup =
-        parse_path(&read(pid, "cgroup").unwrap_or_default(), hierarchy.controller()).unwrap_or_default();
+/// Reads one process. It uses the PID of the key only.
+fn survey_process(key: ProcessKey, hierarchy: CgroupHierarchy) -> Result<SurveyedProcess, ProcError> {
+    let proc = RealProc::default();
+    let stat = parse_stat(&text(&proc, key, "stat")?).ok_or(ProcError::Gone(key.tgid))?;
+    let cgroup = text(&proc, key, "cgroup").unwrap_or_default();
+    let cgroup = parse_path(&cgroup, hierarchy.controller()).unwrap_or_default();
     // A kernel thread has no executable.
-    let exe = fs::read_link(format!("/proc/{pid}/exe"))
-        .map_or_else(|_| String::new(), |path| path.to_string_lossy().into_owned());
-    Some(SurveyedProcess {
-        pid,
+    let exe = link(&proc, key, "exe").unwrap_or_default();
+    Ok(SurveyedProcess {
+        pid: key.tgid,
         start_ticks: stat.start_ticks,
-        comm: read(pid, "comm")?.trim_end_matches('\n').to_owned(),
+        comm: text(&proc, key, "comm")?.trim_end_matches('\n').to_owned(),
         exe: exe.strip_suffix(" (deleted)").unwrap_or(&exe).to_owned(),
         names: CgroupNames::of(&cgroup),
         cgroup,
-        uid: fs::metadata(format!("/proc/{pid}")).ok().map(|of| std::os::unix::fs::MetadataExt::uid(&of)),
+        uid: owner(&proc, key).ok(),
         cpu: TICK.saturating_mul(u32::try_from(stat.cpu_ticks).unwrap_or(u32::MAX)),
     })
-}
-
-/// Reads one file of a process, up to a bound.
-fn read(pid: u32, file: &str) -> Option<String> {
-    let mut bytes = Vec::new();
-    File::open(format!("/proc/{pid}/{file}")).ok()?.take(MAX_FILE_BYTES).read_to_end(&mut bytes).ok()?;
-    Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// Returns by PID how many CPUs each process used on average between two surveys.
@@ -114,7 +109,8 @@ mod tests {
         while std::time::Instant::now() < until {
             std::hint::black_box(0_u64);
         }
-        let after = vec![survey_process(me, hierarchy).unwrap()];
+        let key = ProcessKey { tgid: me, start_boottime_ns: 0 };
+        let after = vec![survey_process(key, hierarchy).unwrap()];
         let used = cpu_usage(&before, &after, Duration::from_millis(300))[&me];
         assert!(used > 0.0, "{used}");
     }

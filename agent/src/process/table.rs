@@ -240,6 +240,8 @@ impl ProcessTable {
                 samples: 0,
                 window: self.window,
                 seen_ns: subject.ktime_ns,
+                // A thread with a name of its own may have forked it.
+                comm: subject.comm.clone(),
                 reported_comm: subject.comm.clone(),
                 ..parent.clone()
             },
@@ -263,6 +265,9 @@ impl ProcessTable {
         process.uid = Some(origin.uid);
         process.rules = subject.rules;
         process.seen_ns = process.seen_ns.max(subject.ktime_ns);
+        // It may have renamed itself.
+        process.comm.clone_from(&subject.comm);
+        process.reported_comm.clone_from(&subject.comm);
         if process.cgroup_id != subject.cgroup_id {
             // It was moved to another control group.
             process.cgroup_id = subject.cgroup_id;
@@ -272,6 +277,14 @@ impl ProcessTable {
             self.load_unless_replaced(&mut process, subject.ktime_ns);
         }
         self.enter(process)
+    }
+
+    /// New rules are in force: forgets which of the former ones sampled a process, except those of `all` processes. The kernel
+    /// reports each process again that a rule wants.
+    pub(crate) fn begin_round(&mut self, all: u64) {
+        for process in self.alive.values_mut() {
+            process.rules &= all;
+        }
     }
 
     /// Adds rules by which the agent itself decided to sample an image.

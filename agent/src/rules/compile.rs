@@ -12,7 +12,7 @@ use gannet_proto::{
 
 use crate::{
     kernel::{Exact, KernelRules, MAX_CGROUP_PATH, MAX_RULES, NamePattern, Want},
-    process::Process,
+    process::{Process, is_dynamic_linker},
 };
 
 /// The last slots are no rules. They mark processes that must never be sampled: by command, control group, user, container.
@@ -137,10 +137,10 @@ impl Compiled {
             !patterns.is_empty() && !patterns.iter().any(|pattern| pattern.matches(text.as_bytes()))
         };
         if none(&self.comm, traits.comm) {
-            return Some(format!("its command name is `{}`", traits.comm));
+            return Some(format!("its command name is `{}`{}", traits.comm, started_by(traits.exe)));
         }
         if none(&self.exe, traits.exe) {
-            return Some(format!("its executable is `{}`", traits.exe));
+            return Some(format!("its executable is `{}`{}", traits.exe, started_by(traits.exe)));
         }
         if none(&self.cgroup, traits.cgroup) {
             return Some(format!("its control group is `{}`", traits.cgroup));
@@ -178,6 +178,15 @@ impl Compiled {
             && self.pids.is_empty()
             && self.uid.is_empty()
             && !self.pods
+    }
+}
+
+/// Returns what an explanation adds about an executable that runs other programs.
+pub(crate) fn started_by(exe: &str) -> &'static str {
+    if is_dynamic_linker(exe) {
+        " (a dynamic linker runs the program: match by cgroup, pod or pid instead)"
+    } else {
+        ""
     }
 }
 

@@ -44,7 +44,7 @@ use self::{
 pub(crate) use self::{
     captures::{capture_cooldown, capture_duration, max_concurrent_captures},
     check::ConditionSupport,
-    compile::ProcessTraits,
+    compile::{ProcessTraits, started_by},
     slots::{CAPTURE_SLOTS, Slots, WatchedRule},
     watch_files::FileWatcher,
 };

@@ -28,7 +28,7 @@ fn canary() -> String {
     ["canary", "7d1e", "0b45"].join("-")
 }
 
-struct Daemon {
+pub(crate) struct Daemon {
     running: Running,
     probes: SocketAddr,
     page: SocketAddr,
@@ -38,7 +38,7 @@ struct Daemon {
 impl Daemon {
     /// Starts the daemon with a rule for the test program and the most detailed log.
     #[track_caller]
-    fn start(flags: &[&str]) -> Self {
+    pub(crate) fn start(flags: &[&str]) -> Self {
         Self::start_with_window("1s", flags)
     }
 
@@ -68,6 +68,11 @@ impl Daemon {
         daemon
     }
 
+    /// Replaces its rules.
+    pub(crate) fn set_rules(&self, text: &str) {
+        fs::write(self.directory.path().join("rules.yaml"), text).unwrap();
+    }
+
     /// Returns the raw HTTP answer; empty on an error.
     fn get(address: SocketAddr, path: &str) -> String {
         String::from_utf8_lossy(&Self::get_bytes(address, path)).into_owned()
@@ -85,7 +90,7 @@ impl Daemon {
         get().unwrap_or_default()
     }
 
-    fn page(&self, path: &str) -> String {
+    pub(crate) fn page(&self, path: &str) -> String {
         Self::get(self.page, path)
     }
 
@@ -94,7 +99,7 @@ impl Daemon {
     }
 
     #[track_caller]
-    fn wait_for(&self, what: &str, is: impl Fn() -> bool) {
+    pub(crate) fn wait_for(&self, what: &str, is: impl Fn() -> bool) {
         let begun = Instant::now();
         while !is() {
             let stat = fs::read_to_string(format!("/proc/{}/stat", self.running.0.id())).unwrap();
@@ -105,7 +110,7 @@ impl Daemon {
 
     /// Stops it as a service manager does, and returns its log.
     #[track_caller]
-    fn end(mut self) -> String {
+    pub(crate) fn end(mut self) -> String {
         let pid = rustix::process::Pid::from_child(&self.running.0);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let status = self.running.0.wait().unwrap();

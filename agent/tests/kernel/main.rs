@@ -16,6 +16,7 @@ mod jit;
 mod languages;
 mod ledger;
 mod lifecycle;
+mod names;
 mod pods;
 mod record_ends;
 mod rules;

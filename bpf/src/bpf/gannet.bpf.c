@@ -168,6 +168,13 @@ int on_attach(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+SEC("raw_tp/task_rename")
+int on_rename(struct bpf_raw_tracepoint_args *ctx)
+{
+	handle_rename(ctx);
+	return 0;
+}
+
 /*
  * Scans the running processes, because the rules have changed. The handlers already decide by the new rules then, so that
  * no process falls between old and new rules.

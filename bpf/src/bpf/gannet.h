@@ -161,7 +161,7 @@ struct settings {
 	u64 ring_sample_limit;
 	/* From this fill on the programs wake the reader; else it comes by its own timer. */
 	u64 ring_wake;
-	/* Exec and fork reports per second, for all CPUs together. */
+	/* Exec and fork reports per second, for all CPUs together; and as many of renames. */
 	u64 report_rate;
 	/* Perf events report each executable mapping to the agent, so that it need not hurry to read /proc. */
 	u32 mappings_reported;
@@ -335,7 +335,7 @@ enum event_kind {
 	EVENT_EXEC = 2,
 	EVENT_FORK = 3,
 	EVENT_EXIT = 4,
-	/* A process that already ran when the rules came into force. */
+	/* A process that already ran when rules began or ceased to match it. */
 	EVENT_RUNNING = 5,
 };
 
@@ -484,7 +484,7 @@ struct counters {
 	struct lifecycle_counts exec;
 	struct lifecycle_counts fork;
 	struct lifecycle_counts exit;
-	/* Found by the scan, or moved to another control group. */
+	/* Found by the scan, moved to another control group, or renamed. */
 	struct lifecycle_counts running;
 };
 

@@ -1,23 +1,29 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* Follows processes through exec, fork, exit and changes of their control group, and reports those that rules want. */
+/* Follows processes through exec, fork, exit and changes of their control group and name, and reports those that rules want. */
 #ifndef LIFECYCLE_H
 #define LIFECYCLE_H
 
 #include "match.h"
 #include "rate.h"
 
-/* Reports of exec and fork that may still be sent, for all CPUs together. Writers and readers: these handlers. */
+/* Renames have a bucket of their own: a process that renames itself without end must not use up the reports of others. */
+enum report_kind {
+	REPORT_LIFE = 0,
+	REPORT_RENAME = 1,
+	REPORT_KINDS = 2,
+};
+
+/* Reports that may still be sent, for all CPUs together. Writers and readers: these handlers. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
+	__uint(max_entries, REPORT_KINDS);
 	__type(key, u32);
 	__type(value, struct bucket);
 } report_bucket SEC(".maps");
 
-ALWAYS_INLINE bool report_allowed(void)
+ALWAYS_INLINE bool report_allowed(u32 kind)
 {
-	u32 zero = 0;
-	struct bucket *bucket = bpf_map_lookup_elem(&report_bucket, &zero);
+	struct bucket *bucket = bpf_map_lookup_elem(&report_bucket, &kind);
 
 	return bucket && take_token(bucket, settings.report_rate);
 }
@@ -190,14 +196,14 @@ ALWAYS_INLINE void follow_exec(struct bpf_raw_tracepoint_args *ctx, u32 slot)
 	if (old)
 		fresh.sticky = old->sticky;
 	fresh.reported = 1;
-	candidates = decide(counters, task, tgid, &fresh, tracked, slot);
+	candidates = decide(counters, task, NULL, tgid, &fresh, tracked, slot);
 	wanted = !fresh.denied && (wanted_rules(&fresh) | candidates);
 	if (!tracked && !wanted) {
 		counters->exec.filtered++;
 		return;
 	}
 	entered = tracked || fresh.want.rules || fresh.sticky.rules;
-	if (!known && !report_allowed()) {
+	if (!known && !report_allowed(REPORT_LIFE)) {
 		counters->exec.lost_rate++;
 		fresh.reported = 0;
 		if (entered)
@@ -233,6 +239,23 @@ ALWAYS_INLINE void handle_exec(struct bpf_raw_tracepoint_args *ctx, u32 slot)
 		return;
 	follow_exec(ctx, slot);
 	note_handled(HANDLER_EXEC, task);
+}
+
+/* Whether a new child may match other rules than the process of the thread that forked it. */
+ALWAYS_INLINE bool differs(struct task_struct *parent, struct task_struct *child, const struct side *side)
+{
+	u64 of_parent[2] = {}, of_child[2] = {};
+
+	/* clone3 can put it into another control group. */
+	if ((side->rules & ~(side->any_cgroup & side->any_container)) && cgroup_id_of(parent) != cgroup_id_of(child))
+		return true;
+	/* It gets the name of the thread, which may not be that of the process. */
+	if (!(side->rules & ~side->any_comm) || BPF_CORE_READ(parent, pid) == BPF_CORE_READ(parent, tgid))
+		return false;
+	_Static_assert(sizeof(of_parent) == COMM_LEN, "compared as two words");
+	read_comm((char *)of_parent, BPF_CORE_READ(parent, group_leader), NULL);
+	read_comm((char *)of_child, child, NULL);
+	return of_parent[0] != of_child[0] || of_parent[1] != of_child[1];
 }
 
 ALWAYS_INLINE void follow_fork(struct bpf_raw_tracepoint_args *ctx, u32 slot)
@@ -271,17 +294,16 @@ ALWAYS_INLINE void follow_fork(struct bpf_raw_tracepoint_args *ctx, u32 slot)
 		bpf_map_delete_elem(&procs, &child_tgid);
 	else
 		enter_proc(counters, child_tgid, &fresh);
-	/* A child that clone3 puts into another control group may match other rules than its parent. */
-	if ((side->rules & ~(side->any_cgroup & side->any_container)) && cgroup_id_of(parent) != cgroup_id_of(child))
-		candidates = decide(counters, child, child_tgid, &fresh, inherits, slot);
+	if (differs(parent, child, side))
+		candidates = decide(counters, child, NULL, child_tgid, &fresh, inherits, slot);
 	else if (side->by_agent && !fresh.denied)
-		candidates = match_process(child, child_tgid, settings.generation, slot) & side->by_agent;
+		candidates = match_process(child, NULL, child_tgid, settings.generation, slot) & side->by_agent;
 	if (fresh.denied || !(wanted_rules(&fresh) | candidates)) {
 		counters->fork.filtered++;
 		return;
 	}
 	entered = inherits || fresh.want.rules || fresh.sticky.rules;
-	if (!inherits && !report_allowed()) {
+	if (!inherits && !report_allowed(REPORT_LIFE)) {
 		counters->fork.lost_rate++;
 		fresh.reported = 0;
 		if (entered)
@@ -369,13 +391,17 @@ ALWAYS_INLINE void handle_exit(struct bpf_raw_tracepoint_args *ctx)
 	note_handled(HANDLER_EXIT, task);
 }
 
-/* Decides again for a process that runs. True: it needs no report. */
-ALWAYS_INLINE bool decide_again(struct counters *counters, struct task_struct *leader, u32 slot,
+/*
+ * Decides again for a process that runs. True: it needs no report. `next_comm` is the command name that it is about to get,
+ * or null.
+ */
+ALWAYS_INLINE bool decide_again(struct counters *counters, struct task_struct *leader, const char *next_comm, u32 slot,
 				struct lifecycle *record)
 {
 	struct proc fresh = {};
 	struct proc *old;
 	u32 tgid = BPF_CORE_READ(leader, tgid);
+	bool must_report = false;
 	u64 candidates;
 
 	counters->running.seen++;
@@ -388,16 +414,33 @@ ALWAYS_INLINE bool decide_again(struct counters *counters, struct task_struct *l
 	old = known_proc(tgid, fresh.start_boottime);
 	if (old)
 		fresh = *old;
-	candidates = decide(counters, leader, tgid, &fresh, old, slot);
-	if (fresh.denied || !(fresh.want.rules | fresh.sticky.rules | candidates)) {
+	/*
+	 * After a scan the agent forgets what no report confirms. A single change it must receive too if no rule matches any
+	 * more, and a change of the name in any case, because the agent shows it.
+	 */
+	if (slot == SCRATCH_RENAME)
+		must_report = old && !old->denied;
+	if (slot != SCRATCH_SCAN)
+		must_report |= (old && wanted_rules(old)) || known_mark(tgid, fresh.start_boottime);
+	candidates = decide(counters, leader, next_comm, tgid, &fresh, old, slot);
+	if (!must_report && (fresh.denied || !(fresh.want.rules | fresh.sticky.rules | candidates))) {
 		counters->running.filtered++;
 		return true;
 	}
 	if (!old && !fresh.want.rules && !fresh.sticky.rules)
 		enter_proc(counters, tgid, &fresh);
 	fill_lifecycle(record, EVENT_RUNNING, leader, &fresh);
+	read_comm(record->event.comm, leader, next_comm);
 	record->candidates = candidates;
 	return false;
+}
+
+ALWAYS_INLINE void send_running(struct counters *counters, struct lifecycle *record, u32 kind)
+{
+	if (report_allowed(kind))
+		send_lifecycle(&counters->running, record, sizeof(*record), record->candidates);
+	else
+		counters->running.lost_rate++;
 }
 
 /*
@@ -416,12 +459,37 @@ ALWAYS_INLINE void handle_attach(struct bpf_raw_tracepoint_args *ctx)
 	counters = this_cpu_counters();
 	if (!counters)
 		return;
-	if (decide_again(counters, BPF_CORE_READ(task, group_leader), SCRATCH_ATTACH, &record))
+	if (!decide_again(counters, BPF_CORE_READ(task, group_leader), NULL, SCRATCH_ATTACH, &record))
+		send_running(counters, &record, REPORT_LIFE);
+}
+
+/*
+ * Decides again for a process that changes its command name (PR_SET_NAME, /proc/PID/comm): a rule holds for the name that a
+ * process has now. The kernel writes the name behind this call. A scan that reads the old name and decides behind this
+ * handler is repaired by the next scan.
+ * raw tracepoint arguments: task, its next name
+ */
+ALWAYS_INLINE void handle_rename(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct task_struct *task = (void *)ctx->args[0];
+	struct side *side = &settings.sides[settings.generation & 1];
+	struct lifecycle record = {};
+	struct counters *counters;
+	u32 tgid;
+
+	/* The name of another thread is not that of its process. execve sets a name too, and on_exec decides behind it. */
+	if (!settings.lifecycle || BPF_CORE_READ(task, tgid) != BPF_CORE_READ(task, pid) || in_execve(task))
 		return;
-	if (report_allowed())
-		send_lifecycle(&counters->running, &record, sizeof(record), false);
-	else
-		counters->running.lost_rate++;
+	tgid = BPF_CORE_READ(task, tgid);
+	/* A process in procs or marks may be sampled: the agent must know its name. */
+	if (!(side->rules & ~side->any_comm) && !bpf_map_lookup_elem(&procs, &tgid) &&
+	    !(settings.marks && bpf_map_lookup_elem(&marks, &tgid)))
+		return;
+	counters = this_cpu_counters();
+	if (!counters)
+		return;
+	if (!decide_again(counters, task, (const char *)ctx->args[1], SCRATCH_RENAME, &record))
+		send_running(counters, &record, REPORT_RENAME);
 }
 
 /* Decides again for one task of a scan that the agent asked for, also if the handlers are off. */
@@ -434,7 +502,7 @@ ALWAYS_INLINE void scan_task(struct task_struct *task)
 		return;
 	if (task->tgid != task->pid)
 		return;
-	if (!decide_again(counters, task, SCRATCH_SCAN, &record))
+	if (!decide_again(counters, task, NULL, SCRATCH_SCAN, &record))
 		send_lifecycle(&counters->running, &record, sizeof(record), false);
 }
 

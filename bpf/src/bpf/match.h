@@ -75,7 +75,8 @@ enum scratch_slot {
 	/* Of the redundant handlers, see `handled`. */
 	SCRATCH_EXEC_AGAIN = 4,
 	SCRATCH_FORK_AGAIN = 5,
-	SCRATCH_SLOTS = 6,
+	SCRATCH_RENAME = 6,
+	SCRATCH_SLOTS = 7,
 };
 
 /*
@@ -109,12 +110,21 @@ ALWAYS_INLINE u64 exact_match(u32 generation, u32 kind, u64 number)
 	return rules ? *rules : 0;
 }
 
-ALWAYS_INLINE u64 comm_match(struct task_struct *task, u32 generation)
+/* Reads the command name of a task, or the one that it is about to get, unless `next` is null. */
+ALWAYS_INLINE void read_comm(char comm[COMM_LEN], struct task_struct *task, const char *next)
+{
+	if (next)
+		bpf_probe_read_kernel_str(comm, COMM_LEN, next);
+	else
+		bpf_core_read_str(comm, COMM_LEN, &task->comm);
+}
+
+ALWAYS_INLINE u64 comm_match(struct task_struct *task, const char *next, u32 generation)
 {
 	struct comm_key key = { .prefixlen = 8 * (sizeof(u32) + COMM_LEN), .side = generation & 1 };
 	u64 *rules;
 
-	bpf_core_read_str(key.comm, sizeof(key.comm), &task->comm);
+	read_comm(key.comm, task, next);
 	rules = bpf_map_lookup_elem(&comm_rules, &key);
 	return rules ? *rules : 0;
 }
@@ -208,13 +218,13 @@ ALWAYS_INLINE void cgroup_match(struct task_struct *task, u32 generation, u32 sl
 }
 
 /* Returns the rules that match a process, with those that deny it and those that the agent must decide. */
-ALWAYS_INLINE u64 match_process(struct task_struct *task, u32 tgid, u32 generation, u32 slot)
+ALWAYS_INLINE u64 match_process(struct task_struct *task, const char *next_comm, u32 tgid, u32 generation, u32 slot)
 {
 	struct side *side = &settings.sides[generation & 1];
 	u64 rules = side->rules;
 
 	if (rules & ~side->any_comm)
-		rules &= side->any_comm | comm_match(task, generation);
+		rules &= side->any_comm | comm_match(task, next_comm, generation);
 	if (rules & ~side->any_pid)
 		rules &= side->any_pid | exact_match(generation, EXACT_PID, tgid);
 	if (rules & ~side->any_uid)
@@ -249,6 +259,8 @@ struct decision {
 	u64 kept;
 	u32 kept_exec_id;
 	u32 slot;
+	/* The command name that the process is about to get; null: it keeps the one that it has. */
+	const char *next_comm;
 	u64 candidates;
 	bool tracked;
 };
@@ -262,7 +274,7 @@ ALWAYS_INLINE bool decide_once(struct counters *counters, struct task_struct *ta
 	u64 matched;
 
 	fresh->exec_id = BPF_CORE_READ(task, self_exec_id);
-	matched = match_process(task, tgid, generation, decision->slot);
+	matched = match_process(task, decision->next_comm, tgid, generation, decision->slot);
 	if (decision->slot != SCRATCH_EXEC && decision->slot != SCRATCH_EXEC_AGAIN)
 		matched &= ~side->at_exec | (fresh->exec_id == decision->kept_exec_id ? decision->kept : 0);
 	fresh->denied = !!(matched & side->deny);
@@ -289,13 +301,14 @@ ALWAYS_INLINE bool decide_once(struct counters *counters, struct task_struct *ta
  * Decides what a process is sampled for, from its properties now, and enters it if it is sampled for anything. Returns the
  * rules that the agent must decide. `fresh` holds its key, its sticky rules, and the decision for its last image.
  */
-ALWAYS_INLINE u64 decide(struct counters *counters, struct task_struct *task, u32 tgid, struct proc *fresh,
-			 bool tracked, u32 slot)
+ALWAYS_INLINE u64 decide(struct counters *counters, struct task_struct *task, const char *next_comm, u32 tgid,
+			 struct proc *fresh, bool tracked, u32 slot)
 {
 	struct decision decision = {
 		.kept = fresh->want.rules,
 		.kept_exec_id = fresh->exec_id,
 		.slot = slot,
+		.next_comm = next_comm,
 		.tracked = tracked,
 	};
 

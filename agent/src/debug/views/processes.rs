@@ -8,7 +8,7 @@ use crate::{
     engine::{EngineError, ProcessView, UnknownProcess, Unwinding},
     model::ProcessKey,
     node::Node,
-    process::{Metadata, MetadataOptions, ProcessMetadataCache, ProcessState},
+    process::{Metadata, MetadataOptions, ProcessMetadataCache, ProcessState, on_worker},
     rules::RuleId,
 };
 
@@ -103,7 +103,8 @@ fn row(process: ProcessView) -> ProcessRow {
 /// Describes a running process that no rule wants: the engine's table does not hold it, so `/proc` is read here. Returns
 /// `None` if no such process runs.
 async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineError> {
-    let Some(known) = read_once(pid) else { return Ok(None) };
+    let read = tokio::task::spawn_blocking(move || read_once(pid)).await;
+    let Some(known) = read.ok().flatten() else { return Ok(None) };
     let names = known.names();
     let traits = UnknownProcess {
         comm: known.comm.clone(),
@@ -137,7 +138,9 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
 
 fn read_once(pid: u32) -> Option<Arc<Metadata>> {
     let options = MetadataOptions { entries: 1, cmdline: false, cwd: false, ..MetadataOptions::default() };
-    ProcessMetadataCache::new(options).get_or_load(ProcessKey::of_running(pid).ok()?).ok()
+    let any = ProcessKey { tgid: pid, start_boottime_ns: 0 };
+    let key = on_worker(any, move || ProcessKey::of_running(pid)).ok()?.ok()?;
+    ProcessMetadataCache::new(options).get_or_load(key).ok()
 }
 
 /// Returns for each rule in force the reason why it does not match a process.
