@@ -58,6 +58,7 @@ async fn measure(crowd: &str) -> anyhow::Result<()> {
     let (execs, seconds) = (number("EXECS", 1500)?, number("MATCH_SECONDS", 3)?);
     let processes = number("PROCESSES", 10_000)?;
     let options = EngineOptions {
+        start_labels: None,
         node: "here".into(),
         kernel: KernelOptions { processes: 65_536, ..KernelOptions::default() },
         window: Duration::from_secs(600),

@@ -73,6 +73,7 @@ async fn measure(
     let seen = Arc::new(Seen::default());
     let counted = Arc::clone(&seen);
     let options = EngineOptions {
+        start_labels: None,
         node: "here".into(),
         kernel: KernelOptions::default(),
         window: Duration::from_secs(600),

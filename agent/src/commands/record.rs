@@ -39,6 +39,7 @@ use crate::{
     kernel::{KernelOptions, Ticks, default_ring_bytes},
     output::{Destination, Details, OutputError},
     pipeline::finish,
+    process::{StartLabelError, StartLabelOptions},
     profile::SeriesProfile,
     rules::{Deny, RuleSource, SourceRules, ad_hoc},
     symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError, SymbolizerStats},
@@ -94,6 +95,19 @@ pub struct RecordArgs {
     /// `[unknown]`; their values stay with their callers
     #[arg(long)]
     pub(crate) hide_error_frames: bool,
+    /// Label samples with the command line of the process, without secrets, up to 512 bytes
+    #[arg(long)]
+    pub(crate) label_cmdline: bool,
+    /// Label samples with the working directory that the process has at its first sample
+    #[arg(long)]
+    pub(crate) label_cwd: bool,
+    /// Label samples with this environment variable of the process (repeatable, at most 16)
+    #[arg(long, value_name = "NAME")]
+    pub(crate) label_env: Vec<String>,
+    /// Regular expression for secrets in these labels: its groups, or all that it matches, become [redacted] [default:
+    /// passwords, tokens and keys, by name and by form]
+    #[arg(long, value_name = "REGEX")]
+    pub(crate) label_redact: Option<String>,
     /// Print the numbers of samples taken, delivered and lost as one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -129,6 +143,9 @@ pub enum RecordError {
     /// The engine cannot start, or has ended.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// Labels cannot be made as the arguments ask.
+    #[error(transparent)]
+    Labels(#[from] StartLabelError),
     /// The arguments make no valid rule.
     #[error("{}", list(.0))]
     Rule(Vec<RuleError>),
@@ -185,6 +202,12 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     // First, so that an interrupt ends the slow steps below too.
     let signals = Signals::listen().map_err(RecordError::Start)?;
     check::preflight(UnsafeKernel::of(args.allow_unsafe_kernel))?;
+    let start_labels = StartLabelOptions::new(
+        args.label_cmdline,
+        args.label_cwd,
+        &args.label_env,
+        args.label_redact.as_deref(),
+    )?;
     let targets = TargetEnds::open(&args.pid).map_err(RecordError::Target)?;
     let destination =
         args.output.clone().unwrap_or_else(|| Destination::default_for(&subject(&args), SystemTime::now()));
@@ -211,6 +234,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
                 cpu: args.cpu_budget.map(CoreShare::get),
                 memory_bytes: args.memory_budget.map(|size| size.0),
             },
+            start_labels,
             tables: Some(TableSources::supplied_from(args.override_dir.as_deref())),
         },
         // The queue holds minutes. If it is full all the same, the engine waits instead of losing a window: nothing else

@@ -32,6 +32,7 @@ use crate::{
     governor::Budgets,
     kernel::{MAX_CGROUP_PATH, MAX_COMM, default_ring_bytes},
     pods::{KUBELET_TIMEOUT, PodFeedKind, PodFeedOptions, PodLabelOptions, check_kubelet_address},
+    process::{StartLabelError, StartLabelOptions},
     rules::{CAPTURE_SLOTS, Deny},
 };
 
@@ -123,6 +124,19 @@ pub struct RunOptions {
     /// Pod label that the agent copies to the profiles of the pod (repeatable, at most 10)
     #[arg(long, env = "GANNET_AGENT_POD_LABEL", value_name = "KEY", value_delimiter = ',')]
     pub(crate) pod_label: Vec<String>,
+    /// Label samples with the command line of the process, without secrets, up to 512 bytes
+    #[arg(long, env = "GANNET_AGENT_LABEL_CMDLINE")]
+    pub(crate) label_cmdline: bool,
+    /// Label samples with the working directory that the process has at its first sample
+    #[arg(long, env = "GANNET_AGENT_LABEL_CWD")]
+    pub(crate) label_cwd: bool,
+    /// Label samples with this environment variable of the process (repeatable, at most 16)
+    #[arg(long, env = "GANNET_AGENT_LABEL_ENV", value_name = "NAME", value_delimiter = ',')]
+    pub(crate) label_env: Vec<String>,
+    /// Regular expression for secrets in these labels: its groups, or all that it matches, become [redacted] [default:
+    /// passwords, tokens and keys, by name and by form]
+    #[arg(long, env = "GANNET_AGENT_LABEL_REDACT", value_name = "REGEX")]
+    pub(crate) label_redact: Option<String>,
     /// Name of the cluster, a label of all profiles
     #[arg(long, env = "GANNET_AGENT_CLUSTER", value_name = "NAME")]
     pub(crate) cluster: Option<String>,
@@ -235,6 +249,8 @@ pub(crate) struct Config {
     pub(crate) pods: Option<PodFeedOptions>,
     /// Labels that the agent derives from pods.
     pub(crate) pod_labels: PodLabelOptions,
+    /// Labels that show how a process was started.
+    pub(crate) start_labels: Option<StartLabelOptions>,
     /// Limits for rules on this node.
     pub(crate) caps: Caps,
     /// Processes that the agent never samples.
@@ -253,6 +269,9 @@ pub enum ConfigError {
     /// The file cannot be used.
     #[error(transparent)]
     File(#[from] gannet_base::ConfigError),
+    /// Labels cannot be made as the options ask.
+    #[error(transparent)]
+    StartLabels(#[from] StartLabelError),
     /// An option has a value that is not possible.
     #[error("--{option} {value}: {cure}")]
     Value {
@@ -328,6 +347,12 @@ impl RunOptions {
             labels: self.labels()?,
             pods: self.pods(&node)?,
             pod_labels: self.pod_labels()?,
+            start_labels: StartLabelOptions::new(
+                self.label_cmdline,
+                self.label_cwd,
+                &self.label_env,
+                self.label_redact.as_deref(),
+            )?,
             caps: Caps { max_hz: self.max_hz, max_concurrent: CAPTURE_SLOTS as u32, ..Caps::default() },
             deny: Deny {
                 comm: patterns("deny-comm", &self.deny_comm, MAX_COMM, "")?,

@@ -61,6 +61,7 @@ gannet_base::metrics! {
     PROCESS_METADATA_BYTES = gauge("gannet_agent_process_metadata_bytes", "Memory of the metadata cache");
     PROCESSES_SAMPLED = gauge("gannet_agent_process_table_sampled", "Live processes that at least one rule wants");
     PROCESSES_RECONCILED = counter("gannet_agent_process_table_reconciled_total", "Processes whose exit the kernel did not report and a scan of /proc found");
+    PROCESSES_UNLABELLED = counter("gannet_agent_process_table_unlabelled_total", "Sampled processes that exited, or did not answer, before the agent could read the labels that --label-cmdline, --label-cwd and --label-env ask for");
     PROCESS_TABLE_FULL = counter("gannet_agent_process_table_full_total", "Processes that found no slot in the agent's table; raise --processes");
     PROCESS_MAP_FULL = counter("gannet_agent_process_map_full_total", "Processes that found no slot in the kernel's process map; raise --processes");
 
@@ -323,7 +324,7 @@ fn add_maps(snapshot: &mut Snapshot, maps: &[MapFill]) {
 }
 
 fn add_processes(snapshot: &mut Snapshot, stats: ProcessStats) {
-    let ProcessStats { reported, loaded, missed, rescans, pruned, saturated, reconciled } = stats;
+    let ProcessStats { reported, loaded, missed, rescans, pruned, saturated, reconciled, unlabelled } = stats;
     for (source, count) in [("kernel", reported), ("proc", loaded)] {
         snapshot.add_labelled(&PROCESS_IMAGES, [source], count);
     }
@@ -331,6 +332,7 @@ fn add_processes(snapshot: &mut Snapshot, stats: ProcessStats) {
     snapshot.add(&PROCESS_RESCANS, rescans);
     snapshot.add(&PROCESSES_PRUNED, pruned);
     snapshot.add(&PROCESSES_RECONCILED, reconciled);
+    snapshot.add(&PROCESSES_UNLABELLED, unlabelled);
     snapshot.add(&PROCESS_TABLE_FULL, saturated);
 }
 

@@ -95,6 +95,7 @@ use crate::{
     cgroup::CgroupTree,
     governor::Budgets,
     kernel::{Kernel, KernelError, KernelOptions},
+    process::StartLabelOptions,
     profile::SeriesProfile,
     rules::{CaptureError, Deny, PodResolver, PodSelection, RuleId, RuleSource, SourceRules},
     tables::TableSources,
@@ -118,6 +119,8 @@ pub struct EngineOptions {
     pub deny: Deny,
     /// How much the agent may use.
     pub budgets: Budgets,
+    /// Labels of samples that show how a process was started.
+    pub start_labels: Option<StartLabelOptions>,
     /// Sources of unwind tables. With `None` stacks are unwound by frame pointers only.
     pub tables: Option<TableSources>,
 }

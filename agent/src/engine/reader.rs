@@ -26,7 +26,10 @@ use crate::{
     cgroup::CgroupHierarchy,
     kernel::{Event, Kernel, Want},
     model::{ImageKey, Origin, ProcessKey, Sample, SampleKind, StackWord, Subject, boot_time, boot_time_ns},
-    process::{ImageChanges, ProcError, Process, ProcessState, ProcessTable, all_on_worker, check_identity},
+    process::{
+        ImageChanges, ProcError, Process, ProcessState, ProcessTable, StartLabelOptions, all_on_worker,
+        check_identity,
+    },
     rules::RuleBook,
     tables::UnwindTables,
 };
@@ -59,12 +62,13 @@ impl Reader {
     pub(super) fn new(
         hierarchy: CgroupHierarchy,
         processes: usize,
+        start_labels: Option<StartLabelOptions>,
         tables: Option<UnwindTables>,
         interpreters: Option<Interpreters>,
         window: Duration,
     ) -> Self {
         Self {
-            processes: ProcessTable::new(hierarchy, processes, raise_file_limit()),
+            processes: ProcessTable::new(hierarchy, processes, raise_file_limit(), start_labels),
             discovered: Discovered::new(Instant::now()),
             sampled: Sampled::default(),
             unwinding: Unwinding::new(tables, interpreters),

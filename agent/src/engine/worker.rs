@@ -70,7 +70,7 @@ impl Worker {
         sink: Box<dyn WindowSink>,
         wake_up: WakeUp,
     ) -> Result<Self, EngineError> {
-        let EngineOptions { node, kernel, window, caps, deny, budgets, tables } = options;
+        let EngineOptions { node, kernel, window, caps, deny, budgets, start_labels, tables } = options;
         let (hierarchy, lifecycle) = (kernel.hierarchy, kernel.lifecycle);
         let processes = kernel.processes as usize * 2;
         let mut kernel = Kernel::start(kernel)?;
@@ -91,7 +91,7 @@ impl Worker {
         rules.set_condition_support(NodeConditions::probe());
         Ok(Self {
             node,
-            reader: Reader::new(hierarchy, processes, tables, interpreters, window),
+            reader: Reader::new(hierarchy, processes, start_labels, tables, interpreters, window),
             rules,
             captures: Captures::new(cgroup::mount_of(hierarchy.controller()), Some(sensors), boot_time()),
             account: Account::new(&kernel)?,

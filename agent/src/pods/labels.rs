@@ -178,6 +178,7 @@ mod tests {
             pod_uid: pod_uid.into(),
             image: Arc::default(),
             interpreter: None,
+            start_labels: None,
             stacks: Vec::new(),
         };
         SeriesProfile {

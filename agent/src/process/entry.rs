@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
+use super::start_labels::{ReadStartLabels, StartLabels};
 use crate::{
     cgroup::CgroupNames,
     model::{ExitStatus, Image, ImageKey, Subject},
@@ -37,6 +38,8 @@ pub struct Process {
     pub rules: u64,
     /// How much of it is known, and whether it is alive.
     pub state: ProcessState,
+    /// How it was started, if the user wants to see that; read at its first sample.
+    pub(super) start_labels: Option<ReadStartLabels>,
     /// Samples so far.
     pub samples: u64,
     /// When its mappings were last read from `/proc`, by the boot clock; `None` if the kernel reported them.
@@ -77,6 +80,7 @@ impl Process {
             interpreter: None,
             rules: subject.rules,
             state: ProcessState::Unread,
+            start_labels: None,
             samples: 0,
             read_at_ns: None,
             seen_ns: subject.ktime_ns,
@@ -89,6 +93,11 @@ impl Process {
             makes_code: false,
             window,
         }
+    }
+
+    /// Returns the labels that show how it was started, if they were read.
+    pub(crate) fn start_labels(&self) -> Option<&Arc<StartLabels>> {
+        self.start_labels.as_ref()?.labels.as_ref()
     }
 
     /// Reports whether the process runs this image.

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Bytes that are read of a command line or an environment: the kernel's own bound on one argument.
-const MAX_TEXT_BYTES: u64 = 128 << 10;
+pub(super) const MAX_TEXT_BYTES: u64 = 128 << 10;
 /// Entries that a load checks for room before it is refused: this bounds the cost of a load.
 const MAX_PRUNE_CHECKS: usize = 64;
 /// Memory of an entry beside its texts.
@@ -495,7 +495,8 @@ fn parts(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     bytes.split(|byte| *byte == 0).filter(move |_| !none)
 }
 
-fn allowed(environ: &[u8], names: &BTreeSet<String>) -> BTreeMap<String, String> {
+/// Returns the variables of an environment that have one of these names.
+pub(super) fn allowed(environ: &[u8], names: &BTreeSet<String>) -> BTreeMap<String, String> {
     parts(environ)
         .filter_map(|pair| {
             let at = pair.iter().position(|byte| *byte == b'=')?;

@@ -8,6 +8,7 @@ mod images;
 mod metadata;
 mod perf_maps;
 mod proc;
+mod start_labels;
 mod survey;
 mod table;
 
@@ -17,6 +18,7 @@ pub use self::{
     images::ImageChanges,
     metadata::{Metadata, MetadataError, MetadataOptions, MetadataStats, ProcessMetadataCache},
     proc::{ProcError, ProcFs, RealProc, check as check_identity},
+    start_labels::{StartLabelError, StartLabelOptions, StartLabels},
     table::{ProcessStats, ProcessTable, ProcessTableFull},
 };
 pub(crate) use self::{

@@ -11,11 +11,12 @@ use lru::LruCache;
 
 use super::{
     FileTableStats, ImageChanges, MetadataOptions, MetadataStats, Process, ProcessMetadataCache,
-    ProcessState,
+    ProcessState, StartLabelOptions,
     images::{ImageReader, MAX_MAPPINGS, on_worker, read_lines},
     metadata::MetadataError,
     perf_map_files,
     proc::{self, ProcError, ProcFs, RealProc},
+    start_labels::ReadStartLabels,
 };
 use crate::{
     access::{self, ENGINE_DEADLINE, Target},
@@ -57,6 +58,7 @@ pub struct ProcessTable {
     metadata: ProcessMetadataCache,
     proc: Arc<dyn ProcFs>,
     hierarchy: CgroupHierarchy,
+    start_labels: Option<Arc<StartLabelOptions>>,
     max: usize,
     window: u64,
     is_full: bool,
@@ -90,18 +92,25 @@ pub struct ProcessStats {
     pub saturated: u64,
     /// Entries whose exit was not reported, found by a scan.
     pub reconciled: u64,
+    /// Sampled processes whose command line, directory or environment could not be read, though the user wants them as labels.
+    pub unlabelled: u64,
 }
 
 impl ProcessTable {
     /// Builds a table of at most `max` processes and `files` open files.
-    pub(crate) fn new(hierarchy: CgroupHierarchy, max: usize, files: NonZeroUsize) -> Self {
+    pub(crate) fn new(
+        hierarchy: CgroupHierarchy,
+        max: usize,
+        files: NonZeroUsize,
+        start_labels: Option<StartLabelOptions>,
+    ) -> Self {
         let tree = CgroupTree::of(hierarchy).inspect_err(|error| {
             tracing::warn!(
                 "cannot find the control groups of exited processes, reading /proc alone: {error}"
             );
         });
         let table = Self::reading(hierarchy, max, files, Arc::new(RealProc::default()));
-        Self { cgroup_tree: tree.ok().map(Arc::new), ..table }
+        Self { cgroup_tree: tree.ok().map(Arc::new), start_labels: start_labels.map(Arc::new), ..table }
     }
 
     /// Builds a table that reads processes from `proc`, and knows no tree of control groups.
@@ -129,6 +138,7 @@ impl ProcessTable {
             metadata: ProcessMetadataCache::reading(options, Arc::clone(&proc)),
             proc,
             hierarchy,
+            start_labels: None,
             max,
             window: 0,
             is_full: false,
@@ -335,6 +345,22 @@ impl ProcessTable {
         if !is_past {
             self.images.rescan(process, addresses);
         }
+        if process.start_labels.is_none()
+            && let Some(options) = &self.start_labels
+        {
+            let (options, proc, key) = (Arc::clone(options), Arc::clone(&self.proc), process.key.process);
+            let read = if is_past {
+                Err(ProcError::Gone(key.tgid))
+            } else {
+                on_worker(key, move || options.read(&*proc, key)).and_then(|read| read)
+            };
+            if let Err(error) = &read {
+                tracing::debug!(%key, "no labels from its start: {error}");
+                self.stats.unlabelled += 1;
+            }
+            let labels = read.ok().map(Arc::new);
+            process.start_labels = Some(ReadStartLabels { at_ns: self.proc.now_ns(), labels });
+        }
         Ok(process)
     }
 
@@ -499,7 +525,10 @@ impl ProcessTable {
 
     /// Drops what was read from `/proc` after this time: the image was replaced then, and the reading was of the next one.
     fn drop_readings(&mut self, tgid: u32, since_ns: u64) {
-        let Some(process) = self.alive.get(&tgid) else { return };
+        let Some(process) = self.alive.get_mut(&tgid) else { return };
+        if let Some(read) = process.start_labels.as_mut().filter(|read| read.at_ns > since_ns) {
+            read.labels = None;
+        }
         if process.read_at_ns.is_none_or(|read| read <= since_ns) {
             return;
         }

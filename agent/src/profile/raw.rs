@@ -7,6 +7,7 @@ use std::{
 
 use crate::{
     model::{Image, ProcessKey, SampleKind, StackEnd, StackMarks},
+    process::StartLabels,
     runtimes::Interpreter,
 };
 
@@ -42,6 +43,8 @@ pub struct RawProcess {
     pub image: Arc<Image>,
     /// The interpreter whose functions list frames name.
     pub interpreter: Option<Arc<Interpreter>>,
+    /// How it was started, if the user wants to see that.
+    pub start_labels: Option<Arc<StartLabels>>,
     /// Its distinct stacks.
     pub stacks: Vec<RawStack>,
 }

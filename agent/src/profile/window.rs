@@ -261,6 +261,7 @@ impl WindowSamples {
                         known.map_or_else(Arc::default, |process| Arc::clone(&process.image))
                     }),
                     interpreter: known.and_then(|process| process.interpreter.clone()),
+                    start_labels: known.and_then(|process| process.start_labels().cloned()),
                     stacks,
                 };
                 series.entry((rule, labels, container.clone(), kind, period_ns)).or_default().push(process);
@@ -385,6 +386,7 @@ fn cut(processes: Vec<RawProcess>) -> Vec<Vec<RawProcess>> {
             let head = RawProcess {
                 image: Arc::clone(&process.image),
                 interpreter: process.interpreter.clone(),
+                start_labels: process.start_labels.clone(),
                 comm: process.comm.clone(),
                 container_id: process.container_id.clone(),
                 pod_uid: process.pod_uid.clone(),
@@ -394,6 +396,7 @@ fn cut(processes: Vec<RawProcess>) -> Vec<Vec<RawProcess>> {
                 stacks: rest,
                 image: Arc::clone(&head.image),
                 interpreter: head.interpreter.clone(),
+                start_labels: head.start_labels.clone(),
                 comm: head.comm.clone(),
                 container_id: head.container_id.clone(),
                 pod_uid: head.pod_uid.clone(),
@@ -644,6 +647,7 @@ mod tests {
             pod_uid: String::new(),
             image: Arc::default(),
             interpreter: None,
+            start_labels: None,
             stacks: vec![
                 RawStack {
                     tid: 1,

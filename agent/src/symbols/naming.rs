@@ -295,6 +295,9 @@ fn labels<'a>(process: &'a RawProcess, stack: &'a RawStack) -> Vec<Label<'a>> {
     ];
     let mut labels = vec![number("pid", process.key.tgid), number("tid", stack.tid)];
     labels.extend(texts.into_iter().filter(|label| !matches!(label.value, LabelValue::Str(""))));
+    labels.extend(
+        process.start_labels.iter().flat_map(|labels| labels.iter()).map(|(name, value)| text(name, value)),
+    );
     labels
 }
 

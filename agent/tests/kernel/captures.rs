@@ -90,6 +90,7 @@ fn engine_within(deny: Deny, budgets: Budgets) -> (Engine, Profiles) {
     let profiles = Profiles::default();
     let sink = profiles.clone();
     let options = EngineOptions {
+        start_labels: None,
         node: "test".into(),
         kernel: KernelOptions::default(),
         window: Duration::from_secs(1),

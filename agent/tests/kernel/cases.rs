@@ -193,6 +193,30 @@ fn a_library_above_20_000_mappings_has_names() {
     }
 }
 
+/// Checks that thousands of changed mappings a second in one program do not hold up the news of another one's library.
+#[test]
+fn a_late_library_is_named_beside_thousands_of_mprotect() {
+    let changing = started(&program("many_mappings", MANY_MAPPINGS, &[]), &["change"]);
+    let library = program(
+        "beside.so",
+        "volatile unsigned long n;
+         __attribute__((noinline)) void beside_leaf(void) { for (int i = 0; i < 1000; i++) n += i; }",
+        &["-shared", "-fPIC"],
+    );
+    let source = r#"#include <dlfcn.h>
+        #include <unistd.h>
+        __attribute__((noinline)) int main(int c, char **v) {
+          sleep(2);
+          void (*leaf)(void) = dlsym(dlopen(v[1], RTLD_NOW), "beside_leaf");
+          for (;;) leaf();
+        }"#;
+    let opener = started(&program("opener", source, &["-ldl"]), &[library.to_str().unwrap()]);
+    let pids = [changing.0.id().to_string(), opener.0.id().to_string()];
+    let recording = record_for(4, 99, &["--pid", &pids[0], &pids[1]]);
+    assert_complete(&recording, "beside_leaf", &["opener", "main", "beside_leaf"]);
+    assert!(recording.lost.values().all(|count| *count == 0), "{:?}", recording.lost);
+}
+
 /// Checks the mappings of a file too: a data file of which every other page is executable.
 #[test]
 fn a_library_above_20_000_file_mappings_has_names() {

@@ -153,6 +153,62 @@ fn sigterm_ends_a_recording_of_a_program_that_hung() {
     assert!(out.exists(), "it has written what it had");
 }
 
+/// Checks that `check` answers beside a hung program, of all and of that program.
+#[test]
+fn check_does_not_wait_for_a_hung_program() {
+    let hung = HungFs::mount(&spin("hung_e"));
+    let program = hung.start();
+    sleep(Duration::from_millis(500));
+    hung.signal(Signal::STOP);
+    for arguments in
+        [vec!["check".to_owned()], vec!["check".into(), "--pid".into(), program.0.id().to_string()]]
+    {
+        let mut check = Running::start(
+            Command::new(agent()).args(&arguments).stdout(Stdio::null()).stderr(Stdio::null()),
+        );
+        let took = end_of("the check ends", &mut check.0);
+        assert!(took < Duration::from_secs(15) * slower(), "{arguments:?}: {took:?}");
+    }
+}
+
+/// Checks that `top` shows others beside a hung program, and ends. It asks for a terminal, which python3 makes.
+#[test]
+fn top_does_not_wait_for_a_hung_program() {
+    let (on_disk, hung) = (spin("beside_f"), HungFs::mount(&spin("hung_f")));
+    let _beside = Running::start(&mut Command::new(on_disk));
+    let _program = hung.start();
+    sleep(Duration::from_millis(500));
+    hung.signal(Signal::STOP);
+    // Reads the screen for some seconds, then presses q and waits for the end.
+    let script = "
+import os, pty, select, sys, time
+pid, screen = pty.fork()
+if pid == 0:
+    os.environ['TERM'] = 'xterm'
+    os.execv(sys.argv[1], [sys.argv[1], 'top'])
+import fcntl, struct, termios
+fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack('HHHH', 50, 200, 0, 0))
+seen, end, pressed = b'', time.time() + 20, False
+while time.time() < end:
+    if not pressed and b'beside_f_leaf' in seen:
+        os.write(screen, b'q')
+        pressed = True
+    if select.select([screen], [], [], 0.2)[0]:
+        try:
+            more = os.read(screen, 65536)
+        except OSError:
+            break
+        if not more:
+            break
+        seen += more
+_, status = os.waitpid(pid, os.WNOHANG if not pressed else 0)
+sys.exit(0 if pressed and status == 0 else 1)
+";
+    let mut top = Running::start(Command::new("python3").args(["-c", script]).arg(agent()));
+    end_of("top ends", &mut top.0);
+    assert!(top.0.wait().unwrap().success(), "it shows the other program, and ends");
+}
+
 #[test]
 fn the_daemon_names_the_program_when_its_files_answer() {
     let hung = HungFs::mount(&spin("hung_d"));

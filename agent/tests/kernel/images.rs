@@ -50,6 +50,7 @@ impl Watch {
     fn of(comms: &[&str], hz: u32, kinds: &[capture::Kind], kernel: KernelOptions) -> Self {
         let (send, windows) = mpsc::channel();
         let options = EngineOptions {
+            start_labels: None,
             node: "here".into(),
             kernel,
             window: Duration::from_secs(3600),

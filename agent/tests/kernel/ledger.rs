@@ -56,6 +56,7 @@ impl Account {
     fn of(comm: &str, rules: &[&[Kind]], kernel: KernelOptions) -> Self {
         let (send, windows) = mpsc::channel();
         let options = EngineOptions {
+            start_labels: None,
             node: "here".into(),
             kernel,
             window: Duration::from_millis(300),

@@ -17,9 +17,15 @@ use gannet_agent::{
 use gannet_proto::{control::Match, rules::Caps};
 
 use crate::{
-    common::{Running, in_order, is_marked, program, record_for},
+    common::{
+        Running,
+        cgroup::{Group, enter},
+        in_order, is_marked, program, record_for,
+    },
     daemon::Daemon,
 };
+
+const DEAD_LEADER: &str = include_str!("../data/cases/dead_leader.c");
 
 /// A program that does what its input says, a line each: `m NAME` renames its main thread; `o NAME` does it by the file of
 /// another thread; `t NAME` starts a thread with this name; `f NAME` starts a thread with this name that forks a child, which
@@ -287,7 +293,8 @@ fn rules_match_however_a_program_is_started() {
     let daemon = Daemon::start(&[]);
     let after = [by_linker(), by_script(), by_name()];
     let real_linker = fs::canonicalize(linker()).unwrap();
-    let comm_of_linker = &linker().file_name().unwrap().to_str().unwrap()[..15];
+    let linker_name = linker().file_name().unwrap().to_str().unwrap()[..15].to_owned();
+    let comm_of_linker = linker_name.as_str();
     let rule = |id: &str, field: &str, value: &str| format!("- id: {id}\n  match: {{{field}: [{value}]}}\n");
     daemon.set_rules(&format!(
         "rules:\n{}{}{}{}{}",
@@ -316,9 +323,10 @@ fn rules_match_however_a_program_is_started() {
     let line = format!("/debug/processes?pid={}", after[0].0.id());
     daemon.wait_for("the reason", || daemon.page(&line).contains("(a dynamic linker runs the program: "));
     daemon.end();
+    drop(after);
     // Stacks and names are those of the program.
     for (process, comm) in before.iter().zip([comm_of_linker, "script", "started"]) {
-        let recording = record_for(1, 99, &["--pid", &process.0.id().to_string()]);
+        let recording = record_for(2, 99, &["--pid", &process.0.id().to_string()]);
         let whole = |stack: &[String]| in_order(stack, &[comm, "main", "started_leaf"]) && !is_marked(stack);
         let (good, all) = recording.share("started_leaf", whole);
         let odd = recording.odd_ones("started_leaf", whole);
@@ -328,4 +336,75 @@ fn rules_match_however_a_program_is_started() {
             recording.log
         );
     }
+}
+
+/// Checks that samples carry how their process was started if the user asks for it, without its secrets.
+#[test]
+fn samples_show_how_their_process_was_started() {
+    let started = program("started", STARTED, &[]);
+    let directory = tempfile::tempdir().unwrap();
+    let _running = Running::start(
+        Command::new(&started)
+            .args(["--port", "80", "--password=hidden-word"])
+            .current_dir(&directory)
+            .env("APP_VERSION", "1.2")
+            .env("DB_PASSWORD", "hidden-word"),
+    );
+    let labels = |more: &[&str]| {
+        let recording = record_for(1, 99, &[&["--comm", "started"], more].concat());
+        let text = |index: i64| recording.profile.string_table[usize::try_from(index).unwrap()].as_str();
+        let labels = recording.profile.sample.iter().flat_map(|sample| &sample.label);
+        let shown: BTreeSet<(String, String)> = labels
+            .map(|label| (text(label.key).to_owned(), text(label.str).to_owned()))
+            .filter(|(name, _)| ["cmdline", "cwd"].contains(&name.as_str()) || name.starts_with("env_"))
+            .collect();
+        assert!(!recording.profile.string_table.iter().any(|text| text.contains("hidden-word")));
+        shown
+    };
+    assert_eq!(labels(&[]), BTreeSet::new());
+    let all = ["--label-cmdline", "--label-cwd", "--label-env", "APP_VERSION", "--label-env", "DB_PASSWORD"];
+    let path = |path: &Path| path.to_str().unwrap().to_owned();
+    let expected = [
+        ("cmdline", format!("{} --port 80 --password=[redacted]", path(&started))),
+        ("cwd", path(&fs::canonicalize(&directory).unwrap())),
+        ("env_APP_VERSION", "1.2".to_owned()),
+        ("env_DB_PASSWORD", "[redacted]".to_owned()),
+    ];
+    assert_eq!(labels(&all), expected.map(|(name, value)| (name.to_owned(), value)).into());
+}
+
+/// Checks each kind of rule on a process whose first thread has ended, started before the agent and after it.
+#[test]
+fn rules_match_a_process_whose_first_thread_has_ended() {
+    let dead_leader = program("dead_leader", DEAD_LEADER, &["-pthread"]);
+    let group = Group::new("dead_leader");
+    let start = || {
+        let mut command = Command::new(enter());
+        Running::start(command.args(group.entry_files()).arg("--").arg(&dead_leader))
+    };
+    let before = start();
+    let daemon = Daemon::start(&[]);
+    let after = start();
+    let rule = |id: &str, field: &str, value: &str| format!("- id: {id}\n  match: {{{field}: [{value}]}}\n");
+    daemon.set_rules(&format!(
+        "rules:\n{}{}{}",
+        rule("exe", "exe", dead_leader.to_str().unwrap()),
+        rule("comm", "comm", "dead_leader"),
+        rule("group", "cgroup", &group.path),
+    ));
+    // And while the rules are in force.
+    let last = start();
+    for process in [&before, &after, &last] {
+        let line = format!("/debug/processes?pid={}", process.0.id());
+        daemon.wait_for("all three rules, and samples", || {
+            let page = daemon.page(&line);
+            let fields: Vec<&str> = page.lines().last().unwrap_or_default().split_whitespace().collect();
+            let sampled = fields.get(3).is_some_and(|samples| samples.parse::<u64>().is_ok_and(|n| n > 0));
+            let wanted = page.split_once("wanted by ").map_or("", |(_, names)| names);
+            sampled
+                && fields.get(2) == Some(&"dead_leader")
+                && ["exe", "comm", "group"].iter().all(|rule| wanted.contains(rule))
+        });
+    }
+    daemon.end();
 }

@@ -157,6 +157,7 @@ async fn series_of_containers_are_named_after_their_pods() {
     let (queue, windows) = WindowQueue::new(ledger.clone());
     let engine = Engine::start(
         EngineOptions {
+            start_labels: None,
             node: "test-node".into(),
             kernel: KernelOptions::default(),
             window: Duration::from_secs(600),

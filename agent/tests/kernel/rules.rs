@@ -343,6 +343,7 @@ fn boot_clock() -> u64 {
 #[tokio::test]
 async fn thirty_rules_that_replace_thirty_others_all_sample() {
     let options = EngineOptions {
+        start_labels: None,
         node: "here".into(),
         kernel: KernelOptions::default(),
         window: Duration::from_secs(3600),

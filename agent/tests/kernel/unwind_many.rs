@@ -35,6 +35,7 @@ impl Machine {
         let windows = Arc::new(Mutex::new(Vec::new()));
         let kept = Arc::clone(&windows);
         let options = EngineOptions {
+            start_labels: None,
             node: "here".into(),
             kernel,
             window: Duration::from_secs(600),

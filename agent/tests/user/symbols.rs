@@ -218,6 +218,7 @@ fn raw(key: ProcessKey, image: Arc<Image>, stacks: Vec<RawStack>) -> RawProfile 
             pod_uid: "4f1c".into(),
             image,
             interpreter: None,
+            start_labels: None,
             stacks,
         }],
         comments: vec!["rule: test".into()],

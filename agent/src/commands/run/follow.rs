@@ -78,10 +78,10 @@ pub(super) async fn follow_switch(node: Arc<Node>, signals: SwitchSignals, cance
     }
 }
 
-/// Applies the rule files again when they change. Invalid files change nothing.
-pub(super) async fn follow_files(node: Arc<Node>, cancel: CancellationToken) {
+/// Applies the rule files again when they differ from `stamp`, which was taken before they were read first. Invalid files change
+/// nothing.
+pub(super) async fn follow_files(node: Arc<Node>, mut stamp: RuleFilesStamp, cancel: CancellationToken) {
     let watcher = FileWatcher::of(&node.config.options.rules);
-    let mut stamp = RuleFilesStamp::of(&node.config.options.rules);
     loop {
         tokio::select! {
             () = watcher.changed(FILES_INTERVAL) => {}

@@ -20,7 +20,10 @@ use crate::{
     engine::EngineError,
     export::SpoolError,
     node::Node,
-    rules::{RuleFilesError, RuleSource, SourceRules, files},
+    rules::{
+        RuleFilesError, RuleSource, SourceRules,
+        files::{self, RuleFilesStamp},
+    },
 };
 use follow::SwitchSignals;
 use parts::Parts;
@@ -82,17 +85,20 @@ pub async fn run(options: RunOptions) -> Result<(), RunError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Start)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Start)?;
     let switch = SwitchSignals::listen().map_err(RunError::Start)?;
+    // Before the reading: a change in between is applied later.
+    let rule_files = RuleFilesStamp::of(&config.options.rules);
     let local_rules = files::read(&config.options.rules)?;
     let listeners = Listeners::open(config.options.http_listen, config.options.debug_listen).await?;
     fs::create_dir_all(&config.options.state_dir)
         .map_err(|source| RunError::State { path: config.options.state_dir.clone(), source })?;
 
-    let (stamp, supplied) = follow::first_supplied(&config.override_dir).await;
+    let (supplied_stamp, supplied) = follow::first_supplied(&config.override_dir).await;
     let parts = Parts::start(config, supplied)?;
     let store = LastGoodRules::in_dir(&parts.node.config.options.state_dir);
     let active = restore(&parts.node, &store).await;
     apply_local_rules(&parts.node, local_rules).await?;
-    let tasks = Tasks::start(&parts, listeners, (switch, stamp), store, active)?;
+    let stamps = (rule_files, supplied_stamp);
+    let tasks = Tasks::start(&parts, listeners, switch, stamps, store, active)?;
     tracing::info!(node = parts.node.config.node, "gannet-agent {} is running", gannet_proto::VERSION);
 
     tokio::select! {

@@ -112,6 +112,7 @@ fn engine_options(config: &Config, supplied: &SuppliedTables) -> EngineOptions {
         caps: config.caps.clone(),
         deny: config.deny.clone(),
         budgets: config.budgets,
+        start_labels: config.start_labels.clone(),
         tables: Some(TableSources {
             cache_dir: Some(options.state_dir.join("tables")),
             supplied: Arc::clone(&supplied.tables),

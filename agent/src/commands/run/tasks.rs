@@ -14,6 +14,7 @@ use crate::{
     control::{Control, LastGoodRules},
     debug::Listeners,
     pods,
+    rules::files::RuleFilesStamp,
     tables::SuppliedStamp,
 };
 
@@ -26,11 +27,13 @@ pub(super) struct Tasks {
 }
 
 impl Tasks {
-    /// Starts all tasks. `supplied` is the stamp of the supplied unwind tables in force, and `active` the revision and digest of the collector's rules in force.
+    /// Starts all tasks. The stamps are of the rule files and the supplied unwind tables in force. `active` is the revision and
+    /// digest of the collector's rules in force.
     pub(super) fn start(
         parts: &Parts,
         listeners: Listeners,
-        (switch, supplied): (SwitchSignals, SuppliedStamp),
+        switch: SwitchSignals,
+        (rule_files, supplied): (RuleFilesStamp, SuppliedStamp),
         store: LastGoodRules,
         active: (u64, String),
     ) -> Result<Self, RunError> {
@@ -38,7 +41,7 @@ impl Tasks {
         let cancel = CancellationToken::new();
         let serving = tokio::spawn(listeners.serve(Arc::clone(node), cancel.clone()));
         let mut others = vec![
-            tokio::spawn(follow_files(Arc::clone(node), cancel.clone())),
+            tokio::spawn(follow_files(Arc::clone(node), rule_files, cancel.clone())),
             tokio::spawn(follow_switch(Arc::clone(node), switch, cancel.clone())),
             tokio::spawn(follow_supplied(Arc::clone(node), supplied, cancel.clone())),
         ];

@@ -109,6 +109,7 @@ pub async fn top(args: TopArgs) -> Result<(), TopError> {
     let skipping = Arc::clone(&skipped);
     let engine = Engine::start(
         EngineOptions {
+            start_labels: None,
             node: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             kernel: KernelOptions { off_cpu: false, ..KernelOptions::default() },
             window: args.interval.0.max(Duration::from_millis(200)),

@@ -229,7 +229,7 @@ fn through_window(samples: &[Sample], take: impl Fn(&mut Intake, Sample)) -> Led
     let set = SourceRules { rules: vec![rule], ..SourceRules::default() };
     rules.replace(RuleSource::Local, set, SystemTime::now());
     rules.assign_slots(SystemTime::now());
-    let processes = ProcessTable::new(CgroupHierarchy::detect(), 100, NonZeroUsize::MIN);
+    let processes = ProcessTable::new(CgroupHierarchy::detect(), 100, NonZeroUsize::MIN, None);
     let mut source = Source::new(1);
     let mut account = Account::new(&source).unwrap();
     let mut intake = Intake::new(Duration::from_secs(1));
