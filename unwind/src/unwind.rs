@@ -42,6 +42,8 @@ pub struct UnwindFrame {
     pub exact: bool,
     /// Whether the frame was found by convention and not by a rule.
     pub guessed: bool,
+    /// Of a function that stands for list frames ([`flags::LIST`]): its stack pointer and its frame's address.
+    pub list: Option<(u64, u64)>,
 }
 
 /// The frames of a stack, and how it ended.
@@ -103,15 +105,20 @@ pub fn unwind_stack(
         sp: register(sp).unwrap_or(0),
         fp: register(fp),
         rbx: register(dwarf_register::X86_64_RBX),
+        list: None,
     };
-    let mut frames = vec![UnwindFrame { pc: unwinder.pc, exact: true, guessed: false }];
+    let mut frames = vec![UnwindFrame { pc: unwinder.pc, exact: true, guessed: false, list: None }];
     let end = loop {
-        match unwinder.step(tables) {
+        let step = unwinder.step(tables);
+        if let Some(frame) = frames.last_mut() {
+            frame.list = unwinder.list.take();
+        }
+        match step {
             Ok(guessed) => {
                 if frames.len() >= max_frames {
                     break UnwindEnd::Truncated;
                 }
-                frames.push(UnwindFrame { pc: unwinder.pc, exact: unwinder.exact, guessed });
+                frames.push(UnwindFrame { pc: unwinder.pc, exact: unwinder.exact, guessed, list: None });
             }
             Err(end) => break end,
         }
@@ -129,6 +136,8 @@ struct Unwinder<'a> {
     fp: Option<u64>,
     /// The same; on aarch64 it is `None` from the second frame on.
     rbx: Option<u64>,
+    /// Of the frame that the last step left; see [`UnwindFrame::list`].
+    list: Option<(u64, u64)>,
 }
 
 impl Unwinder<'_> {
@@ -150,6 +159,9 @@ impl Unwinder<'_> {
             _ => {}
         }
         let cfa = self.frame_address(&rule)?;
+        if rule.flags & flags::LIST != 0 {
+            self.list = Some((self.sp, cfa));
+        }
         let ra = self.located(rule.ra_kind, rule.ra_offset, cfa)?;
         let fp = match rule.fp_kind {
             loc::SAME => self.fp,

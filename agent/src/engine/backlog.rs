@@ -219,7 +219,8 @@ mod tests {
             end_code: 0,
             marks: crate::model::StackMarks::default(),
             state: 0,
-            raw: Some(RawUserStack { pc, registers: Vec::new(), stack: Vec::new() }),
+            list_layout: 0,
+            raw: Some(RawUserStack { pc, registers: Vec::new(), stack: Vec::new(), lists: None }),
         }
     }
 

@@ -15,13 +15,15 @@ use std::{
 use crate::{
     access::{Access, Target},
     kernel::Kernel,
-    model::{ImageKey, ListLayout, Sample},
-    process::{ProcessTable, check_identity},
+    model::{FunctionCopy, ImageKey, ListLayout, Sample, StackWord},
+    process::{Process, ProcessTable, check_identity},
     runtimes::{Interpreter, ListFunction, Memory, ProcessMemory, RuntimeFile, WhyNot},
 };
 
 /// Requests that wait at one time; more functions stay without a name.
 const MAX_REQUESTS: usize = 8192;
+/// Copies of texts that wait at one time, of 1 KiB each.
+const MAX_COPIES: usize = 8192;
 /// How long a process that has not started its interpreter is left alone at first; each time longer, up to the last.
 const FIRST_RETRY: Duration = Duration::from_millis(20);
 const LAST_RETRY: Duration = Duration::from_secs(5);
@@ -36,6 +38,9 @@ pub(super) struct Interpreters {
     requests: mpsc::SyncSender<Request>,
     answers: mpsc::Receiver<Attached>,
     processes: HashMap<ImageKey, State>,
+    /// Copies of texts from processes whose interpreter is not known yet, and their number.
+    copies: HashMap<ImageKey, Vec<FunctionCopy>>,
+    waiting_copies: usize,
 }
 
 enum State {
@@ -78,7 +83,7 @@ impl Interpreters {
             }
         };
         thread::Builder::new().name("gannet-runtimes".into()).spawn(read)?;
-        Ok(Self { requests, answers, processes: HashMap::new() })
+        Ok(Self { requests, answers, processes: HashMap::new(), copies: HashMap::new(), waiting_copies: 0 })
     }
 
     /// The mappings of an image are in the kernel, and one of them is of an interpreter.
@@ -102,13 +107,13 @@ impl Interpreters {
         while let Ok(Attached { key, file, bias, layout }) = self.answers.try_recv() {
             let Some(State::Requested(attempts)) = self.processes.get(&key) else { continue };
             let attempts = *attempts;
+            if !processes.get(&key).is_some_and(Process::is_alive) {
+                self.processes.remove(&key);
+                continue;
+            }
             let state = match layout {
                 Ok(layout) => {
-                    let interpreter = Arc::new(Interpreter::new(Arc::clone(&file), bias));
-                    if !processes.set_interpreter(&key, interpreter) {
-                        self.processes.remove(&key);
-                        continue;
-                    }
+                    self.set_interpreter(&key, &file, bias, processes);
                     if let Err(error) = kernel.set_list_frames(key, &layout) {
                         tracing::debug!(key = %key.process, "cannot take the frames of an interpreter: {error}");
                     }
@@ -143,15 +148,53 @@ impl Interpreters {
         }
     }
 
-    /// Enters the functions of a sample's list frames, and has those read that are new.
-    pub(super) fn enter(&self, sample: &mut Sample, processes: &ProcessTable) {
+    /// Returns the interpreter of an image; sets it to that of this file, if it has none.
+    fn set_interpreter(
+        &mut self,
+        key: &ImageKey,
+        file: &Arc<RuntimeFile>,
+        bias: u64,
+        processes: &mut ProcessTable,
+    ) -> Option<Arc<Interpreter>> {
+        if let Some(interpreter) = &processes.get(key)?.interpreter {
+            return Some(Arc::clone(interpreter));
+        }
+        let interpreter = Arc::new(Interpreter::new(Arc::clone(file), bias));
+        for copy in self.copies.remove(key).unwrap_or_default() {
+            interpreter.read_copy(&copy);
+            self.waiting_copies -= 1;
+        }
+        processes.set_interpreter(key, Arc::clone(&interpreter)).then_some(interpreter)
+    }
+
+    /// Takes copies of the texts of a function, of a process whose samples may come later.
+    pub(super) fn add_copy(&mut self, key: ImageKey, copy: FunctionCopy, processes: &ProcessTable) {
+        if let Some(interpreter) = processes.get(&key).and_then(|process| process.interpreter.as_ref()) {
+            interpreter.read_copy(&copy);
+        } else if self.waiting_copies < MAX_COPIES {
+            self.waiting_copies += 1;
+            self.copies.entry(key).or_default().push(copy);
+        }
+    }
+
+    /// Enters the functions of a sample's list frames, and has those read that are new. `found` is the interpreter of its image,
+    /// and the bias of that.
+    pub(super) fn enter(
+        &mut self,
+        sample: &mut Sample,
+        processes: &mut ProcessTable,
+        found: Option<(&Arc<RuntimeFile>, u64)>,
+    ) {
         let key = ImageKey::of(&sample.subject);
-        let Some(interpreter) = processes.get(&key).and_then(|process| process.interpreter.as_ref()) else {
+        // Frames that were taken by the layout of another interpreter are no use.
+        let found = found.filter(|(file, _)| file.detected.layout == sample.list_layout);
+        let interpreter = found.and_then(|(file, bias)| self.set_interpreter(&key, file, bias, processes));
+        let Some(interpreter) = interpreter else {
+            sample.user.retain(|word| StackWord::is_address(*word));
             return;
         };
         let functions = interpreter.enter(&mut sample.user);
-        if !functions.is_empty() {
-            let interpreter = Arc::clone(interpreter);
+        if !functions.is_empty() && processes.get(&key).is_some_and(Process::is_alive) {
             // If too many wait, these have no name.
             let _ = self.requests.try_send(Request::Name { key, interpreter, functions });
         }
@@ -160,6 +203,8 @@ impl Interpreters {
     /// Forgets images that the process table does not know any more.
     pub(super) fn next_window(&mut self, processes: &ProcessTable) {
         self.processes.retain(|key, _| processes.get(key).is_some());
+        self.copies.retain(|key, _| processes.get(key).is_some());
+        self.waiting_copies = self.copies.values().map(Vec::len).sum();
     }
 
     /// Returns the interpreter of an image, and whether its frames are taken or why not; human-readable. Empty without an
@@ -279,7 +324,8 @@ mod tests {
 
     #[test]
     fn processes_that_do_not_answer_hold_up_no_other() {
-        let detected = Detected { version: (1, 0), version_text: "1.0".into(), addresses: Vec::new() };
+        let detected =
+            Detected { version: (1, 0), version_text: "1.0".into(), addresses: Vec::new(), layout: 0 };
         let file = Arc::new(RuntimeFile { runtime: &Half, detected });
         let mut interpreters = Interpreters::start(|| ()).unwrap();
         let key = |tgid| ImageKey { process: ProcessKey { tgid, start_boottime_ns: 1 }, exec_id: 1 };

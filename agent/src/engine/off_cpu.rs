@@ -95,6 +95,7 @@ mod tests {
             end_code: 0,
             marks: crate::model::StackMarks::default(),
             state: 1,
+            list_layout: 0,
             raw: None,
         }
     }

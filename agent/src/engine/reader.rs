@@ -124,6 +124,9 @@ impl Reader {
                     self.decide_new(&process, &subject, parent, "", with, now);
                 }
             }
+            Event::Function { subject, copy } => {
+                self.unwinding.add_copy(ImageKey::of(&subject), copy, &self.processes);
+            }
             Event::Running { subject, origin } => {
                 self.events.add(now, format!("running {} {}", subject.key, subject.comm));
                 self.discover(subject, origin, with, now);
@@ -228,7 +231,7 @@ impl Reader {
         }
         self.hand_on_changes();
         if sample.raw.is_none() {
-            self.enter_functions(&mut sample);
+            self.unwinding.enter_functions(&mut sample, &mut self.processes);
             self.intake.add(sample);
         } else {
             self.unwinding.push(sample);
@@ -247,18 +250,9 @@ impl Reader {
                 // Without room in the table the sample has no process, which the window says.
                 let _ = self.processes.sampled(&sample.subject, &addresses_of(&sample.user));
                 self.hand_on_changes();
-                self.enter_functions(&mut sample);
+                self.unwinding.enter_functions(&mut sample, &mut self.processes);
                 self.intake.add_own(sample);
             }
-        }
-    }
-
-    /// Enters the functions of a sample's list frames.
-    fn enter_functions(&self, sample: &mut Sample) {
-        if let Some(interpreters) = self.unwinding.interpreters()
-            && sample.user.iter().any(|word| !StackWord::is_address(*word))
-        {
-            interpreters.enter(sample, &self.processes);
         }
     }
 

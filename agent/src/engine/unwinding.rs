@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     kernel::Kernel,
-    model::{Image, ImageKey, Sample, StackEnd},
+    model::{FunctionCopy, Image, ImageKey, Sample, StackEnd, StackWord},
     process::{Process, ProcessTable},
     rules::RuleBook,
     tables::UnwindTables,
@@ -116,8 +116,8 @@ impl Unwinding {
                 write(tables, kernel, process, interpreters.as_deref_mut());
             }
         }
-        let resolved = self.backlog.resolve(tables, processes, Instant::now(), force);
-        for resolved in &resolved {
+        let mut resolved = self.backlog.resolve(tables, processes, Instant::now(), force);
+        for resolved in &mut resolved {
             match resolved {
                 Resolved::Done(key) => {
                     if let Some(process) = live(processes, key) {
@@ -125,7 +125,11 @@ impl Unwinding {
                     }
                 }
                 Resolved::Changes(changes) => self.changed.extend(&changes.changed),
-                Resolved::Sample { .. } => {}
+                Resolved::Sample { sample, former } => {
+                    if let Some(interpreters) = &mut interpreters {
+                        enter(tables, interpreters, sample, former.as_ref(), processes);
+                    }
+                }
             }
         }
         for key in mem::take(&mut self.blocked) {
@@ -147,6 +151,20 @@ impl Unwinding {
         }
     }
 
+    /// Enters the functions of a sample's list frames.
+    pub(super) fn enter_functions(&mut self, sample: &mut Sample, processes: &mut ProcessTable) {
+        if let (Some(tables), Some(interpreters)) = (&self.tables, &mut self.interpreters) {
+            enter(tables, interpreters, sample, None, processes);
+        }
+    }
+
+    /// Takes copies of the texts of a function.
+    pub(super) fn add_copy(&mut self, key: ImageKey, copy: FunctionCopy, processes: &ProcessTable) {
+        if let Some(interpreters) = &mut self.interpreters {
+            interpreters.add_copy(key, copy, processes);
+        }
+    }
+
     /// Takes the mappings of a process out of the kernel.
     pub(super) fn remove(&mut self, kernel: &mut Kernel, tgid: u32) {
         if let Some(tables) = &mut self.tables {
@@ -158,6 +176,22 @@ impl Unwinding {
 
 fn live<'a>(processes: &'a ProcessTable, key: &ImageKey) -> Option<&'a Process> {
     processes.get(key).filter(|process| process.is_alive())
+}
+
+/// Enters the functions of a sample's list frames. The sample was taken of the image `former`, if there is one.
+fn enter(
+    tables: &UnwindTables,
+    interpreters: &mut Interpreters,
+    sample: &mut Sample,
+    former: Option<&Arc<Image>>,
+    processes: &mut ProcessTable,
+) {
+    if sample.user.iter().all(|word| StackWord::is_address(*word)) {
+        return;
+    }
+    let now = processes.get(&ImageKey::of(&sample.subject)).map(|process| Arc::clone(&process.image));
+    let image = former.or(now.as_ref());
+    interpreters.enter(sample, processes, image.and_then(|image| tables.runtime_of(image)));
 }
 
 fn write(

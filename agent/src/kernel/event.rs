@@ -5,8 +5,8 @@ use std::mem::{offset_of, size_of};
 use gannet_bpf::types;
 
 use crate::model::{
-    ExitStatus, FileNumbers, MappingEvent, Origin, ProcessKey, RawUserStack, Sample, SampleKind, StackEnd,
-    StackMarks, Subject,
+    ExitStatus, FileNumbers, FunctionCopy, MappingEvent, Origin, ProcessKey, RawLists, RawUserStack, Sample,
+    SampleKind, StackEnd, StackMarks, Subject,
 };
 
 // From gannet.h; the skeleton carries types, not enumerators.
@@ -15,6 +15,7 @@ const EXEC: u32 = 2;
 const FORK: u32 = 3;
 const EXIT: u32 = 4;
 const RUNNING: u32 = 5;
+const FUNCTION: u32 = 6;
 
 /// One report of the kernel side. Events arrive in the order in which the kernel made them, across all CPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +53,13 @@ pub enum Event {
         /// How it ended.
         status: ExitStatus,
     },
+    /// A function is in a sample that follows, of a process that has just begun.
+    Function {
+        /// The process of the event.
+        subject: Subject,
+        /// The memory that its texts are read from.
+        copy: FunctionCopy,
+    },
     /// A process that was already running when rules came into force, or when it got another name or control group. If no rule
     /// matches it any more, the subject has none.
     Running {
@@ -66,14 +74,15 @@ pub enum Event {
 const RAW_REGISTERS: usize = 33;
 const USER_STACK_RAW: u8 = 10;
 
-/// Reads the words of a raw stack; `None` if there are fewer words than registers.
-fn raw_user_stack(words: &[u64]) -> Option<RawUserStack> {
+/// Reads the words of a raw stack and the list frames behind it; `None` if there are fewer words than registers.
+fn raw_user_stack(words: &[u64], lists: &[u64]) -> Option<RawUserStack> {
     let (head, stack) = words.split_at_checked(RAW_REGISTERS)?;
     let (pc, registers) = head.split_first()?;
     Some(RawUserStack {
         pc: *pc,
         registers: registers.to_vec(),
         stack: stack.iter().flat_map(|word| word.to_ne_bytes()).collect(),
+        lists: RawLists::of_words(lists),
     })
 }
 
@@ -104,6 +113,7 @@ impl Event {
             Self::Exec { subject, .. }
             | Self::Fork { subject, .. }
             | Self::Exit { subject, .. }
+            | Self::Function { subject, .. }
             | Self::Running { subject, .. } => subject.ktime_ns,
         }
     }
@@ -133,9 +143,38 @@ impl Event {
                     _ => Self::Running { subject, origin },
                 })
             }
+            FUNCTION => decode_function(bytes),
             other => Err(DecodeError::Kind(other)),
         }
     }
+}
+
+fn decode_function(bytes: &[u8]) -> Result<Event, DecodeError> {
+    // The last part is only sent as far as it was copied.
+    let lines = offset_of!(types::function_record, lines);
+    let mut whole = bytes.to_vec();
+    if bytes.len() >= lines {
+        whole.resize(bytes.len().max(size_of::<types::function_record>()), 0);
+    }
+    let record: types::function_record = read(&whole, FUNCTION)?;
+    let types::function_record { object_copy, name, file, .. } = &record;
+    let copied = bytes.get(lines..).unwrap_or_default();
+    let texts: [&[u8]; 3] = [name, file, copied];
+    let mut pieces = vec![(record.object, cut(object_copy, record.object_bytes))];
+    pieces.extend(
+        record
+            .at
+            .into_iter()
+            .zip(texts.into_iter().zip(record.bytes))
+            .map(|(at, (text, n))| (at, cut(text, n))),
+    );
+    let copy = FunctionCopy { object: record.object, sum: record.sum, pieces };
+    Ok(Event::Function { subject: Subject::from(&record.event), copy })
+}
+
+/// Returns the first `bytes` of a part.
+fn cut(part: &[u8], bytes: u32) -> Vec<u8> {
+    part[..part.len().min(bytes as usize)].to_vec()
 }
 
 /// The place of a sample among those of its CPU.
@@ -159,7 +198,8 @@ impl SampleNumber {
 fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
     let head: types::sample = read(bytes, SAMPLE)?;
     let (kernel, user) = (usize::from(head.kernel_frames), usize::from(head.user_frames));
-    let needed = size_of::<types::sample>() + (kernel + user) * 8;
+    let lists = usize::from(head.list_words);
+    let needed = size_of::<types::sample>() + (kernel + user + lists) * 8;
     let frames = bytes.get(offset_of!(types::sample, frames)..needed).ok_or(DecodeError::Short {
         kind: SAMPLE,
         needed,
@@ -167,8 +207,10 @@ fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
     })?;
     let mut frames = frames.as_chunks().0.iter().map(|eight| u64::from_ne_bytes(*eight));
     let kernel: Vec<u64> = frames.by_ref().take(kernel).collect();
-    let mut user: Vec<u64> = frames.collect();
-    let raw = if head.user_end == USER_STACK_RAW { raw_user_stack(&std::mem::take(&mut user)) } else { None };
+    let mut user: Vec<u64> = frames.by_ref().take(user).collect();
+    let lists: Vec<u64> = frames.collect();
+    let is_raw = head.user_end == USER_STACK_RAW;
+    let raw = if is_raw { raw_user_stack(&std::mem::take(&mut user), &lists) } else { None };
     Ok(Sample {
         tid: head.event.tid,
         kind: if head.kind == 0 { SampleKind::OnCpu } else { SampleKind::OffCpu },
@@ -178,6 +220,7 @@ fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
         end_code: head.user_end,
         marks: StackMarks { kernel_truncated: head.kernel_truncated != 0, guessed: head.guessed != 0 },
         state: head.state,
+        list_layout: head.list_layout,
         raw,
         end: match head.user_end {
             0 => StackEnd::None,
@@ -227,6 +270,7 @@ trait Plain: Copy {}
 impl Plain for types::lifecycle {}
 impl Plain for types::exec_record {}
 impl Plain for types::sample {}
+impl Plain for types::function_record {}
 
 fn read<T: Plain>(bytes: &[u8], kind: u32) -> Result<T, DecodeError> {
     if bytes.len() < size_of::<T>() {

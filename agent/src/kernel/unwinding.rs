@@ -29,7 +29,7 @@ const _: () = assert!(size_of::<types::unwind_rule>() == size_of::<UnwindRule>()
 const _: () = assert!(size_of::<types::table_line>() == size_of::<CacheLine>());
 const _: () = assert!(size_of::<types::mapping>() == 3 * 8 + 4 * 4);
 const _: () = assert!(size_of::<types::unwind_table>() == 8 + 4 * 4);
-const _: () = assert!(size_of::<types::list_frames>() == 8 + 2 * 4 + 8 + 4 * 4 + 8 + 4 + 10 + 2 + 8);
+const _: () = assert!(size_of::<types::list_frames>() == 8 + 2 * 4 + 8 + 4 * 4 + 8 + 2 * 4 + 23 + 1);
 const _: () = assert!(size_of::<types::image>() == 8 + 2 * 4 + 8);
 
 impl MapValue for types::mapping {}
@@ -379,6 +379,13 @@ impl Kernel {
             end_value,
             end,
             position_is_address: layout.position_is_address.into(),
+            self_offset: layout.self_offset,
+            layout: layout.number,
+            object_bytes: layout.texts.object_bytes,
+            text: layout.texts.texts.map(|(word, _, _)| word),
+            text_length: layout.texts.length,
+            text_header: layout.texts.texts.map(|(_, header, _)| header),
+            text_shift: layout.texts.texts.map(|(_, _, shift)| shift),
             ..Default::default()
         };
         self.skeleton

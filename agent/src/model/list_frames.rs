@@ -4,6 +4,8 @@
 const FUNCTION: u64 = 8;
 /// Tag of a word: a sum over that object, and the position in the function.
 const POSITION: u64 = 9;
+/// Tag of a word behind a raw stack: a run ends.
+const RUN_END: u64 = 10;
 const TAG_SHIFT: u32 = 60;
 /// The number of the object's bits, or of an index that replaces it.
 const FUNCTION_MASK: u64 = (1 << TAG_SHIFT) - 1;
@@ -57,6 +59,66 @@ impl StackWord {
     }
 }
 
+/// The list frames of a thread whose stack was taken raw.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RawLists {
+    /// An address within the native frame of the newest run; 0 if it is not known.
+    pub newest_native: u64,
+    /// The runs, newest first.
+    pub runs: Vec<ListRun>,
+}
+
+/// The list frames that one native frame stands for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ListRun {
+    /// Two words for each frame, newest first.
+    pub words: Vec<u64>,
+    /// An address within the native frame; 0 if it is not known.
+    pub native: u64,
+}
+
+impl RawLists {
+    /// Reads the words behind a raw stack; `None` if there are none.
+    pub(crate) fn of_words(words: &[u64]) -> Option<Self> {
+        let (newest_native, words) = words.split_first()?;
+        let mut runs = vec![ListRun::default()];
+        for word in words {
+            if word >> TAG_SHIFT == RUN_END {
+                if let Some(run) = runs.last_mut() {
+                    run.native = word & FUNCTION_MASK;
+                }
+                runs.push(ListRun::default());
+            } else if let Some(run) = runs.last_mut() {
+                run.words.push(*word);
+            }
+        }
+        // Behind the last end stands nothing, unless the list could not be read to its end.
+        runs.pop_if(|run| run.words.is_empty());
+        Some(Self { newest_native: *newest_native, runs })
+    }
+
+    /// Takes the next run, if it is that of a native frame from stack pointer `low` up to its address `high`.
+    pub(crate) fn take_run(&mut self, low: u64, high: u64) -> Option<ListRun> {
+        let holds = |address: u64| address == 0 || (low..high).contains(&address);
+        if !holds(self.newest_native) || !holds(self.runs.first()?.native) {
+            return None;
+        }
+        self.newest_native = 0;
+        Some(self.runs.remove(0))
+    }
+}
+
+/// Copies of the memory that holds the texts of a function, made while its process ran.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FunctionCopy {
+    /// Address of the function's object.
+    pub object: u64,
+    /// The sum over it.
+    pub sum: u32,
+    /// Addresses and what was there: the object and its texts.
+    pub pieces: Vec<(u64, Vec<u8>)>,
+}
+
 /// The way to the frames of an interpreter in one process: `struct list_frames` of gannet.h without its image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ListLayout {
@@ -82,6 +144,25 @@ pub(crate) struct ListLayout {
     pub(crate) end: ListEnd,
     /// Offset and number of the words of the function's object that the sum is over.
     pub(crate) sum: (u32, u8),
+    /// The number of this layout among those of all runtimes, from 1 on.
+    pub(crate) number: u8,
+    /// Offset of the word that is the thread pointer, in the object that `thread_offset` leads to; 0 for none. Other processes of
+    /// the same executable are checked by it.
+    pub(crate) self_offset: i32,
+    /// The way to the texts of functions.
+    pub(crate) texts: TextLayout,
+}
+
+/// The way from the object of a function to its texts, which the BPF programs copy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct TextLayout {
+    /// Bytes of the object that the texts need; 0 if there are no texts to copy.
+    pub(crate) object_bytes: u8,
+    /// Name, file and line table: number of the word of the object that leads there, bytes in front of the text, and the number
+    /// of bits by which the length is shifted to get bytes.
+    pub(crate) texts: [(u8, u8, u8); 3],
+    /// Number of the word of a text that is its length.
+    pub(crate) length: u8,
 }
 
 /// How a run of list frames ends.
@@ -115,6 +196,26 @@ mod tests {
         for address in [0, 0x7fff_ffff_ffff, (1 << 56) - 1, 0xffff_ffff_ff60_0000, u64::MAX] {
             assert_eq!(StackWord::decode(address), StackWord::Address(address));
         }
+    }
+
+    #[test]
+    fn a_run_belongs_to_the_native_frame_that_holds_its_address() {
+        let function = StackWord::Function(7).encode();
+        let position = StackWord::Position { sum: 1, position: 2 }.encode();
+        let end = |native: u64| RUN_END << TAG_SHIFT | native;
+        let words =
+            [0x110, function, position, end(0x118), function, position, end(0x218), function, position];
+        let mut lists = RawLists::of_words(&words).unwrap();
+        assert_eq!(lists.runs.len(), 3);
+        assert_eq!(lists.take_run(0x80, 0x100), None, "the newest run is that of a caller");
+        assert_eq!(lists.take_run(0x100, 0x118), None, "the end is in another frame");
+        assert_eq!(lists.take_run(0x100, 0x120).unwrap().words, [function, position]);
+        assert_eq!(lists.take_run(0x120, 0x200), None);
+        assert_eq!(lists.take_run(0x200, 0x220).unwrap().native, 0x218);
+        // The list could not be read further.
+        assert_eq!(lists.take_run(0x300, 0x320).unwrap().native, 0);
+        assert_eq!(lists.take_run(0x400, 0x420), None);
+        assert_eq!(RawLists::of_words(&[]), None);
     }
 
     proptest! {

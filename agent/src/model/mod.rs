@@ -18,7 +18,8 @@ pub use host::online_cpus;
 pub use image::{Image, Mapping, MappingEvent, MappingKind, NewMapping};
 pub use kernel_symbols::{KernelSymbolChange, KernelSymbolLog, KernelSymbolPosition, KernelSymbolRange};
 pub use key::{ImageKey, ParseKeyError, ProcessKey};
-pub(crate) use list_frames::{ListEnd, ListLayout, StackWord, sum_words};
+pub use list_frames::{FunctionCopy, ListRun, RawLists};
+pub(crate) use list_frames::{ListEnd, ListLayout, StackWord, TextLayout, sum_words};
 pub(crate) use mapped_file::reopen;
 pub use mapped_file::{FileId, MappedFile};
 pub use sample::{

@@ -1,6 +1,6 @@
 //! Samples, and the process that an event is about.
 
-use super::{ImageKey, ProcessKey};
+use super::{ImageKey, ProcessKey, RawLists};
 
 /// The process and the image that an event is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,6 +118,8 @@ pub struct Sample {
     pub marks: StackMarks,
     /// Of an off-CPU sample: the low bits of the state in which the thread slept.
     pub state: u8,
+    /// The number of the layout by which its list frames were taken; 0 if it has none.
+    pub list_layout: u8,
     /// The input for an unwinder in user space, if the kernel side could not unwind; `user` is empty then.
     pub raw: Option<RawUserStack>,
 }
@@ -139,4 +141,6 @@ pub struct RawUserStack {
     pub registers: Vec<u64>,
     /// Memory from the stack pointer upwards, as far as it could be read.
     pub stack: Vec<u8>,
+    /// The list frames of the thread.
+    pub lists: Option<RawLists>,
 }

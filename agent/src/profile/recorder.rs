@@ -134,6 +134,7 @@ mod tests {
             end_code: 1,
             marks: crate::model::StackMarks::default(),
             state: 0,
+            list_layout: 0,
             raw: None,
         }
     }

@@ -349,8 +349,20 @@ fn wanted_parts(stacks: Vec<RawStack>, rule: &RuleTag) -> Vec<RawStack> {
 
 /// Counts a sample among others of its image. Returns whether its stack is a new one.
 fn tally(stacks: &mut Stacks, sample: Sample, pre_trigger: bool) -> bool {
-    let Sample { subject, tid, kind, value_ns, kernel, user, end, end_code: _, marks, state, raw: _ } =
-        sample;
+    let Sample {
+        subject,
+        tid,
+        kind,
+        value_ns,
+        kernel,
+        user,
+        end,
+        end_code: _,
+        marks,
+        state,
+        list_layout: _,
+        raw: _,
+    } = sample;
     let stack = Stack {
         kind,
         period_ns: if kind == SampleKind::OnCpu { value_ns } else { 0 },
@@ -470,6 +482,7 @@ mod tests {
             end_code: 1,
             marks: StackMarks { kernel_truncated: true, guessed: true },
             state: 0,
+            list_layout: 0,
             raw: None,
         }
     }

@@ -4,14 +4,14 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
 use parking_lot::Mutex;
 
 use super::{FunctionText, RuntimeFile, WhyNot};
-use crate::model::StackWord;
+use crate::model::{FunctionCopy, StackWord};
 
 /// Functions of one process that get a name. Programs that make functions without end get no names beyond.
 const MAX_FUNCTIONS: usize = 16_384;
@@ -56,6 +56,8 @@ pub(crate) struct ListFunction {
     pub(crate) sum: u32,
     /// Its texts, or why there are none; unset while it was not read yet.
     pub(crate) text: OnceLock<Result<FunctionText, WhyNot>>,
+    /// The thread that reads processes has been asked for its texts.
+    is_requested: AtomicBool,
 }
 
 impl Interpreter {
@@ -63,8 +65,22 @@ impl Interpreter {
         Self { file, bias, functions: Mutex::default(), bytes: AtomicUsize::new(0) }
     }
 
+    /// Reads the texts of a function from copies of its memory.
+    pub(crate) fn read_copy(&self, copy: &FunctionCopy) {
+        let number = self.functions.lock().number(copy.object, copy.sum);
+        let Some(function) = self.function(number.into()).filter(|function| function.text.get().is_none())
+        else {
+            return;
+        };
+        let read = self.file.runtime.read_function(&self.file, self.bias, copy.object, copy.sum, copy);
+        // What is not whole in the copies may be read from the process.
+        if read.is_ok() {
+            self.set_text(&function, read);
+        }
+    }
+
     /// Replaces the object of each list frame by the number of its function, which holds as long as the process. Returns the
-    /// functions that were not entered before: the caller reads their texts.
+    /// functions that have no texts and were not returned before: the caller reads their texts.
     pub(crate) fn enter(&self, stack: &mut [u64]) -> Vec<Arc<ListFunction>> {
         let mut new = Vec::new();
         let mut functions = self.functions.lock();
@@ -74,8 +90,13 @@ impl Interpreter {
                 Some(StackWord::Position { sum, .. }) => sum,
                 _ => 0,
             };
-            let number = functions.number(object, sum, &mut new);
+            let number = functions.number(object, sum);
             stack[at] = StackWord::Function(number.into()).encode();
+            let function =
+                functions.all.get(number as usize).filter(|function| function.text.get().is_none());
+            new.extend(
+                function.filter(|function| !function.is_requested.swap(true, Ordering::Relaxed)).cloned(),
+            );
         }
         new
     }
@@ -112,18 +133,17 @@ impl Drop for Interpreter {
 
 impl Functions {
     /// Returns the number of a function; the number of no function if there are too many.
-    fn number(&mut self, object: u64, sum: u32, new: &mut Vec<Arc<ListFunction>>) -> u32 {
+    fn number(&mut self, object: u64, sum: u32) -> u32 {
         if let Some(number) = self.numbers.get(&(object, sum)) {
             return *number;
         }
         if self.all.len() >= MAX_FUNCTIONS {
             return u32::MAX;
         }
-        let function = Arc::new(ListFunction { object, sum, text: OnceLock::new() });
+        let is_requested = AtomicBool::new(false);
         let number = self.all.len() as u32;
-        self.all.push(Arc::clone(&function));
+        self.all.push(Arc::new(ListFunction { object, sum, text: OnceLock::new(), is_requested }));
         self.numbers.insert((object, sum), number);
-        new.push(function);
         number
     }
 }
@@ -134,7 +154,8 @@ mod tests {
     use crate::runtimes::{Detected, python};
 
     fn interpreter() -> Interpreter {
-        let detected = Detected { version: (3, 11), version_text: "3.11".into(), addresses: Vec::new() };
+        let detected =
+            Detected { version: (3, 11), version_text: "3.11".into(), addresses: Vec::new(), layout: 11 };
         Interpreter::new(Arc::new(RuntimeFile { runtime: &python::Python, detected }), 0)
     }
 

@@ -3,6 +3,7 @@
 use std::io::IoSliceMut;
 
 use super::WhyNot;
+use crate::model::FunctionCopy;
 
 /// Memory of a process, or of a test.
 pub(crate) trait Memory {
@@ -25,6 +26,16 @@ impl dyn Memory + '_ {
     pub(super) fn bytes(&self, address: u64, length: usize) -> Result<Vec<u8>, WhyNot> {
         let mut bytes = vec![0; length];
         if self.read(address, &mut bytes) { Ok(bytes) } else { Err(WhyNot::Unreadable) }
+    }
+}
+
+impl Memory for FunctionCopy {
+    fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
+        let part = self.pieces.iter().find_map(|(start, piece)| {
+            let from = usize::try_from(address.checked_sub(*start)?).ok()?;
+            piece.get(from..from.checked_add(bytes.len())?)
+        });
+        part.map(|part| bytes.copy_from_slice(part)).is_some()
     }
 }
 

@@ -69,6 +69,8 @@ pub(crate) struct Detected {
     pub(crate) version_text: String,
     /// Addresses in the file; their meaning is the runtime's.
     pub(crate) addresses: Vec<u64>,
+    /// The number of its [`ListLayout`], unique among all runtimes; 0 without one.
+    pub(crate) layout: u8,
 }
 
 /// An interpreter in a file.

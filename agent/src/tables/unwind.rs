@@ -6,14 +6,14 @@ use gannet_elf::Arch;
 use gannet_unwind::{
     format::dwarf_register,
     table::UnwindTable,
-    unwind::{TableSource, ThreadSnapshot, UnwindEnd, unwind_stack},
+    unwind::{TableSource, ThreadSnapshot, UnwindEnd, UnwindFrame, unwind_stack},
 };
 
 use super::{
     UnwindTables,
     files::{FileTables, MappingTable},
 };
-use crate::model::{Image, MappedFile, MappingKind, RawUserStack, Sample, StackEnd};
+use crate::model::{Image, MappedFile, MappingKind, RawLists, RawUserStack, Sample, StackEnd};
 
 /// The limit of the kernel side.
 const MAX_FRAMES: usize = 512;
@@ -91,7 +91,7 @@ impl UnwindTables {
                 guessed: sample.marks.guessed,
             };
         };
-        let RawUserStack { pc, registers, stack } = raw;
+        let RawUserStack { pc, registers, stack, lists } = raw;
         let arch = if cfg!(target_arch = "aarch64") { Arch::Aarch64 } else { Arch::X86_64 };
         let stack_pointer = usize::from(dwarf_register::stack_pointer(arch));
         let stack_start = registers.get(stack_pointer).copied().unwrap_or(0);
@@ -99,11 +99,12 @@ impl UnwindTables {
         let source = ImageTables { files: &self.files, image, missing: RefCell::new(None) };
         let unwound = unwind_stack(&snapshot, &source, MAX_FRAMES);
         let guessed = unwound.frames.iter().any(|frame| frame.guessed);
-        let frames = unwound.frames.iter().enumerate().map(|(depth, frame)| {
-            // The kernel side reports frames in this form too: callers are looked up one byte back.
-            if frame.exact && depth > 0 { frame.pc.wrapping_add(1) } else { frame.pc }
-        });
+        // Lists that were taken by the layout of another interpreter are no use.
+        let layout = self.runtime_of(image).map(|(file, _)| file.detected.layout);
+        let lists = lists.as_ref().filter(|_| layout == Some(sample.list_layout));
+        let (frames, is_cut) = with_lists(&unwound.frames, lists.cloned().unwrap_or_default());
         let (end, unknown) = match unwound.end {
+            _ if is_cut => (StackEnd::Truncated, None),
             UnwindEnd::Complete => (StackEnd::Complete, None),
             // Or the copy ends before the stack does, or the stack continues elsewhere, below a signal handler.
             UnwindEnd::Truncated | UnwindEnd::StackMissing { .. } => (StackEnd::Truncated, None),
@@ -117,6 +118,25 @@ impl UnwindTables {
             | UnwindEnd::NoProgress => (StackEnd::Broken, None),
         };
         let missing = source.missing.into_inner();
-        UnwoundSample { frames: frames.collect(), end, unknown, missing, guessed }
+        UnwoundSample { frames, end, unknown, missing, guessed }
     }
+}
+
+/// Puts list frames in front of the native frames that stand for them. Returns the words of the stack, and whether frames
+/// beyond the limit were left out.
+fn with_lists(frames: &[UnwindFrame], mut lists: RawLists) -> (Vec<u64>, bool) {
+    let (mut words, mut depth) = (Vec::with_capacity(frames.len()), 0);
+    for (index, frame) in frames.iter().enumerate() {
+        let run = frame.list.and_then(|(low, high)| lists.take_run(low, high)).unwrap_or_default();
+        let listed = run.words.len() / 2;
+        if depth + listed + 1 > MAX_FRAMES {
+            words.extend(run.words.into_iter().take(2 * (MAX_FRAMES - depth)));
+            return (words, true);
+        }
+        words.extend(run.words);
+        // The kernel side reports frames in this form too: callers are looked up one byte back.
+        words.push(if frame.exact && index > 0 { frame.pc.wrapping_add(1) } else { frame.pc });
+        depth += listed + 1;
+    }
+    (words, false)
 }

@@ -3,7 +3,7 @@
 //! interpreters, with `:` between them.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     env,
     io::{BufRead as _, BufReader},
     process::{Command, Stdio},
@@ -95,7 +95,7 @@ while True:
 /// The native function that runs Python code.
 const LOOP: &str = "_PyEval_EvalFrameDefault";
 
-/// One sampled stack: `FUNCTION LINE` for a Python frame, `|` for a frame of the loop, leaf first.
+/// One sampled stack: `FUNCTION LINE` for a Python frame, empty if it has no name, `|` for a frame of the loop, leaf first.
 fn python_frames(profile: &Profile, file: &str) -> Vec<(Vec<String>, u64)> {
     let text = |index: i64| profile.string_table[index as usize].as_str();
     let functions: HashMap<u64, _> =
@@ -103,10 +103,11 @@ fn python_frames(profile: &Profile, file: &str) -> Vec<(Vec<String>, u64)> {
     let mappings: HashMap<u64, &str> =
         profile.mapping.iter().map(|mapping| (mapping.id, text(mapping.filename))).collect();
     let frame = |location: &Location| -> Option<String> {
-        let line = location.line.first()?;
+        let is_python = mappings.get(&location.mapping_id) == Some(&"[cpython]");
+        let Some(line) = location.line.first() else { return is_python.then(String::new) };
         let function = functions[&line.function_id];
         let name = text(function.name);
-        if mappings.get(&location.mapping_id) == Some(&"[cpython]") {
+        if is_python {
             let name = name.to_owned();
             return Some(if text(function.filename) == file {
                 format!("{name} {}", line.line)
@@ -234,6 +235,71 @@ fn check_python(python: &str) {
     assert!(seen.iter().all(|count| *count >= 10), "{seen:?} of {:?}", printed.keys());
     // The first samples come before the unwind table is built.
     assert!(without * 5 <= all, "{without} of {all} without Python frames");
+}
+
+/// Starts processes of the interpreter in its first argument, one after another, each of which works for 50 ms.
+const SHORT_LIVES: &str = r#"
+import subprocess, sys
+WORK = """
+import time
+def inner(end):
+    n = 0
+    while time.perf_counter() < end:
+        n += 1
+    return n
+def outer():
+    return [inner(end) for end in [time.perf_counter() + 0.05]]
+outer()
+"""
+while True:
+    subprocess.run([sys.argv[1], "-c", WORK])
+"#;
+
+/// Checks that processes of 50 ms have the names of their functions, with lines, from their first sample on: they end before the
+/// agent can read their memory.
+#[test]
+fn python_processes_of_50_ms_keep_their_names() {
+    let pythons = env::var(PYTHONS).unwrap_or_else(|_| SYSTEM_PYTHON.to_owned());
+    for python in pythons.split(':') {
+        let storm = Running::start(Command::new(SYSTEM_PYTHON).args(["-c", SHORT_LIVES, python]));
+        let recording = record_for(8, 199, &["--pid", &storm.0.id().to_string()]);
+        drop(storm);
+        let profile = &recording.profile;
+        let pids = profile.sample.iter().filter_map(|sample| {
+            sample.label.iter().find(|label| profile.string_table[label.key as usize] == "pid")
+        });
+        let processes = pids.map(|label| label.num).collect::<HashSet<_>>().len();
+        let (mut named, mut lines, mut working, mut all) = (0, 0, 0, 0);
+        let mut odd: BTreeMap<Vec<String>, u64> = BTreeMap::new();
+        for (stack, count) in python_frames(profile, "<string>") {
+            // Before its first instruction of Python a process has no frame of the loop.
+            if !stack.iter().any(|frame| frame == "|") {
+                continue;
+            }
+            all += count;
+            let is_named = stack
+                .iter()
+                .zip(std::iter::once(&stack[0]).chain(&stack))
+                .all(|(frame, before)| !frame.is_empty() && (frame != "|" || before != "|"));
+            if is_named {
+                named += count;
+            } else {
+                *odd.entry(stack.clone()).or_default() += count;
+            }
+            if stack[0].starts_with("inner ") {
+                working += count;
+                let outer = stack.iter().any(|frame| frame == "outer 9");
+                let module = stack.iter().any(|frame| frame == "<module> 10");
+                lines +=
+                    if outer && module && ["inner 5", "inner 6"].contains(&&*stack[0]) { count } else { 0 };
+            }
+        }
+        let log = &recording.log;
+        eprintln!("{python}: {named} named of {all}, {lines} with lines of {working}; {processes} processes");
+        assert!(processes > 20 && all > 200, "{processes} processes, {all} samples\n{log}");
+        assert!(named * 100 >= all * 95, "{named} named of {all} in {processes} processes: {odd:#?}\n{log}");
+        assert!(working * 2 > all && lines * 100 >= working * 99, "{lines} with lines of {working} of {all}");
+    }
 }
 
 /// Looks like CPython 3.11, but nothing ever answers a read of its interpreter: a userfaultfd handles that memory.

@@ -92,6 +92,7 @@ fn tgid_of(event: &Event) -> u32 {
         Event::Exec { subject, .. }
         | Event::Fork { subject, .. }
         | Event::Exit { subject, .. }
+        | Event::Function { subject, .. }
         | Event::Running { subject, .. } => subject.key.tgid,
     }
 }

@@ -12,6 +12,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 /* No program reads these: they bring the types to the agent. */
 const volatile struct lifecycle type_of_lifecycle;
 const volatile struct exec_record type_of_exec_record;
+const volatile struct function_record type_of_function_record;
 
 /* A tick of a CPU clock, on kernels with bpf_loop. */
 SEC("perf_event")
@@ -23,6 +24,8 @@ int on_tick(struct bpf_perf_event_data *ctx)
 	if (!scratch)
 		return 0;
 	unwind_by_loop(scratch, 2 * MAX_USER_FRAMES);
+	if (goes_on_raw(counters, scratch))
+		unwind_by_loop(scratch, RAW_LIST_WORDS);
 	finish_tick(counters, scratch);
 	return 0;
 }
@@ -60,7 +63,7 @@ int unwind_tick_chain(struct bpf_perf_event_data *ctx)
 	if (!counters || !scratch)
 		return 0;
 	/* If the kernel refuses the call, the sample has the frames so far. */
-	if (unwind_link(scratch))
+	if (unwind_link(scratch) || goes_on_raw(counters, scratch))
 		bpf_tail_call(ctx, &tick_chain, 0);
 	finish_tick(counters, scratch);
 	return 0;

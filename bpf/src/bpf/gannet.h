@@ -28,7 +28,9 @@ _Static_assert(MAX_KERNEL_FRAMES + MAX_FP_FRAMES + 2 <= OFF_CPU_FRAMES, "the ker
 #define RAW_STACK_PAGES 6
 #define RAW_STACK_WORDS (RAW_STACK_PAGES * 4096 / 8)
 #define RAW_WORDS (RAW_REGISTERS + RAW_STACK_WORDS)
-#define FRAME_SLOTS (MAX_KERNEL_FRAMES + 1 + RAW_WORDS)
+/* Words of list frames behind a raw stack. */
+#define RAW_LIST_WORDS 512
+#define FRAME_SLOTS (MAX_KERNEL_FRAMES + 1 + RAW_WORDS + RAW_LIST_WORDS)
 _Static_assert(MAX_USER_FRAMES < RAW_WORDS && MAX_FP_FRAMES < RAW_WORDS, "the larger one sizes the buffer");
 /* The kernel allows 33 tail calls in a chain. */
 #define CHAIN_CALLS 29
@@ -273,6 +275,8 @@ enum list_word {
 	LIST_FUNCTION = 8,
 	/* 28 bits of a sum over the object, by which another one at its address differs; 32 bits of the position. */
 	LIST_POSITION = 9,
+	/* Behind a raw stack: a run ends. An address within its native frame; 0: not known. */
+	LIST_RUN_END = 10,
 };
 #define LIST_TAG_SHIFT 60
 #define LIST_SUM_SHIFT 32
@@ -282,6 +286,8 @@ enum list_word {
 /* Words that are read of a list frame, and of the object of its function. */
 #define LIST_FRAME_WORDS 16
 #define LIST_SUM_WORDS 12
+/* Objects that the object of a function leads to and that hold its texts: name, file, table of lines. */
+#define LIST_TEXTS 3
 
 enum list_end {
 	/* The marked frame is the last one of its run. */
@@ -307,6 +313,8 @@ struct list_frames {
 	u64 function_mask;
 	/* Of the function's object: where the sum begins. */
 	u32 sum_offset;
+	/* The word that `thread_offset` leads to is an object that holds the thread pointer here; 0: that is not checked. */
+	s32 self_offset;
 	u8 sum_words;
 	/* The word that this step leads to lies in the native frame of the newest run; 0: not known. */
 	u8 native_step;
@@ -321,8 +329,21 @@ struct list_frames {
 	u8 end;
 	/* The position is an address, and counts from the function's object. */
 	u8 position_is_address;
-	u8 reserved[6];
+	/* The agent's number of this description, which samples carry. */
+	u8 layout;
+	/* It is in `file_lists`. Writer: the programs. */
+	u8 is_shared;
+	/* Bytes of the function's object that its texts need; 0: the programs copy no texts. */
+	u8 object_bytes;
+	/* Words of the object that lead to its texts, and the word of each text that is its length. */
+	u8 text[LIST_TEXTS];
+	u8 text_length;
+	/* Bytes of a text: header + (length << shift). */
+	u8 text_header[LIST_TEXTS];
+	u8 text_shift[LIST_TEXTS];
+	u8 reserved[1];
 };
+_Static_assert(sizeof(struct list_frames) == 80, "no padding: the agent writes these bytes");
 
 enum cgroup_hierarchy {
 	CGROUP_V2 = 0,
@@ -337,6 +358,8 @@ enum event_kind {
 	EVENT_EXIT = 4,
 	/* A process that already ran when rules began or ceased to match it. */
 	EVENT_RUNNING = 5,
+	/* Copies of the texts of a function. */
+	EVENT_FUNCTION = 6,
 };
 
 struct event {
@@ -395,12 +418,41 @@ struct sample {
 	u8 state;
 	/* A frame was found by frame pointer, though no table said so. */
 	u8 guessed;
-	u8 reserved[3];
+	/* The description by which list frames were taken; 0: there are none. */
+	u8 list_layout;
+	/* Of a raw stack: words of list frames behind it. The first one is `run_native` of struct unwind_state. */
+	u16 list_words;
 	/* The CPU that sent it, and that CPU's `counters.sent` before it: a jump shows the agent that a record is missing. */
 	u32 cpu;
 	u64 sequence;
-	/* kernel_frames, then user_frames; leaf first. */
+	/* kernel_frames, then user_frames, then list_words; leaf first. */
 	u64 frames[];
+};
+
+/* Functions of one sample whose texts the programs copy; they copy others with a later sample. */
+#define MAX_NEW_FUNCTIONS 16
+/* Processes younger than this have the texts of their functions copied: the agent may come too late to read them. */
+#define YOUNG_NS 1000000000ULL
+#define FUNCTION_OBJECT_BYTES 192
+#define FUNCTION_NAME_BYTES 256
+#define FUNCTION_FILE_BYTES 384
+#define FUNCTION_LINES_BYTES 2048
+
+/* The texts of a function. Copies are cut where they do not fit, or cannot be read. */
+struct function_record {
+	struct event event;
+	u64 object;
+	u32 sum;
+	u32 object_bytes;
+	/* Addresses of the texts, and bytes that were copied of each. */
+	u64 at[LIST_TEXTS];
+	u32 bytes[LIST_TEXTS];
+	u32 reserved;
+	u8 object_copy[FUNCTION_OBJECT_BYTES];
+	u8 name[FUNCTION_NAME_BYTES];
+	u8 file[FUNCTION_FILE_BYTES];
+	/* Last, because only the copied part is sent. */
+	u8 lines[FUNCTION_LINES_BYTES];
 };
 
 struct lifecycle {

@@ -147,8 +147,11 @@ struct css_set {
 	struct cgroup *dfl_cgrp;
 };
 
+struct file;
+
 struct mm_struct {
 	unsigned long end_code, arg_start;
+	struct file *exe_file;
 };
 
 struct super_block {
@@ -157,6 +160,7 @@ struct super_block {
 
 struct inode {
 	u64 i_ino;
+	s64 i_size;
 	struct super_block *i_sb;
 	u32 i_generation;
 };

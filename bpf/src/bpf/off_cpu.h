@@ -143,7 +143,8 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 		store_block(counters, scratch);
 		return NULL;
 	}
-	begin_unwind(&scratch->unwind, tgid, image);
+	begin_lists(&scratch->unwind, tgid, now.start_boottime, now.exec_id, false);
+	begin_unwind(&scratch->unwind, image);
 	scratch->chain_calls = 0;
 	return scratch;
 }

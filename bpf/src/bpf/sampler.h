@@ -112,6 +112,8 @@ ALWAYS_INLINE void begin_sample(struct sample *sample, u8 kind, u64 rules, u64 v
 	sample->state = 0;
 	sample->value_ns = value_ns;
 	sample->guessed = 0;
+	sample->list_layout = 0;
+	sample->list_words = 0;
 	sample->user_frames = 0;
 	sample->user_end = USER_STACK_NONE;
 }
@@ -223,12 +225,36 @@ ALWAYS_INLINE u64 sum_function(struct unwind_state *unwind, u64 function)
 	return sum & ((1ULL << LIST_SUM_BITS) - 1);
 }
 
+/* Notes a function of a young process whose texts are not copied yet. */
+ALWAYS_INLINE void note_function(struct unwind_state *unwind, u64 object, u32 sum)
+{
+	struct function_key key = {
+		.object = object,
+		.start_boottime = unwind->start_boottime,
+		.tgid = unwind->tgid,
+		.exec_id = unwind->exec_id,
+		.sum = sum,
+	};
+	u64 number = unwind->new_functions;
+	u32 yes = 1;
+
+	if (!unwind->how.object_bytes || number >= MAX_NEW_FUNCTIONS || bpf_map_lookup_elem(&copied_functions, &key))
+		return;
+	/* If this fails, the texts are copied more than once. */
+	bpf_map_update_elem(&copied_functions, &key, &yes, BPF_ANY);
+	unwind->new_functions = number + 1;
+	barrier_var(number);
+	number %= MAX_NEW_FUNCTIONS;
+	unwind->new_function[number].object = object;
+	unwind->new_function[number].sum = sum;
+}
+
 /* Takes one frame of the open run. */
 ALWAYS_INLINE void take_list_frame(struct sample_scratch *scratch, u64 slot)
 {
 	struct unwind_state *unwind = &scratch->unwind;
 	struct list_frames *how = &unwind->how;
-	u64 bytes = how->words * sizeof(u64), at = unwind->list, function, position;
+	u64 bytes = how->words * sizeof(u64), at = unwind->list, function, position, sum;
 	bool is_end;
 
 	barrier_var(bytes);
@@ -241,7 +267,11 @@ ALWAYS_INLINE void take_list_frame(struct sample_scratch *scratch, u64 slot)
 	is_end = how->end == LIST_END_EACH ||
 		 ((u8 *)unwind->list_words)[how->end_byte % sizeof(unwind->list_words)] == how->end_value;
 	if (is_end && how->end == LIST_END_NATIVE) {
-		if (at < unwind->run_low || at >= unwind->run_high) {
+		if (unwind->raw) {
+			scratch->frames[slot] =
+				(u64)LIST_RUN_END << LIST_TAG_SHIFT | (at & ((1ULL << LIST_TAG_SHIFT) - 1));
+			unwind->frames++;
+		} else if (at < unwind->run_low || at >= unwind->run_high) {
 			/* The run is that of a caller. */
 			unwind->frames = unwind->run_frames;
 			unwind->depth = unwind->run_depth;
@@ -253,33 +283,41 @@ ALWAYS_INLINE void take_list_frame(struct sample_scratch *scratch, u64 slot)
 	position = unwind->list_words[how->position % LIST_FRAME_WORDS];
 	if (how->position_is_address)
 		position -= function;
+	sum = sum_function(unwind, function);
 	scratch->frames[slot] = (u64)LIST_FUNCTION << LIST_TAG_SHIFT | (function & ((1ULL << LIST_TAG_SHIFT) - 1));
-	scratch->frames[slot + 1] =
-		(u64)LIST_POSITION << LIST_TAG_SHIFT | sum_function(unwind, function) << LIST_SUM_SHIFT | (u32)position;
+	scratch->frames[slot + 1] = (u64)LIST_POSITION << LIST_TAG_SHIFT | sum << LIST_SUM_SHIFT | (u32)position;
 	unwind->frames += 2;
 	unwind->depth++;
+	if (unwind->young)
+		note_function(unwind, function, sum);
 	if (!is_end && unwind->list)
 		return;
+	if (is_end && unwind->raw) {
+		scratch->frames[slot + 2] = (u64)LIST_RUN_END << LIST_TAG_SHIFT;
+		unwind->frames++;
+	}
 over:
-	unwind->run_open = 0;
+	/* Behind a raw stack stand all runs. */
+	unwind->run_open = unwind->raw && unwind->list;
 	unwind->run_over = 1;
 }
 
-/* Unwinds one frame. False: the stack is at its end. */
+/* Unwinds one frame, or takes one list frame. False: the stack is at its end. */
 ALWAYS_INLINE bool unwind_frame(struct sample_scratch *scratch, struct rule_cache *cache)
 {
 	struct unwind_state *unwind = &scratch->unwind;
-	u64 slot = scratch->sample.kernel_frames + unwind->frames;
+	u64 slot = scratch->sample.kernel_frames + scratch->sample.user_frames + unwind->frames;
 	bool more;
 
 	barrier_var(slot);
-	if (slot >= FRAME_SLOTS - 1 || unwind->depth >= MAX_USER_FRAMES) {
+	if (slot >= FRAME_SLOTS - 2 || unwind->depth >= MAX_USER_FRAMES ||
+	    (unwind->raw && unwind->frames >= RAW_LIST_WORDS - 2)) {
 		unwind->end = USER_STACK_TRUNCATED;
 		return false;
 	}
 	if (unwind->run_open) {
 		take_list_frame(scratch, slot);
-		return true;
+		return unwind->run_open || !unwind->raw;
 	}
 	/* The agent names a caller one byte back, at its call; a frame that a signal interrupted has made no call. */
 	scratch->frames[slot] = unwind->pc + (unwind->exact && unwind->frames);
@@ -293,6 +331,34 @@ ALWAYS_INLINE bool unwind_frame(struct sample_scratch *scratch, struct rule_cach
 	unwind->frames++;
 	unwind->depth++;
 	return more;
+}
+
+/*
+ * Takes the stack raw, and begins with its list frames: the agent puts them between the native ones. True: there are some,
+ * which unwind_frame takes.
+ */
+ALWAYS_INLINE bool begin_raw(struct counters *counters, struct sample_scratch *scratch)
+{
+	struct unwind_state *unwind = &scratch->unwind;
+	u64 slot;
+
+	counters->raw++;
+	scratch->sample.user_frames = 0;
+	scratch->sample.guessed = 0;
+	take_raw(scratch);
+	unwind->raw = 1;
+	unwind->run_open = 0;
+	unwind->frames = 0;
+	unwind->depth = 0;
+	read_list_head(unwind);
+	slot = scratch->sample.kernel_frames + scratch->sample.user_frames;
+	barrier_var(slot);
+	if (!unwind->list || slot >= FRAME_SLOTS)
+		return false;
+	scratch->frames[slot] = unwind->run_native;
+	unwind->frames = 1;
+	unwind->run_open = 1;
+	return true;
 }
 
 struct frame_context {
@@ -334,6 +400,11 @@ ALWAYS_INLINE bool unwind_link(struct sample_scratch *scratch)
 /* Writes the unwound user stack into the sample. */
 ALWAYS_INLINE void end_unwind(struct sample_scratch *scratch)
 {
+	scratch->sample.list_layout = scratch->unwind.how.layout;
+	if (scratch->unwind.raw) {
+		scratch->sample.list_words = scratch->unwind.frames;
+		return;
+	}
 	scratch->sample.user_frames = scratch->unwind.frames;
 	scratch->sample.user_end = scratch->unwind.end;
 	scratch->sample.guessed = scratch->unwind.guessed;
@@ -357,7 +428,7 @@ ALWAYS_INLINE void end_sample(struct counters *counters, u64 *counter, u64 rules
 ALWAYS_INLINE void send_sample(struct counters *counters, struct sample *record, u64 max, bool wake)
 {
 	u64 rules = record->event.rules;
-	u64 size = sizeof(*record) + (record->kernel_frames + record->user_frames) * sizeof(u64);
+	u64 size = sizeof(*record) + (record->kernel_frames + record->user_frames + record->list_words) * sizeof(u64);
 	u64 fill = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA);
 	u64 flags = wake || fill >= settings.ring_wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
 
@@ -368,6 +439,87 @@ ALWAYS_INLINE void send_sample(struct counters *counters, struct sample *record,
 		end_sample(counters, &counters->lost_ring_full, rules);
 	else
 		end_sample(counters, &counters->sent, rules);
+}
+
+/* Where the programs build a record of a function. Writer and reader: the sampling programs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct function_record);
+} function_scratch SEC(".maps");
+
+/* Copies up to `max` bytes of a text. Returns the bytes that it copied. */
+ALWAYS_INLINE u32 copy_text(void *to, u64 max, const struct list_frames *how, u32 text, u64 at)
+{
+	u64 length = 0, bytes;
+
+	if (!read_user(&length, at + how->text_length * sizeof(u64)))
+		return 0;
+	if (length > max)
+		length = max;
+	bytes = how->text_header[text] + (length << (how->text_shift[text] & 3));
+	if (bytes > max)
+		bytes = max;
+	barrier_var(bytes);
+	if (bytes <= max && !bpf_probe_read_user(to, bytes, (void *)at))
+		return bytes;
+	/* The text is near the end of memory, and the shift too large for it. */
+	bytes = how->text_header[text] + length;
+	if (bytes > max)
+		bytes = max;
+	barrier_var(bytes);
+	if (bytes <= max && !bpf_probe_read_user(to, bytes, (void *)at))
+		return bytes;
+	return 0;
+}
+
+/* Copies the texts of one function of a young process into the ring buffer, before the first sample that has it. */
+ALWAYS_INLINE void send_function(struct sample_scratch *scratch, u32 number, struct function_record *record)
+{
+	struct list_frames *how = &scratch->unwind.how;
+	u64 object = scratch->unwind.new_function[number % MAX_NEW_FUNCTIONS].object, size;
+	u64 bytes = how->object_bytes, fill = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA);
+
+	record->event = scratch->sample.event;
+	record->event.kind = EVENT_FUNCTION;
+	record->object = object;
+	record->sum = scratch->unwind.new_function[number % MAX_NEW_FUNCTIONS].sum;
+	barrier_var(bytes);
+	if (bytes > sizeof(record->object_copy) || bpf_probe_read_user(record->object_copy, bytes, (void *)object))
+		return;
+	record->object_bytes = bytes;
+	for (u32 i = 0; i < LIST_TEXTS; i++) {
+		u64 word = how->text[i];
+
+		barrier_var(word);
+		if (word >= FUNCTION_OBJECT_BYTES / sizeof(u64))
+			return;
+		record->at[i] = ((u64 *)record->object_copy)[word];
+	}
+	record->bytes[0] = copy_text(record->name, sizeof(record->name), how, 0, record->at[0]);
+	record->bytes[1] = copy_text(record->file, sizeof(record->file), how, 1, record->at[1]);
+	record->bytes[2] = copy_text(record->lines, sizeof(record->lines), how, 2, record->at[2]);
+	size = record->bytes[2];
+	barrier_var(size);
+	if (size > sizeof(record->lines) || fill + sizeof(*record) > settings.ring_sample_limit)
+		return;
+	bpf_ringbuf_output(&events, record, __builtin_offsetof(struct function_record, lines) + size, BPF_RB_NO_WAKEUP);
+}
+
+ALWAYS_INLINE void send_functions(struct sample_scratch *scratch)
+{
+	u32 zero = 0;
+	struct function_record *record;
+
+	if (!scratch->unwind.new_functions)
+		return;
+	record = bpf_map_lookup_elem(&function_scratch, &zero);
+	for (u32 i = 0; record && i < MAX_NEW_FUNCTIONS; i++) {
+		if (i >= scratch->unwind.new_functions)
+			break;
+		send_function(scratch, i, record);
+	}
 }
 
 ALWAYS_INLINE void send_tick(struct counters *counters, struct sample_scratch *scratch)
@@ -463,39 +615,43 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 		send_tick(counters, scratch);
 		return NULL;
 	}
+	begin_lists(&scratch->unwind, tgid, now.start_boottime, now.exec_id,
+		    scratch->sample.event.ktime - now.start_boottime < YOUNG_NS);
+	scratch->chain_calls = 0;
 	image = image_of(tgid, &now);
 	if (!image) {
 		/* An execve that is not reported yet may still have the former image's registers. */
-		if (OF_USER_MODE(&ctx->regs) || !proc || proc->start_boottime != now.start_boottime ||
-		    proc->exec_id == now.exec_id) {
-			counters->raw++;
-			take_raw(scratch);
-		}
+		if ((OF_USER_MODE(&ctx->regs) || !proc || proc->start_boottime != now.start_boottime ||
+		     proc->exec_id == now.exec_id) &&
+		    begin_raw(counters, scratch))
+			return scratch;
 		send_tick(counters, scratch);
 		return NULL;
 	}
-	begin_unwind(&scratch->unwind, tgid, image);
-	scratch->chain_calls = 0;
+	begin_unwind(&scratch->unwind, image);
 	return scratch;
+}
+
+/*
+ * Takes the stack raw if it reaches a library that the agent does not know yet, or a table that it has evicted. The agent must
+ * inspect the process now: after its exit, no source could say what was mapped there. True: unwind_frame takes the list
+ * frames.
+ */
+ALWAYS_INLINE bool goes_on_raw(struct counters *counters, struct sample_scratch *scratch)
+{
+	u8 end = scratch->unwind.end;
+
+	if (scratch->unwind.raw || (end != USER_STACK_NO_MAPPING && end != USER_STACK_NO_TABLE))
+		return false;
+	scratch->wake = 1;
+	return begin_raw(counters, scratch);
 }
 
 /* Does what is left to do once the stack is unwound. */
 ALWAYS_INLINE void finish_tick(struct counters *counters, struct sample_scratch *scratch)
 {
-	u8 end = scratch->unwind.end;
-
 	end_unwind(scratch);
-	if (end == USER_STACK_NO_MAPPING || end == USER_STACK_NO_TABLE) {
-		/*
-		 * A library that the agent does not know yet, or a table that it has evicted. The agent must inspect the
-		 * process now: after its exit, no source could say what was mapped there.
-		 */
-		scratch->wake = 1;
-		scratch->sample.user_frames = 0;
-		scratch->sample.guessed = 0;
-		counters->raw++;
-		take_raw(scratch);
-	}
+	send_functions(scratch);
 	send_tick(counters, scratch);
 }
 

@@ -65,6 +65,54 @@ struct {
 	__type(value, struct list_frames);
 } list_frames SEC(".maps");
 
+struct file_list_key {
+	u64 inode;
+	u64 size;
+};
+
+/*
+ * The same by executable: where list frames are in one process of it they are in the next one too, which need not wait for the
+ * agent. The key has no device, because each container has its own for the files of one image; self_offset shows whether the
+ * description fits a process. Writer and reader: the programs. Size: the different interpreters of a node.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 256);
+	__type(key, struct file_list_key);
+	__type(value, struct list_frames);
+} file_lists SEC(".maps");
+
+/* file_lists is not empty. */
+u32 has_file_lists;
+
+/* A function of one image of a process. */
+struct function_key {
+	u64 object;
+	u64 start_boottime;
+	u32 tgid;
+	u32 exec_id;
+	u32 sum;
+	u32 reserved;
+};
+
+/*
+ * Functions of young processes whose texts are copied. Writer and reader: the programs. Size: some twenty functions of each
+ * process that begins within a second; those of an evicted one are copied again.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct function_key);
+	__type(value, u32);
+} copied_functions SEC(".maps");
+
+/* A function whose texts are to be copied. */
+struct new_function {
+	u64 object;
+	u32 sum;
+	u32 reserved;
+};
+
 /* The stack is read in chunks, since each read costs as much as the rest of a step. */
 #define CHUNK_BYTES 512
 #define CHUNK_WORDS (CHUNK_BYTES / sizeof(u64))
@@ -119,6 +167,12 @@ struct unwind_state {
 	struct list_frames how;
 	u64 list_words[LIST_FRAME_WORDS];
 	u64 sum_words[LIST_SUM_WORDS];
+	/* The stack was taken raw: all runs are taken, one behind the other. */
+	u8 raw;
+	/* The process is young: texts of its functions are copied. */
+	u8 young;
+	u32 new_functions;
+	struct new_function new_function[MAX_NEW_FUNCTIONS];
 };
 
 /* The rule that holds at an address of a process. */
@@ -153,12 +207,27 @@ ALWAYS_INLINE struct rule_cache *this_cpu_rule_cache(void)
 	return bpf_map_lookup_elem(&rule_cache, &zero);
 }
 
+/* Prepares for the list frames of an image, whether the stack is unwound or taken raw. */
+ALWAYS_INLINE void begin_lists(struct unwind_state *unwind, u32 tgid, u64 start_boottime, u32 exec_id, bool young)
+{
+	unwind->tgid = tgid;
+	unwind->start_boottime = start_boottime;
+	unwind->exec_id = exec_id;
+	unwind->how.layout = 0;
+	unwind->list = 0;
+	unwind->list_read = 0;
+	unwind->run_open = 0;
+	unwind->run_over = 0;
+	unwind->raw = 0;
+	unwind->young = young;
+	unwind->new_functions = 0;
+}
+
 /* Prepares for the first frame; read_registers has filled in where the thread is. */
-ALWAYS_INLINE void begin_unwind(struct unwind_state *unwind, u32 tgid, const struct image *image)
+ALWAYS_INLINE void begin_unwind(struct unwind_state *unwind, const struct image *image)
 {
 	unwind->mapping.begin = 0;
 	unwind->mapping.end = 0;
-	unwind->tgid = tgid;
 	unwind->epoch = image->epoch;
 	unwind->chunk_bytes = 0;
 	unwind->frames = 0;
@@ -169,12 +238,6 @@ ALWAYS_INLINE void begin_unwind(struct unwind_state *unwind, u32 tgid, const str
 	unwind->rbx_lost = 0;
 	unwind->guessed = 0;
 	unwind->depth = 0;
-	unwind->exec_id = image->exec_id;
-	unwind->start_boottime = image->start_boottime;
-	unwind->list = 0;
-	unwind->list_read = 0;
-	unwind->run_open = 0;
-	unwind->run_over = 0;
 }
 
 #if defined(__TARGET_ARCH_x86)
@@ -466,25 +529,64 @@ ALWAYS_INLINE u64 thread_pointer(void)
 #endif
 }
 
+/* Returns the file that a process executes, as far as containers share it. */
+ALWAYS_INLINE bool read_file_key(struct file_list_key *key)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	struct inode *inode = BPF_CORE_READ(task, mm, exe_file, f_inode);
+
+	if (!inode)
+		return false;
+	key->inode = BPF_CORE_READ(inode, i_ino);
+	key->size = BPF_CORE_READ(inode, i_size);
+	return true;
+}
+
+/* Finds out how the thread's list frames are taken: by its process, or else by the file that this executes. */
+ALWAYS_INLINE bool find_list_frames(struct unwind_state *unwind)
+{
+	struct list_frames *how = bpf_map_lookup_elem(&list_frames, &unwind->tgid);
+	struct file_list_key key;
+
+	if (how && how->start_boottime == unwind->start_boottime && how->exec_id == unwind->exec_id) {
+		unwind->how = *how;
+		if (!how->is_shared && read_file_key(&key)) {
+			/* If this fails, the next process of the file waits for the agent. */
+			bpf_map_update_elem(&file_lists, &key, how, BPF_ANY);
+			has_file_lists = 1;
+			how->is_shared = 1;
+		}
+		unwind->how.self_offset = 0;
+		return true;
+	}
+	if (!has_file_lists || !read_file_key(&key))
+		return false;
+	how = bpf_map_lookup_elem(&file_lists, &key);
+	if (!how || !how->self_offset)
+		return false;
+	unwind->how = *how;
+	return true;
+}
+
 /* Finds the newest list frame of the thread. */
 ALWAYS_INLINE void read_list_head(struct unwind_state *unwind)
 {
-	struct list_frames *how = bpf_map_lookup_elem(&list_frames, &unwind->tgid);
-	u64 at;
+	u64 at, self = thread_pointer(), found;
 
 	unwind->list_read = 1;
-	if (!how || how->start_boottime != unwind->start_boottime || how->exec_id != unwind->exec_id)
-		return;
-	unwind->how = *how;
 	unwind->run_native = 0;
-	if (!read_user(&at, thread_pointer() + how->thread_offset))
+	if (!find_list_frames(unwind))
+		return;
+	if (!read_user(&at, self + unwind->how.thread_offset))
+		return;
+	if (unwind->how.self_offset && (!at || !read_user(&found, at + unwind->how.self_offset) || found != self))
 		return;
 	for (u32 i = 0; i < LIST_STEPS; i++) {
-		if (i >= how->steps)
+		if (i >= unwind->how.steps)
 			break;
-		if (!at || !read_user(&at, at + how->step[i]))
+		if (!at || !read_user(&at, at + unwind->how.step[i]))
 			return;
-		if (i + 1 == how->native_step)
+		if (i + 1 == unwind->how.native_step)
 			unwind->run_native = at;
 	}
 	unwind->list = at;

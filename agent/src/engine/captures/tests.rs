@@ -65,6 +65,7 @@ fn sample(tgid: u32, rules: u64) -> Sample {
         end_code: 0,
         marks: crate::model::StackMarks::default(),
         state: 0,
+        list_layout: 0,
         raw: None,
     }
 }

@@ -13,7 +13,7 @@ use super::{
     Detected, FunctionText, Memory, Runtime, RuntimeFile, WhyNot,
     memory::{half, word},
 };
-use crate::model::{ListLayout, sum_words};
+use crate::model::{ListLayout, TextLayout, sum_words};
 
 /// The function that runs the instructions of Python functions.
 pub(super) const LOOP: &str = "_PyEval_EvalFrameDefault";
@@ -38,6 +38,8 @@ const SPECIFIC_BYTES: usize = 32 * 16;
 /// Bytes of a name or path.
 const MAX_TEXT_CHARS: u64 = 512;
 const MAX_LINE_TABLE: u64 = 64 << 10;
+/// Bytes of a line table that the BPF programs copy at least, if it has more.
+const COPIED_LINES: usize = 2048 - 32;
 /// Bytes that are read of a code object.
 const CODE_BYTES: usize = 144;
 
@@ -76,7 +78,8 @@ impl Runtime for Python {
             let version = version_of_path(path)?;
             (version, format!("{}.{}", version.0, version.1))
         };
-        has_loop.then_some(Detected { version, version_text, addresses })
+        // One layout for each minor version.
+        has_loop.then_some(Detected { version, version_text, addresses, layout: version.1 })
     }
 
     fn attach(&self, file: &RuntimeFile, bias: u64, memory: &dyn Memory) -> Result<ListLayout, WhyNot> {
@@ -103,6 +106,15 @@ impl Runtime for Python {
             next: layout.previous,
             end,
             sum: fixed,
+            number: file.detected.layout,
+            self_offset: layout.thread_id as i32,
+            texts: TextLayout {
+                object_bytes: CODE_BYTES as u8,
+                // Strings are long by one to four bytes a character, lines by one.
+                texts: [(layout.name, 72, 2), (layout.file_name, 72, 2), (layout.line_table, 32, 0)]
+                    .map(|(offset, header, shift)| ((offset / 8) as u8, header, shift)),
+                length: 2,
+            },
         })
     }
 
@@ -229,10 +241,11 @@ fn text(memory: &dyn Memory, object: u64, layout: &Layout) -> Result<String, Why
     Ok(chars.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect())
 }
 
-/// Reads a bytes object.
+/// Reads a bytes object. Of a copy that is not whole it reads the part that is there, which has the lines of the first positions.
 fn line_table(memory: &dyn Memory, object: u64) -> Result<Vec<u8>, WhyNot> {
-    let length = memory.u64(object.wrapping_add(16))?.min(MAX_LINE_TABLE);
-    memory.bytes(object.wrapping_add(32), length as usize)
+    let length = memory.u64(object.wrapping_add(16))?.min(MAX_LINE_TABLE) as usize;
+    let at = object.wrapping_add(32);
+    memory.bytes(at, length).or_else(|_| memory.bytes(at, length.min(COPIED_LINES)))
 }
 
 #[cfg(test)]
@@ -260,7 +273,12 @@ mod tests {
     }
 
     fn file(version: (u8, u8)) -> RuntimeFile {
-        let detected = Detected { version, version_text: String::new(), addresses: vec![0x1000, 0x2000] };
+        let detected = Detected {
+            version,
+            version_text: String::new(),
+            addresses: vec![0x1000, 0x2000],
+            layout: version.1,
+        };
         RuntimeFile { runtime: &Python, detected }
     }
 
