@@ -56,8 +56,17 @@ pub(crate) struct ListFunction {
     pub(crate) sum: u32,
     /// Its texts, or why there are none; unset while it was not read yet.
     pub(crate) text: OnceLock<Result<FunctionText, WhyNot>>,
+    /// The texts but the table of lines, from copies of its memory.
+    without_lines: OnceLock<FunctionText>,
     /// The thread that reads processes has been asked for its texts.
     is_requested: AtomicBool,
+}
+
+impl ListFunction {
+    /// Returns its texts, if they could be read.
+    pub(crate) fn texts(&self) -> Option<&FunctionText> {
+        self.text.get().and_then(|text| text.as_ref().ok()).or_else(|| self.without_lines.get())
+    }
 }
 
 impl Interpreter {
@@ -73,9 +82,11 @@ impl Interpreter {
             return;
         };
         let read = self.file.runtime.read_function(&self.file, self.bias, copy.object, copy.sum, copy);
-        // What is not whole in the copies may be read from the process.
-        if read.is_ok() {
-            self.set_text(&function, read);
+        match read {
+            // Its page was not in memory. The process may still live.
+            Ok(text) if text.lines.is_empty() => drop(function.without_lines.set(text)),
+            Ok(text) => self.set_text(&function, Ok(text)),
+            Err(_) => {}
         }
     }
 
@@ -142,7 +153,8 @@ impl Functions {
         }
         let is_requested = AtomicBool::new(false);
         let number = self.all.len() as u32;
-        self.all.push(Arc::new(ListFunction { object, sum, text: OnceLock::new(), is_requested }));
+        let (text, without_lines) = (OnceLock::new(), OnceLock::new());
+        self.all.push(Arc::new(ListFunction { object, sum, text, without_lines, is_requested }));
         self.numbers.insert((object, sum), number);
         number
     }

@@ -9,6 +9,11 @@ use crate::model::FunctionCopy;
 pub(crate) trait Memory {
     /// Fills `bytes` from an address. False: not all of it can be read.
     fn read(&self, address: u64, bytes: &mut [u8]) -> bool;
+
+    /// Reports whether it has parts of a process's memory only: a table of lines may be missing there.
+    fn is_partial(&self) -> bool {
+        false
+    }
 }
 
 impl dyn Memory + '_ {
@@ -36,6 +41,10 @@ impl Memory for FunctionCopy {
             piece.get(from..from.checked_add(bytes.len())?)
         });
         part.map(|part| bytes.copy_from_slice(part)).is_some()
+    }
+
+    fn is_partial(&self) -> bool {
+        true
     }
 }
 

@@ -228,7 +228,7 @@ impl ProfileNamer {
         let file = interpreter.file.runtime.mapping();
         let mapping = Some(builder.mapping(Mapping { start: 0, limit: 0, offset: 0, file, build_id: "" }));
         let function = interpreter.function(number);
-        let text = function.as_ref().and_then(|function| function.text.get()?.as_ref().ok());
+        let text = function.as_ref().and_then(|function| function.texts());
         let counter = if text.is_some() { &self.stats.named } else { &self.stats.unnamed };
         counter.fetch_add(1, Ordering::Relaxed);
         let line = text.map(|text| Line {

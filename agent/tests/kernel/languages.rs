@@ -11,7 +11,7 @@ use std::{
 
 use gannet_proto::profiles::{Location, Profile};
 
-use crate::common::{Running, program, record_for};
+use crate::common::{Running, program, record_for, slower};
 
 const SYSTEM_PYTHON: &str = "/usr/bin/python3";
 /// Says which interpreters to test: paths with `:` between them.
@@ -297,7 +297,12 @@ fn python_processes_of_50_ms_keep_their_names() {
         let log = &recording.log;
         eprintln!("{python}: {named} named of {all}, {lines} with lines of {working}; {processes} processes");
         assert!(processes > 20 && all > 200, "{processes} processes, {all} samples\n{log}");
-        assert!(named * 100 >= all * 95, "{named} named of {all} in {processes} processes: {odd:#?}\n{log}");
+        // On an emulated machine these processes take seconds.
+        let least = if slower() > 1 { 85 } else { 95 };
+        assert!(
+            named * 100 >= all * least,
+            "{named} named of {all} in {processes} processes: {odd:#?}\n{log}"
+        );
         assert!(working * 2 > all && lines * 100 >= working * 99, "{lines} with lines of {working} of {all}");
     }
 }

@@ -218,6 +218,7 @@ fn sample(tid: u32, rules: u64) -> Sample {
         end_code: 1,
         marks: StackMarks::default(),
         state: 0,
+        list_layout: 0,
         raw: None,
     }
 }

@@ -24,6 +24,7 @@ pub fn python(bytes: &[u8]) {
         version: (3, 6 + minor % 10),
         version_text: String::new(),
         addresses: vec![AT, code_type],
+        layout: 1,
     };
     let file = RuntimeFile { runtime: &Python, detected };
     let memory = || Hostile::new(bytes, (kind & 1 == 1).then_some(AT));
@@ -44,8 +45,12 @@ pub fn python(bytes: &[u8]) {
 /// Finds the lines of all instructions in a table of lines.
 pub fn python_lines(bytes: &[u8]) {
     let Some(([minor, first @ ..], lines)) = bytes.split_first_chunk::<5>() else { return };
-    let detected =
-        Detected { version: (3, 8 + minor % 6), version_text: String::new(), addresses: Vec::new() };
+    let detected = Detected {
+        version: (3, 8 + minor % 6),
+        version_text: String::new(),
+        addresses: Vec::new(),
+        layout: 8 + minor % 6,
+    };
     let file = RuntimeFile { runtime: &Python, detected };
     let function = FunctionText {
         first_line: u32::from_ne_bytes(*first),

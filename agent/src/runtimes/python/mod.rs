@@ -139,7 +139,10 @@ impl Runtime for Python {
             name: text(memory, word(&code, layout.name), layout)?,
             file: text(memory, word(&code, layout.file_name), layout)?,
             first_line: half(&code, layout.first_line),
-            lines: line_table(memory, word(&code, layout.line_table))?,
+            lines: match line_table(memory, word(&code, layout.line_table)) {
+                Err(_) if memory.is_partial() => Vec::new(),
+                lines => lines?,
+            },
         })
     }
 
