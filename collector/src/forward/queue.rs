@@ -26,6 +26,8 @@ const MAX_PART_SAMPLES: usize = 16_000;
 const MAX_LABELS: usize = 30;
 /// Age of the oldest window that Pyroscope ingests.
 const MAX_AGE_MS: u64 = 3600 * 1000;
+/// A small profile may inflate to this size: the stacks of one program are alike, and compress well.
+const MIN_INFLATED_BYTES: usize = 64 << 20;
 /// Bytes of a ledger in a header: all reasons fit.
 const MAX_LEDGER_BYTES: usize = 1024;
 /// Concurrent transmissions to one target.
@@ -111,7 +113,7 @@ impl Sender {
     /// Sends one profile in as many parts as it needs. Counts it as forwarded or lost.
     async fn forward(&self, item: ForwardItem) {
         let ForwardItem { id, labels, pprof, start_ms } = item;
-        let max_inflated = pprof.len().saturating_mul(MAX_INFLATION).max(1 << 20);
+        let max_inflated = pprof.len().saturating_mul(MAX_INFLATION).max(MIN_INFLATED_BYTES);
         let split = tokio::task::spawn_blocking(move || {
             let profile = pprof::decode(&pprof, max_inflated)?;
             let (name, ledger) = (profile_name(&profile), ledger_of(&profile));
