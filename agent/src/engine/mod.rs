@@ -134,7 +134,7 @@ pub struct Window {
     pub start: SystemTime,
     /// How long it was open, by the monotonic clock.
     pub duration: Duration,
-    /// The samples of this window: taken = delivered + lost.
+    /// The samples of this window. What it took and neither delivered nor lost is unaccounted.
     pub ledger: Ledger,
     /// One profile for each series, rule, kind and rate.
     pub profiles: Vec<SeriesProfile>,

@@ -170,6 +170,40 @@ fn stacks_go_on_under_assembly_without_frames() {
     }
 }
 
+/// Checks the mark of frames that were guessed: code without a file calls a function by frame pointer, in one program of two.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn frames_found_by_frame_pointer_alone_are_marked() {
+    let of = |name: &str, call: &str| {
+        let source = format!(
+            r#"#include <string.h>
+            #include <sys/mman.h>
+            volatile unsigned long n;
+            __attribute__((noinline)) void called_leaf(void) {{ for (long i = 0; i < 1000000; i++) n += i; }}
+            int main(void) {{
+              unsigned char code[] = {{0x55, 0x48, 0x89, 0xe5, 0xff, 0xd7, 0x5d, 0xc3}};
+              void *at = mmap(0, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+              memcpy(at, code, sizeof code);
+              for (;;) {call};
+            }}"#
+        );
+        let running = started(&program(name, &source, &[]), &[]);
+        let recording = record_for(2, 499, &["--pid", &running.0.id().to_string()]);
+        assert_complete(&recording, "called_leaf", &[name, "main", "called_leaf"]);
+        let profile = &recording.profile;
+        let text = |at: i64| profile.string_table[at as usize].as_str();
+        let is_guessed = |sample: &&gannet_proto::profiles::Sample| {
+            sample.label.iter().any(|label| (text(label.key), text(label.str)) == ("unwinding", "guessed"))
+        };
+        let marked: i64 = profile.sample.iter().filter(is_guessed).map(|sample| sample.value[0]).sum();
+        (marked as u64, recording.delivered)
+    };
+    let (marked, all) = of("by_pointer", "((void (*)(void (*)(void)))at)(called_leaf)");
+    assert!(marked * 100 >= all * 95, "{marked} of {all} are marked");
+    let (marked, all) = of("by_tables", "called_leaf()");
+    assert!(marked * 100 <= all, "{marked} of {all} are marked");
+}
+
 #[test]
 fn a_library_above_20_000_mappings_has_names() {
     let program = program("many_mappings", MANY_MAPPINGS, &[]);
