@@ -92,6 +92,8 @@ impl<'a> TableBuilder<'a> {
         at_most(TableQuantity::SpanBytes, limits.span_bytes, span)?;
         let granules = span.div_ceil(GRANULE_BYTES);
         at_most(TableQuantity::SpanBytes, u64::from(u32::MAX), granules)?;
+        // The last granule ends behind `end`, and a table read from the cache must end before the address space does.
+        base.checked_add(granules << GRANULE_SHIFT).ok_or(TableBuilderError::OutOfOrder { vaddr: end })?;
         let directory_lines = granules.div_ceil(WORDS_PER_LINE as u64);
         at_most(TableQuantity::Lines, MAX_LINES as u64, directory_lines)?;
         let directory_lines = directory_lines as usize;
@@ -309,6 +311,16 @@ mod tests {
         }
         let after = rows.partition_point(|(pc, _)| *pc <= vaddr);
         after.checked_sub(1).map_or(UnwindRule::NONE, |last| rows[last].1)
+    }
+
+    #[test]
+    fn no_table_reaches_over_the_end_of_the_address_space() {
+        let limits = TableLimits::default();
+        let new = |end| TableBuilder::new(Arch::X86_64, 0_u64.wrapping_sub(0x2000), end, &limits);
+        assert!(new(u64::MAX - GRANULE_BYTES).is_ok());
+        for end in [u64::MAX - GRANULE_BYTES + 2, u64::MAX] {
+            assert_eq!(new(end).err(), Some(TableBuilderError::OutOfOrder { vaddr: end }));
+        }
     }
 
     #[track_caller]
