@@ -176,7 +176,7 @@ fn stacks_go_on_under_assembly_without_frames() {
 fn frames_found_by_frame_pointer_alone_are_marked() {
     let of = |name: &str, call: &str| {
         let source = format!(
-            r#"#include <string.h>
+            r"#include <string.h>
             #include <sys/mman.h>
             volatile unsigned long n;
             __attribute__((noinline)) void called_leaf(void) {{ for (long i = 0; i < 1000000; i++) n += i; }}
@@ -185,7 +185,7 @@ fn frames_found_by_frame_pointer_alone_are_marked() {
               void *at = mmap(0, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
               memcpy(at, code, sizeof code);
               for (;;) {call};
-            }}"#
+            }}"
         );
         let running = started(&program(name, &source, &[]), &[]);
         let recording = record_for(2, 499, &["--pid", &running.0.id().to_string()]);
