@@ -94,6 +94,10 @@ impl Daemon {
         Self::get(self.page, path)
     }
 
+    pub(crate) fn metrics(&self) -> String {
+        Self::get(self.probes, "/metrics")
+    }
+
     fn log(&self) -> String {
         String::from_utf8_lossy(&fs::read(self.directory.path().join("log")).unwrap()).into_owned()
     }

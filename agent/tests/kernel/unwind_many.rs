@@ -21,7 +21,10 @@ use gannet_proto::{
     rules::Caps,
 };
 
-use crate::common::{Running, program, slower};
+use crate::{
+    common::{Running, idle_functions, program, slower},
+    daemon::Daemon,
+};
 
 /// An engine, and the windows that it finished.
 struct Machine {
@@ -167,6 +170,51 @@ fn every_tick_that_hits_one_of_many_processes_is_a_whole_stack() {
         }
     }
     assert!(all >= 20 && in_library * 4 > all, "{in_library} in a library, of {all}");
+}
+
+/// Checks a node whose tables do not fit: 600 libraries and one with much unwind data in 100 processes, 128 KiB for tables. The
+/// daemon goes on with complete stacks and a quiet log.
+#[test]
+fn six_hundred_libraries_in_little_room_have_complete_stacks() {
+    let directory = tempfile::tempdir().unwrap();
+    let library = program("crowd-lib.so", LIBRARY, &["-shared", "-fPIC"]);
+    let original = fs::read(library).unwrap();
+    let mut libraries: Vec<_> = (0..600).map(|n| directory.path().join(format!("crowd-{n}.so"))).collect();
+    for (number, path) in libraries.iter().enumerate() {
+        // Another length makes another content.
+        fs::write(path, [original.as_slice(), &vec![0; number + 1]].concat()).unwrap();
+    }
+    let large = format!("{}{LIBRARY}", idle_functions(200_000));
+    libraries.push(program("crowd-large.so", &large, &["-shared", "-fPIC"]));
+    let source = "#include <dlfcn.h>\n#include <sys/prctl.h>\n#include <unistd.h>\nvolatile long sink;\n\
+        int main(int c, char **v) { static long (*f[1024])(long); int n = 0, me = 0;\n\
+        for (int i = 1; i < c; i++) { void *l = dlopen(v[i], RTLD_NOW); if (!l) return 1; f[n++] = (long (*)(long))dlsym(l, \"enter\"); }\n\
+        for (int i = 1; i < 100; i++) if (!fork()) { prctl(PR_SET_PDEATHSIG, 9); me = i; break; }\n\
+        for (long i = me * 7;; i++) { sink += f[i % n](1000000); usleep(200000); } }\n";
+    let crowd = program("crowd", source, &["-ldl"]);
+    let daemon = Daemon::start(&["--table-bytes", "128KiB"]);
+    daemon.set_rules("rules:\n- id: crowd\n  match: {comm: [crowd]}\n  capture: {hz: 99}\n");
+    let running = quietly(Command::new(&crowd).args(&libraries));
+    let ends = || {
+        let text = daemon.metrics();
+        let of = |end: &str| {
+            let name = format!("gannet_agent_sampler_stacks_total{{end=\"{end}\"}} ");
+            text.lines().find_map(|line| line.strip_prefix(&name)?.parse::<f64>().ok()).unwrap_or_default()
+        };
+        ["complete", "broken", "truncated", "guessed"].map(of)
+    };
+    daemon.wait_for("samples", || ends()[0] > 100.0);
+    std::thread::sleep(Duration::from_secs(4) * slower());
+    let settled = ends();
+    daemon.wait_for("more samples", || ends()[0] > settled[0] + 150.0);
+    let last = ends();
+    let new: Vec<f64> = last.iter().zip(settled).map(|(last, before)| last - before).collect();
+    assert!(new[1..].iter().sum::<f64>() * 100.0 < new[0], "complete, broken, truncated, guessed: {new:?}");
+    drop(running);
+    let log = daemon.end();
+    let loud: Vec<&str> =
+        log.lines().filter(|line| line.contains(" WARN ") || line.contains(" ERROR ")).collect();
+    assert!(loud.len() < 20, "{loud:#?}");
 }
 
 /// Checks the eviction of tables under load (R49).
