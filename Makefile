@@ -1,7 +1,7 @@
 # Each target calls a script in scripts/. A script installs its packages (Debian 12 and 13, Ubuntu 24.04), prints its steps,
 # exits with one line where it cannot work, and can be run again.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz mutants bench kernels image e2e clean
+.PHONY: help demo test lint fuzz mutants bench kernels languages image e2e clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -29,6 +29,9 @@ kernels: ## test the agent on kernels 5.10, 6.1, 6.12 and 7.2 (KERNELS="6.1 7.2"
 
 image: ## build the container images of agent and collector (needs no Docker)
 	@scripts/image
+
+languages: ## test the stacks of Python 3.11, 3.13 and 3.14 (LANGUAGES="trixie" for some; root, Debian)
+	@scripts/languages
 
 bench: ## measure the cost of the agent next to perf (root)
 	@scripts/bench

@@ -1,11 +1,13 @@
 //! Frames of interpreters: a program prints its own stack and spins, and the sampled stack must be the same, lines included.
-//! Needs root, a kernel with BTF, and `/usr/bin/python3`, CPython 3.8 to 3.13. `GANNET_TEST_PYTHONS` names other
-//! interpreters, with `:` between them.
+//! Needs root, a kernel with BTF, and `/usr/bin/python3`, CPython 3.8 to 3.14. `GANNET_TEST_PYTHONS` names other
+//! interpreters, with `:` between them. In `ROOT/./PATH` ROOT is the interpreter's root directory: it runs there, in a mount
+//! namespace of its own.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     env,
     io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -95,6 +97,14 @@ while True:
 /// The native function that runs Python code.
 const LOOP: &str = "_PyEval_EvalFrameDefault";
 
+/// Returns an interpreter's root directory, and its command.
+fn command_of(python: &str) -> (PathBuf, Vec<&str>) {
+    match python.split_once("/./") {
+        Some((root, path)) => (root.into(), vec!["unshare", "--mount", "chroot", root, path]),
+        None => ("/".into(), vec![python]),
+    }
+}
+
 /// One sampled stack: `FUNCTION LINE` for a Python frame, empty if it has no name, `|` for a frame of the loop, leaf first.
 fn python_frames(profile: &Profile, file: &str) -> Vec<(Vec<String>, u64)> {
     let text = |index: i64| profile.string_table[index as usize].as_str();
@@ -173,10 +183,13 @@ fn python_stacks_are_those_that_the_program_printed() {
 
 #[track_caller]
 fn check_python(python: &str) {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("app.py");
-    std::fs::write(&path, PYTHON.replace("\\u00e4", "\u{e4}")).unwrap();
-    let mut running = Running::start(Command::new(python).arg(&path).stdout(Stdio::piped()));
+    let (root, command) = command_of(python);
+    let directory = tempfile::tempdir_in(root.join("tmp")).unwrap();
+    let file = directory.path().join("app.py");
+    std::fs::write(&file, PYTHON.replace("\\u00e4", "\u{e4}")).unwrap();
+    let path = Path::new("/").join(file.strip_prefix(&root).unwrap());
+    let mut running =
+        Running::start(Command::new(command[0]).args(&command[1..]).arg(&path).stdout(Stdio::piped()));
     let output = BufReader::new(running.0.stdout.take().unwrap());
     let mut printed: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut lines = output.lines();
@@ -214,6 +227,16 @@ fn check_python(python: &str) {
         assert!(found.is_some_and(|found| found.starts_with(&version) || minor < 11), "{found:?}");
     }
     let stacks = python_frames(&recording.profile, path.to_str().unwrap());
+    // From 3.14 on, Debian's loop is a part of the program that has no name: the order among C frames is not checked there.
+    let has_name = stacks.iter().any(|(stack, _)| stack.iter().any(|frame| frame == "|"));
+    assert!(has_name || minor >= 14, "no frame of the loop has a name");
+    let expected: Vec<Vec<Vec<String>>> = expected
+        .into_iter()
+        .map(|mut allowed| {
+            allowed.iter_mut().for_each(|stack| stack.retain(|frame| has_name || frame != "|"));
+            allowed
+        })
+        .collect();
     let (mut good, mut all, mut without) = (0, 0, 0);
     let mut seen = vec![0; expected.len()];
     let mut odd: BTreeMap<Vec<String>, u64> = BTreeMap::new();
@@ -252,7 +275,7 @@ def outer():
 outer()
 """
 while True:
-    subprocess.run([sys.argv[1], "-c", WORK])
+    subprocess.run([*sys.argv[1:], "-c", WORK])
 "#;
 
 /// Checks that processes of 50 ms have the names of their functions, with lines, from their first sample on: they end before the
@@ -261,7 +284,8 @@ while True:
 fn python_processes_of_50_ms_keep_their_names() {
     let pythons = env::var(PYTHONS).unwrap_or_else(|_| SYSTEM_PYTHON.to_owned());
     for python in pythons.split(':') {
-        let storm = Running::start(Command::new(SYSTEM_PYTHON).args(["-c", SHORT_LIVES, python]));
+        let storm =
+            Running::start(Command::new(SYSTEM_PYTHON).args(["-c", SHORT_LIVES]).args(command_of(python).1));
         let recording = record_for(8, 199, &["--pid", &storm.0.id().to_string()]);
         drop(storm);
         let profile = &recording.profile;
@@ -272,8 +296,9 @@ fn python_processes_of_50_ms_keep_their_names() {
         let (mut named, mut lines, mut working, mut all) = (0, 0, 0, 0);
         let mut odd: BTreeMap<Vec<String>, u64> = BTreeMap::new();
         for (stack, count) in python_frames(profile, "<string>") {
-            // Before its first instruction of Python a process has no frame of the loop.
-            if !stack.iter().any(|frame| frame == "|") {
+            // Before its first instruction of Python a process has no frame of the loop. If the loop has no name, as in Debian's
+            // 3.14, stacks without any Python frame are not counted.
+            if stack.is_empty() {
                 continue;
             }
             all += count;

@@ -28,6 +28,8 @@ pub(super) struct Layout {
     /// Of a frame, each a number of 8-byte units: code object, previous frame, instruction.
     pub(super) words: u8,
     pub(super) code: u8,
+    /// Bits of the word of the code object that are its address; from 3.14 on the lowest are a tag.
+    pub(super) code_mask: u64,
     pub(super) previous: u8,
     pub(super) instruction: u8,
     /// Whether the instruction is an address; else a number of units of this many bytes.
@@ -58,6 +60,7 @@ const V3_9: Layout = Layout {
     native_step: 0,
     words: 14,
     code: 4,
+    code_mask: u64::MAX,
     previous: 3,
     // f_lasti has four bytes, and others of no meaning here behind it.
     instruction: 13,
@@ -87,6 +90,7 @@ const V3_11: Layout = Layout {
     native_step: 1,
     words: 10,
     code: 4,
+    code_mask: u64::MAX,
     previous: 6,
     instruction: 7,
     instruction_is_address: true,
@@ -127,6 +131,9 @@ const V3_13: Layout = Layout {
     ..V3_12
 };
 
+const V3_14: Layout =
+    Layout { interpreter: 808, code_mask: !3, end: ListEnd::Native(74, 3), instructions: 208, ..V3_13 };
+
 /// Returns the layout of a version.
 pub(super) fn of(version: (u8, u8)) -> Option<&'static Layout> {
     Some(match version {
@@ -135,6 +142,7 @@ pub(super) fn of(version: (u8, u8)) -> Option<&'static Layout> {
         (3, 11) => &V3_11,
         (3, 12) => &V3_12,
         (3, 13) => &V3_13,
+        (3, 14) => &V3_14,
         _ => return None,
     })
 }

@@ -100,7 +100,7 @@ impl Runtime for Python {
             native_step,
             words,
             function: layout.code,
-            function_mask: u64::MAX,
+            function_mask: layout.code_mask,
             position: layout.instruction,
             position_is_address: layout.instruction_is_address,
             next: layout.previous,
