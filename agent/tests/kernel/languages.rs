@@ -233,7 +233,9 @@ fn check_python(python: &str) {
     let expected: Vec<Vec<Vec<String>>> = expected
         .into_iter()
         .map(|mut allowed| {
-            allowed.iter_mut().for_each(|stack| stack.retain(|frame| has_name || frame != "|"));
+            for stack in &mut allowed {
+                stack.retain(|frame| has_name || frame != "|");
+            }
             allowed
         })
         .collect();
