@@ -380,7 +380,10 @@ impl ProcessTable {
                 self.unread(subject)
             }
         };
-        match self.pending.remove(&tgid) {
+        // A process that had this id before left the image behind if its last events were lost. The clock of start times also
+        // counts while the machine is suspended; there the process is read, as if nothing was pending.
+        let pending = self.pending.remove(&tgid);
+        match pending.filter(|pending| pending.since_ns >= key.process.start_boottime_ns) {
             // In the middle of `execve`: the mappings so far belong to this image. The exec event will bring the rest.
             Some(mut pending) if pending.since_ns <= subject.ktime_ns => {
                 pending.sampled = Some(key);

@@ -330,9 +330,11 @@ fn rules_match_however_a_program_is_started() {
         let whole = |stack: &[String]| in_order(stack, &[comm, "main", "started_leaf"]) && !is_marked(stack);
         let (good, all) = recording.share("started_leaf", whole);
         let odd = recording.odd_ones("started_leaf", whole);
+        // A few samples are from main() itself, which calls the function again and again.
         assert!(
-            all > 8 && good == all && all == recording.delivered,
-            "{good} of {all}: {odd:?}\n{}",
+            all > 8 && good == all && all * 20 >= recording.delivered * 19,
+            "{good} of {all}, {} delivered: {odd:?}\n{}",
+            recording.delivered,
             recording.log
         );
     }

@@ -360,6 +360,18 @@ proptest! {
     }
 }
 
+/// Checks that a process does not get the mappings that one with its id had begun to report, if the events between are lost.
+#[test]
+fn mappings_of_a_former_process_are_not_those_of_the_next() {
+    let mut model = Model::new(true, true);
+    let exec_and_exit = [Step::Window, Step::Exec(1), Step::Deliver(2), Step::Lose, Step::Exit(1)];
+    let next_process = [Step::Fork(1), Step::Lose, Step::Lose, Step::Sample(1)];
+    for step in exec_and_exit.iter().chain(&next_process) {
+        model.step(step);
+    }
+    model.end();
+}
+
 fn subject(tgid: u32, start_boottime_ns: u64, exec_id: u32, ktime_ns: u64) -> Subject {
     Subject {
         key: ProcessKey { tgid, start_boottime_ns },
