@@ -402,7 +402,7 @@ fn a_storm_of_short_processes_is_profiled_completely() {
     let child = directory.path().join("storm-child");
     std::fs::copy(&storm, &child).unwrap();
     let watch = Watch::of(&["storm-child"], 499, &[], KernelOptions::default());
-    let (a_second, seconds) = (100 / slower(), 3 * slower());
+    let (a_second, seconds) = (100 / slower(), 5 * slower());
     let due = || watch.view().ticks.unwrap().due;
     let (due_before, fired_before) = (due(), watch.view().ledger.ticks);
     let output = Command::new(&storm)
