@@ -112,7 +112,7 @@ impl<'d> Symbols<'d> {
     /// Returns the addresses of the functions that have one of these names. It searches the names first, so that a table
     /// without them costs one pass over its names, and none over its symbols.
     pub fn functions_named(&self, names: &[&str]) -> BTreeSet<u64> {
-        let offsets = self.offsets_of(names);
+        let offsets = self.offsets_of(names, CHUNK_NAME_BYTES);
         if offsets.is_empty() {
             return BTreeSet::new();
         }
@@ -122,14 +122,15 @@ impl<'d> Symbols<'d> {
         named.map(|symbol| symbol.address).collect()
     }
 
-    /// Returns where these names stand, alone or as the end of a longer name: linkers store such names once.
-    fn offsets_of(&self, names: &[&str]) -> HashSet<u32> {
+    /// Returns where these names stand, alone or as the end of a longer name: linkers store such names once. Reads this number
+    /// of bytes at once, which is more than the longest name has.
+    fn offsets_of(&self, names: &[&str], chunk_bytes: u64) -> HashSet<u32> {
         let ended: Vec<Vec<u8>> = names.iter().map(|name| [name.as_bytes(), &[0]].concat()).collect();
         let finders: Vec<_> = ended.iter().map(memmem::Finder::new).collect();
         let overlap = ended.iter().map(Vec::len).max().unwrap_or(1) as u64 - 1;
         let mut offsets = HashSet::new();
         let end = self.strings.bytes.min(MAX_NAME_TABLE_BYTES);
-        let mut bytes = vec![0; CHUNK_NAME_BYTES.min(end) as usize];
+        let mut bytes = vec![0; chunk_bytes.min(end) as usize];
         let mut first = 0;
         while first < end {
             let wanted = (end - first).min(bytes.len() as u64) as usize;
@@ -185,4 +186,23 @@ fn symbol(bytes: &[u8]) -> Option<Symbol> {
         is_defined: symbol.st_shndx.get(LE).0 != 0,
         name: symbol.st_name.get(LE),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{Elf, ElfLimits};
+
+    /// Checks names that lie across the end of a piece, and those that a longer name ends with.
+    #[test]
+    fn names_are_found_wherever_pieces_end() {
+        let bytes = std::fs::read("/proc/self/exe").unwrap();
+        let elf = Elf::parse(&bytes, &ElfLimits::default()).unwrap();
+        let symbols = elf.symbols(b".symtab").unwrap();
+        let names = ["main", "malloc", "_start"];
+        let whole = symbols.offsets_of(&names, symbols.strings.bytes);
+        assert!(whole.len() >= 2, "{whole:?}");
+        for chunk_bytes in 8..40 {
+            assert_eq!(symbols.offsets_of(&names, chunk_bytes), whole, "{chunk_bytes}");
+        }
+    }
 }

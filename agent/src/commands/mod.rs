@@ -1,6 +1,7 @@
 //! The verbs of `gannet-agent`.
 
 pub mod check;
+mod local;
 pub mod record;
 pub mod run;
 mod target_ends;

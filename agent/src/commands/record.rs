@@ -7,7 +7,6 @@ use std::{
         fd::{AsRawFd as _, OwnedFd},
         unix::net::UnixStream,
     },
-    path::PathBuf,
     process::{Child, Command, ExitStatus},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -30,12 +29,11 @@ use tokio::{
 
 use crate::{
     commands::{
-        check::{self, Refusal, UnsafeKernel},
+        check::{self, Refusal},
+        local::LocalArgs,
         target_ends::TargetEnds,
     },
-    config::CoreShare,
     engine::{Engine, EngineError, EngineOptions, EngineView, Window},
-    governor::Budgets,
     kernel::{KernelOptions, Ticks, default_ring_bytes},
     output::{Destination, Details, OutputError},
     pipeline::finish,
@@ -43,7 +41,6 @@ use crate::{
     profile::SeriesProfile,
     rules::{Deny, RuleSource, SourceRules, ad_hoc},
     symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError, SymbolizerStats},
-    tables::TableSources,
 };
 
 /// Length of a window. It bounds the memory of a long recording.
@@ -115,20 +112,9 @@ pub struct RecordArgs {
     /// to 16MiB]
     #[arg(long, value_name = "BYTES")]
     pub(crate) ring_bytes: Option<ByteSize>,
-    /// Directory of supplied unwind tables (*.unwind), for files whose own information is broken
-    #[arg(long, value_name = "DIR")]
-    pub(crate) override_dir: Option<PathBuf>,
-    /// CPU budget of this program, including its BPF programs and its readers of debug information, as a share of one core:
-    /// 0.05 or 5%. Over budget, it lowers the sampling rate [default: none]
-    #[arg(long, value_name = "SHARE")]
-    pub(crate) cpu_budget: Option<CoreShare>,
-    /// Memory budget of this program and its readers of debug information. Over budget, it lowers the sampling rate
-    /// [default: none]
-    #[arg(long, value_name = "BYTES")]
-    pub(crate) memory_budget: Option<ByteSize>,
-    /// Run on a kernel that `check` refuses because it may lock up (5.19 to 6.3), for kernels that have the fix all the same
-    #[arg(long)]
-    pub(crate) allow_unsafe_kernel: bool,
+    /// Settings of the engine.
+    #[command(flatten)]
+    pub(crate) local: LocalArgs,
     /// Program to start; the profile begins with its first instruction and includes its children
     #[arg(last = true, value_name = "COMMAND")]
     pub(crate) command: Vec<String>,
@@ -201,7 +187,7 @@ fn flag_of(field: &str) -> &str {
 pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     // First, so that an interrupt ends the slow steps below too.
     let signals = Signals::listen().map_err(RecordError::Start)?;
-    check::preflight(UnsafeKernel::of(args.allow_unsafe_kernel))?;
+    check::preflight(args.local.unsafe_kernel())?;
     let start_labels = StartLabelOptions::new(
         args.label_cmdline,
         args.label_cwd,
@@ -230,12 +216,9 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
             window: WINDOW,
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
-            budgets: Budgets {
-                cpu: args.cpu_budget.map(CoreShare::get),
-                memory_bytes: args.memory_budget.map(|size| size.0),
-            },
+            budgets: args.local.budgets(),
             start_labels,
-            tables: Some(TableSources::supplied_from(args.override_dir.as_deref())),
+            tables: Some(args.local.tables()),
         },
         // The queue holds minutes. If it is full all the same, the engine waits instead of losing a window: nothing else
         // depends on it here.

@@ -174,8 +174,8 @@ pub struct MetadataStats {
 
 /// The metadata of processes, by process key.
 ///
-/// A worker reads a process at its first look-up, and the caller waits 400 ms at most. Each look-up checks the start time in `/proc`, so that no answer is about another
-/// process that has the PID by now. Only [`get_unchecked`] does not check: it is for the last samples of exited processes. The
+/// A worker reads a process at its first look-up, and the caller waits 400 ms at most. Each look-up checks the start time in
+/// `/proc`, so that no answer is about another process that has the PID by now. Only [`get_unchecked`] does not check: it is for the last samples of exited processes. The
 /// caller [`remove`]s an exited process; its entry stays for those samples until [`next_window`] was called twice.
 ///
 /// ```

@@ -11,7 +11,7 @@ use std::{
     time::SystemTime,
 };
 
-use gannet_elf::{BuildId, ContentId, Segments};
+use gannet_elf::ContentId;
 use gannet_unwind::{
     cache::{self, CachedTable},
     table::UnwindTable,
@@ -82,16 +82,9 @@ impl DiskCache {
         table.lines().len() >= MIN_LINES
     }
 
-    /// Writes a table.
-    pub(super) fn write(
-        &mut self,
-        content: &ContentId,
-        table: &UnwindTable,
-        segments: &Segments,
-        build_id: Option<&BuildId>,
-    ) {
-        let bytes = cache::encode(content, table, segments, build_id);
-        let result = cache::store(&self.path(content), &bytes).and_then(|()| {
+    /// Writes an encoded table.
+    pub(super) fn write(&mut self, content: &ContentId, bytes: &[u8]) {
+        let result = cache::store(&self.path(content), bytes).and_then(|()| {
             self.bytes += bytes.len() as u64;
             if self.bytes > self.max_bytes { self.trim() } else { Ok(()) }
         });
@@ -149,7 +142,7 @@ mod tests {
         let built = build_file(&file, &BuildOptions::new("self", &TableLimits::default())).unwrap();
         let mut cache = DiskCache::open(directory.path()).unwrap();
         assert!(cache.read(&built.content).is_none());
-        cache.write(&built.content, &built.table, &built.segments, built.build_id.as_ref());
+        cache.write(&built.content, &cache::encode(&built.content, &built.table, &built.segments, None));
         let stored = DiskCache::open(directory.path()).unwrap().read(&built.content).unwrap();
         assert_eq!((stored.table, stored.segments), (built.table, built.segments));
         let path = cache.path(&built.content);

@@ -12,7 +12,7 @@ use std::{
 use gannet_elf::{BuildId, ContentId, DebugLink, Elf, Segments};
 use gannet_unwind::{
     build::{BuildError, BuildOptions, BuiltTable, DebugFiles, build_bytes, build_file, identify},
-    cache::CachedTable,
+    cache::{self, CachedTable},
     format::flags,
     limits::TableLimits,
     overrides::Overrides,
@@ -235,9 +235,10 @@ impl Cache {
     }
 
     fn write(&mut self, Unwritten { table, content, segments, build_id }: &Unwritten) {
+        let bytes = cache::encode(content, table, segments, build_id.as_ref());
         match self {
-            Self::Disk(cache) => cache.write(content, table, segments, build_id.as_ref()),
-            Self::Scratch(scratch) => scratch.write(content, table, segments, build_id.as_ref()),
+            Self::Disk(cache) => cache.write(content, &bytes),
+            Self::Scratch(scratch) => scratch.write(content, &bytes),
         }
     }
 }

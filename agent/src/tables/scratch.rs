@@ -11,11 +11,8 @@ use std::{
     os::unix::fs::FileExt as _,
 };
 
-use gannet_elf::{BuildId, ContentId, Segments};
-use gannet_unwind::{
-    cache::{self, CachedTable},
-    table::UnwindTable,
-};
+use gannet_elf::ContentId;
+use gannet_unwind::cache::{self, CachedTable};
 use rustix::fs::{Mode, OFlags};
 
 /// Limit of all tables together. Later ones are built again.
@@ -42,23 +39,16 @@ impl Scratch {
         cache::decode(&bytes, content).ok()
     }
 
-    /// Writes a table.
-    pub(super) fn write(
-        &mut self,
-        content: &ContentId,
-        table: &UnwindTable,
-        segments: &Segments,
-        build_id: Option<&BuildId>,
-    ) {
+    /// Writes an encoded table.
+    pub(super) fn write(&mut self, content: &ContentId, bytes: &[u8]) {
         if self.failed || self.places.contains_key(content) {
             return;
         }
-        let bytes = cache::encode(content, table, segments, build_id);
         let end = self.end + bytes.len() as u64;
         if end > MAX_BYTES {
             return;
         }
-        match self.append(&bytes) {
+        match self.append(bytes) {
             Ok(()) => {
                 self.places.insert(*content, (self.end, bytes.len()));
                 self.end = end;
@@ -100,7 +90,8 @@ mod tests {
         });
         for table in &built {
             assert!(scratch.read(&table.content).is_none());
-            scratch.write(&table.content, &table.table, &table.segments, table.build_id.as_ref());
+            let bytes = cache::encode(&table.content, &table.table, &table.segments, None);
+            scratch.write(&table.content, &bytes);
         }
         for table in &built {
             let stored = scratch.read(&table.content).unwrap();

@@ -2,7 +2,7 @@
 
 use super::object::{pack, packed_header_len, unpack};
 
-/// Unpacks an object. What is read can be stored again.
+/// Unpacks an object, with a right checksum too. Panics if an object that could be unpacked, packed again, unpacks to other data.
 pub fn stored_object(bytes: &[u8]) {
     let _ = unpack(bytes);
     // The fuzzer cannot find a checksum.

@@ -130,3 +130,34 @@ pub(crate) fn function_symbols(elf: &Elf<'_>, ranges: &[(u64, u64)]) -> HashSet<
     }
     starts
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, process::Command};
+
+    use gannet_elf::ElfLimits;
+
+    use super::*;
+
+    /// Checks calls that lie across the end of a part of the code.
+    #[test]
+    fn calls_are_found_wherever_parts_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let (source, path) = (directory.path().join("a.S"), directory.path().join("a"));
+        for before_end in 0..6 {
+            let filler = SEARCHED_AT_ONCE - before_end;
+            fs::write(&source, format!(".text\n.fill {filler}, 1, 0x90\ncall f\nret\n.globl f\nf: ret\n"))
+                .unwrap();
+            let made = Command::new("gcc")
+                .args(["-nostdlib", "-static", "-Wl,-e,f", "-o"])
+                .args([&path, &source])
+                .status();
+            assert!(made.unwrap().success());
+            let bytes = fs::read(&path).unwrap();
+            let elf = Elf::parse(&bytes, &ElfLimits::default()).unwrap();
+            let code = elf.code();
+            let f = code[0].0 + filler as u64 + 6;
+            assert_eq!(calls_into(&elf, &code, &[(f, f + 1)]), [f].into(), "{before_end}");
+        }
+    }
+}

@@ -7,7 +7,6 @@ mod view;
 
 use std::{
     io::{self, Write as _},
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -16,7 +15,7 @@ use std::{
 };
 
 use clap::Args;
-use gannet_base::{ByteSize, TimeSpan};
+use gannet_base::TimeSpan;
 use gannet_proto::{
     control::{Match, RuleError},
     rules::Caps,
@@ -27,16 +26,16 @@ pub use screen::ScreenError;
 use snapshot::{ProcessInfo, Snapshot};
 
 use crate::{
-    commands::check::{self, Refusal, UnsafeKernel},
-    config::CoreShare,
+    commands::{
+        check::{self, Refusal},
+        local::LocalArgs,
+    },
     engine::{Engine, EngineError, EngineOptions, EngineView, ProcessView, Window},
-    governor::Budgets,
     kernel::KernelOptions,
     pipeline::finish,
     process::ProcessState,
     rules::{Deny, RuleSource, SourceRules, ad_hoc},
     symbols::{DebugCost, Symbolizer, SymbolizerConfig, SymbolizerError},
-    tables::TableSources,
 };
 
 /// Arguments of `top`.
@@ -57,20 +56,9 @@ pub struct TopArgs {
     /// Number of processes that --once prints
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub(crate) rows: usize,
-    /// Directory of supplied unwind tables (*.unwind), for files whose own information is broken
-    #[arg(long, value_name = "DIR")]
-    pub(crate) override_dir: Option<PathBuf>,
-    /// CPU budget of this program, including its BPF programs and its readers of debug information, as a share of one core:
-    /// 0.05 or 5%. Over budget, it lowers the sampling rate [default: none]
-    #[arg(long, value_name = "SHARE")]
-    pub(crate) cpu_budget: Option<CoreShare>,
-    /// Memory budget of this program and its readers of debug information. Over budget, it lowers the sampling rate
-    /// [default: none]
-    #[arg(long, value_name = "BYTES")]
-    pub(crate) memory_budget: Option<ByteSize>,
-    /// Run on a kernel that `check` refuses because it may lock up (5.19 to 6.3), for kernels that have the fix all the same
-    #[arg(long)]
-    pub(crate) allow_unsafe_kernel: bool,
+    /// Settings of the engine.
+    #[command(flatten)]
+    pub(crate) local: LocalArgs,
 }
 
 /// Reasons why `top` shows no table.
@@ -101,7 +89,7 @@ pub async fn top(args: TopArgs) -> Result<(), TopError> {
     if !args.once {
         screen::require_terminal()?;
     }
-    check::preflight(UnsafeKernel::of(args.allow_unsafe_kernel))?;
+    check::preflight(args.local.unsafe_kernel())?;
     let debug_cost = if args.comm.is_empty() { DebugCost::EVERYTHING } else { DebugCost::WANTED };
     let symbolizer = Symbolizer::start(SymbolizerConfig { debug_cost, ..SymbolizerConfig::default() })?;
     let (windows, mut finished) = mpsc::channel::<Window>(4);
@@ -115,11 +103,8 @@ pub async fn top(args: TopArgs) -> Result<(), TopError> {
             window: args.interval.0.max(Duration::from_millis(200)),
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
-            budgets: Budgets {
-                cpu: args.cpu_budget.map(CoreShare::get),
-                memory_bytes: args.memory_budget.map(|size| size.0),
-            },
-            tables: Some(TableSources::supplied_from(args.override_dir.as_deref())),
+            budgets: args.local.budgets(),
+            tables: Some(args.local.tables()),
         },
         // A screen that is late skips this window.
         move |window: Window| {
