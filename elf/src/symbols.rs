@@ -22,8 +22,8 @@ use crate::{
 
 const SYMBOL_BYTES: usize = size_of::<Sym64<LittleEndian>>();
 const CHUNK_SYMBOLS: usize = 4096;
-/// Bytes of names that are read at once, at least.
-const MIN_NAMES_BYTES: usize = 8 << 10;
+/// Bytes that are read for one name at first: few names are longer, and names that are wanted are far from one another.
+const FIRST_NAME_BYTES: usize = 512;
 /// Names are searched in pieces of this size.
 const CHUNK_NAME_BYTES: u64 = 256 << 10;
 /// Names behind this many bytes are not searched.
@@ -152,21 +152,28 @@ impl<'d> Symbols<'d> {
     pub fn name(&self, symbol: &Symbol, max_bytes: usize) -> Option<Vec<u8>> {
         let offset = u64::from(symbol.name);
         let mut names = self.names.borrow_mut();
-        let known = offset.checked_sub(names.0).and_then(|at| names.1.get(usize::try_from(at).ok()?..));
-        let known = known.unwrap_or_default();
-        if !known.contains(&0) && known.len() < max_bytes {
-            let left = self.strings.bytes.checked_sub(offset)?;
-            let (_, bytes) = &mut *names;
-            bytes.clear();
-            bytes.resize(left.min(max_bytes.max(MIN_NAMES_BYTES) as u64) as usize, 0);
-            let read = self.data.read_into(self.strings.offset.checked_add(offset)?, bytes);
-            bytes.truncate(read.unwrap_or(0));
-            names.0 = offset;
+        for bytes in [FIRST_NAME_BYTES.min(max_bytes), max_bytes] {
+            let known = offset.checked_sub(names.0).and_then(|at| names.1.get(usize::try_from(at).ok()?..));
+            if known.is_some_and(|known| known.contains(&0) || known.len() >= max_bytes) {
+                break;
+            }
+            self.read_names(&mut names, offset, bytes)?;
         }
         let known = &names.1[(offset - names.0) as usize..];
         let known = &known[..known.len().min(max_bytes)];
         let end = known.iter().position(|byte| *byte == 0).unwrap_or(known.len());
         (end > 0).then(|| known[..end].to_vec())
+    }
+
+    /// Reads this number of bytes of names; fewer at the end of the table.
+    fn read_names(&self, (first, bytes): &mut (u64, Vec<u8>), offset: u64, count: usize) -> Option<()> {
+        let left = self.strings.bytes.checked_sub(offset)?;
+        let place = self.strings.offset.checked_add(offset)?;
+        bytes.resize(left.min(count as u64) as usize, 0);
+        let read = self.data.read_into(place, bytes);
+        bytes.truncate(read.unwrap_or(0));
+        *first = offset;
+        Some(())
     }
 }
 

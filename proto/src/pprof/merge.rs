@@ -1,6 +1,6 @@
 //! Merges many profiles into one.
 
-use std::collections::HashMap;
+use foldhash::HashMap;
 
 use super::{
     PprofError, check,

@@ -1,7 +1,6 @@
 //! x86_64 code that nothing in the file describes.
 
-use std::collections::HashSet;
-
+use foldhash::{HashSet, HashSetExt};
 use gannet_elf::{Arch, Binding, Elf, Symbol};
 
 use super::{
@@ -157,7 +156,7 @@ mod tests {
             let elf = Elf::parse(&bytes, &ElfLimits::default()).unwrap();
             let code = elf.code();
             let f = code[0].0 + filler as u64 + 6;
-            assert_eq!(calls_into(&elf, &code, &[(f, f + 1)]), [f].into(), "{before_end}");
+            assert_eq!(calls_into(&elf, &code, &[(f, f + 1)]), HashSet::from_iter([f]), "{before_end}");
         }
     }
 }

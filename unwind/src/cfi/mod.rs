@@ -8,8 +8,7 @@ mod expression;
 mod registers;
 mod rule;
 
-use std::collections::HashMap;
-
+use foldhash::{HashMap, HashMapExt};
 use gannet_elf::{Arch, Segments};
 use gimli::{
     BaseAddresses, CallFrameInstruction, CommonInformationEntry, EndianSlice, LittleEndian, UnwindOffset,

@@ -11,11 +11,9 @@
 
 mod effect;
 
-use std::{
-    borrow::Cow,
-    collections::{HashMap, HashSet},
-};
+use std::borrow::Cow;
 
+use foldhash::{HashMap, HashSet, HashSetExt};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
 use self::effect::{Effect, Flow};
