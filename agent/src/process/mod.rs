@@ -11,6 +11,8 @@ mod proc;
 mod start_labels;
 mod survey;
 mod table;
+#[cfg(test)]
+mod tests;
 
 pub use self::{
     entry::{Process, ProcessState},
