@@ -1,6 +1,6 @@
 //! The command line of `gannet-agent`.
 
-use std::{io, io::Write as _, process::ExitCode};
+use std::{io, io::Write as _, process::ExitCode, time::Duration};
 
 use clap::{ArgMatches, FromArgMatches as _};
 use gannet_agent::{
@@ -16,6 +16,8 @@ use gannet_agent::{
 };
 use gannet_base::logging::{self, LogFormat};
 
+/// At the end, calls on other threads may take this long: a disk may not answer.
+const BLOCKING_TIMEOUT: Duration = Duration::from_secs(2);
 /// Exit code of wrong options, as clap has it.
 const USAGE: u8 = 2;
 
@@ -44,13 +46,16 @@ fn main() -> ExitCode {
         Ok(parsed) => parsed,
         Err(error) => error.exit(),
     };
-    match perform(cli.verb, &matches) {
+    let code = match perform(cli.verb, &matches) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("gannet-agent: {error:#}");
             if is_usage(&error) { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
         }
-    }
+    };
+    let _ = io::stdout().flush();
+    commands::end_workers();
+    code
 }
 
 /// Reports whether the options were wrong: in a flag, a variable or the configuration file.
@@ -74,17 +79,17 @@ fn perform(verb: Verb, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
                 return Ok(ExitCode::SUCCESS);
             }
             start_log(options.log_format());
-            runtime()?.block_on(run::run(options))?;
+            block_on(run::run(options))?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Record(args) => {
             start_log(LogFormat::Text);
-            runtime()?.block_on(record::record(args))?;
+            block_on(record::record(args))?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Top(args) => {
             start_log(LogFormat::Text);
-            runtime()?.block_on(top::top(args))?;
+            block_on(top::top(args))?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Check { json, pid, file } => {
@@ -125,6 +130,10 @@ fn perform(verb: Verb, matches: &ArgMatches) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?)
+/// Runs a command to its end, and then what may still run beside it for a short time.
+fn block_on<E: Into<anyhow::Error>>(command: impl Future<Output = Result<(), E>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let result = runtime.block_on(command);
+    runtime.shutdown_timeout(BLOCKING_TIMEOUT);
+    result.map_err(Into::into)
 }

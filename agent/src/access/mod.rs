@@ -5,20 +5,23 @@
 //! them to [`Access::run`], which waits for a short time only. The call that does not answer holds one worker. Until it
 //! answers, all calls on the same [`Target`] fail at once.
 //!
-//! A worker starts when no other is free, so a node whose files answer has one for each calling thread.
+//! A worker starts when no other is free, so a node whose files answer has one for each calling thread. Each is a process
+//! that shares the agent's memory ([`apart`]): it can be left behind if not even SIGKILL ends its call.
+
+mod apart;
 
 use std::{
     collections::HashMap,
     fmt,
     fs::{self, File},
-    io,
+    io, process,
     sync::{
         Arc, LazyLock, OnceLock,
         atomic::{AtomicU8, AtomicU64, Ordering},
         mpsc::{self, RecvTimeoutError},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -34,6 +37,8 @@ const MANY_HUNG: usize = 2;
 /// The divisor of the deadline while many targets hang.
 const HUNG_PART: u32 = 4;
 
+/// The end of the program waits this long for the end of free workers.
+const END_TIMEOUT: Duration = Duration::from_millis(200);
 /// How long the engine waits. Meanwhile the ring buffer fills.
 pub(crate) const ENGINE_DEADLINE: Duration = Duration::from_millis(400);
 /// How many times longer a call may take that uses a CPU: a process can have tens of thousands of mappings.
@@ -136,16 +141,15 @@ struct Progress {
     state: AtomicU8,
     /// The target that the call waits for, once the caller has abandoned it.
     blamed: OnceLock<Target>,
-    /// The thread that makes the call.
-    thread: OnceLock<rustix::thread::Pid>,
+    /// The process id of the worker that makes the call.
+    worker: OnceLock<u32>,
 }
 
 impl Progress {
     /// Reports whether the worker used a CPU since the last call, after which it had used this number of clock ticks.
     fn is_busy(&self, used: &mut u64) -> bool {
-        let Some(thread) = self.thread.get() else { return true };
-        let path = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
-        let ticks = fs::read_to_string(path).ok().and_then(|text| {
+        let Some(worker) = self.worker.get() else { return true };
+        let ticks = fs::read_to_string(format!("/proc/{worker}/stat")).ok().and_then(|text| {
             // User and system time are the fields 14 and 15 of proc(5); the name before may contain spaces.
             let mut fields = text.get(text.rfind(')')? + 2..)?.split_ascii_whitespace().skip(11);
             Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
@@ -232,7 +236,7 @@ impl Access {
         let progress = Arc::new(Progress::default());
         let (shared, theirs, back) = (Arc::clone(&self.0), Arc::clone(&progress), worker.clone());
         let job: Job = Box::new(move || {
-            let _ = theirs.thread.set(rustix::thread::gettid());
+            let _ = theirs.worker.set(process::id());
             let value = call();
             // The channel has room for the one value; its caller may have stopped waiting.
             let _ = sender.send(value);
@@ -286,6 +290,31 @@ impl Access {
         self.0.state.lock().hung.contains_key(&target)
     }
 
+    /// Ends the free workers at the end of the program, so that their CPU time counts as the program's. If others are left
+    /// behind, closes the standard descriptors, which they share.
+    pub(crate) fn end(&self) {
+        let (hung, names) = {
+            let mut state = self.0.state.lock();
+            state.idle.clear();
+            let names: Vec<_> = state.hung.keys().map(ToString::to_string).collect();
+            (state.hung.values().sum::<usize>(), names.join(", "))
+        };
+        if hung > 0 {
+            tracing::warn!(calls = hung, "left behind, because they do not end: calls on {names}");
+        }
+        let begun = Instant::now();
+        while apart::running() > hung && begun.elapsed() < END_TIMEOUT {
+            thread::sleep(Duration::from_millis(1));
+        }
+        if hung > 0
+            && let Ok(null) = File::options().read(true).write(true).open("/dev/null")
+        {
+            let _ = rustix::stdio::dup2_stdin(&null);
+            let _ = rustix::stdio::dup2_stdout(&null);
+            let _ = rustix::stdio::dup2_stderr(&null);
+        }
+    }
+
     /// Returns the counts so far.
     pub(crate) fn stats(&self) -> AccessStats {
         AccessStats {
@@ -309,7 +338,7 @@ impl Shared {
         // A worker has one job at a time.
         let (sender, jobs) = mpsc::sync_channel::<Job>(1);
         let work = move || jobs.iter().for_each(|job| job());
-        thread::Builder::new().name("gannet-access".into()).spawn(work).ok()?;
+        apart::spawn("gannet-access", work).ok()?;
         state.workers += 1;
         Some(sender)
     }
@@ -353,8 +382,6 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
 
     const SHORT: Duration = Duration::from_millis(50);

@@ -10,7 +10,7 @@ pub mod top;
 use clap::{CommandFactory as _, Parser, Subcommand};
 use gannet_base::{CompletionArgs, ManArgs};
 
-use crate::{config::RunOptions, symbols};
+use crate::{access, config::RunOptions, symbols};
 use record::RecordArgs;
 use top::TopArgs;
 
@@ -72,4 +72,10 @@ pub enum Verb {
 /// Returns the description of the command line, for parsing, completions, man pages and the reference.
 pub fn command() -> clap::Command {
     Cli::command()
+}
+
+/// Ends the workers, as the last step of a program. Calls that no signal ends are left behind, and logged. Then standard
+/// output and error are closed, because a reader of them would wait for such a call too.
+pub fn end_workers() {
+    access::node().end();
 }

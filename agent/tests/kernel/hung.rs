@@ -68,6 +68,8 @@ impl HungFs {
 impl Drop for HungFs {
     fn drop(&mut self) {
         self.signal(Signal::CONT);
+        // With the server, every request ends that it has not answered.
+        let _ = self.server.0.kill();
         let _ = Command::new("umount").arg("-l").arg(self.directory.path().join("mount")).status();
         let _ = self.rescue.0.kill();
     }
@@ -151,6 +153,83 @@ fn sigterm_ends_a_recording_of_a_program_that_hung() {
     let took = end_of("the recording ends", &mut recording.0);
     assert!(took < Duration::from_secs(15) * slower(), "{took:?}");
     assert!(out.exists(), "it has written what it had");
+}
+
+/// Returns the workers of an agent that not even SIGKILL ends. They are processes of their own.
+fn stuck_workers(agent: &Running) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", agent.0.id())).unwrap();
+    let children = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("children")).ok());
+    let children: Vec<u32> =
+        children.flat_map(|line| line.split(' ').flat_map(str::parse).collect::<Vec<_>>()).collect();
+    children.into_iter().filter(|pid| is_stuck(*pid)).collect()
+}
+
+/// Reports whether a call of this process waits for the FUSE server.
+fn is_stuck(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/wchan")).is_ok_and(|name| name.contains("request_wait_answer"))
+}
+
+/// Checks that the agent ends though one of its calls does not even end at SIGKILL, and leaves nothing open behind that the
+/// next agent needs.
+#[track_caller]
+fn ends_beside_a_call_that_cannot_be_killed(hung: &HungFs, arguments: &[&str]) {
+    let program = hung.start();
+    sleep(Duration::from_millis(500));
+    hung.signal(Signal::USR1);
+    let mut agent = Running::start(Command::new(agent()).args(arguments).stderr(Stdio::null()));
+    let mut stuck = Vec::new();
+    wait_for("a worker waits for the file system", || {
+        stuck = stuck_workers(&agent);
+        !stuck.is_empty()
+    });
+    sleep(Duration::from_secs(2) * slower());
+    kill_process(Pid::from_child(&agent.0), Signal::TERM).unwrap();
+    let took = end_of("the agent ends", &mut agent.0);
+    assert!(took < Duration::from_secs(15) * slower(), "{took:?}");
+    assert!(agent.0.wait().unwrap().success());
+    // The case is real: the agent has ended, and the call goes on.
+    let listening = fs::read_to_string("/proc/net/tcp").unwrap();
+    for pid in stuck {
+        assert!(is_stuck(pid), "the call of {pid} has ended");
+        let open: Vec<String> = fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .filter_map(|link| Some(fs::read_link(link.ok()?.path()).ok()?.to_string_lossy().into_owned()))
+            .filter(|name| {
+                let socket = name.strip_prefix("socket:[").and_then(|name| name.strip_suffix(']'));
+                ["bpf", "perf_event", "/spool"].iter().any(|kind| name.contains(kind))
+                    || socket.is_some_and(|inode| listening.contains(&format!(" {inode} ")))
+            })
+            .collect();
+        assert!(open.is_empty(), "{open:?}");
+        // A reader of the agent's output sees its end.
+        for standard in 0..3 {
+            let name = fs::read_link(format!("/proc/{pid}/fd/{standard}")).unwrap();
+            assert_eq!(name, Path::new("/dev/null"), "{standard}");
+        }
+    }
+    hung.signal(Signal::KILL);
+    drop(program);
+}
+
+#[test]
+fn a_recording_ends_beside_a_call_that_cannot_be_killed() {
+    let hung = HungFs::mount(&spin("hung_g"));
+    let out = hung.directory.path().join("out.pb.gz");
+    let out = out.to_str().unwrap();
+    ends_beside_a_call_that_cannot_be_killed(&hung, &["record", "--all", "--duration", "300s", "-o", out]);
+}
+
+#[test]
+fn the_daemon_ends_beside_a_call_that_cannot_be_killed() {
+    let hung = HungFs::mount(&spin("hung_h"));
+    let rules = hung.directory.path().join("rules.yaml");
+    fs::write(&rules, "rules:\n- id: hung\n  match: {comm: [prog]}\n  capture: {hz: 99}\n").unwrap();
+    let state = hung.directory.path().join("state");
+    let arguments = ["run", "--pod-source", "none", "--node", "here", "--window", "1s"];
+    let listen = ["--http-listen", "127.0.0.1:0", "--debug-listen", "127.0.0.1:0"];
+    let files = ["--rules", rules.to_str().unwrap(), "--state-dir", state.to_str().unwrap()];
+    let all = [&arguments[..], &listen, &files].concat();
+    ends_beside_a_call_that_cannot_be_killed(&hung, &all);
 }
 
 /// Checks that `check` answers beside a hung program, of all and of that program.
