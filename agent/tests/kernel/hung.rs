@@ -41,7 +41,10 @@ impl HungFs {
         let mount = directory.path().join("mount");
         fs::create_dir(&mount).unwrap();
         let server = Running::start(Command::new("python3").arg(script).arg(&mount).arg(program));
-        let rescue = format!("sleep {RESCUE}; kill -CONT {}", server.0.id());
+        // A server that takes requests and does not answer them has to end.
+        let server_id = server.0.id();
+        let rescue =
+            format!("sleep {RESCUE}; kill -CONT {server_id}; sleep {RESCUE}; kill -KILL {server_id}");
         let rescue = Running::start(Command::new("sh").args(["-c", &rescue]));
         let this = Self { server, rescue, directory };
         wait_for("the file system is mounted (it needs python3 and /dev/fuse)", || {
