@@ -52,6 +52,7 @@ pub(crate) fn counters_by_name(counters: &Counters) -> (Vec<(String, u64)>, u64)
         raw,
         procs_full,
         cgroup_too_deep,
+        functions_unsent,
         exec: _,
         fork: _,
         exit: _,
@@ -72,6 +73,7 @@ pub(crate) fn counters_by_name(counters: &Counters) -> (Vec<(String, u64)>, u64)
         ("raw", raw),
         ("procs_full", procs_full),
         ("cgroup_too_deep", cgroup_too_deep),
+        ("functions_unsent", functions_unsent),
     ];
     let mut all: Vec<_> = single.map(|(name, count)| (name.to_owned(), count)).into();
     for (kind, counts) in lifecycle_counts(counters) {

@@ -533,6 +533,8 @@ struct counters {
 	u64 procs_full;
 	/* Control groups too deep for their path to be matched. */
 	u64 cgroup_too_deep;
+	/* Functions whose texts could not be copied or sent; the next sample tries again. */
+	u64 functions_unsent;
 	struct lifecycle_counts exec;
 	struct lifecycle_counts fork;
 	struct lifecycle_counts exit;

@@ -225,19 +225,24 @@ ALWAYS_INLINE u64 sum_function(struct unwind_state *unwind, u64 function)
 	return sum & ((1ULL << LIST_SUM_BITS) - 1);
 }
 
+ALWAYS_INLINE void fill_function_key(struct function_key *key, const struct unwind_state *unwind, u64 object, u32 sum)
+{
+	__builtin_memset(key, 0, sizeof(*key));
+	key->object = object;
+	key->start_boottime = unwind->start_boottime;
+	key->tgid = unwind->tgid;
+	key->exec_id = unwind->exec_id;
+	key->sum = sum;
+}
+
 /* Notes a function of a young process whose texts are not copied yet. */
 ALWAYS_INLINE void note_function(struct unwind_state *unwind, u64 object, u32 sum)
 {
-	struct function_key key = {
-		.object = object,
-		.start_boottime = unwind->start_boottime,
-		.tgid = unwind->tgid,
-		.exec_id = unwind->exec_id,
-		.sum = sum,
-	};
+	struct function_key key;
 	u64 number = unwind->new_functions;
 	u32 yes = 1;
 
+	fill_function_key(&key, unwind, object, sum);
 	if (!unwind->how.object_bytes || number >= MAX_NEW_FUNCTIONS || bpf_map_lookup_elem(&copied_functions, &key))
 		return;
 	/* If this fails, the texts are copied more than once. */
@@ -474,8 +479,11 @@ ALWAYS_INLINE u32 copy_text(void *to, u64 max, const struct list_frames *how, u3
 	return 0;
 }
 
-/* Copies the texts of one function of a young process into the ring buffer, before the first sample that has it. */
-ALWAYS_INLINE void send_function(struct sample_scratch *scratch, u32 number, struct function_record *record)
+/*
+ * Copies the texts of one function of a young process into the ring buffer, before the first sample that has it. False: its
+ * memory cannot be read, or the ring buffer has no room.
+ */
+ALWAYS_INLINE bool send_function(struct sample_scratch *scratch, u32 number, struct function_record *record)
 {
 	struct list_frames *how = &scratch->unwind.how;
 	u64 object = scratch->unwind.new_function[number % MAX_NEW_FUNCTIONS].object, size;
@@ -487,14 +495,14 @@ ALWAYS_INLINE void send_function(struct sample_scratch *scratch, u32 number, str
 	record->sum = scratch->unwind.new_function[number % MAX_NEW_FUNCTIONS].sum;
 	barrier_var(bytes);
 	if (bytes > sizeof(record->object_copy) || bpf_probe_read_user(record->object_copy, bytes, (void *)object))
-		return;
+		return false;
 	record->object_bytes = bytes;
 	for (u32 i = 0; i < LIST_TEXTS; i++) {
 		u64 word = how->text[i];
 
 		barrier_var(word);
 		if (word >= FUNCTION_OBJECT_BYTES / sizeof(u64))
-			return;
+			return false;
 		record->at[i] = ((u64 *)record->object_copy)[word];
 	}
 	record->bytes[0] = copy_text(record->name, sizeof(record->name), how, 0, record->at[0]);
@@ -503,14 +511,16 @@ ALWAYS_INLINE void send_function(struct sample_scratch *scratch, u32 number, str
 	size = record->bytes[2];
 	barrier_var(size);
 	if (size > sizeof(record->lines) || fill + sizeof(*record) > settings.ring_sample_limit)
-		return;
-	bpf_ringbuf_output(&events, record, __builtin_offsetof(struct function_record, lines) + size, BPF_RB_NO_WAKEUP);
+		return false;
+	return !bpf_ringbuf_output(&events, record, __builtin_offsetof(struct function_record, lines) + size,
+				   BPF_RB_NO_WAKEUP);
 }
 
-ALWAYS_INLINE void send_functions(struct sample_scratch *scratch)
+ALWAYS_INLINE void send_functions(struct counters *counters, struct sample_scratch *scratch)
 {
 	u32 zero = 0;
 	struct function_record *record;
+	struct function_key key;
 
 	if (!scratch->unwind.new_functions)
 		return;
@@ -518,7 +528,13 @@ ALWAYS_INLINE void send_functions(struct sample_scratch *scratch)
 	for (u32 i = 0; record && i < MAX_NEW_FUNCTIONS; i++) {
 		if (i >= scratch->unwind.new_functions)
 			break;
-		send_function(scratch, i, record);
+		if (send_function(scratch, i, record))
+			continue;
+		/* The next sample that has it tries again. */
+		counters->functions_unsent++;
+		fill_function_key(&key, &scratch->unwind, scratch->unwind.new_function[i % MAX_NEW_FUNCTIONS].object,
+				  scratch->unwind.new_function[i % MAX_NEW_FUNCTIONS].sum);
+		bpf_map_delete_elem(&copied_functions, &key);
 	}
 }
 
@@ -651,7 +667,7 @@ ALWAYS_INLINE bool goes_on_raw(struct counters *counters, struct sample_scratch 
 ALWAYS_INLINE void finish_tick(struct counters *counters, struct sample_scratch *scratch)
 {
 	end_unwind(scratch);
-	send_functions(scratch);
+	send_functions(counters, scratch);
 	send_tick(counters, scratch);
 }
 
