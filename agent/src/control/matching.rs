@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use gannet_proto::{
     control::{Match, MatchedProcess},
-    rules::Pattern,
+    rules::{Pattern, is_version},
 };
 
 use crate::{
@@ -25,13 +25,27 @@ pub(super) struct Matcher {
     cgroup: Vec<Pattern>,
     pids: Vec<u32>,
     uid: Vec<u32>,
+    runtime: Vec<String>,
+    runtime_version: Vec<String>,
     /// Pod fields of the rule, each as a query of its own.
     pods: Vec<(&'static str, PodMatcher)>,
 }
 
 impl Matcher {
     pub(super) fn of(wanted: &Match) -> Self {
-        let Match { comm, exe, cgroup, namespaces, pod_labels, containers, workloads, pids, uid } = wanted;
+        let Match {
+            comm,
+            exe,
+            cgroup,
+            namespaces,
+            pod_labels,
+            containers,
+            workloads,
+            pids,
+            uid,
+            runtime,
+            runtime_version,
+        } = wanted;
         // The node refused patterns that do not parse before, so none is left out here.
         let patterns = |texts: &[String]| texts.iter().filter_map(|text| Pattern::parse(text).ok()).collect();
         let nothing = Match::default();
@@ -47,11 +61,18 @@ impl Matcher {
             cgroup: patterns(cgroup),
             pids: pids.clone(),
             uid: uid.clone(),
+            runtime: runtime.clone(),
+            runtime_version: runtime_version.clone(),
             pods: pods
                 .into_iter()
                 .filter_map(|(field, only)| Some((field, PodMatcher::of(&only)?)))
                 .collect(),
         }
+    }
+
+    /// Reports whether it compares the language runtime of processes, which a survey finds only if asked to.
+    pub(super) fn compares_runtime(&self) -> bool {
+        !self.runtime.is_empty() || !self.runtime_version.is_empty()
     }
 
     /// Returns one line for each field that does not match; empty if the process matches.
@@ -75,6 +96,18 @@ impl Matcher {
         if !self.uid.is_empty() && !seen.uid.is_some_and(|uid| self.uid.contains(&uid)) {
             let is = seen.uid.map_or_else(|| "unknown".to_owned(), |uid| uid.to_string());
             found.push(format!("match.uid: is {is}"));
+        }
+        let (runtime, version) = &seen.runtime;
+        if !self.runtime.is_empty() && !self.runtime.contains(runtime) {
+            let is = if runtime.is_empty() { "no language runtime that the agent knows" } else { runtime };
+            found.push(format!("match.runtime: is {is}, not {}", self.runtime.join(" or ")));
+        } else if !self.runtime_version.is_empty()
+            && !self.runtime_version.iter().any(|wanted| is_version(wanted, version))
+        {
+            let wanted = self.runtime_version.iter().take(SHOWN_PATTERNS).map(String::as_str);
+            let more = if self.runtime_version.len() > SHOWN_PATTERNS { ", ..." } else { "" };
+            let wanted = wanted.collect::<Vec<_>>().join(" or ");
+            found.push(format!("match.runtime_version: is {version}, not {wanted}{more}"));
         }
         for (field, rule) in &self.pods {
             match pod {
@@ -199,6 +232,30 @@ mod tests {
                 "match.namespaces: this node has no pod metadata"
             ]
         );
+    }
+
+    #[test]
+    fn runtime_and_version_of_a_process_are_compared() {
+        let of = |name: &str, version: &str| SurveyedProcess {
+            runtime: (name.into(), version.into()),
+            ..SurveyedProcess::default()
+        };
+        let wanted = Match {
+            runtime: vec!["python".into()],
+            runtime_version: vec!["3.12".into(), "3.13".into()],
+            ..Match::default()
+        };
+        let matcher = Matcher::of(&wanted);
+        assert!(matcher.compares_runtime() && !Matcher::of(&Match::default()).compares_runtime());
+        for (seen, expected) in [
+            (of("python", "3.12.1"), None),
+            (of("python", "3.11.2"), Some("match.runtime_version: is 3.11.2, not 3.12 or 3.13")),
+            (of("java", "21.0"), Some("match.runtime: is java, not python")),
+            (of("", ""), Some("match.runtime: is no language runtime that the agent knows, not python")),
+        ] {
+            let found = matcher.mismatches(&seen, &ProcessPod::None);
+            assert_eq!(found, Vec::from_iter(expected), "{seen:?}");
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::{
     cgroup::CgroupHierarchy,
     engine::{ManualCapture, RuleView},
     node::Node,
-    process::{SurveyedProcess, cpu_usage, survey},
+    process::{SurveyedProcess, add_runtimes, cpu_usage, survey},
     rules::RuleSource,
 };
 
@@ -126,8 +126,8 @@ async fn answer(node: &Node, request: Option<question::Question>) -> answer::Ans
     answered.unwrap_or_else(answer::Answer::Refused)
 }
 
-/// Returns all running processes and the number of CPUs that each uses.
-async fn measure() -> Result<(Vec<SurveyedProcess>, HashMap<u32, f64>), String> {
+/// Returns all running processes, with their language runtimes on request, and the number of CPUs that each uses.
+async fn measure(with_runtimes: bool) -> Result<(Vec<SurveyedProcess>, HashMap<u32, f64>), String> {
     let hierarchy = CgroupHierarchy::detect();
     let scan = move || survey(hierarchy);
     let failed = |_| "the agent is shutting down".to_owned();
@@ -136,14 +136,25 @@ async fn measure() -> Result<(Vec<SurveyedProcess>, HashMap<u32, f64>), String> 
     tokio::time::sleep(MEASURE_TIME).await;
     let after = tokio::task::spawn_blocking(scan).await.map_err(failed)?;
     let cpus = cpu_usage(&before, &after, begin.elapsed());
+    let after = if with_runtimes { find_runtimes(after).await? } else { after };
     Ok((after, cpus))
+}
+
+async fn find_runtimes(mut seen: Vec<SurveyedProcess>) -> Result<Vec<SurveyedProcess>, String> {
+    let find = move || {
+        add_runtimes(&mut seen);
+        seen
+    };
+    tokio::task::spawn_blocking(find).await.map_err(|_| "the agent is shutting down".to_owned())
 }
 
 /// Returns what these rules would do on this node now.
 async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Result<NodePreview, String> {
     let errors =
         node.engine.check(RuleSource::Remote, rules.clone()).await.map_err(|error| error.to_string())?;
-    let (seen, cpus) = measure().await?;
+    let compares_runtime =
+        |rule: &Rule| rule.r#match.as_ref().is_some_and(|wanted| Matcher::of(wanted).compares_runtime());
+    let (seen, cpus) = measure(rules.iter().any(compares_runtime)).await?;
     let previews: Vec<RulePreview> =
         rules.iter().map(|rule| preview_rule(node, rule, &seen, &cpus)).collect();
     Ok(NodePreview {
@@ -191,11 +202,11 @@ async fn explain(node: &Node, request: ExplainRequest) -> Result<ExplainResponse
     let Some(RuleView { rule, status, processes: sampled }) = in_force else {
         return Err(format!("the node has no rule `{rule_id}` in force"));
     };
-    let (seen, cpus) = measure().await?;
+    let matcher = Matcher::of(&rule.r#match.clone().unwrap_or_default());
+    let (seen, cpus) = measure(matcher.compares_runtime()).await?;
     if pid != 0 && seen.iter().all(|seen| seen.pid != pid) {
         return Err(format!("there is no process {pid} on the node"));
     }
-    let matcher = Matcher::of(&rule.r#match.clone().unwrap_or_default());
     // Matching processes come first, then those with the fewest mismatches; within each group the busiest.
     let mut all: BTreeMap<(usize, u64, u32), ExplainedProcess> = BTreeMap::new();
     let mut matches = 0;
@@ -259,7 +270,7 @@ async fn capture(
         .ok_or_else(|| format!("duration: give 1 s to {} s", MAX_CAPTURE.as_secs()))?;
     let hierarchy = CgroupHierarchy::detect();
     let seen = tokio::task::spawn_blocking(move || survey(hierarchy)).await;
-    let seen = seen.map_err(|_| "the agent is shutting down".to_owned())?;
+    let mut seen = seen.map_err(|_| "the agent is shutting down".to_owned())?;
     let mut matches = r#match.unwrap_or_default();
     if !pod.is_empty() {
         let groups: BTreeSet<String> = seen
@@ -273,6 +284,9 @@ async fn capture(
         matches.cgroup.extend(groups);
     }
     let matcher = Matcher::of(&matches);
+    if matcher.compares_runtime() {
+        seen = find_runtimes(seen).await?;
+    }
     let processes =
         seen.iter().filter(|seen| matcher.mismatches(seen, &ProcessPod::of(node, seen)).is_empty()).count();
     let manual = ManualCapture {

@@ -7,9 +7,10 @@
 //!
 //! | owner | state |
 //! |---|---|
-//! | [`reader`] | what events change; it applies them, and has the next six as parts |
+//! | [`reader`] | what events change; it applies them, and has the next seven as parts |
 //! | [`unwinding`], [`backlog`] | images that the BPF programs unwind; raw samples that wait for unwind tables |
 //! | [`interpreters`] | interpreters whose frames are taken, and the thread that reads their memory |
+//! | [`runtime_files`] | processes whose language runtime a rule compares, and the thread that finds it |
 //! | [`sampled`] | the marks in the kernel, and why they are there |
 //! | [`off_cpu`] | off-CPU time already reported for threads that are still blocked |
 //! | [`discovered`] | processes that already ran when a rule came, and are not read yet |
@@ -58,6 +59,7 @@ mod off_cpu;
 mod read_pause;
 mod reader;
 mod repair;
+mod runtime_files;
 mod sampled;
 mod unwinding;
 mod view;

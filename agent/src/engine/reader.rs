@@ -19,6 +19,7 @@ use super::{
     intake::Intake,
     interpreters::Interpreters,
     off_cpu::OffCpu,
+    runtime_files::{FoundRuntime, RuntimeFiles},
     sampled::{MarkChange, Sampled},
     unwinding::Unwinding,
 };
@@ -40,6 +41,7 @@ const MAX_READINGS: u32 = 4;
 pub(super) struct Reader {
     pub(super) processes: ProcessTable,
     pub(super) discovered: Discovered,
+    pub(super) runtime_files: RuntimeFiles,
     pub(super) sampled: Sampled,
     pub(super) unwinding: Unwinding,
     pub(super) off_cpu: OffCpu,
@@ -65,11 +67,13 @@ impl Reader {
         start_labels: Option<StartLabelOptions>,
         tables: Option<UnwindTables>,
         interpreters: Option<Interpreters>,
+        runtime_files: RuntimeFiles,
         window: Duration,
     ) -> Self {
         Self {
             processes: ProcessTable::new(hierarchy, processes, raise_file_limit(), start_labels),
             discovered: Discovered::new(Instant::now()),
+            runtime_files,
             sampled: Sampled::default(),
             unwinding: Unwinding::new(tables, interpreters),
             off_cpu: OffCpu::default(),
@@ -96,6 +100,7 @@ impl Reader {
                 self.apply(event, with, now);
             }
             self.hand_on_changes();
+            self.decide_by_runtime(with, now);
             let after = self.processes.stats();
             if (after.loaded, after.rescans) == (before.loaded, before.rescans) {
                 return;
@@ -259,6 +264,7 @@ impl Reader {
     /// Hands on which mappings have changed. Samples from before a replaced file keep the image as it was.
     fn hand_on_changes(&mut self) {
         let ImageChanges { changed, replaced } = self.processes.take_changes();
+        self.runtime_files.changed(&changed, &self.processes);
         self.unwinding.add_changed(changed);
         for (key, former) in replaced {
             self.unwinding.replace_image(&key, &former);
@@ -286,6 +292,8 @@ impl Reader {
     /// Decides about a process by the rules that the BPF programs cannot decide. `candidates` are the rules of which all
     /// other properties match.
     fn decide(&mut self, process: &Process, candidates: u64, with: &mut Deciders<'_>, now: SystemTime) {
+        let with_runtime = self.find_runtime(process, candidates, with.rules);
+        let process = with_runtime.as_ref().unwrap_or(process);
         let want = match candidates {
             0 => Want::default(),
             _ => with.rules.slots().decide(process, candidates, now),
@@ -295,6 +303,29 @@ impl Reader {
             self.unwinding.add_blocked(process.key);
         }
         self.mark(process.key, want, with.kernel, with.rules);
+    }
+
+    /// Returns the process with its language runtime, if a rule compares that and it was not known before.
+    fn find_runtime(&mut self, process: &Process, candidates: u64, rules: &RuleBook) -> Option<Process> {
+        let is_compared = candidates != 0 && rules.slots().comparing_runtime(candidates) != 0;
+        if !is_compared || process.runtime().is_some() || process.kernel_thread {
+            self.runtime_files.forget(process.key.process.tgid);
+            return None;
+        }
+        let runtime = self.runtime_files.find(process, candidates)?;
+        self.processes.set_runtime(&process.key, runtime);
+        self.processes.get(&process.key).cloned()
+    }
+
+    /// Decides again about the processes whose language runtime was found meanwhile.
+    fn decide_by_runtime(&mut self, with: &mut Deciders<'_>, now: SystemTime) {
+        for FoundRuntime { key, runtime, candidates } in self.runtime_files.take_found() {
+            self.processes.set_runtime(&key, runtime);
+            let process = self.processes.get(&key).filter(|process| process.is_alive()).cloned();
+            if let Some(process) = process {
+                self.decide(&process, candidates, with, now);
+            }
+        }
     }
 
     /// Marks an image for what the agent has decided.
@@ -322,6 +353,7 @@ impl Reader {
     fn remove_from_kernel(&mut self, tgid: u32, with: &mut Deciders<'_>) {
         with.captures.left(tgid, boot_time());
         write_mark(with.kernel, self.sampled.remove(tgid));
+        self.runtime_files.forget(tgid);
         self.unwinding.remove(with.kernel, tgid);
     }
 

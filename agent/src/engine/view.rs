@@ -140,6 +140,8 @@ pub(crate) struct UnknownProcess {
     pub(crate) uid: Option<u32>,
     /// Thread group id.
     pub(crate) tgid: u32,
+    /// Name and version of its language runtime; empty without one.
+    pub(crate) runtime: (String, String),
 }
 
 /// A rule in force.
@@ -284,8 +286,8 @@ impl ViewSources<'_> {
     }
 
     pub(super) fn explain(&self, process: &UnknownProcess) -> Vec<(RuleId, String)> {
-        let UnknownProcess { comm, exe, cgroup, uid, tgid } = process;
-        let traits = ProcessTraits { comm, exe, cgroup, uid: *uid, tgid: *tgid };
+        let UnknownProcess { comm, exe, cgroup, uid, tgid, runtime: (runtime, runtime_version) } = process;
+        let traits = ProcessTraits { comm, exe, cgroup, uid: *uid, tgid: *tgid, runtime, runtime_version };
         self.rules.explain(&traits, None, SystemTime::now())
     }
 

@@ -22,6 +22,7 @@ use super::{
     read_pause::ReadPause,
     reader::{Deciders, Reader},
     repair::Repairs,
+    runtime_files::RuntimeFiles,
     view::{KernelView, ViewSources},
     wake_up::WakeUp,
 };
@@ -82,6 +83,7 @@ impl Worker {
         let tables = tables.transpose().map_err(EngineError::Start)?;
         let interpreters = tables.is_some().then(|| Interpreters::start(wake()));
         let interpreters = interpreters.transpose().map_err(EngineError::Start)?;
+        let runtime_files = RuntimeFiles::new(wake_up.clone());
         let sensors = Sensors::start(wake()).map_err(EngineError::Start)?;
         kernel.set_tables(tables.is_some());
         kernel.set_lifecycle(lifecycle);
@@ -91,7 +93,15 @@ impl Worker {
         rules.set_condition_support(NodeConditions::probe());
         Ok(Self {
             node,
-            reader: Reader::new(hierarchy, processes, start_labels, tables, interpreters, window),
+            reader: Reader::new(
+                hierarchy,
+                processes,
+                start_labels,
+                tables,
+                interpreters,
+                runtime_files,
+                window,
+            ),
             rules,
             captures: Captures::new(cgroup::mount_of(hierarchy.controller()), Some(sensors), boot_time()),
             account: Account::new(&kernel)?,
@@ -301,6 +311,7 @@ impl Worker {
         self.next_rule_change = self.rules.slots().next_change(now);
         // The former rules wanted these; the kernel reports again which processes the new ones want.
         self.reader.discovered.clear();
+        self.reader.runtime_files.clear_waiting();
         let rules = self.rules.kernel_rules(now);
         self.kernel.set_rules(&rules)?;
         self.reader.sampled.begin_round();

@@ -6,7 +6,7 @@ use super::start_labels::{ReadStartLabels, StartLabels};
 use crate::{
     cgroup::CgroupNames,
     model::{ExitStatus, Image, ImageKey, Subject},
-    runtimes::Interpreter,
+    runtimes::{Interpreter, RuntimeFile},
 };
 
 /// One image of one process.
@@ -34,6 +34,8 @@ pub struct Process {
     pub image: Arc<Image>,
     /// Its interpreter, once its frames are taken.
     pub(crate) interpreter: Option<Arc<Interpreter>>,
+    /// Its interpreter's file, once a rule that compares it has had it found.
+    pub(super) runtime: Option<Arc<RuntimeFile>>,
     /// The rules that sample it, one bit for each slot, as last reported.
     pub rules: u64,
     /// How much of it is known, and whether it is alive.
@@ -78,6 +80,7 @@ impl Process {
             kernel_thread: false,
             image: Arc::default(),
             interpreter: None,
+            runtime: None,
             rules: subject.rules,
             state: ProcessState::Unread,
             start_labels: None,
@@ -98,6 +101,11 @@ impl Process {
     /// Returns the labels that show how it was started, if they were read.
     pub(crate) fn start_labels(&self) -> Option<&Arc<StartLabels>> {
         self.start_labels.as_ref()?.labels.as_ref()
+    }
+
+    /// Returns the file of its interpreter, if that is known.
+    pub(crate) fn runtime(&self) -> Option<&Arc<RuntimeFile>> {
+        self.runtime.as_ref().or_else(|| self.interpreter.as_ref().map(|interpreter| &interpreter.file))
     }
 
     /// Reports whether the process runs this image.

@@ -27,6 +27,6 @@ pub(crate) use self::{
     images::on_worker,
     perf_maps::perf_map_files,
     proc::is_dynamic_linker,
-    survey::{SurveyedProcess, cpu_usage, survey},
+    survey::{SurveyedProcess, add_runtimes, cpu_usage, survey},
     table::all_on_worker,
 };

@@ -1,6 +1,6 @@
 //! A survey of all running processes, sampled or not, for requests about rules. Nothing of it is stored.
 
-use std::{collections::HashMap, fs, sync::LazyLock, time::Duration};
+use std::{collections::HashMap, fs, mem, sync::LazyLock, time::Duration};
 
 use super::{
     images::on_worker,
@@ -9,6 +9,7 @@ use super::{
 use crate::{
     cgroup::{CgroupHierarchy, CgroupNames, parse_path},
     model::ProcessKey,
+    runtimes::RuntimeFinder,
 };
 
 /// Processes in one survey; the others are left out.
@@ -38,6 +39,8 @@ pub(crate) struct SurveyedProcess {
     pub(crate) uid: Option<u32>,
     /// CPU time of all its threads.
     pub(crate) cpu: Duration,
+    /// Name and version of its language runtime; empty without one, and before [`add_runtimes`].
+    pub(crate) runtime: (String, String),
 }
 
 /// Returns all running processes. Blocking. A worker reads each of them: one that does not answer is left out, and the
@@ -70,8 +73,30 @@ fn survey_process(key: ProcessKey, hierarchy: CgroupHierarchy) -> Result<Surveye
         names: CgroupNames::of(&cgroup),
         cgroup,
         uid: owner(&proc, key).ok(),
+        runtime: Default::default(),
         cpu: TICK.saturating_mul(u32::try_from(stat.cpu_ticks).unwrap_or(u32::MAX)),
     })
+}
+
+/// Finds the language runtimes of all these processes. Blocking, in the same way as [`survey`].
+pub(crate) fn add_runtimes(processes: &mut [SurveyedProcess]) {
+    let mut finder = RuntimeFinder::default();
+    // A kernel thread has no executable.
+    for process in processes.iter_mut().filter(|process| !process.exe.is_empty()) {
+        let (pid, mut theirs) = (process.pid, mem::take(&mut finder));
+        let key = ProcessKey { tgid: pid, start_boottime_ns: 0 };
+        let found = on_worker(key, move || {
+            let found = theirs.find(pid);
+            (theirs, found)
+        });
+        // A process that does not answer keeps the files that were read so far.
+        let Ok((theirs, found)) = found else { continue };
+        finder = theirs;
+        if let Ok(Some((file, _))) = found {
+            let (name, version) = file.names();
+            process.runtime = (name.to_owned(), version.to_owned());
+        }
+    }
 }
 
 /// Returns by PID how many CPUs each process used on average between two surveys.
@@ -96,6 +121,30 @@ pub(crate) fn cpu_usage(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_language_runtimes_of_processes_are_found() {
+        let mut python = std::process::Command::new("/usr/bin/python3")
+            .args(["-c", "input()"])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let of = |pid: u32| SurveyedProcess { pid, exe: "/x".into(), ..SurveyedProcess::default() };
+        let end = std::time::Instant::now() + Duration::from_secs(20);
+        // Until it has mapped its library.
+        let seen = loop {
+            let mut seen = [of(std::process::id()), of(python.id()), of(python.id()), of(u32::MAX)];
+            add_runtimes(&mut seen);
+            if !seen[1].runtime.0.is_empty() || std::time::Instant::now() > end {
+                break seen;
+            }
+        };
+        python.kill().unwrap();
+        python.wait().unwrap();
+        let names = seen.each_ref().map(|process| process.runtime.0.as_str());
+        assert_eq!(names, ["", "python", "python", ""]);
+        assert!(seen[1].runtime.1.starts_with("3."), "{seen:?}");
+    }
 
     #[test]
     fn this_process_is_surveyed_with_its_cpu_time() {

@@ -22,7 +22,7 @@ use crate::{
     access::{self, ENGINE_DEADLINE, Target},
     cgroup::{CgroupHierarchy, CgroupNames, CgroupTree, parse_path},
     model::{ExitStatus, FileNumbers, ImageKey, MappingEvent, NewMapping, Origin, ProcessKey, Subject},
-    runtimes::Interpreter,
+    runtimes::{Interpreter, RuntimeFile},
 };
 
 /// Paths of control groups that are remembered, for processes that exit before they can be read.
@@ -495,6 +495,13 @@ impl ProcessTable {
         let alive = self.alive.get_mut(&key.process.tgid).filter(|process| process.key == *key);
         let process = alive.or_else(|| self.past.get_mut(key).map(|process| &mut **process));
         process.map(|process| process.interpreter = Some(interpreter)).is_some()
+    }
+
+    /// Sets the interpreter's file of a current image.
+    pub(crate) fn set_runtime(&mut self, key: &ImageKey, file: Arc<RuntimeFile>) {
+        if let Some(process) = self.alive.get_mut(&key.process.tgid).filter(|process| process.key == *key) {
+            process.runtime = Some(file);
+        }
     }
 
     /// Drops old pending images, of processes that no rule matches, and closes idle files.

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use gannet_proto::{
     control::{Match, Rule, capture},
-    rules::{Pattern, effective_hz, effective_kinds},
+    rules::{Pattern, effective_hz, effective_kinds, is_version},
 };
 
 use crate::{
@@ -31,16 +31,23 @@ pub(crate) struct ProcessTraits<'a> {
     pub(crate) uid: Option<u32>,
     /// Thread group id.
     pub(crate) tgid: u32,
+    /// Name of its language runtime; empty without one, and while unknown.
+    pub(crate) runtime: &'a str,
+    /// Version of that.
+    pub(crate) runtime_version: &'a str,
 }
 
 impl<'a> ProcessTraits<'a> {
     pub(crate) fn of(process: &'a Process) -> Self {
+        let (runtime, runtime_version) = process.runtime().map_or(("", ""), |file| file.names());
         Self {
             comm: &process.comm,
             exe: &process.exe,
             cgroup: &process.cgroup,
             uid: process.uid,
             tgid: process.key.process.tgid,
+            runtime,
+            runtime_version,
         }
     }
 }
@@ -53,6 +60,8 @@ pub(super) struct Compiled {
     cgroup: Vec<Pattern>,
     pids: Vec<u32>,
     uid: Vec<u32>,
+    runtime: Vec<String>,
+    runtime_version: Vec<String>,
     /// The rule selects containers by pod metadata.
     pub(super) pods: bool,
     /// A rule that names pids alone applies from the next `execve` of those processes on.
@@ -91,8 +100,19 @@ pub struct Deny {
 
 impl Compiled {
     pub(super) fn of(rule: &Rule) -> Self {
-        let Match { comm, exe, cgroup, namespaces, pod_labels, containers, workloads, pids, uid } =
-            rule.r#match.clone().unwrap_or_default();
+        let Match {
+            comm,
+            exe,
+            cgroup,
+            namespaces,
+            pod_labels,
+            containers,
+            workloads,
+            pids,
+            uid,
+            runtime,
+            runtime_version,
+        } = rule.r#match.clone().unwrap_or_default();
         // Validation has refused patterns that do not parse, so leaving them out is safe.
         let patterns = |texts: &[String]| texts.iter().filter_map(|text| Pattern::parse(text).ok()).collect();
         Self {
@@ -105,6 +125,8 @@ impl Compiled {
                 && workloads.is_empty()),
             pids,
             uid,
+            runtime,
+            runtime_version,
             from_exec: false,
         }
     }
@@ -116,7 +138,24 @@ impl Compiled {
 
     /// Whether the agent must decide, because the BPF programs cannot see or compare a property.
     fn by_agent(&self) -> bool {
-        !self.exe.is_empty() || self.cgroup.iter().any(|path| path.text().len() > MAX_CGROUP_PATH)
+        !self.exe.is_empty()
+            || self.compares_runtime()
+            || self.cgroup.iter().any(|path| path.text().len() > MAX_CGROUP_PATH)
+    }
+
+    /// Whether the rule compares the language runtime, which the agent finds in the files of a process.
+    pub(super) fn compares_runtime(&self) -> bool {
+        // Validation demands a runtime beside a version.
+        !self.runtime.is_empty() || !self.runtime_version.is_empty()
+    }
+
+    fn is_runtime(&self, traits: &ProcessTraits<'_>) -> bool {
+        self.runtime.is_empty() || self.runtime.iter().any(|name| name == traits.runtime)
+    }
+
+    fn is_runtime_version(&self, traits: &ProcessTraits<'_>) -> bool {
+        self.runtime_version.is_empty()
+            || self.runtime_version.iter().any(|wanted| is_version(wanted, traits.runtime_version))
     }
 
     /// Whether all properties match, except containers, which only the ids of control groups decide.
@@ -129,6 +168,8 @@ impl Compiled {
             && any(&self.cgroup, traits.cgroup)
             && (self.pids.is_empty() || self.pids.contains(&traits.tgid))
             && (self.uid.is_empty() || traits.uid.is_some_and(|uid| self.uid.contains(&uid)))
+            && self.is_runtime(traits)
+            && self.is_runtime_version(traits)
     }
 
     /// Returns the first property that does not match, human-readable.
@@ -154,6 +195,15 @@ impl Compiled {
                 None => "its user id is not known".into(),
             });
         }
+        if !self.is_runtime(traits) {
+            return Some(match traits.runtime {
+                "" => "it runs no language runtime that the agent has found".into(),
+                name => format!("its language runtime is {name}"),
+            });
+        }
+        if !self.is_runtime_version(traits) {
+            return Some(format!("it runs {} {}", traits.runtime, traits.runtime_version));
+        }
         None
     }
 
@@ -164,6 +214,7 @@ impl Compiled {
             && self.exe.is_empty()
             && self.cgroup.is_empty()
             && self.uid.is_empty()
+            && !self.compares_runtime()
             && !self.pods
     }
 
@@ -177,6 +228,7 @@ impl Compiled {
             && self.cgroup.is_empty()
             && self.pids.is_empty()
             && self.uid.is_empty()
+            && !self.compares_runtime()
             && !self.pods
     }
 }
@@ -385,9 +437,11 @@ mod tests {
             matches in prop::collection::vec((some_match(), prop::option::of(containers())), 1..6),
             deny in some_deny(),
             process in (name(), name(), name(), prop::option::of(0_u32..3), 0_u32..4, containers()),
+            (runtime, runtime_version) in prop::sample::select(vec![("", ""), ("a", "1.2"), ("b", "1.2.3")]),
         ) {
             let (comm, exe, cgroup, uid, tgid, inside) = process;
-            let traits = ProcessTraits { comm: &comm, exe: &exe, cgroup: &cgroup, uid, tgid };
+            let traits =
+                ProcessTraits { comm: &comm, exe: &exe, cgroup: &cgroup, uid, tgid, runtime, runtime_version };
             let compiled: Vec<Compiled> = matches.iter().map(|(given, _)| compile(given)).collect();
             let requests = compiled.iter().zip(&matches).enumerate().map(|(slot, (compiled, (_, containers)))| {
                 SlotRequest { containers: containers.as_ref(), ..request(slot, compiled) }
@@ -425,6 +479,12 @@ mod tests {
             && one(&given.cgroup, traits.cgroup)
             && (given.pids.is_empty() || given.pids.contains(&traits.tgid))
             && (given.uid.is_empty() || traits.uid.is_some_and(|uid| given.uid.contains(&uid)))
+            && (given.runtime.is_empty() || given.runtime.contains(&traits.runtime.to_owned()))
+            && (given.runtime_version.is_empty()
+                || given
+                    .runtime_version
+                    .iter()
+                    .any(|wanted| format!("{}.", traits.runtime_version).starts_with(&format!("{wanted}."))))
     }
 
     /// Does what the BPF programs do: returns the slots whose properties all match, those of the deny list included.
@@ -462,9 +522,21 @@ mod tests {
         // Control groups that the kernel's keys cannot hold.
         let long = Just(vec!["a".repeat(MAX_CGROUP_PATH + 1), "b*".into()]);
         let cgroups = prop_oneof![4 => patterns(), 1 => long];
-        (patterns(), patterns(), cgroups, numbers(), numbers()).prop_map(|(comm, exe, cgroup, pids, uid)| {
-            Match { comm, exe, cgroup, pids, uid, ..Match::default() }
-        })
+        let some = |texts: &[&str]| vec![Vec::new(), texts.iter().map(|&text| text.to_owned()).collect()];
+        let runtimes = prop::sample::select([some(&["a"]), some(&["b", "c"])].concat());
+        let versions = prop::sample::select([some(&["1"]), some(&["1.2.3", "2"]), some(&["1.1"])].concat());
+        (patterns(), patterns(), cgroups, numbers(), numbers(), runtimes, versions).prop_map(
+            |(comm, exe, cgroup, pids, uid, runtime, runtime_version)| Match {
+                comm,
+                exe,
+                cgroup,
+                pids,
+                uid,
+                runtime,
+                runtime_version,
+                ..Match::default()
+            },
+        )
     }
 
     fn some_deny() -> impl Strategy<Value = Deny> {
@@ -520,6 +592,7 @@ mod tests {
             Match { exe: text(), ..pids(&[7]) },
             Match { cgroup: text(), ..pids(&[7]) },
             Match { uid: vec![1], ..pids(&[7]) },
+            Match { runtime: text(), ..pids(&[7]) },
             Match { namespaces: text(), ..pids(&[7]) },
             Match { pod_labels: "a=b".into(), ..pids(&[7]) },
             Match { containers: text(), ..pids(&[7]) },
@@ -562,6 +635,7 @@ mod tests {
             Match { exe: text(), ..all.clone() },
             Match { cgroup: text(), ..all.clone() },
             Match { uid: vec![1], ..all.clone() },
+            Match { runtime: text(), ..all.clone() },
             Match { pids: vec![1], ..all.clone() },
             Match { namespaces: text(), ..all.clone() },
         ] {
@@ -581,6 +655,8 @@ mod tests {
         assert_eq!(of(MAX_CGROUP_PATH, &[]), (0, 0, 2));
         assert_eq!(of(MAX_CGROUP_PATH + 1, &[]), (8, 8, 0));
         assert_eq!(of(1, &["/a"]), (8, 0, 2));
+        let python = Match { runtime: vec!["python".into()], ..Match::default() };
+        assert_eq!(alone(&python, |request| request).masks.by_agent, 8);
     }
 
     #[test]
@@ -653,7 +729,16 @@ mod tests {
     #[test]
     fn the_first_property_that_differs_is_named() {
         let text = || vec!["a".to_owned()];
-        let traits = ProcessTraits { comm: "c", exe: "/e", cgroup: "/g", uid: Some(5), tgid: 9 };
+        let traits = ProcessTraits {
+            comm: "c",
+            exe: "/e",
+            cgroup: "/g",
+            uid: Some(5),
+            tgid: 9,
+            runtime: "python",
+            runtime_version: "3.11.2",
+        };
+        let version = |version: &str| vec![version.to_owned()];
         let of = |given: Match, traits: &ProcessTraits<'_>| compile(&given).mismatch(traits);
         for (given, said) in [
             (Match { comm: text(), exe: text(), ..pids(&[1]) }, "its command name is `c`"),
@@ -661,12 +746,20 @@ mod tests {
             (Match { cgroup: text(), ..pids(&[1]) }, "its control group is `/g`"),
             (Match { uid: vec![1], ..pids(&[1]) }, "its pid is 9"),
             (Match { uid: vec![1], ..Match::default() }, "its user id is 5"),
+            (Match { runtime: text(), ..Match::default() }, "its language runtime is python"),
+            (Match { runtime_version: version("3.1"), ..Match::default() }, "it runs python 3.11.2"),
         ] {
             assert_eq!(of(given, &traits).as_deref(), Some(said));
         }
         let unknown = ProcessTraits { uid: None, ..traits };
         let said = of(Match { uid: vec![1], ..Match::default() }, &unknown);
         assert_eq!(said.as_deref(), Some("its user id is not known"));
+        let native = ProcessTraits { runtime: "", runtime_version: "", ..traits };
+        let said = of(Match { runtime: version("python"), ..Match::default() }, &native);
+        assert_eq!(said.as_deref(), Some("it runs no language runtime that the agent has found"));
+        let python =
+            Match { runtime: version("python"), runtime_version: version("3.11"), ..Match::default() };
+        assert_eq!(of(python, &traits), None);
         assert_eq!(of(Match { comm: vec!["c*".into()], uid: vec![5, 6], ..pids(&[9]) }, &traits), None);
     }
 }

@@ -362,6 +362,13 @@ impl Slots {
         want
     }
 
+    /// Returns the slots among `candidates` whose rule compares the language runtime.
+    pub(crate) fn comparing_runtime(&self, candidates: u64) -> u64 {
+        self.active()
+            .filter(|(index, slot)| candidates >> index & 1 == 1 && slot.compiled.compares_runtime())
+            .fold(0, |slots, (index, _)| slots | 1 << index)
+    }
+
     /// Returns the live rules with conditions.
     pub(crate) fn watched(&self, now: SystemTime) -> Vec<WatchedRule> {
         let mut watched: BTreeMap<&str, WatchedRule> = BTreeMap::new();

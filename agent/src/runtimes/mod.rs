@@ -23,7 +23,7 @@ pub use self::functions::Interpreter;
 pub(crate) use self::{
     functions::{ListFunction, text_bytes},
     memory::{Memory, ProcessMemory},
-    process::inspect,
+    process::{RuntimeFinder, inspect},
 };
 
 /// The runtimes that the agent knows.
@@ -80,6 +80,13 @@ pub(crate) struct RuntimeFile {
     pub(crate) runtime: &'static dyn Runtime,
     /// The facts that the runtime found.
     pub(crate) detected: Detected,
+}
+
+impl RuntimeFile {
+    /// Returns name and version, as rules and labels have them.
+    pub(crate) fn names(&self) -> (&str, &str) {
+        (self.runtime.name(), &self.detected.version_text)
+    }
 }
 
 /// Finds the interpreter in a file.

@@ -28,8 +28,19 @@ fn unless_default<T: Default + PartialEq>(value: T) -> Option<T> {
 impl From<RuleForm> for control::Rule {
     fn from(form: RuleForm) -> Self {
         let RuleForm { id, description, matches, nodes, when, capture, lifetime, labels, priority } = form;
-        let MatchForm { comm, exe, cgroup, namespaces, pod_labels, containers, workloads, pids, uid } =
-            matches;
+        let MatchForm {
+            comm,
+            exe,
+            cgroup,
+            namespaces,
+            pod_labels,
+            containers,
+            workloads,
+            pids,
+            uid,
+            runtime,
+            runtime_version,
+        } = matches;
         let NodesForm { selector, names, percent } = nodes;
         let CaptureForm { kind, hz, duration, cooldown, lead_up, max_concurrent, stacks } = capture;
         let LifetimeForm { ttl, not_before } = lifetime;
@@ -46,6 +57,8 @@ impl From<RuleForm> for control::Rule {
                 workloads,
                 pids,
                 uid,
+                runtime,
+                runtime_version,
             }),
             nodes: unless_default(control::NodeSelector { selector, names, percent: percent.unwrap_or(0) }),
             when: when.into_iter().map(Into::into).collect(),
@@ -137,8 +150,19 @@ impl From<&control::Rule> for RuleForm {
     fn from(rule: &control::Rule) -> Self {
         let control::Rule { id, description, r#match, nodes, when, capture, lifetime, labels, priority } =
             rule.clone();
-        let control::Match { comm, exe, cgroup, namespaces, pod_labels, containers, workloads, pids, uid } =
-            r#match.unwrap_or_default();
+        let control::Match {
+            comm,
+            exe,
+            cgroup,
+            namespaces,
+            pod_labels,
+            containers,
+            workloads,
+            pids,
+            uid,
+            runtime,
+            runtime_version,
+        } = r#match.unwrap_or_default();
         let control::NodeSelector { selector, names, percent } = nodes.unwrap_or_default();
         let control::Capture {
             kind,
@@ -165,6 +189,8 @@ impl From<&control::Rule> for RuleForm {
                 workloads,
                 pids,
                 uid,
+                runtime,
+                runtime_version,
             },
             nodes: NodesForm { selector, names, percent: unless_zero(percent) },
             when: when.into_iter().filter_map(|condition| condition.kind).map(Into::into).collect(),

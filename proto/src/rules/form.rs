@@ -55,6 +55,10 @@ pub(super) struct MatchForm {
     pub(super) pids: Vec<u32>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) uid: Vec<u32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) runtime: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) runtime_version: Vec<String>,
 }
 
 #[derive(Default, PartialEq, Serialize, Deserialize)]

@@ -17,7 +17,7 @@ use sha2::{Digest as _, Sha256};
 pub use pattern::{Pattern, PatternError};
 pub use schema::json_schema;
 pub use text::{MAX_FILE_BYTES, ParseError, parse, to_json, to_yaml};
-pub use validate::{Caps, check_scope, validate};
+pub use validate::{Caps, RUNTIMES, check_scope, validate};
 
 use crate::{
     control::{NodeSelector, Rule, RuleSet, capture},
@@ -28,6 +28,11 @@ use crate::{
 pub const TRIGGERED_HZ: u32 = 99;
 /// Default rate of a rule without a condition. It is a prime number, so that it does not beat with periodic work.
 pub(crate) const ALWAYS_HZ: u32 = 19;
+
+/// Reports whether `version` is one of those that `wanted` stands for: `3.11` stands for 3.11 and each 3.11.x, not for 3.110.
+pub fn is_version(wanted: &str, version: &str) -> bool {
+    version.strip_prefix(wanted).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
 
 /// Returns the rate of a rule in samples per second and CPU.
 pub fn effective_hz(rule: &Rule) -> u32 {

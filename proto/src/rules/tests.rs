@@ -19,6 +19,8 @@ rules:
       workloads: ["deployment/checkout"]
       pids: []
       uid: [1000]
+      runtime: [python]
+      runtime_version: ["3.11", "3.12.1"]
     nodes:
       selector: "pool=gpu"
       names: []
@@ -112,6 +114,11 @@ fn several_documents_are_one_set() {
     "rules:\n- id: a\n  match: {comm: [7]}\n",
     "rules.yaml:3:18: rule `a`: match.comm[0]: invalid type: integer `7`, expected a string: put the value in quotes"
 )]
+#[case::number_for_version(
+    "rules:\n- id: a\n  match: {runtime_version: [3.10]}\n",
+    "rules.yaml:3:29: rule `a`: match.runtime_version[0]: invalid type: floating point `3.1`, expected a string: put the \
+     value in quotes"
+)]
 #[case::bare_number(
     "rules:\n- id: a\n  lifetime: {ttl: 20}\n",
     "rules.yaml:3:14: rule `a`: lifetime.ttl: invalid type: integer `20`, expected a duration with its unit, like 30s"
@@ -158,6 +165,19 @@ fn mistakes_in_several_rules_are_reported_together() {
 #[case::namespace("match: {namespaces: [Shop]}", "match.namespaces[0]: `Shop` is not a name of 1 to 63")]
 #[case::workload("match: {workloads: [checkout]}", "match.workloads[0]: `checkout` is not a workload")]
 #[case::pid("match: {pids: [1, 0]}", "match.pids[1]: 0 is not a process")]
+#[case::runtime(
+    "match: {runtime: [pyhton]}",
+    "match.runtime[0]: `pyhton` is not a runtime that Gannet knows: give one of python"
+)]
+#[case::version(
+    "match: {runtime: [python], runtime_version: ['3.11*']}",
+    "match.runtime_version[0]: `3.11*` is not a version: give one to 3 numbers with `.` between them"
+)]
+#[case::version_number(
+    "match: {runtime: [python], runtime_version: ['3.011']}",
+    "match.runtime_version[0]: `3.011` is not a version"
+)]
+#[case::version_alone("match: {runtime_version: ['3.11']}", "match.runtime_version: needs match.runtime")]
 #[case::nothing("match: {}", "match: is empty: choose processes, or give `comm: [\"*\"]`")]
 #[case::percent("nodes: {percent: 101}", "nodes.percent: is 101: give 1 to 100")]
 #[case::hz(
@@ -310,6 +330,23 @@ fn patterns_match_exactly_or_by_prefix(#[case] pattern: &str, #[case] name: &str
     assert_eq!(pattern.to_string().parse(), Ok(pattern));
 }
 
+#[test]
+fn a_version_stands_for_all_releases_that_begin_with_it() {
+    for (wanted, version, is_match) in [
+        ("3", "3.11.2", true),
+        ("3.11", "3.11.2", true),
+        ("3.11.2", "3.11.2", true),
+        ("3.11", "3.11", true),
+        ("3.1", "3.11.2", false),
+        ("3.11.2", "3.11", false),
+        ("3.11.2", "3.11.20", false),
+        ("3.12", "3.11.2", false),
+        ("3", "", false),
+    ] {
+        assert_eq!(is_version(wanted, version), is_match, "{wanted} {version}");
+    }
+}
+
 fn seconds(range: std::ops::Range<i64>) -> impl Strategy<Value = Option<prost_types::Duration>> {
     option::of(
         (range, 0..2_i32)
@@ -324,8 +361,10 @@ prop_compose! {
         namespaces in collection::vec("[a-z][a-z0-9]{0,9}", 0..3),
         pod_labels in prop_oneof![Just(String::new()), Just("app=a,tier in (b,c),!x".to_owned())],
         pids in collection::vec(1_u32..100_000, 0..3),
+        runtime_version in collection::vec("3\\.[1-9][0-9]?", 0..3),
     ) -> Match {
-        Match { comm, exe, namespaces, pod_labels, pids, ..Match::default() }
+        let runtime = vec!["python".to_owned()];
+        Match { comm, exe, namespaces, pod_labels, pids, runtime, runtime_version, ..Match::default() }
     }
 }
 

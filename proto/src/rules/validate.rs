@@ -26,6 +26,10 @@ const MAX_ENTRIES: usize = 64;
 const MAX_CONDITIONS: usize = 16;
 const MAX_RULE_LABELS: usize = 8;
 const MAX_PRIORITY: i32 = 1000;
+const MAX_VERSION_PARTS: usize = 3;
+
+/// The language runtimes that rules can match.
+pub const RUNTIMES: &[&str] = &["python"];
 // The labels of a rule must fit beside the labels that the agent sets.
 const _: () = assert!(labels::RESERVED.len() + MAX_RULE_LABELS <= labels::MAX_LABELS);
 
@@ -261,7 +265,19 @@ fn matches(wanted: &Match, faults: &mut Faults<'_>) {
     if *wanted == Match::default() {
         faults.add("match", "is empty: choose processes, or give `comm: [\"*\"]` for all processes");
     }
-    let Match { comm, exe, cgroup, namespaces, pod_labels, containers, workloads, pids, uid } = wanted;
+    let Match {
+        comm,
+        exe,
+        cgroup,
+        namespaces,
+        pod_labels,
+        containers,
+        workloads,
+        pids,
+        uid,
+        runtime,
+        runtime_version,
+    } = wanted;
     faults.each("match.comm", comm, check_comm);
     faults.each("match.exe", exe, check_path);
     faults.each("match.cgroup", cgroup, check_path);
@@ -281,6 +297,31 @@ fn matches(wanted: &Match, faults: &mut Faults<'_>) {
         }
     }
     faults.entries("match.uid", uid, MAX_ENTRIES);
+    faults.each("match.runtime", runtime, check_runtime);
+    faults.each("match.runtime_version", runtime_version, check_version);
+    if runtime.is_empty() && !runtime_version.is_empty() {
+        faults.add("match.runtime_version", "needs match.runtime: give the runtime that has this version");
+    }
+}
+
+fn check_runtime(text: &str) -> Result<(), String> {
+    if RUNTIMES.contains(&text) {
+        return Ok(());
+    }
+    let known = RUNTIMES.join(", ");
+    Err(format!("`{}` is not a runtime that Gannet knows: give one of {known}", text.escape_debug()))
+}
+
+fn check_version(text: &str) -> Result<(), String> {
+    let is_number = |part: &str| part.parse::<u16>().is_ok_and(|number| number.to_string() == part);
+    if text.split('.').all(is_number) && text.split('.').count() <= MAX_VERSION_PARTS {
+        return Ok(());
+    }
+    Err(format!(
+        "`{}` is not a version: give one to {MAX_VERSION_PARTS} numbers with `.` between them, like \"3.11\" for all \
+         releases of 3.11",
+        text.escape_debug()
+    ))
 }
 
 fn check_comm(text: &str) -> Result<(), String> {

@@ -10,6 +10,7 @@ use crate::{
     node::Node,
     process::{Metadata, MetadataOptions, ProcessMetadataCache, ProcessState, on_worker},
     rules::RuleId,
+    runtimes::RuntimeFinder,
 };
 
 /// A process in `/debug/processes`.
@@ -104,7 +105,7 @@ fn row(process: ProcessView) -> ProcessRow {
 /// `None` if no such process runs.
 async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineError> {
     let read = tokio::task::spawn_blocking(move || read_once(pid)).await;
-    let Some(known) = read.ok().flatten() else { return Ok(None) };
+    let Some((known, runtime)) = read.ok().flatten() else { return Ok(None) };
     let names = known.names();
     let traits = UnknownProcess {
         comm: known.comm.clone(),
@@ -112,6 +113,7 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
         cgroup: known.cgroup.clone(),
         uid: Some(known.uid),
         tgid: pid,
+        runtime,
     };
     let why = format!("not profiled: {}", why_not(&node.engine.explain(traits).await?));
     Ok(Some(ProcessRow {
@@ -136,11 +138,19 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
     }))
 }
 
-fn read_once(pid: u32) -> Option<Arc<Metadata>> {
+/// Reads a process, with name and version of its language runtime.
+fn read_once(pid: u32) -> Option<(Arc<Metadata>, (String, String))> {
     let options = MetadataOptions { entries: 1, cmdline: false, cwd: false, ..MetadataOptions::default() };
     let any = ProcessKey { tgid: pid, start_boottime_ns: 0 };
     let key = on_worker(any, move || ProcessKey::of_running(pid)).ok()?.ok()?;
-    ProcessMetadataCache::new(options).get_or_load(key).ok()
+    let known = ProcessMetadataCache::new(options).get_or_load(key).ok()?;
+    let found =
+        on_worker(key, move || RuntimeFinder::default().find(pid)).ok().and_then(Result::ok).flatten();
+    let runtime = found.map_or_else(Default::default, |(file, _)| {
+        let (name, version) = file.names();
+        (name.to_owned(), version.to_owned())
+    });
+    Some((known, runtime))
 }
 
 /// Returns for each rule in force the reason why it does not match a process.
