@@ -9,7 +9,7 @@ use prometheus_client::registry::Registry;
 use crate::{
     access::{self, AccessStats},
     conditions::SuppressedStarts,
-    engine::{EngineError, EngineView, StackEnds},
+    engine::{EngineError, EngineView, InterpreterStats, StackEnds},
     export::{SpoolStats, StreamStats},
     kernel::{Counters, MapFill, Ticks, counters_by_name, lifecycle_counts},
     ledger::Stage,
@@ -17,7 +17,7 @@ use crate::{
     pods::{PodCounts, PodFeedKind},
     process::{FileTableStats, MetadataStats, ProcessStats, perf_map_files},
     profile::RecorderStats,
-    runtimes::text_bytes,
+    runtimes::{read_cpu_time, text_bytes},
     symbols::SymbolizerStats,
     tables::TableStats,
 };
@@ -95,6 +95,11 @@ gannet_base::metrics! {
     SYMBOL_FILES_FAILED = counter("gannet_agent_symbols_files_failed_total", "Files whose names could not be read, by source of the names", ["source"]);
     SYMBOL_CACHE_BYTES = gauge("gannet_agent_symbols_cache_bytes", "Memory of cached names, kernel symbols and perf maps");
 
+    RUNTIME_PROCESSES = gauge("gannet_agent_runtimes_processes", "Sampled processes of interpreters, by runtime, version (major and minor number; beyond 64 combinations `other`) and status: `ok`, or why their functions have no names: `not_started`, `unsupported` version, `no_thread_state`, `unreadable`, `too_large`, `implausible`, or switched off because reading `failed` or was `too_costly`; `check --pid` and /debug/processes say more", ["runtime", "version", "status"]);
+    RUNTIME_SWITCHED_OFF = counter("gannet_agent_runtimes_switched_off_total", "Processes whose interpreter the agent stopped to read, because a read failed or took too much CPU time");
+    RUNTIME_READ_CPU = counter("gannet_agent_runtimes_read_cpu_seconds_total", "CPU time of reading interpreters' memory; beyond 0.2 s at once it takes 2 % of a core at most");
+    RUNTIME_READS_DELAYED = counter("gannet_agent_runtimes_reads_delayed_total", "Reads of interpreters' memory that waited, to keep within that CPU time");
+    RUNTIME_FUNCTIONS_UNREAD = counter("gannet_agent_runtimes_functions_unread_total", "Interpreted functions without a name, because too many reads waited");
     RUNTIME_TEXT_BYTES = gauge("gannet_agent_runtimes_text_bytes", "Memory of the names of interpreted functions");
 
     CAPTURES_HELD_BACK = counter("gannet_agent_captures_held_back_total", "Captures that did not start although their condition held, by reason", ["reason"]);
@@ -142,6 +147,7 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
     snapshot.add(&COMMANDS_REFUSED, node.engine.refused_commands());
     snapshot.add(&UNWIND_TABLES_REFUSED, node.supplied().refused.len());
     snapshot.add(&RUNTIME_TEXT_BYTES, text_bytes());
+    snapshot.add(&RUNTIME_READ_CPU, read_cpu_time().as_secs_f64());
     add_symbols(&mut snapshot, &node.symbols);
     add_spool(&mut snapshot, &node.spool);
     add_export(&mut snapshot, &node.stream);
@@ -186,6 +192,7 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
         undecodable_events,
         mappings_lost,
         unwind_tables,
+        interpreters,
         suppressed_captures,
         recorder,
         sensor_reports_dropped,
@@ -211,6 +218,7 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
     if let Some(tables) = unwind_tables {
         add_tables(snapshot, *tables);
     }
+    add_interpreters(snapshot, interpreters);
     let SuppressedStarts { cooldown, max_concurrent, budget } = *suppressed_captures;
     for (reason, count) in [("cooldown", cooldown), ("max_concurrent", max_concurrent), ("budget", budget)] {
         snapshot.add_labelled(&CAPTURES_HELD_BACK, [reason], count);
@@ -230,6 +238,16 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
     add_processes(snapshot, *process_stats);
     add_metadata(snapshot, *metadata_stats);
     add_files(snapshot, *file_stats);
+}
+
+fn add_interpreters(snapshot: &mut Snapshot, stats: &InterpreterStats) {
+    let InterpreterStats { processes, switched_off, delayed, unread } = stats;
+    for ((runtime, version, status), count) in processes {
+        snapshot.add_labelled(&RUNTIME_PROCESSES, [runtime, version.as_str(), status], *count);
+    }
+    snapshot.add(&RUNTIME_SWITCHED_OFF, *switched_off);
+    snapshot.add(&RUNTIME_READS_DELAYED, *delayed);
+    snapshot.add(&RUNTIME_FUNCTIONS_UNREAD, *unread);
 }
 
 fn add_counters(snapshot: &mut Snapshot, counters: &Counters) {

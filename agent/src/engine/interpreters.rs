@@ -3,11 +3,18 @@
 //! A thread of its own attaches to a process once its mappings are in the kernel, and has the texts of each sampled function
 //! read. Reading memory may wait for a disk, and a process can make it wait without end. So workers make these reads, with a
 //! deadline. They are no others' workers: processes that hold all of them up cost the names of functions, and nothing else.
+//!
+//! The thread keeps within a share of one core. Beyond it, requests wait. A runtime whose module fails for a process, or takes
+//! too much CPU time for it, is switched off for that process.
 
 use std::{
-    collections::HashMap,
-    io,
-    sync::{Arc, mpsc},
+    collections::{BTreeMap, HashMap},
+    io, mem,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -17,7 +24,7 @@ use crate::{
     kernel::Kernel,
     model::{FunctionCopy, ImageKey, ListLayout, Sample, StackWord},
     process::{Process, ProcessTable, check_identity},
-    runtimes::{Interpreter, ListFunction, Memory, ProcessMemory, RuntimeFile, WhyNot},
+    runtimes::{Guard, Interpreter, ListFunction, Memory, ProcessMemory, RuntimeFile, WhyNot, read_cpu_time},
 };
 
 /// Requests that wait at one time; more functions stay without a name.
@@ -33,10 +40,25 @@ const MAX_ATTEMPTS: u32 = 20;
 const MAX_READERS: usize = 8;
 /// How long the thread waits for the texts of a few functions. A page comes back from a slow disk in less time.
 const READ_DEADLINE: Duration = Duration::from_millis(500);
+/// CPU time that reading from all processes may take at once. Beyond, it may take one part in [`BUDGET_PARTS`] of a core.
+const READ_BURST: Duration = Duration::from_millis(200);
+const BUDGET_PARTS: u32 = 50;
+/// How long the thread sleeps at most before it checks the budget again.
+const MAX_PAUSE: Duration = Duration::from_millis(100);
+/// Combinations of runtime, version and status in the statistics. A target can claim any version; more are `other`.
+const MAX_KINDS: usize = 64;
 
 pub(super) struct Interpreters {
     requests: mpsc::SyncSender<Request>,
-    answers: mpsc::Receiver<Attached>,
+    answers: mpsc::Receiver<Answer>,
+    /// Requests that waited for the budget. The thread ends when this owner is gone.
+    delayed: Arc<AtomicU64>,
+    /// Functions that have no name because too many requests waited.
+    unread: u64,
+    /// Processes for which a module was switched off.
+    switched_off: u64,
+    /// Processes whose module was switched off while the engine read copies.
+    failed: Vec<(ImageKey, WhyNot)>,
     processes: HashMap<ImageKey, State>,
     /// Copies of texts from processes whose interpreter is not known yet, and their number.
     copies: HashMap<ImageKey, Vec<FunctionCopy>>,
@@ -59,11 +81,58 @@ enum Request {
     Name { key: ImageKey, interpreter: Arc<Interpreter>, functions: Vec<Arc<ListFunction>> },
 }
 
+enum Answer {
+    Attached(Attached),
+    /// The module is switched off for this process.
+    SwitchedOff(ImageKey, WhyNot),
+}
+
 struct Attached {
     key: ImageKey,
     file: Arc<RuntimeFile>,
     bias: u64,
     layout: Result<ListLayout, WhyNot>,
+}
+
+/// Counts of the interpreters.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct InterpreterStats {
+    /// Live processes by runtime, version (major and minor number) and status: `ok`, or the kind of the reason.
+    pub(crate) processes: BTreeMap<(&'static str, String, &'static str), u64>,
+    /// Processes for which a module was switched off, since the start.
+    pub(crate) switched_off: u64,
+    /// Requests that waited for the CPU budget.
+    pub(crate) delayed: u64,
+    /// Functions that have no name because too many requests waited.
+    pub(crate) unread: u64,
+}
+
+/// The CPU time that reading from processes may take.
+struct ReadBudget {
+    left_ns: i64,
+    refilled: Instant,
+    /// CPU time of all reads at the last check.
+    spent: Duration,
+}
+
+impl ReadBudget {
+    fn new(now: Instant, spent: Duration) -> Self {
+        Self { left_ns: nanoseconds(READ_BURST), refilled: now, spent }
+    }
+
+    /// Returns how long the next read must wait, with the CPU time of all reads so far. `None`: it may begin.
+    fn pause(&mut self, now: Instant, spent: Duration) -> Option<Duration> {
+        let more = nanoseconds(now.saturating_duration_since(self.refilled) / BUDGET_PARTS);
+        self.left_ns = self.left_ns.saturating_add(more).min(nanoseconds(READ_BURST));
+        self.left_ns = self.left_ns.saturating_sub(nanoseconds(spent.saturating_sub(self.spent)));
+        (self.refilled, self.spent) = (now, spent);
+        let lack = u64::try_from(self.left_ns.saturating_neg()).ok()?;
+        Some(Duration::from_nanos(lack + 1).saturating_mul(BUDGET_PARTS).min(MAX_PAUSE))
+    }
+}
+
+fn nanoseconds(time: Duration) -> i64 {
+    i64::try_from(time.as_nanos()).unwrap_or(i64::MAX)
 }
 
 impl Interpreters {
@@ -72,18 +141,39 @@ impl Interpreters {
         let (requests, inbox) = mpsc::sync_channel(MAX_REQUESTS);
         // Behind a full channel the thread waits for the engine.
         let (sender, answers) = mpsc::sync_channel(MAX_REQUESTS);
+        let delayed = Arc::new(AtomicU64::new(0));
+        let owner = Arc::downgrade(&delayed);
         let read = move || {
             let readers = Access::new(MAX_READERS);
+            let mut budget = ReadBudget::new(Instant::now(), read_cpu_time());
             while let Ok(request) = inbox.recv() {
-                if let Some(attached) = read(&readers, request)
-                    && sender.send(attached).is_ok()
+                let mut has_waited = false;
+                while let Some(pause) = budget.pause(Instant::now(), read_cpu_time()) {
+                    let Some(delayed) = owner.upgrade() else { return };
+                    delayed.fetch_add(u64::from(!has_waited), Ordering::Relaxed);
+                    has_waited = true;
+                    drop(delayed);
+                    thread::sleep(pause);
+                }
+                if let Some(answer) = read(&readers, request)
+                    && sender.send(answer).is_ok()
                 {
                     wake();
                 }
             }
         };
         thread::Builder::new().name("gannet-runtimes".into()).spawn(read)?;
-        Ok(Self { requests, answers, processes: HashMap::new(), copies: HashMap::new(), waiting_copies: 0 })
+        Ok(Self {
+            requests,
+            answers,
+            delayed,
+            unread: 0,
+            switched_off: 0,
+            failed: Vec::new(),
+            processes: HashMap::new(),
+            copies: HashMap::new(),
+            waiting_copies: 0,
+        })
     }
 
     /// The mappings of an image are in the kernel, and one of them is of an interpreter.
@@ -104,7 +194,17 @@ impl Interpreters {
 
     /// Takes what the thread has found, and gives it to the kernel.
     pub(super) fn collect(&mut self, kernel: &mut Kernel, processes: &mut ProcessTable) {
-        while let Ok(Attached { key, file, bias, layout }) = self.answers.try_recv() {
+        for (key, reason) in mem::take(&mut self.failed) {
+            self.switch_off(key, reason, kernel, processes);
+        }
+        while let Ok(answer) = self.answers.try_recv() {
+            let Attached { key, file, bias, layout } = match answer {
+                Answer::Attached(attached) => attached,
+                Answer::SwitchedOff(key, reason) => {
+                    self.switch_off(key, reason, kernel, processes);
+                    continue;
+                }
+            };
             let Some(State::Requested(attempts)) = self.processes.get(&key) else { continue };
             let attempts = *attempts;
             if !processes.get(&key).is_some_and(Process::is_alive) {
@@ -125,6 +225,7 @@ impl Interpreters {
                     State::Waiting { attempts, until: Instant::now() + pause, file, bias, reason }
                 }
                 Err(reason) => {
+                    self.switched_off += u64::from(reason.is_switched_off());
                     let (name, version) = (file.runtime.name(), &file.detected.version_text);
                     tracing::debug!(key = %key.process, "{name} {version}: no names of functions: {reason}");
                     State::Refused(file, reason)
@@ -148,6 +249,37 @@ impl Interpreters {
         }
     }
 
+    /// Takes no more frames of a process for which the module of its runtime has failed.
+    fn switch_off(&mut self, key: ImageKey, reason: WhyNot, kernel: &mut Kernel, processes: &ProcessTable) {
+        if self.refuse(key, reason, processes) {
+            kernel.remove_list_frames(key.process.tgid);
+        }
+    }
+
+    /// Refuses a process from now on. Returns whether it is alive and was not refused before.
+    fn refuse(&mut self, key: ImageKey, reason: WhyNot, processes: &ProcessTable) -> bool {
+        let file = match self.processes.get(&key) {
+            Some(State::Attached(file) | State::Waiting { file, .. }) => Arc::clone(file),
+            Some(State::Refused(..)) => return false,
+            // Its first copies came before the agent knew its interpreter.
+            Some(State::Requested(_)) | None => {
+                let process = processes.get(&key);
+                let Some(interpreter) = process.and_then(|process| process.interpreter.as_ref()) else {
+                    return false;
+                };
+                Arc::clone(&interpreter.file)
+            }
+        };
+        let (name, version) = file.names();
+        tracing::warn!(
+            key = %key.process,
+            "{name} {version}: the names of this process's functions are not read any more: {reason}"
+        );
+        self.switched_off += 1;
+        self.processes.insert(key, State::Refused(file, reason));
+        processes.get(&key).is_some_and(Process::is_alive)
+    }
+
     /// Returns the interpreter of an image; sets it to that of this file, if it has none.
     fn set_interpreter(
         &mut self,
@@ -164,6 +296,7 @@ impl Interpreters {
             interpreter.read_copy(&copy);
             self.waiting_copies -= 1;
         }
+        self.failed.extend(interpreter.guard.off().map(|reason| (*key, reason)));
         processes.set_interpreter(key, Arc::clone(&interpreter)).then_some(interpreter)
     }
 
@@ -171,6 +304,7 @@ impl Interpreters {
     pub(super) fn add_copy(&mut self, key: ImageKey, copy: FunctionCopy, processes: &ProcessTable) {
         if let Some(interpreter) = processes.get(&key).and_then(|process| process.interpreter.as_ref()) {
             interpreter.read_copy(&copy);
+            self.failed.extend(interpreter.guard.off().map(|reason| (key, reason)));
         } else if self.waiting_copies < MAX_COPIES {
             self.waiting_copies += 1;
             self.copies.entry(key).or_default().push(copy);
@@ -194,9 +328,13 @@ impl Interpreters {
             return;
         };
         let functions = interpreter.enter(&mut sample.user);
-        if !functions.is_empty() && processes.get(&key).is_some_and(Process::is_alive) {
+        let is_off = interpreter.guard.off().is_some();
+        if !functions.is_empty() && !is_off && processes.get(&key).is_some_and(Process::is_alive) {
+            let count = functions.len() as u64;
             // If too many wait, these have no name.
-            let _ = self.requests.try_send(Request::Name { key, interpreter, functions });
+            if self.requests.try_send(Request::Name { key, interpreter, functions }).is_err() {
+                self.unread += count;
+            }
         }
     }
 
@@ -205,6 +343,18 @@ impl Interpreters {
         self.processes.retain(|key, _| processes.get(key).is_some());
         self.copies.retain(|key, _| processes.get(key).is_some());
         self.waiting_copies = self.copies.values().map(Vec::len).sum();
+    }
+
+    /// Returns the counts so far.
+    pub(super) fn stats(&self, processes: &ProcessTable) -> InterpreterStats {
+        let is_alive = |key: &ImageKey| processes.get(key).is_some_and(Process::is_alive);
+        let known = self.processes.iter().filter(|(key, _)| is_alive(key));
+        InterpreterStats {
+            processes: count_kinds(known.filter_map(|(_, state)| state.kind())),
+            switched_off: self.switched_off,
+            delayed: self.delayed.load(Ordering::Relaxed),
+            unread: self.unread,
+        }
     }
 
     /// Returns the interpreter of an image, and whether its frames are taken or why not; human-readable. Empty without an
@@ -223,24 +373,52 @@ impl Interpreters {
     }
 }
 
-/// Makes the reads of one request. Returns the answer to an attach.
-fn read(readers: &Access, request: Request) -> Option<Attached> {
+impl State {
+    /// Returns the interpreter, and the kind of its status.
+    fn kind(&self) -> Option<(&RuntimeFile, &'static str)> {
+        match self {
+            Self::Attached(file) => Some((file, "ok")),
+            Self::Refused(file, reason) | Self::Waiting { file, reason, .. } => Some((file, reason.kind())),
+            Self::Requested(_) => None,
+        }
+    }
+}
+
+/// Counts processes by runtime, version and status.
+fn count_kinds<'a>(
+    processes: impl Iterator<Item = (&'a RuntimeFile, &'static str)>,
+) -> BTreeMap<(&'static str, String, &'static str), u64> {
+    let mut counts = BTreeMap::new();
+    for (file, status) in processes {
+        let (major, minor) = file.detected.version;
+        let mut kind = (file.runtime.name(), format!("{major}.{minor}"), status);
+        if counts.len() >= MAX_KINDS && !counts.contains_key(&kind) {
+            kind.1 = "other".into();
+        }
+        *counts.entry(kind).or_default() += 1;
+    }
+    counts
+}
+
+/// Makes the reads of one request. Returns the answer to an attach, and for a process whose module has failed.
+fn read(readers: &Access, request: Request) -> Option<Answer> {
     match request {
         Request::Attach { key, file, bias } => {
             let theirs = Arc::clone(&file);
             let attach = move || {
                 let memory = ProcessMemory { tgid: key.process.tgid };
-                let layout = theirs.runtime.attach(&theirs, bias, &memory);
+                let layout = Guard::default().call(|| theirs.runtime.attach(&theirs, bias, &memory));
                 // The PID may belong to another process by now.
                 if check_identity(key.process).is_ok() { layout } else { Err(WhyNot::Unreadable) }
             };
             let layout = on_reader(readers, key, attach).unwrap_or(Err(WhyNot::Unanswered));
-            Some(Attached { key, file, bias, layout })
+            Some(Answer::Attached(Attached { key, file, bias, layout }))
         }
         Request::Name { key, interpreter, functions } => {
             // Without an answer in time the names may still come; samples until then have none.
+            let guard = Arc::clone(&interpreter.guard);
             let _ = on_reader(readers, key, move || read_texts(key, &interpreter, &functions));
-            None
+            guard.off().map(|reason| Answer::SwitchedOff(key, reason))
         }
     }
 }
@@ -259,7 +437,10 @@ fn read_texts(key: ImageKey, interpreter: &Interpreter, functions: &[Arc<ListFun
     let Interpreter { file, bias, .. } = interpreter;
     let texts: Vec<_> = functions
         .iter()
-        .map(|function| file.runtime.read_function(file, *bias, function.object, function.sum, memory))
+        .map(|function| {
+            let read = || file.runtime.read_function(file, *bias, function.object, function.sum, memory);
+            interpreter.guard.call(read)
+        })
         .collect();
     // The PID may belong to another process by now.
     let is_same = check_identity(key.process).is_ok();
@@ -299,9 +480,14 @@ mod tests {
             None
         }
 
+        #[expect(clippy::panic, reason = "a module that fails")]
         fn attach(&self, _: &RuntimeFile, bias: u64, _: &dyn Memory) -> Result<ListLayout, WhyNot> {
-            if bias == 0 {
-                RELEASE.wait();
+            match bias {
+                0 => {
+                    RELEASE.wait();
+                }
+                2 => panic!("a fault of the module"),
+                _ => {}
             }
             Err(WhyNot::Version)
         }
@@ -329,9 +515,13 @@ mod tests {
         let file = Arc::new(RuntimeFile { runtime: &Half, detected });
         let mut interpreters = Interpreters::start(|| ()).unwrap();
         let key = |tgid| ImageKey { process: ProcessKey { tgid, start_boottime_ns: 1 }, exec_id: 1 };
-        let answer = |interpreters: &Interpreters| {
-            let attached = interpreters.answers.recv_timeout(Duration::from_secs(20)).unwrap();
-            (attached.key.process.tgid, attached.layout)
+        let answer = |interpreters: &Interpreters| match interpreters
+            .answers
+            .recv_timeout(Duration::from_secs(20))
+            .unwrap()
+        {
+            Answer::Attached(attached) => (attached.key.process.tgid, attached.layout),
+            Answer::SwitchedOff(key, reason) => (key.process.tgid, Err(reason)),
         };
         // No process has these numbers. The first one holds up its reader, and the second one's is checked.
         let (hung, gone) = (u32::MAX - 1, u32::MAX);
@@ -340,5 +530,63 @@ mod tests {
         assert_eq!(answer(&interpreters), (hung, Err(WhyNot::Unanswered)));
         assert_eq!(answer(&interpreters), (gone, Err(WhyNot::Unreadable)));
         RELEASE.set(()).unwrap();
+    }
+
+    /// An interpreter that claims a version.
+    fn claiming(version: (u8, u8)) -> RuntimeFile {
+        let version_text = format!("{}.{}.0", version.0, version.1);
+        RuntimeFile {
+            runtime: &Half,
+            detected: Detected { version, version_text, addresses: Vec::new(), layout: 0 },
+        }
+    }
+
+    #[test]
+    fn a_module_that_fails_ends_no_reader() {
+        let key = |tgid| ImageKey { process: ProcessKey { tgid, start_boottime_ns: 1 }, exec_id: 1 };
+        let readers = Access::new(1);
+        for _ in 0..3 {
+            let request = Request::Attach { key: key(7), file: Arc::new(claiming((1, 0))), bias: 2 };
+            let Some(Answer::Attached(attached)) = read(&readers, request) else { unreachable!() };
+            // No process has this start: that alone would be another reason.
+            assert_eq!(attached.layout, Err(WhyNot::Unreadable));
+        }
+        assert_eq!(readers.stats().hung, 0);
+        let call = Guard::default().call(|| Half.attach(&claiming((1, 0)), 2, &ProcessMemory { tgid: 7 }));
+        assert_eq!(call, Err(WhyNot::Failed));
+    }
+
+    #[test]
+    fn reading_keeps_within_a_share_of_a_core() {
+        let begin = Instant::now();
+        let mut budget = ReadBudget::new(begin, Duration::ZERO);
+        let (mut now, mut spent) = (begin, Duration::ZERO);
+        // A minute of reads of a millisecond each, with nothing else to do.
+        while now < begin + Duration::from_secs(60) {
+            match budget.pause(now, spent) {
+                None => {
+                    (now, spent) = (now + Duration::from_millis(1), spent + Duration::from_millis(1));
+                }
+                Some(pause) => {
+                    assert!(pause > Duration::ZERO && pause <= MAX_PAUSE);
+                    now += pause;
+                }
+            }
+        }
+        let allowed = READ_BURST + Duration::from_secs(60) / BUDGET_PARTS;
+        assert!(spent <= allowed + Duration::from_millis(2), "{spent:?} of {allowed:?}");
+        assert!(spent >= allowed.mul_f64(0.9), "{spent:?} of {allowed:?}");
+    }
+
+    #[test]
+    fn versions_that_targets_claim_have_few_counts() {
+        let files: Vec<RuntimeFile> = (0..=255).map(|minor| claiming((9, minor))).collect();
+        let known = claiming((1, 0));
+        let all = || files.iter().map(|file| (file, "unsupported"));
+        let counts = count_kinds([(&known, "ok"), (&known, "ok")].into_iter().chain(all()));
+        assert!(counts.len() <= MAX_KINDS + 1, "{}", counts.len());
+        assert_eq!(counts[&("half", "1.0".to_owned(), "ok")], 2);
+        assert_eq!(counts.values().sum::<u64>(), 258);
+        assert!(counts.contains_key(&("half", "other".to_owned(), "unsupported")));
     }
 }

@@ -86,11 +86,14 @@ use gannet_unwind::overrides::Overrides;
 use tokio::sync::oneshot;
 use ulid::Ulid;
 
-pub(crate) use self::view::{RuleView, UnknownProcess};
 pub use self::{
     captures::{ManualCapture, RunningCapture},
     intake::StackEnds,
     view::{EngineView, KernelView, ProcessView, Unwinding},
+};
+pub(crate) use self::{
+    interpreters::InterpreterStats,
+    view::{RuleView, UnknownProcess},
 };
 use self::{view::ViewSources, wake_up::WakeUp, worker::Worker};
 use crate::{

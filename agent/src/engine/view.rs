@@ -11,7 +11,8 @@ use gannet_proto::{
 };
 
 use super::{
-    account::Account, backlog::Backlog, captures::Captures, intake::StackEnds, limits::Limits, reader::Reader,
+    account::Account, backlog::Backlog, captures::Captures, intake::StackEnds,
+    interpreters::InterpreterStats, limits::Limits, reader::Reader,
 };
 use crate::{
     cgroup::CgroupNames,
@@ -53,6 +54,8 @@ pub struct EngineView {
     pub mappings_lost: u64,
     /// Unwind tables; `None` if the engine unwinds by frame pointers only.
     pub unwind_tables: Option<TableStats>,
+    /// The interpreters of processes.
+    pub(crate) interpreters: InterpreterStats,
     /// Captures that did not start, by reason.
     pub(crate) suppressed_captures: SuppressedStarts,
     /// The flight recorder.
@@ -199,6 +202,12 @@ impl ViewSources<'_> {
             undecodable_events: self.kernel.undecodable(),
             mappings_lost: self.kernel.mappings_lost(),
             unwind_tables: self.reader.unwinding.tables().map(UnwindTables::stats),
+            interpreters: self
+                .reader
+                .unwinding
+                .interpreters()
+                .map(|interpreters| interpreters.stats(&self.reader.processes))
+                .unwrap_or_default(),
             suppressed_captures: self.captures.suppressed(),
             recorder: self.reader.intake.recorder_stats(),
             sensor_reports_dropped: self.captures.dropped_reports(),

@@ -10,23 +10,17 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{FunctionText, RuntimeFile, WhyNot};
+use super::{
+    FunctionText, RuntimeFile, WhyNot,
+    guard::Guard,
+    texts::{self, SharedText},
+};
 use crate::model::{FunctionCopy, StackWord};
 
 /// Functions of one process that get a name. Programs that make functions without end get no names beyond.
 const MAX_FUNCTIONS: usize = 16_384;
-/// Bytes of the texts of one process, and of all. A function of usual size takes 300 bytes.
+/// Bytes of the texts of one process, those among them that it shares with others.
 const MAX_PROCESS_BYTES: usize = 4 << 20;
-const MAX_ALL_BYTES: usize = 16 << 20;
-
-/// Bytes of the texts of all processes.
-// Not a metric: `text_bytes` reads it for one.
-static ALL_BYTES: AtomicUsize = AtomicUsize::new(0);
-
-/// Returns the bytes of the texts of all processes.
-pub(crate) fn text_bytes() -> usize {
-    ALL_BYTES.load(Ordering::Relaxed)
-}
 
 /// The interpreter of one image of a process, and its functions.
 #[derive(Debug)]
@@ -36,8 +30,10 @@ pub struct Interpreter {
     /// Address in the process minus address in that file.
     pub(crate) bias: u64,
     functions: Mutex<Functions>,
-    /// Bytes of the texts, which [`ALL_BYTES`] holds too.
+    /// Bytes of the texts.
     bytes: AtomicUsize,
+    /// The runtime's reads from this process.
+    pub(crate) guard: Arc<Guard>,
 }
 
 #[derive(Debug, Default)]
@@ -55,9 +51,9 @@ pub(crate) struct ListFunction {
     /// Sum over the object.
     pub(crate) sum: u32,
     /// Its texts, or why there are none; unset while it was not read yet.
-    pub(crate) text: OnceLock<Result<FunctionText, WhyNot>>,
+    pub(crate) text: OnceLock<Result<Arc<SharedText>, WhyNot>>,
     /// The texts but the table of lines, from copies of its memory.
-    without_lines: OnceLock<FunctionText>,
+    without_lines: OnceLock<Arc<SharedText>>,
     /// The thread that reads processes has been asked for its texts.
     is_requested: AtomicBool,
 }
@@ -65,13 +61,15 @@ pub(crate) struct ListFunction {
 impl ListFunction {
     /// Returns its texts, if they could be read.
     pub(crate) fn texts(&self) -> Option<&FunctionText> {
-        self.text.get().and_then(|text| text.as_ref().ok()).or_else(|| self.without_lines.get())
+        let whole = self.text.get().and_then(|text| text.as_ref().ok());
+        whole.or_else(|| self.without_lines.get()).map(|text| &***text)
     }
 }
 
 impl Interpreter {
     pub(crate) fn new(file: Arc<RuntimeFile>, bias: u64) -> Self {
-        Self { file, bias, functions: Mutex::default(), bytes: AtomicUsize::new(0) }
+        let (functions, bytes) = (Mutex::default(), AtomicUsize::new(0));
+        Self { file, bias, functions, bytes, guard: Arc::default() }
     }
 
     /// Reads the texts of a function from copies of its memory.
@@ -81,10 +79,17 @@ impl Interpreter {
         else {
             return;
         };
-        let read = self.file.runtime.read_function(&self.file, self.bias, copy.object, copy.sum, copy);
+        let read = self
+            .guard
+            .call(|| self.file.runtime.read_function(&self.file, self.bias, copy.object, copy.sum, copy));
         match read {
             // Its page was not in memory. The process may still live.
-            Ok(text) if text.lines.is_empty() => drop(function.without_lines.set(text)),
+            Ok(text) if text.lines.is_empty() => {
+                if let Ok(text) = self.keep(text) {
+                    // A second copy is the same.
+                    let _ = function.without_lines.set(text);
+                }
+            }
             Ok(text) => self.set_text(&function, Ok(text)),
             Err(_) => {}
         }
@@ -119,26 +124,27 @@ impl Interpreter {
 
     /// Sets the texts of a function, unless they are set or the texts take too much memory.
     pub(crate) fn set_text(&self, function: &ListFunction, text: Result<FunctionText, WhyNot>) {
-        let size = text.as_ref().map_or(0, FunctionText::bytes);
-        let has_room = [(&self.bytes, MAX_PROCESS_BYTES), (&ALL_BYTES, MAX_ALL_BYTES)]
-            .map(|(bytes, max)| bytes.fetch_add(size, Ordering::Relaxed) + size <= max);
-        let is_kept = has_room == [true; 2];
-        let text = if is_kept { text } else { Err(WhyNot::TooLarge) };
-        if function.text.set(text).is_err() || !is_kept {
-            self.bytes.fetch_sub(size, Ordering::Relaxed);
-            ALL_BYTES.fetch_sub(size, Ordering::Relaxed);
+        if function.text.get().is_none()
+            && let Err(Ok(unused)) = function.text.set(text.and_then(|text| self.keep(text)))
+        {
+            self.bytes.fetch_sub(unused.bytes(), Ordering::Relaxed);
         }
+    }
+
+    /// Returns the copy of a text that all processes share.
+    fn keep(&self, text: FunctionText) -> Result<Arc<SharedText>, WhyNot> {
+        let size = text.bytes();
+        let has_room = self.bytes.fetch_add(size, Ordering::Relaxed) + size <= MAX_PROCESS_BYTES;
+        let shared = if has_room { texts::share(text) } else { None };
+        shared.ok_or_else(|| {
+            self.bytes.fetch_sub(size, Ordering::Relaxed);
+            WhyNot::TooLarge
+        })
     }
 
     /// Returns the line of a position in a function; 0 if it is not known.
     pub(crate) fn line(&self, text: &FunctionText, position: u32) -> u32 {
         self.file.runtime.line(&self.file, text, position)
-    }
-}
-
-impl Drop for Interpreter {
-    fn drop(&mut self) {
-        ALL_BYTES.fetch_sub(*self.bytes.get_mut(), Ordering::Relaxed);
     }
 }
 
@@ -182,6 +188,7 @@ mod tests {
         let (mut kept, mut refused) = (0, 0);
         let text = FunctionText { lines: vec![0; 16 << 10], ..FunctionText::default() };
         let size = text.bytes();
+        // The same text, because it counts for each process however often the process has it.
         for object in 0..500 {
             let function = enter(&interpreter, object);
             let text = text.clone();
@@ -196,7 +203,7 @@ mod tests {
         }
         assert_eq!((kept, refused), (MAX_PROCESS_BYTES / size, 500 - kept));
         let held = interpreter.bytes.load(Ordering::Relaxed);
-        assert!(held <= MAX_PROCESS_BYTES && ALL_BYTES.load(Ordering::Relaxed) >= held);
+        assert!(held <= MAX_PROCESS_BYTES);
         // A second answer changes nothing.
         interpreter.set_text(&enter(&interpreter, 900), Err(WhyNot::Unreadable));
         assert_eq!(interpreter.bytes.load(Ordering::Relaxed), held);

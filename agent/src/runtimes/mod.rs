@@ -10,10 +10,12 @@
 mod functions;
 #[doc(hidden)]
 pub mod fuzz;
+mod guard;
 mod hostile;
 mod memory;
 mod process;
 mod python;
+mod texts;
 
 use gannet_elf::Elf;
 
@@ -21,9 +23,11 @@ use crate::model::ListLayout;
 
 pub use self::functions::Interpreter;
 pub(crate) use self::{
-    functions::{ListFunction, text_bytes},
+    functions::ListFunction,
+    guard::{Guard, read_cpu_time},
     memory::{Memory, ProcessMemory},
     process::{RuntimeFinder, inspect},
+    texts::text_bytes,
 };
 
 /// The runtimes that the agent knows.
@@ -97,7 +101,7 @@ pub(crate) fn detect(elf: &Elf<'_>, path: &str) -> Option<RuntimeFile> {
 }
 
 /// Name, source file and lines of a function, as its object has them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct FunctionText {
     /// The name, qualified by classes and functions around it.
     pub(crate) name: String,
@@ -140,6 +144,12 @@ pub(crate) enum WhyNot {
     /// The texts of its functions take too much memory of the agent.
     #[error("the texts of its functions take too much memory")]
     TooLarge,
+    /// The module has panicked.
+    #[error("reading it failed, which is a fault of the agent")]
+    Failed,
+    /// The module takes too much CPU time.
+    #[error("reading its memory takes too much CPU time")]
+    TooCostly,
     /// The memory holds something else.
     #[error("its memory holds something else: {0}")]
     Implausible(&'static str),
@@ -150,7 +160,31 @@ impl WhyNot {
     pub(crate) fn may_pass(self) -> bool {
         match self {
             Self::NotStarted | Self::NoThreadState | Self::Unreadable | Self::Unanswered => true,
-            Self::Version | Self::FreeThreaded | Self::TooLarge | Self::Implausible(_) => false,
+            Self::Version
+            | Self::FreeThreaded
+            | Self::TooLarge
+            | Self::Failed
+            | Self::TooCostly
+            | Self::Implausible(_) => false,
+        }
+    }
+
+    /// Reports whether the module of the runtime is switched off for the process.
+    pub(crate) fn is_switched_off(self) -> bool {
+        matches!(self, Self::Failed | Self::TooCostly)
+    }
+
+    /// Returns the kind of the reason, as a label of metrics.
+    pub(crate) fn kind(self) -> &'static str {
+        match self {
+            Self::NotStarted => "not_started",
+            Self::Version | Self::FreeThreaded => "unsupported",
+            Self::NoThreadState => "no_thread_state",
+            Self::Unreadable | Self::Unanswered => "unreadable",
+            Self::TooLarge => "too_large",
+            Self::Failed => "failed",
+            Self::TooCostly => "too_costly",
+            Self::Implausible(_) => "implausible",
         }
     }
 }

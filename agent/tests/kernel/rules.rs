@@ -382,3 +382,57 @@ async fn thirty_rules_that_replace_thirty_others_all_sample() {
     }
     engine.stop();
 }
+
+/// Checks that rules select processes by their language runtime: one that runs already, and one that starts later.
+#[tokio::test]
+async fn rules_match_processes_by_their_language_runtime() {
+    const PYTHON: &str = "/usr/bin/python3";
+    let options = EngineOptions {
+        start_labels: None,
+        node: "here".into(),
+        kernel: KernelOptions::default(),
+        window: Duration::from_secs(3600),
+        caps: Caps::default(),
+        deny: Deny::default(),
+        budgets: Budgets::default(),
+        tables: None,
+    };
+    let print = "import sys\nprint(f'{sys.version_info[0]}.{sys.version_info[1]}')";
+    let printed = Command::new(PYTHON).args(["-c", print]).output().unwrap();
+    let version = String::from_utf8(printed.stdout).unwrap().trim().to_owned();
+    let of_version = |version: &str| Match {
+        runtime: strings(&["python"]),
+        runtime_version: strings(&[version]),
+        ..Match::default()
+    };
+    let python = || Running::start(Command::new(PYTHON).args(["-c", "import time\ntime.sleep(600)"]));
+    let engine = Engine::start(options, |_: Window| {}).unwrap();
+    let before = python();
+    let native = Running::start(Command::new(knot()).args(["sleep", "60000"]));
+    let rules = vec![rule(0, of_version(&version)), rule(1, of_version("2.7"))];
+    let set = SourceRules { rules, ..SourceRules::default() };
+    assert_eq!(engine.replace(RuleSource::Local, set).await.unwrap(), []);
+    let after = python();
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        let mut wanted = Vec::new();
+        for pid in [before.0.id(), after.0.id()] {
+            let processes = engine.processes(Some(pid)).await.unwrap();
+            wanted.push(processes.iter().any(|process| process.rules == ["rule-0"]));
+        }
+        if wanted == [true; 2] {
+            break;
+        }
+        assert!(Instant::now() < end, "the running one and the new one are wanted: {wanted:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // Its files are read by now, and it is none.
+    let native = engine.processes(Some(native.0.id())).await.unwrap().remove(0);
+    assert_eq!(native.rules, [] as [&str; 0]);
+    assert!(
+        native.explanation.iter().any(|(_, why)| why.contains("no language runtime")),
+        "{:?}",
+        native.explanation
+    );
+    engine.stop();
+}

@@ -163,6 +163,7 @@ fn infos(processes: &[ProcessView]) -> Vec<ProcessInfo> {
             owner: owner(process),
             rule: process.rules.first().cloned().unwrap_or_default(),
             state: state(process),
+            interpreter: process.interpreter.clone(),
         })
         .collect()
 }
@@ -177,10 +178,19 @@ fn state(process: &ProcessView) -> String {
         ProcessState::Ended(_) => "ended",
         ProcessState::Missed => "unread",
     };
-    match process.waiting_samples {
+    let state = match process.waiting_samples {
         0 => state.to_owned(),
         samples => format!("{state}, {samples} wait"),
+    };
+    with_interpreter(state, &process.interpreter)
+}
+
+/// Adds why the interpreted functions of a process have no names. One whose names are read needs no words.
+fn with_interpreter(state: String, interpreter: &str) -> String {
+    if interpreter.is_empty() || interpreter.ends_with(": ok") {
+        return state;
     }
+    format!("{state}; {interpreter}")
 }
 
 /// Returns the unit of a process, or its container, or its executable.
@@ -190,5 +200,21 @@ fn owner(process: &ProcessView) -> String {
         () if !names.unit.is_empty() => names.unit.clone(),
         () if !names.container_id.is_empty() => names.container_id.chars().take(12).collect(),
         () => process.exe.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_says_why_functions_have_no_names() {
+        let of = |interpreter: &str| with_interpreter("sampled".into(), interpreter);
+        assert_eq!(of(""), "sampled");
+        assert_eq!(of("python 3.11.2: ok"), "sampled");
+        assert_eq!(
+            of("python 3.15.0: this version is not supported"),
+            "sampled; python 3.15.0: this version is not supported"
+        );
     }
 }

@@ -17,8 +17,10 @@ pub(super) struct ProcessInfo {
     pub(super) owner: String,
     /// Rule that samples the process.
     pub(super) rule: String,
-    /// State: `sampled`, `ended`, ...
+    /// State: `sampled`, `ended`, ...; and why its interpreted functions have no names, if so.
     pub(super) state: String,
+    /// Its interpreter, and whether the names of its functions are read or why not; empty without one.
+    pub(super) interpreter: String,
 }
 
 /// One window of all processes.

@@ -155,7 +155,9 @@ fn draw_process(frame: &mut Frame<'_>, area: Rect, model: &Model) {
         })
         .collect();
     frame.render_widget(
-        Paragraph::new(lines).block(Block::bordered().title(" Stacks, callers first ")),
+        Paragraph::new(lines).block(
+            Block::bordered().title(" Stacks, callers first ").title_bottom(row.info.interpreter.as_str()),
+        ),
         stacks,
     );
 }
@@ -281,6 +283,7 @@ mod tests {
             owner: owner.into(),
             rule: "all".into(),
             state: "sampled".into(),
+            interpreter: String::new(),
         }
     }
 
@@ -426,6 +429,16 @@ mod tests {
         }
         press(&mut model, &[KeyCode::Esc]);
         assert!(model.open.is_none());
+    }
+
+    #[test]
+    fn an_open_process_shows_its_interpreter() {
+        let mut model = model();
+        let mut shown = snapshot();
+        shown.processes[1].interpreter = "python 3.11.2: ok".into();
+        model.update(&shown);
+        press(&mut model, &[KeyCode::Enter]);
+        assert!(screen(&mut model).contains("python 3.11.2: ok"), "{}", screen(&mut model));
     }
 
     #[test]
