@@ -254,7 +254,7 @@ mod tests {
             (of("", ""), Some("match.runtime: is no language runtime that the agent knows, not python")),
         ] {
             let found = matcher.mismatches(&seen, &ProcessPod::None);
-            assert_eq!(found, Vec::from_iter(expected), "{seen:?}");
+            assert_eq!(found, expected.into_iter().collect::<Vec<_>>(), "{seen:?}");
         }
     }
 

@@ -97,7 +97,7 @@ gannet_base::metrics! {
 
     RUNTIME_PROCESSES = gauge("gannet_agent_runtimes_processes", "Sampled processes of interpreters, by runtime, version (major and minor number; beyond 64 combinations `other`) and status: `ok`, or why their functions have no names: `not_started`, `unsupported` version, `no_thread_state`, `unreadable`, `too_large`, `implausible`, or switched off because reading `failed` or was `too_costly`; `check --pid` and /debug/processes say more", ["runtime", "version", "status"]);
     RUNTIME_SWITCHED_OFF = counter("gannet_agent_runtimes_switched_off_total", "Processes whose interpreter the agent stopped to read, because a read failed or took too much CPU time");
-    RUNTIME_READ_CPU = counter("gannet_agent_runtimes_read_cpu_seconds_total", "CPU time of reading interpreters' memory; beyond 0.2 s at once it takes 2 % of a core at most");
+    RUNTIME_READ_CPU = counter("gannet_agent_runtimes_read_cpu_seconds_total", "CPU time of reading interpreters' memory; beyond 0.5 s at once it takes 10 % of a core at most");
     RUNTIME_READS_DELAYED = counter("gannet_agent_runtimes_reads_delayed_total", "Reads of interpreters' memory that waited, to keep within that CPU time");
     RUNTIME_FUNCTIONS_UNREAD = counter("gannet_agent_runtimes_functions_unread_total", "Interpreted functions without a name, because too many reads waited");
     RUNTIME_TEXT_BYTES = gauge("gannet_agent_runtimes_text_bytes", "Memory of the names of interpreted functions");

@@ -41,8 +41,8 @@ const MAX_READERS: usize = 8;
 /// How long the thread waits for the texts of a few functions. A page comes back from a slow disk in less time.
 const READ_DEADLINE: Duration = Duration::from_millis(500);
 /// CPU time that reading from all processes may take at once. Beyond, it may take one part in [`BUDGET_PARTS`] of a core.
-const READ_BURST: Duration = Duration::from_millis(200);
-const BUDGET_PARTS: u32 = 50;
+const READ_BURST: Duration = Duration::from_millis(500);
+const BUDGET_PARTS: u32 = 10;
 /// How long the thread sleeps at most before it checks the budget again.
 const MAX_PAUSE: Duration = Duration::from_millis(100);
 /// Combinations of runtime, version and status in the statistics. A target can claim any version; more are `other`.
@@ -407,7 +407,7 @@ fn read(readers: &Access, request: Request) -> Option<Answer> {
             let theirs = Arc::clone(&file);
             let attach = move || {
                 let memory = ProcessMemory { tgid: key.process.tgid };
-                let layout = Guard::default().call(|| theirs.runtime.attach(&theirs, bias, &memory));
+                let layout = Guard::default().read(|| theirs.runtime.attach(&theirs, bias, &memory));
                 // The PID may belong to another process by now.
                 if check_identity(key.process).is_ok() { layout } else { Err(WhyNot::Unreadable) }
             };
@@ -439,7 +439,7 @@ fn read_texts(key: ImageKey, interpreter: &Interpreter, functions: &[Arc<ListFun
         .iter()
         .map(|function| {
             let read = || file.runtime.read_function(file, *bias, function.object, function.sum, memory);
-            interpreter.guard.call(read)
+            interpreter.guard.read(read)
         })
         .collect();
     // The PID may belong to another process by now.

@@ -130,7 +130,9 @@ impl RuntimeFiles {
             match self.files.get_mut(&file.id) {
                 Some(FileState::Read(Some(runtime))) => return Some(Arc::clone(runtime)),
                 Some(FileState::Read(None)) => {}
-                Some(FileState::Requested(images)) => drop(images.insert(key)),
+                Some(FileState::Requested(images)) => {
+                    images.insert(key);
+                }
                 None => self.request(file, key),
             }
         }

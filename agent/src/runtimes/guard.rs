@@ -15,11 +15,11 @@ use super::WhyNot;
 /// CPU time of all calls for one process. Reading 16,384 functions, the most that a process may have, takes less.
 const MAX_CPU: Duration = Duration::from_secs(3);
 
-/// CPU time of all modules for all processes, in nanoseconds.
+/// CPU time of all modules for reading from all processes, in nanoseconds.
 // Not a metric: `read_cpu_time` reads it for one.
 static ALL_CPU_NS: AtomicU64 = AtomicU64::new(0);
 
-/// Returns the CPU time of all modules for all processes since the start.
+/// Returns the CPU time of all modules for reading from all processes since the start.
 pub(crate) fn read_cpu_time() -> Duration {
     Duration::from_nanos(ALL_CPU_NS.load(Ordering::Relaxed))
 }
@@ -32,6 +32,15 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
+    /// Makes a call that reads from the process, and counts its CPU time among those of all processes.
+    pub(crate) fn read<T>(&self, call: impl FnOnce() -> Result<T, WhyNot>) -> Result<T, WhyNot> {
+        let before = thread_cpu_time();
+        let result = self.call(call);
+        let used = thread_cpu_time().saturating_sub(before);
+        ALL_CPU_NS.fetch_add(nanoseconds(used), Ordering::Relaxed);
+        result
+    }
+
     /// Makes a call, unless the module is switched off for this process.
     pub(crate) fn call<T>(&self, call: impl FnOnce() -> Result<T, WhyNot>) -> Result<T, WhyNot> {
         if let Some(reason) = self.off() {
@@ -48,8 +57,7 @@ impl Guard {
     }
 
     fn spend(&self, time: Duration) {
-        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        ALL_CPU_NS.fetch_add(ns, Ordering::Relaxed);
+        let ns = nanoseconds(time);
         let before = self.cpu_ns.fetch_add(ns, Ordering::Relaxed);
         if Duration::from_nanos(before.saturating_add(ns)) > MAX_CPU {
             let _ = self.off.set(WhyNot::TooCostly);
@@ -60,6 +68,10 @@ impl Guard {
     pub(crate) fn off(&self) -> Option<WhyNot> {
         self.off.get().copied()
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn thread_cpu_time() -> Duration {
@@ -87,9 +99,7 @@ mod tests {
         let guard = Guard::default();
         guard.spend(MAX_CPU);
         assert_eq!(guard.call(|| Ok(1)), Ok(1), "the limit itself is allowed");
-        let before = read_cpu_time();
         guard.spend(Duration::from_millis(1));
-        assert!(read_cpu_time() - before >= Duration::from_millis(1));
         assert_eq!(guard.call(|| Ok(1)), Err(WhyNot::TooCostly));
     }
 
@@ -101,7 +111,9 @@ mod tests {
             while thread_cpu_time() < begin + Duration::from_millis(5) {}
             Ok(())
         };
-        guard.call(spin).unwrap();
+        let before = read_cpu_time();
+        guard.read(spin).unwrap();
+        assert!(read_cpu_time() - before >= Duration::from_millis(5));
         let used = Duration::from_nanos(guard.cpu_ns.load(Ordering::Relaxed));
         assert!(used >= Duration::from_millis(5) && used < MAX_CPU, "{used:?}");
     }
