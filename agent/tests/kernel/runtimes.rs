@@ -1,8 +1,27 @@
 //! Programs of language runtimes, which must be installed. The machines of `make kernels` lack them, and skip this module.
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    process::Command,
+    sync::mpsc,
+    time::{Duration, Instant},
+};
 
-use crate::jit::{assert_named, record_command};
+use gannet_agent::{
+    engine::{Engine, EngineOptions, Window},
+    governor::Budgets,
+    kernel::KernelOptions,
+    rules::{Deny, RuleSource, SourceRules, ad_hoc},
+    tables::TableSources,
+};
+use gannet_proto::{control::Match, rules::Caps};
+
+use crate::{
+    common::{Running, slower},
+    jit::{assert_named, record_command},
+};
+
+const PYTHON: &str = "/usr/bin/python3";
 
 const SHORT_JS: &str = include_str!("../data/cases/short.js");
 
@@ -26,4 +45,94 @@ fn functions_of_node_have_names_after_its_end() {
     assert_named(&run("--perf-basic-prof --no-turbo-inlining"), "hotInner");
     assert_named(&run("--perf-basic-prof --turbo-inlining"), "short.js");
     assert_named(&run("--perf-prof --no-turbo-inlining"), "hotInner");
+}
+
+fn engine(kernel: KernelOptions, tables: Option<TableSources>) -> Engine {
+    let options = EngineOptions {
+        start_labels: None,
+        node: "here".into(),
+        kernel,
+        window: Duration::from_secs(3600),
+        caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
+        deny: Deny::default(),
+        budgets: Budgets::default(),
+        tables,
+    };
+    Engine::start(options, |_: Window| {}).unwrap()
+}
+
+fn python(script: &str) -> Running {
+    Running::start(Command::new(PYTHON).args(["-c", script]))
+}
+
+/// Checks that rules select processes by their language runtime: one that runs already, and one that starts later.
+#[tokio::test]
+async fn rules_match_processes_by_their_language_runtime() {
+    let print = "import sys\nprint(f'{sys.version_info[0]}.{sys.version_info[1]}')";
+    let printed = Command::new(PYTHON).args(["-c", print]).output().unwrap();
+    let version = String::from_utf8(printed.stdout).unwrap().trim().to_owned();
+    let of_version = |version: &str| Match {
+        runtime: vec!["python".to_owned()],
+        runtime_version: vec![version.to_owned()],
+        ..Match::default()
+    };
+    let python = || python("import time\ntime.sleep(600)");
+    let engine = engine(KernelOptions::default(), None);
+    let before = python();
+    let native = Running::start(Command::new("sleep").arg("600"));
+    let rules =
+        vec![ad_hoc("rule-0", of_version(&version), 19, &[]), ad_hoc("rule-1", of_version("2.7"), 19, &[])];
+    let set = SourceRules { rules, ..SourceRules::default() };
+    assert_eq!(engine.replace(RuleSource::Local, set).await.unwrap(), []);
+    let after = python();
+    let end = Instant::now() + Duration::from_secs(30) * slower();
+    loop {
+        let mut wanted = Vec::new();
+        for pid in [before.0.id(), after.0.id()] {
+            let processes = engine.processes(Some(pid)).await.unwrap();
+            wanted.push(processes.iter().any(|process| process.rules == ["rule-0"]));
+        }
+        if wanted == [true; 2] {
+            break;
+        }
+        assert!(Instant::now() < end, "the running one and the new one are wanted: {wanted:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // Its files are read by now, and it is none.
+    let native = engine.processes(Some(native.0.id())).await.unwrap().remove(0);
+    assert_eq!(native.rules, [] as [&str; 0]);
+    assert!(
+        native.explanation.iter().any(|(_, why)| why.contains("no language runtime")),
+        "{:?}",
+        native.explanation
+    );
+    engine.stop();
+}
+
+/// Checks that BPF copies the texts of a function again if the ring buffer had no room for them: a function that was marked as
+/// copied all the same would fail once.
+#[tokio::test]
+async fn texts_that_found_no_room_are_copied_again() {
+    const BUSY: &str = "def busy():\n  while True: pass\nbusy()";
+    let kernel = KernelOptions { ring_bytes: 64 << 10, ..KernelOptions::default() };
+    let engine = engine(kernel, Some(TableSources::default()));
+    let rule = ad_hoc("python", Match { comm: vec!["python3*".into()], ..Match::default() }, 499, &[]);
+    let set = SourceRules { rules: vec![rule], ..SourceRules::default() };
+    assert_eq!(engine.replace(RuleSource::Local, set).await.unwrap(), []);
+    // From this one the agent learns the file's layout. It is older than the processes whose texts are copied.
+    let _first = python(BUSY);
+    tokio::time::sleep(Duration::from_secs(2) * slower()).await;
+    let unsent = async || engine.view().await.unwrap().counters.unwrap().functions_unsent;
+    let before = unsent().await;
+    let (go, wait) = mpsc::channel::<()>();
+    engine.hold(wait).await.unwrap();
+    // The ring buffer fills with the samples of the first.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let _young = python(BUSY);
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    drop(go);
+    let failed = unsent().await - before;
+    // Its two functions are in each sample, and those of its start are some fifty.
+    assert!(failed > 100, "{failed} copies failed");
+    engine.stop();
 }
