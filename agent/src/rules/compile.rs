@@ -33,7 +33,7 @@ pub(crate) struct ProcessTraits<'a> {
     pub(crate) tgid: u32,
     /// Name of its language runtime; empty without one, and while unknown.
     pub(crate) runtime: &'a str,
-    /// Version of that.
+    /// Version of the runtime, as `3.11.2`; empty without a runtime.
     pub(crate) runtime_version: &'a str,
 }
 

@@ -27,12 +27,13 @@ pub(crate) fn read_cpu_time() -> Duration {
 /// The state of a runtime's module for one process.
 #[derive(Debug, Default)]
 pub(crate) struct Guard {
+    // Not a metric: `read_cpu_time` has the sum over all processes.
     cpu_ns: AtomicU64,
     off: OnceLock<WhyNot>,
 }
 
 impl Guard {
-    /// Makes a call that reads from the process, and counts its CPU time among those of all processes.
+    /// Runs a call that reads from the process, and adds its CPU time to that of all processes.
     pub(crate) fn read<T>(&self, call: impl FnOnce() -> Result<T, WhyNot>) -> Result<T, WhyNot> {
         let before = thread_cpu_time();
         let result = self.call(call);
@@ -41,7 +42,7 @@ impl Guard {
         result
     }
 
-    /// Makes a call, unless the module is switched off for this process.
+    /// Runs a call, unless the module is switched off for this process.
     pub(crate) fn call<T>(&self, call: impl FnOnce() -> Result<T, WhyNot>) -> Result<T, WhyNot> {
         if let Some(reason) = self.off() {
             return Err(reason);
