@@ -85,8 +85,10 @@ impl Interpreter {
         match read {
             // Its page was not in memory. The process may still live.
             Ok(text) if text.lines.is_empty() => {
-                if let Ok(text) = self.keep(text) {
-                    // A second copy is the same.
+                // A second copy is the same.
+                if function.without_lines.get().is_none()
+                    && let Ok(text) = self.keep(text)
+                {
                     let _ = function.without_lines.set(text);
                 }
             }

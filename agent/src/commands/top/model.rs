@@ -152,9 +152,9 @@ impl Model {
             .rows
             .iter()
             .filter(|row| {
-                let ProcessInfo { key, comm, owner, rule, state } = &row.info;
+                let ProcessInfo { key, comm, owner, rule, state, interpreter } = &row.info;
                 pattern.is_empty()
-                    || [comm, owner, rule, state].iter().any(|text| holds(text))
+                    || [comm, owner, rule, state, interpreter].iter().any(|text| holds(text))
                     || key.tgid.to_string() == pattern
                     || row.functions.first().is_some_and(|function| holds(&function.name))
             })
