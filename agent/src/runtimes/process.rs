@@ -30,11 +30,14 @@ pub(super) fn find(tgid: u32) -> io::Result<Option<(RuntimeFile, u64)>> {
     Ok(found.map(|(file, bias)| (RuntimeFile::clone(&file), bias)))
 }
 
+/// An interpreter's file, or that a file is none.
+type Found = Option<(Arc<RuntimeFile>, Segments)>;
+
 /// Finds the interpreters of many processes. It reads a file that several of them map once.
 #[derive(Debug, Default)]
 pub(crate) struct RuntimeFinder {
     /// By device and inode number, as `/proc/PID/maps` shows them.
-    files: HashMap<(String, String), Option<(Arc<RuntimeFile>, Segments)>>,
+    files: HashMap<(String, String), Found>,
 }
 
 impl RuntimeFinder {
@@ -68,16 +71,15 @@ impl RuntimeFinder {
             };
             let Some(offset) = hex(offset) else { continue };
             // This link leads to the mapped file, deleted or in another mount namespace. Its name has no leading zeros.
-            let known = match self.files.get(&numbers) {
-                Some(known) => known,
-                None => {
-                    let Ok(open) = File::open(format!("/proc/{tgid}/map_files/{start:x}-{end:x}")) else {
-                        continue;
-                    };
-                    let Ok(elf) = Elf::parse(&open, &TableLimits::default().elf()) else { continue };
-                    let read = detect(&elf, path).map(|file| (Arc::new(file), elf.segments().clone()));
-                    &*self.files.entry(numbers).or_insert(read)
-                }
+            let known = if let Some(known) = self.files.get(&numbers) {
+                known
+            } else {
+                let Ok(open) = File::open(format!("/proc/{tgid}/map_files/{start:x}-{end:x}")) else {
+                    continue;
+                };
+                let Ok(elf) = Elf::parse(&open, &TableLimits::default().elf()) else { continue };
+                let read = detect(&elf, path).map(|file| (Arc::new(file), elf.segments().clone()));
+                &*self.files.entry(numbers).or_insert(read)
             };
             if let Some((file, segments)) = known
                 && let Some(bias) = segments.bias(start, offset, page)
