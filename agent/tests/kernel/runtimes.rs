@@ -65,6 +65,12 @@ fn python(script: &str) -> Running {
     Running::start(Command::new(PYTHON).args(["-c", script]))
 }
 
+/// Returns the CPU time of a process with one thread.
+fn cpu_time(pid: u32) -> Duration {
+    let text = fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
+    Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+}
+
 /// Checks that rules select processes by their language runtime: one that runs already, and one that starts later.
 #[tokio::test]
 async fn rules_match_processes_by_their_language_runtime() {
@@ -114,20 +120,23 @@ async fn rules_match_processes_by_their_language_runtime() {
 #[tokio::test]
 async fn texts_that_found_no_room_are_copied_again() {
     const BUSY: &str = "def busy():\n  while True: pass\nbusy()";
-    let kernel = KernelOptions { ring_bytes: 64 << 10, ..KernelOptions::default() };
+    let kernel = KernelOptions { ring_bytes: 32 << 10, ..KernelOptions::default() };
     let engine = engine(kernel, Some(TableSources::default()));
     let rule = ad_hoc("python", Match { comm: vec!["python3*".into()], ..Match::default() }, 499, &[]);
     let set = SourceRules { rules: vec![rule], ..SourceRules::default() };
     assert_eq!(engine.replace(RuleSource::Local, set).await.unwrap(), []);
     // From this one the agent learns the file's layout. It is older than the processes whose texts are copied.
-    let _first = python(BUSY);
+    let first = python(BUSY);
     tokio::time::sleep(Duration::from_secs(2) * slower()).await;
     let unsent = async || engine.view().await.unwrap().counters.unwrap().functions_unsent;
     let before = unsent().await;
     let (go, wait) = mpsc::channel::<()>();
     engine.hold(wait).await.unwrap();
-    // The ring buffer fills with the samples of the first.
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    // The ring buffer fills with the samples of the first. On a loaded machine it waits for a CPU most of the time.
+    let full = cpu_time(first.0.id()) + Duration::from_secs(1) * slower();
+    while cpu_time(first.0.id()) < full {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     let _young = python(BUSY);
     tokio::time::sleep(Duration::from_millis(800)).await;
     drop(go);
