@@ -11,6 +11,7 @@ pub mod build;
 pub mod cache;
 mod cfi;
 pub mod format;
+pub mod generated;
 mod go;
 mod instructions;
 pub mod intern;

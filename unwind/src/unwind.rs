@@ -31,6 +31,42 @@ pub trait TableSource {
         let _ = address;
         false
     }
+
+    /// Returns the rule for a frame of code without a table, if it is known. It is asked once for each such frame, leaf first.
+    fn generated(&self, frame: &GeneratedFrame<'_>) -> Option<UnwindRule> {
+        let _ = frame;
+        None
+    }
+}
+
+/// A frame of code without a table.
+#[derive(Clone, Copy, Debug)]
+pub struct GeneratedFrame<'a> {
+    /// The program counter, or of a caller the return address.
+    pub pc: u64,
+    /// Whether `pc` is the address of the instruction itself.
+    pub exact: bool,
+    /// The stack pointer.
+    pub sp: u64,
+    /// The frame pointer, if it is known.
+    pub fp: Option<u64>,
+    /// All registers by DWARF number: of the first frame only.
+    pub registers: Option<&'a [u64]>,
+    snapshot: &'a ThreadSnapshot<'a>,
+}
+
+impl GeneratedFrame<'_> {
+    /// Reads a word of the copied stack.
+    pub fn read(&self, address: u64) -> Option<u64> {
+        self.snapshot.read(address)
+    }
+}
+
+impl ThreadSnapshot<'_> {
+    fn read(&self, address: u64) -> Option<u64> {
+        let at = address.checked_sub(self.stack_start).and_then(|at| usize::try_from(at).ok())?;
+        self.stack.get(at..)?.first_chunk().map(|bytes| u64::from_le_bytes(*bytes))
+    }
 }
 
 /// A frame of an unwound stack.
@@ -144,11 +180,14 @@ impl Unwinder<'_> {
     /// Goes to the caller; returns whether by a guess.
     fn step(&mut self, tables: &dyn TableSource) -> Result<bool, UnwindEnd> {
         let address = if self.exact { self.pc } else { self.pc.wrapping_sub(1) };
-        let Some((table, bias)) = tables.find(address) else {
+        let rule = if let Some((table, bias)) = tables.find(address) {
+            table.lookup(address.wrapping_sub(bias)).unwrap_or(UnwindRule::NONE)
+        } else if let Some(rule) = tables.generated(&self.generated_frame()) {
+            rule
+        } else {
             let end = UnwindEnd::NoTable { address };
             return if tables.is_code(address) { self.by_frame_pointer(end) } else { Err(end) };
         };
-        let rule = table.lookup(address.wrapping_sub(bias)).unwrap_or(UnwindRule::NONE);
         match rule.cfa_kind {
             cfa::NONE => return self.by_frame_pointer(UnwindEnd::NoRule { address }),
             cfa::UNSUPPORTED => {
@@ -183,6 +222,17 @@ impl Unwinder<'_> {
         self.fp = fp;
         self.enter_caller(ra, signal)?;
         Ok(rule.flags & flags::GUESSED != 0)
+    }
+
+    fn generated_frame(&self) -> GeneratedFrame<'_> {
+        GeneratedFrame {
+            pc: self.pc,
+            exact: self.exact,
+            sp: self.sp,
+            fp: self.fp,
+            registers: self.first.then_some(self.snapshot.registers),
+            snapshot: self.snapshot,
+        }
     }
 
     fn enter_caller(&mut self, ra: u64, signal: bool) -> Result<(), UnwindEnd> {
@@ -247,10 +297,7 @@ impl Unwinder<'_> {
     }
 
     fn read(&self, address: u64) -> Result<u64, UnwindEnd> {
-        let at = address.checked_sub(self.snapshot.stack_start).and_then(|at| usize::try_from(at).ok());
-        at.and_then(|at| self.snapshot.stack.get(at..)?.first_chunk())
-            .map(|bytes| u64::from_le_bytes(*bytes))
-            .ok_or(UnwindEnd::StackMissing { address })
+        self.snapshot.read(address).ok_or(UnwindEnd::StackMissing { address })
     }
 }
 

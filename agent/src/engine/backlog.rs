@@ -13,7 +13,8 @@ use std::{
 use crate::{
     model::{Image, ImageKey, MappedFile, Sample},
     process::{ImageChanges, ProcessTable},
-    tables::{self, UnwindTables, UnwoundSample},
+    runtimes::{CodeNeeds, Interpreter},
+    tables::{self, UnwoundSample},
 };
 
 /// Samples that may wait, some 25 KiB each.
@@ -22,29 +23,37 @@ const MAX_SAMPLES: usize = 2048;
 /// wait behind such a program must not come out broken for that.
 const WAIT_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// How often the code of a process is read for one sample. Each reading shows more callers.
+const MAX_READINGS: u32 = 64;
+/// Samples whose needs are read together with those of the first one.
+const MAX_TOGETHER: usize = 32;
+
 /// Unwinds raw samples.
 pub(super) trait Unwinder {
     /// Unwinds by the tables that there are. Returns the first file whose table is still to be made.
-    fn unwind(&self, image: &Image, sample: &Sample) -> UnwoundSample;
+    fn unwind(&self, image: &Image, interpreter: Option<&Interpreter>, sample: &Sample) -> UnwoundSample;
+
+    /// Has what is needed read of the process; with none of it, where its runtime keeps code. Returns whether the sample has to
+    /// wait for that.
+    fn read_code(
+        &mut self,
+        key: &ImageKey,
+        image: &Image,
+        interpreter: Option<&Arc<Interpreter>>,
+        needs: CodeNeeds,
+    ) -> bool;
 
     /// Asks for the table of a file that this number of samples waits for.
     fn request(&mut self, file: &Arc<MappedFile>, samples: usize);
-}
-
-impl Unwinder for UnwindTables {
-    fn unwind(&self, image: &Image, sample: &Sample) -> UnwoundSample {
-        Self::unwind(self, image, sample)
-    }
-
-    fn request(&mut self, file: &Arc<MappedFile>, samples: usize) {
-        Self::request(self, file, samples);
-    }
 }
 
 /// Knows what processes have mapped.
 pub(super) trait ImageSource {
     /// Returns the mappings of an image now; `None` if the process is not known any more.
     fn image(&self, key: &ImageKey) -> Option<Arc<Image>>;
+
+    /// Returns the interpreter of an image, once its frames are taken.
+    fn interpreter(&self, key: &ImageKey) -> Option<Arc<Interpreter>>;
 
     /// Reads the mappings of an image again, as they do not hold `address`. Returns what has changed.
     fn rescan(&mut self, key: &ImageKey, address: u64) -> ImageChanges;
@@ -53,6 +62,10 @@ pub(super) trait ImageSource {
 impl ImageSource for ProcessTable {
     fn image(&self, key: &ImageKey) -> Option<Arc<Image>> {
         self.get(key).map(|process| Arc::clone(&process.image))
+    }
+
+    fn interpreter(&self, key: &ImageKey) -> Option<Arc<Interpreter>> {
+        self.get(key).and_then(|process| process.interpreter.clone())
     }
 
     fn rescan(&mut self, key: &ImageKey, address: u64) -> ImageChanges {
@@ -83,12 +96,14 @@ struct Waiting {
     sample: Sample,
     /// The image when the sample was taken, if files of it were replaced since.
     former: Option<Arc<Image>>,
+    /// How often code was read for it.
+    readings: u32,
 }
 
 impl Backlog {
     pub(super) fn push(&mut self, sample: Sample, now: Instant) {
         let samples = self.waiting.entry(ImageKey::of(&sample.subject)).or_default();
-        samples.push_back(Waiting { since: now, sample, former: None });
+        samples.push_back(Waiting { since: now, sample, former: None, readings: 0 });
         self.samples += 1;
     }
 
@@ -162,21 +177,35 @@ impl<U: Unwinder, I: ImageSource> Pass<'_, U, I> {
         };
         let is_overdue = |first: &Waiting| self.now.duration_since(first.since) > WAIT_TIMEOUT;
         let force = self.force || samples.front().is_some_and(is_overdue);
-        while let Some(Waiting { since, mut sample, former }) = samples.pop_front() {
-            let mut unwound = self.unwinder.unwind(former.as_ref().unwrap_or(&image), &sample);
+        let interpreter = self.images.interpreter(key);
+        let code = interpreter.as_deref();
+        while let Some(Waiting { since, mut sample, former, readings }) = samples.pop_front() {
+            let mut unwound = self.unwinder.unwind(former.as_ref().unwrap_or(&image), code, &sample);
             if let (Some(unknown), None, None) = (unwound.unknown, &unwound.missing, &former) {
                 // The process has opened a library since its mappings were read. Once for a sample.
                 let changes = self.images.rescan(key, unknown);
                 self.resolved.push(Resolved::Changes(changes));
                 if let Some(now) = self.images.image(key).filter(|now| !Arc::ptr_eq(now, &image)) {
                     image = now;
-                    unwound = self.unwinder.unwind(&image, &sample);
+                    unwound = self.unwinder.unwind(&image, code, &sample);
                 }
             }
             if let Some(file) = unwound.missing.as_ref().filter(|_| !force) {
                 self.unwinder.request(file, samples.len() + 1);
-                samples.push_front(Waiting { since, sample, former });
+                samples.push_front(Waiting { since, sample, former, readings });
                 return;
+            }
+            if !force && readings < MAX_READINGS && (unwound.is_unattached || !unwound.needs.is_empty()) {
+                // What the samples behind it need is read with it.
+                let mut needs = unwound.needs.clone();
+                for waiting in samples.iter().take(MAX_TOGETHER).filter(|_| !unwound.is_unattached) {
+                    let image = waiting.former.as_ref().unwrap_or(&image);
+                    needs.add(self.unwinder.unwind(image, code, &waiting.sample).needs);
+                }
+                if self.unwinder.read_code(key, &image, interpreter.as_ref(), needs) {
+                    samples.push_front(Waiting { since, sample, former, readings: readings + 1 });
+                    return;
+                }
             }
             unwound.complete(&mut sample);
             self.resolved.push(Resolved::Sample { sample, former });
@@ -237,7 +266,7 @@ mod tests {
     }
 
     impl Unwinder for Tables {
-        fn unwind(&self, image: &Image, sample: &Sample) -> UnwoundSample {
+        fn unwind(&self, image: &Image, _: Option<&Interpreter>, sample: &Sample) -> UnwoundSample {
             let pc = sample.raw.as_ref().unwrap().pc;
             let mapping = image.find(pc);
             let missing = mapping.and_then(|mapping| match &mapping.kind {
@@ -247,7 +276,19 @@ mod tests {
             let end =
                 if mapping.is_some() && missing.is_none() { StackEnd::Complete } else { StackEnd::Broken };
             let frames = vec![pc, image.mappings[0].start];
-            UnwoundSample { frames, end, unknown: mapping.is_none().then_some(pc), missing, guessed: false }
+            UnwoundSample {
+                frames,
+                end,
+                unknown: mapping.is_none().then_some(pc),
+                missing,
+                guessed: false,
+                needs: CodeNeeds::default(),
+                is_unattached: false,
+            }
+        }
+
+        fn read_code(&mut self, _: &ImageKey, _: &Image, _: Option<&Arc<Interpreter>>, _: CodeNeeds) -> bool {
+            false
         }
 
         fn request(&mut self, file: &Arc<MappedFile>, samples: usize) {
@@ -265,6 +306,10 @@ mod tests {
     impl ImageSource for Images {
         fn image(&self, key: &ImageKey) -> Option<Arc<Image>> {
             self.now.get(key).map(Arc::clone)
+        }
+
+        fn interpreter(&self, _: &ImageKey) -> Option<Arc<Interpreter>> {
+            None
         }
 
         fn rescan(&mut self, key: &ImageKey, _: u64) -> ImageChanges {

@@ -22,9 +22,12 @@ use std::{
 use crate::{
     access::{Access, Target},
     kernel::Kernel,
-    model::{FunctionCopy, ImageKey, ListLayout, Sample, StackWord},
+    model::{FunctionCopy, ImageKey, Sample, StackWord},
     process::{Process, ProcessTable, check_identity},
-    runtimes::{Guard, Interpreter, ListFunction, Memory, ProcessMemory, RuntimeFile, WhyNot, read_cpu_time},
+    runtimes::{
+        Attachment, CodeNeeds, GeneratedCode, Guard, Interpreter, ListFunction, Memory, ProcessMemory,
+        RuntimeFile, WhyNot, read_cpu_time,
+    },
 };
 
 /// Requests that wait at one time; more functions stay without a name.
@@ -36,6 +39,8 @@ const FIRST_RETRY: Duration = Duration::from_millis(20);
 const LAST_RETRY: Duration = Duration::from_secs(5);
 /// The number of attempts after which a process stays as it is.
 const MAX_ATTEMPTS: u32 = 20;
+/// The number of attempts that samples wait for: some 150 ms, in which a virtual machine starts.
+const AWAITED_ATTEMPTS: u32 = 4;
 /// Processes that may hold up a read before the agent reads no further one.
 const MAX_READERS: usize = 8;
 /// How long the thread waits for the texts of a few functions. A page comes back from a slow disk in less time.
@@ -63,6 +68,8 @@ pub(super) struct Interpreters {
     /// Copies of texts from processes whose interpreter is not known yet, and their number.
     copies: HashMap<ImageKey, Vec<FunctionCopy>>,
     waiting_copies: usize,
+    /// Images whose code cannot be read any more, since the last [`Interpreters::collect`].
+    given_up: Vec<ImageKey>,
 }
 
 enum State {
@@ -79,10 +86,14 @@ enum State {
 enum Request {
     Attach { key: ImageKey, file: Arc<RuntimeFile>, bias: u64 },
     Name { key: ImageKey, interpreter: Arc<Interpreter>, functions: Vec<Arc<ListFunction>> },
+    Code { key: ImageKey, interpreter: Arc<Interpreter>, needs: CodeNeeds },
 }
 
+/// The outcome of a request, for which the engine is woken.
 enum Answer {
     Attached(Attached),
+    /// Code was read: samples wait for it.
+    Code,
     /// The module is switched off for this process.
     SwitchedOff(ImageKey, WhyNot),
 }
@@ -91,7 +102,7 @@ struct Attached {
     key: ImageKey,
     file: Arc<RuntimeFile>,
     bias: u64,
-    layout: Result<ListLayout, WhyNot>,
+    found: Result<Attachment, WhyNot>,
 }
 
 /// Counts of the interpreters.
@@ -155,9 +166,13 @@ impl Interpreters {
                     drop(delayed);
                     thread::sleep(pause);
                 }
-                if let Some(answer) = read(&readers, request)
-                    && sender.send(answer).is_ok()
-                {
+                let is_awaited = match read(&readers, request) {
+                    // Samples wait for code: they find it themselves.
+                    Some(Answer::Code) => true,
+                    Some(answer) => sender.send(answer).is_ok(),
+                    None => false,
+                };
+                if is_awaited {
                     wake();
                 }
             }
@@ -173,6 +188,7 @@ impl Interpreters {
             processes: HashMap::new(),
             copies: HashMap::new(),
             waiting_copies: 0,
+            given_up: Vec::new(),
         })
     }
 
@@ -192,18 +208,22 @@ impl Interpreters {
         }
     }
 
-    /// Takes what the thread has found, and gives it to the kernel.
-    pub(super) fn collect(&mut self, kernel: &mut Kernel, processes: &mut ProcessTable) {
+    /// Takes what the thread has found, and gives it to the kernel. Returns the images whose mappings have to be written again.
+    pub(super) fn collect(&mut self, kernel: &mut Kernel, processes: &mut ProcessTable) -> Vec<ImageKey> {
         for (key, reason) in mem::take(&mut self.failed) {
             self.switch_off(key, reason, kernel, processes);
         }
+        let mut changed = mem::take(&mut self.given_up);
         while let Ok(answer) = self.answers.try_recv() {
-            let Attached { key, file, bias, layout } = match answer {
+            let Attached { key, file, bias, found } = match answer {
                 Answer::Attached(attached) => attached,
                 Answer::SwitchedOff(key, reason) => {
                     self.switch_off(key, reason, kernel, processes);
+                    changed.push(key);
                     continue;
                 }
+                // Of code that was read, the thread only wakes the engine.
+                Answer::Code => continue,
             };
             let Some(State::Requested(attempts)) = self.processes.get(&key) else { continue };
             let attempts = *attempts;
@@ -211,8 +231,14 @@ impl Interpreters {
                 self.processes.remove(&key);
                 continue;
             }
-            let state = match layout {
-                Ok(layout) => {
+            let state = match found {
+                Ok(Attachment::Code(reader)) => {
+                    let interpreter =
+                        Interpreter::new(Arc::clone(&file), bias).with_code(GeneratedCode::new(reader));
+                    processes.set_interpreter(&key, Arc::new(interpreter));
+                    State::Attached(file)
+                }
+                Ok(Attachment::List(layout)) => {
                     self.set_interpreter(&key, &file, bias, processes);
                     if let Err(error) = kernel.set_list_frames(key, &layout) {
                         tracing::debug!(key = %key.process, "cannot take the frames of an interpreter: {error}");
@@ -228,6 +254,7 @@ impl Interpreters {
                     self.switched_off += u64::from(reason.is_switched_off());
                     let (name, version) = (file.runtime.name(), &file.detected.version_text);
                     tracing::debug!(key = %key.process, "{name} {version}: no names of functions: {reason}");
+                    changed.push(key);
                     State::Refused(file, reason)
                 }
             };
@@ -247,6 +274,47 @@ impl Interpreters {
         for (key, file, bias, attempts) in due {
             self.request(key, file, bias, attempts);
         }
+        changed
+    }
+
+    /// Reports whether samples should wait for the thread to attach to their process.
+    pub(super) fn is_pending(&self, key: &ImageKey) -> bool {
+        match self.processes.get(key) {
+            Some(State::Requested(attempts) | State::Waiting { attempts, .. }) => {
+                *attempts <= AWAITED_ATTEMPTS
+            }
+            _ => false,
+        }
+    }
+
+    /// Reports whether the frames of an image cannot be taken.
+    pub(super) fn is_refused(&self, key: &ImageKey) -> bool {
+        matches!(self.processes.get(key), Some(State::Refused(..)))
+    }
+
+    /// Has code of a process read. Returns whether the samples that need it have to wait.
+    pub(super) fn read_code(
+        &mut self,
+        key: ImageKey,
+        interpreter: &Arc<Interpreter>,
+        needs: CodeNeeds,
+    ) -> bool {
+        let Some(code) = &interpreter.code else { return false };
+        if code.begin() {
+            let request = Request::Code { key, interpreter: Arc::clone(interpreter), needs };
+            if self.requests.try_send(request).is_err() {
+                code.end(false);
+                return false;
+            }
+        }
+        if code.is_over()
+            && let Some(State::Attached(file)) = self.processes.get(&key)
+        {
+            let file = Arc::clone(file);
+            self.processes.insert(key, State::Refused(file, WhyNot::Unanswered));
+            self.given_up.push(key);
+        }
+        !code.is_over()
     }
 
     /// Takes no more frames of a process for which the module of its runtime has failed.
@@ -320,6 +388,11 @@ impl Interpreters {
         found: Option<(&Arc<RuntimeFile>, u64)>,
     ) {
         let key = ImageKey::of(&sample.subject);
+        let known = processes.get(&key).and_then(|process| process.interpreter.as_ref());
+        if sample.list_layout == 0 && known.is_some_and(|interpreter| interpreter.code.is_some()) {
+            // The functions of generated code have their numbers from unwinding.
+            return;
+        }
         // Frames that were taken by the layout of another interpreter are no use.
         let found = found.filter(|(file, _)| file.detected.layout == sample.list_layout);
         let interpreter = found.and_then(|(file, bias)| self.set_interpreter(&key, file, bias, processes));
@@ -400,19 +473,39 @@ fn count_kinds<'a>(
     counts
 }
 
-/// Makes the reads of one request. Returns the answer to an attach, and for a process whose module has failed.
+/// Makes the reads of one request. Returns the answer that the engine waits for.
 fn read(readers: &Access, request: Request) -> Option<Answer> {
     match request {
         Request::Attach { key, file, bias } => {
             let theirs = Arc::clone(&file);
             let attach = move || {
                 let memory = ProcessMemory { tgid: key.process.tgid };
-                let layout = Guard::default().read(|| theirs.runtime.attach(&theirs, bias, &memory));
+                let found = Guard::default().read(|| theirs.runtime.attach(&theirs, bias, &memory));
                 // The PID may belong to another process by now.
-                if check_identity(key.process).is_ok() { layout } else { Err(WhyNot::Unreadable) }
+                if check_identity(key.process).is_ok() { found } else { Err(WhyNot::Unreadable) }
             };
-            let layout = on_reader(readers, key, attach).unwrap_or(Err(WhyNot::Unanswered));
-            Some(Answer::Attached(Attached { key, file, bias, layout }))
+            let found = on_reader(readers, key, attach).unwrap_or(Err(WhyNot::Unanswered));
+            Some(Answer::Attached(Attached { key, file, bias, found }))
+        }
+        Request::Code { key, interpreter, needs } => {
+            let theirs = Arc::clone(&interpreter);
+            let read_code = move || {
+                let memory = ProcessMemory { tgid: key.process.tgid };
+                let read = theirs.guard.read(|| {
+                    let code = theirs.code.as_ref().ok_or(WhyNot::NotStarted)?;
+                    code.read(&needs, &theirs, &memory)
+                });
+                // The PID may belong to another process by now.
+                read.and_then(|()| check_identity(key.process).map_err(|_| WhyNot::Unreadable))
+            };
+            let read = on_reader(readers, key, read_code).unwrap_or(Err(WhyNot::Unanswered));
+            if let Some(code) = &interpreter.code {
+                code.end(read.is_err());
+            }
+            match read {
+                Err(reason) if reason.is_switched_off() => Some(Answer::SwitchedOff(key, reason)),
+                _ => Some(Answer::Code),
+            }
         }
         Request::Name { key, interpreter, functions } => {
             // Without an answer in time the names may still come; samples until then have none.
@@ -481,7 +574,7 @@ mod tests {
         }
 
         #[expect(clippy::panic, reason = "a module that fails")]
-        fn attach(&self, _: &RuntimeFile, bias: u64, _: &dyn Memory) -> Result<ListLayout, WhyNot> {
+        fn attach(&self, _: &RuntimeFile, bias: u64, _: &dyn Memory) -> Result<Attachment, WhyNot> {
             match bias {
                 0 => {
                     RELEASE.wait();
@@ -520,15 +613,16 @@ mod tests {
             .recv_timeout(Duration::from_secs(20))
             .unwrap()
         {
-            Answer::Attached(attached) => (attached.key.process.tgid, attached.layout),
-            Answer::SwitchedOff(key, reason) => (key.process.tgid, Err(reason)),
+            Answer::Attached(attached) => (attached.key.process.tgid, attached.found.unwrap_err()),
+            Answer::SwitchedOff(key, reason) => (key.process.tgid, reason),
+            Answer::Code => unreachable!(),
         };
         // No process has these numbers. The first one holds up its reader, and the second one's is checked.
         let (hung, gone) = (u32::MAX - 1, u32::MAX);
         interpreters.found(key(hung), Arc::clone(&file), 0);
         interpreters.found(key(gone), Arc::clone(&file), 1);
-        assert_eq!(answer(&interpreters), (hung, Err(WhyNot::Unanswered)));
-        assert_eq!(answer(&interpreters), (gone, Err(WhyNot::Unreadable)));
+        assert_eq!(answer(&interpreters), (hung, WhyNot::Unanswered));
+        assert_eq!(answer(&interpreters), (gone, WhyNot::Unreadable));
         RELEASE.set(()).unwrap();
     }
 
@@ -549,11 +643,11 @@ mod tests {
             let request = Request::Attach { key: key(7), file: Arc::new(claiming((1, 0))), bias: 2 };
             let Some(Answer::Attached(attached)) = read(&readers, request) else { unreachable!() };
             // No process has this start: that alone would be another reason.
-            assert_eq!(attached.layout, Err(WhyNot::Unreadable));
+            assert_eq!(attached.found.unwrap_err(), WhyNot::Unreadable);
         }
         assert_eq!(readers.stats().hung, 0);
         let call = Guard::default().call(|| Half.attach(&claiming((1, 0)), 2, &ProcessMemory { tgid: 7 }));
-        assert_eq!(call, Err(WhyNot::Failed));
+        assert_eq!(call.unwrap_err(), WhyNot::Failed);
     }
 
     #[test]

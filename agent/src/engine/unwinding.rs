@@ -9,15 +9,16 @@ use std::{collections::HashSet, mem, sync::Arc, time::Instant};
 use gannet_unwind::overrides::Overrides;
 
 use super::{
-    backlog::{Backlog, Resolved},
+    backlog::{Backlog, Resolved, Unwinder},
     interpreters::Interpreters,
 };
 use crate::{
     kernel::Kernel,
-    model::{FunctionCopy, Image, ImageKey, Sample, StackEnd, StackWord},
+    model::{FunctionCopy, Image, ImageKey, MappedFile, Sample, StackEnd, StackWord},
     process::{Process, ProcessTable},
     rules::RuleBook,
-    tables::UnwindTables,
+    runtimes::{CodeNeeds, Interpreter},
+    tables::{UnwindTables, UnwoundSample},
 };
 
 pub(super) struct Unwinding {
@@ -106,7 +107,7 @@ impl Unwinding {
         tables.collect();
         let mut interpreters = self.interpreters.as_mut();
         if let Some(interpreters) = &mut interpreters {
-            interpreters.collect(kernel, processes);
+            self.changed.extend(interpreters.collect(kernel, processes));
         }
         for key in mem::take(&mut self.changed) {
             let Some(process) = live(processes, &key).filter(|_| tables.is_loaded(&key)) else { continue };
@@ -116,7 +117,8 @@ impl Unwinding {
                 write(tables, kernel, process, interpreters.as_deref_mut());
             }
         }
-        let mut resolved = self.backlog.resolve(tables, processes, Instant::now(), force);
+        let mut unwinder = CodeUnwinder { tables, interpreters: interpreters.as_deref_mut() };
+        let mut resolved = self.backlog.resolve(&mut unwinder, processes, Instant::now(), force);
         for resolved in &mut resolved {
             match resolved {
                 Resolved::Done(key) => {
@@ -194,14 +196,49 @@ fn enter(
     interpreters.enter(sample, processes, image.and_then(|image| tables.runtime_of(image)));
 }
 
+/// Unwinds by tables, and through code that runtimes make.
+struct CodeUnwinder<'a> {
+    tables: &'a mut UnwindTables,
+    interpreters: Option<&'a mut Interpreters>,
+}
+
+impl Unwinder for CodeUnwinder<'_> {
+    fn unwind(&self, image: &Image, interpreter: Option<&Interpreter>, sample: &Sample) -> UnwoundSample {
+        self.tables.unwind(image, interpreter, sample)
+    }
+
+    fn read_code(
+        &mut self,
+        key: &ImageKey,
+        image: &Image,
+        interpreter: Option<&Arc<Interpreter>>,
+        needs: CodeNeeds,
+    ) -> bool {
+        let Some(interpreters) = &mut self.interpreters else { return false };
+        if let Some(interpreter) = interpreter {
+            return interpreters.read_code(*key, interpreter, needs);
+        }
+        if let Some((file, bias)) = self.tables.runtime_of(image) {
+            interpreters.found(*key, Arc::clone(file), bias);
+        }
+        interpreters.is_pending(key)
+    }
+
+    fn request(&mut self, file: &Arc<MappedFile>, samples: usize) {
+        self.tables.request(file, samples);
+    }
+}
+
 fn write(
     tables: &mut UnwindTables,
     kernel: &mut Kernel,
     process: &Process,
     interpreters: Option<&mut Interpreters>,
 ) {
+    let is_refused = interpreters.as_ref().is_none_or(|interpreters| interpreters.is_refused(&process.key));
+    let sends_code = !is_refused && UnwindTables::has_code_file(&process.image);
     // A process that does not fit is unwound in user space. The tables log that.
-    let _ = tables.load(kernel, process.key, &process.image);
+    let _ = tables.load_with(kernel, process.key, &process.image, sends_code);
     if let (Some(interpreters), Some((file, bias))) = (interpreters, tables.runtime_of(&process.image)) {
         interpreters.found(process.key, Arc::clone(file), bias);
     }

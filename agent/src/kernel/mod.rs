@@ -47,7 +47,7 @@ pub(crate) use self::{
     options::default_ring_bytes,
     ring::Arrived,
     rule_maps::{MAX_CGROUP_PATH, MAX_COMM, MAX_RULES},
-    unwinding::MAX_TABLES,
+    unwinding::{MAX_TABLES, SENT_RAW},
 };
 use crate::model::{self, ProcessKey, Sample};
 

@@ -56,9 +56,16 @@ pub struct KernelMapping {
     pub end: u64,
     /// Address at run time minus address in the file.
     pub bias: u64,
-    /// The table and its generation; `None` to unwind by frame pointer.
+    /// The table and its generation; `None` to unwind by frame pointer. [`SENT_RAW`]: stacks that reach it are sent raw.
     pub table: Option<(u32, u32)>,
 }
+
+/// In place of a table: code that only the agent can unwind.
+pub(crate) const SENT_RAW: (u32, u32) = (u32::MAX - 1, 0);
+/// `enum mapping_kind` of gannet.h.
+const MAPPING_TABLE: u32 = 0;
+const MAPPING_FRAME_POINTER: u32 = 1;
+const MAPPING_RAW: u32 = 2;
 
 /// The location of an unwind table in the arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -305,7 +312,11 @@ impl UnwindMaps for Kernel {
             bias: mapping.bias,
             table,
             table_generation,
-            kind: mapping.table.is_none().into(),
+            kind: match mapping.table {
+                None => MAPPING_FRAME_POINTER,
+                Some(SENT_RAW) => MAPPING_RAW,
+                Some(_) => MAPPING_TABLE,
+            },
             reserved: 0,
         };
         self.skeleton

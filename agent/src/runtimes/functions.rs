@@ -11,7 +11,7 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    FunctionText, RuntimeFile, WhyNot,
+    FunctionText, GeneratedCode, RuntimeFile, WhyNot,
     guard::Guard,
     texts::{self, SharedText},
 };
@@ -29,6 +29,8 @@ pub struct Interpreter {
     pub(crate) file: Arc<RuntimeFile>,
     /// Address in the process minus address in that file.
     pub(crate) bias: u64,
+    /// The code that it makes, if its frames are in there.
+    pub(crate) code: Option<GeneratedCode>,
     functions: Mutex<Functions>,
     /// Bytes of the texts.
     bytes: AtomicUsize,
@@ -59,6 +61,11 @@ pub(crate) struct ListFunction {
 }
 
 impl ListFunction {
+    fn new(object: u64, sum: u32) -> Self {
+        let (text, without_lines) = (OnceLock::new(), OnceLock::new());
+        Self { object, sum, text, without_lines, is_requested: AtomicBool::new(false) }
+    }
+
     /// Returns its texts, if they could be read.
     pub(crate) fn texts(&self) -> Option<&FunctionText> {
         let whole = self.text.get().and_then(|text| text.as_ref().ok());
@@ -69,7 +76,27 @@ impl ListFunction {
 impl Interpreter {
     pub(crate) fn new(file: Arc<RuntimeFile>, bias: u64) -> Self {
         let (functions, bytes) = (Mutex::default(), AtomicUsize::new(0));
-        Self { file, bias, functions, bytes, guard: Arc::default() }
+        Self { file, bias, code: None, functions, bytes, guard: Arc::default() }
+    }
+
+    /// Adds the code that the process makes.
+    pub(crate) fn with_code(mut self, code: GeneratedCode) -> Self {
+        self.code = Some(code);
+        self
+    }
+
+    /// Adds a function whose texts are known, and returns its number.
+    pub(crate) fn add(&self, object: u64, text: Result<FunctionText, WhyNot>) -> u64 {
+        let mut functions = self.functions.lock();
+        if functions.all.len() >= MAX_FUNCTIONS {
+            return u32::MAX.into();
+        }
+        let function = Arc::new(ListFunction::new(object, 0));
+        let number = functions.all.len() as u64;
+        functions.all.push(Arc::clone(&function));
+        drop(functions);
+        self.set_text(&function, text);
+        number
     }
 
     /// Reads the texts of a function from copies of its memory.
@@ -159,10 +186,8 @@ impl Functions {
         if self.all.len() >= MAX_FUNCTIONS {
             return u32::MAX;
         }
-        let is_requested = AtomicBool::new(false);
         let number = self.all.len() as u32;
-        let (text, without_lines) = (OnceLock::new(), OnceLock::new());
-        self.all.push(Arc::new(ListFunction { object, sum, text, without_lines, is_requested }));
+        self.all.push(Arc::new(ListFunction::new(object, sum)));
         self.numbers.insert((object, sum), number);
         number
     }

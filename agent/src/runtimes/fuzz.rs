@@ -1,3 +1,6 @@
 //! The readers of interpreters on any memory, for the fuzzer.
 
-pub use super::python::fuzz::{python, python_lines};
+pub use super::{
+    hotspot::fuzz::{java_code, java_lines, java_structs},
+    python::fuzz::{python, python_lines},
+};

@@ -7,13 +7,15 @@ use std::{
         OnceLock,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::WhyNot;
 
-/// CPU time of all calls for one process. Reading 16,384 functions, the most that a process may have, takes less.
+/// CPU time of calls for one process beyond its share. Reading 16,384 functions, the most that a process may have, takes less.
 const MAX_CPU: Duration = Duration::from_secs(3);
+/// A process's share, in parts of one core: code of a virtual machine is read as long as it is sampled.
+const SHARE_PARTS: u32 = 10;
 
 /// CPU time of all modules for reading from all processes, in nanoseconds.
 // Not a metric: `read_cpu_time` reads it for one.
@@ -30,6 +32,8 @@ pub(crate) struct Guard {
     // Not a metric: `read_cpu_time` has the sum over all processes.
     cpu_ns: AtomicU64,
     off: OnceLock<WhyNot>,
+    /// The time of the first call.
+    begun: OnceLock<Instant>,
 }
 
 impl Guard {
@@ -60,7 +64,8 @@ impl Guard {
     fn spend(&self, time: Duration) {
         let ns = nanoseconds(time);
         let before = self.cpu_ns.fetch_add(ns, Ordering::Relaxed);
-        if Duration::from_nanos(before.saturating_add(ns)) > MAX_CPU {
+        let share = self.begun.get_or_init(Instant::now).elapsed() / SHARE_PARTS;
+        if Duration::from_nanos(before.saturating_add(ns)) > MAX_CPU + share {
             let _ = self.off.set(WhyNot::TooCostly);
         }
     }
@@ -100,7 +105,18 @@ mod tests {
         let guard = Guard::default();
         guard.spend(MAX_CPU);
         assert_eq!(guard.call(|| Ok(1)), Ok(1), "the limit itself is allowed");
-        guard.spend(Duration::from_millis(1));
+        guard.spend(Duration::from_secs(9));
+        assert_eq!(guard.call(|| Ok(1)), Err(WhyNot::TooCostly));
+    }
+
+    #[test]
+    fn a_process_may_use_its_share_for_ever() {
+        let guard = Guard::default();
+        let begun = Instant::now().checked_sub(Duration::from_secs(100));
+        guard.begun.set(begun.unwrap()).unwrap();
+        guard.spend(Duration::from_secs(12));
+        assert_eq!(guard.call(|| Ok(1)), Ok(1));
+        guard.spend(Duration::from_secs(2));
         assert_eq!(guard.call(|| Ok(1)), Err(WhyNot::TooCostly));
     }
 

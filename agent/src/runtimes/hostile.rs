@@ -12,6 +12,7 @@ pub(super) const MAX_BYTES: usize = 1 << 20;
 pub(super) struct Hostile<'a> {
     bytes: &'a [u8],
     begin: Option<u64>,
+    /// Reads and bytes that are left.
     reads: Cell<usize>,
     read_bytes: Cell<usize>,
 }
@@ -19,21 +20,27 @@ pub(super) struct Hostile<'a> {
 impl<'a> Hostile<'a> {
     /// `bytes` must not be empty.
     pub(super) fn new(bytes: &'a [u8], begin: Option<u64>) -> Self {
-        Self { bytes, begin, reads: Cell::default(), read_bytes: Cell::default() }
+        Self::with_limits(bytes, begin, MAX_READS, MAX_BYTES)
+    }
+
+    /// The same with other limits of reads and bytes.
+    pub(super) fn with_limits(bytes: &'a [u8], begin: Option<u64>, reads: usize, read_bytes: usize) -> Self {
+        Self { bytes, begin, reads: Cell::new(reads), read_bytes: Cell::new(read_bytes) }
     }
 }
 
 impl Memory for Hostile<'_> {
     fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
-        self.reads.set(self.reads.get() + 1);
-        self.read_bytes.set(self.read_bytes.get() + bytes.len());
-        assert!(self.reads.get() <= MAX_READS && self.read_bytes.get() <= MAX_BYTES, "too much is read");
+        assert!(self.reads.get() > 0 && self.read_bytes.get() >= bytes.len(), "too much is read");
+        self.reads.set(self.reads.get() - 1);
+        self.read_bytes.set(self.read_bytes.get() - bytes.len());
         if let Some(begin) = self.begin {
             let from = address.checked_sub(begin).and_then(|from| usize::try_from(from).ok());
             let part = from.and_then(|from| self.bytes.get(from..from.checked_add(bytes.len())?));
             part.map(|part| bytes.copy_from_slice(part)).is_some()
         } else {
-            let mut all = self.bytes.iter().cycle().skip((address % self.bytes.len() as u64) as usize);
+            let (_, behind) = self.bytes.split_at((address % self.bytes.len() as u64) as usize);
+            let mut all = behind.iter().chain(self.bytes.iter().cycle());
             bytes.fill_with(|| all.next().copied().unwrap_or(0));
             true
         }

@@ -1,6 +1,6 @@
 //! Reading the memory of another process.
 
-use std::io::IoSliceMut;
+use std::{cell::Cell, io::IoSliceMut};
 
 use super::WhyNot;
 use crate::model::FunctionCopy;
@@ -73,6 +73,42 @@ impl Memory for ProcessMemory {
             )
         };
         usize::try_from(read).is_ok_and(|read| read == length)
+    }
+}
+
+/// Memory of which a limited number of bytes is read. Reads beyond fail.
+pub(super) struct Limited<'m> {
+    memory: &'m dyn Memory,
+    reads: Cell<usize>,
+    bytes: Cell<usize>,
+    is_used_up: Cell<bool>,
+}
+
+impl<'m> Limited<'m> {
+    pub(super) fn new(memory: &'m dyn Memory, reads: usize, bytes: usize) -> Self {
+        Self { memory, reads: Cell::new(reads), bytes: Cell::new(bytes), is_used_up: Cell::default() }
+    }
+
+    /// Reports whether a read failed because of the limit.
+    pub(super) fn is_used_up(&self) -> bool {
+        self.is_used_up.get()
+    }
+}
+
+impl Memory for Limited<'_> {
+    fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
+        let left = (self.reads.get().checked_sub(1), self.bytes.get().checked_sub(bytes.len()));
+        let (Some(reads), Some(rest)) = left else {
+            self.is_used_up.set(true);
+            return false;
+        };
+        self.reads.set(reads);
+        self.bytes.set(rest);
+        self.memory.read(address, bytes)
+    }
+
+    fn is_partial(&self) -> bool {
+        self.memory.is_partial()
     }
 }
 

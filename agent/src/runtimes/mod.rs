@@ -7,22 +7,33 @@
 //! Everything that is read belongs to the target and may be forged: reads are bounded in number and size, and where something
 //! does not fit there is a reason instead of a name.
 
+mod code;
 mod functions;
 #[doc(hidden)]
 pub mod fuzz;
 mod guard;
 mod hostile;
+mod hotspot;
 mod memory;
 mod process;
 mod python;
 mod texts;
 
+use std::sync::Arc;
+
 use gannet_elf::Elf;
 
 use crate::model::ListLayout;
 
+use self::code::MAX_INLINED;
 pub use self::functions::Interpreter;
+#[cfg(test)]
+pub(crate) use self::process::find;
 pub(crate) use self::{
+    code::{
+        BlockHead, Captured, CodeBlock, CodeFunction, CodeNeeds, CodeReader, CodeWalk, GeneratedCode,
+        NO_POSITION, Scope,
+    },
     functions::ListFunction,
     guard::{Guard, read_cpu_time},
     memory::{Memory, ProcessMemory},
@@ -31,12 +42,30 @@ pub(crate) use self::{
 };
 
 /// The runtimes that the agent knows.
-static RUNTIMES: [&dyn Runtime; 1] = [&python::Python];
+static RUNTIMES: [&dyn Runtime; 2] = [&python::Python, &hotspot::HotSpot];
 
 /// The loops of all interpreters: a frame of such a function stands for a run of list frames.
 pub(crate) const LIST_FUNCTIONS: &[&str] = &[python::LOOP];
 
-/// An interpreter that keeps the frames of its programs in lists.
+/// Files of runtimes whose frames are in code that they make at run time. Such code cannot be unwound before the file is read.
+const CODE_FILES: &[&str] = &[hotspot::FILE];
+
+/// Reports whether a file is such a one, by its path in the process.
+pub(crate) fn makes_code(path: &str) -> bool {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    CODE_FILES.contains(&name.strip_suffix(" (deleted)").unwrap_or(name))
+}
+
+/// Where a process keeps the frames of its programs.
+#[derive(Debug)]
+pub(crate) enum Attachment {
+    /// In lists, which BPF reads.
+    List(ListLayout),
+    /// On the stack, in frames of code that it makes.
+    Code(Arc<dyn CodeReader>),
+}
+
+/// An interpreter or virtual machine.
 pub(crate) trait Runtime: Send + Sync + std::fmt::Debug {
     /// The name in labels: `python`.
     fn name(&self) -> &'static str;
@@ -48,7 +77,7 @@ pub(crate) trait Runtime: Send + Sync + std::fmt::Debug {
     fn detect(&self, elf: &Elf<'_>, path: &str) -> Option<Detected>;
 
     /// Finds where a process keeps its frames.
-    fn attach(&self, file: &RuntimeFile, bias: u64, memory: &dyn Memory) -> Result<ListLayout, WhyNot>;
+    fn attach(&self, file: &RuntimeFile, bias: u64, memory: &dyn Memory) -> Result<Attachment, WhyNot>;
 
     /// Reads the texts of a function's object. `sum` is that of the samples.
     fn read_function(

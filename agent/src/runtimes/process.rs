@@ -25,20 +25,20 @@ pub(crate) fn inspect(tgid: u32) -> io::Result<Option<(RuntimeFile, Option<WhyNo
 }
 
 /// Returns the interpreter's file, and the address in the process minus the address in that file.
-pub(super) fn find(tgid: u32) -> io::Result<Option<(RuntimeFile, u64)>> {
+pub(crate) fn find(tgid: u32) -> io::Result<Option<(RuntimeFile, u64)>> {
     let found = RuntimeFinder::default().find(tgid)?;
     Ok(found.map(|(file, bias)| (RuntimeFile::clone(&file), bias)))
 }
-
-/// An interpreter's file, or that a file is none.
-type Found = Option<(Arc<RuntimeFile>, Segments)>;
 
 /// Finds the interpreters of many processes. It reads a file that several of them map once.
 #[derive(Debug, Default)]
 pub(crate) struct RuntimeFinder {
     /// By device and inode number, as `/proc/PID/maps` shows them.
-    files: HashMap<(String, String), Found>,
+    files: HashMap<(String, String), Option<Found>>,
 }
+
+/// An interpreter's file, and where its parts belong.
+type Found = (Arc<RuntimeFile>, Segments);
 
 impl RuntimeFinder {
     /// Returns the interpreter's file of a process, and the address in the process minus the address in that file. The calls

@@ -11,6 +11,8 @@
 mod arena;
 mod disk_cache;
 mod files;
+#[cfg(test)]
+mod live;
 mod loaded;
 mod parser;
 mod refusals;
@@ -33,7 +35,7 @@ use self::{
     resident::{InsertError, ResidentTables},
 };
 use crate::{
-    kernel::{EmptyRange, KernelError, KernelMapping, MAX_TABLES, UnwindMaps},
+    kernel::{EmptyRange, KernelError, KernelMapping, MAX_TABLES, SENT_RAW, UnwindMaps},
     model::{Image, ImageKey, MappedFile, Mapping, MappingKind},
     runtimes::RuntimeFile,
 };
@@ -214,19 +216,39 @@ impl UnwindTables {
 
     /// Writes the mappings of a process to the kernel, or updates them there, with the tables that are built. Logs a refusal;
     /// after one, the process has to wait.
+    #[cfg(test)]
     pub(crate) fn load(
         &mut self,
         kernel: &mut impl UnwindMaps,
         key: ImageKey,
         image: &Image,
     ) -> Result<(), LoadError> {
+        self.load_with(kernel, key, image, false)
+    }
+
+    /// The same. With `sends_code` stacks that reach code without a file are sent raw.
+    pub(crate) fn load_with(
+        &mut self,
+        kernel: &mut impl UnwindMaps,
+        key: ImageKey,
+        image: &Image,
+        sends_code: bool,
+    ) -> Result<(), LoadError> {
         let now = Instant::now();
         if self.refusals.is_held(&key, now) {
             return Err(LoadError::Held);
         }
         self.residents.advance();
-        let result =
-            self.kernel_mappings(kernel, image).and_then(|mappings| self.loaded.load(kernel, key, mappings));
+        let mappings = self.kernel_mappings(kernel, image).map(|mut mappings| {
+            let is_code = |mapping: &Mapping| sends_code && matches!(mapping.kind, MappingKind::Anon);
+            for (written, _) in
+                mappings.iter_mut().zip(&image.mappings).filter(|(_, mapping)| is_code(mapping))
+            {
+                written.table = Some(SENT_RAW);
+            }
+            mappings
+        });
+        let result = mappings.and_then(|mappings| self.loaded.load(kernel, key, mappings));
         match &result {
             Ok(()) => self.refusals.forget(key.process.tgid),
             Err(error) => {
@@ -263,6 +285,11 @@ impl UnwindTables {
     /// Returns the interpreter of an image, if its file's table is built, and the number to subtract from its addresses.
     pub(crate) fn runtime_of(&self, image: &Image) -> Option<(&Arc<RuntimeFile>, u64)> {
         self.files.runtime_of(image)
+    }
+
+    /// Reports whether an image has a file whose runtime makes code.
+    pub(crate) fn has_code_file(image: &Image) -> bool {
+        unwind::code_file(image).is_some()
     }
 
     /// Returns the counts so far.

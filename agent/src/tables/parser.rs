@@ -360,7 +360,8 @@ fn on_worker<T: Send + 'static>(
 
 /// Finds the interpreter in a file. Files without its loop are not read again.
 fn runtime_of(table: &UnwindTable, file: &Arc<MappedFile>) -> Option<Arc<RuntimeFile>> {
-    if !table.rules().iter().any(|rule| rule.flags & flags::LIST != 0) {
+    let has_loop = table.rules().iter().any(|rule| rule.flags & flags::LIST != 0);
+    if !has_loop && !runtimes::makes_code(&file.path) {
         return None;
     }
     let path = file.path.clone();

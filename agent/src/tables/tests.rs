@@ -17,7 +17,7 @@ use crate::{
 
 /// Kernel maps in memory, which record every call.
 #[derive(Default)]
-struct Fake {
+pub(super) struct Fake {
     lines: u32,
     /// The keys of the trie, and the limit of their number.
     keys: HashMap<(u32, Block), KernelMapping>,
@@ -41,7 +41,7 @@ enum Call {
 }
 
 impl Fake {
-    fn new(lines: u32) -> Self {
+    pub(super) fn new(lines: u32) -> Self {
         Self {
             lines,
             max_keys: usize::MAX,

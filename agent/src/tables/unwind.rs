@@ -1,19 +1,25 @@
 //! Unwinds raw samples: registers and a copy of the stack, by the same tables as the kernel side.
 
-use std::{cell::RefCell, sync::Arc};
+use std::{
+    cell::{Cell, RefCell},
+    sync::Arc,
+};
 
 use gannet_elf::Arch;
 use gannet_unwind::{
-    format::dwarf_register,
+    format::{UnwindRule, dwarf_register},
     table::UnwindTable,
-    unwind::{TableSource, ThreadSnapshot, UnwindEnd, UnwindFrame, unwind_stack},
+    unwind::{GeneratedFrame, TableSource, ThreadSnapshot, UnwindEnd, UnwindFrame, unwind_stack},
 };
 
 use super::{
     UnwindTables,
-    files::{FileTables, MappingTable},
+    files::{FileState, FileTables, MappingTable},
 };
-use crate::model::{Image, MappedFile, MappingKind, RawLists, RawUserStack, Sample, StackEnd};
+use crate::{
+    model::{Image, MappedFile, Mapping, MappingKind, RawLists, RawUserStack, Sample, StackEnd},
+    runtimes::{self, CodeNeeds, CodeWalk, Interpreter},
+};
 
 /// The limit of the kernel side.
 const MAX_FRAMES: usize = 512;
@@ -32,6 +38,10 @@ pub(crate) struct UnwoundSample {
     pub(crate) missing: Option<Arc<MappedFile>>,
     /// At least one frame was found by frame pointer where no table had a rule.
     pub(crate) guessed: bool,
+    /// Code that the process makes at run time, and that has to be read first.
+    pub(crate) needs: CodeNeeds,
+    /// The stack reaches such code, and the agent does not know yet where its runtime keeps it.
+    pub(crate) is_unattached: bool,
 }
 
 impl UnwoundSample {
@@ -59,6 +69,35 @@ struct ImageTables<'a> {
     image: &'a Image,
     /// The first file whose table was needed and is not built.
     missing: RefCell<Option<Arc<MappedFile>>>,
+    /// The way through code that the process makes at run time.
+    walk: Option<CodeWalk<'a>>,
+    is_unattached: Cell<bool>,
+}
+
+impl ImageTables<'_> {
+    /// The stack has reached code without a file, and nothing says how to go on: looks for the runtime that makes it.
+    fn look_for_runtime(&self, address: u64) {
+        let is_anonymous = |mapping: &Mapping| matches!(mapping.kind, MappingKind::Anon);
+        if !self.image.find(address).is_some_and(is_anonymous) {
+            return;
+        }
+        let Some(file) = code_file(self.image) else { return };
+        match self.files.state(file) {
+            None | Some(FileState::Requested) => {
+                self.missing.borrow_mut().get_or_insert_with(|| Arc::clone(file));
+            }
+            Some(FileState::Built { runtime: Some(_), .. }) => self.is_unattached.set(true),
+            Some(FileState::Built { .. } | FileState::None) => {}
+        }
+    }
+}
+
+/// Returns the file of a runtime that makes code, if the image has one.
+pub(super) fn code_file(image: &Image) -> Option<&Arc<MappedFile>> {
+    image.mappings.iter().find_map(|mapping| match &mapping.kind {
+        MappingKind::File(file) => runtimes::makes_code(&file.path).then_some(file),
+        _ => None,
+    })
 }
 
 impl TableSource for ImageTables<'_> {
@@ -74,14 +113,27 @@ impl TableSource for ImageTables<'_> {
         }
     }
 
+    fn generated(&self, frame: &GeneratedFrame<'_>) -> Option<UnwindRule> {
+        let Some(walk) = &self.walk else {
+            self.look_for_runtime(frame.pc);
+            return None;
+        };
+        walk.rule(frame)
+    }
+
     fn is_code(&self, address: u64) -> bool {
         self.image.find(address).is_some()
     }
 }
 
 impl UnwindTables {
-    /// Unwinds a raw sample. A sample that is not raw keeps its frames.
-    pub(crate) fn unwind(&self, image: &Image, sample: &Sample) -> UnwoundSample {
+    /// Unwinds a raw sample, through code that `interpreter` makes if there is one. A sample that is not raw keeps its frames.
+    pub(crate) fn unwind(
+        &self,
+        image: &Image,
+        interpreter: Option<&Interpreter>,
+        sample: &Sample,
+    ) -> UnwoundSample {
         let Some(raw) = &sample.raw else {
             return UnwoundSample {
                 frames: sample.user.clone(),
@@ -89,6 +141,8 @@ impl UnwindTables {
                 unknown: None,
                 missing: None,
                 guessed: sample.marks.guessed,
+                needs: CodeNeeds::default(),
+                is_unattached: false,
             };
         };
         let RawUserStack { pc, registers, stack, lists } = raw;
@@ -96,13 +150,28 @@ impl UnwindTables {
         let stack_pointer = usize::from(dwarf_register::stack_pointer(arch));
         let stack_start = registers.get(stack_pointer).copied().unwrap_or(0);
         let snapshot = ThreadSnapshot { arch, pc: *pc, registers, stack_start, stack };
-        let source = ImageTables { files: &self.files, image, missing: RefCell::new(None) };
+        let code = interpreter.and_then(|interpreter| interpreter.code.as_ref());
+        let source = ImageTables {
+            files: &self.files,
+            image,
+            missing: RefCell::new(None),
+            walk: code.map(|code| CodeWalk::new(code, sample.subject.ktime_ns)),
+            is_unattached: Cell::new(false),
+        };
         let unwound = unwind_stack(&snapshot, &source, MAX_FRAMES);
         let guessed = unwound.frames.iter().any(|frame| frame.guessed);
+        let missing = source.missing.into_inner();
+        let is_unattached = source.is_unattached.get();
+        let (functions, mut needs) = source.walk.map(CodeWalk::finish).unwrap_or_default();
+        if let Some(code) = code.filter(|_| !needs.addresses.is_empty() && unwound.end != UnwindEnd::Complete)
+        {
+            // Callers of unknown code are unknown too: the stack names those that it may have.
+            needs.add(code.candidates(stack));
+        }
         // Lists that were taken by the layout of another interpreter are no use.
         let layout = self.runtime_of(image).map(|(file, _)| file.detected.layout);
         let lists = lists.as_ref().filter(|_| layout == Some(sample.list_layout));
-        let (frames, is_cut) = with_lists(&unwound.frames, lists.cloned().unwrap_or_default());
+        let (frames, is_cut) = with_functions(&unwound.frames, functions, lists.cloned().unwrap_or_default());
         let (end, unknown) = match unwound.end {
             _ if is_cut => (StackEnd::Truncated, None),
             UnwindEnd::Complete => (StackEnd::Complete, None),
@@ -117,26 +186,40 @@ impl UnwindTables {
             | UnwindEnd::RegisterLost
             | UnwindEnd::NoProgress => (StackEnd::Broken, None),
         };
-        let missing = source.missing.into_inner();
-        UnwoundSample { frames, end, unknown, missing, guessed }
+        UnwoundSample { frames, end, unknown, missing, guessed, needs, is_unattached }
     }
 }
 
-/// Puts list frames in front of the native frames that stand for them. Returns the words of the stack, and whether frames
-/// beyond the limit were left out.
-fn with_lists(frames: &[UnwindFrame], mut lists: RawLists) -> (Vec<u64>, bool) {
+/// Puts list frames in front of the native frames that stand for them, and functions in the place of frames of generated code:
+/// `functions` has the words of each such frame, by its program counter and leaf first. Returns the words of the stack, and
+/// whether frames beyond the limit were left out.
+fn with_functions(
+    frames: &[UnwindFrame],
+    functions: Vec<(u64, Vec<u64>)>,
+    mut lists: RawLists,
+) -> (Vec<u64>, bool) {
+    let mut functions = functions.into_iter().peekable();
     let (mut words, mut depth) = (Vec::with_capacity(frames.len()), 0);
     for (index, frame) in frames.iter().enumerate() {
-        let run = frame.list.and_then(|(low, high)| lists.take_run(low, high)).unwrap_or_default();
-        let listed = run.words.len() / 2;
-        if depth + listed + 1 > MAX_FRAMES {
-            words.extend(run.words.into_iter().take(2 * (MAX_FRAMES - depth)));
+        let own = functions.next_if(|(pc, _)| *pc == frame.pc).map(|(_, words)| words).unwrap_or_default();
+        let is_native = own.is_empty();
+        let named = if is_native {
+            frame.list.and_then(|(low, high)| lists.take_run(low, high)).unwrap_or_default().words
+        } else {
+            own
+        };
+        let count = named.len() / 2;
+        if depth + count + usize::from(is_native) > MAX_FRAMES {
+            words.extend(named.into_iter().take(2 * (MAX_FRAMES - depth)));
             return (words, true);
         }
-        words.extend(run.words);
-        // The kernel side reports frames in this form too: callers are looked up one byte back.
-        words.push(if frame.exact && index > 0 { frame.pc.wrapping_add(1) } else { frame.pc });
-        depth += listed + 1;
+        words.extend(named);
+        depth += count;
+        if is_native {
+            // The kernel side reports frames in this form too: callers are looked up one byte back.
+            words.push(if frame.exact && index > 0 { frame.pc.wrapping_add(1) } else { frame.pc });
+            depth += 1;
+        }
     }
     (words, false)
 }

@@ -12,6 +12,7 @@ mod cases;
 mod daemon;
 mod hung;
 mod images;
+mod java;
 mod jit;
 mod languages;
 mod ledger;

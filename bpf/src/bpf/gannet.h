@@ -188,6 +188,8 @@ enum mapping_kind {
 	MAPPING_TABLE = 0,
 	/* Code without a table, unwound by frame pointer: generated at run time, or of a file without unwind rows. */
 	MAPPING_FRAME_POINTER = 1,
+	/* Code generated at run time that the agent can unwind: the stack is sent raw. */
+	MAPPING_RAW = 2,
 };
 
 struct mapping {

@@ -153,6 +153,9 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 ALWAYS_INLINE void finish_switch(struct counters *counters, struct sample_scratch *scratch)
 {
 	end_unwind(scratch);
+	/* There is no space for a raw sample. */
+	if (scratch->sample.user_end == USER_STACK_RAW)
+		scratch->sample.user_end = USER_STACK_NO_RULE;
 	store_block(counters, scratch);
 }
 

@@ -650,16 +650,18 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 
 /*
  * Takes the stack raw if it reaches a library that the agent does not know yet, or a table that it has evicted. The agent must
- * inspect the process now: after its exit, no source could say what was mapped there. True: unwind_frame takes the list
- * frames.
+ * inspect the process now: after its exit, no source could say what was mapped there. Also takes it raw if it reaches generated
+ * code that only the agent can unwind. True: unwind_frame takes the list frames.
  */
 ALWAYS_INLINE bool goes_on_raw(struct counters *counters, struct sample_scratch *scratch)
 {
 	u8 end = scratch->unwind.end;
 
-	if (scratch->unwind.raw || (end != USER_STACK_NO_MAPPING && end != USER_STACK_NO_TABLE))
+	if (scratch->unwind.raw ||
+	    (end != USER_STACK_NO_MAPPING && end != USER_STACK_NO_TABLE && end != USER_STACK_RAW))
 		return false;
-	scratch->wake = 1;
+	/* The agent knows generated code already. */
+	scratch->wake |= end != USER_STACK_RAW;
 	return begin_raw(counters, scratch);
 }
 

@@ -402,6 +402,8 @@ ALWAYS_INLINE u8 enter_mapping(struct unwind_state *unwind, u64 address)
 	mapping = bpf_map_lookup_elem(&exec_mappings, &key);
 	if (!mapping)
 		return USER_STACK_NO_MAPPING;
+	if (mapping->kind == MAPPING_RAW)
+		return USER_STACK_RAW;
 	if (mapping->kind == MAPPING_TABLE) {
 		table = bpf_map_lookup_elem(&unwind_tables, &mapping->table);
 		if (!table || table->generation != mapping->table_generation)

@@ -4,8 +4,10 @@ use std::collections::{HashMap, HashSet};
 
 use crate::profiles::{Function, Location, Profile, Sample};
 
-/// Mappings of interpreted functions, each with the native function that runs them.
-const INTERPRETERS: [(&str, &str); 1] = [("[cpython]", "_PyEval_EvalFrameDefault")];
+/// Mappings of interpreted functions, each with the native function that runs them. Java has none: its functions call each other,
+/// and the frames of its virtual machine between them are work for them.
+const INTERPRETERS: [(&str, Option<&str>); 2] =
+    [("[cpython]", Some("_PyEval_EvalFrameDefault")), ("[jvm]", None)];
 
 /// Reports whether a mapping stands for the functions of interpreted programs.
 pub fn is_interpreted(mapping: &str) -> bool {
@@ -46,7 +48,9 @@ impl InterpreterFrames {
         if interpreted.is_empty() {
             return Self::default();
         }
-        let runs = |function: &&Function| INTERPRETERS.iter().any(|(_, name)| *name == text(function.name));
+        let runs = |function: &&Function| {
+            INTERPRETERS.iter().any(|(_, name)| name.is_some_and(|name| name == text(function.name)))
+        };
         let loops: HashSet<u64> = profile.function.iter().filter(runs).map(|function| function.id).collect();
         let own_files: HashSet<&str> = profile
             .location

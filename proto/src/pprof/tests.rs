@@ -472,6 +472,21 @@ __libc_start_main;main (app.py:4);App.key (app.py:4);do_nanosleep 1
 }
 
 #[test]
+fn frames_of_the_java_machine_stay_between_java_functions() {
+    let mut builder = Builder::new(header());
+    let file = |file| Mapping { limit: 0x1000, file, ..Mapping::default() };
+    let (jvm, library) = (builder.mapping(file("[jvm]")), builder.mapping(file("/usr/lib/libjvm.so")));
+    let line = Line { name: "Cart.sum", file: "Cart.java", line: 9, start_line: 7, ..Line::default() };
+    let sum = builder.location(Some(jvm), 0, &[line]);
+    let stub = builder.location(Some(jvm), 0, &[Line { name: "StubRoutines (1)", ..Line::default() }]);
+    let call = Line { name: "JavaCalls::call_helper", ..Line::default() };
+    let call = builder.location(Some(library), 8, &[call]);
+    builder.sample(&[sum, stub, call], &[1, 1], &[]);
+    let stack = "JavaCalls::call_helper;StubRoutines (1);Cart.sum (Cart.java:7) 1\n";
+    assert_eq!(folded(&builder.finish(), 0).unwrap(), stack);
+}
+
+#[test]
 fn error_frames_can_be_hidden_and_their_values_stay() {
     let mut builder = Builder::new(header());
     let mapping = builder.mapping(Mapping { limit: 0x1000, file: "/bin/app", ..Mapping::default() });

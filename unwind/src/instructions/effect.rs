@@ -4,7 +4,7 @@ use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAcc
 
 /// The effect of an instruction on the stack pointer and rbp.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Effect {
+pub(crate) enum Effect {
     None,
     /// Moves the stack pointer down by this number of bytes.
     Move(i32),
@@ -26,7 +26,7 @@ pub(super) enum Effect {
 
 impl Effect {
     /// Returns the effect of an instruction.
-    pub(super) fn of(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Self {
+    pub(crate) fn of(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Self {
         use Register::{RBP, RSP};
         let (to, from) = (instruction.op0_register(), instruction.op1_register());
         let distance = instruction.memory_displacement64() as i32;
@@ -85,7 +85,7 @@ impl Effect {
 
 /// The flow of control after an instruction.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Flow {
+pub(crate) enum Flow {
     Next,
     Call,
     /// To this address, or to the next instruction.
@@ -103,7 +103,7 @@ pub(super) enum Flow {
 
 impl Flow {
     /// Returns where control goes after an instruction.
-    pub(super) fn of(instruction: &Instruction) -> Self {
+    pub(crate) fn of(instruction: &Instruction) -> Self {
         let direct = instruction.op0_kind() == OpKind::NearBranch64;
         match instruction.flow_control() {
             _ if instruction.is_invalid() => Self::Invalid,
@@ -119,7 +119,7 @@ impl Flow {
     }
 
     /// Returns whether control never reaches the next instruction.
-    pub(super) fn ends(self) -> bool {
+    pub(crate) fn ends(self) -> bool {
         !matches!(self, Self::Next | Self::Call | Self::Branch(_))
     }
 }

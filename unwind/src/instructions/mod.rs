@@ -16,7 +16,7 @@ use std::borrow::Cow;
 use foldhash::{HashMap, HashSet, HashSetExt};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
-use self::effect::{Effect, Flow};
+pub(crate) use self::effect::{Effect, Flow};
 use crate::{
     format::{UnwindRule, cfa, loc},
     limits::{Budget, LimitExceeded},
@@ -56,19 +56,21 @@ pub(crate) struct Gap<'d> {
 
 /// The distances before an instruction.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct State {
+pub(crate) struct State {
     /// From the stack pointer up to the frame address.
-    sp: Option<i32>,
+    pub(crate) sp: Option<i32>,
     /// The same from rbp, while it is a frame pointer.
-    fp: Option<i32>,
+    pub(crate) fp: Option<i32>,
     /// Offset of the caller's rbp from the frame address.
-    saved: Option<i32>,
+    pub(crate) saved: Option<i32>,
 }
 
 impl State {
-    const ENTRY: Self = Self { sp: Some(ENTRY_DISTANCE), fp: None, saved: None };
+    /// At the first instruction of a function.
+    pub(crate) const ENTRY: Self = Self { sp: Some(ENTRY_DISTANCE), fp: None, saved: None };
 
-    fn rule(&self) -> UnwindRule {
+    /// Returns the rule that holds here.
+    pub(crate) fn rule(&self) -> UnwindRule {
         let (cfa_kind, cfa_offset) = match (self.sp, self.fp) {
             (Some(sp), _) if sp < ENTRY_DISTANCE => return UnwindRule::OUTERMOST,
             (Some(sp), _) => (cfa::SP, sp),
@@ -80,7 +82,7 @@ impl State {
     }
 
     /// Changes to the state after an instruction with this effect.
-    fn apply(&mut self, effect: Effect) {
+    pub(crate) fn apply(&mut self, effect: Effect) {
         match effect {
             Effect::None => {}
             Effect::Move(bytes) => self.sp = self.sp.map(|sp| sp.saturating_add(bytes)),

@@ -101,7 +101,8 @@ fn check(python: &str, version: (u8, u8)) {
     let (file, bias) = interpreter(pid);
     assert_eq!(file.detected.version, version);
     let memory: &dyn Memory = &ProcessMemory { tgid: pid };
-    let layout = file.runtime.attach(&file, bias, memory).unwrap();
+    let attached = file.runtime.attach(&file, bias, memory).unwrap();
+    let crate::runtimes::Attachment::List(layout) = attached else { panic!("{attached:?}") };
     let own = layout::of(version).unwrap();
     let interpreter = memory.u64(file.detected.addresses[0] + bias + own.interpreter).unwrap();
     let state = memory.u64(interpreter + own.threads).unwrap();

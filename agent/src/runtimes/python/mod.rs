@@ -10,7 +10,7 @@ use gannet_elf::{Elf, Symbol};
 
 use self::layout::Layout;
 use super::{
-    Detected, FunctionText, Memory, Runtime, RuntimeFile, WhyNot,
+    Attachment, Detected, FunctionText, Memory, Runtime, RuntimeFile, WhyNot,
     memory::{half, word},
 };
 use crate::model::{ListLayout, TextLayout, sum_words};
@@ -82,7 +82,7 @@ impl Runtime for Python {
         has_loop.then_some(Detected { version, version_text, addresses, layout: version.1 })
     }
 
-    fn attach(&self, file: &RuntimeFile, bias: u64, memory: &dyn Memory) -> Result<ListLayout, WhyNot> {
+    fn attach(&self, file: &RuntimeFile, bias: u64, memory: &dyn Memory) -> Result<Attachment, WhyNot> {
         let layout = layout::of(file.detected.version).ok_or(WhyNot::Version)?;
         let runtime = address(file, RUNTIME_AT, bias);
         if file.detected.version >= (3, 13) {
@@ -94,7 +94,7 @@ impl Runtime for Python {
         }
         let thread_offset = thread_offset(memory, layout, interpreter)?;
         let Layout { steps, native_step, words, end, fixed, .. } = *layout;
-        Ok(ListLayout {
+        Ok(Attachment::List(ListLayout {
             thread_offset,
             steps,
             native_step,
@@ -115,7 +115,7 @@ impl Runtime for Python {
                     .map(|(offset, header, shift)| ((offset / 8) as u8, header, shift)),
                 length: 2,
             },
-        })
+        }))
     }
 
     fn read_function(
@@ -307,7 +307,8 @@ mod tests {
         let mut memory = process(&[0x8000, 0x9000]);
         // Another value of one thread happens to be the same.
         memory.set(0x8000 + SPECIFIC + 8, 0x4000);
-        let layout = Python.attach(&file((3, 11)), 0, &memory).unwrap();
+        let attached = Python.attach(&file((3, 11)), 0, &memory).unwrap();
+        let Attachment::List(layout) = attached else { panic!("{attached:?}") };
         assert_eq!(layout.thread_offset, SPECIFIC as i64 + 3 * 16 + 8);
         assert_eq!((layout.steps, layout.native_step), (&[56, 8][..], 1));
     }

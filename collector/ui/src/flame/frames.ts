@@ -49,8 +49,14 @@ const keyOf = (path: string) => hash(path).toString(36) + hash(path, 0x9747b28c)
 
 const isSpecial = (name: string) => /^\[[^\]]*\]$/.test(name);
 
+/** The languages of mappings that stand for an interpreter. */
+const LANGUAGES = new Map([
+  ["[cpython]", "python"],
+  ["[jvm]", "java"],
+]);
+
 /** Returns the language of the functions in a mapping that stands for an interpreter; undefined for a file. */
-const languageOf = (file: string) => (file === "[cpython]" ? "python" : undefined);
+const languageOf = (file: string) => LANGUAGES.get(file);
 
 /** Returns the origin of a function: its crate, package or namespace if the name has one, else its binary. */
 export function packageOf(name: string, file: string): string {
@@ -160,6 +166,7 @@ export function groupColour(hues: Map<string, number>, group: string, dark: bool
   if (group === "kernel") return oklch(light, dark ? 0.055 : 0.06, 255);
   if (group === "user") return oklch(light, 0.095, 55);
   if (group === "python") return oklch(light, 0.1, 155);
+  if (group === "java") return oklch(light, 0.1, 20);
   if (group === "user, inlined") return oklch(light, 0.085, 100);
   // The modules of a group have slightly different hues.
   const lean = ((hash(name.replace(/::[^:]*$/, "")) >>> 12) % 5) - 2;

@@ -1,0 +1,762 @@
+//! Code that a process makes at run time, as far as the agent has read it: the rules of its frames, and the functions that they
+//! stand for.
+//!
+//! Such code comes and goes. So whatever a stack needs is read behind the sample, and read again behind each later sample that
+//! needs it. A block that was known before the sample, and is the same block behind it, was it at the time of the sample. Of a
+//! block that is read for the first time this is not proven: it may have taken the place of another one within milliseconds.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt::Debug,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    mem,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use gannet_unwind::{
+    format::UnwindRule,
+    generated::{Rows, SENDER_FRAME, rule_at},
+    unwind::GeneratedFrame,
+};
+use parking_lot::Mutex;
+
+use super::{FunctionText, Interpreter, Memory, WhyNot, memory::Limited};
+use crate::model::{StackWord, boot_time_ns};
+
+/// Addresses and functions of one request.
+const MAX_NEEDS: usize = 2048;
+/// Blocks of one process.
+const MAX_BLOCKS: usize = 16_384;
+/// Addresses without code, of one process.
+const MAX_EMPTY: usize = 4096;
+/// Functions of one process: twice as many as get a name. Beyond, the agent forgets those without.
+const MAX_FUNCTIONS: usize = 2 * 16_384;
+/// The number of functions without a name.
+const NO_FUNCTION: u64 = u32::MAX as u64;
+/// Rows of one block; the rest of a larger one has no rule.
+const MAX_BLOCK_ROWS: usize = 32_768;
+/// Rows and functions at addresses, of one process and of all: some 24 bytes each.
+const MAX_ROWS: usize = 256 << 10;
+const MAX_ALL_ROWS: usize = 1 << 20;
+/// Reads and bytes of one request. The next one goes on.
+const MAX_READS: usize = 100_000;
+const MAX_READ_BYTES: usize = 8 << 20;
+/// Requests that fail one after another until the process is given up.
+const MAX_FAILURES: u32 = 3;
+/// Functions inlined at one address.
+pub(super) const MAX_INLINED: usize = 64;
+/// The word of a position that is not known.
+pub(crate) const NO_POSITION: u32 = u32::MAX;
+/// How old the last reading may be if a process has ended since.
+const MAX_AGE_NS: u64 = 1_000_000_000;
+/// DWARF numbers of registers.
+const RBX: usize = 3;
+const R13: usize = 13;
+
+/// Rows of all processes.
+// Not a metric: it holds the memory below a limit.
+static ALL_ROWS: AtomicUsize = AtomicUsize::new(0);
+
+/// Reads the code that one process makes.
+pub(crate) trait CodeReader: Send + Sync + Debug {
+    /// Returns the ranges that hold the code. It is called at the begin of each request, and the other methods use what it read.
+    fn ranges(&self, memory: &dyn Memory) -> Result<Vec<Range<u64>>, WhyNot>;
+
+    /// Finds the block that holds an address; `None` if none does.
+    fn find(&self, address: u64, memory: &dyn Memory) -> Result<Option<BlockHead>, WhyNot>;
+
+    /// Reads the code of a block.
+    fn read(&self, head: &BlockHead, memory: &dyn Memory) -> Result<CodeBlock, WhyNot>;
+
+    /// Returns the functions that the code at an address of a block stands for, innermost first. A return address is that of
+    /// the call before it.
+    fn scope(&self, head: &BlockHead, address: u64, memory: &dyn Memory) -> Result<Scope, WhyNot>;
+
+    /// Reads a function by the address of its object.
+    fn function(&self, object: u64, memory: &dyn Memory) -> Result<CodeFunction, WhyNot>;
+}
+
+/// A block of code, as it shows when it is found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct BlockHead {
+    /// Address of its description.
+    pub(crate) at: u64,
+    /// Addresses of the instructions.
+    pub(crate) code: Range<u64>,
+    /// Words by which it differs from any other block at this place.
+    pub(crate) identity: [u64; 4],
+    /// The name; empty if it stands for functions.
+    pub(crate) name: String,
+}
+
+/// How the frames of a block are read.
+#[derive(Debug, Default)]
+pub(crate) struct CodeBlock {
+    /// The rules, in the order of their addresses.
+    pub(crate) rows: Rows,
+    /// Its frames name their function themselves.
+    pub(crate) captured: Option<Captured>,
+    /// Return addresses that stand for the one at this distance from the stack pointer.
+    pub(crate) moved: (Vec<u64>, i32),
+}
+
+/// The words of a frame that are its function and its position.
+#[derive(Debug)]
+pub(crate) struct Captured {
+    /// Distances from the frame pointer.
+    pub(crate) function: i64,
+    pub(crate) position: i64,
+    /// Code in which the frame is being made: the function is in rbx, and is at its begin.
+    pub(crate) entries: Vec<Range<u64>>,
+}
+
+impl Captured {
+    fn is_entry(&self, frame: &GeneratedFrame<'_>) -> bool {
+        frame.exact && self.entries.iter().any(|range| range.contains(&frame.pc))
+    }
+}
+
+/// Functions at the addresses of a range, innermost first: object and position.
+#[derive(Debug)]
+pub(crate) struct Scope {
+    /// The last address is the end of the range.
+    pub(crate) over: Range<u64>,
+    pub(crate) functions: Vec<(u64, u32)>,
+}
+
+/// A function that code stands for.
+#[derive(Debug)]
+pub(crate) struct CodeFunction {
+    pub(crate) text: FunctionText,
+    /// The positions that frames may have: addresses of its instructions.
+    pub(crate) instructions: Range<u64>,
+}
+
+/// The code that one process makes at run time.
+#[derive(Debug)]
+pub(crate) struct GeneratedCode {
+    reader: Arc<dyn CodeReader>,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    ranges: Vec<Range<u64>>,
+    /// By the end of their code.
+    blocks: BTreeMap<u64, Block>,
+    /// Addresses in no block, and when that was.
+    empty: HashMap<u64, u64>,
+    /// By object, or by the description of a block with a name.
+    functions: HashMap<u64, KnownFunction>,
+    /// Rows of the blocks, which [`ALL_ROWS`] holds too.
+    rows: usize,
+    /// The thread is reading for a request.
+    is_reading: bool,
+    /// Requests that failed since the last that did not.
+    failures: u32,
+}
+
+#[derive(Debug)]
+struct Block {
+    head: BlockHead,
+    content: Arc<CodeBlock>,
+    /// By the end of the range, which belongs to it.
+    scopes: BTreeMap<u64, KnownScope>,
+    /// The number of its name.
+    name: Option<u64>,
+    /// Rows, and functions of scopes.
+    rows: usize,
+    /// When it was read last.
+    read_ns: u64,
+}
+
+#[derive(Debug)]
+struct KnownScope {
+    start: u64,
+    /// Number of the function, and position.
+    functions: Vec<(u64, u32)>,
+}
+
+#[derive(Debug)]
+struct KnownFunction {
+    number: u64,
+    /// Hash of the texts.
+    hash: u64,
+    instructions: Range<u64>,
+    read_ns: u64,
+}
+
+/// Addresses and objects that have to be read before a stack can be unwound.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct CodeNeeds {
+    /// Addresses of code.
+    pub(crate) addresses: HashSet<u64>,
+    /// Objects of functions.
+    pub(crate) functions: HashSet<u64>,
+}
+
+impl CodeNeeds {
+    /// Reports whether nothing has to be read.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.addresses.is_empty() && self.functions.is_empty()
+    }
+
+    /// Adds other needs, up to the limit.
+    pub(crate) fn add(&mut self, other: Self) {
+        let room = |set: &HashSet<u64>| MAX_NEEDS.saturating_sub(set.len());
+        let (addresses, functions) = (room(&self.addresses), room(&self.functions));
+        self.addresses.extend(other.addresses.into_iter().take(addresses));
+        self.functions.extend(other.functions.into_iter().take(functions));
+    }
+}
+
+impl GeneratedCode {
+    pub(crate) fn new(reader: Arc<dyn CodeReader>) -> Self {
+        Self { reader, known: Mutex::default() }
+    }
+
+    /// Returns whether the caller may have the needs read: nothing else is being read, and reading has not failed for good.
+    pub(crate) fn begin(&self) -> bool {
+        let mut known = self.known.lock();
+        !known.is_over() && !mem::replace(&mut known.is_reading, true)
+    }
+
+    /// Reading has ended. If it `failed` several times, the process has ended or does not answer.
+    pub(crate) fn end(&self, failed: bool) {
+        let mut known = self.known.lock();
+        known.is_reading = false;
+        known.failures = if failed { known.failures.saturating_add(1) } else { 0 };
+    }
+
+    /// Reports whether reading has failed for good.
+    pub(crate) fn is_over(&self) -> bool {
+        self.known.lock().is_over()
+    }
+
+    /// Returns the words of a stack that may be return addresses into the code.
+    pub(crate) fn candidates(&self, stack: &[u8]) -> CodeNeeds {
+        let known = self.known.lock();
+        let words = stack.as_chunks().0.iter().map(|eight| u64::from_ne_bytes(*eight));
+        let addresses = words.filter(|word| known.ranges.iter().any(|range| range.contains(word)));
+        let mut needs = CodeNeeds::default();
+        needs.add(CodeNeeds { addresses: addresses.collect(), functions: HashSet::new() });
+        needs
+    }
+
+    /// Reads blocks and functions, and enters them. `of` is the interpreter that this code belongs to. Reads less if that takes too
+    /// much, and an error if the process has ended.
+    pub(crate) fn read(
+        &self,
+        needs: &CodeNeeds,
+        of: &Interpreter,
+        memory: &dyn Memory,
+    ) -> Result<(), WhyNot> {
+        let now = boot_time_ns();
+        let memory = Limited::new(memory, MAX_READS, MAX_READ_BYTES);
+        let ranges = self.reader.ranges(&memory)?;
+        self.known.lock().ranges = ranges;
+        let mut confirmed: HashSet<u64> = HashSet::new();
+        for object in &needs.functions {
+            self.read_function(*object, now, of, &memory);
+        }
+        for address in &needs.addresses {
+            if memory.is_used_up() {
+                break;
+            }
+            self.read_address(*address, now, of, &memory, &mut confirmed)?;
+        }
+        Ok(())
+    }
+
+    fn read_address(
+        &self,
+        address: u64,
+        now: u64,
+        of: &Interpreter,
+        memory: &Limited<'_>,
+        confirmed: &mut HashSet<u64>,
+    ) -> Result<(), WhyNot> {
+        let known_head = {
+            let known = self.known.lock();
+            known.block(address).map(|block| (block.head.clone(), block.scope(address).is_some()))
+        };
+        let head = match &known_head {
+            // Another address of this request was in it.
+            Some((head, _)) if confirmed.contains(&head.code.end) => Some(head.clone()),
+            _ => match self.find(address, memory) {
+                Ok(head) => head,
+                Err(_) => return self.refuse(address, now, memory),
+            },
+        };
+        let is_there =
+            |head: &BlockHead| head.code.contains(&address.wrapping_sub(1)) || head.code.contains(&address);
+        let Some(head) = head.filter(is_there) else {
+            self.known.lock().forget(address, now);
+            return Ok(());
+        };
+        let is_same = known_head.as_ref().is_some_and(|(known, _)| *known == head);
+        if !is_same {
+            let Ok(mut block) = self.reader.read(&head, memory) else {
+                return self.refuse(address, now, memory);
+            };
+            if block.rows.len() > MAX_BLOCK_ROWS {
+                block.rows.truncate(MAX_BLOCK_ROWS - 1);
+                let end = block.rows.last().map_or(head.code.start, |(from, _)| from.saturating_add(1));
+                block.rows.push((end, UnwindRule::NONE));
+            }
+            let name = (!head.name.is_empty()).then(|| {
+                let text = FunctionText { name: head.name.clone(), ..FunctionText::default() };
+                self.enter_function(head.at, Ok(text), 0..0, now, of)
+            });
+            let rows = block.rows.len();
+            let (head, scopes) = (head.clone(), BTreeMap::new());
+            let block = Block { head, content: Arc::new(block), scopes, name, rows, read_ns: now };
+            let mut known = self.known.lock();
+            if !known.enter(block) {
+                known.forget(address, now);
+                return Ok(());
+            }
+        }
+        confirmed.insert(head.code.end);
+        let has_scope = is_same && known_head.is_some_and(|(_, has_scope)| has_scope);
+        let scope = if has_scope || !head.name.is_empty() {
+            None
+        } else {
+            let none = |_| Scope { over: address..address, functions: Vec::new() };
+            let Scope { over, functions } = self.reader.scope(&head, address, memory).unwrap_or_else(none);
+            let number = |(object, position)| (self.read_function(object, now, of, memory), position);
+            Some((over, functions.into_iter().map(number).collect::<Vec<_>>()))
+        };
+        if memory.is_used_up() {
+            // The next request reads the scope.
+            return Ok(());
+        }
+        let mut known = self.known.lock();
+        known.empty.remove(&address);
+        if scope.is_some() && !known.has_room() {
+            // What is still in use is read again.
+            known.clear();
+            return Ok(());
+        }
+        let mut added = 0;
+        if let Some(block) = known.blocks.get_mut(&head.code.end).filter(|block| block.head == head) {
+            block.read_ns = now;
+            if let Some((over, functions)) = scope {
+                added = functions.len() + 1;
+                block.rows += added;
+                block.scopes.insert(over.end, KnownScope { start: over.start, functions });
+            }
+        }
+        known.rows += added;
+        ALL_ROWS.fetch_add(added, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Finds the block of an address, or of the call before it: that may be the last instruction of its block.
+    fn find(&self, address: u64, memory: &Limited<'_>) -> Result<Option<BlockHead>, WhyNot> {
+        let here = self.reader.find(address, memory)?;
+        if here.as_ref().is_some_and(|head| head.code.contains(&address)) {
+            return Ok(here);
+        }
+        let call = address.wrapping_sub(1);
+        let before = self.reader.find(call, memory)?.filter(|head| head.code.contains(&call));
+        Ok(before.or(here))
+    }
+
+    /// An address cannot be read. If the process has ended, what is known of it stays, and the caller gets the error.
+    fn refuse(&self, address: u64, now: u64, memory: &Limited<'_>) -> Result<(), WhyNot> {
+        if !memory.is_used_up() {
+            self.reader.ranges(memory)?;
+            self.known.lock().forget(address, now);
+        }
+        Ok(())
+    }
+
+    /// Reads a function, and returns its number. A function that differs from the one that was at its address gets another.
+    fn read_function(&self, object: u64, now: u64, of: &Interpreter, memory: &Limited<'_>) -> u64 {
+        if let Some(known) = self.known.lock().functions.get(&object).filter(|known| known.read_ns >= now) {
+            return known.number;
+        }
+        match self.reader.function(object, memory) {
+            Ok(CodeFunction { text, instructions }) => {
+                self.enter_function(object, Ok(text), instructions, now, of)
+            }
+            // The next request reads it, or the process has ended.
+            Err(_) if memory.is_used_up() || self.reader.ranges(memory).is_err() => {
+                self.known.lock().functions.get(&object).map_or(NO_FUNCTION, |known| known.number)
+            }
+            Err(reason) => self.enter_function(object, Err(reason), 0..0, now, of),
+        }
+    }
+
+    /// Enters a function with its texts, and returns its number.
+    fn enter_function(
+        &self,
+        object: u64,
+        text: Result<FunctionText, WhyNot>,
+        instructions: Range<u64>,
+        now: u64,
+        of: &Interpreter,
+    ) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        text.as_ref().ok().hash(&mut hasher);
+        let hash = hasher.finish();
+        let mut known = self.known.lock();
+        if let Some(same) = known
+            .functions
+            .get_mut(&object)
+            .filter(|known| known.hash == hash && known.instructions == instructions)
+        {
+            same.read_ns = now;
+            return same.number;
+        }
+        let number = of.add(object, text);
+        if known.functions.len() >= MAX_FUNCTIONS {
+            known.functions.retain(|_, function| function.number != NO_FUNCTION);
+        }
+        known.functions.insert(object, KnownFunction { number, hash, instructions, read_ns: now });
+        number
+    }
+}
+
+impl Drop for GeneratedCode {
+    fn drop(&mut self) {
+        self.known.get_mut().clear();
+    }
+}
+
+impl Known {
+    fn is_over(&self) -> bool {
+        self.failures >= MAX_FAILURES
+    }
+
+    fn has_room(&self) -> bool {
+        self.rows < MAX_ROWS && ALL_ROWS.load(Ordering::Relaxed) < MAX_ALL_ROWS
+    }
+
+    /// Removes a block by its end.
+    fn remove(&mut self, end: u64) {
+        if let Some(block) = self.blocks.remove(&end) {
+            self.rows -= block.rows;
+            ALL_ROWS.fetch_sub(block.rows, Ordering::Relaxed);
+        }
+    }
+
+    /// Removes all blocks.
+    fn clear(&mut self) {
+        self.blocks.clear();
+        ALL_ROWS.fetch_sub(mem::take(&mut self.rows), Ordering::Relaxed);
+    }
+
+    /// Returns the block that holds an address, or a return address.
+    fn block(&self, address: u64) -> Option<&Block> {
+        let (_, block) = self.blocks.range(address..).next()?;
+        (block.head.code.start <= address).then_some(block)
+    }
+
+    /// No block holds this address any more.
+    fn forget(&mut self, address: u64, now: u64) {
+        if let Some(end) = self.block(address).map(|block| block.head.code.end) {
+            self.remove(end);
+        }
+        if self.empty.len() >= MAX_EMPTY {
+            self.empty.clear();
+        }
+        self.empty.insert(address, now);
+    }
+
+    /// Enters a block, in place of all that were in its range. Returns false if there is no room.
+    fn enter(&mut self, block: Block) -> bool {
+        let Range { start, end } = block.head.code;
+        let covered: Vec<u64> = self
+            .blocks
+            .range(start + 1..)
+            .take_while(|(_, old)| old.head.code.start < end)
+            .map(|(end, _)| *end)
+            .collect();
+        for end in covered {
+            self.remove(end);
+        }
+        if self.blocks.len() >= MAX_BLOCKS || self.rows + block.rows > MAX_ROWS {
+            self.clear();
+        }
+        if ALL_ROWS.load(Ordering::Relaxed) + block.rows > MAX_ALL_ROWS {
+            return false;
+        }
+        self.rows += block.rows;
+        ALL_ROWS.fetch_add(block.rows, Ordering::Relaxed);
+        self.blocks.insert(end, block);
+        true
+    }
+}
+
+impl Block {
+    fn scope(&self, address: u64) -> Option<&KnownScope> {
+        let (_, scope) = self.scopes.range(address..).next()?;
+        (scope.start <= address).then_some(scope)
+    }
+}
+
+/// The address of a frame, and the words of the functions that it stands for.
+pub(crate) type FrameWords = (u64, Vec<u64>);
+
+/// Unwinds one stack through the code of a process.
+#[derive(Debug)]
+pub(crate) struct CodeWalk<'a> {
+    code: &'a GeneratedCode,
+    /// When the stack was taken.
+    time_ns: u64,
+    found: RefCell<(Vec<FrameWords>, CodeNeeds)>,
+}
+
+impl<'a> CodeWalk<'a> {
+    pub(crate) fn new(code: &'a GeneratedCode, time_ns: u64) -> Self {
+        Self { code, time_ns, found: RefCell::default() }
+    }
+
+    /// Returns the rule of a frame, and notes its functions.
+    pub(crate) fn rule(&self, frame: &GeneratedFrame<'_>) -> Option<UnwindRule> {
+        let known = self.code.known.lock();
+        let mut found = self.found.borrow_mut();
+        let (words, needs) = &mut *found;
+        let address = if frame.exact { frame.pc } else { frame.pc.wrapping_sub(1) };
+        let Some(block) = known.block(address).filter(|block| block.head.code.contains(&address)) else {
+            let is_known = known.empty.get(&frame.pc).is_some_and(|at| *at >= self.time_ns);
+            let may_hold =
+                known.ranges.is_empty() || known.ranges.iter().any(|range| range.contains(&frame.pc));
+            if !is_known && may_hold {
+                needs.addresses.insert(frame.pc);
+            }
+            return None;
+        };
+        if block.read_ns < self.time_ns {
+            needs.addresses.insert(frame.pc);
+            if known.is_over() && block.read_ns + MAX_AGE_NS < self.time_ns {
+                return None;
+            }
+        }
+        let rule = rule_at(&block.content.rows, address).filter(|rule| *rule != UnwindRule::NONE);
+        let stack = match &block.content.captured {
+            // The frame is left already.
+            Some(captured) if rule != Some(SENDER_FRAME) && !captured.is_entry(frame) => Vec::new(),
+            Some(captured) => known.captured(captured, frame, self.time_ns, needs),
+            None => block.functions(frame, needs),
+        };
+        let stack = if stack.is_empty() {
+            block.name.map(|name| (name, NO_POSITION)).into_iter().collect()
+        } else {
+            stack
+        };
+        words.push((
+            frame.pc,
+            stack.into_iter().flat_map(|(number, position)| frame_words(number, position)).collect(),
+        ));
+        rule.or_else(|| known.guess(frame))
+    }
+
+    /// Returns the stacks of functions that the frames with these addresses stand for, in order, and what is missing.
+    pub(crate) fn finish(self) -> (Vec<FrameWords>, CodeNeeds) {
+        self.found.into_inner()
+    }
+}
+
+/// Returns the words of a frame.
+fn frame_words(number: u64, position: u32) -> [u64; 2] {
+    [StackWord::Function(number), StackWord::Position { sum: 0, position }].map(StackWord::encode)
+}
+
+impl Block {
+    fn functions(&self, frame: &GeneratedFrame<'_>, needs: &mut CodeNeeds) -> Vec<(u64, u32)> {
+        if self.name.is_some() {
+            return Vec::new();
+        }
+        let (moved, at) = &self.content.moved;
+        let pc = if moved.contains(&frame.pc) {
+            let original = frame.read(frame.sp.wrapping_add_signed(i64::from(*at)));
+            original.filter(|pc| self.head.code.contains(pc)).unwrap_or(frame.pc)
+        } else {
+            frame.pc
+        };
+        let Some(scope) = self.scope(pc) else {
+            needs.addresses.insert(pc);
+            return Vec::new();
+        };
+        scope.functions.clone()
+    }
+}
+
+impl Known {
+    fn captured(
+        &self,
+        captured: &Captured,
+        frame: &GeneratedFrame<'_>,
+        time_ns: u64,
+        needs: &mut CodeNeeds,
+    ) -> Vec<(u64, u32)> {
+        let register = |number: usize| frame.registers.and_then(|registers| registers.get(number)).copied();
+        let word = |distance: i64| frame.read(frame.fp?.wrapping_add_signed(distance));
+        let is_entry = captured.is_entry(frame);
+        let object = if is_entry { register(RBX) } else { word(captured.function) };
+        let Some(object) = object else { return Vec::new() };
+        let Some(function) =
+            self.functions.get(&object).filter(|known| known.read_ns >= time_ns || self.is_over())
+        else {
+            needs.functions.insert(object);
+            return Vec::new();
+        };
+        let within = |at: Option<u64>| at.filter(|at| function.instructions.contains(at));
+        let at = if is_entry {
+            Some(function.instructions.start)
+        } else {
+            within(register(R13).filter(|_| frame.exact)).or_else(|| within(word(captured.position)))
+        };
+        // A native function has no instructions.
+        let position = match at {
+            Some(at) => (at - function.instructions.start) as u32,
+            None => NO_POSITION,
+        };
+        vec![(function.number, position)]
+    }
+
+    /// Guesses the rule of the innermost frame in code that nothing describes: its return address is on top of the stack if that
+    /// is an address of code. Else the caller goes on by frame pointer.
+    fn guess(&self, frame: &GeneratedFrame<'_>) -> Option<UnwindRule> {
+        let is_code = |at: u64| self.ranges.iter().any(|range| range.contains(&at));
+        let top = frame.read(frame.sp).is_some_and(is_code);
+        let guessed = UnwindRule { flags: UnwindRule::FRAME_POINTER.flags, ..UnwindRule::X86_64_ENTRY };
+        (frame.exact && top).then_some(guessed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+
+    use super::*;
+    use crate::runtimes::{Detected, RuntimeFile, python};
+
+    const START: u64 = 0x1000;
+    const CODE_BYTES: u64 = 0x100;
+
+    /// A block in each range of [`CODE_BYTES`], whose identity and number of rows the test sets.
+    #[derive(Debug, Default)]
+    struct Reader {
+        identity: AtomicU64,
+        rows: AtomicU64,
+        is_gone: AtomicU64,
+    }
+
+    impl Reader {
+        fn alive(&self) -> Result<(), WhyNot> {
+            if self.is_gone.load(Ordering::Relaxed) == 0 { Ok(()) } else { Err(WhyNot::Unreadable) }
+        }
+    }
+
+    impl CodeReader for Arc<Reader> {
+        fn ranges(&self, _: &dyn Memory) -> Result<Vec<Range<u64>>, WhyNot> {
+            self.alive().map(|()| std::iter::once(START..1 << 40).collect())
+        }
+
+        fn find(&self, address: u64, _: &dyn Memory) -> Result<Option<BlockHead>, WhyNot> {
+            self.alive()?;
+            let at = address / CODE_BYTES * CODE_BYTES;
+            let identity = [self.identity.load(Ordering::Relaxed), 0, 0, 0];
+            Ok(Some(BlockHead { at, code: at..at + CODE_BYTES, identity, name: String::new() }))
+        }
+
+        fn read(&self, head: &BlockHead, _: &dyn Memory) -> Result<CodeBlock, WhyNot> {
+            let rows = 0..self.rows.load(Ordering::Relaxed);
+            let rows = rows.map(|row| (head.code.start + row, UnwindRule::X86_64_ENTRY)).collect();
+            Ok(CodeBlock { rows, ..CodeBlock::default() })
+        }
+
+        fn scope(&self, head: &BlockHead, _: u64, _: &dyn Memory) -> Result<Scope, WhyNot> {
+            Ok(Scope { over: head.code.start..head.code.end - 1, functions: vec![(head.at, 3)] })
+        }
+
+        fn function(&self, object: u64, _: &dyn Memory) -> Result<CodeFunction, WhyNot> {
+            let name = format!("f{object:x}_{}", self.identity.load(Ordering::Relaxed));
+            Ok(CodeFunction { text: FunctionText { name, ..FunctionText::default() }, instructions: 0..0 })
+        }
+    }
+
+    struct NoMemory;
+
+    impl Memory for NoMemory {
+        fn read(&self, _: u64, _: &mut [u8]) -> bool {
+            false
+        }
+    }
+
+    fn start(rows: u64) -> (Arc<Reader>, Interpreter) {
+        let reader = Arc::new(Reader { rows: rows.into(), ..Reader::default() });
+        let detected =
+            Detected { version: (3, 11), version_text: String::new(), addresses: Vec::new(), layout: 0 };
+        let file = Arc::new(RuntimeFile { runtime: &python::Python, detected });
+        let code = GeneratedCode::new(Arc::new(Arc::clone(&reader)));
+        (reader, Interpreter::new(file, 0).with_code(code))
+    }
+
+    fn read(interpreter: &Interpreter, addresses: impl IntoIterator<Item = u64>) -> Result<(), WhyNot> {
+        let needs = CodeNeeds { addresses: addresses.into_iter().collect(), functions: HashSet::new() };
+        interpreter.code.as_ref().unwrap().read(&needs, interpreter, &NoMemory)
+    }
+
+    /// Returns the name of the function at an address.
+    fn name(interpreter: &Interpreter, address: u64) -> Option<String> {
+        let known = interpreter.code.as_ref().unwrap().known.lock();
+        let (number, _) = *known.block(address)?.scope(address)?.functions.first()?;
+        let function = interpreter.function(number)?;
+        Some(function.texts()?.name.clone())
+    }
+
+    #[test]
+    fn a_block_that_another_has_replaced_gets_its_names() {
+        let (reader, interpreter) = start(1);
+        read(&interpreter, [START + 8, START + 16]).unwrap();
+        assert_eq!(name(&interpreter, START + 8).unwrap(), "f1000_0");
+        reader.identity.store(7, Ordering::Relaxed);
+        read(&interpreter, [START + 8]).unwrap();
+        assert_eq!(name(&interpreter, START + 8).unwrap(), "f1000_7");
+        // The first function keeps its number: samples have it.
+        assert_eq!(interpreter.function(0).unwrap().texts().unwrap().name, "f1000_0");
+    }
+
+    #[test]
+    fn what_is_known_of_a_process_outlives_it() {
+        let (reader, interpreter) = start(1);
+        read(&interpreter, [START]).unwrap();
+        reader.is_gone.store(1, Ordering::Relaxed);
+        assert_eq!(read(&interpreter, [START, START + CODE_BYTES]), Err(WhyNot::Unreadable));
+        assert_eq!(name(&interpreter, START).unwrap(), "f1000_0");
+        let code = interpreter.code.as_ref().unwrap();
+        for _ in 0..MAX_FAILURES {
+            assert!(!code.is_over() && code.begin() && !code.begin());
+            code.end(true);
+        }
+        assert!(code.is_over() && !code.begin());
+    }
+
+    #[test]
+    fn the_rows_of_a_process_have_a_limit() {
+        let (_, interpreter) = start(u64::from(u16::MAX));
+        let held = || interpreter.code.as_ref().unwrap().known.lock().rows;
+        for block in 0..20 {
+            read(&interpreter, [START + block * CODE_BYTES]).unwrap();
+            assert!(held() > 0 && held() <= MAX_ROWS + 2, "{} rows", held());
+        }
+        let known = interpreter.code.as_ref().unwrap().known.lock();
+        let counted: usize = known.blocks.values().map(|block| block.rows).sum();
+        assert_eq!(counted, known.rows);
+        assert!(known.blocks.values().all(|block| block.content.rows.len() <= MAX_BLOCK_ROWS));
+        drop(known);
+        // Other tests may hold rows too.
+        let (all, own) = (ALL_ROWS.load(Ordering::Relaxed), held());
+        assert!(all >= own);
+    }
+}

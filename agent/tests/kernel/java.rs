@@ -1,0 +1,148 @@
+//! Frames of Java programs: a program prints its own stack and spins, and the sampled stack must be the same, lines included.
+//! Needs root, a kernel with BTF, and `java` and `javac` from 11 on. `GANNET_TEST_JAVAS` names other virtual machines, with `:`
+//! between them.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    env,
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use gannet_proto::profiles::{Location, Profile};
+
+use crate::common::{Running, record_for};
+
+const SYSTEM_JAVA: &str = "java";
+/// Says which virtual machines to test: paths with `:` between them.
+const JAVAS: &str = "GANNET_TEST_JAVAS";
+const PROGRAM: &str = "tests/data/Spin.java";
+const CASES: usize = 8;
+
+/// One sampled stack of Java frames: `CLASS.METHOD LINE`, leaf first, how often it was sampled, and whether it is whole.
+struct Sampled {
+    frames: Vec<String>,
+    count: u64,
+    is_whole: bool,
+}
+
+/// Frames that a `Throwable` does not show either.
+fn is_hidden(name: &str) -> bool {
+    name.contains("$$Lambda") || name.contains("LambdaForm")
+}
+
+fn java_stacks(profile: &Profile) -> Vec<Sampled> {
+    let text = |index: i64| profile.string_table[index as usize].as_str();
+    let functions: HashMap<u64, _> =
+        profile.function.iter().map(|function| (function.id, function)).collect();
+    let mappings: HashMap<u64, &str> =
+        profile.mapping.iter().map(|mapping| (mapping.id, text(mapping.filename))).collect();
+    let name = |location: &Location| {
+        location.line.first().map_or("", |line| text(functions[&line.function_id].name)).to_owned()
+    };
+    let frame = |location: &Location| -> Option<String> {
+        let name = name(location);
+        let is_java = mappings.get(&location.mapping_id) == Some(&"[jvm]");
+        // Blocks of code that are no methods have no class.
+        let is_method = name.contains('.') && !is_hidden(&name);
+        (is_java && is_method).then(|| format!("{name} {}", location.line[0].line))
+    };
+    let locations: HashMap<u64, (Option<String>, String)> =
+        profile.location.iter().map(|location| (location.id, (frame(location), name(location)))).collect();
+    let of = |sample: &gannet_proto::profiles::Sample| Sampled {
+        frames: sample.location_id.iter().filter_map(|id| locations[id].0.clone()).collect(),
+        count: sample.value[0] as u64,
+        is_whole: sample.location_id.iter().all(|id| !locations[id].1.starts_with("[broken")),
+    };
+    profile.sample.iter().map(of).collect()
+}
+
+/// Checks that each stack is the one that the program printed.
+#[track_caller]
+fn check(flags: &[&str], rounds: u32) {
+    let directory = tempfile::tempdir().unwrap();
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join(PROGRAM);
+    let compiled =
+        Command::new("javac").args(["--release", "11", "-d"]).arg(directory.path()).arg(program).status();
+    assert!(compiled.unwrap().success());
+    let javas = env::var(JAVAS).unwrap_or_else(|_| SYSTEM_JAVA.to_owned());
+    for java in javas.split(':') {
+        check_java(java, flags, directory.path(), rounds);
+    }
+}
+
+#[track_caller]
+fn check_java(java: &str, flags: &[&str], directory: &Path, rounds: u32) {
+    let mut command = Command::new(java);
+    command.args(flags).arg("-cp").arg(directory).args(["Spin", &rounds.to_string()]);
+    let mut running = Running::start(command.stdout(Stdio::piped()));
+    let output = BufReader::new(running.0.stdout.take().unwrap());
+    let mut lines = output.lines();
+    let mut printed: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    while printed.len() < CASES {
+        let line = lines.next().unwrap().unwrap();
+        let mut frames = line.split(';').map(str::to_owned);
+        printed.insert(frames.next().unwrap(), frames.filter(|frame| !is_hidden(frame)).collect());
+    }
+    let recording = record_for(5, 499, &["--pid", &running.0.id().to_string()]);
+    drop(running);
+
+    let text = |index: i64| recording.profile.string_table[index as usize].as_str();
+    for sample in &recording.profile.sample {
+        let label =
+            |name| sample.label.iter().find(|label| text(label.key) == name).map(|label| text(label.str));
+        assert_eq!(label("runtime"), Some("java"));
+        assert!(label("runtime_version").is_some_and(|version| version.split('.').count() >= 3));
+    }
+    // It prints in the first line of `spin`, and loops until two lines below.
+    let spin_line = |frame: &str| frame.strip_prefix("Spin.spin ").and_then(|line| line.parse::<u32>().ok());
+    let first = spin_line(&printed["plain"][0]).unwrap();
+    let (mut good, mut all, mut broken, mut java_samples) = (0, 0, 0, 0);
+    let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut odd: BTreeMap<String, u64> = BTreeMap::new();
+    for Sampled { frames, count, is_whole } in java_stacks(&recording.profile) {
+        if frames.is_empty() {
+            continue;
+        }
+        java_samples += count;
+        if !is_whole {
+            broken += count;
+            *odd.entry(format!("broken {frames:?}")).or_default() += count;
+        }
+        let Some(spin) = frames.iter().position(|frame| spin_line(frame).is_some()) else { continue };
+        all += count;
+        let leaves = ["Spin.burn ", "java.lang.System.nanoTime "];
+        let is_leaf = |frame: &String| leaves.iter().any(|leaf| frame.starts_with(leaf));
+        let lines_fit = spin_line(&frames[spin]).is_some_and(|line| (first..=first + 2).contains(&line));
+        let case = printed.iter().find(|(_, stack)| stack[1..] == frames[spin + 1..]);
+        match case {
+            Some((case, _))
+                if frames[..spin].len() <= 1 && frames[..spin].iter().all(is_leaf) && lines_fit =>
+            {
+                good += count;
+                *seen.entry(case).or_default() += count;
+            }
+            _ => *odd.entry(format!("{frames:?}")).or_default() += count,
+        }
+    }
+    eprintln!("{java} {flags:?}: {good} good of {all}, {broken} broken of {java_samples}; {seen:?}");
+    assert!(all >= 300 && good * 100 >= all * 99, "{good} of {all}: {odd:#?}\nexpected {printed:#?}");
+    assert!(broken * 100 <= java_samples, "{broken} of {java_samples} broken: {odd:#?}");
+    assert!(seen.len() == CASES && seen.values().all(|count| *count >= 10), "{seen:?}");
+}
+
+#[test]
+fn stacks_of_the_java_interpreter_are_those_printed() {
+    check(&["-Xint"], 1);
+}
+
+#[test]
+fn stacks_of_the_first_java_compiler_are_those_printed() {
+    check(&["-XX:TieredStopAtLevel=1"], 20);
+}
+
+#[test]
+fn stacks_of_inlined_java_methods_are_those_printed() {
+    check(&[], 40);
+}
