@@ -81,7 +81,10 @@ impl Texts {
     }
 
     fn share(&self, text: FunctionText) -> Option<Arc<SharedText>> {
-        let hash = self.hasher.hash_one(&text);
+        self.share_by(self.hasher.hash_one(&text), text)
+    }
+
+    fn share_by(&self, hash: u64, text: FunctionText) -> Option<Arc<SharedText>> {
         let mut table = self.table.lock();
         let known = table.by_hash.get(&hash).and_then(Weak::upgrade);
         if let Some(known) = &known
@@ -129,6 +132,14 @@ mod tests {
         drop(copies);
         assert_eq!(texts.bytes.load(Ordering::Relaxed), size);
         assert!(texts.share(text("c")).is_some());
+    }
+
+    #[test]
+    fn different_texts_of_one_hash_keep_their_names() {
+        let texts = Texts::new(MAX_BYTES);
+        let shared = ["a", "b", "a"].map(|name| texts.share_by(1, text(name)).unwrap());
+        assert_eq!([&*shared[0].name, &*shared[1].name, &*shared[2].name], ["a", "b", "a"]);
+        assert!(Arc::ptr_eq(&shared[0], &shared[2]));
     }
 
     #[test]
