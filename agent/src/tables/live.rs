@@ -38,6 +38,25 @@ impl Drop for Running {
     }
 }
 
+/// A traced thread of a program. The program has not ended before its tracer has seen the end of the thread.
+struct Traced {
+    pid: u32,
+    tid: u32,
+}
+
+impl Drop for Traced {
+    fn drop(&mut self) {
+        let mut status = 0;
+        // SAFETY: the program is a child that no one has waited for; `waitpid` writes one integer.
+        unsafe {
+            libc::kill(self.pid as libc::pid_t, libc::SIGKILL);
+            while libc::waitpid(self.tid as libc::pid_t, &raw mut status, libc::__WALL) >= 0
+                && libc::WIFSTOPPED(status)
+            {}
+        }
+    }
+}
+
 /// Makes a request to a thread that is traced, or is to be.
 fn ptrace(request: libc::c_uint, tid: u32, data: usize) {
     // SAFETY: `data` is a number, or the address of a buffer that is large enough.
@@ -245,6 +264,7 @@ fn check(flags: &[&str], rounds: u32) {
     let main = tids[1];
     let image = image(pid);
     ptrace(libc::PTRACE_SEIZE, main, 0);
+    let _traced = Traced { pid, tid: main };
     let (mut all, mut good, mut whole, mut samples) = (0, 0, 0, 0);
     let mut odd: BTreeMap<String, (u32, u64)> = BTreeMap::new();
     let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
