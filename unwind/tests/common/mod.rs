@@ -144,7 +144,6 @@ pub fn capture(pid: u32) -> Option<Process> {
         }
     }
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
-    drop(stopped);
     let mut mappings = Vec::new();
     let mut vdso = Vec::new();
     for line in maps.lines() {
@@ -167,6 +166,8 @@ pub fn capture(pid: u32) -> Option<Process> {
             mappings.push(mapping);
         }
     }
+    // Not before the vDSO is read: a process that ends or calls execve has none any more.
+    drop(stopped);
     Some(Process { mappings, threads, vdso })
 }
 
