@@ -149,6 +149,11 @@ impl FunctionText {
     }
 }
 
+/// Returns a text of a process as it may be shown: without characters that steer a terminal.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
 /// Why the frames of a process, or the name of a function, cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum WhyNot {

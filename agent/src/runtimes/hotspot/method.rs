@@ -4,6 +4,7 @@ use super::{
     super::{
         CodeFunction, FunctionText, Memory, WhyNot,
         memory::{half, word},
+        printable,
     },
     layout::{Layout, MethodLayout},
     numbers::Numbers,
@@ -82,8 +83,7 @@ fn symbol(of: &MethodLayout, at: u64, memory: &dyn Memory) -> Result<String, Why
     if bytes.is_empty() {
         return Err(WhyNot::Implausible("an empty name"));
     }
-    let text = String::from_utf8_lossy(&bytes);
-    Ok(text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect())
+    Ok(printable(&String::from_utf8_lossy(&bytes)))
 }
 
 /// Returns the name of a class as programs print it. The address in the name of a hidden class differs in each process, so it

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use super::super::{
     Memory, WhyNot,
     memory::{half, word},
+    printable,
 };
 
 /// The symbols of the tables and of the places in their entries, by number.
@@ -184,5 +185,5 @@ pub(super) fn text(memory: &dyn Memory, address: u64, max: usize) -> Result<Stri
         bytes.extend(memory.bytes(address.wrapping_add(in_page as u64), max - in_page)?);
     }
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-    Ok(String::from_utf8_lossy(&bytes[..end]).into_owned())
+    Ok(printable(&String::from_utf8_lossy(&bytes[..end])))
 }

@@ -12,6 +12,7 @@ use self::layout::Layout;
 use super::{
     Attachment, Detected, FunctionText, Memory, Runtime, RuntimeFile, WhyNot,
     memory::{half, word},
+    printable,
 };
 use crate::model::{ListLayout, TextLayout, sum_words};
 
@@ -241,7 +242,7 @@ fn text(memory: &dyn Memory, object: u64, layout: &Layout) -> Result<String, Why
     if chars.is_empty() {
         return Err(WhyNot::Implausible("an empty string"));
     }
-    Ok(chars.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect())
+    Ok(printable(&chars))
 }
 
 /// Reads a bytes object. Of a copy that is not whole it reads the part that is there, which has the lines of the first positions.
