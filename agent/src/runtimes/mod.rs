@@ -222,3 +222,15 @@ impl WhyNot {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_can_match_each_runtime() {
+        let mut names = RUNTIMES.map(Runtime::name);
+        names.sort_unstable();
+        assert_eq!(names, gannet_proto::rules::RUNTIMES);
+    }
+}

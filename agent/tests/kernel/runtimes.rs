@@ -2,7 +2,8 @@
 
 use std::{
     fs,
-    process::Command,
+    path::Path,
+    process::{Command, Stdio},
     sync::mpsc,
     time::{Duration, Instant},
 };
@@ -86,22 +87,29 @@ async fn rules_match_processes_by_their_language_runtime() {
     let engine = engine(KernelOptions::default(), None);
     let before = python();
     let native = Running::start(Command::new("sleep").arg("600"));
-    let rules =
-        vec![ad_hoc("rule-0", of_version(&version), 19, &[]), ad_hoc("rule-1", of_version("2.7"), 19, &[])];
+    let of_java = Match { runtime: vec!["java".to_owned()], ..Match::default() };
+    let rules = vec![
+        ad_hoc("rule-0", of_version(&version), 19, &[]),
+        ad_hoc("rule-1", of_version("2.7"), 19, &[]),
+        ad_hoc("rule-2", of_java, 19, &[]),
+    ];
     let set = SourceRules { rules, ..SourceRules::default() };
     assert_eq!(engine.replace(RuleSource::Local, set).await.unwrap(), []);
     let after = python();
+    // The virtual machine is in a library, which the launcher maps later.
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/Spin.java");
+    let java = Running::start(Command::new("java").arg(program).arg("1").stdout(Stdio::null()));
     let end = Instant::now() + Duration::from_secs(30) * slower();
     loop {
         let mut wanted = Vec::new();
-        for pid in [before.0.id(), after.0.id()] {
-            let processes = engine.processes(Some(pid)).await.unwrap();
-            wanted.push(processes.iter().any(|process| process.rules == ["rule-0"]));
+        for (process, rule) in [(&before, "rule-0"), (&after, "rule-0"), (&java, "rule-2")] {
+            let processes = engine.processes(Some(process.0.id())).await.unwrap();
+            wanted.push(processes.iter().any(|process| process.rules == [rule]));
         }
-        if wanted == [true; 2] {
+        if wanted == [true; 3] {
             break;
         }
-        assert!(Instant::now() < end, "the running one and the new one are wanted: {wanted:?}");
+        assert!(Instant::now() < end, "the running one, the new one and Java are wanted: {wanted:?}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     // Its files are read by now, and it is none.
