@@ -122,6 +122,22 @@ impl<'d> Symbols<'d> {
         named.map(|symbol| symbol.address).collect()
     }
 
+    /// Returns the addresses of the defined symbols that have these names, in their order. It searches the names first, as
+    /// [`Self::functions_named`] does.
+    pub fn addresses_of<const N: usize>(&self, names: &[&str; N]) -> [Option<u64>; N] {
+        let mut addresses = [None; N];
+        let offsets = self.offsets_of(names, CHUNK_NAME_BYTES);
+        let longest = names.iter().map(|name| name.len()).max().unwrap_or(0);
+        let symbols = self.iter().map_while(Result::ok).take_while(|_| !offsets.is_empty());
+        for symbol in symbols.filter(|symbol| symbol.is_defined && offsets.contains(&symbol.name)) {
+            let name = self.name(&symbol, longest + 1).unwrap_or_default();
+            if let Some(number) = names.iter().position(|wanted| wanted.as_bytes() == name) {
+                addresses[number] = Some(symbol.address);
+            }
+        }
+        addresses
+    }
+
     /// Returns where these names stand, alone or as the end of a longer name: linkers store such names once. Reads this number
     /// of bytes at once, which is more than the longest name has.
     fn offsets_of(&self, names: &[&str], chunk_bytes: u64) -> HashSet<u32> {

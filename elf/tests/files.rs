@@ -400,6 +400,8 @@ fn functions_are_found_by_their_names() {
         let expected = &by_name[name.as_bytes()];
         assert_eq!(&symbols.functions_named(&[name]), expected, "{name}");
         assert_eq!(&in_memory.symbols(b".symtab").unwrap().functions_named(&["no", name]), expected);
+        let [no, address] = symbols.addresses_of(&["no", name]);
+        assert!(no.is_none() && expected.contains(&address.unwrap()), "{name}");
         // A part of a name is no name.
         assert!(symbols.functions_named(&[&format!("{name}:")]).is_empty());
     }

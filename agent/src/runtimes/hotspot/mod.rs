@@ -57,15 +57,7 @@ impl Runtime for HotSpot {
             return None;
         }
         let symbols = elf.symbols(b".dynsym").filter(|table| table.bytes() <= MAX_SYMBOL_BYTES)?;
-        let mut addresses = [None; SYMBOLS.len()];
-        let longest = SYMBOLS.iter().map(|name| name.len()).max().unwrap_or(0);
-        for symbol in symbols.iter().map_while(Result::ok).filter(|symbol| symbol.is_defined) {
-            let Some(name) = symbols.name(&symbol, longest + 1) else { continue };
-            if let Some(number) = SYMBOLS.iter().position(|known| known.as_bytes() == name.as_slice()) {
-                addresses[number] = Some(symbol.address);
-            }
-        }
-        let addresses = addresses.into_iter().collect::<Option<Vec<u64>>>()?;
+        let addresses = symbols.addresses_of(&SYMBOLS).into_iter().collect::<Option<Vec<u64>>>()?;
         let version_text = version(elf).unwrap_or_default();
         let mut numbers = version_text.split('.').map(|number| number.parse().unwrap_or(0));
         let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));

@@ -6,7 +6,7 @@ mod lines;
 #[cfg(test)]
 mod live;
 
-use gannet_elf::{Elf, Symbol};
+use gannet_elf::Elf;
 
 use self::layout::Layout;
 use super::{
@@ -59,17 +59,7 @@ impl Runtime for Python {
 
     fn detect(&self, elf: &Elf<'_>, path: &str) -> Option<Detected> {
         let symbols = elf.symbols(b".dynsym").filter(|table| table.bytes() <= MAX_SYMBOL_BYTES)?;
-        let (mut runtime, mut code_type, mut version, mut has_loop) = (None, None, None, false);
-        for symbol in symbols.iter().map_while(Result::ok).filter(|symbol: &Symbol| symbol.is_defined) {
-            let Some(name) = symbols.name(&symbol, LOOP.len() + 1) else { continue };
-            match name.as_slice() {
-                name if name == RUNTIME.as_bytes() => runtime = Some(symbol.address),
-                name if name == CODE_TYPE.as_bytes() => code_type = Some(symbol.address),
-                name if name == VERSION.as_bytes() => version = Some(symbol.address),
-                name if name == LOOP.as_bytes() => has_loop = true,
-                _ => {}
-            }
-        }
+        let [runtime, code_type, version, run] = symbols.addresses_of(&[RUNTIME, CODE_TYPE, VERSION, LOOP]);
         let addresses = vec![runtime?, code_type?];
         let of_symbol = version.and_then(|at| elf.bytes_at(at, 4)).map(|bytes| half(&bytes, 0));
         let (version, version_text) = if let Some(hex) = of_symbol {
@@ -80,7 +70,7 @@ impl Runtime for Python {
             (version, format!("{}.{}", version.0, version.1))
         };
         // One layout for each minor version.
-        has_loop.then_some(Detected { version, version_text, addresses, layout: version.1 })
+        run.map(|_| Detected { version, version_text, addresses, layout: version.1 })
     }
 
     fn attach(&self, file: &RuntimeFile, bias: u64, memory: &dyn Memory) -> Result<Attachment, WhyNot> {
