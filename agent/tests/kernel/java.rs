@@ -98,10 +98,11 @@ fn check_java(java: &str, flags: &[&str], directory: &Path, rounds: u32) {
     // It prints in the first line of `spin`, and loops until two lines below.
     let spin_line = |frame: &str| frame.strip_prefix("Spin.spin ").and_then(|line| line.parse::<u32>().ok());
     let first = spin_line(&printed["plain"][0]).unwrap();
-    let (mut good, mut all, mut broken, mut java_samples) = (0, 0, 0, 0);
+    let (mut good, mut all, mut broken, mut java_samples, mut taken) = (0, 0, 0, 0, 0);
     let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
     let mut odd: BTreeMap<String, u64> = BTreeMap::new();
     for Sampled { frames, count, is_whole } in java_stacks(&recording.profile) {
+        taken += count;
         if frames.is_empty() {
             continue;
         }
@@ -126,7 +127,11 @@ fn check_java(java: &str, flags: &[&str], directory: &Path, rounds: u32) {
             _ => *odd.entry(format!("{frames:?}")).or_default() += count,
         }
     }
-    eprintln!("{java} {flags:?}: {good} good of {all}, {broken} broken of {java_samples}; {seen:?}");
+    eprintln!(
+        "{java} {flags:?}: {good} good of {all}, {broken} broken of {java_samples}, {taken} in all; {seen:?}"
+    );
+    // The others are of threads that compile and collect.
+    assert!(all * 10 >= taken * 8, "{all} of {taken} samples are in the program");
     assert!(all >= 300 && good * 100 >= all * 99, "{good} of {all}: {odd:#?}\nexpected {printed:#?}");
     assert!(broken * 100 <= java_samples, "{broken} of {java_samples} broken: {odd:#?}");
     assert!(seen.len() == CASES && seen.values().all(|count| *count >= 10), "{seen:?}");
