@@ -92,7 +92,7 @@ enum Request {
 /// The outcome of a request, for which the engine is woken.
 enum Answer {
     Attached(Attached),
-    /// Code was read: samples wait for it.
+    /// Code was read. Samples wait for it, and find it themselves.
     Code,
     /// The module is switched off for this process.
     SwitchedOff(ImageKey, WhyNot),
@@ -166,13 +166,9 @@ impl Interpreters {
                     drop(delayed);
                     thread::sleep(pause);
                 }
-                let is_awaited = match read(&readers, request) {
-                    // Samples wait for code: they find it themselves.
-                    Some(Answer::Code) => true,
-                    Some(answer) => sender.send(answer).is_ok(),
-                    None => false,
-                };
-                if is_awaited {
+                if let Some(answer) = read(&readers, request)
+                    && sender.send(answer).is_ok()
+                {
                     wake();
                 }
             }
@@ -222,7 +218,6 @@ impl Interpreters {
                     changed.push(key);
                     continue;
                 }
-                // Of code that was read, the thread only wakes the engine.
                 Answer::Code => continue,
             };
             let Some(State::Requested(attempts)) = self.processes.get(&key) else { continue };

@@ -89,7 +89,7 @@ pub(crate) fn add_runtimes(processes: &mut [SurveyedProcess]) {
             let found = theirs.find(pid);
             (theirs, found)
         });
-        // A process that does not answer keeps the files that were read so far.
+        // The call of a process that does not answer has what was read so far: the others read those files again.
         let Ok((theirs, found)) = found else { continue };
         finder = theirs;
         if let Ok(Some((file, _))) = found {

@@ -25,7 +25,7 @@ use gannet_unwind::{
 };
 use parking_lot::Mutex;
 
-use super::{FunctionText, Interpreter, Memory, WhyNot, memory::Limited};
+use super::{FunctionText, Interpreter, Memory, WhyNot, functions, memory::Limited};
 use crate::model::{StackWord, boot_time_ns};
 
 /// Addresses and functions of one request.
@@ -35,9 +35,9 @@ const MAX_BLOCKS: usize = 16_384;
 /// Addresses without code, of one process.
 const MAX_EMPTY: usize = 4096;
 /// Functions of one process: twice as many as get a name. Beyond, the agent forgets those without.
-const MAX_FUNCTIONS: usize = 2 * 16_384;
+const MAX_FUNCTIONS: usize = 2 * functions::MAX_FUNCTIONS;
 /// The number of functions without a name.
-const NO_FUNCTION: u64 = u32::MAX as u64;
+const NO_FUNCTION: u64 = functions::NO_FUNCTION as u64;
 /// Rows of one block; the rest of a larger one has no rule.
 const MAX_BLOCK_ROWS: usize = 32_768;
 /// Rows and functions at addresses, of one process and of all: some 24 bytes each.

@@ -18,7 +18,9 @@ use super::{
 use crate::model::{FunctionCopy, StackWord};
 
 /// Functions of one process that get a name. Programs that make functions without end get no names beyond.
-const MAX_FUNCTIONS: usize = 16_384;
+pub(super) const MAX_FUNCTIONS: usize = 16_384;
+/// The number of those beyond.
+pub(super) const NO_FUNCTION: u32 = u32::MAX;
 /// Bytes of the texts of one process, those among them that it shares with others.
 const MAX_PROCESS_BYTES: usize = 4 << 20;
 
@@ -89,7 +91,7 @@ impl Interpreter {
     pub(crate) fn add(&self, object: u64, text: Result<FunctionText, WhyNot>) -> u64 {
         let mut functions = self.functions.lock();
         if functions.all.len() >= MAX_FUNCTIONS {
-            return u32::MAX.into();
+            return NO_FUNCTION.into();
         }
         let function = Arc::new(ListFunction::new(object, 0));
         let number = functions.all.len() as u64;
@@ -184,7 +186,7 @@ impl Functions {
             return *number;
         }
         if self.all.len() >= MAX_FUNCTIONS {
-            return u32::MAX;
+            return NO_FUNCTION;
         }
         let number = self.all.len() as u32;
         self.all.push(Arc::new(ListFunction::new(object, sum)));
@@ -253,6 +255,6 @@ mod tests {
         let numbers = [1, 3].map(|at| StackWord::decode(stack[at]));
         assert_eq!(numbers, [StackWord::Function(0), StackWord::Function(1)]);
         assert!(Arc::ptr_eq(&interpreter.function(0).unwrap(), &function));
-        assert!(interpreter.function(2).is_none() && interpreter.function(u32::MAX.into()).is_none());
+        assert!(interpreter.function(2).is_none() && interpreter.function(NO_FUNCTION.into()).is_none());
     }
 }

@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, hash::Hash};
 
 // Profiles are tables of equal parts: most of the time of building one is hashing. This hash is seeded at random like the one
-// of std, so that names chosen by a target do not collide, and takes a third of the time.
+// of std, so that names chosen by a target do not collide, and is made for such short keys.
 use foldhash::{HashMap, HashMapExt};
 
 use crate::profiles::{self, Profile, ValueType};
