@@ -28,6 +28,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "perf_map", run: gannet_agent::symbols::fuzz::perf_map },
     Target { name: "jitdump", run: gannet_agent::symbols::fuzz::jitdump },
     Target { name: "demangle", run: gannet_agent::symbols::fuzz::demangled },
+    Target { name: "php", run: gannet_agent::runtimes::fuzz::php },
     Target { name: "python", run: gannet_agent::runtimes::fuzz::python },
     Target { name: "python_lines", run: gannet_agent::runtimes::fuzz::python_lines },
     Target { name: "java_structs", run: gannet_agent::runtimes::fuzz::java_structs },

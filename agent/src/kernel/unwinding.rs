@@ -29,7 +29,7 @@ const _: () = assert!(size_of::<types::unwind_rule>() == size_of::<UnwindRule>()
 const _: () = assert!(size_of::<types::table_line>() == size_of::<CacheLine>());
 const _: () = assert!(size_of::<types::mapping>() == 3 * 8 + 4 * 4);
 const _: () = assert!(size_of::<types::unwind_table>() == 8 + 4 * 4);
-const _: () = assert!(size_of::<types::list_frames>() == 8 + 2 * 4 + 8 + 4 * 4 + 8 + 2 * 4 + 23 + 1);
+const _: () = assert!(size_of::<types::list_frames>() == 8 + 2 * 4 + 8 + 4 * 4 + 8 + 2 * 4 + 28 + 4);
 const _: () = assert!(size_of::<types::image>() == 8 + 2 * 4 + 8);
 
 impl MapValue for types::mapping {}
@@ -367,10 +367,11 @@ impl Kernel {
         let mut step = [0; LIST_STEPS];
         let steps = layout.steps.len().min(LIST_STEPS);
         step[..steps].copy_from_slice(&layout.steps[..steps]);
-        let (end, end_byte, end_value) = match layout.end {
-            ListEnd::Last(byte, value) => (LIST_END_LAST, byte, value),
-            ListEnd::Native(byte, value) => (LIST_END_NATIVE, byte, value),
-            ListEnd::Each => (LIST_END_EACH, 0, 0),
+        let (end, end_byte, end_mask, end_value) = match layout.end {
+            ListEnd::Last(byte, value) => (LIST_END_LAST, byte, u8::MAX, value),
+            ListEnd::LastBit(byte, bit) => (LIST_END_LAST, byte, bit, bit),
+            ListEnd::Native(byte, value) => (LIST_END_NATIVE, byte, u8::MAX, value),
+            ListEnd::Each => (LIST_END_EACH, 0, 0, 0),
         };
         let value = types::list_frames {
             start_boottime: key.process.start_boottime_ns,
@@ -387,6 +388,7 @@ impl Kernel {
             position: layout.position,
             next: layout.next,
             end_byte,
+            end_mask,
             end_value,
             end,
             position_is_address: layout.position_is_address.into(),
@@ -397,6 +399,10 @@ impl Kernel {
             text_length: layout.texts.length,
             text_header: layout.texts.texts.map(|(_, header, _)| header),
             text_shift: layout.texts.texts.map(|(_, _, shift)| shift),
+            is_absolute: layout.is_absolute.into(),
+            native_function: layout.native_function,
+            frame_register: layout.registers.0,
+            position_register: layout.registers.1,
             ..Default::default()
         };
         self.skeleton

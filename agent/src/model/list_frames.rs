@@ -120,10 +120,12 @@ pub struct FunctionCopy {
 }
 
 /// The way to the frames of an interpreter in one process: `struct list_frames` of gannet.h without its image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ListLayout {
     /// Offset from the thread pointer of the word from which the steps begin.
     pub(crate) thread_offset: i64,
+    /// Whether that is an address instead: all threads have one list.
+    pub(crate) is_absolute: bool,
     /// Offsets of the words that lead from there to the newest frame.
     pub(crate) steps: &'static [i32],
     /// The step whose word is an address in the native frame of the newest run, counted from 1; 0 for none.
@@ -142,6 +144,11 @@ pub(crate) struct ListLayout {
     pub(crate) next: u8,
     /// How a run ends.
     pub(crate) end: ListEnd,
+    /// The first byte of the sum in functions of C code, whose frames end no run; 0 if no frames are of such.
+    pub(crate) native_function: u8,
+    /// The registers, by DWARF number, in which the loop has its newest frame and the position there, which is newer than the one
+    /// in the frame; 0 for none.
+    pub(crate) registers: (u8, u8),
     /// Offset and number of the words of the function's object that the sum is over.
     pub(crate) sum: (u32, u8),
     /// The number of this layout among those of all runtimes, from 1 on.
@@ -166,13 +173,16 @@ pub(crate) struct TextLayout {
 }
 
 /// How a run of list frames ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum ListEnd {
     /// Behind the frame in which this byte has this value.
     Last(u8, u8),
+    /// Behind the frame in which this byte has this bit.
+    LastBit(u8, u8),
     /// At an entry in which this byte has this value. It is no frame, and lies in the native frame of the run.
     Native(u8, u8),
     /// Behind each frame.
+    #[default]
     Each,
 }
 

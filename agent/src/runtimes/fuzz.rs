@@ -2,5 +2,6 @@
 
 pub use super::{
     hotspot::fuzz::{java_code, java_lines, java_structs},
+    php::fuzz::php,
     python::fuzz::{python, python_lines},
 };

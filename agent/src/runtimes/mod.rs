@@ -15,6 +15,7 @@ mod guard;
 mod hostile;
 mod hotspot;
 mod memory;
+mod php;
 mod process;
 mod python;
 mod texts;
@@ -42,10 +43,10 @@ pub(crate) use self::{
 };
 
 /// The runtimes that the agent knows.
-static RUNTIMES: [&dyn Runtime; 2] = [&python::Python, &hotspot::HotSpot];
+static RUNTIMES: [&dyn Runtime; 3] = [&python::Python, &hotspot::HotSpot, &php::Php];
 
 /// The loops of all interpreters: a frame of such a function stands for a run of list frames.
-pub(crate) const LIST_FUNCTIONS: &[&str] = &[python::LOOP];
+pub(crate) const LIST_FUNCTIONS: &[&str] = &[python::LOOP, php::LOOP];
 
 /// Files of runtimes whose frames are in code that they make at run time. Such code cannot be unwound before the file is read.
 const CODE_FILES: &[&str] = &[hotspot::FILE];
@@ -166,6 +167,9 @@ pub(crate) enum WhyNot {
     /// A build that keeps its frames in another way.
     #[error("a build without global lock is not supported")]
     FreeThreaded,
+    /// A build that keeps the frames of each thread apart.
+    #[error("a thread-safe build is not supported")]
+    ThreadSafe,
     /// No thread has its state where threads keep it.
     #[error("no thread-local state was found")]
     NoThreadState,
@@ -196,6 +200,7 @@ impl WhyNot {
             Self::NotStarted | Self::NoThreadState | Self::Unreadable | Self::Unanswered => true,
             Self::Version
             | Self::FreeThreaded
+            | Self::ThreadSafe
             | Self::TooLarge
             | Self::Failed
             | Self::TooCostly
@@ -212,7 +217,7 @@ impl WhyNot {
     pub(crate) fn kind(self) -> &'static str {
         match self {
             Self::NotStarted => "not_started",
-            Self::Version | Self::FreeThreaded => "unsupported",
+            Self::Version | Self::FreeThreaded | Self::ThreadSafe => "unsupported",
             Self::NoThreadState => "no_thread_state",
             Self::Unreadable | Self::Unanswered => "unreadable",
             Self::TooLarge => "too_large",

@@ -1,7 +1,9 @@
 //! Frames of interpreters: a program prints its own stack and spins, and the sampled stack must be the same, lines included.
 //! Needs root, a kernel with BTF, and `/usr/bin/python3`, CPython 3.8 to 3.14. `GANNET_TEST_PYTHONS` names other
-//! interpreters, with `:` between them. In `ROOT/./PATH` ROOT is the interpreter's root directory: it runs there, in a mount
+//! interpreters, with `:` between them, and so on for each language. In `ROOT/./PATH` ROOT is the interpreter's root directory: it runs there, in a mount
 //! namespace of its own.
+
+mod php;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -94,8 +96,8 @@ while True:
     thread()
 "#;
 
-/// The native function that runs Python code.
-const LOOP: &str = "_PyEval_EvalFrameDefault";
+/// The mapping of Python functions, and the native function that runs them.
+const PYTHON_LOOP: (&str, &str) = ("[cpython]", "_PyEval_EvalFrameDefault");
 
 /// Returns an interpreter's root directory, and its command.
 fn command_of(python: &str) -> (PathBuf, Vec<&str>) {
@@ -105,19 +107,24 @@ fn command_of(python: &str) -> (PathBuf, Vec<&str>) {
     }
 }
 
-/// One sampled stack: `FUNCTION LINE` for a Python frame, empty if it has no name, `|` for a frame of the loop, leaf first.
-fn python_frames(profile: &Profile, file: &str) -> Vec<(Vec<String>, u64)> {
+/// Returns the sampled stacks: `FUNCTION LINE` for an interpreted frame of this file, `FUNCTION` for one of another file, empty if
+/// it has no name, `|` for a frame of the loop, leaf first.
+fn interpreted_frames(
+    profile: &Profile,
+    (runtime, loop_name): (&str, &str),
+    file: &str,
+) -> Vec<(Vec<String>, u64)> {
     let text = |index: i64| profile.string_table[index as usize].as_str();
     let functions: HashMap<u64, _> =
         profile.function.iter().map(|function| (function.id, function)).collect();
     let mappings: HashMap<u64, &str> =
         profile.mapping.iter().map(|mapping| (mapping.id, text(mapping.filename))).collect();
     let frame = |location: &Location| -> Option<String> {
-        let is_python = mappings.get(&location.mapping_id) == Some(&"[cpython]");
-        let Some(line) = location.line.first() else { return is_python.then(String::new) };
+        let is_interpreted = mappings.get(&location.mapping_id) == Some(&runtime);
+        let Some(line) = location.line.first() else { return is_interpreted.then(String::new) };
         let function = functions[&line.function_id];
         let name = text(function.name);
-        if is_python {
+        if is_interpreted {
             let name = name.to_owned();
             return Some(if text(function.filename) == file {
                 format!("{name} {}", line.line)
@@ -127,7 +134,7 @@ fn python_frames(profile: &Profile, file: &str) -> Vec<(Vec<String>, u64)> {
         }
         // Functions that are inlined into the loop stand before it.
         let mut names = location.line.iter().map(|line| text(functions[&line.function_id].name));
-        names.any(|name| name == LOOP).then(|| "|".to_owned())
+        names.any(|name| name == loop_name).then(|| "|".to_owned())
     };
     let frames: HashMap<u64, Option<String>> =
         profile.location.iter().map(|location| (location.id, frame(location))).collect();
@@ -226,7 +233,7 @@ fn check_python(python: &str) {
         let found = label("runtime_version");
         assert!(found.is_some_and(|found| found.starts_with(&version) || minor < 11), "{found:?}");
     }
-    let stacks = python_frames(&recording.profile, path.to_str().unwrap());
+    let stacks = interpreted_frames(&recording.profile, PYTHON_LOOP, path.to_str().unwrap());
     // From 3.14 on, Debian's loop is a part of the program that has no name: the order among C frames is not checked there.
     let has_name = stacks.iter().any(|(stack, _)| stack.iter().any(|frame| frame == "|"));
     assert!(has_name || minor >= 14, "no frame of the loop has a name");
@@ -297,7 +304,7 @@ fn python_processes_of_50_ms_keep_their_names() {
         let processes = pids.map(|label| label.num).collect::<HashSet<_>>().len();
         let (mut named, mut lines, mut working, mut all) = (0, 0, 0, 0);
         let mut odd: BTreeMap<Vec<String>, u64> = BTreeMap::new();
-        for (stack, count) in python_frames(profile, "<string>") {
+        for (stack, count) in interpreted_frames(profile, PYTHON_LOOP, "<string>") {
             // Before its first instruction of Python a process has no frame of the loop. If the loop has no name, as in Debian's
             // 3.14, stacks without any Python frame are not counted.
             if stack.is_empty() {

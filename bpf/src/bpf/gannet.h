@@ -287,7 +287,7 @@ enum list_word {
 #define LIST_STEPS 4
 /* Words that are read of a list frame, and of the object of its function. */
 #define LIST_FRAME_WORDS 16
-#define LIST_SUM_WORDS 12
+#define LIST_SUM_WORDS 14
 /* Objects that the object of a function leads to and that hold its texts: name, file, table of lines. */
 #define LIST_TEXTS 3
 
@@ -307,7 +307,10 @@ enum list_end {
 struct list_frames {
 	u64 start_boottime;
 	u32 exec_id;
-	/* The head: from the word at thread pointer + `thread_offset`, `steps` times to the word at + `step`. */
+	/*
+	 * The head: from the word at thread pointer + `thread_offset`, or at the address `thread_offset`, `steps` times to the word
+	 * at + `step`.
+	 */
 	u32 steps;
 	s64 thread_offset;
 	s32 step[LIST_STEPS];
@@ -325,8 +328,9 @@ struct list_frames {
 	u8 function;
 	u8 position;
 	u8 next;
-	/* The byte that marks the end of a run, its value, and which end that is. */
+	/* The byte that marks the end of a run, those of its bits that matter, their value, and which end that is. */
 	u8 end_byte;
+	u8 end_mask;
 	u8 end_value;
 	u8 end;
 	/* The position is an address, and counts from the function's object. */
@@ -343,9 +347,19 @@ struct list_frames {
 	/* Bytes of a text: header + (length << shift). */
 	u8 text_header[LIST_TEXTS];
 	u8 text_shift[LIST_TEXTS];
-	u8 reserved[1];
+	/* `thread_offset` is an address. */
+	u8 is_absolute;
+	/* The first byte of the sum in functions of C code, whose frames end no run; 0: there are none. */
+	u8 native_function;
+	/*
+	 * While the thread is in the loop itself: by DWARF number, the registers with the frame that runs and with its position,
+	 * which is newer than that in the frame; 0: there are none.
+	 */
+	u8 frame_register;
+	u8 position_register;
+	u8 reserved[4];
 };
-_Static_assert(sizeof(struct list_frames) == 80, "no padding: the agent writes these bytes");
+_Static_assert(sizeof(struct list_frames) == 88, "no padding: the agent writes these bytes");
 
 enum cgroup_hierarchy {
 	CGROUP_V2 = 0,

@@ -269,8 +269,8 @@ ALWAYS_INLINE void take_list_frame(struct sample_scratch *scratch, u64 slot)
 		goto over;
 	}
 	unwind->list = unwind->list_words[how->next % LIST_FRAME_WORDS];
-	is_end = how->end == LIST_END_EACH ||
-		 ((u8 *)unwind->list_words)[how->end_byte % sizeof(unwind->list_words)] == how->end_value;
+	is_end = how->end == LIST_END_EACH || (((u8 *)unwind->list_words)[how->end_byte % sizeof(unwind->list_words)] &
+					       how->end_mask) == how->end_value;
 	if (is_end && how->end == LIST_END_NATIVE) {
 		if (unwind->raw) {
 			scratch->frames[slot] =
@@ -285,10 +285,21 @@ ALWAYS_INLINE void take_list_frame(struct sample_scratch *scratch, u64 slot)
 		goto over;
 	}
 	function = unwind->list_words[how->function % LIST_FRAME_WORDS] & how->function_mask;
+	/* A placeholder. */
+	if (!function) {
+		if (unwind->list)
+			return;
+		goto over;
+	}
 	position = unwind->list_words[how->position % LIST_FRAME_WORDS];
+	if (how->position_register && unwind->first && !unwind->raw &&
+	    unwind->registers[how->frame_register % (RAW_REGISTERS - 1)] == at)
+		position = unwind->registers[how->position_register % (RAW_REGISTERS - 1)];
 	if (how->position_is_address)
 		position -= function;
 	sum = sum_function(unwind, function);
+	if (how->native_function && (u8)unwind->sum_words[0] == how->native_function)
+		is_end = false;
 	scratch->frames[slot] = (u64)LIST_FUNCTION << LIST_TAG_SHIFT | (function & ((1ULL << LIST_TAG_SHIFT) - 1));
 	scratch->frames[slot + 1] = (u64)LIST_POSITION << LIST_TAG_SHIFT | sum << LIST_SUM_SHIFT | (u32)position;
 	unwind->frames += 2;

@@ -552,7 +552,7 @@ ALWAYS_INLINE bool find_list_frames(struct unwind_state *unwind)
 
 	if (how && how->start_boottime == unwind->start_boottime && how->exec_id == unwind->exec_id) {
 		unwind->how = *how;
-		if (!how->is_shared && read_file_key(&key)) {
+		if (how->self_offset && !how->is_shared && read_file_key(&key)) {
 			/* If this fails, the next process of the file waits for the agent. */
 			bpf_map_update_elem(&file_lists, &key, how, BPF_ANY);
 			has_file_lists = 1;
@@ -579,7 +579,7 @@ ALWAYS_INLINE void read_list_head(struct unwind_state *unwind)
 	unwind->run_native = 0;
 	if (!find_list_frames(unwind))
 		return;
-	if (!read_user(&at, self + unwind->how.thread_offset))
+	if (!read_user(&at, (unwind->how.is_absolute ? 0 : self) + unwind->how.thread_offset))
 		return;
 	if (unwind->how.self_offset && (!at || !read_user(&found, at + unwind->how.self_offset) || found != self))
 		return;

@@ -6,8 +6,8 @@ use crate::profiles::{Function, Location, Profile, Sample};
 
 /// Mappings of interpreted functions, each with the native function that runs them. Java has none: its functions call each other,
 /// and the frames of its virtual machine between them are work for them.
-const INTERPRETERS: [(&str, Option<&str>); 2] =
-    [("[cpython]", Some("_PyEval_EvalFrameDefault")), ("[jvm]", None)];
+const INTERPRETERS: [(&str, Option<&str>); 3] =
+    [("[cpython]", Some("_PyEval_EvalFrameDefault")), ("[jvm]", None), ("[php]", Some("execute_ex"))];
 
 /// Reports whether a mapping stands for the functions of interpreted programs.
 pub fn is_interpreted(mapping: &str) -> bool {

@@ -64,6 +64,7 @@ fn walk(memory: &dyn Memory, thread: u64, layout: &ListLayout) -> Vec<Option<(u6
         let part = |number: u8| word(&bytes, usize::from(number) * 8);
         let is_end = match layout.end {
             ListEnd::Last(byte, value) | ListEnd::Native(byte, value) => bytes[usize::from(byte)] == value,
+            ListEnd::LastBit(byte, bit) => bytes[usize::from(byte)] & bit != 0,
             ListEnd::Each => true,
         };
         if !(is_end && matches!(layout.end, ListEnd::Native(..))) {

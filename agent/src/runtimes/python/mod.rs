@@ -106,6 +106,7 @@ impl Runtime for Python {
                     .map(|(offset, header, shift)| ((offset / 8) as u8, header, shift)),
                 length: 2,
             },
+            ..ListLayout::default()
         }))
     }
 

@@ -53,6 +53,7 @@ const isSpecial = (name: string) => /^\[[^\]]*\]$/.test(name);
 const LANGUAGES = new Map([
   ["[cpython]", "python"],
   ["[jvm]", "java"],
+  ["[php]", "php"],
 ]);
 
 /** Returns the language of the functions in a mapping that stands for an interpreter; undefined for a file. */
