@@ -116,6 +116,8 @@ collector_metrics! {
         counter("gannet_collector_store_index_rebuilds_total", "Rebuilds of a missing or corrupt index from the objects");
     index_repairs: Counter => INDEX_REPAIRS
         counter("gannet_collector_store_index_repairs_total", "Index rows added or removed because objects and index differed");
+    index_left_out: Gauge => INDEX_LEFT_OUT
+        gauge("gannet_collector_store_index_left_out", "Profiles that queries do not find, because the disk has no room for the index and the memory for it is used up");
     objects_corrupt: Counter => OBJECTS_CORRUPT
         counter("gannet_collector_store_objects_corrupt_total", "Failed readings of objects that are damaged or missing");
     retention_removed: Counter => RETENTION_REMOVED

@@ -4,7 +4,7 @@ use std::{
     collections::HashSet,
     fs, io,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use gannet_proto::labels::Labels;
@@ -154,6 +154,12 @@ impl IndexChange {
             ..Self::default()
         }
     }
+
+    /// Returns an upper estimate of the space that the change takes in the index, in bytes.
+    pub(super) fn index_bytes(&self) -> u64 {
+        let rows = self.add.iter().map(|added| added.profile.row.index_bytes());
+        rows.chain(self.add_series.iter().map(|(_, labels)| series_bytes(labels))).sum()
+    }
 }
 
 /// The index file. Any thread may read it; only the store's writer commits.
@@ -161,6 +167,8 @@ pub(super) struct Index {
     path: PathBuf,
     /// The disk had no room for the file at the start, so the index is in memory and accepts no commit of the writer.
     is_in_memory: AtomicBool,
+    /// Memory that an index in memory takes, by an upper estimate.
+    memory_bytes: AtomicU64,
     /// `None` after a failed write, until the file can be opened again. Readers hold the lock only while they read.
     db: RwLock<Option<Database>>,
 }
@@ -171,7 +179,7 @@ impl Index {
     pub(super) fn open(path: &Path) -> Result<(Self, bool), IndexError> {
         let opened = |db, new| {
             let db = RwLock::new(Some(db));
-            (Self { path: path.to_owned(), is_in_memory: AtomicBool::new(false), db }, new)
+            (Self { path: path.to_owned(), is_in_memory: false.into(), memory_bytes: 0.into(), db }, new)
         };
         let existed = path.exists();
         let aside = path.with_extension("redb.corrupt");
@@ -216,17 +224,23 @@ impl Index {
         }
         tracing::warn!(
             path = %path.display(),
-            "the disk is full: the index is in memory, and batches are throttled until the disk has room"
+            "the disk is full: the index is in memory, and batches are throttled until the disk has room; free some, or \
+             lower --retention-bytes"
         );
         let create = || prepare(Database::builder().create_with_backend(InMemoryBackend::new())?);
         let (db, _) = create().map_err(|e| classify(path, e))?;
         let db = RwLock::new(Some(db));
-        Ok((Self { path: path.to_owned(), is_in_memory: AtomicBool::new(true), db }, true))
+        Ok((Self { path: path.to_owned(), is_in_memory: true.into(), memory_bytes: 0.into(), db }, true))
     }
 
     /// Reports whether the index is in memory because the disk was full.
     pub(super) fn is_in_memory(&self) -> bool {
         self.is_in_memory.load(Ordering::Acquire)
+    }
+
+    /// Returns whether an index in memory takes `bytes` or more. One on the disk takes none.
+    pub(super) fn is_memory_full(&self, bytes: u64) -> bool {
+        self.is_in_memory() && self.memory_bytes.load(Ordering::Relaxed) >= bytes
     }
 
     /// Moves an index from memory to the disk, if there is room. A file from before counts as newer than the memory.
@@ -257,7 +271,10 @@ impl Index {
             let guard = self.db.read();
             if let Some(db) = guard.as_ref() {
                 match apply(db, change) {
-                    Ok(done) => return Ok(done),
+                    Ok(done) => {
+                        self.count_memory(change);
+                        return Ok(done);
+                    }
                     Err(error) => {
                         drop(guard);
                         self.reopen();
@@ -269,6 +286,15 @@ impl Index {
         self.reopen();
         let guard = self.db.read();
         apply(guard.as_ref().ok_or(IndexError::Closed)?, change).map_err(|e| self.error(e))
+    }
+
+    fn count_memory(&self, change: &IndexChange) {
+        if self.is_in_memory() {
+            // Only the writer commits, so nothing changes in between.
+            let used = self.memory_bytes.load(Ordering::Relaxed) + change.index_bytes();
+            let freed = change.remove.len() as u64 * ROW_BYTES;
+            self.memory_bytes.store(used.saturating_sub(freed), Ordering::Relaxed);
+        }
     }
 
     fn reopen(&self) {

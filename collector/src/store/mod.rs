@@ -78,6 +78,10 @@ pub struct StoreOptions {
     #[arg(skip = Duration::from_secs(30))]
     #[serde(skip)]
     pub bucket_interval: Duration,
+    /// Memory for the index while the disk is too full for its file. The newest profiles have room there.
+    #[arg(skip = 64_u64 << 20)]
+    #[serde(skip)]
+    pub memory_index_bytes: u64,
 }
 
 impl Default for StoreOptions {
@@ -281,6 +285,7 @@ impl Store {
         self.metrics.store_bytes.set(state.disk_bytes() as i64);
         self.metrics.store_profiles.set(state.profiles() as i64);
         self.metrics.store_series.set(state.series_count() as i64);
+        self.metrics.index_left_out.set(state.left_out() as i64);
     }
 }
 

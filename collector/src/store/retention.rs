@@ -55,6 +55,7 @@ impl Store {
             None => cutoff / HOUR_MS,
         };
         self.remove_unreadable(unreadable_until).await;
+        let has_left_out = self.remove_left_out(cutoff / HOUR_MS).await?;
         if let Some(last) = expired.last() {
             self.expired_ms.fetch_max(last.key.start_ms, Ordering::AcqRel);
         }
@@ -78,7 +79,7 @@ impl Store {
             tracing::warn!(%error, "cannot delete an old object; trying again");
         }
         if expired.is_empty() {
-            return Ok(false);
+            return Ok(has_left_out);
         }
         let hours: BTreeSet<u64> = expired.iter().map(|object| object.key.hour()).collect();
         let emptied = self.state.read().emptied_by(&expired);
@@ -94,7 +95,38 @@ impl Store {
             }
         }
         self.update_size_metrics();
-        Ok(is_full_step || self.is_over_budget())
+        Ok(is_full_step || has_left_out || self.is_over_budget())
+    }
+
+    /// Removes objects without a row, which an index in memory has no room for, of one hour before `until`. Reports whether
+    /// there may be more.
+    async fn remove_left_out(self: &Arc<Self>, until: u64) -> Result<bool, StoreError> {
+        let Some(hour) = self.state.read().left_out_before(until) else { return Ok(false) };
+        let ids = self.objects.of_hour(hour).await?;
+        let store = Arc::clone(self);
+        let (known, mut ids) =
+            blocking(move || Ok((store.index.contains(ids.iter().copied())?, ids))).await?;
+        let mut known = known.into_iter();
+        ids.retain(|_| known.next() == Some(false));
+        let all = ids.len();
+        ids.truncate(RETENTION_CHUNK);
+        self.expired_ms.fetch_max((hour + 1) * HOUR_MS - 1, Ordering::AcqRel);
+        let deletes: Vec<_> = ids.iter().map(|id| self.objects.delete_in_hour(hour, *id)).collect();
+        let results = stream::iter(deletes).buffered(CONCURRENT_WRITES).collect::<Vec<_>>().await;
+        let removed = results.iter().filter(|result| result.is_ok()).count();
+        self.metrics.retention_removed.inc_by(removed as u64);
+        let left = all - removed;
+        self.state.write().leave_out(hour, left as u64);
+        if left == 0 && !self.state.read().has_hour(hour) {
+            self.objects.remove_empty_hour(hour);
+        }
+        self.update_size_metrics();
+        if let Some(error) = results.into_iter().find_map(Result::err) {
+            self.metrics.store_errors.inc();
+            tracing::warn!(%error, "cannot delete an old object that is not in the index; trying again");
+            return Ok(false);
+        }
+        Ok(true)
     }
 
     /// Removes the unreadable objects of hours before this one.

@@ -15,6 +15,8 @@ use super::{
 
 /// Rows of one repairing commit.
 const REPAIR_CHUNK: usize = 4096;
+/// The same for an index in memory, whose space is counted behind each.
+const MEMORY_CHUNK: usize = 256;
 /// Hours before the newest two that each reading of a shared bucket compares, in turn.
 const OLD_HOURS: usize = 4;
 
@@ -35,9 +37,11 @@ impl Store {
     pub(super) fn settle(&self, is_new: bool) -> Result<(), StoreError> {
         let began = std::time::Instant::now();
         let mut repairs = Repairs::default();
-        for hour in self.hours()? {
+        // An index in memory may have room for the newest only.
+        for hour in self.hours()?.into_iter().rev() {
             self.settle_hour(hour, &mut repairs)?;
         }
+        self.log_left_out();
         let unused = self.state.read().unused_series();
         if !unused.is_empty() {
             self.index.commit(&IndexChange { remove_series: unused.clone(), ..IndexChange::default() })?;
@@ -57,6 +61,17 @@ impl Store {
             tracing::info!(added, removed, "repaired differences between objects and index");
         }
         Ok(())
+    }
+
+    fn log_left_out(&self) {
+        let left_out = self.state.read().left_out();
+        if left_out > 0 {
+            tracing::warn!(
+                profiles = left_out,
+                "the disk is full, and the memory for the index is used up: queries find only the newest profiles until the \
+                 disk has room; free some, or lower --retention-bytes"
+            );
+        }
     }
 
     /// Moves the index from memory to the disk and compares it with the objects, some of which may be newer.
@@ -81,7 +96,15 @@ impl Store {
         let mut missing = self.runtime.block_on(self.objects.of_hour(hour))?;
         missing.retain(|id| rows.remove(id).is_none());
         self.forget_unreadable(hour);
-        for ids in missing.chunks(REPAIR_CHUNK) {
+        // The ids begin with the time.
+        missing.sort_unstable_by(|a, b| b.cmp(a));
+        let mut left_out = missing.len();
+        let chunk = if self.index.is_in_memory() { MEMORY_CHUNK } else { REPAIR_CHUNK };
+        for ids in missing.chunks(chunk) {
+            if self.index.is_memory_full(self.options.memory_index_bytes) {
+                break;
+            }
+            left_out -= ids.len();
             let heads = self.runtime.block_on(self.objects.heads(hour, ids))?;
             let mut found = Vec::with_capacity(heads.len());
             for (id, head) in ids.iter().zip(heads) {
@@ -104,6 +127,7 @@ impl Store {
             }
             self.add_rows(&found, repairs)?;
         }
+        self.state.write().leave_out(hour, left_out as u64);
         let gone: Vec<IndexedObject> = rows.into_values().collect();
         self.remove_rows(&gone, repairs)
     }

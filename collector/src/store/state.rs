@@ -49,6 +49,8 @@ pub(super) struct StoreState {
     directory_bytes: u64,
     /// With the space that each takes.
     unreadable: BTreeMap<UnreadableObject, u64>,
+    /// Number of objects by hour that an index in memory has no room for.
+    left_out: BTreeMap<u64, u64>,
 }
 
 impl StoreState {
@@ -79,6 +81,25 @@ impl StoreState {
         self.remove_unreadable(object);
         self.bytes += disk_bytes;
         self.unreadable.insert(object, disk_bytes);
+    }
+
+    /// Number of objects without a row, because an index in memory has no room for more.
+    pub(super) fn left_out(&self) -> u64 {
+        self.left_out.values().sum()
+    }
+
+    /// Sets how many objects of an hour are left out.
+    pub(super) fn leave_out(&mut self, hour: u64, objects: u64) {
+        if objects == 0 {
+            self.left_out.remove(&hour);
+        } else {
+            self.left_out.insert(hour, objects);
+        }
+    }
+
+    /// Returns the oldest hour before this one of which objects are left out.
+    pub(super) fn left_out_before(&self, hour: u64) -> Option<u64> {
+        self.left_out.keys().next().copied().filter(|oldest| *oldest < hour)
     }
 
     /// Reports whether an hour has objects.

@@ -2,7 +2,7 @@
 
 use std::{path::Path, process::Command, time::Duration};
 
-use gannet_base::ByteSize;
+use gannet_base::{ByteSize, TimeSpan};
 use gannet_collector::Collector;
 use gannet_proto::{
     ingest::push_response::Message,
@@ -200,4 +200,68 @@ async fn root_a_full_disk_and_a_corrupt_index_do_not_stop_the_start() {
         std::os::unix::fs::FileExt::write_all_at(&index, &[7; 4096], 0).unwrap();
     })
     .await;
+}
+
+/// Checks that an index in memory stays small: the newest profiles have room there, the others are counted, expire by age, and
+/// are found again once the disk has room.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_an_index_in_memory_is_bounded_and_holds_the_newest() {
+    const LEFT_OUT: &str = "gannet_collector_store_index_left_out";
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Tmpfs::mount(dir.path(), "24m");
+    let data = dir.path().join("data");
+    let start = |memory_index_bytes, age| {
+        Collector::start(config_with(&data, move |config| {
+            config.store.min_free_bytes = ByteSize(1);
+            config.store.retention_age = TimeSpan(age);
+            config.store.retention_interval = Duration::from_millis(100);
+            config.store.memory_index_bytes = memory_index_bytes;
+        }))
+    };
+    let (hour, day) = (Duration::from_secs(3600), Duration::from_secs(24 * 3600));
+    let running = start(64 << 20, 7 * day).await.unwrap();
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    // 600 of this hour or the last one, 300 of three days ago.
+    let now = now_ms();
+    let at = |age: Duration, i: u64| batch("s", now - age.as_millis() as u64 - i, &[("main", 1)]);
+    for i in 0..600 {
+        pusher.store(at(Duration::ZERO, i)).await;
+    }
+    for i in 0..300 {
+        pusher.store(at(3 * day, i)).await;
+    }
+    drop(pusher);
+    running.shutdown().await;
+    std::fs::remove_file(data.join("index.redb")).unwrap();
+    let rest = fill_rest(dir.path());
+
+    // Room for some hundreds of rows. One chunk is entered in any case.
+    let running = start(200 << 10, 7 * day).await.unwrap();
+    let request = ListProfilesRequest { limit: 5000, ..ListProfilesRequest::default() };
+    let listed = async |running: &gannet_collector::Running| {
+        let listed = queries(running).await.list_profiles(request.clone()).await.unwrap().into_inner();
+        listed.profiles
+    };
+    let profiles = listed(&running).await;
+    assert!((256..600).contains(&profiles.len()), "{}", profiles.len());
+    let oldest = profiles.iter().filter_map(|profile| profile.start).map(|time| time.seconds).min().unwrap();
+    assert!(oldest as u64 > (now - hour.as_millis() as u64) / 1000, "the newest have room");
+    let left_out = metric(running.http_addr, LEFT_OUT).await as usize;
+    assert_eq!(profiles.len() + left_out, 900);
+    running.shutdown().await;
+
+    // Those of three days ago expire, though the index does not know them. Their space is enough for an index.
+    let running = start(200 << 10, day).await.unwrap();
+    let deadline = tokio::time::Instant::now() + TEST_TIMEOUT;
+    while metric(running.http_addr, LEFT_OUT).await as usize != left_out - 300 {
+        assert!(tokio::time::Instant::now() < deadline, "old profiles expire");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    std::fs::remove_file(rest).unwrap();
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    pusher.store(at(Duration::ZERO, 1000)).await;
+    assert_eq!(listed(&running).await.len(), 601);
+    assert_eq!(metric(running.http_addr, LEFT_OUT).await as u64, 0);
+    running.shutdown().await;
+    drop(disk);
 }
