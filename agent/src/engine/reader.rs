@@ -156,8 +156,9 @@ impl Reader {
         with: &mut Deciders<'_>,
         now: SystemTime,
     ) {
-        let matched =
-            Matched { key: process.key, cgroup_id: process.cgroup_id, rules: subject.rules, parent, path };
+        let (key, cgroup_id) = (process.key, process.cgroup_id);
+        let Subject { rules, candidates, .. } = *subject;
+        let matched = Matched { key, cgroup_id, rules, candidates, parent, path };
         for action in with.captures.matched(&matched, with.may_begin, boot_time()) {
             if let CaptureAction::Refuse { key, slot } = action {
                 self.refuse(key, slot, with.kernel, with.rules);
@@ -292,12 +293,18 @@ impl Reader {
     /// Decides about a process by the rules that the BPF programs cannot decide. `candidates` are the rules of which all
     /// other properties match.
     fn decide(&mut self, process: &Process, candidates: u64, with: &mut Deciders<'_>, now: SystemTime) {
+        let candidates = with.captures.open(process.key, candidates);
         let with_runtime = self.find_runtime(process, candidates, with.rules);
         let process = with_runtime.as_ref().unwrap_or(process);
-        let want = match candidates {
+        let matching = |candidates| match candidates {
             0 => Want::default(),
             _ => with.rules.slots().decide(process, candidates, now),
         };
+        let mut want = matching(candidates);
+        let refused = with.captures.matched_by_agent(process.key, want.rules, with.may_begin, boot_time());
+        if refused != 0 {
+            want = matching(candidates & !refused);
+        }
         self.processes.wanted(&process.key, want.rules);
         if with.rules.slots().wants_off_cpu_of(process.rules | want.rules) {
             self.unwinding.add_blocked(process.key);
@@ -342,10 +349,18 @@ impl Reader {
         write_mark(kernel, change);
     }
 
-    /// Takes the marks off the processes that no rule wants since the rules changed.
-    pub(super) fn settle_marks(&mut self, kernel: &mut Kernel, rules: &RuleBook) {
+    /// Takes the marks off the processes that no rule wants since the rules changed. Decides again about those whose capture
+    /// began at their `execve`: the kernel does not report them.
+    pub(super) fn settle_marks(&mut self, with: &mut Deciders<'_>) {
+        let now = SystemTime::now();
+        for key in with.captures.undecided() {
+            let process = self.processes.get(&key).filter(|process| process.is_alive()).cloned();
+            if let Some(process) = process {
+                self.decide(&process, 0, with, now);
+            }
+        }
         for key in self.sampled.undecided() {
-            self.mark(key, Want::default(), kernel, rules);
+            self.mark(key, Want::default(), with.kernel, with.rules);
         }
     }
 

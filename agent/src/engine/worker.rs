@@ -315,6 +315,7 @@ impl Worker {
         let rules = self.rules.kernel_rules(now);
         self.kernel.set_rules(&rules)?;
         self.reader.sampled.begin_round();
+        self.captures.begin_round();
         self.reader.processes.begin_round(rules.all.rules);
         self.effects.add(Effect::SettleRules);
         Ok(())
@@ -328,7 +329,8 @@ impl Worker {
 
     /// Finishes a change of rules: the reader has the reports of all processes that they want.
     fn settle_rules(&mut self) {
-        self.reader.settle_marks(&mut self.kernel, &self.rules);
+        let (reader, mut with) = self.reader();
+        reader.settle_marks(&mut with);
         self.captures.set_rules(self.rules.slots().watched(SystemTime::now()), boot_time());
         let (recorded, pre_trigger) = self.rules.slots().recorded();
         self.reader.intake.set_recorded(recorded, pre_trigger);

@@ -20,6 +20,7 @@ use gannet_agent::{
 };
 use gannet_proto::{
     control::{Match, capture::Kind},
+    ledger::LossReason,
     rules::{Caps, parse},
 };
 
@@ -73,6 +74,12 @@ impl Profiles {
             .filter(|profile| profile.rule.id == rule)
             .map(|profile| (profile.rule.capture, profile.rule.evidence.clone()))
             .collect()
+    }
+
+    /// Returns the samples that were lost for a reason.
+    fn lost(&self, reason: LossReason) -> u64 {
+        let windows = self.0.lock().unwrap();
+        windows.iter().map(|window| window.ledger.lost.get(&reason).copied().unwrap_or(0)).sum()
     }
 
     fn check_ledgers(&self) {
@@ -300,28 +307,25 @@ async fn pressure_captures_the_container_with_evidence_and_lead_up() {
     profiles.check_ledgers();
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_exec_trigger_samples_from_the_first_tick_and_ends() {
-    let directory = tempfile::tempdir().unwrap();
-    let program = spinner(directory.path(), "cap-exec");
-    // This one already runs: it makes no exec.
-    let before = Running::start(&mut Command::new(&program));
+/// Starts programs under a rule with an exec condition: two of three are captured, for two seconds each, and not the one that
+/// already ran.
+async fn check_exec_trigger(name: &str, matches: &str, program: &Path) {
+    let before = Running::start(&mut Command::new(program));
     let (engine, profiles) = engine(Deny::default());
-    apply(
-        &engine,
+    let rule = format!(
         "  - id: at-exec
-    match: {comm: [cap-exec]}
-    when: [{exec: {}}]
-    capture: {hz: 99, duration: 2s, max_concurrent: 2}
-",
-    )
-    .await;
+    match: {matches}
+    when: [{{exec: {{}}}}]
+    capture: {{hz: 99, duration: 2s, max_concurrent: 2}}
+"
+    );
+    apply(&engine, &rule).await;
     let mut started: Vec<Running> = Vec::new();
     for _ in 0..3 {
-        started.push(Running::start(&mut Command::new(&program)));
+        started.push(Running::start(&mut Command::new(program)));
     }
     let pid = |running: &Running| running.0.id();
-    until("two of them", 30, || profiles.of("at-exec", "exec").len() >= 2).await;
+    until(&format!("two of them by {name}"), 30, || profiles.of("at-exec", "exec").len() >= 2).await;
     // They end: the count stops growing, however late a slow machine delivers.
     let mut taken = profiles.of("at-exec", "exec");
     let begun = Instant::now();
@@ -342,9 +346,101 @@ async fn an_exec_trigger_samples_from_the_first_tick_and_ends() {
     assert!(taken.len() == 2 && taken.keys().all(|pid| all.contains(pid)), "{taken:?} of {all:?}");
     assert!(!taken.contains_key(&pid(&before)));
     // There is room again for the next one.
-    let next = Running::start(Command::new(&program).args(["spin", "1000"]));
+    let next = Running::start(Command::new(program).args(["spin", "1000"]));
     until("the next one", 30, || profiles.of("at-exec", "exec").contains_key(&pid(&next))).await;
     profiles.check_ledgers();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exec_trigger_samples_from_the_first_tick_and_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = spinner(directory.path(), "cap-exec");
+    check_exec_trigger("command name", "{comm: [cap-exec]}", &program).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exec_trigger_captures_what_the_agent_decides() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = spinner(directory.path(), "cap-path");
+    let matches = format!("{{exe: [\"{}\"]}}", program.display());
+    check_exec_trigger("executable", &matches, &program).await;
+}
+
+/// A program whose child spins, as it does itself. `pair SECONDS` waits before.
+const PAIR: &str = r"
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+int main(int c, char **v) {
+	if (c > 1)
+		sleep(atoi(v[1]));
+	if (!fork())
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+	for (volatile long i = 0;; i++)
+		;
+}
+";
+
+/// Checks that a change of the rules does not end captures of processes that the agent matched, and that a child belongs to the
+/// capture of its parent and not to one if its parent has none.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_capture_that_the_agent_granted_outlives_a_change_of_rules() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("cap-pair");
+    fs::copy(crate::common::program("gannet-pair", PAIR, &[]), &program).unwrap();
+    let (engine, profiles) = engine(Deny::default());
+    let rule = format!(
+        "  - id: at-exec
+    match: {{exe: [\"{}\"]}}
+    when: [{{exec: {{}}}}]
+    capture: {{hz: 49, duration: 60s, max_concurrent: 1}}
+",
+        program.display()
+    );
+    // It calls no execve under the rule. Its child appears under it.
+    let older = Running::start(Command::new(&program).arg("2"));
+    apply(&engine, &rule).await;
+    let captured = Pair::of(Running::start(&mut Command::new(&program)));
+    let of = |pid| profiles.of("at-exec", "exec").get(&pid).copied().unwrap_or(0);
+    until("both processes", 30, || captured.pids.iter().all(|pid| of(*pid) > 0)).await;
+    let refused = [older, Running::start(&mut Command::new(&program))].map(Pair::of);
+    for change in ["always", "other"] {
+        apply(&engine, &format!("{rule}  - {{id: {change}, match: {{exe: ['/nothing/*']}}}}\n")).await;
+        engine.flush().await.unwrap();
+        let before: Vec<u64> = captured.pids.iter().map(|pid| of(*pid)).collect();
+        until("samples behind a change of rules", 30, || {
+            captured.pids.iter().zip(&before).all(|(pid, before)| of(*pid) > before + 20)
+        })
+        .await;
+    }
+    let all = profiles.of("at-exec", "exec");
+    assert_eq!(all.into_keys().collect::<BTreeSet<u32>>(), captured.pids.iter().copied().collect());
+    assert_eq!(profiles.lost(LossReason::CaptureOver), 0, "nothing is sampled only to be thrown away");
+    drop(refused);
+    profiles.check_ledgers();
+}
+
+/// A process and its child.
+struct Pair {
+    pids: Vec<u32>,
+    _parent: Running,
+}
+
+impl Pair {
+    /// Waits for the child.
+    fn of(parent: Running) -> Self {
+        let pid = parent.0.id();
+        let children = PathBuf::from(format!("/proc/{pid}/task/{pid}/children"));
+        let end = Instant::now() + Duration::from_secs(30);
+        loop {
+            let child = fs::read_to_string(&children).unwrap();
+            if let Ok(child) = child.trim().parse() {
+                return Self { pids: vec![pid, child], _parent: parent };
+            }
+            assert!(Instant::now() < end, "it makes a child");
+        }
+    }
 }
 
 /// Checks the kill switch and the governor (R40).

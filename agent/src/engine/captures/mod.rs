@@ -16,7 +16,7 @@ use gannet_proto::control::{Capture, Match, capture, condition};
 use tokio::sync::oneshot;
 use ulid::Ulid;
 
-use self::at_exec::{AtExec, Grant};
+use self::at_exec::{AtExec, Candidate, Grant};
 use crate::{
     cgroup::{self, container_part, pod_part},
     conditions::{CaptureStart, SensorTask, Sensors, SuppressedStarts, Triggers, WatchScope},
@@ -85,6 +85,8 @@ pub(super) struct Matched<'a> {
     pub(super) cgroup_id: u64,
     /// The rules that it matches, exec conditions or not.
     pub(super) rules: u64,
+    /// The rules about which the agent must decide: it matches all that the BPF programs compare.
+    pub(super) candidates: u64,
     /// The parent's thread group id, if it was forked.
     pub(super) parent: Option<u32>,
     /// The path given to `execve`.
@@ -288,17 +290,19 @@ impl Captures {
         may_begin: bool,
         now: Duration,
     ) -> Vec<CaptureAction> {
-        let Matched { key, cgroup_id, rules, parent, path } = *process;
+        let Matched { key, cgroup_id, rules, candidates, parent, path } = *process;
         let tgid = key.process.tgid;
         if parent.is_none() {
             self.left(tgid, now);
         }
+        let rules = self.at_exec.of(rules);
+        let candidates = self.at_exec.of(candidates) & !rules;
         let mut actions = Vec::new();
-        for slot in slots(self.at_exec.of(rules)) {
+        for slot in slots(rules) {
             let grant = match parent {
                 _ if self.at_exec.has_grant(tgid) => None,
                 Some(parent) => self.at_exec.inherited(parent, slot, key),
-                None if may_begin => self.grant(slot, key, cgroup_id, path, now),
+                None if may_begin => self.grant(slot, key, cgroup_id, path, false, now),
                 None => None,
             };
             match grant {
@@ -306,7 +310,48 @@ impl Captures {
                 None => actions.push(CaptureAction::Refuse { key, slot }),
             }
         }
+        match parent {
+            None => {
+                let (path, since) = (path.to_owned(), Instant::now());
+                self.at_exec.add_candidate(Candidate { key, rules: candidates, cgroup_id, path, since });
+            }
+            // The mark of its parent may be newer than the child.
+            Some(parent) => {
+                let inherited = slots(candidates).find_map(|slot| self.at_exec.inherited(parent, slot, key));
+                if let Some(grant) = inherited.filter(|_| !self.at_exec.has_grant(tgid)) {
+                    self.at_exec.insert(grant);
+                }
+            }
+        }
         actions
+    }
+
+    /// Returns the rules about which the agent decides for an image, of these candidates: a rule with an exec condition is for
+    /// processes that call `execve` under it, and their children.
+    pub(super) fn open(&mut self, key: ImageKey, candidates: u64) -> u64 {
+        self.at_exec.open(key, candidates)
+    }
+
+    /// Grants or refuses what the agent has found a process to match. Returns the refused rules.
+    pub(super) fn matched_by_agent(
+        &mut self,
+        key: ImageKey,
+        rules: u64,
+        may_begin: bool,
+        now: Duration,
+    ) -> u64 {
+        let Some(candidate) = self.at_exec.take_candidate(key, rules) else { return 0 };
+        let mut refused = 0;
+        for slot in slots(candidate.rules) {
+            let has_room = may_begin && !self.at_exec.has_grant(key.process.tgid);
+            let grant =
+                has_room.then(|| self.grant(slot, key, candidate.cgroup_id, &candidate.path, true, now));
+            match grant.flatten() {
+                Some(grant) => self.at_exec.insert(grant),
+                None => refused |= 1 << slot,
+            }
+        }
+        refused
     }
 
     fn grant(
@@ -315,13 +360,25 @@ impl Captures {
         key: ImageKey,
         cgroup_id: u64,
         path: &str,
+        by_agent: bool,
         now: Duration,
     ) -> Option<Grant> {
         let watched = self.watched.iter().find(|watched| watched.at_exec == Some(slot))?;
         let (rule, scope) = (Arc::clone(&watched.rule), WatchScope::Group(cgroup_id));
         let evidence = format!("{path} as process {}", key.process.tgid);
         let start = self.triggers.exec(&rule.id, scope, evidence, now)?;
-        Some(Grant::leader(key, slot, start.rule, scope, start.duration))
+        Some(Grant::leader(key, slot, start.rule, scope, start.duration, by_agent))
+    }
+
+    /// The rules have changed. The kernel reports again which processes they want, but none that wait for an exec condition.
+    pub(super) fn begin_round(&mut self) {
+        self.at_exec.begin_round();
+    }
+
+    /// Returns the images with a capture that began at their `execve`, or that may begin one, about which the agent has not
+    /// decided since the rules changed.
+    pub(super) fn undecided(&self) -> Vec<ImageKey> {
+        self.at_exec.undecided()
     }
 
     /// A process has ended or replaced its image, and with it the capture that began at its `execve`.

@@ -37,7 +37,7 @@ const AT_EXEC: &str = "  - {id: r, match: {comm: [x]}, when: [{exec: {}}], \
     capture: {duration: 10s, max_concurrent: 2}}\n";
 
 fn matched(tgid: u32, parent: Option<u32>) -> Matched<'static> {
-    Matched { key: image(tgid), cgroup_id: 7, rules: u64::MAX, parent, path: "/x" }
+    Matched { key: image(tgid), cgroup_id: 7, rules: u64::MAX, candidates: 0, parent, path: "/x" }
 }
 
 fn refused(tgid: u32) -> Vec<CaptureAction> {
@@ -126,6 +126,79 @@ fn a_capture_at_exec_ends_with_its_time() {
     assert_eq!((late.subject.rules, captures.strays()), (0b10, 1));
     assert_eq!(intake.flow().lost, [(LossReason::CaptureOver, 1)].into());
     assert_eq!(captures.end_due_at_exec(now + at(11), at(12)), []);
+}
+
+/// A process of which the agent must decide whether it matches.
+fn candidate(tgid: u32, parent: Option<u32>) -> Matched<'static> {
+    Matched { rules: 0, candidates: 0b101, ..matched(tgid, parent) }
+}
+
+/// Decides that a process matches all that it may. Returns what it is then sampled for.
+fn decide(captures: &mut Captures, tgid: u32, may_begin: bool) -> u64 {
+    let open = captures.open(image(tgid), 0b101);
+    open & !captures.matched_by_agent(image(tgid), open, may_begin, at(1))
+}
+
+#[test]
+fn what_the_agent_matches_at_exec_is_granted_like_others() {
+    let mut captures = captures(&rule_book(AT_EXEC));
+    for (tgid, wanted) in [(1, 0b101), (2, 0b101), (3, 0b100)] {
+        assert_eq!(captures.matched(&candidate(tgid, None), true, at(1)), []);
+        assert_eq!(decide(&mut captures, tgid, true), wanted, "{tgid}");
+        // It is refused for good.
+        assert_eq!(decide(&mut captures, tgid, true), wanted, "{tgid}");
+    }
+    assert_eq!(captures.suppressed().max_concurrent, 1);
+    // One that already ran, a child of it and a child of one that was refused.
+    captures.left(1, at(2));
+    assert_eq!(decide(&mut captures, 9, true), 0b100);
+    for parent in [9, 3] {
+        assert_eq!(captures.matched(&candidate(10, Some(parent)), true, at(2)), []);
+        assert_eq!(decide(&mut captures, 10, true), 0b100);
+    }
+    // A child of one that is captured takes no room.
+    assert_eq!(captures.matched(&candidate(11, Some(2)), true, at(2)), []);
+    assert_eq!(decide(&mut captures, 11, true), 0b101);
+    let next = |captures: &mut Captures, tgid, may_begin| {
+        captures.matched(&candidate(tgid, None), true, at(2));
+        decide(captures, tgid, may_begin)
+    };
+    assert_eq!(next(&mut captures, 12, false), 0b100, "while captures are refused");
+    assert_eq!(next(&mut captures, 13, true), 0b101);
+    // Its samples are no strays until its time is over.
+    let clock = Instant::now();
+    let strip = |captures: &mut Captures| {
+        let mut sample = sample(13, 0b101);
+        captures.strip(&mut sample);
+        sample.subject.rules
+    };
+    assert_eq!(strip(&mut captures), 0b101);
+    captures.end_due_at_exec(clock + at(11), at(12));
+    assert_eq!((strip(&mut captures), decide(&mut captures, 13, true)), (0b100, 0b100));
+}
+
+#[test]
+fn changed_rules_leave_the_captures_that_the_agent_granted() {
+    let mut captures = captures(&rule_book(AT_EXEC));
+    for tgid in [1, 2, 3] {
+        captures.matched(&candidate(tgid, None), true, at(1));
+    }
+    decide(&mut captures, 1, true);
+    assert_eq!(captures.undecided().len(), 2, "the runtime of the two others is not known yet");
+    captures.begin_round();
+    assert_eq!(captures.undecided().len(), 3);
+    // The kernel does not report them as candidates of this rule.
+    assert_eq!(captures.open(image(1), 0b100), 0b101);
+    assert_eq!(captures.open(image(2), 0), 0b001);
+    assert_eq!(captures.undecided(), [image(3)]);
+    // One is not captured that loads an interpreter much later; nor is another image of the process.
+    let other = ImageKey { exec_id: 2, ..image(2) };
+    assert_eq!(captures.open(other, 0b101), 0b100);
+    captures.end_due_at_exec(Instant::now() + at(31), at(32));
+    assert_eq!((captures.open(image(2), 0b101), captures.undecided()), (0b100, Vec::new()));
+    captures.matched(&candidate(4, None), true, at(33));
+    captures.left(4, at(34));
+    assert_eq!(captures.undecided(), []);
 }
 
 #[test]
