@@ -65,8 +65,8 @@ struct Arguments {
     stay: bool,
 }
 
-/// Builds profiles from frames in text form: `k:` a kernel frame, `i:` inlined into its caller, `lib:name` in another file,
-/// else in the service's own.
+/// Builds profiles from frames in text form: `k:` a kernel frame, `i:` inlined into its caller, `g:` found by a guess, `lib:name` in
+/// another file, else in the service's own.
 struct Shop {
     builder: Builder,
     program: MappingId,
@@ -143,16 +143,20 @@ impl Shop {
 
     fn sample(&mut self, frames: &[&str], values: [u64; 2], thread: &str) {
         let stack = self.stack(frames);
-        let labels = [
+        let mut labels = vec![
             Label { key: "pid", value: LabelValue::Num(4711, "") },
             Label { key: "thread", value: LabelValue::Str(thread) },
         ];
+        if let Some(index) = frames.iter().rev().position(|frame| frame.starts_with("g:")) {
+            labels.push(Label { key: pprof::GUESSED_FROM, value: LabelValue::Num(index as i64, "") });
+            labels.push(Label { key: "unwinding", value: LabelValue::Str("guessed") });
+        }
         self.builder.sample(&stack, &values.map(|value| value as i64), &labels);
     }
 }
 
 fn bare(frame: &str) -> &str {
-    ["k:", "i:", "libc:", "ssl:"].iter().find_map(|prefix| frame.strip_prefix(prefix)).unwrap_or(frame)
+    ["k:", "i:", "g:", "libc:", "ssl:"].iter().find_map(|prefix| frame.strip_prefix(prefix)).unwrap_or(frame)
 }
 
 const SERVE: [&str; 5] =
@@ -198,6 +202,7 @@ fn checkout(after: bool, wobble: u64) -> Vec<(Vec<&'static str>, u64)> {
         (parse, 40 + wobble),
         (deep, 33),
         (pay, 70),
+        (under(&order, &["shop::template::render", "g:shop::template::call", "shop::template::escape"]), 40),
         (under(&send, &["k:__tcp_transmit_skb"]), 22),
         (send, 35 + wobble),
         (vec!["[truncated]", "shop::report::render"], 12),

@@ -281,7 +281,7 @@ mod tests {
                 end,
                 unknown: mapping.is_none().then_some(pc),
                 missing,
-                guessed: false,
+                guessed_from: None,
                 needs: CodeNeeds::default(),
                 is_unattached: false,
             }

@@ -59,7 +59,7 @@ impl StackEnds {
             StackEnd::Broken | StackEnd::NotUnwound => &mut self.broken,
             StackEnd::Truncated => &mut self.truncated,
             _ if sample.marks.kernel_truncated => &mut self.truncated,
-            _ if sample.marks.guessed => &mut self.guessed,
+            _ if sample.marks.guessed_from.is_some() => &mut self.guessed,
             StackEnd::Complete | StackEnd::None => &mut self.complete,
         };
         *counter += 1;

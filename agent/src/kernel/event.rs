@@ -191,7 +191,11 @@ impl SampleNumber {
     /// Reads the number of a sample, even of one that cannot be decoded; `None` for other events, and without a complete head.
     pub(super) fn of(bytes: &[u8]) -> Option<Self> {
         let types::sample { event, cpu, sequence, .. } = read(bytes, SAMPLE).ok()?;
-        (event.kind == SAMPLE).then(|| Self { cpu, sequence, rules: event.rules.count_ones().into() })
+        (event.kind == SAMPLE).then(|| Self {
+            cpu: cpu.into(),
+            sequence,
+            rules: event.rules.count_ones().into(),
+        })
     }
 }
 
@@ -209,6 +213,8 @@ fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
     let kernel: Vec<u64> = frames.by_ref().take(kernel).collect();
     let mut user: Vec<u64> = frames.by_ref().take(user).collect();
     let lists: Vec<u64> = frames.collect();
+    // A guess may find no frame any more, or only those that a smaller record leaves out.
+    let guessed_from = Some(head.guessed_from).filter(|from| *from > 0 && usize::from(*from) < user.len());
     let is_raw = head.user_end == USER_STACK_RAW;
     let raw = if is_raw { raw_user_stack(&std::mem::take(&mut user), &lists) } else { None };
     Ok(Sample {
@@ -218,7 +224,7 @@ fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
         kernel,
         user,
         end_code: head.user_end,
-        marks: StackMarks { kernel_truncated: head.kernel_truncated != 0, guessed: head.guessed != 0 },
+        marks: StackMarks { kernel_truncated: head.kernel_truncated != 0, guessed_from },
         state: head.state,
         list_layout: head.list_layout,
         raw,
@@ -321,6 +327,22 @@ mod tests {
         assert!(matches!(Event::decode(&bytes), Ok(Event::Sample(sample)) if sample.kernel.len() == 2));
         bytes[at..at + 2].copy_from_slice(&3_u16.to_ne_bytes());
         assert!(matches!(Event::decode(&bytes), Err(DecodeError::Short { .. })));
+    }
+
+    /// Checks the mark of guessed frames: a guess behind the last frame marks none.
+    #[test]
+    fn the_first_guessed_frame_is_one_of_the_sample() {
+        for (from, expected) in [(0, None), (1, Some(1)), (2, Some(2)), (3, None), (u16::MAX, None)] {
+            let mut bytes = vec![0; size_of::<types::sample>() + 3 * 8];
+            bytes[..4].copy_from_slice(&SAMPLE.to_ne_bytes());
+            for (at, value) in
+                [(offset_of!(types::sample, user_frames), 3), (offset_of!(types::sample, guessed_from), from)]
+            {
+                bytes[at..at + 2].copy_from_slice(&u16::to_ne_bytes(value));
+            }
+            let Ok(Event::Sample(sample)) = Event::decode(&bytes) else { panic!("a sample") };
+            assert_eq!(sample.marks.guessed_from, expected, "{from}");
+        }
     }
 
     proptest! {

@@ -91,8 +91,9 @@ pub enum StackEnd {
 pub struct StackMarks {
     /// The kernel stack has more frames than the sample holds.
     pub kernel_truncated: bool,
-    /// At least one user frame was found by frame pointer where no unwind table had a rule. It may be wrong.
-    pub guessed: bool,
+    /// The index in `user` of the first frame that the unwinder found by a guess: by frame pointer, where no unwind table had a
+    /// rule. That frame and its callers may be wrong.
+    pub guessed_from: Option<u16>,
 }
 
 /// One sampled stack.

@@ -1,10 +1,14 @@
 //! Flame graphs.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt::Write};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+    fmt::Write,
+};
 
 use gannet_proto::{
-    pprof::{InterpreterFrames, folded_name, interpreted_name, is_error_frame, is_interpreted},
-    profiles::{Function, Location, Profile},
+    pprof::{InterpreterFrames, folded_name, interpreted_name, is_error_frame, is_interpreted, sure_frames},
+    profiles::{Function, Location, Profile, Sample},
 };
 use inferno::flamegraph::{self, Options, Palette, TextTruncateDirection, color::MultiPalette};
 
@@ -18,8 +22,10 @@ use crate::symbols::KERNEL_MAPPING;
 type Stacks = BTreeMap<Vec<String>, i64>;
 
 /// The end of a frame by which flame graph tools choose colours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Kind {
+    /// The command name at the root.
+    Command,
     Function,
     Inlined,
     Kernel,
@@ -30,40 +36,38 @@ enum Kind {
 /// Returns one line for each different stack, root first: `comm;main;work 1234`. The value is that of the last sample type.
 /// The root is the command name, so that one graph can show many processes.
 pub(super) fn folded(profile: &Profile, details: &Details) -> Result<String, OutputError> {
-    let stacks = stacks(profile, details, |name, _| folded_name(name).into_owned())?;
+    let stacks = stacks(profile, details, |frame, _| folded_name(&frame.name).into_owned())?;
     Ok(stacks.iter().fold(String::new(), |mut lines, (stack, value)| {
         let _ = writeln!(lines, "{} {value}", stack.join(";"));
         lines
     }))
 }
 
-/// Adds up the values of equal stacks, with the text that `frame` makes of each name.
+/// Adds up the values of equal stacks, with the text that `text` makes of each frame. It gets whether the frame rests on a guess
+/// in any sample that has the same callers.
 fn stacks(
     profile: &Profile,
     details: &Details,
-    frame: impl Fn(&str, Kind) -> String,
+    text: impl Fn(&Frame, bool) -> String,
 ) -> Result<Stacks, OutputError> {
-    let interpreters = if details.interpreter_frames {
-        InterpreterFrames::default()
-    } else {
-        InterpreterFrames::new(profile)
-    };
-    let reader = Reader::new(profile)?;
+    let reader = Reader::new(profile, details)?;
+    let mut guesses = GuessedPaths::default();
+    for sample in &profile.sample {
+        if sure_frames(profile, sample) < sample.location_id.len() {
+            let stack = reader.stack(sample)?;
+            guesses.add(&stack.frames[..stack.guessed]);
+        }
+    }
     let mut sums = Stacks::new();
     for sample in &profile.sample {
         let value = *sample.value.last().ok_or(OutputError::Damaged("a sample has no value"))?;
-        let mut stack = Vec::with_capacity(sample.location_id.len() + 1);
-        let mut push = |name: &str, kind| {
-            if !(details.hide_error_frames && is_error_frame(name)) {
-                stack.push(frame(name, kind));
-            }
-        };
-        if let Some(comm) = sample.label.iter().find(|label| reader.text(label.key) == "comm") {
-            push(reader.text(comm.str), Kind::Function);
-        }
-        for id in interpreters.visible(sample).rev() {
-            reader.add_location(id, &mut push)?;
-        }
+        let Stack { frames, .. } = reader.stack(sample)?;
+        let guessed = guesses.depth(&frames);
+        let mut stack: Vec<String> = frames
+            .iter()
+            .enumerate()
+            .map(|(depth, frame)| text(frame, depth < guessed && frame.may_be_guessed()))
+            .collect();
         if stack.is_empty() {
             stack.push("[no stack]".to_owned());
         }
@@ -72,20 +76,79 @@ fn stacks(
     Ok(sums)
 }
 
+/// A frame that a graph shows.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Frame {
+    name: String,
+    kind: Kind,
+}
+
+impl Frame {
+    fn may_be_guessed(&self) -> bool {
+        self.kind != Kind::Command && !is_error_frame(&self.name)
+    }
+}
+
+/// The frames of a sample, root first.
+struct Stack {
+    frames: Vec<Frame>,
+    /// How many of them, from the root on, rest on a guess.
+    guessed: usize,
+}
+
+/// The paths from the root to frames that rest on a guess. Stacks that have the same callers share them, as in the graph.
+#[derive(Default)]
+struct GuessedPaths(HashMap<(usize, Frame), usize>);
+
+impl GuessedPaths {
+    fn add(&mut self, path: &[Frame]) {
+        let mut at = 0;
+        for frame in path {
+            let next = self.0.len() + 1;
+            at = *self.0.entry((at, frame.clone())).or_insert(next);
+        }
+    }
+
+    /// Returns how many frames of a stack, root first, are on such a path.
+    fn depth(&self, stack: &[Frame]) -> usize {
+        if self.0.is_empty() {
+            return 0;
+        }
+        let mut at = 0;
+        let is_known = |frame: &&Frame| match self.0.get(&(at, Frame::clone(frame))) {
+            Some(next) => {
+                at = *next;
+                true
+            }
+            None => false,
+        };
+        stack.iter().take_while(is_known).count()
+    }
+}
+
 struct Reader<'a> {
     profile: &'a Profile,
+    interpreters: InterpreterFrames,
+    hide_error_frames: bool,
     locations: BTreeMap<u64, &'a Location>,
     functions: BTreeMap<u64, &'a Function>,
     mappings: BTreeMap<u64, i64>,
 }
 
 impl<'a> Reader<'a> {
-    fn new(profile: &'a Profile) -> Result<Self, OutputError> {
+    fn new(profile: &'a Profile, details: &Details) -> Result<Self, OutputError> {
         if profile.sample.is_empty() {
             return Err(OutputError::Empty);
         }
+        let interpreters = if details.interpreter_frames {
+            InterpreterFrames::default()
+        } else {
+            InterpreterFrames::new(profile)
+        };
         Ok(Self {
             profile,
+            interpreters,
+            hide_error_frames: details.hide_error_frames,
             locations: profile.location.iter().map(|location| (location.id, location)).collect(),
             functions: profile.function.iter().map(|function| (function.id, function)).collect(),
             mappings: profile.mapping.iter().map(|mapping| (mapping.id, mapping.filename)).collect(),
@@ -97,6 +160,29 @@ impl<'a> Reader<'a> {
             .ok()
             .and_then(|index| self.profile.string_table.get(index))
             .map_or("", String::as_str)
+    }
+
+    fn stack(&self, sample: &Sample) -> Result<Stack, OutputError> {
+        let sure = sure_frames(self.profile, sample);
+        let (mut frames, mut guessed) = (Vec::with_capacity(sample.location_id.len() + 1), 0);
+        let mut push = |name: &str, kind| {
+            if !(self.hide_error_frames && is_error_frame(name)) {
+                frames.push(Frame { name: name.to_owned(), kind });
+            }
+            frames.len()
+        };
+        if let Some(comm) = sample.label.iter().find(|label| self.text(label.key) == "comm") {
+            push(self.text(comm.str), Kind::Command);
+        }
+        for (index, id) in self.interpreters.visible(sample).rev() {
+            self.add_location(id, &mut |name, kind| {
+                let depth = push(name, kind);
+                if index >= sure {
+                    guessed = depth;
+                }
+            })?;
+        }
+        Ok(Stack { frames, guessed })
     }
 
     fn add_location(&self, id: u64, push: &mut impl FnMut(&str, Kind)) -> Result<(), OutputError> {
@@ -137,12 +223,16 @@ impl<'a> Reader<'a> {
 /// control characters.
 const STAND_INS: [(char, char); 3] = [(' ', '\u{1}'), (';', '\u{2}'), (']', '\u{3}')];
 
+/// Stands behind the name of a frame that rests on a guess.
+const GUESSED: &str = " (guessed)";
+
 /// Returns the frame of a picture, from which [`restored`] makes the name again.
-fn picture_frame(name: &str, kind: Kind) -> String {
+fn picture_frame(frame: &Frame, is_guessed: bool) -> String {
     let stand_in = |c: char| STAND_INS.iter().find(|(from, _)| *from == c).map_or(c, |(_, to)| *to);
-    let name = printable(name).chars().map(stand_in).collect::<String>();
-    match kind {
-        Kind::Function => name,
+    let name = printable(&frame.name) + if is_guessed { GUESSED } else { "" };
+    let name = name.chars().map(stand_in).collect::<String>();
+    match frame.kind {
+        Kind::Command | Kind::Function => name,
         Kind::Inlined => name + "_[i]",
         Kind::Kernel => name + "_[k]",
         // The mark of functions that a JIT compiler made has the colour of other languages.
@@ -235,8 +325,10 @@ pub(super) fn html(profile: &Profile, details: &Details) -> Result<Vec<u8>, Outp
         .iter()
         .filter_map(|index| profile.string_table.get(usize::try_from(*index).ok()?))
         .fold(String::new(), |all, comment| all + "<li>" + &escape(comment) + "</li>");
+    let has_guesses = picture.contains(GUESSED);
     Ok(PAGE
         .replace("@title@", &title)
+        .replace("@guesses@", if has_guesses { GUESSES } else { "" })
         .replace("@facts@", &facts)
         .replace("@comments@", &comments)
         .replace("@picture@", picture)
@@ -258,5 +350,9 @@ fn escape(text: &str) -> String {
         safe
     })
 }
+
+/// The legend of the page for frames that rest on a guess.
+const GUESSES: &str = "<p>Frames marked “(guessed)” may be wrong: in at least one sample Gannet found them, or a function that they \
+    called, by a frame pointer alone, because no unwind table had an entry.</p>";
 
 const PAGE: &str = include_str!("page.html");

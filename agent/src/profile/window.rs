@@ -331,7 +331,7 @@ fn wanted_parts(stacks: Vec<RawStack>, rule: &RuleTag) -> Vec<RawStack> {
         if rule.without_user {
             stack.user.clear();
             stack.end = StackEnd::None;
-            stack.marks.guessed = false;
+            stack.marks.guessed_from = None;
         }
         let RawStack { tid, thread, kernel, user, end, marks, state, count, value_ns } = &stack;
         let (count, value_ns) = (*count, *value_ns);
@@ -480,7 +480,7 @@ mod tests {
             user: user.to_vec(),
             end: StackEnd::Truncated,
             end_code: 1,
-            marks: StackMarks { kernel_truncated: true, guessed: true },
+            marks: StackMarks { kernel_truncated: true, guessed_from: Some(1) },
             state: 0,
             list_layout: 0,
             raw: None,
@@ -505,9 +505,9 @@ mod tests {
             let stacks = processes.flat_map(|process| &process.stacks);
             let mut stacks: Vec<_> = stacks
                 .map(|stack| {
-                    let StackMarks { kernel_truncated, guessed } = stack.marks;
+                    let StackMarks { kernel_truncated, guessed_from } = stack.marks;
                     assert_eq!(
-                        (kernel_truncated, guessed),
+                        (kernel_truncated, guessed_from.is_some()),
                         (!stack.kernel.is_empty(), !stack.user.is_empty())
                     );
                     (stack.kernel.clone(), stack.user.clone(), stack.count, stack.value_ns, stack.end)

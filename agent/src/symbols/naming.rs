@@ -10,7 +10,10 @@ use std::{
 
 use gannet_elf::BuildIds;
 use gannet_proto::{
-    pprof::{Builder, Header, Label, LabelValue, Line, LocationId, MAX_STACK_FRAMES, Mapping, MappingId},
+    pprof::{
+        Builder, GUESSED_FROM, Header, Label, LabelValue, Line, LocationId, MAX_STACK_FRAMES, Mapping,
+        MappingId,
+    },
     profiles::Profile,
 };
 
@@ -140,20 +143,26 @@ impl ProfileNamer {
             lines.insert(id, functions.len().max(1));
         }
         for stack in &process.stacks {
-            let mut ids: Vec<LocationId> = lookup_frames(stack)
-                .into_iter()
-                .filter_map(|frame| match frame {
+            let Frames { frames, guessed_from } = lookup_frames(stack);
+            let (mut ids, mut guessed) = (Vec::with_capacity(frames.len()), None);
+            for (index, frame) in frames.into_iter().enumerate() {
+                if Some(index) == guessed_from {
+                    guessed = Some(ids.len());
+                }
+                ids.extend(match frame {
                     Frame::Native(address) => locations.get(&address).copied(),
                     Frame::List { number, position } => {
                         self.add_list_frame(builder, process, number, position)
                     }
-                })
-                .collect();
+                });
+            }
             let mut mark =
                 |name| builder.location(None, 0, &[Line { name, system_name: name, ..Line::default() }]);
             // Where the kernel's outermost frames are missing: between its stack and the user's.
             if stack.marks.kernel_truncated {
                 ids.insert(stack.kernel.len().min(ids.len()), mark(TRUNCATED_FRAME));
+                // Guessed frames are the user's.
+                guessed = guessed.map(|index| index + 1);
             }
             ids.extend(end_frame(stack.end).map(&mut mark));
             // A collector refuses deeper stacks, with all that comes with them.
@@ -162,7 +171,7 @@ impl ProfileNamer {
                 ids.push(mark(TRUNCATED_FRAME));
                 self.stats.cut_stacks.fetch_add(stack.count, Ordering::Relaxed);
             }
-            let labels = labels(process, stack);
+            let labels = labels(process, stack, guessed.filter(|index| *index < ids.len()));
             builder.sample(&ids, &[stack.count as i64, stack.value_ns as i64], &labels);
         }
     }
@@ -279,10 +288,11 @@ fn end_frame(end: StackEnd) -> Option<&'static str> {
     }
 }
 
-fn labels<'a>(process: &'a RawProcess, stack: &'a RawStack) -> Vec<Label<'a>> {
+/// Returns the labels of a sample; `guessed_from` is the index of its first location that was found by a guess.
+fn labels<'a>(process: &'a RawProcess, stack: &'a RawStack, guessed_from: Option<usize>) -> Vec<Label<'a>> {
     let runtime = process.interpreter.as_ref().map(|interpreter| &interpreter.file);
     let text = |key, value| Label { key, value: LabelValue::Str(value) };
-    let number = |key, value: u32| Label { key, value: LabelValue::Num(i64::from(value), "") };
+    let number = |key, value: i64| Label { key, value: LabelValue::Num(value, "") };
     let texts = [
         text("thread", stack.thread.as_str()),
         text("comm", &process.comm),
@@ -291,9 +301,10 @@ fn labels<'a>(process: &'a RawProcess, stack: &'a RawStack) -> Vec<Label<'a>> {
         text("runtime", runtime.map_or("", |file| file.runtime.name())),
         text("runtime_version", runtime.map_or("", |file| &file.detected.version_text)),
         text("state", sleep_state(stack.state)),
-        text("unwinding", if stack.marks.guessed { "guessed" } else { "" }),
+        text("unwinding", if guessed_from.is_some() { "guessed" } else { "" }),
     ];
-    let mut labels = vec![number("pid", process.key.tgid), number("tid", stack.tid)];
+    let mut labels = vec![number("pid", process.key.tgid.into()), number("tid", stack.tid.into())];
+    labels.extend(guessed_from.map(|index| number(GUESSED_FROM, index as i64)));
     labels.extend(texts.into_iter().filter(|label| !matches!(label.value, LabelValue::Str(""))));
     labels.extend(
         process.start_labels.iter().flat_map(|labels| labels.iter()).map(|(name, value)| text(name, value)),
@@ -320,12 +331,23 @@ enum Frame {
     List { number: u64, position: u32 },
 }
 
-/// Returns the frames, leaf first. Of a native caller it is the byte before the return address, which belongs to the call: if
+/// The frames of a stack, leaf first.
+struct Frames {
+    frames: Vec<Frame>,
+    /// The index of the first frame that was found by a guess.
+    guessed_from: Option<usize>,
+}
+
+/// Returns the frames. Of a native caller it is the byte before the return address, which belongs to the call: if
 /// the call is the last instruction of a function, the return address belongs to the next function.
-fn lookup_frames(stack: &RawStack) -> Vec<Frame> {
+fn lookup_frames(stack: &RawStack) -> Frames {
     let mut frames = Vec::with_capacity(stack.kernel.len() + stack.user.len());
-    for words in [&stack.kernel, &stack.user] {
+    let (from, mut guessed_from) = (stack.marks.guessed_from.map(usize::from), None);
+    for (words, from) in [(&stack.kernel, None), (&stack.user, from)] {
         for (depth, word) in words.iter().enumerate() {
+            if Some(depth) == from {
+                guessed_from = Some(frames.len());
+            }
             match StackWord::decode(*word) {
                 StackWord::Address(address) => {
                     frames.push(Frame::Native(if depth == 0 { address } else { address.saturating_sub(1) }));
@@ -339,12 +361,12 @@ fn lookup_frames(stack: &RawStack) -> Vec<Frame> {
             }
         }
     }
-    frames
+    Frames { frames, guessed_from }
 }
 
 /// Returns the addresses to look up of the native frames.
 fn lookup_addresses(stack: &RawStack) -> impl Iterator<Item = u64> {
-    lookup_frames(stack).into_iter().filter_map(|frame| match frame {
+    lookup_frames(stack).frames.into_iter().filter_map(|frame| match frame {
         Frame::Native(address) => Some(address),
         Frame::List { .. } => None,
     })

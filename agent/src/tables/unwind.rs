@@ -36,8 +36,8 @@ pub(crate) struct UnwoundSample {
     /// The first file whose table is not built yet. Unwinding went on by frame pointer there, and should be repeated once the
     /// table is built.
     pub(crate) missing: Option<Arc<MappedFile>>,
-    /// At least one frame was found by frame pointer where no table had a rule.
-    pub(crate) guessed: bool,
+    /// The index in `frames` of the first one that was found by frame pointer alone.
+    pub(crate) guessed_from: Option<u16>,
     /// Code that the process makes at run time, and that has to be read first.
     pub(crate) needs: CodeNeeds,
     /// The stack reaches such code, and the agent does not know yet where its runtime keeps it.
@@ -49,7 +49,7 @@ impl UnwoundSample {
     pub(crate) fn complete(self, sample: &mut Sample) {
         sample.user = self.frames;
         sample.end = self.end;
-        sample.marks.guessed = self.guessed;
+        sample.marks.guessed_from = self.guessed_from;
         sample.raw = None;
     }
 }
@@ -140,7 +140,7 @@ impl UnwindTables {
                 end: sample.end,
                 unknown: None,
                 missing: None,
-                guessed: sample.marks.guessed,
+                guessed_from: sample.marks.guessed_from,
                 needs: CodeNeeds::default(),
                 is_unattached: false,
             };
@@ -159,7 +159,6 @@ impl UnwindTables {
             is_unattached: Cell::new(false),
         };
         let unwound = unwind_stack(&snapshot, &source, MAX_FRAMES);
-        let guessed = unwound.frames.iter().any(|frame| frame.guessed);
         let missing = source.missing.into_inner();
         let is_unattached = source.is_unattached.get();
         let (functions, mut needs) = source.walk.map(CodeWalk::finish).unwrap_or_default();
@@ -171,7 +170,8 @@ impl UnwindTables {
         // Lists that were taken by the layout of another interpreter are no use.
         let layout = self.runtime_of(image).map(|(file, _)| file.detected.layout);
         let lists = lists.as_ref().filter(|_| layout == Some(sample.list_layout));
-        let (frames, is_cut) = with_functions(&unwound.frames, functions, lists.cloned().unwrap_or_default());
+        let StackWords { words: frames, guessed_from, is_cut } =
+            with_functions(&unwound.frames, functions, lists.cloned().unwrap_or_default());
         let (end, unknown) = match unwound.end {
             _ if is_cut => (StackEnd::Truncated, None),
             UnwindEnd::Complete => (StackEnd::Complete, None),
@@ -186,21 +186,33 @@ impl UnwindTables {
             | UnwindEnd::RegisterLost
             | UnwindEnd::NoProgress => (StackEnd::Broken, None),
         };
-        UnwoundSample { frames, end, unknown, missing, guessed, needs, is_unattached }
+        UnwoundSample { frames, end, unknown, missing, guessed_from, needs, is_unattached }
     }
 }
 
+/// A stack in the form of samples.
+struct StackWords {
+    /// Leaf first; see [`crate::model::StackWord`].
+    words: Vec<u64>,
+    /// The index of the first frame that was found by a guess.
+    guessed_from: Option<u16>,
+    /// Whether frames beyond the limit were left out.
+    is_cut: bool,
+}
+
 /// Puts list frames in front of the native frames that stand for them, and functions in the place of frames of generated code:
-/// `functions` has the words of each such frame, by its program counter and leaf first. Returns the words of the stack, and
-/// whether frames beyond the limit were left out.
+/// `functions` has the words of each such frame, by its program counter and leaf first.
 fn with_functions(
     frames: &[UnwindFrame],
     functions: Vec<(u64, Vec<u64>)>,
     mut lists: RawLists,
-) -> (Vec<u64>, bool) {
+) -> StackWords {
     let mut functions = functions.into_iter().peekable();
-    let (mut words, mut depth) = (Vec::with_capacity(frames.len()), 0);
+    let (mut words, mut depth, mut guessed_from) = (Vec::with_capacity(frames.len()), 0, None);
     for (index, frame) in frames.iter().enumerate() {
+        if frame.guessed && guessed_from.is_none() {
+            guessed_from = u16::try_from(words.len()).ok();
+        }
         let own = functions.next_if(|(pc, _)| *pc == frame.pc).map(|(_, words)| words).unwrap_or_default();
         let is_native = own.is_empty();
         let named = if is_native {
@@ -211,7 +223,8 @@ fn with_functions(
         let count = named.len() / 2;
         if depth + count + usize::from(is_native) > MAX_FRAMES {
             words.extend(named.into_iter().take(2 * (MAX_FRAMES - depth)));
-            return (words, true);
+            guessed_from = guessed_from.filter(|from| usize::from(*from) < words.len());
+            return StackWords { words, guessed_from, is_cut: true };
         }
         words.extend(named);
         depth += count;
@@ -221,5 +234,5 @@ fn with_functions(
             depth += 1;
         }
     }
-    (words, false)
+    StackWords { words, guessed_from, is_cut: false }
 }

@@ -276,3 +276,28 @@ fn hidden_error_frames_leave_their_values_to_the_callers() {
     assert_eq!(text(false), "[broken stack] 2000000\n[truncated];leaf;[unknown] 1000000\n");
     assert_eq!(text(true), "[no stack] 2000000\nleaf 1000000\n");
 }
+
+/// Checks the mark in pictures: a frame has it once, whether all of its samples or some of them rest on a guess.
+#[test]
+fn guessed_frames_are_marked_in_pictures() {
+    let mut profile = profile();
+    // The stack `shop;main;checkout;push`, without its leaf; a stack with a leaf in the kernel has the same frames without a guess.
+    profile.string_table.push(pprof::GUESSED_FROM.to_owned());
+    let key = profile.string_table.len() as i64 - 1;
+    let at = profile.sample.iter().position(|sample| sample.value[0] == 3).unwrap();
+    profile.sample[at].label.push(gannet_proto::profiles::Label { key, num: 1, ..Default::default() });
+    let of = |format| String::from_utf8(render(&profile, format, &details()).unwrap()).unwrap();
+    for format in [Format::Svg, Format::Html] {
+        let picture = of(format);
+        assert_eq!(picture.matches("<title>main (guessed) (").count(), 1, "{picture}");
+        // That of the process `other;name`, whose samples rest on no guess.
+        assert_eq!(picture.matches("<title>main (").count(), 2, "{picture}");
+        for name in ["shop (guessed)", "checkout (guessed)", "back (guessed)"] {
+            assert!(!picture.contains(name), "{name} is marked");
+        }
+    }
+    assert!(of(Format::Html).contains("Frames marked “(guessed)” may be wrong"));
+    assert!(!text(Format::Html).contains("Frames marked"));
+    // Other programs read this form, and compare its names.
+    assert_eq!(of(Format::Folded), text(Format::Folded));
+}

@@ -435,22 +435,30 @@ fn cut_kernel_stacks_and_guessed_frames_are_marked() {
     let kernel = [0xffff_ffff_8000_0000, 0xffff_ffff_8000_0100];
     let user = [program.addresses["leaf"], program.addresses["outer"]];
     let of = |kernel: &[u64], marks| RawStack { marks, ..stack(kernel, &user, StackEnd::Complete) };
-    let cut = StackMarks { kernel_truncated: true, guessed: false };
-    let guessed = StackMarks { kernel_truncated: false, guessed: true };
+    let cut = StackMarks { kernel_truncated: true, guessed_from: None };
+    let guessed = StackMarks { kernel_truncated: false, guessed_from: Some(1) };
     let symbolized = |stack| symbolize(&new_symbolizer(), raw(key(pid), Arc::clone(&image), vec![stack]));
     let label = |profile: &Profile| {
         let mut labels = profile.sample[0].label.iter();
         let found = labels.find(|label| text(profile, label.key) == "unwinding");
         found.map(|label| text(profile, label.str).to_owned())
     };
+    let sure = |profile: &Profile| gannet_proto::pprof::sure_frames(profile, &profile.sample[0]);
     let profile = symbolized(of(&kernel, cut));
     let frames = names(&profile);
     assert_eq!(frames.len(), 5, "{frames:?}");
     assert_eq!(frames[2..], [vec!["[truncated]"], vec!["leaf"], vec!["outer"]]);
-    assert_eq!(label(&profile), None);
+    assert_eq!((label(&profile), sure(&profile)), (None, 5));
     let profile = symbolized(of(&kernel[..0], guessed));
     assert_eq!(names(&profile), [vec!["leaf"], vec!["outer"]]);
-    assert_eq!(label(&profile).as_deref(), Some("guessed"));
+    assert_eq!((label(&profile).as_deref(), sure(&profile)), (Some("guessed"), 1));
+    // Behind the frames of the kernel, and behind the mark of those that it lacks.
+    let both = StackMarks { kernel_truncated: true, ..guessed };
+    for (marks, expected) in [(guessed, 3), (both, 4)] {
+        let profile = symbolized(of(&kernel, marks));
+        assert_eq!(names(&profile)[expected], ["outer"]);
+        assert_eq!((label(&profile).as_deref(), sure(&profile)), (Some("guessed"), expected));
+    }
 }
 
 #[test]

@@ -432,14 +432,15 @@ struct sample {
 	u8 kernel_truncated;
 	/* Of an off-CPU sample: the low bits of the state that it slept in. */
 	u8 state;
-	/* A frame was found by frame pointer, though no table said so. */
-	u8 guessed;
-	/* The description by which list frames were taken; 0: there are none. */
-	u8 list_layout;
+	/* The index among the user frames' words from which on all frames rest on a guess (see RULE_GUESSED); 0: none does. */
+	u16 guessed_from;
 	/* Of a raw stack: words of list frames behind it. The first one is `run_native` of struct unwind_state. */
 	u16 list_words;
 	/* The CPU that sent it, and that CPU's `counters.sent` before it: a jump shows the agent that a record is missing. */
-	u32 cpu;
+	u16 cpu;
+	/* The description by which list frames were taken; 0: there are none. */
+	u8 list_layout;
+	u8 reserved;
 	u64 sequence;
 	/* kernel_frames, then user_frames, then list_words; leaf first. */
 	u64 frames[];

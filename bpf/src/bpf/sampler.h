@@ -111,8 +111,9 @@ ALWAYS_INLINE void begin_sample(struct sample *sample, u8 kind, u64 rules, u64 v
 	sample->kind = kind;
 	sample->state = 0;
 	sample->value_ns = value_ns;
-	sample->guessed = 0;
+	sample->guessed_from = 0;
 	sample->list_layout = 0;
+	sample->reserved = 0;
 	sample->list_words = 0;
 	sample->user_frames = 0;
 	sample->user_end = USER_STACK_NONE;
@@ -155,6 +156,8 @@ ALWAYS_INLINE void take_user_stack(void *ctx, struct sample *sample, u64 *frames
 	}
 	sample->user_frames = got / sizeof(u64);
 	sample->user_end = USER_STACK_COMPLETE;
+	/* Each caller is found by frame pointer. */
+	sample->guessed_from = 1;
 	if (sample->user_frames > MAX_FP_FRAMES) {
 		sample->user_frames = MAX_FP_FRAMES;
 		sample->user_end = USER_STACK_TRUNCATED;
@@ -360,7 +363,7 @@ ALWAYS_INLINE bool begin_raw(struct counters *counters, struct sample_scratch *s
 
 	counters->raw++;
 	scratch->sample.user_frames = 0;
-	scratch->sample.guessed = 0;
+	scratch->sample.guessed_from = 0;
 	take_raw(scratch);
 	unwind->raw = 1;
 	unwind->run_open = 0;
@@ -423,7 +426,7 @@ ALWAYS_INLINE void end_unwind(struct sample_scratch *scratch)
 	}
 	scratch->sample.user_frames = scratch->unwind.frames;
 	scratch->sample.user_end = scratch->unwind.end;
-	scratch->sample.guessed = scratch->unwind.guessed;
+	scratch->sample.guessed_from = scratch->unwind.guessed_from;
 }
 
 /* Counts a sample as taken. What becomes of it is counted by end_sample. */

@@ -136,8 +136,8 @@ struct unwind_state {
 	u8 first;
 	u8 fp_lost;
 	u8 rbx_lost;
-	/* A frame was found by frame pointer where no table said so. */
-	u8 guessed;
+	/* See struct sample. */
+	u16 guessed_from;
 	/* By DWARF number; good in the first frame only, but rbx until it is lost. */
 	u64 registers[RAW_REGISTERS - 1];
 	/* Where the thread is; pc moves on from frame to frame. */
@@ -236,7 +236,7 @@ ALWAYS_INLINE void begin_unwind(struct unwind_state *unwind, const struct image 
 	unwind->first = 1;
 	unwind->fp_lost = 0;
 	unwind->rbx_lost = 0;
-	unwind->guessed = 0;
+	unwind->guessed_from = 0;
 	unwind->depth = 0;
 }
 
@@ -368,6 +368,13 @@ ALWAYS_INLINE bool read_stack(struct unwind_state *unwind, u64 address, u64 *val
 	return true;
 }
 
+/* The caller is found by a guess, and so its own callers may be wrong too. */
+ALWAYS_INLINE void note_guess(struct unwind_state *unwind)
+{
+	if (!unwind->guessed_from)
+		unwind->guessed_from = unwind->frames + 1;
+}
+
 /* Steps by convention: the saved frame pointer is at fp, the return address above it. Only upwards, only aligned. */
 ALWAYS_INLINE bool step_by_frame_pointer(struct unwind_state *unwind)
 {
@@ -380,7 +387,7 @@ ALWAYS_INLINE bool step_by_frame_pointer(struct unwind_state *unwind)
 	unwind->sp = unwind->fp + 16;
 	unwind->fp = pair[0];
 	unwind->pc = pair[1];
-	unwind->guessed = 1;
+	note_guess(unwind);
 	return true;
 }
 
@@ -676,6 +683,8 @@ ALWAYS_INLINE bool step(struct unwind_state *unwind, struct rule_cache *cache)
 	unwind->sp = cfa;
 	unwind->pc = ra;
 	unwind->exact = rule->flags & RULE_SIGNAL;
+	if (rule->flags & RULE_GUESSED)
+		note_guess(unwind);
 	goto caller;
 next:
 	unwind->exact = 0;

@@ -103,6 +103,8 @@ fn begin_flame_node(node: &api::FlameNode, out: &mut String) {
         kernel,
         inlined,
         parent: _,
+        guessed,
+        base_guessed,
     } = node;
     out.push_str("{\"name\":");
     out.push_str(&Value::from(name.as_str()).to_string());
@@ -111,9 +113,14 @@ fn begin_flame_node(node: &api::FlameNode, out: &mut String) {
         out.push_str(&Value::from(file.as_str()).to_string());
     }
     // Writing into a string does not fail.
-    for (key, value) in
-        [("total", total), ("self", self_), ("base_total", base_total), ("base_self", base_self)]
-    {
+    for (key, value) in [
+        ("total", total),
+        ("self", self_),
+        ("base_total", base_total),
+        ("base_self", base_self),
+        ("guessed", guessed),
+        ("base_guessed", base_guessed),
+    ] {
         if *value > 0 {
             let _ = write!(out, ",\"{key}\":{value}");
         }

@@ -7,6 +7,9 @@ export interface FlameNode {
   self?: number;
   base_total?: number;
   base_self?: number;
+  /** The part of `total` in which this frame was found by a guess, or rests on one. */
+  guessed?: number;
+  base_guessed?: number;
   kernel?: boolean;
   inlined?: boolean;
   children?: FlameNode[];

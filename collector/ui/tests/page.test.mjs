@@ -118,6 +118,38 @@ describe("the flame graph", () => {
     });
   });
 
+  it("marks frames that rest on a guess", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      const frames = await drawn(page, "shop::template::escape");
+      const classes = (name) => named(frames, name).classes.filter((name) => name.includes("guessed")).join(" ");
+      assert.equal(classes("shop::template::escape"), "");
+      assert.equal(classes("shop::template::call"), "guessed");
+      assert.equal(classes("shop::template::render"), "guessed");
+      assert.equal(classes("shop::checkout::place_order"), "partly-guessed");
+      assert.equal(classes("shop::checkout::price_basket"), "");
+      assert.equal(classes("all"), "");
+      const fill = (name) =>
+        page.$$eval("g.frame", (groups, name) => getComputedStyle(groups.find((group) => group.__data__.data.name === name).querySelector("rect")).fill, name);
+      assert.match(await fill("shop::template::call"), /^url\("?#hatch-\d+"?\)/);
+      assert.match(await fill("shop::template::escape"), /^oklch/);
+      assert.match(await page.textContent(".legend"), /guessed: found by frame pointer, without an unwind table in [\d.]+% of the samples/);
+      // Keys reach the facts, and a screen reader hears them.
+      await page.focus(".flame-graph");
+      await page.keyboard.press("/");
+      await page.keyboard.type("template::call");
+      await page.keyboard.press("Enter");
+      await page.waitForFunction(() => document.querySelectorAll("g.frame.match").length > 0);
+      await page.focus(".flame-graph");
+      await page.keyboard.press("n");
+      await page.waitForFunction(() => document.querySelector("#picked-frame")?.textContent.includes("shop::template::call"));
+      assert.match(await page.textContent("#picked-frame"), /guessed: it or a function that it called was found by frame pointer/);
+      assert.match(await page.textContent(".flame [role=status].visually-hidden"), /shop::template::call, .*, guessed$/);
+      // A match keeps its mark.
+      assert.match(await fill("shop::template::call"), /^url/);
+      await accessible(page);
+    });
+  });
+
   it("hides error frames on demand and keeps their values", async () => {
     await on(`?${CHECKOUT}`, async (page) => {
       const shown = await drawn(page, "shop::checkout::price_basket");

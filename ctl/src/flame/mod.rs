@@ -117,6 +117,8 @@ fn node_json(root: &FlameNode) -> String {
                     kernel,
                     inlined,
                     parent: _,
+                    guessed,
+                    base_guessed,
                 } = node;
                 let (name, file) = (json!(name), json!(file));
                 let _ = write!(
@@ -125,8 +127,9 @@ fn node_json(root: &FlameNode) -> String {
                 );
                 let _ = write!(
                     text,
-                    r#""base_self":{base_self},"kernel":{kernel},"inlined":{inlined},"children":["#
+                    r#""base_self":{base_self},"guessed":{guessed},"base_guessed":{base_guessed},"kernel":{kernel},"#
                 );
+                let _ = write!(text, r#""inlined":{inlined},"children":["#);
                 steps.push(Step::Close);
                 for (number, child) in children.iter().enumerate().rev() {
                     steps.push(Step::Open(child));
@@ -216,6 +219,15 @@ fn tree(graph: &Graph, min_percent: f64) -> String {
     text
 }
 
+/// Returns how much of a frame's value comes from stacks in which it rests on a guess: `guessed`, or `12% guessed`.
+pub(crate) fn guess(guessed: u64, all: u64) -> Option<String> {
+    match guessed {
+        0 => None,
+        some if some >= all => Some("guessed".to_owned()),
+        some => Some(format!("{} guessed", percent(some, all))),
+    }
+}
+
 fn notes(node: &FlameNode) -> String {
     let mut notes = String::new();
     if !node.file.is_empty() && !node.name.starts_with(&node.file) {
@@ -223,6 +235,10 @@ fn notes(node: &FlameNode) -> String {
     }
     if node.inlined {
         notes.push_str("  (inlined)");
+    }
+    let all = node.total.saturating_add(node.base_total);
+    if let Some(guessed) = guess(node.guessed.saturating_add(node.base_guessed), all) {
+        let _ = write!(notes, "  ({guessed})");
     }
     notes
 }
@@ -270,6 +286,8 @@ pub(crate) mod tests {
             kernel: name.starts_with("sys_"),
             inlined: false,
             parent: 0,
+            guessed: 0,
+            base_guessed: 0,
         }
     }
 
@@ -315,6 +333,24 @@ pub(crate) mod tests {
             (serve["children"][1]["kernel"].as_bool(), value["base_total"].as_u64()),
             (Some(true), Some(100))
         );
+    }
+
+    /// Checks all, a part and none of a frame's value.
+    #[test]
+    fn guessed_frames_are_marked_in_each_form() {
+        let mut graph = graph(false);
+        (graph.root.guessed, graph.root.children[0].guessed) = (10, 10);
+        let work = &mut graph.root.children[0].children[0];
+        (work.guessed, work.children[1].guessed) = (10, 10);
+        let text = tree(&graph, 0.0);
+        let line = |name: &str| text.lines().find(|line| line.contains(name)).unwrap().to_owned();
+        assert!(line("hash").ends_with("hash  app  (guessed)"), "{text}");
+        assert!(line("work").ends_with("work  app  (14.29% guessed)"), "{text}");
+        assert!(line(" all").ends_with("all  (10.00% guessed)"), "{text}");
+        assert!(!line("memcpy").contains("guessed"), "{text}");
+        let value: serde_json::Value = serde_json::from_str(&graph_json(&graph)).unwrap();
+        let work = &value["root"]["children"][0]["children"][0];
+        assert_eq!((work["guessed"].as_u64(), work["base_guessed"].as_u64()), (Some(10), Some(0)));
     }
 
     #[test]

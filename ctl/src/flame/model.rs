@@ -15,6 +15,8 @@ pub(super) struct Node {
     pub(super) base_total: u64,
     pub(super) kernel: bool,
     pub(super) inlined: bool,
+    /// The part of the weight in which the frame rests on a guess.
+    pub(super) guessed: u64,
     pub(super) depth: usize,
     /// Index of the parent; the root is its own parent.
     pub(super) parent: usize,
@@ -66,6 +68,8 @@ impl Model {
                 kernel,
                 inlined,
                 parent: _,
+                guessed,
+                base_guessed,
             } = node;
             nodes.push(Node {
                 name: clean(&name),
@@ -75,6 +79,7 @@ impl Model {
                 base_total,
                 kernel,
                 inlined,
+                guessed: guessed.saturating_add(base_guessed),
                 depth,
                 parent,
                 children: Vec::new(),

@@ -10,7 +10,10 @@ use ratatui::{
     widgets::Paragraph,
 };
 
-use super::model::{Model, Node};
+use super::{
+    guess,
+    model::{Model, Node},
+};
 use crate::render::{amount, percent};
 
 /// Draws the whole screen and scrolls the model to fit it.
@@ -63,12 +66,16 @@ fn draw_rows(frame: &mut Frame<'_>, area: Rect, model: &mut Model) {
             }
             // The last column of a wide node stays empty, so that neighbours are distinct.
             let inner = if width > 2 { width - 1 } else { width };
-            let name: String = if inner > 2 { fit(&node.name, usize::from(inner)) } else { String::new() };
+            let name = if node.guessed > 0 { format!("{GUESSED}{}", node.name) } else { node.name.clone() };
+            let name: String = if inner > 2 { fit(&name, usize::from(inner)) } else { String::new() };
             let text = format!("{name:<width$}", width = usize::from(inner));
             frame.buffer_mut().set_stringn(area.x + at, y, text, usize::from(inner), style);
         }
     }
 }
+
+/// Stands before the name of a frame that rests on a guess.
+const GUESSED: char = '~';
 
 /// Shortens a name to `width` characters.
 fn fit(name: &str, width: usize) -> String {
@@ -115,6 +122,9 @@ fn details(model: &Model) -> Paragraph<'static> {
             let _ = write!(about, "  {word}");
         }
     }
+    if let Some(guessed) = guess(node.guessed, node.weight()) {
+        let _ = write!(about, "  {guessed}: by frame pointer, without an unwind table");
+    }
     let mut numbers = format!(
         "total {} {}   self {} {}",
         amount(node.total.into(), &model.unit),
@@ -139,7 +149,11 @@ fn key_line(model: &Model) -> Paragraph<'static> {
     } else {
         "q quit  arrows move  Enter zoom in  Backspace out  r reset  / search  n N next"
     };
-    Paragraph::new(keys).dim()
+    let mut line = keys.to_owned();
+    if model.nodes.iter().any(|node| node.guessed > 0) {
+        let _ = write!(line, "   {GUESSED} guessed");
+    }
+    Paragraph::new(line).dim()
 }
 
 #[cfg(test)]
@@ -169,6 +183,26 @@ mod tests {
         "serve  app                                                  "
         "total 90 90.00%   self 0 0.00%                              "
         "q quit  arrows move  Enter zoom in  Backspace out  r reset  "
+        "#);
+    }
+
+    #[test]
+    fn guessed_frames_have_a_mark_and_a_legend() {
+        let mut graph = graph(false);
+        graph.root.children[0].children[0].guessed = 35;
+        let mut model = Model::new(graph);
+        model.key(KeyCode::Down);
+        model.key(KeyCode::Down);
+        insta::assert_snapshot!(drawn(&mut model, 90, 9).backend(), @r#"
+        " gannet flame   samples/count  100                                                        "
+        "all                                                                                       "
+        "serve                                                                            idle_lo… "
+        "~work                                                          sys_read                   "
+        "memcpy                              hash                                                  "
+        "                                                                                          "
+        "work  app  50.00% guessed: by frame pointer, without an unwind table                      "
+        "total 70 70.00%   self 20 20.00%                                                          "
+        "q quit  arrows move  Enter zoom in  Backspace out  r reset  / search  n N next   ~ guessed"
         "#);
     }
 

@@ -9,6 +9,7 @@ use super::{
     PprofError,
     check::{Ids, check},
     error_frames::is_error_frame,
+    guessed::sure_frames,
     interpreters::{InterpreterFrames, interpreted_name, is_interpreted},
 };
 use crate::{
@@ -56,6 +57,8 @@ struct Node {
     /// True if every occurrence is inlined.
     inlined: bool,
     total: Pair,
+    /// The part of `total` from stacks in which this frame rests on a guess.
+    guessed: Pair,
     own: Pair,
 }
 
@@ -92,7 +95,14 @@ impl FlameTree {
             hide_error_frames: false,
         };
         let frame = tree.frame(ROOT.to_owned(), false, "");
-        tree.nodes.push(Node { parent: 0, frame, inlined: false, total: [0; 2], own: [0; 2] });
+        tree.nodes.push(Node {
+            parent: 0,
+            frame,
+            inlined: false,
+            total: [0; 2],
+            guessed: [0; 2],
+            own: [0; 2],
+        });
         tree
     }
 
@@ -131,12 +141,8 @@ impl FlameTree {
         } else {
             InterpreterFrames::new(profile)
         };
-        let hidden: HashSet<u32> = if self.hide_error_frames {
-            let errors = self.frames.iter().filter(|(key, _)| is_error_frame(&key.name));
-            errors.map(|(_, frame)| *frame).collect()
-        } else {
-            HashSet::new()
-        };
+        let errors = self.frames.iter().filter(|(key, _)| is_error_frame(&key.name));
+        let errors: HashSet<u32> = errors.map(|(_, frame)| *frame).collect();
         for sample in &profile.sample {
             let value = u64::try_from(sample.value[type_index]).unwrap_or(0);
             if value == 0 {
@@ -144,15 +150,24 @@ impl FlameTree {
             }
             let mut at = 0;
             add(&mut self.nodes[0].total, side, value);
-            for id in interpreters.visible(sample).rev() {
+            let sure = sure_frames(profile, sample);
+            if sure < sample.location_id.len() {
+                add(&mut self.nodes[0].guessed, side, value);
+            }
+            for (index, id) in interpreters.visible(sample).rev() {
                 // The innermost frame is first, and every frame but the outermost is inlined into the next.
                 let frames = &location_frames[ids.index(id, "a sample")?];
                 for (depth, frame) in frames.iter().enumerate().rev() {
-                    if hidden.contains(frame) {
+                    let is_error = errors.contains(frame);
+                    if is_error && self.hide_error_frames {
                         continue;
                     }
                     at = self.child(at, *frame, depth + 1 < frames.len());
-                    add(&mut self.nodes[at as usize].total, side, value);
+                    let node = &mut self.nodes[at as usize];
+                    add(&mut node.total, side, value);
+                    if index >= sure && !is_error {
+                        add(&mut node.guessed, side, value);
+                    }
                 }
             }
             add(&mut self.nodes[at as usize].own, side, value);
@@ -186,7 +201,7 @@ impl FlameTree {
         let next = self.nodes.len() as u32;
         let child = *self.children.entry((parent, frame)).or_insert(next);
         if child == next {
-            self.nodes.push(Node { parent, frame, inlined, total: [0; 2], own: [0; 2] });
+            self.nodes.push(Node { parent, frame, inlined, total: [0; 2], guessed: [0; 2], own: [0; 2] });
         } else {
             self.nodes[child as usize].inlined &= inlined;
         }
@@ -289,6 +304,8 @@ impl FlameTree {
                     kernel: *kernel,
                     inlined: node.inlined,
                     parent: 0,
+                    guessed: node.guessed[0],
+                    base_guessed: node.guessed[1],
                 }
                 .with_own(node.own)
             })

@@ -68,10 +68,14 @@ impl InterpreterFrames {
         Self { interpreted, own }
     }
 
-    /// Returns the locations of a sample, leaf first, without the interpreter's own frames. A stack without any interpreted
-    /// function stays as it is.
-    pub fn visible<'s>(&self, sample: &'s Sample) -> impl DoubleEndedIterator<Item = u64> + use<'s, '_> {
+    /// Returns the locations of a sample with their indexes, leaf first, without the interpreter's own frames. A stack without
+    /// any interpreted function stays as it is.
+    pub fn visible<'s>(
+        &self,
+        sample: &'s Sample,
+    ) -> impl DoubleEndedIterator<Item = (usize, u64)> + use<'s, '_> {
         let hides = sample.location_id.iter().any(|id| self.interpreted.contains(id));
-        sample.location_id.iter().copied().filter(move |id| !(hides && self.own.contains(id)))
+        let all = sample.location_id.iter().copied().enumerate();
+        all.filter(move |(_, id)| !(hides && self.own.contains(id)))
     }
 }

@@ -542,3 +542,66 @@ fn a_program_that_is_no_interpreter_keeps_all_its_frames() {
     builder.sample(&ids, &[1, 1], &[]);
     assert_eq!(folded(&builder.finish(), 0).unwrap(), "main;_PyEval_EvalFrameDefault;leaf 1\n");
 }
+
+/// Checks the mark of frames behind merges and splits, beside frames that hide, and with numbers that no agent writes.
+#[test]
+fn frames_from_a_guess_to_the_root_are_marked() {
+    let built = |marks: &[Option<i64>]| {
+        let mut builder = Builder::new(Header {
+            sample_types: &[("cpu", "nanoseconds")],
+            period_type: ("cpu", "nanoseconds"),
+            period: 1,
+            time_nanos: 1,
+            duration_nanos: 1,
+        });
+        let mapping =
+            builder.mapping(Mapping { start: 0, limit: 0x9000, offset: 0, file: "/bin/a", build_id: "" });
+        let mut frame = |mapping, name: &str, address| {
+            builder.location(mapping, address, &[Line { name, system_name: name, ..Line::default() }])
+        };
+        let stack = [
+            frame(Some(mapping), "leaf", 1),
+            frame(Some(mapping), "middle", 2),
+            frame(Some(mapping), "main", 3),
+            frame(None, "[truncated]", 0),
+        ];
+        for (value, mark) in (1..).zip(marks) {
+            let label = mark.map(|index| Label { key: GUESSED_FROM, value: LabelValue::Num(index, "") });
+            builder.sample(&stack, &[value], label.as_slice());
+        }
+        builder.finish()
+    };
+    let guessed = |profile: &Profile| {
+        let mut tree = FlameTree::new();
+        tree.add(profile, 0, Side::Main).unwrap();
+        tree.add(profile, 0, Side::Base).unwrap();
+        let mut node = tree.prune(100);
+        let mut seen = vec![(node.name.clone(), node.guessed, node.base_guessed)];
+        while let Some(child) = node.children.pop() {
+            node = child;
+            seen.push((node.name.clone(), node.guessed, node.base_guessed));
+        }
+        seen
+    };
+    let expected = |of: [u64; 5]| {
+        let names = ["all", "[truncated]", "main", "middle", "leaf"];
+        names.into_iter().zip(of).map(|(name, value)| (name.to_owned(), value, value)).collect::<Vec<_>>()
+    };
+    // Values 1, 2 and 4 are of samples without a guess, with one at `middle`, and with one at `main`.
+    let (first, second) = (built(&[None, Some(1)]), built(&[None, None, None, Some(2)]));
+    assert_eq!(guessed(&first), expected([2, 0, 2, 2, 0]));
+    assert_eq!(guessed(&second), expected([4, 0, 4, 0, 0]));
+    let mut merger = Merger::new();
+    merger.add(&first).unwrap();
+    merger.add(&second).unwrap();
+    let merged = merger.finish().unwrap();
+    assert_eq!(guessed(&merged), expected([6, 0, 6, 2, 0]));
+    let mut merger = Merger::new();
+    for part in split(merged, 1, usize::MAX) {
+        merger.add(&decode(&encode(&part), 1 << 20).unwrap()).unwrap();
+    }
+    assert_eq!(guessed(&merger.finish().unwrap()), expected([6, 0, 6, 2, 0]));
+    for wrong in [0, -1, 4, i64::MAX, i64::MIN] {
+        assert_eq!(guessed(&built(&[Some(wrong)])), expected([0; 5]), "{wrong}");
+    }
+}

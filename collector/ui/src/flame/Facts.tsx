@@ -8,9 +8,12 @@ interface FactsProps {
   diff: boolean;
 }
 
+/** Returns how much of a frame rests on a guess: `guessed`, `12% guessed`, or an empty text. */
+const guessOf = ({ guessed }: FrameData): string => (guessed === 0 ? "" : guessed === 1 ? "guessed" : `${share(guessed, 1)} guessed`);
+
 /** Returns one sentence for screen readers. */
 export function describe({ frame, frames: { unit, total, baseTotal }, diff }: FactsProps): string {
-  const kind = frame.kernel ? ", kernel" : frame.inlined ? ", inlined" : "";
+  const kind = [frame.kernel ? "kernel" : "", frame.inlined ? "inlined" : "", guessOf(frame)].filter(Boolean).map((word) => `, ${word}`).join("");
   if (!diff) {
     return `${frame.name}, ${share(frame.total, total)}, ${value(frame.total, unit)}, self ${value(frame.self, unit)}${kind}`;
   }
@@ -61,6 +64,11 @@ export function Facts(props: FactsProps) {
         {frame.file || (frame.special ? "not a function" : "unknown binary")}
         {kind && ` · ${kind}`}
       </div>
+      {frame.guessed > 0 && (
+        <div class="facts-guess">
+          {guessOf(frame)}: {props.frames.root.key === frame.key ? "frames of these stacks were" : "it or a function that it called was"} found by frame pointer, without an unwind table, and may be wrong
+        </div>
+      )}
       {props.diff ? <Comparison {...props} /> : <Values {...props} />}
     </>
   );

@@ -2,7 +2,7 @@
 import flamegraph, { type Chart, type ChartNode, type Tip } from "d3-flame-graph";
 import { select } from "d3-selection";
 import { points } from "../units";
-import { type FrameData, type Frames, changeColour, groupColour, matchColour } from "./frames";
+import { type FrameData, type Frames, MOSTLY_GUESSED, changeColour, groupColour, matchColour } from "./frames";
 
 export type Node = ChartNode<FrameData>;
 type Group = SVGGElement & { __data__: Node };
@@ -31,6 +31,11 @@ export interface ChartEvents {
   onHover: (node: Node | undefined) => void;
 }
 
+function fillOf({ data, highlight }: Pick<Node, "data" | "highlight">, { frames, diff, dark, blind, search }: Look): string {
+  if (highlight && search !== "" && !diff) return matchColour(dark);
+  return diff ? changeColour(data.delta, dark, blind) : groupColour(frames.hues, data.group, dark, data.name);
+}
+
 /** Creates the component in `box`. Its callbacks read `look()` at each call, so the component outlives changes. */
 export function createChart(box: HTMLElement, width: number, look: () => Look, events: ChartEvents): Chart<FrameData> {
   const tip: Tip<FrameData> = Object.assign(() => {}, {
@@ -53,11 +58,7 @@ export function createChart(box: HTMLElement, width: number, look: () => Look, e
     .setSearchMatch((node) => !(node.depth === 0) && look().matches(node.data.name))
     .setSearchHandler(() => {})
     .setDetailsHandler(() => {})
-    .setColorMapper(({ data, highlight }) => {
-      const { frames, diff, dark, blind, search } = look();
-      if (highlight && search !== "" && !diff) return matchColour(dark);
-      return diff ? changeColour(data.delta, dark, blind) : groupColour(frames.hues, data.group, dark, data.name);
-    })
+    .setColorMapper((node) => fillOf(node, look()))
     .onClick(events.onClick);
   // Like d3, the component stores its data on the element.
   chart(select(box).datum({ ...look().frames.root, children: [] }));
@@ -118,15 +119,45 @@ export function sumMatches(root: Node): Found {
   return sum;
 }
 
+const SVG = "http://www.w3.org/2000/svg";
+
+/** Adds an element with attributes to another one. */
+function append(parent: Element, name: string, attributes: Record<string, string>): Element {
+  const element = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  parent.append(element);
+  return element;
+}
+
+/** Returns a function from a colour to a hatched fill of that colour. Its patterns replace those of the last call for `svg`. */
+function hatching(svg: Element): (colour: string) => string {
+  svg.querySelector("defs.hatches")?.remove();
+  const defs = append(svg, "defs", { class: "hatches" });
+  const made = new Map<string, string>();
+  return (colour) => {
+    let id = made.get(colour);
+    if (id === undefined) {
+      id = `hatch-${made.size}`;
+      made.set(colour, id);
+      const pattern = append(defs, "pattern", { id, width: "7", height: "7", patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" });
+      append(pattern, "path", { d: "M0 0H7V7H0Z", fill: colour });
+      append(pattern, "path", { d: "M1 0V7", class: "hatch" });
+    }
+    return `url(#${id})`;
+  };
+}
+
 /**
  * Sets the classes of the drawn frames for the style sheet and hides the SVG from assistive technology.
  * Returns the number of drawn frames, and whether the frame with the key `current` is one of them.
  */
-export function decorate(host: Host, { search, diff }: Look, current: string): { count: number; hasCurrent: boolean } | undefined {
+export function decorate(host: Host, look: Look, current: string): { count: number; hasCurrent: boolean } | undefined {
   const svg = host?.querySelector("svg");
   if (!svg) return undefined;
   svg.setAttribute("aria-hidden", "true");
+  const { search, diff } = look;
   const searching = search !== "";
+  const hatched = hatching(svg);
   let front: Group | undefined;
   let count = 0;
   for (const group of svg.querySelectorAll<Group>("g.frame")) {
@@ -134,6 +165,12 @@ export function decorate(host: Host, { search, diff }: Look, current: string): {
     const { data } = node;
     group.classList.toggle("special", data.special && node.depth > 0);
     group.classList.toggle("inlined", data.inlined);
+    // The whole graph is no frame that could be wrong.
+    const guessed = node.depth > 0 ? data.guessed : 0;
+    group.classList.toggle("guessed", guessed >= MOSTLY_GUESSED);
+    group.classList.toggle("partly-guessed", guessed > 0 && guessed < MOSTLY_GUESSED);
+    const rect = group.querySelector("rect");
+    if (rect) rect.style.fill = guessed >= MOSTLY_GUESSED ? hatched(fillOf(node, look)) : "";
     group.classList.toggle("kernel", data.kernel);
     group.classList.toggle("match", searching && Boolean(node.highlight));
     group.classList.toggle("miss", searching && !node.highlight);

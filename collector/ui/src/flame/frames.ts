@@ -9,6 +9,8 @@ export interface FrameData {
   self: number;
   baseTotal: number;
   baseSelf: number;
+  /** The share of the samples, of both sides, in which the frame was found by a guess or rests on one. */
+  guessed: number;
   kernel: boolean;
   inlined: boolean;
   /** True for frames that are not functions: `[truncated]`, `[unknown]`, `[other]`. */
@@ -103,6 +105,7 @@ export function frames(graph: FlameGraph, colour: Colour, absolute: boolean): Fr
       self: node.self ?? 0,
       baseTotal: baseAmount,
       baseSelf: node.base_self ?? 0,
+      guessed: shareOf((node.guessed ?? 0) + (node.base_guessed ?? 0), amount + baseAmount),
       kernel: node.kernel ?? false,
       inlined: node.inlined ?? false,
       special: isSpecial(node.name),
@@ -155,6 +158,9 @@ function spread(names: string[]): Map<string, number> {
   }
   return hues;
 }
+
+/** Frames with at least this share of guesses are hatched; those with a smaller one have a dotted outline. */
+export const MOSTLY_GUESSED = 0.5;
 
 const oklch = (lightness: number, chroma: number, hue: number) =>
   `oklch(${lightness.toFixed(3)} ${chroma.toFixed(3)} ${hue})`;

@@ -34,6 +34,11 @@ export function Legend({ drawn, diff, dark, blind, absolute }: LegendProps) {
           </span>
         ))
       )}
+      {drawn.root.guessed > 0 && (
+        <span class="guess">
+          <i class="hatched" /> guessed: found by frame pointer, without an unwind table <span class="dim">in {share(drawn.root.guessed, 1)} of the samples</span>
+        </span>
+      )}
     </div>
   );
 }
