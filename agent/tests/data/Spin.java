@@ -1,4 +1,4 @@
-// Prints its own stack in each case, `CASE;CLASS.METHOD LINE;...` leaf first, and spins there.
+// Prints the number of cases, then its own stack in each, `CASE;CLASS.METHOD LINE;...` leaf first, and spins there.
 import java.util.List;
 import java.util.function.IntUnaryOperator;
 
@@ -86,6 +86,26 @@ public class Spin {
         thread.join();
     }
 
+    // From 21 on. Called by reflection, so that older compilers build this file.
+    static void virtual(String name, boolean waits) throws Exception {
+        Runnable body = () -> {
+            // Afterwards it runs from a copy of its frames.
+            if (waits) sleep();
+            spin(name);
+        };
+        ((Thread) Thread.class.getMethod("startVirtualThread", Runnable.class).invoke(null, body)).join();
+    }
+
+    static void sleep() {
+        try {
+            Thread.sleep(1);
+        } catch (InterruptedException e) {
+            throw new IllegalStateException(e);
+        }
+    }
+
+    static final boolean HAS_VIRTUAL = Runtime.version().feature() >= 21;
+
     static void all(String print) throws Exception {
         printing = print;
         plain();
@@ -96,11 +116,19 @@ public class Spin {
         locked(1, 2, "", 3, 4, 5, 6, 7);
         thrown();
         thread();
+        if (HAS_VIRTUAL) {
+            virtual("virtual thread", false);
+            virtual("virtual thread that waited", true);
+        }
     }
 
     public static void main(String[] args) throws Exception {
+        System.out.println(HAS_VIRTUAL ? 10 : 8);
         // The stacks are printed when the code is compiled as far as it will be, and by the same line that runs later.
-        String[] names = {"plain", "lambda", "recursion", "virtual", "callback", "locked", "thrown", "thread"};
+        String[] names = {
+            "plain", "lambda", "recursion", "virtual", "callback", "locked", "thrown", "thread", "virtual thread",
+            "virtual thread that waited"
+        };
         for (int i = -Integer.parseInt(args[0]);; i++) {
             if (i == names.length) System.out.println("ready");
             all(i >= 0 && i < names.length ? names[i] : null);
