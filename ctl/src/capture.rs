@@ -131,6 +131,8 @@ fn request(args: &Manual, node: String) -> Result<CaptureRequest, Error> {
         pod_labels,
         namespace,
         container,
+        runtime,
+        runtime_version,
         lasting,
         hz,
         off_cpu,
@@ -143,11 +145,14 @@ fn request(args: &Manual, node: String) -> Result<CaptureRequest, Error> {
         pod_labels: pod_labels.clone(),
         containers: container.clone(),
         pids: pid.clone(),
+        runtime: runtime.clone(),
+        runtime_version: runtime_version.clone(),
         ..Match::default()
     };
     if wanted == Match::default() && pod.is_none() {
         return Err(Error::Usage(
-            "choose the processes: --pid, --comm, --exe, --cgroup, --pod, --pod-labels, --namespace or --container"
+            "choose the processes: --pid, --comm, --exe, --cgroup, --pod, --pod-labels, --namespace, --container or \
+             --runtime"
                 .to_owned(),
         ));
     }

@@ -7,11 +7,14 @@
     reason = "a test that cannot go on fails at once"
 )]
 
-use std::time::Duration;
+use std::{
+    process::{Child, Command},
+    time::Duration,
+};
 
 use gannet_e2e::{Agent, Collector, Sample, eventually, rule, run};
 use gannet_proto::control::{
-    ListAuditRequest, NodeRollout, Rule, SetTriggersRequest, node_rollout::State, rule_status,
+    ListAuditRequest, Match, NodeRollout, Rule, SetTriggersRequest, node_rollout::State, rule_status,
     trigger_service_client::TriggerServiceClient,
 };
 use serde_json::Value;
@@ -133,6 +136,63 @@ async fn rules_outlive_both_programs_and_are_pushed_once() {
     eventually("the rule goes on sampling", async || rules(&agent).await.filter(|(shop, _)| shop.1 > before))
         .await;
     assert_eq!(agent.program().log().matches("rules applied").count(), 1);
+}
+
+/// A process that ends with the test.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn profiles_are_found_by_their_language_runtime() {
+    let collector = Collector::start().await;
+    let agent = Agent::start("delta", &collector.url(), &["--window=1s"]);
+    agent.connected(&collector).await;
+    let script = ["-c", "while True: pass"];
+    let python = Ended(Command::new("/usr/bin/python3").args(script).spawn().unwrap());
+    let pid = python.0.id();
+    let mut rule = rule("scripts", "unused", 99);
+    rule.r#match = Some(Match { runtime: vec!["python".to_owned()], pids: vec![pid], ..Match::default() });
+    let request = SetTriggersRequest {
+        rules: vec![rule.clone()],
+        validate_only: true,
+        ..SetTriggersRequest::default()
+    };
+    let preview = collector.set_triggers(request).await.unwrap().previews.remove(0);
+    let example = &preview.rules[0].examples[0];
+    assert_eq!((example.pid, example.runtime.as_str()), (pid, "python"));
+    let version = example.runtime_version.clone();
+    collector.set_rules(vec![rule]).await.unwrap();
+    let query = format!("{{runtime=\"python\",runtime_version=\"{version}\"}}");
+    eventually("a profile of the runtime", async || collector.profiles(&query).await.pop()).await;
+    let other = collector.profiles("{rule_id=\"scripts\",runtime=\"java\"}").await;
+    assert!(other.is_empty(), "{other:?}");
+
+    let file = tempfile::tempdir().unwrap();
+    let path = file.path().join("python.pb.gz").display().to_string();
+    let url = collector.url();
+    let minor = version.rsplit_once('.').unwrap().0.to_owned();
+    let wanted = ["profile", "--runtime=python", "--runtime-version", &minor, "--for=2s", "-o", &path];
+    let output = run("gannetctl", &[&["--endpoint", &url], &wanted[..]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let profile = gannet_proto::pprof::decode(&std::fs::read(&path).unwrap(), 16 << 20).unwrap();
+    let has = |pid: u32| {
+        profile
+            .sample
+            .iter()
+            .flat_map(|sample| &sample.label)
+            .any(|label| label.num == i64::from(pid) && profile.string_table[label.key as usize] == "pid")
+    };
+    assert!(has(pid) && !has(std::process::id()), "{} samples", profile.sample.len());
+    let (good, value) =
+        ctl(&collector, &["rules", "explain", "scripts", "--node=delta", &format!("--pid={pid}")]);
+    assert!(good, "{value}");
+    assert_eq!(value["processes"]["list"][0]["runtime_version"], version);
 }
 
 #[tokio::test]

@@ -31,9 +31,13 @@ pub const UNIT: &str = "unit";
 pub const COMM: &str = "comm";
 /// The executable's path as the process sees it.
 pub const EXE: &str = "exe";
+/// The language runtime of the process: `java`.
+pub const RUNTIME: &str = "runtime";
+/// The version of that runtime: `17.0.15`.
+pub const RUNTIME_VERSION: &str = "runtime_version";
 
 /// The labels that the agent sets itself; a rule's own labels cannot replace them.
-pub const RESERVED: [&str; 13] = [
+pub const RESERVED: [&str; 15] = [
     SERVICE_NAME,
     NODE,
     NAMESPACE,
@@ -47,6 +51,8 @@ pub const RESERVED: [&str; 13] = [
     UNIT,
     COMM,
     EXE,
+    RUNTIME,
+    RUNTIME_VERSION,
 ];
 
 /// Maximum number of labels of a series: the default limit of Pyroscope.

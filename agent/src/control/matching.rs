@@ -191,6 +191,8 @@ pub(super) fn matched(seen: &SurveyedProcess, pod: &ProcessPod, cpus: f64) -> Ma
         pod,
         container,
         cpus,
+        runtime: seen.runtime.0.clone(),
+        runtime_version: seen.runtime.1.clone(),
     }
 }
 

@@ -10,8 +10,9 @@ use std::{
 use gannet_proto::{
     control::{
         AgentMessage, Answer, CaptureChunk, CaptureDone, CaptureProgress, CaptureRequest, CaptureStarted,
-        ExplainRequest, ExplainResponse, ExplainedProcess, NodePreview, PreviewQuestion, Question, Rule,
-        RuleError, RulePreview, agent_message, answer, capture, capture_progress, question, rule_status,
+        ExplainRequest, ExplainResponse, ExplainedProcess, MatchedProcess, NodePreview, PreviewQuestion,
+        Question, Rule, RuleError, RulePreview, agent_message, answer, capture, capture_progress, question,
+        rule_status,
     },
     pprof,
     rules::{effective_hz, effective_kinds},
@@ -148,6 +149,25 @@ async fn find_runtimes(mut seen: Vec<SurveyedProcess>) -> Result<Vec<SurveyedPro
     tokio::task::spawn_blocking(find).await.map_err(|_| "the agent is shutting down".to_owned())
 }
 
+/// Fills in the language runtimes of the processes that the answer lists. To look at all others would take much longer.
+async fn add_shown_runtimes(
+    mut seen: Vec<SurveyedProcess>,
+    shown: impl Iterator<Item = &mut MatchedProcess>,
+) -> Result<(), String> {
+    let mut shown: Vec<&mut MatchedProcess> = shown.filter(|process| process.runtime.is_empty()).collect();
+    let wanted: HashSet<u32> = shown.iter().map(|process| process.pid).collect();
+    seen.retain(|process| wanted.contains(&process.pid) && process.runtime.0.is_empty());
+    let runtimes: HashMap<u32, (String, String)> =
+        find_runtimes(seen).await?.into_iter().map(|process| (process.pid, process.runtime)).collect();
+    for process in &mut shown {
+        if let Some((runtime, version)) = runtimes.get(&process.pid) {
+            process.runtime.clone_from(runtime);
+            process.runtime_version.clone_from(version);
+        }
+    }
+    Ok(())
+}
+
 /// Returns what these rules would do on this node now.
 async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Result<NodePreview, String> {
     let errors =
@@ -155,8 +175,9 @@ async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Res
     let compares_runtime =
         |rule: &Rule| rule.r#match.as_ref().is_some_and(|wanted| Matcher::of(wanted).compares_runtime());
     let (seen, cpus) = measure(rules.iter().any(compares_runtime)).await?;
-    let previews: Vec<RulePreview> =
+    let mut previews: Vec<RulePreview> =
         rules.iter().map(|rule| preview_rule(node, rule, &seen, &cpus)).collect();
+    add_shown_runtimes(seen, previews.iter_mut().flat_map(|preview| &mut preview.examples)).await?;
     Ok(NodePreview {
         node: node.config.node.clone(),
         would_reject: !errors.is_empty(),
@@ -227,6 +248,7 @@ async fn explain(node: &Node, request: ExplainRequest) -> Result<ExplainResponse
         };
         all.insert((reasons.len(), idle, seen.pid), process);
     }
+    let processes_seen = seen.len() as u64;
     let limit = if limit == 0 { DEFAULT_EXPLAINED } else { (limit as usize).min(MAX_EXPLAINED) };
     let unsupported = status
         .iter()
@@ -237,13 +259,15 @@ async fn explain(node: &Node, request: ExplainRequest) -> Result<ExplainResponse
             reason: status.reason.clone(),
         })
         .collect();
+    let mut processes: Vec<ExplainedProcess> = all.into_values().take(limit).collect();
+    add_shown_runtimes(seen, processes.iter_mut().filter_map(|process| process.process.as_mut())).await?;
     Ok(ExplainResponse {
         rule: Some(rule),
         status,
         unsupported,
-        processes_seen: seen.len() as u64,
+        processes_seen,
         processes_matched: matches,
-        processes: all.into_values().take(limit).collect(),
+        processes,
     })
 }
 

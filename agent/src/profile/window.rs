@@ -452,6 +452,12 @@ fn labels_of(node: &str, process: Option<&Process>) -> Labels {
                 set(name::UNIT, &process.names.unit);
                 set(CGROUP, &process.cgroup);
             }
+            // A container runs few, and their frames differ.
+            if let Some(interpreter) = &process.interpreter {
+                let (runtime, version) = interpreter.file.names();
+                set(name::RUNTIME, runtime);
+                set(name::RUNTIME_VERSION, version);
+            }
         }
     }
     labels
@@ -460,7 +466,10 @@ fn labels_of(node: &str, process: Option<&Process>) -> Labels {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{ProcessKey, Subject};
+    use crate::{
+        model::{ProcessKey, Subject},
+        runtimes::Interpreter,
+    };
 
     fn sample(kernel: &[u64], user: &[u64]) -> Sample {
         Sample {
@@ -713,6 +722,11 @@ mod tests {
             process.names.container_id = "abc".into();
         });
         assert_eq!(of_container, "node=n service_name=shop");
+        let of_runtime = process(|process| {
+            process.names.container_id = "abc".into();
+            process.interpreter = Some(Arc::new(Interpreter::of_python()));
+        });
+        assert_eq!(of_runtime, "node=n runtime=python runtime_version=3.11.2 service_name=x");
         let odd = process(|process| process.exe = "/odd/".into());
         assert_eq!(odd, "comm=x exe=/odd/ node=n service_name=x");
         assert_eq!(process(|process| process.kernel_thread = true), "node=n service_name=kernel");

@@ -196,15 +196,22 @@ impl Functions {
 }
 
 #[cfg(test)]
+impl Interpreter {
+    /// Returns a process of CPython 3.11.2 without functions.
+    pub(crate) fn of_python() -> Self {
+        let detected = super::Detected {
+            version: (3, 11),
+            version_text: "3.11.2".into(),
+            addresses: Vec::new(),
+            layout: 11,
+        };
+        Self::new(Arc::new(RuntimeFile { runtime: &super::python::Python, detected }), 0)
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
-    use crate::runtimes::{Detected, python};
-
-    fn interpreter() -> Interpreter {
-        let detected =
-            Detected { version: (3, 11), version_text: "3.11".into(), addresses: Vec::new(), layout: 11 };
-        Interpreter::new(Arc::new(RuntimeFile { runtime: &python::Python, detected }), 0)
-    }
 
     fn enter(interpreter: &Interpreter, object: u64) -> Arc<ListFunction> {
         let words = [StackWord::Function(object), StackWord::Position { sum: 1, position: 2 }];
@@ -213,7 +220,7 @@ mod tests {
 
     #[test]
     fn the_texts_of_a_process_have_a_limit() {
-        let interpreter = interpreter();
+        let interpreter = Interpreter::of_python();
         let (mut kept, mut refused) = (0, 0);
         let text = FunctionText { lines: vec![0; 16 << 10], ..FunctionText::default() };
         let size = text.bytes();
@@ -240,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_function_is_entered_once() {
-        let interpreter = interpreter();
+        let interpreter = Interpreter::of_python();
         let function = enter(&interpreter, 7);
         let mut stack = [
             StackWord::Address(0x1234),

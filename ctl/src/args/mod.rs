@@ -152,6 +152,7 @@ pub(crate) enum Command {
         after_help = "This changes no rule. The collector stores the profile like any other.\n\nExamples:\n  \
         gannetctl profile --node n1 --pid 4711 --for 30s -o slow.pb.gz\n  \
         gannetctl profile --node n1 --comm 'python3*' --hz 199 --off-cpu -o python.pb.gz\n  \
+        gannetctl profile --node n1 --runtime java --namespace shop -o java.pb.gz\n  \
         gannetctl profile --node n1 --pod shop/checkout-7d9f -o checkout.pb.gz && gannetctl flame --input checkout.pb.gz"
     )]
     Profile(Manual),

@@ -179,6 +179,12 @@ pub(crate) struct Manual {
     /// Only processes of containers with these names
     #[arg(long, value_name = "NAME", num_args = 1..)]
     pub(crate) container: Vec<String>,
+    /// Only processes of these language runtimes: java
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub(crate) runtime: Vec<String>,
+    /// Only processes whose runtime has one of these versions: 17, 3.11
+    #[arg(long, value_name = "VERSION", num_args = 1.., requires = "runtime")]
+    pub(crate) runtime_version: Vec<String>,
     /// How long to capture: 1s to 10m
     #[arg(long = "for", value_name = "DURATION", default_value = "30s")]
     pub(crate) lasting: TimeSpan,

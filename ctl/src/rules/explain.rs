@@ -113,12 +113,13 @@ fn explained(answer: &ExplainResponse) -> String {
                     "" => process.cgroup.clone(),
                     pod => format!("{pod} {}", process.container),
                 },
+                format!("{} {}", process.runtime, process.runtime_version).trim().to_owned(),
                 if *matches { process.exe.clone() } else { reasons.join("; ") },
             ]
         })
         .collect();
     if !rows.is_empty() {
-        text += &table([">PID", "COMMAND", "MATCHES", "WHERE", "EXECUTABLE, OR WHY NOT"], &rows);
+        text += &table([">PID", "COMMAND", "MATCHES", "WHERE", "RUNTIME", "EXECUTABLE, OR WHY NOT"], &rows);
     }
     text
 }
