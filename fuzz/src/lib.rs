@@ -31,6 +31,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "php", run: gannet_agent::runtimes::fuzz::php },
     Target { name: "python", run: gannet_agent::runtimes::fuzz::python },
     Target { name: "python_lines", run: gannet_agent::runtimes::fuzz::python_lines },
+    Target { name: "ruby", run: gannet_agent::runtimes::fuzz::ruby },
     Target { name: "java_structs", run: gannet_agent::runtimes::fuzz::java_structs },
     Target { name: "java_code", run: gannet_agent::runtimes::fuzz::java_code },
     Target { name: "java_lines", run: gannet_agent::runtimes::fuzz::java_lines },

@@ -27,7 +27,7 @@ use crate::table::UnwindTable;
 
 const MAGIC: &[u8; 8] = b"gannetUT";
 /// The version of the layout and of the meaning of tables. A file of another version is built again.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 const HEADER_BYTES: usize = 64;
 const SUM_FROM: usize = 16;
 const RULE_BYTES: usize = size_of::<UnwindRule>();

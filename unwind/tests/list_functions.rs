@@ -51,3 +51,35 @@ fn the_loop_of_an_interpreter_is_marked() {
     let plain = build(&[]);
     assert!(plain.rules().iter().all(|rule| rule.flags & flags::LIST == 0));
 }
+
+/// Checks that the loop of a stripped Ruby is found by the table of its instructions. Needs `libruby3.1` of Debian 12, which has
+/// no name for it but one for its caller.
+#[test]
+fn a_loop_without_a_name_is_found_by_its_table() {
+    let path = "/usr/lib/x86_64-linux-gnu/libruby-3.1.so.3.1";
+    let file = File::open(path).unwrap();
+    let limits = TableLimits::default();
+    let build = |tables: &[&str]| {
+        let options = BuildOptions { list_tables: tables, runs: true, ..BuildOptions::new(path, &limits) };
+        build_file(&file, &options).unwrap().table
+    };
+    let elf = gannet_elf::Elf::parse(&file, &limits.elf()).unwrap();
+    let table = build(&["ruby_run_node"]);
+    let is_marked = |address: u64| table.lookup(address).is_some_and(|rule| rule.flags & flags::LIST != 0);
+    let section = elf.section(b".data.rel.ro").unwrap();
+    let entries = elf.section(b".rela.dyn").map(|section| elf.section_data(section).unwrap()).unwrap();
+    let in_loop = entries
+        .chunks_exact(24)
+        .map(|entry| [0, 16].map(|at| u64::from_le_bytes(entry[at..at + 8].try_into().unwrap())))
+        .filter(|[place, _]| (section.vaddr..section.vaddr + section.bytes).contains(place))
+        .filter(|[_, target]| is_marked(*target))
+        .count();
+    // Each instruction, and the same with tracing.
+    assert!((180..260).contains(&in_loop), "{in_loop} addresses lead there");
+    let code = elf.code().into_iter().flat_map(|(start, end)| start..end);
+    let bytes = code.filter(|address| is_marked(*address)).count();
+    assert!((10_000..30_000).contains(&bytes), "{bytes} bytes of code");
+    for tables in [&[][..], &["no_such_function"][..]] {
+        assert!(build(tables).rules().iter().all(|rule| rule.flags & flags::LIST == 0));
+    }
+}

@@ -29,7 +29,7 @@ const _: () = assert!(size_of::<types::unwind_rule>() == size_of::<UnwindRule>()
 const _: () = assert!(size_of::<types::table_line>() == size_of::<CacheLine>());
 const _: () = assert!(size_of::<types::mapping>() == 3 * 8 + 4 * 4);
 const _: () = assert!(size_of::<types::unwind_table>() == 8 + 4 * 4);
-const _: () = assert!(size_of::<types::list_frames>() == 8 + 2 * 4 + 8 + 4 * 4 + 8 + 2 * 4 + 28 + 4);
+const _: () = assert!(size_of::<types::list_frames>() == 8 + 2 * 4 + 8 + 4 * 4 + 8 + 2 * 4 + 32);
 const _: () = assert!(size_of::<types::image>() == 8 + 2 * 4 + 8);
 
 impl MapValue for types::mapping {}
@@ -365,8 +365,8 @@ impl Kernel {
     /// Lets the programs take the list frames of this image.
     pub(crate) fn set_list_frames(&mut self, key: ImageKey, layout: &ListLayout) -> Result<(), KernelError> {
         let mut step = [0; LIST_STEPS];
-        let steps = layout.steps.len().min(LIST_STEPS);
-        step[..steps].copy_from_slice(&layout.steps[..steps]);
+        let steps = layout.steps.as_slice();
+        step[..steps.len()].copy_from_slice(steps);
         let (end, end_byte, end_mask, end_value) = match layout.end {
             ListEnd::Last(byte, value) => (LIST_END_LAST, byte, u8::MAX, value),
             ListEnd::LastBit(byte, bit) => (LIST_END_LAST, byte, bit, bit),
@@ -376,7 +376,7 @@ impl Kernel {
         let value = types::list_frames {
             start_boottime: key.process.start_boottime_ns,
             exec_id: key.exec_id,
-            steps: steps as u32,
+            steps: steps.len() as u32,
             thread_offset: layout.thread_offset,
             step,
             function_mask: layout.function_mask,
@@ -403,6 +403,10 @@ impl Kernel {
             native_function: layout.native_function,
             frame_register: layout.registers.0,
             position_register: layout.registers.1,
+            stride: layout.stride,
+            variables: layout.variables,
+            oldest_byte: layout.oldest.0,
+            oldest_value: layout.oldest.1,
             ..Default::default()
         };
         self.skeleton

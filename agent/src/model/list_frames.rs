@@ -127,7 +127,7 @@ pub(crate) struct ListLayout {
     /// Whether that is an address instead: all threads have one list.
     pub(crate) is_absolute: bool,
     /// Offsets of the words that lead from there to the newest frame.
-    pub(crate) steps: &'static [i32],
+    pub(crate) steps: Steps,
     /// The step whose word is an address in the native frame of the newest run, counted from 1; 0 for none.
     pub(crate) native_step: u8,
     /// Words of a frame.
@@ -142,6 +142,13 @@ pub(crate) struct ListLayout {
     pub(crate) position_is_address: bool,
     /// Number of the word that is the next frame.
     pub(crate) next: u8,
+    /// Instead of that, the bytes from one frame to the next; 0 if frames are linked.
+    pub(crate) stride: u8,
+    /// Number of the word that leads to the last of three words, which count as words 13 to 15 of the frame; 0 if there are none.
+    /// If a frame has no function, word 13 is the function. If it has a function but no position, it has no name.
+    pub(crate) variables: u8,
+    /// A byte that has this value in the entry that ends the list and is no frame; its number and the value, 0 for none.
+    pub(crate) oldest: (u8, u8),
     /// How a run ends.
     pub(crate) end: ListEnd,
     /// The first byte of the sum in functions of C code, whose frames end no run; 0 if no frames are of such.
@@ -158,6 +165,33 @@ pub(crate) struct ListLayout {
     pub(crate) self_offset: i32,
     /// The way to the texts of functions.
     pub(crate) texts: TextLayout,
+}
+
+/// Offsets of words, each of which leads to the next one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Steps {
+    offsets: [i32; Self::MAX],
+    count: usize,
+}
+
+impl Steps {
+    /// The most that the BPF programs take.
+    pub(crate) const MAX: usize = 4;
+
+    /// Returns the offsets.
+    pub(crate) fn as_slice(&self) -> &[i32] {
+        &self.offsets[..self.count]
+    }
+}
+
+impl From<&[i32]> for Steps {
+    /// Takes the first offsets, at most [`Self::MAX`].
+    fn from(offsets: &[i32]) -> Self {
+        let count = offsets.len().min(Self::MAX);
+        let mut steps = Self { count, ..Self::default() };
+        steps.offsets[..count].copy_from_slice(&offsets[..count]);
+        steps
+    }
 }
 
 /// The way from the object of a function to its texts, which the BPF programs copy.

@@ -4,4 +4,5 @@ pub use super::{
     hotspot::fuzz::{java_code, java_lines, java_structs},
     php::fuzz::php,
     python::fuzz::{python, python_lines},
+    ruby::fuzz::ruby,
 };

@@ -14,10 +14,12 @@ pub mod fuzz;
 mod guard;
 mod hostile;
 mod hotspot;
+mod instruction_lines;
 mod memory;
 mod php;
 mod process;
 mod python;
+mod ruby;
 mod texts;
 
 use std::sync::Arc;
@@ -43,10 +45,13 @@ pub(crate) use self::{
 };
 
 /// The runtimes that the agent knows.
-static RUNTIMES: [&dyn Runtime; 3] = [&python::Python, &hotspot::HotSpot, &php::Php];
+static RUNTIMES: [&dyn Runtime; 4] = [&python::Python, &hotspot::HotSpot, &php::Php, &ruby::Ruby];
 
 /// The loops of all interpreters: a frame of such a function stands for a run of list frames.
 pub(crate) const LIST_FUNCTIONS: &[&str] = &[python::LOOP, php::LOOP];
+
+/// Files that export one of these have a loop without a name: the function that the largest table of addresses leads into.
+pub(crate) const LIST_TABLES: &[&str] = &[ruby::BESIDE];
 
 /// Files of runtimes whose frames are in code that they make at run time. Such code cannot be unwound before the file is read.
 const CODE_FILES: &[&str] = &[hotspot::FILE];

@@ -343,6 +343,7 @@ pub(crate) fn build_table(
         overrides: Some(supplied),
         runs: true,
         list_functions: runtimes::LIST_FUNCTIONS,
+        list_tables: runtimes::LIST_TABLES,
         ..BuildOptions::new(&file.path, limits)
     };
     build_file(open, &options)

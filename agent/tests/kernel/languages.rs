@@ -4,6 +4,7 @@
 //! namespace of its own.
 
 mod php;
+mod ruby;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},

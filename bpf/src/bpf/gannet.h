@@ -357,7 +357,16 @@ struct list_frames {
 	 */
 	u8 frame_register;
 	u8 position_register;
-	u8 reserved[4];
+	/* Bytes from one frame to the next; 0: word `next` leads there. */
+	u8 stride;
+	/*
+	 * The word that leads to the last of three words, which become the last ones of `list_words`; 0: there are none. The first
+	 * of them is the function of a frame that has none. A frame that has a function but no position is a placeholder.
+	 */
+	u8 variables;
+	/* The byte that marks the end of the list, which is no frame, and its value; 0: there is no such mark. */
+	u8 oldest_byte;
+	u8 oldest_value;
 };
 _Static_assert(sizeof(struct list_frames) == 88, "no padding: the agent writes these bytes");
 

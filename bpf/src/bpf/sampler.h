@@ -257,6 +257,18 @@ ALWAYS_INLINE void note_function(struct unwind_state *unwind, u64 object, u32 su
 	unwind->new_function[number].sum = sum;
 }
 
+/* The place of a frame's variables in `list_words`. */
+#define LIST_VARIABLES (LIST_FRAME_WORDS - 3)
+
+/* Reads the words at the end of a frame's variables. */
+ALWAYS_INLINE bool read_variables(struct unwind_state *unwind)
+{
+	u64 last = unwind->list_words[unwind->how.variables % LIST_FRAME_WORDS];
+
+	return !bpf_probe_read_user(&unwind->list_words[LIST_VARIABLES], 3 * sizeof(u64),
+				    (void *)(last - 2 * sizeof(u64)));
+}
+
 /* Takes one frame of the open run. */
 ALWAYS_INLINE void take_list_frame(struct sample_scratch *scratch, u64 slot)
 {
@@ -271,7 +283,16 @@ ALWAYS_INLINE void take_list_frame(struct sample_scratch *scratch, u64 slot)
 		unwind->list = 0;
 		goto over;
 	}
-	unwind->list = unwind->list_words[how->next % LIST_FRAME_WORDS];
+	if (how->variables && !read_variables(unwind)) {
+		unwind->list = 0;
+		goto over;
+	}
+	unwind->list = how->stride ? at + how->stride : unwind->list_words[how->next % LIST_FRAME_WORDS];
+	if (how->oldest_value &&
+	    ((u8 *)unwind->list_words)[how->oldest_byte % sizeof(unwind->list_words)] == how->oldest_value) {
+		unwind->list = 0;
+		goto over;
+	}
 	is_end = how->end == LIST_END_EACH || (((u8 *)unwind->list_words)[how->end_byte % sizeof(unwind->list_words)] &
 					       how->end_mask) == how->end_value;
 	if (is_end && how->end == LIST_END_NATIVE) {
@@ -288,13 +309,19 @@ ALWAYS_INLINE void take_list_frame(struct sample_scratch *scratch, u64 slot)
 		goto over;
 	}
 	function = unwind->list_words[how->function % LIST_FRAME_WORDS] & how->function_mask;
+	position = unwind->list_words[how->position % LIST_FRAME_WORDS];
+	if (how->variables) {
+		if (!function)
+			function = unwind->list_words[LIST_VARIABLES] & how->function_mask;
+		else if (!position)
+			function = 0;
+	}
 	/* A placeholder. */
 	if (!function) {
 		if (unwind->list)
 			return;
 		goto over;
 	}
-	position = unwind->list_words[how->position % LIST_FRAME_WORDS];
 	if (how->position_register && unwind->first && !unwind->raw &&
 	    unwind->registers[how->frame_register % (RAW_REGISTERS - 1)] == at)
 		position = unwind->registers[how->position_register % (RAW_REGISTERS - 1)];

@@ -55,6 +55,8 @@ pub struct BuildOptions<'a> {
     pub runs: bool,
     /// Names of functions of which a frame stands for a run of list frames ([`crate::format::flags::LIST`]).
     pub list_functions: &'a [&'a str],
+    /// A file that has one of these functions has one more such function: the one that its longest table of addresses leads into.
+    pub list_tables: &'a [&'a str],
 }
 
 impl<'a> BuildOptions<'a> {
@@ -68,6 +70,7 @@ impl<'a> BuildOptions<'a> {
             overrides: None,
             runs: false,
             list_functions: &[],
+            list_tables: &[],
         }
     }
 }
@@ -259,7 +262,7 @@ fn table_of(
     let code_ranges = code.iter().map(|function| (function.start, function.end));
     pieces = pieces::fill(pieces, pieces::of_ranges(code_ranges, Source::Code));
 
-    let lists = list_frames::parts(elf, options.list_functions, &pieces, budget)?;
+    let lists = list_frames::parts(elf, options, &pieces, budget)?;
     let sources = Sources { eh_frame, go, debug_frame, code, lists };
     // The dynamic linker is the only known file that finds a frame by rbx while it makes calls.
     match sources.lay_out(elf.arch(), &pieces, false, options, budget, report)? {

@@ -11,7 +11,7 @@ use gannet_elf::Elf;
 
 use self::layout::Layout;
 use super::{
-    Attachment, Detected, FunctionText, Memory, Runtime, RuntimeFile, WhyNot,
+    Attachment, Detected, FunctionText, Memory, Runtime, RuntimeFile, WhyNot, instruction_lines,
     memory::{half, word},
     printable,
 };
@@ -180,34 +180,19 @@ fn text(memory: &dyn Memory, object: u64) -> Result<String, WhyNot> {
     Ok(printable(&String::from_utf8_lossy(bytes)))
 }
 
-/// Reads the lines of a function's instructions. The table has 32-bit numbers: the distance from the function to its first
-/// instruction, the number of instructions, then the first instruction of each line and that line.
+/// Reads the lines of a function's instructions.
 fn read_lines(memory: &dyn Memory, object: u64, fixed: &[u8], layout: &Layout) -> Result<Vec<u8>, WhyNot> {
     let count = half(fixed, layout.instruction_count).min(MAX_INSTRUCTIONS);
     let first = word(fixed, layout.instructions);
     let instructions = memory.bytes(first, count as usize * INSTRUCTION_BYTES)?;
-    let mut numbers = vec![first.wrapping_sub(object) as u32, count];
-    let mut last = None;
-    for (index, instruction) in instructions.chunks(INSTRUCTION_BYTES).enumerate() {
-        let line = half(instruction, LINE);
-        if last != Some(line) {
-            numbers.extend([index as u32, line]);
-            last = Some(line);
-        }
-    }
-    Ok(numbers.into_iter().flat_map(u32::to_ne_bytes).collect())
+    let lines = instructions.chunks(INSTRUCTION_BYTES).map(|instruction| half(instruction, LINE));
+    Ok(instruction_lines::table(first.wrapping_sub(object) as u32, count, lines))
 }
 
 /// Returns the line of an instruction, whose distance from its function is given; 0 if it is none of the function's.
 fn line_at(lines: &[u8], position: u32) -> u32 {
-    let offset = position.wrapping_sub(half(lines, 0));
-    let index = offset / INSTRUCTION_BYTES as u32;
-    if lines.len() < 8 || !offset.is_multiple_of(INSTRUCTION_BYTES as u32) || index >= half(lines, 4) {
-        return 0;
-    }
-    let (pairs, _) = lines[8..].as_chunks::<8>();
-    let behind = pairs.partition_point(|pair| half(pair, 0) <= index);
-    behind.checked_sub(1).map_or(0, |at| half(&pairs[at], 4))
+    instruction_lines::index(lines, position, INSTRUCTION_BYTES as u32)
+        .map_or(0, |index| instruction_lines::line(lines, index))
 }
 
 #[cfg(test)]

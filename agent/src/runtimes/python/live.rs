@@ -55,7 +55,7 @@ fn interpreter(pid: u32) -> (Arc<RuntimeFile>, u64) {
 /// Takes the list frames of a thread as `unwind.h` does: function, sum and position, `None` for the end of a run.
 fn walk(memory: &dyn Memory, thread: u64, layout: &ListLayout) -> Vec<Option<(u64, u32, u32)>> {
     let mut at = memory.u64(thread.wrapping_add_signed(layout.thread_offset)).unwrap();
-    for step in layout.steps {
+    for step in layout.steps.as_slice() {
         at = memory.u64(at.wrapping_add_signed((*step).into())).unwrap();
     }
     let mut frames = Vec::new();

@@ -87,7 +87,7 @@ impl Runtime for Python {
         let Layout { steps, native_step, words, end, fixed, .. } = *layout;
         Ok(Attachment::List(ListLayout {
             thread_offset,
-            steps,
+            steps: steps.into(),
             native_step,
             words,
             function: layout.code,
@@ -302,7 +302,7 @@ mod tests {
         let attached = Python.attach(&file((3, 11)), 0, &memory).unwrap();
         let Attachment::List(layout) = attached else { panic!("{attached:?}") };
         assert_eq!(layout.thread_offset, SPECIFIC as i64 + 3 * 16 + 8);
-        assert_eq!((layout.steps, layout.native_step), (&[56, 8][..], 1));
+        assert_eq!((layout.steps.as_slice(), layout.native_step), (&[56, 8][..], 1));
     }
 
     #[test]

@@ -56,6 +56,7 @@ const LANGUAGES = new Map([
   ["[cpython]", "python"],
   ["[jvm]", "java"],
   ["[php]", "php"],
+  ["[ruby]", "ruby"],
 ]);
 
 /** Returns the language of the functions in a mapping that stands for an interpreter; undefined for a file. */
