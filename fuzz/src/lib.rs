@@ -35,6 +35,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "java_structs", run: gannet_agent::runtimes::fuzz::java_structs },
     Target { name: "java_code", run: gannet_agent::runtimes::fuzz::java_code },
     Target { name: "java_lines", run: gannet_agent::runtimes::fuzz::java_lines },
+    Target { name: "go_program", run: gannet_agent::runtimes::fuzz::go_program },
     Target { name: "proc", run: gannet_agent::process::fuzz::proc_file },
     Target { name: "ring", run: gannet_agent::kernel::fuzz::event },
     Target { name: "pods_json", run: gannet_agent::pods::fuzz::json },

@@ -249,6 +249,7 @@ mod tests {
             marks: crate::model::StackMarks::default(),
             state: 0,
             list_layout: 0,
+            labels: None,
             raw: Some(RawUserStack { pc, registers: Vec::new(), stack: Vec::new(), lists: None }),
         }
     }

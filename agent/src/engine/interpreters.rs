@@ -233,6 +233,17 @@ impl Interpreters {
                     processes.set_interpreter(&key, Arc::new(interpreter));
                     State::Attached(file)
                 }
+                Ok(Attachment::Plain) => {
+                    self.set_interpreter(&key, &file, bias, processes);
+                    State::Attached(file)
+                }
+                Ok(Attachment::Labels(layout)) => {
+                    self.set_interpreter(&key, &file, bias, processes);
+                    if let Err(error) = kernel.set_label_source(key, &layout) {
+                        tracing::debug!(key = %key.process, "cannot take the labels of a program: {error}");
+                    }
+                    State::Attached(file)
+                }
                 Ok(Attachment::List(layout)) => {
                     self.set_interpreter(&key, &file, bias, processes);
                     if let Err(error) = kernel.set_list_frames(key, &layout) {
@@ -316,6 +327,7 @@ impl Interpreters {
     fn switch_off(&mut self, key: ImageKey, reason: WhyNot, kernel: &mut Kernel, processes: &ProcessTable) {
         if self.refuse(key, reason, processes) {
             kernel.remove_list_frames(key.process.tgid);
+            kernel.remove_label_source(key.process.tgid);
         }
     }
 

@@ -96,6 +96,7 @@ mod tests {
             marks: crate::model::StackMarks::default(),
             state: 1,
             list_layout: 0,
+            labels: None,
             raw: None,
         }
     }

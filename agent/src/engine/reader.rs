@@ -132,6 +132,8 @@ impl Reader {
             Event::Function { subject, copy } => {
                 self.unwinding.add_copy(ImageKey::of(&subject), copy, &self.processes);
             }
+            // The ring buffer has joined them to their samples.
+            Event::Labels { .. } => {}
             Event::Running { subject, origin } => {
                 self.events.add(now, format!("running {} {}", subject.key, subject.comm));
                 self.discover(subject, origin, with, now);

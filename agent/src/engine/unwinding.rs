@@ -173,6 +173,7 @@ impl Unwinding {
             tables.unload(kernel, tgid);
         }
         kernel.remove_list_frames(tgid);
+        kernel.remove_label_source(tgid);
     }
 }
 

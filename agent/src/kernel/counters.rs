@@ -53,6 +53,8 @@ pub(crate) fn counters_by_name(counters: &Counters) -> (Vec<(String, u64)>, u64)
         procs_full,
         cgroup_too_deep,
         functions_unsent,
+        labels_unsent,
+        labels_cut,
         exec: _,
         fork: _,
         exit: _,
@@ -74,6 +76,8 @@ pub(crate) fn counters_by_name(counters: &Counters) -> (Vec<(String, u64)>, u64)
         ("procs_full", procs_full),
         ("cgroup_too_deep", cgroup_too_deep),
         ("functions_unsent", functions_unsent),
+        ("labels_unsent", labels_unsent),
+        ("labels_cut", labels_cut),
     ];
     let mut all: Vec<_> = single.map(|(name, count)| (name.to_owned(), count)).into();
     for (kind, counts) in lifecycle_counts(counters) {

@@ -1,12 +1,15 @@
 //! Events that the kernel side reports, decoded from the records of the ring buffer.
 
-use std::mem::{offset_of, size_of};
+use std::{
+    mem::{offset_of, size_of},
+    sync::Arc,
+};
 
 use gannet_bpf::types;
 
 use crate::model::{
     ExitStatus, FileNumbers, FunctionCopy, MappingEvent, Origin, ProcessKey, RawLists, RawUserStack, Sample,
-    SampleKind, StackEnd, StackMarks, Subject,
+    SampleKind, StackEnd, StackMarks, Subject, TaskLabels,
 };
 
 // From gannet.h; the skeleton carries types, not enumerators.
@@ -16,6 +19,7 @@ const FORK: u32 = 3;
 const EXIT: u32 = 4;
 const RUNNING: u32 = 5;
 const FUNCTION: u32 = 6;
+const LABELS: u32 = 7;
 
 /// One report of the kernel side. Events arrive in the order in which the kernel made them, across all CPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +63,15 @@ pub enum Event {
         subject: Subject,
         /// The memory that its texts are read from.
         copy: FunctionCopy,
+    },
+    /// Labels of the task in the sample that follows with the same thread and time. The ring buffer joins them.
+    Labels {
+        /// The process of the event.
+        subject: Subject,
+        /// The sampled thread.
+        tid: u32,
+        /// Its task's labels.
+        labels: Arc<TaskLabels>,
     },
     /// A process that was already running when rules came into force, or when it got another name or control group. If no rule
     /// matches it any more, the subject has none.
@@ -114,6 +127,7 @@ impl Event {
             | Self::Fork { subject, .. }
             | Self::Exit { subject, .. }
             | Self::Function { subject, .. }
+            | Self::Labels { subject, .. }
             | Self::Running { subject, .. } => subject.ktime_ns,
         }
     }
@@ -144,6 +158,7 @@ impl Event {
                 })
             }
             FUNCTION => decode_function(bytes),
+            LABELS => decode_labels(bytes),
             other => Err(DecodeError::Kind(other)),
         }
     }
@@ -170,6 +185,29 @@ fn decode_function(bytes: &[u8]) -> Result<Event, DecodeError> {
     );
     let copy = FunctionCopy { object: record.object, sum: record.sum, pieces };
     Ok(Event::Function { subject: Subject::from(&record.event), copy })
+}
+
+/// In the length of a text: the text is longer.
+const LABEL_IS_CUT: u16 = 0x8000;
+
+fn decode_labels(bytes: &[u8]) -> Result<Event, DecodeError> {
+    // The last part is only sent as far as it is used.
+    let at = offset_of!(types::labels_record, texts);
+    let mut whole = bytes.to_vec();
+    if bytes.len() >= at {
+        whole.resize(bytes.len().max(size_of::<types::labels_record>()), 0);
+    }
+    let record: types::labels_record = read(&whole, LABELS)?;
+    let mut texts = bytes.get(at..).unwrap_or_default();
+    let mut take = |size: u16| {
+        let (text, rest) = texts.split_at_checked(usize::from(size & !LABEL_IS_CUT)).unwrap_or((texts, &[]));
+        texts = rest;
+        (text, size & LABEL_IS_CUT != 0)
+    };
+    let sizes = record.sizes.iter().take(record.count as usize);
+    let labels = TaskLabels::new(sizes.map(|size| (take(size.name), take(size.value))));
+    let subject = Subject::from(&record.event);
+    Ok(Event::Labels { subject, tid: record.event.tid, labels: Arc::new(labels) })
 }
 
 /// Returns the first `bytes` of a part.
@@ -227,6 +265,7 @@ fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
         marks: StackMarks { kernel_truncated: head.kernel_truncated != 0, guessed_from },
         state: head.state,
         list_layout: head.list_layout,
+        labels: None,
         raw,
         end: match head.user_end {
             0 => StackEnd::None,
@@ -277,6 +316,7 @@ impl Plain for types::lifecycle {}
 impl Plain for types::exec_record {}
 impl Plain for types::sample {}
 impl Plain for types::function_record {}
+impl Plain for types::labels_record {}
 
 fn read<T: Plain>(bytes: &[u8], kind: u32) -> Result<T, DecodeError> {
     if bytes.len() < size_of::<T>() {
@@ -348,7 +388,7 @@ mod tests {
     proptest! {
         /// Checks that records of another build are refused (R24).
         #[test]
-        fn any_bytes_decode_or_fail_but_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0_u32..8) {
+        fn any_bytes_decode_or_fail_but_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..600), kind in 0_u32..9) {
             if let Some(first) = bytes.first_chunk_mut() {
                 *first = kind.to_ne_bytes();
             }

@@ -2,14 +2,17 @@
 
 use std::{
     cell::RefCell,
+    collections::{HashMap, HashSet},
     mem,
     os::fd::{BorrowedFd, RawFd},
     rc::Rc,
+    sync::Arc,
 };
 
 use libbpf_rs::{AsRawLibbpf as _, MapCore, RingBuffer, RingBufferBuilder, libbpf_sys};
 
 use super::{Event, KernelError, event::SampleNumber};
+use crate::model::{Sample, TaskLabels};
 
 /// The return code with which the callback of `ring_buffer__consume` ends a read.
 const STOP: i32 = -libc::ECANCELED;
@@ -69,8 +72,50 @@ struct Queue {
     events: Vec<Event>,
     undecodable: u64,
     arrived: Arrived,
+    labels: WaitingLabels,
     /// Bytes that this read may still take.
     left_bytes: usize,
+}
+
+/// Threads whose labels may wait for their sample, and different sets of labels that are shared.
+const MAX_WAITING: usize = 1024;
+
+/// Labels whose sample comes next.
+#[derive(Default)]
+struct WaitingLabels {
+    /// By thread: the time of the sample. A sample that was lost leaves them behind, until the thread's next ones.
+    by_thread: HashMap<u32, (u64, Arc<TaskLabels>)>,
+    /// Equal labels take memory once.
+    shared: HashSet<Arc<TaskLabels>>,
+}
+
+impl WaitingLabels {
+    fn put(&mut self, tid: u32, ktime_ns: u64, labels: Arc<TaskLabels>) {
+        if self.by_thread.len() >= MAX_WAITING {
+            self.by_thread.clear();
+        }
+        if self.shared.len() >= MAX_WAITING {
+            self.shared.clear();
+        }
+        let same = self.shared.get(&labels).map(Arc::clone);
+        let labels = same.unwrap_or_else(|| {
+            self.shared.insert(Arc::clone(&labels));
+            labels
+        });
+        self.by_thread.insert(tid, (ktime_ns, labels));
+    }
+
+    /// Moves the waiting labels into their sample. Those of another time are of a sample that was lost.
+    fn take(&mut self, sample: &mut Sample) {
+        if self.by_thread.is_empty() {
+            return;
+        }
+        if let Some((ktime_ns, labels)) = self.by_thread.remove(&sample.tid)
+            && ktime_ns == sample.subject.ktime_ns
+        {
+            sample.labels = Some(labels);
+        }
+    }
 }
 
 impl Queue {
@@ -81,6 +126,11 @@ impl Queue {
             self.arrived.sample(cpu, sequence, rules);
         }
         match Event::decode(bytes) {
+            Ok(Event::Labels { subject, tid, labels }) => self.labels.put(tid, subject.ktime_ns, labels),
+            Ok(Event::Sample(mut sample)) => {
+                self.labels.take(&mut sample);
+                self.events.push(Event::Sample(sample));
+            }
             Ok(event) => self.events.push(event),
             Err(error) => {
                 self.undecodable += 1;
@@ -160,6 +210,42 @@ mod tests {
     use gannet_bpf::types;
 
     use super::*;
+
+    #[test]
+    fn labels_go_to_the_sample_of_their_time() {
+        let mut waiting = WaitingLabels::default();
+        let labels = |value: &str| {
+            let text = |text| (str::as_bytes(text), false);
+            Arc::new(TaskLabels::new([(text("name"), text(value))].into_iter()))
+        };
+        let sample = |tid: u32, ktime: u64| {
+            let mut bytes = sample(0);
+            let at = std::mem::offset_of!(types::event, tid);
+            bytes[at..at + 4].copy_from_slice(&tid.to_ne_bytes());
+            let at = std::mem::offset_of!(types::event, ktime);
+            bytes[at..at + 8].copy_from_slice(&ktime.to_ne_bytes());
+            match Event::decode(&bytes) {
+                Ok(Event::Sample(sample)) => sample,
+                other => panic!("{other:?}"),
+            }
+        };
+        let take = |waiting: &mut WaitingLabels, tid, ktime| {
+            let mut sample = sample(tid, ktime);
+            waiting.take(&mut sample);
+            sample.labels.map(|labels| labels.iter().next().unwrap().1.to_owned())
+        };
+        waiting.put(1, 10, labels("a"));
+        waiting.put(2, 11, labels("b"));
+        assert_eq!(take(&mut waiting, 2, 11).as_deref(), Some("b"));
+        assert_eq!(take(&mut waiting, 3, 10), None, "another thread");
+        assert_eq!(take(&mut waiting, 1, 12), None, "that sample was lost");
+        assert_eq!(take(&mut waiting, 1, 10), None, "and its labels with it");
+        // Samples that never come take no memory.
+        for tid in 0..10 * MAX_WAITING as u32 {
+            waiting.put(tid, 1, labels(&tid.to_string()));
+        }
+        assert!(waiting.by_thread.len() <= MAX_WAITING && waiting.shared.len() <= MAX_WAITING);
+    }
 
     #[test]
     fn a_read_ends_when_it_has_taken_a_complete_ring() {

@@ -17,7 +17,7 @@ use rustix::{
 };
 
 use super::{Kernel, KernelError, MapValue, bytes_of};
-use crate::model::{ImageKey, ListEnd, ListLayout, ProcessKey};
+use crate::model::{ImageKey, LabelForm, LabelLayout, ListEnd, ListLayout, ProcessKey};
 
 /// Bits of a key of the mapping trie: thread group id, then address.
 const KEY_BITS: u32 = 8 * (size_of::<types::mapping_key>() - size_of::<u32>()) as u32;
@@ -30,12 +30,14 @@ const _: () = assert!(size_of::<types::table_line>() == size_of::<CacheLine>());
 const _: () = assert!(size_of::<types::mapping>() == 3 * 8 + 4 * 4);
 const _: () = assert!(size_of::<types::unwind_table>() == 8 + 4 * 4);
 const _: () = assert!(size_of::<types::list_frames>() == 8 + 2 * 4 + 8 + 4 * 4 + 8 + 2 * 4 + 32);
+const _: () = assert!(size_of::<types::label_source>() == 8 + 2 * 4 + 8 + 4 * 4);
 const _: () = assert!(size_of::<types::image>() == 8 + 2 * 4 + 8);
 
 impl MapValue for types::mapping {}
 impl MapValue for types::unwind_table {}
 impl MapValue for types::image {}
 impl MapValue for types::list_frames {}
+impl MapValue for types::label_source {}
 
 /// Tables that can be in the kernel at one time: MAX_TABLES of gannet.h.
 pub(crate) const MAX_TABLES: u32 = 4096;
@@ -44,6 +46,9 @@ pub(crate) const MAX_TABLES: u32 = 4096;
 const LIST_END_LAST: u8 = 0;
 const LIST_END_NATIVE: u8 = 1;
 const LIST_END_EACH: u8 = 2;
+/// `enum label_form` of gannet.h.
+const LABELS_ARRAY: u32 = 1;
+const LABELS_BUCKETS: u32 = 2;
 /// LIST_STEPS of gannet.h.
 const LIST_STEPS: usize = 4;
 
@@ -419,6 +424,39 @@ impl Kernel {
     /// Takes no list frames of this process any more.
     pub(crate) fn remove_list_frames(&mut self, tgid: u32) {
         let _ = self.skeleton.maps.list_frames.delete(&tgid.to_ne_bytes());
+    }
+
+    /// Lets the programs take the labels of this image's tasks.
+    pub(crate) fn set_label_source(
+        &mut self,
+        key: ImageKey,
+        layout: &LabelLayout,
+    ) -> Result<(), KernelError> {
+        let value = types::label_source {
+            start_boottime: key.process.start_boottime_ns,
+            exec_id: key.exec_id,
+            form: match layout.form {
+                LabelForm::Array => LABELS_ARRAY,
+                LabelForm::Buckets => LABELS_BUCKETS,
+            },
+            thread_offset: layout.thread_offset,
+            owner: layout.owner,
+            labels: layout.labels,
+            current: layout.current,
+            reserved: 0,
+        };
+        self.skeleton
+            .maps
+            .label_sources
+            .update(&key.process.tgid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
+            .map_err(|source| KernelError::Map { map: "label_sources", source })?;
+        self.change_settings(|settings| settings.labels = 1);
+        Ok(())
+    }
+
+    /// Takes no labels of this process any more.
+    pub(crate) fn remove_label_source(&mut self, tgid: u32) {
+        let _ = self.skeleton.maps.label_sources.delete(&tgid.to_ne_bytes());
     }
 
     /// Returns the first address and the exclusive end of the mapping that the trie finds for an address.

@@ -9,6 +9,7 @@ mod key;
 mod list_frames;
 mod mapped_file;
 mod sample;
+mod task_labels;
 
 pub use clock::boot_time;
 pub(crate) use clock::{boot_time_ns, boot_time_of_ticks, monotonic_ns, ticks_of};
@@ -25,3 +26,5 @@ pub use mapped_file::{FileId, MappedFile};
 pub use sample::{
     ExitStatus, FileNumbers, Origin, RawUserStack, Sample, SampleKind, StackEnd, StackMarks, Subject,
 };
+pub use task_labels::TaskLabels;
+pub(crate) use task_labels::{LabelForm, LabelLayout, printable};

@@ -1,6 +1,8 @@
 //! Samples, and the process that an event is about.
 
-use super::{ImageKey, ProcessKey, RawLists};
+use std::sync::Arc;
+
+use super::{ImageKey, ProcessKey, RawLists, TaskLabels};
 
 /// The process and the image that an event is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,6 +123,8 @@ pub struct Sample {
     pub state: u8,
     /// The number of the layout by which its list frames were taken; 0 if it has none.
     pub list_layout: u8,
+    /// Labels that the program gave the task that ran.
+    pub labels: Option<Arc<TaskLabels>>,
     /// The input for an unwinder in user space, if the kernel side could not unwind; `user` is empty then.
     pub raw: Option<RawUserStack>,
 }

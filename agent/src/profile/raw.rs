@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    model::{Image, ProcessKey, SampleKind, StackEnd, StackMarks},
+    model::{Image, ProcessKey, SampleKind, StackEnd, StackMarks, TaskLabels},
     process::StartLabels,
     runtimes::Interpreter,
 };
@@ -67,6 +67,8 @@ pub struct RawStack {
     pub marks: StackMarks,
     /// Of an off-CPU stack: the low bits of the state in which the thread slept.
     pub state: u8,
+    /// Labels that the program gave the task.
+    pub labels: Option<Arc<TaskLabels>>,
     /// Number of samples.
     pub count: u64,
     /// Sum of their values: for on-CPU `count * period_ns`, for off-CPU nanoseconds blocked.

@@ -135,6 +135,7 @@ mod tests {
             marks: crate::model::StackMarks::default(),
             state: 0,
             list_layout: 0,
+            labels: None,
             raw: None,
         }
     }

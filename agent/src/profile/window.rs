@@ -12,7 +12,7 @@ use gannet_proto::labels::{self as name, Labels};
 use super::{RawProcess, RawProfile, RawStack};
 use crate::{
     cgroup::{PathContainer, containers},
-    model::{Image, ImageKey, Sample, SampleKind, StackEnd, StackMarks},
+    model::{Image, ImageKey, Sample, SampleKind, StackEnd, StackMarks, TaskLabels},
     process::Process,
 };
 
@@ -51,6 +51,8 @@ struct Stack {
     marks: StackMarks,
     /// Of an off-CPU sample: the low bits of the state in which the thread slept.
     state: u8,
+    /// Labels that the program gave the task.
+    labels: Option<Arc<TaskLabels>>,
     /// Whether it comes from the flight recorder, from before its capture began.
     pre_trigger: bool,
 }
@@ -308,6 +310,7 @@ fn by_slot(stacks: Stacks) -> BTreeMap<(u32, bool, SampleKind, u64), Vec<RawStac
                     end: stack.end,
                     marks: stack.marks,
                     state: stack.state,
+                    labels: stack.labels.clone(),
                     count: tally.count,
                     value_ns: tally.value_ns,
                 },
@@ -333,9 +336,10 @@ fn wanted_parts(stacks: Vec<RawStack>, rule: &RuleTag) -> Vec<RawStack> {
             stack.end = StackEnd::None;
             stack.marks.guessed_from = None;
         }
-        let RawStack { tid, thread, kernel, user, end, marks, state, count, value_ns } = &stack;
+        let RawStack { tid, thread, kernel, user, end, marks, state, labels, count, value_ns } = &stack;
         let (count, value_ns) = (*count, *value_ns);
-        let parts = (*tid, thread.clone(), kernel.clone(), user.clone(), *end, *marks, *state);
+        let parts =
+            (*tid, thread.clone(), kernel.clone(), user.clone(), *end, *marks, *state, labels.clone());
         wanted
             .entry(parts)
             .and_modify(|same| {
@@ -361,6 +365,7 @@ fn tally(stacks: &mut Stacks, sample: Sample, pre_trigger: bool) -> bool {
         marks,
         state,
         list_layout: _,
+        labels,
         raw: _,
     } = sample;
     let stack = Stack {
@@ -374,6 +379,7 @@ fn tally(stacks: &mut Stacks, sample: Sample, pre_trigger: bool) -> bool {
         end,
         marks,
         state,
+        labels,
         pre_trigger,
     };
     let before = stacks.len();
@@ -492,6 +498,7 @@ mod tests {
             marks: StackMarks { kernel_truncated: true, guessed_from: Some(1) },
             state: 0,
             list_layout: 0,
+            labels: None,
             raw: None,
         }
     }
@@ -679,6 +686,7 @@ mod tests {
                     end: StackEnd::None,
                     marks: StackMarks::default(),
                     state: 0,
+                    labels: None,
                     count: 1,
                     value_ns: 1,
                 };

@@ -1,6 +1,7 @@
 //! The readers of interpreters on any memory, for the fuzzer.
 
 pub use super::{
+    go::fuzz::go_program,
     hotspot::fuzz::{java_code, java_lines, java_structs},
     php::fuzz::php,
     python::fuzz::{python, python_lines},

@@ -11,6 +11,7 @@ mod code;
 mod functions;
 #[doc(hidden)]
 pub mod fuzz;
+mod go;
 mod guard;
 mod hostile;
 mod hotspot;
@@ -26,7 +27,7 @@ use std::sync::Arc;
 
 use gannet_elf::Elf;
 
-use crate::model::ListLayout;
+use crate::model::{LabelLayout, ListLayout, printable};
 
 use self::code::MAX_INLINED;
 pub use self::functions::Interpreter;
@@ -45,7 +46,7 @@ pub(crate) use self::{
 };
 
 /// The runtimes that the agent knows.
-static RUNTIMES: [&dyn Runtime; 4] = [&python::Python, &hotspot::HotSpot, &php::Php, &ruby::Ruby];
+static RUNTIMES: [&dyn Runtime; 5] = [&python::Python, &hotspot::HotSpot, &php::Php, &ruby::Ruby, &go::Go];
 
 /// The loops of all interpreters: a frame of such a function stands for a run of list frames.
 pub(crate) const LIST_FUNCTIONS: &[&str] = &[python::LOOP, php::LOOP];
@@ -62,6 +63,12 @@ pub(crate) fn makes_code(path: &str) -> bool {
     CODE_FILES.contains(&name.strip_suffix(" (deleted)").unwrap_or(name))
 }
 
+/// Reports whether a file without an interpreter's loop may still be a runtime's, by its path in the process. Programs of Go say so
+/// in a section.
+pub(crate) fn may_be_runtime(path: &str) -> bool {
+    makes_code(path) || !path.rsplit('/').next().unwrap_or_default().contains(".so")
+}
+
 /// Where a process keeps the frames of its programs.
 #[derive(Debug)]
 pub(crate) enum Attachment {
@@ -69,6 +76,10 @@ pub(crate) enum Attachment {
     List(ListLayout),
     /// On the stack, in frames of code that it makes.
     Code(Arc<dyn CodeReader>),
+    /// Its frames are native ones, and its tasks have labels, which BPF reads.
+    Labels(LabelLayout),
+    /// Its frames are native ones.
+    Plain,
 }
 
 /// An interpreter or virtual machine.
@@ -78,6 +89,11 @@ pub(crate) trait Runtime: Send + Sync + std::fmt::Debug {
 
     /// The name of the mapping of its frames in profiles: `[cpython]`.
     fn mapping(&self) -> &'static str;
+
+    /// Reports whether its programs have frames of their own. One that has takes precedence over one that has not.
+    fn has_frames(&self) -> bool {
+        true
+    }
 
     /// Finds the interpreter in a file, by its symbols.
     fn detect(&self, elf: &Elf<'_>, path: &str) -> Option<Detected>;
@@ -155,11 +171,6 @@ impl FunctionText {
     }
 }
 
-/// Returns a text of a process as it may be shown: without characters that steer a terminal.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
-}
-
 /// Why the frames of a process, or the name of a function, cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum WhyNot {
@@ -184,6 +195,9 @@ pub(crate) enum WhyNot {
     /// Reading its memory takes too long.
     #[error("reading its memory takes too long")]
     Unanswered,
+    /// Its code does not show where the labels are.
+    #[error("the labels of its goroutines were not found in this build")]
+    Labels,
     /// The texts of its functions take too much memory of the agent.
     #[error("the texts of its functions take too much memory")]
     TooLarge,
@@ -206,6 +220,7 @@ impl WhyNot {
             Self::Version
             | Self::FreeThreaded
             | Self::ThreadSafe
+            | Self::Labels
             | Self::TooLarge
             | Self::Failed
             | Self::TooCostly
@@ -222,7 +237,7 @@ impl WhyNot {
     pub(crate) fn kind(self) -> &'static str {
         match self {
             Self::NotStarted => "not_started",
-            Self::Version | Self::FreeThreaded | Self::ThreadSafe => "unsupported",
+            Self::Version | Self::FreeThreaded | Self::ThreadSafe | Self::Labels => "unsupported",
             Self::NoThreadState => "no_thread_state",
             Self::Unreadable | Self::Unanswered => "unreadable",
             Self::TooLarge => "too_large",

@@ -47,6 +47,7 @@ impl RuntimeFinder {
         let page = rustix::param::page_size() as u64;
         let maps = File::open(format!("/proc/{tgid}/maps"))?.take(MAX_MAPS_BYTES);
         let mut seen = HashSet::new();
+        let mut without_frames = None;
         for line in BufReader::new(maps).lines() {
             let line = line?;
             let mut fields = line.split_ascii_whitespace();
@@ -84,9 +85,13 @@ impl RuntimeFinder {
             if let Some((file, segments)) = known
                 && let Some(bias) = segments.bias(start, offset, page)
             {
-                return Ok(Some((Arc::clone(file), bias)));
+                let found = Some((Arc::clone(file), bias));
+                if file.runtime.has_frames() {
+                    return Ok(found);
+                }
+                without_frames = without_frames.or(found);
             }
         }
-        Ok(None)
+        Ok(without_frames)
     }
 }

@@ -310,6 +310,8 @@ fn labels<'a>(process: &'a RawProcess, stack: &'a RawStack, guessed_from: Option
         process.start_labels.iter().flat_map(|labels| labels.iter()).map(|(name, value)| text(name, value)),
     );
     labels
+        .extend(stack.labels.iter().flat_map(|labels| labels.iter()).map(|(name, value)| text(name, value)));
+    labels
 }
 
 /// Returns how a thread slept, from the low bits of the kernel's task state; empty for a thread that did not sleep.

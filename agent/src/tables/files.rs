@@ -215,14 +215,22 @@ impl FileTables {
     /// Returns the interpreter of an image, and the number to subtract from its addresses.
     pub(super) fn runtime_of(&self, image: &Image) -> Option<(&Arc<RuntimeFile>, u64)> {
         let page = rustix::param::page_size() as u64;
-        image.mappings.iter().find_map(|mapping| {
+        let found = image.mappings.iter().filter_map(|mapping| {
             let MappingKind::File(file) = &mapping.kind else { return None };
             let Some(FileState::Built { segments, runtime: Some(runtime), .. }) = self.files.get(&file.id)
             else {
                 return None;
             };
             Some((runtime, segments.bias(mapping.start, mapping.offset, page)?))
-        })
+        });
+        let mut without_frames = None;
+        for (file, bias) in found {
+            if file.runtime.has_frames() {
+                return Some((file, bias));
+            }
+            without_frames = without_frames.or(Some((file, bias)));
+        }
+        without_frames
     }
 
     /// Returns the state of a file: `None` if nothing is known of it yet.

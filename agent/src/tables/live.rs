@@ -126,6 +126,7 @@ fn sample(pid: u32, tid: u32) -> Sample {
         end_code: 0,
         marks: StackMarks::default(),
         state: 0,
+        labels: None,
         raw: Some(RawUserStack { pc: regs.rip, registers: registers.to_vec(), stack, lists: None }),
         list_layout: 0,
     }

@@ -362,7 +362,7 @@ fn on_worker<T: Send + 'static>(
 /// Finds the interpreter in a file. Files without its loop are not read again.
 fn runtime_of(table: &UnwindTable, file: &Arc<MappedFile>) -> Option<Arc<RuntimeFile>> {
     let has_loop = table.rules().iter().any(|rule| rule.flags & flags::LIST != 0);
-    if !has_loop && !runtimes::makes_code(&file.path) {
+    if !has_loop && !runtimes::may_be_runtime(&file.path) {
         return None;
     }
     let path = file.path.clone();

@@ -93,6 +93,7 @@ fn tgid_of(event: &Event) -> u32 {
         | Event::Fork { subject, .. }
         | Event::Exit { subject, .. }
         | Event::Function { subject, .. }
+        | Event::Labels { subject, .. }
         | Event::Running { subject, .. } => subject.key.tgid,
     }
 }

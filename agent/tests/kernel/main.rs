@@ -10,6 +10,7 @@ mod blocked;
 mod captures;
 mod cases;
 mod daemon;
+mod golang;
 mod hung;
 mod images;
 mod java;

@@ -200,6 +200,7 @@ fn stack(kernel: &[u64], user: &[u64], end: StackEnd) -> RawStack {
         end,
         marks: StackMarks::default(),
         state: 0,
+        labels: None,
         count: 3,
         value_ns: 30_000_000,
     }

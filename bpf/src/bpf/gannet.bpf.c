@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
  * The programs, by the tracepoint or clock that calls them; the headers do their work. maps.h and task.h are the base;
- * clock.h, rate.h, match.h and unwind.h stand on it; sampler.h, off_cpu.h and lifecycle.h on those.
+ * clock.h, rate.h, match.h, unwind.h and labels.h stand on it; sampler.h, off_cpu.h and lifecycle.h on those.
  */
 #include "lifecycle.h"
 #include "off_cpu.h"
@@ -13,13 +13,14 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 const volatile struct lifecycle type_of_lifecycle;
 const volatile struct exec_record type_of_exec_record;
 const volatile struct function_record type_of_function_record;
+const volatile struct labels_record type_of_labels_record;
 
 /* A tick of a CPU clock, on kernels with bpf_loop. */
 SEC("perf_event")
 int on_tick(struct bpf_perf_event_data *ctx)
 {
 	struct counters *counters = this_cpu_counters();
-	struct sample_scratch *scratch = counters ? begin_tick(ctx, counters) : NULL;
+	struct sample_scratch *scratch = counters ? begin_tick(ctx, counters, true) : NULL;
 
 	if (!scratch)
 		return 0;
@@ -44,7 +45,7 @@ int on_tick_chain(struct bpf_perf_event_data *ctx)
 {
 	struct counters *counters = this_cpu_counters();
 
-	struct sample_scratch *scratch = counters ? begin_tick(ctx, counters) : NULL;
+	struct sample_scratch *scratch = counters ? begin_tick(ctx, counters, false) : NULL;
 
 	if (!scratch)
 		return 0;

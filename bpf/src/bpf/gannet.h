@@ -167,7 +167,8 @@ struct settings {
 	u64 report_rate;
 	/* Perf events report each executable mapping to the agent, so that it need not hurry to read /proc. */
 	u32 mappings_reported;
-	u32 reserved;
+	/* `label_sources` is not empty, or has been. */
+	u32 labels;
 	struct side sides[2];
 };
 
@@ -370,6 +371,45 @@ struct list_frames {
 };
 _Static_assert(sizeof(struct list_frames) == 88, "no padding: the agent writes these bytes");
 
+/*
+ * Labels that a program gives its own tasks: Go's goroutines. Texts are copied at the tick, because the memory is freed with the
+ * task. What is beyond a limit is left out or cut, and counted.
+ */
+#define MAX_LABELS 64
+#define LABEL_NAME_BYTES 64
+#define LABEL_VALUE_BYTES 256
+#define LABEL_TEXT_BYTES 2048
+/* Buckets of a hash table that are read: 64 labels are in 16, of which each can overflow. */
+#define LABEL_BUCKETS 40
+/* In the length of a text in a record: the text is longer. */
+#define LABEL_IS_CUT 0x8000
+
+enum label_form {
+	/* The address of an array, the number of its entries; of each: address and length of name and of value. */
+	LABELS_ARRAY = 1,
+	/* The address of a hash table, as up to Go 1.23. */
+	LABELS_BUCKETS = 2,
+};
+
+/*
+ * Value of `label_sources`: where the tasks of one image of a process have their labels. Data only, as in struct list_frames. The
+ * word at thread pointer + `thread_offset` is the object on whose stack the thread runs; that has an owner, and the owner has the
+ * object whose labels count, which may be another one.
+ */
+struct label_source {
+	u64 start_boottime;
+	u32 exec_id;
+	u32 form;
+	s64 thread_offset;
+	/* Offsets in an object: of its owner and of its labels. */
+	s32 owner;
+	s32 labels;
+	/* Offset in the owner of the object whose labels count. */
+	s32 current;
+	u32 reserved;
+};
+_Static_assert(sizeof(struct label_source) == 40, "no padding: the agent writes these bytes");
+
 enum cgroup_hierarchy {
 	CGROUP_V2 = 0,
 	CGROUP_V1_CPU = 1,
@@ -385,6 +425,8 @@ enum event_kind {
 	EVENT_RUNNING = 5,
 	/* Copies of the texts of a function. */
 	EVENT_FUNCTION = 6,
+	/* Labels of the sample that follows with the same thread and time. */
+	EVENT_LABELS = 7,
 };
 
 struct event {
@@ -481,6 +523,22 @@ struct function_record {
 	u8 lines[FUNCTION_LINES_BYTES];
 };
 
+/* A text's bytes as far as they were copied, and LABEL_IS_CUT. */
+struct label_size {
+	u16 name;
+	u16 value;
+};
+
+struct labels_record {
+	struct event event;
+	/* Labels in the record, and those that the task has. */
+	u32 count;
+	u32 all;
+	struct label_size sizes[MAX_LABELS];
+	/* Name and value of each label, one behind the other. Last, because only the used part is sent. */
+	u8 texts[LABEL_TEXT_BYTES];
+};
+
 struct lifecycle {
 	struct event event;
 	/* EXIT: as wait(2) returns it. */
@@ -561,6 +619,9 @@ struct counters {
 	u64 cgroup_too_deep;
 	/* Functions whose texts could not be copied or sent; the next sample tries again. */
 	u64 functions_unsent;
+	/* Samples whose task has labels that could not be read or sent, and samples that have a part of them. */
+	u64 labels_unsent;
+	u64 labels_cut;
 	struct lifecycle_counts exec;
 	struct lifecycle_counts fork;
 	struct lifecycle_counts exit;

@@ -7,6 +7,7 @@
 #define SAMPLER_H
 
 #include "clock.h"
+#include "labels.h"
 #include "match.h"
 #include "task.h"
 #include "unwind.h"
@@ -607,8 +608,12 @@ ALWAYS_INLINE bool note_sampled(struct counters *counters, struct task_struct *t
 	return first;
 }
 
-/* Decides whether a tick makes a sample, and takes all of it but the unwound stack. Null: nothing is left to do. */
-ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx, struct counters *counters)
+/*
+ * Decides whether a tick makes a sample, and takes all of it but the unwound stack. Null: nothing is left to do. `by_loop`: the
+ * kernel has bpf_loop.
+ */
+ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx, struct counters *counters,
+						bool by_loop)
 {
 	struct sample_scratch *scratch;
 	struct want want = {};
@@ -649,6 +654,8 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	begin_sample(&scratch->sample, SAMPLE_ON_CPU, want.rules, want.period_ns, task, &now);
 	/* A process that was not sampled before may soon be gone: the agent must inspect it now. */
 	scratch->wake = first;
+	if (settings.labels && !now.kernel_thread)
+		send_labels(counters, &scratch->sample.event, by_loop);
 	if (OF_USER_MODE(&ctx->regs)) {
 		scratch->sample.kernel_frames = 0;
 		scratch->sample.kernel_truncated = 0;

@@ -32,7 +32,14 @@ pub(super) fn interpreter(pid: u32) -> Check {
                 None => Check::ok(NAME, runtime),
                 Some(why_not) => Check::warning(
                     NAME,
-                    format!("{runtime}, whose functions have no names: {why_not}"),
+                    format!(
+                        "{runtime}, whose {}: {why_not}",
+                        if file.runtime.has_frames() {
+                            "functions have no names"
+                        } else {
+                            "labels are not read"
+                        }
+                    ),
                     "docs/languages.md lists what the agent can read; the native frames are there",
                 ),
             }

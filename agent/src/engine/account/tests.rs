@@ -219,6 +219,7 @@ fn sample(tid: u32, rules: u64) -> Sample {
         marks: StackMarks::default(),
         state: 0,
         list_layout: 0,
+        labels: None,
         raw: None,
     }
 }

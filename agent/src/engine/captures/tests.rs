@@ -66,6 +66,7 @@ fn sample(tgid: u32, rules: u64) -> Sample {
         marks: crate::model::StackMarks::default(),
         state: 0,
         list_layout: 0,
+        labels: None,
         raw: None,
     }
 }

@@ -283,7 +283,7 @@ mod tests {
             let memory = Hostile::new(bytes, Some(0x7000));
             Php.attach(&file(version, addresses.to_vec()), 0x5000, &memory).map(|attached| match attached {
                 Attachment::List(layout) => layout,
-                Attachment::Code(_) => panic!("PHP has lists"),
+                other => panic!("PHP has lists: {other:?}"),
             })
         };
         // Before the first request.

@@ -479,7 +479,7 @@ mod tests {
             let memory = Hostile::new(bytes, Some(0x7000));
             Ruby.attach(&file(version, addresses.to_vec()), 0x5000, &memory).map(|attached| match attached {
                 Attachment::List(layout) => layout,
-                Attachment::Code(_) => panic!("Ruby has lists"),
+                other => panic!("Ruby has lists: {other:?}"),
             })
         };
         // The dynamic linker has not come that far.

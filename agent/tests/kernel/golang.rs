@@ -1,0 +1,181 @@
+//! Labels of goroutines: the function that a sample is in says which labels it must have. Needs root, a kernel with BTF, and Go
+//! from 1.18 on. `GANNET_TEST_GO_PROGRAMS` names builds of the same program by other versions, which it tests instead: paths with `:`
+//! between them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env,
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use crate::common::{Running, is_marked, record_for};
+
+const PROGRAMS: &str = "GANNET_TEST_GO_PROGRAMS";
+const PROGRAM: &str = "tests/data/Labels.go";
+/// A part in C with a thread-local variable, so that Go's own is somewhere else.
+const C_PART: &str = "package main\n\n// static __thread long words[5];\n// long touch(void) { return words[1]++; }\n\
+                      import \"C\"\n\nfunc init() { C.touch() }\n";
+/// The agent's own labels.
+const OWN: [&str; 8] =
+    ["pid", "tid", "thread", "comm", "runtime", "runtime_version", "unwinding", "guessed_from"];
+/// Labels that the agent takes of a task.
+const MOST: usize = 64;
+
+type Labels = BTreeMap<String, String>;
+
+/// How a program is built.
+struct Build {
+    name: &'static str,
+    has_c: bool,
+    flags: &'static [&'static str],
+}
+
+const BUILDS: [Build; 4] = [
+    Build { name: "plain", has_c: false, flags: &[] },
+    Build { name: "stripped pie", has_c: false, flags: &["-buildmode=pie", "-ldflags=-s -w"] },
+    Build { name: "cgo", has_c: true, flags: &[] },
+    Build { name: "stripped cgo pie", has_c: true, flags: &["-buildmode=pie", "-ldflags=-s -w"] },
+];
+
+fn build(directory: &Path, build: &Build) -> PathBuf {
+    let source = directory.join("source");
+    std::fs::create_dir_all(&source).unwrap();
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join(PROGRAM), source.join("labels.go")).unwrap();
+    if build.has_c {
+        std::fs::write(source.join("part.go"), C_PART).unwrap();
+    }
+    let program = directory.join(build.name.replace(' ', "-"));
+    let mut command = Command::new("go");
+    command
+        .current_dir(&source)
+        .env("GO111MODULE", "off")
+        // All builds share what they compile.
+        .env("GOCACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("go-cache"))
+        .env("CGO_ENABLED", if build.has_c { "1" } else { "0" })
+        .args(["build", "-o"])
+        .arg(&program)
+        .args(build.flags)
+        .arg(".");
+    let done = command.output().unwrap_or_else(|error| panic!("go: {error}; apt-get install golang-go"));
+    assert!(done.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&done.stderr));
+    program
+}
+
+fn start(program: &Path, arguments: &[&str]) -> Running {
+    let mut running = Running::start(Command::new(program).args(arguments).stdout(Stdio::piped()));
+    let mut line = String::new();
+    BufReader::new(running.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    running
+}
+
+fn labels(given: &[(&str, &str)]) -> Labels {
+    given.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+/// The labels that each function must have.
+fn expected() -> BTreeMap<&'static str, Labels> {
+    let digits = "0123456789".repeat(30);
+    let cut = format!("{}…", &digits[..256]);
+    let many = (0..70).map(|i| (format!("key{i:02}"), format!("value{i}"))).collect();
+    BTreeMap::from([
+        ("main.spinWithout", labels(&[])),
+        ("main.spinPlain", labels(&[("case", "plain")])),
+        ("main.spinTwo", labels(&[("case", "two"), ("user", "Zoë")])),
+        ("main.spinNested", labels(&[("case", "nested"), ("kept", "yes")])),
+        ("main.spinLong", labels(&[("case", "long"), ("text", &digits[..200]), ("cut", &cut)])),
+        ("main.spinInherited", labels(&[("case", "inherited")])),
+        ("main.spinMany", many),
+    ])
+}
+
+/// Samples of one program, with the names of their functions.
+struct Sampled {
+    samples: Vec<(Vec<String>, Labels, u64)>,
+}
+
+fn sampled(running: &Running) -> Sampled {
+    let recording = record_for(4, 499, &["--pid", &running.0.id().to_string()]);
+    let profile = &recording.profile;
+    let text = |index: i64| profile.string_table[index as usize].as_str();
+    let samples = profile.sample.iter().zip(&recording.stacks).map(|(sample, (stack, count))| {
+        let of =
+            |name| sample.label.iter().find(|label| text(label.key) == name).map(|label| text(label.str));
+        assert_eq!(of("runtime"), Some("go"));
+        assert!(of("runtime_version").is_some_and(|version| version.starts_with("1.")));
+        let given = sample.label.iter().filter(|label| !OWN.contains(&text(label.key)));
+        let labels = given.map(|label| (text(label.key).to_owned(), text(label.str).to_owned())).collect();
+        (stack.clone(), labels, *count)
+    });
+    Sampled { samples: samples.collect() }
+}
+
+/// Checks that samples have the labels of the function that they are in.
+#[track_caller]
+fn check(what: &str, program: &Path) {
+    let running = start(program, &[]);
+    let Sampled { samples } = sampled(&running);
+    let expected = expected();
+    let (mut all, mut good, mut without) = (0, 0, 0);
+    let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut wrong: BTreeSet<String> = BTreeSet::new();
+    for (stack, labels, count) in &samples {
+        // A stack that is cut below a signal handler does not say whose it is.
+        if !stack.iter().any(|name| name == "main.burn") || is_marked(stack) {
+            continue;
+        }
+        let spin = stack.iter().find_map(|name| expected.get_key_value(name.as_str()));
+        let is_right = match spin {
+            Some((&"main.spinMany", wanted)) => {
+                labels.len() == MOST && labels.iter().all(|(name, value)| wanted.get(name) == Some(value))
+            }
+            Some((_, wanted)) => labels == wanted,
+            None => {
+                labels.get("case").is_some_and(|case| case == "short")
+                    && labels.get("number").is_some_and(|number| number.parse::<u32>().is_ok_and(|n| n < 7))
+            }
+        };
+        all += count;
+        if is_right {
+            good += count;
+            *seen.entry(spin.map_or("short", |(name, _)| name)).or_default() += count;
+        } else if labels.is_empty() {
+            without += count;
+        } else {
+            wrong.insert(format!("{stack:?} {labels:?}"));
+        }
+    }
+    eprintln!("{what}: {good} good of {all}, {without} without labels; {seen:?}");
+    assert!(wrong.is_empty(), "{what}: {wrong:#?}");
+    // Until the agent has read the program's file, its samples have no labels.
+    assert!(all >= 300 && without * 10 <= all, "{what}: {good} of {all}");
+    assert!(seen.len() == expected.len() + 1, "{what}: {seen:?}");
+}
+
+#[test]
+fn samples_have_the_labels_of_their_goroutine() {
+    if let Ok(programs) = env::var(PROGRAMS) {
+        for program in programs.split(':') {
+            check(program, Path::new(program));
+        }
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    for how in &BUILDS {
+        let directory = directory.path().join(how.name.replace(' ', "-") + "-source");
+        check(how.name, &build(&directory, how));
+    }
+}
+
+#[test]
+fn goroutines_without_labels_have_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = build(directory.path(), &BUILDS[0]);
+    let running = start(&program, &["without"]);
+    let Sampled { samples } = sampled(&running);
+    let all: u64 = samples.iter().map(|(.., count)| count).sum();
+    assert!(all >= 300, "{all}");
+    assert!(samples.iter().all(|(_, labels, _)| labels.is_empty()), "no goroutine has labels");
+}
