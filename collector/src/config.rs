@@ -239,11 +239,14 @@ impl Config {
 
     fn check_sizes(&self) -> Result<(), ConfigError> {
         let max_batch_bytes = self.ingest.max_batch_bytes;
-        let StoreOptions { retention_age, retention_bytes, .. } = self.store;
+        let StoreOptions { retention_age, retention_bytes, flush_interval, .. } = self.store;
         if retention_age.0 < Duration::from_secs(60) {
             return wrong(
                 "--retention-age is below a minute: retention would remove profiles before anyone sees them",
             );
+        }
+        if flush_interval.0 > Duration::from_secs(10) {
+            return wrong("--flush-interval is above 10 s: agents wait as long for each answer");
         }
         if !(1..=64 << 20).contains(&max_batch_bytes.0) {
             return wrong("--max-batch-bytes must be between 1 byte and 64 MiB");
@@ -280,6 +283,7 @@ mod tests {
     #[case::same(|c: &mut Config| { c.server.grpc_listen.set_port(9); c.server.http_listen.set_port(9) }, "different ports")]
     #[case::key(|c: &mut Config| c.tls.tls_cert = Some("x".into()), "--tls-key")]
     #[case::target(|c: &mut Config| c.forward.forward_tenant = Some("x".into()), "--forward")]
+    #[case::slow_flush(|c: &mut Config| c.store.flush_interval = TimeSpan::from_secs(11), "--flush-interval")]
     #[case::young(|c: &mut Config| c.store.retention_age = TimeSpan::from_secs(1), "--retention-age")]
     fn an_impossible_configuration_names_its_flag(#[case] change: fn(&mut Config), #[case] says: &str) {
         let mut config = Config::new("/data");

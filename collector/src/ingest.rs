@@ -6,6 +6,7 @@
 
 use std::{collections::HashMap, pin::Pin, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use clap::Args;
 use gannet_base::{ByteSize, format_duration};
 use gannet_proto::{
@@ -19,6 +20,7 @@ use gannet_proto::{
     ledger::Ledger,
     pprof::{self, MAX_STACK_FRAMES},
 };
+use prost::Message as _;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
@@ -43,6 +45,9 @@ const CONCURRENT_CHECKS: usize = 4;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of one permit of the memory budget, because a semaphore counts 32-bit permits.
 const MEMORY_UNIT: u64 = 1024;
+
+/// Memory of a waiting batch beside its profile and its metadata.
+const WAITING_BATCH_BYTES: u64 = 2048;
 
 /// Limits of the accepted batches.
 #[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -79,6 +84,8 @@ struct IngestState {
     forwarder: Forwarder,
     metrics: Metrics,
     memory: Arc<Semaphore>,
+    /// Permits of `memory` in all. A batch that needs more than all takes all.
+    memory_units: u64,
     checks: Semaphore,
     stop: CancellationToken,
     max_batch_bytes: u64,
@@ -107,12 +114,14 @@ impl Ingest {
         metrics: Metrics,
         stop: CancellationToken,
     ) -> Self {
+        let memory_units = (options.queue_bytes / MEMORY_UNIT).max(1);
         Self(Arc::new(IngestState {
             store,
             queue,
             forwarder,
             metrics,
-            memory: Arc::new(Semaphore::new((options.queue_bytes / MEMORY_UNIT) as usize)),
+            memory: Arc::new(Semaphore::new(memory_units as usize)),
+            memory_units,
             checks: Semaphore::new(CONCURRENT_CHECKS),
             stop,
             max_batch_bytes: options.max_batch_bytes.0,
@@ -293,8 +302,7 @@ impl IngestState {
                 reason: reason.to_owned(),
             })
         };
-        // Twice the profile, because the object holds a copy of it.
-        let units = (batch.pprof.len() as u64 * 2).div_ceil(MEMORY_UNIT).max(1) as u32;
+        let units = waiting_bytes(&batch).div_ceil(MEMORY_UNIT).min(self.memory_units) as u32;
         let Ok(memory) = Arc::clone(&self.memory).try_acquire_many_owned(units) else {
             return busy("the collector's memory for unwritten profiles is full");
         };
@@ -330,7 +338,7 @@ impl IngestState {
     fn check(&self, mut batch: Batch) -> Result<NewBatch, Refusal> {
         labels::check(&batch.labels).map_err(|e| Refusal::new("bad_labels", e.to_string()))?;
         self.check_time(&batch)?;
-        let pprof = std::mem::take(&mut batch.pprof);
+        let pprof = Bytes::from(std::mem::take(&mut batch.pprof));
         let types = if pprof.is_empty() {
             check_ledger_only(&batch)?
         } else {
@@ -348,7 +356,7 @@ impl IngestState {
                 }
             },
         };
-        NewBatch::pack(batch, &pprof, types, ledger).map_err(|error| match error {
+        NewBatch::pack(batch, pprof, types, ledger).map_err(|error| match error {
             PackError::MetadataTooLarge => Refusal::new(
                 "bad_labels",
                 "labels and reason together are larger than 64 KiB: shorten their values",
@@ -455,6 +463,14 @@ fn max_depth(profile: &pprof::Profile) -> usize {
     let lines: HashMap<u64, usize> = profile.location.iter().map(|l| (l.id, l.line.len().max(1))).collect();
     let depth = |stack: &[u64]| stack.iter().map(|id| lines.get(id).copied().unwrap_or(1)).sum();
     profile.sample.iter().map(|s| depth(&s.location_id)).max().unwrap_or(0)
+}
+
+/// Returns the memory that a batch takes until it is durable, in bytes: its profile once, and its metadata also in the
+/// segment's entry and in the index row.
+fn waiting_bytes(batch: &Batch) -> u64 {
+    let pprof = batch.pprof.len();
+    let metadata = batch.encoded_len().saturating_sub(pprof);
+    (pprof + 4 * metadata) as u64 + WAITING_BATCH_BYTES
 }
 
 /// Checks a batch without a profile, which must carry a ledger and no samples.

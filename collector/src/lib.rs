@@ -27,7 +27,8 @@
 //!
 //! | path | content |
 //! |---|---|
-//! | `objects/default/2026-01-31/12/ULID.pb.gz` | a profile with its metadata |
+//! | `objects/default/2026-01-31/12/ULID.segment` | a segment: the profiles of one flush with their metadata |
+//! | `objects/default/2026-01-31/12/ULID.pb.gz` | a profile with its metadata, in the older layout |
 //! | `index.redb` | the index of the objects; the store rebuilds a missing or corrupt one from them |
 //! | `rules/rules.pb`, `rules/rules.pb.prev` | the rules, and their version before the last change |
 //! | `rules/audit.jsonl`, `rules/audit.jsonl.1` | the audit log, one JSON object a line |

@@ -42,7 +42,7 @@ fn seconds() -> Histogram {
 
 /// A histogram of batches.
 fn batches() -> Histogram {
-    Histogram::new([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0])
+    Histogram::new([1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0])
 }
 
 /// Declares the metrics, and the structure that holds and registers them. Each line is
@@ -101,9 +101,15 @@ collector_metrics! {
         gauge("gannet_collector_ingest_streams", "Open push streams");
 
     commit_seconds: Histogram = seconds() => COMMIT_SECONDS
-        histogram("gannet_collector_store_commit_duration_seconds", "Time to make a group of batches durable");
+        histogram("gannet_collector_store_commit_duration_seconds", "Time to write one segment and its index rows");
     commit_batches: Histogram = batches() => COMMIT_BATCHES
-        histogram("gannet_collector_store_commit_batches", "Batches that were made durable together");
+        histogram("gannet_collector_store_commit_batches", "Batches of one segment");
+    segment_bytes: Counter => SEGMENT_BYTES
+        counter("gannet_collector_store_segment_bytes_total", "Bytes of the written segments");
+    segments_written: Counter => SEGMENTS_WRITTEN
+        counter("gannet_collector_store_segments_written_total", "Segments written, each with one request");
+    store_segments: Gauge => STORE_SEGMENTS
+        gauge("gannet_collector_store_segments", "Stored segments");
     store_bytes: Gauge => STORE_BYTES
         gauge("gannet_collector_store_bytes", "Space of the stored profiles on the disk, with their part of the index; in a bucket, their size");
     store_profiles: Gauge => STORE_PROFILES
@@ -117,7 +123,7 @@ collector_metrics! {
     index_repairs: Counter => INDEX_REPAIRS
         counter("gannet_collector_store_index_repairs_total", "Index rows added or removed because objects and index differed");
     index_left_out: Gauge => INDEX_LEFT_OUT
-        gauge("gannet_collector_store_index_left_out", "Profiles that queries do not find, because the disk has no room for the index and the memory for it is used up");
+        gauge("gannet_collector_store_index_left_out", "Segments, and profiles outside of segments, that queries do not find, because the disk has no room for the index and the memory for it is used up");
     objects_corrupt: Counter => OBJECTS_CORRUPT
         counter("gannet_collector_store_objects_corrupt_total", "Failed readings of objects that are damaged or missing");
     retention_removed: Counter => RETENTION_REMOVED

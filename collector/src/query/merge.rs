@@ -19,7 +19,7 @@ use tokio::{runtime::Handle, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::{Query, QueryError, select::Selection};
-use crate::store::{ObjectKey, StoreError};
+use crate::store::{ProfileLocation, StoreError};
 
 /// Concurrent merges. Each uses up to [`MERGE_THREADS`] threads.
 const CONCURRENT_MERGES: usize = 2;
@@ -28,6 +28,8 @@ const MERGE_THREADS: usize = 4;
 const MERGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Distinct stacks of one merged profile. It bounds the memory of a merge.
 const MAX_MERGED_SAMPLES: usize = 1_000_000;
+/// Profiles that one read returns together, at most.
+const PROFILES_OF_READ: usize = 64;
 /// Profiles between two checks of the size of a merge.
 const SIZE_CHECK_INTERVAL: u64 = 512;
 /// Merged profiles in the cache, at most.
@@ -108,15 +110,15 @@ impl Query {
         let Some(sources) = self.blocking(move |q| q.mergeable(&of, &wanted)).await? else {
             return Ok(None);
         };
-        progress.total.store(sources.keys.len() as u64, Ordering::Relaxed);
+        progress.total.store(sources.profiles.len() as u64, Ordering::Relaxed);
         let mut hash = Sha256::new();
-        for key in &sources.keys {
-            hash.update(key.id.0.to_be_bytes());
+        for location in &sources.profiles {
+            hash.update(location.key.id.0.to_be_bytes());
         }
         let hash: [u8; 32] = hash.finalize().into();
         let sample_type = sources.sample_type().to_owned();
         if let Some(merged) = self.merges.cache.get(&hash) {
-            progress.done.store(sources.keys.len() as u64, Ordering::Relaxed);
+            progress.done.store(sources.profiles.len() as u64, Ordering::Relaxed);
             return Ok(Some((merged, sample_type)));
         }
         let permit = tokio::time::timeout(MERGE_TIMEOUT, self.merges.permits.acquire()).await;
@@ -126,8 +128,10 @@ impl Query {
         let cancelled = CancellationToken::new();
         let _guard = cancelled.clone().drop_guard();
         let (runtime, progress) = (Handle::current(), Arc::clone(progress));
+        let mut profiles = sources.profiles;
+        profiles.sort_unstable();
         let merged =
-            self.blocking(move |q| q.merge_profiles(&runtime, &sources.keys, &cancelled, &progress)).await?;
+            self.blocking(move |q| q.merge_profiles(&runtime, &profiles, &cancelled, &progress)).await?;
         Ok(merged.map(|merged| {
             let merged = Arc::new(merged);
             // Without the damaged profiles, whose files someone may restore.
@@ -138,20 +142,21 @@ impl Query {
         }))
     }
 
-    /// Reads and merges profiles on several threads. Each thread holds one profile and its part of the result at a time.
+    /// Reads and merges profiles on several threads. Each thread holds what one read returned, one decoded profile and its
+    /// part of the result at a time.
     fn merge_profiles(
         &self,
         runtime: &Handle,
-        keys: &[ObjectKey],
+        locations: &[ProfileLocation],
         cancelled: &CancellationToken,
         progress: &MergeProgress,
     ) -> Result<Option<Merged>, QueryError> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MERGE_THREADS);
-        let part = keys.len().div_ceil(threads).max(1);
+        let part = locations.len().div_ceil(threads).max(1);
         let parts: Vec<_> = std::thread::scope(|scope| {
-            let handles: Vec<_> = keys
+            let handles: Vec<_> = locations
                 .chunks(part)
-                .map(|keys| scope.spawn(move || self.merge_part(runtime, keys, cancelled, progress)))
+                .map(|part| scope.spawn(move || self.merge_part(runtime, part, cancelled, progress)))
                 .collect();
             handles.into_iter().map(|h| h.join().unwrap_or(Err(StoreError::Ended.into()))).collect()
         });
@@ -186,16 +191,26 @@ impl Query {
     fn merge_part(
         &self,
         runtime: &Handle,
-        keys: &[ObjectKey],
+        locations: &[ProfileLocation],
         cancelled: &CancellationToken,
         progress: &MergeProgress,
     ) -> Result<(Option<Profile>, SourceCounts), QueryError> {
         let (mut merger, mut counts) = (Merger::new(), SourceCounts::default());
-        for key in keys {
+        let runs =
+            locations.chunk_by(ProfileLocation::is_neighbour_of).flat_map(|run| run.chunks(PROFILES_OF_READ));
+        let read = runs.flat_map(|run| {
+            let profiles = if cancelled.is_cancelled() {
+                run.iter().map(|_| Err(StoreError::Ended)).collect()
+            } else {
+                runtime.block_on(self.store.profiles(run))
+            };
+            run.iter().zip(profiles)
+        });
+        for (location, profile) in read {
             if cancelled.is_cancelled() {
                 return Err(StoreError::Ended.into());
             }
-            match self.merge_one(runtime, *key, &mut merger)? {
+            match self.merge_one(location, profile, &mut merger)? {
                 Source::Merged => counts.merged += 1,
                 Source::Removed => {}
                 Source::Unreadable => {
@@ -219,8 +234,13 @@ impl Query {
     }
 
     /// Adds one profile. A damaged one is logged and counted.
-    fn merge_one(&self, runtime: &Handle, key: ObjectKey, merger: &mut Merger) -> Result<Source, QueryError> {
-        let bytes = match runtime.block_on(self.store.profile(key)) {
+    fn merge_one(
+        &self,
+        location: &ProfileLocation,
+        profile: Result<Option<Bytes>, StoreError>,
+        merger: &mut Merger,
+    ) -> Result<Source, QueryError> {
+        let bytes = match profile {
             Ok(Some(bytes)) => bytes,
             Ok(None) => return Ok(Source::Removed),
             Err(error @ StoreError::Damaged(_)) => {
@@ -232,7 +252,7 @@ impl Query {
         let added = pprof::decode(&bytes, self.max_inflated).and_then(|profile| merger.add(&profile));
         if let Err(error) = added {
             self.metrics.objects_corrupt.inc();
-            tracing::warn!(profile = %key.id, %error, "left a damaged profile out of a merge");
+            tracing::warn!(profile = %location.key.id, %error, "left a damaged profile out of a merge");
             return Ok(Source::Unreadable);
         }
         Ok(Source::Merged)

@@ -278,7 +278,7 @@ impl Query {
         let _timer = self.metrics.query_timer("get_profile");
         let entry = self.blocking(move |q| q.entry(id)).await?;
         self.store
-            .profile(entry.key)
+            .profile(entry.location())
             .await?
             .ok_or_else(|| QueryError::NotFound(format!("retention has just removed profile {id}")))
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use ulid::Ulid;
 
 use super::{Query, QueryError};
-use crate::{selector::Selector, store::ObjectKey, time};
+use crate::{selector::Selector, store::ProfileLocation, time};
 
 /// Range of a selection without `from`, in milliseconds before `until`.
 const DEFAULT_RANGE_MS: u64 = 3_600_000;
@@ -67,7 +67,8 @@ pub(crate) fn parse_profile_id(text: &str) -> Result<Ulid, QueryError> {
 
 /// Profiles of a selection that have the same sample types, so that a merge can join them.
 pub(super) struct Mergeable {
-    pub(super) keys: Vec<ObjectKey>,
+    /// In the order of time.
+    pub(super) profiles: Vec<ProfileLocation>,
     types: Vec<String>,
     /// Position of the requested sample type in `types`.
     type_index: usize,
@@ -90,7 +91,7 @@ impl Query {
         sample_type: &str,
     ) -> Result<Option<Mergeable>, QueryError> {
         let mut kinds: Vec<(Vec<String>, u64)> = Vec::new();
-        let mut found: Vec<(ObjectKey, usize)> = Vec::new();
+        let mut found: Vec<(ProfileLocation, usize)> = Vec::new();
         let mut bytes = 0_u64;
         let (max_profiles, max_bytes) = (self.options.max_profiles, self.options.max_bytes);
         self.scan(selection, |entry| {
@@ -102,7 +103,7 @@ impl Query {
             });
             kinds[kind].1 = kinds[kind].1.min(start_ms);
             bytes += entry.row.bytes;
-            found.push((entry.key, kind));
+            found.push((entry.location(), kind));
             found.len() <= max_profiles && bytes <= max_bytes
         })?;
         if found.is_empty() {
@@ -137,9 +138,9 @@ impl Query {
                 known.into_iter().collect::<Vec<_>>().join(", ")
             )));
         };
-        let mut keys: Vec<ObjectKey> =
-            found.into_iter().filter(|(_, k)| *k == kind).map(|(key, _)| key).collect();
-        keys.sort_unstable();
-        Ok(Some(Mergeable { keys, types: kinds.swap_remove(kind).0, type_index }))
+        let mut profiles: Vec<ProfileLocation> =
+            found.into_iter().filter(|(_, k)| *k == kind).map(|(location, _)| location).collect();
+        profiles.sort_unstable_by_key(|location| location.key);
+        Ok(Some(Mergeable { profiles, types: kinds.swap_remove(kind).0, type_index }))
     }
 }

@@ -1,7 +1,7 @@
 //! The index of all objects, in one redb file. The store can rebuild it from the objects.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs, io,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -16,21 +16,36 @@ use redb::{
 };
 use ulid::Ulid;
 
-use super::object::{HOUR_MS, ObjectKey, TypeTotal};
+use super::{
+    meta::TypeTotal,
+    object::{HOUR_MS, ObjectKey, segment_hour},
+    segment::SegmentPosition,
+};
 
 /// (series, start in ms, id) -> [`ProfileRow`]
 const PROFILES: TableDefinition<'_, (u64, u64, u128), &[u8]> = TableDefinition::new("profiles");
 /// id -> (series, start in ms)
 const IDS: TableDefinition<'_, u128, (u64, u64)> = TableDefinition::new("ids");
-/// (start in ms, id) -> (series, bytes that the profile takes on the disk)
+/// (start in ms, id) -> (series, bytes that the profile takes on the disk, with [`IN_SEGMENT`])
 const TIMES: TableDefinition<'_, (u64, u128), (u64, u64)> = TableDefinition::new("times");
 /// Labels by series: id -> [`SeriesLabels`].
 const SERIES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("series");
 /// window id -> id of the batch that carried the window's ledger
 const WINDOWS: TableDefinition<'_, u128, u128> = TableDefinition::new("windows");
+/// segment id -> (bytes that the segment takes on the disk, number of its rows)
+const SEGMENTS: TableDefinition<'_, u128, (u64, u64)> = TableDefinition::new("segments");
+/// (segment id, id) -> (series, start in ms)
+const SEGMENT_ROWS: TableDefinition<'_, (u128, u128), (u64, u64)> = TableDefinition::new("segment_rows");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 /// Version of the tables above. The store rebuilds an index of another version.
-const LAYOUT: u64 = 2;
+const LAYOUT: u64 = 3;
+/// The version without segments, to which the store adds their tables.
+const LAYOUT_WITHOUT_SEGMENTS: u64 = 2;
+/// Bit of the bytes in [`TIMES`]: the profile is in a segment, whose bytes count once, for the whole segment.
+const IN_SEGMENT: u64 = 1 << 63;
+/// Bytes between two profiles of a segment up to which one read returns both. A request to a bucket takes as long as
+/// reading some hundred KiB.
+const MAX_GAP_BYTES: u64 = 256 << 10;
 /// Memory for redb's pages.
 const CACHE_BYTES: usize = 32 << 20;
 
@@ -76,9 +91,18 @@ pub(crate) struct ProfileRow {
     /// ULID of the window, big endian. Empty: none.
     #[prost(bytes = "vec", tag = "8")]
     pub(crate) window: Vec<u8>,
-    /// Size of the object with its metadata.
+    /// Size of the object with its metadata, in the older layout. 0 in a segment.
     #[prost(uint64, tag = "9")]
     pub(crate) object_bytes: u64,
+    /// ULID of the segment, big endian. Empty: an object of its own.
+    #[prost(bytes = "vec", tag = "10")]
+    pub(super) segment: Vec<u8>,
+    /// Offset of the profile in the segment.
+    #[prost(uint64, tag = "11")]
+    pub(super) offset: u64,
+    /// CRC-32 of the profile in the segment.
+    #[prost(fixed32, tag = "12")]
+    pub(super) crc: u32,
 }
 
 /// Space of a row in all tables and in its directory, beside the encoded [`ProfileRow`]. Measured: 330 to 380 bytes with a
@@ -91,6 +115,17 @@ impl ProfileRow {
     /// Returns an upper estimate of the space that the row takes in the index, in bytes.
     pub(super) fn index_bytes(&self) -> u64 {
         ROW_BYTES + 2 * self.encoded_len() as u64
+    }
+
+    /// Returns the row of a profile at this position of a segment.
+    pub(super) fn at(self, position: SegmentPosition) -> Self {
+        let SegmentPosition { segment, offset, bytes, crc } = position;
+        Self { segment: segment.0.to_be_bytes().to_vec(), offset, bytes, crc, object_bytes: 0, ..self }
+    }
+
+    /// Returns the segment of the profile, or `None` for an object of its own.
+    pub(super) fn segment(&self) -> Option<Ulid> {
+        self.segment.as_slice().try_into().ok().map(|id| Ulid(u128::from_be_bytes(id)))
     }
 }
 
@@ -112,6 +147,30 @@ impl StoredProfile {
     pub(super) fn has_profile(&self) -> bool {
         self.row.bytes > 0
     }
+
+    /// Returns where the profile is.
+    pub(crate) fn location(&self) -> ProfileLocation {
+        let ProfileRow { offset, bytes, crc, .. } = self.row;
+        let position = self.row.segment().map(|segment| SegmentPosition { segment, offset, bytes, crc });
+        ProfileLocation { position, key: self.key }
+    }
+}
+
+/// The object that holds a profile, and the position in it. Ordered by the position in the store, so that neighbours can be read together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct ProfileLocation {
+    /// `None`: in an object of its own, in the older layout.
+    pub(super) position: Option<SegmentPosition>,
+    pub(crate) key: ObjectKey,
+}
+
+impl ProfileLocation {
+    /// Reports whether one read can return both profiles: they are in the same segment, close to each other.
+    pub(crate) fn is_neighbour_of(&self, next: &Self) -> bool {
+        self.position.zip(next.position).is_some_and(|(own, next)| {
+            own.segment == next.segment && next.offset.saturating_sub(own.range().end) <= MAX_GAP_BYTES
+        })
+    }
 }
 
 /// The part of an entry that removals and comparisons need.
@@ -119,8 +178,40 @@ impl StoredProfile {
 pub(super) struct IndexedObject {
     pub(super) series: u64,
     pub(super) key: ObjectKey,
-    /// Space that object and row take on the disk.
+    /// Space that the row takes on the disk, with its object in the older layout.
     pub(super) disk_bytes: u64,
+    /// `None`: an object of its own.
+    pub(super) segment: Option<Ulid>,
+}
+
+/// An entry of the index by time.
+#[derive(Clone, Copy)]
+pub(super) struct TimeEntry {
+    pub(super) series: u64,
+    pub(super) key: ObjectKey,
+    pub(super) disk_bytes: u64,
+    pub(super) is_in_segment: bool,
+}
+
+impl TimeEntry {
+    fn new((start_ms, id): (u64, u128), (series, bytes): (u64, u64)) -> Self {
+        Self {
+            series,
+            key: ObjectKey { start_ms, id: Ulid(id) },
+            disk_bytes: bytes & !IN_SEGMENT,
+            is_in_segment: bytes & IN_SEGMENT != 0,
+        }
+    }
+}
+
+/// A segment that the index knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct IndexedSegment {
+    pub(super) id: Ulid,
+    /// Space that the segment takes on the disk.
+    pub(super) disk_bytes: u64,
+    /// Number of its rows.
+    pub(super) rows: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -132,7 +223,7 @@ struct SeriesLabels {
 /// A new entry.
 pub(super) struct AddedProfile {
     pub(super) profile: StoredProfile,
-    /// Space that object and row take on the disk.
+    /// Space that the row takes on the disk, with its object in the older layout.
     pub(super) disk_bytes: u64,
 }
 
@@ -141,16 +232,20 @@ pub(super) struct AddedProfile {
 pub(super) struct IndexChange {
     pub(super) add: Vec<AddedProfile>,
     pub(super) add_series: Vec<(u64, Labels)>,
+    /// Segments with the space that they take on the disk. `add` holds their rows.
+    pub(super) add_segments: Vec<(Ulid, u64)>,
     pub(super) remove: Vec<(u64, ObjectKey)>,
+    pub(super) remove_segments: Vec<Ulid>,
     pub(super) remove_series: Vec<u64>,
 }
 
 impl IndexChange {
-    /// Returns a change that removes these entries and series.
-    pub(super) fn removing(objects: &[IndexedObject], series: &[u64]) -> Self {
+    /// Returns a change that removes these entries, series and segments.
+    pub(super) fn removing(objects: &[IndexedObject], series: &[u64], segments: &[Ulid]) -> Self {
         Self {
             remove: objects.iter().map(|object| (object.series, object.key)).collect(),
             remove_series: series.to_vec(),
+            remove_segments: segments.to_vec(),
             ..Self::default()
         }
     }
@@ -395,16 +490,78 @@ impl Index {
         })
     }
 
-    /// Returns up to `limit` of the oldest entries.
-    pub(super) fn oldest(&self, limit: usize) -> Result<Vec<IndexedObject>, IndexError> {
+    /// Returns up to `limit` of the oldest entries that start before `until_ms`.
+    pub(super) fn oldest(&self, until_ms: u64, limit: usize) -> Result<Vec<IndexedObject>, IndexError> {
         self.read(|txn| {
-            txn.open_table(TIMES)?
-                .iter()?
-                .take(limit)
+            let profiles = txn.open_table(PROFILES)?;
+            let times = txn.open_table(TIMES)?;
+            let oldest = times.range(..(until_ms, 0))?.take(limit);
+            oldest
                 .map(|found| {
                     let (key, value) = found?;
-                    let ((start_ms, id), (series, disk_bytes)) = (key.value(), value.value());
-                    Ok(IndexedObject { series, key: ObjectKey { start_ms, id: Ulid(id) }, disk_bytes })
+                    let TimeEntry { series, key, disk_bytes, is_in_segment } =
+                        TimeEntry::new(key.value(), value.value());
+                    let row =
+                        if is_in_segment { profiles.get((series, key.start_ms, key.id.0))? } else { None };
+                    let segment = row.and_then(|row| ProfileRow::decode(row.value()).ok()?.segment());
+                    Ok(IndexedObject { series, key, disk_bytes, segment })
+                })
+                .collect()
+        })
+    }
+
+    /// Returns up to `limit` of the oldest entries whose profiles have objects of their own.
+    pub(super) fn oldest_outside_segments(&self, limit: usize) -> Result<Vec<IndexedObject>, IndexError> {
+        let mut oldest = Vec::new();
+        self.read(|txn| {
+            for found in txn.open_table(TIMES)?.iter()? {
+                let (key, value) = found?;
+                let TimeEntry { series, key, disk_bytes, is_in_segment } =
+                    TimeEntry::new(key.value(), value.value());
+                if !is_in_segment {
+                    oldest.push(IndexedObject { series, key, disk_bytes, segment: None });
+                }
+                if oldest.len() >= limit {
+                    break;
+                }
+            }
+            Ok(())
+        })?;
+        Ok(oldest)
+    }
+
+    /// Returns the entries of a segment.
+    pub(super) fn of_segment(&self, segment: Ulid) -> Result<Vec<IndexedObject>, IndexError> {
+        self.read(|txn| {
+            let times = txn.open_table(TIMES)?;
+            let rows = txn.open_table(SEGMENT_ROWS)?;
+            let rows = rows.range((segment.0, 0)..=(segment.0, u128::MAX))?;
+            rows.map(|found| {
+                let (key, value) = found?;
+                let ((_, id), (series, start_ms)) = (key.value(), value.value());
+                let disk_bytes = times.get((start_ms, id))?.map_or(0, |value| value.value().1 & !IN_SEGMENT);
+                let key = ObjectKey { start_ms, id: Ulid(id) };
+                Ok(IndexedObject { series, key, disk_bytes, segment: Some(segment) })
+            })
+            .collect()
+        })
+    }
+
+    /// Returns the known segments of some hours, in the order of their ids.
+    pub(super) fn segments(&self, hours: std::ops::Range<u64>) -> Result<Vec<IndexedSegment>, IndexError> {
+        let bound = |hour: u64| {
+            // Ids end before the largest hours.
+            let ms = hour.saturating_mul(HOUR_MS);
+            if ms >= 1 << 48 { u128::MAX } else { Ulid::from_parts(ms, 0).0 }
+        };
+        self.read(|txn| {
+            let table = txn.open_table(SEGMENTS)?;
+            let found = table.range(bound(hours.start)..bound(hours.end))?;
+            found
+                .map(|found| {
+                    let (id, value) = found?;
+                    let (disk_bytes, rows) = value.value();
+                    Ok(IndexedSegment { id: Ulid(id.value()), disk_bytes, rows })
                 })
                 .collect()
         })
@@ -415,19 +572,18 @@ impl Index {
         &self,
         from_ms: u64,
         until_ms: u64,
-        mut each: impl FnMut(IndexedObject),
+        mut each: impl FnMut(TimeEntry),
     ) -> Result<(), IndexError> {
         self.read(|txn| {
             for found in txn.open_table(TIMES)?.range((from_ms, 0)..(until_ms, 0))? {
                 let (key, value) = found?;
-                let ((start_ms, id), (series, disk_bytes)) = (key.value(), value.value());
-                each(IndexedObject { series, key: ObjectKey { start_ms, id: Ulid(id) }, disk_bytes });
+                each(TimeEntry::new(key.value(), value.value()));
             }
             Ok(())
         })
     }
 
-    /// Returns the hours that have entries, counted from 1970.
+    /// Returns the hours that have segments, or entries that start then, counted from 1970.
     pub(super) fn hours(&self) -> Result<Vec<u64>, IndexError> {
         self.read(|txn| {
             let times = txn.open_table(TIMES)?;
@@ -437,6 +593,13 @@ impl Index {
                 let (start_ms, _) = found?.0.value();
                 hours.push(start_ms / HOUR_MS);
                 from_ms = (start_ms / HOUR_MS + 1) * HOUR_MS;
+            }
+            let segments = txn.open_table(SEGMENTS)?;
+            let mut from = 0;
+            while let Some(found) = segments.range(from..)?.next() {
+                let hour = segment_hour(Ulid(found?.0.value()));
+                hours.push(hour);
+                from = Ulid::from_parts((hour + 1) * HOUR_MS, 0).0;
             }
             Ok(hours)
         })
@@ -476,6 +639,15 @@ fn apply(db: &Database, change: &IndexChange) -> Result<Vec<bool>, redb::Error> 
         let mut times = txn.open_table(TIMES)?;
         let mut series = txn.open_table(SERIES)?;
         let mut windows = txn.open_table(WINDOWS)?;
+        let mut segments = txn.open_table(SEGMENTS)?;
+        let mut segment_rows = txn.open_table(SEGMENT_ROWS)?;
+        // By how much the number of rows of a segment changes.
+        let mut changes: HashMap<u128, i64> = HashMap::new();
+        for (id, disk_bytes) in &change.add_segments {
+            if segments.get(id.0)?.is_none() {
+                segments.insert(id.0, (*disk_bytes, 0))?;
+            }
+        }
         for (id, labels) in &change.add_series {
             series.insert(id, SeriesLabels { labels: labels.clone() }.encode_to_vec().as_slice())?;
         }
@@ -483,7 +655,13 @@ fn apply(db: &Database, change: &IndexChange) -> Result<Vec<bool>, redb::Error> 
             let ObjectKey { start_ms, id } = *key;
             profiles.insert((*series, start_ms, id.0), row.encode_to_vec().as_slice())?;
             ids.insert(id.0, (*series, start_ms))?;
-            times.insert((start_ms, id.0), (*series, *disk_bytes))?;
+            let mut disk_bytes = *disk_bytes;
+            if let Some(segment) = row.segment() {
+                segment_rows.insert((segment.0, id.0), (*series, start_ms))?;
+                *changes.entry(segment.0).or_default() += 1;
+                disk_bytes |= IN_SEGMENT;
+            }
+            times.insert((start_ms, id.0), (*series, disk_bytes))?;
             let first = match window_of(row) {
                 Some(window) if windows.get(window)?.is_none() => {
                     windows.insert(window, id.0)?;
@@ -495,8 +673,13 @@ fn apply(db: &Database, change: &IndexChange) -> Result<Vec<bool>, redb::Error> 
         }
         for &(series, ObjectKey { start_ms, id }) in &change.remove {
             let removed = profiles.remove((series, start_ms, id.0))?;
-            let window = removed.and_then(|row| window_of(&ProfileRow::decode(row.value()).ok()?));
-            if let Some(window) = window
+            let removed = removed.and_then(|row| ProfileRow::decode(row.value()).ok());
+            if let Some(segment) = removed.as_ref().and_then(ProfileRow::segment)
+                && segment_rows.remove((segment.0, id.0))?.is_some()
+            {
+                *changes.entry(segment.0).or_default() -= 1;
+            }
+            if let Some(window) = removed.as_ref().and_then(window_of)
                 && windows.get(window)?.is_some_and(|by| by.value() == id.0)
             {
                 windows.remove(window)?;
@@ -506,6 +689,15 @@ fn apply(db: &Database, change: &IndexChange) -> Result<Vec<bool>, redb::Error> 
         }
         for id in &change.remove_series {
             series.remove(id)?;
+        }
+        for (segment, by) in changes {
+            let known = segments.get(segment)?.map(|value| value.value());
+            if let Some((disk_bytes, rows)) = known {
+                segments.insert(segment, (disk_bytes, rows.saturating_add_signed(by)))?;
+            }
+        }
+        for id in &change.remove_segments {
+            segments.remove(id.0)?;
         }
     }
     txn.commit()?;
@@ -536,11 +728,13 @@ fn prepare(db: Database) -> Result<(Database, bool), redb::Error> {
         txn.open_table(TIMES)?;
         txn.open_table(SERIES)?;
         txn.open_table(WINDOWS)?;
+        txn.open_table(SEGMENTS)?;
+        txn.open_table(SEGMENT_ROWS)?;
         layout
     };
     match layout {
         Some(LAYOUT) => txn.abort()?,
-        None => txn.commit()?,
+        None | Some(LAYOUT_WITHOUT_SEGMENTS) => txn.commit()?,
         Some(other) => {
             txn.abort()?;
             return Err(redb::Error::Corrupted(format!("layout {other}, this version writes {LAYOUT}")));
@@ -561,7 +755,7 @@ fn copy(from: &Database, to: &Database) -> Result<(), redb::Error> {
             }
         })+};
     }
-    copy_tables!(PROFILES, IDS, TIMES, SERIES, WINDOWS);
+    copy_tables!(PROFILES, IDS, TIMES, SERIES, WINDOWS, SEGMENTS, SEGMENT_ROWS);
     write.commit()?;
     Ok(())
 }

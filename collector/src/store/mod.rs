@@ -1,8 +1,11 @@
 //! The store: immutable objects, an index beside them, and one task that changes both.
 //!
+//! The writer puts the batches of half a second into one object, a segment. Objects of the older layout, one for each
+//! batch, stay readable until retention removes them.
+//!
 //! The order of the steps makes every crash harmless:
-//! - storing: write and sync the object, commit the index, acknowledge the batch;
-//! - removing: delete the object, then its index row.
+//! - storing: write and sync the segment, commit the index, acknowledge its batches;
+//! - removing: delete the object, then its index rows.
 //!
 //! A crash in between leaves an object without a row, or a row without an object. The next start finds and repairs
 //! both. Until then a query skips a row without an object.
@@ -13,8 +16,10 @@
 mod bucket;
 pub(crate) mod fuzz;
 mod index;
+mod meta;
 mod object;
 mod retention;
+mod segment;
 mod settle;
 mod state;
 mod writer;
@@ -34,22 +39,24 @@ use bytes::Bytes;
 use clap::Args;
 use gannet_base::{ByteSize, TimeSpan};
 use gannet_proto::labels::Labels;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use ulid::Ulid;
 
 pub use self::bucket::Bucket;
-pub(crate) use self::{
-    index::StoredProfile,
-    object::{ObjectKey, TypeTotal},
-    state::Series,
-    writer::{BatchOutcome, BatchQueue, NewBatch, PackError, StoreWriter},
-};
 use self::{
     index::{Index, IndexError},
     object::Objects,
+    segment::SegmentPosition,
     state::StoreState,
+};
+pub(crate) use self::{
+    index::{ProfileLocation, StoredProfile},
+    meta::TypeTotal,
+    object::ObjectKey,
+    state::Series,
+    writer::{BatchOutcome, BatchQueue, NewBatch, PackError, StoreWriter},
 };
 use crate::{metrics::Metrics, selector::Selector};
 
@@ -70,6 +77,9 @@ pub struct StoreOptions {
     /// Store at most this many series at one time
     #[arg(long, value_name = "N", env = "GANNET_COLLECTOR_MAX_SERIES", default_value_t = 200_000)]
     pub max_series: usize,
+    /// Write waiting profiles this often, and acknowledge them; each write to a bucket is one request
+    #[arg(long, value_name = "TIME", env = "GANNET_COLLECTOR_FLUSH_INTERVAL", default_value = "500ms")]
+    pub flush_interval: TimeSpan,
     /// Time between two retention passes. A profile that exceeds `retention_bytes` starts one at once.
     #[arg(skip = Duration::from_secs(60))]
     #[serde(skip)]
@@ -82,6 +92,10 @@ pub struct StoreOptions {
     #[arg(skip = 64_u64 << 20)]
     #[serde(skip)]
     pub memory_index_bytes: u64,
+    /// Bytes of waiting batches that start a flush early.
+    #[arg(skip = 32_u64 << 20)]
+    #[serde(skip)]
+    pub flush_bytes: u64,
 }
 
 impl Default for StoreOptions {
@@ -145,6 +159,11 @@ pub(crate) struct Store {
     metrics: Metrics,
     /// Retention may have removed objects that start up to this time.
     expired_ms: AtomicU64,
+    /// Retention may have removed segments written up to this time.
+    expired_segment_ms: AtomicU64,
+    /// A segment whose write or index commit failed, so that it may be there without its rows. While there is one, the
+    /// writer stores nothing else.
+    uncertain: Mutex<Option<Ulid>>,
     /// Directory of everything but the objects.
     data: PathBuf,
     runtime: Handle,
@@ -176,6 +195,8 @@ impl Store {
             state,
             metrics,
             expired_ms: AtomicU64::new(0),
+            expired_segment_ms: AtomicU64::new(0),
+            uncertain: Mutex::new(None),
             data: data.to_owned(),
             runtime: Handle::current(),
             options: options.clone(),
@@ -244,27 +265,83 @@ impl Store {
     }
 
     /// Returns a profile's bytes as the agent sent them, or `None` once retention has removed it.
-    pub(crate) async fn profile(&self, key: ObjectKey) -> Result<Option<Bytes>, StoreError> {
-        let object = match self.objects.get(key).await {
-            Ok(Some(object)) => object,
-            // In a bucket, the retention of another collector may have removed it.
-            Ok(None)
-                if self.objects.is_shared() || key.start_ms <= self.expired_ms.load(Ordering::Acquire) =>
+    pub(crate) async fn profile(&self, at: ProfileLocation) -> Result<Option<Bytes>, StoreError> {
+        match at.position {
+            Some(position) => self.read_from_segment(at.key, position).await,
+            None => self.read_object(at.key).await,
+        }
+    }
+
+    /// Returns several profiles of one segment, each as [`Store::profile`] does. Reads them together, so neighbours should
+    /// come in the order of their locations.
+    pub(crate) async fn profiles(&self, at: &[ProfileLocation]) -> Vec<Result<Option<Bytes>, StoreError>> {
+        let positions: Option<Vec<SegmentPosition>> = at.iter().map(|at| at.position).collect();
+        if let Some(positions) = positions
+            && let Some(first) = positions.first()
+            && positions.iter().all(|position| position.segment == first.segment)
+        {
+            let ranges: Vec<_> = positions.iter().map(SegmentPosition::range).collect();
+            let found = self.objects.segment_ranges(first.segment, &ranges).await;
+            if let Ok(Some(parts)) = found
+                && parts.len() == at.len()
             {
-                self.metrics.objects_gone.inc();
-                return Ok(None);
+                let checked = parts.into_iter().zip(at).zip(positions);
+                return checked.map(|((part, at), position)| self.check(at.key, position, part)).collect();
+            }
+        }
+        // One by one, so that each has its own error.
+        let mut profiles = Vec::with_capacity(at.len());
+        for at in at {
+            profiles.push(self.profile(*at).await);
+        }
+        profiles
+    }
+
+    async fn read_from_segment(
+        &self,
+        key: ObjectKey,
+        position: SegmentPosition,
+    ) -> Result<Option<Bytes>, StoreError> {
+        let segment = position.segment;
+        let error = match self.objects.segment_ranges(segment, &[position.range()]).await {
+            Ok(Some(parts)) => {
+                return self.check(key, position, parts.into_iter().next().unwrap_or_default());
             }
             Ok(None) => {
-                self.metrics.objects_corrupt.inc();
-                return Err(StoreError::Damaged(key.id));
+                let is_expired = segment.timestamp_ms() <= self.expired_segment_ms.load(Ordering::Acquire);
+                return self.missing(key, is_expired);
             }
-            // A failing disk or a foreign file in the object's place. The network of a bucket can fail as a whole instead.
-            Err(error) if !self.objects.is_shared() => {
-                self.metrics.objects_corrupt.inc();
-                tracing::debug!(profile = %key.id, %error, "cannot read an object");
-                return Err(StoreError::Damaged(key.id));
+            Err(error) => error,
+        };
+        let is_cut = match self.objects.segment_bytes(segment).await {
+            Ok(Some(bytes)) => bytes < position.range().end,
+            _ => false,
+        };
+        self.unreadable(key, error, is_cut)
+    }
+
+    /// Checks a profile that was read from a segment.
+    fn check(
+        &self,
+        key: ObjectKey,
+        position: SegmentPosition,
+        profile: Bytes,
+    ) -> Result<Option<Bytes>, StoreError> {
+        if profile.len() as u64 == position.bytes && crc32fast::hash(&profile) == position.crc {
+            return Ok(Some(profile));
+        }
+        self.metrics.objects_corrupt.inc();
+        Err(StoreError::Damaged(key.id))
+    }
+
+    /// Reads a profile of the older layout, which has an object of its own.
+    async fn read_object(&self, key: ObjectKey) -> Result<Option<Bytes>, StoreError> {
+        let object = match self.objects.get(key).await {
+            Ok(Some(object)) => object,
+            Ok(None) => {
+                return self.missing(key, key.start_ms <= self.expired_ms.load(Ordering::Acquire));
             }
-            Err(error) => return Err(error),
+            Err(error) => return self.unreadable(key, error, false),
         };
         match object::unpack(&object) {
             Some((_, offset)) if offset <= object.len() => Ok(Some(object.slice(offset..))),
@@ -273,6 +350,33 @@ impl Store {
                 Err(StoreError::Damaged(key.id))
             }
         }
+    }
+
+    /// Returns the answer for a profile whose object is missing.
+    fn missing(&self, key: ObjectKey, is_expired: bool) -> Result<Option<Bytes>, StoreError> {
+        // In a bucket, the retention of another collector may have removed it.
+        if self.objects.is_shared() || is_expired {
+            self.metrics.objects_gone.inc();
+            return Ok(None);
+        }
+        self.metrics.objects_corrupt.inc();
+        Err(StoreError::Damaged(key.id))
+    }
+
+    /// Returns the answer for a profile whose object cannot be read.
+    fn unreadable(
+        &self,
+        key: ObjectKey,
+        error: StoreError,
+        is_cut: bool,
+    ) -> Result<Option<Bytes>, StoreError> {
+        // A failing disk or a foreign file in the object's place. The network of a bucket can fail as a whole instead.
+        if self.objects.is_shared() && !is_cut {
+            return Err(error);
+        }
+        self.metrics.objects_corrupt.inc();
+        tracing::debug!(profile = %key.id, %error, "cannot read an object");
+        Err(StoreError::Damaged(key.id))
     }
 
     /// Returns an error while the index cannot be read. Blocking.
@@ -286,6 +390,7 @@ impl Store {
         self.metrics.store_profiles.set(state.profiles() as i64);
         self.metrics.store_series.set(state.series_count() as i64);
         self.metrics.index_left_out.set(state.left_out() as i64);
+        self.metrics.store_segments.set(state.segment_count() as i64);
     }
 }
 

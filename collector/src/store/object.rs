@@ -1,22 +1,22 @@
-//! Objects: one immutable file per batch, which carries its own metadata.
+//! Objects: the segments that the collector writes, and the older layout with one immutable file per batch.
 //!
-//! An object is two gzip members. The first is empty and holds the metadata in its header's extra field (subfield
+//! An object of the older layout is two gzip members. The first is empty and holds the metadata in its header's extra field (subfield
 //! `GN`: CRC-32, little endian, then an [`ObjectMeta`] in protobuf). The second is the profile, byte for byte as the
 //! agent sent it. The object of a batch with only a ledger has no second member. Gzip readers join members and skip
 //! extra fields. So `go tool pprof` opens an object file directly, and the store can rebuild the index from the first
-//! bytes of each object without decompressing anything.
+//! bytes of each object without decompressing anything. The store reads and removes such objects, and writes none.
 
 use std::{
     collections::BTreeSet,
     fs::{self, DirEntry},
     io,
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
-use gannet_proto::ingest::Batch;
 use object_store::{
     GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, PutPayload, local::LocalFileSystem,
     path::Path as Key,
@@ -24,7 +24,12 @@ use object_store::{
 use prost::Message as _;
 use ulid::Ulid;
 
-use super::{StoreError, bucket::Bucket};
+use super::{
+    StoreError,
+    bucket::Bucket,
+    meta::ObjectMeta,
+    segment::{self, SegmentError, SegmentPosition},
+};
 
 pub(super) const HOUR_MS: u64 = 3_600_000;
 /// Bytes of the first member before the data: fixed header, length of the extra field, subfield header.
@@ -35,34 +40,23 @@ const AFTER_DATA: [u8; 10] = [3, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 const MAX_META_BYTES: usize = u16::MAX as usize - 4 - 4;
 /// Concurrent reads of object heads.
 const CONCURRENT_HEADS: usize = 16;
+/// Bytes of the first read of a segment. The index part of a usual segment fits.
+const SEGMENT_HEAD_BYTES: u64 = 256 << 10;
+/// End of a segment's file name.
+const SEGMENT_SUFFIX: &str = ".segment";
 /// First part of every path. There is one tenant until agents name theirs.
 const TENANT: &str = "default";
 /// A file system that reports larger blocks, like one on a network, does not allocate whole ones for small files.
 const MAX_BLOCK_BYTES: u64 = 64 << 10;
 const USUAL_BLOCK_BYTES: u64 = 4 << 10;
 
-/// Metadata of an object.
-#[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct ObjectMeta {
-    /// The batch without its profile.
-    #[prost(message, optional, tag = "1")]
-    pub(super) batch: Option<Batch>,
-    /// Sample types in the order of the profile's values.
-    #[prost(message, repeated, tag = "2")]
-    pub(super) types: Vec<TypeTotal>,
+/// Reports whether metadata is small enough to be stored.
+pub(super) fn fits(meta: &ObjectMeta) -> bool {
+    meta.encoded_len() <= MAX_META_BYTES
 }
 
-/// A sample type, and the sum of its values over the profile.
-#[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct TypeTotal {
-    /// Type and unit, like `cpu/nanoseconds`.
-    #[prost(string, tag = "1")]
-    pub(crate) name: String,
-    #[prost(int64, tag = "2")]
-    pub(crate) total: i64,
-}
-
-/// Joins metadata and profile into an object. Returns `None` for metadata above [`MAX_META_BYTES`].
+/// Joins metadata and profile into an object of the older layout. Returns `None` for metadata above [`MAX_META_BYTES`].
+/// Only the fuzzer and the tests call it.
 pub(super) fn pack(meta: &ObjectMeta, pprof: &[u8]) -> Option<Bytes> {
     let meta = meta.encode_to_vec();
     if meta.len() > MAX_META_BYTES {
@@ -140,9 +134,73 @@ fn hour_of(dir: &Key) -> Option<u64> {
     u64::try_from(at.timestamp().as_second() / 3600).ok()
 }
 
-/// Parses the file name of an object.
-fn id_of(name: &str) -> Option<Ulid> {
-    Ulid::from_string(name.strip_suffix(".pb.gz")?).ok()
+/// Returns the hour of a segment's directory, which its id tells.
+pub(super) fn segment_hour(id: Ulid) -> u64 {
+    id.timestamp_ms() / HOUR_MS
+}
+
+fn segment_path(hour: u64, id: Ulid) -> Key {
+    format!("{}/{id}{SEGMENT_SUFFIX}", hour_path(hour)).into()
+}
+
+/// The name of an object in the directory of an hour.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum ObjectName {
+    /// One profile, in the older layout.
+    Profile(Ulid),
+    Segment(Ulid),
+}
+
+impl ObjectName {
+    fn parse(name: &str) -> Option<Self> {
+        if let Some(id) = name.strip_suffix(SEGMENT_SUFFIX) {
+            return Ulid::from_string(id).ok().map(Self::Segment);
+        }
+        Ulid::from_string(name.strip_suffix(".pb.gz")?).ok().map(Self::Profile)
+    }
+
+    fn path(self, hour: u64) -> Key {
+        match self {
+            Self::Profile(id) => object_path(hour, id),
+            Self::Segment(id) => segment_path(hour, id),
+        }
+    }
+}
+
+/// Ids of the objects in the directory of one hour, by layout.
+#[derive(Default)]
+pub(super) struct HourObjects {
+    /// Objects of one profile, in the older layout.
+    pub(super) profiles: Vec<Ulid>,
+    pub(super) segments: Vec<Ulid>,
+}
+
+impl FromIterator<ObjectName> for HourObjects {
+    fn from_iter<T: IntoIterator<Item = ObjectName>>(names: T) -> Self {
+        let mut objects = Self::default();
+        for name in names {
+            match name {
+                ObjectName::Profile(id) => objects.profiles.push(id),
+                ObjectName::Segment(id) => objects.segments.push(id),
+            }
+        }
+        objects
+    }
+}
+
+/// The index part of a segment, as a comparison finds it.
+pub(super) enum SegmentHead {
+    /// The segment has been removed since it was listed.
+    Gone,
+    /// The segment is damaged or foreign, or its file cannot be read.
+    Unreadable {
+        bytes: u64,
+        reason: String,
+    },
+    Readable {
+        entries: Vec<(ObjectMeta, SegmentPosition)>,
+        bytes: u64,
+    },
 }
 
 /// The first bytes of an object, as a comparison finds them.
@@ -214,9 +272,32 @@ impl Objects {
         if self.root.is_some() { self.block_bytes } else { 0 }
     }
 
-    /// Writes an object, and returns once it survives a power cut. Writing the same object again is harmless.
-    pub(super) async fn put(&self, key: ObjectKey, object: Bytes) -> Result<(), object_store::Error> {
-        self.durable.put(&key.path(), PutPayload::from_bytes(object)).await.map(drop)
+    /// Writes a segment, and returns once it survives a power cut. After an error it may be there all the same.
+    pub(super) async fn put_segment(&self, id: Ulid, parts: Vec<Bytes>) -> Result<(), object_store::Error> {
+        let payload: PutPayload = parts.into_iter().collect();
+        self.durable.put(&segment_path(segment_hour(id), id), payload).await.map(drop)
+    }
+
+    /// Reads parts of a segment, or returns `None` if there is no such segment.
+    pub(super) async fn segment_ranges(
+        &self,
+        id: Ulid,
+        ranges: &[Range<u64>],
+    ) -> Result<Option<Vec<Bytes>>, StoreError> {
+        match self.relaxed.get_ranges(&segment_path(segment_hour(id), id), ranges).await {
+            Ok(parts) => Ok(Some(parts)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(StoreError::Object(error)),
+        }
+    }
+
+    /// Returns the size of a segment in bytes, or `None` if there is no such segment.
+    pub(super) async fn segment_bytes(&self, id: Ulid) -> Result<Option<u64>, StoreError> {
+        match self.relaxed.head(&segment_path(segment_hour(id), id)).await {
+            Ok(found) => Ok(Some(found.size)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(StoreError::Object(error)),
+        }
     }
 
     /// Reads an object, or returns `None` if there is none.
@@ -228,14 +309,9 @@ impl Objects {
         }
     }
 
-    /// Removes an object. A missing object is no error.
-    pub(super) async fn delete(&self, key: ObjectKey) -> Result<(), StoreError> {
-        self.delete_in_hour(key.hour(), key.id).await
-    }
-
-    /// Removes the object with this id from the directory of an hour, readable or not.
-    pub(super) async fn delete_in_hour(&self, hour: u64, id: Ulid) -> Result<(), StoreError> {
-        match self.relaxed.delete(&object_path(hour, id)).await {
+    /// Removes the object with this name from the directory of an hour, readable or not. A missing object is no error.
+    pub(super) async fn delete_in_hour(&self, hour: u64, name: ObjectName) -> Result<(), StoreError> {
+        match self.relaxed.delete(&name.path(hour)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(StoreError::Object(error)),
         }
@@ -257,19 +333,21 @@ impl Objects {
         Ok(hours)
     }
 
-    /// Returns the ids of an hour's objects. In a directory, it removes leftovers of interrupted writes, and the
+    /// Returns the objects of an hour. In a directory, it removes leftovers of interrupted writes, and the
     /// directory of an hour without files. Files with other names do not count.
-    pub(super) async fn of_hour(&self, hour: u64) -> Result<Vec<Ulid>, StoreError> {
+    pub(super) async fn of_hour(&self, hour: u64) -> Result<HourObjects, StoreError> {
         if let Some(root) = &self.root {
-            return local_objects(&root.join(hour_path(hour)));
+            return Ok(local_objects(&root.join(hour_path(hour)))?.into_iter().collect());
         }
         let dir = Key::from(hour_path(hour));
-        self.relaxed
+        let names: Vec<ObjectName> = self
+            .relaxed
             .list(Some(&dir))
-            .try_filter_map(async |object| Ok(object.location.filename().and_then(id_of)))
+            .try_filter_map(async |object| Ok(object.location.filename().and_then(ObjectName::parse)))
             .try_collect()
             .await
-            .map_err(StoreError::Object)
+            .map_err(StoreError::Object)?;
+        Ok(names.into_iter().collect())
     }
 
     /// Removes the directory of an hour, and of its day, if it has no files.
@@ -312,9 +390,70 @@ impl Objects {
         }
     }
 
+    /// Reads the index parts of segments without their profiles.
+    pub(super) async fn segment_heads(
+        &self,
+        hour: u64,
+        ids: &[Ulid],
+    ) -> Result<Vec<SegmentHead>, StoreError> {
+        stream::iter(ids.iter().map(|id| self.segment_head(hour, *id)))
+            .buffered(CONCURRENT_HEADS)
+            .try_collect()
+            .await
+    }
+
+    async fn segment_head(&self, hour: u64, id: Ulid) -> Result<SegmentHead, StoreError> {
+        let path = segment_path(hour, id);
+        let error = match self.read_segment_head(&path).await {
+            Ok((head, bytes)) => {
+                return Ok(match head.and_then(|head| segment::read_index(id, &head)) {
+                    Ok(entries) => SegmentHead::Readable { entries, bytes },
+                    Err(error) => SegmentHead::Unreadable { bytes, reason: error.to_string() },
+                });
+            }
+            Err(object_store::Error::NotFound { .. }) => return Ok(SegmentHead::Gone),
+            Err(error) => error,
+        };
+        match self.relaxed.head(&path).await {
+            Err(object_store::Error::NotFound { .. }) => Ok(SegmentHead::Gone),
+            // A range of an empty object is an error.
+            Ok(found) if found.size == 0 => {
+                Ok(SegmentHead::Unreadable { bytes: 0, reason: "it is empty".into() })
+            }
+            // One file that cannot be read must not keep the others out of the index.
+            found if self.root.is_some() => Ok(SegmentHead::Unreadable {
+                bytes: found.map_or(0, |found| found.size),
+                reason: error.to_string(),
+            }),
+            _ => Err(StoreError::Object(error)),
+        }
+    }
+
+    /// Returns the first bytes of a segment, at least its index part if that is complete, and its size.
+    async fn read_segment_head(
+        &self,
+        path: &Key,
+    ) -> Result<(Result<Bytes, SegmentError>, u64), object_store::Error> {
+        let (head, bytes) = self.read_first(path, SEGMENT_HEAD_BYTES).await?;
+        let end = match segment::index_end(&head) {
+            Ok(end) if end > bytes => return Ok((Err(SegmentError::Index), bytes)),
+            Ok(end) => end,
+            Err(error) => return Ok((Err(error), bytes)),
+        };
+        if end <= head.len() as u64 {
+            return Ok((Ok(head), bytes));
+        }
+        Ok((Ok(self.relaxed.get_range(path, 0..end).await?), bytes))
+    }
+
     /// Returns the first bytes of an object, at least its metadata, and its size.
     async fn read_head(&self, path: &Key) -> Result<(Bytes, u64), object_store::Error> {
-        let range = GetRange::Bounded(0..(BEFORE_DATA + usize::from(u16::MAX)) as u64);
+        self.read_first(path, (BEFORE_DATA + usize::from(u16::MAX)) as u64).await
+    }
+
+    /// Returns up to `limit` first bytes of an object, and its size.
+    async fn read_first(&self, path: &Key, limit: u64) -> Result<(Bytes, u64), object_store::Error> {
+        let range = GetRange::Bounded(0..limit);
         let found =
             self.relaxed.get_opts(path, GetOptions { range: Some(range), ..GetOptions::default() }).await?;
         let bytes = found.meta.size;
@@ -336,26 +475,26 @@ fn local_hours(root: &Path) -> Result<BTreeSet<u64>, StoreError> {
     Ok(hours)
 }
 
-/// Returns the ids of the objects in an hour's directory. Removes the temporary files of interrupted writes, and a
+/// Returns the names of the objects in an hour's directory. Removes the temporary files of interrupted writes, and a
 /// directory without files.
-fn local_objects(dir: &Path) -> Result<Vec<Ulid>, StoreError> {
-    let (mut ids, mut is_empty) = (Vec::new(), true);
+fn local_objects(dir: &Path) -> Result<Vec<ObjectName>, StoreError> {
+    let (mut names, mut is_empty) = (Vec::new(), true);
     for entry in list(dir)? {
         let name = entry.file_name();
         let name = name.to_str().unwrap_or_default();
-        if name.contains(".pb.gz#") && fs::remove_file(entry.path()).is_ok() {
+        if (name.contains(".pb.gz#") || name.contains(".segment#")) && fs::remove_file(entry.path()).is_ok() {
             continue;
         }
         is_empty = false;
         if entry.file_type().is_ok_and(|kind| kind.is_file()) {
-            ids.extend(id_of(name));
+            names.extend(ObjectName::parse(name));
         }
     }
     if is_empty {
         // Another file may have arrived, which is fine, as is a directory that is gone.
         let _ = fs::remove_dir(dir);
     }
-    Ok(ids)
+    Ok(names)
 }
 
 fn list(dir: &Path) -> Result<Vec<DirEntry>, StoreError> {
@@ -377,9 +516,10 @@ fn sync_dir(dir: &Path) -> Result<(), StoreError> {
 mod tests {
     use std::io::{Read as _, Write as _};
 
+    use gannet_proto::ingest::Batch;
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::meta::TypeTotal, *};
 
     fn gzip(data: &[u8]) -> Vec<u8> {
         let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
@@ -441,5 +581,9 @@ mod tests {
         let key = ObjectKey { start_ms: 1_700_000_000_000, id: Ulid::from_parts(1, 2) };
         assert_eq!(key.path().as_ref(), "default/2023-11-14/22/00000000010000000000000002.pb.gz");
         assert_eq!(hour_of(&Key::from("default/2023-11-14/22")), Some(key.hour()));
+        let id = Ulid::from_parts(1_700_000_000_000, 2);
+        let path = segment_path(segment_hour(id), id);
+        assert_eq!(path.as_ref(), "default/2023-11-14/22/01HF7YAT000000000000000002.segment");
+        assert_eq!(path.filename().and_then(ObjectName::parse), Some(ObjectName::Segment(id)));
     }
 }

@@ -1,18 +1,30 @@
 //! Removal of profiles that are too old, and of the oldest ones while the store is too large.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use futures::{StreamExt as _, stream};
+use ulid::Ulid;
 
-use super::{Store, StoreError, blocking, index::IndexChange, object::HOUR_MS, writer::CONCURRENT_WRITES};
+use super::{
+    Store, StoreError, blocking,
+    index::{IndexChange, IndexedObject},
+    object::{HOUR_MS, HourObjects, ObjectName, segment_hour},
+};
 use crate::time;
 
 /// Profiles of one retention step. The writer accepts batches between two steps.
 const RETENTION_CHUNK: usize = 256;
+/// Concurrent deletions of objects.
+const CONCURRENT_DELETES: usize = 16;
+
+/// Returns the hour of the directory that holds the object of a profile.
+fn hour_of(object: &IndexedObject) -> u64 {
+    object.segment.map_or_else(|| object.key.hour(), segment_hour)
+}
 
 impl Store {
     /// Reports whether the store is larger than `retention_bytes`.
@@ -33,62 +45,34 @@ impl Store {
         if has_more { Duration::ZERO } else { self.options.retention_interval }
     }
 
-    /// Removes up to [`RETENTION_CHUNK`] profiles, and reports whether there may be more to remove. An object that cannot be
-    /// deleted keeps its row and does not hold up the others.
+    /// Removes up to [`RETENTION_CHUNK`] profiles that are too old, or the oldest ones of a store that is too large. Reports
+    /// whether there may be more to remove. An object that cannot be deleted keeps its rows and does not hold up the
+    /// others.
     async fn expire(self: &Arc<Self>) -> Result<bool, StoreError> {
-        let store = Arc::clone(self);
-        let oldest = blocking(move || store.index.oldest(RETENTION_CHUNK)).await?;
         let cutoff = time::now_ms().saturating_sub(self.options.retention_age.0.as_millis() as u64);
-        let mut excess = self.state.read().disk_bytes().saturating_sub(self.options.retention_bytes.0);
-        let expired: Vec<_> = oldest
-            .into_iter()
-            .take_while(|object| {
-                let expires = excess > 0 || object.key.start_ms < cutoff;
-                excess = excess.saturating_sub(object.disk_bytes);
-                expires
-            })
-            .collect();
-        // Once no readable object is left, only unreadable ones can take the excess.
-        let unreadable_until = match expired.last() {
-            Some(last) => last.key.hour(),
-            None if excess > 0 => u64::MAX,
-            None => cutoff / HOUR_MS,
-        };
+        let store = Arc::clone(self);
+        let mut expired = blocking(move || store.index.oldest(cutoff, RETENTION_CHUNK)).await?;
+        let is_full_step = expired.len() == RETENTION_CHUNK;
+        let mut unreadable_until = cutoff / HOUR_MS;
+        if expired.is_empty() && self.is_over_budget() {
+            expired = self.excess().await?;
+            // Once no readable object is left, only unreadable ones can take the excess.
+            unreadable_until = expired.first().map_or(u64::MAX, hour_of);
+        }
         self.remove_unreadable(unreadable_until).await;
         let has_left_out = self.remove_left_out(cutoff / HOUR_MS).await?;
-        if let Some(last) = expired.last() {
-            self.expired_ms.fetch_max(last.key.start_ms, Ordering::AcqRel);
-        }
-        let deletes: Vec<_> = expired.iter().map(|object| self.objects.delete(object.key)).collect();
-        let results = stream::iter(deletes).buffered(CONCURRENT_WRITES).collect::<Vec<_>>().await;
-        let is_full_step = expired.len() == RETENTION_CHUNK;
-        let mut failure = None;
-        let expired: Vec<_> = expired
-            .into_iter()
-            .zip(results)
-            .filter_map(|(object, result)| match result {
-                Ok(()) => Some(object),
-                Err(error) => {
-                    failure = Some(error);
-                    None
-                }
-            })
-            .collect();
-        if let Some(error) = failure {
-            self.metrics.store_errors.inc();
-            tracing::warn!(%error, "cannot delete an old object; trying again");
-        }
+        let (expired, segments) = self.delete_objects(expired).await;
         if expired.is_empty() {
             return Ok(has_left_out);
         }
-        let hours: BTreeSet<u64> = expired.iter().map(|object| object.key.hour()).collect();
+        let hours: BTreeSet<u64> = expired.iter().map(hour_of).collect();
         let emptied = self.state.read().emptied_by(&expired);
-        let change = IndexChange::removing(&expired, &emptied);
+        let change = IndexChange::removing(&expired, &emptied, &segments);
         let store = Arc::clone(self);
         blocking(move || store.index.commit(&change)).await?;
-        self.state.write().remove(&expired, &emptied);
+        self.state.write().remove(&expired, &emptied, &segments);
         self.metrics.retention_removed.inc_by(expired.len() as u64);
-        tracing::debug!(profiles = expired.len(), "retention removed profiles");
+        tracing::debug!(profiles = expired.len(), segments = segments.len(), "retention removed profiles");
         for hour in hours {
             if !self.state.read().has_hour(hour) {
                 self.objects.remove_empty_hour(hour);
@@ -102,17 +86,24 @@ impl Store {
     /// there may be more.
     async fn remove_left_out(self: &Arc<Self>, until: u64) -> Result<bool, StoreError> {
         let Some(hour) = self.state.read().left_out_before(until) else { return Ok(false) };
-        let ids = self.objects.of_hour(hour).await?;
+        let HourObjects { profiles, segments } = self.objects.of_hour(hour).await?;
         let store = Arc::clone(self);
-        let (known, mut ids) =
-            blocking(move || Ok((store.index.contains(ids.iter().copied())?, ids))).await?;
-        let mut known = known.into_iter();
-        ids.retain(|_| known.next() == Some(false));
-        let all = ids.len();
-        ids.truncate(RETENTION_CHUNK);
-        self.expired_ms.fetch_max((hour + 1) * HOUR_MS - 1, Ordering::AcqRel);
-        let deletes: Vec<_> = ids.iter().map(|id| self.objects.delete_in_hour(hour, *id)).collect();
-        let results = stream::iter(deletes).buffered(CONCURRENT_WRITES).collect::<Vec<_>>().await;
+        let mut names = blocking(move || {
+            let known = store.index.contains(profiles.iter().copied())?;
+            let profiles = profiles.into_iter().zip(known).filter(|(_, known)| !known);
+            let known = store.index.segments(hour..hour + 1)?;
+            let is_unknown = |id: &Ulid| known.iter().all(|segment| segment.id != *id);
+            let segments = segments.into_iter().filter(is_unknown).map(ObjectName::Segment);
+            Ok(profiles.map(|(id, _)| ObjectName::Profile(id)).chain(segments).collect::<Vec<_>>())
+        })
+        .await?;
+        let all = names.len();
+        names.truncate(RETENTION_CHUNK);
+        let until_ms = (hour + 1) * HOUR_MS - 1;
+        self.expired_ms.fetch_max(until_ms, Ordering::AcqRel);
+        self.expired_segment_ms.fetch_max(until_ms, Ordering::AcqRel);
+        let deletes: Vec<_> = names.iter().map(|name| self.objects.delete_in_hour(hour, *name)).collect();
+        let results = stream::iter(deletes).buffered(CONCURRENT_DELETES).collect::<Vec<_>>().await;
         let removed = results.iter().filter(|result| result.is_ok()).count();
         self.metrics.retention_removed.inc_by(removed as u64);
         let left = all - removed;
@@ -129,15 +120,70 @@ impl Store {
         Ok(true)
     }
 
+    /// Returns the profiles that a store which is too large loses next: the oldest objects of the older layout, then the
+    /// oldest segment.
+    async fn excess(self: &Arc<Self>) -> Result<Vec<IndexedObject>, StoreError> {
+        let store = Arc::clone(self);
+        if self.state.read().outside_segments() == 0 {
+            let oldest = self.state.read().oldest_segment();
+            return blocking(move || oldest.map_or(Ok(Vec::new()), |id| store.index.of_segment(id))).await;
+        }
+        let mut excess = self.state.read().disk_bytes().saturating_sub(self.options.retention_bytes.0);
+        let oldest = blocking(move || store.index.oldest_outside_segments(RETENTION_CHUNK)).await?;
+        let expired = oldest.into_iter().take_while(|object| {
+            let expires = excess > 0;
+            excess = excess.saturating_sub(object.disk_bytes);
+            expires
+        });
+        Ok(expired.collect())
+    }
+
+    /// Deletes the objects of these profiles, and the segments that hold no other profile. Returns the profiles and segments
+    /// without those that cannot be deleted.
+    async fn delete_objects(&self, expired: Vec<IndexedObject>) -> (Vec<IndexedObject>, Vec<Ulid>) {
+        let segments = self.state.read().segments_emptied_by(&expired);
+        for object in &expired {
+            self.expired_ms.fetch_max(object.key.start_ms, Ordering::AcqRel);
+        }
+        for segment in &segments {
+            self.expired_segment_ms.fetch_max(segment.timestamp_ms(), Ordering::AcqRel);
+        }
+        let outside = expired.iter().filter(|object| object.segment.is_none());
+        let names = outside
+            .map(|object| (object.key.hour(), ObjectName::Profile(object.key.id)))
+            .chain(segments.iter().map(|id| (segment_hour(*id), ObjectName::Segment(*id))));
+        let deletes: Vec<_> = names
+            .map(|(hour, name)| async move { (name, self.objects.delete_in_hour(hour, name).await) })
+            .collect();
+        let results = stream::iter(deletes).buffered(CONCURRENT_DELETES).collect::<Vec<_>>().await;
+        let mut failed = HashSet::new();
+        for (name, result) in results {
+            if let Err(error) = result {
+                if failed.is_empty() {
+                    self.metrics.store_errors.inc();
+                    tracing::warn!(%error, "cannot delete an old object; trying again");
+                }
+                failed.insert(name);
+            }
+        }
+        let is_deleted = |object: &IndexedObject| {
+            !failed.contains(&object.segment.map_or(ObjectName::Profile(object.key.id), ObjectName::Segment))
+        };
+        let expired = expired.into_iter().filter(is_deleted).collect();
+        let segments =
+            segments.into_iter().filter(|id| !failed.contains(&ObjectName::Segment(*id))).collect();
+        (expired, segments)
+    }
+
     /// Removes the unreadable objects of hours before this one.
     async fn remove_unreadable(&self, hour: u64) {
         let unreadable = self.state.read().unreadable_before(hour);
         for object in unreadable {
-            match self.objects.delete_in_hour(object.hour, object.id).await {
+            match self.objects.delete_in_hour(object.hour, object.name).await {
                 Ok(()) => self.state.write().remove_unreadable(object),
                 Err(error) => {
                     self.metrics.store_errors.inc();
-                    tracing::warn!(profile = %object.id, %error, "cannot delete an unreadable object; trying again");
+                    tracing::warn!(object = ?object.name, %error, "cannot delete an unreadable object; trying again");
                 }
             }
         }

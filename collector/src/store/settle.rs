@@ -1,6 +1,6 @@
 //! Makes index and objects agree: completely at the start, and hour by hour while other collectors use the same bucket.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use gannet_proto::labels::Labels;
 use ulid::Ulid;
@@ -8,24 +8,26 @@ use ulid::Ulid;
 use super::{
     Store, StoreError,
     index::{IndexChange, IndexedObject, ProfileRow},
-    object::{HOUR_MS, ObjectHead, ObjectKey},
+    object::{HOUR_MS, ObjectHead, ObjectKey, ObjectName, SegmentHead, segment_hour},
     state::{StoreState, UnreadableObject},
-    writer::describe,
+    writer::{describe, describe_object},
 };
 
 /// Rows of one repairing commit.
 const REPAIR_CHUNK: usize = 4096;
 /// The same for an index in memory, whose space is counted behind each.
 const MEMORY_CHUNK: usize = 256;
+/// Segments of one repairing commit.
+const REPAIR_SEGMENTS: usize = 16;
 /// Hours before the newest two that each reading of a shared bucket compares, in turn.
 const OLD_HOURS: usize = 4;
 
 /// Repairs of one comparison.
 #[derive(Default)]
 struct Repairs {
-    /// Objects that had no row.
+    /// Profiles that had no row.
     added: u64,
-    /// Rows that had no object.
+    /// Rows that had no profile.
     removed: u64,
     /// Objects that could not be read.
     damaged: u64,
@@ -45,7 +47,7 @@ impl Store {
         let unused = self.state.read().unused_series();
         if !unused.is_empty() {
             self.index.commit(&IndexChange { remove_series: unused.clone(), ..IndexChange::default() })?;
-            self.state.write().remove(&[], &unused);
+            self.state.write().remove(&[], &unused, &[]);
         }
         let Repairs { added, removed, damaged } = repairs;
         if damaged > 0 {
@@ -67,7 +69,7 @@ impl Store {
         let left_out = self.state.read().left_out();
         if left_out > 0 {
             tracing::warn!(
-                profiles = left_out,
+                objects = left_out,
                 "the disk is full, and the memory for the index is used up: queries find only the newest profiles until the \
                  disk has room; free some, or lower --retention-bytes"
             );
@@ -89,13 +91,30 @@ impl Store {
     }
 
     fn settle_hour(&self, hour: u64, repairs: &mut Repairs) -> Result<(), StoreError> {
-        let mut rows: HashMap<Ulid, IndexedObject> = HashMap::new();
-        self.index.between(hour * HOUR_MS, (hour + 1) * HOUR_MS, |object| {
-            rows.insert(object.key.id, object);
-        })?;
-        let mut missing = self.runtime.block_on(self.objects.of_hour(hour))?;
-        missing.retain(|id| rows.remove(id).is_none());
+        let objects = self.runtime.block_on(self.objects.of_hour(hour))?;
         self.forget_unreadable(hour);
+        let mut left_out = self.settle_profiles(hour, objects.profiles, repairs)?;
+        left_out += self.settle_segments(hour, objects.segments, repairs)?;
+        self.state.write().leave_out(hour, left_out);
+        Ok(())
+    }
+
+    /// Compares the objects of the older layout, each of which holds one profile. Returns how many of them an index in memory
+    /// has no room for.
+    fn settle_profiles(
+        &self,
+        hour: u64,
+        mut missing: Vec<Ulid>,
+        repairs: &mut Repairs,
+    ) -> Result<u64, StoreError> {
+        let mut rows: HashMap<Ulid, IndexedObject> = HashMap::new();
+        self.index.between(hour * HOUR_MS, (hour + 1) * HOUR_MS, |entry| {
+            if !entry.is_in_segment {
+                let (series, key, disk_bytes) = (entry.series, entry.key, entry.disk_bytes);
+                rows.insert(entry.key.id, IndexedObject { series, key, disk_bytes, segment: None });
+            }
+        })?;
+        missing.retain(|id| rows.remove(id).is_none());
         // The ids begin with the time.
         missing.sort_unstable_by(|a, b| b.cmp(a));
         let mut left_out = missing.len();
@@ -111,25 +130,99 @@ impl Store {
                 let (described, bytes) = match head {
                     ObjectHead::Gone => continue,
                     ObjectHead::Unreadable { bytes } => (None, bytes),
-                    ObjectHead::Readable { meta, bytes } => (describe(&meta, bytes), bytes),
+                    ObjectHead::Readable { meta, bytes } => (describe_object(&meta, bytes), bytes),
                 };
                 // An object under another object's path counts as damaged.
                 if let Some(described) = described.filter(|(_, key, _)| key.id == *id && key.hour() == hour) {
                     found.push(described);
                 } else {
                     repairs.damaged += 1;
-                    self.metrics.objects_corrupt.inc();
-                    self.state
-                        .write()
-                        .add_unreadable(UnreadableObject { hour, id: *id }, self.objects.allocated(bytes));
+                    self.note_unreadable(hour, ObjectName::Profile(*id), bytes);
                     tracing::warn!(profile = %id, hour, "cannot read an object; left it out of the index");
                 }
             }
-            self.add_rows(&found, repairs)?;
+            self.add_rows(&[], &found, repairs)?;
         }
-        self.state.write().leave_out(hour, left_out as u64);
         let gone: Vec<IndexedObject> = rows.into_values().collect();
-        self.remove_rows(&gone, repairs)
+        self.remove_rows(&gone, &[], repairs)?;
+        Ok(left_out as u64)
+    }
+
+    /// Compares the segments of an hour. Returns how many of them an index in memory has no room for.
+    fn settle_segments(
+        &self,
+        hour: u64,
+        mut missing: Vec<Ulid>,
+        repairs: &mut Repairs,
+    ) -> Result<u64, StoreError> {
+        let mut known: HashSet<Ulid> =
+            self.index.segments(hour..hour + 1)?.into_iter().map(|segment| segment.id).collect();
+        missing.retain(|id| !known.remove(id));
+        missing.sort_unstable_by(|a, b| b.cmp(a));
+        let mut left_out = missing.len();
+        // A segment has up to some thousand rows.
+        let chunk = if self.index.is_in_memory() { 1 } else { REPAIR_SEGMENTS };
+        for ids in missing.chunks(chunk) {
+            if self.index.is_memory_full(self.options.memory_index_bytes) {
+                break;
+            }
+            left_out -= ids.len();
+            self.add_segments(hour, ids, repairs)?;
+        }
+        for id in known {
+            // The list of a bucket may be older than the segment.
+            if self.runtime.block_on(self.objects.segment_bytes(id))?.is_none() {
+                self.remove_rows(&self.index.of_segment(id)?, &[id], repairs)?;
+            }
+        }
+        Ok(left_out as u64)
+    }
+
+    /// Adds the rows of segments in the directory of an hour. A missing segment is no error.
+    fn add_segments(&self, hour: u64, ids: &[Ulid], repairs: &mut Repairs) -> Result<(), StoreError> {
+        let heads = self.runtime.block_on(self.objects.segment_heads(hour, ids))?;
+        let (mut found, mut segments) = (Vec::new(), Vec::new());
+        for (id, head) in ids.iter().zip(heads) {
+            let (entries, bytes) = match head {
+                SegmentHead::Gone => continue,
+                SegmentHead::Readable { entries, bytes } if segment_hour(*id) == hour => (Ok(entries), bytes),
+                SegmentHead::Readable { bytes, .. } => {
+                    (Err("it is in the directory of another hour".into()), bytes)
+                }
+                SegmentHead::Unreadable { bytes, reason } => (Err(reason), bytes),
+            };
+            match entries {
+                Ok(entries) => {
+                    segments.push((*id, self.objects.allocated(bytes)));
+                    let described = entries.into_iter().filter_map(|(meta, position)| {
+                        let (labels, key, row) = describe(&meta, position.bytes, 0)?;
+                        Some((labels, key, row.at(position)))
+                    });
+                    found.extend(described);
+                }
+                Err(reason) => {
+                    repairs.damaged += 1;
+                    self.note_unreadable(hour, ObjectName::Segment(*id), bytes);
+                    tracing::warn!(segment = %id, hour, reason, "cannot read a segment; left it out of the index");
+                }
+            }
+        }
+        self.add_rows(&segments, &found, repairs)
+    }
+
+    /// Adds a segment to the index if it exists, after a write whose outcome is unknown.
+    pub(super) fn adopt_segment(&self, id: Ulid) -> Result<(), StoreError> {
+        let mut repairs = Repairs::default();
+        self.add_segments(segment_hour(id), &[id], &mut repairs)?;
+        if repairs.added > 0 {
+            tracing::info!(segment = %id, profiles = repairs.added, "found a segment whose write seemed to have failed");
+        }
+        Ok(())
+    }
+
+    fn note_unreadable(&self, hour: u64, name: ObjectName, bytes: u64) {
+        self.metrics.objects_corrupt.inc();
+        self.state.write().add_unreadable(UnreadableObject { hour, name }, self.objects.allocated(bytes));
     }
 
     /// Forgets the unreadable objects of an hour that is compared again.
@@ -142,20 +235,27 @@ impl Store {
         }
     }
 
-    /// Adds rows for objects that have none.
+    /// Adds rows for profiles that have none, with the segments that hold them. A profile that the index knows from
+    /// another object stays there.
     fn add_rows(
         &self,
+        segments: &[(Ulid, u64)],
         found: &[(Labels, ObjectKey, ProfileRow)],
         repairs: &mut Repairs,
     ) -> Result<(), StoreError> {
-        if found.is_empty() {
+        if found.is_empty() && segments.is_empty() {
             return Ok(());
         }
-        let mut change = IndexChange::default();
+        let known = self.index.contains(found.iter().map(|(_, key, _)| key.id))?;
+        let mut ids = HashSet::new();
+        let mut change = IndexChange { add_segments: segments.to_vec(), ..IndexChange::default() };
         {
             let state = self.state.read();
             let mut new = HashMap::new();
-            for (labels, key, row) in found {
+            for ((labels, key, row), known) in found.iter().zip(known) {
+                if known || !ids.insert(key.id) {
+                    continue;
+                }
                 // The collector that accepted these objects has applied the limit on series already.
                 if let Some(series) = state.series_of(labels, &mut new, usize::MAX) {
                     change.add.push(self.added(series, *key, row.clone()));
@@ -170,14 +270,19 @@ impl Store {
         Ok(())
     }
 
-    /// Removes rows whose objects are gone.
-    fn remove_rows(&self, gone: &[IndexedObject], repairs: &mut Repairs) -> Result<(), StoreError> {
-        if gone.is_empty() {
+    /// Removes rows and segments whose objects are gone.
+    fn remove_rows(
+        &self,
+        gone: &[IndexedObject],
+        segments: &[Ulid],
+        repairs: &mut Repairs,
+    ) -> Result<(), StoreError> {
+        if gone.is_empty() && segments.is_empty() {
             return Ok(());
         }
         let emptied = self.state.read().emptied_by(gone);
-        self.index.commit(&IndexChange::removing(gone, &emptied))?;
-        self.state.write().remove(gone, &emptied);
+        self.index.commit(&IndexChange::removing(gone, &emptied, segments))?;
+        self.state.write().remove(gone, &emptied, segments);
         repairs.removed += gone.len() as u64;
         self.metrics.index_repairs.inc_by(gone.len() as u64);
         Ok(())

@@ -9,8 +9,8 @@ use gannet_proto::labels::Labels;
 use ulid::Ulid;
 
 use super::{
-    index::{AddedProfile, Index, IndexChange, IndexError, IndexedObject, series_bytes},
-    object::ObjectKey,
+    index::{AddedProfile, Index, IndexChange, IndexError, IndexedObject, TimeEntry, series_bytes},
+    object::{ObjectName, segment_hour},
 };
 use crate::selector::Selector;
 
@@ -31,7 +31,15 @@ pub(crate) struct Series {
 pub(super) struct UnreadableObject {
     /// Hour of its directory.
     pub(super) hour: u64,
-    pub(super) id: Ulid,
+    pub(super) name: ObjectName,
+}
+
+/// A segment that has rows.
+#[derive(Clone, Copy)]
+struct SegmentState {
+    /// Space of the object on the disk.
+    disk_bytes: u64,
+    rows: u64,
 }
 
 /// Series and totals of all stored profiles. It always agrees with the committed index.
@@ -43,6 +51,10 @@ pub(super) struct StoreState {
     profiles: u64,
     /// Space of objects, rows and labels on the disk, without directories.
     bytes: u64,
+    /// Segments by id, and so in the order of time.
+    segments: BTreeMap<Ulid, SegmentState>,
+    /// Number of profiles in objects of their own.
+    outside_segments: u64,
     /// Number of objects by hour. Each hour has a directory.
     hours: HashMap<u64, u64>,
     /// Space of one directory. 0 for a bucket, whose limit does not concern the local index either.
@@ -61,7 +73,10 @@ impl StoreState {
         for (id, labels) in index.series()? {
             state.add_series(id, labels);
         }
-        index.between(0, u64::MAX, |object| state.add(object.series, object.key, object.disk_bytes))?;
+        for segment in index.segments(0..u64::MAX)? {
+            state.add_segment(segment.id, segment.disk_bytes, segment.rows);
+        }
+        index.between(0, u64::MAX, |entry| state.add(&entry))?;
         Ok(state)
     }
 
@@ -169,9 +184,55 @@ impl StoreState {
         for (id, labels) in change.add_series {
             self.add_series(id, labels);
         }
-        for AddedProfile { profile, disk_bytes } in &change.add {
-            self.add(profile.series, profile.key, *disk_bytes);
+        for (id, disk_bytes) in change.add_segments {
+            self.add_segment(id, disk_bytes, 0);
         }
+        for AddedProfile { profile, disk_bytes } in &change.add {
+            let segment = profile.row.segment();
+            if let Some(segment) = segment.and_then(|id| self.segments.get_mut(&id)) {
+                segment.rows += 1;
+            }
+            self.add(&TimeEntry {
+                series: profile.series,
+                key: profile.key,
+                disk_bytes: *disk_bytes,
+                is_in_segment: segment.is_some(),
+            });
+        }
+    }
+
+    fn add_segment(&mut self, id: Ulid, disk_bytes: u64, rows: u64) {
+        if self.segments.contains_key(&id) {
+            return;
+        }
+        self.bytes += disk_bytes;
+        *self.hours.entry(segment_hour(id)).or_default() += 1;
+        self.segments.insert(id, SegmentState { disk_bytes, rows });
+    }
+
+    /// Number of profiles in objects of their own, in the older layout.
+    pub(super) fn outside_segments(&self) -> u64 {
+        self.outside_segments
+    }
+
+    /// Number of segments.
+    pub(super) fn segment_count(&self) -> usize {
+        self.segments.len()
+    }
+
+    /// Returns the oldest segment.
+    pub(super) fn oldest_segment(&self) -> Option<Ulid> {
+        self.segments.first_key_value().map(|(id, _)| *id)
+    }
+
+    /// Returns the segments without a row, once these rows are removed.
+    pub(super) fn segments_emptied_by(&self, removed: &[IndexedObject]) -> Vec<Ulid> {
+        let mut counts: HashMap<Ulid, u64> = HashMap::new();
+        for segment in removed.iter().filter_map(|object| object.segment) {
+            *counts.entry(segment).or_default() += 1;
+        }
+        counts.retain(|id, n| self.segments.get(id).is_some_and(|segment| segment.rows <= *n));
+        counts.into_keys().collect()
     }
 
     fn add_series(&mut self, id: u64, labels: Labels) {
@@ -186,14 +247,17 @@ impl StoreState {
         if self.directory_bytes == 0 { 0 } else { series_bytes(labels) }
     }
 
-    fn add(&mut self, series: u64, key: ObjectKey, disk_bytes: u64) {
+    fn add(&mut self, entry: &TimeEntry) {
         self.profiles += 1;
-        self.bytes += disk_bytes;
-        *self.hours.entry(key.hour()).or_default() += 1;
-        if let Some(series) = self.series.get_mut(&series) {
+        self.bytes += entry.disk_bytes;
+        if !entry.is_in_segment {
+            self.outside_segments += 1;
+            *self.hours.entry(entry.key.hour()).or_default() += 1;
+        }
+        if let Some(series) = self.series.get_mut(&entry.series) {
             series.profiles += 1;
-            series.first_ms = series.first_ms.min(key.start_ms);
-            series.last_ms = series.last_ms.max(key.start_ms);
+            series.first_ms = series.first_ms.min(entry.key.start_ms);
+            series.last_ms = series.last_ms.max(entry.key.start_ms);
         }
     }
 
@@ -208,15 +272,17 @@ impl StoreState {
     }
 
     /// Removes objects and series after the index has committed their removal.
-    pub(super) fn remove(&mut self, removed: &[IndexedObject], emptied: &[u64]) {
+    pub(super) fn remove(&mut self, removed: &[IndexedObject], emptied: &[u64], segments: &[Ulid]) {
         for object in removed {
             self.profiles = self.profiles.saturating_sub(1);
             self.bytes = self.bytes.saturating_sub(object.disk_bytes);
-            if let Some(objects) = self.hours.get_mut(&object.key.hour()) {
-                *objects -= 1;
-                if *objects == 0 {
-                    self.hours.remove(&object.key.hour());
+            if let Some(id) = object.segment {
+                if let Some(segment) = self.segments.get_mut(&id) {
+                    segment.rows = segment.rows.saturating_sub(1);
                 }
+            } else {
+                self.outside_segments = self.outside_segments.saturating_sub(1);
+                self.remove_from_hour(object.key.hour());
             }
             if let Some(series) = self.series.get_mut(&object.series) {
                 series.profiles = series.profiles.saturating_sub(1);
@@ -226,6 +292,21 @@ impl StoreState {
             if let Some(series) = self.series.remove(id) {
                 self.bytes = self.bytes.saturating_sub(self.series_bytes(&series.labels));
                 self.by_labels.remove(&series.labels);
+            }
+        }
+        for id in segments {
+            if let Some(segment) = self.segments.remove(id) {
+                self.bytes = self.bytes.saturating_sub(segment.disk_bytes);
+                self.remove_from_hour(segment_hour(*id));
+            }
+        }
+    }
+
+    fn remove_from_hour(&mut self, hour: u64) {
+        if let Some(objects) = self.hours.get_mut(&hour) {
+            *objects -= 1;
+            if *objects == 0 {
+                self.hours.remove(&hour);
             }
         }
     }

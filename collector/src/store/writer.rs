@@ -1,9 +1,8 @@
-//! The one task that changes the store: it makes groups of batches durable and runs retention.
+//! The one task that changes the store: it writes the waiting batches as segments and runs retention.
 
 use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures::{StreamExt as _, stream};
 use gannet_proto::{ingest::Batch, labels::Labels, ledger::Ledger};
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc, oneshot},
@@ -15,30 +14,34 @@ use ulid::Ulid;
 use super::{
     Store, StoreError, blocking,
     index::{AddedProfile, IndexChange, ProfileRow, StoredProfile},
-    object::{ObjectKey, ObjectMeta, TypeTotal, pack, packed_header_len},
+    meta::{ObjectMeta, TypeTotal},
+    object::{ObjectKey, fits, packed_header_len},
+    segment,
 };
 use crate::time;
 
-/// Batches of one commit.
-const MAX_GROUP: usize = 256;
-/// Concurrent writes of objects. A file system's journal syncs several of them at once.
-pub(super) const CONCURRENT_WRITES: usize = 16;
 /// Batches that wait for the writer.
-const QUEUED_BATCHES: usize = 1024;
+const QUEUED_BATCHES: usize = 16 * 1024;
+/// Batches of one segment, at most.
+const MAX_GROUP: usize = QUEUED_BATCHES;
+/// Part of the time between two flushes for which the first batch after a pause waits for others.
+const GATHER_PART: u32 = 10;
 
-/// A checked batch in the form of its object and its index row.
+/// A checked batch in the form of its segment entry and its index row.
 pub(crate) struct NewBatch {
     key: ObjectKey,
-    object: Bytes,
+    /// The encoded entry in the index part of a segment.
+    entry: Bytes,
+    pprof: Bytes,
     row: ProfileRow,
     labels: Labels,
     ledger: Option<Ledger>,
 }
 
-/// Why a checked batch cannot become an object.
+/// Why a checked batch cannot be stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PackError {
-    /// The metadata does not fit into the header of an object.
+    /// Labels and reason together exceed 64 KiB.
     MetadataTooLarge,
     /// The window has no valid start.
     InvalidStart,
@@ -49,15 +52,22 @@ impl NewBatch {
     /// totals.
     pub(crate) fn pack(
         batch: Batch,
-        pprof: &[u8],
+        pprof: Bytes,
         types: Vec<TypeTotal>,
         ledger: Option<Ledger>,
     ) -> Result<Self, PackError> {
         let meta = ObjectMeta { batch: Some(batch), types };
-        let object = pack(&meta, pprof).ok_or(PackError::MetadataTooLarge)?;
-        let described = describe(&meta, object.len() as u64);
+        if !fits(&meta) {
+            return Err(PackError::MetadataTooLarge);
+        }
+        let described = describe(&meta, pprof.len() as u64, 0);
         let (labels, key, row) = described.ok_or(PackError::InvalidStart)?;
-        Ok(Self { key, object, row, labels, ledger })
+        Ok(Self { key, entry: segment::encode_entry(meta, &pprof), pprof, row, labels, ledger })
+    }
+
+    /// Bytes of the batch in a segment.
+    fn bytes(&self) -> u64 {
+        (self.entry.len() + self.pprof.len()) as u64
     }
 
     /// Returns the number of samples as counted in the profile; 0 if the batch carried only a ledger.
@@ -66,24 +76,37 @@ impl NewBatch {
     }
 }
 
-/// Returns the index entry of an object with this metadata. Storing and rebuilding both use it, so they agree.
-pub(super) fn describe(meta: &ObjectMeta, object_bytes: u64) -> Option<(Labels, ObjectKey, ProfileRow)> {
+/// Returns the index entry of an object of the older layout with this metadata.
+pub(super) fn describe_object(
+    meta: &ObjectMeta,
+    object_bytes: u64,
+) -> Option<(Labels, ObjectKey, ProfileRow)> {
+    describe(meta, object_bytes.saturating_sub(packed_header_len(meta)), object_bytes)
+}
+
+/// Returns the index entry of a batch with this metadata and a profile of this many bytes. `object_bytes`: size of its own
+/// object, or 0 in a segment. Storing and rebuilding both use it, so they agree.
+pub(super) fn describe(
+    meta: &ObjectMeta,
+    bytes: u64,
+    object_bytes: u64,
+) -> Option<(Labels, ObjectKey, ProfileRow)> {
     let batch = meta.batch.as_ref()?;
     let key = ObjectKey {
         start_ms: batch.start.as_ref().and_then(time::to_ms)?,
         id: Ulid::from_string(&batch.batch_id).ok()?,
     };
-    let header = packed_header_len(meta);
     let row = ProfileRow {
         duration_ms: batch.duration.as_ref().and_then(time::duration_to_ms).unwrap_or(0),
         samples: batch.samples,
-        bytes: object_bytes.saturating_sub(header),
+        bytes,
         types: meta.types.clone(),
         rule_id: batch.rule_id.clone(),
         revision: batch.revision,
         reason: batch.reason.clone(),
         window: Ulid::from_string(&batch.window_id).map(|w| w.0.to_be_bytes().to_vec()).unwrap_or_default(),
         object_bytes,
+        ..ProfileRow::default()
     };
     Some((batch.labels.clone(), key, row))
 }
@@ -161,11 +184,16 @@ impl StoreWriter {
         let mut next_retention = Instant::now();
         let mut next_bucket_check = Instant::now() + store.options.bucket_interval;
         let mut turn = 0;
+        let interval = store.options.flush_interval.0;
+        let mut last_flush = Instant::now();
         loop {
-            let mut group = Vec::new();
+            let mut waiting = Vec::new();
             tokio::select! {
                 biased;
-                n = queue.recv_many(&mut group, MAX_GROUP) => if n == 0 { break },
+                received = queue.recv() => match received {
+                    Some(batch) => waiting.push(batch),
+                    None => break,
+                },
                 () = tokio::time::sleep_until(next_retention) => {}
                 () = tokio::time::sleep_until(next_bucket_check), if store.objects.is_shared() => {}
                 () = stop.cancelled(), if !stopping => {
@@ -173,8 +201,11 @@ impl StoreWriter {
                     stopping = true;
                 }
             }
-            if !group.is_empty() {
-                store.store_group(group).await;
+            if !waiting.is_empty() {
+                let flush_at = (last_flush + interval).max(Instant::now() + interval / GATHER_PART);
+                gather(&mut waiting, &mut queue, flush_at, store.options.flush_bytes, &stop).await;
+                last_flush = Instant::now();
+                store.store_group(waiting).await;
             }
             if store.objects.is_shared() && Instant::now() >= next_bucket_check {
                 let followed = Arc::clone(&store);
@@ -194,11 +225,40 @@ impl StoreWriter {
     }
 }
 
+/// Receives batches until `flush_at`, until `bytes` wait, or until `stop`.
+async fn gather(
+    waiting: &mut Vec<QueuedBatch>,
+    queue: &mut mpsc::Receiver<QueuedBatch>,
+    flush_at: Instant,
+    bytes: u64,
+    stop: &CancellationToken,
+) {
+    let mut gathered: u64 = waiting.iter().map(|queued| queued.batch.bytes()).sum();
+    let deadline = tokio::time::sleep_until(flush_at);
+    tokio::pin!(deadline);
+    while gathered < bytes && waiting.len() < MAX_GROUP {
+        let received = tokio::select! {
+            biased;
+            received = queue.recv() => received,
+            () = &mut deadline => return,
+            () = stop.cancelled() => queue.try_recv().ok(),
+        };
+        let Some(queued) = received else { return };
+        gathered += queued.batch.bytes();
+        waiting.push(queued);
+    }
+}
+
 impl Store {
     /// Stores a group of batches durably and answers each of them.
     async fn store_group(self: &Arc<Self>, group: Vec<QueuedBatch>) {
         let began = std::time::Instant::now();
         self.metrics.commit_batches.observe(group.len() as f64);
+        if let Err(error) = self.settle_uncertain().await {
+            self.metrics.store_errors.inc();
+            let reason = format!("the collector could not write or read its store: {error}");
+            return self.throttle(group, "store", &reason);
+        }
         let ids: Vec<Ulid> = group.iter().map(|queued| queued.batch.key.id).collect();
         let store = Arc::clone(self);
         let known = match blocking(move || store.index.contains(ids)).await {
@@ -273,51 +333,79 @@ impl Store {
                 return vec![throttled("disk_full", &reason); batches.len()];
             }
         }
-        let puts: Vec<_> = batches.iter().map(|b| self.objects.put(b.key, b.object.clone())).collect();
-        let written = stream::iter(puts).buffered(CONCURRENT_WRITES).collect::<Vec<_>>().await;
-        let mut outcomes: Vec<BatchOutcome> = written
-            .into_iter()
-            .zip(&batches)
-            .map(|(result, batch)| match result {
-                // Counted in the profile, not in what the agent says of it.
-                Ok(()) => BatchOutcome::Stored { samples: batch.counted() },
-                Err(error) => self.write_failed(&error),
-            })
+        let mut outcomes: Vec<BatchOutcome> = batches
+            .iter()
+            // Counted in the profile, not in what the agent says of it.
+            .map(|batch| BatchOutcome::Stored { samples: batch.counted() })
             .collect();
-        let change = self.plan(&batches, &mut outcomes);
-        if change.add.is_empty() {
+        let (mut change, mut planned) = self.plan(&batches, &mut outcomes);
+        if planned.is_empty() {
             return outcomes;
         }
+        // A query reads neighbours together.
+        planned.sort_unstable_by(|(a, _), (b, _)| {
+            (&batches[*a].labels, batches[*a].key).cmp(&(&batches[*b].labels, batches[*b].key))
+        });
+        let id = Ulid::new();
+        let contents: Vec<_> =
+            planned.iter().map(|(at, _)| (&batches[*at].entry, &batches[*at].pprof)).collect();
+        let (parts, positions) = segment::build(id, &contents);
+        let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();
+        change.add_segments.push((id, self.objects.allocated(bytes)));
+        for ((at, series), position) in planned.iter().zip(positions) {
+            let NewBatch { key, row, .. } = batches[*at];
+            change.add.push(self.added(*series, *key, row.clone().at(position)));
+        }
+        // Whatever happens from here on, the segment may be there.
+        *self.uncertain.lock() = Some(id);
+        if let Err(error) = self.objects.put_segment(id, parts).await {
+            let failed = self.write_failed(&error);
+            for (at, _) in &planned {
+                outcomes[*at] = failed.clone();
+            }
+            return outcomes;
+        }
+        self.metrics.segments_written.inc();
+        self.metrics.segment_bytes.inc_by(bytes);
         let store = Arc::clone(self);
         let committed = blocking(move || Ok((store.index.commit(&change)?, change))).await;
         let (first_of_window, change) = match committed {
             Ok(done) => done,
             Err(error) => {
-                // The objects stay. The agents send the same batches again, or the next start finds the objects.
                 self.metrics.store_errors.inc();
                 tracing::warn!(%error, "cannot write the index; batches are throttled");
-                let reason = throttled("store", &error.to_string());
-                for outcome in outcomes.iter_mut().filter(|o| matches!(o, BatchOutcome::Stored { .. })) {
-                    *outcome = reason.clone();
+                let failed = throttled("store", &error.to_string());
+                for (at, _) in &planned {
+                    outcomes[*at] = failed.clone();
                 }
                 return outcomes;
             }
         };
+        *self.uncertain.lock() = None;
         self.state.write().apply_added(change);
-        let stored = batches.iter().zip(&outcomes).filter(|(_, o)| matches!(o, BatchOutcome::Stored { .. }));
-        for ((batch, _), first) in stored.zip(first_of_window) {
-            if let Some(ledger) = batch.ledger.as_ref().filter(|_| first) {
+        for ((at, _), first) in planned.iter().zip(first_of_window) {
+            if let Some(ledger) = batches[*at].ledger.as_ref().filter(|_| first) {
                 self.count_ledger(ledger);
             }
         }
         outcomes
     }
 
+    /// Adds the rows of the segment whose write or commit failed, if it is there. So a batch that an agent sends again is
+    /// not stored twice, and at most one segment has no rows.
+    async fn settle_uncertain(self: &Arc<Self>) -> Result<(), StoreError> {
+        let Some(id) = *self.uncertain.lock() else { return Ok(()) };
+        let store = Arc::clone(self);
+        let adopted = tokio::task::spawn_blocking(move || store.adopt_segment(id)).await;
+        adopted.map_err(|_| StoreError::Ended).flatten()?;
+        *self.uncertain.lock() = None;
+        Ok(())
+    }
+
     /// Returns the outcome of all batches if the disk has too little free space for them.
     fn check_disk(&self, batches: &[&NewBatch]) -> Option<BatchOutcome> {
-        // Objects of a bucket take no space on this disk; only their rows do.
-        let needed: u64 =
-            if self.objects.is_shared() { 0 } else { batches.iter().map(|b| b.object.len() as u64).sum() };
+        // Segments of a bucket take no space on this disk; only their rows do.
+        let needed: u64 = if self.objects.is_shared() { 0 } else { batches.iter().map(|b| b.bytes()).sum() };
         let min_free = self.options.min_free_bytes.0;
         match self.free_bytes() {
             Ok(free) if free < min_free.saturating_add(needed) => {
@@ -336,30 +424,29 @@ impl Store {
         }
     }
 
-    /// Returns the index change for all stored batches. Batches of a series above the limit become throttled.
-    fn plan(&self, batches: &[&NewBatch], outcomes: &mut [BatchOutcome]) -> IndexChange {
-        let mut change = IndexChange::default();
+    /// Returns the batches to store with the numbers of their series, and an index change with the new series. Batches of a
+    /// series above the limit become throttled.
+    fn plan(&self, batches: &[&NewBatch], outcomes: &mut [BatchOutcome]) -> (IndexChange, Vec<(usize, u64)>) {
+        let mut planned = Vec::with_capacity(batches.len());
         let mut new_series: HashMap<&Labels, u64> = HashMap::new();
         let max_series = self.options.max_series;
         let state = self.state.read();
-        for (batch, outcome) in batches.iter().zip(outcomes) {
-            if !matches!(outcome, BatchOutcome::Stored { .. }) {
-                continue;
+        for (at, (batch, outcome)) in batches.iter().zip(outcomes).enumerate() {
+            match state.series_of(&batch.labels, &mut new_series, max_series) {
+                Some(series) => planned.push((at, series)),
+                None => {
+                    *outcome = throttled(
+                        "series",
+                        &format!(
+                            "the collector holds {max_series} series, its limit: raise --max-series, or see which label \
+                             changes with every profile"
+                        ),
+                    );
+                }
             }
-            let Some(series) = state.series_of(&batch.labels, &mut new_series, max_series) else {
-                *outcome = throttled(
-                    "series",
-                    &format!(
-                        "the collector holds {max_series} series, its limit: raise --max-series, or see which label changes \
-                         with every profile"
-                    ),
-                );
-                continue;
-            };
-            change.add.push(self.added(series, batch.key, batch.row.clone()));
         }
-        change.add_series = new_series.into_iter().map(|(labels, id)| (id, labels.clone())).collect();
-        change
+        let add_series = new_series.into_iter().map(|(labels, id)| (id, labels.clone())).collect();
+        (IndexChange { add_series, ..IndexChange::default() }, planned)
     }
 
     /// Returns a new entry with the space that it takes. The space of a bucket holds only the object.
@@ -403,7 +490,7 @@ impl Store {
             }
             source = e.source();
         }
-        tracing::warn!(%error, "cannot write an object; its batch is throttled");
+        tracing::warn!(%error, "cannot write a segment; its batches are throttled");
         throttled("store", &format!("the collector could not write: {error}"))
     }
 }

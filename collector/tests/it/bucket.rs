@@ -17,17 +17,50 @@ use axum::{
 };
 use gannet_base::TimeSpan;
 use gannet_collector::{Bucket, Collector, Config, DataLocation, Running};
-use gannet_proto::{ingest::push_response, query::FlameGraphRequest};
+use gannet_proto::{
+    ingest::push_response,
+    query::{FlameGraphRequest, Selection},
+};
 
 use crate::{
     store::list,
-    support::{Pusher, TEST_TIMEOUT, batch, config_with, eventually, now_ms, queries},
+    support::{Pusher, TEST_TIMEOUT, batch, config_with, download, eventually, now_ms, queries},
 };
 
 #[derive(Default)]
 struct Shelf {
     objects: BTreeMap<String, Bytes>,
     is_broken: bool,
+    /// Some writes fail, some succeed without an answer that says so, and some take long.
+    is_unreliable: bool,
+    writes: usize,
+    reads: usize,
+}
+
+impl Shelf {
+    /// Returns the fate of the next write.
+    fn fate(&mut self) -> Fate {
+        self.writes += 1;
+        match self.writes % 6 {
+            1 if self.is_unreliable => Fate::Refused,
+            3 if self.is_unreliable => Fate::Unanswered,
+            4 if self.is_unreliable => Fate::Throttled,
+            5 if self.is_unreliable => Fate::Slow,
+            _ => Fate::Answered,
+        }
+    }
+}
+
+/// What becomes of a write.
+#[derive(Clone, Copy, PartialEq)]
+enum Fate {
+    Answered,
+    Refused,
+    /// The object is there, and the answer is an error.
+    Unanswered,
+    /// The client tries again by itself.
+    Throttled,
+    Slow,
 }
 
 #[derive(Clone, Default)]
@@ -54,7 +87,15 @@ impl S3 {
 async fn answer(State(s3): State<S3>, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let body = axum::body::to_bytes(body, 16 << 20).await.unwrap();
-    s3.0.lock().unwrap().answer(&parts.method, &parts.uri, &parts.headers, body)
+    let fate = if parts.method == Method::PUT { s3.0.lock().unwrap().fate() } else { Fate::Answered };
+    match fate {
+        Fate::Refused => return StatusCode::BAD_REQUEST.into_response(),
+        Fate::Throttled => return StatusCode::SERVICE_UNAVAILABLE.into_response(),
+        Fate::Slow => tokio::time::sleep(Duration::from_millis(300)).await,
+        Fate::Answered | Fate::Unanswered => {}
+    }
+    let answer = s3.0.lock().unwrap().answer(&parts.method, &parts.uri, &parts.headers, body);
+    if fate == Fate::Unanswered { StatusCode::BAD_REQUEST.into_response() } else { answer }
 }
 
 impl Shelf {
@@ -78,10 +119,13 @@ impl Shelf {
                 Some(object) => (ABOUT, [(header::CONTENT_LENGTH, object.len().to_string())]).into_response(),
             },
             Method::GET if key.is_empty() => self.list(&query).into_response(),
-            Method::GET => match self.objects.get(&key) {
-                None => StatusCode::NOT_FOUND.into_response(),
-                Some(object) => part(object, headers),
-            },
+            Method::GET => {
+                self.reads += 1;
+                match self.objects.get(&key) {
+                    None => StatusCode::NOT_FOUND.into_response(),
+                    Some(object) => part(object, headers),
+                }
+            }
             Method::POST if query.contains_key("delete") => {
                 let text = String::from_utf8(body.to_vec()).unwrap();
                 let keys: Vec<&str> = between(&text, "<Key>", "</Key>");
@@ -232,7 +276,7 @@ async fn two_collectors_on_one_bucket_show_the_same() {
         one.len() == 3 && one == two
     })
     .await;
-    assert_eq!(s3.keys().len(), 3, "what both took is there once");
+    assert_eq!(s3.keys().len(), 4, "each wrote a segment for each batch");
 
     // A profile that the retention of one collector removes disappears from the other.
     one.shutdown().await;
@@ -262,6 +306,60 @@ async fn no_batch_is_acknowledged_while_the_bucket_is_down() {
     s3.break_down(false);
     tokio::time::timeout(TEST_TIMEOUT, pusher.store(batch)).await.unwrap();
     assert_eq!(ids(&running).await.len(), 1);
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_unreliable_bucket_neither_loses_nor_doubles() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.clone().serve().await;
+    let running = Collector::start(in_bucket(&dir.path().join("one"), &endpoint)).await.unwrap();
+    s3.0.lock().unwrap().is_unreliable = true;
+    let batches: Vec<_> =
+        (0..400).map(|i| batch(&format!("s{}", i % 7), now_ms() - i, &[("main;work", 1)])).collect();
+    let (duplicates, throttled) = Pusher::open(running.grpc_addr).await.store_all(&batches).await;
+    assert!(throttled > 0, "no write failed");
+    assert!(duplicates > 0, "no batch was in a segment whose write seemed to fail");
+    let mut sent: Vec<_> = batches.iter().map(|batch| batch.batch_id.clone()).collect();
+    sent.sort_unstable();
+    let stored = async |running: &Running| {
+        let mut ids = ids(running).await;
+        ids.sort_unstable();
+        ids
+    };
+    assert_eq!(stored(&running).await, sent);
+    for batch in batches.iter().step_by(40) {
+        assert_eq!(download(&running, &batch.batch_id).await.unwrap(), batch.pprof);
+    }
+    running.shutdown().await;
+    // Another collector finds the same in the bucket.
+    s3.0.lock().unwrap().is_unreliable = false;
+    let running = Collector::start(in_bucket(&dir.path().join("two"), &endpoint)).await.unwrap();
+    assert_eq!(stored(&running).await, sent);
+    let graph = queries(&running).await.flame_graph(FlameGraphRequest::default()).await.unwrap().into_inner();
+    assert_eq!((graph.profiles, graph.total), (400, 400 * 10_000_000));
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_query_of_a_bucket_reads_neighbours_together() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.clone().serve().await;
+    let mut config = in_bucket(dir.path(), &endpoint);
+    config.store.flush_interval = TimeSpan(Duration::from_millis(200));
+    let running = Collector::start(config).await.unwrap();
+    let batches: Vec<_> =
+        (0..300).map(|i| batch(&format!("s{}", i % 3), now_ms() - i, &[("main;work", 1)])).collect();
+    Pusher::open(running.grpc_addr).await.store_all(&batches).await;
+    let segments = s3.keys().len();
+    assert!(segments < 20, "{segments} requests wrote 300 batches");
+    s3.0.lock().unwrap().reads = 0;
+    let selection = Selection { query: "{service_name=\"s1\"}".into(), ..Selection::default() };
+    let request = FlameGraphRequest { selection: Some(selection), ..FlameGraphRequest::default() };
+    let graph = queries(&running).await.flame_graph(request).await.unwrap().into_inner();
+    assert_eq!(graph.profiles, 100);
+    let reads = s3.0.lock().unwrap().reads;
+    assert!(reads <= segments + 4, "{reads} requests read 100 profiles of {segments} segments");
     running.shutdown().await;
 }
 

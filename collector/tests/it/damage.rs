@@ -19,11 +19,11 @@ use gannet_proto::{
 use tonic::Code;
 
 use crate::{
-    store::{list, objects},
+    store::{list, object_of, objects},
     support::{Pusher, batch, config_with, eventually, get, metric, now_ms, queries, start},
 };
 
-/// Stores `n` profiles of one sample each. Returns their object files in the order of time.
+/// Stores `n` profiles of one sample each, one in each segment. Returns their files in the order of time.
 async fn store(running: &Running, data: &Path, n: u64) -> Vec<PathBuf> {
     let mut pusher = Pusher::open(running.grpc_addr).await;
     let mut ids = Vec::new();
@@ -33,8 +33,7 @@ async fn store(running: &Running, data: &Path, n: u64) -> Vec<PathBuf> {
         pusher.store(batch).await;
     }
     let files = objects(data);
-    let file = |id: &String| files.iter().find(|file| file.to_string_lossy().contains(id)).unwrap().clone();
-    ids.iter().map(file).collect()
+    ids.iter().map(|id| object_of(&files, id).clone()).collect()
 }
 
 /// Overwrites a file with as many zeros.
@@ -91,12 +90,12 @@ async fn check_queries(running: &Running, readable: u64, unreadable: u64, listed
     assert_eq!(get(running.http_addr, "/readyz").await.status, 200);
 }
 
-/// Damages four objects: zeros, no bytes, half of the bytes, a directory in its place.
+/// Damages four objects: zeros, no bytes, no end, a directory in its place.
 fn damage(files: &[PathBuf]) {
     zero(&files[0]);
     fs::write(&files[1], b"").unwrap();
-    let half = fs::read(&files[2]).unwrap();
-    fs::write(&files[2], &half[..half.len() / 2]).unwrap();
+    let cut = fs::read(&files[2]).unwrap();
+    fs::write(&files[2], &cut[..cut.len() - 20]).unwrap();
     fs::remove_file(&files[3]).unwrap();
     fs::create_dir(&files[3]).unwrap();
     fs::write(files[3].join("file"), b"x").unwrap();
@@ -145,14 +144,15 @@ async fn a_rebuild_leaves_damaged_and_foreign_files_out() {
     }
     fs::write(day.join("23x"), b"stray").unwrap();
     fs::write(hour.join("notes.pb.gz"), b"stray").unwrap();
-    fs::copy(&files[8], hour.join("01ARZ3NDEKTSV4RRFFQ69G5FAV.pb.gz")).unwrap();
+    fs::write(hour.join("notes.segment"), b"stray").unwrap();
+    fs::copy(&files[8], hour.join("01ARZ3NDEKTSV4RRFFQ69G5FAV.segment")).unwrap();
     fs::set_permissions(tenant.join(".DS_Store"), fs::Permissions::from_mode(0o000)).unwrap();
     // An index without content, as a power cut can leave it.
     fs::write(dir.path().join("index.redb"), b"").unwrap();
     let running = start(dir.path()).await;
     let corrupt = metric(running.http_addr, "gannet_collector_store_objects_corrupt_total").await as u64;
     assert_eq!(corrupt, 3, "zeros, no bytes, and the copy under another id");
-    // The metadata of the cut file is complete.
+    // The index part of the cut file is complete.
     check_queries(&running, 5, 1, 6).await;
     running.shutdown().await;
 }
@@ -172,7 +172,14 @@ async fn retention_removes_unreadable_objects() {
     let files = objects(dir.path());
     assert_eq!(files.len(), 5);
     let newest = files.iter().max_by_key(|file| (*file).clone()).unwrap().clone();
-    files.iter().filter(|file| **file != newest).for_each(|file| zero(file));
+    // Of three hours ago, as their directory says.
+    let at = jiff::Timestamp::from_millisecond((now_ms() - 3 * hour_ms) as i64).unwrap();
+    let old = dir.path().join("objects/default").join(at.strftime("%Y-%m-%d/%H").to_string());
+    fs::create_dir_all(&old).unwrap();
+    for file in files.iter().filter(|file| **file != newest) {
+        zero(file);
+        fs::rename(file, old.join(file.file_name().unwrap())).unwrap();
+    }
     fs::remove_file(dir.path().join("index.redb")).unwrap();
     // Unreadable objects take space that counts.
     let running = start(dir.path()).await;

@@ -11,6 +11,7 @@ use gannet_proto::{
 
 use crate::{
     kill::{free_port, spawn},
+    store::objects,
     support::{Pusher, TEST_TIMEOUT, batch, channel, config_with, get, metric, now_ms, queries},
 };
 
@@ -224,14 +225,23 @@ async fn root_an_index_in_memory_is_bounded_and_holds_the_newest() {
     // 600 of this hour or the last one, 300 of three days ago.
     let now = now_ms();
     let at = |age: Duration, i: u64| batch("s", now - age.as_millis() as u64 - i, &[("main", 1)]);
-    for i in 0..600 {
-        pusher.store(at(Duration::ZERO, i)).await;
-    }
     for i in 0..300 {
         pusher.store(at(3 * day, i)).await;
     }
+    // In the directory where they would be after three days.
+    let old_time = jiff::Timestamp::from_millisecond((now - 3 * day.as_millis() as u64) as i64).unwrap();
+    let old = data.join("objects/default").join(old_time.strftime("%Y-%m-%d/%H").to_string());
+    let written = objects(&data);
+    assert_eq!(written.len(), 300, "one segment for each");
+    for i in 0..600 {
+        pusher.store(at(Duration::ZERO, i)).await;
+    }
     drop(pusher);
     running.shutdown().await;
+    std::fs::create_dir_all(&old).unwrap();
+    for file in written {
+        std::fs::rename(&file, old.join(file.file_name().unwrap())).unwrap();
+    }
     std::fs::remove_file(data.join("index.redb")).unwrap();
     let rest = fill_rest(dir.path());
 

@@ -71,9 +71,3 @@ async fn stays_within(limit: u64, batches: u64, series: u64, spread_ms: u64) {
 async fn disk_use_stays_within_the_limit_with_many_series() {
     stays_within(4 << 20, 4000, 700, 3_600_000).await;
 }
-
-/// Each profile has an hour of its own, and so a directory.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn disk_use_counts_the_directories_of_hours() {
-    stays_within(1 << 20, 160, 160, 160 * 3_600_000).await;
-}

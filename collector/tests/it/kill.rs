@@ -1,7 +1,7 @@
 //! The binary, killed under load.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     path::Path,
     process::{Child, Command, Stdio},
@@ -12,12 +12,20 @@ use std::{
     time::Duration,
 };
 
-use gannet_proto::{ingest::push_response::Message, query::ListProfilesRequest};
+use gannet_collector::Running;
+use gannet_proto::{
+    ingest::{Batch, push_response::Message},
+    query::ListProfilesRequest,
+};
 use tonic::transport::Channel;
 
-use crate::support::{Pusher, batch, now_ms, queries, start};
+use crate::{
+    store::objects,
+    support::{Pusher, batch, download, metric, now_ms, queries, start},
+};
 
-const KILLS: u64 = 8;
+/// Kills of one run. The environment can raise it.
+const KILLS: u64 = 24;
 const PUSHERS: usize = 3;
 
 /// Returns a loopback address with a free port.
@@ -27,7 +35,7 @@ pub fn free_port() -> SocketAddr {
 
 pub fn spawn(data: &Path, grpc: SocketAddr, http: SocketAddr) -> Child {
     Command::new(env!("CARGO_BIN_EXE_gannet-collector"))
-        .args(["--data", data.to_str().unwrap(), "--min-free-bytes", "0"])
+        .args(["--data", data.to_str().unwrap(), "--min-free-bytes", "0", "--flush-interval", "20ms"])
         .args(["--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()])
         .env("GANNET_COLLECTOR_LOG", "warn")
         .stdin(Stdio::null())
@@ -39,67 +47,102 @@ async fn dial(grpc: SocketAddr) -> Option<Channel> {
     Channel::from_shared(format!("http://{grpc}")).ok()?.connect().await.ok()
 }
 
+/// Returns the ids of all stored profiles, page by page.
+async fn stored_ids(running: &Running) -> Vec<String> {
+    let mut client = queries(running).await;
+    let (mut stored, mut token) = (Vec::new(), String::new());
+    loop {
+        let selection = gannet_proto::query::Selection {
+            from: Some(crate::support::at(now_ms() - 4 * 3_600_000)),
+            until: Some(crate::support::at(now_ms() + 1000)),
+            ..Default::default()
+        };
+        let request = ListProfilesRequest { selection: Some(selection), limit: 500, page_token: token };
+        let page = client.list_profiles(request).await.unwrap().into_inner();
+        stored.extend(page.profiles.into_iter().map(|p| p.id));
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        token = page.next_page_token;
+    }
+    stored
+}
+
+/// Pushes until `done`, over new connections after each kill. Returns the unacknowledged batches, and how many it sent again.
+async fn push(
+    n: usize,
+    grpc: SocketAddr,
+    acknowledged: Arc<Mutex<BTreeSet<String>>>,
+    sent: Arc<Mutex<BTreeMap<String, Vec<u8>>>>,
+    done: Arc<AtomicBool>,
+) -> (Vec<Batch>, u64) {
+    // Like an agent, it sends exactly the unacknowledged batches again, with the same ids.
+    let mut unacknowledged = Vec::new();
+    let (mut made, mut resent) = (0_u64, 0_u64);
+    while !done.load(Ordering::Relaxed) {
+        let Some(channel) = dial(grpc).await else {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            continue;
+        };
+        let Ok(mut pusher) = Pusher::over(channel).await else { continue };
+        resent += unacknowledged.len() as u64;
+        let mut unsent = unacknowledged.clone();
+        'stream: loop {
+            while unacknowledged.len() < 16 && !done.load(Ordering::Relaxed) {
+                made += 1;
+                let stack = format!("main;work{}", made % 100);
+                let batch = batch(&format!("s{n}"), now_ms() - made % 7_200_000, &[(&stack, 2)]);
+                sent.lock().unwrap().insert(batch.batch_id.clone(), batch.pprof.clone());
+                unacknowledged.push(batch.clone());
+                unsent.push(batch);
+            }
+            for batch in unsent.drain(..) {
+                if !pusher.send(batch).await {
+                    break 'stream;
+                }
+            }
+            match pusher.answer().await {
+                Some(Message::Accepted(a)) => {
+                    unacknowledged.retain(|b| b.batch_id != a.batch_id);
+                    acknowledged.lock().unwrap().insert(a.batch_id);
+                }
+                Some(Message::Throttled(t)) => {
+                    unsent.extend(unacknowledged.iter().find(|b| b.batch_id == t.batch_id).cloned());
+                }
+                Some(other) => panic!("{other:?}"),
+                None => break,
+            }
+            if done.load(Ordering::Relaxed) && unacknowledged.is_empty() {
+                break;
+            }
+        }
+    }
+    (unacknowledged, resent)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acknowledged_batches_survive_kills_exactly_once() {
     let dir = tempfile::tempdir().unwrap();
     let (grpc, http) = (free_port(), free_port());
     let acknowledged = Arc::new(Mutex::new(BTreeSet::new()));
+    let sent = Arc::new(Mutex::new(BTreeMap::new()));
     let done = Arc::new(AtomicBool::new(false));
     let mut pushers = Vec::new();
     for n in 0..PUSHERS {
         let (acknowledged, done) = (Arc::clone(&acknowledged), Arc::clone(&done));
-        pushers.push(tokio::spawn(async move {
-            // Like an agent, it sends exactly the unacknowledged batches again, with the same ids.
-            let mut unacknowledged = Vec::new();
-            let (mut made, mut resent) = (0_u64, 0_u64);
-            while !done.load(Ordering::Relaxed) {
-                let Some(channel) = dial(grpc).await else {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                    continue;
-                };
-                let Ok(mut pusher) = Pusher::over(channel).await else { continue };
-                resent += unacknowledged.len() as u64;
-                let mut unsent = unacknowledged.clone();
-                'stream: loop {
-                    while unacknowledged.len() < 16 && !done.load(Ordering::Relaxed) {
-                        made += 1;
-                        let batch = batch(&format!("s{n}"), now_ms() - made % 7_200_000, &[("main;work", 2)]);
-                        unacknowledged.push(batch.clone());
-                        unsent.push(batch);
-                    }
-                    for batch in unsent.drain(..) {
-                        if !pusher.send(batch).await {
-                            break 'stream;
-                        }
-                    }
-                    match pusher.answer().await {
-                        Some(Message::Accepted(a)) => {
-                            unacknowledged.retain(|b| b.batch_id != a.batch_id);
-                            acknowledged.lock().unwrap().insert(a.batch_id);
-                        }
-                        Some(Message::Throttled(t)) => {
-                            unsent.extend(unacknowledged.iter().find(|b| b.batch_id == t.batch_id).cloned());
-                        }
-                        Some(other) => panic!("{other:?}"),
-                        None => break,
-                    }
-                    if done.load(Ordering::Relaxed) && unacknowledged.is_empty() {
-                        break;
-                    }
-                }
-            }
-            (unacknowledged, resent)
-        }));
+        let sent = Arc::clone(&sent);
+        pushers.push(tokio::spawn(push(n, grpc, acknowledged, sent, done)));
     }
-    for round in 0..KILLS {
+    let kills = std::env::var("GANNET_TEST_KILLS").map_or(KILLS, |kills| kills.parse().unwrap());
+    for round in 0..kills {
         let before = acknowledged.lock().unwrap().len();
         let mut child = spawn(dir.path(), grpc, http);
         // Each kill comes at another point of the work, after some progress.
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
-        while acknowledged.lock().unwrap().len() < before + 10 + round as usize * 7 {
+        while acknowledged.lock().unwrap().len() < before + 10 + round as usize % 24 * 7 {
             assert!(child.try_wait().unwrap().is_none(), "the collector ended by itself");
             assert!(std::time::Instant::now() < deadline, "round {round}: nothing is acknowledged");
-            tokio::time::sleep(Duration::from_millis(1 + round)).await;
+            tokio::time::sleep(Duration::from_millis(1 + round % 24)).await;
         }
         child.kill().unwrap();
         child.wait().unwrap();
@@ -122,27 +165,22 @@ async fn acknowledged_batches_survive_kills_exactly_once() {
             other => panic!("{other:?}"),
         };
     }
-    let mut client = queries(&running).await;
-    let (mut stored, mut token) = (Vec::new(), String::new());
-    loop {
-        let selection = gannet_proto::query::Selection {
-            from: Some(crate::support::at(now_ms() - 4 * 3_600_000)),
-            until: Some(crate::support::at(now_ms() + 1000)),
-            ..Default::default()
-        };
-        let request = ListProfilesRequest { selection: Some(selection), limit: 500, page_token: token };
-        let page = client.list_profiles(request).await.unwrap().into_inner();
-        stored.extend(page.profiles.into_iter().map(|p| p.id));
-        if page.next_page_token.is_empty() {
-            break;
-        }
-        token = page.next_page_token;
-    }
+    let stored = stored_ids(&running).await;
     let unique: BTreeSet<String> = stored.iter().cloned().collect();
     assert_eq!(stored.len(), unique.len(), "a batch is stored twice");
     assert_eq!(unique, *acknowledged.lock().unwrap(), "what is stored is what was acknowledged");
-    let objects = walk(dir.path());
-    assert_eq!(objects, unique.len(), "objects and index agree, and no leftover remains");
+    // Exactly what was sent, to the last byte.
+    let sent = sent.lock().unwrap().clone();
+    for id in unique.iter().step_by(unique.len().div_ceil(200)) {
+        assert_eq!(Some(&download(&running, id).await.unwrap()), sent.get(id), "{id}");
+    }
+    let objects = objects(dir.path());
+    assert!(
+        objects.iter().all(|path| path.extension().is_some_and(|end| end == "segment")),
+        "a leftover remains"
+    );
+    assert_eq!(metric(running.http_addr, "gannet_collector_store_segments").await as usize, objects.len());
+    assert!(objects.len() * 4 < unique.len(), "{} segments of {} batches", objects.len(), unique.len());
     running.shutdown().await;
 }
 

@@ -16,6 +16,7 @@ mod kubernetes;
 mod process;
 mod query;
 mod requests;
+mod segment;
 mod staging;
 mod store;
 mod support;

@@ -1,8 +1,13 @@
 //! Helpers of all tests.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::SocketAddr,
+    path::Path,
+    time::Duration,
+};
 
-use gannet_base::ByteSize;
+use gannet_base::{ByteSize, TimeSpan};
 use gannet_collector::{Collector, Config, Running};
 use gannet_proto::{
     ingest::{
@@ -10,7 +15,7 @@ use gannet_proto::{
         push_response,
     },
     pprof::{Builder, Header, Line, Mapping, Profile, encode},
-    query::query_service_client::QueryServiceClient,
+    query::{GetProfileRequest, query_service_client::QueryServiceClient},
 };
 use prost_types::Timestamp;
 use tokio::{
@@ -33,6 +38,7 @@ pub fn config(data: &Path) -> Config {
 pub fn config_with(data: &Path, change: impl FnOnce(&mut Config)) -> Config {
     let mut config = Config::new(data);
     config.store.min_free_bytes = ByteSize(0);
+    config.store.flush_interval = TimeSpan(Duration::from_millis(5));
     change(&mut config);
     config
 }
@@ -157,6 +163,35 @@ impl Pusher {
         self.requests.send(PushRequest { message: Some(push_request::Message::Batch(batch)) }).await.is_ok()
     }
 
+    /// Sends batches until each is accepted, and throttled ones again, as an agent does. Returns how many were accepted as
+    /// duplicates, and how often one was throttled.
+    pub async fn store_all(&mut self, batches: &[Batch]) -> (usize, usize) {
+        let (mut duplicates, mut throttled) = (0, 0);
+        let mut unsent: VecDeque<&Batch> = batches.iter().collect();
+        let mut waiting: BTreeMap<&str, &Batch> = BTreeMap::new();
+        while !unsent.is_empty() || !waiting.is_empty() {
+            while waiting.len() < 32
+                && let Some(batch) = unsent.pop_front()
+            {
+                assert!(self.send(batch.clone()).await);
+                waiting.insert(&batch.batch_id, batch);
+            }
+            match self.answer().await.expect("the stream ended without an answer") {
+                push_response::Message::Accepted(accepted) => {
+                    assert!(waiting.remove(accepted.batch_id.as_str()).is_some());
+                    duplicates += usize::from(accepted.duplicate);
+                }
+                push_response::Message::Throttled(answer) => {
+                    throttled += 1;
+                    unsent.push_back(waiting.remove(answer.batch_id.as_str()).unwrap());
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        (duplicates, throttled)
+    }
+
     pub async fn answer(&mut self) -> Option<push_response::Message> {
         let answer =
             tokio::time::timeout(TEST_TIMEOUT, self.answers.message()).await.expect("no answer in time");
@@ -179,6 +214,17 @@ impl Pusher {
             }
         }
     }
+}
+
+/// Returns the bytes of a profile, or the error of the collector.
+pub async fn download(running: &Running, id: &str) -> Result<Vec<u8>, tonic::Status> {
+    let request = GetProfileRequest { id: id.to_owned() };
+    let mut chunks = queries(running).await.get_profile(request).await?.into_inner();
+    let mut bytes = Vec::new();
+    while let Some(chunk) = chunks.message().await? {
+        bytes.extend(chunk.data);
+    }
+    Ok(bytes)
 }
 
 /// An HTTP answer.

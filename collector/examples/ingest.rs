@@ -1,0 +1,343 @@
+//! Measures how many batches collectors acknowledge, one collector after the other: CPU time, latency, and objects.
+//!
+//! ```sh
+//! cargo run --release -p gannet-collector --example ingest -- --collector former=OLD/gannet-collector \
+//!     --collector new=target/release/gannet-collector
+//! ```
+//!
+//! Every connection keeps `--in-flight` batches unanswered, each with a gzip-compressed profile of `--bytes` bytes. The
+//! profiles vary, and each connection has its own series.
+
+#![allow(clippy::print_stdout, reason = "a program for people: its result goes to its output")]
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context as _, bail};
+use clap::Parser;
+use gannet_proto::{
+    ingest::{
+        Batch, PushRequest, ingest_service_client::IngestServiceClient, push_request, push_response::Message,
+    },
+    pprof::{Builder, Header, Line, LocationId, Mapping, encode},
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use ulid::Ulid;
+
+#[derive(Parser)]
+#[command(about = "Measures how many batches collectors acknowledge")]
+struct Arguments {
+    /// A collector to measure; repeat it to compare several in one run
+    #[arg(long, value_name = "NAME=PROGRAM", required = true)]
+    collector: Vec<String>,
+    /// Connections, each of another node
+    #[arg(long, default_value_t = 50)]
+    connections: u64,
+    /// Unanswered batches of each connection
+    #[arg(long, default_value_t = 16)]
+    in_flight: usize,
+    /// Time to measure each collector for, after two seconds to warm up
+    #[arg(long, default_value_t = 15)]
+    seconds: u64,
+    /// Size of a compressed profile, at least
+    #[arg(long, default_value_t = 13_000)]
+    bytes: usize,
+    /// End after this many batches of each connection; 0: after the time
+    #[arg(long, default_value_t = 0)]
+    batches: u64,
+    /// Directory for the data of the collectors, on the disk to measure
+    #[arg(long, default_value = ".")]
+    dir: PathBuf,
+    /// Keep the data of the collectors
+    #[arg(long)]
+    keep: bool,
+}
+
+/// A xorshift generator: equal runs see equal profiles.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// Returns a profile of the size, and the number of its samples.
+fn profile(random: &mut Random, bytes: usize) -> (Vec<u8>, u64) {
+    let types = [("samples", "count"), ("cpu", "nanoseconds")];
+    for stacks in (5..).step_by(5) {
+        let mut builder = Builder::new(Header {
+            sample_types: &types,
+            period_type: types[1],
+            period: 10_000_000,
+            time_nanos: 1_700_000_000_000_000_000,
+            duration_nanos: 10_000_000_000,
+        });
+        let mapping = builder.mapping(Mapping {
+            start: 0x1000,
+            limit: 0x9_0000_0000,
+            offset: 0,
+            file: "/usr/bin/checkout",
+            build_id: "4f1d",
+        });
+        let mut samples = 0;
+        for _ in 0..stacks {
+            // Callers are common to many stacks, as in a real program.
+            let depth = 12 + random.below(20);
+            let stack: Vec<LocationId> = (0..depth)
+                .map(|level| {
+                    let function = level * 40 + random.below(2 + (depth - level).pow(2) / 8);
+                    let name = format!("checkout::module_{}::function_{function}", function % 37);
+                    let file = format!("src/module_{}.rs", function % 37);
+                    let line = Line {
+                        name: &name,
+                        system_name: &name,
+                        file: &file,
+                        line: function as i64 % 900,
+                        column: 0,
+                        start_line: 1,
+                    };
+                    builder.location(Some(mapping), 0x1000 + function * 64, &[line])
+                })
+                .collect();
+            let count = 1 + random.below(3) as i64;
+            samples += count as u64;
+            builder.sample(&stack, &[count, count * 10_000_000], &[]);
+        }
+        let encoded = encode(&builder.finish());
+        if encoded.len() >= bytes {
+            return (encoded, samples);
+        }
+    }
+    unreachable!("profiles grow without a bound")
+}
+
+fn batch(connection: u64, n: u64, profiles: &[(Vec<u8>, u64)]) -> Batch {
+    let (pprof, samples) = &profiles[(connection * 31 + n) as usize % profiles.len()];
+    let labels: BTreeMap<String, String> = [
+        ("service_name", format!("service-{}", n % 30)),
+        ("node", format!("node-{connection}")),
+        ("namespace", "shop".to_owned()),
+        ("pod", format!("service-{}-5d8f7c-{connection}", n % 30)),
+        ("container", "main".to_owned()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into();
+    Batch {
+        batch_id: Ulid::new().to_string(),
+        sequence: n,
+        labels,
+        pprof: pprof.clone(),
+        samples: *samples,
+        start: Some(SystemTime::now().into()),
+        duration: Some(prost_types::Duration { seconds: 10, nanos: 0 }),
+        rule_id: "always".into(),
+        revision: 7,
+        reason: "always".into(),
+        ..Batch::default()
+    }
+}
+
+/// What all connections have seen.
+#[derive(Default)]
+struct Seen {
+    is_measuring: AtomicBool,
+    accepted: AtomicU64,
+    throttled: AtomicU64,
+}
+
+/// Pushes on one connection. Returns the latencies of the acknowledged batches.
+async fn push(
+    channel: Channel,
+    connection: u64,
+    arguments: Arc<Arguments>,
+    profiles: Arc<Vec<(Vec<u8>, u64)>>,
+    seen: Arc<Seen>,
+) -> anyhow::Result<Vec<Duration>> {
+    let (requests, receiver) = mpsc::channel(arguments.in_flight + 1);
+    let hello = push_request::Hello {
+        node: format!("node-{connection}"),
+        version: "measure".into(),
+        at: Some(SystemTime::now().into()),
+    };
+    requests.send(PushRequest { message: Some(push_request::Message::Hello(hello)) }).await?;
+    let mut client = IngestServiceClient::new(channel);
+    let mut answers = client.push(ReceiverStream::new(receiver)).await?.into_inner();
+    answers.message().await?.context("the stream ended before the limits")?;
+    let (mut sent, mut latencies) = (HashMap::new(), Vec::new());
+    let mut n = 0;
+    loop {
+        while sent.len() < arguments.in_flight && (arguments.batches == 0 || n < arguments.batches) {
+            let batch = batch(connection, n, &profiles);
+            n += 1;
+            sent.insert(batch.batch_id.clone(), Instant::now());
+            requests.send(PushRequest { message: Some(push_request::Message::Batch(batch)) }).await?;
+        }
+        if sent.is_empty() {
+            return Ok(latencies);
+        }
+        let Some(answer) = answers.message().await? else { return Ok(latencies) };
+        match answer.message {
+            Some(Message::Accepted(accepted)) => {
+                let began = sent.remove(&accepted.batch_id).context("an answer to an unknown batch")?;
+                if seen.is_measuring.load(Ordering::Relaxed) {
+                    latencies.push(began.elapsed());
+                    seen.accepted.fetch_add(1, Ordering::Relaxed);
+                } else if !latencies.is_empty() {
+                    return Ok(latencies);
+                }
+            }
+            Some(Message::Throttled(throttled)) => {
+                seen.throttled.fetch_add(1, Ordering::Relaxed);
+                sent.remove(&throttled.batch_id);
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            other => bail!("unexpected answer: {other:?}"),
+        }
+    }
+}
+
+fn free_port() -> anyhow::Result<SocketAddr> {
+    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+}
+
+/// Returns the CPU time of a process in seconds, and its memory in MiB.
+fn usage(child: &Child) -> anyhow::Result<(f64, u64)> {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", child.id()))?;
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_ascii_whitespace().collect();
+    let ticks: u64 = fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id()))?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or("0");
+    let peak: u64 = peak.split_ascii_whitespace().next().unwrap_or("0").parse()?;
+    Ok((ticks as f64 / 100.0, peak >> 10))
+}
+
+/// Returns the number of files below a directory, and their bytes.
+fn files(dir: &Path) -> (u64, u64) {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.fold((0, 0), |(n, bytes), entry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => {
+            let (more, size) = files(&entry.path());
+            (n + more, bytes + size)
+        }
+        Ok(meta) => (n + 1, bytes + meta.len()),
+        Err(_) => (n, bytes),
+    })
+}
+
+async fn measure(
+    name: &str,
+    program: &str,
+    arguments: &Arc<Arguments>,
+    profiles: &Arc<Vec<(Vec<u8>, u64)>>,
+) -> anyhow::Result<()> {
+    let data = arguments.dir.join(format!("ingest-{name}-{}", std::process::id()));
+    let (grpc, http) = (free_port()?, free_port()?);
+    let mut child = Command::new(program)
+        .arg("--data")
+        .arg(&data)
+        .args(["--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()])
+        .env("GANNET_COLLECTOR_LOG", "warn")
+        .stdin(Stdio::null())
+        .spawn()
+        .with_context(|| format!("cannot start {program}"))?;
+    let endpoint = Channel::from_shared(format!("http://{grpc}"))?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while endpoint.connect().await.is_err() {
+        anyhow::ensure!(Instant::now() < deadline, "{name} does not answer");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let seen = Arc::new(Seen::default());
+    seen.is_measuring.store(arguments.batches > 0, Ordering::Relaxed);
+    let mut pushers = Vec::new();
+    for connection in 0..arguments.connections {
+        let channel = endpoint.connect().await?;
+        let (arguments, profiles) = (Arc::clone(arguments), Arc::clone(profiles));
+        pushers.push(tokio::spawn(push(channel, connection, arguments, profiles, Arc::clone(&seen))));
+    }
+    if arguments.batches == 0 {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+    let (cpu, _) = usage(&child)?;
+    let (objects, stored) = files(&data.join("objects"));
+    let began = Instant::now();
+    if arguments.batches == 0 {
+        seen.is_measuring.store(true, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_secs(arguments.seconds)).await;
+        seen.is_measuring.store(false, Ordering::Relaxed);
+    }
+    let took = began.elapsed().as_secs_f64();
+    let accepted = seen.accepted.load(Ordering::Relaxed);
+    let (cpu, peak) = usage(&child).map(|(now, peak)| (now - cpu, peak))?;
+    let (now, now_stored) = files(&data.join("objects"));
+    let mut latencies = Vec::new();
+    for pusher in pushers {
+        latencies.extend(pusher.await??);
+    }
+    child.kill()?;
+    child.wait()?;
+    if !arguments.keep {
+        fs::remove_dir_all(&data)?;
+    }
+    latencies.sort_unstable();
+    let at = |share: f64| {
+        latencies.get((latencies.len() as f64 * share) as usize).map_or(0.0, Duration::as_secs_f64)
+    };
+    println!(
+        "{name:<10} {:>10.0} {:>12.0} {:>9.3} {:>9.3} {:>9.3} {:>12.1} {:>12.1} {peak:>9} {:>9}",
+        accepted as f64 / took,
+        accepted as f64 / cpu,
+        at(0.5),
+        at(0.99),
+        at(0.9999),
+        (now - objects) as f64 / took,
+        (now_stored - stored) as f64 / took / 1e6,
+        seen.throttled.load(Ordering::Relaxed),
+    );
+    Ok(())
+}
+
+#[tokio::main(flavor = "multi_thread", worker_threads = 2)]
+async fn main() -> anyhow::Result<()> {
+    let arguments = Arc::new(Arguments::parse());
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let profiles: Arc<Vec<_>> = Arc::new((0..200).map(|_| profile(&mut random, arguments.bytes)).collect());
+    let mean = profiles.iter().map(|(pprof, _)| pprof.len()).sum::<usize>() / profiles.len();
+    println!(
+        "{} connections, {} batches in flight on each, {mean} bytes a profile",
+        arguments.connections, arguments.in_flight
+    );
+    println!(
+        "{:<10} {:>10} {:>12} {:>9} {:>9} {:>9} {:>12} {:>12} {:>9} {:>9}",
+        "collector",
+        "batches/s",
+        "/CPU second",
+        "p50 s",
+        "p99 s",
+        "p99.99 s",
+        "objects/s",
+        "MB/s",
+        "peak MiB",
+        "throttled"
+    );
+    for collector in &arguments.collector {
+        let (name, program) = collector.split_once('=').context("--collector takes NAME=PROGRAM")?;
+        measure(name, program, &arguments, &profiles).await?;
+    }
+    Ok(())
+}
