@@ -94,6 +94,46 @@ impl FramedCode<'_> {
     }
 }
 
+/// Returns the rows of a function that keeps a frame pointer. Where the frame is not made yet, or left already, they follow the
+/// stack pointer.
+pub fn fp_rows(code: &[u8], start: u64) -> Rows {
+    const MADE: State = State { sp: None, fp: Some(2 * RETURN), saved: Some(-2 * RETURN) };
+    let mut rows: Rows = Vec::new();
+    let mut known: HashMap<u64, State> = HashMap::new();
+    let mut info = InstructionInfoFactory::new();
+    let (mut state, mut was_made) = (State::ENTRY, false);
+    for instruction in decode(code, start) {
+        let ip = instruction.ip();
+        if let Some(from_branch) = known.get(&ip) {
+            state = *from_branch;
+        }
+        // While rbp points into the frame, nothing else is needed.
+        let is_made = state.fp == MADE.fp && state.saved == MADE.saved;
+        was_made |= is_made;
+        let is_plausible = state.sp.is_some_and(|sp| (RETURN..=MAX_PUSHED).contains(&sp));
+        if is_made {
+            state = MADE;
+        } else if !is_plausible {
+            state = if was_made { MADE } else { State::ENTRY };
+        }
+        let rule = state.rule();
+        if rows.last().is_none_or(|(_, last)| *last != rule) {
+            rows.push((ip, rule));
+        }
+        state.apply(Effect::of(&instruction, &mut info));
+        let flow = Flow::of(&instruction);
+        if let Flow::Branch(target) | Flow::Jump(target) = flow
+            && target > ip
+        {
+            known.entry(target).or_insert(state);
+        }
+        if flow.ends() {
+            state = if was_made { MADE } else { State::ENTRY };
+        }
+    }
+    rows
+}
+
 /// Returns the rows of several functions in one piece, as far as their instructions say where the frames are. Elsewhere there
 /// is no rule.
 pub fn unframed_rows(code: &[u8], start: u64, limits: &TableLimits) -> Rows {
@@ -294,6 +334,28 @@ mod tests {
     }
 
     #[test]
+    fn a_function_with_a_frame_pointer_has_rows_for_its_edges() {
+        // cmp rsp, rax; jb +9; push rbp; mov rbp, rsp; push rsi; sub rsp, 8; jmp +4; nop (target of the jb); ret; nop;
+        // nop (target of the jump); mov rsp, rbp; pop rbp; ret 8; nop
+        let code = [
+            0x48, 0x3b, 0xe0, 0x72, 0x0b, 0x55, 0x48, 0x89, 0xe5, 0x56, 0x48, 0x83, 0xec, 0x08, 0xeb, 0x03,
+            0x90, 0xc3, 0x90, 0x90, 0x48, 0x8b, 0xe5, 0x5d, 0xc2, 0x08, 0x00, 0x90,
+        ];
+        let rows = fp_rows(&code, 0x1000);
+        let row = |at: u64, kind, offset| (0x1000 + at, kind, offset);
+        let expected = [
+            row(0, cfa::SP, 8),
+            row(6, cfa::SP, 16),
+            row(9, cfa::FP, 16),
+            row(16, cfa::SP, 8),
+            row(18, cfa::FP, 16),
+            row(24, cfa::SP, 8),
+            row(27, cfa::FP, 16),
+        ];
+        assert_eq!(sizes(&rows), expected);
+    }
+
+    #[test]
     fn code_that_moves_its_return_address_is_followed() {
         // pop rax; push 0; push rax; push rbp; mov rbp, rsp; push r13; push 0; push rbx
         let code = [0x58, 0x6a, 0x00, 0x50, 0x55, 0x48, 0x8b, 0xec, 0x41, 0x55, 0x6a, 0x00, 0x53, 0x90];
@@ -348,6 +410,7 @@ mod tests {
                 last.rows(),
                 unframed_rows(&code, u64::MAX - 100, &TableLimits::default()),
                 moved_return_rows(&code, 0x1000, false, 8).0,
+                fp_rows(&code, u64::MAX - 100),
                 moved_return_rows(&code, u64::MAX - 100, true, 8).0,
                 left_frame_rows(&code, u64::MAX - 100),
             ];

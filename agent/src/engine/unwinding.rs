@@ -237,7 +237,7 @@ fn write(
     interpreters: Option<&mut Interpreters>,
 ) {
     let is_refused = interpreters.as_ref().is_none_or(|interpreters| interpreters.is_refused(&process.key));
-    let sends_code = !is_refused && UnwindTables::has_code_file(&process.image);
+    let sends_code = !is_refused && tables.has_code_file(&process.image);
     // A process that does not fit is unwound in user space. The tables log that.
     let _ = tables.load_with(kernel, process.key, &process.image, sends_code);
     if let (Some(interpreters), Some((file, bias))) = (interpreters, tables.runtime_of(&process.image)) {

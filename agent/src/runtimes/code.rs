@@ -19,7 +19,7 @@ use std::{
 };
 
 use gannet_unwind::{
-    format::UnwindRule,
+    format::{UnwindRule, cfa},
     generated::{Rows, SENDER_FRAME, rule_at},
     unwind::GeneratedFrame,
 };
@@ -77,8 +77,19 @@ pub(crate) trait CodeReader: Send + Sync + Debug {
     /// the call before it.
     fn scope(&self, head: &BlockHead, address: u64, memory: &dyn Memory) -> Result<Scope, WhyNot>;
 
-    /// Reads a function by the address of its object.
-    fn function(&self, object: u64, memory: &dyn Memory) -> Result<CodeFunction, WhyNot>;
+    /// Returns what a frame says of its function, for blocks of which [`CodeBlock::frames`] says that they do.
+    fn named(&self, frame: &GeneratedFrame<'_>) -> Option<NamedFrame> {
+        let _ = frame;
+        None
+    }
+
+    /// Reports whether all code keeps frame pointers, so that unknown code does not hide its callers.
+    fn has_frame_pointers(&self) -> bool {
+        false
+    }
+
+    /// Reads a function by the address of its object. `hint` is that of [`NamedFrame::hint`], or 0.
+    fn function(&self, object: u64, hint: u64, memory: &dyn Memory) -> Result<CodeFunction, WhyNot>;
 }
 
 /// A block of code, as it shows when it is found.
@@ -94,6 +105,25 @@ pub(crate) struct BlockHead {
     pub(crate) name: String,
 }
 
+/// What a frame says of its function.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NamedFrame {
+    pub(crate) object: u64,
+    /// Where the reader may find more of it. It is no part of what the function is.
+    pub(crate) hint: u64,
+    pub(crate) position: u32,
+}
+
+/// What the frames of a block say of their function.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum FrameWords {
+    #[default]
+    None,
+    /// The function; the position is that of the program counter in the scope.
+    WithoutPosition,
+    WithPosition,
+}
+
 /// How the frames of a block are read.
 #[derive(Debug, Default)]
 pub(crate) struct CodeBlock {
@@ -101,6 +131,8 @@ pub(crate) struct CodeBlock {
     pub(crate) rows: Rows,
     /// Its frames name their function themselves.
     pub(crate) captured: Option<Captured>,
+    /// The same, by [`CodeReader::named`].
+    pub(crate) frames: FrameWords,
     /// Return addresses that stand for the one at this distance from the stack pointer.
     pub(crate) moved: (Vec<u64>, i32),
 }
@@ -196,8 +228,8 @@ struct KnownFunction {
 pub(crate) struct CodeNeeds {
     /// Addresses of code.
     pub(crate) addresses: HashSet<u64>,
-    /// Objects of functions.
-    pub(crate) functions: HashSet<u64>,
+    /// Objects of functions, and the hint for each.
+    pub(crate) functions: HashMap<u64, u64>,
 }
 
 impl CodeNeeds {
@@ -208,8 +240,8 @@ impl CodeNeeds {
 
     /// Adds other needs, up to the limit.
     pub(crate) fn add(&mut self, other: Self) {
-        let room = |set: &HashSet<u64>| MAX_NEEDS.saturating_sub(set.len());
-        let (addresses, functions) = (room(&self.addresses), room(&self.functions));
+        let room = |length: usize| MAX_NEEDS.saturating_sub(length);
+        let (addresses, functions) = (room(self.addresses.len()), room(self.functions.len()));
         self.addresses.extend(other.addresses.into_iter().take(addresses));
         self.functions.extend(other.functions.into_iter().take(functions));
     }
@@ -240,11 +272,14 @@ impl GeneratedCode {
 
     /// Returns the words of a stack that may be return addresses into the code.
     pub(crate) fn candidates(&self, stack: &[u8]) -> CodeNeeds {
+        let mut needs = CodeNeeds::default();
+        if self.reader.has_frame_pointers() {
+            return needs;
+        }
         let known = self.known.lock();
         let words = stack.as_chunks().0.iter().map(|eight| u64::from_ne_bytes(*eight));
         let addresses = words.filter(|word| known.ranges.iter().any(|range| range.contains(word)));
-        let mut needs = CodeNeeds::default();
-        needs.add(CodeNeeds { addresses: addresses.collect(), functions: HashSet::new() });
+        needs.add(CodeNeeds { addresses: addresses.collect(), functions: HashMap::new() });
         needs
     }
 
@@ -261,8 +296,8 @@ impl GeneratedCode {
         let ranges = self.reader.ranges(&memory)?;
         self.known.lock().ranges = ranges;
         let mut confirmed: HashSet<u64> = HashSet::new();
-        for object in &needs.functions {
-            self.read_function(*object, now, of, &memory);
+        for (object, hint) in &needs.functions {
+            self.read_function(*object, *hint, now, of, &memory);
         }
         for address in &needs.addresses {
             if memory.is_used_up() {
@@ -329,7 +364,7 @@ impl GeneratedCode {
         } else {
             let none = |_| Scope { over: address..address, functions: Vec::new() };
             let Scope { over, functions } = self.reader.scope(&head, address, memory).unwrap_or_else(none);
-            let number = |(object, position)| (self.read_function(object, now, of, memory), position);
+            let number = |(object, position)| (self.read_function(object, 0, now, of, memory), position);
             Some((over, functions.into_iter().map(number).collect::<Vec<_>>()))
         };
         if memory.is_used_up() {
@@ -378,11 +413,14 @@ impl GeneratedCode {
     }
 
     /// Reads a function, and returns its number. A function that differs from the one that was at its address gets another.
-    fn read_function(&self, object: u64, now: u64, of: &Interpreter, memory: &Limited<'_>) -> u64 {
+    fn read_function(&self, object: u64, hint: u64, now: u64, of: &Interpreter, memory: &Limited<'_>) -> u64 {
+        if object == 0 {
+            return NO_FUNCTION;
+        }
         if let Some(known) = self.known.lock().functions.get(&object).filter(|known| known.read_ns >= now) {
             return known.number;
         }
-        match self.reader.function(object, memory) {
+        match self.reader.function(object, hint, memory) {
             Ok(CodeFunction { text, instructions }) => {
                 self.enter_function(object, Ok(text), instructions, now, of)
             }
@@ -503,7 +541,7 @@ impl Block {
 }
 
 /// The address of a frame, and the words of the functions that it stands for.
-pub(crate) type FrameWords = (u64, Vec<u64>);
+pub(crate) type WordsOfFrame = (u64, Vec<u64>);
 
 /// Unwinds one stack through the code of a process.
 #[derive(Debug)]
@@ -511,7 +549,7 @@ pub(crate) struct CodeWalk<'a> {
     code: &'a GeneratedCode,
     /// When the stack was taken.
     time_ns: u64,
-    found: RefCell<(Vec<FrameWords>, CodeNeeds)>,
+    found: RefCell<(Vec<WordsOfFrame>, CodeNeeds)>,
 }
 
 impl<'a> CodeWalk<'a> {
@@ -519,8 +557,13 @@ impl<'a> CodeWalk<'a> {
         Self { code, time_ns, found: RefCell::default() }
     }
 
-    /// Returns the rule of a frame, and notes its functions.
-    pub(crate) fn rule(&self, frame: &GeneratedFrame<'_>) -> Option<UnwindRule> {
+    /// Returns the rule of a frame, and notes its functions. `pc` is the address that the reader knows, if the same code is mapped
+    /// at several.
+    pub(crate) fn rule(&self, frame: &GeneratedFrame<'_>, pc: u64) -> Option<UnwindRule> {
+        let mapped_pc = frame.pc;
+        let mut frame = *frame;
+        frame.pc = pc;
+        let frame = &frame;
         let known = self.code.known.lock();
         let mut found = self.found.borrow_mut();
         let (words, needs) = &mut *found;
@@ -545,6 +588,11 @@ impl<'a> CodeWalk<'a> {
             // The frame is left already.
             Some(captured) if rule != Some(SENDER_FRAME) && !captured.is_entry(frame) => Vec::new(),
             Some(captured) => known.captured(captured, frame, self.time_ns, needs),
+            None if block.content.frames != FrameWords::None => {
+                let is_made = rule.is_some_and(|rule| rule.cfa_kind == cfa::FP);
+                let named = is_made.then(|| self.code.reader.named(frame)).flatten();
+                named.map(|named| known.named(block, frame, named, self.time_ns, needs)).unwrap_or_default()
+            }
             None => block.functions(frame, needs),
         };
         let stack = if stack.is_empty() {
@@ -553,14 +601,14 @@ impl<'a> CodeWalk<'a> {
             stack
         };
         words.push((
-            frame.pc,
+            mapped_pc,
             stack.into_iter().flat_map(|(number, position)| frame_words(number, position)).collect(),
         ));
         rule.or_else(|| known.guess(frame))
     }
 
     /// Returns the stacks of functions that the frames with these addresses stand for, in order, and what is missing.
-    pub(crate) fn finish(self) -> (Vec<FrameWords>, CodeNeeds) {
+    pub(crate) fn finish(self) -> (Vec<WordsOfFrame>, CodeNeeds) {
         self.found.into_inner()
     }
 }
@@ -591,6 +639,31 @@ impl Block {
 }
 
 impl Known {
+    fn named(
+        &self,
+        block: &Block,
+        frame: &GeneratedFrame<'_>,
+        named: NamedFrame,
+        time_ns: u64,
+        needs: &mut CodeNeeds,
+    ) -> Vec<(u64, u32)> {
+        let NamedFrame { object, hint, mut position } = named;
+        if block.content.frames == FrameWords::WithoutPosition {
+            let Some(scope) = block.scope(frame.pc) else {
+                needs.addresses.insert(frame.pc);
+                return Vec::new();
+            };
+            position = scope.functions.first().map_or(NO_POSITION, |(_, position)| *position);
+        }
+        let Some(function) =
+            self.functions.get(&object).filter(|known| known.read_ns >= time_ns || self.is_over())
+        else {
+            needs.functions.insert(object, hint);
+            return Vec::new();
+        };
+        vec![(function.number, position)]
+    }
+
     fn captured(
         &self,
         captured: &Captured,
@@ -606,7 +679,7 @@ impl Known {
         let Some(function) =
             self.functions.get(&object).filter(|known| known.read_ns >= time_ns || self.is_over())
         else {
-            needs.functions.insert(object);
+            needs.functions.insert(object, 0);
             return Vec::new();
         };
         let within = |at: Option<u64>| at.filter(|at| function.instructions.contains(at));
@@ -679,7 +752,7 @@ mod tests {
             Ok(Scope { over: head.code.start..head.code.end - 1, functions: vec![(head.at, 3)] })
         }
 
-        fn function(&self, object: u64, _: &dyn Memory) -> Result<CodeFunction, WhyNot> {
+        fn function(&self, object: u64, _: u64, _: &dyn Memory) -> Result<CodeFunction, WhyNot> {
             let name = format!("f{object:x}_{}", self.identity.load(Ordering::Relaxed));
             Ok(CodeFunction { text: FunctionText { name, ..FunctionText::default() }, instructions: 0..0 })
         }
@@ -703,7 +776,7 @@ mod tests {
     }
 
     fn read(interpreter: &Interpreter, addresses: impl IntoIterator<Item = u64>) -> Result<(), WhyNot> {
-        let needs = CodeNeeds { addresses: addresses.into_iter().collect(), functions: HashSet::new() };
+        let needs = CodeNeeds { addresses: addresses.into_iter().collect(), functions: HashMap::new() };
         interpreter.code.as_ref().unwrap().read(&needs, interpreter, &NoMemory)
     }
 

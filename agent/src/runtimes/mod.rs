@@ -22,8 +22,9 @@ mod process;
 mod python;
 mod ruby;
 mod texts;
+mod v8;
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use gannet_elf::Elf;
 
@@ -35,8 +36,8 @@ pub use self::functions::Interpreter;
 pub(crate) use self::process::find;
 pub(crate) use self::{
     code::{
-        BlockHead, Captured, CodeBlock, CodeFunction, CodeNeeds, CodeReader, CodeWalk, GeneratedCode,
-        NO_POSITION, Scope,
+        BlockHead, Captured, CodeBlock, CodeFunction, CodeNeeds, CodeReader, CodeWalk, FrameWords,
+        GeneratedCode, NO_POSITION, NamedFrame, Scope,
     },
     functions::ListFunction,
     guard::{Guard, read_cpu_time},
@@ -46,7 +47,8 @@ pub(crate) use self::{
 };
 
 /// The runtimes that the agent knows.
-static RUNTIMES: [&dyn Runtime; 5] = [&python::Python, &hotspot::HotSpot, &php::Php, &ruby::Ruby, &go::Go];
+static RUNTIMES: [&dyn Runtime; 6] =
+    [&python::Python, &hotspot::HotSpot, &php::Php, &ruby::Ruby, &go::Go, &v8::V8];
 
 /// The loops of all interpreters: a frame of such a function stands for a run of list frames.
 pub(crate) const LIST_FUNCTIONS: &[&str] = &[python::LOOP, php::LOOP];
@@ -55,7 +57,7 @@ pub(crate) const LIST_FUNCTIONS: &[&str] = &[python::LOOP, php::LOOP];
 pub(crate) const LIST_TABLES: &[&str] = &[ruby::BESIDE];
 
 /// Files of runtimes whose frames are in code that they make at run time. Such code cannot be unwound before the file is read.
-const CODE_FILES: &[&str] = &[hotspot::FILE];
+const CODE_FILES: &[&str] = &[hotspot::FILE, v8::FILE];
 
 /// Reports whether a file is such a one, by its path in the process.
 pub(crate) fn makes_code(path: &str) -> bool {
@@ -97,6 +99,12 @@ pub(crate) trait Runtime: Send + Sync + std::fmt::Debug {
 
     /// Finds the interpreter in a file, by its symbols.
     fn detect(&self, elf: &Elf<'_>, path: &str) -> Option<Detected>;
+
+    /// Returns the addresses in the file whose frames are those of code that it makes, like code without a file.
+    fn code(&self, detected: &Detected) -> Range<u64> {
+        let _ = detected;
+        0..0
+    }
 
     /// Finds where a process keeps its frames.
     fn attach(&self, file: &RuntimeFile, bias: u64, memory: &dyn Memory) -> Result<Attachment, WhyNot>;

@@ -4,6 +4,7 @@ use std::{
     cell::Cell,
     collections::{HashMap, HashSet},
     io, mem,
+    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -210,6 +211,20 @@ impl FileTables {
                 Some(FileState::Requested) | None => MappingTable::NotBuilt,
             },
         }
+    }
+
+    /// Returns the addresses of a mapping that a runtime's own file has, and whose frames are those of code that it makes, and the
+    /// number to subtract from them.
+    pub(super) fn made_code(&self, mapping: &Mapping) -> Option<(Range<u64>, u64)> {
+        let MappingKind::File(file) = &mapping.kind else { return None };
+        let Some(FileState::Built { segments, runtime: Some(runtime), .. }) = self.files.get(&file.id) else {
+            return None;
+        };
+        let code = runtime.runtime.code(&runtime.detected);
+        let bias = segments.bias(mapping.start, mapping.offset, rustix::param::page_size() as u64)?;
+        let start = code.start.wrapping_add(bias).max(mapping.start);
+        let end = code.end.wrapping_add(bias).min(mapping.end);
+        (code.start < code.end && start < end).then_some((start..end, bias))
     }
 
     /// Returns the interpreter of an image, and the number to subtract from its addresses.

@@ -239,14 +239,15 @@ impl UnwindTables {
             return Err(LoadError::Held);
         }
         self.residents.advance();
-        let mappings = self.kernel_mappings(kernel, image).map(|mut mappings| {
-            let is_code = |mapping: &Mapping| sends_code && matches!(mapping.kind, MappingKind::Anon);
-            for (written, _) in
-                mappings.iter_mut().zip(&image.mappings).filter(|(_, mapping)| is_code(mapping))
-            {
-                written.table = Some(SENT_RAW);
+        let mappings = self.kernel_mappings(kernel, image).map(|mappings| {
+            if !sends_code {
+                return mappings;
             }
             mappings
+                .into_iter()
+                .zip(&image.mappings)
+                .flat_map(|(written, mapping)| self.with_raw(written, mapping))
+                .collect()
         });
         let result = mappings.and_then(|mappings| self.loaded.load(kernel, key, mappings));
         match &result {
@@ -259,6 +260,23 @@ impl UnwindTables {
             }
         }
         result
+    }
+
+    /// Returns the parts of a mapping, of which those that hold code that a runtime makes are sent raw.
+    fn with_raw(&self, written: KernelMapping, mapping: &Mapping) -> Vec<KernelMapping> {
+        let raw = |begin, end| KernelMapping { begin, end, bias: 0, table: Some(SENT_RAW) };
+        if matches!(mapping.kind, MappingKind::Anon) {
+            return vec![raw(written.begin, written.end)];
+        }
+        let Some((code, _)) = self.files.made_code(mapping) else { return vec![written] };
+        let (begin, end) = (written.begin, written.end);
+        let before = KernelMapping { end: code.start, ..written };
+        let behind = KernelMapping { begin: code.end, ..written };
+        let mut parts = vec![raw(code.start, code.end)];
+        parts.extend((begin < code.start).then_some(before));
+        parts.extend((code.end < end).then_some(behind));
+        parts.sort_unstable_by_key(|part| part.begin);
+        parts
     }
 
     /// Removes the mappings of a process from the kernel.
@@ -287,9 +305,13 @@ impl UnwindTables {
         self.files.runtime_of(image)
     }
 
-    /// Reports whether an image has a file whose runtime makes code.
-    pub(crate) fn has_code_file(image: &Image) -> bool {
-        unwind::code_file(image).is_some()
+    /// Reports whether an image has a file whose runtime makes code. Before its table is built, the name of the file says so.
+    pub(crate) fn has_code_file(&self, image: &Image) -> bool {
+        unwind::code_file(image).is_some_and(|file| match self.files.state(file) {
+            Some(FileState::Built { runtime, .. }) => runtime.is_some(),
+            Some(FileState::Requested) | None => true,
+            Some(FileState::None) => false,
+        })
     }
 
     /// Returns the counts so far.

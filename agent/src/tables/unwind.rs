@@ -71,14 +71,19 @@ struct ImageTables<'a> {
     missing: RefCell<Option<Arc<MappedFile>>>,
     /// The way through code that the process makes at run time.
     walk: Option<CodeWalk<'a>>,
+    /// The number to subtract from addresses in the runtime's file.
+    bias: u64,
     is_unattached: Cell<bool>,
 }
 
 impl ImageTables<'_> {
     /// The stack has reached code without a file, and nothing says how to go on: looks for the runtime that makes it.
     fn look_for_runtime(&self, address: u64) {
-        let is_anonymous = |mapping: &Mapping| matches!(mapping.kind, MappingKind::Anon);
-        if !self.image.find(address).is_some_and(is_anonymous) {
+        let is_made = |mapping: &Mapping| match &mapping.kind {
+            MappingKind::Anon => true,
+            _ => self.files.made_code(mapping).is_some_and(|(code, _)| code.contains(&address)),
+        };
+        if !self.image.find(address).is_some_and(is_made) {
             return;
         }
         let Some(file) = code_file(self.image) else { return };
@@ -103,6 +108,9 @@ pub(super) fn code_file(image: &Image) -> Option<&Arc<MappedFile>> {
 impl TableSource for ImageTables<'_> {
     fn find(&self, address: u64) -> Option<(&UnwindTable, u64)> {
         let mapping = self.image.find(address)?;
+        if self.files.made_code(mapping).is_some_and(|(code, _)| code.contains(&address)) {
+            return None;
+        }
         match (self.files.of_mapping(mapping), &mapping.kind) {
             (MappingTable::Built { table: Some(table), bias, .. }, _) => Some((table, bias?)),
             (MappingTable::Built { table: None, .. } | MappingTable::NotBuilt, MappingKind::File(file)) => {
@@ -118,7 +126,13 @@ impl TableSource for ImageTables<'_> {
             self.look_for_runtime(frame.pc);
             return None;
         };
-        walk.rule(frame)
+        // A runtime may map its code a second time. It describes the first one.
+        let made = self.image.find(frame.pc).and_then(|mapping| self.files.made_code(mapping));
+        let pc = match made.filter(|(code, _)| code.contains(&frame.pc)) {
+            Some((_, bias)) => frame.pc.wrapping_sub(bias).wrapping_add(self.bias),
+            None => frame.pc,
+        };
+        walk.rule(frame, pc)
     }
 
     fn is_code(&self, address: u64) -> bool {
@@ -156,6 +170,7 @@ impl UnwindTables {
             image,
             missing: RefCell::new(None),
             walk: code.map(|code| CodeWalk::new(code, sample.subject.ktime_ns)),
+            bias: interpreter.map_or(0, |interpreter| interpreter.bias),
             is_unattached: Cell::new(false),
         };
         let unwound = unwind_stack(&snapshot, &source, MAX_FRAMES);

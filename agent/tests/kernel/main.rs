@@ -19,6 +19,7 @@ mod languages;
 mod ledger;
 mod lifecycle;
 mod names;
+mod node;
 mod pods;
 mod record_ends;
 mod rules;

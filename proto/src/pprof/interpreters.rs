@@ -6,12 +6,13 @@ use crate::profiles::{Function, Location, Profile, Sample};
 
 /// Mappings of interpreted functions, each with the native function that runs them. Java has none: its functions call each other,
 /// and the frames of its virtual machine between them are work for them.
-const INTERPRETERS: [(&str, Option<&str>); 4] = [
+const INTERPRETERS: [(&str, Option<&str>); 5] = [
     ("[cpython]", Some("_PyEval_EvalFrameDefault")),
     ("[jvm]", None),
     ("[php]", Some("execute_ex")),
     // Its loop has no name in stripped files.
     ("[ruby]", Some("ruby_run_node")),
+    ("[v8]", None),
 ];
 
 /// Reports whether a mapping stands for the functions of interpreted programs.

@@ -74,7 +74,7 @@ impl TableSource for Source<'_> {
     }
 
     fn generated(&self, frame: &GeneratedFrame<'_>) -> Option<UnwindRule> {
-        self.0.rule(frame)
+        self.0.rule(frame, frame.pc)
     }
 }
 
@@ -92,7 +92,7 @@ fn unwind(bytes: &[u8]) -> Option<Vec<String>> {
     let interpreter = Interpreter::new(Arc::new(file(17, Vec::new())), 0).with_code(code);
     let code = interpreter.code.as_ref()?;
     let time_ns = boot_time_ns();
-    let mut needs = CodeNeeds { addresses: [pc, first, second].into(), functions: [object].into() };
+    let mut needs = CodeNeeds { addresses: [pc, first, second].into(), functions: [(object, 0)].into() };
     let mut stack = vec![0; STACK_BYTES];
     let mut lengths = (1..=STACK_BYTES / 8).rev().map(|words| 8 * words);
     let length = lengths.find(|length| memory.read(sp, &mut stack[..*length])).unwrap_or(0);

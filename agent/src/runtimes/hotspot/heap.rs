@@ -11,8 +11,8 @@ use parking_lot::Mutex;
 
 use super::{
     super::{
-        BlockHead, Captured, CodeBlock, CodeFunction, CodeReader, MAX_INLINED, Memory, NO_POSITION, Scope,
-        WhyNot,
+        BlockHead, Captured, CodeBlock, CodeFunction, CodeReader, FrameWords, MAX_INLINED, Memory,
+        NO_POSITION, Scope, WhyNot,
         memory::{half, word},
     },
     layout::{Layout, Place, Scopes},
@@ -152,6 +152,7 @@ impl Heaps {
         Ok(CodeBlock {
             rows: self.framed_rows(head, &entries, code, &bytes),
             captured: None,
+            frames: FrameWords::None,
             moved: (deopt, orig_pc),
         })
     }
@@ -387,7 +388,7 @@ impl CodeReader for Heaps {
         Ok(Scope { over, functions: if functions.is_empty() { vec![root] } else { functions } })
     }
 
-    fn function(&self, object: u64, memory: &dyn Memory) -> Result<CodeFunction, WhyNot> {
+    fn function(&self, object: u64, _: u64, memory: &dyn Memory) -> Result<CodeFunction, WhyNot> {
         method::read(&self.layout, object, memory)
     }
 }
