@@ -28,6 +28,10 @@ const MAX_LINES: usize = 1 << 20;
 const MAX_FUNCTIONS: usize = 8192;
 /// Maps whose type is kept.
 const MAX_MAPS: usize = 256;
+/// Functions of one script, functions that one search reads, and searches for one function.
+const MAX_OF_SCRIPT: u64 = 1 << 13;
+const MAX_SEARCHED: usize = 4096;
+const MAX_SEARCHES: u32 = 4;
 /// Bytes of one table of positions.
 const MAX_TABLE: u64 = 64 << 10;
 /// Variables of a scope; beyond the first number they are in a table of their own.
@@ -88,6 +92,8 @@ struct Kept {
     lines: usize,
     /// The shared description of the function that has this bytecode.
     shared: HashMap<u64, u64>,
+    /// Bytecode whose function was searched in all scripts, and how often.
+    searched: HashMap<u64, u32>,
     /// By object: the words that it was read from, and the texts.
     functions: HashMap<u64, (Vec<u8>, FunctionText)>,
 }
@@ -378,11 +384,13 @@ impl Heap {
         let head = self.read_as(bytecode, of.types.bytecode, BYTECODE_BYTES, memory)?;
         let known = self.kept.lock().shared.get(&bytecode).copied();
         let candidates = [known, self.shared_of(function, memory).ok()];
-        let found = candidates.into_iter().flatten().find_map(|shared| {
+        let check = |shared: u64| {
             let bytes = self.read_as(shared, of.types.shared, SHARED_BYTES, memory).ok()?;
             let data = word(&bytes, of.function_data as usize);
             (self.bytecode_of(data, memory).ok()? == bytecode).then_some((shared, bytes))
-        });
+        };
+        let found = candidates.into_iter().flatten().find_map(check);
+        let found = found.or_else(|| check(self.search(bytecode, memory)?));
         let (shared, bytes) =
             found.ok_or(WhyNot::Implausible("the function of a frame has moved or has other bytecode"))?;
         {
@@ -403,6 +411,48 @@ impl Heap {
                 lines::table(entries.filter_map(|(at, position)| Some((at, script.line(position.offset?)))));
             Ok(text)
         })
+    }
+
+    /// Searches the scripts that are known for the function with this bytecode: descriptions and bytecode stay where they are, when
+    /// the function's object has moved. Returns the shared description.
+    fn search(&self, bytecode: u64, memory: &dyn Memory) -> Option<u64> {
+        let scripts: Vec<u64> = {
+            let mut kept = self.kept.lock();
+            if kept.searched.len() >= MAX_FUNCTIONS {
+                kept.searched.clear();
+            }
+            let searches = kept.searched.entry(bytecode).or_default();
+            *searches += 1;
+            if *searches > MAX_SEARCHES {
+                return None;
+            }
+            kept.scripts.keys().copied().collect()
+        };
+        let of = &self.layout;
+        let mut left = MAX_SEARCHED;
+        for script in scripts {
+            let Some(functions) = object(script)
+                .and_then(|at| memory.u64(at.wrapping_add(of.script_functions)).ok())
+                .and_then(object)
+            else {
+                continue;
+            };
+            let length = memory.u64(functions.wrapping_add(8)).ok().and_then(small);
+            let length = length.and_then(|length| u64::try_from(length).ok()).unwrap_or(0).min(MAX_OF_SCRIPT);
+            let Ok(all) = memory.bytes(functions.wrapping_add(of.elements), 8 * length as usize) else {
+                continue;
+            };
+            let references = all.as_chunks().0.iter().map(|eight| u64::from_ne_bytes(*eight) & !2);
+            for shared in references.filter(|reference| object(*reference).is_some()) {
+                left = left.checked_sub(1)?;
+                let data = memory.u64((shared - 1).wrapping_add(of.function_data)).ok();
+                let leads = |data: u64| data == bytecode || self.bytecode_of(data, memory) == Ok(bytecode);
+                if data.is_some_and(leads) {
+                    return Some(shared);
+                }
+            }
+        }
+        None
     }
 
     /// Returns the shared description of a function's object.

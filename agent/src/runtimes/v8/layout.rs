@@ -61,6 +61,8 @@ pub(super) struct Layout {
     pub(super) script: u64,
     pub(super) script_name: u64,
     pub(super) script_source: u64,
+    /// The descriptions of all functions of a script.
+    pub(super) script_functions: u64,
     /// Of the first bytecode.
     pub(super) bytecode: u64,
     pub(super) bytecode_positions: u64,
@@ -202,6 +204,8 @@ impl Layout {
             script: in_object(script)?,
             script_name: in_object(script_name)?,
             script_source: in_object(script_source)?,
+            // Behind the place of the call of `eval`.
+            script_functions: 88,
             bytecode: in_object(bytecode)?,
             // Behind the pool of constants and the table of handlers.
             bytecode_positions: 32,
