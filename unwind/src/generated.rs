@@ -95,8 +95,8 @@ impl FramedCode<'_> {
 }
 
 /// Returns the rows of a function that keeps a frame pointer. Where the frame is not made yet, or left already, they follow the
-/// stack pointer.
-pub fn fp_rows(code: &[u8], start: u64) -> Rows {
+/// stack pointer. With `by_call` the first function that it calls makes the frame.
+pub fn fp_rows(code: &[u8], start: u64, by_call: bool) -> Rows {
     const MADE: State = State { sp: None, fp: Some(2 * RETURN), saved: Some(-2 * RETURN) };
     let mut rows: Rows = Vec::new();
     let mut known: HashMap<u64, State> = HashMap::new();
@@ -129,6 +129,8 @@ pub fn fp_rows(code: &[u8], start: u64) -> Rows {
         }
         if flow.ends() {
             state = if was_made { MADE } else { State::ENTRY };
+        } else if by_call && !was_made && flow == Flow::Call {
+            state = MADE;
         }
     }
     rows
@@ -341,7 +343,7 @@ mod tests {
             0x48, 0x3b, 0xe0, 0x72, 0x0b, 0x55, 0x48, 0x89, 0xe5, 0x56, 0x48, 0x83, 0xec, 0x08, 0xeb, 0x03,
             0x90, 0xc3, 0x90, 0x90, 0x48, 0x8b, 0xe5, 0x5d, 0xc2, 0x08, 0x00, 0x90,
         ];
-        let rows = fp_rows(&code, 0x1000);
+        let rows = fp_rows(&code, 0x1000, false);
         let row = |at: u64, kind, offset| (0x1000 + at, kind, offset);
         let expected = [
             row(0, cfa::SP, 8),
@@ -353,6 +355,10 @@ mod tests {
             row(27, cfa::FP, 16),
         ];
         assert_eq!(sizes(&rows), expected);
+        // mov ebx, 32; call; push rax; leave; ret
+        let code = [0xbb, 0x20, 0, 0, 0, 0xe8, 0, 1, 0, 0, 0x50, 0xc9, 0xc3];
+        let expected = [row(0, cfa::SP, 8), row(10, cfa::FP, 16), row(12, cfa::SP, 8)];
+        assert_eq!(sizes(&fp_rows(&code, 0x1000, true)), expected);
     }
 
     #[test]
@@ -410,7 +416,7 @@ mod tests {
                 last.rows(),
                 unframed_rows(&code, u64::MAX - 100, &TableLimits::default()),
                 moved_return_rows(&code, 0x1000, false, 8).0,
-                fp_rows(&code, u64::MAX - 100),
+                fp_rows(&code, u64::MAX - 100, false),
                 moved_return_rows(&code, u64::MAX - 100, true, 8).0,
                 left_frame_rows(&code, u64::MAX - 100),
             ];

@@ -249,7 +249,9 @@ impl CodeReader for Isolates {
             None if self.is_baseline(head) => FrameWords::WithoutPosition,
             None => FrameWords::None,
         };
-        Ok(CodeBlock { rows: fp_rows(&bytes, head.code.start), frames, ..CodeBlock::default() })
+        // The prologue of baseline code is a builtin.
+        let by_call = frames == FrameWords::WithoutPosition;
+        Ok(CodeBlock { rows: fp_rows(&bytes, head.code.start, by_call), frames, ..CodeBlock::default() })
     }
 
     fn named(&self, frame: &GeneratedFrame<'_>) -> Option<NamedFrame> {
