@@ -296,8 +296,18 @@ impl GeneratedCode {
         let ranges = self.reader.ranges(&memory)?;
         self.known.lock().ranges = ranges;
         let mut confirmed: HashSet<u64> = HashSet::new();
+        let mut failed = Vec::new();
         for (object, hint) in &needs.functions {
-            self.read_function(*object, *hint, now, of, &memory);
+            match self.reader.function(*object, *hint, &memory) {
+                Ok(CodeFunction { text, instructions }) => {
+                    self.enter_function(*object, Ok(text), instructions, now, of);
+                }
+                Err(_) => failed.push((*object, *hint)),
+            }
+        }
+        // What the others have shown may lead to these.
+        for (object, hint) in failed {
+            self.read_function(object, hint, now, of, &memory);
         }
         for address in &needs.addresses {
             if memory.is_used_up() {

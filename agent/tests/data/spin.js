@@ -2,6 +2,8 @@
 "use strict";
 let sink = 0;
 let printing = null;
+// Milliseconds that `spin` takes.
+let time = 0;
 Error.stackTraceLimit = 200;
 
 function stack(name) {
@@ -17,13 +19,13 @@ function stack(name) {
 
 function spin(name) {
   stack(name);
-  const end = performance.now() + 20;
-  while (performance.now() < end) burn();
+  const end = performance.now() + time;
+  do burn(); while (performance.now() < end);
 }
 
 function burn() {
   let sum = 0;
-  for (let i = 0; i < 20000; i++) sum = (sum + (i ^ (sum >>> 3))) | 0;
+  for (let i = 0; i < 5000; i++) sum = (sum + (i ^ (sum >>> 3))) | 0;
   sink = sum;
 }
 
@@ -119,7 +121,11 @@ function all(print) {
 
 // The stacks are printed when the code is compiled as far as it will be, and by the same line that runs later.
 const names = ["plain", "arrow", "recursion", "method", "callback", "sorted", "thrown", "made", "generator", "replaced"];
-for (let i = -Number(process.argv[2]); ; i++) {
-  if (i === names.length) console.log("ready");
+const rounds = Number(process.argv[2]);
+for (let i = -rounds; ; i++) {
+  if (i === names.length + rounds) {
+    console.log("ready");
+    time = 20;
+  }
   all(i >= 0 && i < names.length ? names[i] : null);
 }

@@ -31,7 +31,7 @@ const MAX_MAPS: usize = 256;
 /// Functions of one script, functions that one search reads, and searches for one function.
 const MAX_OF_SCRIPT: u64 = 1 << 13;
 const MAX_SEARCHED: usize = 4096;
-const MAX_SEARCHES: u32 = 4;
+const MAX_SEARCHES: u32 = 8;
 /// Bytes of one table of positions.
 const MAX_TABLE: u64 = 64 << 10;
 /// Variables of a scope; beyond the first number they are in a table of their own.
