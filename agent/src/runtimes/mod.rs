@@ -20,6 +20,7 @@ mod memory;
 mod php;
 mod process;
 mod python;
+mod reader;
 mod ruby;
 mod texts;
 mod v8;
@@ -35,14 +36,12 @@ pub use self::functions::Interpreter;
 #[cfg(test)]
 pub(crate) use self::process::find;
 pub(crate) use self::{
-    code::{
-        BlockHead, Captured, CodeBlock, CodeFunction, CodeNeeds, CodeReader, CodeWalk, FrameWords,
-        GeneratedCode, NO_POSITION, NamedFrame, Scope,
-    },
+    code::{CodeNeeds, CodeWalk, GeneratedCode, NO_POSITION},
     functions::ListFunction,
     guard::{Guard, read_cpu_time},
     memory::{Memory, ProcessMemory},
     process::{RuntimeFinder, inspect},
+    reader::{BlockHead, Captured, CodeBlock, CodeFunction, CodeReader, FrameWords, NamedFrame, Scope},
     texts::text_bytes,
 };
 

@@ -221,7 +221,7 @@ impl CodeReader for Isolates {
         let first = self.builtins.first().map_or(0, |builtin| builtin.code.start);
         memory.array::<1>(first)?;
         // Code may be anywhere.
-        Ok(vec![0..USER])
+        Ok(std::iter::once(0..USER).collect())
     }
 
     fn has_frame_pointers(&self) -> bool {
@@ -245,9 +245,8 @@ impl CodeReader for Isolates {
             memory.bytes(head.code.start, (head.code.end - head.code.start).min(MAX_CODE) as usize)?;
         let frames = match self.builtin(head.code.start) {
             Some(builtin) if builtin.is_interpreter => FrameWords::WithPosition,
-            Some(_) => FrameWords::None,
             None if self.is_baseline(head) => FrameWords::WithoutPosition,
-            None => FrameWords::None,
+            _ => FrameWords::None,
         };
         // The prologue of baseline code is a builtin.
         let by_call = frames == FrameWords::WithoutPosition;

@@ -69,7 +69,7 @@ pub(super) fn object(word: u64) -> Option<u64> {
 
 /// Returns the small integer that a word is.
 pub(super) fn small(word: u64) -> Option<i32> {
-    (word.trailing_zeros() >= 32).then(|| (word >> 32) as u32 as i32)
+    (word.trailing_zeros() >= 32).then_some((word >> 32) as u32 as i32)
 }
 
 fn no_object() -> WhyNot {
@@ -98,14 +98,14 @@ struct Kept {
     functions: HashMap<u64, (Vec<u8>, FunctionText)>,
 }
 
-/// A script.
+/// A script, as far as functions need it.
 #[derive(Debug, Default)]
 pub(super) struct Script {
     /// The references to its name and its source.
     words: [u64; 2],
     pub(super) file: String,
     first_line: u32,
-    /// Where its lines end.
+    /// The characters that end its lines.
     ends: Vec<u32>,
 }
 
@@ -348,18 +348,15 @@ impl Heap {
         read: impl FnOnce(&[u8]) -> Result<FunctionText, WhyNot>,
     ) -> Result<CodeFunction, WhyNot> {
         let kept = self.kept.lock().functions.get(&object).filter(|(words, _)| *words == bytes).cloned();
-        let text = match kept {
-            Some((_, text)) => text,
-            None => {
-                let text = read(&bytes)?;
-                let mut kept = self.kept.lock();
-                if kept.functions.len() >= MAX_FUNCTIONS {
-                    kept.functions.clear();
-                }
-                kept.functions.insert(object, (bytes, text.clone()));
-                text
-            }
-        };
+        if let Some((_, text)) = kept {
+            return Ok(CodeFunction { text, instructions: 0..0 });
+        }
+        let text = read(&bytes)?;
+        let mut kept = self.kept.lock();
+        if kept.functions.len() >= MAX_FUNCTIONS {
+            kept.functions.clear();
+        }
+        kept.functions.insert(object, (bytes, text.clone()));
         Ok(CodeFunction { text, instructions: 0..0 })
     }
 

@@ -121,16 +121,11 @@ pub(super) struct Types {
     pub(super) bytes: u16,
 }
 
-impl Layout {
-    /// Reads the symbols of a process. `addresses` has those of [`SYMBOLS`], and the bytes of the table of bytecodes.
-    pub(super) fn read(addresses: &[u64], bias: u64, memory: &dyn Memory) -> Result<Self, WhyNot> {
-        let value = |number: usize| -> Result<i32, WhyNot> {
-            let at = addresses.get(number).copied().filter(|at| *at != 0).ok_or(WhyNot::Version)?;
-            memory.array(at.wrapping_add(bias)).map(i32::from_ne_bytes)
-        };
-        // Objects of other versions look different where no symbol says so.
-        let code = match (value(V8_MAJOR)?, value(V8_MINOR)?) {
-            (11, 3) => CodeLayout {
+impl CodeLayout {
+    /// Returns the layout of a version of V8. Objects of other versions look different where no symbol says so.
+    fn of(version: (i32, i32)) -> Result<Self, WhyNot> {
+        match version {
+            (11, 3) => Ok(Self {
                 reference: 8,
                 header: 16,
                 data: 16,
@@ -140,9 +135,20 @@ impl Layout {
                 flags: 48,
                 size: 56,
                 bytes: 64,
-            },
-            _ => return Err(WhyNot::Version),
+            }),
+            _ => Err(WhyNot::Version),
+        }
+    }
+}
+
+impl Layout {
+    /// Reads the symbols of a process. `addresses` has those of [`SYMBOLS`], and the bytes of the table of bytecodes.
+    pub(super) fn read(addresses: &[u64], bias: u64, memory: &dyn Memory) -> Result<Self, WhyNot> {
+        let value = |number: usize| -> Result<i32, WhyNot> {
+            let at = addresses.get(number).copied().filter(|at| *at != 0).ok_or(WhyNot::Version)?;
+            memory.array(at.wrapping_add(bias)).map(i32::from_ne_bytes)
         };
+        let code = CodeLayout::of((value(V8_MAJOR)?, value(V8_MINOR)?))?;
         let mut values = [0; SYMBOLS.len() - FIRST];
         for (at, slot) in values.iter_mut().enumerate() {
             *slot = value(FIRST + at)?;
