@@ -111,12 +111,10 @@ pub fn fp_rows(code: &[u8], start: u64, by_call: bool) -> Rows {
         let is_made = state.fp == MADE.fp && state.saved == MADE.saved;
         was_made |= is_made;
         let is_plausible = state.sp.is_some_and(|sp| (RETURN..=MAX_PUSHED).contains(&sp));
-        if is_made {
-            state = MADE;
-        } else if !is_plausible {
+        if !is_made && !is_plausible {
             state = if was_made { MADE } else { State::ENTRY };
         }
-        let rule = state.rule();
+        let rule = if is_made { MADE } else { state }.rule();
         if rows.last().is_none_or(|(_, last)| *last != rule) {
             rows.push((ip, rule));
         }
