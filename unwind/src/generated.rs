@@ -19,6 +19,9 @@ const RETURN: i32 = 8;
 /// A frame that differs from the body's by more than this is a misreading.
 const MAX_PUSHED: i32 = 4096;
 
+/// Instructions between a restored rbp and the addition that drops the frame.
+const MAX_DROP: usize = 8;
+
 /// Rows of a piece of code: from each address on, until the next, this rule holds.
 pub type Rows = Vec<(u64, UnwindRule)>;
 
@@ -102,7 +105,8 @@ pub fn fp_rows(code: &[u8], start: u64, by_call: bool) -> Rows {
     let mut known: HashMap<u64, State> = HashMap::new();
     let mut info = InstructionInfoFactory::new();
     let (mut state, mut was_made) = (State::ENTRY, false);
-    for instruction in decode(code, start) {
+    let all: Vec<Instruction> = decode(code, start).collect();
+    for (index, instruction) in all.iter().enumerate() {
         let ip = instruction.ip();
         if let Some(from_branch) = known.get(&ip) {
             state = *from_branch;
@@ -118,8 +122,14 @@ pub fn fp_rows(code: &[u8], start: u64, by_call: bool) -> Rows {
         if rows.last().is_none_or(|(_, last)| *last != rule) {
             rows.push((ip, rule));
         }
-        state.apply(Effect::of(&instruction, &mut info));
-        let flow = Flow::of(&instruction);
+        if is_made && restores_fp(instruction) {
+            // Before a jump to another function. What the stack pointer has passed says how far it was.
+            let dropped = all[index + 1..].iter().take(MAX_DROP).find_map(dropped_bytes);
+            state = State { sp: dropped.map(|bytes| bytes.saturating_add(RETURN)), fp: None, saved: None };
+        } else {
+            state.apply(Effect::of(instruction, &mut info));
+        }
+        let flow = Flow::of(instruction);
         if let Flow::Branch(target) | Flow::Jump(target) = flow
             && target > ip
         {
@@ -132,6 +142,23 @@ pub fn fp_rows(code: &[u8], start: u64, by_call: bool) -> Rows {
         }
     }
     rows
+}
+
+/// Reports whether an instruction loads rbp from where it points.
+fn restores_fp(instruction: &Instruction) -> bool {
+    instruction.mnemonic() == Mnemonic::Mov
+        && instruction.op0_register() == Register::RBP
+        && instruction.op1_kind() == OpKind::Memory
+        && instruction.memory_base() == Register::RBP
+        && instruction.memory_index() == Register::None
+        && instruction.memory_displacement64() == 0
+}
+
+/// Returns the bytes that an instruction takes off the stack by addition.
+fn dropped_bytes(instruction: &Instruction) -> Option<i32> {
+    let is_immediate = matches!(instruction.op1_kind(), OpKind::Immediate8to64 | OpKind::Immediate32to64);
+    let is_drop = instruction.mnemonic() == Mnemonic::Add && instruction.op0_register() == Register::RSP;
+    (is_drop && is_immediate).then(|| instruction.immediate(1) as i32)
 }
 
 /// Returns the rows of several functions in one piece, as far as their instructions say where the frames are. Elsewhere there
@@ -353,6 +380,21 @@ mod tests {
             row(27, cfa::FP, 16),
         ];
         assert_eq!(sizes(&rows), expected);
+        // push rbp; mov rbp, rsp; push 34; sub rsp, 48; mov rbp, [rbp]; mov rax, [rsp+0x18]; add rsp, 64; jmp rcx
+        let code = [
+            0x55, 0x48, 0x89, 0xe5, 0x6a, 0x22, 0x48, 0x83, 0xec, 0x30, 0x48, 0x8b, 0x6d, 0, 0x48, 0x8b,
+            0x44, 0x24, 0x18, 0x48, 0x83, 0xc4, 0x40, 0xff, 0xe1,
+        ];
+        let rows = fp_rows(&code, 0x1000, false);
+        let expected = [
+            row(0, cfa::SP, 8),
+            row(1, cfa::SP, 16),
+            row(4, cfa::FP, 16),
+            row(14, cfa::SP, 72),
+            row(23, cfa::SP, 8),
+        ];
+        assert_eq!(sizes(&rows), expected);
+        assert_eq!(rule_at(&rows, 0x1010).unwrap().fp_kind, loc::SAME);
         // mov ebx, 32; call; push rax; leave; ret
         let code = [0xbb, 0x20, 0, 0, 0, 0xe8, 0, 1, 0, 0, 0x50, 0xc9, 0xc3];
         let expected = [row(0, cfa::SP, 8), row(10, cfa::FP, 16), row(12, cfa::SP, 8)];
