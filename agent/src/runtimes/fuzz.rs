@@ -6,4 +6,5 @@ pub use super::{
     php::fuzz::php,
     python::fuzz::{python, python_lines},
     ruby::fuzz::ruby,
+    v8::fuzz::{v8_code, v8_layout, v8_lines},
 };

@@ -1,5 +1,6 @@
 //! Frames of JavaScript: a program prints its own stack and spins, and the sampled stack must be the same, lines included.
-//! Needs root, a kernel with BTF, and `node`. `GANNET_TEST_NODES` names other engines, with `:` between them.
+//! Needs root, a kernel with BTF, and `node`, an own build of Node in a version that the agent reads. `GANNET_TEST_NODES` names
+//! others, with `:` between them; `scripts/node` fetches them.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -60,7 +61,6 @@ fn stacks(profile: &Profile, file: &str) -> Vec<Sampled> {
     profile.sample.iter().map(of).collect()
 }
 
-/// Checks that each stack is the one that the program printed.
 /// What is asked of the stacks.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Wanted {
@@ -70,6 +70,7 @@ enum Wanted {
     NoneWrong,
 }
 
+/// Checks that each stack is the one that the program printed.
 #[track_caller]
 fn check(flags: &[&str], rounds: u32, wanted: Wanted) {
     let nodes = env::var(NODES).unwrap_or_else(|_| SYSTEM_NODE.to_owned());
@@ -96,7 +97,7 @@ fn check_node(node: &str, flags: &[&str], rounds: u32, wanted: Wanted) {
         printed.insert(frames.next().unwrap(), frames.collect());
     }
     assert_eq!(printed.len(), CASES);
-    let recording = record_for(5, 499, &["--pid", &running.0.id().to_string()]);
+    let recording = record_for(3, 499, &["--pid", &running.0.id().to_string()]);
     drop(running);
 
     let text = |index: i64| recording.profile.string_table[index as usize].as_str();

@@ -60,7 +60,7 @@ impl Isolates {
 
     /// Returns the compiled code that holds an address. Its description and it refer to each other.
     fn compiled(&self, address: u64, memory: &dyn Memory) -> Option<BlockHead> {
-        let of = &self.heap.layout.code;
+        let of = &self.heap.layout.version.code;
         let mut tries = MAX_TRIES;
         // The highest place where instructions may begin.
         let mut start = address / ALIGNMENT * ALIGNMENT;
@@ -76,7 +76,8 @@ impl Isolates {
                 let (map, reference) = (word(&piece, index), word(&piece, index + of.reference as usize));
                 if map & 3 == 1 && reference & 3 == 1 && map < USER && reference < USER && map != reference {
                     tries = tries.checked_sub(1)?;
-                    if let Some(head) = self.described(reference, at, start, memory) {
+                    let description = if of.is_inside { at + 1 } else { reference };
+                    if let Some(head) = self.described(description, at, start, memory) {
                         return head.code.contains(&address).then_some(head);
                     }
                 }
@@ -89,12 +90,17 @@ impl Isolates {
     /// Returns the code with this description, if it begins here.
     fn described(&self, reference: u64, stream: u64, start: u64, memory: &dyn Memory) -> Option<BlockHead> {
         let layout = &self.heap.layout;
-        let of = &layout.code;
+        let of = &layout.version.code;
         let bytes = self.heap.read_as(reference, layout.types.code, of.bytes, memory).ok()?;
         let size = u64::from(half(&bytes, of.size as usize));
-        let is_here = word(&bytes, of.stream as usize) == stream + 1
-            && word(&bytes, of.start as usize) == start
-            && (1..=MAX_CODE).contains(&size);
+        let refers_back = || {
+            if of.is_inside {
+                // Nothing else refers to it, but its first field is known too: what the linker has to change in it.
+                return self.heap.read_as(word(&bytes, 8), layout.types.bytes, 8, memory).is_ok();
+            }
+            word(&bytes, of.stream as usize) == stream + 1 && word(&bytes, of.start as usize) == start
+        };
+        let is_here = (1..=MAX_CODE).contains(&size) && refers_back();
         let flags = half(&bytes, of.flags as usize);
         let kind = flags & layout.kind_mask;
         let is_function = kind >= layout.baseline;
@@ -166,18 +172,20 @@ impl Isolates {
     ) -> Result<Vec<(u64, u32)>, WhyNot> {
         let of = &self.heap.layout;
         let [data, ..] = head.identity;
-        let slots = of.optimized_function.max(of.inlining).max(of.literals);
+        let version = &of.version;
+        let slots = version.optimized_function.max(version.inlining).max(version.literals);
         let bytes = (of.elements + 8 * (slots + 1)) as usize;
         let data = self.heap.read_as(data, of.types.array, bytes, memory)?;
         let element = |number: u64| word(&data, (of.elements + 8 * number) as usize);
-        let own = element(of.optimized_function);
+        let own = self.heap.unwrapped(element(version.optimized_function), memory)?;
         let mut functions = Vec::new();
         let mut position = position_at(table, offset);
         while let Some(number) = position.and_then(|position| position.inlined) {
             if functions.len() >= MAX_INLINED {
                 return Err(WhyNot::Implausible("inlined functions without end"));
             }
-            let inlining = object(element(of.inlining)).ok_or(WhyNot::Implausible("no table of inlining"))?;
+            let inlining =
+                object(element(version.inlining)).ok_or(WhyNot::Implausible("no table of inlining"))?;
             let length = small(memory.u64(inlining.wrapping_add(8))?).unwrap_or(0);
             let entry = 16 * u64::from(number);
             if u64::try_from(length).unwrap_or(0) < entry + 16 {
@@ -187,9 +195,11 @@ impl Isolates {
             let literal = half(&entry, 8).cast_signed();
             let shared = match u64::try_from(literal) {
                 Ok(literal) if literal < 1 << 16 => {
-                    let literals = object(element(of.literals)).ok_or(WhyNot::Implausible("no literals"))?;
+                    let literals =
+                        object(element(version.literals)).ok_or(WhyNot::Implausible("no literals"))?;
                     // The lowest bits but one say whether a reference is weak.
-                    memory.u64(literals.wrapping_add(of.elements + 8 * literal))? & !2
+                    let of_literal = memory.u64(literals.wrapping_add(of.elements + 8 * literal))? & !2;
+                    self.heap.unwrapped(of_literal, memory)?
                 }
                 Ok(_) => return Err(WhyNot::Implausible("an inlined function without a literal")),
                 Err(_) => own,

@@ -8,7 +8,10 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    super::{CodeFunction, FunctionText, Memory, WhyNot, memory::word},
+    super::{
+        CodeFunction, FunctionText, Memory, WhyNot,
+        memory::{half, word},
+    },
     layout::Layout,
     lines,
 };
@@ -37,14 +40,14 @@ const MAX_TABLE: u64 = 64 << 10;
 /// Variables of a scope; beyond the first number they are in a table of their own.
 const MAX_INLINE_LOCALS: u64 = 75;
 const MAX_LOCALS: u64 = 1 << 14;
-/// Numbers of words in the description of a scope.
-const SCOPE_FLAGS: u64 = 1;
-const SCOPE_LOCALS: u64 = 3;
-const SCOPE_VARIABLES: u64 = 4;
+/// Distances in the description of a scope.
+const SCOPE_FLAGS: usize = 8;
+const SCOPE_LOCALS: usize = 8 * 3;
+/// Words before its variables that are read.
+const SCOPE_WORDS: usize = 6;
 /// Words behind its variables that may say something of the function.
 const SCOPE_REST: usize = 8;
 const SCOPE_TYPE: u32 = 0xf;
-const MODULE_SCOPE: u32 = 3;
 const HAS_CLASS_VARIABLE: u32 = 1 << 10;
 const FUNCTION_VARIABLE: u32 = 3 << 12;
 const HAS_INFERRED_NAME: u32 = 1 << 14;
@@ -283,7 +286,7 @@ impl Heap {
     /// Reads the script of a function by its shared description.
     pub(super) fn script_of(&self, shared: u64, memory: &dyn Memory) -> Result<Arc<Script>, WhyNot> {
         let bytes = self.read_as(shared, self.layout.types.shared, SHARED_BYTES, memory)?;
-        self.script(word(&bytes, self.layout.script as usize), memory)
+        self.script(word(&bytes, self.layout.version.script as usize), memory)
     }
 
     /// Reads the name of a function, and the character where it begins.
@@ -292,24 +295,29 @@ impl Heap {
         if small(reference).is_some() {
             return Ok((named(String::new()), None));
         }
-        let (kind, head) = self.read(reference, 32, memory).or_else(|_| self.read(reference, 16, memory))?;
+        let (kind, _) = self.read(reference, 8, memory)?;
         if kind & NOT_STRING == 0 {
             return Ok((named(self.string(reference, MAX_NAME, memory)?), None));
         }
         if kind != self.layout.types.scope {
             return Err(WhyNot::Implausible("a name of an odd type"));
         }
-        let flags = small(word(&head, 8 * SCOPE_FLAGS as usize)).ok_or_else(no_object)?.cast_unsigned();
-        let locals = small(word(&head, 8 * SCOPE_LOCALS as usize)).ok_or_else(no_object)?;
+        let of = &self.layout.version.scope;
+        let head = memory.bytes(reference - 1, 8 * SCOPE_WORDS)?;
+        let flags = if of.has_plain_flags {
+            half(&head, SCOPE_FLAGS)
+        } else {
+            small(word(&head, SCOPE_FLAGS)).ok_or_else(no_object)?.cast_unsigned()
+        };
+        let locals = small(word(&head, SCOPE_LOCALS)).ok_or_else(no_object)?;
         let locals = u64::try_from(locals).ok().filter(|count| *count < MAX_LOCALS).ok_or_else(no_object)?;
+        let offset = |word: u64| small(word).and_then(|offset| u32::try_from(offset).ok());
+        let start = of.start.map(|at| offset(word(&head, 8 * at)));
         // Names and descriptions of the variables.
         let names = if locals < MAX_INLINE_LOCALS { locals } else { 1 };
-        let is_module = flags & SCOPE_TYPE == MODULE_SCOPE;
-        let skipped = SCOPE_VARIABLES
-            + names
-            + locals
-            + u64::from(is_module)
-            + u64::from(flags & HAS_CLASS_VARIABLE != 0);
+        let is_module = flags & SCOPE_TYPE == of.module;
+        let skipped =
+            of.variables + names + locals + u64::from(is_module) + u64::from(flags & HAS_CLASS_VARIABLE != 0);
         let at = (reference - 1).wrapping_add(8 * skipped);
         let rest = memory.bytes(at, 8 * SCOPE_REST)?;
         let mut words = rest.as_chunks().0.iter().map(|eight| u64::from_ne_bytes(*eight));
@@ -330,8 +338,14 @@ impl Heap {
                 name = text(inferred).unwrap_or_default();
             }
         }
-        let start = words.next().and_then(small).and_then(|start| u32::try_from(start).ok());
-        Ok((named(name), start))
+        Ok((named(name), start.unwrap_or_else(|| words.next().and_then(offset))))
+    }
+
+    /// Returns the shared description of a function, to which the reference may lead by a wrapper.
+    pub(super) fn unwrapped(&self, reference: u64, memory: &dyn Memory) -> Result<u64, WhyNot> {
+        let Some(wrapper) = self.layout.types.wrapper else { return Ok(reference) };
+        let (kind, bytes) = self.read(reference, 16, memory)?;
+        Ok(if kind == wrapper { word(&bytes, 8) } else { reference })
     }
 
     /// Reads a function by its shared description.
@@ -363,8 +377,8 @@ impl Heap {
     /// Returns the texts of a function, whose positions are lines.
     fn texts(&self, shared: &[u8], memory: &dyn Memory) -> Result<(FunctionText, Arc<Script>), WhyNot> {
         let of = &self.layout;
-        let (name, start) = self.name(word(shared, of.name_or_scope as usize), memory)?;
-        let script = self.script(word(shared, of.script as usize), memory)?;
+        let (name, start) = self.name(word(shared, of.version.name_or_scope as usize), memory)?;
+        let script = self.script(word(shared, of.version.script as usize), memory)?;
         let first_line = start.map_or(0, |start| script.line(start));
         Ok((FunctionText { name, file: script.file.clone(), first_line, lines: lines::plain() }, script))
     }
@@ -383,7 +397,7 @@ impl Heap {
         let candidates = [known, self.shared_of(function, memory).ok()];
         let check = |shared: u64| {
             let bytes = self.read_as(shared, of.types.shared, SHARED_BYTES, memory).ok()?;
-            let data = word(&bytes, of.function_data as usize);
+            let data = word(&bytes, of.version.function_data as usize);
             (self.bytecode_of(data, memory).ok()? == bytecode).then_some((shared, bytes))
         };
         let found = candidates.into_iter().flatten().find_map(check);
@@ -400,7 +414,7 @@ impl Heap {
         let words = [head.as_slice(), &bytes].concat();
         self.kept_or(bytecode, words, |_| {
             let (mut text, script) = self.texts(&bytes, memory)?;
-            let table = word(&head, of.bytecode_positions as usize);
+            let table = word(&head, of.version.bytecode_positions as usize);
             // Tables that no stack trace has asked for are not there.
             let positions = self.table(table, memory).map(|table| lines::positions(&table));
             let entries = positions.unwrap_or_default().into_iter();
@@ -429,7 +443,7 @@ impl Heap {
         let mut left = MAX_SEARCHED;
         for script in scripts {
             let Some(functions) = object(script)
-                .and_then(|at| memory.u64(at.wrapping_add(of.script_functions)).ok())
+                .and_then(|at| memory.u64(at.wrapping_add(of.version.script_functions)).ok())
                 .and_then(object)
             else {
                 continue;
@@ -442,7 +456,7 @@ impl Heap {
             let references = all.as_chunks().0.iter().map(|eight| u64::from_ne_bytes(*eight) & !2);
             for shared in references.filter(|reference| object(*reference).is_some()) {
                 left = left.checked_sub(1)?;
-                let data = memory.u64((shared - 1).wrapping_add(of.function_data)).ok();
+                let data = memory.u64((shared - 1).wrapping_add(of.version.function_data)).ok();
                 let leads = |data: u64| data == bytecode || self.bytecode_of(data, memory) == Ok(bytecode);
                 if data.is_some_and(leads) {
                     return Some(shared);
@@ -473,7 +487,7 @@ impl Heap {
             at = match kind {
                 kind if kind == of.types.bytecode => return Ok(at),
                 kind if kind == of.types.interpreter_data => word(&bytes, 8),
-                kind if kind == of.types.code => word(&bytes, of.code.data as usize),
+                kind if kind == of.types.code => word(&bytes, of.version.code.data as usize),
                 _ => return Err(WhyNot::Implausible("a function without bytecode")),
             };
         }

@@ -6,11 +6,14 @@ use super::super::{Memory, WhyNot};
 pub(super) const BYTECODE_SIZES: usize = 1;
 const V8_MAJOR: usize = 0;
 const V8_MINOR: usize = 2;
-/// The first symbol that describes objects.
+/// The first symbol that describes objects, and the number of those that do.
 const FIRST: usize = 3;
+pub(super) const VALUES: usize = SYMBOLS.len() - FIRST;
+/// The value of a symbol that a version does not have.
+pub(super) const ABSENT: i32 = -1;
 
 /// Symbols of the file.
-pub(super) const SYMBOLS: [&str; 37] = [
+pub(super) const SYMBOLS: [&str; 36] = [
     "_ZN2v88internal7Version6major_E",
     "_ZN2v88internal11interpreter9Bytecodes14kBytecodeSizesE",
     "_ZN2v88internal7Version6minor_E",
@@ -24,9 +27,6 @@ pub(super) const SYMBOLS: [&str; 37] = [
     "v8dbg_off_fp_bytecode_offset",
     "v8dbg_class_Map__instance_type__uint16_t",
     "v8dbg_class_JSFunction__shared__SharedFunctionInfo",
-    "v8dbg_class_SharedFunctionInfo__function_data__Object",
-    "v8dbg_class_SharedFunctionInfo__name_or_scope_info__Object",
-    "v8dbg_class_SharedFunctionInfo__script_or_debug_info__HeapObject",
     "v8dbg_class_Script__name__Object",
     "v8dbg_class_Script__source__Object",
     "v8dbg_class_BytecodeArray__data__uintptr_t",
@@ -36,9 +36,6 @@ pub(super) const SYMBOLS: [&str; 37] = [
     "v8dbg_class_ExternalString__resource__Object",
     "v8dbg_CodeKindFieldMask",
     "v8dbg_CodeKindBaseline",
-    "v8dbg_DeoptimizationDataLiteralArrayIndex",
-    "v8dbg_DeoptimizationDataSharedFunctionInfoIndex",
-    "v8dbg_DeoptimizationDataInliningPositionsIndex",
     "v8dbg_type_BytecodeArray__BYTECODE_ARRAY_TYPE",
     "v8dbg_type_SharedFunctionInfo__SHARED_FUNCTION_INFO_TYPE",
     "v8dbg_type_Script__SCRIPT_TYPE",
@@ -46,9 +43,16 @@ pub(super) const SYMBOLS: [&str; 37] = [
     "v8dbg_type_InterpreterData__INTERPRETER_DATA_TYPE",
     "v8dbg_type_Code__CODE_TYPE",
     "v8dbg_type_JSFunction__JS_FUNCTION_TYPE",
-    "v8dbg_type_FixedArray__FIXED_ARRAY_TYPE",
     "v8dbg_type_Map__MAP_TYPE",
+    "v8dbg_type_FixedArray__FIXED_ARRAY_TYPE",
+    "v8dbg_type_ByteArray__BYTE_ARRAY_TYPE",
+    "v8dbg_type_TrustedFixedArray__TRUSTED_FIXED_ARRAY_TYPE",
+    "v8dbg_type_TrustedByteArray__TRUSTED_BYTE_ARRAY_TYPE",
+    "v8dbg_type_ProtectedFixedArray__PROTECTED_FIXED_ARRAY_TYPE",
+    "v8dbg_type_SharedFunctionInfoWrapper__SHARED_FUNCTION_INFO_WRAPPER_TYPE",
 ];
+/// How many of the last symbols not all versions have.
+const OPTIONAL: usize = 4;
 
 /// Distances in bytes from the begin of an object, and numbers of types.
 #[derive(Clone, Debug)]
@@ -56,26 +60,17 @@ pub(super) struct Layout {
     pub(super) frame: Frame,
     pub(super) instance_type: u64,
     pub(super) shared: u64,
-    pub(super) function_data: u64,
-    pub(super) name_or_scope: u64,
-    pub(super) script: u64,
     pub(super) script_name: u64,
     pub(super) script_source: u64,
-    /// The descriptions of all functions of a script.
-    pub(super) script_functions: u64,
     /// Of the first bytecode.
     pub(super) bytecode: u64,
-    pub(super) bytecode_positions: u64,
     pub(super) string_length: u64,
     pub(super) chars: u64,
     pub(super) elements: u64,
     pub(super) external_data: u64,
-    pub(super) code: CodeLayout,
+    pub(super) version: VersionLayout,
     pub(super) kind_mask: u32,
     pub(super) baseline: u32,
-    pub(super) literals: u64,
-    pub(super) optimized_function: u64,
-    pub(super) inlining: u64,
     pub(super) types: Types,
     /// The sizes of bytecodes: without, with the first and with the second prefix.
     pub(super) bytecode_sizes: Vec<u8>,
@@ -90,10 +85,43 @@ pub(super) struct Frame {
     pub(super) offset: i64,
 }
 
-/// The description of compiled code, which the code refers to.
+/// What no symbol says, or one of a name that changes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct VersionLayout {
+    /// In the shared description of a function.
+    pub(super) function_data: u64,
+    pub(super) name_or_scope: u64,
+    pub(super) script: u64,
+    /// The descriptions of all functions of a script.
+    pub(super) script_functions: u64,
+    /// The table of positions of bytecode.
+    pub(super) bytecode_positions: u64,
+    pub(super) scope: ScopeLayout,
+    pub(super) code: CodeLayout,
+    /// Numbers of elements of what optimized code knows.
+    pub(super) literals: u64,
+    pub(super) optimized_function: u64,
+    pub(super) inlining: u64,
+}
+
+/// The description of a function's variables.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ScopeLayout {
+    /// The flags are not a small integer of the engine, but a plain number.
+    pub(super) has_plain_flags: bool,
+    pub(super) module: u32,
+    /// The number of the word that says where the function begins, if it is before the variables.
+    pub(super) start: Option<usize>,
+    /// The number of the first word of the variables.
+    pub(super) variables: u64,
+}
+
+/// The description of compiled code.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CodeLayout {
-    /// From the instructions' object: the reference to the description, and the first instruction.
+    /// The instructions are in the description; else in an object of their own that refers to it.
+    pub(super) is_inside: bool,
+    /// From the object with the instructions: a reference, that to the description if they are not in it, and the first instruction.
     pub(super) reference: u64,
     pub(super) header: u64,
     /// In the description.
@@ -115,27 +143,63 @@ pub(super) struct Types {
     pub(super) interpreter_data: u16,
     pub(super) code: u16,
     pub(super) function: u16,
-    pub(super) array: u16,
     pub(super) map: u16,
-    /// Arrays of bytes: the number before that of bytecode.
+    /// What optimized code knows, and tables of positions.
+    pub(super) array: u16,
     pub(super) bytes: u16,
+    /// Holds a reference to a function's shared description. Not all versions have it.
+    pub(super) wrapper: Option<u16>,
 }
 
-impl CodeLayout {
-    /// Returns the layout of a version of V8. Objects of other versions look different where no symbol says so.
+const SCOPE: ScopeLayout = ScopeLayout { has_plain_flags: false, module: 3, start: None, variables: 4 };
+const CODE: CodeLayout = CodeLayout {
+    is_inside: false,
+    reference: 8,
+    header: 32,
+    data: 8,
+    positions: 16,
+    stream: 32,
+    start: 40,
+    flags: 48,
+    size: 52,
+    bytes: 64,
+};
+const NODE_20: VersionLayout = VersionLayout {
+    function_data: 8,
+    name_or_scope: 16,
+    script: 32,
+    script_functions: 88,
+    bytecode_positions: 32,
+    scope: SCOPE,
+    code: CodeLayout { header: 16, data: 16, positions: 24, size: 56, ..CODE },
+    literals: 2,
+    optimized_function: 6,
+    inlining: 7,
+};
+const NODE_18: VersionLayout = VersionLayout {
+    code: CodeLayout { is_inside: true, reference: 32, header: 128, size: 40, ..NODE_20.code },
+    ..NODE_20
+};
+const NODE_22: VersionLayout = VersionLayout { bytecode_positions: 24, code: CODE, ..NODE_20 };
+const NODE_24: VersionLayout = VersionLayout {
+    name_or_scope: 24,
+    script: 40,
+    scope: ScopeLayout { has_plain_flags: true, module: 5, start: Some(4), variables: 6 },
+    code: CodeLayout { flags: 52, size: 56, ..CODE },
+    literals: 3,
+    optimized_function: 7,
+    inlining: 8,
+    ..NODE_22
+};
+
+impl VersionLayout {
+    /// Returns what is known of a version of V8. Others look different where no symbol says so.
     fn of(version: (i32, i32)) -> Result<Self, WhyNot> {
         match version {
-            (11, 3) => Ok(Self {
-                reference: 8,
-                header: 16,
-                data: 16,
-                positions: 24,
-                stream: 32,
-                start: 40,
-                flags: 48,
-                size: 56,
-                bytes: 64,
-            }),
+            (10, 2) => Ok(NODE_18),
+            (11, 3) => Ok(NODE_20),
+            (12, 4) => Ok(NODE_22),
+            (13, 6) | (14, 6) => Ok(NODE_24),
             _ => Err(WhyNot::Version),
         }
     }
@@ -148,11 +212,27 @@ impl Layout {
             let at = addresses.get(number).copied().filter(|at| *at != 0).ok_or(WhyNot::Version)?;
             memory.array(at.wrapping_add(bias)).map(i32::from_ne_bytes)
         };
-        let code = CodeLayout::of((value(V8_MAJOR)?, value(V8_MINOR)?))?;
-        let mut values = [0; SYMBOLS.len() - FIRST];
+        let version = (value(V8_MAJOR)?, value(V8_MINOR)?);
+        let mut values = [0; VALUES];
         for (at, slot) in values.iter_mut().enumerate() {
-            *slot = value(FIRST + at)?;
+            let is_optional = at >= VALUES - OPTIONAL;
+            *slot = match value(FIRST + at) {
+                Err(WhyNot::Version) if is_optional => ABSENT,
+                value => value?,
+            };
         }
+        let size = addresses.get(SYMBOLS.len()).copied().unwrap_or(0).min(3 * 256) as usize;
+        let table = addresses.get(BYTECODE_SIZES).copied().unwrap_or(0);
+        Self::of(version, values, memory.bytes(table.wrapping_add(bias), size)?)
+    }
+
+    /// Returns the layout of a version of V8, whose symbols from [`FIRST`] on have these values.
+    pub(super) fn of(
+        version: (i32, i32),
+        values: [i32; VALUES],
+        bytecode_sizes: Vec<u8>,
+    ) -> Result<Self, WhyNot> {
+        let version = VersionLayout::of(version)?;
         let [
             tagged,
             smi_shift,
@@ -164,9 +244,6 @@ impl Layout {
             offset,
             instance_type,
             shared,
-            function_data,
-            name_or_scope,
-            script,
             script_name,
             script_source,
             bytecode,
@@ -176,13 +253,10 @@ impl Layout {
             resource,
             kind_mask,
             baseline,
-            literals,
-            optimized_function,
-            inlining,
             types @ ..,
         ] = values;
         // Compressed pointers need another reader.
-        if (tagged, smi_shift + smi_value_shift, tag) != (8, 32, 1) {
+        if (tagged, smi_shift.saturating_add(smi_value_shift), tag) != (8, 32, 1) {
             return Err(WhyNot::Version);
         }
         let in_object = |distance: i32| {
@@ -192,10 +266,25 @@ impl Layout {
             let is_slot = (-256..0).contains(&distance) && distance % 8 == 0;
             is_slot.then_some(i64::from(distance)).ok_or(WhyNot::Implausible("frames of another shape"))
         };
-        let bytecode_sizes = addresses.get(SYMBOLS.len()).copied().unwrap_or(0).min(3 * 256) as usize;
-        let table = addresses.get(BYTECODE_SIZES).copied().unwrap_or(0);
-        let [bytecode_type, shared_type, script_type, scope, interpreter_data, code_type, js, array, map] =
-            types.map(|number| number as u16);
+        let [
+            bytecode_type,
+            shared_type,
+            script_type,
+            scope,
+            interpreter_data,
+            code_type,
+            js,
+            map,
+            array,
+            bytes,
+            trusted_array,
+            trusted_bytes,
+            protected_array,
+            wrapper,
+        ] = types.map(|number| u16::try_from(number).ok());
+        let needed = |number: Option<u16>| number.ok_or(WhyNot::Implausible("odd types"));
+        // Newer versions keep what optimized code knows apart from what a program may write to, and the newest still more so.
+        let array = if wrapper.is_some() { protected_array } else { trusted_array.or(array) };
         Ok(Self {
             frame: Frame {
                 marker: in_frame(marker)?,
@@ -205,39 +294,30 @@ impl Layout {
             },
             instance_type: in_object(instance_type)?,
             shared: in_object(shared)?,
-            function_data: in_object(function_data)?,
-            name_or_scope: in_object(name_or_scope)?,
-            script: in_object(script)?,
             script_name: in_object(script_name)?,
             script_source: in_object(script_source)?,
-            // Behind the place of the call of `eval`.
-            script_functions: 88,
             bytecode: in_object(bytecode)?,
-            // Behind the pool of constants and the table of handlers.
-            bytecode_positions: 32,
             string_length: in_object(string_length)?,
             chars: in_object(chars)?,
             elements: in_object(elements)?,
             external_data: in_object(resource)? + 8,
-            code,
+            version,
             kind_mask: kind_mask.cast_unsigned(),
             baseline: baseline.cast_unsigned(),
-            literals: in_object(literals)?,
-            optimized_function: in_object(optimized_function)?,
-            inlining: in_object(inlining)?,
             types: Types {
-                bytecode: bytecode_type,
-                shared: shared_type,
-                script: script_type,
-                scope,
-                interpreter_data,
-                code: code_type,
-                function: js,
-                array,
-                map,
-                bytes: bytecode_type.wrapping_sub(1),
+                bytecode: needed(bytecode_type)?,
+                shared: needed(shared_type)?,
+                script: needed(script_type)?,
+                scope: needed(scope)?,
+                interpreter_data: needed(interpreter_data)?,
+                code: needed(code_type)?,
+                function: needed(js)?,
+                map: needed(map)?,
+                array: needed(array)?,
+                bytes: needed(trusted_bytes.or(bytes))?,
+                wrapper,
             },
-            bytecode_sizes: memory.bytes(table.wrapping_add(bias), bytecode_sizes)?,
+            bytecode_sizes,
         })
     }
 }

@@ -6,6 +6,7 @@
 //! code lies behind a description, which says what was inlined.
 
 mod code;
+pub(super) mod fuzz;
 mod heap;
 mod layout;
 mod lines;
@@ -58,22 +59,14 @@ impl Runtime for V8 {
         if !makes_code(path) {
             return None;
         }
-        let symbols = elf.symbols(b".dynsym").filter(|table| table.bytes() <= MAX_SYMBOL_BYTES)?;
-        let longest = SYMBOLS.iter().map(|name| name.len()).max().unwrap_or(0);
         let mut addresses = vec![0; SYMBOLS.len()];
         let mut sizes = 0;
-        for symbol in symbols.iter().map_while(Result::ok).filter(|symbol| symbol.is_defined) {
-            let Some(name) = symbols.name(&symbol, longest + 1) else { continue };
-            if let Some(number) = SYMBOLS.iter().position(|known| known.as_bytes() == name.as_slice()) {
-                addresses[number] = symbol.address;
-                if number == layout::BYTECODE_SIZES {
-                    sizes = symbol.size;
-                }
-            }
-        }
+        find(elf, b".dynsym", &mut addresses, &mut sizes);
         if addresses[0] == 0 {
             return None;
         }
+        // Some versions do not export all of them.
+        find(elf, b".symtab", &mut addresses, &mut sizes);
         addresses.push(sizes);
         addresses.extend(
             builtins(elf).into_iter().flat_map(|builtin| {
@@ -118,6 +111,25 @@ impl Runtime for V8 {
 
     fn line(&self, _: &RuntimeFile, function: &FunctionText, position: u32) -> u32 {
         lines::line_at(&function.lines, position)
+    }
+}
+
+/// Finds those symbols in a table of a file that are not known yet, and the bytes of the table of bytecodes.
+fn find(elf: &Elf<'_>, table: &[u8], addresses: &mut [u64], sizes: &mut u64) {
+    let Some(symbols) = elf.symbols(table).filter(|table| table.bytes() <= MAX_SYMBOL_BYTES) else { return };
+    let longest = SYMBOLS.iter().map(|name| name.len()).max().unwrap_or(0);
+    for symbol in symbols.iter().map_while(Result::ok).filter(|symbol| symbol.is_defined) {
+        if !addresses.contains(&0) {
+            return;
+        }
+        let Some(name) = symbols.name(&symbol, longest + 1) else { continue };
+        let known = SYMBOLS.iter().position(|known| known.as_bytes() == name.as_slice());
+        if let Some(number) = known.filter(|number| addresses[*number] == 0) {
+            addresses[number] = symbol.address;
+            if number == layout::BYTECODE_SIZES {
+                *sizes = symbol.size;
+            }
+        }
     }
 }
 

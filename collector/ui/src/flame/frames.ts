@@ -57,6 +57,7 @@ const LANGUAGES = new Map([
   ["[jvm]", "java"],
   ["[php]", "php"],
   ["[ruby]", "ruby"],
+  ["[v8]", "javascript"],
 ]);
 
 /** Returns the language of the functions in a mapping that stands for an interpreter; undefined for a file. */
@@ -175,6 +176,7 @@ export function groupColour(hues: Map<string, number>, group: string, dark: bool
   if (group === "user") return oklch(light, 0.095, 55);
   if (group === "python") return oklch(light, 0.1, 155);
   if (group === "java") return oklch(light, 0.1, 20);
+  if (group === "javascript") return oklch(light, 0.1, 185);
   if (group === "user, inlined") return oklch(light, 0.085, 100);
   // The modules of a group have slightly different hues.
   const lean = ((hash(name.replace(/::[^:]*$/, "")) >>> 12) % 5) - 2;
