@@ -192,6 +192,9 @@ const NODE_24: VersionLayout = VersionLayout {
     ..NODE_22
 };
 
+/// The versions whose sampled stacks were those that programs printed. The others were only looked at.
+const PROVEN: [(i32, i32); 1] = [(11, 3)];
+
 impl VersionLayout {
     /// Returns what is known of a version of V8. Others look different where no symbol says so.
     fn of(version: (i32, i32)) -> Result<Self, WhyNot> {
@@ -213,6 +216,9 @@ impl Layout {
             memory.array(at.wrapping_add(bias)).map(i32::from_ne_bytes)
         };
         let version = (value(V8_MAJOR)?, value(V8_MINOR)?);
+        if !PROVEN.contains(&version) {
+            return Err(WhyNot::Version);
+        }
         let mut values = [0; VALUES];
         for (at, slot) in values.iter_mut().enumerate() {
             let is_optional = at >= VALUES - OPTIONAL;
