@@ -85,7 +85,7 @@ pub(super) struct Frame {
     pub(super) offset: i64,
 }
 
-/// What no symbol says, or one of a name that changes.
+/// Distances and numbers that no symbol says, or one of a name that changes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct VersionLayout {
     /// In the shared description of a function.
@@ -144,7 +144,7 @@ pub(super) struct Types {
     pub(super) code: u16,
     pub(super) function: u16,
     pub(super) map: u16,
-    /// What optimized code knows, and tables of positions.
+    /// Arrays of the facts that optimized code keeps, and tables of positions.
     pub(super) array: u16,
     pub(super) bytes: u16,
     /// Holds a reference to a function's shared description. Not all versions have it.
@@ -192,7 +192,7 @@ const NODE_24: VersionLayout = VersionLayout {
     ..NODE_22
 };
 
-/// The versions whose sampled stacks were those that programs printed. The others were only looked at.
+/// The versions whose sampled stacks were those that programs printed. The others were only inspected.
 const PROVEN: [(i32, i32); 1] = [(11, 3)];
 
 impl VersionLayout {
@@ -202,7 +202,7 @@ impl VersionLayout {
             (10, 2) => Ok(NODE_18),
             (11, 3) => Ok(NODE_20),
             (12, 4) => Ok(NODE_22),
-            (13, 6) | (14, 6) => Ok(NODE_24),
+            (13 | 14, 6) => Ok(NODE_24),
             _ => Err(WhyNot::Version),
         }
     }
