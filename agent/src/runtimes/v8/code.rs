@@ -64,7 +64,7 @@ impl Isolates {
         let mut tries = MAX_TRIES;
         // The highest place where instructions may begin.
         let mut start = address / ALIGNMENT * ALIGNMENT;
-        let lowest = start.saturating_sub(MAX_BACK);
+        let lowest = start.saturating_sub(MAX_BACK).max(of.header);
         while start > lowest {
             // Pieces do not go over the border of a page more than they have to: what is below may not be mapped.
             let low = (start.wrapping_sub(of.header) & !(PIECE - 1)).max(lowest);
