@@ -24,7 +24,7 @@ use gannet_proto::{
 
 use crate::{
     store::list,
-    support::{Pusher, TEST_TIMEOUT, batch, config_with, download, eventually, now_ms, queries},
+    support::{Pusher, TEST_TIMEOUT, batch, config_with, download, eventually, metric, now_ms, queries},
 };
 
 #[derive(Default)]
@@ -277,6 +277,10 @@ async fn two_collectors_on_one_bucket_show_the_same() {
     })
     .await;
     assert_eq!(s3.keys().len(), 4, "each wrote a segment for each batch");
+    for collector in [&one, &two] {
+        let counted = metric(collector.http_addr, "gannet_collector_store_profiles").await as u64;
+        assert_eq!(counted, 3, "what both took counts once");
+    }
 
     // A profile that the retention of one collector removes disappears from the other.
     one.shutdown().await;
@@ -313,7 +317,10 @@ async fn no_batch_is_acknowledged_while_the_bucket_is_down() {
 async fn an_unreliable_bucket_neither_loses_nor_doubles() {
     let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
     let endpoint = s3.clone().serve().await;
-    let running = Collector::start(in_bucket(&dir.path().join("one"), &endpoint)).await.unwrap();
+    let mut config = in_bucket(&dir.path().join("one"), &endpoint);
+    // Only the writer itself can find a segment whose write seemed to fail.
+    config.store.bucket_interval = Duration::from_secs(3600);
+    let running = Collector::start(config).await.unwrap();
     s3.0.lock().unwrap().is_unreliable = true;
     let batches: Vec<_> =
         (0..400).map(|i| batch(&format!("s{}", i % 7), now_ms() - i, &[("main;work", 1)])).collect();
