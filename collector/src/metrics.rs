@@ -177,6 +177,12 @@ collector_metrics! {
             "Profiles, or parts of them, that were not forwarded and are only in the store",
             ["target", "reason"]
         );
+    forward_labels_dropped: Family<TargetLabel, Counter> => FORWARD_LABELS_DROPPED
+        counter(
+            "gannet_collector_forward_labels_dropped_total",
+            "Labels beyond the limit of a target that forwarded profiles went without, once for each profile",
+            ["target"]
+        );
 
     tls_reloads: Counter => TLS_RELOADS
         counter("gannet_collector_tls_reloads_total", "Changed certificates taken into use");
@@ -212,6 +218,10 @@ impl Metrics {
 
     pub(crate) fn forward_lost(&self, target: &'static str, reason: &'static str, n: u64) {
         self.forward_lost.get_or_create(&TargetReasonLabels { target, reason }).inc_by(n);
+    }
+
+    pub(crate) fn forward_labels_dropped(&self, target: &'static str, n: u64) {
+        self.forward_labels_dropped.get_or_create(&TargetLabel { target }).inc_by(n);
     }
 
     /// Starts to time a query. The timer observes the time when it is dropped.
@@ -264,6 +274,7 @@ mod tests {
         metrics.forwarded("parca", 1);
         metrics.forward_retried("parca");
         metrics.forward_lost("parca", "too_old", 1);
+        metrics.forward_labels_dropped("parca", 1);
         drop(metrics.query_timer("merge"));
         let text = metrics.text();
         let declared = declared_metrics();

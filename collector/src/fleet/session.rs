@@ -81,10 +81,81 @@ struct Session<'a> {
     unanswered: Option<UnansweredRules>,
     /// Rules to send as soon as the stream has room.
     unsent_rules: Option<ServerMessage>,
-    /// Requests to send after the rules.
-    unsent_requests: VecDeque<Question>,
-    /// Channels to the callers of pending requests, by request id.
+    requests: Requests,
+}
+
+/// The requests of callers on their way to a node, and the answers on their way back.
+#[derive(Default)]
+struct Requests {
+    /// To send, after the rules: for each pending request at most itself or its cancellation.
+    unsent: VecDeque<Question>,
+    /// Channels to the callers of pending requests, by request id: at most [`MAX_REQUESTS`]. A cancelled one is pending until its
+    /// cancellation is sent, so that a node which reads nothing has no more of them.
     pending: HashMap<String, mpsc::Sender<answer::Answer>>,
+}
+
+impl Requests {
+    /// Handles a command of a caller.
+    fn handle(&mut self, command: SessionCommand) {
+        match command {
+            SessionCommand::Cancel { id } => self.cancel(&id),
+            SessionCommand::Send { reply, .. } if self.pending.len() >= MAX_REQUESTS => {
+                // The channel is new and empty, so this cannot fail.
+                let _ = reply.try_send(answer::Answer::Refused(format!(
+                    "it has {MAX_REQUESTS} pending requests: try again"
+                )));
+            }
+            SessionCommand::Send { id, question, reply } => {
+                self.pending.insert(id.clone(), reply);
+                self.unsent.push_back(Question { id, question: Some(*question) });
+            }
+        }
+    }
+
+    fn cancel(&mut self, id: &str) {
+        if !self.pending.contains_key(id) {
+            return;
+        }
+        match self.unsent.iter().find(|unsent| unsent.id == id) {
+            Some(unsent) if is_cancel(unsent) => {}
+            // The node has never received it.
+            Some(_) => self.forget(id),
+            None => {
+                let question = Some(question::Question::Cancel(CancelQuestion {}));
+                self.unsent.push_back(Question { id: id.to_owned(), question });
+            }
+        }
+    }
+
+    fn forget(&mut self, id: &str) {
+        self.pending.remove(id);
+        self.unsent.retain(|unsent| unsent.id != id);
+    }
+
+    /// Passes a part of a response to its caller. A caller that does not read loses the request and delays no one.
+    fn pass_on(&mut self, id: &str, answer: answer::Answer) {
+        let Some(reply) = self.pending.get(id) else { return };
+        let is_last = is_last_part(&answer);
+        let is_passed = reply.try_send(answer).is_ok();
+        if is_last {
+            self.forget(id);
+        } else if !is_passed {
+            self.cancel(id);
+        }
+    }
+
+    /// Returns the next question to send.
+    fn next(&mut self) -> Option<Question> {
+        let next = self.unsent.pop_front()?;
+        if is_cancel(&next) {
+            self.pending.remove(&next.id);
+        }
+        Some(next)
+    }
+}
+
+fn is_cancel(question: &Question) -> bool {
+    matches!(question.question, Some(question::Question::Cancel(_)))
 }
 
 impl<'a> Session<'a> {
@@ -96,8 +167,7 @@ impl<'a> Session<'a> {
             active: node.active_digest.clone(),
             unanswered: None,
             unsent_rules: None,
-            unsent_requests: VecDeque::new(),
-            pending: HashMap::new(),
+            requests: Requests::default(),
         }
     }
 
@@ -132,7 +202,7 @@ impl<'a> Session<'a> {
                     }
                 }
                 // The fleet's entry holds the other end while this connection speaks for the node.
-                Some(command) = commands.recv() => self.handle_command(command),
+                Some(command) = commands.recv() => self.requests.handle(command),
                 message = stream.message() => match message? {
                     Some(message) => self.receive(message)?,
                     None => return Ok(()),
@@ -195,7 +265,7 @@ impl<'a> Session<'a> {
         match message.message {
             Some(agent_message::Message::Status(status)) => self.receive_status(status),
             Some(agent_message::Message::Answer(Answer { id, answer: Some(answer) })) => {
-                self.pass_on(&id, answer);
+                self.requests.pass_on(&id, answer);
             }
             // A kind of answer that only a newer version knows.
             Some(agent_message::Message::Answer(Answer { answer: None, .. })) => {}
@@ -262,47 +332,8 @@ impl<'a> Session<'a> {
         self.record(answered, state, applied.partial);
     }
 
-    fn handle_command(&mut self, command: SessionCommand) {
-        match command {
-            SessionCommand::Cancel { id } => {
-                self.unsent_requests.retain(|unsent| unsent.id != id);
-                if self.pending.remove(&id).is_some() {
-                    self.cancel(id);
-                }
-            }
-            SessionCommand::Send { reply, .. } if self.pending.len() >= MAX_REQUESTS => {
-                // The channel is new and empty, so this cannot fail.
-                let _ = reply.try_send(answer::Answer::Refused(format!(
-                    "it has {MAX_REQUESTS} pending requests: try again"
-                )));
-            }
-            SessionCommand::Send { id, question, reply } => {
-                self.pending.insert(id.clone(), reply);
-                self.unsent_requests.push_back(Question { id, question: Some(*question) });
-            }
-        }
-    }
-
-    fn cancel(&mut self, id: String) {
-        let question = Some(question::Question::Cancel(CancelQuestion {}));
-        self.unsent_requests.push_back(Question { id, question });
-    }
-
-    /// Passes a part of a response to its caller. A caller that does not read loses the request and delays no one.
-    fn pass_on(&mut self, id: &str, answer: answer::Answer) {
-        let Some(reply) = self.pending.get(id) else { return };
-        let is_last = is_last_part(&answer);
-        let is_passed = reply.try_send(answer).is_ok();
-        if is_last || !is_passed {
-            self.pending.remove(id);
-        }
-        if !is_last && !is_passed {
-            self.cancel(id.to_owned());
-        }
-    }
-
     fn has_unsent(&self) -> bool {
-        self.unsent_rules.is_some() || !self.unsent_requests.is_empty()
+        self.unsent_rules.is_some() || !self.requests.unsent.is_empty()
     }
 
     /// Returns the next message to send: rules before requests.
@@ -311,7 +342,7 @@ impl<'a> Session<'a> {
             self.fleet.metrics.rule_pushes.inc();
             return Some(rules);
         }
-        let question = self.unsent_requests.pop_front()?;
+        let question = self.requests.next()?;
         Some(ServerMessage { message: Some(server_message::Message::Question(question)) })
     }
 
@@ -412,4 +443,93 @@ fn newly_expired(before: Option<&NodeStatus>, now: &NodeStatus) -> Vec<String> {
         .filter(|r| is_expired(r) && !was_expired(&r.rule_id))
         .map(|r| r.rule_id.clone())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use gannet_proto::control::{CaptureProgress, CaptureRequest, CaptureStarted, capture_progress};
+
+    use super::*;
+
+    const DONE: answer::Answer = answer::Answer::Capture(CaptureProgress { message: None });
+
+    fn send(requests: &mut Requests, id: &str) -> mpsc::Receiver<answer::Answer> {
+        let (reply, parts) = mpsc::channel(1);
+        let question = Box::new(question::Question::Capture(CaptureRequest::default()));
+        requests.handle(SessionCommand::Send { id: id.to_owned(), question, reply });
+        parts
+    }
+
+    fn cancel(requests: &mut Requests, id: &str) {
+        requests.handle(SessionCommand::Cancel { id: id.to_owned() });
+    }
+
+    fn unsent(requests: &Requests) -> Vec<(&str, bool)> {
+        requests.unsent.iter().map(|unsent| (unsent.id.as_str(), is_cancel(unsent))).collect()
+    }
+
+    /// Checks callers that come and go while the node reads nothing.
+    #[test]
+    fn requests_that_come_and_go_leave_nothing_behind() {
+        let mut requests = Requests::default();
+        for number in 0..1000 {
+            let id = number.to_string();
+            let _parts = send(&mut requests, &id);
+            cancel(&mut requests, &id);
+        }
+        assert_eq!((unsent(&requests), requests.pending.len()), (vec![], 0));
+    }
+
+    #[test]
+    fn a_request_that_the_node_has_is_cancelled_there() {
+        let mut requests = Requests::default();
+        let _first = send(&mut requests, "first");
+        assert_eq!(requests.next().map(|sent| sent.id).as_deref(), Some("first"));
+        let _second = send(&mut requests, "second");
+        for id in ["first", "first", "never sent"] {
+            cancel(&mut requests, id);
+        }
+        assert_eq!(unsent(&requests), [("second", false), ("first", true)]);
+        assert!(requests.next().is_some() && requests.next().is_some_and(|sent| is_cancel(&sent)));
+        cancel(&mut requests, "first");
+        assert_eq!((unsent(&requests), requests.pending.len()), (vec![], 1));
+    }
+
+    /// Checks a node that takes requests and then reads nothing more, while callers go: with a command, and without.
+    #[test]
+    fn cancellations_for_a_node_that_does_not_read_are_bounded() {
+        let mut requests = Requests::default();
+        for number in 0..10 * MAX_REQUESTS {
+            let id = number.to_string();
+            let parts = send(&mut requests, &id);
+            // The node takes the request, before older cancellations.
+            requests.unsent.retain(is_cancel);
+            if number % 2 == 0 {
+                cancel(&mut requests, &id);
+            } else {
+                drop(parts);
+                for _ in 0..3 {
+                    let started = Some(capture_progress::Message::Started(CaptureStarted::default()));
+                    requests.pass_on(&id, answer::Answer::Capture(CaptureProgress { message: started }));
+                }
+            }
+        }
+        assert_eq!((requests.unsent.len(), requests.pending.len()), (MAX_REQUESTS, MAX_REQUESTS));
+        // It reads again.
+        while requests.next().is_some() {}
+        assert_eq!(requests.pending.len(), 0);
+    }
+
+    #[test]
+    fn a_node_has_a_limited_number_of_requests() {
+        let mut requests = Requests::default();
+        let waiting: Vec<_> = (0..MAX_REQUESTS).map(|n| send(&mut requests, &n.to_string())).collect();
+        let mut refused = send(&mut requests, "one more");
+        assert!(matches!(refused.try_recv(), Ok(answer::Answer::Refused(why)) if why.contains("pending")));
+        // An answer to a request that the node has not been sent ends it too.
+        requests.pass_on("0", DONE);
+        let mut taken = send(&mut requests, "after an answer");
+        assert!(taken.try_recv().is_err());
+        assert_eq!((requests.unsent.len(), waiting.len()), (MAX_REQUESTS, MAX_REQUESTS));
+    }
 }

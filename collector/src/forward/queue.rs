@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -42,6 +42,8 @@ pub(super) struct Sender {
     client: TargetClient,
     metrics: Metrics,
     waiting: Arc<AtomicU64>,
+    /// Whether the log has a line about series with too many labels.
+    has_logged_labels: AtomicBool,
 }
 
 impl Sender {
@@ -51,7 +53,7 @@ impl Sender {
         metrics: Metrics,
         waiting: Arc<AtomicU64>,
     ) -> Arc<Self> {
-        Arc::new(Self { name, client, metrics, waiting })
+        Arc::new(Self { name, client, metrics, waiting, has_logged_labels: AtomicBool::new(false) })
     }
 
     /// Sends profiles until `stop`, and then the waiting ones for up to `timeout`.
@@ -145,7 +147,8 @@ impl Sender {
         if parts.is_empty() {
             return;
         }
-        let series = series(name, labels);
+        let Series { labels: series, dropped } = series(name, labels);
+        self.report_dropped(&dropped);
         for (number, part) in parts.iter().enumerate() {
             let part = Part { id: &part_id(&id, number), pprof: part, ledger: &ledger };
             if let Err(reason) = self.deliver(&series, &part, start_ms).await {
@@ -153,6 +156,23 @@ impl Sender {
             }
         }
         self.metrics.forwarded(self.name, parts.len() as u64);
+    }
+
+    /// Counts labels that the target does not get, and logs the first ones.
+    fn report_dropped(&self, dropped: &[String]) {
+        if dropped.is_empty() {
+            return;
+        }
+        self.metrics.forward_labels_dropped(self.name, dropped.len() as u64);
+        if !self.has_logged_labels.swap(true, Relaxed) {
+            tracing::warn!(
+                target = self.name,
+                labels = %dropped.join(", "),
+                "a series has more than {MAX_LABELS} labels with its name, which the target would refuse: it gets the profiles \
+                 without these; give rules fewer labels, or the agents fewer --pod-label; logged once, \
+                 gannet_collector_forward_labels_dropped_total counts on"
+            );
+        }
     }
 
     /// Sends one part until the target accepts it. Returns the reason for which it gives up.
@@ -225,10 +245,18 @@ fn ledger_of(profile: &pprof::Profile) -> String {
     line.chars().filter(|c| c.is_ascii_graphic() || *c == ' ').take(MAX_LEDGER_BYTES).collect()
 }
 
-/// Returns the labels in the form of the targets: sorted, with the profile's name, at most [`MAX_LABELS`]. Labels of the
-/// rule are the first to go.
-fn series(name: &str, mut labels: BTreeMap<String, String>) -> Vec<(String, String)> {
+/// The labels of a series in the form of the targets.
+struct Series {
+    /// Sorted, with the profile's name, at most [`MAX_LABELS`].
+    labels: Vec<(String, String)>,
+    /// The names of those beyond the limit.
+    dropped: Vec<String>,
+}
+
+/// Returns the labels of a series. Beyond the limit, labels of the rule and of pods are the first to go, the last name first.
+fn series(name: &str, mut labels: BTreeMap<String, String>) -> Series {
     labels.insert("__name__".to_owned(), name.to_owned());
+    let mut dropped = Vec::new();
     while labels.len() > MAX_LABELS {
         let of_rule = labels
             .keys()
@@ -236,8 +264,9 @@ fn series(name: &str, mut labels: BTreeMap<String, String>) -> Vec<(String, Stri
             .find(|name| !labels::RESERVED.contains(&name.as_str()) && *name != "__name__");
         let Some(last) = of_rule.or_else(|| labels.keys().next_back()).cloned() else { break };
         labels.remove(&last);
+        dropped.push(last);
     }
-    labels.into_iter().collect()
+    Series { labels: labels.into_iter().collect(), dropped }
 }
 
 #[cfg(test)]
@@ -250,8 +279,9 @@ mod tests {
             (0..MAX_LABELS).map(|i| (format!("own_{i:02}"), "x".to_owned())).collect();
         many.insert(labels::SERVICE_NAME.to_owned(), "shop".to_owned());
         many.insert(labels::NODE.to_owned(), "n1".to_owned());
-        let series = series("process_cpu", many);
+        let Series { labels: series, dropped } = series("process_cpu", many);
         assert_eq!(series.len(), MAX_LABELS);
+        assert_eq!(dropped, ["own_29", "own_28", "own_27"]);
         for name in ["__name__", labels::SERVICE_NAME, labels::NODE, "own_00"] {
             assert!(series.iter().any(|(have, _)| have == name), "{name}");
         }

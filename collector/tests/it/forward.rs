@@ -18,7 +18,7 @@ use gannet_proto::{
         pyroscope::PushRequest,
     },
     ingest::Batch,
-    pprof,
+    labels, pprof,
 };
 use prost::Message as _;
 use rustls::{
@@ -177,6 +177,33 @@ async fn pyroscope_gets_each_profile_once_with_labels_and_id() {
     let lost = r#"gannet_collector_forward_lost_profiles_total{target="pyroscope",reason="refused"} 1"#;
     eventually("the refusal is counted", || counted(lost)).await;
     assert!(counted(r#"gannet_collector_forward_retries_total{target="pyroscope"} 2"#).await);
+    running.shutdown().await;
+}
+
+/// Checks that no label is missing in silence: two series have the most labels that the collector takes, and the name of the profile
+/// is one more.
+#[tokio::test]
+async fn labels_beyond_the_targets_limit_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::default();
+    let running = forwarding(dir.path(), &format!("pyroscope=http://{}", target.pyroscope().await)).await;
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    for (at, spare) in [(0, 1), (1, 0), (2, 0)] {
+        let mut sent = batch("shop", now_ms() + at, &[("main", 1)]);
+        let more = labels::MAX_LABELS - sent.labels.len() - spare;
+        sent.labels.extend((0..more).map(|number| (format!("own_{number:02}"), "x".to_owned())));
+        pusher.store(sent).await;
+    }
+    let received = target.has(3).await;
+    for one in &received {
+        assert_eq!((one.labels.len(), label(one, "service_name")), (labels::MAX_LABELS, "shop"));
+    }
+    let counted = r#"gannet_collector_forward_labels_dropped_total{target="pyroscope"} 2"#;
+    let addr = running.http_addr;
+    eventually("the two labels are counted", || async move {
+        get(addr, "/metrics").await.text().contains(counted)
+    })
+    .await;
     running.shutdown().await;
 }
 
