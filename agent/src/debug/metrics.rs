@@ -129,6 +129,7 @@ gannet_base::metrics! {
     POD_CONTAINERS = gauge("gannet_agent_pods_containers", "Containers whose pod is known");
     POD_UNKNOWN = gauge("gannet_agent_pods_unknown_containers", "Containers whose pod is not known, by state of the search", ["state"]);
     POD_REFUSED = counter("gannet_agent_pods_refused_total", "Pods beyond the number that the agent stores");
+    CUT_LABELS = counter("gannet_agent_pods_cut_label_values_total", "Label values of profiles above 2,048 bytes, which the agent cut with a mark because a collector refuses them");
 
     CONNECTED = gauge("gannet_agent_control_connected", "1 while the control stream to the collector is up");
     DEGRADED = gauge("gannet_agent_health_degraded_parts", "Parts of the agent that work with limits; /readyz names them");
@@ -441,12 +442,13 @@ fn add_pods(snapshot: &mut Snapshot, node: &Node) {
     if let Some(since) = status.last_update.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()) {
         snapshot.add(&POD_LAST_UPDATE, since.as_secs_f64());
     }
-    let PodCounts { containers, requested, unlisted, refused } = node.pods.counts();
+    let PodCounts { containers, requested, unlisted, refused, cut_labels } = node.pods.counts();
     snapshot.add(&POD_CONTAINERS, containers);
     for (state, count) in [("asked_for", requested), ("in_no_list", unlisted)] {
         snapshot.add_labelled(&POD_UNKNOWN, [state], count);
     }
     snapshot.add(&POD_REFUSED, refused);
+    snapshot.add(&CUT_LABELS, cut_labels);
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Names profiles after their pods.
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 use gannet_proto::labels::{self as name, Labels};
 
@@ -37,13 +37,39 @@ pub(super) async fn label(pods: &Pods, profiles: &mut Vec<SeriesProfile>) -> u64
     wait_for_containers(pods, profiles).await;
     let mut denied = 0;
     profiles.retain_mut(|profile| match label_one(pods, profile) {
-        Verdict::Deliver => true,
+        Verdict::Deliver => {
+            let cut = cut_values(&mut profile.labels);
+            if cut > 0 && pods.0.cut_labels.fetch_add(cut, Relaxed) == 0 {
+                tracing::warn!(
+                    "label values above {} bytes are cut and end with `…`, because a collector would refuse their profiles: they are \
+                     paths of executables or control groups; logged once, gannet_agent_pods_cut_label_values_total counts on",
+                    name::MAX_VALUE_BYTES
+                );
+            }
+            true
+        }
         Verdict::Denied => {
             denied += profile.samples;
             false
         }
     });
     denied
+}
+
+/// Cuts values to the length that a collector takes. Returns how many it cut.
+fn cut_values(labels: &mut Labels) -> u64 {
+    const MARK: char = '…';
+    let mut cut = 0;
+    for value in labels.values_mut().filter(|value| value.len() > name::MAX_VALUE_BYTES) {
+        let mut end = name::MAX_VALUE_BYTES - MARK.len_utf8();
+        while !value.is_char_boundary(end) {
+            end -= 1;
+        }
+        value.truncate(end);
+        value.push(MARK);
+        cut += 1;
+    }
+    cut
 }
 
 async fn wait_for_containers(pods: &Pods, profiles: &[SeriesProfile]) {
@@ -116,15 +142,6 @@ fn labels_of(pod: &Pod, container: Option<&str>, allowed: &[String], mut labels:
     }
     if let Some(service) = pod.service_name(container) {
         set(name::SERVICE_NAME, service);
-    }
-    for value in labels.values_mut() {
-        if value.len() > name::MAX_VALUE_BYTES {
-            let mut end = name::MAX_VALUE_BYTES;
-            while !value.is_char_boundary(end) {
-                end -= 1;
-            }
-            value.truncate(end);
-        }
     }
     labels
 }
@@ -237,6 +254,27 @@ mod tests {
         assert_eq!(profiles[0].raw.processes[0].pod_uid, "u1");
     }
 
+    /// Checks host processes and those of pods: a path can have 4,095 bytes, and a collector refuses longer values.
+    #[tokio::test]
+    async fn long_values_are_cut_with_a_mark_and_counted() {
+        let pods = synced(PodLabelOptions::default(), vec![pod("u1", &[("app", "c1")])]);
+        let mut profiles = vec![profile("", ""), profile("c1", "u1"), profile("", "")];
+        let long = format!("/x{}", "é".repeat(2000));
+        for profile in &mut profiles[..2] {
+            profile.labels.extend([("exe".into(), long.clone()), ("cgroup".into(), long.clone())]);
+        }
+        profiles[2].labels.insert("exe".into(), "x".repeat(name::MAX_VALUE_BYTES));
+        assert_eq!(pods.label(&mut profiles).await, 0);
+        for profile in &profiles {
+            assert_eq!(name::check(&profile.labels), Ok(()));
+        }
+        for value in ["exe", "cgroup"].map(|label| &profiles[0].labels[label]) {
+            assert!(value.ends_with("é…") && value.len() > name::MAX_VALUE_BYTES - 4, "{value}");
+        }
+        assert!(profiles[2].labels["exe"].ends_with('x'), "it fits");
+        assert_eq!(pods.counts().cut_labels, 4);
+    }
+
     #[tokio::test]
     async fn an_unlisted_container_is_delivered_with_its_id_alone() {
         let pods = synced(PodLabelOptions::default(), vec![pod("u1", &[])]);
@@ -337,7 +375,8 @@ mod tests {
         assert_eq!(series_label("node"), "pod_label_node");
         let mut pod = pod("u1", &[]);
         pod.labels.insert("long".into(), "ü".repeat(2000));
-        let labels = labels_of(&pod, None, &["long".into()], Labels::new());
+        let mut labels = labels_of(&pod, None, &["long".into()], Labels::new());
+        assert_eq!(cut_values(&mut labels), 1);
         assert_eq!(gannet_proto::labels::check(&labels), Ok(()));
     }
 }

@@ -16,7 +16,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -69,6 +69,8 @@ struct Shared {
     unplaced_added: Notify,
     /// There is a feed, or there will be one.
     active: AtomicBool,
+    /// Values of labels that were cut because no collector takes longer ones.
+    cut_labels: AtomicU64,
     closed: CancellationToken,
 }
 
@@ -102,6 +104,8 @@ pub(crate) struct PodCounts {
     pub(crate) unlisted: usize,
     /// Pods that the store refused because it was full.
     pub(crate) refused: u64,
+    /// Values of labels that were cut.
+    pub(crate) cut_labels: u64,
 }
 
 impl Default for Pods {
@@ -122,6 +126,7 @@ impl Pods {
             unplaced: Mutex::default(),
             unplaced_added: Notify::new(),
             active: AtomicBool::new(false),
+            cut_labels: AtomicU64::new(0),
             closed: CancellationToken::new(),
         }))
     }
@@ -240,7 +245,7 @@ impl Pods {
     }
 
     pub(crate) fn counts(&self) -> PodCounts {
-        self.store().counts()
+        PodCounts { cut_labels: self.0.cut_labels.load(Relaxed), ..self.store().counts() }
     }
 
     /// Reports whether the first answer has arrived, if there is a feed at all.

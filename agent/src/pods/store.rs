@@ -306,6 +306,7 @@ impl PodStore {
             requested: self.requested.len(),
             unlisted: self.unlisted.len(),
             refused: self.refused,
+            cut_labels: 0,
         }
     }
 }
