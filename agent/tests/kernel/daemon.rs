@@ -262,12 +262,15 @@ fn arguments_and_environment_are_not_shown_logged_or_kept() {
 /// Checks a process that starts and ends within one window: its perf map is gone before the window is symbolized.
 #[test]
 fn made_code_that_ended_in_its_first_window_has_names() {
-    let source =
-        include_str!("../data/cases/jit.c").replace("(1000000);\n}", "(1000000);\n  unlink(path);\n}");
+    // It works for a second on a CPU, however long it waits for one beside other programs.
+    let source = include_str!("../data/cases/jit.c")
+        .replace("(1000000);\n}", "(1000000);\n  unlink(path);\n}")
+        .replace("time_t end = time(0) + 3; time(0) < end;", "; clock() < CLOCKS_PER_SEC;");
+    assert!(source.contains("; clock() <") && source.contains("unlink(path)"));
     let program = program(COMM, &source, &[]);
     let daemon = Daemon::start_with_window("60s", &[]);
     let address = daemon.page;
-    let profile = thread::spawn(move || Daemon::get_bytes(address, "/debug/profile?seconds=6"));
+    let profile = thread::spawn(move || Daemon::get_bytes(address, "/debug/profile?seconds=12"));
     sleep(Duration::from_secs(1));
     Running::start(&mut Command::new(program)).0.wait().unwrap();
     let answer = profile.join().unwrap();
@@ -283,7 +286,8 @@ fn made_code_that_ended_in_its_first_window_has_names() {
     let samples = |of: Vec<&Sample>| of.iter().map(|sample| sample.value[0]).sum::<i64>();
     let (good, all) =
         (samples(profile.sample.iter().filter(named).collect()), samples(profile.sample.iter().collect()));
-    assert!(all > 100 && good * 100 > all * 80, "{good} of {all}");
+    // Its clock has 99 ticks in that second. The first samples may be of the start of the program.
+    assert!(all > 20 && good * 100 > all * 80, "{good} of {all}");
 }
 
 /// A program whose callers are found by its unwind table alone.

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::{Running, agent, program, record, slower};
+use crate::common::{Recording, Running, agent, life::life, program, record, record_for, slower};
 
 /// A program: `busy-end MS` uses a CPU for MS milliseconds. With a second argument it ignores SIGTERM.
 const BUSY: &str = r"
@@ -80,4 +80,28 @@ fn a_command_that_goes_on_after_sigterm_is_named() {
     let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).status();
     assert!(status.success() && log.contains("goes on"), "{log}");
     assert!(goes_on);
+}
+
+/// Checks the budgets of `record`: the governor lowers the rate within it, says so, and each sample stands for more time.
+#[test]
+fn a_recording_over_its_budget_lowers_its_rate() {
+    let spinner = Running::start(Command::new(life()).args(["spin", "60000"]));
+    let pid = spinner.0.id().to_string();
+    let period = 1_000_000_000 / u64::from(499 / slower());
+    let longest = |recording: &Recording| {
+        let samples = recording.profile.sample.iter();
+        samples.map(|sample| (sample.value[1] / sample.value[0].max(1)) as u64).max().unwrap() / period
+    };
+    let of = |seconds: u32, budget: &[&str]| record_for(seconds, 499, &[&["--pid", &pid], budget].concat());
+    for (budget, cause) in [
+        (["--cpu-budget", "0.001"], "% of a core used, the budget is 0.1 %"),
+        (["--memory-budget", "2MiB"], "MiB of memory used, the budget is 2 MiB"),
+    ] {
+        let recording = of(8, &budget);
+        let governed = recording.governed.as_deref().unwrap_or_default();
+        assert!(governed.contains("rates are lowered to 1/") && governed.contains(cause), "{governed}");
+        assert!(longest(&recording) >= 2, "no sample stands for two periods: {budget:?}, {}", recording.log);
+    }
+    let recording = of(4, &["--cpu-budget", "100%", "--memory-budget", "8GiB"]);
+    assert_eq!((recording.governed.as_deref(), longest(&recording)), (None, 1));
 }

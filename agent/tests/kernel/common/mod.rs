@@ -147,6 +147,8 @@ pub(crate) struct Recording {
     pub(crate) ticks: u64,
     /// The profile as it was written.
     pub(crate) profile: Profile,
+    /// The limits that the governor had lowered at the end, and why.
+    pub(crate) governed: Option<String>,
     /// Its standard error.
     pub(crate) log: String,
 }
@@ -229,6 +231,7 @@ impl Recording {
             delivered,
             lost,
             ticks: number("ticks"),
+            governed: account["governed"].as_str().map(str::to_owned),
             log,
             profile,
         }
