@@ -24,10 +24,10 @@ int on_tick(struct bpf_perf_event_data *ctx)
 
 	if (!scratch)
 		return 0;
-	unwind_by_loop(scratch, 2 * MAX_USER_FRAMES);
+	unwind_by_loop(2 * MAX_USER_FRAMES);
 	if (goes_on_raw(counters, scratch))
-		unwind_by_loop(scratch, RAW_LIST_WORDS);
-	finish_tick(counters, scratch);
+		unwind_by_loop(RAW_LIST_WORDS);
+	finish_tick(counters, scratch, true);
 	return 0;
 }
 
@@ -66,7 +66,7 @@ int unwind_tick_chain(struct bpf_perf_event_data *ctx)
 	/* If the kernel refuses the call, the sample has the frames so far. */
 	if (unwind_link(scratch) || goes_on_raw(counters, scratch))
 		bpf_tail_call(ctx, &tick_chain, 0);
-	finish_tick(counters, scratch);
+	finish_tick(counters, scratch, false);
 	return 0;
 }
 
@@ -79,7 +79,7 @@ int on_switch(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!scratch)
 		return 0;
-	unwind_by_loop(scratch, OFF_CPU_FRAMES + 1);
+	unwind_by_loop(OFF_CPU_FRAMES + 1);
 	finish_switch(counters, scratch);
 	return 0;
 }

@@ -297,7 +297,7 @@ ALWAYS_INLINE void follow_fork(struct bpf_raw_tracepoint_args *ctx, u32 slot)
 	if (differs(parent, child, side))
 		candidates = decide(counters, child, NULL, child_tgid, &fresh, inherits, slot);
 	else if (side->by_agent && !fresh.denied)
-		candidates = match_process(child, NULL, child_tgid, settings.generation, slot) & side->by_agent;
+		candidates = match_process((u64)child, 0, child_tgid, settings.generation, slot) & side->by_agent;
 	if (fresh.denied || !(wanted_rules(&fresh) | candidates)) {
 		counters->fork.filtered++;
 		return;
@@ -502,7 +502,8 @@ ALWAYS_INLINE void scan_task(struct task_struct *task)
 		return;
 	if (task->tgid != task->pid)
 		return;
-	if (!decide_again(counters, task, NULL, SCRATCH_SCAN, &record))
+	/* It is its own leader. This pointer is a number to the verifier, as match_process() takes it; `task` is not. */
+	if (!decide_again(counters, BPF_CORE_READ(task, group_leader), NULL, SCRATCH_SCAN, &record))
 		send_lifecycle(&counters->running, &record, sizeof(record), false);
 }
 

@@ -64,6 +64,10 @@ struct cgroup_scratch {
 	/* A name may begin at the last byte of the path. */
 	char overflow[256];
 	struct kernfs_node *levels[CGROUP_DEPTH];
+	/* Used levels. Read from here it has no known value, so that the verifier follows one path and not one for each depth. */
+	u32 depth;
+	/* The result. Not on the stack: 5.10 counts that of all callers, and allows 512 bytes. */
+	struct cgroup_match match;
 };
 
 /* A slot of cgroup_scratch for each program. */
@@ -146,33 +150,41 @@ __attribute__((noinline)) int match_cgroup(u64 address, u64 id, u32 generation, 
 {
 	struct cgroup_scratch *scratch = bpf_map_lookup_elem(&cgroup_scratch, &slot);
 	struct kernfs_node *node = (void *)address;
-	struct cgroup_match match = { .generation = generation };
 	struct counters *counters = this_cpu_counters();
-	u32 depth = 0, at = 0;
+	struct cgroup_match *match;
+	u32 depth, at = 0;
 	u64 *rules;
 
 	if (!scratch || !counters)
 		return 0;
+	scratch->depth = 0;
+	match = &scratch->match;
+	match->paths = 0;
+	match->containers = 0;
+	match->generation = generation;
 	for (u32 i = 0; i < CGROUP_DEPTH; i++) {
 		struct kernfs_node *parent = parent_of(node);
 
-		match.containers |= exact_match(generation, EXACT_CGROUP, BPF_CORE_READ(node, id));
+		match->containers |= exact_match(generation, EXACT_CGROUP, BPF_CORE_READ(node, id));
 		/* The root has no name. */
 		if (!parent)
 			break;
 		scratch->levels[i] = node;
-		depth = i + 1;
+		scratch->depth = i + 1;
 		node = parent;
 	}
+	depth = *(volatile u32 *)&scratch->depth;
 	if (depth == CGROUP_DEPTH && parent_of(node)) {
 		counters->cgroup_too_deep++;
 		goto store;
 	}
 	for (u32 i = 0; i < CGROUP_DEPTH; i++) {
-		u32 level = depth - 1 - i;
+		u64 level = depth - 1 - i;
 		struct kernfs_node *here;
 		long got;
 
+		/* The compiler would check a copy of it, from which the verifier learns nothing. */
+		barrier_var(level);
 		if (i >= depth || level >= CGROUP_DEPTH || at >= CGROUP_PATH_LEN - 1)
 			break;
 		scratch->key.path[at] = '/';
@@ -196,13 +208,14 @@ __attribute__((noinline)) int match_cgroup(u64 address, u64 id, u32 generation, 
 	scratch->key.prefixlen = 8 * (sizeof(u32) + CGROUP_PATH_LEN);
 	rules = bpf_map_lookup_elem(&cgroup_rules, &scratch->key);
 	if (rules)
-		match.paths = *rules;
+		match->paths = *rules;
 store:
-	bpf_map_update_elem(&cgroup_matches, &id, &match, BPF_ANY);
+	bpf_map_update_elem(&cgroup_matches, &id, match, BPF_ANY);
 	return 0;
 }
 
-ALWAYS_INLINE void cgroup_match(struct task_struct *task, u32 generation, u32 slot, struct cgroup_match *match)
+/* Returns what matches the control group of a task. Null: the generation has changed meanwhile; decide() tries again. */
+ALWAYS_INLINE struct cgroup_match *cgroup_match(struct task_struct *task, u32 generation, u32 slot)
 {
 	struct kernfs_node *node = cgroup_of(task);
 	u64 id = BPF_CORE_READ(node, id);
@@ -212,29 +225,30 @@ ALWAYS_INLINE void cgroup_match(struct task_struct *task, u32 generation, u32 sl
 		match_cgroup((u64)node, id, generation, slot);
 		known = bpf_map_lookup_elem(&cgroup_matches, &id);
 	}
-	/* If the generation has changed meanwhile, decide() tries again. */
-	if (known && known->generation == generation)
-		*match = *known;
+	return known && known->generation == generation ? known : NULL;
 }
 
-/* Returns the rules that match a process, with those that deny it and those that the agent must decide. */
-ALWAYS_INLINE u64 match_process(struct task_struct *task, const char *next_comm, u32 tgid, u32 generation, u32 slot)
+/*
+ * Returns the rules that match a process, with those that deny it and those that the agent must decide. Takes addresses of a
+ * task and of its next command name (0: none). Global for the reason of match_cgroup().
+ */
+__attribute__((noinline)) u64 match_process(u64 task_address, u64 next_comm, u32 tgid, u32 generation, u32 slot)
 {
+	struct task_struct *task = (void *)task_address;
 	struct side *side = &settings.sides[generation & 1];
 	u64 rules = side->rules;
 
 	if (rules & ~side->any_comm)
-		rules &= side->any_comm | comm_match(task, next_comm, generation);
+		rules &= side->any_comm | comm_match(task, (const char *)next_comm, generation);
 	if (rules & ~side->any_pid)
 		rules &= side->any_pid | exact_match(generation, EXACT_PID, tgid);
 	if (rules & ~side->any_uid)
 		rules &= side->any_uid | exact_match(generation, EXACT_UID, BPF_CORE_READ(task, cred, euid.val));
 	if (rules & ~(side->any_cgroup & side->any_container)) {
-		struct cgroup_match match = {};
+		struct cgroup_match *match = cgroup_match(task, generation, slot);
 
-		cgroup_match(task, generation, slot, &match);
-		rules &= side->any_cgroup | match.paths;
-		rules &= side->any_container | match.containers;
+		rules &= side->any_cgroup | (match ? match->paths : 0);
+		rules &= side->any_container | (match ? match->containers : 0);
 	}
 	return rules;
 }
@@ -274,7 +288,7 @@ ALWAYS_INLINE bool decide_once(struct counters *counters, struct task_struct *ta
 	u64 matched;
 
 	fresh->exec_id = BPF_CORE_READ(task, self_exec_id);
-	matched = match_process(task, decision->next_comm, tgid, generation, decision->slot);
+	matched = match_process((u64)task, (u64)decision->next_comm, tgid, generation, decision->slot);
 	if (decision->slot != SCRATCH_EXEC && decision->slot != SCRATCH_EXEC_AGAIN)
 		matched &= ~side->at_exec | (fresh->exec_id == decision->kept_exec_id ? decision->kept : 0);
 	fresh->denied = !!(matched & side->deny);

@@ -420,14 +420,15 @@ static long each_frame(u32 index, struct frame_context *context)
 
 /*
  * Unwinds where the kernel has bpf_loop (5.17). A native frame takes one call, a run of list frames up to two more than it
- * has frames.
+ * has frames. Global, so that it is verified once and not with each of its calls.
  */
-ALWAYS_INLINE void unwind_by_loop(struct sample_scratch *scratch, u32 calls)
+__attribute__((noinline)) int unwind_by_loop(u32 calls)
 {
-	struct frame_context context = { .scratch = scratch, .cache = this_cpu_rule_cache() };
+	struct frame_context context = { .scratch = this_cpu_scratch(), .cache = this_cpu_rule_cache() };
 
-	if (context.cache)
+	if (context.scratch && context.cache)
 		bpf_loop(calls, each_frame, &context, 0);
+	return 0;
 }
 
 /*
@@ -496,6 +497,13 @@ struct {
 	__type(value, struct function_record);
 } function_scratch SEC(".maps");
 
+ALWAYS_INLINE struct function_record *this_cpu_function(void)
+{
+	u32 zero = 0;
+
+	return bpf_map_lookup_elem(&function_scratch, &zero);
+}
+
 /* Copies up to `max` bytes of a text. Returns the bytes that it copied. */
 ALWAYS_INLINE u32 copy_text(void *to, u64 max, const struct list_frames *how, u32 text, u64 at)
 {
@@ -558,19 +566,31 @@ ALWAYS_INLINE bool send_function(struct sample_scratch *scratch, u32 number, str
 				   BPF_RB_NO_WAKEUP);
 }
 
-ALWAYS_INLINE void send_functions(struct counters *counters, struct sample_scratch *scratch)
+/*
+ * Does what send_function() does. Global, so that it is verified once and not for each of the functions; returns a number,
+ * as a global function must.
+ */
+__attribute__((noinline)) int call_send_function(u32 number)
 {
-	u32 zero = 0;
+	struct sample_scratch *scratch = this_cpu_scratch();
+	struct function_record *record = this_cpu_function();
+
+	return scratch && record && send_function(scratch, number, record);
+}
+
+/* `by_call` must be false in a chain of tail calls: some kernels refuse those in a program that calls functions. */
+ALWAYS_INLINE void send_functions(struct counters *counters, struct sample_scratch *scratch, bool by_call)
+{
 	struct function_record *record;
 	struct function_key key;
 
 	if (!scratch->unwind.new_functions)
 		return;
-	record = bpf_map_lookup_elem(&function_scratch, &zero);
+	record = this_cpu_function();
 	for (u32 i = 0; record && i < MAX_NEW_FUNCTIONS; i++) {
 		if (i >= scratch->unwind.new_functions)
 			break;
-		if (send_function(scratch, i, record))
+		if (by_call ? call_send_function(i) : send_function(scratch, i, record))
 			continue;
 		/* The next sample that has it tries again. */
 		counters->functions_unsent++;
@@ -714,10 +734,10 @@ ALWAYS_INLINE bool goes_on_raw(struct counters *counters, struct sample_scratch 
 }
 
 /* Does what is left to do once the stack is unwound. */
-ALWAYS_INLINE void finish_tick(struct counters *counters, struct sample_scratch *scratch)
+ALWAYS_INLINE void finish_tick(struct counters *counters, struct sample_scratch *scratch, bool by_call)
 {
 	end_unwind(scratch);
-	send_functions(counters, scratch);
+	send_functions(counters, scratch, by_call);
 	send_tick(counters, scratch);
 }
 
