@@ -19,6 +19,7 @@ use super::{
     clock::Clocks,
     hotplug::Hotplug,
     ring::EventRing,
+    symbol_names::SymbolNames,
     unwinding::{Shared, SharedTables},
 };
 use crate::cgroup::CgroupHierarchy;
@@ -205,6 +206,11 @@ impl LoadedKernel {
                 degraded.push(format!("the kernel reports no device events ({error}): {effect}"));
             })
             .ok();
+        if let Some(names) =
+            SymbolNames::open(&skeleton).filter(|_| !options.without.contains(&"name_symbols"))
+        {
+            options.symbols.set_namer(Box::new(names));
+        }
         let shared = SharedTables {
             lines: Shared::of(&skeleton.maps.table_lines, "table_lines")?,
             rules: Shared::of(&skeleton.maps.unwind_rules, "unwind_rules")?,

@@ -195,9 +195,6 @@ impl<'a> Visitor<'a> for RecordVisitor {
 
     fn visit_ksymbol(self, record: KSymbol<'a>, metadata: RecordMetadata) -> Self::Output {
         let ktime_ns = metadata.sample_id().time()?;
-        if record.flags.contains(KSymbolFlags::UNREGISTER) {
-            return Some(Record::KernelSymbol(ktime_ns, KernelSymbolChange::Removed(record.addr)));
-        }
         let name = record.name.split(|byte| *byte == 0).next().unwrap_or_default();
         let range = KernelSymbolRange {
             start: record.addr,
@@ -205,7 +202,11 @@ impl<'a> Visitor<'a> for RecordVisitor {
             name: String::from_utf8_lossy(name).into_owned(),
             module: symbol_module(record.ksym_type, name),
         };
-        Some(Record::KernelSymbol(ktime_ns, KernelSymbolChange::Added(range)))
+        let change = match record.flags.contains(KSymbolFlags::UNREGISTER) {
+            true => KernelSymbolChange::Removed(range),
+            false => KernelSymbolChange::Added(range),
+        };
+        Some(Record::KernelSymbol(ktime_ns, change))
     }
 
     fn visit_lost(self, record: Lost, _: RecordMetadata) -> Self::Output {
@@ -313,11 +314,11 @@ mod tests {
             let range = KernelSymbolRange { start, bytes: 200, name: name.to_owned(), module };
             assert_eq!(
                 record(PERF_RECORD_KSYMBOL, 0, &body(kind, 0, name.as_bytes())),
-                Some(Record::KernelSymbol(77, KernelSymbolChange::Added(range)))
+                Some(Record::KernelSymbol(77, KernelSymbolChange::Added(range.clone())))
             );
             assert_eq!(
                 record(PERF_RECORD_KSYMBOL, 0, &body(kind, 1, name.as_bytes())),
-                Some(Record::KernelSymbol(77, KernelSymbolChange::Removed(start)))
+                Some(Record::KernelSymbol(77, KernelSymbolChange::Removed(range)))
             );
         }
     }

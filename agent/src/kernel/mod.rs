@@ -17,6 +17,7 @@ mod mappings;
 mod options;
 mod ring;
 mod rule_maps;
+mod symbol_names;
 mod unwinding;
 
 use std::{

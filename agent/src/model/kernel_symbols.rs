@@ -1,6 +1,6 @@
 //! Changes of the kernel's symbols: the engine's thread reads them as events, the symbolizer's thread names frames by them.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, fmt, io};
 
 use parking_lot::Mutex;
 
@@ -12,8 +12,8 @@ const MAX_CHANGES: usize = 4096;
 pub enum KernelSymbolChange {
     /// The kernel has made a function.
     Added(KernelSymbolRange),
-    /// The function at this address is gone.
-    Removed(u64),
+    /// This function is gone.
+    Removed(KernelSymbolRange),
 }
 
 /// A function that the kernel made at run time.
@@ -29,12 +29,29 @@ pub struct KernelSymbolRange {
     pub module: &'static str,
 }
 
-/// The latest changes of the kernel's symbols. There is one kernel, so there is one log for it; tests make others.
+/// The name of a kernel function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelName {
+    /// Name, as `/proc/kallsyms` shows it.
+    pub name: String,
+    /// The module that it belongs to, or `bpf`; empty for the kernel itself.
+    pub module: String,
+}
+
+/// Names addresses of kernel code, as the kernel knows them now.
+pub trait KernelNamer: Send + fmt::Debug {
+    /// Returns the name of each address, `None` for those without one. An error: it cannot name addresses.
+    fn names(&mut self, addresses: &[u64]) -> io::Result<Vec<Option<KernelName>>>;
+}
+
+/// The latest changes of the kernel's symbols, and who names them. There is one kernel, so there is one log for it; tests make
+/// others.
 #[derive(Debug)]
 pub struct KernelSymbolLog(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
+    namer: Option<Box<dyn KernelNamer>>,
     changes: VecDeque<KernelSymbolChange>,
     /// The number of the change behind the last one.
     next: u64,
@@ -61,12 +78,35 @@ static OF_THIS_KERNEL: KernelSymbolLog = KernelSymbolLog::new();
 impl KernelSymbolLog {
     /// Returns an empty log.
     pub const fn new() -> Self {
-        Self(Mutex::new(State { changes: VecDeque::new(), next: 0, epoch: 0 }))
+        Self(Mutex::new(State { namer: None, changes: VecDeque::new(), next: 0, epoch: 0 }))
     }
 
     /// Returns the log of the kernel that runs.
     pub fn of_this_kernel() -> &'static Self {
         &OF_THIS_KERNEL
+    }
+
+    /// Lets this namer answer from now on.
+    pub fn set_namer(&self, namer: Box<dyn KernelNamer>) {
+        self.0.lock().namer = Some(namer);
+    }
+
+    /// Returns whether addresses can be named one by one.
+    pub fn has_namer(&self) -> bool {
+        self.0.lock().namer.is_some()
+    }
+
+    /// Returns the name of each address. `None`: no namer; after a failure there is none any more.
+    pub fn names(&self, addresses: &[u64]) -> Option<Vec<Option<KernelName>>> {
+        let mut state = self.0.lock();
+        match state.namer.as_mut()?.names(addresses) {
+            Ok(names) => Some(names),
+            Err(error) => {
+                tracing::warn!(%error, "the kernel names single addresses no more: reading /proc/kallsyms instead");
+                state.namer = None;
+                None
+            }
+        }
     }
 
     /// Records that changes were missed: events begin now, or the kernel lost some.
@@ -125,16 +165,24 @@ mod tests {
         assert_eq!(log.since(&mut position), None, "what happened before is unknown");
         position = log.end();
         assert!(position.is_followed());
-        log.push(KernelSymbolChange::Removed(1));
-        log.push(KernelSymbolChange::Removed(2));
-        let both = vec![KernelSymbolChange::Removed(1), KernelSymbolChange::Removed(2)];
+        let removed = |start: u64| {
+            KernelSymbolChange::Removed(KernelSymbolRange {
+                start,
+                bytes: 1,
+                name: "gone".into(),
+                module: "bpf",
+            })
+        };
+        log.push(removed(1));
+        log.push(removed(2));
+        let both = vec![removed(1), removed(2)];
         let mut second = position;
         assert_eq!(log.since(&mut position), Some(both.clone()));
         assert_eq!(log.since(&mut position), Some(vec![]));
         assert_eq!(log.since(&mut second), Some(both), "each reader has a position of its own");
-        (0..MAX_CHANGES as u64).for_each(|address| log.push(KernelSymbolChange::Removed(address)));
+        (0..MAX_CHANGES as u64).for_each(|address| log.push(removed(address)));
         assert_eq!(log.since(&mut position).map(|changes| changes.len()), Some(MAX_CHANGES));
-        (0..=MAX_CHANGES as u64).for_each(|address| log.push(KernelSymbolChange::Removed(address)));
+        (0..=MAX_CHANGES as u64).for_each(|address| log.push(removed(address)));
         assert_eq!(log.since(&mut position), None, "one change more than the log keeps");
     }
 }

@@ -17,7 +17,9 @@ pub(crate) use host::ONLINE_CPUS;
 pub(crate) use host::idle_ns;
 pub use host::online_cpus;
 pub use image::{Image, Mapping, MappingEvent, MappingKind, NewMapping};
-pub use kernel_symbols::{KernelSymbolChange, KernelSymbolLog, KernelSymbolPosition, KernelSymbolRange};
+pub use kernel_symbols::{
+    KernelName, KernelNamer, KernelSymbolChange, KernelSymbolLog, KernelSymbolPosition, KernelSymbolRange,
+};
 pub use key::{ImageKey, ParseKeyError, ProcessKey};
 pub use list_frames::{FunctionCopy, ListRun, RawLists};
 pub(crate) use list_frames::{ListEnd, ListLayout, StackWord, TextLayout, sum_words};

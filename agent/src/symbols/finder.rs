@@ -276,17 +276,20 @@ impl NameFinder {
     pub(super) fn find_in_kernel(&mut self, addresses: impl Iterator<Item = u64>) -> ProcessFunctions {
         let mut texts = SharedTexts::default();
         let mut found = ProcessFunctions::new();
+        let mut unknown = Vec::new();
         for address in addresses {
             self.refresh_kernel();
-            if let Some(known) = self.kernel_functions.get(&address) {
-                found.insert(address, Arc::clone(known));
-            } else if let Some(symbol) = self.kallsyms.find(address) {
-                let file =
-                    if symbol.module.is_empty() { String::new() } else { format!("[{}]", symbol.module) };
-                let functions = texts.plain(symbol.name, &file);
-                self.kernel_functions.insert(address, Arc::clone(&functions));
-                found.insert(address, functions);
+            match self.kernel_functions.get(&address) {
+                Some(known) => drop(found.insert(address, Arc::clone(known))),
+                None => unknown.push(address),
             }
+        }
+        for (address, symbol) in unknown.iter().zip(self.kallsyms.find_all(&unknown)) {
+            let Some(symbol) = symbol else { continue };
+            let file = if symbol.module.is_empty() { String::new() } else { format!("[{}]", symbol.module) };
+            let functions = texts.plain(&symbol.name, &file);
+            self.kernel_functions.insert(*address, Arc::clone(&functions));
+            found.insert(*address, functions);
         }
         found
     }

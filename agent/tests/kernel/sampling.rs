@@ -1,6 +1,7 @@
 //! The kernel side alone: a rule, a process, its samples.
 
 use std::{
+    collections::BTreeMap,
     fs,
     process::Command,
     thread::{self, sleep},
@@ -9,7 +10,7 @@ use std::{
 
 use gannet_agent::{
     kernel::{Event, Kernel, KernelOptions, KernelRules, NamePattern, Ticks},
-    model::{self, KernelSymbolChange, KernelSymbolLog},
+    model::{self, KernelName, KernelSymbolChange, KernelSymbolLog},
 };
 use libbpf_rs::{MapCore as _, MapFlags, MapHandle, MapType};
 
@@ -109,29 +110,82 @@ fn bpf_programs_that_come_and_go_are_seen_by_events() {
     let loaded = symbols.since(&mut position).unwrap();
     let listed = fs::read_to_string("/proc/kallsyms").unwrap();
     // The program is there on each kernel. Other agents on this machine have programs of the same name.
-    let made: Vec<u64> = loaded
-        .iter()
+    let made: Vec<_> = loaded
+        .into_iter()
         .filter_map(|change| match change {
             KernelSymbolChange::Added(range) if range.name.ends_with("_on_exec") => {
                 assert_eq!(range.module, "bpf");
                 let line = format!("{:x} t {}\t[bpf]", range.start, range.name);
                 assert!(listed.contains(&line), "{line}");
-                Some(range.start)
+                Some(KernelSymbolChange::Removed(range))
             }
             _ => None,
         })
         .collect();
-    assert!(!made.is_empty(), "{loaded:?}");
+    assert!(!made.is_empty());
     drop(others);
     // The kernel frees programs after a grace period.
     let end = Instant::now() + Duration::from_secs(10);
     let mut gone = Vec::new();
-    while !made.iter().all(|start| gone.contains(&KernelSymbolChange::Removed(*start))) {
+    while !made.iter().all(|change| gone.contains(change)) {
         assert!(Instant::now() < end, "{gone:?}");
         sleep(Duration::from_millis(50));
         kernel.read().unwrap();
         gone.extend(symbols.since(&mut position).unwrap());
     }
+}
+
+/// Asks for functions all over the kernel, its modules and BPF programs, and holds the answers against `/proc/kallsyms`.
+#[test]
+fn the_kernel_names_single_addresses_as_kallsyms_does() {
+    let symbols: &'static KernelSymbolLog = Box::leak(Box::default());
+    let _kernel = Kernel::start(KernelOptions { symbols, ..KernelOptions::default() }).unwrap();
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap(), numbers.next().unwrap());
+    assert_eq!(symbols.has_namer(), version >= (5, 13), "Linux {release}");
+    if version < (5, 13) {
+        assert_eq!(symbols.names(&[0]), None);
+        return;
+    }
+    // An address with all of its names.
+    let mut listed: BTreeMap<u64, Vec<(String, String)>> = BTreeMap::new();
+    for line in fs::read_to_string("/proc/kallsyms").unwrap().lines() {
+        let mut words = line.splitn(3, ' ');
+        let (address, kind, name) = (words.next().unwrap(), words.next().unwrap(), words.next().unwrap());
+        let (name, module) = name.split_once('\t').unwrap_or((name, ""));
+        if matches!(kind, "t" | "T") {
+            let name = (name.to_owned(), module.trim_matches(['[', ']']).to_owned());
+            listed.entry(u64::from_str_radix(address, 16).unwrap()).or_default().push(name);
+        }
+    }
+    let of_bpf = |names: &[(String, String)]| names.iter().any(|(_, module)| module == "bpf");
+    let wanted: Vec<_> = listed
+        .iter()
+        .enumerate()
+        .filter(|(index, (_, names))| index % 50 == 0 || of_bpf(names))
+        .map(|(_, wanted)| wanted)
+        .collect();
+    let addresses: Vec<u64> = wanted.iter().map(|(address, _)| **address).collect();
+    let found = symbols.names(&addresses).unwrap();
+    assert_eq!(found.len(), wanted.len());
+    // Programs of others may be gone by now, and text that was only needed at boot has no name.
+    let mut wrong = Vec::new();
+    let (mut named, mut programs) = (0, 0);
+    for ((_, names), found) in wanted.iter().zip(found) {
+        let Some(KernelName { name, module }) = found else { continue };
+        named += 1;
+        programs += usize::from(module == "bpf");
+        let found = (name, module);
+        if !names.contains(&found) {
+            wrong.push((names, found));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {named}: {:?}", wrong.len(), &wrong[..wrong.len().min(5)]);
+    assert!(programs >= 6, "{programs} BPF programs have names");
+    assert!(named * 10 >= wanted.len() * 9, "{named} of {} functions have names", wanted.len());
+    let data = symbols.names(&[0, 4096, u64::MAX]).unwrap();
+    assert_eq!(data, [None, None, None], "no functions");
 }
 
 /// The account of a second and a half of two rates, while `disturb` runs; with the number of clocks.

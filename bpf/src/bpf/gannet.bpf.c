@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
  * The programs, by the tracepoint or clock that calls them; the headers do their work. maps.h and task.h are the base;
- * clock.h, rate.h, match.h, unwind.h and labels.h stand on it; sampler.h, off_cpu.h and lifecycle.h on those.
+ * clock.h, rate.h, match.h, symbols.h, unwind.h and labels.h stand on it; sampler.h, off_cpu.h and lifecycle.h on those.
  */
 #include "lifecycle.h"
 #include "off_cpu.h"
 #include "sampler.h"
+#include "symbols.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -188,4 +189,11 @@ int each_task(struct bpf_iter__task *ctx)
 {
 	scan_task(ctx->task);
 	return 0;
+}
+
+/* Names kernel functions. The agent runs it itself; it is attached to nothing. */
+SEC("raw_tp")
+int name_symbols(void *ctx)
+{
+	return name_all_symbols();
 }

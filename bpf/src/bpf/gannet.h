@@ -472,6 +472,17 @@ enum user_stack_end {
 	USER_STACK_RAW = 10,
 };
 
+/* Addresses of kernel functions that name_symbols names at once, and bytes of a name. */
+#define SYMBOL_BATCH 32
+#define SYMBOL_TEXT_LEN 576
+
+/* The i-th text becomes `name [module]`, or the i-th address in hex if the kernel has no name for it. */
+struct symbol_names {
+	u64 count;
+	u64 address[SYMBOL_BATCH];
+	char texts[SYMBOL_BATCH * SYMBOL_TEXT_LEN];
+};
+
 struct sample {
 	struct event event;
 	/* On CPU: nanoseconds between two ticks. Off CPU: nanoseconds blocked; in off_cpu, nanoseconds that the thread has run. */

@@ -67,6 +67,7 @@ enum bpf_map_type {
 /* User-space ABI: the numbers of helpers that some kernels lack. */
 enum bpf_func_id {
 	BPF_FUNC_get_current_task_btf = 158,
+	BPF_FUNC_snprintf = 165,
 	BPF_FUNC_task_pt_regs = 175,
 };
 

@@ -1,10 +1,11 @@
 //! The kernel's own symbols, with those of modules and BPF programs, as `/proc/kallsyms` shows them.
-
 //!
-//! The kernel formats all of its symbols again for each reading, which takes a tenth of a second. So the file is read once. BPF
-//! programs and trampolines that come and go are known by events, and `/proc/modules` says whether modules came or went.
+//! Where the kernel can, it names single addresses (see [`KernelNamer`](crate::model::KernelNamer)). Elsewhere the file is read,
+//! once, because the kernel formats all of its symbols again for each reading, which takes a tenth of a second. BPF programs and
+//! trampolines that come and go are known by events, and `/proc/modules` says whether modules came or went.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     fs::File,
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -12,8 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::symbol_table::{MAX_UNSIZED_BYTES, SymbolTable, SymbolTableBuilder};
-use crate::model::{KernelSymbolChange, KernelSymbolLog, KernelSymbolPosition, KernelSymbolRange};
+use super::symbol_table::{SymbolTable, SymbolTableBuilder};
+use crate::model::{
+    KernelName, KernelSymbolChange, KernelSymbolLog, KernelSymbolPosition, KernelSymbolRange,
+};
 
 /// The 200,000 functions of a kernel take 7 MB.
 const MAX_TABLE_BYTES: usize = 64 << 20;
@@ -42,11 +45,12 @@ pub(crate) enum KallsymsError {
     TooLarge,
 }
 
-/// Kernel symbols, read at the first use, and again where events do not say what has changed.
+/// Kernel symbols: asked for one by one, or read at the first use, and again where events do not say what has changed.
 #[derive(Debug)]
 pub(crate) struct Kallsyms {
     log: &'static KernelSymbolLog,
     position: KernelSymbolPosition,
+    /// Empty while single addresses can be named.
     table: SymbolTable,
     read_at: Option<Instant>,
     /// The modules at the last reading.
@@ -73,9 +77,9 @@ struct MadeSymbol {
 /// A kernel function.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct KernelSymbol<'a> {
-    pub(crate) name: &'a str,
+    pub(crate) name: Cow<'a, str>,
     /// The module that it belongs to, or `bpf`; empty for the kernel itself.
-    pub(crate) module: &'a str,
+    pub(crate) module: Cow<'a, str>,
 }
 
 impl Kallsyms {
@@ -94,9 +98,32 @@ impl Kallsyms {
 
     /// Learns what has changed, and reads all symbols if that is not known otherwise. Logs an error once.
     pub(crate) fn refresh(&mut self) -> Refreshed {
+        if self.log.has_namer() {
+            return self.follow(Instant::now());
+        }
         let read =
             || File::open("/proc/kallsyms").map_err(Into::into).and_then(|file| parse(BufReader::new(file)));
         self.refresh_by(Instant::now(), loaded_modules(), read)
+    }
+
+    /// Learns which functions came and went, while single addresses can be named.
+    fn follow(&mut self, now: Instant) -> Refreshed {
+        self.now = now;
+        match self.log.since(&mut self.position) {
+            Some(changes) if changes.is_empty() => return Refreshed::Unchanged,
+            Some(changes) => changes.into_iter().for_each(|change| self.apply(change)),
+            None => {
+                self.made.clear();
+                self.position = self.log.end();
+            }
+        }
+        self.made.retain(|_, symbol| {
+            symbol.gone.is_none_or(|gone| now.saturating_duration_since(gone) < WINDOW_TIME)
+        });
+        if self.made.len() > MAX_MADE {
+            self.made.clear();
+        }
+        Refreshed::Changed
     }
 
     fn refresh_by(
@@ -142,7 +169,7 @@ impl Kallsyms {
     fn apply(&mut self, change: KernelSymbolChange) {
         match change {
             KernelSymbolChange::Added(range) => self.add(range),
-            KernelSymbolChange::Removed(start) => self.remove(start),
+            KernelSymbolChange::Removed(range) => self.remove(range),
         }
     }
 
@@ -164,26 +191,47 @@ impl Kallsyms {
         self.made.insert(start, symbol);
     }
 
-    fn remove(&mut self, start: u64) {
-        if let Some(symbol) = self.made.get_mut(&start) {
+    fn remove(&mut self, range: KernelSymbolRange) {
+        if let Some(symbol) = self.made.get_mut(&range.start).filter(|symbol| symbol.name == range.name) {
             symbol.gone = Some(self.now);
-        } else if let Some(KernelSymbol { name, module }) = symbol_at(&self.table, start) {
-            let (name, module) = (name.to_owned(), module.to_owned());
-            // The table has no sizes: it may have reached to the next symbol.
-            let end =
-                self.table.next_start(start).unwrap_or(u64::MAX).min(start.saturating_add(MAX_UNSIZED_BYTES));
-            self.made
-                .insert(start, MadeSymbol { end, name, module, gone: Some(self.now), doubtful_until: None });
+        } else {
+            let start = range.start;
+            self.add(range);
+            if let Some(symbol) = self.made.get_mut(&start) {
+                symbol.gone = Some(self.now);
+            }
         }
     }
 
-    pub(crate) fn find(&self, address: u64) -> Option<KernelSymbol<'_>> {
-        let made = self.made.range(..=address).next_back();
-        if let Some((_, symbol)) = made.filter(|(_, symbol)| address < symbol.end) {
-            let is_doubtful = symbol.doubtful_until.is_some_and(|until| self.now < until);
-            return (!is_doubtful).then_some(KernelSymbol { name: &symbol.name, module: &symbol.module });
-        }
-        symbol_at(&self.table, address)
+    /// Returns the function at each address.
+    pub(crate) fn find_all(&self, addresses: &[u64]) -> Vec<Option<KernelSymbol<'_>>> {
+        let unknown: Vec<u64> =
+            addresses.iter().copied().filter(|address| self.made_at(*address).is_none()).collect();
+        let mut asked = self.log.names(&unknown).map(Vec::into_iter);
+        let mut find = |address: u64| match (self.made_at(address), &mut asked) {
+            (Some(symbol), _) => self.unless_doubtful(symbol),
+            (None, Some(asked)) => asked
+                .next()
+                .flatten()
+                .map(|KernelName { name, module }| KernelSymbol { name: name.into(), module: module.into() }),
+            (None, None) => symbol_at(&self.table, address),
+        };
+        addresses.iter().map(|address| find(*address)).collect()
+    }
+
+    /// Returns the function that events reported at this address.
+    fn made_at(&self, address: u64) -> Option<&MadeSymbol> {
+        self.made
+            .range(..=address)
+            .next_back()
+            .map(|(_, symbol)| symbol)
+            .filter(|symbol| address < symbol.end)
+    }
+
+    fn unless_doubtful<'a>(&self, symbol: &'a MadeSymbol) -> Option<KernelSymbol<'a>> {
+        let is_doubtful = symbol.doubtful_until.is_some_and(|until| self.now < until);
+        (!is_doubtful)
+            .then(|| KernelSymbol { name: (&*symbol.name).into(), module: (&*symbol.module).into() })
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -205,7 +253,10 @@ pub(crate) enum Refreshed {
 fn symbol_at(table: &SymbolTable, address: u64) -> Option<KernelSymbol<'_>> {
     let text = std::str::from_utf8(table.find(address)?).ok()?;
     let (name, module) = text.split_once('\t').unwrap_or((text, ""));
-    Some(KernelSymbol { name, module: module.trim_start_matches('[').trim_end_matches(']') })
+    Some(KernelSymbol {
+        name: name.into(),
+        module: module.trim_start_matches('[').trim_end_matches(']').into(),
+    })
 }
 
 /// Returns a number that changes when a module comes or goes.
@@ -263,6 +314,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::model::KernelNamer;
 
     const TEXT: &str = "\
 0000000000000000 A fixed_percpu_data
@@ -286,12 +338,19 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
     }
 
     fn add(log: &KernelSymbolLog, start: u64, bytes: u32, name: &str) {
-        let range = KernelSymbolRange { start, bytes, name: name.to_owned(), module: "bpf" };
-        log.push(KernelSymbolChange::Added(range));
+        log.push(KernelSymbolChange::Added(range(start, bytes, name)));
     }
 
-    fn name_at(kallsyms: &Kallsyms, address: u64) -> Option<&str> {
-        kallsyms.find(address).map(|symbol| symbol.name)
+    fn range(start: u64, bytes: u32, name: &str) -> KernelSymbolRange {
+        KernelSymbolRange { start, bytes, name: name.to_owned(), module: "bpf" }
+    }
+
+    fn find(kallsyms: &Kallsyms, address: u64) -> Option<KernelSymbol<'_>> {
+        kallsyms.find_all(&[address]).pop().flatten()
+    }
+
+    fn name_at(kallsyms: &Kallsyms, address: u64) -> Option<String> {
+        find(kallsyms, address).map(|symbol| symbol.name.into_owned())
     }
 
     #[test]
@@ -305,8 +364,11 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
             (0xffff_ffff_c000_2004, Some(("bpf_prog_6deef7357e7b4530_sample", "bpf"))),
             (0xffff_ffff_80ff_ffff, None),
         ] {
-            let expected = expected.map(|(name, module)| KernelSymbol { name, module });
-            assert_eq!(kallsyms.find(address), expected, "{address:#x}");
+            let expected = expected.map(|(name, module): (&str, &str)| KernelSymbol {
+                name: name.into(),
+                module: module.into(),
+            });
+            assert_eq!(find(&kallsyms, address), expected, "{address:#x}");
         }
     }
 
@@ -344,12 +406,12 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
         refresh(&mut kallsyms, begin, 0, 0);
         add(log, BPF + 0x100, 0x40, "bpf_prog_1_new");
         assert_eq!(refresh(&mut kallsyms, begin, 10, 0), Refreshed::Changed);
-        assert_eq!(name_at(&kallsyms, BPF + 0x13f), Some("bpf_prog_1_new"));
-        assert_eq!(kallsyms.find(BPF + 0x100).map(|symbol| symbol.module), Some("bpf"));
-        assert_eq!(name_at(&kallsyms, BPF + 0xff), Some("bpf_prog_6deef7357e7b4530_sample"));
-        log.push(KernelSymbolChange::Removed(BPF + 0x100));
+        assert_eq!(name_at(&kallsyms, BPF + 0x13f).as_deref(), Some("bpf_prog_1_new"));
+        assert_eq!(find(&kallsyms, BPF + 0x100).map(|symbol| symbol.module), Some("bpf".into()));
+        assert_eq!(name_at(&kallsyms, BPF + 0xff).as_deref(), Some("bpf_prog_6deef7357e7b4530_sample"));
+        log.push(KernelSymbolChange::Removed(range(BPF + 0x100, 0x40, "bpf_prog_1_new")));
         refresh(&mut kallsyms, begin, 20, 0);
-        assert_eq!(name_at(&kallsyms, BPF + 0x100), Some("bpf_prog_1_new"));
+        assert_eq!(name_at(&kallsyms, BPF + 0x100).as_deref(), Some("bpf_prog_1_new"));
     }
 
     #[test]
@@ -359,21 +421,75 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
             log.missed();
             let mut kallsyms = Kallsyms::new(log);
             refresh(&mut kallsyms, begin, 0, 0);
+            let gone = if former == BPF { "bpf_prog_6deef7357e7b4530_sample" } else { "bpf_prog_1_former" };
             if former != BPF {
-                add(log, former, 0x80, "bpf_prog_1_former");
+                add(log, former, 0x80, gone);
             }
-            log.push(KernelSymbolChange::Removed(former));
+            log.push(KernelSymbolChange::Removed(range(former, 0x100, gone)));
             add(log, BPF + 0xc0, 0x80, "bpf_prog_2_new");
             refresh(&mut kallsyms, begin, 10, 0);
-            assert_eq!(name_at(&kallsyms, BPF + 0xc0), None, "{name}");
+            assert_eq!(name_at(&kallsyms, BPF + 0xc0).as_deref(), None, "{name}");
             refresh(&mut kallsyms, begin, 40, 0);
-            assert_eq!(name_at(&kallsyms, BPF + 0xc0), Some("bpf_prog_2_new"), "{name}");
+            assert_eq!(name_at(&kallsyms, BPF + 0xc0).as_deref(), Some("bpf_prog_2_new"), "{name}");
             // The same program again.
-            log.push(KernelSymbolChange::Removed(BPF + 0xc0));
+            log.push(KernelSymbolChange::Removed(range(BPF + 0xc0, 0x80, "bpf_prog_2_new")));
             add(log, BPF + 0xc0, 0x80, "bpf_prog_2_new");
             refresh(&mut kallsyms, begin, 50, 0);
-            assert_eq!(name_at(&kallsyms, BPF + 0xc0), Some("bpf_prog_2_new"), "{name}");
+            assert_eq!(name_at(&kallsyms, BPF + 0xc0).as_deref(), Some("bpf_prog_2_new"), "{name}");
         }
+    }
+
+    /// Names each address below 100 after itself.
+    #[derive(Debug)]
+    struct Namer;
+
+    impl KernelNamer for Namer {
+        fn names(&mut self, addresses: &[u64]) -> io::Result<Vec<Option<KernelName>>> {
+            let name =
+                |address| KernelName { name: format!("function_{address}"), module: "module".to_owned() };
+            Ok(addresses.iter().map(|address| (*address < 100).then(|| name(*address))).collect())
+        }
+    }
+
+    #[test]
+    fn a_namer_is_asked_for_what_no_event_told() {
+        let (log, begin) = (log(), Instant::now());
+        log.set_namer(Box::new(Namer));
+        let mut kallsyms = Kallsyms::new(log);
+        assert_eq!(kallsyms.follow(begin), Refreshed::Unchanged, "nothing has changed");
+        add(log, 40, 8, "bpf_prog_1_new");
+        log.push(KernelSymbolChange::Removed(range(60, 8, "bpf_prog_2_there_before")));
+        assert_eq!(kallsyms.follow(begin), Refreshed::Changed);
+        let names = |kallsyms: &Kallsyms, addresses: &[u64]| -> Vec<Option<String>> {
+            let found = kallsyms.find_all(addresses).into_iter();
+            found.map(|symbol| symbol.map(|symbol| symbol.name.into_owned())).collect()
+        };
+        let wanted = [
+            Some("function_7"),
+            Some("bpf_prog_1_new"),
+            None,
+            Some("bpf_prog_2_there_before"),
+            Some("function_48"),
+        ];
+        let wanted = wanted.map(|name| name.map(str::to_owned));
+        assert_eq!(names(&kallsyms, &[7, 47, 100, 67, 48]), wanted);
+        log.push(KernelSymbolChange::Removed(range(40, 8, "bpf_prog_1_new")));
+        kallsyms.follow(begin + WINDOW_TIME / 2);
+        assert_eq!(
+            names(&kallsyms, &[47]),
+            [Some("bpf_prog_1_new".to_owned())],
+            "its samples wait for names"
+        );
+        add(log, 1000, 8, "bpf_prog_3_other");
+        kallsyms.follow(begin + 2 * WINDOW_TIME);
+        assert_eq!(
+            names(&kallsyms, &[47]),
+            [Some("function_47".to_owned())],
+            "later it is what is there now"
+        );
+        log.missed();
+        assert_eq!(kallsyms.follow(begin + 2 * WINDOW_TIME), Refreshed::Changed);
+        assert_eq!(names(&kallsyms, &[1000]), [None], "what events told before a gap may be wrong");
     }
 
     #[test]

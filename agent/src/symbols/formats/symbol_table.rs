@@ -98,12 +98,6 @@ impl SymbolTable {
         c_string(&self.names, found?.1.name as usize)
     }
 
-    /// Returns the address of the symbol that starts behind this address.
-    pub(crate) fn next_start(&self, address: u64) -> Option<u64> {
-        let after = self.symbols.partition_point(|symbol| symbol.start <= address);
-        self.symbols.get(after).map(|symbol| symbol.start)
-    }
-
     pub(crate) fn len(&self) -> usize {
         self.symbols.len()
     }
