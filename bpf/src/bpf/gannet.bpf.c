@@ -25,9 +25,9 @@ int on_tick(struct bpf_perf_event_data *ctx)
 
 	if (!scratch)
 		return 0;
-	unwind_by_loop(2 * MAX_USER_FRAMES);
+	unwind_by_loop(scratch, 2 * MAX_USER_FRAMES);
 	if (goes_on_raw(counters, scratch))
-		unwind_by_loop(RAW_LIST_WORDS);
+		unwind_by_loop(scratch, RAW_LIST_WORDS);
 	finish_tick(counters, scratch, true);
 	return 0;
 }
@@ -80,7 +80,7 @@ int on_switch(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!scratch)
 		return 0;
-	unwind_by_loop(OFF_CPU_FRAMES + 1);
+	unwind_by_loop(scratch, OFF_CPU_FRAMES + 1);
 	finish_switch(counters, scratch);
 	return 0;
 }

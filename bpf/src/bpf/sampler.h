@@ -420,15 +420,14 @@ static long each_frame(u32 index, struct frame_context *context)
 
 /*
  * Unwinds where the kernel has bpf_loop (5.17). A native frame takes one call, a run of list frames up to two more than it
- * has frames. Global, so that it is verified once and not with each of its calls.
+ * has frames.
  */
-__attribute__((noinline)) int unwind_by_loop(u32 calls)
+ALWAYS_INLINE void unwind_by_loop(struct sample_scratch *scratch, u32 calls)
 {
-	struct frame_context context = { .scratch = this_cpu_scratch(), .cache = this_cpu_rule_cache() };
+	struct frame_context context = { .scratch = scratch, .cache = this_cpu_rule_cache() };
 
-	if (context.scratch && context.cache)
+	if (context.cache)
 		bpf_loop(calls, each_frame, &context, 0);
-	return 0;
 }
 
 /*
