@@ -202,9 +202,10 @@ impl<'a> Visitor<'a> for RecordVisitor {
             name: String::from_utf8_lossy(name).into_owned(),
             module: symbol_module(record.ksym_type, name),
         };
-        let change = match record.flags.contains(KSymbolFlags::UNREGISTER) {
-            true => KernelSymbolChange::Removed(range),
-            false => KernelSymbolChange::Added(range),
+        let change = if record.flags.contains(KSymbolFlags::UNREGISTER) {
+            KernelSymbolChange::Removed(range)
+        } else {
+            KernelSymbolChange::Added(range)
         };
         Some(Record::KernelSymbol(ktime_ns, change))
     }
