@@ -234,8 +234,10 @@ fn spin(flags: &[&str], rounds: u32, directory: &Path) -> Spinning {
         if line == "ready" {
             return Spinning { running, printed };
         }
-        let mut frames = line.split(';').map(str::to_owned);
-        printed.insert(frames.next().unwrap(), frames.filter(|frame| !is_hidden(frame)).collect());
+        // The first line is the number of cases.
+        let Some((case, frames)) = line.split_once(';') else { continue };
+        let frames = frames.split(';').filter(|frame| !is_hidden(frame)).map(str::to_owned);
+        printed.insert(case.to_owned(), frames.collect());
     }
 }
 
