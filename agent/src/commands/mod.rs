@@ -10,7 +10,7 @@ pub mod top;
 use clap::{CommandFactory as _, Parser, Subcommand};
 use gannet_base::{CompletionArgs, ManArgs};
 
-use crate::{access, config::RunOptions, symbols};
+use crate::{access, config::RunOptions, model::KernelSymbolLog, symbols};
 use record::RecordArgs;
 use top::TopArgs;
 
@@ -74,8 +74,10 @@ pub fn command() -> clap::Command {
     Cli::command()
 }
 
-/// Ends the workers, as the last step of a program. Calls that no signal ends are left behind, and logged. Then standard
+/// Ends the workers, as the last step of a program, and closes what they share. Calls that no signal ends are left behind, and logged. Then standard
 /// output and error are closed, because a reader of them would wait for such a call too.
 pub fn end_workers() {
+    // A worker that is left behind shares all descriptors.
+    KernelSymbolLog::of_this_kernel().forget_namer();
     access::node().end();
 }

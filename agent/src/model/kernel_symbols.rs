@@ -91,6 +91,11 @@ impl KernelSymbolLog {
         self.0.lock().namer = Some(namer);
     }
 
+    /// Ends the answers: the namer and its descriptors are gone.
+    pub fn forget_namer(&self) {
+        self.0.lock().namer = None;
+    }
+
     /// Returns whether addresses can be named one by one.
     pub fn has_namer(&self) -> bool {
         self.0.lock().namer.is_some()
