@@ -558,7 +558,7 @@ mod tests {
     use super::*;
     use crate::{
         model::ProcessKey,
-        runtimes::{Detected, FunctionText, Runtime},
+        runtimes::{Detected, Runtime},
     };
 
     /// A runtime whose processes with bias 0 never answer.
@@ -590,21 +590,6 @@ mod tests {
                 _ => {}
             }
             Err(WhyNot::Version)
-        }
-
-        fn read_function(
-            &self,
-            _: &RuntimeFile,
-            _: u64,
-            _: u64,
-            _: u32,
-            _: &dyn Memory,
-        ) -> Result<FunctionText, WhyNot> {
-            Err(WhyNot::Unreadable)
-        }
-
-        fn line(&self, _: &RuntimeFile, _: &FunctionText, _: u32) -> u32 {
-            0
         }
     }
 

@@ -10,9 +10,6 @@ use std::{
     thread,
 };
 
-use gannet_elf::Elf;
-use gannet_unwind::limits::TableLimits;
-
 use super::wake_up::WakeUp;
 use crate::{
     access::{self, Unanswered},
@@ -195,10 +192,7 @@ impl DetectorThread {
 /// Reads the symbols of a file. One that cannot be opened or understood is no interpreter.
 fn detect(file: &Arc<MappedFile>) -> Result<Found, Unanswered> {
     let path = file.path.clone();
-    let read = access::read_file(file, move |open| {
-        let elf = Elf::parse(open, &TableLimits::default().elf()).ok()?;
-        runtimes::detect(&elf, &path)
-    })?;
+    let read = access::read_file(file, move |open| runtimes::detect_in(open, &path))?;
     Ok(read.ok().flatten().map(Arc::new))
 }
 

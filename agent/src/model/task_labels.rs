@@ -1,23 +1,10 @@
 //! Labels that a program gives its own tasks, as Go its goroutines.
 
-use gannet_proto::labels::RESERVED;
+use gannet_proto::{labels::RESERVED, pprof::GUESSED_FROM};
 
-/// Labels of the agent's own, beside those of series. A program must not pass for another one by them.
-const OWN: [&str; 13] = [
-    "pid",
-    "tid",
-    "thread",
-    "comm",
-    "container_id",
-    "pod_uid",
-    "runtime",
-    "runtime_version",
-    "state",
-    "unwinding",
-    "guessed_from",
-    "cmdline",
-    "cwd",
-];
+/// Labels of the agent's own that only samples have, beside those of series. A program must not pass for another one by them.
+const OWN: [&str; 10] =
+    ["pid", "tid", "thread", "container_id", "pod_uid", "state", "unwinding", GUESSED_FROM, "cmdline", "cwd"];
 /// Own labels that show variables of the environment begin with this.
 const VARIABLE: &str = "env_";
 /// Before a name that the agent has a label of its own for.

@@ -25,9 +25,10 @@ mod ruby;
 mod texts;
 mod v8;
 
-use std::{ops::Range, sync::Arc};
+use std::{fs::File, ops::Range, sync::Arc};
 
 use gannet_elf::Elf;
+use gannet_unwind::limits::TableLimits;
 
 use crate::model::{LabelLayout, ListLayout, printable};
 
@@ -108,7 +109,8 @@ pub(crate) trait Runtime: Send + Sync + std::fmt::Debug {
     /// Finds where a process keeps its frames.
     fn attach(&self, file: &RuntimeFile, bias: u64, memory: &dyn Memory) -> Result<Attachment, WhyNot>;
 
-    /// Reads the texts of a function's object. `sum` is that of the samples.
+    /// Reads the texts of a function's object. `sum` is that of the samples. Only for runtimes with list frames: functions of made
+    /// code are read with the code, and native ones are in the file's symbols.
     fn read_function(
         &self,
         file: &RuntimeFile,
@@ -116,10 +118,16 @@ pub(crate) trait Runtime: Send + Sync + std::fmt::Debug {
         object: u64,
         sum: u32,
         memory: &dyn Memory,
-    ) -> Result<FunctionText, WhyNot>;
+    ) -> Result<FunctionText, WhyNot> {
+        let _ = (file, bias, object, sum, memory);
+        Err(WhyNot::Unreadable)
+    }
 
     /// Returns the line of a position in a function; 0 if there is none.
-    fn line(&self, file: &RuntimeFile, function: &FunctionText, position: u32) -> u32;
+    fn line(&self, file: &RuntimeFile, function: &FunctionText, position: u32) -> u32 {
+        let _ = (file, function, position);
+        0
+    }
 }
 
 /// Facts that a runtime has found in a file.
@@ -149,6 +157,17 @@ impl RuntimeFile {
     pub(crate) fn names(&self) -> (&str, &str) {
         (self.runtime.name(), &self.detected.version_text)
     }
+}
+
+/// Returns major and minor number of a version such as `17.0.15`, 0 for what is no number.
+fn numbers_of(version_text: &str) -> (u8, u8) {
+    let mut numbers = version_text.split('.').map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// Finds the interpreter in an open file; `path` is its path in the process. One that is no ELF file has none.
+pub(crate) fn detect_in(file: &File, path: &str) -> Option<RuntimeFile> {
+    detect(&Elf::parse(file, &TableLimits::default().elf()).ok()?, path)
 }
 
 /// Finds the interpreter in a file.

@@ -23,7 +23,7 @@ use super::{
         dwarf::DebugLine,
         elf,
         jitdump::JitDump,
-        kallsyms::{Kallsyms, Refreshed},
+        kallsyms::{KernelSymbols, Refreshed},
         perf_map::{Listed, PerfMap},
     },
     names::{ByBytes, ContentKey, Function, Functions, SharedTexts},
@@ -85,7 +85,7 @@ pub(super) struct NameFinder {
     jitdumps: LruCache<ProcessKey, JitDump>,
     /// Bytes of perf maps and jitdumps that may be read.
     map_bytes: ByteBudget,
-    kallsyms: Kallsyms,
+    kallsyms: KernelSymbols,
     /// Functions of the kernel that were asked for since its symbols changed.
     kernel_functions: ProcessFunctions,
     /// The kernel's symbols are those of now. False again after each set of profiles.
@@ -107,7 +107,7 @@ impl NameFinder {
             perf_maps: LruCache::new(MAX_PERF_MAPS),
             jitdumps: LruCache::new(MAX_PERF_MAPS),
             map_bytes: ByteBudget::new(debug_cost.map_bytes),
-            kallsyms: Kallsyms::new(kernel_symbols),
+            kallsyms: KernelSymbols::new(kernel_symbols),
             kernel_functions: ProcessFunctions::new(),
             kernel_is_fresh: false,
             vdso: vdso_file().map_err(|error| tracing::debug!(%error, "cannot read the vDSO")).ok(),

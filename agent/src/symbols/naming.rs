@@ -10,6 +10,7 @@ use std::{
 
 use gannet_elf::BuildIds;
 use gannet_proto::{
+    labels::{COMM, RUNTIME, RUNTIME_VERSION},
     pprof::{
         Builder, GUESSED_FROM, Header, Label, LabelValue, Line, LocationId, MAX_STACK_FRAMES, Mapping,
         MappingId,
@@ -295,11 +296,11 @@ fn labels<'a>(process: &'a RawProcess, stack: &'a RawStack, guessed_from: Option
     let number = |key, value: i64| Label { key, value: LabelValue::Num(value, "") };
     let texts = [
         text("thread", stack.thread.as_str()),
-        text("comm", &process.comm),
+        text(COMM, &process.comm),
         text("container_id", &process.container_id),
         text("pod_uid", &process.pod_uid),
-        text("runtime", runtime.map_or("", |file| file.runtime.name())),
-        text("runtime_version", runtime.map_or("", |file| &file.detected.version_text)),
+        text(RUNTIME, runtime.map_or("", |file| file.runtime.name())),
+        text(RUNTIME_VERSION, runtime.map_or("", |file| &file.detected.version_text)),
         text("state", sleep_state(stack.state)),
         text("unwinding", if guessed_from.is_some() { "guessed" } else { "" }),
     ];

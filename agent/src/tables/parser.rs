@@ -9,7 +9,7 @@ use std::{
     thread,
 };
 
-use gannet_elf::{BuildId, ContentId, DebugLink, Elf, Segments};
+use gannet_elf::{BuildId, ContentId, DebugLink, Segments};
 use gannet_unwind::{
     build::{BuildError, BuildOptions, BuiltTable, DebugFiles, build_bytes, build_file, identify},
     cache::{self, CachedTable},
@@ -366,10 +366,7 @@ fn runtime_of(table: &UnwindTable, file: &Arc<MappedFile>) -> Option<Arc<Runtime
         return None;
     }
     let path = file.path.clone();
-    let detected = access::read_file(file, move |open| {
-        let elf = Elf::parse(open, &TableLimits::default().elf()).ok()?;
-        runtimes::detect(&elf, &path)
-    });
+    let detected = access::read_file(file, move |open| runtimes::detect_in(open, &path));
     detected.ok()?.ok()?.map(Arc::new)
 }
 

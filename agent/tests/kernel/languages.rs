@@ -16,7 +16,7 @@ use std::{
 
 use gannet_proto::profiles::{Location, Profile};
 
-use crate::common::{Running, program, record_for, slower};
+use crate::common::{Recording, Running, program, record_for, slower};
 
 const SYSTEM_PYTHON: &str = "/usr/bin/python3";
 /// Says which interpreters to test: paths with `:` between them.
@@ -189,20 +189,32 @@ fn python_stacks_are_those_that_the_program_printed() {
     }
 }
 
+/// A program that printed its stack in each of its cases, and a profile of it from then on.
+struct Recorded {
+    /// The program's file as the interpreter sees it.
+    path: PathBuf,
+    /// The line that the program printed first: what it is run by.
+    first_line: String,
+    /// The frames that it printed, by case.
+    printed: BTreeMap<String, Vec<String>>,
+    recording: Recording,
+}
+
+/// Runs a program until it has printed its cases, and records it.
 #[track_caller]
-fn check_python(python: &str) {
-    let (root, command) = command_of(python);
+fn record_program(interpreter: &str, options: &[&str], name: &str, program: &str, cases: usize) -> Recorded {
+    let (root, command) = command_of(interpreter);
     let directory = tempfile::tempdir_in(root.join("tmp")).unwrap();
-    let file = directory.path().join("app.py");
-    std::fs::write(&file, PYTHON.replace("\\u00e4", "\u{e4}")).unwrap();
+    let file = directory.path().join(name);
+    std::fs::write(&file, program).unwrap();
     let path = Path::new("/").join(file.strip_prefix(&root).unwrap());
-    let mut running =
-        Running::start(Command::new(command[0]).args(&command[1..]).arg(&path).stdout(Stdio::piped()));
-    let output = BufReader::new(running.0.stdout.take().unwrap());
-    let mut printed: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    let mut lines = output.lines();
-    let minor: u32 = lines.next().unwrap().unwrap().parse().unwrap();
-    while printed.len() < 9 {
+    let mut running = Running::start(
+        Command::new(command[0]).args(&command[1..]).args(options).arg(&path).stdout(Stdio::piped()),
+    );
+    let mut lines = BufReader::new(running.0.stdout.take().unwrap()).lines();
+    let first_line = lines.next().unwrap().unwrap();
+    let mut printed = BTreeMap::new();
+    while printed.len() < cases {
         let line = lines.next().unwrap().unwrap();
         let mut frames = line.split(';').map(str::to_owned);
         printed.insert(frames.next().unwrap(), frames.collect());
@@ -212,7 +224,35 @@ fn check_python(python: &str) {
     let recording = record_for(6, 499, &["--pid", &running.0.id().to_string()]);
     drop(running);
     reader.join().unwrap();
+    Recorded { path, first_line, printed, recording }
+}
 
+impl Recorded {
+    /// Checks that all samples have the labels of their runtime.
+    #[track_caller]
+    fn check_labels(&self, runtime: &str, is_version: impl Fn(Option<&str>) -> bool) {
+        let profile = &self.recording.profile;
+        let text = |index: i64| profile.string_table[index as usize].as_str();
+        for sample in &profile.sample {
+            let label =
+                |name| sample.label.iter().find(|label| text(label.key) == name).map(|label| text(label.str));
+            assert_eq!(label("runtime"), Some(runtime));
+            assert!(is_version(label("runtime_version")), "{:?}", label("runtime_version"));
+        }
+    }
+
+    /// Returns the frames of the program, with how often each stack was sampled.
+    fn stacks(&self, runtime_and_loop: (&str, &str)) -> Vec<(Vec<String>, u64)> {
+        interpreted_frames(&self.recording.profile, runtime_and_loop, self.path.to_str().unwrap())
+    }
+}
+
+#[track_caller]
+fn check_python(python: &str) {
+    let program = PYTHON.replace("\\u00e4", "\u{e4}");
+    let recorded = record_program(python, &[], "app.py", &program, 9);
+    let printed = &recorded.printed;
+    let minor: u32 = recorded.first_line.parse().unwrap();
     let spin = printed["plain"][0].clone();
     let spin_line: u32 = spin.rsplit(' ').next().unwrap().parse().unwrap();
     // It prints one line, and spins two lines below.
@@ -225,16 +265,10 @@ fn check_python(python: &str) {
             expected(minor, case, &frames)
         })
         .collect();
-    let text = |index: i64| recording.profile.string_table[index as usize].as_str();
     let version = format!("3.{minor}.");
-    for sample in &recording.profile.sample {
-        let label =
-            |name| sample.label.iter().find(|label| text(label.key) == name).map(|label| text(label.str));
-        assert_eq!(label("runtime"), Some("python"));
-        let found = label("runtime_version");
-        assert!(found.is_some_and(|found| found.starts_with(&version) || minor < 11), "{found:?}");
-    }
-    let stacks = interpreted_frames(&recording.profile, PYTHON_LOOP, path.to_str().unwrap());
+    recorded
+        .check_labels("python", |found| found.is_some_and(|found| found.starts_with(&version) || minor < 11));
+    let stacks = recorded.stacks(PYTHON_LOOP);
     // From 3.14 on, Debian's loop is a part of the program that has no name: the order among C frames is not checked there.
     let has_name = stacks.iter().any(|(stack, _)| stack.iter().any(|frame| frame == "|"));
     assert!(has_name || minor >= 14, "no frame of the loop has a name");

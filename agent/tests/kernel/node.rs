@@ -61,7 +61,7 @@ fn stacks(profile: &Profile, file: &str) -> Vec<Sampled> {
     profile.sample.iter().map(of).collect()
 }
 
-/// What is asked of the stacks.
+/// The stacks that the test accepts.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Wanted {
     /// Nearly all are those printed.

@@ -577,8 +577,8 @@ __attribute__((noinline)) int call_send_function(u32 number)
 	return scratch && record && send_function(scratch, number, record);
 }
 
-/* `by_call` must be false in a chain of tail calls: some kernels refuse those in a program that calls functions. */
-ALWAYS_INLINE void send_functions(struct counters *counters, struct sample_scratch *scratch, bool by_call)
+/* `by_loop`: the kernel has bpf_loop. A chain of tail calls calls no functions: some kernels refuse the mixture. */
+ALWAYS_INLINE void send_functions(struct counters *counters, struct sample_scratch *scratch, bool by_loop)
 {
 	struct function_record *record;
 	struct function_key key;
@@ -589,7 +589,7 @@ ALWAYS_INLINE void send_functions(struct counters *counters, struct sample_scrat
 	for (u32 i = 0; record && i < MAX_NEW_FUNCTIONS; i++) {
 		if (i >= scratch->unwind.new_functions)
 			break;
-		if (by_call ? call_send_function(i) : send_function(scratch, i, record))
+		if (by_loop ? call_send_function(i) : send_function(scratch, i, record))
 			continue;
 		/* The next sample that has it tries again. */
 		counters->functions_unsent++;
@@ -733,10 +733,10 @@ ALWAYS_INLINE bool goes_on_raw(struct counters *counters, struct sample_scratch 
 }
 
 /* Does what is left to do once the stack is unwound. */
-ALWAYS_INLINE void finish_tick(struct counters *counters, struct sample_scratch *scratch, bool by_call)
+ALWAYS_INLINE void finish_tick(struct counters *counters, struct sample_scratch *scratch, bool by_loop)
 {
 	end_unwind(scratch);
-	send_functions(counters, scratch, by_call);
+	send_functions(counters, scratch, by_loop);
 	send_tick(counters, scratch);
 }
 

@@ -14,7 +14,7 @@ use self::{
     build_info::BuildInfo,
     code::{TaskOffsets, labels_offset, task_offsets},
 };
-use super::{Attachment, Detected, FunctionText, Memory, Runtime, RuntimeFile, WhyNot};
+use super::{Attachment, Detected, Memory, Runtime, RuntimeFile, WhyNot};
 use crate::model::{LabelForm, LabelLayout};
 
 const BUILD_INFO: &[u8] = b".go.buildinfo";
@@ -80,22 +80,6 @@ impl Runtime for Go {
             labels: labels as i32,
             form,
         }))
-    }
-
-    fn read_function(
-        &self,
-        _: &RuntimeFile,
-        _: u64,
-        _: u64,
-        _: u32,
-        _: &dyn Memory,
-    ) -> Result<FunctionText, WhyNot> {
-        // Its functions are in the file's symbols.
-        Err(WhyNot::Unreadable)
-    }
-
-    fn line(&self, _: &RuntimeFile, _: &FunctionText, _: u32) -> u32 {
-        0
     }
 }
 

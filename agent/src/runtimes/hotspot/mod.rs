@@ -22,7 +22,7 @@ use self::{
 };
 use super::{
     Attachment, CodeReader as _, Detected, FunctionText, Memory, NO_POSITION, Runtime, RuntimeFile, WhyNot,
-    makes_code, memory::Limited,
+    makes_code, memory::Limited, numbers_of,
 };
 
 /// The file that is the virtual machine.
@@ -59,9 +59,7 @@ impl Runtime for HotSpot {
         let symbols = elf.symbols(b".dynsym").filter(|table| table.bytes() <= MAX_SYMBOL_BYTES)?;
         let addresses = symbols.addresses_of(&SYMBOLS).into_iter().collect::<Option<Vec<u64>>>()?;
         let version_text = version(elf).unwrap_or_default();
-        let mut numbers = version_text.split('.').map(|number| number.parse().unwrap_or(0));
-        let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-        Some(Detected { version, version_text, addresses, layout: 0 })
+        Some(Detected { version: numbers_of(&version_text), version_text, addresses, layout: 0 })
     }
 
     fn attach(&self, file: &RuntimeFile, bias: u64, memory: &dyn Memory) -> Result<Attachment, WhyNot> {
@@ -79,18 +77,6 @@ impl Runtime for HotSpot {
         let heaps = Heaps::new(Layout::new(&structs, major)?);
         heaps.ranges(memory)?;
         Ok(Attachment::Code(Arc::new(heaps)))
-    }
-
-    fn read_function(
-        &self,
-        _: &RuntimeFile,
-        _: u64,
-        _: u64,
-        _: u32,
-        _: &dyn Memory,
-    ) -> Result<FunctionText, WhyNot> {
-        // Methods are read with the code that they are in.
-        Err(WhyNot::Unreadable)
     }
 
     fn line(&self, _: &RuntimeFile, function: &FunctionText, position: u32) -> u32 {

@@ -2,36 +2,25 @@
 
 use std::sync::Arc;
 
-use gannet_elf::Arch;
-use gannet_unwind::{
-    format::UnwindRule,
-    table::UnwindTable,
-    unwind::{GeneratedFrame, TableSource, ThreadSnapshot, unwind_stack},
-};
-
 use super::{
     super::{
-        CodeNeeds, CodeWalk, Detected, GeneratedCode, Interpreter, Memory, Runtime as _, RuntimeFile,
-        hostile::Hostile,
+        CodeNeeds, Detected, GeneratedCode, Interpreter, Runtime as _, RuntimeFile,
+        hostile::{Hostile, HostileThread, named},
     },
     MAX_READ_BYTES, MAX_READS, V8,
     code::{Builtin, Isolates},
     layout::{ABSENT, Layout, SYMBOLS, VALUES},
     lines,
 };
-use crate::model::{StackWord, boot_time_ns};
 
 /// Address of the memory.
 const AT: u64 = 0x1_0000;
 /// Places in the memory, each as a number of words: program counter, stack and frame pointer, begin and length of a builtin.
 type Places = [u8; 5];
-/// Memory above the stack pointer, as a raw sample has it.
-const STACK_BYTES: usize = 512;
 const REQUESTS: usize = 4;
 /// Reads and bytes of all requests of a run.
 const MAX_CODE_READS: usize = REQUESTS * 100_100;
 const MAX_CODE_BYTES: usize = REQUESTS * (9 << 20);
-const FRAMES: usize = 64;
 /// Bytes of the table of bytecodes, in the memory behind the symbols.
 const BYTECODE_BYTES: u64 = 24;
 /// The version of V8, and what the symbols of its objects say.
@@ -113,18 +102,6 @@ fn file() -> RuntimeFile {
     RuntimeFile { runtime: &V8, detected }
 }
 
-struct Source<'a>(CodeWalk<'a>);
-
-impl TableSource for Source<'_> {
-    fn find(&self, _: u64) -> Option<(&UnwindTable, u64)> {
-        None
-    }
-
-    fn generated(&self, frame: &GeneratedFrame<'_>) -> Option<UnwindRule> {
-        self.0.rule(frame, frame.pc)
-    }
-}
-
 /// Returns the functions of the stack, innermost first, with their lines.
 fn unwind(bytes: &[u8]) -> Option<Vec<String>> {
     let ([kind, places @ ..], bytes) = bytes.split_first_chunk::<6>()?;
@@ -141,39 +118,17 @@ fn unwind(bytes: &[u8]) -> Option<Vec<String>> {
     let code = GeneratedCode::new(Arc::new(Isolates::new(layout, vec![builtin])));
     let interpreter = Interpreter::new(Arc::new(file()), 0).with_code(code);
     let code = interpreter.code.as_ref()?;
-    let time_ns = boot_time_ns();
     let mut needs = CodeNeeds { addresses: [pc].into(), ..CodeNeeds::default() };
-    let mut stack = vec![0; STACK_BYTES];
-    let mut lengths = (1..=STACK_BYTES / 8).rev().map(|words| 8 * words);
-    let length = lengths.find(|length| memory.read(sp, &mut stack[..*length])).unwrap_or(0);
-    stack.truncate(length);
-    let registers = [0, 0, 0, 0, 0, 0, fp, sp, 0, 0, 0, 0, 0, 0, 0, 0];
+    let thread = HostileThread::new(pc, sp, fp, [0; 16], &memory);
     let mut frames = Vec::new();
     for _ in 0..REQUESTS {
         if code.read(&needs, &interpreter, &memory).is_err() {
             return None;
         }
-        let snapshot =
-            ThreadSnapshot { arch: Arch::X86_64, pc, registers: &registers, stack_start: sp, stack: &stack };
-        let source = Source(CodeWalk::new(code, time_ns));
-        let unwound = unwind_stack(&snapshot, &source, FRAMES);
-        assert!(unwound.frames.len() <= FRAMES, "{} frames", unwound.frames.len());
-        (frames, needs) = source.0.finish();
+        (frames, needs) = thread.unwind(code);
     }
-    let mut named = Vec::new();
-    for pair in frames.iter().flat_map(|(_, words)| words.as_chunks::<2>().0) {
-        let words = pair.map(StackWord::decode);
-        assert!(
-            matches!(words, [StackWord::Function(_), StackWord::Position { .. }]),
-            "{pair:x?} are no function"
-        );
-        let [StackWord::Function(number), StackWord::Position { position, .. }] = words else { continue };
-        let Some(function) = interpreter.function(number) else { continue };
-        let Some(text) = function.texts() else { continue };
-        assert!(!text.name.contains(char::is_control) && !text.file.contains(char::is_control));
-        named.push(format!("{} {}:{}", text.name, text.file, interpreter.line(text, position)));
-    }
-    Some(named)
+    let names = named(&frames, &interpreter).into_iter();
+    Some(names.map(|(name, file, line)| format!("{name} {file}:{line}")).collect())
 }
 
 #[cfg(test)]

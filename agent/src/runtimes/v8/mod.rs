@@ -21,6 +21,7 @@ use self::{
 };
 use super::{
     Attachment, Detected, FunctionText, Memory, Runtime, RuntimeFile, WhyNot, makes_code, memory::Limited,
+    numbers_of,
 };
 
 /// The file that has the engine in it.
@@ -74,15 +75,13 @@ impl Runtime for V8 {
             }),
         );
         let version_text = version(elf).unwrap_or_default();
-        let mut numbers = version_text.split('.').map(|number| number.parse().unwrap_or(0));
-        let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-        Some(Detected { version, version_text, addresses, layout: 0 })
+        Some(Detected { version: numbers_of(&version_text), version_text, addresses, layout: 0 })
     }
 
     fn code(&self, detected: &Detected) -> Range<u64> {
-        let builtins = of_file(detected, 0);
-        match (builtins.first(), builtins.last()) {
-            (Some(first), Some(last)) => first.code.start..last.code.end,
+        // Asked for each frame, so it collects nothing.
+        match (builtin_words(detected).first(), builtin_words(detected).last()) {
+            (Some([start, ..]), Some([_, end, _])) => *start..*end,
             _ => 0..0,
         }
     }
@@ -95,18 +94,6 @@ impl Runtime for V8 {
             return Err(WhyNot::Implausible("no symbols of builtins"));
         }
         Ok(Attachment::Code(Arc::new(Isolates::new(layout, builtins))))
-    }
-
-    fn read_function(
-        &self,
-        _: &RuntimeFile,
-        _: u64,
-        _: u64,
-        _: u32,
-        _: &dyn Memory,
-    ) -> Result<FunctionText, WhyNot> {
-        // Functions are read with the code that they are in.
-        Err(WhyNot::Unreadable)
     }
 
     fn line(&self, _: &RuntimeFile, function: &FunctionText, position: u32) -> u32 {
@@ -133,12 +120,14 @@ fn find(elf: &Elf<'_>, table: &[u8], addresses: &mut [u64], sizes: &mut u64) {
     }
 }
 
+/// Returns begin, end and whether it is an interpreter of each builtin of a file.
+fn builtin_words(detected: &Detected) -> &[[u64; 3]] {
+    detected.addresses.get(SYMBOLS.len() + 1..).unwrap_or_default().as_chunks().0
+}
+
 /// Returns the builtins of a file, at their addresses in a process.
 fn of_file(detected: &Detected, bias: u64) -> Vec<Builtin> {
-    let numbers = detected.addresses.get(SYMBOLS.len() + 1..).unwrap_or_default();
-    numbers
-        .as_chunks()
-        .0
+    builtin_words(detected)
         .iter()
         .map(|[start, end, is_interpreter]| Builtin {
             code: start.wrapping_add(bias)..end.wrapping_add(bias),

@@ -47,7 +47,7 @@ pub(crate) enum KallsymsError {
 
 /// Kernel symbols: asked for one by one, or read at the first use, and again where events do not say what has changed.
 #[derive(Debug)]
-pub(crate) struct Kallsyms {
+pub(crate) struct KernelSymbols {
     log: &'static KernelSymbolLog,
     position: KernelSymbolPosition,
     /// Empty while single addresses can be named.
@@ -82,7 +82,7 @@ pub(crate) struct KernelSymbol<'a> {
     pub(crate) module: Cow<'a, str>,
 }
 
-impl Kallsyms {
+impl KernelSymbols {
     pub(crate) fn new(log: &'static KernelSymbolLog) -> Self {
         Self {
             log,
@@ -240,7 +240,7 @@ impl Kallsyms {
     }
 }
 
-/// The work that [`Kallsyms::refresh`] did.
+/// The work that [`KernelSymbols::refresh`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refreshed {
     Unchanged,
@@ -333,7 +333,7 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
     }
 
     /// Refreshes at this second with [`TEXT`], and returns what was done.
-    fn refresh(kallsyms: &mut Kallsyms, begin: Instant, seconds: u64, modules: u64) -> Refreshed {
+    fn refresh(kallsyms: &mut KernelSymbols, begin: Instant, seconds: u64, modules: u64) -> Refreshed {
         kallsyms.refresh_by(begin + Duration::from_secs(seconds), modules, || parse(TEXT.as_bytes()))
     }
 
@@ -345,17 +345,17 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
         KernelSymbolRange { start, bytes, name: name.to_owned(), module: "bpf" }
     }
 
-    fn find(kallsyms: &Kallsyms, address: u64) -> Option<KernelSymbol<'_>> {
+    fn find(kallsyms: &KernelSymbols, address: u64) -> Option<KernelSymbol<'_>> {
         kallsyms.find_all(&[address]).pop().flatten()
     }
 
-    fn name_at(kallsyms: &Kallsyms, address: u64) -> Option<String> {
+    fn name_at(kallsyms: &KernelSymbols, address: u64) -> Option<String> {
         find(kallsyms, address).map(|symbol| symbol.name.into_owned())
     }
 
     #[test]
     fn kernel_modules_and_bpf_programs_have_names() {
-        let mut kallsyms = Kallsyms::new(log());
+        let mut kallsyms = KernelSymbols::new(log());
         refresh(&mut kallsyms, Instant::now(), 0, 0);
         for (address, expected) in [
             (0xffff_ffff_8100_0010, Some(("_stext", ""))),
@@ -375,8 +375,8 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
     #[test]
     fn symbols_are_read_again_only_if_events_do_not_tell_the_change() {
         let (log, begin) = (log(), Instant::now());
-        let mut kallsyms = Kallsyms::new(log);
-        let at = |kallsyms: &mut Kallsyms, seconds, modules| refresh(kallsyms, begin, seconds, modules);
+        let mut kallsyms = KernelSymbols::new(log);
+        let at = |kallsyms: &mut KernelSymbols, seconds, modules| refresh(kallsyms, begin, seconds, modules);
         assert_eq!(at(&mut kallsyms, 0, 1), Refreshed::Read);
         assert_eq!(at(&mut kallsyms, 59, 1), Refreshed::Unchanged);
         assert_eq!(at(&mut kallsyms, 60, 1), Refreshed::Read, "without events, time decides");
@@ -402,7 +402,7 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
     fn a_program_has_its_name_from_its_first_to_its_last_sample() {
         let (log, begin) = (log(), Instant::now());
         log.missed();
-        let mut kallsyms = Kallsyms::new(log);
+        let mut kallsyms = KernelSymbols::new(log);
         refresh(&mut kallsyms, begin, 0, 0);
         add(log, BPF + 0x100, 0x40, "bpf_prog_1_new");
         assert_eq!(refresh(&mut kallsyms, begin, 10, 0), Refreshed::Changed);
@@ -419,7 +419,7 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
         for (former, name) in [(BPF + 0x80, "made since"), (BPF, "read from the file")] {
             let (log, begin) = (log(), Instant::now());
             log.missed();
-            let mut kallsyms = Kallsyms::new(log);
+            let mut kallsyms = KernelSymbols::new(log);
             refresh(&mut kallsyms, begin, 0, 0);
             let gone = if former == BPF { "bpf_prog_6deef7357e7b4530_sample" } else { "bpf_prog_1_former" };
             if former != BPF {
@@ -455,12 +455,12 @@ ffffffffc0002000 t bpf_prog_6deef7357e7b4530_sample\t[bpf]
     fn a_namer_is_asked_for_what_no_event_told() {
         let (log, begin) = (log(), Instant::now());
         log.set_namer(Box::new(Namer));
-        let mut kallsyms = Kallsyms::new(log);
+        let mut kallsyms = KernelSymbols::new(log);
         assert_eq!(kallsyms.follow(begin), Refreshed::Unchanged, "nothing has changed");
         add(log, 40, 8, "bpf_prog_1_new");
         log.push(KernelSymbolChange::Removed(range(60, 8, "bpf_prog_2_there_before")));
         assert_eq!(kallsyms.follow(begin), Refreshed::Changed);
-        let names = |kallsyms: &Kallsyms, addresses: &[u64]| -> Vec<Option<String>> {
+        let names = |kallsyms: &KernelSymbols, addresses: &[u64]| -> Vec<Option<String>> {
             let found = kallsyms.find_all(addresses).into_iter();
             found.map(|symbol| symbol.map(|symbol| symbol.name.into_owned())).collect()
         };

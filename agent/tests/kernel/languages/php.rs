@@ -1,15 +1,9 @@
 //! PHP. Needs `/usr/bin/php` 8.2 or 8.4 with OPcache, or others in `GANNET_TEST_PHPS`.
 
-use std::{
-    collections::BTreeMap,
-    env,
-    io::{BufRead as _, BufReader},
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::{collections::BTreeMap, env};
 
-use super::{command_of, interpreted_frames};
-use crate::common::{Running, record_for, slower};
+use super::record_program;
+use crate::common::slower;
 
 const SYSTEM_PHP: &str = "/usr/bin/php";
 /// Says which interpreters to test: paths with `:` between them.
@@ -163,11 +157,6 @@ fn php_stacks_are_those_that_the_program_printed() {
 
 #[track_caller]
 fn check(php: &str, is_cached: bool) {
-    let (root, command) = command_of(php);
-    let directory = tempfile::tempdir_in(root.join("tmp")).unwrap();
-    let file = directory.path().join("app.php");
-    std::fs::write(&file, PROGRAM).unwrap();
-    let path = Path::new("/").join(file.strip_prefix(&root).unwrap());
     let options = [
         format!("opcache.enable_cli={}", u8::from(is_cached)),
         "opcache.jit=off".to_owned(),
@@ -175,37 +164,16 @@ fn check(php: &str, is_cached: bool) {
         // A root directory may have no time zones. PHP would say so before the program prints.
         "display_startup_errors=0".to_owned(),
     ];
-    let options = options.iter().flat_map(|option| ["-d", option]);
-    let mut running = Running::start(
-        Command::new(command[0]).args(&command[1..]).args(options).arg(&path).stdout(Stdio::piped()),
-    );
-    let mut lines = BufReader::new(running.0.stdout.take().unwrap()).lines();
-    let first = lines.next().unwrap().unwrap();
-    let (version, state) = first.split_once(' ').unwrap();
+    let options: Vec<&str> = options.iter().flat_map(|option| ["-d", option]).collect();
+    let recorded = record_program(php, &options, "app.php", PROGRAM, CASES);
+    let (version, state) = recorded.first_line.split_once(' ').unwrap();
     assert_eq!(state, if is_cached { "cached" } else { "plain" });
-    let mut printed: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    while printed.len() < CASES {
-        let line = lines.next().unwrap().unwrap();
-        let mut frames = line.split(';').map(str::to_owned);
-        printed.insert(frames.next().unwrap(), frames.collect());
-    }
-    // The program would block on a full pipe.
-    let reader = std::thread::spawn(move || lines.for_each(drop));
-    let recording = record_for(6, 499, &["--pid", &running.0.id().to_string()]);
-    drop(running);
-    reader.join().unwrap();
-
-    let text = |index: i64| recording.profile.string_table[index as usize].as_str();
-    for sample in &recording.profile.sample {
-        let label =
-            |name| sample.label.iter().find(|label| text(label.key) == name).map(|label| text(label.str));
-        assert_eq!((label("runtime"), label("runtime_version")), (Some("php"), Some(version)));
-    }
+    recorded.check_labels("php", |found| found == Some(version));
     let spin_line = 1 + PROGRAM.lines().position(|line| line.contains("while (hrtime")).unwrap();
     let native_line = 1 + PROGRAM.lines().position(|line| line.contains("'str_rot13'")).unwrap();
     let native_caller = 1 + PROGRAM.lines().position(|line| line == "    native();").unwrap();
     let expected: BTreeMap<&str, Vec<String>> =
-        printed.iter().map(|(case, frames)| (case.as_str(), expected(case, frames))).collect();
+        recorded.printed.iter().map(|(case, frames)| (case.as_str(), expected(case, frames))).collect();
     let native_frames = [
         "array_map".to_owned(),
         format!("App\\native {native_line}"),
@@ -215,7 +183,7 @@ fn check(php: &str, is_cached: bool) {
     let (mut good, mut all, mut without, mut in_loop, mut native) = (0, 0, 0, 0, 0);
     let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
     let mut odd: BTreeMap<Vec<String>, u64> = BTreeMap::new();
-    for (stack, count) in interpreted_frames(&recording.profile, LOOP, path.to_str().unwrap()) {
+    for (stack, count) in recorded.stacks(LOOP) {
         if stack.iter().all(|frame| frame == "|") {
             without += count;
             continue;

@@ -1,15 +1,9 @@
 //! Ruby. Needs `/usr/bin/ruby` 3.1, 3.3 or 3.4, or others in `GANNET_TEST_RUBIES`.
 
-use std::{
-    collections::BTreeMap,
-    env,
-    io::{BufRead as _, BufReader},
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::{collections::BTreeMap, env};
 
-use super::{command_of, interpreted_frames};
-use crate::common::{Running, record_for, slower};
+use super::record_program;
+use crate::common::slower;
 
 const SYSTEM_RUBY: &str = "/usr/bin/ruby";
 /// Says which interpreters to test: paths with `:` between them.
@@ -186,40 +180,16 @@ fn merge_rescue(stack: &mut Vec<String>) {
 
 #[track_caller]
 fn check(ruby: &str) {
-    let (root, command) = command_of(ruby);
-    let directory = tempfile::tempdir_in(root.join("tmp")).unwrap();
-    let file = directory.path().join("app.rb");
-    std::fs::write(&file, PROGRAM).unwrap();
-    let path = Path::new("/").join(file.strip_prefix(&root).unwrap());
-    let mut running = Running::start(
-        Command::new(command[0]).args(&command[1..]).arg("--disable=gems").arg(&path).stdout(Stdio::piped()),
-    );
-    let mut lines = BufReader::new(running.0.stdout.take().unwrap()).lines();
-    let version = lines.next().unwrap().unwrap();
-    let mut printed: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    while printed.len() < CASES {
-        let line = lines.next().unwrap().unwrap();
-        let mut frames = line.split(';').map(str::to_owned);
-        printed.insert(frames.next().unwrap(), frames.collect());
-    }
-    // The program would block on a full pipe.
-    let reader = std::thread::spawn(move || lines.for_each(drop));
-    let recording = record_for(6, 499, &["--pid", &running.0.id().to_string()]);
-    drop(running);
-    reader.join().unwrap();
-
-    let text = |index: i64| recording.profile.string_table[index as usize].as_str();
-    for sample in &recording.profile.sample {
-        let label =
-            |name| sample.label.iter().find(|label| text(label.key) == name).map(|label| text(label.str));
-        assert_eq!((label("runtime"), label("runtime_version")), (Some("ruby"), Some(version.as_str())));
-    }
-    let stacks = interpreted_frames(&recording.profile, LOOP, path.to_str().unwrap());
+    let recorded = record_program(ruby, &["--disable=gems"], "app.rb", PROGRAM, CASES);
+    let version = recorded.first_line.as_str();
+    recorded.check_labels("ruby", |found| found == Some(version));
+    let stacks = recorded.stacks(LOOP);
     // The loop of a stripped file has no name: the order among C frames is not checked there.
     let has_name = stacks.iter().any(|(stack, _)| stack.iter().any(|frame| frame == "|"));
     assert_eq!(has_name, version.starts_with("3.1."), "a frame of the loop has a name");
     let spin_line = 1 + PROGRAM.lines().position(|line| line.contains("  while Process")).unwrap();
-    let expected: BTreeMap<&str, Vec<String>> = printed
+    let expected: BTreeMap<&str, Vec<String>> = recorded
+        .printed
         .iter()
         .map(|(case, frames)| {
             let mut frames = frames.clone();
