@@ -59,18 +59,33 @@ impl SegmentPosition {
     }
 }
 
-/// Encodes the entry of a batch.
-pub(super) fn encode_entry(meta: ObjectMeta, pprof: &[u8]) -> Bytes {
-    let entry = SegmentEntry { meta: Some(meta), bytes: pprof.len() as u64, crc: crc32fast::hash(pprof) };
-    entry.encode_to_vec().into()
+/// One batch in the form of a segment.
+pub(super) struct PackedBatch {
+    /// The encoded [`SegmentEntry`].
+    entry: Bytes,
+    pprof: Bytes,
+    /// CRC-32 of the profile.
+    crc: u32,
 }
 
-/// Builds a segment of encoded entries with their profiles. Returns its parts in order, and the position of each
-/// profile. Shares the memory of the profiles.
-pub(super) fn build(id: Ulid, batches: &[(&Bytes, &Bytes)]) -> (Vec<Bytes>, Vec<SegmentPosition>) {
+impl PackedBatch {
+    pub(super) fn new(meta: ObjectMeta, pprof: Bytes) -> Self {
+        let crc = crc32fast::hash(&pprof);
+        let entry = SegmentEntry { meta: Some(meta), bytes: pprof.len() as u64, crc };
+        Self { entry: entry.encode_to_vec().into(), pprof, crc }
+    }
+
+    /// Bytes of the batch in a segment.
+    pub(super) fn bytes(&self) -> u64 {
+        (self.entry.len() + self.pprof.len()) as u64
+    }
+}
+
+/// Builds a segment. Returns its parts in order, and the position of each profile. Shares the memory of the profiles.
+pub(super) fn build(id: Ulid, batches: &[&PackedBatch]) -> (Vec<Bytes>, Vec<SegmentPosition>) {
     let index = SegmentIndex {
         id: Bytes::copy_from_slice(&id.0.to_be_bytes()),
-        entries: batches.iter().map(|(entry, _)| Bytes::clone(entry)).collect(),
+        entries: batches.iter().map(|batch| Bytes::clone(&batch.entry)).collect(),
     };
     let index_len = index.encoded_len();
     let mut head = BytesMut::with_capacity(HEADER_BYTES + index_len);
@@ -83,9 +98,9 @@ pub(super) fn build(id: Ulid, batches: &[(&Bytes, &Bytes)]) -> (Vec<Bytes>, Vec<
     let mut offset = head.len() as u64;
     let mut parts = vec![head.freeze()];
     let mut positions = Vec::with_capacity(batches.len());
-    for (_, pprof) in batches {
+    for PackedBatch { pprof, crc, .. } in batches {
         let bytes = pprof.len() as u64;
-        positions.push(SegmentPosition { segment: id, offset, bytes, crc: crc32fast::hash(pprof) });
+        positions.push(SegmentPosition { segment: id, offset, bytes, crc: *crc });
         offset += bytes;
         if !pprof.is_empty() {
             parts.push(Bytes::clone(pprof));
@@ -161,13 +176,10 @@ mod tests {
     }
 
     fn segment(id: Ulid, profiles: &[Vec<u8>]) -> (Vec<u8>, Vec<SegmentPosition>) {
-        let batches: Vec<(Bytes, Bytes)> = profiles
-            .iter()
-            .enumerate()
-            .map(|(i, pprof)| (encode_entry(meta(&i.to_string()), pprof), pprof.clone().into()))
-            .collect();
-        let batches: Vec<_> = batches.iter().map(|(entry, pprof)| (entry, pprof)).collect();
-        let (parts, positions) = build(id, &batches);
+        let pack =
+            |(i, pprof): (usize, &Vec<u8>)| PackedBatch::new(meta(&i.to_string()), pprof.clone().into());
+        let batches: Vec<PackedBatch> = profiles.iter().enumerate().map(pack).collect();
+        let (parts, positions) = build(id, &batches.iter().collect::<Vec<_>>());
         (parts.concat(), positions)
     }
 

@@ -16,7 +16,7 @@ use super::{
     index::{AddedProfile, IndexChange, ProfileRow, StoredProfile},
     meta::{ObjectMeta, TypeTotal},
     object::{ObjectKey, fits, packed_header_len},
-    segment,
+    segment::{self, PackedBatch},
 };
 use crate::time;
 
@@ -30,9 +30,7 @@ const GATHER_PART: u32 = 10;
 /// A checked batch in the form of its segment entry and its index row.
 pub(crate) struct NewBatch {
     key: ObjectKey,
-    /// The encoded entry in the index part of a segment.
-    entry: Bytes,
-    pprof: Bytes,
+    packed: PackedBatch,
     row: ProfileRow,
     labels: Labels,
     ledger: Option<Ledger>,
@@ -62,12 +60,7 @@ impl NewBatch {
         }
         let described = describe(&meta, pprof.len() as u64, 0);
         let (labels, key, row) = described.ok_or(PackError::InvalidStart)?;
-        Ok(Self { key, entry: segment::encode_entry(meta, &pprof), pprof, row, labels, ledger })
-    }
-
-    /// Bytes of the batch in a segment.
-    fn bytes(&self) -> u64 {
-        (self.entry.len() + self.pprof.len()) as u64
+        Ok(Self { key, packed: PackedBatch::new(meta, pprof), row, labels, ledger })
     }
 
     /// Returns the number of samples as counted in the profile; 0 if the batch carried only a ledger.
@@ -233,7 +226,7 @@ async fn gather(
     bytes: u64,
     stop: &CancellationToken,
 ) {
-    let mut gathered: u64 = waiting.iter().map(|queued| queued.batch.bytes()).sum();
+    let mut gathered: u64 = waiting.iter().map(|queued| queued.batch.packed.bytes()).sum();
     let deadline = tokio::time::sleep_until(flush_at);
     tokio::pin!(deadline);
     while gathered < bytes && waiting.len() < MAX_GROUP {
@@ -244,7 +237,7 @@ async fn gather(
             () = stop.cancelled() => queue.try_recv().ok(),
         };
         let Some(queued) = received else { return };
-        gathered += queued.batch.bytes();
+        gathered += queued.batch.packed.bytes();
         waiting.push(queued);
     }
 }
@@ -347,8 +340,7 @@ impl Store {
             (&batches[*a].labels, batches[*a].key).cmp(&(&batches[*b].labels, batches[*b].key))
         });
         let id = Ulid::new();
-        let contents: Vec<_> =
-            planned.iter().map(|(at, _)| (&batches[*at].entry, &batches[*at].pprof)).collect();
+        let contents: Vec<&PackedBatch> = planned.iter().map(|(at, _)| &batches[*at].packed).collect();
         let (parts, positions) = segment::build(id, &contents);
         let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();
         change.add_segments.push((id, self.objects.allocated(bytes)));
@@ -405,7 +397,8 @@ impl Store {
     /// Returns the outcome of all batches if the disk has too little free space for them.
     fn check_disk(&self, batches: &[&NewBatch]) -> Option<BatchOutcome> {
         // Segments of a bucket take no space on this disk; only their rows do.
-        let needed: u64 = if self.objects.is_shared() { 0 } else { batches.iter().map(|b| b.bytes()).sum() };
+        let needed: u64 =
+            if self.objects.is_shared() { 0 } else { batches.iter().map(|b| b.packed.bytes()).sum() };
         let min_free = self.options.min_free_bytes.0;
         match self.free_bytes() {
             Ok(free) if free < min_free.saturating_add(needed) => {
