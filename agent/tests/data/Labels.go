@@ -47,6 +47,18 @@ func spinInherited() { burn(5 * time.Millisecond) }
 //go:noinline
 func spinWithout() { burn(5 * time.Millisecond) }
 
+// walk makes the runtime work on another stack, that of the thread: it is still the goroutine's work.
+//
+//go:noinline
+func walk(context.Context) {
+	text := make([]byte, 4096)
+	for end := time.Now().Add(5 * time.Millisecond); time.Now().Before(end); {
+		for i := 0; i < 20; i++ {
+			runtime.Stack(text, false)
+		}
+	}
+}
+
 // keep starts a goroutine that does the work again and again.
 func keep(work func()) {
 	begun.Add(1)
@@ -66,6 +78,7 @@ func main() {
 	keep(spinWithout)
 	if len(os.Args) < 2 || os.Args[1] != "without" {
 		keep(func() { pprof.Do(background, pprof.Labels("case", "plain"), spinPlain) })
+		keep(func() { pprof.Do(background, pprof.Labels("case", "walk"), walk) })
 		keep(func() { pprof.Do(background, pprof.Labels("case", "two", "user", "Zoë"), spinTwo) })
 		keep(func() {
 			pprof.Do(background, pprof.Labels("case", "outer", "kept", "yes"), func(ctx context.Context) {

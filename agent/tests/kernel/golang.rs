@@ -20,6 +20,8 @@ const C_PART: &str = "package main\n\n// static __thread long words[5];\n// long
 /// The agent's own labels.
 const OWN: [&str; 8] =
     ["pid", "tid", "thread", "comm", "runtime", "runtime_version", "unwinding", "guessed_from"];
+/// The function that `main.walk` has run on the thread's own stack.
+const ON_OTHER_STACK: &str = "runtime.Stack.func1";
 /// Labels that the agent takes of a task.
 const MOST: usize = 64;
 
@@ -117,17 +119,20 @@ fn sampled(running: &Running) -> Sampled {
 fn check(what: &str, program: &Path) {
     let running = start(program, &[]);
     let Sampled { samples } = sampled(&running);
-    let expected = expected();
+    let (expected, walking) = (expected(), labels(&[("case", "walk")]));
     let (mut all, mut good, mut without) = (0, 0, 0);
     let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
     let mut wrong: BTreeSet<String> = BTreeSet::new();
     for (stack, labels, count) in &samples {
         // A stack that is cut below a signal handler does not say whose it is.
-        if !stack.iter().any(|name| name == "main.burn") || is_marked(stack) {
+        let is_burning = stack.iter().any(|name| name == "main.burn") && !is_marked(stack);
+        let is_walking = stack.iter().any(|name| name == ON_OTHER_STACK);
+        if !is_burning && !is_walking {
             continue;
         }
         let spin = stack.iter().find_map(|name| expected.get_key_value(name.as_str()));
         let is_right = match spin {
+            None if is_walking => *labels == walking,
             Some((&"main.spinMany", wanted)) => {
                 labels.len() == MOST && labels.iter().all(|(name, value)| wanted.get(name) == Some(value))
             }
@@ -140,7 +145,8 @@ fn check(what: &str, program: &Path) {
         all += count;
         if is_right {
             good += count;
-            *seen.entry(spin.map_or("short", |(name, _)| name)).or_default() += count;
+            let other = if is_walking { "walk" } else { "short" };
+            *seen.entry(spin.map_or(other, |(name, _)| name)).or_default() += count;
         } else if labels.is_empty() {
             without += count;
         } else {
@@ -151,7 +157,7 @@ fn check(what: &str, program: &Path) {
     assert!(wrong.is_empty(), "{what}: {wrong:#?}");
     // Until the agent has read the program's file, its samples have no labels.
     assert!(all >= 300 && without * 10 <= all, "{what}: {good} of {all}");
-    assert!(seen.len() == expected.len() + 1, "{what}: {seen:?}");
+    assert!(seen.len() == expected.len() + 2, "{what}: {seen:?}");
 }
 
 #[test]
