@@ -101,9 +101,9 @@ collector_metrics! {
         gauge("gannet_collector_ingest_streams", "Open push streams");
 
     commit_seconds: Histogram = seconds() => COMMIT_SECONDS
-        histogram("gannet_collector_store_commit_duration_seconds", "Time to write one segment and its index rows");
+        histogram("gannet_collector_store_commit_duration_seconds", "Time of one flush, which writes a segment and its index rows");
     commit_batches: Histogram = batches() => COMMIT_BATCHES
-        histogram("gannet_collector_store_commit_batches", "Batches of one segment");
+        histogram("gannet_collector_store_commit_batches", "Batches of one flush, also those that the store has already");
     segment_bytes: Counter => SEGMENT_BYTES
         counter("gannet_collector_store_segment_bytes_total", "Bytes of the written segments");
     segments_written: Counter => SEGMENTS_WRITTEN

@@ -89,8 +89,8 @@ struct Session<'a> {
 struct Requests {
     /// To send, after the rules: for each pending request at most itself or its cancellation.
     unsent: VecDeque<Question>,
-    /// Channels to the callers of pending requests, by request id: at most [`MAX_REQUESTS`]. A cancelled one is pending until its
-    /// cancellation is sent, so that a node which reads nothing has no more of them.
+    /// Channels to the callers of pending requests, by request id: at most [`MAX_REQUESTS`]. A cancelled one is pending
+    /// until its cancellation is sent, so that a node which reads nothing has no more of them.
     pending: HashMap<String, mpsc::Sender<answer::Answer>>,
 }
 

@@ -128,10 +128,9 @@ impl Query {
         let cancelled = CancellationToken::new();
         let _guard = cancelled.clone().drop_guard();
         let (runtime, progress) = (Handle::current(), Arc::clone(progress));
-        let mut profiles = sources.profiles;
-        profiles.sort_unstable();
-        let merged =
-            self.blocking(move |q| q.merge_profiles(&runtime, &profiles, &cancelled, &progress)).await?;
+        let merged = self
+            .blocking(move |q| q.merge_profiles(&runtime, &sources.profiles, &cancelled, &progress))
+            .await?;
         Ok(merged.map(|merged| {
             let merged = Arc::new(merged);
             // Without the damaged profiles, whose files someone may restore.

@@ -67,7 +67,7 @@ pub(crate) fn parse_profile_id(text: &str) -> Result<Ulid, QueryError> {
 
 /// Profiles of a selection that have the same sample types, so that a merge can join them.
 pub(super) struct Mergeable {
-    /// In the order of time.
+    /// In the order of the store, so that one read can return neighbours.
     pub(super) profiles: Vec<ProfileLocation>,
     types: Vec<String>,
     /// Position of the requested sample type in `types`.
@@ -140,7 +140,7 @@ impl Query {
         };
         let mut profiles: Vec<ProfileLocation> =
             found.into_iter().filter(|(_, k)| *k == kind).map(|(location, _)| location).collect();
-        profiles.sort_unstable_by_key(|location| location.key);
+        profiles.sort_unstable();
         Ok(Some(Mergeable { profiles, types: kinds.swap_remove(kind).0, type_index }))
     }
 }

@@ -24,7 +24,8 @@ fn segment_index(bytes: &[u8]) {
     }
 }
 
-/// Unpacks an object or a segment, with a right checksum too. Panics if an object that could be unpacked, packed again, unpacks to other data.
+/// Unpacks an object or a segment, with a right checksum too. Panics if an object that could be unpacked, packed again,
+/// unpacks to other data.
 pub fn stored_object(bytes: &[u8]) {
     let _ = unpack(bytes);
     segment_index(bytes);

@@ -156,7 +156,8 @@ impl StoredProfile {
     }
 }
 
-/// The object that holds a profile, and the position in it. Ordered by the position in the store, so that neighbours can be read together.
+/// The object that holds a profile, and the position in it. Ordered by the position in the store, so that one read can
+/// return neighbours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct ProfileLocation {
     /// `None`: in an object of its own, in the older layout.
@@ -201,6 +202,16 @@ impl TimeEntry {
             disk_bytes: bytes & !IN_SEGMENT,
             is_in_segment: bytes & IN_SEGMENT != 0,
         }
+    }
+
+    fn in_segment(self, segment: Option<Ulid>) -> IndexedObject {
+        let Self { series, key, disk_bytes, .. } = self;
+        IndexedObject { series, key, disk_bytes, segment }
+    }
+
+    /// Returns the entry if its profile has an object of its own.
+    pub(super) fn outside_segments(self) -> Option<IndexedObject> {
+        (!self.is_in_segment).then(|| self.in_segment(None))
     }
 }
 
@@ -333,7 +344,7 @@ impl Index {
         self.is_in_memory.load(Ordering::Acquire)
     }
 
-    /// Returns whether an index in memory takes `bytes` or more. One on the disk takes none.
+    /// Reports whether an index in memory takes `bytes` or more. One on the disk takes none.
     pub(super) fn is_memory_full(&self, bytes: u64) -> bool {
         self.is_in_memory() && self.memory_bytes.load(Ordering::Relaxed) >= bytes
     }
@@ -499,12 +510,13 @@ impl Index {
             oldest
                 .map(|found| {
                     let (key, value) = found?;
-                    let TimeEntry { series, key, disk_bytes, is_in_segment } =
-                        TimeEntry::new(key.value(), value.value());
-                    let row =
-                        if is_in_segment { profiles.get((series, key.start_ms, key.id.0))? } else { None };
+                    let entry = TimeEntry::new(key.value(), value.value());
+                    if let Some(outside) = entry.outside_segments() {
+                        return Ok(outside);
+                    }
+                    let row = profiles.get((entry.series, entry.key.start_ms, entry.key.id.0))?;
                     let segment = row.and_then(|row| ProfileRow::decode(row.value()).ok()?.segment());
-                    Ok(IndexedObject { series, key, disk_bytes, segment })
+                    Ok(entry.in_segment(segment))
                 })
                 .collect()
         })
@@ -516,11 +528,7 @@ impl Index {
         self.read(|txn| {
             for found in txn.open_table(TIMES)?.iter()? {
                 let (key, value) = found?;
-                let TimeEntry { series, key, disk_bytes, is_in_segment } =
-                    TimeEntry::new(key.value(), value.value());
-                if !is_in_segment {
-                    oldest.push(IndexedObject { series, key, disk_bytes, segment: None });
-                }
+                oldest.extend(TimeEntry::new(key.value(), value.value()).outside_segments());
                 if oldest.len() >= limit {
                     break;
                 }

@@ -394,10 +394,13 @@ impl Store {
     }
 }
 
-/// Runs an index operation on a blocking thread.
-async fn blocking<T: Send + 'static>(
-    f: impl FnOnce() -> Result<T, IndexError> + Send + 'static,
-) -> Result<T, StoreError> {
+/// Runs an operation of the index or of the store on a blocking thread.
+async fn blocking<T: Send + 'static, E: Send + 'static>(
+    f: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, StoreError>
+where
+    StoreError: From<E>,
+{
     Ok(tokio::task::spawn_blocking(f).await.map_err(|_| StoreError::Ended)??)
 }
 

@@ -1,13 +1,14 @@
 //! Objects: the segments that the collector writes, and the older layout with one immutable file per batch.
 //!
-//! An object of the older layout is two gzip members. The first is empty and holds the metadata in its header's extra field (subfield
-//! `GN`: CRC-32, little endian, then an [`ObjectMeta`] in protobuf). The second is the profile, byte for byte as the
-//! agent sent it. The object of a batch with only a ledger has no second member. Gzip readers join members and skip
-//! extra fields. So `go tool pprof` opens an object file directly, and the store can rebuild the index from the first
-//! bytes of each object without decompressing anything. The store reads and removes such objects, and writes none.
+//! An object of the older layout is two gzip members. The first is empty and holds the metadata in its header's extra
+//! field (subfield `GN`: CRC-32, little endian, then an [`ObjectMeta`] in protobuf). The second is the profile, byte for
+//! byte as the agent sent it. The object of a batch with only a ledger has no second member. Gzip readers join members
+//! and skip extra fields. So `go tool pprof` opens an object file directly, and the store can rebuild the index from the
+//! first bytes of each object without decompressing anything. The store reads and removes such objects, and writes none.
 
 use std::{
     collections::BTreeSet,
+    fmt,
     fs::{self, DirEntry},
     io,
     ops::Range,
@@ -44,6 +45,8 @@ const CONCURRENT_HEADS: usize = 16;
 const SEGMENT_HEAD_BYTES: u64 = 256 << 10;
 /// End of a segment's file name.
 const SEGMENT_SUFFIX: &str = ".segment";
+/// End of the file name of an object of the older layout.
+const PROFILE_SUFFIX: &str = ".pb.gz";
 /// First part of every path. There is one tenant until agents name theirs.
 const TENANT: &str = "default";
 /// A file system that reports larger blocks, like one on a network, does not allocate whole ones for small files.
@@ -58,10 +61,10 @@ pub(super) fn fits(meta: &ObjectMeta) -> bool {
 /// Joins metadata and profile into an object of the older layout. Returns `None` for metadata above [`MAX_META_BYTES`].
 /// Only the fuzzer and the tests call it.
 pub(super) fn pack(meta: &ObjectMeta, pprof: &[u8]) -> Option<Bytes> {
-    let meta = meta.encode_to_vec();
-    if meta.len() > MAX_META_BYTES {
+    if !fits(meta) {
         return None;
     }
+    let meta = meta.encode_to_vec();
     let data = meta.len() + 4;
     let mut out = Vec::with_capacity(BEFORE_DATA + data + AFTER_DATA.len() + pprof.len());
     // Deflate, with an extra field, no time, unknown system: equal input gives equal bytes.
@@ -111,12 +114,8 @@ impl ObjectKey {
     }
 
     fn path(self) -> Key {
-        object_path(self.hour(), self.id)
+        ObjectName::Profile(self.id).path(self.hour())
     }
-}
-
-fn object_path(hour: u64, id: Ulid) -> Key {
-    format!("{}/{id}.pb.gz", hour_path(hour)).into()
 }
 
 fn hour_path(hour: u64) -> String {
@@ -134,13 +133,14 @@ fn hour_of(dir: &Key) -> Option<u64> {
     u64::try_from(at.timestamp().as_second() / 3600).ok()
 }
 
-/// Returns the hour of a segment's directory, which its id tells.
+/// Returns the hour of a segment's directory, from the time in its id.
 pub(super) fn segment_hour(id: Ulid) -> u64 {
     id.timestamp_ms() / HOUR_MS
 }
 
-fn segment_path(hour: u64, id: Ulid) -> Key {
-    format!("{}/{id}{SEGMENT_SUFFIX}", hour_path(hour)).into()
+/// Returns the path of a segment in the directory of its hour.
+fn segment_path(id: Ulid) -> Key {
+    ObjectName::Segment(id).path(segment_hour(id))
 }
 
 /// The name of an object in the directory of an hour.
@@ -156,13 +156,20 @@ impl ObjectName {
         if let Some(id) = name.strip_suffix(SEGMENT_SUFFIX) {
             return Ulid::from_string(id).ok().map(Self::Segment);
         }
-        Ulid::from_string(name.strip_suffix(".pb.gz")?).ok().map(Self::Profile)
+        Ulid::from_string(name.strip_suffix(PROFILE_SUFFIX)?).ok().map(Self::Profile)
     }
 
     fn path(self, hour: u64) -> Key {
+        format!("{}/{self}", hour_path(hour)).into()
+    }
+}
+
+/// Formats the file name.
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Profile(id) => object_path(hour, id),
-            Self::Segment(id) => segment_path(hour, id),
+            Self::Profile(id) => write!(f, "{id}{PROFILE_SUFFIX}"),
+            Self::Segment(id) => write!(f, "{id}{SEGMENT_SUFFIX}"),
         }
     }
 }
@@ -188,31 +195,17 @@ impl FromIterator<ObjectName> for HourObjects {
     }
 }
 
-/// The index part of a segment, as a comparison finds it.
-pub(super) enum SegmentHead {
-    /// The segment has been removed since it was listed.
+/// The description at the start of an object, as a comparison finds it.
+pub(super) enum Head<T> {
+    /// The object has been removed since it was listed.
     Gone,
-    /// The segment is damaged or foreign, or its file cannot be read.
+    /// The object is damaged or foreign, or its file cannot be read.
     Unreadable {
         bytes: u64,
         reason: String,
     },
     Readable {
-        entries: Vec<(ObjectMeta, SegmentPosition)>,
-        bytes: u64,
-    },
-}
-
-/// The first bytes of an object, as a comparison finds them.
-pub(super) enum ObjectHead {
-    /// The object has been removed since it was listed.
-    Gone,
-    /// The object is damaged, or its file cannot be read.
-    Unreadable {
-        bytes: u64,
-    },
-    Readable {
-        meta: Box<ObjectMeta>,
+        content: T,
         bytes: u64,
     },
 }
@@ -275,7 +268,7 @@ impl Objects {
     /// Writes a segment, and returns once it survives a power cut. After an error it may be there all the same.
     pub(super) async fn put_segment(&self, id: Ulid, parts: Vec<Bytes>) -> Result<(), object_store::Error> {
         let payload: PutPayload = parts.into_iter().collect();
-        self.durable.put(&segment_path(segment_hour(id), id), payload).await.map(drop)
+        self.durable.put(&segment_path(id), payload).await.map(drop)
     }
 
     /// Reads parts of a segment, or returns `None` if there is no such segment.
@@ -284,37 +277,24 @@ impl Objects {
         id: Ulid,
         ranges: &[Range<u64>],
     ) -> Result<Option<Vec<Bytes>>, StoreError> {
-        match self.relaxed.get_ranges(&segment_path(segment_hour(id), id), ranges).await {
-            Ok(parts) => Ok(Some(parts)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(error) => Err(StoreError::Object(error)),
-        }
+        unless_missing(self.relaxed.get_ranges(&segment_path(id), ranges).await)
     }
 
     /// Returns the size of a segment in bytes, or `None` if there is no such segment.
     pub(super) async fn segment_bytes(&self, id: Ulid) -> Result<Option<u64>, StoreError> {
-        match self.relaxed.head(&segment_path(segment_hour(id), id)).await {
-            Ok(found) => Ok(Some(found.size)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(error) => Err(StoreError::Object(error)),
-        }
+        let found = unless_missing(self.relaxed.head(&segment_path(id)).await)?;
+        Ok(found.map(|found| found.size))
     }
 
     /// Reads an object, or returns `None` if there is none.
     pub(super) async fn get(&self, key: ObjectKey) -> Result<Option<Bytes>, StoreError> {
-        match self.relaxed.get(&key.path()).await {
-            Ok(found) => Ok(Some(found.bytes().await.map_err(StoreError::Object)?)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(error) => Err(StoreError::Object(error)),
-        }
+        let Some(found) = unless_missing(self.relaxed.get(&key.path()).await)? else { return Ok(None) };
+        Ok(Some(found.bytes().await.map_err(StoreError::Object)?))
     }
 
     /// Removes the object with this name from the directory of an hour, readable or not. A missing object is no error.
     pub(super) async fn delete_in_hour(&self, hour: u64, name: ObjectName) -> Result<(), StoreError> {
-        match self.relaxed.delete(&name.path(hour)).await {
-            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(StoreError::Object(error)),
-        }
+        unless_missing(self.relaxed.delete(&name.path(hour)).await).map(drop)
     }
 
     /// Returns the hours that have objects. Names that are no day and hour do not count.
@@ -362,32 +342,17 @@ impl Objects {
         }
     }
 
-    /// Reads the metadata of objects without their profiles.
-    pub(super) async fn heads(&self, hour: u64, ids: &[Ulid]) -> Result<Vec<ObjectHead>, StoreError> {
-        stream::iter(ids.iter().map(|id| self.head(object_path(hour, *id))))
-            .buffered(CONCURRENT_HEADS)
-            .try_collect()
-            .await
-    }
-
-    async fn head(&self, path: Key) -> Result<ObjectHead, StoreError> {
-        match self.read_head(&path).await {
-            Ok((meta, bytes)) => Ok(match unpack(&meta) {
-                Some((meta, _)) => ObjectHead::Readable { meta: Box::new(meta), bytes },
-                None => ObjectHead::Unreadable { bytes },
-            }),
-            Err(object_store::Error::NotFound { .. }) => Ok(ObjectHead::Gone),
-            Err(error) => match self.relaxed.head(&path).await {
-                Err(object_store::Error::NotFound { .. }) => Ok(ObjectHead::Gone),
-                // A range of an empty object is an error.
-                Ok(found) if found.size == 0 => Ok(ObjectHead::Unreadable { bytes: 0 }),
-                // One file that cannot be read must not keep the others out of the index.
-                found if self.root.is_some() => {
-                    Ok(ObjectHead::Unreadable { bytes: found.map_or(0, |found| found.size) })
-                }
-                _ => Err(StoreError::Object(error)),
-            },
-        }
+    /// Reads the metadata of objects of the older layout without their profiles.
+    pub(super) async fn heads(&self, hour: u64, ids: &[Ulid]) -> Result<Vec<Head<ObjectMeta>>, StoreError> {
+        let heads = ids.iter().map(|id| async move {
+            let path = ObjectName::Profile(*id).path(hour);
+            let read = self.read_head(&path).await.map(|(head, bytes)| {
+                let meta = unpack(&head).map(|(meta, _)| meta);
+                (meta.ok_or_else(|| "it is no object, or its metadata is damaged".to_owned()), bytes)
+            });
+            self.head(&path, read).await
+        });
+        stream::iter(heads).buffered(CONCURRENT_HEADS).try_collect().await
     }
 
     /// Reads the index parts of segments without their profiles.
@@ -395,36 +360,38 @@ impl Objects {
         &self,
         hour: u64,
         ids: &[Ulid],
-    ) -> Result<Vec<SegmentHead>, StoreError> {
-        stream::iter(ids.iter().map(|id| self.segment_head(hour, *id)))
-            .buffered(CONCURRENT_HEADS)
-            .try_collect()
-            .await
+    ) -> Result<Vec<Head<Vec<(ObjectMeta, SegmentPosition)>>>, StoreError> {
+        let heads = ids.iter().map(|id| async move {
+            let path = ObjectName::Segment(*id).path(hour);
+            let read = self.read_segment_head(&path).await.map(|(head, bytes)| {
+                let entries = head.and_then(|head| segment::read_index(*id, &head));
+                (entries.map_err(|error| error.to_string()), bytes)
+            });
+            self.head(&path, read).await
+        });
+        stream::iter(heads).buffered(CONCURRENT_HEADS).try_collect().await
     }
 
-    async fn segment_head(&self, hour: u64, id: Ulid) -> Result<SegmentHead, StoreError> {
-        let path = segment_path(hour, id);
-        let error = match self.read_segment_head(&path).await {
-            Ok((head, bytes)) => {
-                return Ok(match head.and_then(|head| segment::read_index(id, &head)) {
-                    Ok(entries) => SegmentHead::Readable { entries, bytes },
-                    Err(error) => SegmentHead::Unreadable { bytes, reason: error.to_string() },
-                });
-            }
-            Err(object_store::Error::NotFound { .. }) => return Ok(SegmentHead::Gone),
+    /// Returns the head of an object. `read`: its content or the damage, and the size of the object.
+    async fn head<T>(
+        &self,
+        path: &Key,
+        read: Result<(Result<T, String>, u64), object_store::Error>,
+    ) -> Result<Head<T>, StoreError> {
+        let error = match read {
+            Ok((Ok(content), bytes)) => return Ok(Head::Readable { content, bytes }),
+            Ok((Err(reason), bytes)) => return Ok(Head::Unreadable { bytes, reason }),
+            Err(object_store::Error::NotFound { .. }) => return Ok(Head::Gone),
             Err(error) => error,
         };
-        match self.relaxed.head(&path).await {
-            Err(object_store::Error::NotFound { .. }) => Ok(SegmentHead::Gone),
+        match self.relaxed.head(path).await {
+            Err(object_store::Error::NotFound { .. }) => Ok(Head::Gone),
             // A range of an empty object is an error.
-            Ok(found) if found.size == 0 => {
-                Ok(SegmentHead::Unreadable { bytes: 0, reason: "it is empty".into() })
-            }
+            Ok(found) if found.size == 0 => Ok(Head::Unreadable { bytes: 0, reason: "it is empty".into() }),
             // One file that cannot be read must not keep the others out of the index.
-            found if self.root.is_some() => Ok(SegmentHead::Unreadable {
-                bytes: found.map_or(0, |found| found.size),
-                reason: error.to_string(),
-            }),
+            found if self.root.is_some() => {
+                Ok(Head::Unreadable { bytes: found.map_or(0, |found| found.size), reason: error.to_string() })
+            }
             _ => Err(StoreError::Object(error)),
         }
     }
@@ -482,7 +449,11 @@ fn local_objects(dir: &Path) -> Result<Vec<ObjectName>, StoreError> {
     for entry in list(dir)? {
         let name = entry.file_name();
         let name = name.to_str().unwrap_or_default();
-        if (name.contains(".pb.gz#") || name.contains(".segment#")) && fs::remove_file(entry.path()).is_ok() {
+        // The store writes a file under its name with a number behind it first.
+        let is_leftover = name
+            .split_once('#')
+            .is_some_and(|(name, _)| name.ends_with(PROFILE_SUFFIX) || name.ends_with(SEGMENT_SUFFIX));
+        if is_leftover && fs::remove_file(entry.path()).is_ok() {
             continue;
         }
         is_empty = false;
@@ -495,6 +466,15 @@ fn local_objects(dir: &Path) -> Result<Vec<ObjectName>, StoreError> {
         let _ = fs::remove_dir(dir);
     }
     Ok(names)
+}
+
+/// Returns `None` for an object that does not exist.
+fn unless_missing<T>(result: Result<T, object_store::Error>) -> Result<Option<T>, StoreError> {
+    match result {
+        Ok(found) => Ok(Some(found)),
+        Err(object_store::Error::NotFound { .. }) => Ok(None),
+        Err(error) => Err(StoreError::Object(error)),
+    }
 }
 
 fn list(dir: &Path) -> Result<Vec<DirEntry>, StoreError> {
@@ -582,7 +562,7 @@ mod tests {
         assert_eq!(key.path().as_ref(), "default/2023-11-14/22/00000000010000000000000002.pb.gz");
         assert_eq!(hour_of(&Key::from("default/2023-11-14/22")), Some(key.hour()));
         let id = Ulid::from_parts(1_700_000_000_000, 2);
-        let path = segment_path(segment_hour(id), id);
+        let path = segment_path(id);
         assert_eq!(path.as_ref(), "default/2023-11-14/22/01HF7YAT000000000000000002.segment");
         assert_eq!(path.filename().and_then(ObjectName::parse), Some(ObjectName::Segment(id)));
     }

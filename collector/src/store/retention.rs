@@ -88,13 +88,13 @@ impl Store {
         let Some(hour) = self.state.read().left_out_before(until) else { return Ok(false) };
         let HourObjects { profiles, segments } = self.objects.of_hour(hour).await?;
         let store = Arc::clone(self);
-        let mut names = blocking(move || {
+        let mut names = blocking(move || -> Result<Vec<_>, StoreError> {
             let known = store.index.contains(profiles.iter().copied())?;
             let profiles = profiles.into_iter().zip(known).filter(|(_, known)| !known);
             let known = store.index.segments(hour..hour + 1)?;
-            let is_unknown = |id: &Ulid| known.iter().all(|segment| segment.id != *id);
+            let is_unknown = |id: &Ulid| known.binary_search_by_key(id, |segment| segment.id).is_err();
             let segments = segments.into_iter().filter(is_unknown).map(ObjectName::Segment);
-            Ok(profiles.map(|(id, _)| ObjectName::Profile(id)).chain(segments).collect::<Vec<_>>())
+            Ok(profiles.map(|(id, _)| ObjectName::Profile(id)).chain(segments).collect())
         })
         .await?;
         let all = names.len();
@@ -102,9 +102,9 @@ impl Store {
         let until_ms = (hour + 1) * HOUR_MS - 1;
         self.expired_ms.fetch_max(until_ms, Ordering::AcqRel);
         self.expired_segment_ms.fetch_max(until_ms, Ordering::AcqRel);
-        let deletes: Vec<_> = names.iter().map(|name| self.objects.delete_in_hour(hour, *name)).collect();
-        let results = stream::iter(deletes).buffered(CONCURRENT_DELETES).collect::<Vec<_>>().await;
-        let removed = results.iter().filter(|result| result.is_ok()).count();
+        let names: Vec<_> = names.into_iter().map(|name| (hour, name)).collect();
+        let failed = self.delete(&names).await.len();
+        let removed = names.len() - failed;
         self.metrics.retention_removed.inc_by(removed as u64);
         let left = all - removed;
         self.state.write().leave_out(hour, left as u64);
@@ -112,24 +112,22 @@ impl Store {
             self.objects.remove_empty_hour(hour);
         }
         self.update_size_metrics();
-        if let Some(error) = results.into_iter().find_map(Result::err) {
-            self.metrics.store_errors.inc();
-            tracing::warn!(%error, "cannot delete an old object that is not in the index; trying again");
-            return Ok(false);
-        }
-        Ok(true)
+        Ok(failed == 0)
     }
 
     /// Returns the profiles that a store which is too large loses next: the oldest objects of the older layout, then the
     /// oldest segment.
     async fn excess(self: &Arc<Self>) -> Result<Vec<IndexedObject>, StoreError> {
         let store = Arc::clone(self);
-        if self.state.read().outside_segments() == 0 {
+        let outside = self.state.read().outside_segments();
+        if outside == 0 {
             let oldest = self.state.read().oldest_segment();
             return blocking(move || oldest.map_or(Ok(Vec::new()), |id| store.index.of_segment(id))).await;
         }
         let mut excess = self.state.read().disk_bytes().saturating_sub(self.options.retention_bytes.0);
-        let oldest = blocking(move || store.index.oldest_outside_segments(RETENTION_CHUNK)).await?;
+        // The search ends with the last of them, and not at the end of the index.
+        let limit = RETENTION_CHUNK.min(outside as usize);
+        let oldest = blocking(move || store.index.oldest_outside_segments(limit)).await?;
         let expired = oldest.into_iter().take_while(|object| {
             let expires = excess > 0;
             excess = excess.saturating_sub(object.disk_bytes);
@@ -152,40 +150,46 @@ impl Store {
         let names = outside
             .map(|object| (object.key.hour(), ObjectName::Profile(object.key.id)))
             .chain(segments.iter().map(|id| (segment_hour(*id), ObjectName::Segment(*id))));
-        let deletes: Vec<_> = names
-            .map(|(hour, name)| async move { (name, self.objects.delete_in_hour(hour, name).await) })
-            .collect();
-        let results = stream::iter(deletes).buffered(CONCURRENT_DELETES).collect::<Vec<_>>().await;
-        let mut failed = HashSet::new();
-        for (name, result) in results {
-            if let Err(error) = result {
-                if failed.is_empty() {
-                    self.metrics.store_errors.inc();
-                    tracing::warn!(%error, "cannot delete an old object; trying again");
-                }
-                failed.insert(name);
-            }
-        }
+        let failed = self.delete(&names.collect::<Vec<_>>()).await;
         let is_deleted = |object: &IndexedObject| {
-            !failed.contains(&object.segment.map_or(ObjectName::Profile(object.key.id), ObjectName::Segment))
+            let name = object.segment.map_or(ObjectName::Profile(object.key.id), ObjectName::Segment);
+            !failed.contains(&(hour_of(object), name))
         };
         let expired = expired.into_iter().filter(is_deleted).collect();
-        let segments =
-            segments.into_iter().filter(|id| !failed.contains(&ObjectName::Segment(*id))).collect();
+        let segments = segments
+            .into_iter()
+            .filter(|id| !failed.contains(&(segment_hour(*id), ObjectName::Segment(*id))))
+            .collect();
         (expired, segments)
     }
 
     /// Removes the unreadable objects of hours before this one.
     async fn remove_unreadable(&self, hour: u64) {
         let unreadable = self.state.read().unreadable_before(hour);
-        for object in unreadable {
-            match self.objects.delete_in_hour(object.hour, object.name).await {
-                Ok(()) => self.state.write().remove_unreadable(object),
-                Err(error) => {
+        let names: Vec<_> = unreadable.iter().map(|object| (object.hour, object.name)).collect();
+        let failed = self.delete(&names).await;
+        for object in unreadable.into_iter().filter(|object| !failed.contains(&(object.hour, object.name))) {
+            self.state.write().remove_unreadable(object);
+        }
+    }
+
+    /// Deletes objects, each from the directory of its hour. Returns those that cannot be deleted, and logs the first error.
+    async fn delete(&self, objects: &[(u64, ObjectName)]) -> HashSet<(u64, ObjectName)> {
+        let deletes: Vec<_> = objects
+            .iter()
+            .map(|&(hour, name)| async move { (hour, name, self.objects.delete_in_hour(hour, name).await) })
+            .collect();
+        let results = stream::iter(deletes).buffered(CONCURRENT_DELETES).collect::<Vec<_>>().await;
+        let mut failed = HashSet::new();
+        for (hour, name, result) in results {
+            if let Err(error) = result {
+                if failed.is_empty() {
                     self.metrics.store_errors.inc();
-                    tracing::warn!(object = ?object.name, %error, "cannot delete an unreadable object; trying again");
+                    tracing::warn!(object = %name, %error, "cannot delete an old object; trying again");
                 }
+                failed.insert((hour, name));
             }
         }
+        failed
     }
 }

@@ -87,11 +87,10 @@ pub(super) fn build(id: Ulid, batches: &[&PackedBatch]) -> (Vec<Bytes>, Vec<Segm
         id: Bytes::copy_from_slice(&id.0.to_be_bytes()),
         entries: batches.iter().map(|batch| Bytes::clone(&batch.entry)).collect(),
     };
-    let index_len = index.encoded_len();
-    let mut head = BytesMut::with_capacity(HEADER_BYTES + index_len);
     let index = index.encode_to_vec();
+    let mut head = BytesMut::with_capacity(HEADER_BYTES + index.len());
     head.extend_from_slice(&MAGIC);
-    for number in [VERSION, index_len as u32, crc32fast::hash(&index)] {
+    for number in [VERSION, index.len() as u32, crc32fast::hash(&index)] {
         head.extend_from_slice(&number.to_le_bytes());
     }
     head.extend_from_slice(&index);

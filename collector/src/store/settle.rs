@@ -8,7 +8,7 @@ use ulid::Ulid;
 use super::{
     Store, StoreError,
     index::{IndexChange, IndexedObject, ProfileRow},
-    object::{HOUR_MS, ObjectHead, ObjectKey, ObjectName, SegmentHead, segment_hour},
+    object::{HOUR_MS, Head, ObjectKey, ObjectName, segment_hour},
     state::{StoreState, UnreadableObject},
     writer::{describe, describe_object},
 };
@@ -99,8 +99,8 @@ impl Store {
         Ok(())
     }
 
-    /// Compares the objects of the older layout, each of which holds one profile. Returns how many of them an index in memory
-    /// has no room for.
+    /// Compares the objects of the older layout, each of which holds one profile. Returns how many of them an index in
+    /// memory has no room for.
     fn settle_profiles(
         &self,
         hour: u64,
@@ -109,43 +109,14 @@ impl Store {
     ) -> Result<u64, StoreError> {
         let mut rows: HashMap<Ulid, IndexedObject> = HashMap::new();
         self.index.between(hour * HOUR_MS, (hour + 1) * HOUR_MS, |entry| {
-            if !entry.is_in_segment {
-                let (series, key, disk_bytes) = (entry.series, entry.key, entry.disk_bytes);
-                rows.insert(entry.key.id, IndexedObject { series, key, disk_bytes, segment: None });
-            }
+            rows.extend(entry.outside_segments().map(|object| (object.key.id, object)));
         })?;
         missing.retain(|id| rows.remove(id).is_none());
-        // The ids begin with the time.
-        missing.sort_unstable_by(|a, b| b.cmp(a));
-        let mut left_out = missing.len();
         let chunk = if self.index.is_in_memory() { MEMORY_CHUNK } else { REPAIR_CHUNK };
-        for ids in missing.chunks(chunk) {
-            if self.index.is_memory_full(self.options.memory_index_bytes) {
-                break;
-            }
-            left_out -= ids.len();
-            let heads = self.runtime.block_on(self.objects.heads(hour, ids))?;
-            let mut found = Vec::with_capacity(heads.len());
-            for (id, head) in ids.iter().zip(heads) {
-                let (described, bytes) = match head {
-                    ObjectHead::Gone => continue,
-                    ObjectHead::Unreadable { bytes } => (None, bytes),
-                    ObjectHead::Readable { meta, bytes } => (describe_object(&meta, bytes), bytes),
-                };
-                // An object under another object's path counts as damaged.
-                if let Some(described) = described.filter(|(_, key, _)| key.id == *id && key.hour() == hour) {
-                    found.push(described);
-                } else {
-                    repairs.damaged += 1;
-                    self.note_unreadable(hour, ObjectName::Profile(*id), bytes);
-                    tracing::warn!(profile = %id, hour, "cannot read an object; left it out of the index");
-                }
-            }
-            self.add_rows(&[], &found, repairs)?;
-        }
+        let left_out = self.add_missing(missing, chunk, |ids| self.add_profiles(hour, ids, repairs))?;
         let gone: Vec<IndexedObject> = rows.into_values().collect();
         self.remove_rows(&gone, &[], repairs)?;
-        Ok(left_out as u64)
+        Ok(left_out)
     }
 
     /// Compares the segments of an hour. Returns how many of them an index in memory has no room for.
@@ -158,24 +129,60 @@ impl Store {
         let mut known: HashSet<Ulid> =
             self.index.segments(hour..hour + 1)?.into_iter().map(|segment| segment.id).collect();
         missing.retain(|id| !known.remove(id));
-        missing.sort_unstable_by(|a, b| b.cmp(a));
-        let mut left_out = missing.len();
         // A segment has up to some thousand rows.
         let chunk = if self.index.is_in_memory() { 1 } else { REPAIR_SEGMENTS };
-        for ids in missing.chunks(chunk) {
-            if self.index.is_memory_full(self.options.memory_index_bytes) {
-                break;
-            }
-            left_out -= ids.len();
-            self.add_segments(hour, ids, repairs)?;
-        }
+        let left_out = self.add_missing(missing, chunk, |ids| self.add_segments(hour, ids, repairs))?;
         for id in known {
             // The list of a bucket may be older than the segment.
             if self.runtime.block_on(self.objects.segment_bytes(id))?.is_none() {
                 self.remove_rows(&self.index.of_segment(id)?, &[id], repairs)?;
             }
         }
+        Ok(left_out)
+    }
+
+    /// Calls `add` for objects without rows, the newest first, up to `chunk` at a time, until an index in memory is full.
+    /// Returns how many of them it has no room for.
+    fn add_missing(
+        &self,
+        mut missing: Vec<Ulid>,
+        chunk: usize,
+        mut add: impl FnMut(&[Ulid]) -> Result<(), StoreError>,
+    ) -> Result<u64, StoreError> {
+        // The ids begin with the time.
+        missing.sort_unstable_by(|a, b| b.cmp(a));
+        let mut left_out = missing.len();
+        for ids in missing.chunks(chunk) {
+            if self.index.is_memory_full(self.options.memory_index_bytes) {
+                break;
+            }
+            left_out -= ids.len();
+            add(ids)?;
+        }
         Ok(left_out as u64)
+    }
+
+    /// Adds the rows of objects of the older layout in the directory of an hour. A missing object is no error.
+    fn add_profiles(&self, hour: u64, ids: &[Ulid], repairs: &mut Repairs) -> Result<(), StoreError> {
+        let heads = self.runtime.block_on(self.objects.heads(hour, ids))?;
+        let mut found = Vec::with_capacity(heads.len());
+        for (id, head) in ids.iter().zip(heads) {
+            let (described, bytes) = match head {
+                Head::Gone => continue,
+                Head::Unreadable { bytes, reason } => (Err(reason), bytes),
+                Head::Readable { content: meta, bytes } => {
+                    let described = describe_object(&meta, bytes)
+                        .filter(|(_, key, _)| key.id == *id && key.hour() == hour)
+                        .ok_or_else(|| "it is another object under this name".to_owned());
+                    (described, bytes)
+                }
+            };
+            match described {
+                Ok(described) => found.push(described),
+                Err(reason) => self.leave_unreadable(hour, ObjectName::Profile(*id), bytes, &reason, repairs),
+            }
+        }
+        self.add_rows(&[], &found, repairs)
     }
 
     /// Adds the rows of segments in the directory of an hour. A missing segment is no error.
@@ -184,12 +191,12 @@ impl Store {
         let (mut found, mut segments) = (Vec::new(), Vec::new());
         for (id, head) in ids.iter().zip(heads) {
             let (entries, bytes) = match head {
-                SegmentHead::Gone => continue,
-                SegmentHead::Readable { entries, bytes } if segment_hour(*id) == hour => (Ok(entries), bytes),
-                SegmentHead::Readable { bytes, .. } => {
-                    (Err("it is in the directory of another hour".into()), bytes)
+                Head::Gone => continue,
+                Head::Unreadable { bytes, reason } => (Err(reason), bytes),
+                Head::Readable { content: entries, bytes } if segment_hour(*id) == hour => {
+                    (Ok(entries), bytes)
                 }
-                SegmentHead::Unreadable { bytes, reason } => (Err(reason), bytes),
+                Head::Readable { bytes, .. } => (Err("it is in the directory of another hour".into()), bytes),
             };
             match entries {
                 Ok(entries) => {
@@ -200,11 +207,7 @@ impl Store {
                     });
                     found.extend(described);
                 }
-                Err(reason) => {
-                    repairs.damaged += 1;
-                    self.note_unreadable(hour, ObjectName::Segment(*id), bytes);
-                    tracing::warn!(segment = %id, hour, reason, "cannot read a segment; left it out of the index");
-                }
+                Err(reason) => self.leave_unreadable(hour, ObjectName::Segment(*id), bytes, &reason, repairs),
             }
         }
         self.add_rows(&segments, &found, repairs)
@@ -220,7 +223,10 @@ impl Store {
         Ok(())
     }
 
-    fn note_unreadable(&self, hour: u64, name: ObjectName, bytes: u64) {
+    /// Notes an object that cannot be read, so that it has no rows.
+    fn leave_unreadable(&self, hour: u64, name: ObjectName, bytes: u64, reason: &str, repairs: &mut Repairs) {
+        tracing::warn!(object = %name, hour, reason, "cannot read an object; left it out of the index");
+        repairs.damaged += 1;
         self.metrics.objects_corrupt.inc();
         self.state.write().add_unreadable(UnreadableObject { hour, name }, self.objects.allocated(bytes));
     }

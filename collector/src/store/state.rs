@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    hash::Hash,
     sync::Arc,
 };
 
@@ -227,12 +228,8 @@ impl StoreState {
 
     /// Returns the segments without a row, once these rows are removed.
     pub(super) fn segments_emptied_by(&self, removed: &[IndexedObject]) -> Vec<Ulid> {
-        let mut counts: HashMap<Ulid, u64> = HashMap::new();
-        for segment in removed.iter().filter_map(|object| object.segment) {
-            *counts.entry(segment).or_default() += 1;
-        }
-        counts.retain(|id, n| self.segments.get(id).is_some_and(|segment| segment.rows <= *n));
-        counts.into_keys().collect()
+        let segments = removed.iter().filter_map(|object| object.segment);
+        emptied(segments, |id| self.segments.get(id).map(|segment| segment.rows))
     }
 
     fn add_series(&mut self, id: u64, labels: Labels) {
@@ -263,12 +260,8 @@ impl StoreState {
 
     /// Returns the series that would have no profile left after these removals.
     pub(super) fn emptied_by(&self, removed: &[IndexedObject]) -> Vec<u64> {
-        let mut counts: HashMap<u64, u64> = HashMap::new();
-        for object in removed {
-            *counts.entry(object.series).or_default() += 1;
-        }
-        counts.retain(|id, n| self.series.get(id).is_some_and(|s| s.profiles <= *n));
-        counts.into_keys().collect()
+        let series = removed.iter().map(|object| object.series);
+        emptied(series, |id| self.series.get(id).map(|series| series.profiles))
     }
 
     /// Removes objects and series after the index has committed their removal.
@@ -310,4 +303,17 @@ impl StoreState {
             }
         }
     }
+}
+
+/// Returns the ids that `removed` yields as often as each has rows, or more often.
+fn emptied<T: Copy + Eq + Hash>(
+    removed: impl Iterator<Item = T>,
+    rows: impl Fn(&T) -> Option<u64>,
+) -> Vec<T> {
+    let mut counts: HashMap<T, u64> = HashMap::new();
+    for id in removed {
+        *counts.entry(id).or_default() += 1;
+    }
+    counts.retain(|id, n| rows(id).is_some_and(|rows| rows <= *n));
+    counts.into_keys().collect()
 }

@@ -202,8 +202,7 @@ impl StoreWriter {
             }
             if store.objects.is_shared() && Instant::now() >= next_bucket_check {
                 let followed = Arc::clone(&store);
-                let result = tokio::task::spawn_blocking(move || followed.follow_bucket(turn)).await;
-                if let Err(error) = result.map_err(|_| StoreError::Ended).flatten() {
+                if let Err(error) = blocking(move || followed.follow_bucket(turn)).await {
                     store.metrics.store_errors.inc();
                     tracing::warn!(%error, "cannot list the bucket; trying again");
                 }
@@ -318,8 +317,7 @@ impl Store {
         }
         if self.index.is_in_memory() {
             let store = Arc::clone(self);
-            let moved = tokio::task::spawn_blocking(move || store.move_index_to_disk()).await;
-            if let Err(error) = moved.map_err(|_| StoreError::Ended).flatten() {
+            if let Err(error) = blocking(move || store.move_index_to_disk()).await {
                 let reason = format!(
                     "the collector's disk was full at its start, and the index still has no room: {error}"
                 );
@@ -350,27 +348,25 @@ impl Store {
         }
         // Whatever happens from here on, the segment may be there.
         *self.uncertain.lock() = Some(id);
-        if let Err(error) = self.objects.put_segment(id, parts).await {
-            let failed = self.write_failed(&error);
+        let replace = |mut outcomes: Vec<BatchOutcome>, failed: &BatchOutcome| {
             for (at, _) in &planned {
                 outcomes[*at] = failed.clone();
             }
-            return outcomes;
+            outcomes
+        };
+        if let Err(error) = self.objects.put_segment(id, parts).await {
+            return replace(outcomes, &self.write_failed(&error));
         }
         self.metrics.segments_written.inc();
         self.metrics.segment_bytes.inc_by(bytes);
         let store = Arc::clone(self);
-        let committed = blocking(move || Ok((store.index.commit(&change)?, change))).await;
+        let committed = blocking(move || store.index.commit(&change).map(|first| (first, change))).await;
         let (first_of_window, change) = match committed {
             Ok(done) => done,
             Err(error) => {
                 self.metrics.store_errors.inc();
                 tracing::warn!(%error, "cannot write the index; batches are throttled");
-                let failed = throttled("store", &error.to_string());
-                for (at, _) in &planned {
-                    outcomes[*at] = failed.clone();
-                }
-                return outcomes;
+                return replace(outcomes, &throttled("store", &error.to_string()));
             }
         };
         *self.uncertain.lock() = None;
@@ -388,8 +384,7 @@ impl Store {
     async fn settle_uncertain(self: &Arc<Self>) -> Result<(), StoreError> {
         let Some(id) = *self.uncertain.lock() else { return Ok(()) };
         let store = Arc::clone(self);
-        let adopted = tokio::task::spawn_blocking(move || store.adopt_segment(id)).await;
-        adopted.map_err(|_| StoreError::Ended).flatten()?;
+        blocking(move || store.adopt_segment(id)).await?;
         *self.uncertain.lock() = None;
         Ok(())
     }
