@@ -19,7 +19,7 @@ use gannet_proto::{
 use tonic::Code;
 
 use crate::{
-    store::{list, object_of, objects},
+    store::{hour_dir, list, object_of, objects},
     support::{Pusher, batch, config_with, eventually, get, metric, now_ms, queries, start},
 };
 
@@ -173,8 +173,7 @@ async fn retention_removes_unreadable_objects() {
     assert_eq!(files.len(), 5);
     let newest = files.iter().max_by_key(|file| (*file).clone()).unwrap().clone();
     // Of three hours ago, as their directory says.
-    let at = jiff::Timestamp::from_millisecond((now_ms() - 3 * hour_ms) as i64).unwrap();
-    let old = dir.path().join("objects/default").join(at.strftime("%Y-%m-%d/%H").to_string());
+    let old = hour_dir(dir.path(), now_ms() - 3 * hour_ms);
     fs::create_dir_all(&old).unwrap();
     for file in files.iter().filter(|file| **file != newest) {
         zero(file);

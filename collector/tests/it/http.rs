@@ -1,14 +1,16 @@
 use gannet_collector::Running;
 use gannet_proto::{
     control::{SetTriggersRequest, node_rollout::State},
-    pprof::{check, decode},
+    ingest::Batch,
+    pprof::{GUESSED_FROM, check, decode, encode},
+    profiles::Label,
 };
 use rstest::rstest;
 use serde_json::{Value, json};
 
 use crate::{
     fleet::Agent,
-    support::{Pusher, batch, get, now_ms, start},
+    support::{CPU, Pusher, Stacks, batch, get, now_ms, profile, start},
     triggers::{parse, triggers},
 };
 
@@ -94,6 +96,42 @@ async fn the_api_answers_in_its_shape() {
             "points": [
                 { "t_ms": t, "value": 6, "profiles": 2 }, { "t_ms": t + 10_000, "value": 0, "profiles": 0 },
             ],
+        })
+    );
+    running.shutdown().await;
+}
+
+/// Returns a batch whose stacks rest on a guess from the caller of the leaf.
+fn guessed(service: &str, start_ms: u64, stacks: Stacks<'_>) -> Batch {
+    let mut profile = profile(CPU, stacks);
+    let key = profile.string_table.len() as i64;
+    profile.string_table.push(GUESSED_FROM.to_owned());
+    for sample in &mut profile.sample {
+        sample.label.push(Label { key, num: 1, ..Label::default() });
+    }
+    Batch { pprof: encode(&profile), ..batch(service, start_ms, stacks) }
+}
+
+#[tokio::test]
+async fn a_flame_graph_counts_guesses_on_each_side() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let (mut pusher, t) = (Pusher::open(running.grpc_addr).await, now_ms() - 60_000);
+    let stack = "main;work";
+    pusher.store(batch("shop", t, &[(stack, 3)])).await;
+    pusher.store(guessed("shop", t + 1, &[(stack, 2)])).await;
+    pusher.store(guessed("cart", t, &[(stack, 7)])).await;
+    let compared = "query={service_name=\"shop\"}&base_query={service_name=\"cart\"}";
+    let graph = api(&running, &format!("/flamegraph?{compared}&type=samples/count")).await;
+    assert_eq!((&graph["root"]["guessed"], &graph["root"]["base_guessed"]), (&json!(2), &json!(7)));
+    assert_eq!(
+        graph["root"]["children"][0],
+        json!({
+            "name": "main", "file": "shop", "total": 5, "base_total": 7, "guessed": 2, "base_guessed": 7,
+            "children": [{
+                "name": "work", "file": "shop", "total": 5, "self": 5, "base_total": 7, "base_self": 7,
+                "children": [],
+            }],
         })
     );
     running.shutdown().await;

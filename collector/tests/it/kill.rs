@@ -24,7 +24,7 @@ use crate::{
     support::{Pusher, batch, download, metric, now_ms, queries, start},
 };
 
-/// Kills of one run. The environment can raise it.
+/// Kills of one run. The environment variable `GANNET_TEST_KILLS` replaces it.
 const KILLS: u64 = 24;
 const PUSHERS: usize = 3;
 

@@ -328,7 +328,10 @@ async fn resources_and_calls_change_one_shared_rule_store() {
     })
     .await;
     // The node rejected the whole set, so the other rule is not in force in its newest form either.
-    assert_eq!(condition("called", "Applied")["reason"], "Rejected");
+    eventually("the refusal shows at the other rule too", || async {
+        condition("called", "Applied")["reason"] == "Rejected"
+    })
+    .await;
     api.apply("applied", &json!({ "match": { "comm": ["shop"] }, "capture": { "hz": 17 } }));
     assert_eq!(next_ids(&mut agent).await, ["applied", "called"]);
     eventually("it is in force again", || async { condition("applied", "Applied")["status"] == "True" })

@@ -136,7 +136,8 @@ async fn damage_to_a_segment_costs_no_other_profile() {
     // A segment of a newer version.
     let mut newer = fs::read(whole_path).unwrap();
     newer[8] = 9;
-    fs::write(whole_path.with_file_name(format!("{}7.segment", &name[..25])), newer).unwrap();
+    let last = if name[25..].starts_with('7') { '8' } else { '7' };
+    fs::write(whole_path.with_file_name(format!("{}{last}.segment", &name[..25])), newer).unwrap();
 
     // With the rows from before, and with rebuilt ones.
     for is_rebuilt in [false, true] {

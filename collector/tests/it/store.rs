@@ -99,6 +99,12 @@ pub fn object_of<'a>(objects: &'a [std::path::PathBuf], id: &str) -> &'a std::pa
     objects.iter().find(holds).unwrap()
 }
 
+/// Returns the directory of the objects of the hour with this time.
+pub fn hour_dir(data: &std::path::Path, at_ms: u64) -> std::path::PathBuf {
+    let at = jiff::Timestamp::from_millisecond(at_ms as i64).unwrap();
+    data.join("objects/default").join(at.strftime("%Y-%m-%d/%H").to_string())
+}
+
 pub fn objects(data: &std::path::Path) -> Vec<std::path::PathBuf> {
     let (mut dirs, mut files) = (vec![data.join("objects")], Vec::new());
     while let Some(dir) = dirs.pop() {
