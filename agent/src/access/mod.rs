@@ -39,6 +39,11 @@ const HUNG_PART: u32 = 4;
 
 /// The end of the program waits this long for the end of free workers.
 const END_TIMEOUT: Duration = Duration::from_millis(200);
+/// How long a new agent waits for the sockets and locks of one that was killed. The kernel kills that agent's workers, which share
+/// its descriptors, some milliseconds behind it.
+pub(crate) const WORKERS_OUTLIVE: Duration = Duration::from_secs(2);
+/// The pause between two attempts to have them.
+pub(crate) const WORKERS_PAUSE: Duration = Duration::from_millis(20);
 /// How long the engine waits. Meanwhile the ring buffer fills.
 pub(crate) const ENGINE_DEADLINE: Duration = Duration::from_millis(400);
 /// How many times longer a call may take that uses a CPU: a process can have tens of thousands of mappings.

@@ -9,7 +9,7 @@ mod views;
 
 pub use metrics::METRICS;
 
-use std::{fmt::Write as _, io, net::SocketAddr, sync::Arc};
+use std::{fmt::Write as _, io, net::SocketAddr, sync::Arc, time::Instant};
 
 use axum::{
     Router,
@@ -23,12 +23,16 @@ use serde::Deserialize;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::{engine::EngineError, node::Node};
+use crate::{
+    access::{WORKERS_OUTLIVE, WORKERS_PAUSE},
+    engine::EngineError,
+    node::Node,
+};
 use profile::MAX_PROFILES;
 
 /// An address that the agent cannot listen on.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {address}: {source}; give another address with --{flag}")]
+#[error("cannot listen on {address}; give another address with --{flag}")]
 pub struct ListenError {
     address: SocketAddr,
     flag: &'static str,
@@ -51,9 +55,8 @@ pub(crate) struct Listeners {
 impl Listeners {
     /// Opens the listeners. The agent does this first, so that a port in use shows before anything else starts.
     pub(crate) async fn open(probes: SocketAddr, page: SocketAddr) -> Result<Self, ListenError> {
-        let listen = async |address, flag| {
-            TcpListener::bind(address).await.map_err(|source| ListenError { address, flag, source })
-        };
+        let listen =
+            async |address, flag| bind(address).await.map_err(|source| ListenError { address, flag, source });
         Ok(Self { probes: listen(probes, "http-listen").await?, page: listen(page, "debug-listen").await? })
     }
 
@@ -69,6 +72,19 @@ impl Listeners {
         );
         for error in [probes.err(), page.err()].into_iter().flatten() {
             tracing::error!("an HTTP listener has ended: {error}");
+        }
+    }
+}
+
+/// Opens a listener. Waits for an address that an agent before this one may still have.
+async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let until = Instant::now() + WORKERS_OUTLIVE;
+    loop {
+        match TcpListener::bind(address).await {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < until => {
+                tokio::time::sleep(WORKERS_PAUSE).await;
+            }
+            bound => return bound,
         }
     }
 }
@@ -276,6 +292,25 @@ mod tests {
         {
             assert!(!is_local_host(host), "{host}");
         }
+    }
+
+    #[tokio::test]
+    async fn an_address_that_becomes_free_soon_is_waited_for() {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let former = TcpListener::bind(any).await.unwrap();
+        let address = former.local_addr().unwrap();
+        let held = tokio::spawn(async move {
+            tokio::time::sleep(WORKERS_OUTLIVE / 4).await;
+            drop(former);
+        });
+        let listeners = Listeners::open(address, any).await.map_err(|error| error.to_string()).unwrap();
+        held.await.unwrap();
+        assert_eq!(listeners.probes.local_addr().unwrap(), address);
+        // This one stays: the error names the flag.
+        let begun = Instant::now();
+        let Err(error) = Listeners::open(any, address).await else { panic!("the address is in use") };
+        assert!(begun.elapsed() >= WORKERS_OUTLIVE, "{:?}", begun.elapsed());
+        assert!(error.to_string().contains("--debug-listen"), "{error}");
     }
 
     #[test]

@@ -268,7 +268,7 @@ fn the_explanation_of_a_renamed_process_is_true() {
 }
 
 const STARTED: &str = "volatile unsigned long n;
-__attribute__((noinline)) void started_leaf(void) { for (int i = 0; i < 1000; i++) n += i; }
+__attribute__((noinline)) void started_leaf(void) { for (int i = 0; i < 100000; i++) n += i; }
 int main(void) { for (;;) started_leaf(); }";
 
 /// Returns the dynamic linker of this machine.
@@ -330,7 +330,7 @@ fn rules_match_however_a_program_is_started() {
         let whole = |stack: &[String]| in_order(stack, &[comm, "main", "started_leaf"]) && !is_marked(stack);
         let (good, all) = recording.share("started_leaf", whole);
         let odd = recording.odd_ones("started_leaf", whole);
-        // A few samples are from main() itself, which calls the function again and again.
+        // A few samples are from main() itself, which calls the function again and again, and from before its tables are there.
         assert!(
             all > 8 && good == all && all * 20 >= recording.delivered * 19,
             "{good} of {all}, {} delivered: {odd:?}\n{}",

@@ -6,7 +6,8 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::atomic::Ordering::Relaxed,
-    time::SystemTime,
+    thread,
+    time::{Instant, SystemTime},
 };
 
 use gannet_proto::ledger::LossReason;
@@ -17,7 +18,10 @@ use super::{
     format::{Contents, EXTENSION, FileName, NewEntry, PendingFile, read_file},
     io_error,
 };
-use crate::ledger::Stage;
+use crate::{
+    access::{WORKERS_OUTLIVE, WORKERS_PAUSE},
+    ledger::Stage,
+};
 
 /// Damaged files that stay on disk for inspection.
 const MAX_CORRUPT_FILES: usize = 8;
@@ -131,7 +135,8 @@ impl Spool {
     }
 }
 
-/// Locks the directory for this process. The lock holds as long as the returned file is open.
+/// Locks the directory for this process. Waits for a lock that an agent before this one may still have. The lock holds as long as
+/// the returned file is open.
 pub(super) fn lock(dir: &Path) -> Result<File, SpoolError> {
     let path = dir.join("lock");
     let mut file = OpenOptions::new()
@@ -142,7 +147,14 @@ pub(super) fn lock(dir: &Path) -> Result<File, SpoolError> {
         .mode(0o600)
         .open(&path)
         .map_err(|source| io_error("open", &path, source))?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+    let until = Instant::now() + WORKERS_OUTLIVE;
+    let attempt = || rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+    let mut locked = attempt();
+    while locked == Err(rustix::io::Errno::WOULDBLOCK) && Instant::now() < until {
+        thread::sleep(WORKERS_PAUSE);
+        locked = attempt();
+    }
+    match locked {
         Ok(()) => {
             // Another agent that finds the lock taken shows this number.
             drop(file.set_len(0).and_then(|()| file.write_all(std::process::id().to_string().as_bytes())));
