@@ -2,6 +2,8 @@
 
 use std::{fs::File, io::Write as _};
 
+use lzma_rust2::{XzOptions, XzWriter};
+
 use super::{
     demangle,
     formats::{
@@ -124,9 +126,11 @@ pub fn functions_of_file(bytes: &[u8], addresses: &[u64]) {
 
 /// Packs a file as distributions pack the symbol tables of their programs.
 pub fn packed(bytes: &[u8]) -> Vec<u8> {
-    let mut packed = Vec::new();
-    let _ = lzma_rs::xz_compress(&mut &*bytes, &mut packed);
-    packed
+    let packing = XzWriter::new(Vec::new(), XzOptions::with_preset(0)).and_then(|mut writer| {
+        writer.write_all(bytes)?;
+        writer.finish()
+    });
+    packing.unwrap_or_default()
 }
 
 /// Makes a mangled name readable.

@@ -6,10 +6,11 @@
 
 use std::{
     fs::File,
-    io::{self, BufReader, Write},
+    io::{self, Read},
 };
 
 use gannet_elf::{Elf, ElfError, ElfLimits, GoFault, Section, Symbols};
+use lzma_rust2::XzReader;
 
 use super::{
     super::demangle::MAX_NAME_BYTES,
@@ -20,6 +21,8 @@ use super::{
 /// Ten million functions.
 const MAX_TABLE_BYTES: u64 = 256 << 20;
 const MAX_MINI_DEBUG_BYTES: u64 = 32 << 20;
+/// Room for the dictionary of `xz -9`, 64 MiB, and the decoder's own tables. Memory is used up to the size of the table only.
+const MAX_UNPACKING_KIB: u32 = 65 << 10;
 
 /// The reason why the functions of a file have no names.
 #[derive(Debug, thiserror::Error)]
@@ -139,36 +142,15 @@ fn unpack(elf: &Elf<'_>, section: &Section) -> Result<File, SymbolError> {
     let packed = elf.section_data_within(section, MAX_MINI_DEBUG_BYTES)?;
     let memory = rustix::fs::memfd_create("gannet-symbols", rustix::fs::MemfdFlags::CLOEXEC)
         .map_err(|error| SymbolError::Packed(error.into()))?;
-    let mut bounded = Bounded { file: File::from(memory), left: MAX_MINI_DEBUG_BYTES };
-    lzma_rs::xz_decompress(&mut BufReader::new(&*packed), &mut bounded).map_err(|error| {
-        SymbolError::Packed(if bounded.left == 0 {
-            io::ErrorKind::FileTooLarge.into()
-        } else {
-            io::Error::other(format!("{error:?}"))
-        })
-    })?;
-    Ok(bounded.file)
-}
-
-/// A writer that takes a limited number of bytes.
-struct Bounded {
-    file: File,
-    left: u64,
-}
-
-impl Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if bytes.len() as u64 > self.left {
-            self.left = 0;
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
-        self.left -= bytes.len() as u64;
-        self.file.write(bytes)
+    let mut file = File::from(memory);
+    let unpacked = XzReader::new_mem_limit(&*packed, false, MAX_UNPACKING_KIB);
+    // One byte more than the limit tells a table that is cut from one that just fits.
+    let bytes =
+        io::copy(&mut unpacked.take(MAX_MINI_DEBUG_BYTES + 1), &mut file).map_err(SymbolError::Packed)?;
+    if bytes > MAX_MINI_DEBUG_BYTES {
+        return Err(SymbolError::Packed(io::ErrorKind::FileTooLarge.into()));
     }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+    Ok(file)
 }
 
 #[cfg(test)]
