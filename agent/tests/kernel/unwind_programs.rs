@@ -69,9 +69,10 @@ impl Case {
 #[track_caller]
 fn check(cases: &[Case], seconds: u32, least: u64) {
     let pids: Vec<String> = cases.iter().map(|case| case.running.0.id().to_string()).collect();
-    let mut arguments = vec!["--pid"];
+    // A dozen programs that spin leave the agent little of a small machine, and their first samples come with their stacks of
+    // up to 24 KiB: the default ring has room for 85 of them.
+    let mut arguments = vec!["--ring-bytes", "16MiB", "--pid"];
     arguments.extend(pids.iter().map(String::as_str));
-    // A dozen programs that spin leave the agent little of a small machine, and their first samples come with their stacks.
     let recording = record_for(seconds, 299, &arguments);
     assert_eq!(recording.lost.values().sum::<u64>(), 0, "{:?}", recording.lost);
     let faults: Vec<String> = cases.iter().filter_map(|case| case.fault(&recording, least)).collect();
