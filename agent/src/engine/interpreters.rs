@@ -23,7 +23,7 @@ use crate::{
     access::{Access, Target},
     kernel::Kernel,
     model::{FunctionCopy, ImageKey, Sample, StackWord},
-    process::{Process, ProcessTable, check_identity},
+    process::{CodeList, Process, ProcessTable, check_identity},
     runtimes::{
         Attachment, CodeNeeds, GeneratedCode, Guard, Interpreter, ListFunction, Memory, ProcessMemory,
         RuntimeFile, WhyNot, read_cpu_time,
@@ -37,6 +37,8 @@ const MAX_COPIES: usize = 8192;
 /// How long a process that has not started its interpreter is left alone at first; each time longer, up to the last.
 const FIRST_RETRY: Duration = Duration::from_millis(20);
 const LAST_RETRY: Duration = Duration::from_secs(5);
+/// The same for a process that may list its code and does not. .NET may begin to while it runs.
+const LAST_SEARCH: Duration = Duration::from_secs(60);
 /// The number of attempts after which a process stays as it is.
 const MAX_ATTEMPTS: u32 = 20;
 /// The number of attempts that samples wait for: some 150 ms, in which a virtual machine starts.
@@ -77,8 +79,8 @@ enum State {
     Requested(u32),
     /// It was too early.
     Waiting { attempts: u32, until: Instant, file: Arc<RuntimeFile>, bias: u64, reason: WhyNot },
-    /// Its frames are taken.
-    Attached(Arc<RuntimeFile>),
+    /// Its frames are taken, or it lists the names of its code.
+    Attached(Arc<RuntimeFile>, Option<CodeList>),
     /// Its frames cannot be taken.
     Refused(Arc<RuntimeFile>, WhyNot),
 }
@@ -103,6 +105,8 @@ struct Attached {
     file: Arc<RuntimeFile>,
     bias: u64,
     found: Result<Attachment, WhyNot>,
+    /// The list with the names of its code, if [`Attachment::Listed`] was found and there is one.
+    list: Option<CodeList>,
 }
 
 /// Counts of the interpreters.
@@ -211,7 +215,7 @@ impl Interpreters {
         }
         let mut changed = mem::take(&mut self.given_up);
         while let Ok(answer) = self.answers.try_recv() {
-            let Attached { key, file, bias, found } = match answer {
+            let Attached { key, file, bias, found, list } = match answer {
                 Answer::Attached(attached) => attached,
                 Answer::SwitchedOff(key, reason) => {
                     self.switch_off(key, reason, kernel, processes);
@@ -231,30 +235,42 @@ impl Interpreters {
                     let interpreter =
                         Interpreter::new(Arc::clone(&file), bias).with_code(GeneratedCode::new(reader));
                     processes.set_interpreter(&key, Arc::new(interpreter));
-                    State::Attached(file)
+                    State::Attached(file, None)
                 }
                 Ok(Attachment::Plain) => {
                     self.set_interpreter(&key, &file, bias, processes);
-                    State::Attached(file)
+                    State::Attached(file, None)
                 }
                 Ok(Attachment::Labels(layout)) => {
                     self.set_interpreter(&key, &file, bias, processes);
                     if let Err(error) = kernel.set_label_source(key, &layout) {
                         tracing::debug!(key = %key.process, "cannot take the labels of a program: {error}");
                     }
-                    State::Attached(file)
+                    State::Attached(file, None)
                 }
                 Ok(Attachment::List(layout)) => {
                     self.set_interpreter(&key, &file, bias, processes);
                     if let Err(error) = kernel.set_list_frames(key, &layout) {
                         tracing::debug!(key = %key.process, "cannot take the frames of an interpreter: {error}");
                     }
-                    State::Attached(file)
+                    State::Attached(file, None)
+                }
+                Ok(Attachment::Listed(reason)) => {
+                    self.set_interpreter(&key, &file, bias, processes);
+                    match list {
+                        Some(_) => State::Attached(file, list),
+                        // It may begin later to list its code.
+                        None if reason.may_pass() => {
+                            let until = Instant::now() + pause_behind(attempts, LAST_SEARCH);
+                            State::Waiting { attempts, until, file, bias, reason }
+                        }
+                        None => State::Refused(file, reason),
+                    }
                 }
                 // Threads begin and end while their states are read.
                 Err(reason) if reason.may_pass() && attempts < MAX_ATTEMPTS => {
-                    let pause = FIRST_RETRY.saturating_mul(1 << attempts.min(16)).min(LAST_RETRY);
-                    State::Waiting { attempts, until: Instant::now() + pause, file, bias, reason }
+                    let until = Instant::now() + pause_behind(attempts, LAST_RETRY);
+                    State::Waiting { attempts, until, file, bias, reason }
                 }
                 Err(reason) => {
                     self.switched_off += u64::from(reason.is_switched_off());
@@ -272,7 +288,7 @@ impl Interpreters {
             .iter()
             .filter_map(|(key, state)| match state {
                 State::Waiting { attempts, until, file, bias, .. } if *until <= now => {
-                    Some((*key, Arc::clone(file), *bias, attempts + 1))
+                    Some((*key, Arc::clone(file), *bias, attempts.saturating_add(1)))
                 }
                 _ => None,
             })
@@ -314,7 +330,7 @@ impl Interpreters {
             }
         }
         if code.is_over()
-            && let Some(State::Attached(file)) = self.processes.get(&key)
+            && let Some(State::Attached(file, _)) = self.processes.get(&key)
         {
             let file = Arc::clone(file);
             self.processes.insert(key, State::Refused(file, WhyNot::Unanswered));
@@ -334,7 +350,7 @@ impl Interpreters {
     /// Refuses a process from now on. Returns whether it is alive and was not refused before.
     fn refuse(&mut self, key: ImageKey, reason: WhyNot, processes: &ProcessTable) -> bool {
         let file = match self.processes.get(&key) {
-            Some(State::Attached(file) | State::Waiting { file, .. }) => Arc::clone(file),
+            Some(State::Attached(file, _) | State::Waiting { file, .. }) => Arc::clone(file),
             Some(State::Refused(..)) => return false,
             // Its first copies came before the agent knew its interpreter.
             Some(State::Requested(_)) | None => {
@@ -444,7 +460,10 @@ impl Interpreters {
             format!("{} {}: {status}", file.runtime.name(), file.detected.version_text)
         };
         match self.processes.get(key) {
-            Some(State::Attached(file)) => of(file, "ok"),
+            Some(State::Attached(file, None)) => of(file, "ok"),
+            Some(State::Attached(file, Some(list))) => {
+                of(file, &format!("ok, names from its {}", list.name()))
+            }
             Some(State::Refused(file, reason) | State::Waiting { file, reason, .. }) => {
                 of(file, &reason.to_string())
             }
@@ -457,11 +476,16 @@ impl State {
     /// Returns the interpreter, and the kind of its status.
     fn kind(&self) -> Option<(&RuntimeFile, &'static str)> {
         match self {
-            Self::Attached(file) => Some((file, "ok")),
+            Self::Attached(file, _) => Some((file, "ok")),
             Self::Refused(file, reason) | Self::Waiting { file, reason, .. } => Some((file, reason.kind())),
             Self::Requested(_) => None,
         }
     }
+}
+
+/// Returns the pause before the next attempt to attach.
+fn pause_behind(attempts: u32, longest: Duration) -> Duration {
+    FIRST_RETRY.saturating_mul(1 << attempts.min(16)).min(longest)
 }
 
 /// Counts processes by runtime, version and status.
@@ -488,11 +512,19 @@ fn read(readers: &Access, request: Request) -> Option<Answer> {
             let attach = move || {
                 let memory = ProcessMemory { tgid: key.process.tgid };
                 let found = Guard::default().read(|| theirs.runtime.attach(&theirs, bias, &memory));
+                let list = match &found {
+                    Ok(Attachment::Listed(reason)) if reason.may_pass() => CodeList::of_live(key.process),
+                    _ => None,
+                };
                 // The PID may belong to another process by now.
-                if check_identity(key.process).is_ok() { found } else { Err(WhyNot::Unreadable) }
+                if check_identity(key.process).is_ok() {
+                    (found, list)
+                } else {
+                    (Err(WhyNot::Unreadable), None)
+                }
             };
-            let found = on_reader(readers, key, attach).unwrap_or(Err(WhyNot::Unanswered));
-            Some(Answer::Attached(Attached { key, file, bias, found }))
+            let (found, list) = on_reader(readers, key, attach).unwrap_or((Err(WhyNot::Unanswered), None));
+            Some(Answer::Attached(Attached { key, file, bias, found, list }))
         }
         Request::Code { key, interpreter, needs } => {
             let theirs = Arc::clone(&interpreter);

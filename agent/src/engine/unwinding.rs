@@ -109,12 +109,13 @@ impl Unwinding {
         if let Some(interpreters) = &mut interpreters {
             self.changed.extend(interpreters.collect(kernel, processes));
         }
+        let mut again = Vec::new();
         for key in mem::take(&mut self.changed) {
             let Some(process) = live(processes, &key).filter(|_| tables.is_loaded(&key)) else { continue };
             if rules.slots().wants_off_cpu_of(process.rules) && !tables.request_all(&process.image) {
                 self.changed.insert(key);
-            } else {
-                write(tables, kernel, process, interpreters.as_deref_mut());
+            } else if !write(tables, kernel, process, interpreters.as_deref_mut()) {
+                again.push(key);
             }
         }
         let mut unwinder = CodeUnwinder { tables, interpreters: interpreters.as_deref_mut() };
@@ -122,8 +123,10 @@ impl Unwinding {
         for resolved in &mut resolved {
             match resolved {
                 Resolved::Done(key) => {
-                    if let Some(process) = live(processes, key) {
-                        write(tables, kernel, process, interpreters.as_deref_mut());
+                    if let Some(process) = live(processes, key)
+                        && !write(tables, kernel, process, interpreters.as_deref_mut())
+                    {
+                        again.push(*key);
                     }
                 }
                 Resolved::Changes(changes) => self.changed.extend(&changes.changed),
@@ -137,12 +140,13 @@ impl Unwinding {
         for key in mem::take(&mut self.blocked) {
             match live(processes, &key).filter(|process| !process.kernel_thread) {
                 Some(process) if tables.request_all(&process.image) => {
-                    write(tables, kernel, process, interpreters.as_deref_mut());
+                    let _ = write(tables, kernel, process, interpreters.as_deref_mut());
                 }
                 Some(_) => drop(self.blocked.insert(key)),
                 None => {}
             }
         }
+        self.changed.extend(again);
         resolved
     }
 
@@ -230,12 +234,13 @@ impl Unwinder for CodeUnwinder<'_> {
     }
 }
 
+/// Writes an image into the kernel. Returns false if it has to be written again, because its runtime's file is not read yet.
 fn write(
     tables: &mut UnwindTables,
     kernel: &mut Kernel,
     process: &Process,
     interpreters: Option<&mut Interpreters>,
-) {
+) -> bool {
     let is_refused = interpreters.as_ref().is_none_or(|interpreters| interpreters.is_refused(&process.key));
     let sends_code = !is_refused && tables.has_code_file(&process.image);
     // A process that does not fit is unwound in user space. The tables log that.
@@ -243,4 +248,5 @@ fn write(
     if let (Some(interpreters), Some((file, bias))) = (interpreters, tables.runtime_of(&process.image)) {
         interpreters.found(process.key, Arc::clone(file), bias);
     }
+    tables.request_listed(&process.image)
 }

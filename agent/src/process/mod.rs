@@ -25,7 +25,7 @@ pub use self::{
 };
 pub(crate) use self::{
     images::on_worker,
-    perf_maps::perf_map_files,
+    perf_maps::{CodeList, perf_map_files},
     proc::is_dynamic_linker,
     survey::{SurveyedProcess, add_runtimes, cpu_usage, survey},
     table::all_on_worker,

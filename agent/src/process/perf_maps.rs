@@ -7,7 +7,7 @@
 
 use std::{
     fs::{self, File, Metadata},
-    io,
+    io::{self, BufRead as _, BufReader, Read as _},
     num::NonZeroUsize,
     os::unix::fs::MetadataExt as _,
     sync::{
@@ -43,6 +43,8 @@ const PAUSES: [Duration; 3] =
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// The directory in which compilers write perf maps, in the root directory of the process.
 const DIRECTORY: &str = "tmp";
+/// Bytes that are read of a list of mappings.
+const MAX_MAPS_BYTES: u64 = 4 << 20;
 
 static NODE: LazyLock<PerfMapFiles> = LazyLock::new(PerfMapFiles::default);
 
@@ -215,6 +217,41 @@ impl Found {
 /// Reports whether a map is a regular file of the process's user or of root: others could name the functions of the process.
 fn is_of(metadata: &Metadata, owners: &[u32]) -> bool {
     metadata.is_file() && owners.contains(&metadata.uid())
+}
+
+/// The file in which a process lists the functions of the code that it makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CodeList {
+    PerfMap,
+    JitDump,
+}
+
+impl CodeList {
+    /// Finds the list of a process that lives. The calls may wait for the process and its file system without end.
+    pub(crate) fn of_live(key: ProcessKey) -> Option<Self> {
+        if Found::of_live(key).is_ok_and(|found| found.map.is_some()) {
+            return Some(Self::PerfMap);
+        }
+        let maps = File::open(format!("/proc/{}/maps", key.tgid)).ok()?;
+        let mut lines = BufReader::new(maps.take(MAX_MAPS_BYTES)).lines().map_while(Result::ok);
+        // The process maps it for the profiler to see, as code.
+        lines.any(|line| is_jitdump(&line)).then_some(Self::JitDump)
+    }
+
+    /// Returns its name, for people.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::PerfMap => "perf map",
+            Self::JitDump => "jitdump",
+        }
+    }
+}
+
+/// Reports whether a line of `/proc/PID/maps` is of a jitdump: `jit-PID.dump`.
+fn is_jitdump(line: &str) -> bool {
+    let is_code = line.split_ascii_whitespace().nth(1).is_some_and(|rights| rights.contains('x'));
+    let name = line.rsplit('/').next().and_then(|name| name.strip_prefix("jit-")?.strip_suffix(".dump"));
+    is_code && name.is_some_and(|pid| !pid.is_empty() && pid.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// A path descriptor holds the file and has no effects on a device or pipe.

@@ -16,6 +16,7 @@ mod guard;
 mod hostile;
 mod hotspot;
 mod instruction_lines;
+mod listed;
 mod memory;
 mod php;
 mod process;
@@ -47,8 +48,20 @@ pub(crate) use self::{
 };
 
 /// The runtimes that the agent knows.
-static RUNTIMES: [&dyn Runtime; 6] =
-    [&python::Python, &hotspot::HotSpot, &php::Php, &ruby::Ruby, &go::Go, &v8::V8];
+static RUNTIMES: [&dyn Runtime; 10] = [
+    &python::Python,
+    &hotspot::HotSpot,
+    &php::Php,
+    &ruby::Ruby,
+    &go::Go,
+    &v8::V8,
+    &listed::DOTNET,
+    &listed::ERLANG_VM,
+    &listed::LUAJIT,
+    &listed::PERL_5,
+];
+/// Those that may be in a library without an interpreter's loop, and make no code that has to wait for it.
+static LISTED: [&listed::Listed; 4] = [&listed::DOTNET, &listed::ERLANG_VM, &listed::LUAJIT, &listed::PERL_5];
 
 /// The loops of all interpreters: a frame of such a function stands for a run of list frames.
 pub(crate) const LIST_FUNCTIONS: &[&str] = &[python::LOOP, php::LOOP];
@@ -68,7 +81,13 @@ pub(crate) fn makes_code(path: &str) -> bool {
 /// Reports whether a file without an interpreter's loop may still be a runtime's, by its path in the process. Programs of Go say so
 /// in a section.
 pub(crate) fn may_be_runtime(path: &str) -> bool {
-    makes_code(path) || !path.rsplit('/').next().unwrap_or_default().contains(".so")
+    let is_library = path.rsplit('/').next().unwrap_or_default().contains(".so");
+    !is_library || makes_code(path) || may_be_listed(path)
+}
+
+/// Reports whether a file may be a runtime whose functions have the names that the process lists, by its path in the process.
+pub(crate) fn may_be_listed(path: &str) -> bool {
+    LISTED.iter().any(|runtime| runtime.may_be(path))
 }
 
 /// Where a process keeps the frames of its programs.
@@ -80,6 +99,9 @@ pub(crate) enum Attachment {
     Code(Arc<dyn CodeReader>),
     /// Its frames are native ones, and its tasks have labels, which BPF reads.
     Labels(LabelLayout),
+    /// Its frames are native ones. Those in code that it makes have names if it lists them, in a perf map or a jitdump. If it does
+    /// not, this is the reason why names are missing.
+    Listed(WhyNot),
     /// Its frames are native ones.
     Plain,
 }
@@ -224,6 +246,12 @@ pub(crate) enum WhyNot {
     /// Its code does not show where the labels are.
     #[error("the labels of its goroutines were not found in this build")]
     Labels,
+    /// It can list the code that it makes, and does not.
+    #[error("it does not list the code that it makes: {0}")]
+    Unlisted(&'static str),
+    /// It runs no code of its own that could be named.
+    #[error("the agent shows the C functions of the interpreter alone")]
+    OnlyNative,
     /// The texts of its functions take too much memory of the agent.
     #[error("the texts of its functions take too much memory")]
     TooLarge,
@@ -242,11 +270,16 @@ impl WhyNot {
     /// Reports whether another attempt may succeed: threads begin and end while their states are read.
     pub(crate) fn may_pass(self) -> bool {
         match self {
-            Self::NotStarted | Self::NoThreadState | Self::Unreadable | Self::Unanswered => true,
+            Self::NotStarted
+            | Self::NoThreadState
+            | Self::Unreadable
+            | Self::Unanswered
+            | Self::Unlisted(_) => true,
             Self::Version
             | Self::FreeThreaded
             | Self::ThreadSafe
             | Self::Labels
+            | Self::OnlyNative
             | Self::TooLarge
             | Self::Failed
             | Self::TooCostly
@@ -266,6 +299,8 @@ impl WhyNot {
             Self::Version | Self::FreeThreaded | Self::ThreadSafe | Self::Labels => "unsupported",
             Self::NoThreadState => "no_thread_state",
             Self::Unreadable | Self::Unanswered => "unreadable",
+            Self::Unlisted(_) => "unlisted",
+            Self::OnlyNative => "only_native",
             Self::TooLarge => "too_large",
             Self::Failed => "failed",
             Self::TooCostly => "too_costly",

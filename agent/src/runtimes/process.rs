@@ -10,18 +10,18 @@ use std::{
 use gannet_elf::{Elf, Segments};
 use gannet_unwind::limits::TableLimits;
 
-use super::{ProcessMemory, RuntimeFile, WhyNot, detect};
+use super::{Attachment, ProcessMemory, RuntimeFile, WhyNot, detect};
 
 /// Bytes that are read of the list of mappings, and files that are opened.
 const MAX_MAPS_BYTES: u64 = 4 << 20;
 const MAX_FILES: usize = 512;
 
-/// Finds the interpreter of a process, and why its frames cannot be taken, if so. `None` without an interpreter that the agent
-/// knows. The calls may wait for the process and for its file systems without end.
-pub(crate) fn inspect(tgid: u32) -> io::Result<Option<(RuntimeFile, Option<WhyNot>)>> {
+/// Finds the interpreter of a process, and where that keeps its frames or why they cannot be taken. `None` without an interpreter
+/// that the agent knows. The calls may wait for the process and for its file systems without end.
+pub(crate) fn inspect(tgid: u32) -> io::Result<Option<(RuntimeFile, Result<Attachment, WhyNot>)>> {
     let Some((file, bias)) = find(tgid)? else { return Ok(None) };
     let attached = file.runtime.attach(&file, bias, &ProcessMemory { tgid });
-    Ok(Some((file, attached.err())))
+    Ok(Some((file, attached)))
 }
 
 /// Returns the interpreter's file, and the address in the process minus the address in that file.

@@ -37,7 +37,7 @@ use self::{
 use crate::{
     kernel::{EmptyRange, KernelError, KernelMapping, MAX_TABLES, SENT_RAW, UnwindMaps},
     model::{Image, ImageKey, MappedFile, Mapping, MappingKind},
-    runtimes::RuntimeFile,
+    runtimes::{RuntimeFile, may_be_listed},
 };
 
 pub(crate) use self::parser::build_table;
@@ -198,6 +198,22 @@ impl UnwindTables {
             self.request(file, 1);
         }
         missing.is_empty()
+    }
+
+    /// Requests the tables of an image's files that may be a runtime whose functions the process lists itself: its stacks may lie in
+    /// the code that it makes alone, and reach no file. Returns whether all are read.
+    pub(crate) fn request_listed(&mut self, image: &Image) -> bool {
+        let is_unread = |file: &&Arc<MappedFile>| {
+            may_be_listed(&file.path) && matches!(self.files.state(file), None | Some(FileState::Requested))
+        };
+        let unread = image.mappings.iter().find_map(|mapping| match &mapping.kind {
+            MappingKind::File(file) => Some(file).filter(is_unread),
+            _ => None,
+        });
+        if let Some(file) = unread {
+            self.request(file, 1);
+        }
+        unread.is_none()
     }
 
     /// Returns whether the kernel side cannot have the file's table yet.

@@ -18,6 +18,7 @@ mod jit;
 mod languages;
 mod ledger;
 mod lifecycle;
+mod listed;
 mod names;
 mod node;
 mod pods;

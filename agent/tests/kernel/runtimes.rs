@@ -62,6 +62,11 @@ fn engine(kernel: KernelOptions, tables: Option<TableSources>) -> Engine {
     Engine::start(options, |_: Window| {}).unwrap()
 }
 
+/// Starts an engine that unwinds by tables, without rules.
+pub(crate) fn engine_with_tables() -> Engine {
+    engine(KernelOptions::default(), Some(TableSources::default()))
+}
+
 fn python(script: &str) -> Running {
     Running::start(Command::new(PYTHON).args(["-c", script]))
 }

@@ -179,7 +179,7 @@ pub(crate) struct Manual {
     /// Only processes of containers with these names
     #[arg(long, value_name = "NAME", num_args = 1..)]
     pub(crate) container: Vec<String>,
-    /// Only processes of these language runtimes: go, java, node, php, python, ruby
+    /// Only processes of these language runtimes: dotnet, erlang, go, java, luajit, node, perl, php, python, ruby
     #[arg(long, value_name = "NAME", num_args = 1..)]
     pub(crate) runtime: Vec<String>,
     /// Only processes whose runtime has one of these versions: 17, 3.11

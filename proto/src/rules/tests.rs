@@ -167,7 +167,7 @@ fn mistakes_in_several_rules_are_reported_together() {
 #[case::pid("match: {pids: [1, 0]}", "match.pids[1]: 0 is not a process")]
 #[case::runtime(
     "match: {runtime: [pyhton]}",
-    "match.runtime[0]: `pyhton` is not a runtime that Gannet knows: give one of go, java, node, php, python, ruby"
+    "match.runtime[0]: `pyhton` is not a runtime that Gannet knows: give one of dotnet, erlang, go, java, luajit, node, perl, php, python, ruby"
 )]
 #[case::version(
     "match: {runtime: [python], runtime_version: ['3.11*']}",

@@ -29,7 +29,8 @@ const MAX_PRIORITY: i32 = 1000;
 const MAX_VERSION_PARTS: usize = 3;
 
 /// The language runtimes that rules can match.
-pub const RUNTIMES: &[&str] = &["go", "java", "node", "php", "python", "ruby"];
+pub const RUNTIMES: &[&str] =
+    &["dotnet", "erlang", "go", "java", "luajit", "node", "perl", "php", "python", "ruby"];
 // The labels of a rule must fit beside the labels that the agent sets.
 const _: () = assert!(labels::RESERVED.len() + MAX_RULE_LABELS <= labels::MAX_LABELS);
 

@@ -1,15 +1,20 @@
 //! Check of one process: whether the names of its interpreted functions can be read.
 
+use std::io;
+
 use super::Check;
 use crate::{
     access::{self, Target},
-    runtimes::inspect,
+    model::ProcessKey,
+    process::CodeList,
+    runtimes::{Attachment, RuntimeFile, WhyNot, inspect},
 };
 
 const NAME: &str = "interpreter";
 
 pub(super) fn interpreter(pid: u32) -> Check {
-    let inspected = access::node().compute(Target::Process(pid), "its interpreter", move || inspect(pid));
+    let inspected =
+        access::node().compute(Target::Process(pid), "its interpreter", move || inspect_names(pid));
     match inspected {
         Err(unanswered) => Check::warning(
             NAME,
@@ -25,19 +30,23 @@ pub(super) fn interpreter(pid: u32) -> Check {
             NAME,
             format!("process {pid} runs no interpreter that the agent knows: it has native frames"),
         ),
-        Ok(Ok(Some((file, why_not)))) => {
-            let runtime =
-                format!("process {pid} runs {} {}", file.runtime.name(), file.detected.version_text);
-            match why_not {
-                None => Check::ok(NAME, runtime),
-                Some(why_not) => Check::warning(
+        Ok(Ok(Some((file, names)))) => {
+            let (name, version) = file.names();
+            let runtime = format!("process {pid} runs {}", format!("{name} {version}").trim_end());
+            match names {
+                Ok(None) => Check::ok(NAME, runtime),
+                Ok(Some(list)) => Check::ok(
+                    NAME,
+                    format!("{runtime}, whose functions have the names of its {}", list.name()),
+                ),
+                Err(why_not) => Check::warning(
                     NAME,
                     format!(
                         "{runtime}, whose {}: {why_not}",
-                        if file.runtime.has_frames() {
-                            "functions have no names"
-                        } else {
+                        if matches!(why_not, WhyNot::Labels) {
                             "labels are not read"
+                        } else {
+                            "functions have no names"
                         }
                     ),
                     "docs/languages.md lists what the agent can read; the native frames are there",
@@ -45,6 +54,25 @@ pub(super) fn interpreter(pid: u32) -> Check {
             }
         }
     }
+}
+
+/// The list from which the names of functions come, if they come from one, or why functions have no names.
+type Names = Result<Option<CodeList>, WhyNot>;
+
+/// Finds the interpreter of a process, and where it lists the names of its code, if they are to come from there; or why functions
+/// have no names.
+fn inspect_names(pid: u32) -> io::Result<Option<(RuntimeFile, Names)>> {
+    let Some((file, attached)) = inspect(pid)? else { return Ok(None) };
+    let names = match attached {
+        Ok(Attachment::Listed(reason)) => {
+            let key = ProcessKey::of_running(pid).map_err(io::Error::other)?;
+            let list = if reason.may_pass() { CodeList::of_live(key) } else { None };
+            list.map(Some).ok_or(reason)
+        }
+        Ok(_) => Ok(None),
+        Err(reason) => Err(reason),
+    };
+    Ok(Some((file, names)))
 }
 
 #[cfg(test)]
@@ -78,6 +106,16 @@ mod tests {
         let found = interpreter(pid);
         assert_eq!(found.state, CheckState::Ok, "{found:?}");
         assert!(found.seen.starts_with(&format!("process {pid} runs python 3.")), "{found:?}");
+        let script = "$| = 1; print qq(ready\\n); sleep 100";
+        let perl = Command::new("perl").args(["-e", script]).stdout(Stdio::piped()).spawn();
+        let mut perl = Running(perl.unwrap());
+        ready.clear();
+        BufReader::new(perl.0.stdout.take().unwrap()).read_line(&mut ready).unwrap();
+        let nameless = interpreter(perl.0.id());
+        assert_eq!((nameless.state, ready.as_str()), (CheckState::Warning, "ready\n"));
+        assert!(nameless.seen.contains("runs perl 5."), "{nameless:?}");
+        let why = "whose functions have no names: the agent shows the C functions of the interpreter alone";
+        assert!(nameless.seen.ends_with(why), "{nameless:?}");
         let native = interpreter(id());
         assert!(native.seen.contains("no interpreter"), "{native:?}");
         drop(python);
