@@ -226,6 +226,10 @@ impl Interpreters {
             };
             let Some(State::Requested(attempts)) = self.processes.get(&key) else { continue };
             let attempts = *attempts;
+            if !file.runtime.has_frames() {
+                // Its file alone says what the process runs, even if it has ended meanwhile.
+                self.set_interpreter(&key, &file, bias, processes);
+            }
             if !processes.get(&key).is_some_and(Process::is_alive) {
                 self.processes.remove(&key);
                 continue;

@@ -443,7 +443,7 @@ impl Kernel {
             owner: layout.owner,
             labels: layout.labels,
             current: layout.current,
-            reserved: 0,
+            is_shared: 0,
         };
         self.skeleton
             .maps

@@ -74,6 +74,12 @@ func keep(work func()) {
 
 func main() {
 	background := context.Background()
+	if len(os.Args) > 1 && os.Args[1] == "once" {
+		for i := 0; i < 10; i++ {
+			pprof.Do(background, pprof.Labels("case", "plain"), spinPlain)
+		}
+		return
+	}
 	digits := strings.Repeat("0123456789", 30)
 	keep(spinWithout)
 	if len(os.Args) < 2 || os.Args[1] != "without" {

@@ -185,3 +185,42 @@ fn goroutines_without_labels_have_none() {
     assert!(all >= 300, "{all}");
     assert!(samples.iter().all(|(_, labels, _)| labels.is_empty()), "no goroutine has labels");
 }
+
+/// Checks that processes of 50 ms have the labels of their goroutines from their first sample on, once the agent knows the executable.
+#[test]
+fn processes_of_50_ms_have_labels_from_their_first_sample() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = build(directory.path(), &BUILDS[0]);
+    let script = "while :; do \"$0\" once; done";
+    let storm = Running::start(Command::new("sh").args(["-c", script]).arg(&program));
+    // The agent reads the executable meanwhile.
+    let recording = record_for(6, 199, &["--pid", &storm.0.id().to_string()]);
+    drop(storm);
+    let profile = &recording.profile;
+    let text = |index: i64| profile.string_table[index as usize].as_str();
+    // By process, oldest first: samples inside of the labelled function; those that have its label; those that have the runtime's.
+    let mut processes: BTreeMap<i64, [u64; 3]> = BTreeMap::new();
+    for (sample, (stack, count)) in profile.sample.iter().zip(&recording.stacks) {
+        if !stack.iter().any(|name| name == "main.spinPlain") {
+            continue;
+        }
+        let label = |name| sample.label.iter().find(|label| text(label.key) == name);
+        let case = label("case").map(|label| text(label.str));
+        assert!(case.is_none_or(|case| case == "plain"), "{case:?}");
+        let of_process = processes.entry(label("pid").unwrap().num).or_default();
+        of_process[0] += count;
+        of_process[1] += if case.is_some() { *count } else { 0 };
+        of_process[2] += if label("runtime").is_some() { *count } else { 0 };
+    }
+    let unknown = processes.values().take_while(|[_, labelled, _]| *labelled == 0).count();
+    let [inside, labelled, named] =
+        [0, 1, 2].map(|part| processes.values().skip(unknown).map(|counts| counts[part]).sum::<u64>());
+    let known = processes.len() - unknown;
+    eprintln!(
+        "{labelled} with labels, {named} with a runtime of {inside} in {known} of {} processes",
+        processes.len()
+    );
+    assert!(known >= 10 && known >= unknown, "{processes:?}");
+    assert!(inside >= 100 && labelled * 100 >= inside * 99, "{labelled} of {inside}: {processes:?}");
+    assert!(named * 100 >= inside * 90, "{named} of {inside}: {processes:?}");
+}

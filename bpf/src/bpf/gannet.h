@@ -406,7 +406,8 @@ struct label_source {
 	s32 labels;
 	/* Offset in the owner of the object whose labels count. */
 	s32 current;
-	u32 reserved;
+	/* The programs have copied it to file_labels. */
+	u32 is_shared;
 };
 _Static_assert(sizeof(struct label_source) == 40, "no padding: the agent writes these bytes");
 

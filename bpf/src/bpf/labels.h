@@ -13,6 +13,20 @@ struct {
 	__type(value, struct label_source);
 } label_sources SEC(".maps");
 
+/*
+ * The same by executable, whose build says it all: the next process of it need not wait for the agent. See file_lists. Writer and
+ * reader: the programs. Size: the different programs with labels of a node.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, struct exe_key);
+	__type(value, struct label_source);
+} file_labels SEC(".maps");
+
+/* file_labels is not empty. */
+u32 has_file_labels;
+
 /* Address and length of name and of value. */
 struct label_entry {
 	u64 name;
@@ -79,6 +93,30 @@ struct {
 
 /* The compiler must not keep in registers what is in memory: the verifier would tell states apart that are the same. */
 #define forget_registers() asm volatile("" ::: "memory")
+
+/*
+ * Finds out where the process has its labels. A young one has them where the last process of its executable had them;
+ * find_labels checks whether that fits.
+ */
+ALWAYS_INLINE struct label_source *find_label_source(const struct event *event)
+{
+	u32 tgid = event->tgid;
+	struct label_source *source = bpf_map_lookup_elem(&label_sources, &tgid);
+	struct exe_key key;
+
+	if (source && source->start_boottime == event->start_boottime && source->exec_id == event->exec_id) {
+		if (!source->is_shared && read_file_key(&key)) {
+			/* If this fails, the next process of the file waits for the agent. */
+			bpf_map_update_elem(&file_labels, &key, source, BPF_ANY);
+			has_file_labels = 1;
+			source->is_shared = 1;
+		}
+		return source;
+	}
+	if (!has_file_labels || event->ktime - event->start_boottime >= YOUNG_NS || !read_file_key(&key))
+		return NULL;
+	return bpf_map_lookup_elem(&file_labels, &key);
+}
 
 /* Finds the labels of the task that the thread runs; 0: it has none, or runs no task. */
 ALWAYS_INLINE u64 find_labels(const struct label_source *source)
@@ -260,12 +298,12 @@ ALWAYS_INLINE void copy_labels(struct label_scratch *scratch, bool by_loop)
  */
 ALWAYS_INLINE void send_labels(struct counters *counters, const struct event *event, bool by_loop)
 {
-	u32 zero = 0, tgid = event->tgid;
-	struct label_source *source = bpf_map_lookup_elem(&label_sources, &tgid);
+	u32 zero = 0;
+	struct label_source *source = find_label_source(event);
 	struct label_scratch *scratch;
 	u64 labels, size, fill;
 
-	if (!source || source->start_boottime != event->start_boottime || source->exec_id != event->exec_id)
+	if (!source)
 		return;
 	labels = find_labels(source);
 	scratch = labels ? bpf_map_lookup_elem(&label_scratch, &zero) : NULL;

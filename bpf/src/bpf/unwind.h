@@ -65,7 +65,8 @@ struct {
 	__type(value, struct list_frames);
 } list_frames SEC(".maps");
 
-struct file_list_key {
+/* An executable. */
+struct exe_key {
 	u64 inode;
 	u64 size;
 };
@@ -78,7 +79,7 @@ struct file_list_key {
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 256);
-	__type(key, struct file_list_key);
+	__type(key, struct exe_key);
 	__type(value, struct list_frames);
 } file_lists SEC(".maps");
 
@@ -539,7 +540,7 @@ ALWAYS_INLINE u64 thread_pointer(void)
 }
 
 /* Returns the file that a process executes, as far as containers share it. */
-ALWAYS_INLINE bool read_file_key(struct file_list_key *key)
+ALWAYS_INLINE bool read_file_key(struct exe_key *key)
 {
 	struct task_struct *task = (void *)bpf_get_current_task();
 	struct inode *inode = BPF_CORE_READ(task, mm, exe_file, f_inode);
@@ -555,7 +556,7 @@ ALWAYS_INLINE bool read_file_key(struct file_list_key *key)
 ALWAYS_INLINE bool find_list_frames(struct unwind_state *unwind)
 {
 	struct list_frames *how = bpf_map_lookup_elem(&list_frames, &unwind->tgid);
-	struct file_list_key key;
+	struct exe_key key;
 
 	if (how && how->start_boottime == unwind->start_boottime && how->exec_id == unwind->exec_id) {
 		unwind->how = *how;
