@@ -1,5 +1,5 @@
 //! Frames of interpreters: a program prints its own stack and spins, and the sampled stack must be the same, lines included.
-//! Needs root, a kernel with BTF, and `/usr/bin/python3`, CPython 3.8 to 3.14. `GANNET_TEST_PYTHONS` names other
+//! Needs root, a kernel with BTF, and `/usr/bin/python3`, CPython 3.8 to 3.15. `GANNET_TEST_PYTHONS` names other
 //! interpreters, with `:` between them, and so on for each language. In `ROOT/./PATH` ROOT is the interpreter's root directory: it runs there, in a mount
 //! namespace of its own.
 

@@ -46,10 +46,10 @@ pub fn python(bytes: &[u8]) {
 pub fn python_lines(bytes: &[u8]) {
     let Some(([minor, first @ ..], lines)) = bytes.split_first_chunk::<5>() else { return };
     let detected = Detected {
-        version: (3, 8 + minor % 6),
+        version: (3, 8 + minor % 8),
         version_text: String::new(),
         addresses: Vec::new(),
-        layout: 8 + minor % 6,
+        layout: 8 + minor % 8,
     };
     let file = RuntimeFile { runtime: &Python, detected };
     let function = FunctionText {

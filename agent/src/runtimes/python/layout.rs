@@ -22,6 +22,8 @@ pub(super) struct Layout {
     pub(super) threads: u64,
     /// In a thread state: the number that `pthread_self` returned to it, which is the thread pointer.
     pub(super) thread_id: u64,
+    /// Whether a thread keeps its state in a thread-local variable; else in a value of `pthread_setspecific`.
+    pub(super) is_variable: bool,
     /// From a thread state to its newest frame, and the step whose word lies in the C frame of the loop.
     pub(super) steps: &'static [i32],
     pub(super) native_step: u8,
@@ -49,6 +51,8 @@ pub(super) struct Layout {
     pub(super) fixed: (u32, u8),
     /// Bytes of a string's header: of ASCII, and of other text.
     pub(super) text_headers: (u64, u64),
+    /// Words of the interpreter's description of itself on which the numbers above depend: index of the 64-bit word, and value.
+    pub(super) described: &'static [(u8, u64)],
 }
 
 /// Up to 3.10 each Python frame has a C frame of its own, and is an object.
@@ -56,6 +60,7 @@ const V3_9: Layout = Layout {
     interpreter: 32,
     threads: 8,
     thread_id: 176,
+    is_variable: false,
     steps: &[24],
     native_step: 0,
     words: 14,
@@ -76,6 +81,7 @@ const V3_9: Layout = Layout {
     // Argument counts to the first line, code to the table of lines.
     fixed: (16, 4),
     text_headers: (48, 72),
+    described: &[],
 };
 
 const V3_10: Layout = Layout { instruction: 12, instruction_bytes: 2, line_form: LineTable::Ranges, ..V3_9 };
@@ -85,6 +91,7 @@ const V3_11: Layout = Layout {
     interpreter: 40,
     threads: 16,
     thread_id: 152,
+    is_variable: false,
     // The loop has a variable that points to its newest frame, and the thread state points to that variable.
     steps: &[56, 8],
     native_step: 1,
@@ -105,6 +112,7 @@ const V3_11: Layout = Layout {
     // Argument counts to the table of lines.
     fixed: (56, 11),
     text_headers: (48, 72),
+    described: &[],
 };
 
 /// From 3.12 on a frame without a function, a variable of the loop, ends each run.
@@ -134,6 +142,34 @@ const V3_13: Layout = Layout {
 const V3_14: Layout =
     Layout { interpreter: 808, code_mask: !3, end: ListEnd::Native(74, 3), instructions: 208, ..V3_13 };
 
+/// From 3.15 on no value of `pthread_setspecific` holds the state.
+const V3_15: Layout = Layout {
+    interpreter: 936,
+    threads: 7336,
+    thread_id: 176,
+    is_variable: true,
+    // The first interpreter, its threads. Next thread, its interpreter, newest frame, id. Of a frame: previous, code, instruction,
+    // owner. Of code: file, qualified name, lines, first line, instructions.
+    described: &[
+        (5, 936),
+        (9, 7336),
+        (24, 8),
+        (25, 16),
+        (26, 72),
+        (30, 176),
+        (40, 8),
+        (41, 0),
+        (42, 56),
+        (44, 74),
+        (48, 112),
+        (50, 128),
+        (51, 136),
+        (52, 68),
+        (56, 208),
+    ],
+    ..V3_14
+};
+
 /// Returns the layout of a version.
 pub(super) fn of(version: (u8, u8)) -> Option<&'static Layout> {
     Some(match version {
@@ -143,6 +179,7 @@ pub(super) fn of(version: (u8, u8)) -> Option<&'static Layout> {
         (3, 12) => &V3_12,
         (3, 13) => &V3_13,
         (3, 14) => &V3_14,
+        (3, 15) => &V3_15,
         _ => return None,
     })
 }

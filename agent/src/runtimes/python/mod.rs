@@ -21,9 +21,12 @@ pub(super) const LOOP: &str = "_PyEval_EvalFrameDefault";
 const RUNTIME: &str = "_PyRuntime";
 const CODE_TYPE: &str = "PyCode_Type";
 const VERSION: &str = "Py_Version";
+/// Returns the thread's state, also while the thread does not hold the global lock.
+const STATE: &str = "PyGILState_GetThisThreadState";
 /// Places in [`Detected::addresses`].
 const RUNTIME_AT: usize = 0;
 const CODE_TYPE_AT: usize = 1;
+const STATE_AT: usize = 2;
 
 /// Symbol tables larger than this are not read.
 const MAX_SYMBOL_BYTES: u64 = 4 << 20;
@@ -36,6 +39,10 @@ const STATE_INTERPRETER: u64 = 16;
 /// x86_64. Each has 16 bytes, the value last.
 const SPECIFIC: u64 = 0x310;
 const SPECIFIC_BYTES: usize = 32 * 16;
+/// Bytes below the thread pointer in which thread-local variables are searched: as many as there are.
+const VARIABLE_BYTES: [u64; 4] = [4096, 1024, 256, 64];
+/// Bytes of code of [`STATE`] that are read.
+const GETTER_BYTES: usize = 16;
 /// Bytes of a name or path.
 const MAX_TEXT_CHARS: u64 = 512;
 const MAX_LINE_TABLE: u64 = 64 << 10;
@@ -59,8 +66,9 @@ impl Runtime for Python {
 
     fn detect(&self, elf: &Elf<'_>, path: &str) -> Option<Detected> {
         let symbols = elf.symbols(b".dynsym").filter(|table| table.bytes() <= MAX_SYMBOL_BYTES)?;
-        let [runtime, code_type, version, run] = symbols.addresses_of(&[RUNTIME, CODE_TYPE, VERSION, LOOP]);
-        let addresses = vec![runtime?, code_type?];
+        let [runtime, code_type, state, version, run] =
+            symbols.addresses_of(&[RUNTIME, CODE_TYPE, STATE, VERSION, LOOP]);
+        let addresses = vec![runtime?, code_type?, state.unwrap_or(0)];
         let of_symbol = version.and_then(|at| elf.bytes_at(at, 4)).map(|bytes| half(&bytes, 0));
         let (version, version_text) = if let Some(hex) = of_symbol {
             let [micro, minor, major] = [hex >> 8, hex >> 16, hex >> 24].map(|number| number as u8);
@@ -77,13 +85,13 @@ impl Runtime for Python {
         let layout = layout::of(file.detected.version).ok_or(WhyNot::Version)?;
         let runtime = address(file, RUNTIME_AT, bias);
         if file.detected.version >= (3, 13) {
-            check_debug_offsets(memory, runtime, file.detected.version)?;
+            check_debug_offsets(memory, runtime, file.detected.version, layout)?;
         }
         let interpreter = memory.u64(runtime.wrapping_add(layout.interpreter))?;
         if interpreter == 0 {
             return Err(WhyNot::NotStarted);
         }
-        let thread_offset = thread_offset(memory, layout, interpreter)?;
+        let thread_offset = thread_offset(memory, layout, interpreter, address(file, STATE_AT, bias))?;
         let Layout { steps, native_step, words, end, fixed, .. } = *layout;
         Ok(Attachment::List(ListLayout {
             thread_offset,
@@ -162,19 +170,32 @@ fn version_of_path(path: &str) -> Option<(u8, u8)> {
 }
 
 /// Checks the description of itself that the interpreter has from 3.13 on.
-fn check_debug_offsets(memory: &dyn Memory, runtime: u64, version: (u8, u8)) -> Result<(), WhyNot> {
+fn check_debug_offsets(
+    memory: &dyn Memory,
+    runtime: u64,
+    version: (u8, u8),
+    layout: &Layout,
+) -> Result<(), WhyNot> {
     let head: [u8; 24] = memory.array(runtime)?;
     let found = (word(&head, 8) >> 16) as u16;
     if head[..8] != *b"xdebugpy" || found.to_be_bytes() != [version.0, version.1] {
         return Err(WhyNot::Implausible("no description of the interpreter"));
     }
-    if word(&head, 16) != 0 { Err(WhyNot::FreeThreaded) } else { Ok(()) }
+    if word(&head, 16) != 0 {
+        return Err(WhyNot::FreeThreaded);
+    }
+    for (index, value) in layout.described {
+        if memory.u64(runtime.wrapping_add(8 * u64::from(*index)))? != *value {
+            return Err(WhyNot::Implausible("another layout than that of its version"));
+        }
+    }
+    Ok(())
 }
 
-/// Returns where a thread keeps the address of its state, from its thread pointer: the same value of `pthread_setspecific`
-/// must have it in all threads.
-fn thread_offset(memory: &dyn Memory, layout: &Layout, interpreter: u64) -> Result<i64, WhyNot> {
-    let mut common: Option<Vec<usize>> = None;
+/// Returns where a thread keeps the address of its state, from its thread pointer: all threads must have it there. `getter` is the
+/// function that reads it.
+fn thread_offset(memory: &dyn Memory, layout: &Layout, interpreter: u64, getter: u64) -> Result<i64, WhyNot> {
+    let mut common: Option<Vec<i64>> = None;
     let mut state = memory.u64(interpreter.wrapping_add(layout.threads))?;
     for _ in 0..MAX_THREADS {
         if state == 0 {
@@ -185,25 +206,47 @@ fn thread_offset(memory: &dyn Memory, layout: &Layout, interpreter: u64) -> Resu
         }
         let thread = memory.u64(state.wrapping_add(layout.thread_id))?;
         // A thread that has just begun or is about to end has no state of its own.
-        if thread != 0
-            && let Ok(specific) = memory.bytes(thread.wrapping_add(SPECIFIC), SPECIFIC_BYTES)
-        {
-            let places: Vec<usize> =
-                (8..SPECIFIC_BYTES).step_by(16).filter(|at| word(&specific, *at) == state).collect();
-            if !places.is_empty() {
-                common = Some(match common {
-                    None => places,
-                    Some(before) => before.into_iter().filter(|at| places.contains(at)).collect(),
-                });
-            }
+        let places = if thread == 0 { Vec::new() } else { places_of(memory, layout, thread, state) };
+        if !places.is_empty() {
+            common = Some(match common {
+                None => places,
+                Some(before) => before.into_iter().filter(|at| places.contains(at)).collect(),
+            });
         }
         state = memory.u64(state.wrapping_add(STATE_NEXT))?;
     }
     match common.as_deref() {
         None => Err(WhyNot::NotStarted),
-        Some([first, ..]) => Ok(SPECIFIC as i64 + *first as i64),
         Some([]) => Err(WhyNot::NoThreadState),
+        Some(places @ [first, ..]) => {
+            // A second variable has it too, but only while the thread holds the global lock.
+            let code = if layout.is_variable { memory.bytes(getter, GETTER_BYTES).ok() } else { None };
+            let read = code.and_then(|code| variable_of(&code)).filter(|offset| places.contains(offset));
+            Ok(read.unwrap_or(*first))
+        }
     }
+}
+
+/// Returns where a thread has the address of its state, from its thread pointer.
+fn places_of(memory: &dyn Memory, layout: &Layout, thread: u64, state: u64) -> Vec<i64> {
+    let read =
+        |from: i64, length: usize| Some((from, memory.bytes(thread.wrapping_add_signed(from), length).ok()?));
+    let (found, first, step) = if layout.is_variable {
+        let longest = VARIABLE_BYTES.iter().find_map(|length| read(-length.cast_signed(), *length as usize));
+        (longest, 0, 8)
+    } else {
+        (read(SPECIFIC as i64, SPECIFIC_BYTES), 8, 16)
+    };
+    let Some((from, bytes)) = found else { return Vec::new() };
+    let words = (first..bytes.len()).step_by(step).filter(|at| word(&bytes, *at) == state);
+    words.map(|at| from + at as i64).collect()
+}
+
+/// Decodes a function that returns a thread-local variable of a program: `mov %fs:OFFSET,%rax; ret`.
+fn variable_of(code: &[u8]) -> Option<i64> {
+    let code = code.strip_prefix(&[0xf3, 0x0f, 0x1e, 0xfa]).unwrap_or(code);
+    let (offset, rest) = code.strip_prefix(&[0x64, 0x48, 0x8b, 0x04, 0x25])?.split_first_chunk()?;
+    rest.starts_with(&[0xc3]).then(|| i32::from_le_bytes(*offset).into())
 }
 
 /// Reads a string object.
@@ -305,6 +348,46 @@ mod tests {
         assert_eq!((layout.steps.as_slice(), layout.native_step), (&[56, 8][..], 1));
     }
 
+    /// A process of 3.15 that describes itself, with one thread.
+    fn process_with_variables() -> Bytes {
+        let mut memory = Bytes(0x1000, vec![0; 0x10000]);
+        memory.1[..8].copy_from_slice(b"xdebugpy");
+        memory.set(0x1008, 0x030f_02f0);
+        for (index, value) in layout::of((3, 15)).unwrap().described {
+            memory.set(0x1000 + 8 * u64::from(*index), *value);
+        }
+        let (interpreter, state, thread) = (0x3000, 0x8000, 0xa000);
+        memory.set(0x1000 + 936, interpreter);
+        memory.set(interpreter + 7336, state);
+        memory.set(state + STATE_INTERPRETER, interpreter);
+        memory.set(state + 176, thread);
+        memory.set(thread - 40, state);
+        memory.set(thread - 48, state);
+        memory
+    }
+
+    #[test]
+    fn the_state_of_a_thread_is_found_in_a_variable() {
+        let code = [0xf3, 0x0f, 0x1e, 0xfa, 0x64, 0x48, 0x8b, 4, 0x25, 0xd8, 0xff, 0xff, 0xff, 0xc3];
+        let offset = |memory: &Bytes| {
+            let mut file = file((3, 15));
+            file.detected.addresses.push(0xb000);
+            Python.attach(&file, 0, memory).map(|attached| match attached {
+                Attachment::List(layout) => layout.thread_offset,
+                other => panic!("{other:?}"),
+            })
+        };
+        let mut memory = process_with_variables();
+        assert_eq!(offset(&memory).unwrap(), -48, "without the function, the first of two");
+        memory.1[0xa000..0xa000 + code.len()].copy_from_slice(&code);
+        assert_eq!(offset(&memory).unwrap(), -40, "the variable that the function returns");
+        memory.set(0xa000 - 40, 0);
+        assert_eq!(offset(&memory).unwrap(), -48, "never one that does not hold the state");
+        memory.set(0x1000 + 8 * 42, 64);
+        let other = WhyNot::Implausible("another layout than that of its version");
+        assert_eq!(offset(&memory).unwrap_err(), other);
+    }
+
     #[test]
     fn a_process_that_is_not_what_it_seems_gives_a_reason() {
         let attach = |memory: &Bytes, version| Python.attach(&file(version), 0, memory).unwrap_err();
@@ -347,7 +430,7 @@ mod tests {
             bytes in prop::collection::vec(any::<u8>(), 0x4000),
             words in prop::collection::vec((0_u64..0x4000, 0x1000_u64..0x4000), 0..200),
             object in 0x1000_u64..0x5000,
-            minor in 8_u8..15,
+            minor in 8_u8..16,
         ) {
             let mut memory = Bytes(0x1000, bytes);
             for (at, value) in words {
