@@ -5,8 +5,8 @@
 //!     --collector new=target/release/gannet-collector
 //! ```
 //!
-//! Every connection keeps `--in-flight` batches unanswered, each with a gzip-compressed profile of `--bytes` bytes. The
-//! profiles vary, and each connection has its own series.
+//! Every connection keeps `--in-flight` batches unanswered, each with a profile of `--bytes` bytes, compressed with gzip.
+//! The profiles vary, and each connection has its own series. Each `--encoding` is measured with the same profiles.
 
 #![allow(clippy::print_stdout, reason = "a program for people: its result goes to its output")]
 
@@ -24,16 +24,17 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use gannet_proto::{
     ingest::{
         Batch, PushRequest, ingest_service_client::IngestServiceClient, push_request, push_response::Message,
     },
-    pprof::{Builder, Header, Line, LocationId, Mapping, encode},
+    pprof::{Builder, Encoding, Header, Line, LocationId, Mapping, Profile, decode, encode, encode_as},
 };
+use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Channel;
+use tonic::{codec::CompressionEncoding, transport::Channel};
 use ulid::Ulid;
 
 #[derive(Parser)]
@@ -54,6 +55,9 @@ struct Arguments {
     /// Size of a compressed profile, at least
     #[arg(long, default_value_t = 13_000)]
     bytes: usize,
+    /// Compression of the profiles on the wire; repeat it to compare several in one run
+    #[arg(long, value_enum, default_value = "gzip")]
+    encoding: Vec<Wire>,
     /// End after this many batches of each connection; 0: after the time
     #[arg(long, default_value_t = 0)]
     batches: u64,
@@ -63,6 +67,39 @@ struct Arguments {
     /// Keep the data of the collectors
     #[arg(long)]
     keep: bool,
+}
+
+/// The compression of profiles on the wire.
+#[derive(Clone, Copy, ValueEnum)]
+enum Wire {
+    Gzip,
+    Zstd,
+    /// Profiles in gzip, and each gRPC message in zstd
+    GzipInZstd,
+    /// Profiles in zstd, and each gRPC message in zstd
+    ZstdInZstd,
+}
+
+impl Wire {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Gzip => "gzip",
+            Self::Zstd => "zstd",
+            Self::GzipInZstd => "gzip in zstd",
+            Self::ZstdInZstd => "zstd in zstd",
+        }
+    }
+
+    fn encode(self, profile: &Profile) -> Vec<u8> {
+        match self {
+            Self::Gzip | Self::GzipInZstd => encode(profile),
+            Self::Zstd | Self::ZstdInZstd => encode_as(profile, Encoding::Zstd),
+        }
+    }
+
+    fn compresses_messages(self) -> bool {
+        matches!(self, Self::GzipInZstd | Self::ZstdInZstd)
+    }
 }
 
 /// A xorshift generator: equal runs see equal profiles.
@@ -78,7 +115,7 @@ impl Random {
 }
 
 /// Returns a profile of the size, and the number of its samples.
-fn profile(random: &mut Random, bytes: usize) -> (Vec<u8>, u64) {
+fn profile(random: &mut Random, bytes: usize) -> (Profile, u64) {
     let types = [("samples", "count"), ("cpu", "nanoseconds")];
     for stacks in (5..).step_by(5) {
         let mut builder = Builder::new(Header {
@@ -119,9 +156,9 @@ fn profile(random: &mut Random, bytes: usize) -> (Vec<u8>, u64) {
             samples += count as u64;
             builder.sample(&stack, &[count, count * 10_000_000], &[]);
         }
-        let encoded = encode(&builder.finish());
-        if encoded.len() >= bytes {
-            return (encoded, samples);
+        let profile = builder.finish();
+        if encode(&profile).len() >= bytes {
+            return (profile, samples);
         }
     }
     unreachable!("profiles grow without a bound")
@@ -167,6 +204,7 @@ async fn push(
     connection: u64,
     arguments: Arc<Arguments>,
     profiles: Arc<Vec<(Vec<u8>, u64)>>,
+    wire: Wire,
     seen: Arc<Seen>,
 ) -> anyhow::Result<Vec<Duration>> {
     let (requests, receiver) = mpsc::channel(arguments.in_flight + 1);
@@ -177,6 +215,9 @@ async fn push(
     };
     requests.send(PushRequest { message: Some(push_request::Message::Hello(hello)) }).await?;
     let mut client = IngestServiceClient::new(channel);
+    if wire.compresses_messages() {
+        client = client.send_compressed(CompressionEncoding::Zstd);
+    }
     let mut answers = client.push(ReceiverStream::new(receiver)).await?.into_inner();
     answers.message().await?.context("the stream ended before the limits")?;
     let (mut sent, mut latencies) = (HashMap::new(), Vec::new());
@@ -212,6 +253,38 @@ async fn push(
     }
 }
 
+/// Prints the mean size of the encoded profiles, and the time that one thread takes for one of them.
+fn print_cost(encoding: Encoding, profiles: &[(Profile, u64)]) {
+    let n = profiles.len() as f64;
+    let began = Instant::now();
+    let encoded: Vec<_> = profiles.iter().map(|(profile, _)| encode_as(profile, encoding)).collect();
+    let to_encode = began.elapsed().as_secs_f64() / n * 1e6;
+    let began = Instant::now();
+    let decoded = encoded.iter().filter(|bytes| decode(bytes, 64 << 20).is_ok()).count();
+    let to_decode = began.elapsed().as_secs_f64() / n * 1e6;
+    let bytes = encoded.iter().map(Vec::len).sum::<usize>() as f64 / n;
+    let raw = profiles.iter().map(|(profile, _)| profile.encoded_len()).sum::<usize>() as f64 / n;
+    assert_eq!(decoded, profiles.len());
+    println!(
+        "{}: {bytes:.0} bytes a profile of {raw:.0}; {to_encode:.0} us to encode and {to_decode:.0} us to decode it",
+        encoding.name()
+    );
+}
+
+/// Returns the mean size of a message with a batch, in bytes.
+fn message_bytes(profiles: &[(Vec<u8>, u64)], wire: Wire) -> f64 {
+    let bytes = (0..profiles.len() as u64).map(|n| {
+        let message = push_request::Message::Batch(batch(1, n, profiles));
+        let raw = PushRequest { message: Some(message) }.encode_to_vec();
+        if wire.compresses_messages() {
+            zstd::bulk::compress(&raw, 0).map_or(0, |z| z.len())
+        } else {
+            raw.len()
+        }
+    });
+    bytes.sum::<usize>() as f64 / profiles.len() as f64
+}
+
 fn free_port() -> anyhow::Result<SocketAddr> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }
@@ -245,8 +318,10 @@ async fn measure(
     program: &str,
     arguments: &Arc<Arguments>,
     profiles: &Arc<Vec<(Vec<u8>, u64)>>,
+    wire: Wire,
 ) -> anyhow::Result<()> {
-    let data = arguments.dir.join(format!("ingest-{name}-{}", std::process::id()));
+    let data =
+        arguments.dir.join(format!("ingest-{name}-{}-{}", wire.name().replace(' ', "-"), std::process::id()));
     let (grpc, http) = (free_port()?, free_port()?);
     let mut child = Command::new(program)
         .arg("--data")
@@ -268,7 +343,7 @@ async fn measure(
     for connection in 0..arguments.connections {
         let channel = endpoint.connect().await?;
         let (arguments, profiles) = (Arc::clone(arguments), Arc::clone(profiles));
-        pushers.push(tokio::spawn(push(channel, connection, arguments, profiles, Arc::clone(&seen))));
+        pushers.push(tokio::spawn(push(channel, connection, arguments, profiles, wire, Arc::clone(&seen))));
     }
     if arguments.batches == 0 {
         tokio::time::sleep(Duration::from_secs(2)).await;
@@ -299,7 +374,9 @@ async fn measure(
         latencies.get((latencies.len() as f64 * share) as usize).map_or(0.0, Duration::as_secs_f64)
     };
     println!(
-        "{name:<10} {:>10.0} {:>12.0} {:>9.3} {:>9.3} {:>9.3} {:>12.1} {:>12.1} {peak:>9} {:>9}",
+        "{name:<10} {:<12} {:>9.0} {:>10.0} {:>12.0} {:>9.3} {:>9.3} {:>9.3} {:>12.1} {:>12.1} {peak:>9} {:>9}",
+        wire.name(),
+        message_bytes(profiles, wire),
         accepted as f64 / took,
         accepted as f64 / cpu,
         at(0.5),
@@ -316,15 +393,16 @@ async fn measure(
 async fn main() -> anyhow::Result<()> {
     let arguments = Arc::new(Arguments::parse());
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
-    let profiles: Arc<Vec<_>> = Arc::new((0..200).map(|_| profile(&mut random, arguments.bytes)).collect());
-    let mean = profiles.iter().map(|(pprof, _)| pprof.len()).sum::<usize>() / profiles.len();
+    let profiles: Vec<_> = (0..200).map(|_| profile(&mut random, arguments.bytes)).collect();
+    println!("{} connections, {} batches in flight on each", arguments.connections, arguments.in_flight);
+    for encoding in [Encoding::Gzip, Encoding::Zstd] {
+        print_cost(encoding, &profiles);
+    }
     println!(
-        "{} connections, {} batches in flight on each, {mean} bytes a profile",
-        arguments.connections, arguments.in_flight
-    );
-    println!(
-        "{:<10} {:>10} {:>12} {:>9} {:>9} {:>9} {:>12} {:>12} {:>9} {:>9}",
+        "{:<10} {:<12} {:>9} {:>10} {:>12} {:>9} {:>9} {:>9} {:>12} {:>12} {:>9} {:>9}",
         "collector",
+        "encoding",
+        "B/message",
         "batches/s",
         "/CPU second",
         "p50 s",
@@ -337,7 +415,11 @@ async fn main() -> anyhow::Result<()> {
     );
     for collector in &arguments.collector {
         let (name, program) = collector.split_once('=').context("--collector takes NAME=PROGRAM")?;
-        measure(name, program, &arguments, &profiles).await?;
+        for wire in &arguments.encoding {
+            let encoded =
+                profiles.iter().map(|(profile, samples)| (wire.encode(profile), *samples)).collect();
+            measure(name, program, &arguments, &Arc::new(encoded), *wire).await?;
+        }
     }
     Ok(())
 }

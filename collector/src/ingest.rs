@@ -18,7 +18,7 @@ use gannet_proto::{
     },
     labels,
     ledger::Ledger,
-    pprof::{self, MAX_STACK_FRAMES},
+    pprof::{self, Encoding, MAX_STACK_FRAMES},
 };
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
@@ -184,7 +184,11 @@ impl IngestState {
         let clock_ahead_ms = at_ms.map_or(0, |at_ms| at_ms as i64 - time::now_ms() as i64);
         let only_node = caller.is_bound_to_nodes().then(|| Arc::<str>::from(hello.node.as_str()));
         tracing::debug!(node = %hello.node, version = %hello.version, "an agent pushes profiles");
-        let limits = Limits { max_batch_bytes: self.max_batch_bytes, max_in_flight: MAX_IN_FLIGHT };
+        let limits = Limits {
+            max_batch_bytes: self.max_batch_bytes,
+            max_in_flight: MAX_IN_FLIGHT,
+            encodings: vec![Encoding::Zstd.name().to_owned()],
+        };
         let _ = answers.send(Ok(answer(push_response::Message::Limits(limits)))).await;
 
         let in_flight = Arc::new(Semaphore::new(MAX_IN_FLIGHT as usize));
@@ -427,8 +431,8 @@ impl IngestState {
 
     /// Checks a profile and returns its sample types with their totals.
     fn check_profile(&self, pprof: &[u8], samples: u64) -> Result<Vec<TypeTotal>, Refusal> {
-        if !pprof.starts_with(&[0x1f, 0x8b]) {
-            return Err(Refusal::new("not_gzip", "pprof does not start with a gzip header"));
+        if Encoding::of(pprof).is_none() {
+            return Err(Refusal::new("not_gzip", "pprof starts with no header of gzip or zstd"));
         }
         let max_inflated = self.max_batch_bytes as usize * MAX_INFLATION;
         let profile = pprof::decode(pprof, max_inflated).map_err(|e| {

@@ -24,13 +24,14 @@ use gannet_proto::{
         push_response::{Limits, Message as Response},
     },
     ledger::LossReason,
+    pprof::{self, Encoding},
 };
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::task::TaskTracker;
 
-use super::{Backoff, Spool, explain, files_changed};
+use super::{Backoff, Spool, explain, files_changed, spool::MAX_INFLATED};
 use crate::ledger::{NodeLedger, Stage};
 
 /// Windows that may wait for the disk. One arrives every few seconds, so a full queue means that the disk hangs.
@@ -400,6 +401,7 @@ impl Stream {
         tokio::pin!(answers);
         let max_in_flight = limits.max_in_flight.clamp(1, MAX_IN_FLIGHT) as usize;
         let max_bytes = if limits.max_batch_bytes == 0 { u64::MAX } else { limits.max_batch_bytes };
+        let reads_zstd = limits.encodings.iter().any(|encoding| encoding == Encoding::Zstd.name());
         let mut in_flight: HashSet<String> = HashSet::new();
         let mut last_answer = Instant::now();
         let mut paused_until = Instant::now();
@@ -422,6 +424,7 @@ impl Stream {
                     last_answer = Instant::now();
                 }
                 in_flight.insert(batch.batch_id.clone());
+                let batch = if reads_zstd { batch } else { with_gzip(batch).await };
                 if sender.send(PushRequest { message: Some(Request::Batch(batch)) }).await.is_err() {
                     // The answer stream has the reason.
                     break;
@@ -496,6 +499,20 @@ impl Stream {
         let code = if refused.contains_key(code) || refused.len() < 32 { code } else { "other" };
         *refused.entry(code.to_owned()).or_default() += 1;
     }
+}
+
+/// Returns a batch whose profile is compressed with gzip, for a collector of an earlier version.
+async fn with_gzip(batch: Batch) -> Batch {
+    if Encoding::of(&batch.pprof) != Some(Encoding::Zstd) {
+        return batch;
+    }
+    let kept = batch.clone();
+    let convert = move || match pprof::to_gzip(&batch.pprof, MAX_INFLATED) {
+        Ok(gzip) => Batch { pprof: gzip.into_owned(), ..batch },
+        // The collector refuses it with a reason, and its samples are counted.
+        Err(_) => batch,
+    };
+    tokio::task::spawn_blocking(convert).await.unwrap_or(kept)
 }
 
 /// Waits for the deadline of the shutdown.

@@ -12,7 +12,7 @@ use std::{
 use gannet_proto::{
     ingest::Batch,
     ledger::{Ledger, LossReason},
-    pprof,
+    pprof::{self, Encoding},
 };
 use tokio::sync::mpsc;
 
@@ -104,7 +104,8 @@ pub async fn run(
                 batch_id: String::new(),
                 sequence: 0,
                 labels,
-                pprof: pprof::encode(&profile),
+                // The stream converts it for a collector that reads only gzip.
+                pprof: pprof::encode_as(&profile, Encoding::Zstd),
                 samples: pprof::samples(&profile),
                 start: Some(start.into()),
                 duration: duration.try_into().ok(),

@@ -21,6 +21,7 @@ use gannet_proto::{
         push_response::{Accepted, Limits, Message as Response, Refused, Throttled},
     },
     ledger::LossReason,
+    pprof::{self, Builder, Encoding, Header, Line, Profile},
 };
 use tokio::{
     net::{TcpListener, TcpSocket},
@@ -53,6 +54,10 @@ struct Seen {
     hellos: Vec<String>,
     refused: u64,
     throttled: Vec<(String, Instant)>,
+    /// Encodings that the server reads beside gzip.
+    encodings: Vec<String>,
+    /// Profiles in the order of their arrival.
+    profiles: Vec<Vec<u8>>,
 }
 
 #[derive(Clone, Default)]
@@ -73,7 +78,8 @@ impl IngestService for Server {
                 let answer = match request.message {
                     Some(Request::Hello(hello)) => {
                         seen.lock().unwrap().hellos.push(hello.node);
-                        Some(Response::Limits(Limits { max_batch_bytes: 1000, max_in_flight: 2 }))
+                        let encodings = seen.lock().unwrap().encodings.clone();
+                        Some(Response::Limits(Limits { max_batch_bytes: 1000, max_in_flight: 2, encodings }))
                     }
                     Some(Request::Batch(batch)) => seen.lock().unwrap().answer(batch),
                     None => None,
@@ -93,7 +99,8 @@ impl IngestService for Server {
 
 impl Seen {
     fn answer(&mut self, batch: Batch) -> Option<Response> {
-        let Batch { batch_id, samples, .. } = batch;
+        let Batch { batch_id, samples, pprof, .. } = batch;
+        self.profiles.push(pprof);
         let answer = self.script.pop_front().unwrap_or(Answer::Accept);
         match answer {
             Answer::AcceptOneLess => {
@@ -174,6 +181,14 @@ impl Node {
         self.exporter.submit(samples.iter().map(batch).collect());
     }
 
+    /// Submits a profile, as the pipeline encodes it.
+    fn submit_profile(&self, profile: &Profile) {
+        let samples = pprof::samples(profile);
+        self.ledger.take(samples);
+        let pprof = pprof::encode_as(profile, Encoding::Zstd);
+        self.exporter.submit(vec![Batch { samples, pprof, ..Batch::default() }]);
+    }
+
     fn lost(&self, reason: LossReason) -> u64 {
         self.ledger.snapshot().lost.get(&reason).copied().unwrap_or_default()
     }
@@ -215,6 +230,45 @@ async fn each_submitted_batch_arrives_once() {
     let snapshot = node.ledger.snapshot();
     assert_eq!((snapshot.delivered, snapshot.pending, snapshot.lost_total()), (30, 0, 0));
     assert!(snapshot.check().is_ok());
+}
+
+/// Returns a profile of two stacks with three samples.
+fn profile() -> Profile {
+    let types = [("samples", "count"), ("cpu", "nanoseconds")];
+    let mut builder = Builder::new(Header {
+        sample_types: &types,
+        period_type: types[1],
+        period: 10,
+        time_nanos: 1,
+        duration_nanos: 2,
+    });
+    for (name, count) in [("work", 1), ("wait", 2)] {
+        let line = Line { name, system_name: name, file: "a.c", line: 1, column: 0, start_line: 1 };
+        let location = builder.location(None, 0x1000, &[line]);
+        builder.sample(&[location], &[count, count * 10], &[]);
+    }
+    builder.finish()
+}
+
+/// Checks that each collector receives the same samples: an earlier one as gzip, one that reads zstd as the spool has them.
+#[rstest::rstest]
+#[case::an_earlier_collector(&[], Encoding::Gzip)]
+#[case::one_that_reads_zstd(&["later", "zstd"], Encoding::Zstd)]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_profile_arrives_in_an_encoding_of_the_collector(
+    #[case] encodings: &[&str],
+    #[case] expected: Encoding,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::default();
+    server.0.lock().unwrap().encodings = encodings.iter().map(ToString::to_string).collect();
+    let (address, _serving) = serve(server.clone(), ANY).await;
+    let node = start(dir.path(), Some(address));
+    node.submit_profile(&profile());
+    node.delivered(3).await;
+    let seen = server.0.lock().unwrap();
+    assert_eq!(seen.profiles.iter().map(|bytes| Encoding::of(bytes)).collect::<Vec<_>>(), [Some(expected)]);
+    assert_eq!(pprof::decode(&seen.profiles[0], 1 << 20).unwrap(), profile());
 }
 
 /// Checks that `delivered` is the collector's count: what it drops is missing, and is lost once the collector says why.

@@ -12,7 +12,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use gannet_proto::{labels::Labels, query as api};
+use gannet_proto::{
+    labels::Labels,
+    pprof::{self, Encoding},
+    query as api,
+};
 use ulid::Ulid;
 
 pub(crate) use self::graph::Shape;
@@ -273,14 +277,23 @@ impl Query {
         })
     }
 
-    /// Returns the bytes of one profile as the agent sent them.
+    /// Returns one profile as gzip-compressed pprof. A profile that the agent compressed with gzip has the bytes that it sent.
     pub(crate) async fn profile(self: &Arc<Self>, id: Ulid) -> Result<Bytes, QueryError> {
         let _timer = self.metrics.query_timer("get_profile");
         let entry = self.blocking(move |q| q.entry(id)).await?;
-        self.store
+        let bytes = self
+            .store
             .profile(entry.location())
             .await?
-            .ok_or_else(|| QueryError::NotFound(format!("retention has just removed profile {id}")))
+            .ok_or_else(|| QueryError::NotFound(format!("retention has just removed profile {id}")))?;
+        if Encoding::of(&bytes) != Some(Encoding::Zstd) {
+            return Ok(bytes);
+        }
+        self.blocking(move |query| match pprof::to_gzip(&bytes, query.max_inflated) {
+            Ok(gzip) => Ok(gzip.into_owned().into()),
+            Err(error) => Err(QueryError::TooLarge(format!("cannot convert profile {id} to gzip: {error}"))),
+        })
+        .await
     }
 }
 

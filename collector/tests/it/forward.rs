@@ -18,7 +18,8 @@ use gannet_proto::{
         pyroscope::PushRequest,
     },
     ingest::Batch,
-    labels, pprof,
+    labels,
+    pprof::{self, Encoding},
 };
 use prost::Message as _;
 use rustls::{
@@ -127,12 +128,12 @@ fn label<'a>(received: &'a Received, name: &str) -> &'a str {
 
 const LEDGER: &str = "ticks=9 taken=6 delivered=5 unaccounted=0 lost.ring_full=1";
 
-/// Adds the comment with the ledger, as agents do.
+/// Adds the comment with the ledger, and encodes the profile, as agents do.
 fn with_ledger(mut batch: Batch) -> Batch {
     let mut profile = pprof::decode(&batch.pprof, 1 << 20).unwrap();
     profile.comment.push(profile.string_table.len() as i64);
     profile.string_table.push(format!("ledger {LEDGER}"));
-    batch.pprof = pprof::encode(&profile);
+    batch.pprof = pprof::encode_as(&profile, Encoding::Zstd);
     batch
 }
 

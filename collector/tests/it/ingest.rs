@@ -5,8 +5,8 @@ use gannet_collector::Collector;
 use gannet_proto::{
     control::Ledger,
     ingest::{Batch, push_response::Message},
-    pprof::{decode, encode},
-    query::{ListProfilesRequest, Selection},
+    pprof::{Encoding, Profile, decode, encode, encode_as},
+    query::{FlameGraphRequest, ListProfilesRequest, Selection},
 };
 use rstest::rstest;
 use ulid::Ulid;
@@ -14,8 +14,8 @@ use ulid::Ulid;
 use crate::{
     store::list,
     support::{
-        CPU, Pusher, at, batch, channel, config_with, eventually, labels, metric, now_ms, profile, queries,
-        start,
+        CPU, Pusher, at, batch, channel, config_with, download, eventually, get, labels, metric, now_ms,
+        profile, queries, start,
     },
 };
 
@@ -49,6 +49,39 @@ async fn an_accepted_batch_is_read_back_unchanged() {
     running.shutdown().await;
 }
 
+/// Returns the batch with its profile compressed by zstd.
+fn zstd(mut batch: Batch) -> Batch {
+    batch.pprof = encode_as(&decode(&batch.pprof, 1 << 20).unwrap(), Encoding::Zstd);
+    batch
+}
+
+/// Checks that an agent may send either encoding on one stream, and that queries see no difference.
+#[tokio::test]
+async fn zstd_is_stored_as_sent_and_downloaded_as_gzip() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    assert_eq!(pusher.limits.encodings, ["zstd"]);
+    let gzip = batch("shop", now_ms() - 5000, &[("main;work", 3), ("main;idle", 1)]);
+    let sent = zstd(batch("shop", now_ms(), &[("main;work", 2), ("main;wait", 5)]));
+    assert_eq!(Encoding::of(&sent.pprof), Some(Encoding::Zstd));
+    assert_eq!(pusher.store_all(&[gzip.clone(), sent.clone()]).await, (0, 0));
+    let listed = list(&running).await;
+    let bytes = |batch: &Batch| listed.iter().find(|info| info.id == batch.batch_id).unwrap().bytes;
+    assert_eq!((bytes(&gzip), bytes(&sent)), (gzip.pprof.len() as u64, sent.pprof.len() as u64));
+
+    assert_eq!(download(&running, &gzip.batch_id).await.unwrap(), gzip.pprof);
+    let expected = decode(&sent.pprof, 1 << 20).unwrap();
+    let over_http = get(running.http_addr, &format!("/api/v1/profiles/{}", sent.batch_id)).await.body;
+    for bytes in [download(&running, &sent.batch_id).await.unwrap(), over_http] {
+        assert_eq!(Encoding::of(&bytes), Some(Encoding::Gzip));
+        assert_eq!(decode(&bytes, 1 << 20).unwrap(), expected);
+    }
+    let graph = queries(&running).await.flame_graph(FlameGraphRequest::default()).await.unwrap().into_inner();
+    assert_eq!((graph.profiles, graph.unreadable_profiles, graph.total), (2, 0, 11 * 10_000_000));
+    running.shutdown().await;
+}
+
 fn deep() -> Batch {
     let stack = (0..3000).map(|i| format!("f{i}")).collect::<Vec<_>>().join(";");
     batch("shop", now_ms(), &[(&stack, 1)])
@@ -62,6 +95,8 @@ fn deep() -> Batch {
 #[case::deep(|b: &mut Batch| *b = deep(), "too_large", "3000 frames")]
 #[case::raw(|b: &mut Batch| b.pprof = decode_raw(&b.pprof), "not_gzip", "gzip")]
 #[case::truncated(|b: &mut Batch| b.pprof.truncate(b.pprof.len() / 2), "not_gzip", "cut short")]
+#[case::truncated_zstd(|b: &mut Batch| { *b = zstd(b.clone()); b.pprof.truncate(b.pprof.len() / 2) }, "not_gzip", "cut short")]
+#[case::zstd_bomb(|b: &mut Batch| b.pprof = zstd_bomb(), "too_large", "16777216")]
 #[case::text(|b: &mut Batch| b.pprof = gzip(b"\xff\xff\xff not a profile"), "not_pprof", "not a pprof")]
 #[case::dangling(|b: &mut Batch| b.pprof = dangling(), "not_pprof", "location")]
 #[case::empty(|b: &mut Batch| { b.pprof.clear(); b.samples = 0 }, "not_pprof", "neither")]
@@ -113,6 +148,11 @@ fn gzip(data: &[u8]) -> Vec<u8> {
 
 fn bomb() -> Vec<u8> {
     gzip(&vec![0; 32 << 20])
+}
+
+fn zstd_bomb() -> Vec<u8> {
+    let text = vec![String::new(), "x".repeat(32 << 20)];
+    encode_as(&Profile { string_table: text, ..Profile::default() }, Encoding::Zstd)
 }
 
 fn decode_raw(pprof: &[u8]) -> Vec<u8> {

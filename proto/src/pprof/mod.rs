@@ -16,7 +16,7 @@ mod split;
 
 pub use builder::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId};
 pub use check::{Summary, check, sample_type_index, samples};
-pub use codec::{decode, encode};
+pub use codec::{Encoding, decode, encode, encode_as, to_gzip};
 pub use error_frames::is_error_frame;
 pub use flame::{FlameTree, Side, flat, folded, folded_name};
 pub use guessed::{GUESSED_FROM, sure_frames};
@@ -44,6 +44,9 @@ pub enum PprofError {
     /// The data starts like gzip but is damaged.
     #[error("the profile's compressed data is damaged: {0}")]
     Gzip(String),
+    /// The data starts like zstd but is damaged, or its frame does not state its size.
+    #[error("the profile's zstd frame cannot be read: {0}")]
+    Zstd(String),
     /// The bytes are not a pprof message.
     #[error("not a pprof profile: {0}")]
     Protobuf(String),

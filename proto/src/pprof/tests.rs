@@ -283,6 +283,39 @@ fn truncated_and_oversized_profiles_are_refused() {
     assert_eq!(decode(&encode(&zeros), MIB), Err(PprofError::TooLarge { max: MIB }));
 }
 
+/// Returns a frame of zstd whose header states this size, in place of the true one.
+fn stating(profile: &Profile, size: u32) -> Vec<u8> {
+    let mut bytes = encode_as(profile, Encoding::Zstd);
+    // Magic number, a descriptor that says how many bytes of size follow, size.
+    assert_eq!(bytes[4], 0x60, "a size of two bytes");
+    bytes.splice(4..7, [[0xa0].as_slice(), &size.to_le_bytes()].concat());
+    bytes
+}
+
+/// Checks hostile frames: cut ones, ones that state another size than they have, and ones that state none.
+#[test]
+fn zstd_frames_that_lie_are_refused() {
+    let profile = profile_of(&(0..40).map(|i| (vec![i, i + 1], 3, None)).collect::<Vec<_>>());
+    let bytes = encode_as(&profile, Encoding::Zstd);
+    let size = profile.encoded_len();
+    assert_eq!(decode(&stating(&profile, size as u32), MIB).as_ref(), Ok(&profile));
+    for cut in 4..bytes.len() {
+        assert!(decode(&bytes[..cut], MIB).is_err(), "cut to {cut}");
+    }
+    assert_eq!(decode(&bytes[..bytes.len() - 2], MIB), Err(PprofError::Truncated));
+    assert_eq!(decode(&bytes, size - 1), Err(PprofError::TooLarge { max: size - 1 }));
+    assert_eq!(decode(&stating(&profile, u32::MAX), MIB), Err(PprofError::TooLarge { max: MIB }));
+    for wrong in [0, size - 1, size + 1] {
+        let found = decode(&stating(&profile, wrong as u32), MIB);
+        assert!(matches!(found, Err(PprofError::Zstd(_))), "{wrong} for {size}: {found:?}");
+    }
+    // A second frame makes it larger than the first states.
+    assert!(matches!(decode(&[&bytes[..], &bytes].concat(), MIB), Err(PprofError::Zstd(_))));
+    let unsized_frame = zstd::stream::encode_all(&profile.encode_to_vec()[..], 0).unwrap();
+    let found = decode(&unsized_frame, MIB).unwrap_err();
+    assert!(found.to_string().contains("does not state the size"), "{found}");
+}
+
 #[rstest]
 #[case::string_zero(|p: &mut Profile| p.string_table[0] = "x".into(), "string 0")]
 #[case::no_types(|p: &mut Profile| p.sample_type.clear(), "no sample types")]
@@ -331,7 +364,13 @@ proptest! {
     fn an_encoded_profile_decodes_to_the_same(stacks in stacks()) {
         let profile = profile_of(&stacks);
         prop_assert_eq!(decode(&encode(&profile), MIB), Ok(profile.clone()));
-        prop_assert_eq!(decode(&profile.encode_to_vec(), MIB), Ok(profile));
+        prop_assert_eq!(decode(&profile.encode_to_vec(), MIB), Ok(profile.clone()));
+        let zstd = encode_as(&profile, Encoding::Zstd);
+        prop_assert_eq!(Encoding::of(&zstd), Some(Encoding::Zstd));
+        prop_assert_eq!(decode(&zstd, MIB), Ok(profile.clone()));
+        let gzip = encode(&profile);
+        prop_assert_eq!(&*to_gzip(&zstd, MIB).unwrap(), &gzip);
+        prop_assert_eq!(&*to_gzip(&gzip, MIB).unwrap(), &gzip);
     }
 
     #[test]

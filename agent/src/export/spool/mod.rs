@@ -30,6 +30,8 @@ use gannet_proto::{ingest::Batch, ledger::LossReason};
 use prost::Message as _;
 use ulid::Ulid;
 
+pub(super) use parts::MAX_INFLATED;
+
 use super::write_aside;
 use crate::ledger::{NodeLedger, Stage};
 use format::{FileName, NewEntry, PendingFile};

@@ -8,7 +8,7 @@
 use gannet_proto::{
     ingest::Batch,
     ledger::LossReason,
-    pprof::{self, Profile},
+    pprof::{self, Encoding, Profile},
 };
 use ulid::Ulid;
 
@@ -18,7 +18,7 @@ use crate::ledger::Stage;
 /// Parts of one batch. A collector whose limit makes more of them is misconfigured.
 const MAX_PARTS: usize = 1024;
 /// Largest inflated profile. The agent made it from a window in memory, which is smaller.
-const MAX_INFLATED: usize = 512 << 20;
+pub(in crate::export) const MAX_INFLATED: usize = 512 << 20;
 /// Bits of a ULID that are not its time.
 const RANDOM_BITS: u128 = (1 << Ulid::RAND_BITS) - 1;
 /// An odd number, so that the ids of parts, and of parts of parts, do not meet.
@@ -95,7 +95,7 @@ fn parts_of(batch: Batch, max_bytes: Option<u64>) -> Option<Vec<Batch>> {
         if encoded.len() + open.len() >= MAX_PARTS {
             return None;
         }
-        let (samples, bytes) = (samples_of(&part), pprof::encode(&part));
+        let (samples, bytes) = (samples_of(&part), pprof::encode_as(&part, Encoding::Zstd));
         match max_bytes {
             Some(max_bytes) if bytes.len() as u64 > max_bytes && part.sample.len() > 1 => {
                 let [first, second] = pprof::halves(part)?;
