@@ -5,7 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use gannet_base::Renamed;
 
-use crate::config::Config;
+use crate::config::{Config, DataLocation};
 
 /// Store the profiles of Gannet's agents, show them, and send the agents their rules
 #[derive(Debug, Parser)]
@@ -27,6 +27,15 @@ struct Cli {
 enum Verb {
     /// Print the definition of the TriggerRule custom resource
     Crd,
+    /// Read all stored profiles and report each faulty object with its cure
+    ///
+    /// It changes nothing, and a collector may run meanwhile. It exits with 1 after a fault, and with 2 if it cannot read
+    /// the store.
+    Verify {
+        /// Location of the profiles, as the collector has it: a directory or a bucket
+        #[arg(long, id = "verify_data", value_name = "DIR|URL")]
+        data: Option<DataLocation>,
+    },
 }
 
 /// Flags and environment variables that have new names.
@@ -53,6 +62,8 @@ pub enum Invocation {
     Run(Box<Config>),
     /// Print this text and exit.
     Print(String),
+    /// Verify the store of this configuration.
+    Verify(Box<Config>),
 }
 
 /// Why a command line cannot be followed.
@@ -79,10 +90,14 @@ pub fn command() -> clap::Command {
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation, ArgsError> {
     let matches = RENAMED.matches(command(), arguments)?;
     let Cli { command, config, print_config, options: _ } = Cli::from_arg_matches(&matches)?;
-    if let Some(Verb::Crd) = command {
+    if let Some(Verb::Crd) = &command {
         return crate::custom_resource().map(Invocation::Print).ok_or(ArgsError::Crd);
     }
-    let options: Config = gannet_base::effective(&matches, config.as_deref(), &[], &RENAMED)?;
+    let mut options: Config = gannet_base::effective(&matches, config.as_deref(), &[], &RENAMED)?;
+    if let Some(Verb::Verify { data }) = command {
+        options.data = data.unwrap_or(options.data);
+        return Ok(Invocation::Verify(Box::new(options)));
+    }
     if print_config {
         return Ok(Invocation::Print(gannet_base::to_yaml(&options)?));
     }
@@ -103,7 +118,7 @@ mod tests {
     fn config(args: &[&str]) -> Config {
         match run(args).unwrap() {
             Invocation::Run(config) => *config,
-            Invocation::Print(text) => panic!("{text}"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -159,6 +174,21 @@ mod tests {
         ] {
             let error = run(&["--config", &file(dir.path(), text)]).unwrap_err().to_string();
             assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        }
+    }
+
+    #[test]
+    fn verify_takes_the_location_before_or_behind_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(dir.path(), "data: /from/file\n");
+        for (args, data) in [
+            (&["verify", "--data", "/d"][..], "/d"),
+            (&["--data", "/d", "verify"], "/d"),
+            (&["--data", "/e", "verify", "--data", "s3://b/c"], "s3://b/c"),
+            (&["--config", &path, "verify"], "/from/file"),
+        ] {
+            let Invocation::Verify(config) = run(args).unwrap() else { panic!("{args:?}") };
+            assert_eq!(config.data.to_string(), data);
         }
     }
 

@@ -67,8 +67,14 @@ pub use collector::{Collector, Running, StartError};
 pub use config::{Config, ConfigError, DataLocation};
 pub use metrics::declared_metrics;
 pub use rules::RulesLocation;
-pub use store::{Bucket, StoreError};
+pub use store::{Bucket, ObjectFault, StoreError, Verified};
 pub use tls::TlsOptions;
+
+/// Reads all objects of the store that `config` names, and calls `report` with the path and the fault of each faulty one.
+/// Changes nothing. Fails if the objects cannot be listed.
+pub async fn verify(config: &Config, report: impl FnMut(&str, &ObjectFault)) -> Result<Verified, StoreError> {
+    store::verify(config.directory(), config.bucket(), report).await
+}
 
 /// Returns the definition of the TriggerRule resource as YAML. `None` means that the descriptors in this program do not
 /// match its types.

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Context as _;
 use gannet_base::logging;
-use gannet_collector::{ArgsError, Collector, Config, ConfigError, Invocation, StartError, parse};
+use gannet_collector::{ArgsError, Collector, Config, ConfigError, Invocation, StartError, Verified, parse};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Exit code of wrong usage.
@@ -24,6 +24,7 @@ fn main() -> ExitCode {
             let written = io::stdout().write_all(text.as_bytes());
             return if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
+        Ok(Invocation::Verify(config)) => return verify(&config),
         Err(ArgsError::Usage(error)) => {
             // Prints help to standard output and errors to standard error.
             let _ = error.print();
@@ -44,6 +45,27 @@ fn main() -> ExitCode {
             );
             fail(&error, if is_usage { USAGE } else { 1 })
         }
+    }
+}
+
+/// Reads the store and prints its faults.
+fn verify(config: &Config) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let verified = runtime.context("cannot start threads").and_then(|runtime| {
+        let mut out = io::stdout().lock();
+        let verified = runtime.block_on(gannet_collector::verify(config, |object, fault| {
+            // Without a reader, the exit code still shows the faults.
+            let _ = writeln!(out, "{object}: {fault}");
+        }))?;
+        let Verified { objects, profiles, bytes, faults } = verified;
+        let found = if faults == 0 { "no".to_owned() } else { faults.to_string() };
+        writeln!(out, "{objects} objects with {profiles} sound profiles in {bytes} bytes: {found} faults")?;
+        Ok(verified)
+    });
+    match verified {
+        Ok(Verified { faults: 0, .. }) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => fail(&error, USAGE),
     }
 }
 

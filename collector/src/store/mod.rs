@@ -22,6 +22,7 @@ mod retention;
 mod segment;
 mod settle;
 mod state;
+mod verify;
 mod writer;
 
 use std::{
@@ -44,7 +45,10 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use ulid::Ulid;
 
-pub use self::bucket::Bucket;
+pub use self::{
+    bucket::Bucket,
+    verify::{ObjectFault, Verified},
+};
 use self::{
     index::{Index, IndexError},
     object::Objects,
@@ -56,6 +60,7 @@ pub(crate) use self::{
     meta::TypeTotal,
     object::ObjectKey,
     state::Series,
+    verify::verify,
     writer::{BatchOutcome, BatchQueue, NewBatch, PackError, StoreWriter},
 };
 use crate::{metrics::Metrics, selector::Selector};

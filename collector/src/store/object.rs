@@ -118,13 +118,13 @@ impl ObjectKey {
     }
 }
 
-fn hour_path(hour: u64) -> String {
+pub(super) fn hour_path(hour: u64) -> String {
     let at = jiff::Timestamp::from_second((hour * 3600) as i64).unwrap_or_default();
     at.strftime(&format!("{TENANT}/%Y-%m-%d/%H")).to_string()
 }
 
 /// Parses the last two names of a directory path, as [`hour_path`] writes them.
-fn hour_of(dir: &Key) -> Option<u64> {
+pub(super) fn hour_of(dir: &Key) -> Option<u64> {
     let mut names = dir.as_ref().rsplit('/');
     let hour: i8 = names.next()?.parse().ok()?;
     let day: jiff::civil::Date = names.next()?.parse().ok()?;
@@ -152,14 +152,14 @@ pub(super) enum ObjectName {
 }
 
 impl ObjectName {
-    fn parse(name: &str) -> Option<Self> {
+    pub(super) fn parse(name: &str) -> Option<Self> {
         if let Some(id) = name.strip_suffix(SEGMENT_SUFFIX) {
             return Ulid::from_string(id).ok().map(Self::Segment);
         }
         Ulid::from_string(name.strip_suffix(PROFILE_SUFFIX)?).ok().map(Self::Profile)
     }
 
-    fn path(self, hour: u64) -> Key {
+    pub(super) fn path(self, hour: u64) -> Key {
         format!("{}/{self}", hour_path(hour)).into()
     }
 }
@@ -302,15 +302,7 @@ impl Objects {
         if let Some(root) = &self.root {
             return local_hours(root);
         }
-        let below = async |dir: Key| {
-            let found = self.relaxed.list_with_delimiter(Some(&dir)).await;
-            Ok::<_, StoreError>(found.map_err(StoreError::Object)?.common_prefixes)
-        };
-        let mut hours = BTreeSet::new();
-        for day in below(TENANT.into()).await? {
-            hours.extend(below(day).await?.iter().filter_map(hour_of));
-        }
-        Ok(hours)
+        hours_in(&*self.relaxed).await
     }
 
     /// Returns the objects of an hour. In a directory, it removes leftovers of interrupted writes, and the
@@ -426,6 +418,19 @@ impl Objects {
         let bytes = found.meta.size;
         Ok((found.bytes().await?, bytes))
     }
+}
+
+/// Returns the hours that have objects in any store. Names that are no day and hour do not count.
+pub(super) async fn hours_in(objects: &dyn ObjectStore) -> Result<BTreeSet<u64>, StoreError> {
+    let below = async |dir: Key| {
+        let found = objects.list_with_delimiter(Some(&dir)).await;
+        Ok::<_, StoreError>(found.map_err(StoreError::Object)?.common_prefixes)
+    };
+    let mut hours = BTreeSet::new();
+    for day in below(TENANT.into()).await? {
+        hours.extend(below(day).await?.iter().filter_map(hour_of));
+    }
+    Ok(hours)
 }
 
 /// Returns the hours that have a directory below `root`.

@@ -13,7 +13,7 @@ use ulid::Ulid;
 
 use super::meta::ObjectMeta;
 
-const MAGIC: [u8; 8] = *b"GANNETSG";
+pub(super) const MAGIC: [u8; 8] = *b"GANNETSG";
 /// Version of the format, which this module reads and writes.
 const VERSION: u32 = 1;
 /// Bytes before the index part.

@@ -99,15 +99,14 @@ async fn waiting_bytes_start_a_flush_early() {
 /// Stores three segments. Returns the batches of each with its file.
 async fn three_segments(data: &Path) -> Vec<(Vec<Batch>, PathBuf)> {
     let config = config_with(data, |config| {
-        config.store.flush_interval = TimeSpan(Duration::from_millis(300));
+        config.store.flush_interval = TimeSpan::from_secs(1);
     });
     let running = Collector::start(config).await.unwrap();
     let mut pusher = Pusher::open(running.grpc_addr).await;
     let mut segments: Vec<(Vec<Batch>, PathBuf)> = Vec::new();
     for _ in 0..3 {
-        // Smaller than the window of a stream, and gathered together after a pause.
+        // Smaller than the window of a stream, and gathered together until a second after the last flush.
         let batches: Vec<_> = varied(21).split_off(1);
-        tokio::time::sleep(Duration::from_millis(350)).await;
         pusher.store_all(&batches).await;
         let is_new = |path: &PathBuf| segments.iter().all(|(_, known)| known != path);
         let new: Vec<_> = objects(data).into_iter().filter(is_new).collect();
@@ -222,14 +221,17 @@ async fn a_profile_expires_before_its_segment() {
     running.shutdown().await;
 }
 
-/// A store that the version before segments wrote: `tests/it/layout2.tar.gz`.
+/// Unpacks a store that the version before segments wrote.
+pub fn unpack_layout2(data: &Path) {
+    let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/layout2.tar.gz");
+    let status = std::process::Command::new("tar").arg("-xzf").arg(archive).arg("-C").arg(data).status();
+    assert!(status.unwrap().success());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_from_before_segments_stays_readable() {
     let dir = tempfile::tempdir().unwrap();
-    let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/layout2.tar.gz");
-    let status =
-        std::process::Command::new("tar").arg("-xzf").arg(archive).arg("-C").arg(dir.path()).status();
-    assert!(status.unwrap().success());
+    unpack_layout2(dir.path());
     let files = objects(dir.path());
     assert!(files.len() >= 6 && files.iter().all(|path| path.to_string_lossy().ends_with(".pb.gz")));
     let start = || {
