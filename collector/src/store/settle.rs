@@ -108,9 +108,12 @@ impl Store {
         repairs: &mut Repairs,
     ) -> Result<u64, StoreError> {
         let mut rows: HashMap<Ulid, IndexedObject> = HashMap::new();
-        self.index.between(hour * HOUR_MS, (hour + 1) * HOUR_MS, |entry| {
-            rows.extend(entry.outside_segments().map(|object| (object.key.id, object)));
-        })?;
+        // Without such a row, reading the entries of the hour would find none.
+        if self.state.read().outside_segments() > 0 {
+            self.index.between(hour * HOUR_MS, (hour + 1) * HOUR_MS, |entry| {
+                rows.extend(entry.outside_segments().map(|object| (object.key.id, object)));
+            })?;
+        }
         missing.retain(|id| rows.remove(id).is_none());
         let chunk = if self.index.is_in_memory() { MEMORY_CHUNK } else { REPAIR_CHUNK };
         let left_out = self.add_missing(missing, chunk, |ids| self.add_profiles(hour, ids, repairs))?;
