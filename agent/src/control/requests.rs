@@ -25,7 +25,7 @@ use crate::{
     cgroup::CgroupHierarchy,
     engine::{ManualCapture, RuleView},
     node::Node,
-    process::{SurveyedProcess, add_runtimes, cpu_usage, survey},
+    process::{SurveyedProcess, add_runtimes, cpu_usage, left_out_of_surveys, survey},
     rules::RuleSource,
 };
 
@@ -226,7 +226,15 @@ async fn explain(node: &Node, request: ExplainRequest) -> Result<ExplainResponse
     let matcher = Matcher::of(&rule.r#match.clone().unwrap_or_default());
     let (seen, cpus) = measure(matcher.compares_runtime()).await?;
     if pid != 0 && seen.iter().all(|seen| seen.pid != pid) {
-        return Err(format!("there is no process {pid} on the node"));
+        let left_out = left_out_of_surveys();
+        return Err(match left_out {
+            0 => format!("there is no process {pid} on the node"),
+            _ => format!(
+                "there is no process {pid} among the first {} of the node, which has more than the agent reads here; see \
+                 /debug/processes?pid={pid} of its agent",
+                seen.len()
+            ),
+        });
     }
     // Matching processes come first, then those with the fewest mismatches; within each group the busiest.
     let mut all: BTreeMap<(usize, u64, u32), ExplainedProcess> = BTreeMap::new();

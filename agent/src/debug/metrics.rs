@@ -14,8 +14,8 @@ use crate::{
     kernel::{Counters, MapFill, Ticks, counters_by_name, lifecycle_counts},
     ledger::Stage,
     node::Node,
-    pods::{PodCounts, PodFeedKind},
-    process::{FileTableStats, MetadataStats, ProcessStats, perf_map_files},
+    pods::{LeftOut, PodCounts, PodFeedKind},
+    process::{FileTableStats, MetadataStats, ProcessStats, left_out_of_surveys, perf_map_files},
     profile::RecorderStats,
     runtimes::{read_cpu_time, text_bytes},
     symbols::SymbolizerStats,
@@ -55,6 +55,7 @@ gannet_base::metrics! {
     PROCESS_IMAGES = counter("gannet_agent_process_table_images_total", "Images added to the agent's table, by the source of their mappings", ["source"]);
     PROCESSES_MISSED = counter("gannet_agent_process_table_missed_total", "Processes that exited before the agent could read them");
     PROCESS_RESCANS = counter("gannet_agent_process_table_rescans_total", "Readings of the mappings of a process beyond the first");
+    PROCESS_MAPPINGS_CUT = counter("gannet_agent_process_mappings_cut_total", "Executable mappings beyond the 65,536 that the agent reads of one process; code in them has no names, and /debug/processes shows the process");
     PROCESSES_PRUNED = counter("gannet_agent_process_table_pruned_total", "Exited processes that left the agent's table early because it was full");
     PROCESS_METADATA = counter("gannet_agent_process_metadata_total", "Look-ups of the metadata of a process, by outcome: `hit`, `read` from /proc, `failed`, `saturated` (the cache was full)", ["outcome"]);
     PROCESS_METADATA_PRUNED = counter("gannet_agent_process_metadata_pruned_total", "Entries of exited or idle processes that left the metadata cache");
@@ -62,6 +63,7 @@ gannet_base::metrics! {
     PROCESSES_SAMPLED = gauge("gannet_agent_process_table_sampled", "Live processes that at least one rule wants");
     PROCESSES_RECONCILED = counter("gannet_agent_process_table_reconciled_total", "Processes whose exit the kernel did not report and a scan of /proc found");
     PROCESSES_UNLABELLED = counter("gannet_agent_process_table_unlabelled_total", "Sampled processes that exited, or did not answer, before the agent could read the labels that --label-cmdline, --label-cwd and --label-env ask for");
+    SURVEY_LEFT_OUT = counter("gannet_agent_process_survey_left_out_total", "Processes beyond the 65,536 that a preview or an explanation of rules reads");
     PROCESS_TABLE_FULL = counter("gannet_agent_process_table_full_total", "Processes that found no slot in the agent's table; raise --processes");
     PROCESS_MAP_FULL = counter("gannet_agent_process_map_full_total", "Processes that found no slot in the kernel's process map; raise --processes");
 
@@ -128,7 +130,8 @@ gannet_base::metrics! {
     POD_LAST_UPDATE = gauge("gannet_agent_pods_last_update_timestamp_seconds", "Time of the last list or change of pods, in seconds since 1970");
     POD_CONTAINERS = gauge("gannet_agent_pods_containers", "Containers whose pod is known");
     POD_UNKNOWN = gauge("gannet_agent_pods_unknown_containers", "Containers whose pod is not known, by state of the search", ["state"]);
-    POD_REFUSED = counter("gannet_agent_pods_refused_total", "Pods beyond the number that the agent stores");
+    POD_REFUSED = counter("gannet_agent_pods_refused_total", "Pods beyond the 10,000 that the agent stores, counted in each list");
+    POD_LEFT_OUT = counter("gannet_agent_pods_left_out_total", "Parts of pods that the agent does not keep, counted once for each pod: `labels` and `containers` beyond 512; /debug/pods shows the pods", ["part"]);
     CUT_LABELS = counter("gannet_agent_pods_cut_label_values_total", "Label values of profiles above 2,048 bytes, which the agent cut with a mark because a collector refuses them");
 
     CONNECTED = gauge("gannet_agent_control_connected", "1 while the control stream to the collector is up");
@@ -343,15 +346,27 @@ fn add_maps(snapshot: &mut Snapshot, maps: &[MapFill]) {
 }
 
 fn add_processes(snapshot: &mut Snapshot, stats: ProcessStats) {
-    let ProcessStats { reported, loaded, missed, rescans, pruned, saturated, reconciled, unlabelled } = stats;
+    let ProcessStats {
+        reported,
+        loaded,
+        missed,
+        rescans,
+        cut_mappings,
+        pruned,
+        saturated,
+        reconciled,
+        unlabelled,
+    } = stats;
     for (source, count) in [("kernel", reported), ("proc", loaded)] {
         snapshot.add_labelled(&PROCESS_IMAGES, [source], count);
     }
     snapshot.add(&PROCESSES_MISSED, missed);
     snapshot.add(&PROCESS_RESCANS, rescans);
+    snapshot.add(&PROCESS_MAPPINGS_CUT, cut_mappings);
     snapshot.add(&PROCESSES_PRUNED, pruned);
     snapshot.add(&PROCESSES_RECONCILED, reconciled);
     snapshot.add(&PROCESSES_UNLABELLED, unlabelled);
+    snapshot.add(&SURVEY_LEFT_OUT, left_out_of_surveys());
     snapshot.add(&PROCESS_TABLE_FULL, saturated);
 }
 
@@ -442,12 +457,16 @@ fn add_pods(snapshot: &mut Snapshot, node: &Node) {
     if let Some(since) = status.last_update.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()) {
         snapshot.add(&POD_LAST_UPDATE, since.as_secs_f64());
     }
-    let PodCounts { containers, requested, unlisted, refused, cut_labels } = node.pods.counts();
+    let PodCounts { containers, requested, unlisted, refused, left_out, cut_labels } = node.pods.counts();
     snapshot.add(&POD_CONTAINERS, containers);
     for (state, count) in [("asked_for", requested), ("in_no_list", unlisted)] {
         snapshot.add_labelled(&POD_UNKNOWN, [state], count);
     }
     snapshot.add(&POD_REFUSED, refused);
+    let LeftOut { labels, containers } = left_out;
+    for (part, count) in [("labels", labels), ("containers", containers)] {
+        snapshot.add_labelled(&POD_LEFT_OUT, [part], count);
+    }
     snapshot.add(&CUT_LABELS, cut_labels);
 }
 

@@ -101,6 +101,8 @@ pub struct ProcessView {
     pub is_past: bool,
     /// The number of executable mappings.
     pub mappings: usize,
+    /// Executable mappings beyond those that the agent reads of one process.
+    pub cut_mappings: u64,
     /// Source of the mappings: `the kernel`, `/proc` or `nowhere`.
     pub mappings_from: &'static str,
     /// How the agent unwinds its stacks.
@@ -252,6 +254,7 @@ impl ViewSources<'_> {
             state: process.state,
             is_past,
             mappings: process.image.mappings.len(),
+            cut_mappings: process.cut_mappings,
             mappings_from: process.mappings_from(),
             unwinding: match self.reader.unwinding.tables() {
                 None => Unwinding::FramePointers,

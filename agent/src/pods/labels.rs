@@ -225,7 +225,7 @@ mod tests {
     fn synced(options: PodLabelOptions, pods: Vec<Pod>) -> Pods {
         let known = Pods::new(options);
         known.set_active(true);
-        known.apply(PodChange::All(pods), Instant::now());
+        known.apply(PodChange::All(pods.into()), Instant::now());
         known
     }
 
@@ -316,7 +316,7 @@ mod tests {
             for second in 1..=8 {
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 let containers: &[(&str, &str)] = if second == 8 { &[("app", "c1")] } else { &[] };
-                later.apply(PodChange::All(vec![pod("u1", containers)]), Instant::now());
+                later.apply(PodChange::All(vec![pod("u1", containers)].into()), Instant::now());
             }
         });
         let mut profiles = vec![profile("c1", "u1")];

@@ -37,9 +37,12 @@ pub(crate) use self::{
     resolve::{PodMatcher, keep_resolving},
 };
 pub use self::{
-    feed::{KUBELET_TIMEOUT, PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions, feeds, follow},
+    feed::{
+        KUBELET_TIMEOUT, PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions, PodList, feeds,
+        follow,
+    },
     labels::PodLabelOptions,
-    model::{Pod, PodContainer, Workload},
+    model::{LeftOut, Pod, PodContainer, Workload},
     store::PodLookup,
 };
 use crate::{
@@ -104,6 +107,8 @@ pub(crate) struct PodCounts {
     pub(crate) unlisted: usize,
     /// Pods that the store refused because it was full.
     pub(crate) refused: u64,
+    /// Labels and containers beyond those that the agent keeps of one pod, counted once for each pod.
+    pub(crate) left_out: LeftOut,
     /// Values of labels that were cut.
     pub(crate) cut_labels: u64,
 }

@@ -42,6 +42,17 @@ pub struct Pod {
     pub denied: bool,
     /// Init, side-car and ephemeral containers too, and former instances of restarted containers.
     pub containers: Vec<PodContainer>,
+    /// Labels and containers beyond the bounds.
+    pub left_out: LeftOut,
+}
+
+/// Parts of a pod that the agent does not keep, because there are too many.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Labels beyond the first 512 by name.
+    pub labels: u64,
+    /// Containers beyond 512.
+    pub containers: u64,
 }
 
 /// A container, or a former instance of one.
@@ -69,6 +80,8 @@ pub(super) struct ReportedPod {
     pub(super) namespace: String,
     pub(super) name: String,
     pub(super) labels: BTreeMap<String, String>,
+    /// Labels that the feed did not keep.
+    pub(super) labels_left_out: u64,
     /// Contains at least those of [`ANNOTATIONS`].
     pub(super) annotations: BTreeMap<String, String>,
     /// Kind and name of the controlling owner.
@@ -79,15 +92,29 @@ pub(super) struct ReportedPod {
 
 impl From<ReportedPod> for Pod {
     fn from(reported: ReportedPod) -> Self {
-        let ReportedPod { uid, namespace, name, labels, mut annotations, controller, containers } = reported;
+        let ReportedPod {
+            uid,
+            namespace,
+            name,
+            labels,
+            labels_left_out,
+            mut annotations,
+            controller,
+            containers,
+        } = reported;
+        let beyond = labels.len().saturating_sub(MAX_LABELS) as u64;
         let labels = labels.into_iter().take(MAX_LABELS).collect();
         let mut containers: Vec<PodContainer> = containers
             .into_iter()
             .filter_map(|(name, id)| Some(PodContainer { name, id: container_id(&id)?.to_owned() }))
-            .take(MAX_CONTAINERS)
             .collect();
         containers.sort_unstable();
         containers.dedup();
+        let left_out = LeftOut {
+            labels: labels_left_out + beyond,
+            containers: containers.len().saturating_sub(MAX_CONTAINERS) as u64,
+        };
+        containers.truncate(MAX_CONTAINERS);
         Self {
             workload: controller.and_then(|(kind, name)| Workload::of(&kind, &name, &labels)),
             denied: annotations.get(PROFILE_ANNOTATION).is_some_and(|value| is_no(value)),
@@ -98,6 +125,7 @@ impl From<ReportedPod> for Pod {
             name,
             labels,
             containers,
+            left_out,
         }
     }
 }

@@ -225,7 +225,7 @@ mod tests {
             pod('2', "cache", &[]),
             Pod { denied: true, ..pod('3', "checkout", &[("app", 'd')]) },
         ];
-        pods.apply(PodChange::All(list), Instant::now());
+        pods.apply(PodChange::All(list.into()), Instant::now());
         let path = |path: String, id| Cgroup { path: path.into(), id };
         let groups = vec![
             path("/".into(), 1),

@@ -13,8 +13,8 @@ use lru::LruCache;
 
 use super::{
     PodCounts,
-    feed::{MAX_PODS, PodChange},
-    model::Pod,
+    feed::{MAX_PODS, PodChange, PodList},
+    model::{LeftOut, MAX_CONTAINERS, MAX_LABELS, Pod},
 };
 use crate::cgroup::PathContainer;
 
@@ -67,6 +67,10 @@ pub(super) struct PodStore {
     empty_since: Option<Instant>,
     /// Pods that the store refused because it was full.
     refused: u64,
+    /// The last list was longer than the store's bound; logged.
+    is_full: bool,
+    /// Labels and containers that the agent did not keep of pods.
+    left_out: LeftOut,
 }
 
 #[derive(Clone, Debug)]
@@ -102,6 +106,8 @@ impl Default for PodStore {
             started_in: LruCache::new(MAX_UNLISTED),
             empty_since: None,
             refused: 0,
+            is_full: false,
+            left_out: LeftOut::default(),
         }
     }
 }
@@ -111,7 +117,7 @@ impl PodStore {
     /// that and still unknown become unlisted.
     pub(super) fn apply(&mut self, change: PodChange, asked_at: Instant, now: Instant) {
         match change {
-            PodChange::All(pods) => self.set_all(pods, asked_at, now),
+            PodChange::All(list) => self.set_all(list, asked_at, now),
             PodChange::Set(pod) => self.set(pod, now),
             PodChange::Gone(uid) => {
                 if let Some(known) = self.pods.get_mut(&uid) {
@@ -122,7 +128,8 @@ impl PodStore {
         self.forget(now);
     }
 
-    fn set_all(&mut self, pods: Vec<Pod>, asked_at: Instant, now: Instant) {
+    fn set_all(&mut self, list: PodList, asked_at: Instant, now: Instant) {
+        let PodList { pods, left_out } = list;
         if pods.is_empty() && self.pods.values().any(|known| known.gone.is_none()) {
             let since = *self.empty_since.get_or_insert(now);
             if now.saturating_duration_since(since) < EMPTY_BELIEVED {
@@ -131,9 +138,20 @@ impl PodStore {
         }
         self.empty_since = None;
         let listed: HashSet<String> = pods.iter().map(|pod| pod.uid.clone()).collect();
+        let refused = self.refused;
+        self.refused += left_out;
         for pod in pods {
             self.set(pod, now);
         }
+        let refused = self.refused - refused;
+        if refused > 0 && !self.is_full {
+            tracing::warn!(
+                refused,
+                "the pod source lists more than the {MAX_PODS} pods that the agent stores: processes of the others have no pod \
+                 labels, and rules by pod do not match them; check that --node names this node, whose pods alone it should list"
+            );
+        }
+        self.is_full = refused > 0;
         for (uid, known) in &mut self.pods {
             if !listed.contains(uid) {
                 known.gone.get_or_insert(now);
@@ -167,6 +185,7 @@ impl PodStore {
             return;
         }
         let former = self.pods.get(&pod.uid).map(|known| Arc::clone(&known.pod));
+        self.count_left_out(&pod, former.as_deref());
         for container in former.iter().flat_map(|pod| &pod.containers) {
             if let Some(container) = self.containers.get_mut(&container.id) {
                 container.gone.get_or_insert(now);
@@ -184,6 +203,27 @@ impl PodStore {
             self.mirror_uids.insert(without_dashes(&pod.config_hash), pod.uid.clone());
         }
         self.pods.insert(pod.uid.clone(), KnownPod { pod: Arc::new(pod), gone: None });
+    }
+
+    /// Counts the parts of a pod that are left out, once for each pod: it is listed again and again.
+    fn count_left_out(&mut self, pod: &Pod, former: Option<&Pod>) {
+        let LeftOut { labels, containers } = pod.left_out;
+        let before = former.map(|former| former.left_out).unwrap_or_default();
+        if labels > before.labels || containers > before.containers {
+            let is_first = self.left_out == LeftOut::default();
+            self.left_out.labels += labels.saturating_sub(before.labels);
+            self.left_out.containers += containers.saturating_sub(before.containers);
+            if is_first {
+                tracing::warn!(
+                    namespace = pod.namespace,
+                    pod = pod.name,
+                    labels,
+                    containers,
+                    "the pod has more than the {MAX_LABELS} labels or {MAX_CONTAINERS} containers that the agent keeps: rules \
+                     and profiles do not see the others; remove some; /debug/pods shows further pods"
+                );
+            }
+        }
     }
 
     /// Drops pods and containers that have been gone for longer than [`RETENTION`].
@@ -306,6 +346,7 @@ impl PodStore {
             requested: self.requested.len(),
             unlisted: self.unlisted.len(),
             refused: self.refused,
+            left_out: self.left_out,
             cut_labels: 0,
         }
     }
@@ -320,7 +361,10 @@ fn without_dashes(uid: &str) -> String {
 mod tests {
     use proptest::prelude::*;
 
-    use super::{super::model::PodContainer, *};
+    use super::{
+        super::model::{PodContainer, ReportedPod},
+        *,
+    };
 
     fn pod(uid: &str, containers: &[(&str, &str)]) -> Pod {
         Pod {
@@ -356,8 +400,8 @@ mod tests {
     #[test]
     fn a_deleted_pod_stays_for_its_last_samples() {
         let (mut store, now) = (PodStore::default(), Instant::now());
-        let other = || PodChange::All(vec![pod("2", &[])]);
-        store.apply(PodChange::All(vec![pod("1", &[("app", "a")]), pod("2", &[])]), now, now);
+        let other = || PodChange::All(vec![pod("2", &[])].into());
+        store.apply(PodChange::All(vec![pod("1", &[("app", "a")]), pod("2", &[])].into()), now, now);
         store.apply(other(), now, now);
         assert_eq!(names(&mut store, "a", "1", later(now, 299)), "pod-1 app");
         assert_eq!(store.listed().len(), 1);
@@ -369,17 +413,17 @@ mod tests {
     #[test]
     fn an_empty_list_counts_only_if_it_stays() {
         let (mut store, now) = (PodStore::default(), Instant::now());
-        store.apply(PodChange::All(vec![pod("1", &[("app", "a")])]), now, now);
+        store.apply(PodChange::All(vec![pod("1", &[("app", "a")])].into()), now, now);
         assert!(store.request("new", "", now));
         let empty = |store: &mut PodStore, at| {
-            store.apply(PodChange::All(vec![]), later(now, at), later(now, at));
+            store.apply(PodChange::All(vec![].into()), later(now, at), later(now, at));
             store.listed().len()
         };
         assert_eq!((empty(&mut store, 10), empty(&mut store, 69)), (1, 1));
         // It proves nothing about a requested container either.
         assert_eq!(unknown(&store), (1, 0));
         // Another list in between starts the time again.
-        store.apply(PodChange::All(vec![pod("1", &[("app", "a")])]), later(now, 69), later(now, 69));
+        store.apply(PodChange::All(vec![pod("1", &[("app", "a")])].into()), later(now, 69), later(now, 69));
         assert_eq!((empty(&mut store, 70), empty(&mut store, 129)), (1, 1));
         assert_eq!(empty(&mut store, 130), 0);
         assert_eq!(names(&mut store, "a", "1", later(now, 131)), "pod-1 app");
@@ -401,9 +445,9 @@ mod tests {
     #[test]
     fn a_pod_of_the_same_name_is_another_pod() {
         let (mut store, now) = (PodStore::default(), Instant::now());
-        store.apply(PodChange::All(vec![pod("1", &[("app", "a")])]), now, now);
+        store.apply(PodChange::All(vec![pod("1", &[("app", "a")])].into()), now, now);
         store.apply(
-            PodChange::All(vec![Pod { name: "pod-1".into(), ..pod("2", &[("app", "b")]) }]),
+            PodChange::All(vec![Pod { name: "pod-1".into(), ..pod("2", &[("app", "b")]) }].into()),
             now,
             now,
         );
@@ -419,15 +463,19 @@ mod tests {
         let (mut store, now) = (PodStore::default(), Instant::now());
         assert!(store.request("sandbox", "", now));
         // A list requested before, or soon after, proves nothing.
-        store.apply(PodChange::All(vec![]), now.checked_sub(Duration::from_secs(1)).unwrap(), now);
-        store.apply(PodChange::All(vec![]), later(now, 2), later(now, 2));
+        store.apply(PodChange::All(vec![].into()), now.checked_sub(Duration::from_secs(1)).unwrap(), now);
+        store.apply(PodChange::All(vec![].into()), later(now, 2), later(now, 2));
         assert!(store.request("sandbox", "", later(now, 2)));
-        store.apply(PodChange::All(vec![]), later(now, 3), now);
+        store.apply(PodChange::All(vec![].into()), later(now, 3), now);
         assert!(!store.request("sandbox", "", later(now, 29)));
         assert_eq!(names(&mut store, "sandbox", "", later(now, 29)), "Unlisted");
         assert!(store.request("sandbox", "", later(now, 60)));
         // A container that appears later is known at once.
-        store.apply(PodChange::All(vec![pod("1", &[("app", "sandbox")])]), later(now, 61), later(now, 61));
+        store.apply(
+            PodChange::All(vec![pod("1", &[("app", "sandbox")])].into()),
+            later(now, 61),
+            later(now, 61),
+        );
         assert_eq!(names(&mut store, "sandbox", "", later(now, 61)), "pod-1 app");
     }
 
@@ -444,13 +492,13 @@ mod tests {
     fn the_uid_in_the_path_identifies_an_unlisted_containers_pod() {
         let (mut store, now) = (PodStore::default(), Instant::now());
         let fixed = Pod { config_hash: "hash".into(), ..pod("mirror", &[]) };
-        store.apply(PodChange::All(vec![pod("1", &[]), fixed]), now, now);
+        store.apply(PodChange::All(vec![pod("1", &[]), fixed].into()), now, now);
         // The first step is a request: the next list may contain it.
         assert_eq!(names(&mut store, "x", "1", now), "Unknown");
         assert!(
             store.request("x", "1", now) && store.request("y", "hash", now) && store.request("z", "2", now)
         );
-        let list = || PodChange::All(vec![pod("1", &[]), pod("mirror", &[])]);
+        let list = || PodChange::All(vec![pod("1", &[]), pod("mirror", &[])].into());
         store.apply(list(), later(now, 3), now);
         assert_eq!(names(&mut store, "z", "2", now), "Unlisted");
         // The kubelet lists the containers of its pods for certain, only later.
@@ -467,7 +515,7 @@ mod tests {
         for hash in [plain, dashed] {
             let (mut store, now) = (PodStore::default(), Instant::now());
             let fixed = Pod { config_hash: hash.into(), ..pod("mirror", &[("app", "a")]) };
-            store.apply(PodChange::All(vec![fixed]), now, now);
+            store.apply(PodChange::All(vec![fixed].into()), now, now);
             for uid in [plain, dashed, "mirror"] {
                 assert_eq!(
                     store.pod(uid).map(|pod| pod.name.clone()).as_deref(),
@@ -484,16 +532,16 @@ mod tests {
     fn a_remade_static_pod_is_not_the_old_one() {
         let (mut store, now) = (PodStore::default(), Instant::now());
         let fixed = |uid: &str, hash: &str, id| Pod { config_hash: hash.into(), ..pod(uid, &[("app", id)]) };
-        store.apply(PodChange::All(vec![fixed("m1", "h1", "a")]), now, now);
+        store.apply(PodChange::All(vec![fixed("m1", "h1", "a")].into()), now, now);
         // Made again from the same file, then from a changed one.
-        store.apply(PodChange::All(vec![fixed("m2", "h1", "b")]), now, now);
+        store.apply(PodChange::All(vec![fixed("m2", "h1", "b")].into()), now, now);
         assert_eq!(names(&mut store, "b", "h1", now), "pod-m2 app");
         assert_eq!(names(&mut store, "a", "h1", now), "pod-m1 app", "samples of the old one may still come");
         assert_eq!(store.pod("h1").map(|pod| pod.uid.clone()).as_deref(), Some("m2"));
-        store.apply(PodChange::All(vec![fixed("m3", "h3", "c")]), now, now);
+        store.apply(PodChange::All(vec![fixed("m3", "h3", "c")].into()), now, now);
         assert_eq!(names(&mut store, "c", "h3", now), "pod-m3 app");
         assert_eq!(names(&mut store, "b", "h1", now), "pod-m2 app");
-        store.apply(PodChange::All(vec![fixed("m3", "h3", "c")]), later(now, 300), later(now, 300));
+        store.apply(PodChange::All(vec![fixed("m3", "h3", "c")].into()), later(now, 300), later(now, 300));
         assert!(store.pod("h1").is_none());
     }
 
@@ -514,7 +562,7 @@ mod tests {
         // Before the kubelet lists the pod's container, both are requested; then nothing waits for the inner one.
         assert!(store.request_nested(&path, now));
         store.apply(
-            PodChange::All(vec![pod("1", &[("app", "outer")]), pod("2", &[("bank", "b")])]),
+            PodChange::All(vec![pod("1", &[("app", "outer")]), pod("2", &[("bank", "b")])].into()),
             now,
             now,
         );
@@ -532,7 +580,7 @@ mod tests {
     #[test]
     fn a_container_outside_of_pods_is_of_its_starter() {
         let (mut store, now) = (PodStore::default(), Instant::now());
-        store.apply(PodChange::All(vec![pod("1", &[("app", "outer")])]), now, now);
+        store.apply(PodChange::All(vec![pod("1", &[("app", "outer")])].into()), now, now);
         let path = [("inner", "")];
         assert!(store.needs_starter(&path, now) && !store.needs_starter(&[("outer", "1")], now));
         store.set_starter("inner".into(), Some(PathContainer { id: "outer".into(), pod_uid: "1".into() }));
@@ -551,11 +599,32 @@ mod tests {
             store.request(&n.to_string(), "", now);
         }
         assert_eq!(unknown(&store).0, MAX_UNLISTED.get());
-        store.apply(PodChange::All(vec![]), later(now, 3), now);
+        store.apply(PodChange::All(vec![].into()), later(now, 3), now);
         assert_eq!(unknown(&store), (0, MAX_UNLISTED.get()));
-        let many = (0..=MAX_PODS).map(|n| pod(&n.to_string(), &[])).collect();
-        store.apply(PodChange::All(many), now, now);
+        let many: Vec<Pod> = (0..=MAX_PODS).map(|n| pod(&n.to_string(), &[])).collect();
+        store.apply(PodChange::All(many.into()), now, now);
         assert_eq!((store.listed().len(), store.refused), (MAX_PODS, 1));
+    }
+
+    #[test]
+    fn parts_of_a_pod_beyond_the_bounds_are_counted_once() {
+        let reported = |labels: usize, containers: usize| {
+            Pod::from(ReportedPod {
+                uid: "u".into(),
+                labels: (0..labels).map(|n| (n.to_string(), String::new())).collect(),
+                containers: (0..containers).map(|n| ("app".into(), format!("containerd://{n}"))).collect(),
+                ..ReportedPod::default()
+            })
+        };
+        let (mut store, now) = (PodStore::default(), Instant::now());
+        let mut counted = |labels, containers| {
+            store.apply(PodChange::Set(reported(labels, containers)), now, now);
+            (store.left_out.labels, store.left_out.containers)
+        };
+        assert_eq!(counted(MAX_LABELS, MAX_CONTAINERS), (0, 0));
+        assert_eq!(counted(MAX_LABELS + 2, MAX_CONTAINERS + 3), (2, 3));
+        assert_eq!(counted(MAX_LABELS + 2, MAX_CONTAINERS + 3), (2, 3));
+        assert_eq!(counted(MAX_LABELS + 3, MAX_CONTAINERS), (3, 3));
     }
 
     #[derive(Clone, Debug)]

@@ -44,6 +44,8 @@ pub struct Process {
     pub(super) start_labels: Option<ReadStartLabels>,
     /// Samples so far.
     pub samples: u64,
+    /// Its executable mappings that are not in `image`, because it has more than the agent reads.
+    pub(crate) cut_mappings: u64,
     /// When its mappings were last read from `/proc`, by the boot clock; `None` if the kernel reported them.
     pub(super) read_at_ns: Option<u64>,
     /// The time of the last event of this image: a reading before that time was of this image.
@@ -79,6 +81,7 @@ impl Process {
             uid: None,
             kernel_thread: false,
             image: Arc::default(),
+            cut_mappings: 0,
             interpreter: None,
             runtime: None,
             rules: subject.rules,

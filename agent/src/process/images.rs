@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// The least time between two readings of one process's mappings, however many addresses are unknown.
-const RESCAN_INTERVAL: Duration = Duration::from_millis(50);
+pub(super) const RESCAN_INTERVAL: Duration = Duration::from_millis(50);
 /// Executable mappings of one process; real ones have some hundreds. A process can have 65,530 mappings, unless the node's
 /// `vm.max_map_count` allows more.
 pub(super) const MAX_MAPPINGS: usize = 65_536;
@@ -39,12 +39,14 @@ pub(super) struct ImageReader {
     changes: ImageChanges,
     /// Readings of mappings beyond the first of a process.
     pub(super) rescans: u64,
+    /// Mappings beyond [`MAX_MAPPINGS`] of a process.
+    pub(super) cut: u64,
 }
 
 impl ImageReader {
     /// Builds a reader that holds at most `files` files open.
     pub(super) fn new(files: NonZeroUsize, proc: Arc<dyn ProcFs>) -> Self {
-        Self { files: FileTable::new(files), proc, changes: ImageChanges::default(), rescans: 0 }
+        Self { files: FileTable::new(files), proc, changes: ImageChanges::default(), rescans: 0, cut: 0 }
     }
 
     pub(super) fn take_changes(&mut self) -> ImageChanges {
@@ -68,16 +70,33 @@ impl ImageReader {
         Ok(self.image_of(process, &lines))
     }
 
-    /// Builds an image from lines of `/proc/PID/maps`.
-    pub(super) fn image_of(&mut self, process: &mut Process, lines: &[MapsLine]) -> Image {
-        let mappings = lines.iter().map(|line| (&line.mapping, line.link));
+    /// Builds an image from `/proc/PID/maps`.
+    pub(super) fn image_of(&mut self, process: &mut Process, read: &MapsLines) -> Image {
+        self.set_cut(process, read.cut);
+        let mappings = read.lines.iter().map(|line| (&line.mapping, line.link));
         let mut image = Image { mappings: self.open_all(process, mappings) };
         image.join_anonymous();
         image
     }
 
-    /// Builds an image from mappings that the kernel reported, oldest first.
-    pub(super) fn build(&mut self, process: &mut Process, mappings: &[NewMapping]) -> Image {
+    /// Notes the number of mappings that are missing in the image of a process. Counts those that were not missing before: a
+    /// process is read again and again.
+    fn set_cut(&mut self, process: &mut Process, cut: u64) {
+        self.cut += cut.saturating_sub(process.cut_mappings);
+        if cut > 0 && process.cut_mappings == 0 {
+            let Process { key, comm, .. } = &*process;
+            tracing::warn!(
+                key = %key.process, comm,
+                "the process has more executable mappings than the {MAX_MAPPINGS} that the agent reads: code in the others \
+                 has no names; let it map its code in larger parts, or lower vm.max_map_count"
+            );
+        }
+        process.cut_mappings = cut;
+    }
+
+    /// Builds an image from mappings that the kernel reported, oldest first. `cut`: the number that it reported beyond them.
+    pub(super) fn build(&mut self, process: &mut Process, mappings: &[NewMapping], cut: u64) -> Image {
+        self.set_cut(process, cut);
         let mut image = Image::default();
         let links = mappings.iter().map(|mapping| (mapping, (mapping.start, mapping.end)));
         for mapping in self.open_all(process, links) {
@@ -93,6 +112,7 @@ impl ImageReader {
             return;
         }
         if process.image.mappings.len() >= MAX_MAPPINGS {
+            self.set_cut(process, process.cut_mappings + 1);
             return;
         }
         // Programs may move their code to memory without a file, where it keeps its names; `/proc` decides.
@@ -180,12 +200,22 @@ impl ImageReader {
     }
 }
 
+/// The executable lines of `/proc/PID/maps`, and how many lie beyond the bounds.
+#[derive(Debug, Default)]
+pub(super) struct MapsLines {
+    lines: Vec<MapsLine>,
+    cut: u64,
+}
+
 /// Reads the executable lines of `/proc/PID/maps`, of this process.
-pub(super) fn read_lines(proc: &dyn ProcFs, key: ProcessKey) -> Result<Vec<MapsLine>, ProcError> {
-    let mut lines = proc::parse_maps(&proc::text(proc, key, "maps")?);
+pub(super) fn read_lines(proc: &dyn ProcFs, key: ProcessKey) -> Result<MapsLines, ProcError> {
+    let (text, is_cut) = proc::text_or_part(proc, key, "maps")?;
+    let mut lines = proc::parse_maps(&text);
+    let beyond = lines.len().saturating_sub(MAX_MAPPINGS) as u64;
     lines.truncate(MAX_MAPPINGS);
     proc::check_in(proc, key)?;
-    Ok(lines)
+    // Of a text that is too long, the agent knows only that at least one line is missing.
+    Ok(MapsLines { lines, cut: beyond + u64::from(is_cut) })
 }
 
 /// Makes a call about a process on a worker, within the time that the engine can wait.

@@ -27,6 +27,6 @@ pub(crate) use self::{
     images::on_worker,
     perf_maps::{CodeList, perf_map_files},
     proc::is_dynamic_linker,
-    survey::{SurveyedProcess, add_runtimes, cpu_usage, survey},
+    survey::{SurveyedProcess, add_runtimes, cpu_usage, left_out_of_surveys, survey},
     table::all_on_worker,
 };

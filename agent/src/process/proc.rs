@@ -176,9 +176,20 @@ pub(super) fn bytes(
 
 /// Reads one file of a process as text, up to a bound.
 pub(super) fn text(proc: &dyn ProcFs, key: ProcessKey, file: &'static str) -> Result<String, ProcError> {
+    text_or_part(proc, key, file).map(|(text, _)| text)
+}
+
+/// Does the same as [`text`], and reports whether the file is longer than the bound.
+pub(super) fn text_or_part(
+    proc: &dyn ProcFs,
+    key: ProcessKey,
+    file: &'static str,
+) -> Result<(String, bool), ProcError> {
     let bytes = bytes(proc, key, file, MAX_FILE_BYTES)?;
-    Ok(String::from_utf8(bytes)
-        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
+    let is_part = bytes.len() as u64 >= MAX_FILE_BYTES;
+    let text = String::from_utf8(bytes)
+        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
+    Ok((text, is_part))
 }
 
 /// Returns the target of a link of a process.

@@ -1,6 +1,14 @@
 //! A survey of all running processes, sampled or not, for requests about rules. Nothing of it is stored.
 
-use std::{collections::HashMap, fs, mem, sync::LazyLock, time::Duration};
+use std::{
+    collections::HashMap,
+    fs, mem,
+    sync::{
+        LazyLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use super::{
     images::on_worker,
@@ -12,8 +20,10 @@ use crate::{
     runtimes::RuntimeFinder,
 };
 
-/// Processes in one survey; the others are left out.
+/// Processes in one survey; the others are left out and counted.
 const MAX_PROCESSES: usize = 65_536;
+/// Processes that surveys left out.
+static SURVEY_LEFT_OUT: AtomicU64 = AtomicU64::new(0);
 
 /// The length of a clock tick.
 static TICK: LazyLock<Duration> = LazyLock::new(|| {
@@ -46,15 +56,32 @@ pub(crate) struct SurveyedProcess {
 /// Returns all running processes. Blocking. A worker reads each of them: one that does not answer is left out, and the
 /// caller waits for it once.
 pub(crate) fn survey(hierarchy: CgroupHierarchy) -> Vec<SurveyedProcess> {
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
-    entries
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .take(MAX_PROCESSES)
-        .filter_map(|tgid| {
-            let key = ProcessKey { tgid, start_boottime_ns: 0 };
-            on_worker(key, move || survey_process(key, hierarchy)).ok()?.ok()
-        })
-        .collect()
+    let (seen, left_out) = survey_some(hierarchy, MAX_PROCESSES);
+    if left_out > 0 && SURVEY_LEFT_OUT.fetch_add(left_out, Relaxed) == 0 {
+        tracing::warn!(
+            left_out,
+            "this node has more processes than the {MAX_PROCESSES} that a preview or an explanation of rules reads: they do not \
+             count the others; rules in force sample them all the same"
+        );
+    }
+    seen
+}
+
+/// Returns the number of processes that surveys have left out so far.
+pub(crate) fn left_out_of_surveys() -> u64 {
+    SURVEY_LEFT_OUT.load(Relaxed)
+}
+
+/// Returns the first `max` processes, and the number of the others.
+fn survey_some(hierarchy: CgroupHierarchy, max: usize) -> (Vec<SurveyedProcess>, u64) {
+    let Ok(entries) = fs::read_dir("/proc") else { return Default::default() };
+    let mut tgids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let read = |tgid| {
+        let key = ProcessKey { tgid, start_boottime_ns: 0 };
+        on_worker(key, move || survey_process(key, hierarchy)).ok()?.ok()
+    };
+    let seen = tgids.by_ref().take(max).filter_map(read).collect();
+    (seen, tgids.count() as u64)
 }
 
 /// Reads one process. It uses the PID of the key only.
@@ -121,6 +148,27 @@ pub(crate) fn cpu_usage(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn processes_beyond_the_limit_are_counted() {
+        let hierarchy = CgroupHierarchy::detect();
+        let running = || {
+            fs::read_dir("/proc")
+                .unwrap()
+                .flatten()
+                .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+                .count() as u64
+        };
+        let (all, none) = survey_some(hierarchy, MAX_PROCESSES);
+        assert!(all.len() > 1 && none == 0, "{} and {none}", all.len());
+        // Other tests start and end processes meanwhile.
+        let exact = (0..100).any(|_| {
+            let before = running();
+            let (one, others) = survey_some(hierarchy, 1);
+            before == running() && one.len() == 1 && others == before - 1
+        });
+        assert!(exact, "all but one are counted");
+    }
 
     #[test]
     fn the_language_runtimes_of_processes_are_found() {

@@ -12,7 +12,7 @@ use lru::LruCache;
 use super::{
     FileTableStats, ImageChanges, MetadataOptions, MetadataStats, Process, ProcessMetadataCache,
     ProcessState, StartLabelOptions,
-    images::{ImageReader, MAX_MAPPINGS, on_worker, read_lines},
+    images::{ImageReader, MAX_MAPPINGS, MapsLines, on_worker, read_lines},
     metadata::MetadataError,
     perf_map_files,
     proc::{self, ProcError, ProcFs, RealProc},
@@ -71,6 +71,8 @@ pub struct ProcessTable {
 struct PendingImage {
     since_ns: u64,
     mappings: Vec<NewMapping>,
+    /// Mappings beyond those.
+    cut: u64,
     /// The image, if one of its samples came before the exec event.
     sampled: Option<ImageKey>,
 }
@@ -86,6 +88,8 @@ pub struct ProcessStats {
     pub missed: u64,
     /// Readings of mappings beyond the first of a process.
     pub rescans: u64,
+    /// Executable mappings beyond those that are read of one process.
+    pub cut_mappings: u64,
     /// Entries that were dropped early because the table was full.
     pub pruned: u64,
     /// Processes that the full table could not take.
@@ -161,7 +165,8 @@ impl ProcessTable {
                 }
                 // However many others are pending: an image in the table must not get the mappings of the next one.
                 if self.pending.len() < MAX_PENDING || self.alive.contains_key(&tgid) {
-                    let pending = PendingImage { since_ns: ktime_ns, mappings: Vec::new(), sampled: None };
+                    let pending =
+                        PendingImage { since_ns: ktime_ns, mappings: Vec::new(), cut: 0, sampled: None };
                     self.pending.insert(tgid, pending);
                 }
                 self.drop_readings(tgid, ktime_ns);
@@ -174,6 +179,8 @@ impl ProcessTable {
                     is_pending = pending.sampled.is_none() || pending.sampled != known;
                     if pending.mappings.len() < MAX_MAPPINGS {
                         pending.mappings.push(mapping.clone());
+                    } else {
+                        pending.cut += 1;
                     }
                 }
                 if !is_pending
@@ -224,7 +231,7 @@ impl ProcessTable {
         process.uid = Some(origin.uid);
         process.rules = subject.rules;
         if let Some(pending) = pending {
-            self.adopt(&mut process, &pending.mappings, Some(file));
+            self.adopt(&mut process, &pending, Some(file));
         } else if process.state == ProcessState::Unread {
             self.load(&mut process);
         }
@@ -387,7 +394,7 @@ impl ProcessTable {
             // In the middle of `execve`: the mappings so far belong to this image. The exec event will bring the rest.
             Some(mut pending) if pending.since_ns <= subject.ktime_ns => {
                 pending.sampled = Some(key);
-                self.adopt(&mut process, &pending.mappings, None);
+                self.adopt(&mut process, &pending, None);
                 if pending.mappings.is_empty() {
                     process.state = ProcessState::Unread;
                 }
@@ -427,7 +434,7 @@ impl ProcessTable {
 
     /// Returns the counts of the table.
     pub fn stats(&self) -> ProcessStats {
-        ProcessStats { rescans: self.images.rescans, ..self.stats }
+        ProcessStats { rescans: self.images.rescans, cut_mappings: self.images.cut, ..self.stats }
     }
 
     /// Returns the counts of the metadata.
@@ -550,6 +557,7 @@ impl ProcessTable {
                 continue;
             }
             process.read_at_ns = None;
+            process.cut_mappings = 0;
             if let Some(reported) = process.reported.take() {
                 process.image = reported;
                 continue;
@@ -616,7 +624,8 @@ impl ProcessTable {
     }
 
     /// Adds the mappings that the kernel reported to an image.
-    fn adopt(&mut self, process: &mut Process, mappings: &[NewMapping], file: Option<FileNumbers>) {
+    fn adopt(&mut self, process: &mut Process, pending: &PendingImage, file: Option<FileNumbers>) {
+        let mappings = &pending.mappings;
         // The executable is mapped before its interpreter.
         let executable = file
             .and_then(|file| {
@@ -624,7 +633,7 @@ impl ProcessTable {
             })
             .or_else(|| mappings.iter().find(|mapping| mapping.inode != 0));
         process.exe = executable.map_or_else(String::new, |mapping| mapping.path.clone());
-        process.image = Arc::new(self.images.build(process, mappings));
+        process.image = Arc::new(self.images.build(process, mappings, pending.cut));
         process.read_at_ns = None;
         process.reported = None;
         process.state = ProcessState::Alive;
@@ -685,13 +694,13 @@ impl ProcessTable {
         let (loader, proc) = (self.metadata.loader(), Arc::clone(&self.proc));
         let reading = on_worker(key, move || {
             let metadata = loader.load(key)?;
-            let lines = if metadata.kernel_thread { Vec::new() } else { read_lines(&*proc, key)? };
+            let lines = if metadata.kernel_thread { MapsLines::default() } else { read_lines(&*proc, key)? };
             Ok((metadata, lines))
         });
         process.unanswered = reading.is_err();
         let (loaded, lines) = match reading? {
             Ok((metadata, lines)) => (Ok(metadata), lines),
-            Err(error) => (Err(error), Vec::new()),
+            Err(error) => (Err(error), MapsLines::default()),
         };
         let known = self.metadata.insert(key, loaded)?;
         let image = self.images.image_of(process, &lines);

@@ -1,8 +1,8 @@
 //! The process table and the kernel's mapping events: which image gets a mapping, and what is dropped when there is no room.
 
-use std::{io, num::NonZeroUsize, path::PathBuf, sync::Arc};
+use std::{fs, io, num::NonZeroUsize, path::PathBuf, sync::Arc};
 
-use super::{ProcFs, ProcessState, ProcessTable, images::MAX_MAPPINGS};
+use super::{ProcFs, ProcessState, ProcessTable, RealProc, images::MAX_MAPPINGS};
 use crate::{
     cgroup::CgroupHierarchy,
     model::{
@@ -240,6 +240,47 @@ fn a_pending_image_holds_a_bounded_number_of_mappings() {
     let subject = subject(TGID, 1, 10 * SECOND + 4);
     exec(&mut table, &subject);
     assert_eq!(paths(&table, &subject), ["/bin/m1", "/bin/m2"]);
+    assert_eq!((cut(&table, &subject), table.stats().cut_mappings), (1, 1));
+}
+
+fn cut(table: &ProcessTable, subject: &Subject) -> u64 {
+    table.get(&ImageKey::of(subject)).unwrap().cut_mappings
+}
+
+#[test]
+fn mappings_beyond_the_limit_are_counted_once() {
+    let proc = tempfile::tempdir().unwrap();
+    let directory = proc.path().join(TGID.to_string());
+    fs::create_dir(&directory).unwrap();
+    let write = |file: &str, text: String| fs::write(directory.join(file), text).unwrap();
+    let fields = "R 1 1 1 0 0 0 0 0 0 0 0 0 0 0 20 0 1 0 100 0";
+    write("stat", format!("{TGID} (x) {fields}\n"));
+    write("status", "Uid:\t0\t0\t0\t0\n".into());
+    write("cgroup", "0::/here\n".into());
+    write("comm", "read\n".into());
+    std::os::unix::fs::symlink("/bin/read", directory.join("exe")).unwrap();
+    let maps = |count: usize| {
+        (0..count as u64).fold(String::new(), |text, n| {
+            text + &format!("{:x}-{:x} r-xp 00000000 00:00 0 \n", n << 20, (n << 20) + 4096)
+        })
+    };
+    let files = NonZeroUsize::new(64).unwrap();
+    let real = Arc::new(RealProc::at(proc.path()));
+    let mut table = ProcessTable::reading(CgroupHierarchy::V2, 64, files, real);
+    write("maps", maps(MAX_MAPPINGS));
+    let running = subject(TGID, 1, SECOND);
+    table.running(&running, Origin::default()).unwrap();
+    assert_eq!((cut(&table, &running), table.stats().cut_mappings), (0, 0));
+    // Each reading finds the same seven. Mappings that the kernel reports behind them are more.
+    write("maps", maps(MAX_MAPPINGS + 7));
+    for _ in 0..2 {
+        table.sampled(&running, &[1 << 46]).unwrap();
+        assert_eq!((cut(&table, &running), table.stats().cut_mappings), (7, 7));
+        std::thread::sleep(2 * super::images::RESCAN_INTERVAL);
+    }
+    write("maps", maps(3));
+    table.sampled(&running, &[1 << 46]).unwrap();
+    assert_eq!((cut(&table, &running), table.stats().cut_mappings), (0, 7));
 }
 
 #[test]

@@ -76,7 +76,7 @@ impl PodFeed for Given {
             ..Pod::default()
         };
         let pods = vec![pod(KNOWN, "checkout-1"), Pod { denied: true, ..pod(DENIED, "secret-1") }];
-        stream::iter([Ok(PodChange::All(pods))]).chain(stream::pending()).boxed()
+        stream::iter([Ok(PodChange::All(pods.into()))]).chain(stream::pending()).boxed()
     }
 }
 

@@ -37,6 +37,9 @@ struct PodView {
     labels: BTreeMap<String, String>,
     /// Names and ids.
     containers: Vec<(String, String)>,
+    /// Labels and containers that the agent does not keep, because there are too many.
+    labels_left_out: u64,
+    containers_left_out: u64,
 }
 
 pub(in crate::debug) fn pods(node: &Node) -> PodsView {
@@ -59,6 +62,8 @@ pub(in crate::debug) fn pods(node: &Node) -> PodsView {
             gone_seconds: gone.map(|gone| gone.as_secs()),
             labels: pod.labels.clone(),
             containers: pod.containers.iter().map(|c| (c.name.clone(), c.id.clone())).collect(),
+            labels_left_out: pod.left_out.labels,
+            containers_left_out: pod.left_out.containers,
         })
         .collect();
     pods.sort_by(|a, b| (&a.namespace, &a.name, &a.uid).cmp(&(&b.namespace, &b.name, &b.uid)));
@@ -120,6 +125,11 @@ impl PodsView {
             let _ = write!(text, "{}/{} {}", pod.namespace, pod.name, pod.workload);
             if pod.denied {
                 text += " (never profiled: gannet.dev/profile is \"false\")";
+            }
+            for (count, parts) in [(pod.labels_left_out, "labels"), (pod.containers_left_out, "containers")] {
+                if count > 0 {
+                    let _ = write!(text, " ({count} {parts} are not kept, because it has too many)");
+                }
             }
             if let Some(seconds) = pod.gone_seconds {
                 let _ = write!(text, " (gone {seconds} s ago)");

@@ -27,6 +27,8 @@ pub(in crate::debug) struct ProcessRow {
     rules: Vec<String>,
     samples: u64,
     mappings: usize,
+    /// Executable mappings that the agent does not read, because the process has too many: code in them has no names.
+    cut_mappings: u64,
     /// How the agent unwinds its stacks now.
     stacks: &'static str,
     /// Its interpreter, and whether the names of its functions are read or why not.
@@ -75,6 +77,7 @@ fn row(process: ProcessView) -> ProcessRow {
         },
         samples: process.samples,
         mappings: process.mappings,
+        cut_mappings: process.cut_mappings,
         stacks: match process.unwinding {
             Unwinding::FramePointers => "by frame pointers",
             Unwinding::KernelOnly => "kernel only",
@@ -128,6 +131,7 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
         rules: Vec::new(),
         samples: 0,
         mappings: 0,
+        cut_mappings: 0,
         stacks: "not at all",
         interpreter: String::new(),
         mappings_from: "nowhere",
@@ -170,6 +174,10 @@ pub(in crate::debug) fn processes_text(processes: &[ProcessRow]) -> String {
         "KEY", "EXEC", "COMMAND", "SAMPLES", "STACKS", "MAPPINGS", "STATE", "PENDING"
     );
     for process in processes {
+        let cut = match process.cut_mappings {
+            0 => String::new(),
+            cut => format!("{cut} mappings are not read, because it has too many: code in them has no names"),
+        };
         let _ = writeln!(
             text,
             "{:24} {:>5} {:16} {:>8} {:28} {:10} {:50} {:46} {}",
@@ -181,7 +189,7 @@ pub(in crate::debug) fn processes_text(processes: &[ProcessRow]) -> String {
             process.mappings_from,
             process.state,
             if process.pending.is_empty() { "-" } else { &process.pending },
-            [process.why.as_str(), process.interpreter.as_str()]
+            [process.why.as_str(), process.interpreter.as_str(), cut.as_str()]
                 .into_iter()
                 .filter(|text| !text.is_empty())
                 .collect::<Vec<_>>()

@@ -10,7 +10,7 @@ use kube::{
 use tokio::sync::Notify;
 
 use super::{
-    MAX_PODS, PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions,
+    PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions, PodList,
     error::{quote, root_cause},
 };
 use crate::pods::model::{Pod, ReportedPod};
@@ -86,12 +86,11 @@ impl PodFeed for ApiServer {
 async fn next(
     events: &mut BoxStream<'static, watcher::Result<Event<ApiPod>>>,
 ) -> Result<PodChange, PodFeedError> {
-    let mut list = Vec::new();
+    let mut list = PodList::default();
     while let Some(event) = events.next().await {
         match event.map_err(|error| failed(&error))? {
-            Event::Init => list.clear(),
-            Event::InitApply(pod) if list.len() < MAX_PODS => list.push(Pod::from(ReportedPod::from(pod))),
-            Event::InitApply(_) => {}
+            Event::Init => list = PodList::default(),
+            Event::InitApply(pod) => list.push(Pod::from(ReportedPod::from(pod))),
             Event::InitDone => return Ok(PodChange::All(list)),
             Event::Apply(pod) => return Ok(PodChange::Set(Pod::from(ReportedPod::from(pod)))),
             Event::Delete(pod) => return Ok(PodChange::Gone(pod.metadata.uid.unwrap_or_default())),
@@ -145,6 +144,7 @@ impl From<ApiPod> for ReportedPod {
             namespace: meta.namespace.unwrap_or_default(),
             name: meta.name.unwrap_or_default(),
             labels: meta.labels.unwrap_or_default(),
+            labels_left_out: 0,
             annotations: meta.annotations.unwrap_or_default(),
             controller: controller.map(|owner| (owner.kind, owner.name)),
             containers,
@@ -221,7 +221,9 @@ mod tests {
         let mut events = feed().watch(client);
         let mut next_change =
             async || timeout(Duration::from_secs(60), next(&mut events)).await.unwrap().unwrap();
-        let PodChange::All(pods) = next_change().await else { panic!("the first is all pods") };
+        let PodChange::All(PodList { pods, .. }) = next_change().await else {
+            panic!("the first is all pods")
+        };
         assert_eq!(pods.len(), 5);
         let event = |kind: &str, uid: &str| {
             let text = format!(
@@ -262,6 +264,6 @@ mod tests {
         let text = include_str!("../../../tests/data/kubelet-pods-1.20.2.json");
         let list: k8s_openapi::List<ApiPod> = serde_json::from_str(text).unwrap();
         let pods: Vec<Pod> = list.items.into_iter().map(|pod| Pod::from(ReportedPod::from(pod))).collect();
-        assert_eq!(pods, read_pods(text.as_bytes()).unwrap());
+        assert_eq!(pods, read_pods(text.as_bytes()).unwrap().pods);
     }
 }

@@ -9,7 +9,7 @@ use crate::pods::model::{Pod, ReportedPod};
 /// Reads the kubelet's answer in JSON. A cut answer is an error, never a shorter list.
 pub fn json(bytes: &[u8]) {
     let Ok(pods) = read_pods(bytes) else { return };
-    assert!(pods.len() <= super::MAX_PODS);
+    assert!(pods.pods.len() <= super::MAX_PODS);
     let end = bytes.trim_ascii_end().len();
     assert!(read_pods(&bytes[..end - 1]).is_err(), "a cut answer was read");
 }

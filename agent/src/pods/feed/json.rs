@@ -8,11 +8,11 @@ use serde::{
     de::{DeserializeOwned, DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
-use super::MAX_PODS;
+use super::PodList;
 use crate::pods::model::{ANNOTATIONS, MAX_LABELS, Pod, ReportedPod};
 
 /// Parses a `PodList`.
-pub(super) fn read_pods(input: impl io::Read) -> Result<Vec<Pod>, serde_json::Error> {
+pub(super) fn read_pods(input: impl io::Read) -> Result<PodList, serde_json::Error> {
     let mut deserializer = serde_json::Deserializer::from_reader(input);
     let pods = List.deserialize(&mut deserializer)?;
     deserializer.end()?;
@@ -22,26 +22,27 @@ pub(super) fn read_pods(input: impl io::Read) -> Result<Vec<Pod>, serde_json::Er
 struct List;
 
 impl<'de> DeserializeSeed<'de> for List {
-    type Value = Vec<Pod>;
+    type Value = PodList;
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<Pod>, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<PodList, D::Error> {
         deserializer.deserialize_map(self)
     }
 }
 
 impl<'de> Visitor<'de> for List {
-    type Value = Vec<Pod>;
+    type Value = PodList;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a list of pods")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Vec<Pod>, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<PodList, A::Error> {
         let mut pods = None;
         while let Some(key) = map.next_key::<String>()? {
             if key == "items" {
                 // The kubelet writes an empty list as null.
-                pods = Some(map.next_value::<Option<Items>>()?.map_or_else(Vec::new, |items| items.0));
+                pods =
+                    Some(map.next_value::<Option<Items>>()?.map_or_else(PodList::default, |items| items.0));
             } else {
                 map.next_value::<IgnoredAny>()?;
             }
@@ -50,7 +51,7 @@ impl<'de> Visitor<'de> for List {
     }
 }
 
-struct Items(Vec<Pod>);
+struct Items(PodList);
 
 impl<'de> Deserialize<'de> for Items {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -63,11 +64,8 @@ impl<'de> Deserialize<'de> for Items {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Items, A::Error> {
-                let mut pods = Vec::new();
+                let mut pods = PodList::default();
                 while let Some(pod) = seq.next_element::<JsonPod>()? {
-                    if pods.len() == MAX_PODS {
-                        return Err(A::Error::custom(format_args!("more than {MAX_PODS} pods")));
-                    }
                     pods.push(Pod::from(ReportedPod::from(pod)));
                 }
                 Ok(Items(pods))
@@ -93,9 +91,9 @@ struct Metadata {
     namespace: String,
     uid: String,
     #[serde(deserialize_with = "some_entries::<_, AllKeys>")]
-    labels: BTreeMap<String, String>,
+    labels: KeptEntries,
     #[serde(deserialize_with = "some_entries::<_, OurAnnotations>")]
-    annotations: BTreeMap<String, String>,
+    annotations: KeptEntries,
     #[serde(deserialize_with = "or_empty")]
     owner_references: Vec<Owner>,
 }
@@ -167,8 +165,9 @@ impl From<JsonPod> for ReportedPod {
             uid,
             namespace,
             name,
-            labels,
-            annotations,
+            labels: labels.entries,
+            labels_left_out: labels.left_out,
+            annotations: annotations.entries,
             controller: controller.map(|owner| (owner.kind, owner.name)),
             containers,
         }
@@ -180,6 +179,13 @@ fn or_empty<'de, D: Deserializer<'de>, T: Default + DeserializeOwned>(
     deserializer: D,
 ) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// The selected entries of a map, and how many others are beyond the bound.
+#[derive(Default)]
+struct KeptEntries {
+    entries: BTreeMap<String, String>,
+    left_out: u64,
 }
 
 /// Selects the entries of a map to keep.
@@ -204,27 +210,26 @@ impl Keys for OurAnnotations {
 }
 
 /// Reads the selected entries of a map of strings. The values of other annotations may have a quarter of a megabyte.
-fn some_entries<'de, D: Deserializer<'de>, K: Keys>(
-    deserializer: D,
-) -> Result<BTreeMap<String, String>, D::Error> {
+fn some_entries<'de, D: Deserializer<'de>, K: Keys>(deserializer: D) -> Result<KeptEntries, D::Error> {
     struct Entries<K>(PhantomData<K>);
     impl<'de, K: Keys> Visitor<'de> for Entries<K> {
-        type Value = BTreeMap<String, String>;
+        type Value = KeptEntries;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             f.write_str("a map of strings")
         }
 
         fn visit_unit<E>(self) -> Result<Self::Value, E> {
-            Ok(BTreeMap::new())
+            Ok(KeptEntries::default())
         }
 
         fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-            let mut kept = BTreeMap::new();
+            let mut kept = KeptEntries::default();
             while let Some(key) = map.next_key::<String>()? {
-                if K::keeps(&key) && kept.len() < MAX_LABELS {
-                    kept.insert(key, map.next_value()?);
+                if K::keeps(&key) && kept.entries.len() < MAX_LABELS {
+                    kept.entries.insert(key, map.next_value()?);
                 } else {
+                    kept.left_out += u64::from(K::keeps(&key));
                     map.next_value::<IgnoredAny>()?;
                 }
             }
@@ -239,9 +244,10 @@ mod tests {
     use rstest::rstest;
 
     use super::*;
+    use crate::pods::feed::MAX_PODS;
 
     fn pods(text: &str) -> Vec<Pod> {
-        read_pods(text.as_bytes()).unwrap()
+        read_pods(text.as_bytes()).unwrap().pods
     }
 
     #[test]
@@ -319,7 +325,24 @@ mod tests {
     #[test]
     fn nesting_and_numbers_are_bounded() {
         assert!(read_pods(format!("{{\"a\":{}", "[".repeat(1 << 20)).as_bytes()).is_err());
-        let many = format!(r#"{{"items":[{}{{}}]}}"#, "{},".repeat(MAX_PODS));
-        assert!(read_pods(many.as_bytes()).unwrap_err().to_string().contains("more than"));
+    }
+
+    #[test]
+    fn pods_and_labels_beyond_the_bounds_are_counted() {
+        let many = format!(r#"{{"items":[{}{{}}]}}"#, "{},".repeat(MAX_PODS + 1));
+        let list = read_pods(many.as_bytes()).unwrap();
+        assert_eq!((list.pods.len(), list.left_out), (MAX_PODS, 2));
+        let entries = |count: usize| {
+            let pairs: Vec<_> = (0..count).map(|number| format!(r#""key-{number}":"v""#)).collect();
+            pairs.join(",")
+        };
+        for (count, left_out) in [(MAX_LABELS, 0), (MAX_LABELS + 3, 3)] {
+            let text = format!(
+                r#"{{"items":[{{"metadata":{{"labels":{{{0}}},"annotations":{{{0}}}}}}}]}}"#,
+                entries(count)
+            );
+            let pod = pods(&text).remove(0);
+            assert_eq!((pod.labels.len(), pod.left_out.labels), (MAX_LABELS, left_out));
+        }
     }
 }

@@ -22,9 +22,9 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use super::{
-    PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions, error::quote, json::read_pods, tls,
+    PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions, PodList, error::quote, json::read_pods,
+    tls,
 };
-use crate::pods::model::Pod;
 
 /// Pause between two polls. The kubelet builds the complete answer each time. The agent adds up to a tenth, so that agents
 /// do not poll in step.
@@ -54,7 +54,7 @@ impl Kubelet {
     }
 
     /// Requests one complete answer.
-    async fn list(&self) -> Result<Vec<Pod>, PodFeedError> {
+    async fn list(&self) -> Result<PodList, PodFeedError> {
         let address = Address::parse(&self.options.kubelet_address)?;
         let at = format!("the kubelet at https://{}", address.authority());
         let time_limit = self.options.kubelet_timeout;
@@ -64,7 +64,7 @@ impl Kubelet {
         }
     }
 
-    async fn fetch(&self, address: &Address, at: &str) -> Result<Vec<Pod>, PodFeedError> {
+    async fn fetch(&self, address: &Address, at: &str) -> Result<PodList, PodFeedError> {
         let response = self.request(address, at).await?;
         let status = response.status();
         let body = response.into_body();
@@ -165,7 +165,7 @@ impl PodFeed for Kubelet {
 }
 
 /// Parses the pods of an answer on a separate thread while it arrives.
-async fn read_body(mut body: Incoming, at: &str) -> Result<Vec<Pod>, PodFeedError> {
+async fn read_body(mut body: Incoming, at: &str) -> Result<PodList, PodFeedError> {
     let too_large = || PodFeedError::TooLarge { at: at.to_owned(), max_bytes: MAX_BYTES };
     let (pieces, receiver) = mpsc::channel(MAX_PIECES);
     let reading =

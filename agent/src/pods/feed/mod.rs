@@ -26,13 +26,47 @@ pub const KUBELET_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A message of a pod feed.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "one change at a time is in memory")]
 pub enum PodChange {
     /// All pods of the node. Pods that are not in the list are gone.
-    All(Vec<Pod>),
+    All(PodList),
     /// One new or changed pod.
     Set(Pod),
     /// The uid of a deleted pod.
     Gone(String),
+}
+
+/// Pods of the node, with a bound.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodList {
+    /// The first [`MAX_PODS`] pods.
+    pub pods: Vec<Pod>,
+    /// The number of pods beyond them.
+    pub left_out: u64,
+}
+
+impl PodList {
+    fn push(&mut self, pod: Pod) {
+        if self.pods.len() < MAX_PODS {
+            self.pods.push(pod);
+        } else {
+            self.left_out += 1;
+        }
+    }
+}
+
+impl FromIterator<Pod> for PodList {
+    fn from_iter<T: IntoIterator<Item = Pod>>(pods: T) -> Self {
+        let mut list = Self::default();
+        pods.into_iter().for_each(|pod| list.push(pod));
+        list
+    }
+}
+
+impl From<Vec<Pod>> for PodList {
+    fn from(pods: Vec<Pod>) -> Self {
+        pods.into_iter().collect()
+    }
 }
 
 /// A source of this node's pods.

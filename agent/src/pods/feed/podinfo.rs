@@ -22,7 +22,7 @@ use tonic::{
 use tonic_prost::ProstCodec;
 
 use super::{
-    MAX_PODS, PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions,
+    PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions, PodList,
     error::{quote, root_cause},
 };
 use crate::pods::model::{Pod, ReportedPod};
@@ -156,7 +156,7 @@ impl Session {
         }
     }
 
-    async fn list(&mut self) -> Result<Vec<Pod>, PodFeedError> {
+    async fn list(&mut self) -> Result<PodList, PodFeedError> {
         self.client
             .ready()
             .await
@@ -167,7 +167,7 @@ impl Session {
             .unary(Request::new(wire::ListPodsRequest {}), path(self.package, "ListPods"), codec)
             .await
             .map_err(|status| ended(&self.at, &status))?;
-        answer.into_inner().pods.iter().take(MAX_PODS).map(|pod| self.decode(pod)).collect()
+        answer.into_inner().pods.iter().map(|pod| self.decode(pod)).collect()
     }
 
     fn decode(&self, bytes: &[u8]) -> Result<Pod, PodFeedError> {
@@ -221,6 +221,7 @@ impl From<wire::Pod> for ReportedPod {
             namespace,
             name,
             labels,
+            labels_left_out: 0,
             annotations,
             controller: controller.map(|owner| (owner.kind, owner.name)),
             containers,
@@ -352,7 +353,7 @@ mod tests {
         let mut next =
             async || timeout(Duration::from_secs(60), changes.next()).await.unwrap().unwrap().unwrap();
 
-        let PodChange::All(pods) = next().await else { panic!("the first is all pods") };
+        let PodChange::All(PodList { pods, .. }) = next().await else { panic!("the first is all pods") };
         assert_eq!((pods.len(), pods[0].name.as_str(), pods[0].denied), (1, "pod-1", true));
         assert_eq!(pods[0].workload.as_ref().unwrap().name, "checkout");
         let ids: Vec<_> = pods[0].containers.iter().map(|container| container.id.as_str()).collect();
@@ -363,7 +364,7 @@ mod tests {
         while next().await != PodChange::Set(Pod::from(ReportedPod::from(pod("2", "b")))) {}
         loop {
             match next().await {
-                PodChange::All(pods) if pods.len() == 2 => break,
+                PodChange::All(PodList { pods, .. }) if pods.len() == 2 => break,
                 _ => {}
             }
         }
@@ -376,7 +377,7 @@ mod tests {
         kubelet.change(vec![pod("2", "b")], 2, &bare);
         loop {
             match next().await {
-                PodChange::All(pods) if pods.len() == 1 && pods[0].uid == "2" => break,
+                PodChange::All(PodList { pods, .. }) if pods.len() == 1 && pods[0].uid == "2" => break,
                 PodChange::Set(pod) => assert!(!pod.labels.is_empty(), "{pod:?}"),
                 _ => {}
             }
