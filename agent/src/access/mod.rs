@@ -9,6 +9,7 @@
 //! that shares the agent's memory ([`apart`]): it can be left behind if not even SIGKILL ends its call.
 
 mod apart;
+mod own_files;
 
 use std::{
     collections::HashMap,
@@ -26,6 +27,7 @@ use std::{
 
 use parking_lot::Mutex;
 
+pub(crate) use self::own_files::{OwnFiles, on_own_files, on_own_files_later, run_apart, spawn_apart};
 use crate::model::MappedFile;
 
 /// Workers at one time. This number of targets may hang before the agent reads no further process or file.
@@ -77,6 +79,8 @@ pub(crate) enum Target {
     Process(u32),
     /// A file system, by its device number.
     Device(u64),
+    /// Files of the agent itself.
+    Own(OwnFiles),
 }
 
 impl fmt::Display for Target {
@@ -87,6 +91,7 @@ impl fmt::Display for Target {
                 let (major, minor) = (rustix::fs::major(*device), rustix::fs::minor(*device));
                 write!(f, "file system {major}:{minor}")
             }
+            Self::Own(files) => files.fmt(f),
         }
     }
 }
@@ -248,7 +253,8 @@ impl Access {
             if theirs.state.swap(ANSWERED, Ordering::AcqRel) == ABANDONED
                 && let Some(blamed) = theirs.blamed.get()
             {
-                shared.late_answer(*blamed, back);
+                shared.late_answer(*blamed);
+                shared.give_back(back);
             }
         });
         if worker.send(job).is_err() {
@@ -274,9 +280,7 @@ impl Access {
                 let blamed = *progress.blamed.get_or_init(blame);
                 let mut state = self.0.state.lock();
                 if progress.state.swap(ABANDONED, Ordering::AcqRel) == OPEN {
-                    let waiting = state.hung.entry(blamed).or_default();
-                    *waiting += 1;
-                    let is_first = *waiting == 1;
+                    let is_first = Shared::hangs(&mut state, blamed);
                     drop(state);
                     self.0.abandoned(blamed, name, is_first);
                     return Err(Unanswered(blamed));
@@ -288,6 +292,17 @@ impl Access {
         };
         self.0.give_back(worker);
         Ok(value)
+    }
+
+    /// Notes that a call of another thread on this target does not answer: until [`Access::answers`], all calls on it fail.
+    pub(crate) fn hangs(&self, target: Target, name: &str) {
+        let is_first = Shared::hangs(&mut self.0.state.lock(), target);
+        self.0.abandoned(target, name, is_first);
+    }
+
+    /// Notes that the call of [`Access::hangs`] has answered.
+    pub(crate) fn answers(&self, target: Target) {
+        self.0.late_answer(target);
     }
 
     /// Reports whether a target does not answer now.
@@ -311,7 +326,7 @@ impl Access {
         while apart::running() > hung && begun.elapsed() < END_TIMEOUT {
             thread::sleep(Duration::from_millis(1));
         }
-        if hung > 0
+        if apart::running() > 0
             && let Ok(null) = File::options().read(true).write(true).open("/dev/null")
         {
             let _ = rustix::stdio::dup2_stdin(&null);
@@ -348,6 +363,13 @@ impl Shared {
         Some(sender)
     }
 
+    /// Counts a call that waits for a target, and returns whether it is the first.
+    fn hangs(state: &mut State, target: Target) -> bool {
+        let waiting = state.hung.entry(target).or_default();
+        *waiting += 1;
+        *waiting == 1
+    }
+
     /// A call has not answered in time.
     fn abandoned(&self, target: Target, name: &str, is_first: bool) {
         self.timeouts.fetch_add(1, Ordering::Relaxed);
@@ -369,7 +391,7 @@ impl Shared {
     }
 
     /// A call has answered that its caller had abandoned.
-    fn late_answer(&self, target: Target, worker: mpsc::SyncSender<Job>) {
+    fn late_answer(&self, target: Target) {
         {
             let mut state = self.state.lock();
             if let Some(waiting) = state.hung.get_mut(&target) {
@@ -381,7 +403,6 @@ impl Shared {
             }
         }
         self.answered.fetch_add(1, Ordering::Relaxed);
-        self.give_back(worker);
     }
 }
 

@@ -10,7 +10,10 @@ use std::{
 use gannet_proto::control::RuleSet;
 use prost::Message as _;
 
-use crate::export::write_aside;
+use crate::{
+    access::{OwnFiles, on_own_files_later},
+    export::write_aside,
+};
 
 /// First bytes of the file; the digit is the version of the format.
 const MAGIC: &[u8; 8] = b"GANNETR1";
@@ -57,17 +60,30 @@ impl LastGoodRules {
     }
 
     /// Saves a set. After a crash the file holds either this set or the one before.
-    pub(crate) fn save(&self, saved: &SavedRules) -> Result<(), LastGoodError> {
-        let failed = |source| LastGoodError::Io { action: "write", path: self.path.clone(), source };
-        let write = || -> io::Result<()> {
-            write_aside(&self.path, &encode(saved))?;
-            File::open(self.path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    pub(crate) async fn save(&self, saved: &SavedRules) -> Result<(), LastGoodError> {
+        let (path, bytes) = (self.path.clone(), encode(saved));
+        let write = move || -> io::Result<()> {
+            write_aside(&path, &bytes)?;
+            File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
         };
-        write().map_err(failed)
+        let written = on_own_files_later(OwnFiles::State, self.path.clone(), write).await;
+        written.and_then(|written| written).map_err(|source| LastGoodError::Io {
+            action: "write",
+            path: self.path.clone(),
+            source,
+        })
     }
 
     /// Returns the saved set. Renames a damaged file, so that it is an error only once.
-    pub(crate) fn load(&self) -> Result<Option<SavedRules>, LastGoodError> {
+    pub(crate) async fn load(&self) -> Result<Option<SavedRules>, LastGoodError> {
+        let this = self.clone();
+        let read = on_own_files_later(OwnFiles::State, self.path.clone(), move || this.load_here()).await;
+        read.unwrap_or_else(|source| {
+            Err(LastGoodError::Io { action: "read", path: self.path.clone(), source })
+        })
+    }
+
+    fn load_here(&self) -> Result<Option<SavedRules>, LastGoodError> {
         let failed = |source| LastGoodError::Io { action: "read", path: self.path.clone(), source };
         let bytes = match fs::metadata(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -124,30 +140,30 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_saved_set_loads_until_another_replaces_it() {
+    #[tokio::test]
+    async fn a_saved_set_loads_until_another_replaces_it() {
         let dir = tempfile::tempdir().unwrap();
         let store = LastGoodRules::in_dir(dir.path());
-        assert!(store.load().unwrap().is_none());
-        store.save(&saved()).unwrap();
-        assert_eq!(store.load().unwrap(), Some(saved()));
+        assert!(store.load().await.unwrap().is_none());
+        store.save(&saved()).await.unwrap();
+        assert_eq!(store.load().await.unwrap(), Some(saved()));
         let later = SavedRules { set: RuleSet { revision: 8, ..saved().set }, ..saved() };
-        store.save(&later).unwrap();
-        assert_eq!(store.load().unwrap(), Some(later));
+        store.save(&later).await.unwrap();
+        assert_eq!(store.load().await.unwrap(), Some(later));
     }
 
-    #[test]
-    fn a_damaged_file_is_renamed_and_reported_once() {
+    #[tokio::test]
+    async fn a_damaged_file_is_renamed_and_reported_once() {
         let dir = tempfile::tempdir().unwrap();
         let store = LastGoodRules::in_dir(dir.path());
-        store.save(&saved()).unwrap();
+        store.save(&saved()).await.unwrap();
         let path = dir.path().join("rules.last");
         let mut bytes = fs::read(&path).unwrap();
         let last = bytes.len() - 1;
         bytes[last] ^= 1;
         fs::write(&path, bytes).unwrap();
-        assert!(matches!(store.load(), Err(LastGoodError::Corrupt { .. })));
-        assert!(store.load().unwrap().is_none());
+        assert!(matches!(store.load().await, Err(LastGoodError::Corrupt { .. })));
+        assert!(store.load().await.unwrap().is_none());
         assert!(dir.path().join("rules.corrupt").exists());
     }
 

@@ -187,7 +187,7 @@ impl Control {
                 let saved = SavedRules { set, applied_at };
                 // If saving fails, the rules are in force all the same. After a restart the former set would hold until the
                 // collector answers.
-                let result = tokio::task::block_in_place(|| self.store.save(&saved));
+                let result = self.store.save(&saved).await;
                 self.node.set_degraded("state", result.err().map(|error| error.to_string()));
                 Message::Applied(RulesApplied { revision, nonce, digest: claimed, partial })
             }
@@ -243,7 +243,7 @@ impl Control {
 
 /// Puts the last good rules of a former run into force, if there are any. Returns their revision and digest.
 pub(crate) async fn restore(node: &Node, store: &LastGoodRules) -> (u64, String) {
-    let saved = match store.load() {
+    let saved = match store.load().await {
         Ok(Some(saved)) => saved,
         Ok(None) => return (0, digest(&[])),
         Err(error) => {

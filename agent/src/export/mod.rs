@@ -3,6 +3,7 @@
 mod aside;
 mod authority;
 mod backoff;
+mod disk;
 mod spool;
 mod stream;
 

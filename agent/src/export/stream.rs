@@ -1,7 +1,7 @@
 //! The stream to the collector: batches leave the spool, and answers settle them there.
 //!
-//! A thread writes submitted batches to the spool; it syncs files and may wait for the disk. A task keeps the stream
-//! connected and the in-flight window full. Both lock the spool for one operation at a time.
+//! A worker writes submitted batches to the spool; it syncs files and may wait for the disk. A task keeps the stream
+//! connected and the in-flight window full; another worker performs its operations on the spool ([`super::disk`]).
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -10,7 +10,6 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
-    thread,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -26,18 +25,28 @@ use gannet_proto::{
     ledger::LossReason,
     pprof::{self, Encoding},
 };
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::task::TaskTracker;
 
-use super::{Backoff, Spool, explain, files_changed, spool::MAX_INFLATED};
-use crate::ledger::{NodeLedger, Stage};
+use super::{
+    Backoff, Spool,
+    disk::{Disk, DiskWorker},
+    explain, files_changed,
+    spool::MAX_INFLATED,
+};
+use crate::{
+    access::spawn_apart,
+    ledger::{NodeLedger, Stage},
+};
 
 /// Windows that may wait for the disk. One arrives every few seconds, so a full queue means that the disk hangs.
 const MAX_QUEUED_WINDOWS: usize = 16;
 /// Upper limit of batches in flight, even if the collector allows more: each is held in memory.
 const MAX_IN_FLIGHT: u32 = 64;
+/// Time for a disk that answered until now to end its last operation.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time for the collector to send its limits, and to answer a batch.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest pause of a throttled stream.
@@ -126,29 +135,28 @@ pub struct Exporter {
     /// Deadline of the shutdown.
     stop: watch::Sender<Option<Instant>>,
     tasks: TaskTracker,
+    /// The worker of the stream's operations.
+    workers: TaskTracker,
+    log: Mutex<LogLimit>,
 }
 
 #[derive(Debug)]
 struct Shared {
-    spool: Mutex<Spool>,
+    /// Emptied at the end of the shutdown.
+    worker: Mutex<Option<Arc<DiskWorker>>>,
     /// Wakes the stream after an append, and at the end of the spool's thread.
     appended: Notify,
     writer_done: AtomicBool,
 }
 
 impl Shared {
-    fn spool(&self) -> MutexGuard<'_, Spool> {
-        self.spool.lock()
-    }
-
-    /// Runs one operation on the spool on a blocking thread, since it may touch the disk. Returns `None` if the runtime is
-    /// shutting down.
+    /// Runs one operation on the spool on its worker, since it may touch the disk. Returns `None` after the shutdown.
     async fn with<T: Send + 'static>(
-        self: &Arc<Self>,
+        &self,
         operation: impl FnOnce(&mut Spool) -> T + Send + 'static,
     ) -> Option<T> {
-        let shared = Arc::clone(self);
-        tokio::task::spawn_blocking(move || operation(&mut shared.spool())).await.ok()
+        let worker = self.worker.lock().clone()?;
+        worker.perform(operation).await
     }
 }
 
@@ -161,24 +169,38 @@ impl Exporter {
         stats: Arc<StreamStats>,
     ) -> std::io::Result<Self> {
         let (queue, submitted) = sync_channel(MAX_QUEUED_WINDOWS);
+        let disk = Disk::new(spool);
+        tokio::spawn(Disk::watch(Arc::downgrade(&disk)));
+        let workers = TaskTracker::new();
         let shared = Arc::new(Shared {
-            spool: Mutex::new(spool),
+            worker: Mutex::new(Some(Arc::new(DiskWorker::start(Arc::clone(&disk), workers.token())?))),
             appended: Notify::new(),
             writer_done: AtomicBool::new(false),
         });
         let (stop, stopped) = watch::channel(None);
         let tasks = TaskTracker::new();
         let (writer, token) = (Arc::clone(&shared), tasks.token());
-        thread::Builder::new().name("gannet-spool".to_owned()).spawn(move || {
-            write(&writer, &submitted);
+        spawn_apart("gannet-spool", move || {
+            write(&writer, &disk, &submitted);
             // The shutdown waits for the token: the spool must be free for the next run when it returns.
+            drop(disk);
             drop(writer);
             drop(token);
         })?;
+        workers.close();
         let stream = Stream { config, shared: Arc::clone(&shared), stats: Arc::clone(&stats), stop: stopped };
         tasks.spawn(stream.run());
         tasks.close();
-        Ok(Self { queue: Mutex::new(Some(queue)), ledger, stats, shared, stop, tasks })
+        Ok(Self {
+            queue: Mutex::new(Some(queue)),
+            ledger,
+            stats,
+            shared,
+            stop,
+            tasks,
+            workers,
+            log: Mutex::default(),
+        })
     }
 
     /// Queues the profiles of a window, whose samples are at [`Stage::Window`]. Never waits: if the queue is full, the
@@ -193,7 +215,9 @@ impl Exporter {
             Some(Err(TrySendError::Disconnected(_))) | None => LossReason::Shutdown,
         };
         self.ledger.lose(Stage::Queue, reason, samples);
-        tracing::warn!(samples, %reason, "the spool did not accept the profiles of a window; is the disk slow?");
+        if let Some(suppressed) = self.log.lock().now() {
+            tracing::warn!(samples, %reason, suppressed, "the spool did not accept the profiles of a window; is the disk slow?");
+        }
     }
 
     /// Returns the counters for metrics.
@@ -218,15 +242,22 @@ impl Exporter {
                 "the last windows were not written to disk in time; they are lost"
             );
         }
-        ended.is_ok() && self.shared.with(|spool| spool.is_empty()).await.unwrap_or(false)
+        if ended.is_err() {
+            return false;
+        }
+        let is_empty = self.shared.with(|spool| spool.is_empty());
+        let is_empty = tokio::time::timeout(CLOSE_TIMEOUT, is_empty).await;
+        self.shared.worker.lock().take();
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.workers.wait()).await;
+        is_empty.ok().flatten().unwrap_or(false)
     }
 }
 
-/// Body of the spool's thread.
-fn write(shared: &Shared, submitted: &Receiver<Vec<Batch>>) {
+/// Body of the spool's writer.
+fn write(shared: &Shared, disk: &Disk, submitted: &Receiver<Vec<Batch>>) {
     let mut log = LogLimit::default();
     while let Ok(batches) = submitted.recv() {
-        if let Err(error) = shared.spool().append(batches)
+        if let Err(error) = disk.perform(|spool| spool.append(batches))
             && let Some(before) = log.now()
         {
             tracing::warn!(%error, suppressed = before, "profiles are lost");
@@ -527,7 +558,7 @@ async fn stopped_at(stop: &mut watch::Receiver<Option<Instant>>) {
 }
 
 /// Limits how often a log line is written.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct LogLimit {
     last: Option<Instant>,
     suppressed: u64,

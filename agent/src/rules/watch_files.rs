@@ -12,6 +12,8 @@ use std::{
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::io::{Interest, unix::AsyncFd};
 
+use crate::access::{OwnFiles, on_own_files_later};
+
 /// An editor writes, closes and renames. Changes that are this close together count as one.
 const DEBOUNCE: Duration = Duration::from_millis(5);
 
@@ -23,8 +25,10 @@ pub(crate) struct FileWatcher {
 impl FileWatcher {
     /// Watches the directories instead of the files: Kubernetes and careful editors replace a file by renaming, which leaves
     /// the watched old file unchanged.
-    pub(crate) fn of(files: &[PathBuf]) -> Self {
-        let watch = || -> io::Result<AsyncFd<OwnedFd>> {
+    pub(crate) async fn of(own: OwnFiles, files: &[PathBuf]) -> Self {
+        let Some(first) = files.first().cloned() else { return Self { events: None } };
+        let files = files.to_vec();
+        let watch = move || -> io::Result<OwnedFd> {
             let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
             let directories: BTreeSet<&Path> = files
                 .iter()
@@ -37,12 +41,14 @@ impl FileWatcher {
             for directory in directories {
                 inotify::add_watch(&fd, directory, changes)?;
             }
-            // SAFETY: the result owns the descriptor, closes it only when it is dropped, and lends it to no one.
-            let events = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
-            Ok(events?)
+            Ok(fd)
         };
-        let events = match watch() {
-            _ if files.is_empty() => None,
+        let watched = on_own_files_later(own, first, watch).await.and_then(|watched| watched);
+        let register = |fd| {
+            // SAFETY: the result owns the descriptor, closes it only when it is dropped, and lends it to no one.
+            unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(io::Error::from)
+        };
+        let events = match watched.and_then(register) {
             Ok(events) => Some(events),
             Err(error) => {
                 tracing::debug!("cannot watch rule files with inotify, checking them periodically: {error}");
@@ -79,7 +85,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("rules.yaml");
         fs::write(&file, "rules: []").unwrap();
-        let watcher = FileWatcher::of(std::slice::from_ref(&file));
+        let watcher = FileWatcher::of(OwnFiles::Rules, std::slice::from_ref(&file)).await;
         let begin = Instant::now();
         fs::write(&file, "rules: [] # changed").unwrap();
         watcher.changed(LONG).await;
@@ -91,6 +97,6 @@ mod tests {
         assert!(begin.elapsed() < LONG);
         // Nothing happens: the timeout ends the wait.
         watcher.changed(Duration::from_millis(20)).await;
-        FileWatcher::of(&[]).changed(Duration::from_millis(20)).await;
+        FileWatcher::of(OwnFiles::Rules, &[]).await.changed(Duration::from_millis(20)).await;
     }
 }

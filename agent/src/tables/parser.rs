@@ -22,7 +22,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::{disk_cache::DiskCache, scratch::Scratch, supplied::SuppliedTables};
 use crate::{
-    access::{self, Unanswered},
+    access::{self, OwnFiles, Unanswered, on_own_files},
     model::{FileId, MappedFile},
     runtimes::{self, RuntimeFile},
     symbols::{find_debug_file, vdso_image},
@@ -219,27 +219,50 @@ fn next(shared: &Shared, has_idle_work: bool) -> Work {
     }
 }
 
+/// The name of these files in the log.
+const TABLES: &str = "unwind tables";
+
 /// Tables that memory has no room for.
 enum Cache {
-    /// They survive a restart.
-    Disk(DiskCache),
-    Scratch(Scratch),
+    /// They survive a restart. Workers use it: its disk may stop to answer.
+    Disk(Arc<Mutex<DiskCache>>),
+    /// For the same reason workers use this one.
+    Scratch(Arc<Mutex<Scratch>>),
 }
 
 impl Cache {
+    /// Reads a table. If the disk does not answer, the table is built again.
     fn read(&self, content: &ContentId) -> Option<CachedTable> {
+        let content = *content;
         match self {
-            Self::Disk(cache) => cache.read(content),
-            Self::Scratch(scratch) => scratch.read(content),
+            Self::Disk(cache) => {
+                let cache = Arc::clone(cache);
+                on_own_files(OwnFiles::State, Path::new(TABLES), move || cache.lock().read(&content)).ok()?
+            }
+            Self::Scratch(scratch) => {
+                let scratch = Arc::clone(scratch);
+                let read = move || scratch.lock().read(&content);
+                on_own_files(OwnFiles::Temporary, Path::new(TABLES), read).ok()?
+            }
         }
     }
 
     fn write(&mut self, Unwritten { table, content, segments, build_id }: &Unwritten) {
         let bytes = cache::encode(content, table, segments, build_id.as_ref());
-        match self {
-            Self::Disk(cache) => cache.write(content, &bytes),
-            Self::Scratch(scratch) => scratch.write(content, &bytes),
-        }
+        let content = *content;
+        // A table that the disk does not take is built again.
+        let _ = match self {
+            Self::Disk(cache) => {
+                let cache = Arc::clone(cache);
+                let write = move || cache.lock().write(&content, &bytes);
+                on_own_files(OwnFiles::State, Path::new(TABLES), write)
+            }
+            Self::Scratch(scratch) => {
+                let scratch = Arc::clone(scratch);
+                let write = move || scratch.lock().write(&content, &bytes);
+                on_own_files(OwnFiles::Temporary, Path::new(TABLES), write)
+            }
+        };
     }
 }
 
@@ -264,7 +287,11 @@ struct FileBuilder {
 
 impl FileBuilder {
     fn new(cache_dir: Option<&Path>, debug_dirs: Vec<PathBuf>) -> Self {
-        let cache = cache_dir.and_then(|directory| match DiskCache::open(directory) {
+        let open = |directory: &Path| {
+            let path = directory.to_owned();
+            on_own_files(OwnFiles::State, directory, move || DiskCache::open(&path)).and_then(|opened| opened)
+        };
+        let cache = cache_dir.and_then(|directory| match open(directory) {
             Ok(cache) => Some(cache),
             Err(error) => {
                 let directory = directory.display();
@@ -276,7 +303,10 @@ impl FileBuilder {
             limits: Arc::default(),
             supplied: Supply::default(),
             debug_dirs: Arc::new(debug_dirs),
-            cache: cache.map_or_else(|| Cache::Scratch(Scratch::default()), Cache::Disk),
+            cache: match cache {
+                Some(cache) => Cache::Disk(Arc::new(Mutex::new(cache))),
+                None => Cache::Scratch(Arc::default()),
+            },
             in_use: HashMap::new(),
             unwritten: VecDeque::new(),
         }

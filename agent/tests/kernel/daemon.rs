@@ -5,6 +5,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::FileExt as _,
+    path::Path,
     process::{Command, Stdio},
     thread::{self, sleep},
     time::{Duration, Instant},
@@ -44,6 +45,23 @@ impl Daemon {
 
     #[track_caller]
     fn start_with_window(window: &str, flags: &[&str]) -> Self {
+        Self::begin(window, None, flags).ready()
+    }
+
+    /// Does the same as [`Daemon::start`] with another state directory.
+    #[track_caller]
+    pub(crate) fn start_on(state: &Path) -> Self {
+        Self::start_without_waiting(state).ready()
+    }
+
+    /// Does the same as [`Daemon::start_on`], and does not wait until it is ready.
+    #[track_caller]
+    pub(crate) fn start_without_waiting(state: &Path) -> Self {
+        Self::begin("1s", Some(state), &[])
+    }
+
+    #[track_caller]
+    fn begin(window: &str, state: Option<&Path>, flags: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let rules = directory.path().join("rules.yaml");
         fs::write(
@@ -59,13 +77,17 @@ impl Daemon {
             .arg("--rules")
             .arg(&rules)
             .arg("--state-dir")
-            .arg(directory.path().join("state"))
+            .arg(state.map_or_else(|| directory.path().join("state"), Path::to_owned))
             .args(flags)
             .env("GANNET_AGENT_LOG", "trace")
             .stderr(File::create(directory.path().join("log")).unwrap());
-        let daemon = Self { running: Running::start(&mut command), probes, page, directory };
-        daemon.wait_for("it is ready", || Self::get(daemon.probes, "/readyz").starts_with("HTTP/1.1 200"));
-        daemon
+        Self { running: Running::start(&mut command), probes, page, directory }
+    }
+
+    #[track_caller]
+    fn ready(self) -> Self {
+        self.wait_for("it is ready", || Self::get(self.probes, "/readyz").starts_with("HTTP/1.1 200"));
+        self
     }
 
     /// Replaces its rules.
@@ -98,7 +120,7 @@ impl Daemon {
         Self::get(self.probes, "/metrics")
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         String::from_utf8_lossy(&fs::read(self.directory.path().join("log")).unwrap()).into_owned()
     }
 

@@ -12,6 +12,7 @@ mod cases;
 mod daemon;
 mod golang;
 mod hung;
+mod hung_disk;
 mod images;
 mod java;
 mod jit;

@@ -5,7 +5,6 @@ use std::{
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     sync::Arc,
-    thread,
     time::Duration,
 };
 
@@ -15,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::list_errors;
 use crate::{
+    access::{OwnFiles, on_own_files_later, spawn_apart},
     node::Node,
     rules::{
         FileWatcher, RuleSource, SourceRules,
@@ -50,11 +50,18 @@ impl SwitchSignals {
 pub(super) async fn follow_switch(node: Arc<Node>, signals: SwitchSignals, cancel: CancellationToken) {
     let SwitchSignals { mut off, mut on } = signals;
     let file = node.config.options.state_dir.join("disable");
-    let (mut off_by_signal, mut current) = (false, None);
+    let (mut off_by_signal, mut off_by_file, mut current) = (false, false, None);
     loop {
+        let path = file.clone();
+        let exists = on_own_files_later(OwnFiles::State, file.clone(), move || path.exists());
+        tokio::select! {
+            // A disk that does not answer changes nothing.
+            exists = exists => off_by_file = exists.unwrap_or(off_by_file),
+            () = cancel.cancelled() => return,
+        }
         let reason = if off_by_signal {
             Some("switched off by SIGUSR1; SIGUSR2 switches on again".to_owned())
-        } else if file.exists() {
+        } else if off_by_file {
             Some(format!("switched off by {}; remove it to switch on again", file.display()))
         } else {
             None
@@ -80,19 +87,23 @@ pub(super) async fn follow_switch(node: Arc<Node>, signals: SwitchSignals, cance
 
 /// Applies the rule files again when they differ from `stamp`, which was taken before they were read first. Invalid files change
 /// nothing.
-pub(super) async fn follow_files(node: Arc<Node>, mut stamp: RuleFilesStamp, cancel: CancellationToken) {
-    let watcher = FileWatcher::of(&node.config.options.rules);
+pub(super) async fn follow_files(
+    node: Arc<Node>,
+    mut stamp: Option<RuleFilesStamp>,
+    cancel: CancellationToken,
+) {
+    let watcher = FileWatcher::of(OwnFiles::Rules, &node.config.options.rules).await;
     loop {
         tokio::select! {
             () = watcher.changed(FILES_INTERVAL) => {}
             () = cancel.cancelled() => return,
         }
-        let now = RuleFilesStamp::of(&node.config.options.rules);
-        if now == stamp {
+        let Ok(now) = RuleFilesStamp::take(&node.config.options.rules).await else { continue };
+        if stamp.as_ref() == Some(&now) {
             continue;
         }
-        stamp = now;
-        let error = match files::read(&node.config.options.rules) {
+        let error = match files::read(&node.config.options.rules).await {
+            Err(error) if error.is_unanswered() => continue,
             Err(error) => Some(error.to_string()),
             Ok(rules) => {
                 let count = rules.len();
@@ -106,6 +117,7 @@ pub(super) async fn follow_files(node: Arc<Node>, mut stamp: RuleFilesStamp, can
                 replaced.err().map(|errors| list_errors(&errors))
             }
         };
+        stamp = Some(now);
         if let Some(error) = &error {
             tracing::warn!("cannot use the changed rule files, the former rules stay in force: {error}");
         }
@@ -127,8 +139,8 @@ pub(super) async fn first_supplied(directory: &Path) -> (SuppliedStamp, Supplied
     Default::default()
 }
 
-/// Reads the supplied unwind tables if their directory has another stamp. The thread of its own may wait for a file system
-/// for ever; the process ends without it.
+/// Reads the supplied unwind tables if their directory has another stamp. The worker of its own may wait for a file system
+/// for ever; the agent ends without it.
 async fn read_supplied(
     directory: PathBuf,
     former: Option<SuppliedStamp>,
@@ -147,7 +159,7 @@ async fn read_supplied(
         let changed = former.is_none_or(|former| former != stamp);
         let _ = answer.send(changed.then(|| (stamp, SuppliedTables::read(&directory))));
     };
-    thread::Builder::new().name("gannet-supplied".into()).spawn(work).ok()?;
+    spawn_apart("gannet-supplied", work).ok()?;
     read.await.ok().flatten()
 }
 
@@ -155,7 +167,7 @@ async fn read_supplied(
 /// of its own.
 pub(super) async fn follow_supplied(node: Arc<Node>, mut stamp: SuppliedStamp, cancel: CancellationToken) {
     let directory = node.config.override_dir.clone();
-    let watcher = FileWatcher::of(&[directory.join("any")]);
+    let watcher = FileWatcher::of(OwnFiles::State, &[directory.join("any")]).await;
     loop {
         tokio::select! {
             () = watcher.changed(SUPPLIED_INTERVAL) => {}

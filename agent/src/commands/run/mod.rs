@@ -4,7 +4,7 @@ mod follow;
 mod parts;
 mod tasks;
 
-use std::{fs, io, path::PathBuf, sync::atomic::Ordering::Relaxed};
+use std::{io, path::PathBuf, process, sync::atomic::Ordering::Relaxed, thread, time::Duration};
 
 use gannet_proto::{
     connect::DialError,
@@ -26,8 +26,11 @@ use crate::{
     },
 };
 use follow::SwitchSignals;
-use parts::Parts;
+use parts::{OpenSpool, Parts};
 use tasks::Tasks;
+
+/// The agent ends within this time after SIGTERM: the chart's grace period is 30 s.
+const END_TIMEOUT: Duration = Duration::from_secs(25);
 
 /// Reasons why the daemon does not start.
 #[derive(Debug, thiserror::Error)]
@@ -86,18 +89,22 @@ pub async fn run(options: RunOptions) -> Result<(), RunError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Start)?;
     let switch = SwitchSignals::listen().map_err(RunError::Start)?;
     // Before the reading: a change in between is applied later.
-    let rule_files = RuleFilesStamp::of(&config.options.rules);
-    let local_rules = files::read(&config.options.rules)?;
+    let rule_files = RuleFilesStamp::take(&config.options.rules).await;
+    let local_rules = files::read(&config.options.rules).await?;
     let listeners = Listeners::open(config.options.http_listen, config.options.debug_listen).await?;
-    fs::create_dir_all(&config.options.state_dir)
-        .map_err(|source| RunError::State { path: config.options.state_dir.clone(), source })?;
+    let opened = tokio::select! {
+        opened = OpenSpool::open(&config) => opened?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
 
     let (supplied_stamp, supplied) = follow::first_supplied(&config.override_dir).await;
-    let parts = Parts::start(config, supplied)?;
+    let parts = Parts::start(config, supplied, opened)?;
     let store = LastGoodRules::in_dir(&parts.node.config.options.state_dir);
     let active = restore(&parts.node, &store).await;
     apply_local_rules(&parts.node, local_rules).await?;
-    let stamps = (rule_files, supplied_stamp);
+    // After an error, the first check reads the files again.
+    let stamps = (rule_files.ok(), supplied_stamp);
     let tasks = Tasks::start(&parts, listeners, switch, stamps, store, active)?;
     tracing::info!(node = parts.node.config.node, "gannet-agent {} is running", gannet_proto::VERSION);
 
@@ -106,9 +113,24 @@ pub async fn run(options: RunOptions) -> Result<(), RunError> {
         _ = interrupt.recv() => {}
     }
     tracing::info!("shutting down: delivering pending samples or leaving them in the spool");
+    end_in_time()?;
     tasks.stop().await;
     parts.stop().await;
     Ok(())
+}
+
+/// Ends the process after [`END_TIMEOUT`], whatever still waits for an answer then.
+fn end_in_time() -> Result<(), RunError> {
+    let end = || {
+        thread::sleep(END_TIMEOUT);
+        tracing::error!(
+            "ending without the last samples: a part of the agent did not end within {} s; please report this",
+            END_TIMEOUT.as_secs()
+        );
+        super::end_workers();
+        process::exit(1);
+    };
+    thread::Builder::new().name("gannet-end".into()).spawn(end).map(drop).map_err(RunError::Start)
 }
 
 async fn apply_local_rules(node: &Node, rules: Vec<Rule>) -> Result<(), RunError> {

@@ -1,11 +1,12 @@
 //! The parts of the daemon, wired in the order in which data flows: engine, pipeline, exporter.
 
-use std::{sync::Arc, time::Duration};
+use std::{fs, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{sync::watch, task::JoinHandle};
 
 use super::RunError;
 use crate::{
+    access::run_apart,
     cgroup::{CgroupNames, CgroupTree},
     config::Config,
     engine::{Engine, EngineOptions},
@@ -22,6 +23,40 @@ use crate::{
 
 /// Time for the delivery of the last profiles at the end; the rest stays in the spool.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+/// After this time without an answer of the spool's disk, the log says so.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The spool, opened before the other parts: its disk may not answer.
+pub(super) struct OpenSpool {
+    spool: Spool,
+    ledger: NodeLedger,
+    stats: Arc<SpoolStats>,
+}
+
+impl OpenSpool {
+    /// Creates the state directory and opens the spool in it.
+    pub(super) async fn open(config: &Config) -> Result<Self, RunError> {
+        let (ledger, stats) = (NodeLedger::new(), Arc::new(SpoolStats::default()));
+        let bounds = Bounds { bytes: config.options.spool_bytes.0, age: config.options.spool_age.0 };
+        let (state_dir, theirs) = (config.options.state_dir.clone(), (ledger.clone(), Arc::clone(&stats)));
+        let holder = std::process::id();
+        let open = move || -> Result<Spool, RunError> {
+            fs::create_dir_all(&state_dir)
+                .map_err(|source| RunError::State { path: state_dir.clone(), source })?;
+            Ok(Spool::open_as(holder, &state_dir.join("spool"), bounds, theirs.0, theirs.1)?)
+        };
+        let mut opening = pin!(run_apart("gannet-spool-open", open));
+        if let Ok(opened) = tokio::time::timeout(OPEN_TIMEOUT, &mut opening).await {
+            return Ok(Self { spool: opened.map_err(RunError::Start)??, ledger, stats });
+        }
+        tracing::warn!(
+            "the file system of {} does not answer: the agent starts when it does; check this disk, or give a --state-dir on \
+             another one",
+            config.options.state_dir.display()
+        );
+        Ok(Self { spool: opening.await.map_err(RunError::Start)??, ledger, stats })
+    }
+}
 
 pub(super) struct Parts {
     pub(super) node: Arc<Node>,
@@ -34,12 +69,12 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    pub(super) fn start(config: Config, supplied: SuppliedTables) -> Result<Self, RunError> {
-        let ledger = NodeLedger::new();
-        let spool_stats = Arc::new(SpoolStats::default());
-        let bounds = Bounds { bytes: config.options.spool_bytes.0, age: config.options.spool_age.0 };
-        let directory = config.options.state_dir.join("spool");
-        let spool = Spool::open(&directory, bounds, ledger.clone(), Arc::clone(&spool_stats))?;
+    pub(super) fn start(
+        config: Config,
+        supplied: SuppliedTables,
+        opened: OpenSpool,
+    ) -> Result<Self, RunError> {
+        let OpenSpool { spool, ledger, stats: spool_stats } = opened;
         let symbolizer = Symbolizer::start(SymbolizerConfig::default()).map_err(RunError::Start)?;
         let symbols = Arc::clone(symbolizer.stats());
         let recent = RecentProfiles::default();

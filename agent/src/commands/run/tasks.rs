@@ -33,7 +33,7 @@ impl Tasks {
         parts: &Parts,
         listeners: Listeners,
         switch: SwitchSignals,
-        (rule_files, supplied): (RuleFilesStamp, SuppliedStamp),
+        (rule_files, supplied): (Option<RuleFilesStamp>, SuppliedStamp),
         store: LastGoodRules,
         active: (u64, String),
     ) -> Result<Self, RunError> {

@@ -176,12 +176,23 @@ impl Spool {
         ledger: NodeLedger,
         stats: Arc<SpoolStats>,
     ) -> Result<Self, SpoolError> {
+        Self::open_as(std::process::id(), dir, bounds, ledger, stats)
+    }
+
+    /// Does the same as [`Self::open`] on behalf of the process `holder`.
+    pub(crate) fn open_as(
+        holder: u32,
+        dir: &Path,
+        bounds: Bounds,
+        ledger: NodeLedger,
+        stats: Arc<SpoolStats>,
+    ) -> Result<Self, SpoolError> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(dir)
             .map_err(|source| io_error("create", dir, source))?;
-        let lock = restore::lock(dir)?;
+        let lock = restore::lock(dir, holder)?;
         let dir_handle = File::open(dir).map_err(|source| io_error("open", dir, source))?;
         let mut spool = Self {
             dir: dir.to_owned(),
@@ -198,6 +209,10 @@ impl Spool {
         };
         spool.load()?;
         Ok(spool)
+    }
+
+    pub(super) fn directory(&self) -> &Path {
+        &self.dir
     }
 
     /// Numbers the batches and writes them durably: after `Ok` they survive a crash.

@@ -135,9 +135,9 @@ impl Spool {
     }
 }
 
-/// Locks the directory for this process. Waits for a lock that an agent before this one may still have. The lock holds as long as
+/// Locks the directory for the process `holder`. Waits for a lock that an agent before this one may still have. The lock holds as long as
 /// the returned file is open.
-pub(super) fn lock(dir: &Path) -> Result<File, SpoolError> {
+pub(super) fn lock(dir: &Path, holder: u32) -> Result<File, SpoolError> {
     let path = dir.join("lock");
     let mut file = OpenOptions::new()
         .read(true)
@@ -157,7 +157,7 @@ pub(super) fn lock(dir: &Path) -> Result<File, SpoolError> {
     match locked {
         Ok(()) => {
             // Another agent that finds the lock taken shows this number.
-            drop(file.set_len(0).and_then(|()| file.write_all(std::process::id().to_string().as_bytes())));
+            drop(file.set_len(0).and_then(|()| file.write_all(holder.to_string().as_bytes())));
             Ok(file)
         }
         Err(rustix::io::Errno::WOULDBLOCK) => {
