@@ -290,7 +290,10 @@ impl CodeReader for Isolates {
             // The frame knows the function.
             return Ok(Scope { over: address..address, functions: vec![(0, position)] });
         }
-        let table = self.heap.table(head.identity[1], memory).map(|table| positions(&table));
+        let table = self
+            .heap
+            .table(head.identity[1], memory)
+            .map(|table| positions(&table, self.heap.layout.version.steps));
         let offset = u32::try_from(offset.saturating_sub(1)).unwrap_or(u32::MAX);
         let functions = self.inlined(head, &table.unwrap_or_default(), offset, memory)?;
         Ok(Scope { over: address..address, functions })

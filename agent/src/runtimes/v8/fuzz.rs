@@ -10,7 +10,7 @@ use super::{
     MAX_READ_BYTES, MAX_READS, V8,
     code::{Builtin, Isolates},
     layout::{ABSENT, Layout, SYMBOLS, VALUES},
-    lines,
+    lines::{self, Steps},
 };
 
 /// Address of the memory.
@@ -81,7 +81,9 @@ pub fn v8_code(bytes: &[u8]) {
 
 /// Decodes a table of positions, and finds those of all instructions.
 pub fn v8_lines(bytes: &[u8]) {
-    let found = lines::positions(bytes);
+    let Some((kind, bytes)) = bytes.split_first() else { return };
+    let steps = if kind & 1 == 0 { Steps::Signed } else { Steps::Flagged };
+    let found = lines::positions(bytes, steps);
     assert!(found.is_sorted_by_key(|(from, _)| *from), "{found:?}");
     let entries = || found.iter().filter_map(|(from, position)| Some((*from, position.offset?)));
     let table = lines::table(entries());
@@ -250,7 +252,7 @@ mod tests {
     /// Encodes a table of positions.
     fn positions_at(entries: &[(i64, i64)]) -> Vec<u8> {
         let mut bytes = Vec::new();
-        let mut last = (0, 0);
+        let mut last = (-1, 0);
         for (code, source) in entries {
             for step in [code - last.0, source - last.1] {
                 let mut rest = (step << 1 ^ step >> 63).cast_unsigned();

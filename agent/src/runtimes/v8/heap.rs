@@ -416,7 +416,7 @@ impl Heap {
             let (mut text, script) = self.texts(&bytes, memory)?;
             let table = word(&head, of.version.bytecode_positions as usize);
             // Tables that no stack trace has asked for are not there.
-            let positions = self.table(table, memory).map(|table| lines::positions(&table));
+            let positions = self.table(table, memory).map(|table| lines::positions(&table, of.version.steps));
             let entries = positions.unwrap_or_default().into_iter();
             text.lines =
                 lines::table(entries.filter_map(|(at, position)| Some((at, script.line(position.offset?)))));

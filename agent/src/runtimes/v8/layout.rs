@@ -1,6 +1,9 @@
 //! Where the objects of one version keep what names a function.
 
-use super::super::{Memory, WhyNot};
+use super::{
+    super::{Memory, WhyNot},
+    lines::Steps,
+};
 
 /// The number of [`SYMBOLS`] that is the table of the sizes of bytecodes.
 pub(super) const BYTECODE_SIZES: usize = 1;
@@ -96,6 +99,8 @@ pub(super) struct VersionLayout {
     pub(super) script_functions: u64,
     /// The table of positions of bytecode.
     pub(super) bytecode_positions: u64,
+    /// In tables of positions.
+    pub(super) steps: Steps,
     pub(super) scope: ScopeLayout,
     pub(super) code: CodeLayout,
     /// Numbers of elements of what optimized code knows.
@@ -170,6 +175,7 @@ const NODE_20: VersionLayout = VersionLayout {
     script: 32,
     script_functions: 88,
     bytecode_positions: 32,
+    steps: Steps::Signed,
     scope: SCOPE,
     code: CodeLayout { header: 16, data: 16, positions: 24, size: 56, ..CODE },
     literals: 2,
@@ -191,18 +197,17 @@ const NODE_24: VersionLayout = VersionLayout {
     inlining: 8,
     ..NODE_22
 };
-
-/// The versions whose sampled stacks were those that programs printed. The others were only inspected.
-const PROVEN: [(i32, i32); 1] = [(11, 3)];
+const NODE_26: VersionLayout = VersionLayout { steps: Steps::Flagged, ..NODE_24 };
 
 impl VersionLayout {
-    /// Returns what is known of a version of V8. Others look different where no symbol says so.
+    /// Returns the layout of a version of V8 whose sampled stacks are those that programs print. Others look different where no
+    /// symbol says so.
     fn of(version: (i32, i32)) -> Result<Self, WhyNot> {
         match version {
             (10, 2) => Ok(NODE_18),
             (11, 3) => Ok(NODE_20),
             (12, 4) => Ok(NODE_22),
-            (13 | 14, 6) => Ok(NODE_24),
+            (14, 6) => Ok(NODE_26),
             _ => Err(WhyNot::Version),
         }
     }
@@ -216,9 +221,8 @@ impl Layout {
             memory.array(at.wrapping_add(bias)).map(i32::from_ne_bytes)
         };
         let version = (value(V8_MAJOR)?, value(V8_MINOR)?);
-        if !PROVEN.contains(&version) {
-            return Err(WhyNot::Version);
-        }
+        // Before what else the symbols say: those of another version may lack some.
+        VersionLayout::of(version)?;
         let mut values = [0; VALUES];
         for (at, slot) in values.iter_mut().enumerate() {
             let is_optional = at >= VALUES - OPTIONAL;
