@@ -1,5 +1,7 @@
 //! Unwinds registers and a copy of a stack, step by step as the kernel side does ([`crate::format`]). The agent completes raw
 //! samples with it, and tests compare the kernel side with it.
+use std::ops::Range;
+
 use gannet_elf::Arch;
 
 use crate::format::{Unsupported, UnwindRule, cfa, dwarf_register, flags, loc};
@@ -18,6 +20,8 @@ pub struct ThreadSnapshot<'a> {
     pub stack_start: u64,
     /// The copied stack.
     pub stack: &'a [u8],
+    /// Parts of the memory from `stack_start` on that could not be read. The copy has any bytes there, or ends before.
+    pub unread: &'a [Range<u64>],
 }
 
 /// The code of a process, and its tables.
@@ -64,8 +68,17 @@ impl GeneratedFrame<'_> {
 
 impl ThreadSnapshot<'_> {
     fn read(&self, address: u64) -> Option<u64> {
+        if self.is_unread(address) {
+            return None;
+        }
         let at = address.checked_sub(self.stack_start).and_then(|at| usize::try_from(at).ok())?;
         self.stack.get(at..)?.first_chunk().map(|bytes| u64::from_le_bytes(*bytes))
+    }
+
+    /// Returns whether a part of the word at this address could not be read.
+    fn is_unread(&self, address: u64) -> bool {
+        let end = address.saturating_add(8);
+        self.unread.iter().any(|part| address < part.end && part.start < end)
     }
 }
 
@@ -114,6 +127,11 @@ pub enum UnwindEnd {
     RegisterLost,
     /// At memory outside the copied stack.
     StackMissing {
+        /// Address at which unwinding stopped.
+        address: u64,
+    },
+    /// At memory of the stack that could not be read when the copy was made.
+    Unreadable {
         /// Address at which unwinding stopped.
         address: u64,
     },
@@ -297,7 +315,13 @@ impl Unwinder<'_> {
     }
 
     fn read(&self, address: u64) -> Result<u64, UnwindEnd> {
-        self.snapshot.read(address).ok_or(UnwindEnd::StackMissing { address })
+        self.snapshot.read(address).ok_or_else(|| {
+            if self.snapshot.is_unread(address) {
+                UnwindEnd::Unreadable { address }
+            } else {
+                UnwindEnd::StackMissing { address }
+            }
+        })
     }
 }
 
@@ -350,7 +374,14 @@ mod tests {
         registers[30] = 0x10_2004;
         registers[3] = STACK + 16;
         let stack: Vec<u8> = stack.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let snapshot = ThreadSnapshot { arch, pc, registers: &registers, stack_start: STACK, stack: &stack };
+        let snapshot = ThreadSnapshot {
+            arch,
+            pc,
+            registers: &registers,
+            stack_start: STACK,
+            stack: &stack,
+            unread: &[],
+        };
         let unwound = unwind_stack(&snapshot, &table(arch, rows), 8);
         let pcs: Vec<u64> = unwound.frames.iter().map(|frame| frame.pc).collect();
         assert_eq!((pcs.as_slice(), unwound.end), (expected, end));
@@ -465,6 +496,41 @@ mod tests {
         let deep = [0x10_1001; 20];
         check(Arch::X86_64, &rows, 0x10_1001, 0, &deep, &[0x10_1001; 8], UnwindEnd::Truncated);
         check(Arch::X86_64, &rows, 0x10_1001, 0, &[0x10_1001, 0], &[0x10_1001; 2], UnwindEnd::Complete);
+    }
+
+    /// Checks that the zeros in place of memory that could not be read are no return address, which would end the stack.
+    #[test]
+    fn a_part_that_could_not_be_read_is_no_end_of_the_stack() {
+        let rows = [(0x1000, UnwindRule::x86_64_sp(16)), (0x3000, UnwindRule::NONE)];
+        let mut registers = [0; 32];
+        (registers[7], registers[6]) = (STACK, STACK + 32);
+        let words = [1, 0x10_1001, 0, 0, 0, 0x10_1001];
+        let stack: Vec<u8> = words.iter().flat_map(|word: &u64| word.to_le_bytes()).collect();
+        // By a rule and by frame pointer; in the copy, at its edge, and behind its end.
+        let cases = [
+            (0x10_1000, STACK + 16..STACK + 32, STACK + 24, 2),
+            (0x10_1000, STACK + 31..STACK + 40, STACK + 24, 2),
+            (0x10_1000, STACK + 48..STACK + 64, STACK + 56, 4),
+            (0x10_3000, STACK + 32..STACK + 40, STACK + 32, 1),
+            (0x10_3000, STACK + 40..STACK + 48, STACK + 40, 1),
+        ];
+        for (pc, unread, address, frames) in cases {
+            let mut stack = stack.clone();
+            if unread.end > STACK + 40 {
+                stack[24..32].copy_from_slice(&0x10_1001_u64.to_le_bytes());
+            }
+            let snapshot = ThreadSnapshot {
+                arch: Arch::X86_64,
+                pc,
+                registers: &registers,
+                stack_start: STACK,
+                stack: &stack,
+                unread: std::slice::from_ref(&unread),
+            };
+            let unwound = unwind_stack(&snapshot, &table(Arch::X86_64, &rows), 8);
+            let end = UnwindEnd::Unreadable { address };
+            assert_eq!((unwound.end, unwound.frames.len()), (end, frames), "{unread:x?}");
+        }
     }
 
     #[test]

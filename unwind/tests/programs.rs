@@ -331,6 +331,7 @@ fn check_alternate(exe: &Path, expected: &[String]) {
             registers: &registers,
             stack_start: rsp,
             stack: &upper[skip..],
+            unread: &[],
         };
         let second = unwind_stack(&snapshot, &tables, 100);
         let mut all = names(&first, &tables, &symbols, exe);

@@ -36,7 +36,7 @@ gannet_base::metrics! {
     BPF_OPEN = gauge("gannet_agent_bpf_open_samples", "Samples that a BPF program works on now");
     BPF_MAP_ENTRIES = gauge("gannet_agent_bpf_map_entries", "Entries in use of each BPF map that can fill up; of the ring buffer `events`, bytes that wait for the agent", ["map"]);
     BPF_MAP_CAPACITY = gauge("gannet_agent_bpf_map_capacity", "Entries that each of these BPF maps can have; of the ring buffer, its bytes", ["map"]);
-    STACKS = counter("gannet_agent_sampler_stacks_total", "Samples by the end of their stacks: complete, truncated, broken, or guessed (complete, with a frame that was found by frame pointer without a rule)", ["end"]);
+    STACKS = counter("gannet_agent_sampler_stacks_total", "Samples by the end of their stacks: complete, truncated, broken, unreadable (a page of the stack was not in memory), or guessed (complete, with a frame that was found by frame pointer without a rule)", ["end"]);
     RATE_DIVISOR = gauge("gannet_agent_governor_rate_divisor", "Factor by which sampling periods are longer than rules ask, to stay within the budgets");
 
     TAKEN = counter("gannet_agent_samples_taken_total", "Samples that rules asked for, once for each rule");
@@ -297,10 +297,14 @@ fn add_ticks(snapshot: &mut Snapshot, ticks: &Ticks) {
 }
 
 fn add_stack_ends(snapshot: &mut Snapshot, ends: StackEnds) {
-    let StackEnds { complete, truncated, broken, guessed } = ends;
-    for (end, count) in
-        [("complete", complete), ("truncated", truncated), ("broken", broken), ("guessed", guessed)]
-    {
+    let StackEnds { complete, truncated, broken, unreadable, guessed } = ends;
+    for (end, count) in [
+        ("complete", complete),
+        ("truncated", truncated),
+        ("broken", broken),
+        ("unreadable", unreadable),
+        ("guessed", guessed),
+    ] {
         snapshot.add_labelled(&STACKS, [end], count);
     }
 }

@@ -250,7 +250,13 @@ mod tests {
             state: 0,
             list_layout: 0,
             labels: None,
-            raw: Some(RawUserStack { pc, registers: Vec::new(), stack: Vec::new(), lists: None }),
+            raw: Some(Box::new(RawUserStack {
+                pc,
+                registers: Vec::new(),
+                stack: Vec::new(),
+                unread: Vec::new(),
+                lists: None,
+            })),
         }
     }
 

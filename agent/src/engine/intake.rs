@@ -49,6 +49,8 @@ pub struct StackEnds {
     pub truncated: u64,
     /// The unwinder could not go on.
     pub broken: u64,
+    /// A page of the stack could not be read.
+    pub unreadable: u64,
     /// Complete, with at least one frame that was found by frame pointer without a rule.
     pub guessed: u64,
 }
@@ -57,6 +59,7 @@ impl StackEnds {
     fn count(&mut self, sample: &Sample) {
         let counter = match sample.end {
             StackEnd::Broken | StackEnd::NotUnwound => &mut self.broken,
+            StackEnd::Unreadable => &mut self.unreadable,
             StackEnd::Truncated => &mut self.truncated,
             _ if sample.marks.kernel_truncated => &mut self.truncated,
             _ if sample.marks.guessed_from.is_some() => &mut self.guessed,

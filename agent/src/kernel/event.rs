@@ -2,6 +2,7 @@
 
 use std::{
     mem::{offset_of, size_of},
+    ops::Range,
     sync::Arc,
 };
 
@@ -87,16 +88,34 @@ pub enum Event {
 const RAW_REGISTERS: usize = 33;
 const USER_STACK_RAW: u8 = 10;
 
-/// Reads the words of a raw stack and the list frames behind it; `None` if there are fewer words than registers.
-fn raw_user_stack(words: &[u64], lists: &[u64]) -> Option<RawUserStack> {
+/// The index of the stack pointer among the registers.
+const STACK_POINTER: usize = if cfg!(target_arch = "aarch64") { 31 } else { 7 };
+/// Parts of a raw stack; see `raw_unread` of gannet.h.
+const RAW_STACK_PAGES: u32 = 6;
+const PAGE: u64 = 4096;
+
+/// Returns the addresses of the parts of a raw stack that could not be read: `bits` has one bit for each part.
+fn unread_parts(stack_pointer: u64, bits: u8) -> Vec<Range<u64>> {
+    let page = stack_pointer & !(PAGE - 1);
+    (0..RAW_STACK_PAGES)
+        .filter(|part| bits >> part & 1 != 0)
+        .map(|part| page.saturating_add(PAGE * u64::from(part)))
+        .map(|start| start.max(stack_pointer)..start.saturating_add(PAGE))
+        .collect()
+}
+
+/// Reads the words of a raw stack and the list frames behind it; `None` if there are fewer words than registers. `unread` has
+/// one bit for each part of the stack that could not be read.
+fn raw_user_stack(words: &[u64], unread: u8, lists: &[u64]) -> Option<Box<RawUserStack>> {
     let (head, stack) = words.split_at_checked(RAW_REGISTERS)?;
     let (pc, registers) = head.split_first()?;
-    Some(RawUserStack {
+    Some(Box::new(RawUserStack {
         pc: *pc,
         registers: registers.to_vec(),
         stack: stack.iter().flat_map(|word| word.to_ne_bytes()).collect(),
+        unread: unread_parts(*registers.get(STACK_POINTER)?, unread),
         lists: RawLists::of_words(lists),
-    })
+    }))
 }
 
 /// Why a record is no event: the agent and its BPF programs are not of one build.
@@ -254,7 +273,7 @@ fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
     // A guess may find no frame any more, or only those that a smaller record leaves out.
     let guessed_from = Some(head.guessed_from).filter(|from| *from > 0 && usize::from(*from) < user.len());
     let is_raw = head.user_end == USER_STACK_RAW;
-    let raw = if is_raw { raw_user_stack(&std::mem::take(&mut user), &lists) } else { None };
+    let raw = if is_raw { raw_user_stack(&std::mem::take(&mut user), head.raw_unread, &lists) } else { None };
     Ok(Sample {
         tid: head.event.tid,
         kind: if head.kind == 0 { SampleKind::OnCpu } else { SampleKind::OffCpu },
@@ -271,6 +290,7 @@ fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
             0 => StackEnd::None,
             1 => StackEnd::Complete,
             2 => StackEnd::Truncated,
+            7 => StackEnd::Unreadable,
             9 => StackEnd::NotUnwound,
             _ => StackEnd::Broken,
         },
@@ -383,6 +403,16 @@ mod tests {
             let Ok(Event::Sample(sample)) = Event::decode(&bytes) else { panic!("a sample") };
             assert_eq!(sample.marks.guessed_from, expected, "{from}");
         }
+    }
+
+    /// Checks which addresses the bits of a raw stack stand for: the first part ends with its page.
+    #[test]
+    fn each_bit_is_a_part_of_the_raw_stack() {
+        assert_eq!(unread_parts(0x7ff8, 0), []);
+        assert_eq!(unread_parts(0x7ff8, 0b100_011), [0x7ff8..0x8000, 0x8000..0x9000, 0xc000..0xd000]);
+        assert_eq!(unread_parts(0x7000, 0b11), [0x7000..0x8000, 0x8000..0x9000]);
+        let top = u64::MAX - 4096 - 7;
+        assert_eq!(unread_parts(top, 0b1100_0011), [top..u64::MAX - 4095, u64::MAX - 4095..u64::MAX]);
     }
 
     proptest! {

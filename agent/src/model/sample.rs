@@ -1,6 +1,6 @@
 //! Samples, and the process that an event is about.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use super::{ImageKey, ProcessKey, RawLists, TaskLabels};
 
@@ -82,8 +82,10 @@ pub enum StackEnd {
     None,
     /// At the limit of frames.
     Truncated,
-    /// At an address or memory from which the unwinder could not go on.
+    /// At an address from which the unwinder could not go on.
     Broken,
+    /// At memory of the stack that could not be read: swapped out, never touched, or protected.
+    Unreadable,
     /// A 32-bit program: its stack is not unwound.
     NotUnwound,
 }
@@ -126,14 +128,14 @@ pub struct Sample {
     /// Labels that the program gave the task that ran.
     pub labels: Option<Arc<TaskLabels>>,
     /// The input for an unwinder in user space, if the kernel side could not unwind; `user` is empty then.
-    pub raw: Option<RawUserStack>,
+    pub raw: Option<Box<RawUserStack>>,
 }
 
 impl Sample {
     /// Reports whether neither stack could be read: there is nothing that the sample could show.
     pub(crate) fn is_unreadable(&self) -> bool {
         let has_stack = self.raw.is_some() || !self.user.is_empty() || !self.kernel.is_empty();
-        self.end == StackEnd::Broken && !has_stack
+        matches!(self.end, StackEnd::Broken | StackEnd::Unreadable) && !has_stack
     }
 }
 
@@ -146,6 +148,8 @@ pub struct RawUserStack {
     pub registers: Vec<u64>,
     /// Memory from the stack pointer upwards, as far as it could be read.
     pub stack: Vec<u8>,
+    /// Addresses that could not be read. In `stack` there are zeros in their place, unless it ends before.
+    pub unread: Vec<Range<u64>>,
     /// The list frames of the thread.
     pub lists: Option<RawLists>,
 }

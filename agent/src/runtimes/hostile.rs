@@ -93,6 +93,7 @@ impl HostileThread {
             registers: &self.registers,
             stack_start: self.registers[STACK_POINTER],
             stack: &self.stack,
+            unread: &[],
         };
         let source = CodeAlone(CodeWalk::new(code, self.time_ns));
         let unwound = unwind_stack(&snapshot, &source, FRAMES);

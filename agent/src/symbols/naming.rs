@@ -39,6 +39,8 @@ const ANONYMOUS_MAPPING: &str = "[anon]";
 const TRUNCATED_FRAME: &str = "[truncated]";
 /// The frame at the root of a stack that could not be unwound further.
 const BROKEN_FRAME: &str = "[broken stack]";
+/// The frame at the root of a stack that ends at memory that could not be read.
+const UNREADABLE_FRAME: &str = "[unreadable stack]";
 /// The frame in place of the stack of a 32-bit program.
 const UNSUPPORTED_FRAME: &str = "[32-bit program]";
 
@@ -284,6 +286,7 @@ fn end_frame(end: StackEnd) -> Option<&'static str> {
     match end {
         StackEnd::Truncated => Some(TRUNCATED_FRAME),
         StackEnd::Broken => Some(BROKEN_FRAME),
+        StackEnd::Unreadable => Some(UNREADABLE_FRAME),
         StackEnd::NotUnwound => Some(UNSUPPORTED_FRAME),
         StackEnd::Complete | StackEnd::None => None,
     }

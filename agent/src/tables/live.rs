@@ -127,7 +127,13 @@ fn sample(pid: u32, tid: u32) -> Sample {
         marks: StackMarks::default(),
         state: 0,
         labels: None,
-        raw: Some(RawUserStack { pc: regs.rip, registers: registers.to_vec(), stack, lists: None }),
+        raw: Some(Box::new(RawUserStack {
+            pc: regs.rip,
+            registers: registers.to_vec(),
+            stack,
+            unread: Vec::new(),
+            lists: None,
+        })),
         list_layout: 0,
     }
 }

@@ -159,11 +159,11 @@ impl UnwindTables {
                 is_unattached: false,
             };
         };
-        let RawUserStack { pc, registers, stack, lists } = raw;
+        let RawUserStack { pc, registers, stack, unread, lists } = &**raw;
         let arch = if cfg!(target_arch = "aarch64") { Arch::Aarch64 } else { Arch::X86_64 };
         let stack_pointer = usize::from(dwarf_register::stack_pointer(arch));
         let stack_start = registers.get(stack_pointer).copied().unwrap_or(0);
-        let snapshot = ThreadSnapshot { arch, pc: *pc, registers, stack_start, stack };
+        let snapshot = ThreadSnapshot { arch, pc: *pc, registers, stack_start, stack, unread };
         let code = interpreter.and_then(|interpreter| interpreter.code.as_ref());
         let source = ImageTables {
             files: &self.files,
@@ -192,6 +192,7 @@ impl UnwindTables {
             UnwindEnd::Complete => (StackEnd::Complete, None),
             // Or the copy ends before the stack does, or the stack continues elsewhere, below a signal handler.
             UnwindEnd::Truncated | UnwindEnd::StackMissing { .. } => (StackEnd::Truncated, None),
+            UnwindEnd::Unreadable { .. } => (StackEnd::Unreadable, None),
             UnwindEnd::NoTable { address } if image.find(address).is_none() => {
                 (StackEnd::Broken, Some(address))
             }

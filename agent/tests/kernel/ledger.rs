@@ -15,7 +15,8 @@ use std::{
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
     governor::Budgets,
-    kernel::{Counters, KernelOptions},
+    kernel::{Counters, KernelOptions, UnwindDriver},
+    model::StackEnd,
     rules::{Deny, RuleSource, SourceRules, ad_hoc},
     tables::TableSources,
 };
@@ -30,7 +31,7 @@ use gannet_proto::{
 use libbpf_rs::{MapCore as _, MapHandle, query::MapInfoIter};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
-use crate::common::{Running, program, slower};
+use crate::common::{MUSL_WITHOUT_TABLES, Running, program, slower, with_holes};
 
 /// A program that computes for ever in one thread, and sleeps for some milliseconds again and again in another.
 const WORK: &str = r"
@@ -54,6 +55,16 @@ struct Account {
 impl Account {
     /// Samples the program by one rule for each list of kinds.
     fn of(comm: &str, rules: &[&[Kind]], kernel: KernelOptions) -> Self {
+        Self::with_tables(comm, rules, kernel, Some(TableSources::default()))
+    }
+
+    /// Without tables the kernel unwinds by frame pointers.
+    fn with_tables(
+        comm: &str,
+        rules: &[&[Kind]],
+        kernel: KernelOptions,
+        tables: Option<TableSources>,
+    ) -> Self {
         let (send, windows) = mpsc::channel();
         let options = EngineOptions {
             start_labels: None,
@@ -63,7 +74,7 @@ impl Account {
             caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
             deny: Deny::default(),
             budgets: Budgets::default(),
-            tables: Some(TableSources::default()),
+            tables,
         };
         let engine = Engine::start(options, move |window: Window| drop(send.send(window))).unwrap();
         let matches = || Match { comm: vec![comm.to_owned()], ..Match::default() };
@@ -135,6 +146,65 @@ fn a_full_ring_leaves_nothing_unaccounted() {
     let (ledger, _) = account.finish();
     assert!(ledger.lost[&LossReason::RingFull] > 10, "{ledger}");
     assert_eq!(ledger.unaccounted(), 0, "{ledger}");
+}
+
+/// Checks that samples whose stack has a page that cannot be read are delivered, marked, and counted by their end: unwound by
+/// both drivers, by the agent (the first ones), and by the kernel.
+#[test]
+fn stacks_that_end_at_an_unreadable_page_are_counted() {
+    let (fp, default) = (&["-fno-omit-frame-pointer"][..], KernelOptions::default().unwind_driver);
+    for (name, flags, unwind_driver, has_tables) in [
+        ("hole-loop", &[][..], default, true),
+        ("hole-chain", &[][..], UnwindDriver::TailCalls, true),
+        ("hole-musl", &MUSL_WITHOUT_TABLES[..], default, true),
+        ("hole-kernel", fp, default, false),
+    ] {
+        let running = with_holes(name, flags);
+        let kept = running[2].0.id();
+        thread::sleep(Duration::from_millis(100) * slower());
+        let kernel = KernelOptions { unwind_driver, ..KernelOptions::default() };
+        let account = Account::with_tables(name, &[&[OnCpu]], kernel, has_tables.then(TableSources::default));
+        // The agent unwinds the first samples; then the kernel has the tables of all three processes.
+        let begun = Instant::now();
+        let in_kernel = || {
+            let view = account.runtime.block_on(account.engine.view()).unwrap();
+            view.unwind_tables.is_none_or(|tables| tables.processes == 3)
+        };
+        while !in_kernel() {
+            assert!(begun.elapsed() < Duration::from_secs(60) * slower(), "{name}: the kernel has no tables");
+            thread::sleep(Duration::from_millis(20));
+        }
+        let raw = || account.runtime.block_on(account.engine.view()).unwrap().counters.unwrap().raw;
+        let raw_before = raw();
+        thread::sleep(Duration::from_secs(1) * slower());
+        account.runtime.block_on(account.engine.set_sampling(false)).unwrap();
+        thread::sleep(Duration::from_millis(100));
+        let view = account.runtime.block_on(account.engine.view()).unwrap();
+        account.engine.stop();
+        let (mut ledger, mut unreadable, mut others) = (Ledger::default(), 0, 0);
+        for window in &account.windows {
+            ledger.merge(&window.ledger);
+            for process in window.profiles.iter().flat_map(|profile| &profile.raw.processes) {
+                let is_kept = process.key.tgid == kept;
+                let end = if is_kept { StackEnd::Complete } else { StackEnd::Unreadable };
+                assert!(process.stacks.iter().all(|stack| stack.end == end), "{name}: {process:?}");
+                let count = if is_kept { &mut others } else { &mut unreadable };
+                *count += process.stacks.iter().map(|stack| stack.count).sum::<u64>();
+            }
+        }
+        let ends = view.stack_ends;
+        assert!(unreadable > 50 && others > 25, "{name}: {ends:?}");
+        assert_eq!(ends.unreadable, unreadable, "{name}: {ends:?}");
+        assert_eq!(
+            ends.complete + ends.guessed,
+            others,
+            "{name}: the third program's stacks are complete: {ends:?}"
+        );
+        assert_eq!(raw_before > 0, has_tables, "{name}: the agent unwinds the first samples");
+        assert_eq!(view.counters.unwrap().raw, raw_before, "{name}: the kernel unwinds the others");
+        assert_eq!((ledger.delivered, ledger.unaccounted()), (unreadable + others, 0), "{name}: {ledger}");
+        assert!(ledger.lost.is_empty(), "{name}: {ledger}");
+    }
 }
 
 /// Checks the ledger from outside: another reader takes one sample out of the ring buffer, and no part of the agent notices.

@@ -1,6 +1,8 @@
 //! Complete stacks of programs without frame pointers, recorded by the agent's program. Needs root, a kernel with BTF, and gcc.
 
-use crate::common::{Running, in_order, is_marked, program, record, record_for, times};
+use crate::common::{
+    MUSL_WITHOUT_TABLES, Running, in_order, is_marked, program, record, record_for, times, with_holes,
+};
 
 const DEEP: &str = r"
 #include <stdlib.h>
@@ -51,6 +53,30 @@ fn deep_stacks_are_complete_up_to_the_limit_and_marked() {
         recording.stacks.iter().any(|(stack, _)| times(stack, "recurse") > 480),
         "cut at 512 frames, not before"
     );
+}
+
+/// Checks that a stack ends with a mark, and not as if it were complete, where BPF programs cannot read it: by rules of the
+/// compiler, and by rules of the program's instructions.
+#[test]
+fn a_page_of_the_stack_that_cannot_be_read_ends_it_with_a_mark() {
+    for (name, flags) in [("hole-rules", &[][..]), ("hole-musl", &MUSL_WITHOUT_TABLES[..])] {
+        let running = with_holes(name, flags);
+        let pids = running.each_ref().map(|running| running.0.id().to_string());
+        let [protected, dropped, kept] = pids.each_ref().map(String::as_str);
+        let recording = record_for(2, 199, &["--pid", protected, "--pid", dropped, "--pid", kept]);
+        let ends_at_page = |stack: &[String]| {
+            stack[1] == "[unreadable stack]"
+                && in_order(stack, &["recurse", "leaf", "spin"])
+                && (20..60).contains(&times(stack, "recurse"))
+        };
+        let complete = |stack: &[String]| {
+            !is_marked(stack) && in_order(stack, &["main", "leaf", "spin"]) && times(stack, "recurse") == 81
+        };
+        let ((marked, all), (whole, _)) =
+            (recording.share("spin", ends_at_page), recording.share("spin", complete));
+        let odd = recording.odd_ones("spin", |stack| ends_at_page(stack) || complete(stack));
+        assert!(marked >= 50 && whole >= 25 && marked + whole == all, "{name}: {all}: {odd:?}");
+    }
 }
 
 /// Checks a library that the program opens after its first samples (R14).

@@ -26,6 +26,7 @@ _Static_assert(MAX_KERNEL_FRAMES + MAX_FP_FRAMES + 2 <= OFF_CPU_FRAMES, "the ker
 /* A raw sample: pc, the registers by DWARF number, then the stack from the stack pointer upwards. */
 #define RAW_REGISTERS 33
 #define RAW_STACK_PAGES 6
+_Static_assert(RAW_STACK_PAGES <= 8, "one bit of struct sample's raw_unread for each");
 #define RAW_STACK_WORDS (RAW_STACK_PAGES * 4096 / 8)
 #define RAW_WORDS (RAW_REGISTERS + RAW_STACK_WORDS)
 /* Words of list frames behind a raw stack. */
@@ -463,7 +464,7 @@ enum user_stack_end {
 	USER_STACK_NO_RULE = 5,
 	/* A rule that the format cannot express, and no frame pointer to go on by. */
 	USER_STACK_UNSUPPORTED = 6,
-	/* Stack memory that the program cannot read now: paged out, or not a stack. */
+	/* Memory of the stack that the program cannot read now: swapped out, never touched, or protected. */
 	USER_STACK_FAULT = 7,
 	/* The caller would be below its callee. */
 	USER_STACK_NO_PROGRESS = 8,
@@ -471,6 +472,8 @@ enum user_stack_end {
 	USER_STACK_NOT_64_BIT = 9,
 	/* Not unwound: registers and stack are in the record, for the agent to unwind. */
 	USER_STACK_RAW = 10,
+	/* A rule that needs a register whose value is not known there. */
+	USER_STACK_NO_REGISTER = 11,
 };
 
 /* Addresses of kernel functions that name_symbols names at once, and bytes of a name. */
@@ -503,7 +506,11 @@ struct sample {
 	u16 cpu;
 	/* The description by which list frames were taken; 0: there are none. */
 	u8 list_layout;
-	u8 reserved;
+	/*
+	 * Of a raw stack: the parts that could not be read, one bit for each, lowest address first. The first part ends with the
+	 * page of the stack pointer, each other part is a page.
+	 */
+	u8 raw_unread;
 	u64 sequence;
 	/* kernel_frames, then user_frames, then list_words; leaf first. */
 	u64 frames[];

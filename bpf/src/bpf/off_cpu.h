@@ -134,7 +134,7 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 	image = image_of(tgid, &now);
 	if (!settings.tables || !settings.user_stacks || !image) {
 		/* The agent enters the image when it sees the sample. There is no space for a raw sample. */
-		take_user_stack(ctx, &scratch->sample, scratch->frames);
+		take_user_stack(ctx, scratch, prev, now.kernel_thread);
 		store_block(counters, scratch);
 		return NULL;
 	}

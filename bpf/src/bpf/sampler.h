@@ -114,7 +114,7 @@ ALWAYS_INLINE void begin_sample(struct sample *sample, u8 kind, u64 rules, u64 v
 	sample->value_ns = value_ns;
 	sample->guessed_from = 0;
 	sample->list_layout = 0;
-	sample->reserved = 0;
+	sample->raw_unread = 0;
 	sample->list_words = 0;
 	sample->user_frames = 0;
 	sample->user_end = USER_STACK_NONE;
@@ -139,10 +139,32 @@ ALWAYS_INLINE void take_kernel_stack(void *ctx, struct sample *sample, u64 *fram
 	}
 }
 
-/* Takes the user's part of the stack by frame pointers, as the kernel unwinds it. */
-ALWAYS_INLINE void take_user_stack(void *ctx, struct sample *sample, u64 *frames)
+/*
+ * How a stack of `frames` frames ends that the kernel unwound by frame pointers. The kernel stops without a word where it cannot
+ * read a frame. At the regular end the frame pointer leads to no address further up the stack.
+ */
+ALWAYS_INLINE u8 end_of_chain(struct unwind_state *unwind, u64 frames)
 {
+	u64 below = unwind->sp, at = unwind->fp, next;
+
+	for (u32 i = 1; i <= MAX_FP_FRAMES; i++) {
+		if (i >= frames)
+			break;
+		if (!read_user(&next, at))
+			return USER_STACK_FAULT;
+		below = at;
+		at = next;
+	}
+	return at > below && at - below < STACK_REACH && !(at & 7) ? USER_STACK_FAULT : USER_STACK_COMPLETE;
+}
+
+/* Takes the user's part of the stack by frame pointers, as the kernel unwinds it. */
+ALWAYS_INLINE void take_user_stack(void *ctx, struct sample_scratch *scratch, struct task_struct *task,
+				   bool kernel_thread)
+{
+	struct sample *sample = &scratch->sample;
 	u64 kernel = sample->kernel_frames;
+	u64 *frames = scratch->frames;
 	long got;
 
 	/* The compiler knows the bound and would leave the check out; the verifier needs it. */
@@ -151,7 +173,7 @@ ALWAYS_INLINE void take_user_stack(void *ctx, struct sample *sample, u64 *frames
 		return;
 	got = bpf_get_stack(ctx, frames + kernel, (MAX_FP_FRAMES + 1) * sizeof(u64), BPF_F_USER_STACK);
 	if (got <= 0) {
-		if (got < 0 && sample->kernel_frames == 0)
+		if (got < 0 && !kernel_thread)
 			sample->user_end = USER_STACK_FAULT;
 		return;
 	}
@@ -162,6 +184,8 @@ ALWAYS_INLINE void take_user_stack(void *ctx, struct sample *sample, u64 *frames
 	if (sample->user_frames > MAX_FP_FRAMES) {
 		sample->user_frames = MAX_FP_FRAMES;
 		sample->user_end = USER_STACK_TRUNCATED;
+	} else if (read_user_registers(task, &scratch->unwind)) {
+		sample->user_end = end_of_chain(&scratch->unwind, sample->user_frames);
 	}
 }
 
@@ -183,9 +207,9 @@ ALWAYS_INLINE void take_raw(struct sample_scratch *scratch)
 	for (u32 i = 0; i < RAW_REGISTERS - 1; i++)
 		scratch->frames[kernel + 1 + i] = scratch->unwind.registers[i];
 	/*
-	 * Up to the end of the page, then page by page. A page that cannot be read lies behind the end of the stack, or the
-	 * program never wrote to it (a large array, used in part). If another page follows it stands for zeros, as the
-	 * helper leaves them.
+	 * Up to the end of the page, then page by page. A page that cannot be read lies behind the end of the stack, or is not
+	 * in memory: the program never wrote to it (a large array, used in part), or the kernel swapped it out. If another page
+	 * follows the record has zeros in its place, which the agent must not take for memory.
 	 */
 	at = kernel + RAW_REGISTERS;
 	if (strings > sp && strings - sp < left)
@@ -204,6 +228,8 @@ ALWAYS_INLINE void take_raw(struct sample_scratch *scratch)
 		at += part / sizeof(u64);
 		if (present)
 			words = at - kernel;
+		else
+			scratch->sample.raw_unread |= 1 << page;
 		left -= part;
 		part = 4096;
 	}
@@ -682,7 +708,7 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 		take_kernel_stack(ctx, &scratch->sample, scratch->frames, 0);
 	}
 	if (!settings.tables || !settings.user_stacks) {
-		take_user_stack(ctx, &scratch->sample, scratch->frames);
+		take_user_stack(ctx, scratch, task, now.kernel_thread);
 		send_tick(counters, scratch);
 		return NULL;
 	}

@@ -57,7 +57,7 @@ struct {
 	__type(value, struct image);
 } images SEC(".maps");
 
-/* Where interpreters keep the frames of their programs, by thread group id. Writer: the agent. */
+/* Where interpreters keep the frames of their programs, by thread group id. Writer: the agent. Size: by --processes. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 4096);
@@ -376,20 +376,26 @@ ALWAYS_INLINE void note_guess(struct unwind_state *unwind)
 		unwind->guessed_from = unwind->frames + 1;
 }
 
-/* Steps by convention: the saved frame pointer is at fp, the return address above it. Only upwards, only aligned. */
-ALWAYS_INLINE bool step_by_frame_pointer(struct unwind_state *unwind)
+/* A frame pointer further above the stack pointer is another value: stacks have 8 MiB, unless someone raised their limit. */
+#define STACK_REACH (8ULL << 20)
+
+/*
+ * Steps by convention: the saved frame pointer is at fp, the return address above it. Only upwards, only aligned. Returns why it
+ * cannot, or USER_STACK_NONE; `otherwise`: fp is no frame pointer.
+ */
+ALWAYS_INLINE u8 step_by_frame_pointer(struct unwind_state *unwind, u8 otherwise)
 {
 	u64 pair[2];
 
 	if (unwind->fp_lost || unwind->fp < unwind->sp || unwind->fp & 7)
-		return false;
+		return otherwise;
 	if (bpf_probe_read_user(pair, sizeof(pair), (void *)unwind->fp))
-		return false;
+		return unwind->fp - unwind->sp < STACK_REACH ? USER_STACK_FAULT : otherwise;
 	unwind->sp = unwind->fp + 16;
 	unwind->fp = pair[0];
 	unwind->pc = pair[1];
 	note_guess(unwind);
-	return true;
+	return USER_STACK_NONE;
 }
 
 /* Finds the mapping and the table of an address, unless the last ones still hold. Returns why it cannot. */
@@ -460,8 +466,8 @@ ALWAYS_INLINE u8 lookup_rule(struct unwind_state *unwind, u64 address, struct un
 	return USER_STACK_NONE;
 }
 
-/* Reads a register of the caller, from where the frame saved it. False: it is not known. */
-ALWAYS_INLINE bool locate(struct unwind_state *unwind, u8 kind, s32 offset, u64 cfa, u64 *value)
+/* Reads a register of the caller, from where the frame saved it. Returns why it cannot, or USER_STACK_NONE. */
+ALWAYS_INLINE u8 locate(struct unwind_state *unwind, u8 kind, s32 offset, u64 cfa, u64 *value)
 {
 	u64 at;
 
@@ -471,15 +477,15 @@ ALWAYS_INLINE bool locate(struct unwind_state *unwind, u8 kind, s32 offset, u64 
 		at = unwind->sp + offset;
 	} else if (kind == LOC_FP) {
 		if (unwind->fp_lost)
-			return false;
+			return USER_STACK_NO_REGISTER;
 		at = unwind->fp + offset;
 	} else {
 		if (!unwind->first)
-			return false;
+			return USER_STACK_NO_REGISTER;
 		*value = unwind->registers[kind & 31];
-		return true;
+		return USER_STACK_NONE;
 	}
-	return read_stack(unwind, at, value);
+	return read_stack(unwind, at, value) ? USER_STACK_NONE : USER_STACK_FAULT;
 }
 
 #if defined(__TARGET_ARCH_x86)
@@ -494,38 +500,40 @@ ALWAYS_INLINE void follow_rbx(struct unwind_state *unwind, u32 slot, u64 cfa)
 }
 #endif
 
-/* Computes the frame's address, the CFA. False: it is not known, or cannot be read. */
-ALWAYS_INLINE bool frame_address(struct unwind_state *unwind, const struct unwind_rule *rule, u64 *cfa)
+/* Computes the frame's address, the CFA. Returns why it cannot, or USER_STACK_NONE. */
+ALWAYS_INLINE u8 frame_address(struct unwind_state *unwind, const struct unwind_rule *rule, u64 *cfa)
 {
 	switch (rule->cfa_kind) {
 	case CFA_SP:
 		*cfa = unwind->sp + rule->cfa_offset;
-		return true;
+		return USER_STACK_NONE;
 	case CFA_FP:
 		*cfa = unwind->fp + rule->cfa_offset;
-		return !unwind->fp_lost;
+		return unwind->fp_lost ? USER_STACK_NO_REGISTER : USER_STACK_NONE;
 	case CFA_SP_DEREF:
 		if (!read_user(cfa, unwind->sp + (rule->cfa_offset >> 8)))
-			return false;
+			return USER_STACK_FAULT;
 		*cfa += rule->cfa_offset & 0xff;
-		return true;
+		return USER_STACK_NONE;
 	case CFA_FP_DEREF:
-		if (unwind->fp_lost || !read_user(cfa, unwind->fp + (rule->cfa_offset >> 8)))
-			return false;
+		if (unwind->fp_lost)
+			return USER_STACK_NO_REGISTER;
+		if (!read_user(cfa, unwind->fp + (rule->cfa_offset >> 8)))
+			return USER_STACK_FAULT;
 		*cfa += rule->cfa_offset & 0xff;
-		return true;
+		return USER_STACK_NONE;
 	case CFA_PLT:
 		*cfa = unwind->sp + 8 + ((unwind->pc & 15) >= (u32)rule->cfa_offset ? 8 : 0);
-		return true;
+		return USER_STACK_NONE;
 	}
 #if defined(__TARGET_ARCH_x86)
 	if (rule->cfa_kind == CFA_REGISTER + DWARF_RBX) {
 		*cfa = unwind->registers[DWARF_RBX] + rule->cfa_offset;
-		return !unwind->rbx_lost;
+		return unwind->rbx_lost ? USER_STACK_NO_REGISTER : USER_STACK_NONE;
 	}
 #endif
 	*cfa = unwind->registers[rule->cfa_kind & 31] + rule->cfa_offset;
-	return unwind->first;
+	return unwind->first ? USER_STACK_NONE : USER_STACK_NO_REGISTER;
 }
 
 ALWAYS_INLINE u64 thread_pointer(void)
@@ -635,45 +643,46 @@ ALWAYS_INLINE bool step(struct unwind_state *unwind, struct rule_cache *cache)
 	if (cached->address != address || cached->epoch != unwind->epoch) {
 		cached->epoch = 0;
 		end = lookup_rule(unwind, address, rule);
-		if (end != USER_STACK_NONE) {
-			unwind->end = end;
-			return false;
-		}
+		if (end != USER_STACK_NONE)
+			goto over;
 		cached->address = address;
 		cached->epoch = unwind->epoch;
 	}
 	if (rule->cfa_kind == CFA_NONE || rule->cfa_kind == CFA_UNSUPPORTED) {
-		if (!step_by_frame_pointer(unwind)) {
-			unwind->end = rule->cfa_kind == CFA_NONE ? USER_STACK_NO_RULE : USER_STACK_UNSUPPORTED;
-			return false;
-		}
+		end = step_by_frame_pointer(unwind,
+					    rule->cfa_kind == CFA_NONE ? USER_STACK_NO_RULE : USER_STACK_UNSUPPORTED);
+		if (end != USER_STACK_NONE)
+			goto over;
 		goto next;
 	}
-	if (!frame_address(unwind, rule, &cfa))
-		goto fault;
+	end = frame_address(unwind, rule, &cfa);
+	if (end != USER_STACK_NONE)
+		goto over;
 	if (rule->flags & RULE_LIST) {
 		if (!unwind->run_over && begin_run(unwind, cfa))
 			return true;
 		unwind->run_over = 0;
 	}
 	if (rule->ra_kind == LOC_UNDEFINED) {
-		unwind->end = USER_STACK_COMPLETE;
-		return false;
+		end = USER_STACK_COMPLETE;
+		goto over;
 	}
-	if (!locate(unwind, rule->ra_kind, rule->ra_offset, cfa, &ra))
-		goto fault;
+	end = locate(unwind, rule->ra_kind, rule->ra_offset, cfa, &ra);
+	if (end != USER_STACK_NONE)
+		goto over;
 	if (rule->fp_kind == LOC_UNDEFINED) {
 		unwind->fp_lost = 1;
 	} else if (rule->fp_kind != LOC_SAME) {
-		if (!locate(unwind, rule->fp_kind, rule->fp_offset, cfa, &fp))
-			goto fault;
+		end = locate(unwind, rule->fp_kind, rule->fp_offset, cfa, &fp);
+		if (end != USER_STACK_NONE)
+			goto over;
 		unwind->fp = fp;
 		unwind->fp_lost = 0;
 	}
 	/* Stacks grow downwards; only a signal handler's caller may be on another stack. */
 	if (cfa <= unwind->sp && !(rule->flags & RULE_SIGNAL) && !(cfa == unwind->sp && unwind->first)) {
-		unwind->end = USER_STACK_NO_PROGRESS;
-		return false;
+		end = USER_STACK_NO_PROGRESS;
+		goto over;
 	}
 #if defined(__TARGET_ARCH_x86)
 	follow_rbx(unwind, rule->flags >> RULE_RBX_SHIFT & 7, cfa);
@@ -694,12 +703,12 @@ caller:
 	unwind->first = 0;
 	if (!unwind->pc) {
 		/* The function that starts a thread has no return address. */
-		unwind->end = USER_STACK_COMPLETE;
-		return false;
+		end = USER_STACK_COMPLETE;
+		goto over;
 	}
 	return true;
-fault:
-	unwind->end = USER_STACK_FAULT;
+over:
+	unwind->end = end;
 	return false;
 }
 

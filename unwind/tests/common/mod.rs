@@ -231,6 +231,7 @@ impl Thread {
             registers: &self.registers,
             stack_start: self.registers[7],
             stack: &self.stack,
+            unread: &[],
         };
         unwind_stack(&snapshot, tables, 1024)
     }

@@ -268,12 +268,19 @@ fn a_sample_that_the_window_drops_is_unaccounted() {
 
 #[test]
 fn a_stack_that_cannot_be_read_is_lost_with_its_reason() {
+    for end in [StackEnd::Broken, StackEnd::Unreadable] {
+        check_unreadable(end);
+    }
+}
+
+#[track_caller]
+fn check_unreadable(end: StackEnd) {
     let mut unreadable = sample(3, 1);
     unreadable.user.clear();
-    unreadable.end = StackEnd::Broken;
+    unreadable.end = end;
     let mut by_kernel = unreadable.clone();
     by_kernel.kernel = vec![1];
-    let samples = [sample(1, 1), unreadable, by_kernel, Sample { end: StackEnd::Broken, ..sample(4, 1) }];
+    let samples = [sample(1, 1), unreadable, by_kernel, Sample { end, ..sample(4, 1) }];
     let take = |intake: &mut Intake, sample: Sample| {
         if !intake.lose_unreadable(&sample) {
             intake.add(sample);

@@ -167,6 +167,46 @@ pub(crate) fn idle_functions(count: u32) -> String {
     )
 }
 
+/// A program that makes a page in the middle of its stack unreadable, and then computes for ever in `spin`: `protect` forbids
+/// access to the page, `drop` takes it out of the memory, `keep` leaves it. Between `spin` and the page are some 50 frames, behind
+/// it at least 20. A raw sample holds all of it.
+const HOLE: &str = r#"
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+__attribute__((noinline)) long spin(void) { for (volatile long i = 0;; i++) ; }
+__attribute__((noinline)) long leaf(const char *how) {
+	volatile char here;
+	char *page = (char *)(((unsigned long)&here + 12288) & ~4095UL);
+	if (!strcmp(how, "protect") && mprotect(page, 4096, PROT_NONE)) abort();
+	if (!strcmp(how, "drop") && madvise(page, 4096, MADV_DONTNEED)) abort();
+	return spin();
+}
+__attribute__((noinline)) long recurse(long depth, const char *how) {
+	volatile char pad[200];
+	pad[0] = depth;
+	return (depth ? recurse(depth - 1, how) : leaf(how)) + pad[0];
+}
+int main(int c, char **v) { return recurse(80, v[1]); }
+"#;
+
+/// Starts programs whose stacks have a page that cannot be read, compiled with these flags, and one whose stack is complete.
+pub(crate) fn with_holes(name: &str, flags: &[&str]) -> [Running; 3] {
+    let file = program(name, HOLE, flags);
+    ["protect", "drop", "keep"].map(|how| Running::start(Command::new(&file).arg(how)))
+}
+
+/// The flags of a program of musl libc with frame pointers and without information about frames.
+pub(crate) const MUSL_WITHOUT_TABLES: [&str; 6] = [
+    "-specs",
+    "/usr/lib/x86_64-linux-musl/musl-gcc.specs",
+    "-static",
+    "-fno-asynchronous-unwind-tables",
+    "-fno-unwind-tables",
+    "-fno-omit-frame-pointer",
+];
+
 /// Runs `gannet-agent record` at this rate with these arguments, and reads its output.
 #[track_caller]
 pub(crate) fn record(hz: u32, arguments: &[&str]) -> Recording {
@@ -294,5 +334,7 @@ pub(crate) fn times(stack: &[String], name: &str) -> usize {
 
 /// Reports whether a stack is marked as incomplete.
 pub(crate) fn is_marked(stack: &[String]) -> bool {
-    stack.iter().any(|frame| frame.starts_with("[truncated") || frame.starts_with("[broken"))
+    stack
+        .iter()
+        .any(|frame| ["[truncated", "[broken", "[unreadable"].iter().any(|mark| frame.starts_with(mark)))
 }
