@@ -36,6 +36,7 @@ gannet_base::metrics! {
     BPF_OPEN = gauge("gannet_agent_bpf_open_samples", "Samples that a BPF program works on now");
     BPF_MAP_ENTRIES = gauge("gannet_agent_bpf_map_entries", "Entries in use of each BPF map that can fill up; of the ring buffer `events`, bytes that wait for the agent", ["map"]);
     BPF_MAP_CAPACITY = gauge("gannet_agent_bpf_map_capacity", "Entries that each of these BPF maps can have; of the ring buffer, its bytes", ["map"]);
+    BPF_MAP_REFUSED = counter("gannet_agent_bpf_map_refused_total", "Failed tries to write the entry of a process into the BPF maps `marks`, `list_frames` and `label_sources`, by map and what was missing: `entries` (the map was full), `memory`, or `other`; the agent tries again", ["map", "missing"]);
     STACKS = counter("gannet_agent_sampler_stacks_total", "Samples by the end of their stacks: complete, truncated, broken, unreadable (a page of the stack was not in memory), or guessed (complete, with a frame that was found by frame pointer without a rule)", ["end"]);
     RATE_DIVISOR = gauge("gannet_agent_governor_rate_divisor", "Factor by which sampling periods are longer than rules ask, to stay within the budgets");
 
@@ -195,6 +196,7 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
         ticks,
         undecodable_events,
         mappings_lost,
+        refused_entries,
         unwind_tables,
         interpreters,
         suppressed_captures,
@@ -219,6 +221,11 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
     add_stack_ends(snapshot, *stack_ends);
     snapshot.add(&UNDECODABLE, *undecodable_events);
     snapshot.add(&MAPPINGS_LOST, *mappings_lost);
+    for refused in refused_entries {
+        for (missing, count) in refused.by_name() {
+            snapshot.add_labelled(&BPF_MAP_REFUSED, [refused.map, missing], count);
+        }
+    }
     if let Some(tables) = unwind_tables {
         add_tables(snapshot, *tables);
     }

@@ -247,16 +247,12 @@ impl Interpreters {
                 }
                 Ok(Attachment::Labels(layout)) => {
                     self.set_interpreter(&key, &file, bias, processes);
-                    if let Err(error) = kernel.set_label_source(key, &layout) {
-                        tracing::debug!(key = %key.process, "cannot take the labels of a program: {error}");
-                    }
+                    kernel.set_label_source(key, &layout);
                     State::Attached(file, None)
                 }
                 Ok(Attachment::List(layout)) => {
                     self.set_interpreter(&key, &file, bias, processes);
-                    if let Err(error) = kernel.set_list_frames(key, &layout) {
-                        tracing::debug!(key = %key.process, "cannot take the frames of an interpreter: {error}");
-                    }
+                    kernel.set_list_frames(key, &layout);
                     State::Attached(file, None)
                 }
                 Ok(Attachment::Listed(reason)) => {

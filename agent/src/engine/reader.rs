@@ -416,11 +416,7 @@ fn addresses_of(stack: &[u64]) -> Cow<'_, [u64]> {
 
 fn write_mark(kernel: &mut Kernel, change: Option<MarkChange>) {
     match change {
-        Some(MarkChange::Write(mark)) => {
-            if let Err(error) = kernel.mark(&mark) {
-                tracing::warn!(key = %mark.key, "cannot mark a process for sampling: {error}; raise --processes");
-            }
-        }
+        Some(MarkChange::Write(mark)) => kernel.mark(&mark),
         Some(MarkChange::Remove(tgid)) => kernel.unmark(tgid),
         None => {}
     }

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     cgroup::CgroupNames,
     conditions::SuppressedStarts,
-    kernel::{Counters, Kernel, MAX_RULES, MapFill, ProgramCost, Ticks},
+    kernel::{Counters, Kernel, MAX_RULES, MapFill, ProgramCost, RefusedEntries, Ticks},
     model::ImageKey,
     process::{FileTableStats, MetadataStats, Process, ProcessState, ProcessStats},
     profile::{RecorderStats, slots},
@@ -52,6 +52,8 @@ pub struct EngineView {
     pub undecodable_events: u64,
     /// Executable mappings that the kernel did not report because a buffer was full.
     pub mappings_lost: u64,
+    /// Entries of processes that the kernel refused, by BPF map.
+    pub refused_entries: Vec<RefusedEntries>,
     /// Unwind tables; `None` if the engine unwinds by frame pointers only.
     pub unwind_tables: Option<TableStats>,
     /// The interpreters of processes.
@@ -203,6 +205,7 @@ impl ViewSources<'_> {
             ticks: self.kernel.ticks().ok(),
             undecodable_events: self.kernel.undecodable(),
             mappings_lost: self.kernel.mappings_lost(),
+            refused_entries: self.kernel.refused_entries(),
             unwind_tables: self.reader.unwinding.tables().map(UnwindTables::stats),
             interpreters: self
                 .reader

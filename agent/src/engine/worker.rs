@@ -341,6 +341,7 @@ impl Worker {
         if let Err(error) = self.kernel.follow_cpus() {
             tracing::warn!("{error}");
         }
+        self.kernel.write_refused();
         self.reader.processes.tidy();
         self.reader.read_unanswered(&mut self.kernel);
         if self.repairs.is_due(&self.kernel, Instant::now()) {

@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use super::{
     Kernel, KernelError, KernelOptions, UnwindDriver,
     clock::Clocks,
+    entries::Entries,
     hotplug::Hotplug,
     ring::EventRing,
     symbol_names::SymbolNames,
@@ -105,6 +106,10 @@ fn size_maps(skeleton: &mut OpenGannetSkel<'_>, options: &KernelOptions) -> Resu
     maps.table_lines.set_max_entries((options.table_bytes / LINE_BYTES).max(1))?;
     for map in [&mut maps.images, &mut maps.procs, &mut maps.marks] {
         map.set_max_entries(options.processes)?;
+    }
+    // Few processes have an interpreter, or tasks with labels.
+    for map in [&mut maps.list_frames, &mut maps.label_sources] {
+        map.set_max_entries((options.processes / 4).max(4096))?;
     }
     if !options.off_cpu {
         maps.off_cpu.set_max_entries(1)?;
@@ -225,6 +230,7 @@ impl LoadedKernel {
             task_iterator,
             ring: EventRing::open(&skeleton.maps.events, options.ring_bytes)?,
             shared,
+            entries: Entries::default(),
             skeleton,
             degraded,
             features,

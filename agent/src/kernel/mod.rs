@@ -6,6 +6,7 @@
 mod clock;
 mod cost;
 mod counters;
+mod entries;
 mod error;
 mod event;
 #[doc(hidden)]
@@ -26,7 +27,7 @@ use std::{
     os::fd::BorrowedFd,
 };
 
-use self::clock::LastTicks;
+use self::{clock::LastTicks, entries::EntryMap};
 use gannet_bpf::{GannetSkel, types};
 use libbpf_rs::{Iter, Link, MapCore as _, MapFlags, ProgramMut};
 
@@ -34,6 +35,7 @@ pub use self::{
     clock::Ticks,
     cost::ProgramCost,
     counters::{Counters, LifecycleCounts, lifecycle_lost},
+    entries::RefusedEntries,
     error::KernelError,
     event::Event,
     load::{LoadedKernel, OpenedKernel},
@@ -68,6 +70,7 @@ pub struct Kernel {
     task_iterator: Option<Link>,
     ring: ring::EventRing,
     shared: unwinding::SharedTables,
+    entries: entries::Entries,
     skeleton: GannetSkel<'static>,
     degraded: Vec<String>,
     features: Vec<&'static str>,
@@ -184,8 +187,8 @@ impl Kernel {
         Ok(())
     }
 
-    /// Marks a process for sampling.
-    pub fn mark(&mut self, mark: &SamplingMark) -> Result<(), KernelError> {
+    /// Marks a process for sampling, now or when the map has room for it.
+    pub fn mark(&mut self, mark: &SamplingMark) {
         let value = types::mark {
             start_boottime: mark.key.start_boottime_ns,
             want: mark.want.into(),
@@ -194,18 +197,12 @@ impl Kernel {
             refused: mark.refused,
             period_ns: mark.period_ns,
         };
-        self.skeleton
-            .maps
-            .marks
-            .update(&mark.key.tgid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
-            .map_err(|source| KernelError::Map { map: "marks", source })?;
-        self.change_settings(|settings| settings.marks = 1);
-        Ok(())
+        self.set_entry(EntryMap::Marks, mark.key, bytes_of(&value));
     }
 
     /// Removes the mark of a process, if it has one.
     pub(crate) fn unmark(&mut self, tgid: u32) {
-        let _ = self.skeleton.maps.marks.delete(&tgid.to_ne_bytes());
+        self.remove_entry(EntryMap::Marks, tgid);
     }
 
     /// Removes a process from the kernel side's table after its exit event was lost.
@@ -237,6 +234,7 @@ impl Kernel {
         for map in [&self.skeleton.maps.procs, &self.skeleton.maps.marks, &self.skeleton.maps.off_cpu] {
             clear(map);
         }
+        self.forget_refused(EntryMap::Marks);
         let load::Handlers { links, task_iterator, degraded, .. } =
             load::attach_handlers(&self.skeleton, &self.options);
         for reason in degraded.iter().filter(|reason| !self.degraded.contains(reason)) {

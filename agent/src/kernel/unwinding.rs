@@ -16,7 +16,7 @@ use rustix::{
     mm::{MapFlags as Sharing, ProtFlags, mmap, munmap},
 };
 
-use super::{Kernel, KernelError, MapValue, bytes_of};
+use super::{Kernel, KernelError, MapValue, bytes_of, entries::EntryMap};
 use crate::model::{ImageKey, LabelForm, LabelLayout, ListEnd, ListLayout, ProcessKey};
 
 /// Bits of a key of the mapping trie: thread group id, then address.
@@ -367,8 +367,8 @@ impl Kernel {
         self.change_settings(|settings| settings.tables = on.into());
     }
 
-    /// Lets the programs take the list frames of this image.
-    pub(crate) fn set_list_frames(&mut self, key: ImageKey, layout: &ListLayout) -> Result<(), KernelError> {
+    /// Lets the programs take the list frames of this image, now or when the map has room for it.
+    pub(crate) fn set_list_frames(&mut self, key: ImageKey, layout: &ListLayout) {
         let mut step = [0; LIST_STEPS];
         let steps = layout.steps.as_slice();
         step[..steps.len()].copy_from_slice(steps);
@@ -414,24 +414,16 @@ impl Kernel {
             oldest_value: layout.oldest.1,
             ..Default::default()
         };
-        self.skeleton
-            .maps
-            .list_frames
-            .update(&key.process.tgid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
-            .map_err(|source| KernelError::Map { map: "list_frames", source })
+        self.set_entry(EntryMap::ListFrames, key.process, bytes_of(&value));
     }
 
     /// Takes no list frames of this process any more.
     pub(crate) fn remove_list_frames(&mut self, tgid: u32) {
-        let _ = self.skeleton.maps.list_frames.delete(&tgid.to_ne_bytes());
+        self.remove_entry(EntryMap::ListFrames, tgid);
     }
 
-    /// Lets the programs take the labels of this image's tasks.
-    pub(crate) fn set_label_source(
-        &mut self,
-        key: ImageKey,
-        layout: &LabelLayout,
-    ) -> Result<(), KernelError> {
+    /// Lets the programs take the labels of this image's tasks, now or when the map has room for it.
+    pub(crate) fn set_label_source(&mut self, key: ImageKey, layout: &LabelLayout) {
         let value = types::label_source {
             start_boottime: key.process.start_boottime_ns,
             exec_id: key.exec_id,
@@ -445,18 +437,12 @@ impl Kernel {
             current: layout.current,
             is_shared: 0,
         };
-        self.skeleton
-            .maps
-            .label_sources
-            .update(&key.process.tgid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
-            .map_err(|source| KernelError::Map { map: "label_sources", source })?;
-        self.change_settings(|settings| settings.labels = 1);
-        Ok(())
+        self.set_entry(EntryMap::LabelSources, key.process, bytes_of(&value));
     }
 
     /// Takes no labels of this process any more.
     pub(crate) fn remove_label_source(&mut self, tgid: u32) {
-        let _ = self.skeleton.maps.label_sources.delete(&tgid.to_ne_bytes());
+        self.remove_entry(EntryMap::LabelSources, tgid);
     }
 
     /// Returns the first address and the exclusive end of the mapping that the trie finds for an address.

@@ -5,7 +5,7 @@
 
 #include "unwind.h"
 
-/* Where programs keep the labels of their tasks, by thread group id. Writer: the agent. */
+/* Where programs keep the labels of their tasks, by thread group id. Writer: the agent. Size: by --processes. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 4096);
