@@ -34,6 +34,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "ruby", run: gannet_agent::runtimes::fuzz::ruby },
     Target { name: "java_structs", run: gannet_agent::runtimes::fuzz::java_structs },
     Target { name: "java_code", run: gannet_agent::runtimes::fuzz::java_code },
+    Target { name: "java_counters", run: gannet_agent::runtimes::fuzz::java_counters },
     Target { name: "java_lines", run: gannet_agent::runtimes::fuzz::java_lines },
     Target { name: "go_program", run: gannet_agent::runtimes::fuzz::go_program },
     Target { name: "v8_layout", run: gannet_agent::runtimes::fuzz::v8_layout },

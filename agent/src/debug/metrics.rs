@@ -103,6 +103,7 @@ gannet_base::metrics! {
     RUNTIME_READ_CPU = counter("gannet_agent_runtimes_read_cpu_seconds_total", "CPU time of reading interpreters' memory; beyond 0.5 s at once it takes 10 % of a core at most");
     RUNTIME_READS_DELAYED = counter("gannet_agent_runtimes_reads_delayed_total", "Reads of interpreters' memory that waited, to keep within that CPU time");
     RUNTIME_FUNCTIONS_UNREAD = counter("gannet_agent_runtimes_functions_unread_total", "Interpreted functions without a name, because too many reads waited");
+    RUNTIME_FRAMES_UNPROVEN = counter("gannet_agent_runtimes_frames_unproven_total", "Frames of Java and JavaScript without a name, because their code or class may have been replaced between the sample and its reading");
     RUNTIME_TEXT_BYTES = gauge("gannet_agent_runtimes_text_bytes", "Memory of the names of interpreted functions");
 
     CAPTURES_HELD_BACK = counter("gannet_agent_captures_held_back_total", "Captures that did not start although their condition held, by reason", ["reason"]);
@@ -252,13 +253,14 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
 }
 
 fn add_interpreters(snapshot: &mut Snapshot, stats: &InterpreterStats) {
-    let InterpreterStats { processes, switched_off, delayed, unread } = stats;
+    let InterpreterStats { processes, switched_off, delayed, unread, unproven } = stats;
     for ((runtime, version, status), count) in processes {
         snapshot.add_labelled(&RUNTIME_PROCESSES, [runtime, version.as_str(), status], *count);
     }
     snapshot.add(&RUNTIME_SWITCHED_OFF, *switched_off);
     snapshot.add(&RUNTIME_READS_DELAYED, *delayed);
     snapshot.add(&RUNTIME_FUNCTIONS_UNREAD, *unread);
+    snapshot.add(&RUNTIME_FRAMES_UNPROVEN, *unproven);
 }
 
 fn add_counters(snapshot: &mut Snapshot, counters: &Counters) {

@@ -89,6 +89,8 @@ pub(super) enum Resolved {
 pub(super) struct Backlog {
     waiting: HashMap<ImageKey, VecDeque<Waiting>>,
     samples: usize,
+    /// Frames so far without a name because their code may have changed since the sample.
+    unproven: u64,
 }
 
 struct Waiting {
@@ -123,7 +125,7 @@ impl Backlog {
         force: bool,
     ) -> Vec<Resolved> {
         let force = force || self.samples > MAX_SAMPLES;
-        let mut pass = Pass { unwinder, images, now, force, resolved: Vec::new() };
+        let mut pass = Pass { unwinder, images, now, force, resolved: Vec::new(), unproven: 0 };
         for (key, mut samples) in std::mem::take(&mut self.waiting) {
             pass.resolve(&key, &mut samples);
             if !samples.is_empty() {
@@ -131,11 +133,17 @@ impl Backlog {
             }
         }
         self.samples = self.waiting.values().map(VecDeque::len).sum();
+        self.unproven += pass.unproven;
         pass.resolved
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.samples == 0
+    }
+
+    /// Returns how many frames so far have no name because their code may have changed since the sample.
+    pub(super) fn unproven(&self) -> u64 {
+        self.unproven
     }
 
     /// Returns how many samples of an image wait.
@@ -165,6 +173,8 @@ struct Pass<'a, U, I> {
     now: Instant,
     force: bool,
     resolved: Vec<Resolved>,
+    /// Frames without a name because their code may have changed since the sample.
+    unproven: u64,
 }
 
 impl<U: Unwinder, I: ImageSource> Pass<'_, U, I> {
@@ -207,6 +217,7 @@ impl<U: Unwinder, I: ImageSource> Pass<'_, U, I> {
                     return;
                 }
             }
+            self.unproven += u64::from(unwound.unproven);
             unwound.complete(&mut sample);
             self.resolved.push(Resolved::Sample { sample, former });
         }
@@ -291,6 +302,7 @@ mod tests {
                 guessed_from: None,
                 needs: CodeNeeds::default(),
                 is_unattached: false,
+                unproven: 0,
             }
         }
 

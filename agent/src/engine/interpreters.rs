@@ -120,6 +120,8 @@ pub(crate) struct InterpreterStats {
     pub(crate) delayed: u64,
     /// Functions that have no name because too many requests waited.
     pub(crate) unread: u64,
+    /// Frames of generated code that have no name because the code may have changed since the sample.
+    pub(crate) unproven: u64,
 }
 
 /// The CPU time that reading from processes may take.
@@ -441,8 +443,8 @@ impl Interpreters {
         self.waiting_copies = self.copies.values().map(Vec::len).sum();
     }
 
-    /// Returns the counts so far.
-    pub(super) fn stats(&self, processes: &ProcessTable) -> InterpreterStats {
+    /// Returns the counts so far, with `unproven` of the samples that waited.
+    pub(super) fn stats(&self, processes: &ProcessTable, unproven: u64) -> InterpreterStats {
         let is_alive = |key: &ImageKey| processes.get(key).is_some_and(Process::is_alive);
         let known = self.processes.iter().filter(|(key, _)| is_alive(key));
         InterpreterStats {
@@ -450,6 +452,7 @@ impl Interpreters {
             switched_off: self.switched_off,
             delayed: self.delayed.load(Ordering::Relaxed),
             unread: self.unread,
+            unproven,
         }
     }
 

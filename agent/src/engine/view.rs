@@ -211,7 +211,7 @@ impl ViewSources<'_> {
                 .reader
                 .unwinding
                 .interpreters()
-                .map(|interpreters| interpreters.stats(&self.reader.processes))
+                .map(|interpreters| interpreters.stats(&self.reader.processes, self.backlog().unproven()))
                 .unwrap_or_default(),
             suppressed_captures: self.captures.suppressed(),
             recorder: self.reader.intake.recorder_stats(),

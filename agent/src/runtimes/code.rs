@@ -4,9 +4,14 @@
 //! Such code comes and goes. So whatever a stack needs is read behind the sample, and read again behind each later sample that
 //! needs it. A block that was known before the sample, and is the same block behind it, was it at the time of the sample. Of a
 //! block that is read for the first time this is not proven: it may have taken the place of another one within milliseconds.
+//!
+//! The same holds for functions. A virtual machine counts the classes that it unloads. If its count is the same before a sample and
+//! behind the reading ([`UnloadHistory`]), no address has got another meaning in between. If not, only code and functions that were
+//! known before the sample, and are the same behind it, still have names.
+
+mod walk;
 
 use std::{
-    cell::RefCell,
     collections::{BTreeMap, HashMap, HashSet},
     fmt::Debug,
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -18,18 +23,15 @@ use std::{
     },
 };
 
-use gannet_unwind::{
-    format::{UnwindRule, cfa},
-    generated::{SENDER_FRAME, rule_at},
-    unwind::GeneratedFrame,
-};
+use gannet_unwind::format::UnwindRule;
 use parking_lot::Mutex;
 
+pub(crate) use self::walk::{CodeWalk, WalkedCode};
 use super::{
-    BlockHead, Captured, CodeBlock, CodeFunction, CodeReader, FrameWords, FunctionText, Interpreter, Memory,
-    NamedFrame, Scope, WhyNot, functions, memory::Limited,
+    BlockHead, CodeBlock, CodeFunction, CodeReader, FunctionText, Interpreter, Memory, Scope, WhyNot,
+    functions, memory::Limited, unloads::UnloadHistory,
 };
-use crate::model::{StackWord, boot_time_ns};
+use crate::model::boot_time_ns;
 
 /// Addresses and functions of one request.
 const MAX_NEEDS: usize = 2048;
@@ -39,6 +41,8 @@ const MAX_BLOCKS: usize = 16_384;
 const MAX_EMPTY: usize = 4096;
 /// Functions of one process: twice as many as get a name. Beyond, the agent forgets those without.
 const MAX_FUNCTIONS: usize = 2 * functions::MAX_FUNCTIONS;
+/// Requests whose times are kept of a function: a sample may be unwound after later ones.
+const MAX_CONFIRMED: usize = 4;
 /// The number of functions without a name.
 const NO_FUNCTION: u64 = functions::NO_FUNCTION as u64;
 /// Rows of one block; the rest of a larger one has no rule.
@@ -57,9 +61,6 @@ pub(super) const MAX_INLINED: usize = 64;
 pub(crate) const NO_POSITION: u32 = u32::MAX;
 /// How old the last reading may be if a process has ended since.
 const MAX_AGE_NS: u64 = 1_000_000_000;
-/// DWARF numbers of registers.
-const RBX: usize = 3;
-const R13: usize = 13;
 
 /// Rows of all processes.
 // Not a metric: it holds the memory below a limit.
@@ -83,6 +84,9 @@ struct Known {
     functions: HashMap<u64, KnownFunction>,
     /// Rows of the blocks, which [`ALL_ROWS`] holds too.
     rows: usize,
+    /// The begin of the last request that is over. Of a later one, nothing is proven yet.
+    checked_ns: u64,
+    unloads: UnloadHistory,
     /// The thread is reading for a request.
     is_reading: bool,
     /// Requests that failed since the last that did not.
@@ -99,6 +103,8 @@ struct Block {
     name: Option<u64>,
     /// Rows, and functions of scopes.
     rows: usize,
+    /// The request that has read it began at the first of these times, and had read it at the second.
+    first_ns: [u64; 2],
     /// When it was read last.
     read_ns: u64,
 }
@@ -106,6 +112,8 @@ struct Block {
 #[derive(Debug)]
 struct KnownScope {
     start: u64,
+    /// The request that has read it began at the first of these times, and had read it at the second.
+    first_ns: [u64; 2],
     /// Number of the function, and position.
     functions: Vec<(u64, u32)>,
 }
@@ -116,7 +124,10 @@ struct KnownFunction {
     /// Hash of the texts.
     hash: u64,
     instructions: Range<u64>,
-    read_ns: u64,
+    /// Since when it is known as this.
+    since_ns: u64,
+    /// When requests began that have read it, the newest first; at the end some may be 0.
+    read_ns: [u64; MAX_CONFIRMED],
 }
 
 /// Addresses and objects that have to be read before a stack can be unwound.
@@ -188,13 +199,33 @@ impl GeneratedCode {
         memory: &dyn Memory,
     ) -> Result<(), WhyNot> {
         let now = boot_time_ns();
-        let memory = Limited::new(memory, MAX_READS, MAX_READ_BYTES);
-        let ranges = self.reader.ranges(&memory)?;
+        self.read_unloads(memory);
+        self.read_needs(needs, now, of, &Limited::new(memory, MAX_READS, MAX_READ_BYTES))?;
+        self.read_unloads(memory);
+        let mut known = self.known.lock();
+        known.checked_ns = now;
+        known.unloads.end_request(now);
+        Ok(())
+    }
+
+    fn read_unloads(&self, memory: &dyn Memory) {
+        let reading = self.reader.unloads(memory);
+        self.known.lock().unloads.enter(reading, boot_time_ns());
+    }
+
+    fn read_needs(
+        &self,
+        needs: &CodeNeeds,
+        now: u64,
+        of: &Interpreter,
+        memory: &Limited<'_>,
+    ) -> Result<(), WhyNot> {
+        let ranges = self.reader.ranges(memory)?;
         self.known.lock().ranges = ranges;
         let mut confirmed: HashSet<u64> = HashSet::new();
         let mut failed = Vec::new();
         for (object, hint) in &needs.functions {
-            match self.reader.function(*object, *hint, &memory) {
+            match self.reader.function(*object, *hint, memory) {
                 Ok(CodeFunction { text, instructions }) => {
                     self.enter_function(*object, Ok(text), instructions, now, of);
                 }
@@ -203,13 +234,13 @@ impl GeneratedCode {
         }
         // What the others have shown may lead to these.
         for (object, hint) in failed {
-            self.read_function(object, hint, now, of, &memory);
+            self.read_function(object, hint, now, of, memory);
         }
         for address in &needs.addresses {
             if memory.is_used_up() {
                 break;
             }
-            self.read_address(*address, now, of, &memory, &mut confirmed)?;
+            self.read_address(*address, now, of, memory, &mut confirmed)?;
         }
         Ok(())
     }
@@ -256,7 +287,8 @@ impl GeneratedCode {
             });
             let rows = block.rows.len();
             let (head, scopes) = (head.clone(), BTreeMap::new());
-            let block = Block { head, content: Arc::new(block), scopes, name, rows, read_ns: now };
+            let (content, first_ns) = (Arc::new(block), [now, boot_time_ns()]);
+            let block = Block { head, content, scopes, name, rows, first_ns, read_ns: now };
             let mut known = self.known.lock();
             if !known.enter(block) {
                 known.forget(address, now);
@@ -290,7 +322,8 @@ impl GeneratedCode {
             if let Some((over, functions)) = scope {
                 added = functions.len() + 1;
                 block.rows += added;
-                block.scopes.insert(over.end, KnownScope { start: over.start, functions });
+                let first_ns = [now, boot_time_ns()];
+                block.scopes.insert(over.end, KnownScope { start: over.start, first_ns, functions });
             }
         }
         known.rows += added;
@@ -323,7 +356,8 @@ impl GeneratedCode {
         if object == 0 {
             return NO_FUNCTION;
         }
-        if let Some(known) = self.known.lock().functions.get(&object).filter(|known| known.read_ns >= now) {
+        if let Some(known) = self.known.lock().functions.get(&object).filter(|known| known.read_ns[0] >= now)
+        {
             return known.number;
         }
         match self.reader.function(object, hint, memory) {
@@ -356,14 +390,19 @@ impl GeneratedCode {
             .get_mut(&object)
             .filter(|known| known.hash == hash && known.instructions == instructions)
         {
-            same.read_ns = now;
+            if same.read_ns[0] < now {
+                same.read_ns.rotate_right(1);
+                same.read_ns[0] = now;
+            }
             return same.number;
         }
         let number = of.add(object, text);
         if known.functions.len() >= MAX_FUNCTIONS {
             known.functions.retain(|_, function| function.number != NO_FUNCTION);
         }
-        known.functions.insert(object, KnownFunction { number, hash, instructions, read_ns: now });
+        let (since_ns, mut read_ns) = (boot_time_ns(), [0; MAX_CONFIRMED]);
+        read_ns[0] = now;
+        known.functions.insert(object, KnownFunction { number, hash, instructions, since_ns, read_ns });
         number
     }
 }
@@ -446,178 +485,16 @@ impl Block {
     }
 }
 
-/// The address of a frame, and the words of the functions that it stands for.
-pub(crate) type WordsOfFrame = (u64, Vec<u64>);
-
-/// Unwinds one stack through the code of a process.
-#[derive(Debug)]
-pub(crate) struct CodeWalk<'a> {
-    code: &'a GeneratedCode,
-    /// When the stack was taken.
-    time_ns: u64,
-    found: RefCell<(Vec<WordsOfFrame>, CodeNeeds)>,
-}
-
-impl<'a> CodeWalk<'a> {
-    pub(crate) fn new(code: &'a GeneratedCode, time_ns: u64) -> Self {
-        Self { code, time_ns, found: RefCell::default() }
-    }
-
-    /// Returns the rule of a frame, and notes its functions. `pc` is the address that the reader knows, if the same code is mapped
-    /// at several.
-    pub(crate) fn rule(&self, frame: &GeneratedFrame<'_>, pc: u64) -> Option<UnwindRule> {
-        let mapped_pc = frame.pc;
-        let mut frame = *frame;
-        frame.pc = pc;
-        let frame = &frame;
-        let known = self.code.known.lock();
-        let mut found = self.found.borrow_mut();
-        let (words, needs) = &mut *found;
-        let address = if frame.exact { frame.pc } else { frame.pc.wrapping_sub(1) };
-        let Some(block) = known.block(address).filter(|block| block.head.code.contains(&address)) else {
-            let is_known = known.empty.get(&frame.pc).is_some_and(|at| *at >= self.time_ns);
-            let may_hold =
-                known.ranges.is_empty() || known.ranges.iter().any(|range| range.contains(&frame.pc));
-            if !is_known && may_hold {
-                needs.addresses.insert(frame.pc);
-            }
-            return None;
-        };
-        if block.read_ns < self.time_ns {
-            needs.addresses.insert(frame.pc);
-            if known.is_over() && block.read_ns + MAX_AGE_NS < self.time_ns {
-                return None;
-            }
-        }
-        let rule = rule_at(&block.content.rows, address).filter(|rule| *rule != UnwindRule::NONE);
-        let stack = match &block.content.captured {
-            // The frame is left already.
-            Some(captured) if rule != Some(SENDER_FRAME) && !captured.is_entry(frame) => Vec::new(),
-            Some(captured) => known.captured(captured, frame, self.time_ns, needs),
-            None if block.content.frames != FrameWords::None => {
-                let is_made = rule.is_some_and(|rule| rule.cfa_kind == cfa::FP);
-                let named = is_made.then(|| self.code.reader.named(frame)).flatten();
-                named.map(|named| known.named(block, frame, named, self.time_ns, needs)).unwrap_or_default()
-            }
-            None => block.functions(frame, needs),
-        };
-        let stack = if stack.is_empty() {
-            block.name.map(|name| (name, NO_POSITION)).into_iter().collect()
-        } else {
-            stack
-        };
-        words.push((
-            mapped_pc,
-            stack.into_iter().flat_map(|(number, position)| frame_words(number, position)).collect(),
-        ));
-        rule.or_else(|| known.guess(frame))
-    }
-
-    /// Returns the stacks of functions that the frames with these addresses stand for, in order, and what is missing.
-    pub(crate) fn finish(self) -> (Vec<WordsOfFrame>, CodeNeeds) {
-        self.found.into_inner()
-    }
-}
-
-/// Returns the words of a frame.
-fn frame_words(number: u64, position: u32) -> [u64; 2] {
-    [StackWord::Function(number), StackWord::Position { sum: 0, position }].map(StackWord::encode)
-}
-
-impl Block {
-    fn functions(&self, frame: &GeneratedFrame<'_>, needs: &mut CodeNeeds) -> Vec<(u64, u32)> {
-        if self.name.is_some() {
-            return Vec::new();
-        }
-        let (moved, at) = &self.content.moved;
-        let pc = if moved.contains(&frame.pc) {
-            let original = frame.read(frame.sp.wrapping_add_signed(i64::from(*at)));
-            original.filter(|pc| self.head.code.contains(pc)).unwrap_or(frame.pc)
-        } else {
-            frame.pc
-        };
-        let Some(scope) = self.scope(pc) else {
-            needs.addresses.insert(pc);
-            return Vec::new();
-        };
-        scope.functions.clone()
-    }
-}
-
-impl Known {
-    fn named(
-        &self,
-        block: &Block,
-        frame: &GeneratedFrame<'_>,
-        named: NamedFrame,
-        time_ns: u64,
-        needs: &mut CodeNeeds,
-    ) -> Vec<(u64, u32)> {
-        let NamedFrame { object, hint, mut position } = named;
-        if block.content.frames == FrameWords::WithoutPosition {
-            let Some(scope) = block.scope(frame.pc) else {
-                needs.addresses.insert(frame.pc);
-                return Vec::new();
-            };
-            position = scope.functions.first().map_or(NO_POSITION, |(_, position)| *position);
-        }
-        let Some(function) =
-            self.functions.get(&object).filter(|known| known.read_ns >= time_ns || self.is_over())
-        else {
-            needs.functions.insert(object, hint);
-            return Vec::new();
-        };
-        vec![(function.number, position)]
-    }
-
-    fn captured(
-        &self,
-        captured: &Captured,
-        frame: &GeneratedFrame<'_>,
-        time_ns: u64,
-        needs: &mut CodeNeeds,
-    ) -> Vec<(u64, u32)> {
-        let register = |number: usize| frame.registers.and_then(|registers| registers.get(number)).copied();
-        let word = |distance: i64| frame.read(frame.fp?.wrapping_add_signed(distance));
-        let is_entry = captured.is_entry(frame);
-        let object = if is_entry { register(RBX) } else { word(captured.function) };
-        let Some(object) = object else { return Vec::new() };
-        let Some(function) =
-            self.functions.get(&object).filter(|known| known.read_ns >= time_ns || self.is_over())
-        else {
-            needs.functions.insert(object, 0);
-            return Vec::new();
-        };
-        let within = |at: Option<u64>| at.filter(|at| function.instructions.contains(at));
-        let at = if is_entry {
-            Some(function.instructions.start)
-        } else {
-            within(register(R13).filter(|_| frame.exact)).or_else(|| within(word(captured.position)))
-        };
-        // A native function has no instructions.
-        let position = match at {
-            Some(at) => (at - function.instructions.start) as u32,
-            None => NO_POSITION,
-        };
-        vec![(function.number, position)]
-    }
-
-    /// Guesses the rule of the innermost frame in code that nothing describes: its return address is on top of the stack if that
-    /// is an address of code. Else the caller goes on by frame pointer.
-    fn guess(&self, frame: &GeneratedFrame<'_>) -> Option<UnwindRule> {
-        let is_code = |at: u64| self.ranges.iter().any(|range| range.contains(&at));
-        let top = frame.read(frame.sp).is_some_and(is_code);
-        let guessed = UnwindRule { flags: UnwindRule::FRAME_POINTER.flags, ..UnwindRule::X86_64_ENTRY };
-        (frame.exact && top).then_some(guessed)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::AtomicU64;
 
     use super::*;
-    use crate::runtimes::{Detected, RuntimeFile, python};
+    use crate::runtimes::{
+        Detected, RuntimeFile, Unloads,
+        hostile::{HostileThread, named},
+        python,
+    };
 
     const START: u64 = 0x1000;
     const CODE_BYTES: u64 = 0x100;
@@ -628,6 +505,7 @@ mod tests {
         identity: AtomicU64,
         rows: AtomicU64,
         is_gone: AtomicU64,
+        unloaded: AtomicU64,
     }
 
     impl Reader {
@@ -639,6 +517,10 @@ mod tests {
     impl CodeReader for Arc<Reader> {
         fn ranges(&self, _: &dyn Memory) -> Result<Vec<Range<u64>>, WhyNot> {
             self.alive().map(|()| std::iter::once(START..1 << 40).collect())
+        }
+
+        fn unloads(&self, _: &dyn Memory) -> Unloads {
+            Unloads::Count(self.unloaded.load(Ordering::Relaxed))
         }
 
         fn find(&self, address: u64, _: &dyn Memory) -> Result<Option<BlockHead>, WhyNot> {
@@ -704,6 +586,55 @@ mod tests {
         assert_eq!(name(&interpreter, START + 8).unwrap(), "f1000_7");
         // The first function keeps its number: samples have it.
         assert_eq!(interpreter.function(0).unwrap().texts().unwrap().name, "f1000_0");
+    }
+
+    /// Returns the name of the function at an address of a sample that was taken at a time, and the number of unproven frames.
+    fn name_at(interpreter: &Interpreter, address: u64, time_ns: u64) -> (Option<String>, u32) {
+        let thread = HostileThread::at(address, time_ns, &NoMemory);
+        let (frames, unproven) = thread.unwind_proven(interpreter.code.as_ref().unwrap());
+        (named(&frames, interpreter).pop().map(|(name, _, _)| name), unproven)
+    }
+
+    #[test]
+    fn a_block_seen_first_behind_an_unloading_has_no_name() {
+        let (reader, interpreter) = start(1);
+        let (known, new) = (START + 8, START + CODE_BYTES + 8);
+        read(&interpreter, [known]).unwrap();
+        let sample = boot_time_ns();
+        reader.unloaded.store(1, Ordering::Relaxed);
+        assert_eq!(name_at(&interpreter, known, sample), (None, 1), "not read behind the sample");
+        read(&interpreter, [known, new]).unwrap();
+        assert_eq!(name_at(&interpreter, known, sample), (Some("f1000_0".into()), 0), "it was there before");
+        assert_eq!(name_at(&interpreter, new, sample), (None, 1));
+        let next = boot_time_ns();
+        read(&interpreter, [known, new]).unwrap();
+        assert_eq!(name_at(&interpreter, new, next), (Some("f1100_0".into()), 0));
+        // The later reading changes nothing for the first sample.
+        assert_eq!(name_at(&interpreter, new, sample), (None, 1));
+    }
+
+    #[test]
+    fn a_process_that_unloads_nothing_has_names_at_once() {
+        let (reader, interpreter) = start(1);
+        let sample = boot_time_ns();
+        read(&interpreter, [START + 8]).unwrap();
+        assert_eq!(name_at(&interpreter, START + 8, sample), (Some("f1000_0".into()), 0));
+        // Unloading behind the reading takes nothing back.
+        reader.unloaded.store(1, Ordering::Relaxed);
+        read(&interpreter, [START + 8]).unwrap();
+        assert_eq!(name_at(&interpreter, START + 8, sample), (Some("f1000_0".into()), 0));
+    }
+
+    #[test]
+    fn a_process_that_has_ended_has_names_if_it_unloaded_nothing() {
+        for (unloaded, expected) in [(0, (Some("f1000_0".to_owned()), 0)), (1, (None, 1))] {
+            let (reader, interpreter) = start(1);
+            read(&interpreter, [START + 8]).unwrap();
+            reader.unloaded.store(unloaded, Ordering::Relaxed);
+            read(&interpreter, [START + 8]).unwrap();
+            (0..MAX_FAILURES).for_each(|_| interpreter.code.as_ref().unwrap().end(true));
+            assert_eq!(name_at(&interpreter, START + 8, boot_time_ns()), expected);
+        }
     }
 
     #[test]

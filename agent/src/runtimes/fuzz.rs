@@ -2,7 +2,7 @@
 
 pub use super::{
     go::fuzz::go_program,
-    hotspot::fuzz::{java_code, java_lines, java_structs},
+    hotspot::fuzz::{java_code, java_counters, java_lines, java_structs},
     php::fuzz::php,
     python::fuzz::{python, python_lines},
     ruby::fuzz::ruby,

@@ -9,7 +9,7 @@ use gannet_unwind::{
     unwind::{GeneratedFrame, TableSource, ThreadSnapshot, unwind_stack},
 };
 
-use super::{CodeNeeds, CodeWalk, GeneratedCode, Interpreter, Memory};
+use super::{CodeNeeds, CodeWalk, GeneratedCode, Interpreter, Memory, WalkedCode};
 use crate::model::{StackWord, boot_time_ns};
 
 /// Reads and bytes that one call may need.
@@ -85,8 +85,26 @@ impl HostileThread {
         Self { pc, registers, stack, time_ns: boot_time_ns() }
     }
 
+    /// A thread at an address, at a time.
+    #[cfg(test)]
+    pub(super) fn at(pc: u64, time_ns: u64, memory: &dyn Memory) -> Self {
+        Self { time_ns, ..Self::new(pc, 0, 0, [0; 16], memory) }
+    }
+
     /// Unwinds the stack through code as far as it is known. Returns its functions, and what else must be read.
     pub(super) fn unwind(&self, code: &GeneratedCode) -> (FunctionWords, CodeNeeds) {
+        let WalkedCode { words, needs, .. } = self.walk(code);
+        (words, needs)
+    }
+
+    /// Returns the functions, and the number of frames that have none because that is not proven.
+    #[cfg(test)]
+    pub(super) fn unwind_proven(&self, code: &GeneratedCode) -> (FunctionWords, u32) {
+        let WalkedCode { words, unproven, .. } = self.walk(code);
+        (words, unproven)
+    }
+
+    fn walk(&self, code: &GeneratedCode) -> WalkedCode {
         let snapshot = ThreadSnapshot {
             arch: Arch::X86_64,
             pc: self.pc,

@@ -24,6 +24,7 @@ mod python;
 mod reader;
 mod ruby;
 mod texts;
+mod unloads;
 mod v8;
 
 use std::{fs::File, ops::Range, sync::Arc};
@@ -38,13 +39,14 @@ pub use self::functions::Interpreter;
 #[cfg(test)]
 pub(crate) use self::process::find;
 pub(crate) use self::{
-    code::{CodeNeeds, CodeWalk, GeneratedCode, NO_POSITION},
+    code::{CodeNeeds, CodeWalk, GeneratedCode, NO_POSITION, WalkedCode},
     functions::ListFunction,
     guard::{Guard, read_cpu_time},
     memory::{Memory, ProcessMemory},
     process::{RuntimeFinder, inspect},
     reader::{BlockHead, Captured, CodeBlock, CodeFunction, CodeReader, FrameWords, NamedFrame, Scope},
     texts::text_bytes,
+    unloads::Unloads,
 };
 
 /// The runtimes that the agent knows.

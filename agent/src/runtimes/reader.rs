@@ -4,7 +4,7 @@ use std::{fmt::Debug, ops::Range};
 
 use gannet_unwind::{generated::Rows, unwind::GeneratedFrame};
 
-use super::{FunctionText, Memory, WhyNot};
+use super::{FunctionText, Memory, WhyNot, unloads::Unloads};
 
 /// Reads the code that one process makes.
 pub(crate) trait CodeReader: Send + Sync + Debug {
@@ -30,6 +30,12 @@ pub(crate) trait CodeReader: Send + Sync + Debug {
     /// Reports whether all code keeps frame pointers, so that unknown code does not hide its callers.
     fn has_frame_pointers(&self) -> bool {
         false
+    }
+
+    /// Reads how many classes the process has unloaded. It is called at the begin and at the end of each request.
+    fn unloads(&self, memory: &dyn Memory) -> Unloads {
+        let _ = memory;
+        Unloads::Never
     }
 
     /// Reads a function by the address of its object. `hint` is that of [`NamedFrame::hint`], or 0.

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     model::{Image, MappedFile, Mapping, MappingKind, RawLists, RawUserStack, Sample, StackEnd},
-    runtimes::{self, CodeNeeds, CodeWalk, Interpreter},
+    runtimes::{self, CodeNeeds, CodeWalk, Interpreter, WalkedCode},
 };
 
 /// The limit of the kernel side.
@@ -42,6 +42,8 @@ pub(crate) struct UnwoundSample {
     pub(crate) needs: CodeNeeds,
     /// The stack reaches such code, and the agent does not know yet where its runtime keeps it.
     pub(crate) is_unattached: bool,
+    /// Frames of such code that have no name because it may have changed since the sample.
+    pub(crate) unproven: u32,
 }
 
 impl UnwoundSample {
@@ -157,6 +159,7 @@ impl UnwindTables {
                 guessed_from: sample.marks.guessed_from,
                 needs: CodeNeeds::default(),
                 is_unattached: false,
+                unproven: 0,
             };
         };
         let RawUserStack { pc, registers, stack, unread, lists } = &**raw;
@@ -176,7 +179,8 @@ impl UnwindTables {
         let unwound = unwind_stack(&snapshot, &source, MAX_FRAMES);
         let missing = source.missing.into_inner();
         let is_unattached = source.is_unattached.get();
-        let (functions, mut needs) = source.walk.map(CodeWalk::finish).unwrap_or_default();
+        let WalkedCode { words: functions, mut needs, unproven } =
+            source.walk.map(CodeWalk::finish).unwrap_or_default();
         if let Some(code) = code.filter(|_| !needs.addresses.is_empty() && unwound.end != UnwindEnd::Complete)
         {
             // Callers of unknown code are unknown too: the stack names those that it may have.
@@ -202,7 +206,7 @@ impl UnwindTables {
             | UnwindEnd::RegisterLost
             | UnwindEnd::NoProgress => (StackEnd::Broken, None),
         };
-        UnwoundSample { frames, end, unknown, missing, guessed_from, needs, is_unattached }
+        UnwoundSample { frames, end, unknown, missing, guessed_from, needs, is_unattached, unproven }
     }
 }
 

@@ -3,7 +3,7 @@
 //! between them.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     env,
     io::{BufRead as _, BufReader},
     path::Path,
@@ -18,6 +18,8 @@ const SYSTEM_JAVA: &str = "java";
 /// Says which virtual machines to test: paths with `:` between them.
 const JAVAS: &str = "GANNET_TEST_JAVAS";
 const PROGRAM: &str = "tests/data/Spin.java";
+/// Unloads six classes about every 60 ms, which is about how long a sample waits for its reading.
+const UNLOADING: &str = "tests/data/Unload.java";
 /// A stack of a virtual thread goes on with the thread that carries it, which a `Throwable` does not show.
 const VIRTUAL_END: &str = "java.lang.VirtualThread.run ";
 const CARRIER: [&str; 3] = [
@@ -79,17 +81,29 @@ fn is_stack(case: &str, printed: &[String], sampled: &[String]) -> bool {
     }
 }
 
-/// Checks that each stack is the one that the program printed.
+/// Compiles a program into a directory.
 #[track_caller]
-fn check(flags: &[&str], rounds: u32) {
+fn compiled(program: &str) -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
-    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join(PROGRAM);
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join(program);
     let compiled =
         Command::new("javac").args(["--release", "11", "-d"]).arg(directory.path()).arg(program).status();
     assert!(compiled.unwrap().success());
+    directory
+}
+
+/// Returns the virtual machines to test.
+fn javas() -> Vec<String> {
     let javas = env::var(JAVAS).unwrap_or_else(|_| SYSTEM_JAVA.to_owned());
-    for java in javas.split(':') {
-        check_java(java, flags, directory.path(), rounds);
+    javas.split(':').map(str::to_owned).collect()
+}
+
+/// Checks that each stack is the one that the program printed.
+#[track_caller]
+fn check(flags: &[&str], rounds: u32) {
+    let directory = compiled(PROGRAM);
+    for java in javas() {
+        check_java(&java, flags, directory.path(), rounds);
     }
 }
 
@@ -175,4 +189,62 @@ fn stacks_of_the_first_java_compiler_are_those_printed() {
 #[test]
 fn stacks_of_inlined_java_methods_are_those_printed() {
     check(&[], 40);
+}
+
+/// Returns the number of the class, and the generation's last digit, that a frame of [`UNLOADING`] names.
+fn number_and_generation(frame: &str) -> (Option<u32>, Option<u32>) {
+    let digits = |rest: &str| rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok();
+    let after = |prefix| frame.strip_prefix(prefix).and_then(digits);
+    (after("Unload$Class"), after("Unload.generation"))
+}
+
+/// Checks that the frames of a class stand only below the method of its generation, and are all of one class. At `least` so many
+/// samples must show both.
+#[track_caller]
+fn check_unloaded(java: &str, flags: &[&str], least: u64, directory: &Path) {
+    let mut command = Command::new(java);
+    // A collection of such a heap takes few milliseconds.
+    command.args(["-XX:+UseSerialGC", "-Xmx64m"]).args(flags).arg("-cp").arg(directory).arg("Unload");
+    let mut running = Running::start(command.stdout(Stdio::piped()));
+    BufReader::new(running.0.stdout.take().unwrap()).lines().next().unwrap().unwrap();
+    let recording = record_for(4, 299, &["--pid", &running.0.id().to_string()]);
+    drop(running);
+
+    let (mut right, mut callers, mut taken, mut wrong) = (0, 0, 0, BTreeMap::<String, u64>::new());
+    for Sampled { frames, count, .. } in java_stacks(&recording.profile) {
+        taken += count;
+        let (mut numbers, mut generations) = (BTreeSet::new(), BTreeSet::new());
+        for (number, generation) in frames.iter().map(|frame| number_and_generation(frame)) {
+            numbers.extend(number);
+            generations.extend(generation);
+        }
+        let may_be = |number: &u32| generations.iter().all(|generation| number / 100 % 10 == *generation);
+        if numbers.len() > 1 || generations.len() > 1 || !numbers.iter().all(may_be) {
+            *wrong.entry(format!("{frames:?}")).or_default() += count;
+        } else if !numbers.is_empty() && !generations.is_empty() {
+            right += count;
+        } else if !generations.is_empty() {
+            callers += count;
+        }
+    }
+    eprintln!(
+        "{java} {flags:?}: {right} right, {} wrong, {callers} without a class, {taken} in all",
+        wrong.values().sum::<u64>()
+    );
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    // A sample whose class may have been unloaded since has no name of a class. Methods that stay keep their names.
+    assert!(
+        right >= least && right + callers >= 20,
+        "{right} of {taken} have a class, {callers} only a generation"
+    );
+}
+
+#[test]
+fn classes_that_are_unloaded_leave_no_wrong_names() {
+    let directory = compiled(UNLOADING);
+    for java in javas() {
+        check_unloaded(&java, &[], 5, directory.path());
+        // No class runs long enough to be known before a sample.
+        check_unloaded(&java, &["-XX:-UsePerfData"], 0, directory.path());
+    }
 }

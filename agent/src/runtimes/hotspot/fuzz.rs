@@ -10,7 +10,7 @@ use super::{
     HotSpot, MAX_READ_BYTES, MAX_READS,
     heap::Heaps,
     layout::{Blob, Compiled, Layout, MethodLayout, Place, Scopes},
-    method,
+    method, perf_data,
     structs::SYMBOLS,
 };
 
@@ -50,6 +50,11 @@ pub fn java_lines(bytes: &[u8]) {
     }
 }
 
+/// Finds the count of unloaded classes among counters.
+pub fn java_counters(bytes: &[u8]) {
+    let _ = perf_data::unloaded_in(bytes);
+}
+
 fn file(major: u8, addresses: Vec<u64>) -> RuntimeFile {
     let detected = Detected { version: (major, 0), version_text: String::new(), addresses, layout: 0 };
     RuntimeFile { runtime: &HotSpot, detected }
@@ -65,7 +70,7 @@ fn unwind(bytes: &[u8]) -> Option<Vec<String>> {
     let [pc, sp, fp, first, second, object] = places.map(|words| AT + 8 * u64::from(words));
     let begin = (kind & 1 == 1).then_some(AT);
     let memory = Hostile::with_limits(bytes, begin, MAX_CODE_READS, MAX_CODE_BYTES);
-    let code = GeneratedCode::new(Arc::new(Heaps::new(layout(*kind))));
+    let code = GeneratedCode::new(Arc::new(Heaps::new(layout(*kind), (kind & 64 == 0).then_some(AT + 24))));
     let interpreter = Interpreter::new(Arc::new(file(17, Vec::new())), 0).with_code(code);
     let code = interpreter.code.as_ref()?;
     let mut needs = CodeNeeds { addresses: [pc, first, second].into(), functions: [(object, 0)].into() };

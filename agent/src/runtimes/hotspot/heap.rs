@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use super::{
     super::{
         BlockHead, Captured, CodeBlock, CodeFunction, CodeReader, FrameWords, MAX_INLINED, Memory,
-        NO_POSITION, Scope, WhyNot,
+        NO_POSITION, Scope, Unloads, WhyNot,
         memory::{half, word},
     },
     layout::{Layout, Place, Scopes},
@@ -51,8 +51,10 @@ const FREE: u8 = 0xff;
 #[derive(Debug)]
 pub(super) struct Heaps {
     layout: Layout,
+    /// Address of the count of unloaded classes.
+    unloaded: Option<u64>,
     /// The heaps at the last reading of the ranges.
-    heaps: Mutex<Arc<Vec<Heap>>>,
+    found: Mutex<Arc<Vec<Heap>>>,
 }
 
 /// A heap of generated code.
@@ -64,8 +66,8 @@ struct Heap {
 }
 
 impl Heaps {
-    pub(super) fn new(layout: Layout) -> Self {
-        Self { layout, heaps: Mutex::default() }
+    pub(super) fn new(layout: Layout, unloaded: Option<u64>) -> Self {
+        Self { layout, unloaded, found: Mutex::default() }
     }
 
     fn space(&self, at: u64, memory: &dyn Memory) -> Result<Range<u64>, WhyNot> {
@@ -102,7 +104,7 @@ impl Heaps {
 
     /// Returns the address of the blob that holds an address, if one does.
     fn blob_at(&self, address: u64, memory: &dyn Memory) -> Result<Option<u64>, WhyNot> {
-        let heaps = Arc::clone(&*self.heaps.lock());
+        let heaps = Arc::clone(&*self.found.lock());
         let Some(heap) = heaps.iter().find(|heap| heap.code.contains(&address)) else { return Ok(None) };
         let mut segment = (address - heap.code.start) >> heap.log2_segment;
         for _ in 0..MAX_HOPS {
@@ -294,7 +296,7 @@ impl CodeReader for Heaps {
     fn ranges(&self, memory: &dyn Memory) -> Result<Vec<Range<u64>>, WhyNot> {
         let heaps = Arc::new(self.read_heaps(memory)?);
         let ranges = heaps.iter().map(|heap| heap.code.clone()).collect();
-        *self.heaps.lock() = heaps;
+        *self.found.lock() = heaps;
         Ok(ranges)
     }
 
@@ -386,6 +388,11 @@ impl CodeReader for Heaps {
         let at = |offset: i64| head.code.start.wrapping_add_signed(offset);
         let over = at(before.max(-1) + 1)..at(offset(entry));
         Ok(Scope { over, functions: if functions.is_empty() { vec![root] } else { functions } })
+    }
+
+    fn unloads(&self, memory: &dyn Memory) -> Unloads {
+        let count = self.unloaded.and_then(|at| memory.u64(at).ok());
+        count.map_or(Unloads::Unknown, Unloads::Count)
     }
 
     fn function(&self, object: u64, _: u64, memory: &dyn Memory) -> Result<CodeFunction, WhyNot> {

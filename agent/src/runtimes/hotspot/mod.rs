@@ -9,6 +9,7 @@ mod heap;
 mod layout;
 mod method;
 mod numbers;
+mod perf_data;
 mod structs;
 
 use std::sync::Arc;
@@ -74,7 +75,8 @@ impl Runtime for HotSpot {
         if structs.constant("frame::interpreter_frame_sender_sp_offset") != Some(-1) {
             return Err(WhyNot::Implausible("frames of another shape"));
         }
-        let heaps = Heaps::new(Layout::new(&structs, major)?);
+        let unloaded = perf_data::unloaded_classes(&structs, memory);
+        let heaps = Heaps::new(Layout::new(&structs, major)?, unloaded);
         heaps.ranges(memory)?;
         Ok(Attachment::Code(Arc::new(heaps)))
     }
