@@ -179,7 +179,7 @@ impl UnwindTables {
         let unwound = unwind_stack(&snapshot, &source, MAX_FRAMES);
         let missing = source.missing.into_inner();
         let is_unattached = source.is_unattached.get();
-        let WalkedCode { words: functions, mut needs, unproven } =
+        let WalkedCode { words: functions, mut needs, unproven, .. } =
             source.walk.map(CodeWalk::finish).unwrap_or_default();
         if let Some(code) = code.filter(|_| !needs.addresses.is_empty() && unwound.end != UnwindEnd::Complete)
         {

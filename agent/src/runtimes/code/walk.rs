@@ -39,6 +39,9 @@ pub(crate) struct WalkedCode {
     pub(crate) needs: CodeNeeds,
     /// Frames without a name because their class, or another one at its place, may have been unloaded since the sample.
     pub(crate) unproven: u32,
+    /// A frame was left by a rule that is not proven. The callers may be frames that had ended before the sample, of code that
+    /// was unloaded and is still in memory.
+    is_lost: bool,
 }
 
 impl<'a> CodeWalk<'a> {
@@ -55,15 +58,17 @@ impl<'a> CodeWalk<'a> {
         let frame = &frame;
         let known = self.code.known.lock();
         let mut found = self.found.borrow_mut();
-        let WalkedCode { words, needs, unproven } = &mut *found;
+        let WalkedCode { words, needs, unproven, is_lost } = &mut *found;
         let address = if frame.exact { frame.pc } else { frame.pc.wrapping_sub(1) };
         let Some(block) = known.block(address).filter(|block| block.head.code.contains(&address)) else {
-            let is_known = known.empty.get(&frame.pc).is_some_and(|at| *at >= self.time_ns);
+            let read_ns = known.empty.get(&frame.pc).copied();
+            let is_known = read_ns.is_some_and(|at| known.is_read(at, self.time_ns));
             let may_hold =
                 known.ranges.is_empty() || known.ranges.iter().any(|range| range.contains(&frame.pc));
             if !is_known && may_hold {
                 needs.addresses.insert(frame.pc);
             }
+            *is_lost |= may_hold && !read_ns.is_some_and(|at| known.is_unmoved(self.time_ns, at));
             return None;
         };
         let is_read = known.is_read(block.read_ns, self.time_ns);
@@ -86,7 +91,8 @@ impl<'a> CodeWalk<'a> {
             }
             None => known.functions(block, frame, self.time_ns, needs, unproven),
         };
-        if !(is_read || known.is_over()) || !known.is_proven(block.first_ns, self.time_ns) {
+        *is_lost |= !(is_read || known.is_over()) || !known.is_proven(block.first_ns, self.time_ns);
+        if *is_lost {
             // Another block may have been here, with a frame of another size.
             *unproven = before + 1;
             words.push((mapped_pc, Vec::new()));
