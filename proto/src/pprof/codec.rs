@@ -12,7 +12,8 @@ use zstd::{bulk, zstd_safe};
 use super::PprofError;
 use crate::profiles::Profile;
 
-/// Level of zstd. On profiles of 45 kB, level 1 takes half the time and 8 % more bytes.
+/// Level of zstd. On profiles of 40 kB, level 1 takes three quarters of the time and 15 % more bytes, and level 5 two and a half
+/// times as long for 5 % less.
 const ZSTD_LEVEL: i32 = 3;
 
 /// The compression of an encoded profile.
@@ -20,7 +21,7 @@ const ZSTD_LEVEL: i32 = 3;
 pub enum Encoding {
     /// Members of gzip. The format of every download, and the one that each collector reads.
     Gzip,
-    /// One frame of zstd that states the size of its content. It is smaller, and decoded in a third of the time.
+    /// One frame of zstd that states the size of its content. It is as large as gzip, and encoded in a fifth of the time.
     Zstd,
 }
 
