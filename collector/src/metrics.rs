@@ -153,6 +153,8 @@ collector_metrics! {
         gauge("gannet_collector_fleet_nodes_known", "Nodes that are connected or were connected lately");
     rule_pushes: Counter => RULE_PUSHES
         counter("gannet_collector_fleet_rule_pushes_total", "Rule sets sent to agents");
+    rule_errors_left_out: Counter => RULE_ERRORS_LEFT_OUT
+        counter("gannet_collector_fleet_rule_errors_left_out_total", "Errors of rules that nodes reported beyond the 256 of one answer that the collector keeps");
     late_answers: Counter => LATE_ANSWERS
         counter("gannet_collector_fleet_late_answers_total", "Answers of agents to a rule set that a newer one had replaced");
     name_conflicts: Counter => NAME_CONFLICTS

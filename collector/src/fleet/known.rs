@@ -186,17 +186,16 @@ impl KnownNode {
     /// Takes the faults that the node reports now in place of those in its answer to these rules. Returns the answer if
     /// its state has changed.
     pub(super) fn revise(&mut self, digest: &str, faults: &[RuleError], now_ms: u64) -> Option<&RuleAnswer> {
-        let answer = self.answers.back_mut().filter(|answer| answer.digest == digest)?;
+        if !self.has_changed_faults(digest, faults) {
+            return None;
+        }
+        let answer = self.answers.back_mut()?;
         let state = match faults {
             // It keeps the former rules of a staged scope, see the note.
             [] if !answer.note.is_empty() => State::Skipped,
             [] => State::Applied,
             _ => State::Partial,
         };
-        // A rejected set is not in force, and a skipped one is none of this node's.
-        if !matches!(answer.state, State::Applied | State::Partial) || answer.errors == faults {
-            return None;
-        }
         answer.errors = faults.to_vec();
         let changed = answer.state != state;
         if changed {
@@ -204,6 +203,16 @@ impl KnownNode {
             answer.since_ms = now_ms;
         }
         changed.then_some(answer)
+    }
+
+    /// Reports whether these faults differ from those in the node's answer to these rules.
+    pub(super) fn has_changed_faults(&self, digest: &str, faults: &[RuleError]) -> bool {
+        self.answers.back().is_some_and(|answer| {
+            // A rejected set is not in force, and a skipped one is none of this node's.
+            answer.digest == digest
+                && matches!(answer.state, State::Applied | State::Partial)
+                && answer.errors != faults
+        })
     }
 
     /// Forgets the answers to this revision and newer ones.

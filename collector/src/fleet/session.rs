@@ -25,13 +25,13 @@ use super::{
 };
 use crate::{
     auth::Caller,
-    rules::{NodeRules, Published},
+    rules::{NodeRules, Published, bounded_errors},
     time,
 };
 
 /// Time until the first message of a stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-/// Errors that the fleet remembers of one answer.
+/// Errors that the fleet remembers of one answer. The last one reports how many others there are.
 const MAX_ERRORS: usize = 256;
 
 /// The sending end of a control stream.
@@ -269,10 +269,10 @@ impl<'a> Session<'a> {
             }
             // A kind of answer that only a newer version knows.
             Some(agent_message::Message::Answer(Answer { answer: None, .. })) => {}
-            Some(agent_message::Message::Applied(applied)) => self.receive_applied(applied),
+            Some(agent_message::Message::Applied(applied)) => self.receive_applied(&applied),
             Some(agent_message::Message::Rejected(rejected)) => {
                 if let Some(answered) = self.take_unanswered(&rejected.nonce) {
-                    self.record(answered, State::Rejected, rejected.errors);
+                    self.record(answered, State::Rejected, &rejected.errors);
                 }
             }
             Some(agent_message::Message::Hello(_)) => {
@@ -299,8 +299,11 @@ impl<'a> Session<'a> {
                 });
             }
             if let Some(RuleFaults { errors }) = &status.faults {
-                let errors = &errors[..errors.len().min(MAX_ERRORS)];
-                revised = known.revise(&status.active_digest, errors, now_ms).cloned();
+                let (errors, left_out) = bounded_errors(errors, MAX_ERRORS);
+                if known.has_changed_faults(&status.active_digest, &errors) {
+                    self.count_left_out(left_out);
+                }
+                revised = known.revise(&status.active_digest, &errors, now_ms).cloned();
             }
             let at_ms = status.at.as_ref().and_then(time::to_ms).unwrap_or(now_ms);
             known.clock_ahead_ms = at_ms as i64 - now_ms as i64;
@@ -312,7 +315,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn receive_applied(&mut self, applied: RulesApplied) {
+    fn receive_applied(&mut self, applied: &RulesApplied) {
         let Some(answered) = self.take_unanswered(&applied.nonce) else { return };
         if applied.digest != answered.digest {
             let reason = format!(
@@ -321,7 +324,7 @@ impl<'a> Session<'a> {
                 answered.digest
             );
             let error = RuleError { reason, ..RuleError::default() };
-            return self.record(answered, State::Rejected, vec![error]);
+            return self.record(answered, State::Rejected, &[error]);
         }
         self.active.clone_from(&answered.digest);
         let state = match () {
@@ -329,7 +332,7 @@ impl<'a> Session<'a> {
             () if applied.partial.is_empty() => State::Applied,
             () => State::Partial,
         };
-        self.record(answered, state, applied.partial);
+        self.record(answered, state, &applied.partial);
     }
 
     fn has_unsent(&self) -> bool {
@@ -357,18 +360,30 @@ impl<'a> Session<'a> {
     }
 
     /// Records the node's answer in the fleet, the log and the audit.
-    fn record(&self, answered: UnansweredRules, state: State, mut errors: Vec<RuleError>) {
-        errors.truncate(MAX_ERRORS);
+    fn record(&self, answered: UnansweredRules, state: State, errors: &[RuleError]) {
         let UnansweredRules { revision, digest, offered, held, tried, .. } = answered;
         let took = offered.elapsed();
         if state == State::Rejected && !tried.is_empty() {
-            self.pause_rollouts(revision, &tried, &errors);
+            self.pause_rollouts(revision, &tried, errors);
         }
+        let (errors, left_out) = bounded_errors(errors, MAX_ERRORS);
+        self.count_left_out(left_out);
         let (state, note) = mark_held(state, &held);
         let answer = RuleAnswer { revision, digest, state, errors, since_ms: time::now_ms(), took, note };
         self.report(&answer);
         self.fleet.update(&self.node.node, self.connection, |known| known.record(answer));
         self.fleet.notify_changed();
+    }
+
+    /// Counts errors that the fleet does not remember.
+    fn count_left_out(&self, left_out: u64) {
+        if left_out > 0 && self.fleet.metrics.rule_errors_left_out.inc_by(left_out) == 0 {
+            tracing::warn!(
+                node = %self.node.node, left_out,
+                "a node reports more than {MAX_ERRORS} errors of its rules: the collector shows the first of them and counts \
+                 the others; correct those first"
+            );
+        }
     }
 
     /// Writes an answer to the log and the audit.

@@ -140,6 +140,17 @@ fn write_answers(queue: &Receiver<AuditEntry>, audit: &Weak<Audit>) {
     }
 }
 
+/// Returns at most `max` errors. If there are more, the last one says how many are left out, and that number comes second.
+pub(crate) fn bounded_errors(errors: &[RuleError], max: usize) -> (Vec<RuleError>, u64) {
+    if errors.len() <= max {
+        return (errors.to_vec(), 0);
+    }
+    let (kept, left_out) = errors.split_at(max.saturating_sub(1));
+    let reason = format!("{} further errors are not shown; correct the others first", left_out.len());
+    let last = RuleError { reason, ..RuleError::default() };
+    (kept.iter().cloned().chain([last]).collect(), left_out.len() as u64)
+}
+
 /// Returns an entry in the form of the file.
 fn line(entry: &AuditEntry) -> Value {
     let AuditEntry {
@@ -156,9 +167,9 @@ fn line(entry: &AuditEntry) -> Value {
         errors,
         note,
     } = entry;
-    let errors: Vec<Value> = errors
+    let errors: Vec<Value> = bounded_errors(errors, MAX_ERRORS)
+        .0
         .iter()
-        .take(MAX_ERRORS)
         .map(|RuleError { rule_id, field, reason }| json!([rule_id, field, reason]))
         .collect();
     let mut value =
@@ -218,6 +229,19 @@ fn entry(value: &Value) -> Option<AuditEntry> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn errors_beyond_the_limit_are_counted_in_the_last_one() {
+        let errors = |count: usize| {
+            let error = |number: usize| RuleError { rule_id: number.to_string(), ..RuleError::default() };
+            (0..count).map(error).collect::<Vec<_>>()
+        };
+        assert_eq!(bounded_errors(&errors(MAX_ERRORS), MAX_ERRORS), (errors(MAX_ERRORS), 0));
+        let (kept, left_out) = bounded_errors(&errors(MAX_ERRORS + 4), MAX_ERRORS);
+        assert_eq!((kept.len(), left_out), (MAX_ERRORS, 5));
+        assert_eq!(kept[..MAX_ERRORS - 1], errors(MAX_ERRORS - 1));
+        assert!(kept[MAX_ERRORS - 1].reason.starts_with("5 further errors"), "{:?}", kept.last());
+    }
 
     #[test]
     fn entries_round_trip_newest_first_despite_a_torn_line() {
