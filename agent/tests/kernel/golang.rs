@@ -8,9 +8,20 @@ use std::{
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::{Arc, Mutex},
+    time::Duration,
 };
 
-use crate::common::{Running, is_marked, record_for};
+use gannet_agent::{
+    engine::{Engine, EngineOptions, Window},
+    governor::Budgets,
+    kernel::KernelOptions,
+    rules::{Deny, RuleSource, SourceRules, ad_hoc},
+    tables::TableSources,
+};
+use gannet_proto::{control::Match, rules::Caps};
+
+use crate::common::{Running, is_marked, record_for, slower};
 
 const PROGRAMS: &str = "GANNET_TEST_GO_PROGRAMS";
 const PROGRAM: &str = "tests/data/Labels.go";
@@ -42,9 +53,15 @@ const BUILDS: [Build; 4] = [
 ];
 
 fn build(directory: &Path, build: &Build) -> PathBuf {
+    build_program(PROGRAM, directory, build)
+}
+
+fn build_program(program: &str, directory: &Path, build: &Build) -> PathBuf {
     let source = directory.join("source");
     std::fs::create_dir_all(&source).unwrap();
-    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join(PROGRAM), source.join("labels.go")).unwrap();
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join(program), source.join("labels.go")).unwrap();
+    // Beside a file in assembly, functions of the runtime may be named without a body.
+    std::fs::write(source.join("empty.s"), "").unwrap();
     if build.has_c {
         std::fs::write(source.join("part.go"), C_PART).unwrap();
     }
@@ -223,4 +240,80 @@ fn processes_of_50_ms_have_labels_from_their_first_sample() {
     assert!(known >= 10 && known >= unknown, "{processes:?}");
     assert!(inside >= 100 && labelled * 100 >= inside * 99, "{labelled} of {inside}: {processes:?}");
     assert!(named * 100 >= inside * 90, "{named} of {inside}: {processes:?}");
+}
+
+/// The samples of one program: all, those with labels, those with a label that was cut, and those that were lost; and the counters
+/// `labels_cut` and `labels_unsent`.
+struct Counted {
+    all: u64,
+    labelled: u64,
+    cut: u64,
+    lost: u64,
+    labels_cut: u64,
+    labels_unsent: u64,
+}
+
+async fn counted(arguments: &[&str]) -> Counted {
+    let directory = tempfile::tempdir().unwrap();
+    let program = build_program("tests/data/LabelCounts.go", directory.path(), &BUILDS[0]);
+    let windows = Arc::new(Mutex::new(Vec::new()));
+    let sink = Arc::clone(&windows);
+    let options = EngineOptions {
+        start_labels: None,
+        node: "here".into(),
+        kernel: KernelOptions::default(),
+        window: Duration::from_secs(3600),
+        caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
+        deny: Deny::default(),
+        budgets: Budgets::default(),
+        tables: Some(TableSources::default()),
+    };
+    let engine = Engine::start(options, move |window: Window| sink.lock().unwrap().push(window)).unwrap();
+    let running = Running::start(Command::new(&program).args(arguments));
+    let rule = ad_hoc("go", Match { pids: vec![running.0.id()], ..Match::default() }, 499, &[]);
+    let set = SourceRules { rules: vec![rule], ..SourceRules::default() };
+    assert_eq!(engine.replace(RuleSource::Local, set).await.unwrap(), []);
+    tokio::time::sleep(Duration::from_secs(4) * slower()).await;
+    drop(running);
+    // The kernel takes no further sample, and the engine has those that it took.
+    engine.flush().await.unwrap();
+    let counters = engine.view().await.unwrap().counters.unwrap();
+    engine.stop();
+    let windows = windows.lock().unwrap();
+    let profiles = windows.iter().flat_map(|window| &window.profiles);
+    let stacks = profiles.flat_map(|profile| &profile.raw.processes).flat_map(|process| &process.stacks);
+    let mut counted = Counted {
+        all: 0,
+        labelled: 0,
+        cut: 0,
+        lost: windows.iter().flat_map(|window| window.ledger.lost.values()).sum(),
+        labels_cut: counters.labels_cut,
+        labels_unsent: counters.labels_unsent,
+    };
+    for stack in stacks {
+        let labels = stack.labels.as_ref().map(|labels| format!("{labels:?}")).unwrap_or_default();
+        counted.all += stack.count;
+        counted.labelled += if labels.is_empty() { 0 } else { stack.count };
+        counted.cut += if labels.contains('…') { stack.count } else { 0 };
+    }
+    counted
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_sample_with_cut_labels_is_counted_once() {
+    let Counted { all, labelled, cut, lost, labels_cut, labels_unsent } = counted(&[]).await;
+    assert!(cut >= 50 && labelled >= cut + 50, "{cut} of {labelled} of {all}");
+    assert!((cut..=cut + lost).contains(&labels_cut), "{labels_cut} counted, {cut} seen, {lost} lost");
+    assert_eq!(labels_unsent, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_sample_whose_labels_cannot_be_read_is_counted_once() {
+    let Counted { all, labelled, cut: _, lost, labels_cut, labels_unsent } = counted(&["unreadable"]).await;
+    // Those from before the agent has read the program's file are not counted, nor those of the runtime's own threads.
+    assert!(
+        all >= 300 && 2 * labels_unsent >= all && labels_unsent <= all + lost,
+        "{labels_unsent} of {all}"
+    );
+    assert_eq!((labelled, labels_cut), (0, 0));
 }
