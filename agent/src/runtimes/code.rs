@@ -492,7 +492,7 @@ mod tests {
     use super::*;
     use crate::runtimes::{
         Detected, RuntimeFile, Unloads,
-        hostile::{HostileThread, named},
+        hostile::{Hostile, HostileThread, named},
         python,
     };
 
@@ -611,6 +611,27 @@ mod tests {
         assert_eq!(name_at(&interpreter, new, next), (Some("f1100_0".into()), 0));
         // The later reading changes nothing for the first sample.
         assert_eq!(name_at(&interpreter, new, sample), (None, 1));
+    }
+
+    /// Checks that a stale return address shows no name: the way to it led through a block that is not proven.
+    #[test]
+    fn callers_of_a_block_that_is_not_proven_have_no_name() {
+        let (reader, interpreter) = start(1);
+        let (known, new) = (START + 8, START + CODE_BYTES + 8);
+        read(&interpreter, [known]).unwrap();
+        let sample = boot_time_ns();
+        reader.unloaded.store(1, Ordering::Relaxed);
+        read(&interpreter, [known, new]).unwrap();
+        // Each word of the stack is a return address into the known block.
+        let word = known.to_ne_bytes();
+        let names = |pc| {
+            let thread = HostileThread::at(pc, sample, &Hostile::new(&word, None));
+            let (frames, unproven) = thread.unwind_proven(interpreter.code.as_ref().unwrap());
+            (frames.len(), named(&frames, &interpreter).len(), unproven as usize)
+        };
+        let (frames, names_of_known, unproven) = names(known);
+        assert!(frames > 10 && names_of_known == frames && unproven == 0, "{names_of_known} of {frames}");
+        assert_eq!(names(new), (frames, 0, frames));
     }
 
     #[test]
