@@ -281,7 +281,8 @@ fn a_library_above_20_000_mappings_has_names() {
             "{marked} of {samples} marked: {}",
             recording.log
         );
-        assert!(named > 0 && (!arguments.is_empty() || named * 2 > samples), "{named} of {samples} in libc");
+        // How much of its time the program is in libc depends on the CPU: strlen is fast with wide vectors.
+        assert!(named > 0 && (!arguments.is_empty() || named * 10 > samples), "{named} of {samples} in libc");
         assert!(recording.lost.values().all(|count| *count == 0), "{:?}", recording.lost);
     }
 }

@@ -112,7 +112,9 @@ fn the_agent_samples_and_ends_while_its_own_disk_hangs() {
     daemon.wait_for("a new program is sampled", || daemon.page("/debug/processes").contains("own_disk_late"));
     let log = ends_in_time(daemon);
     assert_eq!(log.matches("the file system of --state-dir does not answer (").count(), 1, "{log}");
-    assert!(log.contains("were not written to disk in time; they are lost"), "{log}");
+    // The last window waits for the disk, or for its names when the time is over.
+    let lost = ["were not written to disk in time; they are lost", "did not accept the profiles of a window"];
+    assert!(lost.iter().any(|line| log.contains(line)), "{log}");
     assert!(!log.contains("ending without the last samples"), "{log}");
 }
 
