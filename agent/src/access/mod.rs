@@ -1,6 +1,6 @@
 //! Accesses to files and processes that may never answer: on worker threads, with a deadline.
 //!
-//! A file system in user space, or a network file system, may stop to answer. A call on one of its files then waits without
+//! A file system in user space, or a network file system, may stop answering. A call on one of its files then waits without
 //! end, and so may reading a process that waits for it. So no thread that others depend on makes such calls itself. It gives
 //! them to [`Access::run`], which waits for a short time only. The call that does not answer holds one worker. Until it
 //! answers, all calls on the same [`Target`] fail at once.

@@ -1,4 +1,4 @@
-//! The agent's own files: their disk may stop to answer like any other.
+//! The agent's own files: their disk may stop answering like any other.
 
 use std::{
     fmt, io,

@@ -224,10 +224,10 @@ async fn explain(node: &Node, request: ExplainRequest) -> Result<ExplainResponse
         return Err(format!("the node has no rule `{rule_id}` in force"));
     };
     let matcher = Matcher::of(&rule.r#match.clone().unwrap_or_default());
+    let left_out = left_out_of_surveys();
     let (seen, cpus) = measure(matcher.compares_runtime()).await?;
     if pid != 0 && seen.iter().all(|seen| seen.pid != pid) {
-        let left_out = left_out_of_surveys();
-        return Err(match left_out {
+        return Err(match left_out_of_surveys() - left_out {
             0 => format!("there is no process {pid} on the node"),
             _ => format!(
                 "there is no process {pid} among the first {} of the node, which has more than the agent reads here; see \

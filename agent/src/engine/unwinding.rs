@@ -29,6 +29,8 @@ pub(super) struct Unwinding {
     changed: HashSet<ImageKey>,
     /// Images of which a thread blocked before the BPF programs could unwind its stack.
     blocked: HashSet<ImageKey>,
+    /// Images that are in the kernel while the file of their runtime is not read.
+    unread: HashSet<ImageKey>,
     /// `None` without tables: list frames stand between native ones.
     interpreters: Option<Interpreters>,
 }
@@ -40,6 +42,7 @@ impl Unwinding {
             backlog: Backlog::default(),
             changed: HashSet::new(),
             blocked: HashSet::new(),
+            unread: HashSet::new(),
             interpreters,
         }
     }
@@ -109,13 +112,12 @@ impl Unwinding {
         if let Some(interpreters) = &mut interpreters {
             self.changed.extend(interpreters.collect(kernel, processes));
         }
-        let mut again = Vec::new();
         for key in mem::take(&mut self.changed) {
             let Some(process) = live(processes, &key).filter(|_| tables.is_loaded(&key)) else { continue };
             if rules.slots().wants_off_cpu_of(process.rules) && !tables.request_all(&process.image) {
                 self.changed.insert(key);
-            } else if !write(tables, kernel, process, interpreters.as_deref_mut()) {
-                again.push(key);
+            } else {
+                write(tables, kernel, process, interpreters.as_deref_mut(), &mut self.unread);
             }
         }
         let mut unwinder = CodeUnwinder { tables, interpreters: interpreters.as_deref_mut() };
@@ -123,10 +125,8 @@ impl Unwinding {
         for resolved in &mut resolved {
             match resolved {
                 Resolved::Done(key) => {
-                    if let Some(process) = live(processes, key)
-                        && !write(tables, kernel, process, interpreters.as_deref_mut())
-                    {
-                        again.push(*key);
+                    if let Some(process) = live(processes, key) {
+                        write(tables, kernel, process, interpreters.as_deref_mut(), &mut self.unread);
                     }
                 }
                 Resolved::Changes(changes) => self.changed.extend(&changes.changed),
@@ -140,13 +140,21 @@ impl Unwinding {
         for key in mem::take(&mut self.blocked) {
             match live(processes, &key).filter(|process| !process.kernel_thread) {
                 Some(process) if tables.request_all(&process.image) => {
-                    let _ = write(tables, kernel, process, interpreters.as_deref_mut());
+                    write(tables, kernel, process, interpreters.as_deref_mut(), &mut self.unread);
                 }
                 Some(_) => drop(self.blocked.insert(key)),
                 None => {}
             }
         }
-        self.changed.extend(again);
+        for key in mem::take(&mut self.unread) {
+            match live(processes, &key) {
+                Some(process) if tables.request_listed(&process.image) => {
+                    write(tables, kernel, process, interpreters.as_deref_mut(), &mut self.unread);
+                }
+                Some(_) => drop(self.unread.insert(key)),
+                None => {}
+            }
+        }
         resolved
     }
 
@@ -234,13 +242,14 @@ impl Unwinder for CodeUnwinder<'_> {
     }
 }
 
-/// Writes an image into the kernel. Returns false if it has to be written again, because its runtime's file is not read yet.
+/// Writes an image into the kernel. Adds it to `unread` if its runtime's file is not read yet: then it has to be written again.
 fn write(
     tables: &mut UnwindTables,
     kernel: &mut Kernel,
     process: &Process,
     interpreters: Option<&mut Interpreters>,
-) -> bool {
+    unread: &mut HashSet<ImageKey>,
+) {
     let is_refused = interpreters.as_ref().is_none_or(|interpreters| interpreters.is_refused(&process.key));
     let sends_code = !is_refused && tables.has_code_file(&process.image);
     // A process that does not fit is unwound in user space. The tables log that.
@@ -248,5 +257,7 @@ fn write(
     if let (Some(interpreters), Some((file, bias))) = (interpreters, tables.runtime_of(&process.image)) {
         interpreters.found(process.key, Arc::clone(file), bias);
     }
-    tables.request_listed(&process.image)
+    if !tables.request_listed(&process.image) {
+        unread.insert(process.key);
+    }
 }

@@ -1,6 +1,6 @@
 //! The spool and the processes that touch its disk.
 //!
-//! A disk that stops to answer holds up its callers, for ever if need be. So only two workers of their own use the spool,
+//! A disk that stops answering holds up its callers, for ever if need be. So only two workers of their own use the spool,
 //! which the end of the agent leaves behind: one writes windows, the other performs the operations of the stream.
 
 use std::{

@@ -1,7 +1,7 @@
 //! Runtimes whose functions have names only if the process lists them itself, in a perf map or a jitdump: .NET, Erlang and LuaJIT.
 //! Perl is here too: it makes no code, and the agent reads nothing of its interpreter.
 //!
-//! Their frames are native ones. What is read here is the version, and why names are missing.
+//! The agent unwinds their frames as native ones. This module finds the version, and the reason why names are missing.
 
 use gannet_elf::{Elf, Symbols};
 

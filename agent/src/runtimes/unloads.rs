@@ -1,8 +1,9 @@
-//! What a process has unloaded of its classes, and at which times the agent has read that.
+//! How many classes a process has unloaded, and when the agent has read that.
 //!
 //! The address of a function's object says what the function is only as long as the object lives. A virtual machine that unloads
 //! a class may put another one in its place. So the agent reads the machine's own count of unloaded classes before a sample and
-//! behind the reading of its names. If both are equal, each address was at the time of the sample what was read behind it.
+//! behind the reading of its names. If both counts are equal, the machine has replaced no class in between: the names that the agent
+//! has read are those of the sample.
 
 use std::collections::VecDeque;
 
@@ -77,7 +78,7 @@ impl UnloadHistory {
     }
 
     /// Reports whether the process does not say what it unloads.
-    pub(super) fn is_unknown(&self) -> bool {
+    fn is_unknown(&self) -> bool {
         self.last.is_none_or(|last| last == Unloads::Unknown)
     }
 }

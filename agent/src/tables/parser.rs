@@ -224,7 +224,7 @@ const TABLES: &str = "unwind tables";
 
 /// Tables that memory has no room for.
 enum Cache {
-    /// They survive a restart. Workers use it: its disk may stop to answer.
+    /// They survive a restart. Workers use it: its disk may stop answering.
     Disk(Arc<Mutex<DiskCache>>),
     /// For the same reason workers use this one.
     Scratch(Arc<Mutex<Scratch>>),
@@ -379,7 +379,7 @@ pub(crate) fn build_table(
     build_file(open, &options)
 }
 
-/// Opens a file and makes a call with it, all on a worker: its file system may stop to answer.
+/// Opens a file and makes a call with it, all on a worker: its file system may stop answering.
 fn on_worker<T: Send + 'static>(
     file: &Arc<MappedFile>,
     call: impl FnOnce(&MappedFile, &File) -> Result<T, BuildError> + Send + 'static,

@@ -1,4 +1,4 @@
-//! A file system that stops to answer holds up nothing but the processes on it. The tests need python3 and `/dev/fuse`.
+//! A file system that stops answering holds up nothing but the processes on it. The tests need python3 and `/dev/fuse`.
 
 use std::{
     fs::{self, File},
@@ -10,7 +10,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::common::{Running, agent, in_order, program, record_for, slower};
+use crate::common::{Running, agent, in_order, on_a_screen, program, record_for, slower};
 
 const SERVER: &str = include_str!("../data/cases/hangfs.py");
 const SPIN: &str = "volatile unsigned long n;
@@ -253,7 +253,7 @@ fn check_does_not_wait_for_a_hung_program() {
     }
 }
 
-/// Checks that `top` shows others beside a hung program, and ends. It asks for a terminal, which python3 makes.
+/// Checks that `top` shows others beside a hung program, and ends.
 #[test]
 fn top_does_not_wait_for_a_hung_program() {
     let (on_disk, hung) = (spin("beside_f"), HungFs::mount(&spin("hung_f")));
@@ -261,32 +261,7 @@ fn top_does_not_wait_for_a_hung_program() {
     let _program = hung.start();
     sleep(Duration::from_millis(500));
     hung.signal(Signal::STOP);
-    // Reads the screen for some seconds, then presses q and waits for the end.
-    let script = "
-import os, pty, select, sys, time
-pid, screen = pty.fork()
-if pid == 0:
-    os.environ['TERM'] = 'xterm'
-    os.execv(sys.argv[1], [sys.argv[1], 'top'])
-import fcntl, struct, termios
-fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack('HHHH', 50, 200, 0, 0))
-seen, end, pressed = b'', time.time() + 20, False
-while time.time() < end:
-    if not pressed and b'beside_f_leaf' in seen:
-        os.write(screen, b'q')
-        pressed = True
-    if select.select([screen], [], [], 0.2)[0]:
-        try:
-            more = os.read(screen, 65536)
-        except OSError:
-            break
-        if not more:
-            break
-        seen += more
-_, status = os.waitpid(pid, os.WNOHANG if not pressed else 0)
-sys.exit(0 if pressed and status == 0 else 1)
-";
-    let mut top = Running::start(Command::new("python3").args(["-c", script]).arg(agent()));
+    let mut top = Running::start(&mut on_a_screen(&["beside_f_leaf"]));
     end_of("top ends", &mut top.0);
     assert!(top.0.wait().unwrap().success(), "it shows the other program, and ends");
 }

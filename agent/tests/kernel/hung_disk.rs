@@ -1,4 +1,4 @@
-//! A disk of the agent's own that stops to answer: the agent goes on, counts its losses, and ends. The tests need python3 and
+//! A disk of the agent's own that stops answering: the agent goes on, counts its losses, and ends. The tests need python3 and
 //! `/dev/fuse`.
 
 use std::{

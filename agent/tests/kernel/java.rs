@@ -198,8 +198,8 @@ fn number_and_generation(frame: &str) -> (Option<u32>, Option<u32>) {
     (after("Unload$Class"), after("Unload.generation"))
 }
 
-/// Checks that the frames of a class stand only below the method of its generation, and are all of one class. At `least` so many
-/// samples must show both.
+/// Checks that no stack has frames of two classes, or a class that another generation's method calls. At least `least` samples must
+/// show a class and the method that called it.
 #[track_caller]
 fn check_unloaded(java: &str, flags: &[&str], least: u64, directory: &Path) {
     let mut command = Command::new(java);

@@ -7,7 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::common::{Recording, Running, agent, life::life, program, record, record_for, slower};
+use crate::common::{
+    Recording, Running, agent, life::life, on_a_screen, program, record, record_for, slower,
+};
 
 /// A program: `busy-end MS` uses a CPU for MS milliseconds. With a second argument it ignores SIGTERM.
 const BUSY: &str = r"
@@ -106,40 +108,12 @@ fn a_recording_over_its_budget_lowers_its_rate() {
     assert_eq!((recording.governed.as_deref(), longest(&recording)), (None, 1));
 }
 
-/// Checks the budget of `top` as well: its screen says that the governor lowers the rate, and why. It asks for a terminal, which
-/// python3 makes.
+/// Checks the budget of `top` as well: its screen says that the governor lowers the rate, and why.
 #[test]
 fn top_over_its_budget_lowers_its_rate() {
     let _spinner = Running::start(Command::new(life()).args(["spin", "60000"]));
-    // The screen shows words one by one. The script reads them until those of the governor are there, then it presses q.
-    let script = "
-import fcntl, os, pty, re, select, struct, sys, termios, time
-pid, screen = pty.fork()
-if pid == 0:
-    os.environ['TERM'] = 'xterm'
-    os.execv(sys.argv[1], sys.argv[1:])
-fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack('HHHH', 50, 240, 0, 0))
-seen, end, pressed = b'', time.time() + 40, False
-while time.time() < end:
-    words = re.sub(rb'\\x1b\\[[0-9;?]*[a-zA-Z]', b' ', seen).split()
-    if not pressed and {b'lowered', b'budget', b'0.1'} <= set(words):
-        os.write(screen, b'q')
-        pressed = True
-    if select.select([screen], [], [], 0.2)[0]:
-        try:
-            more = os.read(screen, 65536)
-        except OSError:
-            break
-        if not more:
-            break
-        seen += more
-_, status = os.waitpid(pid, os.WNOHANG if not pressed else 0)
-if not pressed:
-    print(seen)
-sys.exit(0 if pressed and status == 0 else 1)
-";
-    let mut top = Command::new("python3");
-    top.args(["-c", script]).arg(agent()).args(["top", "--hz", "499", "--cpu-budget", "0.001"]);
+    let mut top = on_a_screen(&["lowered", "budget", "0.1"]);
+    top.args(["--hz", "499", "--cpu-budget", "0.001"]);
     let done = top.output().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
 }

@@ -113,14 +113,16 @@ pub async fn run(options: RunOptions) -> Result<(), RunError> {
         _ = interrupt.recv() => {}
     }
     tracing::info!("shutting down: delivering pending samples or leaving them in the spool");
-    end_in_time()?;
+    if let Err(error) = end_in_time() {
+        tracing::warn!("cannot start the thread that ends the agent in any case: {error}");
+    }
     tasks.stop().await;
     parts.stop().await;
     Ok(())
 }
 
 /// Ends the process after [`END_TIMEOUT`], whatever still waits for an answer then.
-fn end_in_time() -> Result<(), RunError> {
+fn end_in_time() -> io::Result<()> {
     let end = || {
         thread::sleep(END_TIMEOUT);
         tracing::error!(
@@ -130,7 +132,7 @@ fn end_in_time() -> Result<(), RunError> {
         super::end_workers();
         process::exit(1);
     };
-    thread::Builder::new().name("gannet-end".into()).spawn(end).map(drop).map_err(RunError::Start)
+    thread::Builder::new().name("gannet-end".into()).spawn(end).map(drop)
 }
 
 async fn apply_local_rules(node: &Node, rules: Vec<Rule>) -> Result<(), RunError> {

@@ -119,7 +119,9 @@ impl Parts {
             tracing::warn!("the last window was not symbolized in time");
         }
         if !self.exporter.shutdown(SHUTDOWN_TIMEOUT).await {
-            tracing::info!("profiles that the collector did not accept in time are in the spool");
+            tracing::info!(
+                "the collector did not accept all profiles in time: those on the disk stay in the spool"
+            );
         }
     }
 }

@@ -135,8 +135,8 @@ impl Spool {
     }
 }
 
-/// Locks the directory for the process `holder`. Waits for a lock that an agent before this one may still have. The lock holds as long as
-/// the returned file is open.
+/// Locks the directory for the process `holder`. Waits for a lock that an agent before this one may still have. The lock holds
+/// as long as the returned file is open.
 pub(super) fn lock(dir: &Path, holder: u32) -> Result<File, SpoolError> {
     let path = dir.join("lock");
     let mut file = OpenOptions::new()

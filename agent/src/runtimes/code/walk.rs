@@ -127,7 +127,8 @@ fn frame_words(number: u64, position: u32) -> [u64; 2] {
 }
 
 impl Known {
-    /// Reports whether what was read at a time shows how it was at the time of a sample.
+    /// Reports whether the agent may use for a sample what it read in a request that began at `read_ns`: behind the sample, and the
+    /// request is over.
     fn is_read(&self, read_ns: u64, time_ns: u64) -> bool {
         (time_ns..=self.checked_ns).contains(&read_ns)
     }

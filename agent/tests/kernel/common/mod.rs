@@ -207,6 +207,15 @@ pub(crate) const MUSL_WITHOUT_TABLES: [&str; 6] = [
     "-fno-omit-frame-pointer",
 ];
 
+/// Returns a command that runs `gannet-agent top` on a terminal, which python3 makes, presses q when its screen shows these words,
+/// and fails if it does not.
+pub(crate) fn on_a_screen(words: &[&str]) -> Command {
+    const SCREEN: &str = include_str!("../../data/screen.py");
+    let mut command = Command::new("python3");
+    command.args(["-c", SCREEN]).args(words).arg("--").arg(agent()).arg("top");
+    command
+}
+
 /// Runs `gannet-agent record` at this rate with these arguments, and reads its output.
 #[track_caller]
 pub(crate) fn record(hz: u32, arguments: &[&str]) -> Recording {
