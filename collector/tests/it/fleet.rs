@@ -103,9 +103,12 @@ impl Agent {
 
     pub async fn reject(&self, set: &RuleSet, field: &str) {
         let error = RuleError { rule_id: "a".into(), field: field.into(), reason: "too much".into() };
+        self.reject_with(set, vec![error]).await;
+    }
+
+    pub async fn reject_with(&self, set: &RuleSet, errors: Vec<RuleError>) {
         let RuleSet { revision, nonce, .. } = set.clone();
-        self.send(agent_message::Message::Rejected(RulesRejected { revision, nonce, errors: vec![error] }))
-            .await;
+        self.send(agent_message::Message::Rejected(RulesRejected { revision, nonce, errors })).await;
     }
 }
 

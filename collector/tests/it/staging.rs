@@ -2,8 +2,8 @@
 
 use gannet_proto::{
     control::{
-        AbortRolloutRequest, GetTriggersRequest, NodeHello, ResumeRolloutRequest, SetTriggersRequest,
-        Staging, node_rollout::State,
+        AbortRolloutRequest, GetTriggersRequest, NodeHello, ResumeRolloutRequest, RuleError,
+        SetTriggersRequest, Staging, node_rollout::State,
     },
     rules::canary_rank,
 };
@@ -12,7 +12,7 @@ use tonic::Code;
 
 use crate::{
     fleet::{Agent, becomes, rollout, state},
-    support::{eventually, start},
+    support::{eventually, metric, start},
     triggers::{Triggers, one, triggers},
 };
 
@@ -80,6 +80,32 @@ async fn a_staged_set_reaches_the_other_nodes_when_resumed() {
     assert_eq!(state(&client, answer.revision, &first).await.state(), State::Applied);
     let over = client.resume_rollout(ResumeRolloutRequest::default()).await.unwrap_err();
     assert!(over.code() == Code::FailedPrecondition && over.message().contains("not staged"), "{over}");
+    running.shutdown().await;
+}
+
+/// Checks that the collector reads all errors of an answer, and keeps the first 255 of them with the number of the others.
+#[tokio::test]
+async fn the_last_of_many_errors_pauses_a_staged_rollout() {
+    const LEFT_OUT: &str = "gannet_collector_fleet_rule_errors_left_out_total";
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let mut client = triggers(&running).await;
+    let (first, _) = halves();
+    let mut agent = Agent::connect(&running, &first, "").await;
+    client.set_triggers(half("a", None)).await.unwrap();
+    let set = agent.rules().await;
+    let error = |rule_id: String| RuleError { rule_id, field: "match".into(), reason: "no".into() };
+    let mut errors: Vec<_> = (0..299).map(|n| error(format!("other-{n}"))).collect();
+    errors.push(error("a".into()));
+    agent.reject_with(&set, errors).await;
+    eventually("the rollout is paused", || async {
+        !rollout(&client, 0).await.staged["default"].paused.is_empty()
+    })
+    .await;
+    let kept = state(&client, set.revision, &first).await.errors;
+    assert_eq!((kept.len(), kept[254].rule_id.as_str()), (256, "other-254"));
+    assert!(kept[255].reason.starts_with("45 further errors"), "{:?}", kept[255]);
+    assert!((metric(running.http_addr, LEFT_OUT).await - 45.0).abs() < 0.5);
     running.shutdown().await;
 }
 
