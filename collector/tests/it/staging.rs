@@ -83,7 +83,8 @@ async fn a_staged_set_reaches_the_other_nodes_when_resumed() {
     running.shutdown().await;
 }
 
-/// Checks that the collector reads all errors of an answer, and keeps the first 255 of them with the number of the others.
+/// Checks that the collector reads all errors of an answer, and keeps the first 255 of them with the number of the others: those
+/// name a rule of one staged scope, the last one names a rule of another.
 #[tokio::test]
 async fn the_last_of_many_errors_pauses_a_staged_rollout() {
     const LEFT_OUT: &str = "gannet_collector_fleet_rule_errors_left_out_total";
@@ -94,16 +95,22 @@ async fn the_last_of_many_errors_pauses_a_staged_rollout() {
     let mut agent = Agent::connect(&running, &first, "").await;
     client.set_triggers(half("a", None)).await.unwrap();
     let set = agent.rules().await;
-    let error = |rule_id: String| RuleError { rule_id, field: "match".into(), reason: "no".into() };
-    let mut errors: Vec<_> = (0..299).map(|n| error(format!("other-{n}"))).collect();
-    errors.push(error("a".into()));
+    agent.apply(&set, Vec::new()).await;
+    becomes(&client, 1, &first, State::Applied).await;
+    client.set_triggers(SetTriggersRequest { scope: "other".into(), ..half("b", None) }).await.unwrap();
+    let set = agent.rules().await;
+    let error =
+        |rule_id: &str| RuleError { rule_id: rule_id.into(), field: "match".into(), reason: "no".into() };
+    let mut errors = vec![error("b"); 299];
+    errors.push(error("a"));
     agent.reject_with(&set, errors).await;
-    eventually("the rollout is paused", || async {
-        !rollout(&client, 0).await.staged["default"].paused.is_empty()
+    eventually("both rollouts are paused", || async {
+        let staged = rollout(&client, 0).await.staged;
+        ["default", "other"].iter().all(|scope| !staged[*scope].paused.is_empty())
     })
     .await;
     let kept = state(&client, set.revision, &first).await.errors;
-    assert_eq!((kept.len(), kept[254].rule_id.as_str()), (256, "other-254"));
+    assert_eq!((kept.len(), kept[254].rule_id.as_str()), (256, "b"));
     assert!(kept[255].reason.starts_with("45 further errors"), "{:?}", kept[255]);
     assert!((metric(running.http_addr, LEFT_OUT).await - 45.0).abs() < 0.5);
     running.shutdown().await;
