@@ -17,7 +17,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     thread,
     time::{Duration, Instant},
@@ -33,12 +33,12 @@ use rustix::{
 
 use super::{CgroupHierarchy, id_of, mount_of};
 
-/// Groups whose paths are remembered, removed ones included.
+/// Groups whose paths are remembered, removed ones included. The kernel knows the path of a forgotten one while it exists.
 const MAX_KNOWN: NonZeroUsize = NonZeroUsize::new(16_384).unwrap();
-/// Groups in one scan, and watched directories: a node has some hundreds.
-const MAX_GROUPS: usize = 16_384;
-/// Levels below the root.
-const MAX_LEVELS: usize = 32;
+/// Groups in one scan, and watched directories: a node has some hundreds. The tree counts those beyond.
+pub(crate) const MAX_GROUPS: usize = 16_384;
+/// Levels below the root. The tree counts the groups on the next one.
+pub(crate) const MAX_LEVELS: usize = 32;
 /// Without `open_by_handle_at` the tree scans all directories to find an id; the least time between two such scans.
 const SCAN_INTERVAL: Duration = Duration::from_secs(1);
 /// How often the watching thread checks whether the tree is still in use.
@@ -55,6 +55,30 @@ pub struct CgroupTree {
     scanned_at: Mutex<Option<Instant>>,
     /// The kernel refuses `open_by_handle_at` to this process.
     no_handles: AtomicBool,
+    max_groups: usize,
+    cut: CutGroups,
+}
+
+/// Groups that the tree leaves out, as atomics.
+#[derive(Debug, Default)]
+struct CutGroups {
+    beyond_count: AtomicU64,
+    beyond_levels: AtomicU64,
+    unwatched: AtomicU64,
+    /// Of the last scan that left groups out, and of the first group without a watch; logged.
+    is_scan_logged: AtomicBool,
+    is_watch_logged: AtomicBool,
+}
+
+/// Groups that a [`CgroupTree`] leaves out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct CgroupTreeStats {
+    /// Groups beyond [`MAX_GROUPS`] that the last scan saw and did not read. Groups below them are not counted.
+    pub(crate) beyond_count: u64,
+    /// Groups below [`MAX_LEVELS`] levels that the last scan saw and did not read. Groups below them are not counted.
+    pub(crate) beyond_levels: u64,
+    /// Groups that got no watch, since the start: the next scan finds the groups below them.
+    pub(crate) unwatched: u64,
 }
 
 /// One control group.
@@ -87,11 +111,11 @@ pub enum CgroupTreeError {
 impl CgroupTree {
     /// Opens the tree of a hierarchy of this host.
     pub(crate) fn of(hierarchy: CgroupHierarchy) -> Result<Self, CgroupTreeError> {
-        Self::at(&mount_of(hierarchy.controller()).ok_or(CgroupTreeError::NotMounted)?)
+        Self::at(&mount_of(hierarchy.controller()).ok_or(CgroupTreeError::NotMounted)?, MAX_GROUPS)
     }
 
-    /// Opens the tree below a directory.
-    fn at(root: &Path) -> Result<Self, CgroupTreeError> {
+    /// Opens the tree below a directory, of which scans read at most `max_groups` groups.
+    fn at(root: &Path, max_groups: usize) -> Result<Self, CgroupTreeError> {
         use rustix::fs::{Mode, OFlags, open};
         let directory = open(root, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|error| CgroupTreeError::Read { path: root.to_owned(), source: error.into() })?;
@@ -101,6 +125,8 @@ impl CgroupTree {
             known: Mutex::new(LruCache::new(MAX_KNOWN)),
             scanned_at: Mutex::default(),
             no_handles: AtomicBool::new(false),
+            max_groups,
+            cut: CutGroups::default(),
         })
     }
 
@@ -138,19 +164,60 @@ impl CgroupTree {
     pub(crate) fn scan(&self) -> Vec<Cgroup> {
         let mut groups = Vec::new();
         let mut ahead = vec![(self.root.clone(), 0)];
-        while let Some((directory, level)) = ahead.pop() {
-            if groups.len() >= MAX_GROUPS {
-                tracing::warn!("more than {MAX_GROUPS} control groups; rules on pods miss some of them");
-                break;
-            }
+        let mut beyond_levels = 0;
+        while groups.len() < self.max_groups
+            && let Some((directory, level)) = ahead.pop()
+        {
             if let Some(group) = self.group(&directory) {
                 groups.push(group);
             }
             if level < MAX_LEVELS {
                 ahead.extend(subdirectories(&directory).map(|path| (path, level + 1)));
+            } else {
+                beyond_levels += subdirectories(&directory).count() as u64;
             }
         }
+        let (deep, next) = (beyond_levels > 0, ahead.last().map(|(directory, _)| directory));
+        self.set_cut(ahead.len() as u64, beyond_levels);
+        if (deep || next.is_some()) && !self.cut.is_scan_logged.swap(true, Relaxed) {
+            tracing::warn!(
+                beyond_count = ahead.len(),
+                beyond_levels,
+                "not all control groups are read: the agent reads {} of them, down to level {MAX_LEVELS}; rules by pod do not \
+                 reach the others{}; remove unused groups; /debug/pods shows the count",
+                self.max_groups,
+                next.map_or_else(String::new, |next| format!(", one of which is {}", next.display()))
+            );
+        }
         groups
+    }
+
+    fn set_cut(&self, beyond_count: u64, beyond_levels: u64) {
+        self.cut.beyond_count.store(beyond_count, Relaxed);
+        self.cut.beyond_levels.store(beyond_levels, Relaxed);
+        if beyond_count == 0 && beyond_levels == 0 {
+            self.cut.is_scan_logged.store(false, Relaxed);
+        }
+    }
+
+    /// Returns the counts of groups that are left out.
+    pub(crate) fn stats(&self) -> CgroupTreeStats {
+        CgroupTreeStats {
+            beyond_count: self.cut.beyond_count.load(Relaxed),
+            beyond_levels: self.cut.beyond_levels.load(Relaxed),
+            unwatched: self.cut.unwatched.load(Relaxed),
+        }
+    }
+
+    /// Counts a group that the watching thread cannot follow.
+    fn count_unwatched(&self, directory: &Path, why: &str) {
+        self.cut.unwatched.fetch_add(1, Relaxed);
+        if !self.cut.is_watch_logged.swap(true, Relaxed) {
+            tracing::warn!(
+                group = %directory.display(),
+                "new control groups below this one and some others are noticed late, at the next scan of all: {why}"
+            );
+        }
     }
 
     /// Starts a thread that calls `changed` some milliseconds after groups were created or removed, and remembers the paths
@@ -161,7 +228,7 @@ impl CgroupTree {
     ) -> io::Result<thread::JoinHandle<()>> {
         let notices = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
         let tree = Arc::downgrade(self);
-        let mut watched = Watched { notices, paths: HashMap::new(), full: false };
+        let mut watched = Watched { notices, paths: HashMap::new() };
         watched.add(self, &self.root);
         thread::Builder::new().name("gannet-cgroups".into()).spawn(move || {
             let timeout = Timespec::try_from(WATCH_TIMEOUT).ok();
@@ -238,7 +305,6 @@ impl CgroupTree {
 struct Watched {
     notices: OwnedFd,
     paths: HashMap<i32, PathBuf>,
-    full: bool,
 }
 
 impl Watched {
@@ -247,20 +313,19 @@ impl Watched {
         let mut ahead = vec![(directory.to_owned(), 0)];
         while let Some((directory, level)) = ahead.pop() {
             let flags = WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::MOVED_TO | WatchFlags::ONLYDIR;
-            if self.paths.len() < MAX_GROUPS {
+            if self.paths.len() < tree.max_groups {
                 match inotify::add_watch(&self.notices, &directory, flags) {
                     Ok(number) => {
                         self.paths.insert(number, directory.clone());
                     }
-                    Err(Errno::NOSPC | Errno::NOMEM) if !self.full => {
-                        self.full = true;
-                        tracing::warn!(
-                            "new control groups are noticed late: fs.inotify.max_user_watches is reached; raise it"
-                        );
+                    Err(Errno::NOSPC | Errno::NOMEM) => {
+                        tree.count_unwatched(&directory, "fs.inotify.max_user_watches is reached; raise it");
                     }
                     // The directory was removed again.
                     Err(_) => {}
                 }
+            } else {
+                tree.count_unwatched(&directory, "the agent follows no more; remove unused groups");
             }
             // After the watch was added: a directory made meanwhile is in the scan or in the events.
             tree.group(&directory);
@@ -319,10 +384,55 @@ mod tests {
     use super::*;
 
     #[test]
+    fn groups_beyond_the_limits_are_counted() {
+        let root = tempfile::tempdir().unwrap();
+        let deep = |levels: usize| (0..levels).map(|_| "d").collect::<PathBuf>();
+        fs::create_dir_all(root.path().join(deep(MAX_LEVELS))).unwrap();
+        for name in ["a", "b", "c"] {
+            fs::create_dir(root.path().join(name)).unwrap();
+        }
+        // Level by level below the root, the root itself, and three others.
+        let all = MAX_LEVELS + 1 + 3;
+        let scan = |max| {
+            let tree = Arc::new(CgroupTree::at(root.path(), max).unwrap());
+            (tree.scan().len(), tree.stats())
+        };
+        assert_eq!(scan(all), (all, CgroupTreeStats::default()));
+        // At least one is ahead; those below it are not known.
+        let (read, left_out) = scan(all - 1);
+        assert_eq!((read, left_out.beyond_count, left_out.beyond_levels), (all - 1, 1, 0));
+        assert_eq!(scan(1), (1, CgroupTreeStats { beyond_count: 4, ..CgroupTreeStats::default() }));
+        for name in ["x", "y"] {
+            fs::create_dir(root.path().join(deep(MAX_LEVELS)).join(name)).unwrap();
+        }
+        assert_eq!(scan(all), (all, CgroupTreeStats { beyond_levels: 2, ..CgroupTreeStats::default() }));
+        // The count follows the tree.
+        let tree = Arc::new(CgroupTree::at(root.path(), all).unwrap());
+        tree.scan();
+        assert_eq!(tree.stats().beyond_levels, 2);
+        fs::remove_dir(root.path().join(deep(MAX_LEVELS)).join("x")).unwrap();
+        tree.scan();
+        assert_eq!(tree.stats().beyond_levels, 1);
+    }
+
+    #[test]
+    fn groups_beyond_the_watches_are_counted() {
+        let root = tempfile::tempdir().unwrap();
+        for name in ["a", "b", "c"] {
+            fs::create_dir(root.path().join(name)).unwrap();
+        }
+        let tree = Arc::new(CgroupTree::at(root.path(), 2).unwrap());
+        let thread = tree.watch(|| {}).unwrap();
+        assert_eq!(tree.stats().unwatched, 2);
+        drop(tree);
+        thread.join().unwrap();
+    }
+
+    #[test]
     fn any_directory_tree_can_be_scanned_and_watched() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("kubepods/podU")).unwrap();
-        let tree = Arc::new(CgroupTree::at(root.path()).unwrap());
+        let tree = Arc::new(CgroupTree::at(root.path(), MAX_GROUPS).unwrap());
         let paths = |tree: &CgroupTree| {
             let mut paths: Vec<_> = tree.scan().iter().map(|group| group.path.to_string()).collect();
             paths.sort();

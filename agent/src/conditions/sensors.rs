@@ -31,7 +31,7 @@ use crate::{
 
 /// How often the thread measures all conditions.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Tasks watched at one time. The thread logs how many more there are.
+/// Tasks watched at one time. The others are faults of their rules.
 const MAX_TASKS: usize = 512;
 /// Reports that wait for the engine, which takes them ten times a second.
 const MAX_REPORTS: usize = 64;
@@ -72,6 +72,8 @@ struct Shared {
     wake_up: OwnedFd,
     ended: AtomicBool,
     dropped: AtomicU64,
+    /// Tasks of the last list beyond [`MAX_TASKS`].
+    unwatched: AtomicU64,
 }
 
 impl Sensors {
@@ -82,6 +84,7 @@ impl Sensors {
             wake_up: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             ended: AtomicBool::new(false),
             dropped: AtomicU64::new(0),
+            unwatched: AtomicU64::new(0),
         });
         let (sender, reports) = sync_channel(MAX_REPORTS);
         let sensors = SensorThread {
@@ -89,6 +92,7 @@ impl Sensors {
             sender,
             on_report: Box::new(on_report),
             sensors: BTreeMap::new(),
+            unwatched: BTreeMap::new(),
         };
         let thread = thread::Builder::new().name("gannet-sensors".into()).spawn(move || sensors.run())?;
         Ok(Self { shared, reports, thread: Some(thread) })
@@ -108,6 +112,11 @@ impl Sensors {
     /// Returns how many reports the thread dropped because the queue was full.
     pub(crate) fn dropped(&self) -> u64 {
         self.shared.dropped.load(Relaxed)
+    }
+
+    /// Returns how many tasks of the last list the thread does not watch, because there are too many.
+    pub(crate) fn unwatched(&self) -> u64 {
+        self.shared.unwatched.load(Relaxed)
     }
 
     fn wake(&self) {
@@ -134,6 +143,8 @@ struct SensorThread {
     sender: SyncSender<SensorReport>,
     on_report: Box<dyn Fn() + Send>,
     sensors: BTreeMap<Key, Sensor>,
+    /// The number of tasks of each rule beyond [`MAX_TASKS`].
+    unwatched: BTreeMap<RuleId, u64>,
 }
 
 struct Sensor {
@@ -186,6 +197,7 @@ impl SensorThread {
                     report.faults.insert(sensor.task.rule.clone(), why.clone());
                 }
             }
+            self.add_unwatched(&mut report.faults);
             if (all || changed || !report.observations.is_empty()) && self.sender.try_send(report).is_err() {
                 self.shared.dropped.fetch_add(1, Relaxed);
             } else if !ready.is_empty() {
@@ -222,8 +234,8 @@ impl SensorThread {
     /// Keeps the sensors of tasks that stay, and opens those of new tasks.
     fn set_tasks(&mut self, tasks: Vec<SensorTask>) {
         let mut former = std::mem::take(&mut self.sensors);
-        let more = tasks.len().saturating_sub(MAX_TASKS);
-        for task in tasks.into_iter().take(MAX_TASKS) {
+        let mut tasks = tasks.into_iter();
+        for task in tasks.by_ref().take(MAX_TASKS) {
             let key = (task.rule.clone(), task.condition, task.scope);
             let sensor = match former.remove(&key) {
                 Some(sensor) if sensor.task.kind == task.kind && !sensor.is_broken() => sensor,
@@ -231,12 +243,35 @@ impl SensorThread {
             };
             self.sensors.insert(key, sensor);
         }
-        if more > 0 {
+        let mut unwatched: BTreeMap<RuleId, u64> = BTreeMap::new();
+        for task in tasks {
+            *unwatched.entry(task.rule).or_default() += 1;
+        }
+        let former = std::mem::replace(&mut self.unwatched, unwatched);
+        let count = self.unwatched.values().sum();
+        self.shared.unwatched.store(count, Relaxed);
+        if let Some((rule, of_rule)) = self.unwatched.first_key_value()
+            && former.is_empty()
+        {
             tracing::warn!(
-                more,
-                "not all conditions are watched: the agent watches {MAX_TASKS} conditions of containers at one time; \
-                 narrow the rules' match"
+                count,
+                rule,
+                of_rule,
+                "not all conditions are watched: the agent watches {MAX_TASKS} conditions of containers at one time; narrow the \
+                 rules' match; /debug/rules shows the rules"
             );
+        }
+    }
+
+    /// Adds the tasks beyond the limit to the faults of their rules.
+    fn add_unwatched(&self, faults: &mut BTreeMap<RuleId, String>) {
+        for (rule, count) in &self.unwatched {
+            let why = format!(
+                "the agent watches {MAX_TASKS} conditions of containers at one time, which leaves out {count} of this rule; narrow \
+                 its match"
+            );
+            let fault = faults.entry(rule.clone()).or_default();
+            *fault = if fault.is_empty() { why } else { format!("{fault}; {why}") };
         }
     }
 }
@@ -395,4 +430,47 @@ fn open_cpu(task: &SensorTask) -> Result<(String, Measurement), String> {
     let part = container_part(&path);
     let cpu = directory(&root, part);
     Ok((part.to_owned(), Measurement::Cpu { cpu, cpuacct, former: None }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    /// Returns the faults of the first report that has the list of tasks, and the number of tasks that are left out.
+    #[track_caller]
+    fn watched(sensors: &Sensors, tasks: Vec<SensorTask>, unwatched: u64) -> BTreeMap<RuleId, String> {
+        let _ = sensors.reports().count();
+        sensors.watch(tasks);
+        let until = Instant::now() + Duration::from_secs(60);
+        while Instant::now() < until {
+            if sensors.unwatched() == unwatched
+                && let Some(report) = sensors.reports().last()
+            {
+                return report.faults;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        panic!("{} tasks are left out, not {unwatched}", sensors.unwatched());
+    }
+
+    #[test]
+    fn conditions_beyond_the_limit_are_faults_of_their_rules() {
+        let task = |rule: &str, group: usize| SensorTask {
+            rule: rule.into(),
+            condition: 0,
+            kind: condition::Kind::CpuUsage(condition::CpuUsage { above_millicores: u32::MAX, r#for: None }),
+            scope: WatchScope::Group(group as u64),
+            member: std::process::id(),
+        };
+        let tasks = |rule: &'static str, count| (0..count).map(move |group| task(rule, group));
+        let sensors = Sensors::start(|| {}).unwrap();
+        let all = tasks("a", 500).chain(tasks("b", MAX_TASKS - 500)).chain(tasks("c", 3)).collect();
+        let faults = watched(&sensors, all, 3);
+        assert!(faults["c"].contains("leaves out 3 of this rule"), "{faults:?}");
+        assert!(!faults.contains_key("a") && !faults.contains_key("b"), "{faults:?}");
+        let fewer = tasks("a", 500).chain(tasks("b", MAX_TASKS - 500)).collect();
+        assert_eq!(watched(&sensors, fewer, 0), BTreeMap::new());
+    }
 }

@@ -28,8 +28,12 @@ const RULE_BUCKET: (u32, Duration) = (10, Duration::from_secs(10));
 const SCOPE_BUCKET: (u32, Duration) = (5, Duration::from_secs(20));
 /// Bucket of the node, shared by all rules and scopes.
 const NODE_BUCKET: (u32, Duration) = (20, Duration::from_secs(3));
-/// Scopes to remember. Beyond that the agent forgets those that are idle.
+/// Scopes to remember. Beyond that the agent forgets those without any effect on later captures, so this limit cuts nothing.
+/// The others are bounded: sensors watch a limited number of scopes, and the node's bucket limits the scopes with a cooldown.
 const MAX_SCOPES: usize = 4096;
+
+/// A scope without a measurement for this time is not watched any more: the sensors measure once a second.
+const UNSEEN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The processes for which a condition is watched, and which its capture samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -104,6 +108,8 @@ struct RuleState {
 struct ScopeState {
     /// Since when a condition holds, by its index.
     since: BTreeMap<usize, Duration>,
+    /// When it was measured last.
+    seen: Duration,
     running: usize,
     /// End of the cooldown.
     rests_until: Duration,
@@ -149,6 +155,7 @@ impl Triggers {
         let state = self.rules.get_mut(rule)?;
         let kind = state.rule.when.get(*condition)?.kind?;
         let at = state.scopes.entry(*scope).or_default();
+        at.seen = now;
         let evidence = match level {
             ConditionLevel::Low => {
                 at.since.remove(condition);
@@ -178,6 +185,7 @@ impl Triggers {
 
     /// Returns the captures that schedules start until `now`.
     pub(crate) fn tick(&mut self, now: Duration) -> Vec<CaptureStart> {
+        self.forget(now);
         let mut due = Vec::new();
         for (id, state) in &mut self.rules {
             for (number, next) in state.schedules.iter_mut().filter(|(_, next)| **next <= now) {
@@ -265,7 +273,10 @@ impl Triggers {
             self.scopes.retain(|_, bucket| !bucket.is_full(now));
         }
         for state in self.rules.values_mut().filter(|state| state.scopes.len() > MAX_SCOPES) {
-            state.scopes.retain(|_, at| at.running > 0 || at.rests_until > now);
+            state.scopes.retain(|_, at| {
+                let is_watched = !at.since.is_empty() && now.saturating_sub(at.seen) < UNSEEN_TIMEOUT;
+                is_watched || at.running > 0 || at.rests_until > now
+            });
         }
     }
 }
@@ -391,6 +402,36 @@ mod tests {
         assert_eq!(triggers.tick(at(6000)).len(), 1);
         triggers.ended("r", WatchScope::Node, false, at(6030));
         assert_eq!(triggers.tick(at(6031)), []);
+    }
+
+    /// Checks that the limit of scopes takes neither a condition that holds nor a cooldown away, and that it does limit.
+    #[test]
+    fn more_scopes_than_remembered_change_no_capture() {
+        let mut triggers = triggers(USAGE);
+        let group = |number: usize| WatchScope::Group(1000 + number as u64);
+        // One rests, one holds its condition since second 90, many others are over.
+        triggers.observe(&high(WatchScope::Group(1)), at(80));
+        assert!(triggers.observe(&high(WatchScope::Group(1)), at(85)).is_some());
+        triggers.ended("r", WatchScope::Group(1), false, at(85));
+        assert_eq!(triggers.observe(&high(WatchScope::Group(2)), at(90)), None);
+        for number in 0..=MAX_SCOPES {
+            triggers.observe(&observed(group(number), ConditionLevel::Low), at(90));
+        }
+        // A start of another one forgets those.
+        triggers.observe(&high(WatchScope::Group(3)), at(86));
+        assert!(triggers.observe(&high(WatchScope::Group(3)), at(91)).is_some());
+        assert_eq!(triggers.rules["r"].scopes.len(), 3);
+        triggers.ended("r", WatchScope::Group(3), false, at(91));
+        assert!(triggers.observe(&high(WatchScope::Group(2)), at(95)).is_some(), "it has held for 5 s");
+        assert_eq!(triggers.observe(&high(WatchScope::Group(1)), at(95)), None, "its cooldown");
+        // Scopes that vanished while their condition held are forgotten too.
+        for number in 0..=MAX_SCOPES {
+            triggers.observe(&high(group(number)), at(200));
+        }
+        triggers.ended("r", WatchScope::Group(2), false, at(200));
+        assert!(triggers.rules["r"].scopes.len() > MAX_SCOPES);
+        assert_eq!(triggers.tick(at(300)), []);
+        assert_eq!(triggers.rules["r"].scopes.len(), 0);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use prometheus_client::registry::Registry;
 
 use crate::{
     access::{self, AccessStats},
+    cgroup::CgroupTreeStats,
     conditions::SuppressedStarts,
     engine::{EngineError, EngineView, InterpreterStats, StackEnds},
     export::{SpoolStats, StreamStats},
@@ -17,7 +18,7 @@ use crate::{
     pods::{LeftOut, PodCounts, PodFeedKind},
     process::{FileTableStats, MetadataStats, ProcessStats, left_out_of_surveys, perf_map_files},
     profile::RecorderStats,
-    runtimes::{read_cpu_time, text_bytes},
+    runtimes::{cut_searches, read_cpu_time, text_bytes},
     symbols::SymbolizerStats,
     tables::TableStats,
 };
@@ -57,6 +58,7 @@ gannet_base::metrics! {
     PROCESSES_MISSED = counter("gannet_agent_process_table_missed_total", "Processes that exited before the agent could read them");
     PROCESS_RESCANS = counter("gannet_agent_process_table_rescans_total", "Readings of the mappings of a process beyond the first");
     PROCESS_MAPPINGS_CUT = counter("gannet_agent_process_mappings_cut_total", "Executable mappings beyond the 65,536 that the agent reads of one process; code in them has no names, and /debug/processes shows the process");
+    PROCESS_PENDING_FULL = counter("gannet_agent_process_table_pending_full_total", "Images whose mappings the agent read from /proc although the kernel reported them, because more than 4,096 processes called execve at one time; /debug/processes shows where mappings come from");
     PROCESSES_PRUNED = counter("gannet_agent_process_table_pruned_total", "Exited processes that left the agent's table early because it was full");
     PROCESS_METADATA = counter("gannet_agent_process_metadata_total", "Look-ups of the metadata of a process, by outcome: `hit`, `read` from /proc, `failed`, `saturated` (the cache was full)", ["outcome"]);
     PROCESS_METADATA_PRUNED = counter("gannet_agent_process_metadata_pruned_total", "Entries of exited or idle processes that left the metadata cache");
@@ -104,6 +106,7 @@ gannet_base::metrics! {
     RUNTIME_READS_DELAYED = counter("gannet_agent_runtimes_reads_delayed_total", "Reads of interpreters' memory that waited, to keep within that CPU time");
     RUNTIME_FUNCTIONS_UNREAD = counter("gannet_agent_runtimes_functions_unread_total", "Interpreted functions without a name, because too many reads waited");
     RUNTIME_FRAMES_UNPROVEN = counter("gannet_agent_runtimes_frames_unproven_total", "Frames of Java and JavaScript without a name, because their code or class may have been replaced between the sample and its reading");
+    CUT_SEARCHES = counter("gannet_agent_runtimes_cut_searches_total", "Searches of previews, explanations and /debug/processes that found no interpreter among the first 512 programs and libraries that a process maps, and searched no more");
     RUNTIME_TEXT_BYTES = gauge("gannet_agent_runtimes_text_bytes", "Memory of the names of interpreted functions");
 
     CAPTURES_HELD_BACK = counter("gannet_agent_captures_held_back_total", "Captures that did not start although their condition held, by reason", ["reason"]);
@@ -113,6 +116,7 @@ gannet_base::metrics! {
     RECORDER_BYTES = gauge("gannet_agent_recorder_bytes", "Memory of the flight recorder");
     RECORDER_EVICTED = counter("gannet_agent_recorder_samples_evicted_total", "Samples that the flight recorder dropped before their time because it was full");
     CONDITION_REPORTS_DROPPED = counter("gannet_agent_conditions_reports_dropped_total", "Reports of conditions that arrived faster than the agent handled them");
+    CONDITION_UNWATCHED = gauge("gannet_agent_conditions_unwatched", "Conditions of containers beyond the 512 that the agent watches at one time; /debug/rules shows the rules");
     CONDITION_STRAYS = counter("gannet_agent_conditions_stray_samples_total", "Samples for an exec condition whose capture had ended");
 
     SPOOL_BYTES = gauge("gannet_agent_spool_bytes", "Size of the batches on disk");
@@ -134,6 +138,9 @@ gannet_base::metrics! {
     POD_UNKNOWN = gauge("gannet_agent_pods_unknown_containers", "Containers whose pod is not known, by state of the search", ["state"]);
     POD_REFUSED = counter("gannet_agent_pods_refused_total", "Pods beyond the 10,000 that the agent stores, counted in each list");
     POD_LEFT_OUT = counter("gannet_agent_pods_left_out_total", "Parts of pods that the agent does not keep, counted once for each pod: `labels` and `containers` beyond 512; /debug/pods shows the pods", ["part"]);
+    POD_POSTPONED = counter("gannet_agent_pods_postponed_containers_total", "Times that a container in no pod's control group was seen while 256 others waited until the agent reads who started them; it is read when it is seen again");
+    CGROUPS_LEFT_OUT = gauge("gannet_agent_cgroups_left_out", "Control groups that rules by pod do not reach, by limit: `count` (16,384 groups) or `levels` (32 below the root); groups below these are not counted", ["limit"]);
+    CGROUPS_UNWATCHED = counter("gannet_agent_cgroups_unwatched_total", "Control groups that the agent does not follow, because there are more than 16,384 or fs.inotify.max_user_watches is reached; it sees new groups below them at the next scan of all");
     CUT_LABELS = counter("gannet_agent_pods_cut_label_values_total", "Label values of profiles above 2,048 bytes, which the agent cut with a mark because a collector refuses them");
 
     CONNECTED = gauge("gannet_agent_control_connected", "1 while the control stream to the collector is up");
@@ -153,11 +160,13 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
     snapshot.add(&COMMANDS_REFUSED, node.engine.refused_commands());
     snapshot.add(&UNWIND_TABLES_REFUSED, node.supplied().refused.len());
     snapshot.add(&RUNTIME_TEXT_BYTES, text_bytes());
+    snapshot.add(&CUT_SEARCHES, cut_searches());
     snapshot.add(&RUNTIME_READ_CPU, read_cpu_time().as_secs_f64());
     add_symbols(&mut snapshot, &node.symbols);
     add_spool(&mut snapshot, &node.spool);
     add_export(&mut snapshot, &node.stream);
     add_pods(&mut snapshot, node);
+    add_groups(&mut snapshot, node);
     snapshot.add(&CONNECTED, node.connected.load(Relaxed));
     snapshot.add(&DEGRADED, node.degraded().len());
     let mut registry = Registry::default();
@@ -203,6 +212,7 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
         suppressed_captures,
         recorder,
         sensor_reports_dropped,
+        unwatched_conditions,
         stray_samples,
         rate_divisor,
         stack_ends,
@@ -242,6 +252,7 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
     snapshot.add(&RECORDER_BYTES, bytes);
     snapshot.add(&RECORDER_EVICTED, evicted);
     snapshot.add(&CONDITION_REPORTS_DROPPED, *sensor_reports_dropped);
+    snapshot.add(&CONDITION_UNWATCHED, *unwatched_conditions);
     snapshot.add(&CONDITION_STRAYS, *stray_samples);
     snapshot.add(&RATE_DIVISOR, *rate_divisor);
     snapshot.add(&PROCESSES, *processes);
@@ -365,6 +376,7 @@ fn add_processes(snapshot: &mut Snapshot, stats: ProcessStats) {
         missed,
         rescans,
         cut_mappings,
+        pending_full,
         pruned,
         saturated,
         reconciled,
@@ -376,6 +388,7 @@ fn add_processes(snapshot: &mut Snapshot, stats: ProcessStats) {
     snapshot.add(&PROCESSES_MISSED, missed);
     snapshot.add(&PROCESS_RESCANS, rescans);
     snapshot.add(&PROCESS_MAPPINGS_CUT, cut_mappings);
+    snapshot.add(&PROCESS_PENDING_FULL, pending_full);
     snapshot.add(&PROCESSES_PRUNED, pruned);
     snapshot.add(&PROCESSES_RECONCILED, reconciled);
     snapshot.add(&PROCESSES_UNLABELLED, unlabelled);
@@ -470,7 +483,8 @@ fn add_pods(snapshot: &mut Snapshot, node: &Node) {
     if let Some(since) = status.last_update.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()) {
         snapshot.add(&POD_LAST_UPDATE, since.as_secs_f64());
     }
-    let PodCounts { containers, requested, unlisted, refused, left_out, cut_labels } = node.pods.counts();
+    let PodCounts { containers, requested, unlisted, refused, left_out, cut_labels, postponed } =
+        node.pods.counts();
     snapshot.add(&POD_CONTAINERS, containers);
     for (state, count) in [("asked_for", requested), ("in_no_list", unlisted)] {
         snapshot.add_labelled(&POD_UNKNOWN, [state], count);
@@ -481,6 +495,16 @@ fn add_pods(snapshot: &mut Snapshot, node: &Node) {
         snapshot.add_labelled(&POD_LEFT_OUT, [part], count);
     }
     snapshot.add(&CUT_LABELS, cut_labels);
+    snapshot.add(&POD_POSTPONED, postponed);
+}
+
+fn add_groups(snapshot: &mut Snapshot, node: &Node) {
+    let stats = node.engine.groups().map(|groups| groups.stats()).unwrap_or_default();
+    let CgroupTreeStats { beyond_count, beyond_levels, unwatched } = stats;
+    for (limit, count) in [("count", beyond_count), ("levels", beyond_levels)] {
+        snapshot.add_labelled(&CGROUPS_LEFT_OUT, [limit], count);
+    }
+    snapshot.add(&CGROUPS_UNWATCHED, unwatched);
 }
 
 #[cfg(test)]

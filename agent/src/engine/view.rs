@@ -64,6 +64,8 @@ pub struct EngineView {
     pub recorder: RecorderStats,
     /// Sensor reports that came faster than the engine took them.
     pub sensor_reports_dropped: u64,
+    /// Conditions in scopes that the sensors do not watch, because there are too many.
+    pub unwatched_conditions: u64,
     /// Samples of exec conditions whose capture was over when they came.
     pub stray_samples: u64,
     /// Why rates are lowered, captures refused, or everything switched off; human-readable.
@@ -216,6 +218,7 @@ impl ViewSources<'_> {
             suppressed_captures: self.captures.suppressed(),
             recorder: self.reader.intake.recorder_stats(),
             sensor_reports_dropped: self.captures.dropped_reports(),
+            unwatched_conditions: self.captures.unwatched(),
             stray_samples: self.captures.strays(),
             governed: self.limits.reason().map(str::to_owned),
             rate_divisor: self.limits.rate_divisor(),

@@ -50,7 +50,7 @@ use crate::{
     profile::SeriesProfile,
 };
 
-/// Containers without a pod that wait until their parents are read. More are read when they are seen again.
+/// Containers without a pod that wait until their parents are read. More are counted, and are read when they are seen again.
 const MAX_UNPLACED: usize = 256;
 
 /// A handle to the pods of this node. Clones share their state.
@@ -68,6 +68,8 @@ struct Shared {
     changes: watch::Sender<u64>,
     /// Containers in no pod's control group, each with one of its processes, until [`Pods::keep_finding_starters`] reads them.
     unplaced: Mutex<HashMap<String, u32>>,
+    /// Containers that found no room in `unplaced`.
+    postponed: AtomicU64,
     /// Notified when `unplaced` has a new entry.
     unplaced_added: Notify,
     /// There is a feed, or there will be one.
@@ -111,6 +113,8 @@ pub(crate) struct PodCounts {
     pub(crate) left_out: LeftOut,
     /// Values of labels that were cut.
     pub(crate) cut_labels: u64,
+    /// Containers in no pod's control group whose parents were not read when the agent saw them, because too many waited.
+    pub(crate) postponed: u64,
 }
 
 impl Default for Pods {
@@ -129,6 +133,7 @@ impl Pods {
             requested: Notify::new(),
             changes: watch::Sender::new(0),
             unplaced: Mutex::default(),
+            postponed: AtomicU64::new(0),
             unplaced_added: Notify::new(),
             active: AtomicBool::new(false),
             cut_labels: AtomicU64::new(0),
@@ -179,8 +184,16 @@ impl Pods {
         self.request_path(&containers);
         if self.is_active() && self.store().needs_starter(&containers, Instant::now()) {
             let mut unplaced = self.0.unplaced.lock();
-            if unplaced.len() < MAX_UNPLACED {
+            if unplaced.len() < MAX_UNPLACED || unplaced.contains_key(&names.container_id) {
                 unplaced.insert(names.container_id.clone(), pid);
+            } else if self.0.postponed.fetch_add(1, Relaxed) == 0 {
+                tracing::warn!(
+                    pid,
+                    container = names.container_id,
+                    "more than {MAX_UNPLACED} containers that no pod's control group holds were seen at one time: the agent \
+                     finds the pods of this one and others when it sees them again, within some seconds; \
+                     gannet_agent_pods_postponed_containers_total counts them"
+                );
             }
             self.0.unplaced_added.notify_one();
         }
@@ -250,7 +263,11 @@ impl Pods {
     }
 
     pub(crate) fn counts(&self) -> PodCounts {
-        PodCounts { cut_labels: self.0.cut_labels.load(Relaxed), ..self.store().counts() }
+        PodCounts {
+            cut_labels: self.0.cut_labels.load(Relaxed),
+            postponed: self.0.postponed.load(Relaxed),
+            ..self.store().counts()
+        }
     }
 
     /// Reports whether the first answer has arrived, if there is a feed at all.

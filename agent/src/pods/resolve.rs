@@ -194,7 +194,7 @@ mod tests {
     use rstest::rstest;
 
     use super::*;
-    use crate::pods::{PodChange, PodContainer, PodLabelOptions, Workload};
+    use crate::pods::{MAX_UNPLACED, PodChange, PodContainer, PodLabelOptions, Workload};
 
     fn id(letter: char) -> String {
         letter.to_string().repeat(64)
@@ -283,6 +283,22 @@ mod tests {
         let selected = |index: usize| resolved.selected[index].iter().copied().collect::<Vec<_>>();
         assert_eq!((selected(0), selected(1)), (vec![11, 60, 61], vec![13]));
         assert!(resolved.unknown.iter().all(|(names, _)| ![id('f'), id('9')].contains(&names.container_id)));
+    }
+
+    #[test]
+    fn containers_that_wait_for_their_parents_are_counted() {
+        let (pods, _) = world();
+        pods.set_active(true);
+        let seen = |number: usize| {
+            pods.container_seen(&CgroupNames::of(&format!("/docker/{number:064x}")), 1);
+        };
+        // A container that waits is seen again and again.
+        for number in (0..MAX_UNPLACED).chain(0..MAX_UNPLACED) {
+            seen(number);
+        }
+        assert_eq!(pods.counts().postponed, 0);
+        (MAX_UNPLACED..MAX_UNPLACED + 3).for_each(seen);
+        assert_eq!(pods.counts().postponed, 3);
     }
 
     #[test]

@@ -348,6 +348,7 @@ impl PodStore {
             refused: self.refused,
             left_out: self.left_out,
             cut_labels: 0,
+            postponed: 0,
         }
     }
 }

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     cgroup::{CgroupHierarchy, CgroupNames, parse_path},
     model::ProcessKey,
-    runtimes::RuntimeFinder,
+    runtimes::{RuntimeFinder, RuntimeSearch},
 };
 
 /// Processes in one survey; the others are left out and counted.
@@ -119,7 +119,7 @@ pub(crate) fn add_runtimes(processes: &mut [SurveyedProcess]) {
         // The call of a process that does not answer has what was read so far: the others read those files again.
         let Ok((theirs, found)) = found else { continue };
         finder = theirs;
-        if let Ok(Some((file, _))) = found {
+        if let Ok(RuntimeSearch { found: Some((file, _)), is_cut: _ }) = found {
             let (name, version) = file.names();
             process.runtime = (name.to_owned(), version.to_owned());
         }

@@ -27,7 +27,8 @@ use crate::{
 
 /// Paths of control groups that are remembered, for processes that exit before they can be read.
 const MAX_CGROUPS: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
-/// Pending images, whose exec event has not come. Most belong to processes that no rule matches.
+/// Pending images, whose exec event has not come. Most belong to processes that no rule matches. The table counts those beyond,
+/// which it reads from `/proc` if a rule matches them.
 const MAX_PENDING: usize = 4096;
 /// After this time a pending image is dropped.
 const PENDING_TIMEOUT_NS: u64 = 1_000_000_000;
@@ -62,6 +63,8 @@ pub struct ProcessTable {
     max: usize,
     window: u64,
     is_full: bool,
+    /// Images are not kept because too many are pending; logged.
+    is_pending_full: bool,
     /// The number of late answers that are dealt with.
     answered: u64,
     stats: ProcessStats,
@@ -90,6 +93,8 @@ pub struct ProcessStats {
     pub rescans: u64,
     /// Executable mappings beyond those that are read of one process.
     pub cut_mappings: u64,
+    /// Images whose mappings the kernel reported and the table did not keep, because too many waited for their exec events.
+    pub pending_full: u64,
     /// Entries that were dropped early because the table was full.
     pub pruned: u64,
     /// Processes that the full table could not take.
@@ -146,6 +151,7 @@ impl ProcessTable {
             max,
             window: 0,
             is_full: false,
+            is_pending_full: false,
             answered: 0,
             stats: ProcessStats::default(),
         }
@@ -168,6 +174,8 @@ impl ProcessTable {
                     let pending =
                         PendingImage { since_ns: ktime_ns, mappings: Vec::new(), cut: 0, sampled: None };
                     self.pending.insert(tgid, pending);
+                } else {
+                    self.count_pending_full(tgid);
                 }
                 self.drop_readings(tgid, ktime_ns);
             }
@@ -191,6 +199,18 @@ impl ProcessTable {
                     self.images.add(process, &mapping);
                 }
             }
+        }
+    }
+
+    /// Counts an image that is not kept until its exec event. Its mappings come from `/proc` then, if the process lives that long.
+    fn count_pending_full(&mut self, tgid: u32) {
+        self.stats.pending_full += 1;
+        if !mem::replace(&mut self.is_pending_full, true) {
+            tracing::warn!(
+                tgid,
+                "more than {MAX_PENDING} processes call execve at one time: the agent reads the mappings of this one and \
+                 others from /proc, and those that end at once have no names; start fewer processes at one time"
+            );
         }
     }
 
@@ -515,6 +535,7 @@ impl ProcessTable {
     pub(crate) fn tidy(&mut self) {
         let now = self.proc.now_ns();
         self.pending.retain(|_, pending| pending.since_ns + PENDING_TIMEOUT_NS > now);
+        self.is_pending_full &= self.pending.len() >= MAX_PENDING;
         self.images.close_idle_files();
     }
 

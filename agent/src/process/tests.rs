@@ -193,11 +193,13 @@ fn a_full_list_of_pending_images_drops_the_old_ones_alone() {
     // All are young: no room for another one.
     let mut young = fill(from);
     cleared(&mut young, TGID, from + SECOND - 1);
+    assert_eq!(young.stats().pending_full, 1);
     assert!(!was_pending(&mut young, TGID, from + SECOND));
     assert!(was_pending(&mut young, TGID + 1, from + SECOND));
     // Two have waited for the whole time: they go, and the new one finds room.
     let mut old = fill(from);
     cleared(&mut old, TGID, from + SECOND);
+    assert_eq!(old.stats().pending_full, 0);
     assert!(was_pending(&mut old, TGID, from + SECOND));
     assert!(!was_pending(&mut old, TGID + 1, from + SECOND));
     assert!(!was_pending(&mut old, TGID + 2, from + SECOND));

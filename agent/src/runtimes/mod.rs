@@ -43,7 +43,7 @@ pub(crate) use self::{
     functions::ListFunction,
     guard::{Guard, read_cpu_time},
     memory::{Memory, ProcessMemory},
-    process::{RuntimeFinder, inspect},
+    process::{RuntimeFinder, RuntimeSearch, cut_searches, inspect},
     reader::{BlockHead, Captured, CodeBlock, CodeFunction, CodeReader, FrameWords, NamedFrame, Scope},
     texts::text_bytes,
     unloads::Unloads,

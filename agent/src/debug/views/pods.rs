@@ -22,6 +22,12 @@ pub(in crate::debug) struct PodsView {
     asked_for: usize,
     in_no_list: usize,
     refused: u64,
+    /// Containers in no pod's control group that were seen while too many others waited to be read.
+    postponed: u64,
+    /// Control groups that rules by pod do not reach, because there are too many or they are too deep.
+    groups_left_out: u64,
+    /// Control groups that the agent does not follow; it sees new ones below them late.
+    groups_unwatched: u64,
     pods: Vec<PodView>,
 }
 
@@ -45,6 +51,7 @@ struct PodView {
 pub(in crate::debug) fn pods(node: &Node) -> PodsView {
     let status = node.pods.status();
     let counts = node.pods.counts();
+    let groups = node.engine.groups().map(|groups| groups.stats()).unwrap_or_default();
     let mut pods: Vec<PodView> = node
         .pods
         .all()
@@ -80,6 +87,9 @@ pub(in crate::debug) fn pods(node: &Node) -> PodsView {
         asked_for: counts.requested,
         in_no_list: counts.unlisted,
         refused: counts.refused,
+        postponed: counts.postponed,
+        groups_left_out: groups.beyond_count + groups.beyond_levels,
+        groups_unwatched: groups.unwatched,
         pods,
     }
 }
@@ -114,13 +124,29 @@ impl PodsView {
         }
         let _ = writeln!(
             text,
-            "{} pods, {} containers; {} containers requested, {} in no list (sandboxes are in none), {} pods refused\n",
+            "{} pods, {} containers; {} containers requested, {} in no list (sandboxes are in none), {} pods refused",
             self.pods.len(),
             self.containers,
             self.asked_for,
             self.in_no_list,
             self.refused
         );
+        for (count, meaning) in [
+            (
+                self.groups_left_out,
+                "control groups, and those below them, are not read: rules by pod do not reach them",
+            ),
+            (
+                self.groups_unwatched,
+                "control groups are not followed: new ones below them are seen up to 10 s late",
+            ),
+            (self.postponed, "times the container of a process was seen while too many waited to be read"),
+        ] {
+            if count > 0 {
+                let _ = writeln!(text, "{count} {meaning}");
+            }
+        }
+        text.push('\n');
         for pod in &self.pods {
             let _ = write!(text, "{}/{} {}", pod.namespace, pod.name, pod.workload);
             if pod.denied {

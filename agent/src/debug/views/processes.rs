@@ -10,7 +10,7 @@ use crate::{
     node::Node,
     process::{Metadata, MetadataOptions, ProcessMetadataCache, ProcessState, on_worker},
     rules::RuleId,
-    runtimes::RuntimeFinder,
+    runtimes::{RuntimeFinder, RuntimeSearch},
 };
 
 /// A process in `/debug/processes`.
@@ -108,7 +108,7 @@ fn row(process: ProcessView) -> ProcessRow {
 /// `None` if no such process runs.
 async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineError> {
     let read = tokio::task::spawn_blocking(move || read_once(pid)).await;
-    let Some((known, runtime)) = read.ok().flatten() else { return Ok(None) };
+    let Some((known, runtime, is_cut)) = read.ok().flatten() else { return Ok(None) };
     let names = known.names();
     let traits = UnknownProcess {
         comm: known.comm.clone(),
@@ -133,7 +133,11 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
         mappings: 0,
         cut_mappings: 0,
         stacks: "not at all",
-        interpreter: String::new(),
+        interpreter: if is_cut {
+            format!("no interpreter was found: {}", RuntimeSearch::cut_text())
+        } else {
+            String::new()
+        },
         mappings_from: "nowhere",
         parent: 0,
         uid: Some(known.uid),
@@ -142,19 +146,20 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
     }))
 }
 
-/// Reads a process, with name and version of its language runtime.
-fn read_once(pid: u32) -> Option<(Arc<Metadata>, (String, String))> {
+/// Reads a process, with name and version of its language runtime, and whether the search for that was cut.
+fn read_once(pid: u32) -> Option<(Arc<Metadata>, (String, String), bool)> {
     let options = MetadataOptions { entries: 1, cmdline: false, cwd: false, ..MetadataOptions::default() };
     let any = ProcessKey { tgid: pid, start_boottime_ns: 0 };
     let key = on_worker(any, move || ProcessKey::of_running(pid)).ok()?.ok()?;
     let known = ProcessMetadataCache::new(options).get_or_load(key).ok()?;
-    let found =
-        on_worker(key, move || RuntimeFinder::default().find(pid)).ok().and_then(Result::ok).flatten();
+    let search = on_worker(key, move || RuntimeFinder::default().find(pid)).ok().and_then(Result::ok);
+    let is_cut = search.as_ref().is_some_and(|search| search.is_cut);
+    let found = search.and_then(|search| search.found);
     let runtime = found.map_or_else(Default::default, |(file, _)| {
         let (name, version) = file.names();
         (name.to_owned(), version.to_owned())
     });
-    Some((known, runtime))
+    Some((known, runtime, is_cut))
 }
 
 /// Returns for each rule in force the reason why it does not match a process.

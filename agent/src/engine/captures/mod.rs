@@ -418,6 +418,11 @@ impl Captures {
         self.triggers.suppressed()
     }
 
+    /// Counts the conditions in scopes that the sensors do not watch, because there are too many.
+    pub(super) fn unwatched(&self) -> u64 {
+        self.sensors.as_ref().map_or(0, Sensors::unwatched)
+    }
+
     /// Counts the sensor reports that came faster than the worker took them.
     pub(super) fn dropped_reports(&self) -> u64 {
         self.sensors.as_ref().map_or(0, Sensors::dropped)
