@@ -18,7 +18,7 @@ use crate::{
     pods::{LeftOut, PodCounts, PodFeedKind},
     process::{FileTableStats, MetadataStats, ProcessStats, left_out_of_surveys, perf_map_files},
     profile::RecorderStats,
-    runtimes::{cut_searches, read_cpu_time, text_bytes},
+    runtimes::{cut_by_limits, cut_searches, read_cpu_time, text_bytes},
     symbols::SymbolizerStats,
     tables::TableStats,
 };
@@ -106,6 +106,7 @@ gannet_base::metrics! {
     RUNTIME_READS_DELAYED = counter("gannet_agent_runtimes_reads_delayed_total", "Reads of interpreters' memory that waited, to keep within that CPU time");
     RUNTIME_FUNCTIONS_UNREAD = counter("gannet_agent_runtimes_functions_unread_total", "Interpreted functions without a name, because too many reads waited");
     RUNTIME_FRAMES_UNPROVEN = counter("gannet_agent_runtimes_frames_unproven_total", "Frames of Java and JavaScript without a name, because their code or class may have been replaced between the sample and its reading");
+    RUNTIME_CUT = counter("gannet_agent_runtimes_cut_total", "Functions and code of interpreters beyond a limit: `functions` (frames without a name, of functions beyond 16,384 in a process), `texts` (functions without a name: 4 MiB of texts in a process, 16 MiB in all), `copies` (texts of processes that end at once, beyond 8,192 that wait), `needs` (addresses and functions left for a later reading, beyond 2,048 at once), `blocks` (forgotten and read again, beyond 16,384 blocks or 262,144 unwind rows in a process), `all_rows` (blocks not kept, beyond 1,048,576 rows in all), `block_rows` (rows beyond 32,768 in a block, where stacks end), `addresses` and `nameless` functions (forgotten and read again, beyond 4,096 and 32,768 in a process); /debug/processes shows the processes", ["limit"]);
     CUT_SEARCHES = counter("gannet_agent_runtimes_cut_searches_total", "Searches of previews, explanations and /debug/processes that found no interpreter among the first 512 programs and libraries that a process maps, and searched no more");
     RUNTIME_TEXT_BYTES = gauge("gannet_agent_runtimes_text_bytes", "Memory of the names of interpreted functions");
 
@@ -160,6 +161,9 @@ pub(super) async fn render(node: &Node) -> Result<String, EngineError> {
     snapshot.add(&COMMANDS_REFUSED, node.engine.refused_commands());
     snapshot.add(&UNWIND_TABLES_REFUSED, node.supplied().refused.len());
     snapshot.add(&RUNTIME_TEXT_BYTES, text_bytes());
+    for (limit, count) in cut_by_limits() {
+        snapshot.add_labelled(&RUNTIME_CUT, [limit.name()], count);
+    }
     snapshot.add(&CUT_SEARCHES, cut_searches());
     snapshot.add(&RUNTIME_READ_CPU, read_cpu_time().as_secs_f64());
     add_symbols(&mut snapshot, &node.symbols);

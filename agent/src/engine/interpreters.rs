@@ -25,8 +25,8 @@ use crate::{
     model::{FunctionCopy, ImageKey, Sample, StackWord},
     process::{CodeList, Process, ProcessTable, check_identity},
     runtimes::{
-        Attachment, CodeNeeds, GeneratedCode, Guard, Interpreter, ListFunction, Memory, ProcessMemory,
-        RuntimeFile, WhyNot, read_cpu_time,
+        Attachment, CodeNeeds, CutLimit, GeneratedCode, Guard, Interpreter, ListFunction, Memory,
+        ProcessMemory, RuntimeFile, WhyNot, count_without_process, read_cpu_time,
     },
 };
 
@@ -401,6 +401,12 @@ impl Interpreters {
         } else if self.waiting_copies < MAX_COPIES {
             self.waiting_copies += 1;
             self.copies.entry(key).or_default().push(copy);
+        } else if count_without_process(CutLimit::Copies) {
+            tracing::warn!(
+                key = %key.process,
+                "more than {MAX_COPIES} texts of functions wait until the agent knows the interpreters of their processes: \
+                 functions of this process and others that end at once may have no name; start fewer at one time"
+            );
         }
     }
 
@@ -426,6 +432,7 @@ impl Interpreters {
             return;
         };
         let functions = interpreter.enter(&mut sample.user);
+        log_cuts(key, &interpreter);
         let is_off = interpreter.guard.off().is_some();
         if !functions.is_empty() && !is_off && processes.get(&key).is_some_and(Process::is_alive) {
             let count = functions.len() as u64;
@@ -456,10 +463,12 @@ impl Interpreters {
         }
     }
 
-    /// Returns the interpreter of an image, and whether its frames are taken or why not; human-readable. Empty without an
-    /// interpreter.
-    pub(super) fn status(&self, key: &ImageKey) -> String {
+    /// Returns the interpreter of an image, whether its frames are taken or why not, and how much the agent left out of them;
+    /// human-readable. Empty without an interpreter. `interpreter` is that of the process table.
+    pub(super) fn status(&self, key: &ImageKey, interpreter: Option<&Interpreter>) -> String {
+        let cuts = interpreter.map_or_else(String::new, |interpreter| interpreter.cuts.text());
         let of = |file: &RuntimeFile, status: &str| {
+            let status = if cuts.is_empty() { status.into() } else { format!("{status}; {cuts}") };
             format!("{} {}: {status}", file.runtime.name(), file.detected.version_text)
         };
         match self.processes.get(key) {
@@ -544,6 +553,7 @@ fn read(readers: &Access, request: Request) -> Option<Answer> {
             if let Some(code) = &interpreter.code {
                 code.end(read.is_err());
             }
+            log_cuts(key, &interpreter);
             match read {
                 Err(reason) if reason.is_switched_off() => Some(Answer::SwitchedOff(key, reason)),
                 _ => Some(Answer::Code),
@@ -551,10 +561,23 @@ fn read(readers: &Access, request: Request) -> Option<Answer> {
         }
         Request::Name { key, interpreter, functions } => {
             // Without an answer in time the names may still come; samples until then have none.
-            let guard = Arc::clone(&interpreter.guard);
-            let _ = on_reader(readers, key, move || read_texts(key, &interpreter, &functions));
-            guard.off().map(|reason| Answer::SwitchedOff(key, reason))
+            let theirs = Arc::clone(&interpreter);
+            let _ = on_reader(readers, key, move || read_texts(key, &theirs, &functions));
+            log_cuts(key, &interpreter);
+            interpreter.guard.off().map(|reason| Answer::SwitchedOff(key, reason))
         }
+    }
+}
+
+/// Logs once for a process that functions or code of it are left out.
+fn log_cuts(key: ImageKey, interpreter: &Interpreter) {
+    if let Some(cuts) = interpreter.cuts.text_to_log() {
+        let (name, version) = interpreter.file.names();
+        tracing::warn!(
+            key = %key.process,
+            "{name} {version}: the process is beyond the agent's limits: {cuts}; restart it, so that the functions that it runs now \
+             get the names; /debug/processes shows the counts, docs/languages.md the limits"
+        );
     }
 }
 

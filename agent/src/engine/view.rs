@@ -268,11 +268,9 @@ impl ViewSources<'_> {
                 Some(tables) if tables.is_loaded(&process.key) => Unwinding::Kernel,
                 Some(_) => Unwinding::UserSpace,
             },
-            interpreter: self
-                .reader
-                .unwinding
-                .interpreters()
-                .map_or_else(String::new, |interpreters| interpreters.status(&process.key)),
+            interpreter: self.reader.unwinding.interpreters().map_or_else(String::new, |interpreters| {
+                interpreters.status(&process.key, process.interpreter.as_deref())
+            }),
             waiting_samples: self.backlog().waiting(&process.key),
             samples: process.samples,
             rules,

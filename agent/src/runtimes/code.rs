@@ -29,7 +29,10 @@ use parking_lot::Mutex;
 pub(crate) use self::walk::{CodeWalk, WalkedCode};
 use super::{
     BlockHead, CodeBlock, CodeFunction, CodeReader, FunctionText, Interpreter, Memory, Scope, WhyNot,
-    functions, memory::Limited, unloads::UnloadHistory,
+    cuts::{CutLimit, Cuts},
+    functions,
+    memory::Limited,
+    unloads::UnloadHistory,
 };
 use crate::model::boot_time_ns;
 
@@ -91,6 +94,7 @@ struct Known {
     is_reading: bool,
     /// Requests that failed since the last that did not.
     failures: u32,
+    cuts: Arc<Cuts>,
 }
 
 #[derive(Debug)]
@@ -137,6 +141,8 @@ pub(crate) struct CodeNeeds {
     pub(crate) addresses: HashSet<u64>,
     /// Objects of functions, and the hint for each.
     pub(crate) functions: HashMap<u64, u64>,
+    /// Addresses and functions beyond the limit.
+    pub(crate) left_out: u64,
 }
 
 impl CodeNeeds {
@@ -147,16 +153,32 @@ impl CodeNeeds {
 
     /// Adds other needs, up to the limit.
     pub(crate) fn add(&mut self, other: Self) {
-        let room = |length: usize| MAX_NEEDS.saturating_sub(length);
-        let (addresses, functions) = (room(self.addresses.len()), room(self.functions.len()));
-        self.addresses.extend(other.addresses.into_iter().take(addresses));
-        self.functions.extend(other.functions.into_iter().take(functions));
+        self.left_out += other.left_out;
+        for address in other.addresses {
+            if self.addresses.len() < MAX_NEEDS {
+                self.addresses.insert(address);
+            } else {
+                self.left_out += u64::from(!self.addresses.contains(&address));
+            }
+        }
+        for (object, hint) in other.functions {
+            if self.functions.len() < MAX_NEEDS {
+                self.functions.insert(object, hint);
+            } else {
+                self.left_out += u64::from(!self.functions.contains_key(&object));
+            }
+        }
     }
 }
 
 impl GeneratedCode {
     pub(crate) fn new(reader: Arc<dyn CodeReader>) -> Self {
         Self { reader, known: Mutex::default() }
+    }
+
+    /// Returns the counts of functions and code that are left out or forgotten.
+    pub(super) fn cuts(&self) -> Arc<Cuts> {
+        Arc::clone(&self.known.lock().cuts)
     }
 
     /// Returns whether the caller may have the needs read: nothing else is being read, and reading has not failed for good.
@@ -186,7 +208,7 @@ impl GeneratedCode {
         let known = self.known.lock();
         let words = stack.as_chunks().0.iter().map(|eight| u64::from_ne_bytes(*eight));
         let addresses = words.filter(|word| known.ranges.iter().any(|range| range.contains(word)));
-        needs.add(CodeNeeds { addresses: addresses.collect(), functions: HashMap::new() });
+        needs.add(CodeNeeds { addresses: addresses.collect(), ..CodeNeeds::default() });
         needs
     }
 
@@ -199,6 +221,7 @@ impl GeneratedCode {
         memory: &dyn Memory,
     ) -> Result<(), WhyNot> {
         let now = boot_time_ns();
+        of.cuts.count(CutLimit::Needs, needs.left_out);
         self.read_unloads(memory);
         self.read_needs(needs, now, of, &Limited::new(memory, MAX_READS, MAX_READ_BYTES))?;
         self.read_unloads(memory);
@@ -277,6 +300,7 @@ impl GeneratedCode {
                 return self.refuse(address, now, memory);
             };
             if block.rows.len() > MAX_BLOCK_ROWS {
+                of.cuts.count(CutLimit::BlockRows, (block.rows.len() - (MAX_BLOCK_ROWS - 1)) as u64);
                 block.rows.truncate(MAX_BLOCK_ROWS - 1);
                 let end = block.rows.last().map_or(head.code.start, |(from, _)| from.saturating_add(1));
                 block.rows.push((end, UnwindRule::NONE));
@@ -312,8 +336,7 @@ impl GeneratedCode {
         let mut known = self.known.lock();
         known.empty.remove(&address);
         if scope.is_some() && !known.has_room() {
-            // What is still in use is read again.
-            known.clear();
+            known.make_room();
             return Ok(());
         }
         let mut added = 0;
@@ -398,7 +421,9 @@ impl GeneratedCode {
         }
         let number = of.add(object, text);
         if known.functions.len() >= MAX_FUNCTIONS {
+            let before = known.functions.len();
             known.functions.retain(|_, function| function.number != NO_FUNCTION);
+            of.cuts.count(CutLimit::Nameless, (before - known.functions.len()) as u64);
         }
         let (since_ns, mut read_ns) = (boot_time_ns(), [0; MAX_CONFIRMED]);
         read_ns[0] = now;
@@ -436,6 +461,12 @@ impl Known {
         ALL_ROWS.fetch_sub(mem::take(&mut self.rows), Ordering::Relaxed);
     }
 
+    /// Removes all blocks, to make room. Those that are still in use are read again.
+    fn make_room(&mut self) {
+        self.cuts.count(CutLimit::Blocks, self.blocks.len() as u64);
+        self.clear();
+    }
+
     /// Returns the block that holds an address, or a return address.
     fn block(&self, address: u64) -> Option<&Block> {
         let (_, block) = self.blocks.range(address..).next()?;
@@ -448,6 +479,7 @@ impl Known {
             self.remove(end);
         }
         if self.empty.len() >= MAX_EMPTY {
+            self.cuts.count(CutLimit::Addresses, self.empty.len() as u64);
             self.empty.clear();
         }
         self.empty.insert(address, now);
@@ -466,9 +498,10 @@ impl Known {
             self.remove(end);
         }
         if self.blocks.len() >= MAX_BLOCKS || self.rows + block.rows > MAX_ROWS {
-            self.clear();
+            self.make_room();
         }
         if ALL_ROWS.load(Ordering::Relaxed) + block.rows > MAX_ALL_ROWS {
+            self.cuts.count(CutLimit::AllRows, 1);
             return false;
         }
         self.rows += block.rows;
@@ -564,7 +597,7 @@ mod tests {
     }
 
     fn read(interpreter: &Interpreter, addresses: impl IntoIterator<Item = u64>) -> Result<(), WhyNot> {
-        let needs = CodeNeeds { addresses: addresses.into_iter().collect(), functions: HashMap::new() };
+        let needs = CodeNeeds { addresses: addresses.into_iter().collect(), ..CodeNeeds::default() };
         interpreter.code.as_ref().unwrap().read(&needs, interpreter, &NoMemory)
     }
 
@@ -685,9 +718,72 @@ mod tests {
         let counted: usize = known.blocks.values().map(|block| block.rows).sum();
         assert_eq!(counted, known.rows);
         assert!(known.blocks.values().all(|block| block.content.rows.len() <= MAX_BLOCK_ROWS));
+        // Twenty blocks, of which seven fit at one time, were read; each kept one row less than the limit, and one as its end.
+        let cut = |limit| known.cuts.of(limit);
+        assert_eq!(cut(CutLimit::Blocks), 20 - known.blocks.len() as u64);
+        assert_eq!(cut(CutLimit::BlockRows), 20 * (u64::from(u16::MAX) - (MAX_BLOCK_ROWS as u64 - 1)));
         drop(known);
         // Other tests may hold rows too.
         let (all, own) = (ALL_ROWS.load(Ordering::Relaxed), held());
         assert!(all >= own);
+    }
+
+    #[test]
+    fn forgotten_code_is_counted() {
+        let (_, interpreter) = start(1);
+        let cut = |limit| interpreter.cuts.of(limit);
+        let code = interpreter.code.as_ref().unwrap();
+        // As many blocks as there is room for are kept; one more takes the place of all.
+        let blocks = |range: Range<usize>| range.map(|block| START + 8 + block as u64 * CODE_BYTES);
+        read(&interpreter, blocks(0..MAX_BLOCKS)).unwrap();
+        assert_eq!(interpreter.cuts.text(), "");
+        assert_eq!(interpreter.cuts.text_to_log(), None);
+        read(&interpreter, blocks(MAX_BLOCKS..MAX_BLOCKS + 1)).unwrap();
+        assert_eq!(cut(CutLimit::Blocks), MAX_BLOCKS as u64);
+        assert_eq!(cut(CutLimit::Functions), 1, "each block is one function");
+        let text = "1 frames of functions beyond 16,384 have no name, 16384 blocks of code were forgotten, to be read again";
+        assert_eq!(interpreter.cuts.text_to_log().as_deref(), Some(text));
+        assert_eq!(interpreter.cuts.text_to_log(), None, "it was logged");
+        let mut known = code.known.lock();
+        let at = |number: usize| (1 << 50) + number as u64;
+        (0..MAX_EMPTY).for_each(|number| known.forget(at(number), 1));
+        assert_eq!(cut(CutLimit::Addresses), 0);
+        known.forget(at(MAX_EMPTY), 1);
+        assert_eq!(cut(CutLimit::Addresses), MAX_EMPTY as u64);
+        let head = BlockHead { at: START, code: START..START + 8, identity: [0; 4], name: String::new() };
+        let (content, scopes) = (Arc::new(CodeBlock::default()), BTreeMap::new());
+        let rows = MAX_ALL_ROWS + 1;
+        let block = Block { head, content, scopes, name: None, rows, first_ns: [0; 2], read_ns: 0 };
+        assert!(!known.enter(block));
+        assert_eq!(cut(CutLimit::AllRows), 1);
+        drop(known);
+        // Half of the functions have names, and stay.
+        let function = |object: usize| {
+            let text = FunctionText { name: object.to_string(), ..FunctionText::default() };
+            code.enter_function(at(object), Ok(text), 0..0, 1, &interpreter)
+        };
+        (MAX_BLOCKS + 1..MAX_FUNCTIONS).for_each(|object| assert_eq!(function(object), NO_FUNCTION));
+        assert_eq!(cut(CutLimit::Nameless), 0);
+        function(MAX_FUNCTIONS);
+        assert_eq!(cut(CutLimit::Nameless), (MAX_FUNCTIONS - functions::MAX_FUNCTIONS) as u64);
+    }
+
+    #[test]
+    fn needs_beyond_the_limit_are_counted_once() {
+        let needs = |range: Range<u64>| CodeNeeds {
+            addresses: range.clone().collect(),
+            functions: range.map(|object| (object, 0)).collect(),
+            left_out: 0,
+        };
+        let max = MAX_NEEDS as u64;
+        let mut all = needs(0..10);
+        all.add(needs(0..max));
+        assert_eq!((all.addresses.len(), all.functions.len(), all.left_out), (MAX_NEEDS, MAX_NEEDS, 0));
+        // Those that are there already are no loss.
+        all.add(needs(10..max + 3));
+        assert_eq!((all.addresses.len(), all.functions.len(), all.left_out), (MAX_NEEDS, MAX_NEEDS, 6));
+        let (_, interpreter) = start(1);
+        interpreter.code.as_ref().unwrap().read(&all, &interpreter, &NoMemory).unwrap();
+        assert_eq!(interpreter.cuts.of(CutLimit::Needs), 6);
     }
 }

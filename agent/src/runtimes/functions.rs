@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 
 use super::{
     FunctionText, GeneratedCode, RuntimeFile, WhyNot,
+    cuts::{CutLimit, Cuts},
     guard::Guard,
     texts::{self, SharedText},
 };
@@ -38,6 +39,8 @@ pub struct Interpreter {
     bytes: AtomicUsize,
     /// The runtime's reads from this process.
     pub(crate) guard: Arc<Guard>,
+    /// Counts of functions and code that are left out or forgotten.
+    pub(crate) cuts: Arc<Cuts>,
 }
 
 #[derive(Debug, Default)]
@@ -78,11 +81,12 @@ impl ListFunction {
 impl Interpreter {
     pub(crate) fn new(file: Arc<RuntimeFile>, bias: u64) -> Self {
         let (functions, bytes) = (Mutex::default(), AtomicUsize::new(0));
-        Self { file, bias, code: None, functions, bytes, guard: Arc::default() }
+        Self { file, bias, code: None, functions, bytes, guard: Arc::default(), cuts: Arc::default() }
     }
 
     /// Adds the code that the process makes.
     pub(crate) fn with_code(mut self, code: GeneratedCode) -> Self {
+        self.cuts = code.cuts();
         self.code = Some(code);
         self
     }
@@ -91,6 +95,7 @@ impl Interpreter {
     pub(crate) fn add(&self, object: u64, text: Result<FunctionText, WhyNot>) -> u64 {
         let mut functions = self.functions.lock();
         if functions.all.len() >= MAX_FUNCTIONS {
+            self.cuts.count(CutLimit::Functions, 1);
             return NO_FUNCTION.into();
         }
         let function = Arc::new(ListFunction::new(object, 0));
@@ -138,6 +143,7 @@ impl Interpreter {
                 _ => 0,
             };
             let number = functions.number(object, sum);
+            self.cuts.count(CutLimit::Functions, u64::from(number == NO_FUNCTION));
             stack[at] = StackWord::Function(number.into()).encode();
             let function =
                 functions.all.get(number as usize).filter(|function| function.text.get().is_none());
@@ -169,6 +175,7 @@ impl Interpreter {
         let shared = if has_room { texts::share(text) } else { None };
         shared.ok_or_else(|| {
             self.bytes.fetch_sub(size, Ordering::Relaxed);
+            self.cuts.count(CutLimit::Texts, 1);
             WhyNot::TooLarge
         })
     }
@@ -238,11 +245,29 @@ mod tests {
             }
         }
         assert_eq!((kept, refused), (MAX_PROCESS_BYTES / size, 500 - kept));
+        assert_eq!(interpreter.cuts.of(CutLimit::Texts), refused as u64);
         let held = interpreter.bytes.load(Ordering::Relaxed);
         assert!(held <= MAX_PROCESS_BYTES);
         // A second answer changes nothing.
         interpreter.set_text(&enter(&interpreter, 900), Err(WhyNot::Unreadable));
         assert_eq!(interpreter.bytes.load(Ordering::Relaxed), held);
+    }
+
+    #[test]
+    fn frames_of_functions_beyond_the_limit_are_counted() {
+        let interpreter = Interpreter::of_python();
+        (0..MAX_FUNCTIONS as u64).for_each(|object| drop(enter(&interpreter, object)));
+        assert_eq!(interpreter.cuts.of(CutLimit::Functions), 0);
+        let position = StackWord::Position { sum: 1, position: 2 };
+        let frames = [1 << 30, 0, 1 << 30].map(|object| [StackWord::Function(object), position]);
+        let mut stack = frames.as_flattened().iter().map(|word| word.encode()).collect::<Vec<_>>();
+        interpreter.enter(&mut stack);
+        assert_eq!(interpreter.cuts.of(CutLimit::Functions), 2);
+        let has_name = |at: usize| match StackWord::decode(stack[at]) {
+            StackWord::Function(number) => interpreter.function(number).is_some(),
+            other => unreachable!("{other:?}"),
+        };
+        assert_eq!([0, 2, 4].map(has_name), [false, true, false]);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! does not fit there is a reason instead of a name.
 
 mod code;
+mod cuts;
 mod functions;
 #[doc(hidden)]
 pub mod fuzz;
@@ -40,6 +41,7 @@ pub use self::functions::Interpreter;
 pub(crate) use self::process::find;
 pub(crate) use self::{
     code::{CodeNeeds, CodeWalk, GeneratedCode, NO_POSITION, WalkedCode},
+    cuts::{CutLimit, count_without_process, cut_by_limits},
     functions::ListFunction,
     guard::{Guard, read_cpu_time},
     memory::{Memory, ProcessMemory},

@@ -73,7 +73,11 @@ fn unwind(bytes: &[u8]) -> Option<Vec<String>> {
     let code = GeneratedCode::new(Arc::new(Heaps::new(layout(*kind), (kind & 64 == 0).then_some(AT + 24))));
     let interpreter = Interpreter::new(Arc::new(file(17, Vec::new())), 0).with_code(code);
     let code = interpreter.code.as_ref()?;
-    let mut needs = CodeNeeds { addresses: [pc, first, second].into(), functions: [(object, 0)].into() };
+    let mut needs = CodeNeeds {
+        addresses: [pc, first, second].into(),
+        functions: [(object, 0)].into(),
+        ..CodeNeeds::default()
+    };
     let thread =
         HostileThread::new(pc, sp, fp, [0, 0, 0, object, 0, 0, 0, 0, 0, 0, 0, 0, 0, first, 0, 0], &memory);
     let mut frames = Vec::new();
