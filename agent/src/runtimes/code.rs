@@ -134,6 +134,10 @@ struct KnownFunction {
     read_ns: [u64; MAX_CONFIRMED],
 }
 
+/// The blocks that a request has found, by their ends, and the numbers of the functions that it has read behind that. What it read
+/// of a function before is not used for a block: the memory may have been free then, and have held what is left of another class.
+type Confirmed = HashMap<u64, HashMap<u64, u64>>;
+
 /// Addresses and objects that have to be read before a stack can be unwound.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct CodeNeeds {
@@ -245,7 +249,7 @@ impl GeneratedCode {
     ) -> Result<(), WhyNot> {
         let ranges = self.reader.ranges(memory)?;
         self.known.lock().ranges = ranges;
-        let mut confirmed: HashSet<u64> = HashSet::new();
+        let mut confirmed = Confirmed::new();
         let mut failed = Vec::new();
         for (object, hint) in &needs.functions {
             match self.reader.function(*object, *hint, memory) {
@@ -274,7 +278,7 @@ impl GeneratedCode {
         now: u64,
         of: &Interpreter,
         memory: &Limited<'_>,
-        confirmed: &mut HashSet<u64>,
+        confirmed: &mut Confirmed,
     ) -> Result<(), WhyNot> {
         let known_head = {
             let known = self.known.lock();
@@ -282,7 +286,7 @@ impl GeneratedCode {
         };
         let head = match &known_head {
             // Another address of this request was in it.
-            Some((head, _)) if confirmed.contains(&head.code.end) => Some(head.clone()),
+            Some((head, _)) if confirmed.contains_key(&head.code.end) => Some(head.clone()),
             _ => match self.find(address, memory) {
                 Ok(head) => head,
                 Err(_) => return self.refuse(address, now, memory),
@@ -319,14 +323,20 @@ impl GeneratedCode {
                 return Ok(());
             }
         }
-        confirmed.insert(head.code.end);
+        if !is_same {
+            confirmed.remove(&head.code.end);
+        }
+        let read = confirmed.entry(head.code.end).or_default();
         let has_scope = is_same && known_head.is_some_and(|(_, has_scope)| has_scope);
         let scope = if has_scope || !head.name.is_empty() {
             None
         } else {
             let none = |_| Scope { over: address..address, functions: Vec::new() };
             let Scope { over, functions } = self.reader.scope(&head, address, memory).unwrap_or_else(none);
-            let number = |(object, position)| (self.read_function(object, 0, now, of, memory), position);
+            let mut number = |object| {
+                *read.entry(object).or_insert_with(|| self.read_function(object, 0, now, of, memory))
+            };
+            let number = |(object, position)| (number(object), position);
             Some((over, functions.into_iter().map(number).collect::<Vec<_>>()))
         };
         if memory.is_used_up() {
@@ -378,10 +388,6 @@ impl GeneratedCode {
     fn read_function(&self, object: u64, hint: u64, now: u64, of: &Interpreter, memory: &Limited<'_>) -> u64 {
         if object == 0 {
             return NO_FUNCTION;
-        }
-        if let Some(known) = self.known.lock().functions.get(&object).filter(|known| known.read_ns[0] >= now)
-        {
-            return known.number;
         }
         match self.reader.function(object, hint, memory) {
             Ok(CodeFunction { text, instructions }) => {
@@ -539,6 +545,8 @@ mod tests {
         rows: AtomicU64,
         is_gone: AtomicU64,
         unloaded: AtomicU64,
+        /// What the identity grows by when the next block is looked for.
+        grows_next: AtomicU64,
     }
 
     impl Reader {
@@ -558,6 +566,7 @@ mod tests {
 
         fn find(&self, address: u64, _: &dyn Memory) -> Result<Option<BlockHead>, WhyNot> {
             self.alive()?;
+            self.identity.fetch_add(self.grows_next.swap(0, Ordering::Relaxed), Ordering::Relaxed);
             let at = address / CODE_BYTES * CODE_BYTES;
             let identity = [self.identity.load(Ordering::Relaxed), 0, 0, 0];
             Ok(Some(BlockHead { at, code: at..at + CODE_BYTES, identity, name: String::new() }))
@@ -619,6 +628,25 @@ mod tests {
         assert_eq!(name(&interpreter, START + 8).unwrap(), "f1000_7");
         // The first function keeps its number: samples have it.
         assert_eq!(interpreter.function(0).unwrap().texts().unwrap().name, "f1000_0");
+    }
+
+    #[test]
+    fn code_has_the_function_that_took_the_place_of_one_in_the_same_request() {
+        let (reader, interpreter) = start(1);
+        let needs = CodeNeeds {
+            addresses: std::iter::once(START + 8).collect(),
+            functions: std::iter::once((START, 0)).collect(),
+            ..CodeNeeds::default()
+        };
+        let code = interpreter.code.as_ref().unwrap();
+        code.read(&needs, &interpreter, &NoMemory).unwrap();
+        assert_eq!(name(&interpreter, START + 8).unwrap(), "f1000_0");
+        // The request reads the function first, whose class was unloaded before. Then a new class is loaded there, and compiled.
+        reader.grows_next.store(1, Ordering::Relaxed);
+        code.read(&needs, &interpreter, &NoMemory).unwrap();
+        let sample = boot_time_ns();
+        code.read(&needs, &interpreter, &NoMemory).unwrap();
+        assert_eq!(name_at(&interpreter, START + 8, sample), (Some("f1000_1".into()), 0));
     }
 
     /// Returns the name of the function at an address of a sample that was taken at a time, and the number of unproven frames.
