@@ -29,7 +29,42 @@ pub struct Dial {
     pub key: Option<PathBuf>,
     /// File with a bearer token. Each call reads it again, because the kubelet replaces it.
     pub token_file: Option<PathBuf>,
+    /// How these files are read. By default the caller waits for their file systems.
+    pub files: FileAccess,
 }
+
+/// Reads the files of a connection. A program whose threads must not wait for a file system without end gives functions that have
+/// a deadline.
+#[derive(Clone, Copy, Debug)]
+pub struct FileAccess {
+    /// Returns the content of a file.
+    pub read: fn(&Path) -> io::Result<Vec<u8>>,
+    /// Returns modification time and size of a file.
+    pub stamp: fn(&Path) -> io::Result<(SystemTime, u64)>,
+}
+
+impl FileAccess {
+    /// Returns modification time and size of a file, however long it takes.
+    pub fn stamp_now(path: &Path) -> io::Result<(SystemTime, u64)> {
+        let metadata = fs::metadata(path)?;
+        Ok((metadata.modified()?, metadata.len()))
+    }
+}
+
+impl Default for FileAccess {
+    fn default() -> Self {
+        Self { read: |path| fs::read(path), stamp: Self::stamp_now }
+    }
+}
+
+/// Two connections are the same, however their files are read.
+impl PartialEq for FileAccess {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for FileAccess {}
 
 /// Modification time and size of each file of a connection.
 pub type FileStamps = [Option<(SystemTime, u64)>; 4];
@@ -37,10 +72,8 @@ pub type FileStamps = [Option<(SystemTime, u64)>; 4];
 impl Dial {
     /// Returns the present stamps of the files. They differ after someone has replaced certificates or token.
     pub fn stamps(&self) -> FileStamps {
-        [&self.ca, &self.cert, &self.key, &self.token_file].map(|file| {
-            let metadata = fs::metadata(file.as_ref()?).ok()?;
-            Some((metadata.modified().ok()?, metadata.len()))
-        })
+        [&self.ca, &self.cert, &self.key, &self.token_file]
+            .map(|file| (self.files.stamp)(file.as_ref()?).ok())
     }
 }
 
@@ -116,7 +149,7 @@ pub enum DialError {
 /// Returns a channel to the collector. It connects at the first call and again after each failure, so an unreachable
 /// collector is an error of the call, not of this function. [`explain`] formats that error.
 pub fn channel(dial: &Dial) -> Result<Channel, DialError> {
-    let Dial { url, insecure, ca, cert, key, token_file: _ } = dial;
+    let Dial { url, insecure, ca, cert, key, token_file: _, files } = dial;
     let invalid = || DialError::Url { url: url.clone() };
     let uri: Uri = url.parse().map_err(|_| invalid())?;
     let (Some(scheme), Some(host)) = (uri.scheme_str(), uri.host()) else { return Err(invalid()) };
@@ -136,7 +169,7 @@ pub fn channel(dial: &Dial) -> Result<Channel, DialError> {
         "http" if *insecure || is_loopback(host) => endpoint,
         "http" => return Err(DialError::Plaintext { url: url.clone() }),
         "https" => endpoint
-            .tls_config(tls(ca.as_deref(), cert.as_deref(), key.as_deref())?)
+            .tls_config(tls(ca.as_deref(), cert.as_deref(), key.as_deref(), *files)?)
             .map_err(|error| DialError::Tls { reason: innermost(&error) })?,
         _ => return Err(invalid()),
     };
@@ -145,7 +178,7 @@ pub fn channel(dial: &Dial) -> Result<Channel, DialError> {
 
 /// Returns a channel like [`channel`] that also sends the token of [`Dial::token_file`].
 pub fn connect(dial: &Dial) -> Result<Connection, DialError> {
-    let bearer = Bearer { file: dial.token_file.clone() };
+    let bearer = Bearer { file: dial.token_file.clone(), files: dial.files };
     bearer.check()?;
     Ok(InterceptedService::new(channel(dial)?, bearer))
 }
@@ -156,26 +189,38 @@ pub fn is_loopback(host: &str) -> bool {
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
-fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, DialError> {
-    fs::read(path).map_err(|source| DialError::File { what, path: path.to_owned(), source })
+fn read(what: &'static str, path: &Path, files: FileAccess) -> Result<Vec<u8>, DialError> {
+    (files.read)(path).map_err(|source| DialError::File { what, path: path.to_owned(), source })
 }
 
 /// Reads the trusted certificates (PEM): those of the file, or those of the system.
 pub fn authority(ca: Option<&Path>) -> Result<Vec<u8>, DialError> {
+    authority_by(ca, FileAccess::default())
+}
+
+fn authority_by(ca: Option<&Path>, files: FileAccess) -> Result<Vec<u8>, DialError> {
     match ca {
-        Some(path) => read("certificate authority", path),
-        None => SYSTEM_BUNDLES.iter().find_map(|path| fs::read(path).ok()).ok_or(DialError::NoRoots),
+        Some(path) => read("certificate authority", path, files),
+        None => SYSTEM_BUNDLES
+            .iter()
+            .find_map(|path| (files.read)(Path::new(path)).ok())
+            .ok_or(DialError::NoRoots),
     }
 }
 
-fn tls(ca: Option<&Path>, cert: Option<&Path>, key: Option<&Path>) -> Result<ClientTlsConfig, DialError> {
-    let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authority(ca)?));
+fn tls(
+    ca: Option<&Path>,
+    cert: Option<&Path>,
+    key: Option<&Path>,
+    files: FileAccess,
+) -> Result<ClientTlsConfig, DialError> {
+    let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authority_by(ca, files)?));
     match (cert, key) {
         (None, None) => Ok(config),
-        (Some(cert), Some(key)) => {
-            Ok(config
-                .identity(Identity::from_pem(read("client certificate", cert)?, read("client key", key)?)))
-        }
+        (Some(cert), Some(key)) => Ok(config.identity(Identity::from_pem(
+            read("client certificate", cert, files)?,
+            read("client key", key, files)?,
+        ))),
         (Some(_), None) => Err(DialError::HalfIdentity { given: "certificate" }),
         (None, Some(_)) => Err(DialError::HalfIdentity { given: "key" }),
     }
@@ -185,25 +230,27 @@ fn tls(ca: Option<&Path>, cert: Option<&Path>, key: Option<&Path>) -> Result<Cli
 #[derive(Clone, Debug, Default)]
 pub struct Bearer {
     file: Option<PathBuf>,
+    files: FileAccess,
 }
 
 impl Bearer {
     /// Returns an interceptor that reads the token from this file, or adds none.
     pub fn new(file: Option<PathBuf>) -> Self {
-        Self { file }
+        Self { file, files: FileAccess::default() }
     }
 
     fn check(&self) -> Result<(), DialError> {
-        self.file.as_deref().map_or(Ok(()), |path| read("token file", path).map(drop))
+        self.file.as_deref().map_or(Ok(()), |path| read("token file", path, self.files).map(drop))
     }
 }
 
 impl Interceptor for Bearer {
     fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
         if let Some(path) = &self.file {
-            let token = fs::read_to_string(path).map_err(|error| {
+            let token = (self.files.read)(path).map_err(|error| {
                 Status::unauthenticated(format!("cannot read the token file {}: {error}", path.display()))
             })?;
+            let token = String::from_utf8_lossy(&token);
             let value: MetadataValue<Ascii> = format!("Bearer {}", token.trim()).parse().map_err(|_| {
                 Status::unauthenticated(format!("the token file {} does not hold a token", path.display()))
             })?;

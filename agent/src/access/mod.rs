@@ -27,7 +27,9 @@ use std::{
 
 use parking_lot::Mutex;
 
-pub(crate) use self::own_files::{OwnFiles, on_own_files, on_own_files_later, run_apart, spawn_apart};
+pub(crate) use self::own_files::{
+    OwnFiles, on_own_files, on_own_files_later, read_own_file, run_apart, spawn_apart,
+};
 use crate::model::MappedFile;
 
 /// Workers at one time. This number of targets may hang before the agent reads no further process or file.

@@ -1,7 +1,7 @@
 //! The agent's own files: their disk may stop answering like any other.
 
 use std::{
-    fmt, io,
+    fmt, fs, io,
     path::{Path, PathBuf},
 };
 
@@ -18,6 +18,10 @@ pub(crate) enum OwnFiles {
     Rules,
     /// Unwind tables that go with the agent.
     Temporary,
+    /// Certificates and token for the collector.
+    Connection,
+    /// Certificates and token for the kubelet.
+    Kubelet,
 }
 
 impl fmt::Display for OwnFiles {
@@ -26,6 +30,8 @@ impl fmt::Display for OwnFiles {
             Self::State => "the file system of --state-dir",
             Self::Rules => "the file system of --rules",
             Self::Temporary => "the file system of temporary files",
+            Self::Connection => "the file system of --tls-ca, --tls-cert, --tls-key or --token-file",
+            Self::Kubelet => "the file system of --kubelet-ca, --kubelet-certificate or --kubelet-token-file",
         })
     }
 }
@@ -40,6 +46,12 @@ pub(crate) fn on_own_files<T: Send + 'static>(
     node()
         .compute(Target::Own(files), &path.display().to_string(), call)
         .map_err(|unanswered| io::Error::new(io::ErrorKind::TimedOut, unanswered.to_string()))
+}
+
+/// Reads one of the agent's own files, of some kilobytes, as [`on_own_files`] does.
+pub(crate) fn read_own_file(files: OwnFiles, path: &Path) -> io::Result<Vec<u8>> {
+    let theirs = path.to_owned();
+    on_own_files(files, path, move || fs::read(theirs))?
 }
 
 /// Does the same as [`on_own_files`], for callers that must not wait on their thread.

@@ -7,6 +7,8 @@ use std::{
         fd::{AsRawFd as _, OwnedFd},
         unix::net::UnixStream,
     },
+    path::PathBuf,
+    pin::pin,
     process::{Child, Command, ExitStatus},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -28,6 +30,7 @@ use tokio::{
 };
 
 use crate::{
+    access::run_apart,
     commands::{
         check::{self, Refusal},
         local::LocalArgs,
@@ -47,6 +50,8 @@ use crate::{
 const WINDOW: Duration = Duration::from_secs(10);
 /// Time that a command has to end after SIGTERM.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long writing the profile may take before a signal ends the wait.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Windows that may wait for their symbols.
 const MAX_QUEUED_WINDOWS: usize = 64;
 
@@ -159,6 +164,13 @@ pub enum RecordError {
     /// The file cannot be written.
     #[error(transparent)]
     Output(#[from] OutputError),
+    /// A signal has ended the wait for a file system that does not answer.
+    #[error(
+        "the profile is not written: the file system of `{}` does not answer, and a signal ended the wait; give -o FILE on another \
+         file system",
+        .0.display()
+    )]
+    Unanswered(PathBuf),
     /// A thread or a signal handler cannot start.
     #[error("cannot start: {0}")]
     Start(#[source] io::Error),
@@ -186,7 +198,7 @@ fn flag_of(field: &str) -> &str {
 /// Samples and writes the profile. Prints the ledger to standard output and everything else to standard error.
 pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
     // First, so that an interrupt ends the slow steps below too.
-    let signals = Signals::listen().map_err(RecordError::Start)?;
+    let mut signals = Signals::listen().map_err(RecordError::Start)?;
     check::preflight(args.local.unsafe_kernel())?;
     let start_labels = StartLabelOptions::new(
         args.label_cmdline,
@@ -252,7 +264,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
         held.release();
     }
     let targets = Some(&targets).filter(|_| !args.pid.is_empty());
-    let status = until_end(held.as_mut(), targets, duration, signals).await;
+    let status = until_end(held.as_mut(), targets, duration, &mut signals).await;
     let took = begun.elapsed();
     let EngineView { ticks, governed, .. } = engine.view().await?;
     let ticks = ticks.unwrap_or_default();
@@ -274,7 +286,7 @@ pub async fn record(args: RecordArgs) -> Result<(), RecordError> {
         interpreter_frames: args.interpreter_frames,
         hide_error_frames: args.hide_error_frames,
     };
-    destination.write(&profile, &details)?;
+    write(&destination, profile, details, &mut signals).await?;
     print_ledger(&args, &destination, &recorded.ledger, &names, (&ticks, governed), (start, took))
         .map_err(RecordError::Start)
 }
@@ -343,7 +355,7 @@ async fn until_end(
     held: Option<&mut HeldCommand>,
     targets: Option<&TargetEnds>,
     duration: Option<Duration>,
-    mut signals: Signals,
+    signals: &mut Signals,
 ) -> Option<ExitStatus> {
     let ended = async {
         let Some(held) = held else { return std::future::pending().await };
@@ -371,9 +383,33 @@ async fn until_end(
         status = ended => status,
         () = targets_end => None,
         () = time => None,
-        _ = signals.interrupt.recv() => None,
-        _ = signals.terminate.recv() => None,
+        () = signals.next() => None,
     }
+}
+
+/// Writes the profile. The file system may not answer: a worker that can be left behind waits for it, until a signal.
+async fn write(
+    destination: &Destination,
+    profile: Profile,
+    details: Details,
+    signals: &mut Signals,
+) -> Result<(), RecordError> {
+    let theirs = destination.clone();
+    let mut writing = pin!(run_apart("gannet-output", move || theirs.write(&profile, &details)));
+    let written = if let Ok(written) = tokio::time::timeout(WRITE_TIMEOUT, &mut writing).await {
+        written
+    } else {
+        let path = destination.path().display();
+        tracing::warn!(
+            "the file system of {path} does not answer: the profile is written when it does; Ctrl-C or SIGTERM ends this program \
+             without the profile"
+        );
+        tokio::select! {
+            written = writing => written,
+            () = signals.next() => return Err(RecordError::Unanswered(destination.path().to_owned())),
+        }
+    };
+    Ok(written.map_err(RecordError::Start)??)
 }
 
 struct Signals {
@@ -384,6 +420,14 @@ struct Signals {
 impl Signals {
     fn listen() -> io::Result<Self> {
         Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    /// Waits for the next signal.
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
     }
 }
 

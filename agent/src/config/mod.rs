@@ -19,7 +19,7 @@ use std::{
 use clap::{ArgAction, ArgMatches, Args, ValueEnum};
 use gannet_base::{ByteSize, TimeSpan, logging::LogFormat};
 use gannet_proto::{
-    connect::Dial,
+    connect::{Dial, FileAccess},
     ports,
     rules::{Caps, Pattern},
     selector::LabelSelector,
@@ -29,6 +29,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub use renamed::RENAMED;
 
 use crate::{
+    access::{OwnFiles, on_own_files, read_own_file},
     governor::Budgets,
     kernel::{MAX_CGROUP_PATH, MAX_COMM, default_ring_bytes},
     pods::{KUBELET_TIMEOUT, PodFeedKind, PodFeedOptions, PodLabelOptions, check_kubelet_address},
@@ -379,6 +380,13 @@ impl RunOptions {
             cert: self.tls_cert.clone(),
             key: self.tls_key.clone(),
             token_file: self.token_file.clone(),
+            files: FileAccess {
+                read: |path| read_own_file(OwnFiles::Connection, path),
+                stamp: |path| {
+                    let theirs = path.to_owned();
+                    on_own_files(OwnFiles::Connection, path, move || FileAccess::stamp_now(&theirs))?
+                },
+            },
         })
     }
 

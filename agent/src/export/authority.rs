@@ -34,7 +34,7 @@ pub(crate) async fn explain(dial: &Dial, status: &Status) -> String {
             format!("The collector's certificate is of the authority {issuer}; {trusted}")
         })
     } else if connect::refuses_client(status) {
-        let own = certificates(dial.cert.as_deref());
+        let own = certificates(dial, dial.cert.as_deref());
         own.first().map(|own| format!("The certificate of this agent is of the authority {}", issuer(own)))
     } else {
         None
@@ -48,7 +48,7 @@ pub(crate) async fn explain(dial: &Dial, status: &Status) -> String {
 /// Names the authorities that this side trusts.
 fn trusted(dial: &Dial) -> Option<String> {
     let path = dial.ca.as_deref()?;
-    let all = certificates(Some(path));
+    let all = certificates(dial, Some(path));
     let names: Vec<String> =
         all.iter().take(SHOWN_AUTHORITIES).map(|certificate| subject(certificate)).collect();
     let more = all.len().saturating_sub(SHOWN_AUTHORITIES);
@@ -56,8 +56,8 @@ fn trusted(dial: &Dial) -> Option<String> {
     Some(format!("{} holds {}{more}", path.display(), names.join(", ")))
 }
 
-fn certificates(path: Option<&std::path::Path>) -> Vec<CertificateDer<'static>> {
-    let pem = path.and_then(|path| std::fs::read(path).ok()).unwrap_or_default();
+fn certificates(dial: &Dial, path: Option<&std::path::Path>) -> Vec<CertificateDer<'static>> {
+    let pem = path.and_then(|path| (dial.files.read)(path).ok()).unwrap_or_default();
     CertificateDer::pem_slice_iter(&pem).filter_map(Result::ok).collect()
 }
 
@@ -186,7 +186,7 @@ mod tests {
         let url = format!("https://localhost:{}", listener.local_addr().unwrap().port());
         let provider = Arc::new(ring::default_provider());
         let mut roots = RootCertStore::empty();
-        roots.add(certificates(Some(&dir.join("ca.crt"))).remove(0)).unwrap();
+        roots.add(certificates(&Dial::default(), Some(&dir.join("ca.crt"))).remove(0)).unwrap();
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
             .allow_unauthenticated()
             .build()
@@ -196,7 +196,7 @@ mod tests {
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_client_cert_verifier(verifier)
-            .with_single_cert(certificates(Some(&dir.join("tls.crt"))), key)
+            .with_single_cert(certificates(&Dial::default(), Some(&dir.join("tls.crt"))), key)
             .unwrap();
         config.alpn_protocols = vec![b"h2".to_vec()];
         let acceptor = TlsAcceptor::from(Arc::new(config));

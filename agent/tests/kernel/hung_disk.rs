@@ -4,7 +4,7 @@
 use std::{
     fs,
     path::PathBuf,
-    process::Command,
+    process::{Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -12,7 +12,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{
-    common::{Running, program, slower},
+    common::{Running, agent, program, slower},
     daemon::Daemon,
 };
 
@@ -120,6 +120,73 @@ fn the_agent_samples_and_ends_while_its_own_disk_hangs() {
     ];
     assert!(lost.iter().any(|line| log.contains(line)), "{log}");
     assert!(!log.contains("ending without the last samples"), "{log}");
+}
+
+/// Checks that `record` says which file system it waits for, and that a signal ends the wait with an error, but not before that.
+#[test]
+fn record_says_that_its_file_is_on_a_disk_that_hangs() {
+    let disk = Disk::mount();
+    fs::create_dir(disk.state()).unwrap();
+    let out = disk.state().join("out.folded");
+    let log = disk.directory.path().join("log");
+    let record = |duration: &str| {
+        let mut command = Command::new(agent());
+        command.args(["record", "--comm", "own_disk", "--duration", duration, "-o"]).arg(&out);
+        command.stderr(fs::File::create(&log).unwrap()).stdout(Stdio::null());
+        Running::start(&mut command)
+    };
+    let _spin = Running::start(&mut Command::new(program("own_disk", SPIN, &[])));
+    assert!(record("1s").0.wait().unwrap().success(), "{}", fs::read_to_string(&log).unwrap());
+    assert!(fs::read_to_string(&out).unwrap().contains("main"));
+    disk.hang();
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut running = record("1s");
+        let begun = Instant::now();
+        let text = || fs::read_to_string(&log).unwrap();
+        while !text().contains("does not answer: the profile is written when it does") {
+            assert!(begun.elapsed() < Duration::from_secs(60) * slower(), "{}", text());
+            assert_eq!(running.0.try_wait().unwrap(), None, "{}", text());
+            sleep(Duration::from_millis(20));
+        }
+        assert!(text().contains(&format!("the file system of {}", out.display())), "{}", text());
+        kill_process(Pid::from_child(&running.0), signal).unwrap();
+        let begun = Instant::now();
+        let status = loop {
+            if let Some(status) = running.0.try_wait().unwrap() {
+                break status;
+            }
+            assert!(begun.elapsed() < GRACE * slower(), "{signal:?}: {}", text());
+            sleep(Duration::from_millis(20));
+        };
+        assert_eq!(status.code(), Some(1), "{}", text());
+        let error =
+            format!("the profile is not written: the file system of `{}` does not answer", out.display());
+        assert!(text().contains(&error), "{}", text());
+    }
+}
+
+/// Checks that the agent goes on and says what it waits for while the token for the collector is on a disk that hangs. Nothing
+/// listens at that address, so the agent reads the token for each attempt, and looks each second whether it has changed.
+#[test]
+fn the_agent_goes_on_while_its_token_file_hangs() {
+    const FILES: &str = "the file system of --tls-ca, --tls-cert, --tls-key or --token-file";
+    let disk = Disk::mount();
+    fs::create_dir(disk.state()).unwrap();
+    let token = disk.state().join("token");
+    fs::write(&token, "secret").unwrap();
+    let flags = ["--endpoint", "http://127.0.0.1:1", "--token-file", token.to_str().unwrap()];
+    let daemon = Daemon::start(&flags);
+    daemon.wait_for("the collector is not there", || daemon.log().contains("no control stream"));
+    disk.hang();
+    daemon.wait_for("the disk is reported", || daemon.log().contains(&format!("{FILES} does not answer (")));
+    daemon.wait_for("the connection says so", || {
+        daemon
+            .log()
+            .contains(&format!("cannot read the token file {}: {FILES} does not answer", token.display()))
+    });
+    assert!(metric(&daemon, "gannet_agent_files_hung") > 0.0);
+    let log = ends_in_time(daemon);
+    assert_eq!(log.matches(&format!("{FILES} does not answer (")).count(), 1, "{log}");
 }
 
 #[test]

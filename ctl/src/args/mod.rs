@@ -104,7 +104,15 @@ const RENAMED: Renamed = Renamed {
 impl From<DialArgs> for Dial {
     fn from(args: DialArgs) -> Self {
         let DialArgs { endpoint, insecure, tls_ca, tls_cert, tls_key, token_file } = args;
-        Self { url: endpoint, insecure, ca: tls_ca, cert: tls_cert, key: tls_key, token_file }
+        Self {
+            url: endpoint,
+            insecure,
+            ca: tls_ca,
+            cert: tls_cert,
+            key: tls_key,
+            token_file,
+            ..Self::default()
+        }
     }
 }
 

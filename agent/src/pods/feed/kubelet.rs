@@ -25,6 +25,7 @@ use super::{
     PodChange, PodFeed, PodFeedError, PodFeedKind, PodFeedOptions, PodList, error::quote, json::read_pods,
     tls,
 };
+use crate::access::{OwnFiles, on_own_files, read_own_file};
 
 /// Pause between two polls. The kubelet builds the complete answer each time. The agent adds up to a tenth, so that agents
 /// do not poll in step.
@@ -120,7 +121,10 @@ impl Kubelet {
 
     /// Reads the token. None: the file does not exist. A kubelet without authentication answers anyway.
     fn token(&self) -> Result<Option<String>, PodFeedError> {
-        match std::fs::read_to_string(&self.options.token_file) {
+        let text = read_own_file(OwnFiles::Kubelet, &self.options.token_file).and_then(|token| {
+            String::from_utf8(token).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+        });
+        match text {
             Ok(token) => Ok(Some(token.trim().to_owned())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(PodFeedError::File {
@@ -139,7 +143,10 @@ impl PodFeed for Kubelet {
     }
 
     fn is_present(&self) -> bool {
-        self.options.token_file.exists() || self.options.kubelet_certificate.is_some()
+        let token = self.options.token_file.clone();
+        // If its file system does not answer, the error of the first request says so.
+        on_own_files(OwnFiles::Kubelet, &self.options.token_file, move || token.exists()).unwrap_or(true)
+            || self.options.kubelet_certificate.is_some()
     }
 
     fn changes<'a>(&'a self, requested: &'a Notify) -> BoxStream<'a, Result<PodChange, PodFeedError>> {

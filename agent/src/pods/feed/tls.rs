@@ -1,6 +1,6 @@
 //! Decides whether to trust the kubelet's certificate: signed by an authority, equal to a given one, or any.
 
-use std::{fs, net::IpAddr, path::Path, sync::Arc};
+use std::{net::IpAddr, path::Path, sync::Arc};
 
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
@@ -13,6 +13,7 @@ use rustls::{
 };
 
 use super::{PodFeedError, PodFeedOptions};
+use crate::access::{OwnFiles, read_own_file};
 
 /// Builds the TLS configuration of one connection to the kubelet at `peer`. Reads the files each time, because they are
 /// replaced while the agent runs.
@@ -57,8 +58,12 @@ fn certificates(
     what: &'static str,
     cure: &'static str,
 ) -> Result<Vec<CertificateDer<'static>>, PodFeedError> {
-    let pem =
-        fs::read(path).map_err(|source| PodFeedError::File { what, path: path.to_owned(), source, cure })?;
+    let pem = read_own_file(OwnFiles::Kubelet, path).map_err(|source| PodFeedError::File {
+        what,
+        path: path.to_owned(),
+        source,
+        cure,
+    })?;
     let wrong = |reason: String| PodFeedError::Certificates { path: path.to_owned(), reason };
     let found: Vec<_> = CertificateDer::pem_slice_iter(&pem)
         .collect::<Result<_, _>>()
