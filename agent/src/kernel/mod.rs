@@ -271,7 +271,7 @@ impl Kernel {
     }
 
     /// Starts clocks on CPUs that came online, stops them on CPUs that went offline.
-    pub(crate) fn follow_cpus(&mut self) -> Result<(), KernelError> {
+    pub fn follow_cpus(&mut self) -> Result<(), KernelError> {
         // First those that went off and on since: their perf events are silent.
         let went_offline = self.hotplug.as_mut().map(hotplug::Hotplug::read);
         if let Some(went_offline) = &went_offline {

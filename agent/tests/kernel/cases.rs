@@ -7,7 +7,7 @@ use std::{
     process::Command,
     sync::mpsc,
     thread::{self, sleep},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use gannet_proto::{
@@ -15,7 +15,9 @@ use gannet_proto::{
     profiles::Profile,
 };
 
-use crate::common::{Recording, Running, agent, in_order, is_marked, program, record_for, slower};
+use crate::common::{
+    Recording, Running, agent, cpu::CpuOne, in_order, is_marked, program, record_for, slower,
+};
 
 const DEAD_LEADER: &str = include_str!("../data/cases/dead_leader.c");
 const MOVED_TEXT: &str = include_str!("../data/cases/moved_text.c");
@@ -339,44 +341,29 @@ fn a_library_above_20_000_file_mappings_has_names() {
     assert!(samples > 10 && whole * 100 >= samples * 95, "{whole} of {samples}: {}", recording.log);
 }
 
-/// Brings a CPU back online when a test ends.
-struct Offline(String);
-
-impl Drop for Offline {
-    fn drop(&mut self) {
-        let _ = fs::write(&self.0, "1");
-    }
-}
-
 /// Records a program that is pinned to CPU 1 and starts at the end of these steps. A step waits for some seconds and then
-/// writes a state to the CPU's `online`. The first step may come before the agent.
+/// takes the CPU offline, or back online. The CPU may be off before the agent starts.
 #[track_caller]
-fn assert_cpu_is_sampled_after(before_agent: Option<&str>, steps: &'static [(u32, &str)]) {
-    let online = Offline("/sys/devices/system/cpu/cpu1/online".into());
+fn assert_cpu_is_sampled_after(is_off: bool, steps: &'static [(u32, bool)]) {
+    let cpu = CpuOne::borrow();
     let source = "volatile unsigned long n;
         __attribute__((noinline)) void pinned_leaf(void) { for (int i = 0; i < 1000; i++) n += i; }
         int main(void) { for (;;) pinned_leaf(); }";
     let program = program("pinned", source, &[]);
     let path = program.to_str().unwrap().to_owned();
-    let write = |path: &str, state: &str| {
-        let begin = Instant::now();
-        fs::write(path, state).unwrap_or_else(|error| panic!("{path}: {error}; the test needs it"));
-        // A busy machine may take seconds, which a failure should show.
-        eprintln!("CPU 1 to {state} took {:?}", begin.elapsed());
-    };
-    if let Some(state) = before_agent {
-        write(&online.0, state);
+    if is_off {
+        cpu.set(false);
     }
     let (end, ended) = mpsc::channel::<()>();
     let toggle = thread::spawn(move || {
-        for (seconds, state) in steps {
+        for (seconds, online) in steps {
             sleep(Duration::from_secs(1) * *seconds * slower());
-            write(&online.0, state);
+            cpu.set(*online);
         }
         let running = Running::start(Command::new("taskset").args(["-c", "1", &path]));
         eprintln!("the program runs");
         let _ = ended.recv();
-        drop((running, online));
+        drop((running, cpu));
     });
     let recording = record_for(10, 99, &["--comm", "pinned"]);
     drop(end);
@@ -389,15 +376,15 @@ fn assert_cpu_is_sampled_after(before_agent: Option<&str>, steps: &'static [(u32
 
 #[test]
 fn a_cpu_that_goes_off_and_on_is_sampled_again() {
-    assert_cpu_is_sampled_after(None, &[(3, "0"), (0, "1")]);
+    assert_cpu_is_sampled_after(false, &[(3, false), (0, true)]);
 }
 
 #[test]
 fn a_cpu_that_is_off_when_the_agent_starts_is_sampled_later() {
-    assert_cpu_is_sampled_after(Some("0"), &[(3, "1")]);
+    assert_cpu_is_sampled_after(true, &[(3, true)]);
 }
 
 #[test]
 fn a_cpu_that_stays_off_for_seconds_is_sampled_again() {
-    assert_cpu_is_sampled_after(None, &[(2, "0"), (3, "1")]);
+    assert_cpu_is_sampled_after(false, &[(2, false), (3, true)]);
 }

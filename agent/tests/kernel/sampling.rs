@@ -14,7 +14,7 @@ use gannet_agent::{
 };
 use libbpf_rs::{MapCore as _, MapFlags, MapHandle, MapType};
 
-use crate::common::{program, slower};
+use crate::common::{Running, cpu::CpuOne, program, slower};
 
 /// A program that uses a second of CPU time and exits with 7.
 const BUSY: &str = r"
@@ -261,4 +261,75 @@ fn ticks_that_the_kernel_skips_are_explained() {
     let (ticks, clocks) = ticks_while(499, busy);
     assert!(ticks.skipped > 10, "{ticks:?}");
     assert_explained((ticks, clocks));
+}
+
+/// Computes for ever.
+const SPIN: &str = "int main(void) { for (volatile unsigned long n = 0;; n++) ; }";
+
+/// Starts a program on CPU 1, and reads until it was sampled there some times.
+#[track_caller]
+fn until_cpu_one_is_sampled(kernel: &mut Kernel, comm: &str) -> Running {
+    let path = program(comm, SPIN, &[]);
+    let number = CpuOne::NUMBER.to_string();
+    let running = Running::start(Command::new("taskset").args(["-c", &number]).arg(path));
+    let (begun, mut samples) = (Instant::now(), 0);
+    while samples < 20 {
+        assert!(begun.elapsed() < Duration::from_secs(30) * slower(), "{samples} samples");
+        sleep(Duration::from_millis(20));
+        let events = kernel.read().unwrap();
+        let of_it = |event: &&Event| matches!(event, Event::Sample(sample) if sample.subject.key.tgid == running.0.id());
+        samples += events.iter().filter(of_it).count();
+    }
+    running
+}
+
+/// Takes CPU 1 offline for two seconds, off a program that runs there. Then the kernel side looks for such changes, and before
+/// that perhaps while the CPU is off.
+#[track_caller]
+fn assert_offline_ticks_are_explained(comm: &str, looks_while_off: bool) {
+    let hz = u64::from(499 / slower());
+    let mut kernel = kernel();
+    // The exec event adds the program to the sampled processes.
+    kernel.set_lifecycle(true);
+    kernel.set_sampling(true);
+    kernel.set_rules(&rules_for(comm, hz)).unwrap();
+    let running = until_cpu_one_is_sampled(&mut kernel, comm);
+    let cpu = CpuOne::borrow();
+    assert_eq!(kernel.ticks().unwrap().offline, 0);
+    cpu.set(false);
+    let off = Instant::now();
+    // It would go on, on another CPU.
+    drop(running);
+    sleep(Duration::from_secs(2).saturating_sub(off.elapsed()));
+    let mut seen = off.elapsed();
+    if looks_while_off {
+        kernel.follow_cpus().unwrap();
+        // No clock runs there now, so no tick is due.
+        let offline = kernel.ticks().unwrap().offline;
+        cpu.set(true);
+        kernel.follow_cpus().unwrap();
+        assert_eq!(kernel.ticks().unwrap().offline, offline);
+    } else {
+        cpu.set(true);
+        seen = off.elapsed();
+        kernel.follow_cpus().unwrap();
+    }
+    drop(cpu);
+    let _running = until_cpu_one_is_sampled(&mut kernel, comm);
+    let ticks = kernel.ticks().unwrap();
+    // The clock was stopped between two ticks.
+    let missed = u64::try_from(seen.as_millis()).unwrap() * hz / 1000;
+    assert!(ticks.offline + 1 >= missed, "{missed}: {ticks:?}");
+    // CPU 1 had two clocks, one after the other.
+    assert_explained((ticks, 1 + model::online_cpus().unwrap().len() as u64));
+}
+
+#[test]
+fn ticks_of_a_cpu_that_the_agent_finds_offline_are_explained() {
+    assert_offline_ticks_are_explained("gannet-off", true);
+}
+
+#[test]
+fn ticks_of_a_cpu_that_was_offline_meanwhile_are_explained() {
+    assert_offline_ticks_are_explained("gannet-off-on", false);
 }

@@ -1,6 +1,7 @@
 //! Helpers of the kernel tests: small programs, and recordings of them.
 
 pub(crate) mod cgroup;
+pub(crate) mod cpu;
 pub(crate) mod life;
 
 use std::{
