@@ -158,15 +158,18 @@ struct Progress {
 }
 
 impl Progress {
-    /// Reports whether the worker used a CPU since the last call, after which it had used this number of clock ticks.
+    /// Reports whether the worker is on a CPU or waits for one, or used one since the last call, after which it had used this
+    /// number of clock ticks.
     fn is_busy(&self, used: &mut u64) -> bool {
         let Some(worker) = self.worker.get() else { return true };
-        let ticks = fs::read_to_string(format!("/proc/{worker}/stat")).ok().and_then(|text| {
-            // User and system time are the fields 14 and 15 of proc(5); the name before may contain spaces.
-            let mut fields = text.get(text.rfind(')')? + 2..)?.split_ascii_whitespace().skip(11);
-            Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
+        let progress = fs::read_to_string(format!("/proc/{worker}/stat")).ok().and_then(|text| {
+            // State, user and system time are the fields 3, 14 and 15 of proc(5); the name before may contain spaces.
+            let mut fields = text.get(text.rfind(')')? + 2..)?.split_ascii_whitespace();
+            let wants_cpu = fields.next()? == "R";
+            let mut times = fields.skip(10);
+            Some((wants_cpu, times.next()?.parse::<u64>().ok()? + times.next()?.parse::<u64>().ok()?))
         });
-        ticks.is_some_and(|ticks| std::mem::replace(used, ticks) < ticks)
+        progress.is_some_and(|(wants_cpu, ticks)| std::mem::replace(used, ticks) < ticks || wants_cpu)
     }
 }
 
@@ -444,6 +447,38 @@ mod tests {
         until(|| !access.is_hung(hung));
         assert_eq!(access.run(hung, "file", FAR, || 3), Ok(3));
         assert_eq!(access.stats().answered, 1);
+    }
+
+    /// Checks that a call that waits for a CPU is no call that waits for its target: on a busy machine it may get none for the
+    /// whole wait.
+    #[test]
+    fn a_call_that_wants_a_cpu_is_busy() {
+        let (tell, told) = mpsc::channel();
+        let stop = AtomicU8::new(0);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                tell.send(rustix::thread::gettid()).unwrap();
+                while stop.load(Ordering::Relaxed) == 0 {}
+            });
+            // As many clock ticks as no thread has used.
+            let is_busy = |thread: rustix::thread::Pid| {
+                let worker = thread.as_raw_nonzero().get().cast_unsigned().into();
+                Progress { worker, ..Progress::default() }.is_busy(&mut u64::MAX.clone())
+            };
+            let runs = is_busy(told.recv().unwrap());
+            let (release, held) = mpsc::channel::<()>();
+            let tell = tell.clone();
+            let waiting = scope.spawn(move || {
+                tell.send(rustix::thread::gettid()).unwrap();
+                held.recv()
+            });
+            let waits = told.recv().unwrap();
+            until(|| !is_busy(waits));
+            stop.store(1, Ordering::Relaxed);
+            drop(release);
+            assert!(runs);
+            assert!(waiting.join().unwrap().is_err());
+        });
     }
 
     #[test]
