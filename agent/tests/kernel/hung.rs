@@ -10,14 +10,15 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::common::{Running, agent, in_order, on_a_screen, program, record_for, slower};
+use crate::common::{Recording, Running, agent, in_order, on_a_screen, program, record_for, slower};
 
 const SERVER: &str = include_str!("../data/cases/hangfs.py");
 const SPIN: &str = "volatile unsigned long n;
 __attribute__((noinline)) void NAME(void) { for (int i = 0; i < 1000; i++) n += i; }
 int main(void) { for (;;) NAME(); }";
-/// Whatever a test does wrong, the file system answers again after this time.
-const RESCUE: &str = "60";
+/// Whatever a test does wrong, the file system answers again after this time. A recording of all processes takes half a minute
+/// on a busy machine.
+const RESCUE: &str = "180";
 /// Long enough for a busy machine, and shorter than the time until the rescue.
 const TIMEOUT: Duration = Duration::from_secs(25);
 
@@ -45,7 +46,10 @@ impl HungFs {
         let server_id = server.0.id();
         let rescue =
             format!("sleep {RESCUE}; kill -CONT {server_id}; sleep {RESCUE}; kill -KILL {server_id}");
-        let rescue = Running::start(Command::new("sh").args(["-c", &rescue]));
+        // Its sleep outlives it, and must not hold the test's output open.
+        let rescue = Running::start(
+            Command::new("sh").args(["-c", &rescue]).stdout(Stdio::null()).stderr(Stdio::null()),
+        );
         let this = Self { server, rescue, directory };
         wait_for("the file system is mounted (it needs python3 and /dev/fuse)", || {
             File::open(this.program()).is_ok()
@@ -59,6 +63,13 @@ impl HungFs {
 
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.server.0), signal).unwrap();
+    }
+
+    /// Fails if the server runs again: what came before may have waited for the rescue.
+    #[track_caller]
+    fn assert_still_hangs(&self) {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.server.0.id())).unwrap();
+        assert!(stat.contains(" T "), "the server is not stopped any more: {stat}");
     }
 
     /// Starts the program by a shell: the start of a child waits for its `execve`.
@@ -95,20 +106,16 @@ fn end_of(what: &str, child: &mut Child) -> Duration {
     begun.elapsed()
 }
 
-/// Records everything for two seconds and checks that only the process on the file system has no names.
+/// Records everything for two seconds while the file system hangs, and checks that the program `other` has all of its names.
 #[track_caller]
-fn record_all_beside(other: &str) {
-    let begun = Instant::now();
+fn record_all_beside(other: &str, hung: &HungFs) -> Recording {
     let recording = record_for(2, 99, &["--all"]);
-    assert!(
-        begun.elapsed() < Duration::from_secs(2 * u64::from(slower())) + TIMEOUT,
-        "{:?}",
-        begun.elapsed()
-    );
+    hung.assert_still_hangs();
     let leaf = format!("{other}_leaf");
     let (good, all) = recording.share(&leaf, |stack| in_order(stack, &[other, "main", &leaf]));
-    assert!(all > 20 && good == all, "{good} of {all}\n{}", recording.log);
-    assert_eq!(recording.log.matches("does not answer (").count(), 1, "{}", recording.log);
+    // On a busy machine the program gets a small part of a CPU.
+    assert!(all > 3 && good == all, "{good} of {all}\n{}", recording.log);
+    recording
 }
 
 #[test]
@@ -118,7 +125,8 @@ fn a_hung_program_is_profiled_without_its_names() {
     let _hung = hung.start();
     sleep(Duration::from_millis(500));
     hung.signal(Signal::STOP);
-    record_all_beside("beside_a");
+    let log = record_all_beside("beside_a", &hung).log;
+    assert_eq!(log.matches("does not answer (").count(), 1, "{log}");
 }
 
 #[test]
@@ -128,11 +136,7 @@ fn a_process_that_hangs_in_execve_holds_up_no_other() {
     hung.signal(Signal::STOP);
     let _hung = hung.start();
     sleep(Duration::from_millis(500));
-    let begun = Instant::now();
-    let recording = record_for(2, 99, &["--all"]);
-    assert!(begun.elapsed() < Duration::from_secs(2 * u64::from(slower())) + TIMEOUT);
-    let (good, all) = recording.share("beside_b_leaf", |stack| in_order(stack, &["beside_b", "main"]));
-    assert!(all > 20 && good == all, "{good} of {all}\n{}", recording.log);
+    record_all_beside("beside_b", &hung);
 }
 
 /// Checks that a program whose file is open in the agent does not hold up the agent's end: closing a readable descriptor of
