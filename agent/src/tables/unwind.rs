@@ -256,3 +256,57 @@ fn with_functions(
     }
     StackWords { words, guessed_from, is_cut: false }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{ListRun, StackWord};
+
+    /// Frames at these program counters; those from `guessed` on were found by a guess. The second one stands for list frames.
+    fn frames(pcs: &[u64], guessed: usize) -> Vec<UnwindFrame> {
+        let frame = |(index, pc): (usize, &u64)| UnwindFrame {
+            pc: *pc,
+            exact: index == 0,
+            guessed: index >= guessed,
+            list: (index == 1).then_some((100, 200)),
+        };
+        pcs.iter().enumerate().map(frame).collect()
+    }
+
+    #[test]
+    fn the_first_guess_is_marked_among_list_frames_and_functions() {
+        let function = StackWord::Function(7).encode();
+        let position = StackWord::Position { sum: 1, position: 2 }.encode();
+        let named = vec![function, position];
+        let lists = RawLists {
+            newest_native: 150,
+            runs: vec![ListRun { words: [&named[..], &named].concat(), native: 150 }],
+        };
+        let words = [10, function, position, function, position, 20, function, position, 40];
+        // The list frames in front of a guessed frame rest on the guess, and so does the function in its place.
+        for (guessed, expected) in [(0, Some(0)), (1, Some(1)), (2, Some(6)), (3, Some(8)), (4, None)] {
+            let stack =
+                with_functions(&frames(&[10, 20, 30, 40], guessed), vec![(30, named.clone())], lists.clone());
+            assert_eq!((&stack.words[..], stack.is_cut), (&words[..], false));
+            assert_eq!(stack.guessed_from, expected, "{guessed}");
+        }
+    }
+
+    #[test]
+    fn a_guess_beyond_the_last_frame_marks_none() {
+        let many = |count: usize| vec![StackWord::Function(7).encode(); 2 * count];
+        for (count, words, expected) in [
+            (MAX_FRAMES - 1, 2 * MAX_FRAMES - 1, Some(2 * MAX_FRAMES as u16 - 2)),
+            (MAX_FRAMES, 2 * MAX_FRAMES, None),
+            (MAX_FRAMES + 1, 2 * MAX_FRAMES, None),
+        ] {
+            let stack = with_functions(&frames(&[10, 20], 1), vec![(10, many(count))], RawLists::default());
+            assert_eq!((stack.words.len(), stack.guessed_from), (words, expected), "{count}");
+            assert_eq!(stack.is_cut, count >= MAX_FRAMES);
+        }
+        // What was guessed in front of the cut stays marked.
+        let stack =
+            with_functions(&frames(&[10, 20], 0), vec![(10, many(MAX_FRAMES + 1))], RawLists::default());
+        assert_eq!((stack.guessed_from, stack.is_cut), (Some(0), true));
+    }
+}

@@ -12,7 +12,10 @@ use gannet_proto::{
 };
 use proptest::prelude::*;
 
-use super::{super::intake::Intake, *};
+use super::{
+    super::intake::{Intake, StackEnds},
+    *,
+};
 use crate::{
     cgroup::CgroupHierarchy,
     model::{ProcessKey, Sample, SampleKind, StackEnd, StackMarks, Subject},
@@ -293,6 +296,30 @@ fn check_unreadable(end: StackEnd) {
         }
     };
     assert_ledger(&through_window(&samples, silent), 4, 3, &[], 1);
+}
+
+#[test]
+fn a_stack_counts_once_by_its_end() {
+    let of = |end, kernel_truncated, guessed| {
+        let mut intake = Intake::new(Duration::from_secs(1));
+        let marks = StackMarks { kernel_truncated, guessed_from: guessed };
+        intake.add(Sample { end, marks, ..sample(1, 1) });
+        let StackEnds { complete, truncated, broken, unreadable, guessed } = intake.stack_ends();
+        [complete, truncated, broken, unreadable, guessed]
+    };
+    let (complete, truncated, broken) = ([1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0]);
+    assert_eq!(of(StackEnd::Complete, false, None), complete);
+    assert_eq!(of(StackEnd::None, false, None), complete);
+    assert_eq!(of(StackEnd::Complete, false, Some(1)), [0, 0, 0, 0, 1]);
+    // A stack that lacks frames is no complete one, whatever it rests on.
+    for guessed in [None, Some(1)] {
+        assert_eq!(of(StackEnd::Complete, true, guessed), truncated);
+        assert_eq!(of(StackEnd::Truncated, false, guessed), truncated);
+        for end in [StackEnd::Broken, StackEnd::NotUnwound] {
+            assert_eq!(of(end, true, guessed), broken);
+        }
+        assert_eq!(of(StackEnd::Unreadable, true, guessed), [0, 0, 0, 1, 0]);
+    }
 }
 
 #[test]
