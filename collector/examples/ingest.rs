@@ -27,9 +27,13 @@ use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
 use gannet_proto::{
     ingest::{
-        Batch, PushRequest, ingest_service_client::IngestServiceClient, push_request, push_response::Message,
+        Batch, PushRequest, batch::Piece, ingest_service_client::IngestServiceClient, push_request,
+        push_response::Message,
     },
-    pprof::{Builder, Encoding, Header, Line, LocationId, Mapping, Profile, decode, encode, encode_as},
+    pprof::{
+        Builder, Encoding, Header, Line, LocationId, Mapping, PIECES, PieceDecoder, PieceEncoder, Profile,
+        decode, decode_raw, encode, encode_as, inflate, to_zstd,
+    },
 };
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -61,6 +65,10 @@ struct Arguments {
     /// End after this many batches of each connection; 0: after the time
     #[arg(long, default_value_t = 0)]
     batches: u64,
+    /// Profiles to send in place of made ones: files of pprof, in the order of their names, such as consecutive ones of an agent.
+    /// A name is `NUMBER_SERIES.pb.gz`
+    #[arg(long, value_name = "DIR")]
+    profiles: Option<PathBuf>,
     /// Directory for the data of the collectors, on the disk to measure
     #[arg(long, default_value = ".")]
     dir: PathBuf,
@@ -78,6 +86,8 @@ enum Wire {
     GzipInZstd,
     /// Profiles in zstd, and each gRPC message in zstd
     ZstdInZstd,
+    /// Each profile compressed with those before it on the connection
+    Pieces,
 }
 
 impl Wire {
@@ -87,6 +97,7 @@ impl Wire {
             Self::Zstd => "zstd",
             Self::GzipInZstd => "gzip in zstd",
             Self::ZstdInZstd => "zstd in zstd",
+            Self::Pieces => PIECES,
         }
     }
 
@@ -94,6 +105,8 @@ impl Wire {
         match self {
             Self::Gzip | Self::GzipInZstd => encode(profile),
             Self::Zstd | Self::ZstdInZstd => encode_as(profile, Encoding::Zstd),
+            // Each connection makes the pieces.
+            Self::Pieces => profile.encode_to_vec(),
         }
     }
 
@@ -164,6 +177,26 @@ fn profile(random: &mut Random, bytes: usize) -> (Profile, u64) {
     unreachable!("profiles grow without a bound")
 }
 
+/// Returns the profiles in the files of a directory, each with the number of its samples.
+fn read_profiles(dir: &Path) -> anyhow::Result<Vec<(Profile, u64)>> {
+    let mut paths = fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect::<anyhow::Result<Vec<_>>>()?;
+    paths.sort();
+    let read = |path: PathBuf| {
+        let profile = decode(&fs::read(&path)?, 64 << 20).with_context(|| path.display().to_string())?;
+        let samples = gannet_proto::pprof::samples(&profile);
+        Ok((profile, samples))
+    };
+    paths.into_iter().map(read).collect()
+}
+
+/// Replaces the profile of a batch by a piece.
+fn as_piece(mut batch: Batch, encoder: &mut PieceEncoder) -> anyhow::Result<Batch> {
+    let bytes = batch.pprof.len() as u64;
+    let (number, pprof) = encoder.encode(&batch.pprof).context("a profile does not fit into a piece")?;
+    batch.piece = Some(Piece { number, bytes });
+    Ok(Batch { pprof, ..batch })
+}
+
 fn batch(connection: u64, n: u64, profiles: &[(Vec<u8>, u64)]) -> Batch {
     let (pprof, samples) = &profiles[(connection * 31 + n) as usize % profiles.len()];
     let labels: BTreeMap<String, String> = [
@@ -220,11 +253,15 @@ async fn push(
     }
     let mut answers = client.push(ReceiverStream::new(receiver)).await?.into_inner();
     answers.message().await?.context("the stream ended before the limits")?;
+    let mut encoder = PieceEncoder::new().context("no memory")?;
     let (mut sent, mut latencies) = (HashMap::new(), Vec::new());
     let mut n = 0;
     loop {
         while sent.len() < arguments.in_flight && (arguments.batches == 0 || n < arguments.batches) {
-            let batch = batch(connection, n, &profiles);
+            let mut batch = batch(connection, n, &profiles);
+            if matches!(wire, Wire::Pieces) {
+                batch = as_piece(batch, &mut encoder)?;
+            }
             n += 1;
             sent.insert(batch.batch_id.clone(), Instant::now());
             requests.send(PushRequest { message: Some(push_request::Message::Batch(batch)) }).await?;
@@ -271,10 +308,47 @@ fn print_cost(encoding: Encoding, profiles: &[(Profile, u64)]) {
     );
 }
 
+/// As [`print_cost`], for pieces: the agent inflates what the spool has, and the collector compresses for the store.
+fn print_cost_of_pieces(profiles: &[(Profile, u64)]) -> anyhow::Result<()> {
+    let n = profiles.len() as f64;
+    let spooled: Vec<_> = profiles.iter().map(|(profile, _)| encode_as(profile, Encoding::Zstd)).collect();
+    let mut encoder = PieceEncoder::new().context("no memory")?;
+    let mut decoder = PieceDecoder::new().context("no memory")?;
+    let began = Instant::now();
+    let mut pieces = Vec::new();
+    for bytes in &spooled {
+        let raw = inflate(bytes, 64 << 20)?;
+        let (number, piece) = encoder.encode(&raw).context("a profile does not fit into a piece")?;
+        pieces.push((number, raw.len() as u64, piece));
+    }
+    let to_encode = began.elapsed().as_secs_f64() / n * 1e6;
+    let (mut to_decode, mut to_store) = (0.0, 0.0);
+    for (number, size, piece) in &pieces {
+        let began = Instant::now();
+        let raw = decoder.decode(*number, *size, piece)?;
+        decode_raw(&raw, 64 << 20)?;
+        to_decode += began.elapsed().as_secs_f64() / n * 1e6;
+        let began = Instant::now();
+        std::hint::black_box(to_zstd(&raw));
+        to_store += began.elapsed().as_secs_f64() / n * 1e6;
+    }
+    let bytes = pieces.iter().map(|(_, _, piece)| piece.len()).sum::<usize>() as f64 / n;
+    println!(
+        "{PIECES}: {bytes:.0} bytes a profile; {to_encode:.0} us to encode what the spool has, {to_decode:.0} us to decode it, and \
+         {to_store:.0} us to compress it for the store"
+    );
+    Ok(())
+}
+
 /// Returns the mean size of a message with a batch, in bytes.
 fn message_bytes(profiles: &[(Vec<u8>, u64)], wire: Wire) -> f64 {
+    let mut encoder = PieceEncoder::new();
     let bytes = (0..profiles.len() as u64).map(|n| {
-        let message = push_request::Message::Batch(batch(1, n, profiles));
+        let mut batch = batch(1, n, profiles);
+        if matches!(wire, Wire::Pieces) {
+            batch = encoder.as_mut().and_then(|encoder| as_piece(batch, encoder).ok()).unwrap_or_default();
+        }
+        let message = push_request::Message::Batch(batch);
         let raw = PushRequest { message: Some(message) }.encode_to_vec();
         if wire.compresses_messages() {
             zstd::bulk::compress(&raw, 0).map_or(0, |z| z.len())
@@ -323,11 +397,16 @@ async fn measure(
     let data =
         arguments.dir.join(format!("ingest-{name}-{}-{}", wire.name().replace(' ', "-"), std::process::id()));
     let (grpc, http) = (free_port()?, free_port()?);
+    let piece_streams = if matches!(wire, Wire::Pieces) { arguments.connections } else { 0 }.to_string();
     let mut child = Command::new(program)
         .arg("--data")
         .arg(&data)
         .args(["--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()])
-        .env("GANNET_COLLECTOR_LOG", "warn")
+        // An earlier collector does not know the second.
+        .envs([
+            ("GANNET_COLLECTOR_LOG", "warn".to_owned()),
+            ("GANNET_COLLECTOR_PIECE_STREAMS", piece_streams),
+        ])
         .stdin(Stdio::null())
         .spawn()
         .with_context(|| format!("cannot start {program}"))?;
@@ -393,11 +472,15 @@ async fn measure(
 async fn main() -> anyhow::Result<()> {
     let arguments = Arc::new(Arguments::parse());
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
-    let profiles: Vec<_> = (0..200).map(|_| profile(&mut random, arguments.bytes)).collect();
+    let profiles: Vec<_> = match &arguments.profiles {
+        Some(dir) => read_profiles(dir)?,
+        None => (0..200).map(|_| profile(&mut random, arguments.bytes)).collect(),
+    };
     println!("{} connections, {} batches in flight on each", arguments.connections, arguments.in_flight);
     for encoding in [Encoding::Gzip, Encoding::Zstd] {
         print_cost(encoding, &profiles);
     }
+    print_cost_of_pieces(&profiles)?;
     println!(
         "{:<10} {:<12} {:>9} {:>10} {:>12} {:>9} {:>9} {:>9} {:>12} {:>12} {:>9} {:>9}",
         "collector",

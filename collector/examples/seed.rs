@@ -316,6 +316,7 @@ fn batch(window: &Window, sequence: u64) -> anyhow::Result<Batch> {
         reason: if off_cpu { "always; threshold 1 ms" } else { "always" }.to_owned(),
         window_id: Ulid::from_datetime(start).to_string(),
         ledger: Some(Ledger { ticks: 2 * HZ * 10, taken: samples, delivered: samples, ..Ledger::default() }),
+        piece: None,
     })
 }
 

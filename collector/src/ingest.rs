@@ -18,11 +18,11 @@ use gannet_proto::{
     },
     labels,
     ledger::Ledger,
-    pprof::{self, Encoding, MAX_STACK_FRAMES},
+    pprof::{self, Encoding, MAX_STACK_FRAMES, PIECES, PieceDecoder},
 };
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
@@ -58,6 +58,14 @@ pub struct IngestOptions {
     /// Refuse compressed profiles that are larger
     #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_MAX_BATCH_BYTES", default_value = "4MiB")]
     pub max_batch_bytes: ByteSize,
+    // Not by default: it costs processor time. docs/operations.md says when it pays.
+    /// Number of agents at a time that may send each profile compressed with those before it, in half the bytes. Each takes
+    /// 1.5 MiB of memory, and its profiles more processor time
+    #[arg(
+        long, value_name = "AGENTS", env = "GANNET_COLLECTOR_PIECE_STREAMS", default_value_t = 0,
+        value_parser = clap::value_parser!(u32).range(..=65_536)
+    )]
+    pub piece_streams: u32,
     /// Time by which a window may start in the future, because the clocks of nodes differ.
     #[arg(skip = Duration::from_secs(600))]
     #[serde(skip)]
@@ -87,9 +95,26 @@ struct IngestState {
     /// Permits of `memory` in all. A batch that needs more than all takes all.
     memory_units: u64,
     checks: Semaphore,
+    /// Streams that may still begin to send pieces. Each keeps a window in memory.
+    piece_streams: Arc<Semaphore>,
     stop: CancellationToken,
     max_batch_bytes: u64,
     max_clock_ahead: Duration,
+}
+
+/// A batch with its profile as the store keeps it.
+struct Received {
+    batch: Batch,
+    /// The profile without compression, if the batch came as a piece: it need not be inflated again.
+    raw: Option<Vec<u8>>,
+    /// Bytes of the profile on the wire.
+    wire_bytes: u64,
+}
+
+/// A profile without compression, with its share of the memory budget.
+struct RawProfile {
+    bytes: Vec<u8>,
+    _memory: OwnedSemaphorePermit,
 }
 
 /// Why the collector refuses a batch for good.
@@ -123,6 +148,7 @@ impl Ingest {
             memory: Arc::new(Semaphore::new(memory_units as usize)),
             memory_units,
             checks: Semaphore::new(CONCURRENT_CHECKS),
+            piece_streams: Arc::new(Semaphore::new(options.piece_streams as usize)),
             stop,
             max_batch_bytes: options.max_batch_bytes.0,
             max_clock_ahead: options.max_clock_ahead,
@@ -184,11 +210,12 @@ impl IngestState {
         let clock_ahead_ms = at_ms.map_or(0, |at_ms| at_ms as i64 - time::now_ms() as i64);
         let only_node = caller.is_bound_to_nodes().then(|| Arc::<str>::from(hello.node.as_str()));
         tracing::debug!(node = %hello.node, version = %hello.version, "an agent pushes profiles");
-        let limits = Limits {
-            max_batch_bytes: self.max_batch_bytes,
-            max_in_flight: MAX_IN_FLIGHT,
-            encodings: vec![Encoding::Zstd.name().to_owned()],
-        };
+        let piece_stream = Arc::clone(&self.piece_streams).try_acquire_owned().ok();
+        let mut pieces = piece_stream.as_ref().and_then(|_| PieceDecoder::new());
+        let mut encodings = vec![Encoding::Zstd.name().to_owned()];
+        encodings.extend(pieces.as_ref().map(|_| PIECES.to_owned()));
+        let limits =
+            Limits { max_batch_bytes: self.max_batch_bytes, max_in_flight: MAX_IN_FLIGHT, encodings };
         let _ = answers.send(Ok(answer(push_response::Message::Limits(limits)))).await;
 
         let in_flight = Arc::new(Semaphore::new(MAX_IN_FLIGHT as usize));
@@ -211,9 +238,17 @@ impl IngestState {
                 Err(status) => break Err(status),
             };
             let Ok(slot) = Arc::clone(&in_flight).acquire_owned().await else { break Ok(()) };
+            // Here and not in the task, because the order of pieces counts. It takes a millisecond at most.
+            let received = match receive(batch, pieces.as_mut()) {
+                Ok(received) => received,
+                Err(status) => {
+                    tracing::warn!(node = %hello.node, error = status.message(), "ended a stream of pieces");
+                    break Err(status);
+                }
+            };
             let (ingest, answers, only_node) = (Arc::clone(self), answers.clone(), only_node.clone());
             tasks.spawn(async move {
-                let message = ingest.process(batch, only_node.as_deref(), clock_ahead_ms).await;
+                let message = ingest.process(received, only_node.as_deref(), clock_ahead_ms).await;
                 // Before the slot is free again, so that unread answers stop the stream.
                 let _ = answers.send(Ok(answer(message))).await;
                 drop(slot);
@@ -228,10 +263,11 @@ impl IngestState {
     /// minus the collector's.
     async fn process(
         self: &Arc<Self>,
-        mut batch: Batch,
+        received: Received,
         only_node: Option<&str>,
         clock_ahead_ms: i64,
     ) -> push_response::Message {
+        let Received { mut batch, raw, wire_bytes } = received;
         let batch_id = batch.batch_id.clone();
         let refused = |refusal: Refusal| {
             self.metrics.refused(refusal.code);
@@ -244,7 +280,7 @@ impl IngestState {
                 reason: refusal.reason,
             })
         };
-        self.metrics.received_bytes.inc_by(batch.pprof.len() as u64);
+        self.metrics.received_bytes.inc_by(wire_bytes);
         let of_node = batch.labels.get(labels::NODE).map_or("", String::as_str);
         if let Some(node) = only_node.filter(|node| *node != of_node) {
             let reason = format!(
@@ -260,6 +296,19 @@ impl IngestState {
                 return refused(Refusal::new("bad_id", reason));
             }
         };
+        let raw = match raw {
+            Some(bytes) => match self.compress(bytes).await {
+                Ok((raw, pprof)) => {
+                    batch.pprof = pprof;
+                    Some(raw)
+                }
+                Err(reason) => {
+                    self.metrics.throttled("busy");
+                    return throttled(batch_id, Duration::from_secs(1), reason);
+                }
+            },
+            None => None,
+        };
         if batch.pprof.len() as u64 > self.max_batch_bytes {
             return refused(Refusal::new(
                 "too_large",
@@ -268,7 +317,7 @@ impl IngestState {
         }
         self.correct_start(&mut batch, clock_ahead_ms);
         let copied = self.forwarder.copy(&batch);
-        let outcome = match self.submit(id, batch).await {
+        let outcome = match self.submit(id, batch, raw).await {
             Ok(outcome) => outcome,
             Err(refusal) => return refused(refusal),
         };
@@ -286,18 +335,35 @@ impl IngestState {
             BatchOutcome::Duplicate => {
                 push_response::Message::Accepted(Accepted { batch_id, duplicate: true, samples: None })
             }
-            BatchOutcome::Throttled { retry_after, reason, .. } => {
-                push_response::Message::Throttled(Throttled {
-                    batch_id,
-                    retry_after: Some(time::duration(retry_after)),
-                    reason,
-                })
-            }
+            BatchOutcome::Throttled { retry_after, reason, .. } => throttled(batch_id, retry_after, reason),
         }
     }
 
+    /// Compresses the profile of a piece for the store, as its agent has it in the spool. An error is the reason to send the
+    /// batch again.
+    async fn compress(&self, bytes: Vec<u8>) -> Result<(RawProfile, Vec<u8>), &'static str> {
+        let units = (bytes.len() as u64).div_ceil(MEMORY_UNIT).min(self.memory_units) as u32;
+        let memory = Arc::clone(&self.memory)
+            .try_acquire_many_owned(units)
+            .map_err(|_| "the collector's memory for unwritten profiles is full")?;
+        let compressed = async {
+            let _turn = self.checks.acquire().await.ok()?;
+            let compress = move || {
+                let pprof = pprof::to_zstd(&bytes);
+                (RawProfile { bytes, _memory: memory }, pprof)
+            };
+            tokio::task::spawn_blocking(compress).await.ok()
+        };
+        compressed.await.ok_or("the collector is shutting down")
+    }
+
     /// Checks a batch, hands it to the writer and waits for the outcome.
-    async fn submit(self: &Arc<Self>, id: Ulid, batch: Batch) -> Result<BatchOutcome, Refusal> {
+    async fn submit(
+        self: &Arc<Self>,
+        id: Ulid,
+        batch: Batch,
+        raw: Option<RawProfile>,
+    ) -> Result<BatchOutcome, Refusal> {
         let busy = |reason: &str| {
             self.metrics.throttled("busy");
             Ok(BatchOutcome::Throttled {
@@ -317,7 +383,7 @@ impl IngestState {
             if matches!(ingest.store.contains(id), Ok(true)) {
                 return Ok(None);
             }
-            ingest.check(batch).map(Some)
+            ingest.check(batch, raw.as_ref().map(|raw| &*raw.bytes)).map(Some)
         });
         let new = match checked.await {
             Ok(Ok(Some(new))) => new,
@@ -338,15 +404,16 @@ impl IngestState {
         }
     }
 
-    /// Checks labels, times and profile of a batch, and packs it for the store.
-    fn check(&self, mut batch: Batch) -> Result<NewBatch, Refusal> {
+    /// Checks labels, times and profile of a batch, and packs it for the store. `raw`: the profile without compression, if it is
+    /// at hand.
+    fn check(&self, mut batch: Batch, raw: Option<&[u8]>) -> Result<NewBatch, Refusal> {
         labels::check(&batch.labels).map_err(|e| Refusal::new("bad_labels", e.to_string()))?;
         self.check_time(&batch)?;
         let pprof = Bytes::from(std::mem::take(&mut batch.pprof));
         let types = if pprof.is_empty() {
             check_ledger_only(&batch)?
         } else {
-            self.check_profile(&pprof, batch.samples)?
+            self.check_profile(&pprof, raw, batch.samples)?
         };
         let ledger = match batch.ledger.clone() {
             None => None,
@@ -430,12 +497,22 @@ impl IngestState {
     }
 
     /// Checks a profile and returns its sample types with their totals.
-    fn check_profile(&self, pprof: &[u8], samples: u64) -> Result<Vec<TypeTotal>, Refusal> {
+    fn check_profile(
+        &self,
+        pprof: &[u8],
+        raw: Option<&[u8]>,
+        samples: u64,
+    ) -> Result<Vec<TypeTotal>, Refusal> {
         if Encoding::of(pprof).is_none() {
             return Err(Refusal::new("not_gzip", "pprof starts with no header of gzip or zstd"));
         }
         let max_inflated = self.max_batch_bytes as usize * MAX_INFLATION;
-        let profile = pprof::decode(pprof, max_inflated).map_err(|e| {
+        let decoded = match raw {
+            // What starts like gzip in a piece is no profile: no reader of the store would inflate it twice.
+            Some(raw) => pprof::decode_raw(raw, max_inflated),
+            None => pprof::decode(pprof, max_inflated),
+        };
+        let profile = decoded.map_err(|e| {
             let code = match e {
                 pprof::PprofError::Gzip(_) | pprof::PprofError::Truncated => "not_gzip",
                 pprof::PprofError::TooLarge { .. } => "too_large",
@@ -460,6 +537,27 @@ impl IngestState {
         let types = summary.sample_types.into_iter().zip(summary.totals);
         Ok(types.map(|(name, total)| TypeTotal { name, total }).collect())
     }
+}
+
+/// Inflates a piece. An error ends the stream: the pieces after it cannot be read, and its agent sends all of them again.
+fn receive(mut batch: Batch, pieces: Option<&mut PieceDecoder>) -> Result<Received, Status> {
+    let wire_bytes = batch.pprof.len() as u64;
+    let Some(piece) = batch.piece.take() else { return Ok(Received { batch, raw: None, wire_bytes }) };
+    let Some(pieces) = pieces else {
+        return Err(Status::data_loss(format!("piece: the limits of this stream do not have {PIECES}")));
+    };
+    let raw = pieces.decode(piece.number, piece.bytes, &batch.pprof).map_err(|error| {
+        // A ULID has 26 letters; the status travels in a header, which has a limit.
+        let id: String = batch.batch_id.chars().take(26).collect();
+        Status::data_loss(format!("batch {}: {error}", id.escape_debug()))
+    })?;
+    batch.pprof.clear();
+    Ok(Received { batch, raw: Some(raw), wire_bytes })
+}
+
+fn throttled(batch_id: String, retry_after: Duration, reason: impl Into<String>) -> push_response::Message {
+    let retry_after = Some(time::duration(retry_after));
+    push_response::Message::Throttled(Throttled { batch_id, retry_after, reason: reason.into() })
 }
 
 /// Returns the number of frames of the deepest stack, with inlined ones.

@@ -113,6 +113,7 @@ impl Setup {
             reason: "always".to_owned(),
             window_id: ulid::Ulid::new().to_string(),
             ledger: Some(ledger.into()),
+            piece: None,
         };
         let hello = push_request::Hello {
             node: "n1".to_owned(),

@@ -87,6 +87,11 @@ impl Collector {
         format!("http://127.0.0.1:{}", self.grpc)
     }
 
+    /// Returns the address of the page and the metrics.
+    pub fn pages(&self) -> String {
+        format!("127.0.0.1:{}", self.http)
+    }
+
     /// Returns a connection that survives restarts.
     pub fn channel(&self) -> Channel {
         Channel::from_shared(self.url()).expect("an address").connect_lazy()

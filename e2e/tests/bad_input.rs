@@ -196,14 +196,7 @@ async fn a_profile_above_the_limit_reaches_the_collector_in_parts() {
     collector.up().await;
     let directory = tempfile::tempdir().expect("a directory");
     let ledger = NodeLedger::new();
-    let bounds = Bounds { bytes: 64 << 20, age: Duration::from_secs(3600) };
-    let spool = Spool::open(directory.path(), bounds, ledger.clone(), Arc::default()).expect("a spool");
-    let config = ExportConfig {
-        node: "n1".to_owned(),
-        version: "test".to_owned(),
-        collector: Some(Dial { url: collector.url(), ..Dial::default() }),
-    };
-    let exporter = Exporter::start(config, spool, ledger.clone(), Arc::default()).expect("an exporter");
+    let exporter = exporter(directory.path(), &collector, &ledger);
     ledger.take(2000);
     exporter.submit(vec![Batch {
         labels: [("service_name".to_owned(), "large".to_owned())].into(),
@@ -220,6 +213,62 @@ async fn a_profile_above_the_limit_reaches_the_collector_in_parts() {
     assert_eq!(profiles.iter().map(|profile| profile.samples).sum::<u64>(), 2000);
     let graph = collector.flame_graph("{service_name=\"large\"}").await;
     assert_eq!((graph.total, graph.unreadable_profiles), (20_000, 0));
+}
+
+/// Starts an exporter on a spool of its own.
+fn exporter(spool: &Path, collector: &Collector, ledger: &NodeLedger) -> Exporter {
+    let bounds = Bounds { bytes: 64 << 20, age: Duration::from_secs(3600) };
+    let spool = Spool::open(spool, bounds, ledger.clone(), Arc::default()).expect("a spool");
+    let config = ExportConfig {
+        node: "n1".to_owned(),
+        version: "test".to_owned(),
+        collector: Some(Dial { url: collector.url(), ..Dial::default() }),
+    };
+    Exporter::start(config, spool, ledger.clone(), Arc::default()).expect("an exporter")
+}
+
+/// Checks the window that both sides of a stream share: a collector that is killed has lost it, and it costs no profile.
+#[tokio::test]
+async fn pieces_of_a_killed_collector_arrive_once() {
+    let mut collector = Collector::prepare().with(&["--piece-streams=1"]);
+    collector.up().await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let ledger = NodeLedger::new();
+    let exporter = exporter(directory.path(), &collector, &ledger);
+    let profile = pprof::halves(large_profile()).expect("two halves")[0].clone();
+    let profile = pprof::split(profile, 100, usize::MAX).swap_remove(0);
+    let packed = pprof::encode_as(&profile, pprof::Encoding::Zstd);
+    let samples = pprof::samples(&profile);
+    let submit = |count: u64| {
+        ledger.take(count * samples);
+        let labels = std::collections::BTreeMap::from([("service_name".to_owned(), "pieces".to_owned())]);
+        let start = Some(std::time::SystemTime::now().into());
+        let batch =
+            || Batch { labels: labels.clone(), pprof: packed.clone(), samples, start, ..Batch::default() };
+        exporter.submit((0..count).map(|_| batch()).collect());
+    };
+    submit(10);
+    eventually("ten profiles are stored", async || {
+        (collector.profiles("{service_name=\"pieces\"}").await.len() == 10).then_some(())
+    })
+    .await;
+    let received = received_bytes(&collector).await;
+    assert!(received < 2.0 * packed.len() as f64, "{received} bytes for ten times {}", packed.len());
+    submit(20);
+    collector.program().kill();
+    collector.up().await;
+    submit(5);
+    assert!(exporter.shutdown(Duration::from_secs(60)).await);
+    let account = ledger.snapshot();
+    assert_eq!((account.delivered, account.lost_total()), (35 * samples, 0), "{account:?}");
+    let graph = collector.flame_graph("{service_name=\"pieces\"}").await;
+    assert_eq!((graph.profiles, graph.unreadable_profiles, graph.total), (35, 0, 35 * samples * 10));
+}
+
+async fn received_bytes(collector: &Collector) -> f64 {
+    let (_, text) = http_get(&collector.pages(), "/metrics").await.expect("metrics");
+    let value = |line: &str| line.strip_prefix("gannet_collector_ingest_received_bytes_total ")?.parse().ok();
+    text.lines().find_map(value).expect("the bytes received")
 }
 
 async fn metric(agent: &Agent, name: &str) -> Option<f64> {

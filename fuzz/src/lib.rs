@@ -47,6 +47,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "rules", run: rules::file },
     Target { name: "selectors", run: rules::selectors },
     Target { name: "pprof", run: messages::pprof },
+    Target { name: "pieces", run: messages::pieces },
     Target { name: "messages", run: messages::any },
     Target { name: "stored_object", run: gannet_collector::fuzz::stored_object },
     Target { name: "unwind_file", run: unwind::exercise },

@@ -6,7 +6,7 @@ use gannet_proto::{
     ingest::{self, push_request},
     labels,
     ledger::Ledger,
-    pprof::{self, FlameTree, Merger, Profile, Side},
+    pprof::{self, FlameTree, Merger, PIECES_WINDOW, PieceDecoder, PieceEncoder, Profile, Side},
     query,
 };
 use prost::Message;
@@ -25,6 +25,29 @@ pub(crate) fn pprof(bytes: &[u8]) {
     // The fuzzer cannot pack.
     if let Ok(profile) = Profile::decode(bytes) {
         use_profile(profile);
+    }
+}
+
+/// Batches with pieces of one stream, each behind two bytes of its length. After them, and whatever they were, a sender and the
+/// receiver agree on another frame.
+pub(crate) fn pieces(bytes: &[u8]) {
+    let (Some(mut encoder), Some(mut decoder)) = (PieceEncoder::new(), PieceDecoder::new()) else { return };
+    let mut rest = bytes;
+    while let [low, high, after @ ..] = rest {
+        let (message, next) = after.split_at(after.len().min(usize::from(u16::from_le_bytes([*low, *high]))));
+        rest = next;
+        let Ok(ingest::Batch { piece: Some(piece), pprof, .. }) = ingest::Batch::decode(message) else {
+            continue;
+        };
+        if let Ok(raw) = decoder.decode(piece.number, piece.bytes, &pprof) {
+            assert!(raw.len() as u64 == piece.bytes && raw.len() <= PIECES_WINDOW);
+        }
+    }
+    let raw = &bytes[..bytes.len().min(PIECES_WINDOW)];
+    for _ in 0..2 {
+        let (number, piece) = encoder.encode(raw).expect("a profile within the window");
+        let read = decoder.decode(number, raw.len() as u64, &piece).expect("a piece of the encoder");
+        assert!(read == raw, "a piece is another profile");
     }
 }
 

@@ -18,12 +18,13 @@ use gannet_proto::{
     connect::{self, Dial, FileStamps},
     ingest::{
         Batch, PushRequest, PushResponse,
+        batch::Piece,
         ingest_service_client::IngestServiceClient,
         push_request::{Hello, Message as Request},
         push_response::{Limits, Message as Response},
     },
     ledger::LossReason,
-    pprof::{self, Encoding},
+    pprof::{self, Encoding, PIECES, PIECES_WINDOW, PieceEncoder},
 };
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
@@ -188,7 +189,13 @@ impl Exporter {
             drop(token);
         })?;
         workers.close();
-        let stream = Stream { config, shared: Arc::clone(&shared), stats: Arc::clone(&stats), stop: stopped };
+        let stream = Stream {
+            config,
+            shared: Arc::clone(&shared),
+            stats: Arc::clone(&stats),
+            stop: stopped,
+            may_send_pieces: true,
+        };
         tasks.spawn(stream.run());
         tasks.close();
         Ok(Self {
@@ -273,6 +280,8 @@ struct Stream {
     shared: Arc<Shared>,
     stats: Arc<StreamStats>,
     stop: watch::Receiver<Option<Instant>>,
+    /// Cleared when a collector could not read a piece, so that a fault of this encoding cannot stop the export.
+    may_send_pieces: bool,
 }
 
 /// Reasons for the end of a connection.
@@ -432,7 +441,7 @@ impl Stream {
         tokio::pin!(answers);
         let max_in_flight = limits.max_in_flight.clamp(1, MAX_IN_FLIGHT) as usize;
         let max_bytes = if limits.max_batch_bytes == 0 { u64::MAX } else { limits.max_batch_bytes };
-        let reads_zstd = limits.encodings.iter().any(|encoding| encoding == Encoding::Zstd.name());
+        let mut wire = Wire::of(limits, self.may_send_pieces);
         let mut in_flight: HashSet<String> = HashSet::new();
         let mut last_answer = Instant::now();
         let mut paused_until = Instant::now();
@@ -455,7 +464,7 @@ impl Stream {
                     last_answer = Instant::now();
                 }
                 in_flight.insert(batch.batch_id.clone());
-                let batch = if reads_zstd { batch } else { with_gzip(batch).await };
+                let batch = wire.encode(batch, max_bytes).await;
                 if sender.send(PushRequest { message: Some(Request::Batch(batch)) }).await.is_err() {
                     // The answer stream has the reason.
                     break;
@@ -468,7 +477,12 @@ impl Stream {
                     last_answer = Instant::now();
                     let message = match answer {
                         Some(Ok(answer)) => answer.message,
-                        Some(Err(status)) => return End::Broken(connect::explain(url, &status)),
+                        Some(Err(status)) => {
+                            if status.code() == tonic::Code::DataLoss {
+                                self.may_send_pieces = false;
+                            }
+                            return End::Broken(connect::explain(url, &status));
+                        }
                         None => return End::Broken(format!("the collector at {url} ended the stream")),
                     };
                     match message {
@@ -529,6 +543,70 @@ impl Stream {
         // The collector chooses the code: one that invents codes must not grow the agent's metrics.
         let code = if refused.contains_key(code) || refused.len() < 32 { code } else { "other" };
         *refused.entry(code.to_owned()).or_default() += 1;
+    }
+}
+
+/// The encoding of profiles on one stream. The spool has them in zstd.
+enum Wire {
+    Gzip,
+    Zstd,
+    /// The frame of the stream; `None` begins another one.
+    Pieces(Option<Box<PieceEncoder>>),
+}
+
+impl Wire {
+    fn of(limits: &Limits, may_send_pieces: bool) -> Self {
+        let reads = |name: &str| limits.encodings.iter().any(|encoding| encoding == name);
+        if may_send_pieces && reads(PIECES) {
+            Self::Pieces(None)
+        } else if reads(Encoding::Zstd.name()) {
+            Self::Zstd
+        } else {
+            Self::Gzip
+        }
+    }
+
+    async fn encode(&mut self, batch: Batch, max_bytes: u64) -> Batch {
+        match self {
+            Self::Gzip => with_gzip(batch).await,
+            Self::Zstd => batch,
+            Self::Pieces(frame) => as_piece(batch, max_bytes, frame).await,
+        }
+    }
+}
+
+/// Returns a batch whose profile is the next piece of the stream's frame. A profile that does not fit stays in zstd.
+async fn as_piece(batch: Batch, max_bytes: u64, frame: &mut Option<Box<PieceEncoder>>) -> Batch {
+    if batch.pprof.is_empty() {
+        return batch;
+    }
+    let (kept, taken) = (batch.clone(), frame.take());
+    let convert = move || {
+        let mut encoder = match taken {
+            Some(encoder) => encoder,
+            None => Box::new(PieceEncoder::new()?),
+        };
+        let piece = pprof::inflate(&batch.pprof, PIECES_WINDOW).ok().and_then(|raw| {
+            let (number, pprof) = encoder.encode(&raw)?;
+            if pprof.len() as u64 > max_bytes {
+                // The collector does not see this piece.
+                encoder.restart();
+                return None;
+            }
+            Some((Piece { number, bytes: raw.len() as u64 }, pprof))
+        });
+        let batch = match piece {
+            Some((piece, pprof)) => Batch { piece: Some(piece), pprof, ..batch },
+            None => batch,
+        };
+        Some((batch, encoder))
+    };
+    match tokio::task::spawn_blocking(convert).await {
+        Ok(Some((batch, encoder))) => {
+            *frame = Some(encoder);
+            batch
+        }
+        _ => kept,
     }
 }
 

@@ -114,6 +114,7 @@ pub async fn run(
                 reason: why,
                 window_id: id.to_string(),
                 ledger: Some((&account).into()),
+                piece: None,
             });
             symbolized.push((rule.capture, Arc::new(profile)));
         }

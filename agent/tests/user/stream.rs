@@ -16,12 +16,13 @@ use gannet_proto::{
     connect::Dial,
     ingest::{
         Batch, PushRequest, PushResponse,
+        batch::Piece,
         ingest_service_server::{IngestService, IngestServiceServer},
         push_request::Message as Request,
         push_response::{Accepted, Limits, Message as Response, Refused, Throttled},
     },
     ledger::LossReason,
-    pprof::{self, Builder, Encoding, Header, Line, Profile},
+    pprof::{self, Builder, Encoding, Header, Line, PIECES, PieceDecoder, Profile},
 };
 use tokio::{
     net::{TcpListener, TcpSocket},
@@ -42,6 +43,8 @@ enum Answer {
     AcceptUncounted,
     Refuse,
     Throttle,
+    /// Ends the stream as a collector that cannot read a piece.
+    LosePieces,
 }
 
 #[derive(Default)]
@@ -56,8 +59,10 @@ struct Seen {
     throttled: Vec<(String, Instant)>,
     /// Encodings that the server reads beside gzip.
     encodings: Vec<String>,
-    /// Profiles in the order of their arrival.
+    /// Profiles in the order of their arrival, pieces inflated.
     profiles: Vec<Vec<u8>>,
+    /// Number and bytes of each piece.
+    pieces: Vec<(u64, usize)>,
 }
 
 #[derive(Clone, Default)]
@@ -74,19 +79,23 @@ impl IngestService for Server {
         let (seen, mut requests) = (Arc::clone(&self.0), request.into_inner());
         let (answers, receiver) = mpsc::channel(8);
         tokio::spawn(async move {
+            let mut frame = PieceDecoder::new().unwrap();
             while let Ok(Some(request)) = requests.message().await {
                 let answer = match request.message {
                     Some(Request::Hello(hello)) => {
                         seen.lock().unwrap().hellos.push(hello.node);
                         let encodings = seen.lock().unwrap().encodings.clone();
-                        Some(Response::Limits(Limits { max_batch_bytes: 1000, max_in_flight: 2, encodings }))
+                        Ok(Response::Limits(Limits { max_batch_bytes: 1000, max_in_flight: 2, encodings }))
                     }
-                    Some(Request::Batch(batch)) => seen.lock().unwrap().answer(batch),
-                    None => None,
+                    Some(Request::Batch(batch)) => seen.lock().unwrap().answer(batch, &mut frame),
+                    None => Err(Status::invalid_argument("no message")),
                 };
-                let Some(answer) = answer else {
-                    let _ = answers.send(Err(Status::unavailable("told to break"))).await;
-                    return;
+                let answer = match answer {
+                    Ok(answer) => answer,
+                    Err(status) => {
+                        let _ = answers.send(Err(status)).await;
+                        return;
+                    }
                 };
                 if answers.send(Ok(PushResponse { message: Some(answer) })).await.is_err() {
                     return;
@@ -98,18 +107,26 @@ impl IngestService for Server {
 }
 
 impl Seen {
-    fn answer(&mut self, batch: Batch) -> Option<Response> {
-        let Batch { batch_id, samples, pprof, .. } = batch;
+    fn answer(&mut self, batch: Batch, frame: &mut PieceDecoder) -> Result<Response, Status> {
+        let Batch { batch_id, samples, pprof, piece, .. } = batch;
+        let pprof = match piece {
+            None => pprof,
+            Some(Piece { number, bytes }) => {
+                self.pieces.push((number, pprof.len()));
+                frame.decode(number, bytes, &pprof).map_err(|error| Status::data_loss(error.to_string()))?
+            }
+        };
         self.profiles.push(pprof);
         let answer = self.script.pop_front().unwrap_or(Answer::Accept);
-        match answer {
+        let answered = match answer {
+            Answer::LosePieces => return Err(Status::data_loss("told to lose pieces")),
             Answer::AcceptOneLess => {
                 self.samples += samples - 1;
                 let samples = Some(samples - 1);
-                Some(Response::Accepted(Accepted { batch_id, duplicate: false, samples }))
+                Response::Accepted(Accepted { batch_id, duplicate: false, samples })
             }
             Answer::AcceptUncounted => {
-                Some(Response::Accepted(Accepted { batch_id, duplicate: false, samples: None }))
+                Response::Accepted(Accepted { batch_id, duplicate: false, samples: None })
             }
             Answer::Accept | Answer::AcceptAndBreak => {
                 let times = self.stored.entry(batch_id.clone()).or_default();
@@ -119,26 +136,29 @@ impl Seen {
                     self.samples += samples;
                 }
                 let samples = (!duplicate).then_some(samples);
-                let accepted = Response::Accepted(Accepted { batch_id, duplicate, samples });
-                (answer == Answer::Accept).then_some(accepted)
+                if answer == Answer::AcceptAndBreak {
+                    return Err(Status::unavailable("told to break"));
+                }
+                Response::Accepted(Accepted { batch_id, duplicate, samples })
             }
             Answer::Refuse => {
                 self.refused += samples;
-                Some(Response::Refused(Refused {
+                Response::Refused(Refused {
                     batch_id,
                     code: "not_pprof".to_owned(),
                     reason: "told to".to_owned(),
-                }))
+                })
             }
             Answer::Throttle => {
                 self.throttled.push((batch_id.clone(), Instant::now()));
-                Some(Response::Throttled(Throttled {
+                Response::Throttled(Throttled {
                     batch_id,
                     retry_after: Some(Duration::from_millis(300).try_into().unwrap()),
                     reason: "told to".to_owned(),
-                }))
+                })
             }
-        }
+        };
+        Ok(answered)
     }
 }
 
@@ -269,6 +289,80 @@ async fn a_profile_arrives_in_an_encoding_of_the_collector(
     let seen = server.0.lock().unwrap();
     assert_eq!(seen.profiles.iter().map(|bytes| Encoding::of(bytes)).collect::<Vec<_>>(), [Some(expected)]);
     assert_eq!(pprof::decode(&seen.profiles[0], 1 << 20).unwrap(), profile());
+}
+
+/// Returns a profile of one function in a file of its own.
+fn profile_of(name: &str, file: &str) -> Profile {
+    let types = [("samples", "count"), ("cpu", "nanoseconds")];
+    let (period_type, period, time_nanos, duration_nanos) = (types[1], 10, 1, 2);
+    let mut builder =
+        Builder::new(Header { sample_types: &types, period_type, period, time_nanos, duration_nanos });
+    let line = Line { name, system_name: name, file, line: 1, column: 0, start_line: 1 };
+    let location = builder.location(None, 0x1000, &[line]);
+    builder.sample(&[location], &[1, 10], &[]);
+    builder.finish()
+}
+
+/// Returns the path of a file that zstd makes little smaller, of 500 bytes.
+fn long_path() -> String {
+    let digits = |n: u64| format!("{:016x}", (n + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    (0..32).map(digits).collect::<String>()[..500].to_owned()
+}
+
+/// Checks that a profile repeats nothing of those before it, and that answers and breaks of all kinds lose and double nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_travels_once_for_each_stream() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::default();
+    let path = long_path();
+    {
+        let mut seen = server.0.lock().unwrap();
+        seen.encodings = vec!["zstd".to_owned(), PIECES.to_owned()];
+        let (refuse, throttle, end) = (Answer::Refuse, Answer::Throttle, Answer::AcceptAndBreak);
+        seen.script = [Answer::Accept, throttle, Answer::Accept, refuse, Answer::Accept, end].into();
+    }
+    let (address, _serving) = serve(server.clone(), ANY).await;
+    let node = start(dir.path(), Some(address));
+    let sent: Vec<Profile> = (0..10).map(|n| profile_of(&format!("f{n}"), &path)).collect();
+    for profile in &sent {
+        node.submit_profile(profile);
+    }
+    node.delivered(9).await;
+    assert_eq!((node.lost(LossReason::Refused), node.stats.connects()), (1, 2));
+    let seen = server.0.lock().unwrap();
+    assert_eq!((seen.samples, seen.stored.len(), seen.refused), (9, 9, 1));
+    let firsts: Vec<usize> = (0..seen.pieces.len()).filter(|at| seen.pieces[*at].0 == 1).collect();
+    assert_eq!((firsts.len(), firsts[0], seen.pieces.len()), (2, 0, seen.profiles.len()));
+    for (number, bytes) in &seen.pieces {
+        assert_eq!(*number == 1, *bytes > 250, "piece {number} has {bytes} bytes");
+    }
+    let raw: Vec<Vec<u8>> = sent.iter().map(prost::Message::encode_to_vec).collect();
+    assert!(raw.iter().all(|raw| seen.profiles.contains(raw)));
+    assert!(seen.profiles.iter().all(|arrived| raw.contains(arrived)));
+}
+
+/// Checks that a fault of the pieces costs no profile: the agent then sends them as the spool has them.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_an_unreadable_piece_profiles_travel_as_zstd() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::default();
+    {
+        let mut seen = server.0.lock().unwrap();
+        seen.encodings = vec!["zstd".to_owned(), PIECES.to_owned()];
+        seen.script = [Answer::Accept, Answer::LosePieces].into();
+    }
+    let (address, _serving) = serve(server.clone(), ANY).await;
+    let node = start(dir.path(), Some(address));
+    for _ in 0..5 {
+        node.submit_profile(&profile());
+    }
+    node.delivered(15).await;
+    let seen = server.0.lock().unwrap();
+    assert_eq!((seen.samples, seen.stored.len(), node.stats.connects()), (15, 5, 2));
+    assert!(seen.pieces.len() >= 2, "{:?}", seen.pieces);
+    let plain = seen.profiles.iter().filter(|bytes| Encoding::of(bytes) == Some(Encoding::Zstd));
+    assert_eq!(plain.count(), 4);
+    assert!(node.ledger.snapshot().check().is_ok());
 }
 
 /// Checks that `delivered` is the collector's count: what it drops is missing, and is lost once the collector says why.

@@ -13,6 +13,7 @@ mod http;
 mod ingest;
 mod kill;
 mod kubernetes;
+mod pieces;
 mod process;
 mod query;
 mod requests;

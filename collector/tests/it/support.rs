@@ -198,6 +198,17 @@ impl Pusher {
         answer.ok()??.message
     }
 
+    /// Returns the error that ends the stream, after all answers before it.
+    pub async fn end(&mut self) -> tonic::Status {
+        loop {
+            match tokio::time::timeout(TEST_TIMEOUT, self.answers.message()).await.expect("no end in time") {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("the stream ended without an error"),
+                Err(status) => return status,
+            }
+        }
+    }
+
     pub async fn push(&mut self, batch: Batch) -> push_response::Message {
         assert!(self.send(batch).await);
         self.answer().await.expect("the stream ended without an answer")

@@ -55,9 +55,27 @@ pub fn encode_as(profile: &Profile, encoding: Encoding) -> Vec<u8> {
     let raw = profile.encode_to_vec();
     match encoding {
         Encoding::Gzip => gzip(&raw),
-        // It fails only without memory. Every reader takes gzip too.
-        Encoding::Zstd => bulk::compress(&raw, ZSTD_LEVEL).unwrap_or_else(|_| gzip(&raw)),
+        Encoding::Zstd => to_zstd(&raw),
     }
+}
+
+/// Compresses an encoded profile as [`encode_as`] does with zstd. Equal profiles have equal bytes.
+pub fn to_zstd(raw: &[u8]) -> Vec<u8> {
+    // It fails only without memory. Every reader takes gzip too.
+    bulk::compress(raw, ZSTD_LEVEL).unwrap_or_else(|_| gzip(raw))
+}
+
+/// Returns an encoded profile without compression, of at most `max_inflated` bytes.
+pub fn inflate(bytes: &[u8], max_inflated: usize) -> Result<Cow<'_, [u8]>, PprofError> {
+    let raw = match Encoding::of(bytes) {
+        Some(Encoding::Gzip) => Cow::Owned(inflate_gzip(bytes, max_inflated)?),
+        Some(Encoding::Zstd) => Cow::Owned(inflate_zstd(bytes, max_inflated)?),
+        None => Cow::Borrowed(bytes),
+    };
+    if raw.len() > max_inflated {
+        return Err(PprofError::TooLarge { max: max_inflated });
+    }
+    Ok(raw)
 }
 
 /// Returns an encoded profile with gzip in place of zstd, of at most `max_inflated` bytes without compression. Other bytes
@@ -71,15 +89,15 @@ pub fn to_gzip(bytes: &[u8], max_inflated: usize) -> Result<Cow<'_, [u8]>, Pprof
 
 /// Decodes a profile, compressed or not, of at most `max_inflated` bytes.
 pub fn decode(bytes: &[u8], max_inflated: usize) -> Result<Profile, PprofError> {
-    let raw = match Encoding::of(bytes) {
-        Some(Encoding::Gzip) => Cow::Owned(inflate_gzip(bytes, max_inflated)?),
-        Some(Encoding::Zstd) => Cow::Owned(inflate_zstd(bytes, max_inflated)?),
-        None => Cow::Borrowed(bytes),
-    };
-    if raw.len() > max_inflated {
-        return Err(PprofError::TooLarge { max: max_inflated });
+    decode_raw(&inflate(bytes, max_inflated)?, max_inflated)
+}
+
+/// Decodes a profile without compression, of at most `max_bytes`.
+pub fn decode_raw(raw: &[u8], max_bytes: usize) -> Result<Profile, PprofError> {
+    if raw.len() > max_bytes {
+        return Err(PprofError::TooLarge { max: max_bytes });
     }
-    Profile::decode(&*raw).map_err(|error| PprofError::Protobuf(error.to_string()))
+    Profile::decode(raw).map_err(|error| PprofError::Protobuf(error.to_string()))
 }
 
 fn gzip(raw: &[u8]) -> Vec<u8> {
