@@ -111,6 +111,15 @@ struct Block {
     first_ns: [u64; 2],
     /// When it was read last.
     read_ns: u64,
+    /// The same place before the machine has moved objects.
+    before: Option<Before>,
+}
+
+/// A block of an earlier epoch, whose frames are those of the block that is in its place now.
+#[derive(Debug)]
+struct Before {
+    scopes: BTreeMap<u64, KnownScope>,
+    read_ns: u64,
 }
 
 #[derive(Debug)]
@@ -316,8 +325,9 @@ impl GeneratedCode {
             let rows = block.rows.len();
             let (head, scopes) = (head.clone(), BTreeMap::new());
             let (content, first_ns) = (Arc::new(block), [now, boot_time_ns()]);
-            let block = Block { head, content, scopes, name, rows, first_ns, read_ns: now };
+            let mut block = Block { head, content, scopes, name, rows, first_ns, read_ns: now, before: None };
             let mut known = self.known.lock();
+            known.keep_before(&mut block);
             if !known.enter(block) {
                 known.forget(address, now);
                 return Ok(());
@@ -491,6 +501,20 @@ impl Known {
         self.empty.insert(address, now);
     }
 
+    /// Keeps what was in the place of a new block before the machine has moved objects, if its frames are of the same kind.
+    fn keep_before(&mut self, block: &mut Block) {
+        let Some(old) = self.blocks.get_mut(&block.head.code.end) else { return };
+        let is_alike = old.head.code == block.head.code
+            && old.head.epoch != block.head.epoch
+            && old.name == block.name
+            && old.content.frames == block.content.frames
+            && old.content.rows == block.content.rows;
+        if is_alike {
+            block.rows += old.scopes.values().map(|scope| scope.functions.len() + 1).sum::<usize>();
+            block.before = Some(Before { scopes: mem::take(&mut old.scopes), read_ns: old.read_ns });
+        }
+    }
+
     /// Enters a block, in place of all that were in its range. Returns false if there is no room.
     fn enter(&mut self, block: Block) -> bool {
         let Range { start, end } = block.head.code;
@@ -519,9 +543,13 @@ impl Known {
 
 impl Block {
     fn scope(&self, address: u64) -> Option<&KnownScope> {
-        let (_, scope) = self.scopes.range(address..).next()?;
-        (scope.start <= address).then_some(scope)
+        scope_at(&self.scopes, address)
     }
+}
+
+fn scope_at(scopes: &BTreeMap<u64, KnownScope>, address: u64) -> Option<&KnownScope> {
+    let (_, scope) = scopes.range(address..).next()?;
+    (scope.start <= address).then_some(scope)
 }
 
 #[cfg(test)]

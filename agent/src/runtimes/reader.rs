@@ -32,11 +32,9 @@ pub(crate) trait CodeReader: Send + Sync + Debug {
         false
     }
 
-    /// Reads how many classes the process has unloaded. It is called at the begin and at the end of each request.
-    fn unloads(&self, memory: &dyn Memory) -> Unloads {
-        let _ = memory;
-        Unloads::Never
-    }
+    /// Reads how many classes the process has unloaded, or how often it has moved its objects. It is called at the begin and at the
+    /// end of each request.
+    fn unloads(&self, memory: &dyn Memory) -> Unloads;
 
     /// Reads a function by the address of its object. `hint` is that of [`NamedFrame::hint`], or 0.
     fn function(&self, object: u64, hint: u64, memory: &dyn Memory) -> Result<CodeFunction, WhyNot>;
@@ -51,6 +49,8 @@ pub(crate) struct BlockHead {
     pub(crate) code: Range<u64>,
     /// Words by which it differs from any other block at this place.
     pub(crate) identity: [u64; 4],
+    /// The number of the time in which the machine moves nothing. It reads a block again in each; 0 if it never moves one.
+    pub(crate) epoch: u32,
     /// The name; empty if it stands for functions.
     pub(crate) name: String,
 }

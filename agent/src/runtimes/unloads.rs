@@ -3,16 +3,15 @@
 //! The address of a function's object says what the function is only as long as the object lives. A virtual machine that unloads
 //! a class may put another one in its place. So the agent reads the machine's own count of unloaded classes before a sample and
 //! behind the reading of its names. If both counts are equal, the machine has replaced no class in between: the names that the agent
-//! has read are those of the sample.
+//! has read are those of the sample. V8 moves objects instead, and counts the collections that may do so: the same holds for them.
 
 use std::collections::VecDeque;
 
-/// The count of classes that a process has unloaded.
+/// The count of classes that a process has unloaded, or of collections that may have moved its objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unloads {
-    /// It unloads none: its functions are known by words that stay.
-    Never,
-    /// The number since it started. The machine counts a class before it frees its memory.
+    /// The number since it started. The machine counts a class before it frees its memory, and a
+    /// collection before it moves something.
     Count(u64),
     /// Its count cannot be read.
     Unknown,
@@ -34,6 +33,7 @@ pub(super) struct UnloadHistory {
 /// A time in which nothing was unloaded.
 #[derive(Debug)]
 struct Period {
+    count: u64,
     since_ns: u64,
     /// When the last request began that was over in this time.
     last_request_ns: u64,
@@ -45,18 +45,19 @@ impl UnloadHistory {
         if self.last == Some(reading) {
             return;
         }
-        self.has_moved |= self.last.is_some();
+        let from_begin = self.is_unknown() && reading == Unloads::Count(0);
+        self.has_moved |= self.last.is_some() && !from_begin;
         self.last = Some(reading);
-        let since_ns = match reading {
+        let (count, since_ns) = match reading {
             // It has never unloaded one.
-            Unloads::Never | Unloads::Count(0) => 0,
-            Unloads::Count(_) => now_ns,
+            Unloads::Count(0) => (0, 0),
+            Unloads::Count(count) => (count, now_ns),
             Unloads::Unknown => return,
         };
         if self.periods.len() == MAX_PERIODS {
             self.periods.pop_front();
         }
-        self.periods.push_back(Period { since_ns, last_request_ns: 0 });
+        self.periods.push_back(Period { count, since_ns, last_request_ns: 0 });
     }
 
     /// A request is over that began at a time. The last reading was behind it.
@@ -70,6 +71,15 @@ impl UnloadHistory {
     /// Reports whether nothing was unloaded between a time and the end of a later request that began at `begin_ns`.
     pub(super) fn covers(&self, time_ns: u64, begin_ns: u64) -> bool {
         self.periods.iter().any(|period| period.since_ns <= time_ns && begin_ns <= period.last_request_ns)
+    }
+
+    /// Reports whether the count went up by one between two requests that began at these times, and did not change in either.
+    pub(super) fn is_one_between(&self, before_ns: u64, behind_ns: u64) -> bool {
+        let holds =
+            |period: &Period, begin_ns: u64| (period.since_ns..=period.last_request_ns).contains(&begin_ns);
+        self.periods.iter().zip(self.periods.iter().skip(1)).any(|(one, next)| {
+            holds(one, before_ns) && holds(next, behind_ns) && one.count.checked_add(1) == Some(next.count)
+        })
     }
 
     /// Reports whether nothing was unloaded in the time between all readings so far.
@@ -118,9 +128,30 @@ mod tests {
         late.end_request(9);
         assert!(!late.covers(9, 9) && late.covers(10, 9) && late.is_steady());
         let mut never = UnloadHistory::default();
-        never.enter(Unloads::Never, 10);
+        never.enter(Unloads::Unknown, 8);
+        never.enter(Unloads::Count(0), 10);
         never.end_request(9);
         assert!(never.covers(0, 9) && never.is_steady());
+    }
+
+    #[test]
+    fn one_unloading_between_two_requests_is_not_several() {
+        let mut history = UnloadHistory::default();
+        let mut request = |count, begin_ns| {
+            history.enter(Unloads::Count(count), begin_ns);
+            history.end_request(begin_ns);
+        };
+        request(4, 10);
+        request(4, 20);
+        request(5, 30);
+        request(7, 40);
+        assert!(history.is_one_between(10, 30) && history.is_one_between(20, 30));
+        assert!(!history.is_one_between(10, 20) && !history.is_one_between(5, 30), "no one, or not known");
+        assert!(!history.is_one_between(30, 40) && !history.is_one_between(20, 40), "more than one");
+        // The count goes up in the request that began at 45.
+        history.enter(Unloads::Count(8), 47);
+        history.end_request(45);
+        assert!(!history.is_one_between(40, 45));
     }
 
     #[test]

@@ -43,7 +43,7 @@ impl CodeReader for Arc<Reader> {
         self.identity.fetch_add(self.grows_next.swap(0, Ordering::Relaxed), Ordering::Relaxed);
         let at = address / CODE_BYTES * CODE_BYTES;
         let identity = [self.identity.load(Ordering::Relaxed), 0, 0, 0];
-        Ok(Some(BlockHead { at, code: at..at + CODE_BYTES, identity, name: String::new() }))
+        Ok(Some(BlockHead { at, code: at..at + CODE_BYTES, identity, epoch: 0, name: String::new() }))
     }
 
     fn read(&self, head: &BlockHead, _: &dyn Memory) -> Result<CodeBlock, WhyNot> {
@@ -253,10 +253,11 @@ fn forgotten_code_is_counted() {
     assert_eq!(cut(CutLimit::Addresses), 0);
     known.forget(at(MAX_EMPTY), 1);
     assert_eq!(cut(CutLimit::Addresses), MAX_EMPTY as u64);
-    let head = BlockHead { at: START, code: START..START + 8, identity: [0; 4], name: String::new() };
+    let head =
+        BlockHead { at: START, code: START..START + 8, identity: [0; 4], epoch: 0, name: String::new() };
     let (content, scopes) = (Arc::new(CodeBlock::default()), BTreeMap::new());
     let rows = MAX_ALL_ROWS + 1;
-    let block = Block { head, content, scopes, name: None, rows, first_ns: [0; 2], read_ns: 0 };
+    let block = Block { head, content, scopes, name: None, rows, first_ns: [0; 2], read_ns: 0, before: None };
     assert!(!known.enter(block));
     assert_eq!(cut(CutLimit::AllRows), 1);
     drop(known);

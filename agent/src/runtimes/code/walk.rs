@@ -10,7 +10,8 @@ use gannet_unwind::{
 
 use super::{
     super::{Captured, FrameWords, NamedFrame},
-    Block, CodeNeeds, GeneratedCode, Known, KnownFunction, MAX_AGE_NS, NO_POSITION,
+    Before, Block, CodeNeeds, GeneratedCode, Known, KnownFunction, KnownScope, MAX_AGE_NS, NO_POSITION,
+    scope_at,
 };
 use crate::model::StackWord;
 
@@ -87,11 +88,13 @@ impl<'a> CodeWalk<'a> {
             None if block.content.frames != FrameWords::None => {
                 let is_made = rule.is_some_and(|rule| rule.cfa_kind == cfa::FP);
                 let named = is_made.then(|| self.code.reader.named(frame)).flatten();
-                named.map(|named| known.named(block, frame, named, self.time_ns, needs)).unwrap_or_default()
+                named
+                    .map(|named| known.named(block, frame, named, self.time_ns, needs, unproven))
+                    .unwrap_or_default()
             }
             None => known.functions(block, frame, self.time_ns, needs, unproven),
         };
-        *is_lost |= !(is_read || known.is_over()) || !known.is_proven(block.first_ns, self.time_ns);
+        *is_lost |= !(is_read || known.is_over()) || !known.is_block_proven(block, self.time_ns);
         if *is_lost {
             // Another block may have been here, with a frame of another size.
             *unproven = before + 1;
@@ -146,6 +149,38 @@ impl Known {
         self.is_unmoved(time_ns, begin_ns) || (!self.is_over() && since_ns <= time_ns)
     }
 
+    fn is_block_proven(&self, block: &Block, time_ns: u64) -> bool {
+        self.is_proven(block.first_ns, time_ns) || self.before(block, time_ns).is_some()
+    }
+
+    fn is_scope_proven(&self, block: &Block, scope: &KnownScope, address: u64, time_ns: u64) -> bool {
+        let is_same = |before: &Before| {
+            scope_at(&before.scopes, address).is_some_and(|old| old.functions == scope.functions)
+        };
+        self.is_proven(scope.first_ns, time_ns) || self.before(block, time_ns).is_some_and(is_same)
+    }
+
+    /// Returns what was in the place of a block before a sample, if the machine has moved objects only once between the two readings.
+    /// What is the same in both has been it all the time.
+    fn before<'b>(&self, block: &'b Block, time_ns: u64) -> Option<&'b Before> {
+        let is_around = |before: &&Before| self.is_around(before.read_ns, time_ns, block.read_ns);
+        block.before.as_ref().filter(is_around)
+    }
+
+    fn is_around(&self, before_ns: u64, time_ns: u64, behind_ns: u64) -> bool {
+        let is_one = || self.unloads.is_one_between(before_ns, behind_ns);
+        !self.is_over()
+            && (before_ns..=behind_ns).contains(&time_ns)
+            && self.is_read(behind_ns, time_ns)
+            && is_one()
+    }
+
+    /// Reports whether a function was read behind a sample, and nothing was unloaded in between.
+    fn is_unmoved_behind(&self, function: &KnownFunction, time_ns: u64) -> bool {
+        let is_unmoved = |begin_ns: &u64| *begin_ns >= time_ns && self.is_unmoved(time_ns, *begin_ns);
+        if self.is_over() { self.unloads.is_steady() } else { function.read_ns.iter().any(is_unmoved) }
+    }
+
     /// Returns the functions of a compiled block.
     fn functions(
         &self,
@@ -169,7 +204,7 @@ impl Known {
             needs.addresses.insert(pc);
             return Vec::new();
         };
-        if !self.is_proven(scope.first_ns, time_ns) {
+        if !self.is_scope_proven(block, scope, pc, time_ns) {
             *unproven += 1;
             return Vec::new();
         }
@@ -183,6 +218,7 @@ impl Known {
         named: NamedFrame,
         time_ns: u64,
         needs: &mut CodeNeeds,
+        unproven: &mut u32,
     ) -> Vec<(u64, u32)> {
         let NamedFrame { object, hint, mut position } = named;
         if block.content.frames == FrameWords::WithoutPosition {
@@ -190,14 +226,23 @@ impl Known {
                 needs.addresses.insert(frame.pc);
                 return Vec::new();
             };
-            position = scope.functions.first().map_or(NO_POSITION, |(_, position)| *position);
+            let first =
+                scope.functions.first().filter(|_| self.is_scope_proven(block, scope, frame.pc, time_ns));
+            position = first.map_or(NO_POSITION, |(_, position)| *position);
         }
-        let Some(function) =
-            self.functions.get(&object).filter(|known| known.read_ns[0] >= time_ns || self.is_over())
-        else {
+        let known = self.functions.get(&object);
+        let is_read = |known: &&KnownFunction| known.read_ns.iter().any(|at| self.is_read(*at, time_ns));
+        let Some(function) = known.filter(|known| is_read(known) || self.is_over()) else {
             needs.functions.insert(object, hint);
             return Vec::new();
         };
+        // Here an object may go and come back. So it proves something only for one move that it was the same before the sample.
+        let reads = &function.read_ns;
+        let is_around = |before: &u64| reads.iter().any(|behind| self.is_around(*before, time_ns, *behind));
+        if !self.is_unmoved_behind(function, time_ns) && !reads.iter().any(is_around) {
+            *unproven += 1;
+            return Vec::new();
+        }
         vec![(function.number, position)]
     }
 
@@ -220,14 +265,9 @@ impl Known {
             needs.functions.insert(object, 0);
             return Vec::new();
         };
-        let is_unmoved = |begin_ns: &u64| *begin_ns >= time_ns && self.is_unmoved(time_ns, *begin_ns);
-        let is_proven = if self.is_over() {
-            self.unloads.is_steady()
-        } else {
-            // A function that was the same before the sample and behind it has stayed, or come back to its place in between.
-            function.since_ns <= time_ns || function.read_ns.iter().any(is_unmoved)
-        };
-        if !is_proven {
+        // A function that was the same before the sample and behind it has stayed, or come back to its place in between.
+        let has_stayed = !self.is_over() && function.since_ns <= time_ns;
+        if !has_stayed && !self.is_unmoved_behind(function, time_ns) {
             *unproven += 1;
             return Vec::new();
         }

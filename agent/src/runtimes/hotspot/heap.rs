@@ -310,8 +310,13 @@ impl CodeReader for Heaps {
         if code.start < at || code.end <= code.start || code.end > at.wrapping_add(size) || size > MAX_BLOB {
             return Err(WhyNot::Implausible("code outside its block"));
         }
-        let mut head =
-            BlockHead { at, code, identity: [word(&bytes, of.blob.name as usize), size, 0, 0], name };
+        let mut head = BlockHead {
+            at,
+            code,
+            identity: [word(&bytes, of.blob.name as usize), size, 0, 0],
+            epoch: 0,
+            name,
+        };
         if is_compiled(&head.name) {
             let bytes = self.compiled(&head, memory)?;
             head.identity[2] = half(&bytes, of.compiled.compile_id as usize).into();

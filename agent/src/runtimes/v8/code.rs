@@ -7,7 +7,7 @@ use gannet_unwind::{generated::fp_rows, unwind::GeneratedFrame};
 use super::{
     super::{
         BlockHead, CodeBlock, CodeFunction, CodeReader, FrameWords, MAX_INLINED, Memory, NO_POSITION,
-        NamedFrame, Scope, WhyNot,
+        NamedFrame, Scope, Unloads, WhyNot,
         memory::{half, word},
     },
     heap::{Heap, object, small},
@@ -51,6 +51,11 @@ pub(super) struct Isolates {
 impl Isolates {
     pub(super) fn new(layout: Layout, builtins: Vec<Builtin>) -> Self {
         Self { heap: Heap::new(layout), builtins }
+    }
+
+    fn process_is_there(&self, memory: &dyn Memory) -> Result<(), WhyNot> {
+        let first = self.builtins.first().map_or(0, |builtin| builtin.code.start);
+        memory.array::<1>(first).map(|_| ())
     }
 
     fn builtin(&self, address: u64) -> Option<&Builtin> {
@@ -113,6 +118,7 @@ impl Isolates {
                 u64::from(kind),
                 size,
             ],
+            epoch: self.heap.moves.epoch(),
             name: if is_function { String::new() } else { "v8 code".to_owned() },
         })
     }
@@ -227,9 +233,7 @@ impl Isolates {
 
 impl CodeReader for Isolates {
     fn ranges(&self, memory: &dyn Memory) -> Result<Vec<Range<u64>>, WhyNot> {
-        // Whether the process is there.
-        let first = self.builtins.first().map_or(0, |builtin| builtin.code.start);
-        memory.array::<1>(first)?;
+        self.process_is_there(memory)?;
         // Code may be anywhere.
         Ok(std::iter::once(0..USER).collect())
     }
@@ -238,16 +242,22 @@ impl CodeReader for Isolates {
         true
     }
 
+    fn unloads(&self, memory: &dyn Memory) -> Unloads {
+        self.heap.unloads(memory, || self.process_is_there(memory).is_ok())
+    }
+
     fn find(&self, address: u64, memory: &dyn Memory) -> Result<Option<BlockHead>, WhyNot> {
         if let Some(builtin) = self.builtin(address) {
             return Ok(Some(BlockHead {
                 at: builtin.code.start,
                 code: builtin.code.clone(),
                 identity: [0; 4],
+                epoch: 0,
                 name: String::new(),
             }));
         }
-        Ok(self.compiled(address, memory))
+        let found = self.compiled(address, memory);
+        Ok(found.filter(|head| self.heap.moves.enter(head.at, memory).is_ok()))
     }
 
     fn read(&self, head: &BlockHead, memory: &dyn Memory) -> Result<CodeBlock, WhyNot> {

@@ -13,8 +13,8 @@ use super::{
     lines::{self, Steps},
 };
 
-/// Address of the memory.
-const AT: u64 = 0x1_0000;
+/// Address of the memory, where a page of V8 begins.
+const AT: u64 = 0x4_0000;
 /// Places in the memory, each as a number of words: program counter, stack and frame pointer, begin and length of a builtin.
 type Places = [u8; 5];
 const REQUESTS: usize = 4;
@@ -116,7 +116,8 @@ fn unwind(bytes: &[u8]) -> Option<Vec<String>> {
     let begin = (kind & 1 == 1).then_some(AT);
     let memory = Hostile::with_limits(bytes, begin, MAX_CODE_READS, MAX_CODE_BYTES);
     let (version, values) = VERSIONS[usize::from(kind >> 1) % VERSIONS.len()];
-    let layout = Layout::of(version, values, vec![2; BYTECODE_BYTES as usize]).ok()?;
+    let mut layout = Layout::of(version, values, vec![2; BYTECODE_BYTES as usize]).ok()?;
+    layout.version.needs_proof = true;
     let code = GeneratedCode::new(Arc::new(Isolates::new(layout, vec![builtin])));
     let interpreter = Interpreter::new(Arc::new(file()), 0).with_code(code);
     let code = interpreter.code.as_ref()?;
@@ -144,6 +145,8 @@ mod tests {
     const SCRIPT_FUNCTIONS: usize = 0x2e0 + 88;
     const CODE: usize = 0x380;
     const INLINED: usize = 0x430;
+    const STATE: usize = 0x5e8;
+    const COUNTS: usize = 0x600;
     /// From an object of a function to its shared description, and from that to its bytecode.
     const SHARED: usize = 24;
     const DATA: usize = 8;
@@ -159,7 +162,7 @@ mod tests {
             const NOPS: u64 = u64::from_le_bytes([0x90; 8]);
             let smi = |number: u64| number << 32;
             let [map, code, shared, script, scope, bytecode, bytes, array, function, text] =
-                [0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x80, 0x90];
+                [0, 0x5d0, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x80, 0x90];
             let mut program = Self(vec![0; 0x620]);
             let types: [(usize, u64); 10] = [
                 (map, 255),
@@ -176,6 +179,8 @@ mod tests {
             for (of, number) in types {
                 program.words(of, &[reference(map), number << 32]);
             }
+            // The page leads to its heap, whose counts and state of the collector are in the last words.
+            program.words(0x10, &[AT + COUNTS as u64 - 0x240]);
             let [source, file, sum, more] = [0x4a0, 0x4c0, 0x4e0, 0x500];
             let [of_code, of_bytecode, parts, literals, names, other] =
                 [0x450, 0x470, 0x3c0, 0x410, 0x520, 0x5a0];
@@ -289,6 +294,24 @@ mod tests {
         let mut program = Program::node_20();
         program.words(RUN + DATA, &[reference(0x5a0)]);
         assert_eq!(program.names(), ALL[..2]);
+    }
+
+    #[test]
+    fn objects_that_the_collector_may_have_moved_give_no_names() {
+        // It had counted a full collection when it was asked first, which was behind the sample.
+        let mut program = Program::node_20();
+        program.words(COUNTS, &[1 << 32 | 1]);
+        assert_eq!(program.names(), Vec::<String>::new());
+        // It had moved young objects alone.
+        program.words(COUNTS, &[1 << 32]);
+        assert_eq!(program.names(), ALL);
+        // It moves others now.
+        program.words(STATE, &[2]);
+        assert_eq!(program.names(), Vec::<String>::new());
+        // What the page leads to is no heap: it has counted more full collections than collections.
+        let mut program = Program::node_20();
+        program.words(COUNTS, &[1]);
+        assert_eq!(program.names(), Vec::<String>::new());
     }
 
     #[test]

@@ -9,11 +9,12 @@ use parking_lot::Mutex;
 
 use super::{
     super::{
-        CodeFunction, FunctionText, Memory, WhyNot,
+        CodeFunction, FunctionText, Memory, Unloads, WhyNot,
         memory::{half, word},
     },
     layout::Layout,
     lines,
+    moves::Moves,
 };
 
 /// Characters of a name, and of a path.
@@ -83,6 +84,7 @@ fn no_object() -> WhyNot {
 #[derive(Debug)]
 pub(super) struct Heap {
     pub(super) layout: Layout,
+    pub(super) moves: Moves,
     kept: Mutex<Kept>,
 }
 
@@ -104,8 +106,8 @@ struct Kept {
 /// A script, as far as functions need it.
 #[derive(Debug, Default)]
 pub(super) struct Script {
-    /// The references to its name and its source.
-    words: [u64; 2],
+    /// The references to its name and its source, and its number, which no other script of its heap has.
+    words: [u64; 3],
     pub(super) file: String,
     first_line: u32,
     /// The characters that end its lines.
@@ -125,7 +127,28 @@ impl Script {
 
 impl Heap {
     pub(super) fn new(layout: Layout) -> Self {
-        Self { layout, kept: Mutex::default() }
+        Self { moves: Moves::new(layout.version.heap), layout, kept: Mutex::default() }
+    }
+
+    /// Reads how often the collector has moved what stays otherwise, and forgets what may be another object by now.
+    pub(super) fn unloads(&self, memory: &dyn Memory, is_there: impl FnOnce() -> bool) -> Unloads {
+        if !self.layout.version.needs_proof {
+            return Unloads::Count(0);
+        }
+        let before = (self.moves.epoch(), self.moves.heaps());
+        let reading = self.moves.read(memory, is_there);
+        let mut kept = self.kept.lock();
+        if before.0 != self.moves.epoch() {
+            kept.functions.clear();
+            kept.shared.clear();
+            kept.searched.clear();
+        }
+        if before.1 > self.moves.heaps() {
+            // Scripts of another heap may have the same numbers.
+            kept.scripts.clear();
+            kept.lines = 0;
+        }
+        reading
     }
 
     /// Reads an object by its reference: its first bytes, and its type.
@@ -260,9 +283,10 @@ impl Heap {
     /// Reads a script.
     pub(super) fn script(&self, reference: u64, memory: &dyn Memory) -> Result<Arc<Script>, WhyNot> {
         let of = &self.layout;
-        let end = of.script_name.max(of.script_source) as usize + 16;
+        let number = of.version.script_number;
+        let end = of.script_name.max(of.script_source).max(number) as usize + 16;
         let bytes = self.read_as(reference, of.types.script, end, memory)?;
-        let words = [word(&bytes, of.script_name as usize), word(&bytes, of.script_source as usize)];
+        let words = [of.script_name, of.script_source, number].map(|at| word(&bytes, at as usize));
         if let Some(known) = self.kept.lock().scripts.get(&reference).filter(|known| known.words == words) {
             return Ok(Arc::clone(known));
         }
@@ -351,7 +375,7 @@ impl Heap {
     /// Reads a function by its shared description.
     pub(super) fn shared(&self, shared: u64, memory: &dyn Memory) -> Result<CodeFunction, WhyNot> {
         let bytes = self.read_as(shared, self.layout.types.shared, SHARED_BYTES, memory)?;
-        self.kept_or(shared, bytes, |bytes| self.texts(bytes, memory).map(|(text, _)| text))
+        self.kept_or(shared, bytes, memory, |bytes| self.texts(bytes, memory).map(|(text, _)| text))
     }
 
     /// Returns the texts of an object that was read before and has not changed, or reads them.
@@ -359,13 +383,14 @@ impl Heap {
         &self,
         object: u64,
         bytes: Vec<u8>,
-        read: impl FnOnce(&[u8]) -> Result<FunctionText, WhyNot>,
+        memory: &dyn Memory,
+        read: impl Fn(&[u8]) -> Result<FunctionText, WhyNot>,
     ) -> Result<CodeFunction, WhyNot> {
         let kept = self.kept.lock().functions.get(&object).filter(|(words, _)| *words == bytes).cloned();
         if let Some((_, text)) = kept {
             return Ok(CodeFunction { text, instructions: 0..0 });
         }
-        let text = read(&bytes)?;
+        let text = self.moves.read_steadily(memory, || read(&bytes))?;
         let mut kept = self.kept.lock();
         if kept.functions.len() >= MAX_FUNCTIONS {
             kept.functions.clear();
@@ -392,6 +417,7 @@ impl Heap {
         memory: &dyn Memory,
     ) -> Result<CodeFunction, WhyNot> {
         let of = &self.layout;
+        self.moves.enter(bytecode, memory)?;
         let head = self.read_as(bytecode, of.types.bytecode, BYTECODE_BYTES, memory)?;
         let known = self.kept.lock().shared.get(&bytecode).copied();
         let candidates = [known, self.shared_of(function, memory).ok()];
@@ -412,7 +438,7 @@ impl Heap {
             kept.shared.insert(bytecode, shared);
         }
         let words = [head.as_slice(), &bytes].concat();
-        self.kept_or(bytecode, words, |_| {
+        self.kept_or(bytecode, words, memory, |_| {
             let (mut text, script) = self.texts(&bytes, memory)?;
             let table = word(&head, of.version.bytecode_positions as usize);
             // Tables that no stack trace has asked for are not there.

@@ -3,6 +3,7 @@
 use super::{
     super::{Memory, WhyNot},
     lines::Steps,
+    moves::HeapLayout,
 };
 
 /// The number of [`SYMBOLS`] that is the table of the sizes of bytecodes.
@@ -95,7 +96,8 @@ pub(super) struct VersionLayout {
     pub(super) function_data: u64,
     pub(super) name_or_scope: u64,
     pub(super) script: u64,
-    /// The descriptions of all functions of a script.
+    /// The number of a script, and the descriptions of all its functions.
+    pub(super) script_number: u64,
     pub(super) script_functions: u64,
     /// The table of positions of bytecode.
     pub(super) bytecode_positions: u64,
@@ -103,6 +105,10 @@ pub(super) struct VersionLayout {
     pub(super) steps: Steps,
     pub(super) scope: ScopeLayout,
     pub(super) code: CodeLayout,
+    pub(super) heap: HeapLayout,
+    /// Names are given only if the heap's counts prove them. Else a name may be wrong if the collector compacts the heap between a
+    /// sample and its reading.
+    pub(super) needs_proof: bool,
     /// Numbers of elements of what optimized code knows.
     pub(super) literals: u64,
     pub(super) optimized_function: u64,
@@ -173,31 +179,47 @@ const NODE_20: VersionLayout = VersionLayout {
     function_data: 8,
     name_or_scope: 16,
     script: 32,
+    script_number: 64,
     script_functions: 88,
     bytecode_positions: 32,
     steps: Steps::Signed,
     scope: SCOPE,
     code: CodeLayout { header: 16, data: 16, positions: 24, size: 56, ..CODE },
+    heap: HeapLayout { path: &[0x10], collections: 0x240, state: 0x228 },
+    needs_proof: false,
     literals: 2,
     optimized_function: 6,
     inlining: 7,
 };
 const NODE_18: VersionLayout = VersionLayout {
     code: CodeLayout { is_inside: true, reference: 32, header: 128, size: 40, ..NODE_20.code },
+    heap: HeapLayout { path: &[0x10], collections: 0x268, state: 0x240 },
     ..NODE_20
 };
-const NODE_22: VersionLayout = VersionLayout { bytecode_positions: 24, code: CODE, ..NODE_20 };
+const NODE_22: VersionLayout = VersionLayout {
+    bytecode_positions: 24,
+    code: CODE,
+    heap: HeapLayout { path: &[0x18], collections: 0x1b0, state: 0x198 },
+    ..NODE_20
+};
 const NODE_24: VersionLayout = VersionLayout {
     name_or_scope: 24,
     script: 40,
     scope: ScopeLayout { has_plain_flags: true, module: 5, start: Some(4), variables: 6 },
     code: CodeLayout { flags: 52, size: 56, ..CODE },
+    heap: HeapLayout { path: &[8, 0x40], collections: 0x238, state: 0x220 },
+    needs_proof: true,
     literals: 3,
     optimized_function: 7,
     inlining: 8,
     ..NODE_22
 };
-const NODE_26: VersionLayout = VersionLayout { steps: Steps::Flagged, ..NODE_24 };
+const NODE_26: VersionLayout = VersionLayout {
+    steps: Steps::Flagged,
+    heap: HeapLayout { path: &[8, 0x40], collections: 0x240, state: 0x228 },
+    needs_proof: false,
+    ..NODE_24
+};
 
 impl VersionLayout {
     /// Returns the layout of a version of V8 whose sampled stacks are those that programs print. Others look different where no
@@ -207,6 +229,7 @@ impl VersionLayout {
             (10, 2) => Ok(NODE_18),
             (11, 3) => Ok(NODE_20),
             (12, 4) => Ok(NODE_22),
+            (13, 6) => Ok(NODE_24),
             (14, 6) => Ok(NODE_26),
             _ => Err(WhyNot::Version),
         }

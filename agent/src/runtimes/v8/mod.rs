@@ -1,15 +1,17 @@
 //! V8, the engine of Node.js. The program describes its objects by symbols for debuggers (`v8dbg_`); what they do not say is in a
 //! table by version.
 //!
-//! All code of V8 keeps frame pointers. Frames of the interpreter name their function themselves: the function's object, which
-//! the collector moves, and the array of its bytecode, which stays. Only if the one leads to the other there is a name. Compiled
-//! code lies behind a description, which says what was inlined.
+//! All code of V8 keeps frame pointers. Frames of the interpreter name their function themselves: the function's object, and the
+//! array of its bytecode, which only a full collection moves. Only if the one leads to the other there is a name. Compiled code lies
+//! behind a description, which says what was inlined. In versions that need a proof a frame has a name only if no full collection
+//! has begun between the sample and the reading behind it, or one alone that has left the name as it was.
 
 mod code;
 pub(super) mod fuzz;
 mod heap;
 mod layout;
 mod lines;
+mod moves;
 
 use std::{ops::Range, sync::Arc};
 
