@@ -18,8 +18,8 @@ const AT: u64 = 0x4_0000;
 /// Places in the memory, each as a number of words: program counter, stack and frame pointer, begin and length of a builtin.
 type Places = [u8; 5];
 const REQUESTS: usize = 4;
-/// Reads and bytes of all requests of a run.
-const MAX_CODE_READS: usize = REQUESTS * 100_100;
+/// Reads and bytes of all requests of a run, with those of the counts of all heaps.
+const MAX_CODE_READS: usize = REQUESTS * 100_400;
 const MAX_CODE_BYTES: usize = REQUESTS * (9 << 20);
 /// Bytes of the table of bytecodes, in the memory behind the symbols.
 const BYTECODE_BYTES: u64 = 24;
