@@ -106,15 +106,23 @@ fn end_of(what: &str, child: &mut Child) -> Duration {
     begun.elapsed()
 }
 
-/// Records everything for two seconds while the file system hangs, and checks that the program `other` has all of its names.
+/// Records everything for two seconds while the file system hangs, and checks that all samples of the program `other` have names.
+/// On a busy machine the recording may end before the agent has built the tables for whole stacks: it builds those of all
+/// processes.
 #[track_caller]
 fn record_all_beside(other: &str, hung: &HungFs) -> Recording {
     let recording = record_for(2, 99, &["--all"]);
     hung.assert_still_hangs();
     let leaf = format!("{other}_leaf");
-    let (good, all) = recording.share(&leaf, |stack| in_order(stack, &[other, "main", &leaf]));
-    // On a busy machine the program gets a small part of a CPU.
-    assert!(all > 3 && good == all, "{good} of {all}\n{}", recording.log);
+    let is_named = |stack: &[String]| stack.iter().any(|name| *name == leaf || name == "main");
+    let (good, all) = recording.share(other, is_named);
+    // Such a machine gives the program a small part of a CPU.
+    assert!(
+        all > 3 && good == all,
+        "{good} of {all}: {:?}\n{}",
+        recording.odd_ones(other, is_named),
+        recording.log
+    );
     recording
 }
 
