@@ -10,7 +10,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::common::{Recording, Running, agent, in_order, on_a_screen, program, record_for, slower};
+use crate::common::{Recording, Running, agent, on_a_screen, program, record_for, slower};
 
 const SERVER: &str = include_str!("../data/cases/hangfs.py");
 const SPIN: &str = "volatile unsigned long n;
