@@ -203,7 +203,7 @@ async fn two_rules_of_one_process_keep_their_parts_of_stacks() {
 async fn a_capture_ends_when_its_last_samples_are_unwound() {
     // On a busy machine its unwind table takes longer than the capture. Both programs are built, so that slow machines, which
     // have no compiler, get the smaller one.
-    let large = [1_500_000, 100_000]
+    let large = [500_000, 100_000]
         .map(|count| program("cap-large", &(SPIN.to_owned() + &idle_functions(count)), &[]));
     let busy: Vec<Running> =
         (0..8).map(|_| Running::start(&mut Command::new(&large[usize::from(slower() > 1)]))).collect();
