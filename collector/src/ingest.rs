@@ -60,7 +60,7 @@ pub struct IngestOptions {
     pub max_batch_bytes: ByteSize,
     // Not by default: it costs processor time. docs/operations.md says when it pays.
     /// Number of agents at a time that may send each profile compressed with those before it, in half the bytes. Each takes
-    /// 1.5 MiB of memory, and its profiles more processor time
+    /// up to 3 MiB of memory, and its profiles more processor time
     #[arg(
         long, value_name = "AGENTS", env = "GANNET_COLLECTOR_PIECE_STREAMS", default_value_t = 0,
         value_parser = clap::value_parser!(u32).range(..=65_536)
