@@ -26,7 +26,7 @@ impl ProcFs for Shown {
         let ticks = key.start_boottime_ns / 10_000_000;
         let text = match file {
             "stat" => format!("{} (x) R 1 1 1 0 0 0 0 0 0 0 0 0 0 0 20 0 1 0 {ticks} 0\n", key.tgid),
-            "cgroup" => "0::/here\n".into(),
+            "cgroup" => "6:memory:/of-memory\n5:cpu,cpuacct:/of-cpu\n0::/here\n".into(),
             "comm" => "read\n".into(),
             "maps" => "1000-2000 r-xp 00000000 08:01 99 /bin/read\n".into(),
             _ => return Err(io::ErrorKind::NotFound.into()),
@@ -48,7 +48,11 @@ impl ProcFs for Shown {
 }
 
 fn table() -> ProcessTable {
-    ProcessTable::reading(CgroupHierarchy::V2, 64, NonZeroUsize::new(64).unwrap(), Arc::new(Shown))
+    table_of(CgroupHierarchy::V2, 64)
+}
+
+fn table_of(hierarchy: CgroupHierarchy, max: usize) -> ProcessTable {
+    ProcessTable::reading(hierarchy, max, NonZeroUsize::new(64).unwrap(), Arc::new(Shown))
 }
 
 fn subject(tgid: u32, exec_id: u32, ktime_ns: u64) -> Subject {
@@ -283,6 +287,53 @@ fn mappings_beyond_the_limit_are_counted_once() {
     write("maps", maps(3));
     table.sampled(&running, &[1 << 46]).unwrap();
     assert_eq!((cut(&table, &running), table.stats().cut_mappings), (0, 7));
+    assert_eq!(table.stats().rescans, 3);
+}
+
+#[test]
+fn a_child_has_the_image_of_its_parent_and_facts_of_its_own() {
+    let mut table = table();
+    let parent = subject(TGID, 1, NOW - 9);
+    table.running(&parent, Origin { parent: 1, uid: 5 }).unwrap();
+    table.sampled(&parent, &[]).unwrap();
+    table.next_window(|_| false);
+    let child = Subject { cgroup_id: 2, comm: "thread".into(), rules: 2, ..subject(TGID + 1, 1, NOW + 9) };
+    let forked = table.fork(&child, Origin { parent: TGID, uid: 6 }).unwrap();
+    assert_eq!((forked.key, forked.parent, forked.cgroup_id), (ImageKey::of(&child), TGID, 2));
+    assert_eq!((forked.rules, forked.samples, forked.window, forked.seen_ns), (2, 0, 1, NOW + 9));
+    assert_eq!((forked.comm.as_str(), forked.reported_comm.as_str()), ("thread", "thread"));
+    assert_eq!((forked.exe.as_str(), forked.state), ("/bin/read", ProcessState::Alive));
+    assert_eq!(paths(&table, &child), ["/bin/read"]);
+    // Of an unknown parent, the event says only this; the path of the control group is known.
+    let orphan = subject(TGID + 2, 1, NOW + 9);
+    let forked = table.fork(&orphan, Origin { parent: TGID + 9, uid: 6 }).unwrap();
+    assert_eq!((forked.parent, forked.uid, forked.state), (TGID + 9, Some(6), ProcessState::Unread));
+    assert_eq!(forked.cgroup, "/here");
+}
+
+#[test]
+fn control_groups_are_those_of_the_hierarchy_of_the_kernel_side() {
+    for (hierarchy, path) in [
+        (CgroupHierarchy::V2, "/here"),
+        (CgroupHierarchy::V1Cpu, "/of-cpu"),
+        (CgroupHierarchy::V1Memory, "/of-memory"),
+    ] {
+        let mut table = table_of(hierarchy, 64);
+        let running = table.running(&subject(TGID, 1, NOW - 1), Origin::default()).unwrap();
+        assert_eq!(running.cgroup, path);
+    }
+}
+
+/// Checks that the memory of the readings has as many entries as the table.
+#[test]
+fn each_process_of_a_large_table_is_read() {
+    let processes = 4200;
+    let mut table = table_of(CgroupHierarchy::V2, processes as usize);
+    for number in 0..processes {
+        table.running(&subject(TGID + number, 1, NOW - 1), Origin::default()).unwrap();
+    }
+    let stats = table.stats();
+    assert_eq!((stats.loaded, stats.missed), (processes.into(), 0));
 }
 
 #[test]
