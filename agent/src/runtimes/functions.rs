@@ -143,7 +143,9 @@ impl Interpreter {
                 _ => 0,
             };
             let number = functions.number(object, sum);
-            self.cuts.count(CutLimit::Functions, u64::from(number == NO_FUNCTION));
+            if number == NO_FUNCTION {
+                self.cuts.count(CutLimit::Functions, 1);
+            }
             stack[at] = StackWord::Function(number.into()).encode();
             let function =
                 functions.all.get(number as usize).filter(|function| function.text.get().is_none());

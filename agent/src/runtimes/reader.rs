@@ -49,7 +49,8 @@ pub(crate) struct BlockHead {
     pub(crate) code: Range<u64>,
     /// Words by which it differs from any other block at this place.
     pub(crate) identity: [u64; 4],
-    /// The number of the time in which the machine moves nothing. It reads a block again in each; 0 if it never moves one.
+    /// The number of the time since the machine may last have moved objects: in another one the agent reads the block again. 0 if
+    /// the machine never moves it.
     pub(crate) epoch: u32,
     /// The name; empty if it stands for functions.
     pub(crate) name: String,

@@ -49,10 +49,10 @@ pub(super) struct Moves {
 #[derive(Debug, Default)]
 struct Known {
     heaps: Vec<u64>,
-    /// How many are none any more.
+    /// The number of heaps that have ended, or that the agent has forgotten.
     gone: u64,
     last: Option<Unloads>,
-    /// The number of the time in which nothing moves.
+    /// The number of the time since V8 may last have moved objects.
     epoch: u32,
 }
 
@@ -61,17 +61,18 @@ impl Moves {
         Self { layout, known: Mutex::default() }
     }
 
-    /// The number of the time in which nothing has moved. What was read in another one may be another object by now.
+    /// Returns the number of the epoch: the time since V8 may last have moved objects. At an address that the agent read in an
+    /// earlier epoch there may be another object now.
     pub(super) fn epoch(&self) -> u32 {
         self.known.lock().epoch
     }
 
-    /// The number of heaps that are known.
+    /// Returns the number of heaps that the agent reads.
     pub(super) fn heaps(&self) -> usize {
         self.known.lock().heaps.len()
     }
 
-    /// Enters the heap of an object whose address will be relied on.
+    /// Enters the heap of an object, so that [`Moves::read`] reads the counts of that heap too.
     pub(super) fn enter(&self, object: u64, memory: &dyn Memory) -> Result<(), WhyNot> {
         let mut heap = object & !(PAGE - 1);
         for distance in self.layout.path {
@@ -90,7 +91,7 @@ impl Moves {
         Ok(())
     }
 
-    /// Reads how often the collectors have moved objects that stay otherwise. `is_there` says whether the process is.
+    /// Reads how many full collections the heaps have counted. `is_there` reports whether the process still exists.
     pub(super) fn read(&self, memory: &dyn Memory, is_there: impl FnOnce() -> bool) -> Unloads {
         let heaps = self.known.lock().heaps.clone();
         let found: Vec<_> =
@@ -115,7 +116,7 @@ impl Moves {
         reading
     }
 
-    /// Reads something of which a part may be young. If that may have moved meanwhile, two readings must agree.
+    /// Reads something of which a part may be young objects. If V8 may have moved young objects meanwhile, two readings must agree.
     pub(super) fn read_steadily<T: PartialEq>(
         &self,
         memory: &dyn Memory,
@@ -127,7 +128,7 @@ impl Moves {
         if is_steady || read()? == found { Ok(found) } else { Err(WhyNot::Implausible("objects that move")) }
     }
 
-    /// Returns the number of all collections, none of which runs.
+    /// Returns the number of all collections of all heaps; an error while one runs.
     fn all(&self, memory: &dyn Memory) -> Result<u64, WhyNot> {
         let heaps = self.known.lock().heaps.clone();
         heaps.into_iter().try_fold(0, |sum, heap| {
