@@ -11,12 +11,16 @@ const FILES: [&str; 4] = [
     "perftools/profiles/profile.proto",
 ];
 
-/// Services of other projects that Gannet only calls. They are not part of its own reflection.
+/// Services of other projects that Gannet calls. They are not part of its own reflection.
 const FOREIGN: [&str; 3] = [
     "push/v1/push.proto",
     "parca/profilestore/v1alpha1/profilestore.proto",
     "kubelet/pods/v1alpha1/pods.proto",
 ];
+
+/// Services of Pyroscope that the collector serves. It encodes their messages itself, so it needs no servers of tonic, and as
+/// JSON, so it needs their descriptors.
+const PYROSCOPE: [&str; 2] = ["querier/v1/querier.proto", "push/v1/push.proto"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
@@ -33,5 +37,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .build_transport(false)
         .btree_map(".")
         .compile_fds(protox::compile(FOREIGN, ["proto"])?)?;
+    let descriptors = protox::compile(PYROSCOPE, ["proto"])?;
+    fs::write(out.join("pyroscope.bin"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure()
+        .build_client(false)
+        .build_server(false)
+        .extern_path(".perftools.profiles", "crate::profiles")
+        .compile_fds(protox::compile([PYROSCOPE[0]], ["proto"])?)?;
     Ok(())
 }

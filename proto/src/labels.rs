@@ -55,6 +55,15 @@ pub const RESERVED: [&str; 15] = [
     RUNTIME_VERSION,
 ];
 
+/// The labels that can name the service of a series. The first one that a series has does.
+const SERVICE_LABELS: [&str; 6] = [SERVICE_NAME, WORKLOAD, CONTAINER, UNIT, COMM, POD];
+
+/// Returns the name of the service of a series: its `service_name`, which agents always set, or else the next best label.
+pub fn service_name(labels: &Labels) -> &str {
+    let mut values = SERVICE_LABELS.iter().filter_map(|name| labels.get(*name));
+    values.find(|value| !value.is_empty()).map_or("unknown_service", String::as_str)
+}
+
 /// Maximum number of labels of a series: the default limit of Pyroscope.
 pub const MAX_LABELS: usize = 30;
 /// Maximum length of a label name in bytes.
@@ -166,6 +175,19 @@ mod tests {
         for name in RESERVED {
             assert_eq!(check_name(name), Ok(()));
         }
+    }
+
+    #[rstest]
+    #[case(&[("service_name", "shop"), ("workload", "w")], "shop")]
+    #[case(&[("service_name", ""), ("pod", "p"), ("workload", "w")], "w")]
+    #[case(&[("comm", "c"), ("unit", "u"), ("container", "k")], "k")]
+    #[case(&[("comm", "c"), ("unit", "u")], "u")]
+    #[case(&[("pod", "p"), ("comm", "c")], "c")]
+    #[case(&[("pod", "p"), ("node", "n")], "p")]
+    #[case(&[("node", "n")], "unknown_service")]
+    fn every_series_has_a_service(#[case] labels: &[(&str, &str)], #[case] service: &str) {
+        let labels = labels.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+        assert_eq!(service_name(&labels), service);
     }
 
     proptest! {

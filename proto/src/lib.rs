@@ -44,6 +44,11 @@ mod generated {
                 tonic::include_proto!("push.v1");
             }
         }
+        pub mod querier {
+            pub mod v1 {
+                tonic::include_proto!("querier.v1");
+            }
+        }
         pub mod types {
             pub mod v1 {
                 tonic::include_proto!("types.v1");
@@ -60,11 +65,15 @@ mod generated {
 
 pub use generated::{control::v1 as control, ingest::v1 as ingest, profiles, query::v1 as query};
 
-/// Services of other programs: the kubelet's stream of pods, and servers that the collector forwards profiles to.
+/// Services of other programs: the kubelet's stream of pods, servers that the collector forwards profiles to, and those of
+/// Pyroscope that the collector serves.
 pub mod foreign {
     pub use super::generated::foreign::{
-        kubelet, parca, push::v1 as pyroscope, types::v1 as pyroscope_types,
+        kubelet, parca, push::v1 as pyroscope, querier::v1 as pyroscope_querier, types::v1 as pyroscope_types,
     };
+
+    /// The encoded `FileDescriptorSet` of the services of Pyroscope, for their JSON encoding.
+    pub const PYROSCOPE_DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pyroscope.bin"));
 }
 
 /// The encoded `FileDescriptorSet` of every `.proto` file, for gRPC reflection.

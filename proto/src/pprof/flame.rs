@@ -46,8 +46,8 @@ fn weight(pair: Pair) -> u64 {
 
 /// Identity of a function: its name, and whether it is in the kernel.
 #[derive(Clone, PartialEq, Eq, Hash)]
-struct FrameKey {
-    name: String,
+pub(super) struct FrameKey {
+    pub(super) name: String,
     kernel: bool,
 }
 
@@ -60,6 +60,19 @@ struct Node {
     /// The part of `total` from stacks in which this frame rests on a guess.
     guessed: Pair,
     own: Pair,
+}
+
+/// A function below its callers, with its values on [`Side::Main`] and [`Side::Base`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CallNode<'t> {
+    /// Index of the caller's node. The root has its own.
+    pub parent: usize,
+    /// Name of the function.
+    pub name: &'t str,
+    /// Values of stacks through this node.
+    pub total: [u64; 2],
+    /// Values of stacks that end here.
+    pub own: [u64; 2],
 }
 
 /// A flame graph of any number of profiles, with or without a base: stacks merged by function name from the root.
@@ -175,6 +188,17 @@ impl FlameTree {
         Ok(())
     }
 
+    /// Returns all nodes, each parent before its children. The first one is the root.
+    pub fn nodes(&self) -> impl Iterator<Item = CallNode<'_>> {
+        let names = self.names();
+        self.nodes.iter().map(move |node| CallNode {
+            parent: node.parent as usize,
+            name: &names[node.frame as usize].name,
+            total: node.total,
+            own: node.own,
+        })
+    }
+
     /// Returns the sum of all values on one side.
     pub fn total(&self, side: Side) -> u64 {
         self.nodes[0].total[match side {
@@ -209,7 +233,7 @@ impl FlameTree {
     }
 
     /// Returns the frames of each location, innermost first.
-    fn location_frames(&mut self, profile: &Profile) -> Result<Vec<Vec<u32>>, PprofError> {
+    pub(super) fn location_frames(&mut self, profile: &Profile) -> Result<Vec<Vec<u32>>, PprofError> {
         // The profile is checked, so the empty text is never used.
         let text = |index: i64| {
             usize::try_from(index).ok().and_then(|i| profile.string_table.get(i)).map_or("", String::as_str)
@@ -250,7 +274,7 @@ impl FlameTree {
             .collect()
     }
 
-    fn names(&self) -> Vec<&FrameKey> {
+    pub(super) fn names(&self) -> Vec<&FrameKey> {
         let mut names: Vec<_> = self.frames.iter().collect();
         names.sort_unstable_by_key(|(_, number)| **number);
         names.into_iter().map(|(key, _)| key).collect()

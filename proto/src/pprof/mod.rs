@@ -13,17 +13,19 @@ mod guessed;
 mod interpreters;
 mod merge;
 mod pieces;
+mod select;
 mod split;
 
 pub use builder::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId};
 pub use check::{Summary, check, sample_type_index, samples};
 pub use codec::{Encoding, decode, decode_raw, encode, encode_as, inflate, to_gzip, to_zstd};
 pub use error_frames::is_error_frame;
-pub use flame::{FlameTree, Side, flat, folded, folded_name};
+pub use flame::{CallNode, FlameTree, Side, flat, folded, folded_name};
 pub use guessed::{GUESSED_FROM, sure_frames};
 pub use interpreters::{InterpreterFrames, interpreted_name, is_interpreted};
 pub use merge::Merger;
 pub use pieces::{PIECES, PIECES_WINDOW, PieceDecoder, PieceEncoder, PieceError};
+pub use select::{select_type, stacks_below};
 pub use split::{halves, split};
 
 pub use crate::profiles::Profile;
