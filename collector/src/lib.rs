@@ -10,6 +10,7 @@
 //! | `config` | the options of all modules, and the checks across them | |
 //! | `server` | the sockets and the gRPC and HTTP servers | decide who may do what |
 //! | `http` | the page, the HTTP API, metrics, probes | |
+//! | `pyroscope` | the query service by which Grafana reads profiles | change anything |
 //! | `triggers` | nothing: it is the service in front of `rules` and `fleet` | |
 //! | `fleet` | connected nodes, the rules that each was sent, their answers | let a slow node delay another |
 //! | `rules` | the rule sets, their revisions, their storage | take damaged content for an empty set |
@@ -18,7 +19,7 @@
 //! | `query` | selections, merges, flame graphs, tables, timelines | change anything |
 //! | `store` | objects, index, retention; one writer changes them | lose an acknowledged batch |
 //! | `auth` | the identity and the roles of each caller | let a call through unchecked |
-//! | `tls`, `peer`, `selector`, `limits`, `metrics`, `durable`, `time`, `kubernetes` | what all of them share | |
+//! | `tls`, `peer`, `selector`, `profile_type`, `limits`, `metrics`, `durable`, `time`, `kubernetes` | what all of them share | |
 //!
 //! Profiles flow from `ingest` through the writer into `store`, and from there through `query` to the clients. Rules flow
 //! from `triggers` into `rules`, which publishes each new revision to `fleet`, which offers every node its part.
@@ -52,6 +53,8 @@ mod kubernetes;
 mod limits;
 mod metrics;
 mod peer;
+mod profile_type;
+mod pyroscope;
 mod query;
 mod rules;
 mod selector;

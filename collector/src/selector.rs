@@ -71,10 +71,38 @@ impl Selector {
         Ok(Self { matchers })
     }
 
+    /// Returns the condition that a label has this value.
+    pub(crate) fn equal(name: &str, value: &str) -> Self {
+        let (name, value) = (name.to_owned(), value.to_owned());
+        Self { matchers: vec![Matcher { name, value, regex: None, negated: false }] }
+    }
+
+    /// Returns the conditions of both.
+    pub(crate) fn and(mut self, other: Self) -> Self {
+        self.matchers.extend(other.matchers);
+        self
+    }
+
+    /// Returns the conditions on labels for which `first` holds, and the others.
+    pub(crate) fn split(self, first: impl Fn(&str) -> bool) -> (Self, Self) {
+        let (first, others) = self.matchers.into_iter().partition(|matcher| first(&matcher.name));
+        (Self { matchers: first }, Self { matchers: others })
+    }
+
+    /// Reports whether there is no condition.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.matchers.is_empty()
+    }
+
     /// Reports whether all conditions hold.
     pub(crate) fn matches(&self, labels: &Labels) -> bool {
+        self.matches_by(|name| labels.get(name).map_or("", String::as_str))
+    }
+
+    /// Reports whether all conditions hold for the labels that `value` returns by name. A missing label is empty.
+    pub(crate) fn matches_by<'l>(&self, value: impl Fn(&str) -> &'l str) -> bool {
         self.matchers.iter().all(|m| {
-            let value = labels.get(&m.name).map_or("", String::as_str);
+            let value = value(&m.name);
             let fits = match &m.regex {
                 Some(regex) => regex.is_match(value),
                 None => m.value == value,
@@ -94,11 +122,18 @@ impl fmt::Display for Selector {
                 (true, false) => "=~",
                 (true, true) => "!~",
             };
-            let value = m.value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
-            write!(f, "{}{}{operator}\"{value}\"", if i > 0 { "," } else { "" }, m.name)?;
+            let value = escape(&m.value);
+            let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            let is_name = m.name.starts_with(|c: char| !c.is_ascii_digit()) && m.name.chars().all(is_plain);
+            let name = if is_name { m.name.clone() } else { format!("\"{}\"", escape(&m.name)) };
+            write!(f, "{}{name}{operator}\"{value}\"", if i > 0 { "," } else { "" })?;
         }
         f.write_str("}")
     }
+}
+
+fn escape(text: &str) -> String {
+    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 struct Parser<'a> {
@@ -132,15 +167,7 @@ impl<'a> Parser<'a> {
     }
 
     fn matcher(&mut self) -> Result<Matcher, SelectorError> {
-        let rest = self.rest();
-        let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
-        let name = &rest[..end];
-        if name.is_empty() || name.starts_with(|c: char| c.is_ascii_digit()) {
-            return Err(
-                self.error("expected a label name: letters, digits and `_`, not beginning with a digit")
-            );
-        }
-        self.at += end;
+        let name = self.name()?;
         self.space();
         // The longer operators first: `=` begins `=~`.
         let (is_regex, negated) = if self.eat("=~") {
@@ -173,7 +200,24 @@ impl<'a> Parser<'a> {
         } else {
             None
         };
-        Ok(Matcher { name: name.to_owned(), value, regex, negated })
+        Ok(Matcher { name, value, regex, negated })
+    }
+
+    /// Parses a label name. As in Prometheus, one with other characters is in quotes; no series here has such a label.
+    fn name(&mut self) -> Result<String, SelectorError> {
+        let rest = self.rest();
+        if rest.starts_with('"') {
+            return self.string();
+        }
+        let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
+        let name = &rest[..end];
+        if name.is_empty() || name.starts_with(|c: char| c.is_ascii_digit()) {
+            return Err(
+                self.error("expected a label name: letters, digits and `_`, not beginning with a digit")
+            );
+        }
+        self.at += end;
+        Ok(name.to_owned())
     }
 
     fn string(&mut self) -> Result<String, SelectorError> {
@@ -237,6 +281,9 @@ mod tests {
     #[case(r#"{absent=~".*"}"#, true)]
     #[case(r#"{q="a\"b\\c"}"#, true)]
     #[case(r#"{q=`a"b\c`}"#, true)]
+    #[case(r#"{"service_name"="checkout"}"#, true)]
+    #[case(r#"{"k8s.pod/\"name"="checkout"}"#, false)]
+    #[case(r#"{"k8s.pod/\"name"!~"checkout"}"#, true)]
     fn selectors_match_as_in_prometheus(#[case] text: &str, #[case] matches: bool) {
         let selector = Selector::parse(text).unwrap();
         assert_eq!(selector.matches(&labels()), matches);

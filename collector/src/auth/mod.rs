@@ -9,6 +9,10 @@ mod token;
 
 use std::{fmt::Write as _, sync::Arc};
 
+use axum::{
+    extract::ConnectInfo,
+    http::{Extensions, HeaderMap, header::AUTHORIZATION},
+};
 use rustls::pki_types::CertificateDer;
 use sha2::{Digest as _, Sha256};
 use tonic::Status;
@@ -148,6 +152,22 @@ impl Auth {
             None => "this collector answers only clients with a certificate of its --tls-client-ca",
         };
         Err(Status::unauthenticated(cure))
+    }
+
+    /// Returns the caller of an HTTP request, or the error of [`Auth::authenticate`] or [`Auth::authorize`].
+    pub(crate) async fn admit(
+        &self,
+        extensions: &Extensions,
+        headers: &HeaderMap,
+        role: Role,
+    ) -> Result<Caller, Status> {
+        let peer = extensions.get::<ConnectInfo<Peer>>().map(|info| info.0.clone());
+        let token = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let token = token.map(str::to_owned);
+        let caller = self.authenticate(peer.as_ref(), token.as_deref()).await;
+        caller.and_then(|caller| self.authorize(&caller, role).map(|()| caller)).inspect_err(|status| {
+            tracing::debug!(peer = ?peer.map(|p| p.addr), %status, "refused a request");
+        })
     }
 
     fn caller_of(&self, der: &CertificateDer<'_>) -> Caller {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use axum::{
     Router,
     body::Body,
-    extract::{ConnectInfo, Path, Request, State},
+    extract::{Path, Request, State},
     http::{HeaderValue, StatusCode, header},
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
@@ -23,7 +23,7 @@ use self::params::{GRAPH, Params, RANGE, RawParams};
 use crate::{
     auth::{Auth, Role},
     metrics::Metrics,
-    peer::Peer,
+    pyroscope,
     query::{Query, QueryError, Shape, parse_profile_id},
     store::{Store, StoreError},
     triggers::Triggers,
@@ -59,7 +59,9 @@ pub(crate) fn router(state: HttpState) -> Router {
         .nest("/api/v1", api)
         .route("/metrics", get(metrics))
         .merge(page::router())
+        .fallback(pyroscope::unknown)
         .layer(from_fn_with_state(state.clone(), require_viewer))
+        .merge(pyroscope::router(Arc::clone(&state.query), Arc::clone(&state.auth)))
         .route("/livez", get(|| async { "alive\n" }))
         .route("/readyz", get(readyz))
         .layer(from_fn(add_security_headers))
@@ -246,14 +248,9 @@ async fn readyz(State(state): State<HttpState>) -> Response {
 
 /// Refuses callers that lack the viewer role.
 async fn require_viewer(State(state): State<HttpState>, request: Request, next: Next) -> Response {
-    let peer = request.extensions().get::<ConnectInfo<Peer>>().map(|info| info.0.clone());
-    let token = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let token = token.map(str::to_owned);
-    let caller = state.auth.authenticate(peer.as_ref(), token.as_deref()).await;
-    match caller.and_then(|caller| state.auth.authorize(&caller, Role::Viewer)) {
-        Ok(()) => next.run(request).await,
+    match state.auth.admit(request.extensions(), request.headers(), Role::Viewer).await {
+        Ok(_) => next.run(request).await,
         Err(status) => {
-            tracing::debug!(peer = ?peer.map(|p| p.addr), %status, "refused a request");
             let code = match status.code() {
                 Code::Unauthenticated => StatusCode::UNAUTHORIZED,
                 Code::PermissionDenied => StatusCode::FORBIDDEN,

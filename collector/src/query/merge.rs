@@ -18,7 +18,10 @@ use sha2::{Digest as _, Sha256};
 use tokio::{runtime::Handle, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use super::{Query, QueryError, select::Selection};
+use super::{
+    Query, QueryError,
+    select::{Found, FoundKind, Selection},
+};
 use crate::store::{ProfileLocation, StoreError};
 
 /// Concurrent merges. Each uses up to [`MERGE_THREADS`] threads.
@@ -36,8 +39,8 @@ const SIZE_CHECK_INTERVAL: u64 = 512;
 const CACHED_MERGES: usize = 1024;
 
 /// A merged profile.
-pub(super) struct Merged {
-    pub(super) profile: Profile,
+pub(crate) struct Merged {
+    pub(crate) profile: Profile,
     /// Number of its sources.
     pub(super) profiles: u64,
     /// Number of profiles that it lacks, because their objects are damaged.
@@ -110,16 +113,42 @@ impl Query {
         let Some(sources) = self.blocking(move |q| q.mergeable(&of, &wanted)).await? else {
             return Ok(None);
         };
-        progress.total.store(sources.profiles.len() as u64, Ordering::Relaxed);
+        let sample_type = sources.sample_type().to_owned();
+        let merged = self.merge_located(sources.profiles, progress).await?;
+        Ok(merged.map(|merged| (merged, sample_type)))
+    }
+
+    /// Merges profiles that have the same sample types, and returns each result with these types.
+    pub(crate) async fn merge_found(
+        self: &Arc<Self>,
+        found: Found,
+    ) -> Result<Vec<(Vec<String>, Arc<Merged>)>, QueryError> {
+        let mut all = Vec::new();
+        for FoundKind { types, mut profiles, .. } in found.kinds {
+            profiles.sort_unstable();
+            if let Some(merged) = self.merge_located(profiles, &Arc::default()).await? {
+                all.push((types, merged));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Merges profiles that have the same sample types, in the order of their locations. Returns `None` if retention has removed
+    /// all of them. Dropping the future ends the work.
+    pub(super) async fn merge_located(
+        self: &Arc<Self>,
+        profiles: Vec<ProfileLocation>,
+        progress: &Arc<MergeProgress>,
+    ) -> Result<Option<Arc<Merged>>, QueryError> {
+        progress.total.store(profiles.len() as u64, Ordering::Relaxed);
         let mut hash = Sha256::new();
-        for location in &sources.profiles {
+        for location in &profiles {
             hash.update(location.key.id.0.to_be_bytes());
         }
         let hash: [u8; 32] = hash.finalize().into();
-        let sample_type = sources.sample_type().to_owned();
         if let Some(merged) = self.merges.cache.get(&hash) {
-            progress.done.store(sources.profiles.len() as u64, Ordering::Relaxed);
-            return Ok(Some((merged, sample_type)));
+            progress.done.store(profiles.len() as u64, Ordering::Relaxed);
+            return Ok(Some(merged));
         }
         let permit = tokio::time::timeout(MERGE_TIMEOUT, self.merges.permits.acquire()).await;
         let _permit = permit.ok().and_then(Result::ok).ok_or_else(|| {
@@ -128,16 +157,15 @@ impl Query {
         let cancelled = CancellationToken::new();
         let _guard = cancelled.clone().drop_guard();
         let (runtime, progress) = (Handle::current(), Arc::clone(progress));
-        let merged = self
-            .blocking(move |q| q.merge_profiles(&runtime, &sources.profiles, &cancelled, &progress))
-            .await?;
+        let merged =
+            self.blocking(move |q| q.merge_profiles(&runtime, &profiles, &cancelled, &progress)).await?;
         Ok(merged.map(|merged| {
             let merged = Arc::new(merged);
             // Without the damaged profiles, whose files someone may restore.
             if merged.unreadable == 0 {
                 self.merges.cache.insert(hash, Arc::clone(&merged));
             }
-            (merged, sample_type)
+            merged
         }))
     }
 

@@ -23,13 +23,14 @@ pub(crate) use self::graph::Shape;
 use self::merge::{MergeProgress, Merges};
 pub(crate) use self::{
     grpc::QueryGrpc,
+    merge::Merged,
     select::{Selection, parse_profile_id},
 };
 use crate::{
     limits::MAX_INFLATION,
     metrics::Metrics,
-    selector::SelectorError,
-    store::{ObjectKey, Store, StoreError, StoredProfile},
+    selector::{Selector, SelectorError},
+    store::{ObjectKey, Series, Store, StoreError, StoredProfile},
     time,
 };
 
@@ -114,6 +115,38 @@ impl Query {
     ) -> Result<T, QueryError> {
         let query = Arc::clone(self);
         tokio::task::spawn_blocking(move || f(&query)).await.map_err(|_| StoreError::Ended)?
+    }
+
+    /// Runs an operation that reads the index on a blocking thread, and observes its time under `kind`.
+    pub(crate) async fn timed<T: Send + 'static>(
+        self: &Arc<Self>,
+        kind: &'static str,
+        f: impl FnOnce(&Self) -> Result<T, QueryError> + Send + 'static,
+    ) -> Result<T, QueryError> {
+        let _timer = self.metrics.query_timer(kind);
+        self.blocking(f).await
+    }
+
+    /// Returns the series that match and may have profiles in the range, in the order of their labels.
+    pub(crate) fn series_in(&self, selector: &Selector, from_ms: u64, until_ms: u64) -> Vec<Series> {
+        self.store.series(selector, from_ms, until_ms)
+    }
+
+    /// Calls `each` for every profile of these series that starts in the range, series by series and each in the order of
+    /// time, until `each` returns false. Blocking.
+    pub(crate) fn scan_series(
+        &self,
+        series: &[u64],
+        from_ms: u64,
+        until_ms: u64,
+        each: impl FnMut(StoredProfile) -> bool,
+    ) -> Result<(), QueryError> {
+        Ok(self.store.scan_series(series, from_ms, until_ms, each)?)
+    }
+
+    /// Returns the times between which all stored profiles start, or `None` without a profile.
+    pub(crate) fn times(&self) -> Option<(u64, u64)> {
+        self.store.times()
     }
 
     /// Returns the names of all labels of the selected series.

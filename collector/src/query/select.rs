@@ -4,8 +4,12 @@ use std::collections::BTreeSet;
 
 use ulid::Ulid;
 
-use super::{Query, QueryError};
-use crate::{selector::Selector, store::ProfileLocation, time};
+use super::{Query, QueryError, QueryOptions};
+use crate::{
+    selector::Selector,
+    store::{ProfileLocation, StoredProfile},
+    time,
+};
 
 /// Range of a selection without `from`, in milliseconds before `until`.
 const DEFAULT_RANGE_MS: u64 = 3_600_000;
@@ -81,7 +85,77 @@ impl Mergeable {
     }
 }
 
+/// Profiles of a query, by their sample types.
+#[derive(Default)]
+pub(crate) struct Found {
+    pub(super) kinds: Vec<FoundKind>,
+    profiles: usize,
+    bytes: u64,
+}
+
+/// Profiles that have the same sample types.
+pub(super) struct FoundKind {
+    pub(super) types: Vec<String>,
+    /// Start of the oldest one.
+    first_ms: u64,
+    pub(super) profiles: Vec<ProfileLocation>,
+}
+
+impl Found {
+    /// Adds a profile.
+    fn add(&mut self, entry: &StoredProfile) {
+        let types = &entry.row.types;
+        let is_same = |kind: &FoundKind| kind.types.iter().eq(types.iter().map(|t| &t.name));
+        let index = self.kinds.iter().position(is_same).unwrap_or_else(|| {
+            let types = types.iter().map(|t| t.name.clone()).collect();
+            self.kinds.push(FoundKind { types, first_ms: u64::MAX, profiles: Vec::new() });
+            self.kinds.len() - 1
+        });
+        let kind = &mut self.kinds[index];
+        kind.first_ms = kind.first_ms.min(entry.key.start_ms);
+        kind.profiles.push(entry.location());
+        self.profiles += 1;
+        self.bytes += entry.row.bytes;
+    }
+
+    fn fits(&self, options: &QueryOptions) -> bool {
+        self.profiles <= options.max_profiles && self.bytes <= options.max_bytes
+    }
+
+    /// Returns an error above the limits of one query. `of` describes the selection.
+    fn check(&self, options: &QueryOptions, of: impl FnOnce() -> String) -> Result<(), QueryError> {
+        if self.fits(options) {
+            return Ok(());
+        }
+        Err(QueryError::TooLarge(format!(
+            "{} has more than {} profiles or {} MiB, the limits of one query: choose a shorter range or fewer series",
+            of(),
+            options.max_profiles,
+            options.max_bytes >> 20,
+        )))
+    }
+}
+
 impl Query {
+    /// Returns the profiles of these series that start in the range and that `keep` takes. Blocking.
+    pub(crate) fn find_profiles(
+        &self,
+        series: &[u64],
+        from_ms: u64,
+        until_ms: u64,
+        mut keep: impl FnMut(&StoredProfile) -> bool,
+    ) -> Result<Found, QueryError> {
+        let mut found = Found::default();
+        self.scan_series(series, from_ms, until_ms, |entry| {
+            if keep(&entry) {
+                found.add(&entry);
+            }
+            found.fits(&self.options)
+        })?;
+        found.check(&self.options, || "the selection".to_owned())?;
+        Ok(found)
+    }
+
     /// Returns the mergeable profiles of the selection that have the sample type, or `None` for an empty selection. An
     /// empty `sample_type` means the last type of a profile. If several sets of types fit, the set with the oldest
     /// profile wins. Blocking.
@@ -90,33 +164,16 @@ impl Query {
         selection: &Selection,
         sample_type: &str,
     ) -> Result<Option<Mergeable>, QueryError> {
-        let mut kinds: Vec<(Vec<String>, u64)> = Vec::new();
-        let mut found: Vec<(ProfileLocation, usize)> = Vec::new();
-        let mut bytes = 0_u64;
-        let (max_profiles, max_bytes) = (self.options.max_profiles, self.options.max_bytes);
+        let mut found = Found::default();
         self.scan(selection, |entry| {
-            let start_ms = entry.key.start_ms;
-            let is_same = |kind: &Vec<String>| kind.iter().eq(entry.row.types.iter().map(|t| &t.name));
-            let kind = kinds.iter().position(|(kind, _)| is_same(kind)).unwrap_or_else(|| {
-                kinds.push((entry.row.types.iter().map(|t| t.name.clone()).collect(), start_ms));
-                kinds.len() - 1
-            });
-            kinds[kind].1 = kinds[kind].1.min(start_ms);
-            bytes += entry.row.bytes;
-            found.push((entry.location(), kind));
-            found.len() <= max_profiles && bytes <= max_bytes
+            found.add(&entry);
+            found.fits(&self.options)
         })?;
-        if found.is_empty() {
+        if found.kinds.is_empty() {
             return Ok(None);
         }
-        if found.len() > max_profiles || bytes > max_bytes {
-            return Err(QueryError::TooLarge(format!(
-                "{} has more than {max_profiles} profiles or {} MiB, the limits of one query: choose a shorter range or \
-                 fewer series",
-                selection.describe(),
-                max_bytes >> 20,
-            )));
-        }
+        found.check(&self.options, || selection.describe())?;
+        let mut kinds = found.kinds;
         let position = |kind: &[String]| {
             if sample_type.is_empty() {
                 kind.len().checked_sub(1)
@@ -127,20 +184,19 @@ impl Query {
         let chosen = kinds
             .iter()
             .enumerate()
-            .filter_map(|(i, (kind, first_ms))| position(kind).map(|index| (*first_ms, i, index)))
+            .filter_map(|(i, kind)| position(&kind.types).map(|index| (kind.first_ms, i, index)))
             .min();
         let Some((_, kind, type_index)) = chosen else {
             let known: BTreeSet<&str> =
-                kinds.iter().flat_map(|(k, _)| k.iter().map(String::as_str)).collect();
+                kinds.iter().flat_map(|kind| kind.types.iter().map(String::as_str)).collect();
             return Err(QueryError::NotFound(format!(
                 "no profile of {} has the sample type `{sample_type}`; known types: {}",
                 selection.describe(),
                 known.into_iter().collect::<Vec<_>>().join(", ")
             )));
         };
-        let mut profiles: Vec<ProfileLocation> =
-            found.into_iter().filter(|(_, k)| *k == kind).map(|(location, _)| location).collect();
+        let FoundKind { types, first_ms: _, mut profiles } = kinds.swap_remove(kind);
         profiles.sort_unstable();
-        Ok(Some(Mergeable { profiles, types: kinds.swap_remove(kind).0, type_index }))
+        Ok(Some(Mergeable { profiles, types, type_index }))
     }
 }

@@ -252,7 +252,24 @@ impl Store {
         each: impl FnMut(StoredProfile) -> bool,
     ) -> Result<(), StoreError> {
         let series: Vec<u64> = self.series(selector, from_ms, until_ms).into_iter().map(|s| s.id).collect();
-        Ok(self.index.scan(&series, from_ms, until_ms, each)?)
+        self.scan_series(&series, from_ms, until_ms, each)
+    }
+
+    /// Calls `each` for every profile of these series that starts in the range, as [`Store::scan`] does. Blocking.
+    pub(crate) fn scan_series(
+        &self,
+        series: &[u64],
+        from_ms: u64,
+        until_ms: u64,
+        each: impl FnMut(StoredProfile) -> bool,
+    ) -> Result<(), StoreError> {
+        Ok(self.index.scan(series, from_ms, until_ms, each)?)
+    }
+
+    /// Returns times at or before the start of the oldest profile and at or after that of the newest one. `None` without a
+    /// profile.
+    pub(crate) fn times(&self) -> Option<(u64, u64)> {
+        self.state.read().times()
     }
 
     /// Returns up to `limit` matching profiles that start in the range, newest first. `before` skips to the profiles that

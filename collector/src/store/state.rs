@@ -151,6 +151,12 @@ impl StoreState {
         found
     }
 
+    /// Returns times at or before the start of the oldest profile and at or after that of the newest one.
+    pub(super) fn times(&self) -> Option<(u64, u64)> {
+        let used = self.series.values().filter(|series| series.profiles > 0);
+        used.map(|series| (series.first_ms, series.last_ms)).reduce(|a, b| (a.0.min(b.0), a.1.max(b.1)))
+    }
+
     /// Returns the labels of a series.
     pub(super) fn labels_of(&self, series: u64) -> Option<Arc<Labels>> {
         self.series.get(&series).map(|s| Arc::clone(&s.labels))

@@ -9,6 +9,7 @@ mod disk;
 mod disk_use;
 mod fleet;
 mod forward;
+mod grafana;
 mod http;
 mod ingest;
 mod kill;

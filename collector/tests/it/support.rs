@@ -263,6 +263,25 @@ pub async fn get(addr: SocketAddr, path: &str) -> Answer {
 
 /// Sends a plain GET. The server closes the connection after the answer.
 pub async fn get_over(mut io: impl AsyncRead + AsyncWrite + Unpin, path: &str) -> std::io::Result<Answer> {
+    send(&mut io, "GET", path, &[], &[]).await?;
+    read_answer(io).await
+}
+
+/// Sends a body by POST.
+pub async fn post(addr: SocketAddr, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+    let mut io = TcpStream::connect(addr).await.unwrap();
+    // The server may refuse a body before it has read all of it.
+    let _ = send(&mut io, "POST", path, headers, body).await;
+    read_answer(io).await.unwrap()
+}
+
+async fn send(
+    io: &mut (impl AsyncWrite + Unpin),
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> std::io::Result<()> {
     let path: String = path
         .chars()
         .map(|c| match c {
@@ -270,8 +289,18 @@ pub async fn get_over(mut io: impl AsyncRead + AsyncWrite + Unpin, path: &str) -
             c => c.to_string(),
         })
         .collect();
-    io.write_all(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").as_bytes())
-        .await?;
+    let length = ("Content-Length", body.len().to_string());
+    let length = (method == "POST").then_some((length.0, length.1.as_str()));
+    let headers = headers.iter().copied().chain(length).map(|(name, value)| format!("{name}: {value}\r\n"));
+    let head: String =
+        std::iter::once(format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"))
+            .chain(headers)
+            .collect();
+    io.write_all(format!("{head}\r\n").as_bytes()).await?;
+    io.write_all(body).await
+}
+
+async fn read_answer(mut io: impl AsyncRead + Unpin) -> std::io::Result<Answer> {
     let mut raw = Vec::new();
     if let Err(e) = io.read_to_end(&mut raw).await
         && raw.is_empty()

@@ -194,6 +194,8 @@ async fn with_a_client_authority_only_its_clients_and_probes_get_in() {
     let page = https(http, &ca, None, "/").await.unwrap();
     assert_eq!(page.status, 401);
     assert!(page.text().contains("--tls-client-ca"), "{}", page.text());
+    let call = https(http, &ca, None, "/pyroscope/render").await.unwrap();
+    assert_eq!((call.status, call.json()["code"].as_str()), (401, Some("unauthenticated")));
     for path in ["/livez", "/readyz"] {
         assert_eq!(https(http, &ca, None, path).await.unwrap().status, 200);
     }
@@ -298,6 +300,12 @@ async fn roles_and_node_names_follow_the_certificate() {
         async |pair: &Pair| https(running.http_addr, &ca, Some(pair), "/api/v1/rules").await.unwrap().status;
     assert_eq!(by(&ca.issue("carl", "developers", "")).await, 200);
     assert_eq!(by(&ca.issue("nobody", "people", "")).await, 403);
+    // So does Grafana, which gets the reason in the form that it reads.
+    let (carl, stranger) = (ca.issue("carl", "developers", ""), ca.issue("nobody", "people", ""));
+    let path = "/pyroscope/render?query=a:b:c:d:e";
+    let answer = https(running.http_addr, &ca, Some(&stranger), path).await.unwrap();
+    assert_eq!((answer.status, answer.json()["code"].as_str()), (403, Some("permission_denied")));
+    assert_eq!(https(running.http_addr, &ca, Some(&carl), path).await.unwrap().status, 200);
     running.shutdown().await;
 }
 
