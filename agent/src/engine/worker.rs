@@ -164,8 +164,9 @@ impl Worker {
     /// Waits until the kernel or another thread wakes the worker, or its time has come.
     fn wait(&mut self) {
         let opened = self.reader.processes.file_stats().opened;
-        let pause =
-            self.pause.next(opened, !self.reader.discovered.is_empty(), self.reader.intake.time_left());
+        let unproven = self.reader.unwinding.backlog().unproven();
+        let has_discovered = !self.reader.discovered.is_empty();
+        let pause = self.pause.next(opened, unproven, has_discovered, self.reader.intake.time_left());
         self.wake_up.wait(self.kernel.wake_fds(), pause);
     }
 
