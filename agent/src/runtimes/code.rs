@@ -32,7 +32,7 @@ use super::{
     cuts::{CutLimit, Cuts},
     functions,
     memory::Limited,
-    unloads::UnloadHistory,
+    unloads::{Replacements, UnloadHistory, Unloads},
 };
 use crate::model::boot_time_ns;
 
@@ -90,6 +90,9 @@ struct Known {
     /// The begin of the last request that is over. Of a later one, nothing is proven yet.
     checked_ns: u64,
     unloads: UnloadHistory,
+    /// The same for functions that the process has replaced, and for replaced ones that it may have freed.
+    replaced: UnloadHistory,
+    freed: UnloadHistory,
     /// The thread is reading for a request.
     is_reading: bool,
     /// Requests that failed since the last that did not.
@@ -137,8 +140,10 @@ struct KnownFunction {
     /// Hash of the texts.
     hash: u64,
     instructions: Range<u64>,
-    /// Since when it is known as this.
+    /// Since when it is known as this, without a replaced function in between.
     since_ns: u64,
+    /// The count of replaced functions when the last request began that has read it.
+    replaced: Option<Unloads>,
     /// When requests began that have read it, the newest first; at the end some may be 0.
     read_ns: [u64; MAX_CONFIRMED],
 }
@@ -240,13 +245,20 @@ impl GeneratedCode {
         self.read_unloads(memory);
         let mut known = self.known.lock();
         known.checked_ns = now;
-        known.unloads.end_request(now);
+        let Known { unloads, replaced, freed, .. } = &mut *known;
+        for history in [unloads, replaced, freed] {
+            history.end_request(now);
+        }
         Ok(())
     }
 
     fn read_unloads(&self, memory: &dyn Memory) {
-        let reading = self.reader.unloads(memory);
-        self.known.lock().unloads.enter(reading, boot_time_ns());
+        let unloads = self.reader.unloads(memory);
+        let Replacements { replaced, freed } = self.reader.replacements(memory);
+        let (now, mut known) = (boot_time_ns(), self.known.lock());
+        known.unloads.enter(unloads, now);
+        known.replaced.enter(replaced, now);
+        known.freed.enter(freed, now);
     }
 
     fn read_needs(
@@ -424,11 +436,16 @@ impl GeneratedCode {
         text.as_ref().ok().hash(&mut hasher);
         let hash = hasher.finish();
         let mut known = self.known.lock();
+        let replaced = known.replaced.last();
         if let Some(same) = known
             .functions
             .get_mut(&object)
             .filter(|known| known.hash == hash && known.instructions == instructions)
         {
+            if same.replaced != replaced {
+                same.replaced = replaced;
+                same.since_ns = boot_time_ns();
+            }
             if same.read_ns[0] < now {
                 same.read_ns.rotate_right(1);
                 same.read_ns[0] = now;
@@ -443,7 +460,9 @@ impl GeneratedCode {
         }
         let (since_ns, mut read_ns) = (boot_time_ns(), [0; MAX_CONFIRMED]);
         read_ns[0] = now;
-        known.functions.insert(object, KnownFunction { number, hash, instructions, since_ns, read_ns });
+        known
+            .functions
+            .insert(object, KnownFunction { number, hash, instructions, since_ns, replaced, read_ns });
         number
     }
 }

@@ -48,7 +48,7 @@ pub(crate) use self::{
     process::{RuntimeFinder, RuntimeSearch, cut_searches, inspect},
     reader::{BlockHead, Captured, CodeBlock, CodeFunction, CodeReader, FrameWords, NamedFrame, Scope},
     texts::text_bytes,
-    unloads::Unloads,
+    unloads::{Replacements, Unloads},
 };
 
 /// The runtimes that the agent knows.

@@ -4,7 +4,10 @@ use std::{fmt::Debug, ops::Range};
 
 use gannet_unwind::{generated::Rows, unwind::GeneratedFrame};
 
-use super::{FunctionText, Memory, WhyNot, unloads::Unloads};
+use super::{
+    FunctionText, Memory, WhyNot,
+    unloads::{Replacements, Unloads},
+};
 
 /// Reads the code that one process makes.
 pub(crate) trait CodeReader: Send + Sync + Debug {
@@ -35,6 +38,12 @@ pub(crate) trait CodeReader: Send + Sync + Debug {
     /// Reads how many classes the process has unloaded, or how often it has moved its objects. It is called at the begin and at the
     /// end of each request.
     fn unloads(&self, memory: &dyn Memory) -> Unloads;
+
+    /// Reads how often the process has replaced functions that live on. It is called with [`CodeReader::unloads`].
+    fn replacements(&self, memory: &dyn Memory) -> Replacements {
+        let _ = memory;
+        Replacements::NONE
+    }
 
     /// Reads a function by the address of its object. `hint` is that of [`NamedFrame::hint`], or 0.
     fn function(&self, object: u64, hint: u64, memory: &dyn Memory) -> Result<CodeFunction, WhyNot>;

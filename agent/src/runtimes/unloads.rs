@@ -17,6 +17,20 @@ pub(crate) enum Unloads {
     Unknown,
 }
 
+/// Counts of functions that a process has replaced by others while their class lives on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Replacements {
+    /// How often it has replaced functions. Only a function that was replaced is freed.
+    pub(crate) replaced: Unloads,
+    /// How often it may have freed replaced functions. It counts before it frees one.
+    pub(crate) freed: Unloads,
+}
+
+impl Replacements {
+    /// It has replaced nothing so far.
+    pub(crate) const NONE: Self = Self { replaced: Unloads::Count(0), freed: Unloads::Count(0) };
+}
+
 /// The number of periods that are kept: those that samples on their way may belong to.
 const MAX_PERIODS: usize = 16;
 
@@ -85,6 +99,11 @@ impl UnloadHistory {
     /// Reports whether nothing was unloaded in the time between all readings so far.
     pub(super) fn is_steady(&self) -> bool {
         !self.has_moved && !self.is_unknown()
+    }
+
+    /// Returns the last reading.
+    pub(super) fn last(&self) -> Option<Unloads> {
+        self.last
     }
 
     /// Reports whether the process does not say what it unloads.

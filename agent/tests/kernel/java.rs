@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    env,
+    env, fs,
     io::{BufRead as _, BufReader},
     path::Path,
     process::{Command, Stdio},
@@ -20,6 +20,10 @@ const JAVAS: &str = "GANNET_TEST_JAVAS";
 const PROGRAM: &str = "tests/data/Spin.java";
 /// Unloads six classes about every 60 ms, which is about how long a sample waits for its reading.
 const UNLOADING: &str = "tests/data/Unload.java";
+/// Redefines its class each time after some milliseconds.
+const REDEFINING: &str = "tests/data/Redefine.java";
+/// Makes it an agent in its own virtual machine.
+const MANIFEST: &str = "Premain-Class: Redefine\nCan-Redefine-Classes: true\n";
 /// A stack of a virtual thread goes on with the thread that carries it, which a `Throwable` does not show.
 const VIRTUAL_END: &str = "java.lang.VirtualThread.run ";
 const CARRIER: [&str; 3] = [
@@ -246,5 +250,63 @@ fn classes_that_are_unloaded_leave_no_wrong_names() {
         check_unloaded(&java, &[], 5, directory.path());
         // No class runs long enough to be known before a sample.
         check_unloaded(&java, &["-XX:-UsePerfData"], 0, directory.path());
+    }
+}
+
+/// Returns the last digit of a frame's name in [`REDEFINING`].
+fn chain_digit(frame: &str) -> Option<char> {
+    let (name, _) = frame.split_once(' ')?;
+    let named = ["Redefine.chain_", "Redefine$Work.outer_", "Redefine$Work.middle_", "Redefine$Work.leaf_"];
+    named.iter().any(|begin| name.starts_with(begin)).then(|| name.chars().last()).flatten()
+}
+
+/// Checks that no stack has methods of two chains while the program redefines its class each time after some milliseconds. At least
+/// `least` percent of the samples must show methods of the class that is redefined.
+#[track_caller]
+fn check_redefined(java: &str, flags: &[&str], milliseconds: u32, least: u64, jar: &Path) {
+    let mut command = Command::new(java);
+    command.args(flags).arg(format!("-javaagent:{}", jar.display())).arg("-cp").arg(jar);
+    command.args(["Redefine", &milliseconds.to_string()]);
+    let mut running = Running::start(command.stdout(Stdio::piped()));
+    BufReader::new(running.0.stdout.take().unwrap()).lines().next().unwrap().unwrap();
+    let recording = record_for(4, 299, &["--pid", &running.0.id().to_string()]);
+    drop(running);
+
+    let (mut whole, mut some, mut taken, mut wrong) = (0, 0, 0, BTreeMap::<String, u64>::new());
+    for Sampled { frames, count, .. } in java_stacks(&recording.profile) {
+        taken += count;
+        let digits: BTreeSet<char> = frames.iter().filter_map(|frame| chain_digit(frame)).collect();
+        let is_redefined = |frame: &String| frame.starts_with("Redefine$Work.");
+        if digits.len() > 1 {
+            *wrong.entry(format!("{frames:?}")).or_default() += count;
+        } else if frames.iter().any(is_redefined) {
+            whole += count;
+        } else if !digits.is_empty() {
+            some += count;
+        }
+    }
+    eprintln!(
+        "{java} {flags:?} each {milliseconds} ms: {whole} right, {} wrong, {some} with callers alone, {taken} in all",
+        wrong.values().sum::<u64>()
+    );
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(whole * 100 >= taken * least, "{whole} of {taken} name a method that is redefined");
+}
+
+#[test]
+fn classes_that_are_redefined_leave_no_wrong_names() {
+    let directory = compiled(REDEFINING);
+    let (manifest, jar) = (directory.path().join("manifest"), directory.path().join("redefine.jar"));
+    fs::write(&manifest, MANIFEST).unwrap();
+    let mut command = Command::new("jar");
+    command.arg("--create").arg("--file").arg(&jar).arg("--manifest").arg(manifest);
+    assert!(command.arg("-C").arg(directory.path()).arg(".").status().unwrap().success());
+    for java in javas() {
+        // An agent that redefines nothing costs no names.
+        check_redefined(&java, &["-Xint"], 0, 80, &jar);
+        for flags in [&[][..], &["-Xint"]] {
+            check_redefined(&java, flags, 100, 10, &jar);
+            check_redefined(&java, flags, 20, 0, &jar);
+        }
     }
 }

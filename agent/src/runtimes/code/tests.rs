@@ -2,9 +2,11 @@
 
 use std::sync::atomic::AtomicU64;
 
+use gannet_unwind::generated::SENDER_FRAME;
+
 use super::*;
 use crate::runtimes::{
-    Detected, RuntimeFile, Unloads,
+    Captured, Detected, RuntimeFile, Unloads,
     hostile::{Hostile, HostileThread, named},
     python,
 };
@@ -19,6 +21,10 @@ struct Reader {
     rows: AtomicU64,
     is_gone: AtomicU64,
     unloaded: AtomicU64,
+    replaced: AtomicU64,
+    freed: AtomicU64,
+    /// 1: frames name their function themselves, by the word behind the one that the frame pointer leads to.
+    is_captured: AtomicU64,
     /// Growth of the identity when the next block is looked for.
     grows_next: AtomicU64,
 }
@@ -38,6 +44,11 @@ impl CodeReader for Arc<Reader> {
         Unloads::Count(self.unloaded.load(Ordering::Relaxed))
     }
 
+    fn replacements(&self, _: &dyn Memory) -> Replacements {
+        let [replaced, freed] = [&self.replaced, &self.freed].map(|count| count.load(Ordering::Relaxed));
+        Replacements { replaced: Unloads::Count(replaced), freed: Unloads::Count(freed) }
+    }
+
     fn find(&self, address: u64, _: &dyn Memory) -> Result<Option<BlockHead>, WhyNot> {
         self.alive()?;
         self.identity.fetch_add(self.grows_next.swap(0, Ordering::Relaxed), Ordering::Relaxed);
@@ -47,9 +58,12 @@ impl CodeReader for Arc<Reader> {
     }
 
     fn read(&self, head: &BlockHead, _: &dyn Memory) -> Result<CodeBlock, WhyNot> {
+        let captured = Captured { function: 8, position: 16, entries: Vec::new() };
+        let captured = (self.is_captured.load(Ordering::Relaxed) == 1).then_some(captured);
         let rows = 0..self.rows.load(Ordering::Relaxed);
-        let rows = rows.map(|row| (head.code.start + row, UnwindRule::X86_64_ENTRY)).collect();
-        Ok(CodeBlock { rows, ..CodeBlock::default() })
+        let rule = if captured.is_some() { SENDER_FRAME } else { UnwindRule::X86_64_ENTRY };
+        let rows = rows.map(|row| (head.code.start + row, rule)).collect();
+        Ok(CodeBlock { rows, captured, ..CodeBlock::default() })
     }
 
     fn scope(&self, head: &BlockHead, _: u64, _: &dyn Memory) -> Result<Scope, WhyNot> {
@@ -168,6 +182,53 @@ fn callers_of_a_block_that_is_not_proven_have_no_name() {
     let (frames, names_of_known, unproven) = names(known);
     assert!(frames > 10 && names_of_known == frames && unproven == 0, "{names_of_known} of {frames}");
     assert_eq!(names(new), (frames, 0, frames));
+}
+
+/// Checks frames that name their function themselves, as those of an interpreter do.
+#[test]
+fn a_function_that_was_replaced_may_have_been_another() {
+    let (reader, interpreter) = start(9);
+    reader.is_captured.store(1, Ordering::Relaxed);
+    let (here, counts) = (START + 8, [&reader.replaced, &reader.freed, &reader.identity]);
+    let set = |values: [u64; 3]| {
+        counts.iter().zip(values).for_each(|(count, value)| count.store(value, Ordering::Relaxed));
+    };
+    let read_all = || {
+        let functions = std::iter::once((here, 0)).collect();
+        let needs = CodeNeeds { addresses: [here].into(), functions, ..CodeNeeds::default() };
+        interpreter.code.as_ref().unwrap().read(&needs, &interpreter, &NoMemory).unwrap();
+    };
+    // Each word of the stack is the function, and a return address.
+    let name_at = |time_ns| {
+        let thread = HostileThread::at(here, time_ns, &Hostile::new(&here.to_ne_bytes(), None));
+        let (frames, _) = thread.unwind_proven(interpreter.code.as_ref().unwrap());
+        named(&frames, &interpreter).first().map(|(name, _, _)| name.clone())
+    };
+    let first = boot_time_ns();
+    set([2, 30, 0]);
+    read_all();
+    assert_eq!(name_at(first), None, "no count from before the sample");
+    let second = boot_time_ns();
+    read_all();
+    assert_eq!(name_at(second), Some("f1008_0".into()));
+    // Nothing is replaced, but what was replaced before may be freed: a known function stays.
+    let third = boot_time_ns();
+    set([2, 31, 0]);
+    read_all();
+    assert_eq!(name_at(third), Some("f1008_0".into()));
+    // A replaced function may leave its place to another one, and come back.
+    let fourth = boot_time_ns();
+    set([3, 32, 0]);
+    read_all();
+    assert_eq!(name_at(fourth), None);
+    // Another function, seen first behind the sample.
+    let fifth = boot_time_ns();
+    set([3, 33, 1]);
+    read_all();
+    assert_eq!(name_at(fifth), None);
+    let sixth = boot_time_ns();
+    read_all();
+    assert_eq!(name_at(sixth), Some("f1008_1".into()));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use gannet_unwind::{
 use super::{
     super::{Captured, FrameWords, NamedFrame},
     Before, Block, CodeNeeds, GeneratedCode, Known, KnownFunction, KnownScope, MAX_AGE_NS, NO_POSITION,
-    scope_at,
+    UnloadHistory, scope_at,
 };
 use crate::model::StackWord;
 
@@ -181,6 +181,29 @@ impl Known {
         if self.is_over() { self.unloads.is_steady() } else { function.read_ns.iter().any(is_unmoved) }
     }
 
+    /// Reports whether a function that names itself was the same before the sample and behind it, and none was replaced in between.
+    /// Then it has stayed, or has come back to its place in between.
+    fn has_stayed(&self, function: &KnownFunction, time_ns: u64) -> bool {
+        let is_behind = |begin_ns: &u64| {
+            self.is_read(*begin_ns, time_ns) && self.replaced.covers(function.since_ns, *begin_ns)
+        };
+        !self.is_over() && function.since_ns <= time_ns && function.read_ns.iter().any(is_behind)
+    }
+
+    /// Reports whether a function that names itself was read behind a sample, and no class was unloaded and no replaced function
+    /// freed in between.
+    fn is_unreplaced_behind(&self, function: &KnownFunction, time_ns: u64) -> bool {
+        let is_unreplaced = |begin_ns: &u64| {
+            let covers = |history: &UnloadHistory| history.covers(time_ns, *begin_ns);
+            *begin_ns >= time_ns && covers(&self.unloads) && covers(&self.freed)
+        };
+        if self.is_over() {
+            self.unloads.is_steady() && self.freed.is_steady()
+        } else {
+            function.read_ns.iter().any(is_unreplaced)
+        }
+    }
+
     /// Returns the functions of a compiled block.
     fn functions(
         &self,
@@ -265,9 +288,7 @@ impl Known {
             needs.functions.insert(object, 0);
             return Vec::new();
         };
-        // A function that was the same before the sample and behind it has stayed, or come back to its place in between.
-        let has_stayed = !self.is_over() && function.since_ns <= time_ns;
-        if !has_stayed && !self.is_unmoved_behind(function, time_ns) {
+        if !self.has_stayed(function, time_ns) && !self.is_unreplaced_behind(function, time_ns) {
             *unproven += 1;
             return Vec::new();
         }

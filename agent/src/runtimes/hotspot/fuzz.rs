@@ -8,6 +8,7 @@ use super::{
         hostile::{Hostile, HostileThread, named},
     },
     HotSpot, MAX_READ_BYTES, MAX_READS,
+    counts::Counts,
     heap::Heaps,
     layout::{Blob, Compiled, Layout, MethodLayout, Place, Scopes},
     method, perf_data,
@@ -70,7 +71,7 @@ fn unwind(bytes: &[u8]) -> Option<Vec<String>> {
     let [pc, sp, fp, first, second, object] = places.map(|words| AT + 8 * u64::from(words));
     let begin = (kind & 1 == 1).then_some(AT);
     let memory = Hostile::with_limits(bytes, begin, MAX_CODE_READS, MAX_CODE_BYTES);
-    let code = GeneratedCode::new(Arc::new(Heaps::new(layout(*kind), (kind & 64 == 0).then_some(AT + 24))));
+    let code = GeneratedCode::new(Arc::new(Heaps::new(layout(*kind), counts(*kind))));
     let interpreter = Interpreter::new(Arc::new(file(17, Vec::new())), 0).with_code(code);
     let code = interpreter.code.as_ref()?;
     let mut needs = CodeNeeds {
@@ -90,6 +91,17 @@ fn unwind(bytes: &[u8]) -> Option<Vec<String>> {
     }
     let names = named(&frames, &interpreter).into_iter();
     Some(names.map(|(name, _, line)| format!("{name} {line}")).collect())
+}
+
+/// Counts that are any words of the memory.
+fn counts(kind: u8) -> Counts {
+    let at = |bit: u8, address: u64| (kind & bit == 0).then_some(address);
+    Counts {
+        unloaded: at(64, AT + 24),
+        safepoints: at(64, AT + 32),
+        redefinitions: at(128, AT + 40),
+        can_redefine: at(1, AT + 48),
+    }
 }
 
 /// Structures as small as they can be. The bits of `kind` choose among the forms of the versions.

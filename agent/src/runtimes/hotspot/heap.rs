@@ -12,9 +12,10 @@ use parking_lot::Mutex;
 use super::{
     super::{
         BlockHead, Captured, CodeBlock, CodeFunction, CodeReader, FrameWords, MAX_INLINED, Memory,
-        NO_POSITION, Scope, Unloads, WhyNot,
+        NO_POSITION, Replacements, Scope, Unloads, WhyNot,
         memory::{half, word},
     },
+    counts::Counts,
     layout::{Layout, Place, Scopes},
     method,
     numbers::Numbers,
@@ -51,8 +52,7 @@ const FREE: u8 = 0xff;
 #[derive(Debug)]
 pub(super) struct Heaps {
     layout: Layout,
-    /// Address of the count of unloaded classes.
-    unloaded: Option<u64>,
+    counts: Counts,
     /// The heaps at the last reading of the ranges.
     found: Mutex<Arc<Vec<Heap>>>,
 }
@@ -66,8 +66,8 @@ struct Heap {
 }
 
 impl Heaps {
-    pub(super) fn new(layout: Layout, unloaded: Option<u64>) -> Self {
-        Self { layout, unloaded, found: Mutex::default() }
+    pub(super) fn new(layout: Layout, counts: Counts) -> Self {
+        Self { layout, counts, found: Mutex::default() }
     }
 
     fn space(&self, at: u64, memory: &dyn Memory) -> Result<Range<u64>, WhyNot> {
@@ -396,8 +396,11 @@ impl CodeReader for Heaps {
     }
 
     fn unloads(&self, memory: &dyn Memory) -> Unloads {
-        let count = self.unloaded.and_then(|at| memory.u64(at).ok());
-        count.map_or(Unloads::Unknown, Unloads::Count)
+        self.counts.unloads(memory)
+    }
+
+    fn replacements(&self, memory: &dyn Memory) -> Replacements {
+        self.counts.replacements(memory)
     }
 
     fn function(&self, object: u64, _: u64, memory: &dyn Memory) -> Result<CodeFunction, WhyNot> {

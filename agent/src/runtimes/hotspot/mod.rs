@@ -4,6 +4,7 @@
 //! Java code runs in the interpreter, whose frames name their method themselves, and in compiled methods, each with a frame of
 //! one size and tables of the methods that were inlined.
 
+mod counts;
 pub(super) mod fuzz;
 mod heap;
 mod layout;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 use gannet_elf::Elf;
 
 use self::{
+    counts::{Counts, LOCAL_SYMBOLS},
     heap::Heaps,
     layout::Layout,
     structs::{SYMBOLS, Structs},
@@ -58,7 +60,10 @@ impl Runtime for HotSpot {
             return None;
         }
         let symbols = elf.symbols(b".dynsym").filter(|table| table.bytes() <= MAX_SYMBOL_BYTES)?;
-        let addresses = symbols.addresses_of(&SYMBOLS).into_iter().collect::<Option<Vec<u64>>>()?;
+        let mut addresses = symbols.addresses_of(&SYMBOLS).into_iter().collect::<Option<Vec<u64>>>()?;
+        let local = elf.symbols(b".symtab").filter(|table| table.bytes() <= MAX_SYMBOL_BYTES);
+        let local = local.map_or([None; 2], |symbols| symbols.addresses_of(&LOCAL_SYMBOLS));
+        addresses.extend(local.map(Option::unwrap_or_default));
         let version_text = version(elf).unwrap_or_default();
         Some(Detected { version: numbers_of(&version_text), version_text, addresses, layout: 0 })
     }
@@ -75,8 +80,12 @@ impl Runtime for HotSpot {
         if structs.constant("frame::interpreter_frame_sender_sp_offset") != Some(-1) {
             return Err(WhyNot::Implausible("frames of another shape"));
         }
-        let unloaded = perf_data::unloaded_classes(&structs, memory);
-        let heaps = Heaps::new(Layout::new(&structs, major)?, unloaded);
+        let local = [0, 1].map(|number| {
+            let at = file.detected.addresses.get(SYMBOLS.len() + number).filter(|at| **at != 0)?;
+            Some(at.wrapping_add(bias))
+        });
+        let counts = Counts::new(&structs, local, memory);
+        let heaps = Heaps::new(Layout::new(&structs, major)?, counts);
         heaps.ranges(memory)?;
         Ok(Attachment::Code(Arc::new(heaps)))
     }

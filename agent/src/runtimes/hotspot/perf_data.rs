@@ -3,14 +3,17 @@
 
 use super::{
     super::{
-        Memory, WhyNot,
+        Memory,
         memory::{half, word},
     },
     structs::Structs,
 };
 
 /// The count of unloaded classes. The machine counts a class before it frees the class's memory.
-const UNLOADED: &[u8] = b"java.cls.unloadedClasses";
+pub(super) const UNLOADED: &[u8] = b"java.cls.unloadedClasses";
+/// The count of safepoints: stops of all threads, in which alone the machine frees methods that others have replaced. It counts one
+/// before it does anything in it.
+pub(super) const SAFEPOINTS: &[u8] = b"sun.rt.safepoints";
 /// Bytes of all counters. A machine has 32 KiB by default.
 const MAX_BYTES: u64 = 1 << 20;
 /// The number of counters that are read. A machine has some 250.
@@ -31,16 +34,20 @@ const ENTRY_HEAD_BYTES: usize = 20;
 /// The kind of a 64-bit number.
 const LONG: u8 = b'J';
 
-/// Returns the address of the count of unloaded classes. A machine that was started without such counters (`-XX:-UsePerfData`) has
-/// none.
-pub(super) fn unloaded_classes(structs: &Structs, memory: &dyn Memory) -> Option<u64> {
-    let start = memory.u64(structs.address("PerfMemory", "_start").ok()?).ok().filter(|start| *start != 0)?;
-    let read = || -> Result<Vec<u8>, WhyNot> {
-        let head = memory.bytes(start, HEAD_BYTES)?;
-        memory.bytes(start, u64::from(half(&head, USED)).min(MAX_BYTES) as usize)
+/// Returns the addresses of counters by their names. A machine that was started without such counters (`-XX:-UsePerfData`) has none.
+pub(super) fn addresses<const N: usize>(
+    names: [&[u8]; N],
+    structs: &Structs,
+    memory: &dyn Memory,
+) -> [Option<u64>; N] {
+    let read = || -> Option<(u64, Vec<u8>)> {
+        let start = memory.u64(structs.address("PerfMemory", "_start").ok()?).ok()?;
+        let head = memory.bytes(start, HEAD_BYTES).ok()?;
+        let bytes = memory.bytes(start, u64::from(half(&head, USED)).min(MAX_BYTES) as usize).ok()?;
+        (start != 0).then_some((start, bytes))
     };
-    let offset = offset_of(UNLOADED, &read().ok()?)?;
-    start.checked_add(offset as u64)
+    let Some((start, counters)) = read() else { return [None; N] };
+    names.map(|name| start.checked_add(offset_of(name, &counters)? as u64))
 }
 
 /// Returns the offset of a counter's value.

@@ -58,7 +58,7 @@ const TYPES: [&str; 20] = [
     "AbstractInterpreter",
     "StubQueue",
 ];
-const MORE_TYPES: [&str; 3] = ["InterpreterCodelet", "StubRoutines", "PerfMemory"];
+const MORE_TYPES: [&str; 4] = ["InterpreterCodelet", "StubRoutines", "PerfMemory", "JvmtiExport"];
 
 /// Offsets of fields, addresses of static ones, sizes of types and constants.
 #[derive(Debug, Default)]
