@@ -27,7 +27,12 @@ impl<T: Hash + Eq> Table<T> {
         *self.by_content.entry(content).or_insert(next)
     }
 
-    fn in_order(&self) -> Vec<&T> {
+    pub(super) fn len(&self) -> usize {
+        self.by_content.len()
+    }
+
+    /// Returns all values, by number.
+    pub(super) fn in_order(&self) -> Vec<&T> {
         let mut all: Vec<_> = self.by_content.iter().collect();
         all.sort_unstable_by_key(|(_, number)| **number);
         all.into_iter().map(|(content, _)| content).collect()
@@ -48,6 +53,17 @@ impl Strings {
         let next = self.table.len() as u32;
         self.table.insert(text.into(), next);
         next
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Returns all strings, by number.
+    pub(super) fn in_order(&self) -> Vec<&str> {
+        let mut all: Vec<_> = self.table.iter().collect();
+        all.sort_unstable_by_key(|(_, number)| **number);
+        all.into_iter().map(|(text, _)| &**text).collect()
     }
 }
 
@@ -255,11 +271,7 @@ struct Sorted<'g> {
 
 impl<'g> Sorted<'g> {
     fn new(graph: &'g Graph, main: Option<u32>) -> Self {
-        let strings = {
-            let mut all: Vec<_> = graph.strings.table.iter().collect();
-            all.sort_unstable_by_key(|(_, number)| **number);
-            all.into_iter().map(|(text, _)| &**text).collect::<Vec<&str>>()
-        };
+        let strings = graph.strings.in_order();
         // All further comparisons use ranks instead of texts, so texts are compared only here.
         let string_rank = ranks(strings.len(), |a, b| strings[a].cmp(strings[b])).0;
         let rank_of = |number: u32| string_rank[number as usize];

@@ -6,6 +6,7 @@
 mod builder;
 mod check;
 mod codec;
+mod distinct;
 mod error_frames;
 mod flame;
 mod graph;
@@ -19,6 +20,7 @@ mod split;
 pub use builder::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping, MappingId};
 pub use check::{Summary, check, sample_type_index, samples};
 pub use codec::{Encoding, decode, decode_raw, encode, encode_as, inflate, to_gzip, to_zstd};
+pub use distinct::{Distinct, DistinctSample, Frame};
 pub use error_frames::is_error_frame;
 pub use flame::{CallNode, FlameTree, Side, flat, folded, folded_name};
 pub use guessed::{GUESSED_FROM, sure_frames};
