@@ -23,6 +23,7 @@ use crate::{
         listener::{BindError, BoundSocket, Listener, ServerOptions},
     },
     store::{Store, StoreError, StoreWriter},
+    table::{self, TableHandle},
     tls::{ListenProtocol, Tls, TlsError},
     triggers::Triggers,
 };
@@ -72,6 +73,7 @@ pub struct Running {
     grpc: JoinHandle<()>,
     http: JoinHandle<()>,
     writer: JoinHandle<()>,
+    table: Option<TableHandle>,
     fleet: Arc<Fleet>,
     forwarding: Vec<JoinHandle<()>>,
     timeout: Duration,
@@ -122,6 +124,7 @@ impl Collector {
         let listen = |socket, tls: Option<&Arc<Tls>>, protocol| {
             Listener::start(socket, tls.cloned(), protocol, metrics.clone(), stop.clone())
         };
+        let table = open_table(&config, &store, &metrics)?;
         let state = HttpState {
             query: Arc::clone(&query),
             store,
@@ -152,6 +155,7 @@ impl Collector {
             grpc,
             http,
             writer,
+            table,
             fleet,
             forwarding,
             timeout,
@@ -198,6 +202,26 @@ async fn open_store(config: &Config, metrics: &Metrics) -> Result<(Arc<Store>, S
     let opened =
         tokio::task::spawn_blocking(move || Store::open(&data, bucket.as_ref(), &options, metrics)).await;
     opened.map_err(|_| StoreError::Ended)?
+}
+
+/// Starts the thread of the table, if there is to be one. A table that an earlier run left counts in `retention_bytes`.
+fn open_table(
+    config: &Config,
+    store: &Arc<Store>,
+    metrics: &Metrics,
+) -> Result<Option<TableHandle>, StoreError> {
+    if config.table.table {
+        return table::start(Arc::clone(store), &config.table, metrics.clone()).map(Some);
+    }
+    if let Some((directory, block_bytes)) = store.table_directory() {
+        let bytes = table::count_unused(&directory, block_bytes);
+        store.set_table_bytes(bytes);
+        tracing::warn!(
+            bytes,
+            "the directory `table` in --data is from a run with --table; nothing updates it now: remove it, or start with --table"
+        );
+    }
+    Ok(None)
 }
 
 /// Opens the rules. Also returns client and namespace of the custom resources, if the rules have some.
@@ -268,7 +292,7 @@ impl Running {
 
     /// Refuses new connections, answers every received batch, makes everything durable, and ends all parts.
     pub async fn shutdown(self) {
-        let Self { forwarding, stop, stop_writer, grpc, http, writer, fleet, timeout, .. } = self;
+        let Self { forwarding, stop, stop_writer, grpc, http, writer, table, fleet, timeout, .. } = self;
         stop.cancel();
         for (name, mut server) in [("gRPC", grpc), ("HTTP", http)] {
             if !server.is_finished() && tokio::time::timeout(timeout, &mut server).await.is_err() {
@@ -279,6 +303,9 @@ impl Running {
         stop_writer.cancel();
         if !writer.is_finished() {
             let _ = writer.await;
+        }
+        if let Some(table) = table {
+            table.stop().await;
         }
         for task in forwarding {
             let _ = task.await;

@@ -15,6 +15,7 @@ use crate::{
     rules::RulesLocation,
     server::listener::ServerOptions,
     store::{Bucket, StoreOptions},
+    table::TableOptions,
     tls::TlsOptions,
 };
 
@@ -60,6 +61,10 @@ pub struct Config {
     #[command(flatten)]
     #[serde(flatten)]
     pub store: StoreOptions,
+    /// The table beside the stored profiles.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub table: TableOptions,
     /// Limits of accepted batches.
     #[command(flatten)]
     #[serde(flatten)]
@@ -248,6 +253,9 @@ impl Config {
         if flush_interval.0 > Duration::from_secs(10) {
             return wrong("--flush-interval is above 10 s: agents wait as long for each answer");
         }
+        if !(Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&self.table.table_interval.0) {
+            return wrong("--table-interval must be between 100 ms and 1 h");
+        }
         if !(1..=64 << 20).contains(&max_batch_bytes.0) {
             return wrong("--max-batch-bytes must be between 1 byte and 64 MiB");
         }
@@ -284,6 +292,7 @@ mod tests {
     #[case::key(|c: &mut Config| c.tls.tls_cert = Some("x".into()), "--tls-key")]
     #[case::target(|c: &mut Config| c.forward.forward_tenant = Some("x".into()), "--forward")]
     #[case::slow_flush(|c: &mut Config| c.store.flush_interval = TimeSpan::from_secs(11), "--flush-interval")]
+    #[case::busy_table(|c: &mut Config| c.table.table_interval = TimeSpan::from_secs(0), "--table-interval")]
     #[case::young(|c: &mut Config| c.store.retention_age = TimeSpan::from_secs(1), "--retention-age")]
     fn an_impossible_configuration_names_its_flag(#[case] change: fn(&mut Config), #[case] says: &str) {
         let mut config = Config::new("/data");

@@ -17,6 +17,7 @@
 //! | `ingest` | the push streams; checks every batch, answers it by its id | acknowledge a batch that is not durable |
 //! | `forward` | profiles on their way to Pyroscope and Parca | delay the push streams |
 //! | `query` | selections, merges, flame graphs, tables, timelines | change anything |
+//! | `table` | the same profiles as Delta tables; a thread of its own adds new segments | delay the writer |
 //! | `store` | objects, index, retention; one writer changes them | lose an acknowledged batch |
 //! | `auth` | the identity and the roles of each caller | let a call through unchecked |
 //! | `tls`, `peer`, `selector`, `profile_type`, `limits`, `metrics`, `durable`, `time`, `kubernetes` | what all of them share | |
@@ -30,6 +31,7 @@
 //! |---|---|
 //! | `objects/default/2026-01-31/12/ULID.segment` | a segment: the profiles of one flush with their metadata |
 //! | `objects/default/2026-01-31/12/ULID.pb.gz` | a profile with its metadata, in the older layout |
+//! | `table/samples`, `table/profiles`, … | Delta tables of the profiles, with `--table` |
 //! | `index.redb` | the index of the objects; the store rebuilds a missing or corrupt one from them |
 //! | `rules/rules.pb`, `rules/rules.pb.prev` | the rules, and their version before the last change |
 //! | `rules/audit.jsonl`, `rules/audit.jsonl.1` | the audit log, one JSON object a line |
@@ -60,6 +62,7 @@ mod rules;
 mod selector;
 mod server;
 mod store;
+mod table;
 mod time;
 mod tls;
 mod triggers;

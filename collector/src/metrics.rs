@@ -129,6 +129,29 @@ collector_metrics! {
     retention_removed: Counter => RETENTION_REMOVED
         counter("gannet_collector_store_retention_removed_profiles_total", "Profiles removed by age or size");
 
+    table_updates: Counter => TABLE_UPDATES
+        counter("gannet_collector_table_updates_total", "Times that this collector brought the table up to date");
+    table_profiles: Counter => TABLE_PROFILES
+        counter("gannet_collector_table_profiles_total", "Profiles added to the table");
+    table_rows: Counter => TABLE_ROWS
+        counter("gannet_collector_table_sample_rows_total", "Rows added to the table of samples");
+    table_skipped: Counter => TABLE_SKIPPED
+        counter("gannet_collector_table_skipped_profiles_total", "Damaged profiles that the table lacks");
+    table_written: Counter => TABLE_WRITTEN
+        counter("gannet_collector_table_written_bytes_total", "Bytes written to the table, with its logs");
+    table_files: Counter => TABLE_FILES
+        counter("gannet_collector_table_written_files_total", "Files written to the table, with its logs");
+    table_failures: Counter => TABLE_FAILURES
+        counter("gannet_collector_table_failures_total", "Failed attempts to bring the table up to date");
+    table_debt_bytes: Gauge => TABLE_DEBT_BYTES
+        gauge("gannet_collector_table_debt_bytes", "Space of the stored segments that the table lacks");
+    table_debt_seconds: Gauge => TABLE_DEBT_SECONDS
+        gauge("gannet_collector_table_debt_seconds", "Age of the oldest stored segment that the table lacks; 0: none");
+    table_unreadable: Gauge => TABLE_UNREADABLE
+        gauge("gannet_collector_table_unreadable_segments", "Segments that the table lacks because they cannot be read");
+    table_bytes: Gauge => TABLE_BYTES
+        gauge("gannet_collector_table_bytes", "Space of all files of the table");
+
     samples_taken: Counter => SAMPLES_TAKEN
         counter("gannet_collector_ledger_samples_taken_total", "Samples taken, by the ledgers of stored windows");
     samples_delivered: Counter => SAMPLES_DELIVERED
@@ -262,7 +285,8 @@ mod tests {
         for metric in COLLECTOR_METRICS {
             let rest = metric.name.strip_prefix("gannet_collector_").unwrap();
             let subsystem = rest.split('_').next().unwrap();
-            let known = ["build", "ingest", "store", "ledger", "query", "fleet", "rules", "forward", "tls"];
+            let known =
+                ["build", "ingest", "store", "ledger", "query", "fleet", "rules", "forward", "tls", "table"];
             assert!(known.contains(&subsystem), "{}", metric.name);
         }
     }

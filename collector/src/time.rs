@@ -5,6 +5,9 @@ use std::time::{Duration, SystemTime};
 use gannet_base::TimeSpan;
 use prost_types::Timestamp;
 
+/// Milliseconds of an hour.
+pub(crate) const HOUR_MS: u64 = 3_600_000;
+
 /// Returns the current time in milliseconds since 1970.
 pub(crate) fn now_ms() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)

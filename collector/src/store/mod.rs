@@ -18,6 +18,7 @@ pub(crate) mod fuzz;
 mod index;
 mod meta;
 mod object;
+mod replay;
 mod retention;
 mod segment;
 mod settle;
@@ -59,6 +60,7 @@ pub(crate) use self::{
     index::{ProfileLocation, StoredProfile},
     meta::TypeTotal,
     object::ObjectKey,
+    replay::{SegmentContent, SegmentInfo, SegmentProfile, TableObjects},
     state::Series,
     verify::verify,
     writer::{BatchOutcome, BatchQueue, NewBatch, PackError, StoreWriter},
@@ -151,7 +153,7 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    fn io(doing: &'static str, path: &Path, source: io::Error) -> Self {
+    pub(crate) fn io(doing: &'static str, path: &Path, source: io::Error) -> Self {
         Self::Io { doing, path: path.to_owned(), source }
     }
 }
@@ -173,6 +175,8 @@ pub(crate) struct Store {
     data: PathBuf,
     runtime: Handle,
     options: StoreOptions,
+    /// Space of the table beside the objects, which counts in `retention_bytes`.
+    table_bytes: AtomicU64,
     /// Locked while this collector runs.
     _lock: File,
 }
@@ -205,6 +209,7 @@ impl Store {
             data: data.to_owned(),
             runtime: Handle::current(),
             options: options.clone(),
+            table_bytes: AtomicU64::new(0),
             _lock: lock,
         });
         store.settle(is_new).map_err(|error| match (bucket, error) {

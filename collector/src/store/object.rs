@@ -20,7 +20,7 @@ use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use object_store::{
     GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, PutPayload, local::LocalFileSystem,
-    path::Path as Key,
+    path::Path as Key, prefix::PrefixStore,
 };
 use prost::Message as _;
 use ulid::Ulid;
@@ -29,10 +29,11 @@ use super::{
     StoreError,
     bucket::Bucket,
     meta::ObjectMeta,
+    replay::TableObjects,
     segment::{self, SegmentError, SegmentPosition},
 };
+pub(super) use crate::time::HOUR_MS;
 
-pub(super) const HOUR_MS: u64 = 3_600_000;
 /// Bytes of the first member before the data: fixed header, length of the extra field, subfield header.
 const BEFORE_DATA: usize = 10 + 2 + 4;
 /// End of the first member: an empty deflate block, CRC and length of an empty text.
@@ -47,6 +48,8 @@ const SEGMENT_HEAD_BYTES: u64 = 256 << 10;
 const SEGMENT_SUFFIX: &str = ".segment";
 /// End of the file name of an object of the older layout.
 const PROFILE_SUFFIX: &str = ".pb.gz";
+/// Directory of the table in that of `--data`, or in the bucket.
+const TABLE: &str = "table";
 /// First part of every path. There is one tenant until agents name theirs.
 const TENANT: &str = "default";
 /// A file system that reports larger blocks, like one on a network, does not allocate whole ones for small files.
@@ -278,6 +281,33 @@ impl Objects {
         ranges: &[Range<u64>],
     ) -> Result<Option<Vec<Bytes>>, StoreError> {
         unless_missing(self.relaxed.get_ranges(&segment_path(id), ranges).await)
+    }
+
+    /// Reads a complete segment, or returns `None` if there is no such segment.
+    pub(super) async fn segment(&self, id: Ulid) -> Result<Option<Bytes>, StoreError> {
+        let Some(found) = unless_missing(self.relaxed.get(&segment_path(id)).await)? else { return Ok(None) };
+        Ok(Some(found.bytes().await.map_err(StoreError::Object)?))
+    }
+
+    /// Returns the directory of the table, which need not exist. `None` for a bucket.
+    pub(super) fn table_root(&self) -> Option<PathBuf> {
+        Some(self.root.as_ref()?.parent()?.join(TABLE))
+    }
+
+    /// Opens the objects of the table: the directory `table` beside these, which it creates, or the path `table` in the bucket.
+    pub(super) fn table(&self) -> Result<TableObjects, StoreError> {
+        let Some(root) = self.table_root() else {
+            let objects = Arc::new(PrefixStore::new(Arc::clone(&self.durable), TABLE));
+            return Ok(TableObjects { objects, root: None, block_bytes: 1 });
+        };
+        fs::create_dir_all(&root).map_err(|e| StoreError::io("create", &root, e))?;
+        let objects = LocalFileSystem::new_with_prefix(&root).map_err(StoreError::Object)?.with_fsync(true);
+        Ok(TableObjects { objects: Arc::new(objects), root: Some(root), block_bytes: self.block_bytes })
+    }
+
+    /// Unit in which the disk allocates space, in bytes. 1 for a bucket.
+    pub(super) fn block_bytes(&self) -> u64 {
+        self.block_bytes
     }
 
     /// Returns the size of a segment in bytes, or `None` if there is no such segment.

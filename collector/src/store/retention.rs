@@ -27,9 +27,15 @@ fn hour_of(object: &IndexedObject) -> u64 {
 }
 
 impl Store {
-    /// Reports whether the store is larger than `retention_bytes`.
+    /// Reports whether the store and its table are larger than `retention_bytes`.
     pub(super) fn is_over_budget(&self) -> bool {
-        self.state.read().disk_bytes() > self.options.retention_bytes.0
+        self.excess_bytes() > 0
+    }
+
+    /// Returns the bytes above `retention_bytes`. The table counts too; it follows what the store removes.
+    fn excess_bytes(&self) -> u64 {
+        let used = self.state.read().disk_bytes() + self.table_bytes.load(Ordering::Relaxed);
+        used.saturating_sub(self.options.retention_bytes.0)
     }
 
     /// Runs one retention step and returns the time until the next one. A failure is logged and counted.
@@ -124,7 +130,7 @@ impl Store {
             let oldest = self.state.read().oldest_segment();
             return blocking(move || oldest.map_or(Ok(Vec::new()), |id| store.index.of_segment(id))).await;
         }
-        let mut excess = self.state.read().disk_bytes().saturating_sub(self.options.retention_bytes.0);
+        let mut excess = self.excess_bytes();
         // The search ends with the last of them, and not at the end of the index.
         let limit = RETENTION_CHUNK.min(outside as usize);
         let oldest = blocking(move || store.index.oldest_outside_segments(limit)).await?;

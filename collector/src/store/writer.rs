@@ -445,7 +445,7 @@ impl Store {
     }
 
     /// Returns the free space on the disk of the index.
-    fn free_bytes(&self) -> io::Result<u64> {
+    pub(super) fn free_bytes(&self) -> io::Result<u64> {
         let stat = rustix::fs::statvfs(&self.data)?;
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }

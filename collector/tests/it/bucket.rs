@@ -28,18 +28,25 @@ use crate::{
 };
 
 #[derive(Default)]
-struct Shelf {
-    objects: BTreeMap<String, Bytes>,
+pub struct Shelf {
+    pub objects: BTreeMap<String, Bytes>,
     is_broken: bool,
     /// Some writes fail, some succeed without an answer that says so, and some take long.
     is_unreliable: bool,
+    /// The fate of a write to the table, after this many others. All later ones are refused, as those of a killed collector.
+    pub table_end: Option<(usize, Fate)>,
     writes: usize,
     reads: usize,
 }
 
 impl Shelf {
     /// Returns the fate of the next write.
-    fn fate(&mut self) -> Fate {
+    fn fate(&mut self, path: &str) -> Fate {
+        if let Some((left, fate)) = self.table_end.as_mut().filter(|_| path.contains("/table/")) {
+            let fate = if *left == 0 { std::mem::replace(fate, Fate::Refused) } else { Fate::Answered };
+            *left = left.saturating_sub(1);
+            return fate;
+        }
         self.writes += 1;
         match self.writes % 6 {
             1 if self.is_unreliable => Fate::Refused,
@@ -52,8 +59,8 @@ impl Shelf {
 }
 
 /// What becomes of a write.
-#[derive(Clone, Copy, PartialEq)]
-enum Fate {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fate {
     Answered,
     Refused,
     /// The object is there, and the answer is an error.
@@ -64,10 +71,10 @@ enum Fate {
 }
 
 #[derive(Clone, Default)]
-struct S3(Arc<Mutex<Shelf>>);
+pub struct S3(pub Arc<Mutex<Shelf>>);
 
 impl S3 {
-    async fn serve(self) -> String {
+    pub async fn serve(self) -> String {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = Router::new().fallback(answer).with_state(self);
@@ -87,7 +94,11 @@ impl S3 {
 async fn answer(State(s3): State<S3>, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let body = axum::body::to_bytes(body, 16 << 20).await.unwrap();
-    let fate = if parts.method == Method::PUT { s3.0.lock().unwrap().fate() } else { Fate::Answered };
+    let fate = if parts.method == Method::PUT {
+        s3.0.lock().unwrap().fate(parts.uri.path())
+    } else {
+        Fate::Answered
+    };
     match fate {
         Fate::Refused => return StatusCode::BAD_REQUEST.into_response(),
         Fate::Throttled => return StatusCode::SERVICE_UNAVAILABLE.into_response(),
@@ -108,8 +119,12 @@ impl Shelf {
             return StatusCode::FORBIDDEN.into_response();
         }
         let Query(query) = Query::<BTreeMap<String, String>>::try_from_uri(uri).unwrap();
-        let key = uri.path().strip_prefix("/bucket").unwrap().trim_start_matches('/').to_owned();
+        // The client encodes `=`.
+        let key = uri.path().strip_prefix("/bucket").unwrap().trim_start_matches('/').replace("%3D", "=");
         match *method {
+            Method::PUT if headers.contains_key(header::IF_NONE_MATCH) && self.objects.contains_key(&key) => {
+                StatusCode::PRECONDITION_FAILED.into_response()
+            }
             Method::PUT => {
                 self.objects.insert(key, body);
                 [(header::ETAG, "\"x\"")].into_response()
@@ -185,7 +200,7 @@ fn part(object: &Bytes, headers: &HeaderMap) -> Response {
         .into_response()
 }
 
-fn in_bucket(local: &Path, endpoint: &str) -> Config {
+pub fn in_bucket(local: &Path, endpoint: &str) -> Config {
     let bucket = Bucket::parse("s3://bucket/profiles/here").unwrap();
     let settings = [
         ("aws_endpoint", endpoint),

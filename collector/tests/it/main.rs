@@ -22,6 +22,7 @@ mod segment;
 mod staging;
 mod store;
 mod support;
+mod table;
 mod tls;
 mod triggers;
 mod verify;

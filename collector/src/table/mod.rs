@@ -1,0 +1,108 @@
+//! The table: the stored profiles in an open format, for engines that read tables.
+//!
+//! With `--table` a thread reads the segments of the store and adds their content to five Delta tables: Parquet files and a log
+//! each, in the directory or bucket of `--data`. Other programs read them, and Gannet answers no query from them. Without
+//! `--table` the collector runs nothing of this module.
+//!
+//! | module | owns |
+//! |---|---|
+//! | `worker` | the thread: when to compact, what waits, retention |
+//! | `compact` | one compaction, from segments to commits |
+//! | `gather`, `ids` | rows in memory, and the ids of stacks, frames and label sets |
+//! | `retention` | removed partitions, files without a reader, the space of the table |
+//! | `tables`, `log`, `checkpoint`, `action` | the logs of the tables |
+//! | `file`, `schema`, `partition` | Parquet files, columns, partitions |
+
+mod action;
+mod checkpoint;
+mod compact;
+mod file;
+mod gather;
+mod ids;
+mod log;
+mod partition;
+mod retention;
+mod schema;
+mod tables;
+mod worker;
+
+use std::time::Duration;
+
+use clap::Args;
+use gannet_base::TimeSpan;
+use serde::{Deserialize, Serialize};
+
+pub(crate) use self::{
+    retention::count_unused,
+    worker::{TableHandle, start},
+};
+use crate::store::StoreError;
+
+/// Whether and how often the collector writes the table.
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[command(next_help_heading = "Table")]
+#[serde(default)]
+pub struct TableOptions {
+    /// Also write the stored profiles as Delta tables (Parquet), below `table` in --data, for DuckDB, Spark, Trino and other
+    /// engines; --retention-bytes counts them
+    #[arg(long, env = "GANNET_COLLECTOR_TABLE")]
+    pub table: bool,
+    /// Add new profiles to the tables this often; each time writes some files
+    #[arg(long, value_name = "TIME", env = "GANNET_COLLECTOR_TABLE_INTERVAL", default_value = "30s")]
+    pub table_interval: TimeSpan,
+    /// Time between two retention passes.
+    #[arg(skip = Duration::from_secs(60))]
+    #[serde(skip)]
+    pub retention_interval: Duration,
+    /// Time for which removed files stay for readers of an earlier version of a table.
+    #[arg(skip = Duration::from_secs(15 * 60))]
+    #[serde(skip)]
+    pub delete_delay: Duration,
+}
+
+impl Default for TableOptions {
+    fn default() -> Self {
+        gannet_base::defaults()
+    }
+}
+
+/// Why the table cannot be read or written. Each text names the cure.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TableError {
+    /// The store cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("cannot read or write a file of the table: {0}")]
+    Object(#[source] object_store::Error),
+    #[error("cannot write a Parquet file of the table: {0}")]
+    Parquet(#[source] parquet::errors::ParquetError),
+    #[error(
+        "{log} is damaged: {reason}; restore it from a backup, or remove the directory `table`: the collector writes it again \
+         from the stored profiles"
+    )]
+    Damaged { log: String, reason: String },
+    #[error(
+        "{log} needs reader version {reader} and writer version {writer} of Delta, which this collector does not write; undo the \
+         change of the table, or remove the directory `table`: the collector writes it again from the stored profiles"
+    )]
+    Newer { log: String, reader: u32, writer: u32 },
+    #[error(
+        "{0} has other columns than this collector writes; remove the directory `table`: the collector writes it again from the \
+         stored profiles"
+    )]
+    Columns(String),
+    #[error(
+        "{0} is a commit of another program, and the collector cannot know what it did with the samples; remove the directory \
+         `table`: the collector writes it again from the stored profiles"
+    )]
+    Foreign(String),
+    #[error("other collectors change the table all the time; trying again later")]
+    Contended,
+    #[error(
+        "the bucket overwrites an object that must only be created, so collectors could lose each other's commits; use a bucket \
+         with conditional writes (If-None-Match), or start without --table"
+    )]
+    Unconditional,
+    #[error("the disk has too little free space for the table; free some, or lower --retention-bytes")]
+    NoRoom,
+}

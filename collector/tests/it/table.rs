@@ -1,0 +1,347 @@
+//! The table: read by its logs as another program does, after kills and failed writes at every step.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::SocketAddr,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use gannet_base::TimeSpan;
+use gannet_collector::{Collector, Config};
+use gannet_proto::{
+    ingest::{Batch, push_response::Message},
+    pprof::decode,
+};
+use parquet::{
+    file::{reader::FileReader as _, serialized_reader::SerializedFileReader},
+    record::{ListAccessor as _, Row, RowAccessor as _},
+};
+use tonic::transport::Channel;
+
+use crate::{
+    bucket::{Fate, S3, in_bucket},
+    kill::free_port,
+    support::{Pusher, batch, config_with, eventually, metric, now_ms},
+};
+
+/// Kills of one run. The environment variable `GANNET_TEST_KILLS` replaces it.
+const KILLS: u64 = 12;
+
+/// Files of all tables by their paths.
+type Files = BTreeMap<String, Bytes>;
+
+fn files_below(dir: &Path) -> Files {
+    let (mut files, mut dirs) = (Files::new(), vec![dir.to_owned()]);
+    while let Some(next) = dirs.pop() {
+        for entry in fs::read_dir(next).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else {
+                let name = path.strip_prefix(dir).unwrap().to_str().unwrap().to_owned();
+                files.insert(name, fs::read(&path).unwrap().into());
+            }
+        }
+    }
+    files
+}
+
+/// Returns the paths of the active files of a table, by all commits of its log.
+fn active(files: &Files, table: &str) -> BTreeSet<String> {
+    let log = format!("{table}/_delta_log/");
+    let commits = files.iter().filter(|(path, _)| {
+        path.starts_with(&log) && Path::new(path).extension().is_some_and(|end| end == "json")
+    });
+    let mut active = BTreeSet::new();
+    for (number, (path, commit)) in commits.enumerate() {
+        assert_eq!(*path, format!("{log}{number:020}.json"), "a version is missing");
+        for line in commit.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+            let action: serde_json::Value = serde_json::from_slice(line).unwrap();
+            let path = |kind: &str| action[kind]["path"].as_str().map(|path| format!("{table}/{path}"));
+            active.extend(path("add"));
+            if let Some(path) = path("remove") {
+                assert!(active.remove(&path), "{path} is not active");
+            }
+        }
+    }
+    active
+}
+
+/// Calls `each` with all rows of a table.
+fn rows(files: &Files, table: &str, mut each: impl FnMut(Row)) {
+    for path in active(files, table) {
+        let file = files.get(&path).unwrap_or_else(|| panic!("{path} is missing")).clone();
+        for row in SerializedFileReader::new(file).unwrap().get_row_iter(None).unwrap() {
+            each(row.unwrap());
+        }
+    }
+}
+
+/// Sums of value and count by profile and stack, the stack leaf first.
+type Sums = BTreeMap<(String, String), (i64, i64)>;
+
+/// Returns the sums of the table. Checks that each id is defined once.
+fn sums(files: &Files) -> Sums {
+    let (mut frames, mut stacks, mut sums) = (BTreeMap::new(), BTreeMap::new(), Sums::new());
+    rows(files, "frames", |row| {
+        let name = row.get_string(3).unwrap().clone();
+        assert!(frames.insert(row.get_long(0).unwrap(), name).is_none(), "a frame is there twice");
+    });
+    rows(files, "stacks", |row| {
+        let ids = row.get_list(3).unwrap();
+        let names: Vec<&str> = (0..ids.len()).map(|at| frames[&ids.get_long(at).unwrap()].as_str()).collect();
+        assert!(stacks.insert(row.get_long(0).unwrap(), names.join(";")).is_none(), "a stack is there twice");
+    });
+    rows(files, "samples", |row| {
+        assert_eq!(row.get_string(7).unwrap(), "cpu/nanoseconds");
+        let key = (row.get_string(6).unwrap().clone(), stacks[&row.get_long(8).unwrap()].clone());
+        let sum = sums.entry(key).or_default();
+        *sum = (sum.0 + row.get_long(10).unwrap(), sum.1 + row.get_long(11).unwrap());
+    });
+    let mut profiles = BTreeSet::new();
+    rows(files, "profiles", |row| {
+        assert!(profiles.insert(row.get_string(2).unwrap().clone()), "a profile is there twice");
+    });
+    let with_samples: BTreeSet<String> = sums.keys().map(|(profile, _)| profile.clone()).collect();
+    assert!(with_samples.is_subset(&profiles), "a profile is missing");
+    sums
+}
+
+/// Returns the sums of batches.
+fn sent_sums<'b>(batches: impl IntoIterator<Item = &'b Batch>) -> Sums {
+    let mut sums = Sums::new();
+    for batch in batches {
+        let profile = decode(&batch.pprof, 1 << 20).unwrap();
+        let name = |id: &u64| {
+            let line = &profile.location[*id as usize - 1].line[0];
+            profile.string_table[profile.function[line.function_id as usize - 1].name as usize].as_str()
+        };
+        for sample in &profile.sample {
+            let stack: Vec<&str> = sample.location_id.iter().map(name).collect();
+            let sum = sums.entry((batch.batch_id.clone(), stack.join(";"))).or_default();
+            *sum = (sum.0 + sample.value[1], sum.1 + sample.value[0]);
+        }
+    }
+    sums
+}
+
+fn with_table(config: &mut Config) {
+    config.table.table = true;
+    config.table.table_interval = TimeSpan(Duration::from_millis(100));
+}
+
+/// Waits until the table has all stored profiles.
+async fn up_to_date(http: SocketAddr) {
+    // The second update began after the last profile was stored.
+    let before = metric(http, "gannet_collector_table_updates_total").await;
+    eventually("the table is up to date", || async {
+        metric(http, "gannet_collector_table_updates_total").await >= before + 2.0
+            && metric(http, "gannet_collector_table_debt_bytes").await == 0.0
+    })
+    .await;
+}
+
+/// Returns batches of several services and hours, whose stacks repeat.
+fn batches(round: u64, n: u64) -> Vec<Batch> {
+    let make = |i: u64| {
+        let stacks = [format!("main;work;f{}", (round + i) % 7), format!("main;idle;g{}", i % 3)];
+        let values = [1 + (i % 5) as i64, 2];
+        let stacks: Vec<_> = stacks.iter().zip(values).map(|(stack, n)| (stack.as_str(), n)).collect();
+        batch(&format!("s{}", i % 3), now_ms() - i % 4 * 1_800_000, &stacks)
+    };
+    (0..n).map(make).collect()
+}
+
+fn spawn(data: &Path, grpc: SocketAddr, http: SocketAddr) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_gannet-collector"))
+        .args(["--data", data.to_str().unwrap(), "--min-free-bytes", "0", "--flush-interval", "20ms"])
+        .args(["--table", "--table-interval", "100ms"])
+        .args(["--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()])
+        .env("GANNET_COLLECTOR_LOG", "warn")
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+async fn dial(grpc: SocketAddr) -> Option<Channel> {
+    Channel::from_shared(format!("http://{grpc}")).ok()?.connect().await.ok()
+}
+
+/// Pushes until each batch is accepted, over new connections after each kill.
+async fn push(grpc: SocketAddr, mut batches: Vec<Batch>) {
+    while !batches.is_empty() {
+        let Some(channel) = dial(grpc).await else {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            continue;
+        };
+        let Ok(mut pusher) = Pusher::over(channel).await else { continue };
+        for batch in &batches {
+            pusher.send(batch.clone()).await;
+        }
+        while !batches.is_empty()
+            && let Some(answer) = pusher.answer().await
+        {
+            match answer {
+                Message::Accepted(accepted) => batches.retain(|batch| batch.batch_id != accepted.batch_id),
+                Message::Throttled(_) => break,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_collector_adds_each_sample_to_the_table_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut sent = Vec::new();
+    let kills = std::env::var("GANNET_TEST_KILLS").map_or(KILLS, |kills| kills.parse().unwrap());
+    for round in 0..kills {
+        let (grpc, http) = (free_port(), free_port());
+        let mut child = spawn(dir.path(), grpc, http);
+        let new = batches(round, 8);
+        sent.extend(new.clone());
+        push(grpc, new).await;
+        // Each kill comes at another step of a compaction, and some come between two.
+        tokio::time::sleep(Duration::from_millis(round * 17 % 220)).await;
+        assert!(child.try_wait().unwrap().is_none(), "the collector ended by itself");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let running = Collector::start(config_with(dir.path(), with_table)).await.unwrap();
+    up_to_date(running.http_addr).await;
+    assert_eq!(metric(running.http_addr, "gannet_collector_table_failures_total").await as u64, 0);
+    running.shutdown().await;
+    assert_eq!(sums(&files_below(&dir.path().join("table"))), sent_sums(&sent));
+}
+
+fn table_of(s3: &S3) -> Files {
+    let shelf = s3.0.lock().unwrap();
+    let files = shelf.objects.iter().filter_map(|(key, object)| {
+        let name = key.strip_prefix("profiles/here/table/")?;
+        Some((name.to_owned(), object.clone()))
+    });
+    files.collect()
+}
+
+/// Ends the writes of a collector at each step of a compaction: the write fails, or it succeeds and its answer is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_compaction_that_ends_at_any_step_is_completed_once() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.clone().serve().await;
+    let start = || async {
+        let mut config = in_bucket(dir.path(), &endpoint);
+        with_table(&mut config);
+        Collector::start(config).await.unwrap()
+    };
+    let running = start().await;
+    let mut sent = batches(0, 4);
+    Pusher::open(running.grpc_addr).await.store_all(&sent).await;
+    up_to_date(running.http_addr).await;
+    running.shutdown().await;
+    let mut cut = 0;
+    // A compaction of two hours writes up to 16 files, and its tables exist by now. The first write is the probe.
+    for step in 1..16 {
+        let fate = if step % 3 == 0 { Fate::Refused } else { Fate::Unanswered };
+        let running = start().await;
+        up_to_date(running.http_addr).await;
+        s3.0.lock().unwrap().table_end = Some((step - 1, fate));
+        let new = batches(step as u64, 4);
+        Pusher::open(running.grpc_addr).await.store_all(&new).await;
+        sent.extend(new);
+        let failures = "gannet_collector_table_failures_total";
+        let debt = "gannet_collector_table_debt_bytes";
+        let updates = "gannet_collector_table_updates_total";
+        let before = metric(running.http_addr, updates).await;
+        eventually("the writes ended, or there was none left", || async {
+            metric(running.http_addr, failures).await > 0.0
+                || metric(running.http_addr, updates).await > before + 1.0
+                    && metric(running.http_addr, debt).await == 0.0
+        })
+        .await;
+        cut += usize::from(metric(running.http_addr, failures).await > 0.0);
+        running.shutdown().await;
+        s3.0.lock().unwrap().table_end = None;
+        let running = start().await;
+        up_to_date(running.http_addr).await;
+        running.shutdown().await;
+        assert_eq!(sums(&table_of(&s3)), sent_sums(&sent), "step {step}, {fate:?}");
+    }
+    assert!(cut >= 8, "only {cut} compactions ended early");
+}
+
+/// Checks that two collectors that both compact a bucket add each sample once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_collectors_of_a_bucket_add_each_sample_once() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.clone().serve().await;
+    let mut running = Vec::new();
+    for name in ["a", "b"] {
+        let mut config = in_bucket(&dir.path().join(name), &endpoint);
+        with_table(&mut config);
+        running.push(Collector::start(config).await.unwrap());
+    }
+    let mut sent = Vec::new();
+    for round in 0..6 {
+        for running in &running {
+            let new = batches(round, 4);
+            Pusher::open(running.grpc_addr).await.store_all(&new).await;
+            sent.extend(new);
+        }
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    eventually("the table has all profiles", || async {
+        active(&table_of(&s3), "profiles").len() > 1 && sums(&table_of(&s3)) == sent_sums(&sent)
+    })
+    .await;
+    for running in running {
+        running.shutdown().await;
+    }
+    assert_eq!(sums(&table_of(&s3)), sent_sums(&sent));
+}
+
+fn removed_files(dir: &Path, table: &str) -> usize {
+    let files = files_below(&dir.join("table"));
+    let data = files.keys().filter(|path| path.starts_with(&format!("{table}/date="))).count();
+    data - active(&files, table).len()
+}
+
+/// Checks that the table follows the retention of the store, and that removed files stay only for the delay.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retention_removes_partitions_of_the_table() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = |age_s| {
+        let config = config_with(dir.path(), |config| {
+            with_table(config);
+            config.store.retention_age = TimeSpan::from_secs(age_s);
+            config.store.retention_interval = Duration::from_millis(50);
+            config.table.retention_interval = Duration::from_millis(50);
+            config.table.delete_delay = Duration::from_millis(300);
+        });
+        Collector::start(config)
+    };
+    let running = start(24 * 3600).await.unwrap();
+    let old = batch("old", now_ms() - 3 * 3_600_000, &[("main;work", 1)]);
+    let young = batch("young", now_ms(), &[("main;work", 2)]);
+    Pusher::open(running.grpc_addr).await.store_all(&[old.clone(), young.clone()]).await;
+    up_to_date(running.http_addr).await;
+    running.shutdown().await;
+    assert_eq!(sums(&files_below(&dir.path().join("table"))), sent_sums([&old, &young]));
+
+    let running = start(2 * 3600).await.unwrap();
+    eventually("the old rows are gone", || async {
+        sums(&files_below(&dir.path().join("table"))) == sent_sums([&young])
+    })
+    .await;
+    for table in ["samples", "profiles", "stacks", "frames"] {
+        eventually("the old files are gone", || async { removed_files(dir.path(), table) == 0 }).await;
+    }
+    up_to_date(running.http_addr).await;
+    let counted = metric(running.http_addr, "gannet_collector_table_bytes").await as u64;
+    let on_disk: u64 = files_below(&dir.path().join("table")).values().map(|file| file.len() as u64).sum();
+    assert!(counted >= on_disk && counted < on_disk + (4 << 20), "{counted} of {on_disk}");
+    running.shutdown().await;
+}
