@@ -36,7 +36,7 @@ impl Merger {
         let head = match self.head.take() {
             None => head,
             Some(mut sum) => {
-                if sum.sample_types != head.sample_types || sum.period_type != head.period_type {
+                if sum.sample_types != head.sample_types {
                     let (first, other) = (names(&sum), names(&head));
                     self.head = Some(sum);
                     return Err(PprofError::DifferentTypes { first, other });
@@ -177,7 +177,7 @@ impl Head {
         let Self {
             sample_types: _,
             default_sample_type,
-            period_type: _,
+            period_type,
             period,
             time_nanos,
             duration_nanos,
@@ -195,6 +195,13 @@ impl Head {
                 (a.min(b), end.saturating_sub(a.min(b)))
             }
         };
+        // Senders of the same sample types may have different reasons to sample.
+        if self.period_type != *period_type {
+            self.period_type = Default::default();
+        }
+        if self.period_type == Default::default() {
+            self.period = 0;
+        }
         if self.default_sample_type != *default_sample_type {
             self.default_sample_type.clear();
         }

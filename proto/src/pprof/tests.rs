@@ -250,6 +250,24 @@ fn a_merger_refuses_another_kind_and_continues() {
     assert!(Merger::new().finish().is_none());
 }
 
+/// Checks that senders may differ in their periods, in any order.
+#[test]
+fn profiles_with_other_periods_merge_into_one_without() {
+    let with = |period_type, period| {
+        let mut builder = Builder::new(Header { period_type, period, ..header() });
+        builder.sample(&[], &[1, 1], &[]);
+        builder.finish()
+    };
+    let all = [with(("cpu", "nanoseconds"), 7), with(("wall", "nanoseconds"), 9), with(("", ""), 5)];
+    for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+        let sum = merged(&order.map(|index: usize| all[index].clone()));
+        let period = sum.period_type.unwrap_or_default();
+        assert_eq!((sum.period, period.r#type, check(&sum).unwrap().totals[0]), (0, 0, 3), "{order:?}");
+    }
+    let same = merged(&[all[0].clone(), all[0].clone()]);
+    assert_eq!((same.period, check(&same).unwrap().totals[0]), (7, 2));
+}
+
 #[test]
 fn a_merged_profile_covers_the_first_start_to_the_last_end() {
     let at = |start, length| Profile {
