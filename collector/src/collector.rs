@@ -127,6 +127,7 @@ impl Collector {
         let table = open_table(&config, &store, &metrics)?;
         let state = HttpState {
             query: Arc::clone(&query),
+            ingest: Some(ingest.clone()),
             store,
             triggers: triggers.clone(),
             metrics: metrics.clone(),

@@ -117,6 +117,14 @@ struct RawProfile {
     _memory: OwnedSemaphorePermit,
 }
 
+/// Why a profile that a client of another protocol pushed is not stored. Each holds the reason.
+pub(crate) enum NotStored {
+    /// It is wrong.
+    Refused(String),
+    /// Another attempt may succeed.
+    Throttled(String),
+}
+
 /// Why the collector refuses a batch for good.
 struct Refusal {
     code: &'static str,
@@ -153,6 +161,21 @@ impl Ingest {
             max_batch_bytes: options.max_batch_bytes.0,
             max_clock_ahead: options.max_clock_ahead,
         }))
+    }
+
+    /// Bytes of the largest compressed profile.
+    pub(crate) fn max_batch_bytes(&self) -> u64 {
+        self.0.max_batch_bytes
+    }
+
+    /// Stores one batch that came outside of a stream, as those of streams. A batch that is stored already is no error.
+    pub(crate) async fn store_one(&self, batch: Batch) -> Result<(), NotStored> {
+        let wire_bytes = batch.pprof.len() as u64;
+        match self.0.process(Received { batch, raw: None, wire_bytes }, None, 0).await {
+            push_response::Message::Refused(refused) => Err(NotStored::Refused(refused.reason)),
+            push_response::Message::Throttled(throttled) => Err(NotStored::Throttled(throttled.reason)),
+            push_response::Message::Accepted(_) | push_response::Message::Limits(_) => Ok(()),
+        }
     }
 }
 

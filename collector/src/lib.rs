@@ -10,7 +10,7 @@
 //! | `config` | the options of all modules, and the checks across them | |
 //! | `server` | the sockets and the gRPC and HTTP servers | decide who may do what |
 //! | `http` | the page, the HTTP API, metrics, probes | |
-//! | `pyroscope` | the query service by which Grafana reads profiles | change anything |
+//! | `pyroscope` | the services of Pyroscope: Grafana reads through them, Pyroscope's clients push | answer a push before its profile is durable |
 //! | `triggers` | nothing: it is the service in front of `rules` and `fleet` | |
 //! | `fleet` | connected nodes, the rules that each was sent, their answers | let a slow node delay another |
 //! | `rules` | the rule sets, their revisions, their storage | take damaged content for an empty set |

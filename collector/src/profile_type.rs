@@ -89,15 +89,19 @@ impl ProfileType {
         })
     }
 
+    /// Returns the name of profiles with these sample types.
+    pub(crate) fn name_of<'a>(types: &[&'a str]) -> &'a str {
+        let kinds = || types.iter().map(|t| t.split_once('/').map_or(*t, |(kind, _)| kind));
+        let known = NAMES.iter().find(|(of, _)| kinds().any(|kind| kind == *of));
+        known.map_or_else(|| kinds().next_back().unwrap_or_default(), |(_, name)| name)
+    }
+
     /// Returns the profile types of a profile, one for each sample type in their order. `types`: the sample types as the index
     /// has them, `cpu/nanoseconds`. `name`: the value of [`PROFILE_NAME`], if the series has it.
     pub(crate) fn of_profile(name: Option<&str>, types: &[&str]) -> Vec<Self> {
+        let name = name.unwrap_or_else(|| Self::name_of(types));
         let types: Vec<(&str, &str)> = types.iter().map(|t| t.split_once('/').unwrap_or((t, ""))).collect();
         let last = types.last().copied().unwrap_or_default();
-        let name = name.unwrap_or_else(|| {
-            let known = NAMES.iter().find(|(of, _)| types.iter().any(|(kind, _)| kind == of));
-            known.map_or(last.0, |(_, name)| name)
-        });
         let period = PERIODS.iter().find(|(of, ..)| *of == name);
         let (period_type, period_unit) = period.map_or(last, |(_, kind, unit)| (kind, unit));
         // The CPU time beside wall-clock time has the name that all CPU time has, as in Pyroscope.

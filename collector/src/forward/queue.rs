@@ -18,7 +18,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use super::{Delivery, ForwardItem, Part, QueuedItem, TargetClient};
-use crate::{limits::MAX_INFLATION, metrics::Metrics, time};
+use crate::{
+    limits::MAX_INFLATION,
+    metrics::Metrics,
+    profile_type::{PROFILE_NAME, ProfileType},
+    time,
+};
 
 /// Pyroscope's default limits on one profile: decompressed bytes, samples, labels.
 const MAX_PART_BYTES: usize = 4 << 20;
@@ -118,16 +123,16 @@ impl Sender {
         let max_inflated = pprof.len().saturating_mul(MAX_INFLATION).max(MIN_INFLATED_BYTES);
         let split = tokio::task::spawn_blocking(move || {
             let profile = pprof::decode(&pprof, max_inflated)?;
-            let (name, ledger) = (profile_name(&profile), ledger_of(&profile));
+            let (types, ledger) = (types_of(&profile), ledger_of(&profile));
             let mut parts = pprof::split(profile, MAX_PART_SAMPLES, MAX_PART_BYTES);
             let all = parts.len();
             // A single stack can be larger than the limit. It cannot be sent.
             parts.retain(|part| part.encoded_len() <= MAX_PART_BYTES);
             let too_large = (all - parts.len()) as u64;
             let parts: Vec<Bytes> = parts.iter().map(|part| pprof::encode(part).into()).collect();
-            Ok::<_, pprof::PprofError>((name, ledger, parts, too_large))
+            Ok::<_, pprof::PprofError>((types, ledger, parts, too_large))
         });
-        let (name, ledger, parts, too_large) = match split.await {
+        let (types, ledger, parts, too_large) = match split.await {
             Ok(Ok(split)) => split,
             Ok(Err(error)) => {
                 tracing::warn!(profile = id, target = self.name, "cannot forward a profile: {error}");
@@ -147,7 +152,7 @@ impl Sender {
         if parts.is_empty() {
             return;
         }
-        let Series { labels: series, dropped } = series(name, labels);
+        let Series { labels: series, dropped } = series(&types, labels);
         self.report_dropped(&dropped);
         for (number, part) in parts.iter().enumerate() {
             let part = Part { id: &part_id(&id, number), pprof: part, ledger: &ledger };
@@ -228,12 +233,14 @@ fn part_id(id: &str, number: usize) -> String {
     if number == 0 { id.to_owned() } else { format!("{id}-{number}") }
 }
 
-/// Returns the target's name for profiles with these sample types.
-fn profile_name(profile: &pprof::Profile) -> &'static str {
-    let names = profile.sample_type.iter().filter_map(|kind| {
-        usize::try_from(kind.r#type).ok().and_then(|at| profile.string_table.get(at)).map(String::as_str)
-    });
-    if names.into_iter().any(|name| name == "offcpu") { "off_cpu" } else { "process_cpu" }
+/// Returns the sample types of a profile, without their units.
+fn types_of(profile: &pprof::Profile) -> Vec<String> {
+    let types = profile.sample_type.iter();
+    types
+        .filter_map(|kind| {
+            usize::try_from(kind.r#type).ok().and_then(|at| profile.string_table.get(at)).cloned()
+        })
+        .collect()
 }
 
 /// Returns the account of samples that the agent wrote into the comments; empty if there is none. Headers take ASCII only.
@@ -254,8 +261,13 @@ struct Series {
 }
 
 /// Returns the labels of a series. Beyond the limit, labels of the rule and of pods are the first to go, the last name first.
-fn series(name: &str, mut labels: BTreeMap<String, String>) -> Series {
-    labels.insert("__name__".to_owned(), name.to_owned());
+fn series(types: &[String], mut labels: BTreeMap<String, String>) -> Series {
+    // The name under which a client pushed the profile, or the one of its sample types.
+    let name = labels.remove(PROFILE_NAME).unwrap_or_else(|| {
+        let types: Vec<&str> = types.iter().map(String::as_str).collect();
+        ProfileType::name_of(&types).to_owned()
+    });
+    labels.insert("__name__".to_owned(), name);
     let mut dropped = Vec::new();
     while labels.len() > MAX_LABELS {
         let of_rule = labels
@@ -279,12 +291,20 @@ mod tests {
             (0..MAX_LABELS).map(|i| (format!("own_{i:02}"), "x".to_owned())).collect();
         many.insert(labels::SERVICE_NAME.to_owned(), "shop".to_owned());
         many.insert(labels::NODE.to_owned(), "n1".to_owned());
-        let Series { labels: series, dropped } = series("process_cpu", many);
+        let Series { labels: series, dropped } = series(&["samples".to_owned(), "cpu".to_owned()], many);
         assert_eq!(series.len(), MAX_LABELS);
         assert_eq!(dropped, ["own_29", "own_28", "own_27"]);
         for name in ["__name__", labels::SERVICE_NAME, labels::NODE, "own_00"] {
             assert!(series.iter().any(|(have, _)| have == name), "{name}");
         }
         assert!(series.is_sorted());
+        assert!(series.contains(&("__name__".to_owned(), "process_cpu".to_owned())), "{series:?}");
+    }
+
+    #[test]
+    fn a_pushed_profile_keeps_its_name() {
+        let labels = BTreeMap::from([(PROFILE_NAME.to_owned(), "block".to_owned())]);
+        let found = super::series(&["contentions".to_owned(), "delay".to_owned()], labels);
+        assert_eq!(found.labels, [("__name__".to_owned(), "block".to_owned())]);
     }
 }

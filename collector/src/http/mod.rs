@@ -22,6 +22,7 @@ use tonic::Code;
 use self::params::{GRAPH, Params, RANGE, RawParams};
 use crate::{
     auth::{Auth, Role},
+    ingest::Ingest,
     metrics::Metrics,
     pyroscope,
     query::{Query, QueryError, Shape, parse_profile_id},
@@ -33,6 +34,8 @@ use crate::{
 #[derive(Clone)]
 pub(crate) struct HttpState {
     pub(crate) query: Arc<Query>,
+    /// `None`: clients cannot push profiles.
+    pub(crate) ingest: Option<Ingest>,
     pub(crate) store: Arc<Store>,
     pub(crate) triggers: Triggers,
     pub(crate) metrics: Metrics,
@@ -61,7 +64,7 @@ pub(crate) fn router(state: HttpState) -> Router {
         .merge(page::router())
         .fallback(pyroscope::unknown)
         .layer(from_fn_with_state(state.clone(), require_viewer))
-        .merge(pyroscope::router(Arc::clone(&state.query), Arc::clone(&state.auth)))
+        .merge(pyroscope::router(Arc::clone(&state.query), state.ingest.clone(), Arc::clone(&state.auth)))
         .route("/livez", get(|| async { "alive\n" }))
         .route("/readyz", get(readyz))
         .layer(from_fn(add_security_headers))
@@ -69,9 +72,9 @@ pub(crate) fn router(state: HttpState) -> Router {
 }
 
 /// Returns the same routes without authentication, for the loopback listener. It answers only to a local host name, so
-/// that no foreign page can read it through a browser on this machine.
+/// that no foreign page can read it through a browser on this machine. It takes no profiles.
 pub(crate) fn debug_router(state: HttpState) -> Router {
-    router(HttpState { auth: Auth::open(), ..state }).layer(from_fn(require_local_name))
+    router(HttpState { auth: Auth::open(), ingest: None, ..state }).layer(from_fn(require_local_name))
 }
 
 async fn require_local_name(request: Request, next: Next) -> Response {

@@ -78,7 +78,7 @@ fn range(params: &HashMap<String, String>, from: &str, until: &str) -> Result<Ra
 }
 
 /// Parses a time: seconds since 1970, or by the number of digits milliseconds, microseconds or nanoseconds; or `now-1h`.
-fn parse_time(text: &str, now_ms: u64) -> Result<u64, String> {
+pub(super) fn parse_time(text: &str, now_ms: u64) -> Result<u64, String> {
     match (text.parse::<u64>(), text.len()) {
         (Ok(s), ..=10) => Ok(s * 1000),
         (Ok(us), 16) => Ok(us / 1000),

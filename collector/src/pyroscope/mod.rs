@@ -1,22 +1,24 @@
-//! The query service of Pyroscope, by which Grafana reads the profiles of this collector.
+//! The services of Pyroscope: Grafana reads the profiles of this collector through them, and Pyroscope's clients push.
 //!
 //! Grafana's data source calls the methods of `querier.v1.QuerierService` in protobuf, its app Profiles Drilldown in JSON. The
-//! state is that of `query`; nothing here changes anything.
+//! state is that of `query`. Clients of Pyroscope also push profiles here, which go to `ingest`.
 
 mod flamegraph;
 mod legacy;
 mod metadata;
 mod profiles;
+mod push;
 mod scope;
 mod series;
+mod upload;
 mod wire;
 
 use std::sync::Arc;
 
 use axum::{
     Router,
-    extract::{Request, State},
-    http::{Method as HttpMethod, StatusCode},
+    extract::{DefaultBodyLimit, Request, State},
+    http::{Method as HttpMethod, StatusCode, header::ORIGIN},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::{MethodRouter, get, post},
@@ -25,19 +27,25 @@ use gannet_proto::foreign::pyroscope_querier as api;
 use prost::Message;
 use tonic::Status;
 
-use self::wire::{MAX_QUERY_BYTES, Method};
+use self::{
+    push::Pushes,
+    wire::{MAX_QUERY_BYTES, Method},
+};
 use crate::{
     auth::{Auth, Role},
+    ingest::Ingest,
     query::Query,
 };
 
 const QUERIER: &str = "querier.v1.QuerierService";
 
-/// Returns the routes of the service. Each call needs the role of a viewer.
-pub(crate) fn router<S>(query: Arc<Query>, auth: Arc<Auth>) -> Router<S>
+/// Returns the routes of the services. A query needs the role of a viewer, a push that of an agent. Without `ingest` nothing
+/// can be pushed.
+pub(crate) fn router<S>(query: Arc<Query>, ingest: Option<Ingest>, auth: Arc<Auth>) -> Router<S>
 where
     S: Clone + Send + Sync + 'static,
 {
+    let pushes = ingest.map(|ingest| push_router(ingest, Arc::clone(&auth)));
     let mut router = Router::new();
     for (name, route) in methods() {
         router = router.route(&format!("/{QUERIER}/{name}"), route);
@@ -50,6 +58,21 @@ where
         .route("/pyroscope/render-diff", get(legacy::render_diff))
         .layer(from_fn_with_state(auth, require_viewer))
         .with_state(query)
+        .merge(pushes.unwrap_or_default())
+}
+
+fn push_router<S>(ingest: Ingest, auth: Arc<Auth>) -> Router<S>
+where
+    S: Clone + Send + Sync + 'static,
+{
+    Router::new()
+        .route("/push.v1.PusherService/Push", post(push::push))
+        .route("/ingest", post(upload::ingest))
+        .route("/pyroscope/ingest", post(upload::ingest))
+        // The handlers have a limit of their own.
+        .layer(DefaultBodyLimit::disable())
+        .layer(from_fn_with_state(auth, require_agent))
+        .with_state(Pushes::new(ingest))
 }
 
 /// Returns the methods of the query service.
@@ -104,6 +127,22 @@ pub(crate) async fn unknown(request: Request) -> Response {
 async fn require_viewer(State(auth): State<Arc<Auth>>, request: Request, next: Next) -> Response {
     match auth.admit(request.extensions(), request.headers(), Role::Viewer).await {
         Ok(_) => next.run(request).await,
+        Err(status) => wire::error_response(&status),
+    }
+}
+
+/// Refuses callers that lack the agent role, and browsers. A web page could otherwise make the browser of a user send
+/// profiles to a collector without authentication, because a browser sends such requests without asking the collector.
+async fn require_agent(State(auth): State<Arc<Auth>>, mut request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    if headers.contains_key(ORIGIN) || headers.contains_key("sec-fetch-site") {
+        return wire::error_response(&Status::permission_denied("profiles are not accepted from web pages"));
+    }
+    match auth.admit(request.extensions(), headers, Role::Agent).await {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
         Err(status) => wire::error_response(&status),
     }
 }

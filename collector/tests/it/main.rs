@@ -16,6 +16,7 @@ mod kill;
 mod kubernetes;
 mod pieces;
 mod process;
+mod push;
 mod query;
 mod requests;
 mod segment;

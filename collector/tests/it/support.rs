@@ -269,7 +269,15 @@ pub async fn get_over(mut io: impl AsyncRead + AsyncWrite + Unpin, path: &str) -
 
 /// Sends a body by POST.
 pub async fn post(addr: SocketAddr, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
-    let mut io = TcpStream::connect(addr).await.unwrap();
+    post_over(TcpStream::connect(addr).await.unwrap(), path, headers, body).await
+}
+
+pub async fn post_over(
+    mut io: impl AsyncRead + AsyncWrite + Unpin,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> Answer {
     // The server may refuse a body before it has read all of it.
     let _ = send(&mut io, "POST", path, headers, body).await;
     read_answer(io).await.unwrap()

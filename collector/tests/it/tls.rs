@@ -109,6 +109,14 @@ async fn https(
     client: Option<&Pair>,
     path: &str,
 ) -> std::io::Result<crate::support::Answer> {
+    get_over(connect(addr, ca, client).await?, path).await
+}
+
+async fn connect(
+    addr: std::net::SocketAddr,
+    ca: &Authority,
+    client: Option<&Pair>,
+) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(ca.pem().as_bytes()).unwrap()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -126,8 +134,7 @@ async fn https(
     };
     let tcp = TcpStream::connect(addr).await.unwrap();
     let name = ServerName::try_from("localhost").unwrap();
-    let tls = TlsConnector::from(Arc::new(config)).connect(name, tcp).await?;
-    get_over(tls, path).await
+    TlsConnector::from(Arc::new(config)).connect(name, tcp).await
 }
 
 #[tokio::test]
@@ -306,6 +313,18 @@ async fn roles_and_node_names_follow_the_certificate() {
     let answer = https(running.http_addr, &ca, Some(&stranger), path).await.unwrap();
     assert_eq!((answer.status, answer.json()["code"].as_str()), (403, Some("permission_denied")));
     assert_eq!(https(running.http_addr, &ca, Some(&carl), path).await.unwrap().status, 200);
+    // A client of Pyroscope needs the agent role to push, and may not take a node's name.
+    let push = async |pair: &Pair, name: &str| {
+        let tls = connect(running.http_addr, &ca, Some(pair)).await.unwrap();
+        let path = format!("/ingest?format=folded&name={name}");
+        crate::support::post_over(tls, &path, &[], b"main 1").await
+    };
+    let sdk = ca.issue("n1.example", "agents", "");
+    assert_eq!(push(&carl, "shop").await.status, 403);
+    assert_eq!(push(&sdk, "shop").await.status, 200);
+    assert_eq!(push(&sdk, "shop{node=n1.example}").await.status, 200);
+    let refused = push(&sdk, "shop{node=n2.example}").await;
+    assert!(refused.status == 403 && refused.text().contains("node is `n2.example`"), "{}", refused.text());
     running.shutdown().await;
 }
 
