@@ -82,6 +82,11 @@ pub(super) fn name(version: u64) -> String {
     format!("{version:020}.checkpoint.parquet")
 }
 
+/// Returns the version of the checkpoint with this name.
+pub(super) fn version(name: &str) -> Option<u64> {
+    name.strip_suffix(".checkpoint.parquet")?.parse().ok()
+}
+
 /// Encodes a checkpoint. Returns it with the number of its actions.
 pub(super) fn encode(
     protocol: &Protocol,

@@ -1,8 +1,12 @@
 //! The log of one Delta table: its state, and commits that no other writer can overwrite.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    time::Duration,
+};
 
 use bytes::Bytes;
+use futures::TryStreamExt as _;
 use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload, path::Path as Key};
 use ulid::Ulid;
 
@@ -21,6 +25,8 @@ use crate::{store::TableObjects, time};
 
 /// Commits between two checkpoints.
 const CHECKPOINT_INTERVAL: u64 = 20;
+/// Time after which this process reads the log again from a checkpoint. Commits stay for longer.
+const MAX_STALE: Duration = Duration::from_secs(3600);
 
 const FILE_PREFIX: &str = "part-";
 const FILE_SUFFIX: &str = ".zstd.parquet";
@@ -86,6 +92,8 @@ pub(super) struct Log {
     written: Written,
     /// Version behind the last checkpoint.
     checkpointed: u64,
+    /// Time of the last complete reading, in milliseconds.
+    read_ms: u64,
 }
 
 impl Log {
@@ -104,6 +112,7 @@ impl Log {
             other: None,
             written: Written::default(),
             checkpointed: 0,
+            read_ms: 0,
         }
     }
 
@@ -135,11 +144,9 @@ impl Log {
         self.other.as_ref()
     }
 
-    /// Forgets removed files that are deleted.
-    pub(super) fn forget_removed(&mut self, paths: &[String]) {
-        for path in paths {
-            self.removed.remove(path);
-        }
+    /// Forgets removed files that are deleted: all but these.
+    pub(super) fn keep_removed(&mut self, paths: &HashSet<String>) {
+        self.removed.retain(|path, _| paths.contains(path));
     }
 
     /// Returns what this process wrote since the last call.
@@ -149,12 +156,24 @@ impl Log {
 
     /// Reads the log again from its last checkpoint.
     pub(super) async fn reload(&mut self) -> Result<(), TableError> {
+        let written = self.written;
         *self = Self::new(self.schema, self.objects.clone(), &self.writer);
-        self.refresh().await
+        self.written = written;
+        self.read().await
     }
 
-    /// Reads the commits that are new, and the last checkpoint before the first reading. Creates the table if there is none.
+    /// Reads the commits that are new. Creates the table if there is none.
     pub(super) async fn refresh(&mut self) -> Result<(), TableError> {
+        if self.is_stale() { self.reload().await } else { self.read().await }
+    }
+
+    /// Reports whether the next commits may be deleted by now, so that the log would seem to end here.
+    fn is_stale(&self) -> bool {
+        self.next > 0 && time::now_ms().abs_diff(self.read_ms) > MAX_STALE.as_millis() as u64
+    }
+
+    async fn read(&mut self) -> Result<(), TableError> {
+        let now_ms = time::now_ms();
         if self.next == 0
             && let Some(version) = self.last_checkpoint().await?
         {
@@ -166,6 +185,7 @@ impl Log {
             self.checkpointed = self.next;
         }
         while self.read_next().await? {}
+        self.read_ms = now_ms;
         if self.next == 0 {
             let create = Action {
                 protocol: Some(Protocol {
@@ -181,12 +201,24 @@ impl Log {
         Ok(())
     }
 
-    async fn last_checkpoint(&self) -> Result<Option<u64>, TableError> {
+    /// Returns the version that the file [`checkpoint::LAST`] states.
+    async fn stated_checkpoint(&self) -> Result<Option<u64>, TableError> {
         let key = self.log_key(checkpoint::LAST);
         let Some(bytes) = self.get(&key).await? else { return Ok(None) };
-        // A cut file counts as none: the commits are there all the same.
         let last: Option<checkpoint::Last> = serde_json::from_slice(&bytes).ok();
         Ok(last.map(|last| last.version))
+    }
+
+    /// Returns the version of the last checkpoint, if there is one.
+    async fn last_checkpoint(&self) -> Result<Option<u64>, TableError> {
+        if let Some(version) = self.stated_checkpoint().await? {
+            return Ok(Some(version));
+        }
+        // The file that states it may be lost, and the commits before the checkpoint are deleted.
+        let dir = self.key("_delta_log");
+        let listed: Vec<_> =
+            self.objects.objects.list(Some(&dir)).try_collect().await.map_err(TableError::Object)?;
+        Ok(listed.iter().filter_map(|object| checkpoint::version(object.location.filename()?)).max())
     }
 
     /// Reads the next commit. Reports whether there is one.
@@ -307,6 +339,9 @@ impl Log {
         operation: &str,
         actions: Vec<Action>,
     ) -> Result<Committed, TableError> {
+        if self.is_stale() {
+            return Err(TableError::Stale);
+        }
         let info = CommitInfo::new(operation, &self.writer);
         let id = info.txn_id.clone();
         let mut all = vec![Action { commit_info: Some(info), ..Action::default() }];

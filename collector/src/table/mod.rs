@@ -58,6 +58,10 @@ pub struct TableOptions {
     #[arg(skip = Duration::from_secs(15 * 60))]
     #[serde(skip)]
     pub delete_delay: Duration,
+    /// Time for which the logs keep commits before a checkpoint.
+    #[arg(skip = Duration::from_secs(24 * 3600))]
+    #[serde(skip)]
+    pub log_keep: Duration,
 }
 
 impl Default for TableOptions {
@@ -96,6 +100,10 @@ pub(crate) enum TableError {
          `table`: the collector writes it again from the stored profiles"
     )]
     Foreign(String),
+    #[error(
+        "the collector was suspended for so long that the log of the table may lack commits; reading it again"
+    )]
+    Stale,
     #[error("other collectors change the table all the time; trying again later")]
     Contended,
     #[error(

@@ -1,17 +1,19 @@
 //! Removes partitions of the table that the store no longer has, and files that no reader needs. Counts the space of the table.
 
 use std::{
+    collections::HashSet,
     fs, io,
     path::Path,
     time::{Duration, Instant, SystemTime},
 };
 
 use futures::TryStreamExt as _;
-use object_store::{ObjectStore as _, ObjectStoreExt as _};
+use object_store::{ObjectMeta, ObjectStore as _, ObjectStoreExt as _};
 
 use super::{
     TableError, TableOptions,
     action::{Action, Remove},
+    checkpoint,
     log::{Committed, Log, Written},
     partition::Partition,
     tables::Tables,
@@ -69,7 +71,7 @@ impl Retention {
         let objects = tables.objects.clone();
         let mut bytes = 0;
         for log in tables.all() {
-            bytes += runtime.block_on(clean(log, &objects, options.delete_delay))?;
+            bytes += runtime.block_on(clean(log, &objects, options))?;
         }
         if let Some(root) = &objects.root {
             bytes = disk_use(root, objects.block_bytes).map_err(|source| StoreError::Io {
@@ -115,24 +117,27 @@ async fn expire(log: &mut Log, oldest: Partition) -> Result<(), TableError> {
 }
 
 /// Deletes files that were removed before the delay, and leftovers. Returns the bytes of all other files.
-async fn clean(log: &mut Log, objects: &TableObjects, delay: Duration) -> Result<u64, TableError> {
+async fn clean(log: &mut Log, objects: &TableObjects, options: &TableOptions) -> Result<u64, TableError> {
     let prefix = log.key("");
     let listed: Vec<_> =
         objects.objects.list(Some(&prefix)).try_collect().await.map_err(TableError::Object)?;
     let now_ms = time::now_ms();
+    let delay_ms = options.delete_delay.as_millis() as u64;
+    let first_version = first_version(&listed, options.log_keep, now_ms);
     let mut bytes = 0;
-    let mut deleted = Vec::new();
+    let (mut deleted, mut kept) = (Vec::new(), HashSet::new());
     for object in listed {
         let path = object.location.as_ref().strip_prefix(prefix.as_ref()).unwrap_or_default();
         let path = path.trim_start_matches('/');
         let modified_ms = u64::try_from(object.last_modified.timestamp_millis()).unwrap_or(0);
-        let is_data = !path.starts_with("_delta_log/");
-        let is_due = is_data
-            && !log.files.contains_key(path)
-            && match log.removed.get(path) {
-                Some(removed_ms) => now_ms.saturating_sub(*removed_ms) >= delay.as_millis() as u64,
+        let is_due = match path.strip_prefix("_delta_log/") {
+            Some(name) => version_of(name).is_some_and(|version| version < first_version),
+            None if log.files.contains_key(path) => false,
+            None => match log.removed.get(path) {
+                Some(removed_ms) => now_ms.saturating_sub(*removed_ms) >= delay_ms,
                 None => now_ms.saturating_sub(modified_ms) >= LEFTOVER_AGE.as_millis() as u64,
-            };
+            },
+        };
         if is_due {
             match objects.objects.delete(&object.location).await {
                 Ok(()) | Err(object_store::Error::NotFound { .. }) => {
@@ -143,6 +148,7 @@ async fn clean(log: &mut Log, objects: &TableObjects, delay: Duration) -> Result
             }
         }
         bytes += object.size;
+        kept.insert(path.to_owned());
     }
     if let Some(root) = &objects.root {
         for path in &deleted {
@@ -153,8 +159,23 @@ async fn clean(log: &mut Log, objects: &TableObjects, delay: Duration) -> Result
             }
         }
     }
-    log.forget_removed(&deleted);
+    log.keep_removed(&kept);
     Ok(bytes)
+}
+
+/// Returns the version of a commit or checkpoint with this name.
+fn version_of(name: &str) -> Option<u64> {
+    checkpoint::version(name).or_else(|| name.strip_suffix(".json")?.parse().ok())
+}
+
+/// Returns the version before which the log is not needed: that of the newest checkpoint that is old enough.
+fn first_version(listed: &[ObjectMeta], keep: Duration, now_ms: u64) -> u64 {
+    let old = listed.iter().filter_map(|object| {
+        let modified_ms = u64::try_from(object.last_modified.timestamp_millis()).unwrap_or(u64::MAX);
+        let is_old = now_ms.saturating_sub(modified_ms) >= keep.as_millis() as u64;
+        checkpoint::version(object.location.filename()?).filter(|_| is_old)
+    });
+    old.max().unwrap_or(0)
 }
 
 /// Returns the space of a directory. Removes what interrupted writes left.

@@ -18,7 +18,7 @@ use gannet_proto::{
 };
 use parquet::{
     file::{reader::FileReader as _, serialized_reader::SerializedFileReader},
-    record::{ListAccessor as _, Row, RowAccessor as _},
+    record::{Field, ListAccessor as _, Row, RowAccessor as _},
 };
 use tonic::transport::Channel;
 
@@ -50,14 +50,34 @@ fn files_below(dir: &Path) -> Files {
     files
 }
 
-/// Returns the paths of the active files of a table, by all commits of its log.
+/// Returns the version of the last checkpoint of a table, and the paths of the files that are active in it.
+fn checkpoint(files: &Files, table: &str) -> Option<(usize, BTreeSet<String>)> {
+    let last = files.get(&format!("{table}/_delta_log/_last_checkpoint"))?;
+    let last: serde_json::Value = serde_json::from_slice(last).unwrap();
+    let version = last["version"].as_u64().unwrap();
+    let file = files[&format!("{table}/_delta_log/{version:020}.checkpoint.parquet")].clone();
+    let rows = SerializedFileReader::new(file).unwrap();
+    let adds = rows.get_row_iter(None).unwrap().filter_map(|row| {
+        let row = row.unwrap();
+        let (_, add) = row.get_column_iter().find(|(name, _)| *name == "add")?;
+        match add {
+            Field::Group(add) => Some(format!("{table}/{}", add.get_string(0).unwrap())),
+            _ => None,
+        }
+    });
+    Some((version as usize, adds.collect()))
+}
+
+/// Returns the paths of the active files of a table, by its last checkpoint and the commits after it.
 fn active(files: &Files, table: &str) -> BTreeSet<String> {
     let log = format!("{table}/_delta_log/");
+    let (first, mut active) =
+        checkpoint(files, table).map_or((0, BTreeSet::new()), |(version, active)| (version + 1, active));
     let commits = files.iter().filter(|(path, _)| {
         path.starts_with(&log) && Path::new(path).extension().is_some_and(|end| end == "json")
     });
-    let mut active = BTreeSet::new();
-    for (number, (path, commit)) in commits.enumerate() {
+    let commits = commits.filter(|(path, _)| **path >= format!("{log}{first:020}.json"));
+    for (number, (path, commit)) in (first..).zip(commits) {
         assert_eq!(*path, format!("{log}{number:020}.json"), "a version is missing");
         for line in commit.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
             let action: serde_json::Value = serde_json::from_slice(line).unwrap();
@@ -301,6 +321,42 @@ async fn two_collectors_of_a_bucket_add_each_sample_once() {
         running.shutdown().await;
     }
     assert_eq!(sums(&table_of(&s3)), sent_sums(&sent));
+}
+
+/// Checks that a log is shortened once it has a checkpoint, and that the rest of it is complete.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_of_a_table_does_not_grow_for_ever() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = || {
+        Collector::start(config_with(dir.path(), |config| {
+            with_table(config);
+            config.table.retention_interval = Duration::from_millis(50);
+            config.table.log_keep = Duration::from_millis(10);
+        }))
+    };
+    let mut sent = Vec::new();
+    for part in 0..2 {
+        let running = start().await.unwrap();
+        let updates = "gannet_collector_table_updates_total";
+        for round in 0..24 {
+            let new = batches(part * 24 + round, 2);
+            Pusher::open(running.grpc_addr).await.store_all(&new).await;
+            sent.extend(new);
+            let before = metric(running.http_addr, updates).await;
+            eventually("an update", || async { metric(running.http_addr, updates).await > before }).await;
+        }
+        up_to_date(running.http_addr).await;
+        running.shutdown().await;
+        let files = files_below(&dir.path().join("table"));
+        let (version, _) = checkpoint(&files, "samples").unwrap();
+        assert!(version >= 19, "{version}");
+        let commits = files.keys().filter(|path| path.starts_with("samples/_delta_log/")).count();
+        assert!(commits < 40, "{commits} files");
+        assert!(!files.contains_key("samples/_delta_log/00000000000000000000.json"));
+        assert_eq!(sums(&files), sent_sums(&sent));
+        // The commits before the checkpoint are gone, and so is the way to it.
+        fs::remove_file(dir.path().join("table/samples/_delta_log/_last_checkpoint")).unwrap();
+    }
 }
 
 fn removed_files(dir: &Path, table: &str) -> usize {
