@@ -283,3 +283,34 @@ impl<S: std::ops::Deref<Target = Scope>> Filter<S> {
         Some((labels, &kinds[index]))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case("", true)]
+    #[case("{}", true)]
+    #[case("process_cpu", true)]
+    #[case("process_cpu{comm=\"x\"}", true)]
+    #[case("memory{}", false)]
+    #[case("{service_name=\"x\",__unit__=\"nanoseconds\"}", true)]
+    #[case("{__service_name__=\"y\"}", false)]
+    fn a_selector_sees_added_labels(#[case] text: &str, #[case] matches: bool) {
+        let labels = Labels::from([("comm".to_owned(), "x".to_owned())]);
+        let kinds = ProfileType::of_profile(None, &["cpu/nanoseconds"]);
+        let view = View { labels: &labels, kind: kinds.first() };
+        let selector = parse_selector("query", text).unwrap();
+        assert_eq!(selector.matches_by(|name| view.get(name).unwrap_or("")), matches);
+    }
+
+    proptest! {
+        #[test]
+        fn any_selector_is_read_without_a_panic(text in "\\PC{0,40}|[{}a=~!\"`'\\\\,\n :é]{0,20}") {
+            let _ = parse_selector("query", &text);
+        }
+    }
+}

@@ -220,6 +220,7 @@ fn parse_lines(body: &[u8], has_counts: bool, units: &str, rate: u32) -> Result<
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use rstest::rstest;
 
     use super::*;
@@ -252,6 +253,23 @@ mod tests {
         assert!(error.message().contains("200000 lines"), "{error}");
         let error = parse_lines(b"main 1\nmain x\n", true, "", 100).unwrap_err();
         assert!(error.message().contains("line 2"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_name_and_lines_are_read_without_a_panic(
+            name in "\\PC{0,40}|a\\{[a-c=,\" {}]{0,20}\\}?",
+            body in proptest::collection::vec(any::<u8>(), 0..60),
+            lines in "([a-c;]{0,8} ?[0-9]{0,12}\n?){0,8}",
+        ) {
+            let _ = parse_name(&name);
+            let _ = parse_lines(&body, true, "", 100);
+            for has_counts in [true, false] {
+                if let Ok(profile) = parse_lines(lines.as_bytes(), has_counts, "samples", u32::MAX) {
+                    prop_assert!(pprof::check(&profile).is_ok());
+                }
+            }
+        }
     }
 
     #[test]

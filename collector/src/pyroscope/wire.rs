@@ -290,3 +290,58 @@ pub(super) fn error_response(status: &Status) -> Response {
     let http = StatusCode::from_u16(http).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     (http, axum::Json(json!({ "code": code, "message": status.message() }))).into_response()
 }
+
+#[cfg(test)]
+mod tests {
+    use gannet_proto::foreign::pyroscope_querier as api;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn input(name: &'static str) -> MessageDescriptor {
+        Method { service: "querier.v1.QuerierService", name, max_bytes: 0 }.descriptor().unwrap().input()
+    }
+
+    #[test]
+    fn compression_is_for_clients_that_accept_it() {
+        for (accepted, wanted) in
+            [("gzip", true), ("br, GZIP;q=0.5", true), ("gzip;q=0", false), ("br", false)]
+        {
+            let headers =
+                HeaderMap::from_iter([(header::ACCEPT_ENCODING, HeaderValue::from_static(accepted))]);
+            assert_eq!(accepts_gzip(&headers), wanted, "{accepted}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_decoded_without_a_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..80),
+            json in "\\{(\"(start|end|step|groupBy|group_by|limit|exemplarType|x)\":(-?[0-9]{0,20}|\"[a-z0-9]{0,4}\"|null|\\[[0-9,\"]{0,6}\\]|\\{\\}|1e[0-9]{1,3}),?){0,4}\\}",
+        ) {
+            let of = input("SelectSeries");
+            for codec in [Codec::Proto, Codec::Json] {
+                let _ = decode::<api::SelectSeriesRequest>(codec, &of, &bytes);
+                let _ = decode::<api::SelectSeriesRequest>(codec, &of, json.as_bytes());
+            }
+        }
+
+        /// Checks that both encodings carry the same, through the descriptors.
+        #[test]
+        fn a_message_survives_both_encodings(
+            start: i64,
+            // The JSON reader may round the last bit of other numbers.
+            step: u32,
+            names in proptest::collection::vec("\\PC{0,6}", 0..4),
+        ) {
+            let sent = api::SelectSeriesRequest {
+                start, step: step.into(), group_by: names, limit: Some(0), ..Default::default()
+            };
+            let of = input("SelectSeries");
+            let message = DynamicMessage::decode(of.clone(), sent.encode_to_vec().as_slice()).unwrap();
+            let json = serde_json::to_vec(&message).unwrap();
+            prop_assert_eq!(&decode::<api::SelectSeriesRequest>(Codec::Json, &of, &json).unwrap(), &sent);
+            prop_assert_eq!(&decode::<api::SelectSeriesRequest>(Codec::Proto, &of, &sent.encode_to_vec()).unwrap(), &sent);
+        }
+    }
+}
