@@ -55,11 +55,11 @@ pub(super) fn parts(
     Ok(parts)
 }
 
-/// Returns the addresses of the functions of these names.
+/// Returns the addresses of the exported functions of these names. Interpreters export them, because extensions call them, and the
+/// agent recognizes no interpreter by other symbols. The names in `.symtab` take 20 MB in a compiler.
 fn addresses(elf: &Elf<'_>, names: &[&str]) -> BTreeSet<u64> {
-    let tables = [&b".dynsym"[..], b".symtab"].into_iter().filter_map(|name| elf.symbols(name));
-    let tables = tables.filter(|table| table.bytes() <= MAX_SYMBOL_BYTES);
-    tables.map(|table| table.functions_named(names)).find(|found| !found.is_empty()).unwrap_or_default()
+    let table = elf.symbols(b".dynsym").filter(|table| table.bytes() <= MAX_SYMBOL_BYTES);
+    table.map(|table| table.functions_named(names)).unwrap_or_default()
 }
 
 /// Returns the piece that the longest table of addresses leads into: an interpreter's loop jumps by a table of its instructions'
