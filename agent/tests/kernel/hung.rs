@@ -113,17 +113,23 @@ fn end_of(what: &str, child: &mut Child) -> Duration {
 fn record_all_beside(other: &str, hung: &HungFs) -> Recording {
     let recording = record_for(2, 99, &["--all"]);
     hung.assert_still_hangs();
-    let leaf = format!("{other}_leaf");
+    assert_named(&recording, other);
+    recording
+}
+
+/// Checks that all samples of a program have names.
+#[track_caller]
+fn assert_named(recording: &Recording, name: &str) {
+    let leaf = format!("{name}_leaf");
     let is_named = |stack: &[String]| stack.iter().any(|name| *name == leaf || name == "main");
-    let (good, all) = recording.share(other, is_named);
-    // Such a machine gives the program a small part of a CPU.
+    let (good, all) = recording.share(name, is_named);
+    // A busy machine gives the program a small part of a CPU.
     assert!(
         all > 3 && good == all,
         "{good} of {all}: {:?}\n{}",
-        recording.odd_ones(other, is_named),
+        recording.odd_ones(name, is_named),
         recording.log
     );
-    recording
 }
 
 #[test]
@@ -137,14 +143,50 @@ fn a_hung_program_is_profiled_without_its_names() {
     assert_eq!(log.matches("does not answer (").count(), 1, "{log}");
 }
 
+/// Checks that neither a process that hangs in `execve` nor a running one whose file hangs holds up others: one that starts once
+/// the agent has noticed the hang needs calls on its own files, which an agent that refuses all of them would not make.
 #[test]
 fn a_process_that_hangs_in_execve_holds_up_no_other() {
-    let (on_disk, hung) = (spin("beside_b"), HungFs::mount(&spin("hung_b")));
-    let _beside = Running::start(&mut Command::new(on_disk));
-    hung.signal(Signal::STOP);
-    let _hung = hung.start();
+    let (before, behind, hung) = (spin("beside_b"), spin("behind_b"), HungFs::mount(&spin("hung_b")));
+    let _before = Running::start(&mut Command::new(before));
+    let _running = hung.start();
     sleep(Duration::from_millis(500));
-    record_all_beside("beside_b", &hung);
+    hung.signal(Signal::STOP);
+    let _in_execve = hung.start();
+    let file = |name: &str| hung.directory.path().join(name);
+    let mut recording = Running::start(
+        Command::new(agent())
+            .args([
+                "record",
+                "--all",
+                "--json",
+                "--duration",
+                "300s",
+                "--hz",
+                &(99 / slower()).to_string(),
+                "-o",
+            ])
+            .arg(file("out.pb.gz"))
+            .stdout(File::create(file("printed")).unwrap())
+            .stderr(File::create(file("log")).unwrap()),
+    );
+    let text = |name: &str| fs::read_to_string(file(name)).unwrap();
+    wait_for("the agent reports the hang", || text("log").contains("does not answer ("));
+    let behind = Running::start(&mut Command::new(behind));
+    wait_for("the program has had a CPU", || cpu_time(behind.0.id()) > Duration::from_secs(1));
+    kill_process(Pid::from_child(&recording.0), Signal::TERM).unwrap();
+    end_of("the recording ends", &mut recording.0);
+    hung.assert_still_hangs();
+    let recording = Recording::read(&text("printed"), &fs::read(file("out.pb.gz")).unwrap(), text("log"));
+    for name in ["beside_b", "behind_b"] {
+        assert_named(&recording, name);
+    }
+}
+
+/// Returns the CPU time of a process with one thread.
+fn cpu_time(pid: u32) -> Duration {
+    let text = fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
+    Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
 }
 
 /// Checks that a program whose file is open in the agent does not hold up the agent's end: closing a readable descriptor of

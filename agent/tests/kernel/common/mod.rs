@@ -253,7 +253,7 @@ pub(crate) fn record_for(seconds: u32, hz: u32, arguments: &[&str]) -> Recording
 
 impl Recording {
     #[track_caller]
-    fn read(printed: &str, profile: &[u8], log: String) -> Self {
+    pub(crate) fn read(printed: &str, profile: &[u8], log: String) -> Self {
         let account: serde_json::Value =
             serde_json::from_str(printed.lines().find(|line| line.starts_with('{')).unwrap()).unwrap();
         let number = |name: &str| account[name].as_u64().unwrap();
