@@ -257,7 +257,7 @@ impl CodeReader for Isolates {
             }));
         }
         let found = self.compiled(address, memory);
-        Ok(found.filter(|head| self.heap.moves.enter(head.at, memory).is_ok()))
+        Ok(found.filter(|head| self.heap.enter(head.at, memory).is_ok()))
     }
 
     fn read(&self, head: &BlockHead, memory: &dyn Memory) -> Result<CodeBlock, WhyNot> {

@@ -151,6 +151,11 @@ impl Heap {
         reading
     }
 
+    /// Has [`Heap::unloads`] read the counts of the heap that an object is in, if names need a proof.
+    pub(super) fn enter(&self, object: u64, memory: &dyn Memory) -> Result<(), WhyNot> {
+        if self.layout.version.needs_proof { self.moves.enter(object, memory) } else { Ok(()) }
+    }
+
     /// Reads an object by its reference: its first bytes, and its type.
     fn read(&self, reference: u64, bytes: usize, memory: &dyn Memory) -> Result<(u16, Vec<u8>), WhyNot> {
         let at = object(reference).ok_or_else(no_object)?;
@@ -390,6 +395,10 @@ impl Heap {
         if let Some((_, text)) = kept {
             return Ok(CodeFunction { text, instructions: 0..0 });
         }
+        if !self.layout.version.needs_proof {
+            // What has moved meanwhile shows in the counts of its heap. Functions that are kept cost no reading of them.
+            let _ = self.moves.enter(object, memory);
+        }
         let text = self.moves.read_steadily(memory, || read(&bytes))?;
         let mut kept = self.kept.lock();
         if kept.functions.len() >= MAX_FUNCTIONS {
@@ -417,7 +426,7 @@ impl Heap {
         memory: &dyn Memory,
     ) -> Result<CodeFunction, WhyNot> {
         let of = &self.layout;
-        self.moves.enter(bytecode, memory)?;
+        self.enter(bytecode, memory)?;
         let head = self.read_as(bytecode, of.types.bytecode, BYTECODE_BYTES, memory)?;
         let known = self.kept.lock().shared.get(&bytecode).copied();
         let candidates = [known, self.shared_of(function, memory).ok()];

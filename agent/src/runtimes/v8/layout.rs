@@ -107,7 +107,8 @@ pub(super) struct VersionLayout {
     pub(super) code: CodeLayout,
     pub(super) heap: HeapLayout,
     /// Names are given only if the heap's counts prove them. Else a name may be wrong if the collector compacts the heap between a
-    /// sample and its reading.
+    /// sample and its reading. Then programs that collect fully keep nearly all names: with a proof, a collection each second took
+    /// half of them and more, on a machine with several times the load of its cores.
     pub(super) needs_proof: bool,
     /// Numbers of elements of what optimized code knows.
     pub(super) literals: u64,
