@@ -15,6 +15,7 @@ use crate::{
     ingest::Ingest,
     kubernetes::{self, KubernetesError},
     metrics::Metrics,
+    otlp_service::OtlpReceiver,
     query::Query,
     rules::{ConfigMapStorage, FileStorage, Mirror, NodeStates, RuleStorage, Rules, RulesLocation},
     server::{
@@ -117,6 +118,7 @@ impl Collector {
             metrics.clone(),
             stop.clone(),
         );
+        let otlp = OtlpReceiver::new(ingest.clone());
         let max_batch_bytes = config.ingest.max_batch_bytes.0;
         let query = Arc::new(Query::new(Arc::clone(&store), &config.query, max_batch_bytes, metrics.clone()));
         let triggers = Triggers { rules: Arc::clone(&rules), fleet: Arc::clone(&fleet), stop: stop.clone() };
@@ -132,9 +134,10 @@ impl Collector {
             triggers: triggers.clone(),
             metrics: metrics.clone(),
             auth: Arc::clone(&auth),
+            otlp: otlp.clone(),
         };
         let services =
-            GrpcServices { ingest, query, fleet: Arc::clone(&fleet), triggers, auth, max_batch_bytes };
+            GrpcServices { ingest, query, fleet: Arc::clone(&fleet), triggers, auth, otlp, max_batch_bytes };
         let grpc_listener = listen(sockets.grpc, tls.as_ref(), ListenProtocol::Grpc);
         let http_listener = listen(sockets.http, tls.as_ref(), ListenProtocol::Http);
         let debug_listener = sockets.debug.map(|socket| listen(socket, None, ListenProtocol::Http));

@@ -15,7 +15,9 @@
 //! | `fleet` | connected nodes, the rules that each was sent, their answers | let a slow node delay another |
 //! | `rules` | the rule sets, their revisions, their storage | take damaged content for an empty set |
 //! | `ingest` | the push streams; checks every batch, answers it by its id | acknowledge a batch that is not durable |
-//! | `forward` | profiles on their way to Pyroscope and Parca | delay the push streams |
+//! | `otlp_service` | the receiver of OTLP profiles | acknowledge a profile that is not durable |
+//! | `forward` | profiles on their way to Pyroscope, Parca and receivers of OTLP | delay the push streams |
+//! | `otlp` | the form of profiles in OTLP | store or send anything |
 //! | `query` | selections, merges, flame graphs, tables, timelines | change anything |
 //! | `table` | the same profiles as Delta tables; a thread of its own adds new segments | delay the writer |
 //! | `store` | objects, index, retention; one writer changes them | lose an acknowledged batch |
@@ -54,6 +56,8 @@ mod ingest;
 mod kubernetes;
 mod limits;
 mod metrics;
+mod otlp;
+mod otlp_service;
 mod peer;
 mod profile_type;
 mod pyroscope;

@@ -137,7 +137,9 @@ pub(super) fn required_role(path: &str) -> Option<Role> {
         "grpc.health.v1.Health"
         | "grpc.reflection.v1.ServerReflection"
         | "grpc.reflection.v1alpha.ServerReflection" => None,
-        "gannet.control.v1.AgentService" | "gannet.ingest.v1.IngestService" => Some(Role::Agent),
+        "gannet.control.v1.AgentService"
+        | "gannet.ingest.v1.IngestService"
+        | "opentelemetry.proto.collector.profiles.v1development.ProfilesService" => Some(Role::Agent),
         "gannet.query.v1.QueryService" => Some(Role::Viewer),
         _ => match method {
             "GetTriggers" | "ListScopes" | "GetRollout" | "WatchRollout" | "ListAudit" | "ListNodes"
@@ -181,6 +183,7 @@ mod tests {
     #[case("/gannet.control.v1.FleetService/ListNodes", Some(Role::Viewer))]
     #[case("/gannet.control.v1.AgentService/Connect", Some(Role::Agent))]
     #[case("/gannet.ingest.v1.IngestService/Push", Some(Role::Agent))]
+    #[case("/opentelemetry.proto.collector.profiles.v1development.ProfilesService/Export", Some(Role::Agent))]
     #[case("/gannet.query.v1.QueryService/Top", Some(Role::Viewer))]
     #[case("/grpc.health.v1.Health/Check", None)]
     #[case("/unknown/Method", Some(Role::Editor))]

@@ -1,9 +1,11 @@
-//! Forwarding of stored profiles to existing profile databases: Pyroscope and Parca.
+//! Forwarding of stored profiles to what exists: Pyroscope, Parca, and every receiver of OTLP.
 //!
 //! The store has a profile before the forwarder gets it, so a target that is down delays no agent. A bounded queue holds
 //! the waiting profiles of each target. A profile that does not fit, is too old or is refused for good is counted by its
 //! reason and stays in the store. A profile above a target's size limit is sent in parts.
 
+mod http;
+mod otlp;
 mod parca;
 mod pyroscope;
 mod queue;
@@ -30,7 +32,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::{parca::ParcaClient, pyroscope::PyroscopeClient, queue::Sender};
+use self::{otlp::OtlpClient, parca::ParcaClient, pyroscope::PyroscopeClient, queue::Sender};
 use crate::{metrics::Metrics, time};
 
 /// Bytes of the profiles that wait for one target.
@@ -44,7 +46,8 @@ const QUEUE_PROFILES: usize = 10_000;
 #[serde(default)]
 #[allow(clippy::struct_field_names, reason = "the fields are the names of the options")]
 pub struct ForwardOptions {
-    /// Forward every profile to pyroscope=URL or parca=URL too (repeatable)
+    /// Forward every profile to pyroscope=URL, parca=URL or otlp=URL too (repeatable). OTLP goes by gRPC, or by HTTP if the URL
+    /// has a path or the port 4318
     #[arg(long, value_name = "TARGET=URL", env = "GANNET_COLLECTOR_FORWARD", value_delimiter = ',')]
     pub forward: Vec<ForwardTarget>,
     /// Tenant of the profiles (X-Scope-OrgID), for a Pyroscope with several tenants
@@ -75,6 +78,7 @@ pub struct ForwardTarget {
 enum TargetKind {
     Pyroscope,
     Parca,
+    Otlp,
 }
 
 impl ForwardTarget {
@@ -83,6 +87,7 @@ impl ForwardTarget {
         match self.kind {
             TargetKind::Pyroscope => "pyroscope",
             TargetKind::Parca => "parca",
+            TargetKind::Otlp => "otlp",
         }
     }
 }
@@ -96,20 +101,21 @@ impl fmt::Display for ForwardTarget {
 impl FromStr for ForwardTarget {
     type Err = String;
 
-    /// Parses `pyroscope=http://pyroscope:4040`, `parca=https://parca:7070`.
+    /// Parses `pyroscope=http://pyroscope:4040`, `parca=https://parca:7070`, `otlp=http://collector:4317`.
     fn from_str(text: &str) -> Result<Self, String> {
         let invalid = || {
             format!(
-                "`{text}` is no target: write pyroscope=URL or parca=URL, for instance pyroscope=http://pyroscope:4040"
+                "`{text}` is no target: write pyroscope=URL, parca=URL or otlp=URL, for instance pyroscope=http://pyroscope:4040"
             )
         };
         let (kind, url) = text.split_once('=').ok_or_else(invalid)?;
         let kind = match kind {
             "pyroscope" => TargetKind::Pyroscope,
             "parca" => TargetKind::Parca,
+            "otlp" => TargetKind::Otlp,
             _ => return Err(invalid()),
         };
-        let uri: http::Uri = url.parse().map_err(|_| invalid())?;
+        let uri: ::http::Uri = url.parse().map_err(|_| invalid())?;
         if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none() {
             return Err(invalid());
         }
@@ -139,16 +145,31 @@ gannet_base::serde_as_text!(ForwardTarget);
 /// The result of one attempt to send a part.
 enum Delivery {
     Accepted,
-    /// Another attempt may succeed. Holds the reason.
-    Retry(String),
+    /// The target took the request, without some of its profiles.
+    Partly {
+        rejected: u64,
+        why: String,
+    },
+    /// Another attempt may succeed, after this time if the target named one.
+    Retry {
+        why: String,
+        after: Option<Duration>,
+    },
     /// No attempt will succeed. Holds the reason.
     Refused(String),
+}
+
+impl Delivery {
+    fn retry(why: String) -> Self {
+        Self::Retry { why, after: None }
+    }
 }
 
 /// The client of a target, by its protocol.
 enum TargetClient {
     Pyroscope(PyroscopeClient),
     Parca(Box<ParcaClient>),
+    Otlp(OtlpClient),
 }
 
 impl TargetClient {
@@ -156,15 +177,8 @@ impl TargetClient {
         Ok(match target.kind {
             TargetKind::Pyroscope => Self::Pyroscope(PyroscopeClient::new(target, options)?),
             TargetKind::Parca => Self::Parca(Box::new(ParcaClient::new(target, options)?)),
+            TargetKind::Otlp => Self::Otlp(OtlpClient::new(target, options)?),
         })
-    }
-
-    /// Sends a part of a profile. `series` are its labels, sorted by name.
-    async fn send(&self, series: &[(String, String)], part: &Part<'_>) -> Delivery {
-        match self {
-            Self::Pyroscope(client) => client.send(series, part).await,
-            Self::Parca(client) => client.send(series, part).await,
-        }
     }
 }
 
@@ -181,6 +195,12 @@ struct Part<'a> {
     ledger: &'a str,
 }
 
+/// Returns the id of a part. The first part has the profile's own id, so that the target recognizes a profile that is
+/// sent again after a restart.
+fn part_id(id: &str, number: usize) -> String {
+    if number == 0 { id.to_owned() } else { format!("{id}-{number}") }
+}
+
 /// A copy of a batch's content for forwarding, made before the batch moves into the store.
 #[derive(Clone)]
 pub(crate) struct ForwardItem {
@@ -194,7 +214,7 @@ pub(crate) struct ForwardItem {
 struct QueuedItem {
     item: ForwardItem,
     /// Share of [`QUEUE_BYTES`].
-    _bytes: OwnedSemaphorePermit,
+    bytes: OwnedSemaphorePermit,
 }
 
 /// The queues of all targets.
@@ -256,7 +276,7 @@ impl Forwarder {
         for target in &self.targets {
             let size = u32::try_from(item.pprof.len().max(1)).unwrap_or(u32::MAX);
             let bytes = Arc::clone(&target.bytes).try_acquire_many_owned(size);
-            let queued = bytes.ok().map(|bytes| QueuedItem { item: item.clone(), _bytes: bytes });
+            let queued = bytes.ok().map(|bytes| QueuedItem { item: item.clone(), bytes });
             target.waiting.fetch_add(1, Relaxed);
             if queued.is_none_or(|queued| target.queue.try_send(queued).is_err()) {
                 target.waiting.fetch_sub(1, Relaxed);
@@ -275,7 +295,8 @@ mod tests {
     #[rstest]
     #[case("pyroscope=http://p:4040/", Some("pyroscope=http://p:4040"))]
     #[case("parca=https://parca:7070", Some("parca=https://parca:7070"))]
-    #[case("otlp=http://x", None)]
+    #[case("otlp=http://x:4317", Some("otlp=http://x:4317"))]
+    #[case("otlphttp=http://x", None)]
     #[case("pyroscope=", None)]
     #[case("pyroscope=p:4040", None)]
     #[case("http://p:4040", None)]

@@ -56,7 +56,7 @@ impl ParcaClient {
                     | Code::OutOfRange
                     | Code::Unimplemented
                     | Code::AlreadyExists => Delivery::Refused(reason),
-                    _ => Delivery::Retry(reason),
+                    _ => Delivery::retry(reason),
                 }
             }
         }

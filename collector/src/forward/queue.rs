@@ -12,12 +12,19 @@ use std::{
 use bytes::Bytes;
 use futures::StreamExt as _;
 use gannet_proto::{labels, pprof};
+use opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfilesServiceRequest;
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
-use super::{Delivery, ForwardItem, Part, QueuedItem, TargetClient};
+use super::{
+    Delivery, ForwardItem, Part, QueuedItem, TargetClient,
+    otlp::{self, OtlpClient, Parts},
+    parca::ParcaClient,
+    part_id,
+    pyroscope::PyroscopeClient,
+};
 use crate::{
     limits::MAX_INFLATION,
     metrics::Metrics,
@@ -37,9 +44,13 @@ const MIN_INFLATED_BYTES: usize = 64 << 20;
 const MAX_LEDGER_BYTES: usize = 1024;
 /// Concurrent transmissions to one target.
 const CONCURRENT_SENDS: usize = 8;
+/// Waiting profiles that one transmission takes, if requests of the target hold several.
+const MAX_TOGETHER: usize = 64;
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(500);
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(30);
+/// Longest delay that a target may ask for.
+const MAX_ASKED_DELAY: Duration = Duration::from_secs(300);
 
 /// Sends the queued profiles of one target.
 pub(super) struct Sender {
@@ -69,7 +80,8 @@ impl Sender {
         timeout: Duration,
     ) {
         let closing = stop.clone();
-        let (feed, fed) = mpsc::channel(1);
+        let together = if matches!(self.client, TargetClient::Otlp(_)) { MAX_TOGETHER } else { 1 };
+        let (feed, fed) = mpsc::channel(together);
         let feeding = tokio::spawn(async move {
             loop {
                 tokio::select! {
@@ -89,12 +101,23 @@ impl Sender {
             }
         });
         let this = Arc::clone(&self);
-        let send = ReceiverStream::new(fed).for_each_concurrent(CONCURRENT_SENDS, move |queued| {
+        // What waits while all transmissions are busy goes into one.
+        let chunks = ReceiverStream::new(fed).ready_chunks(together);
+        let send = chunks.for_each_concurrent(CONCURRENT_SENDS, move |queued| {
             let this = Arc::clone(&this);
             async move {
-                let QueuedItem { item, _bytes } = queued;
-                this.forward(item).await;
-                this.waiting.fetch_sub(1, Relaxed);
+                let waited = queued.len() as u64;
+                let (items, _permits): (Vec<_>, Vec<_>) =
+                    queued.into_iter().map(|QueuedItem { item, bytes }| (item, bytes)).unzip();
+                match &this.client {
+                    TargetClient::Otlp(client) => this.forward_together(client, items).await,
+                    _ => {
+                        for item in items {
+                            this.forward(item).await;
+                        }
+                    }
+                }
+                this.waiting.fetch_sub(waited, Relaxed);
             }
         });
         let over = async {
@@ -120,7 +143,7 @@ impl Sender {
     /// Sends one profile in as many parts as it needs. Counts it as forwarded or lost.
     async fn forward(&self, item: ForwardItem) {
         let ForwardItem { id, labels, pprof, start_ms } = item;
-        let max_inflated = pprof.len().saturating_mul(MAX_INFLATION).max(MIN_INFLATED_BYTES);
+        let max_inflated = max_inflated(pprof.len());
         let split = tokio::task::spawn_blocking(move || {
             let profile = pprof::decode(&pprof, max_inflated)?;
             let (types, ledger) = (types_of(&profile), ledger_of(&profile));
@@ -156,11 +179,68 @@ impl Sender {
         self.report_dropped(&dropped);
         for (number, part) in parts.iter().enumerate() {
             let part = Part { id: &part_id(&id, number), pprof: part, ledger: &ledger };
-            if let Err(reason) = self.deliver(&series, &part, start_ms).await {
+            let sending = match &self.client {
+                TargetClient::Pyroscope(client) => Transmission::Pyroscope(client, &series, &part),
+                TargetClient::Parca(client) => Transmission::Parca(client, &series, &part),
+                TargetClient::Otlp(_) => continue,
+            };
+            if let Err(reason) = self.deliver(part.id, start_ms, sending).await {
                 return self.metrics.forward_lost(self.name, reason, 1);
             }
         }
         self.metrics.forwarded(self.name, parts.len() as u64);
+    }
+
+    /// Sends profiles in as few requests as their size allows. Counts each as forwarded or lost.
+    async fn forward_together(&self, client: &OtlpClient, items: Vec<ForwardItem>) {
+        let start_ms = items.iter().map(|item| item.start_ms).min().unwrap_or(0);
+        let split = tokio::task::spawn_blocking(move || {
+            let (mut parts, mut unreadable) = (Vec::new(), Vec::new());
+            for item in items {
+                match otlp::parts(&item, max_inflated(item.pprof.len())) {
+                    Ok(more) => parts.extend(more),
+                    Err(error) => unreadable.push((item.id, error)),
+                }
+            }
+            (otlp::together(parts), unreadable)
+        });
+        let Ok((mut open, unreadable)) = split.await else {
+            return self.metrics.forward_lost(self.name, "shutdown", 1);
+        };
+        for (id, error) in unreadable {
+            tracing::warn!(profile = id, target = self.name, "cannot forward a profile: {error}");
+            self.metrics.forward_lost(self.name, "unreadable", 1);
+        }
+        while let Some(parts) = open.pop() {
+            let count = parts.len() as u64;
+            let encoded = tokio::task::spawn_blocking(move || (otlp::request(&parts), parts)).await;
+            let Ok((request, parts)) = encoded else {
+                return self.metrics.forward_lost(self.name, "shutdown", count);
+            };
+            let refused = match request {
+                None => "too_large",
+                Some(request) => {
+                    let sending = Transmission::Otlp(client, &request);
+                    match self.deliver(&otlp::ids(&parts), start_ms, sending).await {
+                        Ok(rejected) => {
+                            let lost = rejected.div_ceil(otlp::profiles_of_a_part(&parts)).min(count);
+                            if lost > 0 {
+                                self.metrics.forward_lost(self.name, "rejected", lost);
+                            }
+                            self.metrics.forwarded(self.name, count - lost);
+                            continue;
+                        }
+                        Err(reason) => reason,
+                    }
+                }
+            };
+            // One profile may be the fault of all, so each half gets its own request.
+            if count > 1 && ["refused", "too_large"].contains(&refused) {
+                open.extend(halves(parts));
+            } else {
+                self.metrics.forward_lost(self.name, refused, count);
+            }
+        }
     }
 
     /// Counts labels that the target does not get, and logs the first ones.
@@ -180,31 +260,35 @@ impl Sender {
         }
     }
 
-    /// Sends one part until the target accepts it. Returns the reason for which it gives up.
-    async fn deliver(
-        &self,
-        series: &[(String, String)],
-        part: &Part<'_>,
-        start_ms: u64,
-    ) -> Result<(), &'static str> {
-        let id = part.id;
+    /// Repeats a transmission until the target accepts the request. Returns the number of profiles that it left out, or the reason for
+    /// which the sender gives up.
+    async fn deliver(&self, id: &str, start_ms: u64, sending: Transmission<'_>) -> Result<u64, &'static str> {
         let mut delay = MIN_RETRY_DELAY;
         let mut is_logged = false;
         loop {
             if time::now_ms().saturating_sub(start_ms) > MAX_AGE_MS {
                 return Err("too_old");
             }
-            let sent = tokio::time::timeout(SEND_TIMEOUT, self.client.send(series, part)).await;
+            let sent = tokio::time::timeout(SEND_TIMEOUT, sending.send()).await;
             let sent = sent.unwrap_or_else(|_| {
-                Delivery::Retry(format!("no answer within {} s", SEND_TIMEOUT.as_secs()))
+                Delivery::retry(format!("no answer within {} s", SEND_TIMEOUT.as_secs()))
             });
             match sent {
-                Delivery::Accepted => return Ok(()),
+                Delivery::Accepted => return Ok(0),
+                Delivery::Partly { rejected, why } => {
+                    tracing::warn!(
+                        profile = id,
+                        target = self.name,
+                        rejected,
+                        "the target left out profiles of a request: {why}"
+                    );
+                    return Ok(rejected);
+                }
                 Delivery::Refused(why) => {
                     tracing::warn!(profile = id, target = self.name, "the target refused a profile: {why}");
                     return Err("refused");
                 }
-                Delivery::Retry(why) => {
+                Delivery::Retry { why, after } => {
                     self.metrics.forward_retried(self.name);
                     if !std::mem::replace(&mut is_logged, true) {
                         tracing::warn!(
@@ -213,7 +297,8 @@ impl Sender {
                         );
                     }
                     // Half to all of the delay, so that the waiting profiles do not return all at once.
-                    tokio::time::sleep(delay.mul_f64(jitter(id))).await;
+                    let jittered = delay.mul_f64(jitter(id));
+                    tokio::time::sleep(after.map_or(jittered, |after| after.min(MAX_ASKED_DELAY))).await;
                     delay = (delay * 2).min(MAX_RETRY_DELAY);
                 }
             }
@@ -221,16 +306,37 @@ impl Sender {
     }
 }
 
+/// The content of one call, with its client.
+enum Transmission<'a> {
+    Pyroscope(&'a PyroscopeClient, &'a [(String, String)], &'a Part<'a>),
+    Parca(&'a ParcaClient, &'a [(String, String)], &'a Part<'a>),
+    Otlp(&'a OtlpClient, &'a ExportProfilesServiceRequest),
+}
+
+impl Transmission<'_> {
+    async fn send(&self) -> Delivery {
+        match self {
+            Self::Pyroscope(client, series, part) => client.send(series, part).await,
+            Self::Parca(client, series, part) => client.send(series, part).await,
+            Self::Otlp(client, request) => client.send(request).await,
+        }
+    }
+}
+
+/// Returns the bytes to which a profile of this size may inflate.
+fn max_inflated(bytes: usize) -> usize {
+    bytes.saturating_mul(MAX_INFLATION).max(MIN_INFLATED_BYTES)
+}
+
+fn halves(mut parts: Parts) -> [Parts; 2] {
+    let second = parts.split_off(parts.len() / 2);
+    [parts, second]
+}
+
 /// Returns 0.5 to 1 from the time and the id. Profiles that wait together have different ids.
 fn jitter(id: &str) -> f64 {
     let hash = id.bytes().fold(time::now_ms(), |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
     0.5 + (hash % 1000) as f64 / 2000.0
-}
-
-/// Returns the id of a part. The first part has the profile's own id, so that the target recognizes a profile that is
-/// sent again after a restart.
-fn part_id(id: &str, number: usize) -> String {
-    if number == 0 { id.to_owned() } else { format!("{id}-{number}") }
 }
 
 /// Returns the sample types of a profile, without their units.

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use axum::{
     Router,
     body::Body,
-    extract::{Path, Request, State},
-    http::{HeaderValue, StatusCode, header},
+    extract::{DefaultBodyLimit, Extension, Path, Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
 use bytes::Bytes;
 use serde_json::json;
@@ -21,9 +21,10 @@ use tonic::Code;
 
 use self::params::{GRAPH, Params, RANGE, RawParams};
 use crate::{
-    auth::{Auth, Role},
+    auth::{Auth, Caller, Role},
     ingest::Ingest,
     metrics::Metrics,
+    otlp_service::{self, OtlpReceiver},
     pyroscope,
     query::{Query, QueryError, Shape, parse_profile_id},
     store::{Store, StoreError},
@@ -40,6 +41,7 @@ pub(crate) struct HttpState {
     pub(crate) triggers: Triggers,
     pub(crate) metrics: Metrics,
     pub(crate) auth: Arc<Auth>,
+    pub(crate) otlp: OtlpReceiver,
 }
 
 /// Returns all routes of the HTTP listener.
@@ -58,13 +60,18 @@ pub(crate) fn router(state: HttpState) -> Router {
         .route("/rules", get(rules))
         .route("/rollout", get(rollout))
         .fallback(|| async { ApiError(StatusCode::NOT_FOUND, "there is no such path in /api/v1".into()) });
+    let pushes = Router::new()
+        .route("/v1development/profiles", post(otlp_profiles))
+        .layer(DefaultBodyLimit::max(otlp_service::MAX_REQUEST_BYTES))
+        .layer(from_fn_with_state((state.clone(), Role::Agent), require));
     Router::new()
         .nest("/api/v1", api)
         .route("/metrics", get(metrics))
         .merge(page::router())
         .fallback(pyroscope::unknown)
-        .layer(from_fn_with_state(state.clone(), require_viewer))
+        .layer(from_fn_with_state((state.clone(), Role::Viewer), require))
         .merge(pyroscope::router(Arc::clone(&state.query), state.ingest.clone(), Arc::clone(&state.auth)))
+        .merge(pushes)
         .route("/livez", get(|| async { "alive\n" }))
         .route("/readyz", get(readyz))
         .layer(from_fn(add_security_headers))
@@ -249,10 +256,26 @@ async fn readyz(State(state): State<HttpState>) -> Response {
     }
 }
 
-/// Refuses callers that lack the viewer role.
-async fn require_viewer(State(state): State<HttpState>, request: Request, next: Next) -> Response {
-    match state.auth.admit(request.extensions(), request.headers(), Role::Viewer).await {
-        Ok(_) => next.run(request).await,
+async fn otlp_profiles(
+    State(state): State<HttpState>,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    otlp_service::export(&state.otlp, &caller, &headers, body).await
+}
+
+/// Refuses callers that lack the role. Handlers find the caller in the extensions.
+async fn require(
+    State((state, role)): State<(HttpState, Role)>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    match state.auth.admit(request.extensions(), request.headers(), role).await {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
         Err(status) => {
             let code = match status.code() {
                 Code::Unauthenticated => StatusCode::UNAUTHORIZED,

@@ -19,6 +19,7 @@ use crate::{
     auth::{Auth, AuthLayer},
     fleet::{Fleet, FleetGrpc},
     ingest::Ingest,
+    otlp_service::{OtlpGrpc, OtlpReceiver},
     query::{Query, QueryGrpc},
     triggers::Triggers,
 };
@@ -36,6 +37,7 @@ pub(crate) struct GrpcServices {
     pub(crate) fleet: Arc<Fleet>,
     pub(crate) triggers: Triggers,
     pub(crate) auth: Arc<Auth>,
+    pub(crate) otlp: OtlpReceiver,
     /// Largest compressed profile, in bytes.
     pub(crate) max_batch_bytes: u64,
 }
@@ -51,7 +53,7 @@ pub(crate) async fn start(
     services: GrpcServices,
     stop: CancellationToken,
 ) -> Result<JoinHandle<()>, GrpcError> {
-    let GrpcServices { ingest, query, fleet, triggers, auth, max_batch_bytes } = services;
+    let GrpcServices { ingest, query, fleet, triggers, auth, otlp, max_batch_bytes } = services;
     // The server must read a batch above the limit too, or it could not refuse the batch by its id.
     let max_push_message = max_batch_bytes as usize * 2 + (1 << 20);
     let ingest = IngestServiceServer::new(ingest)
@@ -72,7 +74,8 @@ pub(crate) async fn start(
         QueryServiceServer<QueryGrpc>,
         AgentServiceServer<FleetGrpc>,
         FleetServiceServer<FleetGrpc>,
-        TriggerServiceServer<Triggers>
+        TriggerServiceServer<Triggers>,
+        OtlpGrpc
     );
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -91,6 +94,7 @@ pub(crate) async fn start(
         .add_service(agents)
         .add_service(nodes)
         .add_service(triggers)
+        .add_service(OtlpGrpc(otlp))
         .serve_with_incoming_shutdown(listener.grpc(), stop.cancelled_owned());
     Ok(tokio::spawn(async move {
         if let Err(error) = serve.await {

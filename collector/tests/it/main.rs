@@ -14,6 +14,8 @@ mod http;
 mod ingest;
 mod kill;
 mod kubernetes;
+mod otlp;
+mod otlp_rules;
 mod pieces;
 mod process;
 mod push;
