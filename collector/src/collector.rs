@@ -134,7 +134,7 @@ impl Collector {
             triggers: triggers.clone(),
             metrics: metrics.clone(),
             auth: Arc::clone(&auth),
-            otlp: otlp.clone(),
+            otlp: Some(otlp.clone()),
         };
         let services =
             GrpcServices { ingest, query, fleet: Arc::clone(&fleet), triggers, auth, otlp, max_batch_bytes };

@@ -11,7 +11,10 @@ use std::{fmt::Write as _, sync::Arc};
 
 use axum::{
     extract::ConnectInfo,
-    http::{Extensions, HeaderMap, header::AUTHORIZATION},
+    http::{
+        Extensions, HeaderMap,
+        header::{AUTHORIZATION, ORIGIN},
+    },
 };
 use rustls::pki_types::CertificateDer;
 use sha2::{Digest as _, Sha256};
@@ -155,12 +158,18 @@ impl Auth {
     }
 
     /// Returns the caller of an HTTP request, or the error of [`Auth::authenticate`] or [`Auth::authorize`].
+    ///
+    /// A browser is no agent. A web page could otherwise make the browser of a user send profiles to a collector without
+    /// authentication, because a browser sends such requests without asking the collector.
     pub(crate) async fn admit(
         &self,
         extensions: &Extensions,
         headers: &HeaderMap,
         role: Role,
     ) -> Result<Caller, Status> {
+        if role == Role::Agent && (headers.contains_key(ORIGIN) || headers.contains_key("sec-fetch-site")) {
+            return Err(Status::permission_denied("profiles are not accepted from web pages"));
+        }
         let peer = extensions.get::<ConnectInfo<Peer>>().map(|info| info.0.clone());
         let token = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
         let token = token.map(str::to_owned);

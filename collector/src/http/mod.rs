@@ -35,13 +35,14 @@ use crate::{
 #[derive(Clone)]
 pub(crate) struct HttpState {
     pub(crate) query: Arc<Query>,
-    /// `None`: clients cannot push profiles.
+    /// `None`: clients of Pyroscope cannot push profiles.
     pub(crate) ingest: Option<Ingest>,
+    /// `None`: senders of OTLP cannot either.
+    pub(crate) otlp: Option<OtlpReceiver>,
     pub(crate) store: Arc<Store>,
     pub(crate) triggers: Triggers,
     pub(crate) metrics: Metrics,
     pub(crate) auth: Arc<Auth>,
-    pub(crate) otlp: OtlpReceiver,
 }
 
 /// Returns all routes of the HTTP listener.
@@ -60,10 +61,13 @@ pub(crate) fn router(state: HttpState) -> Router {
         .route("/rules", get(rules))
         .route("/rollout", get(rollout))
         .fallback(|| async { ApiError(StatusCode::NOT_FOUND, "there is no such path in /api/v1".into()) });
-    let pushes = Router::new()
-        .route("/v1development/profiles", post(otlp_profiles))
-        .layer(DefaultBodyLimit::max(otlp_service::MAX_REQUEST_BYTES))
-        .layer(from_fn_with_state((state.clone(), Role::Agent), require));
+    let otlp = state.otlp.clone().map(|receiver| {
+        Router::new()
+            .route("/v1development/profiles", post(otlp_profiles))
+            .layer(Extension(receiver))
+            .layer(DefaultBodyLimit::max(otlp_service::MAX_REQUEST_BYTES))
+            .layer(from_fn_with_state((state.clone(), Role::Agent), require))
+    });
     Router::new()
         .nest("/api/v1", api)
         .route("/metrics", get(metrics))
@@ -71,7 +75,7 @@ pub(crate) fn router(state: HttpState) -> Router {
         .fallback(pyroscope::unknown)
         .layer(from_fn_with_state((state.clone(), Role::Viewer), require))
         .merge(pyroscope::router(Arc::clone(&state.query), state.ingest.clone(), Arc::clone(&state.auth)))
-        .merge(pushes)
+        .merge(otlp.unwrap_or_default())
         .route("/livez", get(|| async { "alive\n" }))
         .route("/readyz", get(readyz))
         .layer(from_fn(add_security_headers))
@@ -81,7 +85,8 @@ pub(crate) fn router(state: HttpState) -> Router {
 /// Returns the same routes without authentication, for the loopback listener. It answers only to a local host name, so
 /// that no foreign page can read it through a browser on this machine. It takes no profiles.
 pub(crate) fn debug_router(state: HttpState) -> Router {
-    router(HttpState { auth: Auth::open(), ingest: None, ..state }).layer(from_fn(require_local_name))
+    router(HttpState { auth: Auth::open(), ingest: None, otlp: None, ..state })
+        .layer(from_fn(require_local_name))
 }
 
 async fn require_local_name(request: Request, next: Next) -> Response {
@@ -257,12 +262,12 @@ async fn readyz(State(state): State<HttpState>) -> Response {
 }
 
 async fn otlp_profiles(
-    State(state): State<HttpState>,
+    Extension(receiver): Extension<OtlpReceiver>,
     Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
-    otlp_service::export(&state.otlp, &caller, &headers, body).await
+    otlp_service::export(&receiver, &caller, &headers, body).await
 }
 
 /// Refuses callers that lack the role. Handlers find the caller in the extensions.

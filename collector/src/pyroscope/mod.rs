@@ -18,7 +18,7 @@ use std::sync::Arc;
 use axum::{
     Router,
     extract::{DefaultBodyLimit, Request, State},
-    http::{Method as HttpMethod, StatusCode, header::ORIGIN},
+    http::{Method as HttpMethod, StatusCode},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::{MethodRouter, get, post},
@@ -131,14 +131,9 @@ async fn require_viewer(State(auth): State<Arc<Auth>>, request: Request, next: N
     }
 }
 
-/// Refuses callers that lack the agent role, and browsers. A web page could otherwise make the browser of a user send
-/// profiles to a collector without authentication, because a browser sends such requests without asking the collector.
+/// Refuses callers that lack the agent role, and browsers.
 async fn require_agent(State(auth): State<Arc<Auth>>, mut request: Request, next: Next) -> Response {
-    let headers = request.headers();
-    if headers.contains_key(ORIGIN) || headers.contains_key("sec-fetch-site") {
-        return wire::error_response(&Status::permission_denied("profiles are not accepted from web pages"));
-    }
-    match auth.admit(request.extensions(), headers, Role::Agent).await {
+    match auth.admit(request.extensions(), request.headers(), Role::Agent).await {
         Ok(caller) => {
             request.extensions_mut().insert(caller);
             next.run(request).await

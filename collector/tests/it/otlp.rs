@@ -23,7 +23,7 @@ use opentelemetry_proto::tonic::collector::profiles::v1development::{
     profiles_service_server::{ProfilesService, ProfilesServiceServer},
 };
 use prost::Message as _;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Code, Request, Response, Status, codec::CompressionEncoding, metadata::MetadataMap};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -49,6 +49,8 @@ struct Receiver {
     requests: Arc<Mutex<Vec<ExportProfilesServiceRequest>>>,
     metadata: Arc<Mutex<Vec<MetadataMap>>>,
     script: Arc<Mutex<VecDeque<Script>>>,
+    /// Requests wait here until the test lets them go on.
+    gate: Option<Arc<Semaphore>>,
 }
 
 fn services(request: &ExportProfilesServiceRequest) -> Vec<String> {
@@ -139,6 +141,9 @@ impl ProfilesService for Receiver {
         &self,
         request: Request<ExportProfilesServiceRequest>,
     ) -> Result<Response<ExportProfilesServiceResponse>, Status> {
+        if let Some(gate) = &self.gate {
+            let _ = gate.acquire().await.unwrap();
+        }
         self.metadata.lock().unwrap().push(request.metadata().clone());
         self.answer(request.into_inner()).map(Response::new)
     }
@@ -222,13 +227,13 @@ async fn an_http_receiver_gets_requests_that_keep_all_rules() {
 #[tokio::test]
 async fn profiles_that_wait_travel_together() {
     let dir = tempfile::tempdir().unwrap();
-    let receiver = Receiver::default();
     // Eight transmissions wait for the receiver, and the queue fills behind them.
-    let wait = Script::Fail(Code::Unavailable, Some(Duration::from_secs(2)));
-    receiver.script.lock().unwrap().extend(vec![wait; 8]);
+    let gate = Arc::new(Semaphore::new(0));
+    let receiver = Receiver { gate: Some(Arc::clone(&gate)), ..Receiver::default() };
     let running = forwarding(dir.path(), &receiver.grpc().await).await;
     let names: Vec<String> = (0..40).map(|number| format!("service{number}")).collect();
     store(&running, &names.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    gate.add_permits(1000);
     eventually("all profiles are there", || async { receiver.resources() == 40 }).await;
     let requests = receiver.all();
     assert!(requests.len() <= 20, "{} requests for 40 profiles", requests.len());
@@ -241,14 +246,14 @@ async fn profiles_that_wait_travel_together() {
 #[tokio::test]
 async fn a_refused_profile_takes_no_other_with_it() {
     let dir = tempfile::tempdir().unwrap();
-    let receiver = Receiver::default();
-    let wait = Script::Fail(Code::Unavailable, Some(Duration::from_secs(2)));
-    receiver.script.lock().unwrap().extend(vec![wait; 8]);
+    let gate = Arc::new(Semaphore::new(0));
+    let receiver = Receiver { gate: Some(Arc::clone(&gate)), ..Receiver::default() };
     receiver.script.lock().unwrap().push_back(Script::OnlyWithout("bad"));
     let running = forwarding(dir.path(), &receiver.grpc().await).await;
     let mut names: Vec<String> = (0..30).map(|number| format!("service{number}")).collect();
     names.insert(20, "bad".to_owned());
     store(&running, &names.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    gate.add_permits(1000);
     eventually("all others are there", || async { receiver.resources() == 30 }).await;
     let addr = running.http_addr;
     eventually("the bad one is counted", || async move { count(addr, &forward_lost("refused")).await == 1 })
@@ -377,7 +382,10 @@ async fn json_is_taken_and_a_bad_profile_in_it_is_named() {
 #[tokio::test]
 async fn wrong_http_requests_are_refused_with_a_reason() {
     let dir = tempfile::tempdir().unwrap();
-    let running = start(dir.path()).await;
+    let config = config_with(dir.path(), |config| {
+        config.server.debug_listen = Some(([127, 0, 0, 1], 0).into());
+    });
+    let running = Collector::start(config).await.unwrap();
     let (json, protobuf) = (("content-type", "application/json"), ("content-type", "application/x-protobuf"));
     let version = "otlp-profiles-development-version";
     // In layout 1.9 a sample has attributes in field 3: 1.10 has a number there.
@@ -397,8 +405,12 @@ async fn wrong_http_requests_are_refused_with_a_reason() {
         let text = String::from_utf8_lossy(&answer);
         assert!(found == status && text.contains(reason), "{headers:?}: {found} {text}");
     }
-    let (status, _) = post_profiles(running.http_addr, &[json], b"{}".to_vec()).await;
-    assert_eq!(status, 200, "a request without profiles");
+    for (headers, want) in [(vec![json], 200), (vec![json, ("origin", "http://evil")], 403)] {
+        let (status, _) = post_profiles(running.http_addr, &headers, b"{}".to_vec()).await;
+        assert_eq!(status, want, "a request without profiles, and one of a web page: {headers:?}");
+    }
+    let (status, _) = post_profiles(running.debug_addr.unwrap(), &[json], b"{}".to_vec()).await;
+    assert_eq!(status, 404, "the loopback listener takes no profiles");
     running.shutdown().await;
 }
 
