@@ -24,7 +24,9 @@ use crate::{
     time,
 };
 
-/// Age of a file that no commit has added, before it counts as the leftover of a crash. A compaction takes less.
+/// Age of a file that no commit has added, before it counts as the leftover of a crash. A compaction takes less. The age is the time
+/// to the newest file, by the clock of the bucket: with its own clock an hour ahead, a collector would delete what another one is
+/// about to commit.
 const LEFTOVER_AGE: Duration = Duration::from_secs(3600);
 /// Files of one removing commit.
 const MAX_REMOVED: usize = 1000;
@@ -124,18 +126,19 @@ async fn clean(log: &mut Log, objects: &TableObjects, options: &TableOptions) ->
     let now_ms = time::now_ms();
     let delay_ms = options.delete_delay.as_millis() as u64;
     let first_version = first_version(&listed, options.log_keep, now_ms);
+    let newest = listed.iter().map(|object| object.last_modified).max();
     let mut bytes = 0;
     let (mut deleted, mut kept) = (Vec::new(), HashSet::new());
     for object in listed {
         let path = object.location.as_ref().strip_prefix(prefix.as_ref()).unwrap_or_default();
         let path = path.trim_start_matches('/');
-        let modified_ms = u64::try_from(object.last_modified.timestamp_millis()).unwrap_or(0);
+        let age = newest.map_or(0, |newest| (newest - object.last_modified).num_seconds());
         let is_due = match path.strip_prefix("_delta_log/") {
             Some(name) => version_of(name).is_some_and(|version| version < first_version),
             None if log.files.contains_key(path) => false,
             None => match log.removed.get(path) {
                 Some(removed_ms) => now_ms.saturating_sub(*removed_ms) >= delay_ms,
-                None => now_ms.saturating_sub(modified_ms) >= LEFTOVER_AGE.as_millis() as u64,
+                None => age >= LEFTOVER_AGE.as_secs() as i64,
             },
         };
         if is_due {

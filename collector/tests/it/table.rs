@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     path::Path,
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
@@ -400,4 +400,31 @@ async fn retention_removes_partitions_of_the_table() {
     let on_disk: u64 = files_below(&dir.path().join("table")).values().map(|file| file.len() as u64).sum();
     assert!(counted >= on_disk && counted < on_disk + (4 << 20), "{counted} of {on_disk}");
     running.shutdown().await;
+}
+
+/// Checks the leftover of a crash on the disk, and a file in a bucket that another collector is about to commit. The bucket's clock is
+/// far behind that of the collector.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_a_file_much_older_than_the_newest_is_a_leftover() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let of_another = "profiles/here/table/samples/date=2026-01-01/hour=0/part-another.zstd.parquet";
+    s3.0.lock().unwrap().objects.insert(of_another.to_owned(), "rows".into());
+    let hour = dir.path().join("disk/table/samples/date=2026-01-01/hour=0");
+    fs::create_dir_all(&hour).unwrap();
+    for (name, age_s) in [("old", 7200), ("young", 60)] {
+        let file = fs::File::create(hour.join(format!("part-{name}.zstd.parquet"))).unwrap();
+        file.set_modified(SystemTime::now() - Duration::from_secs(age_s)).unwrap();
+    }
+    let in_bucket = in_bucket(&dir.path().join("local"), &s3.clone().serve().await);
+    for mut config in [in_bucket, config_with(&dir.path().join("disk"), |_| {})] {
+        with_table(&mut config);
+        config.table.retention_interval = Duration::from_millis(50);
+        let running = Collector::start(config).await.unwrap();
+        Pusher::open(running.grpc_addr).await.store_all(&batches(0, 2)).await;
+        up_to_date(running.http_addr).await;
+        running.shutdown().await;
+    }
+    assert!(s3.0.lock().unwrap().objects.contains_key(of_another));
+    let left = |name: &str| hour.join(format!("part-{name}.zstd.parquet")).exists();
+    assert_eq!((left("old"), left("young")), (false, true));
 }
