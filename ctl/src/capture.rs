@@ -12,10 +12,10 @@ use gannet_proto::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
-    args::{Format, Manual},
+    args::{Form, Format, Manual},
     client::{self, Collector},
     error::Error,
-    profiles::save,
+    profiles::{Target, save},
     render::Console,
 };
 
@@ -27,6 +27,8 @@ pub(crate) async fn run(
     format: Format,
     console: &mut Console<'_>,
 ) -> Result<(), Error> {
+    // Before the capture, which would be in vain.
+    let target = Target::new(file.unwrap_or(Path::new("profile.pb.gz")), Form::default(), "")?;
     let request = request(args, node(args, collector).await?)?;
     let mut answer = collector
         .fleet()
@@ -75,7 +77,7 @@ pub(crate) async fn run(
             args.lasting
         )));
     }
-    save(&profile, file.unwrap_or(Path::new("profile.pb.gz")), format, console)?;
+    save(&profile, &target, format, console)?;
     if format == Format::Table && file != Some(Path::new("-")) {
         writeln!(console.out, "{samples} samples of node {}", request.node)?;
         // An agent of an earlier version sends none.

@@ -8,6 +8,7 @@ mod capture;
 mod check;
 mod client;
 mod error;
+mod export;
 mod flame;
 mod nodes;
 mod profiles;
@@ -42,7 +43,10 @@ async fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Error> {
     };
     let takes_file = matches!(
         command,
-        Command::Profile(_) | Command::Profiles(args::Profiles::Get { .. } | args::Profiles::Merge { .. })
+        Command::Profile(_)
+            | Command::Profiles(
+                args::Profiles::Get { .. } | args::Profiles::Merge { .. } | args::Profiles::Convert { .. }
+            )
     );
     if let Some(file) = file.as_ref().filter(|_| !takes_file) {
         return Err(Error::Usage(format!(
@@ -56,6 +60,10 @@ async fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Error> {
         Command::Completion(args) => Ok(args.write(args::command(), console.out)?),
         Command::Man(args) => Ok(args.write(args::command(), console.out)?),
         Command::Rules(args::Rules::Validate { files }) => rules::validate(&files, format, console),
+        Command::Profiles(args::Profiles::Convert { file: from, out, sample_type, form }) => {
+            let to = file.unwrap_or(out);
+            profiles::convert(&from, &to, &sample_type, form, format, console)
+        }
         Command::Flame(args) if args.input.is_some() => flame::show_file(&args, format, console),
         Command::Rules(command) => rules::run(command, &connect()?, format, console).await,
         Command::Rollout(command) => rollout::run(command, &connect()?, format, console).await,

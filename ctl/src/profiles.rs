@@ -1,6 +1,7 @@
 //! Stored profiles: list, download, merge and compare them, and the tables of functions.
 
 use std::{
+    borrow::Cow,
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
@@ -12,9 +13,10 @@ use gannet_proto::query::{
 use serde_json::{Value, json};
 
 use crate::{
-    args::{Base, Format, Profiles, Select, TopArgs},
+    args::{Base, Form, Format, Profiles, Select, TopArgs},
     client::{self, Collector},
     error::Error,
+    export::{self, FileFormat},
     render::{Console, amount, bytes, count, millis, percent, show_span, show_time, span_millis, table},
 };
 
@@ -30,7 +32,7 @@ pub(crate) async fn run(
 ) -> Result<(), Error> {
     match command {
         Profiles::List { select, limit } => list(&select, limit, collector, format, console).await,
-        Profiles::Get { id, out } => {
+        Profiles::Get { id, out, form } => {
             let file = match output.or(out) {
                 Some(file) => file,
                 None if is_plain(&id) => format!("{id}.pb.gz").into(),
@@ -47,11 +49,17 @@ pub(crate) async fn run(
             while let Some(chunk) = answer.message().await.map_err(|status| collector.fault(&status))? {
                 client::append(&mut profile, &chunk.data)?;
             }
-            save(&profile, &file, format, console)
+            save(&profile, &Target::new(&file, form, "")?, format, console)
         }
-        Profiles::Merge { select, sample_type, out } => {
+        Profiles::Merge { select, sample_type, out, form } => {
+            let file = output.unwrap_or(out);
+            // Before the collector merges in vain.
+            let target = Target::new(&file, form, &sample_type)?;
             let merged = collector.merge(select.selection(), &sample_type, console).await?;
-            save(&merged, &output.unwrap_or(out), format, console)
+            save(&merged, &target, format, console)
+        }
+        Profiles::Convert { file, out, sample_type, form } => {
+            convert(&file, &output.unwrap_or(out), &sample_type, form, format, console)
         }
         Profiles::Diff { top: args, base } => {
             if !base.is_given() {
@@ -70,27 +78,64 @@ fn is_plain(id: &str) -> bool {
     !id.is_empty() && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
 }
 
+/// A file to write, and its format.
+pub(crate) struct Target<'a> {
+    file: &'a Path,
+    form: FileFormat,
+    /// The sample type of formats that have one.
+    sample_type: &'a str,
+}
+
+impl<'a> Target<'a> {
+    /// Chooses the format: that of `--as`, or that of the file's ending.
+    pub(crate) fn new(file: &'a Path, form: Form, sample_type: &'a str) -> Result<Self, Error> {
+        let form = match form.form {
+            Some(form) => form,
+            None => FileFormat::of_path(file)?,
+        };
+        Ok(Self { file, form, sample_type })
+    }
+}
+
+/// Converts a pprof file.
+pub(crate) fn convert(
+    from: &Path,
+    to: &Path,
+    sample_type: &str,
+    form: Form,
+    format: Format,
+    console: &mut Console<'_>,
+) -> Result<(), Error> {
+    let target = Target::new(to, form, sample_type)?;
+    let bytes = fs::read(from).map_err(|source| Error::File { file: from.display().to_string(), source })?;
+    save(&bytes, &target, format, console)
+}
+
 /// Writes a profile to a file, or to standard output for `-`. Writes a temporary file and renames it, so that an
 /// existing file of that name is never half written.
 pub(crate) fn save(
     profile: &[u8],
-    file: &Path,
+    target: &Target<'_>,
     format: Format,
     console: &mut Console<'_>,
 ) -> Result<(), Error> {
+    let Target { file, form, sample_type } = *target;
+    if file == Path::new("-") && console.terminal && !form.is_text() {
+        return Err(Error::Usage("a terminal cannot show pprof; give -O FILE or pipe the output".to_owned()));
+    }
+    // A download stays as the collector sent it.
+    let content = match form {
+        FileFormat::Pprof => Cow::Borrowed(profile),
+        form => Cow::Owned(export::convert(profile, form, sample_type)?),
+    };
     if file == Path::new("-") {
-        if console.terminal {
-            return Err(Error::Usage(
-                "a terminal cannot show pprof; give -O FILE or pipe the output".to_owned(),
-            ));
-        }
-        console.out.write_all(profile)?;
+        console.out.write_all(&content)?;
         return Ok(console.out.flush()?);
     }
     let fault = |source| Error::File { file: file.display().to_string(), source };
     let mut temporary = file.as_os_str().to_owned();
     temporary.push(format!(".{}.part", std::process::id()));
-    let written = fs::write(&temporary, profile).and_then(|()| fs::rename(&temporary, file));
+    let written = fs::write(&temporary, &content).and_then(|()| fs::rename(&temporary, file));
     if let Err(error) = written {
         // The error of the removal would hide the first one.
         let _ = fs::remove_file(&temporary);
@@ -98,8 +143,8 @@ pub(crate) fn save(
     }
     console.show(
         format,
-        || json!({ "file": file.display().to_string(), "bytes": profile.len() }),
-        || format!("wrote {} ({})\n", file.display(), bytes(profile.len() as u64)),
+        || json!({ "file": file.display().to_string(), "bytes": content.len() }),
+        || format!("wrote {} ({})\n", file.display(), bytes(content.len() as u64)),
     )
 }
 
@@ -328,12 +373,14 @@ mod tests {
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let mut console = Console { out: &mut out, err: &mut err, terminal: true };
         let file = dir.path().join("a.pb.gz");
-        save(b"profile", &file, Format::Table, &mut console).unwrap();
+        let missing = dir.path().join("no/a.pb.gz");
+        let target = |file| Target { file, form: FileFormat::Pprof, sample_type: "" };
+        save(b"profile", &target(&file), Format::Table, &mut console).unwrap();
         assert_eq!(fs::read(&file).unwrap(), b"profile");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        let error = save(b"x", &dir.path().join("no/a.pb.gz"), Format::Table, &mut console).unwrap_err();
+        let error = save(b"x", &target(&missing), Format::Table, &mut console).unwrap_err();
         assert!(error.to_string().contains("a.pb.gz"), "{error}");
-        let error = save(b"x", Path::new("-"), Format::Table, &mut console).unwrap_err();
+        let error = save(b"x", &target(Path::new("-")), Format::Table, &mut console).unwrap_err();
         assert_eq!(error.exit_code(), 2);
     }
 }

@@ -388,6 +388,27 @@ async fn profiles_are_listed_downloaded_merged_and_compared() {
     assert_eq!(pprof::check(&one).unwrap().totals, [40, 400_000_000]);
     assert_eq!(setup.ctl("profiles get 01ARZ3NDEKTSV4RRFFQ69G5FAV -O -").await.code, 1);
 
+    // For other tools, by the ending of the file, and from a file without the collector.
+    for (name, holds) in [
+        ("one.folded", "main;"),
+        ("one.speedscope.json", "speedscope.app/file-format-schema.json"),
+        ("one.firefox.json", "preprocessedProfileVersion"),
+        ("one.perf", "cpu-clock:"),
+    ] {
+        let file = setup.dir.path().join(name);
+        let got = setup.ctl(&format!("profiles get {id} -O {}", file.display())).await;
+        assert_eq!(got.code, 0, "{}", got.err);
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert!(text.contains(holds), "{name}: {text}");
+        let form = name.split('.').nth(1).unwrap();
+        let again = setup.ctl(&format!("profiles convert {} --as {form}", out.display())).await;
+        assert_eq!((again.code, again.out), (0, text), "{}", again.err);
+    }
+    let unknown = setup.ctl(&format!("profiles convert {} -O x.json", out.display())).await;
+    assert!(unknown.code == 2 && unknown.err.contains(".speedscope.json"), "{}", unknown.err);
+    let kind = setup.ctl(&format!("profiles convert {} --as folded --type heap", out.display())).await;
+    assert!(kind.code == 2 && kind.err.contains("samples/count, cpu/nanoseconds"), "{}", kind.err);
+
     let merged = setup.dir.path().join("merged.pb.gz");
     let done =
         setup.ctl(&format!("profiles merge -q {{service_name=\"app\"}} -O {}", merged.display())).await;

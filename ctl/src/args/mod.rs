@@ -8,7 +8,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 use gannet_base::{CompletionArgs, ManArgs, Renamed};
 use gannet_proto::connect::Dial;
-pub(crate) use profiles::{Base, Flame, Manual, Profiles, Select, TopArgs};
+pub(crate) use profiles::{Base, Flame, Form, Manual, Profiles, Select, TopArgs};
 pub(crate) use rules::{Rollout, RuleFiles, Rules, ScopeArg};
 
 /// Control Gannet: set profiling rules, follow them to the nodes, read profiles
@@ -130,7 +130,7 @@ pub(crate) enum Command {
         after_help = "Examples:\n  gannetctl nodes\n  gannetctl nodes -o json | jq '.nodes[] | select(.connected | not) | .name'"
     )]
     Nodes,
-    /// List, download, merge and compare stored profiles
+    /// List, download, convert, merge and compare stored profiles
     #[command(subcommand)]
     Profiles(Profiles),
     /// Show profiles as an interactive flame graph, or as a tree if the output is not a terminal

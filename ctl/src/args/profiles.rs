@@ -7,6 +7,8 @@ use gannet_base::TimeSpan;
 use gannet_proto::query::Selection;
 use jiff::Timestamp;
 
+use crate::export::FileFormat;
+
 /// Stored profiles, chosen by labels and time.
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Selection")]
@@ -50,6 +52,14 @@ pub(crate) struct Base {
     pub(crate) base_until: Option<Timestamp>,
 }
 
+/// The format of a file.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub(crate) struct Form {
+    /// Write this format, whatever the ending of the file
+    #[arg(long = "as", value_name = "FORMAT", value_enum)]
+    pub(crate) form: Option<FileFormat>,
+}
+
 /// Commands of `gannetctl profiles`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Profiles {
@@ -62,18 +72,38 @@ pub(crate) enum Profiles {
         #[command(flatten)]
         select: Select,
     },
-    /// Download one profile as gzip-compressed pprof
+    /// Download one profile, as pprof or for another tool
     #[command(
-        after_help = "Example:\n  gannetctl profiles get 01JAZ… -O slow.pb.gz && go tool pprof -top slow.pb.gz"
+        after_help = "Examples:\n  gannetctl profiles get 01JAZ… -O slow.pb.gz && go tool pprof -top slow.pb.gz\n  \
+        gannetctl profiles get 01JAZ… -O slow.speedscope.json"
     )]
     Get {
         /// The profile's id, from `profiles list`
         id: String,
-        /// Write to this file, or to standard output for `-`; by default to ID.pb.gz
+        /// Write to this file, or to standard output for `-`; by default to ID.pb.gz. The ending chooses the format: .pb.gz,
+        /// .folded, .speedscope.json, .firefox.json, .perf
         #[arg(short = 'O', long, value_name = "FILE")]
         out: Option<PathBuf>,
+        #[command(flatten)]
+        form: Form,
     },
-    /// Merge the selected profiles into one file of gzip-compressed pprof
+    /// Convert a pprof file for another tool; needs no collector
+    #[command(after_help = "Examples:\n  gannetctl profiles convert slow.pb.gz -O slow.firefox.json\n  \
+        gannetctl profiles convert slow.pb.gz --as folded | flamegraph.pl > slow.svg")]
+    Convert {
+        /// The file
+        file: PathBuf,
+        /// Write to this file, or to standard output for `-`. The ending chooses the format: .pb.gz, .folded,
+        /// .speedscope.json, .firefox.json, .perf
+        #[arg(short = 'O', long, value_name = "FILE", default_value = "-")]
+        out: PathBuf,
+        /// The sample type that folded, firefox and perf show. By default the last type of the profile
+        #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
+        sample_type: String,
+        #[command(flatten)]
+        form: Form,
+    },
+    /// Merge the selected profiles into one file, as pprof or for another tool
     #[command(
         after_help = "Example:\n  gannetctl profiles merge --query '{service_name=\"checkout\"}' --since 1h -O checkout.pb.gz"
     )]
@@ -81,9 +111,12 @@ pub(crate) enum Profiles {
         /// Merge only profiles with this sample type; needed if the selection holds several kinds of profiles
         #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
         sample_type: String,
-        /// Write to this file, or to standard output for `-`
+        /// Write to this file, or to standard output for `-`. The ending chooses the format: .pb.gz, .folded,
+        /// .speedscope.json, .firefox.json, .perf
         #[arg(short = 'O', long, value_name = "FILE", default_value = "merged.pb.gz")]
         out: PathBuf,
+        #[command(flatten)]
+        form: Form,
         #[command(flatten)]
         select: Select,
     },

@@ -48,7 +48,7 @@ fn weight(pair: Pair) -> u64 {
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct FrameKey {
     pub(super) name: String,
-    kernel: bool,
+    pub(super) kernel: bool,
 }
 
 struct Node {

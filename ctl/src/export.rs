@@ -1,0 +1,169 @@
+//! Profiles as files of other tools.
+
+use std::{collections::HashMap, path::Path, time::Duration};
+
+use clap::ValueEnum;
+use fxprof_processed_profile as firefox;
+use gannet_proto::pprof::{self, Export, ExportSample, is_interpreted};
+
+use crate::{client::MAX_PROFILE_BYTES, error::Error};
+
+/// The format of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FileFormat {
+    /// For `go tool pprof`, and for Gannet itself
+    Pprof,
+    /// One line a stack, for flame graph scripts
+    Folded,
+    /// For speedscope.app
+    Speedscope,
+    /// For profiler.firefox.com
+    Firefox,
+    /// As `perf script` prints it
+    Perf,
+}
+
+const NANOS_PER_MILLI: u64 = 1_000_000;
+
+/// Endings of file names. Every other name without one of [`FOREIGN`] is a pprof file.
+const ENDINGS: [(&str, FileFormat); 6] = [
+    (".folded", FileFormat::Folded),
+    (".speedscope.json", FileFormat::Speedscope),
+    (".firefox.json", FileFormat::Firefox),
+    (".perf", FileFormat::Perf),
+    (".pb.gz", FileFormat::Pprof),
+    (".pprof", FileFormat::Pprof),
+];
+/// Endings that a pprof file never has.
+const FOREIGN: [&str; 5] = [".json", ".svg", ".html", ".txt", ".data"];
+
+impl FileFormat {
+    /// Returns the format for the name of a file.
+    pub(crate) fn of_path(path: &Path) -> Result<Self, Error> {
+        let name =
+            path.file_name().map(|name| name.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
+        if let Some((_, format)) = ENDINGS.iter().find(|(ending, _)| name.ends_with(ending)) {
+            return Ok(*format);
+        }
+        if FOREIGN.iter().any(|ending| name.ends_with(ending)) {
+            return Err(Error::Usage(format!(
+                "{}: the ending names no format; end it in .pb.gz, .folded, .speedscope.json, .firefox.json or .perf, or give --as",
+                path.display()
+            )));
+        }
+        Ok(Self::Pprof)
+    }
+
+    /// Reports whether people can read it in a terminal.
+    pub(crate) fn is_text(self) -> bool {
+        self != Self::Pprof
+    }
+}
+
+/// Returns a pprof profile in another format. `sample_type` chooses the values of formats that have one kind; empty means the
+/// last type.
+pub(crate) fn convert(bytes: &[u8], to: FileFormat, sample_type: &str) -> Result<Vec<u8>, Error> {
+    let profile = pprof::decode(bytes, MAX_PROFILE_BYTES)?;
+    let export = Export::new(&profile)?;
+    let index = pprof::sample_type_index(&profile, sample_type).ok_or_else(|| {
+        Error::Usage(format!(
+            "the profile has no type {sample_type}; it has {}",
+            export.sample_types.join(", ")
+        ))
+    })?;
+    Ok(match to {
+        FileFormat::Pprof => pprof::encode(&profile),
+        FileFormat::Folded => pprof::folded(&profile, index)?.into_bytes(),
+        FileFormat::Speedscope => export.speedscope("gannet", index).into_bytes(),
+        FileFormat::Firefox => of_firefox(&export, index)?,
+        FileFormat::Perf => export.perf_script(index).into_bytes(),
+    })
+}
+
+/// Returns the profile in the format of the Firefox Profiler: a track for each thread. A profile has no times of samples, so those
+/// of a thread follow each other from the start.
+fn of_firefox(export: &Export, index: usize) -> Result<Vec<u8>, Error> {
+    let start = Duration::from_nanos(u64::try_from(export.time_nanos).unwrap_or(0));
+    let reference = firefox::ReferenceTimestamp::from_duration_since_unix_epoch(start);
+    let interval = firefox::SamplingInterval::from_millis(1);
+    let mut out = firefox::Profile::new("gannet", reference, interval);
+    let user = out.add_category("User", firefox::CategoryColor::Yellow).into();
+    let kernel = out.add_category("Kernel", firefox::CategoryColor::Orange).into();
+    let interpreted = out.add_category("Interpreted", firefox::CategoryColor::Green).into();
+    let frames: Vec<firefox::FrameInfo> = export
+        .frames
+        .iter()
+        .map(|frame| firefox::FrameInfo {
+            frame: firefox::Frame::Label(out.intern_string(&frame.name)),
+            category_pair: match () {
+                () if frame.kernel => kernel,
+                () if is_interpreted(&frame.mapping) => interpreted,
+                () => user,
+            },
+            flags: firefox::FrameFlags::empty(),
+        })
+        .collect();
+    let is_time = export.sample_types.get(index).is_some_and(|kind| kind.ends_with("/nanoseconds"));
+    let zero = firefox::Timestamp::from_nanos_since_reference(0);
+    let mut processes: HashMap<i64, firefox::ProcessHandle> = HashMap::new();
+    // Each thread with its time so far.
+    let mut threads: HashMap<(i64, i64, &str), (firefox::ThreadHandle, u64)> = HashMap::new();
+    for sample in &export.samples {
+        let ExportSample { frames: stack, values, pid, tid, comm, thread } = sample;
+        let value = u64::try_from(values.get(index).copied().unwrap_or(0)).unwrap_or(0);
+        if value == 0 {
+            continue;
+        }
+        let process = *processes
+            .entry(*pid)
+            .or_insert_with(|| out.add_process(comm, u32::try_from(*pid).unwrap_or(0), zero));
+        let (handle, nanos) = threads.entry((*pid, *tid, thread)).or_insert_with(|| {
+            let handle = out.add_thread(process, u32::try_from(*tid).unwrap_or(0), zero, pid == tid);
+            if is_time {
+                out.set_thread_samples_weight_type(handle, firefox::WeightType::TracingMs);
+            }
+            out.set_thread_name(handle, if thread.is_empty() { comm } else { thread });
+            (handle, 0)
+        });
+        let stack = out.intern_stack_frames(*handle, stack.iter().map(|frame| frames[*frame].clone()));
+        // Weights are milliseconds, or whatever the type counts. A track needs times in both cases.
+        let (weight, took, busy) = if is_time {
+            let millis = (value.saturating_add(NANOS_PER_MILLI / 2) / NANOS_PER_MILLI).max(1);
+            (millis, value, firefox::CpuDelta::from_nanos(value))
+        } else {
+            (value, value.saturating_mul(NANOS_PER_MILLI), firefox::CpuDelta::ZERO)
+        };
+        *nanos = nanos.saturating_add(took);
+        let at = firefox::Timestamp::from_nanos_since_reference(*nanos);
+        out.add_sample(*handle, at, stack, busy, i32::try_from(weight).unwrap_or(i32::MAX));
+    }
+    for (handle, nanos) in threads.values() {
+        let end = firefox::Timestamp::from_nanos_since_reference(nanos.saturating_add(1));
+        out.set_thread_end_time(*handle, end);
+    }
+    serde_json::to_vec(&out).map_err(|error| Error::Failed(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case("a.pb.gz", Some(FileFormat::Pprof))]
+    #[case("a", Some(FileFormat::Pprof))]
+    #[case("dir.folded/b.FOLDED", Some(FileFormat::Folded))]
+    #[case("a.speedscope.json", Some(FileFormat::Speedscope))]
+    #[case("a.firefox.json", Some(FileFormat::Firefox))]
+    #[case("a.perf", Some(FileFormat::Perf))]
+    #[case("a.json", None)]
+    #[case("a.svg", None)]
+    fn the_ending_of_a_name_chooses_the_format(#[case] name: &str, #[case] want: Option<FileFormat>) {
+        let found = FileFormat::of_path(Path::new(name));
+        if let Err(error) = &found {
+            assert!(error.to_string().contains(".speedscope.json"), "{error}");
+        }
+        assert_eq!(found.ok(), want);
+    }
+}
