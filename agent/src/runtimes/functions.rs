@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},
     },
 };
 
@@ -24,6 +24,9 @@ pub(super) const MAX_FUNCTIONS: usize = 16_384;
 pub(super) const NO_FUNCTION: u32 = u32::MAX;
 /// Bytes of the texts of one process, those among them that it shares with others.
 const MAX_PROCESS_BYTES: usize = 4 << 20;
+
+/// Readings of one function that may come too late.
+const MAX_MISSES: u8 = 64;
 
 /// The interpreter of one image of a process, and its functions.
 #[derive(Debug)]
@@ -63,12 +66,30 @@ pub(crate) struct ListFunction {
     without_lines: OnceLock<Arc<SharedText>>,
     /// The thread that reads processes has been asked for its texts.
     is_requested: AtomicBool,
+    /// Number of readings that found something else, or nothing.
+    misses: AtomicU8,
 }
 
 impl ListFunction {
     fn new(object: u64, sum: u32) -> Self {
-        let (text, without_lines) = (OnceLock::new(), OnceLock::new());
-        Self { object, sum, text, without_lines, is_requested: AtomicBool::new(false) }
+        Self {
+            object,
+            sum,
+            text: OnceLock::new(),
+            without_lines: OnceLock::new(),
+            is_requested: AtomicBool::new(false),
+            misses: AtomicU8::new(0),
+        }
+    }
+
+    /// Lets the next sample of the function ask for its texts again, unless that was in vain too often. A closure lives for one call.
+    /// The next call may make an equal one in the same place, which can be read.
+    fn ask_again(&self) -> bool {
+        let is_over = self.misses.fetch_add(1, Ordering::Relaxed) >= MAX_MISSES;
+        if !is_over {
+            self.is_requested.store(false, Ordering::Relaxed);
+        }
+        !is_over
     }
 
     /// Returns its texts, if they could be read.
@@ -161,8 +182,13 @@ impl Interpreter {
         self.functions.lock().all.get(usize::try_from(number).ok()?).map(Arc::clone)
     }
 
-    /// Sets the texts of a function, unless they are set or the texts take too much memory.
+    /// Sets the texts of a function, unless they are set or the texts take too much memory. A reading that came too late may be
+    /// repeated.
     pub(crate) fn set_text(&self, function: &ListFunction, text: Result<FunctionText, WhyNot>) {
+        let is_late = matches!(text, Err(WhyNot::Unreadable | WhyNot::Unanswered | WhyNot::Implausible(_)));
+        if is_late && function.ask_again() {
+            return;
+        }
         if function.text.get().is_none()
             && let Err(Ok(unused)) = function.text.set(text.and_then(|text| self.keep(text)))
         {
@@ -253,6 +279,32 @@ mod tests {
         // A second answer changes nothing.
         interpreter.set_text(&enter(&interpreter, 900), Err(WhyNot::Unreadable));
         assert_eq!(interpreter.bytes.load(Ordering::Relaxed), held);
+    }
+
+    #[test]
+    fn a_function_that_was_read_too_late_is_read_again() {
+        let interpreter = Interpreter::of_python();
+        let function = enter(&interpreter, 7);
+        let enters = || {
+            let words = [StackWord::Function(7), StackWord::Position { sum: 1, position: 2 }];
+            interpreter.enter(&mut words.map(StackWord::encode)).len()
+        };
+        assert_eq!(enters(), 0, "the reading is under way");
+        interpreter.set_text(&function, Err(WhyNot::Implausible("another function than the samples had")));
+        assert_eq!(enters(), 1);
+        interpreter.set_text(&function, Err(WhyNot::Unreadable));
+        assert_eq!(enters(), 1);
+        interpreter.set_text(&function, Ok(FunctionText { name: "f".into(), ..FunctionText::default() }));
+        assert_eq!((enters(), function.texts().unwrap().name.as_str()), (0, "f"));
+        // What never can be read is not read for ever, and a version that is not supported is not read again.
+        let hopeless = enter(&interpreter, 8);
+        for _ in 0..=MAX_MISSES {
+            interpreter.set_text(&hopeless, Err(WhyNot::Unreadable));
+        }
+        assert_eq!(hopeless.text.get(), Some(&Err(WhyNot::Unreadable)));
+        let foreign = enter(&interpreter, 9);
+        interpreter.set_text(&foreign, Err(WhyNot::Version));
+        assert_eq!(foreign.text.get(), Some(&Err(WhyNot::Version)));
     }
 
     #[test]
