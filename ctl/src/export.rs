@@ -6,18 +6,18 @@ use clap::ValueEnum;
 use fxprof_processed_profile as firefox;
 use gannet_proto::pprof::{self, Export, ExportSample, is_interpreted};
 
-use crate::{client::MAX_PROFILE_BYTES, error::Error};
+use crate::error::Error;
 
-/// The format of a file.
+/// A format that `profiles get`, `merge` and `convert` write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum FileFormat {
     /// For `go tool pprof`, and for Gannet itself
     Pprof,
     /// One line a stack, for flame graph scripts
     Folded,
-    /// For speedscope.app
+    /// For the viewer at speedscope.app
     Speedscope,
-    /// For profiler.firefox.com
+    /// For the viewer at profiler.firefox.com
     Firefox,
     /// As `perf script` prints it
     Perf,
@@ -60,10 +60,15 @@ impl FileFormat {
     }
 }
 
-/// Returns a pprof profile in another format. `sample_type` chooses the values of formats that have one kind; empty means the
-/// last type.
-pub(crate) fn convert(bytes: &[u8], to: FileFormat, sample_type: &str) -> Result<Vec<u8>, Error> {
-    let profile = pprof::decode(bytes, MAX_PROFILE_BYTES)?;
+/// Returns a pprof profile of at most `max_bytes`, without compression, in another format. `sample_type` chooses the values of
+/// formats that have one kind; empty means the last type.
+pub(crate) fn convert(
+    bytes: &[u8],
+    max_bytes: usize,
+    to: FileFormat,
+    sample_type: &str,
+) -> Result<Vec<u8>, Error> {
+    let profile = pprof::decode(bytes, max_bytes)?;
     let export = Export::new(&profile)?;
     let index = pprof::sample_type_index(&profile, sample_type).ok_or_else(|| {
         Error::Usage(format!(

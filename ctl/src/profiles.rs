@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::{
     args::{Base, Form, Format, Profiles, Select, TopArgs},
-    client::{self, Collector},
+    client::{self, Collector, MAX_PROFILE_BYTES},
     error::Error,
     export::{self, FileFormat},
     render::{Console, amount, bytes, count, millis, percent, show_span, show_time, span_millis, table},
@@ -126,7 +126,7 @@ pub(crate) fn save(
     // A download stays as the collector sent it.
     let content = match form {
         FileFormat::Pprof => Cow::Borrowed(profile),
-        form => Cow::Owned(export::convert(profile, form, sample_type)?),
+        form => Cow::Owned(export::convert(profile, MAX_PROFILE_BYTES, form, sample_type)?),
     };
     if file == Path::new("-") {
         console.out.write_all(&content)?;

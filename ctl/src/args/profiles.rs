@@ -91,7 +91,7 @@ pub(crate) enum Profiles {
     #[command(after_help = "Examples:\n  gannetctl profiles convert slow.pb.gz -O slow.firefox.json\n  \
         gannetctl profiles convert slow.pb.gz --as folded | flamegraph.pl > slow.svg")]
     Convert {
-        /// The file
+        /// The pprof file to convert
         file: PathBuf,
         /// Write to this file, or to standard output for `-`. The ending chooses the format: .pb.gz, .folded,
         /// .speedscope.json, .firefox.json, .perf
