@@ -22,7 +22,7 @@
 //! | `table` | the same profiles as Delta tables; a thread of its own adds new segments | delay the writer |
 //! | `store` | objects, index, retention; one writer changes them | lose an acknowledged batch |
 //! | `auth` | the identity and the roles of each caller | let a call through unchecked |
-//! | `tls`, `peer`, `selector`, `profile_type`, `limits`, `metrics`, `durable`, `time`, `kubernetes` | what all of them share | |
+//! | `http_body`, `tls`, `peer`, `selector`, `profile_type`, `limits`, `metrics`, `durable`, `time`, `kubernetes` | what all of them share | |
 //!
 //! Profiles flow from `ingest` through the writer into `store`, and from there through `query` to the clients. Rules flow
 //! from `triggers` into `rules`, which publishes each new revision to `fleet`, which offers every node its part.
@@ -52,6 +52,7 @@ mod forward;
 #[doc(hidden)]
 pub mod fuzz;
 mod http;
+mod http_body;
 mod ingest;
 mod kubernetes;
 mod limits;

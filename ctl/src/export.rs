@@ -69,19 +69,16 @@ pub(crate) fn convert(
     sample_type: &str,
 ) -> Result<Vec<u8>, Error> {
     let profile = pprof::decode(bytes, max_bytes)?;
-    let export = Export::new(&profile)?;
+    let types = pprof::check(&profile)?.sample_types;
     let index = pprof::sample_type_index(&profile, sample_type).ok_or_else(|| {
-        Error::Usage(format!(
-            "the profile has no type {sample_type}; it has {}",
-            export.sample_types.join(", ")
-        ))
+        Error::Usage(format!("the profile has no type {sample_type}; it has {}", types.join(", ")))
     })?;
     Ok(match to {
         FileFormat::Pprof => pprof::encode(&profile),
         FileFormat::Folded => pprof::folded(&profile, index)?.into_bytes(),
-        FileFormat::Speedscope => export.speedscope("gannet", index).into_bytes(),
-        FileFormat::Firefox => of_firefox(&export, index)?,
-        FileFormat::Perf => export.perf_script(index).into_bytes(),
+        FileFormat::Speedscope => Export::new(&profile)?.speedscope("gannet", index).into_bytes(),
+        FileFormat::Firefox => of_firefox(&Export::new(&profile)?, index)?,
+        FileFormat::Perf => Export::new(&profile)?.perf_script(index).into_bytes(),
     })
 }
 
@@ -151,9 +148,69 @@ fn of_firefox(export: &Export, index: usize) -> Result<Vec<u8>, Error> {
 
 #[cfg(test)]
 mod tests {
+    use gannet_proto::pprof::{Builder, Header, Label, LabelValue, Line};
     use rstest::rstest;
+    use serde_json::Value;
 
     use super::*;
+
+    /// Checks the stacks of each thread and their weights: milliseconds of a type that counts time, else its values.
+    #[rstest]
+    #[case("", "tracing-ms", [50, 20])]
+    #[case("samples/count", "samples", [5, 2])]
+    fn a_firefox_file_has_the_stacks_of_each_thread(
+        #[case] sample_type: &str,
+        #[case] weights: &str,
+        #[case] want: [i64; 2],
+    ) {
+        let mut builder = Builder::new(Header {
+            sample_types: &[("samples", "count"), ("cpu", "nanoseconds")],
+            period_type: ("cpu", "nanoseconds"),
+            period: 10_000_000,
+            time_nanos: 1_700_000_000_000_000_000,
+            duration_nanos: 1_000_000_000,
+        });
+        let [main, work] = ["main", "work"].map(|name| {
+            let line = Line { name, system_name: name, ..Line::default() };
+            builder.location(None, name.len() as u64, &[line])
+        });
+        for (thread, tid, count) in [("one", 1, 5), ("two", 2, 2)] {
+            let labels = [
+                Label { key: "comm", value: LabelValue::Str("shop") },
+                Label { key: "pid", value: LabelValue::Num(1, "") },
+                Label { key: "tid", value: LabelValue::Num(tid, "") },
+                Label { key: "thread", value: LabelValue::Str(thread) },
+            ];
+            builder.sample(&[work, main], &[count, count * 10_000_000], &labels);
+        }
+        let bytes = pprof::encode(&builder.finish());
+        let file = convert(&bytes, 1 << 20, FileFormat::Firefox, sample_type).unwrap();
+        let file: Value = serde_json::from_slice(&file).unwrap();
+        let mut found: Vec<(String, i64, Vec<String>)> = file["threads"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|thread| {
+                let number = |table: &str, column: &str, row: &Value| {
+                    thread[table][column][row.as_u64().unwrap() as usize].clone()
+                };
+                assert_eq!(thread["samples"]["weightType"], weights);
+                let (mut stack, mut names) = (thread["samples"]["stack"][0].clone(), Vec::new());
+                while !stack.is_null() {
+                    let func = number("frameTable", "func", &number("stackTable", "frame", &stack));
+                    let name = number("funcTable", "name", &func).as_u64().unwrap() as usize;
+                    names.push(thread["stringArray"][name].as_str().unwrap().to_owned());
+                    stack = number("stackTable", "prefix", &stack);
+                }
+                let weight = thread["samples"]["weight"][0].as_i64().unwrap();
+                (thread["name"].as_str().unwrap().to_owned(), weight, names)
+            })
+            .collect();
+        found.sort();
+        let stack = || vec!["work".to_owned(), "main".to_owned()];
+        // The first thread has the name of the process.
+        assert_eq!(found, [("shop".to_owned(), want[0], stack()), ("two".to_owned(), want[1], stack())]);
+    }
 
     #[rstest]
     #[case("a.pb.gz", Some(FileFormat::Pprof))]

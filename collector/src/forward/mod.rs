@@ -24,7 +24,10 @@ use std::{
 
 use bytes::Bytes;
 use clap::Args;
-use gannet_proto::{connect::DialError, ingest::Batch};
+use gannet_proto::{
+    connect::{self, Connection, Dial, DialError},
+    ingest::Batch,
+};
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
@@ -145,7 +148,7 @@ gannet_base::serde_as_text!(ForwardTarget);
 /// The result of one attempt to send a part.
 enum Delivery {
     Accepted,
-    /// The target took the request, without some of its profiles.
+    /// The target took the request with a warning, and without this number of its profiles.
     Partly {
         rejected: u64,
         why: String,
@@ -180,6 +183,19 @@ impl TargetClient {
             TargetKind::Otlp => Self::Otlp(OtlpClient::new(target, options)?),
         })
     }
+}
+
+/// Builds the connection to a target that speaks gRPC. It connects with the first call.
+fn grpc_connection(target: &ForwardTarget, options: &ForwardOptions) -> Result<Connection, ForwardError> {
+    let dial = Dial {
+        url: target.url.clone(),
+        // The URL of the target asks for plaintext by its scheme.
+        insecure: true,
+        ca: options.forward_ca.clone().filter(|_| target.url.starts_with("https")),
+        token_file: options.forward_token_file.clone(),
+        ..Dial::default()
+    };
+    connect::connect(&dial).map_err(|source| ForwardError::Dial { target: target.to_string(), source })
 }
 
 /// Name of the header, or gRPC metadata, with the account of the samples of the profile's window. It is one line:

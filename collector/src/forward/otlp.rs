@@ -6,10 +6,7 @@ use std::{
 };
 
 use flate2::{Compression, write::GzEncoder};
-use gannet_proto::{
-    connect::{self, Connection, Dial},
-    pprof,
-};
+use gannet_proto::{connect::Connection, pprof};
 use opentelemetry_proto::tonic::collector::profiles::v1development::{
     ExportProfilesPartialSuccess, ExportProfilesServiceRequest, ExportProfilesServiceResponse,
     profiles_service_client::ProfilesServiceClient,
@@ -19,7 +16,10 @@ use reqwest::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderValue};
 use tonic::{Code, codec::CompressionEncoding};
 use tonic_types::StatusExt as _;
 
-use super::{Delivery, ForwardError, ForwardItem, ForwardOptions, ForwardTarget, http::HttpClient, part_id};
+use super::{
+    Delivery, ForwardError, ForwardItem, ForwardOptions, ForwardTarget, grpc_connection, http::HttpClient,
+    part_id,
+};
 use crate::otlp::{Encoder, Outgoing};
 
 /// Path of OTLP over HTTP.
@@ -49,16 +49,7 @@ impl OtlpClient {
             let url = if path.ends_with(PATH) { target.url.clone() } else { target.url.clone() + PATH };
             return Ok(Self::Http { client: HttpClient::new(target, options)?, url });
         }
-        let dial = Dial {
-            url: target.url.clone(),
-            // The URL of the target asks for plaintext by its scheme.
-            insecure: true,
-            ca: options.forward_ca.clone().filter(|_| target.url.starts_with("https")),
-            token_file: options.forward_token_file.clone(),
-            ..Dial::default()
-        };
-        let connection = connect::connect(&dial)
-            .map_err(|source| ForwardError::Dial { target: target.to_string(), source })?;
+        let connection = grpc_connection(target, options)?;
         // A receiver may answer with the compression of the request.
         let client = ProfilesServiceClient::new(connection)
             .send_compressed(CompressionEncoding::Gzip)

@@ -1,28 +1,19 @@
 //! The client of Parca, which speaks gRPC.
 
 use gannet_proto::{
-    connect::{self, Connection, Dial},
+    connect::Connection,
     foreign::parca::{self, profile_store_service_client::ProfileStoreServiceClient},
 };
 use tonic::Code;
 
-use super::{Delivery, ForwardError, ForwardOptions, ForwardTarget, LEDGER_HEADER, Part};
+use super::{Delivery, ForwardError, ForwardOptions, ForwardTarget, LEDGER_HEADER, Part, grpc_connection};
 
 pub(super) struct ParcaClient(ProfileStoreServiceClient<Connection>);
 
 impl ParcaClient {
     /// Builds the client, which connects with the first call.
     pub(super) fn new(target: &ForwardTarget, options: &ForwardOptions) -> Result<Self, ForwardError> {
-        let dial = Dial {
-            url: target.url.clone(),
-            // The URL of the target asks for plaintext by its scheme.
-            insecure: true,
-            ca: options.forward_ca.clone().filter(|_| target.url.starts_with("https")),
-            token_file: options.forward_token_file.clone(),
-            ..Dial::default()
-        };
-        let connection = connect::connect(&dial)
-            .map_err(|source| ForwardError::Dial { target: target.to_string(), source })?;
+        let connection = grpc_connection(target, options)?;
         Ok(Self(ProfileStoreServiceClient::new(connection)))
     }
 

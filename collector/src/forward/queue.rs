@@ -194,6 +194,7 @@ impl Sender {
     /// Sends profiles in as few requests as their size allows. Counts each as forwarded or lost.
     async fn forward_together(&self, client: &OtlpClient, items: Vec<ForwardItem>) {
         let start_ms = items.iter().map(|item| item.start_ms).min().unwrap_or(0);
+        let waited = items.len() as u64;
         let split = tokio::task::spawn_blocking(move || {
             let (mut parts, mut unreadable) = (Vec::new(), Vec::new());
             for item in items {
@@ -205,7 +206,7 @@ impl Sender {
             (otlp::together(parts), unreadable)
         });
         let Ok((mut open, unreadable)) = split.await else {
-            return self.metrics.forward_lost(self.name, "shutdown", 1);
+            return self.metrics.forward_lost(self.name, "shutdown", waited);
         };
         for (id, error) in unreadable {
             tracing::warn!(profile = id, target = self.name, "cannot forward a profile: {error}");
@@ -280,7 +281,7 @@ impl Sender {
                         profile = id,
                         target = self.name,
                         rejected,
-                        "the target left out profiles of a request: {why}"
+                        "the target took a request with a warning: {why}"
                     );
                     return Ok(rejected);
                 }

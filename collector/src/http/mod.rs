@@ -9,7 +9,7 @@ use std::sync::Arc;
 use axum::{
     Router,
     body::Body,
-    extract::{DefaultBodyLimit, Extension, Path, Request, State},
+    extract::{Extension, Path, Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
@@ -65,7 +65,6 @@ pub(crate) fn router(state: HttpState) -> Router {
         Router::new()
             .route("/v1development/profiles", post(otlp_profiles))
             .layer(Extension(receiver))
-            .layer(DefaultBodyLimit::max(otlp_service::MAX_REQUEST_BYTES))
             .layer(from_fn_with_state((state.clone(), Role::Agent), require))
     });
     Router::new()
@@ -265,7 +264,7 @@ async fn otlp_profiles(
     Extension(receiver): Extension<OtlpReceiver>,
     Extension(caller): Extension<Caller>,
     headers: HeaderMap,
-    body: Bytes,
+    body: Body,
 ) -> Response {
     otlp_service::export(&receiver, &caller, &headers, body).await
 }

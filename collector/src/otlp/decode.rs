@@ -23,8 +23,8 @@ use super::{
 
 /// Name of a service that names itself nowhere: that of the semantic conventions.
 const UNKNOWN_SERVICE: &str = "unknown_service";
-/// Attributes of a resource that become labels of its samples, because each process has others.
-const OF_SAMPLES: [&str; 3] = ["container_id", "pid", "pod_uid"];
+/// Attributes of a resource that become labels of its samples, because each process or thread has others.
+const OF_SAMPLES: [&str; 5] = ["container_id", "pid", "pod_uid", "thread", "tid"];
 
 /// A profile of a request.
 pub(crate) struct Incoming {
@@ -339,7 +339,7 @@ fn labels_of(
     });
     for (name, text) in ids.chain(origin.of_samples.iter().map(|(name, text)| (*name, text.clone()))) {
         let label = match text.parse() {
-            Ok(number) if name == "pid" => tables.number_label(name, number, budget)?,
+            Ok(number) if ["pid", "tid"].contains(&name) => tables.number_label(name, number, budget)?,
             _ => tables.text_label(name, &text, budget)?,
         };
         if !text.is_empty() && !all.iter().any(|have| have.key == label.key) {

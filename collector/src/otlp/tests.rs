@@ -162,7 +162,7 @@ fn foreign_resource(pid: i64) -> Resource {
     let pid = KeyValue { key: "process.pid".to_owned(), value: value(Value::IntValue(pid)), key_strindex: 0 };
     // A relay writes keys and texts as indexes.
     let of_relay =
-        KeyValue { key: String::new(), value: value(Value::StringValueStrindex(13)), key_strindex: 12 };
+        KeyValue { key: String::new(), value: value(Value::StringValueStrindex(15)), key_strindex: 14 };
     Resource {
         attributes: vec![
             pid,
@@ -193,6 +193,8 @@ fn foreign() -> ExportProfilesServiceRequest {
         "process.executable.build_id.htlhash",
         "thread.name",
         "worker",
+        "service.namespace",
+        "prod",
     ];
     let attribute = |key, value: &str| otlp::KeyValueAndUnit {
         key_strindex: key,
@@ -270,7 +272,7 @@ fn processes_of_a_foreign_profiler_share_a_series() {
         ("node", "n7"),
         ("os_type", "linux"),
         ("service_name", "python3"),
-        ("thread", "worker"),
+        ("service_namespace", "prod"),
     ];
     assert_eq!(of, labels(&want), "no series for each process, and no command line");
     assert_eq!(parts, 2);

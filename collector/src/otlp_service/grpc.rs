@@ -46,6 +46,10 @@ impl tower::Service<http::Request<Body>> for OtlpGrpc {
             if request.uri().path() != EXPORT {
                 return Ok(Status::unimplemented("the service has the method Export").into_http());
             }
+            let _slot = match receiver.slot() {
+                Ok(slot) => slot,
+                Err(rejection) => return Ok(of_rejection(&rejection).into_http()),
+            };
             let mut accepted = EnabledCompressionEncodings::default();
             accepted.enable(CompressionEncoding::Gzip);
             accepted.enable(CompressionEncoding::Zstd);

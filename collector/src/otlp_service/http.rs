@@ -1,20 +1,17 @@
 //! The HTTP service: `POST /v1development/profiles` in protobuf or JSON.
 
-use std::io::Read as _;
-
 use axum::{
-    body::Bytes,
+    body::{Body, Bytes},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
-use flate2::read::MultiGzDecoder;
 use opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfilesServiceResponse;
 use prost::Message as _;
 use serde_json::json;
 use tonic::Code;
 
 use super::{Format, MAX_REQUEST_BYTES, OtlpReceiver, RETRY_AFTER, Rejection, VERSION_HEADER, check_version};
-use crate::auth::Caller;
+use crate::{auth::Caller, http_body::read_message};
 
 /// The error of OTLP over HTTP: `google.rpc.Status`.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -30,7 +27,7 @@ pub(crate) async fn export(
     receiver: &OtlpReceiver,
     caller: &Caller,
     headers: &HeaderMap,
-    body: Bytes,
+    body: Body,
 ) -> Response {
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or("");
     let format = match kind.split(';').next().unwrap_or("").trim() {
@@ -44,10 +41,29 @@ pub(crate) async fn export(
             return error(Format::Json, StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::InvalidArgument, why);
         }
     };
-    let invalid = |why| error(format, StatusCode::BAD_REQUEST, Code::InvalidArgument, why);
-    let body = match inflated(headers, body) {
-        Ok(body) => body,
-        Err(why) => return invalid(why),
+    let refused = |rejection: Rejection| match rejection {
+        Rejection::Busy { why } => {
+            let mut response = error(format, StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable, why);
+            let seconds = HeaderValue::from(RETRY_AFTER.as_secs());
+            response.headers_mut().insert(header::RETRY_AFTER, seconds);
+            response
+        }
+        rejection => error(format, StatusCode::BAD_REQUEST, Code::InvalidArgument, rejection.to_string()),
+    };
+    let _slot = match receiver.slot() {
+        Ok(slot) => slot,
+        Err(rejection) => return refused(rejection),
+    };
+    let body = match read_message(headers, body, MAX_REQUEST_BYTES).await {
+        Ok(body) => Bytes::from(body),
+        Err(status) => {
+            let http = match status.code() {
+                Code::ResourceExhausted => StatusCode::PAYLOAD_TOO_LARGE,
+                Code::DeadlineExceeded => StatusCode::REQUEST_TIMEOUT,
+                _ => StatusCode::BAD_REQUEST,
+            };
+            return error(format, http, status.code(), status.message().to_owned());
+        }
     };
     let versions = headers.get_all(VERSION_HEADER).iter().map(|value| value.to_str().ok());
     let received = match check_version(versions) {
@@ -56,41 +72,8 @@ pub(crate) async fn export(
     };
     match received {
         Ok(response) => answer(format, StatusCode::OK, &response),
-        Err(Rejection::Busy { why }) => {
-            let mut response = error(format, StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable, why);
-            let seconds = HeaderValue::from(RETRY_AFTER.as_secs());
-            response.headers_mut().insert(header::RETRY_AFTER, seconds);
-            response
-        }
-        Err(rejection) => invalid(rejection.to_string()),
+        Err(rejection) => refused(rejection),
     }
-}
-
-/// Returns the body without compression.
-fn inflated(headers: &HeaderMap, body: Bytes) -> Result<Bytes, String> {
-    let encoding = headers.get(header::CONTENT_ENCODING).and_then(|encoding| encoding.to_str().ok());
-    let body = match encoding.map_or("identity", str::trim) {
-        "identity" | "" => body,
-        "gzip" => {
-            let mut inflated = Vec::new();
-            let limit = MAX_REQUEST_BYTES as u64 + 1;
-            MultiGzDecoder::new(&*body)
-                .take(limit)
-                .read_to_end(&mut inflated)
-                .map_err(|error| format!("the gzip body is damaged: {error}"))?;
-            inflated.into()
-        }
-        other => {
-            let other = other.chars().take(64).collect::<String>();
-            return Err(format!("content-encoding is `{}`: send gzip, or none", other.escape_debug()));
-        }
-    };
-    if body.len() > MAX_REQUEST_BYTES {
-        return Err(format!(
-            "the request is larger than {MAX_REQUEST_BYTES} bytes: send fewer profiles at a time"
-        ));
-    }
-    Ok(body)
 }
 
 fn answer(format: Format, status: StatusCode, response: &ExportProfilesServiceResponse) -> Response {

@@ -17,7 +17,7 @@ use gannet_proto::{
 use opentelemetry_proto::tonic::collector::profiles::v1development::{
     ExportProfilesPartialSuccess, ExportProfilesServiceResponse,
 };
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use ulid::Ulid;
 
 pub(crate) use self::{grpc::OtlpGrpc, http::export};
@@ -33,9 +33,11 @@ const VERSION_HEADER: &str = "otlp-profiles-development-version";
 /// The one version that exists.
 const VERSION: &str = "1";
 /// Bytes of the largest request, without compression.
-pub(crate) const MAX_REQUEST_BYTES: usize = 32 << 20;
-/// Requests that are read at the same time.
-const CONCURRENT_REQUESTS: usize = 4;
+const MAX_REQUEST_BYTES: usize = 32 << 20;
+/// Requests in memory at one time. The receiver turns others away before it reads them.
+const MAX_REQUESTS: usize = 16;
+/// Requests that are decoded at one time. A hostile one takes 128 MiB.
+const CONCURRENT_READS: usize = 2;
 /// Profiles of one request that are stored at the same time.
 const CONCURRENT_PROFILES: usize = 16;
 /// Bytes of one stored profile, without compression. Larger ones are stored in parts.
@@ -82,12 +84,22 @@ enum Format {
 #[derive(Clone)]
 pub(crate) struct OtlpReceiver {
     ingest: Ingest,
-    requests: Arc<Semaphore>,
+    slots: Arc<Semaphore>,
+    reads: Arc<Semaphore>,
 }
 
 impl OtlpReceiver {
     pub(crate) fn new(ingest: Ingest) -> Self {
-        Self { ingest, requests: Arc::new(Semaphore::new(CONCURRENT_REQUESTS)) }
+        let [slots, reads] =
+            [MAX_REQUESTS, CONCURRENT_READS].map(|permits| Arc::new(Semaphore::new(permits)));
+        Self { ingest, slots, reads }
+    }
+
+    /// Returns the room in memory for one request, which the caller keeps until it has the answer.
+    fn slot(&self) -> Result<OwnedSemaphorePermit, Rejection> {
+        Arc::clone(&self.slots).try_acquire_owned().map_err(|_| Rejection::Busy {
+            why: format!("{MAX_REQUESTS} other requests are in progress: try again"),
+        })
     }
 
     /// Stores the profiles of a request.
@@ -98,7 +110,7 @@ impl OtlpReceiver {
         format: Format,
     ) -> Result<ExportProfilesServiceResponse, Rejection> {
         let busy = |why: &str| Rejection::Busy { why: why.to_owned() };
-        let Ok(_turn) = self.requests.acquire().await else {
+        let Ok(turn) = self.reads.acquire().await else {
             return Err(busy("the collector is shutting down"));
         };
         let decoded = tokio::task::spawn_blocking(move || {
@@ -110,6 +122,7 @@ impl OtlpReceiver {
             otlp::decode(request)
         });
         let decoded = decoded.await.map_err(|_| busy("the collector is shutting down"))??;
+        drop(turn);
         let (mut rejected, mut why) = (decoded.rejected, decoded.error.map(|error| error.to_string()));
         let stored = stream::iter(decoded.profiles).map(async |incoming| {
             let parts = incoming.parts;

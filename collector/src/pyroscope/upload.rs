@@ -16,7 +16,7 @@ use super::{
     push::{Pushed, Pushes, busy, invalid, retry_later, user_agent},
     wire,
 };
-use crate::{auth::Caller, time};
+use crate::{auth::Caller, http_body::read_message, time};
 
 /// Samples a second, if the client does not say.
 const DEFAULT_RATE: u32 = 100;
@@ -76,7 +76,7 @@ async fn store(pushes: &Pushes, params: &Params, request: Request) -> Result<(),
     };
     let sender = Some(text("spyName")).filter(|name| !name.is_empty());
     let sender = sender.map_or_else(|| user_agent(&head.headers), |name| name.chars().take(64).collect());
-    let body = wire::read_message(&head.headers, body, pushes.max_message_bytes()).await?;
+    let body = read_message(&head.headers, body, pushes.max_message_bytes()).await?;
     let (units, max_inflated) = (text("units").to_owned(), pushes.max_inflated());
     let (body, config) =
         if is_multipart(&head.headers) { parts(head.headers, body).await? } else { (body, None) };

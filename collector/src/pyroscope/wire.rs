@@ -3,20 +3,14 @@
 //! A client sends the message as the body of a POST, and gets the response in the same encoding. Errors are always JSON:
 //! `{"code":"invalid_argument","message":"…"}`. Connect's specification names codes and status codes.
 
-use std::{
-    io::{Read as _, Write as _},
-    sync::LazyLock,
-    time::Duration,
-};
+use std::{io::Write as _, sync::LazyLock, time::Duration};
 
 use axum::{
-    body::Body,
     extract::Request,
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use flate2::{Compression, read::MultiGzDecoder, write::GzEncoder};
-use futures::StreamExt as _;
+use flate2::{Compression, write::GzEncoder};
 use prost::Message;
 use prost_reflect::{
     DescriptorPool, DeserializeOptions, DynamicMessage, MessageDescriptor, MethodDescriptor,
@@ -24,10 +18,10 @@ use prost_reflect::{
 use serde_json::json;
 use tonic::{Code, Status};
 
+use crate::http_body::read_message;
+
 /// Bytes of a request for profiles, with or without compression. Such requests have some hundred bytes.
 pub(super) const MAX_QUERY_BYTES: usize = 1 << 20;
-/// Time for a client to send its request.
-const READ_TIMEOUT: Duration = Duration::from_secs(30);
 /// Size from which a response is compressed, if the client accepts that.
 const MIN_GZIP_BYTES: usize = 1024;
 /// Size from which a response is encoded on a thread of its own, because that takes milliseconds.
@@ -166,53 +160,6 @@ fn accepts_gzip(headers: &HeaderMap) -> bool {
         let refused = quality.trim().strip_prefix("q=").and_then(|q| q.parse::<f32>().ok()) == Some(0.0);
         name.trim().eq_ignore_ascii_case("gzip") && !refused
     })
-}
-
-/// Reads the body of a request, and removes its compression.
-pub(super) async fn read_message(headers: &HeaderMap, body: Body, max: usize) -> Result<Vec<u8>, Status> {
-    let is_gzip = match headers.get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes) {
-        None | Some(b"" | b"identity") => false,
-        Some(b"gzip") => true,
-        Some(_) => {
-            return Err(Status::unimplemented("content-encoding: this server reads gzip and identity"));
-        }
-    };
-    let bytes = read_body(body, max).await?;
-    if !is_gzip {
-        return Ok(bytes);
-    }
-    let mut out = Vec::new();
-    MultiGzDecoder::new(bytes.as_slice())
-        .take(max as u64 + 1)
-        .read_to_end(&mut out)
-        .map_err(|error| Status::invalid_argument(format!("the request's gzip is damaged: {error}")))?;
-    if out.len() > max { Err(too_large(max)) } else { Ok(out) }
-}
-
-/// Reads a body of at most `max` bytes.
-pub(super) async fn read_body(body: Body, max: usize) -> Result<Vec<u8>, Status> {
-    let read = async {
-        let (mut bytes, mut chunks) = (Vec::new(), body.into_data_stream());
-        while let Some(chunk) = chunks.next().await {
-            let chunk =
-                chunk.map_err(|error| Status::cancelled(format!("cannot read the request: {error}")))?;
-            if bytes.len() + chunk.len() > max {
-                return Err(too_large(max));
-            }
-            bytes.extend_from_slice(&chunk);
-        }
-        Ok(bytes)
-    };
-    tokio::time::timeout(READ_TIMEOUT, read).await.unwrap_or_else(|_| {
-        Err(Status::deadline_exceeded(format!(
-            "the request did not arrive within {} s",
-            READ_TIMEOUT.as_secs()
-        )))
-    })
-}
-
-fn too_large(max: usize) -> Status {
-    Status::resource_exhausted(format!("the request is larger than {max} bytes"))
 }
 
 fn decode<Req: Message + Default>(codec: Codec, of: &MessageDescriptor, body: &[u8]) -> Result<Req, Status> {

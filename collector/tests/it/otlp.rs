@@ -434,3 +434,28 @@ async fn wrong_grpc_requests_are_refused_with_a_reason() {
     assert!(get(running.http_addr, "/readyz").await.text().contains("ready"));
     running.shutdown().await;
 }
+
+/// Sixteen senders that began a request and send no body take all room: another one is asked to come later, before it is read.
+#[tokio::test]
+async fn requests_in_memory_have_a_bound() {
+    use tokio::io::AsyncWriteExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let mut slow = Vec::new();
+    for _ in 0..16 {
+        let mut stream = tokio::net::TcpStream::connect(running.http_addr).await.unwrap();
+        let head = "POST /v1development/profiles HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
+                    content-length: 9\r\n\r\n";
+        stream.write_all(head.as_bytes()).await.unwrap();
+        slow.push(stream);
+    }
+    let send = async || {
+        post_profiles(running.http_addr, &[("content-type", "application/json")], b"{}".to_vec()).await
+    };
+    eventually("there is no room", || async { send().await.0 == 503 }).await;
+    let text = String::from_utf8(send().await.1).unwrap();
+    assert!(text.contains("try again"), "{text}");
+    drop(slow);
+    eventually("there is room again", || async { send().await.0 == 200 }).await;
+    running.shutdown().await;
+}

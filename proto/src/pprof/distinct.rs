@@ -90,14 +90,7 @@ impl Distinct {
         let functions: Vec<u32> = profile
             .function
             .iter()
-            .map(|function| {
-                self.functions.number(FunctionKey {
-                    name: text(function.name),
-                    system_name: text(function.system_name),
-                    file: text(function.filename),
-                    start_line: function.start_line,
-                })
-            })
+            .map(|function| self.functions.number(FunctionKey::of(function, text)))
             .collect();
         let mut locations = Vec::with_capacity(profile.location.len());
         for location in &profile.location {
@@ -115,17 +108,7 @@ impl Distinct {
             for id in &sample.location_id {
                 stack.extend_from_slice(&locations[location_ids.index(*id, "a sample")?]);
             }
-            let mut labels: Vec<LabelKey> = sample
-                .label
-                .iter()
-                .map(|label| LabelKey {
-                    key: text(label.key),
-                    text: (label.str != 0).then(|| text(label.str)),
-                    number: label.num,
-                    unit: text(label.num_unit),
-                })
-                .collect();
-            labels.sort_unstable_by_key(|label| label.key);
+            let labels = LabelKey::all_of(sample, text);
             let stack = numbered(&mut self.stacks, &mut self.content_bytes, stack.into_boxed_slice());
             let labels = (!labels.is_empty())
                 .then(|| numbered(&mut self.labels, &mut self.content_bytes, labels.into_boxed_slice()));

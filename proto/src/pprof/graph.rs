@@ -84,6 +84,18 @@ pub(super) struct FunctionKey {
     pub(super) start_line: i64,
 }
 
+impl FunctionKey {
+    /// Returns the key of a function of a checked profile. `text` numbers its strings by their index.
+    pub(super) fn of(function: &profiles::Function, text: impl Fn(i64) -> u32) -> Self {
+        Self {
+            name: text(function.name),
+            system_name: text(function.system_name),
+            file: text(function.filename),
+            start_line: function.start_line,
+        }
+    }
+}
+
 #[derive(PartialEq, Eq, Hash)]
 pub(super) struct LineKey {
     pub(super) function: u32,
@@ -106,6 +118,21 @@ pub(super) struct LabelKey {
     pub(super) text: Option<u32>,
     pub(super) number: i64,
     pub(super) unit: u32,
+}
+
+impl LabelKey {
+    /// Returns the labels of a sample of a checked profile, sorted by key. `text` numbers its strings by their index.
+    pub(super) fn all_of(sample: &profiles::Sample, text: impl Fn(i64) -> u32) -> Vec<Self> {
+        let labels = sample.label.iter().map(|label| Self {
+            key: text(label.key),
+            text: (label.str != 0).then(|| text(label.str)),
+            number: label.num,
+            unit: text(label.num_unit),
+        });
+        let mut labels: Vec<Self> = labels.collect();
+        labels.sort_unstable_by_key(|label| label.key);
+        labels
+    }
 }
 
 #[derive(PartialEq, Eq, Hash)]

@@ -59,14 +59,7 @@ impl Merger {
         let functions: Vec<u32> = profile
             .function
             .iter()
-            .map(|function| {
-                self.graph.functions.number(FunctionKey {
-                    name: text(function.name),
-                    system_name: text(function.system_name),
-                    file: text(function.filename),
-                    start_line: function.start_line,
-                })
-            })
+            .map(|function| self.graph.functions.number(FunctionKey::of(function, text)))
             .collect();
         let function_ids = Ids::new("function", profile.function.iter().map(|function| function.id))?;
         let mut locations = Vec::with_capacity(profile.location.len());
@@ -97,17 +90,7 @@ impl Merger {
                 .iter()
                 .map(|id| Ok(locations[location_ids.index(*id, "a sample")?]))
                 .collect::<Result<_, PprofError>>()?;
-            let mut labels: Vec<LabelKey> = sample
-                .label
-                .iter()
-                .map(|label| LabelKey {
-                    key: text(label.key),
-                    text: (label.str != 0).then(|| text(label.str)),
-                    number: label.num,
-                    unit: text(label.num_unit),
-                })
-                .collect();
-            labels.sort_unstable_by_key(|label| label.key);
+            let labels = LabelKey::all_of(sample, text);
             let key = SampleKey { stack, labels: labels.into() };
             self.graph.sample(key, width, sample.value.iter().copied());
         }
