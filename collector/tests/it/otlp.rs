@@ -91,10 +91,7 @@ impl Receiver {
     async fn grpc(&self) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
-        // As receivers in Go, which answer with the compression of the request.
-        let service = ProfilesServiceServer::new(self.clone())
-            .accept_compressed(CompressionEncoding::Gzip)
-            .send_compressed(CompressionEncoding::Gzip);
+        let service = ProfilesServiceServer::new(self.clone()).accept_compressed(CompressionEncoding::Gzip);
         let server = tonic::transport::Server::builder().add_service(service);
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         format!("otlp=http://{addr}")
@@ -215,6 +212,9 @@ async fn a_grpc_receiver_gets_requests_that_keep_all_rules() {
     let receiver = Receiver::default();
     let target = receiver.grpc().await;
     requests_keep_the_rules(&receiver, &target).await;
+    // A receiver in Go answers with the compression of the request, whatever the client says that it reads.
+    let read = receiver.metadata.lock().unwrap()[0].get("grpc-accept-encoding").cloned();
+    assert!(read.is_some_and(|read| read.to_str().unwrap().contains("gzip")));
 }
 
 #[tokio::test]
