@@ -1,7 +1,9 @@
-// Sets the colour scheme that the reader chose, before the first paint. Without a choice the style sheet follows the system.
+// Sets the colour scheme that the link or the reader chose, before the first paint. Without a choice the style sheet follows the system.
 try {
-  const theme = localStorage.getItem("gannet-theme");
-  if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
+  const known = (theme) => theme === "light" || theme === "dark";
+  const asked = new URLSearchParams(location.search).get("theme");
+  const theme = known(asked) ? asked : localStorage.getItem("gannet-theme");
+  if (known(theme)) document.documentElement.dataset.theme = theme;
 } catch {
   // Without permission for storage, the scheme of the system applies.
 }

@@ -1,43 +1,17 @@
 import { render } from "preact";
-import { useEffect, useState } from "preact/hooks";
+import { useEffect } from "preact/hooks";
 import { Nodes } from "./nodes/Nodes";
 import { useTick } from "./parts/hooks";
 import { Toggle } from "./parts/parts";
 import { Profiles } from "./profiles/Profiles";
 import { Rules } from "./Rules";
 import { DEFAULTS, type State, type View, go, toAddress, useAddress } from "./state";
+import { NEXT, useTheme } from "./theme";
 import { isRelative } from "./time";
 import "./style.css";
 
 const VIEWS: [View, string][] = [["profiles", "Profiles"], ["nodes", "Nodes"], ["rules", "Rules"]];
 const REFRESH_SECONDS = 10;
-
-type Theme = "auto" | "light" | "dark";
-const NEXT: Record<Theme, Theme> = { auto: "light", light: "dark", dark: "auto" };
-
-/** Returns the chosen scheme, whether it is dark now, and a function that chooses the next one. Storage keeps the choice. */
-function useTheme(): [Theme, boolean, () => void] {
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  const [theme, set] = useState<Theme>((document.documentElement.dataset["theme"] as Theme | undefined) ?? "auto");
-  const [systemDark, setSystemDark] = useState(system.matches);
-  useEffect(() => {
-    const follow = () => setSystemDark(system.matches);
-    system.addEventListener("change", follow);
-    return () => system.removeEventListener("change", follow);
-  }, []);
-  const next = () => {
-    const chosen = NEXT[theme];
-    set(chosen);
-    if (chosen === "auto") delete document.documentElement.dataset["theme"];
-    else document.documentElement.dataset["theme"] = chosen;
-    try {
-      localStorage.setItem("gannet-theme", chosen);
-    } catch {
-      // Without storage the choice lasts until the reader closes the page.
-    }
-  };
-  return [theme, theme === "auto" ? systemDark : theme === "dark", next];
-}
 
 /** Follows a link within the page without a reload. With a modifier key the browser follows it. */
 function inside(event: MouseEvent, change: Partial<State>) {
@@ -48,7 +22,7 @@ function inside(event: MouseEvent, change: Partial<State>) {
 
 function App() {
   const state = useAddress();
-  const [theme, dark, nextTheme] = useTheme();
+  const [theme, dark, nextTheme] = useTheme(state.theme);
   // Nodes and rules are always current. Profiles change only if the range ends now.
   const canRefresh = state.view !== "profiles" || isRelative(state.until);
   const [tick, refresh] = useTick(state.live && canRefresh, state.view === "profiles" ? REFRESH_SECONDS : REFRESH_SECONDS / 2);
@@ -62,7 +36,7 @@ function App() {
         document.getElementById("content")?.focus();
       }}>Skip to the content</a>
       <header class="top-bar">
-        <a class="brand" href="./" onClick={(event) => inside(event, DEFAULTS)}>
+        <a class="brand" href="./" onClick={(event) => inside(event, { ...DEFAULTS, theme: state.theme })}>
           <img src="./icon.svg" alt="" width="26" height="26" />
           <span>Gannet</span>
         </a>

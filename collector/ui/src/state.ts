@@ -2,7 +2,8 @@
 import { useEffect, useState } from "preact/hooks";
 
 export type View = "profiles" | "nodes" | "rules";
-export type Show = "graph" | "both" | "table" | "list";
+export type Show = "graph" | "both" | "sandwich" | "table" | "list";
+export type Theme = "auto" | "light" | "dark";
 export type Colour = "package" | "binary" | "kind";
 export type Span = [from: number, until: number];
 
@@ -28,9 +29,14 @@ export interface State {
   /** Key of the zoomed frame: see `FrameData.key`. */
   zoom: string;
   show: Show;
+  /** The function of the sandwich view, and its file. An empty file means any file. */
+  fn: string;
+  fnFile: string;
+  /** Column and direction of the table: `total`, `-name`; empty for the usual order. */
+  sort: string;
   colour: Colour;
-  /** Show differences in orange and blue instead of red and green. */
-  blind: boolean;
+  /** Show differences in red and green instead of orange and blue. */
+  redGreen: boolean;
   /** Compare amounts instead of shares. */
   absolute: boolean;
   /** Draw the root at the bottom. */
@@ -40,6 +46,8 @@ export interface State {
   /** Leave out frames that say what a stack lacks. */
   hideErrors: boolean;
   live: boolean;
+  /** A colour scheme that the link asks for; `auto` leaves it to the reader's own choice. */
+  theme: Theme;
 }
 
 export const DEFAULTS: State = {
@@ -57,13 +65,17 @@ export const DEFAULTS: State = {
   search: "",
   zoom: "",
   show: "graph",
+  fn: "",
+  fnFile: "",
+  sort: "",
   colour: "package",
-  blind: false,
+  redGreen: false,
   absolute: false,
   flip: false,
   interpreters: false,
   hideErrors: false,
   live: false,
+  theme: "auto",
 };
 
 const oneOf = <T extends string>(text: string | null, allowed: readonly T[], fallback: T): T =>
@@ -93,14 +105,18 @@ export function fromAddress(location: { pathname: string; search: string }): Sta
     bspan: span(get.get("base_span")),
     search: get.get("search") ?? "",
     zoom: get.get("zoom") ?? "",
-    show: oneOf(get.get("show"), ["graph", "both", "table", "list"], DEFAULTS.show),
+    show: oneOf(get.get("show"), ["graph", "both", "sandwich", "table", "list"], DEFAULTS.show),
+    fn: get.get("function") ?? "",
+    fnFile: get.get("function_file") ?? "",
+    sort: get.get("sort") ?? "",
     colour: oneOf(get.get("colour"), ["package", "binary", "kind"], DEFAULTS.colour),
-    blind: get.has("blind"),
+    redGreen: get.has("red_green"),
     absolute: get.has("absolute"),
     flip: get.has("flip"),
     interpreters: get.has("interpreters"),
     hideErrors: get.has("hide_errors"),
     live: get.has("live"),
+    theme: oneOf(get.get("theme"), ["auto", "light", "dark"], DEFAULTS.theme),
   };
 }
 
@@ -123,13 +139,17 @@ export function toAddress(state: State): string {
   set("search", state.search);
   set("zoom", state.zoom);
   set("show", state.show, DEFAULTS.show);
+  set("function", state.fn);
+  set("function_file", state.fnFile);
+  set("sort", state.sort);
   set("colour", state.colour, DEFAULTS.colour);
-  flag("blind", state.blind);
+  flag("red_green", state.redGreen);
   flag("absolute", state.absolute);
   flag("flip", state.flip);
   flag("interpreters", state.interpreters);
   flag("hide_errors", state.hideErrors);
   flag("live", state.live);
+  set("theme", state.theme, DEFAULTS.theme);
   const text = search.toString();
   return `./${state.view === "profiles" ? "" : state.view}${text ? `?${text}` : ""}`;
 }

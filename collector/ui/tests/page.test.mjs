@@ -1,85 +1,19 @@
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
-import { createRequire } from "node:module";
 import { after, before, describe, it } from "node:test";
 import { gunzipSync } from "node:zlib";
-import { openPage, seed, startBrowser, startCollector } from "./collector.mjs";
+import { openPage, startCollector } from "./collector.mjs";
+import { CHECKOUT, accessible, drawn, framesOf, hueOf, named, withPage } from "./page.mjs";
 
-const axe = await readFile(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+const { on, tested } = withPage();
 
-let browser;
-let full;
 let empty;
-let agents;
 
 before(async () => {
-  browser = await startBrowser();
-  [full, empty] = [await startCollector(), await startCollector()];
-  agents = await seed(full);
+  empty = await startCollector();
 });
 
-after(async () => {
-  await browser?.close();
-  await agents?.stop();
-  await Promise.all([full?.stop(), empty?.stop()]);
-});
-
-const CHECKOUT = `q=${encodeURIComponent('{service_name="checkout"}')}&type=cpu%2Fnanoseconds`;
-
-/** Opens a view, runs a test on it, and then checks that it had no errors and no requests to other origins. */
-async function on(path, run, options) {
-  const opened = await openPage(browser, full.address + path, options);
-  try {
-    await run(opened.page, opened.faults);
-    assert.deepEqual(opened.faults, []);
-  } finally {
-    await opened.close();
-  }
-}
-
-/** Returns the drawn frames with their names, widths, fills and classes. */
-const framesOf = (page) =>
-  page.$$eval("g.frame", (groups) =>
-    groups.map((group) => ({
-      name: group.__data__.data.name,
-      width: group.querySelector("rect").getBoundingClientRect().width,
-      fill: group.querySelector("rect").getAttribute("fill"),
-      classes: [...group.classList],
-    })),
-  );
-
-async function drawn(page, name) {
-  // The component animates widths, so this waits until they are final.
-  await page.waitForFunction((wanted) => {
-    const frames = [...document.querySelectorAll("g.frame")];
-    const whole = document.querySelector(".flame-graph svg")?.clientWidth ?? 0;
-    const settled = ({ __data__: { x0, x1 }, firstChild }) => Math.abs(firstChild.getBoundingClientRect().width - (x1 - x0) * whole) < 3;
-    return frames.some((group) => group.__data__.data.name === wanted) && frames.every(settled);
-  }, name);
-  return framesOf(page);
-}
-
-const named = (frames, name) => {
-  const found = frames.find((frame) => frame.name === name);
-  assert.ok(found, `${name} is not among ${frames.map((frame) => frame.name).join(", ")}`);
-  return found;
-};
-
-/** Returns the hue of `oklch(l c h)` in degrees, or nothing for grey. */
-const hueOf = (fill) => {
-  const [, chroma, hue] = /oklch\([\d.]+ ([\d.]+) ([\d.]+)\)/.exec(fill).map(Number);
-  return chroma < 0.02 ? undefined : hue;
-};
-
-async function accessible(page) {
-  // The content security policy of the page blocks other scripts, so this one runs through the debugger.
-  await page.evaluate(axe);
-  const { violations } = await page.evaluate(() => globalThis.axe.run(document, { resultTypes: ["violations"] }));
-  const serious = violations
-    .filter(({ impact }) => impact === "serious" || impact === "critical")
-    .map(({ id, help, nodes }) => `${id}: ${help}\n  ${nodes.map((node) => `${node.target} ${node.failureSummary}`).join("\n  ")}`);
-  assert.deepEqual(serious, []);
-}
+after(() => empty?.stop());
 
 describe("the flame graph", () => {
   it("draws functions with widths in proportion to their shares", async () => {
@@ -263,13 +197,13 @@ describe("the flame graph", () => {
 });
 
 describe("comparison", () => {
-  it("of two ranges shows more in red and less in green", async () => {
+  it("of two ranges shows more in orange and less in blue", async () => {
     await on(`?${CHECKOUT}&compare=1`, async (page) => {
       const frames = await drawn(page, "shop::checkout::price_basket");
       const [less, more] = [named(frames, "shop::checkout::price_basket"), named(frames, "shop::checkout::pay")];
       assert.ok(less.classes.includes("less") && more.classes.includes("more"));
-      assert.equal(hueOf(less.fill), 150);
-      assert.equal(hueOf(more.fill), 25);
+      assert.equal(hueOf(less.fill), 250);
+      assert.equal(hueOf(more.fill), 60);
       // What the browser made of it, channel by channel.
       const rgb = (fill) =>
         page.evaluate((colour) => {
@@ -278,16 +212,16 @@ describe("comparison", () => {
           context.fillRect(0, 0, 1, 1);
           return [...context.getImageData(0, 0, 1, 1).data];
         }, fill);
-      const [green, red] = [await rgb(less.fill), await rgb(more.fill)];
-      assert.ok(green[1] > green[0] + 20, `green ${green}`);
-      assert.ok(red[0] > red[1] + 20, `red ${red}`);
+      const [blue, orange] = [await rgb(less.fill), await rgb(more.fill)];
+      assert.ok(blue[2] > blue[0] + 20, `blue ${blue}`);
+      assert.ok(orange[0] > orange[2] + 20, `orange ${orange}`);
       assert.match(await page.textContent(".legend"), /less than the base.*more than the base/s);
       await page.getByRole("button", { name: "Options of the graph" }).click();
-      await page.getByText("Orange and blue differences").click();
-      await page.waitForFunction(() => location.search.includes("blind"));
+      await page.getByText("Red and green differences").click();
+      await page.waitForFunction(() => location.search.includes("red_green"));
       const others = await framesOf(page);
-      assert.equal(hueOf(named(others, "shop::checkout::price_basket").fill), 250);
-      assert.equal(hueOf(named(others, "shop::checkout::pay").fill), 60);
+      assert.equal(hueOf(named(others, "shop::checkout::price_basket").fill), 150);
+      assert.equal(hueOf(named(others, "shop::checkout::pay").fill), 25);
     });
   });
 
@@ -590,7 +524,7 @@ describe("every view", () => {
 
 describe("an empty store", () => {
   const onEmpty = async (path, run) => {
-    const opened = await openPage(browser, empty.address + path);
+    const opened = await openPage(tested.browser, empty.address + path);
     try {
       await run(opened.page);
       await accessible(opened.page);
@@ -617,7 +551,7 @@ describe("an empty store", () => {
 
   it("reports an unreachable collector", async () => {
     const gone = await startCollector();
-    const opened = await openPage(browser, `${gone.address}nodes`);
+    const opened = await openPage(tested.browser, `${gone.address}nodes`);
     try {
       await opened.page.getByText("No node has connected yet").waitFor();
       await gone.stop();

@@ -6,21 +6,23 @@ interface FactsProps {
   frame: FrameData;
   frames: Frames;
   diff: boolean;
+  /** False in a graph of callers, in which no value ends. */
+  hasSelf: boolean;
 }
 
 /** Returns how much of a frame rests on a guess: `guessed`, `12% guessed`, or an empty text. */
 const guessOf = ({ guessed }: FrameData): string => (guessed === 0 ? "" : guessed === 1 ? "guessed" : `${share(guessed, 1)} guessed`);
 
 /** Returns one sentence for screen readers. */
-export function describe({ frame, frames: { unit, total, baseTotal }, diff }: FactsProps): string {
+export function describe({ frame, frames: { unit, total, baseTotal }, diff, hasSelf }: FactsProps): string {
   const kind = [frame.kernel ? "kernel" : "", frame.inlined ? "inlined" : "", guessOf(frame)].filter(Boolean).map((word) => `, ${word}`).join("");
   if (!diff) {
-    return `${frame.name}, ${share(frame.total, total)}, ${value(frame.total, unit)}, self ${value(frame.self, unit)}${kind}`;
+    return `${frame.name}, ${share(frame.total, total)}, ${value(frame.total, unit)}${hasSelf ? `, self ${value(frame.self, unit)}` : ""}${kind}`;
   }
   return `${frame.name}, ${points(frame.delta)}: ${share(frame.baseTotal, baseTotal)} in the base, ${share(frame.total, total)} in the comparison${kind}`;
 }
 
-function Comparison({ frame, frames: { unit, total, baseTotal } }: FactsProps) {
+function Comparison({ frame, frames: { unit, total, baseTotal }, hasSelf }: FactsProps) {
   const selfDelta = (total > 0 ? frame.self / total : 0) - (baseTotal > 0 ? frame.baseSelf / baseTotal : 0);
   return (
     <table class="facts-table">
@@ -34,22 +36,24 @@ function Comparison({ frame, frames: { unit, total, baseTotal } }: FactsProps) {
           <td>{value(frame.total, unit)} <span>{share(frame.total, total)}</span></td>
           <td>{points(frame.delta)}</td>
         </tr>
-        <tr>
-          <th>self</th>
-          <td>{value(frame.baseSelf, unit)} <span>{share(frame.baseSelf, baseTotal)}</span></td>
-          <td>{value(frame.self, unit)} <span>{share(frame.self, total)}</span></td>
-          <td>{points(selfDelta)}</td>
-        </tr>
+        {hasSelf && (
+          <tr>
+            <th>self</th>
+            <td>{value(frame.baseSelf, unit)} <span>{share(frame.baseSelf, baseTotal)}</span></td>
+            <td>{value(frame.self, unit)} <span>{share(frame.self, total)}</span></td>
+            <td>{points(selfDelta)}</td>
+          </tr>
+        )}
       </tbody>
     </table>
   );
 }
 
-function Values({ frame, frames: { unit, total } }: FactsProps) {
+function Values({ frame, frames: { unit, total }, hasSelf }: FactsProps) {
   return (
     <dl class="facts-values">
       <div><dt>total</dt><dd>{value(frame.total, unit)}</dd><dd class="dim">{share(frame.total, total)}</dd></div>
-      <div><dt>self</dt><dd>{value(frame.self, unit)}</dd><dd class="dim">{share(frame.self, total)}</dd></div>
+      {hasSelf && <div><dt>self</dt><dd>{value(frame.self, unit)}</dd><dd class="dim">{share(frame.self, total)}</dd></div>}
     </dl>
   );
 }
@@ -66,7 +70,7 @@ export function Facts(props: FactsProps) {
       </div>
       {frame.guessed > 0 && (
         <div class="facts-guess">
-          {guessOf(frame)}: {props.frames.root.key === frame.key ? "frames of these stacks were" : "it or a function that it called was"} found by frame pointer, without an unwind table, and may be wrong
+          {guessOf(frame)}: {props.frames.data(0).key === frame.key ? "frames of these stacks were" : "it or a function that it called was"} found by frame pointer, without an unwind table, and may be wrong
         </div>
       )}
       {props.diff ? <Comparison {...props} /> : <Values {...props} />}

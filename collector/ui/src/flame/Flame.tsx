@@ -1,4 +1,4 @@
-/** The flame graph. d3-flame-graph draws, zooms and searches; this component adds keys, accessible names and colours. */
+/** A flame graph with its path, its search result and the facts of the picked frame. */
 import { useRef } from "preact/hooks";
 import { integer, share } from "../units";
 import { Facts, describe } from "./Facts";
@@ -6,7 +6,7 @@ import { type FlameProps, type FlameState, useFlame } from "./useFlame";
 import { useFlameKeys } from "./useFlameKeys";
 
 /** Buttons for the frames from the root to the zoomed one. */
-function Crumbs({ flame: { path, visit, root } }: { flame: FlameState }) {
+function Crumbs({ flame: { path, visit }, whole }: { flame: FlameState; whole: string }) {
   // A deep path shows its first frame and its last four.
   const crumbs = path.length > 6 ? [path[0], undefined, ...path.slice(-4)] : path;
   return (
@@ -16,7 +16,7 @@ function Crumbs({ flame: { path, visit, root } }: { flame: FlameState }) {
           node ? (
             <li key={node.data.key}>
               <button type="button" onClick={() => visit(node)} aria-current={at === crumbs.length - 1 ? "true" : undefined} title={node.data.name}>
-                {node.depth === 0 ? "all" : node.data.name}
+                {node.depth === 0 ? whole : node.data.name}
               </button>
             </li>
           ) : (
@@ -25,7 +25,7 @@ function Crumbs({ flame: { path, visit, root } }: { flame: FlameState }) {
         )}
       </ol>
       {path.length > 1 && (
-        <button type="button" class="quiet" onClick={() => visit(root())}>
+        <button type="button" class="quiet" onClick={() => visit(path[0])}>
           Reset zoom <kbd>Esc</kbd>
         </button>
       )}
@@ -35,12 +35,12 @@ function Crumbs({ flame: { path, visit, root } }: { flame: FlameState }) {
 
 /** Result of the search, or the number of frames that are too narrow to see. */
 function Found({ frames, diff, flame }: Pick<FlameProps, "frames" | "diff"> & { flame: FlameState }) {
-  const { found, patternError, shownCount, path } = flame;
+  const { found, patternError, nodes, path } = flame;
   return (
     <div class="found" role="status">
       {patternError !== undefined && <span class="bad">{patternError}</span>}
-      {!found && shownCount < frames.count && path.length <= 1 && (
-        <span>{integer(shownCount)} of {integer(frames.count)} frames are wide enough to see; zoom in for the others</span>
+      {!found && nodes.length < frames.count && path.length <= 1 && (
+        <span>{integer(nodes.length)} of {integer(frames.count)} frames are wide enough to see; zoom in for the others</span>
       )}
       {found && patternError === undefined && (
         found.count === 0 ? (
@@ -57,14 +57,17 @@ function Found({ frames, diff, flame }: Pick<FlameProps, "frames" | "diff"> & { 
 }
 
 /** The picked frame, or a hint about the keys. */
-function Picked({ frames, diff, flame: { picked } }: Pick<FlameProps, "frames" | "diff"> & { flame: FlameState }) {
+function Picked({ frames, diff, part, id, onFunction, flame: { picked } }: FlameProps & { id: string; flame: FlameState }) {
   return (
     <>
-      <div class="picked" id="picked-frame">
+      <div class="picked" id={id}>
         {picked ? (
           <>
-            <div class="picked-facts"><Facts frame={picked} frames={frames} diff={diff} /></div>
-            <button type="button" class="quiet" onClick={() => void navigator.clipboard?.writeText(picked.name)}>Copy name</button>
+            <div class="picked-facts"><Facts frame={picked} frames={frames} diff={diff} hasSelf={part !== "callers"} /></div>
+            <div class="picked-tools">
+              {!picked.special && <button type="button" class="quiet" onClick={() => onFunction(picked)}>Callers and callees <kbd>s</kbd></button>}
+              <button type="button" class="quiet" onClick={() => void navigator.clipboard?.writeText(picked.name)}>Copy name</button>
+            </div>
           </>
         ) : (
           <span class="dim hint">
@@ -72,7 +75,7 @@ function Picked({ frames, diff, flame: { picked } }: Pick<FlameProps, "frames" |
           </span>
         )}
       </div>
-      <div class="visually-hidden" role="status">{picked ? describe({ frame: picked, frames, diff }) : ""}</div>
+      <div class="visually-hidden" role="status">{picked ? describe({ frame: picked, frames, diff, hasSelf: part !== "callers" }) : ""}</div>
     </>
   );
 }
@@ -88,14 +91,16 @@ function placeTip(box: HTMLElement | null, event: PointerEvent) {
 }
 
 export function Flame(props: FlameProps) {
-  const { frames, diff, flip } = props;
+  const { frames, diff, part } = props;
   const flame = useFlame(props);
+  const id = part ? `picked-${part}` : "picked-frame";
   const onKeyDown = useFlameKeys(props, flame);
   const tip = useRef<HTMLDivElement>(null);
   return (
-    <div class={`flame${diff ? " diff" : ""}${flip ? "" : " down"}`}>
+    <div class={`flame${diff ? " diff" : ""}${part ? ` ${part}` : ""}`}>
       <div class="flame-head">
-        <Crumbs flame={flame} />
+        {part && <h3>{part === "callers" ? "Callers" : "Callees"}</h3>}
+        {(!part || flame.path.length > 1) && <Crumbs flame={flame} whole={part ? frames.data(0).name : "all"} />}
         <Found frames={frames} diff={diff} flame={flame} />
       </div>
       <div
@@ -103,15 +108,16 @@ export function Flame(props: FlameProps) {
         tabIndex={0}
         role="application"
         aria-roledescription="flame graph"
-        aria-label={`Flame graph of ${frames.count} frames. Arrow keys move, Enter zooms in, Escape resets, slash searches, n goes to the next match.`}
-        aria-describedby="picked-frame"
+        aria-label={`Flame graph of ${frames.count} ${part ?? "frames"}. Arrow keys move, Enter zooms in, Escape resets, slash searches, n goes to the next match.`}
+        aria-describedby={id}
         ref={flame.host}
         onKeyDown={onKeyDown}
         onPointerMove={(event) => placeTip(tip.current, event)}
+        {...flame.handlers}
       />
-      <Picked frames={frames} diff={diff} flame={flame} />
+      <Picked {...props} id={id} flame={flame} />
       <div class={`tip${flame.hovered ? " on" : ""}`} ref={tip} aria-hidden="true">
-        {flame.hovered && <Facts frame={flame.hovered} frames={frames} diff={diff} />}
+        {flame.hovered && <Facts frame={flame.hovered} frames={frames} diff={diff} hasSelf={part !== "callers"} />}
       </div>
     </div>
   );

@@ -1,40 +1,41 @@
-/** The frames that the graph draws, and their colours. */
-import type { FlameGraph, FlameNode } from "../api";
+/** A tree, prepared for drawing: widths, groups, colours, keys. */
 import type { Colour } from "../state";
+import type { Sliced } from "../parts/sliced";
+import { type FrameName, NODES_OF_STEP, type Tree } from "./tree";
 
-export interface FrameData {
-  name: string;
-  file: string;
+/** Everything that is shown of one node. */
+export interface FrameData extends FrameName {
   total: number;
   self: number;
   baseTotal: number;
   baseSelf: number;
   /** The share of the samples, of both sides, in which the frame was found by a guess or rests on one. */
   guessed: number;
-  kernel: boolean;
-  inlined: boolean;
-  /** True for frames that are not functions: `[truncated]`, `[unknown]`, `[other]`. */
-  special: boolean;
   group: string;
   /** Identifies the path from the root to this frame. It is the same in other ranges, for links and refreshes. */
   key: string;
-  /** The value that the width shows. */
-  value: number;
   /** The share in the comparison minus the share in the base. */
   delta: number;
-  children: FrameData[];
 }
 
 export interface Frames {
-  root: FrameData;
+  tree: Tree;
   unit: string;
   total: number;
   baseTotal: number;
+  /** True if the graph compares two selections. */
+  diff: boolean;
   count: number;
+  /** The value that the width of each node shows. */
+  value: Float64Array;
   /** Groups by their self value, largest first. */
   groups: { name: string; self: number }[];
   /** The hue of each group. */
   hues: Map<string, number>;
+  /** Returns what is shown of a node. */
+  data: (node: number) => FrameData;
+  /** Returns the node with this key, or -1. */
+  find: (key: string) => number;
 }
 
 /** Hashes a text with FNV-1a, for keys and hues. */
@@ -46,14 +47,17 @@ function hash(text: string, seed = 0x811c9dc5): number {
   return state;
 }
 
-/** Combines two hashes of 32 bits. With 20,000 frames, one hash of 32 bits would give two frames the same key now and then. */
-const keyOf = (path: string) => hash(path).toString(36) + hash(path, 0x9747b28c).toString(36);
-
-const isSpecial = (name: string) => /^\[[^\]]*\]$/.test(name);
+/** Mixes the hash of a frame into that of its parent's path. */
+function mix(path: number, frame: number): number {
+  let state = Math.imul(path ^ frame, 0x85ebca6b);
+  state = Math.imul(state ^ (state >>> 15), 0xc2b2ae35);
+  return (state ^ (state >>> 13)) >>> 0;
+}
 
 /** The languages of mappings that stand for an interpreter. */
 const LANGUAGES = new Map([
   ["[cpython]", "python"],
+  ["[dotnet]", ".net"],
   ["[jvm]", "java"],
   ["[php]", "php"],
   ["[ruby]", "ruby"],
@@ -76,7 +80,7 @@ export function packageOf(name: string, file: string): string {
   return file || "[unknown]";
 }
 
-export function groupOf(frame: FrameData, colour: Colour): string {
+export function groupOf(frame: FrameName, colour: Colour): string {
   if (frame.special) return "not a function";
   const language = languageOf(frame.file);
   if (language && colour !== "package") return language;
@@ -85,64 +89,91 @@ export function groupOf(frame: FrameData, colour: Colour): string {
   return colour === "binary" ? frame.file || "[unknown]" : packageOf(frame.name, frame.file);
 }
 
-/** Converts an answer of the collector into frames. It does not recurse, because a graph may be thousands of frames deep. */
-export function frames(graph: FlameGraph, colour: Colour, absolute: boolean): Frames {
-  const total = graph.total ?? 0;
-  const baseTotal = graph.base_total ?? 0;
-  const diff = baseTotal > 0 || graph.base_profiles !== undefined;
-  const groups = new Map<string, number>();
-  const shareOf = (part: number, whole: number) => (whole > 0 ? part / whole : 0);
-  // A special frame with children has no self value, so its total counts.
-  const weight = (frame: FrameData) =>
-    frame === root ? 0 : frame.special && frame.children.length > 0 ? frame.total + frame.baseTotal : frame.self + frame.baseSelf;
-  let count = 0;
-  const make = (node: FlameNode, parent: string): FrameData => {
-    count += 1;
-    const [amount, baseAmount] = [node.total ?? 0, node.base_total ?? 0];
-    const [own, ownBase] = [shareOf(amount, total), shareOf(baseAmount, baseTotal)];
-    const frame: FrameData = {
-      name: node.name,
-      file: node.file ?? "",
-      total: amount,
-      self: node.self ?? 0,
-      baseTotal: baseAmount,
-      baseSelf: node.base_self ?? 0,
-      guessed: shareOf((node.guessed ?? 0) + (node.base_guessed ?? 0), amount + baseAmount),
-      kernel: node.kernel ?? false,
-      inlined: node.inlined ?? false,
-      special: isSpecial(node.name),
-      group: "",
-      key: keyOf(`${parent}/${node.name}/${node.file ?? ""}/${node.kernel ?? false}/${node.inlined ?? false}`),
-      // The width shows both sides, so that new and removed functions are visible. Shares are scaled to large numbers,
-      // because the component subtracts the values of children and small fractions would leave rounding errors.
-      value: !diff ? amount : absolute ? amount + baseAmount : Math.round((own + ownBase) * 1e12),
-      delta: diff ? (absolute ? shareOf(amount - baseAmount, Math.max(total, baseTotal)) : own - ownBase) : 0,
-      children: [],
-    };
-    frame.group = groupOf(frame, colour);
-    return frame;
-  };
-  const from: FlameNode = graph.root ?? { name: "all" };
-  const root = make({ ...from, name: "all" }, "");
-  root.special = true;
-  root.group = groupOf(root, colour);
-  const open: [FlameNode, FrameData][] = [[from, root]];
-  for (let next = open.pop(); next; next = open.pop()) {
-    const [node, frame] = next;
-    for (const child of node.children ?? []) {
-      const made = make(child, frame.key);
-      frame.children.push(made);
-      open.push([child, made]);
-    }
-    groups.set(frame.group, (groups.get(frame.group) ?? 0) + weight(frame));
-    if (diff) {
-      // Rounding must not make a parent narrower than its children.
-      const inner = frame.children.reduce((sum, child) => sum + child.value, 0);
-      frame.value = Math.max(frame.value, inner);
-    }
+export interface FramesOptions {
+  unit: string;
+  /** Totals of both sides, of which shares are parts. A filter or a part of the graph does not change them. */
+  total: number;
+  baseTotal: number;
+  diff: boolean;
+  colour: Colour;
+  /** Compare amounts instead of shares. */
+  absolute: boolean;
+  /** Distinguishes the keys of several graphs on one page; empty for the main one. */
+  part?: string;
+  /** Colours of another graph on the page; by default this graph spreads its own. */
+  hues?: Map<string, number>;
+}
+
+/** Prepares a tree for drawing. */
+export function* frames(tree: Tree, options: FramesOptions): Sliced<Frames> {
+  const { unit, total, baseTotal, diff, colour, absolute, part = "" } = options;
+  const count = tree.frame.length;
+  const shareOf = (amount: number, whole: number) => (whole > 0 ? amount / whole : 0);
+  const groupNames: string[] = [];
+  const hashes: [Int32Array, Int32Array] = [new Int32Array(tree.names.length), new Int32Array(tree.names.length)];
+  for (let at = 0; at < tree.names.length; at += 1) {
+    if (at % NODES_OF_STEP === 0) yield;
+    const frame = tree.names[at] as FrameName;
+    groupNames.push(groupOf(frame, colour));
+    const text = `${frame.name}/${frame.file}/${frame.kernel}/${frame.inlined}`;
+    hashes[0][at] = hash(text);
+    hashes[1][at] = hash(text, 0x9747b28c);
   }
+  // The width of a comparison shows both sides, so that new and removed functions are visible.
+  const width = (amount: number, baseAmount: number) =>
+    !diff ? amount : absolute ? amount + baseAmount : shareOf(amount, total) + shareOf(baseAmount, baseTotal);
+  const value = new Float64Array(count);
+  // Two hashes of 32 bits. With one, two of 20,000 frames would have the same key now and then.
+  const keys: [Uint32Array, Uint32Array] = [new Uint32Array(count), new Uint32Array(count)];
+  const groups = new Map<string, number>();
+  for (let at = 0; at < count; at += 1) {
+    if (at % NODES_OF_STEP === 0) yield;
+    const parent = tree.parent[at] as number;
+    const frame = tree.frame[at] as number;
+    value[at] = width(tree.total[at] as number, tree.baseTotal[at] as number);
+    for (const side of [0, 1] as const) keys[side][at] = mix(parent < 0 ? hash(part) : (keys[side][parent] as number), hashes[side][frame] as number);
+    if (parent < 0) continue;
+    // A special frame with children has no self value, so its total counts.
+    const whole = (tree.names[frame] as FrameName).special && (tree.end[at] as number) > at + 1;
+    const weight = whole ? (tree.total[at] as number) + (tree.baseTotal[at] as number) : (tree.self[at] as number) + (tree.baseSelf[at] as number);
+    const group = groupNames[frame] as string;
+    groups.set(group, (groups.get(group) ?? 0) + weight);
+  }
+  const key = (node: number) => (keys[0][node] as number).toString(36) + "-" + (keys[1][node] as number).toString(36);
   const ranked = [...groups].map(([name, self]) => ({ name, self })).sort((a, b) => b.self - a.self);
-  return { root, unit: graph.unit, total, baseTotal, count, groups: ranked, hues: spread(ranked.map(({ name }) => name)) };
+  return {
+    tree,
+    unit,
+    total,
+    baseTotal,
+    diff,
+    count,
+    value,
+    groups: ranked,
+    hues: options.hues ?? spread(ranked.map(({ name }) => name)),
+    data: (node) => {
+      const [amount, baseAmount] = [tree.total[node] as number, tree.baseTotal[node] as number];
+      const isWhole = node === 0 && part === "";
+      const frame = tree.names[tree.frame[node] as number] as FrameName;
+      return {
+        ...frame,
+        special: frame.special || isWhole,
+        total: amount,
+        self: tree.self[node] as number,
+        baseTotal: baseAmount,
+        baseSelf: tree.baseSelf[node] as number,
+        guessed: shareOf(tree.guessed[node] as number, amount + baseAmount),
+        group: isWhole ? "not a function" : (groupNames[tree.frame[node] as number] as string),
+        key: key(node),
+        delta: !diff ? 0 : absolute ? shareOf(amount - baseAmount, Math.max(total, baseTotal)) : shareOf(amount, total) - shareOf(baseAmount, baseTotal),
+      };
+    },
+    find: (wanted) => {
+      const [high, low] = wanted.split("-").map((text) => Number.parseInt(text, 36));
+      for (let at = 0; at < count; at += 1) if (keys[0][at] === high && keys[1][at] === low) return at;
+      return -1;
+    },
+  };
 }
 
 /** Hues that differ from each other and from that of the kernel, 255. Most are warm. */
@@ -185,11 +216,11 @@ export function groupColour(hues: Map<string, number>, group: string, dark: bool
 
 export const matchColour = (dark: boolean) => oklch(dark ? 0.5 : 0.78, dark ? 0.19 : 0.16, 325);
 
-/** Returns red (or orange) for more in the comparison and green (or blue) for less. The square root of the change sets the strength. */
-export function changeColour(delta: number, dark: boolean, blind: boolean): string {
+/** Returns orange (or red) for more in the comparison and blue (or green) for less. The square root of the change sets the strength. */
+export function changeColour(delta: number, dark: boolean, redGreen: boolean): string {
   const strength = Math.min(1, Math.sqrt(Math.abs(delta)) * 2.2);
   if (Math.abs(delta) < 0.001) return oklch(dark ? 0.37 : 0.9, 0.004, 250);
-  const hue = delta > 0 ? (blind ? 60 : 25) : blind ? 250 : 150;
+  const hue = delta > 0 ? (redGreen ? 25 : 60) : redGreen ? 150 : 250;
   const chroma = 0.03 + strength * (dark ? 0.13 : 0.14);
   return oklch(dark ? 0.4 + strength * 0.08 : 0.9 - strength * 0.14, chroma, hue);
 }

@@ -1,26 +1,30 @@
-/** State of the flame graph: the drawn component, the zoomed path, the current frame, the search. */
-import type { Chart } from "d3-flame-graph";
+/** State of a flame graph: the drawn frames, the zoomed path, the current frame, the search. */
 import type { RefObject } from "preact";
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { useWidth } from "../parts/hooks";
-import { type Found, type Look, type Node, createChart, decorate, drawnNodes, findKey, redraw, rootOf, sumMatches, zoomPath } from "./chart";
+import { Drawing, type Group } from "./draw";
 import { type FrameData, type Frames, matcher } from "./frames";
+import { type Found, type Node, layout, sumMatches } from "./layout";
 
 export interface FlameProps {
   frames: Frames;
   diff: boolean;
   dark: boolean;
-  blind: boolean;
+  redGreen: boolean;
   flip: boolean;
+  /** Which part of a sandwich view this graph is, if any. */
+  part?: "callers" | "callees";
   search: string;
-  /** Key of the zoomed frame; empty for the root. */
+  /** Key of the zoomed frame; empty for the root. A key of another graph means the root too. */
   zoom: string;
   onZoom: (key: string) => void;
   onClear: () => void;
+  /** Shows the callers and callees of a function. */
+  onFunction: (frame: FrameData) => void;
 }
 
 export interface FlameState {
-  /** The element that the component draws into. */
+  /** The element that the frames are drawn into. */
   host: RefObject<HTMLDivElement | null>;
   /** The frames from the root to the zoomed one. */
   path: Node[];
@@ -30,130 +34,94 @@ export interface FlameState {
   /** Sums of the matches while there is a search. */
   found: Found | undefined;
   patternError: string | undefined;
-  /** Number of frames that are wide enough to be drawn. */
-  shownCount: number;
-  drawn: () => Node[];
-  root: () => Node | undefined;
+  /** The frames that are wide enough to be drawn. */
+  nodes: Node[];
   /** Returns the current frame if it is drawn. */
   here: () => Node | undefined;
   pick: (node: Node | undefined) => void;
-  /** Zooms to a frame and reports it to `onZoom`. */
+  /** Zooms to a frame. */
   visit: (node: Node | undefined) => void;
+  handlers: {
+    onClick: (event: MouseEvent) => void;
+    onPointerOver: (event: PointerEvent) => void;
+    onPointerLeave: () => void;
+  };
 }
 
 const keyOf = (node: Node | undefined): string => (!node || node.depth === 0 ? "" : node.data.key);
 
+/** Returns the frame under an event. */
+function frameOf(event: Event): Node | undefined {
+  const group = event.target instanceof Element ? event.target.closest<Group>("g.frame") : null;
+  return group?.__data__;
+}
+
+/** Returns which names match the search, and the mistake in its pattern. */
+export function useMatches(frames: Frames, search: string): { matches: boolean[] | undefined; error: string | undefined } {
+  const names = frames.tree.names;
+  return useMemo(() => {
+    if (search === "") return { matches: undefined, error: undefined };
+    const { test, error } = matcher(search);
+    return { matches: names.map(({ name }) => test(name)), error };
+  }, [names, search]);
+}
+
 export function useFlame(props: FlameProps): FlameState {
-  const { frames, diff, dark, blind, flip, search, zoom } = props;
+  const { frames, diff, dark, redGreen, flip, search, zoom, onZoom } = props;
   const host = useRef<HTMLDivElement>(null);
   const width = useWidth(host);
-  const chart = useRef<Chart<FrameData> | undefined>(undefined);
-  const pattern = useMemo(() => matcher(search), [search]);
-  // Callbacks of the component outlive a render, so they read the latest properties from here.
-  const latest = useRef<FlameProps & Look>({ ...props, matches: pattern.test });
-  latest.current = { ...props, matches: pattern.test };
-  const current = useRef<string>("");
-  const [picked, setPicked] = useState<FrameData>();
+  const drawing = useRef<Drawing | undefined>(undefined);
+  const { matches, error } = useMatches(frames, search);
+  const [current, setCurrent] = useState("");
   const [hovered, setHovered] = useState<FrameData>();
-  const [path, setPath] = useState<Node[]>([]);
-  const [found, setFound] = useState<Found>();
-  const [shownCount, setShownCount] = useState(0);
 
-  const root = () => rootOf(host.current);
-  const drawn = () => drawnNodes(host.current);
-  const mark = () => {
-    const marked = decorate(host.current, latest.current, current.current);
-    if (!marked) return;
-    if (!marked.hasCurrent) current.current = "";
-    setShownCount(marked.count);
-  };
-  const draw = (operation: (chart: Chart<FrameData>) => void) => {
-    if (!chart.current) return;
-    redraw(chart.current, host.current, operation);
-    mark();
-  };
-  const readPath = () => {
-    const top = root();
-    if (top) setPath(zoomPath(top));
-  };
-  const zoomTo = (node: Node | undefined) => {
-    if (!node) return;
-    draw((drawing) => drawing.zoomTo(node));
-    readPath();
-  };
+  const zoomed = useMemo(() => (zoom === "" ? 0 : Math.max(0, frames.find(zoom))), [frames, zoom]);
+  const nodes = useMemo(
+    () => (width === 0 ? [] : layout(frames, { zoom: zoomed, width, fraction: 1, value: frames.value, matches })),
+    [frames, zoomed, width, matches],
+  );
+  const found = useMemo(() => (matches ? sumMatches(frames, matches) : undefined), [frames, matches]);
+  const picked = useMemo(() => {
+    const at = current === "" ? -1 : frames.find(current);
+    return at < 0 ? undefined : frames.data(at);
+  }, [frames, current]);
 
-  // One component exists for the life of the element. The effects below pass data and options to it.
+  useEffect(() => () => drawing.current?.destroy(), []);
   useLayoutEffect(() => {
-    const box = host.current;
-    if (!box || width === 0 || chart.current) return;
-    chart.current = createChart(box, width, () => latest.current, {
-      onHover: (node) => setHovered(node?.data),
-      onClick: (node) => {
-        current.current = node.data.key;
-        setPicked(node.data);
-        setHovered(undefined);
-        mark();
-        readPath();
-        latest.current.onZoom(keyOf(node));
-      },
-    });
-  }, [width]);
-  useEffect(() => () => void chart.current?.destroy(), []);
+    if (!host.current || nodes.length === 0) return;
+    drawing.current ??= new Drawing(host.current, props.part ? `${props.part}-` : "");
+    drawing.current.show(nodes, { frames, diff, dark, redGreen, flip, searching: search !== "", width }, current);
+  }, [nodes, flip, dark, redGreen, diff]);
 
-  const runSearch = () => {
-    const { search: text } = latest.current;
-    draw((drawing) => (text === "" ? drawing.clear() : drawing.search(text)));
-    const top = root();
-    setFound(text === "" || !top ? undefined : sumMatches(top));
-  };
-
-  // New data keeps the same frame zoomed and picked if it still exists.
-  const shown = useRef<Frames | undefined>(undefined);
-  useEffect(() => {
-    if (!chart.current || width === 0) return;
-    const isNew = shown.current !== frames;
-    shown.current = frames;
-    draw((drawing) => {
-      drawing.width(width).inverted(!flip);
-      drawing.update(isNew ? frames.root : undefined);
-    });
-    if (!isNew) return;
-    if (search !== "") runSearch();
-    const node = zoom === "" ? undefined : findKey(root(), zoom);
-    if (node) zoomTo(node);
-    else readPath();
-    if (picked) setPicked(findKey(root(), picked.key)?.data);
-  }, [frames, width, flip, dark, blind, diff]);
-
-  useEffect(runSearch, [search]);
-
-  // The address may change the zoom: the back button, or a link.
-  useEffect(() => {
-    const last = path[path.length - 1];
-    if (!last || keyOf(last) === zoom) return;
-    zoomTo((zoom === "" ? undefined : findKey(root(), zoom)) ?? root());
-  }, [zoom]);
-
+  const here = () => nodes.find((node) => node.data.key === current);
+  const visit = (node: Node | undefined) => onZoom(keyOf(node));
   return {
     host,
-    path,
+    path: nodes.filter((node, at) => node.depth === at && (node.fade || node.index === zoomed)),
     picked,
     hovered,
-    found: search === "" ? undefined : found,
-    patternError: search === "" ? undefined : pattern.error,
-    shownCount,
-    drawn,
-    root,
-    here: () => drawn().find((node) => node.data.key === current.current),
+    found,
+    patternError: error,
+    nodes,
+    here,
     pick: (node) => {
-      current.current = node?.data.key ?? "";
-      setPicked(node?.data);
-      mark();
-      host.current?.querySelector("g.frame.current")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+      const key = node?.data.key ?? "";
+      setCurrent(key);
+      drawing.current?.mark(key);
+      drawing.current?.scrollTo(key);
     },
-    visit: (node) => {
-      zoomTo(node);
-      props.onZoom(keyOf(node));
+    visit,
+    handlers: {
+      onClick: (event) => {
+        const node = frameOf(event);
+        if (!node) return;
+        setCurrent(node.data.key);
+        drawing.current?.mark(node.data.key);
+        setHovered(undefined);
+        visit(node);
+      },
+      onPointerOver: (event) => setHovered(frameOf(event)?.data),
+      onPointerLeave: () => setHovered(undefined),
     },
   };
 }

@@ -1,5 +1,5 @@
-/** Keys of the flame graph: arrows move, Enter zooms in, Backspace zooms out, Escape resets, n and N step through matches. */
-import type { Node } from "./chart";
+/** Keys of the flame graph: arrows move, Enter zooms in, Backspace zooms out, Escape resets, n and N step through matches, s shows callers and callees. */
+import type { Node } from "./layout";
 import type { FlameProps, FlameState } from "./useFlame";
 
 const byColumn = (a: Node, b: Node) => a.x0 - b.x0;
@@ -25,10 +25,10 @@ function nextMatch(nodes: Node[], here: Node | undefined, step: number): Node | 
 }
 
 /** Returns the handler of key events on the graph. */
-export function useFlameKeys({ flip, search, onClear }: FlameProps, flame: FlameState): (event: KeyboardEvent) => void {
+export function useFlameKeys({ flip, search, onClear, onFunction }: FlameProps, flame: FlameState): (event: KeyboardEvent) => void {
   return (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const nodes = flame.drawn();
+    const { nodes } = flame;
     const here = flame.here();
     const top = () => nodes.find((node) => node.depth === 0);
     let next: Node | undefined;
@@ -54,6 +54,9 @@ export function useFlameKeys({ flip, search, onClear }: FlameProps, flame: Flame
       case "N":
         next = nextMatch(nodes, here, -1);
         break;
+      case "s":
+        if (here && !here.data.special) onFunction(here.data);
+        break;
       case "Enter":
       case " ":
         if (here) flame.visit(here);
@@ -62,7 +65,7 @@ export function useFlameKeys({ flip, search, onClear }: FlameProps, flame: Flame
         flame.visit(flame.path[flame.path.length - 2]);
         break;
       case "Escape":
-        if (flame.path.length > 1) flame.visit(flame.root());
+        if (flame.path.length > 1) flame.visit(flame.path[0]);
         else if (search !== "") onClear();
         else flame.pick(undefined);
         break;

@@ -9,11 +9,12 @@ interface LegendProps {
   drawn: Frames;
   diff: boolean;
   dark: boolean;
-  blind: boolean;
+  redGreen: boolean;
   absolute: boolean;
 }
 
-export function Legend({ drawn, diff, dark, blind, absolute }: LegendProps) {
+export function Legend({ drawn, diff, dark, redGreen, absolute }: LegendProps) {
+  const { guessed } = drawn.data(0);
   return (
     <div class="legend">
       {diff ? (
@@ -21,7 +22,7 @@ export function Legend({ drawn, diff, dark, blind, absolute }: LegendProps) {
           <span>less than the base</span>
           <span class="ramp" role="img" aria-label="From less, through the same, to more">
             {RAMP.map((delta) => (
-              <i key={delta} style={{ background: changeColour(delta, dark, blind) }} />
+              <i key={delta} style={{ background: changeColour(delta, dark, redGreen) }} />
             ))}
           </span>
           <span>more than the base</span>
@@ -34,9 +35,9 @@ export function Legend({ drawn, diff, dark, blind, absolute }: LegendProps) {
           </span>
         ))
       )}
-      {drawn.root.guessed > 0 && (
+      {guessed > 0 && (
         <span class="guess">
-          <i class="hatched" /> guessed: found by frame pointer, without an unwind table <span class="dim">in {share(drawn.root.guessed, 1)} of the samples</span>
+          <i class="hatched" /> guessed: found by frame pointer, without an unwind table <span class="dim">in {share(guessed, 1)} of the samples</span>
         </span>
       )}
     </div>

@@ -1,5 +1,6 @@
 /** The main view: controls for the selection, its timelines, and its profiles as graph, table or list. */
 import { useMemo } from "preact/hooks";
+import type { TopRow } from "../api";
 import { Flame } from "../flame/Flame";
 import { type Frames, matcher } from "../flame/frames";
 import { Problem } from "../parts/parts";
@@ -9,6 +10,7 @@ import { Legend } from "./Legend";
 import { Lines } from "./Lines";
 import { List } from "./List";
 import { Nothing } from "./Nothing";
+import { Sandwich } from "./Sandwich";
 import { Table } from "./Table";
 import { Toolbar } from "./Toolbar";
 import { type Selections, useSelections } from "./selection";
@@ -22,26 +24,41 @@ interface ResultsProps {
   answers: Answers;
 }
 
-/** The graph and the table, alone or side by side. */
+/** The graph, the table and the sandwich view, alone or side by side. */
 function Panes({ state, dark, answers: { top, diff }, drawn }: ResultsProps & { drawn: Frames }) {
   const pattern = useMemo(() => matcher(state.search), [state.search]);
-  const focusFunction = (name: string) => go({ search: `"${name}"`, zoom: "", show: state.show === "table" ? "both" : state.show });
+  const { show, fn, fnFile } = state;
+  const openFunction = ({ name, file = "" }: { name: string; file?: string }) => go({ show: "sandwich", fn: name, fnFile: file, zoom: "", ...(show === "sandwich" ? {} : { search: "" }) });
+  const findFunction = ({ name }: TopRow) => go({ search: `"${name}"`, zoom: "", show: show === "table" ? "both" : show });
+  const isSandwich = show === "sandwich";
   return (
-    <div class={`panes ${state.show}`}>
-      {state.show !== "graph" && (top.data ? (
-        <Table top={top.data} diff={diff} blind={state.blind} search={state.search} matches={pattern.test} onFocus={focusFunction} />
+    <div class={`panes ${show}`}>
+      {show !== "graph" && (top.data ? (
+        <Table
+          top={top.data}
+          diff={diff}
+          redGreen={state.redGreen}
+          search={state.search}
+          matches={pattern.test}
+          sort={state.sort}
+          hint={(name) => (isSandwich ? `Show callers and callees of ${name}` : `Show ${name} in the graph`)}
+          isChosen={(row) => isSandwich && row.name === fn && (fnFile === "" || (row.file ?? "") === fnFile)}
+          onChoose={isSandwich ? openFunction : findFunction}
+        />
       ) : top.error ? <Problem error={top.error} /> : <p class="dim none">Loading…</p>)}
-      {state.show !== "table" && (
+      {isSandwich && <Sandwich state={state} drawn={drawn} dark={dark} />}
+      {(show === "graph" || show === "both") && (
         <Flame
           frames={drawn}
-          diff={diff}
+          diff={drawn.diff}
           dark={dark}
-          blind={state.blind}
+          redGreen={state.redGreen}
           flip={state.flip}
           search={state.search}
           zoom={state.zoom}
           onZoom={(zoom) => go({ zoom })}
           onClear={() => go({ search: "" }, true)}
+          onFunction={openFunction}
         />
       )}
     </div>
@@ -50,7 +67,7 @@ function Panes({ state, dark, answers: { top, diff }, drawn }: ResultsProps & { 
 
 function Results(props: ResultsProps) {
   const { state, tick, dark, selections: { badTime, selection }, answers } = props;
-  const { type, drawn, diff, isEmpty, busy, failure, queryError } = answers;
+  const { type, drawn, isEmpty, busy, failure, queryError } = answers;
   const isList = state.show === "list";
   return (
     <section class="results" aria-label="What they say" aria-busy={busy}>
@@ -64,7 +81,7 @@ function Results(props: ResultsProps) {
       } />}
       {!isList && !isEmpty && !queryError && drawn && (
         <>
-          {state.show !== "table" && <Legend drawn={drawn} diff={diff} dark={dark} blind={state.blind} absolute={state.absolute} />}
+          {state.show !== "table" && <Legend drawn={drawn} diff={drawn.diff} dark={dark} redGreen={state.redGreen} absolute={state.absolute} />}
           <Panes {...props} drawn={drawn} />
         </>
       )}

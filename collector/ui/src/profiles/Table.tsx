@@ -1,21 +1,64 @@
-/** The table of functions, summed over all stacks. A click shows a function in the graph. */
-import { useMemo, useState } from "preact/hooks";
+/** The table of functions, summed over all stacks. */
+import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import type { Top, TopRow } from "../api";
+import { go } from "../state";
 import { points, share, value } from "../units";
 
-type Column = "name" | "file" | "self" | "total" | "base_self" | "base_total" | "delta";
+const COLUMNS = ["name", "file", "self", "total", "base_self", "base_total", "delta"] as const;
+type Column = (typeof COLUMNS)[number];
 
 /** Rows that the table shows at first. */
 const FIRST_ROWS = 200;
 
-export function Table(props: { top: Top; diff: boolean; blind: boolean; search: string; matches: (name: string) => boolean; onFocus: (name: string) => void }) {
+interface TableProps {
+  top: Top;
+  diff: boolean;
+  redGreen: boolean;
+  search: string;
+  matches: (name: string) => boolean;
+  /** Column and direction from the address: `total`, `-name`, or an empty text. */
+  sort: string;
+  /** What a choice does, for the tooltip: `Show X in the graph`. */
+  hint: (name: string) => string;
+  isChosen: (row: TopRow) => boolean;
+  onChoose: (row: TopRow) => void;
+}
+
+const keyOf = (row: TopRow) => `${row.name} ${row.file}`;
+const ratio = (part: number | undefined, whole: number) => (whole > 0 ? (part ?? 0) / whole : 0);
+
+/** Reads the order from the address. Names rise by default and amounts fall; a minus reverses that. */
+function orderOf(sort: string, diff: boolean): { by: Column; up: boolean } {
+  const column = COLUMNS.find((name) => name === sort.replace(/^-/, ""));
+  const by = column && (diff || !/^base|delta/.test(column)) ? column : diff ? "delta" : "self";
+  const isText = by === "name" || by === "file";
+  return { by, up: isText !== (column === by && sort.startsWith("-")) };
+}
+
+/** One row can have the focus at a time: arrow keys move it, so that one press of the tab key leaves the table. */
+function useRowKeys(count: number) {
+  const [at, setAt] = useState(0);
+  const body = useRef<HTMLTableSectionElement>(null);
+  const active = Math.min(at, Math.max(0, count - 1));
+  const onKeyDown = (event: KeyboardEvent) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const steps: Record<string, number> = { ArrowDown: active + 1, ArrowUp: active - 1, PageDown: active + 20, PageUp: active - 20, Home: 0, End: count - 1 };
+    const next = steps[event.key];
+    if (next === undefined) return;
+    event.preventDefault();
+    const row = Math.min(Math.max(0, next), count - 1);
+    setAt(row);
+    body.current?.rows[row]?.querySelector("button")?.focus();
+  };
+  return { active, body, onKeyDown, setAt };
+}
+
+export function Table(props: TableProps) {
   const { top, diff, search, matches } = props;
   const total = top.total ?? 0;
   const baseTotal = top.base_total ?? 0;
-  const [sort, setSort] = useState<{ by: Column; up: boolean }>();
-  const { by, up } = sort ?? { by: diff ? ("delta" as const) : ("self" as const), up: false };
+  const { by, up } = orderOf(props.sort, diff);
   const [more, setMore] = useState(FIRST_ROWS);
-  const ratio = (part: number | undefined, whole: number) => (whole > 0 ? (part ?? 0) / whole : 0);
   const delta = (row: TopRow) => ratio(row.total, total) - ratio(row.base_total, baseTotal);
 
   const rows = useMemo(() => {
@@ -28,10 +71,17 @@ export function Table(props: { top: Top; diff: boolean; blind: boolean; search: 
         : (a: TopRow, b: TopRow) => key(a) - key(b) || b.name.localeCompare(a.name);
     return [...wanted].sort((a, b) => (up ? order(a, b) : -order(a, b)));
   }, [top, search, by, up]);
+  const shown = rows.slice(0, more);
+  const keys = useRowKeys(shown.length);
+  useEffect(() => keys.setAt(Math.max(0, shown.findIndex(props.isChosen))), [rows]);
 
+  const sortBy = (column: Column) => {
+    const reversed = by === column && up === (column === "name" || column === "file");
+    go({ sort: `${reversed ? "-" : ""}${column}` }, true);
+  };
   const head = (column: Column, name: string, numeric = true) => (
     <th class={numeric ? "number" : ""} aria-sort={by === column ? (up ? "ascending" : "descending") : undefined} scope="col">
-      <button type="button" onClick={() => setSort({ by: column, up: by === column ? !up : !numeric })}>
+      <button type="button" onClick={() => sortBy(column)}>
         {name}
         <span class={`arrow${by === column ? (up ? " up" : " down") : ""}`} aria-hidden="true" />
       </button>
@@ -45,7 +95,7 @@ export function Table(props: { top: Top; diff: boolean; blind: boolean; search: 
   );
   return (
     <div class="table-box" tabIndex={0} role="region" aria-label="Table of functions">
-      <table class={`top${diff ? " diff" : ""}${props.blind ? " blind" : ""}`}>
+      <table class={`top${diff ? " diff" : ""}${props.redGreen ? " red-green" : ""}`}>
         <thead>
           <tr>
             {head("name", "Function", false)}
@@ -57,13 +107,14 @@ export function Table(props: { top: Top; diff: boolean; blind: boolean; search: 
             {head("total", diff ? "Comp. total" : "Total")}
           </tr>
         </thead>
-        <tbody>
-          {rows.slice(0, more).map((row) => {
+        <tbody ref={keys.body} onKeyDown={keys.onKeyDown}>
+          {shown.map((row, at) => {
             const moved = delta(row);
+            const chosen = props.isChosen(row);
             return (
-              <tr key={`${row.name} ${row.file}`}>
+              <tr key={keyOf(row)} class={chosen ? "chosen" : undefined}>
                 <th scope="row">
-                  <button type="button" title={`Show ${row.name} in the graph`} onClick={() => props.onFocus(row.name)}>
+                  <button type="button" title={props.hint(row.name)} tabIndex={at === keys.active ? 0 : -1} aria-current={chosen ? "true" : undefined} onFocus={() => keys.setAt(at)} onClick={() => props.onChoose(row)}>
                     {row.name}
                   </button>
                 </th>

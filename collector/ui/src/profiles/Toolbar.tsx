@@ -73,7 +73,7 @@ function GraphOptions({ state }: { state: State }) {
           <Toggle name="Root at the bottom" on={state.flip} onChange={(flip) => go({ flip }, true)} />
           <Toggle name="Frames of interpreters" title="Show the C functions of an interpreter between the functions that it runs" on={state.interpreters} onChange={(interpreters) => go({ interpreters }, true)} />
           <Toggle name="Hide error frames" title="Leave out frames that say what a stack lacks, such as [truncated]; their values stay with their callers" on={state.hideErrors} onChange={(hideErrors) => go({ hideErrors }, true)} />
-          <Toggle name="Orange and blue differences" title="For readers who cannot distinguish red and green" on={state.blind} onChange={(blind) => go({ blind }, true)} />
+          <Toggle name="Red and green differences" title="Instead of orange and blue, which more readers can distinguish" on={state.redGreen} onChange={(redGreen) => go({ redGreen }, true)} />
           <Toggle name="Compare amounts, not shares" on={state.absolute} onChange={(absolute) => go({ absolute }, true)} />
         </div>
       )}
@@ -111,8 +111,8 @@ export function Toolbar(props: ToolbarProps) {
       </div>
       <div class="tools">
         <SearchField state={state} />
-        <Choice name="How to show it" value={state.show} of={[["graph", "Graph"], ["both", "Both"], ["table", "Table"], ["list", "Profiles"]]} onChange={(show) => go({ show })} />
-        {(state.show === "graph" || state.show === "both") && <GraphOptions state={state} />}
+        <Choice name="How to show it" value={state.show} of={[["graph", "Graph"], ["both", "Both"], ["sandwich", "Sandwich"], ["table", "Table"], ["list", "Profiles"]]} onChange={(show) => go({ show })} />
+        {state.show !== "table" && state.show !== "list" && <GraphOptions state={state} />}
         <Download {...props} />
       </div>
     </div>

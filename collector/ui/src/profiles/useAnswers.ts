@@ -12,12 +12,14 @@ import {
   selectionParameters,
 } from "../api";
 import { type Frames, frames } from "../flame/frames";
+import { type Tree, fromGraph } from "../flame/tree";
 import { type Load, useLoad } from "../parts/hooks";
+import { type Sliced, useSliced } from "../parts/sliced";
 import type { State } from "../state";
 import { niceStep } from "../time";
 import type { Selections } from "./selection";
 
-const MAX_NODES = 20_000;
+const MAX_NODES = 100_000;
 const MAX_FUNCTIONS = 2000;
 
 /** Order of the known sample types in the menu; others follow by name. */
@@ -48,6 +50,27 @@ export interface Answers {
   failure: ApiError | undefined;
 }
 
+/** An answer, and whether its request had a base. */
+type Compared = FlameGraph & { compared: boolean };
+
+function* withTree(graph: Compared): Sliced<{ graph: Compared; tree: Tree }> {
+  return { graph, tree: yield* fromGraph(graph) };
+}
+
+/** The tree of an answer, and the same prepared for drawing. */
+function useDrawn(graph: Compared | undefined, { colour, absolute }: State) {
+  const tree = useSliced<{ graph: Compared; tree: Tree }>(
+    () => (graph ? withTree(graph) : undefined),
+    [graph],
+  );
+  const drawn = useSliced<Frames>(() => {
+    if (!tree.value) return undefined;
+    const { graph: { unit, total = 0, base_total: baseTotal = 0, compared }, tree: of } = tree.value;
+    return frames(of, { unit, total, baseTotal, diff: compared, colour, absolute });
+  }, [tree.value, colour, absolute]);
+  return { tree, drawn };
+}
+
 export function useAnswers(state: State, selections: Selections): Answers {
   const { badTime, window, baseWindow, selection, base } = selections;
   const series = useLoad<{ series?: Series[] }>(JSON.stringify(["series", window]), (signal) => get("series", selectionParameters(window), signal));
@@ -68,11 +91,14 @@ export function useAnswers(state: State, selections: Selections): Answers {
 
   const request = { ...selectionParameters(selection), ...baseParameters(base), profile_id: state.profile, type, interpreter_frames: state.interpreters ? "true" : "", hide_error_frames: state.hideErrors ? "true" : "" };
   const key = ready ? JSON.stringify(request) : undefined;
-  const wantsTable = state.show === "table" || state.show === "both";
-  const graph = useLoad<FlameGraph>(key && `graph ${key}`, (signal) => get("flamegraph", { ...request, max_nodes: MAX_NODES }, signal));
+  const wantsTable = state.show === "table" || state.show === "both" || state.show === "sandwich";
+  const graph = useLoad<Compared>(key && `graph ${key}`, async (signal) => ({
+    ...(await get<FlameGraph>("flamegraph", { ...request, max_nodes: MAX_NODES }, signal)),
+    compared: base !== undefined,
+  }));
   const top = useLoad<Top>(wantsTable && key ? `top ${key}` : undefined, (signal) => get("top", { ...request, limit: MAX_FUNCTIONS }, signal));
 
-  const drawn = useMemo(() => (graph.data ? frames(graph.data, state.colour, state.absolute) : undefined), [graph.data, state.colour, state.absolute]);
+  const { tree, drawn } = useDrawn(graph.data, state);
   const total = graph.data?.total ?? 0;
   const baseTotal = graph.data?.base_total ?? 0;
   const queryError = [series.error, graph.error].find((error) => error?.status === 400 && !badTime);
@@ -82,13 +108,13 @@ export function useAnswers(state: State, selections: Selections): Answers {
     line: line.data,
     baseLine: baseLine.data,
     graph: graph.data,
-    drawn,
+    drawn: drawn.value,
     top,
     total,
     baseTotal,
-    diff: state.compare && graph.data?.base_total !== undefined,
+    diff: graph.data?.compared ?? false,
     isEmpty: graph.data !== undefined && total === 0 && baseTotal === 0,
-    busy: graph.loading || line.loading || series.loading,
+    busy: graph.loading || line.loading || series.loading || tree.busy || drawn.busy,
     queryError,
     isBaseError: queryError !== undefined && /base/.test(queryError.message) && state.compare,
     failure: badTime ? undefined : graph.error && graph.error !== queryError ? graph.error : line.error !== queryError ? line.error : undefined,
