@@ -2,6 +2,7 @@ import { render } from "preact";
 import { useEffect } from "preact/hooks";
 import { Nodes } from "./nodes/Nodes";
 import { useTick } from "./parts/hooks";
+import { KeyHelp } from "./parts/KeyHelp";
 import { Toggle } from "./parts/parts";
 import { Profiles } from "./profiles/Profiles";
 import { Rules } from "./Rules";
@@ -58,6 +59,7 @@ function App() {
               <path d={theme === "auto" ? "M8 2.5a5.5 5.5 0 0 1 0 11z" : theme === "dark" ? "M8 2.5a5.5 5.5 0 0 1 0 11a5.5 5.5 0 0 1 0-11z" : ""} fill="currentColor" />
             </svg>
           </button>
+          <KeyHelp />
         </div>
       </header>
       <div id="content" tabIndex={-1}>

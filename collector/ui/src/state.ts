@@ -34,6 +34,12 @@ export interface State {
   fnFile: string;
   /** Column and direction of the table: `total`, `-name`; empty for the usual order. */
   sort: string;
+  /** Kinds of frames to leave out: `kernel`, `native`, `python`. */
+  hide: string[];
+  /** A regular expression: only stacks with a frame that matches. */
+  only: string;
+  /** A regular expression: no stacks with a frame that matches. */
+  without: string;
   colour: Colour;
   /** Show differences in red and green instead of orange and blue. */
   redGreen: boolean;
@@ -68,6 +74,9 @@ export const DEFAULTS: State = {
   fn: "",
   fnFile: "",
   sort: "",
+  hide: [],
+  only: "",
+  without: "",
   colour: "package",
   redGreen: false,
   absolute: false,
@@ -109,6 +118,9 @@ export function fromAddress(location: { pathname: string; search: string }): Sta
     fn: get.get("function") ?? "",
     fnFile: get.get("function_file") ?? "",
     sort: get.get("sort") ?? "",
+    hide: [...new Set((get.get("hide") ?? "").split(",").filter((kind) => kind !== ""))],
+    only: get.get("only") ?? "",
+    without: get.get("without") ?? "",
     colour: oneOf(get.get("colour"), ["package", "binary", "kind"], DEFAULTS.colour),
     redGreen: get.has("red_green"),
     absolute: get.has("absolute"),
@@ -142,6 +154,9 @@ export function toAddress(state: State): string {
   set("function", state.fn);
   set("function_file", state.fnFile);
   set("sort", state.sort);
+  set("hide", state.hide.join(","));
+  set("only", state.only);
+  set("without", state.without);
   set("colour", state.colour, DEFAULTS.colour);
   flag("red_green", state.redGreen);
   flag("absolute", state.absolute);

@@ -48,7 +48,7 @@ describe("the flame graph", () => {
       assert.ok(named(frames, "[truncated]").classes.includes("special"));
       assert.equal(new Set([kernel, inlined, user].map(({ fill }) => hueOf(fill))).size, 3);
       const legend = await page.textContent(".legend");
-      for (const word of ["user", "kernel", "user, inlined", "not a function"]) assert.ok(legend.includes(word), legend);
+      for (const word of ["native", "kernel", "native, inlined", "not a function"]) assert.ok(legend.includes(word), legend);
     });
   });
 

@@ -1,6 +1,7 @@
 /** A tree, prepared for drawing: widths, groups, colours, keys. */
 import type { Colour } from "../state";
 import type { Sliced } from "../parts/sliced";
+import { groupOf } from "./kinds";
 import { type FrameName, NODES_OF_STEP, type Tree } from "./tree";
 
 /** Everything that is shown of one node. */
@@ -52,41 +53,6 @@ function mix(path: number, frame: number): number {
   let state = Math.imul(path ^ frame, 0x85ebca6b);
   state = Math.imul(state ^ (state >>> 15), 0xc2b2ae35);
   return (state ^ (state >>> 13)) >>> 0;
-}
-
-/** The languages of mappings that stand for an interpreter. */
-const LANGUAGES = new Map([
-  ["[cpython]", "python"],
-  ["[dotnet]", ".net"],
-  ["[jvm]", "java"],
-  ["[php]", "php"],
-  ["[ruby]", "ruby"],
-  ["[v8]", "javascript"],
-]);
-
-/** Returns the language of the functions in a mapping that stands for an interpreter; undefined for a file. */
-const languageOf = (file: string) => LANGUAGES.get(file);
-
-/** Returns the origin of a function: its crate, package or namespace if the name has one, else its binary. */
-export function packageOf(name: string, file: string): string {
-  // `handle (app.py:12)`: the source file.
-  if (languageOf(file)) return /\(([^()]*):\d+\)$/.exec(name)?.[1] ?? file;
-  const bare = name.replace(/^<+(?:&|mut |dyn |\*const |\*mut )*/, "");
-  const scoped = /^([A-Za-z_~][\w.$-]*?)(?:\[[0-9a-f]+\])?(?:<[^:]*>)?::/.exec(bare);
-  if (scoped?.[1]) return scoped[1];
-  const dotted = /^((?:[\w.~-]+\/)+[\w~-]+|[a-z][\w]*)\.[(*\w]/.exec(name);
-  // `memcpy.part.0` has the suffix of a compiler, not a package.
-  if (dotted?.[1] && !/\.(?:part|constprop|isra|cold|llvm|lto_priv)\b/.test(name)) return dotted[1];
-  return file || "[unknown]";
-}
-
-export function groupOf(frame: FrameName, colour: Colour): string {
-  if (frame.special) return "not a function";
-  const language = languageOf(frame.file);
-  if (language && colour !== "package") return language;
-  if (colour === "kind") return frame.kernel ? "kernel" : frame.inlined ? "user, inlined" : "user";
-  if (frame.kernel) return "kernel";
-  return colour === "binary" ? frame.file || "[unknown]" : packageOf(frame.name, frame.file);
 }
 
 export interface FramesOptions {
@@ -204,11 +170,11 @@ export function groupColour(hues: Map<string, number>, group: string, dark: bool
   const light = dark ? 0.43 + shade : 0.8 + shade;
   if (group === "not a function") return oklch(dark ? 0.36 : 0.88, 0.004, 250);
   if (group === "kernel") return oklch(light, dark ? 0.055 : 0.06, 255);
-  if (group === "user") return oklch(light, 0.095, 55);
+  if (group === "native") return oklch(light, 0.095, 55);
   if (group === "python") return oklch(light, 0.1, 155);
   if (group === "java") return oklch(light, 0.1, 20);
   if (group === "javascript") return oklch(light, 0.1, 185);
-  if (group === "user, inlined") return oklch(light, 0.085, 100);
+  if (group === "native, inlined") return oklch(light, 0.085, 100);
   // The modules of a group have slightly different hues.
   const lean = ((hash(name.replace(/::[^:]*$/, "")) >>> 12) % 5) - 2;
   return oklch(light, dark ? 0.085 : 0.1, (360 + (hues.get(group) ?? 35) + (name === group ? 0 : lean * 6)) % 360);
@@ -223,21 +189,4 @@ export function changeColour(delta: number, dark: boolean, redGreen: boolean): s
   const hue = delta > 0 ? (redGreen ? 25 : 60) : redGreen ? 150 : 250;
   const chroma = 0.03 + strength * (dark ? 0.13 : 0.14);
   return oklch(dark ? 0.4 + strength * 0.08 : 0.9 - strength * 0.14, chroma, hue);
-}
-
-/** Parses a search: part of a name, `"a whole name"`, or `/a pattern/`. An unfinished pattern matches nothing. */
-export function matcher(text: string): { test: (name: string) => boolean; error?: string } {
-  const pattern = /^\/(.*?)\/?$/s.exec(text);
-  if (pattern && text.length > 1) {
-    try {
-      const compiled = new RegExp(pattern[1] ?? "", "i");
-      return { test: (name) => compiled.test(name) };
-    } catch (error) {
-      return { test: () => false, error: error instanceof Error ? error.message : String(error) };
-    }
-  }
-  const exact = /^"(.*)"$/s.exec(text);
-  if (exact) return { test: (name) => name === exact[1] };
-  const part = text.toLowerCase();
-  return { test: (name) => name.toLowerCase().includes(part) };
 }

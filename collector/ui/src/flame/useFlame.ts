@@ -3,8 +3,9 @@ import type { RefObject } from "preact";
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { useWidth } from "../parts/hooks";
 import { Drawing, type Group } from "./draw";
-import { type FrameData, type Frames, matcher } from "./frames";
+import type { FrameData, Frames } from "./frames";
 import { type Found, type Node, layout, sumMatches } from "./layout";
+import { matcher } from "./pattern";
 
 export interface FlameProps {
   frames: Frames;

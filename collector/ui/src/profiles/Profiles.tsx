@@ -2,13 +2,15 @@
 import { useMemo } from "preact/hooks";
 import type { TopRow } from "../api";
 import { Flame } from "../flame/Flame";
-import { type Frames, matcher } from "../flame/frames";
+import type { Frames } from "../flame/frames";
+import { matcher } from "../flame/pattern";
 import { Problem } from "../parts/parts";
 import { type State, go } from "../state";
 import { BaseControls, Controls } from "./Controls";
 import { Legend } from "./Legend";
 import { Lines } from "./Lines";
 import { List } from "./List";
+import { NothingLeft } from "./Filters";
 import { Nothing } from "./Nothing";
 import { Sandwich } from "./Sandwich";
 import { Table } from "./Table";
@@ -79,7 +81,8 @@ function Results(props: ResultsProps) {
         // The profile may be of another kind than the shown type.
         go({ profile: id, type: sample_types.includes(type) ? type : (sample_types.at(-1) ?? ""), show: "graph", compare: false, zoom: "" })
       } />}
-      {!isList && !isEmpty && !queryError && drawn && (
+      {!isList && !isEmpty && !queryError && drawn && drawn.count === 1 && <NothingLeft />}
+      {!isList && !isEmpty && !queryError && drawn && drawn.count > 1 && (
         <>
           {state.show !== "table" && <Legend drawn={drawn} diff={drawn.diff} dark={dark} redGreen={state.redGreen} absolute={state.absolute} />}
           <Panes {...props} drawn={drawn} />

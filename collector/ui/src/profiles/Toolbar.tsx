@@ -3,7 +3,8 @@ import { selectionParameters, url } from "../api";
 import { Choice, Toggle } from "../parts/parts";
 import { Popover } from "../parts/Popover";
 import { type State, go } from "../state";
-import { clock, integer, typeName, value, when } from "../units";
+import { clock, integer, share, typeName, value, when } from "../units";
+import { FilterChips, Filters } from "./Filters";
 import { SearchField } from "./SearchField";
 import type { Selections } from "./selection";
 import type { Answers } from "./useAnswers";
@@ -21,13 +22,16 @@ function Unreadable({ graph }: Pick<Answers, "graph">) {
   return <span class="bad" role="status"> {integer(count)} unreadable {count === 1 ? "profile is" : "profiles are"} missing</span>;
 }
 
-function Totals({ graph, diff, total, baseTotal }: Answers) {
+function Totals({ graph, diff, drawn, total, baseTotal }: Answers) {
   const unit = graph?.unit ?? "";
+  // A filter shows a part of the selection.
+  const shown = drawn?.tree.total[0] ?? total;
+  const baseShown = drawn?.tree.baseTotal[0] ?? baseTotal;
   if (diff) {
     return (
       <>
-        <span class="big">{value(total, unit)}</span>
-        <span class="dim"> against {value(baseTotal, unit)} · {integer(graph?.profiles ?? 0)} and {integer(graph?.base_profiles ?? 0)} profiles</span>
+        <span class="big">{value(shown, unit)}</span>
+        <span class="dim"> against {value(baseShown, unit)}{shown + baseShown < total + baseTotal && <> · {share(shown, total)} and {share(baseShown, baseTotal)} of the selections</>} · {integer(graph?.profiles ?? 0)} and {integer(graph?.base_profiles ?? 0)} profiles</span>
         <Unreadable graph={graph} />
       </>
     );
@@ -35,8 +39,8 @@ function Totals({ graph, diff, total, baseTotal }: Answers) {
   if (!graph) return null;
   return (
     <>
-      <span class="big">{value(total, unit)}</span>{" "}
-      <span class="dim">{typeName(graph.sample_type)} · {integer(graph.profiles ?? 0)} {graph.profiles === 1 ? "profile" : "profiles"}</span>
+      <span class="big">{value(shown, unit)}</span>{" "}
+      <span class="dim">{shown < total && `${share(shown, total)} of ${value(total, unit)} `}{typeName(graph.sample_type)} · {integer(graph.profiles ?? 0)} {graph.profiles === 1 ? "profile" : "profiles"}</span>
       <Unreadable graph={graph} />
     </>
   );
@@ -69,7 +73,7 @@ function GraphOptions({ state }: { state: State }) {
       {() => (
         <div class="options-box">
           <span class="label">Colour by</span>
-          <Choice name="Colour by" value={state.colour} of={[["package", "Package"], ["binary", "Binary"], ["kind", "Kind"]]} onChange={(colour) => go({ colour }, true)} />
+          <Choice name="Colour by" value={state.colour} of={[["package", "Package"], ["binary", "Library"], ["kind", "Kind"]]} onChange={(colour) => go({ colour }, true)} />
           <Toggle name="Root at the bottom" on={state.flip} onChange={(flip) => go({ flip }, true)} />
           <Toggle name="Frames of interpreters" title="Show the C functions of an interpreter between the functions that it runs" on={state.interpreters} onChange={(interpreters) => go({ interpreters }, true)} />
           <Toggle name="Hide error frames" title="Leave out frames that say what a stack lacks, such as [truncated]; their values stay with their callers" on={state.hideErrors} onChange={(hideErrors) => go({ hideErrors }, true)} />
@@ -108,9 +112,11 @@ export function Toolbar(props: ToolbarProps) {
         <Totals {...answers} />
         {answers.busy && <span class="spinner" aria-label="Loading" role="status" />}
         <Chips state={state} />
+        {state.show !== "list" && <FilterChips state={state} />}
       </div>
       <div class="tools">
         <SearchField state={state} />
+        {state.show !== "list" && <Filters state={state} {...answers} />}
         <Choice name="How to show it" value={state.show} of={[["graph", "Graph"], ["both", "Both"], ["sandwich", "Sandwich"], ["table", "Table"], ["list", "Profiles"]]} onChange={(show) => go({ show })} />
         {state.show !== "table" && state.show !== "list" && <GraphOptions state={state} />}
         <Download {...props} />

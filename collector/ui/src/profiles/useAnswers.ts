@@ -12,6 +12,9 @@ import {
   selectionParameters,
 } from "../api";
 import { type Frames, frames } from "../flame/frames";
+import { type Filter, filtered } from "../flame/filter";
+import { compile } from "../flame/pattern";
+import { topOf } from "../flame/top";
 import { type Tree, fromGraph } from "../flame/tree";
 import { type Load, useLoad } from "../parts/hooks";
 import { type Sliced, useSliced } from "../parts/sliced";
@@ -32,7 +35,9 @@ export interface Answers {
   line: Timeline | undefined;
   baseLine: Timeline | undefined;
   graph: FlameGraph | undefined;
-  /** The graph, prepared for drawing. */
+  /** The nodes of the graph before the filters. */
+  tree: Tree | undefined;
+  /** The graph after the filters, prepared for drawing. */
   drawn: Frames | undefined;
   top: Load<Top>;
   total: number;
@@ -57,18 +62,42 @@ function* withTree(graph: Compared): Sliced<{ graph: Compared; tree: Tree }> {
   return { graph, tree: yield* fromGraph(graph) };
 }
 
+function* withFilter(given: { graph: Compared; tree: Tree }, filter: Filter | undefined): Sliced<{ graph: Compared; tree: Tree }> {
+  return filter ? { ...given, tree: yield* filtered(given.tree, filter) } : given;
+}
+
+function* withRows({ graph, tree }: { graph: Compared; tree: Tree }): Sliced<Top> {
+  const { unit, sample_type, total = 0, base_total = 0 } = graph;
+  return { unit, sample_type, total, base_total, rows: yield* topOf(tree) };
+}
+
+/** Returns the filters of the address; `undefined` without one. A wrong pattern filters nothing. */
+function useFilter({ hide, only, without }: State): Filter | undefined {
+  return useMemo(() => {
+    const test = (text: string) => {
+      const pattern = text === "" ? undefined : compile(text);
+      return pattern?.error === undefined ? pattern?.test : undefined;
+    };
+    const filter = { hidden: hide, only: test(only), without: test(without) };
+    return hide.length > 0 || filter.only || filter.without ? filter : undefined;
+  }, [hide.join(), only, without]);
+}
+
 /** The tree of an answer, and the same prepared for drawing. */
-function useDrawn(graph: Compared | undefined, { colour, absolute }: State) {
+function useDrawn(graph: Compared | undefined, state: State) {
+  const { colour, absolute } = state;
   const tree = useSliced<{ graph: Compared; tree: Tree }>(
     () => (graph ? withTree(graph) : undefined),
     [graph],
   );
+  const filter = useFilter(state);
+  const kept = useSliced<{ graph: Compared; tree: Tree }>(() => tree.value && withFilter(tree.value, filter), [tree.value, filter]);
   const drawn = useSliced<Frames>(() => {
-    if (!tree.value) return undefined;
-    const { graph: { unit, total = 0, base_total: baseTotal = 0, compared }, tree: of } = tree.value;
+    if (!kept.value) return undefined;
+    const { graph: { unit, total = 0, base_total: baseTotal = 0, compared }, tree: of } = kept.value;
     return frames(of, { unit, total, baseTotal, diff: compared, colour, absolute });
-  }, [tree.value, colour, absolute]);
-  return { tree, drawn };
+  }, [kept.value, colour, absolute]);
+  return { tree, kept, drawn, isFiltered: filter !== undefined };
 }
 
 export function useAnswers(state: State, selections: Selections): Answers {
@@ -96,9 +125,11 @@ export function useAnswers(state: State, selections: Selections): Answers {
     ...(await get<FlameGraph>("flamegraph", { ...request, max_nodes: MAX_NODES }, signal)),
     compared: base !== undefined,
   }));
-  const top = useLoad<Top>(wantsTable && key ? `top ${key}` : undefined, (signal) => get("top", { ...request, limit: MAX_FUNCTIONS }, signal));
+  const { tree, kept, drawn, isFiltered } = useDrawn(graph.data, state);
+  // The table of the collector knows no filters of the page.
+  const rows = useSliced<Top>(() => (isFiltered && wantsTable && kept.value ? withRows(kept.value) : undefined), [isFiltered, wantsTable, kept.value]);
+  const top = useLoad<Top>(wantsTable && !isFiltered && key ? `top ${key}` : undefined, (signal) => get("top", { ...request, limit: MAX_FUNCTIONS }, signal));
 
-  const { tree, drawn } = useDrawn(graph.data, state);
   const total = graph.data?.total ?? 0;
   const baseTotal = graph.data?.base_total ?? 0;
   const queryError = [series.error, graph.error].find((error) => error?.status === 400 && !badTime);
@@ -108,13 +139,14 @@ export function useAnswers(state: State, selections: Selections): Answers {
     line: line.data,
     baseLine: baseLine.data,
     graph: graph.data,
+    tree: tree.value?.tree,
     drawn: drawn.value,
-    top,
+    top: isFiltered ? (rows.value ? { data: rows.value, loading: rows.busy } : { loading: true }) : top,
     total,
     baseTotal,
     diff: graph.data?.compared ?? false,
     isEmpty: graph.data !== undefined && total === 0 && baseTotal === 0,
-    busy: graph.loading || line.loading || series.loading || tree.busy || drawn.busy,
+    busy: graph.loading || line.loading || series.loading || tree.busy || kept.busy || drawn.busy,
     queryError,
     isBaseError: queryError !== undefined && /base/.test(queryError.message) && state.compare,
     failure: badTime ? undefined : graph.error && graph.error !== queryError ? graph.error : line.error !== queryError ? line.error : undefined,

@@ -1,0 +1,78 @@
+/** Help for the keyboard, in a dialog that the key `?` opens. */
+import { useEffect, useRef } from "preact/hooks";
+
+const KEYS: [where: string, keys: [keys: string[], what: string][]][] = [
+  ["Anywhere", [
+    [["?"], "this help"],
+    [["/"], "search functions"],
+    [["f"], "filters"],
+    [["Esc"], "close a box, or undo a step"],
+  ]],
+  ["Graph", [
+    [["↑", "↓", "←", "→"], "move among frames"],
+    [["Enter"], "zoom to the frame"],
+    [["Backspace"], "zoom out by one frame"],
+    [["Esc"], "reset the zoom, then the search"],
+    [["Home"], "go to the root"],
+    [["n", "N"], "next or previous match of the search"],
+    [["s"], "callers and callees of the frame"],
+  ]],
+  ["Table of functions", [
+    [["↑", "↓"], "move among functions"],
+    [["Enter"], "choose the function"],
+    [["Home", "End"], "first or last function"],
+  ]],
+  ["Timeline", [
+    [["←", "→"], "read the values"],
+    [["Shift + ←", "Shift + →"], "pick a range"],
+    [["Esc"], "clear the picked range"],
+  ]],
+];
+
+/** Returns true if the reader types somewhere, so that a letter is not a command. */
+export const isTyping = (event: KeyboardEvent): boolean =>
+  event.ctrlKey || event.metaKey || event.altKey || (event.target instanceof HTMLElement && event.target.closest("input:not([type=checkbox]), select, textarea, dialog[open]") !== null);
+
+export function KeyHelp() {
+  const dialog = useRef<HTMLDialogElement>(null);
+  const open = () => dialog.current?.open || dialog.current?.showModal();
+  useEffect(() => {
+    const onKey = (event: KeyboardEvent) => {
+      if (isTyping(event)) return;
+      if (event.key === "?") open();
+      else if (event.key === "f") document.querySelector<HTMLElement>(".filters > button[aria-expanded=false]")?.click();
+      else return;
+      event.preventDefault();
+    };
+    addEventListener("keydown", onKey);
+    return () => removeEventListener("keydown", onKey);
+  }, []);
+  return (
+    <>
+      <button type="button" class="icon" onClick={open} aria-label="Keyboard help" title="Keyboard help (?)">?</button>
+      <dialog ref={dialog} class="keys" aria-labelledby="keys-title" onClick={(event) => event.target === dialog.current && dialog.current?.close()}>
+        <div>
+          <header>
+            <h2 id="keys-title">Keys</h2>
+            <button type="button" class="icon" aria-label="Close" onClick={() => dialog.current?.close()}>✕</button>
+          </header>
+          <div class="keys-groups">
+            {KEYS.map(([where, keys]) => (
+              <section key={where}>
+                <h3>{where}</h3>
+                <dl>
+                  {keys.map(([names, what]) => (
+                    <div key={what}>
+                      <dt>{names.map((name) => <kbd key={name}>{name}</kbd>)}</dt>
+                      <dd>{what}</dd>
+                    </div>
+                  ))}
+                </dl>
+              </section>
+            ))}
+          </div>
+        </div>
+      </dialog>
+    </>
+  );
+}

@@ -1,0 +1,107 @@
+/** Filters of the shown stacks: by the kind of their frames, and by regular expressions on their names. */
+import { useEffect, useMemo, useState } from "preact/hooks";
+import { kindsOf } from "../flame/filter";
+import { compile } from "../flame/pattern";
+import { Popover } from "../parts/Popover";
+import { type State, go } from "../state";
+import { share } from "../units";
+import type { Answers } from "./useAnswers";
+
+/** Changes that remove all filters. */
+const NONE: Partial<State> = { hide: [], only: "", without: "" };
+
+const errorOf = (text: string) => (text === "" ? undefined : compile(text).error);
+
+/** A field for a regular expression, which applies 250 ms after the last key, or at Enter. */
+function PatternField(props: { id: string; label: string; value: string; onChange: (text: string) => void }) {
+  const { id, value, onChange } = props;
+  const [typed, setTyped] = useState(value);
+  useEffect(() => setTyped(value), [value]);
+  useEffect(() => {
+    if (typed === value) return;
+    const timer = setTimeout(() => onChange(typed), 250);
+    return () => clearTimeout(timer);
+  }, [typed]);
+  const error = errorOf(typed);
+  return (
+    <div>
+      <label class="label" for={id}>{props.label}</label>
+      <input
+        id={id}
+        class="field mono"
+        type="text"
+        spellcheck={false}
+        autocomplete="off"
+        autocapitalize="off"
+        placeholder="a regular expression"
+        value={typed}
+        aria-invalid={error !== undefined}
+        aria-describedby={error ? `${id}-error` : undefined}
+        onInput={(event) => setTyped(event.currentTarget.value)}
+        onKeyDown={(event) => event.key === "Enter" && onChange(typed)}
+      />
+      {error && <p class="bad" id={`${id}-error`} role="alert">{error}</p>}
+    </div>
+  );
+}
+
+export function Filters({ state, tree, total, baseTotal }: { state: State } & Pick<Answers, "tree" | "total" | "baseTotal">) {
+  const { hide, only, without } = state;
+  const present = useMemo(() => (tree ? kindsOf(tree) : []), [tree]);
+  const kinds = [...present, ...hide.filter((kind) => !present.some(({ name }) => name === kind)).map((name) => ({ name, self: 0 }))];
+  const count = hide.length + [only, without].filter((text) => text !== "").length;
+  return (
+    <Popover class={`filters${count > 0 ? " on" : ""}`} name={count > 0 ? `Filters: ${count} active` : "Filters"} label={count > 0 ? `Filters · ${count}` : "Filters"}>
+      {() => (
+        <div class="options-box filters-box">
+          <fieldset>
+            <legend class="label">Frames</legend>
+            {kinds.map(({ name, self }) => (
+              <label key={name} class="check">
+                <input type="checkbox" checked={!hide.includes(name)} onChange={(event) => go({ hide: event.currentTarget.checked ? hide.filter((kind) => kind !== name) : [...hide, name], zoom: "" })} />
+                <span>{name}</span>
+                <span class="dim">{share(self, total + baseTotal)}</span>
+              </label>
+            ))}
+            <p class="dim">The values of hidden frames stay with their callers.</p>
+          </fieldset>
+          <PatternField id="filter-only" label="Only stacks with" value={only} onChange={(text) => go({ only: text, zoom: "" }, true)} />
+          <PatternField id="filter-without" label="Without stacks with" value={without} onChange={(text) => go({ without: text, zoom: "" }, true)} />
+          <button type="button" class="field button" disabled={count === 0} onClick={() => go({ ...NONE, zoom: "" })}>Remove all filters</button>
+        </div>
+      )}
+    </Popover>
+  );
+}
+
+/** The active filters, each with a button that removes it. */
+export function FilterChips({ state }: { state: State }) {
+  const { hide, only, without } = state;
+  const chip = (name: string, text: string, change: Partial<State>) => (
+    <span class="chip" key={name + text}>
+      {name} {text && <code>{text}</code>}
+      <button type="button" aria-label={`Remove the filter: ${name} ${text}`} onClick={() => go({ ...change, zoom: "" })}>✕</button>
+    </span>
+  );
+  const errors = [errorOf(only), errorOf(without)].filter((error) => error !== undefined);
+  return (
+    <>
+      {hide.map((kind) => chip(`no ${kind} frames`, "", { hide: hide.filter((other) => other !== kind) }))}
+      {only !== "" && chip("only stacks with", only, { only: "" })}
+      {without !== "" && chip("without stacks with", without, { without: "" })}
+      {errors.map((error) => <span class="bad" role="alert" key={error}>{error}</span>)}
+    </>
+  );
+}
+
+/** The message for filters that no stack passes. */
+export function NothingLeft() {
+  return (
+    <section class="empty">
+      <h2>No stack passes the filters</h2>
+      <p class="actions">
+        <button type="button" onClick={() => go({ ...NONE, zoom: "" })}>Remove all filters</button>
+      </p>
+    </section>
+  );
+}

@@ -1,0 +1,162 @@
+// Tests of the filters, of the colours by library, and of the help for keys.
+import assert from "node:assert/strict";
+import { describe, it } from "node:test";
+import { CHECKOUT, accessible, drawn, framesOf, hueOf, named, withPage } from "./page.mjs";
+
+const { on } = withPage();
+
+/** Returns all stacks of the flame graph of the API that have a self value: names from the root, kernel flags, value. */
+const stacks = (page) =>
+  page.evaluate(async () => {
+    const until = Date.now();
+    const query = encodeURIComponent('{service_name="checkout"}');
+    const answer = await fetch(`./api/v1/flamegraph?query=${query}&from=${until - 3600e3}&until=${until}&type=cpu/nanoseconds`);
+    const all = [];
+    const walk = (node, stack) => {
+      const here = [...stack, { name: node.name, kernel: node.kernel ?? false }];
+      if (node.self) all.push({ stack: here.slice(1), value: node.self });
+      for (const child of node.children ?? []) walk(child, here);
+    };
+    walk((await answer.json()).root, []);
+    return all;
+  });
+
+const sum = (list) => list.reduce((total, { value }) => total + value, 0);
+
+/** Returns the totals of drawn frames by name; a frame below one of the same name does not count. */
+const totalsOf = (page) =>
+  page.$$eval("g.frame", (groups) => {
+    const totals = {};
+    for (const { __data__: { data, parent } } of groups) {
+      let outer = parent;
+      while (outer && outer.data.name !== data.name) outer = outer.parent;
+      if (!outer) totals[data.name] = (totals[data.name] ?? 0) + data.total;
+    }
+    return totals;
+  });
+
+describe("a filter", () => {
+  it("hides a kind of frames and leaves their values with their callers", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "tcp_sendmsg");
+      const whole = (await totalsOf(page)).all;
+      await page.keyboard.press("f");
+      await page.getByRole("checkbox", { name: /^kernel/ }).uncheck();
+      await page.waitForFunction(() => location.search.includes("hide=kernel") && !document.querySelector("g.frame.kernel"));
+      const totals = await totalsOf(page);
+      assert.equal(totals.all, whole);
+      const expected = (await stacks(page)).filter(({ stack }) => stack.some(({ name }) => name === "__libc_write"));
+      assert.equal(totals["__libc_write"], sum(expected));
+      const self = await page.$$eval("g.frame", (groups) => groups.find(({ __data__: { data } }) => data.name === "__libc_write").__data__.data.self);
+      assert.equal(self, sum(expected));
+      // Threads of the kernel have no other frames, so their values stay with the root.
+      assert.equal(totals["worker_thread"], undefined);
+      await page.getByRole("button", { name: "Remove the filter: no kernel frames" }).click();
+      await drawn(page, "tcp_sendmsg");
+      await page.goBack();
+      await page.waitForFunction(() => !document.querySelector("g.frame.kernel"));
+    });
+  });
+
+  it("keeps only stacks that match one expression and not another", async () => {
+    const [only, without] = ["price_basket|^from_slice|SSL_", "malloc$|rule_m.tches"];
+    await on(`?${CHECKOUT}&only=${encodeURIComponent(only)}&without=${encodeURIComponent(without)}`, async (page) => {
+      await drawn(page, "shop::checkout::price_basket");
+      const has = (stack, pattern) => stack.some(({ name }) => new RegExp(pattern, "i").test(name));
+      const all = await stacks(page);
+      const kept = all.filter(({ stack }) => has(stack, only) && !has(stack, without));
+      assert.ok(kept.length > 2 && kept.length < all.length);
+      const totals = await totalsOf(page);
+      assert.equal(totals.all, sum(kept));
+      for (const name of ["shop::checkout::price_basket", "SSL_write", "main"]) {
+        assert.equal(totals[name], sum(kept.filter(({ stack }) => stack.some((frame) => frame.name === name))), name);
+      }
+      assert.equal(totals["shop::checkout::rule_matches"], undefined);
+      assert.match(await page.textContent(".numbers"), /[\d.]+% of [\d.]+ min/);
+      await accessible(page);
+    });
+  });
+
+  it("leaves the table as the collector sums it up if all stacks pass", async () => {
+    await on(`?${CHECKOUT}&show=table&sort=name&only=.`, async (page) => {
+      await page.waitForSelector("table.top tbody tr");
+      const cells = (of) => of.map((row) => [...row.querySelectorAll("th, td")].map((cell) => cell.textContent));
+      const filtered = await page.$$eval("table.top tbody tr", cells);
+      assert.ok(filtered.length > 30);
+      await page.getByRole("button", { name: /^Remove the filter/ }).click();
+      await page.waitForFunction(() => !document.querySelector(".chip") && !document.querySelector(".spinner"));
+      await page.waitForSelector("table.top tbody tr");
+      assert.deepEqual(await page.$$eval("table.top tbody tr", cells), filtered);
+    });
+  });
+
+  it("with a wrong expression filters nothing and names the cure", async () => {
+    const wrong = [["(", /unterminated group.*Close the group with \), or write \\\( for the character/i], ["*", /nothing to repeat.*Write something before/i], ["a\\", /Write \\\\ for a backslash/]];
+    for (const [text, message] of wrong) {
+      await on(`?${CHECKOUT}`, async (page) => {
+        const before = (await drawn(page, "main")).length;
+        await page.keyboard.press("f");
+        await page.getByLabel("Only stacks with").fill(text);
+        await page.locator("#filter-only-error").waitFor();
+        assert.match(await page.textContent("#filter-only-error"), message);
+        assert.equal(await page.getAttribute("#filter-only", "aria-invalid"), "true");
+        assert.equal((await framesOf(page)).length, before);
+        await accessible(page);
+      });
+    }
+  });
+
+  it("that no stack passes can be removed", async () => {
+    await on(`?${CHECKOUT}&only=nothing_of_this_name`, async (page) => {
+      await page.getByText("No stack passes the filters").waitFor();
+      await page.locator(".empty").getByRole("button", { name: "Remove all filters" }).click();
+      await drawn(page, "main");
+      assert.ok(!page.url().includes("only="));
+    });
+  });
+
+  it("applies to the sandwich view", async () => {
+    await on(`?${CHECKOUT}&show=sandwich&function=shop%3A%3Acheckout%3A%3Aprice_basket&without=malloc`, async (page) => {
+      await page.waitForSelector(".flame.callees g.frame");
+      const kept = (await stacks(page)).filter(({ stack }) => stack.some(({ name }) => name.endsWith("price_basket")) && !stack.some(({ name }) => name.includes("malloc")));
+      assert.equal(await page.$$eval(".flame.callees g.frame", (groups) => groups.find(({ __data__: { depth } }) => depth === 0).__data__.data.total), sum(kept));
+    });
+  });
+});
+
+describe("colours", () => {
+  it("by library have one hue for each mapped file", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "main");
+      await page.getByRole("button", { name: "Options of the graph" }).click();
+      await page.getByRole("button", { name: "Library" }).click();
+      await page.waitForFunction(() => location.search.includes("colour=binary") && document.querySelector(".legend").textContent.includes("libcrypto.so.3"));
+      const frames = await framesOf(page);
+      const near = (a, b) => Math.min((360 + hueOf(a) - hueOf(b)) % 360, (360 + hueOf(b) - hueOf(a)) % 360);
+      const fill = (name) => named(frames, name).fill;
+      assert.ok(near(fill("SSL_write"), fill("aes_gcm_enc_update")) <= 24);
+      for (const other of ["__libc_write", "main", "tcp_sendmsg"]) assert.ok(near(fill("SSL_write"), fill(other)) > 12, other);
+    });
+  });
+});
+
+describe("the help for keys", () => {
+  it("opens by ? and closes by Escape, and typing ? in a field does not open it", async () => {
+    for (const colorScheme of ["light", "dark"]) {
+      await on(`?${CHECKOUT}`, async (page) => {
+        await drawn(page, "main");
+        await page.keyboard.press("?");
+        const help = page.getByRole("dialog", { name: "Keys" });
+        await help.waitFor();
+        for (const word of ["search functions", "callers and callees", "pick a range"]) assert.ok((await help.textContent()).includes(word), word);
+        await accessible(page);
+        await page.keyboard.press("Escape");
+        await help.waitFor({ state: "hidden" });
+        await page.keyboard.press("/");
+        await page.keyboard.press("?");
+        assert.equal(await page.inputValue('input[type="search"]'), "?");
+        assert.equal(await help.isVisible(), false);
+      }, { colorScheme });
+    }
+  });
+});
