@@ -4,6 +4,7 @@
 //! state is that of `query`. Clients of Pyroscope also push profiles here, which go to `ingest`.
 
 mod flamegraph;
+mod heatmap;
 mod legacy;
 mod metadata;
 mod profiles;
@@ -76,7 +77,7 @@ where
 }
 
 /// Returns the methods of the query service.
-fn methods() -> [(&'static str, MethodRouter<Arc<Query>>); 11] {
+fn methods() -> [(&'static str, MethodRouter<Arc<Query>>); 12] {
     [
         call("ProfileTypes", metadata::profile_types),
         call("LabelNames", metadata::label_names),
@@ -86,6 +87,7 @@ fn methods() -> [(&'static str, MethodRouter<Arc<Query>>); 11] {
         call("SelectMergeSpanProfile", profiles::span_profile),
         call("SelectMergeProfile", profiles::profile),
         call("SelectSeries", series::select_series),
+        call("SelectHeatmap", heatmap::select_heatmap),
         call("Diff", profiles::diff),
         call("GetProfileStats", metadata::profile_stats),
         // Nothing here knows the cost of a query before it runs.

@@ -21,7 +21,7 @@ use crate::{
 /// Points of one series: more than the columns of a screen, and a day in steps of 15 s.
 const MAX_POINTS: u64 = 11_000;
 /// Points of all series. It bounds the memory of one answer.
-const MAX_ALL_POINTS: usize = 1_000_000;
+pub(super) const MAX_ALL_POINTS: usize = 1_000_000;
 
 /// Sums by the end of their step, in milliseconds.
 pub(super) type Points = BTreeMap<u64, i64>;
@@ -53,13 +53,13 @@ impl Grid {
     }
 
     /// Returns the range of the profiles that the points stand for.
-    fn profiles(self) -> Range {
+    pub(super) fn profiles(self) -> Range {
         let start_ms = self.range.start_ms.saturating_sub(self.step_ms - 1);
         Range { start_ms, ..self.range }
     }
 
     /// Returns the point of a profile, or `None` after the last point.
-    fn point(self, at_ms: u64) -> Option<u64> {
+    pub(super) fn point(self, at_ms: u64) -> Option<u64> {
         let behind = at_ms.saturating_sub(self.range.start_ms);
         let point =
             behind.div_ceil(self.step_ms).checked_mul(self.step_ms)?.checked_add(self.range.start_ms)?;

@@ -522,6 +522,55 @@ async fn a_series_sums_each_step_by_group() {
 }
 
 #[tokio::test]
+async fn a_heat_map_counts_profiles_by_time_and_value() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    let t = (now_ms() - 600_000) / 1000 * 1000;
+    // A slot at `x` stands for (x - 10 s, x]. Values from 10 to 210 make buckets of 10.
+    for (service, at, n) in [
+        ("shop", t - 10_000, 5000),
+        ("shop", t - 9_999, 10),
+        ("shop", t - 5_000, 19),
+        ("cart", t, 20),
+        ("shop", t + 20_000, 210),
+        ("shop", t + 20_001, 5000),
+    ] {
+        pusher.store(batch(service, at, &[("main", n)])).await;
+    }
+    let request = api::SelectHeatmapRequest {
+        profile_type_id: SAMPLES_TYPE.into(),
+        label_selector: "{}".into(),
+        start: t as i64,
+        end: (t + 25_000) as i64,
+        step: 10.0,
+        ..Default::default()
+    };
+    // The slots of each series: time, and the smallest value and the count of each bucket that is not empty.
+    let read = async |request: &api::SelectHeatmapRequest| -> Vec<(String, Vec<(u64, Vec<(f64, i32)>)>)> {
+        let answer: api::SelectHeatmapResponse = source(&running, "SelectHeatmap", request).await;
+        let series = answer.series.into_iter().map(|series| {
+            let slots = series.slots.iter().map(|slot| {
+                assert_eq!((slot.y_min.len(), slot.counts.len()), (20, 20));
+                let counts = slot.y_min.iter().copied().zip(slot.counts.iter().copied());
+                (slot.timestamp as u64 - t, counts.filter(|(_, n)| *n > 0).collect())
+            });
+            (series.labels.iter().map(|label| label.value.clone()).collect(), slots.collect())
+        });
+        series.collect()
+    };
+    let all = vec![(0, vec![(10.0, 2), (20.0, 1)]), (20_000, vec![(200.0, 1)])];
+    assert_eq!(read(&request).await, [(String::new(), all)]);
+    let grouped = api::SelectHeatmapRequest { group_by: vec!["service_name".into()], ..request.clone() };
+    let shop = ("shop".to_owned(), vec![(0, vec![(10.0, 2)]), (20_000, vec![(200.0, 1)])]);
+    assert_eq!(read(&grouped).await, [shop.clone(), ("cart".to_owned(), vec![(0, vec![(20.0, 1)])])]);
+    assert_eq!(read(&api::SelectHeatmapRequest { limit: Some(1), ..grouped }).await, [shop]);
+    let none = api::SelectHeatmapRequest { start: 1000, end: 4000, ..request };
+    assert_eq!(read(&none).await, []);
+    running.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_diff_aligns_both_sides() {
     let (_dir, running, t) = filled(&[("main;work", 3), ("main", 1)]).await;
     let side =
@@ -606,6 +655,8 @@ async fn the_old_endpoints_draw_one_and_two_sides() {
 #[case("SelectSeries", json!({ "profileTypeID": CPU_TYPE, "start": 1, "end": i64::MAX.to_string(), "step": 15 }), 400, "longer step")]
 #[case("SelectSeries", json!({ "profileTypeID": "cpu", "start": 1, "end": 2, "step": 1 }), 400, "process_cpu:cpu")]
 #[case("SelectSeries", json!({ "profileTypeID": CPU_TYPE, "start": 1, "end": 2, "step": 1, "exemplarType": "EXEMPLAR_TYPE_SPAN" }), 501, "exemplar")]
+#[case("SelectHeatmap", json!({ "profileTypeID": CPU_TYPE, "start": 1, "end": 2 }), 400, "step")]
+#[case("SelectHeatmap", json!({ "profileTypeID": CPU_TYPE, "start": 1, "end": 2, "step": 1, "queryType": "HEATMAP_QUERY_TYPE_SPAN" }), 501, "spans")]
 #[case("SelectSeries", json!({ "profileTypeID": CPU_TYPE, "start": 1, "end": 2, "step": 1, "groupBy": vec!["pod"; 1_000_000] }), 429, "larger than")]
 #[case("SelectSeries", json!({ "profileTypeID": CPU_TYPE, "start": 1, "end": 2, "step": 1, "groupBy": vec![""; 100_000] }), 400, "group_by")]
 #[case("SelectMergeStacktraces", json!({ "profileTypeID": CPU_TYPE, "start": 1, "end": 2, "maxNodes": "9223372036854775807" }), 400, "max_nodes")]
