@@ -25,6 +25,8 @@ const MAX_SLOTS: usize = MAX_ALL_POINTS / BUCKETS;
 
 /// Profiles by bucket, by the end of their step in milliseconds.
 type Slots = BTreeMap<u64, [i32; BUCKETS]>;
+/// The buckets, and the slots of each group.
+type Counted = (Buckets, BTreeMap<GroupLabels, Slots>);
 
 /// The range of all values, in equal parts.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -99,7 +101,7 @@ fn count(
     scope: &Scope,
     grid: Grid,
     group_by: &[String],
-) -> Result<Option<(Buckets, BTreeMap<GroupLabels, Slots>)>, QueryError> {
+) -> Result<Option<Counted>, QueryError> {
     let mut buckets: Option<Buckets> = None;
     scope.each(query, |_, entry, _, value| {
         if grid.point(entry.key.start_ms).is_some() {
@@ -121,10 +123,7 @@ fn count(
             current = Some((entry.series, labels));
         }
         let Some((_, labels)) = &current else { return true };
-        if !groups.contains_key(labels) {
-            groups.insert(labels.clone(), Slots::new());
-        }
-        let group = groups.get_mut(labels).expect("inserted above");
+        let group = groups.entry(labels.clone()).or_default();
         let before = group.len();
         let counts = group.entry(at).or_default();
         // A profile that came between the two readings may lie outside of the range.

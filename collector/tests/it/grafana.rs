@@ -521,6 +521,9 @@ async fn a_series_sums_each_step_by_group() {
     running.shutdown().await;
 }
 
+/// A slot of a heat map: its time, and the smallest value and the count of each bucket that is not empty.
+type Slot = (u64, Vec<(f64, i32)>);
+
 #[tokio::test]
 async fn a_heat_map_counts_profiles_by_time_and_value() {
     let dir = tempfile::tempdir().unwrap();
@@ -546,8 +549,7 @@ async fn a_heat_map_counts_profiles_by_time_and_value() {
         step: 10.0,
         ..Default::default()
     };
-    // The slots of each series: time, and the smallest value and the count of each bucket that is not empty.
-    let read = async |request: &api::SelectHeatmapRequest| -> Vec<(String, Vec<(u64, Vec<(f64, i32)>)>)> {
+    let read = async |request: &api::SelectHeatmapRequest| -> Vec<(String, Vec<Slot>)> {
         let answer: api::SelectHeatmapResponse = source(&running, "SelectHeatmap", request).await;
         let series = answer.series.into_iter().map(|series| {
             let slots = series.slots.iter().map(|slot| {
