@@ -143,6 +143,14 @@ collector_metrics! {
         counter("gannet_collector_table_written_files_total", "Files written to the table, with its logs");
     table_failures: Counter => TABLE_FAILURES
         counter("gannet_collector_table_failures_total", "Failed attempts to bring the table up to date");
+    table_merges: Counter => TABLE_MERGES
+        counter("gannet_collector_table_merges_total", "Merges of small files of the table into one");
+    table_merged_files: Counter => TABLE_MERGED_FILES
+        counter("gannet_collector_table_merged_files_total", "Files of the table that merges replaced");
+    table_data_files: Gauge => TABLE_DATA_FILES
+        gauge("gannet_collector_table_data_files", "Files with rows in the present version of the table");
+    table_damaged: Gauge => TABLE_DAMAGED
+        gauge("gannet_collector_table_damaged_files", "Files of the table that a merge could not read; the log names them");
     table_debt_bytes: Gauge => TABLE_DEBT_BYTES
         gauge("gannet_collector_table_debt_bytes", "Space of the stored segments that the table lacks");
     table_debt_seconds: Gauge => TABLE_DEBT_SECONDS

@@ -11,6 +11,8 @@ use crate::time;
 
 /// Tag of a data file: ids of the segments whose samples the commit of the file added, separated by spaces.
 pub(super) const SEGMENTS_TAG: &str = "gannet.segments";
+/// Tag of a data file: CRC-32 of its bytes in hex. Parquet files of this writer have no checksums of their own.
+pub(super) const CRC_TAG: &str = "gannet.crc32";
 pub(super) const READER_VERSION: u32 = 1;
 pub(super) const WRITER_VERSION: u32 = 2;
 /// First part of `engineInfo`, by which a compactor recognizes commits of its kind.
@@ -102,6 +104,37 @@ pub(super) struct Remove {
     pub(super) partition_values: Option<BTreeMap<String, Option<String>>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) size: Option<u64>,
+}
+
+impl Add {
+    /// Returns the removal of this file, now.
+    pub(super) fn removal(&self, data_change: bool) -> Remove {
+        Remove {
+            path: self.path.clone(),
+            deletion_timestamp: Some(time::now_ms()),
+            data_change,
+            extended_file_metadata: Some(true),
+            partition_values: Some(self.partition_values.clone()),
+            size: Some(self.size),
+        }
+    }
+
+    /// Reports whether these are the bytes of the file, as far as the log has their checksum.
+    pub(super) fn has_content(&self, bytes: &[u8]) -> bool {
+        let crc = self.tags.as_ref().and_then(|tags| tags.get(CRC_TAG));
+        bytes.len() as u64 == self.size && crc.is_none_or(|crc| *crc == crc_text(bytes))
+    }
+
+    /// Returns the number of rows that the log states.
+    pub(super) fn rows(&self) -> Option<u64> {
+        let stats: Value = serde_json::from_str(self.stats.as_ref()?).ok()?;
+        stats.get("numRecords")?.as_u64()
+    }
+}
+
+/// Returns the value of [`CRC_TAG`] for these bytes.
+pub(super) fn crc_text(bytes: &[u8]) -> String {
+    format!("{:08x}", crc32fast::hash(bytes))
 }
 
 impl CommitInfo {

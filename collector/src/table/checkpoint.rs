@@ -7,7 +7,7 @@ use parquet::{
     basic::{ConvertedType, Type as Physical},
     data_type::ByteArray,
     errors::ParquetError,
-    file::{reader::FileReader as _, serialized_reader::SerializedFileReader, writer::SerializedFileWriter},
+    file::{reader::FileReader as _, serialized_reader::SerializedFileReader},
     record::{Field, Row},
     schema::{
         parser::parse_message_type,
@@ -19,7 +19,7 @@ use serde_json::{Map, Value};
 
 use super::{
     action::{Action, Add, MetaData, Protocol, Remove},
-    file::{Leaf, Values, properties, write_group},
+    file::{Leaf, Values, untyped_writer, write_group},
 };
 
 /// Name of the file that points to the last checkpoint.
@@ -118,7 +118,7 @@ pub(super) fn encode(
         }
         actions += 1;
     }
-    let mut writer = SerializedFileWriter::new(Vec::new(), schema, properties()?)?;
+    let mut writer = untyped_writer(schema)?;
     write_group(&mut writer, leaves)?;
     Ok((writer.into_inner()?, actions))
 }

@@ -146,9 +146,12 @@ impl Run {
         drop(distinct);
         let key = |row: &SampleRow| {
             let profile = &profiles[row.profile as usize];
-            (scope_of[row.profile as usize], row.kind, row.stack, profile.start_ms, row.labels)
+            let scope = scope_of[row.profile as usize];
+            let kind = types[row.kind as usize].data();
+            // Rows of one profile stay together, so that a file has its name, time and labels nearly for nothing.
+            (scope, kind, profile.start_ms, profile.id.data(), row.stack, row.labels)
         };
-        samples.sort_unstable_by_key(key);
+        samples.sort_unstable_by(|a, b| key(a).cmp(&key(b)));
         let partition = |row: &SampleRow| profiles[row.profile as usize].partition;
         for part in samples.chunk_by(|a, b| partition(a) == partition(b)) {
             let mut file = FileWriter::new(tables.samples.schema).map_err(TableError::Parquet)?;
@@ -333,7 +336,7 @@ fn take(
     adds.sort_by_key(|(partition, _)| *partition);
     let Some((_, last)) = adds.last_mut() else { return Ok(segments.is_empty()) };
     let names: Vec<String> = segments.iter().map(Ulid::to_string).collect();
-    last.tags = Some([(SEGMENTS_TAG.to_owned(), names.join(" "))].into());
+    last.tags.get_or_insert_default().insert(SEGMENTS_TAG.to_owned(), names.join(" "));
     let actions = adds.iter().map(|(_, add)| Action { add: Some(add.clone()), ..Action::default() });
     let actions: Vec<Action> = actions.collect();
     for _ in 0..MAX_CONFLICTS {

@@ -3,21 +3,26 @@
 use std::sync::Arc;
 
 use parquet::{
-    basic::{Compression, ZstdLevel},
+    basic::{Compression, Encoding, ZstdLevel},
     data_type::{BoolType, ByteArray, ByteArrayType, Int32Type, Int64Type},
     errors::ParquetError,
     file::{
-        properties::{WriterProperties, WriterPropertiesPtr},
+        properties::{WriterProperties, WriterPropertiesBuilder},
         writer::SerializedFileWriter,
     },
-    schema::{parser::parse_message_type, types::TypePtr},
+    schema::{
+        parser::parse_message_type,
+        types::{ColumnPath, TypePtr},
+    },
 };
 use serde_json::{Map, Value, json};
 
 use super::schema::{Column, Kind, Schema};
 
-/// Compression level. Higher ones take much longer for files that the collector writes only once.
+/// Compression level of files that a merge replaces soon.
 const ZSTD_LEVEL: i32 = 3;
+/// Compression level of merged files: some percent smaller than with level 3.
+const MERGED_ZSTD_LEVEL: i32 = 9;
 /// Length of a text in a range of the log, in bytes.
 const MAX_RANGE_BYTES: usize = 64;
 
@@ -56,7 +61,7 @@ impl Leaf {
     }
 
     /// Notes the elements of a list or map.
-    fn elements(&mut self, n: usize) {
+    pub(super) fn elements(&mut self, n: usize) {
         if n == 0 {
             self.defined.push(0);
             self.repeated.push(0);
@@ -109,6 +114,11 @@ impl Rows {
             }
         }
         Self { schema, leaves, firsts, len: 0 }
+    }
+
+    /// Returns rows from their leaves, in the order of the columns.
+    pub(super) fn from_leaves(schema: &'static Schema, leaves: Vec<Leaf>, len: usize) -> Self {
+        Self { leaves, len, ..Self::new(schema) }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -194,9 +204,31 @@ pub(super) struct ParquetFile {
 }
 
 impl FileWriter {
+    /// Starts a file of new rows.
     pub(super) fn new(schema: &'static Schema) -> Result<Self, ParquetError> {
+        Self::with_level(schema, ZSTD_LEVEL)
+    }
+
+    /// Starts a file that replaces others.
+    pub(super) fn merged(schema: &'static Schema) -> Result<Self, ParquetError> {
+        Self::with_level(schema, MERGED_ZSTD_LEVEL)
+    }
+
+    fn with_level(schema: &'static Schema, level: i32) -> Result<Self, ParquetError> {
         let parsed: TypePtr = Arc::new(parse_message_type(&schema.parquet())?);
-        let writer = SerializedFileWriter::new(Vec::new(), parsed, properties()?)?;
+        let mut properties = properties(level)?;
+        for column in schema.columns {
+            let path = ColumnPath::from(column.name);
+            if column.is_ascending {
+                properties = properties
+                    .set_column_dictionary_enabled(path.clone(), false)
+                    .set_column_encoding(path, Encoding::DELTA_BINARY_PACKED);
+            } else if column.kind == Kind::Hash {
+                // Each value is there once.
+                properties = properties.set_column_dictionary_enabled(path, false);
+            }
+        }
+        let writer = SerializedFileWriter::new(Vec::new(), parsed, Arc::new(properties.build()))?;
         Ok(Self { schema, writer, ranges: schema.columns.iter().map(|_| None).collect(), rows: 0 })
     }
 
@@ -245,10 +277,15 @@ pub(super) fn write_group(
     Ok(())
 }
 
-pub(super) fn properties() -> Result<WriterPropertiesPtr, ParquetError> {
-    let compression = Compression::ZSTD(ZstdLevel::try_new(ZSTD_LEVEL)?);
+fn properties(level: i32) -> Result<WriterPropertiesBuilder, ParquetError> {
+    let compression = Compression::ZSTD(ZstdLevel::try_new(level)?);
     let by = concat!("gannet-collector ", env!("CARGO_PKG_VERSION"));
-    Ok(Arc::new(WriterProperties::builder().set_compression(compression).set_created_by(by.into()).build()))
+    Ok(WriterProperties::builder().set_compression(compression).set_created_by(by.into()))
+}
+
+/// Starts a file with a schema that is not that of a table.
+pub(super) fn untyped_writer(schema: TypePtr) -> Result<SerializedFileWriter<Vec<u8>>, ParquetError> {
+    SerializedFileWriter::new(Vec::new(), schema, Arc::new(properties(ZSTD_LEVEL)?.build()))
 }
 
 fn widen(range: &mut Option<Range>, values: &Values) {

@@ -13,8 +13,8 @@ use ulid::Ulid;
 use super::{
     TableError,
     action::{
-        Action, Add, CommitInfo, MetaData, Protocol, READER_VERSION, Remove, SEGMENTS_TAG, WRITER_VERSION,
-        decode, encode,
+        Action, Add, CRC_TAG, CommitInfo, MetaData, Protocol, READER_VERSION, Remove, SEGMENTS_TAG,
+        WRITER_VERSION, crc_text, decode, encode,
     },
     checkpoint,
     file::ParquetFile,
@@ -313,6 +313,7 @@ impl Log {
     ) -> Result<Add, TableError> {
         let path = format!("{}/{FILE_PREFIX}{}{FILE_SUFFIX}", partition.path(), Ulid::new());
         let size = file.bytes.len() as u64;
+        let crc = crc_text(&file.bytes);
         self.put(&self.key(&path), file.bytes.into(), PutMode::Overwrite).await?;
         Ok(Add {
             path,
@@ -321,8 +322,13 @@ impl Log {
             modification_time: time::now_ms(),
             data_change,
             stats: Some(file.stats),
-            tags: None,
+            tags: Some([(CRC_TAG.to_owned(), crc)].into()),
         })
+    }
+
+    /// Reads a data file. `None`: it is missing.
+    pub(super) async fn read_file(&self, path: &str) -> Result<Option<Bytes>, TableError> {
+        self.get(&self.key(path)).await
     }
 
     /// Removes a data file that no commit has added. A failure leaves it to the cleaning.

@@ -9,6 +9,7 @@
 //! | `worker` | the thread: when to compact, what waits, retention |
 //! | `compact` | one compaction, from segments to commits |
 //! | `gather`, `ids` | rows in memory, and the ids of stacks, frames and label sets |
+//! | `merge`, `rows` | merges of small files, and the rows of written files |
 //! | `retention` | removed partitions, files without a reader, the space of the table |
 //! | `tables`, `log`, `checkpoint`, `action` | the logs of the tables |
 //! | `file`, `schema`, `partition` | Parquet files, columns, partitions |
@@ -20,8 +21,10 @@ mod file;
 mod gather;
 mod ids;
 mod log;
+mod merge;
 mod partition;
 mod retention;
+mod rows;
 mod schema;
 mod tables;
 mod worker;
@@ -58,6 +61,14 @@ pub struct TableOptions {
     #[arg(skip = Duration::from_secs(15 * 60))]
     #[serde(skip)]
     pub delete_delay: Duration,
+    /// Files of an hour that start a merge while the hour gets new ones.
+    #[arg(skip = 8_usize)]
+    #[serde(skip)]
+    pub merge_files: usize,
+    /// Time after an hour until its files are merged down to few.
+    #[arg(skip = Duration::from_secs(10 * 60))]
+    #[serde(skip)]
+    pub close_delay: Duration,
     /// Time for which the logs keep commits before a checkpoint.
     #[arg(skip = Duration::from_secs(24 * 3600))]
     #[serde(skip)]

@@ -12,7 +12,7 @@ use object_store::{ObjectMeta, ObjectStore as _, ObjectStoreExt as _};
 
 use super::{
     TableError, TableOptions,
-    action::{Action, Remove},
+    action::Action,
     checkpoint,
     log::{Committed, Log, Written},
     partition::Partition,
@@ -96,17 +96,7 @@ async fn expire(log: &mut Log, oldest: Partition) -> Result<(), TableError> {
             .values()
             .filter(|file| file.partition < oldest)
             .take(MAX_REMOVED)
-            .map(|file| {
-                let remove = Remove {
-                    path: file.add.path.clone(),
-                    deletion_timestamp: Some(time::now_ms()),
-                    data_change: true,
-                    extended_file_metadata: Some(true),
-                    partition_values: Some(file.add.partition_values.clone()),
-                    size: Some(file.add.size),
-                };
-                Action { remove: Some(remove), ..Action::default() }
-            })
+            .map(|file| Action { remove: Some(file.add.removal(true)), ..Action::default() })
             .collect();
         if removes.is_empty() {
             return Ok(());

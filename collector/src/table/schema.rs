@@ -72,6 +72,8 @@ pub(super) struct Column {
     pub(super) is_optional: bool,
     /// The log has the smallest and the largest value of each file, so that readers skip files.
     pub(super) has_range: bool,
+    /// Values mostly ascend from row to row, so that files hold their differences.
+    pub(super) is_ascending: bool,
     pub(super) help: &'static str,
 }
 
@@ -81,6 +83,8 @@ pub(super) struct Schema {
     /// Name of the directory of the table.
     pub(super) name: &'static str,
     pub(super) columns: &'static [Column],
+    /// Columns by which the rows of a file are sorted: texts by their bytes, and numbers.
+    pub(super) order: &'static [&'static str],
 }
 
 /// Partition columns of all tables, with their types in Delta.
@@ -115,7 +119,7 @@ impl Schema {
 }
 
 const fn column(name: &'static str, kind: Kind, help: &'static str) -> Column {
-    Column { name, kind, is_optional: false, has_range: false, help }
+    Column { name, kind, is_optional: false, has_range: false, is_ascending: false, help }
 }
 
 impl Column {
@@ -126,6 +130,10 @@ impl Column {
     const fn range(self) -> Self {
         Self { has_range: true, ..self }
     }
+
+    const fn ascending(self) -> Self {
+        Self { is_ascending: true, ..self }
+    }
 }
 
 const SERVICE: Column =
@@ -134,6 +142,7 @@ const SERVICE: Column =
 /// One row for each sample of each profile.
 pub(super) const SAMPLES: Schema = Schema {
     name: "samples",
+    order: &["service_name", "type", "time", "profile_id", "stack_id"],
     columns: &[
         column("time", Kind::Time, "Start of the profile").range(),
         SERVICE,
@@ -143,7 +152,7 @@ pub(super) const SAMPLES: Schema = Schema {
         column("node", Kind::Text, "Label of the profile").optional(),
         column("profile_id", Kind::Text, "The profile, as `gannetctl profiles get` takes it"),
         column("type", Kind::Text, "Type and unit of `value`, like `cpu/nanoseconds`"),
-        column("stack_id", Kind::Long, "The stack, in the table `stacks`").range(),
+        column("stack_id", Kind::Long, "The stack, in the table `stacks`").range().ascending(),
         column("labels_id", Kind::Long, "The labels of the sample, in the table `labels`; NULL: none")
             .optional(),
         column("value", Kind::Long, "The measured value"),
@@ -155,6 +164,7 @@ pub(super) const SAMPLES: Schema = Schema {
 /// One row for each profile.
 pub(super) const PROFILES: Schema = Schema {
     name: "profiles",
+    order: &["service_name", "time", "profile_id"],
     columns: &[
         column("time", Kind::Time, "Start of the profile").range(),
         SERVICE,
@@ -176,8 +186,9 @@ pub(super) const PROFILES: Schema = Schema {
 /// One row for each stack of a service and hour.
 pub(super) const STACKS: Schema = Schema {
     name: "stacks",
+    order: &["service_name", "stack_id"],
     columns: &[
-        column("stack_id", Kind::Long, "Number of the stack, of this table alone").range(),
+        column("stack_id", Kind::Long, "Number of the stack, of this table alone").range().ascending(),
         SERVICE,
         column(
             "stack_hash",
@@ -191,8 +202,9 @@ pub(super) const STACKS: Schema = Schema {
 /// One row for each frame of a service and hour.
 pub(super) const FRAMES: Schema = Schema {
     name: "frames",
+    order: &["service_name", "frame_id"],
     columns: &[
-        column("frame_id", Kind::Long, "Number of the frame, of this table alone").range(),
+        column("frame_id", Kind::Long, "Number of the frame, of this table alone").range().ascending(),
         SERVICE,
         column("frame_hash", Kind::Hash, "Hash of all columns that follow"),
         column("function", Kind::Text, "Demangled name; NULL: the address has no name").optional(),
@@ -220,8 +232,9 @@ pub(super) const FRAMES: Schema = Schema {
 /// One row for each set of sample labels of a service and hour.
 pub(super) const LABELS: Schema = Schema {
     name: "labels",
+    order: &["service_name", "labels_id"],
     columns: &[
-        column("labels_id", Kind::Long, "Number of the label set, of this table alone").range(),
+        column("labels_id", Kind::Long, "Number of the label set, of this table alone").range().ascending(),
         SERVICE,
         column("labels_hash", Kind::Hash, "Hash of the labels"),
         column("texts", Kind::TextMap, "Labels with a text, like `thread`"),

@@ -19,6 +19,7 @@ use super::{
     TableError, TableOptions,
     compact::{Compacted, MAX_SEGMENTS, SetAside, compact},
     ids::Ids,
+    merge::{Merged, Merges},
     partition::Partition,
     retention::Retention,
     tables::Tables,
@@ -86,6 +87,7 @@ struct Worker {
     store: Arc<Store>,
     tables: Tables,
     ids: Ids,
+    merges: Merges,
     retention: Retention,
     options: TableOptions,
     metrics: Metrics,
@@ -115,6 +117,7 @@ impl Worker {
             store,
             tables,
             ids: Ids::default(),
+            merges: Merges::default(),
             retention: Retention::default(),
             options,
             metrics,
@@ -133,7 +136,7 @@ impl Worker {
         let interval = self.options.table_interval.0;
         while !self.stop.is_cancelled() {
             let began = Instant::now();
-            let has_more = match self.step() {
+            let has_more = match self.step(began + interval) {
                 Ok(has_more) => has_more,
                 Err(error) => {
                     self.report(&error);
@@ -166,8 +169,8 @@ impl Worker {
         }
     }
 
-    /// Compacts once, and runs retention if it is due. Reports whether more segments wait.
-    fn step(&mut self) -> Result<bool, TableError> {
+    /// Compacts once, merges files until then, and runs retention if it is due. Reports whether more segments wait.
+    fn step(&mut self, until: Instant) -> Result<bool, TableError> {
         self.check_bucket()?;
         if std::mem::take(&mut self.is_unsure) {
             self.tables.reload()?;
@@ -189,6 +192,9 @@ impl Worker {
             has_more = !self.pending.is_empty() && compacted.segments > 0;
             let Compacted { segments, profiles, skipped, rows } = compacted;
             tracing::debug!(segments, profiles, rows, skipped, took = ?began.elapsed(), "added profiles to the table");
+        }
+        if !self.is_on_standby() {
+            self.merge(if has_more { Instant::now() } else { until })?;
             self.tables.checkpoint()?;
         }
         self.retention.count_written(&mut self.tables, &self.metrics);
@@ -227,6 +233,28 @@ impl Worker {
         self.metrics.table_profiles.inc_by(compacted.profiles);
         self.metrics.table_skipped.inc_by(compacted.skipped);
         Ok(compacted)
+    }
+
+    /// Merges small files, at least once and then until this time.
+    fn merge(&mut self, until: Instant) -> Result<(), TableError> {
+        let stop = self.stop.clone();
+        // Merges need space before they free some. Without it, new rows go first.
+        while self.store.has_room(NEEDED_BYTES) {
+            let began = Instant::now();
+            let merged =
+                self.merges.run(&mut self.tables, &self.options, time::now_ms(), &|| stop.is_cancelled())?;
+            let Merged { merges, files, rows } = merged;
+            if merges == 0 {
+                break;
+            }
+            self.metrics.table_merges.inc_by(merges);
+            self.metrics.table_merged_files.inc_by(files);
+            tracing::debug!(merges, files, rows, took = ?began.elapsed(), "merged files of the table");
+            if Instant::now() >= until {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Finds the segments that the table lacks.
@@ -300,7 +328,10 @@ impl Worker {
         Ok(())
     }
 
-    fn update_metrics(&self) {
+    fn update_metrics(&mut self) {
+        self.metrics.table_damaged.set(self.merges.damaged(&mut self.tables) as i64);
+        let files: usize = self.tables.all().iter().map(|log| log.files.len()).sum();
+        self.metrics.table_data_files.set(files as i64);
         let oldest = self.pending.keys().next().map(|id| time::now_ms().saturating_sub(id.timestamp_ms()));
         self.metrics.table_debt_bytes.set(self.pending.values().sum::<u64>() as i64);
         self.metrics.table_debt_seconds.set(oldest.unwrap_or(0) as i64 / 1000);

@@ -154,6 +154,28 @@ fn with_table(config: &mut Config) {
     config.table.table_interval = TimeSpan(Duration::from_millis(100));
 }
 
+/// Returns how many commits of a table are merges. Checks that they change no row.
+fn merges(files: &Files, table: &str) -> usize {
+    let log = format!("{table}/_delta_log/");
+    let mut merges = 0;
+    for (path, commit) in files {
+        if !path.starts_with(&log) || Path::new(path).extension().is_none_or(|end| end != "json") {
+            continue;
+        }
+        let lines = commit.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+        let actions: Vec<serde_json::Value> =
+            lines.map(|line| serde_json::from_slice(line).unwrap()).collect();
+        if actions[0]["commitInfo"]["operation"] == "OPTIMIZE" {
+            merges += 1;
+            let changes =
+                |kind: &str| actions.iter().filter(|action| action[kind]["dataChange"] == false).count();
+            assert!(changes("add") == 1 && changes("remove") >= 2, "{path}");
+            assert_eq!(changes("add") + changes("remove") + 1, actions.len(), "{path}");
+        }
+    }
+    merges
+}
+
 /// Waits until the table has all stored profiles.
 async fn up_to_date(http: SocketAddr) {
     // The second update began after the last profile was stored.
@@ -235,7 +257,9 @@ async fn a_killed_collector_adds_each_sample_to_the_table_once() {
     up_to_date(running.http_addr).await;
     assert_eq!(metric(running.http_addr, "gannet_collector_table_failures_total").await as u64, 0);
     running.shutdown().await;
-    assert_eq!(sums(&files_below(&dir.path().join("table"))), sent_sums(&sent));
+    let files = files_below(&dir.path().join("table"));
+    assert_eq!(sums(&files), sent_sums(&sent));
+    assert!(merges(&files, "samples") + merges(&files, "stacks") > 0, "no merge was under way");
 }
 
 fn table_of(s3: &S3) -> Files {
@@ -427,4 +451,123 @@ async fn only_a_file_much_older_than_the_newest_is_a_leftover() {
     assert!(s3.0.lock().unwrap().objects.contains_key(of_another));
     let left = |name: &str| hour.join(format!("part-{name}.zstd.parquet")).exists();
     assert_eq!((left("old"), left("young")), (false, true));
+}
+
+/// Checks that merges leave few files and the same rows, in the order of the table, and that a collector that starts later knows
+/// which segments the merged files hold.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn merges_leave_few_files_and_the_same_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = || {
+        Collector::start(config_with(dir.path(), |config| {
+            with_table(config);
+            config.table.merge_files = 4;
+            config.table.retention_interval = Duration::from_millis(50);
+            config.table.delete_delay = Duration::from_millis(300);
+        }))
+    };
+    let running = start().await.unwrap();
+    let updates = "gannet_collector_table_updates_total";
+    let mut sent = Vec::new();
+    for round in 0..24 {
+        let new = batches(round, 5);
+        Pusher::open(running.grpc_addr).await.store_all(&new).await;
+        sent.extend(new);
+        let before = metric(running.http_addr, updates).await;
+        eventually("an update", || async { metric(running.http_addr, updates).await > before }).await;
+    }
+    up_to_date(running.http_addr).await;
+    let counted = async |name| metric(running.http_addr, name).await as usize;
+    let data_files = "gannet_collector_table_data_files";
+    eventually("the merges are done", || async {
+        let before = counted(data_files).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        counted(data_files).await == before
+    })
+    .await;
+    // Two or three hours, of which the youngest may have up to three files of each size.
+    assert!(counted(data_files).await < 5 * 16, "{} files", counted(data_files).await);
+    assert!(counted("gannet_collector_table_merged_files_total").await > 5 * 24);
+    assert!(counted("gannet_collector_table_merges_total").await > 10);
+    let table = dir.path().join("table");
+    let present = active(&files_below(&table), "samples").len();
+    assert!(present <= 16, "{present} files");
+    for table in ["samples", "profiles", "stacks", "frames", "labels"] {
+        eventually("the old files are gone", || async { removed_files(dir.path(), table) == 0 }).await;
+    }
+    running.shutdown().await;
+    let files = files_below(&table);
+    assert_eq!(sums(&files), sent_sums(&sent));
+    assert!(merges(&files, "samples") > 2 && merges(&files, "profiles") > 2);
+    for path in active(&files, "samples") {
+        let rows = SerializedFileReader::new(files[&path].clone()).unwrap();
+        let keys = rows.get_row_iter(None).unwrap().map(|row| {
+            let row = row.unwrap();
+            (
+                row.get_string(1).unwrap().clone(),
+                row.get_timestamp_micros(0).unwrap(),
+                row.get_long(8).unwrap(),
+            )
+        });
+        let keys: Vec<_> = keys.collect();
+        assert!(keys.is_sorted_by_key(|(service, time, _)| (service, *time)), "{path}: {keys:?}");
+    }
+
+    let running = start().await.unwrap();
+    let new = batches(99, 3);
+    Pusher::open(running.grpc_addr).await.store_all(&new).await;
+    sent.extend(new);
+    up_to_date(running.http_addr).await;
+    running.shutdown().await;
+    assert_eq!(sums(&files_below(&table)), sent_sums(&sent));
+}
+
+/// Checks that a merge leaves a file with a flipped bit and a missing one as they are, counts them, and merges the others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_file_of_the_table_is_not_merged() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = |merge_files| {
+        Collector::start(config_with(dir.path(), |config| {
+            with_table(config);
+            config.table.merge_files = merge_files;
+            config.table.close_delay = Duration::from_secs(10 * 3600);
+        }))
+    };
+    let running = start(1000).await.unwrap();
+    let now = now_ms();
+    let mut sent = Vec::new();
+    for round in 0..8 {
+        let new =
+            [batch("s", now, &[("main;work", round + 1)]), batch("t", now, &[("main;idle", round + 1)])];
+        Pusher::open(running.grpc_addr).await.store_all(&new).await;
+        sent.extend(new);
+        up_to_date(running.http_addr).await;
+    }
+    running.shutdown().await;
+    let table = dir.path().join("table");
+    let before = files_below(&table);
+    let paths: Vec<String> = active(&before, "samples").into_iter().collect();
+    assert_eq!(paths.len(), 8);
+    let mut bytes = before[&paths[2]].to_vec();
+    // A value in the first column, which still decodes.
+    bytes[30] ^= 4;
+    fs::write(table.join(&paths[2]), &bytes).unwrap();
+    fs::remove_file(table.join(&paths[5])).unwrap();
+
+    let running = start(3).await.unwrap();
+    eventually("the others are merged", || async { active(&files_below(&table), "samples").len() == 3 })
+        .await;
+    eventually("both are counted", || async {
+        metric(running.http_addr, "gannet_collector_table_damaged_files").await as u64 == 2
+    })
+    .await;
+    assert_eq!(metric(running.http_addr, "gannet_collector_table_failures_total").await as u64, 0);
+    running.shutdown().await;
+    let mut after = files_below(&table);
+    assert_eq!(after[&paths[2]], bytes);
+    // With their former bytes, nothing is missing.
+    for path in [&paths[2], &paths[5]] {
+        after.insert(path.clone(), before[path].clone());
+    }
+    assert_eq!(sums(&after), sent_sums(&sent));
 }

@@ -1,0 +1,441 @@
+//! Rows of written files: read from several files, sorted, and written as one.
+
+use std::{cmp::Ordering, sync::Arc};
+
+use bytes::Bytes;
+use indexmap::IndexSet;
+use parquet::{
+    column::reader::{ColumnReader, ColumnReaderImpl},
+    data_type::{ByteArray, DataType},
+    errors::ParquetError,
+    file::{
+        metadata::{ParquetMetaData, RowGroupMetaData},
+        reader::FileReader as _,
+        serialized_reader::SerializedFileReader,
+    },
+    schema::{parser::parse_message_type, types::SchemaDescriptor},
+};
+
+use super::{
+    file::{FileWriter, Leaf, ParquetFile, Rows, Values},
+    ids::GROUP_ROWS,
+    schema::{Column, Kind, Schema},
+};
+
+/// Rows that are decoded together.
+const BATCH_ROWS: usize = 8192;
+
+/// Texts of a column, each once.
+type Texts = IndexSet<Vec<u8>, foldhash::fast::RandomState>;
+
+/// The values of one leaf.
+enum Packed {
+    /// Indexes into the texts.
+    Texts(Texts, Vec<u32>),
+    Longs(Vec<i64>),
+    Bools(Vec<bool>),
+}
+
+/// One leaf of all rows.
+struct PackedLeaf {
+    values: Packed,
+    /// Index of the first value of each row, and behind the last one. `None`: each row has one value.
+    starts: Option<Vec<u32>>,
+    is_list: bool,
+    rows: usize,
+}
+
+/// The rows of some files.
+pub(super) struct LoadedRows {
+    schema: &'static Schema,
+    leaves: Vec<PackedLeaf>,
+    /// Index of the first leaf of each column.
+    firsts: Vec<usize>,
+    rows: usize,
+}
+
+/// An open data file.
+pub(super) struct DataReader {
+    reader: SerializedFileReader<Bytes>,
+}
+
+impl DataReader {
+    /// Opens a file of a table. Reads only its metadata.
+    pub(super) fn open(schema: &Schema, bytes: Bytes) -> Result<Self, ParquetError> {
+        let reader = SerializedFileReader::new(bytes)?;
+        let wanted = SchemaDescriptor::new(Arc::new(parse_message_type(&schema.parquet())?));
+        let found = reader.metadata().file_metadata().schema_descr();
+        let is_same = found.num_columns() == wanted.num_columns()
+            && found.columns().iter().zip(wanted.columns()).all(|(a, b)| {
+                a.path() == b.path()
+                    && a.physical_type() == b.physical_type()
+                    && (a.max_def_level(), a.max_rep_level()) == (b.max_def_level(), b.max_rep_level())
+            });
+        if is_same { Ok(Self { reader }) } else { Err(damaged("it has other columns")) }
+    }
+
+    /// Returns the memory that the rows take at most, in bytes.
+    pub(super) fn memory(&self) -> u64 {
+        let metadata: &ParquetMetaData = self.reader.metadata();
+        let columns = metadata.row_groups().iter().flat_map(RowGroupMetaData::columns);
+        // A value is at most 8 bytes here, and its row has 4 more in a column with gaps.
+        columns.map(|column| 12 * column.num_values() as u64 + column.uncompressed_size() as u64).sum()
+    }
+}
+
+fn damaged(reason: &str) -> ParquetError {
+    ParquetError::General(reason.to_owned())
+}
+
+impl LoadedRows {
+    pub(super) fn new(schema: &'static Schema) -> Self {
+        let (mut leaves, mut firsts) = (Vec::new(), Vec::new());
+        for Column { kind, is_optional, .. } in schema.columns {
+            firsts.push(leaves.len());
+            let texts = || Packed::Texts(Texts::default(), Vec::new());
+            let is_list = matches!(kind, Kind::Longs | Kind::Texts | Kind::TextMap | Kind::LongMap);
+            let starts = || (is_list || *is_optional).then(|| vec![0]);
+            let mut push = |values| leaves.push(PackedLeaf { values, starts: starts(), is_list, rows: 0 });
+            push(match kind {
+                Kind::Text | Kind::Hash | Kind::Texts | Kind::TextMap | Kind::LongMap => texts(),
+                Kind::Long | Kind::Time | Kind::Longs => Packed::Longs(Vec::new()),
+                Kind::Bool => Packed::Bools(Vec::new()),
+            });
+            match kind {
+                Kind::TextMap => push(texts()),
+                Kind::LongMap => push(Packed::Longs(Vec::new())),
+                _ => {}
+            }
+        }
+        Self { schema, leaves, firsts, rows: 0 }
+    }
+
+    /// Adds the rows of a file. After an error, these rows are of no use.
+    pub(super) fn add(&mut self, file: &DataReader) -> Result<(), ParquetError> {
+        for index in 0..file.reader.num_row_groups() {
+            let group = file.reader.get_row_group(index)?;
+            let rows = usize::try_from(group.metadata().num_rows()).map_err(|_| damaged("it has no rows"))?;
+            self.rows += rows;
+            for (number, leaf) in self.leaves.iter_mut().enumerate() {
+                leaf.read(group.get_column_reader(number)?)?;
+                if !leaf.is_complete(self.rows) {
+                    return Err(damaged("its columns have different lengths"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sorts the rows, and writes them as one file.
+    pub(super) fn write(self) -> Result<ParquetFile, ParquetError> {
+        let order = self.sorted();
+        let Self { schema, leaves, .. } = self;
+        let sources: Vec<Source> = leaves.into_iter().map(Source::from).collect();
+        let mut file = FileWriter::merged(schema)?;
+        for rows in order.chunks(GROUP_ROWS) {
+            let leaves = sources.iter().map(|source| source.take(rows)).collect();
+            file.write(Rows::from_leaves(schema, leaves, rows.len()))?;
+        }
+        file.finish()
+    }
+
+    /// Returns the numbers of all rows in the order of the table.
+    fn sorted(&self) -> Vec<u32> {
+        enum Key<'a> {
+            Longs(&'a [i64]),
+            /// Texts by their places in the order of all texts.
+            Texts(Vec<u32>),
+        }
+        let keys: Vec<Key<'_>> = (self.schema.order.iter())
+            .filter_map(|name| {
+                let at = self.schema.columns.iter().position(|column| column.name == *name)?;
+                Some(match &self.leaves[self.firsts[at]].values {
+                    Packed::Longs(values) => Key::Longs(values),
+                    Packed::Texts(texts, values) => {
+                        let ranks = ranks(texts);
+                        Key::Texts(values.iter().map(|index| ranks[*index as usize]).collect())
+                    }
+                    Packed::Bools(_) => return None,
+                })
+            })
+            .collect();
+        let mut order: Vec<u32> = (0..self.rows as u32).collect();
+        // The files are sorted, which makes this sort fast.
+        order.sort_by(|&a, &b| {
+            let (a, b) = (a as usize, b as usize);
+            let compare = |key: &Key<'_>| match key {
+                Key::Longs(values) => values[a].cmp(&values[b]),
+                Key::Texts(ranks) => ranks[a].cmp(&ranks[b]),
+            };
+            keys.iter().map(compare).find(|order| order.is_ne()).unwrap_or(Ordering::Equal)
+        });
+        order
+    }
+}
+
+/// Returns the place of each text in the order of all.
+fn ranks(texts: &Texts) -> Vec<u32> {
+    let mut sorted: Vec<(&[u8], usize)> =
+        texts.iter().enumerate().map(|(at, text)| (&text[..], at)).collect();
+    sorted.sort_unstable();
+    let mut ranks = vec![0; sorted.len()];
+    for (rank, (_, at)) in (0..).zip(sorted) {
+        ranks[at] = rank;
+    }
+    ranks
+}
+
+impl PackedLeaf {
+    /// Reports whether it has the values of this number of rows.
+    fn is_complete(&self, rows: usize) -> bool {
+        let values = match &self.values {
+            Packed::Texts(_, values) => values.len(),
+            Packed::Longs(values) => values.len(),
+            Packed::Bools(values) => values.len(),
+        };
+        let (ends, last) = self
+            .starts
+            .as_ref()
+            .map_or((rows, rows), |starts| (starts.len() - 1, starts[starts.len() - 1] as usize));
+        self.rows == rows && ends == rows && last == values
+    }
+
+    /// Adds the values of a row group.
+    fn read(&mut self, column: ColumnReader) -> Result<(), ParquetError> {
+        let Self { values, starts, is_list, rows } = self;
+        let shape = Shape { starts, is_list: *is_list, rows };
+        match (values, column) {
+            (Packed::Texts(texts, indexes), ColumnReader::ByteArrayColumnReader(column)) => {
+                let mut last: Option<(ByteArray, u32)> = None;
+                shape.read(column, |value: &ByteArray| {
+                    let index = match &last {
+                        Some((known, index)) if known.data() == value.data() => *index,
+                        _ => {
+                            let known = texts.get_index_of(value.data());
+                            let index = known.unwrap_or_else(|| texts.insert_full(value.data().to_vec()).0);
+                            last = Some((value.clone(), index as u32));
+                            index as u32
+                        }
+                    };
+                    indexes.push(index);
+                })
+            }
+            (Packed::Longs(values), ColumnReader::Int64ColumnReader(column)) => {
+                shape.read(column, |value| values.push(*value))
+            }
+            (Packed::Bools(values), ColumnReader::BoolColumnReader(column)) => {
+                shape.read(column, |value| values.push(*value))
+            }
+            _ => Err(damaged("a column has another type")),
+        }
+    }
+}
+
+/// How many values each row of a leaf has.
+struct Shape<'a> {
+    starts: &'a mut Option<Vec<u32>>,
+    is_list: bool,
+    rows: &'a mut usize,
+}
+
+impl Shape<'_> {
+    fn read<T: DataType>(
+        self,
+        mut column: ColumnReaderImpl<T>,
+        mut push: impl FnMut(&T::T),
+    ) -> Result<(), ParquetError> {
+        let Self { starts, is_list, rows } = self;
+        let (mut defined, mut repeated, mut values) = (Vec::new(), Vec::new(), Vec::new());
+        loop {
+            defined.clear();
+            repeated.clear();
+            values.clear();
+            let (read, ..) =
+                column.read_records(BATCH_ROWS, Some(&mut defined), Some(&mut repeated), &mut values)?;
+            if read == 0 {
+                return Ok(());
+            }
+            values.iter().for_each(&mut push);
+            *rows += read;
+            let Some(starts) = starts else { continue };
+            for (at, level) in defined.iter().enumerate() {
+                let end = starts.last().copied().unwrap_or(0);
+                if is_list && repeated.get(at).is_some_and(|repeated| *repeated > 0) {
+                    if let Some(last) = starts.last_mut() {
+                        *last = end.checked_add(1).ok_or_else(|| damaged("it has too many values"))?;
+                    }
+                } else {
+                    let one = u32::from(*level > 0);
+                    starts.push(end.checked_add(one).ok_or_else(|| damaged("it has too many values"))?);
+                }
+            }
+        }
+    }
+}
+
+/// A leaf whose values are ready to be written.
+struct Source {
+    values: SourceValues,
+    starts: Option<Vec<u32>>,
+    is_list: bool,
+}
+
+enum SourceValues {
+    Texts(Vec<ByteArray>, Vec<u32>),
+    Longs(Vec<i64>),
+    Bools(Vec<bool>),
+}
+
+impl From<PackedLeaf> for Source {
+    fn from(leaf: PackedLeaf) -> Self {
+        let PackedLeaf { values, starts, is_list, rows: _ } = leaf;
+        let values = match values {
+            Packed::Texts(texts, indexes) => {
+                SourceValues::Texts(texts.into_iter().map(ByteArray::from).collect(), indexes)
+            }
+            Packed::Longs(values) => SourceValues::Longs(values),
+            Packed::Bools(values) => SourceValues::Bools(values),
+        };
+        Self { values, starts, is_list }
+    }
+}
+
+impl Source {
+    /// Returns these rows as the leaf of a row group.
+    fn take(&self, rows: &[u32]) -> Leaf {
+        let span = |row: u32| {
+            let row = row as usize;
+            self.starts.as_ref().map_or(row..row + 1, |starts| starts[row] as usize..starts[row + 1] as usize)
+        };
+        let values = rows.iter().flat_map(|row| span(*row));
+        let mut leaf = Leaf::new(match &self.values {
+            SourceValues::Texts(texts, indexes) => {
+                Values::Bytes(values.map(|at| texts[indexes[at] as usize].clone()).collect())
+            }
+            SourceValues::Longs(all) => Values::Longs(values.map(|at| all[at]).collect()),
+            SourceValues::Bools(all) => Values::Bools(values.map(|at| all[at]).collect()),
+        });
+        if self.starts.is_some() {
+            for row in rows {
+                let n = span(*row).len();
+                if self.is_list {
+                    leaf.elements(n);
+                } else {
+                    leaf.defined.push(n as i16);
+                }
+            }
+        }
+        leaf
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            file::Cell,
+            schema::{LABELS, SAMPLES},
+        },
+        *,
+    };
+
+    fn text(text: &str) -> ByteArray {
+        ByteArray::from(text)
+    }
+
+    /// Encodes rows of the table of samples: service, pod, time, and stack.
+    fn samples(rows: &[(&str, Option<&str>, i64, i64)]) -> Bytes {
+        let mut out = Rows::new(&SAMPLES);
+        for (service, pod, time, stack) in rows {
+            let pod = pod.map(text);
+            out.push([
+                Cell::Long(*time),
+                Cell::Text(&text(service)),
+                Cell::Null,
+                pod.as_ref().map_or(Cell::Null, Cell::Text),
+                Cell::Null,
+                Cell::Null,
+                Cell::Text(&text("profile")),
+                Cell::Text(&text("cpu/nanoseconds")),
+                Cell::Long(*stack),
+                Cell::Null,
+                Cell::Long(stack * 10),
+                Cell::Long(1),
+            ]);
+        }
+        let mut file = FileWriter::new(&SAMPLES).unwrap();
+        file.write(out).unwrap();
+        file.finish().unwrap().bytes.into()
+    }
+
+    fn merged(schema: &'static Schema, files: &[Bytes]) -> (Vec<String>, ParquetFile) {
+        let mut rows = LoadedRows::new(schema);
+        for file in files {
+            rows.add(&DataReader::open(schema, file.clone()).unwrap()).unwrap();
+        }
+        let file = rows.write().unwrap();
+        let reader = SerializedFileReader::new(Bytes::from(file.bytes.clone())).unwrap();
+        (reader.get_row_iter(None).unwrap().map(|row| row.unwrap().to_string()).collect(), file)
+    }
+
+    #[test]
+    fn merged_rows_are_sorted_and_keep_their_gaps() {
+        let a = samples(&[("b", Some("p1"), 20, 7), ("b", None, 30, 1)]);
+        let b = samples(&[("a", None, 99, 3), ("b", Some("p2"), 20, 5)]);
+        let (rows, file) = merged(&SAMPLES, &[a, b]);
+        assert_eq!(file.rows, 4);
+        let wanted = [("a", "null", 3), ("b", "\"p2\"", 5), ("b", "\"p1\"", 7), ("b", "null", 1)];
+        for (row, (service, pod, stack)) in rows.iter().zip(wanted) {
+            let wanted = format!("service_name: \"{service}\", namespace: null, pod: {pod}, ");
+            assert!(row.contains(&wanted), "{row}");
+            assert!(row.contains(&format!("stack_id: {stack}, labels_id: null, value: {stack}0,")), "{row}");
+        }
+        assert!(
+            file.stats.contains("\"stack_id\":7") && file.stats.contains("\"numRecords\":4"),
+            "{}",
+            file.stats
+        );
+    }
+
+    #[test]
+    fn merged_rows_keep_their_lists_and_maps() {
+        let encode = |id: i64, texts: &[(&str, &str)], numbers: &[(&str, i64)]| {
+            let texts: Vec<_> = texts.iter().map(|(key, value)| (text(key), text(value))).collect();
+            let numbers: Vec<_> = numbers.iter().map(|(key, value)| (text(key), *value)).collect();
+            let mut rows = Rows::new(&LABELS);
+            rows.push([
+                Cell::Long(id),
+                Cell::Text(&text("s")),
+                Cell::Text(&text("hash")),
+                Cell::TextMap(&texts),
+                Cell::LongMap(&numbers),
+                Cell::TextMap(&[]),
+            ]);
+            let mut file = FileWriter::new(&LABELS).unwrap();
+            file.write(rows).unwrap();
+            Bytes::from(file.finish().unwrap().bytes)
+        };
+        let files = [
+            encode(2, &[("thread", "main"), ("kind", "x")], &[]),
+            encode(3, &[], &[("tid", 7)]),
+            encode(1, &[("thread", "io")], &[("tid", 8), ("cpu", 9)]),
+        ];
+        let (rows, _) = merged(&LABELS, &files);
+        let wanted = [
+            "texts: {\"thread\" -> \"io\"}, numbers: {\"tid\" -> 8, \"cpu\" -> 9}",
+            "texts: {\"thread\" -> \"main\", \"kind\" -> \"x\"}, numbers: {}",
+            "texts: {}, numbers: {\"tid\" -> 7}",
+        ];
+        for (row, wanted) in rows.iter().zip(wanted) {
+            assert!(row.contains(wanted), "{row} lacks {wanted}");
+        }
+        assert_eq!(rows.len(), 3);
+    }
+
+    #[test]
+    fn a_file_with_other_columns_is_refused() {
+        let file = samples(&[("a", None, 1, 1)]);
+        assert!(DataReader::open(&LABELS, file.clone()).is_err());
+        assert!(DataReader::open(&SAMPLES, file.slice(..file.len() - 9)).is_err());
+    }
+}
