@@ -1,7 +1,7 @@
 # Each target calls a script in scripts/. A script installs its packages (Debian 12 and 13, Ubuntu 24.04), prints its steps,
 # exits with one line where it cannot work, and can be run again.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz mutants bench kernels languages clients image e2e clean
+.PHONY: help demo test lint fuzz mutants bench kernels languages clients spark image e2e clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,6 +32,9 @@ image: ## build the container images of agent and collector (needs no Docker)
 
 languages: ## test the stacks of Python 3.11, 3.13, 3.14 and 3.15, PHP 8.2 and 8.4, Ruby 3.1, 3.3 and 3.4, Java 11, 21 and 25, Node 18, 20, 22, 24 and 26, Go 1.27, .NET Core 3.1 (LANGUAGES="trixie" for some; root, Debian)
 	@scripts/languages
+
+spark: ## test that Spark reads the tables of the collector (PyPI, 900 MB)
+	@scripts/table spark
 
 clients: ## test the collector with Pyroscope's clients for Python and Node, and with a client like Grafana's (PyPI, npm)
 	@scripts/clients
