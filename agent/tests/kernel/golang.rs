@@ -21,7 +21,7 @@ use gannet_agent::{
 };
 use gannet_proto::{control::Match, rules::Caps};
 
-use crate::common::{Running, is_marked, record_for, slower};
+use crate::common::{Running, is_marked, proven, record_for, slower};
 
 const PROGRAMS: &str = "GANNET_TEST_GO_PROGRAMS";
 const PROGRAM: &str = "tests/data/Labels.go";
@@ -112,6 +112,8 @@ fn expected() -> BTreeMap<&'static str, Labels> {
 
 /// Samples of one program, with the names of their functions.
 struct Sampled {
+    /// The version of Go.
+    version: String,
     samples: Vec<(Vec<String>, Labels, u64)>,
 }
 
@@ -128,14 +130,14 @@ fn sampled(running: &Running) -> Sampled {
         let labels = given.map(|label| (text(label.key).to_owned(), text(label.str).to_owned())).collect();
         (stack.clone(), labels, *count)
     });
-    Sampled { samples: samples.collect() }
+    Sampled { version: proven::version_of(profile).to_owned(), samples: samples.collect() }
 }
 
 /// Checks that samples have the labels of the function that they are in.
 #[track_caller]
 fn check(what: &str, program: &Path) {
     let running = start(program, &[]);
-    let Sampled { samples } = sampled(&running);
+    let Sampled { version, samples } = sampled(&running);
     let (expected, walking) = (expected(), labels(&[("case", "walk")]));
     let (mut all, mut good, mut without) = (0, 0, 0);
     let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
@@ -175,13 +177,15 @@ fn check(what: &str, program: &Path) {
     // Until the agent has read the program's file, its samples have no labels.
     assert!(all >= 300 && without * 10 <= all, "{what}: {good} of {all}");
     assert!(seen.len() == expected.len() + 2, "{what}: {seen:?}");
+    proven::note("go", &version, &format!("labels in a {what} build"), good, all);
 }
 
 #[test]
 fn samples_have_the_labels_of_their_goroutine() {
     if let Ok(programs) = env::var(PROGRAMS) {
         for program in programs.split(':') {
-            check(program, Path::new(program));
+            let program = Path::new(program);
+            check(&program.file_name().unwrap().to_str().unwrap().replace('-', " "), program);
         }
         return;
     }
@@ -197,7 +201,7 @@ fn goroutines_without_labels_have_none() {
     let directory = tempfile::tempdir().unwrap();
     let program = build(directory.path(), &BUILDS[0]);
     let running = start(&program, &["without"]);
-    let Sampled { samples } = sampled(&running);
+    let Sampled { samples, .. } = sampled(&running);
     let all: u64 = samples.iter().map(|(.., count)| count).sum();
     assert!(all >= 300, "{all}");
     assert!(samples.iter().all(|(_, labels, _)| labels.is_empty()), "no goroutine has labels");

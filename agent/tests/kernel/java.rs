@@ -12,7 +12,7 @@ use std::{
 
 use gannet_proto::profiles::{Location, Profile};
 
-use crate::common::{Running, record_for};
+use crate::common::{Running, proven, record_for};
 
 const SYSTEM_JAVA: &str = "java";
 /// Says which virtual machines to test: paths with `:` between them.
@@ -102,17 +102,17 @@ fn javas() -> Vec<String> {
     javas.split(':').map(str::to_owned).collect()
 }
 
-/// Checks that each stack is the one that the program printed.
+/// Checks that each stack is the one that the program printed. `case` says what runs the methods.
 #[track_caller]
-fn check(flags: &[&str], rounds: u32) {
+fn check(case: &str, flags: &[&str], rounds: u32) {
     let directory = compiled(PROGRAM);
     for java in javas() {
-        check_java(&java, flags, directory.path(), rounds);
+        check_java(&java, case, flags, directory.path(), rounds);
     }
 }
 
 #[track_caller]
-fn check_java(java: &str, flags: &[&str], directory: &Path, rounds: u32) {
+fn check_java(java: &str, case: &str, flags: &[&str], directory: &Path, rounds: u32) {
     let mut command = Command::new(java);
     command.args(flags).arg("-cp").arg(directory).args(["Spin", &rounds.to_string()]);
     let mut running = Running::start(command.stdout(Stdio::piped()));
@@ -159,8 +159,8 @@ fn check_java(java: &str, flags: &[&str], directory: &Path, rounds: u32) {
         let leaves = ["Spin.burn ", "Spin.stack ", "java.lang.System.nanoTime "];
         let is_leaf = |frame: &String| leaves.iter().any(|leaf| frame.starts_with(leaf));
         let lines_fit = spin_line(&frames[spin]).is_some_and(|line| (first..=first + 2).contains(&line));
-        let case = printed.iter().find(|(case, stack)| is_stack(case, &stack[1..], &frames[spin + 1..]));
-        match case {
+        let found = printed.iter().find(|(case, stack)| is_stack(case, &stack[1..], &frames[spin + 1..]));
+        match found {
             Some((case, _))
                 if frames[..spin].len() <= 1 && frames[..spin].iter().all(is_leaf) && lines_fit =>
             {
@@ -178,21 +178,22 @@ fn check_java(java: &str, flags: &[&str], directory: &Path, rounds: u32) {
     assert!(all >= 300 && good * 100 >= all * 99, "{good} of {all}: {odd:#?}\nexpected {printed:#?}");
     assert!(broken * 100 <= java_samples, "{broken} of {java_samples} broken: {odd:#?}");
     assert!(seen.len() == cases && seen.values().all(|count| *count >= 10), "{seen:?}");
+    proven::note("java", proven::version_of(&recording.profile), case, good, all);
 }
 
 #[test]
 fn stacks_of_the_java_interpreter_are_those_printed() {
-    check(&["-Xint"], 1);
+    check("stacks of the interpreter", &["-Xint"], 1);
 }
 
 #[test]
 fn stacks_of_the_first_java_compiler_are_those_printed() {
-    check(&["-XX:TieredStopAtLevel=1"], 20);
+    check("stacks of C1", &["-XX:TieredStopAtLevel=1"], 20);
 }
 
 #[test]
 fn stacks_of_inlined_java_methods_are_those_printed() {
-    check(&[], 40);
+    check("stacks of all, with inlining of C2", &[], 40);
 }
 
 /// Returns the number of the class, and the generation's last digit, that a frame of [`UNLOADING`] names.
@@ -241,6 +242,8 @@ fn check_unloaded(java: &str, flags: &[&str], least: u64, directory: &Path) {
         right >= least && right + callers >= 20,
         "{right} of {taken} have a class, {callers} only a generation"
     );
+    let case = "stacks without a wrong name, while classes are unloaded";
+    proven::note("java", proven::version_of(&recording.profile), case, taken, taken);
 }
 
 #[test]
@@ -291,6 +294,8 @@ fn check_redefined(java: &str, flags: &[&str], milliseconds: u32, least: u64, ja
     );
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert!(whole * 100 >= taken * least, "{whole} of {taken} name a method that is redefined");
+    let case = "stacks without a wrong name, while a class is redefined";
+    proven::note("java", proven::version_of(&recording.profile), case, taken, taken);
 }
 
 #[test]

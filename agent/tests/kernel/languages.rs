@@ -16,16 +16,19 @@ use std::{
 
 use gannet_proto::profiles::{Location, Profile};
 
-use crate::common::{Recording, Running, program, record_for, slower};
+use crate::common::{Recording, Running, program, proven, record_for, slower};
 
 const SYSTEM_PYTHON: &str = "/usr/bin/python3";
 /// Says which interpreters to test: paths with `:` between them.
 const PYTHONS: &str = "GANNET_TEST_PYTHONS";
 
-/// Prints the minor version; then `CASE;FUNCTION LINE;...` for each case, leaf first, and spins in it.
+/// The version of CPython, which ends with `t` in builds without the global lock.
+const PYTHON_VERSION: &str = r#""%d.%d.%d" % sys.version_info[:3] + sys.abiflags.strip("dmu")"#;
+
+/// Prints the version; then `CASE;FUNCTION LINE;...` for each case, leaf first, and spins in it.
 const PYTHON: &str = r#"
 import functools, sys, threading, time
-print(sys.version_info[1])
+print(VERSION)
 
 def stack(case):
     frame, frames = sys._getframe(1), []
@@ -249,10 +252,11 @@ impl Recorded {
 
 #[track_caller]
 fn check_python(python: &str) {
-    let program = PYTHON.replace("\\u00e4", "\u{e4}");
+    let program = PYTHON.replace("\\u00e4", "\u{e4}").replace("VERSION", PYTHON_VERSION);
     let recorded = record_program(python, &[], "app.py", &program, 9);
     let printed = &recorded.printed;
-    let minor: u32 = recorded.first_line.parse().unwrap();
+    let full_version = recorded.first_line.as_str();
+    let minor: u32 = full_version.split('.').nth(1).unwrap().parse().unwrap();
     let spin = printed["plain"][0].clone();
     let spin_line: u32 = spin.rsplit(' ').next().unwrap().parse().unwrap();
     // It prints one line, and spins two lines below.
@@ -302,6 +306,12 @@ fn check_python(python: &str) {
     assert!(seen.iter().all(|count| *count >= 10), "{seen:?} of {:?}", printed.keys());
     // The first samples come before the unwind table is built.
     assert!(without * 5 <= all, "{without} of {all} without Python frames");
+    proven::note("python", full_version, stacks_case(has_name), good, all);
+}
+
+/// Returns the name of the case in which stacks are compared, with the order among C frames if the loop has a name.
+fn stacks_case(loop_has_name: bool) -> &'static str {
+    if loop_has_name { "stacks, with their order among C frames" } else { "stacks" }
 }
 
 /// Starts processes of the interpreter in its first argument, one after another, each of which works for 50 ms.
@@ -321,6 +331,13 @@ outer()
 while True:
     subprocess.run([*sys.argv[1:], "-c", WORK])
 "#;
+
+fn python_version(python: &str) -> String {
+    let (_, command) = command_of(python);
+    let print = format!("import sys; print({PYTHON_VERSION})");
+    let output = Command::new(command[0]).args(&command[1..]).args(["-c", &print]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
 
 /// Checks that processes of 50 ms have the names of their functions, with lines, from their first sample on: they end before the
 /// agent can read their memory.
@@ -373,6 +390,7 @@ fn python_processes_of_50_ms_keep_their_names() {
             "{named} named of {all} in {processes} processes: {odd:#?}\n{log}"
         );
         assert!(working * 2 > all && lines * 100 >= working * 99, "{lines} with lines of {working} of {all}");
+        proven::note("python", &python_version(python), "names in processes of 50 ms", named, all);
     }
 }
 

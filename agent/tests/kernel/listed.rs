@@ -15,7 +15,7 @@ use gannet_agent::{
 use gannet_proto::control::Match;
 
 use crate::{
-    common::{Running, in_order, record_for, slower},
+    common::{Running, in_order, proven, record_for, slower},
     runtimes::engine_with_tables,
 };
 
@@ -82,7 +82,11 @@ fn functions_of_erlang_have_the_names_of_its_perf_map() {
             |name| sample.label.iter().find(|label| text(label.key) == name).map(|label| text(label.str));
         assert_eq!((label("runtime"), label("runtime_version")), (Some("erlang"), Some(&*erlang_release())));
     }
+    proven::note("erlang", &erlang_release(), "caller and function, by the perf map", named, all);
 }
+
+/// The version that `make languages` fetches.
+const DOTNET: &str = "3.1.23";
 
 /// Starts the .NET program. `GANNET_TEST_DOTNET` names the host of the runtime, and the compiled program behind a `:`.
 fn dotnet(perf_map: &str) -> Running {
@@ -115,6 +119,7 @@ fn functions_of_dotnet_have_the_names_of_its_perf_map() {
     }
     eprintln!("{named} of {all}");
     assert!(all >= 100 && named * 100 >= all * 90, "{named} of {all}: {:#?}", recording.stacks);
+    proven::note("dotnet", DOTNET, "caller and function, by the perf map", named, all);
 }
 
 #[tokio::test]
@@ -125,7 +130,7 @@ async fn a_dotnet_process_shows_why_its_functions_have_no_names() {
         (plain.0.id(), "it does not list the code that it makes: start it with COMPlus_PerfMapEnabled=1"),
         (mapped.0.id(), "ok, names from its perf map"),
     ]
-    .map(|(pid, text)| (pid, format!("dotnet 3.1.23: {text}")));
+    .map(|(pid, text)| (pid, format!("dotnet {DOTNET}: {text}")));
     let engine = sampling(&wanted).await;
     wait_for(&engine, &wanted).await;
     engine.stop();

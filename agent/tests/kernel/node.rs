@@ -13,7 +13,7 @@ use std::{
 
 use gannet_proto::profiles::{Location, Profile, Sample};
 
-use crate::common::{Running, record_for};
+use crate::common::{Running, proven, record_for};
 
 const SYSTEM_NODE: &str = "node";
 /// Says which engines to test: paths with `:` between them.
@@ -89,13 +89,16 @@ enum Wanted {
 
 /// How V8 compiles the program.
 struct Mode {
+    /// The name of this, in the table of what was proven.
+    case: &'static str,
     flags: &'static [&'static str],
     /// How often the program calls all functions before it prints their stacks.
     rounds: u32,
     wanted: Wanted,
 }
 
-const MODE: Mode = Mode { flags: &[], rounds: 3000, wanted: Wanted::All };
+const MODE: Mode =
+    Mode { case: "stacks of all, with inlining", flags: &[], rounds: 3000, wanted: Wanted::All };
 
 /// Checks that each stack is the one that the program printed.
 #[track_caller]
@@ -283,21 +286,40 @@ fn check_node(node: &str, mode: &Mode) {
         counts.wrong
     );
     assert!(missing.is_none(), "{missing:?}: {counts:?} {worst:#?}\nexpected {expected:#?}");
+    let (equal, compared) = match mode.wanted {
+        Wanted::All => (counts.good, counts.spinning),
+        Wanted::NoneWrong | Wanted::NoneUnproven => (counts.all - counts.wrong, counts.all),
+    };
+    proven::note("node", version(node).trim().trim_start_matches('v'), mode.case, equal, compared);
 }
 
 #[test]
 fn stacks_of_the_javascript_interpreter_are_those_printed() {
-    check(&Mode { flags: &["--no-opt", "--no-sparkplug"], rounds: 1, ..MODE });
+    check(&Mode {
+        case: "stacks of the interpreter",
+        flags: &["--no-opt", "--no-sparkplug"],
+        rounds: 1,
+        ..MODE
+    });
 }
 
 #[test]
 fn stacks_of_baseline_javascript_are_those_printed() {
-    check(&Mode { flags: &["--no-opt", "--always-sparkplug"], rounds: 4, ..MODE });
+    check(&Mode {
+        case: "stacks of baseline code",
+        flags: &["--no-opt", "--always-sparkplug"],
+        rounds: 4,
+        ..MODE
+    });
 }
 
 #[test]
 fn stacks_of_optimized_javascript_are_those_printed() {
-    check(&Mode { flags: &["--max-inlined-bytecode-size=0", "--max-inlined-bytecode-size-small=0"], ..MODE });
+    check(&Mode {
+        case: "stacks of TurboFan, without inlining",
+        flags: &["--max-inlined-bytecode-size=0", "--max-inlined-bytecode-size-small=0"],
+        ..MODE
+    });
 }
 
 #[test]
@@ -318,7 +340,7 @@ fn stacks_of_javascript_of_maglev_are_those_printed() {
         let is_old = ["v18.", "v20.", "v22."].iter().any(|old| version.starts_with(old));
         assert_eq!(has_maglev, !is_old, "{version}");
         if has_maglev {
-            check_node(&node, &Mode { flags, ..MODE });
+            check_node(&node, &Mode { case: "stacks of Maglev", flags, ..MODE });
         }
     }
 }
@@ -326,6 +348,7 @@ fn stacks_of_javascript_of_maglev_are_those_printed() {
 #[test]
 fn names_are_right_while_the_collector_moves_functions() {
     check(&Mode {
+        case: "stacks without a wrong name, while all objects move",
         flags: &["--stress-compaction", "--gc-interval=300", "--semi-space-growth-factor=1"],
         rounds: 20,
         wanted: Wanted::NoneWrong,

@@ -3,6 +3,7 @@
 pub(crate) mod cgroup;
 pub(crate) mod cpu;
 pub(crate) mod life;
+pub(crate) mod proven;
 
 use std::{
     collections::{BTreeMap, HashMap},

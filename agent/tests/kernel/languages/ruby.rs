@@ -2,8 +2,8 @@
 
 use std::{collections::BTreeMap, env};
 
-use super::record_program;
-use crate::common::slower;
+use super::{record_program, stacks_case};
+use crate::common::{proven, slower};
 
 const SYSTEM_RUBY: &str = "/usr/bin/ruby";
 /// Says which interpreters to test: paths with `:` between them.
@@ -244,4 +244,5 @@ fn check(ruby: &str) {
     assert!(native >= 10, "{native} samples in a function of C");
     // The first samples come before the unwind table is built.
     assert!(without * 5 <= all * slower, "{without} of {all} without Ruby frames");
+    proven::note("ruby", version, stacks_case(has_name), good, all);
 }
