@@ -5,7 +5,8 @@
 //! cargo run -p gannet-collector --example seed -- --endpoint http://127.0.0.1:4100 [--stay]
 //! ```
 //!
-//! Halfway through, the shop gets a new version: pricing a basket becomes cheaper, ranking a search more expensive.
+//! Halfway through, the shop gets a new version: pricing a basket becomes cheaper, ranking a search more expensive. One pod
+//! of checkout still has the old version. Ten minutes before the end, pressure starts a capture of that pod.
 //! With `--stay` both agents stay connected, receive rules and answer them, until Ctrl-C.
 
 #![allow(clippy::print_stdout, reason = "a program for people and scripts: what it did goes to its output")]
@@ -48,6 +49,13 @@ rules:
     description: where checkout waits
     match: {comm: ["checkout"]}
     capture: {kind: [off_cpu], hz: 49}
+    lifetime: {ttl: 2h}
+  - id: shop-pressure
+    description: checkout while it waits for the CPU
+    match: {comm: ["checkout"]}
+    when:
+      - pressure: {resource: cpu, kind: some, stall_us: 150000, window_us: 1000000, scope: container}
+    capture: {hz: 99, duration: 60s, lead_up: 20s}
     lifetime: {ttl: 2h}
 "#;
 
@@ -278,10 +286,19 @@ struct Window {
     start: SystemTime,
     after: bool,
     wobble: u64,
+    /// The captured pod, its rule and the reason of the capture. Without one the window is of a continuous rule.
+    captured: Option<&'static str>,
 }
 
+const OLD_POD: &str = "checkout-7b54c8d6f9-m7w2c";
+/// Reasons of the windows of the capture: the time before the trigger, then the trigger.
+const CAPTURE: [&str; 8] = {
+    let pressure = "pressure; cpu some: 187 ms of stall in 1 s";
+    ["pre-trigger", "pre-trigger", pressure, pressure, pressure, pressure, pressure, pressure]
+};
+
 fn batch(window: &Window, sequence: u64) -> anyhow::Result<Batch> {
-    let Window { service, node, off_cpu, start, after, wobble } = *window;
+    let Window { service, node, off_cpu, start, after, wobble, captured } = *window;
     let mut shop = Shop::new(&format!("/usr/bin/{service}"), off_cpu, start)?;
     let stacks = match (service, off_cpu) {
         (_, true) => blocked(wobble),
@@ -299,7 +316,11 @@ fn batch(window: &Window, sequence: u64) -> anyhow::Result<Batch> {
         (labels::NAMESPACE, "shop"),
         (
             labels::POD,
-            if service == "search" { "search-7c9d6bb5f4-2xk8p" } else { "checkout-5d8f9c7b66-x2k4q" },
+            match (service, captured) {
+                ("search", _) => "search-7c9d6bb5f4-2xk8p",
+                (_, Some(_)) => OLD_POD,
+                _ => "checkout-5d8f9c7b66-x2k4q",
+            },
         ),
         (labels::CONTAINER, "app"),
     ];
@@ -311,9 +332,14 @@ fn batch(window: &Window, sequence: u64) -> anyhow::Result<Batch> {
         samples,
         start: Some(start.into()),
         duration: Some(WINDOW.try_into()?),
-        rule_id: if off_cpu { "shop-blocked" } else { "shop" }.to_owned(),
+        rule_id: match captured {
+            Some(_) => "shop-pressure",
+            None if off_cpu => "shop-blocked",
+            None => "shop",
+        }
+        .to_owned(),
         revision: 1,
-        reason: if off_cpu { "always; threshold 1 ms" } else { "always" }.to_owned(),
+        reason: captured.unwrap_or(if off_cpu { "always; threshold 1 ms" } else { "always" }).to_owned(),
         window_id: Ulid::from_datetime(start).to_string(),
         ledger: Some(Ledger { ticks: 2 * HZ * 10, taken: samples, delivered: samples, ..Ledger::default() }),
         piece: None,
@@ -324,7 +350,17 @@ fn batch(window: &Window, sequence: u64) -> anyhow::Result<Batch> {
 fn windows(minutes: u64) -> Vec<Window> {
     let now = SystemTime::now();
     let steps = minutes * 60 / STEP.as_secs();
-    (0..steps)
+    let capture = now - Duration::from_secs(600);
+    let captured = CAPTURE.iter().zip(0..).map(|(reason, step)| Window {
+        service: "checkout",
+        node: NODES[0],
+        off_cpu: false,
+        start: capture + WINDOW * step,
+        after: false,
+        wobble: u64::from(step),
+        captured: Some(*reason),
+    });
+    let mut all: Vec<Window> = (0..steps)
         .flat_map(|step| {
             let start = now - STEP * u32::try_from(steps - step).unwrap_or(u32::MAX);
             let window = move |service, node, off_cpu| Window {
@@ -334,6 +370,7 @@ fn windows(minutes: u64) -> Vec<Window> {
                 start,
                 after: step >= steps / 2,
                 wobble: (step * 7) % 13,
+                captured: None,
             };
             [
                 window("checkout", NODES[0], false),
@@ -341,7 +378,12 @@ fn windows(minutes: u64) -> Vec<Window> {
                 window("checkout", NODES[0], true),
             ]
         })
-        .collect()
+        .collect();
+    if minutes > 10 {
+        all.extend(captured);
+        all.sort_by_key(|window| window.start);
+    }
+    all
 }
 
 async fn push(connection: Connection, minutes: u64) -> anyhow::Result<usize> {

@@ -4,7 +4,7 @@ use std::{collections::HashSet, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream};
 use gannet_proto::control::{
-    AbortRolloutRequest, DeleteTriggersRequest, DeleteTriggersResponse, GetRolloutRequest,
+    AbortRolloutRequest, AuditEntry, DeleteTriggersRequest, DeleteTriggersResponse, GetRolloutRequest,
     GetTriggersRequest, GetTriggersResponse, ListAuditRequest, ListAuditResponse, ListScopesRequest,
     ListScopesResponse, NodePreview, PreviewQuestion, ResumeRolloutRequest, Rollout, Rule,
     SetTriggersRequest, SetTriggersResponse, WatchRolloutRequest, answer, question,
@@ -104,6 +104,16 @@ impl Triggers {
             .await;
         previews.sort_by(|a, b| a.node.cmp(&b.node));
         previews
+    }
+
+    /// Returns the newest changes of the rules in a range of Unix milliseconds, oldest first, and the number of older ones.
+    pub(crate) async fn changes(
+        &self,
+        from_ms: u64,
+        until_ms: u64,
+        limit: usize,
+    ) -> Result<(Vec<AuditEntry>, usize), Status> {
+        self.blocking(move |rules| Ok(rules.audit().changes(from_ms, until_ms, limit)?)).await
     }
 
     /// Returns the rollout of a revision. 0 means the newest.

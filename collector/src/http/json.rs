@@ -9,7 +9,10 @@ use gannet_proto::{
 use prost_types::{Duration, Timestamp};
 use serde_json::{Value, json};
 
-use crate::time;
+use crate::{
+    query::{CaptureRun, Heatmap},
+    time,
+};
 
 fn ms(at: Option<&Timestamp>) -> u64 {
     at.and_then(time::to_ms).unwrap_or(0)
@@ -159,6 +162,52 @@ pub(super) fn timeline(timeline: &api::TimelineResponse) -> Value {
     json!({
         "unit": timeline.unit, "sample_type": timeline.sample_type, "step_ms": span_ms(timeline.step.as_ref()),
         "points": points,
+    })
+}
+
+/// Returns a heat map: rows of cells, one cell for each step from the start of the range.
+pub(super) fn heatmap(map: &Heatmap, sample_type: &str, from_ms: u64) -> Value {
+    let rows: Vec<Value> = map
+        .rows
+        .iter()
+        .map(|row| match row.bounds {
+            Some((low, high)) => json!({ "low": low, "high": high, "cells": row.cells }),
+            None => json!({ "name": row.name, "cells": row.cells }),
+        })
+        .collect();
+    json!({
+        "unit": map.unit, "sample_type": sample_type, "from_ms": from_ms, "step_ms": map.step_ms, "rows": rows,
+    })
+}
+
+/// Returns what happened in a range: changes of rules and captures, each in the order of time.
+pub(super) fn annotations(
+    (changes, older_changes): (&[control::AuditEntry], usize),
+    (captures, older_captures): (&[CaptureRun], usize),
+) -> Value {
+    let changes: Vec<Value> = changes
+        .iter()
+        .map(|change| {
+            json!({
+                "at_ms": ms(change.at.as_ref()), "action": change.action, "who": change.who, "scope": change.scope,
+                "revision": change.revision, "added": change.added, "removed": change.removed,
+                "changed": change.changed, "note": change.note,
+            })
+        })
+        .collect();
+    let captures: Vec<Value> = captures
+        .iter()
+        .map(|run| {
+            let CaptureRun { rule_id, start_ms, end_ms, reason, profiles, services, nodes, .. } = run;
+            json!({
+                "rule_id": rule_id, "start_ms": start_ms, "end_ms": end_ms, "reason": reason,
+                "profiles": profiles, "services": services, "nodes": nodes,
+            })
+        })
+        .collect();
+    json!({
+        "changes": changes, "older_changes": older_changes, "captures": captures,
+        "older_captures": older_captures,
     })
 }
 

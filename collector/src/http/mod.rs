@@ -31,6 +31,9 @@ use crate::{
     triggers::Triggers,
 };
 
+/// Changes of rules in one answer, at most.
+const MAX_CHANGES: usize = 500;
+
 /// Everything that the handlers need.
 #[derive(Clone)]
 pub(crate) struct HttpState {
@@ -57,6 +60,8 @@ pub(crate) fn router(state: HttpState) -> Router {
         .route("/flamegraph", get(flamegraph))
         .route("/top", get(top))
         .route("/timeline", get(timeline))
+        .route("/heatmap", get(heatmap))
+        .route("/annotations", get(annotations))
         .route("/nodes", get(nodes))
         .route("/rules", get(rules))
         .route("/rollout", get(rollout))
@@ -217,6 +222,23 @@ async fn timeline(State(state): State<HttpState>, params: RawParams) -> ApiResul
     let step = if params.text("step_ms").is_empty() { None } else { Some(params.number("step_ms")?) };
     let timeline = state.query.timeline(params.selection()?, params.text("type").to_owned(), step).await?;
     Ok(axum::Json(json::timeline(&timeline)))
+}
+
+async fn heatmap(State(state): State<HttpState>, params: RawParams) -> ApiResult {
+    let params = Params::new(params, &RANGE, &["type", "step_ms", "by"])?;
+    let selection = params.selection()?;
+    let from_ms = selection.range().map_or(0, |(from_ms, _)| from_ms);
+    let (sample_type, by) = (params.text("type"), params.text("by").to_owned());
+    let map = state.query.heatmap(selection, sample_type.to_owned(), params.number("step_ms")?, by).await?;
+    Ok(axum::Json(json::heatmap(&map, sample_type, from_ms)))
+}
+
+async fn annotations(State(state): State<HttpState>, params: RawParams) -> ApiResult {
+    let selection = Params::new(params, &RANGE, &[])?.selection()?;
+    let (from_ms, until_ms) = selection.range().unwrap_or_default();
+    let (changes, older_changes) = state.triggers.changes(from_ms, until_ms, MAX_CHANGES).await?;
+    let (captures, older_captures) = state.query.captures(selection).await?;
+    Ok(axum::Json(json::annotations((&changes, older_changes), (&captures, older_captures))))
 }
 
 async fn nodes(State(state): State<HttpState>, params: RawParams) -> ApiResult {

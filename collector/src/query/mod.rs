@@ -1,7 +1,9 @@
 //! Queries: the read side of the store, for the gRPC service and the HTTP API alike.
 
+mod captures;
 mod graph;
 mod grpc;
+mod heatmap;
 mod merge;
 mod select;
 mod timeline;
@@ -22,7 +24,9 @@ use ulid::Ulid;
 pub(crate) use self::graph::Shape;
 use self::merge::{MergeProgress, Merges};
 pub(crate) use self::{
+    captures::CaptureRun,
     grpc::QueryGrpc,
+    heatmap::Heatmap,
     merge::Merged,
     select::{Selection, parse_profile_id},
 };

@@ -45,6 +45,14 @@ impl Selection {
         Ok(Self::Range { selector: Selector::parse(query)?, from_ms, until_ms })
     }
 
+    /// Returns the range in milliseconds, or `None` for a single profile.
+    pub(crate) fn range(&self) -> Option<(u64, u64)> {
+        match self {
+            Self::Range { from_ms, until_ms, .. } => Some((*from_ms, *until_ms)),
+            Self::One(_) => None,
+        }
+    }
+
     /// Returns a human-readable form for error messages.
     pub(super) fn describe(&self) -> String {
         match self {

@@ -27,6 +27,8 @@ const QUEUED_ANSWERS: usize = 16_384;
 const MAX_ERRORS: usize = 16;
 /// Entries of one reading.
 pub(crate) const MAX_ENTRIES: usize = 10_000;
+/// How a line of a node's answer differs from all other lines. In texts of an entry, JSON escapes the quotes.
+const ANSWER_MARK: &str = r#""action":"answer""#;
 /// Author of the changes that the collector makes by itself.
 pub(crate) const COLLECTOR: &str = "gannet-collector";
 
@@ -86,10 +88,9 @@ impl Audit {
         }
     }
 
-    /// Returns up to `limit` of the newest entries, newest first. An empty `scope` or `node` matches every entry. Blocking.
-    pub(crate) fn read(&self, scope: &str, node: &str, limit: usize) -> io::Result<Vec<AuditEntry>> {
+    /// Calls `each` for every line, the oldest first. Blocking.
+    fn lines(&self, mut each: impl FnMut(&str)) -> io::Result<()> {
         let AuditFile { path, former } = self.file.lock().clone();
-        let mut newest: VecDeque<AuditEntry> = VecDeque::new();
         for path in [former, path] {
             let file = match File::open(&path) {
                 Ok(file) => file,
@@ -97,19 +98,52 @@ impl Audit {
                 Err(error) => return Err(error),
             };
             for text in BufReader::new(file).lines() {
-                // The last line may be incomplete.
-                let Some(entry) = serde_json::from_str(&text?).ok().and_then(|value| entry(&value)) else {
-                    continue;
-                };
-                if (scope.is_empty() || entry.scope == scope) && (node.is_empty() || entry.node == node) {
-                    newest.push_back(entry);
-                    if newest.len() > limit {
-                        newest.pop_front();
-                    }
-                }
+                each(&text?);
             }
         }
+        Ok(())
+    }
+
+    /// Returns up to `limit` of the newest entries, newest first. An empty `scope` or `node` matches every entry. Blocking.
+    pub(crate) fn read(&self, scope: &str, node: &str, limit: usize) -> io::Result<Vec<AuditEntry>> {
+        let mut newest: VecDeque<AuditEntry> = VecDeque::new();
+        self.lines(|text| {
+            // The last line may be incomplete.
+            let Some(entry) = parse(text) else { return };
+            if (scope.is_empty() || entry.scope == scope) && (node.is_empty() || entry.node == node) {
+                newest.push_back(entry);
+                if newest.len() > limit {
+                    newest.pop_front();
+                }
+            }
+        })?;
         Ok(newest.into_iter().rev().collect())
+    }
+
+    /// Returns up to `limit` of the newest changes in the range, oldest first, and the number of older ones in it. It parses
+    /// no answers, of which a revision for a thousand nodes makes a thousand. Blocking.
+    pub(crate) fn changes(
+        &self,
+        from_ms: u64,
+        until_ms: u64,
+        limit: usize,
+    ) -> io::Result<(Vec<AuditEntry>, usize)> {
+        let mut newest: VecDeque<AuditEntry> = VecDeque::new();
+        let mut older = 0;
+        self.lines(|text| {
+            if text.contains(ANSWER_MARK) {
+                return;
+            }
+            let Some(entry) = parse(text) else { return };
+            if (from_ms..until_ms).contains(&entry.at.as_ref().and_then(time::to_ms).unwrap_or(0)) {
+                newest.push_back(entry);
+                if newest.len() > limit {
+                    newest.pop_front();
+                    older += 1;
+                }
+            }
+        })?;
+        Ok((newest.into(), older))
     }
 }
 
@@ -194,6 +228,10 @@ fn line(entry: &AuditEntry) -> Value {
 }
 
 /// Parses a line of the file. The inverse of [`line`].
+fn parse(text: &str) -> Option<AuditEntry> {
+    entry(&serde_json::from_str(text).ok()?)
+}
+
 fn entry(value: &Value) -> Option<AuditEntry> {
     let text = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
     let texts = |value: &Value| -> Vec<String> {
@@ -241,6 +279,31 @@ mod tests {
         assert_eq!((kept.len(), left_out), (MAX_ERRORS, 5));
         assert_eq!(kept[..MAX_ERRORS - 1], errors(MAX_ERRORS - 1));
         assert!(kept[MAX_ERRORS - 1].reason.starts_with("5 further errors"), "{:?}", kept.last());
+    }
+
+    #[test]
+    fn changes_of_a_range_leave_out_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::open(dir.path(), Metrics::new()).unwrap();
+        let at = 1_700_000_000_000;
+        let change = |revision: u64, at: u64, note: &str| AuditEntry {
+            at: Some(time::timestamp(at)),
+            revision,
+            action: "set".into(),
+            note: note.into(),
+            ..AuditEntry::default()
+        };
+        // The text of an answer in a note is no answer.
+        let entries = [change(1, at, ""), change(2, at + 5, ANSWER_MARK), change(3, at + 9, "")];
+        for entry in &entries {
+            audit.record_change(entry);
+            audit
+                .append(&[AuditEntry { action: "answer".into(), node: "n1".into(), ..entry.clone() }], false);
+        }
+        assert_eq!(audit.changes(at, at + 10, 10).unwrap(), (entries.to_vec(), 0));
+        assert_eq!(audit.changes(at + 1, at + 9, 10).unwrap(), (entries[1..2].to_vec(), 0));
+        assert_eq!(audit.changes(at, at + 10, 2).unwrap(), (entries[1..].to_vec(), 1));
+        assert_eq!(audit.changes(at + 10, at + 99, 2).unwrap(), (vec![], 0));
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod kill;
 mod kubernetes;
 mod otlp;
 mod otlp_rules;
+mod page_data;
 mod pieces;
 mod process;
 mod push;

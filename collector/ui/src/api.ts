@@ -51,6 +51,53 @@ export interface Timeline {
   points: { t_ms: number; value?: number; profiles?: number }[];
 }
 
+/** One row of a heat map: a value of a label, or the values from `low` to `high` for each second of a profile. */
+export interface HeatRow {
+  name?: string;
+  low?: number;
+  high?: number;
+  cells: number[];
+}
+
+export interface HeatMap {
+  unit: string;
+  sample_type: string;
+  from_ms: number;
+  step_ms: number;
+  rows: HeatRow[];
+}
+
+/** A change of the rules, from the audit log. */
+export interface ChangeEvent {
+  at_ms: number;
+  action: string;
+  who: string;
+  scope: string;
+  revision: number;
+  added: string[];
+  removed: string[];
+  changed: string[];
+  note: string;
+}
+
+/** A capture that a condition or a person started. */
+export interface CaptureEvent {
+  rule_id: string;
+  start_ms: number;
+  end_ms: number;
+  reason: string;
+  profiles: number;
+  services: string[];
+  nodes: string[];
+}
+
+export interface Annotations {
+  changes: ChangeEvent[];
+  older_changes: number;
+  captures: CaptureEvent[];
+  older_captures: number;
+}
+
 export interface Series {
   labels: Record<string, string>;
   profiles: number;

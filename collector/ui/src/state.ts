@@ -16,6 +16,12 @@ export interface State {
   until: string;
   /** The picked part of that range, if any. */
   span: Span | undefined;
+  /** Show the timeline as a heat map. */
+  heat: boolean;
+  /** The label of the heat map's rows; empty for rows by value. */
+  rows: string;
+  /** Show the list of captures and changes of rules. */
+  events: boolean;
   type: string;
   /** The id of a single profile; empty for all. */
   profile: string;
@@ -25,6 +31,8 @@ export interface State {
   /** How much earlier the range of the base is, in milliseconds. */
   shift: number;
   bspan: Span | undefined;
+  /** Show both sides of a comparison beside each other. */
+  sides: boolean;
   search: string;
   /** Key of the zoomed frame: see `FrameData.key`. */
   zoom: string;
@@ -62,12 +70,16 @@ export const DEFAULTS: State = {
   from: "now-1h",
   until: "now",
   span: undefined,
+  heat: false,
+  rows: "",
+  events: false,
   type: "",
   profile: "",
   compare: false,
   bq: undefined,
   shift: 0,
   bspan: undefined,
+  sides: false,
   search: "",
   zoom: "",
   show: "graph",
@@ -106,12 +118,16 @@ export function fromAddress(location: { pathname: string; search: string }): Sta
     from: get.get("from") || DEFAULTS.from,
     until: get.get("until") || DEFAULTS.until,
     span: span(get.get("span")),
+    heat: get.get("time") === "heat",
+    rows: get.get("rows") ?? "",
+    events: get.has("events"),
     type: get.get("type") ?? "",
     profile: get.get("profile") ?? "",
     compare: get.has("compare"),
     bq: get.get("base") ?? undefined,
     shift: Math.max(0, Number(get.get("shift")) || 0),
     bspan: span(get.get("base_span")),
+    sides: get.has("sides"),
     search: get.get("search") ?? "",
     zoom: get.get("zoom") ?? "",
     show: oneOf(get.get("show"), ["graph", "both", "sandwich", "table", "list"], DEFAULTS.show),
@@ -142,12 +158,16 @@ export function toAddress(state: State): string {
   set("from", state.from, DEFAULTS.from);
   set("until", state.until, DEFAULTS.until);
   set("span", state.span?.join("-"));
+  set("time", state.heat ? "heat" : "");
+  set("rows", state.rows);
+  flag("events", state.events);
   set("type", state.type);
   set("profile", state.profile);
   flag("compare", state.compare);
   if (state.bq !== undefined) search.set("base", state.bq);
   set("shift", String(state.shift), "0");
   set("base_span", state.bspan?.join("-"));
+  flag("sides", state.sides);
   set("search", state.search);
   set("zoom", state.zoom);
   set("show", state.show, DEFAULTS.show);

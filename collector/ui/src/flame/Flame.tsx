@@ -99,8 +99,8 @@ export function Flame(props: FlameProps) {
   return (
     <div class={`flame${diff ? " diff" : ""}${part ? ` ${part}` : ""}`}>
       <div class="flame-head">
-        {part && <h3>{part === "callers" ? "Callers" : "Callees"}</h3>}
-        {(!part || flame.path.length > 1) && <Crumbs flame={flame} whole={part ? frames.data(0).name : "all"} />}
+        {props.title && <h3>{props.title}</h3>}
+        {(!part || flame.path.length > 1) && <Crumbs flame={flame} whole={part === "callers" || part === "callees" ? frames.data(0).name : "all"} />}
         <Found frames={frames} diff={diff} flame={flame} />
       </div>
       <div
@@ -108,7 +108,7 @@ export function Flame(props: FlameProps) {
         tabIndex={0}
         role="application"
         aria-roledescription="flame graph"
-        aria-label={`Flame graph of ${frames.count} ${part ?? "frames"}. Arrow keys move, Enter zooms in, Escape resets, slash searches, n goes to the next match.`}
+        aria-label={`Flame graph of ${frames.count} ${part === "callers" || part === "callees" ? part : "frames"}${part === "base" || part === "comparison" ? ` of the ${part}` : ""}. Arrow keys move, Enter zooms in, Escape resets, slash searches, n goes to the next match.`}
         aria-describedby={id}
         ref={flame.host}
         onKeyDown={onKeyDown}

@@ -33,6 +33,8 @@ export interface Frames {
   groups: { name: string; self: number }[];
   /** The hue of each group. */
   hues: Map<string, number>;
+  /** Values of each node on one side of a comparison: shares, or amounts if those are compared. */
+  side: (side: "base" | "comparison") => Float64Array;
   /** Returns what is shown of a node. */
   data: (node: number) => FrameData;
   /** Returns the node with this key, or -1. */
@@ -105,6 +107,8 @@ export function* frames(tree: Tree, options: FramesOptions): Sliced<Frames> {
     const group = groupNames[frame] as string;
     groups.set(group, (groups.get(group) ?? 0) + weight);
   }
+  const sideOf = (amounts: Float64Array, whole: number) => (absolute ? amounts : amounts.map((amount) => shareOf(amount, whole)));
+  let [ofBase, ofComparison]: (Float64Array | undefined)[] = [];
   const key = (node: number) => (keys[0][node] as number).toString(36) + "-" + (keys[1][node] as number).toString(36);
   const ranked = [...groups].map(([name, self]) => ({ name, self })).sort((a, b) => b.self - a.self);
   return {
@@ -117,6 +121,7 @@ export function* frames(tree: Tree, options: FramesOptions): Sliced<Frames> {
     value,
     groups: ranked,
     hues: options.hues ?? spread(ranked.map(({ name }) => name)),
+    side: (side) => (side === "base" ? (ofBase ??= sideOf(tree.baseTotal, baseTotal)) : (ofComparison ??= sideOf(tree.total, total))),
     data: (node) => {
       const [amount, baseAmount] = [tree.total[node] as number, tree.baseTotal[node] as number];
       const isWhole = node === 0 && part === "";

@@ -1,5 +1,5 @@
 /** State of a flame graph: the drawn frames, the zoomed path, the current frame, the search. */
-import type { RefObject } from "preact";
+import type { ComponentChildren, RefObject } from "preact";
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { useWidth } from "../parts/hooks";
 import { Drawing, type Group } from "./draw";
@@ -13,8 +13,13 @@ export interface FlameProps {
   dark: boolean;
   redGreen: boolean;
   flip: boolean;
-  /** Which part of a sandwich view this graph is, if any. */
-  part?: "callers" | "callees";
+  /** Which part of a sandwich view, or which side of a comparison, this graph is. */
+  part?: "callers" | "callees" | "base" | "comparison";
+  /** The heading of a part. */
+  title?: ComponentChildren;
+  /** The key of the current frame and its setter, if another graph shares them. */
+  current?: string;
+  onCurrent?: (key: string) => void;
   search: string;
   /** Key of the zoomed frame; empty for the root. A key of another graph means the root too. */
   zoom: string;
@@ -73,14 +78,21 @@ export function useFlame(props: FlameProps): FlameState {
   const width = useWidth(host);
   const drawing = useRef<Drawing | undefined>(undefined);
   const { matches, error } = useMatches(frames, search);
-  const [current, setCurrent] = useState("");
+  const [ownCurrent, setOwnCurrent] = useState("");
+  const current = props.current ?? ownCurrent;
+  const setCurrent = props.onCurrent ?? setOwnCurrent;
   const [hovered, setHovered] = useState<FrameData>();
 
   const zoomed = useMemo(() => (zoom === "" ? 0 : Math.max(0, frames.find(zoom))), [frames, zoom]);
-  const nodes = useMemo(
-    () => (width === 0 ? [] : layout(frames, { zoom: zoomed, width, fraction: 1, value: frames.value, matches })),
-    [frames, zoomed, width, matches],
-  );
+  const { part } = props;
+  const nodes = useMemo(() => {
+    if (width === 0) return [];
+    if (part !== "base" && part !== "comparison") return layout(frames, { zoom: zoomed, width, fraction: 1, value: frames.value, matches });
+    // The side with the larger value fills the width, and the other one has the same scale.
+    const at = (side: "base" | "comparison") => frames.side(side)[zoomed] as number;
+    const fraction = at(part) / Math.max(at("base"), at("comparison"), Number.MIN_VALUE);
+    return layout(frames, { zoom: zoomed, width, fraction, value: frames.side(part), matches });
+  }, [frames, zoomed, width, matches, part]);
   const found = useMemo(() => (matches ? sumMatches(frames, matches) : undefined), [frames, matches]);
   const picked = useMemo(() => {
     const at = current === "" ? -1 : frames.find(current);
@@ -90,9 +102,11 @@ export function useFlame(props: FlameProps): FlameState {
   useEffect(() => () => drawing.current?.destroy(), []);
   useLayoutEffect(() => {
     if (!host.current || nodes.length === 0) return;
-    drawing.current ??= new Drawing(host.current, props.part ? `${props.part}-` : "");
+    drawing.current ??= new Drawing(host.current, part ? `${part}-` : "");
     drawing.current.show(nodes, { frames, diff, dark, redGreen, flip, searching: search !== "", width }, current);
   }, [nodes, flip, dark, redGreen, diff]);
+
+  useEffect(() => drawing.current?.mark(current), [current]);
 
   const here = () => nodes.find((node) => node.data.key === current);
   const visit = (node: Node | undefined) => onZoom(keyOf(node));

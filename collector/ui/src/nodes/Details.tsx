@@ -34,7 +34,7 @@ interface DetailsProps {
 function NodeRules({ node, now }: DetailsProps) {
   return (
     <section>
-      <h3>Rules on this node</h3>
+      <h2>Rules on this node</h2>
       {(node.rules ?? []).length === 0 ? (
         <p class="dim">None.</p>
       ) : (
@@ -70,7 +70,7 @@ function NodeRules({ node, now }: DetailsProps) {
       )}
       {(node.rollout?.errors ?? []).length > 0 && (
         <>
-          <h3>Errors of revision {node.rollout?.revision ?? ""}</h3>
+          <h2>Errors of revision {node.rollout?.revision ?? ""}</h2>
           <Errors errors={node.rollout?.errors} />
         </>
       )}
@@ -82,7 +82,7 @@ function NodeAgent({ node, now }: DetailsProps) {
   const lost = Object.entries(node.ledger?.lost ?? {}).sort((a, b) => b[1] - a[1]);
   return (
     <section>
-      <h3>Every sample accounted for</h3>
+      <h2>Every sample accounted for</h2>
       <LedgerBar ledger={node.ledger} long />
       {lost.length > 0 && (
         <dl class="pairs">
@@ -96,7 +96,7 @@ function NodeAgent({ node, now }: DetailsProps) {
           ))}
         </dl>
       )}
-      <h3>Agent</h3>
+      <h2>Agent</h2>
       <dl class="pairs">
         <div><dt>clock ticks seen</dt><dd>{integer(node.ledger?.ticks ?? 0)}</dd></div>
         <div><dt>processes sampled</dt><dd>{integer(node.processes_armed ?? 0)}</dd></div>
@@ -106,7 +106,7 @@ function NodeAgent({ node, now }: DetailsProps) {
       </dl>
       {(node.degraded ?? []).length > 0 && (
         <>
-          <h3>Unavailable features</h3>
+          <h2>Unavailable features</h2>
           <ul class="errors">{node.degraded?.map((line) => <li key={line}>{line}</li>)}</ul>
         </>
       )}

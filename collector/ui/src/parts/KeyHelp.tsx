@@ -22,9 +22,11 @@ const KEYS: [where: string, keys: [keys: string[], what: string][]][] = [
     [["Enter"], "choose the function"],
     [["Home", "End"], "first or last function"],
   ]],
-  ["Timeline", [
+  ["Timeline and heat map", [
     [["←", "→"], "read the values"],
     [["Shift + ←", "Shift + →"], "pick a range"],
+    [["↑", "↓"], "move among rows of a heat map"],
+    [["Enter"], "select the row of a label"],
     [["Esc"], "clear the picked range"],
   ]],
 ];
@@ -52,10 +54,10 @@ export function KeyHelp() {
       <button type="button" class="icon" onClick={open} aria-label="Keyboard help" title="Keyboard help (?)">?</button>
       <dialog ref={dialog} class="keys" aria-labelledby="keys-title" onClick={(event) => event.target === dialog.current && dialog.current?.close()}>
         <div>
-          <header>
+          <div class="keys-head">
             <h2 id="keys-title">Keys</h2>
             <button type="button" class="icon" aria-label="Close" onClick={() => dialog.current?.close()}>✕</button>
-          </header>
+          </div>
           <div class="keys-groups">
             {KEYS.map(([where, keys]) => (
               <section key={where}>

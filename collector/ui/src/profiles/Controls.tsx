@@ -1,7 +1,9 @@
 /** The controls above the timelines: what to show, over which time, and what to compare with. */
+import { Choice } from "../parts/parts";
 import { type State, go } from "../state";
 import { SHIFTS } from "../time";
 import { typeName, value } from "../units";
+import { CompareValues } from "./CompareValues";
 import { RangePicker } from "./RangePicker";
 import { SelectorBar } from "./SelectorBar";
 import type { Selections } from "./selection";
@@ -41,7 +43,7 @@ export function Controls({ state, selections: { window }, answers }: ControlsPro
   );
 }
 
-export function BaseControls({ state, selections: { baseWindow }, answers: { queryError, isBaseError } }: ControlsProps) {
+export function BaseControls({ state, selections: { window, baseWindow }, answers: { queryError, isBaseError } }: ControlsProps) {
   const shifts = [...SHIFTS, ...(SHIFTS.some(([ms]) => ms === state.shift) ? [] : [[state.shift, `${value(state.shift * 1e6, "nanoseconds")} earlier`] as const])];
   return (
     <section class="controls base" aria-label="What to compare with">
@@ -54,6 +56,8 @@ export function BaseControls({ state, selections: { baseWindow }, answers: { que
           ))}
         </select>
       </label>
+      <CompareValues state={state} window={window} />
+      <Choice name="How to show the comparison" value={state.sides ? "sides" : "one"} of={[["one", "One graph"], ["sides", "Side by side"]]} onChange={(chosen) => go(chosen === "sides" ? { sides: true, show: "graph" } : { sides: false })} />
     </section>
   );
 }

@@ -11,9 +11,11 @@ interface LegendProps {
   dark: boolean;
   redGreen: boolean;
   absolute: boolean;
+  /** True if both sides have a graph of their own. */
+  sides: boolean;
 }
 
-export function Legend({ drawn, diff, dark, redGreen, absolute }: LegendProps) {
+export function Legend({ drawn, diff, dark, redGreen, absolute, sides }: LegendProps) {
   const { guessed } = drawn.data(0);
   return (
     <div class="legend">
@@ -26,7 +28,7 @@ export function Legend({ drawn, diff, dark, redGreen, absolute }: LegendProps) {
             ))}
           </span>
           <span>more than the base</span>
-          <span class="dim">· the width is the sum of both sides{absolute ? "" : ", as shares of their totals"}</span>
+          <span class="dim">{sides ? "· both graphs have one scale" : "· the width is the sum of both sides"}{absolute ? "" : sides ? ": the share of each total" : ", as shares of their totals"}</span>
         </>
       ) : (
         drawn.groups.filter((group) => group.self > 0).slice(0, MAX_GROUPS).map((group) => (

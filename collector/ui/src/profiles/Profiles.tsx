@@ -13,6 +13,7 @@ import { List } from "./List";
 import { NothingLeft } from "./Filters";
 import { Nothing } from "./Nothing";
 import { Sandwich } from "./Sandwich";
+import { Sides } from "./Sides";
 import { Table } from "./Table";
 import { Toolbar } from "./Toolbar";
 import { type Selections, useSelections } from "./selection";
@@ -49,7 +50,8 @@ function Panes({ state, dark, answers: { top, diff }, drawn }: ResultsProps & { 
         />
       ) : top.error ? <Problem error={top.error} /> : <p class="dim none">Loading…</p>)}
       {isSandwich && <Sandwich state={state} drawn={drawn} dark={dark} />}
-      {(show === "graph" || show === "both") && (
+      {show === "graph" && state.sides && drawn.diff && <Sides state={state} drawn={drawn} dark={dark} onFunction={openFunction} />}
+      {(show === "both" || (show === "graph" && !(state.sides && drawn.diff))) && (
         <Flame
           frames={drawn}
           diff={drawn.diff}
@@ -84,7 +86,7 @@ function Results(props: ResultsProps) {
       {!isList && !isEmpty && !queryError && drawn && drawn.count === 1 && <NothingLeft />}
       {!isList && !isEmpty && !queryError && drawn && drawn.count > 1 && (
         <>
-          {state.show !== "table" && <Legend drawn={drawn} diff={drawn.diff} dark={dark} redGreen={state.redGreen} absolute={state.absolute} />}
+          {state.show !== "table" && <Legend drawn={drawn} diff={drawn.diff} dark={dark} redGreen={state.redGreen} absolute={state.absolute} sides={state.sides && state.show === "graph"} />}
           <Panes {...props} drawn={drawn} />
         </>
       )}
@@ -102,7 +104,7 @@ export function Profiles({ state, tick, dark }: { state: State; tick: number; da
       <Controls {...parts} />
       {state.compare && <BaseControls {...parts} />}
       {selections.badTime && <div class="problem" role="alert"><strong>Invalid time range</strong><span>“{state.from}” to “{state.until}”: write now, now-15m, milliseconds or a date; the end must be after the start.</span></div>}
-      <Lines {...parts} />
+      <Lines {...parts} dark={dark} />
       <Results {...parts} tick={tick} dark={dark} />
     </main>
   );

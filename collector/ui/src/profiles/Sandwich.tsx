@@ -68,8 +68,8 @@ export function Sandwich({ state, drawn, dark }: { state: State; drawn: Frames; 
           {file && `${file} · `}total {value(total, drawn.unit)} {share(total, drawn.total)} · self {value(self, drawn.unit)} {share(self, drawn.total)}
         </span>
       </header>
-      <Flame {...graph} frames={callers} part="callers" flip />
-      <Flame {...graph} frames={callees} part="callees" flip={false} />
+      <Flame {...graph} frames={callers} part="callers" title="Callers" flip />
+      <Flame {...graph} frames={callees} part="callees" title="Callees" flip={false} />
     </section>
   );
 }

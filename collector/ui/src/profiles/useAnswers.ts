@@ -1,8 +1,10 @@
 /** The answers of the collector for the selections: sample types, timelines, the flame graph, the table of functions. */
 import { useMemo } from "preact/hooks";
 import {
+  type Annotations,
   type ApiError,
   type FlameGraph,
+  type HeatMap,
   type Selection,
   type Series,
   type Timeline,
@@ -34,6 +36,12 @@ export interface Answers {
   type: string;
   line: Timeline | undefined;
   baseLine: Timeline | undefined;
+  heat: HeatMap | undefined;
+  baseHeat: HeatMap | undefined;
+  /** Captures of the selection and changes of rules. */
+  events: Annotations | undefined;
+  /** Names of labels that the rows of a heat map can show. */
+  labels: string[];
   graph: FlameGraph | undefined;
   /** The nodes of the graph before the filters. */
   tree: Tree | undefined;
@@ -115,8 +123,15 @@ export function useAnswers(state: State, selections: Selections): Answers {
   const lineKey = (which: Selection) => (ready ? JSON.stringify(["timeline", which, type]) : undefined);
   const loadLine = (which: Selection) => (signal: AbortSignal) =>
     get<Timeline>("timeline", { ...selectionParameters(which), type, step_ms: niceStep(which.until - which.from) }, signal);
-  const line = useLoad<Timeline>(lineKey(window), loadLine(window));
-  const baseLine = useLoad<Timeline>(state.compare ? lineKey(baseWindow) : undefined, loadLine(baseWindow));
+  const line = useLoad<Timeline>(state.heat ? undefined : lineKey(window), loadLine(window));
+  const baseLine = useLoad<Timeline>(state.compare && !state.heat ? lineKey(baseWindow) : undefined, loadLine(baseWindow));
+  const heatKey = (which: Selection) => (ready && type && state.heat ? JSON.stringify(["heatmap", which, type, state.rows]) : undefined);
+  const loadHeat = (which: Selection) => (signal: AbortSignal) =>
+    get<HeatMap>("heatmap", { ...selectionParameters(which), type, step_ms: niceStep(which.until - which.from), by: state.rows }, signal);
+  const heat = useLoad<HeatMap>(heatKey(window), loadHeat(window));
+  const baseHeat = useLoad<HeatMap>(state.compare ? heatKey(baseWindow) : undefined, loadHeat(baseWindow));
+  const events = useLoad<Annotations>(JSON.stringify(["annotations", window]), (signal) => get("annotations", selectionParameters(window), signal));
+  const labels = useMemo(() => [...new Set((series.data?.series ?? []).flatMap((entry) => Object.keys(entry.labels)))].sort(), [series.data]);
 
   const request = { ...selectionParameters(selection), ...baseParameters(base), profile_id: state.profile, type, interpreter_frames: state.interpreters ? "true" : "", hide_error_frames: state.hideErrors ? "true" : "" };
   const key = ready ? JSON.stringify(request) : undefined;
@@ -138,6 +153,10 @@ export function useAnswers(state: State, selections: Selections): Answers {
     type,
     line: line.data,
     baseLine: baseLine.data,
+    heat: heat.data,
+    baseHeat: baseHeat.data,
+    events: events.data,
+    labels,
     graph: graph.data,
     tree: tree.value?.tree,
     drawn: drawn.value,
@@ -146,9 +165,9 @@ export function useAnswers(state: State, selections: Selections): Answers {
     baseTotal,
     diff: graph.data?.compared ?? false,
     isEmpty: graph.data !== undefined && total === 0 && baseTotal === 0,
-    busy: graph.loading || line.loading || series.loading || tree.busy || kept.busy || drawn.busy,
+    busy: graph.loading || line.loading || heat.loading || series.loading || tree.busy || kept.busy || drawn.busy,
     queryError,
     isBaseError: queryError !== undefined && /base/.test(queryError.message) && state.compare,
-    failure: badTime ? undefined : graph.error && graph.error !== queryError ? graph.error : line.error !== queryError ? line.error : undefined,
+    failure: badTime ? undefined : graph.error && graph.error !== queryError ? graph.error : line.error !== queryError ? (line.error ?? heat.error) : undefined,
   };
 }
