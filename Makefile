@@ -1,7 +1,7 @@
 # Each target calls a script in scripts/. A script installs its packages (Debian 12 and 13, Ubuntu 24.04), prints its steps,
 # exits with one line where it cannot work, and can be run again.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz mutants bench kernels languages clients spark image e2e clean
+.PHONY: help demo test lint fuzz mutants bench kernels languages clients spark tools image e2e clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,6 +38,9 @@ spark: ## test that Spark reads the tables of the collector (PyPI, 900 MB)
 
 clients: ## test the collector with Pyroscope's clients for Python and Node, and with a client like Grafana's (PyPI, npm)
 	@scripts/clients
+
+tools: ## test Gannet with tools of other projects: go build -pgo (PyPI; root)
+	@scripts/tools
 
 bench: ## measure the cost of the agent next to perf (root)
 	@scripts/bench

@@ -43,9 +43,15 @@ pub struct GoTable<'d> {
     /// Bytes of code that one step of a stack depth's length stands for.
     quantum: u64,
     function_count: u64,
+    /// ELF virtual address of the table in its file; 0 if it was read without one.
+    address: u64,
     /// Address of the first function; 0 where the table does not hold it.
     text_start: u64,
     names_at: usize,
+    /// Offsets of the files of each compilation unit.
+    units_at: usize,
+    files_at: usize,
+    /// Tables of a value at each instruction: stack depths, files, lines.
     depths_at: usize,
     functions_at: usize,
 }
@@ -111,6 +117,7 @@ impl<'d> GoTable<'d> {
             inside.ok_or(GoFault("its parts are outside it"))
         };
         let (names_at, depths_at, functions_at) = (offset(2)?, offset(5)?, offset(6)?);
+        let (units_at, files_at) = (offset(3)?, offset(4)?);
         let function_count = word(0)?;
         // Each entry takes at least 8 bytes, so that a count alone cannot ask for more than the file has.
         if function_count > bytes.len() as u64 / 8 {
@@ -122,8 +129,11 @@ impl<'d> GoTable<'d> {
             version,
             quantum: quantum.into(),
             function_count,
+            address: 0,
             text_start,
             names_at,
+            units_at,
+            files_at,
             depths_at,
             functions_at,
         })
@@ -143,6 +153,14 @@ impl<'d> GoTable<'d> {
     /// Returns the address of the first function in the list.
     pub(crate) fn first_function(&self) -> Option<u64> {
         Some(self.entry(0)?.0)
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub(crate) fn set_address(&mut self, address: u64) {
+        self.address = address;
     }
 
     pub(crate) fn set_text_start(&mut self, text_start: u64) {
@@ -177,7 +195,7 @@ impl<'d> GoTable<'d> {
 
     /// Reads the record of a function; none if it is outside the table.
     pub fn record(&self, function: &GoFunction) -> Option<GoRecord> {
-        let at = self.functions_at.checked_add(function.record as usize)?;
+        let at = self.record_at(function)?;
         // A record begins with the function's address.
         let after_address = at.checked_add(if self.version == Version::Go116 { 8 } else { 4 })?;
         let flags_at = after_address.checked_add(if self.version == Version::Go120 { 37 } else { 33 })?;
@@ -188,19 +206,83 @@ impl<'d> GoTable<'d> {
         })
     }
 
+    /// Returns the offset in the table of a function's record.
+    pub(crate) fn record_at(&self, function: &GoFunction) -> Option<usize> {
+        self.functions_at.checked_add(function.record as usize)
+    }
+
     /// Returns the name of a function, up to `max_bytes` bytes of it; empty if it is outside the table.
     pub fn name(&self, record: &GoRecord, max_bytes: usize) -> &[u8] {
-        let bytes = self.names_at.checked_add(record.name as usize).and_then(|at| self.bytes.get(at..));
+        self.name_at(record.name, max_bytes)
+    }
+
+    /// Returns the name at an offset in the list of names, as [`Self::name`] does.
+    pub(crate) fn name_at(&self, offset: u32, max_bytes: usize) -> &[u8] {
+        self.text(self.names_at, offset, max_bytes)
+    }
+
+    /// Returns whether a name begins at this offset in the list of names.
+    pub(crate) fn is_name(&self, offset: u32) -> bool {
+        let Some(at) = self.names_at.checked_add(offset as usize) else { return false };
+        let is_first = offset == 0 || at.checked_sub(1).and_then(|at| self.bytes.get(at)) == Some(&0);
+        is_first && self.bytes.get(at).is_some_and(|byte| *byte != 0)
+    }
+
+    /// Returns the path of a file of a compilation unit; empty if it is outside the table.
+    pub(crate) fn file(&self, unit: u32, file: u32, max_bytes: usize) -> &[u8] {
+        let index = (unit as usize).checked_add(file as usize).and_then(|index| index.checked_mul(4));
+        let at = index.and_then(|index| index.checked_add(self.units_at));
+        match at.and_then(|at| read_u32(&self.bytes, at)) {
+            None | Some(u32::MAX) => &[],
+            Some(offset) => self.text(self.files_at, offset, max_bytes),
+        }
+    }
+
+    fn text(&self, list_at: usize, offset: u32, max_bytes: usize) -> &[u8] {
+        let bytes = list_at.checked_add(offset as usize).and_then(|at| self.bytes.get(at..));
         let bytes = bytes.map_or(&[][..], |bytes| &bytes[..bytes.len().min(max_bytes)]);
         bytes.split(|byte| *byte == 0).next().unwrap_or_default()
+    }
+
+    /// Returns a 32-bit word of the table.
+    pub(crate) fn word(&self, at: usize) -> Option<u32> {
+        read_u32(&self.bytes, at)
+    }
+
+    /// Returns a byte of the table.
+    pub(crate) fn byte(&self, at: usize) -> Option<u8> {
+        self.bytes.get(at).copied()
+    }
+
+    /// Reports whether the records have the lines at which functions begin: those of Go 1.20 and later do.
+    pub(crate) fn has_start_lines(&self) -> bool {
+        self.version >= Version::Go120
+    }
+
+    /// Returns the function at an address.
+    pub(crate) fn function_at(&self, address: u64) -> Option<GoFunction> {
+        let (mut low, mut high) = (0, self.function_count);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if self.entry(middle)?.0 <= address { low = middle + 1 } else { high = middle }
+        }
+        let index = low.checked_sub(1)?;
+        let ((start, record), (end, _)) = (self.entry(index)?, self.entry(index + 1)?);
+        (start..end).contains(&address).then_some(GoFunction { start, end, record })
     }
 
     /// Reads the stack depths of a function, from its first instruction on: bytes of code, and the depth throughout them.
     /// The depth is the distance from the stack pointer to the return address (x86_64) or to the caller's stack pointer
     /// (aarch64). The list ends where the table does.
     pub fn stack_depths(&self, record: &GoRecord) -> impl Iterator<Item = (u64, i32)> + '_ {
-        let mut at = self.depths_at.checked_add(record.depths as usize).filter(|_| record.depths != 0);
-        let mut depth: i32 = -1;
+        self.values(record.depths)
+    }
+
+    /// Reads the values of one table from a function's first instruction on: bytes of code, and the value throughout them.
+    /// Offset 0 is an empty table.
+    pub(crate) fn values(&self, offset: u32) -> impl Iterator<Item = (u64, i32)> + '_ {
+        let mut at = self.depths_at.checked_add(offset as usize).filter(|_| offset != 0);
+        let mut value: i32 = -1;
         let mut is_first = true;
         std::iter::from_fn(move || {
             let mut position = at.take()?;
@@ -209,10 +291,10 @@ impl<'d> GoTable<'d> {
                 return None;
             }
             is_first = false;
-            depth = depth.wrapping_add((change >> 1) as i32 ^ -((change & 1) as i32));
+            value = value.wrapping_add((change >> 1) as i32 ^ -((change & 1) as i32));
             let length = read_varint(&self.bytes, &mut position)?;
             at = Some(position);
-            Some((u64::from(length).saturating_mul(self.quantum), depth))
+            Some((u64::from(length).saturating_mul(self.quantum), value))
         })
     }
 }

@@ -12,7 +12,6 @@ use crate::{
     error::ElfError,
     file::Elf,
     go::{GoFault, GoTable, HEADER_BYTES, TEXT_START_AT},
-    sections::Section,
 };
 
 /// Sections of the table alone.
@@ -76,6 +75,7 @@ fn from<'d>(bytes: &Cow<'d, [u8]>, at: usize) -> Cow<'d, [u8]> {
 }
 
 fn with_text_start<'d>(elf: &Elf<'d>, address: u64, mut table: GoTable<'d>) -> Result<GoTable<'d>, GoFault> {
+    table.set_address(address);
     if table.needs_text_start() {
         let unreadable = |_: ElfError| GoFault("the relocations of the file cannot be read");
         let in_header = elf.relocated(address.saturating_add(TEXT_START_AT)).map_err(unreadable)?;
@@ -95,24 +95,10 @@ fn text_start_of_module(
     table: &GoTable<'_>,
 ) -> Result<Option<u64>, ElfError> {
     let first_offset = table.first_function();
-    for section in MODULE_SECTIONS.iter().filter_map(|name| elf.stored_section(name)) {
-        let bytes = elf.section_data(section)?;
-        let names = table_address.saturating_add(table.names_at());
-        let stored = |at: usize, word: u64| read_u64(&bytes, at + (word * WORD_BYTES) as usize);
-        let found = (0..bytes.len()).step_by(WORD_BYTES as usize).find(|at| {
-            stored(*at, TABLE_WORD) == Some(table_address) && stored(*at, NAMES_WORD) == Some(names)
-        });
-        let (text_start, first) = match found {
-            Some(at) => (stored(at, TEXT_WORD), stored(at, FIRST_FUNCTION_WORD)),
-            // Some linkers leave relocated words empty.
-            None if section_is_module(elf, section, table_address)? => (
-                elf.relocated(section.vaddr.saturating_add(TEXT_WORD * WORD_BYTES))?,
-                elf.relocated(section.vaddr.saturating_add(FIRST_FUNCTION_WORD * WORD_BYTES))?,
-            ),
-            None => continue,
-        };
-        let Some(text_start) = text_start else { continue };
+    for module in modules(elf, table_address, table)? {
+        let Some(text_start) = module_word(elf, module, TEXT_WORD)? else { continue };
         // The first function lies where the table says; other data would hardly agree in that.
+        let first = module_word(elf, module, FIRST_FUNCTION_WORD)?;
         if first.is_some() && first == first_offset.and_then(|offset| text_start.checked_add(offset)) {
             return Ok(Some(text_start));
         }
@@ -120,6 +106,32 @@ fn text_start_of_module(
     Ok(None)
 }
 
-fn section_is_module(elf: &Elf<'_>, section: &Section, table_address: u64) -> Result<bool, ElfError> {
-    Ok(elf.relocated(section.vaddr)? == Some(table_address))
+/// Returns the addresses of module data that points to the table at an address.
+pub(crate) fn modules(elf: &Elf<'_>, table_address: u64, table: &GoTable<'_>) -> Result<Vec<u64>, ElfError> {
+    let names = table_address.saturating_add(table.names_at());
+    let mut found = Vec::new();
+    for section in MODULE_SECTIONS.iter().filter_map(|name| elf.stored_section(name)) {
+        let bytes = elf.section_data(section)?;
+        let stored = |at: usize, word: u64| read_u64(&bytes, at + (word * WORD_BYTES) as usize);
+        let at = (0..bytes.len()).step_by(WORD_BYTES as usize).find(|at| {
+            stored(*at, TABLE_WORD) == Some(table_address) && stored(*at, NAMES_WORD) == Some(names)
+        });
+        match at {
+            Some(at) => found.push(section.vaddr.saturating_add(at as u64)),
+            // Some linkers leave relocated words empty.
+            None if elf.relocated(section.vaddr)? == Some(table_address) => found.push(section.vaddr),
+            None => {}
+        }
+    }
+    Ok(found)
+}
+
+/// Returns a word of module data: as the file stores it, or as its relocation says.
+pub(crate) fn module_word(elf: &Elf<'_>, module: u64, word: u64) -> Result<Option<u64>, ElfError> {
+    let address = module.saturating_add(word * WORD_BYTES);
+    let stored = elf.bytes_at(address, WORD_BYTES).and_then(|bytes| read_u64(&bytes, 0));
+    match stored.filter(|stored| *stored != 0) {
+        Some(stored) => Ok(Some(stored)),
+        None => elf.relocated(address),
+    }
 }

@@ -6,7 +6,7 @@
 //! a page that is gone kills the process.
 //!
 //! [`Headers`] has the parts that the loader needs: segments and build ids. [`Elf`] adds the sections. [`Symbols`] and [`GoTable`]
-//! read function names; [`ContentId`] names the content of a file, so that equal files share their results.
+//! read function names, [`GoLines`] also files and lines; [`ContentId`] names the content of a file, so that equal files share their results.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod build_id;
@@ -17,6 +17,7 @@ mod error;
 mod file;
 mod file_header;
 mod go;
+mod go_lines;
 mod go_search;
 mod headers;
 mod sections;
@@ -31,6 +32,7 @@ pub use error::{ElfError, ElfLimits, ElfQuantity, TooLarge};
 pub use file::Elf;
 pub use file_header::Arch;
 pub use go::{GoFault, GoFunction, GoFunctions, GoRecord, GoTable};
+pub use go_lines::{GoLine, GoLines};
 pub use headers::Headers;
 pub use sections::Section;
 pub use segments::{Segment, Segments};

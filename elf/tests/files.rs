@@ -8,7 +8,7 @@ use std::{
     process::Command,
 };
 
-use gannet_elf::{Arch, Binding, Elf, ElfError, ElfLimits, ElfQuantity, Headers, TooLarge};
+use gannet_elf::{Arch, Binding, Elf, ElfError, ElfLimits, ElfQuantity, GoLines, Headers, TooLarge};
 use object::{Object, ObjectSection, ObjectSymbol};
 use rstest::rstest;
 
@@ -378,6 +378,91 @@ fn a_table_of_go_without_the_start_of_its_code_gives_no_names() {
     let elf = Elf::parse(&bytes, &ElfLimits::default()).unwrap();
     let fault = elf.go_table(u64::MAX).unwrap().unwrap().unwrap_err();
     assert!(fault.0.contains("start of the Go code"), "{fault}");
+}
+
+/// A program that prints its own stack of inlined calls: where it is in `main.outer`, then function, file and line of each.
+const INLINED: &str = r#"package main
+
+import (
+	"fmt"
+	"runtime"
+)
+
+//go:noinline
+func leaf() {
+	pcs := make([]uintptr, 16)
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(2, pcs)])
+	text := ""
+	for {
+		frame, more := frames.Next()
+		text += fmt.Sprintf("%s %s %d\n", frame.Function, frame.File, frame.Line)
+		if !more || frame.Func != nil {
+			fmt.Printf("%d\n%s", pcs[0]-1-frame.Entry, text)
+			return
+		}
+	}
+}
+
+func inner() {
+	leaf()
+}
+
+func middle() {
+
+	inner()
+}
+
+//go:noinline
+func outer() {
+	middle()
+}
+
+func main() { outer() }
+"#;
+
+/// Checks the functions and lines at an address against those that the program itself prints, with Go's own reader.
+/// `GANNET_TEST_GO` is the compiler to test; one before 1.20 writes no such lines.
+#[rstest]
+#[case::fixed_address("", &[])]
+#[case::stripped_position_independent("", &["-buildmode=pie", "-ldflags=-s -w"])]
+#[case::linked_with_c_position_independent("import \"C\"", &["-buildmode=pie", "-ldflags=-linkmode=external -s -w"])]
+fn inlined_calls_of_go_have_the_lines_that_go_prints(#[case] more: &str, #[case] flags: &[&str]) {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, source) = (directory.path().join("program"), directory.path().join("program.go"));
+    fs::write(&source, INLINED.replacen("\n\n", &format!("\n{more}\n"), 1)).unwrap();
+    let mut go = Command::new(std::env::var_os("GANNET_TEST_GO").unwrap_or_else(|| "go".into()));
+    go.env("GOCACHE", std::env::temp_dir().join("gannet-go-cache")).env("GO111MODULE", "off");
+    tool(go.arg("build").args(flags).arg("-o").args([&path, &source]));
+    let printed = String::from_utf8(Command::new(&path).output().unwrap().stdout).unwrap();
+    let (offset, expected) = printed.split_once('\n').unwrap();
+    assert_eq!(expected.lines().count(), 3, "{printed}");
+
+    let file = fs::File::open(&path).unwrap();
+    let elf = Elf::parse(&file, &ElfLimits::default()).unwrap();
+    let Some(lines) = GoLines::of(&elf, u64::MAX).unwrap() else {
+        let header = elf.go_table(u64::MAX).unwrap().unwrap();
+        let version = elf.section_data(elf.section(b".go.buildinfo").unwrap()).unwrap();
+        assert!(header.is_ok() && find(&version, b"go1.1").is_some(), "a new Go without lines");
+        return;
+    };
+    let lines = lines.unwrap();
+    let table = elf.go_table(u64::MAX).unwrap().unwrap().unwrap();
+    let functions = table.functions(elf.segments()).map(|function| function.unwrap().unwrap());
+    let outer = functions
+        .into_iter()
+        .find(|function| table.name(&table.record(function).unwrap(), 100) == b"main.outer")
+        .unwrap();
+    let found = lines.at(outer.start + offset.parse::<u64>().unwrap(), 1 << 16).unwrap();
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    let shown = found.iter().map(|at| format!("{} {} {}\n", text(&at.name), text(&at.file), at.line));
+    assert_eq!(shown.collect::<String>(), expected);
+    for line in &found {
+        let begins = format!("func {}(", text(&line.name).strip_prefix("main.").unwrap());
+        let at = INLINED.lines().position(|line| line.starts_with(&begins)).unwrap() as u32 + 1;
+        assert_eq!(line.start_line, at, "{}", text(&line.name));
+    }
+    assert!(lines.at(outer.start - 1, 100).is_none_or(|other| other != found));
+    assert_eq!(lines.at(u64::MAX, 100), None);
 }
 
 /// Checks that functions are found by name as a search over all symbols finds them, wherever the name stands in the table.

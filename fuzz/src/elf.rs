@@ -1,6 +1,6 @@
 //! ELF files and Go's table of functions.
 
-use gannet_elf::{ContentId, Elf, ElfLimits, GoTable, Headers, Segment, Segments};
+use gannet_elf::{ContentId, Elf, ElfLimits, GoLines, GoTable, Headers, Segment, Segments};
 
 /// Reads everything that the crate can read of a file.
 pub(crate) fn file(bytes: &[u8]) {
@@ -8,6 +8,13 @@ pub(crate) fn file(bytes: &[u8]) {
     let _ = Headers::read(bytes).map(|headers| headers.build_ids.text());
     let Ok(elf) = Elf::parse(bytes, &limits) else { return };
     let _ = (ContentId::of(&elf), elf.debug_link(), elf.alternate_link(), elf.go_table(1 << 20));
+    if let Ok(Some(Ok(lines))) = GoLines::of(&elf, 1 << 20) {
+        for (start, end) in elf.code() {
+            for address in [start, start / 2 + end / 2, end.saturating_sub(1)] {
+                assert!(lines.at(address, 100).is_none_or(|found| !found.is_empty()));
+            }
+        }
+    }
     for (_, section) in elf.sections() {
         let _ = elf.has_known_form(section);
         if let Ok(bytes) = elf.section_data(section) {

@@ -20,6 +20,8 @@ pub(super) struct Function {
     pub(super) file: Arc<str>,
     pub(super) line: u32,
     pub(super) column: u32,
+    /// Line at which the function begins; 0 if unknown.
+    pub(super) start_line: u32,
 }
 
 /// The functions at one address: the innermost inlined one first.
@@ -78,12 +80,13 @@ impl SharedTexts {
     /// Returns a function that has a plain name and no line.
     pub(super) fn plain(&mut self, name: &str, file: &str) -> Functions {
         let name = self.text(name);
-        [Function { raw: Arc::clone(&name), name, file: self.text(file), line: 0, column: 0 }].into()
+        [Function { raw: Arc::clone(&name), name, file: self.text(file), line: 0, column: 0, start_line: 0 }]
+            .into()
     }
 
     /// Returns a function of a symbol table: it has no line.
     pub(super) fn symbol(&mut self, raw: &[u8]) -> Functions {
         let (name, raw) = self.name(&String::from_utf8_lossy(raw));
-        [Function { name, raw, file: self.text(""), line: 0, column: 0 }].into()
+        [Function { name, raw, file: self.text(""), line: 0, column: 0, start_line: 0 }].into()
     }
 }

@@ -220,7 +220,7 @@ impl ProfileNamer {
                 file: &function.file,
                 line: i64::from(function.line),
                 column: i64::from(function.column),
-                start_line: 0,
+                start_line: i64::from(function.start_line),
             })
             .collect();
         let counter = if lines.is_empty() { &self.stats.unnamed } else { &self.stats.named };

@@ -1152,7 +1152,7 @@ fn debug_info_that_is_not_read_is_counted_with_the_reason() {
 fn an_address_without_time_for_debug_info_is_tried_again() {
     let directory = tempfile::tempdir().unwrap();
     let script = directory.path().join("reader");
-    let answer = r#"{"Ok":[[{"name":"by_debug_info","file":"x.c","line":1,"column":0}]]}"#;
+    let answer = r#"{"Ok":[[{"name":"by_debug_info","file":"x.c","line":1,"column":0,"start_line":0}]]}"#;
     fs::write(&script, format!("#!/bin/sh\necho '{answer}'\n")).unwrap();
     fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let debug_cost = DebugCost { time: Duration::ZERO, ..DebugCost::WANTED };

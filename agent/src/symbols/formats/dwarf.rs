@@ -50,6 +50,8 @@ pub(crate) struct DebugLine {
     pub(crate) file: String,
     pub(crate) line: u32,
     pub(crate) column: u32,
+    /// Line at which the function begins; 0 if unknown.
+    pub(crate) start_line: u32,
 }
 
 /// Functions at one address, innermost first; empty if the debug information does not describe it.
@@ -274,5 +276,6 @@ fn line(name: &str, source: Option<&CodeInfo<'_>>) -> DebugLine {
         file: source.map(|source| demangle::cut(&source.to_path().to_string_lossy())).unwrap_or_default(),
         line: source.and_then(|source| source.line).unwrap_or_default(),
         column: source.and_then(|source| source.column).map(u32::from).unwrap_or_default(),
+        start_line: 0,
     }
 }

@@ -1,10 +1,12 @@
-//! Function names of Go programs, stripped or not: from the function table that the Go runtime uses for its own stack
-//! traces.
+//! Functions of Go programs, stripped or not: from the tables that the Go runtime uses for its own stack traces.
 
-use gannet_elf::{Elf, ElfError, GoFault, GoTable, Segments};
+use std::fs::File;
+
+use gannet_elf::{Elf, ElfError, ElfLimits, GoFault, GoLine, GoLines, GoTable, Segments};
 
 use super::{
-    super::demangle::MAX_NAME_BYTES,
+    super::demangle::{self, MAX_NAME_BYTES},
+    dwarf::{DebugFrame, DebugLine},
     symbol_search::{Offer, SymbolSearch, TooMuchWork},
 };
 
@@ -23,6 +25,24 @@ pub(super) enum GoError {
     /// The search took too long.
     #[error(transparent)]
     TooMuchWork(#[from] TooMuchWork),
+}
+
+/// Finds the functions at each of the addresses, with inlined ones and lines; none where there is no Go function. Returns none for
+/// a file without a table of Go 1.20 or later, and for one whose table is damaged.
+pub(crate) fn lines(file: &File, addresses: &[u64]) -> Option<Vec<DebugFrame>> {
+    let elf = Elf::parse(file, &ElfLimits::default()).ok()?;
+    let lines = GoLines::of(&elf, MAX_TABLE_BYTES).ok()??.ok()?;
+    let frame = |address: &u64| {
+        let found = lines.at(*address, MAX_NAME_BYTES + 1).unwrap_or_default();
+        found.into_iter().map(debug_line).collect()
+    };
+    Some(addresses.iter().map(frame).collect())
+}
+
+fn debug_line(found: GoLine) -> DebugLine {
+    let GoLine { name, file, line, start_line } = found;
+    let text = |bytes: Vec<u8>| demangle::cut(&String::from_utf8_lossy(&bytes));
+    DebugLine { name: text(name), file: text(file), line, column: 0, start_line }
 }
 
 /// Offers the functions of a Go program; of another program none.

@@ -2,7 +2,7 @@
 
 pub(super) mod dwarf;
 pub(super) mod elf;
-mod go;
+pub(super) mod go;
 pub(super) mod jitdump;
 pub(super) mod kallsyms;
 pub(super) mod perf_map;
