@@ -243,10 +243,13 @@ export function url(path: string, parameters: Parameters = {}): string {
   return `./api/v1/${path}${text ? `?${text}` : ""}`;
 }
 
-export async function get<T>(path: string, parameters: Parameters, signal?: AbortSignal): Promise<T> {
+export const get = <T>(path: string, parameters: Parameters, signal?: AbortSignal): Promise<T> => request(url(path, parameters), signal);
+
+/** Requests an address of the API. */
+export async function request<T>(address: string, signal?: AbortSignal): Promise<T> {
   let response: Response;
   try {
-    response = await fetch(url(path, parameters), { signal: signal ?? null, headers: { accept: "application/json" } });
+    response = await fetch(address, { signal: signal ?? null, headers: { accept: "application/json" } });
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new ApiError("The collector does not answer. Is it running, and is the port-forward still active?", 0);

@@ -9,13 +9,14 @@ const axe = await readFile(createRequire(import.meta.url).resolve("axe-core/axe.
 
 export const CHECKOUT = `q=${encodeURIComponent('{service_name="checkout"}')}&type=cpu%2Fnanoseconds`;
 
-/** Starts a browser and a filled collector around the tests of a file. */
-export function withPage() {
+/** Starts a browser and a filled collector around the tests of a file. `prepare` runs before the tests. */
+export function withPage(prepare = async () => {}) {
   const tested = {};
   before(async () => {
     tested.browser = await startBrowser();
     tested.collector = await startCollector();
     tested.agents = await seed(tested.collector);
+    await prepare(tested);
   });
   after(async () => {
     await tested.browser?.close();

@@ -455,11 +455,11 @@ describe("the fleet", () => {
 });
 
 describe("every view", () => {
-  for (const [view, path] of [["profiles", `?${CHECKOUT}&show=both`], ["comparison", `?${CHECKOUT}&compare=1`], ["list", `?${CHECKOUT}&show=list`], ["nodes", "nodes"], ["rules", "rules"]]) {
+  for (const [view, path] of [["profiles", `?${CHECKOUT}&show=both`], ["comparison", `?${CHECKOUT}&compare=1`], ["sandwich", `?${CHECKOUT}&show=sandwich&function=main&hide=kernel&only=shop`], ["side by side", `?${CHECKOUT}&compare=1&sides=1&time=heat&events=1`], ["table", `?${CHECKOUT}&show=table&sort=-total`], ["list", `?${CHECKOUT}&show=list`], ["nodes", "nodes"], ["rules", "rules"]]) {
     for (const colorScheme of ["light", "dark"]) {
-      it(`${view} in ${colorScheme} has no serious accessibility fault`, async () => {
+      it(`${view} in ${colorScheme} has no accessibility fault`, async () => {
         await on(path, async (page) => {
-          await page.waitForSelector("g.frame, table.list tbody tr, .rule");
+          await page.waitForSelector("g.frame, table.list tbody tr, table.top tbody tr, .rule");
           await page.waitForFunction(() => !document.querySelector(".spinner"));
           if (view === "nodes") await page.getByRole("button", { name: "node-b" }).click();
           await accessible(page);
@@ -483,7 +483,7 @@ describe("every view", () => {
   });
 
   it("fits a phone without horizontal scrolling", async () => {
-    for (const path of [`?${CHECKOUT}&show=both`, `?${CHECKOUT}&compare=1`, "nodes", "rules"]) {
+    for (const path of [`?${CHECKOUT}&show=both`, `?${CHECKOUT}&show=sandwich&function=main`, `?${CHECKOUT}&compare=1&sides=1&time=heat&rows=pod&events=1`, `?${CHECKOUT}&compare=1`, "nodes", "rules"]) {
       await on(path, async (page) => {
         await page.waitForSelector("g.frame, table.list tbody tr, .rule");
         const [inner, outer] = await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth]);

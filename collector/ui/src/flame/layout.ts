@@ -5,6 +5,9 @@ import type { FrameName } from "./tree";
 /** Minimum width of a frame in pixels. Narrower frames are invisible and too small to hit, so they need a zoom. */
 const MIN_WIDTH = 1.2;
 
+/** Frames that are drawn, at most: the browser needs about a kilobyte for each. Deeper rows need a zoom then. */
+const MAX_DRAWN = 8000;
+
 /** One frame on the screen. */
 export interface Node {
   index: number;
@@ -49,7 +52,7 @@ export function layout(frames: Frames, { zoom, width, fraction, value, matches }
   const scale = (value[zoom] as number) > 0 ? fraction / (value[zoom] as number) : 0;
   const order = frames.value;
   const name = (index: number) => (tree.names[tree.frame[index] as number] as FrameName).name;
-  for (let at = nodes.length - 1; at < nodes.length; at += 1) {
+  for (let at = nodes.length - 1; at < nodes.length && nodes.length < MAX_DRAWN; at += 1) {
     const node = nodes[at] as Node;
     const children: number[] = [];
     for (let child = node.index + 1; child < (tree.end[node.index] as number); child = tree.end[child] as number) {

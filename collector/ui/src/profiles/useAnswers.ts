@@ -3,7 +3,6 @@ import { useMemo } from "preact/hooks";
 import {
   type Annotations,
   type ApiError,
-  type FlameGraph,
   type HeatMap,
   type Selection,
   type Series,
@@ -14,10 +13,12 @@ import {
   selectionParameters,
 } from "../api";
 import { type Frames, frames } from "../flame/frames";
+import { type LoadedGraph, loadGraph } from "../flame/loadGraph";
+import { unpack } from "../flame/packed";
 import { type Filter, filtered } from "../flame/filter";
 import { compile } from "../flame/pattern";
 import { topOf } from "../flame/top";
-import { type Tree, fromGraph } from "../flame/tree";
+import type { Tree } from "../flame/tree";
 import { type Load, useLoad } from "../parts/hooks";
 import { type Sliced, useSliced } from "../parts/sliced";
 import type { State } from "../state";
@@ -42,7 +43,7 @@ export interface Answers {
   events: Annotations | undefined;
   /** Names of labels that the rows of a heat map can show. */
   labels: string[];
-  graph: FlameGraph | undefined;
+  graph: LoadedGraph | undefined;
   /** The nodes of the graph before the filters. */
   tree: Tree | undefined;
   /** The graph after the filters, prepared for drawing. */
@@ -64,10 +65,10 @@ export interface Answers {
 }
 
 /** An answer, and whether its request had a base. */
-type Compared = FlameGraph & { compared: boolean };
+type Compared = LoadedGraph & { compared: boolean };
 
 function* withTree(graph: Compared): Sliced<{ graph: Compared; tree: Tree }> {
-  return { graph, tree: yield* fromGraph(graph) };
+  return { graph, tree: yield* unpack(graph.packed) };
 }
 
 function* withFilter(given: { graph: Compared; tree: Tree }, filter: Filter | undefined): Sliced<{ graph: Compared; tree: Tree }> {
@@ -137,7 +138,7 @@ export function useAnswers(state: State, selections: Selections): Answers {
   const key = ready ? JSON.stringify(request) : undefined;
   const wantsTable = state.show === "table" || state.show === "both" || state.show === "sandwich";
   const graph = useLoad<Compared>(key && `graph ${key}`, async (signal) => ({
-    ...(await get<FlameGraph>("flamegraph", { ...request, max_nodes: MAX_NODES }, signal)),
+    ...(await loadGraph({ ...request, max_nodes: MAX_NODES }, signal)),
     compared: base !== undefined,
   }));
   const { tree, kept, drawn, isFiltered } = useDrawn(graph.data, state);
