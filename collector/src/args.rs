@@ -36,6 +36,15 @@ enum Verb {
         #[arg(long, id = "verify_data", value_name = "DIR|URL")]
         data: Option<DataLocation>,
     },
+    /// Read all stored profiles, and set aside the objects that cannot be read
+    ///
+    /// It moves them into `set-aside` in --data, and deletes nothing. Objects with some readable profiles stay. Stop the collector
+    /// of the directory first. It exits with 1 if faults are left, and with 2 if it cannot read the store.
+    Repair {
+        /// Location of the profiles, as the collector has it: a directory or a bucket
+        #[arg(long, id = "repair_data", value_name = "DIR|URL")]
+        data: Option<DataLocation>,
+    },
 }
 
 /// Flags and environment variables that have new names.
@@ -64,6 +73,8 @@ pub enum Invocation {
     Print(String),
     /// Verify the store of this configuration.
     Verify(Box<Config>),
+    /// Repair the store of this configuration.
+    Repair(Box<Config>),
 }
 
 /// Why a command line cannot be followed.
@@ -94,9 +105,13 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         return crate::custom_resource().map(Invocation::Print).ok_or(ArgsError::Crd);
     }
     let mut options: Config = gannet_base::effective(&matches, config.as_deref(), &[], &RENAMED)?;
-    if let Some(Verb::Verify { data }) = command {
-        options.data = data.unwrap_or(options.data);
+    if let Some(Verb::Verify { data }) = &command {
+        options.data = data.clone().unwrap_or(options.data);
         return Ok(Invocation::Verify(Box::new(options)));
+    }
+    if let Some(Verb::Repair { data }) = command {
+        options.data = data.unwrap_or(options.data);
+        return Ok(Invocation::Repair(Box::new(options)));
     }
     if print_config {
         return Ok(Invocation::Print(gannet_base::to_yaml(&options)?));

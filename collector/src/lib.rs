@@ -34,6 +34,7 @@
 //! | `objects/default/2026-01-31/12/ULID.segment` | a segment: the profiles of one flush with their metadata |
 //! | `objects/default/2026-01-31/12/ULID.pb.gz` | a profile with its metadata, in the older layout |
 //! | `table/samples`, `table/profiles`, … | Delta tables of the profiles, with `--table` |
+//! | `set-aside` | faulty objects and tables that `gannet-collector repair` moved; nothing reads or removes them |
 //! | `index.redb` | the index of the objects; the store rebuilds a missing or corrupt one from them |
 //! | `rules/rules.pb`, `rules/rules.pb.prev` | the rules, and their version before the last change |
 //! | `rules/audit.jsonl`, `rules/audit.jsonl.1` | the audit log, one JSON object a line |
@@ -78,13 +79,53 @@ pub use collector::{Collector, Running, StartError};
 pub use config::{Config, ConfigError, DataLocation};
 pub use metrics::declared_metrics;
 pub use rules::RulesLocation;
-pub use store::{Bucket, ObjectFault, StoreError, Verified};
+pub use store::{Bucket, ObjectFault, Repair, StoreError, Verified};
 pub use tls::TlsOptions;
 
-/// Reads all objects of the store that `config` names, and calls `report` with the path and the fault of each faulty one.
-/// Changes nothing. Fails if the objects cannot be listed.
-pub async fn verify(config: &Config, report: impl FnMut(&str, &ObjectFault)) -> Result<Verified, StoreError> {
-    store::verify(config.directory(), config.bucket(), report).await
+/// Reads all objects of the store that `config` names, and all files of its tables, and calls `report` with the path and the fault of
+/// each faulty one. Changes nothing. Fails if the objects cannot be listed.
+pub async fn verify(
+    config: &Config,
+    mut report: impl FnMut(&str, &ObjectFault),
+) -> Result<Verified, StoreError> {
+    let (data, bucket) = (config.directory(), config.bucket());
+    let mut verified = store::verify(data, bucket, &mut report).await?;
+    if let Some(tables) = store::open_tables(data, bucket)? {
+        table::verify(&tables, &mut verified, report).await?;
+    }
+    Ok(verified)
+}
+
+/// Reads what [`verify`] reads, and sets aside the faulty objects and tables. Calls `report` with the path, the fault and the repair of
+/// each. Deletes nothing. Fails if a collector uses the directory.
+pub async fn repair(
+    config: &Config,
+    mut report: impl FnMut(&str, &ObjectFault, &Repair),
+) -> Result<Verified, StoreError> {
+    let (data, bucket) = (config.directory(), config.bucket());
+    let _lock = store::lock_unused(data, bucket)?;
+    let mut verified = store::repair(data, bucket, &mut report).await?;
+    let Some(tables) = store::open_tables(data, bucket)? else { return Ok(verified) };
+    let mut faults = Vec::new();
+    let faulty =
+        table::verify(&tables, &mut verified, |path, fault| faults.push((path.to_owned(), fault.clone())))
+            .await?;
+    let repair = match &tables.root {
+        _ if faulty.is_empty() => return Ok(verified),
+        // Collectors that run would go on with the logs that they know.
+        None => Repair::Kept(
+            "stop all collectors with --table, remove `table` from the bucket, and start them again",
+        ),
+        Some(root) => {
+            let name = format!("{}/table-{}", store::ASIDE, ulid::Ulid::new());
+            table::set_aside(root, &faulty, &data.join(&name))?;
+            Repair::SetAside(name)
+        }
+    };
+    for (path, fault) in &faults {
+        report(path, fault, &repair);
+    }
+    Ok(verified)
 }
 
 /// Returns the definition of the TriggerRule resource as YAML. `None` means that the descriptors in this program do not

@@ -25,6 +25,7 @@ fn main() -> ExitCode {
             return if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
         Ok(Invocation::Verify(config)) => return verify(&config),
+        Ok(Invocation::Repair(config)) => return repair(&config),
         Err(ArgsError::Usage(error)) => {
             // Prints help to standard output and errors to standard error.
             let _ = error.print();
@@ -57,9 +58,7 @@ fn verify(config: &Config) -> ExitCode {
             // Without a reader, the exit code still shows the faults.
             let _ = writeln!(out, "{object}: {fault}");
         }))?;
-        let Verified { objects, profiles, bytes, faults } = verified;
-        let found = if faults == 0 { "no".to_owned() } else { faults.to_string() };
-        writeln!(out, "{objects} objects with {profiles} sound profiles in {bytes} bytes: {found} faults")?;
+        writeln!(out, "{}", summary(verified))?;
         Ok(verified)
     });
     match verified {
@@ -67,6 +66,33 @@ fn verify(config: &Config) -> ExitCode {
         Ok(_) => ExitCode::FAILURE,
         Err(error) => fail(&error, USAGE),
     }
+}
+
+/// Reads the store, sets its faulty objects aside, and prints them.
+fn repair(config: &Config) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let repaired = runtime.context("cannot start threads").and_then(|runtime| {
+        let (mut out, mut left) = (io::stdout().lock(), 0);
+        let verified = runtime.block_on(gannet_collector::repair(config, |object, fault, repair| {
+            left += u64::from(!repair.is_done());
+            let _ = writeln!(out, "{object}: {fault}\n  {repair}");
+        }))?;
+        writeln!(out, "{}, {left} of them left", summary(verified))?;
+        Ok(left)
+    });
+    match repaired {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => fail(&error, USAGE),
+    }
+}
+
+/// Returns the totals of a complete reading as a text.
+fn summary(verified: Verified) -> String {
+    let Verified { objects, profiles, bytes, table_files, faults } = verified;
+    let found = if faults == 0 { "no".to_owned() } else { faults.to_string() };
+    let tables = if table_files == 0 { String::new() } else { format!(" and {table_files} files of tables") };
+    format!("{objects} objects with {profiles} sound profiles{tables} in {bytes} bytes: {found} faults")
 }
 
 /// Prints an error, whatever the filter of the log is.

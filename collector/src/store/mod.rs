@@ -18,6 +18,7 @@ pub(crate) mod fuzz;
 mod index;
 mod meta;
 mod object;
+mod repair;
 mod replay;
 mod retention;
 mod segment;
@@ -48,6 +49,7 @@ use ulid::Ulid;
 
 pub use self::{
     bucket::Bucket,
+    repair::Repair,
     verify::{ObjectFault, Verified},
 };
 use self::{
@@ -60,9 +62,10 @@ pub(crate) use self::{
     index::{ProfileLocation, StoredProfile},
     meta::TypeTotal,
     object::ObjectKey,
+    repair::{ASIDE, lock_unused, repair},
     replay::{SegmentContent, SegmentInfo, SegmentProfile, TableObjects},
     state::Series,
-    verify::verify,
+    verify::{open_tables, verify},
     writer::{BatchOutcome, BatchQueue, NewBatch, PackError, StoreWriter},
 };
 use crate::{metrics::Metrics, selector::Selector};

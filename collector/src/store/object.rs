@@ -49,7 +49,7 @@ const SEGMENT_SUFFIX: &str = ".segment";
 /// End of the file name of an object of the older layout.
 const PROFILE_SUFFIX: &str = ".pb.gz";
 /// Directory of the table in that of `--data`, or in the bucket.
-const TABLE: &str = "table";
+pub(super) const TABLE: &str = "table";
 /// First part of every path. There is one tenant until agents name theirs.
 const TENANT: &str = "default";
 /// A file system that reports larger blocks, like one on a network, does not allocate whole ones for small files.

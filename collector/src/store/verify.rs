@@ -6,12 +6,14 @@ use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use object_store::{
     GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, local::LocalFileSystem, path::Path as Key,
+    prefix::PrefixStore,
 };
 use ulid::Ulid;
 
 use super::{
     Bucket, StoreError,
-    object::{ObjectName, hour_of, hour_path, hours_in, segment_hour, unpack},
+    object::{ObjectName, TABLE, hour_of, hour_path, hours_in, segment_hour, unpack},
+    replay::TableObjects,
     segment::{self, HEADER_BYTES, SegmentError, SegmentPosition},
     with_cause,
     writer::describe_object,
@@ -75,6 +77,15 @@ pub enum ObjectFault {
         "it is no object of Gannet, or its description is damaged; restore it from a backup, or delete it"
     )]
     Foreign,
+    /// A file of a Delta table is missing, or its content is not that of the table's log.
+    #[error(
+        "{0}; stop the collector and run `gannet-collector repair`, then the collector writes the table again from the stored \
+         profiles"
+    )]
+    TableFile(&'static str),
+    /// The log of a Delta table cannot be read. The text names the cure.
+    #[error("{0}")]
+    TableLog(String),
     /// The system or the bucket returned an error.
     #[error("it cannot be read: {0}; check the disk or the bucket, then run this again")]
     Unreadable(String),
@@ -89,7 +100,9 @@ pub struct Verified {
     pub profiles: u64,
     /// Bytes of the objects.
     pub bytes: u64,
-    /// Objects with a fault, each of which was reported.
+    /// Files of Delta tables that were read.
+    pub table_files: u64,
+    /// Objects and files with a fault, each of which was reported.
     pub faults: u64,
 }
 
@@ -138,6 +151,20 @@ pub(crate) async fn verify(
         }
     }
     Ok(verified)
+}
+
+/// Opens the tables of a store that has some, without any change to them.
+pub(crate) fn open_tables(data: &Path, bucket: Option<&Bucket>) -> Result<Option<TableObjects>, StoreError> {
+    if bucket.is_some() {
+        let objects = Arc::new(PrefixStore::new(open(data, bucket)?, TABLE));
+        return Ok(Some(TableObjects { objects, root: None, block_bytes: 1 }));
+    }
+    let root = data.join(TABLE);
+    if !root.is_dir() {
+        return Ok(None);
+    }
+    let objects = Arc::new(LocalFileSystem::new_with_prefix(&root).map_err(StoreError::Object)?);
+    Ok(Some(TableObjects { objects, root: Some(root), block_bytes: 1 }))
 }
 
 /// Opens the objects of a store that is there, without any change to it.

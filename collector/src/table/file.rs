@@ -7,7 +7,7 @@ use parquet::{
     data_type::{BoolType, ByteArray, ByteArrayType, Int32Type, Int64Type},
     errors::ParquetError,
     file::{
-        properties::{WriterProperties, WriterPropertiesBuilder},
+        properties::{DeltaBinaryPackedEncoderOptions, WriterProperties, WriterPropertiesBuilder},
         writer::SerializedFileWriter,
     },
     schema::{
@@ -217,12 +217,16 @@ impl FileWriter {
     fn with_level(schema: &'static Schema, level: i32) -> Result<Self, ParquetError> {
         let parsed: TypePtr = Arc::new(parse_message_type(&schema.parquet())?);
         let mut properties = properties(level)?;
+        // The ids of stacks ascend within a profile, and jump back behind it and between commits. A jump costs its bits in all
+        // values of its block, 32 here.
+        let small_blocks = DeltaBinaryPackedEncoderOptions::try_new(128, 4)?;
         for column in schema.columns {
             let path = ColumnPath::from(column.name);
             if column.is_ascending {
                 properties = properties
                     .set_column_dictionary_enabled(path.clone(), false)
-                    .set_column_encoding(path, Encoding::DELTA_BINARY_PACKED);
+                    .set_column_encoding(path.clone(), Encoding::DELTA_BINARY_PACKED)
+                    .set_column_delta_binary_packed_encoder_options(path, small_blocks);
             } else if column.kind == Kind::Hash {
                 // Each value is there once.
                 properties = properties.set_column_dictionary_enabled(path, false);

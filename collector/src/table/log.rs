@@ -159,12 +159,17 @@ impl Log {
         let written = self.written;
         *self = Self::new(self.schema, self.objects.clone(), &self.writer);
         self.written = written;
-        self.read().await
+        self.read().await?;
+        self.create().await
     }
 
     /// Reads the commits that are new. Creates the table if there is none.
     pub(super) async fn refresh(&mut self) -> Result<(), TableError> {
-        if self.is_stale() { self.reload().await } else { self.read().await }
+        if self.is_stale() {
+            return self.reload().await;
+        }
+        self.read().await?;
+        self.create().await
     }
 
     /// Reports whether the next commits may be deleted by now, so that the log would seem to end here.
@@ -172,7 +177,8 @@ impl Log {
         self.next > 0 && time::now_ms().abs_diff(self.read_ms) > MAX_STALE.as_millis() as u64
     }
 
-    async fn read(&mut self) -> Result<(), TableError> {
+    /// Reads the commits that are new, and changes nothing.
+    pub(super) async fn read(&mut self) -> Result<(), TableError> {
         let now_ms = time::now_ms();
         if self.next == 0
             && let Some(version) = self.last_checkpoint().await?
@@ -186,6 +192,11 @@ impl Log {
         }
         while self.read_next().await? {}
         self.read_ms = now_ms;
+        Ok(())
+    }
+
+    /// Creates the table if there is none.
+    async fn create(&mut self) -> Result<(), TableError> {
         if self.next == 0 {
             let create = Action {
                 protocol: Some(Protocol {

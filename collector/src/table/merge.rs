@@ -143,8 +143,8 @@ impl Merges {
         if self.damaged.insert((log.schema.name, path.to_owned())) {
             tracing::warn!(
                 file = %log.key(path), reason,
-                "a file of the table is damaged, and queries of other programs may fail; restore it from a backup, or remove the \
-                 directory `table`: the collector writes it again from the stored profiles"
+                "a file of the table is damaged, and queries of other programs may fail; stop the collector and run `gannet-collector \
+                 repair`, then the collector writes the table again from the stored profiles"
             );
         }
     }

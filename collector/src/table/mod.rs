@@ -11,6 +11,7 @@
 //! | `gather`, `ids` | rows in memory, and the ids of stacks, frames and label sets |
 //! | `merge`, `rows` | merges of small files, and the rows of written files |
 //! | `retention` | removed partitions, files without a reader, the space of the table |
+//! | `verify` | nothing: it checks all files, and sets damaged tables aside |
 //! | `tables`, `log`, `checkpoint`, `action` | the logs of the tables |
 //! | `file`, `schema`, `partition` | Parquet files, columns, partitions |
 
@@ -27,6 +28,7 @@ mod retention;
 mod rows;
 mod schema;
 mod tables;
+mod verify;
 mod worker;
 
 use std::time::Duration;
@@ -37,6 +39,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::{
     retention::count_unused,
+    verify::{set_aside, verify},
     worker::{TableHandle, start},
 };
 use crate::store::StoreError;

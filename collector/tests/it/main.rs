@@ -7,6 +7,7 @@ mod bucket;
 mod damage;
 mod disk;
 mod disk_use;
+mod faults;
 mod fleet;
 mod forward;
 mod grafana;

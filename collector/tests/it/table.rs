@@ -32,9 +32,9 @@ use crate::{
 const KILLS: u64 = 12;
 
 /// Files of all tables by their paths.
-type Files = BTreeMap<String, Bytes>;
+pub type Files = BTreeMap<String, Bytes>;
 
-fn files_below(dir: &Path) -> Files {
+pub fn files_below(dir: &Path) -> Files {
     let (mut files, mut dirs) = (Files::new(), vec![dir.to_owned()]);
     while let Some(next) = dirs.pop() {
         for entry in fs::read_dir(next).unwrap() {
@@ -69,7 +69,7 @@ fn checkpoint(files: &Files, table: &str) -> Option<(usize, BTreeSet<String>)> {
 }
 
 /// Returns the paths of the active files of a table, by its last checkpoint and the commits after it.
-fn active(files: &Files, table: &str) -> BTreeSet<String> {
+pub fn active(files: &Files, table: &str) -> BTreeSet<String> {
     let log = format!("{table}/_delta_log/");
     let (first, mut active) =
         checkpoint(files, table).map_or((0, BTreeSet::new()), |(version, active)| (version + 1, active));
@@ -177,7 +177,7 @@ fn merges(files: &Files, table: &str) -> usize {
 }
 
 /// Waits until the table has all stored profiles.
-async fn up_to_date(http: SocketAddr) {
+pub async fn up_to_date(http: SocketAddr) {
     // The second update began after the last profile was stored.
     let before = metric(http, "gannet_collector_table_updates_total").await;
     eventually("the table is up to date", || async {

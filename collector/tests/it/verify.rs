@@ -40,7 +40,7 @@ fn report(data: &Path, code: i32) -> (BTreeMap<String, String>, String) {
 }
 
 /// Stores three segments of four profiles, and returns their files.
-async fn three_segments(data: &Path) -> Vec<PathBuf> {
+pub async fn three_segments(data: &Path) -> Vec<PathBuf> {
     let stacks: Vec<_> =
         (0..300_i64).map(|i| (format!("main;f{};g{i}", i * i % 97), 1 + i * i % 89)).collect();
     let stacks: Vec<_> = stacks.iter().map(|(stack, n)| (stack.as_str(), *n)).collect();
@@ -69,21 +69,9 @@ fn content(data: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     objects(data).into_iter().map(|path| (path.clone(), fs::read(&path).unwrap())).collect()
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn verify_names_each_fault_with_its_cure() {
-    let dir = tempfile::tempdir().unwrap();
-    let data = dir.path();
-    let segments = three_segments(data).await;
-    unpack_layout2(data);
-    let mut old = objects(data);
-    old.retain(|path| path.to_string_lossy().ends_with(".pb.gz"));
-    assert_eq!(objects(data).len(), old.len() + 3);
-    let (faults, last) = report(data, 0);
-    assert!(faults.is_empty(), "{faults:?}");
-    let profiles = old.len() + 12;
-    assert!(last.starts_with(&format!("{} objects with {profiles} ", old.len() + 3)), "{last}");
-    assert!(last.ends_with(": no faults"), "{last}");
-
+/// Adds a faulty object of each kind to a store of three segments and these objects of the older layout. Returns the start of each fault
+/// by the name of the object.
+fn damage(data: &Path, segments: &[PathBuf], old: &[PathBuf]) -> BTreeMap<String, &'static str> {
     let whole = &segments[0];
     let bytes = fs::read(whole).unwrap();
     let name = whole.file_name().unwrap().to_str().unwrap();
@@ -142,10 +130,28 @@ async fn verify_names_each_fault_with_its_cure() {
     all.insert(name_of(&segments[1]), "it is a copy of default/20");
     all.insert(name_of(&segments[2]), "it belongs into default/20");
     fs::write(elsewhere.join("notes.txt"), "not an object").unwrap();
+    all.retain(|_, fault| !fault.is_empty());
+    all
+}
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn verify_names_each_fault_with_its_cure() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path();
+    let segments = three_segments(data).await;
+    unpack_layout2(data);
+    let mut old = objects(data);
+    old.retain(|path| path.to_string_lossy().ends_with(".pb.gz"));
+    assert_eq!(objects(data).len(), old.len() + 3);
+    let (faults, last) = report(data, 0);
+    assert!(faults.is_empty(), "{faults:?}");
+    let profiles = old.len() + 12;
+    assert!(last.starts_with(&format!("{} objects with {profiles} ", old.len() + 3)), "{last}");
+    assert!(last.ends_with(": no faults"), "{last}");
+
+    let all = damage(data, &segments, &old);
     let before = content(data);
     let (faults, last) = report(data, 1);
-    all.retain(|_, fault| !fault.is_empty());
     let (found, wanted): (Vec<_>, Vec<_>) = (faults.keys().collect(), all.keys().collect());
     assert_eq!(found, wanted);
     for (name, fault) in &all {
@@ -153,6 +159,76 @@ async fn verify_names_each_fault_with_its_cure() {
     }
     assert!(last.ends_with(&format!(": {} faults", all.len())), "{last}");
     assert!(content(data) == before, "it changes nothing");
+}
+
+fn repair(data: &Path) -> (Option<i32>, String, String) {
+    let program = Command::new(env!("CARGO_BIN_EXE_gannet-collector"))
+        .args(["repair", "--data", data.to_str().unwrap()])
+        .stdin(Stdio::null())
+        .output();
+    let out = program.unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (out.status.code(), text(out.stdout), text(out.stderr))
+}
+
+/// Checks that a repair moves the objects without a readable profile, and no other one, and that the collector returns the same
+/// profiles before and after it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn repair_sets_faulty_objects_aside_and_keeps_the_rest() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path();
+    let segments = three_segments(data).await;
+    unpack_layout2(data);
+    let mut old = objects(data);
+    old.retain(|path| path.to_string_lossy().ends_with(".pb.gz"));
+    let all = damage(data, &segments, &old);
+    let before = content(data);
+    let (faults, last) = report(data, 1);
+    let sound = last.split(' ').nth(3).unwrap().to_owned();
+
+    let (code, text, errors) = repair(data);
+    assert_eq!(code, Some(1), "{text}{errors}");
+    assert!(text.trim_end().ends_with(&format!("{} faults, 4 of them left", all.len())), "{text}");
+    assert_eq!(
+        text.lines().filter(|line| line.starts_with("  set aside as set-aside/default/")).count(),
+        11,
+        "{text}"
+    );
+    assert_eq!(text.lines().filter(|line| line.starts_with("  moved to default/")).count(), 1, "{text}");
+    assert_eq!(text.lines().filter(|line| line.starts_with("  kept: ")).count(), 4, "{text}");
+    let (left, _) = report(data, 1);
+    let readable = |fault: &str| {
+        fault.contains("1 of 4 profiles")
+            || fault.contains("behind its last")
+            || fault.contains("a newer collector")
+    };
+    assert!(left.len() == 4 && left.values().all(|fault| readable(fault)), "{left:?}");
+    assert!(left.keys().all(|name| faults.contains_key(name)));
+    // Nothing is deleted.
+    let mut kept: Vec<Vec<u8>> = content(data).into_values().collect();
+    let mut dirs = vec![data.join("set-aside")];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { dirs.push(path) } else { kept.push(fs::read(path).unwrap()) }
+        }
+    }
+    let mut all_before: Vec<Vec<u8>> = before.into_values().collect();
+    all_before.sort_unstable();
+    kept.sort_unstable();
+    assert!(kept == all_before, "{} objects of {}", kept.len(), all_before.len());
+    // Of the misplaced segment, four more profiles are readable.
+    let (_, last) = report(data, 1);
+    assert_eq!(
+        last.split(' ').nth(3).unwrap().parse::<u64>().unwrap(),
+        sound.parse::<u64>().unwrap() + 4,
+        "{last}"
+    );
+
+    let running = Collector::start(config_with(data, |_| {})).await.unwrap();
+    let (code, _, errors) = repair(data);
+    assert!(code == Some(2) && errors.contains("another collector uses"), "{errors}");
+    running.shutdown().await;
 }
 
 #[test]
@@ -165,5 +241,7 @@ fn verify_needs_a_store() {
         text.contains("cannot find the profiles of a collector in") && text.contains("objects"),
         "{text}"
     );
+    let (code, _, text) = repair(dir.path());
+    assert!(code == Some(2) && text.contains("cannot find the profiles of a collector in"), "{text}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "it creates nothing");
 }
