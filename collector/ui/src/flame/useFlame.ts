@@ -106,7 +106,8 @@ export function useFlame(props: FlameProps): FlameState {
     drawing.current.show(nodes, { frames, diff, dark, redGreen, flip, searching: search !== "", width }, current);
   }, [nodes, flip, dark, redGreen, diff]);
 
-  useEffect(() => drawing.current?.mark(current), [current]);
+  // At once, so that it cannot undo the mark of a later key.
+  useLayoutEffect(() => drawing.current?.mark(current), [current]);
 
   const here = () => nodes.find((node) => node.data.key === current);
   const visit = (node: Node | undefined) => onZoom(keyOf(node));

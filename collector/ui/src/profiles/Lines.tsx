@@ -16,10 +16,9 @@ interface LinesProps {
   dark: boolean;
 }
 
-function Head({ state, answers: { labels } }: LinesProps) {
+function TimeChoice({ state, answers: { labels } }: LinesProps) {
   return (
-    <div class="lines-head">
-      <Choice name="How to show time" value={state.heat ? "heat" : "bars"} of={[["bars", "Bars"], ["heat", "Heat map"]]} onChange={(chosen) => go({ heat: chosen === "heat" })} />
+    <div class="time-choice">
       {state.heat && (
         <label class="rows-by">
           <span>Rows</span>
@@ -29,6 +28,7 @@ function Head({ state, answers: { labels } }: LinesProps) {
           </select>
         </label>
       )}
+      <Choice name="How to show time" value={state.heat ? "heat" : "bars"} of={[["bars", "Bars"], ["heat", "Heat map"]]} onChange={(chosen) => go({ heat: chosen === "heat" })} />
     </div>
   );
 }
@@ -46,7 +46,6 @@ export function Lines(props: LinesProps) {
   const time = (of: { from: number; until: number }) => ({ from: of.from, until: of.until });
   return (
     <section class="lines" aria-label="Over time">
-      <Head {...props} />
       {state.compare && (
         <div class="line">
           <h2><i class="swatch base" /> Base <span class="dim">{when(base?.from ?? window.from)} – {when(base?.until ?? window.until)}</span></h2>
@@ -65,7 +64,10 @@ export function Lines(props: LinesProps) {
           <Timeline name="The value" side="main" answer={answers.line} events={answers.events} {...time(window)} span={span} onSpan={pick} />
         )}
       </div>
-      <EventList events={answers.events} open={state.events} />
+      <div class="lines-foot">
+        <EventList events={answers.events} open={state.events} />
+        <TimeChoice {...props} />
+      </div>
     </section>
   );
 }
