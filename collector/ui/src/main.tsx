@@ -64,7 +64,7 @@ function App() {
       </header>
       <div id="content" tabIndex={-1}>
         {state.view === "profiles" && <Profiles state={state} tick={tick} dark={dark} />}
-        {state.view === "nodes" && <Nodes tick={tick} />}
+        {state.view === "nodes" && <Nodes tick={tick} filter={state.nodes} />}
         {state.view === "rules" && <Rules tick={tick} />}
       </div>
       <footer>

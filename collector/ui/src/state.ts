@@ -60,6 +60,8 @@ export interface State {
   /** Leave out frames that say what a stack lacks. */
   hideErrors: boolean;
   live: boolean;
+  /** The filter of the nodes. */
+  nodes: string;
   /** A colour scheme that the link asks for; `auto` leaves it to the reader's own choice. */
   theme: Theme;
 }
@@ -96,6 +98,7 @@ export const DEFAULTS: State = {
   interpreters: false,
   hideErrors: false,
   live: false,
+  nodes: "",
   theme: "auto",
 };
 
@@ -144,6 +147,7 @@ export function fromAddress(location: { pathname: string; search: string }): Sta
     interpreters: get.has("interpreters"),
     hideErrors: get.has("hide_errors"),
     live: get.has("live"),
+    nodes: get.get("nodes") ?? "",
     theme: oneOf(get.get("theme"), ["auto", "light", "dark"], DEFAULTS.theme),
   };
 }
@@ -184,6 +188,7 @@ export function toAddress(state: State): string {
   flag("interpreters", state.interpreters);
   flag("hide_errors", state.hideErrors);
   flag("live", state.live);
+  set("nodes", state.nodes);
   set("theme", state.theme, DEFAULTS.theme);
   const text = search.toString();
   return `./${state.view === "profiles" ? "" : state.view}${text ? `?${text}` : ""}`;

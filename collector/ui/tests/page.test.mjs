@@ -438,6 +438,10 @@ describe("the fleet", () => {
       assert.match(await details.textContent(), /kernel ring buffer full.*900.*stack could not be read.*330/s);
       await page.getByLabel("Filter the nodes").fill("node-a");
       assert.equal(await b.count(), 0);
+      await page.waitForFunction(() => location.search.includes("nodes=node-a"));
+      await page.goto(page.url());
+      await page.getByRole("button", { name: "node-a" }).waitFor();
+      assert.equal(await b.count(), 0);
     });
   });
 

@@ -5,6 +5,7 @@ import { Steps } from "../Empty";
 import { useLoad } from "../parts/hooks";
 import { Problem } from "../parts/parts";
 import { StateBadge, tally } from "../rollout";
+import { go } from "../state";
 import { ago, bytes, duration, integer, moment, took } from "../units";
 import { Details } from "./Details";
 import { LedgerBar } from "./LedgerBar";
@@ -97,9 +98,8 @@ function useOpen(): [Set<string>, (name: string) => void] {
   return [open, toggle];
 }
 
-export function Nodes({ tick }: { tick: number }) {
+export function Nodes({ tick, filter }: { tick: number; filter: string }) {
   const load = useLoad<{ nodes?: FleetNode[] }>(`nodes ${tick}`, (signal) => get("nodes", {}, signal));
-  const [filter, setFilter] = useState("");
   const [open, toggle] = useOpen();
   const now = Date.now();
   const nodes = load.data?.nodes ?? [];
@@ -122,7 +122,7 @@ export function Nodes({ tick }: { tick: number }) {
     <main class="page">
       <h1>Nodes</h1>
       <Summary nodes={nodes} />
-      <input class="field filter" type="search" placeholder="Filter by name, kernel, version, state" aria-label="Filter the nodes" value={filter} onInput={(event) => setFilter(event.currentTarget.value)} />
+      <input class="field filter" type="search" placeholder="Filter by name, kernel, version, state" aria-label="Filter the nodes" value={filter} onInput={(event) => go({ nodes: event.currentTarget.value }, true)} />
       <div class="table-box" tabIndex={0} role="region" aria-label="Nodes">
         <table class="list nodes">
           <thead>
