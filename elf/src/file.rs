@@ -23,9 +23,9 @@ use crate::{
 
 const COMPRESSION_HEADER_BYTES: u64 = size_of::<CompressionHeader64<LittleEndian>>() as u64;
 /// Type, offset and addend of one relocation.
-const RELOCATION_BYTES: usize = 24;
+pub(crate) const RELOCATION_BYTES: usize = 24;
 /// Relocations that are read at one time.
-const RELOCATION_CHUNK: usize = 4096;
+pub(crate) const RELOCATION_CHUNK: usize = 4096;
 
 /// A file whose headers have been read and agree with the file.
 #[derive(Debug)]

@@ -23,6 +23,7 @@ mod headers;
 mod sections;
 mod segments;
 mod symbols;
+mod thread_local;
 
 pub use build_id::{BuildId, BuildIds, ParseHexError};
 pub use content_id::ContentId;
@@ -37,3 +38,4 @@ pub use headers::Headers;
 pub use sections::Section;
 pub use segments::{Segment, Segments};
 pub use symbols::{Binding, Symbol, Symbols};
+pub use thread_local::{ThreadLocal, ThreadLocalAccess};

@@ -9,7 +9,7 @@ use std::{
 use memchr::memmem;
 use object::{
     LittleEndian,
-    elf::{STB_GLOBAL, STB_WEAK, STT_FUNC, STT_GNU_IFUNC, STT_NOTYPE, Sym64},
+    elf::{STB_GLOBAL, STB_WEAK, STT_FUNC, STT_GNU_IFUNC, STT_NOTYPE, STT_TLS, Sym64},
     pod,
 };
 
@@ -65,6 +65,8 @@ pub struct Symbol {
     pub is_function: bool,
     /// Whether the symbol has no type, as labels of hand-written assembly.
     pub is_untyped: bool,
+    /// Whether the symbol is a thread-local variable. Its address is an offset in the block of such variables.
+    pub is_thread_local: bool,
     /// Whether the symbol is of this file, and not only used by it.
     pub is_defined: bool,
     name: u32,
@@ -206,6 +208,7 @@ fn symbol(bytes: &[u8]) -> Option<Symbol> {
         },
         is_function: kind == STT_FUNC || kind == STT_GNU_IFUNC,
         is_untyped: kind == STT_NOTYPE,
+        is_thread_local: kind == STT_TLS,
         is_defined: symbol.st_shndx.get(LE).0 != 0,
         name: symbol.st_name.get(LE),
     })
