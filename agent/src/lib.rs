@@ -18,6 +18,7 @@ pub mod cgroup;
 pub mod commands;
 pub mod conditions;
 pub mod config;
+pub(crate) mod context;
 pub(crate) mod control;
 pub(crate) mod debug;
 pub mod engine;

@@ -5,8 +5,12 @@ use std::collections::BTreeMap;
 /// Labels of one series: values by name.
 pub type Labels = BTreeMap<String, String>;
 
-/// The profiled service: the workload, else the systemd unit, else the executable.
+/// The profiled service. docs/tracing.md has the order of its sources.
 pub const SERVICE_NAME: &str = "service_name";
+/// The group of services that the service is in.
+pub const SERVICE_NAMESPACE: &str = "service_namespace";
+/// The version that the service runs: `1.2`.
+pub const SERVICE_VERSION: &str = "service_version";
 /// The node's name.
 pub const NODE: &str = "node";
 /// The pod's namespace.
@@ -37,8 +41,10 @@ pub const RUNTIME: &str = "runtime";
 pub const RUNTIME_VERSION: &str = "runtime_version";
 
 /// The labels that the agent sets itself; a rule's own labels cannot replace them.
-pub const RESERVED: [&str; 15] = [
+pub const RESERVED: [&str; 17] = [
     SERVICE_NAME,
+    SERVICE_NAMESPACE,
+    SERVICE_VERSION,
     NODE,
     NAMESPACE,
     POD,

@@ -37,7 +37,7 @@ gannet_base::metrics! {
     BPF_OPEN = gauge("gannet_agent_bpf_open_samples", "Samples that a BPF program works on now");
     BPF_MAP_ENTRIES = gauge("gannet_agent_bpf_map_entries", "Entries in use of each BPF map that can fill up; of the ring buffer `events`, bytes that wait for the agent", ["map"]);
     BPF_MAP_CAPACITY = gauge("gannet_agent_bpf_map_capacity", "Entries that each of these BPF maps can have; of the ring buffer, its bytes", ["map"]);
-    BPF_MAP_REFUSED = counter("gannet_agent_bpf_map_refused_total", "Failed tries to write the entry of a process into the BPF maps `marks`, `list_frames` and `label_sources`, by map and what was missing: `entries` (the map was full), `memory`, or `other`; the agent tries again", ["map", "missing"]);
+    BPF_MAP_REFUSED = counter("gannet_agent_bpf_map_refused_total", "Failed tries to write the entry of a process into the BPF maps `marks`, `list_frames`, `label_sources` and `thread_contexts`, by map and what was missing: `entries` (the map was full), `memory`, or `other`; the agent tries again", ["map", "missing"]);
     STACKS = counter("gannet_agent_sampler_stacks_total", "Samples by the end of their stacks: complete, truncated, broken, unreadable (a page of the stack was not in memory), or guessed (complete, with a frame that was found by frame pointer without a rule)", ["end"]);
     RATE_DIVISOR = gauge("gannet_agent_governor_rate_divisor", "Factor by which sampling periods are longer than rules ask, to stay within the budgets");
 
@@ -55,6 +55,7 @@ gannet_base::metrics! {
     PROCESSES = gauge("gannet_agent_process_table_processes", "Processes in the agent's table");
     PROCESSES_WAITING = gauge("gannet_agent_process_table_waiting", "Processes that already ran when a rule came for them, and that the agent has not read yet");
     PROCESS_IMAGES = counter("gannet_agent_process_table_images_total", "Images added to the agent's table, by the source of their mappings", ["source"]);
+    SERVICES_LEFT_OUT = counter("gannet_agent_services_left_out_total", "Processes whose service name and version are left out, because processes tell more than 1,024 different ones at one time");
     PROCESSES_MISSED = counter("gannet_agent_process_table_missed_total", "Processes that exited before the agent could read them");
     PROCESS_RESCANS = counter("gannet_agent_process_table_rescans_total", "Readings of the mappings of a process beyond the first");
     PROCESS_MAPPINGS_CUT = counter("gannet_agent_process_mappings_cut_total", "Executable mappings beyond the 65,536 that the agent reads of one process; code in them has no names, and /debug/processes shows the process");
@@ -213,6 +214,7 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
         refused_entries,
         unwind_tables,
         interpreters,
+        services_left_out,
         suppressed_captures,
         recorder,
         sensor_reports_dropped,
@@ -259,6 +261,7 @@ fn add_engine(snapshot: &mut Snapshot, engine: &EngineView) {
     snapshot.add(&CONDITION_UNWATCHED, *unwatched_conditions);
     snapshot.add(&CONDITION_STRAYS, *stray_samples);
     snapshot.add(&RATE_DIVISOR, *rate_divisor);
+    snapshot.add(&SERVICES_LEFT_OUT, *services_left_out);
     snapshot.add(&PROCESSES, *processes);
     snapshot.add(&PROCESSES_SAMPLED, *sampled_processes);
     snapshot.add(&PROCESSES_WAITING, *discovered_waiting);

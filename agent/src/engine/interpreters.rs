@@ -125,7 +125,7 @@ pub(crate) struct InterpreterStats {
 }
 
 /// The CPU time that reading from processes may take.
-struct ReadBudget {
+pub(super) struct ReadBudget {
     left_ns: i64,
     refilled: Instant,
     /// CPU time of all reads at the last check.
@@ -133,12 +133,12 @@ struct ReadBudget {
 }
 
 impl ReadBudget {
-    fn new(now: Instant, spent: Duration) -> Self {
+    pub(super) fn new(now: Instant, spent: Duration) -> Self {
         Self { left_ns: nanoseconds(READ_BURST), refilled: now, spent }
     }
 
     /// Returns how long the next read must wait, with the CPU time of all reads so far. `None`: it may begin.
-    fn pause(&mut self, now: Instant, spent: Duration) -> Option<Duration> {
+    pub(super) fn pause(&mut self, now: Instant, spent: Duration) -> Option<Duration> {
         let more = nanoseconds(now.saturating_duration_since(self.refilled) / BUDGET_PARTS);
         self.left_ns = self.left_ns.saturating_add(more).min(nanoseconds(READ_BURST));
         self.left_ns = self.left_ns.saturating_sub(nanoseconds(spent.saturating_sub(self.spent)));

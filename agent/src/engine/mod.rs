@@ -7,10 +7,11 @@
 //!
 //! | owner | state |
 //! |---|---|
-//! | [`reader`] | what events change; it applies them, and has the next seven as parts |
+//! | [`reader`] | what events change; it applies them, and has the next eight as parts |
 //! | [`unwinding`], [`backlog`] | images that the BPF programs unwind; raw samples that wait for unwind tables |
 //! | [`interpreters`] | interpreters whose frames are taken, and the thread that reads their memory |
 //! | [`runtime_files`] | processes whose language runtime a rule compares, and the thread that finds it |
+//! | [`contexts`] | the services of processes and the places of their spans, and the thread that reads them |
 //! | [`sampled`] | the marks in the kernel, and why they are there |
 //! | [`off_cpu`] | off-CPU time already reported for threads that are still blocked |
 //! | [`discovered`] | processes that already ran when a rule came, and are not read yet |
@@ -48,6 +49,7 @@ mod account;
 mod backlog;
 mod captures;
 mod containers;
+mod contexts;
 mod discovered;
 mod effects;
 mod event_log;

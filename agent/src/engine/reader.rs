@@ -14,6 +14,7 @@ use super::{
     backlog::Resolved,
     captures::{CaptureAction, Captures, Matched},
     containers::ContainerReports,
+    contexts::Contexts,
     discovered::Discovered,
     event_log::EventLog,
     intake::Intake,
@@ -42,6 +43,7 @@ pub(super) struct Reader {
     pub(super) processes: ProcessTable,
     pub(super) discovered: Discovered,
     pub(super) runtime_files: RuntimeFiles,
+    pub(super) contexts: Contexts,
     pub(super) sampled: Sampled,
     pub(super) unwinding: Unwinding,
     pub(super) off_cpu: OffCpu,
@@ -68,12 +70,14 @@ impl Reader {
         tables: Option<UnwindTables>,
         interpreters: Option<Interpreters>,
         runtime_files: RuntimeFiles,
+        contexts: Contexts,
         window: Duration,
     ) -> Self {
         Self {
             processes: ProcessTable::new(hierarchy, processes, raise_file_limit(), start_labels),
             discovered: Discovered::new(Instant::now()),
             runtime_files,
+            contexts,
             sampled: Sampled::default(),
             unwinding: Unwinding::new(tables, interpreters),
             off_cpu: OffCpu::default(),
@@ -101,6 +105,7 @@ impl Reader {
             }
             self.hand_on_changes();
             self.decide_by_runtime(with, now);
+            self.contexts.collect(with.kernel, &mut self.processes);
             let after = self.processes.stats();
             if (after.loaded, after.rescans) == (before.loaded, before.rescans) {
                 return;
@@ -133,7 +138,7 @@ impl Reader {
                 self.unwinding.add_copy(ImageKey::of(&subject), copy, &self.processes);
             }
             // The ring buffer has joined them to their samples.
-            Event::Labels { .. } => {}
+            Event::Labels { .. } | Event::Context { .. } => {}
             Event::Running { subject, origin } => {
                 self.events.add(now, format!("running {} {}", subject.key, subject.comm));
                 self.discover(subject, origin, with, now);
@@ -236,6 +241,7 @@ impl Reader {
         };
         if let Ok(process) = self.processes.sampled(&sample.subject, addresses) {
             self.containers.report(process);
+            self.contexts.sampled(process);
         }
         self.hand_on_changes();
         if sample.raw.is_none() {

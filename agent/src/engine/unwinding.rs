@@ -186,6 +186,7 @@ impl Unwinding {
         }
         kernel.remove_list_frames(tgid);
         kernel.remove_label_source(tgid);
+        kernel.remove_thread_context(tgid);
     }
 }
 

@@ -58,6 +58,8 @@ pub struct EngineView {
     pub unwind_tables: Option<TableStats>,
     /// The interpreters of processes.
     pub(crate) interpreters: InterpreterStats,
+    /// Processes whose service is left out because there are too many.
+    pub services_left_out: u64,
     /// Captures that did not start, by reason.
     pub(crate) suppressed_captures: SuppressedStarts,
     /// The flight recorder.
@@ -113,6 +115,8 @@ pub struct ProcessView {
     pub unwinding: Unwinding,
     /// Its interpreter, and whether the names of its functions are read or why not; empty without one.
     pub interpreter: String,
+    /// The service that it tells to be, from where, and what of it is not read; empty if it tells nothing.
+    pub service: String,
     /// Samples that wait for unwind tables.
     pub waiting_samples: usize,
     /// Samples so far.
@@ -215,6 +219,7 @@ impl ViewSources<'_> {
                 .interpreters()
                 .map(|interpreters| interpreters.stats(&self.reader.processes, self.backlog().unproven()))
                 .unwrap_or_default(),
+            services_left_out: self.reader.contexts.left_out(),
             suppressed_captures: self.captures.suppressed(),
             recorder: self.reader.intake.recorder_stats(),
             sensor_reports_dropped: self.captures.dropped_reports(),
@@ -271,6 +276,7 @@ impl ViewSources<'_> {
             interpreter: self.reader.unwinding.interpreters().map_or_else(String::new, |interpreters| {
                 interpreters.status(&process.key, process.interpreter.as_deref())
             }),
+            service: self.reader.contexts.status(process),
             waiting_samples: self.backlog().waiting(&process.key),
             samples: process.samples,
             rules,

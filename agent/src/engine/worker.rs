@@ -14,6 +14,7 @@ use super::{
     CaptureAnswer, Command, EngineError, EngineOptions, Environment, ReplaceAnswer, Window, WindowSink,
     account::{self, Account, ClosedSamples},
     captures::{CaptureAction, Captures, ManualCapture, RunningCapture},
+    contexts::Contexts,
     effects::{Effect, EffectQueue},
     intake::Closed,
     interpreters::Interpreters,
@@ -100,6 +101,7 @@ impl Worker {
                 tables,
                 interpreters,
                 runtime_files,
+                Contexts::new(wake_up.clone()),
                 window,
             ),
             rules,
@@ -345,6 +347,8 @@ impl Worker {
         self.kernel.write_refused();
         self.reader.processes.tidy();
         self.reader.read_unanswered(&mut self.kernel);
+        let unknown = self.kernel.take_unknown_span_keys();
+        self.reader.contexts.look_again(&self.reader.processes, &unknown);
         if self.repairs.is_due(&self.kernel, Instant::now()) {
             self.effects.add(Effect::Reconcile);
         }
@@ -523,7 +527,7 @@ impl Worker {
             thread::sleep(Duration::from_millis(1));
             self.catch_up();
         }
-        let Reader { intake, processes, unwinding, containers, .. } = &mut self.reader;
+        let Reader { intake, processes, unwinding, containers, contexts, .. } = &mut self.reader;
         let Closed { start, duration, flushed } = intake.close(&self.node, processes, &self.rules);
         let backlog = unwinding.backlog();
         processes.next_window(|key| backlog.waiting(key) > 0);
@@ -534,6 +538,7 @@ impl Worker {
         containers.next_window();
         let samples = ClosedSamples::of(&flushed, backlog.count(u64::MAX));
         unwinding.next_window(processes);
+        contexts.next_window(processes);
         let ledger = self.account.close(&self.kernel, reading.as_ref(), intake.flow(), samples, is_last);
         if ledger.unaccounted() != 0 {
             tracing::error!(

@@ -1,4 +1,4 @@
-//! Entries of single processes in the BPF maps that have one for each process: marks, list frames and label sources.
+//! Entries of single processes in the BPF maps that have one for each process: marks, list frames, label sources and thread contexts.
 //!
 //! The kernel refuses an entry if the map is full, or if memory is short. A refused entry waits here, and is written again after
 //! a pause, which doubles with each refusal. Its owner does not see that: it writes an entry, and removes it when the process
@@ -28,16 +28,18 @@ pub(super) enum EntryMap {
     Marks,
     ListFrames,
     LabelSources,
+    ThreadContexts,
 }
 
 impl EntryMap {
-    const ALL: [Self; 3] = [Self::Marks, Self::ListFrames, Self::LabelSources];
+    const ALL: [Self; 4] = [Self::Marks, Self::ListFrames, Self::LabelSources, Self::ThreadContexts];
 
     fn name(self) -> &'static str {
         match self {
             Self::Marks => "marks",
             Self::ListFrames => "list_frames",
             Self::LabelSources => "label_sources",
+            Self::ThreadContexts => "thread_contexts",
         }
     }
 
@@ -47,6 +49,7 @@ impl EntryMap {
             Self::Marks => "it is not sampled as its rules ask",
             Self::ListFrames => "its stacks lack the functions of its interpreter",
             Self::LabelSources => "its samples lack the labels of its tasks",
+            Self::ThreadContexts => "its samples lack the spans of its threads",
         }
     }
 }
@@ -172,6 +175,7 @@ impl Kernel {
                 self.change_settings(|settings| match map {
                     EntryMap::Marks => settings.marks = 1,
                     EntryMap::LabelSources => settings.labels = 1,
+                    EntryMap::ThreadContexts => settings.contexts = 1,
                     EntryMap::ListFrames => {}
                 });
             }
@@ -212,6 +216,7 @@ impl Kernel {
             EntryMap::Marks => &self.skeleton.maps.marks,
             EntryMap::ListFrames => &self.skeleton.maps.list_frames,
             EntryMap::LabelSources => &self.skeleton.maps.label_sources,
+            EntryMap::ThreadContexts => &self.skeleton.maps.thread_contexts,
         }
     }
 }
@@ -242,9 +247,9 @@ mod tests {
                 assert!(line.contains(part), "{part}: {line}");
             }
         }
-        let [marks, lists, labels] = entries.counts();
+        let [marks, lists, labels, contexts] = entries.counts();
         assert_eq!(marks.by_name(), [("entries", 1), ("memory", 1), ("other", 1)]);
-        for other in [lists, labels] {
+        for other in [lists, labels, contexts] {
             assert_eq!(other.by_name().map(|(_, count)| count), [0; 3], "{other:?}");
         }
     }

@@ -9,8 +9,8 @@ use std::{
 use gannet_bpf::types;
 
 use crate::model::{
-    ExitStatus, FileNumbers, FunctionCopy, MappingEvent, Origin, ProcessKey, RawLists, RawUserStack, Sample,
-    SampleKind, StackEnd, StackMarks, Subject, TaskLabels,
+    ExitStatus, FileNumbers, FunctionCopy, MappingEvent, Origin, ProcessKey, RECORD_HEAD_BYTES, RawLists,
+    RawUserStack, Sample, SampleKind, StackEnd, StackMarks, Subject, TaskLabels,
 };
 
 // From gannet.h; the skeleton carries types, not enumerators.
@@ -21,6 +21,7 @@ const EXIT: u32 = 4;
 const RUNNING: u32 = 5;
 const FUNCTION: u32 = 6;
 const LABELS: u32 = 7;
+const CONTEXT: u32 = 8;
 
 /// One report of the kernel side. Events arrive in the order in which the kernel made them, across all CPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +74,17 @@ pub enum Event {
         tid: u32,
         /// Its task's labels.
         labels: Arc<TaskLabels>,
+    },
+    /// The span of the sample that follows with the same thread and time. The ring buffer joins them.
+    Context {
+        /// The process of the event.
+        subject: Subject,
+        /// The sampled thread.
+        tid: u32,
+        /// The head of the record of its span.
+        head: [u8; RECORD_HEAD_BYTES],
+        /// The attributes behind it.
+        attributes: Vec<u8>,
     },
     /// A process that was already running when rules came into force, or when it got another name or control group. If no rule
     /// matches it any more, the subject has none.
@@ -147,6 +159,7 @@ impl Event {
             | Self::Exit { subject, .. }
             | Self::Function { subject, .. }
             | Self::Labels { subject, .. }
+            | Self::Context { subject, .. }
             | Self::Running { subject, .. } => subject.ktime_ns,
         }
     }
@@ -178,6 +191,7 @@ impl Event {
             }
             FUNCTION => decode_function(bytes),
             LABELS => decode_labels(bytes),
+            CONTEXT => decode_context(bytes),
             other => Err(DecodeError::Kind(other)),
         }
     }
@@ -227,6 +241,22 @@ fn decode_labels(bytes: &[u8]) -> Result<Event, DecodeError> {
     let labels = TaskLabels::new(sizes.map(|size| (take(size.name), take(size.value))));
     let subject = Subject::from(&record.event);
     Ok(Event::Labels { subject, tid: record.event.tid, labels: Arc::new(labels) })
+}
+
+fn decode_context(bytes: &[u8]) -> Result<Event, DecodeError> {
+    // The last part is only sent as far as it is used.
+    let at = offset_of!(types::context_record, attributes);
+    let short = DecodeError::Short { kind: CONTEXT, needed: at, got: bytes.len() };
+    let Some(attributes) = bytes.get(at..) else { return Err(short) };
+    let event: types::event = read(bytes, CONTEXT)?;
+    let head = bytes.get(offset_of!(types::context_record, head)..).and_then(<[u8]>::first_chunk);
+    let head = *head.ok_or(short)?;
+    Ok(Event::Context {
+        subject: Subject::from(&event),
+        tid: event.tid,
+        head,
+        attributes: attributes.to_vec(),
+    })
 }
 
 /// Returns the first `bytes` of a part.
@@ -337,6 +367,7 @@ impl Plain for types::exec_record {}
 impl Plain for types::sample {}
 impl Plain for types::function_record {}
 impl Plain for types::labels_record {}
+impl Plain for types::event {}
 
 fn read<T: Plain>(bytes: &[u8], kind: u32) -> Result<T, DecodeError> {
     if bytes.len() < size_of::<T>() {

@@ -107,8 +107,8 @@ fn size_maps(skeleton: &mut OpenGannetSkel<'_>, options: &KernelOptions) -> Resu
     for map in [&mut maps.images, &mut maps.procs, &mut maps.marks] {
         map.set_max_entries(options.processes)?;
     }
-    // Few processes have an interpreter, or tasks with labels.
-    for map in [&mut maps.list_frames, &mut maps.label_sources] {
+    // Few processes have an interpreter, tasks with labels, or spans.
+    for map in [&mut maps.list_frames, &mut maps.label_sources, &mut maps.thread_contexts] {
         map.set_max_entries((options.processes / 4).max(4096))?;
     }
     if !options.off_cpu {

@@ -12,7 +12,7 @@ use std::{
 use libbpf_rs::{AsRawLibbpf as _, MapCore, RingBuffer, RingBufferBuilder, libbpf_sys};
 
 use super::{Event, KernelError, event::SampleNumber};
-use crate::model::{Sample, TaskLabels};
+use crate::model::{ImageKey, Sample, SpanKeys, TaskLabels, span_labels};
 
 /// The return code with which the callback of `ring_buffer__consume` ends a read.
 const STOP: i32 = -libc::ECANCELED;
@@ -73,6 +73,10 @@ struct Queue {
     undecodable: u64,
     arrived: Arrived,
     labels: WaitingLabels,
+    /// By thread group: the names of the attributes of its spans.
+    span_keys: HashMap<u32, (ImageKey, Arc<SpanKeys>)>,
+    /// Thread groups with attributes without a name.
+    unknown_keys: HashSet<u32>,
     /// Bytes that this read may still take.
     left_bytes: usize,
 }
@@ -97,6 +101,11 @@ impl WaitingLabels {
         if self.shared.len() >= MAX_WAITING {
             self.shared.clear();
         }
+        // A task may have labels and a span.
+        let labels = match self.by_thread.get(&tid) {
+            Some((at_ns, first)) if *at_ns == ktime_ns => Arc::new(first.with(&labels)),
+            _ => labels,
+        };
         let same = self.shared.get(&labels).map(Arc::clone);
         let labels = same.unwrap_or_else(|| {
             self.shared.insert(Arc::clone(&labels));
@@ -127,6 +136,17 @@ impl Queue {
         }
         match Event::decode(bytes) {
             Ok(Event::Labels { subject, tid, labels }) => self.labels.put(tid, subject.ktime_ns, labels),
+            Ok(Event::Context { subject, tid, head, attributes }) => {
+                let tgid = subject.key.tgid;
+                let known = self.span_keys.get(&tgid).filter(|(key, _)| *key == ImageKey::of(&subject));
+                let none = SpanKeys::default();
+                let keys = known.map_or(&none, |(_, keys)| keys);
+                let (labels, is_unknown) = span_labels(&head, &attributes, keys);
+                if is_unknown && known.is_some() {
+                    self.unknown_keys.insert(tgid);
+                }
+                self.labels.put(tid, subject.ktime_ns, Arc::new(labels));
+            }
             Ok(Event::Sample(mut sample)) => {
                 self.labels.take(&mut sample);
                 self.events.push(Event::Sample(sample));
@@ -175,6 +195,23 @@ impl EventRing {
         let mut queue = self.queue.borrow_mut();
         self.arrived.clone_from(&queue.arrived);
         Ok(mem::take(&mut queue.events))
+    }
+
+    /// Sets the names of the attributes of an image's spans.
+    pub(super) fn set_span_keys(&self, key: ImageKey, keys: Arc<SpanKeys>) {
+        self.queue.borrow_mut().span_keys.insert(key.process.tgid, (key, keys));
+    }
+
+    /// Forgets those of a process.
+    pub(super) fn remove_span_keys(&self, tgid: u32) {
+        let mut queue = self.queue.borrow_mut();
+        queue.span_keys.remove(&tgid);
+        queue.unknown_keys.remove(&tgid);
+    }
+
+    /// Takes the thread groups with attributes without a name since the last call.
+    pub(super) fn take_unknown_keys(&self) -> HashSet<u32> {
+        mem::take(&mut self.queue.borrow_mut().unknown_keys)
     }
 
     /// Returns the bytes of records that wait to be read.

@@ -1,11 +1,13 @@
 //! Writing the data by which the kernel side unwinds: unwind tables, their rules, and the table of each mapping.
 
 use std::{
+    collections::HashSet,
     io,
     marker::PhantomData,
     mem::size_of,
     os::fd::{AsFd as _, OwnedFd},
     ptr::NonNull,
+    sync::Arc,
 };
 
 use gannet_bpf::types;
@@ -17,7 +19,9 @@ use rustix::{
 };
 
 use super::{Kernel, KernelError, MapValue, bytes_of, entries::EntryMap};
-use crate::model::{ImageKey, LabelForm, LabelLayout, ListEnd, ListLayout, ProcessKey};
+use crate::model::{
+    ImageKey, LabelForm, LabelLayout, ListEnd, ListLayout, ProcessKey, SpanKeys, ThreadContext,
+};
 
 /// Bits of a key of the mapping trie: thread group id, then address.
 const KEY_BITS: u32 = 8 * (size_of::<types::mapping_key>() - size_of::<u32>()) as u32;
@@ -31,6 +35,7 @@ const _: () = assert!(size_of::<types::mapping>() == 3 * 8 + 4 * 4);
 const _: () = assert!(size_of::<types::unwind_table>() == 8 + 4 * 4);
 const _: () = assert!(size_of::<types::list_frames>() == 8 + 2 * 4 + 8 + 4 * 4 + 8 + 2 * 4 + 32);
 const _: () = assert!(size_of::<types::label_source>() == 8 + 2 * 4 + 8 + 4 * 4);
+const _: () = assert!(size_of::<types::thread_context>() == 8 + 2 * 4 + 8 + 2 * 4);
 const _: () = assert!(size_of::<types::image>() == 8 + 2 * 4 + 8);
 
 impl MapValue for types::mapping {}
@@ -38,6 +43,7 @@ impl MapValue for types::unwind_table {}
 impl MapValue for types::image {}
 impl MapValue for types::list_frames {}
 impl MapValue for types::label_source {}
+impl MapValue for types::thread_context {}
 
 /// Tables that can be in the kernel at one time: MAX_TABLES of gannet.h.
 pub(crate) const MAX_TABLES: u32 = 4096;
@@ -443,6 +449,37 @@ impl Kernel {
     /// Takes no labels of this process any more.
     pub(crate) fn remove_label_source(&mut self, tgid: u32) {
         self.remove_entry(EntryMap::LabelSources, tgid);
+    }
+
+    /// Lets the programs take the spans of this image's threads, now or when the map has room for it. `keys` names the attributes.
+    pub(crate) fn set_thread_context(
+        &mut self,
+        key: ImageKey,
+        context: &ThreadContext,
+        keys: &Arc<SpanKeys>,
+    ) {
+        let [module_at, variable_at] = context.steps.unwrap_or_default();
+        let value = types::thread_context {
+            start_boottime: key.process.start_boottime_ns,
+            exec_id: key.exec_id,
+            by_module: u32::from(context.steps.is_some()),
+            thread_offset: context.thread_offset,
+            module_at,
+            variable_at,
+        };
+        self.ring.set_span_keys(key, Arc::clone(keys));
+        self.set_entry(EntryMap::ThreadContexts, key.process, bytes_of(&value));
+    }
+
+    /// Takes no spans of this process any more.
+    pub(crate) fn remove_thread_context(&mut self, tgid: u32) {
+        self.ring.remove_span_keys(tgid);
+        self.remove_entry(EntryMap::ThreadContexts, tgid);
+    }
+
+    /// Takes the thread groups whose threads have published attributes without a name since the last call.
+    pub(crate) fn take_unknown_span_keys(&self) -> HashSet<u32> {
+        self.ring.take_unknown_keys()
     }
 
     /// Returns the first address and the exclusive end of the mapping that the trie finds for an address.

@@ -9,6 +9,8 @@ mod key;
 mod list_frames;
 mod mapped_file;
 mod sample;
+mod service;
+mod span;
 mod task_labels;
 
 pub use clock::boot_time;
@@ -28,5 +30,8 @@ pub use mapped_file::{FileId, MappedFile};
 pub use sample::{
     ExitStatus, FileNumbers, Origin, RawUserStack, Sample, SampleKind, StackEnd, StackMarks, Subject,
 };
+pub use service::Service;
+pub(crate) use service::ServiceSource;
+pub(crate) use span::{RECORD_HEAD_BYTES, SpanKeys, ThreadContext, span_labels};
 pub use task_labels::TaskLabels;
 pub(crate) use task_labels::{LabelForm, LabelLayout, printable};

@@ -71,6 +71,13 @@ impl TaskLabels {
         Self(labels.into())
     }
 
+    /// Returns these labels and others. One that both have is the other's.
+    pub(crate) fn with(&self, others: &Self) -> Self {
+        let mut labels: std::collections::BTreeMap<_, _> = self.0.iter().cloned().collect();
+        labels.extend(others.0.iter().cloned());
+        Self(labels.into_iter().collect())
+    }
+
     /// Returns names and values.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))

@@ -111,8 +111,9 @@ fn label_one(pods: &Pods, profile: &mut SeriesProfile) -> Verdict {
     if pod.denied {
         return Verdict::Denied;
     }
+    let labels = std::mem::take(&mut profile.labels);
     profile.labels =
-        labels_of(&pod, container_name.as_deref(), &options.pod_labels, std::mem::take(&mut profile.labels));
+        labels_of(&pod, container_name.as_deref(), &options.pod_labels, profile.names_service, labels);
     for process in &mut profile.raw.processes {
         process.pod_uid.clone_from(&pod.uid);
     }
@@ -120,8 +121,14 @@ fn label_one(pods: &Pods, profile: &mut SeriesProfile) -> Verdict {
 }
 
 /// Returns the series labels of a pod's container. `labels` contains those of the process and of the rule. `allowed` are the
-/// keys of pod labels to take.
-fn labels_of(pod: &Pod, container: Option<&str>, allowed: &[String], mut labels: Labels) -> Labels {
+/// keys of pod labels to take. `names_service`: the process tells the name of its service.
+fn labels_of(
+    pod: &Pod,
+    container: Option<&str>,
+    allowed: &[String],
+    names_service: bool,
+    mut labels: Labels,
+) -> Labels {
     for key in allowed {
         if let Some(value) = pod.labels.get(key).filter(|value| !value.is_empty()) {
             // Labels of the agent and of the rule take precedence.
@@ -140,8 +147,15 @@ fn labels_of(pod: &Pod, container: Option<&str>, allowed: &[String], mut labels:
         set(name::WORKLOAD, name);
         set(name::WORKLOAD_KIND, kind);
     }
-    if let Some(service) = pod.service_name(container) {
-        set(name::SERVICE_NAME, service);
+    // An annotation for Gannet takes precedence over what the process tells, and that over everything else.
+    let service = if names_service { pod.annotated_service_name() } else { pod.service_name(container) };
+    set(name::SERVICE_NAME, service.unwrap_or_default());
+    for (label, value) in
+        [(name::SERVICE_NAMESPACE, pod.service_namespace()), (name::SERVICE_VERSION, pod.service_version())]
+    {
+        if !value.is_empty() {
+            labels.entry(label.to_owned()).or_insert_with(|| value.to_owned());
+        }
     }
     labels
 }
@@ -214,6 +228,7 @@ mod tests {
                 processes: vec![process],
                 comments: Vec::new(),
             },
+            names_service: false,
             container: (!container.is_empty()).then(|| ContainerRef {
                 id: container.into(),
                 pod_uid: pod_uid.into(),
@@ -375,7 +390,7 @@ mod tests {
         assert_eq!(series_label("node"), "pod_label_node");
         let mut pod = pod("u1", &[]);
         pod.labels.insert("long".into(), "ü".repeat(2000));
-        let mut labels = labels_of(&pod, None, &["long".into()], Labels::new());
+        let mut labels = labels_of(&pod, None, &["long".into()], false, Labels::new());
         assert_eq!(cut_values(&mut labels), 1);
         assert_eq!(gannet_proto::labels::check(&labels), Ok(()));
     }

@@ -6,13 +6,26 @@ use std::collections::BTreeMap;
 const PROFILE_ANNOTATION: &str = "gannet.dev/profile";
 /// Sets the service name of the pod's profiles.
 const SERVICE_NAME_ANNOTATION: &str = "gannet.dev/service-name";
+/// Names and version of the pod's service, as OpenTelemetry has them.
+const OTEL_SERVICE_NAME: &str = "resource.opentelemetry.io/service.name";
+const OTEL_SERVICE_NAMESPACE: &str = "resource.opentelemetry.io/service.namespace";
+const OTEL_SERVICE_VERSION: &str = "resource.opentelemetry.io/service.version";
 /// The uid in the control groups of a static pod. The API server shows a mirror pod, which has a uid of its own.
 const CONFIG_HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
 /// The annotations that the agent evaluates. Others may be large.
-pub(super) const ANNOTATIONS: [&str; 3] =
-    [PROFILE_ANNOTATION, SERVICE_NAME_ANNOTATION, CONFIG_HASH_ANNOTATION];
+pub(super) const ANNOTATIONS: [&str; 6] = [
+    PROFILE_ANNOTATION,
+    SERVICE_NAME_ANNOTATION,
+    OTEL_SERVICE_NAME,
+    OTEL_SERVICE_NAMESPACE,
+    OTEL_SERVICE_VERSION,
+    CONFIG_HASH_ANNOTATION,
+];
 
+const APP_INSTANCE_LABEL: &str = "app.kubernetes.io/instance";
 const APP_NAME_LABEL: &str = "app.kubernetes.io/name";
+const APP_PART_OF_LABEL: &str = "app.kubernetes.io/part-of";
+const APP_VERSION_LABEL: &str = "app.kubernetes.io/version";
 const TEMPLATE_HASH_LABEL: &str = "pod-template-hash";
 const ROLLOUT_HASH_LABEL: &str = "rollouts-pod-template-hash";
 
@@ -38,6 +51,8 @@ pub struct Pod {
     pub workload: Option<Workload>,
     /// The service name that an annotation sets; empty without one.
     pub service_name: String,
+    /// Name, namespace and version of the service, as annotations of OpenTelemetry set them; empty without them.
+    pub otel_service: [String; 3],
     /// An annotation denies profiling.
     pub denied: bool,
     /// Init, side-car and ephemeral containers too, and former instances of restarted containers.
@@ -119,6 +134,8 @@ impl From<ReportedPod> for Pod {
             workload: controller.and_then(|(kind, name)| Workload::of(&kind, &name, &labels)),
             denied: annotations.get(PROFILE_ANNOTATION).is_some_and(|value| is_no(value)),
             service_name: annotations.remove(SERVICE_NAME_ANNOTATION).unwrap_or_default(),
+            otel_service: [OTEL_SERVICE_NAME, OTEL_SERVICE_NAMESPACE, OTEL_SERVICE_VERSION]
+                .map(|name| annotations.remove(name).unwrap_or_default()),
             config_hash: annotations.remove(CONFIG_HASH_ANNOTATION).unwrap_or_default(),
             uid,
             namespace,
@@ -142,11 +159,33 @@ fn container_id(text: &str) -> Option<&str> {
 }
 
 impl Pod {
-    /// Returns the service name of a container's profiles: from the annotation, the usual label, the workload, or the
-    /// container, in this order. None: only the executable is left.
+    /// Returns the service name that the annotation for Gannet sets.
+    pub(crate) fn annotated_service_name(&self) -> Option<&str> {
+        Some(self.service_name.as_str()).filter(|name| !name.is_empty())
+    }
+
+    /// Returns the group of services: from an annotation of OpenTelemetry, or the usual label. Empty without both.
+    pub(crate) fn service_namespace(&self) -> &str {
+        self.annotation_or_label(&self.otel_service[1], APP_PART_OF_LABEL)
+    }
+
+    /// Returns the version of the service: from an annotation of OpenTelemetry, or the usual label. Empty without both.
+    pub(crate) fn service_version(&self) -> &str {
+        self.annotation_or_label(&self.otel_service[2], APP_VERSION_LABEL)
+    }
+
+    fn annotation_or_label<'a>(&'a self, annotation: &'a str, label: &str) -> &'a str {
+        if annotation.is_empty() { self.labels.get(label).map_or("", String::as_str) } else { annotation }
+    }
+
+    /// Returns the service name of a container's profiles: from the annotation for Gannet, the one of OpenTelemetry, the usual
+    /// labels, the workload, or the container, in this order. It is that of OpenTelemetry's conventions for Kubernetes. None: only
+    /// the executable is left.
     pub(crate) fn service_name<'a>(&'a self, container: Option<&'a str>) -> Option<&'a str> {
         [
             Some(self.service_name.as_str()),
+            Some(self.otel_service[0].as_str()),
+            self.labels.get(APP_INSTANCE_LABEL).map(String::as_str),
             self.labels.get(APP_NAME_LABEL).map(String::as_str),
             self.workload.as_ref().map(|workload| workload.name.as_str()),
             container,
@@ -238,12 +277,23 @@ mod tests {
     fn service_names_follow_the_precedence() {
         let mut pod = Pod {
             service_name: "asked-for".into(),
-            labels: labels("app.kubernetes.io/name=labelled"),
+            otel_service: ["annotated".into(), String::new(), "2".into()],
+            labels: labels(
+                "app.kubernetes.io/name=labelled,app.kubernetes.io/instance=labelled-eu,app.kubernetes.io/part-of=shop,\
+                 app.kubernetes.io/version=1",
+            ),
             workload: Some(Workload { kind: "deployment".into(), name: "workload".into() }),
             ..Pod::default()
         };
         assert_eq!(pod.service_name(Some("app")), Some("asked-for"));
+        assert_eq!(pod.annotated_service_name(), Some("asked-for"));
+        assert_eq!((pod.service_namespace(), pod.service_version()), ("shop", "2"));
         pod.service_name.clear();
+        assert_eq!(pod.service_name(Some("app")), Some("annotated"));
+        pod.otel_service = Default::default();
+        assert_eq!((pod.annotated_service_name(), pod.service_version()), (None, "1"));
+        assert_eq!(pod.service_name(Some("app")), Some("labelled-eu"));
+        pod.labels.remove("app.kubernetes.io/instance");
         assert_eq!(pod.service_name(Some("app")), Some("labelled"));
         pod.labels.clear();
         assert_eq!(pod.service_name(Some("app")), Some("workload"));

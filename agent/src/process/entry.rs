@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use super::start_labels::{ReadStartLabels, StartLabels};
 use crate::{
     cgroup::CgroupNames,
-    model::{ExitStatus, Image, ImageKey, Subject},
+    model::{ExitStatus, Image, ImageKey, Service, Subject},
     runtimes::{Interpreter, RuntimeFile},
 };
 
@@ -36,6 +36,8 @@ pub struct Process {
     pub(crate) interpreter: Option<Arc<Interpreter>>,
     /// Its interpreter's file, once a rule that compares it has had it found.
     pub(super) runtime: Option<Arc<RuntimeFile>>,
+    /// The service that it tells to be, as far as that was read.
+    pub(crate) service: Arc<Service>,
     /// The rules that sample it, one bit for each slot, as last reported.
     pub rules: u64,
     /// How much of it is known, and whether it is alive.
@@ -84,6 +86,7 @@ impl Process {
             cut_mappings: 0,
             interpreter: None,
             runtime: None,
+            service: Arc::default(),
             rules: subject.rules,
             state: ProcessState::Unread,
             start_labels: None,

@@ -471,11 +471,8 @@ impl MetadataLoader {
             metadata.cwd = proc::link(proc, key, "cwd")?;
         }
         if user_text && !options.environ.is_empty() {
-            let mut bytes = proc::bytes(proc, key, "environ", MAX_TEXT_BYTES)?;
-            metadata.environ = allowed(&bytes, &options.environ);
-            // Other variables may be secrets: none stays in freed memory.
-            bytes.fill(0);
-            std::hint::black_box(&bytes);
+            let is_allowed = |name: &str| options.environ.contains(name);
+            metadata.environ = variables(proc, key, is_allowed)?;
         }
         // The texts are only true if it was one process all the time.
         proc::check_in(proc, key)?;
@@ -495,13 +492,26 @@ fn parts(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     bytes.split(|byte| *byte == 0).filter(move |_| !none)
 }
 
-/// Returns the variables of an environment that have one of these names.
-pub(super) fn allowed(environ: &[u8], names: &BTreeSet<String>) -> BTreeMap<String, String> {
-    parts(environ)
-        .filter_map(|pair| {
-            let at = pair.iter().position(|byte| *byte == b'=')?;
-            let name = std::str::from_utf8(&pair[..at]).ok().filter(|name| names.contains(*name))?;
-            Some((name.to_owned(), String::from_utf8_lossy(&pair[at + 1..]).into_owned()))
-        })
-        .collect()
+/// Reads the variables of a process's environment that have an allowed name. It reads 128 KiB at most.
+pub(super) fn variables(
+    proc: &dyn ProcFs,
+    key: ProcessKey,
+    is_allowed: impl Fn(&str) -> bool,
+) -> Result<BTreeMap<String, String>, ProcError> {
+    let mut bytes = proc::bytes(proc, key, "environ", MAX_TEXT_BYTES)?;
+    let variables = parts(&bytes).filter_map(|pair| {
+        let at = pair.iter().position(|byte| *byte == b'=')?;
+        let name = std::str::from_utf8(&pair[..at]).ok().filter(|name| is_allowed(name))?;
+        Some((name.to_owned(), String::from_utf8_lossy(&pair[at + 1..]).into_owned()))
+    });
+    let variables = variables.collect();
+    // Other variables may be secrets: none stays in freed memory.
+    bytes.fill(0);
+    std::hint::black_box(&bytes);
+    Ok(variables)
+}
+
+/// Reads the variables of a process's environment that have one of these names. The caller checks that it was this process.
+pub(crate) fn read_variables(key: ProcessKey, names: &[&str]) -> Result<BTreeMap<String, String>, ProcError> {
+    variables(&RealProc::default(), key, |name| names.contains(&name))
 }

@@ -25,6 +25,7 @@ pub use self::{
 };
 pub(crate) use self::{
     images::on_worker,
+    metadata::read_variables,
     perf_maps::{CodeList, perf_map_files},
     proc::is_dynamic_linker,
     survey::{SurveyedProcess, add_runtimes, cpu_usage, left_out_of_surveys, survey},

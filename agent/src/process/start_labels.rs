@@ -1,16 +1,12 @@
 //! Labels for samples that show how a process was started: its command line, working directory and some environment
 //! variables. All of them are off by default, bounded, and redacted: they may hold secrets.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-    sync::Arc,
-};
+use std::{collections::BTreeSet, fmt, sync::Arc};
 
 use regex::{Captures, Regex, RegexBuilder};
 
 use super::{
-    metadata::{MAX_TEXT_BYTES, allowed},
+    metadata::{MAX_TEXT_BYTES, variables},
     proc::{self, ProcError, ProcFs},
 };
 use crate::model::ProcessKey;
@@ -113,12 +109,7 @@ impl StartLabelOptions {
             add("cwd".into(), cut(self.without_secrets(&proc::link(proc, key, "cwd")?), MAX_VALUE));
         }
         if !self.variables.is_empty() {
-            let mut bytes = proc::bytes(proc, key, "environ", MAX_TEXT_BYTES)?;
-            let variables: BTreeMap<String, String> = allowed(&bytes, &self.variables);
-            // Other variables may be secrets: none stays in freed memory.
-            bytes.fill(0);
-            std::hint::black_box(&bytes);
-            for (name, value) in variables {
+            for (name, value) in variables(proc, key, |name| self.variables.contains(name))? {
                 // The name counts: that of a password is DB_PASSWORD.
                 let text = self.without_secrets(&format!("{name}={value}"));
                 let value = text.strip_prefix(&format!("{name}=")).unwrap_or(REDACTED);
@@ -193,7 +184,7 @@ pub(super) struct ReadStartLabels {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{collections::BTreeMap, fs};
 
     use proptest::prelude::*;
 

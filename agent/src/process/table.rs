@@ -21,7 +21,9 @@ use super::{
 use crate::{
     access::{self, ENGINE_DEADLINE, Target},
     cgroup::{CgroupHierarchy, CgroupNames, CgroupTree, parse_path},
-    model::{ExitStatus, FileNumbers, ImageKey, MappingEvent, NewMapping, Origin, ProcessKey, Subject},
+    model::{
+        ExitStatus, FileNumbers, ImageKey, MappingEvent, NewMapping, Origin, ProcessKey, Service, Subject,
+    },
     runtimes::{Interpreter, RuntimeFile},
 };
 
@@ -528,6 +530,14 @@ impl ProcessTable {
     pub(crate) fn set_runtime(&mut self, key: &ImageKey, file: Arc<RuntimeFile>) {
         if let Some(process) = self.alive.get_mut(&key.process.tgid).filter(|process| process.key == *key) {
             process.runtime = Some(file);
+        }
+    }
+
+    /// Sets the service that an image tells to be.
+    pub(crate) fn set_service(&mut self, key: &ImageKey, service: &Arc<Service>) {
+        let alive = self.alive.get_mut(&key.process.tgid).filter(|process| process.key == *key);
+        if let Some(process) = alive.or_else(|| self.past.get_mut(key).map(|process| &mut **process)) {
+            process.service = Arc::clone(service);
         }
     }
 

@@ -74,6 +74,8 @@ pub struct SeriesProfile {
     pub samples: u64,
     /// The samples, not symbolized yet.
     pub raw: RawProfile,
+    /// Whether its processes tell the name of their service.
+    pub names_service: bool,
     /// The container of all its processes. Its pod is looked up after the window.
     pub container: Option<ContainerRef>,
 }
@@ -122,7 +124,7 @@ pub struct RuleTag {
 }
 
 /// The key by which samples are put into different profiles.
-type Series = (RuleTag, Labels, Option<ContainerRef>, SampleKind, u64);
+type Series = (RuleTag, Labels, bool, Option<ContainerRef>, SampleKind, u64);
 
 impl RuleTag {
     /// Returns the reason with its evidence.
@@ -232,6 +234,7 @@ impl WindowSamples {
         for (key, former, stacks) in images {
             let known = process(&key);
             let base = labels_of(node, known);
+            let names_service = known.is_some_and(|process| process.service.name().is_some());
             let container =
                 known.filter(|process| !process.names.container_id.is_empty()).map(|process| ContainerRef {
                     id: process.names.container_id.clone(),
@@ -266,10 +269,11 @@ impl WindowSamples {
                     start_labels: known.and_then(|process| process.start_labels().cloned()),
                     stacks,
                 };
-                series.entry((rule, labels, container.clone(), kind, period_ns)).or_default().push(process);
+                let key = (rule, labels, names_service, container.clone(), kind, period_ns);
+                series.entry(key).or_default().push(process);
             }
         }
-        for ((rule, labels, container, kind, period_ns), processes) in series {
+        for ((rule, labels, names_service, container, kind, period_ns), processes) in series {
             let (start, duration) = rule.pre_trigger.unwrap_or((start, duration));
             for processes in cut(processes) {
                 flushed.profiles.push(SeriesProfile {
@@ -288,6 +292,7 @@ impl WindowSamples {
                         processes,
                         comments: Vec::new(),
                     },
+                    names_service,
                     container: container.clone(),
                 });
             }
@@ -450,6 +455,9 @@ fn labels_of(node: &str, process: Option<&Process>) -> Labels {
         Some(process) => {
             let program = process.exe.rsplit('/').next().filter(|program| !program.is_empty());
             set(name::SERVICE_NAME, program.unwrap_or(&process.comm));
+            for (label, value) in process.service.labels() {
+                set(label, value);
+            }
             // A container's series is that of its pod, and each sample carries its command: commands and containers are
             // unbounded in number. Processes of the host itself are few.
             if process.names.container_id.is_empty() {

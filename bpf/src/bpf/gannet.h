@@ -170,6 +170,8 @@ struct settings {
 	u32 mappings_reported;
 	/* `label_sources` is not empty, or has been. */
 	u32 labels;
+	/* `thread_contexts` is not empty, or has been. */
+	u32 contexts;
 	struct side sides[2];
 };
 
@@ -412,6 +414,34 @@ struct label_source {
 };
 _Static_assert(sizeof(struct label_source) == 40, "no padding: the agent writes these bytes");
 
+/*
+ * Value of `thread_contexts`: where the threads of one image of a process keep the address of the record of their span. The word
+ * at thread pointer + `thread_offset` is that address, or leads to the thread's table of modules: then the word at + `module_at`
+ * leads to the block of a module, and the word at + `variable_at` there is the address.
+ */
+struct thread_context {
+	u64 start_boottime;
+	u32 exec_id;
+	u32 by_module;
+	s64 thread_offset;
+	s32 module_at;
+	s32 variable_at;
+};
+_Static_assert(sizeof(struct thread_context) == 32, "no padding: the agent writes these bytes");
+
+/* The head of a record of a span (OTEP 4947), as it lies in the process. */
+struct context_head {
+	u8 trace_id[16];
+	u8 span_id[8];
+	u8 valid;
+	u8 flags;
+	u16 bytes;
+};
+_Static_assert(sizeof(struct context_head) == 28, "no padding: processes write these bytes");
+#define CONTEXT_VALID 1
+/* Bytes of attributes that are copied: OTEP 4947 recommends 640 for a record. */
+#define CONTEXT_BYTES 612
+
 enum cgroup_hierarchy {
 	CGROUP_V2 = 0,
 	CGROUP_V1_CPU = 1,
@@ -429,6 +459,8 @@ enum event_kind {
 	EVENT_FUNCTION = 6,
 	/* Labels of the sample that follows with the same thread and time. */
 	EVENT_LABELS = 7,
+	/* The span of the sample that follows with the same thread and time. */
+	EVENT_CONTEXT = 8,
 };
 
 struct event {
@@ -556,6 +588,13 @@ struct labels_record {
 	struct label_size sizes[MAX_LABELS];
 	/* Name and value of each label, one behind the other. Last, because only the used part is sent. */
 	u8 texts[LABEL_TEXT_BYTES];
+};
+
+struct context_record {
+	struct event event;
+	struct context_head head;
+	/* Last, because only the used part is sent. */
+	u8 attributes[CONTEXT_BYTES];
 };
 
 struct lifecycle {

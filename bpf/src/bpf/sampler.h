@@ -7,6 +7,7 @@
 #define SAMPLER_H
 
 #include "clock.h"
+#include "context.h"
 #include "labels.h"
 #include "match.h"
 #include "task.h"
@@ -701,6 +702,8 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	scratch->wake = first;
 	if (settings.labels && !now.kernel_thread)
 		send_labels(counters, &scratch->sample.event, by_loop);
+	if (settings.contexts && !now.kernel_thread)
+		send_context(counters, &scratch->sample.event);
 	if (OF_USER_MODE(&ctx->regs)) {
 		scratch->sample.kernel_frames = 0;
 		scratch->sample.kernel_truncated = 0;

@@ -6,6 +6,7 @@ mod file;
 mod interpreter;
 mod kernel;
 mod privileges;
+mod service;
 mod system;
 
 use std::{fmt, path::PathBuf};
@@ -65,7 +66,7 @@ pub struct Refusal {
 pub struct CheckOptions {
     /// State directory of `run` to check, if any.
     pub state_dir: Option<PathBuf>,
-    /// Process whose interpreter to check, if any.
+    /// Process whose interpreter and service to check, if any.
     pub pid: Option<u32>,
 }
 
@@ -101,6 +102,7 @@ pub fn check(options: &CheckOptions) -> Report {
     let mut checks: Vec<Check> = REQUIRED.iter().chain(OPTIONAL).map(|check| check()).collect();
     checks.extend(options.state_dir.as_deref().map(system::state_dir));
     checks.extend(options.pid.map(interpreter::interpreter));
+    checks.extend(options.pid.map(service::service));
     Report { can_run: checks.iter().all(|check| check.state != CheckState::Fail), checks }
 }
 

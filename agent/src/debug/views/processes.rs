@@ -5,6 +5,7 @@ use std::{fmt::Write as _, sync::Arc};
 use serde::Serialize;
 
 use crate::{
+    context,
     engine::{EngineError, ProcessView, UnknownProcess, Unwinding},
     model::ProcessKey,
     node::Node,
@@ -33,6 +34,8 @@ pub(in crate::debug) struct ProcessRow {
     stacks: &'static str,
     /// Its interpreter, and whether the names of its functions are read or why not.
     interpreter: String,
+    /// The service that it tells to be, and from where.
+    service: String,
     /// Source of its mappings: kernel events or `/proc`.
     mappings_from: &'static str,
     parent: u32,
@@ -85,6 +88,7 @@ fn row(process: ProcessView) -> ProcessRow {
             Unwinding::UserSpace => "by tables, from raw samples",
         },
         interpreter: process.interpreter,
+        service: process.service,
         mappings_from: process.mappings_from,
         parent: process.parent,
         uid: process.uid,
@@ -108,7 +112,7 @@ fn row(process: ProcessView) -> ProcessRow {
 /// `None` if no such process runs.
 async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineError> {
     let read = tokio::task::spawn_blocking(move || read_once(pid)).await;
-    let Some((known, runtime, is_cut)) = read.ok().flatten() else { return Ok(None) };
+    let Some((known, runtime, is_cut, told)) = read.ok().flatten() else { return Ok(None) };
     let names = known.names();
     let traits = UnknownProcess {
         comm: known.comm.clone(),
@@ -138,6 +142,7 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
         } else {
             String::new()
         },
+        service: told,
         mappings_from: "nowhere",
         parent: 0,
         uid: Some(known.uid),
@@ -146,8 +151,9 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
     }))
 }
 
-/// Reads a process, with name and version of its language runtime, and whether the search for that was cut.
-fn read_once(pid: u32) -> Option<(Arc<Metadata>, (String, String), bool)> {
+/// Reads a process, with name and version of its language runtime, whether the search for that was cut, and the service that it
+/// tells to be.
+fn read_once(pid: u32) -> Option<(Arc<Metadata>, (String, String), bool, String)> {
     let options = MetadataOptions { entries: 1, cmdline: false, cwd: false, ..MetadataOptions::default() };
     let any = ProcessKey { tgid: pid, start_boottime_ns: 0 };
     let key = on_worker(any, move || ProcessKey::of_running(pid)).ok()?.ok()?;
@@ -159,7 +165,8 @@ fn read_once(pid: u32) -> Option<(Arc<Metadata>, (String, String), bool)> {
         let (name, version) = file.names();
         (name.to_owned(), version.to_owned())
     });
-    Some((known, runtime, is_cut))
+    let told = on_worker(key, move || context::read(key)).ok().and_then(Result::ok).unwrap_or_default();
+    Some((known, runtime, is_cut, told.all_text()))
 }
 
 /// Returns for each rule in force the reason why it does not match a process.
@@ -194,7 +201,7 @@ pub(in crate::debug) fn processes_text(processes: &[ProcessRow]) -> String {
             process.mappings_from,
             process.state,
             if process.pending.is_empty() { "-" } else { &process.pending },
-            [process.why.as_str(), process.interpreter.as_str(), cut.as_str()]
+            [process.why.as_str(), process.interpreter.as_str(), process.service.as_str(), cut.as_str()]
                 .into_iter()
                 .filter(|text| !text.is_empty())
                 .collect::<Vec<_>>()

@@ -1,0 +1,178 @@
+//! Spans of traces on samples: programs that publish their spans record them too, and samples must agree with what they record. Needs
+//! root and a kernel with BTF. `GANNET_TEST_SDK` names a Python that has the package `ddtrace`, which publishes spans.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    env,
+    io::{BufRead as _, BufReader},
+    path::PathBuf,
+    process::{Command, Stdio},
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
+};
+
+use crate::common::{Recording, Running, is_marked, program, record_for};
+
+const PROGRAM: &str = include_str!("../data/spans.c");
+/// The variable that names a Python with the package `ddtrace`.
+const SDK: &str = "GANNET_TEST_SDK";
+/// The part that has the thread-local variable, as a library.
+const VARIABLE: &str = "#ifdef LARGE\n__thread char room[1 << 20];\nchar *use_room(void) { return room; }\n#endif\n\
+                        __thread void *otel_thread_ctx_v1;\n\
+                        void set_span(void *record) { *(void *volatile *)&otel_thread_ctx_v1 = record; }\n";
+/// The agent looks at a process that is older than this at its first sample, at a younger one later.
+const OLD: Duration = Duration::from_millis(1300);
+
+/// Spans as a program has recorded them, by id: thread, trace, function and local root span.
+type Spans = HashMap<String, [String; 4]>;
+
+/// A running program, and the spans that it has recorded so far.
+struct Traced {
+    running: Running,
+    spans: Arc<Mutex<Spans>>,
+}
+
+impl Traced {
+    fn start(command: &mut Command) -> Self {
+        let mut running = Running::start(command.stdout(Stdio::piped()));
+        let mut lines = BufReader::new(running.0.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "ready");
+        let spans = Arc::<Mutex<Spans>>::default();
+        let theirs = Arc::clone(&spans);
+        thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let [thread, trace, span, function, root] = line.split(' ').collect::<Vec<_>>()[..] else {
+                    continue;
+                };
+                let facts = [thread, trace, function, root].map(str::to_owned);
+                theirs.lock().unwrap().insert(span.to_owned(), facts);
+            }
+        });
+        thread::sleep(OLD);
+        Self { running, spans }
+    }
+
+    fn record(&self) -> Recording {
+        record_for(4, 499, &["--pid", &self.running.0.id().to_string()])
+    }
+}
+
+/// Returns the labels of each sample with its stack and count.
+fn samples(recording: &Recording) -> impl Iterator<Item = (&Vec<String>, BTreeMap<&str, String>, u64)> {
+    let profile = &recording.profile;
+    let text = |index: i64| profile.string_table[index as usize].as_str();
+    profile.sample.iter().zip(&recording.stacks).map(move |(sample, (stack, count))| {
+        let of = |label: &gannet_proto::profiles::Label| match label.str {
+            0 => label.num.to_string(),
+            index => text(index).to_owned(),
+        };
+        let labels = sample.label.iter().map(|label| (text(label.key), of(label))).collect();
+        (stack, labels, *count)
+    })
+}
+
+/// Checks that each sample has the span that its thread was in, and none outside of spans.
+#[track_caller]
+fn check(what: &str, traced: &Traced, has_routes: bool) {
+    let recording = traced.record();
+    let spans = traced.spans.lock().unwrap().clone();
+    let (mut good, mut without, mut outside) = (0, 0, 0);
+    let mut wrong = Vec::new();
+    for (stack, labels, count) in samples(&recording) {
+        let of = |name: &str| labels.get(name).map(String::as_str);
+        if is_marked(stack) {
+            continue;
+        }
+        let spin = stack.iter().find(|name| name.starts_with("spin_"));
+        let Some(spin) = spin else {
+            if stack.iter().any(|name| name == "outside") {
+                outside += count;
+                if of("span_id").is_some() || of("trace_id").is_some() {
+                    wrong.push(format!("outside {labels:?}"));
+                }
+            }
+            continue;
+        };
+        let Some(span) = of("span_id") else {
+            without += count;
+            continue;
+        };
+        let facts = ["tid", "trace_id", "function", "local_root_span_id"].map(|name| match name {
+            "function" => Some(spin.as_str()),
+            name => of(name),
+        });
+        let is_recorded = spans
+            .get(span)
+            .is_some_and(|recorded| recorded.each_ref().map(|fact| Some(fact.as_str())) == facts);
+        let route = has_routes.then(|| format!("/{}", &spin[5..]));
+        let is_right = is_recorded && of("http.route") == route.as_deref();
+        if is_right {
+            good += count;
+        } else {
+            wrong.push(format!("{spin} {labels:?}, recorded {:?}", spans.get(span)));
+        }
+    }
+    eprintln!("{what}: {good} good, {without} without, {outside} outside of spans, {} wrong", wrong.len());
+    assert!(wrong.is_empty(), "{what}: {:#?}", &wrong[..wrong.len().min(9)]);
+    // Until the agent has read where the spans are, samples have none.
+    assert!(good >= 200 && without * 20 <= good && outside >= 50, "{what}: {good} {without} {outside}");
+}
+
+fn library(name: &str, flags: &[&str]) -> PathBuf {
+    program(name, VARIABLE, &[&["-shared", "-fPIC"], flags].concat())
+}
+
+/// A program that links a library with the variable.
+fn linked(what: &str, flags: &[&str]) -> Command {
+    let file = format!("libspans-{what}.so");
+    let library = library(&file, &[flags, &[&format!("-Wl,-soname,{file}")]].concat());
+    let directory = library.parent().unwrap().to_str().unwrap();
+    let name = format!("-l:{file}");
+    let (search, path) = (format!("-L{directory}"), format!("-Wl,-rpath,{directory}"));
+    Command::new(program(&format!("spans-{what}"), PROGRAM, &["-pthread", &search, &path, &name]))
+}
+
+#[test]
+fn samples_have_the_span_of_their_thread() {
+    let own = ["-pthread", "-DOWN_VARIABLE", "-rdynamic"];
+    for (what, mut command) in [
+        ("a program", Command::new(program("spans-own", PROGRAM, &own))),
+        (
+            "a static program",
+            Command::new(program("spans-static", PROGRAM, &[&own[..], &["-static-pie"]].concat())),
+        ),
+        ("a library by descriptor", linked("descriptor", &["-mtls-dialect=gnu2"])),
+        ("a library by call", linked("call", &["-mtls-dialect=gnu"])),
+        ("a library by distance", linked("distance", &["-ftls-model=initial-exec"])),
+    ] {
+        check(what, &Traced::start(command.arg("3")), true);
+    }
+    let opens = program("spans-opens", PROGRAM, &["-pthread", "-DOPENS", "-ldl"]);
+    for (what, flags) in [("descriptor", &["-mtls-dialect=gnu2"][..]), ("call", &["-mtls-dialect=gnu"])] {
+        // More than the loader has room for beside the program's own variables.
+        let library = library(&format!("opened-{what}.so"), &[flags, &["-DLARGE"]].concat());
+        let traced = Traced::start(Command::new(&opens).arg("3").arg(library));
+        check(&format!("an opened library by {what}"), &traced, true);
+    }
+}
+
+/// A program that works in spans of a real SDK and records them; it begins with the path of the SDK's Python.
+const SDK_PROGRAM: &str = include_str!("../data/spans.py");
+
+#[test]
+fn samples_have_the_span_of_a_real_sdk() {
+    let Some(python) = env::var_os(SDK) else {
+        eprintln!("{SDK} names no Python with ddtrace: not tested here, scripts/languages does");
+        return;
+    };
+    let mut command = Command::new(python);
+    command.args(["-c", SDK_PROGRAM]).envs([
+        ("DD_TRACE_OTEL_CTX_ENABLED", "true"),
+        ("DD_SERVICE", "span-shop"),
+        ("DD_VERSION", "1.2"),
+        ("DD_INSTRUMENTATION_TELEMETRY_ENABLED", "false"),
+        ("DD_REMOTE_CONFIGURATION_ENABLED", "false"),
+    ]);
+    check("ddtrace", &Traced::start(&mut command), false);
+}
