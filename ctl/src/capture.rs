@@ -135,6 +135,7 @@ fn request(args: &Manual, node: String) -> Result<CaptureRequest, Error> {
         container,
         runtime,
         runtime_version,
+        service,
         lasting,
         hz,
         off_cpu,
@@ -149,12 +150,13 @@ fn request(args: &Manual, node: String) -> Result<CaptureRequest, Error> {
         pids: pid.clone(),
         runtime: runtime.clone(),
         runtime_version: runtime_version.clone(),
+        service: service.clone(),
         ..Match::default()
     };
     if wanted == Match::default() && pod.is_none() {
         return Err(Error::Usage(
-            "choose the processes: --pid, --comm, --exe, --cgroup, --pod, --pod-labels, --namespace, --container or \
-             --runtime"
+            "choose the processes: --pid, --comm, --exe, --cgroup, --pod, --pod-labels, --namespace, --container, \
+             --runtime or --service"
                 .to_owned(),
         ));
     }

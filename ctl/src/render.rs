@@ -229,10 +229,11 @@ pub(crate) fn rule_status_json(status: &RuleStatus) -> Value {
 }
 
 pub(crate) fn process_json(process: &MatchedProcess) -> Value {
-    let MatchedProcess { pid, comm, exe, cgroup, pod, container, cpus, runtime, runtime_version } = process;
+    let MatchedProcess { pid, comm, exe, cgroup, pod, container, cpus, runtime, runtime_version, service } =
+        process;
     json!({
         "pid": pid, "comm": comm, "exe": exe, "cgroup": cgroup, "pod": pod, "container": container, "cpus": cpus,
-        "runtime": runtime, "runtime_version": runtime_version,
+        "runtime": runtime, "runtime_version": runtime_version, "service": service,
     })
 }
 

@@ -30,7 +30,7 @@ pub(super) fn told(context: Option<&Published>, environment: &Environment) -> Se
         ]
         .into_iter()
         .filter_map(|(text, source)| Some((text?, source)))
-        .find(|(text, _)| !text.trim().is_empty() && !(key == NAME && text.starts_with(UNKNOWN)))
+        .find(|(text, _)| !(text.trim().is_empty() || key == NAME && text.starts_with(UNKNOWN)))
         .map(|(text, source)| (shown(text), source))
     };
     Service { name: fact(NAME), namespace: fact(NAMESPACE), version: fact(VERSION) }

@@ -49,11 +49,13 @@ pub(crate) enum ThreadFault {
     Implausible,
 }
 
+/// Searched files, by device and inode number as `/proc/PID/maps` shows them.
+type Files = HashMap<(String, String), Option<Arc<Found>>>;
+
 /// Finds the variable in the files of processes. It searches a file that several of them map once.
 #[derive(Debug, Default)]
 pub(super) struct ThreadFinder {
-    /// By device and inode number, as `/proc/PID/maps` shows them.
-    files: Mutex<HashMap<(String, String), Option<Arc<Found>>>>,
+    files: Mutex<Files>,
 }
 
 /// The variable in a file, and where the file's parts belong.
@@ -180,12 +182,12 @@ mod tests {
         ThreadLocal { offset: 0x10, block_bytes: 0x39, block_align: 0x20, has_interpreter: false, access }
     }
 
-    fn in_module(module: i32, offset: i32) -> Result<ThreadContext, ThreadFault> {
-        Ok(ThreadContext { thread_offset: 8, steps: Some([module, offset]) })
+    fn in_module(module: i32, offset: i32) -> ThreadContext {
+        ThreadContext { thread_offset: 8, steps: Some([module, offset]) }
     }
 
-    fn at_distance(thread_offset: i64) -> Result<ThreadContext, ThreadFault> {
-        Ok(ThreadContext { thread_offset, steps: None })
+    fn at_distance(thread_offset: i64) -> ThreadContext {
+        ThreadContext { thread_offset, steps: None }
     }
 
     #[test]
@@ -193,15 +195,15 @@ mod tests {
         let distance = (-0x30_i64).cast_unsigned();
         let memory = Words(0x7000, vec![distance, 0x7018, 3, 3, 0x48]);
         let of_library = |access, is_musl| way(&of(Some(access)), 0x6000, false, is_musl, &memory);
-        assert_eq!(of_library(ThreadLocalAccess::Distance(0x1000), false), at_distance(-0x30));
-        assert_eq!(of_library(ThreadLocalAccess::Descriptor(0x1000), false), in_module(0x30, 0x48));
-        assert_eq!(of_library(ThreadLocalAccess::Descriptor(0x1000), true), in_module(0x18, 0x48));
-        assert_eq!(of_library(ThreadLocalAccess::Module(0x1010), false), in_module(0x30, 0x10));
+        assert_eq!(of_library(ThreadLocalAccess::Distance(0x1000), false), Ok(at_distance(-0x30)));
+        assert_eq!(of_library(ThreadLocalAccess::Descriptor(0x1000), false), Ok(in_module(0x30, 0x48)));
+        assert_eq!(of_library(ThreadLocalAccess::Descriptor(0x1000), true), Ok(in_module(0x18, 0x48)));
+        assert_eq!(of_library(ThreadLocalAccess::Module(0x1010), false), Ok(in_module(0x30, 0x10)));
         let resolved = Words(0x7000, vec![0x1234, distance]);
         let descriptor = of(Some(ThreadLocalAccess::Descriptor(0x1000)));
-        assert_eq!(way(&descriptor, 0x6000, false, false, &resolved), at_distance(-0x30));
+        assert_eq!(way(&descriptor, 0x6000, false, false, &resolved), Ok(at_distance(-0x30)));
         // The linker of a program places its block right below the thread pointer.
-        assert_eq!(way(&of(None), 0x6000, true, false, &memory), at_distance(0x10 - 0x40));
+        assert_eq!(way(&of(None), 0x6000, true, false, &memory), Ok(at_distance(0x10 - 0x40)));
     }
 
     #[test]

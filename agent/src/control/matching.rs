@@ -27,6 +27,7 @@ pub(super) struct Matcher {
     uid: Vec<u32>,
     runtime: Vec<String>,
     runtime_version: Vec<String>,
+    service: Vec<Pattern>,
     /// Pod fields of the rule, each as a query of its own.
     pods: Vec<(&'static str, PodMatcher)>,
 }
@@ -45,6 +46,7 @@ impl Matcher {
             uid,
             runtime,
             runtime_version,
+            service,
         } = wanted;
         // The node refused patterns that do not parse before, so none is left out here.
         let patterns = |texts: &[String]| texts.iter().filter_map(|text| Pattern::parse(text).ok()).collect();
@@ -63,6 +65,7 @@ impl Matcher {
             uid: uid.clone(),
             runtime: runtime.clone(),
             runtime_version: runtime_version.clone(),
+            service: patterns(service),
             pods: pods
                 .into_iter()
                 .filter_map(|(field, only)| Some((field, PodMatcher::of(&only)?)))
@@ -75,6 +78,11 @@ impl Matcher {
         !self.runtime.is_empty() || !self.runtime_version.is_empty()
     }
 
+    /// Reports whether it compares the services that processes give, which a survey finds only if asked to.
+    pub(super) fn compares_service(&self) -> bool {
+        !self.service.is_empty()
+    }
+
     /// Returns one line for each field that does not match; empty if the process matches.
     pub(super) fn mismatches(&self, seen: &SurveyedProcess, pod: &ProcessPod) -> Vec<String> {
         let mut found = Vec::new();
@@ -82,11 +90,13 @@ impl Matcher {
             ("match.comm", &self.comm, &seen.comm),
             ("match.exe", &self.exe, &seen.exe),
             ("match.cgroup", &self.cgroup, &seen.cgroup),
+            ("match.service", &self.service, &seen.service),
         ] {
             if !patterns.is_empty() && !patterns.iter().any(|pattern| pattern.matches(text.as_bytes())) {
                 let wanted: Vec<String> = patterns.iter().take(SHOWN_PATTERNS).map(show).collect();
                 let more = if patterns.len() > SHOWN_PATTERNS { ", ..." } else { "" };
-                let by = if field == "match.cgroup" { "" } else { started_by(&seen.exe) };
+                let is_program = field == "match.comm" || field == "match.exe";
+                let by = if is_program { started_by(&seen.exe) } else { "" };
                 found.push(format!("{field}: is `{text}`, not {}{more}{by}", wanted.join(" or ")));
             }
         }
@@ -193,6 +203,7 @@ pub(super) fn matched(seen: &SurveyedProcess, pod: &ProcessPod, cpus: f64) -> Ma
         cpus,
         runtime: seen.runtime.0.clone(),
         runtime_version: seen.runtime.1.clone(),
+        service: seen.service.clone(),
     }
 }
 
@@ -249,6 +260,11 @@ mod tests {
         };
         let matcher = Matcher::of(&wanted);
         assert!(matcher.compares_runtime() && !Matcher::of(&Match::default()).compares_runtime());
+        let of_shop = Matcher::of(&Match { service: vec!["shop*".into()], ..Match::default() });
+        let gives = |name: &str| SurveyedProcess { service: name.into(), ..SurveyedProcess::default() };
+        assert!(of_shop.compares_service() && !matcher.compares_service());
+        assert!(of_shop.mismatches(&gives("shop-eu"), &ProcessPod::None).is_empty());
+        assert_eq!(of_shop.mismatches(&gives(""), &ProcessPod::None), ["match.service: is ``, not `shop*`"]);
         for (seen, expected) in [
             (of("python", "3.12.1"), None),
             (of("python", "3.11.2"), Some("match.runtime_version: is 3.11.2, not 3.12 or 3.13")),

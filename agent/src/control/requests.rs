@@ -23,9 +23,11 @@ use tokio_util::sync::CancellationToken;
 use super::matching::{Matcher, ProcessPod, matched};
 use crate::{
     cgroup::CgroupHierarchy,
+    context,
     engine::{ManualCapture, RuleView},
+    model::ProcessKey,
     node::Node,
-    process::{SurveyedProcess, add_runtimes, cpu_usage, left_out_of_surveys, survey},
+    process::{SurveyedProcess, add_runtimes, cpu_usage, left_out_of_surveys, on_worker, survey},
     rules::RuleSource,
 };
 
@@ -127,8 +129,8 @@ async fn answer(node: &Node, request: Option<question::Question>) -> answer::Ans
     answered.unwrap_or_else(answer::Answer::Refused)
 }
 
-/// Returns all running processes, with their language runtimes on request, and the number of CPUs that each uses.
-async fn measure(with_runtimes: bool) -> Result<(Vec<SurveyedProcess>, HashMap<u32, f64>), String> {
+/// Returns all running processes, with what these rules compare, and the number of CPUs that each uses.
+async fn measure(matchers: &[Matcher]) -> Result<(Vec<SurveyedProcess>, HashMap<u32, f64>), String> {
     let hierarchy = CgroupHierarchy::detect();
     let scan = move || survey(hierarchy);
     let failed = |_| "the agent is shutting down".to_owned();
@@ -137,8 +139,38 @@ async fn measure(with_runtimes: bool) -> Result<(Vec<SurveyedProcess>, HashMap<u
     tokio::time::sleep(MEASURE_TIME).await;
     let after = tokio::task::spawn_blocking(scan).await.map_err(failed)?;
     let cpus = cpu_usage(&before, &after, begin.elapsed());
-    let after = if with_runtimes { find_runtimes(after).await? } else { after };
-    Ok((after, cpus))
+    Ok((complete(after, matchers).await?, cpus))
+}
+
+/// Adds what these rules compare, beside what a survey sees.
+async fn complete(
+    mut seen: Vec<SurveyedProcess>,
+    matchers: &[Matcher],
+) -> Result<Vec<SurveyedProcess>, String> {
+    if matchers.iter().any(Matcher::compares_runtime) {
+        seen = find_runtimes(seen).await?;
+    }
+    if matchers.iter().any(Matcher::compares_service) {
+        let add = move || {
+            add_services(&mut seen);
+            seen
+        };
+        seen = tokio::task::spawn_blocking(add).await.map_err(|_| "the agent is shutting down".to_owned())?;
+    }
+    Ok(seen)
+}
+
+/// Reads the services that all these processes give. Blocking: a worker reads each of them.
+fn add_services(processes: &mut [SurveyedProcess]) {
+    // A kernel thread has no executable.
+    for process in processes.iter_mut().filter(|process| !process.exe.is_empty()) {
+        let pid = process.pid;
+        let any = ProcessKey { tgid: pid, start_boottime_ns: 0 };
+        let told = on_worker(any, move || ProcessKey::of_running(pid).map(context::read));
+        if let Ok(Ok(Ok(told))) = told {
+            told.service.name().unwrap_or_default().clone_into(&mut process.service);
+        }
+    }
 }
 
 async fn find_runtimes(mut seen: Vec<SurveyedProcess>) -> Result<Vec<SurveyedProcess>, String> {
@@ -172,9 +204,9 @@ async fn add_shown_runtimes(
 async fn preview(node: &Node, PreviewQuestion { rules }: PreviewQuestion) -> Result<NodePreview, String> {
     let errors =
         node.engine.check(RuleSource::Remote, rules.clone()).await.map_err(|error| error.to_string())?;
-    let compares_runtime =
-        |rule: &Rule| rule.r#match.as_ref().is_some_and(|wanted| Matcher::of(wanted).compares_runtime());
-    let (seen, cpus) = measure(rules.iter().any(compares_runtime)).await?;
+    let matchers: Vec<Matcher> =
+        rules.iter().filter_map(|rule| rule.r#match.as_ref()).map(Matcher::of).collect();
+    let (seen, cpus) = measure(&matchers).await?;
     let mut previews: Vec<RulePreview> =
         rules.iter().map(|rule| preview_rule(node, rule, &seen, &cpus)).collect();
     add_shown_runtimes(seen, previews.iter_mut().flat_map(|preview| &mut preview.examples)).await?;
@@ -225,7 +257,7 @@ async fn explain(node: &Node, request: ExplainRequest) -> Result<ExplainResponse
     };
     let matcher = Matcher::of(&rule.r#match.clone().unwrap_or_default());
     let left_out = left_out_of_surveys();
-    let (seen, cpus) = measure(matcher.compares_runtime()).await?;
+    let (seen, cpus) = measure(std::slice::from_ref(&matcher)).await?;
     if pid != 0 && seen.iter().all(|seen| seen.pid != pid) {
         return Err(match left_out_of_surveys() - left_out {
             0 => format!("there is no process {pid} on the node"),
@@ -316,9 +348,7 @@ async fn capture(
         matches.cgroup.extend(groups);
     }
     let matcher = Matcher::of(&matches);
-    if matcher.compares_runtime() {
-        seen = find_runtimes(seen).await?;
-    }
+    seen = complete(seen, std::slice::from_ref(&matcher)).await?;
     let processes =
         seen.iter().filter(|seen| matcher.mismatches(seen, &ProcessPod::of(node, seen)).is_empty()).count();
     let manual = ManualCapture {

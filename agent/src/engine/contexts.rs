@@ -57,10 +57,10 @@ struct Request {
     environment: Option<Environment>,
 }
 
-/// `None`: it could not be read.
+/// The outcome of a request. `None`: nothing has changed, or it could not be read.
 struct Answer {
     key: ImageKey,
-    facts: Option<Option<(ToldFacts, Environment)>>,
+    facts: Option<(ToldFacts, Environment)>,
 }
 
 #[derive(Default)]
@@ -77,6 +77,10 @@ struct State {
     has_spans: bool,
     /// Something of it was not read, human-readable.
     text: String,
+    /// Rules that wait for its service: all their other properties match.
+    candidates: u64,
+    /// A rule samples it only in spans: it is read without samples too.
+    is_followed: bool,
 }
 
 impl Contexts {
@@ -89,9 +93,29 @@ impl Contexts {
         if process.samples > 1 || process.kernel_thread || self.images.contains_key(&process.key) {
             return;
         }
-        let age_ns = boot_time_ns().saturating_sub(process.key.process.start_boottime_ns);
-        let depth = if age_ns < YOUNG_NS { Depth::Environment } else { Depth::All };
-        self.request(process.key, depth);
+        self.request(process.key, depth_of(process));
+    }
+
+    /// Has a process read before its first sample: for the rules that compare its service and whose other properties match, and if
+    /// `is_followed`, for those that sample it only in spans.
+    pub(super) fn watch(&mut self, process: &Process, candidates: u64, is_followed: bool) {
+        let is_known = self.images.contains_key(&process.key);
+        let is_wanted = candidates != 0 || is_followed;
+        if process.kernel_thread || !(is_wanted || is_known) {
+            return;
+        }
+        let state = self.images.entry(process.key).or_default();
+        (state.candidates, state.is_followed) = (candidates, is_followed);
+        if !is_known {
+            self.request(process.key, depth_of(process));
+        }
+    }
+
+    /// The rules have changed: the kernel reports again which processes wait.
+    pub(super) fn clear_waiting(&mut self) {
+        for state in self.images.values_mut() {
+            (state.candidates, state.is_followed) = (0, false);
+        }
     }
 
     fn request(&mut self, key: ImageKey, depth: Depth) {
@@ -114,20 +138,31 @@ impl Contexts {
         }
     }
 
-    /// Takes what the thread has read: gives the services to the table, and the places of spans to the kernel.
-    pub(super) fn collect(&mut self, kernel: &mut Kernel, processes: &mut ProcessTable) {
-        let Some(thread) = &self.thread else { return };
+    /// Takes what the thread has read: gives the services to the table, and the places of spans to the kernel. Returns the images
+    /// whose service has changed, with the rules that wait for it.
+    pub(super) fn collect(
+        &mut self,
+        kernel: &mut Kernel,
+        processes: &mut ProcessTable,
+    ) -> Vec<(ImageKey, u64)> {
+        let mut changed = Vec::new();
+        let Some(thread) = &self.thread else { return changed };
         let answers: Vec<Answer> = thread.answers.try_iter().collect();
         for Answer { key, facts } in answers {
             let Some(process) = processes.get(&key) else {
                 self.images.remove(&key);
                 continue;
             };
-            let (is_alive, samples) = (process.is_alive(), process.samples);
-            if let Some(Some((facts, environment))) = &facts {
+            let (is_alive, samples, before) =
+                (process.is_alive(), process.samples, Arc::clone(&process.service));
+            if let Some((facts, environment)) = &facts {
                 let service = self.share(&facts.service);
                 processes.set_service(&key, &service);
                 self.enter(key, facts, environment, is_alive, kernel);
+                let candidates = self.images.get(&key).map_or(0, |state| state.candidates);
+                if is_alive && candidates != 0 && before != service {
+                    changed.push((key, candidates));
+                }
             }
             let state = self.images.entry(key).or_default();
             state.is_requested = false;
@@ -140,6 +175,7 @@ impl Contexts {
             state.looks += 1;
             state.due = Some(Instant::now() + pause);
         }
+        changed
     }
 
     fn enter(
@@ -198,9 +234,7 @@ impl Contexts {
             let is_time = state.due.is_some_and(|due| due <= now) || unknown.contains(&key.process.tgid);
             is_time
                 && !state.is_requested
-                && processes
-                    .get(key)
-                    .is_some_and(|process| process.is_alive() && process.samples > state.samples)
+                && processes.get(key).is_some_and(|process| process.is_alive() && is_wanted(state, process))
         };
         let due: Vec<_> = self
             .images
@@ -234,6 +268,16 @@ impl Contexts {
     }
 }
 
+fn is_wanted(state: &State, process: &Process) -> bool {
+    process.samples > state.samples || state.candidates != 0 || state.is_followed
+}
+
+/// Returns how much is read of a process first.
+fn depth_of(process: &Process) -> Depth {
+    let age_ns = boot_time_ns().saturating_sub(process.key.process.start_boottime_ns);
+    if age_ns < YOUNG_NS { Depth::Environment } else { Depth::All }
+}
+
 impl ReaderThread {
     fn start(wake_up: WakeUp) -> io::Result<Self> {
         let (requests, inbox) = mpsc::sync_channel::<Request>(MAX_REQUESTS);
@@ -260,12 +304,8 @@ impl ReaderThread {
     }
 }
 
-/// Reads one process. `None`: it could not be read.
-fn read(
-    readers: &Access,
-    reader: &Arc<ContextReader>,
-    request: Request,
-) -> Option<Option<(ToldFacts, Environment)>> {
+/// Reads one process. `None`: nothing has changed, or it could not be read.
+fn read(readers: &Access, reader: &Arc<ContextReader>, request: Request) -> Option<(ToldFacts, Environment)> {
     let Request { key, depth, environment } = request;
     let theirs = Arc::clone(reader);
     let call = move || {
@@ -273,5 +313,5 @@ fn read(
         Guard::default().read(read)
     };
     let target = Target::Process(key.process.tgid);
-    readers.run(target, "reading its service", DEADLINE, call).ok()?.ok()
+    readers.run(target, "reading its service", DEADLINE, call).ok()?.ok()?
 }

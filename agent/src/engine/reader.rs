@@ -23,6 +23,7 @@ use super::{
     runtime_files::{FoundRuntime, RuntimeFiles},
     sampled::{MarkChange, Sampled},
     unwinding::Unwinding,
+    wake_up::WakeUp,
 };
 use crate::{
     cgroup::CgroupHierarchy,
@@ -69,15 +70,14 @@ impl Reader {
         start_labels: Option<StartLabelOptions>,
         tables: Option<UnwindTables>,
         interpreters: Option<Interpreters>,
-        runtime_files: RuntimeFiles,
-        contexts: Contexts,
+        wake_up: &WakeUp,
         window: Duration,
     ) -> Self {
         Self {
             processes: ProcessTable::new(hierarchy, processes, raise_file_limit(), start_labels),
             discovered: Discovered::new(Instant::now()),
-            runtime_files,
-            contexts,
+            runtime_files: RuntimeFiles::new(wake_up.clone()),
+            contexts: Contexts::new(wake_up.clone()),
             sampled: Sampled::default(),
             unwinding: Unwinding::new(tables, interpreters),
             off_cpu: OffCpu::default(),
@@ -105,7 +105,7 @@ impl Reader {
             }
             self.hand_on_changes();
             self.decide_by_runtime(with, now);
-            self.contexts.collect(with.kernel, &mut self.processes);
+            self.decide_by_service(with, now);
             let after = self.processes.stats();
             if (after.loaded, after.rescans) == (before.loaded, before.rescans) {
                 return;
@@ -304,6 +304,10 @@ impl Reader {
         let candidates = with.captures.open(process.key, candidates);
         let with_runtime = self.find_runtime(process, candidates, with.rules);
         let process = with_runtime.as_ref().unwrap_or(process);
+        let slots = with.rules.slots();
+        let compares_service = candidates != 0 && slots.comparing_service(candidates) != 0;
+        let is_followed = slots.in_span() & (process.rules | candidates) != 0;
+        self.contexts.watch(process, if compares_service { candidates } else { 0 }, is_followed);
         let matching = |candidates| match candidates {
             0 => Want::default(),
             _ => with.rules.slots().decide(process, candidates, now),
@@ -338,6 +342,15 @@ impl Reader {
             self.processes.set_runtime(&key, runtime);
             let process = self.processes.get(&key).filter(|process| process.is_alive()).cloned();
             if let Some(process) = process {
+                self.decide(&process, candidates, with, now);
+            }
+        }
+    }
+
+    /// Takes what was read of services, and decides again about the processes whose service a rule compares.
+    fn decide_by_service(&mut self, with: &mut Deciders<'_>, now: SystemTime) {
+        for (key, candidates) in self.contexts.collect(with.kernel, &mut self.processes) {
+            if let Some(process) = self.processes.get(&key).filter(|process| process.is_alive()).cloned() {
                 self.decide(&process, candidates, with, now);
             }
         }

@@ -155,6 +155,8 @@ pub(crate) struct UnknownProcess {
     pub(crate) tgid: u32,
     /// Name and version of its language runtime; empty without one.
     pub(crate) runtime: (String, String),
+    /// The name of its service, as it gives it; empty if it gives none.
+    pub(crate) service: String,
 }
 
 /// A rule in force.
@@ -308,8 +310,10 @@ impl ViewSources<'_> {
     }
 
     pub(super) fn explain(&self, process: &UnknownProcess) -> Vec<(RuleId, String)> {
-        let UnknownProcess { comm, exe, cgroup, uid, tgid, runtime: (runtime, runtime_version) } = process;
-        let traits = ProcessTraits { comm, exe, cgroup, uid: *uid, tgid: *tgid, runtime, runtime_version };
+        let UnknownProcess { comm, exe, cgroup, uid, tgid, runtime: (runtime, runtime_version), service } =
+            process;
+        let (uid, tgid) = (*uid, *tgid);
+        let traits = ProcessTraits { comm, exe, cgroup, uid, tgid, runtime, runtime_version, service };
         self.rules.explain(&traits, None, SystemTime::now())
     }
 

@@ -14,7 +14,6 @@ use super::{
     CaptureAnswer, Command, EngineError, EngineOptions, Environment, ReplaceAnswer, Window, WindowSink,
     account::{self, Account, ClosedSamples},
     captures::{CaptureAction, Captures, ManualCapture, RunningCapture},
-    contexts::Contexts,
     effects::{Effect, EffectQueue},
     intake::Closed,
     interpreters::Interpreters,
@@ -23,7 +22,6 @@ use super::{
     read_pause::ReadPause,
     reader::{Deciders, Reader},
     repair::Repairs,
-    runtime_files::RuntimeFiles,
     view::{KernelView, ViewSources},
     wake_up::WakeUp,
 };
@@ -84,7 +82,6 @@ impl Worker {
         let tables = tables.transpose().map_err(EngineError::Start)?;
         let interpreters = tables.is_some().then(|| Interpreters::start(wake()));
         let interpreters = interpreters.transpose().map_err(EngineError::Start)?;
-        let runtime_files = RuntimeFiles::new(wake_up.clone());
         let sensors = Sensors::start(wake()).map_err(EngineError::Start)?;
         kernel.set_tables(tables.is_some());
         kernel.set_lifecycle(lifecycle);
@@ -94,16 +91,7 @@ impl Worker {
         rules.set_condition_support(NodeConditions::probe());
         Ok(Self {
             node,
-            reader: Reader::new(
-                hierarchy,
-                processes,
-                start_labels,
-                tables,
-                interpreters,
-                runtime_files,
-                Contexts::new(wake_up.clone()),
-                window,
-            ),
+            reader: Reader::new(hierarchy, processes, start_labels, tables, interpreters, &wake_up, window),
             rules,
             captures: Captures::new(cgroup::mount_of(hierarchy.controller()), Some(sensors), boot_time()),
             account: Account::new(&kernel)?,
@@ -315,6 +303,7 @@ impl Worker {
         // The former rules wanted these; the kernel reports again which processes the new ones want.
         self.reader.discovered.clear();
         self.reader.runtime_files.clear_waiting();
+        self.reader.contexts.clear_waiting();
         let rules = self.rules.kernel_rules(now);
         self.kernel.set_rules(&rules)?;
         self.reader.sampled.begin_round();

@@ -55,6 +55,8 @@ pub struct KernelRules {
     pub periods_ns: [u64; MAX_RULES],
     /// The slots that ask for blocked time.
     pub off_cpu: u64,
+    /// The slots that ask for ticks only while the thread works in a span.
+    pub in_span: u64,
     /// Whether any rule asks for user stacks.
     pub user_stacks: bool,
     /// Whether any rule asks for kernel stacks.
@@ -91,6 +93,7 @@ impl Default for KernelRules {
             masks: RuleMasks::default(),
             periods_ns: [0; MAX_RULES],
             off_cpu: 0,
+            in_span: 0,
             user_stacks: true,
             kernel_stacks: true,
         }
@@ -152,6 +155,7 @@ impl Kernel {
             settings.kernel_stacks = rules.kernel_stacks.into();
             settings.on_cpu_rules = rules.on_cpu();
             settings.off_cpu_rules = rules.off_cpu;
+            settings.in_span_rules = rules.in_span;
             settings.live_rules = rules.masks.rules | rules.all.rules;
             settings.sides[(next & 1) as usize] = rules.masks;
         });

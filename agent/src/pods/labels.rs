@@ -261,9 +261,9 @@ mod tests {
         assert_eq!(pods.label(&mut profiles).await, 0);
         // A rule's label takes precedence over a pod's label. A pod's label never replaces one of the agent's.
         insta::assert_snapshot!(profiles.iter().map(show).collect::<Vec<_>>().join("\n"), @r"
-        app_kubernetes_io_version=7 cluster=east container=app namespace=shop node=n pod=checkout-u1 pod_label_pod=liar service_name=checkout team=rule workload=checkout workload_kind=deployment
-        app_kubernetes_io_version=7 cluster=east container=log namespace=shop node=n pod=checkout-u1 pod_label_pod=liar service_name=checkout team=rule workload=checkout workload_kind=deployment
-        app_kubernetes_io_version=7 cluster=east container=app namespace=shop node=n pod=checkout-u2 pod_label_pod=liar service_name=checkout team=rule workload=checkout workload_kind=deployment
+        app_kubernetes_io_version=7 cluster=east container=app namespace=shop node=n pod=checkout-u1 pod_label_pod=liar service_name=checkout service_version=7 team=rule workload=checkout workload_kind=deployment
+        app_kubernetes_io_version=7 cluster=east container=log namespace=shop node=n pod=checkout-u1 pod_label_pod=liar service_name=checkout service_version=7 team=rule workload=checkout workload_kind=deployment
+        app_kubernetes_io_version=7 cluster=east container=app namespace=shop node=n pod=checkout-u2 pod_label_pod=liar service_name=checkout service_version=7 team=rule workload=checkout workload_kind=deployment
         cluster=east node=n service_name=python3 team=rule
         ");
         assert_eq!(profiles[0].raw.processes[0].pod_uid, "u1");

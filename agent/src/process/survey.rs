@@ -51,6 +51,8 @@ pub(crate) struct SurveyedProcess {
     pub(crate) cpu: Duration,
     /// Name and version of its language runtime; empty without one, and before [`add_runtimes`].
     pub(crate) runtime: (String, String),
+    /// The name of its service, as it gives it; empty if it gives none, and before its owner adds it.
+    pub(crate) service: String,
 }
 
 /// Returns all running processes. Blocking. A worker reads each of them: one that does not answer is left out, and the
@@ -101,6 +103,7 @@ fn survey_process(key: ProcessKey, hierarchy: CgroupHierarchy) -> Result<Surveye
         cgroup,
         uid: owner(&proc, key).ok(),
         runtime: Default::default(),
+        service: String::new(),
         cpu: TICK.saturating_mul(u32::try_from(stat.cpu_ticks).unwrap_or(u32::MAX)),
     })
 }

@@ -35,6 +35,8 @@ pub(crate) struct ProcessTraits<'a> {
     pub(crate) runtime: &'a str,
     /// Version of the runtime, as `3.11.2`; empty without a runtime.
     pub(crate) runtime_version: &'a str,
+    /// The name of its service, as it gives it; empty if it gives none, and while unknown.
+    pub(crate) service: &'a str,
 }
 
 impl<'a> ProcessTraits<'a> {
@@ -48,6 +50,7 @@ impl<'a> ProcessTraits<'a> {
             tgid: process.key.process.tgid,
             runtime,
             runtime_version,
+            service: process.service.name().unwrap_or_default(),
         }
     }
 }
@@ -62,6 +65,7 @@ pub(super) struct Compiled {
     uid: Vec<u32>,
     runtime: Vec<String>,
     runtime_version: Vec<String>,
+    service: Vec<Pattern>,
     /// The rule selects containers by pod metadata.
     pub(super) pods: bool,
     /// A rule that names pids alone applies from the next `execve` of those processes on.
@@ -77,6 +81,8 @@ pub(super) struct SlotRequest<'a> {
     pub(super) off_cpu: bool,
     pub(super) user_stacks: bool,
     pub(super) kernel_stacks: bool,
+    /// Only while the thread works in a span.
+    pub(super) in_span: bool,
     /// Only for processes that match at `execve`, not for those that already run.
     pub(super) at_exec: bool,
     /// Only in these containers, by the id of their control group; none: everywhere.
@@ -112,6 +118,7 @@ impl Compiled {
             uid,
             runtime,
             runtime_version,
+            service,
         } = rule.r#match.clone().unwrap_or_default();
         // Validation has refused patterns that do not parse, so leaving them out is safe.
         let patterns = |texts: &[String]| texts.iter().filter_map(|text| Pattern::parse(text).ok()).collect();
@@ -127,6 +134,7 @@ impl Compiled {
             uid,
             runtime,
             runtime_version,
+            service: patterns(&service),
             from_exec: false,
         }
     }
@@ -140,6 +148,7 @@ impl Compiled {
     fn by_agent(&self) -> bool {
         !self.exe.is_empty()
             || self.compares_runtime()
+            || self.compares_service()
             || self.cgroup.iter().any(|path| path.text().len() > MAX_CGROUP_PATH)
     }
 
@@ -147,6 +156,11 @@ impl Compiled {
     pub(super) fn compares_runtime(&self) -> bool {
         // Validation demands a runtime beside a version.
         !self.runtime.is_empty() || !self.runtime_version.is_empty()
+    }
+
+    /// Whether the rule compares the service that a process gives, which the agent reads from it.
+    pub(super) fn compares_service(&self) -> bool {
+        !self.service.is_empty()
     }
 
     fn is_runtime(&self, traits: &ProcessTraits<'_>) -> bool {
@@ -170,6 +184,7 @@ impl Compiled {
             && (self.uid.is_empty() || traits.uid.is_some_and(|uid| self.uid.contains(&uid)))
             && self.is_runtime(traits)
             && self.is_runtime_version(traits)
+            && any(&self.service, traits.service)
     }
 
     /// Returns the first property that does not match, human-readable.
@@ -204,6 +219,12 @@ impl Compiled {
         if !self.is_runtime_version(traits) {
             return Some(format!("it runs {} {}", traits.runtime, traits.runtime_version));
         }
+        if none(&self.service, traits.service) {
+            return Some(match traits.service {
+                "" => "it gives no service name that the agent has read".into(),
+                name => format!("its service is `{name}`"),
+            });
+        }
         None
     }
 
@@ -215,6 +236,7 @@ impl Compiled {
             && self.cgroup.is_empty()
             && self.uid.is_empty()
             && !self.compares_runtime()
+            && !self.compares_service()
             && !self.pods
     }
 
@@ -229,6 +251,7 @@ impl Compiled {
             && self.pids.is_empty()
             && self.uid.is_empty()
             && !self.compares_runtime()
+            && !self.compares_service()
             && !self.pods
     }
 }
@@ -267,7 +290,9 @@ pub(super) fn kernel_rules<'a>(requests: impl Iterator<Item = SlotRequest<'a>>, 
     let nothing_denied = *deny == Deny::default();
     // A process that has no entry in the kernel's table looks the same as one that is denied.
     let is_for_all = |request: &SlotRequest<'_>| {
-        nothing_denied && request.unknown_too && request.containers.is_none() && request.compiled.is_for_all()
+        // The agent reads a process before it is sampled in spans, so the programs have to report it.
+        let may_be_unknown = nothing_denied && request.unknown_too && !request.in_span;
+        may_be_unknown && request.containers.is_none() && request.compiled.is_for_all()
     };
     for request in requests {
         builder.add_slot(&request, is_for_all(&request));
@@ -293,6 +318,7 @@ impl<'a> Builder<'a> {
             off_cpu,
             user_stacks,
             kernel_stacks,
+            in_span,
             at_exec,
             containers,
             unknown_too: _,
@@ -300,6 +326,7 @@ impl<'a> Builder<'a> {
         let bit = 1_u64 << slot;
         self.rules.periods_ns[slot] = period_ns;
         self.rules.off_cpu |= u64::from(off_cpu) << slot;
+        self.rules.in_span |= u64::from(in_span) << slot;
         self.rules.user_stacks |= user_stacks;
         self.rules.kernel_stacks |= kernel_stacks;
         if is_for_all {
@@ -441,7 +468,7 @@ mod tests {
         ) {
             let (comm, exe, cgroup, uid, tgid, inside) = process;
             let traits =
-                ProcessTraits { comm: &comm, exe: &exe, cgroup: &cgroup, uid, tgid, runtime, runtime_version };
+                ProcessTraits { comm: &comm, exe: &exe, cgroup: &cgroup, uid, tgid, runtime, runtime_version, service: "" };
             let compiled: Vec<Compiled> = matches.iter().map(|(given, _)| compile(given)).collect();
             let requests = compiled.iter().zip(&matches).enumerate().map(|(slot, (compiled, (_, containers)))| {
                 SlotRequest { containers: containers.as_ref(), ..request(slot, compiled) }
@@ -564,6 +591,7 @@ mod tests {
             off_cpu: false,
             user_stacks: false,
             kernel_stacks: false,
+            in_span: false,
             at_exec: false,
             containers: None,
             unknown_too: true,
@@ -593,6 +621,7 @@ mod tests {
             Match { cgroup: text(), ..pids(&[7]) },
             Match { uid: vec![1], ..pids(&[7]) },
             Match { runtime: text(), ..pids(&[7]) },
+            Match { service: text(), ..pids(&[7]) },
             Match { namespaces: text(), ..pids(&[7]) },
             Match { pod_labels: "a=b".into(), ..pids(&[7]) },
             Match { containers: text(), ..pids(&[7]) },
@@ -636,6 +665,7 @@ mod tests {
             Match { cgroup: text(), ..all.clone() },
             Match { uid: vec![1], ..all.clone() },
             Match { runtime: text(), ..all.clone() },
+            Match { service: text(), ..all.clone() },
             Match { pids: vec![1], ..all.clone() },
             Match { namespaces: text(), ..all.clone() },
         ] {
@@ -737,6 +767,7 @@ mod tests {
             tgid: 9,
             runtime: "python",
             runtime_version: "3.11.2",
+            service: "shop-eu",
         };
         let version = |version: &str| vec![version.to_owned()];
         let of = |given: Match, traits: &ProcessTraits<'_>| compile(&given).mismatch(traits);
@@ -747,6 +778,7 @@ mod tests {
             (Match { uid: vec![1], ..pids(&[1]) }, "its pid is 9"),
             (Match { uid: vec![1], ..Match::default() }, "its user id is 5"),
             (Match { runtime: text(), ..Match::default() }, "its language runtime is python"),
+            (Match { service: text(), ..Match::default() }, "its service is `shop-eu`"),
             (Match { runtime_version: version("3.1"), ..Match::default() }, "it runs python 3.11.2"),
         ] {
             assert_eq!(of(given, &traits).as_deref(), Some(said));
@@ -754,6 +786,9 @@ mod tests {
         let unknown = ProcessTraits { uid: None, ..traits };
         let said = of(Match { uid: vec![1], ..Match::default() }, &unknown);
         assert_eq!(said.as_deref(), Some("its user id is not known"));
+        let nameless = ProcessTraits { service: "", ..traits };
+        let of_shop = || Match { service: vec!["shop*".into()], ..Match::default() };
+        assert_eq!((of(of_shop(), &traits), of(of_shop(), &nameless).is_some()), (None, true));
         let native = ProcessTraits { runtime: "", runtime_version: "", ..traits };
         let said = of(Match { runtime: version("python"), ..Match::default() }, &native);
         assert_eq!(said.as_deref(), Some("it runs no language runtime that the agent has found"));

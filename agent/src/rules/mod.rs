@@ -253,6 +253,7 @@ impl RuleBook {
                 off_cpu: entry.wants_off_cpu(),
                 user_stacks: capture.user_stacks.unwrap_or(true),
                 kernel_stacks: capture.kernel_stacks.unwrap_or(true),
+                in_span: capture.only_in_span,
                 at_exec: matches!(entry.usage, SlotUse::AtExec),
                 containers: target.or_else(|| entry.containers(&self.pods)),
                 unknown_too: matches!(entry.usage, SlotUse::Always | SlotUse::Capture { .. }),

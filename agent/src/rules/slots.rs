@@ -369,6 +369,20 @@ impl Slots {
             .fold(0, |slots, (index, _)| slots | 1 << index)
     }
 
+    /// Returns the slots among `candidates` whose rule compares the service that a process gives.
+    pub(crate) fn comparing_service(&self, candidates: u64) -> u64 {
+        self.active()
+            .filter(|(index, slot)| candidates >> index & 1 == 1 && slot.compiled.compares_service())
+            .fold(0, |slots, (index, _)| slots | 1 << index)
+    }
+
+    /// Returns the slots whose rule samples threads only while they work in a span.
+    pub(crate) fn in_span(&self) -> u64 {
+        self.active()
+            .filter(|(_, slot)| slot.rule.capture.as_ref().is_some_and(|capture| capture.only_in_span))
+            .fold(0, |slots, (index, _)| slots | 1 << index)
+    }
+
     /// Returns the live rules with conditions.
     pub(crate) fn watched(&self, now: SystemTime) -> Vec<WatchedRule> {
         let mut watched: BTreeMap<&str, WatchedRule> = BTreeMap::new();

@@ -22,13 +22,12 @@ struct {
 } context_scratch SEC(".maps");
 
 /* Reads the head of the current thread's record. Returns the address of the record; 0: there is none that is valid. */
-ALWAYS_INLINE u64 read_context(struct context_record *record, const struct event *event)
+ALWAYS_INLINE u64 read_context(struct context_record *record, u32 tgid, u64 start_boottime, u32 exec_id)
 {
-	u32 tgid = event->tgid;
 	struct thread_context *source = bpf_map_lookup_elem(&thread_contexts, &tgid);
 	u64 at;
 
-	if (!source || source->start_boottime != event->start_boottime || source->exec_id != event->exec_id)
+	if (!source || source->start_boottime != start_boottime || source->exec_id != exec_id)
 		return 0;
 	if (!read_user(&at, thread_pointer() + source->thread_offset) || !at)
 		return 0;
@@ -42,13 +41,29 @@ ALWAYS_INLINE u64 read_context(struct context_record *record, const struct event
 	return at;
 }
 
+/* Whether the current thread works in a span. */
+ALWAYS_INLINE bool is_in_span(u32 tgid, u64 start_boottime, u32 exec_id)
+{
+	u32 zero = 0;
+	struct context_record *record = bpf_map_lookup_elem(&context_scratch, &zero);
+
+	if (!record || !read_context(record, tgid, start_boottime, exec_id))
+		return false;
+	for (u32 i = 0; i < sizeof(record->head.span_id); i++)
+		if (record->head.span_id[i])
+			return true;
+	return false;
+}
+
 /* Copies the span of the current thread into the ring buffer, before its sample. */
 ALWAYS_INLINE void send_context(struct counters *counters, const struct event *event)
 {
 	u32 zero = 0;
 	struct context_record *record = bpf_map_lookup_elem(&context_scratch, &zero);
-	u64 at = record ? read_context(record, event) : 0, size, fill;
+	u64 at = 0, size, fill;
 
+	if (record)
+		at = read_context(record, event->tgid, event->start_boottime, event->exec_id);
 	if (!at)
 		return;
 	size = record->head.bytes;

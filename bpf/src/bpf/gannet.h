@@ -154,6 +154,8 @@ struct settings {
 	/* Rules that want ticks, and rules that want blocked time. */
 	u64 on_cpu_rules;
 	u64 off_cpu_rules;
+	/* Rules that want ticks only while the thread works in a span. */
+	u64 in_span_rules;
 	/* Off-CPU intervals shorter than this are not reported. */
 	u64 off_cpu_min_ns;
 	/* Stacks of threads that block, per second and CPU; more are counted as lost. */

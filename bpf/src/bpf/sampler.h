@@ -689,6 +689,9 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	want_of_process(&want, proc, tgid, now.start_boottime, now.exec_id);
 	/* There is one clock for each rate in use; a process follows the fastest that a rule asks for. */
 	want.rules &= settings.on_cpu_rules;
+	if (want.rules & settings.in_span_rules &&
+	    !(settings.contexts && is_in_span(tgid, now.start_boottime, now.exec_id)))
+		want.rules &= ~settings.in_span_rules;
 	if (!want.rules || want.period_ns != ctx->sample_period)
 		return NULL;
 	take_sample(counters, want.rules);

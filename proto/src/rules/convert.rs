@@ -40,9 +40,11 @@ impl From<RuleForm> for control::Rule {
             uid,
             runtime,
             runtime_version,
+            service,
         } = matches;
         let NodesForm { selector, names, percent } = nodes;
-        let CaptureForm { kind, hz, duration, cooldown, lead_up, max_concurrent, stacks } = capture;
+        let CaptureForm { kind, hz, duration, cooldown, lead_up, max_concurrent, stacks, only_in_span } =
+            capture;
         let LifetimeForm { ttl, not_before } = lifetime;
         Self {
             id,
@@ -59,6 +61,7 @@ impl From<RuleForm> for control::Rule {
                 uid,
                 runtime,
                 runtime_version,
+                service,
             }),
             nodes: unless_default(control::NodeSelector { selector, names, percent: percent.unwrap_or(0) }),
             when: when.into_iter().map(Into::into).collect(),
@@ -78,6 +81,7 @@ impl From<RuleForm> for control::Rule {
                 max_concurrent: max_concurrent.unwrap_or(0),
                 user_stacks: stacks.user,
                 kernel_stacks: stacks.kernel,
+                only_in_span,
             }),
             lifetime: unless_default(control::Lifetime {
                 ttl: ttl.map(Time::to_wire),
@@ -162,6 +166,7 @@ impl From<&control::Rule> for RuleForm {
             uid,
             runtime,
             runtime_version,
+            service,
         } = r#match.unwrap_or_default();
         let control::NodeSelector { selector, names, percent } = nodes.unwrap_or_default();
         let control::Capture {
@@ -173,6 +178,7 @@ impl From<&control::Rule> for RuleForm {
             max_concurrent,
             user_stacks,
             kernel_stacks,
+            only_in_span,
         } = capture.unwrap_or_default();
         let control::Lifetime { ttl, not_before } = lifetime.unwrap_or_default();
         let unless_zero = |value: u32| (value != 0).then_some(value);
@@ -191,6 +197,7 @@ impl From<&control::Rule> for RuleForm {
                 uid,
                 runtime,
                 runtime_version,
+                service,
             },
             nodes: NodesForm { selector, names, percent: unless_zero(percent) },
             when: when.into_iter().filter_map(|condition| condition.kind).map(Into::into).collect(),
@@ -209,6 +216,7 @@ impl From<&control::Rule> for RuleForm {
                 lead_up: Time::from_wire(lead_up),
                 max_concurrent: unless_zero(max_concurrent),
                 stacks: StacksForm { user: user_stacks, kernel: kernel_stacks },
+                only_in_span,
             },
             lifetime: LifetimeForm {
                 ttl: Time::from_wire(ttl),

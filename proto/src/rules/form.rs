@@ -59,6 +59,8 @@ pub(super) struct MatchForm {
     pub(super) runtime: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) runtime_version: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) service: Vec<String>,
 }
 
 #[derive(Default, PartialEq, Serialize, Deserialize)]
@@ -166,6 +168,8 @@ pub(super) struct CaptureForm {
     pub(super) max_concurrent: Option<u32>,
     #[serde(skip_serializing_if = "is_default")]
     pub(super) stacks: StacksForm,
+    #[serde(skip_serializing_if = "is_default")]
+    pub(super) only_in_span: bool,
 }
 
 #[derive(PartialEq, Serialize, Deserialize)]

@@ -21,6 +21,7 @@ rules:
       uid: [1000]
       runtime: [python]
       runtime_version: ["3.11", "3.12.1"]
+      service: ["shop*"]
     nodes:
       selector: "pool=gpu"
       names: []
@@ -178,6 +179,12 @@ fn mistakes_in_several_rules_are_reported_together() {
     "match.runtime_version[0]: `3.011` is not a version"
 )]
 #[case::version_alone("match: {runtime_version: ['3.11']}", "match.runtime_version: needs match.runtime")]
+#[case::service("match: {service: [shop, 'a*b']}", "match.service[1]: `a*b` may have `*` only at the end")]
+#[case::services("match: {service: ['*']}", "match.service[0]: matches every service: give a name")]
+#[case::in_span(
+    "capture: {kind: [on_cpu, off_cpu], only_in_span: true}",
+    "capture.only_in_span: is for on_cpu alone"
+)]
 #[case::nothing("match: {}", "match: is empty: choose processes, or give `comm: [\"*\"]`")]
 #[case::percent("nodes: {percent: 101}", "nodes.percent: is 101: give 1 to 100")]
 #[case::hz(
@@ -362,9 +369,10 @@ prop_compose! {
         pod_labels in prop_oneof![Just(String::new()), Just("app=a,tier in (b,c),!x".to_owned())],
         pids in collection::vec(1_u32..100_000, 0..3),
         runtime_version in collection::vec("3\\.[1-9][0-9]?", 0..3),
+        service in collection::vec("[a-z]{1,9}\\*?", 0..3),
     ) -> Match {
         let runtime = vec!["python".to_owned()];
-        Match { comm, exe, namespaces, pod_labels, pids, runtime, runtime_version, ..Match::default() }
+        Match { comm, exe, namespaces, pod_labels, pids, runtime, runtime_version, service, ..Match::default() }
     }
 }
 
@@ -379,6 +387,7 @@ prop_compose! {
         ttl in seconds(1..100_000),
         not_before in option::of(0_i64..4_000_000_000),
         kernel_stacks in option::of(Just(false)),
+        only_in_span in any::<bool>(),
         labels in collection::btree_map("[a-z]{1,3}x", "\\PC{0,30}", 0..3),
         priority in -1000..=1000_i32,
     ) -> Rule {
@@ -393,6 +402,7 @@ prop_compose! {
                 hz,
                 duration: duration.filter(|_| triggered),
                 kernel_stacks,
+                only_in_span,
                 ..Capture::default()
             }),
             lifetime: Some(Lifetime { ttl, not_before }),

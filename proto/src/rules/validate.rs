@@ -28,6 +28,8 @@ const MAX_RULE_LABELS: usize = 8;
 const MAX_PRIORITY: i32 = 1000;
 const MAX_VERSION_PARTS: usize = 3;
 
+/// Longest name of a service, as the agent keeps it.
+const MAX_SERVICE_BYTES: usize = 256;
 /// The language runtimes that rules can match.
 pub const RUNTIMES: &[&str] =
     &["dotnet", "erlang", "go", "java", "luajit", "node", "perl", "php", "python", "ruby"];
@@ -278,6 +280,7 @@ fn matches(wanted: &Match, faults: &mut Faults<'_>) {
         uid,
         runtime,
         runtime_version,
+        service,
     } = wanted;
     faults.each("match.comm", comm, check_comm);
     faults.each("match.exe", exe, check_path);
@@ -300,6 +303,7 @@ fn matches(wanted: &Match, faults: &mut Faults<'_>) {
     faults.entries("match.uid", uid, MAX_ENTRIES);
     faults.each("match.runtime", runtime, check_runtime);
     faults.each("match.runtime_version", runtime_version, check_version);
+    faults.each("match.service", service, check_service);
     if runtime.is_empty() && !runtime_version.is_empty() {
         faults.add("match.runtime_version", "needs match.runtime: give the runtime that has this version");
     }
@@ -311,6 +315,15 @@ fn check_runtime(text: &str) -> Result<(), String> {
     }
     let known = RUNTIMES.join(", ");
     Err(format!("`{}` is not a runtime that Gannet knows: give one of {known}", text.escape_debug()))
+}
+
+fn check_service(text: &str) -> Result<(), String> {
+    let pattern = Pattern::parse(text).map_err(|error| format!("`{}` {error}", text.escape_debug()))?;
+    match pattern.text().len() {
+        0 => Err("matches every service: give a name, or the beginning of one and `*`".to_owned()),
+        1..=MAX_SERVICE_BYTES => Ok(()),
+        length => Err(format!("has {length} bytes, and at most {MAX_SERVICE_BYTES} are allowed")),
+    }
 }
 
 fn check_version(text: &str) -> Result<(), String> {
@@ -470,8 +483,17 @@ fn check_pressure(pressure: &condition::Pressure, field: &str, faults: &mut Faul
 }
 
 fn captures(capture: &Capture, triggered: bool, caps: &Caps, faults: &mut Faults<'_>) {
-    let Capture { kind, hz, duration, cooldown, lead_up, max_concurrent, user_stacks, kernel_stacks } =
-        capture;
+    let Capture {
+        kind,
+        hz,
+        duration,
+        cooldown,
+        lead_up,
+        max_concurrent,
+        user_stacks,
+        kernel_stacks,
+        only_in_span,
+    } = capture;
     let mut seen = HashSet::new();
     for (number, kind) in kind.iter().enumerate() {
         let field = format!("capture.kind[{number}]");
@@ -514,5 +536,12 @@ fn captures(capture: &Capture, triggered: bool, caps: &Caps, faults: &mut Faults
     }
     if (*user_stacks, *kernel_stacks) == (Some(false), Some(false)) {
         faults.add("capture.stacks", "leaves nothing to record: set user or kernel to true");
+    }
+    if *only_in_span && kind.contains(&capture::Kind::OffCpu.into()) {
+        faults.add(
+            "capture.only_in_span",
+            "is for on_cpu alone, because off-CPU samples carry no span: remove off_cpu from capture.kind, or give it to a \
+             rule of its own",
+        );
     }
 }

@@ -5,7 +5,7 @@ use std::{fmt::Write as _, sync::Arc};
 use serde::Serialize;
 
 use crate::{
-    context,
+    context::{self, ToldFacts},
     engine::{EngineError, ProcessView, UnknownProcess, Unwinding},
     model::ProcessKey,
     node::Node,
@@ -112,7 +112,7 @@ fn row(process: ProcessView) -> ProcessRow {
 /// `None` if no such process runs.
 async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineError> {
     let read = tokio::task::spawn_blocking(move || read_once(pid)).await;
-    let Some((known, runtime, is_cut, told)) = read.ok().flatten() else { return Ok(None) };
+    let Some(ReadOnce { known, runtime, is_cut, told }) = read.ok().flatten() else { return Ok(None) };
     let names = known.names();
     let traits = UnknownProcess {
         comm: known.comm.clone(),
@@ -121,6 +121,7 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
         uid: Some(known.uid),
         tgid: pid,
         runtime,
+        service: told.service.name().unwrap_or_default().to_owned(),
     };
     let why = format!("not profiled: {}", why_not(&node.engine.explain(traits).await?));
     Ok(Some(ProcessRow {
@@ -142,7 +143,7 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
         } else {
             String::new()
         },
-        service: told,
+        service: told.all_text(),
         mappings_from: "nowhere",
         parent: 0,
         uid: Some(known.uid),
@@ -151,9 +152,17 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
     }))
 }
 
-/// Reads a process, with name and version of its language runtime, whether the search for that was cut, and the service that it
-/// tells to be.
-fn read_once(pid: u32) -> Option<(Arc<Metadata>, (String, String), bool, String)> {
+/// A process that was read for one request.
+struct ReadOnce {
+    known: Arc<Metadata>,
+    /// Name and version of its language runtime.
+    runtime: (String, String),
+    /// Whether the search for that was cut.
+    is_cut: bool,
+    told: ToldFacts,
+}
+
+fn read_once(pid: u32) -> Option<ReadOnce> {
     let options = MetadataOptions { entries: 1, cmdline: false, cwd: false, ..MetadataOptions::default() };
     let any = ProcessKey { tgid: pid, start_boottime_ns: 0 };
     let key = on_worker(any, move || ProcessKey::of_running(pid)).ok()?.ok()?;
@@ -166,7 +175,7 @@ fn read_once(pid: u32) -> Option<(Arc<Metadata>, (String, String), bool, String)
         (name.to_owned(), version.to_owned())
     });
     let told = on_worker(key, move || context::read(key)).ok().and_then(Result::ok).unwrap_or_default();
-    Some((known, runtime, is_cut, told.all_text()))
+    Some(ReadOnce { known, runtime, is_cut, told })
 }
 
 /// Returns for each rule in force the reason why it does not match a process.
