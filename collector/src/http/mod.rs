@@ -201,6 +201,7 @@ async fn flamegraph(State(state): State<HttpState>, params: RawParams) -> ApiRes
         max: params.number("max_nodes")?,
         interpreter_frames: params.flag("interpreter_frames")?,
         hide_error_frames: params.flag("hide_error_frames")?,
+        spans: params.spans()?,
     };
     let graph = state.query.flamegraph(&of, base.as_ref(), params.text("type"), shape).await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], json::flamegraph(&graph)).into_response())
@@ -213,6 +214,7 @@ async fn top(State(state): State<HttpState>, params: RawParams) -> ApiResult {
         max: params.number("limit")?,
         interpreter_frames: params.flag("interpreter_frames")?,
         hide_error_frames: params.flag("hide_error_frames")?,
+        spans: params.spans()?,
     };
     Ok(axum::Json(json::top(&state.query.top(&of, base.as_ref(), params.text("type"), shape).await?)))
 }

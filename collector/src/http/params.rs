@@ -5,12 +5,15 @@ use std::collections::HashMap;
 use axum::extract::Query as UrlQuery;
 
 use super::ApiError;
-use crate::{query::Selection, time};
+use crate::{
+    query::{Selection, SpanFilter},
+    time,
+};
 
 /// Parameters of a range of time.
 pub(super) const RANGE: [&str; 3] = ["query", "from", "until"];
 /// Parameters of a flame graph and a table.
-pub(super) const GRAPH: [&str; 10] = [
+pub(super) const GRAPH: [&str; 12] = [
     "query",
     "from",
     "until",
@@ -21,6 +24,8 @@ pub(super) const GRAPH: [&str; 10] = [
     "base_until",
     "interpreter_frames",
     "hide_error_frames",
+    "span_id",
+    "trace_id",
 ];
 
 /// The query string of a request, before its names are checked.
@@ -80,6 +85,29 @@ impl Params {
                     .map_err(|e| ApiError::bad_request(format!("parameter {name}: {e}")))?;
                 Ok(Some(at))
             }
+        }
+    }
+
+    /// Returns the span or trace whose samples are wanted. Several ids of one kind stand with `,` between them.
+    pub(super) fn spans(&self) -> Result<SpanFilter, ApiError> {
+        let ids = |name: &str, digits: usize| {
+            let ids: Vec<String> =
+                self.text(name).split(',').filter(|id| !id.is_empty()).map(str::to_owned).collect();
+            let is_id = |id: &String| id.len() == digits && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+            match ids.iter().find(|id| !is_id(id)) {
+                Some(id) => Err(ApiError::bad_request(format!(
+                    "parameter {name}: `{id}` is no id: give {digits} hex digits"
+                ))),
+                None => Ok(ids),
+            }
+        };
+        match (ids("span_id", 16)?, ids("trace_id", 32)?) {
+            (spans, traces) if !spans.is_empty() && !traces.is_empty() => {
+                Err(ApiError::bad_request("span_id and trace_id: give one of them, not both".into()))
+            }
+            (spans, traces) if spans.is_empty() && traces.is_empty() => Ok(SpanFilter::All),
+            (spans, traces) if traces.is_empty() => Ok(SpanFilter::Spans(spans)),
+            (_, traces) => Ok(SpanFilter::Traces(traces)),
         }
     }
 

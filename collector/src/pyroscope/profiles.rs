@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     profile_type::ProfileType,
-    query::{Merged, Query, QueryError},
+    query::{Merged, Query, QueryError, SpanFilter},
 };
 
 /// Frames of a call site: those of the deepest stack.
@@ -118,32 +118,20 @@ impl Stacks {
 
     /// Returns a merged profile with the selected samples alone.
     fn select<'p>(&self, profile: &'p Profile) -> Result<Cow<'p, Profile>, QueryError> {
-        let by_label = match (self.spans.is_empty(), self.traces.is_empty()) {
-            (true, true) => None,
-            (false, _) => Some(("span_id", &self.spans)),
-            (true, false) => Some(("trace_id", &self.traces)),
+        let spans = match (self.spans.is_empty(), self.traces.is_empty()) {
+            (true, true) => SpanFilter::All,
+            (false, _) => SpanFilter::Spans(self.spans.clone()),
+            (true, false) => SpanFilter::Traces(self.traces.clone()),
         };
-        if by_label.is_none() && self.call_site.is_empty() {
-            return Ok(Cow::Borrowed(profile));
+        let selected = spans.of(Cow::Borrowed(profile));
+        if self.call_site.is_empty() {
+            return Ok(selected);
         }
-        let mut profile = profile.clone();
-        if !self.call_site.is_empty() {
-            let below = pprof::stacks_below(&profile, &self.call_site)
-                .map_err(|error| QueryError::Invalid(error.to_string()))?;
-            let mut below = below.into_iter();
-            profile.sample.retain(|_| below.next().unwrap_or(false));
-        }
-        if let Some((key, ids)) = by_label {
-            let Profile { sample, string_table, .. } = &mut profile;
-            let text = |index: i64| {
-                usize::try_from(index).ok().and_then(|at| string_table.get(at)).map_or("", String::as_str)
-            };
-            sample.retain(|sample| {
-                sample.label.iter().any(|label| {
-                    text(label.key) == key && ids.iter().any(|id| id.eq_ignore_ascii_case(text(label.str)))
-                })
-            });
-        }
+        let below = pprof::stacks_below(&selected, &self.call_site)
+            .map_err(|error| QueryError::Invalid(error.to_string()))?;
+        let mut below = below.into_iter();
+        let mut profile = selected.into_owned();
+        profile.sample.retain(|_| below.next().unwrap_or(false));
         Ok(Cow::Owned(profile))
     }
 

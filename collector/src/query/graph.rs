@@ -1,13 +1,13 @@
 //! Flame graphs and tables of functions, of one selection or of two compared ones.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use gannet_proto::{
     pprof::{self, FlameTree, Side},
     query as api,
 };
 
-use super::{Query, QueryError, merge::Merged, select::Selection, unit_of};
+use super::{Query, QueryError, SpanFilter, merge::Merged, select::Selection, unit_of};
 
 /// Nodes of a flame graph without `max_nodes`, and the highest `max_nodes`.
 const DEFAULT_FLAME_NODES: u32 = 20_000;
@@ -24,7 +24,7 @@ struct Comparison {
 }
 
 /// The form of a graph or table.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Shape {
     /// The most nodes or rows; 0 means the default.
     pub(crate) max: u32,
@@ -32,6 +32,8 @@ pub(crate) struct Shape {
     pub(crate) interpreter_frames: bool,
     /// Whether frames that say what a stack lacks are left out.
     pub(crate) hide_error_frames: bool,
+    /// The spans or traces whose samples it has, on both sides.
+    pub(crate) spans: SpanFilter,
 }
 
 impl Comparison {
@@ -40,7 +42,7 @@ impl Comparison {
         [&self.main, &self.base].into_iter().flatten().map(|merged| merged.unreadable).sum()
     }
 
-    fn tree(&self, shape: Shape) -> Result<FlameTree, QueryError> {
+    fn tree(&self, shape: &Shape) -> Result<FlameTree, QueryError> {
         let mut tree = FlameTree::new()
             .with_interpreter_frames(shape.interpreter_frames)
             .hide_error_frames(shape.hide_error_frames);
@@ -48,7 +50,8 @@ impl Comparison {
             if let Some(merged) = merged
                 && let Some(index) = pprof::sample_type_index(&merged.profile, &self.sample_type)
             {
-                tree.add(&merged.profile, index, side).map_err(|e| QueryError::Invalid(e.to_string()))?;
+                let profile = shape.spans.of(Cow::Borrowed(&merged.profile));
+                tree.add(&profile, index, side).map_err(|e| QueryError::Invalid(e.to_string()))?;
             }
         }
         Ok(tree)
@@ -90,7 +93,7 @@ impl Query {
         let max_nodes = if max_nodes == 0 { DEFAULT_FLAME_NODES } else { max_nodes } as usize;
         let compared = self.compare(selection, base, sample_type).await?;
         self.blocking(move |_| {
-            let root = compared.tree(shape)?.prune(max_nodes);
+            let root = compared.tree(&shape)?.prune(max_nodes);
             Ok(api::FlameGraphResponse {
                 unit: unit_of(&compared.sample_type),
                 total: root.total,
@@ -122,7 +125,7 @@ impl Query {
         let limit = if limit == 0 { DEFAULT_TOP_ROWS } else { limit } as usize;
         let compared = self.compare(selection, base, sample_type).await?;
         self.blocking(move |_| {
-            let tree = compared.tree(shape)?;
+            let tree = compared.tree(&shape)?;
             Ok(api::TopResponse {
                 unit: unit_of(&compared.sample_type),
                 total: tree.total(Side::Main),

@@ -166,7 +166,7 @@ impl QueryService for QueryGrpc {
             interpreter_frames,
             hide_error_frames,
         } = request.into_inner();
-        let shape = Shape { max: max_nodes, interpreter_frames, hide_error_frames };
+        let shape = Shape { max: max_nodes, interpreter_frames, hide_error_frames, ..Shape::default() };
         let base = base.map(|b| selection(Some(b))).transpose()?;
         let mut answer = self.0.flamegraph(&selection(of)?, base.as_ref(), &sample_type, shape).await?;
         if flat {
@@ -184,7 +184,7 @@ impl QueryService for QueryGrpc {
             interpreter_frames,
             hide_error_frames,
         } = request.into_inner();
-        let shape = Shape { max: limit, interpreter_frames, hide_error_frames };
+        let shape = Shape { max: limit, interpreter_frames, hide_error_frames, ..Shape::default() };
         let base = base.map(|b| selection(Some(b))).transpose()?;
         let answer = self.0.top(&selection(of)?, base.as_ref(), &sample_type, shape).await?;
         Ok(Response::new(answer))

@@ -6,6 +6,7 @@ mod grpc;
 mod heatmap;
 mod merge;
 mod select;
+mod spans;
 mod timeline;
 
 use std::{
@@ -29,6 +30,7 @@ pub(crate) use self::{
     heatmap::Heatmap,
     merge::Merged,
     select::{Selection, parse_profile_id},
+    spans::SpanFilter,
 };
 use crate::{
     limits::MAX_INFLATION,

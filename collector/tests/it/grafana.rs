@@ -418,7 +418,9 @@ async fn a_span_selects_its_samples() {
     };
     let mut samples = std::mem::take(&mut traced.sample);
     for (index, sample) in samples.iter_mut().enumerate().take(2) {
-        label(sample, "span_id", &format!("00000000000000a{index}"));
+        // Pyroscope's SDKs have their own name for it.
+        let name = ["span_id", "profile_id"][index];
+        label(sample, name, &format!("00000000000000a{index}"));
         label(sample, "trace_id", &format!("{:032x}", 7));
     }
     let selected: Vec<i64> = samples.iter().map(|sample| sample.value[0]).collect();
@@ -446,6 +448,23 @@ async fn a_span_selects_its_samples() {
     )
     .await;
     assert_eq!((answer.status, answer.text().contains("not both")), (400, true));
+    for (ids, total) in [
+        ("span_id=00000000000000A0", selected[0]),
+        ("span_id=00000000000000a0,00000000000000a1", selected[0] + selected[1]),
+        (&format!("trace_id={trace}"), selected[0] + selected[1]),
+        ("span_id=00000000000000ff", 0),
+    ] {
+        let url = format!("/api/v1/flamegraph?type=samples/count&from={t}&{ids}");
+        let graph = get(running.http_addr, &url).await.json();
+        assert_eq!(graph["total"].as_i64(), Some(total), "{url}: {graph}");
+    }
+    for (ids, part) in [
+        ("span_id=a0", "16 hex digits"),
+        (&format!("span_id={0}{0}&trace_id={trace}", "0a".repeat(4)), "not both"),
+    ] {
+        let answer = get(running.http_addr, &format!("/api/v1/top?{ids}")).await;
+        assert!(answer.status == 400 && answer.text().contains(part), "{ids}: {}", answer.text());
+    }
     let old = api::SelectMergeSpanProfileRequest {
         profile_type_id: SAMPLES_TYPE.into(),
         label_selector: "{}".into(),
