@@ -103,9 +103,11 @@ impl ThreadFinder {
     }
 }
 
+/// Reports whether a file is musl's C library.
 fn is_musl(path: &str) -> bool {
     let name = path.rsplit('/').next().unwrap_or_default();
-    name.starts_with("ld-musl-") || name.starts_with("libc.musl-")
+    // Debian has it beside glibc: /usr/lib/x86_64-linux-musl/libc.so.
+    name.starts_with("ld-musl-") || name.starts_with("libc.musl-") || path.ends_with("-musl/libc.so")
 }
 
 /// Reports whether a file is the program that the process runs. Some file systems show other device numbers here than in maps.
@@ -204,6 +206,18 @@ mod tests {
         assert_eq!(way(&descriptor, 0x6000, false, false, &resolved), Ok(at_distance(-0x30)));
         // The linker of a program places its block right below the thread pointer.
         assert_eq!(way(&of(None), 0x6000, true, false, &memory), Ok(at_distance(0x10 - 0x40)));
+    }
+
+    #[test]
+    fn musl_is_known_by_the_name_of_its_file() {
+        for (path, expected) in [
+            ("/lib/ld-musl-x86_64.so.1", true),
+            ("/usr/lib/x86_64-linux-musl/libc.so", true),
+            ("/usr/lib/x86_64-linux-gnu/libc.so.6", false),
+            ("/opt/musl/shop", false),
+        ] {
+            assert_eq!(is_musl(path), expected, "{path}");
+        }
     }
 
     #[test]

@@ -177,7 +177,7 @@ const SDK_PROGRAM: &str = include_str!("../data/spans.py");
 
 #[test]
 fn samples_have_the_span_of_a_real_sdk() {
-    let Some(python) = env::var_os(SDK) else {
+    let Some(python) = env::var_os(SDK).filter(|path| !path.is_empty()) else {
         eprintln!("{SDK} names no Python with ddtrace: not tested here, scripts/languages does");
         return;
     };
