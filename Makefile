@@ -39,7 +39,7 @@ spark: ## test that Spark reads the tables of the collector (PyPI, 900 MB)
 clients: ## test the collector with Pyroscope's clients for Python and Node, and with a client like Grafana's (PyPI, npm)
 	@scripts/clients
 
-tools: ## test Gannet with tools of other projects: go build -pgo (PyPI; root)
+tools: ## test Gannet with tools of other projects: go build -pgo, a client of MCP (PyPI; root)
 	@scripts/tools
 
 bench: ## measure the cost of the agent next to perf (root)

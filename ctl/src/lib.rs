@@ -10,6 +10,7 @@ mod client;
 mod error;
 mod export;
 mod flame;
+mod mcp;
 mod nodes;
 mod profiles;
 mod render;
@@ -73,6 +74,7 @@ async fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Error> {
             let command = args::Profiles::Diff { top, base };
             profiles::run(command, None, &connect()?, format, console).await
         }
+        Command::Mcp => mcp::serve(connect()?).await,
         Command::Nodes => nodes::list(&connect()?, format, console).await,
         Command::Profiles(command) => profiles::run(command, file, &connect()?, format, console).await,
         Command::Flame(args) => flame::show(&args, &connect()?, format, console).await,

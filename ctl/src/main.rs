@@ -24,7 +24,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let (mut out, mut err) = (io::stdout().lock(), io::stderr());
+    let (mut out, mut err) = (io::stdout(), io::stderr());
     let terminal = out.is_terminal();
     let mut console = Console { out: &mut out, err: &mut err, terminal };
     ExitCode::from(runtime.block_on(run(cli, &mut console)))

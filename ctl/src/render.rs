@@ -11,9 +11,9 @@ use crate::{args::Format, error::Error};
 /// The output streams of a command.
 pub struct Console<'a> {
     /// Receives results (standard output).
-    pub out: &'a mut dyn io::Write,
+    pub out: &'a mut (dyn io::Write + Send),
     /// Receives errors (standard error).
-    pub err: &'a mut dyn io::Write,
+    pub err: &'a mut (dyn io::Write + Send),
     /// True if `out` is a terminal, which allows colours, redrawing and the interactive graph.
     pub terminal: bool,
 }

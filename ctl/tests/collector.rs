@@ -16,7 +16,7 @@ use gannet_proto::{
     pprof::{self, Builder, Header, Line, Mapping},
 };
 use gannetctl::{Console, parse, run};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -534,4 +534,81 @@ fn the_program_returns_its_exit_codes() {
     );
     let (code, err) = program(&["--endpoint", "http://10.0.0.1:4100", "nodes"]);
     assert_eq!((code, err.contains("--insecure")), (1, true), "{err}");
+}
+
+/// Runs `gannetctl mcp` and talks to it with the client of the official library.
+async fn mcp(setup: &Setup) -> rmcp::service::RunningService<rmcp::RoleClient, ()> {
+    let mut child = tokio::process::Command::new(env!("CARGO_BIN_EXE_gannetctl"))
+        .args(["mcp", "--endpoint", &setup.url])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pipes = (child.stdout.take().unwrap(), child.stdin.take().unwrap());
+    // The program ends when the client closes its input.
+    tokio::spawn(async move { assert!(child.wait().await.unwrap().success()) });
+    rmcp::ServiceExt::serve((), pipes).await.unwrap()
+}
+
+/// Calls a tool. Returns whether it succeeded, and its text.
+async fn call(client: &rmcp::Peer<rmcp::RoleClient>, tool: &'static str, arguments: Value) -> (bool, String) {
+    let Value::Object(arguments) = arguments else { panic!("no object") };
+    let request = rmcp::model::CallToolRequestParams::new(tool).with_arguments(arguments);
+    let result = client.call_tool(request).await.unwrap();
+    let text = result.content.iter().filter_map(|block| block.as_text()).map(|text| text.text.as_str());
+    (result.is_error != Some(true), text.collect())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_assistant_reads_profiles_through_the_tools() {
+    let setup = Setup::new().await;
+    setup.push("shop", 90, 60).await;
+    setup.push("shop", 10, 3600 + 60).await;
+    setup.push("web", 30, 60).await;
+    let client = mcp(&setup).await;
+    let tools = client.list_all_tools().await.unwrap();
+    let names: Vec<_> = tools.iter().map(|tool| tool.name.as_ref()).collect();
+    assert_eq!(names, ["list_services", "top_functions", "diff_functions", "flame_graph", "explain_rule"]);
+    for tool in &tools {
+        assert_eq!(tool.annotations.as_ref().unwrap().read_only_hint, Some(true), "{}", tool.name);
+        assert_eq!(tool.input_schema["additionalProperties"], false);
+        for (name, argument) in tool.input_schema["properties"].as_object().unwrap() {
+            assert!(argument["description"].as_str().is_some_and(|text| text.len() > 10), "{name}");
+        }
+    }
+
+    let (good, text) = call(&client, "list_services", json!({ "since": "3h" })).await;
+    let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert!(good && rows[1][0] == "shop" && rows[2][0] == "web", "{text}");
+    let (good, text) = call(&client, "list_services", json!({ "limit": 1, "query": "{node=\"n1\"}" })).await;
+    assert!(good && text.contains("there are 2 services; a larger limit"), "{text}");
+    let shop = "{service_name=\"shop\"}";
+    let (good, text) = call(&client, "top_functions", json!({ "query": shop, "limit": 1 })).await;
+    assert!(good && text.contains("900.00ms  90.00%") && !text.contains("idle"), "{text}");
+    let compared = json!({ "query": shop, "base_from": "now-2h", "base_until": "now-1h" });
+    let (good, text) = call(&client, "diff_functions", compared).await;
+    assert!(
+        good && text.lines().nth(2).is_some_and(|line| line.starts_with("+40.00") && line.contains("work")),
+        "{text}"
+    );
+    let (good, text) = call(&client, "flame_graph", json!({ "query": shop, "min_percent": 50 })).await;
+    assert!(good && text.contains("work") && !text.contains("idle"), "{text}");
+
+    for (tool, arguments, want) in [
+        ("top_functions", json!({ "query": "{shop" }), "query"),
+        ("top_functions", json!({ "limit": 0 }), "limit: give a number from 1 to 200"),
+        ("top_functions", json!({ "since": "yesterday" }), "since: write a duration"),
+        ("diff_functions", json!({ "query": shop }), "base_query, base_since"),
+        ("flame_graph", json!({ "type": "wall/seconds" }), "wall/seconds"),
+        ("explain_rule", json!({ "rule": "sample" }), "node: this argument is needed"),
+        ("explain_rule", json!({ "rule": "sample", "node": "n9" }), "does not know a node `n9`"),
+    ] {
+        let (good, text) = call(&client, tool, arguments).await;
+        assert!(!good && text.contains(want), "{tool}: {text}");
+    }
+    let unknown =
+        client.call_tool(rmcp::model::CallToolRequestParams::new("delete_rules")).await.unwrap_err();
+    assert!(unknown.to_string().contains("there are list_services"), "{unknown}");
+    client.cancel().await.unwrap();
+    setup.end().await;
 }

@@ -8,7 +8,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 use gannet_base::{CompletionArgs, ManArgs, Renamed};
 use gannet_proto::connect::Dial;
-pub(crate) use profiles::{Base, Flame, Form, Manual, Profiles, Select, TopArgs};
+pub(crate) use profiles::{Base, Flame, Form, Manual, Profiles, Select, TopArgs, moment};
 pub(crate) use rules::{Rollout, RuleFiles, Rules, ScopeArg};
 
 /// Control Gannet: set profiling rules, follow them to the nodes, read profiles
@@ -164,6 +164,13 @@ pub(crate) enum Command {
         gannetctl profile --node n1 --pod shop/checkout-7d9f -o checkout.pb.gz && gannetctl flame --input checkout.pb.gz"
     )]
     Profile(Manual),
+    /// Let an assistant read profiles: serve the Model Context Protocol on standard input and output
+    #[command(
+        after_help = "The tools only read: list_services, top_functions, diff_functions, flame_graph, explain_rule.\n\n\
+        Example, in the configuration of a client:\n  \
+        { \"mcpServers\": { \"gannet\": { \"command\": \"gannetctl\", \"args\": [\"mcp\", \"--endpoint\", \"https://collector:4100\"] } } }"
+    )]
+    Mcp,
     /// Check the collector and the nodes, and list each problem with its remedy
     #[command(
         after_help = "The exit code is 1 if there is a problem. To check whether an agent can work on a machine, run \

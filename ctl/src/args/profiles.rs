@@ -233,7 +233,7 @@ pub(crate) struct Manual {
 }
 
 /// Reads a time: RFC 3339, `now`, or `now-` followed by a duration.
-fn moment(text: &str) -> Result<Timestamp, String> {
+pub(crate) fn moment(text: &str) -> Result<Timestamp, String> {
     let form = || "write a time as RFC 3339 (2026-01-31T12:00:00Z), `now`, or `now-15m`".to_owned();
     match text.trim().strip_prefix("now") {
         Some("") => Ok(Timestamp::now()),

@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Prints everything that the collector and the node know about one rule on that node.
-pub(super) async fn explain(
+pub(crate) async fn explain(
     request: ExplainRequest,
     scope: Option<&str>,
     collector: &Collector,

@@ -6,6 +6,7 @@ mod explain;
 use std::time::Duration;
 
 pub(crate) use apply::validate;
+pub(crate) use explain::explain;
 use gannet_proto::{
     control::{
         DeleteTriggersRequest, ExplainRequest, GetTriggersRequest, ListAuditRequest, ListScopesRequest, Rule,
@@ -65,7 +66,7 @@ pub(crate) async fn run(
         }
         Rules::Explain { id, node, scope, pid, limit } => {
             let request = ExplainRequest { node, rule_id: id, pid, limit };
-            explain::explain(request, scope.as_deref(), collector, format, console).await
+            explain(request, scope.as_deref(), collector, format, console).await
         }
         Rules::Audit { scope, node, limit } => {
             audit::list(ListAuditRequest { scope, node, limit }, collector, format, console).await
