@@ -12,11 +12,12 @@ use crate::{
     fleet::{Fleet, STAGING_INTERVAL, UPKEEP_INTERVAL},
     forward::{ForwardError, Forwarder},
     http::HttpState,
-    ingest::Ingest,
+    ingest::{Ingest, Onward},
     kubernetes::{self, KubernetesError},
     metrics::Metrics,
     otlp_service::OtlpReceiver,
     query::Query,
+    recording::{Recorder, RecordingFileError},
     rules::{ConfigMapStorage, FileStorage, Mirror, NodeStates, RuleStorage, Rules, RulesLocation},
     server::{
         grpc::{self, GrpcError, GrpcServices},
@@ -47,6 +48,9 @@ pub enum StartError {
     /// The directory of the rules cannot be created or read.
     #[error("cannot open the rules (--rules-store, --data): {0}")]
     Rules(#[source] io::Error),
+    /// The recording rules cannot be used.
+    #[error(transparent)]
+    Recording(#[from] RecordingFileError),
     /// Profiles cannot be forwarded.
     #[error(transparent)]
     Forward(#[from] ForwardError),
@@ -110,11 +114,15 @@ impl Collector {
         }
         let timeout = config.server.shutdown_timeout;
         let (forwarder, forwarding) = Forwarder::start(&config.forward, &metrics, &stop_writer, timeout / 2)?;
+        let recorder = match &config.recording.recording_rules {
+            Some(path) => Some(Recorder::open(path, metrics.clone())?),
+            None => None,
+        };
         let ingest = Ingest::new(
             Arc::clone(&store),
             writer.queue(),
             &config.ingest,
-            forwarder,
+            Onward { forwarder, recorder: recorder.clone() },
             metrics.clone(),
             stop.clone(),
         );
@@ -135,6 +143,7 @@ impl Collector {
             metrics: metrics.clone(),
             auth: Arc::clone(&auth),
             otlp: Some(otlp.clone()),
+            recorder: recorder.clone(),
         };
         let services =
             GrpcServices { ingest, query, fleet: Arc::clone(&fleet), triggers, auth, otlp, max_batch_bytes };
@@ -146,6 +155,9 @@ impl Collector {
 
         if let Some(tls) = tls {
             tokio::spawn(tls.follow(metrics.clone(), stop.clone()));
+        }
+        if let Some(recorder) = recorder {
+            tokio::spawn(recorder.follow(stop.clone()));
         }
         tokio::spawn(follow_rules(rules, Arc::clone(&fleet), stop.clone()));
         tokio::spawn(upkeep(Arc::clone(&fleet), stop.clone()));

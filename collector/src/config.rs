@@ -12,6 +12,7 @@ use crate::{
     forward::ForwardOptions,
     ingest::IngestOptions,
     query::QueryOptions,
+    recording::RecordingOptions,
     rules::RulesLocation,
     server::listener::ServerOptions,
     store::{Bucket, StoreOptions},
@@ -77,6 +78,10 @@ pub struct Config {
     #[command(flatten)]
     #[serde(flatten)]
     pub forward: ForwardOptions,
+    /// Metrics from profiles.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub recording: RecordingOptions,
     /// Limits of queries.
     #[arg(skip)]
     #[serde(skip)]

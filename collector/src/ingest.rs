@@ -33,6 +33,7 @@ use crate::{
     forward::Forwarder,
     limits::{MAX_INFLATION, MAX_NODE_NAME},
     metrics::Metrics,
+    recording::{Recorded, Recorder},
     store::{BatchOutcome, BatchQueue, NewBatch, PackError, Store, TypeTotal},
     time,
 };
@@ -86,10 +87,18 @@ impl Default for IngestOptions {
 #[derive(Clone)]
 pub(crate) struct Ingest(Arc<IngestState>);
 
+/// The parts that get each stored profile, beside the store.
+pub(crate) struct Onward {
+    pub(crate) forwarder: Forwarder,
+    /// None without recording rules.
+    pub(crate) recorder: Option<Arc<Recorder>>,
+}
+
 struct IngestState {
     store: Arc<Store>,
     queue: BatchQueue,
     forwarder: Forwarder,
+    recorder: Option<Arc<Recorder>>,
     metrics: Metrics,
     memory: Arc<Semaphore>,
     /// Permits of `memory` in all. A batch that needs more than all takes all.
@@ -143,15 +152,17 @@ impl Ingest {
         store: Arc<Store>,
         queue: BatchQueue,
         options: &IngestOptions,
-        forwarder: Forwarder,
+        onward: Onward,
         metrics: Metrics,
         stop: CancellationToken,
     ) -> Self {
+        let Onward { forwarder, recorder } = onward;
         let memory_units = (options.queue_bytes / MEMORY_UNIT).max(1);
         Self(Arc::new(IngestState {
             store,
             queue,
             forwarder,
+            recorder,
             metrics,
             memory: Arc::new(Semaphore::new(memory_units as usize)),
             memory_units,
@@ -408,7 +419,7 @@ impl IngestState {
             }
             ingest.check(batch, raw.as_ref().map(|raw| &*raw.bytes)).map(Some)
         });
-        let new = match checked.await {
+        let (new, recorded) = match checked.await {
             Ok(Ok(Some(new))) => new,
             Ok(Ok(None)) => {
                 self.metrics.batches_duplicate.inc();
@@ -422,21 +433,26 @@ impl IngestState {
             return busy("the collector's queue of unwritten profiles is full");
         };
         match outcome.await {
-            Ok(outcome) => Ok(outcome),
+            Ok(outcome) => {
+                if let (Some(recorder), BatchOutcome::Stored { .. }) = (&self.recorder, &outcome) {
+                    recorder.count(recorded);
+                }
+                Ok(outcome)
+            }
             Err(_) => busy("the collector is shutting down"),
         }
     }
 
-    /// Checks labels, times and profile of a batch, and packs it for the store. `raw`: the profile without compression, if it is
-    /// at hand.
-    fn check(&self, mut batch: Batch, raw: Option<&[u8]>) -> Result<NewBatch, Refusal> {
+    /// Checks labels, times and profile of a batch, and packs it for the store, beside what it adds to the recorded metrics. `raw`: the
+    /// profile without compression, if it is at hand.
+    fn check(&self, mut batch: Batch, raw: Option<&[u8]>) -> Result<(NewBatch, Recorded), Refusal> {
         labels::check(&batch.labels).map_err(|e| Refusal::new("bad_labels", e.to_string()))?;
         self.check_time(&batch)?;
         let pprof = Bytes::from(std::mem::take(&mut batch.pprof));
-        let types = if pprof.is_empty() {
-            check_ledger_only(&batch)?
+        let (types, recorded) = if pprof.is_empty() {
+            (check_ledger_only(&batch)?, Recorded::default())
         } else {
-            self.check_profile(&pprof, raw, batch.samples)?
+            self.check_profile(&pprof, raw, &batch)?
         };
         let ledger = match batch.ledger.clone() {
             None => None,
@@ -450,13 +466,14 @@ impl IngestState {
                 }
             },
         };
-        NewBatch::pack(batch, pprof, types, ledger).map_err(|error| match error {
+        let packed = NewBatch::pack(batch, pprof, types, ledger).map_err(|error| match error {
             PackError::MetadataTooLarge => Refusal::new(
                 "bad_labels",
                 "labels and reason together are larger than 64 KiB: shorten their values",
             ),
             PackError::InvalidStart => Refusal::new("bad_time", "start is not a time"),
-        })
+        });
+        Ok((packed?, recorded))
     }
 
     /// Corrects the start of a batch that the check of its time would refuse because a clock is wrong. The reason of the
@@ -519,13 +536,14 @@ impl IngestState {
         Ok(())
     }
 
-    /// Checks a profile and returns its sample types with their totals.
+    /// Checks the profile of a batch. Returns its sample types with their totals, and what it adds to the recorded metrics.
     fn check_profile(
         &self,
         pprof: &[u8],
         raw: Option<&[u8]>,
-        samples: u64,
-    ) -> Result<Vec<TypeTotal>, Refusal> {
+        batch: &Batch,
+    ) -> Result<(Vec<TypeTotal>, Recorded), Refusal> {
+        let samples = batch.samples;
         if Encoding::of(pprof).is_none() {
             return Err(Refusal::new("not_gzip", "pprof starts with no header of gzip or zstd"));
         }
@@ -558,7 +576,9 @@ impl IngestState {
             ));
         }
         let types = summary.sample_types.into_iter().zip(summary.totals);
-        Ok(types.map(|(name, total)| TypeTotal { name, total }).collect())
+        let recorded = self.recorder.as_ref().map(|recorder| recorder.values(&batch.labels, &profile));
+        let types = types.map(|(name, total)| TypeTotal { name, total }).collect();
+        Ok((types, recorded.unwrap_or_default()))
     }
 }
 

@@ -16,6 +16,7 @@
 //! | `rules` | the rule sets, their revisions, their storage | take damaged content for an empty set |
 //! | `ingest` | the push streams; checks every batch, answers it by its id | acknowledge a batch that is not durable |
 //! | `otlp_service` | the receiver of OTLP profiles | acknowledge a profile that is not durable |
+//! | `recording` | metrics from profiles: recording rules and their counts | count a profile twice |
 //! | `forward` | profiles on their way to Pyroscope, Parca and receivers of OTLP | delay the push streams |
 //! | `otlp` | the form of profiles in OTLP | store or send anything |
 //! | `query` | selections, merges, flame graphs, tables, timelines | change anything |
@@ -64,6 +65,7 @@ mod peer;
 mod profile_type;
 mod pyroscope;
 mod query;
+mod recording;
 mod rules;
 mod selector;
 mod server;

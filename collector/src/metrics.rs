@@ -26,6 +26,11 @@ pub(crate) struct TargetReasonLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct RuleLabel {
+    rule: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct KindLabel {
     kind: &'static str,
 }
@@ -217,6 +222,17 @@ collector_metrics! {
             ["target"]
         );
 
+    recording_rules: Gauge => RECORDING_RULES
+        gauge("gannet_collector_recording_rules", "Recording rules in force");
+    recording_refusals: Family<RuleLabel, Counter> => RECORDING_REFUSALS
+        counter(
+            "gannet_collector_recording_refused_profiles_total",
+            "Profiles that a recording rule did not count, because they would make more series than its limit",
+            ["rule"]
+        );
+    recording_failures: Counter => RECORDING_FAILURES
+        counter("gannet_collector_recording_failures_total", "Failed readings of a changed file of recording rules; the rules before it stay in force");
+
     tls_reloads: Counter => TLS_RELOADS
         counter("gannet_collector_tls_reloads_total", "Changed certificates taken into use");
     tls_handshakes_failed: Counter => TLS_HANDSHAKES_FAILED
@@ -257,6 +273,10 @@ impl Metrics {
         self.forward_labels_dropped.get_or_create(&TargetLabel { target }).inc_by(n);
     }
 
+    pub(crate) fn recording_refused(&self, rule: &str) {
+        self.recording_refusals.get_or_create(&RuleLabel { rule: rule.to_owned() }).inc();
+    }
+
     /// Starts to time a query. The timer observes the time when it is dropped.
     pub(crate) fn query_timer(&self, kind: &'static str) -> QueryTimer {
         QueryTimer {
@@ -293,8 +313,19 @@ mod tests {
         for metric in COLLECTOR_METRICS {
             let rest = metric.name.strip_prefix("gannet_collector_").unwrap();
             let subsystem = rest.split('_').next().unwrap();
-            let known =
-                ["build", "ingest", "store", "ledger", "query", "fleet", "rules", "forward", "tls", "table"];
+            let known = [
+                "build",
+                "ingest",
+                "store",
+                "ledger",
+                "query",
+                "fleet",
+                "rules",
+                "forward",
+                "tls",
+                "table",
+                "recording",
+            ];
             assert!(known.contains(&subsystem), "{}", metric.name);
         }
     }
@@ -309,6 +340,7 @@ mod tests {
         metrics.forward_retried("parca");
         metrics.forward_lost("parca", "too_old", 1);
         metrics.forward_labels_dropped("parca", 1);
+        metrics.recording_refused("work_seconds_total");
         drop(metrics.query_timer("merge"));
         let text = metrics.text();
         let declared = declared_metrics();

@@ -27,6 +27,7 @@ use crate::{
     otlp_service::{self, OtlpReceiver},
     pyroscope,
     query::{Query, QueryError, Shape, parse_profile_id},
+    recording::Recorder,
     store::{Store, StoreError},
     triggers::Triggers,
 };
@@ -42,6 +43,8 @@ pub(crate) struct HttpState {
     pub(crate) ingest: Option<Ingest>,
     /// `None`: senders of OTLP cannot either.
     pub(crate) otlp: Option<OtlpReceiver>,
+    /// None without recording rules.
+    pub(crate) recorder: Option<Arc<Recorder>>,
     pub(crate) store: Arc<Store>,
     pub(crate) triggers: Triggers,
     pub(crate) metrics: Metrics,
@@ -262,7 +265,11 @@ async fn rollout(State(state): State<HttpState>, params: RawParams) -> ApiResult
 
 async fn metrics(State(state): State<HttpState>) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], state.metrics.text()).into_response()
+    let mut text = state.metrics.text();
+    if let Some(recorder) = &state.recorder {
+        text = recorder.add_to(text);
+    }
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
 }
 
 /// Reports whether rules and store can be used.

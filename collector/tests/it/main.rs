@@ -22,6 +22,7 @@ mod pieces;
 mod process;
 mod push;
 mod query;
+mod recording;
 mod requests;
 mod segment;
 mod staging;
