@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::PathBuf};
 
-use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use gannet_base::Renamed;
 
 use crate::config::{Config, DataLocation};
@@ -45,6 +45,35 @@ enum Verb {
         #[arg(long, id = "repair_data", value_name = "DIR|URL")]
         data: Option<DataLocation>,
     },
+    /// Delete stored profiles by their labels and times
+    ///
+    /// Without --yes it only counts them. Stop the collector of the directory first, or all collectors of the bucket. It also removes
+    /// the tables (--table), and the next collector writes them again. It exits with 1 if some objects cannot be read, which may hold
+    /// such profiles, and with 2 if it cannot read the store.
+    Delete {
+        /// Location of the profiles, as the collector has it: a directory or a bucket
+        #[arg(long, id = "delete_data", value_name = "DIR|URL")]
+        data: Option<DataLocation>,
+        #[command(flatten)]
+        deletion: Deletion,
+        /// Delete the counted profiles
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+/// The profiles that `gannet-collector delete` deletes.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct Deletion {
+    /// Labels of the profiles, like `{service_name="checkout"}`; `{}` matches all
+    #[arg(long)]
+    pub query: String,
+    /// Only profiles that start at this time or later: Unix milliseconds, `now-7d`, or RFC 3339
+    #[arg(long, value_name = "TIME")]
+    pub from: Option<String>,
+    /// Only profiles that start before this time
+    #[arg(long, value_name = "TIME")]
+    pub until: Option<String>,
 }
 
 /// Flags and environment variables that have new names.
@@ -75,6 +104,8 @@ pub enum Invocation {
     Verify(Box<Config>),
     /// Repair the store of this configuration.
     Repair(Box<Config>),
+    /// Delete these profiles from the store of this configuration, or only count them: the last value is true.
+    Delete(Box<Config>, Deletion, bool),
 }
 
 /// Why a command line cannot be followed.
@@ -109,9 +140,13 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         options.data = data.clone().unwrap_or(options.data);
         return Ok(Invocation::Verify(Box::new(options)));
     }
-    if let Some(Verb::Repair { data }) = command {
-        options.data = data.unwrap_or(options.data);
+    if let Some(Verb::Repair { data }) = &command {
+        options.data = data.clone().unwrap_or(options.data);
         return Ok(Invocation::Repair(Box::new(options)));
+    }
+    if let Some(Verb::Delete { data, deletion, yes }) = command {
+        options.data = data.unwrap_or(options.data);
+        return Ok(Invocation::Delete(Box::new(options), deletion, !yes));
     }
     if print_config {
         return Ok(Invocation::Print(gannet_base::to_yaml(&options)?));

@@ -75,13 +75,13 @@ mod time;
 mod tls;
 mod triggers;
 
-pub use args::{ArgsError, Invocation, command, parse};
+pub use args::{ArgsError, Deletion, Invocation, command, parse};
 pub use auth::NodeIdentity;
 pub use collector::{Collector, Running, StartError};
 pub use config::{Config, ConfigError, DataLocation};
 pub use metrics::declared_metrics;
 pub use rules::RulesLocation;
-pub use store::{Bucket, ObjectFault, Repair, StoreError, Verified};
+pub use store::{Bucket, Deleted, ObjectFault, Repair, StoreError, Verified};
 pub use tls::TlsOptions;
 
 /// Reads all objects of the store that `config` names, and all files of its tables, and calls `report` with the path and the fault of
@@ -128,6 +128,49 @@ pub async fn repair(
         report(path, fault, &repair);
     }
     Ok(verified)
+}
+
+/// Deletes the stored profiles with these labels that start from one time until another, or only counts them (`is_dry`). Fails if a
+/// collector uses the directory, or with a text for a wrong selector or time.
+pub async fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> Result<Deleted, DeleteError> {
+    let now_ms = time::now_ms();
+    let at = |text: &Option<String>, otherwise| {
+        text.as_deref().map_or(Ok(otherwise), |text| time::parse(text, now_ms)).map_err(DeleteError::Usage)
+    };
+    let selector = selector::Selector::parse(&deletion.query)
+        .map_err(|error| DeleteError::Usage(format!("--query: {error}")))?;
+    let doomed = store::Doomed {
+        selector: &selector,
+        from_ms: at(&deletion.from, 0)?,
+        until_ms: at(&deletion.until, u64::MAX)?,
+    };
+    let (data, bucket) = (config.directory(), config.bucket());
+    let _lock = store::lock_unused(data, bucket)?;
+    let found = store::delete(data, bucket, &doomed, true).await?;
+    if is_dry || found.objects == 0 {
+        return Ok(found);
+    }
+    // Before the deed, so that a crash cannot hide it.
+    let rules = data.join("rules");
+    if rules.is_dir() {
+        let Deletion { query, from, until } = deletion;
+        let time = |text: &Option<String>| text.clone().unwrap_or_else(|| "any time".to_owned());
+        let (from, until, n) = (time(from), time(until), found.profiles);
+        rules::record_deletion(&rules, format!("{n} profiles with {query} from {from} until {until}"))
+            .map_err(|source| StoreError::io("write the audit log in", &rules, source))?;
+    }
+    Ok(store::delete(data, bucket, &doomed, false).await?)
+}
+
+/// Why a deletion failed. Some objects may be deleted; the same call deletes the rest.
+#[derive(Debug, thiserror::Error)]
+pub enum DeleteError {
+    /// The selector or a time is wrong.
+    #[error("{0}")]
+    Usage(String),
+    /// The store cannot be read or written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// Returns the definition of the TriggerRule resource as YAML. `None` means that the descriptors in this program do not

@@ -7,7 +7,9 @@ use std::{
 
 use anyhow::Context as _;
 use gannet_base::logging;
-use gannet_collector::{ArgsError, Collector, Config, ConfigError, Invocation, StartError, Verified, parse};
+use gannet_collector::{
+    ArgsError, Collector, Config, ConfigError, Deleted, Deletion, Invocation, StartError, Verified, parse,
+};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Exit code of wrong usage.
@@ -26,6 +28,7 @@ fn main() -> ExitCode {
         }
         Ok(Invocation::Verify(config)) => return verify(&config),
         Ok(Invocation::Repair(config)) => return repair(&config),
+        Ok(Invocation::Delete(config, deletion, is_dry)) => return delete(&config, &deletion, is_dry),
         Err(ArgsError::Usage(error)) => {
             // Prints help to standard output and errors to standard error.
             let _ = error.print();
@@ -81,6 +84,31 @@ fn repair(config: &Config) -> ExitCode {
         Ok(left)
     });
     match repaired {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => fail(&error, USAGE),
+    }
+}
+
+/// Deletes profiles, or prints how many it would delete.
+fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let deleted = runtime.context("cannot start threads").and_then(|runtime| {
+        let deleted = runtime.block_on(gannet_collector::delete(config, deletion, is_dry))?;
+        let Deleted { profiles, bytes, objects, unreadable, has_tables } = deleted;
+        let (verb, end) = match (is_dry, has_tables) {
+            (true, true) => ("found", "; nothing is deleted: with --yes they are, and the tables too"),
+            (true, false) => ("found", "; nothing is deleted: with --yes they are"),
+            (false, true) => ("deleted", ", and the tables"),
+            (false, false) => ("deleted", ""),
+        };
+        writeln!(io::stdout(), "{verb} {profiles} profiles of {bytes} bytes in {objects} objects{end}")?;
+        if unreadable > 0 {
+            eprintln!("gannet-collector: {unreadable} objects cannot be read and may hold others; see `gannet-collector verify`");
+        }
+        Ok(unreadable)
+    });
+    match deleted {
         Ok(0) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => fail(&error, USAGE),

@@ -147,6 +147,19 @@ impl Audit {
     }
 }
 
+/// Writes the deletion of profiles into the log in this directory, while no collector runs. `note`: which and how many.
+pub(crate) fn record_deletion(dir: &Path, note: String) -> io::Result<()> {
+    let file = AuditFile { path: dir.join("audit.jsonl"), former: dir.join("audit.jsonl.1") };
+    let entry = AuditEntry {
+        at: Some(time::timestamp(time::now_ms())),
+        action: "delete-profiles".to_owned(),
+        who: format!("uid {}", rustix::process::getuid().as_raw()),
+        note,
+        ..AuditEntry::default()
+    };
+    file.append(&format!("{}\n", line(&entry)), true)
+}
+
 impl AuditFile {
     fn append(&self, text: &str, sync: bool) -> io::Result<()> {
         let Self { path, former } = self;

@@ -36,7 +36,7 @@ use tokio::sync::watch;
 
 pub use self::storage::RulesLocation;
 pub(crate) use self::{
-    audit::{Audit, COLLECTOR, MAX_ENTRIES as MAX_AUDIT_ENTRIES, bounded_errors},
+    audit::{Audit, COLLECTOR, MAX_ENTRIES as MAX_AUDIT_ENTRIES, bounded_errors, record_deletion},
     check::DEFAULT_SCOPE,
     crd::custom_resource,
     error::RulesError,

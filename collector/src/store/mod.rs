@@ -14,6 +14,7 @@
 //! [`StoreWriter`] for the task that changes the store, and [`StoreOptions`]. Objects, index and state stay inside.
 
 mod bucket;
+mod delete;
 pub(crate) mod fuzz;
 mod index;
 mod meta;
@@ -49,16 +50,12 @@ use ulid::Ulid;
 
 pub use self::{
     bucket::Bucket,
+    delete::Deleted,
     repair::Repair,
     verify::{ObjectFault, Verified},
 };
-use self::{
-    index::{Index, IndexError},
-    object::Objects,
-    segment::SegmentPosition,
-    state::StoreState,
-};
 pub(crate) use self::{
+    delete::{Doomed, delete},
     index::{ProfileLocation, StoredProfile},
     meta::TypeTotal,
     object::ObjectKey,
@@ -67,6 +64,12 @@ pub(crate) use self::{
     state::Series,
     verify::{open_tables, verify},
     writer::{BatchOutcome, BatchQueue, NewBatch, PackError, StoreWriter},
+};
+use self::{
+    index::{Index, IndexError},
+    object::Objects,
+    segment::SegmentPosition,
+    state::StoreState,
 };
 use crate::{metrics::Metrics, selector::Selector};
 

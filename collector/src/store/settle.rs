@@ -132,15 +132,16 @@ impl Store {
         let mut known: HashSet<Ulid> =
             self.index.segments(hour..hour + 1)?.into_iter().map(|segment| segment.id).collect();
         missing.retain(|id| !known.remove(id));
-        // A segment has up to some thousand rows.
-        let chunk = if self.index.is_in_memory() { 1 } else { REPAIR_SEGMENTS };
-        let left_out = self.add_missing(missing, chunk, |ids| self.add_segments(hour, ids, repairs))?;
+        // First, because a new segment may hold the profiles of one that is gone: a deletion writes the others again.
         for id in known {
             // The list of a bucket may be older than the segment.
             if self.runtime.block_on(self.objects.segment_bytes(id))?.is_none() {
                 self.remove_rows(&self.index.of_segment(id)?, &[id], repairs)?;
             }
         }
+        // A segment has up to some thousand rows.
+        let chunk = if self.index.is_in_memory() { 1 } else { REPAIR_SEGMENTS };
+        let left_out = self.add_missing(missing, chunk, |ids| self.add_segments(hour, ids, repairs))?;
         Ok(left_out)
     }
 

@@ -102,10 +102,10 @@ fn rows(files: &Files, table: &str, mut each: impl FnMut(Row)) {
 }
 
 /// Sums of value and count by profile and stack, the stack leaf first.
-type Sums = BTreeMap<(String, String), (i64, i64)>;
+pub type Sums = BTreeMap<(String, String), (i64, i64)>;
 
 /// Returns the sums of the table. Checks that each id is defined once.
-fn sums(files: &Files) -> Sums {
+pub fn sums(files: &Files) -> Sums {
     let (mut frames, mut stacks, mut sums) = (BTreeMap::new(), BTreeMap::new(), Sums::new());
     rows(files, "frames", |row| {
         let name = row.get_string(3).unwrap().clone();
@@ -132,7 +132,7 @@ fn sums(files: &Files) -> Sums {
 }
 
 /// Returns the sums of batches.
-fn sent_sums<'b>(batches: impl IntoIterator<Item = &'b Batch>) -> Sums {
+pub fn sent_sums<'b>(batches: impl IntoIterator<Item = &'b Batch>) -> Sums {
     let mut sums = Sums::new();
     for batch in batches {
         let profile = decode(&batch.pprof, 1 << 20).unwrap();

@@ -1,0 +1,168 @@
+//! Deletes profiles by their labels and times for good: a segment that holds others too is written again without them.
+//!
+//! No collector runs meanwhile. The next one compares its index with the segments, and finds the new ones. A crash between the
+//! writing of a segment and the deletion of the old one leaves both: the index has each profile once, and the next deletion takes
+//! the rest.
+
+use std::path::Path;
+
+use futures::TryStreamExt as _;
+use object_store::ObjectStoreExt as _;
+use ulid::Ulid;
+
+use super::{
+    Bucket, StoreError,
+    meta::ObjectMeta,
+    object::{Head, HourObjects, ObjectName, Objects, segment_hour},
+    segment::{self, PackedBatch, SegmentPosition},
+    verify::{open, open_tables},
+    writer::describe,
+};
+use crate::selector::Selector;
+
+/// Heads that are read together.
+const CHUNK: usize = 64;
+
+/// The profiles to delete.
+pub(crate) struct Doomed<'a> {
+    pub(crate) selector: &'a Selector,
+    /// Start of a profile, in milliseconds since 1970: from this time.
+    pub(crate) from_ms: u64,
+    /// Before this time.
+    pub(crate) until_ms: u64,
+}
+
+/// Totals of a deletion, or of its dry run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Deleted {
+    /// Profiles that match.
+    pub profiles: u64,
+    /// Bytes of these profiles.
+    pub bytes: u64,
+    /// Objects that hold them.
+    pub objects: u64,
+    /// Objects that cannot be read, so they may hold others that match.
+    pub unreadable: u64,
+    /// The store has Delta tables, which go too. The collector writes them again.
+    pub has_tables: bool,
+}
+
+impl Doomed<'_> {
+    fn matches(&self, meta: &ObjectMeta) -> bool {
+        // The size is of no interest here.
+        describe(meta, 1, 0).is_some_and(|(labels, key, _)| {
+            (self.from_ms..self.until_ms).contains(&key.start_ms) && self.selector.matches(&labels)
+        })
+    }
+}
+
+/// Deletes profiles, or only counts them. The caller holds the lock of the directory.
+pub(crate) async fn delete(
+    data: &Path,
+    bucket: Option<&Bucket>,
+    doomed: &Doomed<'_>,
+    is_dry: bool,
+) -> Result<Deleted, StoreError> {
+    // A directory without a store stays as it is.
+    open(data, bucket)?;
+    let tables = open_tables(data, bucket)?;
+    let objects = match bucket {
+        Some(bucket) => Objects::in_bucket(bucket)?,
+        None => Objects::open(&data.join("objects"))?,
+    };
+    let (mut deleted, found) = find(&objects, doomed).await?;
+    if let Some(tables) = &tables {
+        let files = tables.objects.list(None).try_collect::<Vec<_>>().await.map_err(StoreError::Object)?;
+        deleted.has_tables = !files.is_empty();
+        if !is_dry && !found.is_empty() {
+            // First, so that no table keeps what the store no longer has.
+            for file in files {
+                match tables.objects.delete(&file.location).await {
+                    Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
+                    Err(error) => return Err(StoreError::Object(error)),
+                }
+            }
+        }
+    }
+    if !is_dry {
+        for (hour, name) in found {
+            if let ObjectName::Segment(id) = name {
+                rewrite(&objects, id, doomed).await?;
+            }
+            objects.delete_in_hour(hour, name).await?;
+        }
+    }
+    Ok(deleted)
+}
+
+/// Returns the totals, and the objects that hold matching batches with the hours of their directories.
+async fn find(
+    objects: &Objects,
+    doomed: &Doomed<'_>,
+) -> Result<(Deleted, Vec<(u64, ObjectName)>), StoreError> {
+    let (mut deleted, mut found) = (Deleted::default(), Vec::new());
+    for hour in objects.hours().await? {
+        let HourObjects { profiles, segments } = objects.of_hour(hour).await?;
+        for ids in profiles.chunks(CHUNK) {
+            for (id, head) in ids.iter().zip(objects.heads(hour, ids).await?) {
+                match head {
+                    Head::Gone => {}
+                    Head::Unreadable { .. } => deleted.unreadable += 1,
+                    Head::Readable { content: meta, bytes } => {
+                        if doomed.matches(&meta) {
+                            deleted.profiles += 1;
+                            deleted.bytes += bytes;
+                            found.push((hour, ObjectName::Profile(*id)));
+                        }
+                    }
+                }
+            }
+        }
+        for ids in segments.chunks(CHUNK) {
+            for (id, head) in ids.iter().zip(objects.segment_heads(hour, ids).await?) {
+                let entries = match head {
+                    Head::Gone => continue,
+                    Head::Readable { content, .. } if segment_hour(*id) == hour => content,
+                    _ => {
+                        deleted.unreadable += 1;
+                        continue;
+                    }
+                };
+                let mut gone = entries.iter().filter(|(meta, _)| doomed.matches(meta)).peekable();
+                if gone.peek().is_none() {
+                    continue;
+                }
+                found.push((hour, ObjectName::Segment(*id)));
+                for (_, position) in gone {
+                    deleted.profiles += u64::from(position.bytes > 0);
+                    deleted.bytes += position.bytes;
+                }
+            }
+        }
+    }
+    deleted.objects = found.len() as u64;
+    Ok((deleted, found))
+}
+
+/// Writes the other batches of a segment as a new segment of the same time. Damaged profiles stay damaged.
+async fn rewrite(objects: &Objects, id: Ulid, doomed: &Doomed<'_>) -> Result<(), StoreError> {
+    let Some(bytes) = objects.segment(id).await? else { return Ok(()) };
+    // Its index part was readable just before.
+    let entries = segment::read_index(id, &bytes).map_err(|_| StoreError::Damaged(id))?;
+    let part = |position: &SegmentPosition| {
+        let end = usize::try_from(position.range().end).unwrap_or(usize::MAX).min(bytes.len());
+        let start = usize::try_from(position.offset).unwrap_or(usize::MAX).min(end);
+        bytes.slice(start..end)
+    };
+    let kept: Vec<PackedBatch> = entries
+        .into_iter()
+        .filter(|(meta, _)| !doomed.matches(meta))
+        .map(|(meta, position)| PackedBatch::kept(meta, part(&position), position.crc))
+        .collect();
+    if kept.is_empty() {
+        return Ok(());
+    }
+    let new = Ulid::from_parts(id.timestamp_ms(), Ulid::new().random());
+    let (parts, _) = segment::build(new, &kept.iter().collect::<Vec<_>>());
+    objects.put_segment(new, parts).await.map_err(StoreError::Object)
+}
