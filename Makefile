@@ -30,7 +30,7 @@ kernels: ## test the agent on kernels 5.10, 6.1, 6.12 and 7.2 (KERNELS="6.1 7.2"
 image: ## build the container images of agent and collector (needs no Docker)
 	@scripts/image
 
-languages: ## test the stacks of Python 3.11, 3.13, 3.14 and 3.15, PHP 8.2 and 8.4, Ruby 3.1, 3.3 and 3.4, Java 11, 21 and 25, Node 18, 20, 22, 24 and 26, Go 1.27, .NET Core 3.1 (LANGUAGES="trixie" for some; root, Debian)
+languages: ## test the stacks of Python 3.11, 3.13 (also without the global lock, and with musl), 3.14 and 3.15, PHP 8.2 and 8.4, Ruby 3.1, 3.3 and 3.4, Java 11, 21 and 25, Node 18, 20, 22, 24 and 26, Go 1.27, .NET Core 3.1 (LANGUAGES="trixie" for some; root, Debian)
 	@scripts/languages
 
 spark: ## test that Spark reads the tables of the collector (PyPI, 900 MB)

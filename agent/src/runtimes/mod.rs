@@ -233,7 +233,7 @@ pub(crate) enum WhyNot {
     #[error("this version is not supported")]
     Version,
     /// A build that keeps its frames in another way.
-    #[error("a build without global lock is not supported")]
+    #[error("a build of this version without the global lock is not supported")]
     FreeThreaded,
     /// A build that keeps the frames of each thread apart.
     #[error("a thread-safe build is not supported")]

@@ -22,8 +22,8 @@ const SYSTEM_PYTHON: &str = "/usr/bin/python3";
 /// Says which interpreters to test: paths with `:` between them.
 const PYTHONS: &str = "GANNET_TEST_PYTHONS";
 
-/// The version of CPython, which ends with `t` in builds without the global lock.
-const PYTHON_VERSION: &str = r#""%d.%d.%d" % sys.version_info[:3] + sys.abiflags.strip("dmu")"#;
+/// The version of CPython, which ends with `t` in builds without the global lock, and with `-musl` in those with that library.
+const PYTHON_VERSION: &str = r#""%d.%d.%d" % sys.version_info[:3] + sys.abiflags.strip("dmu") + ("-musl" if "musl" in getattr(sys.implementation, "_multiarch", "") else "")"#;
 
 /// Prints the version; then `CASE;FUNCTION LINE;...` for each case, leaf first, and spins in it.
 const PYTHON: &str = r#"

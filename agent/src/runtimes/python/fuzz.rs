@@ -20,16 +20,17 @@ pub fn python(bytes: &[u8]) {
         return;
     }
     let [object, code_type] = [object, code_type].map(|at| AT + u64::from(*at) * 8);
+    let number = 6 + minor % 10;
     let detected = Detected {
-        version: (3, 6 + minor % 10),
+        version: (3, number),
         version_text: String::new(),
         addresses: vec![AT, code_type],
-        layout: 1,
+        layout: layout::number(number, kind & 2 == 2),
     };
     let file = RuntimeFile { runtime: &Python, detected };
     let memory = || Hostile::new(bytes, (kind & 1 == 1).then_some(AT));
     let _ = Python.attach(&file, 0, &memory());
-    let sum = layout::of(file.detected.version).and_then(|layout| {
+    let sum = layout::of(file.detected.layout).and_then(|layout| {
         let code: [u8; CODE_BYTES] = (&memory() as &dyn Memory).array(object).ok()?;
         let (fixed, words) = (layout.fixed.0 as usize, usize::from(layout.fixed.1));
         Some(sum_words((0..words).map(|index| word(&code, fixed + 8 * index))))

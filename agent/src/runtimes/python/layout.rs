@@ -49,6 +49,8 @@ pub(super) struct Layout {
     pub(super) instructions: i64,
     /// The words that never change while the object lives: offset and number.
     pub(super) fixed: (u32, u8),
+    /// Bytes of the head of all objects, whose last word is the type. A length follows in objects that have one.
+    pub(super) head: usize,
     /// Bytes of a string's header: of ASCII, and of other text.
     pub(super) text_headers: (u64, u64),
     /// Words of the interpreter's description of itself on which the numbers above depend: index of the 64-bit word, and value.
@@ -80,6 +82,7 @@ const V3_9: Layout = Layout {
     instructions: 0,
     // Argument counts to the first line, code to the table of lines.
     fixed: (16, 4),
+    head: 16,
     text_headers: (48, 72),
     described: &[],
 };
@@ -111,6 +114,7 @@ const V3_11: Layout = Layout {
     instructions: 184,
     // Argument counts to the table of lines.
     fixed: (56, 11),
+    head: 16,
     text_headers: (48, 72),
     described: &[],
 };
@@ -137,6 +141,39 @@ const V3_13: Layout = Layout {
     native_step: 0,
     instructions: 200,
     ..V3_12
+};
+
+/// Without the global lock the head of each object has 16 bytes more: its thread, its lock, and two counts of references.
+const V3_13T: Layout = Layout {
+    first_line: 84,
+    file_name: 128,
+    name: 144,
+    line_table: 152,
+    instructions: 216,
+    fixed: (72, 11),
+    head: 32,
+    text_headers: (56, 72),
+    // The first interpreter, its threads. Next thread, its interpreter, newest frame, id. Of a frame: previous, code, instruction,
+    // owner. Of code: file, qualified name, lines, first line, instructions. The type of an object.
+    described: &[
+        (5, 632),
+        (9, 7344),
+        (21, 8),
+        (22, 16),
+        (23, 72),
+        (24, 152),
+        (29, 8),
+        (30, 0),
+        (31, 56),
+        (33, 70),
+        (35, 128),
+        (37, 144),
+        (38, 152),
+        (39, 84),
+        (43, 216),
+        (45, 24),
+    ],
+    ..V3_13
 };
 
 const V3_14: Layout =
@@ -170,16 +207,32 @@ const V3_15: Layout = Layout {
     ..V3_14
 };
 
-/// Returns the layout of a version.
-pub(super) fn of(version: (u8, u8)) -> Option<&'static Layout> {
-    Some(match version {
-        (3, 8 | 9) => &V3_9,
-        (3, 10) => &V3_10,
-        (3, 11) => &V3_11,
-        (3, 12) => &V3_12,
-        (3, 13) => &V3_13,
-        (3, 14) => &V3_14,
-        (3, 15) => &V3_15,
+/// Added to the minor version, this is the number of the layout without the global lock.
+const FREE_THREADED: u8 = 32;
+
+/// Returns the number of the layout of a minor version, among those of all runtimes.
+pub(super) fn number(minor: u8, is_free_threaded: bool) -> u8 {
+    // No version has such a number yet.
+    minor.min(FREE_THREADED - 1) + if is_free_threaded { FREE_THREADED } else { 0 }
+}
+
+/// Reports whether a layout is that of a build without the global lock.
+pub(super) fn is_free_threaded(number: u8) -> bool {
+    number >= FREE_THREADED
+}
+
+/// Returns the layout of a version of CPython 3, by its number.
+pub(super) fn of(number: u8) -> Option<&'static Layout> {
+    const V3_13T_NUMBER: u8 = 13 + FREE_THREADED;
+    Some(match number {
+        8 | 9 => &V3_9,
+        10 => &V3_10,
+        11 => &V3_11,
+        12 => &V3_12,
+        13 => &V3_13,
+        14 => &V3_14,
+        15 => &V3_15,
+        V3_13T_NUMBER => &V3_13T,
         _ => return None,
     })
 }

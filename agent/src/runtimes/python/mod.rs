@@ -39,6 +39,9 @@ const STATE_INTERPRETER: u64 = 16;
 /// x86_64. Each has 16 bytes, the value last.
 const SPECIFIC: u64 = 0x310;
 const SPECIFIC_BYTES: usize = 32 * 16;
+/// Where musl, from 1.2 on, keeps the address of all such values, from the thread pointer. Each has 8 bytes, and there are 128.
+const MUSL_SPECIFIC: i64 = 0x80;
+const MUSL_SPECIFIC_BYTES: usize = 128 * 8;
 /// Bytes below the thread pointer in which thread-local variables are searched: as many as there are.
 const VARIABLE_BYTES: [u64; 4] = [4096, 1024, 256, 64];
 /// Bytes of code of [`STATE`] that are read.
@@ -47,9 +50,11 @@ const GETTER_BYTES: usize = 16;
 const MAX_TEXT_CHARS: u64 = 512;
 const MAX_LINE_TABLE: u64 = 64 << 10;
 /// Bytes of a line table that the BPF programs copy at least, if it has more.
-const COPIED_LINES: usize = 2048 - 32;
+const COPIED_LINES: usize = 2048 - 48;
 /// Bytes that are read of a code object.
-const CODE_BYTES: usize = 144;
+const CODE_BYTES: usize = 160;
+/// The text with which the description of an interpreter begins that has one, from 3.13 on.
+const DESCRIPTION: [u8; 8] = *b"xdebugpy";
 
 /// The runtime of CPython, from 3.8 on.
 #[derive(Debug)]
@@ -77,26 +82,40 @@ impl Runtime for Python {
             let version = version_of_path(path)?;
             (version, format!("{}.{}", version.0, version.1))
         };
-        // One layout for each minor version.
-        run.map(|_| Detected { version, version_text, addresses, layout: version.1 })
+        let head = runtime.and_then(|at| elf.bytes_at(at, 24));
+        let is_free_threaded =
+            head.is_some_and(|head| head.len() == 24 && head[..8] == DESCRIPTION && word(&head, 16) != 0);
+        run?;
+        Some(Detected {
+            version,
+            // As Python's own tools name such builds.
+            version_text: if is_free_threaded { version_text + "t" } else { version_text },
+            addresses,
+            layout: layout::number(version.1, is_free_threaded),
+        })
     }
 
     fn attach(&self, file: &RuntimeFile, bias: u64, memory: &dyn Memory) -> Result<Attachment, WhyNot> {
-        let layout = layout::of(file.detected.version).ok_or(WhyNot::Version)?;
+        let Some(layout) = layout_of(file) else {
+            let is_free_threaded = layout::is_free_threaded(file.detected.layout);
+            return Err(if is_free_threaded { WhyNot::FreeThreaded } else { WhyNot::Version });
+        };
         let runtime = address(file, RUNTIME_AT, bias);
         if file.detected.version >= (3, 13) {
-            check_debug_offsets(memory, runtime, file.detected.version, layout)?;
+            check_debug_offsets(memory, runtime, file, layout)?;
         }
         let interpreter = memory.u64(runtime.wrapping_add(layout.interpreter))?;
         if interpreter == 0 {
             return Err(WhyNot::NotStarted);
         }
-        let thread_offset = thread_offset(memory, layout, interpreter, address(file, STATE_AT, bias))?;
-        let Layout { steps, native_step, words, end, fixed, .. } = *layout;
+        let place = place_of_state(memory, layout, interpreter, address(file, STATE_AT, bias))?;
+        let Layout { native_step, words, end, fixed, .. } = *layout;
+        let steps: Vec<i32> = place.step.into_iter().chain(layout.steps.iter().copied()).collect();
+        let is_direct = place.step.is_none();
         Ok(Attachment::List(ListLayout {
-            thread_offset,
-            steps: steps.into(),
-            native_step,
+            thread_offset: place.offset,
+            steps: steps.as_slice().into(),
+            native_step: if is_direct || native_step == 0 { native_step } else { native_step + 1 },
             words,
             function: layout.code,
             function_mask: layout.code_mask,
@@ -106,13 +125,18 @@ impl Runtime for Python {
             end,
             sum: fixed,
             number: file.detected.layout,
-            self_offset: layout.thread_id as i32,
+            // The programs check the object that the first word leads to, which is no state here.
+            self_offset: if is_direct { layout.thread_id as i32 } else { 0 },
             texts: TextLayout {
                 object_bytes: CODE_BYTES as u8,
                 // Strings are long by one to four bytes a character, lines by one.
-                texts: [(layout.name, 72, 2), (layout.file_name, 72, 2), (layout.line_table, 32, 0)]
-                    .map(|(offset, header, shift)| ((offset / 8) as u8, header, shift)),
-                length: 2,
+                texts: [
+                    (layout.name, layout.text_headers.1, 2),
+                    (layout.file_name, layout.text_headers.1, 2),
+                    (layout.line_table, layout.head as u64 + 16, 0),
+                ]
+                .map(|(offset, header, shift)| ((offset / 8) as u8, header as u8, shift)),
+                length: (layout.head / 8) as u8,
             },
             ..ListLayout::default()
         }))
@@ -126,9 +150,9 @@ impl Runtime for Python {
         sum: u32,
         memory: &dyn Memory,
     ) -> Result<FunctionText, WhyNot> {
-        let layout = layout::of(file.detected.version).ok_or(WhyNot::Version)?;
+        let layout = layout_of(file).ok_or(WhyNot::Version)?;
         let code: [u8; CODE_BYTES] = memory.array(object)?;
-        if word(&code, 8) != address(file, CODE_TYPE_AT, bias) {
+        if word(&code, layout.head - 8) != address(file, CODE_TYPE_AT, bias) {
             return Err(WhyNot::Implausible("no code object"));
         }
         let (fixed, words) = (layout.fixed.0 as usize, usize::from(layout.fixed.1));
@@ -139,7 +163,7 @@ impl Runtime for Python {
             name: text(memory, word(&code, layout.name), layout)?,
             file: text(memory, word(&code, layout.file_name), layout)?,
             first_line: half(&code, layout.first_line),
-            lines: match line_table(memory, word(&code, layout.line_table)) {
+            lines: match line_table(memory, word(&code, layout.line_table), layout) {
                 Err(_) if memory.is_partial() => Vec::new(),
                 lines => lines?,
             },
@@ -147,11 +171,16 @@ impl Runtime for Python {
     }
 
     fn line(&self, file: &RuntimeFile, function: &FunctionText, position: u32) -> u32 {
-        let Some(layout) = layout::of(file.detected.version) else { return 0 };
+        let Some(layout) = layout_of(file) else { return 0 };
         let position = i64::from(position.cast_signed());
         let offset = position * layout.instruction_bytes - layout.instructions;
         lines::line_at(layout.line_form, &function.lines, function.first_line, offset)
     }
+}
+
+/// Returns the layout of an interpreter.
+fn layout_of(file: &RuntimeFile) -> Option<&'static Layout> {
+    (file.detected.version.0 == 3).then(|| layout::of(file.detected.layout))?
 }
 
 fn address(file: &RuntimeFile, place: usize, bias: u64) -> u64 {
@@ -173,16 +202,16 @@ fn version_of_path(path: &str) -> Option<(u8, u8)> {
 fn check_debug_offsets(
     memory: &dyn Memory,
     runtime: u64,
-    version: (u8, u8),
+    file: &RuntimeFile,
     layout: &Layout,
 ) -> Result<(), WhyNot> {
     let head: [u8; 24] = memory.array(runtime)?;
-    let found = (word(&head, 8) >> 16) as u16;
-    if head[..8] != *b"xdebugpy" || found.to_be_bytes() != [version.0, version.1] {
+    let (found, version) = ((word(&head, 8) >> 16) as u16, file.detected.version);
+    if head[..8] != DESCRIPTION || found.to_be_bytes() != [version.0, version.1] {
         return Err(WhyNot::Implausible("no description of the interpreter"));
     }
-    if word(&head, 16) != 0 {
-        return Err(WhyNot::FreeThreaded);
+    if (word(&head, 16) != 0) != layout::is_free_threaded(file.detected.layout) {
+        return Err(WhyNot::Implausible("with the global lock in one place, without it in another"));
     }
     for (index, value) in layout.described {
         if memory.u64(runtime.wrapping_add(8 * u64::from(*index)))? != *value {
@@ -192,10 +221,23 @@ fn check_debug_offsets(
     Ok(())
 }
 
-/// Returns where a thread keeps the address of its state, from its thread pointer: all threads must have it there. `getter` is the
-/// function that reads it.
-fn thread_offset(memory: &dyn Memory, layout: &Layout, interpreter: u64, getter: u64) -> Result<i64, WhyNot> {
-    let mut common: Option<Vec<i64>> = None;
+/// The place of the address of a thread's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    /// Of a word, from the thread pointer.
+    offset: i64,
+    /// From the address in that word to the place; `None`: the word is the place.
+    step: Option<i32>,
+}
+
+/// Returns where a thread keeps the address of its state: all threads must have it there. `getter` is the function that reads it.
+fn place_of_state(
+    memory: &dyn Memory,
+    layout: &Layout,
+    interpreter: u64,
+    getter: u64,
+) -> Result<Place, WhyNot> {
+    let mut common: Option<Vec<Place>> = None;
     let mut state = memory.u64(interpreter.wrapping_add(layout.threads))?;
     for _ in 0..MAX_THREADS {
         if state == 0 {
@@ -221,14 +263,14 @@ fn thread_offset(memory: &dyn Memory, layout: &Layout, interpreter: u64, getter:
         Some(places @ [first, ..]) => {
             // A second variable has it too, but only while the thread holds the global lock.
             let code = if layout.is_variable { memory.bytes(getter, GETTER_BYTES).ok() } else { None };
-            let read = code.and_then(|code| variable_of(&code)).filter(|offset| places.contains(offset));
-            Ok(read.unwrap_or(*first))
+            let read = code.and_then(|code| variable_of(&code)).map(|offset| Place { offset, step: None });
+            Ok(read.filter(|place| places.contains(place)).unwrap_or(*first))
         }
     }
 }
 
-/// Returns where a thread has the address of its state, from its thread pointer.
-fn places_of(memory: &dyn Memory, layout: &Layout, thread: u64, state: u64) -> Vec<i64> {
+/// Returns where a thread has the address of its state.
+fn places_of(memory: &dyn Memory, layout: &Layout, thread: u64, state: u64) -> Vec<Place> {
     let read =
         |from: i64, length: usize| Some((from, memory.bytes(thread.wrapping_add_signed(from), length).ok()?));
     let (found, first, step) = if layout.is_variable {
@@ -237,9 +279,21 @@ fn places_of(memory: &dyn Memory, layout: &Layout, thread: u64, state: u64) -> V
     } else {
         (read(SPECIFIC as i64, SPECIFIC_BYTES), 8, 16)
     };
-    let Some((from, bytes)) = found else { return Vec::new() };
-    let words = (first..bytes.len()).step_by(step).filter(|at| word(&bytes, *at) == state);
-    words.map(|at| from + at as i64).collect()
+    let direct: Vec<Place> = found
+        .map(|(from, bytes)| {
+            let words = (first..bytes.len()).step_by(step).filter(|at| word(&bytes, *at) == state);
+            words.map(|at| Place { offset: from + at as i64, step: None }).collect()
+        })
+        .unwrap_or_default();
+    if direct.is_empty() && !layout.is_variable { musl_places(memory, thread, state) } else { direct }
+}
+
+/// Returns where a thread of a process of musl has the address of its state.
+fn musl_places(memory: &dyn Memory, thread: u64, state: u64) -> Vec<Place> {
+    let values = memory.u64(thread.wrapping_add_signed(MUSL_SPECIFIC)).ok();
+    let bytes = values.and_then(|values| memory.bytes(values, MUSL_SPECIFIC_BYTES).ok()).unwrap_or_default();
+    let words = (0..bytes.len()).step_by(8).filter(|at| word(&bytes, *at) == state);
+    words.map(|at| Place { offset: MUSL_SPECIFIC, step: Some(at as i32) }).collect()
 }
 
 /// Decodes a function that returns a thread-local variable of a program: `mov %fs:OFFSET,%rax; ret`.
@@ -251,9 +305,9 @@ fn variable_of(code: &[u8]) -> Option<i64> {
 
 /// Reads a string object.
 fn text(memory: &dyn Memory, object: u64, layout: &Layout) -> Result<String, WhyNot> {
-    let header: [u8; 40] = memory.array(object)?;
-    let length = word(&header, 16).min(MAX_TEXT_CHARS);
-    let state = half(&header, 32);
+    let header: [u8; 56] = memory.array(object)?;
+    let length = word(&header, layout.head).min(MAX_TEXT_CHARS);
+    let state = half(&header, layout.head + 16);
     let (kind, is_compact, is_ascii) = (state >> 2 & 7, state >> 5 & 1 == 1, state >> 6 & 1 == 1);
     if !is_compact {
         return Err(WhyNot::Implausible("a string of an old kind"));
@@ -280,9 +334,9 @@ fn text(memory: &dyn Memory, object: u64, layout: &Layout) -> Result<String, Why
 }
 
 /// Reads a bytes object. Of a copy that is not whole it reads the part that is there, which has the lines of the first positions.
-fn line_table(memory: &dyn Memory, object: u64) -> Result<Vec<u8>, WhyNot> {
-    let length = memory.u64(object.wrapping_add(16))?.min(MAX_LINE_TABLE) as usize;
-    let at = object.wrapping_add(32);
+fn line_table(memory: &dyn Memory, object: u64, layout: &Layout) -> Result<Vec<u8>, WhyNot> {
+    let length = memory.u64(object.wrapping_add(layout.head as u64))?.min(MAX_LINE_TABLE) as usize;
+    let at = object.wrapping_add(layout.head as u64 + 16);
     memory.bytes(at, length).or_else(|_| memory.bytes(at, length.min(COPIED_LINES)))
 }
 
@@ -315,7 +369,7 @@ mod tests {
             version,
             version_text: String::new(),
             addresses: vec![0x1000, 0x2000],
-            layout: version.1,
+            layout: layout::number(version.1, false),
         };
         RuntimeFile { runtime: &Python, detected }
     }
@@ -348,12 +402,68 @@ mod tests {
         assert_eq!((layout.steps.as_slice(), layout.native_step), (&[56, 8][..], 1));
     }
 
+    #[test]
+    fn the_state_of_a_thread_of_musl_is_found_in_an_array() {
+        let mut memory = process(&[0x8000, 0x9000]);
+        for (thread, state, values) in [(0x8000_u64, 0x4000, 0xa000_u64), (0x9000, 0x4400, 0xb000)] {
+            memory.set(thread + SPECIFIC + 3 * 16 + 8, 0);
+            memory.set(thread + 0x80, values);
+            memory.set(values + 8 * 5, state);
+        }
+        let attached = Python.attach(&file((3, 11)), 0, &memory).unwrap();
+        let Attachment::List(layout) = attached else { panic!("{attached:?}") };
+        assert_eq!((layout.thread_offset, layout.steps.as_slice()), (0x80, &[40, 56, 8][..]));
+        assert_eq!((layout.native_step, layout.self_offset), (2, 0));
+        memory.set(0xb000 + 8 * 5, 0);
+        memory.set(0xb000 + 8 * 6, 0x4400);
+        assert_eq!(Python.attach(&file((3, 11)), 0, &memory).unwrap_err(), WhyNot::NoThreadState);
+    }
+
+    #[test]
+    fn a_build_without_the_global_lock_has_its_own_layout() {
+        let attach = |described: &[(u8, u64)], is_free_threaded: u64| {
+            let mut memory = Bytes(0x1000, vec![0; 0x10000]);
+            memory.1[..8].copy_from_slice(&DESCRIPTION);
+            memory.set(0x1008, 0x030d_05f0);
+            memory.set(0x1010, is_free_threaded);
+            for (index, value) in described {
+                memory.set(0x1000 + 8 * u64::from(*index), *value);
+            }
+            let (interpreter, state, thread) = (0x3000, 0x8000, 0xa000);
+            memory.set(0x1000 + 632, interpreter);
+            memory.set(interpreter + 7344, state);
+            memory.set(state + STATE_INTERPRETER, interpreter);
+            memory.set(state + 152, thread);
+            memory.set(thread + SPECIFIC + 8, state);
+            let mut file = file((3, 13));
+            file.detected.layout = layout::number(13, true);
+            Python.attach(&file, 0, &memory)
+        };
+        let described = layout::of(layout::number(13, true)).unwrap().described;
+        let attached = attach(described, 1).unwrap();
+        let Attachment::List(layout) = attached else { panic!("{attached:?}") };
+        assert_eq!((layout.number, layout.sum, layout.texts.length), (45, (72, 11), 4));
+        let other = WhyNot::Implausible("with the global lock in one place, without it in another");
+        assert_eq!(attach(described, 0).unwrap_err(), other);
+        for left_out in 0..described.len() {
+            let part = [&described[..left_out], &described[left_out + 1..]].concat();
+            // A code object is the first word of a frame.
+            if described[left_out].1 != 0 {
+                assert!(attach(&part, 1).is_err(), "{:?}", described[left_out]);
+            }
+        }
+        let mut newer = file((3, 14));
+        newer.detected.layout = layout::number(14, true);
+        let memory = Bytes(0x1000, vec![0; 0x1000]);
+        assert_eq!(Python.attach(&newer, 0, &memory).unwrap_err(), WhyNot::FreeThreaded);
+    }
+
     /// A process of 3.15 that describes itself, with one thread.
     fn process_with_variables() -> Bytes {
         let mut memory = Bytes(0x1000, vec![0; 0x10000]);
         memory.1[..8].copy_from_slice(b"xdebugpy");
         memory.set(0x1008, 0x030f_02f0);
-        for (index, value) in layout::of((3, 15)).unwrap().described {
+        for (index, value) in layout::of(15).unwrap().described {
             memory.set(0x1000 + 8 * u64::from(*index), *value);
         }
         let (interpreter, state, thread) = (0x3000, 0x8000, 0xa000);
@@ -431,18 +541,20 @@ mod tests {
             words in prop::collection::vec((0_u64..0x4000, 0x1000_u64..0x4000), 0..200),
             object in 0x1000_u64..0x5000,
             minor in 8_u8..16,
+            is_free_threaded: bool,
         ) {
             let mut memory = Bytes(0x1000, bytes);
             for (at, value) in words {
                 memory.set(0x1000 + (at & !7).min(0x3ff0), value);
             }
-            let file = file((3, minor));
+            let mut file = file((3, minor));
+            file.detected.layout = layout::number(minor, is_free_threaded);
             let _ = Python.attach(&file, 0, &memory);
             for sum in [0, 1] {
                 let _ = Python.read_function(&file, 0, object, sum, &memory);
             }
-            if let Some(layout) = layout::of((3, minor)) {
-                let _ = (text(&memory, object, layout), line_table(&memory, object));
+            if let Some(layout) = layout::of(file.detected.layout) {
+                let _ = (text(&memory, object, layout), line_table(&memory, object, layout));
             }
         }
     }
