@@ -267,6 +267,7 @@ mod tests {
                 stack: Vec::new(),
                 unread: Vec::new(),
                 lists: None,
+                live_until_ns: 0,
             })),
         }
     }

@@ -140,8 +140,13 @@ impl Intake {
 
     /// Adds a sample that the agent took itself.
     pub(super) fn add_own(&mut self, sample: Sample) {
-        self.flow.taken += u64::from(sample.subject.rules.count_ones());
+        self.take_own(&sample);
         self.add(sample);
+    }
+
+    /// Counts a sample that the agent took itself and adds later.
+    pub(super) fn take_own(&mut self, sample: &Sample) {
+        self.flow.taken += u64::from(sample.subject.rules.count_ones());
     }
 
     /// Returns how the stacks of all samples so far ended.

@@ -262,10 +262,19 @@ impl Reader {
             sample.subject.rules = rules.slots().held_since(sample.subject.rules, sample.subject.ktime_ns);
             if sample.subject.rules != 0 {
                 // Without room in the table the sample has no process, which the window says.
-                let _ = self.processes.sampled(&sample.subject, &addresses_of(&sample.user));
+                let addresses = match &sample.raw {
+                    Some(raw) => Cow::Owned(vec![raw.pc]),
+                    None => addresses_of(&sample.user),
+                };
+                let _ = self.processes.sampled(&sample.subject, &addresses);
                 self.hand_on_changes();
-                self.unwinding.enter_functions(&mut sample, &mut self.processes);
-                self.intake.add_own(sample);
+                if sample.raw.is_some() {
+                    self.intake.take_own(&sample);
+                    self.unwinding.push(sample);
+                } else {
+                    self.unwinding.enter_functions(&mut sample, &mut self.processes);
+                    self.intake.add_own(sample);
+                }
             }
         }
     }

@@ -92,7 +92,7 @@ impl Unwinding {
     pub(super) fn add_off_cpu(&mut self, sample: &Sample) {
         let key = ImageKey::of(&sample.subject);
         let is_in_kernel = self.tables.as_ref().is_none_or(|tables| tables.is_loaded(&key));
-        if !is_in_kernel || sample.end == StackEnd::Broken {
+        if !is_in_kernel || sample.raw.is_none() && sample.end == StackEnd::Broken {
             self.blocked.insert(key);
         }
     }

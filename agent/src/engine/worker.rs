@@ -547,6 +547,10 @@ impl Worker {
     fn finish(&mut self) {
         self.kernel.set_sampling(false);
         let until = Instant::now() + STOP_TIMEOUT;
+        // Their raw stacks wait like those of others.
+        self.catch_up();
+        self.effects.add(Effect::AddOffCpu);
+        self.carry_out_effects();
         loop {
             self.catch_up();
             let is_over = Instant::now() >= until;
@@ -556,10 +560,6 @@ impl Worker {
             }
             self.wait();
         }
-        self.effects.add(Effect::AddOffCpu);
-        self.carry_out_effects();
-        self.catch_up();
-        self.reader.resolve(&mut self.kernel, &self.rules, true);
         self.hand_over_window(true);
     }
 }

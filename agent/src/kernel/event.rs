@@ -104,6 +104,8 @@ const USER_STACK_RAW: u8 = 10;
 const STACK_POINTER: usize = if cfg!(target_arch = "aarch64") { 31 } else { 7 };
 /// Parts of a raw stack; see `raw_unread` of gannet.h.
 const RAW_STACK_PAGES: u32 = 6;
+/// `OFF_CPU_RAW_WORDS` there: the words of the raw stack of a blocked thread. The kernel refuses a map of another size.
+pub(super) const OFF_CPU_RAW_WORDS: usize = RAW_REGISTERS + 3 * 4096 / 8;
 const PAGE: u64 = 4096;
 
 /// Returns the addresses of the parts of a raw stack that could not be read: `bits` has one bit for each part.
@@ -118,7 +120,7 @@ fn unread_parts(stack_pointer: u64, bits: u8) -> Vec<Range<u64>> {
 
 /// Reads the words of a raw stack and the list frames behind it; `None` if there are fewer words than registers. `unread` has
 /// one bit for each part of the stack that could not be read.
-fn raw_user_stack(words: &[u64], unread: u8, lists: &[u64]) -> Option<Box<RawUserStack>> {
+fn raw_user_stack(words: &[u64], unread: u8, lists: &[u64], live_until_ns: u64) -> Option<Box<RawUserStack>> {
     let (head, stack) = words.split_at_checked(RAW_REGISTERS)?;
     let (pc, registers) = head.split_first()?;
     Some(Box::new(RawUserStack {
@@ -127,7 +129,25 @@ fn raw_user_stack(words: &[u64], unread: u8, lists: &[u64]) -> Option<Box<RawUse
         stack: stack.iter().flat_map(|word| word.to_ne_bytes()).collect(),
         unread: unread_parts(*registers.get(STACK_POINTER)?, unread),
         lists: RawLists::of_words(lists),
+        live_until_ns,
     }))
+}
+
+/// Returns the bytes before the user's part of the record of a blocked thread, and the bytes of its raw stack; `None` if that is no
+/// raw one.
+pub(super) fn raw_parts(entry: &[u8]) -> Option<(usize, usize)> {
+    let head: types::sample = read(entry, SAMPLE).ok()?;
+    let frames = offset_of!(types::sample, frames) + usize::from(head.kernel_frames) * 8;
+    (head.user_end == USER_STACK_RAW).then(|| (frames, usize::from(head.user_frames) * 8))
+}
+
+/// Returns the sample of a thread that has been blocked for this long, and still is.
+pub(super) fn blocked_for(mut sample: Sample, value_ns: u64) -> Sample {
+    sample.value_ns = value_ns;
+    if let Some(raw) = &mut sample.raw {
+        raw.live_until_ns = sample.subject.ktime_ns.saturating_add(value_ns);
+    }
+    sample
 }
 
 /// Why a record is no event: the agent and its BPF programs are not of one build.
@@ -303,7 +323,14 @@ fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
     // A guess may find no frame any more, or only those that a smaller record leaves out.
     let guessed_from = Some(head.guessed_from).filter(|from| *from > 0 && usize::from(*from) < user.len());
     let is_raw = head.user_end == USER_STACK_RAW;
-    let raw = if is_raw { raw_user_stack(&std::mem::take(&mut user), head.raw_unread, &lists) } else { None };
+    // A thread's stack does not change while it is off the CPU.
+    let blocked_ns = if head.kind == 0 { 0 } else { head.value_ns };
+    let live_until_ns = head.event.ktime.saturating_add(blocked_ns);
+    let raw = if is_raw {
+        raw_user_stack(&std::mem::take(&mut user), head.raw_unread, &lists, live_until_ns)
+    } else {
+        None
+    };
     Ok(Sample {
         tid: head.event.tid,
         kind: if head.kind == 0 { SampleKind::OnCpu } else { SampleKind::OffCpu },

@@ -227,6 +227,7 @@ impl LoadedKernel {
             follows_mappings: !options.without.contains(&"mappings"),
             links,
             switches: None,
+            raw_stacks: None,
             task_iterator,
             ring: EventRing::open(&skeleton.maps.events, options.ring_bytes)?,
             shared,

@@ -3,6 +3,7 @@
 //!
 //! Dropping a [`Kernel`] stops the clocks, then detaches the programs, then frees the maps.
 
+mod blocked;
 mod clock;
 mod cost;
 mod counters;
@@ -52,7 +53,7 @@ pub(crate) use self::{
     rule_maps::{MAX_CGROUP_PATH, MAX_COMM, MAX_RULES},
     unwinding::{MAX_TABLES, SENT_RAW},
 };
-use crate::model::{self, ProcessKey, Sample};
+use crate::model::{self, ProcessKey};
 
 /// The kernel side at work.
 pub struct Kernel {
@@ -66,6 +67,8 @@ pub struct Kernel {
     links: Vec<Link>,
     /// The handler of context switches, while a rule asks for blocked time.
     switches: Option<Link>,
+    /// The map in which that keeps raw stacks; `None` without such a rule.
+    raw_stacks: Option<blocked::RawStacks>,
     /// The iterator over all tasks.
     task_iterator: Option<Link>,
     ring: ring::EventRing,
@@ -152,7 +155,9 @@ impl Kernel {
         // Context switches are frequent: their handler is attached only while a rule asks for blocked time.
         if rules.off_cpu == 0 || self.detached {
             self.switches = None;
+            self.keep_raw_stacks(false);
         } else if self.switches.is_none() {
+            self.keep_raw_stacks(true);
             self.switches = Some(load::attach_switches(&self.skeleton, &self.options)?);
         }
         Ok(())
@@ -224,6 +229,7 @@ impl Kernel {
         self.links.clear();
         self.task_iterator = None;
         self.switches = None;
+        self.keep_raw_stacks(false);
         self.follow_mappings(false);
         self.set_clocks(BTreeSet::new())
     }
@@ -245,19 +251,6 @@ impl Kernel {
         self.detached = false;
         self.set_lifecycle(self.options.lifecycle);
         self.set_sampling(true);
-    }
-
-    /// Returns a sample of each sampled thread that is blocked now; `value_ns` is how long it has been blocked.
-    pub(crate) fn blocked_now(&self, now_ns: u64) -> Vec<Sample> {
-        let map = &self.skeleton.maps.off_cpu;
-        let entries = map.keys().filter_map(|key| map.lookup(&key, MapFlags::ANY).ok().flatten());
-        entries
-            .filter_map(|bytes| match Event::decode(&bytes) {
-                Ok(Event::Sample(sample)) => Some(sample),
-                _ => None,
-            })
-            .map(|sample| Sample { value_ns: now_ns.saturating_sub(sample.subject.ktime_ns), ..sample })
-            .collect()
     }
 
     /// Switches the reports of exec, fork and exit.

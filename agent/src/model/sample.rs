@@ -152,4 +152,6 @@ pub struct RawUserStack {
     pub unread: Vec<Range<u64>>,
     /// The list frames of the thread.
     pub lists: Option<RawLists>,
+    /// By the boot clock: until then at least the thread had this stack, and the functions on it lived.
+    pub live_until_ns: u64,
 }

@@ -133,6 +133,7 @@ fn sample(pid: u32, tid: u32) -> Sample {
             stack,
             unread: Vec::new(),
             lists: None,
+            live_until_ns: 0,
         })),
         list_layout: 0,
     }

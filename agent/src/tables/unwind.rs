@@ -162,7 +162,7 @@ impl UnwindTables {
                 unproven: 0,
             };
         };
-        let RawUserStack { pc, registers, stack, unread, lists } = &**raw;
+        let RawUserStack { pc, registers, stack, unread, lists, live_until_ns } = &**raw;
         let arch = if cfg!(target_arch = "aarch64") { Arch::Aarch64 } else { Arch::X86_64 };
         let stack_pointer = usize::from(dwarf_register::stack_pointer(arch));
         let stack_start = registers.get(stack_pointer).copied().unwrap_or(0);
@@ -172,7 +172,7 @@ impl UnwindTables {
             files: &self.files,
             image,
             missing: RefCell::new(None),
-            walk: code.map(|code| CodeWalk::new(code, sample.subject.ktime_ns)),
+            walk: code.map(|code| CodeWalk::new(code, *live_until_ns)),
             bias: interpreter.map_or(0, |interpreter| interpreter.bias),
             is_unattached: Cell::new(false),
         };

@@ -2,6 +2,8 @@
 //! Needs root, a kernel with BTF, and `java` and `javac` from 11 on. `GANNET_TEST_JAVAS` names other virtual machines, with `:`
 //! between them.
 
+mod blocked;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     env, fs,
@@ -12,7 +14,7 @@ use std::{
 
 use gannet_proto::profiles::{Location, Profile};
 
-use crate::common::{Running, proven, record_for};
+use crate::common::{Running, proven, record_for, slower};
 
 const SYSTEM_JAVA: &str = "java";
 /// Says which virtual machines to test: paths with `:` between them.

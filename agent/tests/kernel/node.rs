@@ -2,6 +2,8 @@
 //! Needs root, a kernel with BTF, and `node`, an own build of Node in a version that the agent reads. `GANNET_TEST_NODES` names
 //! others, with `:` between them; `scripts/node` fetches them.
 
+mod blocked;
+
 use std::{
     collections::{BTreeMap, HashMap},
     env,

@@ -29,6 +29,10 @@ _Static_assert(MAX_KERNEL_FRAMES + MAX_FP_FRAMES + 2 <= OFF_CPU_FRAMES, "the ker
 _Static_assert(RAW_STACK_PAGES <= 8, "one bit of struct sample's raw_unread for each");
 #define RAW_STACK_WORDS (RAW_STACK_PAGES * 4096 / 8)
 #define RAW_WORDS (RAW_REGISTERS + RAW_STACK_WORDS)
+/* Of a thread that is off the CPU: the page of the stack pointer, and the next ones. */
+#define OFF_CPU_RAW_PAGES 3
+_Static_assert(OFF_CPU_RAW_PAGES <= RAW_STACK_PAGES, "it fits a raw sample");
+#define OFF_CPU_RAW_WORDS (RAW_REGISTERS + OFF_CPU_RAW_PAGES * 4096 / 8)
 /* Words of list frames behind a raw stack. */
 #define RAW_LIST_WORDS 512
 #define FRAME_SLOTS (MAX_KERNEL_FRAMES + 1 + RAW_WORDS + RAW_LIST_WORDS)
@@ -448,6 +452,11 @@ enum cgroup_hierarchy {
 	CGROUP_V2 = 0,
 	CGROUP_V1_CPU = 1,
 	CGROUP_V1_MEMORY = 2,
+};
+
+/* Value of `off_cpu_raw`'s map: as in a raw sample. */
+struct off_cpu_raw {
+	u64 words[OFF_CPU_RAW_WORDS];
 };
 
 enum event_kind {

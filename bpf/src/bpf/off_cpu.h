@@ -28,6 +28,26 @@ struct {
 	__type(value, struct off_cpu_entry);
 } off_cpu SEC(".maps");
 
+/* The form of the map in off_cpu_raw. The agent's has more entries. */
+struct off_cpu_raw_map {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(u32));
+	__uint(value_size, sizeof(struct off_cpu_raw));
+};
+
+/*
+ * The raw stacks of threads in off_cpu, by thread id: those that reach generated code, which only the agent can unwind. The
+ * thread's stack does not change while it is off the CPU, but the programs can read it only as the thread leaves. The map in here
+ * is large, and so there is none unless a rule wants blocked time. Writer of the entry: the agent. Writer of the map: on_switch.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__array(values, struct off_cpu_raw_map);
+} off_cpu_raw SEC(".maps");
+
 /* Stacks of threads that block which a CPU may still take. Writer and reader: on_switch. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -44,12 +64,43 @@ ALWAYS_INLINE bool block_allowed(void)
 	return bucket && take_token(bucket, settings.off_cpu_rate);
 }
 
+ALWAYS_INLINE void *off_cpu_raws(void)
+{
+	u32 zero = 0;
+
+	return bpf_map_lookup_elem(&off_cpu_raw, &zero);
+}
+
+/*
+ * Takes the stack raw, and stores it until the thread comes back. False: there is no room for it, and the sample has the frames
+ * that are unwound.
+ */
+ALWAYS_INLINE bool store_raw(struct sample_scratch *scratch)
+{
+	u64 first = scratch->sample.kernel_frames + scratch->sample.user_frames, unwound = scratch->sample.user_frames;
+	u32 tid = scratch->sample.event.tid;
+	void *raws = off_cpu_raws();
+
+	if (!raws)
+		return false;
+	/* Behind the frames so far, which count if there is no room. */
+	take_raw(scratch, first, OFF_CPU_RAW_PAGES);
+	barrier_var(first);
+	if (first <= MAX_KERNEL_FRAMES + OFF_CPU_FRAMES &&
+	    !bpf_map_update_elem(raws, &tid, &scratch->frames[first], BPF_ANY))
+		return true;
+	scratch->sample.user_frames = unwound;
+	scratch->sample.raw_unread = 0;
+	return false;
+}
+
 /* Stores the stacks until the thread comes back. */
 ALWAYS_INLINE void store_block(struct counters *counters, struct sample_scratch *scratch)
 {
 	u32 tid = scratch->sample.event.tid;
 
-	if (scratch->sample.kernel_frames + scratch->sample.user_frames > OFF_CPU_FRAMES) {
+	if (scratch->sample.user_end != USER_STACK_RAW &&
+	    scratch->sample.kernel_frames + scratch->sample.user_frames > OFF_CPU_FRAMES) {
 		scratch->sample.user_frames = OFF_CPU_FRAMES - scratch->sample.kernel_frames;
 		scratch->sample.user_end = USER_STACK_TRUNCATED;
 	}
@@ -57,6 +108,35 @@ ALWAYS_INLINE void store_block(struct counters *counters, struct sample_scratch 
 		take_sample(counters, scratch->sample.event.rules);
 		end_sample(counters, &counters->lost_off_cpu_full, scratch->sample.event.rules);
 	}
+}
+
+/* Sends the sample of a thread whose stack was stored raw, and forgets that. */
+ALWAYS_INLINE void send_raw(struct counters *counters, struct off_cpu_entry *entry, u32 tid, bool is_long_enough)
+{
+	u64 kernel = entry->sample.kernel_frames;
+	struct sample_scratch *scratch = this_cpu_scratch();
+	void *raws = off_cpu_raws(), *raw;
+
+	raw = raws ? bpf_map_lookup_elem(raws, &tid) : NULL;
+	if (is_long_enough) {
+		take_sample(counters, entry->sample.event.rules);
+		barrier_var(kernel);
+		if (raw && scratch && kernel <= MAX_KERNEL_FRAMES) {
+			/* The scratch is free: the sample of the thread that leaves has not begun. */
+			bpf_probe_read_kernel(scratch, sizeof(scratch->sample) + (MAX_KERNEL_FRAMES + 1) * sizeof(u64),
+					      entry);
+			bpf_probe_read_kernel(&scratch->frames[kernel], sizeof(struct off_cpu_raw), raw);
+			send_sample(counters, &scratch->sample, sizeof(scratch->sample) + sizeof(scratch->frames),
+				    false);
+		} else {
+			/* The agent has taken the map away meanwhile. */
+			entry->sample.user_frames = 0;
+			entry->sample.user_end = USER_STACK_NO_RULE;
+			send_sample(counters, &entry->sample, sizeof(*entry), false);
+		}
+	}
+	if (raw)
+		bpf_map_delete_elem(raws, &tid);
 }
 
 /*
@@ -68,14 +148,19 @@ ALWAYS_INLINE void end_block(struct counters *counters, u32 tid, struct task_str
 {
 	struct off_cpu_entry *entry = bpf_map_lookup_elem(&off_cpu, &tid);
 	u64 passed, ran;
+	bool is_long_enough;
 
 	if (!entry)
 		return;
 	passed = now - entry->sample.event.ktime;
 	ran = BPF_CORE_READ(task, se.sum_exec_runtime) - entry->sample.value_ns;
 	/* If it ran longer than that, another thread has reused the TID. */
-	if (ran <= passed && passed - ran >= settings.off_cpu_min_ns) {
+	is_long_enough = ran <= passed && passed - ran >= settings.off_cpu_min_ns;
+	if (is_long_enough)
 		entry->sample.value_ns = passed - ran;
+	if (entry->sample.user_end == USER_STACK_RAW) {
+		send_raw(counters, entry, tid, is_long_enough);
+	} else if (is_long_enough) {
 		take_sample(counters, entry->sample.event.rules);
 		send_sample(counters, &entry->sample, sizeof(*entry), false);
 	}
@@ -153,8 +238,7 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 ALWAYS_INLINE void finish_switch(struct counters *counters, struct sample_scratch *scratch)
 {
 	end_unwind(scratch);
-	/* There is no space for a raw sample. */
-	if (scratch->sample.user_end == USER_STACK_RAW)
+	if (scratch->sample.user_end == USER_STACK_RAW && !store_raw(scratch))
 		scratch->sample.user_end = USER_STACK_NO_RULE;
 	store_block(counters, scratch);
 }

@@ -191,32 +191,33 @@ ALWAYS_INLINE void take_user_stack(void *ctx, struct sample_scratch *scratch, st
 }
 
 /*
- * Takes registers and stack, for the agent to unwind once it has the tables. Behind the first thread's stack lie the
- * program's arguments and its environment, which may hold secrets: they are left out.
+ * Takes registers and stack, for the agent to unwind once it has the tables: `pages` parts of the stack, into frames from
+ * `first` on. Behind the first thread's stack lie the program's arguments and its environment, which may hold secrets: they are
+ * left out.
  */
-ALWAYS_INLINE void take_raw(struct sample_scratch *scratch)
+ALWAYS_INLINE void take_raw(struct sample_scratch *scratch, u64 first, u32 pages)
 {
-	u64 kernel = scratch->sample.kernel_frames, at, sp = scratch->unwind.start_sp, words = RAW_REGISTERS, part;
+	u64 at, sp = scratch->unwind.start_sp, words = RAW_REGISTERS, part;
 	struct task_struct *task = (void *)bpf_get_current_task();
-	u64 left = RAW_STACK_PAGES * 4096, strings = BPF_CORE_READ(task, mm, arg_start);
+	u64 left = pages * 4096, strings = BPF_CORE_READ(task, mm, arg_start);
 
 	scratch->sample.user_end = USER_STACK_RAW;
-	barrier_var(kernel);
-	if (kernel > MAX_KERNEL_FRAMES)
+	barrier_var(first);
+	if (first > MAX_KERNEL_FRAMES + OFF_CPU_FRAMES)
 		return;
-	scratch->frames[kernel] = scratch->unwind.start_pc;
+	scratch->frames[first] = scratch->unwind.start_pc;
 	for (u32 i = 0; i < RAW_REGISTERS - 1; i++)
-		scratch->frames[kernel + 1 + i] = scratch->unwind.registers[i];
+		scratch->frames[first + 1 + i] = scratch->unwind.registers[i];
 	/*
 	 * Up to the end of the page, then page by page. A page that cannot be read lies behind the end of the stack, or is not
 	 * in memory: the program never wrote to it (a large array, used in part), or the kernel swapped it out. If another page
 	 * follows the record has zeros in its place, which the agent must not take for memory.
 	 */
-	at = kernel + RAW_REGISTERS;
+	at = first + RAW_REGISTERS;
 	if (strings > sp && strings - sp < left)
 		left = strings - sp;
 	part = 4096 - (sp & 4095);
-	for (u32 page = 0; page < RAW_STACK_PAGES; page++) {
+	for (u32 page = 0; page < pages; page++) {
 		if (part > left)
 			part = left;
 		barrier_var(part);
@@ -228,7 +229,7 @@ ALWAYS_INLINE void take_raw(struct sample_scratch *scratch)
 		sp += part;
 		at += part / sizeof(u64);
 		if (present)
-			words = at - kernel;
+			words = at - first;
 		else
 			scratch->sample.raw_unread |= 1 << page;
 		left -= part;
@@ -419,7 +420,7 @@ ALWAYS_INLINE bool begin_raw(struct counters *counters, struct sample_scratch *s
 	counters->raw++;
 	scratch->sample.user_frames = 0;
 	scratch->sample.guessed_from = 0;
-	take_raw(scratch);
+	take_raw(scratch, scratch->sample.kernel_frames, RAW_STACK_PAGES);
 	unwind->raw = 1;
 	unwind->run_open = 0;
 	unwind->frames = 0;
