@@ -87,6 +87,11 @@ impl<'d> Elf<'d> {
         self.headers.entry
     }
 
+    /// Reports whether the program is linked for fixed addresses, so that a process has it at the addresses of the file.
+    pub fn is_fixed(&self) -> bool {
+        self.headers.is_fixed
+    }
+
     /// Returns address and size of `.eh_frame_hdr`.
     pub fn eh_frame_hdr(&self) -> Option<(u64, u64)> {
         self.headers.eh_frame_hdr
@@ -219,6 +224,11 @@ impl<'d> Elf<'d> {
     /// Reports whether [`Self::section_data`] knows the form of a section. The bytes themselves are not checked.
     pub fn has_known_form(&self, section: &Section) -> bool {
         !section.is_compressed() || self.compression(section).is_ok()
+    }
+
+    /// Returns the bytes of a section after decompression, as its header claims. An error for an unknown form.
+    pub fn unpacked_bytes(&self, section: &Section) -> Result<u64, ElfError> {
+        if section.is_compressed() { Ok(self.compression(section)?.1) } else { Ok(section.file_bytes()) }
     }
 
     /// Reads the bytes at an ELF virtual address: at most `max_bytes`, and no further than the segment goes on in the file.

@@ -2,7 +2,7 @@
 
 use object::{
     LittleEndian,
-    elf::{PF_X, PT_GNU_EH_FRAME, PT_LOAD, PT_NOTE, ProgramHeader64},
+    elf::{ET_EXEC, PF_X, PT_GNU_EH_FRAME, PT_LOAD, PT_NOTE, ProgramHeader64},
     pod,
 };
 
@@ -29,6 +29,8 @@ pub struct Headers {
     pub segments: Segments,
     /// Build ids of the notes; see [`BuildIds`].
     pub build_ids: BuildIds,
+    /// Whether the program is linked for fixed addresses: `ET_EXEC`.
+    pub(crate) is_fixed: bool,
     /// Address of the first instruction of a program or of the dynamic linker; 0 in libraries.
     pub(crate) entry: u64,
     /// Address and size of `.eh_frame_hdr`.
@@ -73,6 +75,7 @@ impl Headers {
                 headers.iter().filter(|header| header.p_type.get(LE) == PT_LOAD).map(segment).collect(),
             ),
             build_ids,
+            is_fixed: header.raw.e_type.get(LE) == ET_EXEC,
             entry: header.raw.e_entry.get(LE),
             eh_frame_hdr: headers
                 .iter()

@@ -7,13 +7,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use gannet_symbols::{
+    alternate::find_alternate,
+    dwarf::{self, DebugFrame, Examined, Unusable},
+};
+
 use super::{
     debug_file,
-    formats::dwarf::{self, DebugFrame, Examined, Unusable},
     options::{DebugCost, Skipped, SymbolizerStats},
 };
 use crate::{
     access::{self, Target},
+    governor::CountedChild,
     model::MappedFile,
 };
 
@@ -134,7 +139,14 @@ impl DebugInfoReader {
         let result = access::node().run(Target::Device(file.dev), &file.path, deadline, move || {
             let open = theirs.open_for_reading()?;
             let separate = separate.as_ref().and_then(|file| file.file.as_ref());
-            dwarf::resolve(&program, separate.unwrap_or(&open), &wanted, memory_bytes, &directories)
+            dwarf::resolve(
+                &program,
+                separate.unwrap_or(&open),
+                &wanted,
+                memory_bytes,
+                &directories,
+                &CountedChild::new,
+            )
         });
         let Ok(result) = result else { return DebugFrames::Later };
         info.spent.add(begin.elapsed(), Instant::now());
@@ -189,7 +201,7 @@ fn with_alternate(
     directories: &[PathBuf],
 ) -> Result<(u64, bool), Unusable> {
     let Some(link) = &examined.alternate else { return Ok((examined.bytes, false)) };
-    let alternate = debug_file::find_alternate(link, linker, directories).ok_or(Unusable::NoAlternate)?;
+    let alternate = find_alternate(link, linker, directories).ok_or(Unusable::NoAlternate)?;
     match dwarf::examine(&alternate) {
         Ok(Examined { bytes, alternate: None }) => Ok((examined.bytes.saturating_add(bytes), true)),
         _ => Err(Unusable::Refused),

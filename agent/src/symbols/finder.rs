@@ -14,14 +14,13 @@ use std::{
 };
 
 use gannet_elf::{ContentId, Elf, ElfLimits};
+use gannet_symbols::{dwarf::DebugLine, go, tables};
 use lru::LruCache;
 use quick_cache::unsync;
 
 use super::{
     debug_info::{DebugFrames, DebugInfoReader, FileDebugInfo},
     formats::{
-        dwarf::DebugLine,
-        elf, go,
         jitdump::JitDump,
         kallsyms::{KernelSymbols, Refreshed},
         perf_map::{Listed, PerfMap},
@@ -292,7 +291,7 @@ impl NameFinder {
         let addresses = addresses.to_vec();
         let found = access::read_file(file, move |open| {
             let separate = separate.as_ref().and_then(|file| file.file.as_ref());
-            elf::find(open, separate, &addresses)
+            tables::find(open, separate, &addresses)
         });
         let Ok(found) = found.ok()? else { return Some(Vec::new()) };
         match found {

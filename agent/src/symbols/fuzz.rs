@@ -2,15 +2,12 @@
 
 use std::{fs::File, io::Write as _};
 
+use gannet_symbols::{demangle, dwarf, tables};
 use lzma_rust2::{XzOptions, XzWriter};
 
-use super::{
-    demangle,
-    formats::{
-        dwarf, elf,
-        jitdump::{DumpedFunction, JitDump},
-        perf_map::{Listed, MAX_LINE_BYTES, PIECE_BYTES, PerfMap, Text, parse_line},
-    },
+use super::formats::{
+    jitdump::{DumpedFunction, JitDump},
+    perf_map::{Listed, MAX_LINE_BYTES, PIECE_BYTES, PerfMap, Text, parse_line},
 };
 
 const MAX_BYTES: u64 = 64 << 20;
@@ -118,7 +115,7 @@ pub fn functions_of_file(bytes: &[u8], addresses: &[u64]) {
     if file.write_all(bytes).is_err() {
         return;
     }
-    if let Ok(found) = elf::find(&file, None, addresses) {
+    if let Ok(found) = tables::find(&file, None, addresses) {
         assert_eq!(found.names.len(), addresses.len());
     }
     let _ = dwarf::examine(&file);

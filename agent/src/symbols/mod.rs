@@ -6,7 +6,6 @@
 
 mod debug_file;
 mod debug_info;
-mod demangle;
 mod finder;
 mod formats;
 #[doc(hidden)]
@@ -22,8 +21,9 @@ pub(crate) use self::{
     naming::{KERNEL_MAPPING, OFF_CPU_TYPE},
     vdso::vdso_image,
 };
+pub use gannet_symbols::dwarf::{DEBUG_INFO_VERB, read_debug_info};
+
 pub use self::{
-    formats::dwarf::{DEBUG_INFO_VERB, read_debug_info},
     options::{DebugCost, Skipped, SymbolizerConfig, SymbolizerStats},
     symbolizer::{Symbolizer, SymbolizerError},
 };

@@ -3,9 +3,9 @@
 use std::{collections::HashMap, sync::Arc};
 
 use gannet_elf::ContentId;
+use gannet_symbols::demangle;
 use quick_cache::Weighter;
 
-use super::demangle;
 use crate::model::FileId;
 
 /// Bytes of an entry in the cache, without its functions.

@@ -6,10 +6,9 @@
 
 use std::collections::BTreeMap;
 
-use super::{
-    super::demangle::{self, MAX_NAME_BYTES},
-    perf_map::{Pages, Text},
-};
+use gannet_symbols::demangle::{self, MAX_NAME_BYTES};
+
+use super::perf_map::{Pages, Text};
 
 /// `JiTD`, as a little-endian machine writes it.
 const MAGIC: u32 = 0x4a69_5444;

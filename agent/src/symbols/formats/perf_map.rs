@@ -8,7 +8,7 @@
 
 use std::{collections::BTreeMap, fs::File, os::unix::fs::FileExt};
 
-use super::super::demangle::{self, MAX_NAME_BYTES};
+use gannet_symbols::demangle::{self, MAX_NAME_BYTES};
 
 /// The fuzzer's inputs are small, and shall have several pieces too.
 pub(crate) const PIECE_BYTES: u64 = if cfg!(fuzzing) { 8 << 10 } else { 256 << 10 };

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-/// A symbol of unknown size reaches to the next symbol, but no further than the longest functions.
-pub(crate) const MAX_UNSIZED_BYTES: u64 = 256 << 10;
+use gannet_symbols::MAX_UNSIZED_BYTES;
+
 const _: () = assert!(MAX_UNSIZED_BYTES < UNSIZED as u64, "the mark for an unknown size is not a size");
 const UNSIZED: u32 = u32::MAX;
 /// Symbols before the nearest one that are tried: some assembly has labels inside of functions.

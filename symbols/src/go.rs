@@ -4,8 +4,8 @@ use std::fs::File;
 
 use gannet_elf::{Elf, ElfError, ElfLimits, GoFault, GoLine, GoLines, GoTable, Segments};
 
-use super::{
-    super::demangle::{self, MAX_NAME_BYTES},
+use crate::{
+    demangle::{self, MAX_NAME_BYTES},
     dwarf::{DebugFrame, DebugLine},
     symbol_search::{Offer, SymbolSearch, TooMuchWork},
 };
@@ -15,7 +15,7 @@ const MAX_TABLE_BYTES: u64 = 128 << 20;
 
 /// The reason why Go's function table gave no names.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum GoError {
+pub(crate) enum GoError {
     /// The table is damaged, or of a version that is not known.
     #[error(transparent)]
     Table(#[from] GoFault),
@@ -29,7 +29,7 @@ pub(super) enum GoError {
 
 /// Finds the functions at each of the addresses, with inlined ones and lines; none where there is no Go function. Returns none for
 /// a file without a table of Go 1.20 or later, and for one whose table is damaged.
-pub(crate) fn lines(file: &File, addresses: &[u64]) -> Option<Vec<DebugFrame>> {
+pub fn lines(file: &File, addresses: &[u64]) -> Option<Vec<DebugFrame>> {
     let elf = Elf::parse(file, &ElfLimits::default()).ok()?;
     let lines = GoLines::of(&elf, MAX_TABLE_BYTES).ok()??.ok()?;
     let frame = |address: &u64| {
@@ -46,7 +46,7 @@ fn debug_line(found: GoLine) -> DebugLine {
 }
 
 /// Offers the functions of a Go program; of another program none.
-pub(super) fn offer(elf: &Elf<'_>, search: &mut SymbolSearch<'_>) -> Result<(), GoError> {
+pub(crate) fn offer(elf: &Elf<'_>, search: &mut SymbolSearch<'_>) -> Result<(), GoError> {
     match elf.go_table(MAX_TABLE_BYTES)? {
         Some(table) => offer_functions(&table?, elf.segments(), search),
         None => Ok(()),

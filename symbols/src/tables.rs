@@ -12,8 +12,8 @@ use std::{
 use gannet_elf::{Elf, ElfError, ElfLimits, GoFault, Section, Symbols};
 use lzma_rust2::XzReader;
 
-use super::{
-    super::demangle::MAX_NAME_BYTES,
+use crate::{
+    demangle::MAX_NAME_BYTES,
     go::{self, GoError},
     symbol_search::{Offer, SymbolSearch, TooMuchWork},
 };
@@ -26,7 +26,7 @@ const MAX_UNPACKING_KIB: u32 = 65 << 10;
 
 /// The reason why the functions of a file have no names.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum SymbolError {
+pub enum SymbolError {
     /// The file, or a part of it, cannot be read.
     #[error(transparent)]
     Elf(#[from] ElfError),
@@ -43,20 +43,16 @@ pub(crate) enum SymbolError {
 
 /// The names of functions in a file.
 #[derive(Debug)]
-pub(crate) struct FoundSymbols {
+pub struct FoundSymbols {
     /// The name for each address.
-    pub(crate) names: Vec<Option<Vec<u8>>>,
+    pub names: Vec<Option<Vec<u8>>>,
     /// The reason why Go's function table was not used. The other tables were.
-    pub(crate) go_fault: Option<GoFault>,
+    pub go_fault: Option<GoFault>,
 }
 
 /// Finds the function at each of the addresses, which are sorted: in the file, and in its debug file if the file is
 /// stripped.
-pub(crate) fn find(
-    file: &File,
-    debug_file: Option<&File>,
-    addresses: &[u64],
-) -> Result<FoundSymbols, SymbolError> {
+pub fn find(file: &File, debug_file: Option<&File>, addresses: &[u64]) -> Result<FoundSymbols, SymbolError> {
     let elf = open(file)?;
     let mut search = SymbolSearch::new(addresses);
     let mut go_fault = None;

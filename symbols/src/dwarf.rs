@@ -24,10 +24,9 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::super::demangle;
-use crate::governor::CountedChild;
+use crate::demangle;
 
-/// The verb by which the agent calls itself to read debug information.
+/// The verb by which a program calls itself to read debug information.
 pub const DEBUG_INFO_VERB: &str = "read-debug-info";
 
 /// Limit of one call.
@@ -45,21 +44,25 @@ const _: () = assert!(CALL_ADDRESSES * (16 + 1) < 128 << 10, "16 digits and a co
 
 /// One function at an address, from debug information.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct DebugLine {
-    pub(crate) name: String,
-    pub(crate) file: String,
-    pub(crate) line: u32,
-    pub(crate) column: u32,
+pub struct DebugLine {
+    /// Name that the compiler gave.
+    pub name: String,
+    /// Path of the source file; empty if unknown.
+    pub file: String,
+    /// Line in that file; 0 if unknown.
+    pub line: u32,
+    /// Column of that line; 0 if unknown.
+    pub column: u32,
     /// Line at which the function begins; 0 if unknown.
-    pub(crate) start_line: u32,
+    pub start_line: u32,
 }
 
 /// Functions at one address, innermost first; empty if the debug information does not describe it.
-pub(crate) type DebugFrame = Vec<DebugLine>;
+pub type DebugFrame = Vec<DebugLine>;
 
 /// The reason why the debug information of a file is not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Unusable {
+pub enum Unusable {
     /// There is none.
     None,
     /// It is too large, refers to other files, or has an unknown form.
@@ -75,15 +78,15 @@ const PACKED: u64 = 4;
 
 /// The debug information of a file that may be read.
 #[derive(Clone, Debug)]
-pub(crate) struct Examined {
+pub struct Examined {
     /// Bytes of the debug information, unpacked, and of the symbol table, which the reader reads too.
-    pub(crate) bytes: u64,
+    pub bytes: u64,
     /// The file to which it refers. The reader follows this link, so the caller must check where it leads.
-    pub(crate) alternate: Option<AlternateLink>,
+    pub alternate: Option<AlternateLink>,
 }
 
 /// Examines the debug information of a file. An error if it may not be read.
-pub(crate) fn examine(file: &File) -> Result<Examined, Unusable> {
+pub fn examine(file: &File) -> Result<Examined, Unusable> {
     let elf = ElfFile::parse(file, &ElfLimits::default()).map_err(|_| Unusable::None)?;
     // The reader does not know the form of compression that had no section flag.
     if elf.stored_section(b".zdebug_info").is_some() {
@@ -117,24 +120,27 @@ fn is_symbols(name: &[u8]) -> bool {
 }
 
 /// Returns the time in which [`resolve`] ends by itself, unless the file does not answer.
-pub(crate) fn max_time(addresses: usize) -> Duration {
+pub fn max_time(addresses: usize) -> Duration {
     let calls = addresses.div_ceil(CALL_ADDRESSES) + 1;
     CALL_TIMEOUT.saturating_mul(u32::try_from(calls).unwrap_or(u32::MAX))
 }
 
 /// Reads the functions at each ELF virtual address. The child has `memory_bytes` of memory beside the file itself, and looks for
-/// the file's alternate file in `directories`. `program` is the agent itself, which runs as the child. An error means that the
-/// child could not start, could not read the debug information, died, or did not answer in time.
-pub(crate) fn resolve(
+/// the file's alternate file in `directories`. `program` runs as the child: it must call
+/// [`read_debug_info`] for the verb [`DEBUG_INFO_VERB`]. Calls `started` with the process id of each child, and keeps the result while
+/// the child runs. An error means that the child could not start, could not read the debug information, died, or did not answer in
+/// time.
+pub fn resolve<S>(
     program: &Path,
     file: &File,
     addresses: &[u64],
     memory_bytes: u64,
     directories: &[PathBuf],
+    started: &impl Fn(u32) -> S,
 ) -> io::Result<Vec<DebugFrame>> {
     let mut frames = Vec::with_capacity(addresses.len());
     for addresses in addresses.chunks(CALL_ADDRESSES) {
-        let answer = call(program, file, addresses, memory_bytes, directories)?;
+        let answer = call(program, file, addresses, memory_bytes, directories, started)?;
         if answer.len() != addresses.len() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
@@ -146,12 +152,13 @@ pub(crate) fn resolve(
     Ok(frames)
 }
 
-fn call(
+fn call<S>(
     program: &Path,
     file: &File,
     addresses: &[u64],
     memory_bytes: u64,
     directories: &[PathBuf],
+    started: &impl Fn(u32) -> S,
 ) -> io::Result<Vec<DebugFrame>> {
     let words: Vec<String> = addresses.iter().map(|address| format!("{address:x}")).collect();
     let mut child = Command::new(program)
@@ -164,7 +171,7 @@ fn call(
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()?;
-    let counted = CountedChild::new(child.id());
+    let counted = started(child.id());
     let answer = answer(&mut child);
     // The child has ended by itself, or must end now.
     let _ = child.kill();
@@ -206,7 +213,7 @@ fn answer(child: &mut Child) -> io::Result<Vec<u8>> {
 
 /// Runs the child: reads the debug information of the file on standard input, and writes the functions at each of the addresses
 /// (hexadecimal, separated by commas) to standard output, as JSON. Takes at most `memory_bytes` of memory for that. The file to which
-/// this one refers is searched in `directories`. The process is in the agent's control group, and counts towards its limit.
+/// this one refers is searched in `directories`. The process is in the control group of its parent, and counts towards the limit of that.
 pub fn read_debug_info(memory_bytes: u64, addresses: &str, directories: Vec<PathBuf>) -> io::Result<()> {
     confine(memory_bytes)?;
     let addresses: Vec<u64> = addresses
@@ -255,7 +262,7 @@ fn read(addresses: &[u64], directories: Vec<PathBuf>) -> Result<Vec<DebugFrame>,
 fn frame(found: &Symbolized<'_>) -> DebugFrame {
     let Symbolized::Sym(symbol) = found else { return Vec::new() };
     // Where debug information describes nothing, the reader takes a symbol of the file: without a size that may be a label inside
-    // of assembly, which the agent's own search knows to leave out.
+    // of assembly, which [`crate::tables`] knows to leave out.
     let is_label =
         symbol.inlined.is_empty() && symbol.code_info.is_none() && symbol.size.is_none_or(|size| size == 0);
     if symbol.name.is_empty() || is_label {

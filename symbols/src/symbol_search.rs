@@ -1,6 +1,7 @@
 //! The search for the symbols of a few addresses in a large table, in one pass and without a copy of the table.
 
-use super::symbol_table::MAX_UNSIZED_BYTES;
+/// A symbol of unknown size reaches to the next symbol, but no further than the longest functions.
+pub const MAX_UNSIZED_BYTES: u64 = 256 << 10;
 
 /// Limit of the work of one search: a hostile table can make every symbol hold every address.
 const MAX_WORK: u64 = 64 << 20;
@@ -10,23 +11,23 @@ const NAME_WORK: u64 = 64;
 /// The symbols overlap so much that the search would take too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the symbol table takes too long to search")]
-pub(crate) struct TooMuchWork;
+pub struct TooMuchWork;
 
 /// A symbol that is offered to a search.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Offer {
-    pub(super) start: u64,
+pub(crate) struct Offer {
+    pub(crate) start: u64,
     /// 0 is an unknown size.
-    pub(super) size: u64,
+    pub(crate) size: u64,
     /// It has the type of a function. Other symbols are labels of hand-written assembly.
-    pub(super) is_function: bool,
+    pub(crate) is_function: bool,
     /// How far it is visible, 0 for its own object file alone. Of aliases, the more visible one is shown.
-    pub(super) visibility: u32,
+    pub(crate) visibility: u32,
 }
 
 impl Offer {
     /// Returns the offer of a function of known size.
-    pub(super) fn function(start: u64, size: u64) -> Self {
+    pub(crate) fn function(start: u64, size: u64) -> Self {
         Self { start, size, is_function: true, visibility: 0 }
     }
 }
@@ -35,7 +36,7 @@ impl Offer {
 ///
 /// A symbol with a size names the addresses that it holds, of several the innermost function. Assembly often has no sizes:
 /// there a function or a visible label reaches up to the next one, and a local label inside it names nothing.
-pub(super) struct SymbolSearch<'a> {
+pub(crate) struct SymbolSearch<'a> {
     wanted: &'a [u64],
     /// Symbols with a size that hold the address.
     holding: Vec<Option<Candidate>>,
@@ -60,14 +61,14 @@ struct Candidate {
 
 impl<'a> SymbolSearch<'a> {
     /// Starts a search for these addresses, which are sorted.
-    pub(super) fn new(wanted: &'a [u64]) -> Self {
+    pub(crate) fn new(wanted: &'a [u64]) -> Self {
         let none = vec![None; wanted.len()];
         let (holding, entries, labels) = (none.clone(), none.clone(), none);
         Self { wanted, holding, entries, labels, ends: vec![0; wanted.len()], work: MAX_WORK }
     }
 
     /// Offers a symbol. Calls `name` only if the symbol may be wanted; a symbol without a name is no function.
-    pub(super) fn offer(
+    pub(crate) fn offer(
         &mut self,
         offer: Offer,
         mut name: impl FnMut() -> Option<Vec<u8>>,
@@ -105,13 +106,13 @@ impl<'a> SymbolSearch<'a> {
     }
 
     /// Counts work; an error if there was too much.
-    pub(super) fn spend(&mut self, work: u64) -> Result<(), TooMuchWork> {
+    pub(crate) fn spend(&mut self, work: u64) -> Result<(), TooMuchWork> {
         self.work = self.work.checked_sub(work).ok_or(TooMuchWork)?;
         Ok(())
     }
 
     /// Returns the name for each wanted address.
-    pub(super) fn finish(self) -> Vec<Option<Vec<u8>>> {
+    pub(crate) fn finish(self) -> Vec<Option<Vec<u8>>> {
         let (mut entry, mut label, mut end) = (None, None, 0);
         let Self { wanted, holding, entries, labels, ends, .. } = self;
         let unsized_symbols = entries.into_iter().zip(labels).zip(ends);

@@ -3,10 +3,10 @@
 use std::fmt::{self, Write};
 
 /// Limit of a name: those of some C++ templates would fill a profile.
-pub(crate) const MAX_NAME_BYTES: usize = 2048;
+pub const MAX_NAME_BYTES: usize = 2048;
 
 /// Returns the name as a programmer writes it; a name that is not mangled stays as it is.
-pub(crate) fn demangle(raw: &str) -> String {
+pub fn demangle(raw: &str) -> String {
     let mut name = Limited(String::new());
     // An error is only ever the limit, or a name that turns out not to be a mangled one.
     let done = if let Ok(symbol) = rustc_demangle::try_demangle(raw) {
@@ -37,7 +37,7 @@ fn cpp_symbol(raw: &str) -> Option<cpp_demangle::Symbol<&[u8]>> {
 }
 
 /// Returns at most `MAX_NAME_BYTES` of the name, without control characters.
-pub(crate) fn cut(name: &str) -> String {
+pub fn cut(name: &str) -> String {
     let mut limited = Limited(String::new());
     let whole = limited.write_str(name).is_ok();
     let Limited(mut name) = limited;

@@ -1,0 +1,14 @@
+//! Names of functions in ELF files that anyone may have made: the one reader of them for the agent and the collector.
+//!
+//! [`tables::find`] reads symbol tables, in this process and within bounds. [`dwarf::resolve`] reads debug information, which also
+//! has inlined functions and lines, in a process of its own. [`demangle`](demangle::demangle) makes the names of compilers readable.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+pub mod alternate;
+pub mod demangle;
+pub mod dwarf;
+pub mod go;
+mod symbol_search;
+pub mod tables;
+
+pub use symbol_search::{MAX_UNSIZED_BYTES, TooMuchWork};
