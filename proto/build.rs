@@ -4,8 +4,9 @@ use std::{env, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 4] = [
+const FILES: [&str; 5] = [
     "gannet/control/v1/control.proto",
+    "gannet/debuginfo/v1/debuginfo.proto",
     "gannet/ingest/v1/ingest.proto",
     "gannet/query/v1/query.proto",
     "perftools/profiles/profile.proto",

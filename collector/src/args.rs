@@ -4,6 +4,7 @@ use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use gannet_base::Renamed;
+use gannet_symbols::dwarf::DEBUG_INFO_VERB;
 
 use crate::config::{Config, DataLocation};
 
@@ -44,6 +45,16 @@ enum Verb {
         /// Location of the profiles, as the collector has it: a directory or a bucket
         #[arg(long, id = "repair_data", value_name = "DIR|URL")]
         data: Option<DataLocation>,
+    },
+    /// Reads debug information in a confined child process.
+    #[command(name = DEBUG_INFO_VERB, hide = true)]
+    ReadDebugInfo {
+        /// Memory that it may use beside the file, in bytes.
+        memory_bytes: u64,
+        /// Addresses to symbolize, in hexadecimal, separated by commas.
+        addresses: String,
+        /// Directories of files to which debug information refers.
+        directories: Vec<PathBuf>,
     },
     /// Delete stored profiles by their labels and times
     ///
@@ -106,6 +117,8 @@ pub enum Invocation {
     Repair(Box<Config>),
     /// Delete these profiles from the store of this configuration, or only count them: the last value is true.
     Delete(Box<Config>, Deletion, bool),
+    /// Read debug information, as [`gannet_symbols::dwarf::read_debug_info`] does with these arguments.
+    ReadDebugInfo(u64, String, Vec<PathBuf>),
 }
 
 /// Why a command line cannot be followed.
@@ -132,6 +145,9 @@ pub fn command() -> clap::Command {
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation, ArgsError> {
     let matches = RENAMED.matches(command(), arguments)?;
     let Cli { command, config, print_config, options: _ } = Cli::from_arg_matches(&matches)?;
+    if let Some(Verb::ReadDebugInfo { memory_bytes, addresses, directories }) = command {
+        return Ok(Invocation::ReadDebugInfo(memory_bytes, addresses, directories));
+    }
     if let Some(Verb::Crd) = &command {
         return crate::custom_resource().map(Invocation::Print).ok_or(ArgsError::Crd);
     }

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     auth::{Auth, Reviewer},
     config::{Config, ConfigError},
+    debuginfo::DebugInfo,
     fleet::{Fleet, STAGING_INTERVAL, UPKEEP_INTERVAL},
     forward::{ForwardError, Forwarder},
     http::HttpState,
@@ -24,7 +25,7 @@ use crate::{
         http,
         listener::{BindError, BoundSocket, Listener, ServerOptions},
     },
-    store::{Store, StoreError, StoreWriter},
+    store::{Bucket, Store, StoreError, StoreWriter},
     table::{self, TableHandle},
     tls::{ListenProtocol, Tls, TlsError},
     triggers::Triggers,
@@ -51,6 +52,9 @@ pub enum StartError {
     /// The recording rules cannot be used.
     #[error(transparent)]
     Recording(#[from] RecordingFileError),
+    /// The directory of the debug information cannot be read.
+    #[error("cannot open the debug information (`debuginfo` in --data): {0}")]
+    DebugInfo(#[source] io::Error),
     /// Profiles cannot be forwarded.
     #[error(transparent)]
     Forward(#[from] ForwardError),
@@ -128,7 +132,14 @@ impl Collector {
         );
         let otlp = OtlpReceiver::new(ingest.clone());
         let max_batch_bytes = config.ingest.max_batch_bytes.0;
-        let query = Arc::new(Query::new(Arc::clone(&store), &config.query, max_batch_bytes, metrics.clone()));
+        let debug_info = open_debug_info(&config, &metrics).await?;
+        let query = Arc::new(Query::new(
+            Arc::clone(&store),
+            Arc::clone(&debug_info),
+            &config.query,
+            max_batch_bytes,
+            metrics.clone(),
+        ));
         let triggers = Triggers { rules: Arc::clone(&rules), fleet: Arc::clone(&fleet), stop: stop.clone() };
 
         let listen = |socket, tls: Option<&Arc<Tls>>, protocol| {
@@ -145,8 +156,16 @@ impl Collector {
             otlp: Some(otlp.clone()),
             recorder: recorder.clone(),
         };
-        let services =
-            GrpcServices { ingest, query, fleet: Arc::clone(&fleet), triggers, auth, otlp, max_batch_bytes };
+        let services = GrpcServices {
+            ingest,
+            query,
+            fleet: Arc::clone(&fleet),
+            triggers,
+            auth,
+            otlp,
+            debug_info,
+            max_batch_bytes,
+        };
         let grpc_listener = listen(sockets.grpc, tls.as_ref(), ListenProtocol::Grpc);
         let http_listener = listen(sockets.http, tls.as_ref(), ListenProtocol::Http);
         let debug_listener = sockets.debug.map(|socket| listen(socket, None, ListenProtocol::Http));
@@ -218,6 +237,16 @@ async fn open_store(config: &Config, metrics: &Metrics) -> Result<(Arc<Store>, S
     let opened =
         tokio::task::spawn_blocking(move || Store::open(&data, bucket.as_ref(), &options, metrics)).await;
     opened.map_err(|_| StoreError::Ended)?
+}
+
+async fn open_debug_info(config: &Config, metrics: &Metrics) -> Result<Arc<DebugInfo>, StartError> {
+    let bucket = config.bucket().map(Bucket::connect).transpose().map_err(StoreError::Object)?;
+    let (data, options) = (config.directory().clone(), config.debuginfo.clone());
+    let (min_free_bytes, metrics) = (config.store.min_free_bytes.0, metrics.clone());
+    let opened = tokio::task::spawn_blocking(move || {
+        DebugInfo::open(&data, bucket, &options, min_free_bytes, metrics)
+    });
+    Ok(Arc::new(opened.await.map_err(|_| StoreError::Ended)?.map_err(StartError::DebugInfo)?))
 }
 
 /// Starts the thread of the table, if there is to be one. A table that an earlier run left counts in `retention_bytes`.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     auth::{AuthOptions, NodeIdentity},
+    debuginfo::DebugInfoOptions,
     fleet::FleetOptions,
     forward::ForwardOptions,
     ingest::IngestOptions,
@@ -66,6 +67,10 @@ pub struct Config {
     #[command(flatten)]
     #[serde(flatten)]
     pub table: TableOptions,
+    /// Debug information of stripped programs.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub debuginfo: DebugInfoOptions,
     /// Limits of accepted batches.
     #[command(flatten)]
     #[serde(flatten)]

@@ -7,7 +7,7 @@ use crate::{
     selector::Selector,
 };
 
-pub use crate::store::fuzz::stored_object;
+pub use crate::{debuginfo::fuzz::debug_file, store::fuzz::stored_object};
 
 /// Parses a selector of series, and asks it about these labels.
 pub fn selector(text: &str, labels: &Labels) {

@@ -20,6 +20,7 @@
 //! | `forward` | profiles on their way to Pyroscope, Parca and receivers of OTLP | delay the push streams |
 //! | `otlp` | the form of profiles in OTLP | store or send anything |
 //! | `query` | selections, merges, flame graphs, tables, timelines | change anything |
+//! | `debuginfo` | debug information by build id, and the names that it gives to profiles when a query reads them | change a stored profile |
 //! | `table` | the same profiles as Delta tables; a thread of its own adds new segments | delay the writer |
 //! | `store` | objects, index, retention; one writer changes them | lose an acknowledged batch |
 //! | `auth` | the identity and the roles of each caller | let a call through unchecked |
@@ -37,6 +38,7 @@
 //! | `table/samples`, `table/profiles`, … | Delta tables of the profiles, with `--table` |
 //! | `set-aside` | faulty objects and tables that `gannet-collector repair` moved; nothing reads or removes them |
 //! | `index.redb` | the index of the objects; the store rebuilds a missing or corrupt one from them |
+//! | `debuginfo/uploaded`, `debuginfo/debuginfod`, `debuginfo/agents` | debug information, each as `.build-id/ab/cdef01.debug` |
 //! | `rules/rules.pb`, `rules/rules.pb.prev` | the rules, and their version before the last change |
 //! | `rules/audit.jsonl`, `rules/audit.jsonl.1` | the audit log, one JSON object a line |
 //! | `nodes.pb` | the nodes that were connected lately, a convenience after a restart |
@@ -48,6 +50,7 @@ mod args;
 mod auth;
 mod collector;
 mod config;
+mod debuginfo;
 mod durable;
 mod fleet;
 mod forward;

@@ -10,6 +10,7 @@ use gannet_base::logging;
 use gannet_collector::{
     ArgsError, Collector, Config, ConfigError, Deleted, Deletion, Invocation, StartError, Verified, parse,
 };
+use gannet_symbols::dwarf::read_debug_info;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Exit code of wrong usage.
@@ -29,6 +30,10 @@ fn main() -> ExitCode {
         Ok(Invocation::Verify(config)) => return verify(&config),
         Ok(Invocation::Repair(config)) => return repair(&config),
         Ok(Invocation::Delete(config, deletion, is_dry)) => return delete(&config, &deletion, is_dry),
+        Ok(Invocation::ReadDebugInfo(memory_bytes, addresses, directories)) => {
+            let read = read_debug_info(memory_bytes, &addresses, directories);
+            return if read.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        }
         Err(ArgsError::Usage(error)) => {
             // Prints help to standard output and errors to standard error.
             let _ = error.print();

@@ -183,6 +183,23 @@ collector_metrics! {
     objects_gone: Counter => OBJECTS_GONE
         counter("gannet_collector_query_missing_objects_total", "Objects that retention removed while a query ran");
 
+    debuginfo_files: Gauge => DEBUGINFO_FILES
+        gauge("gannet_collector_debuginfo_files", "Files with debug information on the disk");
+    debuginfo_bytes: Gauge => DEBUGINFO_BYTES
+        gauge("gannet_collector_debuginfo_bytes", "Bytes of the files with debug information on the disk");
+    debuginfo_stored: Counter => DEBUGINFO_STORED
+        counter("gannet_collector_debuginfo_stored_total", "Files with debug information that were received and stored");
+    debuginfo_refused: Counter => DEBUGINFO_REFUSED
+        counter("gannet_collector_debuginfo_refused_total", "Uploads of debug information that were refused or failed; the log has the reasons");
+    debuginfo_removed: Counter => DEBUGINFO_REMOVED
+        counter("gannet_collector_debuginfo_removed_total", "Files with debug information that were removed because of --debuginfo-bytes");
+    debuginfo_named: Counter => DEBUGINFO_NAMED
+        counter("gannet_collector_debuginfo_named_frames_total", "Frames of merged and returned profiles that got names from debug information");
+    debuginfod_requests: Counter => DEBUGINFOD_REQUESTS
+        counter("gannet_collector_debuginfo_server_requests_total", "Build ids for which the servers of --debuginfod were asked");
+    debuginfo_failed: Counter => DEBUGINFO_FAILED
+        counter("gannet_collector_debuginfo_failed_reads_total", "Failed readings of files with debug information");
+
     nodes_connected: Gauge => NODES_CONNECTED
         gauge("gannet_collector_fleet_nodes_connected", "Connected agents");
     nodes_known: Gauge => NODES_KNOWN
@@ -325,6 +342,7 @@ mod tests {
                 "tls",
                 "table",
                 "recording",
+                "debuginfo",
             ];
             assert!(known.contains(&subsystem), "{}", metric.name);
         }

@@ -245,6 +245,17 @@ fn read(flag: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {
     fs::read(path).map_err(|source| TlsError::File { flag, path: path.display().to_string(), source })
 }
 
+/// Returns the authorities in a PEM text for an HTTP client. The system's bundle may hold certificates that rustls does not
+/// understand; they are left out.
+pub(crate) fn client_roots(pem: &[u8]) -> Result<Vec<reqwest::Certificate>, String> {
+    let certs = parse_certificates(pem)?;
+    Ok(certs
+        .into_iter()
+        .filter(|cert| rustls::RootCertStore::empty().add(cert.clone()).is_ok())
+        .filter_map(|cert| reqwest::Certificate::from_der(&cert).ok())
+        .collect())
+}
+
 /// Parses all certificates of a PEM text. A text without a certificate is an error.
 pub(crate) fn parse_certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     let certs: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();

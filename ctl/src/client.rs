@@ -3,6 +3,7 @@
 use gannet_proto::{
     connect::{self, Connection, Dial},
     control::{fleet_service_client::FleetServiceClient, trigger_service_client::TriggerServiceClient},
+    debuginfo::debug_info_service_client::DebugInfoServiceClient,
     pprof,
     query::{
         MergeProgress, MergeRequest, Selection, merge_progress::Message,
@@ -38,6 +39,10 @@ impl Collector {
 
     pub(crate) fn fleet(&self) -> FleetServiceClient<Connection> {
         FleetServiceClient::new(self.connection.clone()).max_decoding_message_size(MAX_ANSWER_BYTES)
+    }
+
+    pub(crate) fn debug_info(&self) -> DebugInfoServiceClient<Connection> {
+        DebugInfoServiceClient::new(self.connection.clone()).max_decoding_message_size(MAX_ANSWER_BYTES)
     }
 
     pub(crate) fn query(&self) -> QueryServiceClient<Connection> {

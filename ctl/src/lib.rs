@@ -7,6 +7,7 @@ mod audit;
 mod capture;
 mod check;
 mod client;
+mod debuginfo;
 mod error;
 mod export;
 mod flame;
@@ -75,6 +76,7 @@ async fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Error> {
             profiles::run(command, None, &connect()?, format, console).await
         }
         Command::Mcp => mcp::serve(connect()?).await,
+        Command::DebugInfo(command) => debuginfo::run(command, &connect()?, format, console).await,
         Command::Nodes => nodes::list(&connect()?, format, console).await,
         Command::Profiles(command) => profiles::run(command, file, &connect()?, format, console).await,
         Command::Flame(args) => flame::show(&args, &connect()?, format, console).await,

@@ -25,6 +25,11 @@ mod generated {
             tonic::include_proto!("gannet.control.v1");
         }
     }
+    pub mod debuginfo {
+        pub mod v1 {
+            tonic::include_proto!("gannet.debuginfo.v1");
+        }
+    }
     pub mod ingest {
         pub mod v1 {
             tonic::include_proto!("gannet.ingest.v1");
@@ -63,7 +68,9 @@ mod generated {
     }
 }
 
-pub use generated::{control::v1 as control, ingest::v1 as ingest, profiles, query::v1 as query};
+pub use generated::{
+    control::v1 as control, debuginfo::v1 as debuginfo, ingest::v1 as ingest, profiles, query::v1 as query,
+};
 
 /// Services of other programs: the kubelet's stream of pods, servers that the collector forwards profiles to, and those of
 /// Pyroscope that the collector serves.

@@ -138,12 +138,13 @@ pub(super) fn required_role(path: &str) -> Option<Role> {
         | "grpc.reflection.v1.ServerReflection"
         | "grpc.reflection.v1alpha.ServerReflection" => None,
         "gannet.control.v1.AgentService"
+        | "gannet.debuginfo.v1.AgentDebugInfoService"
         | "gannet.ingest.v1.IngestService"
         | "opentelemetry.proto.collector.profiles.v1development.ProfilesService" => Some(Role::Agent),
         "gannet.query.v1.QueryService" => Some(Role::Viewer),
         _ => match method {
             "GetTriggers" | "ListScopes" | "GetRollout" | "WatchRollout" | "ListAudit" | "ListNodes"
-            | "Explain" => Some(Role::Viewer),
+            | "Explain" | "ListDebugInfo" => Some(Role::Viewer),
             // A new method requires the highest role until this list names it.
             _ => Some(Role::Editor),
         },
@@ -197,7 +198,15 @@ mod tests {
     fn only_the_listed_methods_require_the_editor_role() {
         use prost::Message as _;
         let set = prost_types::FileDescriptorSet::decode(gannet_proto::DESCRIPTORS).unwrap();
-        let editors = ["SetTriggers", "DeleteTriggers", "ResumeRollout", "AbortRollout", "Capture"];
+        let editors = [
+            "SetTriggers",
+            "DeleteTriggers",
+            "ResumeRollout",
+            "AbortRollout",
+            "Capture",
+            "UploadDebugInfo",
+            "DeleteDebugInfo",
+        ];
         let mut seen = 0;
         for file in &set.file {
             for service in &file.service {

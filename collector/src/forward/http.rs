@@ -84,13 +84,7 @@ fn roots(
 ) -> Result<Vec<reqwest::Certificate>, ForwardError> {
     let pem = connect::authority(options.forward_ca.as_deref())
         .map_err(|source| ForwardError::Dial { target: target.to_string(), source })?;
-    let certs = tls::parse_certificates(&pem).map_err(ForwardError::Ca)?;
-    Ok(certs
-        .into_iter()
-        // The system's bundle may hold certificates that rustls does not understand.
-        .filter(|cert| rustls::RootCertStore::empty().add(cert.clone()).is_ok())
-        .filter_map(|cert| reqwest::Certificate::from_der(&cert).ok())
-        .collect())
+    tls::client_roots(&pem).map_err(ForwardError::Ca)
 }
 
 /// Reads the body of a response. A broken body, or one above [`MAX_ANSWER_BYTES`], counts as empty.

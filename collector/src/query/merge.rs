@@ -5,7 +5,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -22,7 +22,10 @@ use super::{
     Query, QueryError,
     select::{Found, FoundKind, Selection},
 };
-use crate::store::{ProfileLocation, StoreError};
+use crate::{
+    debuginfo::{DebugInfo, Named, NamesVersion},
+    store::{ProfileLocation, StoreError},
+};
 
 /// Concurrent merges. Each uses up to [`MERGE_THREADS`] threads.
 const CONCURRENT_MERGES: usize = 2;
@@ -40,13 +43,33 @@ const CACHED_MERGES: usize = 1024;
 
 /// A merged profile.
 pub(crate) struct Merged {
-    pub(crate) profile: Profile,
+    pub(crate) profile: Arc<Profile>,
     /// Number of its sources.
     pub(super) profiles: u64,
     /// Number of profiles that it lacks, because their objects are damaged.
     pub(super) unreadable: u64,
     /// Estimated memory, in bytes.
     weight: u64,
+    /// The names that debug information gave; none before it was asked.
+    names: Option<NamesState>,
+}
+
+/// The state of the names of a merged profile.
+#[derive(Clone, Copy)]
+struct NamesState {
+    version: NamesVersion,
+    /// No name was left out for lack of time.
+    is_complete: bool,
+    at: Instant,
+}
+
+impl Merged {
+    /// Reports whether no further name is to be expected.
+    fn has_names(&self, debug_info: &DebugInfo, version: NamesVersion) -> bool {
+        self.names.is_some_and(|names| {
+            names.is_complete && names.version == version && !debug_info.may_have_news_since(names.at)
+        })
+    }
 }
 
 #[derive(Clone)]
@@ -145,10 +168,13 @@ impl Query {
         for location in &profiles {
             hash.update(location.key.id.0.to_be_bytes());
         }
+        let version = self.debug_info.version();
+        // Names of removed files must go.
+        hash.update(version.removed.to_be_bytes());
         let hash: [u8; 32] = hash.finalize().into();
         if let Some(merged) = self.merges.cache.get(&hash) {
             progress.done.store(profiles.len() as u64, Ordering::Relaxed);
-            return Ok(Some(merged));
+            return Ok(Some(self.with_names(merged, version, hash).await));
         }
         let permit = tokio::time::timeout(MERGE_TIMEOUT, self.merges.permits.acquire()).await;
         let _permit = permit.ok().and_then(Result::ok).ok_or_else(|| {
@@ -159,14 +185,32 @@ impl Query {
         let (runtime, progress) = (Handle::current(), Arc::clone(progress));
         let merged =
             self.blocking(move |q| q.merge_profiles(&runtime, &profiles, &cancelled, &progress)).await?;
-        Ok(merged.map(|merged| {
-            let merged = Arc::new(merged);
-            // Without the damaged profiles, whose files someone may restore.
-            if merged.unreadable == 0 {
-                self.merges.cache.insert(hash, Arc::clone(&merged));
-            }
-            merged
-        }))
+        match merged {
+            None => Ok(None),
+            Some(merged) => Ok(Some(self.with_names(Arc::new(merged), version, hash).await)),
+        }
+    }
+
+    /// Returns a merged profile with the names that debug information gives, and puts it into the cache.
+    async fn with_names(&self, merged: Arc<Merged>, version: NamesVersion, hash: [u8; 32]) -> Arc<Merged> {
+        if merged.has_names(&self.debug_info, version) {
+            return merged;
+        }
+        let at = Instant::now();
+        let Named { profile, is_complete } = self.debug_info.name(&merged.profile).await;
+        let profile = profile.map_or_else(|| Arc::clone(&merged.profile), Arc::new);
+        let merged = Arc::new(Merged {
+            weight: weight(&profile),
+            profile,
+            profiles: merged.profiles,
+            unreadable: merged.unreadable,
+            names: Some(NamesState { version, is_complete, at }),
+        });
+        // Without the damaged profiles, whose files someone may restore.
+        if merged.unreadable == 0 {
+            self.merges.cache.insert(hash, Arc::clone(&merged));
+        }
+        merged
     }
 
     /// Reads and merges profiles on several threads. Each thread holds what one read returned, one decoded profile and its
@@ -210,8 +254,13 @@ impl Query {
                 "gannet: {unreadable} profiles are missing, because their objects are damaged"
             ));
         }
-        let weight = profile.encoded_len() as u64 * 3;
-        Ok(Some(Merged { profile, profiles, unreadable, weight }))
+        Ok(Some(Merged {
+            weight: weight(&profile),
+            profile: Arc::new(profile),
+            profiles,
+            unreadable,
+            names: None,
+        }))
     }
 
     /// Merges the profiles of one thread. Returns the result and the counts of its sources.
@@ -299,6 +348,11 @@ impl Query {
             .ok_or_else(|| QueryError::NotFound(format!("no profile matches {}", selection.describe())))?;
         self.blocking(move |_| Ok(pprof::encode(&merged.profile).into())).await
     }
+}
+
+/// Estimates the memory of a profile, in bytes.
+fn weight(profile: &Profile) -> u64 {
+    profile.encoded_len() as u64 * 3
 }
 
 fn check_size(merged: Option<&Profile>) -> Result<(), QueryError> {

@@ -33,6 +33,7 @@ pub(crate) use self::{
     spans::SpanFilter,
 };
 use crate::{
+    debuginfo::DebugInfo,
     limits::MAX_INFLATION,
     metrics::Metrics,
     selector::{Selector, SelectorError},
@@ -90,6 +91,7 @@ impl From<SelectorError> for QueryError {
 /// Answers queries from the store.
 pub(crate) struct Query {
     store: Arc<Store>,
+    debug_info: Arc<DebugInfo>,
     metrics: Metrics,
     merges: Merges,
     options: QueryOptions,
@@ -101,12 +103,14 @@ impl Query {
     /// `max_batch_bytes`: size of the largest compressed profile in the store.
     pub(crate) fn new(
         store: Arc<Store>,
+        debug_info: Arc<DebugInfo>,
         options: &QueryOptions,
         max_batch_bytes: u64,
         metrics: Metrics,
     ) -> Self {
         Self {
             store,
+            debug_info,
             metrics,
             merges: Merges::new(options.cache_bytes),
             options: options.clone(),
@@ -316,7 +320,8 @@ impl Query {
         })
     }
 
-    /// Returns one profile as gzip-compressed pprof. A profile that the agent compressed with gzip has the bytes that it sent.
+    /// Returns one profile as gzip-compressed pprof. A profile that the agent compressed with gzip has the bytes that it sent, unless
+    /// debug information names some of its frames.
     pub(crate) async fn profile(self: &Arc<Self>, id: Ulid) -> Result<Bytes, QueryError> {
         let _timer = self.metrics.query_timer("get_profile");
         let entry = self.blocking(move |q| q.entry(id)).await?;
@@ -325,6 +330,9 @@ impl Query {
             .profile(entry.location())
             .await?
             .ok_or_else(|| QueryError::NotFound(format!("retention has just removed profile {id}")))?;
+        if let Some(named) = self.named_bytes(&bytes).await? {
+            return Ok(named);
+        }
         if Encoding::of(&bytes) != Some(Encoding::Zstd) {
             return Ok(bytes);
         }
@@ -333,6 +341,24 @@ impl Query {
             Err(error) => Err(QueryError::TooLarge(format!("cannot convert profile {id} to gzip: {error}"))),
         })
         .await
+    }
+}
+
+impl Query {
+    /// Returns an encoded profile with names from debug information, or `None` if there are none for it. A profile that cannot be
+    /// read has none either.
+    async fn named_bytes(self: &Arc<Self>, bytes: &Bytes) -> Result<Option<Bytes>, QueryError> {
+        if self.debug_info.is_idle() {
+            return Ok(None);
+        }
+        let of = bytes.clone();
+        let decoded = self.blocking(move |query| {
+            let profile = pprof::decode(&of, query.max_inflated).ok();
+            Ok(profile.filter(|profile| pprof::check(profile).is_ok()))
+        });
+        let Some(profile) = decoded.await? else { return Ok(None) };
+        let Some(named) = self.debug_info.name(&Arc::new(profile)).await.profile else { return Ok(None) };
+        self.blocking(move |_| Ok(Some(pprof::encode(&named).into()))).await
     }
 }
 

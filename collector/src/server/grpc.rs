@@ -7,6 +7,10 @@ use gannet_proto::{
         agent_service_server::AgentServiceServer, fleet_service_server::FleetServiceServer,
         trigger_service_server::TriggerServiceServer,
     },
+    debuginfo::{
+        agent_debug_info_service_server::AgentDebugInfoServiceServer,
+        debug_info_service_server::DebugInfoServiceServer,
+    },
     ingest::ingest_service_server::IngestServiceServer,
     query::query_service_server::QueryServiceServer,
 };
@@ -17,6 +21,7 @@ use tonic::{codec::CompressionEncoding, transport::Server};
 use super::listener::Listener;
 use crate::{
     auth::{Auth, AuthLayer},
+    debuginfo::{DebugInfo, DebugInfoGrpc},
     fleet::{Fleet, FleetGrpc},
     ingest::Ingest,
     otlp_service::{OtlpGrpc, OtlpReceiver},
@@ -38,6 +43,7 @@ pub(crate) struct GrpcServices {
     pub(crate) triggers: Triggers,
     pub(crate) auth: Arc<Auth>,
     pub(crate) otlp: OtlpReceiver,
+    pub(crate) debug_info: Arc<DebugInfo>,
     /// Largest compressed profile, in bytes.
     pub(crate) max_batch_bytes: u64,
 }
@@ -53,7 +59,7 @@ pub(crate) async fn start(
     services: GrpcServices,
     stop: CancellationToken,
 ) -> Result<JoinHandle<()>, GrpcError> {
-    let GrpcServices { ingest, query, fleet, triggers, auth, otlp, max_batch_bytes } = services;
+    let GrpcServices { ingest, query, fleet, triggers, auth, otlp, debug_info, max_batch_bytes } = services;
     // The server must read a batch above the limit too, or it could not refuse the batch by its id.
     let max_push_message = max_batch_bytes as usize * 2 + (1 << 20);
     let ingest = IngestServiceServer::new(ingest)
@@ -65,6 +71,7 @@ pub(crate) async fn start(
         AgentServiceServer::new(FleetGrpc(Arc::clone(&fleet))).max_decoding_message_size(MAX_AGENT_MESSAGE);
     let nodes = FleetServiceServer::new(FleetGrpc(fleet));
     let triggers = TriggerServiceServer::new(triggers);
+    let debug_info = DebugInfoGrpc::new(debug_info);
     let (health, health_service) = tonic_health::server::health_reporter();
     macro_rules! serving {
         ($($service:ty),+) => { $( health.set_serving::<$service>().await; )+ };
@@ -75,6 +82,8 @@ pub(crate) async fn start(
         AgentServiceServer<FleetGrpc>,
         FleetServiceServer<FleetGrpc>,
         TriggerServiceServer<Triggers>,
+        DebugInfoServiceServer<DebugInfoGrpc>,
+        AgentDebugInfoServiceServer<DebugInfoGrpc>,
         OtlpGrpc
     );
     let reflection = || {
@@ -94,6 +103,8 @@ pub(crate) async fn start(
         .add_service(agents)
         .add_service(nodes)
         .add_service(triggers)
+        .add_service(DebugInfoServiceServer::new(debug_info.clone()))
+        .add_service(AgentDebugInfoServiceServer::new(debug_info))
         .add_service(OtlpGrpc(otlp))
         .serve_with_incoming_shutdown(listener.grpc(), stop.cancelled_owned());
     Ok(tokio::spawn(async move {

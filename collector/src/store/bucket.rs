@@ -52,7 +52,7 @@ impl Bucket {
     }
 
     /// Builds the client, which sees the bucket's path as its root. Does not access the bucket.
-    pub(super) fn connect(&self) -> Result<Arc<dyn ObjectStore>, object_store::Error> {
+    pub(crate) fn connect(&self) -> Result<Arc<dyn ObjectStore>, object_store::Error> {
         // An agent waits for the answer, and sends a throttled batch again. So few retries are enough.
         let retry =
             RetryConfig { max_retries: 3, retry_timeout: Duration::from_secs(20), ..RetryConfig::default() };

@@ -5,6 +5,7 @@
 
 mod bucket;
 mod damage;
+mod debuginfo;
 mod delete;
 mod disk;
 mod disk_use;

@@ -1,11 +1,13 @@
 //! The command line: its commands, options and environment variables.
 
+mod debuginfo;
 mod profiles;
 mod rules;
 
 use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
+pub(crate) use debuginfo::DebugInfo;
 use gannet_base::{CompletionArgs, ManArgs, Renamed};
 use gannet_proto::connect::Dial;
 pub(crate) use profiles::{Base, Flame, Form, Manual, Profiles, Select, TopArgs, moment};
@@ -133,6 +135,9 @@ pub(crate) enum Command {
     /// List, download, convert, merge and compare stored profiles
     #[command(subcommand)]
     Profiles(Profiles),
+    /// Store debug information at the collector, which then names the functions of stripped programs
+    #[command(subcommand, name = "debuginfo")]
+    DebugInfo(DebugInfo),
     /// Show profiles as an interactive flame graph, or as a tree if the output is not a terminal
     #[command(after_help = "Examples:\n  \
         gannetctl flame --query '{service_name=\"checkout\"}' --since 15m\n  \
@@ -244,6 +249,8 @@ mod tests {
     #[case(
         "gannetctl --endpoint https://c:4100 --tls-ca ca.pem flame --from 2026-01-31T12:00:00Z --min-percent 2"
     )]
+    #[case("gannetctl debuginfo upload app.debug libapp.so.debug")]
+    #[case("gannetctl debuginfo delete 0f2b1c3d")]
     #[case("gannetctl top --type cpu/nanoseconds --endpoint http://127.0.0.1:1")]
     fn command_lines_like_those_in_the_help_are_accepted(#[case] line: &str) {
         read(line).unwrap();

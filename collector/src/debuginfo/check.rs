@@ -1,0 +1,107 @@
+//! Checks of a file with debug information, before the collector keeps it.
+//!
+//! Anyone may have made the file. These checks read its headers within bounds, in this process; everything behind them is read in a
+//! process of its own ([`gannet_symbols::dwarf`]) or with a limit of work ([`gannet_symbols::tables`]).
+
+use std::{fs::File, io};
+
+use gannet_elf::{BuildId, Elf, ElfError, ElfLimits};
+use gannet_symbols::dwarf::{self, Unusable};
+
+use super::layout::Layout;
+
+/// Bytes of all debug sections of a file, unpacked.
+const MAX_UNPACKED_BYTES: u64 = 4 << 30;
+
+/// Why a file is of no use. Each text names the cure.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum FileFault {
+    #[error("the file cannot be read: {0}")]
+    Io(#[from] io::Error),
+    #[error("the file cannot be used: {0}; upload an ELF program or library, or its debug file")]
+    Elf(#[from] ElfError),
+    #[error(
+        "the file has no GNU build id, so no profile can refer to it; link the program with `-Wl,--build-id` (Go: `-ldflags=-B=gobuildid`)"
+    )]
+    NoBuildId,
+    #[error("section {name} claims {bytes} bytes, more than the file has; it is cut short or damaged")]
+    Damaged { name: String, bytes: u64 },
+    #[error("the file has the build id {found}, not {declared}: give the file of that build")]
+    OtherBuildId { declared: BuildId, found: BuildId },
+    #[error(
+        "the file has neither debug information nor a symbol table, so it names nothing; upload the program as it was before `strip`, or \
+         its debug file"
+    )]
+    Nothing,
+    #[error(
+        "the debug information refers to other files, or has an unknown compression; upload a file with complete debug information, \
+         compressed by zlib or zstd or not at all"
+    )]
+    Refused,
+    #[error(
+        "the debug information claims {0} bytes after decompression, the limit is {MAX_UNPACKED_BYTES}; build with less of it, as \
+         `-g1` does"
+    )]
+    TooLarge(u64),
+}
+
+/// A file that names functions.
+#[derive(Debug)]
+pub(crate) struct Checked {
+    pub(crate) build_id: BuildId,
+    pub(crate) layout: Layout,
+    /// The file has debug information that may be read, beside its symbol tables.
+    pub(crate) has_debug_info: bool,
+    /// Build id of the file with the shared part of the debug information.
+    pub(crate) alternate: Option<BuildId>,
+}
+
+/// Checks a file. Blocking.
+pub(crate) fn check(file: &File) -> Result<Checked, FileFault> {
+    let elf = Elf::parse(file, &ElfLimits::default())?;
+    if let Some(fault) = elf.section_fault() {
+        return Err(fault.clone().into());
+    }
+    let build_id = elf.build_id().cloned().ok_or(FileFault::NoBuildId)?;
+    let mut unpacked = 0_u64;
+    for (name, section) in elf.sections() {
+        let is_debug = name.starts_with(b".debug_");
+        if (is_debug || matches!(name, b".symtab" | b".strtab"))
+            && section.is_stored()
+            && section.bytes > elf.file_bytes()
+        {
+            return Err(FileFault::Damaged { name: name.escape_ascii().to_string(), bytes: section.bytes });
+        }
+        if is_debug && section.is_stored() {
+            unpacked = unpacked.saturating_add(elf.unpacked_bytes(section)?);
+        }
+    }
+    let examined = match dwarf::examine(file) {
+        Ok(examined) => Some(examined),
+        Err(Unusable::None) => None,
+        Err(Unusable::Refused | Unusable::NoAlternate | Unusable::Harmful) => return Err(FileFault::Refused),
+    };
+    if unpacked > MAX_UNPACKED_BYTES {
+        return Err(FileFault::TooLarge(unpacked));
+    }
+    let tables = [&b".symtab"[..], b".gnu_debugdata", b".gopclntab"];
+    if examined.is_none() && !tables.iter().any(|name| elf.stored_section(name).is_some()) {
+        return Err(FileFault::Nothing);
+    }
+    Ok(Checked {
+        build_id,
+        layout: Layout::of(&elf),
+        has_debug_info: examined.is_some(),
+        alternate: examined.and_then(|examined| examined.alternate).map(|link| link.build_id),
+    })
+}
+
+/// Checks that a file is usable and has this build id. Blocking.
+pub(crate) fn check_declared(file: &File, declared: &BuildId) -> Result<(), FileFault> {
+    let Checked { build_id: found, .. } = check(file)?;
+    if found == *declared {
+        Ok(())
+    } else {
+        Err(FileFault::OtherBuildId { declared: declared.clone(), found })
+    }
+}

@@ -1,0 +1,409 @@
+//! Debug information: files that name the functions of stripped programs, by build id, and the names that they give to stored
+//! profiles.
+//!
+//! Names are joined when a query merges or returns profiles ([`DebugInfo::name`]). The stored profiles stay as they came, so a file
+//! that arrives today names the profiles of last week. Without a file, and without a server of debuginfod, a query does nothing of
+//! this module.
+//!
+//! | module | owns |
+//! |---|---|
+//! | `grpc` | the services for people and agents |
+//! | `debuginfod` | downloads from servers of debuginfod |
+//! | `files` | the stored files, their directory and bucket, their limit |
+//! | `check` | the checks of a file before it is stored |
+//! | `naming` | which frames of a profile need names, and the profile with them |
+//! | `reader` | the processes that read files, and the cache of functions |
+//! | `layout` | addresses of frames as addresses of a file |
+
+mod check;
+mod debuginfod;
+mod files;
+pub(crate) mod fuzz;
+mod grpc;
+mod layout;
+mod naming;
+mod reader;
+
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    io,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use clap::Args;
+use futures::future;
+use gannet_base::ByteSize;
+use gannet_elf::BuildId;
+use gannet_proto::profiles::Profile;
+use object_store::ObjectStore;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+pub(crate) use self::grpc::DebugInfoGrpc;
+use self::{
+    check::FileFault,
+    debuginfod::{Debuginfod, DebuginfodUrl},
+    files::{DebugFiles, Incoming, Origin, StoredFile},
+    layout::Place,
+    naming::{Frames, Wanted},
+    reader::{DebugFile, Reader},
+};
+use crate::metrics::Metrics;
+
+/// Files whose state is remembered.
+const MAX_KNOWN_FILES: usize = 4096;
+/// Time for which a file counts as missing before the bucket is asked again.
+const BUCKET_TTL: Duration = Duration::from_secs(30);
+/// Time for which a file counts as missing before a server is asked again.
+const SERVER_TTL: Duration = Duration::from_secs(600);
+/// Frames of one file that one query names.
+const MAX_PLACES: usize = 1 << 17;
+
+/// Limits of the debug information that the collector keeps.
+#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[command(next_help_heading = "Debug information")]
+#[serde(default)]
+pub struct DebugInfoOptions {
+    /// Keep at most this much debug information, below `debuginfo` in --data; beyond it the files that were unused for the longest go.
+    /// 0 accepts none
+    #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_DEBUGINFO_BYTES", default_value = "4GiB")]
+    pub debuginfo_bytes: ByteSize,
+    /// Refuse larger files with debug information
+    #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_DEBUGINFO_FILE_BYTES", default_value = "1GiB")]
+    pub debuginfo_file_bytes: ByteSize,
+    /// Ask this server of debuginfod for the files of frames without a name, such as https://debuginfod.debian.net (repeatable). It
+    /// learns the build ids of these programs
+    #[arg(long, value_name = "URL", env = "GANNET_COLLECTOR_DEBUGINFOD", value_delimiter = ',')]
+    pub debuginfod: Vec<DebuginfodUrl>,
+    /// The program that reads debug information in a process of its own: the collector itself.
+    #[arg(skip = PathBuf::from("/proc/self/exe"))]
+    #[serde(skip, default = "own_program")]
+    pub reader: PathBuf,
+    /// Memory for the functions that are known, in bytes.
+    #[arg(skip = 64_u64 << 20)]
+    #[serde(skip, default = "cache_bytes")]
+    pub cache_bytes: u64,
+    /// Time that a query waits for names. Those that come later are in the next answer.
+    #[arg(skip = Duration::from_secs(10))]
+    #[serde(skip, default = "query_timeout")]
+    pub query_timeout: Duration,
+}
+
+impl Default for DebugInfoOptions {
+    fn default() -> Self {
+        gannet_base::defaults()
+    }
+}
+
+/// Why a file with debug information is not stored, found or removed. Each text names the cure.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DebugInfoError {
+    #[error(transparent)]
+    File(#[from] FileFault),
+    #[error("build_id: give the GNU build id in hex, 4 to 64 bytes, as `readelf -n` prints it")]
+    BuildId,
+    #[error(
+        "the file has {bytes} bytes, and the collector keeps {max} in all; start it with a larger --debuginfo-bytes"
+    )]
+    NoRoom { bytes: u64, max: u64 },
+    #[error(
+        "the disk of --data has too little free space for the file; free some, or lower --retention-bytes"
+    )]
+    DiskFull,
+    #[error("cannot read or write the file at the collector: {0}")]
+    Io(#[from] io::Error),
+    #[error("cannot get the file from {server} (--debuginfod): {reason}")]
+    Server { server: String, reason: String },
+    #[error("cannot read or write an object: {0}")]
+    Object(#[from] object_store::Error),
+}
+
+/// The state of a file by its build id.
+#[derive(Clone)]
+enum Known {
+    Ready(Arc<DebugFile>),
+    Missing {
+        at: Instant,
+        /// The servers were asked too.
+        asked: bool,
+    },
+}
+
+/// The names of a profile.
+pub(crate) struct Named {
+    /// The profile with names; none if nothing could be named.
+    pub(crate) profile: Option<Profile>,
+    /// The time was enough for all names.
+    pub(crate) is_complete: bool,
+}
+
+/// Marks names as those of some state of the stored files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct NamesVersion {
+    /// Counts files that this collector stored or removed.
+    changes: u64,
+    /// Counts those of them whose former names are no longer right.
+    pub(crate) removed: u64,
+}
+
+/// Debug information: the one owner of its files, and the one place that names stored profiles.
+pub(crate) struct DebugInfo {
+    files: DebugFiles,
+    servers: Option<Debuginfod>,
+    reader: Arc<Reader>,
+    known: quick_cache::sync::Cache<BuildId, Known>,
+    version: Mutex<NamesVersion>,
+    max_file_bytes: u64,
+    query_timeout: Duration,
+    metrics: Metrics,
+}
+
+impl DebugInfo {
+    /// Opens the stored files. Blocking.
+    pub(crate) fn open(
+        data: &std::path::Path,
+        bucket: Option<Arc<dyn ObjectStore>>,
+        options: &DebugInfoOptions,
+        min_free_bytes: u64,
+        metrics: Metrics,
+    ) -> io::Result<Self> {
+        let DebugInfoOptions {
+            debuginfo_bytes,
+            debuginfo_file_bytes,
+            debuginfod,
+            reader,
+            cache_bytes,
+            query_timeout,
+        } = options;
+        let max_file_bytes = debuginfo_file_bytes.0.min(debuginfo_bytes.0);
+        let servers = Debuginfod::new(debuginfod, max_file_bytes).map_err(io::Error::other)?;
+        let bucket = bucket.filter(|_| debuginfo_bytes.0 > 0);
+        let files = DebugFiles::open(
+            data.join("debuginfo"),
+            bucket,
+            debuginfo_bytes.0,
+            min_free_bytes,
+            metrics.clone(),
+        )?;
+        Ok(Self {
+            files,
+            servers: servers.filter(|_| max_file_bytes > 0),
+            reader: Arc::new(Reader::new(reader.clone(), *cache_bytes, metrics.clone())),
+            known: quick_cache::sync::Cache::new(MAX_KNOWN_FILES),
+            version: Mutex::default(),
+            max_file_bytes,
+            query_timeout: *query_timeout,
+            metrics,
+        })
+    }
+
+    /// Reports whether no profile can get a name from here.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.servers.is_none() && self.files.is_empty()
+    }
+
+    /// Returns the version of the names that a profile gets now.
+    pub(crate) fn version(&self) -> NamesVersion {
+        *self.version.lock()
+    }
+
+    /// Reports whether files may have come since then that this collector did not store.
+    pub(crate) fn may_have_news_since(&self, at: Instant) -> bool {
+        let bucket = self.files.is_shared() && at.elapsed() > BUCKET_TTL;
+        bucket || (self.servers.is_some() && at.elapsed() > SERVER_TTL)
+    }
+
+    /// Names the frames of a checked profile that have no name, and adds inlined functions and lines to those that have only a name.
+    /// Waits for a bounded time.
+    pub(crate) async fn name(self: &Arc<Self>, profile: &Arc<Profile>) -> Named {
+        let nothing = Named { profile: None, is_complete: true };
+        if self.is_idle() {
+            return nothing;
+        }
+        let of = Arc::clone(profile);
+        // A profile has up to a million stacks: too much for the threads of the runtime.
+        let wanted = tokio::task::spawn_blocking(move || naming::wanted(&of)).await.unwrap_or_default();
+        if wanted.is_empty() {
+            return nothing;
+        }
+        let deadline = tokio::time::Instant::now() + self.query_timeout;
+        let files = wanted.into_iter().map(|(build_id, wanted)| {
+            let debug_info = Arc::clone(self);
+            // A task of its own: what it reads after the deadline is in the cache for the next query.
+            let task = tokio::spawn(async move { debug_info.prepare(build_id, wanted).await });
+            tokio::time::timeout_at(deadline, task)
+        });
+        let mut frames = Frames::new();
+        let mut is_complete = true;
+        for prepared in future::join_all(files).await {
+            match prepared {
+                Ok(Ok(Some(found))) => self.collect(found, &mut frames),
+                Ok(Ok(None) | Err(_)) => {}
+                Err(_) => is_complete = false,
+            }
+        }
+        let of = Arc::clone(profile);
+        let named =
+            tokio::task::spawn_blocking(move || naming::with_names(&of, &frames)).await.unwrap_or_default();
+        self.metrics.debuginfo_named.inc_by(named.as_ref().map_or(0, |(_, count)| *count));
+        Named { profile: named.map(|(profile, _)| profile), is_complete }
+    }
+
+    /// Reads the functions at these places into the cache. Returns the file with the places, or none if there is no file.
+    async fn prepare(&self, build_id: BuildId, wanted: Wanted) -> Option<Located> {
+        // A frame that has a name is not worth a download.
+        let file = self.file(&build_id, !wanted.nameless.is_empty()).await?;
+        let mut places: Vec<(Place, u64)> = Vec::new();
+        let mut addresses = BTreeSet::new();
+        for place in wanted.nameless.into_iter().chain(wanted.bare).take(MAX_PLACES) {
+            if let Some(address) = file.layout.address_of(&place) {
+                places.push((place, address));
+                addresses.insert(address);
+            }
+        }
+        let is_known = |address: &u64| self.reader.known(&file, *address).is_some();
+        if !addresses.iter().all(is_known) {
+            self.reader.read(Arc::clone(&file), addresses.into_iter().collect()).await;
+        }
+        Some(Located { build_id, file, places })
+    }
+
+    fn collect(&self, found: Located, frames: &mut Frames) {
+        let Located { build_id, file, places } = found;
+        for (place, address) in places {
+            if let Some(frame) = self.reader.known(&file, address) {
+                frames.insert((build_id.clone(), place), frame);
+            }
+        }
+    }
+
+    /// Returns the file of a build id, if there is one. `ask`: from a server too. Concurrent calls search it once.
+    async fn file(&self, build_id: &BuildId, ask: bool) -> Option<Arc<DebugFile>> {
+        let ask = ask && self.servers.is_some();
+        if let Some(Known::Missing { at, asked }) = self.known.get(build_id)
+            && (ask && !asked || self.may_have_news_since(at))
+        {
+            self.known.remove(build_id);
+        }
+        let before = self.version();
+        let known = self.known.get_or_insert_async(build_id, async {
+            let found = self.open_file(build_id, ask).await.unwrap_or_else(|error| {
+                self.metrics.debuginfo_failed.inc();
+                tracing::warn!(%build_id, %error, "cannot use the debug information of a build id");
+                None
+            });
+            Ok::<_, std::convert::Infallible>(found.map_or_else(
+                || Known::Missing { at: Instant::now(), asked: ask },
+                |file| Known::Ready(Arc::new(file)),
+            ))
+        });
+        match known.await {
+            Ok(Known::Ready(file)) => Some(file),
+            Ok(Known::Missing { .. }) => {
+                // The file may have come while it was searched.
+                if self.version() != before {
+                    self.known.remove(build_id);
+                }
+                None
+            }
+            Err(never) => match never {},
+        }
+    }
+
+    async fn open_file(&self, build_id: &BuildId, ask: bool) -> Result<Option<DebugFile>, DebugInfoError> {
+        let path = match self.files.find(build_id).await? {
+            Some(path) => path,
+            None if ask => match self.fetch(build_id).await? {
+                Some(path) => path,
+                None => return Ok(None),
+            },
+            None => return Ok(None),
+        };
+        let theirs = path.clone();
+        let checked = tokio::task::spawn_blocking(move || check::check(&File::open(theirs)?));
+        let checked = checked.await.map_err(io::Error::other)??;
+        Ok(Some(self.reader.prepare(path, checked, self.files.directories())))
+    }
+
+    /// Downloads a file from a server, and stores it. Returns its path.
+    async fn fetch(&self, build_id: &BuildId) -> Result<Option<PathBuf>, DebugInfoError> {
+        let Some(servers) = &self.servers else { return Ok(None) };
+        self.metrics.debuginfod_requests.inc();
+        let Some(incoming) = servers.fetch(build_id, &self.files).await? else { return Ok(None) };
+        self.check_and_keep(incoming, build_id, Origin::Debuginfod).await?;
+        // Merges that waited for less time than the download took have names to expect.
+        self.version.lock().changes += 1;
+        self.files.find(build_id).await
+    }
+
+    /// Begins a file of this size.
+    async fn begin(&self, bytes: u64) -> Result<Incoming, DebugInfoError> {
+        self.files.begin(bytes).await
+    }
+
+    /// Checks a complete file, stores it, and uses it from now on.
+    async fn store(
+        &self,
+        incoming: Incoming,
+        build_id: &BuildId,
+        origin: Origin,
+    ) -> Result<StoredFile, DebugInfoError> {
+        let stored = self.check_and_keep(incoming, build_id, origin).await?;
+        self.forget(build_id, false);
+        Ok(stored)
+    }
+
+    async fn check_and_keep(
+        &self,
+        mut incoming: Incoming,
+        build_id: &BuildId,
+        origin: Origin,
+    ) -> Result<StoredFile, DebugInfoError> {
+        let file = incoming.finish().await?;
+        let declared = build_id.clone();
+        let checked = tokio::task::spawn_blocking(move || check::check_declared(&file, &declared));
+        checked.await.map_err(io::Error::other)??;
+        let stored = self.files.keep(incoming, build_id, origin).await?;
+        tracing::info!(%build_id, origin = origin.name(), bytes = stored.bytes, "stored debug information");
+        Ok(stored)
+    }
+
+    async fn remove(&self, build_id: &BuildId) -> Result<bool, DebugInfoError> {
+        let found = self.files.remove(build_id).await?;
+        self.forget(build_id, true);
+        Ok(found)
+    }
+
+    /// Forgets the state of a file that changed. `is_removed`: its names must go too.
+    fn forget(&self, build_id: &BuildId, is_removed: bool) {
+        let former = self.known.remove(build_id);
+        let mut version = self.version.lock();
+        version.changes += 1;
+        // A file of a higher origin replaces another one.
+        if is_removed || matches!(former, Some((_, Known::Ready(_)))) {
+            version.removed += 1;
+        }
+    }
+}
+
+/// Places of one file with their ELF virtual addresses.
+struct Located {
+    build_id: BuildId,
+    file: Arc<DebugFile>,
+    places: Vec<(Place, u64)>,
+}
+
+fn own_program() -> PathBuf {
+    DebugInfoOptions::default().reader
+}
+
+fn cache_bytes() -> u64 {
+    DebugInfoOptions::default().cache_bytes
+}
+
+fn query_timeout() -> Duration {
+    DebugInfoOptions::default().query_timeout
+}

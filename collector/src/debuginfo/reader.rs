@@ -1,0 +1,225 @@
+//! Reads the functions at addresses of stored files, on bounded workers, and caches them.
+
+use std::{
+    fs::File,
+    io,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use gannet_symbols::{
+    demangle,
+    dwarf::{self, DebugLine},
+    go, tables,
+};
+use tokio::sync::{Mutex, Semaphore};
+
+use super::{check::Checked, layout::Layout};
+use crate::metrics::Metrics;
+
+/// Files that are read at the same time. Each takes a process with up to [`MEMORY_BYTES`] of memory.
+const READERS: usize = 2;
+/// Memory of the process that reads debug information, beside the file.
+const MEMORY_BYTES: u64 = 384 << 20;
+/// Addresses of one call of that process.
+const CALL_ADDRESSES: usize = 4096;
+/// Time for the addresses of one file. Those that are left are read at the next query.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of an entry of the cache, without its functions.
+const ENTRY_BYTES: u64 = 96;
+
+/// One function at a place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct NamedLine {
+    /// Name as a programmer writes it.
+    pub(super) name: Arc<str>,
+    /// Name that the compiler gave.
+    pub(super) system_name: Arc<str>,
+    /// Source file; empty if unknown.
+    pub(super) file: Arc<str>,
+    /// 0 if unknown.
+    pub(super) line: u32,
+    pub(super) column: u32,
+    /// Line at which the function begins; 0 if unknown.
+    pub(super) start_line: u32,
+}
+
+/// The functions at one place: the innermost inlined one first. Empty if the file names none.
+pub(super) type Frame = Arc<[NamedLine]>;
+
+/// A file that is ready to be read.
+#[derive(Debug)]
+pub(super) struct DebugFile {
+    /// Tells the file from those of the same build id before it.
+    version: u64,
+    path: PathBuf,
+    pub(super) layout: Layout,
+    /// Has debug information that a reader survived so far.
+    has_debug_info: AtomicBool,
+    /// Has symbol tables that could be searched so far.
+    has_tables: AtomicBool,
+    /// Directories for the shared part of the debug information, if the file refers to one.
+    directories: Vec<PathBuf>,
+    /// Held by its reader, so that no two read the same.
+    reading: Mutex<()>,
+}
+
+#[derive(Clone)]
+struct ByBytes;
+
+impl quick_cache::Weighter<(u64, u64), Frame> for ByBytes {
+    fn weight(&self, _: &(u64, u64), frame: &Frame) -> u64 {
+        let bytes = |line: &NamedLine| {
+            (size_of::<NamedLine>() + line.name.len() + line.system_name.len() + line.file.len()) as u64
+        };
+        ENTRY_BYTES + frame.iter().map(bytes).sum::<u64>()
+    }
+}
+
+/// Reads the functions of files. Owner of the permits and the cache.
+pub(super) struct Reader {
+    /// The program that reads debug information: the collector itself.
+    program: PathBuf,
+    /// By version of the file and ELF virtual address.
+    cache: quick_cache::sync::Cache<(u64, u64), Frame, ByBytes>,
+    permits: Semaphore,
+    versions: AtomicU64,
+    metrics: Metrics,
+}
+
+impl Reader {
+    pub(super) fn new(program: PathBuf, cache_bytes: u64, metrics: Metrics) -> Self {
+        let cache =
+            quick_cache::sync::Cache::with_weighter((cache_bytes / 256) as usize, cache_bytes, ByBytes);
+        Self { program, cache, permits: Semaphore::new(READERS), versions: AtomicU64::new(0), metrics }
+    }
+
+    /// Prepares a file. `directories` hold the files to which it may refer.
+    pub(super) fn prepare(&self, path: PathBuf, checked: Checked, directories: Vec<PathBuf>) -> DebugFile {
+        let Checked { layout, has_debug_info, alternate, .. } = checked;
+        DebugFile {
+            version: self.versions.fetch_add(1, Ordering::Relaxed),
+            path,
+            layout,
+            has_debug_info: AtomicBool::new(has_debug_info),
+            has_tables: AtomicBool::new(true),
+            directories: if alternate.is_some() { directories } else { Vec::new() },
+            reading: Mutex::new(()),
+        }
+    }
+
+    /// Returns the functions at an ELF virtual address, if they are known.
+    pub(super) fn known(&self, file: &DebugFile, address: u64) -> Option<Frame> {
+        self.cache.get(&(file.version, address))
+    }
+
+    /// Reads the functions at these ELF virtual addresses, which are sorted, into the cache. The work goes on if the caller does not
+    /// wait for it, up to its own limits.
+    pub(super) async fn read(self: &Arc<Self>, file: Arc<DebugFile>, addresses: Vec<u64>) {
+        let _reading = file.reading.lock().await;
+        let missing: Vec<u64> =
+            addresses.into_iter().filter(|address| self.known(&file, *address).is_none()).collect();
+        let Ok(_permit) = self.permits.acquire().await else { return };
+        let (reader, theirs) = (Arc::clone(self), Arc::clone(&file));
+        let done = tokio::task::spawn_blocking(move || reader.read_now(&theirs, &missing)).await;
+        if let Ok(Err(error)) = done {
+            self.metrics.debuginfo_failed.inc();
+            tracing::warn!(path = %file.path.display(), %error, "cannot open a file with debug information");
+        }
+    }
+
+    fn read_now(&self, file: &DebugFile, addresses: &[u64]) -> io::Result<()> {
+        let begin = Instant::now();
+        let open = File::open(&file.path)?;
+        for addresses in addresses.chunks(CALL_ADDRESSES) {
+            if begin.elapsed() > READ_TIMEOUT {
+                tracing::warn!(path = %file.path.display(), "reading a debug file took too long; the next query goes on");
+                return Ok(());
+            }
+            self.read_some(file, &open, addresses);
+        }
+        Ok(())
+    }
+
+    /// Searches the symbol tables for these addresses.
+    fn names(&self, file: &DebugFile, open: &File, addresses: &[u64]) -> Vec<Option<Vec<u8>>> {
+        if addresses.is_empty() || !file.has_tables.load(Ordering::Relaxed) {
+            return Vec::new();
+        }
+        match tables::find(open, None, addresses) {
+            Ok(found) => found.names,
+            Err(error) => {
+                file.has_tables.store(false, Ordering::Relaxed);
+                self.metrics.debuginfo_failed.inc();
+                tracing::warn!(path = %file.path.display(), %error, "cannot use the symbol table of a file");
+                Vec::new()
+            }
+        }
+    }
+
+    fn read_some(&self, file: &DebugFile, open: &File, addresses: &[u64]) {
+        let mut lines = vec![Vec::new(); addresses.len()];
+        if let Some(found) = go::lines(open, addresses) {
+            // Go's own tables take a small part of the time that debug information takes.
+            lines = found;
+        } else if file.has_debug_info.load(Ordering::Relaxed) {
+            let found =
+                dwarf::resolve(&self.program, open, addresses, MEMORY_BYTES, &file.directories, &|_| ());
+            match found {
+                Ok(found) => lines = found,
+                Err(error) => {
+                    file.has_debug_info.store(false, Ordering::Relaxed);
+                    self.metrics.debuginfo_failed.inc();
+                    tracing::warn!(
+                        path = %file.path.display(), %error,
+                        "cannot use the debug information of a file; its symbol table names its functions"
+                    );
+                }
+            }
+        }
+        let rest = |(address, lines): (&u64, &Vec<DebugLine>)| lines.is_empty().then_some(*address);
+        let rest: Vec<u64> = addresses.iter().zip(&lines).filter_map(rest).collect();
+        let mut names = self.names(file, open, &rest).into_iter();
+        for (address, lines) in addresses.iter().zip(lines) {
+            let frame: Frame = if lines.is_empty() {
+                names.next().flatten().map(|name| symbol(&name)).into_iter().collect()
+            } else {
+                lines.iter().map(line).collect()
+            };
+            // A place without a name is cached too: otherwise each query would search for it again.
+            self.cache.insert((file.version, *address), frame);
+        }
+    }
+}
+
+fn line(line: &DebugLine) -> NamedLine {
+    let DebugLine { name, file, line, column, start_line } = line;
+    let name = named(name);
+    NamedLine {
+        file: demangle::cut(file).into(),
+        line: *line,
+        column: *column,
+        start_line: *start_line,
+        ..name
+    }
+}
+
+fn symbol(name: &[u8]) -> NamedLine {
+    named(&String::from_utf8_lossy(name))
+}
+
+fn named(raw: &str) -> NamedLine {
+    let (name, system_name) = (demangle::demangle(raw), demangle::cut(raw));
+    NamedLine {
+        name: name.into(),
+        system_name: system_name.into(),
+        file: "".into(),
+        line: 0,
+        column: 0,
+        start_line: 0,
+    }
+}
