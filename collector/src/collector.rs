@@ -107,11 +107,7 @@ impl Collector {
         let fleet =
             Fleet::open(config.directory(), &config.fleet, Arc::clone(&rules), metrics.clone(), stop.clone());
         if let Some((client, namespace)) = resources {
-            // The name of the pod. Elsewhere, host and port tell collectors apart: each writes its own counts.
-            let name = std::env::var("HOSTNAME").unwrap_or_else(|_| {
-                let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-                format!("{host}-{}", grpc_addr.port())
-            });
+            let name = name_of_collector(grpc_addr.port());
             let nodes: Arc<dyn NodeStates> = Arc::clone(&fleet) as _;
             let mirror = Mirror::new(client, &namespace, Arc::clone(&rules), nodes, name);
             tokio::spawn(mirror.run(stop.clone()));
@@ -196,6 +192,14 @@ impl Collector {
             timeout,
         })
     }
+}
+
+/// Returns the name of the pod. Elsewhere, host and port tell collectors apart: each writes its own counts.
+fn name_of_collector(port: u16) -> String {
+    std::env::var("HOSTNAME").unwrap_or_else(|_| {
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        format!("{host}-{port}")
+    })
 }
 
 /// The bound sockets of all listeners.
