@@ -129,6 +129,10 @@ pub fn fp_rows(code: &[u8], start: u64, by_call: bool) -> Rows {
         } else {
             state.apply(Effect::of(instruction, &mut info));
         }
+        // Builtins of V8 that call C++ push arguments below the return address, which they have taken off the stack.
+        if index > 0 && makes_frame(&all[index - 1], instruction) {
+            state = MADE;
+        }
         let flow = Flow::of(instruction);
         if let Flow::Branch(target) | Flow::Jump(target) = flow
             && target > ip
@@ -142,6 +146,14 @@ pub fn fp_rows(code: &[u8], start: u64, by_call: bool) -> Rows {
         }
     }
     rows
+}
+
+/// Reports whether an instruction and the next one push rbp and let it point there, above the return address.
+fn makes_frame(instruction: &Instruction, next: &Instruction) -> bool {
+    let is_push = instruction.mnemonic() == Mnemonic::Push && instruction.op0_register() == Register::RBP;
+    is_push
+        && next.mnemonic() == Mnemonic::Mov
+        && (next.op0_register(), next.op1_register()) == (Register::RBP, Register::RSP)
 }
 
 /// Reports whether an instruction loads rbp from where it points.
@@ -395,6 +407,14 @@ mod tests {
         ];
         assert_eq!(sizes(&rows), expected);
         assert_eq!(rule_at(&rows, 0x1010).unwrap().fp_kind, loc::SAME);
+        // pop rax; push r10 twice; push rax; push rbp; mov rbp, rsp; push 6; call rdx; leave; pop rcx; add rsp, rbx; push rcx; ret
+        let code = [
+            0x58, 0x41, 0x52, 0x41, 0x52, 0x50, 0x55, 0x48, 0x89, 0xe5, 0x6a, 6, 0xff, 0xd2, 0xc9, 0x59,
+            0x48, 1, 0xdc, 0x51, 0xc3,
+        ];
+        let rows = fp_rows(&code, 0x1000, false);
+        let rule = rule_at(&rows, 0x100d).unwrap();
+        assert_eq!((rule.cfa_kind, rule.cfa_offset, rule.fp_kind), (cfa::FP, 16, loc::CFA));
         // mov ebx, 32; call; push rax; leave; ret
         let code = [0xbb, 0x20, 0, 0, 0, 0xe8, 0, 1, 0, 0, 0x50, 0xc9, 0xc3];
         let expected = [row(0, cfa::SP, 8), row(10, cfa::FP, 16), row(12, cfa::SP, 8)];
