@@ -107,6 +107,8 @@ impl Default for RealProc {
 
 impl ProcFs for RealProc {
     fn read(&self, key: ProcessKey, file: &'static str, max: u64) -> io::Result<Vec<u8>> {
+        // Other variables than those that are wanted may be secrets.
+        let read = if file == "environ" { read_in_place } else { read };
         let bytes = read(&self.path(key, file), max)?;
         if bytes.is_empty()
             && OF_LIVE_THREADS.contains(&file)
@@ -142,6 +144,28 @@ impl ProcFs for RealProc {
 fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(max).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Does the same as [`read`], with one buffer that never moves: one that grows would leave copies of its bytes in freed memory, and
+/// the caller could not erase them.
+fn read_in_place(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    let mut bytes = vec![0; usize::try_from(max).unwrap_or(usize::MAX)];
+    let mut filled = 0;
+    loop {
+        match file.read(&mut bytes[filled..]) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                bytes.fill(0);
+                std::hint::black_box(&bytes);
+                return Err(error);
+            }
+        }
+    }
+    bytes.truncate(filled);
     Ok(bytes)
 }
 
