@@ -109,3 +109,49 @@ async fn an_upload_names_stored_profiles_of_stripped_programs() {
         eprintln!("{name}: {} frames before, {} after: {names:?}", before.nodes.len(), after.nodes.len());
     }
 }
+
+/// Checks that the agent uploads the debug information of a program that it samples, once, and that the collector then names a
+/// stripped copy of it.
+#[tokio::test]
+async fn the_agents_upload_names_a_stripped_copy() {
+    let directory = tempfile::tempdir().unwrap();
+    build(directory.path(), "copystripped", C, "gcc", &["-pie", "-fPIE"]);
+    // The same build with everything that `strip` removed.
+    let whole = directory.path().join("copywhole");
+    tool(Command::new("gcc").args(["-g", "-O2", "-Wl,--build-id", "-x", "c", "-pie", "-fPIE"]).args([
+        directory.path().join("copystripped.src"),
+        "-o".into(),
+        whole.clone(),
+    ]));
+    let collector = Collector::start().await;
+    let flags = ["--window=1s", "--debuginfo-upload", "--debuginfo-upload-rate=1MiB"];
+    let agent = Agent::start("alpha", &collector.url(), &flags);
+    agent.connected(&collector).await;
+    collector.set_rules(vec![rule("a", "copywhole", 199), rule("b", "copystripped", 199)]).await.unwrap();
+    let list = || {
+        let output = Command::new(binary("gannetctl"))
+            .args(["--endpoint", &collector.url(), "debuginfo", "list", "-o", "json"])
+            .output()
+            .unwrap();
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()["files"]
+            .as_array()
+            .unwrap()
+            .clone()
+    };
+    assert!(list().is_empty());
+    let program = Killed(Command::new(&whole).stdin(Stdio::null()).spawn().unwrap());
+    let size = std::fs::metadata(&whole).unwrap().len();
+    eventually("the agent uploads the file", async || {
+        list().iter().any(|file| file["bytes"] == size && file["origin"] == "agent").then_some(())
+    })
+    .await;
+    drop(program);
+    let copy = directory.path().join("copystripped");
+    let program = Killed(Command::new(&copy).stdin(Stdio::null()).spawn().unwrap());
+    let query = "{service_name=\"copystripped\"}";
+    eventually("a profile of the copy", async || collector.profiles(query).await.pop()).await;
+    drop(program);
+    let graph = collector.flame_graph(query).await;
+    let names: Vec<&str> = graph.nodes.iter().map(|node| node.name.as_str()).collect();
+    assert!(["main", "price_orders", "multiply"].iter().all(|name| names.contains(name)), "{names:?}");
+}

@@ -186,6 +186,21 @@ pub struct RunOptions {
     /// Time for which the spool holds profiles that the collector has not taken
     #[arg(long, env = "GANNET_AGENT_SPOOL_AGE", value_name = "TIME", default_value = "24h")]
     pub(crate) spool_age: TimeSpan,
+    /// Send the collector the debug information of sampled programs, each file that it lacks once. It then names the functions
+    /// of stripped copies, also of those that other profilers sampled
+    #[arg(long, env = "GANNET_AGENT_DEBUGINFO_UPLOAD")]
+    pub(crate) debuginfo_upload: bool,
+    /// Bytes a second for that, at least 64KiB
+    #[arg(long, env = "GANNET_AGENT_DEBUGINFO_UPLOAD_RATE", value_name = "BYTES", default_value = "2MiB")]
+    pub(crate) debuginfo_upload_rate: ByteSize,
+    /// Larger files are not sent
+    #[arg(
+        long,
+        env = "GANNET_AGENT_DEBUGINFO_UPLOAD_FILE_BYTES",
+        value_name = "BYTES",
+        default_value = "256MiB"
+    )]
+    pub(crate) debuginfo_upload_file_bytes: ByteSize,
     /// Allow plaintext to a collector that is not on loopback
     #[arg(long, env = "GANNET_AGENT_INSECURE")]
     pub(crate) insecure: bool,
@@ -334,6 +349,12 @@ impl RunOptions {
         }
         if !(64..=1 << 20).contains(&self.processes) {
             return wrong("processes", &self.processes, "give 64 to 1048576");
+        }
+        if self.debuginfo_upload && self.endpoint.is_none() {
+            return wrong("debuginfo-upload", &true, "give --endpoint too, the collector that takes it");
+        }
+        if self.debuginfo_upload_rate.0 < 64 << 10 {
+            return wrong("debuginfo-upload-rate", &self.debuginfo_upload_rate, "give at least 64KiB");
         }
         let node = self.node.take().unwrap_or_else(host_name);
         if node.is_empty() || node.len() > MAX_NAME {

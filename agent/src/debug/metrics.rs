@@ -101,6 +101,9 @@ gannet_base::metrics! {
     SYMBOL_FILES_FAILED = counter("gannet_agent_symbols_files_failed_total", "Files whose names could not be read, by source of the names", ["source"]);
     SYMBOL_CACHE_BYTES = gauge("gannet_agent_symbols_cache_bytes", "Memory of cached names, kernel symbols and perf maps");
 
+    DEBUGINFO_UPLOADS = counter("gannet_agent_debuginfo_uploads_total", "Files with debug information that the collector wanted: `stored`, or `failed`", ["outcome"]);
+    DEBUGINFO_UPLOADED_BYTES = counter("gannet_agent_debuginfo_uploaded_bytes_total", "Bytes of the stored files with debug information");
+
     RUNTIME_PROCESSES = gauge("gannet_agent_runtimes_processes", "Sampled processes of interpreters, by runtime, version (major and minor number; beyond 64 combinations `other`) and status: `ok`, or why their functions have no names: `not_started`, `unsupported` version, `no_thread_state`, `unreadable`, `too_large`, `implausible`, `unlisted` code (no perf map), `only_native` functions, or switched off because reading `failed` or was `too_costly`; `check --pid` and /debug/processes say more", ["runtime", "version", "status"]);
     RUNTIME_SWITCHED_OFF = counter("gannet_agent_runtimes_switched_off_total", "Processes whose interpreter the agent stopped to read, because a read failed or took too much CPU time");
     RUNTIME_READ_CPU = counter("gannet_agent_runtimes_read_cpu_seconds_total", "CPU time of reading interpreters' memory; beyond 0.5 s at once it takes 10 % of a core at most");
@@ -440,6 +443,9 @@ fn add_symbols(snapshot: &mut Snapshot, stats: &SymbolizerStats) {
         unusable_debug_info,
         cached_bytes,
         skipped: _,
+        debug_files_uploaded,
+        debug_bytes_uploaded,
+        debug_uploads_failed,
     } = stats;
     snapshot.add(&SYMBOL_PROFILES, profiles.load(Relaxed));
     for (result, count) in [("named", named), ("unnamed", unnamed)] {
@@ -453,6 +459,10 @@ fn add_symbols(snapshot: &mut Snapshot, stats: &SymbolizerStats) {
     }
     snapshot.add(&SYMBOL_CUT_STACKS, cut_stacks.load(Relaxed));
     snapshot.add(&SYMBOL_CACHE_BYTES, cached_bytes.load(Relaxed));
+    for (outcome, count) in [("stored", debug_files_uploaded), ("failed", debug_uploads_failed)] {
+        snapshot.add_labelled(&DEBUGINFO_UPLOADS, [outcome], count.load(Relaxed));
+    }
+    snapshot.add(&DEBUGINFO_UPLOADED_BYTES, debug_bytes_uploaded.load(Relaxed));
 }
 
 fn add_spool(snapshot: &mut Snapshot, stats: &SpoolStats) {

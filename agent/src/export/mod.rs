@@ -3,6 +3,7 @@
 mod aside;
 mod authority;
 mod backoff;
+mod debug_files;
 mod disk;
 mod spool;
 mod stream;
@@ -10,5 +11,6 @@ mod stream;
 pub(crate) use aside::{ASIDE, write_aside};
 pub(crate) use authority::explain;
 pub(crate) use backoff::{Backoff, files_changed};
+pub(crate) use debug_files::{DebugUploadOptions, upload_debug_files};
 pub use spool::{Bounds, Spool, SpoolError, SpoolStats};
 pub use stream::{ExportConfig, Exporter, StreamStats};

@@ -12,8 +12,11 @@ use gannet_symbols::{
     dwarf::{self, DebugFrame, Examined, Unusable},
 };
 
+use tokio::sync::mpsc;
+
 use super::{
     debug_file,
+    offers::{FileOffers, OfferedFile},
     options::{DebugCost, Skipped, SymbolizerStats},
 };
 use crate::{
@@ -67,6 +70,7 @@ pub(super) struct DebugInfoReader {
     program: Option<PathBuf>,
     directories: Vec<PathBuf>,
     cost: DebugCost,
+    offers: FileOffers,
     stats: Arc<SymbolizerStats>,
     /// Time spent on files whose debug information the program did not survive, all together: a user who makes one such
     /// file can make many.
@@ -80,10 +84,20 @@ impl DebugInfoReader {
         program: Option<PathBuf>,
         directories: Vec<PathBuf>,
         cost: DebugCost,
+        offers: Option<mpsc::Sender<OfferedFile>>,
         stats: Arc<SymbolizerStats>,
     ) -> Self {
         let now = Instant::now();
-        Self { program, directories, cost, stats, harm: Spending::new(now), spent: Spending::new(now) }
+        let offers = FileOffers::new(offers);
+        Self {
+            program,
+            directories,
+            cost,
+            offers,
+            stats,
+            harm: Spending::new(now),
+            spent: Spending::new(now),
+        }
     }
 
     /// Reads the frames at these addresses, if the file has debug information that may be read now. `info` is the state of
@@ -104,6 +118,9 @@ impl DebugInfoReader {
             *info = examined.ok();
         }
         let Some(info) = info else { return DebugFrames::Absent };
+        if info.state != Err(Unusable::None) {
+            self.offers.offer(info.separate.as_ref().unwrap_or(file));
+        }
         let Some(program) = &self.program else { return DebugFrames::Absent };
         let refused = match info.state {
             Err(Unusable::Refused) => {

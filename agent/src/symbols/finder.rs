@@ -99,12 +99,25 @@ pub(super) struct NameFinder {
 
 impl NameFinder {
     pub(super) fn new(config: SymbolizerConfig, stats: Arc<SymbolizerStats>) -> Self {
-        let SymbolizerConfig { queue: _, cache_bytes, debug_reader, debug_dirs, debug_cost, kernel_symbols } =
-            config;
+        let SymbolizerConfig {
+            queue: _,
+            cache_bytes,
+            debug_reader,
+            debug_dirs,
+            debug_cost,
+            kernel_symbols,
+            offers,
+        } = config;
         Self {
             cache: unsync::Cache::with_weighter((cache_bytes / 256) as usize, cache_bytes, ByBytes),
             files: LruCache::new(MAX_FILE_STATES),
-            debug_info: DebugInfoReader::new(debug_reader, debug_dirs, debug_cost, Arc::clone(&stats)),
+            debug_info: DebugInfoReader::new(
+                debug_reader,
+                debug_dirs,
+                debug_cost,
+                offers,
+                Arc::clone(&stats),
+            ),
             perf_maps: LruCache::new(MAX_PERF_MAPS),
             jitdumps: LruCache::new(MAX_PERF_MAPS),
             map_bytes: ByteBudget::new(debug_cost.map_bytes),

@@ -12,6 +12,7 @@ mod formats;
 pub mod fuzz;
 mod names;
 mod naming;
+mod offers;
 mod options;
 mod symbolizer;
 mod vdso;
@@ -19,9 +20,11 @@ mod vdso;
 pub(crate) use self::{
     debug_file::find as find_debug_file,
     naming::{KERNEL_MAPPING, OFF_CPU_TYPE},
+    offers::offered_files,
     vdso::vdso_image,
 };
 pub use gannet_symbols::dwarf::{DEBUG_INFO_VERB, read_debug_info};
+pub use offers::OfferedFile;
 
 pub use self::{
     options::{DebugCost, Skipped, SymbolizerConfig, SymbolizerStats},

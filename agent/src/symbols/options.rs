@@ -6,6 +6,9 @@ use std::{
     time::Duration,
 };
 
+use tokio::sync::mpsc;
+
+use super::offers::OfferedFile;
 use crate::model::KernelSymbolLog;
 
 /// Bounds of the symbolizer.
@@ -24,6 +27,8 @@ pub struct SymbolizerConfig {
     pub debug_cost: DebugCost,
     /// The log of changes of the kernel's symbols, which the kernel side writes.
     pub kernel_symbols: &'static KernelSymbolLog,
+    /// The queue of files whose debug information the collector may want; none if it is not asked.
+    pub offers: Option<mpsc::Sender<OfferedFile>>,
 }
 
 impl Default for SymbolizerConfig {
@@ -35,6 +40,7 @@ impl Default for SymbolizerConfig {
             debug_dirs: vec![PathBuf::from("/usr/lib/debug")],
             debug_cost: DebugCost::WANTED,
             kernel_symbols: KernelSymbolLog::of_this_kernel(),
+            offers: None,
         }
     }
 }
@@ -135,6 +141,12 @@ pub struct SymbolizerStats {
     pub skipped: [AtomicU64; Skipped::ALL.len()],
     /// Memory of cached names, kernel symbols and perf maps.
     pub cached_bytes: AtomicU64,
+    /// Files with debug information that the collector took.
+    pub debug_files_uploaded: AtomicU64,
+    /// Bytes of these files.
+    pub debug_bytes_uploaded: AtomicU64,
+    /// Files that the collector wanted and did not get.
+    pub debug_uploads_failed: AtomicU64,
 }
 
 impl SymbolizerStats {

@@ -10,14 +10,17 @@ use crate::{
     cgroup::{CgroupNames, CgroupTree},
     config::Config,
     engine::{Engine, EngineOptions},
-    export::{Bounds, ExportConfig, Exporter, Spool, SpoolStats, StreamStats},
+    export::{
+        Bounds, DebugUploadOptions, ExportConfig, Exporter, Spool, SpoolStats, StreamStats,
+        upload_debug_files,
+    },
     kernel::KernelOptions,
     ledger::NodeLedger,
     node::Node,
     pipeline::{self, RecentProfiles, WindowQueue},
     pods::Pods,
     rules::{PodQuery, PodResolver},
-    symbols::{Symbolizer, SymbolizerConfig},
+    symbols::{Symbolizer, SymbolizerConfig, offered_files},
     tables::{SuppliedTables, TableSources},
 };
 
@@ -66,6 +69,8 @@ pub(super) struct Parts {
     pub(super) queries: watch::Receiver<Vec<PodQuery>>,
     exporter: Arc<Exporter>,
     pipeline: JoinHandle<()>,
+    /// Uploads debug information, if it is asked for.
+    uploads: Option<JoinHandle<()>>,
 }
 
 impl Parts {
@@ -75,8 +80,14 @@ impl Parts {
         opened: OpenSpool,
     ) -> Result<Self, RunError> {
         let OpenSpool { spool, ledger, stats: spool_stats } = opened;
-        let symbolizer = Symbolizer::start(SymbolizerConfig::default()).map_err(RunError::Start)?;
+        let upload = debug_upload_options(&config).map(|options| (options, offered_files()));
+        let offers = upload.as_ref().map(|(_, (sender, _))| sender.clone());
+        let symbolizer = Symbolizer::start(SymbolizerConfig { offers, ..SymbolizerConfig::default() })
+            .map_err(RunError::Start)?;
         let symbols = Arc::clone(symbolizer.stats());
+        let uploads = upload.map(|(options, (_, offered))| {
+            tokio::spawn(upload_debug_files(options, offered, Arc::clone(&symbols)))
+        });
         let recent = RecentProfiles::default();
         let pods = Pods::new(config.pod_labels.clone());
         let (queue, windows) = WindowQueue::new(ledger.clone());
@@ -105,11 +116,14 @@ impl Parts {
         let node = Node::new(config, engine, ledger, (spool_stats, stream_stats), symbols, recent, pods);
         node.set_supplied(supplied);
         let node = Arc::new(node);
-        Ok(Self { node, groups, queries, exporter, pipeline })
+        Ok(Self { node, groups, queries, exporter, pipeline, uploads })
     }
 
     /// Ends the engine, then the pipeline, then the exporter, so that the last window passes all of them.
     pub(super) async fn stop(self) {
+        if let Some(uploads) = self.uploads {
+            uploads.abort();
+        }
         match Arc::try_unwrap(self.node) {
             // Dropping the engine flushes its last window into the pipeline, which then ends.
             Ok(node) => drop(tokio::task::spawn_blocking(move || node.engine.stop()).await),
@@ -124,6 +138,15 @@ impl Parts {
             );
         }
     }
+}
+
+fn debug_upload_options(config: &Config) -> Option<DebugUploadOptions> {
+    let options = &config.options;
+    config.dial.clone().filter(|_| options.debuginfo_upload).map(|dial| DebugUploadOptions {
+        dial,
+        bytes_per_second: options.debuginfo_upload_rate.0,
+        file_bytes: options.debuginfo_upload_file_bytes.0,
+    })
 }
 
 fn export_config(config: &Config) -> ExportConfig {
