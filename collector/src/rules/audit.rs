@@ -5,6 +5,7 @@ use std::{
     collections::VecDeque,
     fs::{self, File},
     io::{self, BufRead as _, BufReader, Write as _},
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::{
         Arc, Weak,
@@ -166,9 +167,15 @@ impl AuditFile {
         if fs::metadata(path).is_ok_and(|meta| meta.len() > MAX_BYTES) {
             fs::rename(path, former)?;
         }
-        let mut file = File::options().create(true).append(true).open(path)?;
+        let mut file = File::options().create(true).read(true).append(true).open(path)?;
         let before = file.metadata()?.len();
-        if let Err(error) = file.write_all(text.as_bytes()) {
+        // A crash can leave a part of a line, which would swallow this one.
+        let mut last = [b'\n'];
+        if before > 0 {
+            file.read_exact_at(&mut last, before - 1)?;
+        }
+        let end = if last == [b'\n'] { "" } else { "\n" };
+        if let Err(error) = file.write_all(format!("{end}{text}").as_bytes()) {
             // A full disk can take half of a line, which would swallow the next one.
             let _ = file.set_len(before);
             return Err(error);
@@ -349,7 +356,9 @@ mod tests {
         assert_eq!(audit.read("", "", 10).unwrap(), [answer.clone(), change.clone()]);
         assert_eq!(audit.read("default", "", 10).unwrap(), [change]);
         assert_eq!(audit.read("", "n1", 10).unwrap(), std::slice::from_ref(&answer));
-        assert_eq!(audit.read("", "", 1).unwrap(), [answer]);
+        assert_eq!(audit.read("", "", 1).unwrap(), std::slice::from_ref(&answer));
         assert!(fs::read_to_string(path).unwrap().lines().count() == 3);
+        audit.append(std::slice::from_ref(&answer), false);
+        assert_eq!(audit.read("", "n1", 10).unwrap(), [answer.clone(), answer]);
     }
 }
