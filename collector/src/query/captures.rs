@@ -10,7 +10,7 @@ use crate::store::StoredProfile;
 
 /// Captures of one answer, at most.
 const MAX_CAPTURES: usize = 500;
-/// Runs that a query keeps while it reads the index.
+/// Captures that a query keeps while it reads the index.
 const MAX_RUNS: usize = 10_000;
 /// Values that one capture names, of its services and of its nodes.
 const MAX_NAMES: usize = 5;
@@ -59,50 +59,80 @@ impl CaptureRun {
 /// The captures of a rule by their starts. No two of them touch.
 type Runs = BTreeMap<u64, CaptureRun>;
 
-/// Adds a run and joins it with those that it touches. Returns by how much the number of runs grew.
-fn add(runs: &mut Runs, mut run: CaptureRun) -> isize {
-    let mut grew = 1;
+/// Adds a run and joins it with those that it touches. Returns the number of those.
+fn add(runs: &mut Runs, mut run: CaptureRun) -> usize {
+    let mut joined = 0;
     // Only the last run that starts before the new one ends can touch it, then the one before that, and so on.
     while let Some((&start, last)) = runs.range(..=run.end_ms.saturating_add(MAX_GAP_MS)).next_back()
         && last.end_ms.saturating_add(MAX_GAP_MS) >= run.start_ms
     {
         if let Some(touching) = runs.remove(&start) {
             run.join(touching);
-            grew -= 1;
+            joined += 1;
         }
     }
     runs.insert(run.start_ms, run);
-    grew
+    joined
+}
+
+/// The captures that a query has found so far, of which it keeps the newest.
+#[derive(Default)]
+struct Captures {
+    rules: HashMap<String, Runs>,
+    count: usize,
+    /// Captures that are no longer kept.
+    left_out: usize,
+    /// Start of the oldest capture when older ones were left out. Profiles from before it belong to those.
+    oldest_ms: u64,
+}
+
+impl Captures {
+    fn add(&mut self, run: CaptureRun) {
+        if run.end_ms.saturating_add(MAX_GAP_MS) < self.oldest_ms {
+            return;
+        }
+        let joined = add(self.rules.entry(run.rule_id.clone()).or_default(), run);
+        self.count = self.count + 1 - joined;
+        if self.count > MAX_RUNS {
+            // Half of them, so that this sorts rarely. The index is read series by series, so newer ones can still follow.
+            let kept = self.take_newest(MAX_RUNS / 2);
+            self.oldest_ms = kept.first().map_or(0, |run| run.start_ms);
+            self.count = kept.len();
+            for run in kept {
+                self.rules.entry(run.rule_id.clone()).or_default().insert(run.start_ms, run);
+            }
+        }
+    }
+
+    /// Removes all captures and returns the newest ones in the order of their starts.
+    fn take_newest(&mut self, limit: usize) -> Vec<CaptureRun> {
+        let mut all: Vec<CaptureRun> =
+            std::mem::take(&mut self.rules).into_values().flat_map(BTreeMap::into_values).collect();
+        all.sort_by(|a, b| (a.start_ms, &a.rule_id).cmp(&(b.start_ms, &b.rule_id)));
+        let surplus = all.len().saturating_sub(limit);
+        self.left_out += surplus;
+        all.split_off(surplus)
+    }
 }
 
 impl Query {
-    /// Returns the captures of the selection in the order of their starts, the newest ones if there are too many, and the
-    /// number of captures that are left out.
+    /// Returns the newest captures of the selection in the order of their starts, and the number of older ones. In a
+    /// selection of more than [`MAX_RUNS`] captures, that number may be too small.
     pub(crate) async fn captures(
         self: &Arc<Self>,
         selection: Selection,
     ) -> Result<(Vec<CaptureRun>, usize), QueryError> {
         let _timer = self.metrics.query_timer("captures");
         self.blocking(move |q| {
-            let mut rules: HashMap<String, Runs> = HashMap::new();
-            let (mut count, mut left_out) = (0_isize, 0);
+            let mut found = Captures::default();
             q.scan(&selection, |entry| {
-                if entry.row.rule_id.is_empty() || entry.row.reason.starts_with(CONTINUOUS) {
-                    return true;
+                if !entry.row.rule_id.is_empty() && !entry.row.reason.starts_with(CONTINUOUS) {
+                    found.add(q.run_of(entry));
                 }
-                if count >= MAX_RUNS as isize {
-                    left_out += 1;
-                    return true;
-                }
-                let run = q.run_of(entry);
-                count += add(rules.entry(run.rule_id.clone()).or_default(), run);
                 true
             })?;
-            let mut all: Vec<CaptureRun> = rules.into_values().flat_map(BTreeMap::into_values).collect();
-            all.sort_by(|a, b| (a.start_ms, &a.rule_id).cmp(&(b.start_ms, &b.rule_id)));
-            let surplus = all.len().saturating_sub(MAX_CAPTURES);
-            all.drain(..surplus);
-            Ok((all, surplus + left_out))
+            let newest = found.take_newest(MAX_CAPTURES);
+            Ok((newest, found.left_out))
         })
         .await
     }
@@ -144,16 +174,16 @@ mod tests {
     fn touching_runs_become_one_in_any_order() {
         let parts = [run(100, 110, "a"), run(110, 120, "b"), run(134, 140, "a"), run(300, 310, "c")];
         for order in [[0, 1, 2, 3], [3, 2, 0, 1], [2, 0, 3, 1], [1, 3, 2, 0]] {
-            let (mut runs, mut count) = (Runs::new(), 0);
+            let (mut runs, mut joined) = (Runs::new(), 0);
             for part in order {
-                count += add(&mut runs, parts[part].clone());
+                joined += add(&mut runs, parts[part].clone());
             }
             let found: Vec<_> = runs
                 .values()
                 .map(|run| (run.start_ms / 1000, run.end_ms / 1000, run.profiles, run.nodes.len()))
                 .collect();
             assert_eq!(found, [(100, 140, 3, 2), (300, 310, 1, 1)], "{order:?}");
-            assert_eq!(count, 2, "{order:?}");
+            assert_eq!(joined, 2, "{order:?}");
             assert_eq!(runs[&100_000].reason, "at 110", "{order:?}");
         }
     }
@@ -166,5 +196,55 @@ mod tests {
         }
         let run = &runs[&10_000];
         assert_eq!((run.profiles, run.nodes.len()), (100, MAX_NAMES));
+    }
+
+    /// Adds 7,000 captures of each of three nodes, one node after the other, and returns what is kept of them. The newest
+    /// ones are those of the node `newest`.
+    fn three_nodes(newest: usize) -> (Vec<u64>, usize, usize) {
+        let (mut found, mut most) = (Captures::default(), 0);
+        for (index, node) in ["a", "b", "c"].into_iter().enumerate() {
+            let from_s = if index == newest { 1_000_000 } else { 1_000 + index as u64 * 30 };
+            for at in 0..7_000 {
+                found.add(run(from_s + at * 100, from_s + at * 100 + 10, node));
+                most = most.max(found.count);
+            }
+        }
+        let starts = found.take_newest(MAX_CAPTURES).iter().map(|run| run.start_ms / 1000).collect();
+        (starts, found.left_out, most)
+    }
+
+    #[test]
+    fn the_newest_captures_are_kept_in_any_order_of_nodes() {
+        let expected: Vec<u64> = (6_500..7_000).map(|at| 1_000_000 + at * 100).collect();
+        for newest in 0..3 {
+            let (starts, left_out, most) = three_nodes(newest);
+            assert_eq!(starts, expected, "{newest}");
+            assert!(most <= MAX_RUNS, "{newest}: {most}");
+            assert!(
+                (MAX_RUNS - MAX_CAPTURES..=21_000 - MAX_CAPTURES).contains(&left_out),
+                "{newest}: {left_out}"
+            );
+        }
+    }
+
+    /// Checks that profiles of captures that are left out already do not count as further captures.
+    #[test]
+    fn the_number_left_out_is_one_of_captures() {
+        let mut found = Captures::default();
+        for at in 0..600 {
+            // Three profiles that touch.
+            for part in 0..3 {
+                found.add(run(1_000 + at * 100 + part * 10, 1_010 + at * 100 + part * 10, "a"));
+            }
+        }
+        assert_eq!(found.count, 600);
+        assert_eq!((found.take_newest(MAX_CAPTURES).len(), found.left_out), (500, 100));
+        let mut found = Captures::default();
+        for _ in 0..5 {
+            for at in 0..12_000 {
+                found.add(run(1_000 + at * 100, 1_010 + at * 100, "a"));
+            }
+        }
+        assert_eq!((found.take_newest(MAX_CAPTURES).len(), found.left_out), (500, 11_500));
     }
 }

@@ -1,9 +1,6 @@
 //! Heat maps: values of a selection over time, in rows by a label or by the height of the values. From the index alone.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
+use std::{cmp::Reverse, collections::HashMap, sync::Arc};
 
 use super::{Query, QueryError, select::Selection, unit_of};
 
@@ -11,7 +8,7 @@ use super::{Query, QueryError, select::Selection, unit_of};
 const MAX_COLUMNS: u64 = 500;
 /// Rows for values of a label, at most. The row [`OTHERS`] has the sum of the rest.
 const MAX_LABEL_ROWS: usize = 40;
-/// Numbers that a query keeps while it reads the index: 16 bytes each.
+/// Cells, or values of profiles, that a query keeps while it reads the index: up to 16 bytes each.
 const MAX_NUMBERS: usize = 2_000_000;
 /// Rows for the height of the values.
 const VALUE_ROWS: usize = 20;
@@ -101,7 +98,7 @@ impl Query {
     ) -> Result<Vec<HeatmapRow>, QueryError> {
         // The row of each series, as an index into `rows`.
         let mut row_of: HashMap<u64, usize> = HashMap::new();
-        let mut index_of: BTreeMap<String, usize> = BTreeMap::new();
+        let mut index_of: HashMap<String, usize> = HashMap::new();
         let mut rows: Vec<HeatmapRow> = Vec::new();
         self.scan(selection, |entry| {
             let Some(found) = entry.row.types.iter().find(|t| t.name == sample_type) else { return true };
@@ -122,7 +119,7 @@ impl Query {
                 "the label `{by}` has too many values here: choose a shorter range, a longer step, or another label"
             )));
         }
-        rows.sort_by(|a, b| b.total().cmp(&a.total()).then_with(|| a.name.cmp(&b.name)));
+        rows.sort_by_cached_key(|row| (Reverse(row.total()), row.name.clone()));
         if rows.len() > MAX_LABEL_ROWS {
             let rest = rows.split_off(MAX_LABEL_ROWS - 1);
             let mut others =

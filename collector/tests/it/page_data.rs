@@ -28,6 +28,7 @@ async fn a_heat_map_by_label_has_a_row_for_each_value() {
     };
     pusher.store(of_pod("a", batch("shop", t, &[("main", 3)]))).await;
     pusher.store(of_pod("b", batch("shop", t + 1, &[("main", 5)]))).await;
+    pusher.store(of_pod("b", batch("shop", t + 2, &[("main", 4)]))).await;
     pusher.store(of_pod("b", batch("shop", t + 25_000, &[("main", 7)]))).await;
     pusher.store(of_pod("", batch("shop", t + 10_000, &[("main", 1)]))).await;
     let range = format!("from={t}&until={}", t + 30_000);
@@ -36,14 +37,14 @@ async fn a_heat_map_by_label_has_a_row_for_each_value() {
         json!({
             "unit": "count", "sample_type": "samples/count", "from_ms": t, "step_ms": 10_000,
             "rows": [
-                { "name": "b", "cells": [5, 0, 7] },
+                { "name": "b", "cells": [9, 0, 7] },
                 { "name": "a", "cells": [3, 0, 0] },
                 { "name": "", "cells": [0, 1, 0] },
             ],
         })
     );
     let selected = format!("/heatmap?{range}&step_ms=15000&type=samples/count&by=pod&query={{pod=\"b\"}}");
-    assert_eq!(api(&running, &selected).await["rows"], json!([{ "name": "b", "cells": [5, 7] }]));
+    assert_eq!(api(&running, &selected).await["rows"], json!([{ "name": "b", "cells": [9, 7] }]));
     running.shutdown().await;
 }
 
@@ -91,12 +92,22 @@ async fn a_heat_map_by_value_counts_profiles() {
         };
         assert_eq!(row["cells"], wanted, "row {at}");
     }
+    // Values that differ by a tenth have all rows between them.
+    pusher.store(batch("steady", t, &[("main", 1000)])).await;
+    pusher.store(batch("steady", t + 1, &[("main", 1100)])).await;
+    let steady =
+        format!("/heatmap?{range}&step_ms=20000&type=samples/count&query={{service_name=\"steady\"}}");
+    let map = api(&running, &steady).await;
+    let rows = map["rows"].as_array().unwrap();
+    assert!(close(&rows[0]["low"], 100.0) && close(&rows[19]["high"], 110.0), "{map}");
+    assert_eq!((&rows[0]["cells"], &rows[19]["cells"]), (&json!([1]), &json!([1])));
     let empty = api(&running, "/heatmap?from=1000&until=2000&step_ms=1000&type=samples/count").await;
     assert_eq!(empty["rows"], json!([]));
     running.shutdown().await;
 }
 
-/// Checks that profiles of one rule that touch in time are one capture, and that continuous profiles are none.
+/// Checks that profiles of one rule that touch in time are one capture, and that profiles of continuous rules or without a
+/// rule are none.
 #[tokio::test]
 async fn annotations_have_captures_and_changes_of_rules() {
     let dir = tempfile::tempdir().unwrap();
@@ -110,6 +121,7 @@ async fn annotations_have_captures_and_changes_of_rules() {
         ..batch(service, at, &[("main", 1)])
     };
     pusher.store(batch("shop", t, &[("main", 1)])).await;
+    pusher.store(Batch { rule_id: String::new(), ..captured("shop", t, "exec") }).await;
     pusher.store(captured("shop", t + 10_000, "pressure; cpu some 41 %")).await;
     pusher.store(captured("cart", t + 1_000, "pre-trigger")).await;
     pusher.store(captured("shop", t + 20_000, "pressure; cpu some 44 %")).await;
@@ -147,6 +159,22 @@ async fn annotations_have_captures_and_changes_of_rules() {
     assert_eq!(cart["captures"][0]["services"], json!(["cart"]));
     let past = api(&running, "/annotations?from=1000&until=2000").await;
     assert_eq!((&past["captures"], &past["changes"]), (&json!([]), &json!([])));
+    running.shutdown().await;
+}
+
+#[tokio::test]
+async fn annotations_leave_out_and_count_the_oldest_captures() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let (mut pusher, t) = (Pusher::open(running.grpc_addr).await, now_ms() - 20_000_000);
+    let batches: Vec<Batch> = (0..503)
+        .map(|at| Batch { reason: "exec".into(), ..batch("shop", t + at * 30_000, &[("main", 1)]) })
+        .collect();
+    pusher.store_all(&batches).await;
+    let answer = api(&running, &format!("/annotations?from={t}&until=now")).await;
+    let captures = answer["captures"].as_array().unwrap();
+    assert_eq!((captures.len(), &answer["older_captures"]), (500, &json!(3)));
+    assert_eq!(captures[0]["start_ms"], t + 90_000);
     running.shutdown().await;
 }
 
