@@ -245,6 +245,13 @@ export function url(path: string, parameters: Parameters = {}): string {
 
 export const get = <T>(path: string, parameters: Parameters, signal?: AbortSignal): Promise<T> => request(url(path, parameters), signal);
 
+/** Returns the names of labels in a selection. */
+export const labelNames = async (of: Selection, signal: AbortSignal): Promise<string[]> => (await get<{ names?: string[] }>("labels", selectionParameters(of), signal)).names ?? [];
+
+/** Returns the values of a label in a selection; none without a name. */
+export const labelValues = async (name: string, of: Selection, signal: AbortSignal): Promise<string[]> =>
+  name === "" ? [] : ((await get<{ values?: string[] }>(`labels/${encodeURIComponent(name)}/values`, selectionParameters(of), signal)).values ?? []);
+
 /** Requests an address of the API. */
 export async function request<T>(address: string, signal?: AbortSignal): Promise<T> {
   let response: Response;

@@ -1,5 +1,5 @@
 /** The colour scheme: that of the link, else the reader's own choice, else that of the system. */
-import { useEffect, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useState } from "preact/hooks";
 import { type Theme, go } from "./state";
 
 const KEY = "gannet-theme";
@@ -33,7 +33,8 @@ export function useTheme(asked: Theme): [Theme, boolean, () => void] {
     return () => system.removeEventListener("change", follow);
   }, []);
   const theme = asked === "auto" ? own : asked;
-  useEffect(() => {
+  // Before the paint of the graph, whose colours change with the scheme.
+  useLayoutEffect(() => {
     if (theme === "auto") delete document.documentElement.dataset["theme"];
     else document.documentElement.dataset["theme"] = theme;
   }, [theme]);

@@ -34,7 +34,7 @@ const STEPS = [10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_
 
 /** Returns a round step, of which the range has up to 120. */
 export function niceStep(length: number): number {
-  return (STEPS.find((seconds) => length / (seconds * 1e3) <= 120) ?? 604_800) * 1e3;
+  return (STEPS.find((seconds) => length / (seconds * 1e3) <= 120) ?? Math.ceil(length / 604_800e3 / 120) * 604_800) * 1e3;
 }
 
 /** Formats a time for `<input type="datetime-local">`. */

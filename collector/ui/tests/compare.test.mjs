@@ -141,7 +141,11 @@ describe("the heat map", () => {
       await page.waitForSelector("g.frame");
       const map = await heatOf(page, () => page.getByRole("button", { name: "Heat map" }).click());
       assert.equal(map.rows.length, 20);
-      await page.waitForFunction(() => document.querySelector(".heat canvas")?.width > 100);
+      // Painting sets the size of the canvas, which would be 300 by 150 otherwise.
+      await page.waitForFunction((rows) => {
+        const canvas = document.querySelector(".heat canvas");
+        return canvas && canvas.width === canvas.clientWidth && canvas.height === canvas.clientHeight && canvas.height % rows === 0;
+      }, map.rows.length);
       // Each column that has profiles is painted in the row of their values.
       const painted = await page.evaluate((columns) => {
         const drawn = document.querySelector(".heat canvas");

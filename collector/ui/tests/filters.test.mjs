@@ -41,11 +41,14 @@ describe("a filter", () => {
       await drawn(page, "tcp_sendmsg");
       const whole = (await totalsOf(page)).all;
       await page.keyboard.press("f");
+      const all = await stacks(page);
+      const kernel = (100 * sum(all.filter(({ stack }) => stack.at(-1)?.kernel))) / sum(all);
+      assert.equal(await page.locator(".check", { hasText: /^kernel/ }).locator(".dim").textContent(), `${kernel.toFixed(1)}%`);
       await page.getByRole("checkbox", { name: /^kernel/ }).uncheck();
       await page.waitForFunction(() => location.search.includes("hide=kernel") && !document.querySelector("g.frame.kernel"));
       const totals = await totalsOf(page);
       assert.equal(totals.all, whole);
-      const expected = (await stacks(page)).filter(({ stack }) => stack.some(({ name }) => name === "__libc_write"));
+      const expected = all.filter(({ stack }) => stack.some(({ name }) => name === "__libc_write"));
       assert.equal(totals["__libc_write"], sum(expected));
       const self = await page.$$eval("g.frame", (groups) => groups.find(({ __data__: { data } }) => data.name === "__libc_write").__data__.data.self);
       assert.equal(self, sum(expected));
@@ -100,8 +103,11 @@ describe("a filter", () => {
         await page.locator("#filter-only-error").waitFor();
         assert.match(await page.textContent("#filter-only-error"), message);
         assert.equal(await page.getAttribute("#filter-only", "aria-invalid"), "true");
-        assert.equal((await framesOf(page)).length, before);
         await accessible(page);
+        // The filter applies after a moment, and then names its mistake beside the numbers.
+        assert.match(await page.textContent(".numbers [role=alert]"), message);
+        await page.waitForFunction(() => !document.querySelector(".spinner"));
+        assert.equal((await framesOf(page)).length, before);
       });
     }
   });
@@ -136,6 +142,13 @@ describe("colours", () => {
       const fill = (name) => named(frames, name).fill;
       assert.ok(near(fill("SSL_write"), fill("aes_gcm_enc_update")) <= 24);
       for (const other of ["__libc_write", "main", "tcp_sendmsg"]) assert.ok(near(fill("SSL_write"), fill(other)) > 12, other);
+      // Packages of one program have one hue, and by package they do not.
+      const [own, bundled] = ["shop::checkout::place_order", "serde_json::de::from_slice"];
+      assert.ok(near(fill(own), fill(bundled)) <= 24);
+      await page.getByRole("button", { name: "Package" }).click();
+      await page.waitForFunction(() => !location.search.includes("colour="));
+      const packages = await framesOf(page);
+      assert.ok(near(named(packages, own).fill, named(packages, bundled).fill) > 24);
     });
   });
 });
@@ -150,8 +163,11 @@ describe("the help for keys", () => {
         await help.waitFor();
         for (const word of ["search functions", "callers and callees", "pick a range"]) assert.ok((await help.textContent()).includes(word), word);
         await accessible(page);
+        // The keys of the page do nothing behind the help.
+        await page.keyboard.press("f");
         await page.keyboard.press("Escape");
         await help.waitFor({ state: "hidden" });
+        assert.equal(await page.locator(".filters-box").count(), 0);
         await page.keyboard.press("/");
         await page.keyboard.press("?");
         assert.equal(await page.inputValue('input[type="search"]'), "?");

@@ -476,12 +476,14 @@ describe("every view", () => {
     await on("", async (page) => {
       const background = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
       const dark = await background();
+      const changed = (from) => page.waitForFunction((from) => getComputedStyle(document.body).backgroundColor !== from, from);
       await page.getByRole("button", { name: /^Colour scheme: auto/ }).click();
+      await changed(dark);
       const light = await background();
-      assert.notEqual(light, dark);
       await page.reload();
       assert.equal(await background(), light);
       await page.getByRole("button", { name: /^Colour scheme: light/ }).click();
+      await changed(light);
       assert.equal(await background(), dark);
     }, { colorScheme: "dark" });
   });

@@ -1,5 +1,6 @@
 /** Help for the keyboard, in a dialog that the key `?` opens. */
-import { useEffect, useRef } from "preact/hooks";
+import { useRef } from "preact/hooks";
+import { usePageKey } from "./hooks";
 
 const KEYS: [where: string, keys: [keys: string[], what: string][]][] = [
   ["Anywhere", [
@@ -31,24 +32,10 @@ const KEYS: [where: string, keys: [keys: string[], what: string][]][] = [
   ]],
 ];
 
-/** Returns true if the reader types somewhere, so that a letter is not a command. */
-export const isTyping = (event: KeyboardEvent): boolean =>
-  event.ctrlKey || event.metaKey || event.altKey || (event.target instanceof HTMLElement && event.target.closest("input:not([type=checkbox]), select, textarea, dialog[open]") !== null);
-
 export function KeyHelp() {
   const dialog = useRef<HTMLDialogElement>(null);
-  const open = () => dialog.current?.open || dialog.current?.showModal();
-  useEffect(() => {
-    const onKey = (event: KeyboardEvent) => {
-      if (isTyping(event)) return;
-      if (event.key === "?") open();
-      else if (event.key === "f") document.querySelector<HTMLElement>(".filters > button[aria-expanded=false]")?.click();
-      else return;
-      event.preventDefault();
-    };
-    addEventListener("keydown", onKey);
-    return () => removeEventListener("keydown", onKey);
-  }, []);
+  const open = () => dialog.current?.showModal();
+  usePageKey("?", open);
   return (
     <>
       <button type="button" class="icon" onClick={open} aria-label="Keyboard help" title="Keyboard help (?)">?</button>

@@ -1,17 +1,21 @@
 import type { ComponentChildren } from "preact";
 import { useId, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { usePageKey } from "./hooks";
 
 /** A button with a box below it. Escape, a click elsewhere, or moving the focus away closes the box. */
 export function Popover(props: {
   label: ComponentChildren;
   name: string;
   class?: string;
+  /** A key that opens the box from anywhere on the page. */
+  hotkey?: string;
   children: (close: () => void) => ComponentChildren;
 }) {
   const [open, set] = useState(false);
   const box = useRef<HTMLDivElement>(null);
   const button = useRef<HTMLButtonElement>(null);
   const id = useId();
+  usePageKey(props.hotkey, () => set(true));
   const close = () => {
     set(false);
     button.current?.focus();

@@ -1,6 +1,6 @@
-/** Hooks that several views use: the width of an element, answers of the collector, a timer. */
+/** Hooks that several views use: the width of an element, answers of the collector, a timer, typed text, keys of the page. */
 import type { RefObject } from "preact";
-import { useEffect, useLayoutEffect, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { ApiError } from "../api";
 
 /** Returns the inner width of an element and follows its changes. */
@@ -52,4 +52,36 @@ export function useTick(on: boolean, seconds: number): [number, () => void] {
     return () => clearInterval(timer);
   }, [on, seconds]);
   return [tick, () => set((before) => before + 1)];
+}
+
+/** Returns the text of a field, of which `apply` learns `wait` milliseconds after the last key. A new `value` replaces it. */
+export function useTyped(value: string, wait: number, apply: (text: string) => void): [string, (text: string) => void] {
+  const [typed, setTyped] = useState(value);
+  useEffect(() => setTyped(value), [value]);
+  useEffect(() => {
+    if (typed === value) return;
+    const timer = setTimeout(() => apply(typed), wait);
+    return () => clearTimeout(timer);
+  }, [typed]);
+  return [typed, setTyped];
+}
+
+/** Returns true if a key is part of a text or of a dialog, or a command of the browser. */
+const isTaken = ({ ctrlKey, metaKey, altKey, target }: KeyboardEvent): boolean =>
+  ctrlKey || metaKey || altKey || document.querySelector("dialog[open]") !== null || (target instanceof Element && target.closest("input:not([type=checkbox]), select, textarea") !== null);
+
+/** Calls `run` when the reader presses this key anywhere on the page where it is not text. */
+export function usePageKey(key: string | undefined, run: () => void): void {
+  const last = useRef(run);
+  last.current = run;
+  useEffect(() => {
+    if (key === undefined) return;
+    const onKey = (event: KeyboardEvent) => {
+      if (event.key !== key || isTaken(event)) return;
+      event.preventDefault();
+      last.current();
+    };
+    addEventListener("keydown", onKey);
+    return () => removeEventListener("keydown", onKey);
+  }, [key]);
 }

@@ -1,6 +1,6 @@
 /** The choice of two values of one label to compare. It writes both selectors. */
 import { useState } from "preact/hooks";
-import { type Selection, get, selectionParameters } from "../api";
+import { type Selection, labelNames, labelValues } from "../api";
 import { Combobox } from "../parts/Combobox";
 import { Popover } from "../parts/Popover";
 import { type State, go } from "../state";
@@ -12,8 +12,7 @@ export function CompareValues({ state, window }: { state: State; window: Selecti
   const matchers = parse(state.q);
   // The label may already be in the selector, which must not hide its other values.
   const others = matchers?.filter((matcher) => matcher.name !== name) ?? [];
-  const load = async (signal: AbortSignal) =>
-    name === "" ? [] : ((await get<{ values?: string[] }>(`labels/${encodeURIComponent(name)}/values`, selectionParameters({ ...window, query: format(others) }), signal)).values ?? []);
+  const load = (signal: AbortSignal) => labelValues(name, { ...window, query: format(others) }, signal);
   const select = (value: string) => format(replace(matchers ?? [], { name, op: "=", value }));
   const [base, comparison] = values;
   const ready = matchers !== undefined && name !== "" && base !== "" && comparison !== "" && base !== comparison;
@@ -29,7 +28,7 @@ export function CompareValues({ state, window }: { state: State; window: Selecti
               setName(chosen);
               setValues(["", ""]);
             }}
-            load={async (signal) => (await get<{ names?: string[] }>("labels", selectionParameters({ ...window, query: "" }), signal)).names ?? []}
+            load={(signal) => labelNames({ ...window, query: "" }, signal)}
           />
           <Combobox key={`${name} base`} label="Base value" value={base} placeholder={name === "" ? "choose a label first" : ""} load={load} onChoose={(chosen) => setValues([chosen, comparison])} />
           <Combobox key={`${name} comparison`} label="Comparison value" value={comparison} placeholder={name === "" ? "choose a label first" : ""} load={load} onChoose={(chosen) => setValues([base, chosen])} />

@@ -2,7 +2,7 @@
 import type { Annotations } from "../api";
 import { go } from "../state";
 import { integer, when } from "../units";
-import { describeCapture, describeChange, lengthOf } from "./events";
+import { describeCapture, describeChange, lengthOf } from "./eventText";
 import type { Plot } from "./plot";
 
 /** Height of the marks, in pixels. */
@@ -25,32 +25,42 @@ export function Marks({ events, top, plot: { x } }: { events: Annotations | unde
 
 const count = (number: number, one: string, many: string) => `${integer(number)} ${number === 1 ? one : many}`;
 
-export function EventList({ events, open }: { events: Annotations | undefined; open: boolean }) {
-  const { captures = [], changes = [], older_captures = 0, older_changes = 0 } = events ?? {};
-  const all = [
-    ...captures.map((capture) => ({ at: capture.start_ms, capture, change: undefined })),
-    ...changes.map((change) => ({ at: change.at_ms, capture: undefined, change })),
-  ].sort((a, b) => b.at - a.at);
+/** All events, the newest first. Up to a thousand, so a closed list has none. */
+function Entries({ captures, changes, older_captures, older_changes }: Annotations) {
   const older = older_captures + older_changes;
-  if (all.length === 0) return <p class="events none-here">No captures or changes of rules in this range</p>;
+  const all = [
+    ...captures.map((capture) => ({ at: capture.start_ms, key: `${capture.rule_id} ${capture.start_ms}`, time: lengthOf(capture), text: describeCapture(capture), capture })),
+    ...changes.map((change) => ({ at: change.at_ms, key: `${change.at_ms} ${change.revision} ${change.action}`, time: when(change.at_ms), text: describeChange(change), capture: undefined })),
+  ].sort((a, b) => b.at - a.at);
   return (
-    <details class="events" open={open} onToggle={(event) => event.currentTarget.open !== open && go({ events: event.currentTarget.open }, true)}>
-      <summary>
-        <i class="capture-key" /> {count(captures.length, "capture", "captures")} <i class="change-key" /> {count(changes.length, "change of rules", "changes of rules")}
-      </summary>
+    <>
       <ul>
-        {all.map(({ at, capture, change }) => (
-          <li key={`${at} ${capture?.rule_id ?? change?.revision} ${change?.action}`}>
+        {all.map(({ key, time, text, capture }) => (
+          <li key={key}>
             <i class={capture ? "capture-key" : "change-key"} />
-            <span class="dim">{capture ? lengthOf(capture) : when(at)}</span>
-            <span>{capture ? describeCapture(capture) : change ? describeChange(change) : ""}</span>
+            <span class="dim">{time}</span>
+            <span>{text}</span>
             {capture && (
-              <button type="button" class="quiet" aria-label={`Show the range of the ${describeCapture(capture)}`} onClick={() => go({ span: [capture.start_ms, capture.end_ms], profile: "", zoom: "" })}>Show</button>
+              <button type="button" class="quiet" aria-label={`Show the range of the ${text}`} onClick={() => go({ span: [capture.start_ms, capture.end_ms], profile: "", zoom: "" })}>Show</button>
             )}
           </li>
         ))}
       </ul>
       {older > 0 && <p class="dim">{integer(older)} older ones are not shown. Choose a shorter range to see them.</p>}
+    </>
+  );
+}
+
+export function EventList({ events, open }: { events: Annotations | undefined; open: boolean }) {
+  if (!events) return null;
+  const { captures, changes } = events;
+  if (captures.length + changes.length === 0) return <p class="events">No captures or changes of rules in this range</p>;
+  return (
+    <details class="events" open={open} onToggle={(event) => event.currentTarget.open !== open && go({ events: event.currentTarget.open }, true)}>
+      <summary>
+        <i class="capture-key" /> {count(captures.length, "capture", "captures")} <i class="change-key" /> {count(changes.length, "change of rules", "changes of rules")}
+      </summary>
+      {open && <Entries {...events} />}
     </details>
   );
 }

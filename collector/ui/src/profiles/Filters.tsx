@@ -51,7 +51,7 @@ export function Filters({ state, tree, total, baseTotal }: { state: State } & Pi
   const kinds = [...present, ...hide.filter((kind) => !present.some(({ name }) => name === kind)).map((name) => ({ name, self: 0 }))];
   const count = hide.length + [only, without].filter((text) => text !== "").length;
   return (
-    <Popover class={`filters${count > 0 ? " on" : ""}`} name={count > 0 ? `Filters: ${count} active` : "Filters"} label={count > 0 ? `Filters · ${count}` : "Filters"}>
+    <Popover hotkey="f" class={`filters${count > 0 ? " on" : ""}`} name={count > 0 ? `Filters: ${count} active` : "Filters"} label={count > 0 ? `Filters · ${count}` : "Filters"}>
       {() => (
         <div class="options-box filters-box">
           <fieldset>

@@ -5,7 +5,7 @@ import { useWidth } from "../parts/hooks";
 import { clock, integer, moment, value } from "../units";
 import { AXIS_HEIGHT, Axis, Picked } from "./Axis";
 import { MARKS_HEIGHT, Marks } from "./Events";
-import { eventsAt } from "./events";
+import { eventsAt } from "./eventText";
 import { type SpanProps, makePlot, useSpan } from "./plot";
 
 /** Height of all rows together, in pixels, between these limits for one row. */
@@ -18,6 +18,8 @@ const NAMED_ROW = 11;
 /** Name of the row for all further values of a label. */
 const OTHERS = "[other]";
 
+type Side = "main" | "base";
+
 interface HeatMapProps extends SpanProps {
   name: string;
   answer: Answer | undefined;
@@ -25,7 +27,7 @@ interface HeatMapProps extends SpanProps {
   /** The label of the rows; empty for rows by value. */
   by: string;
   dark: boolean;
-  side: string;
+  side: Side;
   /** Selects the profiles of one row. */
   onRow: (value: string) => void;
 }
@@ -33,18 +35,18 @@ interface HeatMapProps extends SpanProps {
 const rate = (amount: number, unit: string) => `${value(amount, unit)}/s`;
 
 /** Returns the name of a row: the value of the label, or the range of its values. */
-export const rowName = (row: HeatRow, unit: string): string =>
+const rowName = (row: HeatRow, unit: string): string =>
   row.low !== undefined && row.high !== undefined ? `${rate(row.low, unit)} to ${rate(row.high, unit)}` : row.name === "" ? "without this label" : (row.name ?? "");
 
 /** Returns the colour of a cell. Lightness alone carries the value, so that every reader can distinguish it. */
-export function heatColour(part: number, dark: boolean, side: string): string {
+function heatColour(part: number, dark: boolean, side: Side): string {
   const strength = Math.sqrt(Math.min(1, Math.max(0, part)));
   const hue = side === "base" ? 295 : 205;
   return dark ? `oklch(${(0.3 + 0.52 * strength).toFixed(3)} ${(0.03 + 0.08 * strength).toFixed(3)} ${hue})` : `oklch(${(0.94 - 0.52 * strength).toFixed(3)} ${(0.02 + 0.07 * strength).toFixed(3)} ${hue})`;
 }
 
 /** Draws all cells. A canvas, because a map may have 20,000 of them. */
-function paint(canvas: HTMLCanvasElement, { rows }: Answer, size: { width: number; row: number; cell: number }, dark: boolean, side: string) {
+function paint(canvas: HTMLCanvasElement, { rows }: Answer, size: { width: number; row: number; cell: number }, dark: boolean, side: Side) {
   const ratio = devicePixelRatio || 1;
   canvas.width = Math.ceil(size.width * ratio);
   canvas.height = Math.ceil(rows.length * size.row * ratio);
@@ -92,11 +94,12 @@ export function HeatMap(props: HeatMapProps) {
   const read = () => {
     if (at === undefined) return shown ? rowName(shown, unit) : `${moment(from)} to ${moment(until)}`;
     const column = Math.round((at - start) / step);
-    const near = events && cursor !== undefined ? eventsAt(events, cursor, Math.max(step / 2, 4 * (plot.length / Math.max(1, width)))).map((event) => ` · ${event}`).join("") : "";
+    const near = eventsAt(events, cursor ?? at, plot, width);
     if (!shown) return clock(at) + near;
     const amount = shown.cells[column] ?? 0;
     return `${clock(at)}, ${rowName(shown, unit)}: ${by === "" ? `${integer(amount)} ${amount === 1 ? "profile" : "profiles"}` : value(amount, unit)}${near}`;
   };
+  const reading = read();
   const onKeyDown = (event: KeyboardEvent) => {
     const up = event.key === "ArrowUp";
     if ((up || event.key === "ArrowDown") && rows.length > 0) {
@@ -124,7 +127,7 @@ export function HeatMap(props: HeatMapProps) {
         aria-valuemin={Math.round(from)}
         aria-valuemax={Math.round(until)}
         aria-valuenow={Math.round(at ?? from)}
-        aria-valuetext={read()}
+        aria-valuetext={reading}
         {...handlers}
         onKeyDown={onKeyDown}
         onBlur={() => {
@@ -161,7 +164,7 @@ export function HeatMap(props: HeatMapProps) {
           </>
         )}
       </div>
-      <div class="reading" aria-hidden="true">{rows.length === 0 ? (answer ? "no values" : "") : at !== undefined ? read() : ""}</div>
+      <div class="reading" aria-hidden="true">{rows.length === 0 ? (answer ? "no values" : "") : at !== undefined ? reading : ""}</div>
     </div>
   );
 }

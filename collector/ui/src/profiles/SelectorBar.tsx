@@ -1,6 +1,6 @@
 /** The choice of profiles by service, by label, or by a selector. All of them edit the same selector text. */
 import { useEffect, useState } from "preact/hooks";
-import { type ApiError, type Selection, get, selectionParameters } from "../api";
+import { type ApiError, type Selection, labelNames, labelValues } from "../api";
 import { Combobox } from "../parts/Combobox";
 import { Choice } from "../parts/parts";
 import { Popover } from "../parts/Popover";
@@ -9,12 +9,11 @@ import { type Matcher, format, parse, pinned, replace } from "./selector";
 function AddFilter(props: { window: Selection; onAdd: (name: string, op: "=" | "!=" | "=~", value: string) => void }) {
   const [name, setName] = useState("");
   const [op, setOp] = useState<"=" | "!=" | "=~">("=");
-  const parameters = selectionParameters(props.window);
   return (
     <Popover class="add" name="Add a filter by label" label={<span><span aria-hidden="true">+ </span>Label</span>}>
       {(close) => (
         <div class="add-box">
-          <Combobox label="Label" value={name} onChoose={setName} load={async (signal) => (await get<{ names?: string[] }>("labels", parameters, signal)).names ?? []} />
+          <Combobox label="Label" value={name} onChoose={setName} load={(signal) => labelNames(props.window, signal)} />
           <div class="ops">
             <Choice name="Relation" value={op} of={[["=", "is"], ["!=", "is not"], ["=~", "matches"]]} onChange={setOp} />
           </div>
@@ -28,9 +27,7 @@ function AddFilter(props: { window: Selection; onAdd: (name: string, op: "=" | "
               props.onAdd(name, op, chosen);
               close();
             }}
-            load={async (signal) =>
-              name === "" ? [] : (await get<{ values?: string[] }>(`labels/${encodeURIComponent(name)}/values`, parameters, signal)).values ?? []
-            }
+            load={(signal) => labelValues(name, props.window, signal)}
           />
         </div>
       )}
@@ -61,9 +58,7 @@ export function SelectorBar(props: { name: string; query: string; window: Select
         value={service}
         placeholder="All services"
         none="All services"
-        load={async (signal) =>
-          (await get<{ values?: string[] }>("labels/service_name/values", { from: props.window.from, until: props.window.until }, signal)).values ?? []
-        }
+        load={(signal) => labelValues("service_name", { ...props.window, query: "" }, signal)}
         onChoose={(chosen) =>
           edit((present) =>
             chosen === ""

@@ -6,7 +6,7 @@ import type { Span } from "../state";
 import { clock, integer, moment, value } from "../units";
 import { AXIS_HEIGHT, Axis, Picked } from "./Axis";
 import { MARKS_HEIGHT, Marks } from "./Events";
-import { eventsAt } from "./events";
+import { eventsAt } from "./eventText";
 import { type Plot, type SpanProps, makePlot, useSpan } from "./plot";
 
 const HEIGHT = 108;
@@ -19,7 +19,7 @@ interface TimelineProps extends SpanProps {
   answer: Answer | undefined;
   events?: Annotations | undefined;
   /** Chooses the colour: `main` or `base`. */
-  side: string;
+  side: "main" | "base";
 }
 
 /** The bars; those outside of the picked range are pale, and the one under the cursor is marked. */
@@ -61,10 +61,9 @@ export function Timeline(props: TimelineProps) {
   const shown = cursor === undefined ? undefined : binOf(cursor);
   const read = (at: number) => {
     const point = bins.get(binOf(at));
-    // A cursor of the keyboard stands in the middle of a step, and one of the pointer hits a mark a few pixels away.
-    const near = events ? eventsAt(events, at, Math.max(step / 2, 4 * (plot.length / Math.max(1, width)))) : [];
-    return `${clock(binOf(at))}: ${value(point?.value ?? 0, answer?.unit ?? "")}, ${integer(point?.profiles ?? 0)} ${point?.profiles === 1 ? "profile" : "profiles"}${near.map((event) => ` · ${event}`).join("")}`;
+    return `${clock(binOf(at))}: ${value(point?.value ?? 0, answer?.unit ?? "")}, ${integer(point?.profiles ?? 0)} ${point?.profiles === 1 ? "profile" : "profiles"}${eventsAt(events, at, plot, width)}`;
   };
+  const reading = cursor === undefined ? undefined : read(cursor);
   return (
     <div class={`timeline ${side}`}>
       <div
@@ -76,7 +75,7 @@ export function Timeline(props: TimelineProps) {
         aria-valuemin={Math.round(from)}
         aria-valuemax={Math.round(until)}
         aria-valuenow={Math.round(shown ?? from)}
-        aria-valuetext={cursor === undefined ? `${moment(from)} to ${moment(until)}` : read(cursor)}
+        aria-valuetext={reading ?? `${moment(from)} to ${moment(until)}`}
         {...handlers}
       >
         {width > 0 && (
@@ -90,7 +89,7 @@ export function Timeline(props: TimelineProps) {
         )}
       </div>
       <div class="reading" aria-hidden="true">
-        {cursor !== undefined && answer ? read(cursor) : top > 0 ? `peak ${value(top, answer?.unit ?? "")} in ${value(step * 1e6, "nanoseconds")}` : "no values"}
+        {reading !== undefined && answer ? reading : top > 0 ? `peak ${value(top, answer?.unit ?? "")} in ${value(step * 1e6, "nanoseconds")}` : "no values"}
       </div>
     </div>
   );
