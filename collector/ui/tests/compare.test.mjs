@@ -167,6 +167,21 @@ describe("the heat map", () => {
     });
   });
 
+  it("that the collector cannot make shows why", async () => {
+    await on(`?${CHECKOUT}`, async (page, faults) => {
+      await page.waitForSelector("g.frame");
+      await page.route("**/heatmap?*", (route) => route.fulfill({ status: 500, json: { error: "the label has too many values" } }));
+      await page.getByRole("button", { name: "Heat map" }).click();
+      await page.locator(".problem", { hasText: "the label has too many values" }).waitFor();
+      faults.splice(0, faults.length, ...faults.filter((fault) => !/status of 500/.test(fault)));
+    });
+    // Any range has few enough columns.
+    await on(`?${CHECKOUT}&from=0&time=heat`, async (page) => {
+      await page.waitForSelector(".row-name");
+      assert.equal(await page.locator(".problem").count(), 0);
+    });
+  });
+
   it("has a row for each value of a label, and keys read, pick and select", async () => {
     await on(`?${CHECKOUT}&time=heat`, async (page) => {
       await page.waitForSelector(".heat canvas");

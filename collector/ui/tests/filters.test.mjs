@@ -112,6 +112,32 @@ describe("a filter", () => {
     }
   });
 
+  it("that takes too long stops, and the page handles keys meanwhile", async () => {
+    // Tries all ways to divide a name into words: for the names here, longer than a day.
+    const slow = String.raw`(\w+\W*)+!`;
+    const matchersEnd = (page) => Promise.all(page.workers().filter((worker) => worker.url().includes("matchWorker")).map((worker) => worker.waitForEvent("close")));
+    for (const address of [`only=${encodeURIComponent(slow)}`, `search=${encodeURIComponent(`/${slow}/`)}`]) {
+      await on(`?${CHECKOUT}&${address}`, async (page) => {
+        await page.waitForSelector(".toolbar");
+        await page.keyboard.press("?");
+        await page.getByRole("dialog", { name: "Keys" }).waitFor();
+        await page.keyboard.press("Escape");
+        await page.getByText("The pattern takes longer than 5 seconds").waitFor();
+        await drawn(page, "main");
+        await matchersEnd(page);
+        await page.goto(new URL(`?${CHECKOUT}&${address}`, page.url()).href);
+        await page.waitForSelector(".toolbar");
+        // A new pattern does not wait for the end of the former one.
+        await page.keyboard.press("/");
+        await page.keyboard.type("malloc");
+        if (address.startsWith("only")) await page.getByRole("button", { name: /^Remove the filter/ }).click();
+        await page.waitForFunction(() => document.querySelectorAll("g.frame.match").length > 0);
+        assert.ok(!(await page.textContent(".results")).includes("takes longer"));
+        await matchersEnd(page);
+      });
+    }
+  });
+
   it("that no stack passes can be removed", async () => {
     await on(`?${CHECKOUT}&only=nothing_of_this_name`, async (page) => {
       await page.getByText("No stack passes the filters").waitFor();

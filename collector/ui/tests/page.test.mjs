@@ -129,6 +129,8 @@ describe("the flame graph", () => {
     await on(`?${CHECKOUT}&search=${encodeURIComponent("/(/")}`, async (page) => {
       await drawn(page, "main");
       assert.match(await page.textContent(".found"), /parenthes|group/i);
+      await page.getByRole("button", { name: "Table", exact: true }).click();
+      await page.locator(".table-box .bad", { hasText: /group/ }).waitFor();
     });
   });
 
@@ -366,6 +368,9 @@ describe("choosing", () => {
       await error.waitFor();
       assert.ok((await error.textContent()).length > 15);
       assert.equal(await page.getAttribute(".selector input", "aria-invalid"), "true");
+      await page.getByText("Correct the selector to see profiles").waitFor();
+      await page.waitForFunction(() => !document.querySelector("[aria-busy=true]"));
+      assert.equal(await page.locator(".problem").count(), 0);
       await page.fill(".selector input", '{service_name="search"}');
       await page.keyboard.press("Enter");
       await drawn(page, "shop::search::rank");

@@ -5,7 +5,6 @@ import type { FrameData, Frames } from "./frames";
 interface FactsProps {
   frame: FrameData;
   frames: Frames;
-  diff: boolean;
   /** False in a graph of callers, in which no value ends. */
   hasSelf: boolean;
 }
@@ -14,7 +13,7 @@ interface FactsProps {
 const guessOf = ({ guessed }: FrameData): string => (guessed === 0 ? "" : guessed === 1 ? "guessed" : `${share(guessed, 1)} guessed`);
 
 /** Returns one sentence for screen readers. */
-export function describe({ frame, frames: { unit, total, baseTotal }, diff, hasSelf }: FactsProps): string {
+export function describe({ frame, frames: { unit, total, baseTotal, diff }, hasSelf }: FactsProps): string {
   const kind = [frame.kernel ? "kernel" : "", frame.inlined ? "inlined" : "", guessOf(frame)].filter(Boolean).map((word) => `, ${word}`).join("");
   if (!diff) {
     return `${frame.name}, ${share(frame.total, total)}, ${value(frame.total, unit)}${hasSelf ? `, self ${value(frame.self, unit)}` : ""}${kind}`;
@@ -73,7 +72,7 @@ export function Facts(props: FactsProps) {
           {guessOf(frame)}: {props.frames.data(0).key === frame.key ? "frames of these stacks were" : "it or a function that it called was"} found by frame pointer, without an unwind table, and may be wrong
         </div>
       )}
-      {props.diff ? <Comparison {...props} /> : <Values {...props} />}
+      {props.frames.diff ? <Comparison {...props} /> : <Values {...props} />}
     </>
   );
 }

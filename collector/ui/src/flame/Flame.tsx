@@ -34,21 +34,21 @@ function Crumbs({ flame: { path, visit }, whole }: { flame: FlameState; whole: s
 }
 
 /** Result of the search, or the number of frames that are too narrow to see. */
-function Found({ frames, diff, flame }: Pick<FlameProps, "frames" | "diff"> & { flame: FlameState }) {
-  const { found, patternError, nodes, path } = flame;
+function Found({ frames, matches, flame }: Pick<FlameProps, "frames" | "matches"> & { flame: FlameState }) {
+  const { found, nodes, path } = flame;
   return (
     <div class="found" role="status">
-      {patternError !== undefined && <span class="bad">{patternError}</span>}
+      {matches?.error !== undefined && <span class="bad">{matches.error}</span>}
       {!found && nodes.length < frames.count && path.length <= 1 && (
         <span>{integer(nodes.length)} of {integer(frames.count)} frames are wide enough to see; zoom in for the others</span>
       )}
-      {found && patternError === undefined && (
+      {found && matches?.error === undefined && (
         found.count === 0 ? (
           <span>No frame matches</span>
         ) : (
           <span>
             <b>{found.count}</b> {found.count === 1 ? "frame" : "frames"} · <b>{share(found.part, frames.total)}</b>
-            {diff && <> (base {share(found.base, frames.baseTotal)})</>} matched
+            {frames.diff && <> (base {share(found.base, frames.baseTotal)})</>} matched
           </span>
         )
       )}
@@ -57,13 +57,13 @@ function Found({ frames, diff, flame }: Pick<FlameProps, "frames" | "diff"> & { 
 }
 
 /** The picked frame, or a hint about the keys. */
-function Picked({ frames, diff, part, id, onFunction, flame: { picked } }: FlameProps & { id: string; flame: FlameState }) {
+function Picked({ frames, part, id, onFunction, flame: { picked } }: FlameProps & { id: string; flame: FlameState }) {
   return (
     <>
       <div class="picked" id={id}>
         {picked ? (
           <>
-            <div class="picked-facts"><Facts frame={picked} frames={frames} diff={diff} hasSelf={part !== "callers"} /></div>
+            <div class="picked-facts"><Facts frame={picked} frames={frames} hasSelf={part !== "callers"} /></div>
             <div class="picked-tools">
               {!picked.special && <button type="button" class="quiet" onClick={() => onFunction(picked)}>Callers and callees <kbd>s</kbd></button>}
               <button type="button" class="quiet" onClick={() => void navigator.clipboard?.writeText(picked.name)}>Copy name</button>
@@ -75,7 +75,7 @@ function Picked({ frames, diff, part, id, onFunction, flame: { picked } }: Flame
           </span>
         )}
       </div>
-      <div class="visually-hidden" role="status">{picked ? describe({ frame: picked, frames, diff, hasSelf: part !== "callers" }) : ""}</div>
+      <div class="visually-hidden" role="status">{picked ? describe({ frame: picked, frames, hasSelf: part !== "callers" }) : ""}</div>
     </>
   );
 }
@@ -91,17 +91,17 @@ function placeTip(box: HTMLElement | null, event: PointerEvent) {
 }
 
 export function Flame(props: FlameProps) {
-  const { frames, diff, part } = props;
+  const { frames, part } = props;
   const flame = useFlame(props);
   const id = part ? `picked-${part}` : "picked-frame";
   const onKeyDown = useFlameKeys(props, flame);
   const tip = useRef<HTMLDivElement>(null);
   return (
-    <div class={`flame${diff ? " diff" : ""}${part ? ` ${part}` : ""}`}>
+    <div class={`flame${frames.diff ? " diff" : ""}${part ? ` ${part}` : ""}`}>
       <div class="flame-head">
         {props.title && <h3>{props.title}</h3>}
         {(!part || flame.path.length > 1) && <Crumbs flame={flame} whole={part === "callers" || part === "callees" ? frames.data(0).name : "all"} />}
-        <Found frames={frames} diff={diff} flame={flame} />
+        <Found frames={frames} matches={props.matches} flame={flame} />
       </div>
       <div
         class="flame-graph"
@@ -117,7 +117,7 @@ export function Flame(props: FlameProps) {
       />
       <Picked {...props} id={id} flame={flame} />
       <div class={`tip${flame.hovered ? " on" : ""}`} ref={tip} aria-hidden="true">
-        {flame.hovered && <Facts frame={flame.hovered} frames={frames} diff={diff} hasSelf={part !== "callers"} />}
+        {flame.hovered && <Facts frame={flame.hovered} frames={frames} hasSelf={part !== "callers"} />}
       </div>
     </div>
   );

@@ -4,9 +4,9 @@ import { type Frames, MOSTLY_GUESSED, changeColour, groupColour, matchColour } f
 import type { Node } from "./layout";
 
 /** Height of a row in pixels. */
-export const ROW_HEIGHT = 20;
+const ROW_HEIGHT = 20;
 /** Frames that one animation frame draws. */
-export const FRAMES_OF_PAINT = 1000;
+const FRAMES_OF_PAINT = 1000;
 /** Minimum width of a frame with a name, in pixels. */
 const MIN_LABEL_WIDTH = 35;
 /** Maximum number of frames for an animated change. */
@@ -17,7 +17,6 @@ const SVG = "http://www.w3.org/2000/svg";
 /** How to draw. */
 export interface Look {
   frames: Frames;
-  diff: boolean;
   dark: boolean;
   /** Show differences in red and green instead of orange and blue. */
   redGreen: boolean;
@@ -37,12 +36,12 @@ function append(parent: Element, name: string, attributes: Record<string, string
   return element;
 }
 
-function fillOf({ data, highlight }: Node, { frames, diff, dark, redGreen, searching }: Look): string {
-  if (highlight && searching && !diff) return matchColour(dark);
-  return diff ? changeColour(data.delta, dark, redGreen) : groupColour(frames.hues, data.group, dark, data.name);
+function fillOf({ data, highlight }: Node, { frames, dark, redGreen, searching }: Look): string {
+  if (highlight && searching && !frames.diff) return matchColour(dark);
+  return frames.diff ? changeColour(data.delta, dark, redGreen) : groupColour(frames.hues, data.group, dark, data.name);
 }
 
-const labelOf = ({ data }: Node, { diff }: Look) => (diff && Math.abs(data.delta) >= 0.001 ? `${data.name} (${points(data.delta)})` : data.name);
+const labelOf = ({ data }: Node, { frames }: Look) => (frames.diff && Math.abs(data.delta) >= 0.001 ? `${data.name} (${points(data.delta)})` : data.name);
 
 /** The SVG in one element, and the work that is still to do on it. */
 export class Drawing {
@@ -138,8 +137,8 @@ export class Drawing {
     mark("partly-guessed", guessed > 0 && guessed < MOSTLY_GUESSED);
     mark("match", look.searching && node.highlight);
     mark("miss", look.searching && !node.highlight);
-    mark("more", look.diff && data.delta >= 0.001);
-    mark("less", look.diff && data.delta <= -0.001);
+    mark("more", look.frames.diff && data.delta >= 0.001);
+    mark("less", look.frames.diff && data.delta <= -0.001);
     mark("fade", node.fade);
     group.setAttribute("class", classes.join(" "));
     this.label(group, node, look, wide);

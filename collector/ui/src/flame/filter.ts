@@ -6,10 +6,10 @@ import { NODES_OF_STEP, type Tree, TreeBuilder, ownGuesses } from "./tree";
 export interface Filter {
   /** Kinds whose frames are left out; their values stay with their callers. */
   hidden: string[];
-  /** Keeps only stacks with a frame that matches. */
-  only: ((name: string) => boolean) | undefined;
-  /** Leaves out stacks with a frame that matches. */
-  without: ((name: string) => boolean) | undefined;
+  /** For each of the tree's names, whether it matches: keeps only stacks with such a frame. */
+  only: boolean[] | undefined;
+  /** The same: leaves out stacks with such a frame. */
+  without: boolean[] | undefined;
 }
 
 /** Returns the kinds of a tree's frames with their self values, largest first. */
@@ -26,13 +26,11 @@ export function kindsOf(tree: Tree): { name: string; self: number }[] {
 /** Returns the tree of the stacks that pass the filter, without the frames that it hides. */
 export function* filtered(tree: Tree, { hidden, only, without }: Filter): Sliced<Tree> {
   const count = tree.frame.length;
-  const [hides, has, lacks]: [boolean[], boolean[], boolean[]] = [[], [], []];
+  const hides: boolean[] = [];
   for (const [at, frame] of tree.names.entries()) {
     if (at % NODES_OF_STEP === 0) yield;
     const kind = kindOf(frame);
     hides.push(kind !== undefined && hidden.includes(kind));
-    has.push(only?.(frame.name) ?? true);
-    lacks.push(without?.(frame.name) ?? false);
   }
   // Whether the stack that ends at a node passes.
   const passes = new Uint8Array(count);
@@ -43,8 +41,8 @@ export function* filtered(tree: Tree, { hidden, only, without }: Filter): Sliced
     if (at > 0) {
       const parent = tree.parent[at] as number;
       const frame = tree.frame[at] as number;
-      found[at] = found[parent] || has[frame] ? 1 : 0;
-      refused[at] = refused[parent] || lacks[frame] ? 1 : 0;
+      found[at] = found[parent] || only?.[frame] ? 1 : 0;
+      refused[at] = refused[parent] || without?.[frame] ? 1 : 0;
     }
     passes[at] = found[at] && !refused[at] ? 1 : 0;
   }

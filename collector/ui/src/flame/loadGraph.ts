@@ -25,6 +25,7 @@ function started(): Worker {
   });
   worker.addEventListener("error", () => {
     // The next request starts another one.
+    worker?.terminate();
     worker = undefined;
     for (const { reject } of waiting.values()) reject(new ApiError("The page could not read the flame graph. Reload the page.", 0));
     waiting.clear();
@@ -34,15 +35,14 @@ function started(): Worker {
 
 export function loadGraph(parameters: Parameters, signal: AbortSignal): Promise<LoadedGraph> {
   const id = (lastId += 1);
-  const send = (message: ToWorker) => started().postMessage(message);
   return new Promise((resolve, reject) => {
     waiting.set(id, { resolve, reject });
     signal.addEventListener("abort", () => {
-      waiting.delete(id);
-      send({ id, abort: true });
+      if (!waiting.delete(id)) return;
+      worker?.postMessage({ id, abort: true } satisfies ToWorker);
       reject(new ApiError("another request replaced this one", 0));
     });
     // The addresses of a worker are relative to its own file.
-    send({ id, url: new URL(url("flamegraph", parameters), location.href).href });
+    started().postMessage({ id, url: new URL(url("flamegraph", parameters), location.href).href } satisfies ToWorker);
   });
 }

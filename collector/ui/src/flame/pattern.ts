@@ -15,33 +15,32 @@ const CURES: [RegExp, string][] = [
   [/out of order/i, "Write the smaller number or character first"],
 ];
 
-export interface Pattern {
-  test: (name: string) => boolean;
-  /** The mistake and its cure. A wrong pattern matches nothing. */
-  error?: string;
-}
+/** Compiles a regular expression, without regard to case. Throws the browser's `SyntaxError`. */
+export const compile = (pattern: string): RegExp => new RegExp(pattern, "i");
 
-/** Compiles a regular expression, without regard to case. */
-export function compile(text: string): Pattern {
-  const none = () => false;
-  if (text.length > MAX_PATTERN) return { test: none, error: `The pattern has ${text.length} characters, more than ${MAX_PATTERN}. Shorten it.` };
+/** Returns the mistake in a regular expression and its cure. */
+export function mistakeIn(pattern: string): string | undefined {
+  if (pattern.length > MAX_PATTERN) return `The pattern has ${pattern.length} characters, more than ${MAX_PATTERN}. Shorten it.`;
   try {
-    const compiled = new RegExp(text, "i");
-    return { test: (name) => compiled.test(name) };
+    compile(pattern);
+    return undefined;
   } catch (error) {
     // `Invalid regular expression: /(/i: Unterminated group`: only the last part is news.
     const reason = (error instanceof Error ? error.message : String(error)).replace(/^Invalid regular expression: (?:\/.*\/[a-z]*: )?/s, "");
     const cure = CURES.find(([words]) => words.test(reason))?.[1] ?? PLAIN;
-    return { test: none, error: `Not a regular expression: ${reason.charAt(0).toLowerCase()}${reason.slice(1)}. ${cure}.` };
+    return `Not a regular expression: ${reason.charAt(0).toLowerCase()}${reason.slice(1)}. ${cure}.`;
   }
 }
 
+/** The names to find: by a regular expression, or by a test that is quick on every name. */
+export type Wanted = { pattern: string } | { test: (name: string) => boolean };
+
 /** Parses a search: part of a name, `"a whole name"`, or `/a pattern/`. */
-export function matcher(text: string): Pattern {
-  const pattern = /^\/(.*?)\/?$/s.exec(text);
-  if (pattern && text.length > 1) return compile(pattern[1] ?? "");
-  const exact = /^"(.*)"$/s.exec(text);
+export function wanted(search: string): Wanted {
+  const pattern = /^\/(.*?)\/?$/s.exec(search);
+  if (pattern && search.length > 1) return { pattern: pattern[1] ?? "" };
+  const exact = /^"(.*)"$/s.exec(search);
   if (exact) return { test: (name) => name === exact[1] };
-  const part = text.toLowerCase();
+  const part = search.toLowerCase();
   return { test: (name) => name.toLowerCase().includes(part) };
 }

@@ -5,11 +5,10 @@ import { useWidth } from "../parts/hooks";
 import { Drawing, type Group } from "./draw";
 import type { FrameData, Frames } from "./frames";
 import { type Found, type Node, layout, sumMatches } from "./layout";
-import { matcher } from "./pattern";
+import type { Matches } from "./matches";
 
 export interface FlameProps {
   frames: Frames;
-  diff: boolean;
   dark: boolean;
   redGreen: boolean;
   flip: boolean;
@@ -21,6 +20,8 @@ export interface FlameProps {
   current?: string;
   onCurrent?: (key: string) => void;
   search: string;
+  /** The names of the tree that match the search; `undefined` until they are known. */
+  matches: Matches | undefined;
   /** Key of the zoomed frame; empty for the root. A key of another graph means the root too. */
   zoom: string;
   onZoom: (key: string) => void;
@@ -39,7 +40,6 @@ export interface FlameState {
   hovered: FrameData | undefined;
   /** Sums of the matches while there is a search. */
   found: Found | undefined;
-  patternError: string | undefined;
   /** The frames that are wide enough to be drawn. */
   nodes: Node[];
   /** Returns the current frame if it is drawn. */
@@ -62,29 +62,18 @@ function frameOf(event: Event): Node | undefined {
   return group?.__data__;
 }
 
-/** Returns which names match the search, and the mistake in its pattern. */
-export function useMatches(frames: Frames, search: string): { matches: boolean[] | undefined; error: string | undefined } {
-  const names = frames.tree.names;
-  return useMemo(() => {
-    if (search === "") return { matches: undefined, error: undefined };
-    const { test, error } = matcher(search);
-    return { matches: names.map(({ name }) => test(name)), error };
-  }, [names, search]);
-}
-
 export function useFlame(props: FlameProps): FlameState {
-  const { frames, diff, dark, redGreen, flip, search, zoom, onZoom } = props;
+  const { frames, dark, redGreen, flip, zoom, onZoom, part } = props;
+  const matches = props.matches?.matches;
   const host = useRef<HTMLDivElement>(null);
   const width = useWidth(host);
   const drawing = useRef<Drawing | undefined>(undefined);
-  const { matches, error } = useMatches(frames, search);
   const [ownCurrent, setOwnCurrent] = useState("");
   const current = props.current ?? ownCurrent;
   const setCurrent = props.onCurrent ?? setOwnCurrent;
   const [hovered, setHovered] = useState<FrameData>();
 
   const zoomed = useMemo(() => (zoom === "" ? 0 : Math.max(0, frames.find(zoom))), [frames, zoom]);
-  const { part } = props;
   const nodes = useMemo(() => {
     if (width === 0) return [];
     if (part !== "base" && part !== "comparison") return layout(frames, { zoom: zoomed, width, fraction: 1, value: frames.value, matches });
@@ -103,8 +92,8 @@ export function useFlame(props: FlameProps): FlameState {
   useLayoutEffect(() => {
     if (!host.current || nodes.length === 0) return;
     drawing.current ??= new Drawing(host.current, part ? `${part}-` : "");
-    drawing.current.show(nodes, { frames, diff, dark, redGreen, flip, searching: search !== "", width }, current);
-  }, [nodes, flip, dark, redGreen, diff]);
+    drawing.current.show(nodes, { frames, dark, redGreen, flip, searching: matches !== undefined, width }, current);
+  }, [nodes, flip, dark, redGreen]);
 
   // At once, so that it cannot undo the mark of a later key.
   useLayoutEffect(() => drawing.current?.mark(current), [current]);
@@ -117,7 +106,6 @@ export function useFlame(props: FlameProps): FlameState {
     picked,
     hovered,
     found,
-    patternError: error,
     nodes,
     here,
     pick: (node) => {

@@ -1,7 +1,8 @@
 /** Filters of the shown stacks: by the kind of their frames, and by regular expressions on their names. */
-import { useEffect, useMemo, useState } from "preact/hooks";
+import { useMemo } from "preact/hooks";
 import { kindsOf } from "../flame/filter";
-import { compile } from "../flame/pattern";
+import { mistakeIn } from "../flame/pattern";
+import { useTyped } from "../parts/hooks";
 import { Popover } from "../parts/Popover";
 import { type State, go } from "../state";
 import { share } from "../units";
@@ -10,19 +11,11 @@ import type { Answers } from "./useAnswers";
 /** Changes that remove all filters. */
 const NONE: Partial<State> = { hide: [], only: "", without: "" };
 
-const errorOf = (text: string) => (text === "" ? undefined : compile(text).error);
-
 /** A field for a regular expression, which applies 250 ms after the last key, or at Enter. */
 function PatternField(props: { id: string; label: string; value: string; onChange: (text: string) => void }) {
-  const { id, value, onChange } = props;
-  const [typed, setTyped] = useState(value);
-  useEffect(() => setTyped(value), [value]);
-  useEffect(() => {
-    if (typed === value) return;
-    const timer = setTimeout(() => onChange(typed), 250);
-    return () => clearTimeout(timer);
-  }, [typed]);
-  const error = errorOf(typed);
+  const { id, onChange } = props;
+  const [typed, setTyped] = useTyped(props.value, 250, onChange);
+  const error = typed === "" ? undefined : mistakeIn(typed);
   return (
     <div>
       <label class="label" for={id}>{props.label}</label>
@@ -45,26 +38,35 @@ function PatternField(props: { id: string; label: string; value: string; onChang
   );
 }
 
-export function Filters({ state, tree, total, baseTotal }: { state: State } & Pick<Answers, "tree" | "total" | "baseTotal">) {
-  const { hide, only, without } = state;
+type FiltersProps = { state: State } & Pick<Answers, "tree" | "total" | "baseTotal">;
+
+/** The kinds of frames. A part of its own, so that only an open box sums them up. */
+function Kinds({ state: { hide }, tree, total, baseTotal }: FiltersProps) {
   const present = useMemo(() => (tree ? kindsOf(tree) : []), [tree]);
   const kinds = [...present, ...hide.filter((kind) => !present.some(({ name }) => name === kind)).map((name) => ({ name, self: 0 }))];
+  return (
+    <fieldset>
+      <legend class="label">Frames</legend>
+      {kinds.map(({ name, self }) => (
+        <label key={name} class="check">
+          <input type="checkbox" checked={!hide.includes(name)} onChange={(event) => go({ hide: event.currentTarget.checked ? hide.filter((kind) => kind !== name) : [...hide, name], zoom: "" })} />
+          <span>{name}</span>
+          <span class="dim">{share(self, total + baseTotal)}</span>
+        </label>
+      ))}
+      <p class="dim">The values of hidden frames stay with their callers.</p>
+    </fieldset>
+  );
+}
+
+export function Filters(props: FiltersProps) {
+  const { hide, only, without } = props.state;
   const count = hide.length + [only, without].filter((text) => text !== "").length;
   return (
-    <Popover hotkey="f" class={`filters${count > 0 ? " on" : ""}`} name={count > 0 ? `Filters: ${count} active` : "Filters"} label={count > 0 ? `Filters · ${count}` : "Filters"}>
+    <Popover class={`filters${count > 0 ? " on" : ""}`} hotkey="f" name={count > 0 ? `Filters: ${count} active` : "Filters"} label={count > 0 ? `Filters · ${count}` : "Filters"}>
       {() => (
         <div class="options-box filters-box">
-          <fieldset>
-            <legend class="label">Frames</legend>
-            {kinds.map(({ name, self }) => (
-              <label key={name} class="check">
-                <input type="checkbox" checked={!hide.includes(name)} onChange={(event) => go({ hide: event.currentTarget.checked ? hide.filter((kind) => kind !== name) : [...hide, name], zoom: "" })} />
-                <span>{name}</span>
-                <span class="dim">{share(self, total + baseTotal)}</span>
-              </label>
-            ))}
-            <p class="dim">The values of hidden frames stay with their callers.</p>
-          </fieldset>
+          <Kinds {...props} />
           <PatternField id="filter-only" label="Only stacks with" value={only} onChange={(text) => go({ only: text, zoom: "" }, true)} />
           <PatternField id="filter-without" label="Without stacks with" value={without} onChange={(text) => go({ without: text, zoom: "" }, true)} />
           <button type="button" class="field button" disabled={count === 0} onClick={() => go({ ...NONE, zoom: "" })}>Remove all filters</button>
@@ -74,8 +76,8 @@ export function Filters({ state, tree, total, baseTotal }: { state: State } & Pi
   );
 }
 
-/** The active filters, each with a button that removes it. */
-export function FilterChips({ state }: { state: State }) {
+/** The active filters, each with a button that removes it, and their mistakes. */
+export function FilterChips({ state, mistakes }: { state: State } & Pick<Answers, "mistakes">) {
   const { hide, only, without } = state;
   const chip = (name: string, text: string, change: Partial<State>) => (
     <span class="chip" key={name + text}>
@@ -83,13 +85,12 @@ export function FilterChips({ state }: { state: State }) {
       <button type="button" aria-label={`Remove the filter: ${name} ${text}`} onClick={() => go({ ...change, zoom: "" })}>✕</button>
     </span>
   );
-  const errors = [errorOf(only), errorOf(without)].filter((error) => error !== undefined);
   return (
     <>
       {hide.map((kind) => chip(`no ${kind} frames`, "", { hide: hide.filter((other) => other !== kind) }))}
       {only !== "" && chip("only stacks with", only, { only: "" })}
       {without !== "" && chip("without stacks with", without, { without: "" })}
-      {errors.map((error) => <span class="bad" role="alert" key={error}>{error}</span>)}
+      {mistakes.map((mistake) => <span class="bad" role="alert" key={mistake}>{mistake}</span>)}
     </>
   );
 }

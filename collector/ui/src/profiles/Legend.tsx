@@ -7,7 +7,6 @@ const MAX_GROUPS = 8;
 
 interface LegendProps {
   drawn: Frames;
-  diff: boolean;
   dark: boolean;
   redGreen: boolean;
   absolute: boolean;
@@ -15,11 +14,11 @@ interface LegendProps {
   sides: boolean;
 }
 
-export function Legend({ drawn, diff, dark, redGreen, absolute, sides }: LegendProps) {
+export function Legend({ drawn, dark, redGreen, absolute, sides }: LegendProps) {
   const { guessed } = drawn.data(0);
   return (
     <div class="legend">
-      {diff ? (
+      {drawn.diff ? (
         <>
           <span>less than the base</span>
           <span class="ramp" role="img" aria-label="From less, through the same, to more">

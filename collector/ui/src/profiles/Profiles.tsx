@@ -1,16 +1,15 @@
 /** The main view: controls for the selection, its timelines, and its profiles as graph, table or list. */
-import { useMemo } from "preact/hooks";
 import type { TopRow } from "../api";
 import { Flame } from "../flame/Flame";
 import type { Frames } from "../flame/frames";
-import { matcher } from "../flame/pattern";
+import { useSearch } from "../flame/matches";
 import { Problem } from "../parts/parts";
 import { type State, go } from "../state";
 import { BaseControls, Controls } from "./Controls";
+import { NothingLeft } from "./Filters";
 import { Legend } from "./Legend";
 import { Lines } from "./Lines";
 import { List } from "./List";
-import { NothingLeft } from "./Filters";
 import { Nothing } from "./Nothing";
 import { Sandwich } from "./Sandwich";
 import { Sides } from "./Sides";
@@ -29,42 +28,42 @@ interface ResultsProps {
 
 /** The graph, the table and the sandwich view, alone or side by side. */
 function Panes({ state, dark, answers: { top, diff }, drawn }: ResultsProps & { drawn: Frames }) {
-  const pattern = useMemo(() => matcher(state.search), [state.search]);
-  const { show, fn, fnFile } = state;
+  const { show, fn, fnFile, search, zoom, flip, redGreen } = state;
+  // The graphs of a sandwich or of two sides have the same names, so one search serves them all.
+  const matches = useSearch(drawn.tree.names, search);
   const openFunction = ({ name, file = "" }: { name: string; file?: string }) => go({ show: "sandwich", fn: name, fnFile: file, zoom: "", ...(show === "sandwich" ? {} : { search: "" }) });
   const findFunction = ({ name }: TopRow) => go({ search: `"${name}"`, zoom: "", show: show === "table" ? "both" : show });
   const isSandwich = show === "sandwich";
+  const isSides = show === "graph" && state.sides && drawn.diff;
+  const graph = {
+    frames: drawn,
+    dark,
+    redGreen,
+    flip,
+    search,
+    matches,
+    zoom,
+    onZoom: (to: string) => go({ zoom: to }),
+    onClear: () => go({ search: "" }, true),
+    onFunction: openFunction,
+  };
   return (
     <div class={`panes ${show}`}>
       {show !== "graph" && (top.data ? (
         <Table
           top={top.data}
           diff={diff}
-          redGreen={state.redGreen}
-          search={state.search}
-          matches={pattern.test}
+          redGreen={redGreen}
+          search={search}
           sort={state.sort}
           hint={(name) => (isSandwich ? `Show callers and callees of ${name}` : `Show ${name} in the graph`)}
           isChosen={(row) => isSandwich && row.name === fn && (fnFile === "" || (row.file ?? "") === fnFile)}
           onChoose={isSandwich ? openFunction : findFunction}
         />
       ) : top.error ? <Problem error={top.error} /> : <p class="dim none">Loading…</p>)}
-      {isSandwich && <Sandwich state={state} drawn={drawn} dark={dark} />}
-      {show === "graph" && state.sides && drawn.diff && <Sides state={state} drawn={drawn} dark={dark} onFunction={openFunction} />}
-      {(show === "both" || (show === "graph" && !(state.sides && drawn.diff))) && (
-        <Flame
-          frames={drawn}
-          diff={drawn.diff}
-          dark={dark}
-          redGreen={state.redGreen}
-          flip={state.flip}
-          search={state.search}
-          zoom={state.zoom}
-          onZoom={(zoom) => go({ zoom })}
-          onClear={() => go({ search: "" }, true)}
-          onFunction={openFunction}
-        />
-      )}
+      {isSandwich && <Sandwich state={state} graph={graph} />}
+      {isSides && <Sides state={state} graph={graph} />}
+      {(show === "both" || (show === "graph" && !isSides)) && <Flame {...graph} />}
     </div>
   );
 }
@@ -86,7 +85,7 @@ function Results(props: ResultsProps) {
       {!isList && !isEmpty && !queryError && drawn && drawn.count === 1 && <NothingLeft />}
       {!isList && !isEmpty && !queryError && drawn && drawn.count > 1 && (
         <>
-          {state.show !== "table" && <Legend drawn={drawn} diff={drawn.diff} dark={dark} redGreen={state.redGreen} absolute={state.absolute} sides={state.sides && state.show === "graph"} />}
+          {state.show !== "table" && <Legend drawn={drawn} dark={dark} redGreen={state.redGreen} absolute={state.absolute} sides={state.sides && state.show === "graph"} />}
           <Panes {...props} drawn={drawn} />
         </>
       )}

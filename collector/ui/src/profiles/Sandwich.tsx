@@ -3,8 +3,9 @@ import { useMemo } from "preact/hooks";
 import { Flame } from "../flame/Flame";
 import { type Frames, frames } from "../flame/frames";
 import { sandwich } from "../flame/sandwich";
+import type { FlameProps } from "../flame/useFlame";
 import { useSliced } from "../parts/sliced";
-import { type State, go } from "../state";
+import type { State } from "../state";
 import { share, value } from "../units";
 
 interface Parts {
@@ -35,7 +36,9 @@ function useParts(drawn: Frames, state: State): Parts | null | undefined {
   return parts;
 }
 
-export function Sandwich({ state, drawn, dark }: { state: State; drawn: Frames; dark: boolean }) {
+/** `graph`: the properties of the main graph, of which both parts are made. */
+export function Sandwich({ state, graph }: { state: State; graph: FlameProps }) {
+  const drawn = graph.frames;
   const parts = useParts(drawn, state);
   if (state.fn === "") {
     return <p class="dim none">Choose a function in the table, or press <kbd>s</kbd> on a frame of the graph. Its callers and callees appear here.</p>;
@@ -50,16 +53,6 @@ export function Sandwich({ state, drawn, dark }: { state: State; drawn: Frames; 
   }
   const { callers, callees, self } = parts;
   const { name, file, total } = callees.data(0);
-  const graph = {
-    diff: drawn.diff,
-    dark,
-    redGreen: state.redGreen,
-    search: state.search,
-    zoom: state.zoom,
-    onZoom: (zoom: string) => go({ zoom }),
-    onClear: () => go({ search: "" }, true),
-    onFunction: (frame: { name: string; file: string }) => go({ fn: frame.name, fnFile: frame.file, zoom: "" }),
-  };
   return (
     <section class="sandwich" aria-label={`Callers and callees of ${name}`}>
       <header>

@@ -1,8 +1,8 @@
 /** A comparison with one graph for each side, on one scale, with the same frames at the same zoom. */
 import { useState } from "preact/hooks";
 import { Flame } from "../flame/Flame";
-import type { FrameData, Frames } from "../flame/frames";
-import { type State, go } from "../state";
+import type { FlameProps } from "../flame/useFlame";
+import type { State } from "../state";
 import { value } from "../units";
 
 /** Returns the conditions in which two selectors differ, for the headings; the complete texts if there are none. */
@@ -14,29 +14,17 @@ function headings({ q, bq }: State): [base: string, comparison: string] {
   return [only(left, right) || base, only(right, left) || q];
 }
 
-export function Sides({ state, drawn, dark, onFunction }: { state: State; drawn: Frames; dark: boolean; onFunction: (frame: FrameData) => void }) {
+/** `graph`: the properties of the graph that both sides are parts of. */
+export function Sides({ state, graph }: { state: State; graph: FlameProps }) {
   // A frame that is picked on one side is marked on the other too.
   const [current, setCurrent] = useState("");
   const [base, comparison] = headings(state);
-  const graph = {
-    frames: drawn,
-    diff: true,
-    dark,
-    redGreen: state.redGreen,
-    flip: state.flip,
-    search: state.search,
-    zoom: state.zoom,
-    onZoom: (zoom: string) => go({ zoom }),
-    onClear: () => go({ search: "" }, true),
-    onFunction,
-    current,
-    onCurrent: setCurrent,
-  };
-  const amount = (of: number) => value(of, drawn.unit);
+  const { unit, tree } = graph.frames;
+  const both = { ...graph, current, onCurrent: setCurrent };
   return (
     <div class="sides">
-      <Flame {...graph} part="base" title={<><i class="swatch base" /> Base <span class="dim">{amount(drawn.tree.baseTotal[0] ?? 0)} {base && <code>{base}</code>}</span></>} />
-      <Flame {...graph} part="comparison" title={<><i class="swatch main" /> Comparison <span class="dim">{amount(drawn.tree.total[0] ?? 0)} {comparison && <code>{comparison}</code>}</span></>} />
+      <Flame {...both} part="base" title={<><i class="swatch base" /> Base <span class="dim">{value(tree.baseTotal[0] ?? 0, unit)} {base && <code>{base}</code>}</span></>} />
+      <Flame {...both} part="comparison" title={<><i class="swatch main" /> Comparison <span class="dim">{value(tree.total[0] ?? 0, unit)} {comparison && <code>{comparison}</code>}</span></>} />
     </div>
   );
 }

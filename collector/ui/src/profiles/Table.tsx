@@ -1,6 +1,7 @@
 /** The table of functions, summed over all stacks. */
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import type { Top, TopRow } from "../api";
+import { useSearch } from "../flame/matches";
 import { go } from "../state";
 import { points, share, value } from "../units";
 
@@ -15,7 +16,6 @@ interface TableProps {
   diff: boolean;
   redGreen: boolean;
   search: string;
-  matches: (name: string) => boolean;
   /** Column and direction from the address: `total`, `-name`, or an empty text. */
   sort: string;
   /** What a choice does, for the tooltip: `Show X in the graph`. */
@@ -54,7 +54,8 @@ function useRowKeys(count: number) {
 }
 
 export function Table(props: TableProps) {
-  const { top, diff, search, matches } = props;
+  const { top, diff } = props;
+  const found = useSearch(top.rows, props.search);
   const total = top.total ?? 0;
   const baseTotal = top.base_total ?? 0;
   const { by, up } = orderOf(props.sort, diff);
@@ -62,7 +63,7 @@ export function Table(props: TableProps) {
   const delta = (row: TopRow) => ratio(row.total, total) - ratio(row.base_total, baseTotal);
 
   const rows = useMemo(() => {
-    const wanted = search === "" ? top.rows : top.rows.filter((row) => matches(row.name));
+    const wanted = found ? top.rows.filter((_, at) => found.matches[at]) : top.rows;
     const key = (row: TopRow): number => (by === "delta" ? Math.abs(delta(row)) : by === "name" || by === "file" ? 0 : (row[by] ?? 0));
     const text = (row: TopRow) => (by === "file" ? (row.file ?? "") : row.name);
     const order =
@@ -70,7 +71,7 @@ export function Table(props: TableProps) {
         ? (a: TopRow, b: TopRow) => text(a).localeCompare(text(b))
         : (a: TopRow, b: TopRow) => key(a) - key(b) || b.name.localeCompare(a.name);
     return [...wanted].sort((a, b) => (up ? order(a, b) : -order(a, b)));
-  }, [top, search, by, up]);
+  }, [top, found, by, up]);
   const shown = rows.slice(0, more);
   const keys = useRowKeys(shown.length);
   useEffect(() => keys.setAt(Math.max(0, shown.findIndex(props.isChosen))), [rows]);
@@ -131,7 +132,7 @@ export function Table(props: TableProps) {
           })}
         </tbody>
       </table>
-      {rows.length === 0 && <p class="dim none">No function matches the search.</p>}
+      {rows.length === 0 && <p class={found?.error === undefined ? "dim none" : "bad none"}>{found?.error ?? "No function matches the search."}</p>}
       {rows.length > more && (
         <button type="button" class="quiet more" onClick={() => setMore(more + 1000)}>
           Show {Math.min(1000, rows.length - more)} more of {rows.length}

@@ -112,7 +112,7 @@ export function Toolbar(props: ToolbarProps) {
         <Totals {...answers} />
         {answers.busy && <span class="spinner" aria-label="Loading" role="status" />}
         <Chips state={state} />
-        {state.show !== "list" && <FilterChips state={state} />}
+        {state.show !== "list" && <FilterChips state={state} mistakes={answers.mistakes} />}
       </div>
       <div class="tools">
         <SearchField state={state} />

@@ -12,11 +12,11 @@ import {
   get,
   selectionParameters,
 } from "../api";
+import { filtered } from "../flame/filter";
 import { type Frames, frames } from "../flame/frames";
 import { type LoadedGraph, loadGraph } from "../flame/loadGraph";
+import { type Matches, matchNames } from "../flame/matches";
 import { unpack } from "../flame/packed";
-import { type Filter, filtered } from "../flame/filter";
-import { compile } from "../flame/pattern";
 import { topOf } from "../flame/top";
 import type { Tree } from "../flame/tree";
 import { type Load, useLoad } from "../parts/hooks";
@@ -46,6 +46,8 @@ export interface Answers {
   graph: LoadedGraph | undefined;
   /** The nodes of the graph before the filters. */
   tree: Tree | undefined;
+  /** Mistakes in the patterns of the filters. */
+  mistakes: string[];
   /** The graph after the filters, prepared for drawing. */
   drawn: Frames | undefined;
   top: Load<Top>;
@@ -67,46 +69,47 @@ export interface Answers {
 /** An answer, and whether its request had a base. */
 type Compared = LoadedGraph & { compared: boolean };
 
-function* withTree(graph: Compared): Sliced<{ graph: Compared; tree: Tree }> {
+interface Shown {
+  graph: Compared;
+  tree: Tree;
+}
+
+function* withTree(graph: Compared): Sliced<Shown> {
   return { graph, tree: yield* unpack(graph.packed) };
 }
 
-function* withFilter(given: { graph: Compared; tree: Tree }, filter: Filter | undefined): Sliced<{ graph: Compared; tree: Tree }> {
-  return filter ? { ...given, tree: yield* filtered(given.tree, filter) } : given;
+type Filters = Pick<State, "hide" | "only" | "without">;
+
+const isActive = ({ hide, only, without }: Filters) => hide.length > 0 || only !== "" || without !== "";
+
+/** Applies the filters of the address. A wrong pattern filters nothing. */
+function* withFilter({ graph, tree }: Shown, { hide, only, without }: Filters): Sliced<Shown & { mistakes: string[] }> {
+  const [kept, refused] = [
+    only === "" ? undefined : yield* matchNames(tree.names, { pattern: only }),
+    without === "" ? undefined : yield* matchNames(tree.names, { pattern: without }),
+  ];
+  const right = (found: Matches | undefined) => (found?.error === undefined ? found?.matches : undefined);
+  const filter = { hidden: hide, only: right(kept), without: right(refused) };
+  const mistakes = new Set([kept, refused].flatMap((found) => found?.error ?? []));
+  return { graph, tree: hide.length > 0 || filter.only || filter.without ? yield* filtered(tree, filter) : tree, mistakes: [...mistakes] };
 }
 
-function* withRows({ graph, tree }: { graph: Compared; tree: Tree }): Sliced<Top> {
+function* withRows({ graph, tree }: Shown): Sliced<Top> {
   const { unit, sample_type, total = 0, base_total = 0 } = graph;
   return { unit, sample_type, total, base_total, rows: yield* topOf(tree) };
 }
 
-/** Returns the filters of the address; `undefined` without one. A wrong pattern filters nothing. */
-function useFilter({ hide, only, without }: State): Filter | undefined {
-  return useMemo(() => {
-    const test = (text: string) => {
-      const pattern = text === "" ? undefined : compile(text);
-      return pattern?.error === undefined ? pattern?.test : undefined;
-    };
-    const filter = { hidden: hide, only: test(only), without: test(without) };
-    return hide.length > 0 || filter.only || filter.without ? filter : undefined;
-  }, [hide.join(), only, without]);
-}
-
-/** The tree of an answer, and the same prepared for drawing. */
+/** The tree of an answer, the same after the filters, and that prepared for drawing. */
 function useDrawn(graph: Compared | undefined, state: State) {
-  const { colour, absolute } = state;
-  const tree = useSliced<{ graph: Compared; tree: Tree }>(
-    () => (graph ? withTree(graph) : undefined),
-    [graph],
-  );
-  const filter = useFilter(state);
-  const kept = useSliced<{ graph: Compared; tree: Tree }>(() => tree.value && withFilter(tree.value, filter), [tree.value, filter]);
+  const { colour, absolute, hide, only, without } = state;
+  const tree = useSliced<Shown>(() => (graph ? withTree(graph) : undefined), [graph]);
+  const kept = useSliced(() => tree.value && withFilter(tree.value, state), [tree.value, hide.join(), only, without]);
   const drawn = useSliced<Frames>(() => {
     if (!kept.value) return undefined;
     const { graph: { unit, total = 0, base_total: baseTotal = 0, compared }, tree: of } = kept.value;
     return frames(of, { unit, total, baseTotal, diff: compared, colour, absolute });
   }, [kept.value, colour, absolute]);
-  return { tree, kept, drawn, isFiltered: filter !== undefined };
+  return { tree, kept, drawn };
 }
 
 export function useAnswers(state: State, selections: Selections): Answers {
@@ -141,14 +144,17 @@ export function useAnswers(state: State, selections: Selections): Answers {
     ...(await loadGraph({ ...request, max_nodes: MAX_NODES }, signal)),
     compared: base !== undefined,
   }));
-  const { tree, kept, drawn, isFiltered } = useDrawn(graph.data, state);
+  const { tree, kept, drawn } = useDrawn(graph.data, state);
+  const isFiltered = isActive(state);
   // The table of the collector knows no filters of the page.
   const rows = useSliced<Top>(() => (isFiltered && wantsTable && kept.value ? withRows(kept.value) : undefined), [isFiltered, wantsTable, kept.value]);
   const top = useLoad<Top>(wantsTable && !isFiltered && key ? `top ${key}` : undefined, (signal) => get("top", { ...request, limit: MAX_FUNCTIONS }, signal));
 
   const total = graph.data?.total ?? 0;
   const baseTotal = graph.data?.base_total ?? 0;
-  const queryError = [series.error, graph.error].find((error) => error?.status === 400 && !badTime);
+  const queryError = badTime ? undefined : [series.error, graph.error].find((error) => error?.status === 400);
+  // With a wrong selector every request fails, and with an unreachable collector too. One message is enough.
+  const loads = [graph, line, baseLine, heat, baseHeat, series, events];
   return {
     types,
     type,
@@ -160,15 +166,16 @@ export function useAnswers(state: State, selections: Selections): Answers {
     labels,
     graph: graph.data,
     tree: tree.value?.tree,
+    mistakes: kept.value?.mistakes ?? [],
     drawn: drawn.value,
     top: isFiltered ? (rows.value ? { data: rows.value, loading: rows.busy } : { loading: true }) : top,
     total,
     baseTotal,
     diff: graph.data?.compared ?? false,
     isEmpty: graph.data !== undefined && total === 0 && baseTotal === 0,
-    busy: graph.loading || line.loading || heat.loading || series.loading || tree.busy || kept.busy || drawn.busy,
+    busy: loads.some(({ loading }) => loading) || tree.busy || kept.busy || drawn.busy,
     queryError,
     isBaseError: queryError !== undefined && /base/.test(queryError.message) && state.compare,
-    failure: badTime ? undefined : graph.error && graph.error !== queryError ? graph.error : line.error !== queryError ? (line.error ?? heat.error) : undefined,
+    failure: badTime ? undefined : loads.map(({ error }) => error).find((error) => error && !(queryError && error.status === 400)),
   };
 }
