@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Halfway through, the shop gets a new version: pricing a basket becomes cheaper, ranking a search more expensive. One pod
-//! of checkout still has the old version. Ten minutes before the end, pressure starts a capture of that pod.
+//! of checkout still has the old version. Ten minutes before the end, pressure starts a capture of that pod. Pricing and paying
+//! are spans of one trace.
 //! With `--stay` both agents stay connected, receive rules and answer them, until Ctrl-C.
 
 #![allow(clippy::print_stdout, reason = "a program for people and scripts: what it did goes to its output")]
@@ -37,6 +38,10 @@ const WINDOW: Duration = Duration::from_secs(10);
 /// Time between the starts of two windows of one service.
 const STEP: Duration = Duration::from_secs(30);
 const NODES: [&str; 2] = ["node-a", "node-b"];
+/// The trace of an order, and the spans in it that these functions work in.
+const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+const SPANS: [(&str, &str); 2] =
+    [("shop::checkout::price_basket", "00f067aa0ba902b7"), ("shop::checkout::pay", "53995c3f42cd8ad8")];
 
 const RULES: &str = r#"
 rules:
@@ -158,6 +163,10 @@ impl Shop {
         if let Some(index) = frames.iter().rev().position(|frame| frame.starts_with("g:")) {
             labels.push(Label { key: pprof::GUESSED_FROM, value: LabelValue::Num(index as i64, "") });
             labels.push(Label { key: "unwinding", value: LabelValue::Str("guessed") });
+        }
+        if let Some((_, span)) = SPANS.iter().find(|(function, _)| frames.contains(function)) {
+            labels.push(Label { key: "trace_id", value: LabelValue::Str(TRACE) });
+            labels.push(Label { key: "span_id", value: LabelValue::Str(span) });
         }
         self.builder.sample(&stack, &values.map(|value| value as i64), &labels);
     }

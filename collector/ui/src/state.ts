@@ -1,5 +1,6 @@
 /** The state of the page. The address of the page contains it, so a link shows the same view to another person. */
 import { useEffect, useState } from "preact/hooks";
+import { spanParameter } from "./spans";
 
 export type View = "profiles" | "nodes" | "rules";
 export type Show = "graph" | "both" | "sandwich" | "table" | "list";
@@ -48,6 +49,8 @@ export interface State {
   only: string;
   /** A regular expression: no stacks with a frame that matches. */
   without: string;
+  /** Ids of spans or of traces with `,` between them: only their samples. */
+  spans: string;
   colour: Colour;
   /** Show differences in red and green instead of orange and blue. */
   redGreen: boolean;
@@ -91,6 +94,7 @@ export const DEFAULTS: State = {
   hide: [],
   only: "",
   without: "",
+  spans: "",
   colour: "package",
   redGreen: false,
   absolute: false,
@@ -140,6 +144,8 @@ export function fromAddress(location: { pathname: string; search: string }): Sta
     hide: [...new Set((get.get("hide") ?? "").split(",").filter((kind) => kind !== ""))],
     only: get.get("only") ?? "",
     without: get.get("without") ?? "",
+    // A span belongs to one trace, so a link with both asks for the span.
+    spans: get.get("span_id") || get.get("trace_id") || "",
     colour: oneOf(get.get("colour"), ["package", "binary", "kind"], DEFAULTS.colour),
     redGreen: get.has("red_green"),
     absolute: get.has("absolute"),
@@ -181,6 +187,7 @@ export function toAddress(state: State): string {
   set("hide", state.hide.join(","));
   set("only", state.only);
   set("without", state.without);
+  set(spanParameter(state.spans), state.spans);
   set("colour", state.colour, DEFAULTS.colour);
   flag("red_green", state.redGreen);
   flag("absolute", state.absolute);

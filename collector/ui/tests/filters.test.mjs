@@ -138,6 +138,64 @@ describe("a filter", () => {
     }
   });
 
+  it("by span or trace keeps only their samples, in graph, table and comparison", async () => {
+    const [trace, pay] = ["4bf92f3577b34da6a3ce929d0e0e4736", "53995c3f42cd8ad8"];
+    const [price, send] = ["shop::checkout::price_basket", "__libc_write"];
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, send);
+      const all = await stacks(page);
+      const of = (...names) => sum(all.filter(({ stack }) => stack.some(({ name }) => names.includes(name))));
+      await page.keyboard.press("f");
+      await page.fill("#filter-spans", ` ${pay} `);
+      await page.waitForFunction((id) => new URLSearchParams(location.search).get("span_id") === id && !document.querySelector(".spinner"), pay);
+      await drawn(page, "SSL_write");
+      const totals = await totalsOf(page);
+      assert.equal(totals.all, of("shop::checkout::pay"));
+      assert.deepEqual([totals[price], totals[send]], [undefined, undefined]);
+      await accessible(page);
+      // An id of a trace, in the letters of another tool.
+      await page.fill("#filter-spans", trace.toUpperCase());
+      await page.waitForFunction((id) => new URLSearchParams(location.search).get("trace_id") === id, trace.toUpperCase());
+      await drawn(page, price);
+      assert.equal((await totalsOf(page)).all, of("shop::checkout::pay", price));
+      await page.getByRole("button", { name: "Table", exact: true }).click();
+      await page.waitForSelector("table.top tbody tr");
+      const rows = await page.$$eval("table.top tbody th", (cells) => cells.map((cell) => cell.textContent));
+      assert.ok(rows.includes(price) && rows.includes("SSL_write") && !rows.includes(send), `${rows}`);
+      await page.getByRole("button", { name: /^Remove the filter: only trace/ }).click();
+      await page.locator("table.top tbody th", { hasText: send }).waitFor();
+    });
+    // A link with both, as a tool for traces may make it: the span is the smaller one.
+    await on(`?${CHECKOUT}&compare=1&trace_id=${trace}&span_id=${pay}`, async (page) => {
+      await drawn(page, "SSL_write");
+      const frames = await framesOf(page);
+      assert.deepEqual(frames.filter(({ name }) => [price, send].includes(name)), []);
+    });
+  });
+
+  it("by span says what is wrong with an id, or that no sample has it", async () => {
+    const wrong = [["4bf9", /“4bf9” is no id\. A span has 16 hex digits, a trace 32/], [",", /“,” is no id/], [`${"0".repeat(16)},${"0".repeat(32)}`, /ids of spans or ids of traces, not both/]];
+    for (const [ids, message] of wrong) {
+      await on(`?${CHECKOUT}&span_id=${ids}`, async (page) => {
+        await drawn(page, "__libc_write");
+        assert.match(await page.textContent(".numbers [role=alert]"), message);
+        await page.keyboard.press("f");
+        assert.match(await page.textContent("#filter-spans-error"), message);
+      });
+    }
+    await on(`?${CHECKOUT}&span_id=${"0".repeat(16)}`, async (page) => {
+      await page.getByText("No stack passes the filters").waitFor();
+      await page.getByText("only if its program publishes spans").waitFor();
+      await accessible(page);
+      await page.getByRole("button", { name: "Remove all filters" }).click();
+      await drawn(page, "__libc_write");
+    });
+    // Without the span there are no profiles either.
+    await on(`?q=${encodeURIComponent('{service_name="nobody"}')}&span_id=${"0".repeat(16)}`, async (page) => {
+      await page.getByText("No profiles in this selection").waitFor();
+    });
+  });
+
   it("that no stack passes can be removed", async () => {
     await on(`?${CHECKOUT}&only=nothing_of_this_name`, async (page) => {
       await page.getByText("No stack passes the filters").waitFor();

@@ -162,7 +162,7 @@ describe("a link", () => {
     const state = {
       q: "{a=\"b\"}", from: "now-3h", until: "now-1h", span: "1700000000000-1700000001000", time: "heat", rows: "pod", events: "1", type: "cpu/nanoseconds",
       profile: "01ARZ3NDEKTSV4RRFFQ69G5FAV", compare: "1", base: "", shift: "3600000", base_span: "1600000000000-1600000001000", sides: "1", search: "/x y/",
-      zoom: "1a-2b", show: "sandwich", function: "a::b<c>", function_file: "/lib/x.so", sort: "-total", hide: "kernel,python", only: "a|b", without: "c+",
+      zoom: "1a-2b", show: "sandwich", function: "a::b<c>", function_file: "/lib/x.so", sort: "-total", hide: "kernel,python", only: "a|b", without: "c+", span_id: "00f067aa0ba902b7",
       colour: "kind", red_green: "1", absolute: "1", flip: "1", interpreters: "1", hide_errors: "1", live: "1", nodes: "n", theme: "dark",
     };
     await on(`nodes?${new URLSearchParams(state)}`, async (page) => {

@@ -1,21 +1,32 @@
-/** Filters of the shown stacks: by the kind of their frames, and by regular expressions on their names. */
+/** Filters of the shown stacks: by the kind of their frames, by regular expressions on their names, and by spans. */
 import { useMemo } from "preact/hooks";
 import { kindsOf } from "../flame/filter";
 import { mistakeIn } from "../flame/pattern";
 import { useTyped } from "../parts/hooks";
 import { Popover } from "../parts/Popover";
+import { mistakeInSpans, spanParameter } from "../spans";
 import { type State, go } from "../state";
 import { share } from "../units";
 import type { Answers } from "./useAnswers";
 
 /** Changes that remove all filters. */
-const NONE: Partial<State> = { hide: [], only: "", without: "" };
+const NONE: Partial<State> = { hide: [], only: "", without: "", spans: "" };
 
-/** A field for a regular expression, which applies 250 ms after the last key, or at Enter. */
-function PatternField(props: { id: string; label: string; value: string; onChange: (text: string) => void }) {
+interface FilterFieldProps {
+  id: string;
+  label: string;
+  placeholder: string;
+  value: string;
+  /** Returns the mistake in a text. */
+  check: (text: string) => string | undefined;
+  onChange: (text: string) => void;
+}
+
+/** A field of text, which applies 250 ms after the last key, or at Enter. */
+function FilterField(props: FilterFieldProps) {
   const { id, onChange } = props;
   const [typed, setTyped] = useTyped(props.value, 250, onChange);
-  const error = typed === "" ? undefined : mistakeIn(typed);
+  const error = typed === "" ? undefined : props.check(typed);
   return (
     <div>
       <label class="label" for={id}>{props.label}</label>
@@ -26,7 +37,7 @@ function PatternField(props: { id: string; label: string; value: string; onChang
         spellcheck={false}
         autocomplete="off"
         autocapitalize="off"
-        placeholder="a regular expression"
+        placeholder={props.placeholder}
         value={typed}
         aria-invalid={error !== undefined}
         aria-describedby={error ? `${id}-error` : undefined}
@@ -60,15 +71,17 @@ function Kinds({ state: { hide }, tree, total, baseTotal }: FiltersProps) {
 }
 
 export function Filters(props: FiltersProps) {
-  const { hide, only, without } = props.state;
-  const count = hide.length + [only, without].filter((text) => text !== "").length;
+  const { hide, only, without, spans } = props.state;
+  const pattern = { placeholder: "a regular expression", check: mistakeIn };
+  const count = hide.length + [only, without, spans].filter((text) => text !== "").length;
   return (
     <Popover class={`filters${count > 0 ? " on" : ""}`} hotkey="f" name={count > 0 ? `Filters: ${count} active` : "Filters"} label={count > 0 ? `Filters · ${count}` : "Filters"}>
       {() => (
         <div class="options-box filters-box">
           <Kinds {...props} />
-          <PatternField id="filter-only" label="Only stacks with" value={only} onChange={(text) => go({ only: text, zoom: "" }, true)} />
-          <PatternField id="filter-without" label="Without stacks with" value={without} onChange={(text) => go({ without: text, zoom: "" }, true)} />
+          <FilterField {...pattern} id="filter-only" label="Only stacks with" value={only} onChange={(text) => go({ only: text, zoom: "" }, true)} />
+          <FilterField {...pattern} id="filter-without" label="Without stacks with" value={without} onChange={(text) => go({ without: text, zoom: "" }, true)} />
+          <FilterField id="filter-spans" label="Only samples of a span or trace" placeholder="an id of 16 or 32 hex digits" value={spans} check={(text) => mistakeInSpans(text.trim())} onChange={(text) => go({ spans: text.trim(), zoom: "" }, true)} />
           <button type="button" class="field button" disabled={count === 0} onClick={() => go({ ...NONE, zoom: "" })}>Remove all filters</button>
         </div>
       )}
@@ -78,7 +91,7 @@ export function Filters(props: FiltersProps) {
 
 /** The active filters, each with a button that removes it, and their mistakes. */
 export function FilterChips({ state, mistakes }: { state: State } & Pick<Answers, "mistakes">) {
-  const { hide, only, without } = state;
+  const { hide, only, without, spans } = state;
   const chip = (name: string, text: string, change: Partial<State>) => (
     <span class="chip" key={name + text}>
       {name} {text && <code>{text}</code>}
@@ -90,16 +103,18 @@ export function FilterChips({ state, mistakes }: { state: State } & Pick<Answers
       {hide.map((kind) => chip(`no ${kind} frames`, "", { hide: hide.filter((other) => other !== kind) }))}
       {only !== "" && chip("only stacks with", only, { only: "" })}
       {without !== "" && chip("without stacks with", without, { without: "" })}
+      {spans !== "" && chip(spanParameter(spans) === "trace_id" ? "only trace" : "only span", spans, { spans: "" })}
       {mistakes.map((mistake) => <span class="bad" role="alert" key={mistake}>{mistake}</span>)}
     </>
   );
 }
 
 /** The message for filters that no stack passes. */
-export function NothingLeft() {
+export function NothingLeft({ state: { spans } }: { state: State }) {
   return (
     <section class="empty">
       <h2>No stack passes the filters</h2>
+      {spans !== "" && <p>A sample has a span only if its program publishes spans. A short span may have no sample.</p>}
       <p class="actions">
         <button type="button" onClick={() => go({ ...NONE, zoom: "" })}>Remove all filters</button>
       </p>

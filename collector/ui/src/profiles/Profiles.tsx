@@ -82,7 +82,7 @@ function Results(props: ResultsProps) {
         // The profile may be of another kind than the shown type.
         go({ profile: id, type: sample_types.includes(type) ? type : (sample_types.at(-1) ?? ""), show: "graph", compare: false, zoom: "" })
       } />}
-      {!isList && !isEmpty && !queryError && drawn && drawn.count === 1 && <NothingLeft />}
+      {!isList && !isEmpty && !queryError && drawn && drawn.count === 1 && <NothingLeft state={state} />}
       {!isList && !isEmpty && !queryError && drawn && drawn.count > 1 && (
         <>
           {state.show !== "table" && <Legend drawn={drawn} dark={dark} redGreen={state.redGreen} absolute={state.absolute} sides={state.sides && state.show === "graph"} />}

@@ -21,6 +21,7 @@ import { topOf } from "../flame/top";
 import type { Tree } from "../flame/tree";
 import { type Load, useLoad } from "../parts/hooks";
 import { type Sliced, useSliced } from "../parts/sliced";
+import { mistakeInSpans, spanParameter } from "../spans";
 import type { State } from "../state";
 import { niceStep } from "../time";
 import type { Selections } from "./selection";
@@ -46,7 +47,7 @@ export interface Answers {
   graph: LoadedGraph | undefined;
   /** The nodes of the graph before the filters. */
   tree: Tree | undefined;
-  /** Mistakes in the patterns of the filters. */
+  /** Mistakes in the filters. A wrong one filters nothing. */
   mistakes: string[];
   /** The graph after the filters, prepared for drawing. */
   drawn: Frames | undefined;
@@ -55,7 +56,7 @@ export interface Answers {
   baseTotal: number;
   /** True if the graph compares two selections. */
   diff: boolean;
-  /** True if the selections have no samples. */
+  /** True if the selections have no samples, also in other spans. */
   isEmpty: boolean;
   busy: boolean;
   /** A mistake in the selector. */
@@ -66,8 +67,8 @@ export interface Answers {
   failure: ApiError | undefined;
 }
 
-/** An answer, and whether its request had a base. */
-type Compared = LoadedGraph & { compared: boolean };
+/** An answer, and whether its request had a base and named spans. */
+type Compared = LoadedGraph & { compared: boolean; ofSpans: boolean };
 
 interface Shown {
   graph: Compared;
@@ -137,12 +138,15 @@ export function useAnswers(state: State, selections: Selections): Answers {
   const events = useLoad<Annotations>(JSON.stringify(["annotations", window]), (signal) => get("annotations", selectionParameters(window), signal));
   const labels = useMemo(() => [...new Set((series.data?.series ?? []).flatMap((entry) => Object.keys(entry.labels)))].sort(), [series.data]);
 
-  const request = { ...selectionParameters(selection), ...baseParameters(base), profile_id: state.profile, type, interpreter_frames: state.interpreters ? "true" : "", hide_error_frames: state.hideErrors ? "true" : "" };
+  const spanMistake = mistakeInSpans(state.spans);
+  const ofSpans = state.spans !== "" && spanMistake === undefined;
+  const request = { ...selectionParameters(selection), ...baseParameters(base), ...(ofSpans ? { [spanParameter(state.spans)]: state.spans } : {}), profile_id: state.profile, type, interpreter_frames: state.interpreters ? "true" : "", hide_error_frames: state.hideErrors ? "true" : "" };
   const key = ready ? JSON.stringify(request) : undefined;
   const wantsTable = state.show === "table" || state.show === "both" || state.show === "sandwich";
   const graph = useLoad<Compared>(key && `graph ${key}`, async (signal) => ({
     ...(await loadGraph({ ...request, max_nodes: MAX_NODES }, signal)),
     compared: base !== undefined,
+    ofSpans,
   }));
   const { tree, kept, drawn } = useDrawn(graph.data, state);
   const isFiltered = isActive(state);
@@ -152,6 +156,7 @@ export function useAnswers(state: State, selections: Selections): Answers {
 
   const total = graph.data?.total ?? 0;
   const baseTotal = graph.data?.base_total ?? 0;
+  const hasProfiles = (graph.data?.profiles ?? 0) + (graph.data?.base_profiles ?? 0) > 0;
   const queryError = badTime ? undefined : [series.error, graph.error].find((error) => error?.status === 400);
   // With a wrong selector every request fails, and with an unreachable collector too. One message is enough.
   const loads = [graph, line, baseLine, heat, baseHeat, series, events];
@@ -166,13 +171,13 @@ export function useAnswers(state: State, selections: Selections): Answers {
     labels,
     graph: graph.data,
     tree: tree.value?.tree,
-    mistakes: kept.value?.mistakes ?? [],
+    mistakes: [...(spanMistake === undefined ? [] : [spanMistake]), ...(kept.value?.mistakes ?? [])],
     drawn: drawn.value,
     top: isFiltered ? (rows.value ? { data: rows.value, loading: rows.busy } : { loading: true }) : top,
     total,
     baseTotal,
     diff: graph.data?.compared ?? false,
-    isEmpty: graph.data !== undefined && total === 0 && baseTotal === 0,
+    isEmpty: graph.data !== undefined && total === 0 && baseTotal === 0 && !(graph.data.ofSpans && hasProfiles),
     busy: loads.some(({ loading }) => loading) || tree.busy || kept.busy || drawn.busy,
     queryError,
     isBaseError: queryError !== undefined && /base/.test(queryError.message) && state.compare,
