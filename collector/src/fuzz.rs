@@ -1,11 +1,9 @@
 //! The collector's readers on any bytes, for the fuzzer.
 
+use gannet_otlp::{self as otlp, Encoder, Outgoing};
 use gannet_proto::{labels::Labels, pprof};
 
-use crate::{
-    otlp::{self, Encoder, Outgoing},
-    selector::Selector,
-};
+use crate::selector::Selector;
 
 pub use crate::{debuginfo::fuzz::debug_file, store::fuzz::stored_object};
 

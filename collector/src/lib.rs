@@ -18,7 +18,6 @@
 //! | `otlp_service` | the receiver of OTLP profiles | acknowledge a profile that is not durable |
 //! | `recording` | metrics from profiles: recording rules and their counts | count a profile twice |
 //! | `forward` | profiles on their way to Pyroscope, Parca and receivers of OTLP | delay the push streams |
-//! | `otlp` | the form of profiles in OTLP | store or send anything |
 //! | `query` | selections, merges, flame graphs, tables, timelines | change anything |
 //! | `debuginfo` | debug information by build id, and the names that it gives to profiles when a query reads them | change a stored profile |
 //! | `table` | the same profiles as Delta tables; a thread of its own adds new segments | delay the writer |
@@ -62,7 +61,6 @@ mod ingest;
 mod kubernetes;
 mod limits;
 mod metrics;
-mod otlp;
 mod otlp_service;
 mod peer;
 mod profile_type;

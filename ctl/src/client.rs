@@ -1,12 +1,14 @@
 //! The connection to the collector: gRPC clients, error texts and the download of merged profiles.
 
+use std::collections::BTreeMap;
+
 use gannet_proto::{
     connect::{self, Connection, Dial},
     control::{fleet_service_client::FleetServiceClient, trigger_service_client::TriggerServiceClient},
     debuginfo::debug_info_service_client::DebugInfoServiceClient,
     pprof,
     query::{
-        MergeProgress, MergeRequest, Selection, merge_progress::Message,
+        MergeProgress, MergeRequest, Selection, SeriesRequest, merge_progress::Message,
         query_service_client::QueryServiceClient,
     },
 };
@@ -58,6 +60,20 @@ impl Collector {
                 .collect()
         });
         Error::Call { text: connect::explain(&self.url, status), violations }
+    }
+
+    /// Returns the labels that all series of a selection share.
+    pub(crate) async fn shared_labels(
+        &self,
+        selection: Selection,
+    ) -> Result<BTreeMap<String, String>, Error> {
+        let answer = self.query().series(SeriesRequest { selection: Some(selection) }).await;
+        let mut series = answer.map_err(|status| self.fault(&status))?.into_inner().series.into_iter();
+        let mut shared = series.next().map(|first| first.labels).unwrap_or_default();
+        for other in series {
+            shared.retain(|name, value| other.labels.get(name) == Some(value));
+        }
+        Ok(shared.into_iter().collect())
     }
 
     /// Downloads all profiles of a selection merged into one, as gzip-compressed pprof. Shows the progress on a

@@ -1,6 +1,10 @@
 //! Profiles as files of other tools.
 
-use std::{collections::HashMap, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+    time::Duration,
+};
 
 use clap::ValueEnum;
 use fxprof_processed_profile as firefox;
@@ -21,16 +25,28 @@ pub(crate) enum FileFormat {
     Firefox,
     /// As `perf script` prints it
     Perf,
+    /// A request of OpenTelemetry (OTLP) in JSON, in one line
+    Otlp,
+}
+
+/// The origin of a profile, which pprof has no place for.
+#[derive(Debug, Default)]
+pub(crate) struct Origin {
+    /// Id at the collector. Empty for a merged profile, and for one of a file.
+    pub(crate) id: String,
+    /// Labels that all parts of the profile share.
+    pub(crate) labels: BTreeMap<String, String>,
 }
 
 const NANOS_PER_MILLI: u64 = 1_000_000;
 
 /// Endings of file names. Every other name without one of [`FOREIGN`] is a pprof file.
-const ENDINGS: [(&str, FileFormat); 6] = [
+const ENDINGS: [(&str, FileFormat); 7] = [
     (".folded", FileFormat::Folded),
     (".speedscope.json", FileFormat::Speedscope),
     (".firefox.json", FileFormat::Firefox),
     (".perf", FileFormat::Perf),
+    (".otlp.json", FileFormat::Otlp),
     (".pb.gz", FileFormat::Pprof),
     (".pprof", FileFormat::Pprof),
 ];
@@ -47,7 +63,7 @@ impl FileFormat {
         }
         if FOREIGN.iter().any(|ending| name.ends_with(ending)) {
             return Err(Error::Usage(format!(
-                "{}: the ending names no format; end it in .pb.gz, .folded, .speedscope.json, .firefox.json or .perf, or give --as",
+                "{}: the ending names no format; end it in .pb.gz, .folded, .speedscope.json, .firefox.json, .perf or .otlp.json, or give --as",
                 path.display()
             )));
         }
@@ -61,12 +77,13 @@ impl FileFormat {
 }
 
 /// Returns a pprof profile of at most `max_bytes`, without compression, in another format. `sample_type` chooses the values of
-/// formats that have one kind; empty means the last type.
+/// formats that have one kind; empty means the last type. Only OTLP has a place for `origin`.
 pub(crate) fn convert(
     bytes: &[u8],
     max_bytes: usize,
     to: FileFormat,
     sample_type: &str,
+    origin: &Origin,
 ) -> Result<Vec<u8>, Error> {
     let profile = pprof::decode(bytes, max_bytes)?;
     let types = pprof::check(&profile)?.sample_types;
@@ -79,6 +96,15 @@ pub(crate) fn convert(
         FileFormat::Speedscope => Export::new(&profile)?.speedscope("gannet", index).into_bytes(),
         FileFormat::Firefox => of_firefox(&Export::new(&profile)?, index)?,
         FileFormat::Perf => Export::new(&profile)?.perf_script(index).into_bytes(),
+        FileFormat::Otlp => {
+            let Origin { id, labels } = origin;
+            let mut encoder = gannet_otlp::Encoder::new();
+            encoder.add(&gannet_otlp::Outgoing { id, labels, profile: &profile });
+            let request = gannet_otlp::to_json(encoder.finish());
+            let mut line = request.map_err(|error| Error::Failed(error.to_string()))?;
+            line.push(b'\n');
+            line
+        }
     })
 }
 
@@ -184,7 +210,7 @@ mod tests {
             builder.sample(&[work, main], &[count, count * 10_000_000], &labels);
         }
         let bytes = pprof::encode(&builder.finish());
-        let file = convert(&bytes, 1 << 20, FileFormat::Firefox, sample_type).unwrap();
+        let file = convert(&bytes, 1 << 20, FileFormat::Firefox, sample_type, &Origin::default()).unwrap();
         let file: Value = serde_json::from_slice(&file).unwrap();
         let mut found: Vec<(String, i64, Vec<String>)> = file["threads"]
             .as_array()
@@ -219,6 +245,7 @@ mod tests {
     #[case("a.speedscope.json", Some(FileFormat::Speedscope))]
     #[case("a.firefox.json", Some(FileFormat::Firefox))]
     #[case("a.perf", Some(FileFormat::Perf))]
+    #[case("a.otlp.json", Some(FileFormat::Otlp))]
     #[case("a.json", None)]
     #[case("a.svg", None)]
     fn the_ending_of_a_name_chooses_the_format(#[case] name: &str, #[case] want: Option<FileFormat>) {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use gannet_proto::query::{
-    GetProfileRequest, ListProfilesRequest, ProfileInfo, TopRequest, TopResponse, TopRow,
+    GetProfileRequest, ListProfilesRequest, ProfileInfo, Selection, TopRequest, TopResponse, TopRow,
 };
 use serde_json::{Value, json};
 
@@ -16,7 +16,7 @@ use crate::{
     args::{Base, Form, Format, Profiles, Select, TopArgs},
     client::{self, Collector, MAX_PROFILE_BYTES},
     error::Error,
-    export::{self, FileFormat},
+    export::{self, FileFormat, Origin},
     render::{Console, amount, bytes, count, millis, percent, show_span, show_time, span_millis, table},
 };
 
@@ -42,21 +42,24 @@ pub(crate) async fn run(
                     )));
                 }
             };
-            let request = GetProfileRequest { id };
+            let target = Target::new(&file, form, "")?;
+            let request = GetProfileRequest { id: id.clone() };
             let answer = collector.query().get_profile(request).await;
             let mut answer = answer.map_err(|status| collector.fault(&status))?.into_inner();
             let mut profile = Vec::new();
             while let Some(chunk) = answer.message().await.map_err(|status| collector.fault(&status))? {
                 client::append(&mut profile, &chunk.data)?;
             }
-            save(&profile, &Target::new(&file, form, "")?, format, console)
+            let selection = Selection { profile_id: id.clone(), ..Selection::default() };
+            save(&profile, &target.of(id, selection, collector).await?, format, console)
         }
         Profiles::Merge { select, sample_type, out, form } => {
             let file = output.unwrap_or(out);
             // Before the collector merges in vain.
             let target = Target::new(&file, form, &sample_type)?;
-            let merged = collector.merge(select.selection(), &sample_type, console).await?;
-            save(&merged, &target, format, console)
+            let selection = select.selection();
+            let merged = collector.merge(selection.clone(), &sample_type, console).await?;
+            save(&merged, &target.of(String::new(), selection, collector).await?, format, console)
         }
         Profiles::Convert { file, out, sample_type, form } => {
             convert(&file, &output.unwrap_or(out), &sample_type, form, format, console)
@@ -84,6 +87,7 @@ pub(crate) struct Target<'a> {
     form: FileFormat,
     /// The sample type of formats that have one.
     sample_type: &'a str,
+    origin: Origin,
 }
 
 impl<'a> Target<'a> {
@@ -93,7 +97,16 @@ impl<'a> Target<'a> {
             Some(form) => form,
             None => FileFormat::of_path(file)?,
         };
-        Ok(Self { file, form, sample_type })
+        Ok(Self { file, form, sample_type, origin: Origin::default() })
+    }
+
+    /// Adds the origin of the profile: its id, and the labels that all profiles of the selection share. Asks the collector only
+    /// for a format that has a place for them.
+    async fn of(mut self, id: String, selection: Selection, collector: &Collector) -> Result<Self, Error> {
+        if self.form == FileFormat::Otlp {
+            self.origin = Origin { id, labels: collector.shared_labels(selection).await? };
+        }
+        Ok(self)
     }
 }
 
@@ -119,14 +132,14 @@ pub(crate) fn save(
     format: Format,
     console: &mut Console<'_>,
 ) -> Result<(), Error> {
-    let Target { file, form, sample_type } = *target;
+    let Target { file, form, sample_type, ref origin } = *target;
     if file == Path::new("-") && console.terminal && !form.is_text() {
         return Err(Error::Usage("a terminal cannot show pprof; give -O FILE or pipe the output".to_owned()));
     }
     // A download stays as the collector sent it.
     let content = match form {
         FileFormat::Pprof => Cow::Borrowed(profile),
-        form => Cow::Owned(export::convert(profile, MAX_PROFILE_BYTES, form, sample_type)?),
+        form => Cow::Owned(export::convert(profile, MAX_PROFILE_BYTES, form, sample_type, origin)?),
     };
     if file == Path::new("-") {
         console.out.write_all(&content)?;
@@ -374,7 +387,7 @@ mod tests {
         let mut console = Console { out: &mut out, err: &mut err, terminal: true };
         let file = dir.path().join("a.pb.gz");
         let missing = dir.path().join("no/a.pb.gz");
-        let target = |file| Target { file, form: FileFormat::Pprof, sample_type: "" };
+        let target = |file| Target::new(file, Form { form: Some(FileFormat::Pprof) }, "").unwrap();
         save(b"profile", &target(&file), Format::Table, &mut console).unwrap();
         assert_eq!(fs::read(&file).unwrap(), b"profile");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);

@@ -442,6 +442,51 @@ async fn profiles_are_listed_downloaded_merged_and_compared() {
     setup.end().await;
 }
 
+/// Checks that a request of OTLP comes back with everything that the collector has: profiles, labels and the id. A merged profile
+/// has the labels that all its parts share, and a file none.
+#[tokio::test]
+async fn otlp_files_have_labels_and_ids() {
+    let setup = Setup::new().await;
+    let id = setup.push("app", 30, 60).await;
+    setup.push("app", 50, 30).await;
+    setup.push("web", 10, 30).await;
+    let read = |text: &str| {
+        let mut decoded = gannet_otlp::decode(gannet_otlp::from_json(text.as_bytes()).unwrap()).unwrap();
+        assert_eq!((decoded.rejected, decoded.profiles.len()), (0, 1));
+        decoded.profiles.remove(0)
+    };
+    let normal = |profile: &pprof::Profile| {
+        let mut merger = pprof::Merger::new();
+        merger.add(profile).unwrap();
+        merger.finish().unwrap()
+    };
+    let file = setup.dir.path().join("one.otlp.json");
+    let got = setup.ctl(&format!("profiles get {id} -O {}", file.display())).await;
+    assert_eq!(got.code, 0, "{}", got.err);
+    let one = read(&std::fs::read_to_string(&file).unwrap());
+    let plain = setup.ctl(&format!("profiles get {id} -O {}/one.pb.gz", setup.dir.path().display())).await;
+    assert_eq!(plain.code, 0, "{}", plain.err);
+    let plain = std::fs::read(setup.dir.path().join("one.pb.gz")).unwrap();
+    assert_eq!(normal(&one.profile), normal(&pprof::decode(&plain, 1 << 20).unwrap()));
+    assert_eq!(one.id.to_string(), id);
+    let labels = |service: Option<&str>| {
+        let pairs = service.map(|name| ("service_name", name)).into_iter().chain([("node", "n1")]);
+        pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect::<BTreeMap<_, _>>()
+    };
+    assert_eq!(one.labels, labels(Some("app")));
+
+    let app = read(&setup.ctl("profiles merge -q {service_name=\"app\"} -O - --as otlp").await.out);
+    assert_eq!(app.labels, labels(Some("app")));
+    assert_eq!(pprof::check(&app.profile).unwrap().totals, [100, 1_000_000_000]);
+    let all = read(&setup.ctl("profiles merge -O - --as otlp").await.out);
+    assert_eq!((all.labels, all.id == app.id), (labels(Some("unknown_service")), false));
+    let converted =
+        setup.ctl(&format!("profiles convert {}/one.pb.gz --as otlp", setup.dir.path().display())).await.out;
+    assert!(!converted.contains("service.name") && converted.ends_with("}\n"), "{converted}");
+    assert_eq!(normal(&read(&converted).profile), normal(&one.profile));
+    setup.end().await;
+}
+
 /// Writes a certificate authority and a certificate for `localhost` that it signed: `ca.pem`, `cert.pem`, `key.pem`.
 fn authority(dir: &std::path::Path) {
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};

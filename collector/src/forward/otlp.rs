@@ -6,6 +6,7 @@ use std::{
 };
 
 use flate2::{Compression, write::GzEncoder};
+use gannet_otlp::{Encoder, Outgoing};
 use gannet_proto::{connect::Connection, pprof};
 use opentelemetry_proto::tonic::collector::profiles::v1development::{
     ExportProfilesPartialSuccess, ExportProfilesServiceRequest, ExportProfilesServiceResponse,
@@ -20,7 +21,6 @@ use super::{
     Delivery, ForwardError, ForwardItem, ForwardOptions, ForwardTarget, grpc_connection, http::HttpClient,
     part_id,
 };
-use crate::otlp::{Encoder, Outgoing};
 
 /// Path of OTLP over HTTP.
 const PATH: &str = "/v1development/profiles";

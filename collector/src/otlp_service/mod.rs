@@ -9,6 +9,7 @@ mod http;
 use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream};
+use gannet_otlp::{self as otlp, Incoming, OtlpError};
 use gannet_proto::{
     ingest::Batch,
     labels,
@@ -24,7 +25,6 @@ pub(crate) use self::{grpc::OtlpGrpc, http::export};
 use crate::{
     auth::Caller,
     ingest::{Ingest, NotStored},
-    otlp::{self, Incoming, OtlpError},
     time,
 };
 

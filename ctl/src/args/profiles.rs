@@ -81,7 +81,7 @@ pub(crate) enum Profiles {
         /// The profile's id, from `profiles list`
         id: String,
         /// Write to this file, or to standard output for `-`; by default to ID.pb.gz. The ending chooses the format: .pb.gz,
-        /// .folded, .speedscope.json, .firefox.json, .perf
+        /// .folded, .speedscope.json, .firefox.json, .perf, .otlp.json
         #[arg(short = 'O', long, value_name = "FILE")]
         out: Option<PathBuf>,
         #[command(flatten)]
@@ -89,12 +89,14 @@ pub(crate) enum Profiles {
     },
     /// Convert a pprof file for another tool; needs no collector
     #[command(after_help = "Examples:\n  gannetctl profiles convert slow.pb.gz -O slow.firefox.json\n  \
-        gannetctl profiles convert slow.pb.gz --as folded | flamegraph.pl > slow.svg")]
+        gannetctl profiles convert slow.pb.gz --as folded | flamegraph.pl > slow.svg\n  \
+        gannetctl profiles convert slow.pb.gz --as otlp | curl -H content-type:application/json --data-binary @- \
+        http://otel-collector:4318/v1development/profiles")]
     Convert {
         /// The pprof file to convert
         file: PathBuf,
         /// Write to this file, or to standard output for `-`. The ending chooses the format: .pb.gz, .folded,
-        /// .speedscope.json, .firefox.json, .perf
+        /// .speedscope.json, .firefox.json, .perf, .otlp.json
         #[arg(short = 'O', long, value_name = "FILE", default_value = "-")]
         out: PathBuf,
         /// The sample type that folded, firefox and perf show. By default the last type of the profile
@@ -112,7 +114,7 @@ pub(crate) enum Profiles {
         #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
         sample_type: String,
         /// Write to this file, or to standard output for `-`. The ending chooses the format: .pb.gz, .folded,
-        /// .speedscope.json, .firefox.json, .perf
+        /// .speedscope.json, .firefox.json, .perf, .otlp.json
         #[arg(short = 'O', long, value_name = "FILE", default_value = "merged.pb.gz")]
         out: PathBuf,
         #[command(flatten)]

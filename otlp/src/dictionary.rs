@@ -13,19 +13,19 @@ use super::{OtlpError, attributes};
 const MAX_SHOWN_VALUES: usize = 64;
 
 /// The value of an attribute, as a label shows it.
-pub(super) enum Scalar<'d> {
+pub(crate) enum Scalar<'d> {
     Number(i64),
     Text(Cow<'d, str>),
 }
 
 impl Scalar<'_> {
     /// Reports whether the value is the truth value true.
-    pub(super) fn is_true(&self) -> bool {
+    pub(crate) fn is_true(&self) -> bool {
         matches!(self, Self::Text(text) if text == "true")
     }
 
     /// Returns the value as text.
-    pub(super) fn into_text(self) -> String {
+    pub(crate) fn into_text(self) -> String {
         match self {
             Self::Number(number) => number.to_string(),
             Self::Text(text) => text.into_owned(),
@@ -34,7 +34,7 @@ impl Scalar<'_> {
 }
 
 /// Looks up entries of a request's tables, and names the table of an index that is out of range.
-pub(super) struct Dictionary(otlp::ProfilesDictionary);
+pub(crate) struct Dictionary(otlp::ProfilesDictionary);
 
 fn entry<'t, T>(table: &'t [T], index: i32, name: &'static str) -> Result<&'t T, OtlpError> {
     let found = usize::try_from(index).ok().and_then(|at| table.get(at));
@@ -43,7 +43,7 @@ fn entry<'t, T>(table: &'t [T], index: i32, name: &'static str) -> Result<&'t T,
 
 impl Dictionary {
     /// Takes the tables of a request. Its first string must be the empty one: else every index means something else.
-    pub(super) fn new(tables: otlp::ProfilesDictionary) -> Result<Self, OtlpError> {
+    pub(crate) fn new(tables: otlp::ProfilesDictionary) -> Result<Self, OtlpError> {
         match tables.string_table.first() {
             Some(first) if !first.is_empty() => Err(OtlpError::FirstString),
             _ => Ok(Self(tables)),
@@ -51,14 +51,14 @@ impl Dictionary {
     }
 
     /// Returns a text. Index 0 is the empty one.
-    pub(super) fn string(&self, index: i32) -> Result<&str, OtlpError> {
+    pub(crate) fn string(&self, index: i32) -> Result<&str, OtlpError> {
         if index == 0 {
             return Ok("");
         }
         entry(&self.0.string_table, index, "string_table").map(String::as_str)
     }
 
-    pub(super) fn stack(&self, index: i32) -> Result<&[i32], OtlpError> {
+    pub(crate) fn stack(&self, index: i32) -> Result<&[i32], OtlpError> {
         // Index 0 is the empty stack, also in a request without stacks.
         if index == 0 && self.0.stack_table.is_empty() {
             return Ok(&[]);
@@ -66,20 +66,20 @@ impl Dictionary {
         entry(&self.0.stack_table, index, "stack_table").map(|stack| stack.location_indices.as_slice())
     }
 
-    pub(super) fn location(&self, index: i32) -> Result<&otlp::Location, OtlpError> {
+    pub(crate) fn location(&self, index: i32) -> Result<&otlp::Location, OtlpError> {
         entry(&self.0.location_table, index, "location_table")
     }
 
-    pub(super) fn function(&self, index: i32) -> Result<&otlp::Function, OtlpError> {
+    pub(crate) fn function(&self, index: i32) -> Result<&otlp::Function, OtlpError> {
         entry(&self.0.function_table, index, "function_table")
     }
 
-    pub(super) fn mapping(&self, index: i32) -> Result<&otlp::Mapping, OtlpError> {
+    pub(crate) fn mapping(&self, index: i32) -> Result<&otlp::Mapping, OtlpError> {
         entry(&self.0.mapping_table, index, "mapping_table")
     }
 
     /// Returns trace and span of a link, or `None` for index 0.
-    pub(super) fn link(&self, index: i32) -> Result<Option<&otlp::Link>, OtlpError> {
+    pub(crate) fn link(&self, index: i32) -> Result<Option<&otlp::Link>, OtlpError> {
         if index == 0 {
             return Ok(None);
         }
@@ -87,7 +87,7 @@ impl Dictionary {
     }
 
     /// Returns key, value and unit of an attribute.
-    pub(super) fn attribute(&self, index: i32) -> Result<(&str, Scalar<'_>, &str), OtlpError> {
+    pub(crate) fn attribute(&self, index: i32) -> Result<(&str, Scalar<'_>, &str), OtlpError> {
         let attribute = entry(&self.0.attribute_table, index, "attribute_table")?;
         let key = self.string(attribute.key_strindex)?;
         let value = self.scalar(attribute.value.as_ref())?;
@@ -95,7 +95,7 @@ impl Dictionary {
     }
 
     /// Returns the texts of an attribute that is a list, or its one text.
-    pub(super) fn texts(&self, index: i32) -> Result<Vec<String>, OtlpError> {
+    pub(crate) fn texts(&self, index: i32) -> Result<Vec<String>, OtlpError> {
         let attribute = entry(&self.0.attribute_table, index, "attribute_table")?;
         match attribute.value.as_ref().and_then(|value| value.value.as_ref()) {
             Some(Value::ArrayValue(list)) => {
@@ -106,7 +106,7 @@ impl Dictionary {
     }
 
     /// Returns key and value of an attribute of a resource or scope. A relay may have moved both into the tables.
-    pub(super) fn key_value<'d>(&'d self, of: &'d KeyValue) -> Result<(&'d str, Scalar<'d>), OtlpError> {
+    pub(crate) fn key_value<'d>(&'d self, of: &'d KeyValue) -> Result<(&'d str, Scalar<'d>), OtlpError> {
         let key = if of.key_strindex == 0 { of.key.as_str() } else { self.string(of.key_strindex)? };
         Ok((key, self.scalar(of.value.as_ref())?))
     }

@@ -25,58 +25,58 @@ const ATTRIBUTES: [(&str, &str); 17] = [
 const WORKLOAD_KINDS: [&str; 6] = ["cronjob", "daemonset", "deployment", "job", "replicaset", "statefulset"];
 
 /// Returns the attribute of a label.
-pub(super) fn attribute(label: &str) -> &str {
+pub(crate) fn attribute(label: &str) -> &str {
     ATTRIBUTES.iter().find(|(name, _)| *name == label).map_or(label, |(_, attribute)| attribute)
 }
 
 /// Returns the label of an attribute.
-pub(super) fn label(attribute: &str) -> &str {
+pub(crate) fn label(attribute: &str) -> &str {
     ATTRIBUTES.iter().find(|(_, name)| *name == attribute).map_or(attribute, |(label, _)| label)
 }
 
 /// Returns the kind of the workload whose name this attribute has.
-pub(super) fn workload_kind(attribute: &str) -> Option<&'static str> {
+pub(crate) fn workload_kind(attribute: &str) -> Option<&'static str> {
     let kind = attribute.strip_prefix("k8s.")?.strip_suffix(".name")?;
     WORKLOAD_KINDS.into_iter().find(|known| *known == kind)
 }
 
 /// Returns the attribute with the name of a workload of this kind.
-pub(super) fn workload_attribute(kind: &str) -> Option<String> {
+pub(crate) fn workload_attribute(kind: &str) -> Option<String> {
     WORKLOAD_KINDS.contains(&kind).then(|| format!("k8s.{kind}.name"))
 }
 
 /// Labels of a sample with the ids of its span, in lower-case hex: 32 digits and 16.
-pub(super) const TRACE_ID: &str = "trace_id";
-pub(super) const SPAN_ID: &str = "span_id";
+pub(crate) const TRACE_ID: &str = "trace_id";
+pub(crate) const SPAN_ID: &str = "span_id";
 
 /// The kind of a frame: what ran it.
-pub(super) const FRAME_TYPE: &str = "profile.frame.type";
+pub(crate) const FRAME_TYPE: &str = "profile.frame.type";
 /// Build id of a mapping in the note of the GNU linker, in hex.
-pub(super) const BUILD_ID_GNU: &str = "process.executable.build_id.gnu";
+pub(crate) const BUILD_ID_GNU: &str = "process.executable.build_id.gnu";
 /// Build id of a mapping that is not in hex: that of the Go linker.
-pub(super) const BUILD_ID_GO: &str = "process.executable.build_id.go";
+pub(crate) const BUILD_ID_GO: &str = "process.executable.build_id.go";
 /// Build id of a mapping: a hash of its file, by the profiler of OpenTelemetry.
-pub(super) const BUILD_ID_HASH: &str = "process.executable.build_id.htlhash";
+pub(crate) const BUILD_ID_HASH: &str = "process.executable.build_id.htlhash";
 /// Limit of a mapping whose range is empty or unknown. OTLP requires a limit behind the start.
-pub(super) const MAPPING_LIMIT: &str = "gannet.mapping.limit";
+pub(crate) const MAPPING_LIMIT: &str = "gannet.mapping.limit";
 
 /// Flag of the mapping of the main program, which is the first one in pprof.
-pub(super) const IS_MAIN: &str = "gannet.mapping.main";
+pub(crate) const IS_MAIN: &str = "gannet.mapping.main";
 
 /// Flags of mappings, in the order of pprof.
-pub(super) const HAS_FUNCTIONS: &str = "pprof.mapping.has_functions";
-pub(super) const HAS_FILENAMES: &str = "pprof.mapping.has_filenames";
-pub(super) const HAS_LINE_NUMBERS: &str = "pprof.mapping.has_line_numbers";
-pub(super) const HAS_INLINE_FRAMES: &str = "pprof.mapping.has_inline_frames";
+pub(crate) const HAS_FUNCTIONS: &str = "pprof.mapping.has_functions";
+pub(crate) const HAS_FILENAMES: &str = "pprof.mapping.has_filenames";
+pub(crate) const HAS_LINE_NUMBERS: &str = "pprof.mapping.has_line_numbers";
+pub(crate) const HAS_INLINE_FRAMES: &str = "pprof.mapping.has_inline_frames";
 /// Flag of a location that stands for several.
-pub(super) const IS_FOLDED: &str = "pprof.location.is_folded";
+pub(crate) const IS_FOLDED: &str = "pprof.location.is_folded";
 /// Lines of text of a profile; Gannet's ledger is one.
-pub(super) const COMMENT: &str = "pprof.profile.comment";
-pub(super) const DROP_FRAMES: &str = "pprof.profile.drop_frames";
-pub(super) const KEEP_FRAMES: &str = "pprof.profile.keep_frames";
-pub(super) const DOC_URL: &str = "pprof.profile.doc_url";
+pub(crate) const COMMENT: &str = "pprof.profile.comment";
+pub(crate) const DROP_FRAMES: &str = "pprof.profile.drop_frames";
+pub(crate) const KEEP_FRAMES: &str = "pprof.profile.keep_frames";
+pub(crate) const DOC_URL: &str = "pprof.profile.doc_url";
 /// The sample type that tools show first.
-pub(super) const DEFAULT_SAMPLE_TYPE: &str = "pprof.scope.default_sample_type";
+pub(crate) const DEFAULT_SAMPLE_TYPE: &str = "pprof.scope.default_sample_type";
 
 /// Mappings of Gannet that stand for a kind of frame, each with the name of that kind.
 const FRAME_TYPES: [(&str, &str); 6] = [
@@ -89,17 +89,17 @@ const FRAME_TYPES: [(&str, &str); 6] = [
 ];
 
 /// Returns the kind of the frames in a mapping.
-pub(super) fn frame_type(mapping: &str) -> &'static str {
+pub(crate) fn frame_type(mapping: &str) -> &'static str {
     FRAME_TYPES.iter().find(|(name, _)| *name == mapping).map_or("native", |(_, kind)| kind)
 }
 
 /// Returns the mapping that stands for a kind of frame, or `None` for frames of files.
-pub(super) fn mapping_of(frame_type: &str) -> Option<&'static str> {
+pub(crate) fn mapping_of(frame_type: &str) -> Option<&'static str> {
     FRAME_TYPES.iter().find(|(_, kind)| *kind == frame_type).map(|(name, _)| *name)
 }
 
 /// Returns the bytes of an even number of hex digits in lower case.
-pub(super) fn from_hex(text: &str) -> Option<Vec<u8>> {
+pub(crate) fn from_hex(text: &str) -> Option<Vec<u8>> {
     let digit = |byte: u8| match byte {
         b'0'..=b'9' => Some(byte - b'0'),
         b'a'..=b'f' => Some(byte - b'a' + 10),
@@ -110,7 +110,7 @@ pub(super) fn from_hex(text: &str) -> Option<Vec<u8>> {
 }
 
 /// Returns bytes as hex digits.
-pub(super) fn to_hex(bytes: &[u8]) -> String {
+pub(crate) fn to_hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");

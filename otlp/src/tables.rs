@@ -15,21 +15,21 @@ use super::{
 const MAX_EXPANDED_BYTES: usize = 128 << 20;
 
 /// The rest of [`MAX_EXPANDED_BYTES`].
-pub(super) struct Budget(usize);
+pub(crate) struct Budget(usize);
 
 impl Budget {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(MAX_EXPANDED_BYTES)
     }
 
-    pub(super) fn spend(&mut self, bytes: usize) -> Result<(), OtlpError> {
+    pub(crate) fn spend(&mut self, bytes: usize) -> Result<(), OtlpError> {
         self.0 = self.0.checked_sub(bytes).ok_or(OtlpError::TooLarge { max: MAX_EXPANDED_BYTES })?;
         Ok(())
     }
 }
 
 /// Strings, mappings, functions and locations of a profile. It has only those that a sample needs.
-pub(super) struct Tables<'d> {
+pub(crate) struct Tables<'d> {
     dictionary: &'d Dictionary,
     strings: IndexSet<String>,
     mappings: Vec<Mapping>,
@@ -46,7 +46,7 @@ pub(super) struct Tables<'d> {
 }
 
 impl<'d> Tables<'d> {
-    pub(super) fn new(dictionary: &'d Dictionary) -> Self {
+    pub(crate) fn new(dictionary: &'d Dictionary) -> Self {
         Self {
             dictionary,
             strings: IndexSet::from([String::new()]),
@@ -62,7 +62,7 @@ impl<'d> Tables<'d> {
     }
 
     /// Moves the tables into a profile.
-    pub(super) fn fill(mut self, profile: &mut Profile) {
+    pub(crate) fn fill(mut self, profile: &mut Profile) {
         if self.main < self.mappings.len() {
             self.mappings.swap(0, self.main);
         }
@@ -73,7 +73,7 @@ impl<'d> Tables<'d> {
     }
 
     /// Returns the index of a text.
-    pub(super) fn text(&mut self, text: &str, budget: &mut Budget) -> Result<i64, OtlpError> {
+    pub(crate) fn text(&mut self, text: &str, budget: &mut Budget) -> Result<i64, OtlpError> {
         if let Some(index) = self.strings.get_index_of(text) {
             return Ok(index as i64);
         }
@@ -85,7 +85,7 @@ impl<'d> Tables<'d> {
         self.text(self.dictionary.string(index)?, budget)
     }
 
-    pub(super) fn value_type(
+    pub(crate) fn value_type(
         &mut self,
         of: otlp::ValueType,
         budget: &mut Budget,
@@ -97,7 +97,7 @@ impl<'d> Tables<'d> {
     }
 
     /// Returns the label for an attribute of a sample.
-    pub(super) fn label(&mut self, index: i32, budget: &mut Budget) -> Result<Label, OtlpError> {
+    pub(crate) fn label(&mut self, index: i32, budget: &mut Budget) -> Result<Label, OtlpError> {
         let dictionary = self.dictionary;
         let (key, value, unit) = dictionary.attribute(index)?;
         budget.spend(size_of::<Label>())?;
@@ -110,7 +110,7 @@ impl<'d> Tables<'d> {
     }
 
     /// Returns the label with this text.
-    pub(super) fn text_label(
+    pub(crate) fn text_label(
         &mut self,
         key: &str,
         text: &str,
@@ -121,7 +121,7 @@ impl<'d> Tables<'d> {
     }
 
     /// Returns the label with this number.
-    pub(super) fn number_label(
+    pub(crate) fn number_label(
         &mut self,
         key: &str,
         num: i64,
@@ -132,12 +132,12 @@ impl<'d> Tables<'d> {
     }
 
     /// Returns trace and span of a link, or `None` for index 0.
-    pub(super) fn link(&self, index: i32) -> Result<Option<&'d otlp::Link>, OtlpError> {
+    pub(crate) fn link(&self, index: i32) -> Result<Option<&'d otlp::Link>, OtlpError> {
         self.dictionary.link(index)
     }
 
     /// Returns the ids of the locations of a stack, leaf first.
-    pub(super) fn stack(&mut self, index: i32, budget: &mut Budget) -> Result<Vec<u64>, OtlpError> {
+    pub(crate) fn stack(&mut self, index: i32, budget: &mut Budget) -> Result<Vec<u64>, OtlpError> {
         let stack = self.dictionary.stack(index)?;
         budget.spend(size_of_val(stack))?;
         budget.spend(size_of_val(stack))?;

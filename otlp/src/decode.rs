@@ -11,12 +11,10 @@ use opentelemetry_proto::tonic::{
     collector::profiles::v1development::ExportProfilesServiceRequest, common::v1::InstrumentationScope,
     profiles::v1development as otlp, resource::v1::Resource,
 };
-use prost::Message as _;
-use sha2::{Digest as _, Sha256};
 use ulid::Ulid;
 
 use super::{
-    OtlpError, SCOPE, attributes,
+    OtlpError, SCOPE, attributes, content_id,
     dictionary::{Dictionary, Scalar},
     tables::{Budget, Tables},
 };
@@ -27,25 +25,26 @@ const UNKNOWN_SERVICE: &str = "unknown_service";
 const OF_SAMPLES: [&str; 5] = ["container_id", "pid", "pod_uid", "thread", "tid"];
 
 /// A profile of a request.
-pub(crate) struct Incoming {
+pub struct Incoming {
     /// The same for a request that is sent again.
-    pub(crate) id: Ulid,
+    pub id: Ulid,
     /// Labels of the series.
-    pub(crate) labels: Labels,
+    pub labels: Labels,
     /// The profile; not checked yet.
-    pub(crate) profile: Profile,
+    pub profile: Profile,
     /// Number of OTLP profiles that it was made from.
-    pub(crate) parts: u64,
+    pub parts: u64,
 }
 
 /// The profiles of a request.
 #[derive(Default)]
-pub(crate) struct Decoded {
-    pub(crate) profiles: Vec<Incoming>,
+pub struct Decoded {
+    /// Those that can be read.
+    pub profiles: Vec<Incoming>,
     /// Number of OTLP profiles that cannot be read.
-    pub(crate) rejected: u64,
+    pub rejected: u64,
     /// The fault of the first of them.
-    pub(crate) error: Option<OtlpError>,
+    pub error: Option<OtlpError>,
 }
 
 impl Decoded {
@@ -56,7 +55,7 @@ impl Decoded {
 }
 
 /// Reads a request. A profile that cannot be read leaves the others as they are.
-pub(crate) fn decode(request: ExportProfilesServiceRequest) -> Result<Decoded, OtlpError> {
+pub fn decode(request: ExportProfilesServiceRequest) -> Result<Decoded, OtlpError> {
     let ExportProfilesServiceRequest { resource_profiles, dictionary } = request;
     let dictionary = Dictionary::new(dictionary.unwrap_or_default())?;
     let (mut decoded, mut budget, mut foreign) = (Decoded::default(), Budget::new(), Series::default());
@@ -142,17 +141,6 @@ fn merged(mut profiles: Vec<Profile>) -> Result<Profile, gannet_proto::pprof::Pp
 fn own_id(group: &[otlp::Profile]) -> Option<Ulid> {
     let bytes: [u8; 16] = group.first()?.profile_id.as_slice().try_into().ok()?;
     (bytes != [0; 16]).then(|| Ulid::from_bytes(bytes))
-}
-
-/// An id made from the content: its time, and a hash.
-fn content_id(labels: &Labels, profile: &Profile) -> Ulid {
-    let mut hash = Sha256::new();
-    for (name, value) in labels {
-        hash.update(format!("{}:{name}{}:{value}", name.len(), value.len()));
-    }
-    hash.update(profile.encode_to_vec());
-    let random = hash.finalize()[..16].iter().fold(0_u128, |sum, byte| sum << 8 | u128::from(*byte));
-    Ulid::from_parts(u64::try_from(profile.time_nanos).unwrap_or(0) / 1_000_000, random)
 }
 
 fn text_attribute(

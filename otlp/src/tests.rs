@@ -15,7 +15,7 @@ use prost::Message as _;
 use rstest::rstest;
 use ulid::Ulid;
 
-use super::{Encoder, Incoming, OtlpError, Outgoing, decode, from_json, from_protobuf};
+use super::{Encoder, Incoming, OtlpError, Outgoing, decode, from_json, from_protobuf, to_json};
 
 /// Texts of the profiles: names, files, build ids, labels of Gannet, of OpenTelemetry and of neither.
 const TEXTS: [&str; 16] = [
@@ -123,8 +123,10 @@ proptest! {
         let of = labels(&[
             ("service_name", "shop"), ("node", "n1"), ("workload", "shop"), ("workload_kind", "deployment"), ("team", "a"),
         ]);
-        let bytes = request(&id.to_string(), &of, &profile).encode_to_vec();
-        let back = only(from_protobuf(&bytes).unwrap());
+        let sent = request(&id.to_string(), &of, &profile);
+        let received = from_protobuf(&sent.encode_to_vec()).unwrap();
+        prop_assert_eq!(&from_json(&to_json(sent).unwrap()).unwrap(), &received);
+        let back = only(received);
         pprof::check(&back.profile).unwrap();
         prop_assert_eq!(back.id, id);
         prop_assert_eq!(back.labels, of);
@@ -398,6 +400,49 @@ fn layout_1_9_is_refused_by_name() {
     let error = from_protobuf(&nested).unwrap_err();
     assert!(matches!(error, OtlpError::OldLayout { .. }), "{error}");
     assert!(error.to_string().contains("1.9"));
+}
+
+/// Checks the forms that OTLP demands of JSON: ids in hex, other bytes in base64, integers of 64 bits as texts, names in lowerCamelCase.
+#[test]
+fn json_has_the_forms_of_otlp() {
+    let mut request = foreign();
+    let profile = &mut request.resource_profiles[1].scope_profiles[0].profiles[0];
+    profile.profile_id = (0xf0..=0xff).collect();
+    let bytes = Value::BytesValue(vec![0xab; 3]);
+    request.dictionary.as_mut().unwrap().attribute_table[4].value = Some(AnyValue { value: Some(bytes) });
+    let text = to_json(request).unwrap();
+    assert!(!text.contains(&b'\n'), "a line for each request");
+    let json: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let profile = &json["resourceProfiles"][1]["scopeProfiles"][0]["profiles"][0];
+    assert_eq!(profile["profileId"], "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff");
+    assert_eq!(profile["timeUnixNano"], "1700000000000000000");
+    assert_eq!(profile["period"], "50");
+    assert_eq!(
+        profile["samples"][0],
+        serde_json::json!({
+            "stackIndex": 1, "linkIndex": 1, "attributeIndices": [4],
+            "timestampsUnixNano": ["1700000000000000001", "1700000000000000002"],
+        })
+    );
+    let dictionary = &json["dictionary"];
+    assert_eq!(dictionary["attributeTable"][4]["value"]["bytesValue"], "q6ur");
+    assert_eq!(
+        dictionary["linkTable"],
+        serde_json::json!([{}, { "traceId": "ab".repeat(16), "spanId": "cd".repeat(8) }])
+    );
+}
+
+/// Checks that a profile without the id of a batch has one by its content: the same for the same profile.
+#[test]
+fn a_profile_without_an_id_gets_one_from_its_content() {
+    let profile = &only(foreign()).profile;
+    let id = |labels: &BTreeMap<String, String>, profile: &Profile| only(request("", labels, profile)).id;
+    let none = labels(&[]);
+    let first = id(&none, profile);
+    assert_eq!(first, id(&none, profile));
+    assert_eq!(first.timestamp_ms(), 1_700_000_000_000);
+    assert_ne!(first, id(&labels(&[("node", "n1")]), profile));
+    assert_ne!(first, id(&none, &Profile { period: 7, ..profile.clone() }));
 }
 
 #[test]

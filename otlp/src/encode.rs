@@ -17,36 +17,41 @@ use opentelemetry_proto::tonic::{
 use sha2::{Digest as _, Sha256};
 use ulid::Ulid;
 
-use super::{SCOPE, attributes};
+use super::{SCOPE, attributes, content_id};
 
 /// Version of the semantic conventions whose names the attributes have.
 const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.37.0";
 
 /// A profile to send. It must have passed [`gannet_proto::pprof::check`].
-pub(crate) struct Outgoing<'a> {
-    /// Id of the batch, and of the part if the batch has several: `ULID`, `ULID-1`.
-    pub(crate) id: &'a str,
+pub struct Outgoing<'a> {
+    /// Id of the batch, and of the part if the batch has several: `ULID`, `ULID-1`. Without one (`""`) the profile gets an id made
+    /// from its content.
+    pub id: &'a str,
     /// Labels of the series.
-    pub(crate) labels: &'a BTreeMap<String, String>,
-    pub(crate) profile: &'a Profile,
+    pub labels: &'a BTreeMap<String, String>,
+    /// Samples with their tables.
+    pub profile: &'a Profile,
 }
 
 /// Builds one request. Its dictionary has each entry once, and none that nothing refers to.
-pub(crate) struct Encoder {
+#[derive(Default)]
+pub struct Encoder {
     dictionary: Dictionary,
     resources: Vec<otlp::ResourceProfiles>,
 }
 
 impl Encoder {
     /// Starts an empty request.
-    pub(crate) fn new() -> Self {
-        Self { dictionary: Dictionary::new(), resources: Vec::new() }
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
     }
 
     /// Adds a profile as a resource of its own.
-    pub(crate) fn add(&mut self, outgoing: &Outgoing<'_>) {
+    pub fn add(&mut self, outgoing: &Outgoing<'_>) {
         let Outgoing { id, labels, profile } = *outgoing;
-        let profiles = Conversion::new(&mut self.dictionary, profile).profiles(id);
+        let id = if id.is_empty() { content_id(labels, profile).to_string() } else { id.to_owned() };
+        let profiles = Conversion::new(&mut self.dictionary, profile).profiles(&id);
         let text = |index: i64| text_of(profile, index);
         let default_type = text(profile.default_sample_type);
         let scope = InstrumentationScope {
@@ -70,7 +75,7 @@ impl Encoder {
     }
 
     /// Returns the request.
-    pub(crate) fn finish(self) -> ExportProfilesServiceRequest {
+    pub fn finish(self) -> ExportProfilesServiceRequest {
         ExportProfilesServiceRequest {
             resource_profiles: self.resources,
             dictionary: Some(self.dictionary.finish()),
@@ -155,8 +160,8 @@ fn number<T: Hash + Eq>(table: &mut IndexSet<T>, entry: T) -> i32 {
     i32::try_from(table.insert_full(entry).0).unwrap_or(i32::MAX)
 }
 
-impl Dictionary {
-    fn new() -> Self {
+impl Default for Dictionary {
+    fn default() -> Self {
         Self {
             strings: IndexSet::from([String::new()]),
             attributes: IndexSet::from([Attribute {
@@ -176,7 +181,9 @@ impl Dictionary {
             links: IndexSet::from([otlp::Link::default()]),
         }
     }
+}
 
+impl Dictionary {
     fn string(&mut self, text: &str) -> i32 {
         if let Some(index) = self.strings.get_index_of(text) {
             return i32::try_from(index).unwrap_or(i32::MAX);

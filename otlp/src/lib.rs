@@ -4,6 +4,8 @@
 //! same order. All of them share the tables of one dictionary, which has everything once. What only pprof has travels as
 //! attributes, so that a profile that Gannet sent comes back equal.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
 mod attributes;
 mod decode;
 mod dictionary;
@@ -13,20 +15,37 @@ mod tables;
 mod tests;
 mod wire;
 
-use gannet_proto::pprof::PprofError;
+use gannet_proto::{
+    labels::Labels,
+    pprof::{PprofError, Profile},
+};
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
+use ulid::Ulid;
 
-pub(crate) use self::{
-    decode::{Incoming, decode},
+pub use self::{
+    decode::{Decoded, Incoming, decode},
     encode::{Encoder, Outgoing},
-    wire::{from_json, from_protobuf},
+    wire::{from_json, from_protobuf, to_json},
 };
 
 /// Name of Gannet's instrumentation scope.
 const SCOPE: &str = "gannet";
 
+/// An id made from the content: its time, and a hash.
+fn content_id(labels: &Labels, profile: &Profile) -> Ulid {
+    let mut hash = Sha256::new();
+    for (name, value) in labels {
+        hash.update(format!("{}:{name}{}:{value}", name.len(), value.len()));
+    }
+    hash.update(profile.encode_to_vec());
+    let random = hash.finalize()[..16].iter().fold(0_u128, |sum, byte| sum << 8 | u128::from(*byte));
+    Ulid::from_parts(u64::try_from(profile.time_nanos).unwrap_or(0) / 1_000_000, random)
+}
+
 /// Reasons why a request, or a profile of it, cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum OtlpError {
+pub enum OtlpError {
     /// The bytes are no request.
     #[error("not an ExportProfilesServiceRequest of opentelemetry-proto: {why}")]
     Protobuf {

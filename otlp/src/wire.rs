@@ -5,7 +5,9 @@ use std::sync::LazyLock;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfilesServiceRequest;
 use prost::Message as _;
-use prost_reflect::{DescriptorPool, DeserializeOptions, DynamicMessage, MessageDescriptor};
+use prost_reflect::{
+    DescriptorPool, DeserializeOptions, DynamicMessage, MessageDescriptor, SerializeOptions,
+};
 use serde_json::Value;
 
 use super::{OtlpError, attributes};
@@ -20,7 +22,7 @@ static DESCRIPTOR: LazyLock<Option<MessageDescriptor>> = LazyLock::new(|| {
 });
 
 /// Reads a request in protobuf.
-pub(crate) fn from_protobuf(bytes: &[u8]) -> Result<ExportProfilesServiceRequest, OtlpError> {
+pub fn from_protobuf(bytes: &[u8]) -> Result<ExportProfilesServiceRequest, OtlpError> {
     ExportProfilesServiceRequest::decode(bytes).map_err(|error| {
         let why = error.to_string();
         // The fields of a sample have other numbers in 1.9, and so other types.
@@ -29,16 +31,45 @@ pub(crate) fn from_protobuf(bytes: &[u8]) -> Result<ExportProfilesServiceRequest
 }
 
 /// Reads a request in JSON. Unknown fields are ignored, as in protobuf.
-pub(crate) fn from_json(bytes: &[u8]) -> Result<ExportProfilesServiceRequest, OtlpError> {
-    let invalid = |why: String| OtlpError::Json { why };
+pub fn from_json(bytes: &[u8]) -> Result<ExportProfilesServiceRequest, OtlpError> {
     let mut value: Value = serde_json::from_slice(bytes).map_err(|error| invalid(error.to_string()))?;
     ids_to_base64(&mut value).map_err(|name| invalid(format!("{name} is not in hex")))?;
-    let descriptor =
-        DESCRIPTOR.clone().ok_or_else(|| invalid("this program lacks the descriptors".into()))?;
     let options = DeserializeOptions::new().deny_unknown_fields(false);
-    let message = DynamicMessage::deserialize_with_options(descriptor, value, &options)
+    let message = DynamicMessage::deserialize_with_options(descriptor()?, value, &options)
         .map_err(|error| invalid(error.to_string()))?;
     message.transcode_to().map_err(|error| invalid(error.to_string()))
+}
+
+/// Returns a request in JSON, in one line without an end. An id has an even number of bytes.
+pub fn to_json(mut request: ExportProfilesServiceRequest) -> Result<Vec<u8>, OtlpError> {
+    // Protobuf's JSON has bytes in base64, whose digits include those of hex: it writes these bytes as the id in hex.
+    let as_hex = |id: &mut Vec<u8>| {
+        *id = STANDARD.decode(attributes::to_hex(id)).map_err(|error| invalid(error.to_string()))?;
+        Ok(())
+    };
+    for link in request.dictionary.iter_mut().flat_map(|dictionary| &mut dictionary.link_table) {
+        as_hex(&mut link.trace_id)?;
+        as_hex(&mut link.span_id)?;
+    }
+    let scopes = request.resource_profiles.iter_mut().flat_map(|resource| &mut resource.scope_profiles);
+    for profile in scopes.flat_map(|scope| &mut scope.profiles) {
+        as_hex(&mut profile.profile_id)?;
+    }
+    let mut message = DynamicMessage::new(descriptor()?);
+    message.transcode_from(&request).map_err(|error| invalid(error.to_string()))?;
+    let mut json = serde_json::Serializer::new(Vec::new());
+    message
+        .serialize_with_options(&mut json, &SerializeOptions::new())
+        .map_err(|error| invalid(error.to_string()))?;
+    Ok(json.into_inner())
+}
+
+fn invalid(why: String) -> OtlpError {
+    OtlpError::Json { why }
+}
+
+fn descriptor() -> Result<MessageDescriptor, OtlpError> {
+    DESCRIPTOR.clone().ok_or_else(|| invalid("this program lacks the descriptors".into()))
 }
 
 /// Writes ids as protobuf's JSON has them. The error is the name of an id that is not in hex.
