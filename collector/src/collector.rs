@@ -25,6 +25,7 @@ use crate::{
         http,
         listener::{BindError, BoundSocket, Listener, ServerOptions},
     },
+    sql::Sql,
     store::{Bucket, Store, StoreError, StoreWriter},
     table::{self, TableHandle},
     tls::{ListenProtocol, Tls, TlsError},
@@ -142,6 +143,7 @@ impl Collector {
             Listener::start(socket, tls.cloned(), protocol, metrics.clone(), stop.clone())
         };
         let table = open_table(&config, &store, &metrics)?;
+        let sql = open_sql(&config, &store, &metrics)?;
         let state = HttpState {
             query: Arc::clone(&query),
             ingest: Some(ingest.clone()),
@@ -155,6 +157,7 @@ impl Collector {
         let services = GrpcServices {
             ingest,
             query,
+            sql,
             fleet: Arc::clone(&fleet),
             triggers,
             auth,
@@ -271,6 +274,11 @@ fn open_table(
         );
     }
     Ok(None)
+}
+
+fn open_sql(config: &Config, store: &Store, metrics: &Metrics) -> Result<Arc<Sql>, StoreError> {
+    let tables = if config.table.table { Some(store.table_objects()?) } else { None };
+    Ok(Sql::new(tables, &config.sql, metrics.clone()))
 }
 
 /// Opens the rules. Also returns client and namespace of the custom resources, if the rules have some.

@@ -16,6 +16,7 @@ use crate::{
     recording::RecordingOptions,
     rules::RulesLocation,
     server::listener::ServerOptions,
+    sql::SqlOptions,
     store::{Bucket, StoreOptions},
     table::TableOptions,
     tls::TlsOptions,
@@ -67,6 +68,10 @@ pub struct Config {
     #[command(flatten)]
     #[serde(flatten)]
     pub table: TableOptions,
+    /// Limits of SQL queries.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub sql: SqlOptions,
     /// Debug information of stripped programs.
     #[command(flatten)]
     #[serde(flatten)]
@@ -266,6 +271,17 @@ impl Config {
         if !(Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&self.table.table_interval.0) {
             return wrong("--table-interval must be between 100 ms and 1 h");
         }
+        let SqlOptions { sql_timeout, sql_memory_bytes, sql_max_rows, .. } = self.sql;
+        // Removed files of the table stay for 15 minutes.
+        if !(Duration::from_secs(1)..=Duration::from_secs(600)).contains(&sql_timeout.0) {
+            return wrong("--sql-timeout must be between 1 s and 10 min");
+        }
+        if sql_memory_bytes.0 < 32 << 20 {
+            return wrong("--sql-memory-bytes is below 32 MiB, which is too little for the rows of one file");
+        }
+        if sql_max_rows == 0 {
+            return wrong("--sql-max-rows must be at least 1");
+        }
         if !(1..=64 << 20).contains(&max_batch_bytes.0) {
             return wrong("--max-batch-bytes must be between 1 byte and 64 MiB");
         }
@@ -303,6 +319,9 @@ mod tests {
     #[case::target(|c: &mut Config| c.forward.forward_tenant = Some("x".into()), "--forward")]
     #[case::slow_flush(|c: &mut Config| c.store.flush_interval = TimeSpan::from_secs(11), "--flush-interval")]
     #[case::busy_table(|c: &mut Config| c.table.table_interval = TimeSpan::from_secs(0), "--table-interval")]
+    #[case::short_query(|c: &mut Config| c.sql.sql_timeout = TimeSpan::from_secs(0), "--sql-timeout")]
+    #[case::small_query(|c: &mut Config| c.sql.sql_memory_bytes = gannet_base::ByteSize(1), "--sql-memory-bytes")]
+    #[case::no_row(|c: &mut Config| c.sql.sql_max_rows = 0, "--sql-max-rows")]
     #[case::young(|c: &mut Config| c.store.retention_age = TimeSpan::from_secs(1), "--retention-age")]
     fn an_impossible_configuration_names_its_flag(#[case] change: fn(&mut Config), #[case] says: &str) {
         let mut config = Config::new("/data");

@@ -20,6 +20,7 @@
 //! | `forward` | profiles on their way to Pyroscope, Parca and receivers of OTLP | delay the push streams |
 //! | `query` | selections, merges, flame graphs, tables, timelines | change anything |
 //! | `debuginfo` | debug information by build id, and the names that it gives to profiles when a query reads them | change a stored profile |
+//! | `sql` | SQL queries of the table | change anything |
 //! | `table` | the same profiles as Delta tables; a thread of its own adds new segments | delay the writer |
 //! | `store` | objects, index, retention; one writer changes them | lose an acknowledged batch |
 //! | `auth` | the identity and the roles of each caller | let a call through unchecked |
@@ -70,6 +71,7 @@ mod recording;
 mod rules;
 mod selector;
 mod server;
+mod sql;
 mod store;
 mod table;
 mod time;

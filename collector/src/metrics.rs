@@ -178,6 +178,8 @@ collector_metrics! {
 
     query_seconds: Family<KindLabel, Histogram> = Family::new_with_constructor(seconds as fn() -> Histogram) => QUERY_SECONDS
         histogram("gannet_collector_query_duration_seconds", "Time to answer a query", ["kind"]);
+    sql_read_bytes: Counter => SQL_READ_BYTES
+        counter("gannet_collector_sql_read_bytes_total", "Bytes of the table that SQL queries read");
     merged_profiles: Counter => MERGED_PROFILES
         counter("gannet_collector_query_merged_profiles_total", "Profiles read and merged");
     objects_gone: Counter => OBJECTS_GONE

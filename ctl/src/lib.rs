@@ -17,6 +17,7 @@ mod profiles;
 mod render;
 mod rollout;
 mod rules;
+mod sql;
 
 pub use args::{Cli, command, parse};
 use args::{Command, Format, Output};
@@ -38,9 +39,19 @@ pub async fn run(cli: Cli, console: &mut Console<'_>) -> u8 {
 }
 
 async fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Error> {
-    let Cli { dial, output, command } = cli;
+    let Cli { dial, output, mut command } = cli;
     let (format, file) = match output {
         Output::Format(format) => (format, None),
+        Output::Csv => {
+            let Command::Profiles(args::Profiles::Query(args)) = &mut command else {
+                return Err(Error::Usage(
+                    "-o csv: only `profiles query` has rows for it; print this as table, json or yaml"
+                        .to_owned(),
+                ));
+            };
+            args.csv = true;
+            (Format::Table, None)
+        }
         Output::File(file) => (Format::Table, Some(file)),
     };
     let takes_file = matches!(

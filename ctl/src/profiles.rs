@@ -18,6 +18,7 @@ use crate::{
     error::Error,
     export::{self, FileFormat, Origin},
     render::{Console, amount, bytes, count, millis, percent, show_span, show_time, span_millis, table},
+    sql,
 };
 
 /// Profiles in one answer of the collector.
@@ -61,6 +62,7 @@ pub(crate) async fn run(
             let merged = collector.merge(selection.clone(), &sample_type, console).await?;
             save(&merged, &target.of(String::new(), selection, collector).await?, format, console)
         }
+        Profiles::Query(args) => sql::run(&args, collector, format, console).await,
         Profiles::Convert { file, out, sample_type, form } => {
             convert(&file, &output.unwrap_or(out), &sample_type, form, format, console)
         }

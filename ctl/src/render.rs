@@ -61,10 +61,15 @@ pub(crate) fn clean(text: &str) -> String {
 /// Formats a table with columns as wide as their longest cell. A heading that begins with `>` aligns its column to the
 /// right, for numbers.
 pub(crate) fn table<const N: usize>(headings: [&str; N], rows: &[[String; N]]) -> String {
-    let right = headings.map(|heading| heading.starts_with('>'));
-    let headings = headings.map(|heading| heading.trim_start_matches('>').to_owned());
-    let cleaned: Vec<[String; N]> = rows.iter().map(|row| std::array::from_fn(|i| clean(&row[i]))).collect();
-    let mut width = [0; N];
+    let columns = headings.map(|heading| (heading.trim_start_matches('>'), heading.starts_with('>')));
+    wide_table(&columns, rows.iter().map(<[String; N]>::as_slice))
+}
+
+/// Formats a table whose columns are known at run time: the heading of each, and whether it aligns to the right.
+pub(crate) fn wide_table<'r>(columns: &[(&str, bool)], rows: impl Iterator<Item = &'r [String]>) -> String {
+    let headings: Vec<String> = columns.iter().map(|(heading, _)| clean(heading)).collect();
+    let cleaned: Vec<Vec<String>> = rows.map(|row| row.iter().map(|cell| clean(cell)).collect()).collect();
+    let mut width = vec![0; columns.len()];
     for row in std::iter::once(&headings).chain(&cleaned) {
         for (width, cell) in width.iter_mut().zip(row) {
             *width = cell.chars().count().max(*width);
@@ -75,8 +80,11 @@ pub(crate) fn table<const N: usize>(headings: [&str; N], rows: &[[String; N]]) -
         let mut line = String::new();
         for (i, cell) in row.iter().enumerate() {
             let width = width[i];
-            let _ =
-                if right[i] { write!(line, "{cell:>width$}  ") } else { write!(line, "{cell:<width$}  ") };
+            let _ = if columns[i].1 {
+                write!(line, "{cell:>width$}  ")
+            } else {
+                write!(line, "{cell:<width$}  ")
+            };
         }
         text.push_str(line.trim_end());
         text.push('\n');

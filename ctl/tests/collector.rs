@@ -37,8 +37,14 @@ struct Outcome {
 
 impl Setup {
     async fn new() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    async fn with(change: impl FnOnce(&mut Config)) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let collector = Collector::start(Config::new(dir.path().join("data"))).await.unwrap();
+        let mut config = Config::new(dir.path().join("data"));
+        change(&mut config);
+        let collector = Collector::start(config).await.unwrap();
         let url = format!("http://{}", collector.grpc_addr);
         Self { collector: Some(collector), url, dir }
     }
@@ -49,7 +55,11 @@ impl Setup {
 
     /// Runs gannetctl with arguments that are separated by spaces.
     async fn ctl(&self, words: &str) -> Outcome {
-        let args = ["gannetctl", "--endpoint", &self.url].into_iter().chain(words.split(' '));
+        self.run(&words.split(' ').collect::<Vec<_>>()).await
+    }
+
+    async fn run(&self, args: &[&str]) -> Outcome {
+        let args = ["gannetctl", "--endpoint", &self.url].into_iter().chain(args.iter().copied());
         let cli = parse(args.map(Into::into)).unwrap_or_else(|error| panic!("{error}"));
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let mut console = Console { out: &mut out, err: &mut err, terminal: false };
@@ -502,6 +512,42 @@ fn authority(dir: &std::path::Path) {
     {
         std::fs::write(dir.join(name), text).unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_query_prints_its_rows_as_table_json_or_csv() {
+    let setup = Setup::new().await;
+    let refused = setup.ctl("profiles query --sql VALUES(1)").await;
+    assert!(refused.code == 1 && refused.err.contains("start it with --table"), "{}", refused.err);
+    setup.end().await;
+
+    let setup = Setup::with(|config| {
+        config.table.table = true;
+        config.table.table_interval = gannet_base::TimeSpan(Duration::from_millis(100));
+    })
+    .await;
+    setup.push("app", 30, 60).await;
+    setup.push("shop, web", 10, 60).await;
+    let sql = "SELECT service_name, sum(count) AS n, sum(value) / 1e9 AS seconds FROM samples GROUP BY 1 ORDER BY 1";
+    let csv = async || setup.run(&["profiles", "query", "--sql", sql, "-o", "csv"]).await;
+    let began = std::time::Instant::now();
+    while csv().await.out.lines().count() < 3 && began.elapsed() < Duration::from_secs(30) {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let out = csv().await.out;
+    let wanted = "service_name,n,seconds\r\napp,40,0.4\r\n\"shop, web\",20,0.2\r\n";
+    assert_eq!(out, wanted);
+    let json = setup.run(&["profiles", "query", "--sql", sql, "--limit", "1", "-o", "json"]).await;
+    let value: Value = serde_json::from_str(&json.out).unwrap();
+    assert_eq!(value["rows"], json!([{ "service_name": "app", "n": 40, "seconds": 0.4 }]));
+    assert_eq!(value["more"], json!(true));
+    let table = setup.run(&["profiles", "query", "--sql", sql, "--timeout", "10s"]).await.out;
+    assert!(table.starts_with("service_name   n  seconds\napp           40      0.4\n"), "{table}");
+    let wrong = setup.ctl("profiles query --sql DELETE").await;
+    assert!(wrong.code == 1 && wrong.err.contains("sql: "), "{}", wrong.err);
+    let wrong = setup.ctl("nodes -o csv").await;
+    assert!(wrong.code == 2 && wrong.err.contains("only `profiles query`"), "{}", wrong.err);
+    setup.end().await;
 }
 
 #[tokio::test]

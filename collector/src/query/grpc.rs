@@ -13,7 +13,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{MergeProgress, Query, QueryError, Selection, Shape, parse_profile_id};
-use crate::{store::StoreError, time};
+use crate::{
+    auth::Caller,
+    sql::{Sql, SqlError},
+    store::StoreError,
+    table::TableError,
+    time,
+};
 
 /// Size of the chunks of a profile.
 const CHUNK_BYTES: usize = 512 << 10;
@@ -21,7 +27,22 @@ const CHUNK_BYTES: usize = 512 << 10;
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The query service.
-pub(crate) struct QueryGrpc(pub(crate) Arc<Query>);
+pub(crate) struct QueryGrpc(pub(crate) Arc<Query>, pub(crate) Arc<Sql>);
+
+impl From<SqlError> for Status {
+    fn from(error: SqlError) -> Self {
+        let text = error.to_string();
+        match error {
+            SqlError::NoTable => Status::failed_precondition(text),
+            SqlError::Invalid(_) => Status::invalid_argument(text),
+            SqlError::Limit(_) => Status::resource_exhausted(text),
+            SqlError::Table(TableError::Damaged { .. } | TableError::File { .. }) => Status::data_loss(text),
+            SqlError::Busy | SqlError::Table(_) => Status::unavailable(text),
+            SqlError::Left => Status::cancelled(text),
+            SqlError::Failed => Status::internal(text),
+        }
+    }
+}
 
 impl From<QueryError> for Status {
     fn from(error: QueryError) -> Self {
@@ -203,5 +224,16 @@ impl QueryService for QueryGrpc {
             ),
         };
         Ok(Response::new(self.0.timeline(selection(of)?, sample_type, step).await?))
+    }
+
+    type SqlStream = BoxStream<api::SqlResponse>;
+
+    async fn sql(&self, request: Request<api::SqlRequest>) -> Result<Response<Self::SqlStream>, Status> {
+        let who = request.extensions().get::<Caller>().map(|caller| caller.display_name.clone());
+        let (answer, receiver) = tokio::sync::mpsc::channel(4);
+        tokio::spawn(Arc::clone(&self.1).run(request.into_inner(), who.unwrap_or_default(), answer));
+        Ok(Response::new(Box::pin(
+            ReceiverStream::new(receiver).map(|message| message.map_err(Status::from)),
+        )))
     }
 }

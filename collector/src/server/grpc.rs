@@ -26,6 +26,7 @@ use crate::{
     ingest::Ingest,
     otlp_service::{OtlpGrpc, OtlpReceiver},
     query::{Query, QueryGrpc},
+    sql::Sql,
     triggers::Triggers,
 };
 
@@ -39,6 +40,7 @@ const MAX_AGENT_MESSAGE: usize = 1 << 20;
 pub(crate) struct GrpcServices {
     pub(crate) ingest: Ingest,
     pub(crate) query: Arc<Query>,
+    pub(crate) sql: Arc<Sql>,
     pub(crate) fleet: Arc<Fleet>,
     pub(crate) triggers: Triggers,
     pub(crate) auth: Arc<Auth>,
@@ -59,14 +61,15 @@ pub(crate) async fn start(
     services: GrpcServices,
     stop: CancellationToken,
 ) -> Result<JoinHandle<()>, GrpcError> {
-    let GrpcServices { ingest, query, fleet, triggers, auth, otlp, debug_info, max_batch_bytes } = services;
+    let GrpcServices { ingest, query, sql, fleet, triggers, auth, otlp, debug_info, max_batch_bytes } =
+        services;
     // The server must read a batch above the limit too, or it could not refuse the batch by its id.
     let max_push_message = max_batch_bytes as usize * 2 + (1 << 20);
     let ingest = IngestServiceServer::new(ingest)
         .max_decoding_message_size(max_push_message)
         .accept_compressed(CompressionEncoding::Zstd)
         .accept_compressed(CompressionEncoding::Gzip);
-    let query = QueryServiceServer::new(QueryGrpc(query)).send_compressed(CompressionEncoding::Gzip);
+    let query = QueryServiceServer::new(QueryGrpc(query, sql)).send_compressed(CompressionEncoding::Gzip);
     let agents =
         AgentServiceServer::new(FleetGrpc(Arc::clone(&fleet))).max_decoding_message_size(MAX_AGENT_MESSAGE);
     let nodes = FleetServiceServer::new(FleetGrpc(fleet));

@@ -1,8 +1,8 @@
 //! The table: the stored profiles in an open format, for engines that read tables.
 //!
 //! With `--table` a thread reads the segments of the store and adds their content to five Delta tables: Parquet files and a log
-//! each, in the directory or bucket of `--data`. Other programs read them, and Gannet answers no query from them. Without
-//! `--table` the collector runs nothing of this module.
+//! each, in the directory or bucket of `--data`. Other programs read them, and so do the SQL queries of this one. Without `--table`
+//! the collector runs nothing of this module.
 //!
 //! | module | owns |
 //! |---|---|
@@ -13,6 +13,7 @@
 //! | `retention` | removed partitions, files without a reader, the space of the table |
 //! | `verify` | nothing: it checks all files, and sets damaged tables aside |
 //! | `tables`, `log`, `checkpoint`, `action` | the logs of the tables |
+//! | `reader` | nothing: the present version of all tables, for queries |
 //! | `file`, `schema`, `partition` | Parquet files, columns, partitions |
 
 mod action;
@@ -24,6 +25,7 @@ mod ids;
 mod log;
 mod merge;
 mod partition;
+mod reader;
 mod retention;
 mod rows;
 mod schema;
@@ -38,7 +40,9 @@ use gannet_base::TimeSpan;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::{
+    reader::{Bounds, ColumnValues, Datum, Footer, TableSnapshot, snapshot},
     retention::count_unused,
+    schema::{Column, Kind},
     verify::{set_aside, verify},
     worker::{TableHandle, start},
 };
@@ -118,6 +122,13 @@ pub(crate) enum TableError {
         "the collector was suspended for so long that the log of the table may lack commits; reading it again"
     )]
     Stale,
+    #[error("{0} was removed while the query ran; run the query again")]
+    Gone(String),
+    #[error(
+        "{file} is damaged: {reason}; stop the collector and run `gannet-collector repair`, then the collector writes the table \
+         again from the stored profiles"
+    )]
+    File { file: String, reason: String },
     #[error("other collectors change the table all the time; trying again later")]
     Contended,
     #[error(

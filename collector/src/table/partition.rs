@@ -25,7 +25,7 @@ impl Partition {
         u64::try_from(at.as_second() / 3600).ok().map(Self)
     }
 
-    fn date_and_hour(self) -> (String, u64) {
+    pub(super) fn date_and_hour(self) -> (String, u64) {
         let at = jiff::Timestamp::from_second((self.0 * 3600) as i64).unwrap_or_default();
         (at.strftime("%Y-%m-%d").to_string(), self.0 % 24)
     }

@@ -1,6 +1,6 @@
 //! Rows of written files: read from several files, sorted, and written as one.
 
-use std::{cmp::Ordering, sync::Arc};
+use std::{cmp::Ordering, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use indexmap::IndexSet;
@@ -9,7 +9,7 @@ use parquet::{
     data_type::{ByteArray, DataType},
     errors::ParquetError,
     file::{
-        metadata::{ParquetMetaData, RowGroupMetaData},
+        metadata::{ColumnChunkMetaData, ParquetMetaData, RowGroupMetaData},
         reader::FileReader as _,
         serialized_reader::SerializedFileReader,
     },
@@ -26,10 +26,10 @@ use super::{
 const BATCH_ROWS: usize = 8192;
 
 /// Texts of a column, each once.
-type Texts = IndexSet<Vec<u8>, foldhash::fast::RandomState>;
+pub(super) type Texts = IndexSet<Vec<u8>, foldhash::fast::RandomState>;
 
 /// The values of one leaf.
-enum Packed {
+pub(super) enum Packed {
     /// Indexes into the texts.
     Texts(Texts, Vec<u32>),
     Longs(Vec<i64>),
@@ -37,8 +37,8 @@ enum Packed {
 }
 
 /// One leaf of all rows.
-struct PackedLeaf {
-    values: Packed,
+pub(super) struct PackedLeaf {
+    pub(super) values: Packed,
     /// Index of the first value of each row, and behind the last one. `None`: each row has one value.
     starts: Option<Vec<u32>>,
     is_list: bool,
@@ -63,49 +63,47 @@ impl DataReader {
     /// Opens a file of a table. Reads only its metadata.
     pub(super) fn open(schema: &Schema, bytes: Bytes) -> Result<Self, ParquetError> {
         let reader = SerializedFileReader::new(bytes)?;
-        let wanted = SchemaDescriptor::new(Arc::new(parse_message_type(&schema.parquet())?));
-        let found = reader.metadata().file_metadata().schema_descr();
-        let is_same = found.num_columns() == wanted.num_columns()
-            && found.columns().iter().zip(wanted.columns()).all(|(a, b)| {
-                a.path() == b.path()
-                    && a.physical_type() == b.physical_type()
-                    && (a.max_def_level(), a.max_rep_level()) == (b.max_def_level(), b.max_rep_level())
-            });
-        if is_same { Ok(Self { reader }) } else { Err(damaged("it has other columns")) }
+        check_columns(schema, reader.metadata())?;
+        Ok(Self { reader })
     }
 
     /// Returns the memory that the rows take at most, in bytes.
     pub(super) fn memory(&self) -> u64 {
         let metadata: &ParquetMetaData = self.reader.metadata();
         let columns = metadata.row_groups().iter().flat_map(RowGroupMetaData::columns);
-        // A value is at most 8 bytes here, and its row has 4 more in a column with gaps.
-        columns.map(|column| 12 * column.num_values() as u64 + column.uncompressed_size() as u64).sum()
+        columns.map(leaf_memory).sum()
     }
 }
 
-fn damaged(reason: &str) -> ParquetError {
+/// Returns the memory that the values of a leaf take at most, in bytes.
+pub(super) fn leaf_memory(column: &ColumnChunkMetaData) -> u64 {
+    // A value is at most 8 bytes here, and its row has 4 more in a column with gaps.
+    12 * column.num_values() as u64 + column.uncompressed_size() as u64
+}
+
+/// Checks that a file has the columns of its table.
+pub(super) fn check_columns(schema: &Schema, metadata: &ParquetMetaData) -> Result<(), ParquetError> {
+    let wanted = SchemaDescriptor::new(Arc::new(parse_message_type(&schema.parquet())?));
+    let found = metadata.file_metadata().schema_descr();
+    let is_same = found.num_columns() == wanted.num_columns()
+        && found.columns().iter().zip(wanted.columns()).all(|(a, b)| {
+            a.path() == b.path()
+                && a.physical_type() == b.physical_type()
+                && (a.max_def_level(), a.max_rep_level()) == (b.max_def_level(), b.max_rep_level())
+        });
+    if is_same { Ok(()) } else { Err(damaged("it has other columns")) }
+}
+
+pub(super) fn damaged(reason: &str) -> ParquetError {
     ParquetError::General(reason.to_owned())
 }
 
 impl LoadedRows {
     pub(super) fn new(schema: &'static Schema) -> Self {
         let (mut leaves, mut firsts) = (Vec::new(), Vec::new());
-        for Column { kind, is_optional, .. } in schema.columns {
+        for column in schema.columns {
             firsts.push(leaves.len());
-            let texts = || Packed::Texts(Texts::default(), Vec::new());
-            let is_list = matches!(kind, Kind::Longs | Kind::Texts | Kind::TextMap | Kind::LongMap);
-            let starts = || (is_list || *is_optional).then(|| vec![0]);
-            let mut push = |values| leaves.push(PackedLeaf { values, starts: starts(), is_list, rows: 0 });
-            push(match kind {
-                Kind::Text | Kind::Hash | Kind::Texts | Kind::TextMap | Kind::LongMap => texts(),
-                Kind::Long | Kind::Time | Kind::Longs => Packed::Longs(Vec::new()),
-                Kind::Bool => Packed::Bools(Vec::new()),
-            });
-            match kind {
-                Kind::TextMap => push(texts()),
-                Kind::LongMap => push(Packed::Longs(Vec::new())),
-                _ => {}
-            }
+            leaves.extend(PackedLeaf::of(column));
         }
         Self { schema, leaves, firsts, rows: 0 }
     }
@@ -186,8 +184,33 @@ fn ranks(texts: &Texts) -> Vec<u32> {
 }
 
 impl PackedLeaf {
+    /// Returns the empty leaves of a column: two of a map, else one.
+    pub(super) fn of(column: &Column) -> Vec<Self> {
+        let Column { kind, is_optional, .. } = column;
+        let texts = || Packed::Texts(Texts::default(), Vec::new());
+        let is_list = matches!(kind, Kind::Longs | Kind::Texts | Kind::TextMap | Kind::LongMap);
+        let starts = || (is_list || *is_optional).then(|| vec![0]);
+        let first = match kind {
+            Kind::Text | Kind::Hash | Kind::Texts | Kind::TextMap | Kind::LongMap => texts(),
+            Kind::Long | Kind::Time | Kind::Longs => Packed::Longs(Vec::new()),
+            Kind::Bool => Packed::Bools(Vec::new()),
+        };
+        let second = match kind {
+            Kind::TextMap => Some(texts()),
+            Kind::LongMap => Some(Packed::Longs(Vec::new())),
+            _ => None,
+        };
+        let leaf = |values| Self { values, starts: starts(), is_list, rows: 0 };
+        std::iter::once(first).chain(second).map(leaf).collect()
+    }
+
+    /// Returns the indexes of the values of a row: one, or none for a gap, or those of a list.
+    pub(super) fn span(&self, row: usize) -> Range<usize> {
+        self.starts.as_ref().map_or(row..row + 1, |starts| starts[row] as usize..starts[row + 1] as usize)
+    }
+
     /// Reports whether it has the values of this number of rows.
-    fn is_complete(&self, rows: usize) -> bool {
+    pub(super) fn is_complete(&self, rows: usize) -> bool {
         let values = match &self.values {
             Packed::Texts(_, values) => values.len(),
             Packed::Longs(values) => values.len(),
@@ -201,7 +224,7 @@ impl PackedLeaf {
     }
 
     /// Adds the values of a row group.
-    fn read(&mut self, column: ColumnReader) -> Result<(), ParquetError> {
+    pub(super) fn read(&mut self, column: ColumnReader) -> Result<(), ParquetError> {
         let Self { values, starts, is_list, rows } = self;
         let shape = Shape { starts, is_list: *is_list, rows };
         match (values, column) {

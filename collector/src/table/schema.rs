@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 /// The content of a column, without the partition columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Text,
     Long,
     /// Microseconds since 1970, UTC.
@@ -65,9 +65,9 @@ impl Kind {
 
 /// A column of a table.
 #[derive(Debug)]
-pub(super) struct Column {
-    pub(super) name: &'static str,
-    pub(super) kind: Kind,
+pub(crate) struct Column {
+    pub(crate) name: &'static str,
+    pub(crate) kind: Kind,
     /// Rows may lack a value. Lists and maps are empty instead.
     pub(super) is_optional: bool,
     /// The log has the smallest and the largest value of each file, so that readers skip files.

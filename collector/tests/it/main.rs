@@ -27,6 +27,7 @@ mod query;
 mod recording;
 mod requests;
 mod segment;
+mod sql;
 mod staging;
 mod store;
 mod support;

@@ -149,7 +149,7 @@ pub fn sent_sums<'b>(batches: impl IntoIterator<Item = &'b Batch>) -> Sums {
     sums
 }
 
-fn with_table(config: &mut Config) {
+pub fn with_table(config: &mut Config) {
     config.table.table = true;
     config.table.table_interval = TimeSpan(Duration::from_millis(100));
 }
@@ -188,7 +188,7 @@ pub async fn up_to_date(http: SocketAddr) {
 }
 
 /// Returns batches of several services and hours, whose stacks repeat.
-fn batches(round: u64, n: u64) -> Vec<Batch> {
+pub fn batches(round: u64, n: u64) -> Vec<Batch> {
     let make = |i: u64| {
         let stacks = [format!("main;work;f{}", (round + i) % 7), format!("main;idle;g{}", i % 3)];
         let values = [1 + (i % 5) as i64, 2];

@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, V
 pub(crate) use debuginfo::DebugInfo;
 use gannet_base::{CompletionArgs, ManArgs, Renamed};
 use gannet_proto::connect::Dial;
-pub(crate) use profiles::{Base, Flame, Form, Manual, Profiles, Select, TopArgs, moment};
+pub(crate) use profiles::{Base, Flame, Form, Manual, Profiles, Select, SqlArgs, TopArgs, moment};
 pub(crate) use rules::{Rollout, RuleFiles, Rules, ScopeArg};
 
 /// Control Gannet: set profiling rules, follow them to the nodes, read profiles
@@ -23,7 +23,8 @@ pub(crate) use rules::{Rollout, RuleFiles, Rules, ScopeArg};
                   To use it as `kubectl gannet`, link it as `kubectl-gannet` in a directory of your PATH."
 )]
 pub struct Cli {
-    /// Print results as table, json or yaml; a command whose result is a profile also takes a file name
+    /// Print results as table, json or yaml; `profiles query` also prints csv, and a command whose result is a profile takes
+    /// a file name
     #[arg(short = 'o', long = "output", value_name = "FORMAT", global = true, default_value = "table", value_parser = output)]
     pub(crate) output: Output,
     #[command(flatten)]
@@ -36,6 +37,8 @@ pub struct Cli {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Output {
     Format(Format),
+    /// Rows of a query, separated by commas.
+    Csv,
     File(PathBuf),
 }
 
@@ -43,6 +46,7 @@ pub(crate) enum Output {
 fn output(text: &str) -> Result<Output, String> {
     match Format::from_str(text, false) {
         Ok(format) => Ok(Output::Format(format)),
+        Err(_) if text.eq_ignore_ascii_case("csv") => Ok(Output::Csv),
         Err(_) if text == "-" || text.contains(['.', '/']) => Ok(Output::File(text.into())),
         Err(_) => Err("give table, json, yaml, or for a profile the name of a file".to_owned()),
     }
@@ -249,6 +253,7 @@ mod tests {
     #[case(
         "gannetctl --endpoint https://c:4100 --tls-ca ca.pem flame --from 2026-01-31T12:00:00Z --min-percent 2"
     )]
+    #[case("gannetctl profiles query --sql x --limit 5 --timeout 10s -o csv")]
     #[case("gannetctl debuginfo upload app.debug libapp.so.debug")]
     #[case("gannetctl debuginfo delete 0f2b1c3d")]
     #[case("gannetctl top --type cpu/nanoseconds --endpoint http://127.0.0.1:1")]
@@ -263,6 +268,8 @@ mod tests {
     #[case("gannetctl top --since soon", "write it like 30s, 2m or 1h30m")]
     #[case("gannetctl top --from yesterday", "write a time as RFC 3339")]
     #[case("gannetctl top --since 1h --from now-2h", "cannot be used with")]
+    #[case("gannetctl profiles query", "--sql <QUERY>")]
+    #[case("gannetctl profiles query --sql x --limit 0", "1..")]
     #[case("gannetctl nodes -o xml", "table, json, yaml")]
     #[case("gannetctl rules apply -f a --soak 1m", "--canary")]
     #[case("gannetctl rules apply -f a --canary 100", "1..=99")]

@@ -122,6 +122,15 @@ pub(crate) enum Profiles {
         #[command(flatten)]
         select: Select,
     },
+    /// Run a read-only SQL query over the tables that the collector writes with --table
+    #[command(
+        after_help = "The tables are samples, profiles, stacks, frames and labels; docs/storage.md describes their columns and \
+        has more queries. The dialect is that of SQLite, times are UTC.\n\nExamples:\n  \
+        gannetctl profiles query --sql \"SELECT service_name, sum(value) / 1e9 AS cpu_seconds FROM samples \
+        WHERE type = 'cpu/nanoseconds' AND date = date('now') GROUP BY 1 ORDER BY 2 DESC\"\n  \
+        gannetctl profiles query --sql - -o csv < hot.sql > hot.csv"
+    )]
+    Query(SqlArgs),
     /// Compare two selections and show which functions use more or less than before
     #[command(after_help = "Examples:\n  \
         gannetctl profiles diff --query '{service_name=\"checkout\"}' --since 15m --base-from now-75m --base-until now-60m\n  \
@@ -132,6 +141,23 @@ pub(crate) enum Profiles {
         #[command(flatten)]
         base: Base,
     },
+}
+
+/// Arguments of `profiles query`.
+#[derive(Debug, Args)]
+pub(crate) struct SqlArgs {
+    /// One SELECT; `-` reads it from standard input
+    #[arg(long, value_name = "QUERY")]
+    pub(crate) sql: String,
+    /// Show at most this many rows; the collector has a limit of its own
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) limit: u32,
+    /// End the query after this time; the collector has a limit of its own
+    #[arg(long, value_name = "DURATION")]
+    pub(crate) timeout: Option<TimeSpan>,
+    /// Print the rows as CSV, for `-o csv`.
+    #[arg(skip)]
+    pub(crate) csv: bool,
 }
 
 /// Arguments of `flame`.
