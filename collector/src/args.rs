@@ -46,6 +46,20 @@ enum Verb {
         #[arg(long, id = "repair_data", value_name = "DIR|URL")]
         data: Option<DataLocation>,
     },
+    /// Show one profile of a file on the page, for this machine alone
+    ///
+    /// It prints the link of the page and shows the profile until Ctrl-C. It reads pprof of any tool. Samples with a negative value
+    /// are left out.
+    Open {
+        /// The profile, or standard input for `-`
+        file: PathBuf,
+        /// The service of the profile on the page. By default the name of the file
+        #[arg(long)]
+        name: Option<String>,
+        /// Port on 127.0.0.1. By default a free one
+        #[arg(long, default_value_t = 0, hide_default_value = true)]
+        port: u16,
+    },
     /// Reads debug information in a confined child process.
     #[command(name = DEBUG_INFO_VERB, hide = true)]
     ReadDebugInfo {
@@ -117,6 +131,8 @@ pub enum Invocation {
     Repair(Box<Config>),
     /// Delete these profiles from the store of this configuration, or only count them: the last value is true.
     Delete(Box<Config>, Deletion, bool),
+    /// Show the profile of a file (`-`: standard input) under this name on this port, or a free one for 0.
+    Open(PathBuf, Option<String>, u16),
     /// Read debug information, as [`gannet_symbols::dwarf::read_debug_info`] does with these arguments.
     ReadDebugInfo(u64, String, Vec<PathBuf>),
 }
@@ -147,6 +163,9 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
     let Cli { command, config, print_config, options: _ } = Cli::from_arg_matches(&matches)?;
     if let Some(Verb::ReadDebugInfo { memory_bytes, addresses, directories }) = command {
         return Ok(Invocation::ReadDebugInfo(memory_bytes, addresses, directories));
+    }
+    if let Some(Verb::Open { file, name, port }) = command {
+        return Ok(Invocation::Open(file, name, port));
     }
     if let Some(Verb::Crd) = &command {
         return crate::custom_resource().map(Invocation::Print).ok_or(ArgsError::Crd);

@@ -238,7 +238,10 @@ async fn open_auth(config: &Config) -> Result<Arc<Auth>, KubernetesError> {
     Ok(Auth::new(&config.auth, config.has_client_ca(), is_local, reviewer))
 }
 
-async fn open_store(config: &Config, metrics: &Metrics) -> Result<(Arc<Store>, StoreWriter), StoreError> {
+pub(crate) async fn open_store(
+    config: &Config,
+    metrics: &Metrics,
+) -> Result<(Arc<Store>, StoreWriter), StoreError> {
     let (data, bucket) = (config.directory().clone(), config.bucket().cloned());
     let (options, metrics) = (config.store.clone(), metrics.clone());
     let opened =
@@ -246,7 +249,10 @@ async fn open_store(config: &Config, metrics: &Metrics) -> Result<(Arc<Store>, S
     opened.map_err(|_| StoreError::Ended)?
 }
 
-async fn open_debug_info(config: &Config, metrics: &Metrics) -> Result<Arc<DebugInfo>, StartError> {
+pub(crate) async fn open_debug_info(
+    config: &Config,
+    metrics: &Metrics,
+) -> Result<Arc<DebugInfo>, StartError> {
     let bucket = config.bucket().map(Bucket::connect).transpose().map_err(StoreError::Object)?;
     let (data, options) = (config.directory().clone(), config.debuginfo.clone());
     let (min_free_bytes, metrics) = (config.store.min_free_bytes.0, metrics.clone());
@@ -282,7 +288,7 @@ fn open_sql(config: &Config, store: &Store, metrics: &Metrics) -> Result<Arc<Sql
 }
 
 /// Opens the rules. Also returns client and namespace of the custom resources, if the rules have some.
-async fn open_rules(
+pub(crate) async fn open_rules(
     config: &Config,
     metrics: &Metrics,
 ) -> Result<(Arc<Rules>, Option<(Client, String)>), StartError> {

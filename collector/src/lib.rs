@@ -6,6 +6,7 @@
 //! | module | owns | never does |
 //! |---|---|---|
 //! | `args` | the command line | |
+//! | `open` | one profile of a file on the page | take another one |
 //! | `collector` | the wiring of all parts, their start and end | |
 //! | `config` | the options of all modules, and the checks across them | |
 //! | `server` | the sockets and the gRPC and HTTP servers | decide who may do what |
@@ -62,6 +63,7 @@ mod ingest;
 mod kubernetes;
 mod limits;
 mod metrics;
+mod open;
 mod otlp_service;
 mod peer;
 mod profile_type;
@@ -83,6 +85,7 @@ pub use auth::NodeIdentity;
 pub use collector::{Collector, Running, StartError};
 pub use config::{Config, ConfigError, DataLocation};
 pub use metrics::declared_metrics;
+pub use open::{OpenError, Opened, open};
 pub use rules::RulesLocation;
 pub use store::{Bucket, Deleted, ObjectFault, Repair, StoreError, Verified};
 pub use tls::TlsOptions;

@@ -1,12 +1,15 @@
 //! The program `gannet-collector`.
 
 use std::{
-    io::{self, Write as _},
+    ffi::OsStr,
+    fs::File,
+    io::{self, Read as _, Write as _},
+    path::Path,
     process::ExitCode,
 };
 
 use anyhow::Context as _;
-use gannet_base::logging;
+use gannet_base::logging::{self, LogFormat};
 use gannet_collector::{
     ArgsError, Collector, Config, ConfigError, Deleted, Deletion, Invocation, StartError, Verified, parse,
 };
@@ -17,6 +20,8 @@ use tokio::signal::unix::{SignalKind, signal};
 const USAGE: u8 = 2;
 /// Filter of the log without `GANNET_COLLECTOR_LOG`. The collector itself reports the failures that the kube crate logs.
 const LOG_FILTER: &str = "info,kube_client::client::builder=off";
+/// Bytes of a file that `open` reads. A larger profile cannot be complete.
+const MAX_FILE_BYTES: u64 = 1 << 30;
 /// Address space of a thread's stack. Graphs of the deepest stacks are encoded and dropped by recursion.
 const STACK_BYTES: usize = 16 << 20;
 
@@ -30,6 +35,7 @@ fn main() -> ExitCode {
         Ok(Invocation::Verify(config)) => return verify(&config),
         Ok(Invocation::Repair(config)) => return repair(&config),
         Ok(Invocation::Delete(config, deletion, is_dry)) => return delete(&config, &deletion, is_dry),
+        Ok(Invocation::Open(file, name, port)) => return open(&file, name, port),
         Ok(Invocation::ReadDebugInfo(memory_bytes, addresses, directories)) => {
             let read = read_debug_info(memory_bytes, &addresses, directories);
             return if read.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
@@ -54,6 +60,42 @@ fn main() -> ExitCode {
             );
             fail(&error, if is_usage { USAGE } else { 1 })
         }
+    }
+}
+
+/// Shows a profile until SIGINT or SIGTERM.
+fn open(file: &Path, name: Option<String>, port: u16) -> ExitCode {
+    logging::init(LogFormat::Text, "GANNET_COLLECTOR_LOG", "warn");
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(STACK_BYTES).build();
+    let name = name.unwrap_or_else(|| match file.file_name().map(OsStr::to_string_lossy) {
+        Some(name) if name != "-" => name.trim_end_matches(".gz").trim_end_matches(".pb").to_owned(),
+        _ => "profile".to_owned(),
+    });
+    let shown = runtime.context("cannot start threads").and_then(|runtime| {
+        runtime.block_on(async {
+            let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+            let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+            let mut bytes = Vec::new();
+            let read = match file.to_str() {
+                Some("-") => io::stdin().take(MAX_FILE_BYTES).read_to_end(&mut bytes),
+                _ => File::open(file).and_then(|file| file.take(MAX_FILE_BYTES).read_to_end(&mut bytes)),
+            };
+            read.with_context(|| file.display().to_string())?;
+            let opened = gannet_collector::open(bytes, name, port).await;
+            let opened = opened.with_context(|| file.display().to_string())?;
+            writeln!(io::stdout(), "{}", opened.link)?;
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            opened.close().await;
+            Ok(())
+        })
+    });
+    match shown {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error, 1),
     }
 }
 

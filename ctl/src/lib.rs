@@ -13,6 +13,7 @@ mod export;
 mod flame;
 mod mcp;
 mod nodes;
+mod open;
 mod profiles;
 mod render;
 mod rollout;
@@ -76,6 +77,9 @@ async fn dispatch(cli: Cli, console: &mut Console<'_>) -> Result<(), Error> {
         Command::Profiles(args::Profiles::Convert { file: from, out, sample_type, form }) => {
             let to = file.unwrap_or(out);
             profiles::convert(&from, &to, &sample_type, form, format, console)
+        }
+        Command::Profiles(args::Profiles::Open(args::Open { file: Some(file), port, .. })) => {
+            Err(open::file(&file, port))
         }
         Command::Flame(args) if args.input.is_some() => flame::show_file(&args, format, console),
         Command::Rules(command) => rules::run(command, &connect()?, format, console).await,

@@ -17,6 +17,7 @@ use crate::{
     client::{self, Collector, MAX_PROFILE_BYTES},
     error::Error,
     export::{self, FileFormat, Origin},
+    open,
     render::{Console, amount, bytes, count, millis, percent, show_span, show_time, span_millis, table},
     sql,
 };
@@ -54,6 +55,7 @@ pub(crate) async fn run(
             let selection = Selection { profile_id: id.clone(), ..Selection::default() };
             save(&profile, &target.of(id, selection, collector).await?, format, console)
         }
+        Profiles::Open(args) => Err(open::selection(&args, collector, console).await),
         Profiles::Merge { select, sample_type, out, form } => {
             let file = output.unwrap_or(out);
             // Before the collector merges in vain.

@@ -2,7 +2,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
-use std::{collections::BTreeMap, process::Command, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use gannet_collector::{Collector, Config, Running, TlsOptions};
 use gannet_proto::{
@@ -494,6 +500,62 @@ async fn otlp_files_have_labels_and_ids() {
         setup.ctl(&format!("profiles convert {}/one.pb.gz --as otlp", setup.dir.path().display())).await.out;
     assert!(!converted.contains("service.name") && converted.ends_with("}\n"), "{converted}");
     assert_eq!(normal(&read(&converted).profile), normal(&one.profile));
+    setup.end().await;
+}
+
+/// Sends a GET to the page of a link, and returns its answer with the headers.
+fn fetch(link: &str, path: &str) -> String {
+    let addr = link.strip_prefix("http://").unwrap().split_once('/').unwrap().0;
+    let mut socket = std::net::TcpStream::connect(addr).unwrap();
+    write!(socket, "GET {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// Checks that the page has a file, and the merged profiles of a collector. The program is that beside gannetctl.
+#[tokio::test(flavor = "multi_thread")]
+async fn profiles_open_on_a_page_of_this_machine() {
+    let gannetctl = Path::new(env!("CARGO_BIN_EXE_gannetctl"));
+    let collector = gannetctl.with_file_name("gannet-collector");
+    assert!(
+        collector.is_file(),
+        "{} is not built: run the tests by `make test`, which builds it",
+        collector.display()
+    );
+    let setup = Setup::new().await;
+    let id = setup.push("app", 30, 60).await;
+    setup.push("app", 50, 30).await;
+    setup.push("web", 10, 30).await;
+    let file = setup.dir.path().join("one.pb.gz");
+    assert_eq!(setup.ctl(&format!("profiles get {id} -O {}", file.display())).await.code, 0);
+    for (args, services, total) in [
+        (vec![file.to_str().unwrap()], "[\"one\"]", 400_000_000),
+        (vec!["-q", "{service_name=\"app\"}"], "[\"app\"]", 1_000_000_000),
+        (vec![], "[\"merged\"]", 1_200_000_000),
+    ] {
+        let mut child = Command::new(gannetctl)
+            .args(["--endpoint", &setup.url, "profiles", "open"])
+            .args(&args)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut link = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut link).unwrap();
+        let range = link.trim().split_once("/?").unwrap().1.split_once("&profile=").unwrap().0.to_owned();
+        let values = fetch(&link, &format!("/api/v1/labels/service_name/values?{range}"));
+        assert!(values.ends_with(&format!("{{\"values\":{services}}}")), "{args:?}: {values}");
+        let graph = fetch(&link, &format!("/api/v1/flamegraph?{range}"));
+        assert!(graph.contains(&format!("\"total\":{total},")) && graph.contains("\"work\""), "{graph}");
+        let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+        assert!(killed.success() && child.wait().unwrap().success(), "Ctrl-C ends it");
+    }
+    // A copy alone has no page.
+    let alone = setup.dir.path().join("gannetctl");
+    std::fs::copy(gannetctl, &alone).unwrap();
+    let output = Command::new(&alone).args(["profiles", "open", "x.pb.gz"]).env("PATH", "").output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && text.contains("install it beside gannetctl"), "{text}");
     setup.end().await;
 }
 

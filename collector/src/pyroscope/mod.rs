@@ -28,6 +28,7 @@ use gannet_proto::foreign::pyroscope_querier as api;
 use prost::Message;
 use tonic::Status;
 
+pub(crate) use self::push::{Pushed, batch_of};
 use self::{
     push::Pushes,
     wire::{MAX_QUERY_BYTES, Method},

@@ -45,17 +45,17 @@ pub(super) struct Pushes {
 }
 
 /// A profile and its labels, as a client sent them.
-pub(super) struct Pushed {
-    pub(super) labels: Vec<(String, String)>,
-    pub(super) profile: Profile,
+pub(crate) struct Pushed {
+    pub(crate) labels: Vec<(String, String)>,
+    pub(crate) profile: Profile,
     /// `None`: the client has no id for it.
-    pub(super) id: Option<Ulid>,
+    pub(crate) id: Option<Ulid>,
     /// Start in milliseconds since 1970, for a profile without one.
-    pub(super) start_ms: Option<u64>,
+    pub(crate) start_ms: Option<u64>,
     /// Length, for a profile without one.
-    pub(super) duration_ms: u64,
+    pub(crate) duration_ms: u64,
     /// Name of the sender, for the reason that the page shows.
-    pub(super) sender: String,
+    pub(crate) sender: String,
 }
 
 pub(super) async fn push(State(pushes): State<Arc<Pushes>>, request: Request) -> Response {
@@ -156,7 +156,7 @@ impl Pushes {
     ) -> Result<(), Status> {
         let ended = || Status::unavailable("the collector is shutting down");
         let turn = self.reads.acquire().await.map_err(|_| ended())?;
-        let batch = tokio::task::spawn_blocking(move || read().and_then(batch)).await;
+        let batch = tokio::task::spawn_blocking(move || read().and_then(batch_of)).await;
         drop(turn);
         let Some(batch) = batch.map_err(|_| ended())?? else { return Ok(()) };
         if let Some(node) = batch.labels.get(labels::NODE)
@@ -186,7 +186,7 @@ fn parse_id(text: &str) -> Option<Ulid> {
 }
 
 /// Builds the batch of a profile, or `None` if no sample is left.
-fn batch(pushed: Pushed) -> Result<Option<Batch>, Status> {
+pub(crate) fn batch_of(pushed: Pushed) -> Result<Option<Batch>, Status> {
     let Pushed { labels, mut profile, id, start_ms, duration_ms, sender } = pushed;
     tidy(&mut profile);
     let summary = pprof::check(&profile).map_err(|error| invalid(&error))?;

@@ -1,5 +1,6 @@
 //! The HTTP servers: one for the HTTP listener, and one for the loopback listener if there is one.
 
+use axum::Router;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -18,6 +19,15 @@ pub(crate) fn start(
 ) -> JoinHandle<()> {
     let mut routers = vec![(listener, router(state.clone()))];
     routers.extend(debug_listener.map(|listener| (listener, debug_router(state))));
+    serve(routers, stop)
+}
+
+/// Starts only the server of the loopback listener.
+pub(crate) fn start_debug(listener: Listener, state: HttpState, stop: &CancellationToken) -> JoinHandle<()> {
+    serve(vec![(listener, debug_router(state))], stop)
+}
+
+fn serve(routers: Vec<(Listener, Router)>, stop: &CancellationToken) -> JoinHandle<()> {
     let servers = routers.into_iter().map(|(listener, router)| {
         axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
             .with_graceful_shutdown(stop.clone().cancelled_owned())

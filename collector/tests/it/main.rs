@@ -17,6 +17,7 @@ mod http;
 mod ingest;
 mod kill;
 mod kubernetes;
+mod open;
 mod otlp;
 mod otlp_rules;
 mod page_data;

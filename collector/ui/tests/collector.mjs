@@ -63,6 +63,16 @@ export async function startCollector() {
   };
 }
 
+/** Shows a pprof file by `gannet-collector open`. */
+export async function openFile(file) {
+  const child = spawn(needed("GANNET_COLLECTOR_BIN"), ["open", file], { stdio: ["ignore", "pipe", "inherit"] });
+  const link = await new Promise((resolve, reject) => {
+    createInterface({ input: child.stdout }).on("line", resolve);
+    child.once("exit", (code) => reject(new Error(`gannet-collector open ended with ${code}`)));
+  });
+  return { link, stop: () => stopped(child) };
+}
+
 /** Fills a collector and keeps two simulated agents connected to it. */
 export async function seed(collector) {
   const child = spawn(needed("GANNET_SEED_BIN"), ["--endpoint", collector.grpc, "--stay"], { stdio: ["ignore", "pipe", "pipe"] });

@@ -105,6 +105,13 @@ pub(crate) enum Profiles {
         #[command(flatten)]
         form: Form,
     },
+    /// Show one profile in the browser, on a page of this machine
+    ///
+    /// The profile is a pprof file of any tool, or the merged profiles of a collector. The command prints the link of the page and
+    /// shows the profile until Ctrl-C. It starts gannet-collector, which has the page.
+    #[command(after_help = "Examples:\n  gannetctl profiles open slow.pb.gz\n  \
+        gannetctl profiles open --query '{service_name=\"checkout\"}' --since 1h")]
+    Open(Open),
     /// Merge the selected profiles into one file, as pprof or for another tool
     #[command(
         after_help = "Example:\n  gannetctl profiles merge --query '{service_name=\"checkout\"}' --since 1h -O checkout.pb.gz"
@@ -158,6 +165,22 @@ pub(crate) struct SqlArgs {
     /// Print the rows as CSV, for `-o csv`.
     #[arg(skip)]
     pub(crate) csv: bool,
+}
+
+/// Arguments of `profiles open`.
+#[derive(Debug, Args)]
+pub(crate) struct Open {
+    /// The pprof file to show; needs no collector
+    #[arg(conflicts_with_all = ["query", "since", "from", "until", "profile", "sample_type"])]
+    pub(crate) file: Option<PathBuf>,
+    /// Merge only profiles with this sample type; needed if the selection holds several kinds of profiles
+    #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
+    pub(crate) sample_type: String,
+    /// Port of the page on 127.0.0.1. By default a free one
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    pub(crate) port: u16,
+    #[command(flatten)]
+    pub(crate) select: Select,
 }
 
 /// Arguments of `flame`.
