@@ -241,7 +241,8 @@ pub(crate) async fn top(
     format: Format,
     console: &mut Console<'_>,
 ) -> Result<(), Error> {
-    let TopArgs { select, sample_type, limit, interpreter_frames, hide_error_frames } = args;
+    let TopArgs { select, sample_type, limit, interpreter_frames, hide_error_frames, span_id, trace_id } =
+        args;
     let request = TopRequest {
         selection: Some(select.selection()),
         base: base.map(|base| base.selection(select)),
@@ -249,6 +250,8 @@ pub(crate) async fn top(
         limit: *limit,
         interpreter_frames: *interpreter_frames,
         hide_error_frames: *hide_error_frames,
+        span_id: span_id.clone(),
+        trace_id: trace_id.clone(),
     };
     let answer =
         collector.query().top(request).await.map_err(|status| collector.fault(&status))?.into_inner();

@@ -90,25 +90,9 @@ impl Params {
 
     /// Returns the span or trace whose samples are wanted. Several ids of one kind stand with `,` between them.
     pub(super) fn spans(&self) -> Result<SpanFilter, ApiError> {
-        let ids = |name: &str, digits: usize| {
-            let ids: Vec<String> =
-                self.text(name).split(',').filter(|id| !id.is_empty()).map(str::to_owned).collect();
-            let is_id = |id: &String| id.len() == digits && id.bytes().all(|byte| byte.is_ascii_hexdigit());
-            match ids.iter().find(|id| !is_id(id)) {
-                Some(id) => Err(ApiError::bad_request(format!(
-                    "parameter {name}: `{id}` is no id: give {digits} hex digits"
-                ))),
-                None => Ok(ids),
-            }
-        };
-        match (ids("span_id", 16)?, ids("trace_id", 32)?) {
-            (spans, traces) if !spans.is_empty() && !traces.is_empty() => {
-                Err(ApiError::bad_request("span_id and trace_id: give one of them, not both".into()))
-            }
-            (spans, traces) if spans.is_empty() && traces.is_empty() => Ok(SpanFilter::All),
-            (spans, traces) if traces.is_empty() => Ok(SpanFilter::Spans(spans)),
-            (_, traces) => Ok(SpanFilter::Traces(traces)),
-        }
+        let ids =
+            |name: &str| self.text(name).split(',').filter(|id| !id.is_empty()).map(str::to_owned).collect();
+        Ok(SpanFilter::new(ids("span_id"), ids("trace_id"))?)
     }
 
     /// Builds the main selection.

@@ -12,7 +12,7 @@ use gannet_proto::query::{self as api, query_service_server::QueryService};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{MergeProgress, Query, QueryError, Selection, Shape, parse_profile_id};
+use super::{MergeProgress, Query, QueryError, Selection, Shape, SpanFilter, parse_profile_id};
 use crate::{
     auth::Caller,
     sql::{Sql, SqlError},
@@ -186,8 +186,11 @@ impl QueryService for QueryGrpc {
             flat,
             interpreter_frames,
             hide_error_frames,
+            span_id,
+            trace_id,
         } = request.into_inner();
-        let shape = Shape { max: max_nodes, interpreter_frames, hide_error_frames, ..Shape::default() };
+        let spans = SpanFilter::new(span_id, trace_id)?;
+        let shape = Shape { max: max_nodes, interpreter_frames, hide_error_frames, spans };
         let base = base.map(|b| selection(Some(b))).transpose()?;
         let mut answer = self.0.flamegraph(&selection(of)?, base.as_ref(), &sample_type, shape).await?;
         if flat {
@@ -204,8 +207,11 @@ impl QueryService for QueryGrpc {
             limit,
             interpreter_frames,
             hide_error_frames,
+            span_id,
+            trace_id,
         } = request.into_inner();
-        let shape = Shape { max: limit, interpreter_frames, hide_error_frames, ..Shape::default() };
+        let spans = SpanFilter::new(span_id, trace_id)?;
+        let shape = Shape { max: limit, interpreter_frames, hide_error_frames, spans };
         let base = base.map(|b| selection(Some(b))).transpose()?;
         let answer = self.0.top(&selection(of)?, base.as_ref(), &sample_type, shape).await?;
         Ok(Response::new(answer))

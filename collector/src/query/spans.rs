@@ -4,6 +4,11 @@ use std::borrow::Cow;
 
 use gannet_proto::profiles::Profile;
 
+use super::QueryError;
+
+/// Ids of one request. Each sample is compared with all of them.
+const MAX_IDS: usize = 1000;
+
 /// The labels with the id of a span. Pyroscope's SDKs have their own name for it.
 const SPAN_LABELS: [&str; 2] = ["span_id", "profile_id"];
 const TRACE_LABELS: [&str; 1] = ["trace_id"];
@@ -21,6 +26,29 @@ pub(crate) enum SpanFilter {
 }
 
 impl SpanFilter {
+    /// Checks the ids of a request, and chooses those of one kind. Without an id, every sample is wanted.
+    pub(crate) fn new(spans: Vec<String>, traces: Vec<String>) -> Result<Self, QueryError> {
+        for (name, digits, ids) in [("span_id", 16, &spans), ("trace_id", 32, &traces)] {
+            let is_id = |id: &str| id.len() == digits && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+            if ids.len() > MAX_IDS {
+                return Err(QueryError::Invalid(format!("{name}: give at most {MAX_IDS} ids")));
+            }
+            if let Some(id) = ids.iter().find(|id| !is_id(id)) {
+                return Err(QueryError::Invalid(format!(
+                    "{name}: `{id}` is no id: give {digits} hex digits"
+                )));
+            }
+        }
+        match (spans.is_empty(), traces.is_empty()) {
+            (true, true) => Ok(Self::All),
+            (false, true) => Ok(Self::Spans(spans)),
+            (true, false) => Ok(Self::Traces(traces)),
+            (false, false) => {
+                Err(QueryError::Invalid("span_id and trace_id: give one of them, not both".to_owned()))
+            }
+        }
+    }
+
     /// Returns a profile with the wanted samples alone.
     pub(crate) fn of<'p>(&self, profile: Cow<'p, Profile>) -> Cow<'p, Profile> {
         let (names, ids): (&[&str], _) = match self {

@@ -13,7 +13,7 @@ use rstest::rstest;
 use serde_json::{Value, json};
 
 use crate::support::{
-    Answer, CPU, OFF_CPU, Pusher, Stacks, batch, get, now_ms, post, profile, start, typed_batch,
+    Answer, CPU, OFF_CPU, Pusher, Stacks, at, batch, get, now_ms, post, profile, queries, start, typed_batch,
 };
 
 const QUERIER: &str = "/querier.v1.QuerierService";
@@ -403,6 +403,42 @@ async fn profiles_of_two_kinds_of_sender_add_up() {
     running.shutdown().await;
 }
 
+/// Checks the same filter in the gRPC service: the first span has `first` samples, and the second one `second`.
+async fn the_query_service_selects(running: &Running, t: u64, trace: &str, first: i64, second: i64) {
+    use gannet_proto::query::{FlameGraphRequest, Selection, TopRequest};
+    let mut client = queries(running).await;
+    let ids = |ids: &[&str]| ids.iter().map(|id| (*id).to_owned()).collect::<Vec<_>>();
+    let selection = Some(Selection { from: Some(at(t)), ..Selection::default() });
+    let sample_type = "samples/count".to_owned();
+    for (span_id, trace_id, total) in [
+        (ids(&["00000000000000A0"]), ids(&[]), first),
+        (ids(&["00000000000000a0", "00000000000000a1"]), ids(&[]), first + second),
+        (ids(&[]), ids(&[trace]), first + second),
+        (ids(&["00000000000000ff"]), ids(&[]), 0),
+    ] {
+        let (selection, sample_type) = (selection.clone(), sample_type.clone());
+        let request = FlameGraphRequest {
+            selection: selection.clone(),
+            sample_type: sample_type.clone(),
+            span_id: span_id.clone(),
+            trace_id: trace_id.clone(),
+            ..Default::default()
+        };
+        assert_eq!(client.flame_graph(request).await.unwrap().into_inner().total, total as u64);
+        let request = TopRequest { selection, sample_type, span_id, trace_id, ..Default::default() };
+        assert_eq!(client.top(request).await.unwrap().into_inner().total, total as u64);
+    }
+    for (span_id, trace_id, part) in [
+        (ids(&["a0"]), ids(&[]), "span_id: `a0` is no id: give 16 hex digits"),
+        (ids(&["00000000000000a0"]), ids(&[trace]), "not both"),
+        (vec!["00000000000000a0".to_owned(); 1001], ids(&[]), "at most 1000 ids"),
+    ] {
+        let request = TopRequest { selection: selection.clone(), span_id, trace_id, ..Default::default() };
+        let status = client.top(request).await.unwrap_err();
+        assert!(status.code() == tonic::Code::InvalidArgument && status.message().contains(part), "{status}");
+    }
+}
+
 /// Checks that spans and traces select samples by their labels.
 #[tokio::test]
 async fn a_span_selects_its_samples() {
@@ -465,6 +501,7 @@ async fn a_span_selects_its_samples() {
         let answer = get(running.http_addr, &format!("/api/v1/top?{ids}")).await;
         assert!(answer.status == 400 && answer.text().contains(part), "{ids}: {}", answer.text());
     }
+    the_query_service_selects(&running, t, &trace, selected[0], selected[1]).await;
     let old = api::SelectMergeSpanProfileRequest {
         profile_type_id: SAMPLES_TYPE.into(),
         label_selector: "{}".into(),

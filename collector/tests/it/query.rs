@@ -197,6 +197,7 @@ async fn graph_and_table_of_a_comparison_hold_both_sides() {
         flat: false,
         interpreter_frames: false,
         hide_error_frames: false,
+        ..Default::default()
     };
     let graph = client.flame_graph(request.clone()).await.unwrap().into_inner();
     assert_eq!((graph.unit.as_str(), graph.sample_type.as_str()), ("count", "samples/count"));
@@ -216,6 +217,7 @@ async fn graph_and_table_of_a_comparison_hold_both_sides() {
         limit: 10,
         interpreter_frames: false,
         hide_error_frames: false,
+        ..Default::default()
     };
     let top = client.top(request).await.unwrap().into_inner();
     assert_eq!((top.total, top.base_total, top.unit.as_str()), (120, 34, "count"));

@@ -229,6 +229,12 @@ pub(crate) struct TopArgs {
     /// Leave out frames that say what a stack lacks, such as `[truncated]` and `[unknown]`
     #[arg(long)]
     pub(crate) hide_error_frames: bool,
+    /// Count only samples of one of these spans: ids of 16 hex digits
+    #[arg(long, value_name = "ID", value_delimiter = ',', conflicts_with = "trace_id")]
+    pub(crate) span_id: Vec<String>,
+    /// Count only samples of one of these traces: ids of 32 hex digits
+    #[arg(long, value_name = "ID", value_delimiter = ',')]
+    pub(crate) trace_id: Vec<String>,
     #[command(flatten)]
     pub(crate) select: Select,
 }
