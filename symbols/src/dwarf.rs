@@ -7,6 +7,7 @@
 use std::{
     fs::{self, File},
     io::{self, BufWriter, Read, Write},
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -24,7 +25,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::demangle;
+use crate::{demangle, start_lines::start_lines};
 
 /// The verb by which a program calls itself to read debug information.
 pub const DEBUG_INFO_VERB: &str = "read-debug-info";
@@ -38,6 +39,8 @@ const MAX_STACK_BYTES: u64 = 64 << 20;
 /// Larger debug information is not read.
 const MAX_DEBUG_BYTES: u64 = 2 << 30;
 const MAX_ANSWER_BYTES: u64 = 64 << 20;
+/// The part of the child's memory that the sections with first lines may take.
+const START_LINES_PART: u64 = 3;
 /// Addresses of one call: they are one argument, which Linux limits to 128 KiB.
 const CALL_ADDRESSES: usize = 4096;
 const _: () = assert!(CALL_ADDRESSES * (16 + 1) < 128 << 10, "16 digits and a comma each");
@@ -172,24 +175,40 @@ fn call<S>(
         .stderr(Stdio::null())
         .spawn()?;
     let counted = started(child.id());
-    let answer = answer(&mut child);
+    let mut bytes = Vec::new();
+    let read = answer(&mut child, &mut bytes);
     // The child has ended by itself, or must end now.
     let _ = child.kill();
     let status = child.wait()?;
     drop(counted);
-    let answer = answer?;
-    if !status.success() {
+    let mut values = serde_json::Deserializer::from_slice(&bytes);
+    // The names stand, whatever becomes of the first lines behind them.
+    let Ok(names) = Result::<Vec<DebugFrame>, String>::deserialize(&mut values) else {
+        read?;
         return Err(io::Error::other(format!("the reader ended with {status}")));
+    };
+    let mut frames = names.map_err(io::Error::other)?;
+    if let Ok(lines) = Vec::<Vec<u32>>::deserialize(&mut values) {
+        for (frame, lines) in frames.iter_mut().zip(&lines) {
+            add_start_lines(frame, lines);
+        }
     }
-    let answer: Result<Vec<DebugFrame>, String> = serde_json::from_slice(&answer)?;
-    answer.map_err(io::Error::other)
+    Ok(frames)
+}
+
+/// Adds the first lines of the functions of a frame, outermost first. If the frame does not have as many functions, only the outermost
+/// one is certain.
+fn add_start_lines(frame: &mut DebugFrame, lines: &[u32]) {
+    let count = if frame.len() == lines.len() { lines.len() } else { 1 };
+    for (line, start) in frame.iter_mut().rev().zip(lines).take(count) {
+        line.start_line = *start;
+    }
 }
 
 /// Reads everything that the child writes, if it does so in time.
-fn answer(child: &mut Child) -> io::Result<Vec<u8>> {
+fn answer(child: &mut Child, bytes: &mut Vec<u8>) -> io::Result<()> {
     let mut pipe = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
     let begin = Instant::now();
-    let mut bytes = Vec::new();
     loop {
         let left = CALL_TIMEOUT.checked_sub(begin.elapsed()).ok_or(io::ErrorKind::TimedOut)?;
         let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
@@ -202,7 +221,7 @@ fn answer(child: &mut Child) -> io::Result<Vec<u8>> {
         }
         let mut chunk = [0; 1 << 13];
         match pipe.read(&mut chunk)? {
-            0 => return Ok(bytes),
+            0 => return Ok(()),
             read => bytes.extend_from_slice(&chunk[..read]),
         }
         if bytes.len() as u64 > MAX_ANSWER_BYTES {
@@ -212,7 +231,7 @@ fn answer(child: &mut Child) -> io::Result<Vec<u8>> {
 }
 
 /// Runs the child: reads the debug information of the file on standard input, and writes the functions at each of the addresses
-/// (hexadecimal, separated by commas) to standard output, as JSON. Takes at most `memory_bytes` of memory for that. The file to which
+/// (hexadecimal, separated by commas) to standard output, as JSON, and behind them their first lines, if it can read those. Takes at most `memory_bytes` of memory for that. The file to which
 /// this one refers is searched in `directories`. The process is in the control group of its parent, and counts towards the limit of that.
 pub fn read_debug_info(memory_bytes: u64, addresses: &str, directories: Vec<PathBuf>) -> io::Result<()> {
     confine(memory_bytes)?;
@@ -223,12 +242,22 @@ pub fn read_debug_info(memory_bytes: u64, addresses: &str, directories: Vec<Path
         .map_err(io::Error::other)?;
     // The reader recurses into inlined functions as deep as the file says.
     let worker = std::thread::Builder::new().stack_size(MAX_STACK_BYTES as usize);
-    let frames = worker
-        .spawn(move || read(&addresses, directories))?
+    let (frames, addresses) = worker
+        .spawn(move || (read(&addresses, directories), addresses))?
         .join()
         .map_err(|_| io::Error::other("damaged"))?;
     let mut output = BufWriter::new(io::stdout().lock());
     serde_json::to_writer(&mut output, &frames)?;
+    output.flush()?;
+    if frames.is_err() {
+        return Ok(());
+    }
+    // The memory of the names is free again.
+    drop(frames);
+    let file = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    if let Some(lines) = start_lines(&file, &addresses, memory_bytes / START_LINES_PART) {
+        serde_json::to_writer(&mut output, &lines)?;
+    }
     output.flush()
 }
 
@@ -284,5 +313,24 @@ fn line(name: &str, source: Option<&CodeInfo<'_>>) -> DebugLine {
         line: source.and_then(|source| source.line).unwrap_or_default(),
         column: source.and_then(|source| source.column).map(u32::from).unwrap_or_default(),
         start_line: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Checks that the outermost function has its line if the reader of names found other inlined functions.
+    #[test]
+    fn lines_go_to_the_functions_that_they_belong_to() {
+        let frame = |count: usize| vec![DebugLine::default(); count];
+        for (count, lines, want) in
+            [(2, &[7, 3][..], &[3, 7][..]), (2, &[7], &[0, 7]), (1, &[7, 3], &[7]), (2, &[], &[0, 0])]
+        {
+            let mut frame = frame(count);
+            add_start_lines(&mut frame, lines);
+            let found: Vec<u32> = frame.iter().map(|line| line.start_line).collect();
+            assert_eq!(found, want);
+        }
     }
 }

@@ -8,6 +8,7 @@ pub mod alternate;
 pub mod demangle;
 pub mod dwarf;
 pub mod go;
+mod start_lines;
 mod symbol_search;
 pub mod tables;
 

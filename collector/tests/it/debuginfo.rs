@@ -194,7 +194,7 @@ async fn upload(running: &Running, build_id: &str, bytes: &[u8]) -> Result<Debug
     Ok(answer.into_inner().file.unwrap())
 }
 
-/// Returns the functions of the only location, innermost first: `inner hot.c:4`.
+/// Returns the functions of the only location with their first lines, innermost first: `inner hot.c:4 from 3`.
 fn names(bytes: &[u8]) -> Vec<String> {
     let profile = pprof::decode(bytes, 1 << 20).unwrap();
     pprof::check(&profile).unwrap();
@@ -202,7 +202,8 @@ fn names(bytes: &[u8]) -> Vec<String> {
     let [location] = &profile.location[..] else { panic!("{:?}", profile.location) };
     let name = |line: &gannet_proto::profiles::Line| {
         let function = profile.function.iter().find(|function| function.id == line.function_id).unwrap();
-        format!("{} {}:{}", text(function.name), text(function.filename), line.line)
+        let (file, start) = (text(function.filename), function.start_line);
+        format!("{} {file}:{} from {start}", text(function.name), line.line)
     };
     location.line.iter().map(name).collect()
 }
@@ -247,7 +248,7 @@ async fn a_later_upload_names_a_stored_profile(#[case] kind: Kind) {
     assert!(!flame(&running).await.contains(&"hot".to_owned()));
 
     let source = stripped.source();
-    let expected = [format!("inner {source}:4"), format!("hot {source}:8")];
+    let expected = [format!("inner {source}:4 from 3"), format!("hot {source}:8 from 7")];
     for file in [&stripped.debug, &stripped.whole] {
         let bytes = std::fs::read(file).unwrap();
         let stored = upload(&running, &stripped.build_id, &bytes).await.unwrap();
@@ -335,8 +336,8 @@ async fn a_persons_file_replaces_an_agents() {
     tool(Command::new("objcopy").arg("--strip-debug").args([&stripped.whole, &symbols]));
     let symbols = std::fs::read(symbols).unwrap();
     agent.send_debug_info(iter(messages(&stripped.build_id, &symbols))).await.unwrap();
-    assert_eq!(names(&download(&running, &id).await.unwrap()), ["hot :0"]);
-    assert_eq!(names(&merged(&running).await), ["hot :0"]);
+    assert_eq!(names(&download(&running, &id).await.unwrap()), ["hot :0 from 0"]);
+    assert_eq!(names(&merged(&running).await), ["hot :0 from 0"]);
     assert_eq!(agent.offer_debug_info(offer).await.unwrap().into_inner().wanted, ["00112233"]);
     let again = agent.send_debug_info(iter(messages(&stripped.build_id, &symbols))).await.unwrap_err();
     assert_eq!(again.code(), Code::AlreadyExists);
