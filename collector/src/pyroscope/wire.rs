@@ -1,6 +1,7 @@
-//! The Connect protocol for calls with one request and one response, in its two encodings: protobuf and JSON.
+//! The Connect protocol for calls with one request and one response, in its two encodings: protobuf and JSON. The same calls also come
+//! by gRPC-Web.
 //!
-//! A client sends the message as the body of a POST, and gets the response in the same encoding. Errors are always JSON:
+//! A client of Connect sends the message as the body of a POST, and gets the response in the same encoding. Errors are always JSON:
 //! `{"code":"invalid_argument","message":"…"}`. Connect's specification names codes and status codes.
 
 use std::{io::Write as _, sync::LazyLock, time::Duration};
@@ -18,6 +19,7 @@ use prost_reflect::{
 use serde_json::json;
 use tonic::{Code, Status};
 
+use super::grpc_web::{self, GrpcWeb};
 use crate::http_body::read_message;
 
 /// Bytes of a request for profiles, with or without compression. Such requests have some hundred bytes.
@@ -59,12 +61,10 @@ enum Codec {
 
 impl Codec {
     fn of(headers: &HeaderMap) -> Option<Self> {
-        let kind = headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
-        let essence = kind.split(';').next().unwrap_or_default().trim();
-        match () {
-            () if essence.eq_ignore_ascii_case("application/proto") => Some(Self::Proto),
-            () if essence.eq_ignore_ascii_case("application/json") => Some(Self::Json),
-            () => None,
+        match content_type(headers).as_str() {
+            "application/proto" => Some(Self::Proto),
+            "application/json" => Some(Self::Json),
+            _ => None,
         }
     }
 
@@ -74,6 +74,12 @@ impl Codec {
             Self::Json => HeaderValue::from_static("application/json"),
         }
     }
+}
+
+/// Returns the content type of a request in lower case, without parameters.
+fn content_type(headers: &HeaderMap) -> String {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
 }
 
 /// Serves one call. `call` gets the request; dropping its future must end the work.
@@ -87,9 +93,16 @@ where
     Res: Message + 'static,
     F: Future<Output = Result<Res, Status>>,
 {
+    if let Some(web) = GrpcWeb::of(&content_type(request.headers())) {
+        let answer = unary_web(method, web, request, call).await;
+        return web.respond(answer);
+    }
     let (head, body) = request.into_parts();
     let Some(codec) = Codec::of(&head.headers) else {
-        let accepted = [("accept-post", "application/proto, application/json")];
+        let accepted = [(
+            "accept-post",
+            "application/proto, application/json, application/grpc-web+proto, application/grpc-web-text+proto",
+        )];
         return (StatusCode::UNSUPPORTED_MEDIA_TYPE, accepted).into_response();
     };
     let answer = async {
@@ -99,15 +112,7 @@ where
         let timeout = check_protocol(&head.headers)?;
         let body = read_message(&head.headers, body, method.max_bytes).await?;
         let request = decode(codec, &descriptor.input(), &body)?;
-        let response = match timeout {
-            None => call(request).await?,
-            Some(timeout) => tokio::time::timeout(timeout, call(request)).await.map_err(|_| {
-                Status::deadline_exceeded(format!(
-                    "no answer within {} ms, the client's limit",
-                    timeout.as_millis()
-                ))
-            })??,
-        };
+        let response = within(timeout, call(request)).await?;
         let gzip = accepts_gzip(&head.headers);
         let output = descriptor.output();
         if response.encoded_len() < LARGE_BYTES {
@@ -117,6 +122,39 @@ where
         encoded.map_err(|_| Status::unavailable("the collector is shutting down"))?
     };
     answer.await.unwrap_or_else(|status| error_response(&status))
+}
+
+/// Serves one call by gRPC-Web. Returns the encoded response.
+async fn unary_web<Req, Res, F>(
+    method: Method,
+    web: GrpcWeb,
+    request: Request,
+    call: impl FnOnce(Req) -> F,
+) -> Result<Vec<u8>, Status>
+where
+    Req: Message + Default,
+    Res: Message + 'static,
+    F: Future<Output = Result<Res, Status>>,
+{
+    let (head, body) = request.into_parts();
+    let timeout = grpc_web::timeout(&head.headers)?;
+    let body = read_message(&head.headers, body, web.max_body(method.max_bytes)).await?;
+    let request = Req::decode(web.message(&body)?.as_slice())
+        .map_err(|error| Status::invalid_argument(format!("{}: {error}", method.name)))?;
+    let response = within(timeout, call(request)).await?;
+    let encoded = tokio::task::spawn_blocking(move || response.encode_to_vec()).await;
+    encoded.map_err(|_| Status::unavailable("the collector is shutting down"))
+}
+
+/// Waits for an answer as long as the client does.
+async fn within<Res>(
+    timeout: Option<Duration>,
+    answer: impl Future<Output = Result<Res, Status>>,
+) -> Result<Res, Status> {
+    let Some(timeout) = timeout else { return answer.await };
+    tokio::time::timeout(timeout, answer).await.map_err(|_| {
+        Status::deadline_exceeded(format!("no answer within {} ms, the client's limit", timeout.as_millis()))
+    })?
 }
 
 /// Returns a response with an empty message, whatever the request holds.

@@ -403,6 +403,76 @@ async fn profiles_of_two_kinds_of_sender_add_up() {
     running.shutdown().await;
 }
 
+/// Calls a method by gRPC-Web. Returns the frames of the answer: flags and content.
+async fn web(running: &Running, kind: &str, more: &[(&str, &str)], body: &[u8]) -> Vec<(u8, Vec<u8>)> {
+    use base64::{Engine as _, engine::general_purpose::STANDARD};
+    let headers: Vec<(&str, &str)> =
+        [("content-type", kind), ("x-grpc-web", "1")].into_iter().chain(more.iter().copied()).collect();
+    let path = format!("{QUERIER}/SelectMergeStacktraces");
+    let answer = post(running.http_addr, &path, &headers, body).await;
+    let is_text = kind.contains("text");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let want = if is_text { "application/grpc-web-text+proto" } else { "application/grpc-web+proto" };
+    assert_eq!(answer.headers["content-type"], want);
+    let bytes = if is_text { STANDARD.decode(&answer.body).unwrap() } else { answer.body };
+    let (mut rest, mut frames) = (bytes.as_slice(), Vec::new());
+    while let Some((head, content)) = rest.split_at_checked(5) {
+        let length = u32::from_be_bytes(head[1..].try_into().unwrap()) as usize;
+        frames.push((head[0], content[..length].to_vec()));
+        rest = &content[length..];
+    }
+    frames
+}
+
+/// Checks that gRPC-Web, as bytes and as base64 in one piece or several, has the answers and errors of Connect.
+#[tokio::test]
+async fn grpc_web_has_the_same_answers() {
+    use base64::{Engine as _, engine::general_purpose::STANDARD};
+    let (_dir, running, t) = filled(&[("a;b", 3), ("a", 1)]).await;
+    let request = stacktraces(SAMPLES_TYPE, "{}", t, now_ms());
+    let want: api::SelectMergeStacktracesResponse =
+        source(&running, "SelectMergeStacktraces", &request).await;
+    let frame = |flags: u8, request: &api::SelectMergeStacktracesRequest| {
+        let message = request.encode_to_vec();
+        [&[flags][..], &(message.len() as u32).to_be_bytes(), &message].concat()
+    };
+    let good = frame(0, &request);
+    let (first, second) = good.split_at(7);
+    let pieces = STANDARD.encode(first) + &STANDARD.encode(second);
+    for (kind, body) in [
+        ("application/grpc-web", good.clone()),
+        ("application/grpc-web+proto; charset=utf-8", good.clone()),
+        ("application/grpc-web-text", STANDARD.encode(&good).into_bytes()),
+        ("application/grpc-web-text+proto", pieces.into_bytes()),
+    ] {
+        let frames = web(&running, kind, &[("grpc-timeout", "30S")], &body).await;
+        assert_eq!(frames.len(), 2, "{kind}");
+        let found = api::SelectMergeStacktracesResponse::decode(frames[0].1.as_slice()).unwrap();
+        assert_eq!((frames[0].0, &found), (0, &want), "{kind}");
+        assert_eq!(frames[1], (0x80, b"grpc-status: 0\r\n".to_vec()), "{kind}");
+    }
+    let wrong = frame(0, &stacktraces("no type", "{}", t, now_ms()));
+    for (body, more, code, part) in [
+        (wrong, None, 3, "no type"),
+        (good[..3].to_vec(), None, 3, "no frame"),
+        (good[..good.len() - 1].to_vec(), None, 3, "one frame"),
+        ([&good[..], &good].concat(), None, 3, "one frame"),
+        (frame(1, &request), None, 12, "grpc-encoding"),
+        (good.clone(), Some(("grpc-timeout", "soon")), 3, "grpc-timeout"),
+        (vec![0; 2 << 20], None, 8, "larger than"),
+    ] {
+        let more: Vec<(&str, &str)> = more.into_iter().collect();
+        let frames = web(&running, "application/grpc-web", &more, &body).await;
+        let text = String::from_utf8(frames[0].1.clone()).unwrap();
+        assert_eq!((frames.len(), frames[0].0), (1, 0x80), "{text}");
+        assert!(text.starts_with(&format!("grpc-status: {code}\r\ngrpc-message: ")), "{text}");
+        assert!(text.contains(part) && text.ends_with("\r\n"), "{text}");
+    }
+    let text = web(&running, "application/grpc-web-text", &[], b"*").await;
+    assert!(text[0].1.starts_with(b"grpc-status: 3\r\n"));
+    running.shutdown().await;
+}
+
 /// Checks the same filter in the gRPC service: the first span has `first` samples, and the second one `second`.
 async fn the_query_service_selects(running: &Running, t: u64, trace: &str, first: i64, second: i64) {
     use gannet_proto::query::{FlameGraphRequest, Selection, TopRequest};
