@@ -24,6 +24,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "go_table", run: elf::go_table },
     Target { name: "symbols", run: names::symbols },
     Target { name: "minidebuginfo", run: names::minidebuginfo },
+    Target { name: "start_lines", run: names::start_lines },
     Target { name: "compressed_sections", run: names::compressed_sections },
     Target { name: "perf_map", run: gannet_agent::symbols::fuzz::perf_map },
     Target { name: "jitdump", run: gannet_agent::symbols::fuzz::jitdump },

@@ -13,6 +13,12 @@ pub(crate) fn symbols(bytes: &[u8]) {
     functions_of_file(bytes, &ADDRESSES);
 }
 
+/// A whole file with debug information.
+pub(crate) fn start_lines(bytes: &[u8]) {
+    let code: Vec<u64> = (0x1000..0x1080).chain(ADDRESSES).collect();
+    gannet_symbols::fuzz::start_lines(bytes, &code);
+}
+
 /// The packed symbol table of a stripped file: its packed bytes, or the file that is packed.
 pub(crate) fn minidebuginfo(bytes: &[u8]) {
     let Some((kind, bytes)) = bytes.split_first() else { return };

@@ -7,6 +7,8 @@
 pub mod alternate;
 pub mod demangle;
 pub mod dwarf;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod go;
 mod start_lines;
 mod symbol_search;

@@ -2,9 +2,9 @@
 //!
 //! A file without such lines, one that is damaged, and one whose tables are too large have none; their names are as good.
 
-use std::{borrow::Cow, fs::File};
+use std::{borrow::Cow, time::Duration};
 
-use gannet_elf::{Elf, ElfLimits};
+use gannet_elf::{Data, Elf, ElfLimits};
 use gimli::{
     AttributeValue, DebugInfoOffset, DebuggingInformationEntry, Dwarf, EndianSlice, RunTimeEndian, SectionId,
     Unit, UnitOffset,
@@ -13,12 +13,15 @@ use gimli::{
         DW_TAG_subprogram,
     },
 };
+use rustix::time::{ClockId, clock_gettime};
 
 /// Sections with the ranges of functions, and their lines. gimli also reads the head of each line program.
 const SECTIONS: [&[u8]; 6] =
     [b".debug_info", b".debug_abbrev", b".debug_addr", b".debug_line", b".debug_ranges", b".debug_rnglists"];
-/// Entries of the debug information that one call reads: about a second.
-const MAX_ENTRIES: u64 = 4_000_000;
+/// Processor time of one call. A file may make each of its entries, ranges and units dear.
+const MAX_CPU: Duration = Duration::from_secs(2);
+/// Steps between two readings of that time.
+const STEPS: u32 = 64;
 /// An inlined function leads to its abstract form, and that to a declaration in a class.
 const MAX_LINKS: usize = 4;
 /// Nested functions of one address.
@@ -50,7 +53,11 @@ impl<'d> Contents<'d> {
 
 /// Returns for each ELF virtual address the first lines of the functions there, the outermost function first; 0 for an unknown one.
 /// An address that the file does not describe has none. Takes at most `max_bytes` for the sections.
-pub(crate) fn start_lines(file: &File, addresses: &[u64], max_bytes: u64) -> Option<Vec<Vec<u32>>> {
+pub(crate) fn start_lines<'d>(
+    file: impl Into<Data<'d>>,
+    addresses: &[u64],
+    max_bytes: u64,
+) -> Option<Vec<Vec<u32>>> {
     let elf = Elf::parse(file, &ElfLimits::default()).ok()?;
     let contents = Contents::read(&elf, max_bytes)?;
     let endian = RunTimeEndian::Little;
@@ -65,7 +72,16 @@ struct Search<'d> {
     dwarf: Dwarf<Reader<'d>>,
     /// Addresses in ascending order, each once, with the lines of their functions.
     wanted: Vec<(u64, Vec<u32>)>,
-    entries: u64,
+    steps: u32,
+    /// Processor time of the thread at which the search ends.
+    end: Duration,
+    is_over: bool,
+}
+
+/// Returns the processor time that this thread has used.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 impl<'d> Search<'d> {
@@ -73,7 +89,20 @@ impl<'d> Search<'d> {
         let mut sorted = addresses.to_vec();
         sorted.sort_unstable();
         sorted.dedup();
-        Self { dwarf, wanted: sorted.into_iter().map(|address| (address, Vec::new())).collect(), entries: 0 }
+        Self {
+            dwarf,
+            wanted: sorted.into_iter().map(|address| (address, Vec::new())).collect(),
+            steps: 0,
+            end: cpu_time().saturating_add(MAX_CPU),
+            is_over: false,
+        }
+    }
+
+    /// Counts a step. Returns whether the time for it is over.
+    fn is_over(&mut self) -> bool {
+        self.steps = self.steps.wrapping_add(1);
+        self.is_over |= self.steps.is_multiple_of(STEPS) && cpu_time() >= self.end;
+        self.is_over
     }
 
     fn lines_at(&self, address: u64) -> Vec<u32> {
@@ -98,13 +127,16 @@ impl<'d> Search<'d> {
             let Ok(unit) = self.dwarf.unit(header) else { continue };
             let Ok(mut ranges) = self.dwarf.unit_ranges(&unit) else { continue };
             let mut is_wanted = false;
-            while let Ok(Some(range)) = ranges.next() {
-                is_wanted |= !self.within(range).is_empty();
+            while !is_wanted
+                && !self.is_over()
+                && let Ok(Some(range)) = ranges.next()
+            {
+                is_wanted = !self.within(range).is_empty();
             }
             if is_wanted {
                 let _ = self.read_unit(&unit);
             }
-            if self.entries >= MAX_ENTRIES {
+            if self.is_over() {
                 return;
             }
         }
@@ -113,8 +145,7 @@ impl<'d> Search<'d> {
     fn read_unit(&mut self, unit: &Unit<Reader<'d>>) -> gimli::Result<()> {
         let mut entries = unit.entries();
         while let Some(entry) = entries.next_dfs()? {
-            self.entries += 1;
-            if self.entries >= MAX_ENTRIES {
+            if self.is_over() {
                 break;
             }
             let is_inlined = entry.tag() == DW_TAG_inlined_subroutine;
@@ -123,7 +154,9 @@ impl<'d> Search<'d> {
             }
             let mut line = None;
             let mut ranges = self.dwarf.die_ranges(unit, entry)?;
-            while let Some(range) = ranges.next()? {
+            while !self.is_over()
+                && let Some(range) = ranges.next()?
+            {
                 for index in self.within(range) {
                     let line = *line.get_or_insert_with(|| self.first_line(unit, entry));
                     let lines = &mut self.wanted[index].1;
@@ -182,7 +215,7 @@ impl<'d> Search<'d> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeSet, process::Command};
+    use std::{collections::BTreeSet, fs::File, process::Command};
 
     use rstest::rstest;
 
