@@ -74,14 +74,15 @@ fn open(file: &Path, name: Option<String>, port: u16) -> ExitCode {
     });
     let shown = runtime.context("cannot start threads").and_then(|runtime| {
         runtime.block_on(async {
-            let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
-            let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
             let mut bytes = Vec::new();
             let read = match file.to_str() {
                 Some("-") => io::stdin().take(MAX_FILE_BYTES).read_to_end(&mut bytes),
                 _ => File::open(file).and_then(|file| file.take(MAX_FILE_BYTES).read_to_end(&mut bytes)),
             };
             read.with_context(|| file.display().to_string())?;
+            // Not before: a signal ends a program that waits for its input.
+            let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+            let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
             let opened = gannet_collector::open(bytes, name, port).await;
             let opened = opened.with_context(|| file.display().to_string())?;
             writeln!(io::stdout(), "{}", opened.link)?;
