@@ -15,11 +15,12 @@ use super::{
     TableError,
     action::{Action, Add, SEGMENTS_TAG},
     file::{Cell, FileWriter, Rows},
-    gather::{Gathered, ProfileRow, SampleRow, Series},
+    gather::{Gathered, ProfileRow, SampleRow, Series, Wants},
     ids::{GROUP_ROWS, Ids, Scope, optional},
     log::{Committed, Log},
-    partition::Partition,
-    tables::Tables,
+    partition::{Partition, micros},
+    rollup,
+    tables::{Rollups, Tables},
 };
 use crate::store::{SegmentContent, SegmentInfo, Store};
 
@@ -38,14 +39,6 @@ pub(super) struct Compacted {
     /// Profiles that are damaged.
     pub(super) skipped: u64,
     pub(super) rows: u64,
-}
-
-/// A segment of a compaction, with the tables that lack it.
-#[derive(Clone, Copy)]
-struct Wanted {
-    id: Ulid,
-    samples: bool,
-    profiles: bool,
 }
 
 /// Segments that the table cannot take.
@@ -70,15 +63,14 @@ pub(super) fn compact(
     oldest: Partition,
     stop: &dyn Fn() -> bool,
 ) -> Result<Compacted, TableError> {
-    let mut run = Run { gathered: Gathered::default(), adds: Vec::new(), done: Compacted::default() };
+    let mut run = Run::default();
     let (mut bytes, mut taken) = (0, Vec::new());
     for segment in pending {
         if bytes >= MAX_SEGMENT_BYTES || stop() {
             break;
         }
         let id = segment.id;
-        let wanted =
-            Wanted { id, samples: !tables.samples.has_taken(id), profiles: !tables.profiles.has_taken(id) };
+        let wants = tables.wants(id);
         bytes += segment.disk_bytes;
         let profiles = match store.read_segment(id)? {
             // The index will forget it too.
@@ -109,7 +101,7 @@ pub(super) fn compact(
                 continue;
             }
             let name = profile.id;
-            if let Err(error) = run.gathered.add(&profile, wanted.samples, wanted.profiles) {
+            if let Err(error) = run.gathered.add(&profile, wants) {
                 tracing::warn!(profile = %name, %error, "the table lacks a profile that cannot be read");
                 run.done.skipped += 1;
             }
@@ -117,7 +109,7 @@ pub(super) fn compact(
                 run.write_samples(tables, ids)?;
             }
         }
-        taken.push(wanted);
+        taken.push((id, wants));
         run.done.segments += 1;
     }
     run.write_samples(tables, ids)?;
@@ -125,10 +117,14 @@ pub(super) fn compact(
 }
 
 /// A compaction under way.
+#[derive(Default)]
 struct Run {
     gathered: Gathered,
     /// Written files of samples, which no commit has added yet.
     adds: Vec<(Partition, Add)>,
+    /// Written files of the sums by minute, and by hour.
+    minutes: Vec<(Partition, Add)>,
+    hours: Vec<(Partition, Add)>,
     done: Compacted,
 }
 
@@ -151,6 +147,14 @@ impl Run {
             // Rows of one profile stay together, so that a file has its name, time and labels nearly for nothing.
             (scope, kind, profile.start_ms, profile.id.data(), row.stack, row.labels)
         };
+        if let Some(Rollups { minutes, hours }) = &mut tables.rollups {
+            let runtime = &tables.runtime;
+            let source = rollup::Source { samples: &samples, profiles, series, types, scope_of: &scope_of };
+            rollup::write_minutes(runtime, minutes, &source, &mut self.minutes)?;
+            rollup::write_hours(runtime, hours, &source, &mut self.hours)?;
+            // A segment that the sums lack after a crash, or since they are on.
+            samples.retain(|row| profiles[row.profile as usize].wants.samples);
+        }
         samples.sort_unstable_by(|a, b| key(a).cmp(&key(b)));
         let partition = |row: &SampleRow| profiles[row.profile as usize].partition;
         for part in samples.chunk_by(|a, b| partition(a) == partition(b)) {
@@ -171,24 +175,28 @@ impl Run {
         Ok(())
     }
 
-    /// Commits profiles and samples, each with the names of the segments that the table lacked.
+    /// Commits profiles, samples and sums, each with the names of the segments that the table lacked.
     fn commit(
         mut self,
         tables: &mut Tables,
-        taken: &[Wanted],
+        taken: &[(Ulid, Wants)],
         aside: &mut SetAside,
     ) -> Result<Compacted, TableError> {
         let runtime = tables.runtime.clone();
-        let mut names: Vec<Ulid> = taken.iter().filter(|of| of.profiles).map(|of| of.id).collect();
+        let mut take = |log: &mut Log, adds, lacks: fn(&Wants) -> bool| {
+            let names: Vec<Ulid> =
+                taken.iter().filter(|(_, wants)| lacks(wants)).map(|(id, _)| *id).collect();
+            if !take(&runtime, log, adds, &names)? {
+                aside.empty.extend(names);
+            }
+            Ok::<_, TableError>(())
+        };
         let adds = self.write_profiles(tables)?;
-        let has_profiles = take(&runtime, &mut tables.profiles, adds, &names)?;
-        if !has_profiles {
-            aside.empty.extend(names);
-        }
-        names = taken.iter().filter(|of| of.samples).map(|of| of.id).collect();
-        let adds = std::mem::take(&mut self.adds);
-        if !take(&runtime, &mut tables.samples, adds, &names)? {
-            aside.empty.extend(names);
+        take(&mut tables.profiles, adds, |wants| wants.profiles)?;
+        take(&mut tables.samples, std::mem::take(&mut self.adds), |wants| wants.samples)?;
+        if let Some(Rollups { minutes, hours }) = &mut tables.rollups {
+            take(minutes, std::mem::take(&mut self.minutes), |wants| wants.minutes)?;
+            take(hours, std::mem::take(&mut self.hours), |wants| wants.hours)?;
         }
         self.done.profiles = self.gathered.profiles.len() as u64;
         Ok(self.done)
@@ -197,7 +205,7 @@ impl Run {
     /// Writes the files of the table of profiles.
     fn write_profiles(&mut self, tables: &mut Tables) -> Result<Vec<(Partition, Add)>, TableError> {
         let Gathered { series, profiles, .. } = &self.gathered;
-        let mut rows: Vec<&ProfileRow> = profiles.iter().filter(|profile| profile.is_new).collect();
+        let mut rows: Vec<&ProfileRow> = profiles.iter().filter(|profile| profile.wants.profiles).collect();
         let key = |row: &ProfileRow| (row.partition, row.start_ms);
         let service = |row: &ProfileRow| series[row.series as usize].service.data();
         rows.sort_by(|a, b| {
@@ -318,10 +326,6 @@ fn push_profile(rows: &mut Rows, row: &ProfileRow, series: &Series) {
         Cell::Long(row.duration_nanos),
         Cell::Texts(&row.comments),
     ]);
-}
-
-fn micros(ms: u64) -> i64 {
-    i64::try_from(ms.saturating_mul(1000)).unwrap_or(i64::MAX)
 }
 
 /// Commits files with the names of their segments. If another writer has taken one of the segments meanwhile, adds nothing, and

@@ -44,6 +44,27 @@ impl Series {
     }
 }
 
+/// Tables that lack a segment or a profile.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Wants {
+    pub(super) profiles: bool,
+    pub(super) samples: bool,
+    pub(super) minutes: bool,
+    pub(super) hours: bool,
+}
+
+impl Wants {
+    /// Reports whether a table needs the samples.
+    pub(super) fn rows(self) -> bool {
+        self.samples || self.minutes || self.hours
+    }
+
+    /// Reports whether a table lacks it.
+    pub(super) fn any(self) -> bool {
+        self.profiles || self.rows()
+    }
+}
+
 /// A row of the table of profiles.
 pub(super) struct ProfileRow {
     pub(super) partition: Partition,
@@ -51,8 +72,7 @@ pub(super) struct ProfileRow {
     pub(super) series: u32,
     pub(super) start_ms: u64,
     pub(super) id: ByteArray,
-    /// The table of profiles lacks it.
-    pub(super) is_new: bool,
+    pub(super) wants: Wants,
     pub(super) duration_ms: u64,
     pub(super) rule_id: ByteArray,
     pub(super) revision: u64,
@@ -100,18 +120,13 @@ impl Gathered {
         self.samples.len() >= MAX_ROWS || self.distinct.bytes() >= MAX_CONTENT_BYTES
     }
 
-    /// Adds a profile, with its samples if the table lacks them. A profile that cannot be read adds nothing.
-    pub(super) fn add(
-        &mut self,
-        from: &SegmentProfile,
-        wants_samples: bool,
-        wants_profile: bool,
-    ) -> Result<(), PprofError> {
+    /// Adds a profile, with its samples if a table lacks them. A profile that cannot be read adds nothing.
+    pub(super) fn add(&mut self, from: &SegmentProfile, wants: Wants) -> Result<(), PprofError> {
         let max_inflated = from.pprof.len().saturating_mul(MAX_INFLATION);
         let profile = pprof::decode(&from.pprof, max_inflated)?;
         let index = self.profiles.len() as u32;
         let first = self.samples.len();
-        let summary = if wants_samples {
+        let summary = if wants.rows() {
             let counts = counts_first(&profile);
             let samples = &mut self.samples;
             self.distinct.add(&profile, |sample| {
@@ -142,7 +157,7 @@ impl Gathered {
             series,
             start_ms: from.start_ms,
             id: ByteArray::from(from.id.to_string().as_str()),
-            is_new: wants_profile,
+            wants,
             duration_ms: from.duration_ms,
             rule_id: ByteArray::from(from.rule_id.as_str()),
             revision: from.revision,

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `worker` | the thread: when to compact, what waits, retention |
 //! | `compact` | one compaction, from segments to commits |
+//! | `rollup` | the sums of samples by minute and by hour |
 //! | `gather`, `ids` | rows in memory, and the ids of stacks, frames and label sets |
 //! | `merge`, `rows` | merges of small files, and the rows of written files |
 //! | `retention` | removed partitions, files without a reader, the space of the table |
@@ -27,6 +28,7 @@ mod merge;
 mod partition;
 mod reader;
 mod retention;
+mod rollup;
 mod rows;
 mod schema;
 mod tables;
@@ -60,6 +62,10 @@ pub struct TableOptions {
     /// Add new profiles to the tables this often; each time writes some files
     #[arg(long, value_name = "TIME", env = "GANNET_COLLECTOR_TABLE_INTERVAL", default_value = "30s")]
     pub table_interval: TimeSpan,
+    /// Also write sums of the samples: by minute and service, and by hour and pod. Long ranges then read fewer rows; the
+    /// tables take more space
+    #[arg(long, env = "GANNET_COLLECTOR_TABLE_ROLLUPS")]
+    pub table_rollups: bool,
     /// Time between two retention passes.
     #[arg(skip = Duration::from_secs(60))]
     #[serde(skip)]

@@ -45,6 +45,11 @@ impl Partition {
     }
 }
 
+/// Converts a time in milliseconds to that of a column.
+pub(super) fn micros(ms: u64) -> i64 {
+    i64::try_from(ms.saturating_mul(1000)).unwrap_or(i64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -22,7 +22,7 @@ use super::{
     TableError,
     log::{DataFile, Log},
     rows::{Packed, PackedLeaf, check_columns, damaged, leaf_memory},
-    schema::{Column, FRAMES, Kind, LABELS, PROFILES, SAMPLES, STACKS, Schema},
+    schema::{Column, FRAMES, HOURS, Kind, LABELS, MINUTES, PROFILES, SAMPLES, STACKS, Schema},
 };
 use crate::store::TableObjects;
 
@@ -60,13 +60,17 @@ pub(crate) struct TableSnapshot {
     firsts: Vec<usize>,
 }
 
-/// Reads the logs of all tables. A table that no collector has written yet has no files.
+/// Reads the logs of all tables. A table that no collector has written yet has no files; a table of sums is left out then.
 pub(crate) async fn snapshot(objects: &TableObjects) -> Result<Vec<TableSnapshot>, TableError> {
     let mut tables = Vec::new();
     // Stacks, frames and label sets are committed before the samples that refer to them, so the samples go first here.
-    for schema in [&SAMPLES, &PROFILES, &LABELS, &STACKS, &FRAMES] {
+    for schema in [&SAMPLES, &MINUTES, &HOURS, &PROFILES, &LABELS, &STACKS, &FRAMES] {
         let mut log = Log::new(schema, objects.clone(), "");
         log.read().await?;
+        let is_optional = !schema.sums.is_empty();
+        if is_optional && log.next_version() == 0 {
+            continue;
+        }
         tables.push(TableSnapshot::new(schema, objects.clone(), &log));
     }
     Ok(tables)

@@ -125,8 +125,9 @@ impl LoadedRows {
     }
 
     /// Sorts the rows, and writes them as one file.
-    pub(super) fn write(self) -> Result<ParquetFile, ParquetError> {
+    pub(super) fn write(mut self) -> Result<ParquetFile, ParquetError> {
         let order = self.sorted();
+        let order = if self.schema.sums.is_empty() { order } else { self.add_up(&order)? };
         let Self { schema, leaves, .. } = self;
         let sources: Vec<Source> = leaves.into_iter().map(Source::from).collect();
         let mut file = FileWriter::merged(schema)?;
@@ -135,6 +136,28 @@ impl LoadedRows {
             file.write(Rows::from_leaves(schema, leaves, rows.len()))?;
         }
         file.finish()
+    }
+
+    /// Adds up sorted rows that are equal but for the sums of the table. Returns those that remain.
+    fn add_up(&mut self, order: &[u32]) -> Result<Vec<u32>, ParquetError> {
+        let (mut sums, mut others) = (Vec::new(), Vec::new());
+        for (column, first) in self.schema.columns.iter().zip(&self.firsts) {
+            if self.schema.sums.contains(&column.name) { sums.push(*first) } else { others.push(*first) }
+        }
+        let mut kept: Vec<u32> = Vec::new();
+        for row in order {
+            let is_same = |last: &u32| others.iter().all(|leaf| self.leaves[*leaf].is_equal(*last, *row));
+            match kept.last().copied().filter(is_same) {
+                // A sum with a gap cannot take the other one. Both rows stay.
+                Some(last) if sums.iter().all(|leaf| self.leaves[*leaf].has_both(last, *row)) => {
+                    for leaf in &sums {
+                        self.leaves[*leaf].add_to(last, *row)?;
+                    }
+                }
+                _ => kept.push(*row),
+            }
+        }
+        Ok(kept)
     }
 
     /// Returns the numbers of all rows in the order of the table.
@@ -147,11 +170,16 @@ impl LoadedRows {
         let keys: Vec<Key<'_>> = (self.schema.order.iter())
             .filter_map(|name| {
                 let at = self.schema.columns.iter().position(|column| column.name == *name)?;
-                Some(match &self.leaves[self.firsts[at]].values {
+                let leaf = &self.leaves[self.firsts[at]];
+                Some(match &leaf.values {
                     Packed::Longs(values) => Key::Longs(values),
                     Packed::Texts(texts, values) => {
                         let ranks = ranks(texts);
-                        Key::Texts(values.iter().map(|index| ranks[*index as usize]).collect())
+                        // A gap comes first.
+                        let rank = |row| {
+                            values[leaf.span(row)].first().map_or(0, |index| ranks[*index as usize] + 1)
+                        };
+                        Key::Texts((0..self.rows).map(rank).collect())
                     }
                     Packed::Bools(_) => return None,
                 })
@@ -207,6 +235,32 @@ impl PackedLeaf {
     /// Returns the indexes of the values of a row: one, or none for a gap, or those of a list.
     pub(super) fn span(&self, row: usize) -> Range<usize> {
         self.starts.as_ref().map_or(row..row + 1, |starts| starts[row] as usize..starts[row + 1] as usize)
+    }
+
+    /// Reports whether two rows have the same values. Only of columns without lists.
+    fn is_equal(&self, a: u32, b: u32) -> bool {
+        let (a, b) = (self.span(a as usize), self.span(b as usize));
+        match &self.values {
+            // Each text has one number.
+            Packed::Texts(_, values) => values[a] == values[b],
+            Packed::Longs(values) => values[a] == values[b],
+            Packed::Bools(values) => values[a] == values[b],
+        }
+    }
+
+    /// Reports whether both rows have a value, or neither.
+    fn has_both(&self, a: u32, b: u32) -> bool {
+        self.span(a as usize).len() == self.span(b as usize).len()
+    }
+
+    /// Adds the number of a row to that of another.
+    fn add_to(&mut self, to: u32, from: u32) -> Result<(), ParquetError> {
+        let (to, from) = (self.span(to as usize), self.span(from as usize));
+        let Packed::Longs(values) = &mut self.values else { return Err(damaged("a sum is no number")) };
+        if !to.is_empty() && !from.is_empty() {
+            values[to.start] = values[to.start].saturating_add(values[from.start]);
+        }
+        Ok(())
     }
 
     /// Reports whether it has the values of this number of rows.
@@ -357,7 +411,7 @@ mod tests {
     use super::{
         super::{
             file::Cell,
-            schema::{LABELS, SAMPLES},
+            schema::{HOURS, LABELS, SAMPLES},
         },
         *,
     };
@@ -418,6 +472,55 @@ mod tests {
             "{}",
             file.stats
         );
+    }
+
+    #[test]
+    fn a_merge_adds_up_sums_of_equal_rows() {
+        type Sum<'a> = (&'a str, Option<&'a str>, i64, i64, Option<i64>);
+        let encode = |rows: &[Sum<'_>]| {
+            let mut out = Rows::new(&HOURS);
+            for (service, pod, stack, value, count) in rows {
+                let pod = pod.map(text);
+                out.push([
+                    Cell::Text(&text(service)),
+                    Cell::Null,
+                    pod.as_ref().map_or(Cell::Null, Cell::Text),
+                    Cell::Text(&text("cpu/nanoseconds")),
+                    Cell::Long(*stack),
+                    Cell::Long(*value),
+                    count.map_or(Cell::Null, Cell::Long),
+                ]);
+            }
+            let mut file = FileWriter::new(&HOURS).unwrap();
+            file.write(out).unwrap();
+            Bytes::from(file.finish().unwrap().bytes)
+        };
+        let files = [
+            encode(&[
+                ("s", None, 1, 10, Some(1)),
+                ("s", Some("p1"), 1, 20, Some(2)),
+                ("s", Some("p2"), 1, i64::MAX, None),
+            ]),
+            encode(&[
+                ("s", Some("p1"), 2, 5, Some(1)),
+                ("s", Some("p1"), 1, 7, Some(3)),
+                ("s", None, 1, 1, Some(4)),
+            ]),
+            encode(&[("s", Some("p2"), 1, 1, None), ("s", None, 1, 100, None)]),
+        ];
+        let (rows, file) = merged(&HOURS, &files);
+        let wanted = [
+            "pod: null, type: \"cpu/nanoseconds\", stack_id: 1, value: 11, count: 5}",
+            "pod: null, type: \"cpu/nanoseconds\", stack_id: 1, value: 100, count: null}",
+            "pod: \"p1\", type: \"cpu/nanoseconds\", stack_id: 1, value: 27, count: 5}",
+            "pod: \"p1\", type: \"cpu/nanoseconds\", stack_id: 2, value: 5, count: 1}",
+            "pod: \"p2\", type: \"cpu/nanoseconds\", stack_id: 1, value: 9223372036854775807, count: null}",
+        ];
+        assert_eq!(rows.len(), wanted.len(), "{rows:?}");
+        for (row, wanted) in rows.iter().zip(wanted) {
+            assert!(row.ends_with(wanted), "{row}, not {wanted}");
+        }
+        assert_eq!(file.rows, 5);
     }
 
     #[test]

@@ -85,6 +85,8 @@ pub(super) struct Schema {
     pub(super) columns: &'static [Column],
     /// Columns by which the rows of a file are sorted: texts by their bytes, and numbers.
     pub(super) order: &'static [&'static str],
+    /// Columns that a merge adds up in rows which are equal but for these.
+    pub(super) sums: &'static [&'static str],
 }
 
 /// Partition columns of all tables, with their types in Delta.
@@ -143,6 +145,7 @@ const SERVICE: Column =
 pub(super) const SAMPLES: Schema = Schema {
     name: "samples",
     order: &["service_name", "type", "time", "profile_id", "stack_id"],
+    sums: &[],
     columns: &[
         column("time", Kind::Time, "Start of the profile").range(),
         SERVICE,
@@ -161,10 +164,44 @@ pub(super) const SAMPLES: Schema = Schema {
     ],
 };
 
+/// One row for each minute, service, type and stack.
+pub(super) const MINUTES: Schema = Schema {
+    name: "samples_by_minute",
+    order: &["service_name", "type", "time", "stack_id"],
+    sums: &["value", "count"],
+    columns: &[
+        column("time", Kind::Time, "Start of the minute").range(),
+        SERVICE,
+        column("type", Kind::Text, "Type and unit of `value`, like `cpu/nanoseconds`"),
+        column("stack_id", Kind::Long, "The stack, in the table `stacks`").range().ascending(),
+        column("value", Kind::Long, "Sum of the measured values"),
+        column("count", Kind::Long, "Sum of the samples or events; NULL: the profiles do not count them")
+            .optional(),
+    ],
+};
+
+/// One row for each hour, pod, service, type and stack.
+pub(super) const HOURS: Schema = Schema {
+    name: "samples_by_hour",
+    order: &["service_name", "namespace", "pod", "type", "stack_id"],
+    sums: &["value", "count"],
+    columns: &[
+        SERVICE,
+        column("namespace", Kind::Text, "Label of the profiles").optional(),
+        column("pod", Kind::Text, "Label of the profiles").optional(),
+        column("type", Kind::Text, "Type and unit of `value`, like `cpu/nanoseconds`"),
+        column("stack_id", Kind::Long, "The stack, in the table `stacks`").range().ascending(),
+        column("value", Kind::Long, "Sum of the measured values"),
+        column("count", Kind::Long, "Sum of the samples or events; NULL: the profiles do not count them")
+            .optional(),
+    ],
+};
+
 /// One row for each profile.
 pub(super) const PROFILES: Schema = Schema {
     name: "profiles",
     order: &["service_name", "time", "profile_id"],
+    sums: &[],
     columns: &[
         column("time", Kind::Time, "Start of the profile").range(),
         SERVICE,
@@ -187,6 +224,7 @@ pub(super) const PROFILES: Schema = Schema {
 pub(super) const STACKS: Schema = Schema {
     name: "stacks",
     order: &["service_name", "stack_id"],
+    sums: &[],
     columns: &[
         column("stack_id", Kind::Long, "Number of the stack, of this table alone").range().ascending(),
         SERVICE,
@@ -203,6 +241,7 @@ pub(super) const STACKS: Schema = Schema {
 pub(super) const FRAMES: Schema = Schema {
     name: "frames",
     order: &["service_name", "frame_id"],
+    sums: &[],
     columns: &[
         column("frame_id", Kind::Long, "Number of the frame, of this table alone").range().ascending(),
         SERVICE,
@@ -233,6 +272,7 @@ pub(super) const FRAMES: Schema = Schema {
 pub(super) const LABELS: Schema = Schema {
     name: "labels",
     order: &["service_name", "labels_id"],
+    sums: &[],
     columns: &[
         column("labels_id", Kind::Long, "Number of the label set, of this table alone").range().ascending(),
         SERVICE,
@@ -251,7 +291,7 @@ mod tests {
     #[test]
     fn the_page_describes_every_column() {
         let page = include_str!("../../../docs/storage.md");
-        for schema in [&SAMPLES, &PROFILES, &STACKS, &FRAMES, &LABELS] {
+        for schema in [&SAMPLES, &MINUTES, &HOURS, &PROFILES, &STACKS, &FRAMES, &LABELS] {
             let title = format!("### {}\n", schema.name);
             let start = page.find(&title).unwrap_or_else(|| panic!("no section {title}"));
             let section = page[start..].split("\n### ").next().unwrap();

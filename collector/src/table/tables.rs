@@ -1,11 +1,13 @@
 //! The logs of all tables.
 
 use tokio::runtime::Handle;
+use ulid::Ulid;
 
 use super::{
     TableError,
+    gather::Wants,
     log::Log,
-    schema::{FRAMES, LABELS, PROFILES, SAMPLES, STACKS},
+    schema::{FRAMES, HOURS, LABELS, MINUTES, PROFILES, SAMPLES, STACKS},
 };
 use crate::store::TableObjects;
 
@@ -16,13 +18,20 @@ pub(super) struct Tables {
     pub(super) labels: Log,
     pub(super) profiles: Log,
     pub(super) samples: Log,
+    pub(super) rollups: Option<Rollups>,
     pub(super) objects: TableObjects,
     pub(super) runtime: Handle,
 }
 
+/// The logs of the tables of sums.
+pub(super) struct Rollups {
+    pub(super) minutes: Log,
+    pub(super) hours: Log,
+}
+
 impl Tables {
-    /// Starts without any reading. `writer`: id of this process.
-    pub(super) fn new(objects: TableObjects, writer: &str, runtime: Handle) -> Self {
+    /// Starts without any reading. `writer`: id of this process. `has_rollups`: with the tables of sums.
+    pub(super) fn new(objects: TableObjects, writer: &str, runtime: Handle, has_rollups: bool) -> Self {
         let log = |schema| Log::new(schema, objects.clone(), writer);
         Self {
             frames: log(&FRAMES),
@@ -30,15 +39,31 @@ impl Tables {
             labels: log(&LABELS),
             profiles: log(&PROFILES),
             samples: log(&SAMPLES),
+            rollups: has_rollups.then(|| Rollups { minutes: log(&MINUTES), hours: log(&HOURS) }),
             runtime,
             objects,
         }
     }
 
     /// Returns all logs, in the order in which a compaction writes them.
-    pub(super) fn all(&mut self) -> [&mut Log; 5] {
-        let Self { frames, stacks, labels, profiles, samples, .. } = self;
-        [frames, stacks, labels, profiles, samples]
+    pub(super) fn all(&mut self) -> Vec<&mut Log> {
+        let Self { frames, stacks, labels, profiles, samples, rollups, .. } = self;
+        let mut all = vec![frames, stacks, labels, profiles, samples];
+        if let Some(Rollups { minutes, hours }) = rollups {
+            all.extend([minutes, hours]);
+        }
+        all
+    }
+
+    /// Returns the tables that lack a segment.
+    pub(super) fn wants(&self, segment: Ulid) -> Wants {
+        let lacks = |log: &Log| !log.has_taken(segment);
+        Wants {
+            profiles: lacks(&self.profiles),
+            samples: lacks(&self.samples),
+            minutes: self.rollups.as_ref().is_some_and(|rollups| lacks(&rollups.minutes)),
+            hours: self.rollups.as_ref().is_some_and(|rollups| lacks(&rollups.hours)),
+        }
     }
 
     /// Reads what is new in all logs, and creates missing tables.

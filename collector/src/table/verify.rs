@@ -5,17 +5,19 @@ use std::{collections::BTreeSet, fs, path::Path};
 use super::{
     TableError,
     log::Log,
-    schema::{FRAMES, LABELS, PROFILES, SAMPLES, STACKS, Schema},
+    schema::{FRAMES, HOURS, LABELS, MINUTES, PROFILES, SAMPLES, STACKS, Schema},
 };
 use crate::store::{ObjectFault, StoreError, TableObjects, Verified};
 
 /// Returns the tables whose rows refer to those of this one, and this one itself.
 fn dependents(table: &str) -> &'static [&'static str] {
     match table {
-        "frames" => &["frames", "stacks", "samples"],
-        "stacks" => &["stacks", "samples"],
+        "frames" => &["frames", "stacks", "samples", "samples_by_minute", "samples_by_hour"],
+        "stacks" => &["stacks", "samples", "samples_by_minute", "samples_by_hour"],
         "labels" => &["labels", "samples"],
         "profiles" => &["profiles"],
+        "samples_by_minute" => &["samples_by_minute"],
+        "samples_by_hour" => &["samples_by_hour"],
         _ => &["samples"],
     }
 }
@@ -28,7 +30,7 @@ pub(crate) async fn verify(
     mut report: impl FnMut(&str, &ObjectFault),
 ) -> Result<Vec<&'static str>, StoreError> {
     let mut faulty = Vec::new();
-    for schema in [&FRAMES, &STACKS, &LABELS, &PROFILES, &SAMPLES] {
+    for schema in [&FRAMES, &STACKS, &LABELS, &PROFILES, &SAMPLES, &MINUTES, &HOURS] {
         let mut log = Log::new(schema, objects.clone(), "");
         let faults = check(schema, &mut log, verified).await?;
         for (path, fault) in &faults {
@@ -88,9 +90,10 @@ pub(crate) fn set_aside(root: &Path, faulty: &[&str], to: &Path) -> Result<Vec<&
     let names: BTreeSet<&'static str> =
         faulty.iter().flat_map(|table| dependents(table).iter().copied()).collect();
     fs::create_dir_all(to).map_err(|e| StoreError::io("create", to, e))?;
-    // Samples refer to all others, so they go first.
+    // Samples and their sums refer to the others, so they go first.
     let mut moved = Vec::new();
-    for name in ["samples", "stacks", "frames", "labels", "profiles"] {
+    for name in ["samples_by_hour", "samples_by_minute", "samples", "stacks", "frames", "labels", "profiles"]
+    {
         let from = root.join(name);
         if names.contains(name) && from.is_dir() {
             fs::rename(&from, to.join(name)).map_err(|e| StoreError::io("set aside", &from, e))?;

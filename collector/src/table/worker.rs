@@ -112,7 +112,8 @@ impl Worker {
         ended: Receiver<()>,
         runtime: Handle,
     ) -> Result<Self, StoreError> {
-        let tables = Tables::new(store.table_objects()?, &Ulid::new().to_string(), runtime);
+        let tables =
+            Tables::new(store.table_objects()?, &Ulid::new().to_string(), runtime, options.table_rollups);
         Ok(Self {
             store,
             tables,
@@ -286,8 +287,7 @@ impl Worker {
 
     fn is_done(&self, id: Ulid) -> bool {
         let SetAside { empty, unreadable, .. } = &self.aside;
-        let is_taken = self.tables.samples.has_taken(id) && self.tables.profiles.has_taken(id);
-        is_taken || empty.contains(&id) || unreadable.contains(&id)
+        !self.tables.wants(id).any() || empty.contains(&id) || unreadable.contains(&id)
     }
 
     fn drop_taken(&mut self) {

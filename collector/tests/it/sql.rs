@@ -108,6 +108,11 @@ async fn sql_sums_stacks_like_the_profiles_that_were_sent() {
     );
     assert_eq!(numbers(&running, &by_profile).await, [value]);
     for (sql, wanted) in [
+        ("SELECT (SELECT sum(value) FROM samples) - (SELECT sum(value) FROM samples_by_minute)", 0),
+        (
+            "SELECT count(*) FROM samples_by_hour h JOIN stacks USING (date, hour, stack_id) WHERE pod = 'p2' AND value < 1",
+            0,
+        ),
         ("SELECT count(*) FROM profiles WHERE profile_id = NULL", 0),
         ("SELECT count(*) FROM profiles WHERE labels ->> 'node' = 'n1'", sent.len() as i64),
         ("SELECT count(*) FROM samples JOIN profiles USING (date, hour, profile_id)", found.len() as i64),

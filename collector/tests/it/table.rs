@@ -131,6 +131,46 @@ pub fn sums(files: &Files) -> Sums {
     sums
 }
 
+/// Sums of value and count by what a table of sums has beside them, and by stack.
+type Rollup = BTreeMap<Vec<String>, (i64, i64)>;
+
+/// Checks that the tables of sums have those of the table of samples.
+pub fn check_rollups(files: &Files) {
+    let mut hashes = BTreeMap::new();
+    rows(files, "stacks", |row| {
+        hashes.insert(row.get_long(0).unwrap(), format!("{:?}", row.get_bytes(2).unwrap().data()));
+    });
+    let text = |row: &Row, at| row.get_string(at).cloned().unwrap_or_default();
+    let add = |to: &mut Rollup, key: Vec<String>, row: &Row, at: usize| {
+        let sum = to.entry(key).or_default();
+        *sum = (sum.0 + row.get_long(at).unwrap(), sum.1 + row.get_long(at + 1).unwrap());
+    };
+    let (mut minutes, mut hours) = (Rollup::new(), Rollup::new());
+    rows(files, "samples", |row| {
+        let (service, kind, stack) =
+            (text(&row, 1), text(&row, 7), hashes[&row.get_long(8).unwrap()].clone());
+        let minute = row.get_timestamp_micros(0).unwrap() / 60_000_000 * 60_000_000;
+        add(&mut minutes, vec![minute.to_string(), service.clone(), kind.clone(), stack.clone()], &row, 10);
+        add(&mut hours, vec![service, text(&row, 2), text(&row, 3), kind, stack], &row, 10);
+    });
+    let (mut by_minute, mut by_hour) = (Rollup::new(), Rollup::new());
+    rows(files, "samples_by_minute", |row| {
+        let key = vec![
+            row.get_timestamp_micros(0).unwrap().to_string(),
+            text(&row, 1),
+            text(&row, 2),
+            hashes[&row.get_long(3).unwrap()].clone(),
+        ];
+        add(&mut by_minute, key, &row, 4);
+    });
+    rows(files, "samples_by_hour", |row| {
+        let stack = hashes[&row.get_long(4).unwrap()].clone();
+        add(&mut by_hour, vec![text(&row, 0), text(&row, 1), text(&row, 2), text(&row, 3), stack], &row, 5);
+    });
+    assert!(!minutes.is_empty() && minutes == by_minute, "{minutes:?}\n{by_minute:?}");
+    assert_eq!(hours, by_hour);
+}
+
 /// Returns the sums of batches.
 pub fn sent_sums<'b>(batches: impl IntoIterator<Item = &'b Batch>) -> Sums {
     let mut sums = Sums::new();
@@ -151,6 +191,7 @@ pub fn sent_sums<'b>(batches: impl IntoIterator<Item = &'b Batch>) -> Sums {
 
 pub fn with_table(config: &mut Config) {
     config.table.table = true;
+    config.table.table_rollups = true;
     config.table.table_interval = TimeSpan(Duration::from_millis(100));
 }
 
@@ -193,7 +234,11 @@ pub fn batches(round: u64, n: u64) -> Vec<Batch> {
         let stacks = [format!("main;work;f{}", (round + i) % 7), format!("main;idle;g{}", i % 3)];
         let values = [1 + (i % 5) as i64, 2];
         let stacks: Vec<_> = stacks.iter().zip(values).map(|(stack, n)| (stack.as_str(), n)).collect();
-        batch(&format!("s{}", i % 3), now_ms() - i % 4 * 1_800_000, &stacks)
+        let mut batch = batch(&format!("s{}", i % 3), now_ms() - i % 4 * 1_800_000, &stacks);
+        if !i.is_multiple_of(5) {
+            batch.labels.insert("pod".to_owned(), format!("p{}", i % 5));
+        }
+        batch
     };
     (0..n).map(make).collect()
 }
@@ -201,7 +246,7 @@ pub fn batches(round: u64, n: u64) -> Vec<Batch> {
 fn spawn(data: &Path, grpc: SocketAddr, http: SocketAddr) -> Child {
     Command::new(env!("CARGO_BIN_EXE_gannet-collector"))
         .args(["--data", data.to_str().unwrap(), "--min-free-bytes", "0", "--flush-interval", "20ms"])
-        .args(["--table", "--table-interval", "100ms"])
+        .args(["--table", "--table-rollups", "--table-interval", "100ms"])
         .args(["--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()])
         .env("GANNET_COLLECTOR_LOG", "warn")
         .stdin(Stdio::null())
@@ -259,6 +304,7 @@ async fn a_killed_collector_adds_each_sample_to_the_table_once() {
     running.shutdown().await;
     let files = files_below(&dir.path().join("table"));
     assert_eq!(sums(&files), sent_sums(&sent));
+    check_rollups(&files);
     assert!(merges(&files, "samples") + merges(&files, "stacks") > 0, "no merge was under way");
 }
 
@@ -287,8 +333,8 @@ async fn a_compaction_that_ends_at_any_step_is_completed_once() {
     up_to_date(running.http_addr).await;
     running.shutdown().await;
     let mut cut = 0;
-    // A compaction of two hours writes up to 16 files, and its tables exist by now. The first write is the probe.
-    for step in 1..16 {
+    // A compaction of two hours writes up to 22 files, and its tables exist by now. The first write is the probe.
+    for step in 1..22 {
         let fate = if step % 3 == 0 { Fate::Refused } else { Fate::Unanswered };
         let running = start().await;
         up_to_date(running.http_addr).await;
@@ -313,6 +359,7 @@ async fn a_compaction_that_ends_at_any_step_is_completed_once() {
         up_to_date(running.http_addr).await;
         running.shutdown().await;
         assert_eq!(sums(&table_of(&s3)), sent_sums(&sent), "step {step}, {fate:?}");
+        check_rollups(&table_of(&s3));
     }
     assert!(cut >= 8, "only {cut} compactions ended early");
 }
@@ -486,7 +533,7 @@ async fn merges_leave_few_files_and_the_same_rows() {
     })
     .await;
     // Two or three hours, of which the youngest may have up to three files of each size.
-    assert!(counted(data_files).await < 5 * 16, "{} files", counted(data_files).await);
+    assert!(counted(data_files).await < 7 * 16, "{} files", counted(data_files).await);
     assert!(counted("gannet_collector_table_merged_files_total").await > 5 * 24);
     assert!(counted("gannet_collector_table_merges_total").await > 10);
     let table = dir.path().join("table");
@@ -498,6 +545,15 @@ async fn merges_leave_few_files_and_the_same_rows() {
     running.shutdown().await;
     let files = files_below(&table);
     assert_eq!(sums(&files), sent_sums(&sent));
+    check_rollups(&files);
+    assert!(merges(&files, "samples_by_minute") > 2 && merges(&files, "samples_by_hour") > 2);
+    let count = |table| {
+        let mut count = 0;
+        rows(&files, table, |_| count += 1);
+        count
+    };
+    // 24 rounds of five profiles of three services, two hours and five pods, whose rows merges have added up.
+    assert!(count("samples_by_hour") < count("samples"), "{} rows", count("samples_by_hour"));
     assert!(merges(&files, "samples") > 2 && merges(&files, "profiles") > 2);
     for path in active(&files, "samples") {
         let rows = SerializedFileReader::new(files[&path].clone()).unwrap();
@@ -520,6 +576,34 @@ async fn merges_leave_few_files_and_the_same_rows() {
     up_to_date(running.http_addr).await;
     running.shutdown().await;
     assert_eq!(sums(&files_below(&table)), sent_sums(&sent));
+}
+
+/// Checks that sums of profiles that were stored before `--table-rollups` come into the tables, and those of later ones too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sums_of_older_profiles_follow_when_they_are_switched_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = |has_rollups| {
+        Collector::start(config_with(dir.path(), |config| {
+            with_table(config);
+            config.table.table_rollups = has_rollups;
+        }))
+    };
+    let mut sent = Vec::new();
+    for (round, has_rollups) in [(0, false), (1, true), (2, false), (3, true)] {
+        let running = start(has_rollups).await.unwrap();
+        let new = batches(round, 6);
+        Pusher::open(running.grpc_addr).await.store_all(&new).await;
+        sent.extend(new);
+        up_to_date(running.http_addr).await;
+        running.shutdown().await;
+        let files = files_below(&dir.path().join("table"));
+        assert_eq!(sums(&files), sent_sums(&sent));
+        if has_rollups {
+            check_rollups(&files);
+        } else if round == 0 {
+            assert!(active(&files, "samples_by_minute").is_empty());
+        }
+    }
 }
 
 /// Checks that a merge leaves a file with a flipped bit and a missing one as they are, counts them, and merges the others.

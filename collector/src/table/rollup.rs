@@ -1,0 +1,170 @@
+//! Sums of samples: by minute and service, and by hour and pod.
+//!
+//! Each compaction adds the sums of its own samples, so a minute or an hour has several rows of one stack until a merge adds them up.
+//! Queries add them up too.
+
+use std::collections::BTreeSet;
+
+use parquet::data_type::ByteArray;
+use tokio::runtime::Handle;
+
+use super::{
+    TableError,
+    action::Add,
+    file::{Cell, FileWriter, Rows},
+    gather::{ProfileRow, SampleRow, Series},
+    ids::{GROUP_ROWS, optional},
+    log::Log,
+    partition::{Partition, micros},
+};
+
+const MINUTE_MS: u64 = 60_000;
+
+/// The samples of a compaction, with what they refer to.
+pub(super) struct Source<'a> {
+    pub(super) samples: &'a [SampleRow],
+    pub(super) profiles: &'a [ProfileRow],
+    pub(super) series: &'a [Series],
+    pub(super) types: &'a [ByteArray],
+    /// The number of the scope of each profile. Scopes ascend by partition and service.
+    pub(super) scope_of: &'a [u32],
+}
+
+/// Samples that are equal in all columns of the table but the sums.
+struct Sum {
+    /// Number of the scope (partition and service), and what else the table has, in its order; last the stack.
+    key: (u32, u64, u64, i64),
+    value: i64,
+    count: Option<i64>,
+    /// One of the summed profiles.
+    profile: u32,
+}
+
+/// Writes the sums by minute, as files that no commit has added yet.
+pub(super) fn write_minutes(
+    runtime: &Handle,
+    log: &mut Log,
+    source: &Source<'_>,
+    adds: &mut Vec<(Partition, Add)>,
+) -> Result<(), TableError> {
+    let types = source.sorted_types();
+    let sums = source.sums(
+        |profile| profile.wants.minutes,
+        |row, profile| (source.rank_of(&types, row), profile.start_ms / MINUTE_MS),
+    );
+    write(runtime, log, source, &sums, adds, |rows, sum, series| {
+        let (_, kind, minute, stack) = sum.key;
+        rows.push([
+            Cell::Long(micros(minute * MINUTE_MS)),
+            Cell::Text(&series.service),
+            Cell::Text(types[kind as usize]),
+            Cell::Long(stack),
+            Cell::Long(sum.value),
+            sum.count.map_or(Cell::Null, Cell::Long),
+        ]);
+    })
+}
+
+/// Writes the sums by hour and pod, as files that no commit has added yet.
+pub(super) fn write_hours(
+    runtime: &Handle,
+    log: &mut Log,
+    source: &Source<'_>,
+    adds: &mut Vec<(Partition, Add)>,
+) -> Result<(), TableError> {
+    let types = source.sorted_types();
+    let pod = |series: &Series| {
+        let bytes = |label: &Option<ByteArray>| label.as_ref().map(|label| label.data().to_vec());
+        (bytes(&series.namespace), bytes(&series.pod))
+    };
+    let pods: Vec<_> = source.series.iter().map(pod).collect();
+    let sorted: BTreeSet<_> = pods.iter().collect();
+    let sorted: Vec<_> = sorted.into_iter().collect();
+    let numbers: Vec<u64> =
+        pods.iter().map(|pod| sorted.partition_point(|other| *other < pod) as u64).collect();
+    let sums = source.sums(
+        |profile| profile.wants.hours,
+        |row, profile| (numbers[profile.series as usize], source.rank_of(&types, row)),
+    );
+    write(runtime, log, source, &sums, adds, |rows, sum, series| {
+        let (_, _, kind, stack) = sum.key;
+        rows.push([
+            Cell::Text(&series.service),
+            optional(series.namespace.as_ref()),
+            optional(series.pod.as_ref()),
+            Cell::Text(types[kind as usize]),
+            Cell::Long(stack),
+            Cell::Long(sum.value),
+            sum.count.map_or(Cell::Null, Cell::Long),
+        ]);
+    })
+}
+
+impl<'a> Source<'a> {
+    fn sorted_types(&self) -> Vec<&'a ByteArray> {
+        let mut types: Vec<&ByteArray> = self.types.iter().collect();
+        types.sort_by(|a, b| a.data().cmp(b.data()));
+        types
+    }
+
+    /// Returns the place of the type of a sample.
+    fn rank_of(&self, sorted: &[&ByteArray], row: &SampleRow) -> u64 {
+        let kind = self.types[row.kind as usize].data();
+        sorted.partition_point(|other| other.data() < kind) as u64
+    }
+
+    /// Adds up the samples of profiles that the table lacks. `parts`: what separates them beside scope and stack.
+    fn sums(
+        &self,
+        is_wanted: impl Fn(&ProfileRow) -> bool,
+        parts: impl Fn(&SampleRow, &ProfileRow) -> (u64, u64),
+    ) -> Vec<Sum> {
+        let wanted = self.samples.iter().filter(|row| is_wanted(&self.profiles[row.profile as usize]));
+        let sum = |row: &SampleRow| {
+            let (first, second) = parts(row, &self.profiles[row.profile as usize]);
+            let key = (self.scope_of[row.profile as usize], first, second, row.stack);
+            Sum { key, value: row.value, count: row.count, profile: row.profile }
+        };
+        let mut sums: Vec<Sum> = wanted.map(sum).collect();
+        sums.sort_unstable_by_key(|sum| sum.key);
+        sums.dedup_by(|next, sum| {
+            let is_same = next.key == sum.key;
+            if is_same {
+                sum.value = sum.value.saturating_add(next.value);
+                sum.count = match (sum.count, next.count) {
+                    (Some(a), Some(b)) => Some(a.saturating_add(b)),
+                    (a, b) => a.or(b),
+                };
+            }
+            is_same
+        });
+        sums
+    }
+}
+
+/// Writes sums as one file for each partition.
+fn write(
+    runtime: &Handle,
+    log: &mut Log,
+    source: &Source<'_>,
+    sums: &[Sum],
+    adds: &mut Vec<(Partition, Add)>,
+    push: impl Fn(&mut Rows, &Sum, &Series),
+) -> Result<(), TableError> {
+    let profile = |sum: &Sum| &source.profiles[sum.profile as usize];
+    // Scopes ascend by partition.
+    for part in sums.chunk_by(|a, b| profile(a).partition == profile(b).partition) {
+        let mut file = FileWriter::new(log.schema).map_err(TableError::Parquet)?;
+        for group in part.chunks(GROUP_ROWS) {
+            let mut rows = Rows::new(log.schema);
+            for sum in group {
+                push(&mut rows, sum, &source.series[profile(sum).series as usize]);
+            }
+            file.write(rows).map_err(TableError::Parquet)?;
+        }
+        let file = file.finish().map_err(TableError::Parquet)?;
+        let partition = profile(&part[0]).partition;
+        adds.push((partition, runtime.block_on(log.put_file(partition, file, true))?));
+    }
+    Ok(())
+}
