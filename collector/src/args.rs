@@ -37,7 +37,7 @@ enum Verb {
         #[arg(long, id = "verify_data", value_name = "DIR|URL")]
         data: Option<DataLocation>,
     },
-    /// Read all stored profiles, and set aside the objects that cannot be read
+    /// Read all stored profiles, and set unreadable objects aside
     ///
     /// It moves them into `set-aside` in --data, and deletes nothing. Objects with some readable profiles stay. Stop the collector
     /// of the directory first. It exits with 1 if faults are left, and with 2 if it cannot read the store.
@@ -63,17 +63,17 @@ enum Verb {
     /// Reads debug information in a confined child process.
     #[command(name = DEBUG_INFO_VERB, hide = true)]
     ReadDebugInfo {
-        /// Memory that it may use beside the file, in bytes.
+        /// Memory that the child may use beside the file, in bytes.
         memory_bytes: u64,
         /// Addresses to symbolize, in hexadecimal, separated by commas.
         addresses: String,
-        /// Directories of files to which debug information refers.
+        /// Directories to search for files that the debug information refers to.
         directories: Vec<PathBuf>,
     },
     /// Delete stored profiles by their labels and times
     ///
     /// Without --yes it only counts them. Stop the collector of the directory first, or all collectors of the bucket. It also removes
-    /// the tables (--table), and the next collector writes them again. It exits with 1 if some objects cannot be read, which may hold
+    /// the tables (--table), and the next collector writes them again. It exits with 1 if it cannot read some objects, which may hold
     /// such profiles, and with 2 if it cannot read the store.
     Delete {
         /// Location of the profiles, as the collector has it: a directory or a bucket
@@ -129,7 +129,7 @@ pub enum Invocation {
     Verify(Box<Config>),
     /// Repair the store of this configuration.
     Repair(Box<Config>),
-    /// Delete these profiles from the store of this configuration, or only count them: the last value is true.
+    /// Delete these profiles from the store of this configuration. If the last value is true, only count them.
     Delete(Box<Config>, Deletion, bool),
     /// Show the profile of a file (`-`: standard input) under this name on this port, or a free one for 0.
     Open(PathBuf, Option<String>, u16),

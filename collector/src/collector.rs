@@ -50,10 +50,10 @@ pub enum StartError {
     /// The directory of the rules cannot be created or read.
     #[error("cannot open the rules (--rules-store, --data): {0}")]
     Rules(#[source] io::Error),
-    /// The recording rules cannot be used.
+    /// An error in the file of recording rules.
     #[error(transparent)]
     Recording(#[from] RecordingFileError),
-    /// The directory of the debug information cannot be read.
+    /// An error of the directory of debug information.
     #[error("cannot open the debug information (`debuginfo` in --data): {0}")]
     DebugInfo(#[source] io::Error),
     /// Profiles cannot be forwarded.
@@ -197,7 +197,7 @@ impl Collector {
     }
 }
 
-/// Returns the name of the pod. Elsewhere, host and port tell collectors apart: each writes its own counts.
+/// Returns the name of the pod; outside of Kubernetes host and port. It distinguishes collectors, because each writes its own counts.
 fn name_of_collector(port: u16) -> String {
     std::env::var("HOSTNAME").unwrap_or_else(|_| {
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();

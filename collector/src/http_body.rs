@@ -10,7 +10,7 @@ use flate2::read::MultiGzDecoder;
 use futures::StreamExt as _;
 use tonic::Status;
 
-/// Time for a client to send its request.
+/// Time limit for a client to send its request.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Reads the body of a request, and removes its compression.
@@ -27,10 +27,9 @@ pub(crate) async fn read_message(headers: &HeaderMap, body: Body, max: usize) ->
         return Ok(bytes);
     }
     let mut out = Vec::new();
-    MultiGzDecoder::new(bytes.as_slice())
-        .take(max as u64 + 1)
-        .read_to_end(&mut out)
-        .map_err(|error| Status::invalid_argument(format!("the request's gzip is damaged: {error}")))?;
+    MultiGzDecoder::new(bytes.as_slice()).take(max as u64 + 1).read_to_end(&mut out).map_err(|error| {
+        Status::invalid_argument(format!("cannot decompress the request by gzip: {error}"))
+    })?;
     if out.len() > max { Err(too_large(max)) } else { Ok(out) }
 }
 

@@ -87,7 +87,7 @@ impl Default for IngestOptions {
 #[derive(Clone)]
 pub(crate) struct Ingest(Arc<IngestState>);
 
-/// The parts that get each stored profile, beside the store.
+/// The parts of the collector that receive each profile after the store has it.
 pub(crate) struct Onward {
     pub(crate) forwarder: Forwarder,
     /// None without recording rules.
@@ -443,8 +443,8 @@ impl IngestState {
         }
     }
 
-    /// Checks labels, times and profile of a batch, and packs it for the store, beside what it adds to the recorded metrics. `raw`: the
-    /// profile without compression, if it is at hand.
+    /// Checks labels, times and profile of a batch. Returns the batch packed for the store, and the values for the recorded metrics.
+    /// `raw`: the profile without compression, if the caller has it.
     fn check(&self, mut batch: Batch, raw: Option<&[u8]>) -> Result<(NewBatch, Recorded), Refusal> {
         labels::check(&batch.labels).map_err(|e| Refusal::new("bad_labels", e.to_string()))?;
         self.check_time(&batch)?;
@@ -536,7 +536,7 @@ impl IngestState {
         Ok(())
     }
 
-    /// Checks the profile of a batch. Returns its sample types with their totals, and what it adds to the recorded metrics.
+    /// Checks the profile of a batch. Returns its sample types with their totals, and the values for the recorded metrics.
     fn check_profile(
         &self,
         pprof: &[u8],

@@ -20,7 +20,7 @@
 //! | `recording` | metrics from profiles: recording rules and their counts | count a profile twice |
 //! | `forward` | profiles on their way to Pyroscope, Parca and receivers of OTLP | delay the push streams |
 //! | `query` | selections, merges, flame graphs, tables, timelines | change anything |
-//! | `debuginfo` | debug information by build id, and the names that it gives to profiles when a query reads them | change a stored profile |
+//! | `debuginfo` | debug information by build id; adds names to the profiles that a query reads | change a stored profile |
 //! | `sql` | SQL queries of the table | change anything |
 //! | `table` | the same profiles as Delta tables; a thread of its own adds new segments | delay the writer |
 //! | `store` | objects, index, retention; one writer changes them | lose an acknowledged batch |
@@ -104,8 +104,8 @@ pub async fn verify(
     Ok(verified)
 }
 
-/// Reads what [`verify`] reads, and sets aside the faulty objects and tables. Calls `report` with the path, the fault and the repair of
-/// each. Deletes nothing. Fails if a collector uses the directory.
+/// Reads the same files as [`verify`], and sets aside the faulty objects and tables. Calls `report` with the path, the fault and the
+/// repair of each. Deletes nothing. Fails if a collector uses the directory.
 pub async fn repair(
     config: &Config,
     mut report: impl FnMut(&str, &ObjectFault, &Repair),
@@ -120,7 +120,7 @@ pub async fn repair(
             .await?;
     let repair = match &tables.root {
         _ if faulty.is_empty() => return Ok(verified),
-        // Collectors that run would go on with the logs that they know.
+        // Running collectors would go on with their copies of the logs.
         None => Repair::Kept(
             "stop all collectors with --table, remove `table` from the bucket, and start them again",
         ),
@@ -156,7 +156,7 @@ pub async fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> Resul
     if is_dry || found.objects == 0 {
         return Ok(found);
     }
-    // Before the deed, so that a crash cannot hide it.
+    // The entry precedes the deletion, so that a crash cannot hide the deletion.
     let rules = data.join("rules");
     if rules.is_dir() {
         let Deletion { query, from, until } = deletion;
@@ -168,13 +168,13 @@ pub async fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> Resul
     Ok(store::delete(data, bucket, &doomed, false).await?)
 }
 
-/// Why a deletion failed. Some objects may be deleted; the same call deletes the rest.
+/// The reason why a deletion failed. It may have deleted some objects; the same call deletes the rest.
 #[derive(Debug, thiserror::Error)]
 pub enum DeleteError {
-    /// The selector or a time is wrong.
+    /// An invalid selector or time.
     #[error("{0}")]
     Usage(String),
-    /// The store cannot be read or written.
+    /// An error of the store.
     #[error(transparent)]
     Store(#[from] StoreError),
 }

@@ -138,21 +138,21 @@ fn repair(config: &Config) -> ExitCode {
     }
 }
 
-/// Deletes profiles, or prints how many it would delete.
+/// Deletes profiles, or counts them. Prints the number.
 fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let deleted = runtime.context("cannot start threads").and_then(|runtime| {
         let deleted = runtime.block_on(gannet_collector::delete(config, deletion, is_dry))?;
         let Deleted { profiles, bytes, objects, unreadable, has_tables } = deleted;
         let (verb, end) = match (is_dry, has_tables) {
-            (true, true) => ("found", "; nothing is deleted: with --yes they are, and the tables too"),
-            (true, false) => ("found", "; nothing is deleted: with --yes they are"),
+            (true, true) => ("found", "; nothing is deleted: give --yes to delete them and the tables"),
+            (true, false) => ("found", "; nothing is deleted: give --yes to delete them"),
             (false, true) => ("deleted", ", and the tables"),
             (false, false) => ("deleted", ""),
         };
         writeln!(io::stdout(), "{verb} {profiles} profiles of {bytes} bytes in {objects} objects{end}")?;
         if unreadable > 0 {
-            eprintln!("gannet-collector: {unreadable} objects cannot be read and may hold others; see `gannet-collector verify`");
+            eprintln!("gannet-collector: cannot read {unreadable} objects, which may hold others; run `gannet-collector verify`");
         }
         Ok(unreadable)
     });
@@ -163,7 +163,7 @@ fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> ExitCode {
     }
 }
 
-/// Returns the totals of a complete reading as a text.
+/// Formats the totals of a check of the store.
 fn summary(verified: Verified) -> String {
     let Verified { objects, profiles, bytes, table_files, faults } = verified;
     let found = if faults == 0 { "no".to_owned() } else { faults.to_string() };

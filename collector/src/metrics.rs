@@ -190,17 +190,17 @@ collector_metrics! {
     debuginfo_bytes: Gauge => DEBUGINFO_BYTES
         gauge("gannet_collector_debuginfo_bytes", "Bytes of the files with debug information on the disk");
     debuginfo_stored: Counter => DEBUGINFO_STORED
-        counter("gannet_collector_debuginfo_stored_total", "Files with debug information that were received and stored");
+        counter("gannet_collector_debuginfo_stored_total", "Files with debug information that the collector received and stored");
     debuginfo_refused: Counter => DEBUGINFO_REFUSED
-        counter("gannet_collector_debuginfo_refused_total", "Uploads of debug information that were refused or failed; the log has the reasons");
+        counter("gannet_collector_debuginfo_refused_total", "Uploads of debug information that the collector refused or that failed; the log has the reasons");
     debuginfo_removed: Counter => DEBUGINFO_REMOVED
-        counter("gannet_collector_debuginfo_removed_total", "Files with debug information that were removed because of --debuginfo-bytes");
+        counter("gannet_collector_debuginfo_removed_total", "Files with debug information that the collector removed because of --debuginfo-bytes");
     debuginfo_named: Counter => DEBUGINFO_NAMED
         counter("gannet_collector_debuginfo_named_frames_total", "Frames of merged and returned profiles that got names from debug information");
     debuginfod_requests: Counter => DEBUGINFOD_REQUESTS
-        counter("gannet_collector_debuginfo_server_requests_total", "Build ids for which the servers of --debuginfod were asked");
+        counter("gannet_collector_debuginfo_server_requests_total", "Build ids that the collector requested from the servers of --debuginfod");
     debuginfo_failed: Counter => DEBUGINFO_FAILED
-        counter("gannet_collector_debuginfo_failed_reads_total", "Failed readings of files with debug information");
+        counter("gannet_collector_debuginfo_failed_reads_total", "Files with debug information that the collector failed to read");
 
     nodes_connected: Gauge => NODES_CONNECTED
         gauge("gannet_collector_fleet_nodes_connected", "Connected agents");
@@ -246,11 +246,11 @@ collector_metrics! {
     recording_refusals: Family<RuleLabel, Counter> => RECORDING_REFUSALS
         counter(
             "gannet_collector_recording_refused_profiles_total",
-            "Profiles that a recording rule did not count, because they would make more series than its limit",
+            "Profiles that a recording rule did not count, because they would add series beyond its max_series",
             ["rule"]
         );
     recording_failures: Counter => RECORDING_FAILURES
-        counter("gannet_collector_recording_failures_total", "Failed readings of a changed file of recording rules; the rules before it stay in force");
+        counter("gannet_collector_recording_failures_total", "Changed files of recording rules that the collector could not use; the former rules stay in force");
 
     tls_reloads: Counter => TLS_RELOADS
         counter("gannet_collector_tls_reloads_total", "Changed certificates taken into use");

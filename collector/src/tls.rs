@@ -245,8 +245,8 @@ fn read(flag: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {
     fs::read(path).map_err(|source| TlsError::File { flag, path: path.display().to_string(), source })
 }
 
-/// Returns the authorities in a PEM text for an HTTP client. The system's bundle may hold certificates that rustls does not
-/// understand; they are left out.
+/// Returns the authorities in a PEM text for an HTTP client. Omits certificates that rustls does not understand, which the system's
+/// bundle may hold.
 pub(crate) fn client_roots(pem: &[u8]) -> Result<Vec<reqwest::Certificate>, String> {
     let certs = parse_certificates(pem)?;
     Ok(certs

@@ -18,7 +18,7 @@ use crate::{
     render::{Console, bytes, clean, count, millis, show_time, table},
 };
 
-/// Bytes of one message.
+/// Maximum size of one message, in bytes.
 const CHUNK_BYTES: usize = 256 << 10;
 
 /// Runs one of the commands.
@@ -35,12 +35,12 @@ pub(crate) async fn run(
     }
 }
 
-/// The fate of one file of an upload.
+/// The outcome of the upload of one file.
 struct Uploaded {
     file: String,
     build_id: String,
     bytes: u64,
-    /// The collector had it.
+    /// The collector already has the file.
     is_known: bool,
 }
 
@@ -68,7 +68,7 @@ async fn upload(
         },
         || {
             let line = |Uploaded { file, build_id, bytes: size, is_known }: &Uploaded| {
-                let what = if *is_known { "the collector has it".to_owned() } else { format!("uploaded {}", bytes(*size)) };
+                let what = if *is_known { "the collector already has it".to_owned() } else { format!("uploaded {}", bytes(*size)) };
                 format!("{}: build id {build_id}: {what}\n", clean(file))
             };
             done.iter().map(line).collect()
@@ -101,8 +101,8 @@ async fn upload_one(path: &Path, collector: &Collector) -> Result<Uploaded, Erro
     }
 }
 
-/// Returns the messages of an upload. They read the file as they are sent, and end early if it cannot be read; the collector then
-/// refuses it.
+/// Returns the messages of an upload. The stream reads the file piece by piece. If it cannot read the file, it ends early, and the
+/// collector refuses the upload.
 fn messages(
     begin: Begin,
     file: File,
@@ -137,7 +137,7 @@ async fn list(collector: &Collector, format: Format, console: &mut Console<'_>) 
         },
         || {
             if answer.files.is_empty() {
-                return "the collector has no debug information; add some by `gannetctl debuginfo upload FILE`\n".to_owned();
+                return "the collector has no debug information; upload some with `gannetctl debuginfo upload FILE`\n".to_owned();
             }
             let rows: Vec<_> = answer.files.iter().map(row).collect();
             let of = format!(

@@ -753,7 +753,7 @@ async fn an_assistant_reads_profiles_through_the_tools() {
         ("top_functions", json!({ "since": "yesterday" }), "since: write a duration"),
         ("diff_functions", json!({ "query": shop }), "base_query, base_since"),
         ("flame_graph", json!({ "type": "wall/seconds" }), "wall/seconds"),
-        ("explain_rule", json!({ "rule": "sample" }), "node: this argument is needed"),
+        ("explain_rule", json!({ "rule": "sample" }), "node: this argument is required"),
         ("explain_rule", json!({ "rule": "sample", "node": "n9" }), "does not know a node `n9`"),
     ] {
         let (good, text) = call(&client, tool, arguments).await;

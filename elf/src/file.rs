@@ -226,7 +226,7 @@ impl<'d> Elf<'d> {
         !section.is_compressed() || self.compression(section).is_ok()
     }
 
-    /// Returns the bytes of a section after decompression, as its header claims. An error for an unknown form.
+    /// Returns the size of a section after decompression, in bytes, as its header claims. Returns an error for an unknown form.
     pub fn unpacked_bytes(&self, section: &Section) -> Result<u64, ElfError> {
         if section.is_compressed() { Ok(self.compression(section)?.1) } else { Ok(section.file_bytes()) }
     }

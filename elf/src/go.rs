@@ -43,7 +43,7 @@ pub struct GoTable<'d> {
     /// Bytes of code that one step of a stack depth's length stands for.
     quantum: u64,
     function_count: u64,
-    /// ELF virtual address of the table in its file; 0 if it was read without one.
+    /// ELF virtual address of the table in its file; 0 if the caller did not give it.
     address: u64,
     /// Address of the first function; 0 where the table does not hold it.
     text_start: u64,
@@ -51,7 +51,7 @@ pub struct GoTable<'d> {
     /// Offsets of the files of each compilation unit.
     units_at: usize,
     files_at: usize,
-    /// Tables of a value at each instruction: stack depths, files, lines.
+    /// Tables with one value for each instruction: stack depths, files, lines.
     depths_at: usize,
     functions_at: usize,
 }
@@ -221,7 +221,7 @@ impl<'d> GoTable<'d> {
         self.text(self.names_at, offset, max_bytes)
     }
 
-    /// Returns whether a name begins at this offset in the list of names.
+    /// Reports whether a name begins at this offset in the list of names.
     pub(crate) fn is_name(&self, offset: u32) -> bool {
         let Some(at) = self.names_at.checked_add(offset as usize) else { return false };
         let is_first = offset == 0 || at.checked_sub(1).and_then(|at| self.bytes.get(at)) == Some(&0);
@@ -254,7 +254,7 @@ impl<'d> GoTable<'d> {
         self.bytes.get(at).copied()
     }
 
-    /// Reports whether the records have the lines at which functions begin: those of Go 1.20 and later do.
+    /// Reports whether the records have the first lines of functions, as they do from Go 1.20 on.
     pub(crate) fn has_start_lines(&self) -> bool {
         self.version >= Version::Go120
     }
@@ -278,7 +278,7 @@ impl<'d> GoTable<'d> {
         self.values(record.depths)
     }
 
-    /// Reads the values of one table from a function's first instruction on: bytes of code, and the value throughout them.
+    /// Reads the runs of one table from a function's first instruction on. A run is a number of bytes of code, and their value.
     /// Offset 0 is an empty table.
     pub(crate) fn values(&self, offset: u32) -> impl Iterator<Item = (u64, i32)> + '_ {
         let mut at = self.depths_at.checked_add(offset as usize).filter(|_| offset != 0);

@@ -1,10 +1,10 @@
 //! Functions, files and lines at addresses of a Go program, from the tables that the Go runtime itself uses for stack traces and
-//! profiles: with inlined functions and the lines at which functions begin, in stripped programs too. Go 1.20 and later write them.
+//! profiles. They have inlined functions and the first lines of functions, in stripped programs too. Go 1.20 and later write them.
 //!
-//! Each function's record is followed by the offsets of further tables of it, and by offsets from `go:func.*`, which is where
-//! the linker puts data that belongs to functions. One of those leads to the tree of the calls that were inlined into the function. Only the
-//! module data says where `go:func.*` is, in a word whose place has changed several times. So the reader tries the words
-//! in question, and takes the one that leads to trees of many functions.
+//! After the record of a function come the offsets of its other tables, and offsets from `go:func.*`, where the linker puts the data
+//! of functions. One of these offsets leads to the tree of the calls that the compiler inlined into the function. Only the module
+//! data holds the address of `go:func.*`, in a word whose index has changed several times. So the reader tries several words, and
+//! takes the one that leads to trees of many functions.
 
 use std::cell::Cell;
 
@@ -33,13 +33,13 @@ const INLINED_TREE: u8 = 3;
 const CALL_BYTES: u64 = 16;
 /// The words of module data that may hold the address of `go:func.*`: it was word 40 in Go 1.20, and 43 in Go 1.27.
 const FUNCTION_DATA_WORDS: std::ops::Range<u64> = 38..50;
-/// Trees that a candidate must lead to, if the program has as many.
+/// Number of trees that a candidate must lead to, if the program has that many.
 const PROBED_TREES: usize = 32;
-/// Functions that are searched for trees.
+/// Number of functions that the reader searches for trees.
 const PROBED_FUNCTIONS: usize = 1 << 16;
-/// Calls that are inlined into each other at one address.
+/// Maximum number of nested inlined calls at one address.
 const MAX_DEPTH: usize = 128;
-/// Steps through tables of values, for all addresses of one file. The longest functions take a hundred thousand.
+/// Maximum number of steps through tables of values, for all addresses of one file. The longest functions take a hundred thousand.
 const MAX_STEPS: u64 = 32 << 20;
 
 /// A function at an address.
@@ -60,13 +60,14 @@ pub struct GoLine {
 pub struct GoLines<'e, 'd> {
     elf: &'e Elf<'d>,
     table: GoTable<'d>,
-    /// Address of `go:func.*`; none if it is not known, so that inlined calls are not.
+    /// Address of `go:func.*`. Without it the reader skips functions with inlined calls.
     function_data: Option<u64>,
     steps: Cell<u64>,
 }
 
 impl<'e, 'd> GoLines<'e, 'd> {
-    /// Reads the table of functions if the file has one, it has at most `max_bytes` bytes and is of Go 1.20 or later.
+    /// Reads the table of functions. Returns `None` if the file has none of Go 1.20 or later. A table of more than `max_bytes` bytes is
+    /// an error.
     pub fn of(elf: &'e Elf<'d>, max_bytes: u64) -> Result<Option<Result<Self, GoFault>>, ElfError> {
         let table = match elf.go_table(max_bytes)? {
             None => return Ok(None),
@@ -79,13 +80,13 @@ impl<'e, 'd> GoLines<'e, 'd> {
         Ok(Some(Ok(lines)))
     }
 
-    /// Returns the functions at an address, innermost first, with at most `max_bytes` bytes of each text. None if no Go function is there,
-    /// if the table is damaged there, or if the search took too long.
+    /// Returns the functions at an address, innermost first, with at most `max_bytes` bytes of each text. Returns `None` if no Go function
+    /// is there, if the table is damaged there, or if the search took too long.
     pub fn at(&self, address: u64, max_bytes: usize) -> Option<Vec<GoLine>> {
         let function = self.table.function_at(address)?;
         self.elf.segments().executable_end(function.start)?;
         let record = self.table.record_at(&function)?;
-        // Without the tree, a function would get the lines of the calls that are inlined into it.
+        // Without the tree, a function would get the lines of the calls inlined into it.
         let tree = match self.tree_offset(record) {
             Some(offset) => Some(self.function_data?.checked_add(offset.into())?),
             None => None,
@@ -159,7 +160,7 @@ impl<'e, 'd> GoLines<'e, 'd> {
         (INLINED_TREE < count).then(|| self.table.word(at))?.filter(|offset| *offset != u32::MAX)
     }
 
-    /// Reads an inlined call of a function; none if it cannot be one.
+    /// Reads an inlined call of a function. Returns `None` if the bytes cannot be one.
     fn call(&self, address: u64, function: &GoFunction) -> Option<InlinedCall> {
         let bytes = self.elf.bytes_at(address, CALL_BYTES)?;
         let (&[_, padding @ ..], _) = bytes.split_first_chunk::<4>()?;
@@ -197,7 +198,7 @@ impl<'e, 'd> GoLines<'e, 'd> {
     }
 }
 
-/// A call that was inlined.
+/// A call that the compiler inlined.
 struct InlinedCall {
     /// Offset of the name of the called function.
     name: u32,

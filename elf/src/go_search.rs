@@ -97,7 +97,7 @@ fn text_start_of_module(
     let first_offset = table.first_function();
     for module in modules(elf, table_address, table)? {
         let Some(text_start) = module_word(elf, module, TEXT_WORD)? else { continue };
-        // The first function lies where the table says; other data would hardly agree in that.
+        // The first function must lie at the address in the table, which other data would hardly match.
         let first = module_word(elf, module, FIRST_FUNCTION_WORD)?;
         if first.is_some() && first == first_offset.and_then(|offset| text_start.checked_add(offset)) {
             return Ok(Some(text_start));
@@ -106,7 +106,7 @@ fn text_start_of_module(
     Ok(None)
 }
 
-/// Returns the addresses of module data that points to the table at an address.
+/// Returns the addresses of module data for the table at an address: words there point to the table and to its names.
 pub(crate) fn modules(elf: &Elf<'_>, table_address: u64, table: &GoTable<'_>) -> Result<Vec<u64>, ElfError> {
     let names = table_address.saturating_add(table.names_at());
     let mut found = Vec::new();
@@ -126,7 +126,7 @@ pub(crate) fn modules(elf: &Elf<'_>, table_address: u64, table: &GoTable<'_>) ->
     Ok(found)
 }
 
-/// Returns a word of module data: as the file stores it, or as its relocation says.
+/// Returns a word of module data, or the value of its relocation if the file stores 0.
 pub(crate) fn module_word(elf: &Elf<'_>, module: u64, word: u64) -> Result<Option<u64>, ElfError> {
     let address = module.saturating_add(word * WORD_BYTES);
     let stored = elf.bytes_at(address, WORD_BYTES).and_then(|bytes| read_u64(&bytes, 0));

@@ -29,7 +29,7 @@ pub struct Headers {
     pub segments: Segments,
     /// Build ids of the notes; see [`BuildIds`].
     pub build_ids: BuildIds,
-    /// Whether the program is linked for fixed addresses: `ET_EXEC`.
+    /// True if the linker fixed the addresses of the program: `ET_EXEC`.
     pub(crate) is_fixed: bool,
     /// Address of the first instruction of a program or of the dynamic linker; 0 in libraries.
     pub(crate) entry: u64,

@@ -6,7 +6,7 @@
 //! a page that is gone kills the process.
 //!
 //! [`Headers`] has the parts that the loader needs: segments and build ids. [`Elf`] adds the sections. [`Symbols`] and [`GoTable`]
-//! read function names, [`GoLines`] also files and lines; [`ContentId`] names the content of a file, so that equal files share their results.
+//! read function names, [`GoLines`] also files and lines; [`ContentId`] identifies the content of a file, so that equal files share their results.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod build_id;

@@ -65,7 +65,7 @@ pub struct Symbol {
     pub is_function: bool,
     /// Whether the symbol has no type, as labels of hand-written assembly.
     pub is_untyped: bool,
-    /// Whether the symbol is a thread-local variable. Its address is an offset in the block of such variables.
+    /// True for a thread-local variable. Its address is an offset in the block of such variables.
     pub is_thread_local: bool,
     /// Whether the symbol is of this file, and not only used by it.
     pub is_defined: bool,

@@ -1,4 +1,4 @@
-//! Thread-local variables that a file offers to others, and where the loader puts what leads to them.
+//! Thread-local variables that a file exports, and the words that the loader fills in to lead to them.
 
 use object::{
     LittleEndian,
@@ -15,7 +15,7 @@ use crate::{
     file_header::{FileHeader, LE, PROGRAM_HEADER_BYTES},
 };
 
-/// The sections in which linkers put relocations that the loader makes.
+/// The sections with the relocations that the loader applies.
 const RELOCATIONS: [&[u8]; 2] = [b".rela.dyn", b".rela.plt"];
 
 /// A thread-local variable of a file.
@@ -27,7 +27,7 @@ pub struct ThreadLocal {
     pub block_bytes: u64,
     /// The alignment of the block, in bytes; at least 1.
     pub block_align: u64,
-    /// Whether the file names a dynamic linker, as programs do and libraries do not.
+    /// True if the file names a dynamic linker, as programs do and libraries do not.
     pub has_interpreter: bool,
     /// The word through which the file itself finds the variable; none in a program, whose code knows the offset.
     pub access: Option<ThreadLocalAccess>,
@@ -45,8 +45,8 @@ pub enum ThreadLocalAccess {
 }
 
 impl Elf<'_> {
-    /// Finds a thread-local variable of this name among the symbols that the file offers (`.dynsym`). `None` if there is none, or
-    /// if a table of the file is damaged.
+    /// Finds a thread-local variable of this name among the exported symbols (`.dynsym`). Returns `None` if there is none, or if a
+    /// table of the file is damaged.
     pub fn thread_local(&self, name: &str) -> Option<ThreadLocal> {
         let (index, offset) = self.thread_local_symbol(name)?;
         let header = FileHeader::read(self.data()).ok()?;
@@ -67,7 +67,7 @@ impl Elf<'_> {
     /// Returns number and value of a defined thread-local symbol.
     fn thread_local_symbol(&self, name: &str) -> Option<(u32, u64)> {
         let symbols = self.symbols(b".dynsym")?;
-        // Most files do not have the name: that costs a pass over the names alone.
+        // Most files lack the name. For them the search reads only the table of names.
         symbols.addresses_of(&[name])[0]?;
         let is_named = |symbol: &Symbol| {
             symbol.is_thread_local

@@ -21,7 +21,7 @@ use super::{
 
 /// Name of a service that names itself nowhere: that of the semantic conventions.
 const UNKNOWN_SERVICE: &str = "unknown_service";
-/// Attributes of a resource that become labels of its samples, because each process or thread has others.
+/// Attributes of a resource that become labels of samples instead of series, because each process or thread has its own values.
 const OF_SAMPLES: [&str; 5] = ["container_id", "pid", "pod_uid", "thread", "tid"];
 
 /// A profile of a request.

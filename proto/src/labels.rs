@@ -7,9 +7,9 @@ pub type Labels = BTreeMap<String, String>;
 
 /// The profiled service. docs/tracing.md has the order of its sources.
 pub const SERVICE_NAME: &str = "service_name";
-/// The group of services that the service is in.
+/// The namespace of the service: a group of services, not that of Kubernetes.
 pub const SERVICE_NAMESPACE: &str = "service_namespace";
-/// The version that the service runs: `1.2`.
+/// The version of the service: `1.2`.
 pub const SERVICE_VERSION: &str = "service_version";
 /// The node's name.
 pub const NODE: &str = "node";

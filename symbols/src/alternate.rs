@@ -9,12 +9,12 @@ use std::{
 
 use gannet_elf::{AlternateLink, Elf, ElfLimits};
 
-/// A shorter build id is no real one, and would match whole directories.
+/// Minimum length of a build id. Linkers write longer ones, and a shorter one would match whole directories.
 const MIN_BUILD_ID_DIGITS: usize = 8;
 
-/// Finds the file with the debug information that several files share. `linker` is the path of the debug file that refers to it;
-/// none for a file that anyone may have made. The path in the link may lead anywhere, so the result must lie in one of the
-/// directories, and have the build id of the link. The reader of debug information searches in the same order.
+/// Finds the file with the debug information that several files share. `linker` is the path of the debug file that refers to it, or
+/// `None` for an untrusted file. The path in the link may lead anywhere, so the result must lie in one of the directories, and have
+/// the build id of the link. The reader of debug information searches in the same order.
 pub fn find_alternate(link: &AlternateLink, linker: Option<&Path>, directories: &[PathBuf]) -> Option<File> {
     let path = Path::new(OsStr::from_bytes(&link.path));
     let by_id = path_of_build_id(&link.build_id.to_string());
@@ -35,8 +35,8 @@ pub fn find_alternate(link: &AlternateLink, linker: Option<&Path>, directories: 
     (elf.build_id() == Some(&link.build_id)).then_some(found)
 }
 
-/// Returns the path of the debug file of a build id in hex, relative to a directory of debug files: `.build-id/ab/cdef01.debug`. None
-/// for a text that is no build id.
+/// Returns the path of the debug file of a build id in hex, relative to a directory of debug files: `.build-id/ab/cdef01.debug`.
+/// Returns `None` for a text that is not a build id.
 pub fn path_of_build_id(id: &str) -> Option<PathBuf> {
     let is_hex = id.len() >= MIN_BUILD_ID_DIGITS && id.bytes().all(|digit| digit.is_ascii_hexdigit());
     let (first, rest) = id.split_at_checked(2).filter(|_| is_hex)?;

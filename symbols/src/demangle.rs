@@ -2,13 +2,13 @@
 
 use std::fmt::{self, Write};
 
-/// Limit of a name: those of some C++ templates would fill a profile.
+/// Maximum size of a name, in bytes. The names of some C++ templates would fill a profile.
 pub const MAX_NAME_BYTES: usize = 2048;
 
-/// Returns the name as a programmer writes it; a name that is not mangled stays as it is.
+/// Returns the readable form of a mangled name, as a programmer writes it. Returns other names unchanged.
 pub fn demangle(raw: &str) -> String {
     let mut name = Limited(String::new());
-    // An error is only ever the limit, or a name that turns out not to be a mangled one.
+    // An error means that the name reached the limit, or that it is not mangled after all.
     let done = if let Ok(symbol) = rustc_demangle::try_demangle(raw) {
         write!(name, "{symbol:#}").is_ok()
     } else if let Some(symbol) = cpp_symbol(raw) {
@@ -47,7 +47,7 @@ pub fn cut(name: &str) -> String {
     name
 }
 
-/// A writer that takes text up to the limit: some mangled names stand for text many times longer than they are.
+/// A writer that accepts text up to the limit. The readable form can be many times longer than the mangled name.
 struct Limited(String);
 
 impl Write for Limited {
@@ -86,7 +86,7 @@ mod tests {
 
     #[test]
     fn a_name_that_grows_without_limit_is_cut() {
-        // Each substitution doubles what the one before it stands for.
+        // Each substitution doubles the text of the one before it.
         let mut raw = String::from("_Z1fI1aE");
         for level in 0..30 {
             write!(raw, "1bIS{level}_S{level}_E").unwrap();

@@ -1,8 +1,8 @@
-//! Names, inlined functions and lines from DWARF, by blazesym, in a process of its own.
+//! Names, inlined functions and lines from DWARF, which blazesym reads in a child process.
 //!
 //! Debug information is a program for its reader: its cost is unknown beforehand, and a hostile file can use up time, memory
-//! or the stack. So a child process reads it, with hard limits and almost no privilege. When the child ends, dies or does not
-//! answer, everything that it used is freed. A file that it did not survive is not read again.
+//! or the stack. So a child process reads it, with hard limits and almost no privilege. When the child ends, or the parent kills it,
+//! the kernel frees all its resources. Callers do not read a file again on which the child died.
 
 use std::{
     fs::{self, File},
@@ -30,18 +30,18 @@ use crate::{demangle, start_lines::start_lines};
 /// The verb by which a program calls itself to read debug information.
 pub const DEBUG_INFO_VERB: &str = "read-debug-info";
 
-/// Limit of one call.
+/// Time limit of one call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(6);
 const CPU_SECONDS: u64 = 5;
 const _: () = assert!(CPU_SECONDS < CALL_TIMEOUT.as_secs(), "the child's own limit applies first");
-/// The child's stack, of which it touches what the nesting of inlined functions needs.
+/// Size of the child's stack. The child touches more of it the deeper inlined functions nest.
 const MAX_STACK_BYTES: u64 = 64 << 20;
-/// Larger debug information is not read.
+/// Maximum size of debug information and symbol table, in bytes. A compressed section counts [`PACKED`] times its size.
 const MAX_DEBUG_BYTES: u64 = 2 << 30;
 const MAX_ANSWER_BYTES: u64 = 64 << 20;
 /// The part of the child's memory that the sections with first lines may take.
 const START_LINES_PART: u64 = 3;
-/// Addresses of one call: they are one argument, which Linux limits to 128 KiB.
+/// Maximum number of addresses of one call. They are one argument, which Linux limits to 128 KiB.
 const CALL_ADDRESSES: usize = 4096;
 const _: () = assert!(CALL_ADDRESSES * (16 + 1) < 128 << 10, "16 digits and a comma each");
 
@@ -63,35 +63,35 @@ pub struct DebugLine {
 /// Functions at one address, innermost first; empty if the debug information does not describe it.
 pub type DebugFrame = Vec<DebugLine>;
 
-/// The reason why the debug information of a file is not used.
+/// The reason why the debug information of a file is unusable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unusable {
-    /// There is none.
+    /// The file has none.
     None,
-    /// It is too large, refers to other files, or has an unknown form.
+    /// The debug information is too large, refers to other files, or has an unknown form.
     Refused,
-    /// The file with the rest of it is not installed.
+    /// The file with the shared part of the debug information is not installed.
     NoAlternate,
-    /// Reading it failed, and would fail again.
+    /// A read failed, and another one would fail again.
     Harmful,
 }
 
-/// The usual ratio of compression.
+/// The usual ratio of compression of debug sections.
 const PACKED: u64 = 4;
 
-/// The debug information of a file that may be read.
+/// Debug information that a child may read.
 #[derive(Clone, Debug)]
 pub struct Examined {
-    /// Bytes of the debug information, unpacked, and of the symbol table, which the reader reads too.
+    /// Estimated size of the debug information after decompression, and of the symbol table, which the reader reads too.
     pub bytes: u64,
-    /// The file to which it refers. The reader follows this link, so the caller must check where it leads.
+    /// The file that the debug information refers to. The reader follows this link, so the caller must check its target.
     pub alternate: Option<AlternateLink>,
 }
 
-/// Examines the debug information of a file. An error if it may not be read.
+/// Checks whether a child may read the debug information of a file. Returns an error with the reason if not.
 pub fn examine(file: &File) -> Result<Examined, Unusable> {
     let elf = ElfFile::parse(file, &ElfLimits::default()).map_err(|_| Unusable::None)?;
-    // The reader does not know the form of compression that had no section flag.
+    // The reader does not know the old form of compression, which had no section flag.
     if elf.stored_section(b".zdebug_info").is_some() {
         return Err(Unusable::Refused);
     }
@@ -122,15 +122,15 @@ fn is_symbols(name: &[u8]) -> bool {
     name == b".symtab" || name == b".strtab"
 }
 
-/// Returns the time in which [`resolve`] ends by itself, unless the file does not answer.
+/// Returns the time after which [`resolve`] has ended, unless the file system of the file does not answer.
 pub fn max_time(addresses: usize) -> Duration {
     let calls = addresses.div_ceil(CALL_ADDRESSES) + 1;
     CALL_TIMEOUT.saturating_mul(u32::try_from(calls).unwrap_or(u32::MAX))
 }
 
-/// Reads the functions at each ELF virtual address. The child has `memory_bytes` of memory beside the file itself, and looks for
-/// the file's alternate file in `directories`. `program` runs as the child: it must call
-/// [`read_debug_info`] for the verb [`DEBUG_INFO_VERB`]. Calls `started` with the process id of each child, and keeps the result while
+/// Reads the functions at each ELF virtual address. The child has `memory_bytes` of memory beside the file itself, and searches
+/// `directories` for the file's alternate file. `program` runs as the child: it must call
+/// [`read_debug_info`] for the verb [`DEBUG_INFO_VERB`]. Calls `started` with the process id of each child, and holds the result while
 /// the child runs. An error means that the child could not start, could not read the debug information, died, or did not answer in
 /// time.
 pub fn resolve<S>(
@@ -240,7 +240,7 @@ pub fn read_debug_info(memory_bytes: u64, addresses: &str, directories: Vec<Path
         .map(|address| u64::from_str_radix(address, 16))
         .collect::<Result<_, _>>()
         .map_err(io::Error::other)?;
-    // The reader recurses into inlined functions as deep as the file says.
+    // The reader recurses into inlined functions as deeply as the file nests them.
     let worker = std::thread::Builder::new().stack_size(MAX_STACK_BYTES as usize);
     let (frames, addresses) = worker
         .spawn(move || (read(&addresses, directories), addresses))?
@@ -269,7 +269,7 @@ fn confine(memory_bytes: u64) -> io::Result<()> {
     setrlimit(Resource::Data, limit(memory_bytes.saturating_add(MAX_STACK_BYTES)))?;
     setrlimit(Resource::Cpu, limit(CPU_SECONDS))?;
     setrlimit(Resource::Core, limit(0))?;
-    // A limit on the length of files is a limit on writing; what it writes goes into a pipe.
+    // The limit on the size of files stops only writes to files. The child writes into a pipe.
     setrlimit(Resource::Fsize, limit(0))?;
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     rustix::thread::set_no_new_privs(true)?;
@@ -290,8 +290,8 @@ fn read(addresses: &[u64], directories: Vec<PathBuf>) -> Result<Vec<DebugFrame>,
 
 fn frame(found: &Symbolized<'_>) -> DebugFrame {
     let Symbolized::Sym(symbol) = found else { return Vec::new() };
-    // Where debug information describes nothing, the reader takes a symbol of the file: without a size that may be a label inside
-    // of assembly, which [`crate::tables`] knows to leave out.
+    // For an address without debug information, the reader takes a symbol of the file. Without a size that may be a label inside of
+    // assembly, which [`crate::tables`] leaves out.
     let is_label =
         symbol.inlined.is_empty() && symbol.code_info.is_none() && symbol.size.is_none_or(|size| size == 0);
     if symbol.name.is_empty() || is_label {

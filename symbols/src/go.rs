@@ -1,4 +1,4 @@
-//! Functions of Go programs, stripped or not: from the tables that the Go runtime uses for its own stack traces.
+//! Functions of Go programs, stripped or not, from the tables that the Go runtime uses for its own stack traces.
 
 use std::fs::File;
 
@@ -10,16 +10,16 @@ use crate::{
     symbol_search::{Offer, SymbolSearch, TooMuchWork},
 };
 
-/// The largest Go programs have some 300,000 functions in 60 MB.
+/// Maximum size of a function table, in bytes. The largest Go programs have some 300,000 functions in 60 MB.
 const MAX_TABLE_BYTES: u64 = 128 << 20;
 
 /// The reason why Go's function table gave no names.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum GoError {
-    /// The table is damaged, or of a version that is not known.
+    /// The table is damaged, or of an unknown version.
     #[error(transparent)]
     Table(#[from] GoFault),
-    /// The file cannot be read.
+    /// An error of the file system.
     #[error(transparent)]
     Elf(#[from] ElfError),
     /// The search took too long.
@@ -27,8 +27,8 @@ pub(crate) enum GoError {
     TooMuchWork(#[from] TooMuchWork),
 }
 
-/// Finds the functions at each of the addresses, with inlined ones and lines; none where there is no Go function. Returns none for
-/// a file without a table of Go 1.20 or later, and for one whose table is damaged.
+/// Finds the functions at each of the addresses, with inlined ones and lines; an empty list if an address has no Go function. Returns
+/// `None` for a file without a table of Go 1.20 or later, and for a damaged table.
 pub fn lines(file: &File, addresses: &[u64]) -> Option<Vec<DebugFrame>> {
     let elf = Elf::parse(file, &ElfLimits::default()).ok()?;
     let lines = GoLines::of(&elf, MAX_TABLE_BYTES).ok()??.ok()?;
@@ -45,7 +45,7 @@ fn debug_line(found: GoLine) -> DebugLine {
     DebugLine { name: text(name), file: text(file), line, column: 0, start_line }
 }
 
-/// Offers the functions of a Go program; of another program none.
+/// Offers the functions of a Go program to a search. Offers none of another program.
 pub(crate) fn offer(elf: &Elf<'_>, search: &mut SymbolSearch<'_>) -> Result<(), GoError> {
     match elf.go_table(MAX_TABLE_BYTES)? {
         Some(table) => offer_functions(&table?, elf.segments(), search),
@@ -118,12 +118,12 @@ mod tests {
         assert_eq!(found, [None, Some(main), Some(work), None]);
     }
 
-    /// Checks that a function whose name never ends costs no more than the longest name that is shown.
+    /// Checks that a function whose name never ends costs no more than the longest allowed name.
     #[test]
     fn a_name_without_end_is_cut() {
         let mut bytes = table();
         bytes.resize(1 << 20, b'x');
-        // The name of the second function is all that follows the table.
+        // The name of the second function includes all bytes after the table.
         let end = table().len() as u32 - 72;
         bytes[96 + 68 + 4..][..4].copy_from_slice(&end.to_le_bytes());
         let found = names(&bytes, &[0x1040]).unwrap();

@@ -1,7 +1,7 @@
-//! Names of functions in ELF files that anyone may have made: the one reader of them for the agent and the collector.
+//! Names of functions in untrusted ELF files, for the agent and the collector.
 //!
 //! [`tables::find`] reads symbol tables, in this process and within bounds. [`dwarf::resolve`] reads debug information, which also
-//! has inlined functions and lines, in a process of its own. [`demangle`](demangle::demangle) makes the names of compilers readable.
+//! has inlined functions and lines, in a child process. [`demangle`](demangle::demangle) makes the names of compilers readable.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 pub mod alternate;

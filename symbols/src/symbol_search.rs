@@ -1,11 +1,11 @@
 //! The search for the symbols of a few addresses in a large table, in one pass and without a copy of the table.
 
-/// A symbol of unknown size reaches to the next symbol, but no further than the longest functions.
+/// Maximum size of a symbol of unknown size, which reaches up to the next symbol. The longest functions are shorter.
 pub const MAX_UNSIZED_BYTES: u64 = 256 << 10;
 
-/// Limit of the work of one search: a hostile table can make every symbol hold every address.
+/// Maximum work of one search. In a hostile table, every symbol can hold every address.
 const MAX_WORK: u64 = 64 << 20;
-/// Work of reading a name. Comparing a symbol with an address is 1.
+/// Work to read a name. The comparison of a symbol with an address counts as 1.
 const NAME_WORK: u64 = 64;
 
 /// The symbols overlap so much that the search would take too long.
@@ -13,20 +13,20 @@ const NAME_WORK: u64 = 64;
 #[error("the symbol table takes too long to search")]
 pub struct TooMuchWork;
 
-/// A symbol that is offered to a search.
+/// A symbol that a caller offers to a search.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Offer {
     pub(crate) start: u64,
-    /// 0 is an unknown size.
+    /// Size of the symbol in bytes; 0 if unknown.
     pub(crate) size: u64,
-    /// It has the type of a function. Other symbols are labels of hand-written assembly.
+    /// True if the symbol has the type of a function. Other symbols are labels of hand-written assembly.
     pub(crate) is_function: bool,
-    /// How far it is visible, 0 for its own object file alone. Of aliases, the more visible one is shown.
+    /// The visibility of the symbol; 0 within its own object file. Of two aliases, the search takes the more visible one.
     pub(crate) visibility: u32,
 }
 
 impl Offer {
-    /// Returns the offer of a function of known size.
+    /// Builds the offer of a function of known size.
     pub(crate) fn function(start: u64, size: u64) -> Self {
         Self { start, size, is_function: true, visibility: 0 }
     }
@@ -34,11 +34,11 @@ impl Offer {
 
 /// The best symbol so far for each wanted address.
 ///
-/// A symbol with a size names the addresses that it holds, of several the innermost function. Assembly often has no sizes:
-/// there a function or a visible label reaches up to the next one, and a local label inside it names nothing.
+/// A symbol with a size names the addresses that it holds. If several hold an address, the innermost function names it. Assembly often
+/// has no sizes. There a function or a visible label reaches up to the next one, and a local label inside it names nothing.
 pub(crate) struct SymbolSearch<'a> {
     wanted: &'a [u64],
-    /// Symbols with a size that hold the address.
+    /// The innermost symbols with a size that hold each address.
     holding: Vec<Option<Candidate>>,
     /// The last functions and visible labels without a size at or before each address and behind the address before it.
     entries: Vec<Option<Candidate>>,
@@ -54,20 +54,20 @@ pub(crate) struct SymbolSearch<'a> {
 struct Candidate {
     is_function: bool,
     start: u64,
-    /// Of two symbols at one address, the name that programmers use ranks higher.
+    /// The rank of a symbol. Of two symbols at one address, the name that programmers use ranks higher.
     rank: u32,
     name: Vec<u8>,
 }
 
 impl<'a> SymbolSearch<'a> {
-    /// Starts a search for these addresses, which are sorted.
+    /// Starts a search for these sorted addresses.
     pub(crate) fn new(wanted: &'a [u64]) -> Self {
         let none = vec![None; wanted.len()];
         let (holding, entries, labels) = (none.clone(), none.clone(), none);
         Self { wanted, holding, entries, labels, ends: vec![0; wanted.len()], work: MAX_WORK }
     }
 
-    /// Offers a symbol. Calls `name` only if the symbol may be wanted; a symbol without a name is no function.
+    /// Offers a symbol. Calls `name` only if the symbol may match; a symbol without a name is not a function.
     pub(crate) fn offer(
         &mut self,
         offer: Offer,
@@ -95,7 +95,7 @@ impl<'a> SymbolSearch<'a> {
         let Some(name) = name() else { return Ok(()) };
         let underscores = name.iter().take_while(|byte| **byte == b'_').take(15).count() as u32;
         let rank = (15 - underscores) * 16 + visibility;
-        // Where sizes are known, a label is no function; where they are not, it can be one.
+        // A label is not a function in code with sizes. In code without sizes it can be one.
         let candidate = Some(Candidate { is_function: is_function || size == 0, start, rank, name });
         for known in slots {
             if *known < candidate {
@@ -105,7 +105,7 @@ impl<'a> SymbolSearch<'a> {
         Ok(())
     }
 
-    /// Counts work; an error if there was too much.
+    /// Adds work. Returns an error above the limit.
     pub(crate) fn spend(&mut self, work: u64) -> Result<(), TooMuchWork> {
         self.work = self.work.checked_sub(work).ok_or(TooMuchWork)?;
         Ok(())

@@ -1,8 +1,8 @@
 //! Function names of an ELF file: from `.symtab`, `.dynsym`, Go's own table, and the symbol table that some distributions
 //! store compressed in `.gnu_debugdata` when they strip the others.
 //!
-//! Only the names of wanted addresses are read: some libraries have a hundred megabytes of names, and a profile needs a few
-//! hundred names.
+//! The search reads only the names at the addresses of the caller: some libraries have a hundred megabytes of names, and a profile
+//! needs a few hundred names.
 
 use std::{
     fs::File,
@@ -18,26 +18,26 @@ use crate::{
     symbol_search::{Offer, SymbolSearch, TooMuchWork},
 };
 
-/// Ten million functions.
+/// Maximum size of a symbol table, in bytes: ten million functions.
 const MAX_TABLE_BYTES: u64 = 256 << 20;
 const MAX_MINI_DEBUG_BYTES: u64 = 32 << 20;
-/// Room for the dictionary of `xz -9`, 64 MiB, and the decoder's own tables. Memory is used up to the size of the table only.
+/// Maximum memory of the decoder: 64 MiB for the dictionary of `xz -9`, and the decoder's own tables. It uses no more than the table needs.
 const MAX_UNPACKING_KIB: u32 = 65 << 10;
 
 /// The reason why the functions of a file have no names.
 #[derive(Debug, thiserror::Error)]
 pub enum SymbolError {
-    /// The file, or a part of it, cannot be read.
+    /// An error of the file system, or a malformed file.
     #[error(transparent)]
     Elf(#[from] ElfError),
-    /// The symbol table is larger than any real one.
-    #[error("a symbol table of {0} bytes is over the limit of {MAX_TABLE_BYTES}")]
+    /// The symbol table exceeds the limit.
+    #[error("the symbol table has {0} bytes, the limit is {MAX_TABLE_BYTES}")]
     TableTooLarge(u64),
     /// The search took too long.
     #[error(transparent)]
     TooMuchWork(#[from] TooMuchWork),
-    /// The compressed symbol table cannot be unpacked.
-    #[error("the compressed symbol table cannot be unpacked: {0}")]
+    /// An error of decompression.
+    #[error("cannot decompress the symbol table: {0}")]
     Packed(io::Error),
 }
 
@@ -46,12 +46,11 @@ pub enum SymbolError {
 pub struct FoundSymbols {
     /// The name for each address.
     pub names: Vec<Option<Vec<u8>>>,
-    /// The reason why Go's function table was not used. The other tables were.
+    /// The reason why the search did not use Go's function table. It did use the other tables.
     pub go_fault: Option<GoFault>,
 }
 
-/// Finds the function at each of the addresses, which are sorted: in the file, and in its debug file if the file is
-/// stripped.
+/// Finds the function at each of these sorted addresses, in the file, and in its debug file if the file is stripped.
 pub fn find(file: &File, debug_file: Option<&File>, addresses: &[u64]) -> Result<FoundSymbols, SymbolError> {
     let elf = open(file)?;
     let mut search = SymbolSearch::new(addresses);
@@ -91,7 +90,7 @@ fn offer_tables(elf: &Elf<'_>, search: &mut SymbolSearch<'_>) -> Result<(), Symb
     Ok(())
 }
 
-/// Removes the version that linkers write behind the name of a library's symbol: `name@VERSION`, `name@@VERSION`.
+/// Removes the version that linkers append to the name of a library's symbol: `name@VERSION`, `name@@VERSION`.
 fn without_version(mut name: Vec<u8>) -> Vec<u8> {
     if let Some(at) = name.iter().position(|byte| *byte == b'@').filter(|at| *at > 0) {
         name.truncate(at);
@@ -128,19 +127,19 @@ fn offer_table(
     Ok(())
 }
 
-/// Returns whether an untyped symbol is a label of hand-written assembly, and no internal mark of the assembler.
+/// Reports whether an untyped symbol is a label of hand-written assembly, and not an internal mark of the assembler.
 fn is_label(name: &[u8]) -> bool {
     !name.starts_with(b"$") && !name.starts_with(b".L") && !name.starts_with(b"__") && name != b"_DYNAMIC"
 }
 
-/// Unpacks the compressed symbol table into memory that has a descriptor, so that it is read like any file.
+/// Decompresses the symbol table into a memory file, which the search reads like any file.
 fn unpack(elf: &Elf<'_>, section: &Section) -> Result<File, SymbolError> {
     let packed = elf.section_data_within(section, MAX_MINI_DEBUG_BYTES)?;
     let memory = rustix::fs::memfd_create("gannet-symbols", rustix::fs::MemfdFlags::CLOEXEC)
         .map_err(|error| SymbolError::Packed(error.into()))?;
     let mut file = File::from(memory);
     let unpacked = XzReader::new_mem_limit(&*packed, false, MAX_UNPACKING_KIB);
-    // One byte more than the limit tells a table that is cut from one that just fits.
+    // One byte more than the limit distinguishes a table over the limit from one of exactly its size.
     let bytes =
         io::copy(&mut unpacked.take(MAX_MINI_DEBUG_BYTES + 1), &mut file).map_err(SymbolError::Packed)?;
     if bytes > MAX_MINI_DEBUG_BYTES {

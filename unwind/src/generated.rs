@@ -129,7 +129,7 @@ pub fn fp_rows(code: &[u8], start: u64, by_call: bool) -> Rows {
         } else {
             state.apply(Effect::of(instruction, &mut info));
         }
-        // Builtins of V8 that call C++ push arguments below the return address, which they have taken off the stack.
+        // Builtins of V8 that call C++ pop the return address, and push it again below the arguments.
         if index > 0 && makes_frame(&all[index - 1], instruction) {
             state = MADE;
         }
@@ -148,7 +148,7 @@ pub fn fp_rows(code: &[u8], start: u64, by_call: bool) -> Rows {
     rows
 }
 
-/// Reports whether an instruction and the next one push rbp and let it point there, above the return address.
+/// Reports whether an instruction pushes rbp, and the next one copies rsp to rbp.
 fn makes_frame(instruction: &Instruction, next: &Instruction) -> bool {
     let is_push = instruction.mnemonic() == Mnemonic::Push && instruction.op0_register() == Register::RBP;
     is_push

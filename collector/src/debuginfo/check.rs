@@ -1,7 +1,7 @@
-//! Checks of a file with debug information, before the collector keeps it.
+//! Checks of a file with debug information, before the collector stores it.
 //!
-//! Anyone may have made the file. These checks read its headers within bounds, in this process; everything behind them is read in a
-//! process of its own ([`gannet_symbols::dwarf`]) or with a limit of work ([`gannet_symbols::tables`]).
+//! The file is untrusted. These checks read its headers within bounds, in this process. Later a child process reads the debug information
+//! ([`gannet_symbols::dwarf`]), and a search with a limit of work reads the symbol tables ([`gannet_symbols::tables`]).
 
 use std::{fs::File, io};
 
@@ -10,15 +10,15 @@ use gannet_symbols::dwarf::{self, Unusable};
 
 use super::layout::Layout;
 
-/// Bytes of all debug sections of a file, unpacked.
+/// Maximum of all debug sections of a file after decompression, in bytes.
 const MAX_UNPACKED_BYTES: u64 = 4 << 30;
 
-/// Why a file is of no use. Each text names the cure.
+/// The reason why the collector refuses a file. Each text names the cure.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FileFault {
-    #[error("the file cannot be read: {0}")]
+    #[error("cannot read the file: {0}")]
     Io(#[from] io::Error),
-    #[error("the file cannot be used: {0}; upload an ELF program or library, or its debug file")]
+    #[error("cannot use the file: {0}; upload an ELF program or library, or its debug file")]
     Elf(#[from] ElfError),
     #[error(
         "the file has no GNU build id, so no profile can refer to it; link the program with `-Wl,--build-id` (Go: `-ldflags=-B=gobuildid`)"
@@ -34,8 +34,8 @@ pub(crate) enum FileFault {
     )]
     Nothing,
     #[error(
-        "the debug information refers to other files, or has an unknown compression; upload a file with complete debug information, \
-         compressed by zlib or zstd or not at all"
+        "the debug information refers to other files, has an unknown compression, or is larger than 2 GiB; upload a smaller file with \
+         complete debug information, compressed by zlib or zstd or not at all"
     )]
     Refused,
     #[error(
@@ -45,18 +45,18 @@ pub(crate) enum FileFault {
     TooLarge(u64),
 }
 
-/// A file that names functions.
+/// The properties of a file that passed the checks.
 #[derive(Debug)]
 pub(crate) struct Checked {
     pub(crate) build_id: BuildId,
     pub(crate) layout: Layout,
-    /// The file has debug information that may be read, beside its symbol tables.
+    /// The file has debug information, beside its symbol tables.
     pub(crate) has_debug_info: bool,
     /// Build id of the file with the shared part of the debug information.
     pub(crate) alternate: Option<BuildId>,
 }
 
-/// Checks a file. Blocking.
+/// Checks a file, and returns its properties. Blocking.
 pub(crate) fn check(file: &File) -> Result<Checked, FileFault> {
     let elf = Elf::parse(file, &ElfLimits::default())?;
     if let Some(fault) = elf.section_fault() {

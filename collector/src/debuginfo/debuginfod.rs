@@ -1,6 +1,6 @@
 //! Files from servers of debuginfod, such as those of Linux distributions.
 //!
-//! A server gets the build ids of frames without a name, and nothing else. What it sends is checked like an upload.
+//! A server gets the build ids of frames without a name, and nothing else. The collector checks a downloaded file like an uploaded one.
 
 use std::{fmt, str::FromStr, time::Duration};
 
@@ -15,12 +15,12 @@ use super::{
 };
 use crate::tls;
 
-/// Downloads at the same time.
+/// Maximum number of downloads at the same time.
 const MAX_DOWNLOADS: usize = 4;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Time for one file.
+/// Time limit for one file.
 const DOWNLOAD_TIMEOUT: Duration = Duration::from_secs(300);
-/// Time between two parts of a file, the first one included: a server may have to unpack an archive before.
+/// Time limit for the first part of a file, and for each further one. A server may have to unpack an archive before the first part.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The URL of a server: `https://debuginfod.debian.net`.
@@ -34,7 +34,7 @@ impl FromStr for DebuginfodUrl {
         let form = "write a URL like https://debuginfod.debian.net";
         let url = url::Url::parse(text).map_err(|error| format!("{error}: {form}"))?;
         if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none_or(str::is_empty) {
-            return Err(format!("`{text}` is no server of debuginfod: {form}"));
+            return Err(format!("`{text}` is not a server of debuginfod: {form}"));
         }
         if url.query().is_some()
             || url.fragment().is_some()
@@ -55,7 +55,7 @@ impl fmt::Display for DebuginfodUrl {
 
 gannet_base::serde_as_text!(DebuginfodUrl);
 
-/// Asks the servers, one after the other.
+/// The client of the servers. It requests a file from one after the other.
 pub(super) struct Debuginfod {
     servers: Vec<DebuginfodUrl>,
     client: Client,
@@ -76,7 +76,7 @@ impl Debuginfod {
         if servers.is_empty() {
             return Ok(None);
         }
-        // It succeeds once in a process. An earlier call has installed the same provider.
+        // The first call in a process succeeds. After a failure, an earlier call has installed the same provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let is_secure = servers.iter().any(|server| server.0.scheme() == "https");
         let roots = if is_secure {
@@ -103,8 +103,8 @@ impl Debuginfod {
         }))
     }
 
-    /// Downloads the file of a build id from the first server that has it. Returns `None` if no server has it; an error only if
-    /// none has it and one failed.
+    /// Downloads the file of a build id from the first server that has it. Returns `None` if no server has it. Returns an error only if
+    /// no server has it and one failed.
     pub(super) async fn fetch(
         &self,
         build_id: &BuildId,
@@ -159,7 +159,7 @@ mod tests {
 
     #[rstest::rstest]
     #[case("debuginfod.debian.net", "relative URL")]
-    #[case("ftp://server/", "no server of debuginfod")]
+    #[case("ftp://server/", "not a server of debuginfod")]
     #[case("http://user:secret@server/", "more than a server")]
     #[case("http://server/?x=y", "more than a server")]
     fn a_wrong_server_is_refused_with_the_form(#[case] text: &str, #[case] reason: &str) {

@@ -1,7 +1,7 @@
 //! The stored files: one for each build id and origin, in a directory, and in the bucket if the profiles lie in one.
 //!
-//! Each origin has a directory of its own in the form that debuggers know: `uploaded/.build-id/ab/cdef01.debug`. A file gets its
-//! name only when it is complete, checked and synced. With a bucket, the directory is a cache of it.
+//! Each origin has its own directory in the layout that debuggers know: `uploaded/.build-id/ab/cdef01.debug`. A file gets its
+//! name only after it is complete, checked and synced. With a bucket, the directory is a cache of the bucket.
 
 use std::{
     collections::BTreeMap,
@@ -23,9 +23,9 @@ use ulid::Ulid;
 use super::DebugInfoError;
 use crate::metrics::Metrics;
 
-/// The directory of files that are not complete.
+/// The directory of incomplete files.
 const INCOMING: &str = "incoming";
-/// Time for which a list of the bucket is used.
+/// Lifetime of a cached list of the bucket.
 const LIST_TTL: Duration = Duration::from_secs(30);
 /// Bytes of one part of an upload to a bucket.
 const PART_BYTES: usize = 8 << 20;
@@ -37,7 +37,7 @@ pub(crate) enum Origin {
     Upload,
     /// A server of debuginfod had it.
     Debuginfod,
-    /// An agent found it on its node, where the owner of the program may have made anything.
+    /// An agent sent it from its node. The owner of the program may have forged it.
     Agent,
 }
 
@@ -62,7 +62,7 @@ impl Origin {
     }
 }
 
-/// A file with debug information that the collector keeps.
+/// A stored file with debug information.
 #[derive(Clone, Debug)]
 pub(crate) struct StoredFile {
     pub(crate) build_id: BuildId,
@@ -76,7 +76,7 @@ pub(crate) struct StoredFile {
 struct Kept {
     bytes: u64,
     stored: SystemTime,
-    /// The last use, by a counter.
+    /// The value of a counter at the last use of the file.
     used: u64,
 }
 
@@ -91,7 +91,7 @@ struct FilesState {
 pub(crate) struct DebugFiles {
     directory: PathBuf,
     bucket: Option<Arc<dyn ObjectStore>>,
-    /// The files of the bucket, and the time of that list.
+    /// The list of the files in the bucket, and the time of the list.
     listed: tokio::sync::Mutex<Option<(Instant, Vec<StoredFile>)>>,
     max_bytes: u64,
     /// Free space that stays on the disk.
@@ -100,7 +100,7 @@ pub(crate) struct DebugFiles {
     metrics: Metrics,
 }
 
-/// A file that is not complete. Dropping it removes it.
+/// An incomplete file. Dropping it removes the file.
 pub(super) struct Incoming {
     path: PathBuf,
     file: tokio::fs::File,
@@ -121,13 +121,13 @@ impl Incoming {
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        // It is gone already if it has its name.
+        // A complete file has its final name, so this path no longer exists.
         let _ = fs::remove_file(&self.path);
     }
 }
 
 impl DebugFiles {
-    /// Opens the directory and removes what a crash left. Creates nothing. Blocking.
+    /// Opens the directory, and removes the incomplete files that a crash left. Creates nothing. Blocking.
     pub(super) fn open(
         directory: PathBuf,
         bucket: Option<Arc<dyn ObjectStore>>,
@@ -166,17 +166,17 @@ impl DebugFiles {
         self.metrics.debuginfo_bytes.set(state.bytes as i64);
     }
 
-    /// Returns the directories of all origins, for files that refer to others.
+    /// Returns the directories of all origins. The reader searches them for files that debug information refers to.
     pub(super) fn directories(&self) -> Vec<PathBuf> {
         Origin::ALL.map(|origin| self.directory.join(origin.directory())).into()
     }
 
-    /// Returns the limit of all files together.
+    /// Returns the limit of all files together, in bytes.
     pub(super) fn max_bytes(&self) -> u64 {
         self.max_bytes
     }
 
-    /// Reports whether there is no file, and no bucket that may have one.
+    /// Reports whether the collector has no file, and no bucket that may have one.
     pub(super) fn is_empty(&self) -> bool {
         self.bucket.is_none() && self.state.lock().files.is_empty()
     }
@@ -190,7 +190,7 @@ impl DebugFiles {
         Some(self.directory.join(origin.directory()).join(path_of_build_id(&build_id.to_string())?))
     }
 
-    /// Starts a file of this size, if there is room for it.
+    /// Starts a file of this size. Returns an error if there is no space for it.
     pub(super) async fn begin(&self, bytes: u64) -> Result<Incoming, DebugInfoError> {
         if bytes > self.max_bytes {
             return Err(DebugInfoError::NoRoom { bytes, max: self.max_bytes });
@@ -206,7 +206,7 @@ impl DebugFiles {
         Ok(Incoming { path, file })
     }
 
-    /// Moves a checked file to its name, and removes the files that were unused for the longest if there are too many.
+    /// Moves a checked file to its final name. Removes the least recently used files if all together are too large.
     pub(super) async fn keep(
         &self,
         incoming: Incoming,
@@ -241,7 +241,7 @@ impl DebugFiles {
         state.bytes = state.bytes - former.map_or(0, |kept| kept.bytes) + bytes;
         while state.bytes > self.max_bytes {
             let others = state.files.iter().filter(|((id, _), _)| id != build_id);
-            // What a server has can be fetched again.
+            // The collector can download these files again.
             let oldest = others
                 .min_by_key(|((_, origin), kept)| (*origin != Origin::Debuginfod, kept.used, kept.stored));
             let Some(key) = oldest.map(|(key, _)| key.clone()) else { break };
@@ -265,7 +265,7 @@ impl DebugFiles {
         Ok(())
     }
 
-    /// Returns the path of the file of a build id, which it fetches from the bucket if need be.
+    /// Returns the path of the file of a build id. Downloads the file from the bucket first if the directory lacks it.
     pub(super) async fn find(&self, build_id: &BuildId) -> Result<Option<PathBuf>, DebugInfoError> {
         if let Some(path) = self.find_here(build_id) {
             return Ok(Some(path));
@@ -287,7 +287,7 @@ impl DebugFiles {
         Ok(self.find_here(build_id))
     }
 
-    /// Returns the origin of a file in the bucket, by a list that is at most [`LIST_TTL`] old.
+    /// Returns the origin of a file in the bucket, from a list that is at most [`LIST_TTL`] old.
     async fn in_bucket(
         &self,
         bucket: &dyn ObjectStore,
@@ -312,7 +312,7 @@ impl DebugFiles {
         self.path(build_id, origin)
     }
 
-    /// Reports whether the file of a build id is stored, from this origin or from one that takes precedence over it.
+    /// Reports whether the collector has a file of this build id, from this origin or from one that takes precedence over it.
     pub(super) async fn has(&self, build_id: &BuildId, origin: Origin) -> Result<bool, DebugInfoError> {
         let origins: Vec<Origin> = Origin::ALL.into_iter().filter(|other| *other <= origin).collect();
         if let Some(bucket) = &self.bucket {

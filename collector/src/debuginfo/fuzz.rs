@@ -1,10 +1,10 @@
-//! The checks of files with debug information on any bytes, for the fuzzer.
+//! The checks of files with debug information, on arbitrary bytes, for the fuzzer.
 
 use std::{fs::File, io::Write as _};
 
 use super::{check, layout::Place};
 
-/// Checks a file, and finds the address of a place in it. The first 32 bytes are the place.
+/// Checks a file, and translates a frame into an address of it. The first 32 bytes are the frame.
 pub fn debug_file(bytes: &[u8]) {
     let Some((place, bytes)) = bytes.split_first_chunk::<32>() else { return };
     let number = |at: usize| u64::from_le_bytes(std::array::from_fn(|index| place[at + index]));

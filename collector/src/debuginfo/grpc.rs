@@ -1,4 +1,4 @@
-//! The services for people and agents.
+//! The gRPC services of debug information: one for people, one for agents.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,11 +18,11 @@ use super::{
     files::{Origin, StoredFile},
 };
 
-/// Uploads at the same time.
+/// Maximum number of uploads at the same time.
 const MAX_UPLOADS: usize = 4;
-/// Time between two messages of an upload.
+/// Time limit between two messages of an upload.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Build ids of one offer.
+/// Maximum number of build ids in one offer.
 const MAX_OFFERED: usize = 1024;
 
 /// Serves people and agents. Clones share the limit of uploads.
@@ -50,7 +50,7 @@ impl DebugInfoGrpc {
         Self { debug_info, uploads: Arc::new(Semaphore::new(MAX_UPLOADS)) }
     }
 
-    /// Receives and stores one file. Counts refused ones.
+    /// Receives and stores one file. Counts and logs it if it refuses the file.
     async fn receive(
         &self,
         messages: Streaming<UploadDebugInfoRequest>,
@@ -75,28 +75,26 @@ impl DebugInfoGrpc {
             )));
         };
         let Some(Message::Begin(Begin { build_id, bytes })) = next(&mut messages).await? else {
-            return Err(Status::invalid_argument("begin: the first message must be the begin of a file"));
+            return Err(Status::invalid_argument("begin: the first message must begin a file"));
         };
         let build_id = parse(&build_id)?;
         let max = self.debug_info.max_file_bytes;
         if bytes > max {
             return Err(Status::resource_exhausted(format!(
                 "begin.bytes is {bytes}, the limit is {max}; start the collector with a larger --debuginfo-file-bytes \
-                 (and --debuginfo-bytes), or upload a file with less debug information, as `-g1` makes it"
+                 (and --debuginfo-bytes), or upload a file with less debug information, as the compiler writes it with `-g1`"
             )));
         }
         if self.debug_info.files.has(&build_id, origin).await? {
             return Err(Status::already_exists(format!(
-                "the collector has the debug information of build id {build_id}; to replace it, delete it first"
+                "the collector already has debug information of build id {build_id}; to replace it, delete it first"
             )));
         }
         let mut incoming = self.debug_info.begin(bytes).await?;
         let mut left = bytes;
         while let Some(message) = next(&mut messages).await? {
             let Message::Data(data) = message else {
-                return Err(Status::invalid_argument(
-                    "begin: only the first message may be the begin of a file",
-                ));
+                return Err(Status::invalid_argument("begin: only the first message may begin a file"));
             };
             left = left.checked_sub(data.len() as u64).ok_or_else(|| {
                 Status::invalid_argument(format!(

@@ -1,38 +1,38 @@
 //! Addresses of frames as addresses of an ELF file.
 //!
-//! A profile has the addresses of a process. Its mappings say which part of which file lay where. The program headers of the file
-//! then give the address that its symbols and debug information count in.
+//! A profile has the addresses of a process. Its mappings show which part of a file the process had mapped at which addresses. The
+//! program headers of the file translate such an address into an ELF virtual address, which symbols and debug information use.
 
 use gannet_elf::{Elf, Segment, Segments};
 
 /// Smallest page of the supported machines. Linkers may align segments to larger ones.
 const PAGE_BYTES: u64 = 4096;
 
-/// The place of a frame in a file.
+/// The address of a frame, and the mapping that holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Place {
     /// Address of the frame.
     pub(crate) address: u64,
-    /// Range of the mapping, and the offset of its begin in the file. All 0 if unknown.
+    /// Range of the mapping, and the offset of its start in the file. All 0 if unknown.
     pub(crate) start: u64,
     pub(crate) limit: u64,
     pub(crate) offset: u64,
 }
 
 impl Place {
-    /// Reports whether the address is one of the file already: mappings of processes hold their frames, and none begins at 0.
+    /// Reports whether the address is an address of the file already: in a process, mappings hold their frames, and none starts at 0.
     fn is_of_file(&self) -> bool {
         self.start == 0 || !(self.start..self.limit).contains(&self.address)
     }
 }
 
-/// The parts of a file that addresses depend on.
+/// The parts of a file that translate addresses.
 #[derive(Clone, Debug)]
 pub(crate) struct Layout {
     segments: Segments,
     is_fixed: bool,
-    /// The file holds its code, so that its program headers have the offsets of the file that ran. A debug file has the addresses
-    /// and sizes of the segments only.
+    /// The file holds its code, so its program headers have the offsets of the program that ran. A debug file has only the addresses
+    /// and sizes of the segments.
     has_code: bool,
 }
 
@@ -44,8 +44,8 @@ impl Layout {
         Self { segments, is_fixed: elf.is_fixed(), has_code }
     }
 
-    /// Returns the ELF virtual address of a frame; none if the file has no code there, or if it cannot tell. A wrong name is worse
-    /// than none.
+    /// Returns the ELF virtual address of a frame. Returns `None` if the file has no code there, or if the address is ambiguous: a wrong
+    /// name is worse than none.
     pub(crate) fn address_of(&self, place: &Place) -> Option<u64> {
         let address = if place.is_of_file() {
             Some(place.address)
@@ -160,14 +160,14 @@ mod tests {
     #[test]
     fn a_mapping_that_fits_no_segment_gives_no_address() {
         let debug = layout(without_code(segments()), false, false);
-        // The second part of a mapping that a call of mprotect has split.
+        // The second part of a mapping that a call of mprotect split.
         let split = Place { start: BASE + 0x8000, ..place(0x9000) };
         assert_eq!(debug.address_of(&split), None);
         assert_eq!(
             layout(segments(), false, true).address_of(&Place { offset: 0x7000, ..split }),
             Some(0x9000)
         );
-        // Two segments that both fit.
+        // Two segments have the size of the mapping.
         let twins = vec![segment(0x1000, 0, 0x100, true), segment(0x9000, 0, 0x100, true)];
         let twins = layout(without_code(twins), false, false);
         let place = Place { address: BASE + 0x10, start: BASE, limit: BASE + 0x1000, offset: 0x2000 };

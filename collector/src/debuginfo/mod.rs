@@ -1,17 +1,17 @@
 //! Debug information: files that name the functions of stripped programs, by build id, and the names that they give to stored
 //! profiles.
 //!
-//! Names are joined when a query merges or returns profiles ([`DebugInfo::name`]). The stored profiles stay as they came, so a file
-//! that arrives today names the profiles of last week. Without a file, and without a server of debuginfod, a query does nothing of
-//! this module.
+//! A query adds names when it merges or returns profiles ([`DebugInfo::name`]). The stored profiles do not change, so a file
+//! that arrives today names the profiles of last week. Without a file, and without a server of debuginfod, a query does not use this
+//! module.
 //!
 //! | module | owns |
 //! |---|---|
 //! | `grpc` | the services for people and agents |
 //! | `debuginfod` | downloads from servers of debuginfod |
 //! | `files` | the stored files, their directory and bucket, their limit |
-//! | `check` | the checks of a file before it is stored |
-//! | `naming` | which frames of a profile need names, and the profile with them |
+//! | `check` | the checks of a file before the collector stores it |
+//! | `naming` | the frames of a profile that need names, and the profile with these names |
 //! | `reader` | the processes that read files, and the cache of functions |
 //! | `layout` | addresses of frames as addresses of a file |
 
@@ -53,13 +53,13 @@ use self::{
 };
 use crate::metrics::Metrics;
 
-/// Files whose state is remembered.
+/// Maximum number of files in the cache of states.
 const MAX_KNOWN_FILES: usize = 4096;
-/// Time for which a file counts as missing before the bucket is asked again.
+/// Time after which the collector searches the bucket again for a missing file.
 const BUCKET_TTL: Duration = Duration::from_secs(30);
-/// Time for which a file counts as missing before a server is asked again.
+/// Time after which the collector requests a missing file from the servers again.
 const SERVER_TTL: Duration = Duration::from_secs(600);
-/// Frames of one file that one query names.
+/// Maximum number of frames of one file that one query names.
 const MAX_PLACES: usize = 1 << 17;
 
 /// Limits of the debug information that the collector keeps.
@@ -67,26 +67,26 @@ const MAX_PLACES: usize = 1 << 17;
 #[command(next_help_heading = "Debug information")]
 #[serde(default)]
 pub struct DebugInfoOptions {
-    /// Keep at most this much debug information, below `debuginfo` in --data; beyond it the files that were unused for the longest go.
-    /// 0 accepts none
+    /// Store at most this much debug information, below `debuginfo` in --data; beyond it the collector removes the least recently used
+    /// files. 0 accepts none
     #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_DEBUGINFO_BYTES", default_value = "4GiB")]
     pub debuginfo_bytes: ByteSize,
     /// Refuse larger files with debug information
     #[arg(long, value_name = "BYTES", env = "GANNET_COLLECTOR_DEBUGINFO_FILE_BYTES", default_value = "1GiB")]
     pub debuginfo_file_bytes: ByteSize,
-    /// Ask this server of debuginfod for the files of frames without a name, such as https://debuginfod.debian.net (repeatable). It
-    /// learns the build ids of these programs
+    /// Download the files of frames without a name from this server of debuginfod, such as https://debuginfod.debian.net (repeatable).
+    /// The server learns the build ids of these programs
     #[arg(long, value_name = "URL", env = "GANNET_COLLECTOR_DEBUGINFOD", value_delimiter = ',')]
     pub debuginfod: Vec<DebuginfodUrl>,
-    /// The program that reads debug information in a process of its own: the collector itself.
+    /// The program of the child process that reads debug information: the collector itself.
     #[arg(skip = PathBuf::from("/proc/self/exe"))]
     #[serde(skip, default = "own_program")]
     pub reader: PathBuf,
-    /// Memory for the functions that are known, in bytes.
+    /// Maximum size of the cache of functions, in bytes.
     #[arg(skip = 64_u64 << 20)]
     #[serde(skip, default = "cache_bytes")]
     pub cache_bytes: u64,
-    /// Time that a query waits for names. Those that come later are in the next answer.
+    /// Maximum time that a query waits for names. Later names are in the next answer.
     #[arg(skip = Duration::from_secs(10))]
     #[serde(skip, default = "query_timeout")]
     pub query_timeout: Duration,
@@ -98,7 +98,7 @@ impl Default for DebugInfoOptions {
     }
 }
 
-/// Why a file with debug information is not stored, found or removed. Each text names the cure.
+/// The reason why the collector could not store, find or remove a file with debug information. Each text names the cure.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DebugInfoError {
     #[error(transparent)]
@@ -106,11 +106,11 @@ pub(crate) enum DebugInfoError {
     #[error("build_id: give the GNU build id in hex, 4 to 64 bytes, as `readelf -n` prints it")]
     BuildId,
     #[error(
-        "the file has {bytes} bytes, and the collector keeps {max} in all; start it with a larger --debuginfo-bytes"
+        "the file has {bytes} bytes, and the collector stores at most {max} in all; start it with a larger --debuginfo-bytes"
     )]
     NoRoom { bytes: u64, max: u64 },
     #[error(
-        "the disk of --data has too little free space for the file; free some, or lower --retention-bytes"
+        "the disk of --data has too little free space for the file; free some space, or lower --retention-bytes"
     )]
     DiskFull,
     #[error("cannot read or write the file at the collector: {0}")]
@@ -127,29 +127,29 @@ enum Known {
     Ready(Arc<DebugFile>),
     Missing {
         at: Instant,
-        /// The servers were asked too.
+        /// No server has the file either.
         asked: bool,
     },
 }
 
-/// The names of a profile.
+/// A profile with the names that debug information adds.
 pub(crate) struct Named {
-    /// The profile with names; none if nothing could be named.
+    /// The profile with names; `None` if debug information adds no name.
     pub(crate) profile: Option<Profile>,
-    /// The time was enough for all names.
+    /// The query did not run out of time before it had all names.
     pub(crate) is_complete: bool,
 }
 
-/// Marks names as those of some state of the stored files.
+/// The version of the stored files that names come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct NamesVersion {
-    /// Counts files that this collector stored or removed.
+    /// Number of files that this collector stored or removed.
     changes: u64,
-    /// Counts those of them whose former names are no longer right.
+    /// Number of changes after which former names are wrong: a file was removed, or another one took precedence over it.
     pub(crate) removed: u64,
 }
 
-/// Debug information: the one owner of its files, and the one place that names stored profiles.
+/// Debug information: the only owner of its files, and the only part that names stored profiles.
 pub(crate) struct DebugInfo {
     files: DebugFiles,
     servers: Option<Debuginfod>,
@@ -200,7 +200,7 @@ impl DebugInfo {
         })
     }
 
-    /// Reports whether no profile can get a name from here.
+    /// Reports whether the collector has no file and no source of files, so that no profile can get a name.
     pub(crate) fn is_idle(&self) -> bool {
         self.servers.is_none() && self.files.is_empty()
     }
@@ -210,14 +210,14 @@ impl DebugInfo {
         *self.version.lock()
     }
 
-    /// Reports whether files may have come since then that this collector did not store.
+    /// Reports whether another collector or a server may have added files since that version.
     pub(crate) fn may_have_news_since(&self, at: Instant) -> bool {
         let bucket = self.files.is_shared() && at.elapsed() > BUCKET_TTL;
         bucket || (self.servers.is_some() && at.elapsed() > SERVER_TTL)
     }
 
-    /// Names the frames of a checked profile that have no name, and adds inlined functions and lines to those that have only a name.
-    /// Waits for a bounded time.
+    /// Names the frames of a checked profile that have no name, and adds inlined functions and lines to frames that have only a name.
+    /// Waits at most for the query timeout.
     pub(crate) async fn name(self: &Arc<Self>, profile: &Arc<Profile>) -> Named {
         let nothing = Named { profile: None, is_complete: true };
         if self.is_idle() {
@@ -232,7 +232,7 @@ impl DebugInfo {
         let deadline = tokio::time::Instant::now() + self.query_timeout;
         let files = wanted.into_iter().map(|(build_id, wanted)| {
             let debug_info = Arc::clone(self);
-            // A task of its own: what it reads after the deadline is in the cache for the next query.
+            // The task goes on after the deadline, so its results are in the cache for the next query.
             let task = tokio::spawn(async move { debug_info.prepare(build_id, wanted).await });
             tokio::time::timeout_at(deadline, task)
         });
@@ -252,7 +252,7 @@ impl DebugInfo {
         Named { profile: named.map(|(profile, _)| profile), is_complete }
     }
 
-    /// Reads the functions at these places into the cache. Returns the file with the places, or none if there is no file.
+    /// Reads the functions of these frames into the cache. Returns the file and its addresses, or `None` without a file.
     async fn prepare(&self, build_id: BuildId, wanted: Wanted) -> Option<Located> {
         // A frame that has a name is not worth a download.
         let file = self.file(&build_id, !wanted.nameless.is_empty()).await?;
@@ -280,7 +280,7 @@ impl DebugInfo {
         }
     }
 
-    /// Returns the file of a build id, if there is one. `ask`: from a server too. Concurrent calls search it once.
+    /// Returns the file of a build id, if there is one. `ask`: searches the servers too. Concurrent calls search once.
     async fn file(&self, build_id: &BuildId, ask: bool) -> Option<Arc<DebugFile>> {
         let ask = ask && self.servers.is_some();
         if let Some(Known::Missing { at, asked }) = self.known.get(build_id)
@@ -303,7 +303,7 @@ impl DebugInfo {
         match known.await {
             Ok(Known::Ready(file)) => Some(file),
             Ok(Known::Missing { .. }) => {
-                // The file may have come while it was searched.
+                // An upload may have stored the file during the search.
                 if self.version() != before {
                     self.known.remove(build_id);
                 }
@@ -334,12 +334,12 @@ impl DebugInfo {
         self.metrics.debuginfod_requests.inc();
         let Some(incoming) = servers.fetch(build_id, &self.files).await? else { return Ok(None) };
         self.check_and_keep(incoming, build_id, Origin::Debuginfod).await?;
-        // Merges that waited for less time than the download took have names to expect.
+        // Merges that did not wait for this download can get names now.
         self.version.lock().changes += 1;
         self.files.find(build_id).await
     }
 
-    /// Begins a file of this size.
+    /// Starts a file of this size. Returns an error if there is no space for it.
     async fn begin(&self, bytes: u64) -> Result<Incoming, DebugInfoError> {
         self.files.begin(bytes).await
     }
@@ -377,19 +377,19 @@ impl DebugInfo {
         Ok(found)
     }
 
-    /// Forgets the state of a file that changed. `is_removed`: its names must go too.
+    /// Forgets the state of a file that changed. `is_removed`: marks its former names as wrong too.
     fn forget(&self, build_id: &BuildId, is_removed: bool) {
         let former = self.known.remove(build_id);
         let mut version = self.version.lock();
         version.changes += 1;
-        // A file of a higher origin replaces another one.
+        // An origin with precedence replaces the file of another origin.
         if is_removed || matches!(former, Some((_, Known::Ready(_)))) {
             version.removed += 1;
         }
     }
 }
 
-/// Places of one file with their ELF virtual addresses.
+/// Frames of one file with their ELF virtual addresses.
 struct Located {
     build_id: BuildId,
     file: Arc<DebugFile>,

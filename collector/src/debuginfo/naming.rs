@@ -15,23 +15,23 @@ use super::{layout::Place, reader::Frame};
 
 /// Addresses from here on are the kernel's.
 const FIRST_KERNEL_ADDRESS: u64 = 1 << 63;
-/// Shorter build ids are no real ones.
+/// Minimum length of a build id. Shorter ones are not from a linker.
 const MIN_BUILD_ID_BYTES: usize = 4;
 /// Names that senders give to functions without a name.
 const PLACEHOLDERS: [&str; 5] = ["", "??", "[unknown]", "<unknown>", "unknown"];
-/// Functions inlined at one address; of more the outermost are left out.
+/// Maximum number of functions inlined at one address. [`with_names`] omits the outermost ones beyond it.
 const MAX_INLINED: usize = MAX_STACK_FRAMES / 2;
 
-/// The places of one file that need names.
+/// The frames of one file that need names.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Wanted {
     /// Frames without a name.
     pub(super) nameless: BTreeSet<Place>,
-    /// Frames with a name and without a source file, as symbol tables give them.
+    /// Frames with a name and without a source file: the agent took the name from a symbol table.
     pub(super) bare: BTreeSet<Place>,
 }
 
-/// Frames by file and place, innermost inlined function first.
+/// Frames by file and address, innermost inlined function first.
 pub(super) type Frames = HashMap<(BuildId, Place), Frame>;
 
 /// A view of a profile by its ids.
@@ -57,11 +57,11 @@ impl<'a> Parts<'a> {
             .map_or("", String::as_str)
     }
 
-    /// Returns the file and the place of a location that may lack something; none for frames of the kernel and of files without a
-    /// build id.
+    /// Returns the file of a location that may lack a name or a line, and its address. Returns `None` for frames of the kernel and of
+    /// files without a build id.
     fn place(&self, location: &Location) -> Option<(BuildId, Place)> {
         let mapping = self.mappings.get(&location.mapping_id)?;
-        // The kernel, and the vDSO: no files.
+        // The kernel and the vDSO are not files.
         let is_no_file = self.text(mapping.filename).starts_with('[');
         if is_no_file || location.address == 0 || location.address >= FIRST_KERNEL_ADDRESS {
             return None;
@@ -96,7 +96,7 @@ fn is_number(name: &str) -> bool {
         .is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_hexdigit()))
 }
 
-/// Returns the places of a checked profile that need names, by build id.
+/// Returns the frames of a checked profile that need names, by build id.
 pub(super) fn wanted(profile: &Profile) -> BTreeMap<BuildId, Wanted> {
     let parts = Parts::of(profile);
     let mut all: BTreeMap<BuildId, Wanted> = BTreeMap::new();
@@ -113,8 +113,8 @@ pub(super) fn wanted(profile: &Profile) -> BTreeMap<BuildId, Wanted> {
     all
 }
 
-/// Returns the profile with these frames, and the number of locations that have names now. A location whose frame has no source file
-/// keeps a name that it has.
+/// Returns the profile with these frames, and the number of locations that got names. A location that has a name keeps it if the new
+/// frame has no source file.
 pub(super) fn with_names(profile: &Profile, frames: &Frames) -> Option<(Profile, u64)> {
     let parts = Parts::of(profile);
     let mut found: HashMap<u64, &Frame> = HashMap::new();
@@ -147,7 +147,7 @@ pub(super) fn with_names(profile: &Profile, frames: &Frames) -> Option<(Profile,
     Some((named, found.len() as u64))
 }
 
-/// Returns the functions of a frame that fit. A flat frame has the function that was not inlined alone.
+/// Returns the functions of a frame, at most [`MAX_INLINED`]. A flat frame has only the function that was not inlined.
 fn shown(frame: &Frame, is_flat: bool) -> &[super::reader::NamedLine] {
     if is_flat { &frame[frame.len().saturating_sub(1)..] } else { &frame[..frame.len().min(MAX_INLINED)] }
 }

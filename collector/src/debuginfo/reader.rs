@@ -21,50 +21,50 @@ use tokio::sync::{Mutex, Semaphore};
 use super::{check::Checked, layout::Layout};
 use crate::metrics::Metrics;
 
-/// Files that are read at the same time. Each takes a process with up to [`MEMORY_BYTES`] of memory.
+/// Maximum number of child processes that read files at the same time, each with up to [`MEMORY_BYTES`] of memory.
 const READERS: usize = 2;
-/// Memory of the process that reads debug information, beside the file.
+/// Memory of a child process that reads debug information, beside the file.
 const MEMORY_BYTES: u64 = 384 << 20;
-/// Addresses of one call of that process.
+/// Maximum number of addresses of one child process.
 const CALL_ADDRESSES: usize = 4096;
-/// Time for the addresses of one file. Those that are left are read at the next query.
+/// Time limit for the addresses of one file. The next query reads the rest.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes of an entry of the cache, without its functions.
 const ENTRY_BYTES: u64 = 96;
 
-/// One function at a place.
+/// A function at an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct NamedLine {
-    /// Name as a programmer writes it.
+    /// The readable name, as a programmer writes it.
     pub(super) name: Arc<str>,
-    /// Name that the compiler gave.
+    /// The name in the object file, mangled by the compiler.
     pub(super) system_name: Arc<str>,
     /// Source file; empty if unknown.
     pub(super) file: Arc<str>,
-    /// 0 if unknown.
+    /// Line in that file; 0 if unknown.
     pub(super) line: u32,
     pub(super) column: u32,
     /// Line at which the function begins; 0 if unknown.
     pub(super) start_line: u32,
 }
 
-/// The functions at one place: the innermost inlined one first. Empty if the file names none.
+/// The functions at one address, the innermost inlined one first. Empty if the file has no name for it.
 pub(super) type Frame = Arc<[NamedLine]>;
 
 /// A file that is ready to be read.
 #[derive(Debug)]
 pub(super) struct DebugFile {
-    /// Tells the file from those of the same build id before it.
+    /// Distinguishes the file from earlier files of the same build id.
     version: u64,
     path: PathBuf,
     pub(super) layout: Layout,
-    /// Has debug information that a reader survived so far.
+    /// True if the file has debug information, and no reader has failed on it.
     has_debug_info: AtomicBool,
-    /// Has symbol tables that could be searched so far.
+    /// True as long as no search of its symbol tables has failed.
     has_tables: AtomicBool,
     /// Directories for the shared part of the debug information, if the file refers to one.
     directories: Vec<PathBuf>,
-    /// Held by its reader, so that no two read the same.
+    /// The lock that a reader of this file holds, so that no two readers read the same addresses.
     reading: Mutex<()>,
 }
 
@@ -80,11 +80,11 @@ impl quick_cache::Weighter<(u64, u64), Frame> for ByBytes {
     }
 }
 
-/// Reads the functions of files. Owner of the permits and the cache.
+/// The reader of all files. It owns the permits for child processes and the cache of functions.
 pub(super) struct Reader {
     /// The program that reads debug information: the collector itself.
     program: PathBuf,
-    /// By version of the file and ELF virtual address.
+    /// Functions by version of the file and ELF virtual address.
     cache: quick_cache::sync::Cache<(u64, u64), Frame, ByBytes>,
     permits: Semaphore,
     versions: AtomicU64,
@@ -98,7 +98,7 @@ impl Reader {
         Self { program, cache, permits: Semaphore::new(READERS), versions: AtomicU64::new(0), metrics }
     }
 
-    /// Prepares a file. `directories` hold the files to which it may refer.
+    /// Prepares a file for reading. `directories` hold the files that its debug information may refer to.
     pub(super) fn prepare(&self, path: PathBuf, checked: Checked, directories: Vec<PathBuf>) -> DebugFile {
         let Checked { layout, has_debug_info, alternate, .. } = checked;
         DebugFile {
@@ -112,13 +112,13 @@ impl Reader {
         }
     }
 
-    /// Returns the functions at an ELF virtual address, if they are known.
+    /// Returns the cached functions at an ELF virtual address, or `None` if the cache lacks it.
     pub(super) fn known(&self, file: &DebugFile, address: u64) -> Option<Frame> {
         self.cache.get(&(file.version, address))
     }
 
-    /// Reads the functions at these ELF virtual addresses, which are sorted, into the cache. The work goes on if the caller does not
-    /// wait for it, up to its own limits.
+    /// Reads the functions at these sorted ELF virtual addresses into the cache. If the caller stops waiting, the work goes on up to its
+    /// own limits.
     pub(super) async fn read(self: &Arc<Self>, file: Arc<DebugFile>, addresses: Vec<u64>) {
         let _reading = file.reading.lock().await;
         let missing: Vec<u64> =
@@ -164,7 +164,7 @@ impl Reader {
     fn read_some(&self, file: &DebugFile, open: &File, addresses: &[u64]) {
         let mut lines = vec![Vec::new(); addresses.len()];
         if let Some(found) = go::lines(open, addresses) {
-            // Go's own tables take a small part of the time that debug information takes.
+            // Go's own tables are much faster to read than debug information.
             lines = found;
         } else if file.has_debug_info.load(Ordering::Relaxed) {
             let found =
@@ -190,7 +190,7 @@ impl Reader {
             } else {
                 lines.iter().map(line).collect()
             };
-            // A place without a name is cached too: otherwise each query would search for it again.
+            // The cache also gets addresses without a name: otherwise each query would search for them again.
             self.cache.insert((file.version, *address), frame);
         }
     }

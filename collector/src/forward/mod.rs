@@ -148,7 +148,7 @@ gannet_base::serde_as_text!(ForwardTarget);
 /// The result of one attempt to send a part.
 enum Delivery {
     Accepted,
-    /// The target took the request with a warning, and without this number of its profiles.
+    /// The target accepted the request with a warning. It refused this number of profiles.
     Partly {
         rejected: u64,
         why: String,
@@ -189,7 +189,7 @@ impl TargetClient {
 fn grpc_connection(target: &ForwardTarget, options: &ForwardOptions) -> Result<Connection, ForwardError> {
     let dial = Dial {
         url: target.url.clone(),
-        // The URL of the target asks for plaintext by its scheme.
+        // The scheme of the target's URL selects plaintext or TLS.
         insecure: true,
         ca: options.forward_ca.clone().filter(|_| target.url.starts_with("https")),
         token_file: options.forward_token_file.clone(),

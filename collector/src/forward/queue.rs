@@ -281,7 +281,7 @@ impl Sender {
                         profile = id,
                         target = self.name,
                         rejected,
-                        "the target took a request with a warning: {why}"
+                        "the target accepted a request with a warning: {why}"
                     );
                     return Ok(rejected);
                 }

@@ -180,7 +180,7 @@ pub(super) fn heatmap(map: &Heatmap, sample_type: &str, from_ms: u64) -> Value {
     })
 }
 
-/// Returns what happened in a range: changes of rules and captures, each in the order of time.
+/// Returns the events of a range: changes of rules and captures, each in the order of time.
 pub(super) fn annotations(
     (changes, older_changes): (&[control::AuditEntry], usize),
     (captures, older_captures): (&[CaptureRun], usize),

@@ -32,7 +32,7 @@ use crate::{
     triggers::Triggers,
 };
 
-/// Changes of rules in one answer, at most.
+/// Maximum number of changes of rules in one answer.
 const MAX_CHANGES: usize = 500;
 
 /// Everything that the handlers need.

@@ -88,7 +88,7 @@ impl Params {
         }
     }
 
-    /// Returns the span or trace whose samples are wanted. Several ids of one kind stand with `,` between them.
+    /// Parses `span_id` or `trace_id`, which select samples. Commas separate several ids.
     pub(super) fn spans(&self) -> Result<SpanFilter, ApiError> {
         let ids =
             |name: &str| self.text(name).split(',').filter(|id| !id.is_empty()).map(str::to_owned).collect();

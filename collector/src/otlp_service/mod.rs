@@ -34,9 +34,9 @@ const VERSION_HEADER: &str = "otlp-profiles-development-version";
 const VERSION: &str = "1";
 /// Bytes of the largest request, without compression.
 const MAX_REQUEST_BYTES: usize = 32 << 20;
-/// Requests in memory at one time. The receiver turns others away before it reads them.
+/// Maximum number of requests in memory. The receiver refuses further ones before it reads them.
 const MAX_REQUESTS: usize = 16;
-/// Requests that are decoded at one time. A hostile one takes 128 MiB.
+/// Maximum number of requests that the receiver decodes at one time. A hostile one takes 128 MiB.
 const CONCURRENT_READS: usize = 2;
 /// Profiles of one request that are stored at the same time.
 const CONCURRENT_PROFILES: usize = 16;
@@ -95,7 +95,7 @@ impl OtlpReceiver {
         Self { ingest, slots, reads }
     }
 
-    /// Returns the room in memory for one request, which the caller keeps until it has the answer.
+    /// Returns the permit to hold one request in memory. The caller holds it until it has the answer.
     fn slot(&self) -> Result<OwnedSemaphorePermit, Rejection> {
         Arc::clone(&self.slots).try_acquire_owned().map_err(|_| Rejection::Busy {
             why: format!("{MAX_REQUESTS} other requests are in progress: try again"),

@@ -1,4 +1,4 @@
-//! Profiles by time and value: how many profiles of each step have about the same value. From the index alone.
+//! Profiles by time and value: the number of profiles of each step that have about the same value. Reads only the index.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -18,12 +18,12 @@ use crate::{
     query::{Query, QueryError},
 };
 
-/// Buckets of the values, as many as Pyroscope makes. They have the same width.
+/// Number of buckets of the values, the same as in Pyroscope. All have the same width.
 const BUCKETS: usize = 20;
-/// Slots of all series: each has as many counts as there are buckets.
+/// Maximum number of slots of all series. Each has one count for each bucket.
 const MAX_SLOTS: usize = MAX_ALL_POINTS / BUCKETS;
 
-/// Profiles by bucket, by the end of their step in milliseconds.
+/// Numbers of profiles by bucket, by the end of their step in milliseconds.
 type Slots = BTreeMap<u64, [i32; BUCKETS]>;
 /// The buckets, and the slots of each group.
 type Counted = (Buckets, BTreeMap<GroupLabels, Slots>);
@@ -43,7 +43,7 @@ impl Buckets {
     /// Returns the bucket of a value: the last one also holds the largest value.
     fn of(self, value: i64) -> usize {
         let above = value as f64 - self.min as f64;
-        // A width of 0 makes NaN or infinity, and the conversion saturates.
+        // A width of 0 leads to NaN or infinity, and the conversion saturates.
         ((above / self.width()) as usize).min(BUCKETS - 1)
     }
 
@@ -95,7 +95,7 @@ pub(super) async fn select_heatmap(
 
 /// Counts the profiles of each group by step and bucket. `None`: there are no profiles. Blocking.
 ///
-/// It reads the index twice, so that it keeps no value: the range of all values makes the buckets.
+/// The first pass over the index finds the range of all values, which defines the buckets. So no pass stores values.
 fn count(
     query: &Query,
     scope: &Scope,
@@ -126,7 +126,7 @@ fn count(
         let group = groups.entry(labels.clone()).or_default();
         let before = group.len();
         let counts = group.entry(at).or_default();
-        // A profile that came between the two readings may lie outside of the range.
+        // A profile stored between the two passes may lie outside of the range.
         let count = &mut counts[buckets.of(value)];
         *count = count.saturating_add(1);
         slots += group.len() - before;

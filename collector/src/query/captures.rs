@@ -1,4 +1,4 @@
-//! The captures of a selection: runs of profiles that the condition of a rule, or a person, started.
+//! The captures of a selection: runs of profiles that a condition of a rule or a person started.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -8,20 +8,20 @@ use std::{
 use super::{Query, QueryError, select::Selection};
 use crate::store::StoredProfile;
 
-/// Captures of one answer, at most.
+/// Maximum number of captures in one answer.
 const MAX_CAPTURES: usize = 500;
-/// Captures that a query keeps while it reads the index.
+/// Maximum number of captures that a query holds while it reads the index.
 const MAX_RUNS: usize = 10_000;
-/// Values that one capture names, of its services and of its nodes.
+/// Maximum number of services, and of nodes, that one capture lists.
 const MAX_NAMES: usize = 5;
-/// Time between two profiles of one capture, at most. A window without samples makes no profile.
+/// Maximum time between two profiles of one capture. A window without samples has no profile.
 const MAX_GAP_MS: u64 = 15_000;
-/// Reason of profiles that a rule without conditions made. They are no capture.
+/// Reason of profiles by a rule without conditions. They are not captures.
 const CONTINUOUS: &str = "always";
-/// Reason of samples from before the trigger. It does not say what the trigger was.
+/// Reason of samples from the pre-trigger window. It does not name the trigger.
 const LEAD_UP: &str = "pre-trigger";
 
-/// One capture. Captures of a rule that overlap in time, on several nodes for instance, are one.
+/// One capture. Captures of a rule that overlap in time, for instance on several nodes, count as one.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct CaptureRun {
     pub(crate) rule_id: String,
@@ -56,7 +56,7 @@ impl CaptureRun {
     }
 }
 
-/// The captures of a rule by their starts. No two of them touch.
+/// The captures of a rule by their start. No two of them overlap or follow each other within [`MAX_GAP_MS`].
 type Runs = BTreeMap<u64, CaptureRun>;
 
 /// Adds a run and joins it with those that it touches. Returns the number of those.

@@ -32,7 +32,7 @@ pub(crate) struct Shape {
     pub(crate) interpreter_frames: bool,
     /// Whether frames that say what a stack lacks are left out.
     pub(crate) hide_error_frames: bool,
-    /// The spans or traces whose samples it has, on both sides.
+    /// The spans or traces that select the samples, on both sides.
     pub(crate) spans: SpanFilter,
 }
 

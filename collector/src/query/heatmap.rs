@@ -1,16 +1,16 @@
-//! Heat maps: values of a selection over time, in rows by a label or by the height of the values. From the index alone.
+//! Heat maps: values of a selection over time, in rows by a label or by the height of the values. Reads only the index.
 
 use std::{cmp::Reverse, collections::HashMap, sync::Arc};
 
 use super::{Query, QueryError, select::Selection, unit_of};
 
-/// Columns of one heat map, at most.
+/// Maximum number of columns of one heat map.
 const MAX_COLUMNS: u64 = 500;
-/// Rows for values of a label, at most. The row [`OTHERS`] has the sum of the rest.
+/// Maximum number of rows for values of a label. The row [`OTHERS`] has the sum of the rest.
 const MAX_LABEL_ROWS: usize = 40;
-/// Cells, or values of profiles, that a query keeps while it reads the index: up to 16 bytes each.
+/// Maximum number of cells, or values of profiles, that a query holds while it reads the index, up to 16 bytes each.
 const MAX_NUMBERS: usize = 2_000_000;
-/// Rows for the height of the values.
+/// Number of rows of a heat map by value.
 const VALUE_ROWS: usize = 20;
 /// Name of the row for all further values of a label.
 const OTHERS: &str = "[other]";
@@ -26,9 +26,9 @@ pub(crate) struct Heatmap {
 pub(crate) struct HeatmapRow {
     /// The value of the label. Empty for series without the label, and in a heat map by value.
     pub(crate) name: String,
-    /// The values of this row, in the unit for each second of a profile. Only in a heat map by value.
+    /// The range of values of this row, in units for each second of a profile. Only in a heat map by value.
     pub(crate) bounds: Option<(f64, f64)>,
-    /// Sums of the sample type by label; numbers of profiles by value.
+    /// The cells: sums of the sample type in a map by label, numbers of profiles in a map by value.
     pub(crate) cells: Vec<u64>,
 }
 
@@ -73,7 +73,7 @@ impl Query {
         let columns = (until_ms - from_ms).div_ceil(step_ms);
         if columns > MAX_COLUMNS {
             return Err(QueryError::Invalid(format!(
-                "step_ms {step_ms} makes {columns} columns of this range, above {MAX_COLUMNS}: choose a longer step"
+                "step_ms {step_ms} divides this range into {columns} columns, the limit is {MAX_COLUMNS}: choose a longer step"
             )));
         }
         let range = Columns { from_ms, step_ms, count: columns as usize };
@@ -141,7 +141,7 @@ impl Query {
         let mut heights: Vec<Height> = Vec::new();
         self.scan(selection, |entry| {
             let Some(found) = entry.row.types.iter().find(|t| t.name == sample_type) else { return true };
-            // Windows have different lengths, so only a rate compares them.
+            // Windows have different lengths, so only rates are comparable.
             let seconds = entry.row.duration_ms.max(1) as f64 / 1000.0;
             let value = found.total.max(0) as f64 / seconds;
             heights.push(Height { column: range.of(entry.key.start_ms), value });
@@ -157,7 +157,7 @@ impl Query {
         if heights.is_empty() || highest <= 0.0 {
             return Ok(Vec::new());
         }
-        // Small changes of a high value need all rows.
+        // If all values are high, the lowest row starts at the smallest one, so that small changes spread over all rows.
         let low = if lowest > highest / 2.0 { lowest } else { 0.0 };
         let size = ((highest - low) / VALUE_ROWS as f64).max(highest * 1e-6);
         let mut rows: Vec<HeatmapRow> = (0..VALUE_ROWS)

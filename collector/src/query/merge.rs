@@ -50,7 +50,7 @@ pub(crate) struct Merged {
     pub(super) unreadable: u64,
     /// Estimated memory, in bytes.
     weight: u64,
-    /// The names that debug information gave; none before it was asked.
+    /// The state of the names from debug information; `None` before the first search.
     names: Option<NamesState>,
 }
 
@@ -58,13 +58,13 @@ pub(crate) struct Merged {
 #[derive(Clone, Copy)]
 struct NamesState {
     version: NamesVersion,
-    /// No name was left out for lack of time.
+    /// The search for names did not run out of time.
     is_complete: bool,
     at: Instant,
 }
 
 impl Merged {
-    /// Reports whether no further name is to be expected.
+    /// Reports whether debug information can add no further name.
     fn has_names(&self, debug_info: &DebugInfo, version: NamesVersion) -> bool {
         self.names.is_some_and(|names| {
             names.is_complete && names.version == version && !debug_info.may_have_news_since(names.at)
@@ -169,7 +169,7 @@ impl Query {
             hash.update(location.key.id.0.to_be_bytes());
         }
         let version = self.debug_info.version();
-        // Names of removed files must go.
+        // Names from removed files must disappear.
         hash.update(version.removed.to_be_bytes());
         let hash: [u8; 32] = hash.finalize().into();
         if let Some(merged) = self.merges.cache.get(&hash) {
@@ -191,7 +191,7 @@ impl Query {
         }
     }
 
-    /// Returns a merged profile with the names that debug information gives, and puts it into the cache.
+    /// Adds the names from debug information to a merged profile, and puts it into the cache.
     async fn with_names(&self, merged: Arc<Merged>, version: NamesVersion, hash: [u8; 32]) -> Arc<Merged> {
         if merged.has_names(&self.debug_info, version) {
             return merged;
@@ -206,7 +206,7 @@ impl Query {
             unreadable: merged.unreadable,
             names: Some(NamesState { version, is_complete, at }),
         });
-        // Without the damaged profiles, whose files someone may restore.
+        // The result lacks the damaged profiles. A person may restore their files, so the cache must not hold it.
         if merged.unreadable == 0 {
             self.merges.cache.insert(hash, Arc::clone(&merged));
         }

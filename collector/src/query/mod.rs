@@ -320,8 +320,8 @@ impl Query {
         })
     }
 
-    /// Returns one profile as gzip-compressed pprof. A profile that the agent compressed with gzip has the bytes that it sent, unless
-    /// debug information names some of its frames.
+    /// Returns one profile as gzip-compressed pprof. If the agent compressed it with gzip, and debug information adds no names, the bytes
+    /// are those of the agent.
     pub(crate) async fn profile(self: &Arc<Self>, id: Ulid) -> Result<Bytes, QueryError> {
         let _timer = self.metrics.query_timer("get_profile");
         let entry = self.blocking(move |q| q.entry(id)).await?;
@@ -345,8 +345,7 @@ impl Query {
 }
 
 impl Query {
-    /// Returns an encoded profile with names from debug information, or `None` if there are none for it. A profile that cannot be
-    /// read has none either.
+    /// Returns an encoded profile with names from debug information. Returns `None` without such names, and for an unreadable profile.
     async fn named_bytes(self: &Arc<Self>, bytes: &Bytes) -> Result<Option<Bytes>, QueryError> {
         if self.debug_info.is_idle() {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! Samples of one span or trace, by the labels that agents and SDKs give them.
+//! Selection of the samples of a span or trace, by the labels that agents and SDKs set.
 
 use std::borrow::Cow;
 
@@ -6,17 +6,17 @@ use gannet_proto::profiles::Profile;
 
 use super::QueryError;
 
-/// Ids of one request. Each sample is compared with all of them.
+/// Maximum number of ids in one request. The query compares each sample with all of them.
 const MAX_IDS: usize = 1000;
 
-/// The labels with the id of a span. Pyroscope's SDKs have their own name for it.
+/// The labels with the id of a span. Pyroscope's SDKs name it `profile_id`.
 const SPAN_LABELS: [&str; 2] = ["span_id", "profile_id"];
 const TRACE_LABELS: [&str; 1] = ["trace_id"];
 
 /// The spans or the traces whose samples a query wants; all samples by default.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum SpanFilter {
-    /// Every sample is wanted.
+    /// All samples of the profile, the default.
     #[default]
     All,
     /// Samples in one of these spans, by their ids of 16 hex digits.
@@ -35,7 +35,7 @@ impl SpanFilter {
             }
             if let Some(id) = ids.iter().find(|id| !is_id(id)) {
                 return Err(QueryError::Invalid(format!(
-                    "{name}: `{id}` is no id: give {digits} hex digits"
+                    "{name}: `{id}` is not an id: give {digits} hex digits"
                 )));
             }
         }
@@ -49,7 +49,7 @@ impl SpanFilter {
         }
     }
 
-    /// Returns a profile with the wanted samples alone.
+    /// Returns a profile with only the selected samples.
     pub(crate) fn of<'p>(&self, profile: Cow<'p, Profile>) -> Cow<'p, Profile> {
         let (names, ids): (&[&str], _) = match self {
             Self::All => return profile,

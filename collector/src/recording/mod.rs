@@ -1,8 +1,8 @@
 //! Metrics from profiles: recording rules add up the values of chosen functions as profiles arrive, and `/metrics` shows them as
 //! counters. Without rules, an arriving profile costs nothing more.
 //!
-//! The file of the rules is read again when it changes. A rule that stays the same keeps its counts; a changed one begins at 0, as
-//! all do after a start, which `rate()` of Prometheus knows. A file with a mistake changes nothing.
+//! The collector reads the file of the rules again when it changes. An unchanged rule keeps its counts; a changed one begins at 0, as
+//! all rules do after a start. `rate()` of Prometheus allows for that. A file with a mistake changes nothing.
 
 mod rules;
 
@@ -27,7 +27,7 @@ use crate::metrics::Metrics;
 
 /// Time between two checks of the file.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
-/// Larger files are refused.
+/// Maximum size of the file, in bytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// The file of the recording rules.
@@ -40,10 +40,10 @@ pub struct RecordingOptions {
     pub recording_rules: Option<PathBuf>,
 }
 
-/// Why the recording rules cannot be used.
+/// The reason why the collector cannot use the recording rules.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordingFileError {
-    /// The file cannot be read.
+    /// An error of the file system.
     #[error("--recording-rules {}: {source}", path.display())]
     File {
         /// Path of the file of recording rules.
@@ -51,12 +51,12 @@ pub enum RecordingFileError {
         /// The error of the operating system.
         source: io::Error,
     },
-    /// The file has a mistake: where, and what to write.
+    /// A mistake in the file.
     #[error("--recording-rules {}: {mistake}", path.display())]
     Mistake {
         /// Path of the file of recording rules.
         path: PathBuf,
-        /// Rule, field and cure.
+        /// The rule, the field and the cure.
         mistake: String,
     },
 }
@@ -68,11 +68,12 @@ struct Recording {
     series: Mutex<HashMap<SeriesKey, u64>>,
 }
 
-/// The values that one profile adds to the metrics. Count them after the profile is stored, so that a repeated one does not count twice.
+/// The values that one profile adds to the metrics. The caller counts them after it has stored the profile, so that a repeated profile
+/// does not count twice.
 #[derive(Default)]
 pub(crate) struct Recorded(Vec<(Arc<Recording>, SeriesKey, u64)>);
 
-/// The rules in force. Owner of their counts.
+/// The rules in force, and their counts.
 pub(crate) struct Recorder {
     path: PathBuf,
     metrics: Metrics,
@@ -80,7 +81,7 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    /// Reads the file.
+    /// Reads and checks the file. Returns an error for a mistake in it.
     pub(crate) fn open(path: &Path, metrics: Metrics) -> Result<Arc<Self>, RecordingFileError> {
         let recorder = Self { path: path.to_owned(), metrics, rules: RwLock::default() };
         let text = read(path)?;
@@ -129,14 +130,14 @@ impl Recorder {
                 Ok(()) => tracing::info!(path = %self.path.display(), "the recording rules have changed"),
                 Err(error) => {
                     self.metrics.recording_failures.inc();
-                    tracing::warn!("{error}; the rules before stay in force");
+                    tracing::warn!("{error}; the former rules stay in force");
                 }
             }
             last = Some(found);
         }
     }
 
-    /// Returns what a profile with these labels adds. It has passed the checks of `pprof::check`.
+    /// Returns the values that a profile with these labels adds. The profile has passed `pprof::check`.
     pub(crate) fn values(&self, labels: &Labels, profile: &Profile) -> Recorded {
         let rules = self.rules.read().clone();
         let values =
@@ -147,7 +148,7 @@ impl Recorder {
         Recorded(values.collect())
     }
 
-    /// Adds the values of a profile that is stored.
+    /// Adds the values of a stored profile.
     pub(crate) fn count(&self, Recorded(values): Recorded) {
         for (recording, key, value) in values {
             let mut series = recording.series.lock();
@@ -206,7 +207,7 @@ fn read(path: &Path) -> Result<String, RecordingFileError> {
     if text.len() as u64 > MAX_FILE_BYTES {
         return Err(fault(io::Error::new(
             io::ErrorKind::FileTooLarge,
-            "larger than 1 MiB: split the rules over fewer metrics",
+            "larger than 1 MiB: shorten it, for instance with fewer rules",
         )));
     }
     Ok(text)

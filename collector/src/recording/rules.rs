@@ -1,4 +1,4 @@
-//! Recording rules: their file, and the checks of it.
+//! Recording rules: their file, the checks of the file, and the value of a profile by a rule.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,24 +8,24 @@ use serde::Deserialize;
 
 use crate::selector::Selector;
 
-/// Rules of one file.
+/// Maximum number of rules in one file.
 const MAX_RULES: usize = 200;
-/// Labels of one metric.
+/// Maximum number of labels of one metric.
 const MAX_GROUP_LABELS: usize = 10;
 const MAX_SERIES: u32 = 10_000;
 const MAX_NAME_BYTES: usize = 200;
-/// Memory of one compiled regular expression.
+/// Maximum memory of one compiled regular expression.
 const MAX_REGEX_BYTES: usize = 1 << 20;
-/// Names that begin like those of the collector's own metrics.
+/// Prefixes of the metrics of the collector itself and of scrapers.
 const RESERVED: [&str; 4] = ["gannet_", "process_", "go_", "scrape_"];
 
-/// A mistake in the file of recording rules. It names rule and field, and says what to write.
+/// A mistake in the file of recording rules. The text names rule, field and cure.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum RecordingError {
-    /// The file is no such YAML.
+    /// The YAML is malformed, or has another structure.
     #[error("{0}")]
     Yaml(String),
-    /// A field of a rule is wrong.
+    /// An invalid field of a rule.
     #[error("rules[{index}] ({name}): {field}: {what}")]
     Field {
         /// Position in the file, from 0.
@@ -35,7 +35,7 @@ pub(crate) enum RecordingError {
         field: &'static str,
         what: String,
     },
-    /// There are too many rules.
+    /// The file has too many rules.
     #[error(
         "rules: {0} rules, the limit is {MAX_RULES}: put several functions into one rule with function_regex"
     )]
@@ -48,7 +48,7 @@ struct File {
     rules: Vec<Written>,
 }
 
-/// A rule as the file has it.
+/// A rule in the form of the file.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Written {
@@ -132,7 +132,7 @@ enum Unit {
 }
 
 impl Unit {
-    /// Returns the unit of a sample type, and the end of names in that unit.
+    /// Returns the unit of a sample type, and the suffix of metrics in that unit.
     fn of(sample_type: &str) -> Option<(Self, &'static str)> {
         match sample_type.split_once('/').filter(|(kind, _)| !kind.is_empty())?.1 {
             "nanoseconds" => Some((Self::Seconds, "_seconds_total")),
@@ -143,7 +143,7 @@ impl Unit {
     }
 }
 
-/// Values of the labels of `group_by`, in that order; empty where the profile lacks the label.
+/// Values of the labels of `group_by`, in that order; empty if the profile lacks the label.
 pub(crate) type SeriesKey = Vec<String>;
 
 impl RecordingRule {
@@ -163,7 +163,7 @@ impl RecordingRule {
         &self.written.group_by
     }
 
-    /// Returns the number of series that the metric may have.
+    /// Returns the maximum number of series of the metric.
     pub(crate) fn max_series(&self) -> usize {
         self.written.max_series as usize
     }
@@ -178,12 +178,12 @@ impl RecordingRule {
         }
     }
 
-    /// Reports whether both rules count the same, so that the counts of one go on in the other.
+    /// Reports whether both rules count the same values, so that one can take over the counts of the other.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         self.written == other.written
     }
 
-    /// Reports whether profiles with these labels count.
+    /// Reports whether the rule selects profiles with these labels.
     pub(crate) fn selects(&self, labels: &Labels) -> bool {
         self.selector.matches(labels)
     }
@@ -193,8 +193,8 @@ impl RecordingRule {
         self.written.group_by.iter().map(|name| labels.get(name).cloned().unwrap_or_default()).collect()
     }
 
-    /// Returns the value of a profile, which has passed the checks of `pprof::check`: the sum over the stacks in which a frame has
-    /// a matching function in a matching file. A stack counts once.
+    /// Returns the value of a profile that has passed `pprof::check`: the sum over the stacks with a frame whose function and file
+    /// both match. A stack counts once.
     pub(crate) fn value(&self, profile: &Profile) -> u64 {
         let text = |index: i64| {
             usize::try_from(index).ok().and_then(|at| profile.string_table.get(at)).map_or("", String::as_str)
@@ -204,7 +204,7 @@ impl RecordingRule {
             profile.sample_type.get(index).is_some_and(|of| text(of.r#type) == kind && text(of.unit) == unit)
         };
         let Some(index) = (0..profile.sample_type.len()).find(|index| is_type(*index)) else { return 0 };
-        // Each name is compared once, however many addresses have it.
+        // The rule compares each name once, however many addresses have it.
         let functions: BTreeMap<u64, bool> = profile
             .function
             .iter()
@@ -224,7 +224,7 @@ impl RecordingRule {
             .collect();
         let any_function = matches!(self.function, Pattern::Any);
         let any_mapping = matches!(self.mapping, Pattern::Any);
-        // Whether a matching frame is at the location, and whether its innermost frame is one.
+        // Per location: whether any frame matches, and whether the innermost frame matches.
         let locations: BTreeMap<u64, (bool, bool)> = profile
             .location
             .iter()
@@ -287,7 +287,7 @@ fn check(written: Written) -> Result<RecordingRule, FieldError> {
     let Written { name, selector, sample_type, function, function_regex, mapping, mapping_regex, .. } =
         &written;
     let (unit, suffix) = Unit::of(sample_type).ok_or_else(|| {
-        let what = format!("`{sample_type}` has no unit that is known: write it like cpu/nanoseconds, samples/count, alloc_space/bytes");
+        let what = format!("`{sample_type}` has an unknown unit: write it like cpu/nanoseconds, samples/count, alloc_space/bytes");
         ("type", what)
     })?;
     check_name(name, suffix)?;
@@ -302,11 +302,13 @@ fn check(written: Written) -> Result<RecordingRule, FieldError> {
         if !is_name(label) || label.starts_with("__") || label.contains(':') {
             return Err((
                 "group_by",
-                format!("`{label}` is no label of Prometheus: letters, digits and _, no __ in front"),
+                format!(
+                    "`{label}` is not a label of Prometheus: write letters, digits and _, without __ in front"
+                ),
             ));
         }
         if group_by[..index].contains(label) {
-            return Err(("group_by", format!("`{label}` is there twice")));
+            return Err(("group_by", format!("has `{label}` twice: remove one")));
         }
     }
     if !(1..=MAX_SERIES).contains(&written.max_series) {
@@ -334,12 +336,14 @@ fn check_name(name: &str, suffix: &str) -> Result<(), FieldError> {
         );
     }
     if let Some(start) = RESERVED.iter().find(|start| name.starts_with(**start)) {
-        return wrong(format!("{start} begins the names of other metrics: choose another begin"));
+        return wrong(format!("the prefix {start} belongs to other metrics: choose another one"));
     }
     let has_other_unit =
         suffix == "_total" && (name.ends_with("_seconds_total") || name.ends_with("_bytes_total"));
     if name.len() <= suffix.len() || !name.ends_with(suffix) || has_other_unit {
-        return wrong(format!("by the unit of `type`, it must be something and then {suffix}"));
+        return wrong(format!(
+            "must end in {suffix}, the suffix for the unit of `type`, with text before it"
+        ));
     }
     Ok(())
 }
@@ -386,8 +390,11 @@ mod tests {
         "  max_series: 0\n",
         "rules[0] (json_cpu_seconds_total): max_series: 0 is not between 1 and 10000"
     )]
-    #[case("  type: cpu\n", "type: `cpu` has no unit that is known: write it like cpu/nanoseconds")]
-    #[case("  type: samples/count\n", "name: by the unit of `type`, it must be something and then _total")]
+    #[case("  type: cpu\n", "type: `cpu` has an unknown unit: write it like cpu/nanoseconds")]
+    #[case(
+        "  type: samples/count\n",
+        "name: must end in _total, the suffix for the unit of `type`, with text before it"
+    )]
     #[case("  selector: '{a'\n", "selector: query, character")]
     #[case(
         "  function: a\n  function_regex: b\n",
@@ -395,15 +402,15 @@ mod tests {
     )]
     #[case("  function_regex: '(a'\n", "function_regex: ")]
     #[case("  mapping_regex: 'a{1000}{1000}'\n", "mapping_regex: ")]
-    #[case("  group_by: [a, b, a]\n", "group_by: `a` is there twice")]
-    #[case("  group_by: ['a-b']\n", "group_by: `a-b` is no label of Prometheus")]
+    #[case("  group_by: [a, b, a]\n", "group_by: has `a` twice")]
+    #[case("  group_by: ['a-b']\n", "group_by: `a-b` is not a label of Prometheus")]
     #[case("  value: both\n", "both")]
     #[case(
         "- name: json_cpu_seconds_total\n",
         "rules[1] (json_cpu_seconds_total): name: another rule has this name"
     )]
-    #[case("- name: gannet_cpu_seconds_total\n", "name: gannet_ begins the names of other metrics")]
-    #[case("- name: _seconds_total\n", "name: by the unit")]
+    #[case("- name: gannet_cpu_seconds_total\n", "name: the prefix gannet_ belongs to other metrics")]
+    #[case("- name: _seconds_total\n", "name: must end in _seconds_total")]
     #[case("- name: 'a b'\n", "name: write the name of a metric")]
     fn a_mistake_is_named_with_its_field_and_cure(#[case] lines: &str, #[case] want: &str) {
         let error = parse(&rule(lines)).unwrap_err().to_string();

@@ -28,7 +28,7 @@ const QUEUED_ANSWERS: usize = 16_384;
 const MAX_ERRORS: usize = 16;
 /// Entries of one reading.
 pub(crate) const MAX_ENTRIES: usize = 10_000;
-/// How a line of a node's answer differs from all other lines. In texts of an entry, JSON escapes the quotes.
+/// Text that only lines with a node's answer contain. In texts of an entry, JSON escapes the quotes.
 const ANSWER_MARK: &str = r#""action":"answer""#;
 /// Author of the changes that the collector makes by itself.
 pub(crate) const COLLECTOR: &str = "gannet-collector";
@@ -121,8 +121,8 @@ impl Audit {
         Ok(newest.into_iter().rev().collect())
     }
 
-    /// Returns up to `limit` of the newest changes in the range, oldest first, and the number of older ones in it. It parses
-    /// no answers, of which a revision for a thousand nodes makes a thousand. Blocking.
+    /// Returns up to `limit` of the newest changes in the range, oldest first, and the number of older ones in it. It does not parse
+    /// the answers of nodes: a revision for a thousand nodes has a thousand of them. Blocking.
     pub(crate) fn changes(
         &self,
         from_ms: u64,
@@ -150,7 +150,7 @@ impl Audit {
     }
 }
 
-/// Writes the deletion of profiles into the log in this directory, while no collector runs. `note`: which and how many.
+/// Writes an entry for a deletion of profiles into the log in this directory, while no collector runs. `note` describes the profiles.
 pub(crate) fn record_deletion(dir: &Path, note: String) -> io::Result<()> {
     let file = AuditFile { path: dir.join("audit.jsonl"), former: dir.join("audit.jsonl.1") };
     let entry = AuditEntry {
@@ -171,7 +171,7 @@ impl AuditFile {
         }
         let mut file = File::options().create(true).read(true).append(true).open(path)?;
         let before = file.metadata()?.len();
-        // A crash can leave a part of a line, which would swallow this one.
+        // A crash can leave an incomplete line, and this entry would become a part of it.
         let mut last = [b'\n'];
         if before > 0 {
             file.read_exact_at(&mut last, before - 1)?;
@@ -315,7 +315,7 @@ mod tests {
             note: note.into(),
             ..AuditEntry::default()
         };
-        // The text of an answer in a note is no answer.
+        // The mark of an answer in a note does not make the entry an answer.
         let entries = [change(1, at, ""), change(2, at + 5, ANSWER_MARK), change(3, at + 9, "")];
         for entry in &entries {
             audit.record_change(entry);

@@ -1,8 +1,8 @@
-//! Deletes profiles by their labels and times for good: a segment that holds others too is written again without them.
+//! Permanent deletion of profiles by their labels and times. If a segment also holds other profiles, the deletion writes it again
+//! without the deleted ones.
 //!
-//! No collector runs meanwhile. The next one compares its index with the segments, and finds the new ones. A crash between the
-//! writing of a segment and the deletion of the old one leaves both: the index has each profile once, and the next deletion takes
-//! the rest.
+//! No collector runs meanwhile. The next one compares its index with the segments, and finds the new ones. A crash can leave both the
+//! new and the old segment. Then the index has each profile once, and the next deletion deletes the rest.
 
 use std::path::Path;
 
@@ -20,15 +20,15 @@ use super::{
 };
 use crate::selector::Selector;
 
-/// Heads that are read together.
+/// Number of index parts that the deletion reads together.
 const CHUNK: usize = 64;
 
 /// The profiles to delete.
 pub(crate) struct Doomed<'a> {
     pub(crate) selector: &'a Selector,
-    /// Start of a profile, in milliseconds since 1970: from this time.
+    /// Earliest start of a profile, in milliseconds since 1970.
     pub(crate) from_ms: u64,
-    /// Before this time.
+    /// End of the range of starts, exclusive.
     pub(crate) until_ms: u64,
 }
 
@@ -41,22 +41,22 @@ pub struct Deleted {
     pub bytes: u64,
     /// Objects that hold them.
     pub objects: u64,
-    /// Objects that cannot be read, so they may hold others that match.
+    /// Unreadable objects, which may hold other matching profiles.
     pub unreadable: u64,
-    /// The store has Delta tables, which go too. The collector writes them again.
+    /// The store has Delta tables, which the deletion removes too. The collector writes them again.
     pub has_tables: bool,
 }
 
 impl Doomed<'_> {
     fn matches(&self, meta: &ObjectMeta) -> bool {
-        // The size is of no interest here.
+        // The deletion does not use the size.
         describe(meta, 1, 0).is_some_and(|(labels, key, _)| {
             (self.from_ms..self.until_ms).contains(&key.start_ms) && self.selector.matches(&labels)
         })
     }
 }
 
-/// Deletes profiles, or only counts them. The caller holds the lock of the directory.
+/// Deletes profiles, or only counts them, and returns the totals. The caller holds the lock of the directory.
 pub(crate) async fn delete(
     data: &Path,
     bucket: Option<&Bucket>,
@@ -75,7 +75,7 @@ pub(crate) async fn delete(
         let files = tables.objects.list(None).try_collect::<Vec<_>>().await.map_err(StoreError::Object)?;
         deleted.has_tables = !files.is_empty();
         if !is_dry && !found.is_empty() {
-            // First, so that no table keeps what the store no longer has.
+            // The tables go first, so that a crash leaves no deleted profile in a table.
             for file in files {
                 match tables.objects.delete(&file.location).await {
                     Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
@@ -95,7 +95,7 @@ pub(crate) async fn delete(
     Ok(deleted)
 }
 
-/// Returns the totals, and the objects that hold matching batches with the hours of their directories.
+/// Returns the totals, and the objects with matching batches, each with the hour of its directory.
 async fn find(
     objects: &Objects,
     doomed: &Doomed<'_>,
@@ -147,7 +147,7 @@ async fn find(
 /// Writes the other batches of a segment as a new segment of the same time. Damaged profiles stay damaged.
 async fn rewrite(objects: &Objects, id: Ulid, doomed: &Doomed<'_>) -> Result<(), StoreError> {
     let Some(bytes) = objects.segment(id).await? else { return Ok(()) };
-    // Its index part was readable just before.
+    // The search has just read its index part.
     let entries = segment::read_index(id, &bytes).map_err(|_| StoreError::Damaged(id))?;
     let part = |position: &SegmentPosition| {
         let end = usize::try_from(position.range().end).unwrap_or(usize::MAX).min(bytes.len());

@@ -1,4 +1,4 @@
-//! Sets faulty objects aside, so that the store holds only objects with readable profiles. Deletes nothing.
+//! Repair of the store: moves objects without a readable profile into another directory. Deletes nothing.
 
 use std::{fmt, fs::File, path::Path, sync::Arc};
 
@@ -8,26 +8,26 @@ use super::{
     Bucket, ObjectFault, StoreError, Verified, index::Index, lock, object::ObjectName, verify::verify,
 };
 
-/// Directory of the objects in that of `--data`.
+/// Directory of the objects, below `--data`.
 const OBJECTS: &str = "objects/";
-/// Directory for faulty objects, in that of `--data` or in the bucket.
+/// Directory for faulty objects, below `--data` or in the bucket.
 pub(crate) const ASIDE: &str = "set-aside";
 
 /// The repair of one faulty object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Repair {
-    /// The object is here now. Nothing reads it there.
+    /// The new path of the object, which no collector reads.
     SetAside(String),
-    /// The object is where it belongs.
+    /// The new path of an object that was in the directory of another hour.
     Moved(String),
-    /// The object stays, and keeps its fault: the reason.
+    /// The reason why the object stays, with its fault.
     Kept(&'static str),
-    /// The object cannot be moved: the reason.
+    /// The reason why the repair could not move the object.
     Failed(String),
 }
 
 impl Repair {
-    /// Reports whether the object has its fault no more.
+    /// Reports whether the repair removed the fault.
     pub fn is_done(&self) -> bool {
         matches!(self, Self::SetAside(_) | Self::Moved(_))
     }
@@ -44,13 +44,13 @@ impl fmt::Display for Repair {
     }
 }
 
-/// The repair that a fault needs.
+/// The repair that a fault requires.
 enum Wanted {
     SetAside,
-    /// To this path below the objects.
+    /// Move the object to this path below the objects.
     Move(String),
     Keep(&'static str),
-    /// As the index knows the profiles of a segment, it may be readable without its own index part.
+    /// Set the object aside, unless the index has its profiles: then queries can read them without its own index part.
     AskIndex,
 }
 
@@ -78,14 +78,14 @@ impl Wanted {
     }
 }
 
-/// Locks the directory of a store that is there. Fails if a collector uses it.
+/// Locks the directory of an existing store. Fails if a collector uses it.
 pub(crate) fn lock_unused(data: &Path, bucket: Option<&Bucket>) -> Result<Option<File>, StoreError> {
     let is_there = if bucket.is_some() { data.is_dir() } else { data.join(OBJECTS).is_dir() };
     is_there.then(|| lock(data)).transpose()
 }
 
-/// Reads all objects, and repairs each faulty one. Calls `report` with path, fault and repair. The caller holds the lock. Fails if the
-/// objects cannot be listed.
+/// Reads all objects, and repairs each faulty one. Calls `report` with path, fault and repair. The caller holds the lock. Fails if it
+/// cannot list the objects.
 pub(crate) async fn repair(
     data: &Path,
     bucket: Option<&Bucket>,

@@ -75,7 +75,7 @@ impl PackedBatch {
         Self { entry: entry.encode_to_vec().into(), pprof, crc }
     }
 
-    /// Takes a batch of another segment with the checksum that it has there, so that a damaged profile stays damaged.
+    /// Adds a batch of another segment with its former checksum, so that a damaged profile stays damaged.
     pub(super) fn kept(meta: ObjectMeta, pprof: Bytes, crc: u32) -> Self {
         let entry = SegmentEntry { meta: Some(meta), bytes: pprof.len() as u64, crc };
         Self { entry: entry.encode_to_vec().into(), pprof, crc }

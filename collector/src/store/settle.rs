@@ -132,7 +132,7 @@ impl Store {
         let mut known: HashSet<Ulid> =
             self.index.segments(hour..hour + 1)?.into_iter().map(|segment| segment.id).collect();
         missing.retain(|id| !known.remove(id));
-        // First, because a new segment may hold the profiles of one that is gone: a deletion writes the others again.
+        // Removed segments come first: a deletion moves their remaining profiles into new segments.
         for id in known {
             // The list of a bucket may be older than the segment.
             if self.runtime.block_on(self.objects.segment_bytes(id))?.is_none() {

@@ -77,13 +77,13 @@ pub enum ObjectFault {
         "it is no object of Gannet, or its description is damaged; restore it from a backup, or delete it"
     )]
     Foreign,
-    /// A file of a Delta table is missing, or its content is not that of the table's log.
+    /// A file of a Delta table is missing, or does not match the log of the table.
     #[error(
         "{0}; stop the collector and run `gannet-collector repair`, then the collector writes the table again from the stored \
          profiles"
     )]
     TableFile(&'static str),
-    /// The log of a Delta table cannot be read. The text names the cure.
+    /// An unreadable log of a Delta table. The text names the cure.
     #[error("{0}")]
     TableLog(String),
     /// The system or the bucket returned an error.
@@ -100,9 +100,9 @@ pub struct Verified {
     pub profiles: u64,
     /// Bytes of the objects.
     pub bytes: u64,
-    /// Files of Delta tables that were read.
+    /// Number of files of Delta tables that the check read.
     pub table_files: u64,
-    /// Objects and files with a fault, each of which was reported.
+    /// Number of objects and files with a fault. The check reported each of them.
     pub faults: u64,
 }
 
@@ -153,7 +153,7 @@ pub(crate) async fn verify(
     Ok(verified)
 }
 
-/// Opens the tables of a store that has some, without any change to them.
+/// Opens the tables of a store, if it has some. Changes nothing.
 pub(crate) fn open_tables(data: &Path, bucket: Option<&Bucket>) -> Result<Option<TableObjects>, StoreError> {
     if bucket.is_some() {
         let objects = Arc::new(PrefixStore::new(open(data, bucket)?, TABLE));

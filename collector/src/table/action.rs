@@ -107,7 +107,7 @@ pub(super) struct Remove {
 }
 
 impl Add {
-    /// Returns the removal of this file, now.
+    /// Returns an action that removes this file, with the present time.
     pub(super) fn removal(&self, data_change: bool) -> Remove {
         Remove {
             path: self.path.clone(),
@@ -119,7 +119,7 @@ impl Add {
         }
     }
 
-    /// Reports whether these are the bytes of the file, as far as the log has their checksum.
+    /// Reports whether these bytes match the size of the file in the log, and the checksum if the log has one.
     pub(super) fn has_content(&self, bytes: &[u8]) -> bool {
         let crc = self.tags.as_ref().and_then(|tags| tags.get(CRC_TAG));
         bytes.len() as u64 == self.size && crc.is_none_or(|crc| *crc == crc_text(bytes))

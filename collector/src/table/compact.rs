@@ -144,7 +144,7 @@ impl Run {
             let profile = &profiles[row.profile as usize];
             let scope = scope_of[row.profile as usize];
             let kind = types[row.kind as usize].data();
-            // Rows of one profile stay together, so that a file has its name, time and labels nearly for nothing.
+            // Rows of one profile stay together, so that its name, time and labels compress to almost nothing.
             (scope, kind, profile.start_ms, profile.id.data(), row.stack, row.labels)
         };
         if let Some(Rollups { minutes, hours }) = &mut tables.rollups {

@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 
 use super::schema::{Column, Kind, Schema};
 
-/// Compression level of files that a merge replaces soon.
+/// Compression level of new files, which a merge replaces soon.
 const ZSTD_LEVEL: i32 = 3;
 /// Compression level of merged files: some percent smaller than with level 3.
 const MERGED_ZSTD_LEVEL: i32 = 9;
@@ -116,7 +116,7 @@ impl Rows {
         Self { schema, leaves, firsts, len: 0 }
     }
 
-    /// Returns rows from their leaves, in the order of the columns.
+    /// Builds rows from their leaves, in the order of the columns.
     pub(super) fn from_leaves(schema: &'static Schema, leaves: Vec<Leaf>, len: usize) -> Self {
         Self { leaves, len, ..Self::new(schema) }
     }
@@ -217,8 +217,8 @@ impl FileWriter {
     fn with_level(schema: &'static Schema, level: i32) -> Result<Self, ParquetError> {
         let parsed: TypePtr = Arc::new(parse_message_type(&schema.parquet())?);
         let mut properties = properties(level)?;
-        // The ids of stacks ascend within a profile, and jump back behind it and between commits. A jump costs its bits in all
-        // values of its block, 32 here.
+        // The ids of stacks ascend within a profile, and jump back after it and between commits. A jump widens all values of its
+        // block, so a block has only 32 values here.
         let small_blocks = DeltaBinaryPackedEncoderOptions::try_new(128, 4)?;
         for column in schema.columns {
             let path = ColumnPath::from(column.name);
@@ -228,7 +228,7 @@ impl FileWriter {
                     .set_column_encoding(path.clone(), Encoding::DELTA_BINARY_PACKED)
                     .set_column_delta_binary_packed_encoder_options(path, small_blocks);
             } else if column.kind == Kind::Hash {
-                // Each value is there once.
+                // Each value occurs once, so a dictionary saves nothing.
                 properties = properties.set_column_dictionary_enabled(path, false);
             }
         }
@@ -287,7 +287,7 @@ fn properties(level: i32) -> Result<WriterPropertiesBuilder, ParquetError> {
     Ok(WriterProperties::builder().set_compression(compression).set_created_by(by.into()))
 }
 
-/// Starts a file with a schema that is not that of a table.
+/// Starts a file with a schema other than that of a table.
 pub(super) fn untyped_writer(schema: TypePtr) -> Result<SerializedFileWriter<Vec<u8>>, ParquetError> {
     SerializedFileWriter::new(Vec::new(), schema, Arc::new(properties(ZSTD_LEVEL)?.build()))
 }

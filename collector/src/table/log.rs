@@ -177,7 +177,7 @@ impl Log {
         self.next > 0 && time::now_ms().abs_diff(self.read_ms) > MAX_STALE.as_millis() as u64
     }
 
-    /// Reads the commits that are new, and changes nothing.
+    /// Reads the new commits. Changes nothing in the table.
     pub(super) async fn read(&mut self) -> Result<(), TableError> {
         let now_ms = time::now_ms();
         if self.next == 0
@@ -195,7 +195,7 @@ impl Log {
         Ok(())
     }
 
-    /// Creates the table if there is none.
+    /// Creates the table if it does not exist.
     async fn create(&mut self) -> Result<(), TableError> {
         if self.next == 0 {
             let create = Action {
@@ -337,7 +337,7 @@ impl Log {
         })
     }
 
-    /// Reads a data file. `None`: it is missing.
+    /// Reads a data file. Returns `None` if it is missing.
     pub(super) async fn read_file(&self, path: &str) -> Result<Option<Bytes>, TableError> {
         self.get(&self.key(path)).await
     }

@@ -1,9 +1,9 @@
 //! Merges of small files: many files of one hour become one, in one commit that changes no row.
 //!
 //! Each update of the table adds a file to the hours of its profiles. A merge reads some files of one hour, sorts their rows, and
-//! writes them as one file. Its commit removes the old files from the table and adds the new one, with the names of the segments
-//! that the old ones had. So a reader sees either all old files or the new one. A crash before the commit leaves a file that no
-//! reader sees. If another collector has removed one of the old files meanwhile, the merge has been for nothing.
+//! writes them as one file. Its commit removes the old files from the table and adds the new one, with the segment names of the
+//! old files. So a reader sees either all old files or the new one. A crash before the commit leaves a file that no
+//! reader sees. If another collector has removed one of the old files meanwhile, the merge discards its result.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -19,36 +19,36 @@ use super::{
 };
 use crate::time::HOUR_MS;
 
-/// Files of this size stay as they are, in bytes.
+/// Size from which a merge does not replace a file, in bytes.
 const MAX_SOURCE_BYTES: u64 = 64 << 20;
-/// Bytes of all files of a merge.
+/// Maximum size of all files of a merge, in bytes.
 const MAX_MERGE_BYTES: u64 = 128 << 20;
-/// Rows of all files of a merge, by the log.
+/// Maximum number of rows of all files of a merge, according to the log.
 const MAX_MERGE_ROWS: u64 = 4 << 20;
-/// Memory for the rows of a merge.
+/// Maximum memory of the rows of a merge, in bytes.
 const MAX_MERGE_MEMORY: u64 = 256 << 20;
-/// Size of the largest file of a merge relative to the others together, in an hour that gets new files.
+/// Maximum size of the largest file of a merge relative to the others together, in an hour that gets new files.
 const OPEN_RATIO: u64 = 1;
-/// The same in an hour that is over.
+/// The same ratio in an hour that is over.
 const CLOSED_RATIO: u64 = 8;
-/// Commits that other writers may win in a row.
+/// Number of attempts to commit, while other writers commit first.
 const MAX_CONFLICTS: usize = 100;
 
 /// Counts of merges.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Merged {
     pub(super) merges: u64,
-    /// Files that merges replaced.
+    /// Number of files that merges replaced.
     pub(super) files: u64,
     pub(super) rows: u64,
 }
 
-/// State of merges beyond the logs.
+/// State of merges that the logs do not hold.
 #[derive(Default)]
 pub(super) struct Merges {
-    /// Damaged files by table and path, which no merge reads again.
+    /// Damaged files by table and path. No merge reads them again.
     damaged: BTreeSet<(&'static str, String)>,
-    /// Files that are too large for the memory of a merge.
+    /// Files with too many rows for the memory of a merge.
     too_large: HashSet<String>,
 }
 
@@ -61,7 +61,7 @@ impl Merges {
         self.damaged.len()
     }
 
-    /// Merges files of one hour in each table, where there are enough. `stop`: ends early.
+    /// Merges files of one hour in each table that has enough of them. Ends early at `stop`.
     pub(super) fn run(
         &mut self,
         tables: &mut Tables,
@@ -91,7 +91,7 @@ impl Merges {
         self.too_large.contains(path) || self.damaged.contains(&(log.schema.name, path.to_owned()))
     }
 
-    /// Merges these files, as far as they are sound and memory allows.
+    /// Merges the sound ones of these files, as many as fit into memory.
     async fn merge(&mut self, log: &mut Log, paths: &[String]) -> Result<Merged, TableError> {
         let mut rows = LoadedRows::new(log.schema);
         let mut sources: Vec<DataFile> = Vec::new();
@@ -123,7 +123,7 @@ impl Merges {
             memory += reader.memory();
             if let Err(error) = rows.add(&reader) {
                 self.set_aside(log, path, &error.to_string());
-                // The rows so far are of no use. The next merge begins without this file.
+                // The rows are incomplete now. The next merge begins without this file.
                 return Ok(Merged::default());
             }
             sources.push(file);
@@ -144,13 +144,13 @@ impl Merges {
             tracing::warn!(
                 file = %log.key(path), reason,
                 "a file of the table is damaged, and queries of other programs may fail; stop the collector and run `gannet-collector \
-                 repair`, then the collector writes the table again from the stored profiles"
+                 repair`; the next collector writes the table again from the stored profiles"
             );
         }
     }
 }
 
-/// Adds the segments of the sources to a new file.
+/// Adds the segment names of the sources to the entry of a new file.
 fn add_segments(add: &mut Add, sources: &[DataFile]) {
     let segments: BTreeSet<Ulid> = sources.iter().flat_map(|file| file.segments.iter().copied()).collect();
     if !segments.is_empty() {
@@ -159,7 +159,7 @@ fn add_segments(add: &mut Add, sources: &[DataFile]) {
     }
 }
 
-/// Commits a new file in place of others. Reports false if one of them is no longer in the table; then it removes the new one.
+/// Commits a new file in place of others. If one of them is no longer in the table, removes the new file and returns false.
 async fn replace(log: &mut Log, sources: &[DataFile], add: Add) -> Result<bool, TableError> {
     for _ in 0..MAX_CONFLICTS {
         if !sources.iter().all(|file| log.files.contains_key(&file.add.path)) {
@@ -176,7 +176,7 @@ async fn replace(log: &mut Log, sources: &[DataFile], add: Add) -> Result<bool, 
     Err(TableError::Contended)
 }
 
-/// Returns the paths of files that should be merged: of one hour, the smallest first. Empty: there are too few.
+/// Returns the paths of files to merge, all of one hour, the smallest first. Empty if no hour has enough files.
 fn plan(log: &Log, options: &TableOptions, now_ms: u64, is_aside: impl Fn(&str) -> bool) -> Vec<String> {
     let mut hours: BTreeMap<Partition, Vec<&DataFile>> = BTreeMap::new();
     for file in log.files.values() {
@@ -189,13 +189,13 @@ fn plan(log: &Log, options: &TableOptions, now_ms: u64, is_aside: impl Fn(&str) 
         let is_closed = now_ms >= (hour.0 + 1).saturating_mul(HOUR_MS).saturating_add(delay_ms);
         choose(files, is_closed, options.merge_files)
     });
-    // Where most files are, a merge helps most.
+    // A merge helps most in the hour with the most files.
     let best = chosen.max_by_key(Vec::len).unwrap_or_default();
     best.into_iter().map(|file| file.add.path.clone()).collect()
 }
 
-/// Returns those files of one hour that should become one. A large file waits until the others together are not much smaller, so
-/// that a row is not written again with every merge.
+/// Selects the files of one hour that a merge makes one file. A large file waits until the others together are not much smaller, so
+/// that not every merge writes its rows again.
 fn choose(mut files: Vec<&DataFile>, is_closed: bool, merge_files: usize) -> Vec<&DataFile> {
     let (least, ratio) = if is_closed { (2, CLOSED_RATIO) } else { (merge_files.max(2), OPEN_RATIO) };
     files.sort_by(|a, b| (a.add.size, &a.add.path).cmp(&(b.add.size, &b.add.path)));
@@ -251,7 +251,7 @@ mod tests {
         assert_eq!(chosen.iter().map(|file| file.add.size).collect::<Vec<_>>(), wanted);
     }
 
-    /// Checks that 10,000 updates leave few files, and how often each row is written again.
+    /// Checks that 10,000 updates leave few files, and that merges write each row fewer than 12 times.
     #[test]
     fn merges_write_each_row_a_few_times() {
         let (mut sizes, mut written) = (Vec::new(), 0);

@@ -12,7 +12,7 @@
 //! | `gather`, `ids` | rows in memory, and the ids of stacks, frames and label sets |
 //! | `merge`, `rows` | merges of small files, and the rows of written files |
 //! | `retention` | removed partitions, files without a reader, the space of the table |
-//! | `verify` | nothing: it checks all files, and sets damaged tables aside |
+//! | `verify` | nothing; it checks all files, and sets damaged tables aside |
 //! | `tables`, `log`, `checkpoint`, `action` | the logs of the tables |
 //! | `reader` | nothing: the present version of all tables, for queries |
 //! | `file`, `schema`, `partition` | Parquet files, columns, partitions |
@@ -74,11 +74,11 @@ pub struct TableOptions {
     #[arg(skip = Duration::from_secs(15 * 60))]
     #[serde(skip)]
     pub delete_delay: Duration,
-    /// Files of an hour that start a merge while the hour gets new ones.
+    /// Number of files of an hour that starts a merge while the hour gets new files.
     #[arg(skip = 8_usize)]
     #[serde(skip)]
     pub merge_files: usize,
-    /// Time after an hour until its files are merged down to few.
+    /// Time after the end of an hour until the collector merges all its small files.
     #[arg(skip = Duration::from_secs(10 * 60))]
     #[serde(skip)]
     pub close_delay: Duration,

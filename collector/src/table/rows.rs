@@ -1,4 +1,4 @@
-//! Rows of written files: read from several files, sorted, and written as one.
+//! Rows of several files in memory, to sort them and write them as one file.
 
 use std::{cmp::Ordering, ops::Range, sync::Arc};
 
@@ -22,24 +22,24 @@ use super::{
     schema::{Column, Kind, Schema},
 };
 
-/// Rows that are decoded together.
+/// Number of rows that one call decodes.
 const BATCH_ROWS: usize = 8192;
 
-/// Texts of a column, each once.
+/// The distinct texts of a column.
 pub(super) type Texts = IndexSet<Vec<u8>, foldhash::fast::RandomState>;
 
 /// The values of one leaf.
 pub(super) enum Packed {
-    /// Indexes into the texts.
+    /// Indexes into the distinct texts.
     Texts(Texts, Vec<u32>),
     Longs(Vec<i64>),
     Bools(Vec<bool>),
 }
 
-/// One leaf of all rows.
+/// The values of one leaf in all rows.
 pub(super) struct PackedLeaf {
     pub(super) values: Packed,
-    /// Index of the first value of each row, and behind the last one. `None`: each row has one value.
+    /// Index of the first value of each row, and the end of the last row. `None`: each row has one value.
     starts: Option<Vec<u32>>,
     is_list: bool,
     rows: usize,
@@ -67,7 +67,7 @@ impl DataReader {
         Ok(Self { reader })
     }
 
-    /// Returns the memory that the rows take at most, in bytes.
+    /// Returns an upper bound of the memory of the rows, in bytes.
     pub(super) fn memory(&self) -> u64 {
         let metadata: &ParquetMetaData = self.reader.metadata();
         let columns = metadata.row_groups().iter().flat_map(RowGroupMetaData::columns);
@@ -108,7 +108,7 @@ impl LoadedRows {
         Self { schema, leaves, firsts, rows: 0 }
     }
 
-    /// Adds the rows of a file. After an error, these rows are of no use.
+    /// Adds the rows of a file. After an error the rows are incomplete, and the caller drops them.
     pub(super) fn add(&mut self, file: &DataReader) -> Result<(), ParquetError> {
         for index in 0..file.reader.num_row_groups() {
             let group = file.reader.get_row_group(index)?;
@@ -164,7 +164,7 @@ impl LoadedRows {
     fn sorted(&self) -> Vec<u32> {
         enum Key<'a> {
             Longs(&'a [i64]),
-            /// Texts by their places in the order of all texts.
+            /// Ranks of the texts in the order of all texts.
             Texts(Vec<u32>),
         }
         let keys: Vec<Key<'_>> = (self.schema.order.iter())
@@ -199,7 +199,7 @@ impl LoadedRows {
     }
 }
 
-/// Returns the place of each text in the order of all.
+/// Returns the rank of each text in the order of all texts.
 fn ranks(texts: &Texts) -> Vec<u32> {
     let mut sorted: Vec<(&[u8], usize)> =
         texts.iter().enumerate().map(|(at, text)| (&text[..], at)).collect();
@@ -308,7 +308,7 @@ impl PackedLeaf {
     }
 }
 
-/// How many values each row of a leaf has.
+/// The number of values in each row of a leaf.
 struct Shape<'a> {
     starts: &'a mut Option<Vec<u32>>,
     is_list: bool,
@@ -350,7 +350,7 @@ impl Shape<'_> {
     }
 }
 
-/// A leaf whose values are ready to be written.
+/// A leaf whose values are ready for the writer.
 struct Source {
     values: SourceValues,
     starts: Option<Vec<u32>>,

@@ -72,7 +72,7 @@ pub(crate) struct Column {
     pub(super) is_optional: bool,
     /// The log has the smallest and the largest value of each file, so that readers skip files.
     pub(super) has_range: bool,
-    /// Values mostly ascend from row to row, so that files hold their differences.
+    /// True if values mostly ascend from row to row. Files then hold their differences.
     pub(super) is_ascending: bool,
     pub(super) help: &'static str,
 }

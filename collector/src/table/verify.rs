@@ -1,4 +1,4 @@
-//! Checks every file of the tables, and sets damaged tables aside.
+//! Checks of all files of the tables, and the repair that sets damaged tables aside.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -9,7 +9,7 @@ use super::{
 };
 use crate::store::{ObjectFault, StoreError, TableObjects, Verified};
 
-/// Returns the tables whose rows refer to those of this one, and this one itself.
+/// Returns this table, and the tables whose rows refer to its rows.
 fn dependents(table: &str) -> &'static [&'static str] {
     match table {
         "frames" => &["frames", "stacks", "samples", "samples_by_minute", "samples_by_hour"],
@@ -70,7 +70,7 @@ async fn check(
                 (!file.add.has_content(&bytes)).then_some(ObjectFault::TableFile(reason))
             }
             Ok(None) => {
-                // A collector may have replaced and deleted it since.
+                // A collector may have replaced and deleted the file since.
                 if let Err(error) = log.read().await {
                     return broken(error);
                 }
@@ -84,7 +84,7 @@ async fn check(
     Ok(faults)
 }
 
-/// Moves damaged tables into a directory, with those that refer to their rows. The next collector writes them again. Returns the
+/// Moves damaged tables, and the tables that refer to their rows, into a directory. The next collector writes them again. Returns the
 /// names of the moved tables.
 pub(crate) fn set_aside(root: &Path, faulty: &[&str], to: &Path) -> Result<Vec<&'static str>, StoreError> {
     let names: BTreeSet<&'static str> =

@@ -170,7 +170,8 @@ impl Worker {
         }
     }
 
-    /// Compacts once, merges files until then, and runs retention if it is due. Reports whether more segments wait.
+    /// Compacts once, then merges files until the next update is due, and runs retention if it is due. Reports whether more segments
+    /// wait.
     fn step(&mut self, until: Instant) -> Result<bool, TableError> {
         self.check_bucket()?;
         if std::mem::take(&mut self.is_unsure) {
@@ -239,7 +240,7 @@ impl Worker {
     /// Merges small files, at least once and then until this time.
     fn merge(&mut self, until: Instant) -> Result<(), TableError> {
         let stop = self.stop.clone();
-        // Merges need space before they free some. Without it, new rows go first.
+        // Merges need space before they free some. If space is short, new rows take precedence.
         while self.store.has_room(NEEDED_BYTES) {
             let began = Instant::now();
             let merged =

@@ -7,7 +7,7 @@ use clap::Subcommand;
 /// Commands of `gannetctl debuginfo`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum DebugInfo {
-    /// Upload programs, libraries or their debug files; they also name the profiles that are stored already
+    /// Upload programs, libraries or their debug files, which also name the functions of stored profiles
     #[command(
         after_help = "A file must have a GNU build id, which `readelf -n FILE` shows, and a symbol table or debug information. \
         Of a file that the collector has, nothing is sent.\n\n\
@@ -22,7 +22,7 @@ pub(crate) enum DebugInfo {
     },
     /// List the stored files by build id
     List,
-    /// Remove the files of these build ids, and with them the names that they gave
+    /// Remove the files of these build ids, and with them their names in profiles
     Delete {
         /// GNU build ids in hex, as `debuginfo list` shows them
         #[arg(required = true, value_name = "BUILD_ID")]

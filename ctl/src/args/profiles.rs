@@ -275,7 +275,7 @@ pub(crate) struct Manual {
     /// Only processes whose runtime has one of these versions: 17, 3.11
     #[arg(long, value_name = "VERSION", num_args = 1.., requires = "runtime")]
     pub(crate) runtime_version: Vec<String>,
-    /// Only processes that give their service one of these names; `shop-*` matches a prefix
+    /// Only processes that declare one of these names for their service; `shop-*` matches a prefix
     #[arg(long, value_name = "NAME", num_args = 1..)]
     pub(crate) service: Vec<String>,
     /// How long to capture: 1s to 10m

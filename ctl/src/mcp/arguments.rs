@@ -1,4 +1,4 @@
-//! The arguments of tools: declared once, from which come the JSON schemas that clients get and the checks of what they send.
+//! The arguments of tools. One declaration is the source of the JSON schemas for clients, and of the checks of their calls.
 
 use std::time::Duration;
 
@@ -8,14 +8,14 @@ use serde_json::{Map, Value, json};
 
 use crate::args::{Base, Select, moment};
 
-/// The kind of values that an argument takes.
+/// The kind of value of an argument.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Kind {
-    /// A text of at most [`MAX_TEXT_BYTES`] bytes; empty if it is not given.
+    /// An optional text of at most [`MAX_TEXT_BYTES`] bytes. The default is an empty text.
     Text,
-    /// A text that must be given.
+    /// A required text.
     Required,
-    /// A number between the first two; the third if it is not given.
+    /// An optional number: its minimum, its maximum and its default.
     Number(f64, f64, f64),
 }
 
@@ -28,7 +28,7 @@ pub(super) struct Argument {
     pub(super) description: &'static str,
 }
 
-/// No selector or time is longer.
+/// Maximum size of a text, in bytes. Selectors and times are shorter.
 const MAX_TEXT_BYTES: usize = 4096;
 
 /// Returns the JSON schema of a tool's arguments.
@@ -66,7 +66,7 @@ pub(super) struct Given<'a> {
 }
 
 impl<'a> Given<'a> {
-    /// Checks the arguments of a call. An error names the argument and says what to give.
+    /// Checks the arguments of a call. An error names the argument and the cure.
     pub(super) fn check(declared: &'a [Argument], values: Map<String, Value>) -> Result<Self, String> {
         for (name, value) in &values {
             let Some(argument) = declared.iter().find(|argument| argument.name == name) else {
@@ -97,18 +97,21 @@ impl<'a> Given<'a> {
         let given = Self { declared, values };
         for argument in declared.iter().filter(|argument| argument.kind == Kind::Required) {
             if given.text(argument.name).is_empty() {
-                return Err(format!("{}: this argument is needed: {}", argument.name, argument.description));
+                return Err(format!(
+                    "{}: this argument is required: {}",
+                    argument.name, argument.description
+                ));
             }
         }
         Ok(given)
     }
 
-    /// Returns a text; empty if it was not given.
+    /// Returns a text; empty if the call does not have it.
     pub(super) fn text(&self, name: &str) -> String {
         self.values.get(name).and_then(Value::as_str).unwrap_or_default().to_owned()
     }
 
-    /// Returns a text, if it was given.
+    /// Returns a text, if the call has it.
     pub(super) fn optional(&self, name: &str) -> Option<String> {
         Some(self.text(name)).filter(|text| !text.is_empty())
     }
@@ -132,14 +135,14 @@ impl<'a> Given<'a> {
         Ok(Select { query: self.text("query"), since, from, until, profile: String::new() })
     }
 
-    /// Returns the base of a comparison. An error if it would be the same as the selection.
+    /// Returns the base of a comparison. Returns an error if the base would be the same as the selection.
     pub(super) fn base(&self) -> Result<Base, String> {
         let (base_since, base_from, base_until) = self.range(["base_since", "base_from", "base_until"])?;
         let base = Base { base_query: self.optional("base_query"), base_since, base_from, base_until };
         if base.is_given() {
             return Ok(base);
         }
-        Err("base_query, base_since, base_from, base_until: give at least one of them: what to compare with"
+        Err("base_query, base_since, base_from, base_until: give at least one of them, to select the base of the comparison"
             .to_owned())
     }
 
@@ -186,8 +189,8 @@ mod tests {
     ];
 
     #[rstest]
-    #[case(json!({}), "rule: this argument is needed: id of the rule")]
-    #[case(json!({ "rule": "" }), "rule: this argument is needed")]
+    #[case(json!({}), "rule: this argument is required: id of the rule")]
+    #[case(json!({ "rule": "" }), "rule: this argument is required")]
     #[case(json!({ "rule": "a", "limit": 0 }), "limit: give a number from 1 to 200")]
     #[case(json!({ "rule": "a", "limit": "10" }), "limit: give a number from 1 to 200")]
     #[case(json!({ "rule": 7 }), "rule: give a text")]

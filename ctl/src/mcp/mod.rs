@@ -19,19 +19,19 @@ use tokio::sync::Semaphore;
 
 use crate::{client::Collector, error::Error};
 
-/// Largest answer of a tool. A model reads all of it.
+/// Maximum size of an answer, in bytes. A model reads all of it.
 const MAX_ANSWER_BYTES: usize = 64 << 10;
-/// Calls at one time; further ones wait.
+/// Maximum number of calls at one time. Further ones wait.
 const MAX_CALLS: usize = 4;
-/// Limit of one call.
+/// Time limit of one call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The text that tells a client what the server is for.
+/// The description of the server for its clients.
 const INSTRUCTIONS: &str = "Reads CPU and off-CPU profiles of the programs of a cluster, which Gannet samples. Begin with \
     list_services: it shows which services have profiles, and the labels to select them by. top_functions shows where a \
     service spends its time, flame_graph through which calls it gets there, and diff_functions what has changed between two \
     ranges of time or two selectors. explain_rule says why a rule does or does not profile processes of a node. A selector \
-    is written like {service_name=\"checkout\", pod=~\"checkout-.*\"}. Nothing here changes anything.";
+    is written like {service_name=\"checkout\", pod=~\"checkout-.*\"}. No tool changes anything.";
 
 struct Server {
     collector: Arc<Collector>,
@@ -90,7 +90,7 @@ impl ServerHandler for Server {
     }
 }
 
-/// Cuts an answer that is too long behind a line, and says how to get a shorter one.
+/// Cuts an answer that is too long after a line, and adds the advice how to get a shorter one.
 fn cut(mut text: String, cure: &str) -> String {
     if text.len() <= MAX_ANSWER_BYTES {
         return text;

@@ -20,9 +20,9 @@ use crate::{
     rules,
 };
 
-/// Functions of a flame graph before the rest becomes `[other]`.
+/// Maximum number of frames of a flame graph. The rest becomes `[other]`.
 const MAX_NODES: usize = 20_000;
-/// Values of a label that a list of services shows.
+/// Maximum number of values of a label in a list of services.
 const MAX_VALUES: usize = 3;
 
 const QUERY: Argument = Argument {
@@ -134,7 +134,7 @@ pub(super) struct Declared {
     title: &'static str,
     description: &'static str,
     arguments: &'static [Argument],
-    /// How to get a shorter answer, for the end of one that was cut.
+    /// The advice at the end of a cut answer: how to get a shorter one.
     pub(super) cure: &'static str,
     action: Action,
 }
@@ -203,7 +203,7 @@ impl Declared {
             .with_annotations(hints)
     }
 
-    /// Carries out a call. Errors name the argument or the failed request, and what to do.
+    /// Carries out a call. Errors name the argument or the failed request, and the cure.
     pub(super) async fn call(
         &self,
         arguments: Map<String, Value>,
@@ -214,12 +214,12 @@ impl Declared {
         let mut console = Console { out: &mut out, err: &mut err, terminal: false };
         let done = self.act(&given, collector, &mut console).await?;
         done.map_err(|error| error.to_string())?;
-        // What is missing comes first, so that a cut does not remove it.
+        // Warnings about missing data come first, so that a cut does not remove them.
         err.extend(out);
         Ok(String::from_utf8_lossy(&err).into_owned())
     }
 
-    /// Runs the command. The outer error is that of an argument.
+    /// Runs the command. The outer error is for an invalid argument.
     async fn act(
         &self,
         given: &Given<'_>,
@@ -328,7 +328,7 @@ fn services_table(series: Vec<SeriesInfo>, limit: usize) -> String {
     text
 }
 
-/// Formats a few of the values, and how many more there are.
+/// Formats the first [`MAX_VALUES`] values, and the number of further ones.
 fn some(mut values: Vec<&str>) -> String {
     values.sort_unstable();
     values.dedup();

@@ -28,7 +28,7 @@ const MAX_RULE_LABELS: usize = 8;
 const MAX_PRIORITY: i32 = 1000;
 const MAX_VERSION_PARTS: usize = 3;
 
-/// Longest name of a service, as the agent keeps it.
+/// Maximum size of a service name, in bytes. The agent cuts longer ones.
 const MAX_SERVICE_BYTES: usize = 256;
 /// The language runtimes that rules can match.
 pub const RUNTIMES: &[&str] =
