@@ -55,6 +55,7 @@ pub(crate) fn counters_by_name(counters: &Counters) -> (Vec<(String, u64)>, u64)
         functions_unsent,
         labels_unsent,
         labels_cut,
+        off_cpu_raw_full,
         exec: _,
         fork: _,
         exit: _,
@@ -78,6 +79,7 @@ pub(crate) fn counters_by_name(counters: &Counters) -> (Vec<(String, u64)>, u64)
         ("functions_unsent", functions_unsent),
         ("labels_unsent", labels_unsent),
         ("labels_cut", labels_cut),
+        ("off_cpu_raw_full", off_cpu_raw_full),
     ];
     let mut all: Vec<_> = single.map(|(name, count)| (name.to_owned(), count)).into();
     for (kind, counts) in lifecycle_counts(counters) {

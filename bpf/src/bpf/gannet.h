@@ -691,6 +691,8 @@ struct counters {
 	/* Samples whose task has labels that could not be read or sent, and samples that have a part of them. */
 	u64 labels_unsent;
 	u64 labels_cut;
+	/* Blocked threads whose raw stack found no room, so that their stack ends at generated code. */
+	u64 off_cpu_raw_full;
 	struct lifecycle_counts exec;
 	struct lifecycle_counts fork;
 	struct lifecycle_counts exit;

@@ -238,8 +238,10 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 ALWAYS_INLINE void finish_switch(struct counters *counters, struct sample_scratch *scratch)
 {
 	end_unwind(scratch);
-	if (scratch->sample.user_end == USER_STACK_RAW && !store_raw(scratch))
+	if (scratch->sample.user_end == USER_STACK_RAW && !store_raw(scratch)) {
 		scratch->sample.user_end = USER_STACK_NO_RULE;
+		counters->off_cpu_raw_full++;
+	}
 	store_block(counters, scratch);
 }
 
