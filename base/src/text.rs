@@ -1,4 +1,33 @@
-//! Serde support for types that have one text form.
+//! Texts: serde support for types that have one text form, cuts between characters, hex digits.
+
+use std::fmt::Write as _;
+
+/// Stands at the end of a text that was cut.
+const MARK: char = '…';
+
+/// Returns the longest beginning of a text that has at most `max` bytes and ends between two characters.
+pub fn head(text: &str, max: usize) -> &str {
+    let end = (0..=max.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+    &text[..end]
+}
+
+/// Cuts a text that has more than `max` bytes, and marks it with an ellipsis within that limit. Reports whether it was cut.
+pub fn cut(text: &mut String, max: usize) -> bool {
+    if text.len() <= max {
+        return false;
+    }
+    text.truncate(head(text, max.saturating_sub(MARK.len_utf8())).len());
+    text.push(MARK);
+    true
+}
+
+/// Returns bytes as hex digits in lower case.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
 
 /// Implements `Serialize` by `Display` and `Deserialize` by `FromStr`, so that flags, config files and
 /// `--print-config` share one text form. The type must round-trip through its text.
@@ -18,4 +47,28 @@ macro_rules! serde_as_text {
             }
         }
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_cut_between_characters() {
+        for (max, beginning) in [(0, ""), (1, "a"), (2, "a"), (3, "aé"), (4, "aéb"), (9, "aéb")] {
+            assert_eq!(head("aéb", max), beginning, "{max}");
+        }
+        let cut_to = |text: &str, max| {
+            let mut text = text.to_owned();
+            (cut(&mut text, max), text)
+        };
+        assert_eq!(cut_to("abcdef", 6), (false, "abcdef".to_owned()));
+        assert_eq!(cut_to("abcdefg", 6), (true, "abc…".to_owned()));
+        assert_eq!(cut_to("éééé", 6), (true, "é…".to_owned()));
+    }
+
+    #[test]
+    fn bytes_have_two_digits_each() {
+        assert_eq!((hex(&[0, 0x0a, 0xff]).as_str(), hex(&[]).as_str()), ("000aff", ""));
+    }
 }

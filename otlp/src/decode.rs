@@ -194,10 +194,7 @@ impl Origin {
     fn add(&mut self, key: &str, value: Scalar<'_>, others: &mut Labels) {
         let name = attributes::label(key);
         let mut value = value.into_text();
-        if value.len() > labels::MAX_VALUE_BYTES {
-            let end = (0..=labels::MAX_VALUE_BYTES).rev().find(|end| value.is_char_boundary(*end));
-            value.truncate(end.unwrap_or(0));
-        }
+        value.truncate(gannet_base::head(&value, labels::MAX_VALUE_BYTES).len());
         if let Some(name) = OF_SAMPLES.into_iter().find(|of| *of == name) {
             self.of_samples.push((name, value));
         } else if let Some(kind) = attributes::workload_kind(key) {
@@ -323,7 +320,7 @@ fn labels_of(
     let link = tables.link(sample.link_index)?;
     let ids = link.into_iter().flat_map(|link| {
         [(attributes::TRACE_ID, &link.trace_id), (attributes::SPAN_ID, &link.span_id)]
-            .map(|(name, id)| (name, attributes::to_hex(id)))
+            .map(|(name, id)| (name, gannet_base::hex(id)))
     });
     for (name, text) in ids.chain(origin.of_samples.iter().map(|(name, text)| (*name, text.clone()))) {
         let label = match text.parse() {

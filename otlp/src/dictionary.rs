@@ -7,7 +7,7 @@ use opentelemetry_proto::tonic::{
     profiles::v1development as otlp,
 };
 
-use super::{OtlpError, attributes};
+use super::OtlpError;
 
 /// Number of values that an array of an attribute shows as text.
 const MAX_SHOWN_VALUES: usize = 64;
@@ -119,7 +119,7 @@ impl Dictionary {
             Some(Value::IntValue(number)) => Scalar::Number(*number),
             Some(Value::BoolValue(flag)) => Scalar::Text(flag.to_string().into()),
             Some(Value::DoubleValue(number)) => Scalar::Text(number.to_string().into()),
-            Some(Value::BytesValue(bytes)) => Scalar::Text(attributes::to_hex(bytes).into()),
+            Some(Value::BytesValue(bytes)) => Scalar::Text(gannet_base::hex(bytes).into()),
             Some(Value::ArrayValue(list)) => {
                 // Lists in lists stay empty.
                 let shown = list.values.iter().take(MAX_SHOWN_VALUES).map(|value| match &value.value {

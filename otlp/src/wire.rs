@@ -44,7 +44,7 @@ pub fn from_json(bytes: &[u8]) -> Result<ExportProfilesServiceRequest, OtlpError
 pub fn to_json(mut request: ExportProfilesServiceRequest) -> Result<Vec<u8>, OtlpError> {
     // Protobuf's JSON has bytes in base64, whose digits include those of hex: it writes these bytes as the id in hex.
     let as_hex = |id: &mut Vec<u8>| {
-        *id = STANDARD.decode(attributes::to_hex(id)).map_err(|error| invalid(error.to_string()))?;
+        *id = STANDARD.decode(gannet_base::hex(id)).map_err(|error| invalid(error.to_string()))?;
         Ok(())
     };
     for link in request.dictionary.iter_mut().flat_map(|dictionary| &mut dictionary.link_table) {

@@ -68,12 +68,9 @@ pub(super) fn events(
 }
 
 /// Cuts a note at the limit.
-fn cut(note: String) -> String {
-    if note.len() <= NOTE_BYTES {
-        return note;
-    }
-    let end = (0..=NOTE_BYTES).rev().find(|end| note.is_char_boundary(*end)).unwrap_or(0);
-    note[..end].to_owned()
+fn cut(mut note: String) -> String {
+    note.truncate(gannet_base::head(&note, NOTE_BYTES).len());
+    note
 }
 
 /// Publishes Events in one namespace.

@@ -95,8 +95,8 @@ fn cut(mut text: String, cure: &str) -> String {
     if text.len() <= MAX_ANSWER_BYTES {
         return text;
     }
-    let end = (0..=MAX_ANSWER_BYTES).rev().find(|at| text.is_char_boundary(*at)).unwrap_or_default();
-    let end = text[..end].rfind('\n').map_or(end, |at| at + 1);
+    let beginning = gannet_base::head(&text, MAX_ANSWER_BYTES);
+    let end = beginning.rfind('\n').map_or(beginning.len(), |at| at + 1);
     text.truncate(end);
     text + "[the answer is longer than "
         + &(MAX_ANSWER_BYTES >> 10).to_string()

@@ -348,22 +348,13 @@ fn check_comm(text: &str) -> Result<(), String> {
     let pattern = Pattern::parse(text).map_err(|error| format!("`{}` {error}", text.escape_debug()))?;
     let length = pattern.text().len();
     if length > MAX_COMM_BYTES {
-        let head: String = fitting(pattern.text());
+        let head = gannet_base::head(pattern.text(), MAX_COMM_BYTES);
         return Err(format!(
             "`{text}` has {length} bytes, and the kernel stores {MAX_COMM_BYTES} of a command name: write `{head}*`, or \
              use match.exe"
         ));
     }
     Ok(())
-}
-
-/// Cuts a name to the bytes that the kernel stores, between characters.
-fn fitting(name: &str) -> String {
-    let mut end = MAX_COMM_BYTES.min(name.len());
-    while !name.is_char_boundary(end) {
-        end -= 1;
-    }
-    name[..end].to_owned()
 }
 
 fn check_path(text: &str) -> Result<(), String> {
