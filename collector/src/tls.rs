@@ -245,6 +245,24 @@ fn read(flag: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {
     fs::read(path).map_err(|source| TlsError::File { flag, path: path.display().to_string(), source })
 }
 
+/// Installs the cryptography of all clients. Only the first call in a process has an effect.
+pub(crate) fn install_provider() {
+    // Another call may have been faster.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+/// Starts an HTTP/1.1 client, which passes through every gateway, that trusts these authorities. It follows no redirect and uses no
+/// proxy: the operator names the server.
+pub(crate) fn http_client(roots: Vec<reqwest::Certificate>) -> reqwest::ClientBuilder {
+    install_provider();
+    reqwest::Client::builder()
+        .http1_only()
+        .no_proxy()
+        .redirect(reqwest::redirect::Policy::none())
+        .tls_certs_only(roots)
+        .user_agent(concat!("gannet-collector/", env!("CARGO_PKG_VERSION")))
+}
+
 /// Returns the authorities in a PEM text for an HTTP client. Omits certificates that rustls does not understand, which the system's
 /// bundle may hold.
 pub(crate) fn client_roots(pem: &[u8]) -> Result<Vec<reqwest::Certificate>, String> {

@@ -20,6 +20,12 @@ pub struct BuildId(Vec<u8>);
 
 impl BuildId {
     const MAX_BYTES: usize = 64;
+    const MIN_UNIQUE_BYTES: usize = 4;
+
+    /// Reports whether the id is long enough to belong to one file alone. Linkers write 8 bytes or more.
+    pub fn is_unique(&self) -> bool {
+        self.0.len() >= Self::MIN_UNIQUE_BYTES
+    }
 
     /// Returns the bytes.
     pub fn as_bytes(&self) -> &[u8] {

@@ -7,10 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use gannet_elf::{AlternateLink, Elf, ElfLimits};
-
-/// Minimum length of a build id. Linkers write longer ones, and a shorter one would match whole directories.
-const MIN_BUILD_ID_DIGITS: usize = 8;
+use gannet_elf::{AlternateLink, BuildId, Elf, ElfLimits};
 
 /// Finds the file with the debug information that several files share. `linker` is the path of the debug file that refers to it, or
 /// `None` for an untrusted file. The path in the link may lead anywhere, so the result must lie in one of the directories, and have
@@ -38,8 +35,9 @@ pub fn find_alternate(link: &AlternateLink, linker: Option<&Path>, directories: 
 /// Returns the path of the debug file of a build id in hex, relative to a directory of debug files: `.build-id/ab/cdef01.debug`.
 /// Returns `None` for a text that is not a build id.
 pub fn path_of_build_id(id: &str) -> Option<PathBuf> {
-    let is_hex = id.len() >= MIN_BUILD_ID_DIGITS && id.bytes().all(|digit| digit.is_ascii_hexdigit());
-    let (first, rest) = id.split_at_checked(2).filter(|_| is_hex)?;
+    // A shorter id would match whole directories.
+    id.parse().ok().filter(BuildId::is_unique)?;
+    let (first, rest) = id.split_at_checked(2)?;
     Some(Path::new(".build-id").join(first).join(format!("{rest}.debug")))
 }
 

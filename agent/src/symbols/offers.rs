@@ -2,6 +2,7 @@
 
 use std::{num::NonZeroUsize, sync::Arc};
 
+use gannet_symbols::alternate::path_of_build_id;
 use lru::LruCache;
 use tokio::sync::mpsc;
 
@@ -42,9 +43,8 @@ impl FileOffers {
     /// Offers a file unless its build id was offered before. If the queue is full, a later call offers it.
     pub(super) fn offer(&mut self, file: &Arc<MappedFile>) {
         let Some(queue) = &self.queue else { return };
-        // A build id of Go is no hex.
-        let is_gnu = file.build_id.len() >= 8 && file.build_id.bytes().all(|digit| digit.is_ascii_hexdigit());
-        if !is_gnu || self.offered.get(&file.build_id).is_some() {
+        // A build id of Go has no such path, and no debug information is stored for it.
+        if path_of_build_id(&file.build_id).is_none() || self.offered.get(&file.build_id).is_some() {
             return;
         }
         let offered = OfferedFile { file: Arc::clone(file), build_id: file.build_id.clone() };

@@ -76,23 +76,16 @@ impl Debuginfod {
         if servers.is_empty() {
             return Ok(None);
         }
-        // The first call in a process succeeds. After a failure, an earlier call has installed the same provider.
-        let _ = rustls::crypto::ring::default_provider().install_default();
         let is_secure = servers.iter().any(|server| server.0.scheme() == "https");
         let roots = if is_secure {
             tls::client_roots(&connect::authority(None).map_err(|error| error.to_string())?)?
         } else {
             Vec::new()
         };
-        let client = Client::builder()
-            .http1_only()
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .tls_certs_only(roots)
+        let client = tls::http_client(roots)
             .connect_timeout(CONNECT_TIMEOUT)
             .read_timeout(READ_TIMEOUT)
             .timeout(DOWNLOAD_TIMEOUT)
-            .user_agent(concat!("gannet-collector/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|error| connect::innermost(&error))?;
         Ok(Some(Self {

@@ -125,8 +125,7 @@ async fn next(messages: &mut Streaming<UploadDebugInfoRequest>) -> Result<Option
 }
 
 fn parse(build_id: &str) -> Result<BuildId, DebugInfoError> {
-    let parsed = build_id.parse().ok().filter(|id: &BuildId| id.as_bytes().len() >= 4);
-    parsed.ok_or(DebugInfoError::BuildId)
+    build_id.parse().ok().filter(BuildId::is_unique).ok_or(DebugInfoError::BuildId)
 }
 
 fn shown(file: &StoredFile) -> DebugFile {

@@ -254,21 +254,27 @@ impl DebugInfo {
 
     /// Reads the functions of these frames into the cache. Returns the file and its addresses, or `None` without a file.
     async fn prepare(&self, build_id: BuildId, wanted: Wanted) -> Option<Located> {
-        // A frame that has a name is not worth a download.
-        let file = self.file(&build_id, !wanted.nameless.is_empty()).await?;
-        let mut places: Vec<(Place, u64)> = Vec::new();
-        let mut addresses = BTreeSet::new();
-        for place in wanted.nameless.into_iter().chain(wanted.bare).take(MAX_PLACES) {
-            if let Some(address) = file.layout.address_of(&place) {
-                places.push((place, address));
-                addresses.insert(address);
+        // A file may go while it is read, because a newer one takes its room. Then it is searched once more.
+        for _ in 0..2 {
+            // A frame that has a name is not worth a download.
+            let file = self.file(&build_id, !wanted.nameless.is_empty()).await?;
+            let mut places: Vec<(Place, u64)> = Vec::new();
+            let mut addresses = BTreeSet::new();
+            for place in wanted.nameless.iter().chain(&wanted.bare).take(MAX_PLACES) {
+                if let Some(address) = file.layout.address_of(place) {
+                    places.push((*place, address));
+                    addresses.insert(address);
+                }
             }
+            let is_known = |address: &u64| self.reader.known(&file, *address).is_some();
+            if addresses.iter().all(is_known)
+                || self.reader.read(Arc::clone(&file), addresses.into_iter().collect()).await
+            {
+                return Some(Located { build_id, file, places });
+            }
+            self.known.remove(&build_id);
         }
-        let is_known = |address: &u64| self.reader.known(&file, *address).is_some();
-        if !addresses.iter().all(is_known) {
-            self.reader.read(Arc::clone(&file), addresses.into_iter().collect()).await;
-        }
-        Some(Located { build_id, file, places })
+        None
     }
 
     fn collect(&self, found: Located, frames: &mut Frames) {

@@ -15,8 +15,6 @@ use super::{layout::Place, reader::Frame};
 
 /// Addresses from here on are the kernel's.
 const FIRST_KERNEL_ADDRESS: u64 = 1 << 63;
-/// Minimum length of a build id. Shorter ones are not from a linker.
-const MIN_BUILD_ID_BYTES: usize = 4;
 /// Names that senders give to functions without a name.
 const PLACEHOLDERS: [&str; 5] = ["", "??", "[unknown]", "<unknown>", "unknown"];
 /// Maximum number of functions inlined at one address. [`with_names`] omits the outermost ones beyond it.
@@ -73,7 +71,7 @@ impl<'a> Parts<'a> {
             limit: mapping.memory_limit,
             offset: mapping.file_offset,
         };
-        (build_id.as_bytes().len() >= MIN_BUILD_ID_BYTES).then_some((build_id, place))
+        build_id.is_unique().then_some((build_id, place))
     }
 
     fn is_nameless(&self, location: &Location) -> bool {

@@ -118,18 +118,23 @@ impl Reader {
     }
 
     /// Reads the functions at these sorted ELF virtual addresses into the cache. If the caller stops waiting, the work goes on up to its
-    /// own limits.
-    pub(super) async fn read(self: &Arc<Self>, file: Arc<DebugFile>, addresses: Vec<u64>) {
+    /// own limits. Returns false if the file is gone.
+    pub(super) async fn read(self: &Arc<Self>, file: Arc<DebugFile>, addresses: Vec<u64>) -> bool {
         let _reading = file.reading.lock().await;
         let missing: Vec<u64> =
             addresses.into_iter().filter(|address| self.known(&file, *address).is_none()).collect();
-        let Ok(_permit) = self.permits.acquire().await else { return };
+        let Ok(_permit) = self.permits.acquire().await else { return true };
         let (reader, theirs) = (Arc::clone(self), Arc::clone(&file));
         let done = tokio::task::spawn_blocking(move || reader.read_now(&theirs, &missing)).await;
-        if let Ok(Err(error)) = done {
-            self.metrics.debuginfo_failed.inc();
-            tracing::warn!(path = %file.path.display(), %error, "cannot open a file with debug information");
+        match done {
+            Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => return false,
+            Ok(Err(error)) => {
+                self.metrics.debuginfo_failed.inc();
+                tracing::warn!(path = %file.path.display(), %error, "cannot open a file with debug information");
+            }
+            Ok(Ok(())) | Err(_) => {}
         }
+        true
     }
 
     fn read_now(&self, file: &DebugFile, addresses: &[u64]) -> io::Result<()> {

@@ -21,17 +21,9 @@ pub(super) struct HttpClient {
 impl HttpClient {
     /// Builds the client, which connects with the first call.
     pub(super) fn new(target: &ForwardTarget, options: &ForwardOptions) -> Result<Self, ForwardError> {
-        // It succeeds once in a process. An earlier call has installed the same provider.
-        let _ = rustls::crypto::ring::default_provider().install_default();
         let roots = if target.url.starts_with("https") { roots(target, options)? } else { Vec::new() };
-        let client = Client::builder()
-            .http1_only()
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .tls_certs_only(roots)
-            .user_agent(concat!("gannet-collector/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .map_err(|error| ForwardError::Ca(connect::innermost(&error)))?;
+        let client =
+            tls::http_client(roots).build().map_err(|error| ForwardError::Ca(connect::innermost(&error)))?;
         Ok(Self { client, token_file: options.forward_token_file.clone() })
     }
 

@@ -247,8 +247,7 @@ impl Objects {
 
     /// Opens the objects of a bucket, without any access to it.
     pub(super) fn in_bucket(bucket: &Bucket) -> Result<Self, StoreError> {
-        // It succeeds once in a process. An earlier call has installed the same provider.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        crate::tls::install_provider();
         let store = bucket.connect().map_err(StoreError::Object)?;
         Ok(Self { durable: Arc::clone(&store), relaxed: store, root: None, block_bytes: 1 })
     }

@@ -170,8 +170,7 @@ pub(crate) fn open_tables(data: &Path, bucket: Option<&Bucket>) -> Result<Option
 /// Opens the objects of a store that is there, without any change to it.
 pub(super) fn open(data: &Path, bucket: Option<&Bucket>) -> Result<Arc<dyn ObjectStore>, StoreError> {
     if let Some(bucket) = bucket {
-        // It succeeds once in a process.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        crate::tls::install_provider();
         return bucket.connect().map_err(StoreError::Object);
     }
     let root = data.join("objects");

@@ -373,10 +373,10 @@ impl Server {
             .spawn()
             .expect("debuginfod starts: scripts/install-packages test installs it");
         let server = Self { _process: Killed(process), addr };
-        // It has read all files.
+        let scanned =
+            format!("scanned_files_total{{source=\"file\"}} {}\n", std::fs::read_dir(files).unwrap().count());
         eventually("debuginfod has the files", || async {
-            tokio::net::TcpStream::connect(addr).await.is_ok()
-                && server.metrics().await.contains("scanned_files_total{source=\"file\"} 1")
+            tokio::net::TcpStream::connect(addr).await.is_ok() && server.metrics().await.contains(&scanned)
         })
         .await;
         server
@@ -426,6 +426,36 @@ async fn debuginfod_names_frames_with_one_request() {
     // A file that comes later is used at once.
     upload(&running, &unknown.build_id, &std::fs::read(&unknown.debug).unwrap()).await.unwrap();
     assert_eq!(names(&download(&running, &ids[1]).await.unwrap()).len(), 2);
+    running.shutdown().await;
+}
+
+/// Checks that a file that went for lack of room is fetched again for the next frame without a name.
+#[tokio::test]
+async fn a_file_that_lost_its_room_is_fetched_again() {
+    let (first, second) = (Stripped::build(Kind::Library), Stripped::build(Kind::Pie));
+    let dir = tempfile::tempdir().unwrap();
+    let files = dir.path().join("files");
+    std::fs::create_dir(&files).unwrap();
+    for (name, one) in [("first.debug", &first), ("second.debug", &second)] {
+        std::fs::copy(&one.debug, files.join(name)).unwrap();
+    }
+    let server = Server::start(&files, dir.path()).await;
+    let mut config = config(&dir.path().join("data"));
+    config.debuginfo.debuginfod = vec![format!("http://{}/", server.addr).parse().unwrap()];
+    // Room for either of them.
+    let bytes = [&first, &second].map(|one| std::fs::metadata(&one.debug).unwrap().len());
+    config.debuginfo.debuginfo_bytes = gannet_base::ByteSize(bytes[0].max(bytes[1]));
+    let running = Collector::start(config).await.unwrap();
+    for one in [&first, &second] {
+        let id = store(&running, &one.profile()).await;
+        assert_eq!(names(&download(&running, &id).await.unwrap()).len(), 2);
+    }
+    // The next instruction of each function, whose name is not in the cache.
+    let mut later = first.profile();
+    later.location.iter_mut().for_each(|location| location.address += 1);
+    let id = store(&running, &later).await;
+    assert_eq!(names(&download(&running, &id).await.unwrap()).len(), 2);
+    assert_eq!(server.requests().await, 3);
     running.shutdown().await;
 }
 
