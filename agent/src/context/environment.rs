@@ -2,19 +2,21 @@
 
 use std::collections::BTreeMap;
 
+use gannet_base::head;
+
 /// The name of the service. It takes precedence over the same attribute in [`ATTRIBUTES`].
 const SERVICE_NAME: &str = "OTEL_SERVICE_NAME";
 /// Attributes of the resource: `key=value,key=value`, percent-encoded.
 const ATTRIBUTES: &str = "OTEL_RESOURCE_ATTRIBUTES";
-/// The variables that are read; no other one is.
+/// The variables that the agent reads. It reads no other one.
 pub(super) const NAMES: [&str; 2] = [SERVICE_NAME, ATTRIBUTES];
 
-/// Bytes of a variable that are read. OpenTelemetry has no limit; baggage, whose form this is, has 8192.
+/// Bytes that the agent reads of a variable. OpenTelemetry has no limit; baggage, whose form this is, has 8192.
 const MAX_BYTES: usize = 8192;
-/// Attributes that are read of a variable.
+/// Attributes that the agent reads of a variable.
 const MAX_ATTRIBUTES: usize = 256;
 
-/// The facts about its service in the environment of a process. Empty texts are not told.
+/// The facts about its service in the environment of a process. A text is empty if the variable lacks it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Environment {
     /// The value of [`SERVICE_NAME`].
@@ -26,18 +28,9 @@ pub(crate) struct Environment {
 impl Environment {
     /// Takes the facts out of these variables.
     pub(super) fn of(variables: &BTreeMap<String, String>) -> Self {
-        let text = |name: &str| variables.get(name).map_or("", |text| head(text));
+        let text = |name: &str| variables.get(name).map_or("", |text| head(text, MAX_BYTES));
         Self { service_name: text(SERVICE_NAME).trim().to_owned(), attributes: attributes(text(ATTRIBUTES)) }
     }
-}
-
-/// Returns the part of a text that is read.
-fn head(text: &str) -> &str {
-    let mut end = text.len().min(MAX_BYTES);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    &text[..end]
 }
 
 /// Parses the attributes that name a service. OpenTelemetry says that one error makes all of them void, so that no part of a value

@@ -6,6 +6,8 @@ use std::{
     io::{self, BufRead as _, BufReader, Read as _},
 };
 
+use crate::model::{MapsFile, MapsLine};
+
 /// Bytes that are read of the list of mappings.
 const MAX_BYTES: u64 = 4 << 20;
 /// Mappings with the name of a context that are tried. A process has one.
@@ -31,8 +33,7 @@ pub(super) struct MappedCode {
     pub(super) start: u64,
     pub(super) end: u64,
     pub(super) offset: u64,
-    /// Device and inode number, as the kernel shows them.
-    pub(super) id: (String, String),
+    pub(super) id: MapsFile,
     pub(super) path: String,
 }
 
@@ -48,28 +49,19 @@ pub(super) fn read(tgid: u32) -> io::Result<Maps> {
 }
 
 impl Maps {
-    fn add(&mut self, line: &str, seen: &mut HashSet<(String, String)>) -> Option<()> {
-        let mut fields = line.splitn(6, ' ');
-        let (start, end) = fields.next()?.split_once('-')?;
-        let (rights, offset) = (fields.next()?, fields.next()?);
-        let (device, inode) = (fields.next()?, fields.next()?);
-        let path = fields.next()?.trim_start();
-        let hex = |text: &str| u64::from_str_radix(text, 16).ok();
-        if CONTEXT_NAMES.iter().any(|name| path.starts_with(name)) {
-            if rights.starts_with('r') && self.contexts.len() < MAX_CONTEXTS {
-                self.contexts.push(hex(start)?);
+    fn add(&mut self, line: &str, seen: &mut HashSet<MapsFile>) {
+        let Some(line) = MapsLine::parse(line) else { return };
+        if CONTEXT_NAMES.iter().any(|name| line.path.starts_with(name)) {
+            if line.is_readable() && self.contexts.len() < MAX_CONTEXTS {
+                self.contexts.push(line.start);
             }
-        } else if path.starts_with('/')
-            && rights.as_bytes().get(2) == Some(&b'x')
-            && self.files.len() < MAX_FILES
-        {
-            let id = (device.to_owned(), inode.to_owned());
+        } else if line.path.starts_with('/') && line.is_code() && self.files.len() < MAX_FILES {
+            let id = line.file();
             if seen.insert(id.clone()) {
-                let (start, end, offset) = (hex(start)?, hex(end)?, hex(offset)?);
+                let MapsLine { start, end, offset, path, .. } = line;
                 self.files.push(MappedCode { start, end, offset, id, path: path.to_owned() });
             }
         }
-        Some(())
     }
 }
 
@@ -92,14 +84,14 @@ mod tests {
             "nonsense",
             "",
         ] {
-            let _ = maps.add(line, &mut seen);
+            maps.add(line, &mut seen);
         }
         assert_eq!(maps.contexts, [0x7f49_ea02_b000, 0x7f49_ea02_d000]);
         let seen: Vec<_> =
             maps.files.iter().map(|file| (file.start, file.offset, file.path.as_str())).collect();
         assert_eq!(seen, [(0x55d0_de00_1000, 0x1000, "/usr/bin/shop one")]);
         for _ in 0..10 {
-            let _ = maps.add("1000-2000 rw-p 0 00:00 0  [anon:OTEL_CTX]", &mut HashSet::new());
+            maps.add("1000-2000 rw-p 0 00:00 0  [anon:OTEL_CTX]", &mut HashSet::new());
         }
         assert_eq!(maps.contexts.len(), MAX_CONTEXTS, "a process may make many");
     }

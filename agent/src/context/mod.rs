@@ -1,9 +1,9 @@
-//! The facts that programs tell about themselves: which service they are, and in which span of a trace each thread works.
+//! The facts that programs give about themselves: their service, and the span of a trace in which each thread works.
 //!
-//! A process tells its service in a memory region that its OpenTelemetry SDK publishes ([`published`]), or in two variables of
+//! A process gives its service in a memory region that its OpenTelemetry SDK publishes ([`published`]), or in two variables of
 //! its environment ([`environment`]). [`service`] has the order. The region also says whether threads publish their spans;
-//! [`thread`] finds where. All of it belongs to the process and may be forged: reads are bounded, and what does not fit is left out
-//! with a reason.
+//! [`thread`] finds where. All of it belongs to the process, which may forge it: the agent bounds each read, and leaves out an
+//! implausible fact with a reason.
 
 mod environment;
 mod maps;
@@ -22,16 +22,16 @@ pub(crate) use self::{
 use crate::{
     model::{ProcessKey, Service, ThreadContext},
     process::{ProcError, check_identity, read_variables},
-    runtimes::{Memory, ProcessMemory},
+    runtimes::ProcessMemory,
 };
 
 /// The attributes of a resource that name a service.
 const KEYS: [&str; 3] = ["service.name", "service.namespace", "service.version"];
 
-/// The facts that a process tells.
+/// The facts that a process gives.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct ToldFacts {
-    /// Names and version of its service; empty ones are not told.
+pub(crate) struct ProcessFacts {
+    /// Names and version of its service, as far as the process gives them.
     pub(crate) service: Arc<Service>,
     /// Its published context, or why that cannot be read; `None` without one.
     pub(crate) published: Option<Result<Arc<Published>, ContextFault>>,
@@ -39,12 +39,12 @@ pub(crate) struct ToldFacts {
     pub(crate) thread: Option<Result<ThreadContext, ThreadFault>>,
 }
 
-/// How much of a process is read.
+/// The parts of a process that the agent reads.
 #[derive(Clone, Debug)]
 pub(crate) enum Depth {
     /// The environment: all that a process which has just begun can have.
     Environment,
-    /// That and what it publishes.
+    /// The environment, and the facts that it publishes.
     All,
     /// The facts that it publishes, if that has changed since. The environment is known.
     Changes(Arc<Published>),
@@ -64,7 +64,7 @@ impl ContextReader {
         key: ProcessKey,
         depth: &Depth,
         known: Option<&Environment>,
-    ) -> Result<Option<(ToldFacts, Environment)>, ProcError> {
+    ) -> Result<Option<(ProcessFacts, Environment)>, ProcError> {
         let tgid = key.tgid;
         let memory = ProcessMemory { tgid };
         if let Depth::Changes(before) = depth
@@ -77,7 +77,7 @@ impl ContextReader {
             Some(known) => known.clone(),
             None => Environment::of(&read_variables(key, &environment::NAMES)?),
         };
-        let mut facts = ToldFacts::default();
+        let mut facts = ProcessFacts::default();
         if !matches!(depth, Depth::Environment) {
             let read = |source: io::Error| ProcError::Read { tgid, file: "maps", source };
             let maps = maps::read(tgid).map_err(read)?;
@@ -89,7 +89,7 @@ impl ContextReader {
             }
         }
         let context = facts.published.as_ref().and_then(|found| found.as_ref().ok());
-        facts.service = Arc::new(service::told(context.map(|context| &**context), &environment));
+        facts.service = Arc::new(service::choose(context.map(|context| &**context), &environment));
         // The PID may belong to another process by now.
         check_identity(key)?;
         Ok(Some((facts, environment)))
@@ -97,12 +97,12 @@ impl ContextReader {
 }
 
 /// Reads all facts of one process. The calls may wait without end.
-pub(crate) fn read(key: ProcessKey) -> Result<ToldFacts, ProcError> {
+pub(crate) fn read(key: ProcessKey) -> Result<ProcessFacts, ProcError> {
     let read = ContextReader::default().read(key, &Depth::All, None)?;
     Ok(read.map(|(facts, _)| facts).unwrap_or_default())
 }
 
-impl ToldFacts {
+impl ProcessFacts {
     /// Describes what the process publishes for its threads, and why something is missing; human-readable. Empty without either.
     pub(crate) fn text(&self) -> String {
         let mut parts = Vec::new();
@@ -122,29 +122,9 @@ impl ToldFacts {
         matches!(self.published, Some(Err(_))) || matches!(self.thread, Some(Err(_)))
     }
 
-    /// Does the same as [`ToldFacts::text`], with the service.
+    /// Does the same as [`ProcessFacts::text`], with the service.
     pub(crate) fn all_text(&self) -> String {
         let (service, text) = (self.service.text(), self.text());
         [service, text].into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
     }
-}
-
-/// Reads a number of bytes that the caller bounds.
-fn read_bytes(memory: &dyn Memory, address: u64, length: usize) -> Option<Vec<u8>> {
-    let mut bytes = vec![0; length];
-    memory.read(address, &mut bytes).then_some(bytes)
-}
-
-/// Reads words of the machine.
-fn read_words<const N: usize>(memory: &dyn Memory, address: u64) -> Option<[u64; N]> {
-    let mut bytes = [0; 64];
-    let bytes = bytes.get_mut(..N * 8)?;
-    if !memory.read(address, bytes) {
-        return None;
-    }
-    let mut words = [0; N];
-    for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
-        *word = u64::from_ne_bytes(*bytes.first_chunk()?);
-    }
-    Some(words)
 }

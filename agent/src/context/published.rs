@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, sync::Arc, thread, time::Duration};
 
 use prost::Message;
 
-use super::{KEYS, read_bytes};
+use super::KEYS;
 use crate::{
     model::{SpanKeys, printable},
     runtimes::Memory,
@@ -83,12 +83,7 @@ pub(super) fn find(memory: &dyn Memory, mappings: &[u64]) -> Option<Result<Publi
 
 /// Reports whether a context is as it was read.
 pub(super) fn is_unchanged(memory: &dyn Memory, before: &Published) -> bool {
-    read_header(memory, before.address) == Some(before.header)
-}
-
-fn read_header(memory: &dyn Memory, address: u64) -> Option<[u8; HEADER_BYTES]> {
-    let mut header = [0; HEADER_BYTES];
-    memory.read(address, &mut header).then_some(header)
+    memory.array(before.address).is_ok_and(|header| header == before.header)
 }
 
 /// Reads the context with a header at this address; `None` if there is no header.
@@ -97,7 +92,7 @@ fn read(memory: &dyn Memory, address: u64) -> Result<Option<Published>, ContextF
         if attempt > 0 {
             thread::sleep(PAUSE);
         }
-        let header = read_header(memory, address).ok_or(ContextFault::Unreadable)?;
+        let header = memory.array(address).map_err(|_| ContextFault::Unreadable)?;
         // The signature is written last.
         if !header.starts_with(SIGNATURE) {
             return Ok(None);
@@ -115,11 +110,11 @@ fn read(memory: &dyn Memory, address: u64) -> Result<Option<Published>, ContextF
             return Err(ContextFault::TooLarge(bytes));
         }
         // During a change the former payload may be gone: only an unchanged header makes that a fault.
-        let read = read_bytes(memory, payload, bytes as usize);
-        if read_header(memory, address) != Some(header) {
+        let read = memory.bytes(payload, bytes as usize);
+        if memory.array(address).ok() != Some(header) {
             continue;
         }
-        let payload = read.ok_or(ContextFault::Unreadable)?;
+        let payload = read.map_err(|_| ContextFault::Unreadable)?;
         let context = decode(&payload).ok_or(ContextFault::Malformed)?;
         return Ok(Some(Published { address, header, ..context }));
     }

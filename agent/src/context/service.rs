@@ -1,9 +1,9 @@
-//! Which service a process is, and where that is from.
+//! The service of a process, and the sources of its name, namespace and version.
 //!
 //! The order of sources, the first one counts for each of name, namespace and version: the pod's annotation
 //! `gannet.dev/service-name` (name alone); the context that the process publishes; `OTEL_SERVICE_NAME` (name alone);
-//! `OTEL_RESOURCE_ATTRIBUTES`; the facts of the pod, see `pods::model`; the executable (name alone). This module has those that the
-//! process tells. They come before facts of the pod, as in OpenTelemetry's conventions for Kubernetes, so that profiles have the
+//! `OTEL_RESOURCE_ATTRIBUTES`; the facts of the pod, see `pods::model`; the executable (name alone). This module has the
+//! sources that belong to the process. They come before facts of the pod, as in OpenTelemetry's conventions for Kubernetes, so that profiles have the
 //! name that the process gives its traces. The annotation comes first, because it is made for Gannet.
 
 use super::{KEYS, environment::Environment, published::Published};
@@ -18,8 +18,8 @@ const UNKNOWN: &str = "unknown_service";
 /// Bytes of a name or version. Longer ones are cut.
 const MAX_BYTES: usize = 256;
 
-/// Chooses among what a process tells.
-pub(super) fn told(context: Option<&Published>, environment: &Environment) -> Service {
+/// Chooses among the sources of a process.
+pub(super) fn choose(context: Option<&Published>, environment: &Environment) -> Service {
     let fact = |key: &'static str| {
         let published = context.and_then(|context| context.resource.get(key));
         let variable = (key == NAME).then_some(&environment.service_name);
@@ -39,14 +39,7 @@ pub(super) fn told(context: Option<&Published>, environment: &Environment) -> Se
 /// Returns a text as a label has it: without control characters, and not too long.
 fn shown(text: &str) -> String {
     let mut text = printable(text.trim());
-    if text.len() > MAX_BYTES {
-        let mut end = MAX_BYTES - '…'.len_utf8();
-        while !text.is_char_boundary(end) {
-            end -= 1;
-        }
-        text.truncate(end);
-        text.push('…');
-    }
+    gannet_base::cut(&mut text, MAX_BYTES);
     text
 }
 
@@ -68,30 +61,30 @@ mod tests {
             service_name: "variable".into(),
             attributes: resource(&[(NAME, "attribute"), (NAMESPACE, "shop"), (VERSION, "2")]),
         };
-        let all = told(Some(&context), &environment);
+        let all = choose(Some(&context), &environment);
         assert_eq!(
             all.text(),
             "service.name published from its process context, service.namespace shop from OTEL_RESOURCE_ATTRIBUTES, \
              service.version 1 from its process context"
         );
-        assert_eq!(told(None, &environment).name(), Some("variable"));
+        assert_eq!(choose(None, &environment).name(), Some("variable"));
         // A name that the SDK made up is none.
         context.resource.insert(NAME, "unknown_service:python".into());
-        assert_eq!(told(Some(&context), &environment).name(), Some("variable"));
+        assert_eq!(choose(Some(&context), &environment).name(), Some("variable"));
         environment.service_name = "  ".into();
-        assert_eq!(told(None, &environment).name(), Some("attribute"));
+        assert_eq!(choose(None, &environment).name(), Some("attribute"));
         let labels: Vec<_> = all.labels().collect();
         let expected =
             [("service_name", "published"), ("service_namespace", "shop"), ("service_version", "1")];
         assert_eq!(labels, expected);
-        assert_eq!(told(None, &Environment::default()).text(), "");
+        assert_eq!(choose(None, &Environment::default()).text(), "");
     }
 
     #[test]
     fn names_are_bounded_and_steer_no_terminal() {
         let name_of = |name: &str| {
             let environment = Environment { service_name: name.into(), ..Environment::default() };
-            told(None, &environment).name().map(str::to_owned)
+            choose(None, &environment).name().map(str::to_owned)
         };
         assert_eq!(name_of(" a\x1b[2J ").as_deref(), Some("a\u{fffd}[2J"));
         let long = name_of(&"é".repeat(400)).unwrap();

@@ -5,22 +5,17 @@
 //! each thread: at a distance from the thread pointer, or in the block of a module, which the thread's table of modules leads to. A
 //! program's own variables are at a distance that its linker knew.
 
-use std::{
-    collections::HashMap,
-    fs::{self, File},
-    os::linux::fs::MetadataExt as _,
-    sync::Arc,
-};
+use std::{collections::HashMap, fs, os::linux::fs::MetadataExt as _, sync::Arc};
 
 use gannet_elf::{Elf, Segments, ThreadLocal, ThreadLocalAccess};
 use gannet_unwind::limits::TableLimits;
 use parking_lot::Mutex;
 
-use super::{
-    maps::{MappedCode, Maps},
-    read_words,
+use super::maps::{MappedCode, Maps};
+use crate::{
+    model::{MapsFile, ThreadContext, open_mapped},
+    runtimes::Memory,
 };
-use crate::{model::ThreadContext, runtimes::Memory};
 
 /// The thread-local variable: the address of the thread's record, or 0.
 const VARIABLE: &str = "otel_thread_ctx_v1";
@@ -49,8 +44,8 @@ pub(crate) enum ThreadFault {
     Implausible,
 }
 
-/// Searched files, by device and inode number as `/proc/PID/maps` shows them.
-type Files = HashMap<(String, String), Option<Arc<Found>>>;
+/// The searched files.
+type Files = HashMap<MapsFile, Option<Arc<Found>>>;
 
 /// Finds the variable in the files of processes. It searches a file that several of them map once.
 #[derive(Debug, Default)]
@@ -88,8 +83,7 @@ impl ThreadFinder {
         if let Some(known) = self.files.lock().get(&file.id) {
             return known.clone();
         }
-        // This link leads to the mapped file, deleted or in another mount namespace. Its name has no leading zeros.
-        let open = File::open(format!("/proc/{tgid}/map_files/{:x}-{:x}", file.start, file.end)).ok()?;
+        let open = open_mapped(tgid, file.start, file.end).ok()?;
         let found = Elf::parse(&open, &TableLimits::default().elf()).ok().and_then(|elf| {
             let variable = elf.thread_local(VARIABLE)?;
             Some(Arc::new(Found { variable, segments: elf.segments().clone() }))
@@ -144,23 +138,15 @@ fn way(
         let block = variable.block_bytes.checked_next_multiple_of(align).ok_or(ThreadFault::Implausible)?;
         return at_distance(variable.offset.wrapping_sub(block));
     }
-    let unread = ThreadFault::Implausible;
+    let word = |at: u64| memory.u64(at).map_err(|_| ThreadFault::Implausible);
     match variable.access.ok_or(ThreadFault::Access)? {
-        ThreadLocalAccess::Distance(at) => {
-            let [distance] = read_words(memory, bias.wrapping_add(at)).ok_or(unread)?;
-            at_distance(distance)
-        }
+        ThreadLocalAccess::Distance(at) => at_distance(word(bias.wrapping_add(at))?),
         ThreadLocalAccess::Descriptor(at) => {
-            let [_, argument] = read_words(memory, bias.wrapping_add(at)).ok_or(unread)?;
-            at_distance(argument).or_else(|fault| {
-                let [module, offset] = read_words(memory, argument).ok_or(fault)?;
-                in_module(module, offset)
-            })
+            // The argument stands behind the function.
+            let argument = word(bias.wrapping_add(at).wrapping_add(8))?;
+            at_distance(argument).or_else(|_| in_module(word(argument)?, word(argument.wrapping_add(8))?))
         }
-        ThreadLocalAccess::Module(at) => {
-            let [module] = read_words(memory, bias.wrapping_add(at)).ok_or(unread)?;
-            in_module(module, variable.offset)
-        }
+        ThreadLocalAccess::Module(at) => in_module(word(bias.wrapping_add(at))?, variable.offset),
     }
 }
 

@@ -166,9 +166,9 @@ fn add_services(processes: &mut [SurveyedProcess]) {
     for process in processes.iter_mut().filter(|process| !process.exe.is_empty()) {
         let pid = process.pid;
         let any = ProcessKey { tgid: pid, start_boottime_ns: 0 };
-        let told = on_worker(any, move || ProcessKey::of_running(pid).map(context::read));
-        if let Ok(Ok(Ok(told))) = told {
-            told.service.name().unwrap_or_default().clone_into(&mut process.service);
+        let facts = on_worker(any, move || ProcessKey::of_running(pid).map(context::read));
+        if let Ok(Ok(Ok(facts))) = facts {
+            facts.service.name().unwrap_or_default().clone_into(&mut process.service);
         }
     }
 }

@@ -55,7 +55,7 @@ gannet_base::metrics! {
     PROCESSES = gauge("gannet_agent_process_table_processes", "Processes in the agent's table");
     PROCESSES_WAITING = gauge("gannet_agent_process_table_waiting", "Processes that already ran when a rule came for them, and that the agent has not read yet");
     PROCESS_IMAGES = counter("gannet_agent_process_table_images_total", "Images added to the agent's table, by the source of their mappings", ["source"]);
-    SERVICES_LEFT_OUT = counter("gannet_agent_services_left_out_total", "Processes whose service name and version are left out, because processes tell more than 1,024 different ones at one time");
+    SERVICES_LEFT_OUT = counter("gannet_agent_services_left_out_total", "Processes whose service name and version the agent left out, because processes gave more than 1,024 different ones at one time");
     PROCESSES_MISSED = counter("gannet_agent_process_table_missed_total", "Processes that exited before the agent could read them");
     PROCESS_RESCANS = counter("gannet_agent_process_table_rescans_total", "Readings of the mappings of a process beyond the first");
     PROCESS_MAPPINGS_CUT = counter("gannet_agent_process_mappings_cut_total", "Executable mappings beyond the 65,536 that the agent reads of one process; code in them has no names, and /debug/processes shows the process");

@@ -1,8 +1,8 @@
-//! What processes tell about themselves: their service, and where their threads keep their spans.
+//! The facts that processes give about themselves: their service, and where their threads keep their spans.
 //!
-//! A thread of its own reads it, by workers with a deadline, and keeps within a share of one core. It reads the environment of a
-//! process at its first sample. SDKs publish later, and change what they published. So it looks at processes with new samples
-//! again: soon at first, then less and less often; at the header alone where there is one. A node without rules has no such thread.
+//! A thread of its own reads them, by workers with a deadline, within a share of one core. It reads the environment of a process at
+//! the first sample. SDKs publish later, and publish changes. So it reads processes with new samples again: soon at first, then less
+//! and less often; the header alone where there is one. A node without rules has no such thread.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,7 +15,7 @@ use std::{
 use super::{interpreters::ReadBudget, wake_up::WakeUp};
 use crate::{
     access::{Access, Target},
-    context::{ContextReader, Depth, Environment, Published, ToldFacts},
+    context::{ContextReader, Depth, Environment, ProcessFacts, Published},
     kernel::Kernel,
     model::{ImageKey, Service, boot_time_ns},
     process::{Process, ProcessTable},
@@ -29,10 +29,10 @@ const MAX_READERS: usize = 4;
 const DEADLINE: Duration = Duration::from_millis(500);
 /// A process younger than this has nothing but its environment: an SDK starts behind the runtime.
 const YOUNG_NS: u64 = 1_000_000_000;
-/// Pauses between two looks at a process that publishes nothing: each is twice the former one.
+/// Pauses between two checks of a process that publishes nothing: each is twice the former one.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LAST_PAUSE: Duration = Duration::from_secs(64);
-/// The pause between two looks at the header of a published context.
+/// The pause between two checks of the header of a published context.
 const HEADER_PAUSE: Duration = Duration::from_secs(5);
 /// Different services at one time. A process may take any name, and each is a series.
 const MAX_SERVICES: usize = 1024;
@@ -60,7 +60,7 @@ struct Request {
 /// The outcome of a request. `None`: nothing has changed, or it could not be read.
 struct Answer {
     key: ImageKey,
-    facts: Option<(ToldFacts, Environment)>,
+    facts: Option<(ProcessFacts, Environment)>,
 }
 
 #[derive(Default)]
@@ -68,14 +68,14 @@ struct State {
     is_requested: bool,
     /// When it is read again, if it has new samples by then.
     due: Option<Instant>,
-    looks: u32,
-    /// Its samples at the last look.
+    checks: u32,
+    /// Its samples at the last check.
     samples: u64,
     environment: Option<Environment>,
     published: Option<Arc<Published>>,
     /// Its threads' spans are read.
     has_spans: bool,
-    /// Something of it was not read, human-readable.
+    /// The facts beside its service, with the reasons for those that cannot be read; human-readable.
     text: String,
     /// Rules that wait for its service: all their other properties match.
     candidates: u64,
@@ -123,7 +123,7 @@ impl Contexts {
             match ReaderThread::start(self.wake_up.clone()) {
                 Ok(thread) => self.thread = Some(thread),
                 Err(error) => {
-                    tracing::error!("cannot start the thread that reads what processes tell: {error}");
+                    tracing::error!("cannot start the thread that reads the services of processes: {error}");
                     return;
                 }
             }
@@ -138,7 +138,7 @@ impl Contexts {
         }
     }
 
-    /// Takes what the thread has read: gives the services to the table, and the places of spans to the kernel. Returns the images
+    /// Takes the facts that the thread has read: gives the services to the table, and the places of spans to the kernel. Returns the images
     /// whose service has changed, with the rules that wait for it.
     pub(super) fn collect(
         &mut self,
@@ -170,9 +170,9 @@ impl Contexts {
             let pause = if state.published.is_some() && (state.has_spans || state.text.is_empty()) {
                 HEADER_PAUSE
             } else {
-                FIRST_PAUSE.saturating_mul(1 << state.looks.min(16)).min(LAST_PAUSE)
+                FIRST_PAUSE.saturating_mul(1 << state.checks.min(16)).min(LAST_PAUSE)
             };
-            state.looks += 1;
+            state.checks += 1;
             state.due = Some(Instant::now() + pause);
         }
         changed
@@ -181,7 +181,7 @@ impl Contexts {
     fn enter(
         &mut self,
         key: ImageKey,
-        facts: &ToldFacts,
+        facts: &ProcessFacts,
         environment: &Environment,
         is_alive: bool,
         kernel: &mut Kernel,
@@ -204,7 +204,7 @@ impl Contexts {
         }
     }
 
-    /// Returns the one copy of a service. Beyond the limit a process counts as one that tells nothing.
+    /// Returns the one copy of a service. Beyond the limit a process counts as one that gives none.
     fn share(&mut self, service: &Arc<Service>) -> Arc<Service> {
         if let Some(known) = self.services.get(service) {
             return Arc::clone(known);
@@ -215,8 +215,8 @@ impl Contexts {
         if self.services.len() >= MAX_SERVICES {
             if self.left_out == 0 {
                 tracing::warn!(
-                    "processes tell more than {MAX_SERVICES} different services at one time: the names of this one and others are \
-                     left out; logged once, gannet_agent_services_left_out_total counts further ones"
+                    "processes give more than {MAX_SERVICES} different services at one time: the agent leaves out the names of this one \
+                     and others; logged once, gannet_agent_services_left_out_total counts further ones"
                 );
             }
             self.left_out += 1;
@@ -226,9 +226,9 @@ impl Contexts {
         Arc::clone(service)
     }
 
-    /// Looks again at the processes whose time has come. `unknown`: threads of these thread groups have published attributes without
+    /// Has the processes read again whose time has come. `unknown`: threads of these thread groups have published attributes without
     /// a name.
-    pub(super) fn look_again(&mut self, processes: &ProcessTable, unknown: &HashSet<u32>) {
+    pub(super) fn read_again(&mut self, processes: &ProcessTable, unknown: &HashSet<u32>) {
         let now = Instant::now();
         let is_due = |(key, state): &(&ImageKey, &State)| {
             let is_time = state.due.is_some_and(|due| due <= now) || unknown.contains(&key.process.tgid);
@@ -260,7 +260,7 @@ impl Contexts {
         self.left_out
     }
 
-    /// Describes what an image tells; human-readable. Empty if it tells nothing.
+    /// Describes the facts that an image gives; human-readable. Empty without any.
     pub(super) fn status(&self, process: &Process) -> String {
         let text = self.images.get(&process.key).map_or("", |state| state.text.as_str());
         let service = process.service.text();
@@ -305,7 +305,11 @@ impl ReaderThread {
 }
 
 /// Reads one process. `None`: nothing has changed, or it could not be read.
-fn read(readers: &Access, reader: &Arc<ContextReader>, request: Request) -> Option<(ToldFacts, Environment)> {
+fn read(
+    readers: &Access,
+    reader: &Arc<ContextReader>,
+    request: Request,
+) -> Option<(ProcessFacts, Environment)> {
     let Request { key, depth, environment } = request;
     let theirs = Arc::clone(reader);
     let call = move || {

@@ -356,7 +356,7 @@ impl Reader {
         }
     }
 
-    /// Takes what was read of services, and decides again about the processes whose service a rule compares.
+    /// Applies the services that the reading thread has found, and decides again about each process whose service a rule compares.
     fn decide_by_service(&mut self, with: &mut Deciders<'_>, now: SystemTime) {
         for (key, candidates) in self.contexts.collect(with.kernel, &mut self.processes) {
             if let Some(process) = self.processes.get(&key).filter(|process| process.is_alive()).cloned() {

@@ -115,7 +115,7 @@ pub struct ProcessView {
     pub unwinding: Unwinding,
     /// Its interpreter, and whether the names of its functions are read or why not; empty without one.
     pub interpreter: String,
-    /// The service that it tells to be, from where, and what of it is not read; empty if it tells nothing.
+    /// The service that it gives, the sources, and the reason for a fact that cannot be read; empty without any.
     pub service: String,
     /// Samples that wait for unwind tables.
     pub waiting_samples: usize,

@@ -337,7 +337,7 @@ impl Worker {
         self.reader.processes.tidy();
         self.reader.read_unanswered(&mut self.kernel);
         let unknown = self.kernel.take_unknown_span_keys();
-        self.reader.contexts.look_again(&self.reader.processes, &unknown);
+        self.reader.contexts.read_again(&self.reader.processes, &unknown);
         if self.repairs.is_due(&self.kernel, Instant::now()) {
             self.effects.add(Effect::Reconcile);
         }

@@ -8,6 +8,7 @@ mod kernel_symbols;
 mod key;
 mod list_frames;
 mod mapped_file;
+mod maps_line;
 mod sample;
 mod service;
 mod span;
@@ -27,6 +28,7 @@ pub use list_frames::{FunctionCopy, ListRun, RawLists};
 pub(crate) use list_frames::{ListEnd, ListLayout, StackWord, TextLayout, sum_words};
 pub(crate) use mapped_file::reopen;
 pub use mapped_file::{FileId, MappedFile};
+pub(crate) use maps_line::{MapsFile, MapsLine, open_mapped};
 pub use sample::{
     ExitStatus, FileNumbers, Origin, RawUserStack, Sample, SampleKind, StackEnd, StackMarks, Subject,
 };

@@ -1,4 +1,4 @@
-//! The service that a process tells to be.
+//! The service that a process gives for itself.
 
 use gannet_proto::labels;
 
@@ -23,10 +23,10 @@ impl ServiceSource {
     }
 }
 
-/// A text and its source; `None` if the process does not tell it.
+/// A text and its source; `None` if the process does not give it.
 pub(crate) type ServiceFact = Option<(String, ServiceSource)>;
 
-/// The service that a process tells to be.
+/// The service that a process gives for itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Service {
     /// The name of the service.
@@ -37,16 +37,16 @@ pub struct Service {
     pub(crate) version: ServiceFact,
 }
 
-/// A label of series with a fact that the process told.
+/// A label of series with a fact that the process gave.
 pub(crate) type ServiceLabel<'a> = (&'static str, &'a str);
 
 impl Service {
-    /// Returns the name that the process tells.
+    /// Returns the name that the process gives.
     pub(crate) fn name(&self) -> Option<&str> {
         self.name.as_ref().map(|(name, _)| name.as_str())
     }
 
-    /// Returns the labels of series that the process tells.
+    /// Returns the labels of series that the process gives.
     pub(crate) fn labels(&self) -> impl Iterator<Item = ServiceLabel<'_>> {
         let facts = [
             (labels::SERVICE_NAME, &self.name),
@@ -56,17 +56,17 @@ impl Service {
         facts.into_iter().filter_map(|(label, fact)| Some((label, fact.as_ref()?.0.as_str())))
     }
 
-    /// Describes the facts and their sources; human-readable. Empty if the process tells none.
+    /// Describes the facts and their sources; human-readable. Empty if the process gives none.
     pub(crate) fn text(&self) -> String {
         let facts = [
             ("service.name", &self.name),
             ("service.namespace", &self.namespace),
             ("service.version", &self.version),
         ];
-        let told = facts.into_iter().filter_map(|(key, fact)| {
+        let given = facts.into_iter().filter_map(|(key, fact)| {
             let (value, source) = fact.as_ref()?;
             Some(format!("{key} {value} from {}", source.text()))
         });
-        told.collect::<Vec<_>>().join(", ")
+        given.collect::<Vec<_>>().join(", ")
     }
 }

@@ -1,5 +1,7 @@
 //! Spans of traces, as threads publish them (OTEP 4947) and samples carry them.
 
+use gannet_base::hex;
+
 use super::{TaskLabels, printable};
 
 /// Names of attributes that are kept: a record names each by one byte.
@@ -66,14 +68,6 @@ pub(crate) fn span_labels(
     }
     let texts = labels.iter().map(|(name, value)| ((name.as_bytes(), false), (value.as_slice(), false)));
     (TaskLabels::new(texts), is_unknown)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

@@ -58,18 +58,7 @@ pub(super) async fn label(pods: &Pods, profiles: &mut Vec<SeriesProfile>) -> u64
 
 /// Cuts values to the length that a collector takes. Returns how many it cut.
 fn cut_values(labels: &mut Labels) -> u64 {
-    const MARK: char = '…';
-    let mut cut = 0;
-    for value in labels.values_mut().filter(|value| value.len() > name::MAX_VALUE_BYTES) {
-        let mut end = name::MAX_VALUE_BYTES - MARK.len_utf8();
-        while !value.is_char_boundary(end) {
-            end -= 1;
-        }
-        value.truncate(end);
-        value.push(MARK);
-        cut += 1;
-    }
-    cut
+    labels.values_mut().map(|value| u64::from(gannet_base::cut(value, name::MAX_VALUE_BYTES))).sum()
 }
 
 async fn wait_for_containers(pods: &Pods, profiles: &[SeriesProfile]) {
@@ -121,7 +110,7 @@ fn label_one(pods: &Pods, profile: &mut SeriesProfile) -> Verdict {
 }
 
 /// Returns the series labels of a pod's container. `labels` contains those of the process and of the rule. `allowed` are the
-/// keys of pod labels to take. `names_service`: the process tells the name of its service.
+/// keys of pod labels to take. `names_service`: the process gives the name of its service.
 fn labels_of(
     pod: &Pod,
     container: Option<&str>,
@@ -147,7 +136,7 @@ fn labels_of(
         set(name::WORKLOAD, name);
         set(name::WORKLOAD_KIND, kind);
     }
-    // An annotation for Gannet takes precedence over what the process tells, and that over everything else.
+    // An annotation for Gannet takes precedence over the name that the process gives, and that name over all other sources.
     let service = if names_service { pod.annotated_service_name() } else { pod.service_name(container) };
     set(name::SERVICE_NAME, service.unwrap_or_default());
     for (label, value) in

@@ -36,7 +36,7 @@ pub struct Process {
     pub(crate) interpreter: Option<Arc<Interpreter>>,
     /// Its interpreter's file, once a rule that compares it has had it found.
     pub(super) runtime: Option<Arc<RuntimeFile>>,
-    /// The service that it tells to be, as far as that was read.
+    /// The service that it gives, as far as the agent has read it.
     pub(crate) service: Arc<Service>,
     /// The rules that sample it, one bit for each slot, as last reported.
     pub rules: u64,

@@ -10,7 +10,7 @@ use std::{
 
 use super::{
     FileMapping, FileTable, FileTableStats, Process, perf_map_files,
-    proc::{self, MapsLine, ProcError, ProcFs},
+    proc::{self, CodeMapping, ProcError, ProcFs},
 };
 use crate::{
     access::{self, ENGINE_DEADLINE, Target},
@@ -203,7 +203,7 @@ impl ImageReader {
 /// The executable lines of `/proc/PID/maps`, and how many lie beyond the bounds.
 #[derive(Debug, Default)]
 pub(super) struct MapsLines {
-    lines: Vec<MapsLine>,
+    lines: Vec<CodeMapping>,
     cut: u64,
 }
 

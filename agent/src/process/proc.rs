@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::model::{self, NewMapping, ProcessKey};
+use crate::model::{self, MapsLine, NewMapping, ProcessKey};
 
 /// Bytes that are read of one file of a process. It is a bound, not a limit that real programs reach: maps of this size have
 /// about half a million lines.
@@ -107,7 +107,7 @@ impl Default for RealProc {
 
 impl ProcFs for RealProc {
     fn read(&self, key: ProcessKey, file: &'static str, max: u64) -> io::Result<Vec<u8>> {
-        // Other variables than those that are wanted may be secrets.
+        // The variables that the agent does not want may be secrets.
         let read = if file == "environ" { read_in_place } else { read };
         let bytes = read(&self.path(key, file), max)?;
         if bytes.is_empty()
@@ -297,7 +297,7 @@ pub(super) fn parse_stat(text: &str) -> Option<Stat> {
 
 /// An executable line of `/proc/PID/maps`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct MapsLine {
+pub(super) struct CodeMapping {
     pub(super) mapping: NewMapping,
     /// The range of a line that maps the file: `/proc/PID/map_files` leads to the file by it.
     pub(super) link: (u64, u64),
@@ -308,8 +308,8 @@ pub(super) struct MapsLine {
 /// Some programs copy their code to memory without a file, for huge pages, and move that to where the file was. The lines
 /// before and behind it still map the file, and their offsets leave a gap of exactly its size. Such a line counts as a mapping
 /// of the file.
-pub(super) fn parse_maps(text: &str) -> Vec<MapsLine> {
-    let mut lines: Vec<MapsLine> = Vec::new();
+pub(super) fn parse_maps(text: &str) -> Vec<CodeMapping> {
+    let mut lines: Vec<CodeMapping> = Vec::new();
     // The last line of a file; and the index of the first executable line behind it, while all since are without a file and
     // leave no gap.
     let mut before: Option<(NewMapping, usize)> = None;
@@ -331,7 +331,7 @@ pub(super) fn parse_maps(text: &str) -> Vec<MapsLine> {
             }
         }
         if executable {
-            lines.push(MapsLine { link: (line.start, line.end), mapping: line.clone() });
+            lines.push(CodeMapping { link: (line.start, line.end), mapping: line.clone() });
         }
         if has_file {
             before = Some((line, lines.len()));
@@ -344,24 +344,18 @@ pub(super) fn parse_maps(text: &str) -> Vec<MapsLine> {
 
 /// Returns a mapping, and whether it is executable.
 fn parse_maps_line(line: &str) -> Option<(NewMapping, bool)> {
-    let mut fields = line.splitn(6, ' ');
-    let (range, permissions, offset, device, inode) =
-        (fields.next()?, fields.next()?, fields.next()?, fields.next()?, fields.next()?);
-    let executable = permissions.as_bytes().get(2) == Some(&b'x');
-    let hex = |text| u64::from_str_radix(text, 16).ok();
-    let (start, end) = range.split_once('-')?;
+    let parsed = MapsLine::parse(line)?;
+    let MapsLine { start, end, offset, device, inode, path, .. } = parsed;
     let (major, minor) = device.split_once(':')?;
-    let path = fields.next().unwrap_or("").trim_start();
-    let path = path.strip_suffix(" (deleted)").unwrap_or(path).replace("\\012", "\n");
-    let line = NewMapping {
-        start: hex(start)?,
-        end: hex(end)?,
-        offset: hex(offset)?,
+    let mapping = NewMapping {
+        start,
+        end,
+        offset,
         dev: rustix::fs::makedev(u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
         inode: inode.parse().ok()?,
-        path,
+        path: path.strip_suffix(" (deleted)").unwrap_or(path).replace("\\012", "\n"),
     };
-    (line.start < line.end).then_some((line, executable))
+    Some((mapping, parsed.is_code()))
 }
 
 #[cfg(test)]
@@ -435,7 +429,7 @@ nonsense
 4000-5000 r--p 00003000 fe:00 7 /bin/x
 ";
         let seen = |text: &str| {
-            let of = |line: MapsLine| (line.mapping.inode, line.mapping.offset, line.link);
+            let of = |line: CodeMapping| (line.mapping.inode, line.mapping.offset, line.link);
             parse_maps(text).into_iter().map(of).collect::<Vec<_>>()
         };
         assert_eq!(seen(moved), [(7, 0x1000, (0x1000, 0x2000)), (7, 0x2000, (0x1000, 0x2000))]);

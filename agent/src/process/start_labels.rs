@@ -122,7 +122,7 @@ impl StartLabelOptions {
 
     /// Replaces the secrets in the first 4 KiB of a text, and drops the rest.
     fn without_secrets(&self, text: &str) -> String {
-        let text = &text[..boundary(text, MAX_SEARCHED)];
+        let text = gannet_base::head(text, MAX_SEARCHED);
         let redacted = self.redact.replace_all(text, |found: &Captures<'_>| {
             let whole = &found[0];
             let start = found.get(0).map_or(0, |all| all.start());
@@ -142,17 +142,9 @@ impl StartLabelOptions {
     }
 }
 
-/// Returns the end of the longest beginning of a text that has `max` bytes at most.
-fn boundary(text: &str, max: usize) -> usize {
-    (0..=max.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0)
-}
-
 /// Cuts a text to this number of bytes.
 fn cut(mut text: String, max: usize) -> String {
-    if text.len() > max {
-        text.truncate(boundary(&text, max - '…'.len_utf8()));
-        text.push('…');
-    }
+    gannet_base::cut(&mut text, max);
     text
 }
 

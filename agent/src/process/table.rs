@@ -533,7 +533,7 @@ impl ProcessTable {
         }
     }
 
-    /// Sets the service that an image tells to be.
+    /// Sets the service that an image gives.
     pub(crate) fn set_service(&mut self, key: &ImageKey, service: &Arc<Service>) {
         let alive = self.alive.get_mut(&key.process.tgid).filter(|process| process.key == *key);
         if let Some(process) = alive.or_else(|| self.past.get_mut(key).map(|process| &mut **process)) {

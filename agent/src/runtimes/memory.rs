@@ -18,17 +18,17 @@ pub(crate) trait Memory {
 
 impl dyn Memory + '_ {
     /// Reads `N` bytes.
-    pub(super) fn array<const N: usize>(&self, address: u64) -> Result<[u8; N], WhyNot> {
+    pub(crate) fn array<const N: usize>(&self, address: u64) -> Result<[u8; N], WhyNot> {
         let mut bytes = [0; N];
         if self.read(address, &mut bytes) { Ok(bytes) } else { Err(WhyNot::Unreadable) }
     }
 
-    pub(super) fn u64(&self, address: u64) -> Result<u64, WhyNot> {
+    pub(crate) fn u64(&self, address: u64) -> Result<u64, WhyNot> {
         self.array(address).map(u64::from_ne_bytes)
     }
 
     /// Reads `length` bytes. The caller bounds the length.
-    pub(super) fn bytes(&self, address: u64, length: usize) -> Result<Vec<u8>, WhyNot> {
+    pub(crate) fn bytes(&self, address: u64, length: usize) -> Result<Vec<u8>, WhyNot> {
         let mut bytes = vec![0; length];
         if self.read(address, &mut bytes) { Ok(bytes) } else { Err(WhyNot::Unreadable) }
     }

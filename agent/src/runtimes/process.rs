@@ -14,6 +14,7 @@ use gannet_elf::{Elf, Segments};
 use gannet_unwind::limits::TableLimits;
 
 use super::{Attachment, ProcessMemory, RuntimeFile, WhyNot, detect};
+use crate::model::{MapsFile, MapsLine, open_mapped};
 
 /// Bytes that are read of the list of mappings, and files that are opened. Searches that end there are counted.
 const MAX_MAPS_BYTES: u64 = 4 << 20;
@@ -60,8 +61,7 @@ pub(crate) fn find(tgid: u32) -> io::Result<Option<(RuntimeFile, u64)>> {
 /// Finds the interpreters of many processes. It reads a file that several of them map once.
 #[derive(Debug, Default)]
 pub(crate) struct RuntimeFinder {
-    /// By device and inode number, as `/proc/PID/maps` shows them.
-    files: HashMap<(String, String), Option<Found>>,
+    files: HashMap<MapsFile, Option<Found>>,
 }
 
 /// An interpreter's file, and where its parts belong.
@@ -94,41 +94,25 @@ impl RuntimeFinder {
         let mut is_cut = false;
         for line in maps.by_ref().lines() {
             let line = line?;
-            let mut fields = line.split_ascii_whitespace();
-            let (Some(range), Some(rights), Some(offset)) = (fields.next(), fields.next(), fields.next())
-            else {
-                continue;
-            };
-            let (Some(device), Some(inode)) = (fields.next(), fields.next()) else { continue };
-            let Some(path) = fields.next().filter(|path| path.starts_with('/')) else { continue };
-            let numbers = (device.to_owned(), inode.to_owned());
-            if !rights.contains('x') || !seen.insert(numbers.clone()) {
+            let Some(line) = MapsLine::parse(&line) else { continue };
+            let numbers = line.file();
+            if !line.path.starts_with('/') || !line.is_code() || !seen.insert(numbers.clone()) {
                 continue;
             }
             if seen.len() > max_files {
                 is_cut = true;
                 break;
             }
-            let hex = |text: &str| u64::from_str_radix(text, 16).ok();
-            let Some((start, end)) =
-                range.split_once('-').and_then(|(start, end)| Some((hex(start)?, hex(end)?)))
-            else {
-                continue;
-            };
-            let Some(offset) = hex(offset) else { continue };
-            // This link leads to the mapped file, deleted or in another mount namespace. Its name has no leading zeros.
             let known = if let Some(known) = self.files.get(&numbers) {
                 known
             } else {
-                let Ok(open) = File::open(format!("/proc/{tgid}/map_files/{start:x}-{end:x}")) else {
-                    continue;
-                };
+                let Ok(open) = open_mapped(tgid, line.start, line.end) else { continue };
                 let Ok(elf) = Elf::parse(&open, &TableLimits::default().elf()) else { continue };
-                let read = detect(&elf, path).map(|file| (Arc::new(file), elf.segments().clone()));
+                let read = detect(&elf, line.path).map(|file| (Arc::new(file), elf.segments().clone()));
                 &*self.files.entry(numbers).or_insert(read)
             };
             if let Some((file, segments)) = known
-                && let Some(bias) = segments.bias(start, offset, page)
+                && let Some(bias) = segments.bias(line.start, line.offset, page)
             {
                 let found = Some((Arc::clone(file), bias));
                 if file.runtime.has_frames() {

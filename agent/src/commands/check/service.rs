@@ -1,4 +1,4 @@
-//! Check of one process: the service that it tells to be, and whether its samples carry spans.
+//! Check of one process: the service that it names, and whether its samples carry spans.
 
 use super::Check;
 use crate::{
@@ -11,7 +11,7 @@ const NAME: &str = "service";
 
 pub(super) fn service(pid: u32) -> Check {
     let read = move || ProcessKey::of_running(pid).map(context::read);
-    let told = match access::node().compute(Target::Process(pid), "its service", read) {
+    let facts = match access::node().compute(Target::Process(pid), "its service", read) {
         Err(unanswered) => {
             return Check::warning(
                 NAME,
@@ -26,24 +26,20 @@ pub(super) fn service(pid: u32) -> Check {
                 "give the id of a running process, and run as root",
             );
         }
-        Ok(Ok(Ok(told))) => told,
+        Ok(Ok(Ok(facts))) => facts,
     };
-    match (told.service.text(), told.text()) {
-        (service, fault) if told.has_fault() => Check::warning(
-            NAME,
+    let seen = match facts.all_text() {
+        text if text.is_empty() => {
             format!(
-                "process {pid}: {}",
-                [service, fault].into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
-            ),
-            "docs/tracing.md lists what the agent can read",
-        ),
-        (service, spans) if service.is_empty() && spans.is_empty() => Check::ok(
-            NAME,
-            format!(
-                "process {pid} tells no service: its profiles have the name of its pod, workload or executable"
-            ),
-        ),
-        _ => Check::ok(NAME, format!("process {pid}: {}", told.all_text())),
+                "process {pid} names no service: its profiles have the name of its pod, workload or executable"
+            )
+        }
+        text => format!("process {pid}: {text}"),
+    };
+    if facts.has_fault() {
+        Check::warning(NAME, seen, "docs/tracing.md lists the forms that the agent can read")
+    } else {
+        Check::ok(NAME, seen)
     }
 }
 
@@ -70,6 +66,6 @@ mod tests {
             "service.name shop from OTEL_SERVICE_NAME, service.version 1.2 from OTEL_RESOURCE_ATTRIBUTES";
         assert!(found.seen.ends_with(expected), "{found:?}");
         assert_eq!(service(sleep.id()).state, CheckState::Warning, "it has ended");
-        assert!(service(id()).seen.contains("tells no service"));
+        assert!(service(id()).seen.contains("names no service"));
     }
 }

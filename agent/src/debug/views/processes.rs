@@ -5,7 +5,7 @@ use std::{fmt::Write as _, sync::Arc};
 use serde::Serialize;
 
 use crate::{
-    context::{self, ToldFacts},
+    context::{self, ProcessFacts},
     engine::{EngineError, ProcessView, UnknownProcess, Unwinding},
     model::ProcessKey,
     node::Node,
@@ -34,7 +34,7 @@ pub(in crate::debug) struct ProcessRow {
     stacks: &'static str,
     /// Its interpreter, and whether the names of its functions are read or why not.
     interpreter: String,
-    /// The service that it tells to be, and from where.
+    /// The service that it gives, and the sources.
     service: String,
     /// Source of its mappings: kernel events or `/proc`.
     mappings_from: &'static str,
@@ -112,7 +112,7 @@ fn row(process: ProcessView) -> ProcessRow {
 /// `None` if no such process runs.
 async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineError> {
     let read = tokio::task::spawn_blocking(move || read_once(pid)).await;
-    let Some(ReadOnce { known, runtime, is_cut, told }) = read.ok().flatten() else { return Ok(None) };
+    let Some(ReadOnce { known, runtime, is_cut, facts }) = read.ok().flatten() else { return Ok(None) };
     let names = known.names();
     let traits = UnknownProcess {
         comm: known.comm.clone(),
@@ -121,7 +121,7 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
         uid: Some(known.uid),
         tgid: pid,
         runtime,
-        service: told.service.name().unwrap_or_default().to_owned(),
+        service: facts.service.name().unwrap_or_default().to_owned(),
     };
     let why = format!("not profiled: {}", why_not(&node.engine.explain(traits).await?));
     Ok(Some(ProcessRow {
@@ -143,7 +143,7 @@ async fn unsampled(node: &Node, pid: u32) -> Result<Option<ProcessRow>, EngineEr
         } else {
             String::new()
         },
-        service: told.all_text(),
+        service: facts.all_text(),
         mappings_from: "nowhere",
         parent: 0,
         uid: Some(known.uid),
@@ -159,7 +159,7 @@ struct ReadOnce {
     runtime: (String, String),
     /// Whether the search for that was cut.
     is_cut: bool,
-    told: ToldFacts,
+    facts: ProcessFacts,
 }
 
 fn read_once(pid: u32) -> Option<ReadOnce> {
@@ -174,8 +174,8 @@ fn read_once(pid: u32) -> Option<ReadOnce> {
         let (name, version) = file.names();
         (name.to_owned(), version.to_owned())
     });
-    let told = on_worker(key, move || context::read(key)).ok().and_then(Result::ok).unwrap_or_default();
-    Some(ReadOnce { known, runtime, is_cut, told })
+    let facts = on_worker(key, move || context::read(key)).ok().and_then(Result::ok).unwrap_or_default();
+    Some(ReadOnce { known, runtime, is_cut, facts })
 }
 
 /// Returns for each rule in force the reason why it does not match a process.
