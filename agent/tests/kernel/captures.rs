@@ -13,10 +13,8 @@ use gannet_agent::{
     conditions::PressureFile,
     engine::{Engine, EngineOptions, ManualCapture, Window},
     governor::Budgets,
-    kernel::KernelOptions,
     model::boot_time,
     rules::{Deny, RuleSource, SourceRules},
-    tables::TableSources,
 };
 use gannet_proto::{
     control::{Match, capture::Kind},
@@ -27,7 +25,7 @@ use gannet_proto::{
 use crate::common::{
     Running,
     cgroup::{Group, enter},
-    idle_functions, program, slower,
+    engine_options, idle_functions, program, slower,
 };
 
 /// A program: `spin MS` uses a CPU for MS milliseconds, or for ever.
@@ -97,14 +95,12 @@ fn engine_within(deny: Deny, budgets: Budgets) -> (Engine, Profiles) {
     let profiles = Profiles::default();
     let sink = profiles.clone();
     let options = EngineOptions {
-        start_labels: None,
         node: "test".into(),
-        kernel: KernelOptions::default(),
         window: Duration::from_secs(1),
         caps: Caps::default(),
         deny,
         budgets,
-        tables: Some(TableSources::default()),
+        ..engine_options()
     };
     let engine = Engine::start(options, move |window: Window| sink.0.lock().unwrap().push(window)).unwrap();
     (engine, profiles)

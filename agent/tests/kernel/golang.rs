@@ -13,15 +13,12 @@ use std::{
 };
 
 use gannet_agent::{
-    engine::{Engine, EngineOptions, Window},
-    governor::Budgets,
-    kernel::KernelOptions,
-    rules::{Deny, RuleSource, SourceRules, ad_hoc},
-    tables::TableSources,
+    engine::{Engine, Window},
+    rules::{RuleSource, SourceRules, ad_hoc},
 };
-use gannet_proto::{control::Match, rules::Caps};
+use gannet_proto::control::Match;
 
-use crate::common::{Running, is_marked, proven, record_for, slower};
+use crate::common::{Running, engine_options, is_marked, proven, record_for, slower};
 
 const PROGRAMS: &str = "GANNET_TEST_GO_PROGRAMS";
 const PROGRAM: &str = "tests/data/Labels.go";
@@ -263,16 +260,7 @@ async fn counted(arguments: &[&str]) -> Counted {
     let program = build_program("tests/data/LabelCounts.go", directory.path(), &BUILDS[0]);
     let windows = Arc::new(Mutex::new(Vec::new()));
     let sink = Arc::clone(&windows);
-    let options = EngineOptions {
-        start_labels: None,
-        node: "here".into(),
-        kernel: KernelOptions::default(),
-        window: Duration::from_secs(3600),
-        caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
-        deny: Deny::default(),
-        budgets: Budgets::default(),
-        tables: Some(TableSources::default()),
-    };
+    let options = engine_options();
     let engine = Engine::start(options, move |window: Window| sink.lock().unwrap().push(window)).unwrap();
     let running = Running::start(Command::new(&program).args(arguments));
     let rule = ad_hoc("go", Match { pids: vec![running.0.id()], ..Match::default() }, 499, &[]);

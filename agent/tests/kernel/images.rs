@@ -16,18 +16,14 @@ use gannet_agent::{
     model::{Image, MappingKind, ProcessKey, SampleKind, StackEnd},
     process::{ProcessState, check_identity},
     profile::RawProcess,
-    rules::{Deny, RuleSource, SourceRules, ad_hoc},
-    tables::TableSources,
+    rules::{RuleSource, SourceRules, ad_hoc},
 };
-use gannet_proto::{
-    control::{Match, capture},
-    rules::Caps,
-};
+use gannet_proto::control::{Match, capture};
 
 use crate::common::{
     Running,
     cgroup::{Group, enter},
-    in_order,
+    engine_options, in_order,
     life::{COMM, life, life_as, run},
     program, record, slower,
 };
@@ -49,16 +45,7 @@ impl Watch {
     /// Starts an engine that samples these commands and ends no window by itself.
     fn of(comms: &[&str], hz: u32, kinds: &[capture::Kind], kernel: KernelOptions) -> Self {
         let (send, windows) = mpsc::channel();
-        let options = EngineOptions {
-            start_labels: None,
-            node: "here".into(),
-            kernel,
-            window: Duration::from_secs(3600),
-            caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
-            deny: Deny::default(),
-            budgets: gannet_agent::governor::Budgets::default(),
-            tables: Some(TableSources::default()),
-        };
+        let options = EngineOptions { kernel, ..engine_options() };
         let engine = Engine::start(options, move |window: Window| drop(send.send(window))).unwrap();
         let comm = comms.iter().map(|comm| (*comm).to_owned()).collect();
         let rules = vec![ad_hoc("test", Match { comm, ..Match::default() }, hz, kinds)];

@@ -14,10 +14,9 @@ use std::{
 
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
-    governor::Budgets,
     kernel::{Counters, KernelOptions, UnwindDriver},
     model::StackEnd,
-    rules::{Deny, RuleSource, SourceRules, ad_hoc},
+    rules::{RuleSource, SourceRules, ad_hoc},
     tables::TableSources,
 };
 use gannet_proto::{
@@ -26,12 +25,11 @@ use gannet_proto::{
         capture::Kind::{self, OffCpu, OnCpu},
     },
     ledger::{Ledger, LossReason},
-    rules::Caps,
 };
 use libbpf_rs::{MapCore as _, MapHandle, query::MapInfoIter};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
-use crate::common::{MUSL_WITHOUT_TABLES, Running, program, slower, with_holes};
+use crate::common::{MUSL_WITHOUT_TABLES, Running, engine_options, program, slower, with_holes};
 
 /// A program that computes for ever in one thread, and sleeps for some milliseconds again and again in another.
 const WORK: &str = r"
@@ -66,16 +64,8 @@ impl Account {
         tables: Option<TableSources>,
     ) -> Self {
         let (send, windows) = mpsc::channel();
-        let options = EngineOptions {
-            start_labels: None,
-            node: "here".into(),
-            kernel,
-            window: Duration::from_millis(300),
-            caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
-            deny: Deny::default(),
-            budgets: Budgets::default(),
-            tables,
-        };
+        let options =
+            EngineOptions { kernel, window: Duration::from_millis(300), tables, ..engine_options() };
         let engine = Engine::start(options, move |window: Window| drop(send.send(window))).unwrap();
         let matches = || Match { comm: vec![comm.to_owned()], ..Match::default() };
         let rule = |(number, kinds): (usize, &&[Kind])| {

@@ -15,7 +15,7 @@ use gannet_agent::{
 use gannet_proto::control::Match;
 
 use crate::{
-    common::{Running, in_order, proven, record_for, slower},
+    common::{Running, in_order, proven, record_for, required, slower},
     runtimes::engine_with_tables,
 };
 
@@ -85,12 +85,12 @@ fn functions_of_erlang_have_the_names_of_its_perf_map() {
     proven::note("erlang", &erlang_release(), "caller and function, by the perf map", named, all);
 }
 
-/// The version that `make languages` fetches.
+/// The version that `scripts/dotnet` fetches.
 const DOTNET: &str = "3.1.23";
 
 /// Starts the .NET program. `GANNET_TEST_DOTNET` names the host of the runtime, and the compiled program behind a `:`.
 fn dotnet(perf_map: &str) -> Running {
-    let paths = std::env::var("GANNET_TEST_DOTNET").unwrap_or_else(|_| panic!("run make languages"));
+    let paths = required("GANNET_TEST_DOTNET", "scripts/dotnet");
     let (host, program) = paths.split_once(':').unwrap();
     start(
         Command::new(host)
@@ -101,7 +101,6 @@ fn dotnet(perf_map: &str) -> Running {
 }
 
 #[test]
-#[ignore = "make languages runs it: no package of Debian has .NET"]
 fn functions_of_dotnet_have_the_names_of_its_perf_map() {
     let running = dotnet("1");
     let recording = record_for(3, 199, &["--pid", &running.0.id().to_string()]);
@@ -123,7 +122,6 @@ fn functions_of_dotnet_have_the_names_of_its_perf_map() {
 }
 
 #[tokio::test]
-#[ignore = "make languages runs it: no package of Debian has .NET"]
 async fn a_dotnet_process_shows_why_its_functions_have_no_names() {
     let (plain, mapped) = (dotnet("0"), dotnet("1"));
     let wanted = [

@@ -28,6 +28,7 @@ mod record_ends;
 mod rules;
 mod runtimes;
 mod sampling;
+mod sdk;
 mod spans;
 mod stacks;
 mod unwind_many;

@@ -15,14 +15,13 @@ use futures::{
 use gannet_agent::{
     cgroup::CgroupNames,
     engine::{Engine, EngineOptions},
-    kernel::KernelOptions,
     ledger::NodeLedger,
     pipeline::{self, RecentProfiles, WindowQueue},
     pods::{
         Pod, PodChange, PodContainer, PodFeed, PodFeedError, PodFeedKind, PodLabelOptions, Pods, Workload,
         follow,
     },
-    rules::{Deny, PodQuery, PodResolver, RuleSource, SourceRules, ad_hoc},
+    rules::{PodQuery, PodResolver, RuleSource, SourceRules, ad_hoc},
     symbols::{Symbolizer, SymbolizerConfig},
     tables::TableSources,
 };
@@ -36,7 +35,7 @@ use gannet_proto::{
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::common::Running;
+use crate::common::{Running, engine_options};
 
 const KNOWN: char = 'a';
 const DENIED: char = 'b';
@@ -157,14 +156,11 @@ async fn series_of_containers_are_named_after_their_pods() {
     let (queue, windows) = WindowQueue::new(ledger.clone());
     let engine = Engine::start(
         EngineOptions {
-            start_labels: None,
             node: "test-node".into(),
-            kernel: KernelOptions::default(),
             window: Duration::from_secs(600),
             caps: Caps::default(),
-            deny: Deny::default(),
-            budgets: gannet_agent::governor::Budgets::default(),
             tables: Some(TableSources::with_debug_files()),
+            ..engine_options()
         },
         queue,
     )

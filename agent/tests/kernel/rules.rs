@@ -11,7 +11,6 @@ use std::{
 
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
-    governor::Budgets,
     kernel::{Event, Kernel, KernelOptions},
     rules::{Deny, RuleBook, RuleSource, SourceRules, ad_hoc},
 };
@@ -27,7 +26,7 @@ use proptest::{
 use crate::common::{
     Running,
     cgroup::{Group, enter},
-    program,
+    engine_options, program,
 };
 
 /// A program: `sleep MS`; or `swarm N PROGRAM`, which starts N children one after the other. Each lives 4 ms and then prints its
@@ -342,16 +341,7 @@ fn boot_clock() -> u64 {
 /// node has slots for 48 rules, and the former 30 keep theirs until their last samples are out.
 #[tokio::test]
 async fn thirty_rules_that_replace_thirty_others_all_sample() {
-    let options = EngineOptions {
-        start_labels: None,
-        node: "here".into(),
-        kernel: KernelOptions::default(),
-        window: Duration::from_secs(3600),
-        caps: Caps::default(),
-        deny: Deny::default(),
-        budgets: Budgets::default(),
-        tables: None,
-    };
+    let options = EngineOptions { caps: Caps::default(), tables: None, ..engine_options() };
     let engine = Engine::start(options, |_: Window| {}).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let sleeper = named(directory.path(), "gannet-29");

@@ -10,15 +10,14 @@ use std::{
 
 use gannet_agent::{
     engine::{Engine, EngineOptions, Window},
-    governor::Budgets,
     kernel::KernelOptions,
-    rules::{Deny, RuleSource, SourceRules, ad_hoc},
+    rules::{RuleSource, SourceRules, ad_hoc},
     tables::TableSources,
 };
-use gannet_proto::{control::Match, rules::Caps};
+use gannet_proto::control::Match;
 
 use crate::{
-    common::{Running, slower},
+    common::{Running, engine_options, slower},
     jit::{assert_named, record_command},
 };
 
@@ -52,16 +51,7 @@ fn functions_of_node_have_names_after_its_end() {
 }
 
 fn engine(kernel: KernelOptions, tables: Option<TableSources>) -> Engine {
-    let options = EngineOptions {
-        start_labels: None,
-        node: "here".into(),
-        kernel,
-        window: Duration::from_secs(3600),
-        caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
-        deny: Deny::default(),
-        budgets: Budgets::default(),
-        tables,
-    };
+    let options = EngineOptions { kernel, tables, ..engine_options() };
     Engine::start(options, |_: Window| {}).unwrap()
 }
 

@@ -1,9 +1,8 @@
 //! Spans of traces on samples: programs that publish their spans record them too, and samples must agree with what they record. Needs
-//! root and a kernel with BTF. `GANNET_TEST_SDK` names a Python that has the package `ddtrace`, which publishes spans.
+//! root and a kernel with BTF.
 
 use std::{
     collections::{BTreeMap, HashMap},
-    env,
     io::{BufRead as _, BufReader},
     path::PathBuf,
     process::{Command, Stdio},
@@ -13,22 +12,14 @@ use std::{
 };
 
 use gannet_agent::{
-    engine::{Engine, EngineOptions, Window},
-    governor::Budgets,
-    kernel::KernelOptions,
-    rules::{Deny, RuleSource, SourceRules, ad_hoc},
-    tables::TableSources,
+    engine::{Engine, Window},
+    rules::{RuleSource, SourceRules, ad_hoc},
 };
-use gannet_proto::{
-    control::{Capture, Match, Rule},
-    rules::Caps,
-};
+use gannet_proto::control::{Capture, Match, Rule};
 
-use crate::common::{Recording, Running, program, record_for, slower};
+use crate::common::{Recording, Running, engine_options, program, record_for, slower};
 
 const PROGRAM: &str = include_str!("../data/spans.c");
-/// The variable that names a Python with the package `ddtrace`.
-const SDK: &str = "GANNET_TEST_SDK";
 /// The part that has the thread-local variable, as a library.
 const VARIABLE: &str = "#ifdef LARGE\n__thread char room[1 << 20];\nchar *use_room(void) { return room; }\n#endif\n\
                         __thread void *otel_thread_ctx_v1;\n\
@@ -45,13 +36,13 @@ const OLD: Duration = Duration::from_millis(1300);
 type Spans = HashMap<String, [String; 4]>;
 
 /// A running program, and the spans that it has recorded so far.
-struct Traced {
+pub(crate) struct Traced {
     running: Running,
     spans: Arc<Mutex<Spans>>,
 }
 
 impl Traced {
-    fn start(command: &mut Command) -> Self {
+    pub(crate) fn start(command: &mut Command) -> Self {
         let mut running = Running::start(command.stdout(Stdio::piped()));
         let mut lines = BufReader::new(running.0.stdout.take().unwrap()).lines();
         assert_eq!(lines.next().unwrap().unwrap(), "ready");
@@ -91,7 +82,7 @@ fn samples(recording: &Recording) -> impl Iterator<Item = (&Vec<String>, BTreeMa
 
 /// Checks that each sample has the span that its thread was in, and none outside of spans.
 #[track_caller]
-fn check(what: &str, traced: &Traced, has_routes: bool) {
+pub(crate) fn check(what: &str, traced: &Traced, has_routes: bool) {
     let recording = traced.record();
     let spans = traced.spans.lock().unwrap().clone();
     let (mut good, mut without, mut outside) = (0, 0, 0);
@@ -172,26 +163,6 @@ fn samples_have_the_span_of_their_thread() {
     }
 }
 
-/// A program that works in spans of a real SDK and records them; it begins with the path of the SDK's Python.
-const SDK_PROGRAM: &str = include_str!("../data/spans.py");
-
-#[test]
-fn samples_have_the_span_of_a_real_sdk() {
-    let Some(python) = env::var_os(SDK).filter(|path| !path.is_empty()) else {
-        eprintln!("{SDK} names no Python with ddtrace: not tested here, scripts/languages does");
-        return;
-    };
-    let mut command = Command::new(python);
-    command.args(["-c", SDK_PROGRAM]).envs([
-        ("DD_TRACE_OTEL_CTX_ENABLED", "true"),
-        ("DD_SERVICE", "span-shop"),
-        ("DD_VERSION", "1.2"),
-        ("DD_INSTRUMENTATION_TELEMETRY_ENABLED", "false"),
-        ("DD_REMOTE_CONFIGURATION_ENABLED", "false"),
-    ]);
-    check("ddtrace", &Traced::start(&mut command), false);
-}
-
 fn rule(id: &str, matches: Match, only_in_span: bool) -> Rule {
     let rule = ad_hoc(id, matches, 199, &[]);
     let capture = rule.capture.map(|capture| Capture { only_in_span, ..capture });
@@ -202,16 +173,7 @@ fn rule(id: &str, matches: Match, only_in_span: bool) -> Rule {
 async fn rules_select_services_and_spans() {
     let windows = Arc::new(Mutex::new(Vec::new()));
     let sink = Arc::clone(&windows);
-    let options = EngineOptions {
-        start_labels: None,
-        node: "here".into(),
-        kernel: KernelOptions::default(),
-        window: Duration::from_secs(3600),
-        caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
-        deny: Deny::default(),
-        budgets: Budgets::default(),
-        tables: Some(TableSources::default()),
-    };
+    let options = engine_options();
     let engine = Engine::start(options, move |window: Window| sink.lock().unwrap().push(window)).unwrap();
     let own = ["-pthread", "-DOWN_VARIABLE", "-rdynamic"];
     let traced = Traced::start(Command::new(program("spans-own", PROGRAM, &own)).arg("2"));

@@ -13,16 +13,13 @@ use gannet_agent::{
     kernel::{Counters, KernelOptions, UnwindDriver},
     model::{MappingKind, StackEnd},
     profile::RawProcess,
-    rules::{Deny, RuleSource, SourceRules, ad_hoc},
-    tables::{TableSources, TableStats},
+    rules::{RuleSource, SourceRules, ad_hoc},
+    tables::TableStats,
 };
-use gannet_proto::{
-    control::{Match, capture},
-    rules::Caps,
-};
+use gannet_proto::control::{Match, capture};
 
 use crate::{
-    common::{Running, idle_functions, program, slower},
+    common::{Running, engine_options, idle_functions, program, slower},
     daemon::Daemon,
 };
 
@@ -37,16 +34,7 @@ impl Machine {
     fn start(kernel: KernelOptions) -> Self {
         let windows = Arc::new(Mutex::new(Vec::new()));
         let kept = Arc::clone(&windows);
-        let options = EngineOptions {
-            start_labels: None,
-            node: "here".into(),
-            kernel,
-            window: Duration::from_secs(600),
-            caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
-            deny: Deny::default(),
-            budgets: gannet_agent::governor::Budgets::default(),
-            tables: Some(TableSources::default()),
-        };
+        let options = EngineOptions { kernel, window: Duration::from_secs(600), ..engine_options() };
         let engine = Engine::start(options, move |window| kept.lock().unwrap().push(window)).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         Self { engine, windows, runtime }

@@ -1,12 +1,20 @@
 //! The report of `check` on this machine, and in a child process without privileges.
 
-use std::process::Command;
+use std::{io::Write as _, process::Command};
 
 use gannet_agent::commands::check::{CheckOptions, CheckState, UnsafeKernel, check, preflight};
 
-/// Runs one of the ignored tests below as a user without privileges and returns its output.
+/// Set in the child process, which prints instead of starting a child of its own.
+const CHILD: &str = "GANNET_TEST_CHILD";
+
+/// Runs a test of this module again, as a user without privileges, in which `print` prints a text. Returns the output. In that
+/// process it returns `None`.
 #[track_caller]
-fn unprivileged(test: &str, capabilities: &str) -> String {
+fn unprivileged(test: &str, capabilities: &str, print: fn() -> String) -> Option<String> {
+    if std::env::var_os(CHILD).is_some() {
+        let _ = writeln!(std::io::stdout(), "{}", print());
+        return None;
+    }
     let directory = tempfile::tempdir().unwrap();
     // That user may have no access to the target directory.
     let program = directory.path().join("check");
@@ -20,7 +28,9 @@ fn unprivileged(test: &str, capabilities: &str) -> String {
         .arg(format!("--inh-caps={capabilities}"))
         .arg(format!("--ambient-caps={capabilities}"))
         .arg(&program)
-        .args(["--ignored", "--exact", "--nocapture", test])
+        .args(["--exact", "--nocapture"])
+        .arg(format!("check::{test}"))
+        .env(CHILD, "1")
         .output()
         .expect("setpriv is part of util-linux");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -29,29 +39,17 @@ fn unprivileged(test: &str, capabilities: &str) -> String {
         "this test needs root: {text}{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    text
+    Some(text)
 }
 
-#[test]
-#[ignore = "run by the tests below, without privileges"]
-#[expect(clippy::print_stdout, reason = "the parent process reads it")]
-fn print_the_refusal() {
-    println!(
-        "{}",
-        preflight(UnsafeKernel::Refuse).map_or_else(|refusal| refusal.to_string(), |()| "can run".to_owned())
-    );
-}
-
-#[test]
-#[ignore = "run by the tests below, without privileges"]
-#[expect(clippy::print_stdout, reason = "the parent process reads it")]
-fn print_the_report() {
-    println!("{}", check(&CheckOptions::default()).to_json());
+fn refusal() -> String {
+    preflight(UnsafeKernel::Refuse).map_or_else(|refusal| refusal.to_string(), |()| "can run".to_owned())
 }
 
 #[test]
 fn one_line_names_the_missing_capabilities_and_the_cure() {
-    let text = unprivileged("check::print_the_refusal", "-all");
+    let test = "one_line_names_the_missing_capabilities_and_the_cure";
+    let Some(text) = unprivileged(test, "-all", refusal) else { return };
     let line = text.lines().find(|line| line.contains("cannot run here")).expect(&text);
     assert!(line.contains("missing CAP_BPF and CAP_PERFMON;"), "{line}");
     assert!(line.contains("run as root"), "{line}");
@@ -59,14 +57,17 @@ fn one_line_names_the_missing_capabilities_and_the_cure() {
 
 #[test]
 fn only_the_capability_that_is_missing_is_named() {
-    let text = unprivileged("check::print_the_refusal", "-all,+bpf");
+    let test = "only_the_capability_that_is_missing_is_named";
+    let Some(text) = unprivileged(test, "-all,+bpf", refusal) else { return };
     let line = text.lines().find(|line| line.contains("cannot run here")).expect(&text);
     assert!(line.contains("missing CAP_PERFMON;"), "{line}");
 }
 
 #[test]
 fn other_missing_capabilities_are_only_warnings() {
-    let text = unprivileged("check::print_the_report", "-all,+bpf,+perfmon");
+    let report = || check(&CheckOptions::default()).to_json();
+    let test = "other_missing_capabilities_are_only_warnings";
+    let Some(text) = unprivileged(test, "-all,+bpf,+perfmon", report) else { return };
     let json: serde_json::Value =
         serde_json::from_str(&text[text.find('{').unwrap()..=text.rfind('}').unwrap()]).unwrap();
     assert_eq!(json["can_run"], true, "{json:#}");

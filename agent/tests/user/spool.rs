@@ -246,11 +246,8 @@ proptest! {
 }
 
 /// The process that the next test kills. Prints the sequence of each append that returned.
-#[test]
-#[ignore = "the child of a_killed_writer_keeps_all_appends_that_returned"]
-fn child_appends_until_it_is_killed() {
-    let Some(dir) = env::var_os("GANNET_TEST_SPOOL") else { return };
-    let mut opened = open(Path::new(&dir), ROOMY);
+fn append_until_killed(directory: &Path) {
+    let mut opened = open(directory, ROOMY);
     let mut out = std::io::stdout();
     for appended in 0_u64.. {
         opened.append(&[1, 1, 1], 2000).unwrap();
@@ -261,11 +258,15 @@ fn child_appends_until_it_is_killed() {
 
 #[test]
 fn a_killed_writer_keeps_all_appends_that_returned() {
+    // The test starts itself, with a directory.
+    if let Some(directory) = env::var_os("GANNET_TEST_SPOOL") {
+        return append_until_killed(Path::new(&directory));
+    }
     let dir = tempfile::tempdir().unwrap();
     let mut promised = 0;
     for round in 0..4 {
         let mut child = Command::new(env::current_exe().unwrap())
-            .args(["--ignored", "--exact", "--nocapture", "spool::child_appends_until_it_is_killed"])
+            .args(["--exact", "--nocapture", "spool::a_killed_writer_keeps_all_appends_that_returned"])
             .env("GANNET_TEST_SPOOL", dir.path())
             .stdout(Stdio::piped())
             .spawn()

@@ -13,16 +13,43 @@ use std::{
     path::{Path, PathBuf},
     process::{self, Child, Command},
     thread,
+    time::Duration,
 };
 
+use gannet_agent::{
+    engine::EngineOptions, governor::Budgets, kernel::KernelOptions, rules::Deny, tables::TableSources,
+};
 use gannet_proto::{
     pprof,
     profiles::{Location, Profile, Sample},
+    rules::Caps,
 };
 
 /// The variable that names a directory of compiled programs. Test machines of other kernels have no compiler and get the
 /// programs of this one; a missing program is compiled into the directory.
 const PROGRAMS: &str = "GANNET_TEST_PROGRAMS";
+
+/// Returns a variable of the environment that a script prints the value of.
+#[track_caller]
+pub(crate) fn required(variable: &str, script: &str) -> String {
+    env::var(variable).ok().filter(|value| !value.is_empty()).unwrap_or_else(|| {
+        panic!("{variable} is not set: run make test, or set it to the output of {script}")
+    })
+}
+
+/// Returns options of an engine that ends no window by itself, with tables and without limits.
+pub(crate) fn engine_options() -> EngineOptions {
+    EngineOptions {
+        start_labels: None,
+        node: "here".into(),
+        kernel: KernelOptions::default(),
+        window: Duration::from_secs(3600),
+        caps: Caps { ttl_above_hz: u32::MAX, ..Caps::default() },
+        deny: Deny::default(),
+        budgets: Budgets::default(),
+        tables: Some(TableSources::default()),
+    }
+}
 
 /// The language of a test program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
