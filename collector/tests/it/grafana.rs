@@ -499,7 +499,7 @@ async fn the_query_service_selects(running: &Running, t: u64, trace: &str, first
         assert_eq!(client.top(request).await.unwrap().into_inner().total, total as u64);
     }
     for (span_id, trace_id, part) in [
-        (ids(&["a0"]), ids(&[]), "span_id: `a0` is no id: give 16 hex digits"),
+        (ids(&["a0"]), ids(&[]), "span_id: `a0` is not an id: give 16 hex digits"),
         (ids(&["00000000000000a0"]), ids(&[trace]), "not both"),
         (vec!["00000000000000a0".to_owned(); 1001], ids(&[]), "at most 1000 ids"),
     ] {
