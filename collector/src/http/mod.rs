@@ -26,7 +26,7 @@ use crate::{
     metrics::Metrics,
     otlp_service::{self, OtlpReceiver},
     pyroscope,
-    query::{Query, QueryError, Shape, parse_profile_id},
+    query::{Query, QueryError, parse_profile_id},
     recording::Recorder,
     store::{Store, StoreError},
     triggers::Triggers,
@@ -200,12 +200,7 @@ async fn merge(State(state): State<HttpState>, params: RawParams) -> ApiResult<R
 async fn flamegraph(State(state): State<HttpState>, params: RawParams) -> ApiResult<Response> {
     let params = Params::new(params, &GRAPH, &["max_nodes"])?;
     let (of, base) = (params.selection()?, params.base()?);
-    let shape = Shape {
-        max: params.number("max_nodes")?,
-        interpreter_frames: params.flag("interpreter_frames")?,
-        hide_error_frames: params.flag("hide_error_frames")?,
-        spans: params.spans()?,
-    };
+    let shape = params.shape("max_nodes")?;
     let graph = state.query.flamegraph(&of, base.as_ref(), params.text("type"), shape).await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], json::flamegraph(&graph)).into_response())
 }
@@ -213,12 +208,7 @@ async fn flamegraph(State(state): State<HttpState>, params: RawParams) -> ApiRes
 async fn top(State(state): State<HttpState>, params: RawParams) -> ApiResult {
     let params = Params::new(params, &GRAPH, &["limit"])?;
     let (of, base) = (params.selection()?, params.base()?);
-    let shape = Shape {
-        max: params.number("limit")?,
-        interpreter_frames: params.flag("interpreter_frames")?,
-        hide_error_frames: params.flag("hide_error_frames")?,
-        spans: params.spans()?,
-    };
+    let shape = params.shape("limit")?;
     Ok(axum::Json(json::top(&state.query.top(&of, base.as_ref(), params.text("type"), shape).await?)))
 }
 

@@ -6,7 +6,7 @@ use axum::extract::Query as UrlQuery;
 
 use super::ApiError;
 use crate::{
-    query::{Selection, SpanFilter},
+    query::{Selection, Shape, SpanFilter},
     time,
 };
 
@@ -89,10 +89,20 @@ impl Params {
     }
 
     /// Parses `span_id` or `trace_id`, which select samples. Commas separate several ids.
-    pub(super) fn spans(&self) -> Result<SpanFilter, ApiError> {
+    fn spans(&self) -> Result<SpanFilter, ApiError> {
         let ids =
             |name: &str| self.text(name).split(',').filter(|id| !id.is_empty()).map(str::to_owned).collect();
         Ok(SpanFilter::new(ids("span_id"), ids("trace_id"))?)
+    }
+
+    /// Builds the shape of a graph or a table. `max` is the parameter for its size.
+    pub(super) fn shape(&self, max: &str) -> Result<Shape, ApiError> {
+        Ok(Shape {
+            max: self.number(max)?,
+            interpreter_frames: self.flag("interpreter_frames")?,
+            hide_error_frames: self.flag("hide_error_frames")?,
+            spans: self.spans()?,
+        })
     }
 
     /// Builds the main selection.

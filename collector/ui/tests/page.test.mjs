@@ -167,7 +167,7 @@ describe("the flame graph", () => {
     });
   });
 
-  it("keeps the zoomed frame across a refresh", async () => {
+  it("keeps the zoomed frame across a refresh and in another range", async () => {
     await on(`?${CHECKOUT}`, async (page) => {
       await drawn(page, "shop::checkout::price_basket");
       await page.locator("g.frame").filter({ hasText: /^shop::checkout::place_order$/ }).click();
@@ -180,6 +180,11 @@ describe("the flame graph", () => {
       await page.waitForFunction(() => !document.querySelector(".spinner"));
       const frames = await drawn(page, "shop::checkout::price_basket");
       assert.ok(Math.abs(named(frames, "shop::checkout::place_order").width - named(frames, "all").width) < 1.5);
+      assert.match(await page.textContent(".crumbs [aria-current]"), /place_order/);
+      const before = await page.textContent(".numbers .big");
+      await page.focus(".plot");
+      for (let step = 0; step < 8; step += 1) await page.keyboard.press("Shift+ArrowLeft");
+      await page.waitForFunction((former) => document.querySelector(".numbers .big").textContent !== former && !document.querySelector(".spinner"), before);
       assert.match(await page.textContent(".crumbs [aria-current]"), /place_order/);
     });
   });
@@ -245,6 +250,24 @@ describe("comparison", () => {
 });
 
 describe("the table", () => {
+  it("has columns of the base once the answer has their values", async () => {
+    await on(`?${CHECKOUT}&show=both`, async (page) => {
+      await page.waitForSelector("table.top tbody tr");
+      let release;
+      const held = new Promise((resolve) => (release = resolve));
+      await page.route(/\/top\?.*base_query/, async (route) => {
+        await held;
+        await route.continue();
+      });
+      await page.getByRole("button", { name: "Compare", exact: true }).click();
+      await page.waitForSelector(".flame.diff g.frame.less");
+      assert.equal(await page.getByRole("columnheader", { name: "Base total" }).count(), 0);
+      release();
+      await page.getByRole("columnheader", { name: "Base total" }).waitFor();
+      await page.locator("table.top td.change.less").first().waitFor();
+    });
+  });
+
   it("sorts by each column and shows a function in the graph", async () => {
     await on(`?${CHECKOUT}&show=both`, async (page) => {
       const names = () => page.$$eval("table.top tbody th button", (buttons) => buttons.map((button) => button.textContent));
@@ -288,9 +311,11 @@ describe("choosing", () => {
       await drawn(page, "main");
       await page.getByRole("button", { name: "Add a filter by label" }).focus();
       await page.keyboard.press("Enter");
-      await page.keyboard.type("nod");
-      await page.getByRole("option", { name: "node" }).waitFor();
-      await page.keyboard.press("ArrowDown");
+      await page.keyboard.type("n");
+      await page.getByRole("option", { name: "node", exact: true }).waitFor();
+      const names = await page.getByRole("dialog").getByRole("option").allTextContents();
+      assert.ok(names.indexOf("node") > 0, `${names}`);
+      for (let step = 0; step <= names.indexOf("node"); step += 1) await page.keyboard.press("ArrowDown");
       await page.keyboard.press("Enter");
       await page.getByRole("dialog").getByRole("combobox", { name: "Value" }).focus();
       await page.keyboard.press("ArrowDown");

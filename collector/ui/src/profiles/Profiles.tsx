@@ -27,7 +27,7 @@ interface ResultsProps {
 }
 
 /** The graph, the table and the sandwich view, alone or side by side. */
-function Panes({ state, dark, answers: { top, diff }, drawn }: ResultsProps & { drawn: Frames }) {
+function Panes({ state, dark, answers: { top }, drawn }: ResultsProps & { drawn: Frames }) {
   const { show, fn, fnFile, search, zoom, flip, redGreen } = state;
   // The graphs of a sandwich or of two sides have the same names, so one search serves them all.
   const matches = useSearch(drawn.tree.names, search);
@@ -52,7 +52,6 @@ function Panes({ state, dark, answers: { top, diff }, drawn }: ResultsProps & { 
       {show !== "graph" && (top.data ? (
         <Table
           top={top.data}
-          diff={diff}
           redGreen={redGreen}
           search={search}
           sort={state.sort}

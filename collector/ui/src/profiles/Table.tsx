@@ -1,9 +1,10 @@
 /** The table of functions, summed over all stacks. */
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
-import type { Top, TopRow } from "../api";
+import type { TopRow } from "../api";
 import { useSearch } from "../flame/matches";
 import { go } from "../state";
 import { points, share, value } from "../units";
+import type { ComparedTop } from "./useAnswers";
 
 const COLUMNS = ["name", "file", "self", "total", "base_self", "base_total", "delta"] as const;
 type Column = (typeof COLUMNS)[number];
@@ -12,8 +13,7 @@ type Column = (typeof COLUMNS)[number];
 const FIRST_ROWS = 200;
 
 interface TableProps {
-  top: Top;
-  diff: boolean;
+  top: ComparedTop;
   redGreen: boolean;
   search: string;
   /** Column and direction from the address: `total`, `-name`, or an empty text. */
@@ -54,7 +54,8 @@ function useRowKeys(count: number) {
 }
 
 export function Table(props: TableProps) {
-  const { top, diff } = props;
+  const { top } = props;
+  const diff = top.compared;
   const found = useSearch(top.rows, props.search);
   const total = top.total ?? 0;
   const baseTotal = top.base_total ?? 0;

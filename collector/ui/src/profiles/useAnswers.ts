@@ -32,6 +32,14 @@ const MAX_FUNCTIONS = 2000;
 /** Order of the known sample types in the menu; others follow by name. */
 const TYPE_ORDER = ["cpu/nanoseconds", "samples/count", "offcpu/nanoseconds", "events/count"];
 
+/** An answer, and whether its request had a base. Another request may have one already. */
+type Compared<T> = T & { compared: boolean };
+
+export type ComparedTop = Compared<Top>;
+
+/** A graph, and whether its request named spans. */
+type Graph = Compared<LoadedGraph> & { ofSpans: boolean };
+
 export interface Answers {
   types: string[];
   /** The shown sample type; empty until the types are known. */
@@ -51,7 +59,7 @@ export interface Answers {
   mistakes: string[];
   /** The graph after the filters, prepared for drawing. */
   drawn: Frames | undefined;
-  top: Load<Top>;
+  top: Load<ComparedTop>;
   total: number;
   baseTotal: number;
   /** True if the graph compares two selections. */
@@ -67,15 +75,12 @@ export interface Answers {
   failure: ApiError | undefined;
 }
 
-/** An answer, and whether its request had a base and named spans. */
-type Compared = LoadedGraph & { compared: boolean; ofSpans: boolean };
-
 interface Shown {
-  graph: Compared;
+  graph: Graph;
   tree: Tree;
 }
 
-function* withTree(graph: Compared): Sliced<Shown> {
+function* withTree(graph: Graph): Sliced<Shown> {
   return { graph, tree: yield* unpack(graph.packed) };
 }
 
@@ -95,13 +100,13 @@ function* withFilter({ graph, tree }: Shown, { hide, only, without }: Filters): 
   return { graph, tree: hide.length > 0 || filter.only || filter.without ? yield* filtered(tree, filter) : tree, mistakes: [...mistakes] };
 }
 
-function* withRows({ graph, tree }: Shown): Sliced<Top> {
-  const { unit, sample_type, total = 0, base_total = 0 } = graph;
-  return { unit, sample_type, total, base_total, rows: yield* topOf(tree) };
+function* withRows({ graph, tree }: Shown): Sliced<ComparedTop> {
+  const { unit, sample_type, total = 0, base_total = 0, compared } = graph;
+  return { unit, sample_type, total, base_total, compared, rows: yield* topOf(tree) };
 }
 
 /** The tree of an answer, the same after the filters, and that prepared for drawing. */
-function useDrawn(graph: Compared | undefined, state: State) {
+function useDrawn(graph: Graph | undefined, state: State) {
   const { colour, absolute, hide, only, without } = state;
   const tree = useSliced<Shown>(() => (graph ? withTree(graph) : undefined), [graph]);
   const kept = useSliced(() => tree.value && withFilter(tree.value, state), [tree.value, hide.join(), only, without]);
@@ -143,7 +148,7 @@ export function useAnswers(state: State, selections: Selections): Answers {
   const request = { ...selectionParameters(selection), ...baseParameters(base), ...(ofSpans ? { [spanParameter(state.spans)]: state.spans } : {}), profile_id: state.profile, type, interpreter_frames: state.interpreters ? "true" : "", hide_error_frames: state.hideErrors ? "true" : "" };
   const key = ready ? JSON.stringify(request) : undefined;
   const wantsTable = state.show === "table" || state.show === "both" || state.show === "sandwich";
-  const graph = useLoad<Compared>(key && `graph ${key}`, async (signal) => ({
+  const graph = useLoad<Graph>(key && `graph ${key}`, async (signal) => ({
     ...(await loadGraph({ ...request, max_nodes: MAX_NODES }, signal)),
     compared: base !== undefined,
     ofSpans,
@@ -151,8 +156,11 @@ export function useAnswers(state: State, selections: Selections): Answers {
   const { tree, kept, drawn } = useDrawn(graph.data, state);
   const isFiltered = isActive(state);
   // The table of the collector knows no filters of the page.
-  const rows = useSliced<Top>(() => (isFiltered && wantsTable && kept.value ? withRows(kept.value) : undefined), [isFiltered, wantsTable, kept.value]);
-  const top = useLoad<Top>(wantsTable && !isFiltered && key ? `top ${key}` : undefined, (signal) => get("top", { ...request, limit: MAX_FUNCTIONS }, signal));
+  const rows = useSliced<ComparedTop>(() => (isFiltered && wantsTable && kept.value ? withRows(kept.value) : undefined), [isFiltered, wantsTable, kept.value]);
+  const top = useLoad<ComparedTop>(wantsTable && !isFiltered && key ? `top ${key}` : undefined, async (signal) => ({
+    ...(await get<Top>("top", { ...request, limit: MAX_FUNCTIONS }, signal)),
+    compared: base !== undefined,
+  }));
 
   const total = graph.data?.total ?? 0;
   const baseTotal = graph.data?.base_total ?? 0;
