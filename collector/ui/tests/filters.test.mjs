@@ -112,6 +112,22 @@ describe("a filter", () => {
     }
   });
 
+  it("keeps what a reader types at once after the key f", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "main");
+      // In one task, so that the browser paints nothing in between.
+      await page.evaluate(async () => {
+        dispatchEvent(new KeyboardEvent("keydown", { key: "f" }));
+        for (let wait = 0; wait < 100 && !document.querySelector("#filter-only"); wait += 1) await undefined;
+        const field = document.querySelector("#filter-only");
+        field.value = "price_basket";
+        field.dispatchEvent(new Event("input", { bubbles: true }));
+      });
+      await page.waitForFunction(() => location.search.includes("only=price_basket"));
+      assert.equal(await page.inputValue("#filter-only"), "price_basket");
+    });
+  });
+
   it("that takes too long stops, and the page handles keys meanwhile", async () => {
     // Tries all ways to divide a name into words: for the names here, longer than a day.
     const slow = String.raw`(\w+\W*)+!`;
@@ -147,17 +163,17 @@ describe("a filter", () => {
       const of = (...names) => sum(all.filter(({ stack }) => stack.some(({ name }) => names.includes(name))));
       await page.keyboard.press("f");
       await page.fill("#filter-spans", ` ${pay} `);
-      await page.waitForFunction((id) => new URLSearchParams(location.search).get("span_id") === id && !document.querySelector(".spinner"), pay);
-      await drawn(page, "SSL_write");
+      // The driver lists the frames before it reads them, so a redraw in between would mix two graphs.
+      const complete = (total) => page.waitForFunction((total) => document.querySelector("g.frame").__data__.data.total === total && document.querySelector(".flame-graph[aria-busy=false]"), total);
+      await complete(of("shop::checkout::pay"));
+      assert.equal(new URL(page.url()).searchParams.get("span_id"), pay);
       const totals = await totalsOf(page);
-      assert.equal(totals.all, of("shop::checkout::pay"));
       assert.deepEqual([totals[price], totals[send]], [undefined, undefined]);
       await accessible(page);
       // An id of a trace, in the letters of another tool.
       await page.fill("#filter-spans", trace.toUpperCase());
-      await page.waitForFunction((id) => new URLSearchParams(location.search).get("trace_id") === id, trace.toUpperCase());
-      await drawn(page, price);
-      assert.equal((await totalsOf(page)).all, of("shop::checkout::pay", price));
+      await complete(of("shop::checkout::pay", price));
+      assert.equal(new URL(page.url()).searchParams.get("trace_id"), trace.toUpperCase());
       await page.getByRole("button", { name: "Table", exact: true }).click();
       await page.waitForSelector("table.top tbody tr");
       const rows = await page.$$eval("table.top tbody th", (cells) => cells.map((cell) => cell.textContent));

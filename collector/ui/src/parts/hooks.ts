@@ -57,8 +57,9 @@ export function useTick(on: boolean, seconds: number): [number, () => void] {
 /** Returns the text of a field, of which `apply` learns `wait` milliseconds after the last key. A new `value` replaces it. */
 export function useTyped(value: string, wait: number, apply: (text: string) => void): [string, (text: string) => void] {
   const [typed, setTyped] = useState(value);
-  useEffect(() => setTyped(value), [value]);
-  useEffect(() => {
+  // Before the next key: an effect after the paint would undo it.
+  useLayoutEffect(() => setTyped(value), [value]);
+  useLayoutEffect(() => {
     if (typed === value) return;
     const timer = setTimeout(() => apply(typed), wait);
     return () => clearTimeout(timer);
@@ -74,7 +75,7 @@ const isTaken = ({ ctrlKey, metaKey, altKey, target }: KeyboardEvent): boolean =
 export function usePageKey(key: string | undefined, run: () => void): void {
   const last = useRef(run);
   last.current = run;
-  useEffect(() => {
+  useLayoutEffect(() => {
     if (key === undefined) return;
     const onKey = (event: KeyboardEvent) => {
       if (event.key !== key || isTaken(event)) return;

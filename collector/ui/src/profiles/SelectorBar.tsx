@@ -1,5 +1,5 @@
 /** The choice of profiles by service, by label, or by a selector. All of them edit the same selector text. */
-import { useEffect, useState } from "preact/hooks";
+import { useLayoutEffect, useState } from "preact/hooks";
 import { type ApiError, type Selection, labelNames, labelValues } from "../api";
 import { Combobox } from "../parts/Combobox";
 import { Choice } from "../parts/parts";
@@ -39,7 +39,7 @@ export function SelectorBar(props: { name: string; query: string; window: Select
   const { query, error, onQuery } = props;
   const [text, setText] = useState(query);
   const [uneditable, setUneditable] = useState(false);
-  useEffect(() => {
+  useLayoutEffect(() => {
     setText(query);
     setUneditable(false);
   }, [query]);

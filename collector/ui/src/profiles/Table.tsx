@@ -1,5 +1,5 @@
 /** The table of functions, summed over all stacks. */
-import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import type { TopRow } from "../api";
 import { useSearch } from "../flame/matches";
 import { go } from "../state";
@@ -75,7 +75,7 @@ export function Table(props: TableProps) {
   }, [top, found, by, up]);
   const shown = rows.slice(0, more);
   const keys = useRowKeys(shown.length);
-  useEffect(() => keys.setAt(Math.max(0, shown.findIndex(props.isChosen))), [rows]);
+  useLayoutEffect(() => keys.setAt(Math.max(0, shown.findIndex(props.isChosen))), [rows]);
 
   const sortBy = (column: Column) => {
     const reversed = by === column && up === (column === "name" || column === "file");
