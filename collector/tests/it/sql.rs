@@ -12,7 +12,8 @@ use rstest::rstest;
 use tonic::{Code, Status};
 
 use crate::{
-    support::{Pusher, TEST_TIMEOUT, batch, config_with, now_ms, queries, start},
+    bucket::{S3, in_bucket},
+    support::{Pusher, TEST_TIMEOUT, batch, config_with, eventually, now_ms, queries, start},
     table::{Sums, batches, sent_sums, up_to_date, with_table},
 };
 
@@ -291,6 +292,31 @@ async fn a_query_ends_when_its_client_leaves() {
         tokio::time::timeout(TEST_TIMEOUT, waiting).await.expect("the next query runs").unwrap();
     }
     running.shutdown().await;
+}
+
+/// Checks that one collector of a bucket reads the tables that another one writes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sql_reads_the_tables_of_a_bucket() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.serve().await;
+    let mut running = Vec::new();
+    for name in ["writer", "reader"] {
+        let mut config = in_bucket(&dir.path().join(name), &endpoint);
+        with_table(&mut config);
+        running.push(Collector::start(config).await.unwrap());
+    }
+    let sent = batches(0, 9);
+    Pusher::open(running[0].grpc_addr).await.store_all(&sent).await;
+    let wanted: i64 = sent_sums(&sent).values().map(|(value, _)| value).sum();
+    for running in &running {
+        eventually("all samples", async || {
+            numbers(running, "SELECT coalesce(sum(value), 0) FROM samples").await == [wanted]
+        })
+        .await;
+    }
+    for running in running {
+        running.shutdown().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
