@@ -302,7 +302,8 @@ impl DebugFiles {
         Ok(files.iter().filter(|file| file.build_id == *build_id).map(|file| file.origin).min())
     }
 
-    fn find_here(&self, build_id: &BuildId) -> Option<PathBuf> {
+    /// Returns the path of a file in the directory, and counts that as a use.
+    pub(super) fn find_here(&self, build_id: &BuildId) -> Option<PathBuf> {
         let mut state = self.state.lock();
         state.uses += 1;
         let now = state.uses;

@@ -309,8 +309,8 @@ impl DebugInfo {
         match known.await {
             Ok(Known::Ready(file)) => Some(file),
             Ok(Known::Missing { .. }) => {
-                // An upload may have stored the file during the search.
-                if self.version() != before {
+                // An upload may have stored the file during the search. A change of another file is no reason to ask the servers again.
+                if self.version() != before && self.files.find_here(build_id).is_some() {
                     self.known.remove(build_id);
                 }
                 None
