@@ -1,7 +1,7 @@
 //! One profile of a file on the page, for `gannet-collector open`: the parts of a collector that read, on a loopback port.
 //!
-//! The profile goes through the checks and the store of every other profile, in a directory that ends with the program. Nothing
-//! listens that could change it.
+//! The profile passes the same checks and the same store as every other profile. The program removes the store's directory when it ends.
+//! It serves no call that changes the profile.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -31,23 +31,23 @@ use crate::{
     triggers::Triggers,
 };
 
-/// Bytes of the largest profile, in the file and without compression.
+/// Maximum size of a profile, compressed and uncompressed, in bytes.
 const MAX_PROFILE_BYTES: usize = 1 << 30;
 /// A profile may have any time since 1970, and its clock may be wrong.
 const ANY_TIME: Duration = Duration::from_secs(200 * 365 * 86_400);
 /// Time that open requests have to end.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a profile cannot be shown.
+/// The reason why the page cannot show a profile.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The file is no profile, or one with a fault.
+    /// The file is not a valid profile.
     #[error("{0}; the file must be a profile in pprof")]
     Profile(String),
     /// The profile has nothing to show.
     #[error("the profile has no sample with a positive value")]
     Empty,
-    /// The directory of the store cannot be made.
+    /// The program cannot create the directory of the store.
     #[error("cannot create a directory for temporary files (TMPDIR): {0}")]
     Directory(#[source] io::Error),
     /// A part of the collector cannot start.

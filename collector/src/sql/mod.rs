@@ -7,8 +7,8 @@
 //! | `scan` | the row groups that a query has read, and its limits |
 //! | `plan` | nothing: it decides what a scan can skip |
 //!
-//! A query costs nothing before it comes: it reads the logs of the tables itself. One query runs at a time, because SQLite limits the
-//! memory of the process, not of a connection.
+//! The module does nothing before the first query: each query reads the logs of the tables itself. One query runs at a time, because
+//! SQLite limits the memory of the process, not of a connection.
 
 mod plan;
 mod rows;
@@ -44,15 +44,15 @@ use crate::{
     time,
 };
 
-/// Rows of an answer without `max_rows`.
+/// Maximum number of rows of an answer if the request has no `max_rows`.
 const DEFAULT_ROWS: u32 = 1000;
-/// Bytes of a query.
+/// Maximum length of a query, in bytes.
 pub(crate) const MAX_SQL_BYTES: usize = 64 << 10;
-/// Queries that wait for the running one.
+/// Maximum number of queries that wait for the running one.
 const MAX_WAITING: usize = 16;
 /// Time between two progress messages.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
-/// Characters of a query in the log.
+/// Maximum number of characters of a query in the log.
 const LOGGED_CHARS: usize = 1000;
 
 /// Limits of SQL queries.
@@ -61,16 +61,16 @@ const LOGGED_CHARS: usize = 1000;
 #[command(next_help_heading = "SQL queries of the table")]
 #[serde(default)]
 pub struct SqlOptions {
-    /// Time of one SQL query
+    /// End an SQL query after this time
     #[arg(long, value_name = "TIME", env = "GANNET_COLLECTOR_SQL_TIMEOUT", default_value = "60s")]
     pub sql_timeout: TimeSpan,
-    /// Memory of the running SQL query: half for rows of the tables, half for sorting and grouping
+    /// Limit the memory of the running SQL query: half for rows of the tables, half for sorting and grouping
     #[arg(long, value_name = "SIZE", env = "GANNET_COLLECTOR_SQL_MEMORY_BYTES", default_value = "256MiB")]
     pub sql_memory_bytes: ByteSize,
-    /// Bytes of files that one SQL query may read
+    /// End an SQL query that reads more bytes of files
     #[arg(long, value_name = "SIZE", env = "GANNET_COLLECTOR_SQL_READ_BYTES", default_value = "4GiB")]
     pub sql_read_bytes: ByteSize,
-    /// Rows that one SQL query may return
+    /// Return at most this many rows of one SQL query
     #[arg(long, value_name = "N", env = "GANNET_COLLECTOR_SQL_MAX_ROWS", default_value_t = 100_000)]
     pub sql_max_rows: u32,
 }
@@ -81,7 +81,7 @@ impl Default for SqlOptions {
     }
 }
 
-/// Why a query has no answer, or not all of it.
+/// The reason why a query has no answer, or only a part of it.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SqlError {
     /// The collector writes no tables.

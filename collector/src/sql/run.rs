@@ -14,15 +14,15 @@ use rusqlite::{
 
 use super::{SqlError, rows, scan::Scan};
 
-/// Bytes of a text or blob, and of a row that SQLite sorts.
+/// Maximum size of a text, of a blob, and of a row that SQLite sorts, in bytes.
 const MAX_VALUE_BYTES: i32 = 1 << 20;
-/// Bytes of one row of the answer.
+/// Maximum size of one row of the answer, in bytes.
 const MAX_ROW_BYTES: usize = 2 << 20;
-/// Bytes of all rows of the answer.
+/// Maximum size of all rows of the answer, in bytes.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
-/// Bytes of one message of rows, at least.
+/// Minimum size of a message of rows, in bytes. The last message may be smaller.
 const MESSAGE_BYTES: usize = 128 << 10;
-/// Steps of SQLite between two checks of the time and the client.
+/// Number of SQLite's steps between two checks of the time and the client.
 const CHECK_STEPS: i32 = 2000;
 /// Limits of one query. Each keeps a hostile text from work that SQLite does not interrupt.
 const LIMITS: [(Limit, i32); 10] = [
@@ -43,14 +43,14 @@ const TABLE_FUNCTIONS: [&str; 2] = ["json_each", "json_tree"];
 /// Functions that reach outside of the query.
 const DENIED_FUNCTIONS: [&str; 2] = ["load_extension", "fts3_tokenizer"];
 
-/// Sets the memory of all of SQLite in this process. Nothing else here uses it.
+/// Limits the memory of SQLite in this process. Only SQL queries use SQLite here.
 pub(super) fn limit_heap(bytes: u64) {
     let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
     // SAFETY: the function takes a number, and SQLite allows the call from any thread at any time.
     unsafe { ffi::sqlite3_hard_heap_limit64(bytes) };
 }
 
-/// Runs a query and sends its rows, at most this number. Reports whether there are more. Blocking.
+/// Runs a query and sends at most this number of rows. Reports whether there are more. Blocking.
 pub(super) fn run(scan: &Arc<Scan>, sql: &str, max_rows: usize) -> Result<bool, SqlError> {
     let answered = open(scan).and_then(|connection| answer(&connection, scan, sql, max_rows));
     answered.map_err(|error| scan.take_fault().unwrap_or_else(|| explain(&error)))
