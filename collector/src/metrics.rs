@@ -345,6 +345,7 @@ mod tests {
                 "table",
                 "recording",
                 "debuginfo",
+                "sql",
             ];
             assert!(known.contains(&subsystem), "{}", metric.name);
         }
