@@ -34,3 +34,4 @@ mod stacks;
 mod unwind_many;
 mod unwind_maps;
 mod unwind_programs;
+mod unwind_tables;

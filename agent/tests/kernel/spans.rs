@@ -17,7 +17,7 @@ use gannet_agent::{
 };
 use gannet_proto::control::{Capture, Match, Rule};
 
-use crate::common::{Recording, Running, engine_options, program, record_for, slower};
+use crate::common::{MUSL, Recording, Running, engine_options, program, record_for, slower};
 
 const PROGRAM: &str = include_str!("../data/spans.c");
 /// The part that has the thread-local variable, as a library.
@@ -27,8 +27,6 @@ const VARIABLE: &str = "#ifdef LARGE\n__thread char room[1 << 20];\nchar *use_ro
 /// The flags of a static program that offers the variable to others.
 const STATIC: [&str; 4] =
     ["-pthread", "-DOWN_VARIABLE", "-static-pie", "-Wl,--export-dynamic-symbol=otel_thread_ctx_v1"];
-/// The flags of musl's C library.
-const MUSL: [&str; 2] = ["-specs", "/usr/lib/x86_64-linux-musl/musl-gcc.specs"];
 /// The agent reads a process that is older than this at its first sample, at a younger one later.
 const OLD: Duration = Duration::from_millis(1300);
 

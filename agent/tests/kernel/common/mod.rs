@@ -226,6 +226,17 @@ pub(crate) fn with_holes(name: &str, flags: &[&str]) -> [Running; 3] {
     ["protect", "drop", "keep"].map(|how| Running::start(Command::new(&file).arg(how)))
 }
 
+/// The flags of a program of musl libc, which the compiler driver of musl-tools adds.
+pub(crate) const MUSL: [&str; 2] = ["-specs", "/usr/lib/x86_64-linux-musl/musl-gcc.specs"];
+
+/// One sample of this number may be odd.
+const ODD_ONE_OF: u64 = 1000;
+
+/// Reports whether too many samples are odd. Some hundreds of samples do not tell one of a thousand from none.
+pub(crate) fn too_many_odd(odd: u64, all: u64) -> bool {
+    odd > 1 && odd * ODD_ONE_OF > all
+}
+
 /// The flags of a program of musl libc with frame pointers and without information about frames.
 pub(crate) const MUSL_WITHOUT_TABLES: [&str; 6] = [
     "-specs",
