@@ -38,6 +38,8 @@ struct Sum {
     count: Option<i64>,
     /// One of the summed profiles.
     profile: u32,
+    /// Index of the type.
+    kind: u32,
 }
 
 /// Writes the sums by minute, as files that no commit has added yet.
@@ -47,21 +49,14 @@ pub(super) fn write_minutes(
     source: &Source<'_>,
     adds: &mut Vec<(Partition, Add)>,
 ) -> Result<(), TableError> {
-    let types = source.sorted_types();
-    let sums = source.sums(
-        |profile| profile.wants.minutes,
-        |row, profile| (source.rank_of(&types, row), profile.start_ms / MINUTE_MS),
-    );
+    let kinds = ranks(source.types.iter().map(ByteArray::data));
+    let minute = |profile: &ProfileRow| profile.start_ms / MINUTE_MS;
+    let sums = source
+        .sums(|profile| profile.wants.minutes, |row, profile| (kinds[row.kind as usize], minute(profile)));
     write(runtime, log, source, &sums, adds, |rows, sum, series| {
-        let (_, kind, minute, stack) = sum.key;
-        rows.push([
-            Cell::Long(micros(minute * MINUTE_MS)),
-            Cell::Text(&series.service),
-            Cell::Text(types[kind as usize]),
-            Cell::Long(stack),
-            Cell::Long(sum.value),
-            sum.count.map_or(Cell::Null, Cell::Long),
-        ]);
+        let start_ms = minute(&source.profiles[sum.profile as usize]) * MINUTE_MS;
+        let [kind, stack, value, count] = source.cells(sum);
+        rows.push([Cell::Long(micros(start_ms)), Cell::Text(&series.service), kind, stack, value, count]);
     })
 }
 
@@ -72,45 +67,36 @@ pub(super) fn write_hours(
     source: &Source<'_>,
     adds: &mut Vec<(Partition, Add)>,
 ) -> Result<(), TableError> {
-    let types = source.sorted_types();
-    let pod = |series: &Series| {
-        let bytes = |label: &Option<ByteArray>| label.as_ref().map(|label| label.data().to_vec());
-        (bytes(&series.namespace), bytes(&series.pod))
-    };
-    let pods: Vec<_> = source.series.iter().map(pod).collect();
-    let sorted: BTreeSet<_> = pods.iter().collect();
-    let sorted: Vec<_> = sorted.into_iter().collect();
-    let numbers: Vec<u64> =
-        pods.iter().map(|pod| sorted.partition_point(|other| *other < pod) as u64).collect();
+    let kinds = ranks(source.types.iter().map(ByteArray::data));
+    let bytes = |label: &Option<ByteArray>| label.as_ref().map(|label| label.data().to_vec());
+    let pods = ranks(source.series.iter().map(|series| (bytes(&series.namespace), bytes(&series.pod))));
     let sums = source.sums(
         |profile| profile.wants.hours,
-        |row, profile| (numbers[profile.series as usize], source.rank_of(&types, row)),
+        |row, profile| (pods[profile.series as usize], kinds[row.kind as usize]),
     );
     write(runtime, log, source, &sums, adds, |rows, sum, series| {
-        let (_, _, kind, stack) = sum.key;
-        rows.push([
-            Cell::Text(&series.service),
-            optional(series.namespace.as_ref()),
-            optional(series.pod.as_ref()),
-            Cell::Text(types[kind as usize]),
-            Cell::Long(stack),
-            Cell::Long(sum.value),
-            sum.count.map_or(Cell::Null, Cell::Long),
-        ]);
+        let (namespace, pod) = (optional(series.namespace.as_ref()), optional(series.pod.as_ref()));
+        let [kind, stack, value, count] = source.cells(sum);
+        rows.push([Cell::Text(&series.service), namespace, pod, kind, stack, value, count]);
     })
 }
 
-impl<'a> Source<'a> {
-    fn sorted_types(&self) -> Vec<&'a ByteArray> {
-        let mut types: Vec<&ByteArray> = self.types.iter().collect();
-        types.sort_by(|a, b| a.data().cmp(b.data()));
-        types
-    }
+/// Returns for each item its rank among the different ones, by which sums are sorted.
+fn ranks<T: Ord>(items: impl Iterator<Item = T>) -> Vec<u64> {
+    let items: Vec<T> = items.collect();
+    let sorted: Vec<&T> = items.iter().collect::<BTreeSet<_>>().into_iter().collect();
+    items.iter().map(|item| sorted.partition_point(|other| *other < item) as u64).collect()
+}
 
-    /// Returns the place of the type of a sample.
-    fn rank_of(&self, sorted: &[&ByteArray], row: &SampleRow) -> u64 {
-        let kind = self.types[row.kind as usize].data();
-        sorted.partition_point(|other| other.data() < kind) as u64
+impl Source<'_> {
+    /// Returns the last columns of both tables: type, stack and sums.
+    fn cells(&self, sum: &Sum) -> [Cell<'_>; 4] {
+        [
+            Cell::Text(&self.types[sum.kind as usize]),
+            Cell::Long(sum.key.3),
+            Cell::Long(sum.value),
+            sum.count.map_or(Cell::Null, Cell::Long),
+        ]
     }
 
     /// Adds up the samples of profiles that the table lacks. `parts`: what separates them beside scope and stack.
@@ -123,7 +109,7 @@ impl<'a> Source<'a> {
         let sum = |row: &SampleRow| {
             let (first, second) = parts(row, &self.profiles[row.profile as usize]);
             let key = (self.scope_of[row.profile as usize], first, second, row.stack);
-            Sum { key, value: row.value, count: row.count, profile: row.profile }
+            Sum { key, value: row.value, count: row.count, profile: row.profile, kind: row.kind }
         };
         let mut sums: Vec<Sum> = wanted.map(sum).collect();
         sums.sort_unstable_by_key(|sum| sum.key);
