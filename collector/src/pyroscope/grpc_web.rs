@@ -9,6 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
 use tonic::Status;
 
 const COMPRESSED: u8 = 0x01;
@@ -43,24 +44,24 @@ impl GrpcWeb {
     }
 
     /// Returns the message of a request.
-    pub(super) fn message(self, body: &[u8]) -> Result<Vec<u8>, Status> {
-        let bytes = match self {
-            Self::Binary => body.to_vec(),
-            Self::Text => from_base64(body)?,
-        };
+    pub(super) fn message(self, body: Vec<u8>) -> Result<Bytes, Status> {
+        let bytes = Bytes::from(match self {
+            Self::Binary => body,
+            Self::Text => from_base64(&body)?,
+        });
         let invalid = |why: &str| Status::invalid_argument(format!("gRPC-Web: {why}"));
-        let (head, content) =
-            bytes.split_at_checked(HEAD_BYTES).ok_or_else(|| invalid("the body has no frame"))?;
-        if head[0] & COMPRESSED != 0 {
+        let [flags, length @ ..] =
+            *bytes.first_chunk::<HEAD_BYTES>().ok_or_else(|| invalid("the body has no frame"))?;
+        if flags & COMPRESSED != 0 {
             return Err(Status::unimplemented(
                 "grpc-encoding: this server reads messages without compression",
             ));
         }
-        let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
-        if head[0] != 0 || u32::try_from(content.len()) != Ok(length) {
+        let message = bytes.slice(HEAD_BYTES..);
+        if flags != 0 || u32::try_from(message.len()) != Ok(u32::from_be_bytes(length)) {
             return Err(invalid("the body is not one frame with a message of its length"));
         }
-        Ok(content.to_vec())
+        Ok(message)
     }
 
     /// Returns the response with a message, or with an error. Both have the status 200 of HTTP.
@@ -69,17 +70,18 @@ impl GrpcWeb {
         let status = match answer {
             Ok(message) => {
                 frame(&mut body, 0, &message);
-                "grpc-status: 0\r\n".to_owned()
+                Status::ok("")
             }
-            Err(status) => {
-                format!(
-                    "grpc-status: {}\r\ngrpc-message: {}\r\n",
-                    status.code() as i32,
-                    escaped(status.message())
-                )
-            }
+            Err(status) => status,
         };
-        frame(&mut body, STATUS, status.as_bytes());
+        let mut lines = HeaderMap::new();
+        // It fails only for metadata that is no header, and a status of ours has none.
+        let _ = status.add_header(&mut lines);
+        let mut text = Vec::new();
+        for (name, value) in &lines {
+            text.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
+        }
+        frame(&mut body, STATUS, &text);
         let kind = match self {
             Self::Binary => "application/grpc-web+proto",
             Self::Text => {
@@ -106,19 +108,6 @@ fn from_base64(text: &[u8]) -> Result<Vec<u8>, Status> {
         bytes.extend(piece);
     }
     Ok(bytes)
-}
-
-/// Returns a text with `%` escapes, as gRPC writes it into a header.
-fn escaped(text: &str) -> String {
-    use std::fmt::Write as _;
-    text.bytes().fold(String::with_capacity(text.len()), |mut out, byte| {
-        // Writing into a string does not fail.
-        let _ = match byte {
-            b' '..=b'~' if byte != b'%' => write!(out, "{}", char::from(byte)),
-            _ => write!(out, "%{byte:02X}"),
-        };
-        out
-    })
 }
 
 /// Returns the time that the client waits: up to 8 digits and a unit.

@@ -139,7 +139,7 @@ where
     let (head, body) = request.into_parts();
     let timeout = grpc_web::timeout(&head.headers)?;
     let body = read_message(&head.headers, body, web.max_body(method.max_bytes)).await?;
-    let request = Req::decode(web.message(&body)?.as_slice())
+    let request = Req::decode(web.message(body)?)
         .map_err(|error| Status::invalid_argument(format!("{}: {error}", method.name)))?;
     let response = within(timeout, call(request)).await?;
     let encoded = tokio::task::spawn_blocking(move || response.encode_to_vec()).await;
