@@ -25,7 +25,7 @@ use tonic::transport::Channel;
 use crate::{
     bucket::{Fate, S3, in_bucket},
     kill::free_port,
-    support::{Pusher, batch, config_with, eventually, metric, now_ms},
+    support::{CPU, OFF_CPU, Pusher, batch, config_with, eventually, metric, now_ms, typed_batch},
 };
 
 /// Kills of one run. The environment variable `GANNET_TEST_KILLS` replaces it.
@@ -604,6 +604,31 @@ async fn sums_of_older_profiles_follow_when_they_are_switched_on() {
             assert!(active(&files, "samples_by_minute").is_empty());
         }
     }
+}
+
+/// Checks that samples that differ in one column of a table of sums have sums of their own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sums_of_each_type_service_and_pod_stay_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = Collector::start(config_with(dir.path(), with_table)).await.unwrap();
+    let now = now_ms();
+    let mut sent = Vec::new();
+    for types in [CPU, OFF_CPU] {
+        for (service, namespace, pod) in
+            [("s", "n", "p"), ("t", "n", "p"), ("s", "m", "p"), ("s", "n", "q"), ("s", "n", "")]
+        {
+            let mut batch = typed_batch(types, service, now, &[("main;work", 1 + sent.len() as i64)]);
+            batch
+                .labels
+                .extend([("namespace".to_owned(), namespace.to_owned()), ("pod".to_owned(), pod.to_owned())]);
+            batch.labels.retain(|_, value| !value.is_empty());
+            sent.push(batch);
+        }
+    }
+    Pusher::open(running.grpc_addr).await.store_all(&sent).await;
+    up_to_date(running.http_addr).await;
+    running.shutdown().await;
+    check_rollups(&files_below(&dir.path().join("table")));
 }
 
 /// Checks that a merge leaves a file with a flipped bit and a missing one as they are, counts them, and merges the others.
