@@ -13,7 +13,7 @@ use gannet_proto::query::{
 use serde_json::{Value, json};
 
 use crate::{
-    args::{Base, Form, Format, Profiles, Select, TopArgs},
+    args::{Base, Form, Format, Profiles, Select, Spans, TopArgs},
     client::{self, Collector, MAX_PROFILE_BYTES},
     error::Error,
     export::{self, FileFormat, Origin},
@@ -34,7 +34,7 @@ pub(crate) async fn run(
 ) -> Result<(), Error> {
     match command {
         Profiles::List { select, limit } => list(&select, limit, collector, format, console).await,
-        Profiles::Get { id, out, form } => {
+        Profiles::Get { id, out, form, spans: Spans { span_id, trace_id } } => {
             let file = match output.or(out) {
                 Some(file) => file,
                 None if is_plain(&id) => format!("{id}.pb.gz").into(),
@@ -45,7 +45,7 @@ pub(crate) async fn run(
                 }
             };
             let target = Target::new(&file, form, "")?;
-            let request = GetProfileRequest { id: id.clone() };
+            let request = GetProfileRequest { id: id.clone(), span_id, trace_id };
             let answer = collector.query().get_profile(request).await;
             let mut answer = answer.map_err(|status| collector.fault(&status))?.into_inner();
             let mut profile = Vec::new();
@@ -241,8 +241,7 @@ pub(crate) async fn top(
     format: Format,
     console: &mut Console<'_>,
 ) -> Result<(), Error> {
-    let TopArgs { select, sample_type, limit, interpreter_frames, hide_error_frames, span_id, trace_id } =
-        args;
+    let TopArgs { select, sample_type, limit, interpreter_frames, hide_error_frames } = args;
     let request = TopRequest {
         selection: Some(select.selection()),
         base: base.map(|base| base.selection(select)),
@@ -250,8 +249,7 @@ pub(crate) async fn top(
         limit: *limit,
         interpreter_frames: *interpreter_frames,
         hide_error_frames: *hide_error_frames,
-        span_id: span_id.clone(),
-        trace_id: trace_id.clone(),
+        ..TopRequest::default()
     };
     let answer =
         collector.query().top(request).await.map_err(|status| collector.fault(&status))?.into_inner();

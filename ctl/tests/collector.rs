@@ -19,7 +19,7 @@ use gannet_proto::{
     },
     ingest::{Batch, PushRequest, ingest_service_client::IngestServiceClient, push_request, push_response},
     ledger::Ledger,
-    pprof::{self, Builder, Header, Line, Mapping},
+    pprof::{self, Builder, Header, Label, LabelValue, Line, Mapping},
 };
 use gannetctl::{Console, parse, run};
 use serde_json::{Value, json};
@@ -28,6 +28,9 @@ use tokio_stream::wrappers::ReceiverStream;
 
 const RULES: &str = "rules:\n- id: sample\n  match: {comm: [sample*]}\n- id: web\n  match: {exe: [/usr/bin/web]}\n  \
                      capture: {hz: 199}\n  lifetime: {ttl: 20m}\n";
+
+/// Id of the span of the function `work`.
+const SPAN: &str = "53995c3f42cd8ad8";
 
 struct Setup {
     collector: Option<Running>,
@@ -108,7 +111,8 @@ impl Setup {
         let main = builder.location(Some(app), 0x1100, &[line("main")]);
         let worker = builder.location(Some(app), 0x1200, &[line("work")]);
         let idle = builder.location(Some(app), 0x1300, &[line("idle")]);
-        builder.sample(&[worker, main], &[work, work * 10_000_000], &[]);
+        let span = Label { key: "span_id", value: LabelValue::Str(SPAN) };
+        builder.sample(&[worker, main], &[work, work * 10_000_000], &[span]);
         builder.sample(&[idle, main], &[10, 100_000_000], &[]);
         let batch_id = ulid::Ulid::new().to_string();
         let samples = work.unsigned_abs() + 10;
@@ -455,6 +459,50 @@ async fn profiles_are_listed_downloaded_merged_and_compared() {
     assert!(!wrong.err.is_empty());
     let kind = setup.ctl(&format!("flame --input {} --type heap", merged.display())).await;
     assert!(kind.err.contains("it has samples/count, cpu/nanoseconds"), "{}", kind.err);
+    setup.end().await;
+}
+
+/// Checks that each command with a selection reads only the samples of a span.
+#[tokio::test]
+async fn commands_select_the_samples_of_a_span() {
+    let setup = Setup::new().await;
+    let id = setup.push("app", 30, 60).await;
+    setup.push("app", 50, 30).await;
+    let file = setup.dir.path().join("span.pb.gz");
+    for (command, totals) in [
+        (format!("profiles get {id} --span-id {SPAN}"), [30, 300_000_000]),
+        (format!("profiles merge --span-id {SPAN}"), [80, 800_000_000]),
+    ] {
+        let got = setup.ctl(&format!("{command} -O {}", file.display())).await;
+        assert_eq!(got.code, 0, "{command}: {}", got.err);
+        let profile = pprof::decode(&std::fs::read(&file).unwrap(), 1 << 20).unwrap();
+        assert_eq!(pprof::check(&profile).unwrap().totals, totals, "{command}");
+    }
+    for (command, says) in [
+        ("flame", "cpu/nanoseconds: 800.00ms in total"),
+        ("top", "cpu/nanoseconds: 800.00ms in total"),
+        ("profiles diff --base-query {node=\"n1\"}", "cpu/nanoseconds: 800.00ms against 800.00ms"),
+    ] {
+        let got = setup.ctl(&format!("{command} --span-id {SPAN}")).await;
+        assert!(got.code == 0 && got.out.starts_with(says), "{command}: {}{}", got.out, got.err);
+    }
+    let list = format!("profiles list --span-id {SPAN} -o json");
+    let value: Value = serde_json::from_str(&setup.ctl(&list).await.out).unwrap();
+    assert_eq!(
+        (&value["profiles"][0]["samples"], &value["profiles"][1]["samples"]),
+        (&json!(50), &json!(30))
+    );
+    let other = "0".repeat(16);
+    for command in ["flame", "profiles merge -O -", "profiles open", &format!("profiles get {id} -O -")] {
+        let got = setup.ctl(&format!("{command} --span-id {other}")).await;
+        assert!(
+            got.code == 1 && got.err.contains("only if its program publishes spans"),
+            "{command}: {}",
+            got.err
+        );
+    }
+    let got = setup.ctl(&format!("profiles list --trace-id {SPAN}")).await;
+    assert!(got.code == 1 && got.err.contains("give 32 hex digits"), "{}", got.err);
     setup.end().await;
 }
 

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use serde_json::json;
 use tonic::Code;
 
-use self::params::{GRAPH, Params, RANGE, RawParams};
+use self::params::{GRAPH, Params, RANGE, RawParams, SPANS};
 use crate::{
     auth::{Auth, Caller, Role},
     ingest::Ingest,
@@ -156,7 +156,7 @@ fn download(name: &str, bytes: Bytes) -> Response {
 
 async fn label_names(State(state): State<HttpState>, params: RawParams) -> ApiResult {
     let params = Params::new(params, &RANGE, &[])?;
-    Ok(axum::Json(json!({ "names": state.query.label_names(&params.selection()?)? })))
+    Ok(axum::Json(json!({ "names": state.query.label_names(params.selection()?).await? })))
 }
 
 async fn label_values(
@@ -165,7 +165,7 @@ async fn label_values(
     params: RawParams,
 ) -> ApiResult {
     let params = Params::new(params, &RANGE, &[])?;
-    Ok(axum::Json(json!({ "values": state.query.label_values(&params.selection()?, &name)? })))
+    Ok(axum::Json(json!({ "values": state.query.label_values(params.selection()?, &name).await? })))
 }
 
 async fn series(State(state): State<HttpState>, params: RawParams) -> ApiResult {
@@ -185,9 +185,9 @@ async fn profile(
     Path(id): Path<String>,
     params: RawParams,
 ) -> ApiResult<Response> {
-    Params::new(params, &[], &[])?;
+    let spans = Params::new(params, &SPANS, &[])?.spans()?;
     let id = parse_profile_id(&id)?;
-    let bytes = state.query.profile(id).await?;
+    let bytes = state.query.profile(id, spans).await?;
     Ok(download(&id.to_string(), bytes))
 }
 

@@ -10,8 +10,10 @@ use crate::{
     time,
 };
 
-/// Parameters of a range of time.
-pub(super) const RANGE: [&str; 3] = ["query", "from", "until"];
+/// Parameters of a range of time, and of spans in it.
+pub(super) const RANGE: [&str; 5] = ["query", "from", "until", "span_id", "trace_id"];
+/// Parameters of spans.
+pub(super) const SPANS: [&str; 2] = ["span_id", "trace_id"];
 /// Parameters of a flame graph and a table.
 pub(super) const GRAPH: [&str; 12] = [
     "query",
@@ -89,7 +91,7 @@ impl Params {
     }
 
     /// Parses `span_id` or `trace_id`, which select samples. Commas separate several ids.
-    fn spans(&self) -> Result<SpanFilter, ApiError> {
+    pub(super) fn spans(&self) -> Result<SpanFilter, ApiError> {
         let ids =
             |name: &str| self.text(name).split(',').filter(|id| !id.is_empty()).map(str::to_owned).collect();
         Ok(SpanFilter::new(ids("span_id"), ids("trace_id"))?)
@@ -101,7 +103,6 @@ impl Params {
             max: self.number(max)?,
             interpreter_frames: self.flag("interpreter_frames")?,
             hide_error_frames: self.flag("hide_error_frames")?,
-            spans: self.spans()?,
         })
     }
 
@@ -112,11 +113,12 @@ impl Params {
             self.time_ms("from")?,
             self.time_ms("until")?,
             self.text("profile_id"),
-        )?)
+        )?
+        .in_spans(self.spans()?))
     }
 
-    /// Builds the base selection, if at least one of its three parameters is given. Missing ones come from the main
-    /// selection.
+    /// Builds the base selection, if at least one of its three parameters is given. Missing ones, and the spans, come from the
+    /// main selection.
     pub(super) fn base(&self) -> Result<Option<Selection>, ApiError> {
         if ["base_query", "base_from", "base_until"].iter().all(|name| self.text(name).is_empty()) {
             return Ok(None);
@@ -128,7 +130,8 @@ impl Params {
         let until = self.time_ms(or_main("base_until", "until"))?;
         Ok(Some(
             Selection::new(query, from, until, "")
-                .map_err(|e| ApiError::bad_request(format!("base: {e}")))?,
+                .map_err(|e| ApiError::bad_request(format!("base: {e}")))?
+                .in_spans(self.spans()?),
         ))
     }
 }

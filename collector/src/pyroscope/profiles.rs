@@ -31,8 +31,7 @@ pub(super) struct Stacks {
     range: Range,
     call_site: Vec<String>,
     ids: Vec<Ulid>,
-    spans: Vec<String>,
-    traces: Vec<String>,
+    spans: SpanFilter,
 }
 
 /// Merged profiles, and the position of the selected sample type in each.
@@ -48,8 +47,7 @@ impl Stacks {
             range,
             call_site: Vec::new(),
             ids: Vec::new(),
-            spans: Vec::new(),
-            traces: Vec::new(),
+            spans: SpanFilter::All,
         })
     }
 
@@ -79,7 +77,7 @@ impl Stacks {
         }
         check_hex("span_selector", &spans, 16)?;
         check_hex("trace_id_selector", &traces, 32)?;
-        (self.spans, self.traces) = (spans, traces);
+        self.spans = SpanFilter::of_checked(spans, traces);
         Ok(self)
     }
 
@@ -118,12 +116,7 @@ impl Stacks {
 
     /// Returns a merged profile with the selected samples alone.
     fn select<'p>(&self, profile: &'p Profile) -> Result<Cow<'p, Profile>, QueryError> {
-        let spans = match (self.spans.is_empty(), self.traces.is_empty()) {
-            (true, true) => SpanFilter::All,
-            (false, _) => SpanFilter::Spans(self.spans.clone()),
-            (true, false) => SpanFilter::Traces(self.traces.clone()),
-        };
-        let selected = spans.of(Cow::Borrowed(profile));
+        let selected = self.spans.of(Cow::Borrowed(profile));
         if self.call_site.is_empty() {
             return Ok(selected);
         }

@@ -123,9 +123,10 @@ impl Query {
         selection: Selection,
     ) -> Result<(Vec<CaptureRun>, usize), QueryError> {
         let _timer = self.metrics.query_timer("captures");
+        let selected = self.select(selection).await?;
         self.blocking(move |q| {
             let mut found = Captures::default();
-            q.scan(&selection, |entry| {
+            q.scan(&selected, |entry| {
                 if !entry.row.rule_id.is_empty() && !entry.row.reason.starts_with(CONTINUOUS) {
                     found.add(q.run_of(entry));
                 }

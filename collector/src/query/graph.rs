@@ -1,13 +1,13 @@
 //! Flame graphs and tables of functions, of one selection or of two compared ones.
 
-use std::{borrow::Cow, sync::Arc};
+use std::sync::Arc;
 
 use gannet_proto::{
     pprof::{self, FlameTree, Side},
     query as api,
 };
 
-use super::{Query, QueryError, SpanFilter, merge::Merged, select::Selection, unit_of};
+use super::{Query, QueryError, merge::Merged, select::Selection, unit_of};
 
 /// Nodes of a flame graph without `max_nodes`, and the highest `max_nodes`.
 const DEFAULT_FLAME_NODES: u32 = 20_000;
@@ -32,8 +32,6 @@ pub(crate) struct Shape {
     pub(crate) interpreter_frames: bool,
     /// Whether frames that say what a stack lacks are left out.
     pub(crate) hide_error_frames: bool,
-    /// The spans or traces that select the samples, on both sides.
-    pub(crate) spans: SpanFilter,
 }
 
 impl Comparison {
@@ -50,8 +48,7 @@ impl Comparison {
             if let Some(merged) = merged
                 && let Some(index) = pprof::sample_type_index(&merged.profile, &self.sample_type)
             {
-                let profile = shape.spans.of(Cow::Borrowed(&merged.profile));
-                tree.add(&profile, index, side).map_err(|e| QueryError::Invalid(e.to_string()))?;
+                tree.add(&merged.profile, index, side).map_err(|e| QueryError::Invalid(e.to_string()))?;
             }
         }
         Ok(tree)

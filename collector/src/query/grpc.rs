@@ -58,14 +58,24 @@ impl From<QueryError> for Status {
 }
 
 fn selection(from: Option<api::Selection>) -> Result<Selection, Status> {
-    let api::Selection { query, from, until, profile_id } = from.unwrap_or_default();
+    let api::Selection { query, from, until, profile_id, span_id, trace_id } = from.unwrap_or_default();
     let parse = |field: &str, at: Option<prost_types::Timestamp>| match at {
         None => Ok(None),
         Some(at) => time::to_ms(&at)
             .map(Some)
             .ok_or_else(|| Status::invalid_argument(format!("selection.{field}: not a time after 1970"))),
     };
-    Ok(Selection::new(&query, parse("from", from)?, parse("until", until)?, &profile_id)?)
+    let selection = Selection::new(&query, parse("from", from)?, parse("until", until)?, &profile_id)?;
+    Ok(selection.in_spans(SpanFilter::new(span_id, trace_id)?))
+}
+
+/// Adds the spans of a request to its selections, which may have their own instead.
+fn in_spans(
+    spans: &SpanFilter,
+    [of, base]: [Option<api::Selection>; 2],
+) -> Result<(Selection, Option<Selection>), Status> {
+    let add = |of: Selection| if of.has_all_samples() { of.in_spans(spans.clone()) } else { of };
+    Ok((add(selection(of)?), base.map(|base| selection(Some(base))).transpose()?.map(add)))
 }
 
 fn chunks(bytes: Bytes) -> impl Stream<Item = api::ProfileChunk> + Send {
@@ -84,7 +94,7 @@ impl QueryService for QueryGrpc {
         &self,
         request: Request<api::LabelNamesRequest>,
     ) -> Result<Response<api::LabelNamesResponse>, Status> {
-        let names = self.0.label_names(&selection(request.into_inner().selection)?)?;
+        let names = self.0.label_names(selection(request.into_inner().selection)?).await?;
         Ok(Response::new(api::LabelNamesResponse { names }))
     }
 
@@ -93,7 +103,7 @@ impl QueryService for QueryGrpc {
         request: Request<api::LabelValuesRequest>,
     ) -> Result<Response<api::LabelValuesResponse>, Status> {
         let api::LabelValuesRequest { selection: of, name } = request.into_inner();
-        let values = self.0.label_values(&selection(of)?, &name)?;
+        let values = self.0.label_values(selection(of)?, &name).await?;
         Ok(Response::new(api::LabelValuesResponse { values }))
     }
 
@@ -120,7 +130,8 @@ impl QueryService for QueryGrpc {
         &self,
         request: Request<api::GetProfileRequest>,
     ) -> Result<Response<Self::GetProfileStream>, Status> {
-        let bytes = self.0.profile(parse_profile_id(&request.into_inner().id)?).await?;
+        let api::GetProfileRequest { id, span_id, trace_id } = request.into_inner();
+        let bytes = self.0.profile(parse_profile_id(&id)?, SpanFilter::new(span_id, trace_id)?).await?;
         Ok(Response::new(Box::pin(chunks(bytes).map(Ok))))
     }
 
@@ -189,10 +200,9 @@ impl QueryService for QueryGrpc {
             span_id,
             trace_id,
         } = request.into_inner();
-        let spans = SpanFilter::new(span_id, trace_id)?;
-        let shape = Shape { max: max_nodes, interpreter_frames, hide_error_frames, spans };
-        let base = base.map(|b| selection(Some(b))).transpose()?;
-        let mut answer = self.0.flamegraph(&selection(of)?, base.as_ref(), &sample_type, shape).await?;
+        let (of, base) = in_spans(&SpanFilter::new(span_id, trace_id)?, [of, base])?;
+        let shape = Shape { max: max_nodes, interpreter_frames, hide_error_frames };
+        let mut answer = self.0.flamegraph(&of, base.as_ref(), &sample_type, shape).await?;
         if flat {
             answer.nodes = answer.root.take().map(gannet_proto::pprof::flat).unwrap_or_default();
         }
@@ -210,10 +220,9 @@ impl QueryService for QueryGrpc {
             span_id,
             trace_id,
         } = request.into_inner();
-        let spans = SpanFilter::new(span_id, trace_id)?;
-        let shape = Shape { max: limit, interpreter_frames, hide_error_frames, spans };
-        let base = base.map(|b| selection(Some(b))).transpose()?;
-        let answer = self.0.top(&selection(of)?, base.as_ref(), &sample_type, shape).await?;
+        let (of, base) = in_spans(&SpanFilter::new(span_id, trace_id)?, [of, base])?;
+        let shape = Shape { max: limit, interpreter_frames, hide_error_frames };
+        let answer = self.0.top(&of, base.as_ref(), &sample_type, shape).await?;
         Ok(Response::new(answer))
     }
 

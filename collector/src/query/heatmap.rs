@@ -1,8 +1,9 @@
-//! Heat maps: values of a selection over time, in rows by a label or by the height of the values. Reads only the index.
+//! Heat maps: values of a selection over time, in rows by a label or by the height of the values. Reads only
+//! the index, unless the selection names spans.
 
 use std::{cmp::Reverse, collections::HashMap, sync::Arc};
 
-use super::{Query, QueryError, select::Selection, unit_of};
+use super::{Query, QueryError, Selected, select::Selection, unit_of};
 
 /// Maximum number of columns of one heat map.
 const MAX_COLUMNS: u64 = 500;
@@ -61,7 +62,7 @@ impl Query {
         by: String,
     ) -> Result<Heatmap, QueryError> {
         let _timer = self.metrics.query_timer("heatmap");
-        let Selection::Range { from_ms, until_ms, .. } = selection else {
+        let Some((from_ms, until_ms)) = selection.range() else {
             return Err(QueryError::Invalid("a heat map needs a range, not one profile".into()));
         };
         if sample_type.is_empty() {
@@ -77,12 +78,13 @@ impl Query {
             )));
         }
         let range = Columns { from_ms, step_ms, count: columns as usize };
+        let selected = self.select(selection).await?;
         self.blocking(move |q| {
             let unit = unit_of(&sample_type);
             let rows = if by.is_empty() {
-                q.rows_by_value(&selection, &sample_type, &range)?
+                q.rows_by_value(&selected, &sample_type, &range)?
             } else {
-                q.rows_by_label(&selection, &sample_type, &range, &by)?
+                q.rows_by_label(&selected, &sample_type, &range, &by)?
             };
             Ok(Heatmap { unit, step_ms, rows })
         })
@@ -91,7 +93,7 @@ impl Query {
 
     fn rows_by_label(
         &self,
-        selection: &Selection,
+        selected: &Selected,
         sample_type: &str,
         range: &Columns,
         by: &str,
@@ -100,7 +102,7 @@ impl Query {
         let mut row_of: HashMap<u64, usize> = HashMap::new();
         let mut index_of: HashMap<String, usize> = HashMap::new();
         let mut rows: Vec<HeatmapRow> = Vec::new();
-        self.scan(selection, |entry| {
+        self.scan(selected, |entry| {
             let Some(found) = entry.row.types.iter().find(|t| t.name == sample_type) else { return true };
             let index = *row_of.entry(entry.series).or_insert_with(|| {
                 let labels = self.store.labels_of(entry.series);
@@ -134,12 +136,12 @@ impl Query {
 
     fn rows_by_value(
         &self,
-        selection: &Selection,
+        selected: &Selected,
         sample_type: &str,
         range: &Columns,
     ) -> Result<Vec<HeatmapRow>, QueryError> {
         let mut heights: Vec<Height> = Vec::new();
-        self.scan(selection, |entry| {
+        self.scan(selected, |entry| {
             let Some(found) = entry.row.types.iter().find(|t| t.name == sample_type) else { return true };
             // Windows have different lengths, so only rates are comparable.
             let seconds = entry.row.duration_ms.max(1) as f64 / 1000.0;

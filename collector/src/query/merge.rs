@@ -1,6 +1,7 @@
 //! Merges of many profiles into one, on several threads, with a cache of the results.
 
 use std::{
+    borrow::Cow,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -15,11 +16,14 @@ use gannet_proto::{
 };
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
-use tokio::{runtime::Handle, sync::Semaphore};
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, SemaphorePermit},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Query, QueryError,
+    Query, QueryError, SpanFilter,
     select::{Found, FoundKind, Selection},
 };
 use crate::{
@@ -29,19 +33,20 @@ use crate::{
 
 /// Concurrent merges. Each uses up to [`MERGE_THREADS`] threads.
 const CONCURRENT_MERGES: usize = 2;
-const MERGE_THREADS: usize = 4;
-/// Time that a merge waits for another merge to end.
+pub(super) const MERGE_THREADS: usize = 4;
+/// Time that a query waits for a merge to end.
 const MERGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Distinct stacks of one merged profile. It bounds the memory of a merge.
 const MAX_MERGED_SAMPLES: usize = 1_000_000;
 /// Profiles that one read returns together, at most.
-const PROFILES_OF_READ: usize = 64;
+pub(super) const PROFILES_OF_READ: usize = 64;
 /// Profiles between two checks of the size of a merge.
 const SIZE_CHECK_INTERVAL: u64 = 512;
 /// Merged profiles in the cache, at most.
 const CACHED_MERGES: usize = 1024;
 
 /// A merged profile.
+#[derive(Clone)]
 pub(crate) struct Merged {
     pub(crate) profile: Arc<Profile>,
     /// Number of its sources.
@@ -64,6 +69,12 @@ struct NamesState {
 }
 
 impl Merged {
+    /// Returns the same profile with only the samples of these spans.
+    fn in_spans(&self, spans: &SpanFilter) -> Self {
+        let profile = Arc::new(spans.of(Cow::Borrowed(&self.profile)).into_owned());
+        Self { weight: weight(&profile), profile, ..*self }
+    }
+
     /// Reports whether debug information can add no further name.
     fn has_names(&self, debug_info: &DebugInfo, version: NamesVersion) -> bool {
         self.names.is_some_and(|names| {
@@ -124,8 +135,9 @@ struct SourceCounts {
 }
 
 impl Query {
-    /// Merges a selection. Returns the result and its sample type, or `None` for an empty selection. Dropping the future
-    /// ends the work.
+    /// Merges the selected samples. Returns the result and its sample type, or `None` for a selection without profiles. If several
+    /// sets of sample types fit, the set with the oldest profile wins, among those with a selected sample. Dropping the future ends
+    /// the work.
     pub(super) async fn merged(
         self: &Arc<Self>,
         selection: &Selection,
@@ -133,12 +145,21 @@ impl Query {
         progress: &Arc<MergeProgress>,
     ) -> Result<Option<(Arc<Merged>, String)>, QueryError> {
         let (wanted, of) = (sample_type.to_owned(), selection.clone());
-        let Some(sources) = self.blocking(move |q| q.mergeable(&of, &wanted)).await? else {
-            return Ok(None);
-        };
-        let sample_type = sources.sample_type().to_owned();
-        let merged = self.merge_located(sources.profiles, progress).await?;
-        Ok(merged.map(|merged| (merged, sample_type)))
+        let mut first = None;
+        for sources in self.blocking(move |q| q.mergeable(&of, &wanted)).await? {
+            let sample_type = sources.sample_type().to_owned();
+            let Some(merged) = self.merge_located(sources.profiles, progress).await? else { continue };
+            if selection.has_all_samples() {
+                return Ok(Some((merged, sample_type)));
+            }
+            let spans = selection.spans.clone();
+            let merged = self.blocking(move |_| Ok(Arc::new(merged.in_spans(&spans)))).await?;
+            if !merged.profile.sample.is_empty() {
+                return Ok(Some((merged, sample_type)));
+            }
+            first.get_or_insert((merged, sample_type));
+        }
+        Ok(first)
     }
 
     /// Merges profiles that have the same sample types, and returns each result with these types.
@@ -176,10 +197,7 @@ impl Query {
             progress.done.store(profiles.len() as u64, Ordering::Relaxed);
             return Ok(Some(self.with_names(merged, version, hash).await));
         }
-        let permit = tokio::time::timeout(MERGE_TIMEOUT, self.merges.permits.acquire()).await;
-        let _permit = permit.ok().and_then(Result::ok).ok_or_else(|| {
-            QueryError::Busy(format!("{CONCURRENT_MERGES} other merges are running: try again later"))
-        })?;
+        let _permit = self.merge_permit().await?;
         let cancelled = CancellationToken::new();
         let _guard = cancelled.clone().drop_guard();
         let (runtime, progress) = (Handle::current(), Arc::clone(progress));
@@ -189,6 +207,14 @@ impl Query {
             None => Ok(None),
             Some(merged) => Ok(Some(self.with_names(Arc::new(merged), version, hash).await)),
         }
+    }
+
+    /// Waits until the query may read profiles: it takes several threads.
+    pub(super) async fn merge_permit(&self) -> Result<SemaphorePermit<'_>, QueryError> {
+        let permit = tokio::time::timeout(MERGE_TIMEOUT, self.merges.permits.acquire()).await;
+        permit.ok().and_then(Result::ok).ok_or_else(|| {
+            QueryError::Busy(format!("{CONCURRENT_MERGES} other merges are running: try again later"))
+        })
     }
 
     /// Adds the names from debug information to a merged profile, and puts it into the cache.
@@ -346,8 +372,24 @@ impl Query {
             .merged(selection, sample_type, progress)
             .await?
             .ok_or_else(|| QueryError::NotFound(format!("no profile matches {}", selection.describe())))?;
-        self.blocking(move |_| Ok(pprof::encode(&merged.profile).into())).await
+        if selection.has_all_samples() {
+            return self.blocking(move |_| Ok(pprof::encode(&merged.profile).into())).await;
+        }
+        let profile = Arc::unwrap_or_clone(merged).profile;
+        let of = selection.describe();
+        self.blocking(move |_| encode_selected(Arc::unwrap_or_clone(profile), &of)).await
     }
+}
+
+/// Returns a profile with selected samples in gzipped pprof, without the tables that only other samples need. `of` describes its
+/// profiles.
+pub(super) fn encode_selected(profile: Profile, of: &str) -> Result<Bytes, QueryError> {
+    if profile.sample.is_empty() {
+        return Err(QueryError::NotFound(format!(
+            "no sample of {of} has one of these spans or traces: a sample has a span only if its program publishes spans"
+        )));
+    }
+    Ok(pprof::encode(&pprof::needed(profile)).into())
 }
 
 /// Estimates the memory of a profile, in bytes.

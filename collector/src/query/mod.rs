@@ -6,10 +6,12 @@ mod grpc;
 mod heatmap;
 mod merge;
 mod select;
+mod selected;
 mod spans;
 mod timeline;
 
 use std::{
+    borrow::Cow,
     collections::{BTreeSet, HashMap},
     sync::Arc,
 };
@@ -23,7 +25,6 @@ use gannet_proto::{
 use ulid::Ulid;
 
 pub(crate) use self::graph::Shape;
-use self::merge::{MergeProgress, Merges};
 pub(crate) use self::{
     captures::CaptureRun,
     grpc::QueryGrpc,
@@ -31,6 +32,11 @@ pub(crate) use self::{
     merge::Merged,
     select::{Selection, parse_profile_id},
     spans::SpanFilter,
+};
+use self::{
+    merge::{MergeProgress, Merges, encode_selected},
+    select::Profiles,
+    selected::Selected,
 };
 use crate::{
     debuginfo::DebugInfo,
@@ -160,31 +166,48 @@ impl Query {
     }
 
     /// Returns the names of all labels of the selected series.
-    pub(crate) fn label_names(&self, selection: &Selection) -> Result<Vec<String>, QueryError> {
+    pub(crate) async fn label_names(
+        self: &Arc<Self>,
+        selection: Selection,
+    ) -> Result<Vec<String>, QueryError> {
         let _timer = self.metrics.query_timer("label_names");
         let names: BTreeSet<String> =
-            self.all_labels(selection)?.iter().flat_map(|labels| labels.keys().cloned()).collect();
+            self.all_labels(selection).await?.iter().flat_map(|labels| labels.keys().cloned()).collect();
         Ok(names.into_iter().collect())
     }
 
     /// Returns the values of one label over the selected series.
-    pub(crate) fn label_values(&self, selection: &Selection, name: &str) -> Result<Vec<String>, QueryError> {
+    pub(crate) async fn label_values(
+        self: &Arc<Self>,
+        selection: Selection,
+        name: &str,
+    ) -> Result<Vec<String>, QueryError> {
         let _timer = self.metrics.query_timer("label_values");
         if name.is_empty() {
             return Err(QueryError::Invalid("name: give the label whose values you want".into()));
         }
         let values: BTreeSet<String> =
-            self.all_labels(selection)?.iter().filter_map(|labels| labels.get(name).cloned()).collect();
+            self.all_labels(selection).await?.iter().filter_map(|labels| labels.get(name).cloned()).collect();
         Ok(values.into_iter().collect())
     }
 
-    fn all_labels(&self, selection: &Selection) -> Result<Vec<Arc<Labels>>, QueryError> {
-        Ok(match selection {
-            Selection::Range { selector, from_ms, until_ms } => {
-                self.store.series(selector, *from_ms, *until_ms).into_iter().map(|s| s.labels).collect()
-            }
-            Selection::One(id) => self.store.labels_of(self.entry(*id)?.series).into_iter().collect(),
+    async fn all_labels(self: &Arc<Self>, selection: Selection) -> Result<Vec<Arc<Labels>>, QueryError> {
+        if selection.has_all_samples()
+            && let Profiles::Range { selector, from_ms, until_ms } = &selection.of
+        {
+            let series = self.store.series(selector, *from_ms, *until_ms);
+            return Ok(series.into_iter().map(|s| s.labels).collect());
+        }
+        let selected = self.select(selection).await?;
+        self.blocking(move |q| {
+            let mut series = BTreeSet::new();
+            q.scan(&selected, |entry| {
+                series.insert(entry.series);
+                true
+            })?;
+            Ok(series.into_iter().filter_map(|id| q.store.labels_of(id)).collect())
         })
+        .await
     }
 
     fn entry(&self, id: Ulid) -> Result<StoredProfile, QueryError> {
@@ -195,17 +218,17 @@ impl Query {
         })
     }
 
-    /// Calls `each` for every profile of the selection until `each` returns false. Blocking.
-    fn scan(
+    /// Calls `each` for every one of these profiles, with the sums of all its samples, until `each` returns false. Blocking.
+    fn scan_index(
         &self,
-        selection: &Selection,
+        profiles: &Profiles,
         mut each: impl FnMut(StoredProfile) -> bool,
     ) -> Result<(), QueryError> {
-        match selection {
-            Selection::One(id) => {
+        match profiles {
+            Profiles::One(id) => {
                 each(self.entry(*id)?);
             }
-            Selection::Range { selector, from_ms, until_ms } => {
+            Profiles::Range { selector, from_ms, until_ms } => {
                 self.store.scan(selector, *from_ms, *until_ms, each)?;
             }
         }
@@ -218,10 +241,11 @@ impl Query {
         selection: Selection,
     ) -> Result<Vec<api::SeriesInfo>, QueryError> {
         let _timer = self.metrics.query_timer("series");
-        self.blocking(move |q| q.sum_series(&selection)).await
+        let selected = self.select(selection).await?;
+        self.blocking(move |q| q.sum_series(&selected)).await
     }
 
-    fn sum_series(&self, selection: &Selection) -> Result<Vec<api::SeriesInfo>, QueryError> {
+    fn sum_series(&self, selected: &Selected) -> Result<Vec<api::SeriesInfo>, QueryError> {
         struct Sum {
             profiles: u64,
             samples: u64,
@@ -230,7 +254,7 @@ impl Query {
             types: BTreeSet<String>,
         }
         let mut sums: HashMap<u64, Sum> = HashMap::new();
-        self.scan(selection, |entry| {
+        self.scan(selected, |entry| {
             let start_ms = entry.key.start_ms;
             let sum = sums.entry(entry.series).or_insert_with(|| Sum {
                 profiles: 0,
@@ -268,7 +292,7 @@ impl Query {
     }
 
     /// Returns one page of the selection's profiles, newest first, and the token of the next page. The token is empty on
-    /// the last page. `limit` 0 means the default.
+    /// the last page. `limit` 0 means the default. With spans, a page may hold less than `limit`, even none, before the last one.
     pub(crate) async fn list(
         self: &Arc<Self>,
         selection: Selection,
@@ -286,22 +310,18 @@ impl Query {
             "" => None,
             token => Some(parse_page_token(token)?),
         };
-        self.blocking(move |q| {
-            let (selector, from_ms, until_ms) = match selection {
-                Selection::One(id) => return Ok((q.info(q.entry(id)?).into_iter().collect(), String::new())),
-                Selection::Range { selector, from_ms, until_ms } => (selector, from_ms, until_ms),
-            };
-            // One more than the page holds shows whether there is a next page.
-            let mut page = q.store.newest(&selector, from_ms, until_ms, before, limit + 1)?;
-            let has_more = page.len() > limit;
-            page.truncate(limit);
-            let token = match page.last() {
-                Some(last) if has_more => format!("{}-{}", last.key.start_ms, last.key.id),
-                _ => String::new(),
-            };
-            Ok((page.into_iter().filter_map(|entry| q.info(entry)).collect(), token))
-        })
-        .await
+        let Selection { of, spans } = selection;
+        let (page, last) = match of {
+            Profiles::One(id) => {
+                let entry = self.blocking(move |q| q.entry(id)).await?;
+                (self.in_spans(vec![entry], &spans).await?, None)
+            }
+            Profiles::Range { selector, from_ms, until_ms } => {
+                self.newest(selector, (from_ms, until_ms), &spans, before, limit).await?
+            }
+        };
+        let token = last.map_or_else(String::new, |last| format!("{}-{}", last.start_ms, last.id));
+        Ok((page.into_iter().filter_map(|entry| self.info(entry)).collect(), token))
     }
 
     fn info(&self, entry: StoredProfile) -> Option<api::ProfileInfo> {
@@ -320,9 +340,9 @@ impl Query {
         })
     }
 
-    /// Returns one profile as gzip-compressed pprof. If the agent compressed it with gzip, and debug information adds no names, the bytes
-    /// are those of the agent.
-    pub(crate) async fn profile(self: &Arc<Self>, id: Ulid) -> Result<Bytes, QueryError> {
+    /// Returns the selected samples of one profile as gzip-compressed pprof. If these are all samples, the agent compressed them with
+    /// gzip, and debug information adds no names, the bytes are those of the agent.
+    pub(crate) async fn profile(self: &Arc<Self>, id: Ulid, spans: SpanFilter) -> Result<Bytes, QueryError> {
         let _timer = self.metrics.query_timer("get_profile");
         let entry = self.blocking(move |q| q.entry(id)).await?;
         let bytes = self
@@ -330,6 +350,9 @@ impl Query {
             .profile(entry.location())
             .await?
             .ok_or_else(|| QueryError::NotFound(format!("retention has just removed profile {id}")))?;
+        if spans != SpanFilter::All {
+            return self.samples_of(id, bytes, spans).await;
+        }
         if let Some(named) = self.named_bytes(&bytes).await? {
             return Ok(named);
         }
@@ -345,6 +368,28 @@ impl Query {
 }
 
 impl Query {
+    /// Returns the samples of an encoded profile that are in these spans, with names from debug information.
+    async fn samples_of(
+        self: &Arc<Self>,
+        id: Ulid,
+        bytes: Bytes,
+        spans: SpanFilter,
+    ) -> Result<Bytes, QueryError> {
+        let selected = self.blocking(move |query| {
+            let unreadable = |e| QueryError::TooLarge(format!("cannot read profile {id}: {e}"));
+            let profile = pprof::decode(&bytes, query.max_inflated).map_err(unreadable)?;
+            pprof::check(&profile).map_err(unreadable)?;
+            Ok(Arc::new(spans.of(Cow::Owned(profile)).into_owned()))
+        });
+        let selected = selected.await?;
+        let named = self.debug_info.name(&selected).await.profile;
+        self.blocking(move |_| {
+            let profile = named.unwrap_or_else(|| Arc::unwrap_or_clone(selected));
+            encode_selected(profile, &Selection::one(id).describe())
+        })
+        .await
+    }
+
     /// Returns an encoded profile with names from debug information. Returns `None` without such names, and for an unreadable profile.
     async fn named_bytes(self: &Arc<Self>, bytes: &Bytes) -> Result<Option<Bytes>, QueryError> {
         if self.debug_info.is_idle() {

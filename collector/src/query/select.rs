@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use ulid::Ulid;
 
-use super::{Query, QueryError, QueryOptions};
+use super::{Query, QueryError, QueryOptions, SpanFilter};
 use crate::{
     selector::Selector,
     store::{ProfileLocation, StoredProfile},
@@ -14,9 +14,17 @@ use crate::{
 /// Range of a selection without `from`, in milliseconds before `until`.
 const DEFAULT_RANGE_MS: u64 = 3_600_000;
 
-/// The profiles of a request.
+/// The profiles of a request, and the samples in them. A query reads them by [`Query::select`] or [`Query::merged`], which apply
+/// both parts.
 #[derive(Debug, Clone)]
-pub(crate) enum Selection {
+pub(crate) struct Selection {
+    pub(super) of: Profiles,
+    pub(super) spans: SpanFilter,
+}
+
+/// The profiles of a selection.
+#[derive(Debug, Clone)]
+pub(super) enum Profiles {
     /// Profiles of matching series that start in `from_ms..until_ms`.
     Range { selector: Selector, from_ms: u64, until_ms: u64 },
     /// A single profile by its id.
@@ -24,8 +32,8 @@ pub(crate) enum Selection {
 }
 
 impl Selection {
-    /// Builds a selection from the parameters of a request. Missing times have their defaults: the last hour. An empty
-    /// `profile_id` means a range.
+    /// Builds a selection of all samples from the parameters of a request. Missing times have their defaults: the last hour. An
+    /// empty `profile_id` means a range.
     pub(crate) fn new(
         query: &str,
         from_ms: Option<u64>,
@@ -33,7 +41,7 @@ impl Selection {
         profile_id: &str,
     ) -> Result<Self, QueryError> {
         if !profile_id.is_empty() {
-            return Ok(Self::One(parse_profile_id(profile_id)?));
+            return Ok(Self::one(parse_profile_id(profile_id)?));
         }
         let until_ms = until_ms.unwrap_or_else(time::now_ms);
         let from_ms = from_ms.unwrap_or(until_ms.saturating_sub(DEFAULT_RANGE_MS));
@@ -42,22 +50,38 @@ impl Selection {
                 "the range is empty: `from` ({from_ms}) must be before `until` ({until_ms})"
             )));
         }
-        Ok(Self::Range { selector: Selector::parse(query)?, from_ms, until_ms })
+        let of = Profiles::Range { selector: Selector::parse(query)?, from_ms, until_ms };
+        Ok(Self { of, spans: SpanFilter::All })
+    }
+
+    /// Selects a single profile.
+    pub(crate) fn one(id: Ulid) -> Self {
+        Self { of: Profiles::One(id), spans: SpanFilter::All }
+    }
+
+    /// Selects only the samples of these spans or traces.
+    pub(crate) fn in_spans(self, spans: SpanFilter) -> Self {
+        Self { spans, ..self }
+    }
+
+    /// Reports whether the selection has all samples of its profiles.
+    pub(super) fn has_all_samples(&self) -> bool {
+        self.spans == SpanFilter::All
     }
 
     /// Returns the range in milliseconds, or `None` for a single profile.
     pub(crate) fn range(&self) -> Option<(u64, u64)> {
-        match self {
-            Self::Range { from_ms, until_ms, .. } => Some((*from_ms, *until_ms)),
-            Self::One(_) => None,
+        match &self.of {
+            Profiles::Range { from_ms, until_ms, .. } => Some((*from_ms, *until_ms)),
+            Profiles::One(_) => None,
         }
     }
 
     /// Returns a human-readable form for error messages.
     pub(super) fn describe(&self) -> String {
-        match self {
-            Self::One(id) => format!("profile {id}"),
-            Self::Range { selector, from_ms, until_ms } => {
+        match &self.of {
+            Profiles::One(id) => format!("profile {id}"),
+            Profiles::Range { selector, from_ms, until_ms } => {
                 let at = |ms: u64| {
                     jiff::Timestamp::from_millisecond(ms as i64)
                         .map_or_else(|_| ms.to_string(), |t| t.to_string())
@@ -132,16 +156,17 @@ impl Found {
 
     /// Returns an error above the limits of one query. `of` describes the selection.
     fn check(&self, options: &QueryOptions, of: impl FnOnce() -> String) -> Result<(), QueryError> {
-        if self.fits(options) {
-            return Ok(());
-        }
-        Err(QueryError::TooLarge(format!(
-            "{} has more than {} profiles or {} MiB, the limits of one query: choose a shorter range or fewer series",
-            of(),
-            options.max_profiles,
-            options.max_bytes >> 20,
-        )))
+        if self.fits(options) { Ok(()) } else { Err(above_limits(options, &of())) }
     }
+}
+
+/// Returns the error for a selection above the limits of one query. `of` describes it.
+pub(super) fn above_limits(options: &QueryOptions, of: &str) -> QueryError {
+    QueryError::TooLarge(format!(
+        "{of} has more than {} profiles or {} MiB, the limits of one query: choose a shorter range or fewer series",
+        options.max_profiles,
+        options.max_bytes >> 20,
+    ))
 }
 
 impl Query {
@@ -164,24 +189,24 @@ impl Query {
         Ok(found)
     }
 
-    /// Returns the mergeable profiles of the selection that have the sample type, or `None` for an empty selection. An
-    /// empty `sample_type` means the last type of a profile. If several sets of types fit, the set with the oldest
-    /// profile wins. Blocking.
+    /// Returns the mergeable profiles of the selection that have the sample type, with all their samples: one part for each set of
+    /// sample types, the set with the oldest profile first. None for an empty selection. An empty `sample_type` means the last type
+    /// of a profile. Blocking.
     pub(super) fn mergeable(
         &self,
         selection: &Selection,
         sample_type: &str,
-    ) -> Result<Option<Mergeable>, QueryError> {
+    ) -> Result<Vec<Mergeable>, QueryError> {
         let mut found = Found::default();
-        self.scan(selection, |entry| {
+        self.scan_index(&selection.of, |entry| {
             found.add(&entry);
             found.fits(&self.options)
         })?;
         if found.kinds.is_empty() {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         found.check(&self.options, || selection.describe())?;
-        let mut kinds = found.kinds;
+        let kinds = found.kinds;
         let position = |kind: &[String]| {
             if sample_type.is_empty() {
                 kind.len().checked_sub(1)
@@ -189,22 +214,22 @@ impl Query {
                 kind.iter().position(|t| t == sample_type)
             }
         };
-        let chosen = kinds
-            .iter()
-            .enumerate()
-            .filter_map(|(i, kind)| position(&kind.types).map(|index| (kind.first_ms, i, index)))
-            .min();
-        let Some((_, kind, type_index)) = chosen else {
-            let known: BTreeSet<&str> =
-                kinds.iter().flat_map(|kind| kind.types.iter().map(String::as_str)).collect();
+        let known: BTreeSet<String> = kinds.iter().flat_map(|kind| kind.types.iter().cloned()).collect();
+        let mut fitting: Vec<(usize, FoundKind)> =
+            kinds.into_iter().filter_map(|kind| Some((position(&kind.types)?, kind))).collect();
+        if fitting.is_empty() {
             return Err(QueryError::NotFound(format!(
                 "no profile of {} has the sample type `{sample_type}`; known types: {}",
                 selection.describe(),
                 known.into_iter().collect::<Vec<_>>().join(", ")
             )));
-        };
-        let FoundKind { types, first_ms: _, mut profiles } = kinds.swap_remove(kind);
-        profiles.sort_unstable();
-        Ok(Some(Mergeable { profiles, types, type_index }))
+        }
+        fitting.sort_by_key(|(_, kind)| kind.first_ms);
+        let mergeable =
+            fitting.into_iter().map(|(type_index, FoundKind { types, first_ms: _, mut profiles })| {
+                profiles.sort_unstable();
+                Mergeable { profiles, types, type_index }
+            });
+        Ok(mergeable.collect())
     }
 }

@@ -1,4 +1,4 @@
-//! Timelines: values of a selection over time, from the index alone.
+//! Timelines: values of a selection over time. Reads only the index, unless the selection names spans.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -25,7 +25,7 @@ impl Query {
         step_ms: Option<u64>,
     ) -> Result<api::TimelineResponse, QueryError> {
         let _timer = self.metrics.query_timer("timeline");
-        let Selection::Range { from_ms, until_ms, .. } = selection else {
+        let Some((from_ms, until_ms)) = selection.range() else {
             return Err(QueryError::Invalid("a timeline needs a range, not one profile".into()));
         };
         let step = match step_ms {
@@ -39,11 +39,12 @@ impl Query {
                 "step {step} ms makes {points} points of this range, above {MAX_POINTS}: choose a longer step"
             )));
         }
+        let selected = self.select(selection).await?;
         self.blocking(move |q| {
             let empty = || vec![(0, 0); points as usize];
             let mut first: Option<(ObjectKey, String)> = None;
             let mut sums: BTreeMap<String, Vec<Point>> = BTreeMap::new();
-            q.scan(&selection, |entry| {
+            q.scan(&selected, |entry| {
                 let index = ((entry.key.start_ms - from_ms) / step) as usize;
                 if let Some(last) = entry.row.types.last()
                     && first.as_ref().is_none_or(|(key, _)| entry.key < *key)

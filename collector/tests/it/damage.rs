@@ -115,7 +115,11 @@ async fn queries_answer_without_damaged_objects_and_count_them() {
     pusher.store(batch("shop", now_ms(), &[("main;work", 1)])).await;
     check_queries(&running, 6, 4, 10).await;
     let id = list(&running).await.pop().unwrap().id;
-    let status = queries(&running).await.get_profile(GetProfileRequest { id }).await.unwrap_err();
+    let status = queries(&running)
+        .await
+        .get_profile(GetProfileRequest { id, ..Default::default() })
+        .await
+        .unwrap_err();
     assert_eq!(status.code(), Code::DataLoss, "{status}");
     drop(pusher);
     running.shutdown().await;

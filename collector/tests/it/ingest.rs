@@ -39,7 +39,7 @@ async fn an_accepted_batch_is_read_back_unchanged() {
     assert_eq!(info.sample_types, ["samples/count", "cpu/nanoseconds"]);
     assert_eq!((info.samples, info.bytes, info.revision), (4, sent.pprof.len() as u64, 7));
     assert_eq!((info.rule_id.as_str(), info.reason.as_str()), ("r1", "always"));
-    let request = gannet_proto::query::GetProfileRequest { id: sent.batch_id };
+    let request = gannet_proto::query::GetProfileRequest { id: sent.batch_id, ..Default::default() };
     let mut stream = client.get_profile(request).await.unwrap().into_inner();
     let mut got = Vec::new();
     while let Some(chunk) = stream.message().await.unwrap() {

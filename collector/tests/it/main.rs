@@ -28,6 +28,7 @@ mod query;
 mod recording;
 mod requests;
 mod segment;
+mod spans;
 mod sql;
 mod staging;
 mod store;

@@ -229,7 +229,7 @@ impl Pusher {
 
 /// Returns the bytes of a profile, or the error of the collector.
 pub async fn download(running: &Running, id: &str) -> Result<Vec<u8>, tonic::Status> {
-    let request = GetProfileRequest { id: id.to_owned() };
+    let request = GetProfileRequest { id: id.to_owned(), ..Default::default() };
     let mut chunks = queries(running).await.get_profile(request).await?.into_inner();
     let mut bytes = Vec::new();
     while let Some(chunk) = chunks.message().await? {

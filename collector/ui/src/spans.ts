@@ -3,6 +3,9 @@
 /** Returns the parameter for the ids: those of traces have 32 hex digits. */
 export const spanParameter = (ids: string): "span_id" | "trace_id" => (/^,*[\da-f]{32}(,|$)/i.test(ids) ? "trace_id" : "span_id");
 
+/** Returns the parameters of a request for only these samples. With a mistake in the ids, it asks for all samples. */
+export const spanParameters = (ids: string): { span_id?: string; trace_id?: string } => (ids === "" || mistakeInSpans(ids) !== undefined ? {} : { [spanParameter(ids)]: ids });
+
 /** Returns the mistake in the ids and its cure. No ids are no filter. */
 export function mistakeInSpans(ids: string): string | undefined {
   if (ids === "") return undefined;

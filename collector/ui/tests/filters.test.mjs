@@ -189,6 +189,46 @@ describe("a filter", () => {
     });
   });
 
+  it("by span applies to the plot, the heat map, the list and the downloads", async () => {
+    const pay = "53995c3f42cd8ad8";
+    /** Opens a view, and returns the answer to the request of the page for this path. */
+    const answerOf = async (page, path, address) => {
+      const answer = page.waitForResponse((response) => new URL(response.url()).pathname.endsWith(`/api/v1/${path}`));
+      await page.goto(new URL(address, page.url()).href);
+      return answer;
+    };
+    const total = (numbers) => numbers.reduce((all, number) => all + (number ?? 0), 0);
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "SSL_write");
+      const plotted = async () => (await page.textContent(".timeline.main .reading")).trim();
+      const [whole, all] = [await plotted(), sum((await stacks(page)).filter(({ stack }) => stack.some(({ name }) => name === "shop::checkout::pay")))];
+      const { points } = await (await answerOf(page, "timeline", `?${CHECKOUT}&span_id=${pay}`)).json();
+      assert.equal(total(points.map(({ value }) => value)), all);
+      await page.waitForFunction((whole) => /peak/.test(document.querySelector(".timeline.main .reading")?.textContent) && document.querySelector(".timeline.main .reading").textContent.trim() !== whole, whole);
+      const download = page.getByRole("link", { name: "Download pprof" });
+      const size = (link) => page.evaluate(async (link) => (await (await fetch(link)).arrayBuffer()).byteLength, link);
+      const link = await download.getAttribute("href");
+      assert.match(link, new RegExp(`span_id=${pay}`));
+      assert.ok((await size(link)) < (await size(link.replace(`&span_id=${pay}`, ""))));
+      const { rows } = await (await answerOf(page, "heatmap", `?${CHECKOUT}&span_id=${pay}&time=heat&rows=service_name`)).json();
+      assert.equal(total(rows.flatMap(({ cells }) => cells)), all);
+      const list = (await answerOf(page, "profiles", `?${CHECKOUT}&span_id=${pay}&show=list`)).url();
+      const { profiles } = await page.evaluate(async (list) => (await fetch(list)).json(), list.replace("limit=100", "limit=10000"));
+      // The seed samples 99 times a second.
+      assert.equal(total(profiles.map(({ samples }) => samples)) * Math.floor(1e9 / 99), all);
+      await page.waitForSelector("table.list tbody tr");
+      assert.match(await page.getByRole("link", { name: /^Download profile/ }).first().getAttribute("href"), new RegExp(`\\?span_id=${pay}`));
+      await accessible(page);
+      await page.getByRole("button", { name: /^Remove the filter: only span/ }).click();
+      await page.waitForFunction(() => !location.search.includes("span_id"));
+    });
+    await on(`?${CHECKOUT}&show=list&only=pay&span_id=${"0".repeat(16)}`, async (page) => {
+      await page.getByText("No profile has such a sample").waitFor();
+      assert.equal(await page.getByRole("button", { name: /^Remove the filter/ }).count(), 1);
+      assert.ok(await page.getByRole("button", { name: "Download pprof" }).isDisabled());
+    });
+  });
+
   it("by span says what is wrong with an id, or that no sample has it", async () => {
     const wrong = [["4bf9", /“4bf9” is no id\. A span has 16 hex digits, a trace 32/], [",", /“,” is no id/], [`${"0".repeat(16)},${"0".repeat(32)}`, /ids of spans or ids of traces, not both/]];
     for (const [ids, message] of wrong) {

@@ -10,7 +10,9 @@ use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, V
 pub(crate) use debuginfo::DebugInfo;
 use gannet_base::{CompletionArgs, ManArgs, Renamed};
 use gannet_proto::connect::Dial;
-pub(crate) use profiles::{Base, Flame, Form, Manual, Open, Profiles, Select, SqlArgs, TopArgs, moment};
+pub(crate) use profiles::{
+    Base, Flame, Form, Manual, Open, Profiles, Select, Spans, SqlArgs, TopArgs, moment,
+};
 pub(crate) use rules::{Rollout, RuleFiles, Rules, ScopeArg};
 
 /// Control Gannet: set profiling rules, follow them to the nodes, read profiles

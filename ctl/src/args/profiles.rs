@@ -9,7 +9,18 @@ use jiff::Timestamp;
 
 use crate::export::FileFormat;
 
-/// Stored profiles, chosen by labels and time.
+/// The spans or traces whose samples a command reads; all samples by default.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct Spans {
+    /// Only samples of one of these spans: ids of 16 hex digits
+    #[arg(long, value_name = "ID", value_delimiter = ',', conflicts_with = "trace_id")]
+    pub(crate) span_id: Vec<String>,
+    /// Only samples of one of these traces: ids of 32 hex digits
+    #[arg(long, value_name = "ID", value_delimiter = ',')]
+    pub(crate) trace_id: Vec<String>,
+}
+
+/// Stored profiles, chosen by labels and time, and their samples, by spans.
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Selection")]
 pub(crate) struct Select {
@@ -28,6 +39,8 @@ pub(crate) struct Select {
     /// Only the profile with this id
     #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
     pub(crate) profile: String,
+    #[command(flatten)]
+    pub(crate) spans: Spans,
 }
 
 /// The base of a comparison.
@@ -86,6 +99,8 @@ pub(crate) enum Profiles {
         out: Option<PathBuf>,
         #[command(flatten)]
         form: Form,
+        #[command(flatten)]
+        spans: Spans,
     },
     /// Convert a pprof file for another tool; needs no collector
     #[command(after_help = "Examples:\n  gannetctl profiles convert slow.pb.gz -O slow.firefox.json\n  \
@@ -171,7 +186,7 @@ pub(crate) struct SqlArgs {
 #[derive(Debug, Args)]
 pub(crate) struct Open {
     /// The pprof file to show; needs no collector
-    #[arg(conflicts_with_all = ["query", "since", "from", "until", "profile", "sample_type"])]
+    #[arg(conflicts_with_all = ["query", "since", "from", "until", "profile", "sample_type", "span_id", "trace_id"])]
     pub(crate) file: Option<PathBuf>,
     /// Merge only profiles with this sample type; needed if the selection holds several kinds of profiles
     #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
@@ -187,7 +202,7 @@ pub(crate) struct Open {
 #[derive(Debug, Args)]
 pub(crate) struct Flame {
     /// Show this pprof file; needs no collector
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["query", "since", "from", "until", "profile", "base_query", "base_since", "base_from", "base_until"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["query", "since", "from", "until", "profile", "span_id", "trace_id", "base_query", "base_since", "base_from", "base_until"])]
     pub(crate) input: Option<PathBuf>,
     /// The sample type: cpu/nanoseconds, samples/count, offcpu/nanoseconds. By default the last type of the profile
     #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
@@ -229,12 +244,6 @@ pub(crate) struct TopArgs {
     /// Leave out frames that say what a stack lacks, such as `[truncated]` and `[unknown]`
     #[arg(long)]
     pub(crate) hide_error_frames: bool,
-    /// Count only samples of one of these spans: ids of 16 hex digits
-    #[arg(long, value_name = "ID", value_delimiter = ',', conflicts_with = "trace_id")]
-    pub(crate) span_id: Vec<String>,
-    /// Count only samples of one of these traces: ids of 32 hex digits
-    #[arg(long, value_name = "ID", value_delimiter = ',')]
-    pub(crate) trace_id: Vec<String>,
     #[command(flatten)]
     pub(crate) select: Select,
 }
@@ -321,12 +330,14 @@ fn start(since: Option<TimeSpan>, from: Option<Timestamp>, until: Option<Timesta
 impl Select {
     /// Converts the flags to a request. Resolves `--since` against the present time.
     pub(crate) fn selection(&self) -> Selection {
-        let Self { query, since, from, until, profile } = self;
+        let Self { query, since, from, until, profile, spans: Spans { span_id, trace_id } } = self;
         Selection {
             query: query.clone(),
             from: start(*since, *from, *until).map(wire),
             until: until.map(wire),
             profile_id: profile.clone(),
+            span_id: span_id.clone(),
+            trace_id: trace_id.clone(),
         }
     }
 }
@@ -338,7 +349,7 @@ impl Base {
         base_query.is_some() || base_since.is_some() || base_from.is_some() || base_until.is_some()
     }
 
-    /// Converts the flags to a request. Labels or times that are not given are those of `main`.
+    /// Converts the flags to a request. Labels or times that are not given are those of `main`, and so are the spans.
     pub(crate) fn selection(&self, main: &Select) -> Selection {
         let Self { base_query, base_since, base_from, base_until } = self;
         let mut base = main.selection();

@@ -132,7 +132,7 @@ impl<'a> Given<'a> {
     /// Returns the profiles that `query`, `since`, `from` and `until` select.
     pub(super) fn select(&self) -> Result<Select, String> {
         let (since, from, until) = self.range(["since", "from", "until"])?;
-        Ok(Select { query: self.text("query"), since, from, until, profile: String::new() })
+        Ok(Select { query: self.text("query"), since, from, until, ..Select::default() })
     }
 
     /// Returns the base of a comparison. Returns an error if the base would be the same as the selection.

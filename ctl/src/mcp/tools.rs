@@ -232,8 +232,6 @@ impl Declared {
                 limit: given.number("limit") as u32,
                 interpreter_frames: false,
                 hide_error_frames: false,
-                span_id: Vec::new(),
-                trace_id: Vec::new(),
                 select: given.select()?,
             })
         };

@@ -30,7 +30,7 @@ pub use interpreters::{InterpreterFrames, interpreted_name, is_interpreted};
 pub use merge::Merger;
 pub use pieces::{PIECES, PIECES_WINDOW, PieceDecoder, PieceEncoder, PieceError};
 pub use select::{select_type, stacks_below};
-pub use split::{halves, split};
+pub use split::{halves, needed, split};
 
 pub use crate::profiles::Profile;
 

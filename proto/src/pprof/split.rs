@@ -37,8 +37,8 @@ pub fn halves(mut profile: Profile) -> Option<[Profile; 2]> {
     Some([needed(profile), needed(rest)])
 }
 
-/// Removes everything that no sample needs.
-fn needed(mut profile: Profile) -> Profile {
+/// Removes everything that no sample of a checked profile needs.
+pub fn needed(mut profile: Profile) -> Profile {
     let locations: HashSet<u64> =
         profile.sample.iter().flat_map(|sample| sample.location_id.iter().copied()).collect();
     profile.location.retain(|location| locations.contains(&location.id));

@@ -9,8 +9,10 @@ import { type State, go } from "../state";
 import { share } from "../units";
 import type { Answers } from "./useAnswers";
 
+/** Changes that remove the filters by names and kinds of frames. A list of profiles knows none of these. */
+export const OF_NAMES: Pick<State, "hide" | "only" | "without"> = { hide: [], only: "", without: "" };
 /** Changes that remove all filters. */
-const NONE: Partial<State> = { hide: [], only: "", without: "", spans: "" };
+const NONE: Partial<State> = { ...OF_NAMES, spans: "" };
 
 interface FilterFieldProps {
   id: string;

@@ -3,6 +3,7 @@ import { useEffect, useState } from "preact/hooks";
 import { type ProfileInfo, type Selection, get, selectionParameters, url } from "../api";
 import { useLoad } from "../parts/hooks";
 import { Problem } from "../parts/parts";
+import { spanParameters } from "../spans";
 import { bytes, duration, integer, typeName, when } from "../units";
 
 interface Page {
@@ -26,18 +27,19 @@ function Labels({ labels }: { labels: Record<string, string> }) {
   );
 }
 
-export function List(props: { selection: Selection; tick: number; onShow: (profile: ProfileInfo) => void }) {
+export function List(props: { selection: Selection; spans: string; tick: number; onShow: (profile: ProfileInfo) => void }) {
   const { selection, tick } = props;
-  const key = JSON.stringify([selection, tick]);
+  const spans = spanParameters(props.spans);
+  const key = JSON.stringify([selection, spans, tick]);
   const [tokens, setTokens] = useState<string[]>([]);
   const [older, setOlder] = useState<ProfileInfo[]>([]);
   useEffect(() => {
     setTokens([]);
     setOlder([]);
-  }, [JSON.stringify(selection)]);
+  }, [JSON.stringify([selection, spans])]);
   const token = tokens[tokens.length - 1] ?? "";
   const page = useLoad<Page>(`${key} ${token}`, (signal) =>
-    get("profiles", { ...selectionParameters(selection), limit: 100, page_token: token }, signal),
+    get("profiles", { ...selectionParameters(selection), ...spans, limit: 100, page_token: token }, signal),
   );
   if (page.error) return <Problem error={page.error} />;
   const rows = [...older, ...(page.data?.profiles ?? [])];
@@ -74,13 +76,13 @@ export function List(props: { selection: Selection; tick: number; onShow: (profi
               <td class="number">{bytes(profile.bytes ?? 0)}</td>
               <td class="number nowrap">
                 <button type="button" class="quiet" onClick={() => props.onShow(profile)} aria-label={`Show only profile ${profile.id}`}>Show</button>{" "}
-                <a class="quiet button" href={url(`profiles/${encodeURIComponent(profile.id)}`)} download aria-label={`Download profile ${profile.id} as pprof`}>pprof</a>
+                <a class="quiet button" href={url(`profiles/${encodeURIComponent(profile.id)}`, spans)} download aria-label={`Download profile ${profile.id} as pprof`}>pprof</a>
               </td>
             </tr>
           ))}
         </tbody>
       </table>
-      {rows.length === 0 && !page.loading && <p class="dim none">No profiles.</p>}
+      {rows.length === 0 && !page.loading && <p class="dim none">{next ? "None of the newest profiles has such a sample." : props.spans === "" ? "No profiles." : "No profile has such a sample."}</p>}
       {next && (
         <button
           type="button"

@@ -77,7 +77,7 @@ function Results(props: ResultsProps) {
       {failure && <Problem error={failure} />}
       {queryError && <p class="dim none">Correct the selector to see profiles.</p>}
       {!failure && !queryError && !badTime && !isList && isEmpty && <Nothing state={state} selection={selection} isSpan={state.span !== undefined} />}
-      {isList && !queryError && <List selection={selection} tick={tick} onShow={({ id, sample_types }) =>
+      {isList && !queryError && <List selection={selection} spans={state.spans} tick={tick} onShow={({ id, sample_types }) =>
         // The profile may be of another kind than the shown type.
         go({ profile: id, type: sample_types.includes(type) ? type : (sample_types.at(-1) ?? ""), show: "graph", compare: false, zoom: "" })
       } />}

@@ -2,9 +2,10 @@
 import { selectionParameters, url } from "../api";
 import { Choice, Toggle } from "../parts/parts";
 import { Popover } from "../parts/Popover";
+import { mistakeInSpans, spanParameters } from "../spans";
 import { type State, go } from "../state";
 import { clock, integer, share, typeName, value, when } from "../units";
-import { FilterChips, Filters } from "./Filters";
+import { FilterChips, Filters, OF_NAMES } from "./Filters";
 import { SearchField } from "./SearchField";
 import type { Selections } from "./selection";
 import type { Answers } from "./useAnswers";
@@ -85,19 +86,21 @@ function GraphOptions({ state }: { state: State }) {
   );
 }
 
-function Download({ state, selections: { selection, base }, answers: { type, isEmpty, graph } }: ToolbarProps) {
-  if (state.profile) {
-    return <a class="field button" href={url(`profiles/${encodeURIComponent(state.profile)}`)} download>Download pprof</a>;
+function Download({ state, selections: { selection, base }, answers: { type, isEmpty, graph, total, baseTotal } }: ToolbarProps) {
+  const spans = spanParameters(state.spans);
+  const isNothing = state.spans !== "" && total + baseTotal === 0;
+  if (state.profile && !isNothing) {
+    return <a class="field button" href={url(`profiles/${encodeURIComponent(state.profile)}`, spans)} download>Download pprof</a>;
   }
-  if (isEmpty || !graph) return <button type="button" class="field" disabled>Download pprof</button>;
-  const merged = url("merge", { ...selectionParameters(selection), type });
+  if (isEmpty || isNothing || !graph) return <button type="button" class="field" disabled>Download pprof</button>;
+  const merged = url("merge", { ...selectionParameters(selection), ...spans, type });
   if (!base) return <a class="field button" href={merged} download>Download pprof</a>;
   return (
     <Popover name="Download pprof" label="Download pprof">
       {() => (
         <div class="options-box">
           <a class="field button" href={merged} download>Comparison</a>
-          <a class="field button" href={url("merge", { ...selectionParameters(base), type })} download>Base</a>
+          <a class="field button" href={url("merge", { ...selectionParameters(base), ...spans, type })} download>Base</a>
         </div>
       )}
     </Popover>
@@ -106,19 +109,20 @@ function Download({ state, selections: { selection, base }, answers: { type, isE
 
 export function Toolbar(props: ToolbarProps) {
   const { state, answers } = props;
+  const isList = state.show === "list";
   return (
     <div class="toolbar">
       <div class="numbers">
         <Totals {...answers} />
         {answers.busy && <span class="spinner" aria-label="Loading" role="status" />}
         <Chips state={state} />
-        {state.show !== "list" && <FilterChips state={state} mistakes={answers.mistakes} />}
+        {isList ? <FilterChips state={{ ...state, ...OF_NAMES }} mistakes={answers.mistakes.filter((mistake) => mistake === mistakeInSpans(state.spans))} /> : <FilterChips state={state} mistakes={answers.mistakes} />}
       </div>
       <div class="tools">
         <SearchField state={state} />
-        {state.show !== "list" && <Filters state={state} {...answers} />}
+        {!isList && <Filters state={state} {...answers} />}
         <Choice name="How to show it" value={state.show} of={[["graph", "Graph"], ["both", "Both"], ["sandwich", "Sandwich"], ["table", "Table"], ["list", "Profiles"]]} onChange={(show) => go({ show })} />
-        {state.show !== "table" && state.show !== "list" && <GraphOptions state={state} />}
+        {state.show !== "table" && !isList && <GraphOptions state={state} />}
         <Download {...props} />
       </div>
     </div>

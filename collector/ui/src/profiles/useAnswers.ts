@@ -21,7 +21,7 @@ import { topOf } from "../flame/top";
 import type { Tree } from "../flame/tree";
 import { type Load, useLoad } from "../parts/hooks";
 import { type Sliced, useSliced } from "../parts/sliced";
-import { mistakeInSpans, spanParameter } from "../spans";
+import { mistakeInSpans, spanParameters } from "../spans";
 import type { State } from "../state";
 import { niceStep } from "../time";
 import type { Selections } from "./selection";
@@ -130,22 +130,24 @@ export function useAnswers(state: State, selections: Selections): Answers {
   // The collector would choose a type itself, perhaps another one, so requests wait until the types are known.
   const ready = state.type !== "" || series.data !== undefined;
 
-  const lineKey = (which: Selection) => (ready ? JSON.stringify(["timeline", which, type]) : undefined);
+  const spanMistake = mistakeInSpans(state.spans);
+  const ofSpans = state.spans !== "" && spanMistake === undefined;
+  const spans = spanParameters(state.spans);
+
+  const lineKey = (which: Selection) => (ready ? JSON.stringify(["timeline", which, type, spans]) : undefined);
   const loadLine = (which: Selection) => (signal: AbortSignal) =>
-    get<Timeline>("timeline", { ...selectionParameters(which), type, step_ms: niceStep(which.until - which.from) }, signal);
+    get<Timeline>("timeline", { ...selectionParameters(which), ...spans, type, step_ms: niceStep(which.until - which.from) }, signal);
   const line = useLoad<Timeline>(state.heat ? undefined : lineKey(window), loadLine(window));
   const baseLine = useLoad<Timeline>(state.compare && !state.heat ? lineKey(baseWindow) : undefined, loadLine(baseWindow));
-  const heatKey = (which: Selection) => (ready && type && state.heat ? JSON.stringify(["heatmap", which, type, state.rows]) : undefined);
+  const heatKey = (which: Selection) => (ready && type && state.heat ? JSON.stringify(["heatmap", which, type, state.rows, spans]) : undefined);
   const loadHeat = (which: Selection) => (signal: AbortSignal) =>
-    get<HeatMap>("heatmap", { ...selectionParameters(which), type, step_ms: niceStep(which.until - which.from), by: state.rows }, signal);
+    get<HeatMap>("heatmap", { ...selectionParameters(which), ...spans, type, step_ms: niceStep(which.until - which.from), by: state.rows }, signal);
   const heat = useLoad<HeatMap>(heatKey(window), loadHeat(window));
   const baseHeat = useLoad<HeatMap>(state.compare ? heatKey(baseWindow) : undefined, loadHeat(baseWindow));
   const events = useLoad<Annotations>(JSON.stringify(["annotations", window]), (signal) => get("annotations", selectionParameters(window), signal));
   const labels = useMemo(() => [...new Set((series.data?.series ?? []).flatMap((entry) => Object.keys(entry.labels)))].sort(), [series.data]);
 
-  const spanMistake = mistakeInSpans(state.spans);
-  const ofSpans = state.spans !== "" && spanMistake === undefined;
-  const request = { ...selectionParameters(selection), ...baseParameters(base), ...(ofSpans ? { [spanParameter(state.spans)]: state.spans } : {}), profile_id: state.profile, type, interpreter_frames: state.interpreters ? "true" : "", hide_error_frames: state.hideErrors ? "true" : "" };
+  const request = { ...selectionParameters(selection), ...baseParameters(base), ...spans, profile_id: state.profile, type, interpreter_frames: state.interpreters ? "true" : "", hide_error_frames: state.hideErrors ? "true" : "" };
   const key = ready ? JSON.stringify(request) : undefined;
   const wantsTable = state.show === "table" || state.show === "both" || state.show === "sandwich";
   const graph = useLoad<Graph>(key && `graph ${key}`, async (signal) => ({
