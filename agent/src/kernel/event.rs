@@ -105,7 +105,7 @@ const STACK_POINTER: usize = if cfg!(target_arch = "aarch64") { 31 } else { 7 };
 /// Parts of a raw stack; see `raw_unread` of gannet.h.
 const RAW_STACK_PAGES: u32 = 6;
 /// `OFF_CPU_RAW_WORDS` there: the words of the raw stack of a blocked thread. The kernel refuses a map of another size.
-pub(super) const OFF_CPU_RAW_WORDS: usize = RAW_REGISTERS + 3 * 4096 / 8;
+pub(super) const OFF_CPU_RAW_WORDS: usize = RAW_REGISTERS + 5 * 4096 / 8;
 const PAGE: u64 = 4096;
 
 /// Returns the addresses of the parts of a raw stack that could not be read: `bits` has one bit for each part.

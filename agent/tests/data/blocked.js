@@ -41,9 +41,12 @@ function deep(depth) {
   }
 }
 
+// Their values lie on the stack, between the frames of the callee and the caller.
+const padding = Array(450).fill(0);
+
 function all() {
   wait();
-  read();
+  read.apply(null, padding);
   new Service().handle([1]);
   deep(30);
 }

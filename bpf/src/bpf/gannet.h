@@ -29,8 +29,11 @@ _Static_assert(MAX_KERNEL_FRAMES + MAX_FP_FRAMES + 2 <= OFF_CPU_FRAMES, "the ker
 _Static_assert(RAW_STACK_PAGES <= 8, "one bit of struct sample's raw_unread for each");
 #define RAW_STACK_WORDS (RAW_STACK_PAGES * 4096 / 8)
 #define RAW_WORDS (RAW_REGISTERS + RAW_STACK_WORDS)
-/* Of a thread that is off the CPU: the page of the stack pointer, and the next ones. */
-#define OFF_CPU_RAW_PAGES 3
+/*
+ * Of a thread that is off the CPU: the page of the stack pointer, and the next ones. libuv's function for files takes 8.6 KB of stack
+ * in Node 26, and the frames of JavaScript come behind it.
+ */
+#define OFF_CPU_RAW_PAGES 5
 _Static_assert(OFF_CPU_RAW_PAGES <= RAW_STACK_PAGES, "it fits a raw sample");
 #define OFF_CPU_RAW_WORDS (RAW_REGISTERS + OFF_CPU_RAW_PAGES * 4096 / 8)
 /* Words of list frames behind a raw stack. */
