@@ -387,7 +387,7 @@ impl Kernel {
         let value = types::list_frames {
             start_boottime: key.process.start_boottime_ns,
             exec_id: key.exec_id,
-            steps: steps.len() as u32,
+            steps: steps.len() as u16,
             thread_offset: layout.thread_offset,
             step,
             function_mask: layout.function_mask,
@@ -403,7 +403,8 @@ impl Kernel {
             end_value,
             end,
             position_is_address: layout.position_is_address.into(),
-            self_offset: layout.self_offset,
+            self_offset: layout.self_at.1,
+            self_step: layout.self_at.0.into(),
             layout: layout.number,
             object_bytes: layout.texts.object_bytes,
             text: layout.texts.texts.map(|(word, _, _)| word),

@@ -160,9 +160,9 @@ pub(crate) struct ListLayout {
     pub(crate) sum: (u32, u8),
     /// The number of this layout among those of all runtimes, from 1 on.
     pub(crate) number: u8,
-    /// Offset of the word that is the thread pointer, in the object that `thread_offset` leads to; 0 for none. Other processes of
-    /// the same executable are checked by it.
-    pub(crate) self_offset: i32,
+    /// The step whose word leads to an object that holds the thread pointer, counted from 1, or 0 if the first word does; and the
+    /// offset in that object, 0 for none. Other processes of the same executable are checked by it.
+    pub(crate) self_at: (u8, i32),
     /// The way to the texts of functions.
     pub(crate) texts: TextLayout,
 }

@@ -389,7 +389,8 @@ fn python_processes_of_50_ms_keep_their_names() {
             named * 100 >= all * least,
             "{named} named of {all} in {processes} processes: {odd:#?}\n{log}"
         );
-        assert!(working * 2 > all && lines * 100 >= working * 99, "{lines} with lines of {working} of {all}");
+        // Some builds need as long to start as they work.
+        assert!(working * 3 > all && lines * 100 >= working * 99, "{lines} with lines of {working} of {all}");
         proven::note("python", &python_version(python), "names in processes of 50 ms", named, all);
     }
 }

@@ -324,14 +324,16 @@ struct list_frames {
 	 * The head: from the word at thread pointer + `thread_offset`, or at the address `thread_offset`, `steps` times to the word
 	 * at + `step`.
 	 */
-	u32 steps;
+	u16 steps;
+	/* The word that this step leads to is an object that holds the thread pointer at `self_offset`; 0: the first word is. */
+	u16 self_step;
 	s64 thread_offset;
 	s32 step[LIST_STEPS];
 	/* Bits of a function word that are its address. */
 	u64 function_mask;
 	/* Of the function's object: where the sum begins. */
 	u32 sum_offset;
-	/* The word that `thread_offset` leads to is an object that holds the thread pointer here; 0: that is not checked. */
+	/* 0: the thread pointer is not checked. */
 	s32 self_offset;
 	u8 sum_words;
 	/* The word that this step leads to lies in the native frame of the newest run; 0: not known. */

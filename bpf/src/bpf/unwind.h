@@ -589,7 +589,7 @@ ALWAYS_INLINE bool find_list_frames(struct unwind_state *unwind)
 /* Finds the newest list frame of the thread. */
 ALWAYS_INLINE void read_list_head(struct unwind_state *unwind)
 {
-	u64 at, self = thread_pointer(), found;
+	u64 at, self = thread_pointer(), found, object;
 
 	unwind->list_read = 1;
 	unwind->run_native = 0;
@@ -597,8 +597,7 @@ ALWAYS_INLINE void read_list_head(struct unwind_state *unwind)
 		return;
 	if (!read_user(&at, (unwind->how.is_absolute ? 0 : self) + unwind->how.thread_offset))
 		return;
-	if (unwind->how.self_offset && (!at || !read_user(&found, at + unwind->how.self_offset) || found != self))
-		return;
+	object = at;
 	for (u32 i = 0; i < LIST_STEPS; i++) {
 		if (i >= unwind->how.steps)
 			break;
@@ -606,7 +605,12 @@ ALWAYS_INLINE void read_list_head(struct unwind_state *unwind)
 			return;
 		if (i + 1 == unwind->how.native_step)
 			unwind->run_native = at;
+		if (i + 1 == unwind->how.self_step)
+			object = at;
 	}
+	if (unwind->how.self_offset &&
+	    (!object || !read_user(&found, object + unwind->how.self_offset) || found != self))
+		return;
 	unwind->list = at;
 }
 

@@ -111,11 +111,11 @@ impl Runtime for Python {
         let place = place_of_state(memory, layout, interpreter, address(file, STATE_AT, bias))?;
         let Layout { native_step, words, end, fixed, .. } = *layout;
         let steps: Vec<i32> = place.step.into_iter().chain(layout.steps.iter().copied()).collect();
-        let is_direct = place.step.is_none();
+        let steps_to_state = u8::from(place.step.is_some());
         Ok(Attachment::List(ListLayout {
             thread_offset: place.offset,
             steps: steps.as_slice().into(),
-            native_step: if is_direct || native_step == 0 { native_step } else { native_step + 1 },
+            native_step: if native_step == 0 { 0 } else { native_step + steps_to_state },
             words,
             function: layout.code,
             function_mask: layout.code_mask,
@@ -125,8 +125,7 @@ impl Runtime for Python {
             end,
             sum: fixed,
             number: file.detected.layout,
-            // The programs check the object that the first word leads to, which is no state here.
-            self_offset: if is_direct { layout.thread_id as i32 } else { 0 },
+            self_at: (steps_to_state, layout.thread_id as i32),
             texts: TextLayout {
                 object_bytes: CODE_BYTES as u8,
                 // Strings are long by one to four bytes a character, lines by one.
@@ -413,7 +412,7 @@ mod tests {
         let attached = Python.attach(&file((3, 11)), 0, &memory).unwrap();
         let Attachment::List(layout) = attached else { panic!("{attached:?}") };
         assert_eq!((layout.thread_offset, layout.steps.as_slice()), (0x80, &[40, 56, 8][..]));
-        assert_eq!((layout.native_step, layout.self_offset), (2, 0));
+        assert_eq!((layout.native_step, layout.self_at), (2, (1, 152)));
         memory.set(0xb000 + 8 * 5, 0);
         memory.set(0xb000 + 8 * 6, 0x4400);
         assert_eq!(Python.attach(&file((3, 11)), 0, &memory).unwrap_err(), WhyNot::NoThreadState);
