@@ -18,7 +18,7 @@ use gannet_proto::profiles::{Location, Profile};
 
 use crate::common::{Recording, Running, program, proven, record_for, slower};
 
-const SYSTEM_PYTHON: &str = "/usr/bin/python3";
+pub(crate) const SYSTEM_PYTHON: &str = "/usr/bin/python3";
 /// Says which interpreters to test: paths with `:` between them.
 const PYTHONS: &str = "GANNET_TEST_PYTHONS";
 
@@ -63,6 +63,17 @@ def generator():
     for number in numbers():
         pass
 
+async def awaited():
+    return spin("coroutine")
+
+def coroutine():
+    async def outer():
+        await awaited()
+    try:
+        outer().send(None)
+    except StopIteration:
+        pass
+
 class Service:
     class Inner:
         def handle(self):
@@ -93,6 +104,7 @@ while True:
     callback()
     reduction()
     generator()
+    coroutine()
     Service().handle()
     recursion(60)
     comprehension()
@@ -169,16 +181,21 @@ fn expected(minor: u32, case: &str, printed: &[String]) -> Vec<Vec<String>> {
         return vec![frames.into_iter().flat_map(|frame| [frame, "|".to_owned()]).collect()];
     }
     frames.push("|".to_owned());
-    let called = {
+    let called_at = |places: &[usize]| {
         let mut frames = frames.clone();
-        frames.insert(2, "|".to_owned());
+        for place in places {
+            frames.insert(*place, "|".to_owned());
+        }
         frames
     };
+    let called = called_at(&[2]);
     match case {
         "callback" | "reduction" => vec![called],
         "generator" | "thread" if minor < 12 => vec![called],
         // The loop calls itself for the first step, and later goes on in the same frame.
         "generator" => vec![frames, called],
+        // `send` calls the outer coroutine. The loop calls itself for the inner one, and later goes on in the same frame.
+        "coroutine" => vec![called_at(&[3, 2]), called_at(&[3])],
         _ => vec![frames],
     }
 }
@@ -188,7 +205,8 @@ fn expected(minor: u32, case: &str, printed: &[String]) -> Vec<Vec<String>> {
 fn python_stacks_are_those_that_the_program_printed() {
     let pythons = env::var(PYTHONS).unwrap_or_else(|_| SYSTEM_PYTHON.to_owned());
     for python in pythons.split(':') {
-        check_python(python);
+        let found = check_python(python, &[]);
+        proven::note("python", &found.version, stacks_case(found.loop_has_name), found.good, found.all);
     }
 }
 
@@ -250,10 +268,19 @@ impl Recorded {
     }
 }
 
+/// What the stacks of an interpreter proved.
+pub(crate) struct Proven {
+    version: String,
+    loop_has_name: bool,
+    good: u64,
+    all: u64,
+}
+
+/// Checks an interpreter, with options before the path of the program.
 #[track_caller]
-fn check_python(python: &str) {
+pub(crate) fn check_python(python: &str, options: &[&str]) -> Proven {
     let program = PYTHON.replace("\\u00e4", "\u{e4}").replace("VERSION", PYTHON_VERSION);
-    let recorded = record_program(python, &[], "app.py", &program, 9);
+    let recorded = record_program(python, options, "app.py", &program, 10);
     let printed = &recorded.printed;
     let full_version = recorded.first_line.as_str();
     let minor: u32 = full_version.split('.').nth(1).unwrap().parse().unwrap();
@@ -306,7 +333,7 @@ fn check_python(python: &str) {
     assert!(seen.iter().all(|count| *count >= 10), "{seen:?} of {:?}", printed.keys());
     // The first samples come before the unwind table is built.
     assert!(without * 5 <= all, "{without} of {all} without Python frames");
-    proven::note("python", full_version, stacks_case(has_name), good, all);
+    Proven { version: full_version.to_owned(), loop_has_name: has_name, good, all }
 }
 
 /// Returns the name of the case in which stacks are compared, with the order among C frames if the loop has a name.

@@ -10,6 +10,7 @@ mod blocked;
 mod captures;
 mod cases;
 mod daemon;
+mod embedded;
 mod full_maps;
 mod golang;
 mod hung;
