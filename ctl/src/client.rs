@@ -89,7 +89,7 @@ impl Collector {
             self.query().merge(request).await.map_err(|status| self.fault(&status))?.into_inner();
         // The bar draws on standard error, and only if that is a terminal.
         let bar = ProgressBar::new(0).with_message("merging").with_style(style());
-        let (mut bytes, mut unreadable) = (Vec::new(), 0);
+        let (mut bytes, mut unreadable, mut lacks_names) = (Vec::new(), 0, false);
         while let Some(MergeProgress { message }) =
             answer.message().await.map_err(|status| self.fault(&status))?
         {
@@ -98,6 +98,7 @@ impl Collector {
                     bar.set_length(progress.profiles_total);
                     bar.set_position(progress.profiles_done);
                     unreadable = progress.profiles_unreadable;
+                    lacks_names = progress.names_incomplete;
                 }
                 Some(Message::Chunk(chunk)) => {
                     bar.set_message("receiving");
@@ -113,6 +114,7 @@ impl Collector {
             ));
         }
         console.note_unreadable(unreadable);
+        console.note_names(lacks_names);
         Ok(bytes)
     }
 }

@@ -48,10 +48,12 @@ pub(crate) async fn run(
             let request = GetProfileRequest { id: id.clone(), span_id, trace_id };
             let answer = collector.query().get_profile(request).await;
             let mut answer = answer.map_err(|status| collector.fault(&status))?.into_inner();
-            let mut profile = Vec::new();
+            let (mut profile, mut lacks_names) = (Vec::new(), false);
             while let Some(chunk) = answer.message().await.map_err(|status| collector.fault(&status))? {
                 client::append(&mut profile, &chunk.data)?;
+                lacks_names |= chunk.names_incomplete;
             }
+            console.note_names(lacks_names);
             let selection = Selection { profile_id: id.clone(), ..Selection::default() };
             save(&profile, &target.of(id, selection, collector).await?, format, console)
         }
@@ -254,6 +256,7 @@ pub(crate) async fn top(
     let answer =
         collector.query().top(request).await.map_err(|status| collector.fault(&status))?.into_inner();
     console.note_unreadable(answer.unreadable_profiles);
+    console.note_names(answer.names_incomplete);
     console.show(
         format,
         || top_json(&answer),
@@ -276,6 +279,7 @@ fn top_json(answer: &TopResponse) -> Value {
     json!({
         "unit": answer.unit, "sample_type": answer.sample_type, "total": answer.total,
         "base_total": answer.base_total, "rows": rows, "unreadable_profiles": answer.unreadable_profiles,
+        "names_incomplete": answer.names_incomplete,
     })
 }
 
@@ -358,6 +362,7 @@ mod tests {
             base_total: 1_000_000_000,
             sample_type: "cpu/nanoseconds".to_owned(),
             unreadable_profiles: 0,
+            names_incomplete: false,
             rows: vec![
                 row("work", 1_000_000_000, 1_000_000_000, 500_000_000, 500_000_000),
                 row("main", 3_000_000_000, 4_000_000_000, 500_000_000, 1_000_000_000),

@@ -39,6 +39,18 @@ impl Console<'_> {
         Ok(())
     }
 
+    /// Reports on standard error that a result lacks names which the next answer may have.
+    pub(crate) fn note_names(&mut self, is_incomplete: bool) {
+        if is_incomplete {
+            // A closed standard error must not fail the command.
+            let _ = writeln!(
+                self.err,
+                "gannetctl: names of functions are missing, because the collector still reads their debug information; repeat the command \
+                 in a minute"
+            );
+        }
+    }
+
     /// Reports on standard error how many profiles a result lacks.
     pub(crate) fn note_unreadable(&mut self, profiles: u64) {
         if profiles > 0 {

@@ -10,11 +10,13 @@
 //! | `grpc` | the services for people and agents |
 //! | `debuginfod` | downloads from servers of debuginfod |
 //! | `files` | the stored files, their directory and bucket, their limit |
+//! | `attempts` | the pauses between attempts to read a file after errors |
 //! | `check` | the checks of a file before the collector stores it |
 //! | `naming` | the frames of a profile that need names, and the profile with these names |
 //! | `reader` | the processes that read files, and the cache of functions |
 //! | `layout` | addresses of frames as addresses of a file |
 
+mod attempts;
 mod check;
 mod debuginfod;
 mod files;
@@ -90,6 +92,10 @@ pub struct DebugInfoOptions {
     #[arg(skip = Duration::from_secs(10))]
     #[serde(skip, default = "query_timeout")]
     pub query_timeout: Duration,
+    /// Pause after a failed attempt to use a file. It doubles with each failure, up to ten minutes.
+    #[arg(skip = Duration::from_secs(30))]
+    #[serde(skip, default = "retry_pause")]
+    pub retry_pause: Duration,
 }
 
 impl Default for DebugInfoOptions {
@@ -130,6 +136,11 @@ enum Known {
         /// No server has the file either.
         asked: bool,
     },
+    /// The collector could not find out, or could not open the file.
+    Failed {
+        failures: u32,
+        retry_at: Instant,
+    },
 }
 
 /// A profile with the names that debug information adds.
@@ -138,6 +149,8 @@ pub(crate) struct Named {
     pub(crate) profile: Option<Profile>,
     /// The query did not run out of time before it had all names.
     pub(crate) is_complete: bool,
+    /// Time of the next attempt to read a file that failed. Names may be missing until then.
+    pub(crate) retry_at: Option<Instant>,
 }
 
 /// The version of the stored files that names come from.
@@ -158,6 +171,7 @@ pub(crate) struct DebugInfo {
     version: Mutex<NamesVersion>,
     max_file_bytes: u64,
     query_timeout: Duration,
+    retry_pause: Duration,
     metrics: Metrics,
 }
 
@@ -177,6 +191,7 @@ impl DebugInfo {
             reader,
             cache_bytes,
             query_timeout,
+            retry_pause,
         } = options;
         let max_file_bytes = debuginfo_file_bytes.0.min(debuginfo_bytes.0);
         let servers = Debuginfod::new(debuginfod, max_file_bytes).map_err(io::Error::other)?;
@@ -191,11 +206,12 @@ impl DebugInfo {
         Ok(Self {
             files,
             servers: servers.filter(|_| max_file_bytes > 0),
-            reader: Arc::new(Reader::new(reader.clone(), *cache_bytes, metrics.clone())),
+            reader: Arc::new(Reader::new(reader.clone(), *cache_bytes, *retry_pause, metrics.clone())),
             known: quick_cache::sync::Cache::new(MAX_KNOWN_FILES),
             version: Mutex::default(),
             max_file_bytes,
             query_timeout: *query_timeout,
+            retry_pause: *retry_pause,
             metrics,
         })
     }
@@ -219,7 +235,7 @@ impl DebugInfo {
     /// Names the frames of a checked profile that have no name, and adds inlined functions and lines to frames that have only a name.
     /// Waits at most for the query timeout.
     pub(crate) async fn name(self: &Arc<Self>, profile: &Arc<Profile>) -> Named {
-        let nothing = Named { profile: None, is_complete: true };
+        let nothing = Named { profile: None, is_complete: true, retry_at: None };
         if self.is_idle() {
             return nothing;
         }
@@ -237,11 +253,16 @@ impl DebugInfo {
             tokio::time::timeout_at(deadline, task)
         });
         let mut frames = Frames::new();
-        let mut is_complete = true;
+        let (mut is_complete, mut retry_at) = (true, None);
         for prepared in future::join_all(files).await {
             match prepared {
-                Ok(Ok(Some(found))) => self.collect(found, &mut frames),
-                Ok(Ok(None) | Err(_)) => {}
+                Ok(Ok(Prepared { found, retry_at: at })) => {
+                    retry_at = retry_at.into_iter().chain(at).min();
+                    if let Some(found) = found {
+                        self.collect(found, &mut frames);
+                    }
+                }
+                Ok(Err(_)) => {}
                 Err(_) => is_complete = false,
             }
         }
@@ -249,15 +270,19 @@ impl DebugInfo {
         let named =
             tokio::task::spawn_blocking(move || naming::with_names(&of, &frames)).await.unwrap_or_default();
         self.metrics.debuginfo_named.inc_by(named.as_ref().map_or(0, |(_, count)| *count));
-        Named { profile: named.map(|(profile, _)| profile), is_complete }
+        Named { profile: named.map(|(profile, _)| profile), is_complete, retry_at }
     }
 
-    /// Reads the functions of these frames into the cache. Returns the file and its addresses, or `None` without a file.
-    async fn prepare(&self, build_id: BuildId, wanted: Wanted) -> Option<Located> {
+    /// Reads the functions of these frames into the cache. Returns the file and its addresses, and the next attempt after an error.
+    async fn prepare(&self, build_id: BuildId, wanted: Wanted) -> Prepared {
         // A file may go while it is read, because a newer one takes its room. Then it is searched once more.
         for _ in 0..2 {
             // A frame that has a name is not worth a download.
-            let file = self.file(&build_id, !wanted.nameless.is_empty()).await?;
+            let file = match self.file(&build_id, !wanted.nameless.is_empty()).await {
+                Ok(Some(file)) => file,
+                Ok(None) => break,
+                Err(retry_at) => return Prepared { found: None, retry_at: Some(retry_at) },
+            };
             let mut places: Vec<(Place, u64)> = Vec::new();
             let mut addresses = BTreeSet::new();
             for place in wanted.nameless.iter().chain(&wanted.bare).take(MAX_PLACES) {
@@ -266,15 +291,15 @@ impl DebugInfo {
                     addresses.insert(address);
                 }
             }
-            let is_known = |address: &u64| self.reader.known(&file, *address).is_some();
-            if addresses.iter().all(is_known)
+            if self.reader.has_all(&file, addresses.iter().copied())
                 || self.reader.read(Arc::clone(&file), addresses.into_iter().collect()).await
             {
-                return Some(Located { build_id, file, places });
+                let retry_at = file.retry_at();
+                return Prepared { found: Some(Located { build_id, file, places }), retry_at };
             }
             self.known.remove(&build_id);
         }
-        None
+        Prepared { found: None, retry_at: None }
     }
 
     fn collect(&self, found: Located, frames: &mut Frames) {
@@ -286,34 +311,47 @@ impl DebugInfo {
         }
     }
 
-    /// Returns the file of a build id, if there is one. `ask`: searches the servers too. Concurrent calls search once.
-    async fn file(&self, build_id: &BuildId, ask: bool) -> Option<Arc<DebugFile>> {
+    /// Returns the file of a build id, if there is one, or the time of the next attempt after an error. `ask`: searches the servers
+    /// too. Concurrent calls search once.
+    async fn file(&self, build_id: &BuildId, ask: bool) -> Result<Option<Arc<DebugFile>>, Instant> {
         let ask = ask && self.servers.is_some();
-        if let Some(Known::Missing { at, asked }) = self.known.get(build_id)
-            && (ask && !asked || self.may_have_news_since(at))
-        {
-            self.known.remove(build_id);
+        let mut failures = 0;
+        match self.known.get(build_id) {
+            Some(Known::Missing { at, asked }) if ask && !asked || self.may_have_news_since(at) => {
+                self.known.remove(build_id);
+            }
+            Some(Known::Failed { failures: former, retry_at }) if retry_at <= Instant::now() => {
+                failures = former;
+                self.known.remove(build_id);
+            }
+            _ => {}
         }
         let before = self.version();
         let known = self.known.get_or_insert_async(build_id, async {
-            let found = self.open_file(build_id, ask).await.unwrap_or_else(|error| {
-                self.metrics.debuginfo_failed.inc();
-                tracing::warn!(%build_id, %error, "cannot use the debug information of a build id");
-                None
-            });
-            Ok::<_, std::convert::Infallible>(found.map_or_else(
-                || Known::Missing { at: Instant::now(), asked: ask },
-                |file| Known::Ready(Arc::new(file)),
-            ))
+            Ok::<_, std::convert::Infallible>(match self.open_file(build_id, ask).await {
+                Ok(Some(file)) => Known::Ready(Arc::new(file)),
+                Ok(None) => Known::Missing { at: Instant::now(), asked: ask },
+                Err(error) => {
+                    self.metrics.debuginfo_failed.inc();
+                    let failures = failures + 1;
+                    let pause = attempts::pause(self.retry_pause, failures);
+                    tracing::warn!(
+                        %build_id, %error, retry_seconds = pause.as_secs(),
+                        "cannot use the debug information of a build id now"
+                    );
+                    Known::Failed { failures, retry_at: Instant::now() + pause }
+                }
+            })
         });
         match known.await {
-            Ok(Known::Ready(file)) => Some(file),
+            Ok(Known::Ready(file)) => Ok(Some(file)),
+            Ok(Known::Failed { retry_at, .. }) => Err(retry_at),
             Ok(Known::Missing { .. }) => {
                 // An upload may have stored the file during the search. A change of another file is no reason to ask the servers again.
                 if self.version() != before && self.files.find_here(build_id).is_some() {
                     self.known.remove(build_id);
                 }
-                None
+                Ok(None)
             }
             Err(never) => match never {},
         }
@@ -322,9 +360,15 @@ impl DebugInfo {
     async fn open_file(&self, build_id: &BuildId, ask: bool) -> Result<Option<DebugFile>, DebugInfoError> {
         let path = match self.files.find(build_id).await? {
             Some(path) => path,
-            None if ask => match self.fetch(build_id).await? {
-                Some(path) => path,
-                None => return Ok(None),
+            None if ask => match self.fetch(build_id).await {
+                Ok(Some(path)) => path,
+                Ok(None) => return Ok(None),
+                // The collector requests the file again after [`SERVER_TTL`], as one that the server lacks.
+                Err(error) => {
+                    self.metrics.debuginfo_failed.inc();
+                    tracing::warn!(%build_id, %error, "cannot download debug information");
+                    return Ok(None);
+                }
             },
             None => return Ok(None),
         };
@@ -395,6 +439,14 @@ impl DebugInfo {
     }
 }
 
+/// The frames of one build id, for a query.
+struct Prepared {
+    /// `None` without a file.
+    found: Option<Located>,
+    /// Time of the next attempt, if the file or a part of it could not be read.
+    retry_at: Option<Instant>,
+}
+
 /// Frames of one file with their ELF virtual addresses.
 struct Located {
     build_id: BuildId,
@@ -412,4 +464,8 @@ fn cache_bytes() -> u64 {
 
 fn query_timeout() -> Duration {
     DebugInfoOptions::default().query_timeout
+}
+
+fn retry_pause() -> Duration {
+    DebugInfoOptions::default().retry_pause
 }

@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -18,7 +18,7 @@ use gannet_symbols::{
 };
 use tokio::sync::{Mutex, Semaphore};
 
-use super::{check::Checked, layout::Layout};
+use super::{attempts::Attempts, check::Checked, layout::Layout};
 use crate::metrics::Metrics;
 
 /// Maximum number of child processes that read files at the same time, each with up to [`MEMORY_BYTES`] of memory.
@@ -54,18 +54,31 @@ pub(super) type Frame = Arc<[NamedLine]>;
 /// A file that is ready to be read.
 #[derive(Debug)]
 pub(super) struct DebugFile {
-    /// Distinguishes the file from earlier files of the same build id.
-    version: u64,
+    /// Distinguishes the entries of the cache from those of earlier files of the same build id, and from those before a retry.
+    version: AtomicU64,
     path: PathBuf,
     pub(super) layout: Layout,
-    /// True if the file has debug information, and no reader has failed on it.
-    has_debug_info: AtomicBool,
-    /// True as long as no search of its symbol tables has failed.
-    has_tables: AtomicBool,
+    /// True if the file has debug information.
+    has_debug_info: bool,
+    /// Attempts to read the debug information.
+    debug_info: Attempts,
+    /// Attempts to search the symbol tables.
+    tables: Attempts,
     /// Directories for the shared part of the debug information, if the file refers to one.
     directories: Vec<PathBuf>,
     /// The lock that a reader of this file holds, so that no two readers read the same addresses.
     reading: Mutex<()>,
+}
+
+impl DebugFile {
+    /// Returns the time of the next attempt to read a source of names that failed.
+    pub(super) fn retry_at(&self) -> Option<Instant> {
+        [self.debug_info.retry_at(), self.tables.retry_at()].into_iter().flatten().min()
+    }
+
+    fn is_retry_due(&self) -> bool {
+        self.retry_at().is_some_and(|at| at <= Instant::now())
+    }
 }
 
 #[derive(Clone)]
@@ -88,39 +101,60 @@ pub(super) struct Reader {
     cache: quick_cache::sync::Cache<(u64, u64), Frame, ByBytes>,
     permits: Semaphore,
     versions: AtomicU64,
+    /// Pause after the first failed attempt.
+    retry_pause: Duration,
     metrics: Metrics,
 }
 
 impl Reader {
-    pub(super) fn new(program: PathBuf, cache_bytes: u64, metrics: Metrics) -> Self {
+    pub(super) fn new(program: PathBuf, cache_bytes: u64, retry_pause: Duration, metrics: Metrics) -> Self {
         let cache =
             quick_cache::sync::Cache::with_weighter((cache_bytes / 256) as usize, cache_bytes, ByBytes);
-        Self { program, cache, permits: Semaphore::new(READERS), versions: AtomicU64::new(0), metrics }
+        let (permits, versions) = (Semaphore::new(READERS), AtomicU64::new(0));
+        Self { program, cache, permits, versions, retry_pause, metrics }
     }
 
     /// Prepares a file for reading. `directories` hold the files that its debug information may refer to.
     pub(super) fn prepare(&self, path: PathBuf, checked: Checked, directories: Vec<PathBuf>) -> DebugFile {
         let Checked { layout, has_debug_info, alternate, .. } = checked;
         DebugFile {
-            version: self.versions.fetch_add(1, Ordering::Relaxed),
+            version: AtomicU64::new(self.next_version()),
             path,
             layout,
-            has_debug_info: AtomicBool::new(has_debug_info),
-            has_tables: AtomicBool::new(true),
+            has_debug_info,
+            debug_info: Attempts::default(),
+            tables: Attempts::default(),
             directories: if alternate.is_some() { directories } else { Vec::new() },
             reading: Mutex::new(()),
         }
     }
 
+    fn next_version(&self) -> u64 {
+        self.versions.fetch_add(1, Ordering::Relaxed)
+    }
+
     /// Returns the cached functions at an ELF virtual address, or `None` if the cache lacks it.
     pub(super) fn known(&self, file: &DebugFile, address: u64) -> Option<Frame> {
-        self.cache.get(&(file.version, address))
+        self.cache.get(&(file.version.load(Ordering::Relaxed), address))
+    }
+
+    /// Reports whether a read of these addresses would add nothing to the cache.
+    pub(super) fn has_all(&self, file: &DebugFile, mut addresses: impl Iterator<Item = u64>) -> bool {
+        !file.is_retry_due() && addresses.all(|address| self.known(file, address).is_some())
     }
 
     /// Reads the functions at these sorted ELF virtual addresses into the cache. If the caller stops waiting, the work goes on up to its
     /// own limits. Returns false if the file is gone.
     pub(super) async fn read(self: &Arc<Self>, file: Arc<DebugFile>, addresses: Vec<u64>) -> bool {
         let _reading = file.reading.lock().await;
+        if file.is_retry_due() {
+            let now = Instant::now();
+            for attempts in [&file.debug_info, &file.tables] {
+                attempts.begin_retry(now);
+            }
+            // The cache lacks what the failed attempts could not read.
+            file.version.store(self.next_version(), Ordering::Relaxed);
+        }
         let missing: Vec<u64> =
             addresses.into_iter().filter(|address| self.known(&file, *address).is_none()).collect();
         let Ok(_permit) = self.permits.acquire().await else { return true };
@@ -152,36 +186,43 @@ impl Reader {
 
     /// Searches the symbol tables for these addresses.
     fn names(&self, file: &DebugFile, open: &File, addresses: &[u64]) -> Vec<Option<Vec<u8>>> {
-        if addresses.is_empty() || !file.has_tables.load(Ordering::Relaxed) {
+        if addresses.is_empty() || !file.tables.may_try() {
             return Vec::new();
         }
         match tables::find(open, None, addresses) {
-            Ok(found) => found.names,
+            Ok(found) => {
+                file.tables.succeeded();
+                found.names
+            }
             Err(error) => {
-                file.has_tables.store(false, Ordering::Relaxed);
+                file.tables.failed(self.retry_pause);
                 self.metrics.debuginfo_failed.inc();
-                tracing::warn!(path = %file.path.display(), %error, "cannot use the symbol table of a file");
+                tracing::warn!(path = %file.path.display(), %error, "cannot use the symbol table of a file now");
                 Vec::new()
             }
         }
     }
 
     fn read_some(&self, file: &DebugFile, open: &File, addresses: &[u64]) {
+        let version = file.version.load(Ordering::Relaxed);
         let mut lines = vec![Vec::new(); addresses.len()];
         if let Some(found) = go::lines(open, addresses) {
             // Go's own tables are much faster to read than debug information.
             lines = found;
-        } else if file.has_debug_info.load(Ordering::Relaxed) {
+        } else if file.has_debug_info && file.debug_info.may_try() {
             let found =
                 dwarf::resolve(&self.program, open, addresses, MEMORY_BYTES, &file.directories, &|_| ());
             match found {
-                Ok(found) => lines = found,
+                Ok(found) => {
+                    file.debug_info.succeeded();
+                    lines = found;
+                }
                 Err(error) => {
-                    file.has_debug_info.store(false, Ordering::Relaxed);
+                    file.debug_info.failed(self.retry_pause);
                     self.metrics.debuginfo_failed.inc();
                     tracing::warn!(
                         path = %file.path.display(), %error,
-                        "cannot use the debug information of a file; its symbol table names its functions"
+                        "cannot use the debug information of a file now; its symbol table names its functions"
                     );
                 }
             }
@@ -196,7 +237,7 @@ impl Reader {
                 lines.iter().map(line).collect()
             };
             // The cache also gets addresses without a name: otherwise each query would search for them again.
-            self.cache.insert((file.version, *address), frame);
+            self.cache.insert((version, *address), frame);
         }
     }
 }

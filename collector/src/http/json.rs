@@ -61,10 +61,11 @@ pub(super) fn flamegraph(graph: &api::FlameGraphResponse) -> String {
         sample_type,
         nodes: _,
         unreadable_profiles,
+        names_incomplete,
     } = graph;
     let head = json!({
         "unit": unit, "sample_type": sample_type, "total": total, "base_total": base_total, "profiles": profiles,
-        "base_profiles": base_profiles, "unreadable_profiles": unreadable_profiles,
+        "base_profiles": base_profiles, "unreadable_profiles": unreadable_profiles, "names_incomplete": names_incomplete,
     });
     let mut out = head.to_string();
     out.pop();
@@ -149,7 +150,7 @@ pub(super) fn top(top: &api::TopResponse) -> Value {
         .collect();
     json!({
         "unit": top.unit, "sample_type": top.sample_type, "total": top.total, "base_total": top.base_total,
-        "rows": rows, "unreadable_profiles": top.unreadable_profiles,
+        "rows": rows, "unreadable_profiles": top.unreadable_profiles, "names_incomplete": top.names_incomplete,
     })
 }
 

@@ -4,18 +4,17 @@ mod json;
 mod page;
 mod params;
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 
 use axum::{
     Router,
     body::Body,
     extract::{Extension, Path, Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use bytes::Bytes;
 use serde_json::json;
 use tonic::Code;
 
@@ -26,7 +25,7 @@ use crate::{
     metrics::Metrics,
     otlp_service::{self, OtlpReceiver},
     pyroscope,
-    query::{Query, QueryError, parse_profile_id},
+    query::{Download, MergeProgress, Query, QueryError, parse_profile_id},
     recording::Recorder,
     store::{Store, StoreError},
     triggers::Triggers,
@@ -146,12 +145,19 @@ impl From<tonic::Status> for ApiError {
 
 type ApiResult<T = axum::Json<serde_json::Value>> = Result<T, ApiError>;
 
-fn download(name: &str, bytes: Bytes) -> Response {
+/// Tells the reader of a download that the search for names in debug information ran out of time.
+const NAMES_INCOMPLETE: HeaderName = HeaderName::from_static("gannet-names-incomplete");
+
+fn download(name: &str, Download { bytes, lacks_names }: Download) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
         (header::CONTENT_DISPOSITION, format!("attachment; filename=\"{name}.pb.gz\"")),
     ];
-    (headers, Body::from(bytes)).into_response()
+    let mut response = (headers, Body::from(bytes)).into_response();
+    if lacks_names {
+        response.headers_mut().insert(NAMES_INCOMPLETE, HeaderValue::from_static("true"));
+    }
+    response
 }
 
 async fn label_names(State(state): State<HttpState>, params: RawParams) -> ApiResult {
@@ -187,14 +193,15 @@ async fn profile(
 ) -> ApiResult<Response> {
     let spans = Params::new(params, &SPANS, &[])?.spans()?;
     let id = parse_profile_id(&id)?;
-    let bytes = state.query.profile(id, spans).await?;
-    Ok(download(&id.to_string(), bytes))
+    Ok(download(&id.to_string(), state.query.profile(id, spans).await?))
 }
 
 async fn merge(State(state): State<HttpState>, params: RawParams) -> ApiResult<Response> {
     let params = Params::new(params, &RANGE, &["profile_id", "type"])?;
-    let bytes = state.query.merge(&params.selection()?, params.text("type"), &Arc::default()).await?;
-    Ok(download("gannet", bytes))
+    let progress: Arc<MergeProgress> = Arc::default();
+    let bytes = state.query.merge(&params.selection()?, params.text("type"), &progress).await?;
+    let lacks_names = progress.lacks_names.load(Ordering::Relaxed);
+    Ok(download("gannet", Download { bytes, lacks_names }))
 }
 
 async fn flamegraph(State(state): State<HttpState>, params: RawParams) -> ApiResult<Response> {

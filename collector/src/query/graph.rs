@@ -40,6 +40,11 @@ impl Comparison {
         [&self.main, &self.base].into_iter().flatten().map(|merged| merged.unreadable).sum()
     }
 
+    /// Reports whether the search for the names of a side ran out of time.
+    fn lacks_names(&self) -> bool {
+        [&self.main, &self.base].into_iter().flatten().any(|merged| merged.lacks_names())
+    }
+
     fn tree(&self, shape: &Shape) -> Result<FlameTree, QueryError> {
         let mut tree = FlameTree::new()
             .with_interpreter_frames(shape.interpreter_frames)
@@ -99,6 +104,7 @@ impl Query {
                 base_profiles: compared.base.as_ref().map_or(0, |m| m.profiles),
                 root: Some(root),
                 unreadable_profiles: compared.unreadable(),
+                names_incomplete: compared.lacks_names(),
                 sample_type: compared.sample_type,
                 nodes: Vec::new(),
             })
@@ -129,6 +135,7 @@ impl Query {
                 base_total: tree.total(Side::Base),
                 rows: tree.top(limit),
                 unreadable_profiles: compared.unreadable(),
+                names_incomplete: compared.lacks_names(),
                 sample_type: compared.sample_type,
             })
         })

@@ -12,7 +12,7 @@ use gannet_proto::query::{self as api, query_service_server::QueryService};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{MergeProgress, Query, QueryError, Selection, Shape, SpanFilter, parse_profile_id};
+use super::{Download, MergeProgress, Query, QueryError, Selection, Shape, SpanFilter, parse_profile_id};
 use crate::{
     auth::Caller,
     sql::{Sql, SqlError},
@@ -82,7 +82,7 @@ fn chunks(bytes: Bytes) -> impl Stream<Item = api::ProfileChunk> + Send {
     let count = bytes.len().div_ceil(CHUNK_BYTES);
     stream::iter((0..count).map(move |i| {
         let chunk = bytes.slice(i * CHUNK_BYTES..((i + 1) * CHUNK_BYTES).min(bytes.len()));
-        api::ProfileChunk { data: chunk.to_vec() }
+        api::ProfileChunk { data: chunk.to_vec(), names_incomplete: false }
     }))
 }
 
@@ -131,8 +131,11 @@ impl QueryService for QueryGrpc {
         request: Request<api::GetProfileRequest>,
     ) -> Result<Response<Self::GetProfileStream>, Status> {
         let api::GetProfileRequest { id, span_id, trace_id } = request.into_inner();
-        let bytes = self.0.profile(parse_profile_id(&id)?, SpanFilter::new(span_id, trace_id)?).await?;
-        Ok(Response::new(Box::pin(chunks(bytes).map(Ok))))
+        let spans = SpanFilter::new(span_id, trace_id)?;
+        let Download { bytes, lacks_names } = self.0.profile(parse_profile_id(&id)?, spans).await?;
+        let chunks =
+            chunks(bytes).map(move |chunk| api::ProfileChunk { names_incomplete: lacks_names, ..chunk });
+        Ok(Response::new(Box::pin(chunks.map(Ok))))
     }
 
     type MergeStream = BoxStream<api::MergeProgress>;
@@ -153,6 +156,7 @@ impl QueryService for QueryGrpc {
                     profiles_done: progress.done.load(Ordering::Relaxed),
                     profiles_total: progress.total.load(Ordering::Relaxed),
                     profiles_unreadable: progress.unreadable.load(Ordering::Relaxed),
+                    names_incomplete: progress.lacks_names.load(Ordering::Relaxed),
                 };
                 Ok(api::MergeProgress { message: Some(Message::Progress(step)) })
             };

@@ -4,7 +4,7 @@ use std::{
     borrow::Cow,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -66,6 +66,8 @@ struct NamesState {
     /// The search for names did not run out of time.
     is_complete: bool,
     at: Instant,
+    /// Time of the next attempt to read a file that failed.
+    retry_at: Option<Instant>,
 }
 
 impl Merged {
@@ -78,8 +80,16 @@ impl Merged {
     /// Reports whether debug information can add no further name.
     fn has_names(&self, debug_info: &DebugInfo, version: NamesVersion) -> bool {
         self.names.is_some_and(|names| {
-            names.is_complete && names.version == version && !debug_info.may_have_news_since(names.at)
+            names.is_complete
+                && names.version == version
+                && names.retry_at.is_none_or(|at| Instant::now() < at)
+                && !debug_info.may_have_news_since(names.at)
         })
+    }
+
+    /// Reports whether the search for names ran out of time, so that the next answer may have more.
+    pub(super) fn lacks_names(&self) -> bool {
+        self.names.is_some_and(|names| !names.is_complete)
     }
 }
 
@@ -117,6 +127,8 @@ pub(crate) struct MergeProgress {
     pub(crate) total: AtomicU64,
     /// Profiles that could not be read.
     pub(crate) unreadable: AtomicU64,
+    /// The search for names in debug information ran out of time. Known at the end.
+    pub(crate) lacks_names: AtomicBool,
 }
 
 /// Fate of one profile of a merge.
@@ -223,14 +235,14 @@ impl Query {
             return merged;
         }
         let at = Instant::now();
-        let Named { profile, is_complete } = self.debug_info.name(&merged.profile).await;
+        let Named { profile, is_complete, retry_at } = self.debug_info.name(&merged.profile).await;
         let profile = profile.map_or_else(|| Arc::clone(&merged.profile), Arc::new);
         let merged = Arc::new(Merged {
             weight: weight(&profile),
             profile,
             profiles: merged.profiles,
             unreadable: merged.unreadable,
-            names: Some(NamesState { version, is_complete, at }),
+            names: Some(NamesState { version, is_complete, at, retry_at }),
         });
         // The result lacks the damaged profiles. A person may restore their files, so the cache must not hold it.
         if merged.unreadable == 0 {
@@ -372,6 +384,7 @@ impl Query {
             .merged(selection, sample_type, progress)
             .await?
             .ok_or_else(|| QueryError::NotFound(format!("no profile matches {}", selection.describe())))?;
+        progress.lacks_names.store(merged.lacks_names(), Ordering::Relaxed);
         if selection.has_all_samples() {
             return self.blocking(move |_| Ok(pprof::encode(&merged.profile).into())).await;
         }

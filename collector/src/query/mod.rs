@@ -29,17 +29,17 @@ pub(crate) use self::{
     captures::CaptureRun,
     grpc::QueryGrpc,
     heatmap::Heatmap,
-    merge::Merged,
+    merge::{MergeProgress, Merged},
     select::{Selection, parse_profile_id},
     spans::SpanFilter,
 };
 use self::{
-    merge::{MergeProgress, Merges, encode_selected},
+    merge::{Merges, encode_selected},
     select::Profiles,
     selected::Selected,
 };
 use crate::{
-    debuginfo::DebugInfo,
+    debuginfo::{DebugInfo, Named},
     limits::MAX_INFLATION,
     metrics::Metrics,
     selector::{Selector, SelectorError},
@@ -92,6 +92,14 @@ impl From<SelectorError> for QueryError {
     fn from(error: SelectorError) -> Self {
         Self::Invalid(error.to_string())
     }
+}
+
+/// A profile for download.
+pub(crate) struct Download {
+    /// The profile as gzip-compressed pprof.
+    pub(crate) bytes: Bytes,
+    /// The search for names in debug information ran out of time, so the next answer may have more.
+    pub(crate) lacks_names: bool,
 }
 
 /// Answers queries from the store.
@@ -342,7 +350,11 @@ impl Query {
 
     /// Returns the selected samples of one profile as gzip-compressed pprof. If these are all samples, the agent compressed them with
     /// gzip, and debug information adds no names, the bytes are those of the agent.
-    pub(crate) async fn profile(self: &Arc<Self>, id: Ulid, spans: SpanFilter) -> Result<Bytes, QueryError> {
+    pub(crate) async fn profile(
+        self: &Arc<Self>,
+        id: Ulid,
+        spans: SpanFilter,
+    ) -> Result<Download, QueryError> {
         let _timer = self.metrics.query_timer("get_profile");
         let entry = self.blocking(move |q| q.entry(id)).await?;
         let bytes = self
@@ -353,14 +365,15 @@ impl Query {
         if spans != SpanFilter::All {
             return self.samples_of(id, bytes, spans).await;
         }
-        if let Some(named) = self.named_bytes(&bytes).await? {
-            return Ok(named);
+        let (named, lacks_names) = self.named_bytes(&bytes).await?;
+        if let Some(bytes) = named {
+            return Ok(Download { bytes, lacks_names });
         }
         if Encoding::of(&bytes) != Some(Encoding::Zstd) {
-            return Ok(bytes);
+            return Ok(Download { bytes, lacks_names });
         }
         self.blocking(move |query| match pprof::to_gzip(&bytes, query.max_inflated) {
-            Ok(gzip) => Ok(gzip.into_owned().into()),
+            Ok(gzip) => Ok(Download { bytes: gzip.into_owned().into(), lacks_names }),
             Err(error) => Err(QueryError::TooLarge(format!("cannot convert profile {id} to gzip: {error}"))),
         })
         .await
@@ -374,7 +387,7 @@ impl Query {
         id: Ulid,
         bytes: Bytes,
         spans: SpanFilter,
-    ) -> Result<Bytes, QueryError> {
+    ) -> Result<Download, QueryError> {
         let selected = self.blocking(move |query| {
             let unreadable = |e| QueryError::TooLarge(format!("cannot read profile {id}: {e}"));
             let profile = pprof::decode(&bytes, query.max_inflated).map_err(unreadable)?;
@@ -382,27 +395,30 @@ impl Query {
             Ok(Arc::new(spans.of(Cow::Owned(profile)).into_owned()))
         });
         let selected = selected.await?;
-        let named = self.debug_info.name(&selected).await.profile;
+        let Named { profile: named, is_complete, .. } = self.debug_info.name(&selected).await;
         self.blocking(move |_| {
             let profile = named.unwrap_or_else(|| Arc::unwrap_or_clone(selected));
-            encode_selected(profile, &Selection::one(id).describe())
+            let bytes = encode_selected(profile, &Selection::one(id).describe())?;
+            Ok(Download { bytes, lacks_names: !is_complete })
         })
         .await
     }
 
-    /// Returns an encoded profile with names from debug information. Returns `None` without such names, and for an unreadable profile.
-    async fn named_bytes(self: &Arc<Self>, bytes: &Bytes) -> Result<Option<Bytes>, QueryError> {
+    /// Returns an encoded profile with names from debug information, and whether names are missing because the search ran out of time.
+    /// Returns `None` without such names, and for an unreadable profile.
+    async fn named_bytes(self: &Arc<Self>, bytes: &Bytes) -> Result<(Option<Bytes>, bool), QueryError> {
         if self.debug_info.is_idle() {
-            return Ok(None);
+            return Ok((None, false));
         }
         let of = bytes.clone();
         let decoded = self.blocking(move |query| {
             let profile = pprof::decode(&of, query.max_inflated).ok();
             Ok(profile.filter(|profile| pprof::check(profile).is_ok()))
         });
-        let Some(profile) = decoded.await? else { return Ok(None) };
-        let Some(named) = self.debug_info.name(&Arc::new(profile)).await.profile else { return Ok(None) };
-        self.blocking(move |_| Ok(Some(pprof::encode(&named).into()))).await
+        let Some(profile) = decoded.await? else { return Ok((None, false)) };
+        let Named { profile, is_complete, .. } = self.debug_info.name(&Arc::new(profile)).await;
+        let Some(named) = profile else { return Ok((None, !is_complete)) };
+        self.blocking(move |_| Ok((Some(pprof::encode(&named).into()), !is_complete))).await
     }
 }
 

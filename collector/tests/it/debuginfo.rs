@@ -2,8 +2,10 @@
 
 use std::{
     io::{BufRead as _, BufReader},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    time::Duration,
 };
 
 use gannet_collector::{Collector, Config, Running};
@@ -17,7 +19,7 @@ use gannet_proto::{
     },
     ingest::Batch,
     pprof::{self, Builder, Header, Mapping, Profile},
-    query::{FlameGraphRequest, MergeRequest, Selection, merge_progress},
+    query::{FlameGraphRequest, GetProfileRequest, MergeRequest, Selection, merge_progress},
 };
 use rstest::rstest;
 use tokio_stream::iter;
@@ -392,6 +394,120 @@ impl Server {
         let line = text.lines().find(|line| line.starts_with("http_requests_total{type=\"debuginfo\"}"));
         line.map_or(0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
     }
+}
+
+/// Checks that a failure of the reader is no verdict for the life of the collector: the symbol table names the function meanwhile, and
+/// the debug information follows, in cached merges too.
+#[tokio::test]
+async fn debug_information_is_read_again_after_an_error() {
+    let stripped = Stripped::build(Kind::Library);
+    let dir = tempfile::tempdir().unwrap();
+    let reader = dir.path().join("reader");
+    let mut config = config(&dir.path().join("data"));
+    let program = std::mem::replace(&mut config.debuginfo.reader, reader.clone());
+    config.debuginfo.retry_pause = Duration::from_millis(50);
+    let running = Collector::start(config).await.unwrap();
+    let id = store(&running, &stripped.profile()).await;
+    upload(&running, &stripped.build_id, &std::fs::read(&stripped.debug).unwrap()).await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(names(&download(&running, &id).await.unwrap()), ["hot :0 from 0"]);
+        assert_eq!(names(&merged(&running).await), ["hot :0 from 0"]);
+    }
+    std::os::unix::fs::symlink(program, reader).unwrap();
+    eventually("the debug information is read", || async {
+        names(&download(&running, &id).await.unwrap()).len() == 2
+    })
+    .await;
+    assert_eq!(names(&merged(&running).await).len(), 2);
+    running.shutdown().await;
+}
+
+/// Checks the same for a file that cannot be read for a moment.
+#[tokio::test]
+async fn a_file_is_opened_again_after_an_error() {
+    let stripped = Stripped::build(Kind::Library);
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    config.debuginfo.retry_pause = Duration::from_millis(50);
+    let running = Collector::start(config).await.unwrap();
+    let id = store(&running, &stripped.profile()).await;
+    upload(&running, &stripped.build_id, &std::fs::read(&stripped.debug).unwrap()).await.unwrap();
+    let file = file_of(&dir.path().join("debuginfo"), &stripped.build_id);
+    let away = dir.path().join("away");
+    std::fs::rename(&file, &away).unwrap();
+    // A read of a directory fails.
+    std::fs::create_dir(&file).unwrap();
+    for _ in 0..2 {
+        assert_eq!(names(&merged(&running).await), [""; 0]);
+    }
+    std::fs::remove_dir(&file).unwrap();
+    std::fs::rename(&away, &file).unwrap();
+    eventually("the file is opened", || async { names(&merged(&running).await).len() == 2 }).await;
+    assert_eq!(names(&download(&running, &id).await.unwrap()).len(), 2);
+    running.shutdown().await;
+}
+
+/// Returns the path of the stored file of a build id, in the layout that gdb knows.
+fn file_of(directory: &Path, build_id: &str) -> PathBuf {
+    let mut open = vec![directory.to_owned()];
+    while let Some(directory) = open.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path);
+            } else if path.to_str().unwrap().contains(&build_id[2..]) {
+                return path;
+            }
+        }
+    }
+    panic!("no file of {build_id}");
+}
+
+/// Checks that each answer says so if the search for names ran out of time, and that a later one has the names.
+#[tokio::test]
+async fn an_answer_without_late_names_says_so() {
+    let stripped = Stripped::build(Kind::Library);
+    let dir = tempfile::tempdir().unwrap();
+    let (reader, go) = (dir.path().join("reader"), dir.path().join("go"));
+    let mut config = config(&dir.path().join("data"));
+    let (program, go_name) = (config.debuginfo.reader.display(), go.display());
+    let script =
+        format!("#!/bin/sh\nwhile [ ! -e '{go_name}' ]; do /bin/sleep 0.05; done\nexec '{program}' \"$@\"\n");
+    std::fs::write(&reader, script).unwrap();
+    std::fs::set_permissions(&reader, std::fs::Permissions::from_mode(0o755)).unwrap();
+    config.debuginfo.reader = reader;
+    config.debuginfo.query_timeout = Duration::from_millis(200);
+    let running = Collector::start(config).await.unwrap();
+    let id = store(&running, &stripped.profile()).await;
+    assert_eq!(lacks_names(&running, &id).await, [false; 6]);
+    upload(&running, &stripped.build_id, &std::fs::read(&stripped.debug).unwrap()).await.unwrap();
+    assert_eq!(lacks_names(&running, &id).await, [true; 6]);
+    std::fs::write(go, "").unwrap();
+    eventually("all answers have the names", || async { lacks_names(&running, &id).await == [false; 6] })
+        .await;
+    assert_eq!(names(&download(&running, &id).await.unwrap()).len(), 2);
+    running.shutdown().await;
+}
+
+/// Returns whether these answers say that names are missing: graph, merge and profile by gRPC, then by HTTP.
+async fn lacks_names(running: &Running, id: &str) -> [bool; 6] {
+    let mut client = queries(running).await;
+    let graph = client.flame_graph(FlameGraphRequest::default()).await.unwrap().into_inner().names_incomplete;
+    let mut merge = client.merge(MergeRequest::default()).await.unwrap().into_inner();
+    let mut of_merge = false;
+    while let Some(message) = merge.message().await.unwrap() {
+        if let Some(merge_progress::Message::Progress(progress)) = message.message {
+            of_merge = progress.names_incomplete;
+        }
+    }
+    let request = GetProfileRequest { id: id.to_owned(), ..GetProfileRequest::default() };
+    let mut profile = client.get_profile(request).await.unwrap().into_inner();
+    let of_profile = profile.message().await.unwrap().unwrap().names_incomplete;
+    let http = |path: String| async move { get(running.http_addr, &format!("/api/v1/{path}")).await };
+    let top = http("top".to_owned()).await.json()["names_incomplete"] == true;
+    let header = |answer: &crate::support::Answer| answer.headers.contains_key("gannet-names-incomplete");
+    let merged = header(&http("merge".to_owned()).await);
+    [graph, of_merge, of_profile, top, merged, header(&http(format!("profiles/{id}")).await)]
 }
 
 /// Checks the server of Debian's package: a file is asked for once, and a missing one too, by any number of queries.

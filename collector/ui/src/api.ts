@@ -24,6 +24,8 @@ export interface FlameGraph {
   base_profiles?: number;
   /** Profiles that the graph lacks, because their files are damaged. */
   unreadable_profiles?: number;
+  /** The collector ran out of time while it searched debug information for names. */
+  names_incomplete?: boolean;
   root?: FlameNode;
 }
 

@@ -270,6 +270,28 @@ describe("a filter", () => {
   });
 });
 
+describe("names that are still missing", () => {
+  it("have a note beside the total, until the collector has them", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      const note = page.getByText("names are missing: the collector still reads debug information");
+      await drawn(page, "main");
+      assert.equal(await note.count(), 0);
+      // The collector of the tests has all names, so the answer is changed on its way.
+      await page.route("**/api/v1/flamegraph?*", async (route) => {
+        const response = await route.fetch();
+        await route.fulfill({ response, json: { ...(await response.json()), names_incomplete: true } });
+      });
+      await page.reload();
+      await note.waitFor();
+      await accessible(page);
+      await page.unroute("**/api/v1/flamegraph?*");
+      await page.reload();
+      await drawn(page, "main");
+      assert.equal(await note.count(), 0);
+    });
+  });
+});
+
 describe("colours", () => {
   it("by library have one hue for each mapped file", async () => {
     await on(`?${CHECKOUT}`, async (page) => {

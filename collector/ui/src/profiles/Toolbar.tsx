@@ -23,6 +23,12 @@ function Unreadable({ graph }: Pick<Answers, "graph">) {
   return <span class="bad" role="status"> {integer(count)} unreadable {count === 1 ? "profile is" : "profiles are"} missing</span>;
 }
 
+/** The note that the next answer may have more names. */
+function MissingNames({ graph }: Pick<Answers, "graph">) {
+  if (!graph?.names_incomplete) return null;
+  return <span class="dim" role="status"> names are missing: the collector still reads debug information; refresh in a minute</span>;
+}
+
 function Totals({ graph, diff, drawn, total, baseTotal }: Answers) {
   const unit = graph?.unit ?? "";
   // A filter shows a part of the selection.
@@ -33,7 +39,7 @@ function Totals({ graph, diff, drawn, total, baseTotal }: Answers) {
       <>
         <span class="big">{value(shown, unit)}</span>
         <span class="dim"> against {value(baseShown, unit)}{shown + baseShown < total + baseTotal && <> · {share(shown, total)} and {share(baseShown, baseTotal)} of the selections</>} · {integer(graph?.profiles ?? 0)} and {integer(graph?.base_profiles ?? 0)} profiles</span>
-        <Unreadable graph={graph} />
+        <Unreadable graph={graph} /><MissingNames graph={graph} />
       </>
     );
   }
@@ -42,7 +48,7 @@ function Totals({ graph, diff, drawn, total, baseTotal }: Answers) {
     <>
       <span class="big">{value(shown, unit)}</span>{" "}
       <span class="dim">{shown < total && `${share(shown, total)} of ${value(total, unit)} `}{typeName(graph.sample_type)} · {integer(graph.profiles ?? 0)} {graph.profiles === 1 ? "profile" : "profiles"}</span>
-      <Unreadable graph={graph} />
+      <Unreadable graph={graph} /><MissingNames graph={graph} />
     </>
   );
 }
