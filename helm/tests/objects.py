@@ -128,6 +128,12 @@ def restricted(where, objects):
         problems.append(f"{where}: the collector checks tokens in the wrong versions")
 
 
+def agent_options(objects):
+    """Options of the agent by their keys in its configuration file; none without an agent."""
+    files = [o["data"]["agent.yaml"] for o in objects if o["kind"] == "ConfigMap" and "agent.yaml" in o.get("data", {})]
+    return yaml.safe_load(files[0]) if files else {}
+
+
 directory = pathlib.Path(sys.argv[1])
 sets = sorted({p.stem.removeprefix("helm-") for p in directory.glob("helm-*.yaml")})
 for name in sets:
@@ -144,6 +150,11 @@ for name in sets:
         agent = next(o for o in objects if o["kind"] == "DaemonSet")["spec"]["template"]["spec"]
         if "SYS_ADMIN" not in agent["containers"][0]["securityContext"]["capabilities"]["add"]:
             problems.append(f"{name}: agent.sysAdmin does not add SYS_ADMIN")
+        uploads = agent_options(objects)
+        if [uploads.get(f"debuginfo_upload{key}") for key in ("", "_rate", "_file_bytes")] != [True, "1MiB", "64MiB"]:
+            problems.append(f"{name}: agent.debugInfoUpload does not reach the agent")
+    elif agent_options(objects).get("debuginfo_upload"):
+        problems.append(f"{name}: agents upload debug information without agent.debugInfoUpload")
     # Objects for a version must hold until the next version for which the chart was rendered.
     for version in VERSIONS:
         if max((k for k in MADE_FOR if number(k) <= number(version)), key=number) != kubernetes:

@@ -153,6 +153,11 @@ SYS_ADMIN then, not for PERFMON. Only `helm install` and `upgrade` can ask the c
 {{- if include "gannet.tokens" . }}{{- $_ := set $c "token_file" "/run/gannet/token/token" }}{{- end -}}
 {{- with .Values.clusterName }}{{- $_ := set $c "cluster" . }}{{- end -}}
 {{- if include "gannet.podinfo" . }}{{- $_ := set $c "podinfo_socket" $a.kubelet.podInfoSocket }}{{- end -}}
+{{- with $a.debugInfoUpload -}}
+{{- if .enabled -}}
+{{- $c = merge $c (dict "debuginfo_upload" true "debuginfo_upload_rate" .rate "debuginfo_upload_file_bytes" .fileBytes) -}}
+{{- end -}}
+{{- end -}}
 {{- if $tls -}}
 {{- $c = merge $c (dict "tls_ca" "/run/gannet/tls/ca.crt" "tls_cert" "/run/gannet/tls/tls.crt" "tls_key" "/run/gannet/tls/tls.key") -}}
 {{- else -}}
