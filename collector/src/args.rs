@@ -91,7 +91,7 @@ enum Verb {
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct Deletion {
     /// Labels of the profiles, like `{service_name="checkout"}`; `{}` matches all
-    #[arg(long)]
+    #[arg(long, id = "delete_query", value_name = "QUERY")]
     pub query: String,
     /// Only profiles that start at this time or later: Unix milliseconds, `now-7d`, or RFC 3339
     #[arg(long, value_name = "TIME")]

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     auth::{Auth, Reviewer},
+    clickhouse::{ClickHouse, QueryProgram},
     config::{Config, ConfigError},
     debuginfo::DebugInfo,
     fleet::{Fleet, STAGING_INTERVAL, UPKEEP_INTERVAL},
@@ -130,13 +131,7 @@ impl Collector {
         let otlp = OtlpReceiver::new(ingest.clone());
         let max_batch_bytes = config.ingest.max_batch_bytes.0;
         let debug_info = open_debug_info(&config, &metrics).await?;
-        let query = Arc::new(Query::new(
-            Arc::clone(&store),
-            Arc::clone(&debug_info),
-            &config.query,
-            max_batch_bytes,
-            metrics.clone(),
-        ));
+        let query = open_query(&config, &store, &debug_info, &metrics)?;
         let triggers = Triggers { rules: Arc::clone(&rules), fleet: Arc::clone(&fleet), stop: stop.clone() };
 
         let listen = |socket, tls: Option<&Arc<Tls>>, protocol| {
@@ -285,6 +280,32 @@ fn open_table(
 fn open_sql(config: &Config, store: &Store, metrics: &Metrics) -> Result<Arc<Sql>, StoreError> {
     let tables = if config.table.table { Some(store.table_objects()?) } else { None };
     Ok(Sql::new(tables, &config.sql, metrics.clone()))
+}
+
+fn open_query(
+    config: &Config,
+    store: &Arc<Store>,
+    debug_info: &Arc<DebugInfo>,
+    metrics: &Metrics,
+) -> Result<Arc<Query>, StartError> {
+    let max_batch_bytes = config.ingest.max_batch_bytes.0;
+    let (of, names) = (Arc::clone(store), Arc::clone(debug_info));
+    let query = Query::new(of, names, &config.query, max_batch_bytes, metrics.clone());
+    Ok(Arc::new(query.with_tables(open_clickhouse(config, store, metrics)?)))
+}
+
+/// Prepares the connection to ClickHouse, if it is to answer queries.
+fn open_clickhouse(
+    config: &Config,
+    store: &Store,
+    metrics: &Metrics,
+) -> Result<Option<Arc<ClickHouse>>, StartError> {
+    let QueryProgram::ClickHouse(server) = &config.clickhouse.query else { return Ok(None) };
+    let location = config.table_location().map_err(ConfigError::Invalid)?;
+    tracing::info!(%server, tables = %location, "ClickHouse merges the profiles of the tables");
+    let opened =
+        ClickHouse::new(&config.clickhouse, server, location, store.table_objects()?, metrics.clone());
+    Ok(Some(Arc::new(opened.map_err(|reason| ConfigError::Invalid(format!("--query: {reason}")))?)))
 }
 
 /// Opens the rules. Also returns client and namespace of the custom resources, if the rules have some.

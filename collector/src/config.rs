@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     auth::{AuthOptions, NodeIdentity},
+    clickhouse::{self, ClickHouseOptions, QueryProgram, TableLocation},
     debuginfo::DebugInfoOptions,
     fleet::FleetOptions,
     forward::ForwardOptions,
@@ -72,6 +73,10 @@ pub struct Config {
     #[command(flatten)]
     #[serde(flatten)]
     pub sql: SqlOptions,
+    /// Queries by ClickHouse.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub clickhouse: ClickHouseOptions,
     /// Debug information of stripped programs.
     #[command(flatten)]
     #[serde(flatten)]
@@ -172,6 +177,14 @@ impl Config {
         }
     }
 
+    /// Returns the place of the tables as ClickHouse sees it, or a text with the cure.
+    pub(crate) fn table_location(&self) -> Result<TableLocation, String> {
+        match &self.clickhouse.query_tables {
+            Some(location) => Ok(location.clone()),
+            None => clickhouse::default_location(self.directory(), self.bucket()),
+        }
+    }
+
     /// Reports whether the listeners verify client certificates.
     pub(crate) fn has_client_ca(&self) -> bool {
         self.tls.tls_client_ca.is_some()
@@ -190,6 +203,9 @@ impl Config {
         let TlsOptions { tls_cert, tls_key, tls_client_ca, .. } = &self.tls;
         let ForwardOptions { forward, forward_tenant, forward_token_file, forward_ca } = &self.forward;
         let no_target = forward.is_empty();
+        let ClickHouseOptions { query, query_tables, query_user, query_password_file, query_ca, .. } =
+            &self.clickhouse;
+        let no_engine = *query == QueryProgram::Embedded;
         let missing = [
             (tls_cert.is_some() && tls_key.is_none(), "--tls-cert needs --tls-key"),
             (tls_key.is_some() && tls_cert.is_none(), "--tls-key needs --tls-cert"),
@@ -197,6 +213,21 @@ impl Config {
             (forward_tenant.is_some() && no_target, "--forward-tenant needs --forward"),
             (forward_token_file.is_some() && no_target, "--forward-token-file needs --forward"),
             (forward_ca.is_some() && no_target, "--forward-ca needs --forward"),
+            (no_engine && query_tables.is_some(), "--query-tables needs --query clickhouse=URL"),
+            (no_engine && query_user.is_some(), "--query-user needs --query clickhouse=URL"),
+            (
+                no_engine && query_password_file.is_some(),
+                "--query-password-file needs --query clickhouse=URL",
+            ),
+            (no_engine && query_ca.is_some(), "--query-ca needs --query clickhouse=URL"),
+            (
+                query_password_file.is_some() && query_user.is_none(),
+                "--query-password-file needs --query-user",
+            ),
+            (
+                !no_engine && !self.table.table,
+                "--query clickhouse=URL needs --table, which writes what ClickHouse reads",
+            ),
         ];
         match missing.into_iter().find(|(is_missing, _)| *is_missing) {
             None => Ok(()),
@@ -276,6 +307,13 @@ impl Config {
         if !(Duration::from_secs(1)..=Duration::from_secs(600)).contains(&sql_timeout.0) {
             return wrong("--sql-timeout must be between 1 s and 10 min");
         }
+        // The same for ClickHouse.
+        if !(Duration::from_secs(1)..=Duration::from_secs(600)).contains(&self.clickhouse.query_timeout.0) {
+            return wrong("--query-timeout must be between 1 s and 10 min");
+        }
+        if self.clickhouse.query_memory_bytes.0 < 64 << 20 {
+            return wrong("--query-memory-bytes is below 64 MiB, which is too little for ClickHouse");
+        }
         if sql_memory_bytes.0 < 32 << 20 {
             return wrong("--sql-memory-bytes is below 32 MiB, which is too little for the rows of one file");
         }
@@ -322,6 +360,10 @@ mod tests {
     #[case::short_query(|c: &mut Config| c.sql.sql_timeout = TimeSpan::from_secs(0), "--sql-timeout")]
     #[case::small_query(|c: &mut Config| c.sql.sql_memory_bytes = gannet_base::ByteSize(1), "--sql-memory-bytes")]
     #[case::no_row(|c: &mut Config| c.sql.sql_max_rows = 0, "--sql-max-rows")]
+    #[case::no_table(|c: &mut Config| c.clickhouse.query = "clickhouse=http://x:8123".parse().unwrap(), "--table")]
+    #[case::no_engine(|c: &mut Config| c.clickhouse.query_user = Some("x".into()), "--query clickhouse=URL")]
+    #[case::quick_engine(|c: &mut Config| c.clickhouse.query_timeout = TimeSpan::from_secs(0), "--query-timeout")]
+    #[case::small_engine(|c: &mut Config| c.clickhouse.query_memory_bytes = gannet_base::ByteSize(1), "--query-memory-bytes")]
     #[case::young(|c: &mut Config| c.store.retention_age = TimeSpan::from_secs(1), "--retention-age")]
     fn an_impossible_configuration_names_its_flag(#[case] change: fn(&mut Config), #[case] says: &str) {
         let mut config = Config::new("/data");

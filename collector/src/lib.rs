@@ -22,6 +22,7 @@
 //! | `query` | selections, merges, flame graphs, tables, timelines | change anything |
 //! | `debuginfo` | debug information by build id; adds names to the profiles that a query reads | change a stored profile |
 //! | `sql` | SQL queries of the table | change anything |
+//! | `clickhouse` | queries of the table by a ClickHouse server | change anything, or answer without it |
 //! | `table` | the same profiles as Delta tables; a thread of its own adds new segments | delay the writer |
 //! | `store` | objects, index, retention; one writer changes them | lose an acknowledged batch |
 //! | `auth` | the identity and the roles of each caller | let a call through unchecked |
@@ -49,6 +50,7 @@
 
 mod args;
 mod auth;
+mod clickhouse;
 mod collector;
 mod config;
 mod debuginfo;
@@ -82,6 +84,7 @@ mod triggers;
 
 pub use args::{ArgsError, Deletion, Invocation, command, parse};
 pub use auth::NodeIdentity;
+pub use clickhouse::{QueryProgram, TableLocation};
 pub use collector::{Collector, Running, StartError};
 pub use config::{Config, ConfigError, DataLocation};
 pub use metrics::declared_metrics;

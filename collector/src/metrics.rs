@@ -36,6 +36,11 @@ pub(crate) struct KindLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct OutcomeLabel {
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct VersionLabel {
     version: &'static str,
 }
@@ -180,6 +185,18 @@ collector_metrics! {
         histogram("gannet_collector_query_duration_seconds", "Time to answer a query", ["kind"]);
     sql_read_bytes: Counter => SQL_READ_BYTES
         counter("gannet_collector_sql_read_bytes_total", "Bytes of the table that SQL queries read");
+    clickhouse_statements: Family<OutcomeLabel, Counter> => CLICKHOUSE_STATEMENTS
+        counter(
+            "gannet_collector_clickhouse_statements_total",
+            "Statements for ClickHouse (--query), by outcome: answered, limit, failed",
+            ["outcome"]
+        );
+    clickhouse_read_bytes: Counter => CLICKHOUSE_READ_BYTES
+        counter("gannet_collector_clickhouse_read_bytes_total", "Bytes that ClickHouse read for the statements of this collector");
+    clickhouse_read_rows: Counter => CLICKHOUSE_READ_ROWS
+        counter("gannet_collector_clickhouse_read_rows_total", "Rows that ClickHouse read for the statements of this collector");
+    clickhouse_profiles: Counter => CLICKHOUSE_PROFILES
+        counter("gannet_collector_clickhouse_merged_profiles_total", "Profiles that ClickHouse merged from the tables");
     merged_profiles: Counter => MERGED_PROFILES
         counter("gannet_collector_query_merged_profiles_total", "Profiles read and merged");
     objects_gone: Counter => OBJECTS_GONE
@@ -296,6 +313,10 @@ impl Metrics {
         self.recording_refusals.get_or_create(&RuleLabel { rule: rule.to_owned() }).inc();
     }
 
+    pub(crate) fn clickhouse_statement(&self, outcome: &'static str) {
+        self.clickhouse_statements.get_or_create(&OutcomeLabel { outcome }).inc();
+    }
+
     /// Starts to time a query. The timer observes the time when it is dropped.
     pub(crate) fn query_timer(&self, kind: &'static str) -> QueryTimer {
         QueryTimer {
@@ -346,6 +367,7 @@ mod tests {
                 "recording",
                 "debuginfo",
                 "sql",
+                "clickhouse",
             ];
             assert!(known.contains(&subsystem), "{}", metric.name);
         }
@@ -362,6 +384,7 @@ mod tests {
         metrics.forward_lost("parca", "too_old", 1);
         metrics.forward_labels_dropped("parca", 1);
         metrics.recording_refused("work_seconds_total");
+        metrics.clickhouse_statement("answered");
         drop(metrics.query_timer("merge"));
         let text = metrics.text();
         let declared = declared_metrics();

@@ -26,8 +26,9 @@ pub(crate) struct Selector {
     matchers: Vec<Matcher>,
 }
 
+/// A condition on one label.
 #[derive(Debug, Clone)]
-struct Matcher {
+pub(crate) struct Matcher {
     name: String,
     value: String,
     /// If given, the value is a regular expression that must match the complete label value.
@@ -35,7 +36,37 @@ struct Matcher {
     negated: bool,
 }
 
+impl Matcher {
+    /// Returns the name of the label.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Returns the only value that fits, or `None` for a regular expression.
+    pub(crate) fn plain(&self) -> Option<&str> {
+        self.regex.is_none().then_some(&self.value)
+    }
+
+    /// Reports whether the condition holds for the values that do not fit.
+    pub(crate) fn is_negated(&self) -> bool {
+        self.negated
+    }
+
+    /// Reports whether a value fits.
+    pub(crate) fn fits(&self, value: &str) -> bool {
+        match &self.regex {
+            Some(regex) => regex.is_match(value),
+            None => self.value == value,
+        }
+    }
+}
+
 impl Selector {
+    /// Returns the conditions.
+    pub(crate) fn matchers(&self) -> &[Matcher] {
+        &self.matchers
+    }
+
     /// Parses a selector. An empty text, or `{}`, selects every series.
     pub(crate) fn parse(text: &str) -> Result<Self, SelectorError> {
         let mut parser = Parser { text, at: 0 };
@@ -101,14 +132,7 @@ impl Selector {
 
     /// Reports whether all conditions hold for the labels that `value` returns by name. A missing label is empty.
     pub(crate) fn matches_by<'l>(&self, value: impl Fn(&str) -> &'l str) -> bool {
-        self.matchers.iter().all(|m| {
-            let value = value(&m.name);
-            let fits = match &m.regex {
-                Some(regex) => regex.is_match(value),
-                None => m.value == value,
-            };
-            fits != m.negated
-        })
+        self.matchers.iter().all(|m| m.fits(value(&m.name)) != m.negated)
     }
 }
 

@@ -127,6 +127,7 @@ impl From<QueryError> for ApiError {
             QueryError::TooLarge(_) => StatusCode::UNPROCESSABLE_ENTITY,
             QueryError::Store(StoreError::Damaged(_)) => StatusCode::INTERNAL_SERVER_ERROR,
             QueryError::Busy(_) | QueryError::Store(_) => StatusCode::SERVICE_UNAVAILABLE,
+            QueryError::Engine(_) => StatusCode::BAD_GATEWAY,
         };
         Self(status, error.to_string())
     }

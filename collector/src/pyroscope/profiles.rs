@@ -14,8 +14,9 @@ use super::{
     scope::{Range, Scope, parse_selector},
 };
 use crate::{
+    clickhouse::TableKind,
     profile_type::ProfileType,
-    query::{Merged, Query, QueryError, SpanFilter},
+    query::{Merged, Query, QueryError, SpanFilter, TableRange},
 };
 
 /// Frames of a call site: those of the deepest stack.
@@ -93,15 +94,25 @@ impl Stacks {
     async fn merged(&self, query: &Arc<Query>) -> Result<Parts, Status> {
         let (this, scoped) = (self.clone(), Arc::clone(query));
         let selector = parse_selector("label_selector", &self.selector)?;
-        let found = query
-            .timed("pyroscope_select", move |q| {
-                let scope = Scope::new(&scoped, selector, Some(this.wanted), this.range);
-                let (series, range, mut filter) = scope.into_filter();
-                q.find_profiles(&series, range.start_ms, range.until_ms(), |entry| {
+        let found = if query.has_tables() && this.ids.is_empty() {
+            let scope = query.timed("pyroscope_select", move |_| {
+                Ok(Arc::new(Scope::new(&scoped, selector, Some(this.wanted), this.range)))
+            });
+            let scope = scope.await?;
+            let mut filter = scope.filter();
+            let keep_kind = |kind: &TableKind| scope.takes_kind(&kind.name, &kind.types);
+            query.found_in(scope.table_range(), move |entry| filter.takes(entry), keep_kind).await?
+        } else {
+            let find = query.timed("pyroscope_select", move |q| {
+                let scope = Arc::new(Scope::new(&scoped, selector, Some(this.wanted), this.range));
+                let (TableRange { series, from_ms, until_ms, .. }, mut filter) =
+                    (scope.table_range(), scope.filter());
+                q.find_profiles(&series, from_ms, until_ms, |entry| {
                     (this.ids.is_empty() || this.ids.contains(&entry.key.id)) && filter.takes(entry)
                 })
-            })
-            .await?;
+            });
+            find.await?
+        };
         let mut parts = Vec::new();
         for (types, merged) in query.merge_found(found).await? {
             let types: Vec<&str> = types.iter().map(String::as_str).collect();

@@ -13,8 +13,9 @@ use gannet_proto::labels::{self, Labels};
 use tonic::Status;
 
 use crate::{
+    clickhouse::Condition,
     profile_type::{PROFILE_NAME, ProfileType},
-    query::{Query, QueryError},
+    query::{Query, QueryError, TableRange},
     selector::Selector,
     store::StoredProfile,
     time,
@@ -171,6 +172,8 @@ pub(super) struct Scope {
     typed: Selector,
     wanted: Option<ProfileType>,
     pub(super) range: Range,
+    /// The same series, if ClickHouse can select them.
+    conditions: Option<Vec<Condition>>,
 }
 
 impl Scope {
@@ -180,11 +183,18 @@ impl Scope {
         let (service, stored) =
             of_series.split(|name| name == labels::SERVICE_NAME || name == PRIVATE_SERVICE);
         let series = query.series_in(&stored, range.start_ms, range.until_ms());
+        let conditions = if query.has_tables() { conditions(query, &stored, &service) } else { None };
         let named = series.into_iter().filter(|series| {
             let view = View::of_series(&series.labels);
             service.matches_by(|name| view.get(name).unwrap_or(""))
         });
-        Self { series: named.map(|series| (series.id, series.labels)).collect(), typed, wanted, range }
+        Self {
+            series: named.map(|series| (series.id, series.labels)).collect(),
+            typed,
+            wanted,
+            range,
+            conditions,
+        }
     }
 
     /// Reports whether every sample type of the series counts, so that their labels alone decide.
@@ -226,11 +236,50 @@ impl Scope {
         Ok(found)
     }
 
-    /// Splits off the ids of the series and a filter of their profiles.
-    pub(super) fn into_filter(self) -> (Vec<u64>, Range, Filter<Arc<Self>>) {
-        let (ids, range) = (self.ids(), self.range);
-        (ids, range, Filter::new(Arc::new(self)))
+    /// Returns the selected series with their range.
+    pub(super) fn table_range(&self) -> TableRange {
+        TableRange {
+            series: self.ids(),
+            conditions: self.conditions.clone(),
+            from_ms: self.range.start_ms,
+            until_ms: self.range.until_ms(),
+        }
     }
+
+    /// Returns a filter of the profiles.
+    pub(super) fn filter(self: &Arc<Self>) -> Filter<Arc<Self>> {
+        Filter::new(Arc::clone(self))
+    }
+
+    /// Reports whether the scope takes a sample type of profiles that have this name and these types.
+    pub(super) fn takes_kind(&self, name: &str, types: &[String]) -> bool {
+        let types: Vec<&str> = types.iter().map(String::as_str).collect();
+        let name = (!name.is_empty()).then_some(name);
+        ProfileType::of_profile(name, &types).iter().any(|kind| self.takes(&Labels::new(), kind))
+    }
+
+    /// Reports whether the conditions on sample types hold.
+    fn takes(&self, labels: &Labels, kind: &ProfileType) -> bool {
+        let view = View { labels, kind: Some(kind) };
+        self.wanted.as_ref().is_none_or(|wanted| wanted.id == kind.id)
+            && self.typed.matches_by(|name| view.get(name).unwrap_or(""))
+    }
+}
+
+/// Returns the conditions on series for ClickHouse. Returns `None` if the service of a series may come from other labels than
+/// `service_name`.
+fn conditions(query: &Query, stored: &Selector, service: &Selector) -> Option<Vec<Condition>> {
+    let mut conditions = query.conditions(stored);
+    if !service.is_empty() {
+        let label = labels::SERVICE_NAME;
+        let mut values = query.values_where(label, |_| true);
+        if values.iter().any(String::is_empty) {
+            return None;
+        }
+        values.retain(|value| service.matches_by(|_| value));
+        conditions.push(Condition { label: label.to_owned(), values, is_negated: false });
+    }
+    Some(conditions)
 }
 
 /// Value of [`PROFILE_NAME`], and sample types.
@@ -272,11 +321,7 @@ impl<S: std::ops::Deref<Target = Scope>> Filter<S> {
                 let types: Vec<&str> = types.iter().map(String::as_str).collect();
                 ProfileType::of_profile(name.map(String::as_str), &types).into()
             });
-            let takes = of_profile.iter().map(|kind| {
-                let view = View { labels, kind: Some(kind) };
-                scope.wanted.as_ref().is_none_or(|wanted| wanted.id == kind.id)
-                    && scope.typed.matches_by(|name| view.get(name).unwrap_or(""))
-            });
+            let takes = of_profile.iter().map(|kind| scope.takes(labels, kind));
             kinds.push(Kind { takes: takes.collect(), kinds: Arc::clone(of_profile), types });
             kinds.len() - 1
         });

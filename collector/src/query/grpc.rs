@@ -52,7 +52,7 @@ impl From<QueryError> for Status {
             QueryError::NotFound(_) => Status::not_found(text),
             QueryError::TooLarge(_) => Status::resource_exhausted(text),
             QueryError::Store(StoreError::Damaged(_)) => Status::data_loss(text),
-            QueryError::Busy(_) | QueryError::Store(_) => Status::unavailable(text),
+            QueryError::Busy(_) | QueryError::Store(_) | QueryError::Engine(_) => Status::unavailable(text),
         }
     }
 }

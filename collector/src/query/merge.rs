@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Query, QueryError, SpanFilter,
     select::{Found, FoundKind, Selection},
+    sources::{Sources, TableSum},
 };
 use crate::{
     debuginfo::{DebugInfo, Named, NamesVersion},
@@ -156,11 +157,11 @@ impl Query {
         sample_type: &str,
         progress: &Arc<MergeProgress>,
     ) -> Result<Option<(Arc<Merged>, String)>, QueryError> {
-        let (wanted, of) = (sample_type.to_owned(), selection.clone());
+        let found = self.found(selection).await?;
         let mut first = None;
-        for sources in self.blocking(move |q| q.mergeable(&of, &wanted)).await? {
-            let sample_type = sources.sample_type().to_owned();
-            let Some(merged) = self.merge_located(sources.profiles, progress).await? else { continue };
+        for mergeable in found.mergeable(selection, sample_type)? {
+            let sample_type = mergeable.sample_type().to_owned();
+            let Some(merged) = self.merge_sources(mergeable.sources, progress).await? else { continue };
             if selection.has_all_samples() {
                 return Ok(Some((merged, sample_type)));
             }
@@ -180,24 +181,31 @@ impl Query {
         found: Found,
     ) -> Result<Vec<(Vec<String>, Arc<Merged>)>, QueryError> {
         let mut all = Vec::new();
-        for FoundKind { types, mut profiles, .. } in found.kinds {
-            profiles.sort_unstable();
-            if let Some(merged) = self.merge_located(profiles, &Arc::default()).await? {
+        for FoundKind { types, sources, .. } in found.kinds {
+            if let Some(merged) = self.merge_sources(sources, &Arc::default()).await? {
                 all.push((types, merged));
             }
         }
         Ok(all)
     }
 
-    /// Merges profiles that have the same sample types, in the order of their locations. Returns `None` if retention has removed
-    /// all of them. Dropping the future ends the work.
-    pub(super) async fn merge_located(
+    /// Merges profiles that have the same sample types. Returns `None` if retention has removed all of them. Dropping the future ends
+    /// the work.
+    async fn merge_sources(
         self: &Arc<Self>,
-        profiles: Vec<ProfileLocation>,
+        sources: Sources,
         progress: &Arc<MergeProgress>,
     ) -> Result<Option<Arc<Merged>>, QueryError> {
-        progress.total.store(profiles.len() as u64, Ordering::Relaxed);
+        let Sources { mut profiles, tables } = sources;
+        // In the order of the store, so that one read can return neighbours.
+        profiles.sort_unstable();
+        let in_tables = tables.as_ref().map_or(0, TableSum::profiles);
+        let total = profiles.len() as u64 + in_tables;
+        progress.total.store(total, Ordering::Relaxed);
         let mut hash = Sha256::new();
+        if let Some(tables) = &tables {
+            hash.update(tables.identity());
+        }
         for location in &profiles {
             hash.update(location.key.id.0.to_be_bytes());
         }
@@ -206,15 +214,22 @@ impl Query {
         hash.update(version.removed.to_be_bytes());
         let hash: [u8; 32] = hash.finalize().into();
         if let Some(merged) = self.merges.cache.get(&hash) {
-            progress.done.store(profiles.len() as u64, Ordering::Relaxed);
+            progress.done.store(total, Ordering::Relaxed);
             return Ok(Some(self.with_names(merged, version, hash).await));
         }
         let _permit = self.merge_permit().await?;
         let cancelled = CancellationToken::new();
         let _guard = cancelled.clone().drop_guard();
+        let sums = match &tables {
+            Some(tables) => self.sums(tables).await?,
+            None => Vec::new(),
+        };
+        progress.done.fetch_add(in_tables, Ordering::Relaxed);
         let (runtime, progress) = (Handle::current(), Arc::clone(progress));
-        let merged =
-            self.blocking(move |q| q.merge_profiles(&runtime, &profiles, &cancelled, &progress)).await?;
+        let merged = self
+            .blocking(move |q| q.merge_profiles(&runtime, &profiles, sums, &cancelled, &progress))
+            .await?;
+        let merged = merged.map(|merged| Merged { profiles: merged.profiles + in_tables, ..merged });
         match merged {
             None => Ok(None),
             Some(merged) => Ok(Some(self.with_names(Arc::new(merged), version, hash).await)),
@@ -251,12 +266,13 @@ impl Query {
         merged
     }
 
-    /// Reads and merges profiles on several threads. Each thread holds what one read returned, one decoded profile and its
+    /// Reads and merges profiles on several threads, and adds the sums of the tables. Each thread holds what one read returned, one decoded profile and its
     /// part of the result at a time.
     fn merge_profiles(
         &self,
         runtime: &Handle,
         locations: &[ProfileLocation],
+        sums: Vec<Profile>,
         cancelled: &CancellationToken,
         progress: &MergeProgress,
     ) -> Result<Option<Merged>, QueryError> {
@@ -270,6 +286,9 @@ impl Query {
             handles.into_iter().map(|h| h.join().unwrap_or(Err(StoreError::Ended.into()))).collect()
         });
         let (mut merger, mut profiles, mut unreadable) = (Merger::new(), 0, 0);
+        for sum in sums {
+            merger.add(&sum).map_err(|e| QueryError::Invalid(e.to_string()))?;
+        }
         for part in parts {
             let (profile, counts) = part?;
             profiles += counts.merged;

@@ -7,7 +7,9 @@ mod heatmap;
 mod merge;
 mod select;
 mod selected;
+mod sources;
 mod spans;
+mod tables;
 mod timeline;
 
 use std::{
@@ -32,6 +34,7 @@ pub(crate) use self::{
     merge::{MergeProgress, Merged},
     select::{Selection, parse_profile_id},
     spans::SpanFilter,
+    tables::TableRange,
 };
 use self::{
     merge::{Merges, encode_selected},
@@ -39,6 +42,7 @@ use self::{
     selected::Selected,
 };
 use crate::{
+    clickhouse::{ClickHouse, ClickHouseError},
     debuginfo::{DebugInfo, Named},
     limits::MAX_INFLATION,
     metrics::Metrics,
@@ -86,6 +90,20 @@ pub(crate) enum QueryError {
     /// The store returned an error.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// ClickHouse has no answer.
+    #[error("{0}")]
+    Engine(String),
+}
+
+impl From<ClickHouseError> for QueryError {
+    fn from(error: ClickHouseError) -> Self {
+        let text = error.to_string();
+        match error {
+            ClickHouseError::Limit(_) => Self::TooLarge(text),
+            ClickHouseError::Busy { .. } => Self::Busy(text),
+            _ => Self::Engine(text),
+        }
+    }
 }
 
 impl From<SelectorError> for QueryError {
@@ -108,6 +126,8 @@ pub(crate) struct Query {
     debug_info: Arc<DebugInfo>,
     metrics: Metrics,
     merges: Merges,
+    /// Merges the profiles of the tables, if there is one.
+    clickhouse: Option<Arc<ClickHouse>>,
     options: QueryOptions,
     /// Largest decompressed profile, in bytes.
     max_inflated: usize,
@@ -127,9 +147,15 @@ impl Query {
             debug_info,
             metrics,
             merges: Merges::new(options.cache_bytes),
+            clickhouse: None,
             options: options.clone(),
             max_inflated: max_batch_bytes as usize * MAX_INFLATION,
         }
+    }
+
+    /// Lets ClickHouse merge the profiles of the tables.
+    pub(crate) fn with_tables(self, clickhouse: Option<Arc<ClickHouse>>) -> Self {
+        Self { clickhouse, ..self }
     }
 
     /// Runs an operation that reads the index on a blocking thread.

@@ -4,12 +4,11 @@ use std::collections::BTreeSet;
 
 use ulid::Ulid;
 
-use super::{Query, QueryError, QueryOptions, SpanFilter};
-use crate::{
-    selector::Selector,
-    store::{ProfileLocation, StoredProfile},
-    time,
+use super::{
+    Query, QueryError, QueryOptions, SpanFilter,
+    sources::{Sources, TableSum},
 };
+use crate::{selector::Selector, store::StoredProfile, time};
 
 /// Range of a selection without `from`, in milliseconds before `until`.
 const DEFAULT_RANGE_MS: u64 = 3_600_000;
@@ -103,8 +102,7 @@ pub(crate) fn parse_profile_id(text: &str) -> Result<Ulid, QueryError> {
 
 /// Profiles of a selection that have the same sample types, so that a merge can join them.
 pub(super) struct Mergeable {
-    /// In the order of the store, so that one read can return neighbours.
-    pub(super) profiles: Vec<ProfileLocation>,
+    pub(super) sources: Sources,
     types: Vec<String>,
     /// Position of the requested sample type in `types`.
     type_index: usize,
@@ -130,32 +128,47 @@ pub(super) struct FoundKind {
     pub(super) types: Vec<String>,
     /// Start of the oldest one.
     first_ms: u64,
-    pub(super) profiles: Vec<ProfileLocation>,
+    pub(super) sources: Sources,
 }
 
 impl Found {
     /// Adds a profile.
-    fn add(&mut self, entry: &StoredProfile) {
-        let types = &entry.row.types;
-        let is_same = |kind: &FoundKind| kind.types.iter().eq(types.iter().map(|t| &t.name));
-        let index = self.kinds.iter().position(is_same).unwrap_or_else(|| {
-            let types = types.iter().map(|t| t.name.clone()).collect();
-            self.kinds.push(FoundKind { types, first_ms: u64::MAX, profiles: Vec::new() });
-            self.kinds.len() - 1
-        });
-        let kind = &mut self.kinds[index];
+    pub(super) fn add(&mut self, entry: &StoredProfile) {
+        let kind = self.kind(entry.row.types.iter().map(|t| &t.name));
         kind.first_ms = kind.first_ms.min(entry.key.start_ms);
-        kind.profiles.push(entry.location());
+        kind.sources.profiles.push(entry.location());
         self.profiles += 1;
         self.bytes += entry.row.bytes;
     }
 
-    fn fits(&self, options: &QueryOptions) -> bool {
+    /// Adds profiles of the tables.
+    pub(super) fn add_sum(&mut self, sum: TableSum) {
+        let kind = self.kind(sum.types().iter());
+        kind.first_ms = kind.first_ms.min(sum.first_ms());
+        kind.sources.tables = Some(sum);
+    }
+
+    /// Returns the entry of the profiles with these types.
+    fn kind<'t>(&mut self, types: impl Iterator<Item = &'t String> + Clone) -> &mut FoundKind {
+        let known = self.kinds.iter().position(|kind| kind.types.iter().eq(types.clone()));
+        let index = known.unwrap_or_else(|| {
+            let types = types.cloned().collect();
+            self.kinds.push(FoundKind { types, first_ms: u64::MAX, sources: Sources::default() });
+            self.kinds.len() - 1
+        });
+        &mut self.kinds[index]
+    }
+
+    pub(super) fn fits(&self, options: &QueryOptions) -> bool {
         self.profiles <= options.max_profiles && self.bytes <= options.max_bytes
     }
 
     /// Returns an error above the limits of one query. `of` describes the selection.
-    fn check(&self, options: &QueryOptions, of: impl FnOnce() -> String) -> Result<(), QueryError> {
+    pub(super) fn check(
+        &self,
+        options: &QueryOptions,
+        of: impl FnOnce() -> String,
+    ) -> Result<(), QueryError> {
         if self.fits(options) { Ok(()) } else { Err(above_limits(options, &of())) }
     }
 }
@@ -189,24 +202,27 @@ impl Query {
         Ok(found)
     }
 
-    /// Returns the mergeable profiles of the selection that have the sample type, with all their samples: one part for each set of
-    /// sample types, the set with the oldest profile first. None for an empty selection. An empty `sample_type` means the last type
-    /// of a profile. Blocking.
-    pub(super) fn mergeable(
-        &self,
-        selection: &Selection,
-        sample_type: &str,
-    ) -> Result<Vec<Mergeable>, QueryError> {
+    /// Returns the profiles of the selection, with all their samples. Blocking.
+    pub(super) fn find(&self, selection: &Selection) -> Result<Found, QueryError> {
         let mut found = Found::default();
         self.scan_index(&selection.of, |entry| {
             found.add(&entry);
             found.fits(&self.options)
         })?;
-        if found.kinds.is_empty() {
+        found.check(&self.options, || selection.describe())?;
+        Ok(found)
+    }
+}
+
+impl Found {
+    /// Returns the mergeable profiles that have the sample type: one part for each set of sample types, the set with the oldest
+    /// profile first. None without profiles. An empty `sample_type` means the last type of a profile. `of` has the selection for an
+    /// error.
+    pub(super) fn mergeable(self, of: &Selection, sample_type: &str) -> Result<Vec<Mergeable>, QueryError> {
+        let kinds = self.kinds;
+        if kinds.is_empty() {
             return Ok(Vec::new());
         }
-        found.check(&self.options, || selection.describe())?;
-        let kinds = found.kinds;
         let position = |kind: &[String]| {
             if sample_type.is_empty() {
                 kind.len().checked_sub(1)
@@ -220,16 +236,14 @@ impl Query {
         if fitting.is_empty() {
             return Err(QueryError::NotFound(format!(
                 "no profile of {} has the sample type `{sample_type}`; known types: {}",
-                selection.describe(),
+                of.describe(),
                 known.into_iter().collect::<Vec<_>>().join(", ")
             )));
         }
         fitting.sort_by_key(|(_, kind)| kind.first_ms);
-        let mergeable =
-            fitting.into_iter().map(|(type_index, FoundKind { types, first_ms: _, mut profiles })| {
-                profiles.sort_unstable();
-                Mergeable { profiles, types, type_index }
-            });
+        let mergeable = fitting.into_iter().map(|(type_index, FoundKind { types, first_ms: _, sources })| {
+            Mergeable { sources, types, type_index }
+        });
         Ok(mergeable.collect())
     }
 }

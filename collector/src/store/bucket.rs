@@ -51,6 +51,30 @@ impl Bucket {
         self
     }
 
+    /// Returns the URL of a path below this one for programs that read S3's protocol, without credentials. `None` for a cloud that does
+    /// not speak it.
+    pub(crate) fn http_url(&self, below: &str) -> Option<url::Url> {
+        let setting = |names: [&str; 2]| {
+            let found = self.settings.iter().rev().find(|(name, _)| names.contains(&name.as_str()));
+            found.map(|(_, value)| value.trim_end_matches('/'))
+        };
+        let (bucket, path) = (self.url.host_str()?, self.url.path().trim_matches('/'));
+        let root = match self.url.scheme() {
+            "s3" => {
+                let region = setting(["aws_region", "aws_default_region"]).unwrap_or("us-east-1");
+                setting(["aws_endpoint", "aws_endpoint_url"]).map_or_else(
+                    || format!("https://{bucket}.s3.{region}.amazonaws.com"),
+                    |endpoint| format!("{endpoint}/{bucket}"),
+                )
+            }
+            "gs" => format!("https://storage.googleapis.com/{bucket}"),
+            _ => return None,
+        };
+        let parts: Vec<&str> =
+            [root.as_str(), path, below].into_iter().filter(|part| !part.is_empty()).collect();
+        url::Url::parse(&parts.join("/")).ok()
+    }
+
     /// Builds the client, which sees the bucket's path as its root. Does not access the bucket.
     pub(crate) fn connect(&self) -> Result<Arc<dyn ObjectStore>, object_store::Error> {
         // An agent waits for the answer, and sends a throttled batch again. So few retries are enough.
@@ -102,6 +126,23 @@ mod tests {
     fn invalid_bucket_urls_are_refused_with_valid_forms(#[case] text: &str, #[case] cure: &str) {
         let error = Bucket::parse(text).unwrap_err();
         assert!(error.contains(cure) && error.contains("or a directory"), "{error}");
+    }
+
+    #[rstest::rstest]
+    #[case("s3://b/some/path", &[("aws_region", "eu-west-1")], Some("https://b.s3.eu-west-1.amazonaws.com/some/path/table"))]
+    #[case("s3://b", &[("aws_endpoint", "http://minio:9000/")], Some("http://minio:9000/b/table"))]
+    #[case("gs://b/p/", &[], Some("https://storage.googleapis.com/b/p/table"))]
+    #[case("az://b/p", &[], None)]
+    fn a_bucket_has_a_url_for_other_programs(
+        #[case] text: &str,
+        #[case] settings: &[(&str, &str)],
+        #[case] url: Option<&str>,
+    ) {
+        let mut bucket = Bucket { settings: Vec::new(), ..Bucket::parse(text).unwrap() };
+        for (name, value) in settings {
+            bucket = bucket.with(name, *value);
+        }
+        assert_eq!(bucket.http_url("table").map(String::from).as_deref(), url);
     }
 
     #[test]

@@ -148,6 +148,11 @@ impl StoredProfile {
         self.row.bytes > 0
     }
 
+    /// Reports whether the profile has an object of its own, in the older layout.
+    pub(crate) fn is_outside_segments(&self) -> bool {
+        self.row.segment.is_empty()
+    }
+
     /// Returns where the profile is.
     pub(crate) fn location(&self) -> ProfileLocation {
         let ProfileRow { offset, bytes, crc, .. } = self.row;

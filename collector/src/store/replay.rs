@@ -70,6 +70,28 @@ impl Store {
         Ok(segments.map(|segment| SegmentInfo { id: segment.id, disk_bytes: segment.disk_bytes }).collect())
     }
 
+    /// Returns the known segments that a collector wrote at this time or later, in milliseconds, and that `is_wanted` takes.
+    pub(crate) fn segments_since(&self, from_ms: u64, is_wanted: impl FnMut(Ulid) -> bool) -> Vec<Ulid> {
+        self.state.read().segments_from(Ulid::from_parts(from_ms, 0), is_wanted)
+    }
+
+    /// Returns ids and series of the batches of a segment that start in the range.
+    pub(crate) fn batches_of_segment(
+        &self,
+        id: Ulid,
+        from_ms: u64,
+        until_ms: u64,
+    ) -> Result<Vec<(Ulid, u64)>, StoreError> {
+        let rows = self.index.of_segment(id)?.into_iter();
+        let in_range = rows.filter(|row| (from_ms..until_ms).contains(&row.key.start_ms));
+        Ok(in_range.map(|row| (row.key.id, row.series)).collect())
+    }
+
+    /// Reports whether profiles have objects of their own, in the older layout.
+    pub(crate) fn has_profiles_outside_segments(&self) -> bool {
+        self.state.read().outside_segments() > 0
+    }
+
     /// Returns the hours that have segments or profiles, in order.
     pub(crate) fn stored_hours(&self) -> Result<Vec<u64>, StoreError> {
         let mut hours = self.index.hours()?;

@@ -227,6 +227,11 @@ impl StoreState {
         self.segments.len()
     }
 
+    /// Returns the segments from this id on that `is_wanted` takes, in the order of time.
+    pub(super) fn segments_from(&self, from: Ulid, mut is_wanted: impl FnMut(Ulid) -> bool) -> Vec<Ulid> {
+        self.segments.range(from..).map(|(id, _)| *id).filter(|id| is_wanted(*id)).collect()
+    }
+
     /// Returns the oldest segment.
     pub(super) fn oldest_segment(&self) -> Option<Ulid> {
         self.segments.first_key_value().map(|(id, _)| *id)

@@ -172,6 +172,14 @@ impl Log {
         self.create().await
     }
 
+    /// Reads the commits that are new, for a reader: it creates no table.
+    pub(super) async fn follow(&mut self) -> Result<(), TableError> {
+        if self.is_stale() {
+            *self = Self::new(self.schema, self.objects.clone(), &self.writer);
+        }
+        self.read().await
+    }
+
     /// Reports whether the next commits may be deleted by now, so that the log would seem to end here.
     fn is_stale(&self) -> bool {
         self.next > 0 && time::now_ms().abs_diff(self.read_ms) > MAX_STALE.as_millis() as u64

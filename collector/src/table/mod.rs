@@ -15,11 +15,13 @@
 //! | `verify` | nothing; it checks all files, and sets damaged tables aside |
 //! | `tables`, `log`, `checkpoint`, `action` | the logs of the tables |
 //! | `reader` | nothing: the present version of all tables, for queries |
+//! | `coverage` | nothing: the versions of the tables and the segments in them, for another engine |
 //! | `file`, `schema`, `partition` | Parquet files, columns, partitions |
 
 mod action;
 mod checkpoint;
 mod compact;
+mod coverage;
 mod file;
 mod gather;
 mod ids;
@@ -42,6 +44,7 @@ use gannet_base::TimeSpan;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::{
+    coverage::{CoverageReader, TableVersions},
     reader::{Bounds, ColumnValues, Datum, Footer, TableSnapshot, snapshot},
     retention::count_unused,
     schema::{Column, Kind},

@@ -121,6 +121,26 @@ impl Builder {
     /// Adds a location, or returns the handle of an equal one. `lines` has the innermost function first and is empty
     /// without symbols.
     pub fn location(&mut self, mapping: Option<MappingId>, address: u64, lines: &[Line<'_>]) -> LocationId {
+        self.add_location(mapping, address, lines, false)
+    }
+
+    /// Adds a location that stands for several addresses, like [`Builder::location`].
+    pub fn folded_location(
+        &mut self,
+        mapping: Option<MappingId>,
+        address: u64,
+        lines: &[Line<'_>],
+    ) -> LocationId {
+        self.add_location(mapping, address, lines, true)
+    }
+
+    fn add_location(
+        &mut self,
+        mapping: Option<MappingId>,
+        address: u64,
+        lines: &[Line<'_>],
+        folded: bool,
+    ) -> LocationId {
         let Graph { strings, functions, locations, .. } = &mut self.graph;
         let lines = lines
             .iter()
@@ -138,7 +158,7 @@ impl Builder {
             mapping: mapping.map(|mapping| mapping.0),
             address,
             lines,
-            folded: false,
+            folded,
         }))
     }
 

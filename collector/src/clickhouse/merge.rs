@@ -1,0 +1,296 @@
+//! The sums of ClickHouse as a profile.
+
+use std::collections::{HashMap, HashSet};
+
+use gannet_proto::{
+    pprof::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping},
+    profiles::Profile,
+};
+
+use super::{
+    ClickHouse, ClickHouseError,
+    rows::{Row, RowError},
+    sql::{Kind, Statements, TableSelection},
+};
+
+/// Distinct stacks of one answer. It bounds the memory, as in a merge of profiles.
+const MAX_SUMS: usize = 1_000_000;
+/// Frames of all stacks of one answer.
+const MAX_FRAMES: usize = 32_000_000;
+/// Rows that one statement reads by their ids. It bounds the length of the statement.
+const IDS_OF_STATEMENT: usize = 50_000;
+
+/// Profiles of the tables that have the same sample types and the same name.
+#[derive(Clone, Debug)]
+pub(crate) struct TableKind {
+    pub(crate) types: Vec<String>,
+    /// Value of the label `profile_name`; empty without it.
+    pub(crate) name: String,
+    pub(crate) profiles: u64,
+    /// Start of the oldest one, in milliseconds.
+    pub(crate) first_ms: u64,
+    properties: Properties,
+}
+
+/// Content of the profiles beside their samples.
+#[derive(Clone, Debug)]
+struct Properties {
+    /// One or two of the period types.
+    period_types: Vec<String>,
+    period: i64,
+    start_nanos: i64,
+    end_nanos: i64,
+    /// Length of the longest one, for profiles without a start.
+    duration_nanos: i64,
+    /// At least one has a start.
+    has_start: bool,
+    comments: Vec<String>,
+}
+
+impl TableKind {
+    fn read(row: &mut Row<'_>) -> Result<Self, RowError> {
+        let (types, name, profiles, first_ms) = (row.texts()?, row.text()?, row.long()?, row.long()?);
+        let (period_types, period) = (row.texts()?, row.long()?);
+        let (with_start, start_nanos, end_nanos) = (row.long()?, row.long()?, row.long()?);
+        let (duration_nanos, comments) = (row.long()?, row.texts()?);
+        let has_start = with_start > 0;
+        let properties =
+            Properties { period_types, period, start_nanos, end_nanos, duration_nanos, has_start, comments };
+        let number = |number: i64| u64::try_from(number).unwrap_or(0);
+        Ok(Self { types, name, profiles: number(profiles), first_ms: number(first_ms), properties })
+    }
+}
+
+impl Properties {
+    /// Starts a profile with these properties, by the rules of a merge of profiles.
+    fn header<'a>(&'a self, sample_types: &'a [(&'a str, &'a str)]) -> Header<'a> {
+        let (period_type, period) = match self.period_types.as_slice() {
+            [one] if !one.is_empty() => (split(one), self.period),
+            _ => (("", ""), 0),
+        };
+        let (time_nanos, duration_nanos) = if self.has_start {
+            (self.start_nanos, self.end_nanos.saturating_sub(self.start_nanos))
+        } else {
+            (0, self.duration_nanos)
+        };
+        Header { sample_types, period_type, period, time_nanos, duration_nanos }
+    }
+}
+
+/// Splits `cpu/nanoseconds` into type and unit.
+fn split(name: &str) -> (&str, &str) {
+    name.split_once('/').unwrap_or((name, ""))
+}
+
+/// One stack with one label set.
+struct Sum {
+    frames: Vec<i64>,
+    /// 0: no labels.
+    labels: i64,
+    values: Vec<i64>,
+}
+
+/// A frame of the tables.
+struct Frame {
+    line: Option<[String; 3]>,
+    numbers: [i64; 3],
+    inlined: bool,
+    address: u64,
+    mapping: Option<[String; 2]>,
+    range: [u64; 3],
+    folded: bool,
+}
+
+impl Frame {
+    fn read(row: &mut Row<'_>) -> Result<(i64, Self), RowError> {
+        let (id, has_no_function) = (row.long()?, row.flag()?);
+        let texts = [row.text()?, row.text()?, row.text()?];
+        let numbers = [row.long()?, row.long()?, row.long()?];
+        let (inlined, address, has_no_mapping) = (row.flag()?, row.long()? as u64, row.flag()?);
+        let mapping = [row.text()?, row.text()?];
+        let range = [row.long()? as u64, row.long()? as u64, row.long()? as u64];
+        let frame = Self {
+            line: (!has_no_function).then_some(texts),
+            numbers,
+            inlined,
+            address,
+            mapping: (!has_no_mapping).then_some(mapping),
+            range,
+            folded: row.flag()?,
+        };
+        Ok((id, frame))
+    }
+
+    fn line(&self) -> Option<Line<'_>> {
+        let [name, system_name, file] = self.line.as_ref()?;
+        let [line, column, start_line] = self.numbers;
+        Some(Line { name, system_name, file, line, column, start_line })
+    }
+
+    fn mapping(&self) -> Option<Mapping<'_>> {
+        let [file, build_id] = self.mapping.as_ref()?;
+        let [start, limit, offset] = self.range;
+        Some(Mapping { start, limit, offset, file, build_id })
+    }
+}
+
+/// A label set of the tables.
+struct LabelSet {
+    texts: Vec<(String, String)>,
+    numbers: Vec<(String, i64)>,
+    units: HashMap<String, String>,
+}
+
+impl LabelSet {
+    fn read(row: &mut Row<'_>) -> Result<(i64, Self), RowError> {
+        let id = row.long()?;
+        let texts = row.texts()?.into_iter().zip(row.texts()?).collect();
+        let numbers = row.texts()?.into_iter().zip(row.longs()?).collect();
+        let units = row.texts()?.into_iter().zip(row.texts()?).collect();
+        Ok((id, Self { texts, numbers, units }))
+    }
+
+    fn labels(&self) -> Vec<Label<'_>> {
+        let texts = self.texts.iter().map(|(key, text)| Label { key, value: LabelValue::Str(text) });
+        let unit = |key: &String| self.units.get(key).map_or("", String::as_str);
+        let numbers = self.numbers.iter();
+        let numbers = numbers.map(|(key, number)| Label { key, value: LabelValue::Num(*number, unit(key)) });
+        texts.chain(numbers).collect()
+    }
+}
+
+impl ClickHouse {
+    /// Returns the kinds of profiles in the tables.
+    pub(crate) async fn kinds(&self, of: &TableSelection) -> Result<Vec<TableKind>, ClickHouseError> {
+        let mut kinds = Vec::new();
+        let statement = Statements { location: &self.location, of }.kinds();
+        self.http.select(statement, |row| collect(&mut kinds, TableKind::read(row)?, MAX_SUMS)).await?;
+        Ok(kinds)
+    }
+
+    /// Sums the samples of some kinds of `all`, which have the same types. The values of a stack are those that a merge of the profiles
+    /// would have. Memory grows with the distinct stacks.
+    pub(crate) async fn merge(
+        &self,
+        of: &TableSelection,
+        kinds: &[TableKind],
+        all: &[TableKind],
+    ) -> Result<Vec<Profile>, ClickHouseError> {
+        let Some(first) = kinds.first() else { return Ok(Vec::new()) };
+        let same = all.iter().filter(|kind| kind.types == first.types).count();
+        let names: Vec<String> = kinds.iter().map(|kind| kind.name.clone()).collect();
+        let shares = |other: &TableKind| {
+            other.types != first.types && other.types.iter().any(|t| first.types.contains(t))
+        };
+        let kind = Kind {
+            types: &first.types,
+            names: (same > kinds.len()).then_some(&names[..]),
+            is_alone: same == kinds.len() && !all.iter().any(shares),
+        };
+        let statements = Statements { location: &self.location, of };
+        let (width, mut sums, mut frames_left, mut misses) =
+            (first.types.len(), Vec::new(), MAX_FRAMES, false);
+        let statement = statements.sums(kind, MAX_SUMS + 1);
+        let read = |row: &mut Row<'_>| {
+            let (is_missing, frames, labels) = (row.flag()?, row.longs()?, row.long()?);
+            let values: Vec<i64> = (0..width).map(|_| row.long()).collect::<Result<_, _>>()?;
+            misses |= is_missing;
+            frames_left = frames_left.checked_sub(frames.len()).ok_or(RowError::TooMany)?;
+            collect(&mut sums, Sum { frames, labels, values }, MAX_SUMS)
+        };
+        self.http.select(statement, read).await?;
+        if misses {
+            return Err(self.incomplete("stacks"));
+        }
+        let wanted: HashSet<i64> = sums.iter().flat_map(|sum| sum.frames.iter().copied()).collect();
+        let frames = self.by_id(wanted, |ids| statements.frames(ids), Frame::read, "frames").await?;
+        let wanted: HashSet<i64> = sums.iter().map(|sum| sum.labels).filter(|id| *id != 0).collect();
+        let labels = self.by_id(wanted, |ids| statements.labels(ids), LabelSet::read, "labels").await?;
+        let types: Vec<(&str, &str)> = first.types.iter().map(|name| split(name)).collect();
+        let (merged, others) =
+            kinds.split_first().map_or((None, &[][..]), |(first, others)| (Some(first), others));
+        let Some(merged) = merged else { return Ok(Vec::new()) };
+        let mut builder = Builder::new(merged.properties.header(&types));
+        fill(&mut builder, &sums, &frames, &labels);
+        // Profiles without samples carry the properties of the other kinds.
+        let mut profiles = Vec::new();
+        for kind in others {
+            let mut builder = Builder::new(kind.properties.header(&types));
+            kind.properties.comments.iter().for_each(|comment| builder.comment(comment));
+            profiles.push(builder.finish());
+        }
+        merged.properties.comments.iter().for_each(|comment| builder.comment(comment));
+        profiles.push(builder.finish());
+        Ok(profiles)
+    }
+
+    /// Reads rows by their ids, a part of the ids at a time.
+    async fn by_id<T>(
+        &self,
+        ids: HashSet<i64>,
+        statement: impl Fn(&[i64]) -> String,
+        read: impl Fn(&mut Row<'_>) -> Result<(i64, T), RowError>,
+        table: &'static str,
+    ) -> Result<HashMap<i64, T>, ClickHouseError> {
+        let (mut rows, wanted) = (HashMap::with_capacity(ids.len()), ids.len());
+        let mut ids: Vec<i64> = ids.into_iter().collect();
+        // Neighbours are in the same files.
+        ids.sort_unstable();
+        for part in ids.chunks(IDS_OF_STATEMENT) {
+            let each = |row: &mut Row<'_>| {
+                let (id, value) = read(row)?;
+                rows.insert(id, value);
+                Ok(())
+            };
+            self.http.select(statement(part), each).await?;
+        }
+        if rows.len() == wanted { Ok(rows) } else { Err(self.incomplete(table)) }
+    }
+
+    fn incomplete(&self, table: &str) -> ClickHouseError {
+        ClickHouseError::Tables {
+            server: self.server.to_string(),
+            reason: format!("the table {table} lacks rows to which the samples refer"),
+        }
+    }
+}
+
+fn collect<T>(to: &mut Vec<T>, item: T, max: usize) -> Result<(), RowError> {
+    if to.len() == max {
+        return Err(RowError::TooMany);
+    }
+    to.push(item);
+    Ok(())
+}
+
+/// Adds the sums to a profile.
+fn fill(builder: &mut Builder, sums: &[Sum], frames: &HashMap<i64, Frame>, labels: &HashMap<i64, LabelSet>) {
+    // Most locations are one frame.
+    let mut known: HashMap<Vec<i64>, LocationId> = HashMap::new();
+    let (mut stack, mut run) = (Vec::new(), Vec::new());
+    for Sum { frames: ids, labels: set, values } in sums {
+        stack.clear();
+        run.clear();
+        for id in ids {
+            let Some(frame) = frames.get(id) else { continue };
+            run.push(*id);
+            // The next frame is the function into which this one is inlined, at the same location.
+            if frame.inlined {
+                continue;
+            }
+            let location = known.get(&run).copied().unwrap_or_else(|| {
+                let lines: Vec<Line<'_>> =
+                    run.iter().filter_map(|id| frames.get(id)).filter_map(Frame::line).collect();
+                let mapping = frame.mapping().map(|mapping| builder.mapping(mapping));
+                let add = if frame.folded { Builder::folded_location } else { Builder::location };
+                let location = add(builder, mapping, frame.address, &lines);
+                known.insert(run.clone(), location);
+                location
+            });
+            stack.push(location);
+            run.clear();
+        }
+        let labels = labels.get(set).map(LabelSet::labels).unwrap_or_default();
+        builder.sample(&stack, values, &labels);
+    }
+}
