@@ -210,6 +210,12 @@ SYS_ADMIN then, not for PERFMON. Only `helm install` and `upgrade` can ask the c
 {{- if and $v.collector.bucket.existingSecret (not $v.collector.bucket.url) }}
 {{- fail "collector.bucket.existingSecret is set without collector.bucket.url" }}
 {{- end }}
+{{- if and $v.collector.clickhouse.url (not (or $v.collector.clickhouse.tables $v.collector.bucket.url)) }}
+{{- fail "collector.clickhouse.url is set, and the server cannot read the volume of the collector: set collector.bucket.url, or collector.clickhouse.tables" }}
+{{- end }}
+{{- if and $v.collector.clickhouse.passwordSecret.name (not $v.collector.clickhouse.user) }}
+{{- fail "collector.clickhouse.passwordSecret is set without the user to whom the password belongs: set collector.clickhouse.user" }}
+{{- end }}
 {{- if and (gt (int $v.collector.replicas) 1) $v.collector.persistence.existingClaim }}
 {{- fail "collector.persistence.existingClaim belongs to one collector: leave it empty where collector.replicas is above 1" }}
 {{- end }}
