@@ -88,7 +88,7 @@ pub use clickhouse::{QueryProgram, TableLocation};
 pub use collector::{Collector, Running, StartError};
 pub use config::{Config, ConfigError, DataLocation};
 pub use metrics::declared_metrics;
-pub use open::{OpenError, Opened, open};
+pub use open::{MAX_OPEN_BYTES, OpenError, Opened, open};
 pub use rules::RulesLocation;
 pub use store::{Bucket, Deleted, ObjectFault, Repair, StoreError, Verified};
 pub use tls::TlsOptions;

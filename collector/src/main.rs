@@ -20,8 +20,6 @@ use tokio::signal::unix::{SignalKind, signal};
 const USAGE: u8 = 2;
 /// Filter of the log without `GANNET_COLLECTOR_LOG`. The collector itself reports the failures that the kube crate logs.
 const LOG_FILTER: &str = "info,kube_client::client::builder=off";
-/// Bytes of a file that `open` reads. A larger profile cannot be complete.
-const MAX_FILE_BYTES: u64 = 1 << 30;
 /// Address space of a thread's stack. Graphs of the deepest stacks are encoded and dropped by recursion.
 const STACK_BYTES: usize = 16 << 20;
 
@@ -75,9 +73,11 @@ fn open(file: &Path, name: Option<String>, port: u16) -> ExitCode {
     let shown = runtime.context("cannot start threads").and_then(|runtime| {
         runtime.block_on(async {
             let mut bytes = Vec::new();
+            // One byte more, for the error of a larger file.
+            let max_bytes = gannet_collector::MAX_OPEN_BYTES as u64 + 1;
             let read = match file.to_str() {
-                Some("-") => io::stdin().take(MAX_FILE_BYTES).read_to_end(&mut bytes),
-                _ => File::open(file).and_then(|file| file.take(MAX_FILE_BYTES).read_to_end(&mut bytes)),
+                Some("-") => io::stdin().take(max_bytes).read_to_end(&mut bytes),
+                _ => File::open(file).and_then(|file| file.take(max_bytes).read_to_end(&mut bytes)),
             };
             read.with_context(|| file.display().to_string())?;
             // Not before: a signal ends a program that waits for its input.

@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// Maximum size of a profile, compressed and uncompressed, in bytes.
-const MAX_PROFILE_BYTES: usize = 1 << 30;
+pub const MAX_OPEN_BYTES: usize = 1 << 30;
 /// A profile may have any time since 1970, and its clock may be wrong.
 const ANY_TIME: Duration = Duration::from_secs(200 * 365 * 86_400);
 /// Time that open requests have to end.
@@ -44,6 +44,9 @@ pub enum OpenError {
     /// The file is not a valid profile.
     #[error("{0}; the file must be a profile in pprof")]
     Profile(String),
+    /// The file is larger than [`MAX_OPEN_BYTES`].
+    #[error("the file is larger than 1 GiB; merge fewer profiles into it")]
+    TooLarge,
     /// The profile has nothing to show.
     #[error("the profile has no sample with a positive value")]
     Empty,
@@ -77,11 +80,14 @@ impl Opened {
 /// Shows a profile in pprof on a port of 127.0.0.1, or on a free one for port 0. `name` is its service on the page, unless that is
 /// empty.
 pub async fn open(bytes: Vec<u8>, name: String, port: u16) -> Result<Opened, OpenError> {
+    if bytes.len() > MAX_OPEN_BYTES {
+        return Err(OpenError::TooLarge);
+    }
     let (metrics, stop) = (Metrics::new(), CancellationToken::new());
     let socket = BoundSocket::bind("--port", SocketAddr::from(([127, 0, 0, 1], port)));
     let socket = socket.await.map_err(StartError::from)?;
     let read = tokio::task::spawn_blocking(move || {
-        let profile = pprof::decode(&bytes, MAX_PROFILE_BYTES).map_err(|error| error.to_string())?;
+        let profile = pprof::decode(&bytes, MAX_OPEN_BYTES).map_err(|error| error.to_string())?;
         let labels = vec![("service_name".to_owned(), name)];
         batch_of(Pushed { labels, profile, id: None, start_ms: None, duration_ms: 0, sender: String::new() })
             .map_err(|status| status.message().to_owned())
@@ -144,7 +150,7 @@ fn config(directory: &TempDir) -> Config {
     config.store.retention_bytes = ByteSize(u64::MAX);
     config.store.min_free_bytes = ByteSize(0);
     config.store.flush_interval = TimeSpan(Duration::from_millis(1));
-    config.ingest.max_batch_bytes = ByteSize(MAX_PROFILE_BYTES as u64);
+    config.ingest.max_batch_bytes = ByteSize(MAX_OPEN_BYTES as u64);
     config.ingest.max_clock_ahead = ANY_TIME;
     config
 }
