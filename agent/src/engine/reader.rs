@@ -138,7 +138,7 @@ impl Reader {
                 self.unwinding.add_copy(ImageKey::of(&subject), copy, &self.processes);
             }
             // The ring buffer has joined them to their samples.
-            Event::Labels { .. } | Event::Context { .. } => {}
+            Event::Labels { .. } => {}
             Event::Running { subject, origin } => {
                 self.events.add(now, format!("running {} {}", subject.key, subject.comm));
                 self.discover(subject, origin, with, now);

@@ -64,7 +64,10 @@ impl Kernel {
                     Err(_) => return None,
                 };
                 match Event::decode(&entry) {
-                    Ok(Event::Sample(sample)) => Some(sample),
+                    Ok(Event::Sample(mut sample)) => {
+                        self.ring.add_span(&entry, &mut sample);
+                        Some(sample)
+                    }
                     _ => None,
                 }
             })
@@ -78,7 +81,7 @@ impl Kernel {
     /// Returns the record of a blocked thread with its raw stack; `None` if its stack is no raw one.
     fn with_raw_stack(&self, tid: &[u8], entry: &[u8]) -> io::Result<Option<Vec<u8>>> {
         let gone = || io::Error::from(io::ErrorKind::NotFound);
-        let Some((frames, words)) = event::raw_parts(entry) else { return Ok(None) };
+        let Some(event::RawPart { at, bytes, behind }) = event::RawPart::of(entry) else { return Ok(None) };
         let raws = self.raw_stacks.as_ref().ok_or_else(gone)?;
         let raw = raws.lookup(tid, MapFlags::ANY).map_err(io::Error::other)?.ok_or_else(gone)?;
         // The same interval still lasts, and so it was its stack.
@@ -87,7 +90,8 @@ impl Kernel {
         if again.as_deref().and_then(|again| again.get(..head)) != entry.get(..head) {
             return Err(gone());
         }
-        let stack = raw.get(..words).ok_or_else(gone)?;
-        Ok(Some([entry.get(..frames).ok_or_else(gone)?, stack].concat()))
+        let parts = [entry.get(..at), raw.get(..bytes), entry.get(at..at + behind)];
+        let parts: Option<Vec<_>> = parts.into_iter().collect();
+        Ok(Some(parts.ok_or_else(gone)?.concat()))
     }
 }

@@ -21,7 +21,9 @@ const EXIT: u32 = 4;
 const RUNNING: u32 = 5;
 const FUNCTION: u32 = 6;
 const LABELS: u32 = 7;
-const CONTEXT: u32 = 8;
+/// Bits of a sample's flags.
+const SAMPLE_OFF_CPU: u8 = 1;
+const SAMPLE_KERNEL_TRUNCATED: u8 = 2;
 
 /// One report of the kernel side. Events arrive in the order in which the kernel made them, across all CPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,17 +77,6 @@ pub enum Event {
         /// Its task's labels.
         labels: Arc<TaskLabels>,
     },
-    /// The span of the sample that follows with the same thread and time. The ring buffer joins them.
-    Context {
-        /// The process of the event.
-        subject: Subject,
-        /// The sampled thread.
-        tid: u32,
-        /// The head of the record of its span.
-        head: [u8; RECORD_HEAD_BYTES],
-        /// The attributes behind it.
-        attributes: Vec<u8>,
-    },
     /// A process that was already running when rules came into force, or when it got another name or control group. If no rule
     /// matches it any more, the subject has none.
     Running {
@@ -133,12 +124,25 @@ fn raw_user_stack(words: &[u64], unread: u8, lists: &[u64], live_until_ns: u64) 
     }))
 }
 
-/// Returns the bytes before the user's part of the record of a blocked thread, and the bytes of its raw stack; `None` if that is no
-/// raw one.
-pub(super) fn raw_parts(entry: &[u8]) -> Option<(usize, usize)> {
-    let head: types::sample = read(entry, SAMPLE).ok()?;
-    let frames = offset_of!(types::sample, frames) + usize::from(head.kernel_frames) * 8;
-    (head.user_end == USER_STACK_RAW).then(|| (frames, usize::from(head.user_frames) * 8))
+/// The bytes of a raw stack that the record of a blocked thread lacks.
+pub(super) struct RawPart {
+    /// Where it belongs.
+    pub(super) at: usize,
+    pub(super) bytes: usize,
+    /// Bytes behind it, which the record has there instead.
+    pub(super) behind: usize,
+}
+
+impl RawPart {
+    /// Returns that of a record; `None` if its stack is no raw one.
+    pub(super) fn of(entry: &[u8]) -> Option<Self> {
+        let head: types::sample = read(entry, SAMPLE).ok()?;
+        (head.user_end == USER_STACK_RAW).then(|| Self {
+            at: offset_of!(types::sample, frames) + usize::from(head.kernel_frames) * 8,
+            bytes: usize::from(head.user_frames) * 8,
+            behind: usize::from(head.context_words) * 8,
+        })
+    }
 }
 
 /// Returns the sample of a thread that has been blocked for this long, and still is.
@@ -179,7 +183,6 @@ impl Event {
             | Self::Exit { subject, .. }
             | Self::Function { subject, .. }
             | Self::Labels { subject, .. }
-            | Self::Context { subject, .. }
             | Self::Running { subject, .. } => subject.ktime_ns,
         }
     }
@@ -211,7 +214,6 @@ impl Event {
             }
             FUNCTION => decode_function(bytes),
             LABELS => decode_labels(bytes),
-            CONTEXT => decode_context(bytes),
             other => Err(DecodeError::Kind(other)),
         }
     }
@@ -263,22 +265,6 @@ fn decode_labels(bytes: &[u8]) -> Result<Event, DecodeError> {
     Ok(Event::Labels { subject, tid: record.event.tid, labels: Arc::new(labels) })
 }
 
-fn decode_context(bytes: &[u8]) -> Result<Event, DecodeError> {
-    // The last part is only sent as far as it is used.
-    let at = offset_of!(types::context_record, attributes);
-    let short = DecodeError::Short { kind: CONTEXT, needed: at, got: bytes.len() };
-    let Some(attributes) = bytes.get(at..) else { return Err(short) };
-    let event: types::event = read(bytes, CONTEXT)?;
-    let head = bytes.get(offset_of!(types::context_record, head)..).and_then(<[u8]>::first_chunk);
-    let head = *head.ok_or(short)?;
-    Ok(Event::Context {
-        subject: Subject::from(&event),
-        tid: event.tid,
-        head,
-        attributes: attributes.to_vec(),
-    })
-}
-
 /// Returns the first `bytes` of a part.
 fn cut(part: &[u8], bytes: u32) -> Vec<u8> {
     part[..part.len().min(bytes as usize)].to_vec()
@@ -306,11 +292,37 @@ impl SampleNumber {
     }
 }
 
+/// Returns the bytes of a sample up to the end of its frames.
+fn frames_end(head: &types::sample) -> usize {
+    let words = [head.kernel_frames, head.user_frames, head.list_words].map(usize::from);
+    offset_of!(types::sample, frames) + words.into_iter().sum::<usize>() * 8
+}
+
+/// The record of a thread's span in a sample, as its process has published it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SpanRecord<'r> {
+    pub(super) head: &'r [u8; RECORD_HEAD_BYTES],
+    pub(super) attributes: &'r [u8],
+}
+
+impl<'r> SpanRecord<'r> {
+    /// Returns that of a record of a sample; `None`: the thread published no span, or the record is cut.
+    pub(super) fn of(bytes: &'r [u8]) -> Option<Self> {
+        let sample: types::sample = read(bytes, SAMPLE).ok()?;
+        let from = frames_end(&sample);
+        let words = usize::from(sample.context_words);
+        let (head, rest) = bytes.get(from..from + words * 8)?.split_first_chunk()?;
+        // It ends with the number of bytes behind it, which the programs have corrected.
+        let attributes = u16::from_ne_bytes(*head.last_chunk()?);
+        let attributes = rest.get(..attributes.into())?;
+        Some(Self { head, attributes })
+    }
+}
+
 fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
     let head: types::sample = read(bytes, SAMPLE)?;
     let (kernel, user) = (usize::from(head.kernel_frames), usize::from(head.user_frames));
-    let lists = usize::from(head.list_words);
-    let needed = size_of::<types::sample>() + (kernel + user + lists) * 8;
+    let needed = frames_end(&head);
     let frames = bytes.get(offset_of!(types::sample, frames)..needed).ok_or(DecodeError::Short {
         kind: SAMPLE,
         needed,
@@ -324,7 +336,8 @@ fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
     let guessed_from = Some(head.guessed_from).filter(|from| *from > 0 && usize::from(*from) < user.len());
     let is_raw = head.user_end == USER_STACK_RAW;
     // A thread's stack does not change while it is off the CPU.
-    let blocked_ns = if head.kind == 0 { 0 } else { head.value_ns };
+    let is_off_cpu = head.flags & SAMPLE_OFF_CPU != 0;
+    let blocked_ns = if is_off_cpu { head.value_ns } else { 0 };
     let live_until_ns = head.event.ktime.saturating_add(blocked_ns);
     let raw = if is_raw {
         raw_user_stack(&std::mem::take(&mut user), head.raw_unread, &lists, live_until_ns)
@@ -333,12 +346,12 @@ fn decode_sample(bytes: &[u8]) -> Result<Sample, DecodeError> {
     };
     Ok(Sample {
         tid: head.event.tid,
-        kind: if head.kind == 0 { SampleKind::OnCpu } else { SampleKind::OffCpu },
+        kind: if is_off_cpu { SampleKind::OffCpu } else { SampleKind::OnCpu },
         value_ns: head.value_ns,
         kernel,
         user,
         end_code: head.user_end,
-        marks: StackMarks { kernel_truncated: head.kernel_truncated != 0, guessed_from },
+        marks: StackMarks { kernel_truncated: head.flags & SAMPLE_KERNEL_TRUNCATED != 0, guessed_from },
         state: head.state,
         list_layout: head.list_layout,
         labels: None,

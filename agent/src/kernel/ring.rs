@@ -11,7 +11,10 @@ use std::{
 
 use libbpf_rs::{AsRawLibbpf as _, MapCore, RingBuffer, RingBufferBuilder, libbpf_sys};
 
-use super::{Event, KernelError, event::SampleNumber};
+use super::{
+    Event, KernelError,
+    event::{SampleNumber, SpanRecord},
+};
 use crate::model::{ImageKey, Sample, SpanKeys, TaskLabels, span_labels};
 
 /// The return code with which the callback of `ring_buffer__consume` ends a read.
@@ -98,20 +101,20 @@ impl WaitingLabels {
         if self.by_thread.len() >= MAX_WAITING {
             self.by_thread.clear();
         }
+        let labels = self.share(labels);
+        self.by_thread.insert(tid, (ktime_ns, labels));
+    }
+
+    /// Returns the same labels as those of an earlier sample, if that had equal ones.
+    fn share(&mut self, labels: Arc<TaskLabels>) -> Arc<TaskLabels> {
         if self.shared.len() >= MAX_WAITING {
             self.shared.clear();
         }
-        // A task may have labels and a span.
-        let labels = match self.by_thread.get(&tid) {
-            Some((at_ns, first)) if *at_ns == ktime_ns => Arc::new(first.with(&labels)),
-            _ => labels,
-        };
         let same = self.shared.get(&labels).map(Arc::clone);
-        let labels = same.unwrap_or_else(|| {
+        same.unwrap_or_else(|| {
             self.shared.insert(Arc::clone(&labels));
             labels
-        });
-        self.by_thread.insert(tid, (ktime_ns, labels));
+        })
     }
 
     /// Moves the waiting labels into their sample. Those of another time are of a sample that was lost.
@@ -128,6 +131,26 @@ impl WaitingLabels {
 }
 
 impl Queue {
+    /// Adds the span in the record of a sample to the sample's labels.
+    fn add_span(&mut self, bytes: &[u8], sample: &mut Sample) {
+        let Some(span) = SpanRecord::of(bytes) else { return };
+        let subject = &sample.subject;
+        let tgid = subject.key.tgid;
+        let known = self.span_keys.get(&tgid).filter(|(key, _)| *key == ImageKey::of(subject));
+        let none = SpanKeys::default();
+        let keys = known.map_or(&none, |(_, keys)| keys);
+        let (labels, is_unknown) = span_labels(span.head, span.attributes, keys);
+        if is_unknown && known.is_some() {
+            self.unknown_keys.insert(tgid);
+        }
+        // A task may have labels and a span.
+        let labels = match &sample.labels {
+            Some(first) => first.with(&labels),
+            None => labels,
+        };
+        sample.labels = Some(self.labels.share(Arc::new(labels)));
+    }
+
     /// Takes one record. Returns [`STOP`] if it is the last one of this read.
     fn take(&mut self, bytes: &[u8]) -> i32 {
         let number = SampleNumber::of(bytes);
@@ -136,19 +159,9 @@ impl Queue {
         }
         match Event::decode(bytes) {
             Ok(Event::Labels { subject, tid, labels }) => self.labels.put(tid, subject.ktime_ns, labels),
-            Ok(Event::Context { subject, tid, head, attributes }) => {
-                let tgid = subject.key.tgid;
-                let known = self.span_keys.get(&tgid).filter(|(key, _)| *key == ImageKey::of(&subject));
-                let none = SpanKeys::default();
-                let keys = known.map_or(&none, |(_, keys)| keys);
-                let (labels, is_unknown) = span_labels(&head, &attributes, keys);
-                if is_unknown && known.is_some() {
-                    self.unknown_keys.insert(tgid);
-                }
-                self.labels.put(tid, subject.ktime_ns, Arc::new(labels));
-            }
             Ok(Event::Sample(mut sample)) => {
                 self.labels.take(&mut sample);
+                self.add_span(bytes, &mut sample);
                 self.events.push(Event::Sample(sample));
             }
             Ok(event) => self.events.push(event),
@@ -195,6 +208,11 @@ impl EventRing {
         let mut queue = self.queue.borrow_mut();
         self.arrived.clone_from(&queue.arrived);
         Ok(mem::take(&mut queue.events))
+    }
+
+    /// Adds the span in the record of a sample to the sample's labels.
+    pub(super) fn add_span(&self, record: &[u8], sample: &mut Sample) {
+        self.queue.borrow_mut().add_span(record, sample);
     }
 
     /// Sets the names of the attributes of an image's spans.
@@ -247,6 +265,7 @@ mod tests {
     use gannet_bpf::types;
 
     use super::*;
+    use crate::model::RECORD_HEAD_BYTES;
 
     #[test]
     fn labels_go_to_the_sample_of_their_time() {
@@ -303,6 +322,45 @@ mod tests {
             std::slice::from_raw_parts(std::ptr::from_ref(&sample).cast::<u8>(), size_of::<types::sample>())
         };
         [head, &[0; 8]].concat()
+    }
+
+    /// Returns the record of a sample with this one of its thread's span, or of the first bytes of it.
+    fn sample_in_span(span: &[u8]) -> Vec<u8> {
+        let mut bytes = sample(0);
+        bytes[std::mem::offset_of!(types::sample, context_words)] = span.len().div_ceil(8) as u8;
+        bytes.extend_from_slice(span);
+        bytes.resize(bytes.len().next_multiple_of(8), 0xff);
+        bytes
+    }
+
+    #[test]
+    fn the_span_of_a_sample_adds_to_its_labels() {
+        let mut span = [7_u8; RECORD_HEAD_BYTES + 4];
+        span[RECORD_HEAD_BYTES - 2..].copy_from_slice(&[4, 0, 0, 2, b'/', b'x']);
+        let labels_of = |span: &[u8]| {
+            let mut queue = Queue { left_bytes: 1 << 20, ..Queue::default() };
+            let bytes = sample_in_span(span);
+            let Ok(Event::Sample(first)) = Event::decode(&bytes) else { unreachable!() };
+            let key = ImageKey::of(&first.subject);
+            queue.span_keys.insert(0, (key, Arc::new(SpanKeys::of(["route"].into_iter()))));
+            let text = |text| (str::as_bytes(text), false);
+            let own = TaskLabels::new([(text("shop"), text("1"))].into_iter());
+            queue.labels.put(first.tid, first.subject.ktime_ns, Arc::new(own));
+            queue.take(&bytes);
+            let Some(Event::Sample(sample)) = queue.events.pop() else { unreachable!() };
+            assert_eq!((sample.kernel, sample.user), (vec![0], Vec::new()));
+            let labels = sample.labels.unwrap();
+            labels.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
+        };
+        let sevens = "07".repeat(8);
+        let ids = format!("span_id={sevens} trace_id={sevens}{sevens}");
+        assert_eq!(labels_of(&span), format!("route=/x shop=1 {ids}"));
+        // A record of fewer bytes than it says, or than a head has, is no span.
+        let mut long = span;
+        long[RECORD_HEAD_BYTES - 2] = 5;
+        assert_eq!(labels_of(&long), "shop=1");
+        assert_eq!(labels_of(&span[..24]), "shop=1");
+        assert_eq!(labels_of(&[]), "shop=1");
     }
 
     /// Checks one lost record: in the ring, in the decoder with its head, and in the decoder without.

@@ -1,5 +1,7 @@
 // Works in spans, as OTEP 4947 says, and records each of them. Arguments: how many threads, and a library to open for the variable,
 // or nothing. Output, once it has published its process context: "ready"; then one line for each span: thread, trace, span, function, local root span.
+// With BLOCKS the functions sleep instead of computing. With PRELOAD it is a library for LD_PRELOAD: threads are in a span of their own, whose id
+// is their thread id, while they wait for a condition.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -40,10 +42,15 @@ static uint64_t now(void)
 	return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
-// Each function computes on its own, so that the stack of a sample says in which one it was taken.
+// Each function computes or sleeps on its own, so that the stack of a sample says in which one it was taken.
 static volatile uint64_t sink;
+#ifdef BLOCKS
+#define SPIN(name) \
+	__attribute__((noinline)) void name(uint64_t ns) { nanosleep(&(struct timespec){ .tv_nsec = ns }, NULL); sink++; }
+#else
 #define SPIN(name) \
 	__attribute__((noinline)) void name(uint64_t loops) { for (uint64_t i = 0; i < loops; i++) sink += i; sink++; }
+#endif
 SPIN(spin_0) SPIN(spin_1) SPIN(spin_2) SPIN(spin_3)
 SPIN(outside)
 static void (*const spins[])(uint64_t) = { spin_0, spin_1, spin_2, spin_3 };
@@ -149,6 +156,40 @@ static void publish(void)
 	memcpy(region, "OTEL_CTX", 8);
 }
 
+#ifdef PRELOAD
+__attribute__((constructor)) static void begin(void) { publish(); }
+
+static void enter(struct record *record)
+{
+	long thread = syscall(SYS_gettid);
+
+	fill(record, thread, thread, thread, thread % 4);
+	set_span(record);
+}
+
+// The address of the function that the program would call. Without the version it would be that of an old one.
+#define NEXT(name) ((typeof(&name))dlvsym(RTLD_NEXT, #name, "GLIBC_2.3.2"))
+
+int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex)
+{
+	struct record record;
+
+	enter(&record);
+	int result = NEXT(pthread_cond_wait)(condition, mutex);
+	set_span(NULL);
+	return result;
+}
+
+int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex, const struct timespec *until)
+{
+	struct record record;
+
+	enter(&record);
+	int result = NEXT(pthread_cond_timedwait)(condition, mutex, until);
+	set_span(NULL);
+	return result;
+}
+#else
 int main(int argc, char **argv)
 {
 	pthread_t thread;
@@ -179,3 +220,4 @@ int main(int argc, char **argv)
 		pthread_create(&thread, NULL, work, (void *)i);
 	pthread_join(thread, NULL);
 }
+#endif

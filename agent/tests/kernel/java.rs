@@ -10,6 +10,7 @@ use std::{
     io::{BufRead as _, BufReader},
     path::Path,
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use gannet_proto::profiles::{Location, Profile};

@@ -94,7 +94,6 @@ fn tgid_of(event: &Event) -> u32 {
         | Event::Exit { subject, .. }
         | Event::Function { subject, .. }
         | Event::Labels { subject, .. }
-        | Event::Context { subject, .. }
         | Event::Running { subject, .. } => subject.key.tgid,
     }
 }

@@ -15,11 +15,11 @@ use gannet_agent::{
     engine::{Engine, Window},
     rules::{RuleSource, SourceRules, ad_hoc},
 };
-use gannet_proto::control::{Capture, Match, Rule};
+use gannet_proto::control::{Capture, Match, Rule, capture};
 
 use crate::common::{MUSL, Recording, Running, engine_options, program, record_for, slower};
 
-const PROGRAM: &str = include_str!("../data/spans.c");
+pub(crate) const PROGRAM: &str = include_str!("../data/spans.c");
 /// The part that has the thread-local variable, as a library.
 const VARIABLE: &str = "#ifdef LARGE\n__thread char room[1 << 20];\nchar *use_room(void) { return room; }\n#endif\n\
                         __thread void *otel_thread_ctx_v1;\n\
@@ -59,13 +59,15 @@ impl Traced {
         Self { running, spans }
     }
 
-    fn record(&self) -> Recording {
-        record_for(4, 499, &["--pid", &self.running.0.id().to_string()])
+    fn record(&self, more: &[&str]) -> Recording {
+        record_for(4, 499, &[&["--pid", &self.running.0.id().to_string()], more].concat())
     }
 }
 
 /// Returns the labels of each sample with its stack and count.
-fn samples(recording: &Recording) -> impl Iterator<Item = (&Vec<String>, BTreeMap<&str, String>, u64)> {
+pub(crate) fn samples(
+    recording: &Recording,
+) -> impl Iterator<Item = (&Vec<String>, BTreeMap<&str, String>, u64)> {
     let profile = &recording.profile;
     let text = |index: i64| profile.string_table[index as usize].as_str();
     profile.sample.iter().zip(&recording.stacks).map(move |(sample, (stack, count))| {
@@ -81,11 +83,16 @@ fn samples(recording: &Recording) -> impl Iterator<Item = (&Vec<String>, BTreeMa
 /// Checks that each sample has the span that its thread was in, and none outside of spans.
 #[track_caller]
 pub(crate) fn check(what: &str, traced: &Traced, has_routes: bool) {
-    let recording = traced.record();
+    agree(what, traced, has_routes, &traced.record(&[]));
+}
+
+/// Checks that each sample of a recording has the span that its thread was in, and none outside of spans.
+#[track_caller]
+fn agree(what: &str, traced: &Traced, has_routes: bool, recording: &Recording) {
     let spans = traced.spans.lock().unwrap().clone();
     let (mut good, mut without, mut outside) = (0, 0, 0);
     let mut wrong = Vec::new();
-    for (stack, labels, count) in samples(&recording) {
+    for (stack, labels, count) in samples(recording) {
         let of = |name: &str| labels.get(name).map(String::as_str);
         let spin = stack.iter().find(|name| name.starts_with("spin_"));
         let Some(spin) = spin else {
@@ -149,6 +156,10 @@ fn samples_have_the_span_of_their_thread() {
     ] {
         check(what, &Traced::start(command.arg("3")), true);
     }
+}
+
+#[test]
+fn samples_have_spans_of_libraries_opened_later() {
     for (what, libc) in [("glibc", &[][..]), ("musl", &MUSL)] {
         let opens = program("spans-opens", PROGRAM, &[libc, &["-pthread", "-DOPENS", "-ldl"]].concat());
         for access in ["-mtls-dialect=gnu2", "-mtls-dialect=gnu"] {
@@ -159,6 +170,13 @@ fn samples_have_the_span_of_their_thread() {
             check(&format!("an opened library of {what} by {access}"), &traced, true);
         }
     }
+}
+
+#[test]
+fn blocked_threads_have_their_span() {
+    let own = ["-pthread", "-DOWN_VARIABLE", "-rdynamic", "-DBLOCKS"];
+    let traced = Traced::start(Command::new(program("spans-blocks", PROGRAM, &own)).arg("3"));
+    agree("blocked", &traced, true, &traced.record(&["--off-cpu"]));
 }
 
 fn rule(id: &str, matches: Match, only_in_span: bool) -> Rule {
@@ -175,12 +193,17 @@ async fn rules_select_services_and_spans() {
     let engine = Engine::start(options, move |window: Window| sink.lock().unwrap().push(window)).unwrap();
     let own = ["-pthread", "-DOWN_VARIABLE", "-rdynamic"];
     let traced = Traced::start(Command::new(program("spans-own", PROGRAM, &own)).arg("2"));
+    let sleeps = program("spans-blocks", PROGRAM, &[&own[..], &["-DBLOCKS"]].concat());
+    let _sleeps = Traced::start(Command::new(sleeps).arg("2"));
     let of_service = |name: &str| Match { service: vec![name.into()], ..Match::default() };
     let pids = Match { pids: vec![traced.running.0.id()], ..Match::default() };
+    let mut blocked = rule("blocked", of_service("span-shop"), true);
+    blocked.capture.as_mut().unwrap().kind = vec![capture::Kind::OffCpu.into()];
     let rules = vec![
         rule("service", of_service("span-sh*"), false),
         rule("elsewhere", of_service("span-sh"), false),
         rule("in-span", pids, true),
+        blocked,
     ];
     let set = SourceRules { rules, ..SourceRules::default() };
     assert_eq!(engine.replace(RuleSource::Local, set).await.unwrap(), []);
@@ -210,6 +233,8 @@ async fn rules_select_services_and_spans() {
     let [all, in_span] = of("service", "span-shop");
     assert!(all > in_span && in_span >= 20, "{seen:?}");
     assert!(of("service", "span-shell")[0] >= 20, "{seen:?}");
+    let [all, in_span] = of("blocked", "span-shop");
+    assert!(all == in_span && all >= 20, "{seen:?}");
     let [all, in_span] = of("in-span", "span-shop");
     assert!(all == in_span && all >= 20, "{seen:?}");
     assert!(seen.keys().all(|(rule, _)| rule != "elsewhere"), "{seen:?}");

@@ -13,16 +13,11 @@ struct {
 	__type(value, struct thread_context);
 } thread_contexts SEC(".maps");
 
-/* Where the programs build a record of a span. Writer and reader: the sampling programs. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, u32);
-	__type(value, struct context_record);
-} context_scratch SEC(".maps");
+/* Bytes that are read at first: the head and a few short attributes, as most programs publish. */
+#define CONTEXT_AT_ONCE 96
 
-/* Reads the head of the current thread's record. Returns the address of the record; 0: there is none that is valid. */
-ALWAYS_INLINE u64 read_context(struct context_record *record, u32 tgid, u64 start_boottime, u32 exec_id)
+/* Returns where the current thread's record is; 0: it has none. */
+ALWAYS_INLINE u64 context_address(u32 tgid, u64 start_boottime, u32 exec_id)
 {
 	struct thread_context *source = bpf_map_lookup_elem(&thread_contexts, &tgid);
 	u64 at;
@@ -33,57 +28,77 @@ ALWAYS_INLINE u64 read_context(struct context_record *record, u32 tgid, u64 star
 		return 0;
 	if (source->by_module) {
 		/* A thread that has not touched the variables of the module has no block of them: the word is no address then. */
-		if (!read_user(&at, at + source->module_at) || !read_user(&at, at + source->variable_at) || !at)
+		if (!read_user(&at, at + source->module_at) || !read_user(&at, at + source->variable_at))
 			return 0;
 	}
-	if (bpf_probe_read_user(&record->head, sizeof(record->head), (void *)at) || record->head.valid != CONTEXT_VALID)
-		return 0;
 	return at;
 }
 
 /* Whether the current thread works in a span. */
 ALWAYS_INLINE bool is_in_span(u32 tgid, u64 start_boottime, u32 exec_id)
 {
-	u32 zero = 0;
-	struct context_record *record = bpf_map_lookup_elem(&context_scratch, &zero);
+	u64 at = context_address(tgid, start_boottime, exec_id);
+	struct context_head head;
 
-	if (!record || !read_context(record, tgid, start_boottime, exec_id))
+	if (!at || bpf_probe_read_user(&head, sizeof(head), (void *)at) || head.valid != CONTEXT_VALID)
 		return false;
-	for (u32 i = 0; i < sizeof(record->head.span_id); i++)
-		if (record->head.span_id[i])
+	for (u32 i = 0; i < sizeof(head.span_id); i++)
+		if (head.span_id[i])
 			return true;
 	return false;
 }
 
-/* Copies the span of the current thread into the ring buffer, before its sample. */
-ALWAYS_INLINE void send_context(struct counters *counters, const struct event *event)
+/* Of these rules, returns those that may sample the current thread: some do so only while it works in a span. */
+ALWAYS_INLINE u64 rules_of_span(u64 rules, u32 tgid, const struct current *now)
 {
-	u32 zero = 0;
-	struct context_record *record = bpf_map_lookup_elem(&context_scratch, &zero);
-	u64 at = 0, size, fill;
+	if (rules & settings.in_span_rules &&
+	    !(settings.contexts && is_in_span(tgid, now->start_boottime, now->exec_id)))
+		rules &= ~settings.in_span_rules;
+	return rules;
+}
 
-	if (record)
-		at = read_context(record, event->tgid, event->start_boottime, event->exec_id);
+/*
+ * Adds the record of the current thread's span to its sample, behind the first `slot` words of `frames`. The sample may have `end`
+ * words; behind them is room for a whole record.
+ */
+ALWAYS_INLINE void add_context(struct counters *counters, struct sample *sample, u64 *frames, u64 slot, u64 end)
+{
+	u64 at = context_address(sample->event.tgid, sample->event.start_boottime, sample->event.exec_id);
+	u64 first = CONTEXT_AT_ONCE, size, room;
+	struct context_head *head;
+
 	if (!at)
 		return;
-	size = record->head.bytes;
-	if (size > CONTEXT_BYTES) {
-		size = CONTEXT_BYTES;
+	barrier_var(slot);
+	if (slot > FRAME_SLOTS || slot + sizeof(*head) / sizeof(u64) >= end) {
+		counters->labels_unsent++;
+		return;
+	}
+	head = (void *)&frames[slot];
+	/* One read costs less than two. Behind a small record there may be no memory. */
+	if (bpf_probe_read_user(head, CONTEXT_AT_ONCE, (void *)at)) {
+		first = sizeof(*head);
+		if (bpf_probe_read_user(head, sizeof(*head), (void *)at))
+			return;
+	}
+	if (head->valid != CONTEXT_VALID)
+		return;
+	size = head->bytes;
+	room = (end - slot) * sizeof(u64) - sizeof(*head);
+	if (room > CONTEXT_BYTES)
+		room = CONTEXT_BYTES;
+	if (size > room) {
+		size = room;
 		counters->labels_cut++;
 	}
 	barrier_var(size);
+	if (size > CONTEXT_BYTES)
+		return;
 	/* The ids count without the attributes too. */
-	if (size && size <= CONTEXT_BYTES &&
-	    bpf_probe_read_user(record->attributes, size, (void *)(at + sizeof(record->head))))
+	if (size + sizeof(*head) > first && bpf_probe_read_user(head + 1, size, (void *)(at + sizeof(*head))))
 		size = 0;
-	record->event = *event;
-	record->event.kind = EVENT_CONTEXT;
-	fill = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA);
-	barrier_var(size);
-	if (size > CONTEXT_BYTES || fill + sizeof(*record) > settings.ring_sample_limit ||
-	    bpf_ringbuf_output(&events, record, __builtin_offsetof(struct context_record, attributes) + size,
-			       BPF_RB_NO_WAKEUP))
-		counters->labels_unsent++;
+	head->bytes = size;
+	sample->context_words = (sizeof(*head) + size + sizeof(u64) - 1) / sizeof(u64);
 }
 
 #endif

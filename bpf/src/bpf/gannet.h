@@ -440,7 +440,10 @@ struct thread_context {
 };
 _Static_assert(sizeof(struct thread_context) == 32, "no padding: the agent writes these bytes");
 
-/* The head of a record of a span (OTEP 4947), as it lies in the process. */
+/*
+ * The head of a record of a span (OTEP 4947), as it lies in the process: `bytes` of attributes follow. A sample has the head and the
+ * attributes that could be read, and `bytes` says how many these are.
+ */
 struct context_head {
 	u8 trace_id[16];
 	u8 span_id[8];
@@ -452,6 +455,8 @@ _Static_assert(sizeof(struct context_head) == 28, "no padding: processes write t
 #define CONTEXT_VALID 1
 /* Bytes of attributes that are copied: OTEP 4947 recommends 640 for a record. */
 #define CONTEXT_BYTES 612
+#define CONTEXT_SLOTS ((sizeof(struct context_head) + CONTEXT_BYTES) / sizeof(u64))
+_Static_assert(sizeof(struct context_head) + CONTEXT_BYTES == CONTEXT_SLOTS * sizeof(u64), "it ends with a word");
 
 enum cgroup_hierarchy {
 	CGROUP_V2 = 0,
@@ -476,7 +481,6 @@ enum event_kind {
 	/* Labels of the sample that follows with the same thread and time. */
 	EVENT_LABELS = 7,
 	/* The span of the sample that follows with the same thread and time. */
-	EVENT_CONTEXT = 8,
 };
 
 struct event {
@@ -493,9 +497,11 @@ struct event {
 	u64 rules;
 };
 
-enum sample_kind {
-	SAMPLE_ON_CPU = 0,
+/* Bits of a sample's `flags`. Without SAMPLE_OFF_CPU it was taken by a tick of the clock. */
+enum sample_flags {
 	SAMPLE_OFF_CPU = 1,
+	/* The kernel's stack has more frames. */
+	SAMPLE_KERNEL_TRUNCATED = 2,
 };
 
 /* How the unwind of a user stack ended; every sample has it. */
@@ -541,9 +547,10 @@ struct sample {
 	u64 value_ns;
 	u16 kernel_frames;
 	u16 user_frames;
-	u8 kind;
+	u8 flags;
 	u8 user_end;
-	u8 kernel_truncated;
+	/* Words of the record of the thread's span behind all frames; 0: the thread publishes none. See struct context_head. */
+	u8 context_words;
 	/* Of an off-CPU sample: the low bits of the state that it slept in. */
 	u8 state;
 	/* The index among the user frames' words from which on all frames rest on a guess (see RULE_GUESSED); 0: none does. */
@@ -560,7 +567,7 @@ struct sample {
 	 */
 	u8 raw_unread;
 	u64 sequence;
-	/* kernel_frames, then user_frames, then list_words; leaf first. */
+	/* kernel_frames, then user_frames, then list_words, leaf first; then context_words. */
 	u64 frames[];
 };
 
@@ -604,13 +611,6 @@ struct labels_record {
 	struct label_size sizes[MAX_LABELS];
 	/* Name and value of each label, one behind the other. Last, because only the used part is sent. */
 	u8 texts[LABEL_TEXT_BYTES];
-};
-
-struct context_record {
-	struct event event;
-	struct context_head head;
-	/* Last, because only the used part is sent. */
-	u8 attributes[CONTEXT_BYTES];
 };
 
 struct lifecycle {

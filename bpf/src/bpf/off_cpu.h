@@ -104,10 +104,28 @@ ALWAYS_INLINE void store_block(struct counters *counters, struct sample_scratch 
 		scratch->sample.user_frames = OFF_CPU_FRAMES - scratch->sample.kernel_frames;
 		scratch->sample.user_end = USER_STACK_TRUNCATED;
 	}
+	/* A raw stack is not stored here. */
+	if (settings.contexts)
+		add_context(counters, &scratch->sample, scratch->frames,
+			    scratch->sample.user_end == USER_STACK_RAW ? scratch->sample.kernel_frames :
+									 slots_of(&scratch->sample),
+			    OFF_CPU_FRAMES);
 	if (bpf_map_update_elem(&off_cpu, &tid, scratch, BPF_ANY)) {
 		take_sample(counters, scratch->sample.event.rules);
 		end_sample(counters, &counters->lost_off_cpu_full, scratch->sample.event.rules);
 	}
+}
+
+/* Copies the record of the thread's span, which is stored behind the kernel's frames, to its place behind the raw stack. */
+ALWAYS_INLINE void add_stored_context(struct sample_scratch *scratch, const struct off_cpu_entry *entry)
+{
+	u64 from = scratch->sample.kernel_frames, to = slots_of(&scratch->sample);
+
+	barrier_var(from);
+	barrier_var(to);
+	if (from > OFF_CPU_FRAMES - CONTEXT_SLOTS || to > FRAME_SLOTS ||
+	    bpf_probe_read_kernel(&scratch->frames[to], CONTEXT_SLOTS * sizeof(u64), &entry->frames[from]))
+		scratch->sample.context_words = 0;
 }
 
 /* Sends the sample of a thread whose stack was stored raw, and forgets that. */
@@ -126,8 +144,9 @@ ALWAYS_INLINE void send_raw(struct counters *counters, struct off_cpu_entry *ent
 			bpf_probe_read_kernel(scratch, sizeof(scratch->sample) + (MAX_KERNEL_FRAMES + 1) * sizeof(u64),
 					      entry);
 			bpf_probe_read_kernel(&scratch->frames[kernel], sizeof(struct off_cpu_raw), raw);
-			send_sample(counters, &scratch->sample, sizeof(scratch->sample) + sizeof(scratch->frames),
-				    false);
+			if (scratch->sample.context_words)
+				add_stored_context(scratch, entry);
+			send_sample(counters, &scratch->sample, SAMPLE_BYTES, false);
 		} else {
 			/* The agent has taken the map away meanwhile. */
 			entry->sample.user_frames = 0;
@@ -198,7 +217,7 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 		return NULL;
 	read_current(&now, prev);
 	want_of_process(&want, proc, tgid, now.start_boottime, now.exec_id);
-	want.rules &= settings.off_cpu_rules;
+	want.rules = rules_of_span(want.rules & settings.off_cpu_rules, tgid, &now);
 	if (!want.rules)
 		return NULL;
 	end_block(counters, id, prev, switched);

@@ -16,10 +16,14 @@
 struct sample_scratch {
 	struct sample sample;
 	u64 frames[FRAME_SLOTS];
+	/* The record of the thread's span ends in here if the frames take all slots. */
+	u64 context[CONTEXT_SLOTS];
 	struct unwind_state unwind;
 	u32 wake;
 	u32 chain_calls;
 };
+/* The part of it that can be sent. */
+#define SAMPLE_BYTES __builtin_offsetof(struct sample_scratch, unwind)
 _Static_assert(sizeof(struct sample_scratch) <= 32768, "the largest value of a per-CPU map");
 
 /*
@@ -96,7 +100,7 @@ ALWAYS_INLINE struct image *image_of(u32 tgid, const struct current *now)
 }
 
 /* Fills in all of the current thread's sample but its stacks. */
-ALWAYS_INLINE void begin_sample(struct sample *sample, u8 kind, u64 rules, u64 value_ns, struct task_struct *task,
+ALWAYS_INLINE void begin_sample(struct sample *sample, u8 flags, u64 rules, u64 value_ns, struct task_struct *task,
 				const struct current *now)
 {
 	u64 id = bpf_get_current_pid_tgid();
@@ -110,7 +114,8 @@ ALWAYS_INLINE void begin_sample(struct sample *sample, u8 kind, u64 rules, u64 v
 	sample->event.cgroup_id = cgroup_id_of(task);
 	sample->event.rules = rules;
 	bpf_get_current_comm(sample->event.comm, sizeof(sample->event.comm));
-	sample->kind = kind;
+	sample->flags = flags;
+	sample->context_words = 0;
 	sample->state = 0;
 	sample->value_ns = value_ns;
 	sample->guessed_from = 0;
@@ -127,7 +132,6 @@ ALWAYS_INLINE void take_kernel_stack(void *ctx, struct sample *sample, u64 *fram
 	long got;
 
 	sample->kernel_frames = 0;
-	sample->kernel_truncated = 0;
 	if (!settings.kernel_stacks)
 		return;
 	got = bpf_get_stack(ctx, frames, (MAX_KERNEL_FRAMES + 1) * sizeof(u64), skip);
@@ -136,7 +140,7 @@ ALWAYS_INLINE void take_kernel_stack(void *ctx, struct sample *sample, u64 *fram
 	sample->kernel_frames = got / sizeof(u64);
 	if (sample->kernel_frames > MAX_KERNEL_FRAMES) {
 		sample->kernel_frames = MAX_KERNEL_FRAMES;
-		sample->kernel_truncated = 1;
+		sample->flags |= SAMPLE_KERNEL_TRUNCATED;
 	}
 }
 
@@ -499,11 +503,17 @@ ALWAYS_INLINE void end_sample(struct counters *counters, u64 *counter, u64 rules
 	counters->open = 0;
 }
 
+/* Words of all frames of a sample. */
+ALWAYS_INLINE u64 slots_of(const struct sample *sample)
+{
+	return sample->kernel_frames + sample->user_frames + sample->list_words;
+}
+
 /* Sends a sample, unless it would take the space that lifecycle events need. `max` is the size of its buffer. */
 ALWAYS_INLINE void send_sample(struct counters *counters, struct sample *record, u64 max, bool wake)
 {
 	u64 rules = record->event.rules;
-	u64 size = sizeof(*record) + (record->kernel_frames + record->user_frames + record->list_words) * sizeof(u64);
+	u64 size = sizeof(*record) + (slots_of(record) + record->context_words) * sizeof(u64);
 	u64 fill = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA);
 	u64 flags = wake || fill >= settings.ring_wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
 
@@ -629,7 +639,10 @@ ALWAYS_INLINE void send_functions(struct counters *counters, struct sample_scrat
 
 ALWAYS_INLINE void send_tick(struct counters *counters, struct sample_scratch *scratch)
 {
-	send_sample(counters, &scratch->sample, sizeof(scratch->sample) + sizeof(scratch->frames), scratch->wake);
+	if (settings.contexts)
+		add_context(counters, &scratch->sample, scratch->frames, slots_of(&scratch->sample),
+			    FRAME_SLOTS + CONTEXT_SLOTS);
+	send_sample(counters, &scratch->sample, SAMPLE_BYTES, scratch->wake);
 }
 
 /* Notes in `procs` that this image is sampled. True: it was not before, and the agent does not know its mappings. */
@@ -689,10 +702,7 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	read_current(&now, task);
 	want_of_process(&want, proc, tgid, now.start_boottime, now.exec_id);
 	/* There is one clock for each rate in use; a process follows the fastest that a rule asks for. */
-	want.rules &= settings.on_cpu_rules;
-	if (want.rules & settings.in_span_rules &&
-	    !(settings.contexts && is_in_span(tgid, now.start_boottime, now.exec_id)))
-		want.rules &= ~settings.in_span_rules;
+	want.rules = rules_of_span(want.rules & settings.on_cpu_rules, tgid, &now);
 	if (!want.rules || want.period_ns != ctx->sample_period)
 		return NULL;
 	take_sample(counters, want.rules);
@@ -701,16 +711,13 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	scratch = this_cpu_scratch();
 	if (!scratch)
 		return NULL;
-	begin_sample(&scratch->sample, SAMPLE_ON_CPU, want.rules, want.period_ns, task, &now);
+	begin_sample(&scratch->sample, 0, want.rules, want.period_ns, task, &now);
 	/* A process that was not sampled before may soon be gone: the agent must inspect it now. */
 	scratch->wake = first;
 	if (settings.labels && !now.kernel_thread)
 		send_labels(counters, &scratch->sample.event, by_loop);
-	if (settings.contexts && !now.kernel_thread)
-		send_context(counters, &scratch->sample.event);
 	if (OF_USER_MODE(&ctx->regs)) {
 		scratch->sample.kernel_frames = 0;
-		scratch->sample.kernel_truncated = 0;
 	} else {
 		take_kernel_stack(ctx, &scratch->sample, scratch->frames, 0);
 	}

@@ -181,10 +181,6 @@ fn mistakes_in_several_rules_are_reported_together() {
 #[case::version_alone("match: {runtime_version: ['3.11']}", "match.runtime_version: needs match.runtime")]
 #[case::service("match: {service: [shop, 'a*b']}", "match.service[1]: `a*b` may have `*` only at the end")]
 #[case::services("match: {service: ['*']}", "match.service[0]: matches every service: give a name")]
-#[case::in_span(
-    "capture: {kind: [on_cpu, off_cpu], only_in_span: true}",
-    "capture.only_in_span: is for on_cpu alone"
-)]
 #[case::nothing("match: {}", "match: is empty: choose processes, or give `comm: [\"*\"]`")]
 #[case::percent("nodes: {percent: 101}", "nodes.percent: is 101: give 1 to 100")]
 #[case::hz(

@@ -483,7 +483,7 @@ fn captures(capture: &Capture, triggered: bool, caps: &Caps, faults: &mut Faults
         max_concurrent,
         user_stacks,
         kernel_stacks,
-        only_in_span,
+        only_in_span: _,
     } = capture;
     let mut seen = HashSet::new();
     for (number, kind) in kind.iter().enumerate() {
@@ -527,12 +527,5 @@ fn captures(capture: &Capture, triggered: bool, caps: &Caps, faults: &mut Faults
     }
     if (*user_stacks, *kernel_stacks) == (Some(false), Some(false)) {
         faults.add("capture.stacks", "leaves nothing to record: set user or kernel to true");
-    }
-    if *only_in_span && kind.contains(&capture::Kind::OffCpu.into()) {
-        faults.add(
-            "capture.only_in_span",
-            "is for on_cpu alone, because off-CPU samples carry no span: remove off_cpu from capture.kind, or give it to a \
-             rule of its own",
-        );
     }
 }

@@ -1,6 +1,7 @@
 //! Off-CPU stacks: a program prints the stack by which it blocks, and the sampled one must be the same.
 
 use super::*;
+use crate::{common::program, spans};
 
 const BLOCKING: &str = "tests/data/Blocked.java";
 const CASES: [&str; 6] = ["deep", "lock", "never", "park", "sleep", "wait"];
@@ -83,4 +84,38 @@ fn off_cpu_stacks_of_java_are_those_printed() {
         let compile = ["-Xcomp", "-XX:CompileCommand=quiet", "-XX:CompileCommand=compileonly,Blocked::*"];
         check(&java, "off-CPU stacks of compiled methods", &compile, directory.path());
     }
+}
+
+/// A library that is loaded with the virtual machine puts each thread into a span while it waits. The stacks come raw, and the span with
+/// them.
+#[test]
+fn blocked_java_threads_have_their_span() {
+    let flags = ["-shared", "-fPIC", "-ftls-model=initial-exec", "-DOWN_VARIABLE", "-DPRELOAD", "-ldl"];
+    let library = program("spans-preload.so", spans::PROGRAM, &flags);
+    let directory = compiled(BLOCKING);
+    let mut command = Command::new(javas().into_iter().next().unwrap());
+    // Its thread that waits for ever begins while it is recorded.
+    let never_after = (5000 * slower()).to_string();
+    command.arg("-Xint").arg("-cp").arg(directory.path()).args(["Blocked", &never_after]);
+    let running = Running::start(command.env("LD_PRELOAD", library).stdout(Stdio::null()));
+    // The agent reads a process of this age at its first sample.
+    std::thread::sleep(Duration::from_secs(2));
+    let recording = record_for(7, 99, &["--off-cpu", "--pid", &running.0.id().to_string()]);
+    let (mut good, mut without, mut wrong) = (BTreeMap::new(), 0, Vec::new());
+    for (stack, labels, count) in spans::samples(&recording) {
+        let case = ["never", "park", "sleep"]
+            .into_iter()
+            .find(|case| stack.iter().any(|frame| frame.starts_with(&format!("Blocked.{case}"))));
+        let Some(case) = case else { continue };
+        match (labels.get("span_id"), labels["tid"].parse::<u64>()) {
+            (None, _) => without += count,
+            (Some(span), Ok(tid)) if *span == format!("{tid:016x}") => {
+                *good.entry(case).or_insert(0) += count;
+            }
+            _ => wrong.push(format!("{stack:?} {labels:?}")),
+        }
+    }
+    eprintln!("{good:?} good, {without} without, {} wrong", wrong.len());
+    assert!(wrong.is_empty(), "{:#?}", &wrong[..wrong.len().min(9)]);
+    assert!(good.len() == 3 && without * 20 <= good.values().sum(), "{good:?} {without}");
 }
