@@ -126,7 +126,7 @@ fn raw_user_stack(words: &[u64], unread: u8, lists: &[u64], live_until_ns: u64) 
 
 /// The bytes of a raw stack that the record of a blocked thread lacks.
 pub(super) struct RawPart {
-    /// Where it belongs.
+    /// The offset in the record at which it belongs.
     pub(super) at: usize,
     pub(super) bytes: usize,
     /// Bytes behind it, which the record has there instead.
