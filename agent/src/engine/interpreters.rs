@@ -472,7 +472,10 @@ impl Interpreters {
             format!("{} {}: {status}", file.runtime.name(), file.detected.version_text)
         };
         match self.processes.get(key) {
-            Some(State::Attached(file, None)) => of(file, "ok"),
+            Some(State::Attached(file, None)) => match file.runtime.lack(&file.detected) {
+                None => of(file, "ok"),
+                Some(lack) => of(file, &format!("ok, but functions {}: {}", lack.what, lack.cure)),
+            },
             Some(State::Attached(file, Some(list))) => {
                 of(file, &format!("ok, names from its {}", list.name()))
             }

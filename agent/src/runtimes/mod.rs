@@ -149,11 +149,26 @@ pub(crate) trait Runtime: Send + Sync + std::fmt::Debug {
         Err(WhyNot::Unreadable)
     }
 
+    /// Returns what frames of this version lack, though those of its other releases have it.
+    fn lack(&self, detected: &Detected) -> Option<&'static Lack> {
+        let _ = detected;
+        None
+    }
+
     /// Returns the line of a position in a function; 0 if there is none.
     fn line(&self, file: &RuntimeFile, function: &FunctionText, position: u32) -> u32 {
         let _ = (file, function, position);
         0
     }
+}
+
+/// What the frames of some releases lack.
+#[derive(Debug)]
+pub(crate) struct Lack {
+    /// Behind "whose functions": `have no lines`.
+    pub(crate) what: &'static str,
+    /// What the user can do.
+    pub(crate) cure: &'static str,
 }
 
 /// Facts that a runtime has found in a file.

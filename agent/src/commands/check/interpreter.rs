@@ -34,7 +34,12 @@ pub(super) fn interpreter(pid: u32) -> Check {
             let (name, version) = file.names();
             let runtime = format!("process {pid} runs {}", format!("{name} {version}").trim_end());
             match names {
-                Ok(None) => Check::ok(NAME, runtime),
+                Ok(None) => match file.runtime.lack(&file.detected) {
+                    None => Check::ok(NAME, runtime),
+                    Some(lack) => {
+                        Check::warning(NAME, format!("{runtime}, whose functions {}", lack.what), lack.cure)
+                    }
+                },
                 Ok(Some(list)) => Check::ok(
                     NAME,
                     format!("{runtime}, whose functions have the names of its {}", list.name()),

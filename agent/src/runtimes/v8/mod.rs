@@ -22,8 +22,8 @@ use self::{
     layout::{Layout, SYMBOLS},
 };
 use super::{
-    Attachment, Detected, FunctionText, Memory, Runtime, RuntimeFile, WhyNot, makes_code, memory::Limited,
-    numbers_of,
+    Attachment, Detected, FunctionText, Lack, Memory, Runtime, RuntimeFile, WhyNot, makes_code,
+    memory::Limited, numbers_of,
 };
 
 /// The file that has the engine in it.
@@ -42,6 +42,13 @@ const INTERPRETERS: [&[u8]; 2] = [b"Builtins_InterpreterEntryTrampoline", b"Buil
 /// The text before the version.
 const BEFORE_VERSION: &[u8] = b"/download/release/v";
 const MAX_VERSION: usize = 24;
+/// Releases with Maglev, an intermediate compiler, that make no table of positions for its code: major numbers, and the first minor
+/// number of the releases that make one, or have no Maglev. `node --print-maglev-code` shows the table.
+const WITHOUT_POSITIONS: [(u8, u8); 2] = [(22, 9), (24, 20)];
+const NO_POSITIONS: Lack = Lack {
+    what: "have no lines if Maglev compiled them, and hide those inlined into them",
+    cure: "use a newer release of this version of Node, or start it with --no-maglev",
+};
 const MAX_READS: usize = 1000;
 const MAX_READ_BYTES: usize = 64 << 10;
 
@@ -96,6 +103,12 @@ impl Runtime for V8 {
             return Err(WhyNot::Implausible("no symbols of builtins"));
         }
         Ok(Attachment::Code(Arc::new(Isolates::new(layout, builtins))))
+    }
+
+    fn lack(&self, detected: &Detected) -> Option<&'static Lack> {
+        let (major, minor) = detected.version;
+        let lacks = WITHOUT_POSITIONS.iter().any(|(of, end)| major == *of && minor < *end);
+        lacks.then_some(&NO_POSITIONS)
     }
 
     fn line(&self, _: &RuntimeFile, function: &FunctionText, position: u32) -> u32 {
@@ -179,4 +192,31 @@ fn version(elf: &Elf<'_>) -> Option<String> {
         at += PIECE - (BEFORE_VERSION.len() + MAX_VERSION) as u64;
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_without_positions_of_maglev_say_so() {
+        let lacks = |text: &str| {
+            let version_text = text.to_owned();
+            let detected =
+                Detected { version: numbers_of(text), version_text, addresses: Vec::new(), layout: 0 };
+            V8.lack(&detected).is_some()
+        };
+        for (version, wanted) in [
+            ("18.20.8", false),
+            ("20.20.2", false),
+            ("22.8.0", true),
+            ("22.9.0", false),
+            ("24.0.0", true),
+            ("24.19.0", true),
+            ("24.20.0", false),
+            ("26.0.0", false),
+        ] {
+            assert_eq!(lacks(version), wanted, "{version}");
+        }
+    }
 }
