@@ -5,7 +5,7 @@ use gannet_proto::{labels::Labels, pprof};
 
 use crate::selector::Selector;
 
-pub use crate::{debuginfo::fuzz::debug_file, store::fuzz::stored_object};
+pub use crate::{debuginfo::fuzz::debug_file, pyroscope::fuzz::pushed, store::fuzz::stored_object};
 
 /// Parses a selector of series, and asks it about these labels.
 pub fn selector(text: &str, labels: &Labels) {

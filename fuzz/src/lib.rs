@@ -51,6 +51,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "pieces", run: messages::pieces },
     Target { name: "messages", run: messages::any },
     Target { name: "otlp", run: gannet_collector::fuzz::otlp },
+    Target { name: "pushed", run: gannet_collector::fuzz::pushed },
     Target { name: "debug_file", run: gannet_collector::fuzz::debug_file },
     Target { name: "stored_object", run: gannet_collector::fuzz::stored_object },
     Target { name: "unwind_file", run: unwind::exercise },

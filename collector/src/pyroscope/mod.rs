@@ -4,6 +4,7 @@
 //! state is that of `query`. Clients of Pyroscope also push profiles here, which go to `ingest`.
 
 mod flamegraph;
+pub(crate) mod fuzz;
 mod grpc_web;
 mod heatmap;
 mod legacy;

@@ -179,7 +179,7 @@ pub(super) fn invalid(error: &pprof::PprofError) -> Status {
 }
 
 /// Returns the 128 bits of a UUID, or a ULID. A profile that comes twice with one id is stored once.
-fn parse_id(text: &str) -> Option<Ulid> {
+pub(super) fn parse_id(text: &str) -> Option<Ulid> {
     let digits: String = text.chars().filter(|c| *c != '-').take(33).collect();
     let uuid = u128::from_str_radix(&digits, 16).ok().filter(|id| digits.len() == 32 && *id != 0).map(Ulid);
     uuid.or_else(|| Ulid::from_string(text).ok())

@@ -28,7 +28,7 @@ type Params = HashMap<String, String>;
 
 /// The form of the body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Format {
+pub(super) enum Format {
     Pprof,
     /// A stack and its number of samples on each line.
     Folded,
@@ -99,7 +99,7 @@ fn is_multipart(headers: &HeaderMap) -> bool {
     kind.is_some_and(|kind| kind.trim_start().starts_with("multipart/form-data"))
 }
 
-fn format_of(format: &str, headers: &HeaderMap) -> Result<Format, Status> {
+pub(super) fn format_of(format: &str, headers: &HeaderMap) -> Result<Format, Status> {
     match format {
         "pprof" => Ok(Format::Pprof),
         "" if is_multipart(headers) => Ok(Format::Pprof),
@@ -115,7 +115,7 @@ fn format_of(format: &str, headers: &HeaderMap) -> Result<Format, Status> {
 }
 
 /// Parses `app{region=eu,version=2}` into labels. The application is the service, unless a label names it.
-fn parse_name(name: &str) -> Result<Vec<(String, String)>, Status> {
+pub(super) fn parse_name(name: &str) -> Result<Vec<(String, String)>, Status> {
     let (app, rest) = name.split_once('{').unwrap_or((name, "}"));
     let invalid = || Status::invalid_argument("name: write an application and labels, as in shop{region=eu}");
     let tags = rest.trim_end().strip_suffix('}').ok_or_else(invalid)?;
@@ -134,7 +134,7 @@ fn parse_name(name: &str) -> Result<Vec<(String, String)>, Status> {
 }
 
 /// Returns the profile and the configuration of sample types in a form.
-async fn parts(headers: HeaderMap, body: Vec<u8>) -> Result<(Vec<u8>, Option<Vec<u8>>), Status> {
+pub(super) async fn parts(headers: HeaderMap, body: Vec<u8>) -> Result<(Vec<u8>, Option<Vec<u8>>), Status> {
     let invalid =
         |error: &dyn std::fmt::Display| Status::invalid_argument(format!("the form is damaged: {error}"));
     let mut request = Request::new(body.into());
@@ -161,7 +161,7 @@ async fn parts(headers: HeaderMap, body: Vec<u8>) -> Result<(Vec<u8>, Option<Vec
 }
 
 /// Returns the name of profiles that have the sample types of others: Go's clients write it into the configuration of types.
-fn name_of_config(config: &[u8]) -> Option<&'static str> {
+pub(super) fn name_of_config(config: &[u8]) -> Option<&'static str> {
     let types: HashMap<String, TypeConfig> = serde_json::from_slice(config).ok()?;
     let is = |prefix: &str| types.values().any(|of| of.display_name.starts_with(prefix));
     match () {
@@ -172,7 +172,7 @@ fn name_of_config(config: &[u8]) -> Option<&'static str> {
 }
 
 /// Builds a profile from lines of text: `main;work 12`, or without a number.
-fn parse_lines(body: &[u8], has_counts: bool, units: &str, rate: u32) -> Result<Profile, Status> {
+pub(super) fn parse_lines(body: &[u8], has_counts: bool, units: &str, rate: u32) -> Result<Profile, Status> {
     let text = std::str::from_utf8(body).map_err(|_| Status::invalid_argument("the body is not UTF-8"))?;
     let period = 1_000_000_000 / i64::from(rate);
     let (types, weights): (&[(&str, &str)], &[i64]) = match units {

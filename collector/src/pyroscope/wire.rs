@@ -54,7 +54,7 @@ impl Method {
 
 /// The encoding of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Codec {
+pub(super) enum Codec {
     Proto,
     Json,
 }
@@ -198,6 +198,16 @@ fn accepts_gzip(headers: &HeaderMap) -> bool {
         let refused = quality.trim().strip_prefix("q=").and_then(|q| q.parse::<f32>().ok()) == Some(0.0);
         name.trim().eq_ignore_ascii_case("gzip") && !refused
     })
+}
+
+/// Reads the message of a push, for the fuzzer.
+pub(super) fn read_push(
+    codec: Codec,
+    body: &[u8],
+) -> Result<gannet_proto::foreign::pyroscope::PushRequest, Status> {
+    let method = Method { service: "push.v1.PusherService", name: "Push", max_bytes: MAX_QUERY_BYTES };
+    let descriptor = method.descriptor().ok_or_else(|| Status::internal("no description of messages"))?;
+    decode(codec, &descriptor.input(), body)
 }
 
 fn decode<Req: Message + Default>(codec: Codec, of: &MessageDescriptor, body: &[u8]) -> Result<Req, Status> {
