@@ -50,6 +50,11 @@ fn seconds() -> Histogram {
     Histogram::new([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
 }
 
+/// A histogram of bytes, from 16 KiB to 16 GiB.
+fn bytes() -> Histogram {
+    Histogram::new((0..11).map(|n| f64::from(1 << 14) * f64::powi(4.0, n)))
+}
+
 /// A histogram of batches.
 fn batches() -> Histogram {
     Histogram::new([1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0])
@@ -197,6 +202,14 @@ collector_metrics! {
         counter("gannet_collector_clickhouse_read_rows_total", "Rows that ClickHouse read for the statements of this collector");
     clickhouse_profiles: Counter => CLICKHOUSE_PROFILES
         counter("gannet_collector_clickhouse_merged_profiles_total", "Profiles that ClickHouse merged from the tables");
+    query_read_bytes: Histogram = bytes() => QUERY_READ_BYTES
+        histogram("gannet_collector_query_read_bytes", "Compressed profiles that one merge read from the store; merges in the cache read none");
+    cache_hits: Counter => CACHE_HITS
+        counter("gannet_collector_query_cache_hits_total", "Merges that the cache of merged profiles answered");
+    cache_misses: Counter => CACHE_MISSES
+        counter("gannet_collector_query_cache_misses_total", "Merges that the cache of merged profiles lacked");
+    cache_bytes: Gauge => CACHE_BYTES
+        gauge("gannet_collector_query_cache_bytes", "Memory of the merged profiles in the cache, by an estimate");
     merged_profiles: Counter => MERGED_PROFILES
         counter("gannet_collector_query_merged_profiles_total", "Profiles read and merged");
     objects_gone: Counter => OBJECTS_GONE

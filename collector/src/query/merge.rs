@@ -145,6 +145,8 @@ enum Source {
 struct SourceCounts {
     merged: u64,
     unreadable: u64,
+    /// Bytes of the sources as the store has them.
+    read_bytes: u64,
 }
 
 impl Query {
@@ -215,8 +217,10 @@ impl Query {
         let hash: [u8; 32] = hash.finalize().into();
         if let Some(merged) = self.merges.cache.get(&hash) {
             progress.done.store(total, Ordering::Relaxed);
+            self.metrics.cache_hits.inc();
             return Ok(Some(self.with_names(merged, version, hash).await));
         }
+        self.metrics.cache_misses.inc();
         let _permit = self.merge_permit().await?;
         let cancelled = CancellationToken::new();
         let _guard = cancelled.clone().drop_guard();
@@ -262,6 +266,7 @@ impl Query {
         // The result lacks the damaged profiles. A person may restore their files, so the cache must not hold it.
         if merged.unreadable == 0 {
             self.merges.cache.insert(hash, Arc::clone(&merged));
+            self.metrics.cache_bytes.set(self.merges.cache.weight() as i64);
         }
         merged
     }
@@ -285,7 +290,7 @@ impl Query {
                 .collect();
             handles.into_iter().map(|h| h.join().unwrap_or(Err(StoreError::Ended.into()))).collect()
         });
-        let (mut merger, mut profiles, mut unreadable) = (Merger::new(), 0, 0);
+        let (mut merger, mut profiles, mut unreadable, mut read_bytes) = (Merger::new(), 0, 0, 0);
         for sum in sums {
             merger.add(&sum).map_err(|e| QueryError::Invalid(e.to_string()))?;
         }
@@ -293,11 +298,13 @@ impl Query {
             let (profile, counts) = part?;
             profiles += counts.merged;
             unreadable += counts.unreadable;
+            read_bytes += counts.read_bytes;
             if let Some(profile) = profile {
                 merger.add(&profile).map_err(|e| QueryError::Invalid(e.to_string()))?;
             }
         }
         self.metrics.merged_profiles.inc_by(profiles);
+        self.metrics.query_read_bytes.observe(read_bytes as f64);
         let mut profile = match merger.finish() {
             Some(profile) => profile,
             // An empty result that says what it lacks.
@@ -343,6 +350,8 @@ impl Query {
             if cancelled.is_cancelled() {
                 return Err(StoreError::Ended.into());
             }
+            counts.read_bytes +=
+                profile.as_ref().map_or(0, |found| found.as_ref().map_or(0, Bytes::len)) as u64;
             match self.merge_one(location, profile, &mut merger)? {
                 Source::Merged => counts.merged += 1,
                 Source::Removed => {}
