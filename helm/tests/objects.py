@@ -79,7 +79,7 @@ def references(where, objects):
             if "configMap" in volume and ("ConfigMap", volume["configMap"]["name"]) not in have:
                 problems.append(f"{where}: {key(o)} mounts the ConfigMap {volume['configMap']['name']}, which does not exist")
             secret = volume.get("secret", {}).get("secretName")
-            if secret and not brings_secrets(where) and ("Secret", secret) not in have and secret not in certificates:
+            if secret and not brings_secrets(where) and ("Secret", secret) not in have and secret not in certificates | OWN_SECRETS:
                 problems.append(f"{where}: {key(o)} mounts the Secret {secret}, which does not exist")
         selector = o["spec"].get("selector", {}).get("matchLabels")
         if selector:
@@ -94,6 +94,10 @@ def references(where, objects):
         wanted = {"Service": lambda s: s["selector"], "NetworkPolicy": lambda s: s["podSelector"]["matchLabels"], "PodDisruptionBudget": lambda s: s["selector"]["matchLabels"], "PodMonitor": lambda s: s["selector"]["matchLabels"]}.get(o["kind"])
         if wanted and not any(wanted(o["spec"]).items() <= labels.items() for labels in pods):
             problems.append(f"{where}: {key(o)} finds no pods")
+
+
+# Secrets that users make, as values/*.yaml name them.
+OWN_SECRETS = {"clickhouse"}
 
 
 def brings_secrets(where):
