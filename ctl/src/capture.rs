@@ -7,6 +7,7 @@ use gannet_proto::{
         CaptureDone, CaptureProgress, CaptureRequest, CaptureStarted, Ledger, ListNodesRequest, Match,
         capture, capture_progress::Message,
     },
+    labels::NODE,
     ledger::LossReason,
 };
 use indicatif::{ProgressBar, ProgressStyle};
@@ -28,7 +29,7 @@ pub(crate) async fn run(
     console: &mut Console<'_>,
 ) -> Result<(), Error> {
     // Before the capture, which would be in vain.
-    let target = Target::new(file.unwrap_or(Path::new("profile.pb.gz")), Form::default(), "")?;
+    let mut target = Target::new(file.unwrap_or(Path::new("profile.pb.gz")), Form::default(), "")?;
     let request = request(args, node(args, collector).await?)?;
     let mut answer = collector
         .fleet()
@@ -65,7 +66,7 @@ pub(crate) async fn run(
         }
     }
     bar.finish_and_clear();
-    let Some(CaptureDone { samples, ledger }) = done else {
+    let Some(CaptureDone { samples, ledger, mut labels }) = done else {
         return Err(Error::Failed(format!(
             "node `{}` ended its answer before the profile was complete; try again",
             request.node
@@ -77,6 +78,8 @@ pub(crate) async fn run(
             args.lasting
         )));
     }
+    labels.entry(NODE.to_owned()).or_insert_with(|| request.node.clone());
+    target.set_labels(labels);
     save(&profile, &target, format, console)?;
     if format == Format::Table && file != Some(Path::new("-")) {
         writeln!(console.out, "{samples} samples of node {}", request.node)?;

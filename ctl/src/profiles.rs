@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    collections::BTreeMap,
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
@@ -104,6 +105,11 @@ impl<'a> Target<'a> {
             None => FileFormat::of_path(file)?,
         };
         Ok(Self { file, form, sample_type, origin: Origin::default() })
+    }
+
+    /// Sets the labels of a profile that no collector has.
+    pub(crate) fn set_labels(&mut self, labels: BTreeMap<String, String>) {
+        self.origin.labels = labels;
     }
 
     /// Adds the origin of the profile: its id, and the labels that all profiles of the selection share. Asks the collector only

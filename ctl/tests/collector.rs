@@ -14,8 +14,10 @@ use gannet_collector::{Collector, Config, Running, TlsOptions};
 use gannet_proto::{
     connect::{self, Dial},
     control::{
-        AgentMessage, NodeHello, NodeStatus, RuleError, RuleStatus, RulesApplied, RulesRejected,
-        ServerMessage, agent_message, agent_service_client::AgentServiceClient, rule_status, server_message,
+        AgentMessage, Answer, CaptureChunk, CaptureDone, CaptureProgress, CaptureStarted, NodeHello,
+        NodeStatus, Question, RuleError, RuleStatus, RulesApplied, RulesRejected, ServerMessage,
+        agent_message, agent_service_client::AgentServiceClient, answer, capture_progress, rule_status,
+        server_message,
     },
     ingest::{Batch, PushRequest, ingest_service_client::IngestServiceClient, push_request, push_response},
     ledger::Ledger,
@@ -94,26 +96,8 @@ impl Setup {
     /// Pushes one profile of a service with `work` samples of the function `work`. Returns its id.
     async fn push(&self, service: &str, work: i64, seconds_ago: i64) -> String {
         let start = std::time::SystemTime::now() - Duration::from_secs(seconds_ago.unsigned_abs());
-        let mut builder = Builder::new(Header {
-            sample_types: &[("samples", "count"), ("cpu", "nanoseconds")],
-            period_type: ("cpu", "nanoseconds"),
-            period: 10_000_000,
-            time_nanos: start.duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as i64,
-            duration_nanos: 10_000_000_000,
-        });
-        let app = builder.mapping(Mapping {
-            start: 0x1000,
-            limit: 0x9000,
-            file: "/usr/bin/app",
-            ..Mapping::default()
-        });
-        let line = |name| Line { name, ..Line::default() };
-        let main = builder.location(Some(app), 0x1100, &[line("main")]);
-        let worker = builder.location(Some(app), 0x1200, &[line("work")]);
-        let idle = builder.location(Some(app), 0x1300, &[line("idle")]);
-        let span = Label { key: "span_id", value: LabelValue::Str(SPAN) };
-        builder.sample(&[worker, main], &[work, work * 10_000_000], &[span]);
-        builder.sample(&[idle, main], &[10, 100_000_000], &[]);
+        let span = [Label { key: "span_id", value: LabelValue::Str(SPAN) }];
+        let profile = app_profile(work, start, &span);
         let batch_id = ulid::Ulid::new().to_string();
         let samples = work.unsigned_abs() + 10;
         let ledger = Ledger { ticks: 1000, taken: samples, delivered: samples, ..Ledger::default() };
@@ -124,7 +108,7 @@ impl Setup {
                 ("service_name".to_owned(), service.to_owned()),
                 ("node".to_owned(), "n1".to_owned()),
             ]),
-            pprof: pprof::encode(&builder.finish()),
+            pprof: pprof::encode(&profile),
             samples,
             start: Some(start.into()),
             duration: Some(prost_types::Duration { seconds: 10, nanos: 0 }),
@@ -155,6 +139,26 @@ impl Setup {
             }
         }
     }
+}
+
+/// Returns a profile with `work` samples of the function `work`, which have the labels, and ten of others.
+fn app_profile(work: i64, start: std::time::SystemTime, labels: &[Label<'_>]) -> pprof::Profile {
+    let mut builder = Builder::new(Header {
+        sample_types: &[("samples", "count"), ("cpu", "nanoseconds")],
+        period_type: ("cpu", "nanoseconds"),
+        period: 10_000_000,
+        time_nanos: start.duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as i64,
+        duration_nanos: 10_000_000_000,
+    });
+    let app =
+        builder.mapping(Mapping { start: 0x1000, limit: 0x9000, file: "/usr/bin/app", ..Mapping::default() });
+    let line = |name| Line { name, ..Line::default() };
+    let main = builder.location(Some(app), 0x1100, &[line("main")]);
+    let worker = builder.location(Some(app), 0x1200, &[line("work")]);
+    let idle = builder.location(Some(app), 0x1300, &[line("idle")]);
+    builder.sample(&[worker, main], &[work, work * 10_000_000], labels);
+    builder.sample(&[idle, main], &[10, 100_000_000], &[]);
+    builder.finish()
 }
 
 /// An agent that accepts each rule set, or rejects it because of one rule.
@@ -549,6 +553,76 @@ async fn otlp_files_have_labels_and_ids() {
     assert!(!converted.contains("service.name") && converted.ends_with("}\n"), "{converted}");
     assert_eq!(normal(&read(&converted).profile), normal(&one.profile));
     setup.end().await;
+}
+
+/// Checks that a capture of a node has the same samples in both formats, and in OTLP the labels that the node gives.
+#[tokio::test]
+async fn a_capture_in_otlp_has_labels_and_all_samples() {
+    let setup = Setup::new().await;
+    let span = [Label { key: "span_id", value: LabelValue::Str(SPAN) }];
+    let profile = pprof::encode(&app_profile(7, std::time::SystemTime::now(), &span));
+    let labels: BTreeMap<String, String> =
+        [("service_name", "app"), ("pod", "app-1")].map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    let node = CapturingNode::start(&setup, profile, labels.clone()).await;
+    let [plain, otlp] = ["now.pb.gz", "now.otlp.json"].map(|name| setup.dir.path().join(name));
+    for file in [&plain, &otlp] {
+        let got = setup.ctl(&format!("profile --comm app --for 1s -o {}", file.display())).await;
+        assert_eq!(got.code, 0, "{}", got.err);
+    }
+    let request = gannet_otlp::from_json(&std::fs::read(&otlp).unwrap()).unwrap();
+    let mut decoded = gannet_otlp::decode(request).unwrap();
+    assert_eq!((decoded.rejected, decoded.profiles.len()), (0, 1));
+    let one = decoded.profiles.remove(0);
+    let normal = |profile: &pprof::Profile| {
+        let mut merger = pprof::Merger::new();
+        merger.add(profile).unwrap();
+        merger.finish().unwrap()
+    };
+    let plain = pprof::decode(&std::fs::read(&plain).unwrap(), 1 << 20).unwrap();
+    assert_eq!(normal(&one.profile), normal(&plain));
+    let node_label = [("node".to_owned(), "n1".to_owned())];
+    assert_eq!(one.labels, labels.into_iter().chain(node_label).collect());
+    node.abort();
+    setup.end().await;
+}
+
+/// A node that answers each capture with the same profile.
+struct CapturingNode;
+
+impl CapturingNode {
+    async fn start(
+        setup: &Setup,
+        profile: Vec<u8>,
+        labels: BTreeMap<String, String>,
+    ) -> tokio::task::JoinHandle<()> {
+        let (sender, receiver) = mpsc::channel(8);
+        let say = |message| AgentMessage { message: Some(message) };
+        let hello = NodeHello {
+            node: "n1".to_owned(),
+            version: "0.1.0".to_owned(),
+            features: vec!["questions".to_owned(), "capture".to_owned()],
+            ..NodeHello::default()
+        };
+        sender.send(say(agent_message::Message::Hello(hello))).await.unwrap();
+        let mut client = AgentServiceClient::new(setup.connection());
+        let mut messages = client.connect(ReceiverStream::new(receiver)).await.unwrap().into_inner();
+        tokio::spawn(async move {
+            while let Ok(Some(ServerMessage { message })) = messages.message().await {
+                let Some(server_message::Message::Question(Question { id, .. })) = message else { continue };
+                let chunk = CaptureChunk { data: profile.clone(), ..CaptureChunk::default() };
+                let done = CaptureDone { samples: 17, labels: labels.clone(), ..CaptureDone::default() };
+                for part in [
+                    capture_progress::Message::Started(CaptureStarted::default()),
+                    capture_progress::Message::Chunk(chunk),
+                    capture_progress::Message::Done(done),
+                ] {
+                    let answer = answer::Answer::Capture(CaptureProgress { message: Some(part) });
+                    let answer = Answer { id: id.clone(), answer: Some(answer) };
+                    sender.send(say(agent_message::Message::Answer(answer))).await.unwrap();
+                }
+            }
+        })
+    }
 }
 
 /// Sends a GET to the page of a link, and returns its answer with the headers.

@@ -368,7 +368,7 @@ async fn capture(
     }))
     .await?;
     let last = running.over.await.map_err(|_| "the agent is shutting down".to_owned())?;
-    let (profiles, ledger) = tokio::time::timeout(LAST_WINDOW_TIMEOUT, collecting.finish(last))
+    let (profiles, labels, ledger) = tokio::time::timeout(LAST_WINDOW_TIMEOUT, collecting.finish(last))
         .await
         .map_err(|_| {
             format!(
@@ -385,5 +385,9 @@ async fn capture(
             send(capture_progress::Message::Chunk(chunk)).await?;
         }
     }
-    Ok(capture_part(capture_progress::Message::Done(CaptureDone { samples, ledger: Some(ledger.into()) })))
+    Ok(capture_part(capture_progress::Message::Done(CaptureDone {
+        samples,
+        ledger: Some(ledger.into()),
+        labels,
+    })))
 }

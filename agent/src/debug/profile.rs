@@ -184,7 +184,7 @@ async fn capture(node: &Node, manual: ManualCapture) -> Response {
     let Ok(last) = running.over.await else { return failed(&EngineError::Ended) };
     match tokio::time::timeout(CAPTURE_TIMEOUT, collecting.finish(last)).await {
         // This page asks for one kind.
-        Ok(Ok((profiles, _))) => match profiles.first() {
+        Ok(Ok((profiles, ..))) => match profiles.first() {
             Some((_, profile)) => attached(profile),
             None => (
                 StatusCode::NOT_FOUND,

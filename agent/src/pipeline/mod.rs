@@ -11,12 +11,14 @@ use std::{
 
 use gannet_proto::{
     ingest::Batch,
+    labels::Labels,
     ledger::{Ledger, LossReason},
     pprof::{self, Encoding},
 };
 use tokio::sync::mpsc;
 
 pub(crate) use self::annotate::finish;
+use self::recent::NewProfile;
 pub use self::recent::RecentProfiles;
 use crate::{
     engine::{Window, WindowSink},
@@ -99,6 +101,8 @@ pub async fn run(
         let mut symbolized = Vec::with_capacity(series.len());
         for ((labels, rule, start, duration), profile) in series.into_iter().zip(finished) {
             let why = rule.why();
+            // Only a capture needs them.
+            let shared = if rule.capture == 0 { Labels::new() } else { labels.clone() };
             batches.push(Batch {
                 // The spool sets both.
                 batch_id: String::new(),
@@ -116,7 +120,7 @@ pub async fn run(
                 ledger: Some((&account).into()),
                 piece: None,
             });
-            symbolized.push((rule.capture, Arc::new(profile)));
+            symbolized.push(NewProfile { capture: rule.capture, labels: shared, profile: Arc::new(profile) });
         }
         handled += batches.iter().map(|batch| batch.samples).sum::<u64>();
         recent.add(id, start, symbolized, &account);

@@ -8,6 +8,7 @@ use std::{
 
 use gannet_proto::{
     control::capture,
+    labels::Labels,
     ledger::Ledger,
     pprof::{Merger, PprofError},
     profiles::{Label, Profile},
@@ -38,7 +39,33 @@ struct Shared {
     added: Notify,
 }
 
-type CaptureParts = (Vec<Arc<Profile>>, Ledger);
+/// A profile of a window.
+#[derive(Clone)]
+pub(super) struct NewProfile {
+    /// The number of its capture; 0: none.
+    pub(super) capture: u64,
+    /// Its labels, if it is of a capture.
+    pub(super) labels: Labels,
+    pub(super) profile: Arc<Profile>,
+}
+
+/// The profiles of a capture so far, with their labels and the ledger.
+#[derive(Clone, Default)]
+struct CaptureParts {
+    profiles: Vec<Arc<Profile>>,
+    /// Labels that all its profiles share; `None` without a profile.
+    labels: Option<Labels>,
+    ledger: Ledger,
+}
+
+impl CaptureParts {
+    fn add(&mut self, labels: &Labels, profile: &Arc<Profile>) {
+        self.labels
+            .get_or_insert_with(|| labels.clone())
+            .retain(|name, value| labels.get(name) == Some(value));
+        self.profiles.push(Arc::clone(profile));
+    }
+}
 
 /// Collects the profiles of one capture over all its windows, until dropped.
 pub(crate) struct CaptureProfiles {
@@ -47,26 +74,20 @@ pub(crate) struct CaptureProfiles {
 }
 
 impl RecentProfiles {
-    /// Adds the profiles of a window, each with the number of its capture (0: none). Drops the oldest windows.
-    pub(super) fn add(
-        &self,
-        id: Ulid,
-        start: SystemTime,
-        profiles: Vec<(u64, Arc<Profile>)>,
-        ledger: &Ledger,
-    ) {
+    /// Adds the profiles of a window. Drops the oldest windows.
+    pub(super) fn add(&self, id: Ulid, start: SystemTime, profiles: Vec<NewProfile>, ledger: &Ledger) {
         let mut captures = self.0.captures.lock();
-        for (_, sum) in captures.values_mut() {
-            sum.merge(ledger);
+        for parts in captures.values_mut() {
+            parts.ledger.merge(ledger);
         }
-        for (capture, profile) in &profiles {
-            if let Some((parts, _)) = captures.get_mut(capture) {
-                parts.push(Arc::clone(profile));
+        for NewProfile { capture, labels, profile } in &profiles {
+            if let Some(parts) = captures.get_mut(capture) {
+                parts.add(labels, profile);
             }
         }
         drop(captures);
         let mut windows = self.0.windows.lock();
-        windows.push_back((start, profiles.into_iter().map(|(_, profile)| profile).collect()));
+        windows.push_back((start, profiles.into_iter().map(|new| new.profile).collect()));
         while windows.len() > MAX_WINDOWS
             || (windows.len() > 1 && windows.iter().map(|(_, p)| p.len()).sum::<usize>() > MAX_PROFILES)
         {
@@ -109,11 +130,11 @@ impl RecentProfiles {
 
 impl CaptureProfiles {
     /// Waits until the window `last` is added, then merges the capture's profiles to one of each kind. Kinds without
-    /// samples are missing. The ledger is that of the whole node, in the windows meanwhile.
+    /// samples are missing. The labels are those that all profiles share. The ledger is that of the whole node, in the windows meanwhile.
     pub(crate) async fn finish(
         self,
         last: Option<Ulid>,
-    ) -> Result<(Vec<(capture::Kind, Profile)>, Ledger), PprofError> {
+    ) -> Result<(Vec<(capture::Kind, Profile)>, Labels, Ledger), PprofError> {
         loop {
             let added = self.recent.0.added.notified();
             if last.is_none_or(|last| self.recent.0.newest.lock().is_some_and(|newest| newest >= last)) {
@@ -121,13 +142,14 @@ impl CaptureProfiles {
             }
             added.await;
         }
-        let (parts, ledger) = self.recent.0.captures.lock().get(&self.capture).cloned().unwrap_or_default();
+        let parts = self.recent.0.captures.lock().get(&self.capture).cloned().unwrap_or_default();
+        let CaptureParts { profiles: parts, labels, ledger } = parts;
         let mut merged = Vec::new();
         for kind in [capture::Kind::OnCpu, capture::Kind::OffCpu] {
             let of_kind: Vec<_> = parts.iter().filter(|part| kind_of(part) == kind).cloned().collect();
             merged.extend(merge(&of_kind, None)?.map(|profile| (kind, profile)));
         }
-        Ok((merged, ledger))
+        Ok((merged, labels.unwrap_or_default(), ledger))
     }
 }
 
@@ -196,15 +218,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_capture_of_both_kinds_returns_both() {
+    async fn a_capture_returns_both_kinds_and_shared_labels() {
         let recent = RecentProfiles::default();
         let capture = recent.collect(7);
-        let parts = ["cpu", OFF_CPU_TYPE, "cpu"].map(|kind| (7, profile(kind)));
+        let new = |capture, kind, pod: &str| {
+            let pairs = [("service_name", "shop"), ("pod", pod)];
+            let labels = pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+            NewProfile { capture, labels, profile: profile(kind) }
+        };
         let id = Ulid::from_parts(1, 1);
-        let profiles = [&parts[..], &[(8, profile("cpu"))]].concat();
+        let profiles =
+            vec![new(7, "cpu", "a"), new(7, OFF_CPU_TYPE, "a"), new(7, "cpu", "b"), new(8, "cpu", "c")];
         recent.add(id, SystemTime::now(), profiles, &Ledger { ticks: 5, ..Ledger::default() });
-        let (merged, ledger) = capture.finish(Some(id)).await.unwrap();
+        let (merged, labels, ledger) = capture.finish(Some(id)).await.unwrap();
         assert_eq!(ledger.ticks, 5);
+        assert_eq!(labels, [("service_name".to_owned(), "shop".to_owned())].into());
         let kinds: Vec<_> = merged.iter().map(|(kind, _)| *kind).collect();
         assert_eq!(kinds, [capture::Kind::OnCpu, capture::Kind::OffCpu]);
         for (kind, profile) in &merged {
