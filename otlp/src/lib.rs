@@ -10,6 +10,7 @@ mod attributes;
 mod decode;
 mod dictionary;
 mod encode;
+pub mod rules;
 mod tables;
 #[cfg(test)]
 mod tests;

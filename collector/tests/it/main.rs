@@ -19,7 +19,6 @@ mod kill;
 mod kubernetes;
 mod open;
 mod otlp;
-mod otlp_rules;
 mod page_data;
 mod pieces;
 mod process;

@@ -28,11 +28,8 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Code, Request, Response, Status, codec::CompressionEncoding, metadata::MetadataMap};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use crate::{
-    otlp_rules::breaches,
-    support::{
-        Pusher, batch, channel, config_with, download, eventually, get, metric, now_ms, queries, start,
-    },
+use crate::support::{
+    Pusher, batch, channel, config_with, download, eventually, get, metric, now_ms, queries, start,
 };
 
 /// What the receiver answers next.
@@ -190,7 +187,7 @@ async fn requests_keep_the_rules(receiver: &Receiver, target: &str) {
     store(&running, &["shop", "pay"]).await;
     eventually("both profiles are there", || async { receiver.resources() == 2 }).await;
     for request in receiver.all() {
-        assert_eq!(breaches(&request), Vec::<String>::new());
+        assert_eq!(gannet_otlp::rules::breaches(&request), Vec::<String>::new());
         for resource in &request.resource_profiles {
             let attributes = &resource.resource.as_ref().unwrap().attributes;
             let keys: Vec<&str> = attributes.iter().map(|attribute| attribute.key.as_str()).collect();
@@ -238,7 +235,7 @@ async fn profiles_that_wait_travel_together() {
     let requests = receiver.all();
     assert!(requests.len() <= 20, "{} requests for 40 profiles", requests.len());
     for request in requests {
-        assert_eq!(breaches(&request), Vec::<String>::new());
+        assert_eq!(gannet_otlp::rules::breaches(&request), Vec::<String>::new());
     }
     running.shutdown().await;
 }

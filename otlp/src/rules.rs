@@ -1,26 +1,25 @@
-//! The rules of OTLP profiles: every request must keep them, from any sender.
+//! The rules of OTLP profiles, for tests: every request must keep them, from any sender. They are those of the comments in
+//! `profiles.proto` of opentelemetry-proto 1.10 and 1.11, and of `profcheck` of OpenTelemetry's group for profiling.
 
 use std::collections::HashSet;
 
 use opentelemetry_proto::tonic::{
-    collector::profiles::v1development::ExportProfilesServiceRequest, profiles::v1development as otlp,
+    collector::profiles::v1development::ExportProfilesServiceRequest,
+    common::v1::{AnyValue, KeyValue, any_value::Value},
+    profiles::v1development as otlp,
 };
 use prost::Message;
 
-/// Returns every breach of the rules in a request.
+/// Returns every breach of the rules in a request, each as a sentence.
+#[must_use]
 pub fn breaches(request: &ExportProfilesServiceRequest) -> Vec<String> {
     let mut rules = Rules { tables: request.dictionary.clone().unwrap_or_default(), ..Rules::default() };
     rules.zero_entries();
     rules.duplicates();
     for resource in &request.resource_profiles {
-        let keys: Vec<&str> = resource
-            .resource
-            .iter()
-            .flat_map(|r| &r.attributes)
-            .map(|attribute| attribute.key.as_str())
-            .collect();
-        rules.unique(&keys, "a resource");
+        rules.keys(resource.resource.iter().flat_map(|r| &r.attributes), "a resource");
         for scope in &resource.scope_profiles {
+            rules.keys(scope.scope.iter().flat_map(|scope| &scope.attributes), "a scope");
             for profile in &scope.profiles {
                 rules.profile(profile);
             }
@@ -110,10 +109,38 @@ impl Rules {
         }
     }
 
-    fn unique(&mut self, keys: &[&str], of: &str) {
-        let distinct: HashSet<&&str> = keys.iter().collect();
-        if distinct.len() != keys.len() {
-            self.breach(format!("an attribute of {of} is there twice: {keys:?}"));
+    /// Checks attributes outside of the dictionary. A relay may have written keys and texts as references into it.
+    fn keys<'a>(&mut self, attributes: impl Iterator<Item = &'a KeyValue>, of: &str) {
+        let mut keys = HashSet::new();
+        for KeyValue { key, value, key_strindex } in attributes {
+            let name = if *key_strindex == 0 {
+                key.clone()
+            } else {
+                self.refer("string", *key_strindex, of);
+                let name =
+                    usize::try_from(*key_strindex).ok().and_then(|at| self.tables.string_table.get(at));
+                name.cloned().unwrap_or_default()
+            };
+            if key.is_empty() == (*key_strindex == 0) {
+                self.breach(format!(
+                    "an attribute of {of} has no key, or two: {key:?} and string {key_strindex}"
+                ));
+            }
+            self.value(value.as_ref(), of);
+            if !keys.insert(name) {
+                self.breach(format!("an attribute of {of} is there twice: {keys:?}"));
+            }
+        }
+    }
+
+    fn value(&mut self, value: Option<&AnyValue>, of: &str) {
+        match value.and_then(|value| value.value.as_ref()) {
+            Some(Value::StringValueStrindex(index)) => self.refer("string", *index, of),
+            Some(Value::ArrayValue(array)) => {
+                array.values.iter().for_each(|value| self.value(Some(value), of));
+            }
+            Some(Value::KvlistValue(list)) => self.keys(list.values.iter(), of),
+            _ => {}
         }
     }
 
@@ -144,8 +171,8 @@ impl Rules {
         if profile.profile_id.len() != 16 || profile.profile_id.iter().all(|byte| *byte == 0) {
             self.breach(format!("profile_id is {:?}", profile.profile_id));
         }
-        if profile.samples.is_empty() || profile.time_unix_nano == 0 {
-            self.breach("a profile has no samples, or no time");
+        if profile.time_unix_nano == 0 {
+            self.breach("a profile has no time");
         }
         let mut shapes = HashSet::new();
         for sample in &profile.samples {
@@ -168,6 +195,7 @@ impl Rules {
         for attribute in &tables.attribute_table {
             self.refer("string", attribute.key_strindex, "an attribute");
             self.refer("string", attribute.unit_strindex, "an attribute");
+            self.value(attribute.value.as_ref(), "an attribute");
         }
         for function in &tables.function_table {
             for text in [function.name_strindex, function.system_name_strindex, function.filename_strindex] {
