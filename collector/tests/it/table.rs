@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    fs, io,
     net::SocketAddr,
     path::Path,
     process::{Child, Command, Stdio},
@@ -34,16 +34,27 @@ const KILLS: u64 = 12;
 /// Files of all tables by their paths.
 pub type Files = BTreeMap<String, Bytes>;
 
+/// Returns what was read; `None` if it does not exist.
+fn deleted_or<T>(read: io::Result<T>) -> Option<T> {
+    match read {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        read => Some(read.unwrap()),
+    }
+}
+
 pub fn files_below(dir: &Path) -> Files {
     let (mut files, mut dirs) = (Files::new(), vec![dir.to_owned()]);
     while let Some(next) = dirs.pop() {
-        for entry in fs::read_dir(next).unwrap() {
+        for entry in deleted_or(fs::read_dir(next)).into_iter().flatten() {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 dirs.push(path);
             } else {
                 let name = path.strip_prefix(dir).unwrap().to_str().unwrap().to_owned();
-                files.insert(name, fs::read(&path).unwrap().into());
+                // A collector that runs may have deleted it meanwhile.
+                if let Some(bytes) = deleted_or(fs::read(&path)) {
+                    files.insert(name, bytes.into());
+                }
             }
         }
     }
