@@ -291,7 +291,8 @@ async fn two_collectors_on_one_bucket_show_the_same() {
         one.len() == 3 && one == two
     })
     .await;
-    assert_eq!(s3.keys().len(), 4, "each wrote a segment for each batch");
+    // Each wrote a segment for each batch, unless it had read from the bucket that the other one has the batch of both.
+    assert!((3..=4).contains(&s3.keys().len()), "{:?}", s3.keys());
     for collector in [&one, &two] {
         let counted = metric(collector.http_addr, "gannet_collector_store_profiles").await as u64;
         assert_eq!(counted, 3, "what both took counts once");
