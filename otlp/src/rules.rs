@@ -33,6 +33,12 @@ pub fn breaches(request: &ExportProfilesServiceRequest) -> Vec<String> {
 /// Tables of the dictionary.
 const TABLES: [&str; 7] = ["attribute", "function", "link", "location", "mapping", "stack", "string"];
 
+/// An OpenTelemetry Collector writes the value of the zero attribute as a message without a value.
+fn is_zero_attribute(attribute: &otlp::KeyValueAndUnit) -> bool {
+    let value = attribute.value.as_ref().and_then(|value| value.value.as_ref());
+    attribute.key_strindex == 0 && attribute.unit_strindex == 0 && value.is_none()
+}
+
 #[derive(Default)]
 struct Rules {
     tables: otlp::ProfilesDictionary,
@@ -71,7 +77,7 @@ impl Rules {
     fn zero_entries(&mut self) {
         let tables = &self.tables;
         let is_zero = [
-            tables.attribute_table.first() == Some(&otlp::KeyValueAndUnit::default()),
+            tables.attribute_table.first().is_some_and(is_zero_attribute),
             tables.function_table.first() == Some(&otlp::Function::default()),
             tables.link_table.first() == Some(&otlp::Link::default()),
             tables.location_table.first() == Some(&otlp::Location::default()),
