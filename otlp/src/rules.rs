@@ -177,8 +177,8 @@ impl Rules {
         if profile.profile_id.len() != 16 || profile.profile_id.iter().all(|byte| *byte == 0) {
             self.breach(format!("profile_id is {:?}", profile.profile_id));
         }
-        if profile.time_unix_nano == 0 {
-            self.breach("a profile has no time");
+        if profile.samples.is_empty() || profile.time_unix_nano == 0 {
+            self.breach("a profile has no samples, or no time");
         }
         let mut shapes = HashSet::new();
         for sample in &profile.samples {

@@ -416,9 +416,14 @@ fn python_processes_of_50_ms_keep_their_names() {
             named * 100 >= all * least,
             "{named} named of {all} in {processes} processes: {odd:#?}\n{log}"
         );
-        // Some builds need as long to start as they work.
-        assert!(working * 3 > all && lines * 100 >= working * 99, "{lines} with lines of {working} of {all}");
-        proven::note("python", &python_version(python), "names in processes of 50 ms", named, all);
+        let version = python_version(python);
+        // The build for musl needs as long to start as it works.
+        let share = if version.ends_with("-musl") { 3 } else { 2 };
+        assert!(
+            working * share > all && lines * 100 >= working * 99,
+            "{lines} with lines of {working} of {all}"
+        );
+        proven::note("python", &version, "names in processes of 50 ms", named, all);
     }
 }
 

@@ -1,5 +1,6 @@
 //! Tests of the agent on the running kernel. They need root and a kernel with BTF, and share the machine's clock, its
-//! tracepoints and its CPUs: `.config/nextest.toml` lists the modules of which two may run at once. Programs under test are compiled by gcc, g++, rustc and go.
+//! tracepoints and its CPUs: one runs at a time, or two of the modules that `.config/nextest.toml` lists. Programs under test are
+//! compiled by gcc, g++, rustc and go.
 //!
 //! `make kernels` runs these modules on other kernels; `KERNEL_TESTS` selects some by name.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails at once")]

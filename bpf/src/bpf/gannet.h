@@ -480,7 +480,6 @@ enum event_kind {
 	EVENT_FUNCTION = 6,
 	/* Labels of the sample that follows with the same thread and time. */
 	EVENT_LABELS = 7,
-	/* The span of the sample that follows with the same thread and time. */
 };
 
 struct event {

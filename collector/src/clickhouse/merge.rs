@@ -176,7 +176,7 @@ impl ClickHouse {
         kinds: &[TableKind],
         all: &[TableKind],
     ) -> Result<Vec<Profile>, ClickHouseError> {
-        let Some(first) = kinds.first() else { return Ok(Vec::new()) };
+        let Some((first, others)) = kinds.split_first() else { return Ok(Vec::new()) };
         let same = all.iter().filter(|kind| kind.types == first.types).count();
         let names: Vec<String> = kinds.iter().map(|kind| kind.name.clone()).collect();
         let shares = |other: &TableKind| {
@@ -207,10 +207,7 @@ impl ClickHouse {
         let wanted: HashSet<i64> = sums.iter().map(|sum| sum.labels).filter(|id| *id != 0).collect();
         let labels = self.by_id(wanted, |ids| statements.labels(ids), LabelSet::read, "labels").await?;
         let types: Vec<(&str, &str)> = first.types.iter().map(|name| split(name)).collect();
-        let (merged, others) =
-            kinds.split_first().map_or((None, &[][..]), |(first, others)| (Some(first), others));
-        let Some(merged) = merged else { return Ok(Vec::new()) };
-        let mut builder = Builder::new(merged.properties.header(&types));
+        let mut builder = Builder::new(first.properties.header(&types));
         fill(&mut builder, &sums, &frames, &labels);
         // Profiles without samples carry the properties of the other kinds.
         let mut profiles = Vec::new();
@@ -219,7 +216,7 @@ impl ClickHouse {
             kind.properties.comments.iter().for_each(|comment| builder.comment(comment));
             profiles.push(builder.finish());
         }
-        merged.properties.comments.iter().for_each(|comment| builder.comment(comment));
+        first.properties.comments.iter().for_each(|comment| builder.comment(comment));
         profiles.push(builder.finish());
         Ok(profiles)
     }

@@ -206,12 +206,11 @@ impl Statements<'_> {
 
     /// Returns the statement for frames by id.
     pub(super) fn frames(&self, ids: &[i64]) -> String {
-        let columns = "frame_id, isNull(function), ifNull(function, '') AS f, ifNull(system_name, ''), ifNull(file, ''), \
+        let columns = "toInt64(ifNull(frame_id, 0)), isNull(function), ifNull(function, '') AS f, ifNull(system_name, ''), ifNull(file, ''), \
                        ifNull(line, 0), ifNull(column, 0), ifNull(start_line, 0), ifNull(inlined, false) AS i, ifNull(address, 0), \
                        isNull(mapping_file), ifNull(mapping_file, '') AS m, ifNull(build_id, ''), ifNull(mapping_start, 0), \
                        ifNull(mapping_limit, 0), ifNull(mapping_offset, 0), ifNull(folded, false) AS fo";
-        let columns = columns.replacen("frame_id", "toInt64(ifNull(frame_id, 0))", 1);
-        self.by_id("frames", self.of.versions.frames, "frame_id", &columns, ids)
+        self.by_id("frames", self.of.versions.frames, "frame_id", columns, ids)
     }
 
     /// Returns the statement for label sets by id.

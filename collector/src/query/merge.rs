@@ -34,13 +34,13 @@ use crate::{
 
 /// Concurrent merges. Each uses up to [`MERGE_THREADS`] threads.
 const CONCURRENT_MERGES: usize = 2;
-pub(super) const MERGE_THREADS: usize = 4;
+const MERGE_THREADS: usize = 4;
 /// Time that a query waits for a merge to end.
 const MERGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Distinct stacks of one merged profile. It bounds the memory of a merge.
 const MAX_MERGED_SAMPLES: usize = 1_000_000;
 /// Profiles that one read returns together, at most.
-pub(super) const PROFILES_OF_READ: usize = 64;
+const PROFILES_OF_READ: usize = 64;
 /// Profiles between two checks of the size of a merge.
 const SIZE_CHECK_INTERVAL: u64 = 512;
 /// Merged profiles in the cache, at most.
@@ -271,8 +271,8 @@ impl Query {
         merged
     }
 
-    /// Reads and merges profiles on several threads, and adds the sums of the tables. Each thread holds what one read returned, one decoded profile and its
-    /// part of the result at a time.
+    /// Reads and merges profiles on several threads, and adds the sums of the tables. Each thread holds what one read returned, one
+    /// decoded profile and its part of the result at a time.
     fn merge_profiles(
         &self,
         runtime: &Handle,
@@ -281,15 +281,7 @@ impl Query {
         cancelled: &CancellationToken,
         progress: &MergeProgress,
     ) -> Result<Option<Merged>, QueryError> {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MERGE_THREADS);
-        let part = locations.len().div_ceil(threads).max(1);
-        let parts: Vec<_> = std::thread::scope(|scope| {
-            let handles: Vec<_> = locations
-                .chunks(part)
-                .map(|part| scope.spawn(move || self.merge_part(runtime, part, cancelled, progress)))
-                .collect();
-            handles.into_iter().map(|h| h.join().unwrap_or(Err(StoreError::Ended.into()))).collect()
-        });
+        let parts = on_threads(locations, |part| self.merge_part(runtime, part, cancelled, progress));
         let (mut merger, mut profiles, mut unreadable, mut read_bytes) = (Merger::new(), 0, 0, 0);
         for sum in sums {
             merger.add(&sum).map_err(|e| QueryError::Invalid(e.to_string()))?;
@@ -327,6 +319,28 @@ impl Query {
         }))
     }
 
+    /// Reads profiles in the order of the store, neighbours together. Yields an error for those behind a cancellation. Blocking.
+    pub(super) fn read_each<'l>(
+        &'l self,
+        runtime: &'l Handle,
+        locations: &'l [ProfileLocation],
+        cancelled: &'l CancellationToken,
+    ) -> impl Iterator<Item = (&'l ProfileLocation, Result<Option<Bytes>, StoreError>)> {
+        let runs =
+            locations.chunk_by(ProfileLocation::is_neighbour_of).flat_map(|run| run.chunks(PROFILES_OF_READ));
+        let read = runs.flat_map(move |run| {
+            let profiles = if cancelled.is_cancelled() {
+                run.iter().map(|_| Err(StoreError::Ended)).collect()
+            } else {
+                runtime.block_on(self.store.profiles(run))
+            };
+            run.iter().zip(profiles)
+        });
+        read.map(|(location, profile)| {
+            (location, if cancelled.is_cancelled() { Err(StoreError::Ended) } else { profile })
+        })
+    }
+
     /// Merges the profiles of one thread. Returns the result and the counts of its sources.
     fn merge_part(
         &self,
@@ -336,20 +350,7 @@ impl Query {
         progress: &MergeProgress,
     ) -> Result<(Option<Profile>, SourceCounts), QueryError> {
         let (mut merger, mut counts) = (Merger::new(), SourceCounts::default());
-        let runs =
-            locations.chunk_by(ProfileLocation::is_neighbour_of).flat_map(|run| run.chunks(PROFILES_OF_READ));
-        let read = runs.flat_map(|run| {
-            let profiles = if cancelled.is_cancelled() {
-                run.iter().map(|_| Err(StoreError::Ended)).collect()
-            } else {
-                runtime.block_on(self.store.profiles(run))
-            };
-            run.iter().zip(profiles)
-        });
-        for (location, profile) in read {
-            if cancelled.is_cancelled() {
-                return Err(StoreError::Ended.into());
-            }
+        for (location, profile) in self.read_each(runtime, locations, cancelled) {
             counts.read_bytes +=
                 profile.as_ref().map_or(0, |found| found.as_ref().map_or(0, Bytes::len)) as u64;
             match self.merge_one(location, profile, &mut merger)? {
@@ -420,6 +421,20 @@ impl Query {
         let of = selection.describe();
         self.blocking(move |_| encode_selected(Arc::unwrap_or_clone(profile), &of)).await
     }
+}
+
+/// Splits locations among up to [`MERGE_THREADS`] threads, and returns the result of each in order.
+pub(super) fn on_threads<L: Sync, T: Send>(
+    locations: &[L],
+    work: impl Fn(&[L]) -> Result<T, QueryError> + Sync,
+) -> Vec<Result<T, QueryError>> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MERGE_THREADS);
+    let part = locations.len().div_ceil(threads).max(1);
+    std::thread::scope(|scope| {
+        let work = &work;
+        let handles: Vec<_> = locations.chunks(part).map(|part| scope.spawn(move || work(part))).collect();
+        handles.into_iter().map(|h| h.join().unwrap_or(Err(StoreError::Ended.into()))).collect()
+    })
 }
 
 /// Returns a profile with selected samples in gzipped pprof, without the tables that only other samples need. `of` describes its

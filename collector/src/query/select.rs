@@ -160,7 +160,7 @@ impl Found {
     }
 
     pub(super) fn fits(&self, options: &QueryOptions) -> bool {
-        self.profiles <= options.max_profiles && self.bytes <= options.max_bytes
+        within_limits(options, self.profiles, self.bytes)
     }
 
     /// Returns an error above the limits of one query. `of` describes the selection.
@@ -171,6 +171,11 @@ impl Found {
     ) -> Result<(), QueryError> {
         if self.fits(options) { Ok(()) } else { Err(above_limits(options, &of())) }
     }
+}
+
+/// Reports whether one query may read this number of profiles and bytes.
+pub(super) fn within_limits(options: &QueryOptions, profiles: usize, bytes: u64) -> bool {
+    profiles <= options.max_profiles && bytes <= options.max_bytes
 }
 
 /// Returns the error for a selection above the limits of one query. `of` describes it.

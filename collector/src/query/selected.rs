@@ -10,8 +10,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Query, QueryError, SpanFilter,
-    merge::{MERGE_THREADS, PROFILES_OF_READ},
-    select::{Profiles, Selection, above_limits},
+    merge::on_threads,
+    select::{Profiles, Selection, above_limits, within_limits},
 };
 use crate::{
     selector::Selector,
@@ -43,14 +43,16 @@ impl Query {
         let of = selection.clone();
         let found = self.blocking(move |q| {
             let (mut found, mut bytes) = (Vec::new(), 0);
-            let fits =
-                |found: &Vec<_>, bytes| found.len() <= q.options.max_profiles && bytes <= q.options.max_bytes;
             q.scan_index(&of.of, |entry| {
                 bytes += entry.row.bytes;
                 found.push(entry);
-                fits(&found, bytes)
+                within_limits(&q.options, found.len(), bytes)
             })?;
-            if fits(&found, bytes) { Ok(found) } else { Err(above_limits(&q.options, &of.describe())) }
+            if within_limits(&q.options, found.len(), bytes) {
+                Ok(found)
+            } else {
+                Err(above_limits(&q.options, &of.describe()))
+            }
         });
         let found = found.await?;
         Ok(Selected(Source::Read(self.in_spans(found, &selection.spans).await?)))
@@ -135,15 +137,7 @@ impl Query {
         let mut places: Vec<(ProfileLocation, usize)> =
             profiles.iter().enumerate().map(|(index, entry)| (entry.location(), index)).collect();
         places.sort_unstable();
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MERGE_THREADS);
-        let part = places.len().div_ceil(threads).max(1);
-        let sums: Vec<_> = std::thread::scope(|scope| {
-            let handles: Vec<_> = places
-                .chunks(part)
-                .map(|part| scope.spawn(move || self.sum_part(runtime, part, spans, cancelled)))
-                .collect();
-            handles.into_iter().map(|h| h.join().unwrap_or(Err(StoreError::Ended.into()))).collect()
-        });
+        let sums = on_threads(&places, |part| self.sum_part(runtime, part, spans, cancelled));
         let mut has_samples = vec![false; profiles.len()];
         for part in sums {
             for (index, totals) in part? {
@@ -170,30 +164,22 @@ impl Query {
         cancelled: &CancellationToken,
     ) -> Result<Vec<(usize, Vec<i64>)>, QueryError> {
         let mut sums = Vec::new();
-        let runs = places.chunk_by(|(a, _), (b, _)| a.is_neighbour_of(b));
-        for run in runs.flat_map(|run| run.chunks(PROFILES_OF_READ)) {
-            if cancelled.is_cancelled() {
-                return Err(StoreError::Ended.into());
-            }
-            let locations: Vec<ProfileLocation> = run.iter().map(|(location, _)| *location).collect();
-            for ((location, index), bytes) in
-                run.iter().zip(runtime.block_on(self.store.profiles(&locations)))
-            {
-                let bytes = match bytes {
-                    Ok(Some(bytes)) => bytes,
-                    Ok(None) => continue,
-                    Err(error @ StoreError::Damaged(_)) => {
-                        tracing::warn!(%error, "left a damaged object out of a search for spans");
-                        continue;
-                    }
-                    Err(error) => return Err(error.into()),
-                };
-                match pprof::decode(&bytes, self.max_inflated) {
-                    Ok(profile) => sums.extend(spans.totals(&profile).map(|totals| (*index, totals))),
-                    Err(error) => {
-                        self.metrics.objects_corrupt.inc();
-                        tracing::warn!(profile = %location.key.id, %error, "left a damaged profile out of a search for spans");
-                    }
+        let (locations, indexes): (Vec<ProfileLocation>, Vec<usize>) = places.iter().copied().unzip();
+        for ((location, bytes), index) in self.read_each(runtime, &locations, cancelled).zip(indexes) {
+            let bytes = match bytes {
+                Ok(Some(bytes)) => bytes,
+                Ok(None) => continue,
+                Err(error @ StoreError::Damaged(_)) => {
+                    tracing::warn!(%error, "left a damaged object out of a search for spans");
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            match pprof::decode(&bytes, self.max_inflated) {
+                Ok(profile) => sums.extend(spans.totals(&profile).map(|totals| (index, totals))),
+                Err(error) => {
+                    self.metrics.objects_corrupt.inc();
+                    tracing::warn!(profile = %location.key.id, %error, "left a damaged profile out of a search for spans");
                 }
             }
         }

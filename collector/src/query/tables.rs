@@ -14,7 +14,7 @@ use super::{
     sources::TableSum,
 };
 use crate::{
-    clickhouse::{ClickHouse, Condition, TableKind, TableSelection},
+    clickhouse::{Condition, TableKind, TableSelection},
     selector::{Matcher, Selector},
     store::StoredProfile,
     time,
@@ -107,6 +107,8 @@ impl Query {
             let halves: HashSet<_> = pending.iter().copied().filter(|id| coverage.has_some(*id)).collect();
             drop(coverage);
             let ids: HashSet<u64> = series.iter().copied().collect();
+            let of = || "the part of the selection that the tables lack".to_owned();
+            let check = |found: &Found| found.check(&query.options, of);
             let (mut found, mut excluded) = (Found::default(), Vec::new());
             for segment in pending {
                 for (id, series) in query.store.batches_of_segment(segment, from_ms, until_ms)? {
@@ -120,8 +122,7 @@ impl Query {
                         found.add(&entry);
                     }
                 }
-                found
-                    .check(&query.options, || "the part of the selection that the tables lack".to_owned())?;
+                check(&found)?;
             }
             if query.store.has_profiles_outside_segments() {
                 query.scan_series(&series, from_ms, until_ms, |entry| {
@@ -130,8 +131,7 @@ impl Query {
                     }
                     found.fits(&query.options)
                 })?;
-                found
-                    .check(&query.options, || "the part of the selection that the tables lack".to_owned())?;
+                check(&found)?;
             }
             Ok((found, excluded))
         });
@@ -159,7 +159,6 @@ impl Query {
     /// Lets ClickHouse merge profiles of the tables.
     pub(super) async fn sums(&self, of: &TableSum) -> Result<Vec<Profile>, QueryError> {
         let Some(clickhouse) = &self.clickhouse else { return Ok(Vec::new()) };
-        let clickhouse: &ClickHouse = clickhouse;
         let merged = clickhouse.merge(&of.of, &of.kinds, &of.all).await?;
         self.metrics.clickhouse_profiles.inc_by(of.profiles());
         Ok(merged)

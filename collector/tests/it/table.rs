@@ -34,7 +34,7 @@ const KILLS: u64 = 12;
 /// Files of all tables by their paths.
 pub type Files = BTreeMap<String, Bytes>;
 
-/// Returns what was read; `None` if it does not exist.
+/// Returns the file or the list of files, or `None` if the collector has deleted it.
 fn deleted_or<T>(read: io::Result<T>) -> Option<T> {
     match read {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -51,7 +51,6 @@ pub fn files_below(dir: &Path) -> Files {
                 dirs.push(path);
             } else {
                 let name = path.strip_prefix(dir).unwrap().to_str().unwrap().to_owned();
-                // A collector that runs may have deleted it meanwhile.
                 if let Some(bytes) = deleted_or(fs::read(&path)) {
                     files.insert(name, bytes.into());
                 }
