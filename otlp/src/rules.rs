@@ -243,3 +243,95 @@ impl Rules {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use gannet_proto::pprof::{Builder, Header, Label, LabelValue, Line, Mapping};
+    use rstest::rstest;
+
+    use super::*;
+    use crate::{Encoder, Outgoing};
+
+    /// A request with something in each table.
+    fn request() -> ExportProfilesServiceRequest {
+        let mut builder = Builder::new(Header {
+            sample_types: &[("samples", "count"), ("cpu", "nanoseconds")],
+            period_type: ("cpu", "nanoseconds"),
+            period: 10_000_000,
+            time_nanos: 1_700_000_000_000_000_000,
+            duration_nanos: 10_000_000_000,
+        });
+        let file = Mapping { start: 0x1000, limit: 0x9000, file: "/bin/app", ..Mapping::default() };
+        let mapping = builder.mapping(file);
+        let work = builder.location(Some(mapping), 0x1100, &[Line { name: "work", ..Line::default() }]);
+        let label = |key, text| Label { key, value: LabelValue::Str(text) };
+        let (trace, span) = ("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331");
+        let labels = [label("trace_id", trace), label("span_id", span), label("thread", "a")];
+        builder.sample(&[work], &[1, 10], &labels);
+        builder.sample(&[work], &[2, 20], &[]);
+        let labels = [("service_name", "shop"), ("node", "n1")];
+        let labels: BTreeMap<_, _> =
+            labels.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        let mut encoder = Encoder::new();
+        encoder.add(&Outgoing { id: "", labels: &labels, profile: &builder.finish() });
+        encoder.finish()
+    }
+
+    fn tables(request: &mut ExportProfilesServiceRequest) -> &mut otlp::ProfilesDictionary {
+        request.dictionary.as_mut().unwrap()
+    }
+
+    fn profile(request: &mut ExportProfilesServiceRequest) -> &mut otlp::Profile {
+        &mut request.resource_profiles[0].scope_profiles[0].profiles[0]
+    }
+
+    fn resource(request: &mut ExportProfilesServiceRequest) -> &mut Vec<KeyValue> {
+        &mut request.resource_profiles[0].resource.as_mut().unwrap().attributes
+    }
+
+    #[rstest]
+    #[case::zero(|r: &mut _| tables(r).link_table[0].span_id = vec![0; 8], "link 0 is not the zero element")]
+    #[case::zero_value(|r: &mut _| tables(r).attribute_table[0].unit_strindex = 1, "attribute 0 is not the zero element")]
+    #[case::twice(|r: &mut _| { let last = tables(r).mapping_table[1].clone(); tables(r).mapping_table.push(last) }, "the mapping table is there twice")]
+    #[case::orphan(|r: &mut _| tables(r).string_table.push("nobody".to_owned()), "nothing refers to 1 entries of the string table")]
+    #[case::index(|r: &mut _| profile(r).samples[0].stack_index = 99, "a sample: stack 99 does not exist")]
+    #[case::negative(|r: &mut _| tables(r).function_table[1].name_strindex = -1, "a function: string -1 does not exist")]
+    #[case::limit(|r: &mut _| tables(r).mapping_table[1].memory_limit = 1, "the limit of a mapping is not behind its start")]
+    #[case::link(|r: &mut _| tables(r).link_table[1].trace_id.truncate(15), "a link has ids of a wrong length")]
+    #[case::id(|r: &mut _| profile(r).profile_id.clear(), "profile_id is []")]
+    #[case::time(|r: &mut _| profile(r).time_unix_nano = 0, "has no samples, or no time")]
+    #[case::samples(|r: &mut _| profile(r).samples.clear(), "has no samples, or no time")]
+    #[case::period(|r: &mut _| profile(r).period_type = None, "period_type is missing")]
+    #[case::shape(|r: &mut _| profile(r).samples[0].values.push(1), "several shapes")]
+    #[case::outside(|r: &mut _| profile(r).samples.iter_mut().for_each(|sample| sample.timestamps_unix_nano = vec![1]), "outside of its profile")]
+    #[case::attribute(|r: &mut _| { let of = profile(r).samples.iter_mut().map(|sample| &mut sample.attribute_indices).find(|of| !of.is_empty()).unwrap(); of.push(of[0]) }, "its key is there twice")]
+    #[case::key(|r: &mut _| { let first = resource(r)[0].clone(); resource(r).push(first) }, "an attribute of a resource is there twice")]
+    #[case::no_key(|r: &mut _| resource(r)[0].key.clear(), "has no key, or two")]
+    #[case::reference(|r: &mut _| { resource(r)[0].key.clear(); resource(r)[0].key_strindex = 99 }, "a resource: string 99 does not exist")]
+    fn each_breach_is_named(#[case] change: fn(&mut ExportProfilesServiceRequest), #[case] says: &str) {
+        let mut request = request();
+        assert_eq!(breaches(&request), Vec::<String>::new());
+        change(&mut request);
+        let found = breaches(&request);
+        assert!(found.iter().any(|breach| breach.contains(says)), "{found:?}");
+    }
+
+    /// An OpenTelemetry Collector writes requests in this form.
+    #[test]
+    fn a_relay_may_write_references_and_an_empty_value() {
+        let mut request = request();
+        tables(&mut request).attribute_table[0].value = Some(AnyValue::default());
+        for text in ["key", "value"] {
+            tables(&mut request).string_table.push(text.to_owned());
+        }
+        let last = tables(&mut request).string_table.len() as i32 - 1;
+        resource(&mut request).push(KeyValue {
+            key_strindex: last - 1,
+            value: Some(AnyValue { value: Some(Value::StringValueStrindex(last)) }),
+            ..KeyValue::default()
+        });
+        assert_eq!(breaches(&request), Vec::<String>::new());
+    }
+}
