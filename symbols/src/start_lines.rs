@@ -6,11 +6,11 @@ use std::{borrow::Cow, time::Duration};
 
 use gannet_elf::{Data, Elf, ElfLimits};
 use gimli::{
-    AttributeValue, DebugInfoOffset, DebuggingInformationEntry, Dwarf, EndianSlice, RunTimeEndian, SectionId,
-    Unit, UnitOffset,
+    AttributeValue, DebugInfoOffset, DebuggingInformationEntry, Dwarf, EndianSlice, RangeIter, RunTimeEndian,
+    SectionId, Unit, UnitOffset,
     constants::{
-        DW_AT_abstract_origin, DW_AT_decl_line, DW_AT_specification, DW_TAG_inlined_subroutine,
-        DW_TAG_subprogram,
+        DW_AT_abstract_origin, DW_AT_decl_line, DW_AT_high_pc, DW_AT_low_pc, DW_AT_specification,
+        DW_TAG_inlined_subroutine, DW_TAG_subprogram,
     },
 };
 use rustix::time::{ClockId, clock_gettime};
@@ -125,7 +125,9 @@ impl<'d> Search<'d> {
         let mut headers = self.dwarf.units();
         while let Ok(Some(header)) = headers.next() {
             let Ok(unit) = self.dwarf.unit(header) else { continue };
-            let Ok(mut ranges) = self.dwarf.unit_ranges(&unit) else { continue };
+            let mut entries = unit.entries();
+            let Ok(Some(root)) = entries.next_dfs() else { continue };
+            let Ok(mut ranges) = self.ranges_of(&unit, root) else { continue };
             let mut is_wanted = false;
             while !is_wanted
                 && !self.is_over()
@@ -142,6 +144,30 @@ impl<'d> Search<'d> {
         }
     }
 
+    /// Returns the ranges of an entry: none if they leave the address space, because gimli adds a size to an address without a check.
+    fn ranges_of(
+        &self,
+        unit: &Unit<Reader<'d>>,
+        entry: &DebuggingInformationEntry<Reader<'d>>,
+    ) -> gimli::Result<RangeIter<Reader<'d>>> {
+        let (mut begin, mut size) = (0, 0);
+        // A damaged entry may have an attribute twice.
+        for attribute in entry.attrs() {
+            let value = attribute.value();
+            if attribute.name() == DW_AT_low_pc {
+                begin = begin.max(self.dwarf.attr_address(unit, value)?.unwrap_or(0));
+            } else if attribute.name() == DW_AT_high_pc
+                && let AttributeValue::Udata(bytes) = value
+            {
+                size = size.max(bytes);
+            }
+        }
+        if u64::checked_add(begin, size).is_none() {
+            return Ok(RangeIter::default());
+        }
+        self.dwarf.die_ranges(unit, entry)
+    }
+
     fn read_unit(&mut self, unit: &Unit<Reader<'d>>) -> gimli::Result<()> {
         let mut entries = unit.entries();
         while let Some(entry) = entries.next_dfs()? {
@@ -153,7 +179,7 @@ impl<'d> Search<'d> {
                 continue;
             }
             let mut line = None;
-            let mut ranges = self.dwarf.die_ranges(unit, entry)?;
+            let mut ranges = self.ranges_of(unit, entry)?;
             while !self.is_over()
                 && let Some(range) = ranges.next()?
             {
