@@ -17,6 +17,7 @@ use redb::{
 use ulid::Ulid;
 
 use super::{
+    copies,
     meta::TypeTotal,
     object::{HOUR_MS, ObjectKey, segment_hour},
     segment::SegmentPosition,
@@ -250,6 +251,8 @@ pub(super) struct IndexChange {
     pub(super) add_series: Vec<(u64, Labels)>,
     /// Segments with the space that they take on the disk. `add` holds their rows.
     pub(super) add_segments: Vec<(Ulid, u64)>,
+    /// Batches of other rows that a segment holds too.
+    pub(super) copies: Vec<(Ulid, Ulid)>,
     pub(super) remove: Vec<(u64, ObjectKey)>,
     pub(super) remove_segments: Vec<Ulid>,
     pub(super) remove_series: Vec<u64>,
@@ -368,7 +371,10 @@ impl Index {
         Ok(())
     }
 
-    fn read<T>(&self, f: impl FnOnce(&ReadTransaction) -> Result<T, redb::Error>) -> Result<T, IndexError> {
+    pub(super) fn read<T>(
+        &self,
+        f: impl FnOnce(&ReadTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, IndexError> {
         let guard = self.db.read();
         let db = guard.as_ref().ok_or(IndexError::Closed)?;
         let run = || f(&db.begin_read()?);
@@ -713,6 +719,7 @@ fn apply(db: &Database, change: &IndexChange) -> Result<Vec<bool>, redb::Error> 
             segments.remove(id.0)?;
         }
     }
+    copies::apply(&txn, &change.copies, change.remove.iter().map(|(_, key)| key.id))?;
     txn.commit()?;
     Ok(first_of_window)
 }
@@ -769,6 +776,7 @@ fn copy(from: &Database, to: &Database) -> Result<(), redb::Error> {
         })+};
     }
     copy_tables!(PROFILES, IDS, TIMES, SERIES, WINDOWS, SEGMENTS, SEGMENT_ROWS);
+    copies::copy(&read, &write)?;
     write.commit()?;
     Ok(())
 }

@@ -14,6 +14,7 @@
 //! [`StoreWriter`] for the task that changes the store, and [`StoreOptions`]. Objects, index and state stay inside.
 
 mod bucket;
+mod copies;
 mod delete;
 pub(crate) mod fuzz;
 mod index;

@@ -7,7 +7,7 @@ use gannet_proto::labels::Labels;
 use object_store::ObjectStore;
 use ulid::Ulid;
 
-use super::{Store, StoreError, segment};
+use super::{Store, StoreError, copies, segment};
 use crate::time;
 
 /// A known segment.
@@ -21,6 +21,8 @@ pub(crate) struct SegmentInfo {
 /// A profile of a segment, with the description that its agent sent.
 pub(crate) struct SegmentProfile {
     pub(crate) id: Ulid,
+    /// Other segments that hold the batch too. Most batches have none.
+    pub(crate) copies: Vec<Ulid>,
     pub(crate) start_ms: u64,
     pub(crate) duration_ms: u64,
     pub(crate) labels: Labels,
@@ -75,6 +77,17 @@ impl Store {
         self.state.read().segments_from(Ulid::from_parts(from_ms, 0), is_wanted)
     }
 
+    /// Returns those of these segments that the index does not know.
+    pub(crate) fn unknown_segments(&self, segments: impl IntoIterator<Item = Ulid>) -> Vec<Ulid> {
+        let state = self.state.read();
+        segments.into_iter().filter(|id| !state.knows_segment(*id)).collect()
+    }
+
+    /// Reports whether there is an object of this segment.
+    pub(crate) fn has_segment(&self, id: Ulid) -> Result<bool, StoreError> {
+        Ok(self.runtime.block_on(self.objects.segment_bytes(id))?.is_some())
+    }
+
     /// Returns ids and series of the batches of a segment that start in the range.
     pub(crate) fn batches_of_segment(
         &self,
@@ -117,6 +130,7 @@ impl Store {
             Ok(entries) => entries,
             Err(error) => return Ok(SegmentContent::Unreadable(error.to_string())),
         };
+        let mut copies = self.index.read(|txn| copies::find(txn, rows.keys().copied()))?;
         let (mut profiles, mut damaged) = (Vec::with_capacity(entries.len()), 0);
         for (meta, position) in entries {
             let Some(batch) = meta.batch else { continue };
@@ -143,6 +157,7 @@ impl Store {
             };
             profiles.push(SegmentProfile {
                 id,
+                copies: copies.remove(&id).unwrap_or_default(),
                 start_ms,
                 duration_ms: batch.duration.as_ref().and_then(time::duration_to_ms).unwrap_or(0),
                 labels: batch.labels,

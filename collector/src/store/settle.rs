@@ -264,6 +264,7 @@ impl Store {
             let mut new = HashMap::new();
             for ((labels, key, row), known) in found.iter().zip(known) {
                 if known || !ids.insert(key.id) {
+                    change.copies.extend(row.segment().map(|segment| (key.id, segment)));
                     continue;
                 }
                 // The collector that accepted these objects has applied the limit on series already.

@@ -217,6 +217,12 @@ impl StoreState {
         self.segments.insert(id, SegmentState { disk_bytes, rows });
     }
 
+    /// Reports whether a segment is known, be it readable or not.
+    pub(super) fn knows_segment(&self, id: Ulid) -> bool {
+        let unreadable = UnreadableObject { hour: segment_hour(id), name: ObjectName::Segment(id) };
+        self.segments.contains_key(&id) || self.unreadable.contains_key(&unreadable)
+    }
+
     /// Number of profiles in objects of their own, in the older layout.
     pub(super) fn outside_segments(&self) -> u64 {
         self.outside_segments

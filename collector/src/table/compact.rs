@@ -28,8 +28,6 @@ use crate::store::{SegmentContent, SegmentInfo, Store};
 const MAX_SEGMENT_BYTES: u64 = 64 << 20;
 /// Segments of one compaction.
 pub(super) const MAX_SEGMENTS: usize = 1024;
-/// Commits that other writers may win in a row.
-const MAX_CONFLICTS: usize = 100;
 
 /// Counts of one compaction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,6 +96,11 @@ pub(super) fn compact(
         };
         for profile in profiles {
             if Partition::at(profile.start_ms) < oldest {
+                continue;
+            }
+            // Another collector added the same batch from another segment.
+            let wants = profile.copies.iter().fold(wants, |wants, copy| wants.and(tables.wants(*copy)));
+            if !wants.any() {
                 continue;
             }
             let name = profile.id;
@@ -328,8 +331,8 @@ fn push_profile(rows: &mut Rows, row: &ProfileRow, series: &Series) {
     ]);
 }
 
-/// Commits files with the names of their segments. If another writer has taken one of the segments meanwhile, adds nothing, and
-/// the next compaction takes the rest. Returns false if there is no file that could hold the names.
+/// Commits files with the names of their segments. If another writer has committed meanwhile, adds nothing, because it may have taken a
+/// segment or a batch of these, and the next compaction takes the rest. Returns false if there is no file that could hold the names.
 fn take(
     runtime: &Handle,
     log: &mut Log,
@@ -342,18 +345,13 @@ fn take(
     let names: Vec<String> = segments.iter().map(Ulid::to_string).collect();
     last.tags.get_or_insert_default().insert(SEGMENTS_TAG.to_owned(), names.join(" "));
     let actions = adds.iter().map(|(_, add)| Action { add: Some(add.clone()), ..Action::default() });
-    let actions: Vec<Action> = actions.collect();
-    for _ in 0..MAX_CONFLICTS {
-        match runtime.block_on(log.commit("WRITE", actions.clone()))? {
-            Committed::Done => return Ok(true),
-            Committed::Conflict if segments.iter().any(|id| log.has_taken(*id)) => {
-                for (_, add) in &adds {
-                    runtime.block_on(log.drop_file(add));
-                }
-                return Ok(true);
+    match runtime.block_on(log.commit("WRITE", actions.collect()))? {
+        Committed::Done => {}
+        Committed::Conflict => {
+            for (_, add) in &adds {
+                runtime.block_on(log.drop_file(add));
             }
-            Committed::Conflict => {}
         }
     }
-    Err(TableError::Contended)
+    Ok(true)
 }

@@ -59,6 +59,16 @@ impl Wants {
         self.samples || self.minutes || self.hours
     }
 
+    /// Returns the tables that lack both.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self {
+            profiles: self.profiles && other.profiles,
+            samples: self.samples && other.samples,
+            minutes: self.minutes && other.minutes,
+            hours: self.hours && other.hours,
+        }
+    }
+
     /// Reports whether a table lacks it.
     pub(super) fn any(self) -> bool {
         self.profiles || self.rows()

@@ -139,6 +139,11 @@ impl Log {
         self.taken.contains_key(&segment)
     }
 
+    /// Returns the segments from this id on whose rows are in the table.
+    pub(super) fn taken_from(&self, first: Ulid) -> impl Iterator<Item = Ulid> {
+        self.taken.keys().copied().filter(move |id| *id >= first)
+    }
+
     /// Returns the last commit of another process since the log was opened.
     pub(super) fn other_writer(&self) -> Option<&OtherWriter> {
         self.other.as_ref()
@@ -262,7 +267,9 @@ impl Log {
             if let Some(info) = commit_info
                 && info.gannet_writer != self.writer
             {
-                self.other = Some(OtherWriter { writer: info.gannet_writer, at_ms: info.timestamp });
+                // A commit since the last reading is new, also if the other clock is wrong.
+                let at_ms = if self.read_ms == 0 { info.timestamp } else { time::now_ms() };
+                self.other = Some(OtherWriter { writer: info.gannet_writer, at_ms });
             }
             if let Some(protocol) = protocol {
                 if protocol.min_writer_version > WRITER_VERSION

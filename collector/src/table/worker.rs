@@ -1,7 +1,7 @@
 //! The thread that keeps the table up to date.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
         mpsc::{self, Receiver, RecvTimeoutError, SyncSender},
@@ -37,6 +37,8 @@ const NICE: i32 = 10;
 const RECENT_HOURS: u64 = 3;
 /// Time between two listings of all segments.
 const LISTING_INTERVAL: Duration = Duration::from_secs(600);
+/// Age of a segment from which on a listing shows it in any case. The clocks of two collectors may differ by an hour.
+const LATE_LISTING: Duration = Duration::from_secs(2 * 3600);
 /// Free space of the disk that a compaction needs, beside what the store keeps free.
 const NEEDED_BYTES: u64 = 128 << 20;
 /// Intervals for which this process leaves a bucket's table to another collector that has written to it.
@@ -97,6 +99,8 @@ struct Worker {
     pending: BTreeMap<Ulid, u64>,
     aside: SetAside,
     next_listing: Instant,
+    /// Segments of other collectors that the index does not know yet.
+    awaited: BTreeMap<Ulid, Instant>,
     is_checked: bool,
     /// The logs must be read from the start, because the last reading or writing failed.
     is_unsure: bool,
@@ -127,6 +131,7 @@ impl Worker {
             pending: BTreeMap::new(),
             aside: SetAside::default(),
             next_listing: Instant::now(),
+            awaited: BTreeMap::new(),
             is_checked: false,
             is_unsure: false,
             last_error: None,
@@ -185,7 +190,7 @@ impl Worker {
         let oldest_ms = self.store.oldest_start_ms()?.unwrap_or_else(time::now_ms).max(cutoff_ms);
         let oldest = Partition::at(oldest_ms);
         let mut has_more = false;
-        if !self.is_on_standby() && !self.pending.is_empty() {
+        if !self.is_on_standby() && !self.pending.is_empty() && !self.awaits_segment()? {
             if !self.store.has_room(NEEDED_BYTES) {
                 return Err(TableError::NoRoom);
             }
@@ -305,6 +310,27 @@ impl Worker {
                 // A time in the future is that of a wrong clock.
                 time::now_ms().abs_diff(other.at_ms) < standby.as_millis() as u64
             })
+    }
+
+    /// Reports whether the tables have a segment of another collector that the index does not know yet, because the listing of the bucket
+    /// is late. The segment may hold batches of pending segments, too.
+    fn awaits_segment(&mut self) -> Result<bool, TableError> {
+        if self.tables.objects.root.is_some() {
+            return Ok(false);
+        }
+        let first = Ulid::from_parts(time::now_ms().saturating_sub(LATE_LISTING.as_millis() as u64), 0);
+        let taken = self.tables.samples.taken_from(first).chain(self.tables.profiles.taken_from(first));
+        let taken: BTreeSet<Ulid> = taken.collect();
+        let unknown = self.store.unknown_segments(taken);
+        self.awaited.retain(|id, _| unknown.contains(id));
+        for id in unknown {
+            let since = *self.awaited.entry(id).or_insert_with(Instant::now);
+            if since.elapsed() < LISTING_INTERVAL && self.store.has_segment(id)? {
+                tracing::debug!(segment = %id, "the table waits for the listing of a segment");
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Checks once that the bucket creates an object only once, on which the commits rely.

@@ -17,10 +17,10 @@ use crate::{
 };
 
 /// A collector that is killed at the latest with the test.
-struct Killed(Child);
+pub struct Killed(pub Child);
 
 impl Killed {
-    fn end(&mut self) {
+    pub fn end(&mut self) {
         // It may have ended.
         let _ = self.0.kill();
         self.0.wait().unwrap();
@@ -47,7 +47,7 @@ fn spawn(data: &Path, grpc: SocketAddr, http: SocketAddr, log: &Path) -> Killed 
     Killed(child.unwrap())
 }
 
-async fn listening(address: SocketAddr) {
+pub async fn listening(address: SocketAddr) {
     eventually("the collector listens", || async { tokio::net::TcpStream::connect(address).await.is_ok() })
         .await;
 }

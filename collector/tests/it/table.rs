@@ -318,7 +318,7 @@ async fn a_killed_collector_adds_each_sample_to_the_table_once() {
     assert!(merges(&files, "samples") + merges(&files, "stacks") > 0, "no merge was under way");
 }
 
-fn table_of(s3: &S3) -> Files {
+pub fn table_of(s3: &S3) -> Files {
     let shelf = s3.0.lock().unwrap();
     let files = shelf.objects.iter().filter_map(|(key, object)| {
         let name = key.strip_prefix("profiles/here/table/")?;
