@@ -1,7 +1,7 @@
 # Each target calls a script in scripts/. A script installs its packages (Debian 12 and 13, Ubuntu 24.04), prints its steps,
 # exits with one line where it cannot work, and can be run again.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz mutants bench kernels languages clients spark tools image e2e clean
+.PHONY: help demo test lint fuzz mutants kills bench kernels languages clients spark tools image e2e clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -17,6 +17,9 @@ fuzz: ## run all readers of foreign bytes on bytes that a fuzzer makes, 20 s eac
 
 mutants: ## change modules of the ledger in one place at a time, and ask whether a test fails (hours)
 	@scripts/mutants
+
+kills: ## kill collectors 1,000 times on a directory and on a real S3 server that fails (scripts/kills KILLS SEED; half an hour)
+	@scripts/kills
 
 lint: ## check formats, lints, structure, language, licences, dependencies, scripts, chart, generated files
 	@scripts/lint

@@ -48,7 +48,7 @@ async fn dial(grpc: SocketAddr) -> Option<Channel> {
 }
 
 /// Returns the ids of all stored profiles, page by page.
-async fn stored_ids(running: &Running) -> Vec<String> {
+pub async fn stored_ids(running: &Running) -> Vec<String> {
     let mut client = queries(running).await;
     let (mut stored, mut token) = (Vec::new(), String::new());
     loop {
@@ -68,19 +68,32 @@ async fn stored_ids(running: &Running) -> Vec<String> {
     stored
 }
 
-/// Pushes until `done`, over new connections after each kill. Returns the unacknowledged batches, and how many it sent again.
-async fn push(
-    n: usize,
-    grpc: SocketAddr,
-    acknowledged: Arc<Mutex<BTreeSet<String>>>,
-    sent: Arc<Mutex<BTreeMap<String, Vec<u8>>>>,
-    done: Arc<AtomicBool>,
-) -> (Vec<Batch>, u64) {
+/// What the agents of a test have sent, and the ids that were acknowledged.
+#[derive(Clone, Default)]
+pub struct Progress {
+    pub acknowledged: Arc<Mutex<BTreeSet<String>>>,
+    /// Batches by id.
+    pub sent: Arc<Mutex<BTreeMap<String, Batch>>>,
+    pub done: Arc<AtomicBool>,
+}
+
+impl Progress {
+    pub fn count(&self) -> usize {
+        self.acknowledged.lock().unwrap().len()
+    }
+}
+
+/// Pushes until all is done, over new connections after each kill, each to the next of these collectors. Returns the
+/// unacknowledged batches, and how many it sent again.
+pub async fn push(n: usize, collectors: Vec<SocketAddr>, progress: Progress) -> (Vec<Batch>, u64) {
+    let Progress { acknowledged, sent, done } = progress;
     // Like an agent, it sends exactly the unacknowledged batches again, with the same ids.
-    let mut unacknowledged = Vec::new();
+    let mut unacknowledged: Vec<Batch> = Vec::new();
     let (mut made, mut resent) = (0_u64, 0_u64);
+    let mut next = collectors.iter().cycle().skip(n);
     while !done.load(Ordering::Relaxed) {
-        let Some(channel) = dial(grpc).await else {
+        let collector = next.next().unwrap();
+        let Some(channel) = dial(*collector).await else {
             tokio::time::sleep(Duration::from_millis(20)).await;
             continue;
         };
@@ -92,7 +105,7 @@ async fn push(
                 made += 1;
                 let stack = format!("main;work{}", made % 100);
                 let batch = batch(&format!("s{n}"), now_ms() - made % 7_200_000, &[(&stack, 2)]);
-                sent.lock().unwrap().insert(batch.batch_id.clone(), batch.pprof.clone());
+                sent.lock().unwrap().insert(batch.batch_id.clone(), batch.clone());
                 unacknowledged.push(batch.clone());
                 unsent.push(batch);
             }
@@ -120,26 +133,23 @@ async fn push(
     (unacknowledged, resent)
 }
 
+/// Returns the number of kills of one run.
+pub fn kills(default: u64) -> u64 {
+    std::env::var("GANNET_TEST_KILLS").map_or(default, |kills| kills.parse().unwrap())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acknowledged_batches_survive_kills_exactly_once() {
     let dir = tempfile::tempdir().unwrap();
     let (grpc, http) = (free_port(), free_port());
-    let acknowledged = Arc::new(Mutex::new(BTreeSet::new()));
-    let sent = Arc::new(Mutex::new(BTreeMap::new()));
-    let done = Arc::new(AtomicBool::new(false));
-    let mut pushers = Vec::new();
-    for n in 0..PUSHERS {
-        let (acknowledged, done) = (Arc::clone(&acknowledged), Arc::clone(&done));
-        let sent = Arc::clone(&sent);
-        pushers.push(tokio::spawn(push(n, grpc, acknowledged, sent, done)));
-    }
-    let kills = std::env::var("GANNET_TEST_KILLS").map_or(KILLS, |kills| kills.parse().unwrap());
-    for round in 0..kills {
-        let before = acknowledged.lock().unwrap().len();
+    let progress = Progress::default();
+    let pushers: Vec<_> = (0..PUSHERS).map(|n| tokio::spawn(push(n, vec![grpc], progress.clone()))).collect();
+    for round in 0..kills(KILLS) {
+        let before = progress.count();
         let mut child = spawn(dir.path(), grpc, http);
         // Each kill comes at another point of the work, after some progress.
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
-        while acknowledged.lock().unwrap().len() < before + 10 + round as usize % 24 * 7 {
+        while progress.count() < before + 10 + round as usize % 24 * 7 {
             assert!(child.try_wait().unwrap().is_none(), "the collector ended by itself");
             assert!(std::time::Instant::now() < deadline, "round {round}: nothing is acknowledged");
             tokio::time::sleep(Duration::from_millis(1 + round % 24)).await;
@@ -147,7 +157,7 @@ async fn acknowledged_batches_survive_kills_exactly_once() {
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    done.store(true, Ordering::Relaxed);
+    progress.done.store(true, Ordering::Relaxed);
     let (mut unacknowledged, mut resent) = (Vec::new(), 0);
     for pusher in pushers {
         let (left, again) = pusher.await.unwrap();
@@ -161,18 +171,18 @@ async fn acknowledged_batches_survive_kills_exactly_once() {
     let mut pusher = Pusher::open(running.grpc_addr).await;
     for batch in unacknowledged {
         match pusher.push(batch).await {
-            Message::Accepted(a) => acknowledged.lock().unwrap().insert(a.batch_id),
+            Message::Accepted(a) => progress.acknowledged.lock().unwrap().insert(a.batch_id),
             other => panic!("{other:?}"),
         };
     }
     let stored = stored_ids(&running).await;
     let unique: BTreeSet<String> = stored.iter().cloned().collect();
     assert_eq!(stored.len(), unique.len(), "a batch is stored twice");
-    assert_eq!(unique, *acknowledged.lock().unwrap(), "what is stored is what was acknowledged");
+    assert_eq!(unique, *progress.acknowledged.lock().unwrap(), "what is stored is what was acknowledged");
     // Exactly what was sent, to the last byte.
-    let sent = sent.lock().unwrap().clone();
+    let sent = progress.sent.lock().unwrap().clone();
     for id in unique.iter().step_by(unique.len().div_ceil(200)) {
-        assert_eq!(Some(&download(&running, id).await.unwrap()), sent.get(id), "{id}");
+        assert_eq!(download(&running, id).await.unwrap(), sent[id].pprof, "{id}");
     }
     let objects = objects(dir.path());
     assert!(

@@ -17,6 +17,7 @@ mod grafana;
 mod http;
 mod ingest;
 mod kill;
+mod kill_s3;
 mod kubernetes;
 mod neighbours;
 mod open;
