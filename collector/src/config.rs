@@ -290,7 +290,7 @@ impl Config {
 
     fn check_sizes(&self) -> Result<(), ConfigError> {
         let max_batch_bytes = self.ingest.max_batch_bytes;
-        let StoreOptions { retention_age, retention_bytes, flush_interval, .. } = self.store;
+        let StoreOptions { retention_age, retention_bytes, flush_interval, bucket_interval, .. } = self.store;
         if retention_age.0 < Duration::from_secs(60) {
             return wrong(
                 "--retention-age is below a minute: retention would remove profiles before anyone sees them",
@@ -298,6 +298,9 @@ impl Config {
         }
         if flush_interval.0 > Duration::from_secs(10) {
             return wrong("--flush-interval is above 10 s: agents wait as long for each answer");
+        }
+        if !(Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&bucket_interval.0) {
+            return wrong("--bucket-interval must be between 100 ms and 1 h");
         }
         if !(Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&self.table.table_interval.0) {
             return wrong("--table-interval must be between 100 ms and 1 h");
@@ -356,6 +359,7 @@ mod tests {
     #[case::key(|c: &mut Config| c.tls.tls_cert = Some("x".into()), "--tls-key")]
     #[case::target(|c: &mut Config| c.forward.forward_tenant = Some("x".into()), "--forward")]
     #[case::slow_flush(|c: &mut Config| c.store.flush_interval = TimeSpan::from_secs(11), "--flush-interval")]
+    #[case::busy_bucket(|c: &mut Config| c.store.bucket_interval = TimeSpan::from_secs(0), "--bucket-interval")]
     #[case::busy_table(|c: &mut Config| c.table.table_interval = TimeSpan::from_secs(0), "--table-interval")]
     #[case::short_query(|c: &mut Config| c.sql.sql_timeout = TimeSpan::from_secs(0), "--sql-timeout")]
     #[case::small_query(|c: &mut Config| c.sql.sql_memory_bytes = gannet_base::ByteSize(1), "--sql-memory-bytes")]

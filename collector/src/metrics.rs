@@ -45,6 +45,11 @@ pub(crate) struct VersionLabel {
     version: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct ListingLabel {
+    listing: &'static str,
+}
+
 /// A histogram of seconds.
 fn seconds() -> Histogram {
     Histogram::new([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
@@ -123,6 +128,8 @@ collector_metrics! {
         counter("gannet_collector_store_segment_bytes_total", "Bytes of the written segments");
     segments_written: Counter => SEGMENTS_WRITTEN
         counter("gannet_collector_store_segments_written_total", "Segments written, each with one request");
+    segments_followed: Family<ListingLabel, Counter> => SEGMENTS_FOLLOWED
+        counter("gannet_collector_store_followed_segments_total", "Segments of other collectors found in the bucket, by the listing: new, or hours if the clock of their collector is wrong", ["listing"]);
     store_segments: Gauge => STORE_SEGMENTS
         gauge("gannet_collector_store_segments", "Stored segments");
     store_bytes: Gauge => STORE_BYTES
@@ -330,6 +337,11 @@ impl Metrics {
         self.clickhouse_statements.get_or_create(&OutcomeLabel { outcome }).inc();
     }
 
+    /// Counts segments of other collectors.
+    pub(crate) fn followed(&self, listing: &'static str, segments: u64) {
+        self.segments_followed.get_or_create(&ListingLabel { listing }).inc_by(segments);
+    }
+
     /// Starts to time a query. The timer observes the time when it is dropped.
     pub(crate) fn query_timer(&self, kind: &'static str) -> QueryTimer {
         QueryTimer {
@@ -398,6 +410,7 @@ mod tests {
         metrics.forward_labels_dropped("parca", 1);
         metrics.recording_refused("work_seconds_total");
         metrics.clickhouse_statement("answered");
+        metrics.followed("new", 1);
         drop(metrics.query_timer("merge"));
         let text = metrics.text();
         let declared = declared_metrics();

@@ -12,11 +12,11 @@ use ulid::Ulid;
 
 use super::{
     Bucket, StoreError,
+    describe::describe,
     meta::ObjectMeta,
     object::{Head, HourObjects, ObjectName, Objects, segment_hour},
     segment::{self, PackedBatch, SegmentPosition},
     verify::{open, open_tables},
-    writer::describe,
 };
 use crate::selector::Selector;
 

@@ -16,6 +16,8 @@
 mod bucket;
 mod copies;
 mod delete;
+mod describe;
+mod follow;
 pub(crate) mod fuzz;
 mod index;
 mod meta;
@@ -98,10 +100,13 @@ pub struct StoreOptions {
     #[arg(skip = Duration::from_secs(60))]
     #[serde(skip)]
     pub retention_interval: Duration,
-    /// Time between two readings of a bucket for changes by other collectors.
-    #[arg(skip = Duration::from_secs(30))]
+    /// Look for new profiles of other collectors in the bucket this often; each look is one request to list names, or a few
+    #[arg(long, value_name = "TIME", env = "GANNET_COLLECTOR_BUCKET_INTERVAL", default_value = "3s")]
+    pub bucket_interval: TimeSpan,
+    /// Time between two comparisons of complete hours of a bucket, which find what other collectors removed.
+    #[arg(skip = Duration::from_secs(120))]
     #[serde(skip)]
-    pub bucket_interval: Duration,
+    pub bucket_hours_interval: Duration,
     /// Memory for the index while the disk is too full for its file. The newest profiles have room there.
     #[arg(skip = 64_u64 << 20)]
     #[serde(skip)]

@@ -11,7 +11,7 @@ use std::{
     fmt,
     fs::{self, DirEntry},
     io,
-    ops::Range,
+    ops::{Range, RangeInclusive},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -349,6 +349,30 @@ impl Objects {
             .await
             .map_err(StoreError::Object)?;
         Ok(names.into_iter().collect())
+    }
+
+    /// Returns the segments of a bucket with these times in milliseconds, up to `limit` of each hour. One page of names is one request.
+    pub(super) async fn segments_between(
+        &self,
+        times: RangeInclusive<u64>,
+        limit: usize,
+    ) -> Result<Vec<Ulid>, StoreError> {
+        let (first, last) = (*times.start(), *times.end());
+        let mut segments = Vec::new();
+        for hour in first / HOUR_MS..=last / HOUR_MS {
+            let dir = Key::from(hour_path(hour));
+            let before = ObjectName::Segment(Ulid::from_parts(first.max(hour * HOUR_MS), 0)).path(hour);
+            let mut names = self.relaxed.list_with_offset(Some(&dir), &before).take(limit);
+            while let Some(object) = names.try_next().await.map_err(StoreError::Object)? {
+                match object.location.filename().and_then(ObjectName::parse) {
+                    // Names come in the order of time. The next page would be a request.
+                    Some(ObjectName::Segment(id)) if id.timestamp_ms() > last => break,
+                    Some(ObjectName::Segment(id)) => segments.push(id),
+                    _ => {}
+                }
+            }
+        }
+        Ok(segments)
     }
 
     /// Removes the directory of an hour, and of its day, if it has no files.

@@ -1,16 +1,16 @@
 //! Makes index and objects agree: completely at the start, and hour by hour while other collectors use the same bucket.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use gannet_proto::labels::Labels;
 use ulid::Ulid;
 
 use super::{
     Store, StoreError,
+    describe::{describe, describe_object},
     index::{IndexChange, IndexedObject, ProfileRow},
-    object::{HOUR_MS, Head, ObjectKey, ObjectName, segment_hour},
+    object::{HOUR_MS, Head, HourObjects, ObjectKey, ObjectName, segment_hour},
     state::{StoreState, UnreadableObject},
-    writer::{describe, describe_object},
 };
 
 /// Rows of one repairing commit.
@@ -19,18 +19,18 @@ const REPAIR_CHUNK: usize = 4096;
 const MEMORY_CHUNK: usize = 256;
 /// Segments of one repairing commit.
 const REPAIR_SEGMENTS: usize = 16;
-/// Hours before the newest two that each reading of a shared bucket compares, in turn.
-const OLD_HOURS: usize = 4;
 
 /// Repairs of one comparison.
 #[derive(Default)]
-struct Repairs {
+pub(super) struct Repairs {
     /// Profiles that had no row.
-    added: u64,
+    pub(super) added: u64,
     /// Rows that had no profile.
-    removed: u64,
+    pub(super) removed: u64,
     /// Objects that could not be read.
     damaged: u64,
+    /// Segments that the index did not know.
+    pub(super) segments: Vec<Ulid>,
 }
 
 /// All of these are blocking, and only the writer calls them once the store serves readers.
@@ -49,7 +49,7 @@ impl Store {
             self.index.commit(&IndexChange { remove_series: unused.clone(), ..IndexChange::default() })?;
             self.state.write().remove(&[], &unused, &[]);
         }
-        let Repairs { added, removed, damaged } = repairs;
+        let Repairs { added, removed, damaged, segments: _ } = repairs;
         if damaged > 0 {
             tracing::warn!(
                 objects = damaged,
@@ -92,6 +92,10 @@ impl Store {
 
     fn settle_hour(&self, hour: u64, repairs: &mut Repairs) -> Result<(), StoreError> {
         let objects = self.runtime.block_on(self.objects.of_hour(hour))?;
+        self.compare_hour(hour, objects, repairs)
+    }
+
+    fn compare_hour(&self, hour: u64, objects: HourObjects, repairs: &mut Repairs) -> Result<(), StoreError> {
         self.forget_unreadable(hour);
         let mut left_out = self.settle_profiles(hour, objects.profiles, repairs)?;
         left_out += self.settle_segments(hour, objects.segments, repairs)?;
@@ -214,7 +218,9 @@ impl Store {
                 Err(reason) => self.leave_unreadable(hour, ObjectName::Segment(*id), bytes, &reason, repairs),
             }
         }
-        self.add_rows(&segments, &found, repairs)
+        self.add_rows(&segments, &found, repairs)?;
+        repairs.segments.extend(segments.iter().map(|(id, _)| *id));
+        Ok(())
     }
 
     /// Adds a segment to the index if it exists, after a write whose outcome is unknown.
@@ -299,21 +305,28 @@ impl Store {
         Ok(())
     }
 
-    /// Reads the changes of other collectors in the same bucket: in the newest two hours, and in some older ones. `turn`
-    /// counts the readings and selects the older hours.
-    pub(super) fn follow_bucket(&self, turn: usize) -> Result<(), StoreError> {
+    /// Compares the objects of an hour in a shared bucket. The list may be some seconds old.
+    pub(super) fn follow_hour(&self, hour: u64, objects: HourObjects) -> Result<Repairs, StoreError> {
         let mut repairs = Repairs::default();
-        let hours: Vec<u64> = self.hours()?.into_iter().rev().collect();
-        let (last, old) = hours.split_at(hours.len().min(2));
-        let old = old.iter().cycle().skip(turn * OLD_HOURS % old.len().max(1)).take(OLD_HOURS.min(old.len()));
-        for hour in last.iter().chain(old) {
-            self.settle_hour(*hour, &mut repairs)?;
+        self.compare_hour(hour, objects, &mut repairs)?;
+        Ok(repairs)
+    }
+
+    /// Adds the segments of a shared bucket that the index does not know. A missing segment is no error.
+    pub(super) fn add_new_segments(&self, ids: Vec<Ulid>) -> Result<Repairs, StoreError> {
+        let mut by_hour: BTreeMap<u64, Vec<Ulid>> = BTreeMap::new();
+        {
+            let state = self.state.read();
+            for id in ids.into_iter().filter(|id| !state.knows_segment(*id)) {
+                by_hour.entry(segment_hour(id)).or_default().push(id);
+            }
         }
-        let Repairs { added, removed, .. } = repairs;
-        if added + removed > 0 {
-            tracing::debug!(added, removed, "followed the changes of other collectors in the bucket");
-            self.update_size_metrics();
+        let mut repairs = Repairs::default();
+        let chunk = if self.index.is_in_memory() { 1 } else { REPAIR_SEGMENTS };
+        for (hour, missing) in by_hour {
+            // The comparison of the hour counts those for which a full memory has no room.
+            self.add_missing(missing, chunk, |ids| self.add_segments(hour, ids, &mut repairs))?;
         }
-        Ok(())
+        Ok(repairs)
     }
 }

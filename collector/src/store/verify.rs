@@ -12,11 +12,11 @@ use ulid::Ulid;
 
 use super::{
     Bucket, StoreError,
+    describe::describe_object,
     object::{ObjectName, TABLE, hour_of, hour_path, hours_in, segment_hour, unpack},
     replay::TableObjects,
     segment::{self, HEADER_BYTES, SegmentError, SegmentPosition},
     with_cause,
-    writer::describe_object,
 };
 
 /// Objects that are read at the same time.

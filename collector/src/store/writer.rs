@@ -13,12 +13,13 @@ use ulid::Ulid;
 
 use super::{
     Store, StoreError, blocking,
+    describe::describe,
+    follow::{Follower, Listed},
     index::{AddedProfile, IndexChange, ProfileRow, StoredProfile},
     meta::{ObjectMeta, TypeTotal},
-    object::{ObjectKey, fits, packed_header_len},
+    object::{ObjectKey, fits},
     segment::{self, PackedBatch},
 };
-use crate::time;
 
 /// Batches that wait for the writer.
 const QUEUED_BATCHES: usize = 16 * 1024;
@@ -67,41 +68,6 @@ impl NewBatch {
     fn counted(&self) -> u64 {
         self.row.types.first().and_then(|first| u64::try_from(first.total).ok()).unwrap_or(0)
     }
-}
-
-/// Returns the index entry of an object of the older layout with this metadata.
-pub(super) fn describe_object(
-    meta: &ObjectMeta,
-    object_bytes: u64,
-) -> Option<(Labels, ObjectKey, ProfileRow)> {
-    describe(meta, object_bytes.saturating_sub(packed_header_len(meta)), object_bytes)
-}
-
-/// Returns the index entry of a batch with this metadata and a profile of this many bytes. `object_bytes`: size of its own
-/// object, or 0 in a segment. Storing and rebuilding both use it, so they agree.
-pub(super) fn describe(
-    meta: &ObjectMeta,
-    bytes: u64,
-    object_bytes: u64,
-) -> Option<(Labels, ObjectKey, ProfileRow)> {
-    let batch = meta.batch.as_ref()?;
-    let key = ObjectKey {
-        start_ms: batch.start.as_ref().and_then(time::to_ms)?,
-        id: Ulid::from_string(&batch.batch_id).ok()?,
-    };
-    let row = ProfileRow {
-        duration_ms: batch.duration.as_ref().and_then(time::duration_to_ms).unwrap_or(0),
-        samples: batch.samples,
-        bytes,
-        types: meta.types.clone(),
-        rule_id: batch.rule_id.clone(),
-        revision: batch.revision,
-        reason: batch.reason.clone(),
-        window: Ulid::from_string(&batch.window_id).map(|w| w.0.to_be_bytes().to_vec()).unwrap_or_default(),
-        object_bytes,
-        ..ProfileRow::default()
-    };
-    Some((batch.labels.clone(), key, row))
 }
 
 /// The writer's answer to a batch.
@@ -175,20 +141,20 @@ impl StoreWriter {
         drop(sender);
         let mut stopping = false;
         let mut next_retention = Instant::now();
-        let mut next_bucket_check = Instant::now() + store.options.bucket_interval;
-        let mut turn = 0;
+        let mut follower = store.objects.is_shared().then(|| Follower::new(Arc::clone(&store)));
         let interval = store.options.flush_interval.0;
         let mut last_flush = Instant::now();
         loop {
-            let mut waiting = Vec::new();
+            let (mut waiting, mut listed) = (Vec::new(), None);
             tokio::select! {
                 biased;
+                // First, because the queue may never be empty.
+                found = listed_by(&mut follower) => listed = Some(found),
                 received = queue.recv() => match received {
                     Some(batch) => waiting.push(batch),
                     None => break,
                 },
                 () = tokio::time::sleep_until(next_retention) => {}
-                () = tokio::time::sleep_until(next_bucket_check), if store.objects.is_shared() => {}
                 () = stop.cancelled(), if !stopping => {
                     queue.close();
                     stopping = true;
@@ -200,20 +166,22 @@ impl StoreWriter {
                 last_flush = Instant::now();
                 store.store_group(waiting).await;
             }
-            if store.objects.is_shared() && Instant::now() >= next_bucket_check {
-                let followed = Arc::clone(&store);
-                if let Err(error) = blocking(move || followed.follow_bucket(turn)).await {
-                    store.metrics.store_errors.inc();
-                    tracing::warn!(%error, "cannot list the bucket; trying again");
-                }
-                turn = turn.wrapping_add(1);
-                next_bucket_check = Instant::now() + store.options.bucket_interval;
+            if let (Some(listed), Some(follower)) = (listed, &mut follower) {
+                follower.apply(listed).await;
             }
             if Instant::now() >= next_retention || store.is_over_budget() {
                 let wait = store.retain().await;
                 next_retention = Instant::now() + wait;
             }
         }
+    }
+}
+
+/// Waits for the next listing of a shared bucket, for ever without one. Dropping the future loses nothing.
+async fn listed_by(follower: &mut Option<Follower>) -> Result<Listed, StoreError> {
+    match follower {
+        Some(follower) => follower.listed().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    ops::Bound,
     path::Path,
     sync::{Arc, Mutex},
     time::Duration,
@@ -158,7 +159,9 @@ impl Shelf {
     fn list(&self, query: &BTreeMap<String, String>) -> String {
         let prefix = query.get("prefix").map_or("", String::as_str);
         let (mut contents, mut prefixes) = (Vec::new(), Vec::new());
-        for (key, object) in self.objects.iter().filter(|(key, _)| key.starts_with(prefix)) {
+        let after = query.get("start-after").map_or("", String::as_str);
+        let listed = self.objects.range::<str, _>((Bound::Excluded(after), Bound::Unbounded));
+        for (key, object) in listed.filter(|(key, _)| key.starts_with(prefix)) {
             match key[prefix.len()..].split_once('/').filter(|_| query.contains_key("delimiter")) {
                 Some((name, _)) => prefixes.push(format!(
                     "<CommonPrefixes><Prefix>{prefix}{name}/</Prefix></CommonPrefixes>"
@@ -213,7 +216,8 @@ pub fn in_bucket(local: &Path, endpoint: &str) -> Config {
     config_with(local, |config| {
         config.local = local.into();
         config.data = DataLocation::Bucket(bucket);
-        config.store.bucket_interval = Duration::from_millis(100);
+        config.store.bucket_interval = TimeSpan(Duration::from_millis(100));
+        config.store.bucket_hours_interval = Duration::from_millis(100);
     })
 }
 
@@ -310,6 +314,35 @@ async fn two_collectors_on_one_bucket_show_the_same() {
     two.shutdown().await;
 }
 
+/// Returns a collector of the bucket that compares no hours after its start.
+async fn without_comparisons(local: &Path, endpoint: &str) -> Running {
+    let mut config = in_bucket(local, endpoint);
+    config.store.bucket_hours_interval = Duration::from_secs(3600);
+    Collector::start(config).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_neighbour_finds_new_profiles_among_the_newest_names() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.clone().serve().await;
+    let one = without_comparisons(&dir.path().join("one"), &endpoint).await;
+    let two = without_comparisons(&dir.path().join("two"), &endpoint).await;
+    let mut to_one = Pusher::open(one.grpc_addr).await;
+    for round in 1..=3 {
+        // The time of the profile does not matter, but that of its arrival.
+        let batch = batch("shop", now_ms() - round * 3_600_000, &[("main;work", 1)]);
+        let id = batch.batch_id.clone();
+        to_one.store(batch.clone()).await;
+        eventually("the other one shows it", async || ids(&two).await.contains(&id)).await;
+        assert_eq!(download(&two, &id).await.unwrap(), batch.pprof);
+    }
+    let followed = "gannet_collector_store_followed_segments_total{listing=\"new\"}";
+    assert_eq!(metric(two.http_addr, followed).await as u64, 3);
+    assert_eq!(metric(one.http_addr, followed).await as u64, 0, "its own segments are not new");
+    one.shutdown().await;
+    two.shutdown().await;
+}
+
 #[tokio::test]
 async fn no_batch_is_acknowledged_while_the_bucket_is_down() {
     let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
@@ -335,7 +368,8 @@ async fn an_unreliable_bucket_neither_loses_nor_doubles() {
     let endpoint = s3.clone().serve().await;
     let mut config = in_bucket(&dir.path().join("one"), &endpoint);
     // Only the writer itself can find a segment whose write seemed to fail.
-    config.store.bucket_interval = Duration::from_secs(3600);
+    config.store.bucket_interval = TimeSpan::from_secs(3600);
+    config.store.bucket_hours_interval = Duration::from_secs(3600);
     let running = Collector::start(config).await.unwrap();
     s3.0.lock().unwrap().is_unreliable = true;
     let batches: Vec<_> =
