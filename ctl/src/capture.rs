@@ -80,7 +80,7 @@ pub(crate) async fn run(
     }
     labels.entry(NODE.to_owned()).or_insert_with(|| request.node.clone());
     target.set_labels(labels);
-    save(&profile, &target, format, console)?;
+    save(&profile, &target, None, format, console)?;
     if format == Format::Table && file != Some(Path::new("-")) {
         writeln!(console.out, "{samples} samples of node {}", request.node)?;
         // An agent of an earlier version sends none.

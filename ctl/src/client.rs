@@ -8,7 +8,7 @@ use gannet_proto::{
     debuginfo::debug_info_service_client::DebugInfoServiceClient,
     pprof,
     query::{
-        MergeProgress, MergeRequest, Selection, SeriesRequest, merge_progress::Message,
+        MergeProgress, MergeRequest, ReadReport, Selection, SeriesRequest, merge_progress::Message,
         query_service_client::QueryServiceClient,
     },
 };
@@ -76,20 +76,21 @@ impl Collector {
         Ok(shared.into_iter().collect())
     }
 
-    /// Downloads all profiles of a selection merged into one, as gzip-compressed pprof. Shows the progress on a
-    /// terminal, and reports on standard error what the result lacks.
+    /// Downloads all profiles of a selection merged into one, as gzip-compressed pprof, with what the collector read for it. Shows the
+    /// progress on a terminal, and reports on standard error what the result lacks.
     pub(crate) async fn merge(
         &self,
         selection: Selection,
         sample_type: &str,
         console: &mut Console<'_>,
-    ) -> Result<Vec<u8>, Error> {
+    ) -> Result<(Vec<u8>, ReadReport), Error> {
         let request = MergeRequest { selection: Some(selection), sample_type: sample_type.to_owned() };
         let mut answer =
             self.query().merge(request).await.map_err(|status| self.fault(&status))?.into_inner();
         // The bar draws on standard error, and only if that is a terminal.
         let bar = ProgressBar::new(0).with_message("merging").with_style(style());
         let (mut bytes, mut unreadable, mut lacks_names) = (Vec::new(), 0, false);
+        let mut read = ReadReport::default();
         while let Some(MergeProgress { message }) =
             answer.message().await.map_err(|status| self.fault(&status))?
         {
@@ -99,6 +100,7 @@ impl Collector {
                     bar.set_position(progress.profiles_done);
                     unreadable = progress.profiles_unreadable;
                     lacks_names = progress.names_incomplete;
+                    read = progress.read.unwrap_or_default();
                 }
                 Some(Message::Chunk(chunk)) => {
                     bar.set_message("receiving");
@@ -115,7 +117,7 @@ impl Collector {
         }
         console.note_unreadable(unreadable);
         console.note_names(lacks_names);
-        Ok(bytes)
+        Ok((bytes, read))
     }
 }
 

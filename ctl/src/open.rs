@@ -24,7 +24,7 @@ pub(crate) fn file(file: &Path, port: u16) -> Error {
 pub(crate) async fn selection(args: &Open, collector: &Collector, console: &mut Console<'_>) -> Error {
     let merged = async {
         let selection = args.select.selection();
-        let profile = collector.merge(selection.clone(), &args.sample_type, console).await?;
+        let (profile, _) = collector.merge(selection.clone(), &args.sample_type, console).await?;
         let mut labels = collector.shared_labels(selection).await?;
         let name = labels.remove(gannet_proto::labels::SERVICE_NAME).unwrap_or_else(|| MERGED.to_owned());
         // A file without a name: it ends with the program that reads it.

@@ -9,7 +9,8 @@ use std::{
 };
 
 use gannet_proto::query::{
-    GetProfileRequest, ListProfilesRequest, ProfileInfo, Selection, TopRequest, TopResponse, TopRow,
+    GetProfileRequest, ListProfilesRequest, ProfileInfo, ReadReport, Selection, TopRequest, TopResponse,
+    TopRow,
 };
 use serde_json::{Value, json};
 
@@ -19,7 +20,10 @@ use crate::{
     error::Error,
     export::{self, FileFormat, Origin},
     open,
-    render::{Console, amount, bytes, count, millis, percent, show_span, show_time, span_millis, table},
+    render::{
+        Console, amount, bytes, count, millis, percent, read_text, read_value, show_span, show_time,
+        span_millis, table,
+    },
     sql,
 };
 
@@ -56,7 +60,7 @@ pub(crate) async fn run(
             }
             console.note_names(lacks_names);
             let selection = Selection { profile_id: id.clone(), ..Selection::default() };
-            save(&profile, &target.of(id, selection, collector).await?, format, console)
+            save(&profile, &target.of(id, selection, collector).await?, None, format, console)
         }
         Profiles::Open(args) => Err(open::selection(&args, collector, console).await),
         Profiles::Merge { select, sample_type, out, form } => {
@@ -64,8 +68,9 @@ pub(crate) async fn run(
             // Before the collector merges in vain.
             let target = Target::new(&file, form, &sample_type)?;
             let selection = select.selection();
-            let merged = collector.merge(selection.clone(), &sample_type, console).await?;
-            save(&merged, &target.of(String::new(), selection, collector).await?, format, console)
+            let (merged, read) = collector.merge(selection.clone(), &sample_type, console).await?;
+            let target = target.of(String::new(), selection, collector).await?;
+            save(&merged, &target, Some(&read), format, console)
         }
         Profiles::Query(args) => sql::run(&args, collector, format, console).await,
         Profiles::Convert { file, out, sample_type, form } => {
@@ -133,7 +138,7 @@ pub(crate) fn convert(
 ) -> Result<(), Error> {
     let target = Target::new(to, form, sample_type)?;
     let bytes = fs::read(from).map_err(|source| Error::File { file: from.display().to_string(), source })?;
-    save(&bytes, &target, format, console)
+    save(&bytes, &target, None, format, console)
 }
 
 /// Writes a profile to a file, or to standard output for `-`. Writes a temporary file and renames it, so that an
@@ -141,6 +146,7 @@ pub(crate) fn convert(
 pub(crate) fn save(
     profile: &[u8],
     target: &Target<'_>,
+    read: Option<&ReadReport>,
     format: Format,
     console: &mut Console<'_>,
 ) -> Result<(), Error> {
@@ -168,8 +174,17 @@ pub(crate) fn save(
     }
     console.show(
         format,
-        || json!({ "file": file.display().to_string(), "bytes": content.len() }),
-        || format!("wrote {} ({})\n", file.display(), bytes(content.len() as u64)),
+        || {
+            let mut value = json!({ "file": file.display().to_string(), "bytes": content.len() });
+            if let Some(read) = read {
+                value["read"] = read_value(read);
+            }
+            value
+        },
+        || {
+            let wrote = format!("wrote {} ({})\n", file.display(), bytes(content.len() as u64));
+            read.map_or(wrote.clone(), |read| format!("{wrote}{}\n", read_text(read)))
+        },
     )
 }
 
@@ -285,7 +300,7 @@ fn top_json(answer: &TopResponse) -> Value {
     json!({
         "unit": answer.unit, "sample_type": answer.sample_type, "total": answer.total,
         "base_total": answer.base_total, "rows": rows, "unreadable_profiles": answer.unreadable_profiles,
-        "names_incomplete": answer.names_incomplete,
+        "names_incomplete": answer.names_incomplete, "read": answer.read.as_ref().map(read_value),
     })
 }
 
@@ -369,6 +384,7 @@ mod tests {
             sample_type: "cpu/nanoseconds".to_owned(),
             unreadable_profiles: 0,
             names_incomplete: false,
+            read: None,
             rows: vec![
                 row("work", 1_000_000_000, 1_000_000_000, 500_000_000, 500_000_000),
                 row("main", 3_000_000_000, 4_000_000_000, 500_000_000, 1_000_000_000),
@@ -404,12 +420,12 @@ mod tests {
         let file = dir.path().join("a.pb.gz");
         let missing = dir.path().join("no/a.pb.gz");
         let target = |file| Target::new(file, Form { form: Some(FileFormat::Pprof) }, "").unwrap();
-        save(b"profile", &target(&file), Format::Table, &mut console).unwrap();
+        save(b"profile", &target(&file), None, Format::Table, &mut console).unwrap();
         assert_eq!(fs::read(&file).unwrap(), b"profile");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        let error = save(b"x", &target(&missing), Format::Table, &mut console).unwrap_err();
+        let error = save(b"x", &target(&missing), None, Format::Table, &mut console).unwrap_err();
         assert!(error.to_string().contains("a.pb.gz"), "{error}");
-        let error = save(b"x", &target(Path::new("-")), Format::Table, &mut console).unwrap_err();
+        let error = save(b"x", &target(Path::new("-")), None, Format::Table, &mut console).unwrap_err();
         assert_eq!(error.exit_code(), 2);
     }
 }

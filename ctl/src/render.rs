@@ -2,7 +2,10 @@
 
 use std::{fmt::Write as _, io, time::Duration};
 
-use gannet_proto::control::{MatchedProcess, NodeRollout, RuleError, RuleStatus, node_rollout, rule_status};
+use gannet_proto::{
+    control::{MatchedProcess, NodeRollout, RuleError, RuleStatus, node_rollout, rule_status},
+    query::ReadReport,
+};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
@@ -187,6 +190,42 @@ pub(crate) fn bytes(count: u64) -> String {
         n if n >= 1024.0 => format!("{:.1} KiB", n / 1024.0),
         _ => format!("{count} B"),
     }
+}
+
+/// Formats what a collector read for an answer: `120 profiles, 1.2 MiB read in 0.31s`.
+pub(crate) fn read_text(read: &ReadReport) -> String {
+    let ReadReport { segment_profiles, segment_bytes, table_profiles, table_bytes, cached_profiles, took } =
+        *read;
+    let profiles = |n: u64| count(n as usize, "profile");
+    let took = show_span(took);
+    let all = segment_profiles.saturating_add(table_profiles);
+    if cached_profiles > 0 && cached_profiles == all {
+        return format!(
+            "{}, in the collector's memory from an earlier query; answered in {took}",
+            profiles(all)
+        );
+    }
+    let mut text =
+        format!("{}, {} read in {took}", profiles(all), bytes(segment_bytes.saturating_add(table_bytes)));
+    for (some, from) in [
+        (table_profiles, "from the tables, by ClickHouse"),
+        (cached_profiles, "in the collector's memory from an earlier query"),
+    ] {
+        if some > 0 {
+            let _ = write!(text, "; {} {from}", profiles(some));
+        }
+    }
+    text
+}
+
+/// Returns what a collector read as JSON.
+pub(crate) fn read_value(read: &ReadReport) -> Value {
+    let ReadReport { segment_profiles, segment_bytes, table_profiles, table_bytes, cached_profiles, took } =
+        read;
+    json!({
+        "segment_profiles": segment_profiles, "segment_bytes": segment_bytes, "table_profiles": table_profiles,
+        "table_bytes": table_bytes, "cached_profiles": cached_profiles, "took_ms": span_millis(*took),
+    })
 }
 
 /// Formats a number with its noun in singular or plural: `1 rule`, `3 rules`.

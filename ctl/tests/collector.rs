@@ -439,17 +439,22 @@ async fn profiles_are_listed_downloaded_merged_and_compared() {
     assert_eq!(done.code, 0, "{}", done.err);
     let profile = pprof::decode(&std::fs::read(&merged).unwrap(), 1 << 20).unwrap();
     assert_eq!(pprof::check(&profile).unwrap().totals, [100, 1_000_000_000]);
+    let read = done.out.lines().nth(1).unwrap();
+    assert!(read.starts_with("2 profiles, ") && read.contains(" B read in "), "{read}");
 
     let top = setup.ctl("top -q {service_name=\"app\"}").await.out;
     assert!(top.starts_with("cpu/nanoseconds: 1.00s in total"), "{top}");
     assert!(top.lines().nth(2).unwrap().contains("800.00ms  80.00%"), "{top}");
     let flame = setup.ctl("flame -q {service_name=\"app\"}").await.out;
+    let read = flame.lines().nth(1).unwrap();
+    assert!(read.starts_with("2 profiles, in the collector's memory from an earlier query;"), "{read}");
     assert!(flame.contains("████████░░  80.00%  800.00ms"), "{flame}");
     let file = setup.ctl(&format!("flame --input {} --type samples/count", merged.display())).await.out;
     assert!(file.starts_with("samples/count: 100 in total"), "{file}");
     let json: Value =
         serde_json::from_str(&setup.ctl("flame -q {service_name=\"app\"} -o json").await.out).unwrap();
     assert_eq!(json["root"]["children"][0]["name"], "main");
+    assert_eq!((&json["read"]["segment_profiles"], &json["read"]["cached_profiles"]), (&json!(2), &json!(2)));
 
     let diff =
         setup.ctl("profiles diff -q {service_name=\"app\"} --base-query {service_name=\"other\"}").await.out;

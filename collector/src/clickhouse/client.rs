@@ -64,15 +64,16 @@ impl HttpInterface {
         })
     }
 
-    /// Runs a statement in the format RowBinary, and calls `each` for every row. Dropping the future ends the statement on the server.
+    /// Runs a statement in the format RowBinary, and calls `each` for every row. Returns the bytes that the server has read, by its own
+    /// count. Dropping the future ends the statement on the server.
     pub(super) async fn select(
         &self,
         statement: String,
         each: impl FnMut(&mut Row<'_>) -> Result<(), RowError>,
-    ) -> Result<(), ClickHouseError> {
+    ) -> Result<u64, ClickHouseError> {
         let outcome = self.run(statement, each).await;
         let outcome_name = match &outcome {
-            Ok(()) => "answered",
+            Ok(_) => "answered",
             Err(ClickHouseError::Limit(_)) => "limit",
             Err(_) => "failed",
         };
@@ -87,7 +88,7 @@ impl HttpInterface {
         &self,
         statement: String,
         mut each: impl FnMut(&mut Row<'_>) -> Result<(), RowError>,
-    ) -> Result<(), ClickHouseError> {
+    ) -> Result<u64, ClickHouseError> {
         if statement.len() > MAX_STATEMENT_BYTES {
             return Err(ClickHouseError::Limit(
                 "the statement for ClickHouse is too long: choose a shorter range or fewer series".to_owned(),
@@ -115,7 +116,7 @@ impl HttpInterface {
         if !response.status().is_success() {
             return Err(self.refused(response).await);
         }
-        self.count(&response);
+        let read = self.count(&response);
         let (mut left, mut buffer) = (MAX_ANSWER_BYTES, Vec::new());
         while let Some(chunk) = response.chunk().await.map_err(|error| self.broken(&error))? {
             left = left.checked_sub(chunk.len() as u64).ok_or_else(too_large)?;
@@ -135,7 +136,7 @@ impl HttpInterface {
             }
             buffer.drain(..done);
         }
-        if buffer.is_empty() { Ok(()) } else { Err(self.damaged()) }
+        if buffer.is_empty() { Ok(read) } else { Err(self.damaged()) }
     }
 
     /// Returns the URL with the settings of a statement.
@@ -160,14 +161,16 @@ impl HttpInterface {
         url
     }
 
-    /// Counts what the server has read.
-    fn count(&self, response: &Response) {
+    /// Counts what the server has read. Returns the bytes.
+    fn count(&self, response: &Response) -> u64 {
         let summary = response.headers().get("X-ClickHouse-Summary").and_then(|value| value.to_str().ok());
         let summary: serde_json::Value =
             summary.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
         let number = |name: &str| summary[name].as_str().and_then(|text| text.parse().ok()).unwrap_or(0_u64);
-        self.metrics.clickhouse_read_bytes.inc_by(number("read_bytes"));
+        let bytes = number("read_bytes");
+        self.metrics.clickhouse_read_bytes.inc_by(bytes);
         self.metrics.clickhouse_read_rows.inc_by(number("read_rows"));
+        bytes
     }
 
     fn broken(&self, error: &reqwest::Error) -> ClickHouseError {

@@ -160,23 +160,24 @@ impl LabelSet {
 }
 
 impl ClickHouse {
-    /// Returns the kinds of profiles in the tables.
-    pub(crate) async fn kinds(&self, of: &TableSelection) -> Result<Vec<TableKind>, ClickHouseError> {
+    /// Returns the kinds of profiles in the tables, and the bytes that ClickHouse read.
+    pub(crate) async fn kinds(&self, of: &TableSelection) -> Result<(Vec<TableKind>, u64), ClickHouseError> {
         let mut kinds = Vec::new();
         let statement = Statements { location: &self.location, of }.kinds();
-        self.http.select(statement, |row| collect(&mut kinds, TableKind::read(row)?, MAX_SUMS)).await?;
-        Ok(kinds)
+        let each = |row: &mut Row<'_>| collect(&mut kinds, TableKind::read(row)?, MAX_SUMS);
+        let read = self.http.select(statement, each).await?;
+        Ok((kinds, read))
     }
 
     /// Sums the samples of some kinds of `all`, which have the same types. The values of a stack are those that a merge of the profiles
-    /// would have. Memory grows with the distinct stacks.
+    /// would have. Also returns the bytes that ClickHouse read. Memory grows with the distinct stacks.
     pub(crate) async fn merge(
         &self,
         of: &TableSelection,
         kinds: &[TableKind],
         all: &[TableKind],
-    ) -> Result<Vec<Profile>, ClickHouseError> {
-        let Some((first, others)) = kinds.split_first() else { return Ok(Vec::new()) };
+    ) -> Result<(Vec<Profile>, u64), ClickHouseError> {
+        let Some((first, others)) = kinds.split_first() else { return Ok((Vec::new(), 0)) };
         let same = all.iter().filter(|kind| kind.types == first.types).count();
         let names: Vec<String> = kinds.iter().map(|kind| kind.name.clone()).collect();
         let shares = |other: &TableKind| {
@@ -198,14 +199,17 @@ impl ClickHouse {
             frames_left = frames_left.checked_sub(frames.len()).ok_or(RowError::TooMany)?;
             collect(&mut sums, Sum { frames, labels, values }, MAX_SUMS)
         };
-        self.http.select(statement, read).await?;
+        let mut bytes = self.http.select(statement, read).await?;
         if misses {
             return Err(self.incomplete("stacks"));
         }
         let wanted: HashSet<i64> = sums.iter().flat_map(|sum| sum.frames.iter().copied()).collect();
-        let frames = self.by_id(wanted, |ids| statements.frames(ids), Frame::read, "frames").await?;
+        let (frames, read) = self.by_id(wanted, |ids| statements.frames(ids), Frame::read, "frames").await?;
+        bytes += read;
         let wanted: HashSet<i64> = sums.iter().map(|sum| sum.labels).filter(|id| *id != 0).collect();
-        let labels = self.by_id(wanted, |ids| statements.labels(ids), LabelSet::read, "labels").await?;
+        let (labels, read) =
+            self.by_id(wanted, |ids| statements.labels(ids), LabelSet::read, "labels").await?;
+        bytes += read;
         let types: Vec<(&str, &str)> = first.types.iter().map(|name| split(name)).collect();
         let mut builder = Builder::new(first.properties.header(&types));
         fill(&mut builder, &sums, &frames, &labels);
@@ -218,18 +222,18 @@ impl ClickHouse {
         }
         first.properties.comments.iter().for_each(|comment| builder.comment(comment));
         profiles.push(builder.finish());
-        Ok(profiles)
+        Ok((profiles, bytes))
     }
 
-    /// Reads rows by their ids, a part of the ids at a time.
+    /// Reads rows by their ids, a part of the ids at a time. Also returns the bytes that ClickHouse read.
     async fn by_id<T>(
         &self,
         ids: HashSet<i64>,
         statement: impl Fn(&[i64]) -> String,
         read: impl Fn(&mut Row<'_>) -> Result<(i64, T), RowError>,
         table: &'static str,
-    ) -> Result<HashMap<i64, T>, ClickHouseError> {
-        let (mut rows, wanted) = (HashMap::with_capacity(ids.len()), ids.len());
+    ) -> Result<(HashMap<i64, T>, u64), ClickHouseError> {
+        let (mut rows, wanted, mut bytes) = (HashMap::with_capacity(ids.len()), ids.len(), 0);
         let mut ids: Vec<i64> = ids.into_iter().collect();
         // Neighbours are in the same files.
         ids.sort_unstable();
@@ -239,9 +243,9 @@ impl ClickHouse {
                 rows.insert(id, value);
                 Ok(())
             };
-            self.http.select(statement(part), each).await?;
+            bytes += self.http.select(statement(part), each).await?;
         }
-        if rows.len() == wanted { Ok(rows) } else { Err(self.incomplete(table)) }
+        if rows.len() == wanted { Ok((rows, bytes)) } else { Err(self.incomplete(table)) }
     }
 
     fn incomplete(&self, table: &str) -> ClickHouseError {

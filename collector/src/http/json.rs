@@ -49,6 +49,25 @@ pub(super) fn profiles(profiles: &[api::ProfileInfo], next_page_token: &str) -> 
     json!({ "profiles": profiles, "next_page_token": next_page_token })
 }
 
+/// Returns what a query read. The time has parts of a millisecond.
+pub(super) fn read_report(read: Option<&api::ReadReport>) -> Value {
+    let Some(read) = read else { return Value::Null };
+    let api::ReadReport {
+        segment_profiles,
+        segment_bytes,
+        table_profiles,
+        table_bytes,
+        cached_profiles,
+        took,
+    } = read;
+    let took =
+        took.as_ref().map_or(0.0, |took| took.seconds as f64 * 1e3 + f64::from(took.nanos / 1000) / 1e3);
+    json!({
+        "segment_profiles": segment_profiles, "segment_bytes": segment_bytes, "table_profiles": table_profiles,
+        "table_bytes": table_bytes, "cached_profiles": cached_profiles, "took_ms": took,
+    })
+}
+
 /// Returns a flame graph. The code is free of recursion, because a stack may have a thousand frames.
 pub(super) fn flamegraph(graph: &api::FlameGraphResponse) -> String {
     let api::FlameGraphResponse {
@@ -62,10 +81,12 @@ pub(super) fn flamegraph(graph: &api::FlameGraphResponse) -> String {
         nodes: _,
         unreadable_profiles,
         names_incomplete,
+        read,
     } = graph;
     let head = json!({
         "unit": unit, "sample_type": sample_type, "total": total, "base_total": base_total, "profiles": profiles,
         "base_profiles": base_profiles, "unreadable_profiles": unreadable_profiles, "names_incomplete": names_incomplete,
+        "read": read_report(read.as_ref()),
     });
     let mut out = head.to_string();
     out.pop();
@@ -151,6 +172,7 @@ pub(super) fn top(top: &api::TopResponse) -> Value {
     json!({
         "unit": top.unit, "sample_type": top.sample_type, "total": top.total, "base_total": top.base_total,
         "rows": rows, "unreadable_profiles": top.unreadable_profiles, "names_incomplete": top.names_incomplete,
+        "read": read_report(top.read.as_ref()),
     })
 }
 

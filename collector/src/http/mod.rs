@@ -149,6 +149,9 @@ type ApiResult<T = axum::Json<serde_json::Value>> = Result<T, ApiError>;
 /// Tells the reader of a download that the search for names in debug information ran out of time.
 const NAMES_INCOMPLETE: HeaderName = HeaderName::from_static("gannet-names-incomplete");
 
+/// Has what the collector read for a download, as JSON.
+const READ: HeaderName = HeaderName::from_static("gannet-read");
+
 fn download(name: &str, Download { bytes, lacks_names }: Download) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
@@ -202,7 +205,12 @@ async fn merge(State(state): State<HttpState>, params: RawParams) -> ApiResult<R
     let progress: Arc<MergeProgress> = Arc::default();
     let bytes = state.query.merge(&params.selection()?, params.text("type"), &progress).await?;
     let lacks_names = progress.lacks_names.load(Ordering::Relaxed);
-    Ok(download("gannet", Download { bytes, lacks_names }))
+    let mut response = download("gannet", Download { bytes, lacks_names });
+    let read = json::read_report(Some(&progress.report())).to_string();
+    if let Ok(read) = HeaderValue::from_str(&read) {
+        response.headers_mut().insert(READ, read);
+    }
+    Ok(response)
 }
 
 async fn flamegraph(State(state): State<HttpState>, params: RawParams) -> ApiResult<Response> {

@@ -7,7 +7,12 @@ use gannet_proto::{
     query as api,
 };
 
-use super::{Query, QueryError, merge::Merged, select::Selection, unit_of};
+use super::{
+    Query, QueryError,
+    merge::{MergeProgress, Merged},
+    select::Selection,
+    unit_of,
+};
 
 /// Nodes of a flame graph without `max_nodes`, and the highest `max_nodes`.
 const DEFAULT_FLAME_NODES: u32 = 20_000;
@@ -21,6 +26,7 @@ struct Comparison {
     main: Option<Arc<Merged>>,
     base: Option<Arc<Merged>>,
     sample_type: String,
+    progress: Arc<MergeProgress>,
 }
 
 /// The form of a graph or table.
@@ -68,7 +74,7 @@ impl Query {
         base: Option<&Selection>,
         sample_type: &str,
     ) -> Result<Comparison, QueryError> {
-        let progress = Arc::default();
+        let progress: Arc<MergeProgress> = Arc::default();
         let main = self.merged(selection, sample_type, &progress).await?;
         let wanted = main.as_ref().map_or_else(|| sample_type.to_owned(), |(_, chosen)| chosen.clone());
         let base = match base {
@@ -76,7 +82,8 @@ impl Query {
             None => None,
         };
         let chosen = main.as_ref().or(base.as_ref()).map_or(wanted, |(_, chosen)| chosen.clone());
-        Ok(Comparison { main: main.map(|(m, _)| m), base: base.map(|(m, _)| m), sample_type: chosen })
+        let (main, base) = (main.map(|(m, _)| m), base.map(|(m, _)| m));
+        Ok(Comparison { main, base, sample_type: chosen, progress })
     }
 
     /// Returns a flame graph of the selection, compared with `base` if given.
@@ -100,13 +107,14 @@ impl Query {
                 unit: unit_of(&compared.sample_type),
                 total: root.total,
                 base_total: root.base_total,
-                profiles: compared.main.as_ref().map_or(0, |m| m.profiles),
-                base_profiles: compared.base.as_ref().map_or(0, |m| m.profiles),
+                profiles: compared.main.as_ref().map_or(0, |m| m.origin.profiles()),
+                base_profiles: compared.base.as_ref().map_or(0, |m| m.origin.profiles()),
                 root: Some(root),
                 unreadable_profiles: compared.unreadable(),
                 names_incomplete: compared.lacks_names(),
                 sample_type: compared.sample_type,
                 nodes: Vec::new(),
+                read: Some(compared.progress.report()),
             })
         })
         .await
@@ -137,6 +145,7 @@ impl Query {
                 unreadable_profiles: compared.unreadable(),
                 names_incomplete: compared.lacks_names(),
                 sample_type: compared.sample_type,
+                read: Some(compared.progress.report()),
             })
         })
         .await

@@ -157,6 +157,7 @@ impl QueryService for QueryGrpc {
                     profiles_total: progress.total.load(Ordering::Relaxed),
                     profiles_unreadable: progress.unreadable.load(Ordering::Relaxed),
                     names_incomplete: progress.lacks_names.load(Ordering::Relaxed),
+                    read: Some(progress.report()),
                 };
                 Ok(api::MergeProgress { message: Some(Message::Progress(step)) })
             };

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use gannet_proto::{
     pprof::{self, Merger},
     profiles::Profile,
+    query as api,
 };
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Query, QueryError, SpanFilter,
+    read::{Origin, ReadCounts},
     select::{Found, FoundKind, Selection},
     sources::{Sources, TableSum},
 };
@@ -50,8 +52,8 @@ const CACHED_MERGES: usize = 1024;
 #[derive(Clone)]
 pub(crate) struct Merged {
     pub(crate) profile: Arc<Profile>,
-    /// Number of its sources.
-    pub(super) profiles: u64,
+    /// Numbers of its sources.
+    pub(super) origin: Origin,
     /// Number of profiles that it lacks, because their objects are damaged.
     pub(super) unreadable: u64,
     /// Estimated memory, in bytes.
@@ -119,7 +121,7 @@ impl Merges {
     }
 }
 
-/// Counts of a merge under way, for its caller.
+/// Counts of merges under way, for their caller.
 #[derive(Default)]
 pub(crate) struct MergeProgress {
     /// Profiles read so far.
@@ -130,6 +132,15 @@ pub(crate) struct MergeProgress {
     pub(crate) unreadable: AtomicU64,
     /// The search for names in debug information ran out of time. Known at the end.
     pub(crate) lacks_names: AtomicBool,
+    /// Counts of what the merges read.
+    pub(super) read: ReadCounts,
+}
+
+impl MergeProgress {
+    /// Returns what the merges have read by now.
+    pub(crate) fn report(&self) -> api::ReadReport {
+        self.read.report()
+    }
 }
 
 /// Fate of one profile of a merge.
@@ -215,8 +226,12 @@ impl Query {
         // Names from removed files must disappear.
         hash.update(version.removed.to_be_bytes());
         let hash: [u8; 32] = hash.finalize().into();
+        if let Some(tables) = &tables {
+            progress.read.add_tables(tables.read_bytes);
+        }
         if let Some(merged) = self.merges.cache.get(&hash) {
             progress.done.store(total, Ordering::Relaxed);
+            progress.read.add_cached(&merged.origin);
             self.metrics.cache_hits.inc();
             return Ok(Some(self.with_names(merged, version, hash).await));
         }
@@ -225,19 +240,21 @@ impl Query {
         let cancelled = CancellationToken::new();
         let _guard = cancelled.clone().drop_guard();
         let sums = match &tables {
-            Some(tables) => self.sums(tables).await?,
+            Some(tables) => {
+                let (sums, read) = self.sums(tables).await?;
+                progress.read.add_tables(read);
+                sums
+            }
             None => Vec::new(),
         };
         progress.done.fetch_add(in_tables, Ordering::Relaxed);
-        let (runtime, progress) = (Handle::current(), Arc::clone(progress));
-        let merged = self
-            .blocking(move |q| q.merge_profiles(&runtime, &profiles, sums, &cancelled, &progress))
-            .await?;
-        let merged = merged.map(|merged| Merged { profiles: merged.profiles + in_tables, ..merged });
-        match merged {
-            None => Ok(None),
-            Some(merged) => Ok(Some(self.with_names(Arc::new(merged), version, hash).await)),
-        }
+        let (runtime, of) = (Handle::current(), Arc::clone(progress));
+        let merged =
+            self.blocking(move |q| q.merge_profiles(&runtime, &profiles, sums, &cancelled, &of)).await?;
+        let Some(mut merged) = merged else { return Ok(None) };
+        merged.origin.tables = in_tables;
+        progress.read.add_merged(&merged.origin);
+        Ok(Some(self.with_names(Arc::new(merged), version, hash).await))
     }
 
     /// Waits until the query may read profiles: it takes several threads.
@@ -259,7 +276,7 @@ impl Query {
         let merged = Arc::new(Merged {
             weight: weight(&profile),
             profile,
-            profiles: merged.profiles,
+            origin: merged.origin,
             unreadable: merged.unreadable,
             names: Some(NamesState { version, is_complete, at, retry_at }),
         });
@@ -313,7 +330,7 @@ impl Query {
         Ok(Some(Merged {
             weight: weight(&profile),
             profile: Arc::new(profile),
-            profiles,
+            origin: Origin { segments: profiles, tables: 0 },
             unreadable,
             names: None,
         }))
@@ -351,8 +368,9 @@ impl Query {
     ) -> Result<(Option<Profile>, SourceCounts), QueryError> {
         let (mut merger, mut counts) = (Merger::new(), SourceCounts::default());
         for (location, profile) in self.read_each(runtime, locations, cancelled) {
-            counts.read_bytes +=
-                profile.as_ref().map_or(0, |found| found.as_ref().map_or(0, Bytes::len)) as u64;
+            let bytes = profile.as_ref().map_or(0, |found| found.as_ref().map_or(0, Bytes::len)) as u64;
+            counts.read_bytes += bytes;
+            progress.read.add_segments(bytes);
             match self.merge_one(location, profile, &mut merger)? {
                 Source::Merged => counts.merged += 1,
                 Source::Removed => {}

@@ -5,6 +5,7 @@ mod graph;
 mod grpc;
 mod heatmap;
 mod merge;
+mod read;
 mod select;
 mod selected;
 mod sources;

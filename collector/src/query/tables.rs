@@ -137,7 +137,7 @@ impl Query {
         });
         let (mut found, excluded) = outside.await?;
         let of = Arc::new(TableSelection { versions, from_ms, until_ms, conditions, excluded });
-        let kinds = clickhouse.kinds(&of).await?;
+        let (kinds, mut read_bytes) = clickhouse.kinds(&of).await?;
         let all: Arc<[TableKind]> = kinds.into();
         let mut sums: Vec<TableSum> = Vec::new();
         for kind in all.iter().filter(|kind| keep_kind(kind)) {
@@ -147,6 +147,8 @@ impl Query {
                     of: Arc::clone(&of),
                     kinds: vec![kind.clone()],
                     all: Arc::clone(&all),
+                    // Counts once.
+                    read_bytes: std::mem::take(&mut read_bytes),
                 }),
             }
         }
@@ -156,11 +158,11 @@ impl Query {
         Ok(found)
     }
 
-    /// Lets ClickHouse merge profiles of the tables.
-    pub(super) async fn sums(&self, of: &TableSum) -> Result<Vec<Profile>, QueryError> {
-        let Some(clickhouse) = &self.clickhouse else { return Ok(Vec::new()) };
-        let merged = clickhouse.merge(&of.of, &of.kinds, &of.all).await?;
+    /// Lets ClickHouse merge profiles of the tables. Also returns the bytes that it read.
+    pub(super) async fn sums(&self, of: &TableSum) -> Result<(Vec<Profile>, u64), QueryError> {
+        let Some(clickhouse) = &self.clickhouse else { return Ok((Vec::new(), 0)) };
+        let (merged, read) = clickhouse.merge(&of.of, &of.kinds, &of.all).await?;
         self.metrics.clickhouse_profiles.inc_by(of.profiles());
-        Ok(merged)
+        Ok((merged, read))
     }
 }

@@ -2,15 +2,20 @@ use std::collections::BTreeMap;
 
 use gannet_collector::{Collector, Running};
 use gannet_proto::{
+    ingest::Batch,
     pprof::{check, decode},
     query::{
         FlameGraphRequest, FlameNode, LabelNamesRequest, LabelValuesRequest, ListProfilesRequest,
-        MergeRequest, Selection, SeriesRequest, TimelineRequest, TopRequest, merge_progress,
+        MergeRequest, ReadReport, Selection, SeriesRequest, TimelineRequest, TopRequest, merge_progress,
     },
 };
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use tonic::Code;
+use ulid::Ulid;
 
-use crate::support::{CPU, OFF_CPU, Pusher, at, batch, config_with, now_ms, queries, start, typed_batch};
+use crate::support::{
+    CPU, OFF_CPU, Pusher, at, batch, config_with, eventually, metric, now_ms, queries, start, typed_batch,
+};
 
 const MINUTE: u64 = 60_000;
 
@@ -300,5 +305,104 @@ async fn the_deepest_accepted_stack_can_be_shown() {
         assert_eq!((node.name.as_str(), node.parent as usize), (&*format!("f{}", place - 1), place - 1));
     }
     assert_eq!(crate::support::get(running.http_addr, "/livez").await.status, 200);
+    running.shutdown().await;
+}
+
+/// Checks the report of each form of an answer: the bytes are those of the stored profiles, and an earlier merge reads none.
+#[tokio::test]
+async fn an_answer_states_what_the_query_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = start(dir.path()).await;
+    let t0 = now_ms() - 30 * MINUTE;
+    fill(&running, t0).await;
+    let mut client = queries(&running).await;
+    let lists = client.clone();
+    let bytes = |query: &str, until: u64| {
+        let request =
+            ListProfilesRequest { selection: range(query, t0, until), limit: 1000, ..Default::default() };
+        let mut client = lists.clone();
+        async move {
+            let list = client.list_profiles(request).await.unwrap().into_inner().profiles;
+            list.iter().map(|p| p.bytes).sum::<u64>()
+        }
+    };
+    let (shop, cart) = (r#"{service_name="shop"}"#, r#"{service_name="cart"}"#);
+    let until = t0 + 5 * MINUTE;
+    let cart_bytes = bytes(cart, until).await;
+    let request = FlameGraphRequest { selection: range(cart, t0, until), ..Default::default() };
+    let read = client.flame_graph(request.clone()).await.unwrap().into_inner().read.unwrap();
+    assert!(cart_bytes > 0 && read.took.is_some());
+    let wanted = ReadReport { segment_profiles: 5, segment_bytes: cart_bytes, ..ReadReport::default() };
+    assert_eq!(ReadReport { took: None, ..read }, wanted);
+    // The table needs no second merge.
+    let top = TopRequest { selection: range(cart, t0, until), ..Default::default() };
+    let read = client.top(top).await.unwrap().into_inner().read.unwrap();
+    let wanted = ReadReport { segment_profiles: 5, cached_profiles: 5, ..ReadReport::default() };
+    assert_eq!(ReadReport { took: None, ..read }, wanted);
+    // A comparison has the sum of both sides, of which one is in the cache. All profiles of the shop are 10 in the range, half of them
+    // of another type.
+    let sample_type = "cpu/nanoseconds".to_owned();
+    let compared = FlameGraphRequest { base: range(shop, t0, until), sample_type, ..request };
+    let read = client.flame_graph(compared).await.unwrap().into_inner().read.unwrap();
+    assert_eq!((read.segment_profiles, read.cached_profiles), (10, 5));
+    assert!(read.segment_bytes > 0 && read.segment_bytes < bytes(shop, until).await);
+
+    let merged =
+        crate::support::get(running.http_addr, &format!("/api/v1/merge?query={cart}&from={t0}")).await;
+    let read: serde_json::Value = serde_json::from_str(&merged.headers["gannet-read"]).unwrap();
+    assert_eq!(read["segment_profiles"], 20);
+    assert_eq!(read["segment_bytes"], bytes(cart, now_ms()).await);
+    let graph =
+        crate::support::get(running.http_addr, &format!("/api/v1/flamegraph?query={cart}&from={t0}")).await;
+    assert_eq!(graph.json()["read"]["cached_profiles"], 20);
+    assert!(graph.json()["read"]["took_ms"].as_f64().unwrap() > 0.0);
+    let mut stream = client
+        .merge(MergeRequest { selection: range(cart, t0, until), ..Default::default() })
+        .await
+        .unwrap()
+        .into_inner();
+    let mut last = None;
+    while let Some(step) = stream.message().await.unwrap() {
+        if let Some(merge_progress::Message::Progress(progress)) = step.message {
+            last = progress.read;
+        }
+    }
+    assert_eq!(last.unwrap().cached_profiles, 5);
+    running.shutdown().await;
+}
+
+/// Checks that the merge for a client ends when the client goes away: in HTTP by closing the connection, in gRPC by ending the call.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_goes_away_ends_its_merge() {
+    const PROFILES: usize = 2000;
+    let dir = tempfile::tempdir().unwrap();
+    // Without a cache, so that each request merges.
+    let config = config_with(dir.path(), |config| config.query.cache_bytes = 0);
+    let running = Collector::start(config).await.unwrap();
+    let stacks: Vec<String> = (0..300).map(|i| format!("main;f{};g{i}", i % 20)).collect();
+    let stacks: Vec<(&str, i64)> = stacks.iter().map(|stack| (stack.as_str(), 1)).collect();
+    let sent = batch("shop", now_ms() - MINUTE, &stacks);
+    let batches: Vec<_> =
+        (0..PROFILES).map(|_| Batch { batch_id: Ulid::new().to_string(), ..sent.clone() }).collect();
+    Pusher::open(running.grpc_addr).await.store_all(&batches).await;
+    let started = |merges: f64| {
+        let addr = running.http_addr;
+        eventually("the merge starts", move || async move {
+            metric(addr, "gannet_collector_query_cache_misses_total").await >= merges
+        })
+    };
+    let mut connection = TcpStream::connect(running.http_addr).await.unwrap();
+    connection.write_all(b"GET /api/v1/flamegraph HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    started(1.0).await;
+    drop(connection);
+    let mut client = queries(&running).await;
+    let call = tokio::spawn(async move { client.flame_graph(FlameGraphRequest::default()).await });
+    started(2.0).await;
+    call.abort();
+    // This merge reads all profiles, and takes at least as long as the others would.
+    let graph = crate::support::get(running.http_addr, "/api/v1/flamegraph").await.json();
+    assert_eq!(graph["profiles"], PROFILES);
+    let merged = metric(running.http_addr, "gannet_collector_query_merged_profiles_total").await;
+    assert_eq!(merged as usize, PROFILES, "an abandoned merge has read all profiles");
     running.shutdown().await;
 }

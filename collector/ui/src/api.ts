@@ -15,6 +15,19 @@ export interface FlameNode {
   children?: FlameNode[];
 }
 
+/** Where the values of an answer come from, and what the collector read for them. A comparison has the sum over both sides. */
+export interface ReadReport {
+  /** Profiles read one by one, and their compressed bytes. */
+  segment_profiles?: number;
+  segment_bytes?: number;
+  /** Profiles that ClickHouse added up from the tables. */
+  table_profiles?: number;
+  table_bytes?: number;
+  /** Those of all these whose merge was in memory from an earlier query. */
+  cached_profiles?: number;
+  took_ms?: number;
+}
+
 export interface FlameGraph {
   unit: string;
   sample_type: string;
@@ -26,6 +39,7 @@ export interface FlameGraph {
   unreadable_profiles?: number;
   /** The collector ran out of time while it searched debug information for names. */
   names_incomplete?: boolean;
+  read?: ReadReport | null;
   root?: FlameNode;
 }
 

@@ -98,6 +98,25 @@ describe("the flame graph", () => {
     });
   });
 
+  it("shows how much the collector read, and from where", async () => {
+    await on(`?${CHECKOUT}`, async (page) => {
+      await drawn(page, "shop::checkout::price_basket");
+      const note = page.getByRole("button", { name: /^What the collector read:/ });
+      assert.match(await note.textContent(), /^(\d[\d.]* \wi?B read|from memory) in /);
+      await note.focus();
+      await page.keyboard.press("Enter");
+      const box = page.getByRole("dialog", { name: /^What the collector read/ });
+      const rows = await box.locator("tbody tr").evaluateAll((rows) => rows.map((row) => [...row.cells].map((cell) => cell.textContent)));
+      assert.equal(rows[0][0], "Stored profiles, one by one");
+      // The same number of profiles as beside the total.
+      const [, profiles] = /· ([\d,]+) profile/.exec(await page.textContent(".numbers"));
+      assert.equal(rows[0][1], profiles);
+      await accessible(page);
+      await page.keyboard.press("Escape");
+      await box.waitFor({ state: "detached" });
+    });
+  });
+
   it("draws a stack of sixty frames", async () => {
     await on(`?${CHECKOUT}`, async (page) => {
       await drawn(page, "shop::checkout::price_basket");

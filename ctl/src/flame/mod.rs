@@ -7,7 +7,7 @@ use std::{fmt::Write as _, fs, time::Duration};
 
 use gannet_proto::{
     pprof::{self, FlameTree, Side},
-    query::FlameNode,
+    query::{FlameNode, ReadReport},
 };
 use model::Model;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
@@ -17,7 +17,7 @@ use crate::{
     args::{Flame, Format},
     client::{Collector, MAX_PROFILE_BYTES},
     error::Error,
-    render::{Console, amount, clean, percent},
+    render::{Console, amount, clean, percent, read_text, read_value},
 };
 
 /// A call tree with the sample type of its values.
@@ -27,6 +27,8 @@ pub(crate) struct Graph {
     unit: String,
     /// True if the nodes also hold the values of a base.
     compared: bool,
+    /// Reports of what the collector read for each side. Empty for a file.
+    read: Vec<ReadReport>,
 }
 
 impl Graph {
@@ -55,6 +57,7 @@ impl Graph {
             unit: sample_type.rsplit('/').next().unwrap_or_default().to_owned(),
             sample_type,
             compared: base.is_some(),
+            read: Vec::new(),
         })
     }
 }
@@ -66,13 +69,18 @@ pub(crate) async fn show(
     format: Format,
     console: &mut Console<'_>,
 ) -> Result<(), Error> {
-    let main = collector.merge(args.select.selection(), &args.sample_type, console).await?;
-    let base = if args.base.is_given() {
-        Some(collector.merge(args.base.selection(&args.select), &args.sample_type, console).await?)
+    let (main, read) = collector.merge(args.select.selection(), &args.sample_type, console).await?;
+    let (base, base_read) = if args.base.is_given() {
+        collector
+            .merge(args.base.selection(&args.select), &args.sample_type, console)
+            .await
+            .map(|(base, read)| (Some(base), Some(read)))?
     } else {
-        None
+        (None, None)
     };
-    present(Graph::new(&main, base.as_deref(), args)?, args, format, console)
+    let graph = Graph::new(&main, base.as_deref(), args)?;
+    let read = std::iter::once(read).chain(base_read).collect();
+    present(Graph { read, ..graph }, args, format, console)
 }
 
 /// Shows the pprof file of `--input`.
@@ -147,9 +155,14 @@ fn node_json(root: &FlameNode) -> String {
 
 /// Formats the graph as one JSON object, which is valid YAML too.
 fn graph_json(graph: &Graph) -> String {
-    let Graph { root, sample_type, unit, compared: _ } = graph;
+    let Graph { root, sample_type, unit, compared: _, read } = graph;
+    let sides = ["read", "base_read"].iter().zip(read);
+    let mut reads = String::new();
+    for (name, read) in sides {
+        let _ = write!(reads, r#""{name}":{},"#, read_value(read));
+    }
     format!(
-        r#"{{"unit":{},"sample_type":{},"total":{},"base_total":{},"root":{}}}{}"#,
+        r#"{{"unit":{},"sample_type":{},"total":{},"base_total":{},{reads}"root":{}}}{}"#,
         json!(unit),
         json!(sample_type),
         root.total,
@@ -164,7 +177,7 @@ const BAR_CHARS: usize = 10;
 
 /// Formats the tree as text, without functions below `min_percent` of the total.
 fn tree(graph: &Graph, min_percent: f64) -> String {
-    let Graph { root, sample_type, unit, compared } = graph;
+    let Graph { root, sample_type, unit, compared, read } = graph;
     let whole = root.total.saturating_add(root.base_total);
     if whole == 0 {
         return format!("{sample_type}: no samples\n");
@@ -174,6 +187,9 @@ fn tree(graph: &Graph, min_percent: f64) -> String {
         let _ = write!(text, ", compared with {}", amount(root.base_total.into(), unit));
     }
     text.push('\n');
+    for (side, read) in ["", "base: "].iter().zip(read) {
+        let _ = writeln!(text, "{side}{}", read_text(read));
+    }
     let min_share = min_percent.max(0.0) / 100.0;
     let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
     let large = |node: &FlameNode| {
@@ -301,7 +317,13 @@ pub(crate) mod tests {
         );
         let serve = node("serve", 0, 0, vec![work, node("sys_read", 20, 60 * base, vec![])]);
         let root = node("all", 0, 0, vec![serve, node("idle_loop", 10, 0, vec![])]);
-        Graph { root, sample_type: "samples/count".to_owned(), unit: "count".to_owned(), compared }
+        Graph {
+            root,
+            sample_type: "samples/count".to_owned(),
+            unit: "count".to_owned(),
+            compared,
+            read: Vec::new(),
+        }
     }
 
     #[test]

@@ -52,7 +52,7 @@ pub(super) struct Model {
 
 impl Model {
     pub(super) fn new(graph: Graph) -> Self {
-        let Graph { root, sample_type, unit, compared } = graph;
+        let Graph { root, sample_type, unit, compared, read: _ } = graph;
         let mut nodes: Vec<Node> = Vec::new();
         let mut open = vec![(root, 0, 0)];
         while let Some((node, parent, depth)) = open.pop() {

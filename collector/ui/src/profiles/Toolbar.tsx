@@ -6,6 +6,7 @@ import { mistakeInSpans, spanParameters } from "../spans";
 import { type State, go } from "../state";
 import { clock, integer, share, typeName, value, when } from "../units";
 import { FilterChips, Filters, OF_NAMES } from "./Filters";
+import { ReadNote } from "./ReadNote";
 import { SearchField } from "./SearchField";
 import type { Selections } from "./selection";
 import type { Answers } from "./useAnswers";
@@ -39,7 +40,7 @@ function Totals({ graph, diff, drawn, total, baseTotal }: Answers) {
       <>
         <span class="big">{value(shown, unit)}</span>
         <span class="dim"> against {value(baseShown, unit)}{shown + baseShown < total + baseTotal && <> · {share(shown, total)} and {share(baseShown, baseTotal)} of the selections</>} · {integer(graph?.profiles ?? 0)} and {integer(graph?.base_profiles ?? 0)} profiles</span>
-        <Unreadable graph={graph} /><MissingNames graph={graph} />
+        <Unreadable graph={graph} /><MissingNames graph={graph} /><ReadNote read={graph?.read} />
       </>
     );
   }
@@ -48,7 +49,7 @@ function Totals({ graph, diff, drawn, total, baseTotal }: Answers) {
     <>
       <span class="big">{value(shown, unit)}</span>{" "}
       <span class="dim">{shown < total && `${share(shown, total)} of ${value(total, unit)} `}{typeName(graph.sample_type)} · {integer(graph.profiles ?? 0)} {graph.profiles === 1 ? "profile" : "profiles"}</span>
-      <Unreadable graph={graph} /><MissingNames graph={graph} />
+      <Unreadable graph={graph} /><MissingNames graph={graph} /><ReadNote read={graph?.read} />
     </>
   );
 }
