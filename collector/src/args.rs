@@ -85,6 +85,47 @@ enum Verb {
         #[arg(long)]
         yes: bool,
     },
+    /// Write stored profiles into one file, by their labels and times
+    ///
+    /// The file has each profile as its agent sent it, with labels and ledger. `gannet-collector import` adds it to another store.
+    /// It changes nothing in the store, and a collector may run meanwhile. It exits with 1 if it cannot read some objects or profiles,
+    /// which are not in the file, and with 2 if it cannot read the store or write the file.
+    Export {
+        /// Location of the profiles, as the collector has it: a directory or a bucket
+        #[arg(long, id = "export_data", value_name = "DIR|URL")]
+        data: Option<DataLocation>,
+        #[command(flatten)]
+        options: ExportOptions,
+    },
+    /// Add the profiles of an exported file to a store
+    ///
+    /// It checks the complete file first, and adds nothing of a damaged one. Profiles that the store has are not added again, so the
+    /// command can be repeated after an interruption. Stop the collector of the directory first; those of a bucket may run. The
+    /// collector removes profiles older than --retention-age. It exits with 2 if it cannot import the file.
+    Import {
+        /// Location of the profiles, as the collector has it: a directory or a bucket
+        #[arg(long, id = "import_data", value_name = "DIR|URL")]
+        data: Option<DataLocation>,
+        /// The file of `gannet-collector export`
+        file: PathBuf,
+    },
+}
+
+/// The profiles that `gannet-collector export` writes, and the file.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub struct ExportOptions {
+    /// Labels of the profiles, like `{service_name="checkout"}`
+    #[arg(long, id = "export_query", value_name = "QUERY", default_value = "{}")]
+    pub query: String,
+    /// Only profiles that start at this time or later: Unix milliseconds, `now-7d`, or RFC 3339
+    #[arg(long, value_name = "TIME")]
+    pub from: Option<String>,
+    /// Only profiles that start before this time
+    #[arg(long, value_name = "TIME")]
+    pub until: Option<String>,
+    /// File to write, a tar archive. Until it is complete, its name ends in `.partial`
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
 }
 
 /// The profiles that `gannet-collector delete` deletes.
@@ -131,6 +172,10 @@ pub enum Invocation {
     Repair(Box<Config>),
     /// Delete these profiles from the store of this configuration. If the last value is true, only count them.
     Delete(Box<Config>, Deletion, bool),
+    /// Write profiles of the store of this configuration into a file.
+    Export(Box<Config>, ExportOptions),
+    /// Add the profiles of this file to the store of this configuration.
+    Import(Box<Config>, PathBuf),
     /// Show the profile of a file (`-`: standard input) under this name on this port, or a free one for 0.
     Open(PathBuf, Option<String>, u16),
     /// Read debug information, as [`gannet_symbols::dwarf::read_debug_info`] does with these arguments.
@@ -179,9 +224,20 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         options.data = data.clone().unwrap_or(options.data);
         return Ok(Invocation::Repair(Box::new(options)));
     }
-    if let Some(Verb::Delete { data, deletion, yes }) = command {
-        options.data = data.unwrap_or(options.data);
-        return Ok(Invocation::Delete(Box::new(options), deletion, !yes));
+    match command {
+        Some(Verb::Delete { data, deletion, yes }) => {
+            options.data = data.unwrap_or(options.data);
+            return Ok(Invocation::Delete(Box::new(options), deletion, !yes));
+        }
+        Some(Verb::Export { data, options: export }) => {
+            options.data = data.unwrap_or(options.data);
+            return Ok(Invocation::Export(Box::new(options), export));
+        }
+        Some(Verb::Import { data, file }) => {
+            options.data = data.unwrap_or(options.data);
+            return Ok(Invocation::Import(Box::new(options), file));
+        }
+        _ => {}
     }
     if print_config {
         return Ok(Invocation::Print(gannet_base::to_yaml(&options)?));

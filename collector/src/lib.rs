@@ -82,7 +82,9 @@ mod time;
 mod tls;
 mod triggers;
 
-pub use args::{ArgsError, Deletion, Invocation, command, parse};
+use std::{fs::File, path::Path};
+
+pub use args::{ArgsError, Deletion, ExportOptions, Invocation, command, parse};
 pub use auth::NodeIdentity;
 pub use clickhouse::{QueryProgram, TableLocation};
 pub use collector::{Collector, Running, StartError};
@@ -90,7 +92,9 @@ pub use config::{Config, ConfigError, DataLocation};
 pub use metrics::declared_metrics;
 pub use open::{MAX_OPEN_BYTES, OpenError, Opened, open};
 pub use rules::RulesLocation;
-pub use store::{Bucket, Deleted, ObjectFault, Repair, StoreError, Verified};
+pub use store::{
+    ArchiveError, Bucket, Deleted, Exported, ImportError, Imported, ObjectFault, Repair, StoreError, Verified,
+};
 pub use tls::TlsOptions;
 
 /// Reads all objects of the store that `config` names, and all files of its tables, and calls `report` with the path and the fault of
@@ -142,17 +146,9 @@ pub async fn repair(
 /// Deletes the stored profiles with these labels that start from one time until another, or only counts them (`is_dry`). Fails if a
 /// collector uses the directory, or with a text for a wrong selector or time.
 pub async fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> Result<Deleted, DeleteError> {
-    let now_ms = time::now_ms();
-    let at = |text: &Option<String>, otherwise| {
-        text.as_deref().map_or(Ok(otherwise), |text| time::parse(text, now_ms)).map_err(DeleteError::Usage)
-    };
-    let selector = selector::Selector::parse(&deletion.query)
-        .map_err(|error| DeleteError::Usage(format!("--query: {error}")))?;
-    let doomed = store::Doomed {
-        selector: &selector,
-        from_ms: at(&deletion.from, 0)?,
-        until_ms: at(&deletion.until, u64::MAX)?,
-    };
+    let Deletion { query, from, until } = deletion;
+    let selector = parse_query(query)?;
+    let doomed = choose(&selector, from.as_deref(), until.as_deref())?;
     let (data, bucket) = (config.directory(), config.bucket());
     let _lock = store::lock_unused(data, bucket)?;
     let found = store::delete(data, bucket, &doomed, true).await?;
@@ -162,7 +158,6 @@ pub async fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> Resul
     // The entry precedes the deletion, so that a crash cannot hide the deletion.
     let rules = data.join("rules");
     if rules.is_dir() {
-        let Deletion { query, from, until } = deletion;
         let time = |text: &Option<String>| text.clone().unwrap_or_else(|| "any time".to_owned());
         let (from, until, n) = (time(from), time(until), found.profiles);
         rules::record_deletion(&rules, format!("{n} profiles with {query} from {from} until {until}"))
@@ -171,7 +166,55 @@ pub async fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> Resul
     Ok(store::delete(data, bucket, &doomed, false).await?)
 }
 
-/// The reason why a deletion failed. It may have deleted some objects; the same call deletes the rest.
+/// Writes the stored profiles with these labels that start from one time until another into a file, and calls `progress` from time to
+/// time. Changes nothing in the store. Fails with a text for a wrong selector or time.
+pub async fn export(
+    config: &Config,
+    options: &ExportOptions,
+    progress: impl FnMut(&Exported),
+) -> Result<Exported, DeleteError> {
+    let ExportOptions { query, from, until, output } = options;
+    let selector = parse_query(query)?;
+    let chosen = choose(&selector, from.as_deref(), until.as_deref())?;
+    Ok(store::export(config.directory(), config.bucket(), &chosen, query, output, progress).await?)
+}
+
+/// Adds the profiles of an exported file to the store that `config` names, and calls `progress` from time to time. Fails if a
+/// collector uses the directory, and adds nothing of a damaged file.
+pub async fn import(
+    config: &Config,
+    file: &Path,
+    progress: impl FnMut(&Imported),
+) -> Result<Imported, ImportError> {
+    let file = File::open(file).map_err(ArchiveError::Io)?;
+    let oldest_ms = time::now_ms().saturating_sub(config.store.retention_age.0.as_millis() as u64);
+    store::import(config.directory(), config.bucket(), file, oldest_ms, progress).await
+}
+
+fn parse_query(query: &str) -> Result<selector::Selector, DeleteError> {
+    selector::Selector::parse(query).map_err(|error| DeleteError::Usage(format!("--query: {error}")))
+}
+
+fn choose<'a>(
+    selector: &'a selector::Selector,
+    from: Option<&str>,
+    until: Option<&str>,
+) -> Result<store::Chosen<'a>, DeleteError> {
+    let now_ms = time::now_ms();
+    let at = |name, text: Option<&str>, otherwise| {
+        let parsed = text.map_or(Ok(otherwise), |text| time::parse(text, now_ms));
+        parsed.map_err(|error| DeleteError::Usage(format!("{name}: {error}")))
+    };
+    let (from_ms, until_ms) = (at("--from", from, 0)?, at("--until", until, u64::MAX)?);
+    if from_ms >= until_ms {
+        return Err(DeleteError::Usage(
+            "--from is not before --until: no profile is in the range".to_owned(),
+        ));
+    }
+    Ok(store::Chosen { selector, from_ms, until_ms })
+}
+
+/// The reason why a deletion or an export failed. A deletion may have deleted some objects; the same call deletes the rest.
 #[derive(Debug, thiserror::Error)]
 pub enum DeleteError {
     /// An invalid selector or time.

@@ -6,12 +6,14 @@ use std::{
     io::{self, Read as _, Write as _},
     path::Path,
     process::ExitCode,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 use gannet_base::logging::{self, LogFormat};
 use gannet_collector::{
-    ArgsError, Collector, Config, ConfigError, Deleted, Deletion, Invocation, StartError, Verified, parse,
+    ArgsError, Collector, Config, ConfigError, Deleted, Deletion, ExportOptions, Exported, Imported,
+    Invocation, StartError, Verified, parse,
 };
 use gannet_symbols::dwarf::read_debug_info;
 use tokio::signal::unix::{SignalKind, signal};
@@ -33,6 +35,8 @@ fn main() -> ExitCode {
         Ok(Invocation::Verify(config)) => return verify(&config),
         Ok(Invocation::Repair(config)) => return repair(&config),
         Ok(Invocation::Delete(config, deletion, is_dry)) => return delete(&config, &deletion, is_dry),
+        Ok(Invocation::Export(config, options)) => return export(&config, &options),
+        Ok(Invocation::Import(config, file)) => return import(&config, &file),
         Ok(Invocation::Open(file, name, port)) => return open(&file, name, port),
         Ok(Invocation::ReadDebugInfo(memory_bytes, addresses, directories)) => {
             let read = read_debug_info(memory_bytes, &addresses, directories);
@@ -160,6 +164,76 @@ fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> ExitCode {
         Ok(0) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => fail(&error, USAGE),
+    }
+}
+
+/// Writes profiles into a file. Prints the number, and the progress as an error message, which no pipe takes for the result.
+fn export(config: &Config, options: &ExportOptions) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let exported = runtime.context("cannot start threads").and_then(|runtime| {
+        let mut progress = Progress::new();
+        let exported = runtime.block_on(gannet_collector::export(config, options, |so_far| {
+            let Exported { profiles, bytes, objects, .. } = so_far;
+            progress.show(|| format!("{objects} objects read: {profiles} profiles of {bytes} bytes"));
+        }))?;
+        let Exported { profiles, bytes, damaged, unreadable, .. } = exported;
+        writeln!(io::stdout(), "exported {profiles} profiles of {bytes} bytes to {}", options.output.display())?;
+        if damaged + unreadable > 0 {
+            eprintln!(
+                "gannet-collector: left out {damaged} damaged profiles, and {unreadable} unreadable objects, which may hold \
+                 others; run `gannet-collector verify`"
+            );
+        }
+        Ok(damaged + unreadable)
+    });
+    match exported {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => fail(&error, USAGE),
+    }
+}
+
+/// Adds the profiles of a file to a store. Prints the number, and the progress as an error message.
+fn import(config: &Config, file: &Path) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let imported = runtime.context("cannot start threads").and_then(|runtime| {
+        let mut progress = Progress::new();
+        let imported = runtime.block_on(gannet_collector::import(config, file, |so_far| {
+            let Imported { added, known, .. } = so_far;
+            progress.show(|| format!("{added} profiles added, {known} already there"));
+        }));
+        let Imported { added, bytes, known, expired } =
+            imported.with_context(|| format!("cannot import {}", file.display()))?;
+        let there = if known == 0 { String::new() } else { format!("; {known} were already there") };
+        writeln!(io::stdout(), "imported {added} profiles of {bytes} bytes{there}")?;
+        if expired > 0 {
+            let age = config.store.retention_age;
+            eprintln!(
+                "gannet-collector: {expired} profiles are older than --retention-age ({age}), and the collector removes them; \
+                 start it with a longer one to keep them"
+            );
+        }
+        Ok(())
+    });
+    match imported {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error, USAGE),
+    }
+}
+
+/// Prints a line now and then.
+struct Progress(Instant);
+
+impl Progress {
+    fn new() -> Self {
+        Self(Instant::now())
+    }
+
+    fn show(&mut self, line: impl FnOnce() -> String) {
+        if self.0.elapsed() >= Duration::from_secs(10) {
+            eprintln!("{}", line());
+            self.0 = Instant::now();
+        }
     }
 }
 

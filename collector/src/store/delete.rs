@@ -23,8 +23,8 @@ use crate::selector::Selector;
 /// Number of index parts that the deletion reads together.
 const CHUNK: usize = 64;
 
-/// The profiles to delete.
-pub(crate) struct Doomed<'a> {
+/// The profiles of a deletion or an export.
+pub(crate) struct Chosen<'a> {
     pub(crate) selector: &'a Selector,
     /// Earliest start of a profile, in milliseconds since 1970.
     pub(crate) from_ms: u64,
@@ -47,9 +47,9 @@ pub struct Deleted {
     pub has_tables: bool,
 }
 
-impl Doomed<'_> {
-    fn matches(&self, meta: &ObjectMeta) -> bool {
-        // The deletion does not use the size.
+impl Chosen<'_> {
+    pub(super) fn matches(&self, meta: &ObjectMeta) -> bool {
+        // The callers do not use the size.
         describe(meta, 1, 0).is_some_and(|(labels, key, _)| {
             (self.from_ms..self.until_ms).contains(&key.start_ms) && self.selector.matches(&labels)
         })
@@ -60,7 +60,7 @@ impl Doomed<'_> {
 pub(crate) async fn delete(
     data: &Path,
     bucket: Option<&Bucket>,
-    doomed: &Doomed<'_>,
+    doomed: &Chosen<'_>,
     is_dry: bool,
 ) -> Result<Deleted, StoreError> {
     // A directory without a store stays as it is.
@@ -98,7 +98,7 @@ pub(crate) async fn delete(
 /// Returns the totals, and the objects with matching batches, each with the hour of its directory.
 async fn find(
     objects: &Objects,
-    doomed: &Doomed<'_>,
+    doomed: &Chosen<'_>,
 ) -> Result<(Deleted, Vec<(u64, ObjectName)>), StoreError> {
     let (mut deleted, mut found) = (Deleted::default(), Vec::new());
     for hour in objects.hours().await? {
@@ -145,7 +145,7 @@ async fn find(
 }
 
 /// Writes the other batches of a segment as a new segment of the same time. Damaged profiles stay damaged.
-async fn rewrite(objects: &Objects, id: Ulid, doomed: &Doomed<'_>) -> Result<(), StoreError> {
+async fn rewrite(objects: &Objects, id: Ulid, doomed: &Chosen<'_>) -> Result<(), StoreError> {
     let Some(bytes) = objects.segment(id).await? else { return Ok(()) };
     // The search has just read its index part.
     let entries = segment::read_index(id, &bytes).map_err(|_| StoreError::Damaged(id))?;

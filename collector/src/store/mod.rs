@@ -13,12 +13,15 @@
 //! Other modules see four things of the store: [`Store`] for reading, [`BatchQueue`] for handing in a [`NewBatch`],
 //! [`StoreWriter`] for the task that changes the store, and [`StoreOptions`]. Objects, index and state stay inside.
 
+mod archive;
 mod bucket;
 mod copies;
 mod delete;
 mod describe;
+mod export;
 mod follow;
 pub(crate) mod fuzz;
+mod import;
 mod index;
 mod meta;
 mod object;
@@ -52,13 +55,18 @@ use tokio::runtime::Handle;
 use ulid::Ulid;
 
 pub use self::{
+    archive::ArchiveError,
     bucket::Bucket,
     delete::Deleted,
+    export::Exported,
+    import::{ImportError, Imported},
     repair::Repair,
     verify::{ObjectFault, Verified},
 };
 pub(crate) use self::{
-    delete::{Doomed, delete},
+    delete::{Chosen, delete},
+    export::export,
+    import::import,
     index::{ProfileLocation, StoredProfile},
     meta::TypeTotal,
     object::ObjectKey,

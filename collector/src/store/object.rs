@@ -252,6 +252,11 @@ impl Objects {
         Ok(Self { durable: Arc::clone(&store), relaxed: store, root: None, block_bytes: 1 })
     }
 
+    /// Wraps the objects of a directory or bucket for a reader beside a collector, which changes nothing.
+    pub(super) fn to_read(objects: Arc<dyn ObjectStore>) -> Self {
+        Self { durable: Arc::clone(&objects), relaxed: objects, root: None, block_bytes: 1 }
+    }
+
     /// Reports whether other collectors may change the objects too.
     pub(super) fn is_shared(&self) -> bool {
         self.root.is_none()

@@ -294,7 +294,7 @@ fn is_cut_header(header: &[u8]) -> bool {
 }
 
 /// Reports whether these bytes are complete members of gzip with right checksums. A ledger without a profile has none.
-async fn is_gzip(bytes: Bytes) -> bool {
+pub(super) async fn is_gzip(bytes: Bytes) -> bool {
     let inflate = move || {
         bytes.is_empty()
             || io::copy(&mut flate2::read::MultiGzDecoder::new(&bytes[..]), &mut io::sink()).is_ok()

@@ -9,6 +9,7 @@ mod debuginfo;
 mod delete;
 mod disk;
 mod disk_use;
+mod export;
 mod faults;
 mod faulty_s3;
 mod fleet;
