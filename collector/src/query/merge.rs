@@ -171,6 +171,7 @@ impl Query {
         progress: &Arc<MergeProgress>,
     ) -> Result<Option<(Arc<Merged>, String)>, QueryError> {
         let found = self.found(selection).await?;
+        progress.read.add_tables(found.table_bytes);
         let mut first = None;
         for mergeable in found.mergeable(selection, sample_type)? {
             let sample_type = mergeable.sample_type().to_owned();
@@ -226,9 +227,6 @@ impl Query {
         // Names from removed files must disappear.
         hash.update(version.removed.to_be_bytes());
         let hash: [u8; 32] = hash.finalize().into();
-        if let Some(tables) = &tables {
-            progress.read.add_tables(tables.read_bytes);
-        }
         if let Some(merged) = self.merges.cache.get(&hash) {
             progress.done.store(total, Ordering::Relaxed);
             progress.read.add_cached(&merged.origin);

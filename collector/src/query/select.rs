@@ -121,6 +121,8 @@ pub(crate) struct Found {
     pub(super) kinds: Vec<FoundKind>,
     profiles: usize,
     bytes: u64,
+    /// Bytes that ClickHouse has read to find the profiles of the tables.
+    pub(super) table_bytes: u64,
 }
 
 /// Profiles that have the same sample types.

@@ -21,8 +21,6 @@ pub(super) struct TableSum {
     pub(super) kinds: Vec<TableKind>,
     /// Those with other sample types too.
     pub(super) all: Arc<[TableKind]>,
-    /// Bytes that ClickHouse has read to find the kinds.
-    pub(super) read_bytes: u64,
 }
 
 impl TableSum {

@@ -137,7 +137,8 @@ impl Query {
         });
         let (mut found, excluded) = outside.await?;
         let of = Arc::new(TableSelection { versions, from_ms, until_ms, conditions, excluded });
-        let (kinds, mut read_bytes) = clickhouse.kinds(&of).await?;
+        let (kinds, read_bytes) = clickhouse.kinds(&of).await?;
+        found.table_bytes = read_bytes;
         let all: Arc<[TableKind]> = kinds.into();
         let mut sums: Vec<TableSum> = Vec::new();
         for kind in all.iter().filter(|kind| keep_kind(kind)) {
@@ -147,8 +148,6 @@ impl Query {
                     of: Arc::clone(&of),
                     kinds: vec![kind.clone()],
                     all: Arc::clone(&all),
-                    // Counts once.
-                    read_bytes: std::mem::take(&mut read_bytes),
                 }),
             }
         }
