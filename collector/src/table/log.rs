@@ -461,3 +461,38 @@ impl Log {
 fn damaged(key: &Key, reason: &str) -> TableError {
     TableError::Damaged { log: key.to_string(), reason: reason.to_owned() }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use object_store::memory::InMemory;
+
+    use super::*;
+    use crate::table::schema::SAMPLES;
+
+    /// Checks that a commit of another process is recent because it is new here, also if its clock is an hour ahead or behind.
+    #[tokio::test]
+    async fn a_new_commit_is_recent_whatever_the_other_clock_says() {
+        let objects = TableObjects { objects: Arc::new(InMemory::new()), root: None, block_bytes: 1 };
+        let log = |writer| Log::new(&SAMPLES, objects.clone(), writer);
+        let (mut other, mut own) = (log("other"), log("own"));
+        other.refresh().await.unwrap();
+        own.refresh().await.unwrap();
+        let hour_ms = time::HOUR_MS;
+        for wrong in [time::now_ms() + hour_ms, time::now_ms() - hour_ms] {
+            let info = CommitInfo { timestamp: wrong, ..CommitInfo::new("WRITE", "other") };
+            let commit = encode(&[Action { commit_info: Some(info), ..Action::default() }]).unwrap();
+            let key = own.commit_key(own.next_version());
+            objects.objects.put(&key, commit.into()).await.unwrap();
+            let before = time::now_ms();
+            own.refresh().await.unwrap();
+            let seen = own.other_writer().unwrap();
+            assert!((before..=time::now_ms()).contains(&seen.at_ms), "{seen:?}");
+            // A process that starts knows only what the commit says.
+            let mut started = log("started");
+            started.refresh().await.unwrap();
+            assert_eq!(started.other_writer().unwrap().at_ms, wrong);
+        }
+    }
+}
