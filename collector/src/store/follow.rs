@@ -85,6 +85,14 @@ impl Follower {
         }
     }
 
+    /// Ends a listing that is under way, which otherwise keeps the store open for a moment.
+    pub(super) async fn end(self) {
+        if let Some(listing) = self.listing {
+            listing.abort();
+            let _ = listing.await;
+        }
+    }
+
     /// Waits for the next listing and returns its result. Dropping the future loses nothing.
     pub(super) async fn listed(&mut self) -> Result<Listed, StoreError> {
         loop {

@@ -174,6 +174,9 @@ impl StoreWriter {
                 next_retention = Instant::now() + wait;
             }
         }
+        if let Some(follower) = follower {
+            follower.end().await;
+        }
     }
 }
 

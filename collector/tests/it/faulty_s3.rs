@@ -269,6 +269,11 @@ async fn answer(State(FaultyS3(proxy)): State<FaultyS3>, request: Request) -> Re
 impl Proxy {
     async fn forward(&self, parts: Parts, body: Bytes) -> Response {
         let Parts { method, uri, headers, .. } = parts;
+        let key = key(&uri);
+        // Before the server has it: a listing at the same time must not show it.
+        if method == Method::PUT {
+            self.state.lock().unwrap().note_written(key.clone());
+        }
         let url = format!("{}{}", self.upstream, uri.path_and_query().unwrap());
         let sent = self.client.request(method.clone(), url).headers(headers).body(body).send().await;
         let answer = sent.unwrap();
@@ -277,10 +282,7 @@ impl Proxy {
             headers.remove(name);
         }
         let bytes = answer.bytes().await.unwrap();
-        let key = key(&uri);
-        if method == Method::PUT && status.is_success() {
-            self.state.lock().unwrap().note_written(key);
-        } else if method == Method::GET && key.is_empty() && status.is_success() {
+        if method == Method::GET && key.is_empty() && status.is_success() {
             let listing = std::str::from_utf8(&bytes).unwrap();
             return filtered(status, headers, self.state.lock().unwrap().filter(listing));
         }
