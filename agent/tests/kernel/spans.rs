@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io::{BufRead as _, BufReader},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, Mutex},
     thread,
@@ -133,13 +133,13 @@ fn library(name: &str, flags: &[&str]) -> PathBuf {
     program(name, VARIABLE, &[&["-shared", "-fPIC"], flags].concat())
 }
 
-/// A program that links a library with the variable.
+/// A program that links a library with the variable. It finds the library by its own place, so that both can be copied to another system.
 fn linked(what: &str, flags: &[&str]) -> Command {
     let file = format!("libspans-{what}.so");
     let library = library(&file, &[flags, &[&format!("-Wl,-soname,{file}")]].concat());
-    let directory = library.parent().unwrap().to_str().unwrap();
+    let directory = library.parent().and_then(Path::file_name).unwrap().to_str().unwrap();
     let name = format!("-l:{file}");
-    let (search, path) = (format!("-L{directory}"), format!("-Wl,-rpath,{directory}"));
+    let (search, path) = (format!("-L../../{directory}"), format!("-Wl,-rpath,$ORIGIN/../{directory}"));
     Command::new(program(&format!("spans-{what}"), PROGRAM, &["-pthread", &search, &path, &name]))
 }
 

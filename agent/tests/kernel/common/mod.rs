@@ -61,7 +61,7 @@ pub(crate) enum Language {
 }
 
 /// Compiles a C program (or, with `-shared`, a library) by `gcc -O2` and `flags`, and returns its path. As shipped software it
-/// has no frame pointers, unless the flags add them.
+/// has no frame pointers, unless the flags add them. The compiler runs in a directory within that of the program.
 pub(crate) fn program(name: &str, source: &str, flags: &[&str]) -> PathBuf {
     program_in(Language::C, name, source, flags)
 }
@@ -104,7 +104,7 @@ fn compile(language: Language, source: &str, flags: &[&str], work: &Path, output
     let file = work.join(format!("source.{ending}"));
     fs::write(&file, source).unwrap();
     let mut command = Command::new(compiler);
-    command.args(standard);
+    command.args(standard).current_dir(work);
     match language {
         // The linker wants libraries after their users.
         Language::C | Language::Cpp => command.arg("-o").arg(output).arg(&file).args(flags),
