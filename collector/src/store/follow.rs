@@ -7,7 +7,12 @@
 //!
 //! A task of its own lists, so a slow bucket does not delay the writer. The writer applies what was listed.
 
-use std::{collections::VecDeque, ops::RangeInclusive, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    ops::RangeInclusive,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
@@ -42,7 +47,8 @@ enum Step {
 /// The result of a listing.
 pub(super) enum Listed {
     New(Vec<Ulid>),
-    Hours(Vec<u64>),
+    /// Hours of the bucket.
+    Hours(BTreeSet<u64>),
     Hour(u64, HourObjects),
 }
 
@@ -155,8 +161,9 @@ impl Follower {
     async fn try_apply(&mut self, listed: Listed) -> Result<(), StoreError> {
         let (store, is_new) = (Arc::clone(&self.store), matches!(listed, Listed::New(_)));
         let Repairs { added, removed, segments, .. } = match listed {
-            Listed::Hours(hours) => {
-                self.hours = self.select(&hours);
+            Listed::Hours(mut hours) => {
+                hours.extend(blocking(move || store.index.hours()).await?);
+                self.hours = self.select(&hours.into_iter().collect::<Vec<_>>());
                 self.turn = self.turn.wrapping_add(1);
                 return Ok(());
             }
@@ -216,12 +223,7 @@ async fn list(store: Arc<Store>, step: Step) -> Result<Listed, StoreError> {
             }
             Listed::New(found)
         }
-        Step::Hours => {
-            let mut hours = store.objects.hours().await?;
-            let indexed = Arc::clone(&store);
-            hours.extend(blocking(move || indexed.index.hours()).await?);
-            Listed::Hours(hours.into_iter().collect())
-        }
+        Step::Hours => Listed::Hours(store.objects.hours().await?),
         Step::Hour(hour) => Listed::Hour(hour, store.objects.of_hour(hour).await?),
     })
 }
