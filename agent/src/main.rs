@@ -49,7 +49,7 @@ fn main() -> ExitCode {
     let code = match perform(cli.verb, &matches) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("gannet-agent: {error:#}");
+            eprintln!("gannet-agent: {}", gannet_base::with_causes(error.as_ref()));
             if is_usage(&error) { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
         }
     };

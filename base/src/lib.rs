@@ -26,7 +26,7 @@ pub use byte_size::{ByteSize, ByteSizeError};
 pub use config::{ConfigError, defaults, effective, to_yaml};
 pub use renamed::Renamed;
 pub use shell::{CompletionArgs, ManArgs};
-pub use text::{cut, head, hex};
+pub use text::{cut, head, hex, with_causes};
 pub use time_span::{TimeSpan, TimeSpanError, format_duration};
 
 #[doc(hidden)]

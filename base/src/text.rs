@@ -1,6 +1,6 @@
-//! Texts: serde support for types that have one text form, cuts between characters, hex digits.
+//! Texts: serde support for types that have one text form, cuts between characters, hex digits, errors with their causes.
 
-use std::fmt::Write as _;
+use std::{error::Error, fmt::Write as _};
 
 /// Stands at the end of a text that was cut.
 const MARK: char = '…';
@@ -27,6 +27,20 @@ pub fn hex(bytes: &[u8]) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
+}
+
+/// Returns the message of an error and those of its causes, from the outermost inwards: `what: why: why`. Leaves out a cause that the
+/// text before it states.
+pub fn with_causes(error: &(dyn Error + 'static)) -> String {
+    let (mut text, mut next) = (error.to_string(), error.source());
+    while let Some(cause) = next {
+        let message = cause.to_string();
+        if !text.contains(&message) {
+            let _ = write!(text, ": {message}");
+        }
+        next = cause.source();
+    }
+    text
 }
 
 /// Implements `Serialize` by `Display` and `Deserialize` by `FromStr`, so that flags, config files and
@@ -70,5 +84,34 @@ mod tests {
     #[test]
     fn bytes_have_two_digits_each() {
         assert_eq!((hex(&[0, 0x0a, 0xff]).as_str(), hex(&[]).as_str()), ("000aff", ""));
+    }
+
+    /// An error with its cause, which its message may state too.
+    #[derive(Debug)]
+    struct Failed(&'static str, Option<Box<Self>>);
+
+    impl std::fmt::Display for Failed {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str(self.0)
+        }
+    }
+
+    impl Error for Failed {
+        fn source(&self) -> Option<&(dyn Error + 'static)> {
+            self.1.as_deref().map(|cause| cause as _)
+        }
+    }
+
+    #[test]
+    fn an_error_states_each_cause_once() {
+        let of = |texts: [&'static str; 3]| {
+            let error = texts.into_iter().rev().fold(None, |cause, text| Some(Box::new(Failed(text, cause))));
+            with_causes(&*error.unwrap())
+        };
+        assert_eq!(of(["cannot start", "no room", "limit 5"]), "cannot start: no room: limit 5");
+        assert_eq!(
+            of(["cannot read a: is missing", "is missing", "code 2"]),
+            "cannot read a: is missing: code 2"
+        );
     }
 }

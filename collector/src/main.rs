@@ -247,7 +247,7 @@ fn summary(verified: Verified) -> String {
 
 /// Prints an error, whatever the filter of the log is.
 fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
-    eprintln!("gannet-collector: {error:#}");
+    eprintln!("gannet-collector: {}", gannet_base::with_causes(error.as_ref()));
     ExitCode::from(code)
 }
 

@@ -8,7 +8,7 @@ if pid == 0:
     os.environ["TERM"] = "xterm"
     os.execv(command[0], command)
 fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 240, 0, 0))
-seen, end, pressed = b"", time.time() + 40, False
+seen, end, pressed = b"", time.time() + 55, False
 while time.time() < end:
     # The screen shows words one by one, with commands of the terminal between them.
     if not pressed and wanted <= set(re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b" ", seen).split()):

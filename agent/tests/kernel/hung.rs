@@ -20,7 +20,7 @@ int main(void) { for (;;) NAME(); }";
 /// on a busy machine.
 const RESCUE: &str = "180";
 /// Long enough for a busy machine, and shorter than the time until the rescue.
-const TIMEOUT: Duration = Duration::from_secs(25);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn spin(name: &str) -> PathBuf {
     program(name, &SPIN.replace("NAME", &format!("{name}_leaf")), &[])
