@@ -145,10 +145,9 @@ pub async fn repair(
 
 /// Deletes the stored profiles with these labels that start from one time until another, or only counts them (`is_dry`). Fails if a
 /// collector uses the directory, or with a text for a wrong selector or time.
-pub async fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> Result<Deleted, DeleteError> {
+pub async fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> Result<Deleted, CommandError> {
     let Deletion { query, from, until } = deletion;
-    let selector = parse_query(query)?;
-    let doomed = choose(&selector, from.as_deref(), until.as_deref())?;
+    let doomed = choose(query, from.as_deref(), until.as_deref())?;
     let (data, bucket) = (config.directory(), config.bucket());
     let _lock = store::lock_unused(data, bucket)?;
     let found = store::delete(data, bucket, &doomed, true).await?;
@@ -172,10 +171,9 @@ pub async fn export(
     config: &Config,
     options: &ExportOptions,
     progress: impl FnMut(&Exported),
-) -> Result<Exported, DeleteError> {
+) -> Result<Exported, CommandError> {
     let ExportOptions { query, from, until, output } = options;
-    let selector = parse_query(query)?;
-    let chosen = choose(&selector, from.as_deref(), until.as_deref())?;
+    let chosen = choose(query, from.as_deref(), until.as_deref())?;
     Ok(store::export(config.directory(), config.bucket(), &chosen, query, output, progress).await?)
 }
 
@@ -191,23 +189,17 @@ pub async fn import(
     store::import(config.directory(), config.bucket(), file, oldest_ms, progress).await
 }
 
-fn parse_query(query: &str) -> Result<selector::Selector, DeleteError> {
-    selector::Selector::parse(query).map_err(|error| DeleteError::Usage(format!("--query: {error}")))
-}
-
-fn choose<'a>(
-    selector: &'a selector::Selector,
-    from: Option<&str>,
-    until: Option<&str>,
-) -> Result<store::Chosen<'a>, DeleteError> {
+/// Reads the choice of a command, in the words of its flags.
+fn choose(query: &str, from: Option<&str>, until: Option<&str>) -> Result<store::Chosen, CommandError> {
+    let usage = |flag: &str, error: &dyn std::fmt::Display| CommandError::Usage(format!("{flag}: {error}"));
     let now_ms = time::now_ms();
-    let at = |name, text: Option<&str>, otherwise| {
-        let parsed = text.map_or(Ok(otherwise), |text| time::parse(text, now_ms));
-        parsed.map_err(|error| DeleteError::Usage(format!("{name}: {error}")))
+    let at = |flag, text: Option<&str>, otherwise| {
+        text.map_or(Ok(otherwise), |text| time::parse(text, now_ms).map_err(|error| usage(flag, &error)))
     };
+    let selector = selector::Selector::parse(query).map_err(|error| usage("--query", &error))?;
     let (from_ms, until_ms) = (at("--from", from, 0)?, at("--until", until, u64::MAX)?);
     if from_ms >= until_ms {
-        return Err(DeleteError::Usage(
+        return Err(CommandError::Usage(
             "--from is not before --until: no profile is in the range".to_owned(),
         ));
     }
@@ -216,7 +208,7 @@ fn choose<'a>(
 
 /// The reason why a deletion or an export failed. A deletion may have deleted some objects; the same call deletes the rest.
 #[derive(Debug, thiserror::Error)]
-pub enum DeleteError {
+pub enum CommandError {
     /// An invalid selector or time.
     #[error("{0}")]
     Usage(String),

@@ -16,7 +16,10 @@ use gannet_collector::{
     Invocation, StartError, Verified, parse,
 };
 use gannet_symbols::dwarf::read_debug_info;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    runtime::Runtime,
+    signal::unix::{SignalKind, signal},
+};
 
 /// Exit code of wrong usage.
 const USAGE: u8 = 2;
@@ -104,29 +107,33 @@ fn open(file: &Path, name: Option<String>, port: u16) -> ExitCode {
     }
 }
 
+/// Runs a command on a store, which returns the number of things that are not as they should be. The program exits with 1 if there are
+/// any, and with 2 after an error.
+fn on_store(command: impl FnOnce(&Runtime) -> anyhow::Result<u64>) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    match runtime.context("cannot start threads").and_then(|runtime| command(&runtime)) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => fail(&error, USAGE),
+    }
+}
+
 /// Reads the store and prints its faults.
 fn verify(config: &Config) -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let verified = runtime.context("cannot start threads").and_then(|runtime| {
+    on_store(|runtime| {
         let mut out = io::stdout().lock();
         let verified = runtime.block_on(gannet_collector::verify(config, |object, fault| {
             // Without a reader, the exit code still shows the faults.
             let _ = writeln!(out, "{object}: {fault}");
         }))?;
         writeln!(out, "{}", summary(verified))?;
-        Ok(verified)
-    });
-    match verified {
-        Ok(Verified { faults: 0, .. }) => ExitCode::SUCCESS,
-        Ok(_) => ExitCode::FAILURE,
-        Err(error) => fail(&error, USAGE),
-    }
+        Ok(verified.faults)
+    })
 }
 
 /// Reads the store, sets its faulty objects aside, and prints them.
 fn repair(config: &Config) -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let repaired = runtime.context("cannot start threads").and_then(|runtime| {
+    on_store(|runtime| {
         let (mut out, mut left) = (io::stdout().lock(), 0);
         let verified = runtime.block_on(gannet_collector::repair(config, |object, fault, repair| {
             left += u64::from(!repair.is_done());
@@ -134,18 +141,12 @@ fn repair(config: &Config) -> ExitCode {
         }))?;
         writeln!(out, "{}, {left} of them left", summary(verified))?;
         Ok(left)
-    });
-    match repaired {
-        Ok(0) => ExitCode::SUCCESS,
-        Ok(_) => ExitCode::FAILURE,
-        Err(error) => fail(&error, USAGE),
-    }
+    })
 }
 
 /// Deletes profiles, or counts them. Prints the number.
 fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let deleted = runtime.context("cannot start threads").and_then(|runtime| {
+    on_store(|runtime| {
         let deleted = runtime.block_on(gannet_collector::delete(config, deletion, is_dry))?;
         let Deleted { profiles, bytes, objects, unreadable, has_tables } = deleted;
         let (verb, end) = match (is_dry, has_tables) {
@@ -156,28 +157,28 @@ fn delete(config: &Config, deletion: &Deletion, is_dry: bool) -> ExitCode {
         };
         writeln!(io::stdout(), "{verb} {profiles} profiles of {bytes} bytes in {objects} objects{end}")?;
         if unreadable > 0 {
-            eprintln!("gannet-collector: cannot read {unreadable} objects, which may hold others; run `gannet-collector verify`");
+            eprintln!(
+                "gannet-collector: cannot read {unreadable} objects, which may hold others; run `gannet-collector verify`"
+            );
         }
         Ok(unreadable)
-    });
-    match deleted {
-        Ok(0) => ExitCode::SUCCESS,
-        Ok(_) => ExitCode::FAILURE,
-        Err(error) => fail(&error, USAGE),
-    }
+    })
 }
 
 /// Writes profiles into a file. Prints the number, and the progress as an error message, which no pipe takes for the result.
 fn export(config: &Config, options: &ExportOptions) -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let exported = runtime.context("cannot start threads").and_then(|runtime| {
+    on_store(|runtime| {
         let mut progress = Progress::new();
         let exported = runtime.block_on(gannet_collector::export(config, options, |so_far| {
             let Exported { profiles, bytes, objects, .. } = so_far;
             progress.show(|| format!("{objects} objects read: {profiles} profiles of {bytes} bytes"));
         }))?;
         let Exported { profiles, bytes, damaged, unreadable, .. } = exported;
-        writeln!(io::stdout(), "exported {profiles} profiles of {bytes} bytes to {}", options.output.display())?;
+        writeln!(
+            io::stdout(),
+            "exported {profiles} profiles of {bytes} bytes to {}",
+            options.output.display()
+        )?;
         if damaged + unreadable > 0 {
             eprintln!(
                 "gannet-collector: left out {damaged} damaged profiles, and {unreadable} unreadable objects, which may hold \
@@ -185,18 +186,12 @@ fn export(config: &Config, options: &ExportOptions) -> ExitCode {
             );
         }
         Ok(damaged + unreadable)
-    });
-    match exported {
-        Ok(0) => ExitCode::SUCCESS,
-        Ok(_) => ExitCode::FAILURE,
-        Err(error) => fail(&error, USAGE),
-    }
+    })
 }
 
 /// Adds the profiles of a file to a store. Prints the number, and the progress as an error message.
 fn import(config: &Config, file: &Path) -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let imported = runtime.context("cannot start threads").and_then(|runtime| {
+    on_store(|runtime| {
         let mut progress = Progress::new();
         let imported = runtime.block_on(gannet_collector::import(config, file, |so_far| {
             let Imported { added, known, .. } = so_far;
@@ -213,12 +208,8 @@ fn import(config: &Config, file: &Path) -> ExitCode {
                  start it with a longer one to keep them"
             );
         }
-        Ok(())
-    });
-    match imported {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error, USAGE),
-    }
+        Ok(0)
+    })
 }
 
 /// Prints a line now and then.

@@ -24,8 +24,8 @@ use crate::selector::Selector;
 const CHUNK: usize = 64;
 
 /// The profiles of a deletion or an export.
-pub(crate) struct Chosen<'a> {
-    pub(crate) selector: &'a Selector,
+pub(crate) struct Chosen {
+    pub(crate) selector: Selector,
     /// Earliest start of a profile, in milliseconds since 1970.
     pub(crate) from_ms: u64,
     /// End of the range of starts, exclusive.
@@ -47,7 +47,7 @@ pub struct Deleted {
     pub has_tables: bool,
 }
 
-impl Chosen<'_> {
+impl Chosen {
     pub(super) fn matches(&self, meta: &ObjectMeta) -> bool {
         // The callers do not use the size.
         describe(meta, 1, 0).is_some_and(|(labels, key, _)| {
@@ -60,7 +60,7 @@ impl Chosen<'_> {
 pub(crate) async fn delete(
     data: &Path,
     bucket: Option<&Bucket>,
-    doomed: &Chosen<'_>,
+    doomed: &Chosen,
     is_dry: bool,
 ) -> Result<Deleted, StoreError> {
     // A directory without a store stays as it is.
@@ -96,10 +96,7 @@ pub(crate) async fn delete(
 }
 
 /// Returns the totals, and the objects with matching batches, each with the hour of its directory.
-async fn find(
-    objects: &Objects,
-    doomed: &Chosen<'_>,
-) -> Result<(Deleted, Vec<(u64, ObjectName)>), StoreError> {
+async fn find(objects: &Objects, doomed: &Chosen) -> Result<(Deleted, Vec<(u64, ObjectName)>), StoreError> {
     let (mut deleted, mut found) = (Deleted::default(), Vec::new());
     for hour in objects.hours().await? {
         let HourObjects { profiles, segments } = objects.of_hour(hour).await?;
@@ -145,7 +142,7 @@ async fn find(
 }
 
 /// Writes the other batches of a segment as a new segment of the same time. Damaged profiles stay damaged.
-async fn rewrite(objects: &Objects, id: Ulid, doomed: &Chosen<'_>) -> Result<(), StoreError> {
+async fn rewrite(objects: &Objects, id: Ulid, doomed: &Chosen) -> Result<(), StoreError> {
     let Some(bytes) = objects.segment(id).await? else { return Ok(()) };
     // The search has just read its index part.
     let entries = segment::read_index(id, &bytes).map_err(|_| StoreError::Damaged(id))?;

@@ -56,7 +56,7 @@ struct Found {
 pub(crate) async fn export(
     data: &Path,
     bucket: Option<&Bucket>,
-    wanted: &Chosen<'_>,
+    wanted: &Chosen,
     query: &str,
     file: &Path,
     progress: impl FnMut(&Exported),
@@ -101,7 +101,7 @@ fn partial_of(file: &Path) -> PathBuf {
 
 struct Export<'a, P> {
     objects: Arc<Objects>,
-    wanted: &'a Chosen<'a>,
+    wanted: &'a Chosen,
     archive: ArchiveWriter<BufWriter<File>>,
     partial: &'a Path,
     is_bucket: bool,

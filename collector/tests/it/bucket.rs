@@ -3,8 +3,10 @@
 use std::{
     collections::BTreeMap,
     fs,
+    net::SocketAddr,
     ops::Bound,
     path::Path,
+    process::{Command, Stdio},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -201,6 +203,23 @@ fn part(object: &Bytes, headers: &HeaderMap) -> Response {
     let of = format!("bytes {from}-{to}/{}", object.len());
     (StatusCode::PARTIAL_CONTENT, ABOUT, [(header::CONTENT_RANGE, of)], object.slice(from..=to))
         .into_response()
+}
+
+/// Returns the program of a collector of the bucket, which writes its log to a file.
+pub fn program_in_bucket(local: &Path, log: &Path, endpoint: &str, [grpc, http]: [SocketAddr; 2]) -> Command {
+    let log = fs::File::options().create(true).append(true).open(log).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gannet-collector"));
+    command
+        .args(["--data", "s3://bucket/profiles/here", "--local", local.to_str().unwrap()])
+        .args(["--min-free-bytes", "0", "--table", "--table-interval", "100ms"])
+        .args(["--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()])
+        .env("GANNET_COLLECTOR_LOG", "warn")
+        .envs([("AWS_ENDPOINT", endpoint), ("AWS_ALLOW_HTTP", "true"), ("AWS_REGION", "here")])
+        .envs([("AWS_ACCESS_KEY_ID", "the-key"), ("AWS_SECRET_ACCESS_KEY", "hidden")])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log);
+    command
 }
 
 pub fn in_bucket(local: &Path, endpoint: &str) -> Config {

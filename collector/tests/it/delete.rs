@@ -1,12 +1,6 @@
 //! `gannet-collector delete`: profiles by labels and times, from segments, older objects and tables.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    path::Path,
-    process::{Command, Stdio},
-    time::Duration,
-};
+use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
 use gannet_base::TimeSpan;
 use gannet_collector::{Collector, Config, Running};
@@ -16,6 +10,7 @@ use gannet_proto::{
 };
 
 use crate::{
+    export::run,
     segment::unpack_layout2,
     store::objects,
     support::{Pusher, at, batch, config_with, now_ms, queries},
@@ -23,17 +18,11 @@ use crate::{
 };
 
 fn delete(data: &Path, args: &[&str]) -> (Option<i32>, String) {
-    let program = Command::new(env!("CARGO_BIN_EXE_gannet-collector"))
-        .args(["delete", "--data", data.to_str().unwrap()])
-        .args(args)
-        .stdin(Stdio::null())
-        .output();
-    let out = program.unwrap();
-    let text = [out.stdout, out.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
-    (out.status.code(), text)
+    run("delete", data, args)
 }
 
-fn config(data: &Path) -> Config {
+/// Returns the configuration of a store with tables, and with objects of all ages.
+pub fn config(data: &Path) -> Config {
     config_with(data, |config| {
         // All batches of one push are in one segment.
         config.store.flush_interval = TimeSpan(Duration::from_millis(300));

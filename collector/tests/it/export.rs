@@ -9,13 +9,14 @@ use std::{
 };
 
 use gannet_base::TimeSpan;
-use gannet_collector::{Collector, Config, Running};
+use gannet_collector::{Collector, Running};
 use gannet_proto::query::ProfileInfo;
 
 use crate::{
+    delete::config,
     segment::unpack_layout2,
     store::{list, objects},
-    support::{Pusher, TEST_TIMEOUT, batch, config_with, download, now_ms},
+    support::{Pusher, TEST_TIMEOUT, batch, download, now_ms},
     table::up_to_date,
 };
 
@@ -28,7 +29,7 @@ fn command(verb: &str, data: &Path, args: &[&str]) -> Command {
 }
 
 /// Runs it. Returns the exit code and all that it printed.
-fn run(verb: &str, data: &Path, args: &[&str]) -> (Option<i32>, String) {
+pub fn run(verb: &str, data: &Path, args: &[&str]) -> (Option<i32>, String) {
     let out = command(verb, data, args).output().unwrap();
     let text = [out.stdout, out.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
     (out.status.code(), text)
@@ -39,17 +40,6 @@ fn succeed(verb: &str, data: &Path, args: &[&str]) -> String {
     let (code, text) = run(verb, data, args);
     assert_eq!(code, Some(0), "{verb}: {text}");
     text
-}
-
-fn config(data: &Path) -> Config {
-    config_with(data, |config| {
-        // All batches of one push are in one segment.
-        config.store.flush_interval = TimeSpan(Duration::from_millis(300));
-        // The objects of the older layout are old.
-        config.store.retention_age = TimeSpan::from_secs(100 * 365 * 86_400);
-        config.table.table = true;
-        config.table.table_interval = TimeSpan(Duration::from_millis(100));
-    })
 }
 
 /// Descriptions and bytes of profiles, by id.

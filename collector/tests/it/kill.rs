@@ -17,6 +17,7 @@ use gannet_proto::{
     ingest::{Batch, push_response::Message},
     query::ListProfilesRequest,
 };
+use tokio::task::JoinHandle;
 use tonic::transport::Channel;
 
 use crate::{
@@ -138,6 +139,49 @@ pub fn kills(default: u64) -> u64 {
     std::env::var("GANNET_TEST_KILLS").map_or(default, |kills| kills.parse().unwrap())
 }
 
+/// Ends the pushers. Returns the batches that were not acknowledged, and how many batches were sent again.
+pub async fn end(pushers: Vec<JoinHandle<(Vec<Batch>, u64)>>, progress: &Progress) -> (Vec<Batch>, u64) {
+    progress.done.store(true, Ordering::Relaxed);
+    let (mut unacknowledged, mut resent) = (Vec::new(), 0);
+    for pusher in pushers {
+        let (left, again) = pusher.await.unwrap();
+        unacknowledged.extend(left);
+        resent += again;
+    }
+    assert!(resent > 0, "no kill hit a batch on its way: the test has tested nothing");
+    (unacknowledged, resent)
+}
+
+/// Sends these batches until they are acknowledged.
+pub async fn acknowledge(running: &Running, progress: &Progress, batches: Vec<Batch>) {
+    let mut pusher = Pusher::open(running.grpc_addr).await;
+    for batch in batches {
+        match pusher.push(batch).await {
+            Message::Accepted(a) => progress.acknowledged.lock().unwrap().insert(a.batch_id),
+            other => panic!("{other:?}"),
+        };
+    }
+}
+
+/// Checks that a collector has what was acknowledged, each batch once, and some of them to the last byte. Returns the ids.
+pub async fn stores_once(running: &Running, progress: &Progress) -> BTreeSet<String> {
+    let stored = stored_ids(running).await;
+    let unique: BTreeSet<String> = stored.iter().cloned().collect();
+    assert_eq!(stored.len(), unique.len(), "a batch is stored twice");
+    let acknowledged = progress.acknowledged.lock().unwrap().clone();
+    assert!(
+        unique == acknowledged,
+        "{} lost, {} stored that were not acknowledged",
+        acknowledged.difference(&unique).count(),
+        unique.difference(&acknowledged).count()
+    );
+    let sent = progress.sent.lock().unwrap().clone();
+    for id in unique.iter().step_by(unique.len().div_ceil(200)) {
+        assert_eq!(download(running, id).await.unwrap(), sent[id].pprof, "{id}");
+    }
+    unique
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acknowledged_batches_survive_kills_exactly_once() {
     let dir = tempfile::tempdir().unwrap();
@@ -157,33 +201,12 @@ async fn acknowledged_batches_survive_kills_exactly_once() {
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    progress.done.store(true, Ordering::Relaxed);
-    let (mut unacknowledged, mut resent) = (Vec::new(), 0);
-    for pusher in pushers {
-        let (left, again) = pusher.await.unwrap();
-        unacknowledged.extend(left);
-        resent += again;
-    }
-    assert!(resent > 0, "no kill hit a batch on its way: the test has tested nothing");
+    let (unacknowledged, _) = end(pushers, &progress).await;
 
     // Batches in flight at the last kill arrive now.
     let running = start(dir.path()).await;
-    let mut pusher = Pusher::open(running.grpc_addr).await;
-    for batch in unacknowledged {
-        match pusher.push(batch).await {
-            Message::Accepted(a) => progress.acknowledged.lock().unwrap().insert(a.batch_id),
-            other => panic!("{other:?}"),
-        };
-    }
-    let stored = stored_ids(&running).await;
-    let unique: BTreeSet<String> = stored.iter().cloned().collect();
-    assert_eq!(stored.len(), unique.len(), "a batch is stored twice");
-    assert_eq!(unique, *progress.acknowledged.lock().unwrap(), "what is stored is what was acknowledged");
-    // Exactly what was sent, to the last byte.
-    let sent = progress.sent.lock().unwrap().clone();
-    for id in unique.iter().step_by(unique.len().div_ceil(200)) {
-        assert_eq!(download(&running, id).await.unwrap(), sent[id].pprof, "{id}");
-    }
+    acknowledge(&running, &progress, unacknowledged).await;
+    let unique = stores_once(&running, &progress).await;
     let objects = objects(dir.path());
     assert!(
         objects.iter().all(|path| path.extension().is_some_and(|end| end == "segment")),

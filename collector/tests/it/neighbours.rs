@@ -1,10 +1,9 @@
 //! Two collectors of one bucket whose listings are late, or of which one has a wrong clock.
 
 use std::{
-    fs::File,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
     time::Duration,
 };
 
@@ -18,7 +17,7 @@ use gannet_proto::{
 };
 
 use crate::{
-    bucket::{S3, in_bucket},
+    bucket::{S3, in_bucket, program_in_bucket},
     faults::{Killed, listening},
     faulty_s3::FaultyS3,
     kill::free_port,
@@ -196,24 +195,10 @@ impl WrongClock {
 
     async fn start(&self) -> (Killed, SocketAddr, SocketAddr) {
         let (grpc, http) = (free_port(), free_port());
-        let log = File::options().create(true).append(true).open(&self.log).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_gannet-collector"))
-            .args(["--data", "s3://bucket/profiles/here", "--local", self.local.to_str().unwrap()])
-            .args(["--min-free-bytes", "0", "--flush-interval", "5ms"])
-            .args(["--table", "--table-rollups", "--table-interval", "100ms"])
-            .args(["--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()])
-            .env("GANNET_COLLECTOR_LOG", "warn")
-            .envs([
-                ("AWS_ENDPOINT", self.endpoint.as_str()),
-                ("AWS_ALLOW_HTTP", "true"),
-                ("AWS_REGION", "here"),
-            ])
-            .envs([("AWS_ACCESS_KEY_ID", "the-key"), ("AWS_SECRET_ACCESS_KEY", "hidden")])
+        let child = program_in_bucket(&self.local, &self.log, &self.endpoint, [grpc, http])
+            .args(["--flush-interval", "5ms", "--table-rollups"])
             .envs([("LD_PRELOAD", self.library.as_os_str())])
             .env("CLOCK_AHEAD_S", self.ahead_s.to_string())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
             .spawn();
         let child = Killed(child.unwrap());
         listening(http).await;
