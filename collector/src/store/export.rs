@@ -19,7 +19,6 @@ use super::{
     object::{HOUR_MS, Head, HourObjects, ObjectKey, Objects, unpack},
     segment::{self, PackedBatch, SegmentPosition},
     verify::{is_gzip, open},
-    with_cause,
 };
 
 /// Objects whose descriptions are read at the same time.
@@ -77,12 +76,7 @@ pub(crate) async fn export(
             totals: Exported::default(),
             progress,
         };
-        export.run().await.map_err(|error| match (bucket, error) {
-            (Some(bucket), StoreError::Object(error)) => {
-                StoreError::Bucket { bucket: bucket.to_string(), reason: with_cause(&error) }
-            }
-            (_, error) => error,
-        })?;
+        export.run().await.map_err(|error| error.of_bucket(bucket))?;
         let mut out = export.archive.finish().map_err(failed)?;
         out.flush().map_err(failed)?;
         out.get_ref().sync_all().map_err(failed)?;

@@ -19,7 +19,6 @@ use super::{
     lock,
     object::{Head, HourObjects, Objects, segment_hour},
     segment::{self, PackedBatch},
-    with_cause,
 };
 
 /// Hours whose objects the import remembers. Profiles are of hours before that of their segment.
@@ -73,12 +72,7 @@ pub(crate) async fn import(
     };
     let mut import = Import { objects, hours: BTreeMap::new(), oldest_ms, totals: Imported::default() };
     let added = ArchiveReader::new(BufReader::with_capacity(READ_BYTES, &file)).read(async |segment| {
-        import.add(segment).await.map_err(|error| match (bucket, error) {
-            (Some(bucket), StoreError::Object(error)) => {
-                StoreError::Bucket { bucket: bucket.to_string(), reason: with_cause(&error) }
-            }
-            (_, error) => error,
-        })?;
+        import.add(segment).await.map_err(|error| error.of_bucket(bucket))?;
         progress(&import.totals);
         Ok::<_, ImportError>(())
     });

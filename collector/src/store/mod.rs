@@ -176,6 +176,16 @@ impl StoreError {
     pub(crate) fn io(doing: &'static str, path: &Path, source: io::Error) -> Self {
         Self::Io { doing, path: path.to_owned(), source }
     }
+
+    /// Names the bucket in an error of its requests.
+    fn of_bucket(self, bucket: Option<&Bucket>) -> Self {
+        match (bucket, self) {
+            (Some(bucket), Self::Object(error)) => {
+                Self::Bucket { bucket: bucket.to_string(), reason: with_cause(&error) }
+            }
+            (_, error) => error,
+        }
+    }
 }
 
 /// Stored profiles. Readers share it; only the [`StoreWriter`] changes it.
@@ -232,12 +242,7 @@ impl Store {
             table_bytes: AtomicU64::new(0),
             _lock: lock,
         });
-        store.settle(is_new).map_err(|error| match (bucket, error) {
-            (Some(bucket), StoreError::Object(error)) => {
-                StoreError::Bucket { bucket: bucket.to_string(), reason: with_cause(&error) }
-            }
-            (_, error) => error,
-        })?;
+        store.settle(is_new).map_err(|error| error.of_bucket(bucket))?;
         store.update_size_metrics();
         Ok((Arc::clone(&store), StoreWriter::new(store)))
     }

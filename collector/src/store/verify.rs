@@ -114,12 +114,7 @@ pub(crate) async fn verify(
     mut report: impl FnMut(&str, &ObjectFault),
 ) -> Result<Verified, StoreError> {
     let objects = open(data, bucket)?;
-    let failed = |error: StoreError| match (bucket, error) {
-        (Some(bucket), StoreError::Object(error)) => {
-            StoreError::Bucket { bucket: bucket.to_string(), reason: with_cause(&error) }
-        }
-        (_, error) => error,
-    };
+    let failed = |error: StoreError| error.of_bucket(bucket);
     let mut verified = Verified::default();
     for hour in hours_in(&*objects).await.map_err(failed)? {
         let listed: Result<Vec<_>, _> = objects.list(Some(&hour_path(hour).into())).try_collect().await;
