@@ -169,7 +169,13 @@ impl Entries {
 impl Kernel {
     /// Writes the entry of a process, now or when the kernel has room for it.
     pub(super) fn set_entry(&mut self, map: EntryMap, key: ProcessKey, value: &[u8]) {
-        match self.entry_map(map).update(&key.tgid.to_ne_bytes(), value, MapFlags::ANY) {
+        let written = self.entry_map(map).update(&key.tgid.to_ne_bytes(), value, MapFlags::ANY);
+        let copied = if map == EntryMap::ThreadContexts {
+            written.and_then(|()| self.copy_context(key.tgid))
+        } else {
+            written
+        };
+        match copied {
             Ok(()) => {
                 self.entries.forget(map, key.tgid);
                 self.change_settings(|settings| match map {
@@ -191,7 +197,10 @@ impl Kernel {
     /// Removes the entry of a process, if it has one.
     pub(super) fn remove_entry(&mut self, map: EntryMap, tgid: u32) {
         self.entries.forget(map, tgid);
-        let _ = self.entry_map(map).delete(&tgid.to_ne_bytes());
+        let removed = self.entry_map(map).delete(&tgid.to_ne_bytes());
+        if map == EntryMap::ThreadContexts && removed.is_ok() {
+            let _ = self.copy_context(tgid);
+        }
     }
 
     /// Forgets the entries of this map that the kernel has refused.

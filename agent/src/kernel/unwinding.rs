@@ -4,7 +4,7 @@ use std::{
     collections::HashSet,
     io,
     marker::PhantomData,
-    mem::size_of,
+    mem::{offset_of, size_of},
     os::fd::{AsFd as _, OwnedFd},
     ptr::NonNull,
     sync::Arc,
@@ -35,8 +35,15 @@ const _: () = assert!(size_of::<types::mapping>() == 3 * 8 + 4 * 4);
 const _: () = assert!(size_of::<types::unwind_table>() == 8 + 4 * 4);
 const _: () = assert!(size_of::<types::list_frames>() == 8 + 2 * 4 + 8 + 4 * 4 + 8 + 2 * 4 + 32);
 const _: () = assert!(size_of::<types::label_source>() == 8 + 2 * 4 + 8 + 4 * 4);
-const _: () = assert!(size_of::<types::thread_context>() == 8 + 2 * 4 + 8 + 2 * 4);
-const _: () = assert!(size_of::<types::image>() == 8 + 2 * 4 + 8);
+const _: () = assert!(size_of::<types::context_place>() == 8 + 4 * 4);
+const _: () = assert!(size_of::<types::thread_context>() == 8 + 2 * 4 + size_of::<types::context_place>());
+const _: () = assert!(size_of::<types::image>() == 8 + 2 * 4 + 8 + size_of::<types::context_place>());
+// `Kernel::put_context` compares the first bytes of both values, and copies the last ones.
+const IMAGE_BYTES: usize = 8 + 4;
+const _: () =
+    assert!(offset_of!(types::image, exec_id) == 8 && offset_of!(types::thread_context, exec_id) == 8);
+const _: () = assert!(offset_of!(types::thread_context, place) == 8 + 2 * 4);
+const _: () = assert!(offset_of!(types::image, context) == 8 + 2 * 4 + 8);
 
 impl MapValue for types::mapping {}
 impl MapValue for types::unwind_table {}
@@ -55,6 +62,9 @@ const LIST_END_EACH: u8 = 2;
 /// `enum label_form` of gannet.h.
 const LABELS_ARRAY: u32 = 1;
 const LABELS_BUCKETS: u32 = 2;
+/// `enum context_form` of gannet.h.
+const CONTEXT_WORD: u32 = 1;
+const CONTEXT_BY_MODULE: u32 = 2;
 /// LIST_STEPS of gannet.h.
 const LIST_STEPS: usize = 4;
 
@@ -343,11 +353,16 @@ impl UnwindMaps for Kernel {
 
     fn set_image(&mut self, key: ProcessKey, image: KernelImage) -> Result<(), KernelError> {
         let KernelImage { exec_id, epoch } = image;
-        let value = types::image { start_boottime: key.start_boottime_ns, exec_id, reserved: 0, epoch };
+        let value =
+            types::image { start_boottime: key.start_boottime_ns, exec_id, epoch, ..Default::default() };
+        let mut value = bytes_of(&value).to_vec();
+        if self.settings().contexts != 0 {
+            self.put_context(&mut value, key.tgid);
+        }
         self.skeleton
             .maps
             .images
-            .update(&key.tgid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
+            .update(&key.tgid.to_ne_bytes(), &value, MapFlags::ANY)
             .map_err(|source| KernelError::Map { map: "images", source })
     }
 
@@ -463,13 +478,37 @@ impl Kernel {
         let value = types::thread_context {
             start_boottime: key.process.start_boottime_ns,
             exec_id: key.exec_id,
-            by_module: u32::from(context.steps.is_some()),
-            thread_offset: context.thread_offset,
-            module_at,
-            variable_at,
+            reserved: 0,
+            place: types::context_place {
+                thread_offset: context.thread_offset,
+                module_at,
+                variable_at,
+                form: if context.steps.is_some() { CONTEXT_BY_MODULE } else { CONTEXT_WORD },
+                reserved: 0,
+            },
         };
         self.ring.set_span_keys(key, Arc::clone(keys));
         self.set_entry(EntryMap::ThreadContexts, key.process, bytes_of(&value));
+    }
+
+    /// Puts the place of a process's spans, if `thread_contexts` has it for this image, into a value of `images`.
+    fn put_context(&self, image: &mut [u8], tgid: u32) {
+        let known =
+            self.skeleton.maps.thread_contexts.lookup(&tgid.to_ne_bytes(), MapFlags::ANY).ok().flatten();
+        let same = known.filter(|context| context.get(..IMAGE_BYTES) == image.get(..IMAGE_BYTES));
+        let place = same.and_then(|context| context.last_chunk().copied()).unwrap_or_default();
+        if let Some(to) = image.last_chunk_mut::<{ size_of::<types::context_place>() }>() {
+            *to = place;
+        }
+    }
+
+    /// Brings the entry of a process in `images`, if there is one, to what `thread_contexts` has.
+    pub(super) fn copy_context(&self, tgid: u32) -> libbpf_rs::Result<()> {
+        let (images, key) = (&self.skeleton.maps.images, tgid.to_ne_bytes());
+        let Some(former) = images.lookup(&key, MapFlags::ANY)? else { return Ok(()) };
+        let mut image = former.clone();
+        self.put_context(&mut image, tgid);
+        if image == former { Ok(()) } else { images.update(&key, &image, MapFlags::ANY) }
     }
 
     /// Takes no spans of this process any more.

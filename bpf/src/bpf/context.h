@@ -16,19 +16,27 @@ struct {
 /* Bytes that are read at first: the head and a few short attributes, as most programs publish. */
 #define CONTEXT_AT_ONCE 96
 
-/* Returns where the current thread's record is; 0: it has none. */
-ALWAYS_INLINE u64 context_address(u32 tgid, u64 start_boottime, u32 exec_id)
+/* Looks up where an image publishes the spans of its threads. */
+ALWAYS_INLINE void find_context(struct context_place *place, u32 tgid, u64 start_boottime, u32 exec_id)
 {
 	struct thread_context *source = bpf_map_lookup_elem(&thread_contexts, &tgid);
+
+	if (source && source->start_boottime == start_boottime && source->exec_id == exec_id)
+		*place = source->place;
+	else
+		place->form = CONTEXT_NONE;
+}
+
+/* Returns where the current thread's record is; 0: it has none. */
+ALWAYS_INLINE u64 context_address(const struct context_place *place)
+{
 	u64 at;
 
-	if (!source || source->start_boottime != start_boottime || source->exec_id != exec_id)
+	if (!place->form || !read_user(&at, thread_pointer() + place->thread_offset) || !at)
 		return 0;
-	if (!read_user(&at, thread_pointer() + source->thread_offset) || !at)
-		return 0;
-	if (source->by_module) {
+	if (place->form == CONTEXT_BY_MODULE) {
 		/* A thread that has not touched the variables of the module has no block of them: the word is no address then. */
-		if (!read_user(&at, at + source->module_at) || !read_user(&at, at + source->variable_at))
+		if (!read_user(&at, at + place->module_at) || !read_user(&at, at + place->variable_at))
 			return 0;
 	}
 	return at;
@@ -37,9 +45,12 @@ ALWAYS_INLINE u64 context_address(u32 tgid, u64 start_boottime, u32 exec_id)
 /* Whether the current thread works in a span. */
 ALWAYS_INLINE bool is_in_span(u32 tgid, u64 start_boottime, u32 exec_id)
 {
-	u64 at = context_address(tgid, start_boottime, exec_id);
+	struct context_place place = {};
 	struct context_head head;
+	u64 at;
 
+	find_context(&place, tgid, start_boottime, exec_id);
+	at = context_address(&place);
 	if (!at || bpf_probe_read_user(&head, sizeof(head), (void *)at) || head.valid != CONTEXT_VALID)
 		return false;
 	for (u32 i = 0; i < sizeof(head.span_id); i++)
@@ -59,14 +70,17 @@ ALWAYS_INLINE u64 rules_of_span(u64 rules, u32 tgid, const struct current *now)
 
 /*
  * Adds the record of the current thread's span to its sample, behind the first `slot` words of `frames`. The sample may have `end`
- * words; behind them is room for a whole record.
+ * words; behind them is room for a whole record. `place` is that of the image, if the sample's image was looked up.
  */
-ALWAYS_INLINE void add_context(struct counters *counters, struct sample *sample, u64 *frames, u64 slot, u64 end)
+ALWAYS_INLINE void add_context(struct counters *counters, struct sample *sample, struct context_place *place, u64 *frames,
+			       u64 slot, u64 end)
 {
-	u64 at = context_address(sample->event.tgid, sample->event.start_boottime, sample->event.exec_id);
-	u64 first = CONTEXT_AT_ONCE, size, room;
+	u64 at, first = CONTEXT_AT_ONCE, size, room;
 	struct context_head *head;
 
+	if (place->form == CONTEXT_UNREAD)
+		find_context(place, sample->event.tgid, sample->event.start_boottime, sample->event.exec_id);
+	at = context_address(place);
 	if (!at)
 		return;
 	barrier_var(slot);

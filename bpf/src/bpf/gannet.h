@@ -271,6 +271,30 @@ enum rule_flags {
 	RBX_SAME = 1,
 };
 
+enum context_form {
+	/* Its threads publish no spans. */
+	CONTEXT_NONE = 0,
+	/* The word at thread pointer + `thread_offset` is the address of the record. */
+	CONTEXT_WORD = 1,
+	/*
+	 * That word leads to the thread's table of modules: the word at + `module_at` there leads to the block of a module, and the
+	 * word at + `variable_at` in the block is the address.
+	 */
+	CONTEXT_BY_MODULE = 2,
+	/* In a sample that is being taken: not looked up. */
+	CONTEXT_UNREAD = 3,
+};
+
+/* Where the threads of an image keep the address of the record of their span. */
+struct context_place {
+	s64 thread_offset;
+	s32 module_at;
+	s32 variable_at;
+	/* enum context_form */
+	u32 form;
+	u32 reserved;
+};
+
 /* Value of `images`: this image of this process has all its mappings in `exec_mappings`. */
 struct image {
 	u64 start_boottime;
@@ -278,6 +302,8 @@ struct image {
 	u32 reserved;
 	/* Changes with each change of its mappings, and differs for each image: cached rules of another epoch are stale. */
 	u64 epoch;
+	/* As in `thread_contexts`. It is here too because each unwound sample has this entry at hand: one lookup less. */
+	struct context_place context;
 };
 
 /*
@@ -425,20 +451,14 @@ struct label_source {
 };
 _Static_assert(sizeof(struct label_source) == 40, "no padding: the agent writes these bytes");
 
-/*
- * Value of `thread_contexts`: where the threads of one image of a process keep the address of the record of their span. The word
- * at thread pointer + `thread_offset` is that address, or leads to the thread's table of modules: then the word at + `module_at`
- * leads to the block of a module, and the word at + `variable_at` there is the address.
- */
+/* Value of `thread_contexts`: where the threads of one image of a process publish their spans. */
 struct thread_context {
 	u64 start_boottime;
 	u32 exec_id;
-	u32 by_module;
-	s64 thread_offset;
-	s32 module_at;
-	s32 variable_at;
+	u32 reserved;
+	struct context_place place;
 };
-_Static_assert(sizeof(struct thread_context) == 32, "no padding: the agent writes these bytes");
+_Static_assert(sizeof(struct thread_context) == 40, "no padding: the agent writes these bytes");
 
 /*
  * The head of a record of a span (OTEP 4947), as it lies in the process: `bytes` of attributes follow. A sample has the head and the

@@ -182,7 +182,12 @@ struct sched_entity {
 	u64 sum_exec_runtime;
 };
 
-/* The thread pointer of user space: `fsbase` on x86_64, `tp_value` on aarch64. */
+/* The thread pointer of user space. */
+#if defined(__TARGET_ARCH_x86)
+#define THREAD_POINTER fsbase
+#else
+#define THREAD_POINTER uw.tp_value
+#endif
 struct thread_struct {
 #if defined(__TARGET_ARCH_x86)
 	unsigned long fsbase;

@@ -106,7 +106,7 @@ ALWAYS_INLINE void store_block(struct counters *counters, struct sample_scratch 
 	}
 	/* A raw stack is not stored here. */
 	if (settings.contexts)
-		add_context(counters, &scratch->sample, scratch->frames,
+		add_context(counters, &scratch->sample, &scratch->unwind.context, scratch->frames,
 			    scratch->sample.user_end == USER_STACK_RAW ? scratch->sample.kernel_frames :
 									 slots_of(&scratch->sample),
 			    OFF_CPU_FRAMES);
@@ -233,6 +233,7 @@ ALWAYS_INLINE struct sample_scratch *begin_switch(struct bpf_raw_tracepoint_args
 	begin_sample(&scratch->sample, SAMPLE_OFF_CPU, want.rules, BPF_CORE_READ(prev, se.sum_exec_runtime), prev,
 		     &now);
 	scratch->sample.state = state;
+	scratch->unwind.context.form = CONTEXT_UNREAD;
 	/* Without this program and the kernel's call of it. */
 	take_kernel_stack(ctx, &scratch->sample, scratch->frames, 2);
 	image = image_of(tgid, &now);

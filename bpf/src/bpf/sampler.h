@@ -640,8 +640,8 @@ ALWAYS_INLINE void send_functions(struct counters *counters, struct sample_scrat
 ALWAYS_INLINE void send_tick(struct counters *counters, struct sample_scratch *scratch)
 {
 	if (settings.contexts)
-		add_context(counters, &scratch->sample, scratch->frames, slots_of(&scratch->sample),
-			    FRAME_SLOTS + CONTEXT_SLOTS);
+		add_context(counters, &scratch->sample, &scratch->unwind.context, scratch->frames,
+			    slots_of(&scratch->sample), FRAME_SLOTS + CONTEXT_SLOTS);
 	send_sample(counters, &scratch->sample, SAMPLE_BYTES, scratch->wake);
 }
 
@@ -714,6 +714,7 @@ ALWAYS_INLINE struct sample_scratch *begin_tick(struct bpf_perf_event_data *ctx,
 	begin_sample(&scratch->sample, 0, want.rules, want.period_ns, task, &now);
 	/* A process that was not sampled before may soon be gone: the agent must inspect it now. */
 	scratch->wake = first;
+	scratch->unwind.context.form = CONTEXT_UNREAD;
 	if (settings.labels && !now.kernel_thread)
 		send_labels(counters, &scratch->sample.event, by_loop);
 	if (OF_USER_MODE(&ctx->regs)) {

@@ -129,6 +129,7 @@ struct unwind_state {
 	struct unwind_table table;
 	/* See struct image. */
 	u64 epoch;
+	struct context_place context;
 	u32 tgid;
 	u32 frames;
 	u8 end;
@@ -230,6 +231,8 @@ ALWAYS_INLINE void begin_unwind(struct unwind_state *unwind, const struct image 
 	unwind->mapping.begin = 0;
 	unwind->mapping.end = 0;
 	unwind->epoch = image->epoch;
+	if (settings.contexts)
+		unwind->context = image->context;
 	unwind->chunk_bytes = 0;
 	unwind->frames = 0;
 	unwind->end = USER_STACK_TRUNCATED;
@@ -538,13 +541,15 @@ ALWAYS_INLINE u8 frame_address(struct unwind_state *unwind, const struct unwind_
 
 ALWAYS_INLINE u64 thread_pointer(void)
 {
-	struct task_struct *task = (void *)bpf_get_current_task();
+	struct task_struct *task;
 
-#if defined(__TARGET_ARCH_x86)
-	return BPF_CORE_READ(task, thread.fsbase);
-#else
-	return BPF_CORE_READ(task, thread.uw.tp_value);
-#endif
+	/* A plain load, without the call of a helper; kernels before 5.11 cannot do it. */
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_get_current_task_btf)) {
+		task = bpf_get_current_task_btf();
+		return task->thread.THREAD_POINTER;
+	}
+	task = (void *)bpf_get_current_task();
+	return BPF_CORE_READ(task, thread.THREAD_POINTER);
 }
 
 /* Returns the file that a process executes, as far as containers share it. */
