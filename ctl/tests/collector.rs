@@ -873,8 +873,23 @@ async fn an_assistant_reads_profiles_through_the_tools() {
     );
     let (good, text) = call(&client, "flame_graph", json!({ "query": shop, "min_percent": 50 })).await;
     assert!(good && text.contains("work") && !text.contains("idle"), "{text}");
+    // Of the function `idle` no sample is in a span.
+    for (tool, of_all) in [("top_functions", json!({})), ("flame_graph", json!({ "min_percent": 0 }))] {
+        let (good, text) = call(&client, tool, of_all.clone()).await;
+        assert!(good && text.contains("work") && text.contains("idle"), "{text}");
+        let mut in_span = of_all;
+        in_span["span_id"] = json!(format!("{}, {SPAN}", "0".repeat(15) + "1"));
+        let (good, text) = call(&client, tool, in_span).await;
+        assert!(good && text.contains("work") && !text.contains("idle"), "{text}");
+    }
 
     for (tool, arguments, want) in [
+        ("top_functions", json!({ "span_id": "7" }), "16 hex digits"),
+        (
+            "flame_graph",
+            json!({ "span_id": SPAN, "trace_id": SPAN.repeat(2) }),
+            "span_id, trace_id: give one",
+        ),
         ("top_functions", json!({ "query": "{shop" }), "query"),
         ("top_functions", json!({ "limit": 0 }), "limit: give a number from 1 to 200"),
         ("top_functions", json!({ "since": "yesterday" }), "since: write a duration"),

@@ -6,7 +6,7 @@ use gannet_base::TimeSpan;
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
-use crate::args::{Base, Select, moment};
+use crate::args::{Base, Select, Spans, moment};
 
 /// The kind of value of an argument.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -129,10 +129,17 @@ impl<'a> Given<'a> {
         self.values.get(name).and_then(Value::as_f64).unwrap_or(default)
     }
 
-    /// Returns the profiles that `query`, `since`, `from` and `until` select.
+    /// Returns the profiles that `query`, `since`, `from` and `until` select, and the samples that `span_id` or `trace_id` selects.
     pub(super) fn select(&self) -> Result<Select, String> {
         let (since, from, until) = self.range(["since", "from", "until"])?;
-        Ok(Select { query: self.text("query"), since, from, until, ..Select::default() })
+        let ids = |name: &str| {
+            self.text(name).split(',').map(|id| id.trim().to_owned()).filter(|id| !id.is_empty()).collect()
+        };
+        let spans = Spans { span_id: ids("span_id"), trace_id: ids("trace_id") };
+        if !spans.span_id.is_empty() && !spans.trace_id.is_empty() {
+            return Err("span_id, trace_id: give one of them, not both".to_owned());
+        }
+        Ok(Select { query: self.text("query"), since, from, until, spans, ..Select::default() })
     }
 
     /// Returns the base of a comparison. Returns an error if the base would be the same as the selection.
@@ -180,11 +187,13 @@ mod tests {
 
     use super::*;
 
-    const ARGUMENTS: [Argument; 5] = [
+    const ARGUMENTS: [Argument; 7] = [
         Argument { name: "query", kind: Kind::Text, description: "labels" },
         Argument { name: "rule", kind: Kind::Required, description: "id of the rule" },
         Argument { name: "since", kind: Kind::Text, description: "length" },
         Argument { name: "from", kind: Kind::Text, description: "start" },
+        Argument { name: "span_id", kind: Kind::Text, description: "spans" },
+        Argument { name: "trace_id", kind: Kind::Text, description: "traces" },
         Argument { name: "limit", kind: Kind::Number(1.0, 200.0, 30.0), description: "rows" },
     ];
 
@@ -198,6 +207,7 @@ mod tests {
     #[case(json!({ "rule": "a", "since": "soon" }), "since: write a duration like 30s")]
     #[case(json!({ "rule": "a", "from": "noon" }), "from: write a time as RFC 3339")]
     #[case(json!({ "rule": "a", "from": "now-1h", "since": "1h" }), "since, from: give one of them")]
+    #[case(json!({ "rule": "a", "span_id": "1", "trace_id": "2" }), "span_id, trace_id: give one of them")]
     fn a_bad_argument_is_named_with_its_cure(#[case] values: Value, #[case] want: &str) {
         let Value::Object(values) = values else { panic!("no object") };
         let error = Given::check(&ARGUMENTS, values).and_then(|given| given.select()).unwrap_err();

@@ -51,6 +51,18 @@ const TYPE: Argument = Argument {
     description: "Sample type: cpu/nanoseconds, samples/count, offcpu/nanoseconds. Not given: the last type of the newest profile",
 };
 
+const SPAN: Argument = Argument {
+    name: "span_id",
+    kind: Kind::Text,
+    description: "Only samples that were taken in one of these spans: ids of 16 hex digits, with commas between them. Not together with \
+        `trace_id`",
+};
+const TRACE: Argument = Argument {
+    name: "trace_id",
+    kind: Kind::Text,
+    description: "Only samples that were taken in one of these traces: ids of 32 hex digits, with commas between them",
+};
+
 const SERVICES: [Argument; 5] = [
     QUERY,
     SINCE,
@@ -64,12 +76,14 @@ const SERVICES: [Argument; 5] = [
 ];
 const LIMIT: Argument =
     Argument { name: "limit", kind: Kind::Number(1.0, 200.0, 30.0), description: "Functions in the answer" };
-const TOP: [Argument; 6] = [QUERY, SINCE, FROM, UNTIL, TYPE, LIMIT];
-const DIFF: [Argument; 10] = [
+const TOP: [Argument; 8] = [QUERY, SINCE, FROM, UNTIL, SPAN, TRACE, TYPE, LIMIT];
+const DIFF: [Argument; 12] = [
     QUERY,
     SINCE,
     FROM,
     UNTIL,
+    SPAN,
+    TRACE,
     TYPE,
     LIMIT,
     Argument {
@@ -93,11 +107,13 @@ const DIFF: [Argument; 10] = [
         description: "Compare with profiles that start before this time: now-60m",
     },
 ];
-const FLAME: [Argument; 6] = [
+const FLAME: [Argument; 8] = [
     QUERY,
     SINCE,
     FROM,
     UNTIL,
+    SPAN,
+    TRACE,
     TYPE,
     Argument {
         name: "min_percent",
