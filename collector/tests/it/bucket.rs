@@ -208,22 +208,33 @@ fn part(object: &Bytes, headers: &HeaderMap) -> Response {
 /// Returns the program of a collector of the bucket, which writes its log to a file.
 pub fn program_in_bucket(local: &Path, log: &Path, endpoint: &str, [grpc, http]: [SocketAddr; 2]) -> Command {
     let log = fs::File::options().create(true).append(true).open(log).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_gannet-collector"));
+    let mut command = program_with_access(endpoint);
     command
         .args(["--data", "s3://bucket/profiles/here", "--local", local.to_str().unwrap()])
         .args(["--min-free-bytes", "0", "--table", "--table-interval", "100ms"])
         .args(["--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()])
         .env("GANNET_COLLECTOR_LOG", "warn")
-        .envs([("AWS_ENDPOINT", endpoint), ("AWS_ALLOW_HTTP", "true"), ("AWS_REGION", "here")])
-        .envs([("AWS_ACCESS_KEY_ID", "the-key"), ("AWS_SECRET_ACCESS_KEY", "hidden")])
-        .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log);
     command
 }
 
+/// Returns the program without arguments, with access to the bucket.
+pub fn program_with_access(endpoint: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gannet-collector"));
+    command
+        .envs([("AWS_ENDPOINT", endpoint), ("AWS_ALLOW_HTTP", "true"), ("AWS_REGION", "here")])
+        .envs([("AWS_ACCESS_KEY_ID", "the-key"), ("AWS_SECRET_ACCESS_KEY", "hidden")])
+        .stdin(Stdio::null());
+    command
+}
+
 pub fn in_bucket(local: &Path, endpoint: &str) -> Config {
-    let bucket = Bucket::parse("s3://bucket/profiles/here").unwrap();
+    in_bucket_at(local, endpoint, "s3://bucket/profiles/here")
+}
+
+pub fn in_bucket_at(local: &Path, endpoint: &str, url: &str) -> Config {
+    let bucket = Bucket::parse(url).unwrap();
     let settings = [
         ("aws_endpoint", endpoint),
         ("aws_allow_http", "true"),

@@ -43,9 +43,9 @@ fn succeed(verb: &str, data: &Path, args: &[&str]) -> String {
 }
 
 /// Descriptions and bytes of profiles, by id.
-type Profiles = BTreeMap<String, (ProfileInfo, Vec<u8>)>;
+pub type Profiles = BTreeMap<String, (ProfileInfo, Vec<u8>)>;
 
-async fn stored(running: &Running) -> Profiles {
+pub async fn stored(running: &Running) -> Profiles {
     let mut profiles = Profiles::new();
     for info in list(running).await {
         let bytes = download(running, &info.id).await.unwrap();
@@ -55,14 +55,14 @@ async fn stored(running: &Running) -> Profiles {
 }
 
 /// Returns the profiles that a collector shows of a directory without one.
-async fn stored_in(data: &Path) -> Profiles {
+pub async fn stored_in(data: &Path) -> Profiles {
     let running = Collector::start(config(data)).await.unwrap();
     let profiles = stored(&running).await;
     running.shutdown().await;
     profiles
 }
 
-fn start_ms(info: &ProfileInfo) -> u64 {
+pub fn start_ms(info: &ProfileInfo) -> u64 {
     let start = info.start.as_ref().unwrap();
     start.seconds as u64 * 1000 + start.nanos as u64 / 1_000_000
 }

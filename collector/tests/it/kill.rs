@@ -188,7 +188,8 @@ async fn acknowledged_batches_survive_kills_exactly_once() {
     let (grpc, http) = (free_port(), free_port());
     let progress = Progress::default();
     let pushers: Vec<_> = (0..PUSHERS).map(|n| tokio::spawn(push(n, vec![grpc], progress.clone()))).collect();
-    for round in 0..kills(KILLS) {
+    let kills = kills(KILLS);
+    for round in 0..kills {
         let before = progress.count();
         let mut child = spawn(dir.path(), grpc, http);
         // Each kill comes at another point of the work, after some progress.
@@ -200,13 +201,17 @@ async fn acknowledged_batches_survive_kills_exactly_once() {
         }
         child.kill().unwrap();
         child.wait().unwrap();
+        if round % 100 == 99 {
+            eprintln!("{} kills, {} batches acknowledged", round + 1, progress.count());
+        }
     }
-    let (unacknowledged, _) = end(pushers, &progress).await;
+    let (unacknowledged, resent) = end(pushers, &progress).await;
 
     // Batches in flight at the last kill arrive now.
     let running = start(dir.path()).await;
     acknowledge(&running, &progress, unacknowledged).await;
     let unique = stores_once(&running, &progress).await;
+    eprintln!("{kills} kills, {} batches acknowledged, {resent} sent again", unique.len());
     let objects = objects(dir.path());
     assert!(
         objects.iter().all(|path| path.extension().is_some_and(|end| end == "segment")),

@@ -10,6 +10,7 @@ mod delete;
 mod disk;
 mod disk_use;
 mod export;
+mod export_bucket;
 mod faults;
 mod faulty_s3;
 mod fleet;
