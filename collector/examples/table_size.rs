@@ -12,7 +12,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -57,9 +57,15 @@ struct Arguments {
     /// Profiles of each pod: 360 for an hour
     #[arg(long, default_value_t = 360)]
     profiles: u64,
+    /// Keep the tables in this directory
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
 }
 
+/// Tables with all samples.
 const TABLES: [&str; 5] = ["samples", "profiles", "stacks", "frames", "labels"];
+/// Tables with the sums of them.
+const SUMS: [&str; 4] = ["samples_by_minute", "samples_by_hour", "stacks", "frames"];
 /// Profiles of each pod between two updates of the table.
 const PROFILES_PER_UPDATE: u64 = 3;
 
@@ -187,6 +193,7 @@ fn config(data: &Path, merges: bool) -> Config {
     config.store.min_free_bytes = ByteSize(0);
     config.store.flush_interval = TimeSpan(Duration::from_millis(20));
     config.table.table = true;
+    config.table.table_rollups = true;
     config.table.table_interval = TimeSpan(Duration::from_millis(100));
     config.table.retention_interval = Duration::from_millis(200);
     config.table.delete_delay = Duration::ZERO;
@@ -213,24 +220,29 @@ fn size(dir: &Path) -> anyhow::Result<(u64, u64)> {
 }
 
 fn print(title: &str, data: &Path, arguments: &Arguments) -> anyhow::Result<()> {
-    let cores_per_day = (arguments.pods * arguments.profiles) as f64 / 8640.0;
-    let mut total = 0;
-    for table in TABLES {
+    let core_days = (arguments.pods * arguments.profiles) as f64 / 8640.0;
+    let megabytes = |bytes: u64| bytes as f64 / 1e6 / core_days;
+    let mut sizes = BTreeMap::new();
+    for table in TABLES.into_iter().chain(SUMS) {
         let (files, bytes) = size(&data.join("table").join(table))?;
-        total += bytes;
+        if sizes.insert(table, bytes).is_none() {
+            println!("{title}: {table}: {files} files, {:.2} MB a core and day", megabytes(bytes));
+        }
+    }
+    for (what, tables) in [("all samples", &TABLES[..]), ("only sums", &SUMS)] {
         println!(
-            "{title}: {table}: {files} files, {:.2} MB a core and day",
-            bytes as f64 / 1e6 / cores_per_day
+            "{title}: {what}: {:.2} MB a core and day",
+            megabytes(tables.iter().map(|table| sizes[table]).sum())
         );
     }
-    println!("{title}: {:.2} MB a core and day", total as f64 / 1e6 / cores_per_day);
     Ok(())
 }
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    let data = tempfile::tempdir()?;
+    let (temporary, keep) = (tempfile::tempdir()?, arguments.keep.clone());
+    let data = keep.as_deref().unwrap_or(temporary.path());
     let mut random = Random(0x2545_f491_4f6c_dd1d);
     let weights: Vec<f64> =
         (1..=arguments.stacks).map(|rank| (rank as f64).powf(-arguments.exponent)).collect();
@@ -244,7 +256,7 @@ async fn main() -> anyhow::Result<()> {
         .collect();
     // The hour before this one, so that it is complete.
     let hour_s = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() / 3600 * 3600 - 3600;
-    let running = Collector::start(config(data.path(), false)).await?;
+    let running = Collector::start(config(data, false)).await?;
     let (mut rows, mut sent, mut sizes) = (0, 0_u64, HashMap::new());
     for first in (0..arguments.profiles).step_by(PROFILES_PER_UPDATE as usize) {
         let mut batches = Vec::new();
@@ -296,9 +308,9 @@ async fn main() -> anyhow::Result<()> {
         rows as u64 / sent,
         pushed as u64 / sent
     );
-    print("before merges", data.path(), &arguments)?;
+    print("before merges", data, &arguments)?;
     let began = Instant::now();
-    let running = Collector::start(config(data.path(), true)).await?;
+    let running = Collector::start(config(data, true)).await?;
     reach(&running, "gannet_collector_table_updates_total", 2.0).await?;
     let updates = metric(&running, "gannet_collector_table_updates_total").await?;
     // The removed files are deleted by then.
@@ -309,6 +321,6 @@ async fn main() -> anyhow::Result<()> {
         began.elapsed().as_secs_f64()
     );
     running.shutdown().await;
-    print("after merges", data.path(), &arguments)?;
+    print("after merges", data, &arguments)?;
     Ok(())
 }

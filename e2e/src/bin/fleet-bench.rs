@@ -1,4 +1,4 @@
-//! Measures a collector with a fleet of simulated nodes on real connections. `scripts/bench fleet` calls it.
+//! Measures a collector with a fleet of simulated nodes on real connections. `scripts/bench rules` calls it.
 
 #![expect(clippy::print_stdout, reason = "a measurement that prints its result")]
 

@@ -1,5 +1,5 @@
 //! Measures the time from a rule change to the first sample: a real collector, a real agent, a busy program.
-//! `scripts/bench fleet` calls it; it needs root.
+//! `scripts/bench rules` calls it; it needs root.
 
 #![expect(clippy::print_stdout, clippy::expect_used, reason = "a measurement that prints its result")]
 
