@@ -4,10 +4,11 @@ use std::{env, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     "gannet/control/v1/control.proto",
     "gannet/debuginfo/v1/debuginfo.proto",
     "gannet/ingest/v1/ingest.proto",
+    "gannet/query/v1/deletion.proto",
     "gannet/query/v1/query.proto",
     "perftools/profiles/profile.proto",
 ];

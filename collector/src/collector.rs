@@ -11,6 +11,7 @@ use crate::{
     clickhouse::{ClickHouse, QueryProgram},
     config::{Config, ConfigError},
     debuginfo::DebugInfo,
+    deletions::DeletionGrpc,
     fleet::{Fleet, STAGING_INTERVAL, UPKEEP_INTERVAL},
     forward::{ForwardError, Forwarder},
     http::HttpState,
@@ -139,6 +140,8 @@ impl Collector {
         };
         let table = open_table(&config, &store, &metrics)?;
         let sql = open_sql(&config, &store, &metrics)?;
+        let deletions =
+            DeletionGrpc { store: Arc::clone(&store), queue: writer.deletions(), rules: Arc::clone(&rules) };
         let state = HttpState {
             query: Arc::clone(&query),
             ingest: Some(ingest.clone()),
@@ -158,6 +161,7 @@ impl Collector {
             auth,
             otlp,
             debug_info,
+            deletions,
             max_batch_bytes,
         };
         let grpc_listener = listen(sockets.grpc, tls.as_ref(), ListenProtocol::Grpc);
@@ -277,9 +281,9 @@ fn open_table(
     Ok(None)
 }
 
-fn open_sql(config: &Config, store: &Store, metrics: &Metrics) -> Result<Arc<Sql>, StoreError> {
+fn open_sql(config: &Config, store: &Arc<Store>, metrics: &Metrics) -> Result<Arc<Sql>, StoreError> {
     let tables = if config.table.table { Some(store.table_objects()?) } else { None };
-    Ok(Sql::new(tables, &config.sql, metrics.clone()))
+    Ok(Sql::new(tables, Arc::clone(store), &config.sql, metrics.clone()))
 }
 
 fn open_query(

@@ -13,6 +13,7 @@
 //! | `http` | the page, the HTTP API, metrics, probes | |
 //! | `pyroscope` | the services of Pyroscope: Grafana reads through them, Pyroscope's clients push | answer a push before its profile is durable |
 //! | `triggers` | nothing: it is the service in front of `rules` and `fleet` | |
+//! | `deletions` | nothing: it is the service that deletes profiles, in front of `store` and the audit log of `rules` | delete without an entry in the audit log |
 //! | `fleet` | connected nodes, the rules that each was sent, their answers | let a slow node delay another |
 //! | `rules` | the rule sets, their revisions, their storage | take damaged content for an empty set |
 //! | `ingest` | the push streams; checks every batch, answers it by its id | acknowledge a batch that is not durable |
@@ -37,6 +38,7 @@
 //! |---|---|
 //! | `objects/default/2026-01-31/12/ULID.segment` | a segment: the profiles of one flush with their metadata |
 //! | `objects/default/2026-01-31/12/ULID.pb.gz` | a profile with its metadata, in the older layout |
+//! | `objects/default/2026-01-31/12/ULID.deletion` | a deletion of profiles that is not carried out yet |
 //! | `table/samples`, `table/profiles`, … | Delta tables of the profiles, with `--table` |
 //! | `set-aside` | faulty objects and tables that `gannet-collector repair` moved; nothing reads or removes them |
 //! | `index.redb` | the index of the objects; the store rebuilds a missing or corrupt one from them |
@@ -54,6 +56,7 @@ mod clickhouse;
 mod collector;
 mod config;
 mod debuginfo;
+mod deletions;
 mod durable;
 mod fleet;
 mod forward;

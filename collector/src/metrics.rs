@@ -136,6 +136,10 @@ collector_metrics! {
         gauge("gannet_collector_store_bytes", "Space of the stored profiles on the disk, with their part of the index; in a bucket, their size");
     store_profiles: Gauge => STORE_PROFILES
         gauge("gannet_collector_store_profiles", "Number of stored profiles");
+    deletions_pending: Gauge => DELETIONS_PENDING
+        gauge("gannet_collector_store_deletions_pending", "Deletions of profiles that are not carried out yet: no query returns the profiles, but objects or tables still have some");
+    profiles_deleted: Counter => PROFILES_DELETED
+        counter("gannet_collector_store_profiles_deleted_total", "Profiles that a deletion has hidden from the queries of this collector");
     store_series: Gauge => STORE_SERIES
         gauge("gannet_collector_store_series", "Series with stored profiles");
     store_errors: Counter => STORE_ERRORS

@@ -8,7 +8,8 @@ use gannet_proto::{
     debuginfo::debug_info_service_client::DebugInfoServiceClient,
     pprof,
     query::{
-        MergeProgress, MergeRequest, ReadReport, Selection, SeriesRequest, merge_progress::Message,
+        MergeProgress, MergeRequest, ReadReport, Selection, SeriesRequest,
+        deletion_service_client::DeletionServiceClient, merge_progress::Message,
         query_service_client::QueryServiceClient,
     },
 };
@@ -49,6 +50,10 @@ impl Collector {
 
     pub(crate) fn query(&self) -> QueryServiceClient<Connection> {
         QueryServiceClient::new(self.connection.clone()).max_decoding_message_size(MAX_ANSWER_BYTES)
+    }
+
+    pub(crate) fn deletions(&self) -> DeletionServiceClient<Connection> {
+        DeletionServiceClient::new(self.connection.clone()).max_decoding_message_size(MAX_ANSWER_BYTES)
     }
 
     /// Converts a failed call into an error text, with the request fields that the collector refuses.

@@ -8,6 +8,7 @@ mod capture;
 mod check;
 mod client;
 mod debuginfo;
+mod deletion;
 mod error;
 mod export;
 mod flame;

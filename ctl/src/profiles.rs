@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use crate::{
     args::{Base, Form, Format, Profiles, Select, Spans, TopArgs},
     client::{self, Collector, MAX_PROFILE_BYTES},
+    deletion,
     error::Error,
     export::{self, FileFormat, Origin},
     open,
@@ -72,6 +73,8 @@ pub(crate) async fn run(
             let target = target.of(String::new(), selection, collector).await?;
             save(&merged, &target, Some(&read), format, console)
         }
+        Profiles::Delete(args) => deletion::delete(&args, collector, format, console).await,
+        Profiles::Deletions => deletion::list(collector, format, console).await,
         Profiles::Query(args) => sql::run(&args, collector, format, console).await,
         Profiles::Convert { file, out, sample_type, form } => {
             convert(&file, &output.unwrap_or(out), &sample_type, form, format, console)

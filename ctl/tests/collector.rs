@@ -141,6 +141,57 @@ impl Setup {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn profiles_are_deleted_after_a_dry_run_and_a_yes() {
+    let setup = Setup::new().await;
+    let ids = [setup.push("checkout", 20, 60).await, setup.push("checkout", 5, 7200).await];
+    let other = setup.push("search", 30, 60).await;
+    let delete = ["profiles", "delete", "--selector", "{service_name=\"checkout\"}"];
+    let run = async |more: &[&str]| setup.run(&[&delete[..], more].concat()).await;
+
+    let dry = run(&["--dry-run"]).await;
+    assert_eq!((dry.code, dry.err.as_str()), (0, ""));
+    assert!(dry.out.starts_with("would delete 2 profiles of 1 series with 45 samples, "), "{}", dry.out);
+    let json = run(&["--dry-run", "--since", "1h", "-o", "json"]).await;
+    let value: Value = serde_json::from_str(&json.out).unwrap();
+    assert_eq!((&value["profiles"], &value["deletion_id"]), (&json!(1), &Value::Null), "{value}");
+    // The standard input of a test is no terminal, so there is no answer.
+    let unasked = run(&[]).await;
+    assert_eq!(unasked.code, 2);
+    assert!(unasked.err.contains("give --yes") && unasked.err.contains("2 profiles"), "{}", unasked.err);
+    let none = run(&["--until", "now-5h"]).await;
+    assert_eq!((none.code, none.out.as_str()), (0, "no profile matches; nothing is deleted\n"));
+    for (args, says) in [
+        (&["profiles", "delete", "--yes"][..], "give labels, `from` or `until`"),
+        (&["profiles", "delete", "-q", "{nmaespace=\"x\"}", "--yes"], "has the label `nmaespace`"),
+        (&["profiles", "delete", "--from", "now-1h", "--until", "now-2h", "--yes"], "exchange both"),
+    ] {
+        let refused = setup.run(args).await;
+        assert!(refused.code == 1 && refused.err.contains(says), "{}", refused.err);
+    }
+    assert_eq!(setup.ctl("profiles list --since 5h").await.out.lines().count(), 4);
+
+    let deleted = run(&["--until", "now-1h", "--yes"]).await;
+    assert_eq!((deleted.code, deleted.err.as_str()), (0, ""));
+    assert!(deleted.out.starts_with("deleted 1 profile of 1 series with 15 samples, "), "{}", deleted.out);
+    let id = deleted.out.trim().rsplit(' ').next().unwrap().to_owned();
+    let listed = setup.ctl("profiles list --since 5h").await.out;
+    assert!(listed.contains(&ids[0]) && listed.contains(&other) && !listed.contains(&ids[1]), "{listed}");
+    let audit = setup.ctl("rules audit").await.out;
+    assert!(audit.contains("delete-profiles") && audit.contains("1 profiles (15 samples, "), "{audit}");
+    let mut pending = setup.ctl("profiles deletions").await;
+    for _ in 0..600 {
+        if pending.out == "all deletions are carried out\n" {
+            break;
+        }
+        assert!(pending.code == 0 && pending.out.contains(&id), "{}", pending.out);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        pending = setup.ctl("profiles deletions").await;
+    }
+    assert_eq!(setup.ctl("profiles deletions -o json").await.out, "{\n  \"deletions\": []\n}\n");
+    setup.end().await;
+}
+
 /// Returns a profile with `work` samples of the function `work`, which have the labels, and ten of others.
 fn app_profile(work: i64, start: std::time::SystemTime, labels: &[Label<'_>]) -> pprof::Profile {
     let mut builder = Builder::new(Header {

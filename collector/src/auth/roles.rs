@@ -144,7 +144,7 @@ pub(super) fn required_role(path: &str) -> Option<Role> {
         "gannet.query.v1.QueryService" => Some(Role::Viewer),
         _ => match method {
             "GetTriggers" | "ListScopes" | "GetRollout" | "WatchRollout" | "ListAudit" | "ListNodes"
-            | "Explain" | "ListDebugInfo" => Some(Role::Viewer),
+            | "Explain" | "ListDebugInfo" | "ListDeletions" => Some(Role::Viewer),
             // A new method requires the highest role until this list names it.
             _ => Some(Role::Editor),
         },
@@ -186,6 +186,8 @@ mod tests {
     #[case("/gannet.ingest.v1.IngestService/Push", Some(Role::Agent))]
     #[case("/opentelemetry.proto.collector.profiles.v1development.ProfilesService/Export", Some(Role::Agent))]
     #[case("/gannet.query.v1.QueryService/Top", Some(Role::Viewer))]
+    #[case("/gannet.query.v1.DeletionService/DeleteProfiles", Some(Role::Editor))]
+    #[case("/gannet.query.v1.DeletionService/ListDeletions", Some(Role::Viewer))]
     #[case("/grpc.health.v1.Health/Check", None)]
     #[case("/unknown/Method", Some(Role::Editor))]
     #[case("", Some(Role::Editor))]
@@ -206,6 +208,7 @@ mod tests {
             "Capture",
             "UploadDebugInfo",
             "DeleteDebugInfo",
+            "DeleteProfiles",
         ];
         let mut seen = 0;
         for file in &set.file {

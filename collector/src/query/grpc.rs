@@ -37,7 +37,7 @@ impl From<SqlError> for Status {
             SqlError::Invalid(_) => Status::invalid_argument(text),
             SqlError::Limit(_) => Status::resource_exhausted(text),
             SqlError::Table(TableError::Damaged { .. } | TableError::File { .. }) => Status::data_loss(text),
-            SqlError::Busy | SqlError::Table(_) => Status::unavailable(text),
+            SqlError::Busy | SqlError::Unclean(..) | SqlError::Table(_) => Status::unavailable(text),
             SqlError::Left => Status::cancelled(text),
             SqlError::Failed => Status::internal(text),
         }

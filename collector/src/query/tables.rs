@@ -7,6 +7,7 @@ use std::{
 };
 
 use gannet_proto::profiles::Profile;
+use ulid::Ulid;
 
 use super::{
     Query, QueryError,
@@ -22,6 +23,9 @@ use crate::{
 
 /// Time by which a segment may be older than a profile in it. A node's clock may be wrong.
 const MAX_SKEW: Duration = Duration::from_secs(24 * 3600);
+
+/// Deleted profiles that a statement for ClickHouse leaves out, at most, until the tables have lost them.
+const MAX_DELETED: usize = 10_000;
 
 /// A range of series, as the index and as the tables know it.
 pub(crate) struct TableRange {
@@ -103,13 +107,24 @@ impl Query {
         };
         let outside = self.blocking(move |query| {
             let since_ms = from_ms.saturating_sub(MAX_SKEW.as_millis() as u64);
-            let pending = query.store.segments_since(since_ms, |id| !coverage.has(id));
-            let halves: HashSet<_> = pending.iter().copied().filter(|id| coverage.has_some(*id)).collect();
+            // A deletion replaces segments, and the tables know them by their former ids.
+            let names = |id| query.store.segment_names(id);
+            let all = query.store.segments_since(since_ms, |_| true).into_iter();
+            let pending: Vec<_> = all.filter(|id| !names(*id).iter().any(|id| coverage.has(*id))).collect();
+            let has_some = |id: &Ulid| names(*id).iter().any(|id| coverage.has_some(*id));
+            let halves: HashSet<_> = pending.iter().copied().filter(has_some).collect();
             drop(coverage);
             let ids: HashSet<u64> = series.iter().copied().collect();
             let of = || "the part of the selection that the tables lack".to_owned();
             let check = |found: &Found| found.check(&query.options, of);
-            let (mut found, mut excluded) = (Found::default(), Vec::new());
+            let mut found = Found::default();
+            let mut excluded = query.store.deleted_between(from_ms..until_ms, MAX_DELETED + 1)?;
+            if excluded.len() > MAX_DELETED {
+                return Err(QueryError::Busy(format!(
+                    "the tables still have more than {MAX_DELETED} deleted profiles of this range; ask again in a minute, or for a \
+                     shorter range"
+                )));
+            }
             for segment in pending {
                 for (id, series) in query.store.batches_of_segment(segment, from_ms, until_ms)? {
                     if halves.contains(&segment) {

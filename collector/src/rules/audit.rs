@@ -69,6 +69,17 @@ impl Audit {
         self.append(std::slice::from_ref(entry), true);
     }
 
+    /// Writes an entry for a deletion of profiles and syncs it. Returns an error if the log does not have it. `note` describes the
+    /// profiles. Blocking.
+    pub(crate) fn record_deletion(&self, who: &str, note: String) -> io::Result<()> {
+        let entry = deletion(who.to_owned(), note);
+        tracing::info!(
+            target: "gannet_collector::audit",
+            who = entry.who, action = entry.action, note = entry.note, "profiles deleted"
+        );
+        self.file.lock().append(&format!("{}\n", line(&entry)), true)
+    }
+
     /// Queues a node's answer for writing, without waiting. A full queue drops and counts it.
     pub(crate) fn record_answer(&self, entry: AuditEntry) {
         if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = self.answers.try_send(entry) {
@@ -150,16 +161,21 @@ impl Audit {
     }
 }
 
+/// Returns the entry of a deletion of profiles.
+fn deletion(who: String, note: String) -> AuditEntry {
+    AuditEntry {
+        at: Some(time::timestamp(time::now_ms())),
+        action: "delete-profiles".to_owned(),
+        who,
+        note,
+        ..AuditEntry::default()
+    }
+}
+
 /// Writes an entry for a deletion of profiles into the log in this directory, while no collector runs. `note` describes the profiles.
 pub(crate) fn record_deletion(dir: &Path, note: String) -> io::Result<()> {
     let file = AuditFile { path: dir.join("audit.jsonl"), former: dir.join("audit.jsonl.1") };
-    let entry = AuditEntry {
-        at: Some(time::timestamp(time::now_ms())),
-        action: "delete-profiles".to_owned(),
-        who: format!("uid {}", rustix::process::getuid().as_raw()),
-        note,
-        ..AuditEntry::default()
-    };
+    let entry = deletion(format!("uid {}", rustix::process::getuid().as_raw()), note);
     file.append(&format!("{}\n", line(&entry)), true)
 }
 

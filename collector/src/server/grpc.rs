@@ -12,7 +12,7 @@ use gannet_proto::{
         debug_info_service_server::DebugInfoServiceServer,
     },
     ingest::ingest_service_server::IngestServiceServer,
-    query::query_service_server::QueryServiceServer,
+    query::{deletion_service_server::DeletionServiceServer, query_service_server::QueryServiceServer},
 };
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,7 @@ use super::listener::Listener;
 use crate::{
     auth::{Auth, AuthLayer},
     debuginfo::{DebugInfo, DebugInfoGrpc},
+    deletions::DeletionGrpc,
     fleet::{Fleet, FleetGrpc},
     ingest::Ingest,
     otlp_service::{OtlpGrpc, OtlpReceiver},
@@ -46,6 +47,7 @@ pub(crate) struct GrpcServices {
     pub(crate) auth: Arc<Auth>,
     pub(crate) otlp: OtlpReceiver,
     pub(crate) debug_info: Arc<DebugInfo>,
+    pub(crate) deletions: DeletionGrpc,
     /// Largest compressed profile, in bytes.
     pub(crate) max_batch_bytes: u64,
 }
@@ -61,8 +63,18 @@ pub(crate) async fn start(
     services: GrpcServices,
     stop: CancellationToken,
 ) -> Result<JoinHandle<()>, GrpcError> {
-    let GrpcServices { ingest, query, sql, fleet, triggers, auth, otlp, debug_info, max_batch_bytes } =
-        services;
+    let GrpcServices {
+        ingest,
+        query,
+        sql,
+        fleet,
+        triggers,
+        auth,
+        otlp,
+        debug_info,
+        deletions,
+        max_batch_bytes,
+    } = services;
     // The server must read a batch above the limit too, or it could not refuse the batch by its id.
     let max_push_message = max_batch_bytes as usize * 2 + (1 << 20);
     let ingest = IngestServiceServer::new(ingest)
@@ -82,6 +94,7 @@ pub(crate) async fn start(
     serving!(
         IngestServiceServer<Ingest>,
         QueryServiceServer<QueryGrpc>,
+        DeletionServiceServer<DeletionGrpc>,
         AgentServiceServer<FleetGrpc>,
         FleetServiceServer<FleetGrpc>,
         TriggerServiceServer<Triggers>,
@@ -103,6 +116,7 @@ pub(crate) async fn start(
         .add_service(reflection().build_v1alpha()?)
         .add_service(ingest)
         .add_service(query)
+        .add_service(DeletionServiceServer::new(deletions))
         .add_service(agents)
         .add_service(nodes)
         .add_service(triggers)

@@ -5,11 +5,13 @@
 //! | `run` | the connection of one query: what it may do, its rows, its error texts |
 //! | `rows` | the virtual tables and their scans |
 //! | `scan` | the row groups that a query has read, and its limits |
+//! | `deleted` | nothing: it finds the rows of deleted profiles, until the tables have lost them |
 //! | `plan` | nothing: it decides what a scan can skip |
 //!
 //! The module does nothing before the first query: each query reads the logs of the tables itself. One query runs at a time, because
 //! SQLite limits the memory of the process, not of a connection.
 
+mod deleted;
 mod plan;
 mod rows;
 mod run;
@@ -36,10 +38,13 @@ use tokio::{
     time::{Instant, MissedTickBehavior},
 };
 
-use self::scan::{Answer, Counts, Limits, Scan};
+use self::{
+    deleted::Deleted,
+    scan::{Answer, Counts, Limits, Scan},
+};
 use crate::{
     metrics::Metrics,
-    store::TableObjects,
+    store::{Store, TableObjects},
     table::{self, TableError},
     time,
 };
@@ -93,6 +98,12 @@ pub(crate) enum SqlError {
     /// The query would exceed a limit.
     #[error("sql: {0}")]
     Limit(String),
+    /// Sums with deleted profiles.
+    #[error(
+        "the table {0} has sums of deleted profiles in the hours from {1} on, which the collector adds up again; run the query again in \
+         a minute, or read the table samples"
+    )]
+    Unclean(&'static str, String),
     /// Too many queries wait.
     #[error("{MAX_WAITING} SQL queries wait already, and the collector runs one at a time; try again later")]
     Busy,
@@ -111,6 +122,7 @@ pub(crate) enum SqlError {
 pub(crate) struct Sql {
     /// `None` without `--table`.
     tables: Option<TableObjects>,
+    store: Arc<Store>,
     options: SqlOptions,
     permit: Arc<Semaphore>,
     waiting: AtomicUsize,
@@ -128,9 +140,15 @@ impl Drop for Waiting<'_> {
 
 impl Sql {
     /// `tables`: the objects of the tables, if the collector writes some.
-    pub(crate) fn new(tables: Option<TableObjects>, options: &SqlOptions, metrics: Metrics) -> Arc<Self> {
+    pub(crate) fn new(
+        tables: Option<TableObjects>,
+        store: Arc<Store>,
+        options: &SqlOptions,
+        metrics: Metrics,
+    ) -> Arc<Self> {
         Arc::new(Self {
             tables,
+            store,
             options: options.clone(),
             permit: Arc::new(Semaphore::new(1)),
             waiting: AtomicUsize::new(0),
@@ -182,8 +200,12 @@ impl Sql {
             read_bytes: self.options.sql_read_bytes.0,
             memory_bytes: half,
         };
+        // Before the tables are read, which may lose the deleted rows meanwhile.
+        let store = Arc::clone(&self.store);
+        let deleted = tokio::task::spawn_blocking(move || Deleted::new(store));
+        let deleted = deleted.await.map_err(|_| SqlError::Failed)?.map_err(TableError::from)?;
         let tables = table::snapshot(objects).await?;
-        let scan = Scan::new(tables, limits, Arc::clone(counts), answer.clone(), Handle::current());
+        let scan = Scan::new(tables, deleted, limits, Arc::clone(counts), answer.clone(), Handle::current());
         let running = tokio::task::spawn_blocking(move || {
             // The thread can outlive this function for a moment, and the next query waits for it.
             let _permit = permit;

@@ -253,7 +253,9 @@ impl Cursor {
         // Numbers are unique in their table.
         if let (Constant::Long(number), Some(block)) = (&key.constant, last) {
             let rows = self.scan.rows_with_long(&block, column, *number)?;
-            found.extend(rows.into_iter().map(|row| (Arc::clone(&block), row)));
+            let deleted = self.scan.deleted(&block)?;
+            let rows = rows.into_iter().filter(|row| deleted.binary_search(row).is_err());
+            found.extend(rows.map(|row| (Arc::clone(&block), row)));
             self.block = Some(block);
         }
         if found.is_empty() {
@@ -262,6 +264,9 @@ impl Cursor {
                     Constant::Long(number) => self.scan.rows_with_long(&block, column, *number)?,
                     Constant::Text(text) => self.scan.rows_with_text(&block, column, text)?,
                 };
+                let deleted = self.scan.deleted(&block)?;
+                let rows: Vec<u32> =
+                    rows.into_iter().filter(|row| deleted.binary_search(row).is_err()).collect();
                 if !rows.is_empty() {
                     found.extend(rows.into_iter().map(|row| (Arc::clone(&block), row)));
                     self.block = Some(block);
@@ -376,6 +381,9 @@ impl Cursor {
     }
 
     fn is_wanted(&self, block: &Block, row: usize) -> Result<bool, SqlError> {
+        if self.scan.deleted(block)?.binary_search(&(row as u32)).is_ok() {
+            return Ok(false);
+        }
         for test in &self.row_tests {
             let is_met = match test {
                 RowTest::Text(column, number) => {

@@ -14,7 +14,7 @@ use gannet_proto::query as api;
 use parking_lot::Mutex;
 use tokio::{runtime::Handle, sync::mpsc::Sender, time::Instant};
 
-use super::SqlError;
+use super::{SqlError, deleted::Deleted};
 use crate::table::{ColumnValues, Datum, Footer, TableError, TableSnapshot};
 
 /// Limits of one query.
@@ -54,6 +54,7 @@ pub(super) type Answer = Sender<Result<api::SqlResponse, SqlError>>;
 pub(super) struct Scan {
     pub(super) tables: Vec<TableSnapshot>,
     pub(super) counts: Arc<Counts>,
+    deleted: Deleted,
     limits: Limits,
     runtime: Handle,
     answer: Answer,
@@ -74,6 +75,8 @@ pub(super) struct Block {
     longs: OnceLock<Vec<(i64, u32)>>,
     /// Rows by the text numbers of a column, sorted by both.
     texts: OnceLock<Vec<(u32, u32)>>,
+    /// Rows of deleted profiles, in order.
+    deleted: OnceLock<Vec<u32>>,
 }
 
 /// A cached value with its memory and the time of its last use.
@@ -96,6 +99,7 @@ struct Cache {
 impl Scan {
     pub(super) fn new(
         tables: Vec<TableSnapshot>,
+        deleted: Deleted,
         limits: Limits,
         counts: Arc<Counts>,
         answer: Answer,
@@ -104,6 +108,7 @@ impl Scan {
         Arc::new(Self {
             tables,
             counts,
+            deleted,
             limits,
             runtime,
             answer,
@@ -241,6 +246,7 @@ impl Scan {
             columns,
             longs: OnceLock::new(),
             texts: OnceLock::new(),
+            deleted: OnceLock::new(),
         });
         self.counts.groups.fetch_add(1, Ordering::Relaxed);
         self.counts.rows.fetch_add(rows as u64, Ordering::Relaxed);
@@ -248,6 +254,19 @@ impl Scan {
         let used = cache.tick();
         cache.blocks.insert(key, Entry { value: Arc::clone(&block), bytes: 0, used });
         Ok(block)
+    }
+
+    /// Returns the rows of a row group whose profiles are deleted, in order.
+    pub(super) fn deleted<'b>(&self, block: &'b Block) -> Result<&'b [u32], SqlError> {
+        if let Some(rows) = block.deleted.get() {
+            return Ok(rows);
+        }
+        let rows = match self.deleted.column_of(&self.tables[block.table], block.file)? {
+            Some(column) => self.deleted.rows(self.column(block, column)?, block.rows)?,
+            None => Vec::new(),
+        };
+        self.grow(block, 4 * rows.len() as u64)?;
+        Ok(block.deleted.get_or_init(|| rows))
     }
 
     /// Returns the values of a column of a row group.

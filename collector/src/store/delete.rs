@@ -24,6 +24,7 @@ use crate::selector::Selector;
 const CHUNK: usize = 64;
 
 /// The profiles of a deletion or an export.
+#[derive(Clone)]
 pub(crate) struct Chosen {
     pub(crate) selector: Selector,
     /// Earliest start of a profile, in milliseconds since 1970.
@@ -99,7 +100,7 @@ pub(crate) async fn delete(
 async fn find(objects: &Objects, doomed: &Chosen) -> Result<(Deleted, Vec<(u64, ObjectName)>), StoreError> {
     let (mut deleted, mut found) = (Deleted::default(), Vec::new());
     for hour in objects.hours().await? {
-        let HourObjects { profiles, segments } = objects.of_hour(hour).await?;
+        let HourObjects { profiles, segments, deletions: _ } = objects.of_hour(hour).await?;
         for ids in profiles.chunks(CHUNK) {
             for (id, head) in ids.iter().zip(objects.heads(hour, ids).await?) {
                 match head {
@@ -119,7 +120,7 @@ async fn find(objects: &Objects, doomed: &Chosen) -> Result<(Deleted, Vec<(u64, 
             for (id, head) in ids.iter().zip(objects.segment_heads(hour, ids).await?) {
                 let entries = match head {
                     Head::Gone => continue,
-                    Head::Readable { content, .. } if segment_hour(*id) == hour => content,
+                    Head::Readable { content, .. } if segment_hour(*id) == hour => content.entries,
                     _ => {
                         deleted.unreadable += 1;
                         continue;

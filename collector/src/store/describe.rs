@@ -4,9 +4,9 @@ use gannet_proto::labels::Labels;
 use ulid::Ulid;
 
 use super::{
-    index::ProfileRow,
     meta::ObjectMeta,
     object::{ObjectKey, packed_header_len},
+    row::ProfileRow,
 };
 use crate::time;
 

@@ -18,6 +18,7 @@ use super::{
     meta::ObjectMeta,
     object::{HOUR_MS, Head, HourObjects, ObjectKey, Objects, unpack},
     segment::{self, PackedBatch, SegmentPosition},
+    tombstone::Tombstone,
     verify::{is_gzip, open},
 };
 
@@ -73,6 +74,7 @@ pub(crate) async fn export(
             archive,
             partial: &partial,
             is_bucket: bucket.is_some(),
+            deletions: Vec::new(),
             totals: Exported::default(),
             progress,
         };
@@ -99,17 +101,27 @@ struct Export<'a, P> {
     archive: ArchiveWriter<BufWriter<File>>,
     partial: &'a Path,
     is_bucket: bool,
+    /// Deletions that no collector has carried out yet.
+    deletions: Vec<Tombstone>,
     totals: Exported,
     progress: P,
 }
 
 impl<P: FnMut(&Exported)> Export<'_, P> {
     async fn run(&mut self) -> Result<(), StoreError> {
+        // A deletion takes profiles of all hours before it, so all lists come first.
+        let mut hours = Vec::new();
         for hour in self.objects.hours().await? {
             if (hour + 1) * HOUR_MS + MARGIN_MS <= self.wanted.from_ms {
                 continue;
             }
-            let HourObjects { profiles, segments } = self.objects.of_hour(hour).await?;
+            let mut objects = self.objects.of_hour(hour).await?;
+            for id in std::mem::take(&mut objects.deletions) {
+                self.deletions.extend(Tombstone::read(&self.objects, id).await?);
+            }
+            hours.push((hour, objects));
+        }
+        for (hour, HourObjects { profiles, segments, .. }) in hours {
             self.older_profiles(hour, profiles).await?;
             let objects = Arc::clone(&self.objects);
             let heads = stream::iter(segments).map(|id| {
@@ -120,7 +132,7 @@ impl<P: FnMut(&Exported)> Export<'_, P> {
             while let Some((id, head)) = heads.next().await {
                 self.totals.objects += 1;
                 match head {
-                    Ok(Some(Head::Readable { content, .. })) => self.segment(id, content).await?,
+                    Ok(Some(Head::Readable { content, .. })) => self.segment(id, content.entries).await?,
                     Ok(None | Some(Head::Gone)) => {}
                     Err(error) if self.is_bucket => return Err(error),
                     Ok(Some(Head::Unreadable { .. })) | Err(_) => self.totals.unreadable += 1,
@@ -131,6 +143,12 @@ impl<P: FnMut(&Exported)> Export<'_, P> {
         Ok(())
     }
 
+    /// Reports whether a batch matches and is not deleted. `segment`: where it is, or `None` for an object of its own.
+    fn is_wanted(&self, meta: &ObjectMeta, segment: Option<Ulid>) -> bool {
+        let is_deleted = |of: &Tombstone| of.is_after(segment) && of.takes(meta);
+        self.wanted.matches(meta) && !self.deletions.iter().any(is_deleted)
+    }
+
     /// Adds the matching batches of a segment.
     async fn segment(
         &mut self,
@@ -138,7 +156,8 @@ impl<P: FnMut(&Exported)> Export<'_, P> {
         entries: Vec<(ObjectMeta, SegmentPosition)>,
     ) -> Result<(), StoreError> {
         let all = entries.len();
-        let matching: Vec<_> = entries.into_iter().filter(|(meta, _)| self.wanted.matches(meta)).collect();
+        let matching = entries.into_iter().filter(|(meta, _)| self.is_wanted(meta, Some(id)));
+        let matching: Vec<_> = matching.collect();
         let mut pieces: Vec<Vec<_>> = Vec::new();
         let mut bytes = u64::MAX;
         for (meta, position) in matching {
@@ -257,7 +276,7 @@ impl<P: FnMut(&Exported)> Export<'_, P> {
                 self.totals.unreadable += 1;
                 continue;
             };
-            if !self.wanted.matches(&meta) {
+            if !self.is_wanted(&meta, None) {
                 continue;
             }
             let pprof = object.slice(offset..);

@@ -19,6 +19,7 @@ use super::{
     lock,
     object::{Head, HourObjects, Objects, segment_hour},
     segment::{self, PackedBatch},
+    tombstone::Tombstone,
 };
 
 /// Hours whose objects the import remembers. Profiles are of hours before that of their segment.
@@ -45,6 +46,17 @@ pub enum ImportError {
     /// A fault of the file, of which nothing is imported.
     #[error(transparent)]
     File(#[from] ArchiveError),
+    /// A deletion would take profiles of the file, and it is not carried out yet. Nothing is imported.
+    #[error(
+        "the file has profiles of the deletion {id} ({query}), which is not carried out yet and would delete them again; start the \
+         collector, wait until `gannetctl profiles deletions` does not list it, and import then; or import into another store"
+    )]
+    Deleted {
+        /// Id of the deletion.
+        id: Ulid,
+        /// The selector of the deletion, as text.
+        query: String,
+    },
     /// An error of the store.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -70,6 +82,24 @@ pub(crate) async fn import(
         fs::create_dir_all(data).map_err(|e| StoreError::io("create the directory --data", data, e))?;
         (Some(lock(data)?), Objects::open(&data.join("objects"))?)
     };
+    let deletions = deletions(&objects).await.map_err(|error| error.of_bucket(bucket))?;
+    if !deletions.is_empty() {
+        let mut deleted = None;
+        let reader = ArchiveReader::new(BufReader::with_capacity(READ_BYTES, &file));
+        let read = reader.read(async |ArchivedSegment { id, entries, .. }| {
+            let takes =
+                |of: &&Tombstone| of.is_after(Some(id)) && entries.iter().any(|(meta, _)| of.takes(meta));
+            if let Some(of) = deletions.iter().find(takes) {
+                deleted = Some((of.id, of.query.clone()));
+            }
+            Ok::<_, ArchiveError>(())
+        });
+        read.await?;
+        if let Some((id, query)) = deleted {
+            return Err(ImportError::Deleted { id, query });
+        }
+        file.rewind().map_err(ArchiveError::Io)?;
+    }
     let mut import = Import { objects, hours: BTreeMap::new(), oldest_ms, totals: Imported::default() };
     let added = ArchiveReader::new(BufReader::with_capacity(READ_BYTES, &file)).read(async |segment| {
         import.add(segment).await.map_err(|error| error.of_bucket(bucket))?;
@@ -78,6 +108,17 @@ pub(crate) async fn import(
     });
     added.await?;
     Ok(import.totals)
+}
+
+/// Returns the deletions that no collector has carried out yet.
+async fn deletions(objects: &Objects) -> Result<Vec<Tombstone>, StoreError> {
+    let mut found = Vec::new();
+    for hour in objects.hours().await? {
+        for id in objects.of_hour(hour).await?.deletions {
+            found.extend(Tombstone::read(objects, id).await?);
+        }
+    }
+    Ok(found)
 }
 
 /// The objects in the directory of one hour.
@@ -142,7 +183,7 @@ impl Import {
     /// Returns the objects of an hour, which it lists once for a run of segments.
     async fn hour(&mut self, hour: u64) -> Result<&mut Hour, StoreError> {
         if !self.hours.contains_key(&hour) {
-            let HourObjects { profiles, segments } = self.objects.of_hour(hour).await?;
+            let HourObjects { profiles, segments, deletions: _ } = self.objects.of_hour(hour).await?;
             let mut listed = Hour { profiles: profiles.into_iter().collect(), ..Hour::default() };
             for id in segments {
                 listed.segments.entry(id.timestamp_ms()).or_default().push(id);
@@ -160,7 +201,8 @@ impl Import {
         let mut batches = HashSet::new();
         for head in self.objects.segment_heads(hour, segments).await? {
             if let Head::Readable { content, .. } = head {
-                let ids = content.iter().filter_map(|(meta, position)| describe(meta, position.bytes, 0));
+                let ids =
+                    content.entries.iter().filter_map(|(meta, position)| describe(meta, position.bytes, 0));
                 batches.extend(ids.map(|(_, key, _)| key.id));
             }
         }

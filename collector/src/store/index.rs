@@ -17,10 +17,10 @@ use redb::{
 use ulid::Ulid;
 
 use super::{
-    copies,
-    meta::TypeTotal,
+    change::{AddedProfile, IndexChange},
+    copies, hidden,
     object::{HOUR_MS, ObjectKey, segment_hour},
-    segment::SegmentPosition,
+    row::{IndexedObject, ProfileRow, ROW_BYTES, StoredProfile},
 };
 
 /// (series, start in ms, id) -> [`ProfileRow`]
@@ -44,9 +44,6 @@ const LAYOUT: u64 = 3;
 const LAYOUT_WITHOUT_SEGMENTS: u64 = 2;
 /// Bit of the bytes in [`TIMES`]: the profile is in a segment, whose bytes count once, for the whole segment.
 const IN_SEGMENT: u64 = 1 << 63;
-/// Bytes between two profiles of a segment up to which one read returns both. A request to a bucket takes as long as
-/// reading some hundred KiB.
-const MAX_GAP_BYTES: u64 = 256 << 10;
 /// Memory for redb's pages.
 const CACHE_BYTES: usize = 32 << 20;
 
@@ -69,126 +66,6 @@ pub enum IndexError {
     /// The disk returned an error.
     #[error("cannot read or write the index: {0}; check that its disk has space and is healthy")]
     Io(#[source] io::Error),
-}
-
-/// The description of a stored batch.
-#[derive(Clone, PartialEq, Message)]
-pub(crate) struct ProfileRow {
-    #[prost(uint64, tag = "1")]
-    pub(crate) duration_ms: u64,
-    #[prost(uint64, tag = "2")]
-    pub(crate) samples: u64,
-    /// Compressed size of the profile. 0: the batch carried only a ledger.
-    #[prost(uint64, tag = "3")]
-    pub(crate) bytes: u64,
-    #[prost(message, repeated, tag = "4")]
-    pub(crate) types: Vec<TypeTotal>,
-    #[prost(string, tag = "5")]
-    pub(crate) rule_id: String,
-    #[prost(uint64, tag = "6")]
-    pub(crate) revision: u64,
-    #[prost(string, tag = "7")]
-    pub(crate) reason: String,
-    /// ULID of the window, big endian. Empty: none.
-    #[prost(bytes = "vec", tag = "8")]
-    pub(crate) window: Vec<u8>,
-    /// Size of the object with its metadata, in the older layout. 0 in a segment.
-    #[prost(uint64, tag = "9")]
-    pub(crate) object_bytes: u64,
-    /// ULID of the segment, big endian. Empty: an object of its own.
-    #[prost(bytes = "vec", tag = "10")]
-    pub(super) segment: Vec<u8>,
-    /// Offset of the profile in the segment.
-    #[prost(uint64, tag = "11")]
-    pub(super) offset: u64,
-    /// CRC-32 of the profile in the segment.
-    #[prost(fixed32, tag = "12")]
-    pub(super) crc: u32,
-}
-
-/// Space of a row in all tables and in its directory, beside the encoded [`ProfileRow`]. Measured: 330 to 380 bytes with a
-/// row of 80 bytes, in a file without free pages. Half as much again is for the free pages of a file that changes.
-const ROW_BYTES: u64 = 512;
-/// Space of a series, beside its labels.
-const SERIES_BYTES: u64 = 256;
-
-impl ProfileRow {
-    /// Returns an upper estimate of the space that the row takes in the index, in bytes.
-    pub(super) fn index_bytes(&self) -> u64 {
-        ROW_BYTES + 2 * self.encoded_len() as u64
-    }
-
-    /// Returns the row of a profile at this position of a segment.
-    pub(super) fn at(self, position: SegmentPosition) -> Self {
-        let SegmentPosition { segment, offset, bytes, crc } = position;
-        Self { segment: segment.0.to_be_bytes().to_vec(), offset, bytes, crc, object_bytes: 0, ..self }
-    }
-
-    /// Returns the segment of the profile, or `None` for an object of its own.
-    pub(super) fn segment(&self) -> Option<Ulid> {
-        self.segment.as_slice().try_into().ok().map(|id| Ulid(u128::from_be_bytes(id)))
-    }
-}
-
-/// Returns an upper estimate of the space that a series takes in the index, in bytes.
-pub(super) fn series_bytes(labels: &Labels) -> u64 {
-    SERIES_BYTES + 2 * labels.iter().map(|(name, value)| (name.len() + value.len()) as u64).sum::<u64>()
-}
-
-/// A stored batch: its series, its key and its description.
-#[derive(Clone, Debug)]
-pub(crate) struct StoredProfile {
-    pub(crate) series: u64,
-    pub(crate) key: ObjectKey,
-    pub(crate) row: ProfileRow,
-}
-
-impl StoredProfile {
-    /// Reports whether the batch carried a profile, and not only a ledger.
-    pub(super) fn has_profile(&self) -> bool {
-        self.row.bytes > 0
-    }
-
-    /// Reports whether the profile has an object of its own, in the older layout.
-    pub(crate) fn is_outside_segments(&self) -> bool {
-        self.row.segment.is_empty()
-    }
-
-    /// Returns where the profile is.
-    pub(crate) fn location(&self) -> ProfileLocation {
-        let ProfileRow { offset, bytes, crc, .. } = self.row;
-        let position = self.row.segment().map(|segment| SegmentPosition { segment, offset, bytes, crc });
-        ProfileLocation { position, key: self.key }
-    }
-}
-
-/// The object that holds a profile, and the position in it. Ordered by the position in the store, so that one read can
-/// return neighbours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct ProfileLocation {
-    /// `None`: in an object of its own, in the older layout.
-    pub(super) position: Option<SegmentPosition>,
-    pub(crate) key: ObjectKey,
-}
-
-impl ProfileLocation {
-    /// Reports whether one read can return both profiles: they are in the same segment, close to each other.
-    pub(crate) fn is_neighbour_of(&self, next: &Self) -> bool {
-        self.position.zip(next.position).is_some_and(|(own, next)| {
-            own.segment == next.segment && next.offset.saturating_sub(own.range().end) <= MAX_GAP_BYTES
-        })
-    }
-}
-
-/// The part of an entry that removals and comparisons need.
-#[derive(Clone, Copy)]
-pub(super) struct IndexedObject {
-    pub(super) series: u64,
-    pub(super) key: ObjectKey,
-    /// Space that the row takes on the disk, with its object in the older layout.
-    pub(super) disk_bytes: u64,
-    /// `None`: an object of its own.
-    pub(super) segment: Option<Ulid>,
 }
 
 /// An entry of the index by time.
@@ -235,45 +112,6 @@ pub(super) struct IndexedSegment {
 struct SeriesLabels {
     #[prost(btree_map = "string, string", tag = "1")]
     labels: std::collections::BTreeMap<String, String>,
-}
-
-/// A new entry.
-pub(super) struct AddedProfile {
-    pub(super) profile: StoredProfile,
-    /// Space that the row takes on the disk, with its object in the older layout.
-    pub(super) disk_bytes: u64,
-}
-
-/// The changes of one commit.
-#[derive(Default)]
-pub(super) struct IndexChange {
-    pub(super) add: Vec<AddedProfile>,
-    pub(super) add_series: Vec<(u64, Labels)>,
-    /// Segments with the space that they take on the disk. `add` holds their rows.
-    pub(super) add_segments: Vec<(Ulid, u64)>,
-    /// Batches of other rows that a segment holds too.
-    pub(super) copies: Vec<(Ulid, Ulid)>,
-    pub(super) remove: Vec<(u64, ObjectKey)>,
-    pub(super) remove_segments: Vec<Ulid>,
-    pub(super) remove_series: Vec<u64>,
-}
-
-impl IndexChange {
-    /// Returns a change that removes these entries, series and segments.
-    pub(super) fn removing(objects: &[IndexedObject], series: &[u64], segments: &[Ulid]) -> Self {
-        Self {
-            remove: objects.iter().map(|object| (object.series, object.key)).collect(),
-            remove_series: series.to_vec(),
-            remove_segments: segments.to_vec(),
-            ..Self::default()
-        }
-    }
-
-    /// Returns an upper estimate of the space that the change takes in the index, in bytes.
-    pub(super) fn index_bytes(&self) -> u64 {
-        let rows = self.add.iter().map(|added| added.profile.row.index_bytes());
-        rows.chain(self.add_series.iter().map(|(_, labels)| series_bytes(labels))).sum()
-    }
 }
 
 /// The index file. Any thread may read it; only the store's writer commits.
@@ -371,6 +209,18 @@ impl Index {
         Ok(())
     }
 
+    /// Forgets deleted batches.
+    pub(super) fn forget(&self, batches: &[(Ulid, u64)]) -> Result<(), IndexError> {
+        let guard = self.db.read();
+        let db = guard.as_ref().ok_or(IndexError::Closed)?;
+        let run = || -> Result<(), redb::Error> {
+            let txn = db.begin_write()?;
+            hidden::forget(&txn, batches)?;
+            Ok(txn.commit()?)
+        };
+        run().map_err(|error| self.error(error))
+    }
+
     pub(super) fn read<T>(
         &self,
         f: impl FnOnce(&ReadTransaction) -> Result<T, redb::Error>,
@@ -430,6 +280,13 @@ impl Index {
         classify(&self.path, error)
     }
 
+    /// Reports for each id whether it is stored, or was until a deletion. A batch that an agent sends again does not come back.
+    pub(super) fn knows(&self, ids: &[Ulid]) -> Result<Vec<bool>, IndexError> {
+        let stored = self.contains(ids.iter().copied())?;
+        let hidden = self.read(|txn| hidden::are_hidden(txn, ids.iter().copied()))?;
+        Ok(stored.into_iter().zip(hidden).map(|(stored, hidden)| stored || hidden).collect())
+    }
+
     /// Reports for each id whether it is stored.
     pub(super) fn contains(&self, ids: impl IntoIterator<Item = Ulid>) -> Result<Vec<bool>, IndexError> {
         self.read(|txn| {
@@ -459,13 +316,23 @@ impl Index {
         until_ms: u64,
         mut each: impl FnMut(StoredProfile) -> bool,
     ) -> Result<(), IndexError> {
+        self.scan_rows(series, from_ms, until_ms, |entry| !entry.has_profile() || each(entry))
+    }
+
+    /// Calls `each` for every batch as [`Index::scan`] does, also for those that carried only a ledger.
+    pub(super) fn scan_rows(
+        &self,
+        series: &[u64],
+        from_ms: u64,
+        until_ms: u64,
+        mut each: impl FnMut(StoredProfile) -> bool,
+    ) -> Result<(), IndexError> {
         self.read(|txn| {
             let table = txn.open_table(PROFILES)?;
             for &series in series {
                 for found in table.range((series, from_ms, 0)..(series, until_ms, 0))? {
                     let (key, row) = found?;
                     if let Some(entry) = entry(key.value(), row.value())
-                        && entry.has_profile()
                         && !each(entry)
                     {
                         return Ok(());
@@ -690,6 +557,11 @@ fn apply(db: &Database, change: &IndexChange) -> Result<Vec<bool>, redb::Error> 
             };
             first_of_window.push(first);
         }
+        for (id, from) in &change.moved {
+            if segment_rows.remove((from.0, id.0))?.is_some() {
+                *changes.entry(from.0).or_default() -= 1;
+            }
+        }
         for &(series, ObjectKey { start_ms, id }) in &change.remove {
             let removed = profiles.remove((series, start_ms, id.0))?;
             let removed = removed.and_then(|row| ProfileRow::decode(row.value()).ok());
@@ -720,6 +592,7 @@ fn apply(db: &Database, change: &IndexChange) -> Result<Vec<bool>, redb::Error> 
         }
     }
     copies::apply(&txn, &change.copies, change.remove.iter().map(|(_, key)| key.id))?;
+    hidden::apply(&txn, change)?;
     txn.commit()?;
     Ok(first_of_window)
 }
@@ -777,6 +650,7 @@ fn copy(from: &Database, to: &Database) -> Result<(), redb::Error> {
     }
     copy_tables!(PROFILES, IDS, TIMES, SERIES, WINDOWS, SEGMENTS, SEGMENT_ROWS);
     copies::copy(&read, &write)?;
+    hidden::copy(&read, &write)?;
     write.commit()?;
     Ok(())
 }

@@ -15,12 +15,16 @@
 
 mod archive;
 mod bucket;
+mod carry_out;
+mod change;
 mod copies;
 mod delete;
+mod deletions;
 mod describe;
 mod export;
 mod follow;
 pub(crate) mod fuzz;
+mod hidden;
 mod import;
 mod index;
 mod meta;
@@ -28,9 +32,11 @@ mod object;
 mod repair;
 mod replay;
 mod retention;
+mod row;
 mod segment;
 mod settle;
 mod state;
+mod tombstone;
 mod verify;
 mod writer;
 
@@ -64,19 +70,23 @@ pub use self::{
     verify::{ObjectFault, Verified},
 };
 pub(crate) use self::{
+    carry_out::DeletionQueue,
     delete::{Chosen, delete},
+    deletions::DeletionCounts,
     export::export,
     import::import,
-    index::{ProfileLocation, StoredProfile},
     meta::TypeTotal,
     object::ObjectKey,
     repair::{ASIDE, lock_unused, repair},
     replay::{SegmentContent, SegmentInfo, SegmentProfile, TableObjects},
+    row::{ProfileLocation, StoredProfile},
     state::Series,
+    tombstone::Tombstone,
     verify::{open_tables, verify},
     writer::{BatchOutcome, BatchQueue, NewBatch, PackError, StoreWriter},
 };
 use self::{
+    deletions::Deletions,
     index::{Index, IndexError},
     object::Objects,
     segment::SegmentPosition,
@@ -115,6 +125,10 @@ pub struct StoreOptions {
     #[arg(skip = Duration::from_secs(120))]
     #[serde(skip)]
     pub bucket_hours_interval: Duration,
+    /// Time for which a segment of a bucket stays beside its successor without deleted profiles, until other collectors read that one.
+    #[arg(skip = Duration::from_secs(60))]
+    #[serde(skip)]
+    pub deletion_grace: Duration,
     /// Memory for the index while the disk is too full for its file. The newest profiles have room there.
     #[arg(skip = 64_u64 << 20)]
     #[serde(skip)]
@@ -164,6 +178,14 @@ pub enum StoreError {
     /// The index cannot be used.
     #[error(transparent)]
     Index(#[from] IndexError),
+    /// A deletion cannot be read. Without it, its profiles would come back.
+    #[error("cannot read the deletion {path}: {reason}")]
+    Deletion {
+        /// Path of the object.
+        path: String,
+        /// The fault and the cure.
+        reason: String,
+    },
     /// The content of an object is damaged, or its file is gone without retention.
     #[error("the object of profile {0} is damaged or missing; restore its file from a backup")]
     Damaged(Ulid),
@@ -201,6 +223,8 @@ pub(crate) struct Store {
     /// A segment whose write or index commit failed, so that it may be there without its rows. While there is one, the
     /// writer stores nothing else.
     uncertain: Mutex<Option<Ulid>>,
+    /// Deletions that are not carried out yet.
+    deletions: Deletions,
     /// Directory of everything but the objects.
     data: PathBuf,
     runtime: Handle,
@@ -236,13 +260,16 @@ impl Store {
             expired_ms: AtomicU64::new(0),
             expired_segment_ms: AtomicU64::new(0),
             uncertain: Mutex::new(None),
+            deletions: Deletions::default(),
             data: data.to_owned(),
             runtime: Handle::current(),
             options: options.clone(),
             table_bytes: AtomicU64::new(0),
             _lock: lock,
         });
+        store.load_origins()?;
         store.settle(is_new).map_err(|error| error.of_bucket(bucket))?;
+        store.hide_all()?;
         store.update_size_metrics();
         Ok((Arc::clone(&store), StoreWriter::new(store)))
     }
@@ -262,9 +289,9 @@ impl Store {
         self.state.read().labels_of(series)
     }
 
-    /// Reports whether a batch with this id is stored. Blocking.
+    /// Reports whether a batch with this id is stored, or was until a deletion. Blocking.
     pub(crate) fn contains(&self, id: Ulid) -> Result<bool, StoreError> {
-        Ok(self.index.contains([id])? == [true])
+        Ok(self.index.knows(&[id])? == [true])
     }
 
     /// Returns the index entry of one profile. A batch that carried only a ledger is no profile. Blocking.
@@ -318,8 +345,13 @@ impl Store {
 
     /// Returns a profile's bytes as the agent sent them, or `None` once retention has removed it.
     pub(crate) async fn profile(&self, at: ProfileLocation) -> Result<Option<Bytes>, StoreError> {
+        self.read_from(at, false).await
+    }
+
+    /// Reads a profile. `is_second`: after a deletion moved it.
+    async fn read_from(&self, at: ProfileLocation, is_second: bool) -> Result<Option<Bytes>, StoreError> {
         match at.position {
-            Some(position) => self.read_from_segment(at.key, position).await,
+            Some(position) => self.read_from_segment(at.key, position, is_second).await,
             None => self.read_object(at.key).await,
         }
     }
@@ -353,6 +385,7 @@ impl Store {
         &self,
         key: ObjectKey,
         position: SegmentPosition,
+        is_second: bool,
     ) -> Result<Option<Bytes>, StoreError> {
         let segment = position.segment;
         let error = match self.objects.segment_ranges(segment, &[position.range()]).await {
@@ -360,6 +393,14 @@ impl Store {
                 return self.check(key, position, parts.into_iter().next().unwrap_or_default());
             }
             Ok(None) => {
+                // A deletion may have removed the profile, or moved it.
+                match self.index.by_id(key.id)? {
+                    None => return Ok(None),
+                    Some(entry) if entry.has_moved_from(segment) && !is_second => {
+                        return Box::pin(self.read_from(entry.location(), true)).await;
+                    }
+                    Some(_) => {}
+                }
                 let is_expired = segment.timestamp_ms() <= self.expired_segment_ms.load(Ordering::Acquire);
                 return self.missing(key, is_expired);
             }
@@ -391,6 +432,10 @@ impl Store {
         let object = match self.objects.get(key).await {
             Ok(Some(object)) => object,
             Ok(None) => {
+                // A deletion may have removed the profile.
+                if self.index.by_id(key.id)?.is_none() {
+                    return Ok(None);
+                }
                 return self.missing(key, key.start_ms <= self.expired_ms.load(Ordering::Acquire));
             }
             Err(error) => return self.unreadable(key, error, false),
@@ -443,6 +488,7 @@ impl Store {
         self.metrics.store_series.set(state.series_count() as i64);
         self.metrics.index_left_out.set(state.left_out() as i64);
         self.metrics.store_segments.set(state.segment_count() as i64);
+        self.metrics.deletions_pending.set(self.deletions.all().len() as i64);
     }
 }
 

@@ -19,8 +19,8 @@ use std::{
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use object_store::{
-    GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, PutPayload, local::LocalFileSystem,
-    path::Path as Key, prefix::PrefixStore,
+    GetOptions, GetRange, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload,
+    local::LocalFileSystem, path::Path as Key, prefix::PrefixStore,
 };
 use prost::Message as _;
 use ulid::Ulid;
@@ -30,7 +30,7 @@ use super::{
     bucket::Bucket,
     meta::ObjectMeta,
     replay::TableObjects,
-    segment::{self, SegmentError, SegmentPosition},
+    segment::{self, SegmentError, SegmentHead},
 };
 pub(super) use crate::time::HOUR_MS;
 
@@ -48,6 +48,8 @@ const SEGMENT_HEAD_BYTES: u64 = 256 << 10;
 const SEGMENT_SUFFIX: &str = ".segment";
 /// End of the file name of an object of the older layout.
 const PROFILE_SUFFIX: &str = ".pb.gz";
+/// End of the file name of a deletion.
+const DELETION_SUFFIX: &str = ".deletion";
 /// Directory of the table in that of `--data`, or in the bucket.
 pub(super) const TABLE: &str = "table";
 /// First part of every path. There is one tenant until agents name theirs.
@@ -152,12 +154,17 @@ pub(super) enum ObjectName {
     /// One profile, in the older layout.
     Profile(Ulid),
     Segment(Ulid),
+    /// A deletion that is not carried out yet, in the hour of its time.
+    Deletion(Ulid),
 }
 
 impl ObjectName {
     pub(super) fn parse(name: &str) -> Option<Self> {
         if let Some(id) = name.strip_suffix(SEGMENT_SUFFIX) {
             return Ulid::from_string(id).ok().map(Self::Segment);
+        }
+        if let Some(id) = name.strip_suffix(DELETION_SUFFIX) {
+            return Ulid::from_string(id).ok().map(Self::Deletion);
         }
         Ulid::from_string(name.strip_suffix(PROFILE_SUFFIX)?).ok().map(Self::Profile)
     }
@@ -173,6 +180,7 @@ impl fmt::Display for ObjectName {
         match self {
             Self::Profile(id) => write!(f, "{id}{PROFILE_SUFFIX}"),
             Self::Segment(id) => write!(f, "{id}{SEGMENT_SUFFIX}"),
+            Self::Deletion(id) => write!(f, "{id}{DELETION_SUFFIX}"),
         }
     }
 }
@@ -183,6 +191,8 @@ pub(super) struct HourObjects {
     /// Objects of one profile, in the older layout.
     pub(super) profiles: Vec<Ulid>,
     pub(super) segments: Vec<Ulid>,
+    /// Deletions of this hour that are not carried out yet.
+    pub(super) deletions: Vec<Ulid>,
 }
 
 impl FromIterator<ObjectName> for HourObjects {
@@ -192,6 +202,7 @@ impl FromIterator<ObjectName> for HourObjects {
             match name {
                 ObjectName::Profile(id) => objects.profiles.push(id),
                 ObjectName::Segment(id) => objects.segments.push(id),
+                ObjectName::Deletion(id) => objects.deletions.push(id),
             }
         }
         objects
@@ -276,6 +287,47 @@ impl Objects {
     pub(super) async fn put_segment(&self, id: Ulid, parts: Vec<Bytes>) -> Result<(), object_store::Error> {
         let payload: PutPayload = parts.into_iter().collect();
         self.durable.put(&segment_path(id), payload).await.map(drop)
+    }
+
+    /// Writes the object of a deletion, and returns once it survives a power cut. Fails if there is one with this id. After another
+    /// error it may be there all the same.
+    pub(super) async fn create_deletion(&self, id: Ulid, bytes: Bytes) -> Result<(), object_store::Error> {
+        let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        let path = ObjectName::Deletion(id).path(segment_hour(id));
+        self.durable.put_opts(&path, bytes.into(), create).await.map(drop)
+    }
+
+    /// Reads the object of a deletion, or returns `None` if there is none.
+    pub(super) async fn deletion(&self, id: Ulid) -> Result<Option<Bytes>, StoreError> {
+        let path = ObjectName::Deletion(id).path(segment_hour(id));
+        let Some(found) = unless_missing(self.relaxed.get(&path).await)? else { return Ok(None) };
+        Ok(Some(found.bytes().await.map_err(StoreError::Object)?))
+    }
+
+    /// Removes an object as [`Objects::delete_in_hour`] does, so that it does not return after a power cut.
+    pub(super) async fn remove_durably(&self, hour: u64, name: ObjectName) -> Result<(), StoreError> {
+        self.delete_in_hour(hour, name).await?;
+        let Some(root) = &self.root else { return Ok(()) };
+        let dir = root.join(hour_path(hour));
+        // A directory without a file goes, too.
+        dir.ancestors().find(|dir| dir.is_dir()).map_or(Ok(()), sync_dir)
+    }
+
+    /// Removes all files of the tables in a directory, which no thread updates. Leaves a bucket as it is.
+    pub(super) async fn remove_unused_tables(&self) -> Result<(), StoreError> {
+        let Some(root) = self.table_root().filter(|root| root.is_dir()) else { return Ok(()) };
+        let objects = LocalFileSystem::new_with_prefix(&root).map_err(StoreError::Object)?;
+        let files = objects.list(None).try_collect::<Vec<_>>().await.map_err(StoreError::Object)?;
+        if files.is_empty() {
+            return Ok(());
+        }
+        for file in files {
+            unless_missing(objects.delete(&file.location).await)?;
+        }
+        tracing::warn!(
+            "removed the tables, which have deleted profiles and are not kept up to date: the collector runs without --table"
+        );
+        sync_dir(&root)
     }
 
     /// Reads parts of a segment, or returns `None` if there is no such segment.
@@ -410,12 +462,12 @@ impl Objects {
         &self,
         hour: u64,
         ids: &[Ulid],
-    ) -> Result<Vec<Head<Vec<(ObjectMeta, SegmentPosition)>>>, StoreError> {
+    ) -> Result<Vec<Head<SegmentHead>>, StoreError> {
         let heads = ids.iter().map(|id| async move {
             let path = ObjectName::Segment(*id).path(hour);
             let read = self.read_segment_head(&path).await.map(|(head, bytes)| {
-                let entries = head.and_then(|head| segment::read_index(*id, &head));
-                (entries.map_err(|error| error.to_string()), bytes)
+                let content = head.and_then(|head| segment::read_head(*id, &head));
+                (content.map_err(|error| error.to_string()), bytes)
             });
             self.head(&path, read).await
         });
@@ -513,9 +565,7 @@ fn local_objects(dir: &Path) -> Result<Vec<ObjectName>, StoreError> {
         let name = entry.file_name();
         let name = name.to_str().unwrap_or_default();
         // The store writes a file under its name with a number behind it first.
-        let is_leftover = name
-            .split_once('#')
-            .is_some_and(|(name, _)| name.ends_with(PROFILE_SUFFIX) || name.ends_with(SEGMENT_SUFFIX));
+        let is_leftover = name.split_once('#').is_some_and(|(name, _)| ObjectName::parse(name).is_some());
         if is_leftover && fs::remove_file(entry.path()).is_ok() {
             continue;
         }

@@ -70,6 +70,9 @@ impl Wanted {
             ObjectFault::Longer(_) => Self::Keep("its profiles are readable"),
             ObjectFault::Misplaced(path) => Self::Move(path.clone()),
             ObjectFault::Newer(_) => Self::Keep("a newer collector reads it"),
+            ObjectFault::Deletion => {
+                Self::Keep("without it, profiles would come back; remove it by hand, and delete them again")
+            }
             ObjectFault::Unreadable(_) => Self::Keep("it may be readable later"),
             ObjectFault::TableFile(_) | ObjectFault::TableLog(_) => {
                 Self::Keep("a repair of objects leaves tables alone")

@@ -11,8 +11,9 @@ use ulid::Ulid;
 
 use super::{
     Store, StoreError, blocking,
-    index::{IndexChange, IndexedObject},
+    change::IndexChange,
     object::{HOUR_MS, HourObjects, ObjectName, segment_hour},
+    row::IndexedObject,
 };
 use crate::time;
 
@@ -57,7 +58,11 @@ impl Store {
     async fn expire(self: &Arc<Self>) -> Result<bool, StoreError> {
         let cutoff = time::now_ms().saturating_sub(self.options.retention_age.0.as_millis() as u64);
         let store = Arc::clone(self);
-        let mut expired = blocking(move || store.index.oldest(cutoff, RETENTION_CHUNK)).await?;
+        let oldest = move || {
+            store.forget_hidden(cutoff)?;
+            store.index.oldest(cutoff, RETENTION_CHUNK).map_err(StoreError::from)
+        };
+        let mut expired = blocking::<_, StoreError>(oldest).await?;
         let is_full_step = expired.len() == RETENTION_CHUNK;
         let mut unreadable_until = cutoff / HOUR_MS;
         if expired.is_empty() && self.is_over_budget() {
@@ -92,7 +97,7 @@ impl Store {
     /// there may be more.
     async fn remove_left_out(self: &Arc<Self>, until: u64) -> Result<bool, StoreError> {
         let Some(hour) = self.state.read().left_out_before(until) else { return Ok(false) };
-        let HourObjects { profiles, segments } = self.objects.of_hour(hour).await?;
+        let HourObjects { profiles, segments, deletions: _ } = self.objects.of_hour(hour).await?;
         let store = Arc::clone(self);
         let mut names = blocking(move || -> Result<Vec<_>, StoreError> {
             let known = store.index.contains(profiles.iter().copied())?;

@@ -28,6 +28,18 @@ struct SegmentIndex {
     /// Encoded [`SegmentEntry`] for each batch, in the order of the profiles.
     #[prost(bytes = "bytes", repeated, tag = "2")]
     entries: Vec<Bytes>,
+    /// Ids of the segments that a deletion replaced by this one, big endian. Its batches are theirs, without the deleted ones.
+    #[prost(bytes = "bytes", repeated, tag = "3")]
+    origins: Vec<Bytes>,
+}
+
+/// The index part of a segment, as readers need it.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct SegmentHead {
+    /// Each batch with the position of its profile.
+    pub(super) entries: Vec<(ObjectMeta, SegmentPosition)>,
+    /// Segments that a deletion replaced by this one.
+    pub(super) origins: Vec<Ulid>,
 }
 
 /// One batch of a segment.
@@ -89,9 +101,20 @@ impl PackedBatch {
 
 /// Builds a segment. Returns its parts in order, and the position of each profile. Shares the memory of the profiles.
 pub(super) fn build(id: Ulid, batches: &[&PackedBatch]) -> (Vec<Bytes>, Vec<SegmentPosition>) {
+    build_from(id, batches, &[])
+}
+
+/// Builds a segment as [`build`] does, in place of others.
+pub(super) fn build_from(
+    id: Ulid,
+    batches: &[&PackedBatch],
+    origins: &[Ulid],
+) -> (Vec<Bytes>, Vec<SegmentPosition>) {
+    let bytes_of = |id: &Ulid| Bytes::copy_from_slice(&id.0.to_be_bytes());
     let index = SegmentIndex {
-        id: Bytes::copy_from_slice(&id.0.to_be_bytes()),
+        id: bytes_of(&id),
         entries: batches.iter().map(|batch| Bytes::clone(&batch.entry)).collect(),
+        origins: origins.iter().map(bytes_of).collect(),
     };
     let index = index.encode_to_vec();
     let mut head = BytesMut::with_capacity(HEADER_BYTES + index.len());
@@ -141,6 +164,11 @@ pub(super) fn index_end(head: &[u8]) -> Result<u64, SegmentError> {
 /// Reads header and index part of the segment with this id. `head` may be longer. Returns each batch with the position
 /// of its profile.
 pub(super) fn read_index(id: Ulid, head: &[u8]) -> Result<Vec<(ObjectMeta, SegmentPosition)>, SegmentError> {
+    Ok(read_head(id, head)?.entries)
+}
+
+/// Reads header and index part of the segment with this id. `head` may be longer.
+pub(super) fn read_head(id: Ulid, head: &[u8]) -> Result<SegmentHead, SegmentError> {
     let end = index_end(head)?;
     let index = head.get(HEADER_BYTES..end as usize).ok_or(SegmentError::Index)?;
     let (crc, _) = head.get(16..).and_then(number).ok_or(SegmentError::Index)?;
@@ -148,12 +176,14 @@ pub(super) fn read_index(id: Ulid, head: &[u8]) -> Result<Vec<(ObjectMeta, Segme
         return Err(SegmentError::Index);
     }
     let index = SegmentIndex::decode(index).map_err(|_| SegmentError::Index)?;
-    let own = <[u8; 16]>::try_from(&*index.id).map(|id| Ulid(u128::from_be_bytes(id)));
-    match own {
+    let id_of = |bytes: &Bytes| <[u8; 16]>::try_from(&**bytes).map(|id| Ulid(u128::from_be_bytes(id)));
+    match id_of(&index.id) {
         Ok(own) if own == id => {}
         Ok(own) => return Err(SegmentError::Copy(own)),
         Err(_) => return Err(SegmentError::Index),
     }
+    let origins = index.origins.iter().map(id_of).collect::<Result<Vec<_>, _>>();
+    let origins = origins.map_err(|_| SegmentError::Index)?;
     let mut offset = end;
     let entries = index.entries.into_iter().map(|entry| {
         let entry = SegmentEntry::decode(entry).ok()?;
@@ -161,7 +191,8 @@ pub(super) fn read_index(id: Ulid, head: &[u8]) -> Result<Vec<(ObjectMeta, Segme
         offset = offset.checked_add(entry.bytes)?;
         Some((entry.meta?, position))
     });
-    entries.collect::<Option<Vec<_>>>().ok_or(SegmentError::Index)
+    let entries = entries.collect::<Option<Vec<_>>>().ok_or(SegmentError::Index)?;
+    Ok(SegmentHead { entries, origins })
 }
 
 fn number(bytes: &[u8]) -> Option<(u32, &[u8])> {

@@ -7,9 +7,11 @@ use ulid::Ulid;
 
 use super::{
     Store, StoreError,
+    change::IndexChange,
     describe::{describe, describe_object},
-    index::{IndexChange, IndexedObject, ProfileRow},
     object::{HOUR_MS, Head, HourObjects, ObjectKey, ObjectName, segment_hour},
+    row::{IndexedObject, ProfileRow},
+    segment::SegmentHead,
     state::{StoreState, UnreadableObject},
 };
 
@@ -96,6 +98,7 @@ impl Store {
     }
 
     fn compare_hour(&self, hour: u64, objects: HourObjects, repairs: &mut Repairs) -> Result<(), StoreError> {
+        self.load_deletions(&objects.deletions)?;
         self.forget_unreadable(hour);
         let mut left_out = self.settle_profiles(hour, objects.profiles, repairs)?;
         left_out += self.settle_segments(hour, objects.segments, repairs)?;
@@ -196,19 +199,18 @@ impl Store {
     /// Adds the rows of segments in the directory of an hour. A missing segment is no error.
     fn add_segments(&self, hour: u64, ids: &[Ulid], repairs: &mut Repairs) -> Result<(), StoreError> {
         let heads = self.runtime.block_on(self.objects.segment_heads(hour, ids))?;
-        let (mut found, mut segments) = (Vec::new(), Vec::new());
+        let (mut found, mut segments, mut origins) = (Vec::new(), Vec::new(), Vec::new());
         for (id, head) in ids.iter().zip(heads) {
             let (entries, bytes) = match head {
                 Head::Gone => continue,
                 Head::Unreadable { bytes, reason } => (Err(reason), bytes),
-                Head::Readable { content: entries, bytes } if segment_hour(*id) == hour => {
-                    (Ok(entries), bytes)
-                }
+                Head::Readable { content, bytes } if segment_hour(*id) == hour => (Ok(content), bytes),
                 Head::Readable { bytes, .. } => (Err("it is in the directory of another hour".into()), bytes),
             };
             match entries {
-                Ok(entries) => {
+                Ok(SegmentHead { entries, origins: replaced }) => {
                     segments.push((*id, self.objects.allocated(bytes)));
+                    origins.extend(replaced.into_iter().map(|origin| (*id, origin)));
                     let described = entries.into_iter().filter_map(|(meta, position)| {
                         let (labels, key, row) = describe(&meta, position.bytes, 0)?;
                         Some((labels, key, row.at(position)))
@@ -217,6 +219,10 @@ impl Store {
                 }
                 Err(reason) => self.leave_unreadable(hour, ObjectName::Segment(*id), bytes, &reason, repairs),
             }
+        }
+        if !origins.is_empty() {
+            self.index.commit(&IndexChange { origins, ..IndexChange::default() })?;
+            self.load_origins()?;
         }
         self.add_rows(&segments, &found, repairs)?;
         repairs.segments.extend(segments.iter().map(|(id, _)| *id));
@@ -252,8 +258,8 @@ impl Store {
     }
 
     /// Adds rows for profiles that have none, with the segments that hold them. A profile that the index knows from
-    /// another object stays there.
-    fn add_rows(
+    /// another object stays there, and a deleted one gets no row.
+    pub(super) fn add_rows(
         &self,
         segments: &[(Ulid, u64)],
         found: &[(Labels, ObjectKey, ProfileRow)],
@@ -265,10 +271,22 @@ impl Store {
         let known = self.index.contains(found.iter().map(|(_, key, _)| key.id))?;
         let mut ids = HashSet::new();
         let mut change = IndexChange { add_segments: segments.to_vec(), ..IndexChange::default() };
+        let deletions = self.deletions.all();
         {
             let state = self.state.read();
             let mut new = HashMap::new();
             for ((labels, key, row), known) in found.iter().zip(known) {
+                let segment = row.segment();
+                if deletions.iter().any(|of| of.is_after(segment) && of.matches(labels, key.start_ms)) {
+                    let profile = || (key.hour(), ObjectName::Profile(key.id));
+                    change
+                        .doom
+                        .push(segment.map_or_else(profile, |id| (segment_hour(id), ObjectName::Segment(id))));
+                    if !known {
+                        change.hide.push((key.id, key.start_ms));
+                    }
+                    continue;
+                }
                 if known || !ids.insert(key.id) {
                     change.copies.extend(row.segment().map(|segment| (key.id, segment)));
                     continue;
@@ -283,12 +301,16 @@ impl Store {
         self.index.commit(&change)?;
         repairs.added += change.add.len() as u64;
         self.metrics.index_repairs.inc_by(change.add.len() as u64);
+        let has_hidden = !change.doom.is_empty();
         self.state.write().apply_added(change);
+        if has_hidden {
+            self.deletions.note_change();
+        }
         Ok(())
     }
 
     /// Removes rows and segments whose objects are gone.
-    fn remove_rows(
+    pub(super) fn remove_rows(
         &self,
         gone: &[IndexedObject],
         segments: &[Ulid],

@@ -10,8 +10,10 @@ use gannet_proto::labels::Labels;
 use ulid::Ulid;
 
 use super::{
-    index::{AddedProfile, Index, IndexChange, IndexError, IndexedObject, TimeEntry, series_bytes},
+    change::{AddedProfile, IndexChange},
+    index::{Index, IndexError, TimeEntry},
     object::{ObjectName, segment_hour},
+    row::{IndexedObject, series_bytes},
 };
 use crate::selector::Selector;
 
@@ -54,6 +56,8 @@ pub(super) struct StoreState {
     bytes: u64,
     /// Segments by id, and so in the order of time.
     segments: BTreeMap<Ulid, SegmentState>,
+    /// Segments that deletions made, with those that they replace.
+    origins: HashMap<Ulid, Vec<Ulid>>,
     /// Number of profiles in objects of their own.
     outside_segments: u64,
     /// Number of objects by hour. Each hour has a directory.
@@ -238,9 +242,42 @@ impl StoreState {
         self.segments.range(from..).map(|(id, _)| *id).filter(|id| is_wanted(*id)).collect()
     }
 
-    /// Returns the oldest segment.
+    /// Returns the oldest segment with a row. Others wait until a deletion removes them.
     pub(super) fn oldest_segment(&self) -> Option<Ulid> {
-        self.segments.first_key_value().map(|(id, _)| *id)
+        self.segments.iter().find(|(_, segment)| segment.rows > 0).map(|(id, _)| *id)
+    }
+
+    /// Returns the time of the newest segment in milliseconds, or 0.
+    pub(super) fn newest_segment_ms(&self) -> u64 {
+        self.segments.last_key_value().map_or(0, |(id, _)| id.timestamp_ms())
+    }
+
+    /// Number of objects that cannot be read.
+    pub(super) fn unreadable_count(&self) -> usize {
+        self.unreadable.len()
+    }
+
+    /// Returns the segments that a deletion replaced by this one.
+    pub(super) fn origins_of(&self, segment: Ulid) -> Vec<Ulid> {
+        self.origins.get(&segment).cloned().unwrap_or_default()
+    }
+
+    /// Sets the segments that deletions made, with those that they replace.
+    pub(super) fn set_origins(&mut self, origins: HashMap<Ulid, Vec<Ulid>>) {
+        self.origins = origins;
+    }
+
+    /// Moves this number of rows to a segment that a deletion made, with the space that it takes.
+    pub(super) fn move_rows(&mut self, from: Ulid, to: (Ulid, u64), rows: u64, origins: Vec<Ulid>) {
+        let (to, disk_bytes) = to;
+        self.add_segment(to, disk_bytes, 0);
+        if let Some(segment) = self.segments.get_mut(&to) {
+            segment.rows += rows;
+        }
+        if let Some(segment) = self.segments.get_mut(&from) {
+            segment.rows = segment.rows.saturating_sub(rows);
+        }
+        self.origins.insert(to, origins);
     }
 
     /// Returns the segments without a row, once these rows are removed.
@@ -305,6 +342,7 @@ impl StoreState {
             }
         }
         for id in segments {
+            self.origins.remove(id);
             if let Some(segment) = self.segments.remove(id) {
                 self.bytes = self.bytes.saturating_sub(segment.disk_bytes);
                 self.remove_from_hour(segment_hour(*id));

@@ -16,6 +16,7 @@ use super::{
     object::{ObjectName, TABLE, hour_of, hour_path, hours_in, segment_hour, unpack},
     replay::TableObjects,
     segment::{self, HEADER_BYTES, SegmentError, SegmentPosition},
+    tombstone::{Tombstone, TombstoneError},
     with_cause,
 };
 
@@ -23,6 +24,8 @@ use super::{
 const CONCURRENT_OBJECTS: usize = 8;
 /// Largest object of the older layout: a profile with its metadata, by any limit that a collector had.
 const MAX_PROFILE_OBJECT: u64 = 256 << 20;
+/// Largest object of a deletion.
+const MAX_DELETION_BYTES: u64 = 1 << 20;
 /// Largest index part of a segment. That of a full segment, with 16,384 batches of long labels, takes a tenth.
 const MAX_INDEX_BYTES: u64 = 1 << 30;
 
@@ -69,6 +72,12 @@ pub enum ObjectFault {
     /// An object under a wrong name, and none with the right one.
     #[error("it belongs into {0}; move it there")]
     Misplaced(String),
+    /// A deletion that is not carried out yet is damaged.
+    #[error(
+        "it is a damaged deletion, and no collector starts with it; restore it from a backup, or remove it and delete the profiles \
+         again"
+    )]
+    Deletion,
     /// A newer collector wrote the object.
     #[error("a newer collector wrote it, in version {0}; upgrade this program")]
     Newer(u32),
@@ -188,12 +197,13 @@ struct Place {
 
 impl Place {
     async fn check(&self, name: ObjectName) -> Result<Checked, object_store::Error> {
-        if self.bytes == 0 {
+        if self.bytes == 0 && !matches!(name, ObjectName::Deletion(_)) {
             return Ok((0, Some(ObjectFault::Empty)));
         }
         match name {
             ObjectName::Segment(id) => self.check_segment(id).await,
             ObjectName::Profile(id) => self.check_profile(id).await,
+            ObjectName::Deletion(id) => self.check_deletion(id).await,
         }
     }
 
@@ -254,6 +264,17 @@ impl Place {
             _ => Some(ObjectFault::Cut { lost: all - sound, profiles: all }),
         };
         Ok((sound, fault))
+    }
+
+    async fn check_deletion(&self, id: Ulid) -> Result<Checked, object_store::Error> {
+        let object = self.objects.get_range(&self.path, 0..self.bytes.min(MAX_DELETION_BYTES)).await?;
+        let fault = match Tombstone::decode(id, &object) {
+            Ok(of) if Some(of.hour()) == self.hour() => None,
+            Ok(of) => return self.misnamed(ObjectName::Deletion(id), of.hour()).await,
+            Err(TombstoneError::Version(version)) => Some(ObjectFault::Newer(version)),
+            Err(TombstoneError::Damaged) => Some(ObjectFault::Deletion),
+        };
+        Ok((0, fault))
     }
 
     /// Checks an object of the older layout.

@@ -13,11 +13,13 @@ use ulid::Ulid;
 
 use super::{
     Store, StoreError, blocking,
+    carry_out::{Deleter, DeletionQueue, DeletionRequest},
+    change::{AddedProfile, IndexChange},
     describe::describe,
     follow::{Follower, Listed},
-    index::{AddedProfile, IndexChange, ProfileRow, StoredProfile},
     meta::{ObjectMeta, TypeTotal},
     object::{ObjectKey, fits},
+    row::{ProfileRow, StoredProfile},
     segment::{self, PackedBatch},
 };
 
@@ -121,12 +123,20 @@ pub(crate) struct StoreWriter {
     store: Arc<Store>,
     sender: mpsc::Sender<QueuedBatch>,
     queue: mpsc::Receiver<QueuedBatch>,
+    deletions: DeletionQueue,
+    requests: mpsc::Receiver<DeletionRequest>,
 }
 
 impl StoreWriter {
     pub(super) fn new(store: Arc<Store>) -> Self {
         let (sender, queue) = mpsc::channel(QUEUED_BATCHES);
-        Self { store, sender, queue }
+        let (deletions, requests) = DeletionQueue::new();
+        Self { store, sender, queue, deletions, requests }
+    }
+
+    /// Returns the queue of deletions.
+    pub(crate) fn deletions(&self) -> DeletionQueue {
+        self.deletions.clone()
     }
 
     /// Returns the queue of this writer.
@@ -137,19 +147,28 @@ impl StoreWriter {
     /// Stores batches, runs retention and follows a shared bucket until `stop`. Then it stores the queued batches and
     /// returns.
     pub(crate) async fn run(self, stop: CancellationToken) {
-        let Self { store, sender, mut queue } = self;
-        drop(sender);
+        let Self { store, sender, mut queue, deletions, mut requests } = self;
+        drop((sender, deletions));
+        let mut deleter = Deleter::new(Arc::clone(&store));
+        let mut is_queue_first = false;
         let mut stopping = false;
         let mut next_retention = Instant::now();
         let mut follower = store.objects.is_shared().then(|| Follower::new(Arc::clone(&store)));
         let interval = store.options.flush_interval.0;
         let mut last_flush = Instant::now();
         loop {
-            let (mut waiting, mut listed) = (Vec::new(), None);
+            let (mut waiting, mut listed, mut step) = (Vec::new(), None, None);
+            // Waiting batches are stored between two steps of a deletion.
+            if std::mem::take(&mut is_queue_first) {
+                waiting.extend(queue.try_recv());
+            }
             tokio::select! {
                 biased;
+                () = std::future::ready(()), if !waiting.is_empty() => {}
                 // First, because the queue may never be empty.
                 found = listed_by(&mut follower) => listed = Some(found),
+                Some(request) = requests.recv() => deleter.begin(request).await,
+                next = deleter.next(), if !stopping => step = Some(next),
                 received = queue.recv() => match received {
                     Some(batch) => waiting.push(batch),
                     None => break,
@@ -169,11 +188,16 @@ impl StoreWriter {
             if let (Some(listed), Some(follower)) = (listed, &mut follower) {
                 follower.apply(listed).await;
             }
+            if let Some(step) = step {
+                deleter.apply(step).await;
+                is_queue_first = true;
+            }
             if Instant::now() >= next_retention || store.is_over_budget() {
                 let wait = store.retain().await;
                 next_retention = Instant::now() + wait;
             }
         }
+        deleter.end().await;
         if let Some(follower) = follower {
             follower.end().await;
         }
@@ -224,7 +248,7 @@ impl Store {
         }
         let ids: Vec<Ulid> = group.iter().map(|queued| queued.batch.key.id).collect();
         let store = Arc::clone(self);
-        let known = match blocking(move || store.index.contains(ids)).await {
+        let known = match blocking(move || store.index.knows(&ids)).await {
             Ok(known) => known,
             Err(error) => return self.throttle(group, "store", &error.to_string()),
         };
@@ -308,7 +332,7 @@ impl Store {
         planned.sort_unstable_by(|(a, _), (b, _)| {
             (&batches[*a].labels, batches[*a].key).cmp(&(&batches[*b].labels, batches[*b].key))
         });
-        let id = Ulid::new();
+        let id = self.deletions.new_segment_id();
         let contents: Vec<&PackedBatch> = planned.iter().map(|(at, _)| &batches[*at].packed).collect();
         let (parts, positions) = segment::build(id, &contents);
         let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();

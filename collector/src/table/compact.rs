@@ -68,7 +68,7 @@ pub(super) fn compact(
             break;
         }
         let id = segment.id;
-        let wants = tables.wants(id);
+        let wants = tables.wants_any(&store.segment_names(id));
         bytes += segment.disk_bytes;
         let profiles = match store.read_segment(id)? {
             // The index will forget it too.

@@ -151,7 +151,7 @@ impl Merges {
 }
 
 /// Adds the segment names of the sources to the entry of a new file.
-fn add_segments(add: &mut Add, sources: &[DataFile]) {
+pub(super) fn add_segments(add: &mut Add, sources: &[DataFile]) {
     let segments: BTreeSet<Ulid> = sources.iter().flat_map(|file| file.segments.iter().copied()).collect();
     if !segments.is_empty() {
         let names: Vec<String> = segments.iter().map(Ulid::to_string).collect();

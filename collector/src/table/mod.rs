@@ -10,6 +10,7 @@
 //! | `compact` | one compaction, from segments to commits |
 //! | `rollup` | the sums of samples by minute and by hour |
 //! | `gather`, `ids` | rows in memory, and the ids of stacks, frames and label sets |
+//! | `clean` | removed rows of deleted profiles |
 //! | `merge`, `rows` | merges of small files, and the rows of written files |
 //! | `retention` | removed partitions, files without a reader, the space of the table |
 //! | `verify` | nothing; it checks all files, and sets damaged tables aside |
@@ -20,6 +21,7 @@
 
 mod action;
 mod checkpoint;
+mod clean;
 mod compact;
 mod coverage;
 mod file;

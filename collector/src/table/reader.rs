@@ -76,6 +76,15 @@ pub(crate) async fn snapshot(objects: &TableObjects) -> Result<Vec<TableSnapshot
     Ok(tables)
 }
 
+impl SnapshotFile {
+    /// Returns the hour of its rows, counted from 1970.
+    pub(crate) fn hour_since_1970(&self) -> Option<u64> {
+        let date: jiff::civil::Date = self.date.parse().ok()?;
+        let at = date.at(self.hour as i8, 0, 0, 0).to_zoned(jiff::tz::TimeZone::UTC).ok()?;
+        u64::try_from(at.timestamp().as_second() / 3600).ok()
+    }
+}
+
 impl TableSnapshot {
     fn new(schema: &'static Schema, objects: TableObjects, log: &Log) -> Self {
         let mut files: Vec<&DataFile> = log.files.values().collect();
@@ -104,6 +113,11 @@ impl TableSnapshot {
     /// Returns the name of the table.
     pub(crate) fn name(&self) -> &'static str {
         self.schema.name
+    }
+
+    /// Reports whether its rows are sums of samples.
+    pub(crate) fn has_sums(&self) -> bool {
+        !self.schema.sums.is_empty()
     }
 
     /// Returns the columns without those of the partition.

@@ -67,6 +67,11 @@ impl DataReader {
         Ok(Self { reader })
     }
 
+    /// Number of row groups.
+    pub(super) fn groups(&self) -> usize {
+        self.reader.num_row_groups()
+    }
+
     /// Returns an upper bound of the memory of the rows, in bytes.
     pub(super) fn memory(&self) -> u64 {
         let metadata: &ParquetMetaData = self.reader.metadata();
@@ -110,18 +115,63 @@ impl LoadedRows {
 
     /// Adds the rows of a file. After an error the rows are incomplete, and the caller drops them.
     pub(super) fn add(&mut self, file: &DataReader) -> Result<(), ParquetError> {
-        for index in 0..file.reader.num_row_groups() {
-            let group = file.reader.get_row_group(index)?;
-            let rows = usize::try_from(group.metadata().num_rows()).map_err(|_| damaged("it has no rows"))?;
-            self.rows += rows;
-            for (number, leaf) in self.leaves.iter_mut().enumerate() {
-                leaf.read(group.get_column_reader(number)?)?;
-                if !leaf.is_complete(self.rows) {
-                    return Err(damaged("its columns have different lengths"));
-                }
+        for index in 0..file.groups() {
+            self.add_group(file, index)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the rows of one row group, as [`LoadedRows::add`] does.
+    pub(super) fn add_group(&mut self, file: &DataReader, index: usize) -> Result<(), ParquetError> {
+        let group = file.reader.get_row_group(index)?;
+        let rows = usize::try_from(group.metadata().num_rows()).map_err(|_| damaged("it has no rows"))?;
+        self.rows += rows;
+        for (number, leaf) in self.leaves.iter_mut().enumerate() {
+            leaf.read(group.get_column_reader(number)?)?;
+            if !leaf.is_complete(self.rows) {
+                return Err(damaged("its columns have different lengths"));
             }
         }
         Ok(())
+    }
+
+    /// Number of rows.
+    pub(super) fn len(&self) -> usize {
+        self.rows
+    }
+
+    fn leaf(&self, column: &str) -> Option<&PackedLeaf> {
+        let at = self.schema.columns.iter().position(|of| of.name == column)?;
+        self.leaves.get(self.firsts[at])
+    }
+
+    /// Returns the distinct texts of a column without lists.
+    pub(super) fn texts(&self, column: &str) -> Vec<Vec<u8>> {
+        match self.leaf(column).map(|leaf| &leaf.values) {
+            Some(Packed::Texts(texts, _)) => texts.iter().cloned().collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Returns the index of a row's text in [`LoadedRows::texts`], or `None` for a gap.
+    pub(super) fn text_number(&self, column: &str, row: u32) -> Option<u32> {
+        let leaf = self.leaf(column)?;
+        let Packed::Texts(_, numbers) = &leaf.values else { return None };
+        numbers[leaf.span(row as usize)].first().copied()
+    }
+
+    /// Returns the number of a row in a column without lists, or `None` for a gap.
+    pub(super) fn long(&self, column: &str, row: u32) -> Option<i64> {
+        let leaf = self.leaf(column)?;
+        let Packed::Longs(values) = &leaf.values else { return None };
+        values[leaf.span(row as usize)].first().copied()
+    }
+
+    /// Returns these rows, in this order.
+    pub(super) fn take(self, rows: &[u32]) -> Rows {
+        let Self { schema, leaves, .. } = self;
+        let leaves = leaves.into_iter().map(|leaf| Source::from(leaf).take(rows)).collect();
+        Rows::from_leaves(schema, leaves, rows.len())
     }
 
     /// Sorts the rows, and writes them as one file.

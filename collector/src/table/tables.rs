@@ -7,7 +7,7 @@ use super::{
     TableError,
     gather::Wants,
     log::Log,
-    schema::{FRAMES, HOURS, LABELS, MINUTES, PROFILES, SAMPLES, STACKS},
+    schema::{FRAMES, HOURS, LABELS, MINUTES, PROFILES, SAMPLES, STACKS, Schema},
 };
 use crate::store::TableObjects;
 
@@ -21,6 +21,8 @@ pub(super) struct Tables {
     pub(super) rollups: Option<Rollups>,
     pub(super) objects: TableObjects,
     pub(super) runtime: Handle,
+    /// Id of this process.
+    writer: String,
 }
 
 /// The logs of the tables of sums.
@@ -42,6 +44,7 @@ impl Tables {
             rollups: has_rollups.then(|| Rollups { minutes: log(&MINUTES), hours: log(&HOURS) }),
             runtime,
             objects,
+            writer: writer.to_owned(),
         }
     }
 
@@ -53,6 +56,17 @@ impl Tables {
             all.extend([minutes, hours]);
         }
         all
+    }
+
+    /// Returns a table that this process otherwise does not write, without any reading.
+    pub(super) fn open(&self, schema: &'static Schema) -> Log {
+        Log::new(schema, self.objects.clone(), &self.writer)
+    }
+
+    /// Returns the tables that lack a segment and those that a deletion replaced by it.
+    pub(super) fn wants_any(&self, names: &[Ulid]) -> Wants {
+        let all = Wants { profiles: true, samples: true, minutes: true, hours: true };
+        names.iter().fold(all, |wants, name| wants.and(self.wants(*name)))
     }
 
     /// Returns the tables that lack a segment.

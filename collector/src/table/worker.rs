@@ -17,6 +17,7 @@ use ulid::Ulid;
 
 use super::{
     TableError, TableOptions,
+    clean::Cleaning,
     compact::{Compacted, MAX_SEGMENTS, SetAside, compact},
     ids::Ids,
     merge::{Merged, Merges},
@@ -43,6 +44,8 @@ const LATE_LISTING: Duration = Duration::from_secs(2 * 3600);
 const NEEDED_BYTES: u64 = 128 << 20;
 /// Intervals for which this process leaves a bucket's table to another collector that has written to it.
 const STANDBY_INTERVALS: u32 = 3;
+/// Time between two steps while the tables have rows of deleted profiles.
+const CLEANING_INTERVAL: Duration = Duration::from_secs(1);
 /// Object by which the worker tests that a bucket creates objects only once.
 const PROBE: &str = "_probe";
 
@@ -70,6 +73,7 @@ pub(crate) fn start(
     options: &TableOptions,
     metrics: Metrics,
 ) -> Result<TableHandle, StoreError> {
+    store.has_table_thread();
     let stop = CancellationToken::new();
     let (ended, receiver) = mpsc::sync_channel(1);
     let mut worker = Worker::new(store, options.clone(), metrics, stop.clone(), receiver, Handle::current())?;
@@ -91,6 +95,7 @@ struct Worker {
     ids: Ids,
     merges: Merges,
     retention: Retention,
+    cleaning: Cleaning,
     options: TableOptions,
     metrics: Metrics,
     stop: CancellationToken,
@@ -124,6 +129,7 @@ impl Worker {
             ids: Ids::default(),
             merges: Merges::default(),
             retention: Retention::default(),
+            cleaning: Cleaning::default(),
             options,
             metrics,
             stop,
@@ -152,7 +158,10 @@ impl Worker {
             if has_more {
                 continue;
             }
-            let wait = interval.saturating_sub(began.elapsed());
+            let mut wait = interval.saturating_sub(began.elapsed());
+            if self.store.unclean_tables().is_some() {
+                wait = wait.min(CLEANING_INTERVAL);
+            }
             // Without the handle, the collector has ended.
             if !matches!(self.ended.recv_timeout(wait), Err(RecvTimeoutError::Timeout)) {
                 return;
@@ -201,6 +210,7 @@ impl Worker {
             tracing::debug!(segments, profiles, rows, skipped, took = ?began.elapsed(), "added profiles to the table");
         }
         if !self.is_on_standby() {
+            self.cleaning.run(&self.store, &mut self.tables)?;
             self.merge(if has_more { Instant::now() } else { until })?;
             self.tables.checkpoint()?;
         }
@@ -293,7 +303,9 @@ impl Worker {
 
     fn is_done(&self, id: Ulid) -> bool {
         let SetAside { empty, unreadable, .. } = &self.aside;
-        !self.tables.wants(id).any() || empty.contains(&id) || unreadable.contains(&id)
+        !self.tables.wants_any(&self.store.segment_names(id)).any()
+            || empty.contains(&id)
+            || unreadable.contains(&id)
     }
 
     fn drop_taken(&mut self) {

@@ -34,7 +34,7 @@ pub fn config(data: &Path) -> Config {
 }
 
 /// Returns the number of readable and unreadable profiles of a service.
-async fn profiles(running: &Running, service: &str) -> (u64, u64) {
+pub async fn profiles(running: &Running, service: &str) -> (u64, u64) {
     let selection = Some(Selection {
         query: format!("{{service_name=\"{service}\"}}"),
         from: Some(at(now_ms() - 5 * 3_600_000)),
@@ -46,7 +46,7 @@ async fn profiles(running: &Running, service: &str) -> (u64, u64) {
 }
 
 /// Reports whether a file of the objects or tables holds these bytes.
-fn is_anywhere(data: &Path, text: &str) -> bool {
+pub fn is_anywhere(data: &Path, text: &str) -> bool {
     let has = |bytes: &[u8]| bytes.windows(text.len()).any(|part| part == text.as_bytes());
     objects(data).iter().any(|path| has(&fs::read(path).unwrap()))
         || data.join("table").is_dir() && files_below(&data.join("table")).values().any(|file| has(file))
@@ -122,7 +122,7 @@ async fn deletion_takes_the_matching_profiles_and_no_other() {
     assert!(objects(data).is_empty());
 }
 
-fn is_audited(data: &Path, selector: &str) -> bool {
+pub fn is_audited(data: &Path, selector: &str) -> bool {
     fs::read_to_string(data.join("rules/audit.jsonl")).is_ok_and(|text| {
         let entries = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
         { entries }.any(|entry| {

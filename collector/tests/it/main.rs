@@ -7,6 +7,7 @@ mod bucket;
 mod damage;
 mod debuginfo;
 mod delete;
+mod deletion;
 mod disk;
 mod disk_use;
 mod export;

@@ -26,9 +26,9 @@ async fn start_with(dir: &Path, change: impl FnOnce(&mut Config)) -> Running {
 }
 
 /// The answer of a query: columns, rows, and the end.
-type Answer = (Vec<String>, Vec<Row>, End);
+pub type Answer = (Vec<String>, Vec<Row>, End);
 
-async fn ask(running: &Running, sql: &str) -> Result<Answer, Status> {
+pub async fn ask(running: &Running, sql: &str) -> Result<Answer, Status> {
     ask_for(running, sql, 0).await
 }
 
@@ -69,7 +69,7 @@ fn number(row: &Row, column: usize) -> i64 {
     }
 }
 
-async fn numbers(running: &Running, sql: &str) -> Vec<i64> {
+pub async fn numbers(running: &Running, sql: &str) -> Vec<i64> {
     let (_, rows, _) = ask(running, sql).await.unwrap_or_else(|status| panic!("{sql}: {status}"));
     rows.iter().flat_map(|row| (0..row.values.len()).map(|column| number(row, column))).collect()
 }

@@ -9,7 +9,10 @@ use gannet_proto::{
         AgentMessage, ListScopesRequest, NodeHello, SetTriggersRequest, agent_message,
         agent_service_client::AgentServiceClient, trigger_service_client::TriggerServiceClient,
     },
-    query::{ListProfilesRequest, query_service_client::QueryServiceClient},
+    query::{
+        DeleteProfilesRequest, ListDeletionsRequest, ListProfilesRequest,
+        deletion_service_client::DeletionServiceClient, query_service_client::QueryServiceClient,
+    },
     rules,
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, IsCa, KeyPair};
@@ -285,6 +288,24 @@ async fn roles_and_node_names_follow_the_certificate() {
         let listed = TriggerServiceClient::new(who.clone()).list_scopes(ListScopesRequest {}).await;
         assert_eq!(listed.is_ok(), may, "{listed:?}");
     }
+    // A dry run requires the editor role, too. The list of deletions does not.
+    for (who, may_list, may_delete) in
+        [(&anna, true, true), (&bert, true, false), (&agent, false, false), (&nobody, false, false)]
+    {
+        let mut client = DeletionServiceClient::new(who.clone());
+        let listed = client.list_deletions(ListDeletionsRequest {}).await;
+        assert_eq!(listed.is_ok(), may_list, "{listed:?}");
+        for dry_run in [true, false] {
+            let until = Some(crate::support::at(1000));
+            let request = DeleteProfilesRequest { dry_run, until, ..DeleteProfilesRequest::default() };
+            let deleted = client.delete_profiles(request).await;
+            let refusal = deleted.as_ref().err().map(tonic::Status::code);
+            assert_eq!(refusal, (!may_delete).then_some(Code::PermissionDenied), "{deleted:?}");
+        }
+    }
+    let audit = std::fs::read_to_string(dir.path().join("data/rules/audit.jsonl")).unwrap();
+    let deletions: Vec<&str> = audit.lines().filter(|line| line.contains("delete-profiles")).collect();
+    assert!(deletions.len() == 1 && deletions[0].contains("\"who\":\"anna (certificate"), "{deletions:?}");
     let scope = TriggerServiceClient::new(bert.clone())
         .get_triggers(gannet_proto::control::GetTriggersRequest::default())
         .await

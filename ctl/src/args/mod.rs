@@ -11,7 +11,7 @@ pub(crate) use debuginfo::DebugInfo;
 use gannet_base::{CompletionArgs, ManArgs, Renamed};
 use gannet_proto::connect::Dial;
 pub(crate) use profiles::{
-    Base, Flame, Form, Manual, Open, Profiles, Select, Spans, SqlArgs, TopArgs, moment,
+    Base, Delete, Flame, Form, Manual, Open, Profiles, Select, Spans, SqlArgs, TopArgs, moment,
 };
 pub(crate) use rules::{Rollout, RuleFiles, Rules, ScopeArg};
 

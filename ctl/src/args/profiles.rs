@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Subcommand};
 use gannet_base::TimeSpan;
-use gannet_proto::query::Selection;
+use gannet_proto::query::{DeleteProfilesRequest, Selection};
 use jiff::Timestamp;
 
 use crate::export::FileFormat;
@@ -144,6 +144,19 @@ pub(crate) enum Profiles {
         #[command(flatten)]
         select: Select,
     },
+    /// Delete profiles while the collector runs, for good
+    ///
+    /// The command prints what it would delete, and asks. After that no query of this collector returns the profiles, and none of other
+    /// collectors of the same bucket within seconds. The collector removes them from its objects and tables in the background:
+    /// `profiles deletions` shows the deletions that it has not carried out yet. Profiles that arrive later stay, also those of the same
+    /// time. The caller needs the role editor, and the audit log has an entry.
+    #[command(
+        after_help = "Examples:\n  gannetctl profiles delete --selector '{service_name=\"checkout\"}' --until now-7d --dry-run\n  \
+        gannetctl profiles delete --selector '{namespace=\"shop\",pod=~\"web-.*\"}' --since 2h --yes"
+    )]
+    Delete(Delete),
+    /// List the deletions of profiles that the collector has not carried out yet
+    Deletions,
     /// Run a read-only SQL query over the tables that the collector writes with --table
     #[command(
         after_help = "The tables are samples, profiles, stacks, frames and labels; docs/storage.md describes their columns and \
@@ -227,6 +240,49 @@ pub(crate) struct Flame {
     pub(crate) select: Select,
     #[command(flatten)]
     pub(crate) base: Base,
+}
+
+/// Arguments of `profiles delete`.
+#[derive(Debug, Args)]
+pub(crate) struct Delete {
+    /// Profiles with these labels: '{service_name="checkout",pod=~"checkout-.*"}'. Without it, a range is needed
+    #[arg(
+        short = 'q',
+        long,
+        visible_alias = "query",
+        value_name = "QUERY",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub(crate) selector: String,
+    /// Profiles of the last 15m, 1h30m, ..., before --until. By default of any time
+    #[arg(long, value_name = "DURATION", conflicts_with = "from")]
+    pub(crate) since: Option<TimeSpan>,
+    /// Profiles that start at this time or later: RFC 3339, `now`, or `now-15m`
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub(crate) from: Option<Timestamp>,
+    /// Profiles that start before this time, in the same form
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub(crate) until: Option<Timestamp>,
+    /// Only print what the command would delete
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Delete without a question
+    #[arg(long, conflicts_with = "dry_run")]
+    pub(crate) yes: bool,
+}
+
+impl Delete {
+    /// Converts the flags to a dry run. Resolves `--since` against the present time, so that the deletion has the same range.
+    pub(crate) fn request(&self) -> DeleteProfilesRequest {
+        let Self { selector, since, from, until, .. } = self;
+        DeleteProfilesRequest {
+            query: selector.clone(),
+            from: start(*since, *from, *until).map(wire),
+            until: until.map(wire),
+            dry_run: true,
+        }
+    }
 }
 
 /// Arguments of a table of functions.

@@ -1,0 +1,271 @@
+//! Deletions while collectors run.
+
+use std::{collections::BTreeSet, path::Path, time::Duration};
+
+use gannet_collector::{Collector, Config, Running};
+use gannet_proto::{
+    ingest::Batch,
+    query::{
+        DeleteProfilesRequest, DeleteProfilesResponse, LabelValuesRequest, ListDeletionsRequest, Selection,
+        SeriesRequest, deletion_service_client::DeletionServiceClient,
+    },
+};
+use tonic::{Code, Status};
+
+use crate::{
+    delete::{config, is_audited, profiles},
+    kill::stored_ids,
+    segment::unpack_layout2,
+    sql::{ask, numbers},
+    store::objects,
+    support::{Pusher, at, batch, channel, download, eventually, metric, now_ms, queries},
+    table::{Files, check_rollups, files_below, sent_sums, sums, up_to_date},
+};
+
+const HOUR_MS: u64 = 3_600_000;
+
+/// Returns the configuration of a store with all tables, whose removed files go at once.
+fn with_sums(data: &Path) -> Config {
+    let mut config = config(data);
+    config.table.table_rollups = true;
+    config.table.delete_delay = Duration::ZERO;
+    config.table.retention_interval = Duration::from_millis(100);
+    config
+}
+
+pub fn of(query: &str) -> DeleteProfilesRequest {
+    DeleteProfilesRequest { query: query.to_owned(), ..DeleteProfilesRequest::default() }
+}
+
+pub async fn delete(
+    running: &Running,
+    request: DeleteProfilesRequest,
+) -> Result<DeleteProfilesResponse, Status> {
+    let mut client = DeletionServiceClient::new(channel(running.grpc_addr).await);
+    client.delete_profiles(request).await.map(tonic::Response::into_inner)
+}
+
+/// Waits until all deletions are carried out.
+pub async fn carried_out(running: &Running) {
+    eventually("all deletions are carried out", || async {
+        let mut client = DeletionServiceClient::new(channel(running.grpc_addr).await);
+        let answer = client.list_deletions(ListDeletionsRequest {}).await.unwrap().into_inner();
+        answer.deletions.is_empty()
+    })
+    .await;
+    let pending = metric(running.http_addr, "gannet_collector_store_deletions_pending").await;
+    assert_eq!(pending as u64, 0);
+}
+
+fn everything() -> Selection {
+    let (from, until) = (Some(at(now_ms() - 5 * HOUR_MS)), Some(at(now_ms() + HOUR_MS)));
+    Selection { from, until, ..Selection::default() }
+}
+
+pub fn service(batch: &Batch) -> &str {
+    &batch.labels["service_name"]
+}
+
+/// Checks that queries find these batches, byte for byte, and none of the others.
+pub async fn check_only(running: &Running, left: &[&Batch], deleted: &[&Batch]) {
+    let mut wanted: Vec<String> = left.iter().map(|batch| batch.batch_id.clone()).collect();
+    wanted.sort();
+    let mut found = stored_ids(running).await;
+    found.sort();
+    assert_eq!(found, wanted);
+    for batch in left {
+        assert_eq!(download(running, &batch.batch_id).await.unwrap(), batch.pprof);
+    }
+    for batch in deleted {
+        let status = download(running, &batch.batch_id).await.unwrap_err();
+        assert_eq!(status.code(), Code::NotFound, "{status}");
+    }
+    let services: BTreeSet<&str> = left.iter().map(|batch| service(batch)).collect();
+    let request = LabelValuesRequest { selection: Some(everything()), name: "service_name".to_owned() };
+    let values = queries(running).await.label_values(request).await.unwrap().into_inner().values;
+    assert_eq!(values.iter().map(String::as_str).collect::<BTreeSet<_>>(), services);
+    let series = queries(running).await.series(SeriesRequest { selection: Some(everything()) }).await;
+    let series = series.unwrap().into_inner().series;
+    assert_eq!(
+        series.iter().map(|series| series.labels["service_name"].as_str()).collect::<BTreeSet<_>>(),
+        services
+    );
+    let every = left.iter().chain(deleted).map(|batch| service(batch)).collect::<BTreeSet<_>>();
+    for name in every {
+        let count = left.iter().filter(|batch| service(batch) == name).count() as u64;
+        assert_eq!(profiles(running, name).await, (count, 0), "{name}");
+    }
+}
+
+/// Checks that the samples of SQL are those of these batches.
+pub async fn check_sql(running: &Running, left: &[&Batch]) {
+    let sum: i64 = sent_sums(left.iter().copied()).values().map(|(value, _)| value).sum();
+    let found = numbers(
+        running,
+        "SELECT coalesce(sum(value), 0), count(DISTINCT profile_id), (SELECT count(*) FROM profiles) FROM samples",
+    )
+    .await;
+    assert_eq!(found, [sum, left.len() as i64, left.len() as i64]);
+    // A key of the table of profiles.
+    let ids = "SELECT count(*) FROM samples s JOIN profiles p ON p.profile_id = s.profile_id";
+    let rows: usize = sent_sums(left.iter().copied()).len();
+    assert_eq!(numbers(running, ids).await, [rows as i64]);
+    for table in ["samples_by_minute", "samples_by_hour"] {
+        match ask(running, &format!("SELECT coalesce(sum(value), 0) FROM {table}")).await {
+            Ok(_) => {
+                assert_eq!(
+                    numbers(running, &format!("SELECT coalesce(sum(value), 0) FROM {table}")).await,
+                    [sum]
+                );
+            }
+            Err(status) => {
+                assert_eq!(status.code(), Code::Unavailable, "{status}");
+                assert!(status.message().contains("run the query again in a minute"), "{status}");
+            }
+        }
+    }
+}
+
+/// Checks that tables hold the samples of these batches, and no others.
+pub fn check_table(files: &Files, left: &[&Batch]) {
+    assert_eq!(sums(files), sent_sums(left.iter().copied()));
+    check_rollups(files);
+}
+
+fn is_left(batch: &Batch, now: u64) -> bool {
+    match service(batch) {
+        "secret" => false,
+        "shop" => batch.start.as_ref().unwrap().seconds as u64 > (now - HOUR_MS) / 1000,
+        _ => true,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deletion_hides_at_once_and_is_then_carried_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path();
+    let running = Collector::start(with_sums(data)).await.unwrap();
+    let (now, old) = (now_ms(), now_ms() - 2 * HOUR_MS);
+    let mut sent: Vec<Batch> = Vec::new();
+    for round in 0..3 {
+        let mut new = vec![
+            batch("secret", now, &[("main;work", round + 1)]),
+            batch("secret", old, &[("main;work", round + 5)]),
+            batch("shop", old, &[("main;sell", round + 1)]),
+            batch("shop", now, &[("main;sell", round + 2), ("main;work", 3)]),
+            batch("other", old, &[("main;rest", round + 3)]),
+        ];
+        if round == 2 {
+            // A segment without any other profile.
+            new.truncate(2);
+        }
+        Pusher::open(running.grpc_addr).await.store_all(&new).await;
+        sent.extend(new);
+    }
+    up_to_date(running.http_addr).await;
+
+    let secret = "{service_name=\"secret\"}";
+    let counted = delete(&running, DeleteProfilesRequest { dry_run: true, ..of(secret) }).await.unwrap();
+    let size: usize = sent.iter().filter(|batch| service(batch) == "secret").map(|b| b.pprof.len()).sum();
+    assert_eq!((counted.profiles, counted.series, counted.bytes), (6, 1, size as u64));
+    assert_eq!(counted.samples, 1 + 2 + 3 + 5 + 6 + 7);
+    assert!(counted.deletion_id.is_empty() && !is_audited(data, secret));
+    assert_eq!(profiles(&running, "secret").await, (6, 0));
+
+    let done = delete(&running, of(secret)).await.unwrap();
+    assert_eq!(DeleteProfilesResponse { deletion_id: String::new(), ..done.clone() }, counted);
+    assert_eq!(done.deletion_id.len(), 26);
+    assert!(is_audited(data, secret));
+    let shop = DeleteProfilesRequest { until: Some(at(now - HOUR_MS)), ..of("{service_name=\"shop\"}") };
+    assert_eq!(delete(&running, shop.clone()).await.unwrap().profiles, 2);
+    let (left, deleted): (Vec<&Batch>, Vec<&Batch>) = sent.iter().partition(|batch| is_left(batch, now));
+    check_only(&running, &left, &deleted).await;
+    check_sql(&running, &left).await;
+
+    carried_out(&running).await;
+    check_only(&running, &left, &deleted).await;
+    check_sql(&running, &left).await;
+    up_to_date(running.http_addr).await;
+    let has_secret =
+        |path: &std::path::PathBuf| std::fs::read(path).unwrap().windows(6).any(|part| part == b"secret");
+    assert!(!objects(data).iter().any(has_secret));
+    assert_eq!(metric(running.http_addr, "gannet_collector_store_profiles_deleted_total").await as u64, 8);
+    assert_eq!(metric(running.http_addr, "gannet_collector_store_profiles").await as usize, left.len());
+
+    // An agent that has lost an answer does not bring a profile back. A new one stays, also of the same time.
+    let again = Pusher::open(running.grpc_addr).await.store_all(&[deleted[0].clone()]).await;
+    assert_eq!(again, (1, 0), "a duplicate");
+    let fresh = batch("secret", old, &[("main;fresh", 2)]);
+    Pusher::open(running.grpc_addr).await.store(fresh.clone()).await;
+    let left: Vec<&Batch> = left.into_iter().chain([&fresh]).collect();
+    check_only(&running, &left, &deleted).await;
+    up_to_date(running.http_addr).await;
+    check_sql(&running, &left).await;
+    running.shutdown().await;
+    check_table(&files_below(&data.join("table")), &left);
+
+    for is_rebuilt in [false, true] {
+        if is_rebuilt {
+            std::fs::remove_file(data.join("index.redb")).unwrap();
+        }
+        let running = Collector::start(with_sums(data)).await.unwrap();
+        check_only(&running, &left, &deleted).await;
+        up_to_date(running.http_addr).await;
+        check_sql(&running, &left).await;
+        running.shutdown().await;
+        check_table(&files_below(&data.join("table")), &left);
+    }
+}
+
+/// Checks objects of the layout before segments, and a directory whose tables no thread updates.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deletion_takes_old_objects_and_unused_tables() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path();
+    unpack_layout2(data);
+    let former = objects(data).len();
+    let running = Collector::start(with_sums(data)).await.unwrap();
+    Pusher::open(running.grpc_addr).await.store(batch("shop", now_ms(), &[("main", 1)])).await;
+    up_to_date(running.http_addr).await;
+    running.shutdown().await;
+    let mut config = with_sums(data);
+    config.table.table = false;
+    config.table.table_rollups = false;
+    let running = Collector::start(config).await.unwrap();
+    let until = Some(at(now_ms() - 24 * HOUR_MS));
+    let done = delete(&running, DeleteProfilesRequest { until, ..of("") }).await.unwrap();
+    assert_eq!(done.profiles, former as u64);
+    carried_out(&running).await;
+    assert_eq!(objects(data).len(), 1);
+    assert!(files_below(&data.join("table")).is_empty());
+    assert_eq!(profiles(&running, "shop").await, (1, 0));
+    running.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_deletion_names_the_field_and_the_cure() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = Collector::start(config(dir.path())).await.unwrap();
+    Pusher::open(running.grpc_addr).await.store(batch("shop", now_ms(), &[("main", 1)])).await;
+    let now = Some(at(now_ms()));
+    let before_1970 = Some(prost_types::Timestamp { seconds: -5, nanos: 0 });
+    for (request, field, cure) in [
+        (of(""), "query", "give labels, `from` or `until`"),
+        (of("{}"), "query", "give labels, `from` or `until`"),
+        (of("{a="), "query", "character"),
+        (of("{nmaespace=\"x\"}"), "query", "no stored series has the label `nmaespace`; the labels are: "),
+        (of(&format!("{{a=\"{}\"}}", "x".repeat(9000))), "query", "longer than 8KiB"),
+        (DeleteProfilesRequest { from: now, until: now, ..of("") }, "until", "exchange both"),
+        (DeleteProfilesRequest { from: before_1970, ..of("") }, "from", "not a time after 1970"),
+    ] {
+        for dry_run in [true, false] {
+            let status = delete(&running, DeleteProfilesRequest { dry_run, ..request.clone() }).await;
+            let status = status.unwrap_err();
+            assert_eq!(status.code(), Code::InvalidArgument);
+            let text = status.message();
+            assert!(text.starts_with(&format!("{field}: ")) && text.contains(cure), "{text}");
+        }
+    }
+    assert_eq!(profiles(&running, "shop").await, (1, 0));
+    running.shutdown().await;
+}
