@@ -373,16 +373,20 @@ async fn measure(
     let (cpu, _) = usage(&child)?;
     let (objects, stored) = files(&data.join("objects"));
     let began = Instant::now();
+    let mut latencies = Vec::new();
     if arguments.batches == 0 {
         seen.is_measuring.store(true, Ordering::Relaxed);
         tokio::time::sleep(Duration::from_secs(arguments.seconds)).await;
         seen.is_measuring.store(false, Ordering::Relaxed);
+    } else {
+        for pusher in pushers.drain(..) {
+            latencies.extend(pusher.await??);
+        }
     }
     let took = began.elapsed().as_secs_f64();
     let accepted = seen.accepted.load(Ordering::Relaxed);
     let (cpu, peak) = usage(&child).map(|(now, peak)| (now - cpu, peak))?;
     let (now, now_stored) = files(&data.join("objects"));
-    let mut latencies = Vec::new();
     for pusher in pushers {
         latencies.extend(pusher.await??);
     }
