@@ -51,8 +51,12 @@ impl Drop for Running {
 }
 
 impl Running {
-    /// Starts a collector, and waits until it accepts connections.
-    pub(crate) async fn start(program: &Program, data: &Path) -> anyhow::Result<Self> {
+    /// Starts a collector, and waits until it accepts connections. `flush_interval`: that of the collector, if it has one.
+    pub(crate) async fn start(
+        program: &Program,
+        data: &Path,
+        flush_interval: Option<&str>,
+    ) -> anyhow::Result<Self> {
         let (grpc, http) = (free_port()?, free_port()?);
         let mut words = program.command.split_whitespace();
         let began = Instant::now();
@@ -62,8 +66,9 @@ impl Running {
             .args(["--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()])
             .args(words)
             .env("GANNET_COLLECTOR_LOG", "warn")
-            // The former collector does not know this variable.
+            // The former collector does not know these variables.
             .env("GANNET_COLLECTOR_PIECE_STREAMS", "1000")
+            .envs(flush_interval.map(|interval| ("GANNET_COLLECTOR_FLUSH_INTERVAL", interval)))
             .stdin(Stdio::null())
             .spawn()
             .with_context(|| format!("cannot start {}", program.command))?;

@@ -1,4 +1,4 @@
-//! Profiles to send: variations of recorded ones, made ones of a given size, and the smallest one.
+//! Encoded profiles to send: variations of recorded ones, made ones, and the smallest one.
 
 use std::{fs, path::Path};
 
@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use gannet_proto::pprof::{Builder, Encoding, Header, Merger, Profile, decode, encode, encode_as};
 use prost::Message as _;
 
-use super::made::{Random, profile};
+use super::made::Random;
 
 /// An encoded profile with the number of its samples.
 #[derive(Clone)]
@@ -66,19 +66,13 @@ pub(crate) fn variations(dir: &Path, number: usize, random: &mut Random) -> anyh
     (0..number).map(|_| variation()).collect()
 }
 
-/// Returns made profiles of at least this size in gzip, in this encoding. `None`: without compression.
-pub(crate) fn made(
-    number: usize,
-    bytes: usize,
-    encoding: Option<Encoding>,
-    random: &mut Random,
-) -> Vec<Encoded> {
-    let encoded = |(profile, samples): (Profile, u64)| {
-        let pprof =
-            encoding.map_or_else(|| profile.encode_to_vec(), |encoding| encode_as(&profile, encoding));
-        Encoded { pprof, samples }
+/// Encodes made profiles. `None`: without compression.
+pub(crate) fn encoded(profiles: &[(Profile, u64)], encoding: Option<Encoding>) -> Vec<Encoded> {
+    let encoded = |(profile, samples): &(Profile, u64)| {
+        let pprof = encoding.map_or_else(|| profile.encode_to_vec(), |encoding| encode_as(profile, encoding));
+        Encoded { pprof, samples: *samples }
     };
-    (0..number).map(|_| encoded(profile(random, bytes))).collect()
+    profiles.iter().map(encoded).collect()
 }
 
 /// Returns a profile of one sample, the smallest that a collector takes.
