@@ -114,12 +114,6 @@ impl DeletionService for DeletionGrpc {
         let caller = request.extensions().get::<Caller>();
         let who = caller.map_or_else(|| "anonymous".to_owned(), |caller| caller.display_name.clone());
         let request = request.into_inner();
-        if self.store.is_shared() {
-            return Err(Status::unimplemented(
-                "this collector stores profiles in a bucket, where it cannot delete while collectors run; stop all collectors of the \
-                 bucket, and run `gannet-collector delete`",
-            ));
-        }
         let chosen = self.choose(&request)?;
         let counts = self.count(&chosen).await?;
         let DeletionCounts { profiles, samples, bytes, series, unreadable } = counts;

@@ -10,10 +10,13 @@
 //! A crash leaves at most both segments. Then the index has each batch once, and the next attempt continues. A task of its own reads
 //! and writes, so a slow bucket does not delay the writer. The writer commits.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
-use gannet_proto::labels::Labels;
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
@@ -28,10 +31,9 @@ use super::{
     change::IndexChange,
     describe::describe,
     hidden::{self, DoomedObject},
-    object::{ObjectKey, ObjectName, segment_hour},
-    row::{ProfileRow, StoredProfile},
+    object::{HourObjects, ObjectName, segment_hour},
     segment::{self, PackedBatch, SegmentPosition},
-    settle::Repairs,
+    settle::{Repairs, Successor},
     tombstone::Tombstone,
 };
 use crate::time;
@@ -88,16 +90,10 @@ pub(super) enum Done {
     Replaced(Ulid, Option<Successor>),
     /// An object is gone.
     Dropped(DoomedObject),
+    /// The objects of an hour in which another collector carries a deletion out.
+    Compared(u64, HourObjects),
     /// A deletion is carried out.
     Finished(Ulid),
-}
-
-/// A segment in place of another one.
-pub(super) struct Successor {
-    id: Ulid,
-    bytes: u64,
-    origins: Vec<Ulid>,
-    found: Vec<(Labels, ObjectKey, ProfileRow)>,
 }
 
 /// The work on deletions: at most one task at a time.
@@ -107,13 +103,15 @@ pub(super) struct Deleter {
     /// Callers who wait until their profiles are hidden.
     callers: HashMap<Ulid, oneshot::Sender<Result<Ulid, StoreError>>>,
     next_attempt: Instant,
+    /// Number of tasks so far, which selects an hour.
+    turn: usize,
     is_failing: bool,
 }
 
 impl Deleter {
     pub(super) fn new(store: Arc<Store>) -> Self {
         let next_attempt = Instant::now();
-        Self { store, task: None, callers: HashMap::new(), next_attempt, is_failing: false }
+        Self { store, task: None, callers: HashMap::new(), next_attempt, turn: 0, is_failing: false }
     }
 
     /// Waits for the next step. Dropping the future loses nothing.
@@ -132,7 +130,8 @@ impl Deleter {
                 continue;
             }
             tokio::time::sleep_until(self.next_attempt).await;
-            let task = tokio::spawn(work(Arc::clone(&self.store)));
+            let task = tokio::spawn(work(Arc::clone(&self.store), self.turn));
+            self.turn = self.turn.wrapping_add(1);
             self.task = Some(AbortOnDropHandle::new(task));
         }
     }
@@ -145,6 +144,7 @@ impl Deleter {
         let id = tombstone.id;
         match self.store.objects.create_deletion(id, tombstone.encode()).await {
             Ok(()) => {
+                self.store.deletions.own(id);
                 self.store.deletions.add(tombstone);
                 self.store.update_size_metrics();
                 self.callers.insert(id, reply);
@@ -184,6 +184,10 @@ impl Deleter {
                 self.next_attempt = Instant::now() + POLL_INTERVAL;
                 return;
             }
+            Step::Done(Ok(done @ Done::Compared(..))) => {
+                self.next_attempt = Instant::now() + self.store.options.bucket_interval.0;
+                blocking(move || store.apply_done(done)).await
+            }
             Step::Done(Ok(done)) => blocking(move || store.apply_done(done)).await,
         };
         match applied {
@@ -211,11 +215,25 @@ impl Deleter {
     }
 }
 
-/// Runs one step of carrying out deletions, without a change of the index.
-async fn work(store: Arc<Store>) -> Result<Done, StoreError> {
+/// Runs one step of carrying out deletions, without a change of the index. `turn`: number of steps before.
+async fn work(store: Arc<Store>, turn: usize) -> Result<Done, StoreError> {
     let of = Arc::clone(&store);
-    let doomed = blocking(move || of.index.read(|txn| hidden::doomed(txn, DOOMED_CHUNK))).await?;
-    let grace_ms = store.deletion_grace().as_millis() as u64;
+    let read = move || -> Result<_, StoreError> {
+        Ok((of.index.read(|txn| hidden::doomed(txn, DOOMED_CHUNK))?, of.doomed_hours()?))
+    };
+    let (doomed, hours) = blocking(read).await?;
+    let deletions = store.deletions.all();
+    if !deletions.iter().any(|of| store.carries_out(of)) {
+        // Other segments appear in these hours, and the old ones go.
+        if hours.is_empty() {
+            return Ok(Done::Waiting);
+        }
+        let hour = hours[turn % hours.len()];
+        return Ok(Done::Compared(hour, store.objects.of_hour(hour).await?));
+    }
+    // Other collectors list one such hour in each interval.
+    let listings = u32::try_from(2 * hours.len()).unwrap_or(u32::MAX);
+    let grace = store.deletion_grace(store.options.bucket_interval.0.saturating_mul(listings));
     let now_ms = time::now_ms();
     for object in &doomed {
         match (object.name, object.replaced_ms) {
@@ -223,19 +241,26 @@ async fn work(store: Arc<Store>) -> Result<Done, StoreError> {
             (_, replaced_ms) => {
                 // A time in the future is that of a clock that was set back.
                 let age_ms = replaced_ms.map_or(u64::MAX, |at_ms| now_ms.abs_diff(at_ms));
-                if age_ms >= grace_ms {
+                if age_ms >= grace.as_millis() as u64 {
                     store.objects.remove_durably(object.hour, object.name).await?;
                     return Ok(Done::Dropped(*object));
                 }
             }
         }
     }
-    if !doomed.is_empty() || !store.has_clean_tables().await? {
+    if !doomed.is_empty() {
         return Ok(Done::Waiting);
     }
-    let Some(oldest) = store.deletions.all().into_iter().next() else { return Ok(Done::Waiting) };
-    store.objects.remove_durably(oldest.hour(), ObjectName::Deletion(oldest.id)).await?;
-    Ok(Done::Finished(oldest.id))
+    for of in deletions.iter().filter(|of| store.carries_out(of)) {
+        if of.age() >= store.deletion_margin() && store.has_clean_tables(of.id).await? {
+            store.objects.remove_durably(of.hour(), ObjectName::Deletion(of.id)).await?;
+            if store.objects.is_shared() {
+                store.objects.remove_mark(of.id).await?;
+            }
+            return Ok(Done::Finished(of.id));
+        }
+    }
+    Ok(Done::Waiting)
 }
 
 /// Writes the batches of a segment that no deletion takes as a new segment of the same time. Damaged profiles stay damaged.
@@ -274,9 +299,15 @@ async fn replace(store: &Arc<Store>, id: Ulid) -> Result<Done, StoreError> {
 }
 
 impl Store {
-    /// Time for which a replaced segment stays for the other collectors of a bucket. A directory has none.
-    fn deletion_grace(&self) -> Duration {
-        if self.objects.is_shared() { self.options.deletion_grace } else { Duration::ZERO }
+    /// Reports whether this collector carries a deletion out: it took it, or the collector that took it seems to be gone.
+    fn carries_out(&self, of: &Tombstone) -> bool {
+        let is_late = || of.age() >= self.options.deletion_takeover;
+        !self.objects.is_shared() || self.deletions.is_own(of.id) || is_late()
+    }
+
+    /// Time for which a replaced segment stays for the other collectors of a bucket, at least this one. A directory has none.
+    fn deletion_grace(&self, least: Duration) -> Duration {
+        if self.objects.is_shared() { self.options.deletion_grace.max(least) } else { Duration::ZERO }
     }
 
     /// Returns the time of the newest segment if all are of this collector. In a bucket, other clocks may be ahead.
@@ -284,8 +315,11 @@ impl Store {
         if self.objects.is_shared() { 0 } else { self.state.read().newest_segment_ms() }
     }
 
-    /// Reports whether no table has rows of deleted batches. Removes tables that no thread updates.
-    async fn has_clean_tables(&self) -> Result<bool, StoreError> {
+    /// Reports whether no table has rows of a deletion. Removes tables of a directory that no thread updates.
+    async fn has_clean_tables(&self, id: Ulid) -> Result<bool, StoreError> {
+        if self.objects.is_shared() {
+            return self.objects.has_clean_tables(id).await;
+        }
         let (has_thread, is_clean) = self.deletions.tables();
         if has_thread {
             return Ok(is_clean);
@@ -294,14 +328,28 @@ impl Store {
         Ok(true)
     }
 
-    /// Makes the index agree with a step. Blocking; only the writer calls it.
+    /// Updates the index after a step. Blocking; only the writer calls it.
     fn apply_done(&self, done: Done) -> Result<(), StoreError> {
         match done {
             Done::Waiting => Ok(()),
             Done::Replaced(old, None) => self.note_replaced(old),
             Done::Replaced(old, Some(successor)) => {
-                self.move_rows(old, successor)?;
+                self.move_rows(successor, &mut Repairs::default())?;
                 self.note_replaced(old)
+            }
+            Done::Compared(hour, objects) => {
+                let HourObjects { profiles, segments, .. } = &objects;
+                let there: HashSet<ObjectName> = (profiles.iter().map(|id| ObjectName::Profile(*id)))
+                    .chain(segments.iter().map(|id| ObjectName::Segment(*id)))
+                    .collect();
+                self.follow_hour(hour, objects)?;
+                let doomed = self.index.read(|txn| hidden::doomed_in(txn, hour))?.into_iter();
+                let done: Vec<_> =
+                    doomed.filter(|name| !there.contains(name)).map(|name| (hour, name)).collect();
+                if !done.is_empty() {
+                    self.index.commit(&IndexChange { done, ..IndexChange::default() })?;
+                }
+                Ok(())
             }
             Done::Dropped(DoomedObject { hour, name, .. }) => self.drop_object(hour, name),
             Done::Finished(id) => {
@@ -321,33 +369,6 @@ impl Store {
         Ok(())
     }
 
-    /// Moves the rows of a segment to its successor.
-    pub(super) fn move_rows(&self, old: Ulid, successor: Successor) -> Result<(), StoreError> {
-        let Successor { id, bytes, origins, found } = successor;
-        let own: HashMap<Ulid, u64> =
-            self.index.of_segment(old)?.into_iter().map(|row| (row.key.id, row.series)).collect();
-        let allocated = self.objects.allocated(bytes);
-        let mut change = IndexChange {
-            add_segments: vec![(id, allocated)],
-            origins: origins.iter().map(|origin| (id, *origin)).collect(),
-            ..IndexChange::default()
-        };
-        let mut others = Vec::new();
-        for (labels, key, row) in found {
-            match own.get(&key.id) {
-                Some(series) => {
-                    change.moved.push((key.id, old));
-                    change.add.push(self.added(*series, key, row));
-                }
-                // In another segment, without a row, or deleted since.
-                None => others.push((labels, key, row)),
-            }
-        }
-        self.index.commit(&change)?;
-        self.state.write().move_rows(old, (id, allocated), change.moved.len() as u64, origins);
-        self.add_rows(&[], &others, &mut Repairs::default())
-    }
-
     /// Removes an object that is gone from the index.
     fn drop_object(&self, hour: u64, name: ObjectName) -> Result<(), StoreError> {
         let ObjectName::Segment(id) = name else {
@@ -357,12 +378,5 @@ impl Store {
         self.remove_rows(&self.index.of_segment(id)?, &[id], &mut Repairs::default())?;
         self.update_size_metrics();
         Ok(())
-    }
-}
-
-impl StoredProfile {
-    /// Reports whether the profile is elsewhere than this location says, because a deletion has moved it.
-    pub(super) fn has_moved_from(&self, segment: Ulid) -> bool {
-        self.row.segment() != Some(segment)
     }
 }

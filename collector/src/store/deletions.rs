@@ -8,9 +8,10 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 use ulid::Ulid;
 
@@ -52,6 +53,10 @@ struct Known {
 #[derive(Default)]
 pub(super) struct Deletions {
     known: RwLock<BTreeMap<Ulid, Known>>,
+    /// Deletions that this process took, and so carries out.
+    own: Mutex<HashSet<Ulid>>,
+    /// Deletions of a bucket for which this process has marked that the tables are clean.
+    marked: Mutex<HashSet<Ulid>>,
     /// Number of changes of the deleted batches since the start.
     changes: AtomicU64,
     /// The number by which the tables had lost the rows of all deleted batches.
@@ -89,6 +94,18 @@ impl Deletions {
     /// Removes a deletion that is carried out.
     pub(super) fn remove(&self, id: Ulid) {
         self.known.write().remove(&id);
+        self.own.lock().remove(&id);
+        self.marked.lock().remove(&id);
+    }
+
+    /// Notes that this process carries a deletion out.
+    pub(super) fn own(&self, id: Ulid) {
+        self.own.lock().insert(id);
+    }
+
+    /// Returns the deletion with this id if this process carries it out.
+    pub(super) fn is_own(&self, id: Ulid) -> bool {
+        self.own.lock().contains(&id)
     }
 
     /// Returns the oldest deletion whose profiles still have rows.
@@ -240,9 +257,29 @@ fn object_of(entry: &StoredProfile) -> (u64, ObjectName) {
 
 /// For the services and the tables. Blocking but for the first ones.
 impl Store {
-    /// Reports whether other collectors can use the store, too.
-    pub(crate) fn is_shared(&self) -> bool {
-        self.objects.is_shared()
+    /// Returns the hours of the directories with objects that hold deleted profiles.
+    pub(super) fn doomed_hours(&self) -> Result<Vec<u64>, StoreError> {
+        Ok(self.index.read(hidden::doomed_hours)?)
+    }
+
+    /// Tells the other collectors of a bucket of which deletions the tables have no profile any more. The caller writes the tables.
+    pub(crate) fn mark_clean_tables(&self) -> Result<(), StoreError> {
+        if !self.objects.is_shared() || self.deletions.is_empty() || self.unclean_tables().is_some() {
+            return Ok(());
+        }
+        for of in self.deletions.all() {
+            let is_due = of.age() >= self.deletion_margin();
+            if is_due && !self.deletions.marked.lock().contains(&of.id) {
+                self.runtime.block_on(self.objects.mark_clean_tables(of.id))?;
+                self.deletions.marked.lock().insert(of.id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Time for which a deletion of a bucket stays in any case, because listings can be late. A directory has none.
+    pub(super) fn deletion_margin(&self) -> Duration {
+        if self.objects.is_shared() { 2 * self.options.deletion_grace } else { Duration::ZERO }
     }
 
     /// Returns the deletions that are not carried out yet, the oldest first.

@@ -46,9 +46,10 @@ enum Step {
 
 /// The result of a listing.
 pub(super) enum Listed {
-    New(Vec<Ulid>),
-    /// Hours of the bucket.
-    Hours(BTreeSet<u64>),
+    /// New segments and deletions.
+    New(HourObjects),
+    /// Hours of the bucket, and known deletions that are carried out.
+    Hours(BTreeSet<u64>, Vec<Ulid>),
     Hour(u64, HourObjects),
 }
 
@@ -70,6 +71,8 @@ pub(super) struct Follower {
     /// Number of comparisons, which selects the older hours.
     turn: usize,
     clocks: Vec<OtherClock>,
+    /// Deletions that are carried out, which this collector forgets after the present comparison.
+    ended: Vec<Ulid>,
     listing: Option<AbortOnDropHandle<Result<Listed, StoreError>>>,
     is_failing: bool,
 }
@@ -86,6 +89,7 @@ impl Follower {
             hours: VecDeque::new(),
             turn: 0,
             clocks: Vec::new(),
+            ended: Vec::new(),
             listing: None,
             is_failing: false,
         }
@@ -161,15 +165,34 @@ impl Follower {
     async fn try_apply(&mut self, listed: Listed) -> Result<(), StoreError> {
         let (store, is_new) = (Arc::clone(&self.store), matches!(listed, Listed::New(_)));
         let Repairs { added, removed, segments, .. } = match listed {
-            Listed::Hours(mut hours) => {
-                hours.extend(blocking(move || store.index.hours()).await?);
+            Listed::Hours(mut hours, ended) => {
+                let read = move || Ok::<_, StoreError>((store.index.hours()?, store.doomed_hours()?));
+                let (stored, doomed) = blocking(read).await?;
+                hours.extend(stored);
                 self.hours = self.select(&hours.into_iter().collect::<Vec<_>>());
+                if !ended.is_empty() {
+                    // Those hours have other segments now.
+                    self.hours.extend(doomed);
+                    self.ended = ended;
+                }
                 self.turn = self.turn.wrapping_add(1);
                 return Ok(());
             }
-            Listed::New(ids) => blocking(move || store.add_new_segments(ids)).await?,
+            Listed::New(found) => {
+                blocking(move || {
+                    store.load_deletions(&found.deletions)?;
+                    store.add_new_segments(found.segments)
+                })
+                .await?
+            }
             Listed::Hour(hour, objects) => blocking(move || store.follow_hour(hour, objects)).await?,
         };
+        if self.hours.is_empty() {
+            for id in self.ended.drain(..) {
+                self.store.deletions.remove(id);
+                self.store.update_size_metrics();
+            }
+        }
         let by = if is_new { "new" } else { "hours" };
         self.store.metrics.followed(by, segments.len() as u64);
         self.note_clocks(&segments, Instant::now(), time::now_ms());
@@ -217,13 +240,24 @@ fn window(at_ms: u64) -> RangeInclusive<u64> {
 async fn list(store: Arc<Store>, step: Step) -> Result<Listed, StoreError> {
     Ok(match step {
         Step::New(windows) => {
-            let mut found = Vec::new();
+            let mut found = HourObjects::default();
             for window in windows {
-                found.extend(store.objects.segments_between(window, MAX_NEW).await?);
+                let HourObjects { segments, deletions, .. } =
+                    store.objects.new_between(window, MAX_NEW).await?;
+                found.segments.extend(segments);
+                found.deletions.extend(deletions);
             }
             Listed::New(found)
         }
-        Step::Hours => Listed::Hours(store.objects.hours().await?),
+        Step::Hours => {
+            let mut ended = Vec::new();
+            for of in store.deletions.all() {
+                if !store.objects.has_deletion(of.id).await? {
+                    ended.push(of.id);
+                }
+            }
+            Listed::Hours(store.objects.hours().await?, ended)
+        }
         Step::Hour(hour) => Listed::Hour(hour, store.objects.of_hour(hour).await?),
     })
 }

@@ -203,6 +203,29 @@ pub(super) fn doomed(txn: &ReadTransaction, limit: usize) -> Result<Vec<DoomedOb
     objects.collect()
 }
 
+/// Returns the objects with deleted batches in the directory of an hour.
+pub(super) fn doomed_in(txn: &ReadTransaction, hour: u64) -> Result<Vec<ObjectName>, redb::Error> {
+    let Some(table) = open!(txn, DOOMED) else { return Ok(Vec::new()) };
+    let objects = table.range((hour, 0, 0)..(hour + 1, 0, 0))?.map(|found| {
+        let (_, kind, id) = found?.0.value();
+        Ok(if kind == KIND_SEGMENT { ObjectName::Segment(Ulid(id)) } else { ObjectName::Profile(Ulid(id)) })
+    });
+    objects.collect()
+}
+
+/// Returns the hours of the directories with objects that hold deleted batches.
+pub(super) fn doomed_hours(txn: &ReadTransaction) -> Result<Vec<u64>, redb::Error> {
+    let mut hours = Vec::new();
+    let Some(table) = open!(txn, DOOMED) else { return Ok(hours) };
+    let mut from = 0;
+    while let Some(found) = table.range((from, 0, 0)..)?.next() {
+        let (hour, ..) = found?.0.value();
+        hours.push(hour);
+        from = hour + 1;
+    }
+    Ok(hours)
+}
+
 /// Returns all segments that a deletion made, each with one that it replaces.
 pub(super) fn origins(txn: &ReadTransaction) -> Result<Vec<(Ulid, Ulid)>, redb::Error> {
     let Some(table) = open!(txn, ORIGINS) else { return Ok(Vec::new()) };

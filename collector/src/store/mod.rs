@@ -129,6 +129,10 @@ pub struct StoreOptions {
     #[arg(skip = Duration::from_secs(60))]
     #[serde(skip)]
     pub deletion_grace: Duration,
+    /// Age from which on a collector carries out a deletion that another collector of the bucket took.
+    #[arg(skip = Duration::from_secs(15 * 60))]
+    #[serde(skip)]
+    pub deletion_takeover: Duration,
     /// Memory for the index while the disk is too full for its file. The newest profiles have room there.
     #[arg(skip = 64_u64 << 20)]
     #[serde(skip)]

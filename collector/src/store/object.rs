@@ -50,6 +50,8 @@ const SEGMENT_SUFFIX: &str = ".segment";
 const PROFILE_SUFFIX: &str = ".pb.gz";
 /// End of the file name of a deletion.
 const DELETION_SUFFIX: &str = ".deletion";
+/// End of the file name of the mark that no table has a profile of a deletion.
+const MARK_SUFFIX: &str = ".cleaned";
 /// Directory of the table in that of `--data`, or in the bucket.
 pub(super) const TABLE: &str = "table";
 /// First part of every path. There is one tenant until agents name theirs.
@@ -304,6 +306,36 @@ impl Objects {
         Ok(Some(found.bytes().await.map_err(StoreError::Object)?))
     }
 
+    /// Reports whether there is an object of this deletion.
+    pub(super) async fn has_deletion(&self, id: Ulid) -> Result<bool, StoreError> {
+        let path = ObjectName::Deletion(id).path(segment_hour(id));
+        Ok(unless_missing(self.relaxed.head(&path).await)?.is_some())
+    }
+
+    /// Returns the path of the mark that no table of the bucket has a profile of a deletion.
+    fn mark_path(id: Ulid) -> Key {
+        format!("{}/{id}{MARK_SUFFIX}", hour_path(segment_hour(id))).into()
+    }
+
+    /// Marks that no table has a profile of a deletion.
+    pub(super) async fn mark_clean_tables(&self, id: Ulid) -> Result<(), StoreError> {
+        self.durable.put(&Self::mark_path(id), PutPayload::new()).await.map(drop).map_err(StoreError::Object)
+    }
+
+    /// Reports whether no table has a profile of a deletion: there is the mark, or no table.
+    pub(super) async fn has_clean_tables(&self, id: Ulid) -> Result<bool, StoreError> {
+        if unless_missing(self.relaxed.head(&Self::mark_path(id)).await)?.is_some() {
+            return Ok(true);
+        }
+        let log = Key::from(format!("{TABLE}/samples/_delta_log"));
+        Ok(self.relaxed.list(Some(&log)).try_next().await.map_err(StoreError::Object)?.is_none())
+    }
+
+    /// Removes the mark of a deletion that is carried out.
+    pub(super) async fn remove_mark(&self, id: Ulid) -> Result<(), StoreError> {
+        unless_missing(self.relaxed.delete(&Self::mark_path(id)).await).map(drop)
+    }
+
     /// Removes an object as [`Objects::delete_in_hour`] does, so that it does not return after a power cut.
     pub(super) async fn remove_durably(&self, hour: u64, name: ObjectName) -> Result<(), StoreError> {
         self.delete_in_hour(hour, name).await?;
@@ -408,14 +440,15 @@ impl Objects {
         Ok(names.into_iter().collect())
     }
 
-    /// Returns the segments of a bucket with these times in milliseconds, up to `limit` of each hour. One page of names is one request.
-    pub(super) async fn segments_between(
+    /// Returns the segments and deletions of a bucket with these times in milliseconds, up to `limit` of each hour. One page of names
+    /// is one request.
+    pub(super) async fn new_between(
         &self,
         times: RangeInclusive<u64>,
         limit: usize,
-    ) -> Result<Vec<Ulid>, StoreError> {
+    ) -> Result<HourObjects, StoreError> {
         let (first, last) = (*times.start(), *times.end());
-        let mut segments = Vec::new();
+        let mut found = HourObjects::default();
         for hour in first / HOUR_MS..=last / HOUR_MS {
             let dir = Key::from(hour_path(hour));
             let before = ObjectName::Segment(Ulid::from_parts(first.max(hour * HOUR_MS), 0)).path(hour);
@@ -424,12 +457,13 @@ impl Objects {
                 match object.location.filename().and_then(ObjectName::parse) {
                     // Names come in the order of time. The next page would be a request.
                     Some(ObjectName::Segment(id)) if id.timestamp_ms() > last => break,
-                    Some(ObjectName::Segment(id)) => segments.push(id),
+                    Some(ObjectName::Segment(id)) => found.segments.push(id),
+                    Some(ObjectName::Deletion(id)) => found.deletions.push(id),
                     _ => {}
                 }
             }
         }
-        Ok(segments)
+        Ok(found)
     }
 
     /// Removes the directory of an hour, and of its day, if it has no files.

@@ -93,6 +93,11 @@ impl StoredProfile {
         self.row.segment.is_empty()
     }
 
+    /// Reports whether the profile is not in this segment, because a deletion has moved it.
+    pub(super) fn has_moved_from(&self, segment: Ulid) -> bool {
+        self.row.segment() != Some(segment)
+    }
+
     /// Returns where the profile is.
     pub(crate) fn location(&self) -> ProfileLocation {
         let ProfileRow { offset, bytes, crc, .. } = self.row;

@@ -8,6 +8,7 @@ use ulid::Ulid;
 use super::{
     Store, StoreError,
     change::IndexChange,
+    copies,
     describe::{describe, describe_object},
     object::{HOUR_MS, Head, HourObjects, ObjectKey, ObjectName, segment_hour},
     row::{IndexedObject, ProfileRow},
@@ -33,6 +34,16 @@ pub(super) struct Repairs {
     damaged: u64,
     /// Segments that the index did not know.
     pub(super) segments: Vec<Ulid>,
+}
+
+/// A segment that a deletion made in place of others.
+pub(super) struct Successor {
+    pub(super) id: Ulid,
+    pub(super) bytes: u64,
+    /// The segments that it replaces. They may be there still.
+    pub(super) origins: Vec<Ulid>,
+    /// Rows of all of its batches.
+    pub(super) found: Vec<(Labels, ObjectKey, ProfileRow)>,
 }
 
 /// All of these are blocking, and only the writer calls them once the store serves readers.
@@ -143,7 +154,15 @@ impl Store {
         for id in known {
             // The list of a bucket may be older than the segment.
             if self.runtime.block_on(self.objects.segment_bytes(id))?.is_none() {
-                self.remove_rows(&self.index.of_segment(id)?, &[id], repairs)?;
+                let rows = self.index.of_segment(id)?;
+                let ids = rows.iter().map(|row| row.key.id);
+                let copies = self.index.read(|txn| copies::find(txn, ids))?;
+                self.remove_rows(&rows, &[id], repairs)?;
+                // Other segments that hold its batches, too.
+                let others: BTreeSet<Ulid> = copies.into_values().flatten().collect();
+                for other in others.into_iter().filter(|other| *other != id) {
+                    self.add_segments(segment_hour(other), &[other], repairs)?;
+                }
             }
         }
         // A segment has up to some thousand rows.
@@ -199,7 +218,7 @@ impl Store {
     /// Adds the rows of segments in the directory of an hour. A missing segment is no error.
     fn add_segments(&self, hour: u64, ids: &[Ulid], repairs: &mut Repairs) -> Result<(), StoreError> {
         let heads = self.runtime.block_on(self.objects.segment_heads(hour, ids))?;
-        let (mut found, mut segments, mut origins) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut found, mut segments, mut successors) = (Vec::new(), Vec::new(), Vec::new());
         for (id, head) in ids.iter().zip(heads) {
             let (entries, bytes) = match head {
                 Head::Gone => continue,
@@ -208,9 +227,17 @@ impl Store {
                 Head::Readable { bytes, .. } => (Err("it is in the directory of another hour".into()), bytes),
             };
             match entries {
-                Ok(SegmentHead { entries, origins: replaced }) => {
+                Ok(SegmentHead { entries, origins }) => {
+                    if !origins.is_empty() {
+                        let found = entries.into_iter().filter_map(|(meta, position)| {
+                            let (labels, key, row) = describe(&meta, position.bytes, 0)?;
+                            Some((labels, key, row.at(position)))
+                        });
+                        let found = found.collect();
+                        successors.push(Successor { id: *id, bytes, origins, found });
+                        continue;
+                    }
                     segments.push((*id, self.objects.allocated(bytes)));
-                    origins.extend(replaced.into_iter().map(|origin| (*id, origin)));
                     let described = entries.into_iter().filter_map(|(meta, position)| {
                         let (labels, key, row) = describe(&meta, position.bytes, 0)?;
                         Some((labels, key, row.at(position)))
@@ -220,11 +247,11 @@ impl Store {
                 Err(reason) => self.leave_unreadable(hour, ObjectName::Segment(*id), bytes, &reason, repairs),
             }
         }
-        if !origins.is_empty() {
-            self.index.commit(&IndexChange { origins, ..IndexChange::default() })?;
-            self.load_origins()?;
-        }
         self.add_rows(&segments, &found, repairs)?;
+        for successor in successors {
+            repairs.segments.push(successor.id);
+            self.move_rows(successor, repairs)?;
+        }
         repairs.segments.extend(segments.iter().map(|(id, _)| *id));
         Ok(())
     }
@@ -307,6 +334,39 @@ impl Store {
             self.deletions.note_change();
         }
         Ok(())
+    }
+
+    /// Moves the rows of replaced segments to their successor, and adds those that are missing.
+    pub(super) fn move_rows(&self, successor: Successor, repairs: &mut Repairs) -> Result<(), StoreError> {
+        let Successor { id, bytes, origins, found } = successor;
+        let mut old: HashMap<Ulid, (u64, Ulid)> = HashMap::new();
+        for origin in &origins {
+            let rows = self.index.of_segment(*origin)?.into_iter();
+            old.extend(rows.map(|row| (row.key.id, (row.series, *origin))));
+        }
+        let moved_before: HashSet<Ulid> =
+            self.index.of_segment(id)?.into_iter().map(|row| row.key.id).collect();
+        let allocated = self.objects.allocated(bytes);
+        let mut change = IndexChange {
+            add_segments: vec![(id, allocated)],
+            origins: origins.iter().map(|origin| (id, *origin)).collect(),
+            ..IndexChange::default()
+        };
+        let mut others = Vec::new();
+        for (labels, key, row) in found.into_iter().filter(|(_, key, _)| !moved_before.contains(&key.id)) {
+            match old.get(&key.id) {
+                Some((series, origin)) => {
+                    change.moved.push((key.id, *origin));
+                    change.add.push(self.added(*series, key, row));
+                }
+                // In another segment, without a row, or deleted since.
+                None => others.push((labels, key, row)),
+            }
+        }
+        self.index.commit(&change)?;
+        let from: Vec<Ulid> = change.moved.iter().map(|(_, origin)| *origin).collect();
+        self.state.write().move_rows(&from, (id, allocated), origins);
+        self.add_rows(&[], &others, repairs)
     }
 
     /// Removes rows and segments whose objects are gone.

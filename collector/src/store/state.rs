@@ -267,15 +267,17 @@ impl StoreState {
         self.origins = origins;
     }
 
-    /// Moves this number of rows to a segment that a deletion made, with the space that it takes.
-    pub(super) fn move_rows(&mut self, from: Ulid, to: (Ulid, u64), rows: u64, origins: Vec<Ulid>) {
+    /// Moves one row of each of these segments to a segment that a deletion made, with the space that it takes.
+    pub(super) fn move_rows(&mut self, from: &[Ulid], to: (Ulid, u64), origins: Vec<Ulid>) {
         let (to, disk_bytes) = to;
         self.add_segment(to, disk_bytes, 0);
         if let Some(segment) = self.segments.get_mut(&to) {
-            segment.rows += rows;
+            segment.rows += from.len() as u64;
         }
-        if let Some(segment) = self.segments.get_mut(&from) {
-            segment.rows = segment.rows.saturating_sub(rows);
+        for from in from {
+            if let Some(segment) = self.segments.get_mut(from) {
+                segment.rows = segment.rows.saturating_sub(1);
+            }
         }
         self.origins.insert(to, origins);
     }

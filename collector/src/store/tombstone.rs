@@ -4,6 +4,8 @@
 //! The content follows, a [`Content`] in protobuf. Its name is the id, whose time separates the profiles: a deletion takes what a
 //! collector wrote before, and nothing later. The object goes once no object and no table has a deleted profile.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use gannet_proto::labels::Labels;
 use prost::Message as _;
@@ -15,7 +17,7 @@ use super::{
     meta::ObjectMeta,
     object::{Objects, hour_path, segment_hour},
 };
-use crate::{selector::Selector, store::StoreError};
+use crate::{selector::Selector, store::StoreError, time};
 
 const MAGIC: [u8; 8] = *b"GANNETDL";
 /// Version of the format, which this module reads and writes.
@@ -82,6 +84,12 @@ impl Tombstone {
     /// Returns the profiles of the deletion, without its time.
     pub(super) fn chosen(&self) -> Chosen {
         Chosen { selector: self.selector.clone(), from_ms: self.from_ms, until_ms: self.until_ms }
+    }
+
+    /// Returns the time since the deletion.
+    pub(super) fn age(&self) -> Duration {
+        // A time in the future is that of another clock.
+        Duration::from_millis(time::now_ms().abs_diff(self.id.timestamp_ms()))
     }
 
     /// Returns the hour of its directory.

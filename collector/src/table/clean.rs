@@ -45,7 +45,7 @@ impl Cleaning {
     pub(super) fn run(&mut self, store: &Store, tables: &mut Tables) -> Result<(), TableError> {
         let Some(changes) = store.unclean_tables() else {
             self.done.clear();
-            return Ok(());
+            return Ok(store.mark_clean_tables()?);
         };
         let runtime = tables.runtime.clone();
         for hour in store.deleted_hours()? {

@@ -38,11 +38,28 @@ pub struct Shelf {
     is_unreliable: bool,
     /// The fate of a write to the table, after this many others. All later ones are refused, as those of a killed collector.
     pub table_end: Option<(usize, Fate)>,
+    /// The same for each write or removal of an object.
+    pub end: Option<(usize, Fate)>,
+    /// Writes and removals since `end` was reached.
+    pub ended: usize,
     writes: usize,
     reads: usize,
 }
 
 impl Shelf {
+    /// Returns the fate of the next write or removal.
+    fn fate_of_change(&mut self, method: &Method, path: &str) -> Fate {
+        if let Some((left, fate)) = self.end.as_mut() {
+            if *left > 0 {
+                *left -= 1;
+                return Fate::Answered;
+            }
+            self.ended += 1;
+            return std::mem::replace(fate, Fate::Refused);
+        }
+        if *method == Method::PUT { self.fate(path) } else { Fate::Answered }
+    }
+
     /// Returns the fate of the next write.
     fn fate(&mut self, path: &str) -> Fate {
         if let Some((left, fate)) = self.table_end.as_mut().filter(|_| path.contains("/table/")) {
@@ -97,8 +114,8 @@ impl S3 {
 async fn answer(State(s3): State<S3>, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let body = axum::body::to_bytes(body, 16 << 20).await.unwrap();
-    let fate = if parts.method == Method::PUT {
-        s3.0.lock().unwrap().fate(parts.uri.path())
+    let fate = if [Method::PUT, Method::POST, Method::DELETE].contains(&parts.method) {
+        s3.0.lock().unwrap().fate_of_change(&parts.method, parts.uri.path())
     } else {
         Fate::Answered
     };

@@ -13,13 +13,17 @@ use gannet_proto::{
 use tonic::{Code, Status};
 
 use crate::{
+    bucket::{Fate, S3, in_bucket},
     delete::{config, is_audited, profiles},
-    kill::stored_ids,
+    faults::listening,
+    kill::{free_port, kills, stored_ids},
     segment::unpack_layout2,
     sql::{ask, numbers},
     store::objects,
     support::{Pusher, at, batch, channel, download, eventually, metric, now_ms, queries},
-    table::{Files, check_rollups, files_below, sent_sums, sums, up_to_date},
+    table::{
+        Files, check_rollups, files_below, push, sent_sums, spawn, sums, table_of, up_to_date, with_table,
+    },
 };
 
 const HOUR_MS: u64 = 3_600_000;
@@ -268,4 +272,197 @@ async fn a_bad_deletion_names_the_field_and_the_cure() {
     }
     assert_eq!(profiles(&running, "shop").await, (1, 0));
     running.shutdown().await;
+}
+
+/// Kills of one run. The environment variable `GANNET_TEST_KILLS` replaces it.
+const KILLS: u64 = 12;
+
+/// Kills the program at moments between the call and the last step of carrying it out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deletion_survives_kills_at_any_moment() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut sent = Vec::new();
+    for round in 0..kills(KILLS) {
+        let (grpc, http) = (free_port(), free_port());
+        let mut child = spawn(dir.path(), grpc, http);
+        let old = now_ms() - 2 * HOUR_MS;
+        let n = round as i64 + 1;
+        let new = vec![
+            batch("doomed", old, &[("main;work", n)]),
+            batch("doomed", now_ms(), &[("main;work", n), ("main;idle", 3)]),
+            batch("left", old, &[("main;work", n)]),
+            batch("left", now_ms(), &[("main;rest", n)]),
+        ];
+        push(grpc, new.clone()).await;
+        sent.extend(new);
+        listening(grpc).await;
+        if round % 3 == 0 {
+            // Otherwise the tables have none of the profiles.
+            up_to_date(http).await;
+        }
+        let mut client = DeletionServiceClient::new(channel(grpc).await);
+        let request = of("{service_name=\"doomed\"}");
+        let call = tokio::spawn(async move { client.delete_profiles(request).await });
+        if round % 4 == 3 {
+            // In the middle of the call.
+            tokio::time::sleep(Duration::from_millis(round * 3 % 20)).await;
+        } else {
+            let done = call.await.unwrap().unwrap().into_inner();
+            assert!(done.profiles >= 2, "{done:?}");
+            tokio::time::sleep(Duration::from_millis(round * 61 % 700)).await;
+        }
+        assert!(child.try_wait().unwrap().is_none(), "the collector ended by itself");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let running = Collector::start(with_sums(dir.path())).await.unwrap();
+    delete(&running, of("")).await.unwrap_err();
+    let _ = delete(&running, of("{service_name=\"doomed\"}")).await.unwrap();
+    let (left, deleted): (Vec<&Batch>, Vec<&Batch>) = sent.iter().partition(|batch| service(batch) == "left");
+    check_only(&running, &left, &deleted).await;
+    carried_out(&running).await;
+    up_to_date(running.http_addr).await;
+    check_only(&running, &left, &deleted).await;
+    check_sql(&running, &left).await;
+    running.shutdown().await;
+    check_table(&files_below(&dir.path().join("table")), &left);
+}
+
+/// Checks that the neighbour of a collector hides the profiles within seconds, and reads the others all the time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deletion_in_a_bucket_holds_for_all_collectors() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.clone().serve().await;
+    let start = async |name: &str| {
+        let mut config = in_bucket(&dir.path().join(name), &endpoint);
+        with_table(&mut config);
+        config.store.deletion_grace = Duration::from_millis(1500);
+        Collector::start(config).await.unwrap()
+    };
+    let (one, two) = (start("one").await, start("two").await);
+    let (now, old) = (now_ms(), now_ms() - 2 * HOUR_MS);
+    let mut sent: Vec<Batch> = Vec::new();
+    for (round, running) in [&one, &two, &one, &two].into_iter().enumerate() {
+        let n = round as i64 + 1;
+        let new = vec![
+            batch("secret", now, &[("main;work", n)]),
+            batch("secret", old, &[("main;work", n + 5)]),
+            batch("shop", old, &[("main;sell", n)]),
+            batch("other", now, &[("main;rest", n + 3), ("main;work", 3)]),
+        ];
+        Pusher::open(running.grpc_addr).await.store_all(&new).await;
+        sent.extend(new);
+    }
+    let has_all = async |running: &Running| stored_ids(running).await.len() == sent.len();
+    eventually("both know all", async || has_all(&one).await && has_all(&two).await).await;
+    up_to_date(one.http_addr).await;
+    let secret = "{service_name=\"secret\"}";
+    assert_eq!(delete(&one, of(secret)).await.unwrap().profiles, 8);
+    let (left, deleted): (Vec<&Batch>, Vec<&Batch>) =
+        sent.iter().partition(|batch| service(batch) != "secret");
+    check_only(&one, &left, &deleted).await;
+    check_sql(&one, &left).await;
+    eventually("the neighbour hides them", async || profiles(&two, "secret").await == (0, 0)).await;
+    // The others are readable all the time, while segments move and go.
+    let mut is_pending = true;
+    while is_pending {
+        let mut client = DeletionServiceClient::new(channel(one.grpc_addr).await);
+        is_pending =
+            !client.list_deletions(ListDeletionsRequest {}).await.unwrap().into_inner().deletions.is_empty();
+        for running in [&one, &two] {
+            check_only(running, &left, &deleted).await;
+            check_sql(running, &left).await;
+        }
+    }
+    carried_out(&two).await;
+    let keys: Vec<String> = s3.0.lock().unwrap().objects.keys().cloned().collect();
+    assert!(!keys.iter().any(|key| key.ends_with(".deletion") || key.ends_with(".cleaned")), "{keys:?}");
+    let has_secret =
+        s3.0.lock().unwrap().objects.iter().any(|(key, object)| {
+            key.ends_with(".segment") && object.windows(6).any(|part| part == b"secret")
+        });
+    assert!(!has_secret);
+    let fresh = batch("secret", old, &[("main;fresh", 2)]);
+    Pusher::open(two.grpc_addr).await.store(fresh.clone()).await;
+    let left: Vec<&Batch> = left.into_iter().chain([&fresh]).collect();
+    eventually("both know the new one", async || {
+        profiles(&one, "secret").await == (1, 0) && profiles(&two, "secret").await == (1, 0)
+    })
+    .await;
+    one.shutdown().await;
+    let three = start("three").await;
+    for running in [&two, &three] {
+        check_only(running, &left, &deleted).await;
+        up_to_date(running.http_addr).await;
+    }
+    check_sql(&three, &left).await;
+    two.shutdown().await;
+    three.shutdown().await;
+    check_table(&table_of(&s3), &left);
+}
+
+/// Ends the writes and removals of a collector at each step of a deletion, as a kill does: the request fails, or it succeeds and its
+/// answer is lost. The next collector completes the deletion.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deletion_that_ends_at_any_write_is_completed() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let endpoint = s3.clone().serve().await;
+    let start = async || {
+        let mut config = in_bucket(dir.path(), &endpoint);
+        with_table(&mut config);
+        config.store.deletion_grace = Duration::from_millis(20);
+        config.store.deletion_takeover = Duration::ZERO;
+        Collector::start(config).await.unwrap()
+    };
+    let mut sent: Vec<Batch> = Vec::new();
+    let (mut cuts, mut is_complete) = (0, false);
+    for step in (0..).step_by(2) {
+        let fate = if step % 4 == 0 { Fate::Unanswered } else { Fate::Refused };
+        let running = start().await;
+        let n = i64::from(step) + 1;
+        let (now, old) = (now_ms(), now_ms() - 2 * HOUR_MS);
+        let new = vec![
+            batch("doomed", old, &[("main;work", n)]),
+            batch("doomed", now, &[("main;work", n), ("main;idle", 3)]),
+            batch("left", old, &[("main;work", n)]),
+            batch("left", now, &[("main;rest", n)]),
+        ];
+        Pusher::open(running.grpc_addr).await.store_all(&new).await;
+        sent.extend(new);
+        up_to_date(running.http_addr).await;
+        {
+            let mut shelf = s3.0.lock().unwrap();
+            (shelf.end, shelf.ended) = (Some((step as usize, fate)), 0);
+        }
+        let done = delete(&running, of("{service_name=\"doomed\"}")).await;
+        let pending = async || metric(running.http_addr, "gannet_collector_store_deletions_pending").await;
+        eventually("the writes ended, or none is left", async || {
+            s3.0.lock().unwrap().ended > 0 || pending().await == 0.0
+        })
+        .await;
+        let is_cut = s3.0.lock().unwrap().ended > 0;
+        cuts += u32::from(is_cut);
+        running.shutdown().await;
+        s3.0.lock().unwrap().end = None;
+
+        let running = start().await;
+        if done.is_err() {
+            delete(&running, of("{service_name=\"doomed\"}")).await.unwrap();
+        }
+        let (left, deleted): (Vec<&Batch>, Vec<&Batch>) =
+            sent.iter().partition(|batch| service(batch) == "left");
+        check_only(&running, &left, &deleted).await;
+        check_sql(&running, &left).await;
+        carried_out(&running).await;
+        check_only(&running, &left, &deleted).await;
+        up_to_date(running.http_addr).await;
+        check_sql(&running, &left).await;
+        running.shutdown().await;
+        check_table(&table_of(&s3), &left);
+        if !is_cut {
+            is_complete = true;
+            break;
+        }
+    }
+    assert!(is_complete && cuts >= 6, "only {cuts} deletions ended early");
 }

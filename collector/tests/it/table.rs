@@ -253,7 +253,7 @@ pub fn batches(round: u64, n: u64) -> Vec<Batch> {
     (0..n).map(make).collect()
 }
 
-fn spawn(data: &Path, grpc: SocketAddr, http: SocketAddr) -> Child {
+pub fn spawn(data: &Path, grpc: SocketAddr, http: SocketAddr) -> Child {
     Command::new(env!("CARGO_BIN_EXE_gannet-collector"))
         .args(["--data", data.to_str().unwrap(), "--min-free-bytes", "0", "--flush-interval", "20ms"])
         .args(["--table", "--table-rollups", "--table-interval", "100ms"])
@@ -269,7 +269,7 @@ async fn dial(grpc: SocketAddr) -> Option<Channel> {
 }
 
 /// Pushes until each batch is accepted, over new connections after each kill.
-async fn push(grpc: SocketAddr, mut batches: Vec<Batch>) {
+pub async fn push(grpc: SocketAddr, mut batches: Vec<Batch>) {
     while !batches.is_empty() {
         let Some(channel) = dial(grpc).await else {
             tokio::time::sleep(Duration::from_millis(20)).await;
