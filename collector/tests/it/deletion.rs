@@ -17,6 +17,7 @@ use crate::{
     bucket::{Fate, S3, in_bucket},
     delete::{config, is_audited, profiles},
     faults::listening,
+    faulty_s3::FaultyS3,
     kill::{free_port, kills, stored_ids},
     segment::unpack_layout2,
     sql::{ask, numbers},
@@ -368,6 +369,12 @@ async fn a_deletion_in_a_bucket_holds_for_all_collectors() {
         sent.iter().partition(|batch| service(batch) != "secret");
     check_only(&one, &left, &deleted).await;
     check_sql(&one, &left).await;
+    for _ in 0..20 {
+        for batch in &left {
+            assert_eq!(download(&two, &batch.batch_id).await.unwrap(), batch.pprof);
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     // The old segments are still there for a collector without an index.
     let new = start("new").await;
     check_only(&new, &left, &deleted).await;
@@ -410,6 +417,45 @@ async fn a_deletion_in_a_bucket_holds_for_all_collectors() {
     two.shutdown().await;
     three.shutdown().await;
     check_table(&table_of(&s3), &left);
+}
+
+/// Checks a segment that the bucket lists only after the deletion, although its batch was accepted before it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deletion_takes_segments_that_are_listed_late() {
+    let (s3, dir) = (S3::default(), tempfile::tempdir().unwrap());
+    let (proxy, endpoint) = FaultyS3::serve(s3.serve().await, 1).await;
+    let start = async |name: &str| {
+        let mut config = in_bucket(&dir.path().join(name), &endpoint);
+        config.store.deletion_grace = Duration::from_secs(3);
+        Collector::start(config).await.unwrap()
+    };
+    let (one, two) = (start("one").await, start("two").await);
+    let now = now_ms();
+    let [early, other, late] =
+        ["secret", "other", "secret"].map(|service| batch(service, now, &[("main;work", 1)]));
+    Pusher::open(one.grpc_addr).await.store(early.clone()).await;
+    Pusher::open(two.grpc_addr).await.store(other.clone()).await;
+    for running in [&one, &two] {
+        eventually("both know both", async || stored_ids(running).await.len() == 2).await;
+    }
+    proxy.hold_listings(true);
+    Pusher::open(two.grpc_addr).await.store(late.clone()).await;
+    let done = delete(&one, of("{service_name=\"secret\"}")).await.unwrap();
+    assert_eq!(done.profiles, 1, "it does not know the late one");
+    proxy.hold_listings(false);
+    eventually("the neighbour hides both", async || stored_ids(&two).await.len() == 1).await;
+    let listings = proxy.listings();
+    eventually("the collectors list the bucket", async || proxy.listings() > listings + 8).await;
+    for running in [&one, &two] {
+        check_only(running, &[&other], &[&early, &late]).await;
+    }
+    carried_out(&one).await;
+    carried_out(&two).await;
+    for running in [&one, &two] {
+        check_only(running, &[&other], &[&early, &late]).await;
+    }
+    one.shutdown().await;
+    two.shutdown().await;
 }
 
 /// Ends the writes and removals of a collector at each step of a deletion, as a kill does: the request fails, or it succeeds and its
