@@ -29,7 +29,7 @@ use crate::{
     },
     sql::Sql,
     store::{Bucket, Store, StoreError, StoreWriter},
-    table::{self, TableHandle},
+    table::{self, SumsReader, TableHandle},
     tls::{ListenProtocol, Tls, TlsError},
     triggers::Triggers,
 };
@@ -295,7 +295,11 @@ fn open_query(
     let max_batch_bytes = config.ingest.max_batch_bytes.0;
     let (of, names) = (Arc::clone(store), Arc::clone(debug_info));
     let query = Query::new(of, names, &config.query, max_batch_bytes, metrics.clone());
-    Ok(Arc::new(query.with_tables(open_clickhouse(config, store, metrics)?)))
+    let query = query.with_tables(open_clickhouse(config, store, metrics)?);
+    // Without both flags, nothing updates the tables of sums.
+    let has_sums = config.table.table && config.table.table_rollups;
+    let sums = if has_sums { Some(SumsReader::new(store.table_objects()?)) } else { None };
+    Ok(Arc::new(query.with_sums(sums)))
 }
 
 /// Prepares the connection to ClickHouse, if it is to answer queries.

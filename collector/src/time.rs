@@ -5,6 +5,8 @@ use std::time::{Duration, SystemTime};
 use gannet_base::TimeSpan;
 use prost_types::Timestamp;
 
+/// Milliseconds of a minute.
+pub(crate) const MINUTE_MS: u64 = 60_000;
 /// Milliseconds of an hour.
 pub(crate) const HOUR_MS: u64 = 3_600_000;
 

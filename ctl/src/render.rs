@@ -194,21 +194,31 @@ pub(crate) fn bytes(count: u64) -> String {
 
 /// Formats what a collector read for an answer: `120 profiles, 1.2 MiB read in 0.31s`.
 pub(crate) fn read_text(read: &ReadReport) -> String {
-    let ReadReport { segment_profiles, segment_bytes, table_profiles, table_bytes, cached_profiles, took } =
-        *read;
+    let ReadReport {
+        segment_profiles,
+        segment_bytes,
+        table_profiles,
+        table_bytes,
+        sum_profiles,
+        sum_bytes,
+        cached_profiles,
+        took,
+    } = *read;
     let profiles = |n: u64| count(n as usize, "profile");
     let took = show_span(took);
-    let all = segment_profiles.saturating_add(table_profiles);
+    let sum = |numbers: [u64; 3]| numbers.into_iter().fold(0, u64::saturating_add);
+    let all = sum([segment_profiles, table_profiles, sum_profiles]);
+    let size = sum([segment_bytes, table_bytes, sum_bytes]);
     if cached_profiles > 0 && cached_profiles == all {
         return format!(
             "{}, in the collector's memory from an earlier query; answered in {took}",
             profiles(all)
         );
     }
-    let mut text =
-        format!("{}, {} read in {took}", profiles(all), bytes(segment_bytes.saturating_add(table_bytes)));
+    let mut text = format!("{}, {} read in {took}", profiles(all), bytes(size));
     for (some, from) in [
         (table_profiles, "from the tables, by ClickHouse"),
+        (sum_profiles, "from sums by minute or hour"),
         (cached_profiles, "in the collector's memory from an earlier query"),
     ] {
         if some > 0 {
@@ -220,11 +230,19 @@ pub(crate) fn read_text(read: &ReadReport) -> String {
 
 /// Returns what a collector read as JSON.
 pub(crate) fn read_value(read: &ReadReport) -> Value {
-    let ReadReport { segment_profiles, segment_bytes, table_profiles, table_bytes, cached_profiles, took } =
-        read;
+    let ReadReport {
+        segment_profiles,
+        segment_bytes,
+        table_profiles,
+        table_bytes,
+        sum_profiles,
+        sum_bytes,
+        cached_profiles,
+        took,
+    } = read;
     json!({
         "segment_profiles": segment_profiles, "segment_bytes": segment_bytes, "table_profiles": table_profiles,
-        "table_bytes": table_bytes, "cached_profiles": cached_profiles, "took_ms": span_millis(*took),
+        "table_bytes": table_bytes, "sum_profiles": sum_profiles, "sum_bytes": sum_bytes, "cached_profiles": cached_profiles, "took_ms": span_millis(*took),
     })
 }
 
@@ -301,6 +319,23 @@ mod tests {
     use rstest::rstest;
 
     use super::*;
+
+    #[test]
+    fn a_report_has_all_places_that_values_come_from() {
+        let read = ReadReport {
+            segment_profiles: 2,
+            segment_bytes: 1024,
+            sum_profiles: 60,
+            sum_bytes: 512,
+            ..ReadReport::default()
+        };
+        assert_eq!(
+            read_text(&read),
+            "62 profiles, 1.5 KiB read in -; 60 profiles from sums by minute or hour"
+        );
+        let value = read_value(&read);
+        assert_eq!((&value["sum_profiles"], &value["sum_bytes"]), (&json!(60), &json!(512)));
+    }
 
     #[test]
     fn a_table_aligns_columns_and_drops_control_characters() {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use gannet_proto::{
-    pprof::{Builder, Header, Label, LabelValue, Line, LocationId, Mapping},
+    pprof::{Builder, Header},
     profiles::Profile,
 };
 
@@ -12,6 +12,7 @@ use super::{
     rows::{Row, RowError},
     sql::{Kind, Statements, TableSelection},
 };
+use crate::table::{LabelSet, StackSum, TableFrame, fill};
 
 /// Distinct stacks of one answer. It bounds the memory, as in a merge of profiles.
 const MAX_SUMS: usize = 1_000_000;
@@ -82,81 +83,33 @@ fn split(name: &str) -> (&str, &str) {
     name.split_once('/').unwrap_or((name, ""))
 }
 
-/// One stack with one label set.
-struct Sum {
-    frames: Vec<i64>,
-    /// 0: no labels.
-    labels: i64,
-    values: Vec<i64>,
+/// Reads a frame with its id.
+fn read_frame(row: &mut Row<'_>) -> Result<(i64, TableFrame), RowError> {
+    let (id, has_no_function) = (row.long()?, row.flag()?);
+    let texts = [row.text()?, row.text()?, row.text()?];
+    let numbers = [row.long()?, row.long()?, row.long()?];
+    let (inlined, address, has_no_mapping) = (row.flag()?, row.long()? as u64, row.flag()?);
+    let mapping = [row.text()?, row.text()?];
+    let range = [row.long()? as u64, row.long()? as u64, row.long()? as u64];
+    let frame = TableFrame {
+        line: (!has_no_function).then_some(texts),
+        numbers,
+        inlined,
+        address,
+        mapping: (!has_no_mapping).then_some(mapping),
+        range,
+        folded: row.flag()?,
+    };
+    Ok((id, frame))
 }
 
-/// A frame of the tables.
-struct Frame {
-    line: Option<[String; 3]>,
-    numbers: [i64; 3],
-    inlined: bool,
-    address: u64,
-    mapping: Option<[String; 2]>,
-    range: [u64; 3],
-    folded: bool,
-}
-
-impl Frame {
-    fn read(row: &mut Row<'_>) -> Result<(i64, Self), RowError> {
-        let (id, has_no_function) = (row.long()?, row.flag()?);
-        let texts = [row.text()?, row.text()?, row.text()?];
-        let numbers = [row.long()?, row.long()?, row.long()?];
-        let (inlined, address, has_no_mapping) = (row.flag()?, row.long()? as u64, row.flag()?);
-        let mapping = [row.text()?, row.text()?];
-        let range = [row.long()? as u64, row.long()? as u64, row.long()? as u64];
-        let frame = Self {
-            line: (!has_no_function).then_some(texts),
-            numbers,
-            inlined,
-            address,
-            mapping: (!has_no_mapping).then_some(mapping),
-            range,
-            folded: row.flag()?,
-        };
-        Ok((id, frame))
-    }
-
-    fn line(&self) -> Option<Line<'_>> {
-        let [name, system_name, file] = self.line.as_ref()?;
-        let [line, column, start_line] = self.numbers;
-        Some(Line { name, system_name, file, line, column, start_line })
-    }
-
-    fn mapping(&self) -> Option<Mapping<'_>> {
-        let [file, build_id] = self.mapping.as_ref()?;
-        let [start, limit, offset] = self.range;
-        Some(Mapping { start, limit, offset, file, build_id })
-    }
-}
-
-/// A label set of the tables.
-struct LabelSet {
-    texts: Vec<(String, String)>,
-    numbers: Vec<(String, i64)>,
-    units: HashMap<String, String>,
-}
-
-impl LabelSet {
-    fn read(row: &mut Row<'_>) -> Result<(i64, Self), RowError> {
-        let id = row.long()?;
-        let texts = row.texts()?.into_iter().zip(row.texts()?).collect();
-        let numbers = row.texts()?.into_iter().zip(row.longs()?).collect();
-        let units = row.texts()?.into_iter().zip(row.texts()?).collect();
-        Ok((id, Self { texts, numbers, units }))
-    }
-
-    fn labels(&self) -> Vec<Label<'_>> {
-        let texts = self.texts.iter().map(|(key, text)| Label { key, value: LabelValue::Str(text) });
-        let unit = |key: &String| self.units.get(key).map_or("", String::as_str);
-        let numbers = self.numbers.iter();
-        let numbers = numbers.map(|(key, number)| Label { key, value: LabelValue::Num(*number, unit(key)) });
-        texts.chain(numbers).collect()
-    }
+/// Reads a label set with its id.
+fn read_labels(row: &mut Row<'_>) -> Result<(i64, LabelSet), RowError> {
+    let id = row.long()?;
+    let texts = row.texts()?.into_iter().zip(row.texts()?).collect();
+    let numbers = row.texts()?.into_iter().zip(row.longs()?).collect();
+    let units = row.texts()?.into_iter().zip(row.texts()?).collect();
+    Ok((id, LabelSet { texts, numbers, units }))
 }
 
 impl ClickHouse {
@@ -197,18 +150,17 @@ impl ClickHouse {
             let values: Vec<i64> = (0..width).map(|_| row.long()).collect::<Result<_, _>>()?;
             misses |= is_missing;
             frames_left = frames_left.checked_sub(frames.len()).ok_or(RowError::TooMany)?;
-            collect(&mut sums, Sum { frames, labels, values }, MAX_SUMS)
+            collect(&mut sums, StackSum { frames, labels, values }, MAX_SUMS)
         };
         let mut bytes = self.http.select(statement, read).await?;
         if misses {
             return Err(self.incomplete("stacks"));
         }
         let wanted: HashSet<i64> = sums.iter().flat_map(|sum| sum.frames.iter().copied()).collect();
-        let (frames, read) = self.by_id(wanted, |ids| statements.frames(ids), Frame::read, "frames").await?;
+        let (frames, read) = self.by_id(wanted, |ids| statements.frames(ids), read_frame, "frames").await?;
         bytes += read;
         let wanted: HashSet<i64> = sums.iter().map(|sum| sum.labels).filter(|id| *id != 0).collect();
-        let (labels, read) =
-            self.by_id(wanted, |ids| statements.labels(ids), LabelSet::read, "labels").await?;
+        let (labels, read) = self.by_id(wanted, |ids| statements.labels(ids), read_labels, "labels").await?;
         bytes += read;
         let types: Vec<(&str, &str)> = first.types.iter().map(|name| split(name)).collect();
         let mut builder = Builder::new(first.properties.header(&types));
@@ -262,36 +214,4 @@ fn collect<T>(to: &mut Vec<T>, item: T, max: usize) -> Result<(), RowError> {
     }
     to.push(item);
     Ok(())
-}
-
-/// Adds the sums to a profile.
-fn fill(builder: &mut Builder, sums: &[Sum], frames: &HashMap<i64, Frame>, labels: &HashMap<i64, LabelSet>) {
-    // Most locations are one frame.
-    let mut known: HashMap<Vec<i64>, LocationId> = HashMap::new();
-    let (mut stack, mut run) = (Vec::new(), Vec::new());
-    for Sum { frames: ids, labels: set, values } in sums {
-        stack.clear();
-        run.clear();
-        for id in ids {
-            let Some(frame) = frames.get(id) else { continue };
-            run.push(*id);
-            // The next frame is the function into which this one is inlined, at the same location.
-            if frame.inlined {
-                continue;
-            }
-            let location = known.get(&run).copied().unwrap_or_else(|| {
-                let lines: Vec<Line<'_>> =
-                    run.iter().filter_map(|id| frames.get(id)).filter_map(Frame::line).collect();
-                let mapping = frame.mapping().map(|mapping| builder.mapping(mapping));
-                let add = if frame.folded { Builder::folded_location } else { Builder::location };
-                let location = add(builder, mapping, frame.address, &lines);
-                known.insert(run.clone(), location);
-                location
-            });
-            stack.push(location);
-            run.clear();
-        }
-        let labels = labels.get(set).map(LabelSet::labels).unwrap_or_default();
-        builder.sample(&stack, values, &labels);
-    }
 }

@@ -57,6 +57,8 @@ pub(super) fn read_report(read: Option<&api::ReadReport>) -> Value {
         segment_bytes,
         table_profiles,
         table_bytes,
+        sum_profiles,
+        sum_bytes,
         cached_profiles,
         took,
     } = read;
@@ -64,7 +66,7 @@ pub(super) fn read_report(read: Option<&api::ReadReport>) -> Value {
         took.as_ref().map_or(0.0, |took| took.seconds as f64 * 1e3 + f64::from(took.nanos / 1000) / 1e3);
     json!({
         "segment_profiles": segment_profiles, "segment_bytes": segment_bytes, "table_profiles": table_profiles,
-        "table_bytes": table_bytes, "cached_profiles": cached_profiles, "took_ms": took,
+        "table_bytes": table_bytes, "sum_profiles": sum_profiles, "sum_bytes": sum_bytes, "cached_profiles": cached_profiles, "took_ms": took,
     })
 }
 

@@ -75,10 +75,10 @@ impl Query {
         sample_type: &str,
     ) -> Result<Comparison, QueryError> {
         let progress: Arc<MergeProgress> = Arc::default();
-        let main = self.merged(selection, sample_type, &progress).await?;
+        let main = self.merged_for_view(selection, sample_type, &progress).await?;
         let wanted = main.as_ref().map_or_else(|| sample_type.to_owned(), |(_, chosen)| chosen.clone());
         let base = match base {
-            Some(base) => self.merged(base, &wanted, &progress).await?,
+            Some(base) => self.merged_for_view(base, &wanted, &progress).await?,
             None => None,
         };
         let chosen = main.as_ref().or(base.as_ref()).map_or(wanted, |(_, chosen)| chosen.clone());

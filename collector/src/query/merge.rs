@@ -105,6 +105,14 @@ impl quick_cache::Weighter<[u8; 32], Arc<Merged>> for ByWeight {
     }
 }
 
+/// The name of a merge in the cache.
+#[derive(Clone, Copy)]
+pub(super) struct CacheKey {
+    hash: [u8; 32],
+    /// Version of the names that the result is to have.
+    version: NamesVersion,
+}
+
 /// Results of earlier merges, and the permits of running ones.
 pub(super) struct Merges {
     permits: Semaphore,
@@ -223,17 +231,10 @@ impl Query {
         for location in &profiles {
             hash.update(location.key.id.0.to_be_bytes());
         }
-        let version = self.debug_info.version();
-        // Names from removed files must disappear.
-        hash.update(version.removed.to_be_bytes());
-        let hash: [u8; 32] = hash.finalize().into();
-        if let Some(merged) = self.merges.cache.get(&hash) {
-            progress.done.store(total, Ordering::Relaxed);
-            progress.read.add_cached(&merged.origin);
-            self.metrics.cache_hits.inc();
-            return Ok(Some(self.with_names(merged, version, hash).await));
+        let key = self.cache_key(hash);
+        if let Some(merged) = self.cached(key, total, progress).await {
+            return Ok(Some(merged));
         }
-        self.metrics.cache_misses.inc();
         let _permit = self.merge_permit().await?;
         let cancelled = CancellationToken::new();
         let _guard = cancelled.clone().drop_guard();
@@ -252,7 +253,32 @@ impl Query {
         let Some(mut merged) = merged else { return Ok(None) };
         merged.origin.tables = in_tables;
         progress.read.add_merged(&merged.origin);
-        Ok(Some(self.with_names(Arc::new(merged), version, hash).await))
+        Ok(Some(self.with_names(Arc::new(merged), key).await))
+    }
+
+    /// Returns the name of a merge in the cache. `sources` has the hash of all that it depends on.
+    pub(super) fn cache_key(&self, mut sources: Sha256) -> CacheKey {
+        let version = self.debug_info.version();
+        // Names from removed files must disappear.
+        sources.update(version.removed.to_be_bytes());
+        CacheKey { hash: sources.finalize().into(), version }
+    }
+
+    /// Returns an earlier merge of `total` profiles from the cache, and counts it.
+    pub(super) async fn cached(
+        &self,
+        key: CacheKey,
+        total: u64,
+        progress: &MergeProgress,
+    ) -> Option<Arc<Merged>> {
+        let Some(merged) = self.merges.cache.get(&key.hash) else {
+            self.metrics.cache_misses.inc();
+            return None;
+        };
+        progress.done.store(total, Ordering::Relaxed);
+        progress.read.add_cached(&merged.origin);
+        self.metrics.cache_hits.inc();
+        Some(self.with_names(merged, key).await)
     }
 
     /// Waits until the query may read profiles: it takes several threads.
@@ -264,7 +290,8 @@ impl Query {
     }
 
     /// Adds the names from debug information to a merged profile, and puts it into the cache.
-    async fn with_names(&self, merged: Arc<Merged>, version: NamesVersion, hash: [u8; 32]) -> Arc<Merged> {
+    pub(super) async fn with_names(&self, merged: Arc<Merged>, key: CacheKey) -> Arc<Merged> {
+        let CacheKey { hash, version } = key;
         if merged.has_names(&self.debug_info, version) {
             return merged;
         }
@@ -286,9 +313,9 @@ impl Query {
         merged
     }
 
-    /// Reads and merges profiles on several threads, and adds the sums of the tables. Each thread holds what one read returned, one
+    /// Reads and merges profiles on several threads, and adds sums. Each thread holds what one read returned, one
     /// decoded profile and its part of the result at a time.
-    fn merge_profiles(
+    pub(super) fn merge_profiles(
         &self,
         runtime: &Handle,
         locations: &[ProfileLocation],
@@ -328,7 +355,7 @@ impl Query {
         Ok(Some(Merged {
             weight: weight(&profile),
             profile: Arc::new(profile),
-            origin: Origin { segments: profiles, tables: 0 },
+            origin: Origin { segments: profiles, ..Origin::default() },
             unreadable,
             names: None,
         }))
@@ -471,9 +498,17 @@ fn weight(profile: &Profile) -> u64 {
 
 fn check_size(merged: Option<&Profile>) -> Result<(), QueryError> {
     match merged {
-        Some(merged) if merged.sample.len() > MAX_MERGED_SAMPLES => Err(QueryError::TooLarge(format!(
-            "the merged profile has more than {MAX_MERGED_SAMPLES} distinct stacks: choose a shorter range or fewer series"
-        ))),
-        _ => Ok(()),
+        Some(merged) => check_stacks(merged.sample.len()),
+        None => Ok(()),
     }
+}
+
+/// Returns an error above the limit of distinct stacks.
+pub(super) fn check_stacks(stacks: usize) -> Result<(), QueryError> {
+    if stacks <= MAX_MERGED_SAMPLES {
+        return Ok(());
+    }
+    Err(QueryError::TooLarge(format!(
+        "the merged profile has more than {MAX_MERGED_SAMPLES} distinct stacks: choose a shorter range or fewer series"
+    )))
 }

@@ -10,6 +10,7 @@ mod select;
 mod selected;
 mod sources;
 mod spans;
+mod sums;
 mod tables;
 mod timeline;
 
@@ -49,6 +50,7 @@ use crate::{
     metrics::Metrics,
     selector::{Selector, SelectorError},
     store::{ObjectKey, Series, Store, StoreError, StoredProfile},
+    table::SumsReader,
     time,
 };
 
@@ -63,13 +65,15 @@ pub struct QueryOptions {
     pub max_profiles: usize,
     /// Bytes of stored profiles that one query may read.
     pub max_bytes: u64,
+    /// Profiles of a selection above which a query reads sums of the tables instead, where it can.
+    pub min_summed_profiles: usize,
     /// Memory for merged profiles, so that a graph, a table and a download of one selection need one merge, in bytes.
     pub cache_bytes: u64,
 }
 
 impl Default for QueryOptions {
     fn default() -> Self {
-        Self { max_profiles: 100_000, max_bytes: 2 << 30, cache_bytes: 128 << 20 }
+        Self { max_profiles: 100_000, max_bytes: 2 << 30, min_summed_profiles: 500, cache_bytes: 128 << 20 }
     }
 }
 
@@ -129,6 +133,8 @@ pub(crate) struct Query {
     merges: Merges,
     /// Merges the profiles of the tables, if there is one.
     clickhouse: Option<Arc<ClickHouse>>,
+    /// Reads the tables of sums, if the collector writes them.
+    sums: Option<SumsReader>,
     options: QueryOptions,
     /// Largest decompressed profile, in bytes.
     max_inflated: usize,
@@ -149,6 +155,7 @@ impl Query {
             metrics,
             merges: Merges::new(options.cache_bytes),
             clickhouse: None,
+            sums: None,
             options: options.clone(),
             max_inflated: max_batch_bytes as usize * MAX_INFLATION,
         }
@@ -157,6 +164,11 @@ impl Query {
     /// Lets ClickHouse merge the profiles of the tables.
     pub(crate) fn with_tables(self, clickhouse: Option<Arc<ClickHouse>>) -> Self {
         Self { clickhouse, ..self }
+    }
+
+    /// Lets flame graphs and tables of functions read the tables of sums.
+    pub(crate) fn with_sums(self, sums: Option<SumsReader>) -> Self {
+        Self { sums, ..self }
     }
 
     /// Runs an operation that reads the index on a blocking thread.

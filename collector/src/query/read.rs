@@ -14,13 +14,15 @@ pub(super) struct Origin {
     pub(super) segments: u64,
     /// Added up by ClickHouse, from the tables.
     pub(super) tables: u64,
+    /// Added up by the collector, from the tables of sums.
+    pub(super) sums: u64,
 }
 
 impl Origin {
     /// Returns the number of all profiles.
     pub(super) fn profiles(&self) -> u64 {
-        let Self { segments, tables } = self;
-        segments + tables
+        let Self { segments, tables, sums } = self;
+        segments + tables + sums
     }
 }
 
@@ -31,6 +33,8 @@ pub(super) struct ReadCounts {
     segment_bytes: AtomicU64,
     table_profiles: AtomicU64,
     table_bytes: AtomicU64,
+    sum_profiles: AtomicU64,
+    sum_bytes: AtomicU64,
     cached_profiles: AtomicU64,
 }
 
@@ -43,6 +47,8 @@ impl Default for ReadCounts {
             segment_bytes: AtomicU64::default(),
             table_profiles: AtomicU64::default(),
             table_bytes: AtomicU64::default(),
+            sum_profiles: AtomicU64::default(),
+            sum_bytes: AtomicU64::default(),
             cached_profiles: AtomicU64::default(),
         }
     }
@@ -59,11 +65,17 @@ impl ReadCounts {
         self.table_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// Adds bytes read from the tables of sums, and of their stacks and frames.
+    pub(super) fn add_sums(&self, bytes: u64) {
+        self.sum_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// Adds the profiles of a merge.
     pub(super) fn add_merged(&self, origin: &Origin) {
-        let Origin { segments, tables } = origin;
+        let Origin { segments, tables, sums } = origin;
         self.segment_profiles.fetch_add(*segments, Ordering::Relaxed);
         self.table_profiles.fetch_add(*tables, Ordering::Relaxed);
+        self.sum_profiles.fetch_add(*sums, Ordering::Relaxed);
     }
 
     /// Adds the profiles of an earlier merge, which this query did not read.
@@ -80,6 +92,8 @@ impl ReadCounts {
             segment_bytes: load(&self.segment_bytes),
             table_profiles: load(&self.table_profiles),
             table_bytes: load(&self.table_bytes),
+            sum_profiles: load(&self.sum_profiles),
+            sum_bytes: load(&self.sum_bytes),
             cached_profiles: load(&self.cached_profiles),
             took: prost_types::Duration::try_from(self.began.elapsed()).ok(),
         }

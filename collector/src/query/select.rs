@@ -109,6 +109,11 @@ pub(super) struct Mergeable {
 }
 
 impl Mergeable {
+    /// Returns all sample types of the profiles.
+    pub(super) fn types(&self) -> &[String] {
+        &self.types
+    }
+
     /// Returns the requested sample type.
     pub(super) fn sample_type(&self) -> &str {
         self.types.get(self.type_index).map_or("", String::as_str)
@@ -148,6 +153,12 @@ impl Found {
         let kind = self.kind(sum.types().iter());
         kind.first_ms = kind.first_ms.min(sum.first_ms());
         kind.sources.tables = Some(sum);
+    }
+
+    /// Adds sample types of profiles, of which the oldest one starts at `first_ms`, without sources.
+    pub(super) fn add_kind(&mut self, types: &[String], first_ms: u64) {
+        let kind = self.kind(types.iter());
+        kind.first_ms = kind.first_ms.min(first_ms);
     }
 
     /// Returns the entry of the profiles with these types.

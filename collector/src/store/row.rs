@@ -64,7 +64,7 @@ impl ProfileRow {
     }
 
     /// Returns the segment of the profile, or `None` for an object of its own.
-    pub(super) fn segment(&self) -> Option<Ulid> {
+    pub(crate) fn segment(&self) -> Option<Ulid> {
         self.segment.as_slice().try_into().ok().map(|id| Ulid(u128::from_be_bytes(id)))
     }
 }

@@ -20,7 +20,7 @@ use super::{
     merge::add_segments,
     partition::Partition,
     rows::{DataReader, LoadedRows},
-    schema::{HOURS, MINUTES, SAMPLES, Schema},
+    schema::{HOURS, MINUTES, SAMPLES, Schema, UNKNOWN_GUESS},
     tables::{Rollups, Tables},
 };
 use crate::store::Store;
@@ -221,14 +221,17 @@ fn project(samples: &LoadedRows, schema: &'static Schema) -> Vec<Rows> {
             let service = cell(&services, text(&services, "service_name", row));
             let kind = cell(&kinds, text(&kinds, "type", row));
             let [stack, value, count] = ["stack_id", "value", "count"].map(|name| long(name, row));
+            // The guess is in the labels of the sample, which are in another table.
+            let guessed =
+                Cell::Long(if samples.long("labels_id", row).is_some() { UNKNOWN_GUESS } else { 0 });
             if is_by_minute {
                 let time = samples.long("time", row).unwrap_or(0);
                 let time = Cell::Long(time.div_euclid(MINUTE_US) * MINUTE_US);
-                rows.push([time, service, kind, stack, value, count]);
+                rows.push([time, service, kind, stack, value, count, guessed]);
             } else {
                 let namespace = cell(&namespaces, text(&namespaces, "namespace", row));
                 let pod = cell(&pods, text(&pods, "pod", row));
-                rows.push([service, namespace, pod, kind, stack, value, count]);
+                rows.push([service, namespace, pod, kind, stack, value, count, guessed]);
             }
         }
         rows

@@ -292,7 +292,7 @@ fn push_sample(
     series: &[Series],
     types: &[ByteArray],
 ) {
-    let SampleRow { profile, kind, stack, labels, value, count } = *row;
+    let SampleRow { profile, kind, stack, labels, value, count, guessed_from: _ } = *row;
     let profile = &profiles[profile as usize];
     let Series { service, namespace, pod, container, node, labels: _ } = &series[profile.series as usize];
     let number = |number: Option<i64>| number.map_or(Cell::Null, Cell::Long);

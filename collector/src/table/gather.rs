@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use gannet_proto::{
     labels::{self, Labels},
     pprof::{self, Distinct, PprofError},
-    profiles::Profile,
+    profiles::{Profile, Sample},
 };
 use parquet::data_type::ByteArray;
 
@@ -108,6 +108,8 @@ pub(super) struct SampleRow {
     pub(super) labels: Option<i64>,
     pub(super) value: i64,
     pub(super) count: Option<i64>,
+    /// Index of the first guessed location of the stack; 0: none. Only for the tables of sums.
+    pub(super) guessed_from: i64,
 }
 
 /// Rows of one compaction.
@@ -139,7 +141,11 @@ impl Gathered {
         let summary = if wants.rows() {
             let counts = counts_first(&profile);
             let samples = &mut self.samples;
+            let has_sums = wants.minutes || wants.hours;
+            let mut sources = profile.sample.iter();
             self.distinct.add(&profile, |sample| {
+                let source = sources.next().filter(|_| has_sums);
+                let guessed_from = source.map_or(0, |source| guessed_from(&profile, source));
                 let row = |(kind, value): (usize, &i64)| SampleRow {
                     profile: index,
                     kind: kind as u32,
@@ -147,6 +153,7 @@ impl Gathered {
                     labels: sample.labels.map(i64::from),
                     value: *value,
                     count: if counts { sample.values.first().copied() } else { None },
+                    guessed_from,
                 };
                 samples.extend(sample.values.iter().enumerate().skip(usize::from(counts)).map(row));
             })?
@@ -200,6 +207,12 @@ impl Gathered {
             self.types.len() - 1
         }) as u32
     }
+}
+
+/// Returns the index of the first guessed location of a sample, leaf first; 0 without a guess.
+fn guessed_from(profile: &Profile, sample: &Sample) -> i64 {
+    let sure = pprof::sure_frames(profile, sample);
+    if sure < sample.location_id.len() { sure as i64 } else { 0 }
 }
 
 /// Reports whether the first of two values counts the samples of the second, as in all profiles of Gannet.

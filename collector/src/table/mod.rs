@@ -16,6 +16,7 @@
 //! | `verify` | nothing; it checks all files, and sets damaged tables aside |
 //! | `tables`, `log`, `checkpoint`, `action` | the logs of the tables |
 //! | `reader` | nothing: the present version of all tables, for queries |
+//! | `sums`, `profile` | nothing: the tables of sums for queries, and sums as a profile |
 //! | `coverage` | nothing: the versions of the tables and the segments in them, for another engine |
 //! | `file`, `schema`, `partition` | Parquet files, columns, partitions |
 
@@ -30,11 +31,13 @@ mod ids;
 mod log;
 mod merge;
 mod partition;
+mod profile;
 mod reader;
 mod retention;
 mod rollup;
 mod rows;
 mod schema;
+mod sums;
 mod tables;
 mod verify;
 mod worker;
@@ -47,9 +50,11 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::{
     coverage::{CoverageReader, TableVersions},
+    profile::{LabelSet, StackSum, TableFrame, fill},
     reader::{Bounds, ColumnValues, Datum, Footer, TableSnapshot, snapshot},
     retention::count_unused,
     schema::{Column, Kind},
+    sums::{Grain, SumRow, SumTables, SumsReader},
     verify::{set_aside, verify},
     worker::{TableHandle, start},
 };

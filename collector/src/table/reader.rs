@@ -2,7 +2,10 @@
 //!
 //! A version keeps its files for `TableOptions::delete_delay` after it was replaced. A query that takes longer may miss one.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
 
 use bytes::{Buf as _, Bytes};
 use object_store::{ObjectStoreExt as _, path::Path as Key};
@@ -21,6 +24,7 @@ use serde_json::Value;
 use super::{
     TableError,
     log::{DataFile, Log},
+    partition::Partition,
     rows::{Packed, PackedLeaf, check_columns, damaged, leaf_memory},
     schema::{Column, FRAMES, HOURS, Kind, LABELS, MINUTES, PROFILES, SAMPLES, STACKS, Schema},
 };
@@ -42,6 +46,7 @@ pub(crate) struct SnapshotFile {
     pub(crate) date: String,
     /// Hour of that day.
     pub(crate) hour: i64,
+    partition: Partition,
     key: Key,
     size: u64,
     stats: Option<String>,
@@ -71,7 +76,7 @@ pub(crate) async fn snapshot(objects: &TableObjects) -> Result<Vec<TableSnapshot
         if is_optional && log.next_version() == 0 {
             continue;
         }
-        tables.push(TableSnapshot::new(schema, objects.clone(), &log));
+        tables.push(TableSnapshot::new(schema, objects.clone(), &log, |_| true));
     }
     Ok(tables)
 }
@@ -86,8 +91,14 @@ impl SnapshotFile {
 }
 
 impl TableSnapshot {
-    fn new(schema: &'static Schema, objects: TableObjects, log: &Log) -> Self {
-        let mut files: Vec<&DataFile> = log.files.values().collect();
+    /// Takes the files of the partitions that `keep` accepts.
+    pub(super) fn new(
+        schema: &'static Schema,
+        objects: TableObjects,
+        log: &Log,
+        keep: impl Fn(Partition) -> bool,
+    ) -> Self {
+        let mut files: Vec<&DataFile> = log.files.values().filter(|file| keep(file.partition)).collect();
         files.sort_by_key(|file| file.partition);
         let rows = files.iter().filter_map(|file| file.add.rows()).sum();
         let files = files.into_iter().map(|file| {
@@ -95,6 +106,7 @@ impl TableSnapshot {
             SnapshotFile {
                 date,
                 hour: hour as i64,
+                partition: file.partition,
                 key: log.key(&file.add.path),
                 size: file.add.size,
                 stats: file.add.stats.clone(),
@@ -108,6 +120,12 @@ impl TableSnapshot {
             Some(first)
         });
         Self { schema, objects, files, rows, firsts: firsts.collect() }
+    }
+
+    /// Returns the indexes of the files of an hour, counted from 1970.
+    pub(super) fn files_of(&self, hour: u64) -> Range<usize> {
+        let first = |hour: u64| self.files.partition_point(|file| file.partition.0 < hour);
+        first(hour)..first(hour + 1)
     }
 
     /// Returns the name of the table.

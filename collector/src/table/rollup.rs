@@ -17,8 +17,7 @@ use super::{
     log::Log,
     partition::{Partition, micros},
 };
-
-const MINUTE_MS: u64 = 60_000;
+use crate::time::MINUTE_MS;
 
 /// The samples of a compaction, with what they refer to.
 pub(super) struct Source<'a> {
@@ -32,8 +31,8 @@ pub(super) struct Source<'a> {
 
 /// Samples that are equal in all columns of the table but the sums.
 struct Sum {
-    /// Number of the scope (partition and service), and what else the table has, in its order; last the stack.
-    key: (u32, u64, u64, i64),
+    /// Number of the scope (partition and service), and what else the table has, in its order; last the stack and its guessed part.
+    key: (u32, u64, u64, i64, i64),
     value: i64,
     count: Option<i64>,
     /// One of the summed profiles.
@@ -55,8 +54,9 @@ pub(super) fn write_minutes(
         .sums(|profile| profile.wants.minutes, |row, profile| (kinds[row.kind as usize], minute(profile)));
     write(runtime, log, source, &sums, adds, |rows, sum, series| {
         let start_ms = minute(&source.profiles[sum.profile as usize]) * MINUTE_MS;
-        let [kind, stack, value, count] = source.cells(sum);
-        rows.push([Cell::Long(micros(start_ms)), Cell::Text(&series.service), kind, stack, value, count]);
+        let [kind, stack, value, count, guessed] = source.cells(sum);
+        let start = Cell::Long(micros(start_ms));
+        rows.push([start, Cell::Text(&series.service), kind, stack, value, count, guessed]);
     })
 }
 
@@ -76,8 +76,8 @@ pub(super) fn write_hours(
     );
     write(runtime, log, source, &sums, adds, |rows, sum, series| {
         let (namespace, pod) = (optional(series.namespace.as_ref()), optional(series.pod.as_ref()));
-        let [kind, stack, value, count] = source.cells(sum);
-        rows.push([Cell::Text(&series.service), namespace, pod, kind, stack, value, count]);
+        let [kind, stack, value, count, guessed] = source.cells(sum);
+        rows.push([Cell::Text(&series.service), namespace, pod, kind, stack, value, count, guessed]);
     })
 }
 
@@ -89,13 +89,14 @@ fn ranks<T: Ord>(items: impl Iterator<Item = T>) -> Vec<u64> {
 }
 
 impl Source<'_> {
-    /// Returns the last columns of both tables: type, stack and sums.
-    fn cells(&self, sum: &Sum) -> [Cell<'_>; 4] {
+    /// Returns the last columns of both tables: type, stack, sums and guess.
+    fn cells(&self, sum: &Sum) -> [Cell<'_>; 5] {
         [
             Cell::Text(&self.types[sum.kind as usize]),
             Cell::Long(sum.key.3),
             Cell::Long(sum.value),
             sum.count.map_or(Cell::Null, Cell::Long),
+            Cell::Long(sum.key.4),
         ]
     }
 
@@ -108,7 +109,7 @@ impl Source<'_> {
         let wanted = self.samples.iter().filter(|row| is_wanted(&self.profiles[row.profile as usize]));
         let sum = |row: &SampleRow| {
             let (first, second) = parts(row, &self.profiles[row.profile as usize]);
-            let key = (self.scope_of[row.profile as usize], first, second, row.stack);
+            let key = (self.scope_of[row.profile as usize], first, second, row.stack, row.guessed_from);
             Sum { key, value: row.value, count: row.count, profile: row.profile, kind: row.kind }
         };
         let mut sums: Vec<Sum> = wanted.map(sum).collect();

@@ -526,10 +526,10 @@ mod tests {
 
     #[test]
     fn a_merge_adds_up_sums_of_equal_rows() {
-        type Sum<'a> = (&'a str, Option<&'a str>, i64, i64, Option<i64>);
+        type Sum<'a> = (&'a str, Option<&'a str>, i64, i64, Option<i64>, i64);
         let encode = |rows: &[Sum<'_>]| {
             let mut out = Rows::new(&HOURS);
-            for (service, pod, stack, value, count) in rows {
+            for (service, pod, stack, value, count, guess) in rows {
                 let pod = pod.map(text);
                 out.push([
                     Cell::Text(&text(service)),
@@ -539,6 +539,7 @@ mod tests {
                     Cell::Long(*stack),
                     Cell::Long(*value),
                     count.map_or(Cell::Null, Cell::Long),
+                    Cell::Long(*guess),
                 ]);
             }
             let mut file = FileWriter::new(&HOURS).unwrap();
@@ -547,30 +548,32 @@ mod tests {
         };
         let files = [
             encode(&[
-                ("s", None, 1, 10, Some(1)),
-                ("s", Some("p1"), 1, 20, Some(2)),
-                ("s", Some("p2"), 1, i64::MAX, None),
+                ("s", None, 1, 10, Some(1), 0),
+                ("s", Some("p1"), 1, 20, Some(2), 0),
+                ("s", Some("p2"), 1, i64::MAX, None, 0),
             ]),
             encode(&[
-                ("s", Some("p1"), 2, 5, Some(1)),
-                ("s", Some("p1"), 1, 7, Some(3)),
-                ("s", None, 1, 1, Some(4)),
+                ("s", Some("p1"), 2, 5, Some(1), 0),
+                ("s", Some("p1"), 1, 7, Some(3), 0),
+                ("s", Some("p1"), 1, 3, Some(1), 2),
+                ("s", None, 1, 1, Some(4), 0),
             ]),
-            encode(&[("s", Some("p2"), 1, 1, None), ("s", None, 1, 100, None)]),
+            encode(&[("s", Some("p2"), 1, 1, None, 0), ("s", None, 1, 100, None, 0)]),
         ];
         let (rows, file) = merged(&HOURS, &files);
         let wanted = [
-            "pod: null, type: \"cpu/nanoseconds\", stack_id: 1, value: 11, count: 5}",
-            "pod: null, type: \"cpu/nanoseconds\", stack_id: 1, value: 100, count: null}",
-            "pod: \"p1\", type: \"cpu/nanoseconds\", stack_id: 1, value: 27, count: 5}",
-            "pod: \"p1\", type: \"cpu/nanoseconds\", stack_id: 2, value: 5, count: 1}",
-            "pod: \"p2\", type: \"cpu/nanoseconds\", stack_id: 1, value: 9223372036854775807, count: null}",
+            "pod: null, type: \"cpu/nanoseconds\", stack_id: 1, value: 11, count: 5, guessed_from: 0}",
+            "pod: null, type: \"cpu/nanoseconds\", stack_id: 1, value: 100, count: null, guessed_from: 0}",
+            "pod: \"p1\", type: \"cpu/nanoseconds\", stack_id: 1, value: 27, count: 5, guessed_from: 0}",
+            "pod: \"p1\", type: \"cpu/nanoseconds\", stack_id: 1, value: 3, count: 1, guessed_from: 2}",
+            "pod: \"p1\", type: \"cpu/nanoseconds\", stack_id: 2, value: 5, count: 1, guessed_from: 0}",
+            "pod: \"p2\", type: \"cpu/nanoseconds\", stack_id: 1, value: 9223372036854775807, count: null, guessed_from: 0}",
         ];
         assert_eq!(rows.len(), wanted.len(), "{rows:?}");
         for (row, wanted) in rows.iter().zip(wanted) {
             assert!(row.ends_with(wanted), "{row}, not {wanted}");
         }
-        assert_eq!(file.rows, 5);
+        assert_eq!(file.rows, 6);
     }
 
     #[test]

@@ -164,10 +164,20 @@ pub(super) const SAMPLES: Schema = Schema {
     ],
 };
 
+/// The guess of a sum that a deletion added up again: the samples have it only in their labels.
+pub(super) const UNKNOWN_GUESS: i64 = -1;
+
+/// Samples whose stacks rest on a guess have sums of their own, because flame graphs mark their frames.
+const GUESSED_FROM: Column = column(
+    "guessed_from",
+    Kind::Long,
+    "Index of the first location of the stack that the unwinder guessed, leaf first; 0: none; -1: unknown, since a deletion",
+);
+
 /// One row for each minute, service, type and stack.
 pub(super) const MINUTES: Schema = Schema {
     name: "samples_by_minute",
-    order: &["service_name", "type", "time", "stack_id"],
+    order: &["service_name", "type", "time", "stack_id", "guessed_from"],
     sums: &["value", "count"],
     columns: &[
         column("time", Kind::Time, "Start of the minute").range(),
@@ -177,13 +187,14 @@ pub(super) const MINUTES: Schema = Schema {
         column("value", Kind::Long, "Sum of the measured values"),
         column("count", Kind::Long, "Sum of the samples or events; NULL: the profiles do not count them")
             .optional(),
+        GUESSED_FROM,
     ],
 };
 
 /// One row for each hour, pod, service, type and stack.
 pub(super) const HOURS: Schema = Schema {
     name: "samples_by_hour",
-    order: &["service_name", "namespace", "pod", "type", "stack_id"],
+    order: &["service_name", "namespace", "pod", "type", "stack_id", "guessed_from"],
     sums: &["value", "count"],
     columns: &[
         SERVICE,
@@ -194,6 +205,7 @@ pub(super) const HOURS: Schema = Schema {
         column("value", Kind::Long, "Sum of the measured values"),
         column("count", Kind::Long, "Sum of the samples or events; NULL: the profiles do not count them")
             .optional(),
+        GUESSED_FROM,
     ],
 };
 

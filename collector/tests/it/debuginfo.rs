@@ -26,7 +26,7 @@ use tokio_stream::iter;
 use tonic::{Code, Status, transport::Channel};
 
 use crate::support::{
-    CPU, Pusher, batch, channel, config_with, download, eventually, get, metric, now_ms, queries,
+    CPU, Pusher, at, batch, channel, config_with, download, eventually, get, metric, now_ms, queries,
 };
 
 /// `inner` is inlined into `hot`, which prints an address in there. The numbers of the lines count.
@@ -269,6 +269,38 @@ async fn a_later_upload_names_a_stored_profile(#[case] kind: Kind) {
         let again = client(&running).await.delete_debug_info(request).await.unwrap_err();
         assert_eq!(again.code(), Code::NotFound);
     }
+    running.shutdown().await;
+}
+
+/// Checks that a file that comes after the sums of a profile names their frames too, also in an answer from the cache.
+#[tokio::test]
+async fn a_later_upload_names_sums_of_profiles() {
+    let stripped = Stripped::build(Kind::Library);
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    crate::table::with_table(&mut config);
+    config.query.min_summed_profiles = 0;
+    let running = Collector::start(config).await.unwrap();
+    let start = Some(at(now_ms() - 120_000));
+    let batch = Batch { start, ..stored(&stripped.profile()) };
+    Pusher::open(running.grpc_addr).await.store(batch).await;
+    crate::table::up_to_date(running.http_addr).await;
+    let is_named = async || {
+        let selection =
+            Selection { query: r#"{service_name="stripped"}"#.to_owned(), ..Selection::default() };
+        let request =
+            FlameGraphRequest { selection: Some(selection), flat: true, ..FlameGraphRequest::default() };
+        let graph = queries(&running).await.flame_graph(request).await.unwrap().into_inner();
+        let read = graph.read.unwrap();
+        assert_eq!((graph.total, read.sum_profiles, read.segment_profiles), (30, 1, 0));
+        graph.nodes.iter().any(|node| node.name == "hot")
+    };
+    assert!(!is_named().await);
+    upload(&running, &stripped.build_id, &std::fs::read(&stripped.debug).unwrap()).await.unwrap();
+    assert!(is_named().await && is_named().await);
+    let request = DeleteDebugInfoRequest { build_id: stripped.build_id.clone() };
+    client(&running).await.delete_debug_info(request).await.unwrap();
+    assert!(!is_named().await);
     running.shutdown().await;
 }
 

@@ -37,6 +37,7 @@ mod spans;
 mod sql;
 mod staging;
 mod store;
+mod sums;
 mod support;
 mod table;
 mod tls;

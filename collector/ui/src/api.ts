@@ -23,6 +23,9 @@ export interface ReadReport {
   /** Profiles that ClickHouse added up from the tables. */
   table_profiles?: number;
   table_bytes?: number;
+  /** Profiles whose sums by minute or hour the collector read from the tables. */
+  sum_profiles?: number;
+  sum_bytes?: number;
   /** Those of all these whose merge was in memory from an earlier query. */
   cached_profiles?: number;
   took_ms?: number;

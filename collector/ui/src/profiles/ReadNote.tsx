@@ -11,9 +11,12 @@ interface Part {
 }
 
 /** Returns the places that the values come from. */
-function partsOf({ segment_profiles = 0, segment_bytes = 0, table_profiles = 0, table_bytes = 0, cached_profiles = 0 }: ReadReport): Part[] {
+function partsOf(read: ReadReport): Part[] {
+  const { segment_profiles = 0, segment_bytes = 0, table_profiles = 0, table_bytes = 0 } = read;
+  const { sum_profiles = 0, sum_bytes = 0, cached_profiles = 0 } = read;
   const all: Part[] = [
     { from: "Stored profiles, one by one", profiles: segment_profiles, size: segment_bytes },
+    { from: "Sums by minute or hour", profiles: sum_profiles, size: sum_bytes },
     { from: "Tables, by ClickHouse", profiles: table_profiles, size: table_bytes },
     { from: "Of these from an earlier query", profiles: cached_profiles, size: undefined },
   ];
@@ -22,9 +25,9 @@ function partsOf({ segment_profiles = 0, segment_bytes = 0, table_profiles = 0, 
 
 export function ReadNote({ read }: { read: ReadReport | null | undefined }) {
   if (!read) return null;
-  const { segment_bytes = 0, table_bytes = 0, took_ms = 0 } = read;
+  const { segment_bytes = 0, table_bytes = 0, sum_bytes = 0, took_ms = 0 } = read;
   const parts = partsOf(read);
-  const size = segment_bytes + table_bytes;
+  const size = segment_bytes + table_bytes + sum_bytes;
   const took = took_ms < 1 ? "<1 ms" : duration(Math.round(took_ms));
   const text = size === 0 && parts.length > 0 ? `from memory in ${took}` : `${bytes(size)} read in ${took}`;
   return (
