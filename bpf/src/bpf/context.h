@@ -72,8 +72,8 @@ ALWAYS_INLINE u64 rules_of_span(u64 rules, u32 tgid, const struct current *now)
  * Adds the record of the current thread's span to its sample, behind the first `slot` words of `frames`. The sample may have `end`
  * words; behind them is room for a whole record. `place` is that of the image, if the sample's image was looked up.
  */
-ALWAYS_INLINE void add_context(struct counters *counters, struct sample *sample, struct context_place *place, u64 *frames,
-			       u64 slot, u64 end)
+ALWAYS_INLINE void add_context(struct counters *counters, struct sample *sample, struct context_place *place,
+			       u64 *frames, u64 slot, u64 end)
 {
 	u64 at, first = CONTEXT_AT_ONCE, size, room;
 	struct context_head *head;
